@@ -1,0 +1,65 @@
+"""An accelerator: may move the student further along its own path after an optimiser step.
+
+`fires(completed_steps)` says when; the loop then lets in-flight attempts finish first. `after_step` may try weights by `await score()` (a number,
+higher is better, on fixed prompts with dice of their own) and returns True where the student ended elsewhere than the step left it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from reflux.learners.base import OpenLearner
+    from reflux.run import Run
+
+Score = Callable[[], Awaitable[float]]
+
+
+class OpenAccelerator(Protocol):
+    def start(self, learner: OpenLearner) -> None:
+        """Called once on a fresh run, before the first step: these are the start weights."""
+        ...
+
+    def fires(self, completed_steps: int) -> bool: ...
+
+    async def after_step(self, learner: OpenLearner, score: Score, completed_steps: int) -> bool: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Accelerator(Protocol):
+    prompts: int  # fixed prompts that `score` asks, drawn once from the training prompts
+    samples: int  # answers per prompt
+
+    def open(self, run: Run) -> AbstractAsyncContextManager[OpenAccelerator]: ...
+
+
+class Never:
+    """No accelerator: nothing fires."""
+
+    def start(self, learner: OpenLearner) -> None: ...
+
+    def fires(self, completed_steps: int) -> bool:
+        return False
+
+    async def after_step(self, learner: OpenLearner, score: Score, completed_steps: int) -> bool:
+        return False
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None: ...
+
+
+@asynccontextmanager
+async def opened(accelerator: Accelerator | None, run: Run) -> AsyncIterator[OpenAccelerator]:
+    """The open accelerator of a config, or `Never`."""
+    if accelerator is None:
+        yield Never()
+        return
+    async with accelerator.open(run) as found:
+        yield found

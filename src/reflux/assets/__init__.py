@@ -1,0 +1,10 @@
+"""The small models the quickstart uses. `python -m reflux.assets.make` makes them from nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def folder(name: str) -> Path:
+    """Where the shipped model "student" or "teacher" lies, in Hugging Face format."""
+    return Path(__file__).parent / name

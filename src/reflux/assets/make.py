@@ -1,0 +1,160 @@
+"""Makes the small models from nothing, by supervised learning on worked solutions: `python -m reflux.assets.make [--only NAME] [--out DIR]`.
+
+Neither model ever sees what the other wrote. The same seed and number of threads give the same weights, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from reflux.assets import folder
+from reflux.assets.store import save
+from reflux.assets.tokenizer import character_tokenizer
+from reflux.tasks.word_problems import WordProblems
+from reflux.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import Qwen3ForCausalLM
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A model and how it is trained. Specialists differ by `task`, e.g. WordProblems(operations=("mul",))."""
+
+    name: str
+    layers: int
+    steps: int
+    width: int = 96
+    inner: int = 256
+    heads: int = 4
+    kv_heads: int = 4
+    batch: int = 64
+    lr: float = 3e-3
+    floor: float = 0.0  # the cosine ends at floor * lr
+    warmup: int = 50
+    seed: int = 0
+    task: WordProblems = WordProblems()
+
+
+SPECS = {
+    "teacher": Spec("teacher", layers=3, steps=1500, batch=96, seed=1),
+    "student": Spec("student", layers=2, steps=300, seed=2),
+}
+
+
+def blank(spec: Spec, tokenizer: Any) -> Qwen3ForCausalLM:
+    """The untrained model of a spec: Qwen3, float32, tied embeddings."""
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=spec.width,
+        intermediate_size=spec.inner,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.kv_heads,
+        head_dim=spec.width // spec.heads,
+        max_position_embeddings=tokenizer.model_max_length,
+        tie_word_embeddings=True,
+        dtype="float32",
+        **ends,
+    )
+    torch.manual_seed(spec.seed)
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(do_sample=True, **ends)
+    return model
+
+
+def encode(prompts: list[Prompt], tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """(ids_BT, labels_BT), padded on the right: question and first reference, of which only the reference and its end are learnt."""
+    asked = tokenizer.apply_chat_template([list(prompt.messages) for prompt in prompts], add_generation_prompt=True)["input_ids"]
+    answered = tokenizer([prompt.references[0] + tokenizer.eos_token for prompt in prompts])["input_ids"]
+    rows = [torch.tensor(ask + answer) for ask, answer in zip(asked, answered, strict=True)]
+    labels = [torch.tensor([IGNORED] * len(ask) + answer) for ask, answer in zip(asked, answered, strict=True)]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(rows, True, float(tokenizer.pad_token_id)), pad(labels, True, float(IGNORED))
+
+
+def cold_start(spec: Spec, tokenizer: Any) -> Qwen3ForCausalLM:
+    """A model trained on worked solutions: AdamW, warm-up and cosine, gradient norm clipped at 1."""
+    model = blank(spec, tokenizer).train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=spec.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    stream, begun = spec.task.prompts("train", spec.seed), time.monotonic()
+    for step in range(spec.steps):
+        along = step / spec.steps
+        rate = spec.lr * min(1.0, (step + 1) / spec.warmup) * (spec.floor + (1 - spec.floor) * 0.5 * (1 + math.cos(math.pi * along)))
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        ids_BT, labels_BT = encode(list(islice(stream, spec.batch)), tokenizer)
+        logits_BTV = model(input_ids=ids_BT[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORED)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        if (step + 1) % 100 == 0:
+            print(f"{spec.name} step {step + 1}/{spec.steps} loss {loss.item():.4f} nats, {time.monotonic() - begun:.0f} s", flush=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: Any, tokenizer: Any, task: WordProblems, *, seed: int = 0, batch: int = 250) -> tuple[int, int]:
+    """(right, problems) of greedy answers on the whole "test" split."""
+    prompts, right = list(task.prompts("test", seed)), 0
+    for first in range(0, len(prompts), batch):
+        some = prompts[first : first + batch]
+        asked = tokenizer.apply_chat_template(
+            [list(prompt.messages) for prompt in some], add_generation_prompt=True, padding=True, return_tensors="pt"
+        )
+        room = max(len(prompt.references[0]) for prompt in some) + 8
+        made = model.generate(**asked, max_new_tokens=room, do_sample=False)[:, asked["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(made, skip_special_tokens=True)
+        right += sum(int(task.verify(prompt, text)) for prompt, text in zip(some, texts, strict=True))
+    return right, len(prompts)
+
+
+def wilson(right: int, problems: int, z: float = 1.96) -> tuple[float, float]:
+    """The Wilson score interval of a proportion (Wilson 1927); z = 1.96 is 95 %."""
+    share, shrink = right / problems, 1 + z * z / problems
+    middle = (share + z * z / (2 * problems)) / shrink
+    half = z / shrink * math.sqrt(share * (1 - share) / problems + z * z / (4 * problems * problems))
+    return middle - half, middle + half
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=list(SPECS), help="make this one (default: all)")
+    parser.add_argument("--out", type=Path, help="folder for the models (default: beside this file)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="train for so many steps instead")
+    asked = parser.parse_args(arguments)
+    torch.set_num_threads(asked.threads)
+    tokenizer = character_tokenizer()
+    for name in [asked.only] if asked.only else SPECS:
+        spec = SPECS[name] if asked.steps is None else replace(SPECS[name], steps=asked.steps)
+        model = cold_start(spec, tokenizer)
+        report = [
+            f"{model.num_parameters():,} parameters, {spec.steps} steps of {spec.batch} problems, seed {spec.seed}, {asked.threads} threads"
+        ]
+        for title, task in (("held-out problems", spec.task), ("held-out problems two steps longer", replace(spec.task, longer=2))):
+            right, problems = accuracy(model, tokenizer, task)
+            low, high = wilson(right, problems)
+            report.append(f"{title}: {right}/{problems} right, greedy ({right / problems:.1%}, 95 % interval {low:.1%} to {high:.1%})")
+        save(model, tokenizer, spec.name, report, (asked.out / name) if asked.out else folder(name))
+        print("\n".join([f"{name}:", *report]))
+
+
+if __name__ == "__main__":
+    main()

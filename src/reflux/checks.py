@@ -1,0 +1,153 @@
+"""One function joins the parts: it refuses what does not fit, in sentences, before any weight is loaded.
+
+Teachers declare what they offer, objectives what they accept, credit what it wants. Each check below is a sentence a user can act on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import reduce
+
+from reflux.config import RunConfig
+from reflux.errors import ConfigError
+from reflux.objectives.base import Objective
+from reflux.parts import kind_of
+from reflux.schedules import at
+from reflux.teachers.base import spoken_name
+from reflux.types import HiddenTarget, SampledTarget, Target, TopKTarget, Wants
+
+_SAID = {
+    HiddenTarget: "hidden states (the full distribution)",
+    TopKTarget: "a top-k list",
+    SampledTarget: "the sampled token's log-prob",
+}
+
+
+def join(cfg: RunConfig) -> Wants:
+    """What the assembled parts want computed. Raises ConfigError with every problem found, one a line."""
+    problems = list(_problems(cfg))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    speakers = [*cfg.objectives, *cfg.credit.values()]
+    wants = reduce(lambda joined, part: joined | part.wants, speakers, Wants(reward=cfg.reward is not None))
+    return wants
+
+
+def _problems(cfg: RunConfig) -> Iterator[str]:
+    yield from _lengths(cfg)
+    yield from _teachers(cfg)
+    for index, objective in enumerate(cfg.objectives):
+        yield from _objective(cfg, f"objectives[{index}]", objective)
+    yield from _shifts(cfg)
+    yield from _groups(cfg)
+    yield from _sampling(cfg)
+
+
+def _lengths(cfg: RunConfig) -> Iterator[str]:
+    for step in range(cfg.steps):
+        length = at(cfg.sampler.max_tokens, step)
+        if length < 1:
+            yield f"sampler.max_tokens is {length:g} at step {step}; an attempt needs at least 1 token. Start the schedule at 1 or more."
+            return
+
+
+def _teachers(cfg: RunConfig) -> Iterator[str]:
+    names: dict[str, list[str]] = {}
+    for table, teacher in cfg.teachers.items():
+        names.setdefault(spoken_name(table, teacher), []).append(table)
+        if teacher.context.min_group > cfg.group_size:
+            yield (
+                f"teachers.{table}.context needs at least {teacher.context.min_group} attempts per prompt, but group_size is "
+                f"{cfg.group_size}. Raise group_size."
+            )
+    for name, tables in names.items():
+        routes = [route for table in tables for route in cfg.teachers[table].routes]
+        if len(tables) > 1 and (len(set(routes)) < len(routes) or any(not cfg.teachers[table].routes for table in tables)):
+            yield f"teachers {', '.join(tables)} all answer as '{name}', so each needs routes of its own, none of them shared."
+
+
+def offered(cfg: RunConfig, name: str) -> set[type[Target]]:
+    """What the tables behind a teacher name all offer; "said" is what the sampler recorded."""
+    if name == "said":
+        return {TopKTarget, SampledTarget}
+    tables = [teacher for table, teacher in cfg.teachers.items() if spoken_name(table, teacher) == name]
+    return set.intersection(*(set(teacher.offers) for teacher in tables)) if tables else set()
+
+
+def _objective(cfg: RunConfig, where: str, objective: Objective) -> Iterator[str]:
+    if objective.teacher is None:
+        return
+    known = sorted({spoken_name(table, teacher) for table, teacher in cfg.teachers.items()})
+    if objective.teacher != "said" and objective.teacher not in known:
+        yield (
+            f"{where}.teacher: there is no teacher '{objective.teacher}'. "
+            + (f"Known: {', '.join(known)}, and 'said' (the student as it acted)." if known else f"Add a [teachers.{objective.teacher}] table.")
+        )
+        return
+    offers = offered(cfg, objective.teacher)
+    if not offers & set(objective.accepts):
+        kinds = ", ".join(_SAID[kind] for kind in objective.accepts if kind in _SAID)
+        said = ", ".join(_SAID[kind] for kind in sorted(offers, key=str) if kind in _SAID)
+        yield (
+            f"{where}: {kind_of('objectives', objective)} needs {kinds}, but teacher '{objective.teacher}' offers {said or 'nothing'}. "
+            f'Use support = "teacher" where the teacher gives a list, kind = "sampled_kl" where it gives log-probs, or a local teacher.'
+        )
+
+
+def _shifts(cfg: RunConfig) -> Iterator[str]:
+    takers = [objective for objective in cfg.objectives if objective.takes_shift]
+    rules = [name for name, rule in cfg.credit.items() if rule.shifts]
+    if rules and not takers:
+        kinds = ", ".join(f"'{kind_of('objectives', objective)}'" for objective in cfg.objectives)
+        yield (
+            f"credit.{rules[0]} shifts advantages, but no objective takes a shift: {kinds} differentiates its cost itself.\n"
+            f'    Use kind = "sampled_kl", or add a second [[objectives]] with kind = "outcome".'
+        )
+    for index, objective in enumerate(cfg.objectives):
+        if objective.takes_shift and objective.teacher is None and not rules:
+            yield (
+                f"objectives[{index}]: {kind_of('objectives', objective)} learns from shifts alone, and no credit rule gives any. "
+                f"Add [credit.outcome] and a [reward]."
+            )
+
+
+def _groups(cfg: RunConfig) -> Iterator[str]:
+    for name, rule in cfg.credit.items():
+        if rule.min_group > cfg.group_size:
+            yield f"credit.{name} compares attempts at one prompt: it needs group_size >= {rule.min_group}, got {cfg.group_size}."
+        if rule.wants.reward and cfg.reward is None:
+            yield f"credit.{name} needs verdicts: add [reward] with kind = \"verifier\"."
+
+
+def _sampling(cfg: RunConfig) -> Iterator[str]:
+    sampler = cfg.sampler
+    kind = kind_of("samplers", sampler)
+    biased = sampler.temperature != 1 or sampler.top_p != 1
+    if biased and sampler.on_policy and not sampler.allow_biased:
+        yield (
+            f"sampler.temperature = {sampler.temperature:g} and top_p = {sampler.top_p:g}: attempts drawn from another distribution than the "
+            f"student's own make on-policy estimators biased. Use 1 and 1, or say sampler.allow_biased = true."
+        )
+    for index, objective in enumerate(cfg.objectives):
+        name = f"objectives[{index}]: {kind_of('objectives', objective)}"
+        if objective.takes_shift and not sampler.on_policy:
+            yield f"{name} weighs tokens by the student's own probabilities, but sampler '{kind}' gives answers it did not draw. Use nll or divergence."
+        if objective.takes_shift and cfg.max_lag and getattr(objective, "ratio", None) == "none":
+            yield f'{name} with ratio = "none" is biased on attempts of an older student, and max_lag is {cfg.max_lag}. Use ratio = "truncated".'
+        if objective.teacher is None and not objective.takes_shift and sampler.on_policy:
+            yield f"{name} on the student's own attempts has an expected gradient of zero. Use the 'stored' sampler, or another objective."
+    if not sampler.on_policy and "prefix" in {kind_of("credit", rule) for rule in cfg.credit.values()}:
+        yield "credit.prefix: cutting answers the student did not write teaches it never to end (arXiv 2602.15260). Use an on-policy sampler."
+
+
+def warnings(cfg: RunConfig) -> list[str]:
+    """What works but is seldom meant."""
+    found = []
+    used = {objective.teacher for objective in cfg.objectives}
+    for table, teacher in cfg.teachers.items():
+        if spoken_name(table, teacher) not in used:
+            found.append(f"teachers.{table} is asked, but no objective listens to it; only metrics will.")
+    shortest = min((at(cfg.sampler.max_tokens, step) for step in range(cfg.steps)), default=0)
+    if cfg.reward is not None and shortest < cfg.longest:
+        found.append(f"a reward is given while training answers may be cut at {shortest:g} tokens: the verifier will see unfinished answers.")
+    return found

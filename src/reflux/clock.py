@@ -1,0 +1,25 @@
+"""Seconds by role, added up by the parts as their model calls end, read once a step."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+
+class Clock:
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._lock = threading.Lock()  # model calls end in worker threads
+        self._last = time.perf_counter()
+
+    def add(self, role: str, seconds: float) -> None:
+        with self._lock:
+            self._seconds[role] = self._seconds.get(role, 0.0) + seconds
+
+    def take(self) -> dict[str, float]:
+        """Seconds by role since the last call, and `total`, the wall-clock time."""
+        now = time.perf_counter()
+        with self._lock:
+            taken, self._seconds = self._seconds, {}
+        taken["total"], self._last = now - self._last, now
+        return {role: round(seconds, 6) for role, seconds in taken.items()}

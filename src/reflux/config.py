@@ -1,0 +1,223 @@
+"""A recipe (TOML) -> one tree of frozen, validated values. The config is the program: nothing is forwarded by hand.
+
+A recipe sets its own keys; the rest comes from its `base` (another recipe, a shipped base, or a file). Changing a table's kind drops
+the old kind's keys of that table. `key.path=value` overrides are merged last; the value is TOML, or else plain text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from reflux import parts
+from reflux.errors import ConfigError
+from reflux.parts import STRICT, PartOf
+from reflux.schedules import at
+from reflux.types import Draw
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Refresh:
+    """When in-flight attempts are asked again (f-OPD): mean freshness at or below `below`, at most once in `every` steps. 0: never."""
+
+    below: float = 0.0
+    min_aligned: float = 0.5
+    every: Count = 200
+
+    def due(self, groups: Any, moment: Any) -> bool:
+        """No part writes freshness notes where `below` is 0, and then nothing is ever due."""
+        notes = [attempt.notes["freshness"] for group in groups for attempt in group if "freshness" in attempt.notes]
+        return bool(self.below and notes) and sum(notes) / len(notes) <= self.below
+
+
+@dataclass(frozen=True, config=STRICT)
+class Track:
+    """Where metrics also go while the run lasts. Nothing is sent anywhere unless this table names a tracker."""
+
+    kind: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    project: str = "reflux"
+    name: str | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
+class RunConfig:
+    """One run. Class defaults are the vetted setting."""
+
+    task: Annotated[Any, PartOf("tasks")]
+    sampler: Annotated[Any, PartOf("samplers", default="hf")]
+    learner: Annotated[Any, PartOf("learners", default="hf")]
+    objectives: Annotated[tuple[Any, ...], PartOf("objectives", many="list")]
+    teachers: Annotated[dict[str, Any], PartOf("teachers", many="table", default="local")] = Field(default_factory=dict)
+    credit: Annotated[dict[str, Any], PartOf("credit", many="table")] = Field(default_factory=dict)
+    reward: Annotated[Any, PartOf("rewards")] = None
+    accelerator: Annotated[Any, PartOf("accelerators")] = None
+    evals: Annotated[dict[str, Any], PartOf("evals", many="table")] = Field(default_factory=dict)
+    refresh: Refresh = Refresh()
+    track: Track = Track()
+    recipe: str = "unnamed"
+    steps: Annotated[int, Field(ge=0)] = 200
+    prompts_per_step: Count = 64
+    group_size: Count = 1
+    max_lag: Annotated[int, Field(ge=0)] = 0
+    seed: int = 0
+    normalise: Literal["kept", "chosen", "rollout_means"] = "kept"
+    save_every: Count = 50
+    eval_every: Count = 50
+    keep_checkpoints: Count = 2
+    log_variance: bool = False
+    threads: Annotated[int, Field(ge=0)] = 0  # CPU threads of torch; 0: what torch finds
+    deterministic: bool = False  # torch's deterministic algorithms, on a GPU
+
+    def __post_init__(self) -> None:
+        if not self.objectives:
+            raise ValueError("objectives: at least one [[objectives]] table is needed, or nothing would be learnt")
+
+    @property
+    def longest(self) -> int:
+        """The largest max_tokens of any step: what evaluation may write."""
+        return max(int(at(self.sampler.max_tokens, step)) for step in range(max(1, self.steps)))
+
+    def draw(self, step: int) -> Draw:
+        """How the attempts of optimiser step `step` (from 0) are sampled."""
+        s = self.sampler
+        limit = int(at(s.max_tokens, step))
+        return Draw(step, "train", limit, s.temperature, s.top_p, tuple(s.stop), cohort=self.prompts_per_step)
+
+
+def load_recipe(name: str | Path, overrides: Mapping[str, Any] | Iterable[str] = ()) -> RunConfig:
+    """The validated config of a shipped recipe (by name) or a file, with overrides.
+
+    Raises ConfigError whose text names the path of what is wrong.
+    """
+    changes = overrides.items() if isinstance(overrides, Mapping) else map(split_override, overrides)
+    values = {path: unpack(value) for path, value in changes}
+    table = resolve(read_recipe(name), values.pop("base", None))
+    for path, value in values.items():
+        table = merge(table, nest(path.split("."), value, table))
+    return from_table(table)
+
+
+def read_recipe(name: str | Path, base: bool = False) -> dict[str, Any]:
+    """The raw table of a recipe file, or of a shipped recipe by name."""
+    path = Path(name)
+    if not path.suffix:
+        scale = RECIPES / "base" / f"{name}.toml"
+        path = scale if base and scale.exists() else RECIPES / f"{name}.toml"
+    try:
+        table = tomllib.loads(path.read_text())
+    except (FileNotFoundError, IsADirectoryError):
+        known = recipe_names()
+        raise ConfigError(
+            f"no recipe '{name}'{parts.did_you_mean(str(name), known)}. Shipped recipes: {', '.join(known)}. A recipe of your own: give its path, ending in .toml."
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    if not base:
+        table.setdefault("recipe", path.stem)
+    return table
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def resolve(table: dict[str, Any], scale: str | None = None) -> dict[str, Any]:
+    """A recipe merged over its bases, the nearest last. `scale` takes the place of the last base of the chain."""
+    if "base" not in table:
+        return table
+    base = read_recipe(table["base"], base=True)
+    if scale is not None and "base" not in base:
+        base = read_recipe(scale, base=True)
+    return merge(resolve(base, scale), {key: value for key, value in table.items() if key != "base"})
+
+
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables merge key by key; everything else is replaced. A new kind drops the keys of the old one."""
+    merged = dict(under)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("kind", old.get("kind")) == old.get("kind"):
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def split_override(text: str) -> tuple[str, Any]:
+    """ "a.b=3" -> ("a.b", 3)."""
+    path, sign, value = text.partition("=")
+    if not sign or not path.strip():
+        raise ConfigError(f"'{text}' is not an override; write key.path=value, for example learner.lr=1e-3")
+    return path.strip(), value.strip()
+
+
+def unpack(value: Any) -> Any:
+    """TOML where it parses, else the text itself: steps=10 is a number, learner.model=my/model a string."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return value
+
+
+def nest(path: list[str], value: Any, table: Any) -> dict[str, Any]:
+    """The smallest table that sets `path`; a number as a key edits a copy of the list that is there."""
+    if len(path) == 1:
+        return {path[0]: value}
+    head, inner = path[0], table.get(path[0], {}) if isinstance(table, Mapping) else {}
+    if isinstance(inner, list) and path[1].isdigit():
+        index, items = int(path[1]), [dict(item) for item in inner]
+        if index >= len(items):
+            raise ConfigError(f"{head}.{index}: there are only {len(items)} {head}, counted from 0")
+        items[index] = merge(items[index], nest(path[1:], value, {})[path[1]]) if len(path) > 2 else value
+        return {head: items}
+    return {head: nest(path[1:], value, inner)}
+
+
+def from_table(table: Mapping[str, Any]) -> RunConfig:
+    """Validate a resolved table."""
+    for key in ("task", "sampler", "learner", "objectives"):
+        if key not in table:
+            raise ConfigError(f'{key}: this table is missing. Set base = "toy" or base = "hub", or write a [{key}] table.')
+    steps = table.get("steps", 200)
+    return parts.make(RunConfig, table, "", steps=steps if isinstance(steps, int) else 0)
+
+
+def to_table(cfg: RunConfig) -> dict[str, Any]:
+    """The table that gives this config again (law 10), every default written out."""
+    return parts.fields_of(cfg)
+
+
+def to_toml(cfg: RunConfig) -> str:
+    return tomli_w.dumps(to_table(cfg))
+
+
+def config_hash(cfg: RunConfig) -> str:
+    """12 hex digits over everything but the tracker: two runs with one hash do the same work."""
+    table = {key: value for key, value in to_table(cfg).items() if key != "track"}
+    return hashlib.blake2b(json.dumps(table, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
+    """One line per key in which two tables differ."""
+    lines = []
+    for key in sorted({*old, *new}):
+        where, before, after = f"{path}{key}", old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += differences(before, after, f"{where}.")
+        elif before != after:
+            lines.append(f"{where}: was {before!r}, is {after!r}")
+    return lines

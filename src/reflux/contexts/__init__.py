@@ -1,0 +1,3 @@
+"""What the teacher sees."""
+
+CONTEXTS = {"same": "reflux.contexts.same:Same"}

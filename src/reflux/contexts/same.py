@@ -1,0 +1,21 @@
+"""The teacher sees exactly what the student saw."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic.dataclasses import dataclass
+
+from reflux.contexts.base import View
+from reflux.parts import STRICT
+from reflux.types import Group, Moment
+
+
+@dataclass(frozen=True, config=STRICT)
+class Same:
+    """The student's own prompt, nothing added (plain on-policy distillation)."""
+
+    min_group: ClassVar[int] = 1
+
+    def __call__(self, group: Group, moment: Moment) -> list[View | None]:
+        return [View(attempt.rollout.prompt.messages) for attempt in group]

@@ -1,0 +1,7 @@
+"""Credit rules: how much does each position count? See `base.py`."""
+
+CREDIT = {
+    "prefix": "reflux.credit.prefix:Prefix",
+    "position": "reflux.credit.position:Position",
+    "outcome": "reflux.credit.outcome:Outcome",
+}

@@ -1,0 +1,44 @@
+"""A credit rule: how much does each position count?
+
+A frozen value called with a whole group, before any micro-batch or rank split, that answers with one Share per attempt: a factor
+(multiplies the weight) and/or a shift (nats added to the advantage). Products and sums commute, so the order of rules never matters. A rule
+is pure: what it must draw, it draws from `moment.dice(...)`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+from reflux.types import Group, Moment, Share, Wants
+
+
+class Credit(Protocol):
+    shifts: ClassVar[bool]  # True where the rule may return a shift: exactly one objective must then take it
+    min_group: ClassVar[int]  # attempts per prompt it needs to say anything
+
+    @property
+    def wants(self) -> Wants: ...
+
+    def __call__(self, group: Group, moment: Moment) -> list[Share]: ...
+
+
+def share_credit(groups: list[Group], rules: dict[str, Credit], moment: Moment) -> None:
+    """Ask each rule about each group and write its word on the attempts, under the rule's name.
+
+    Raises ValueError where a rule returns a wrong number of shares, or a factor that is negative or not finite.
+    """
+    import numpy as np
+
+    for name, rule in rules.items():
+        for group in groups:
+            shares = rule(group, moment)
+            if len(shares) != len(group):
+                raise ValueError(f"credit.{name} returned {len(shares)} shares for a group of {len(group)}")
+            for attempt, share in zip(group, shares, strict=True):
+                factor_T = np.asarray(share.factor_T)
+                if not (np.isfinite(factor_T).all() and (factor_T >= 0).all() and np.isfinite(share.shift_T).all()):
+                    raise ValueError(
+                        f"credit.{name} gave prompt {attempt.rollout.prompt.id} a factor that is negative or not finite, "
+                        f"or a shift that is not finite"
+                    )
+                attempt.shares[name] = share

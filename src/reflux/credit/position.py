@@ -1,0 +1,53 @@
+"""Weights by position: fade positions in or out instead of cutting them off."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from pydantic.dataclasses import dataclass
+
+from reflux.parts import STRICT
+from reflux.schedules import Number, at, number
+from reflux.types import Group, Moment, Share, Wants
+
+
+@dataclass(frozen=True, config=STRICT)
+class Position:
+    """Factor `factor(i)` at the i-th chosen position, i = 0, 1, 2, ...; positions where the student did not choose keep factor 1.
+
+    `factor` is a number or a schedule read over positions instead of optimiser steps, so state its `horizon`, in positions:
+    `{ kind = "linear", start = 1, stop = 0, horizon = 64 }` fades the first 64 positions out. Values must be >= 0: ValueError.
+    Neutral: 1. Under the denominator `kept` positions of factor 0 are not counted. Note `factor`: the mean over chosen positions.
+    """
+
+    factor: Number
+
+    shifts: ClassVar[bool] = False
+    min_group: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        number(self.factor, "factor")
+        if isinstance(self.factor, (int, float)) and self.factor < 0:
+            raise ValueError(f"factor must be >= 0, got {self.factor}")
+
+    @property
+    def wants(self) -> Wants:
+        return Wants()
+
+    def __call__(self, group: Group, moment: Moment) -> list[Share]:
+        masks = [attempt.rollout.mask_T for attempt in group]
+        longest = max((int(mask_T.sum()) for mask_T in masks), default=0)
+        factor_L = np.array([at(self.factor, position) for position in range(longest)], dtype=np.float32)
+        if (wrong := np.flatnonzero(~(factor_L >= 0))).size:
+            raise ValueError(f"factor is {factor_L[wrong[0]]} at position {wrong[0]}; a weight must be >= 0, stop the schedule there")
+        return [_share(mask_T, factor_L) for mask_T in masks]
+
+
+def _share(mask_T: np.ndarray, factor_L: np.ndarray) -> Share:
+    chosen = int(mask_T.sum())
+    if not chosen:
+        return Share()
+    factor_T = np.ones(len(mask_T), dtype=np.float32)
+    factor_T[mask_T] = factor_L[:chosen]
+    return Share(factor_T=factor_T, notes={"factor": float(factor_L[:chosen].mean())})

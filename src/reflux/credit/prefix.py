@@ -1,0 +1,55 @@
+"""Learn from the first tokens only: most of what a teacher can correct lies early in an answer."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from pydantic.dataclasses import dataclass
+
+from reflux.parts import STRICT
+from reflux.schedules import Number, at, number
+from reflux.types import Attempt, Group, Moment, Share, Wants
+
+
+@dataclass(frozen=True, config=STRICT)
+class Prefix:
+    """Factor 1 on the chosen positions [start, start + length) of each attempt, 0 on its other chosen ones; positions where the student
+    did not choose are not counted and keep factor 1. No shift.
+
+    For rollouts generated in full; a schedule as the sampler's `max_tokens` cuts the generation itself and gives the same gradient under
+    the denominator `kept`. `length` may be a schedule over optimiser steps, fractions floored; below 1: ValueError. `start` > 0 exists to
+    study later windows. Neutral: a length at or above the longest attempt. Note `kept`: the share of chosen positions that stay.
+    arXiv 2602.15260.
+    """
+
+    length: Number
+    start: int = 0
+
+    shifts: ClassVar[bool] = False
+    min_group: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        number(self.length, "length")
+        if isinstance(self.length, (int, float)) and self.length < 1:
+            raise ValueError(f"length must be at least 1 position, got {self.length}")
+        if self.start < 0:
+            raise ValueError(f"start counts chosen positions from 0, got {self.start}")
+
+    @property
+    def wants(self) -> Wants:
+        return Wants()
+
+    def __call__(self, group: Group, moment: Moment) -> list[Share]:
+        length = int(at(self.length, moment.step) // 1)
+        if length < 1:
+            raise ValueError(f"the length of a prefix falls below 1 position at step {moment.step}; end the schedule at 1 or more")
+        return [self._share(attempt, length) for attempt in group]
+
+    def _share(self, attempt: Attempt, length: int) -> Share:
+        mask_T = attempt.rollout.mask_T
+        if not mask_T.any():
+            return Share()
+        order_T = np.cumsum(mask_T) - 1  # which chosen position this is
+        inside_T = (order_T >= self.start) & (order_T < self.start + length)
+        return Share(factor_T=np.where(mask_T, inside_T, True).astype(np.float32), notes={"kept": float(inside_T[mask_T].mean())})

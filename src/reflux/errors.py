@@ -1,0 +1,29 @@
+"""The few exceptions of the library; each is also the standard exception it specialises."""
+
+
+class RefluxError(Exception):
+    """Anything the user can act on. Its text says what to do."""
+
+
+class ConfigError(RefluxError, ValueError):
+    """A recipe, an override or a combination of parts that cannot work. Raised before any weight is loaded."""
+
+
+class DataError(RefluxError, ValueError):
+    """A data file that is empty, malformed or lacks a field. Names the file and the line."""
+
+
+class ModelError(RefluxError, ValueError):
+    """A model folder or tokenizer that is missing or does not fit the other one."""
+
+
+class RunError(RefluxError, FileExistsError):
+    """A run directory that cannot be used: it belongs to another run, or there is nothing to resume."""
+
+
+class StepRefused(RefluxError, ArithmeticError):
+    """A step whose loss or gradient is not finite. Nothing was changed; the batch is on disk for inspection."""
+
+
+class Stopped(RefluxError):
+    """The user asked the run to stop (Ctrl-C or SIGTERM). Its state is saved."""

@@ -1,0 +1,94 @@
+"""How far is the student from its teacher, position by position?"""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import islice
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from pydantic.dataclasses import dataclass
+
+from reflux.evals.accuracy import HELD_OUT_SEED
+from reflux.parts import STRICT
+from reflux.tasks.base import Split
+from reflux.types import Attempt, Draw, HiddenTarget, TokenRollout
+
+if TYPE_CHECKING:
+    from reflux.run import Run
+    from reflux.samplers.base import OpenSampler
+    from reflux.teachers.base import Teachers
+
+
+@dataclass(frozen=True, config=STRICT)
+class Agreement:
+    """Reverse KL to the teacher on the student's own samples for held-out prompts: the mean of log p(a) - log q(a), which is unbiased.
+
+    `kl_nats` with its 95% interval `low`, `high` (normal, over attempts), nats per token; `by_position` the same in `bins` of equal width. An attempt
+    the teacher did not score is left out; none scored: kl_nats is null.
+    """
+
+    once: ClassVar[bool] = False
+
+    prompts: int = 128
+    teacher: str = "main"
+    bins: int = 24
+    max_tokens: int | None = None
+    split: Split = "test"
+
+    def __post_init__(self) -> None:
+        if min(self.prompts, self.bins, self.max_tokens or 1) < 1:
+            raise ValueError("prompts, bins and max_tokens must be at least 1")
+
+    async def __call__(self, run: Run, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
+        prompts = list(islice(run.task.prompts(self.split, HELD_OUT_SEED), self.prompts))
+        draw = Draw(run.step, "eval", self.max_tokens or run.cfg.longest, cohort=len(prompts))
+        groups = await asyncio.gather(*(sampler.sample(prompt, 1, draw) for prompt in prompts))
+        await teachers.score(groups, run.moment())
+        gaps = [gap for gap in (self._gap(group[0]) for group in groups) if gap is not None]
+        return {**_interval([gap[gap == gap] for gap in gaps]), "attempts": len(gaps), "by_position": _binned(gaps, self.bins)}
+
+    def _gap(self, attempt: Attempt) -> np.ndarray | None:
+        """log p - log q per position, nats; NaN where the student did not choose."""
+        rollout, target = attempt.rollout, attempt.targets.get(self.teacher)
+        if target is None or not isinstance(rollout, TokenRollout):
+            return None
+        teacher_T = _hidden_logp(target, rollout) if isinstance(target, HiddenTarget) else getattr(target, "logp_T")
+        student_T = rollout.logp_T if rollout.logp_raw_T is None else rollout.logp_raw_T
+        return np.where(rollout.mask_T, student_T - teacher_T, np.nan)
+
+
+def _hidden_logp(target: HiddenTarget, rollout: TokenRollout) -> np.ndarray:
+    if target.logp_T is not None:
+        return target.logp_T
+    import torch
+
+    from reflux.kernels.linear_divergence import chunk_rows
+
+    head = target.head
+    h_TH = target.h_TH.to(head.module.weight.device)
+    return head.logp_of(h_TH, torch.from_numpy(rollout.tokens_T).to(h_TH.device), chunk_rows(head.vocabulary, h_TH.device)).cpu().numpy()
+
+
+def _interval(gaps: list[np.ndarray]) -> dict[str, float | None]:
+    """Token mean, with an interval from the spread between attempts (tokens of one attempt are not independent)."""
+    gaps = [gap for gap in gaps if len(gap)]
+    tokens = sum(len(gap) for gap in gaps)
+    if not tokens:
+        return {"kl_nats": None, "low": None, "high": None}
+    mean = sum(float(gap.sum()) for gap in gaps) / tokens
+    residuals = np.asarray([float((gap - mean).sum()) for gap in gaps])
+    spread = 1.96 * float(np.sqrt((residuals**2).sum())) / tokens
+    return {"kl_nats": mean, "low": mean - spread, "high": mean + spread}
+
+
+def _binned(gaps: list[np.ndarray], bins: int) -> list[dict[str, Any]]:
+    longest = max((len(gap) for gap in gaps), default=0)
+    width = max(1, -(-longest // bins))
+    table = []
+    for start in range(0, longest, width):
+        inside = [part[part == part] for part in (gap[start : start + width] for gap in gaps)]
+        tokens = sum(len(part) for part in inside)
+        if tokens:
+            table.append({"position": start, "width": width, "tokens": tokens, **_interval(inside)})
+    return table

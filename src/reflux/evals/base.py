@@ -1,0 +1,22 @@
+"""An evaluation: numbers about the student of now, written to evals.jsonl.
+
+A frozen value called with the open sampler and teachers. It has its own dice (purpose "eval") and its own length limit, so switching it on or
+off leaves the training run bit-identical (law 8).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from reflux.run import Run
+    from reflux.samplers.base import OpenSampler
+    from reflux.teachers.base import Teachers
+
+
+class Eval(Protocol):
+    once: ClassVar[bool]  # True where it speaks of the teacher: asked before the first step, never again
+
+    async def __call__(self, run: Run, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
+        """A flat table of JSON values, e.g. {"accuracy": 0.42, "low": 0.38, "high": 0.46, "problems": 500}."""
+        ...

@@ -1,0 +1,1 @@
+"""Rows of hidden states through output heads."""

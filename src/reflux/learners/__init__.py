@@ -1,0 +1,3 @@
+"""The student moves."""
+
+LEARNERS = {"hf": "reflux.learners.hf:HF"}

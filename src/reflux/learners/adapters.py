@@ -1,0 +1,59 @@
+"""Low-rank adapters by peft: attach, merge by product, export. A model without adapters passes through unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from reflux.models import Model
+
+if TYPE_CHECKING:
+    from reflux.learners.hf import Lora
+
+
+def attach(model: Model, lora: Lora, seed: int) -> None:
+    """Freeze the model and inject adapters in place, seeded; the trunk and the head are those of before."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    model.net.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed % (1 << 63))
+        settings = LoraConfig(r=lora.rank, lora_alpha=int(lora.alpha), target_modules=targets, task_type="CAUSAL_LM")
+        inject_adapter_in_model(settings, model.net)
+
+
+def _layers(net: Any) -> dict[str, Any]:
+    try:
+        from peft.tuners.lora import LoraLayer
+    except ImportError:  # without peft no model has adapters
+        return {}
+    return {name: module for name, module in net.named_modules() if isinstance(module, LoraLayer)}
+
+
+@torch.no_grad()
+def merged(net: Any) -> Mapping[str, Tensor]:
+    """All parameters and buffers under the model's own names, each adapted weight plus its product B A."""
+    layers = _layers(net)
+    weights = {}
+    for name, value in net.state_dict().items():
+        if ".lora_" in name:
+            continue
+        plain = name.replace(".base_layer", "")
+        owner = plain.rsplit(".", 1)[0]
+        if owner in layers and plain.endswith(".weight"):
+            value = value + sum(layers[owner].get_delta_weight(adapter) for adapter in layers[owner].active_adapters)
+        weights[plain] = value
+    return weights
+
+
+def export(model: Model, folder: Path) -> None:
+    """The merged student in Hugging Face format, in the type its files had."""
+    net, dtype = model.net, model.stored_dtype or torch.float32
+    weights = {name: value.to(dtype) for name, value in merged(net).items()}
+    net.save_pretrained(folder, state_dict=weights)
+    model.tokenizer.save_pretrained(folder)

@@ -1,0 +1,53 @@
+"""The default learner: a transformers model, AdamW, one process."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from reflux.parts import STRICT
+from reflux.schedules import Number, number
+
+if TYPE_CHECKING:
+    from reflux.run import Run
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Lora:
+    """Low-rank adapters by peft (arXiv 2106.09685). targets: module names, or "all-linear"."""
+
+    rank: Annotated[int, Field(ge=1)] = 32
+    alpha: Positive = 64.0
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+@dataclass(frozen=True, config=STRICT)
+class HF:
+    """AdamW on float32 master weights, bfloat16 autocast on GPU, micro-batches cut by a token budget."""
+
+    model: str
+    lr: Number = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Positive = 1.0  # gradient norm
+    micro_batch_tokens: Annotated[int, Field(ge=1)] = 16384  # prompt and response, padding included
+    lora: Lora | None = None
+    gradient_checkpointing: bool = False
+    autocast: Literal["auto", "off"] = "auto"  # auto: bfloat16 on a GPU
+    device: str = "auto"
+    attention: str | None = None  # transformers' attn_implementation
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        number(self.lr, "lr")
+
+    def open(self, run: Run) -> AbstractAsyncContextManager[Any]:
+        from reflux.learners.hf_engine import HFLearner
+
+        return HFLearner.opened(self, run)

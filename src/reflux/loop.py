@@ -1,0 +1,90 @@
+"""The loop: one for sync and async, for every method."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+from reflux import checks
+from reflux.accelerators import base as accelerators
+from reflux.config import RunConfig
+from reflux.credit.base import share_credit
+from reflux.learners.base import OpenLearner
+from reflux.pipeline import Pipeline
+from reflux.rewards.base import NoReward, OpenReward
+from reflux.run import Options, Run
+from reflux.samplers.base import OpenSampler
+from reflux.signals import stopping_on_signals
+from reflux.teachers.base import Teachers
+from reflux.types import Group, Prompt
+
+Parts = tuple[OpenLearner, OpenSampler, OpenReward, Teachers, accelerators.OpenAccelerator]
+
+
+async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
+    """prompts -> student acts -> outcome -> teachers answer -> credit is shared out -> student moves -> everyone learns of it.
+
+    `max_lag` optimiser steps may lie between acting and moving; 0 is strictly on-policy. Nothing here knows tokens from flows.
+    """
+    run = Run.open(cfg, checks.join(cfg), options)  # refuses in words before any weight is loaded; seeds, resume point
+
+    async with open_parts(cfg, run) as (learner, sampler, reward, teachers, accelerator):
+        run.restore(learner, teachers, accelerator)  # every part with state; accelerator.start(learner) on a fresh run
+
+        async def publish() -> None:  # sampler and teachers learn of the new weights
+            await sampler.publish(learner.weights, learner.version)
+            await teachers.publish(learner.weights, learner.version)
+
+        async def score() -> float:  # these weights on fixed prompts: the sampler only, under the current version
+            await sampler.publish(learner.weights, learner.version)
+            return await run.score(sampler)
+
+        async def attempt(prompt: Prompt, step: int) -> Group:  # may run ahead of training, never by more than max_lag steps
+            group = await sampler.sample(prompt, cfg.group_size, cfg.draw(step))  # the student acts
+            await reward.score(group)  # optional: verifier, rubric, judge
+            await teachers.score([group], run.moment(step), cohort=cfg.prompts_per_step)  # each in its own context
+            run.write(group, step)  # on disk now, whatever happens next
+            return group
+
+        await publish()
+        await run.evaluate(sampler, teachers, unless_done=True)  # before the first step
+        prompts = run.task.prompts("train", run.seed, run.position)
+        stream = Pipeline(
+            prompts, attempt, first_step=run.step, steps=run.steps_left, per_step=cfg.prompts_per_step, max_lag=cfg.max_lag
+        )
+        async for groups in stream:
+            moment = run.moment()
+            await teachers.score(groups, moment)  # only what is missing, or whose context changed
+            await learner.observe(groups)  # what would the student say now? (only if wanted)
+            share_credit(groups, cfg.credit, moment)  # how much does each position count?
+            if accelerator.fires(run.step + 1):
+                await stream.settle()  # in-flight attempts finish, none start
+            stats = await learner.step(groups, cfg.objectives, moment)  # the student moves
+            jumped = await accelerator.after_step(learner, score, run.step + 1)  # and may jump ahead along its path
+            await publish()  # everyone learns of it
+            if jumped or cfg.refresh.due(groups, moment):
+                stream.refresh()  # ask again what is in flight
+            run.advance(stats, groups, learner, teachers)  # step += 1; metrics, lag, shares, costs
+            if run.due("eval"):
+                await run.evaluate(sampler, teachers)
+            if run.due("save"):
+                run.save(learner, teachers, accelerator)
+        if run.worked:
+            await run.evaluate(sampler, teachers, unless_done=True)
+            run.save(learner, teachers, accelerator)
+    return run.summary()
+
+
+@asynccontextmanager
+async def open_parts(cfg: RunConfig, run: Run) -> AsyncIterator[Parts]:
+    """Open every part, the learner first; close them in reverse, whatever happens."""
+    async with AsyncExitStack() as stack:
+        stack.callback(run.close)
+        stack.enter_context(stopping_on_signals(run))
+        learner = await stack.enter_async_context(cfg.learner.open(run))
+        sampler = await stack.enter_async_context(cfg.sampler.open(run))
+        reward = await stack.enter_async_context(cfg.reward.open(run)) if cfg.reward else NoReward()
+        opened = {name: (teacher, await stack.enter_async_context(teacher.open(run, name))) for name, teacher in cfg.teachers.items()}
+        accelerator = await stack.enter_async_context(accelerators.opened(cfg.accelerator, run))
+        yield learner, sampler, reward, Teachers(opened), accelerator

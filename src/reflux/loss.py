@@ -1,0 +1,129 @@
+"""The only place where weights, shifts, coefficients and denominators meet.
+
+    loss = sum_k coef_k * sum_n w_n * cost_k,n * c_n
+
+`Item.coef_KN` already holds coef_k * w_n * c_n; here the costs are made, row by row of one micro-batch, and driven backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reflux.batch import Item, target_of
+from reflux.kernels.head import Head
+from reflux.kernels.linear_divergence import backward_rows
+from reflux.objectives.base import FullSays, ListedSays, Objective, Rows, SampledSays, Says
+from reflux.types import HiddenTarget, SampledTarget, TopKTarget
+
+
+@dataclass
+class Outcome:
+    """Per-row by-products of one micro-batch, in item order, detached: what the records and metrics need, at no second pass."""
+
+    loss: Tensor
+    student_logp: list[Tensor] = field(default_factory=list)
+    teacher_logp: dict[str, list[Tensor]] = field(default_factory=dict)
+    kl: list[Tensor] = field(default_factory=list)  # reverse KL to "main": exact where both are full, else -(log q - log p) sampled
+    ratio_terms: list[Tensor] = field(default_factory=list)  # gradient variance with and without the baseline, where asked for
+
+
+def shift_taker(objectives: Sequence[Objective]) -> int | None:
+    """The one objective that receives the shifts: an outcome-like one (no teacher) if there is one, else the first that takes them."""
+    takers = [k for k, objective in enumerate(objectives) if objective.takes_shift]
+    without_teacher = [k for k in takers if objectives[k].teacher is None]
+    return next(iter(without_teacher + takers), None)
+
+
+class MicroBatch:
+    """Items on the device: the trunk's inputs, and every constant a row needs."""
+
+    def __init__(self, items: list[Item], objectives: Sequence[Objective], device: torch.device, pad_id: int = 0):
+        self.items, self.objectives, self.device = items, objectives, device
+        self.ids_BL, self.rows_N = self._inputs(pad_id)
+        self.tokens_N = self._column(lambda item: item.rollout.tokens_T[item.rows_N])
+        self.behaviour_logp_N = self._column(lambda item: (item.rollout.logp_T if item.rollout.logp_raw_T is None else item.rollout.logp_raw_T)[item.rows_N])
+        self.shift_N = self._column(lambda item: item.shift_N)
+        self.coef_KN = [None if items[0].coef_KN[k] is None else self._column(lambda item, k=k: item.coef_KN[k]) for k in range(len(objectives))]
+        names = {*items[0].attempt.targets} | ({"said"} if items[0].rollout.said is not None else set())
+        self.teachers = {name: self._constants(name) for name in sorted(names)}
+
+    def _inputs(self, pad_id: int) -> tuple[Tensor, Tensor]:
+        """Right-padded ids [B, L] and the flat index of the state that predicts each kept position."""
+        width = max(item.input_tokens for item in self.items)
+        ids_BL = np.full((len(self.items), width), pad_id, dtype=np.int64)
+        rows = []
+        for b, item in enumerate(self.items):
+            sequence = np.concatenate([item.rollout.prompt_tokens, item.rollout.tokens_T[: item.trained - 1]])
+            ids_BL[b, : len(sequence)] = sequence
+            rows.append(b * width + len(item.rollout.prompt_tokens) - 1 + item.rows_N)
+        return torch.from_numpy(ids_BL).to(self.device), torch.from_numpy(np.concatenate(rows)).to(self.device)
+
+    def _column(self, of: Any) -> Tensor:
+        return torch.from_numpy(np.concatenate([of(item) for item in self.items])).to(self.device)
+
+    def _constants(self, name: str) -> tuple[Any, ...]:
+        """The stored target's tensors at the kept rows."""
+        targets = [target_of(item.attempt, name) for item in self.items]
+        pairs = list(zip(targets, self.items, strict=True))
+        first = targets[0]
+        if isinstance(first, HiddenTarget):
+            h_NH = torch.cat([t.h_TH[torch.from_numpy(item.rows_N)] for t, item in pairs])  # type: ignore[union-attr]
+            return (first, h_NH.to(self.device))
+        columns = ["logp_T"] + (["ids_TK", "logp_TK"] if isinstance(first, TopKTarget) else [])
+        return (first, *(torch.from_numpy(np.concatenate([getattr(t, c)[item.rows_N] for t, item in pairs])).to(self.device) for c in columns))
+
+    def says(self, name: str, rows: slice) -> Says:
+        """What a teacher says at a chunk of rows."""
+        target, *tensors = self.teachers[name]
+        if isinstance(target, HiddenTarget):
+            with torch.no_grad():
+                return FullSays(target.head.logits(tensors[0][rows]), self.tokens_N[rows])
+        if isinstance(target, SampledTarget):
+            return SampledSays(tensors[0][rows])
+        assert isinstance(target, TopKTarget)
+        return ListedSays(ids_NK=tensors[1][rows], logp_NK=tensors[2][rows], logp_N=tensors[0][rows])
+
+
+def backward(batch: MicroBatch, h_NH: Tensor, head: Head, log_variance: bool = False) -> Outcome:
+    """Costs of every objective at the rows h_NH, times their coefficients, driven backward chunk by chunk."""
+    outcome = Outcome(torch.zeros((), device=h_NH.device))
+    taker = shift_taker(batch.objectives)
+    used = {objective.teacher for objective in batch.objectives if objective.teacher} | {"main"}
+
+    def chunk_loss(rows: slice, logits_NV: Tensor) -> Tensor:
+        teachers = {name: batch.says(name, rows) for name in batch.teachers if name in used}
+        student = FullSays(logits_NV, batch.tokens_N[rows])
+        zero_N = torch.zeros_like(batch.shift_N[rows])
+        loss = logits_NV.new_zeros((), dtype=torch.float32)
+        for k, objective in enumerate(batch.objectives):
+            coef_N = batch.coef_KN[k]
+            if coef_N is None:
+                continue
+            shift_N = batch.shift_N[rows] if k == taker else zero_N
+            view = Rows(batch.tokens_N[rows], student, teachers, batch.behaviour_logp_N[rows], shift_N)
+            loss = loss + (coef_N[rows] * objective(view)).sum()
+        _record(outcome, student, teachers)
+        return loss
+
+    outcome.loss = backward_rows(h_NH, head, chunk_loss)
+    return outcome
+
+
+@torch.no_grad()
+def _record(outcome: Outcome, student: FullSays, teachers: dict[str, Says]) -> None:
+    outcome.student_logp.append(student.logp_N.detach())
+    for name, says in teachers.items():
+        if name != "said":
+            outcome.teacher_logp.setdefault(name, []).append(says.logp_N.detach())
+    main = teachers.get("main")
+    if isinstance(main, FullSays):
+        p_NV, q_NV = student.logp_NV.detach(), main.logp_NV
+        outcome.kl.append((p_NV.exp() * (p_NV - q_NV)).sum(-1))
+    elif main is not None:
+        outcome.kl.append(student.logp_N.detach() - main.logp_N)

@@ -1,0 +1,126 @@
+"""Values that know how to merge, and what a step costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+
+
+class Metric(Protocol):
+    def __add__(self, other: Self) -> Self: ...
+
+    @property
+    def value(self) -> float | None: ...
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A weighted mean: merges exactly, whatever the parts' sizes. None where nothing was counted."""
+
+    total: float = 0.0
+    count: float = 0.0
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> float | None:
+        return self.total / self.count if self.count else None
+
+    @classmethod
+    def of(cls, values: Iterable[float] | np.ndarray) -> Mean:
+        values = np.asarray(list(values) if not isinstance(values, np.ndarray) else values, dtype=np.float64)
+        return cls(float(values.sum()), values.size)
+
+
+@dataclass(frozen=True)
+class Sum:
+    total: float = 0.0
+
+    def __add__(self, other: Sum) -> Sum:
+        return Sum(self.total + other.total)
+
+    @property
+    def value(self) -> float:
+        return self.total
+
+
+@dataclass(frozen=True)
+class Max:
+    """None where nothing was seen."""
+
+    largest: float = -math.inf
+
+    def __add__(self, other: Max) -> Max:
+        return Max(max(self.largest, other.largest))
+
+    @property
+    def value(self) -> float | None:
+        return None if self.largest == -math.inf else self.largest
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Keeps its values; for per-attempt numbers, not per-token ones."""
+
+    values: tuple[float, ...] = ()
+
+    def __add__(self, other: Quantiles) -> Quantiles:
+        return Quantiles(self.values + other.values)
+
+    @property
+    def value(self) -> float | None:
+        return float(np.median(self.values)) if self.values else None
+
+    def at(self, share: float) -> float | None:
+        return float(np.quantile(self.values, share)) if self.values else None
+
+
+Stats = dict[str, Metric]
+
+
+def merge(parts: Iterable[Mapping[str, Metric]]) -> Stats:
+    """Each name's values added up; a name that only some parts have counts those parts alone."""
+    merged: Stats = {}
+    for part in parts:
+        for name, metric in part.items():
+            merged[name] = merged[name] + metric if name in merged else metric
+    return merged
+
+
+def step_flops(
+    student_params: float, teacher_params: float, prompt_tokens: float, sampled_tokens: float, trained_tokens: float
+) -> dict[str, float]:
+    """FLOP of one step by role: sample 2 S (P + n), teach 2 T (P + n), learn 6 S (P + m).
+
+    S and T are active parameters, embeddings included; P, n and m are prompt, sampled and trained tokens, totals over the batch, the prompt
+    counted once per rollout. Attention's quadratic term is left out (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+
+    Raises ValueError for a negative count, or more trained than sampled tokens.
+    """
+    counts = (student_params, teacher_params, prompt_tokens, sampled_tokens, trained_tokens)
+    if min(counts) < 0 or trained_tokens > sampled_tokens:
+        raise ValueError(f"counts must be >= 0 and trained tokens at most the sampled ones, got {counts}")
+    read = prompt_tokens + sampled_tokens
+    return {
+        "sample": 2.0 * student_params * read,
+        "teach": 2.0 * teacher_params * read,
+        "learn": 6.0 * student_params * (prompt_tokens + trained_tokens),
+    }
+
+
+def jsonable(value: object) -> object:
+    """Metrics become numbers; what is not finite becomes null, which every JSON reader understands."""
+    if isinstance(value, (Mean, Sum, Max, Quantiles)):
+        value = value.value
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

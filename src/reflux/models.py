@@ -1,0 +1,156 @@
+"""Hugging Face causal models as the library sees them: a trunk that gives hidden states, a head, a tokenizer.
+
+Only safetensors are loaded, and a repository's own code is not run unless the recipe says `trust_remote_code = true`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reflux.errors import ModelError
+from reflux.tokens import Renderer, end_ids, vocabulary_size
+
+if TYPE_CHECKING:
+    import torch
+
+    from reflux.kernels.head import Head
+
+ASSETS = Path(__file__).parent / "assets"
+SHIPPED = "reflux:"  # "reflux:student" is the embedded model of that name
+
+
+def locate(name: str, path: str = "model") -> str:
+    """A folder, an earlier run directory, a shipped model, or else a hub id, as `from_pretrained` wants it.
+
+    Raises ModelError for something that looks like a folder and is none, before the hub is asked.
+    """
+    if name.startswith(SHIPPED):
+        folder = ASSETS / name.removeprefix(SHIPPED)
+        if not folder.is_dir():
+            shipped = ", ".join(sorted(f"{SHIPPED}{entry.parent.name}" for entry in ASSETS.glob("*/config.json")))
+            raise ModelError(f"{path}: no shipped model '{name}'. Shipped: {shipped}")
+        return str(folder)
+    folder = Path(name).expanduser()
+    for candidate in (folder / "student", folder):
+        if (candidate / "config.json").is_file():
+            return str(candidate)
+    if folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        why = "holds no config.json" if folder.is_dir() else "does not exist"
+        raise ModelError(f"{path}: the folder {name} {why}. Give a folder in Hugging Face format, a run directory, or a hub id such as Qwen/Qwen3-0.6B.")
+    return name
+
+
+def load_tokenizer(name: str, path: str = "model", trust_remote_code: bool = False) -> Any:
+    from transformers import AutoTokenizer
+
+    where = locate(name, path)
+    try:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: no tokenizer for {name}: {_first_line(error)}") from error
+
+
+def read_config(name: str, path: str = "model") -> dict[str, Any]:
+    """config.json as a table, from the folder or the hub's cache; no torch is imported."""
+    where = Path(locate(name, path))
+    if (where / "config.json").is_file():
+        return json.loads((where / "config.json").read_text())
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return json.loads(Path(hf_hub_download(name, "config.json")).read_text())
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"{path}: cannot read {name} from the hub: {_first_line(error)}. Without a network give a local folder.") from error
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model. `trunk` maps ids to hidden states; `head` maps those to logits over the real vocabulary."""
+
+    net: Any  # the transformers model (or its peft wrapper)
+    trunk: Any
+    head: Head
+    tokenizer: Any
+    vocabulary: int
+    end_ids: tuple[int, ...]
+    context_tokens: int
+    stored_dtype: torch.dtype | None = None  # the type its files are in; exports go back to it
+
+    @property
+    def device(self) -> torch.device:
+        return self.net.device
+
+    def renderer(self, system: str | None, template: dict[str, Any] | None) -> Renderer:
+        return Renderer(self.tokenizer, system, template)
+
+
+def load_model(
+    name: str,
+    path: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+    device_map: str | None = None,
+) -> Model:
+    """Load weights and tokenizer. dtype "auto": as stored. device "auto": the first GPU, else the CPU."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    where = locate(name, path)
+    tokenizer = load_tokenizer(name, path, trust_remote_code)
+    try:
+        net = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            device_map=device_map,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot load {name}: {_first_line(error)}") from error
+    stored = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code).dtype
+    return as_model(net if device_map else net.to(pick_device(device)), tokenizer, stored)
+
+
+def as_model(net: Any, tokenizer: Any, stored_dtype: torch.dtype | None = None) -> Model:
+    """The library's view of a transformers model already in memory."""
+    from reflux.kernels.head import Head
+
+    vocabulary = vocabulary_size(tokenizer)
+    if net.config.get_text_config().vocab_size < vocabulary:
+        rows = net.config.get_text_config().vocab_size
+        raise ModelError(f"the tokenizer has {vocabulary} tokens but the model only {rows} output rows: they do not belong together")
+    return Model(
+        net=net,
+        trunk=net.base_model,
+        head=Head(net, vocabulary),
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        end_ids=end_ids(tokenizer, net.generation_config),
+        context_tokens=int(getattr(net.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30),
+        stored_dtype=stored_dtype,
+    )
+
+
+def pick_device(device: str) -> str:
+    import torch
+
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def parameter_count(net: Any) -> int:
+    """Parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in {id(p): p for p in net.parameters()}.values())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300]

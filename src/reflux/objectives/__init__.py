@@ -1,0 +1,8 @@
+"""Objectives: a cost per position. See `base.py`."""
+
+OBJECTIVES = {
+    "sampled_kl": "reflux.objectives.sampled_kl:SampledKL",
+    "divergence": "reflux.objectives.divergence:Divergence",
+    "nll": "reflux.objectives.nll:NLL",
+    "outcome": "reflux.objectives.outcome:Outcome",
+}

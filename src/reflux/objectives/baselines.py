@@ -1,0 +1,53 @@
+"""Values of a prefix, to subtract from a sampled advantage: they leave the expected gradient and usually lower its variance (vOPD).
+
+Any number that does not depend on the sampled token keeps the estimator unbiased. Under student p and teacher q the reward r(a) =
+log q(a) - log p(a) has the value E_p[r] = -KL(p || q), known without a critic. arXiv 2605.07865.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reflux.objectives.divergences import kl
+
+
+@torch.no_grad()
+def kl_value(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
+    """-KL(p || q), nats [N], <= 0, detached. -inf where the student may say what the teacher never says."""
+    return -kl(student_logp_NV, teacher_logp_NV).clamp_min(0)  # rounding must not make a positive value
+
+
+@torch.no_grad()
+def topk_kl_value(student_logp_NV: Tensor, teacher_logp_NV: Tensor, k: int) -> Tensor:
+    """-KL(p_S || q_S), nats [N], <= 0, detached; S the student's k most likely tokens, each model renormalised by its own mass on S.
+
+    The sampled token is never put into S: a baseline must not depend on it. k >= V is `kl_value` exactly, k = 1 is 0 (plain sampled
+    distillation). k < 1: ValueError. Renormalised as in the paper and its code; the plain partial sum over S is another number.
+    """
+    if k < 1:
+        raise ValueError(f"the top-k baseline needs k >= 1, got {k}")
+    if k >= student_logp_NV.shape[-1]:
+        return kl_value(student_logp_NV, teacher_logp_NV)
+    top = student_logp_NV.topk(k, dim=-1)
+    return kl_value(top.values.log_softmax(-1), teacher_logp_NV.gather(-1, top.indices).log_softmax(-1))
+
+
+@torch.no_grad()
+def gradient_variance(student_logp_NV: Tensor, teacher_logp_NV: Tensor, value_N: Tensor | float) -> Tensor:
+    """Total variance [N] of one sampled logit gradient (r(a) - value) (e_a - p), exactly, over a ~ p.
+
+    E_p[(r - value)^2 w] - |E_p[r (e_a - p)]|^2 with w(a) = |e_a - p|^2 = 1 - 2 p(a) + sum p^2. Tokens with p = 0 count nothing.
+    """
+    p_NV = student_logp_NV.exp()
+    r_NV = (teacher_logp_NV - student_logp_NV).masked_fill_(p_NV == 0, 0)
+    w_NV = 1 - 2 * p_NV + p_NV.square().sum(-1, keepdim=True)
+    mean_NV = p_NV * (r_NV - (p_NV * r_NV).sum(-1, keepdim=True))
+    value_N1 = torch.as_tensor(value_N, dtype=p_NV.dtype, device=p_NV.device).reshape(-1, 1)
+    return (p_NV * w_NV * (r_NV - value_N1).square()).sum(-1) - mean_NV.square().sum(-1)
+
+
+def variance_ratio(student_logp_NV: Tensor, teacher_logp_NV: Tensor, value_N: Tensor | float) -> float:
+    """sum_n Var_n(value_n) / sum_n Var_n(0): below 1 the baseline helps on these rows. 1.0 where there is no variance to lower."""
+    without = float(gradient_variance(student_logp_NV, teacher_logp_NV, 0.0).sum())
+    return float(gradient_variance(student_logp_NV, teacher_logp_NV, value_N).sum()) / without if without else 1.0

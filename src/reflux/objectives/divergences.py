@@ -1,0 +1,153 @@
+"""Divergences between two rows of log-probs, and the tail bucket that turns K listed ids into a whole distribution.
+
+`student` and `teacher` are log-probs [N, V] (each row's probabilities sum to 1), results are nats [N]. All are >= 0 and 0 where the two
+agree. A token of probability 0 contributes 0 with a zero gradient; one that the first argument of a KL may say and the second may not
+makes it +inf, the true value; `jsd`, the skewed forms, `alpha_divergence` and `total_variation` stay finite there (alpha strictly inside
+(0, 1)). NaN in, NaN out. ValueError for shapes that differ or are not 2-D, V = 0, and a beta or alpha outside [0, 1].
+
+References: JSD as in GKD (arXiv 2306.13649), skewed KL as in DistiLLM (arXiv 2402.03898).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from reflux.objectives.gradients import KL, Mix, Tail
+
+
+def kl(p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
+    """sum_v p (log p - log q), nats [N], differentiable in both."""
+    _check(p_logp_NV, q_logp_NV)
+    return KL.apply(p_logp_NV, q_logp_NV)
+
+
+def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(student || teacher): mode-seeking. Its gradient in student logits is p (log p - log q - KL)."""
+    return kl(student, teacher)
+
+
+def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student): mass-covering. Its gradient in student logits is p - q."""
+    return kl(teacher, student)
+
+
+def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
+    """beta KL(teacher || m) + (1 - beta) KL(student || m) with m = (1 - beta) student + beta teacher; at most the binary entropy of beta.
+
+    There is a jump at the ends: towards 0 and 1 the value itself vanishes (jsd / beta tends to the forward KL, jsd / (1 - beta) to the
+    reverse), so beta = 0 is defined to be `forward_kl` and beta = 1 `reverse_kl`, exactly, as in GKD.
+    """
+    _check(student, teacher)
+    _check_share("beta", beta)
+    if beta in (0.0, 1.0):
+        return reverse_kl(student, teacher) if beta else forward_kl(student, teacher)
+    m = Mix.apply(student, teacher, beta)
+    return beta * kl(teacher, m) + (1 - beta) * kl(student, m)
+
+
+def skew_reverse_kl(student: Tensor, teacher: Tensor, alpha: float = 0.1) -> Tensor:
+    """KL(student || (1 - alpha) teacher + alpha student), at most -log(alpha). alpha = 0 is the reverse KL, alpha = 1 is 0."""
+    return kl(student, _mix(teacher, student, "alpha", alpha))
+
+
+def skew_forward_kl(student: Tensor, teacher: Tensor, alpha: float = 0.1) -> Tensor:
+    """KL(teacher || alpha teacher + (1 - alpha) student), at most -log(alpha). alpha = 0 is the forward KL, alpha = 1 is 0."""
+    return kl(teacher, _mix(student, teacher, "alpha", alpha))
+
+
+def alpha_divergence(student: Tensor, teacher: Tensor, alpha: float = 0.5) -> Tensor:
+    """(1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha)); exactly `reverse_kl` at alpha = 1 and `forward_kl` at alpha = 0, its limits.
+
+    Summed as alpha p + (1 - alpha) q - p^alpha q^(1 - alpha) >= 0 per token, which is the same for probabilities, is 0 to the bit where
+    they agree, and does not lose a small divergence in 1 - sum. Amari's family, up to the name of the parameter.
+    """
+    _check(student, teacher)
+    _check_share("alpha", alpha)
+    if alpha in (0.0, 1.0):
+        return reverse_kl(student, teacher) if alpha else forward_kl(student, teacher)
+    larger = torch.maximum(student, teacher)
+    gap = (student - teacher).masked_fill(larger == -torch.inf, 0)
+    weight = torch.full_like(gap, 1 - alpha).masked_fill_(gap < 0, alpha)
+    drop = -gap.abs()
+    terms = larger.exp() * (weight * drop.expm1() - (weight * drop).expm1())
+    return terms.sum(-1) / (alpha * (1 - alpha))
+
+
+def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
+    """1/2 sum |p - q|, in [0, 1] (not nats). Its gradient is 0 where the two agree to the bit but does not fade near there."""
+    _check(student, teacher)
+    return 0.5 * (student.exp() - teacher.exp()).abs().sum(-1)
+
+
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    "reverse": reverse_kl,
+    "forward": forward_kl,
+    "jsd": jsd,
+    "skew_reverse": skew_reverse_kl,
+    "skew_forward": skew_forward_kl,
+    "alpha": alpha_divergence,
+    "tv": total_variation,
+}
+
+
+def with_tail(logp_NV: Tensor, ids_NK: Tensor, check: bool = True) -> Tensor:
+    """The log-probs at K listed ids and, last, of ONE bucket with all remaining mass: [N, K + 1], probabilities sum to 1.
+
+    The bucket is the logsumexp over the ids not listed (exact, not 1 minus a sum), -inf at K = V. ValueError for an id that is repeated
+    in a row or outside 0..V-1; `check = False` skips that search (and its GPU synchronisation) for ids that come out of a top-k.
+    """
+    if logp_NV.ndim != 2 or ids_NK.ndim != 2 or len(logp_NV) != len(ids_NK) or logp_NV.shape[1] == 0:
+        raise ValueError(f"with_tail needs log-probs [N, V] with V > 0 and ids [N, K], got {_shapes(logp_NV, ids_NK)}")
+    if check and ids_NK.numel():
+        _check_ids(ids_NK, logp_NV.shape[1])
+    return torch.cat([logp_NV.gather(-1, ids_NK), Tail.apply(logp_NV, ids_NK)], dim=-1)
+
+
+def with_tail_listed(logp_NK: Tensor, floor: float = 1e-7) -> Tensor:
+    """The same [N, K + 1] from the K listed log-probs alone: the bucket is log(1 - sum exp(logp)), its mass at least `floor`.
+
+    All a stored TopKTarget allows. The floor keeps rounding from making an empty (or negative) tail; a list of the whole vocabulary has
+    no tail and should be compared without one.
+    """
+    if logp_NK.ndim != 2:
+        raise ValueError(f"with_tail_listed needs log-probs [N, K], got {_shapes(logp_NK)}")
+    if not 0 < floor < 1:
+        raise ValueError(f"the floor of the tail's mass must lie between 0 and 1, got {floor}")
+    mass_N1 = -logp_NK.logsumexp(-1, keepdim=True).expm1()
+    return torch.cat([logp_NK, mass_N1.clamp_min(floor).log()], dim=-1)
+
+
+def _mix(a: Tensor, b: Tensor, name: str, share: float) -> Tensor:
+    """log((1 - share) a + share b), exact at both ends."""
+    _check(a, b)
+    _check_share(name, share)
+    if share in (0.0, 1.0):
+        return b if share else a
+    return Mix.apply(a, b, share)
+
+
+def _check(student: Tensor, teacher: Tensor) -> None:
+    if student.ndim != 2 or student.shape != teacher.shape or student.shape[1] == 0:
+        raise ValueError(f"a divergence needs two tables of log-probs [N, V] of one shape with V > 0, got {_shapes(student, teacher)}")
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1 or math.isnan(value):
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def _check_ids(ids_NK: Tensor, vocabulary: int) -> None:
+    sorted_NK = ids_NK.sort(-1).values
+    outside = (sorted_NK[:, 0] < 0).any() | (sorted_NK[:, -1] >= vocabulary).any()
+    repeated = (sorted_NK[:, 1:] == sorted_NK[:, :-1]).any()
+    if outside | repeated:  # one synchronisation
+        what = f"lie in 0..{vocabulary - 1}" if outside else "not repeat within a row: its mass would count twice"
+        raise ValueError(f"the listed ids must {what}")
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return " and ".join(str(list(tensor.shape)) for tensor in tensors)

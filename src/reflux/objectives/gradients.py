@@ -1,0 +1,83 @@
+"""Three sums over the vocabulary with their gradients written out, for speed, memory and probabilities of 0.
+
+They run on every trained position, [N, V] wide. Plain autograd keeps more tables, passes over them more often, and turns a probability
+of 0 into 0 * inf = NaN. Each is checked against finite differences.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+class KL(Function):
+    """sum_v p (log p - log q), [N]. Keeps p and log p - log q only, and makes each gradient in one pass (plain autograd: about 1.4 times the time)."""
+
+    @staticmethod
+    def forward(ctx: Any, p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
+        p_NV = p_logp_NV.exp()
+        gap_NV = (p_logp_NV - q_logp_NV).masked_fill_(p_NV == 0, 0)  # p = 0 contributes 0, never 0 * inf
+        ctx.save_for_backward(p_NV, gap_NV if ctx.needs_input_grad[0] else None)
+        return (p_NV * gap_NV).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_N: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        p_NV, gap_NV = ctx.saved_tensors
+        grad_N1 = grad_N[:, None]
+        grad_p_NV = torch.addcmul(p_NV, p_NV, gap_NV).mul_(grad_N1) if gap_NV is not None else None
+        return grad_p_NV, p_NV * -grad_N1 if ctx.needs_input_grad[1] else None
+
+
+class Mix(Function):
+    """log((1 - share) a + share b) for 0 < share < 1, equal to a to the bit where a = b; zero gradient where both are -inf."""
+
+    @staticmethod
+    def forward(ctx: Any, a_NV: Tensor, b_NV: Tensor, share: float) -> Tensor:
+        m_NV = torch.maximum(a_NV, b_NV)
+        gap_NV = (b_NV - a_NV).masked_fill_(m_NV == -torch.inf, 0)
+        smaller_NV = torch.full_like(gap_NV, 1 - share).masked_fill_(gap_NV < 0, share)  # the share of the less likely of the two
+        m_NV = gap_NV.abs_().neg_().expm1_().mul_(smaller_NV).log1p_().add_(m_NV)
+        ctx.share = share
+        ctx.save_for_backward(a_NV, b_NV, m_NV)
+        return m_NV
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_NV: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        a_NV, b_NV, m_NV = ctx.saved_tensors
+        m_NV = m_NV.masked_fill(m_NV == -torch.inf, 0)
+        grads = [
+            (x_NV - m_NV).exp_().mul_(grad_NV).mul_(share) if needed else None
+            for x_NV, share, needed in ((a_NV, 1 - ctx.share, ctx.needs_input_grad[0]), (b_NV, ctx.share, ctx.needs_input_grad[1]))
+        ]
+        return grads[0], grads[1], None
+
+
+class Tail(Function):
+    """logsumexp over the ids not listed, [N, 1]; -inf with a zero gradient where nothing is left (torch's own gives NaN there)."""
+
+    @staticmethod
+    def forward(ctx: Any, logp_NV: Tensor, ids_NK: Tensor) -> Tensor:
+        rest_NV = logp_NV.scatter(-1, ids_NK, -torch.inf)
+        top_N1 = rest_NV.amax(-1, keepdim=True)
+        top_N1.masked_fill_(top_N1 == -torch.inf, 0)
+        sum_N1 = rest_NV.sub_(top_N1).exp_().sum(-1, keepdim=True)
+        ctx.save_for_backward(rest_NV, sum_N1)
+        return sum_N1.log() + top_N1
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_N1: Tensor
+    ) -> tuple[Tensor, None]:
+        rest_NV, sum_N1 = ctx.saved_tensors
+        return rest_NV * (grad_N1 / sum_N1.masked_fill(sum_N1 == 0, 1)), None

@@ -1,0 +1,43 @@
+"""Policy gradient on the shifts alone: learning from outcomes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic.dataclasses import dataclass
+
+from reflux.objectives.base import Rows
+from reflux.objectives.sampled_kl import check_coef, check_ratio, score_cost
+from reflux.parts import STRICT
+from reflux.types import Target, Wants
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, config=STRICT)
+class Outcome:
+    """Score function whose advantage is what the credit rules shift: with credit `outcome`, group-relative policy gradient (GRPO-like).
+
+    cost = -min(rho A, clip(rho, 1 - clip[0], 1 + clip[1]) A) with A = shift and rho = p(a) / behaviour(a) per token; ratio "none":
+    -A log p(a). A position without shift costs exactly 0. There is no teacher, hence exempt from law 2 (zero at home).
+    """
+
+    coef: float = 1.0
+    ratio: Literal["clip", "none"] = "clip"
+    clip: tuple[float, float] = (0.2, 0.2)
+
+    teacher: ClassVar[None] = None
+    takes_shift: ClassVar[bool] = True
+    accepts: ClassVar[tuple[type[Target], ...]] = ()
+
+    def __post_init__(self) -> None:
+        check_coef(self.coef)
+        check_ratio(self.clip)
+
+    @property
+    def wants(self) -> Wants:
+        return Wants()
+
+    def __call__(self, rows: Rows) -> Tensor:
+        return score_cost(rows.shift_N, rows.student.logp_N, rows.behaviour_logp_N, self.ratio, self.clip, ratio_cap=1.0)

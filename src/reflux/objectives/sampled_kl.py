@@ -1,0 +1,121 @@
+"""The sampled reverse KL: a policy gradient whose reward at each token is log teacher minus log student."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic.dataclasses import dataclass
+
+from reflux.objectives.base import FullSays, Rows
+from reflux.parts import STRICT
+from reflux.types import HiddenTarget, SampledTarget, Target, TopKTarget, Wants
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Ratio = Literal["truncated", "clip", "none"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class SampledKL:
+    """Score-function estimate of the gradient of KL(student || teacher), one sampled token a position.
+
+    A = log q(a) - log p(a) - value + shift, detached; cost = -A log p(a), times the ratio for lag (see `score_cost`). The value is 0
+    (plain on-policy distillation), -KL(p || q) (`baseline = "kl"`, vOPD), or the same over the student's `baseline_k` most likely tokens,
+    renormalised (`"topk_kl"`): unbiased all three, for attempts sampled at temperature 1 without top-p. Both baselines need the
+    teacher's whole distribution. Positions where student and teacher differ by `max_gap_nats` or more on the sampled token cost exactly
+    0, after the shift, and stay in the denominator (Uni-OPD drops them at 10). Elsewhere a teacher that never says the token gives an
+    infinite cost.
+
+    The cost is no divergence: only its gradient means something. Student = teacher: A = shift. arXiv 2605.07865 (vOPD).
+    """
+
+    teacher: str = "main"
+    coef: float = 1.0
+    baseline: Literal["none", "kl", "topk_kl"] = "none"
+    baseline_k: int = 20
+    ratio: Ratio = "truncated"
+    ratio_cap: float = 5.0
+    clip: tuple[float, float] = (0.2, 0.2)
+    max_gap_nats: float | None = None
+
+    takes_shift: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_coef(self.coef)
+        check_ratio(self.clip, self.ratio_cap)
+        if self.baseline_k < 1:
+            raise ValueError(f"baseline_k must be at least 1, got {self.baseline_k}")
+        if self.max_gap_nats is not None and not self.max_gap_nats > 0:
+            raise ValueError(f"max_gap_nats must be positive, or absent to drop nothing, got {self.max_gap_nats}")
+
+    @property
+    def accepts(self) -> tuple[type[Target], ...]:
+        return (SampledTarget, TopKTarget, HiddenTarget) if self.baseline == "none" else (HiddenTarget,)
+
+    @property
+    def wants(self) -> Wants:
+        return Wants()  # a teacher that offers no hidden states gives the sampled log-prob with every target
+
+    def __call__(self, rows: Rows) -> Tensor:
+        logp_N, teacher_logp_N = rows.student.logp_N, rows.teachers[self.teacher].logp_N
+        advantage_N = advantage(logp_N, teacher_logp_N, self.value(rows)) + rows.shift_N
+        if self.max_gap_nats is None:
+            return score_cost(advantage_N, logp_N, rows.behaviour_logp_N, self.ratio, self.clip, self.ratio_cap)
+        dropped_N = (logp_N - teacher_logp_N).detach().abs() >= self.max_gap_nats
+        advantage_N = advantage_N.masked_fill(dropped_N, 0)
+        cost_N = score_cost(advantage_N, logp_N, rows.behaviour_logp_N, self.ratio, self.clip, self.ratio_cap)
+        return cost_N.masked_fill(dropped_N, 0)
+
+    def value(self, rows: Rows) -> Tensor | float:
+        """What this baseline subtracts, nats [N]; 0 without one."""
+        if self.baseline == "none":
+            return 0.0
+        from reflux.objectives.baselines import kl_value, topk_kl_value
+
+        teacher = rows.teachers[self.teacher]
+        if not isinstance(teacher, FullSays):
+            raise ValueError(
+                f"baseline = '{self.baseline}' needs teacher '{self.teacher}' at every token the student may say, but it gave a list or "
+                f"the sampled token alone. Use baseline = 'none', or a local teacher."
+            )
+        if self.baseline == "kl":
+            return kl_value(rows.student.logp_NV, teacher.logp_NV)
+        return topk_kl_value(rows.student.logp_NV, teacher.logp_NV, self.baseline_k)
+
+
+def advantage(student_logp_N: Tensor, teacher_logp_N: Tensor, value_N: Tensor | float = 0) -> Tensor:
+    """teacher - student - value of the sampled tokens, detached, nats [N]. With value -KL the KL is ADDED."""
+    advantage_N = teacher_logp_N.detach() - student_logp_N.detach()
+    return advantage_N - (value_N if isinstance(value_N, (int, float)) else value_N.detach())
+
+
+def score_cost(
+    advantage_N: Tensor, logp_N: Tensor, behaviour_logp_N: Tensor, ratio: Ratio, clip: tuple[float, float], ratio_cap: float
+) -> Tensor:
+    """-A log p(a) for attempts sampled by an older policy, rho = p(a) / behaviour(a) per token. At rho = 1 all have one gradient.
+
+    truncated: -min(rho, ratio_cap) A log p with the ratio detached (biased only where it is capped).
+    clip: PPO's -min(rho A, clip(rho, 1 - clip[0], 1 + clip[1]) A), differentiated through rho (arXiv 1707.06347). none: rho is ignored.
+    """
+    advantage_N = advantage_N.detach()
+    if ratio == "none":
+        return -advantage_N * logp_N
+    log_ratio_N = logp_N - behaviour_logp_N
+    if ratio == "truncated":
+        return -(log_ratio_N.detach().exp().clamp(max=ratio_cap) * advantage_N) * logp_N
+    lower_N, upper_N = log_ratio_N.clamp(min=math.log1p(-clip[0])), log_ratio_N.clamp(max=math.log1p(clip[1]))
+    return -advantage_N * upper_N.where(advantage_N >= 0, lower_N).exp()  # clamped before exp: a huge ratio gives no inf * 0
+
+
+def check_coef(coef: float) -> None:
+    if not math.isfinite(coef):
+        raise ValueError(f"coef must be a finite number, got {coef}")
+
+
+def check_ratio(clip: tuple[float, float], ratio_cap: float = 1.0) -> None:
+    if not (0 <= clip[0] < 1 and 0 <= clip[1] < math.inf):
+        raise ValueError(f"clip must be (below, above) with 0 <= below < 1 and above >= 0, such as [0.2, 0.28], got {list(clip)}")
+    if not ratio_cap >= 1:
+        raise ValueError(f"ratio_cap must be at least 1, or on-policy tokens are scaled down as well, got {ratio_cap}")

@@ -1,0 +1,195 @@
+"""Parts are frozen values; a part is found by (group, kind), where kind is a registered name or "my_package.module:Class".
+
+Each package has one visible dictionary from kind to dotted name. It is read, and the class imported, only on use, so the command
+line starts without torch. A value module therefore never imports torch at its top; the mathematics it calls lives beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import keyword
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, ValidationError
+
+from reflux.errors import ConfigError
+
+STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+GROUPS = {
+    "samplers": "reflux.samplers:SAMPLERS",
+    "teachers": "reflux.teachers:TEACHERS",
+    "contexts": "reflux.contexts:CONTEXTS",
+    "objectives": "reflux.objectives:OBJECTIVES",
+    "credit": "reflux.credit:CREDIT",
+    "rewards": "reflux.rewards:REWARDS",
+    "learners": "reflux.learners:LEARNERS",
+    "accelerators": "reflux.accelerators:ACCELERATORS",
+    "tasks": "reflux.tasks:TASKS",
+    "evals": "reflux.evals:EVALS",
+    "schedules": "reflux.schedules:SCHEDULES",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PartOf:
+    """Marks a field that holds a part of `group`: `Annotated[Any, PartOf("contexts")]`.
+
+    many: a list of parts, or a table of named ones. default: the kind where none is written; in a table, else, the name is the kind.
+    """
+
+    group: str
+    many: Literal["", "list", "table"] = ""
+    default: str | None = None
+
+
+def load(dotted: str) -> Any:
+    """The object at "package.module:name"."""
+    module, _, name = dotted.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def kinds(group: str) -> dict[str, str]:
+    """The registered kinds of a group and where they live."""
+    return dict(load(GROUPS[group]))
+
+
+def part(group: str, kind: str, path: str = "") -> type:
+    """The class of a kind. Unknown kinds are refused with the nearest name."""
+    known = kinds(group)
+    if kind in known:
+        return load(known[kind])
+    where = f"{path}: " if path else ""
+    if ":" not in kind:
+        raise ConfigError(
+            f"{where}unknown {group} kind '{kind}'{did_you_mean(kind, known)}. Known: {', '.join(sorted(known)) or 'none yet'}. "
+            f'A part of your own is named "my_package.module:Class".'
+        )
+    try:
+        return load(kind)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{where}cannot import '{kind}': {error}. Is the package installed, or its folder on PYTHONPATH?") from error
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def markers(cls: type) -> dict[str, PartOf | type]:
+    """The fields of a class that hold parts, or plain tables of their own."""
+    found: dict[str, PartOf | type] = {}
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            found[name] = hint
+        for layer in _annotations(hint):
+            if isinstance(layer, PartOf):
+                found[name] = layer
+    return found
+
+
+def _annotations(hint: Any) -> Iterable[Any]:
+    if get_origin(hint) is Annotated:
+        yield from hint.__metadata__
+    for inner in get_args(hint):
+        yield from _annotations(inner)
+
+
+def build(group: str, table: Any, path: str, *, default_kind: str | None = None, steps: int = 0) -> Any:
+    """Make a part from its table. `steps` is the horizon that schedules take when they state none.
+
+    Raises ConfigError with the path of the offending key.
+    """
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{path}: expected a table with a 'kind', got {table!r}")
+    kind = table.get("kind", default_kind)
+    if not isinstance(kind, str):
+        raise ConfigError(f"{path}: needs kind = one of {', '.join(sorted(kinds(group)))}")
+    cls = part(group, kind, path)
+    rest = {key: value for key, value in table.items() if key != "kind"}
+    if group == "schedules" and "horizon" in field_names(cls):
+        rest.setdefault("horizon", steps)
+    return make(cls, rest, path, steps=steps)
+
+
+def make(cls: type, table: Mapping[str, Any], path: str, *, steps: int = 0) -> Any:
+    """Fill a frozen class from a table, the parts and tables inside it included."""
+    names, inner = field_names(cls), markers(cls)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        where = f"{path}.{key}" if path else key
+        key = f"{key}_" if keyword.iskeyword(key) else key  # a table's `as` is the field `as_`
+        if key not in names:
+            raise ConfigError(f"{where}: unexpected field{did_you_mean(key, names)}")
+        values[key] = _inner(inner[key], value, where, steps) if key in inner else value
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_sentence(entry, path) for entry in error.errors())) from error
+
+
+def _inner(marker: PartOf | type, value: Any, where: str, steps: int) -> Any:
+    if isinstance(marker, type):
+        return make(marker, value, where, steps=steps) if isinstance(value, Mapping) else value
+    if marker.many == "table":
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: expected named tables such as [{where}.NAME], got {value!r}")
+        named = value.items()
+        return {
+            name: build(marker.group, table, f"{where}.{name}", default_kind=marker.default or name, steps=steps)
+            for name, table in named
+            if table != "none"
+        }
+    if marker.many == "list":
+        if not isinstance(value, list):
+            raise ConfigError(f"{where}: expected a list of tables such as [[{where}]], got {value!r}")
+        return tuple(build(marker.group, table, f"{where}[{i}]", default_kind=marker.default, steps=steps) for i, table in enumerate(value))
+    if value == "none":
+        return None
+    return build(marker.group, value, where, default_kind=marker.default, steps=steps) if isinstance(value, Mapping) else value
+
+
+def field_names(cls: type) -> list[str]:
+    return [entry.name for entry in dataclasses.fields(cls)]
+
+
+def _sentence(error: Any, path: str) -> str:
+    loc = ".".join(str(key) for key in error["loc"] if not str(key).startswith("function-"))
+    where = ".".join(key for key in (path, loc) if key)
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {message[0].lower() + message[1:]}" + ("" if error["type"] in ("missing", "value_error") else f", got {error['input']!r}")
+
+
+def kind_of(group: str, value: object) -> str:
+    """The name under which a value is written: its registered kind, or its dotted name."""
+    dotted = f"{type(value).__module__}:{type(value).__qualname__}"
+    for kind, known in kinds(group).items():
+        if known == dotted:
+            return kind
+    return dotted
+
+
+def table_of(group: str, value: object) -> dict[str, Any]:
+    """The table that would build this value again (law 10)."""
+    return {"kind": kind_of(group, value), **fields_of(value)}
+
+
+def fields_of(value: Any) -> dict[str, Any]:
+    inner = markers(type(value))
+    table = {name.removesuffix("_"): _plain(inner.get(name), getattr(value, name)) for name in field_names(type(value))}
+    return {name: entry for name, entry in table.items() if entry is not None}
+
+
+def _plain(marker: PartOf | type | None, entry: Any) -> Any:
+    if isinstance(marker, type):
+        return fields_of(entry)
+    if isinstance(marker, PartOf) and marker.many == "table":
+        return {key: table_of(marker.group, item) for key, item in entry.items()}
+    if isinstance(marker, PartOf) and marker.many == "list":
+        return [table_of(marker.group, item) for item in entry]
+    if isinstance(marker, PartOf) and dataclasses.is_dataclass(entry):
+        return table_of(marker.group, entry)
+    return list(entry) if isinstance(entry, tuple) else entry

@@ -1,0 +1,90 @@
+"""Ten attempts out of attempts.jsonl, spread over the run. The file may be large: it is streamed twice and only what is shown is kept.
+
+An attempt has two lines, one when it was acted out and one when the student had learned from it; they are joined on
+(step, prompt, sample).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from reflux.reports.reading import Row, number, rows, table, whole
+
+Key = tuple[int, str, int]
+
+
+@dataclass
+class Shown:
+    """One attempt as it is shown: its first line, and its second where there is one."""
+
+    acted: Row
+    learned: Row = field(default_factory=dict)
+
+    @property
+    def teacher_logp(self) -> object:
+        """The main teacher's log-probs, else the first other one's; None where no teacher answered."""
+        by_name = table(self.learned.get("teacher_logp"))
+        return by_name.get("main", next(iter(by_name.values()), None))
+
+    @property
+    def student_logp(self) -> object:
+        """What the student said when it learned where that is kept, else when it acted."""
+        return self.learned.get("student_logp") or self.acted.get("logp")
+
+    @property
+    def reward(self) -> float | None:
+        return number(self.acted.get("reward"))
+
+
+def read_attempts(path: Path, notes: list[str], limit: int = 10) -> list[Shown]:
+    """At most `limit` attempts: the first and the last learned step, steps evenly between, and the first attempts of each.
+
+    Steps that were only acted out (a killed run, work in flight) are shown where nothing was learned yet.
+    """
+    acted: Counter[int] = Counter()
+    learned: set[int] = set()
+    for row in rows(path, notes):
+        key = _key(row)
+        if key is not None and row.get("kind") == "attempt":
+            acted[key[0]] += 1
+        elif key is not None and row.get("kind") == "learned":
+            learned.add(key[0])
+    pool = {step: number_of for step, number_of in sorted(acted.items()) if step in learned} or dict(sorted(acted.items()))
+    return _collect(path, spread(pool, limit))
+
+
+def _collect(path: Path, wanted: dict[int, int]) -> list[Shown]:
+    chosen: dict[Key, Shown] = {}
+    taken: Counter[int] = Counter()
+    for row in rows(path, []) if wanted else ():
+        key = _key(row)
+        if key is None or key[0] not in wanted:
+            continue
+        if row.get("kind") == "learned" and key in chosen:
+            chosen[key].learned = row
+        elif row.get("kind") == "attempt" and (key in chosen or taken[key[0]] < wanted[key[0]]):
+            taken[key[0]] += key not in chosen
+            chosen[key] = Shown(row)
+    return [chosen[key] for key in sorted(chosen, key=lambda key: key[0])]
+
+
+def spread(available: dict[int, int], limit: int) -> dict[int, int]:
+    """How many attempts to take of each step, at most `limit` in all: evenly over the steps, the first and the last included."""
+    steps = sorted(available)
+    if len(steps) >= limit:
+        return {steps[round(index * (len(steps) - 1) / max(1, limit - 1))]: 1 for index in range(limit)}
+    wanted = dict.fromkeys(steps, 0)
+    left = min(limit, sum(available.values()))
+    while left:
+        for step in steps:
+            if left and wanted[step] < available[step]:
+                wanted[step] += 1
+                left -= 1
+    return wanted
+
+
+def _key(row: Row) -> Key | None:
+    step, sample = whole(row.get("step")), whole(row.get("sample"))
+    return None if step is None else (step, str(row.get("prompt")), 0 if sample is None else sample)

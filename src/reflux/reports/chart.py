@@ -1,0 +1,76 @@
+"""A chart of the page: a plotly figure, a sentence that reads it out, and its numbers as a table for those who cannot see it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+# The Okabe-Ito colours: told apart by the colour-blind, and dark and light enough for a white and for a black page.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#858a93"
+ROLE_COLOURS = {"sample": BLUE, "reward": PURPLE, "teach": ORANGE, "learn": GREEN, "rest": GREY}
+
+
+@dataclass
+class Chart:
+    """`absent` says in a sentence why there is nothing to draw; then `figure` is None."""
+
+    title: str
+    figure: Figure | None = None
+    absent: str = ""
+    caption: str = ""
+    header: tuple[str, ...] = ()
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The figure as plain JSON values."""
+        assert self.figure is not None
+        return json.loads(str(self.figure.to_json()))
+
+
+def new_figure(x: str, y: str, **layout: Any) -> Figure:
+    """An empty figure with its axes named. Colours of text and grid are the page's, set in the browser for light or dark."""
+    from plotly.graph_objects import Figure
+
+    figure = Figure()
+    figure.update_layout(
+        template="none",
+        margin={"l": 58, "r": 14, "t": 8, "b": 42},
+        height=300,
+        hovermode="x unified",
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "traceorder": "normal"},
+        xaxis={"title": {"text": x, "font": {"size": 13}}, "zeroline": False, "automargin": True},
+        yaxis={"title": {"text": y, "font": {"size": 13}}, "automargin": True},
+        **layout,
+    )
+    return figure
+
+
+def add_line(figure: Figure, x: Sequence[float], y: Sequence[float], name: str, colour: str, hover: str, *, dots: bool = False) -> None:
+    """One line. `hover` formats the value, as in "%{y:.3f} nats"."""
+    mode = "lines+markers" if dots or len(x) < 3 else "lines"
+    figure.add_scatter(x=list(x), y=list(y), name=name, mode=mode, line={"color": colour, "width": 2}, hovertemplate=hover)
+
+
+def add_band(figure: Figure, points: Sequence[tuple[float, float | None, float | None]], colour: str) -> None:
+    """The interval around a line: points (x, low, high); those without an interval are left out."""
+    known = [(x, low, high) for x, low, high in points if low is not None and high is not None]
+    if not known:
+        return
+    x, low, high = (list(column) for column in zip(*known, strict=True))
+    red, green, blue = (int(colour[index : index + 2], 16) for index in (1, 3, 5))
+    edge = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
+    figure.add_scatter(x=x, y=low, **edge)
+    figure.add_scatter(x=x, y=high, fill="tonexty", fillcolor=f"rgba({red},{green},{blue},0.18)", **edge)
+
+
+def some(rows: list[tuple[str, ...]], limit: int = 25) -> list[tuple[str, ...]]:
+    """At most `limit` rows, evenly spaced, the first and the last included."""
+    if len(rows) <= limit:
+        return rows
+    return [rows[round(index * (len(rows) - 1) / (limit - 1))] for index in range(limit)]

@@ -1,0 +1,88 @@
+"""What the run cost: seconds and FLOPs by role, tokens, memory, lag."""
+
+from __future__ import annotations
+
+from reflux.reports.chart import BLUE, GREEN, ROLE_COLOURS, Chart, add_line, new_figure, some
+from reflux.reports.metrics import ROLES, Column, Metrics, known, rest_of, thinned, total
+from reflux.reports.units import NONE, count, duration, percent, scaled
+
+
+def seconds_chart(metrics: Metrics) -> Chart:
+    """Seconds of each step by role, stacked; "rest" is what no role accounts for."""
+    columns = {role: metrics.seconds[role] for role in ROLES} | {"rest": rest_of(metrics.seconds)}
+    chart = _stacked("Seconds a step, by role", "seconds a step", columns, metrics.step, "%{y:.3f} s", ".3f", "~g")
+    if columns["rest"] and any(known(columns["rest"])):
+        chart.caption = "Rest: what no role accounts for, such as evaluations and files."
+    return chart
+
+
+def flops_chart(metrics: Metrics) -> Chart:
+    """Floating-point operations of each step by role, stacked."""
+    return _stacked("FLOPs a step, by role", "FLOPs a step", dict(metrics.flops), metrics.step, "%{y:.3s}FLOP", ".3g", "~s")
+
+
+def _stacked(title: str, unit: str, columns: dict[str, Column], step: list[int], hover: str, digits: str, ticks: str) -> Chart:
+    used = {role: column for role, column in columns.items() if any(known(column))}
+    if not used:
+        return Chart(title, absent=f"metrics.jsonl holds no {unit} yet.")
+    figure = new_figure("step", unit, yaxis_rangemode="tozero", yaxis_tickformat=ticks)
+    numbers: list[tuple[str, ...]] = []
+    for role, column in used.items():
+        steps, values = thinned(step, [0.0 if value is None else value for value in column])
+        add_line(figure, steps, values, role, ROLE_COLOURS[role], hover)
+        figure.data[-1].update(stackgroup="all", line={"width": 0.5, "color": ROLE_COLOURS[role]})
+        numbers += some([(role, f"{at:.0f}", f"{value:{digits}}") for at, value in zip(steps, values, strict=True)], 10)
+    return Chart(title, figure, header=("role", "step", unit), rows=numbers)
+
+
+def tokens_chart(metrics: Metrics) -> Chart:
+    """Tokens sampled and tokens trained on, by step."""
+    title = "Tokens a step"
+    figure = new_figure("step", "tokens a step", yaxis_rangemode="tozero", yaxis_tickformat="~s")
+    numbers: list[tuple[str, ...]] = []
+    for name, column, colour in (("sampled", metrics.tokens_sampled, BLUE), ("trained on", metrics.tokens_trained, GREEN)):
+        steps, values = thinned(metrics.step, column)
+        if steps:
+            add_line(figure, steps, values, name, colour, "%{y:,.0f}")
+            numbers += some([(name, f"{at:.0f}", count(value)) for at, value in zip(steps, values, strict=True)], 10)
+    if not numbers:
+        return Chart(title, absent="metrics.jsonl holds no token counts yet.")
+    return Chart(title, figure, header=("", "step", "tokens"), rows=numbers)
+
+
+def roles_table(metrics: Metrics) -> list[tuple[str, str, str, str, str]]:
+    """(role, seconds, share of them, FLOPs, share of them), the total last; empty where no step has reported."""
+    if not metrics.step:
+        return []
+    seconds = {role: total(metrics.seconds[role]) for role in ROLES} | {"rest": total(rest_of(metrics.seconds))}
+    flops = {role: total(metrics.flops[role]) for role in ROLES} | {"rest": None}
+    all_seconds, all_flops = _sum(seconds), _sum(flops)
+    lines = [(role, seconds[role], flops[role]) for role in seconds if seconds[role] or flops[role]]
+    return [
+        (role, duration(spent), _share(spent, all_seconds), scaled(flop, "FLOP"), _share(flop, all_flops))
+        for role, spent, flop in [*lines, ("together", all_seconds, all_flops)]
+    ]
+
+
+def other_costs(metrics: Metrics) -> list[tuple[str, str]]:
+    """(what, how much) of tokens, memory and lag, as far as they are known."""
+    sampled, trained = total(metrics.tokens_sampled), total(metrics.tokens_trained)
+    seconds, lags = total(metrics.seconds["total"]), known(metrics.lag_mean)
+    found = [
+        ("tokens sampled", count(sampled)),
+        ("tokens trained on", count(trained)),
+        ("tokens sampled a second", count(sampled / seconds) if sampled and seconds else NONE),
+        ("peak memory", scaled(max(known(metrics.peak_memory_bytes), default=None), "B")),
+        ("lag, mean", f"{sum(lags) / len(lags):.2f} steps" if lags else NONE),
+        ("lag, largest", f"{max(known(metrics.lag_max)):.0f} steps" if known(metrics.lag_max) else NONE),
+    ]
+    return [entry for entry in found if entry[1] != NONE]
+
+
+def _sum(parts: dict[str, float | None]) -> float | None:
+    values = known(list(parts.values()))
+    return sum(values) if values else None
+
+
+def _share(part: float | None, whole: float | None) -> str:
+    return NONE if part is None or not whole else percent(part / whole, 0)

@@ -1,0 +1,113 @@
+"""How the student came along: accuracy by step, KL by step, KL by position before and after."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from reflux.reports.chart import BLUE, GREEN, GREY, ORANGE, PURPLE, Chart, add_band, add_line, new_figure, some
+from reflux.reports.evals import Agreement, Moment, main_name
+from reflux.reports.metrics import Metrics, known, thinned
+from reflux.reports.scores import Score
+from reflux.reports.text import visible
+from reflux.reports.units import count
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+_OTHERS = (GREEN, PURPLE, GREY)
+
+
+def accuracy_chart(moments: list[Moment], teacher: Score | None) -> Chart:
+    """Share of held-out problems solved, by step, with its 95 % interval, and the teacher's line."""
+    title = "Accuracy by step"
+    first = main_name((name for moment in moments for name in moment.scores), "accuracy")
+    if first is None:
+        return Chart(title, absent="No accuracy was measured in this run (evals.jsonl has none), so there is no curve.")
+    figure = new_figure("step", "problems solved", yaxis_tickformat=".0%", yaxis_rangemode="tozero")
+    names = sorted({name for moment in moments for name in moment.scores}, key=lambda name: (name != first, name))
+    numbers: list[tuple[str, ...]] = []
+    for index, name in enumerate(names):
+        colour = BLUE if index == 0 else _OTHERS[(index - 1) % len(_OTHERS)]
+        points = [(moment.step, moment.scores[name]) for moment in moments if name in moment.scores]
+        add_band(figure, [(step, score.low, score.high) for step, score in points], colour)
+        label = "student" if index == 0 else plain(name)
+        values = [score.accuracy for _, score in points]
+        add_line(figure, [step for step, _ in points], values, label, colour, "%{y:.1%}", dots=True)
+        numbers += some([(label, count(step), *score.cells) for step, score in points])
+    if teacher is not None:
+        _add_teacher(figure, teacher, [moment.step for moment in moments])
+        numbers.append(("teacher", "", *teacher.cells))
+    caption = "Held-out problems; the band is the 95 % interval."
+    return Chart(title, figure, caption=caption, header=("", "step", "accuracy", "95 % interval", "problems"), rows=numbers)
+
+
+def _add_teacher(figure: Figure, teacher: Score, steps: list[int]) -> None:
+    ends = [min(steps), max(steps)] if max(steps) > min(steps) else [min(steps) - 0.5, max(steps) + 0.5]
+    add_band(figure, [(step, teacher.low, teacher.high) for step in ends], ORANGE)
+    add_line(figure, ends, [teacher.accuracy] * 2, "teacher", ORANGE, "%{y:.1%}")
+    figure.data[-1].update(mode="lines", line={"dash": "dash", "color": ORANGE, "width": 2})
+
+
+def kl_chart(metrics: Metrics, moments: list[Moment]) -> Chart:
+    """Reverse KL from student to teacher, nats per token: on the training attempts of each step, and on held-out problems."""
+    title = "Distance to the teacher by step"
+    steps, values = thinned(metrics.step, metrics.kl_nats)
+    name = main_name((name for moment in moments for name in moment.agreements), "agreement")
+    held = [
+        (moment.step, found.kl_nats)
+        for moment in moments
+        if name is not None and (found := moment.agreements.get(name)) is not None and found.kl_nats is not None
+    ]
+    if not steps and not held:
+        return Chart(title, absent="No step has reported a KL to the teacher (metrics.jsonl and evals.jsonl have none).")
+    everything = values + [value for _, value in held]
+    far = min(everything) > 0 and max(everything) / min(everything) > 20
+    figure = new_figure("step", "reverse KL, nats per token", yaxis_type="log" if far else "linear")
+    if not far:
+        figure.update_yaxes(rangemode="tozero")
+    if steps:
+        add_line(figure, steps, values, "training attempts", BLUE, "%{y:.4f} nats")
+    if held:
+        add_line(figure, [step for step, _ in held], [value for _, value in held], "held-out problems", ORANGE, "%{y:.4f} nats", dots=True)
+    numbers = some([("training", f"{step:.0f}", f"{value:.4f}") for step, value in zip(steps, values, strict=True)])
+    numbers += some([("held-out", count(step), f"{value:.4f}") for step, value in held])
+    caption = "Reverse KL from student to teacher, nats per token" + (", on a logarithmic scale." if far else ".")
+    if len(known(metrics.kl_nats)) > len(steps):
+        caption += " Each point is the mean of several steps."
+    return Chart(title, figure, caption=caption, header=("", "step", "nats per token"), rows=numbers)
+
+
+def position_chart(moments: list[Moment]) -> Chart:
+    """Reverse KL by position on held-out problems, at the first and at the last moment that measured it."""
+    title = "Distance to the teacher by position"
+    measured = [(moment.step, found) for moment in moments for found in moment.agreements.values() if found.bins]
+    if not measured:
+        return Chart(title, absent="Agreement by position was not measured in this run (evals.jsonl has none).")
+    figure = new_figure("position in the answer (tokens)", "reverse KL, nats per token", yaxis_rangemode="tozero")
+    numbers: list[tuple[str, ...]] = []
+    ends = [measured[0], measured[-1]] if measured[-1][0] > measured[0][0] else [measured[0]]
+    for (step, found), colour in zip(ends, (GREY, BLUE), strict=False):
+        numbers += _add_positions(figure, step, found, colour)
+    caption = "Held-out problems; the band is the 95 % interval."
+    if len(ends) == 1:
+        caption += f" Measured at step {ends[0][0]} only, so there is no second curve to compare with."
+    return Chart(title, figure, caption=caption, header=("", "position", "nats", "95 % interval", "tokens"), rows=numbers)
+
+
+def _add_positions(figure: Figure, step: int, found: Agreement, colour: str) -> list[tuple[str, ...]]:
+    bins = sorted(found.bins, key=lambda entry: entry.position)
+    add_band(figure, [(entry.middle, entry.low, entry.high) for entry in bins], colour)
+    name = "before (step 0)" if step == 0 else f"after step {step}"
+    add_line(figure, [entry.middle for entry in bins], [entry.kl_nats for entry in bins], name, colour, "%{y:.4f} nats", dots=True)
+    return some(
+        [(name, entry.positions, f"{entry.kl_nats:.4f}", _nats_interval(entry.low, entry.high), count(entry.tokens)) for entry in bins]
+    )
+
+
+def _nats_interval(low: float | None, high: float | None) -> str:
+    return "–" if low is None or high is None else f"{low:.4f} to {high:.4f}"
+
+
+def plain(name: str) -> str:
+    """A name for a chart's legend: plotly reads some markup there, so what could be markup is replaced by a look-alike."""
+    return visible(name).replace("<", "‹").replace(">", "›").replace("&", "＆")

@@ -1,0 +1,69 @@
+"""The same problems, answered before and after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reflux.reports.evals import Moment, main_name
+from reflux.reports.reading import Row, number
+from reflux.reports.text import shortened, visible
+
+CHARACTERS = 4000
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the student wrote, shortened, and the verdict: right, wrong, or not graded."""
+
+    text: str
+    left_out: int
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One problem with its two answers."""
+
+    prompt: str
+    question: str
+    gold: str
+    before: Answer
+    after: Answer
+
+
+def read_pairs(moments: list[Moment], limit: int = 6) -> tuple[list[Pair], int, int]:
+    """The first problems that both the first and the last moment keep an answer to, in order, and the two steps."""
+    kept = [moment for moment in moments if any(moment.examples.values())]
+    if len(kept) < 2:
+        return [], 0, 0
+    first, last = kept[0], kept[-1]
+    name = main_name((name for name in first.examples if last.examples.get(name)), "accuracy")
+    after = {_id(entry): entry for entry in last.examples.get(name or "", [])}
+    both = [entry for entry in first.examples.get(name or "", []) if _id(entry) in after]
+    return [_pair(entry, after[_id(entry)]) for entry in both[:limit]], first.step, last.step
+
+
+def _id(entry: Row) -> str:
+    """An example names its problem by `id`, or by `prompt` where the text of the problem is in `question`."""
+    return words(entry.get("id", entry.get("prompt")))
+
+
+def _pair(before: Row, after: Row) -> Pair:
+    return Pair(
+        prompt=_id(before),
+        question=words(before.get("question", before.get("prompt"))),
+        gold=words(before.get("answer")),
+        before=_answer(before),
+        after=_answer(after),
+    )
+
+
+def _answer(entry: Row) -> Answer:
+    text, left_out = shortened(words(entry.get("text")), CHARACTERS)
+    right = number(entry.get("right", entry.get("verdict")))
+    return Answer(text, left_out, "not graded" if right is None else "right" if right >= 0.5 else "wrong")
+
+
+def words(value: object) -> str:
+    """A value as text that can be looked at; None is nothing."""
+    return "" if value is None else visible(str(value))

@@ -1,0 +1,87 @@
+"""The head of the page: what ran, how far it came, and what came of it in one sentence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reflux.reports.evals import Moment, main_name
+from reflux.reports.metrics import Metrics
+from reflux.reports.reading import Row, items, table, whole
+from reflux.reports.scores import Score, before_after_teacher
+from reflux.reports.text import visible
+from reflux.reports.units import count, duration, percent
+
+
+@dataclass(frozen=True)
+class Overview:
+    """`state` is empty for a finished run; else it says where the run stands."""
+
+    recipe: str
+    state: str
+    sentence: str
+    facts: list[tuple[str, str]]
+    scores: list[tuple[str, Score | None]]
+    health: list[str]
+
+
+def overview(config: Row, summary: Row | None, metrics: Metrics, moments: list[Moment], name: str) -> Overview:
+    """What the files say of the run as a whole. `name` (of the folder) stands in for a recipe without a name."""
+    planned, done = whole(config.get("steps")), metrics.steps_done
+    finished = summary or {}
+    scores = before_after_teacher(finished) if summary is not None else _so_far(moments)
+    return Overview(
+        recipe=visible(str(finished.get("recipe") or config.get("recipe") or name)),
+        state="" if summary is not None else _state(done, planned),
+        sentence=_sentence(scores, whole(finished.get("steps")) or done, finished.get("seconds")),
+        facts=_facts(config, finished, done, planned),
+        scores=scores,
+        health=[visible(entry) for entry in items(finished.get("health")) if isinstance(entry, str)],
+    )
+
+
+def _state(done: int, planned: int | None) -> str:
+    reached = f"step {done} of {planned}" if planned else f"step {done}"
+    return f"This run is unfinished: {reached}. It has no summary.json; what follows is what was on disk when this page was written."
+
+
+def _so_far(moments: list[Moment]) -> list[tuple[str, Score | None]]:
+    name = main_name((name for moment in moments for name in moment.scores), "accuracy")
+    measured = [(moment.step, moment.scores[name]) for moment in moments if name in moment.scores] if name else []
+    before = measured[0][1] if measured and measured[0][0] == 0 else None
+    latest = measured[-1] if measured and measured[-1][0] > 0 else None
+    return [
+        ("student before", before),
+        (f"student at step {latest[0]}" if latest else "student after", latest[1] if latest else None),
+        ("teacher", next((moment.teacher for moment in moments if moment.teacher), None)),
+    ]
+
+
+def _sentence(scores: list[tuple[str, Score | None]], steps: int, seconds: object) -> str:
+    (_, before), (_, after), (_, teacher) = scores
+    if before is None or after is None:
+        return ""
+    spent = f" ({duration(float(seconds))})" if isinstance(seconds, int | float) else ""
+    moved = f"In {count(steps)} steps{spent} the student went from {percent(before.accuracy)} to {percent(after.accuracy)}"
+    whole = moved + (f"; its teacher solves {percent(teacher.accuracy)}." if teacher else ".")
+    return whole.replace(" %", "\u00a0%")
+
+
+def _facts(config: Row, summary: Row, done: int, planned: int | None) -> list[tuple[str, str]]:
+    teachers = {name: table(entry).get("model") for name, entry in table(config.get("teachers")).items()}
+    one = len(teachers) == 1
+    found: list[tuple[str, object]] = [
+        ("method", summary.get("method") or _method(config)),
+        ("student", table(config.get("learner")).get("model")),
+        *[("teacher" if one else f"teacher {name}", model) for name, model in teachers.items()],
+        ("task", table(config.get("task")).get("kind")),
+        ("steps", f"{done} of {planned}" if planned and planned != done else done or planned),
+        ("seed", summary.get("seed", config.get("seed"))),
+        ("commit", summary.get("commit")),
+        ("config hash", summary.get("config_hash")),
+    ]
+    return [(visible(what), visible(str(value))) for what, value in found if value is not None and value != ""]
+
+
+def _method(config: Row) -> str:
+    objectives = [str(table(entry).get("kind")) for entry in items(config.get("objectives"))]
+    return " + ".join([*objectives, *map(str, table(config.get("credit")))])

@@ -1,0 +1,101 @@
+"""report.html: everything one run has to say, on one page that opens offline, from its directory alone.
+
+The page carries its own scripts and forbids every other: a content security policy names the two scripts by their hashes, and
+nothing is fetched. What models, prompts and names say is escaped by the template and stays text.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from reflux import files
+from reflux.reports.attempts import read_attempts
+from reflux.reports.costs import flops_chart, other_costs, roles_table, seconds_chart, tokens_chart
+from reflux.reports.curves import accuracy_chart, kl_chart, position_chart
+from reflux.reports.evals import read_evals
+from reflux.reports.examples import read_pairs
+from reflux.reports.metrics import read_metrics
+from reflux.reports.overview import overview
+from reflux.reports.reading import json_table, rows, toml_table
+from reflux.reports.text import visible
+from reflux.reports.tokens import open_tokenizer
+from reflux.reports.views import legend, view
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write report.html into a run directory and return its path.
+
+    Reads config.toml, metrics.jsonl, evals.jsonl, attempts.jsonl, summary.json and student/tokenizer.json; any may be missing, and what
+    is missing or damaged is said on the page. The file is replaced at once or not at all.
+    FileNotFoundError where there is no such directory.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"{run_dir} is not a run directory. Give the folder that `reflux run` printed.")
+    target = run_dir / "report.html"
+    files.write_text(target, _render(_page(run_dir)))
+    return target
+
+
+def _page(run_dir: Path) -> dict[str, Any]:
+    notes: list[str] = []
+    config = toml_table(run_dir / "config.toml", notes)
+    summary = json_table(run_dir / "summary.json", notes)
+    metrics = read_metrics(rows(run_dir / "metrics.jsonl", notes))
+    moments = read_evals(rows(run_dir / "evals.jsonl", notes))
+    attempts = read_attempts(run_dir / "attempts.jsonl", notes)
+    tokenizer = open_tokenizer(run_dir / "student" / "tokenizer.json", notes) if attempts else None
+    head = overview(config, summary, metrics, moments, run_dir.resolve().name)
+    pairs, first_step, last_step = read_pairs(moments)
+    return {
+        "head": head,
+        "progress": [
+            accuracy_chart(moments, head.scores[-1][1]),
+            kl_chart(metrics, moments),
+            position_chart(moments),
+        ],
+        "costs": [seconds_chart(metrics), flops_chart(metrics), tokens_chart(metrics)],
+        "roles": roles_table(metrics),
+        "other_costs": other_costs(metrics),
+        "attempts": [view(shown, tokenizer) for shown in attempts],
+        "pairs": pairs,
+        "pair_steps": (first_step, last_step),
+        "legend": legend(),
+        "config": visible(_text(run_dir / "config.toml")),
+        "notes": notes,
+    }
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _render(page: dict[str, Any]) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    library = get_plotlyjs()
+    assets = {
+        name: resources.files("reflux.reports").joinpath("assets", name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
+    }
+    environment = Environment(
+        loader=PackageLoader("reflux.reports", "assets"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html").render(
+        **page,
+        css=assets["page.css"],
+        script=assets["page.js"],
+        hashes=[_hash(assets["page.js"]), _hash(library)],
+        library=base64.b64encode(gzip.compress(library.encode(), mtime=0)).decode(),  # a third of its size; the browser unpacks it
+        drawn=any(chart.figure is not None for chart in [*page["progress"], *page["costs"]]),
+    )
+
+
+def _hash(script: str) -> str:
+    """The name of a script in a content security policy."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,0 +1,41 @@
+"""An accuracy with its interval, and the three that matter: before, after, the teacher's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reflux.reports.reading import Row, number, whole
+from reflux.reports.units import count, interval, percent
+
+
+@dataclass(frozen=True)
+class Score:
+    """A share of problems solved, in [0, 1], with its 95 % interval and the number of problems."""
+
+    accuracy: float
+    low: float | None = None
+    high: float | None = None
+    problems: int | None = None
+
+    @property
+    def cells(self) -> tuple[str, str, str]:
+        return percent(self.accuracy), interval(self.low, self.high), count(self.problems)
+
+
+def score(value: object) -> Score | None:
+    """A score from its table; None where there is no number."""
+    if not isinstance(value, dict):
+        return None
+    accuracy = number(value.get("accuracy"))
+    if accuracy is None:
+        return None
+    return Score(accuracy, number(value.get("low")), number(value.get("high")), whole(value.get("problems")))
+
+
+def before_after_teacher(summary: Row) -> list[tuple[str, Score | None]]:
+    """The three rows of the table at the end of a run."""
+    return [
+        ("student before", score(summary.get("accuracy_before"))),
+        ("student after", score(summary.get("accuracy_after"))),
+        ("teacher", score(summary.get("teacher_accuracy"))),
+    ]

@@ -1,0 +1,78 @@
+"""One attempt as the page shows it, and the scale of its colours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from tokenizers import Tokenizer
+
+from reflux.reports.attempts import Shown
+from reflux.reports.examples import CHARACTERS, words
+from reflux.reports.reading import items, number
+from reflux.reports.text import shortened
+from reflux.reports.tokens import EDGES_NATS, Token, shown_tokens
+
+
+@dataclass(frozen=True)
+class AttemptView:
+    """One attempt as the template shows it. Without tokens, the text stands for itself."""
+
+    title: str
+    facts: list[str]
+    question: str
+    text: str
+    left_out: int
+    head: list[Token]
+    tail: list[Token]
+    between: int
+    missing: str
+
+
+def view(shown: Shown, tokenizer: Tokenizer | None) -> AttemptView:
+    """The attempt with its tokens where there is a tokenizer, else with its text."""
+    acted = shown.acted
+    ids = items(acted.get("tokens"))
+    tokens = shown_tokens(shown, tokenizer) if tokenizer is not None and ids else ([], [], 0)
+    text, left_out = shortened(words(acted.get("text")), CHARACTERS)
+    version, finish = acted.get("version"), acted.get("finish")
+    facts = [
+        f"{len(ids):,} tokens" if ids else "",
+        "" if shown.reward is None else f"reward {shown.reward:.3g}",
+        f"finish: {words(finish)}" if finish else "",
+        f"policy version {words(version)}" if version is not None else "",
+    ]
+    return AttemptView(
+        title=f"Step {words(acted.get('step'))} · {words(acted.get('prompt'))} · attempt {words(acted.get('sample'))}",
+        facts=[fact for fact in facts if fact],
+        question=words(acted.get("question")),
+        text=text,
+        left_out=left_out,
+        head=tokens[0],
+        tail=tokens[1],
+        between=tokens[2],
+        missing=_missing(shown, bool(tokens[0])),
+    )
+
+
+def _missing(shown: Shown, coloured: bool) -> str:
+    """Why an attempt has no colours, in a sentence; empty where it has."""
+    if not coloured:
+        return ""
+    if not shown.learned:
+        return "The student has not learned from this attempt yet, so the teacher's numbers are not on disk."
+    if not items(shown.teacher_logp):
+        return "No teacher was asked about this attempt, so its tokens have no ratio."
+    if not any(number(value) is not None for value in items(shown.teacher_logp)):
+        return "The teacher's log-probs of this attempt are not finite, so its tokens have no ratio."
+    return ""
+
+
+def legend() -> list[tuple[str, str]]:
+    """(css class, range in nats) from the tokens the teacher likes least to those it likes most."""
+    edges = EDGES_NATS
+    up = [(f"{low:g} to {high:g}", index) for index, (low, high) in enumerate(pairwise(edges), 1)]
+    up.append((f"over {edges[-1]:g}", len(edges)))
+    down = [(f"n{index}", " to ".join(f"−{part}" for part in words.split(" to "))) for words, index in up[:-1]]
+    down.append((f"n{len(edges)}", f"under −{edges[-1]:g}"))
+    return [*reversed(down), ("p0", f"within {edges[0]:g}"), *[(f"p{index}", words) for words, index in up]]

@@ -1,0 +1,3 @@
+"""Who says how good an attempt was."""
+
+REWARDS = {"verifier": "reflux.rewards.verifier:Verifier"}

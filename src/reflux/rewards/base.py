@@ -1,0 +1,28 @@
+"""A reward: `open(run)` gives an object whose `score(group)` fills `attempt.reward`.
+
+An attempt whose verdict could not be had (timeout, no stored answer) gets Reward(value=None): not judged, which is not wrong.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Protocol
+
+from reflux.types import Group
+
+if TYPE_CHECKING:
+    from reflux.run import Run
+
+
+class OpenReward(Protocol):
+    async def score(self, group: Group) -> None: ...
+
+
+class RewardFn(Protocol):
+    def open(self, run: Run) -> AbstractAsyncContextManager[OpenReward]: ...
+
+
+class NoReward:
+    """No verdict is given: rewards stay None."""
+
+    async def score(self, group: Group) -> None: ...

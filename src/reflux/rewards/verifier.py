@@ -1,0 +1,61 @@
+"""The task's own verifier, in worker processes that may be killed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from pydantic.dataclasses import dataclass
+
+from reflux.parts import STRICT
+from reflux.types import Group, Reward
+
+if TYPE_CHECKING:
+    from reflux.run import Run
+    from reflux.tasks.base import Task
+    from reflux.tasks.grading import Graders
+
+
+@dataclass(frozen=True, config=STRICT)
+class Verifier:
+    """Reward(value = task.verify(prompt, made)) for each attempt.
+
+    timeout_s: how long a verdict may take; then its process is killed. workers: how many judge side by side. An attempt that cannot be judged
+    (time over, the verifier failed, sampling ended in an error) has Reward(None), which is not the same as wrong, and `notes["ungraded"]` says why.
+    """
+
+    timeout_s: float = 10.0
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.timeout_s > 0:
+            raise ValueError("timeout_s must be above 0 seconds")
+        if self.workers < 1:
+            raise ValueError("workers must be at least 1")
+
+    @asynccontextmanager
+    async def open(self, run: Run) -> AsyncIterator[OpenVerifier]:
+        """Shares the run's workers where they are set alike, else starts its own."""
+        from reflux.tasks.grading import Graders
+
+        if (run.graders.workers, run.graders.timeout_s) == (self.workers, self.timeout_s):
+            yield OpenVerifier(run.task, run.graders)
+            return
+        with Graders(self.workers, self.timeout_s) as graders:
+            yield OpenVerifier(run.task, graders)
+
+
+class OpenVerifier:
+    """`score` may be called for many groups at once."""
+
+    def __init__(self, task: Task, graders: Graders):
+        self._task = task
+        self._graders = graders
+
+    async def score(self, group: Group) -> None:
+        verdicts = await self._graders.judge_attempts(self._task, group)
+        for attempt, verdict in zip(group, verdicts, strict=True):
+            attempt.reward = Reward(verdict.value)
+            if verdict.value is None:
+                attempt.notes["ungraded"] = verdict.words

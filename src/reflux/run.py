@@ -1,0 +1,270 @@
+"""The run directory: seeds, resolved config, attempts, metrics, checkpoints, resume.
+
+    config.toml  metrics.jsonl  evals.jsonl  attempts.jsonl  checkpoints/step-N/  student/  summary.json  report.html
+"""
+
+from __future__ import annotations
+
+import fcntl
+import resource
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from reflux import checkpoints, files, records
+from reflux.clock import Clock
+from reflux.config import RunConfig, differences, to_table, to_toml
+from reflux.errors import RunError, Stopped
+from reflux.metrics import Metric
+from reflux.step_metrics import step_metrics
+from reflux.tracking import Tracker, open_tracker
+from reflux.types import Group, Moment, Wants
+
+if TYPE_CHECKING:
+    from reflux.accelerators.base import OpenAccelerator
+    from reflux.learners.base import OpenLearner
+    from reflux.samplers.base import OpenSampler
+    from reflux.tasks.grading import Graders
+    from reflux.teachers.base import Teachers
+
+_MAY_DIFFER = ("steps", "save_every", "eval_every", "keep_checkpoints", "track", "threads", "evals")  # on resume: they touch no gradient
+
+
+class Watch(Protocol):
+    """Someone who looks on; what they do changes nothing in the run."""
+
+    def stepped(self, run: Run, metrics: dict[str, Any]) -> None: ...
+
+    def evaluated(self, run: Run, results: dict[str, Any]) -> None: ...
+
+    def noted(self, text: str) -> None: ...
+
+
+class Silent:
+    def stepped(self, run: Run, metrics: dict[str, Any]) -> None: ...
+
+    def evaluated(self, run: Run, results: dict[str, Any]) -> None: ...
+
+    def noted(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where a run lives and who watches it; nothing here changes what it computes."""
+
+    out: Path
+    resume: bool = False
+    watch: Watch = Silent()
+
+
+class Run:
+    """One run on disk and its counters. `step` counts completed optimiser steps."""
+
+    def __init__(self, cfg: RunConfig, wants: Wants, options: Options, step: int):
+        self.cfg, self.wants, self.dir, self.watch = cfg, wants, options.out, options.watch
+        self.seed, self.task, self.step = cfg.seed, cfg.task, step
+        self.resumed = step if options.resume else None
+        self.stopping = False
+        self.clock = Clock()
+        self.totals: dict[str, float] = {"tokens_sampled": 0, "flops": 0, "seconds": 0}
+        self._started = time.perf_counter()
+        self._tracker: Tracker = open_tracker(cfg.track, self.dir, to_table(cfg))
+        self._graders: Graders | None = None
+        self._tokenizer: Any = None
+        self._lock = (self.dir / ".lock").open("w")
+        self._costs: dict[str, float] = {}
+
+    @classmethod
+    def open(cls, cfg: RunConfig, wants: Wants, options: Options) -> Run:
+        """Make the directory, or take up the one of this very recipe. Raises RunError where it belongs to another run."""
+        saved = checkpoints.steps(options.out / "checkpoints")
+        step = saved[-1] if options.resume and saved else 0
+        if options.resume:
+            _check_same(cfg, options.out)
+        elif (options.out / "config.toml").exists():
+            raise RunError(f"{options.out} holds a run already. Continue it with --resume, or choose another folder with --out.")
+        options.out.mkdir(parents=True, exist_ok=True)
+        run = cls(cfg, wants, options, step)
+        run._take_lock()
+        files.write_text(run.dir / "config.toml", to_toml(cfg))
+        run._cut_back()
+        return run
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{self.dir} is being written by another process. Wait for it, or choose another folder with --out.") from None
+
+    def _cut_back(self) -> None:
+        """Everything on disk that came after the checkpoint goes: it will be done again."""
+        for name in ("metrics.jsonl", "evals.jsonl", "attempts.jsonl"):
+            files.keep_lines(self.dir / name, lambda row: row["step"] <= self.step)
+
+    # --- what parts ask for
+
+    @property
+    def position(self) -> int:
+        """Training prompts consumed."""
+        return self.step * self.cfg.prompts_per_step
+
+    @property
+    def steps_left(self) -> int:
+        return max(0, self.cfg.steps - self.step)
+
+    def moment(self, step: int | None = None) -> Moment:
+        return Moment(self.step if step is None else step, self.seed)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The student's."""
+        if self._tokenizer is None:
+            from reflux.models import load_tokenizer
+
+            self._tokenizer = load_tokenizer(self.cfg.learner.model, "learner.model", self.cfg.learner.trust_remote_code)
+        return self._tokenizer
+
+    @property
+    def graders(self) -> Graders:
+        """Worker processes for verdicts, shared by the reward and the evaluations."""
+        if self._graders is None:
+            from reflux.tasks.grading import Graders
+
+            self._graders = Graders()
+        return self._graders
+
+    # --- the loop's verbs
+
+    def restore(self, learner: OpenLearner, teachers: Teachers, accelerator: OpenAccelerator) -> None:
+        """Every part takes up its state; on a fresh run the accelerator takes the start weights instead."""
+        if not self.step:
+            accelerator.start(learner)
+            return
+        states = checkpoints.load(self.dir / "checkpoints", self.step)
+        learner.load(states["learner"])
+        teachers.load(states["teachers"])
+        accelerator.load(states["accelerator"])
+        self.totals = {**states["run"]}
+
+    def write(self, group: Group, step: int) -> None:
+        """An attempt is on disk before anything else can happen to it."""
+        files.append_lines(self.dir / "attempts.jsonl", [records.arrived(attempt, step) for attempt in group])
+
+    def advance(self, stats: dict[str, Metric], groups: Sequence[Group], learner: OpenLearner, teachers: Teachers) -> None:
+        """The step is done: count it, write its metrics and the attempts' second lines."""
+        metrics = step_metrics(self, stats, groups, learner, teachers)
+        files.append_lines(self.dir / "attempts.jsonl", [records.learned(a, self.step) for group in groups for a in group])
+        self.step += 1
+        self.totals["tokens_sampled"] += metrics["tokens_sampled"]
+        self.totals["flops"] += sum(metrics["flops"].values())
+        metrics = {"step": self.step, **metrics, "peak_memory_bytes": _peak_memory()}
+        files.append_lines(self.dir / "metrics.jsonl", [metrics])
+        self._tracker.log(metrics, self.step)
+        self.watch.stepped(self, metrics)
+
+    def due(self, what: str) -> bool:
+        """Is it time to "eval" or to "save"? The last step's are made by the end of the loop."""
+        if what == "save" and self.stopping:
+            return True
+        every = self.cfg.eval_every if what == "eval" else self.cfg.save_every
+        return self.step % every == 0 and self.step < self.cfg.steps
+
+    @property
+    def worked(self) -> bool:
+        """Is there anything new since the directory was opened? A finished run that is resumed does nothing."""
+        return self.resumed is None or self.step > self.resumed or not (self.dir / "student").exists()
+
+    async def score(self, sampler: OpenSampler) -> float:
+        """Mean verdict on the accelerator's fixed training prompts, with dice that are the same for every candidate of a step."""
+        from reflux.accelerators.score import fixed_prompts_score
+
+        return await fixed_prompts_score(self, sampler)
+
+    async def evaluate(self, sampler: OpenSampler, teachers: Teachers, unless_done: bool = False) -> None:
+        """Ask every evaluation about the weights of now; those that speak of the teacher only once."""
+        done = list(files.read_lines(self.dir / "evals.jsonl"))
+        if not self.cfg.evals or (unless_done and any(row["step"] == self.step for row in done)):
+            return
+        seen = {name for row in done for name in row}
+        results: dict[str, Any] = {"step": self.step}
+        for name, evaluation in self.cfg.evals.items():
+            if not (evaluation.once and name in seen):
+                results[name] = await evaluation(self, sampler, teachers)
+        files.append_lines(self.dir / "evals.jsonl", [results])
+        self._tracker.log({key: value for key, value in results.items() if key != "step"}, self.step)
+        self.watch.evaluated(self, results)
+
+    def save(self, learner: OpenLearner, teachers: Teachers, accelerator: OpenAccelerator) -> None:
+        """Checkpoint every part, export the student; then stop, if someone asked for it."""
+        states = {
+            "learner": learner.state(),
+            "teachers": teachers.state(),
+            "accelerator": accelerator.state(),
+            "run": {**self.totals, "seconds": self.seconds},
+        }
+        checkpoints.save(self.dir / "checkpoints", self.step, states, self.cfg.keep_checkpoints)
+        files.write_folder(self.dir / "student", learner.export)
+        if self.stopping and self.step < self.cfg.steps:
+            raise Stopped(f"stopped after step {self.step} of {self.cfg.steps}; everything is saved")
+
+    def keep_refused(self, groups: Sequence[Group], why: str) -> Path:
+        """Write the batch of a refused step for inspection."""
+        path = self.dir / f"refused-step-{self.step + 1}.jsonl"
+        rows = [{**records.arrived(a, self.step), **records.learned(a, self.step), "why": why} for group in groups for a in group]
+        path.unlink(missing_ok=True)
+        files.append_lines(path, rows)
+        return path
+
+    @property
+    def seconds(self) -> float:
+        return self.totals["seconds"] + time.perf_counter() - self._started
+
+    def close(self) -> None:
+        if self._graders is not None:
+            self._graders.close()
+        self._tracker.close()
+        self._lock.close()
+
+    def summary(self) -> dict[str, Any]:
+        from reflux.summary import summarise
+
+        return summarise(self)
+
+
+def choose_folder(recipe: str, out: str | Path | None, resume: bool) -> Path:
+    """The given folder, or runs/<recipe>, numbered where taken; on resume the newest of those."""
+    if out is not None:
+        return Path(out)
+    taken = sorted(Path("runs").glob(f"{recipe}*/config.toml"), key=lambda path: path.stat().st_mtime)
+    taken = [path.parent for path in taken if path.parent.name == recipe or path.parent.name.removeprefix(f"{recipe}-").isdigit()]
+    if resume:
+        if not taken:
+            raise RunError(f"there is no run of '{recipe}' under runs/ to resume; give its folder with --out.")
+        return taken[-1]
+    number = 1 + max((int(path.name.removeprefix(f"{recipe}-")) if path.name != recipe else 1 for path in taken), default=0)
+    return Path("runs") / (recipe if number == 1 else f"{recipe}-{number}")
+
+
+def _check_same(cfg: RunConfig, out: Path) -> None:
+    """A run is resumed with the recipe it was started with, but for what touches no gradient."""
+    path = out / "config.toml"
+    if not path.exists():
+        raise RunError(f"there is no run to resume in {out}: it has no config.toml. Start one without --resume.")
+    old, new = tomllib.loads(path.read_text()), to_table(cfg)
+    changed = [line for line in differences(old, new) if line.split(".")[0].split(":")[0] not in _MAY_DIFFER]
+    if changed:
+        raise RunError(f"{out} was started with another recipe, so it cannot be resumed with this one:\n  " + "\n  ".join(changed))
+
+
+def _peak_memory() -> int:
+    """Of this process, GPU memory instead where there is a GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+

@@ -1,0 +1,47 @@
+"""The default sampler: a transformers model in this process, batched decoding with a key-value cache."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from reflux.parts import STRICT
+from reflux.schedules import Number, number
+
+if TYPE_CHECKING:
+    from reflux.run import Run
+
+
+@dataclass(frozen=True, config=STRICT)
+class HF:
+    """Samples with noise that depends on (run seed, purpose, step, prompt, sample, turn, position) alone, so a batch never changes a draw's dice.
+
+    Temperature other than 1, or top_p below 1, makes on-policy estimators biased: refused unless allow_biased.
+    """
+
+    on_policy: ClassVar[bool] = True
+
+    max_tokens: Number = 512  # of the student, over all its turns
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    stop: tuple[str, ...] = ()  # texts that end an answer, besides the model's end tokens
+    allow_biased: bool = False
+    max_prompt_tokens: Annotated[int, Field(ge=0)] = 0  # 0: what the context window leaves
+    long_prompts: Literal["refuse", "skip"] = "refuse"  # skip: counted and listed, never trained on
+    batch_tokens: Annotated[int, Field(ge=1)] = 32768  # rows x (prompt + answer), padding included, decoded together
+    system: str | None = None
+    template: dict[str, Any] = Field(default_factory=dict)  # chat-template arguments, for example enable_thinking = false
+    dtype: str = "auto"  # auto: as stored
+    device: str = "auto"
+    attention: str | None = None
+
+    def __post_init__(self) -> None:
+        number(self.max_tokens, "max_tokens")
+
+    def open(self, run: Run) -> AbstractAsyncContextManager[Any]:
+        from reflux.samplers.hf_engine import HFSampler
+
+        return HFSampler.opened(self, run)

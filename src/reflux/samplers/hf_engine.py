@@ -1,0 +1,190 @@
+"""The model behind `samplers.hf`: requests of one cohort become batched decoding, turn by turn."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reflux.errors import DataError
+from reflux.gather import Gather
+from reflux.models import Model, load_model
+from reflux.samplers.decode import Ask, Turn, decode
+from reflux.samplers.noise import row_key
+from reflux.types import Attempt, Draw, Finish, Group, Message, Prompt, TokenRollout, TopKTarget
+
+if TYPE_CHECKING:
+    from reflux.run import Run
+    from reflux.samplers.hf import HF
+
+
+@dataclass
+class _Talk:
+    """One attempt under way: what has been read and written, over all its turns."""
+
+    prompt: Prompt
+    sample: int
+    prompt_ids: list[int]
+    messages: list[Message]
+    budget: int
+    turns: list[Turn] = field(default_factory=list)
+    heard: list[list[int]] = field(default_factory=list)  # reply ids after each turn but the last
+    finish: Finish = "length"
+
+
+class HFSampler:
+    """Holds its own copy of the weights; `publish` waits for the model call in progress."""
+
+    def __init__(self, cfg: HF, run: Run, model: Model):
+        self.cfg, self.run, self.model = cfg, run, model
+        self.version = 0
+        self.renderer = model.renderer(cfg.system, cfg.template)
+        self._busy = asyncio.Lock()
+        self._gather: Gather[tuple[Prompt, int, Draw], Group] = Gather(self._cohort)
+
+    @classmethod
+    @asynccontextmanager
+    async def opened(cls, cfg: HF, run: Run, model: str | None = None) -> AsyncIterator[HFSampler]:
+        name = model or run.cfg.learner.model
+        loaded = await asyncio.to_thread(
+            load_model,
+            name,
+            "learner.model" if model is None else "model",
+            dtype=cfg.dtype,
+            device=cfg.device,
+            attention=cfg.attention,
+            trust_remote_code=run.cfg.learner.trust_remote_code,
+        )
+        loaded.net.requires_grad_(False)
+        yield cls(cfg, run, loaded)
+
+    async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
+        return await self._gather.ask((draw.purpose, draw.step), draw.cohort, prompt.id, (prompt, n, draw))
+
+    async def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        async with self._busy:
+            own = self.model.net.state_dict()
+            with torch.no_grad():
+                for name, value in weights.items():
+                    own[name].copy_(value)
+            self.version = version
+
+    async def _cohort(self, requests: list[tuple[Prompt, int, Draw]]) -> list[Group]:
+        async with self._busy:
+            return await asyncio.to_thread(self._sample, requests)
+
+    def _sample(self, requests: list[tuple[Prompt, int, Draw]]) -> list[Group]:
+        started = time.perf_counter()
+        draw = requests[0][2]
+        talks = [[self._begin(prompt, sample, draw) for sample in range(n)] for prompt, n, _ in requests]
+        live = [talk for group in talks for talk in group if talk.finish != "error"]
+        while live:
+            self._turn(live, draw)
+            live = [talk for talk in live if self._goes_on(talk, draw)]
+        groups = [[Attempt(self._rollout(talk, draw)) for talk in group] for group in talks]
+        self.run.clock.add("sample" if draw.purpose == "train" else "eval", time.perf_counter() - started)
+        return groups
+
+    def _begin(self, prompt: Prompt, sample: int, draw: Draw) -> _Talk:
+        ids = self.renderer.ids(prompt.messages)
+        room = self.model.context_tokens - len(ids)
+        limit = self.cfg.max_prompt_tokens or self.model.context_tokens - 1
+        if len(ids) > limit or room < 1:
+            if self.cfg.long_prompts == "refuse":
+                raise DataError(
+                    f"prompt {prompt.id} has {len(ids)} tokens, more than the {limit} that fit (the student's context window is "
+                    f"{self.model.context_tokens}). Shorten it, or set sampler.long_prompts = 'skip' to leave such prompts out."
+                )
+            return _Talk(prompt, sample, ids, [], 0, finish="error")
+        return _Talk(prompt, sample, ids, list(prompt.messages), min(draw.max_tokens, room))
+
+    def _turn(self, talks: Sequence[_Talk], draw: Draw) -> None:
+        """One more turn for every talk, in chunks of similar length cut by the token budget."""
+        said_k = self.run.wants.said if draw.purpose == "train" else 0
+        asks = [(talk, self._ask(talk, draw)) for talk in talks]
+        asks.sort(key=lambda pair: -len(pair[1].ids))
+        while asks:
+            widest = max(len(ask.ids) for _, ask in asks) + max(ask.budget for _, ask in asks)
+            count = max(1, self.cfg.batch_tokens // widest)
+            chunk, asks = asks[:count], asks[count:]
+            for (talk, _), turn in zip(chunk, decode(self.model, [ask for _, ask in chunk], draw, said_k), strict=True):
+                talk.turns.append(turn)
+
+    def _ask(self, talk: _Talk, draw: Draw) -> Ask:
+        ids = list(talk.prompt_ids)
+        for turn, heard in zip(talk.turns, talk.heard, strict=True):
+            ids += turn.tokens + heard
+        key = row_key(self.run.seed, draw.purpose, draw.step, talk.prompt.id, talk.sample, len(talk.turns))
+        return Ask(ids, key, talk.budget)
+
+    def _goes_on(self, talk: _Talk, draw: Draw) -> bool:
+        """Ask the task for a reply after an ended turn; False once the attempt is finished."""
+        turn = talk.turns[-1]
+        talk.budget -= len(turn.tokens)
+        talk.messages.append({"role": "assistant", "content": self._text(turn.tokens)})
+        if not turn.ended:
+            return False
+        talk.finish = "stop"
+        replies = self.run.task.reply(talk.prompt, tuple(talk.messages), draw.step)
+        if not replies or talk.budget < 1:
+            talk.finish = "length" if replies else "stop"
+            return False
+        heard = self.renderer.reply_ids(talk.messages, replies)
+        room = self.model.context_tokens - len(self._ask_ids(talk)) - len(heard)
+        if room < 1:
+            talk.finish = "length"
+            return False
+        talk.heard.append(heard)
+        talk.messages += replies
+        talk.budget = min(talk.budget, room)
+        return True
+
+    def _ask_ids(self, talk: _Talk) -> list[int]:
+        heard = [*talk.heard, []]
+        return talk.prompt_ids + [i for turn, reply in zip(talk.turns, heard, strict=True) for i in turn.tokens + reply]
+
+    def _text(self, ids: list[int]) -> str:
+        return self.model.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _rollout(self, talk: _Talk, draw: Draw) -> TokenRollout:
+        pieces = list(zip(talk.turns, [*talk.heard, []], strict=False))
+        tokens = [i for turn, heard in pieces for i in turn.tokens + heard]
+        mask = [chosen for turn, heard in pieces for chosen in [True] * len(turn.tokens) + [False] * len(heard)]
+        raw = _column(pieces, "logp_raw")
+        logp = _column(pieces, "logp")
+        return TokenRollout(
+            prompt=talk.prompt,
+            sample=talk.sample,
+            version=self.version,
+            finish=talk.finish,
+            mask_T=np.asarray(mask, dtype=bool),
+            logp_T=logp,
+            logp_raw_T=None if np.array_equal(raw, logp) else raw,
+            said=_said(pieces, raw) if pieces and pieces[0][0].said_ids else None,
+            prompt_tokens=np.asarray(talk.prompt_ids, dtype=np.int64),
+            tokens_T=np.asarray(tokens, dtype=np.int64),
+            text="\n".join(message["content"] for message in talk.messages[len(talk.prompt.messages) :] if message["role"] == "assistant"),
+            messages=tuple(talk.messages),
+        )
+
+
+def _column(pieces: list[tuple[Turn, list[int]]], name: str) -> np.ndarray:
+    values = [value for turn, heard in pieces for value in getattr(turn, name) + [0.0] * len(heard)]
+    return np.asarray(values, dtype=np.float32)
+
+
+def _said(pieces: list[tuple[Turn, list[int]]], raw_T: np.ndarray) -> TopKTarget:
+    """The student's own top-k where it acted; unchosen positions repeat a uniform placeholder that no rule reads (mask_T is False)."""
+    k = len(pieces[0][0].said_ids[0])
+    ids = [row for turn, heard in pieces for row in turn.said_ids + [list(range(k))] * len(heard)]
+    logp = [row for turn, heard in pieces for row in turn.said_logp + [[-float(np.log(k))] * k] * len(heard)]
+    return TopKTarget(
+        teacher="said", ids_TK=np.asarray(ids, dtype=np.int64), logp_TK=np.asarray(logp, dtype=np.float32), logp_T=raw_T
+    )

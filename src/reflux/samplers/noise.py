@@ -1,0 +1,43 @@
+"""Counter-based noise: what a row draws depends on its key, the position and the token id, never on its neighbours or on order.
+
+A 64-bit integer hash (the finaliser of splitmix64; Steele, Lea & Flood 2014) of (key, position, token id) gives one uniform per entry.
+Integer arithmetic wraps alike on every device, so the uniforms are the same bits on CPU and GPU, in any batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reflux.types import seed_of
+
+_STEP_T, _STEP_V = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03
+_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def row_key(seed: int, purpose: str, step: int, prompt_id: str, sample: int, turn: int = 0) -> int:
+    """The key of one attempt's dice (law 8)."""
+    return seed_of(seed, purpose, step, prompt_id, sample, turn)
+
+
+def gumbel(keys_B: Tensor, position_B: Tensor, vocabulary: int) -> Tensor:
+    """Standard Gumbel noise [B, V], float32, for the token at `position_B` (int64, from 0) of the rows with `keys_B` (int64).
+
+    argmax(log p + gumbel) is a draw from p. 23 bits a uniform: nothing above 16.6 nats is ever drawn.
+    """
+    ids_V = torch.arange(1, vocabulary + 1, dtype=torch.int64, device=keys_B.device)
+    z = (keys_B + (position_B + 1) * _signed(_STEP_T))[:, None] + ids_V * _signed(_STEP_V)
+    z = (z ^ _shift(z, 30)) * _signed(_MIX_1)
+    z = (z ^ _shift(z, 27)) * _signed(_MIX_2)
+    z = z ^ _shift(z, 31)
+    uniform = (_shift(z, 41).to(torch.float32) + 0.5) * 2.0**-23
+    return uniform.log_().neg_().log_().neg_()
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch shifts int64 arithmetically."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64) if constant >= 1 << 63 else constant

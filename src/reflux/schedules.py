@@ -1,0 +1,113 @@
+"""step -> number. A field typed `Number` takes a plain number or one of these as an inline table."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Protocol, runtime_checkable
+
+from pydantic.dataclasses import dataclass
+
+from reflux.parts import STRICT, PartOf
+
+SCHEDULES = {
+    "constant": "reflux.schedules:Constant",
+    "linear": "reflux.schedules:Linear",
+    "cosine": "reflux.schedules:Cosine",
+    "steps": "reflux.schedules:Steps",
+}
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """A frozen value; `schedule(step)` gives the number for optimiser step `step` (from 0)."""
+
+    def __call__(self, step: int) -> float: ...
+
+
+Number = Annotated[Any, PartOf("schedules")]  # float | Schedule; checked by `number`
+
+
+def at(value: float | Schedule, step: int) -> float:
+    """The value of a `Number` at a step."""
+    return value(step) if isinstance(value, Schedule) else float(value)
+
+
+def number(value: Any, name: str) -> Any:
+    """Refuse what is neither a finite number nor a schedule."""
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if plain or isinstance(value, Schedule):
+        return value
+    raise ValueError(f"{name} must be a number or a schedule such as {{ kind = \"linear\", start = 16, increment = 8 }}, got {value!r}")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Constant:
+    """The same number at every step."""
+
+    value: float
+
+    def __call__(self, step: int) -> float:
+        return self.value
+
+
+@dataclass(frozen=True, config=STRICT)
+class Linear:
+    """start + increment * step, stopping at `stop`; without an increment, a straight line from start to stop over `horizon` steps."""
+
+    start: float
+    stop: float | None = None
+    increment: float | None = None
+    warmup: int = 0
+    horizon: int = 0
+
+    def __post_init__(self) -> None:
+        if self.increment is None and self.stop is None:
+            raise ValueError("a linear schedule needs an increment per step, or a stop to reach at its horizon")
+
+    def __call__(self, step: int) -> float:
+        rise = _warm(step, self.warmup)
+        if self.increment is None:
+            assert self.stop is not None
+            return rise * (self.start + (self.stop - self.start) * _progress(step, self.warmup, self.horizon))
+        value = self.start + self.increment * step
+        if self.stop is not None:
+            value = min(value, self.stop) if self.increment >= 0 else max(value, self.stop)
+        return rise * value
+
+
+@dataclass(frozen=True, config=STRICT)
+class Cosine:
+    """Half a cosine from peak to floor over `horizon` steps, after `warmup` linear steps."""
+
+    peak: float
+    floor: float = 0.0
+    warmup: int = 0
+    horizon: int = 0
+
+    def __call__(self, step: int) -> float:
+        along = _progress(step, self.warmup, self.horizon)
+        return _warm(step, self.warmup) * (self.floor + (self.peak - self.floor) * 0.5 * (1 + math.cos(math.pi * along)))
+
+
+@dataclass(frozen=True, config=STRICT)
+class Steps:
+    """values[i] from step boundaries[i - 1] on; one value more than boundaries."""
+
+    values: tuple[float, ...]
+    boundaries: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.values) != len(self.boundaries) + 1 or list(self.boundaries) != sorted(set(self.boundaries)):
+            raise ValueError("a steps schedule needs rising boundaries and one value more than boundaries")
+
+    def __call__(self, step: int) -> float:
+        return self.values[sum(step >= boundary for boundary in self.boundaries)]
+
+
+def _warm(step: int, warmup: int) -> float:
+    return min(1.0, (step + 1) / (warmup + 1)) if warmup else 1.0
+
+
+def _progress(step: int, warmup: int, horizon: int) -> float:
+    """0 at the end of warm-up, 1 at the horizon, and 1 ever after."""
+    return min(1.0, max(0.0, (step - warmup) / max(1, horizon - warmup)))

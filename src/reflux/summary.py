@@ -1,0 +1,65 @@
+"""summary.json: the run in one table, written at its end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reflux import files
+from reflux.config import config_hash
+
+if TYPE_CHECKING:
+    from reflux.run import Run
+
+_SCORE = ("accuracy", "low", "high", "problems")
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """Write summary.json and return its content. A run that did nothing new keeps the summary it had."""
+    path = run.dir / "summary.json"
+    if path.exists() and not run.worked:
+        return json.loads(path.read_text())
+    evals = list(files.read_lines(run.dir / "evals.jsonl"))
+    table = {
+        "recipe": run.cfg.recipe,
+        "method": method_of(run.cfg),
+        "steps": run.step,
+        "seconds": round(run.seconds, 2),
+        "accuracy_before": _score(evals[:1], "accuracy"),
+        "accuracy_after": _score(evals[-1:], "accuracy"),
+        "teacher_accuracy": _score(evals[:1], "teacher_accuracy"),
+        "tokens_sampled": int(run.totals["tokens_sampled"]),
+        "flops_total": run.totals["flops"],
+        "commit": commit(),
+        "config_hash": config_hash(run.cfg),
+        "seed": run.seed,
+    }
+    files.write_text(path, json.dumps(table, indent=2) + "\n")
+    return table
+
+
+def method_of(cfg: Any) -> str:
+    """The parts that make the method, in words: objectives, credit rules, accelerator."""
+    from reflux.parts import kind_of
+
+    words = [kind_of("objectives", objective) for objective in cfg.objectives]
+    words += [kind_of("credit", rule) for rule in cfg.credit.values()]
+    words += [kind_of("accelerators", cfg.accelerator)] if cfg.accelerator else []
+    return " + ".join(words)
+
+
+def commit() -> str | None:
+    """The commit of the library's checkout, "+" where files differ from it; None for an installed package."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 and "site-packages" not in here.parts else None
+
+
+def _score(rows: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    found = rows[0].get(name) if rows else None
+    return {key: found.get(key) for key in _SCORE} if found else None

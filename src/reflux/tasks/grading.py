@@ -1,0 +1,224 @@
+"""Verdicts from killable worker processes: whatever a model writes, and whatever a verifier does with it, costs that attempt only.
+
+    graders = Graders(workers=1, timeout_s=10)
+    verdicts = await graders.verify_many(task, [(prompt, text), ...])       # Verdict(value=1.0), Verdict(value=None, problem="timeout"), ...
+    graders.close()
+
+Consumes: (task, prompt, made). Produces: one Verdict each, in order. Waits for: a free worker, and at most `timeout_s` for each answer. Unblocked
+by: the verdict, the time limit, the end of the worker, `close`. Workers start with the first question and end with `close`, or with this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from threading import Lock
+from typing import Any, Literal, Self
+
+from reflux.errors import ConfigError
+from reflux.tasks.base import Task
+from reflux.types import Attempt, FlowRollout, Prompt, Rollout, TokenRollout
+
+Job = tuple[Prompt, Any]  # the prompt, and the text or image that the student made
+START_S = 60.0  # for a new process to import this library and the task
+FIRST_S = 5.0  # more time for the first answer of a new worker, which imports what the verifier needs
+AT_ONCE = 256  # jobs in one message
+CODE = "import sys; from reflux.tasks.worker import work; work(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """value None: not judged, for the reason in `problem`; `detail` has the words."""
+
+    value: float | None
+    problem: Literal["", "timeout", "error"] = ""
+    detail: str = ""
+
+    @property
+    def words(self) -> str:
+        return ": ".join(word for word in (self.problem, self.detail) if word)
+
+
+class Graders:
+    """`workers` processes that judge. An answer that takes more than `timeout_s` ends its process; the answers after it go to the next one.
+
+    `timeouts` and `errors` count the attempts that were not judged. ValueError for fewer than 1 worker or a time limit of 0.
+    """
+
+    def __init__(self, workers: int = 1, timeout_s: float = 10.0):
+        if workers < 1 or not timeout_s > 0:
+            raise ValueError(f"grading needs workers >= 1 and timeout_s > 0, got {workers} and {timeout_s}")
+        self.workers, self.timeout_s = workers, timeout_s
+        self.timeouts = self.errors = 0
+        self._all = [_Worker(timeout_s) for _ in range(workers)]
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        for worker in self._all:
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="reflux-grading")  # each waits for one process
+
+    async def verify(self, task: Task, prompt: Prompt, made: Any) -> Verdict:
+        """One verdict."""
+        return (await self.verify_many(task, [(prompt, made)]))[0]
+
+    async def verify_many(self, task: Task, jobs: Sequence[Job]) -> list[Verdict]:
+        """One verdict per job, in order. ConfigError where the task cannot be sent to another process."""
+        packed = _pack(task)
+        size = min(AT_ONCE, -(-len(jobs) // self.workers)) or 1
+        chunks = [list(jobs[start : start + size]) for start in range(0, len(jobs), size)]
+        loop = asyncio.get_running_loop()
+        parts = await asyncio.gather(*(loop.run_in_executor(self._threads, self._judge, packed, chunk) for chunk in chunks))
+        verdicts = [verdict for part in parts for verdict in part]
+        self.timeouts += sum(verdict.problem == "timeout" for verdict in verdicts)
+        self.errors += sum(verdict.problem == "error" for verdict in verdicts)
+        return verdicts
+
+    async def judge_attempts(self, task: Task, attempts: Sequence[Attempt]) -> list[Verdict]:
+        """One verdict per attempt, in order. What ended in an error while it was sampled is not judged, and not counted in `errors`."""
+        whole = [attempt.rollout for attempt in attempts if attempt.rollout.finish != "error"]
+        found = iter(await self.verify_many(task, [(rollout.prompt, _made(rollout)) for rollout in whole]))
+        unfinished = Verdict(None, "error", "sampling ended in an error")
+        return [unfinished if attempt.rollout.finish == "error" else next(found) for attempt in attempts]
+
+    def close(self) -> None:
+        """End the workers now; what they were judging is lost. May be called twice."""
+        for worker in self._all:
+            worker.close()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _judge(self, packed: bytes, jobs: list[Job]) -> list[Verdict]:
+        worker = self._idle.get()
+        try:
+            return worker.judge(packed, jobs)
+        finally:
+            self._idle.put(worker)
+
+
+class _Worker:
+    """One process, started when it is needed and again after each end. `judge` runs in one thread at a time, `close` in any."""
+
+    def __init__(self, timeout_s: float):
+        self._timeout_s = timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._packed = b""  # the task it holds
+        self._closed = False
+        self._lock = Lock()  # around the start and the end of a process
+
+    def judge(self, packed: bytes, jobs: list[Job]) -> list[Verdict]:
+        """A verdict for each job. The one that was in progress when the time was over, or when the process ended, is the one it costs."""
+        verdicts: list[Verdict] = []
+        while len(verdicts) < len(jobs):
+            connection, extra_s = self._ready(packed)
+            try:
+                connection.send_bytes(pickle.dumps(jobs[len(verdicts) :]))
+                while len(verdicts) < len(jobs):
+                    value, detail = _receive(connection, self._timeout_s + extra_s)
+                    verdicts.append(Verdict(value, "error" if value is None else "", detail))
+                    extra_s = 0.0
+            except TimeoutError:
+                self._end()
+                verdicts.append(Verdict(None, "timeout", f"no verdict within {self._timeout_s:g} s"))
+            except (EOFError, OSError):
+                if self._closed:
+                    raise RuntimeError("grading was closed while it judged") from None
+                verdicts.append(Verdict(None, "error", f"the verifier ended its process (code {self._end(1.0)})"))
+        return verdicts
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            if self._process is not None:
+                self._process.kill()
+                self._process.wait()
+
+    def _ready(self, packed: bytes) -> tuple[Connection, float]:
+        """The connection to a process that holds the task, and the seconds its first answer may take beyond the limit."""
+        if self._process is not None and self._process.poll() is not None:
+            self._end()  # something else ended it while it was idle
+        fresh = self._connection is None
+        connection = self._connection or self._start()
+        if packed != self._packed:
+            try:
+                connection.send_bytes(pickle.dumps(packed))
+                _, problem = _receive(connection, START_S)
+            except (EOFError, OSError) as error:
+                raise RuntimeError(f"a grading process did not start (code {self._end(1.0)}); see its own words above") from error
+            if problem:
+                raise ConfigError(
+                    f"the task cannot be loaded in a grading process ({problem}). Its class must live in a module that can be imported, "
+                    f"not in the script that is being run."
+                )
+            self._packed = packed
+        return connection, FIRST_S if fresh else 0.0
+
+    def _start(self) -> Connection:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("grading was closed")
+            self._connection, theirs = Pipe()
+            paths = [path or os.getcwd() for path in sys.path]  # the same modules as here
+            arguments = [str(theirs.fileno()), str(os.getpid()), str(self._timeout_s + FIRST_S + 1.0)]
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", CODE, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # what a verifier prints is of no interest, and must not break the live display
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+                process_group=0,  # the terminal's Ctrl-C does not reach it, not even before it can say so
+            )
+            theirs.close()
+            return self._connection
+
+    def _end(self, patience_s: float = 0.0) -> int:
+        """Kill the process if it has not ended by itself in time; its exit code."""
+        with self._lock:
+            assert self._process is not None and self._connection is not None
+            self._connection.close()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience_s)
+            self._process.kill()
+            code = self._process.wait()
+            self._process, self._connection, self._packed = None, None, b""
+            return code
+
+
+def _receive(connection: Connection, limit_s: float) -> tuple[float | None, str]:
+    if not connection.poll(limit_s):
+        raise TimeoutError
+    value, detail = json.loads(connection.recv_bytes())
+    return value, detail
+
+
+def _made(rollout: Rollout) -> Any:
+    """What a verifier is shown of an attempt: the text, or the final state of a flow."""
+    if isinstance(rollout, TokenRollout):
+        return rollout.text
+    assert isinstance(rollout, FlowRollout)
+    return rollout.x_SD[-1]
+
+
+def _pack(task: Task) -> bytes:
+    try:
+        return pickle.dumps(task)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"the task {type(task).__name__} cannot be sent to a grading process ({error}). A task is a frozen value: give it plain "
+            f"fields and a class at the top of a module."
+        ) from error

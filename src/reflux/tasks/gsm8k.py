@@ -1,0 +1,96 @@
+"""Grade-school mathematics, 7,473 problems to train on and 1,319 to be tested on (Cobbe et al., arXiv:2110.14168)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic.dataclasses import dataclass
+
+from reflux.errors import DataError
+from reflux.parts import STRICT
+from reflux.tasks.base import Split
+from reflux.tasks.lines import endless, held_out, hub_lines, make_prompts, read_lines
+from reflux.types import Message, Prompt
+
+DATASET, CONFIG = "openai/gsm8k", "main"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Gsm8k:
+    r"""One user message: the question, a blank line, the `instruction`. The answer is what follows "####"; the solution before it is a reference.
+
+    path: a folder with train.jsonl and test.jsonl of {"question", "answer"}; without it the hub dataset openai/gsm8k.
+    validation: the share of the training problems held out for it, chosen by a hash of the id. Ids are "gsm8k/train/17" (line or row from 1).
+    route: which teacher answers, where several share a name. Answers are graded as `reflux.tasks.math` says.
+
+    "train" never ends: a new order each epoch. DataError, with file and line, for data that cannot be used.
+    """
+
+    path: str | None = None
+    instruction: str = "Please reason step by step, and put your final answer within \\boxed{}."
+    validation: float = 0.05
+    route: str | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation < 1:
+            raise ValueError("validation is the share of the training problems held out, so 0 <= validation < 1")
+        if not self.weight > 0:
+            raise ValueError("weight must be above 0")
+
+    def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
+        if split == "test":
+            return iter(self._load("test")[start:])
+        wanted = split == "validation"
+        prompts = [prompt for prompt in self._load("train") if held_out(prompt, self.validation) == wanted]
+        if not prompts:
+            raise DataError(
+                f"task gsm8k: no problem is left for the split '{split}' at validation = {self.validation}; choose another share."
+            )
+        return iter(prompts[start:]) if wanted else endless(prompts, seed, start)
+
+    def verify(self, prompt: Prompt, made: Any) -> float:
+        """1.0 where the final answer of the text equals the stored one. ValueError for a prompt without an answer."""
+        from reflux.tasks.math import grade
+
+        if prompt.answer is None:
+            raise ValueError(f"prompt {prompt.id} has no answer to compare with")
+        return grade(made, prompt.answer)
+
+    def reply(self, prompt: Prompt, messages: Sequence[Message], step: int) -> tuple[Message, ...] | None:
+        """A problem is answered in one turn."""
+        return None
+
+    def _load(self, name: str) -> list[Prompt]:
+        if self.path is None:
+            lines, where = hub_lines(DATASET, CONFIG, name, "gsm8k"), f"task gsm8k: {DATASET} {name}"
+        else:
+            folder = Path(self.path).expanduser()
+            if not folder.is_dir():
+                raise DataError(
+                    f"task gsm8k: there is no folder {self.path}; nothing was written. It must hold train.jsonl and test.jsonl of "
+                    f'{{"question", "answer"}}; without `path` the dataset comes from the Hugging Face hub.'
+                )
+            lines, where = read_lines(folder / f"{name}.jsonl", "gsm8k"), f"task gsm8k: {folder / name}.jsonl"
+        return make_prompts(lines, where, partial(self._prompt, name))
+
+    def _prompt(self, name: str, number: int, fields: dict[str, Any]) -> Prompt:
+        for key in ("question", "answer"):
+            if key not in fields:
+                raise ValueError(f"has no field '{key}'")
+            if not isinstance(fields[key], str) or not fields[key].strip():
+                raise ValueError(f"has no text in its field '{key}', but {fields[key]!r}")
+        solution, mark, answer = fields["answer"].rpartition("####")
+        if not mark or not answer.strip():
+            raise ValueError("has no final answer: nothing follows '####' in its field 'answer'")
+        question = f"{fields['question']}\n\n{self.instruction}" if self.instruction else fields["question"]
+        return Prompt(
+            id=f"gsm8k/{name}/{number}",
+            messages=({"role": "user", "content": question},),
+            answer=answer.strip(),
+            references=(f"{solution.strip()}\n#### {answer.strip()}",),
+            route=self.route,
+        )

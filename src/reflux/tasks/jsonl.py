@@ -1,0 +1,156 @@
+"""Your own prompts: one JSON object a line, from a local file or from a dataset of the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from pydantic.dataclasses import dataclass
+
+from reflux.errors import DataError
+from reflux.parts import STRICT, did_you_mean, load
+from reflux.tasks.base import Split
+from reflux.tasks.lines import endless, held_out, hub_lines, make_prompts, read_lines
+from reflux.types import Message, Prompt
+
+KEYS = ("prompt", "messages", "answer", "references", "route", "id")
+GRADERS = ("math", "exact", "none")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Jsonl:
+    """Lines of {"prompt" or "messages", "answer", "references", "route", "id"}: one of the first two, the rest as you have it; others are ignored.
+
+    prompt: one user message. messages: a chat, [{"role", "content"}, ...], ending before the turn that the student shall write. answer: text or a
+    number. references: worked answers, for the `stored` sampler. route: which teacher answers (default: the field `route` of this task). id: stable and
+    unique (default: "train/17", the line it stands on).
+
+    path: the file; or dataset (and dataset_config, dataset_split): on the hub. keys: other names for these columns, e.g. {prompt = "question"}.
+    validation: a share of the lines, held out by a hash of their id; or the name of a file (of a split on the hub) that is the validation set.
+    test: the file (the hub's split) of test lines; without it, "test" is the validation set.
+    instruction: appended to the last message after a blank line.
+    grader: "math" (see `reflux.tasks.math`), "exact" (text or final answer, white space folded), "none", or "my_module:function", called with
+    (prompt, text) and returning a number from 0 to 1.
+
+    "train" never ends: a new order each epoch. DataError, with file and line, for data that cannot be used.
+    """
+
+    path: str | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    keys: dict[str, str] | None = None
+    validation: float | str = 0.05
+    test: str | None = None
+    instruction: str = ""
+    grader: str = "math"
+    route: str | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give one of path (a file of JSON lines) and dataset (a name on the Hugging Face hub)")
+        for key in self.keys or {}:
+            if key not in KEYS:
+                raise ValueError(f"keys gives a column to '{key}'{did_you_mean(key, KEYS)}. Known: {', '.join(KEYS)}")
+        if not isinstance(self.validation, str) and not 0 <= self.validation < 1:
+            raise ValueError("validation is a share of the lines (0 <= validation < 1), or the name of a file of its own")
+        if self.grader not in GRADERS and ":" not in self.grader:
+            raise ValueError(f'grader must be one of {", ".join(GRADERS)}, or "my_module:function"{did_you_mean(self.grader, GRADERS)}')
+        if not self.weight > 0:
+            raise ValueError("weight must be above 0")
+
+    def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
+        main = self.path or self.dataset_split
+        if split == "test" and self.test is not None:
+            return iter(self._load("test", self.test)[start:])
+        if split != "train" and isinstance(self.validation, str):
+            return iter(self._load("validation", self.validation)[start:])
+        prompts = self._load("train", main)
+        if not isinstance(self.validation, str):
+            wanted = split != "train"
+            prompts = [prompt for prompt in prompts if held_out(prompt, self.validation) == wanted]
+        if not prompts:
+            raise DataError(
+                f"task jsonl: no line of {main} is left for the split '{split}' at validation = {self.validation}. Choose another share, "
+                f"or give validation a file of its own."
+            )
+        return endless(prompts, seed, start) if split == "train" else iter(prompts[start:])
+
+    def verify(self, prompt: Prompt, made: Any) -> float:
+        """The grader's verdict. ValueError without an answer to compare with, or with the grader "none"."""
+        if self.grader == "none":
+            raise ValueError("the task has grader = none, so nothing can be judged")
+        if self.grader not in GRADERS:
+            return load(self.grader)(prompt, made)
+        from reflux.tasks.math import final_answer, grade
+
+        if prompt.answer is None:
+            raise ValueError(f"prompt {prompt.id} has no answer to compare with")
+        if self.grader == "math":
+            return grade(made, prompt.answer)
+        return float(prompt.answer.split() in (made.split(), (final_answer(made) or "").split()))
+
+    def reply(self, prompt: Prompt, messages: Sequence[Message], step: int) -> tuple[Message, ...] | None:
+        """A line is answered in one turn."""
+        return None
+
+    def _load(self, source: str, name: str) -> list[Prompt]:
+        if self.dataset is None:
+            lines, where = read_lines(name, "jsonl"), f"task jsonl: {name}"
+        else:
+            lines, where = hub_lines(self.dataset, self.dataset_config, name, "jsonl"), f"task jsonl: {self.dataset} {name}"
+        return make_prompts(lines, where, partial(self._prompt, source))
+
+    def _prompt(self, source: str, number: int, fields: dict[str, Any]) -> Prompt:
+        columns = self.keys or {}
+        found = {key: fields.get(columns.get(key, key)) for key in KEYS}
+        messages = _messages(found["prompt"], found["messages"], columns, fields)
+        if self.instruction:
+            messages = (*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']}\n\n{self.instruction}"})
+        return Prompt(
+            id=_text(found["id"], "id") or f"{source}/{number}",
+            messages=messages,
+            answer=_text(found["answer"], "answer"),
+            references=_references(found["references"]),
+            route=_text(found["route"], "route") or self.route,
+        )
+
+
+def _messages(prompt: Any, messages: Any, columns: Mapping[str, str], fields: Mapping[str, Any]) -> tuple[Message, ...]:
+    names = [columns.get(key, key) for key in ("prompt", "messages")]
+    if prompt is not None and messages is not None:
+        raise ValueError(f"has both '{names[0]}' and '{names[1]}'; one of them says what is asked")
+    if prompt is None and messages is None:
+        raise ValueError(f"has no field '{names[0]}' or '{names[1]}' (it has {', '.join(map(repr, fields)) or 'none'})")
+    if prompt is not None:
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"has no text in its field '{names[0]}', but {prompt!r}")
+        return ({"role": "user", "content": prompt},)
+    if not isinstance(messages, list) or not messages or not all(_is_message(message) for message in messages):
+        raise ValueError(f'has no list of {{"role": text, "content": text}} in its field \'{names[1]}\'')
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("ends with an assistant turn, which is the student's to write; move it to 'references' or 'answer'")
+    return tuple({"role": message["role"], "content": message["content"]} for message in messages)
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
+def _references(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
+        raise ValueError(f"has no list of texts in its field 'references', but {value!r}")
+    return tuple(value)
+
+
+def _text(value: Any, key: str) -> str | None:
+    """A text, or a number as its text. None where the line has none."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
+        raise ValueError(f"has neither text nor a number in its field '{key}', but {value!r}")
+    return str(value)

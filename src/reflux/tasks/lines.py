@@ -1,0 +1,95 @@
+"""Prompts from lines of data: reading with errors that name the line, splitting by hash, an order for every epoch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from reflux.errors import DataError
+from reflux.types import Prompt, seed_of
+
+Line = tuple[int, dict[str, Any]]  # its number from 1, and its fields
+NOTHING = "nothing was written"
+
+
+def read_lines(path: str | Path, task: str) -> list[Line]:
+    """The JSON objects of a file of one object a line. Blank lines are skipped.
+
+    DataError, naming file and line, where the file is missing, empty or not UTF-8, or where a line is no JSON object.
+    """
+    try:
+        rows = Path(path).expanduser().read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"task {task}: cannot read {path}: {error.strerror}; {NOTHING}.") from error
+    lines = [(number, _object(row, f"task {task}: {path} line {number}")) for number, row in enumerate(rows, start=1) if row.strip()]
+    if not lines:
+        raise DataError(f"task {task}: {path} is empty; {NOTHING}.")
+    return lines
+
+
+def hub_lines(dataset: str, config: str | None, split: str, task: str) -> list[Line]:
+    """The rows of a dataset of the Hugging Face hub, numbered from 1. DataError, with the way to work offline, where it cannot be had."""
+    import datasets  # seconds of imports
+
+    try:
+        rows = datasets.load_dataset(dataset, config, split=split)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"task {task}: cannot load split '{split}' of the hub dataset '{dataset}' ({reason}); {NOTHING}. Without a connection, "
+            f"give `path` a local copy, or load the dataset once on a machine that has one and copy its cache (HF_HOME)."
+        ) from error
+    if not len(rows):
+        raise DataError(f"task {task}: split '{split}' of the hub dataset '{dataset}' is empty; {NOTHING}.")
+    return [(number, dict(row)) for number, row in enumerate(rows, start=1)]
+
+
+def make_prompts(lines: Iterable[Line], where: str, make: Callable[[int, dict[str, Any]], Prompt]) -> list[Prompt]:
+    """`make` each line. A ValueError of `make` becomes a DataError that names the line; an id that occurs twice is refused."""
+    prompts: list[Prompt] = []
+    first: dict[str, int] = {}
+    for number, fields in lines:
+        try:
+            prompt = make(number, fields)
+        except ValueError as error:
+            raise DataError(f"{where} line {number} {error}; {NOTHING}.") from error
+        if prompt.id in first:
+            raise DataError(
+                f"{where} line {number} has the id '{prompt.id}' of line {first[prompt.id]}; {NOTHING}. "
+                f"Ids seed the sampling and name the attempts, so each must occur once."
+            )
+        first[prompt.id] = number
+        prompts.append(prompt)
+    return prompts
+
+
+def held_out(prompt: Prompt, share: float) -> bool:
+    """Whether a prompt belongs to the validation share: decided by its id alone, so neither order nor other lines move it."""
+    return seed_of("validation", prompt.id) < share * 2**63
+
+
+def endless(prompts: Sequence[Prompt], seed: int, start: int) -> Iterator[Prompt]:
+    """All prompts in a new order each epoch, for ever; position `start` costs one shuffle."""
+    epoch, skip = divmod(start, len(prompts))
+    for number in itertools.count(epoch):
+        order = list(range(len(prompts)))
+        random.Random(seed_of("order", seed, number)).shuffle(order)
+        for index in order[skip:]:
+            yield prompts[index]
+        skip = 0
+
+
+def _object(row: bytes, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(row.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8 (byte {error.start}); {NOTHING}.") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON ({error}); {NOTHING}. The file must hold one object per line.") from error
+    if not isinstance(fields, dict):
+        raise DataError(f"{where} is no JSON object; {NOTHING}. The file must hold one object per line.")
+    return fields

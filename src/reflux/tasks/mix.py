@@ -1,0 +1,98 @@
+"""Several tasks in one stream, each with its share."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic.dataclasses import dataclass
+
+from reflux.parts import STRICT, PartOf
+from reflux.tasks.base import Split, Task
+from reflux.types import Message, Prompt, seed_of
+
+BLOCK = 1000  # in so many prompts, every part has exactly its share
+
+
+@dataclass(frozen=True, config=STRICT)
+class Mix:
+    """`parts` by name, each asked in proportion to its `weight`. Ids are "name/id of the part".
+
+    "train": every block of 1,000 prompts holds each part exactly by its share (largest remainders), in an order drawn from (seed, block), so
+    `start` is found without walking there. Held-out splits: all problems of all parts, the parts by turns, so that a first few hundred are a fair mix.
+    ValueError for names with a slash, or a part whose share of 1,000 rounds to nothing.
+    """
+
+    parts: Annotated[dict[str, Any], PartOf("tasks", many="table")]
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("a mix needs at least one part: [task.parts.NAME] with its kind")
+        if not self.weight > 0:
+            raise ValueError("weight must be above 0")
+        for name, share in self._shares().items():
+            if "/" in name:
+                raise ValueError(f"the part name '{name}' holds a slash, which divides names from ids; rename it")
+            if not share:
+                raise ValueError(f"the weight of part '{name}' is less than 1 in {BLOCK} prompts; raise it, or leave the part out")
+
+    def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
+        if split == "train":
+            return self._train(seed, start)
+        streams = [self._stream(name, split, seed, 0) for name in self.parts]
+        turns = itertools.chain.from_iterable(itertools.zip_longest(*streams))
+        return itertools.islice((prompt for prompt in turns if prompt is not None), start, None)
+
+    def verify(self, prompt: Prompt, made: Any) -> float:
+        """The verdict of the part that the prompt came from."""
+        part, inner = self._inner(prompt)
+        return part.verify(inner, made)
+
+    def reply(self, prompt: Prompt, messages: Sequence[Message], step: int) -> tuple[Message, ...] | None:
+        """The reply of the part that the prompt came from."""
+        part, inner = self._inner(prompt)
+        return part.reply(inner, messages, step)
+
+    def part_of(self, prompt: Prompt) -> str:
+        """The name of the part that the prompt came from. ValueError for a prompt that is not of this mix."""
+        name, slash, _ = prompt.id.partition("/")
+        if not slash or name not in self.parts:
+            raise ValueError(f"prompt {prompt.id} is of no part of this mix ({', '.join(self.parts)})")
+        return name
+
+    def _train(self, seed: int, start: int) -> Iterator[Prompt]:
+        shares = self._shares()
+        block, skip = divmod(start, BLOCK)
+        before = Counter(self._order(seed, block)[:skip])
+        streams = {name: self._stream(name, "train", seed, block * share + before[name]) for name, share in shares.items()}
+        return (
+            next(streams[name]) for number in itertools.count(block) for name in self._order(seed, number)[skip if number == block else 0 :]
+        )
+
+    def _order(self, seed: int, block: int) -> list[str]:
+        names = [name for name, share in self._shares().items() for _ in range(share)]
+        random.Random(seed_of("mix", seed, block)).shuffle(names)
+        return names
+
+    def _shares(self) -> dict[str, int]:
+        """How many of BLOCK prompts each part has: rounded down, and the rest to the largest remainders."""
+        total = sum(part.weight for part in self.parts.values())
+        exact = {name: BLOCK * part.weight / total for name, part in self.parts.items()}
+        shares = {name: int(share) for name, share in exact.items()}
+        by_remainder = sorted(exact, key=lambda name: shares[name] - exact[name])
+        for name in by_remainder[: BLOCK - sum(shares.values())]:
+            shares[name] += 1
+        return shares
+
+    def _stream(self, name: str, split: Split, seed: int, start: int) -> Iterator[Prompt]:
+        stream = self.parts[name].prompts(split, seed_of(seed, name), start)
+        return (replace(prompt, id=f"{name}/{prompt.id}") for prompt in stream)
+
+    def _inner(self, prompt: Prompt) -> tuple[Task, Prompt]:
+        name = self.part_of(prompt)
+        return self.parts[name], replace(prompt, id=prompt.id.removeprefix(f"{name}/"))

@@ -1,0 +1,78 @@
+"""The other side of `grading`: a process that judges what it is sent, and imports no torch.
+
+It is started as a plain interpreter, not by multiprocessing, which would run the user's own script again (and import what it imports). It is
+ended by its parent; if the parent is gone, it ends itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import pickle
+import resource
+import signal
+import threading
+import time
+import warnings
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+from reflux.types import Prompt
+
+MEMORY_BYTES = 4 << 30  # "9^9^9^9" must cost an attempt, not the machine
+WATCH_S = 0.5
+
+
+def work(descriptor: int, parent: int, most_cpu_s: float) -> None:
+    """Judge until the connection closes.
+
+    In, pickled: a packed task (bytes), answered by one JSON pair [null, why it cannot be loaded here or ""]; or a list of (prompt, made), answered
+    by one pair each, [value or null, what went wrong or ""], as soon as it is known.
+    """
+    _be_a_good_child(parent)
+    task = None
+    with Connection(descriptor) as theirs, suppress(EOFError, OSError):
+        while True:
+            message = pickle.loads(theirs.recv_bytes())
+            if isinstance(message, bytes):
+                task, problem = _unpack(message)
+                theirs.send_bytes(json.dumps([None, problem]).encode())
+                continue
+            for prompt, made in message:
+                signal.setitimer(signal.ITIMER_PROF, most_cpu_s)  # ends an orphan whose watching thread is starved, too
+                theirs.send_bytes(json.dumps(judge(task, prompt, made)).encode())
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def judge(task: Any, prompt: Prompt, made: Any) -> tuple[float | None, str]:
+    """(value, "") or (None, what went wrong), whatever the verifier does short of hanging or crashing."""
+    try:
+        value = float(task.verify(prompt, made))
+    except BaseException as error:  # noqa: BLE001 - some time limits and exit() are no Exceptions
+        return None, f"{type(error).__name__}: {error}"[:500]
+    return (value, "") if math.isfinite(value) else (None, f"the verdict is {value}, which is no number")
+
+
+def _unpack(packed: bytes) -> tuple[Any, str]:
+    try:
+        return pickle.loads(packed), ""
+    except Exception as error:  # noqa: BLE001 - whatever its module does on import
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _be_a_good_child(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which finishes its step first
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    with suppress(ValueError, OSError):  # some systems refuse this limit
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(WATCH_S)
+    os._exit(0)

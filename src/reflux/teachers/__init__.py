@@ -1,0 +1,3 @@
+"""Who answers."""
+
+TEACHERS = {"local": "reflux.teachers.local:Local"}

@@ -1,0 +1,45 @@
+"""A teacher in this process: a transformers model that answers with hidden states."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from reflux.contexts.same import Same
+from reflux.parts import STRICT, PartOf
+from reflux.types import HiddenTarget
+
+if TYPE_CHECKING:
+    from reflux.run import Run
+
+
+@dataclass(frozen=True, config=STRICT)
+class Local:
+    """A frozen model of the student's token map. It reads the student's very tokens, and offers the full distribution as hidden states.
+
+    routes: only prompts with one of these routes are asked; as_: the name several routed tables share.
+    """
+
+    offers: ClassVar[tuple[type, ...]] = (HiddenTarget,)
+    in_process: ClassVar[bool] = True
+
+    model: str
+    context: Annotated[Any, PartOf("contexts")] = Same()
+    as_: str | None = None
+    routes: tuple[str, ...] = ()
+    batch_tokens: Annotated[int, Field(ge=1)] = 32768  # padding included, per forward pass
+    dtype: str = "auto"  # as stored, else float32, bfloat16 or float16
+    device: str = "auto"
+    device_map: str | None = None  # accelerate's placement, for example "auto" to offload to the CPU
+    attention: str | None = None
+    trust_remote_code: bool = False
+    system: str | None = None  # only for contexts that rewrite the conversation
+    template: dict[str, Any] = Field(default_factory=dict)
+
+    def open(self, run: Run, name: str) -> AbstractAsyncContextManager[Any]:
+        from reflux.teachers.local_engine import LocalTeacher
+
+        return LocalTeacher.opened(self, run, name)

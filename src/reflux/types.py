@@ -1,0 +1,224 @@
+"""The nouns: what passes between the parts of the loop.
+
+Dimension key, used as suffixes everywhere:
+P prompts per step  G attempts per prompt  T positions of one attempt  S = T + 1 states of a flow  N packed positions of a batch
+K top-k             V vocabulary           H hidden size               D flattened latent
+
+Log-probs are natural logs (nats). Costs are divergences(student, teacher); an advantage is a negative cost. What is kept per
+attempt lives in numpy arrays on the host; only hidden states are torch tensors (numpy has no bfloat16).
+
+One worked example: the prompt "2+3?" answered "5<end>" by one token each. T = 2, tokens_T = [21, 1], mask_T = [True, True] (the
+sampled end token is a choice like any other), logp_T = [-0.1, -0.02], finish = "stop".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant" | "tool", "content": text}
+Purpose = Literal["train", "eval", "score"]
+Finish = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question. `id` is stable across epochs: seeding, resume and reports refer to it."""
+
+    id: str
+    messages: tuple[Message, ...]
+    answer: str | None = None
+    references: tuple[str, ...] = ()  # answers written by a teacher or a person, for the `stored` sampler
+    route: str | None = None  # which teacher table answers, where several share a name
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How an attempt is to be sampled. `cohort` groups are asked for together: in-process parts wait for all of them."""
+
+    step: int  # the optimiser step the attempt is meant for, from 0
+    purpose: Purpose
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    cohort: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What pure parts may know of now: the optimiser step (from 0) and dice of their own."""
+
+    step: int
+    seed: int
+
+    def dice(self, *key: object) -> random.Random:
+        """A generator that depends on (run seed, step, key) and nothing else (law 8)."""
+        return random.Random(seed_of(self.seed, self.step, *key))
+
+
+def seed_of(*key: object) -> int:
+    """A 63-bit integer from any printable key, the same on every machine and in every process."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledTarget:
+    """Only the log-probs of the tokens that were sampled."""
+
+    teacher: str
+    logp_T: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopKTarget:
+    """Log-probs at K listed ids and at the sampled token. The unlisted mass is one tail bucket; K = V is the full distribution."""
+
+    teacher: str
+    ids_TK: np.ndarray
+    logp_TK: np.ndarray
+    logp_T: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HiddenTarget:
+    """The last hidden states (on CPU) and the output head that turns them into the full distribution.
+
+    logp_T is None where nobody wanted it at scoring time; the learner fills the record in as it passes through the head.
+    """
+
+    teacher: str
+    h_TH: torch.Tensor
+    head: Any  # kernels.head.Head
+    logp_T: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VelocityTarget:
+    """A flow teacher's velocity at each step."""
+
+    teacher: str
+    v_TD: np.ndarray
+
+
+Target = SampledTarget | TopKTarget | HiddenTarget | VelocityTarget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One attempt as it was acted out, before anyone judged it. T positions, of which mask_T says where the student chose."""
+
+    prompt: Prompt
+    sample: int  # index in its group
+    version: int  # policy version of its first turn
+    finish: Finish
+    mask_T: np.ndarray  # bool
+    logp_T: np.ndarray  # float32, nats, under the distribution sampled from; 0 where the student did not choose
+    logp_raw_T: np.ndarray | None = None  # at temperature 1, where that differs
+    said: TopKTarget | SampledTarget | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.mask_T)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRollout(Rollout):
+    """A text attempt. Position t is predicted by the state after prompt_tokens + tokens_T[:t]; nothing is ever tokenised again."""
+
+    prompt_tokens: np.ndarray  # int64
+    tokens_T: np.ndarray  # int64; response positions, the sampled end token included, tool and user text masked out
+    text: str  # what the student wrote, decoded without special tokens
+    messages: tuple[Message, ...]  # the whole conversation, the student's turns included
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowRollout(Rollout):
+    """A flow attempt: S = T + 1 states along times t_S (1 noise, 0 data)."""
+
+    x_SD: np.ndarray
+    t_S: np.ndarray
+    noise_level: float
+    guidance: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """A verdict. value None: not judged (timeout, no answer to compare with), which is not the same as wrong."""
+
+    value: float | None
+    parts: dict[str, float] = field(default_factory=dict)  # unweighted, by criterion
+    feedback: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One credit rule's word on one attempt. A scalar or an array [T]; notes are averaged into the metrics under the rule's name."""
+
+    factor_T: np.ndarray | float = 1.0  # multiplies the weight; finite and >= 0
+    shift_T: np.ndarray | float = 0.0  # nats added to the advantage
+    notes: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Attempt:
+    """Everything known of one attempt, on one object. An absent target means: that teacher was not asked, or stayed silent."""
+
+    rollout: Rollout
+    reward: Reward | None = None
+    targets: dict[str, Target] = field(default_factory=dict)
+    candidates: dict[str, TopKTarget] = field(default_factory=dict)  # by teacher name, at the ids of rollout.said
+    now: Target | None = None  # what the student would say now, along these tokens
+    shares: dict[str, Share] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def weight_T(self) -> np.ndarray:
+        """mask x product of factors, float32. An attempt that ended in an error weighs nothing."""
+        weight_T = self.rollout.mask_T.astype(np.float32)
+        if self.rollout.finish == "error":
+            return np.zeros_like(weight_T)
+        for name in sorted(self.shares):  # a fixed order of multiplication: permuting the rules changes no bit (law 5)
+            weight_T = weight_T * np.asarray(self.shares[name].factor_T, dtype=np.float32)
+        return weight_T
+
+    @property
+    def shift_T(self) -> np.ndarray:
+        """Sum of shifts, nats, float32."""
+        shift_T = np.zeros(self.rollout.length, dtype=np.float32)
+        for name in sorted(self.shares):
+            shift_T = shift_T + np.asarray(self.shares[name].shift_T, dtype=np.float32)
+        return shift_T
+
+
+Group = list[Attempt]  # siblings of one prompt, in order of `sample`
+
+
+@dataclass(frozen=True, slots=True)
+class Wants:
+    """What the assembled parts want computed. Work nobody wants is not done; the largest k wins. Joined by `|`."""
+
+    said: int = 0  # the student's own top-k where it acted
+    now_at_said: bool = False  # the student's log-probs of now at the ids of `said`
+    now_topk: int = 0
+    logp: bool = False  # the teacher's log-probs of the sampled tokens, at scoring time
+    candidates: int = 0  # the teacher's log-probs at the student's top-k ids
+    reward: bool = False
+
+    def __or__(self, other: Wants) -> Wants:
+        return Wants(
+            said=max(self.said, other.said),
+            now_at_said=self.now_at_said or other.now_at_said,
+            now_topk=max(self.now_topk, other.now_topk),
+            logp=self.logp or other.logp,
+            candidates=max(self.candidates, other.candidates),
+            reward=self.reward or other.reward,
+        )

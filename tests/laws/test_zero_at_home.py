@@ -1,0 +1,44 @@
+"""Law 2, zero at home: student = teacher costs a divergence nothing, and gives a score function no expected gradient."""
+
+import numpy as np
+import pytest
+import torch
+
+from laws.estimators import Setting, World, settings_of
+from reflux.objectives import OBJECTIVES
+
+CASES = settings_of(OBJECTIVES)
+IDS = [f"{kind}-{index}" for index, (kind, _) in enumerate(CASES)]
+
+
+@pytest.mark.parametrize(("kind", "setting"), CASES, ids=IDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_zero_at_home(kind: str, setting: Setting | None, dtype: torch.dtype) -> None:
+    assert setting, f"'{kind}' is registered but has no setting in tests/laws/estimators.py"
+    if setting.home == "exempt":
+        assert "xempt from law 2" in (type(setting.objective).__doc__ or ""), f"'{kind}' must say in its docstring why it is exempt"
+        return
+    world = World()
+    rows = world.rows(world.student.to(dtype), world.student.detach().to(dtype), setting.says)
+    rows.student.logits_NV = rows.student.logits_NV.to(dtype)
+    rows.behaviour_logp_N, rows.shift_N = rows.behaviour_logp_N.to(dtype), rows.shift_N.to(dtype)
+    tolerance = 1e-12 if dtype == torch.float64 else 3e-7
+    cost_N = setting.objective(rows)
+    assert cost_N.detach().abs().max() < tolerance
+    if setting.target == "tv" and setting.says == "listed":
+        return  # a kink: the tail of a list is 1 - sum, off by a rounding, and the sign of that is a gradient
+    gradient_NV = torch.autograd.grad(cost_N.sum(), rows.student.logits_NV)[0]  # before any average: no row has a gradient
+    assert gradient_NV.abs().max() < tolerance
+
+
+@pytest.mark.parametrize(("kind", "setting"), CASES, ids=IDS)
+def test_divergence_costs_are_never_negative(kind: str, setting: Setting | None) -> None:
+    assert setting, f"'{kind}' is registered but has no setting in tests/laws/estimators.py"
+    if setting.home != "divergence":
+        return
+    for seed, spread in ((0, 0.001), (1, 1.0), (2, 20.0)):
+        world = World(seed=seed, spread=spread)
+        cost_N = setting.objective(world.rows(world.student, world.teacher, setting.says)).detach().numpy()
+        assert np.isfinite(cost_N).all()
+        assert cost_N.min() > -1e-12
+        assert cost_N.max() > 0

@@ -1,0 +1,246 @@
+"""Credit rules: what each says, and what every registered rule must keep (neutral, commuting, pure, silent)."""
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reflux.credit import CREDIT
+from reflux.credit.base import share_credit
+from reflux.credit.outcome import Outcome, group_advantages
+from reflux.credit.position import Position
+from reflux.credit.prefix import Prefix
+from reflux.parts import kind_of
+from reflux.schedules import Linear, Steps
+from reflux.types import Attempt, Finish, Group, Moment, Prompt, Reward, Rollout
+
+settings.register_profile("numbers", deadline=None, max_examples=60)
+settings.load_profile("numbers")
+NOW = Moment(step=0, seed=0)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the properties below run a rule: somewhere it acts, and where it is the identity."""
+
+    acting: Any
+    neutral: Any
+
+
+SETTINGS = {
+    "prefix": Setting(Prefix(2), Prefix(1000)),
+    "position": Setting(Position(Linear(start=1.0, stop=0.0, horizon=3)), Position(1.0)),
+    "outcome": Setting(Outcome(), Outcome(nats=0.0)),
+}
+
+
+def attempt(mask: list[bool], reward: float | None = None, finish: Finish = "stop", sample: int = 0) -> Attempt:
+    mask_T = np.array(mask, dtype=bool)
+    rollout = Rollout(
+        prompt=Prompt("p", ()), sample=sample, version=0, finish=finish, mask_T=mask_T, logp_T=np.zeros(len(mask_T), dtype=np.float32)
+    )
+    return Attempt(rollout, reward=Reward(reward))
+
+
+def group() -> Group:
+    """Tool text in the middle, a plain one, nothing chosen, an empty one, an error, one not judged."""
+    return [
+        attempt([True, False, False, True, True], 1.0),
+        attempt([True] * 4, 0.0),
+        attempt([False] * 3, 0.0),
+        attempt([], 1.0),
+        attempt([True] * 3, 1.0, finish="error"),
+        attempt([True, True], None),
+    ]
+
+
+def weights(credit: dict[str, Any], step: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    attempts = group()
+    share_credit([attempts], credit, Moment(step=step, seed=0))
+    return [(one.weight_T, one.shift_T) for one in attempts]
+
+
+def same(a: list[tuple[np.ndarray, np.ndarray]], b: list[tuple[np.ndarray, np.ndarray]]) -> bool:
+    return all(np.array_equal(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("kind", CREDIT)
+def test_every_rule_has_a_neutral_setting_that_changes_no_bit(kind):
+    assert kind in SETTINGS, f"'{kind}' is registered but has no setting in tests/methods/test_credit.py"
+    rules = SETTINGS[kind]
+    assert kind_of("credit", rules.acting) == kind_of("credit", rules.neutral) == kind
+    assert same(weights({kind: rules.neutral}), weights({}))
+    assert not same(weights({kind: rules.acting}), weights({}))
+
+
+@pytest.mark.parametrize("kind", CREDIT)
+def test_every_rule_keeps_shape_sign_and_silence(kind):
+    rule, attempts = SETTINGS[kind].acting, group()
+    for _ in range(2):  # pure: asking twice says the same
+        share_credit([attempts], {kind: rule}, NOW)
+    for one in attempts:
+        weight_T, shift_T = one.weight_T, one.shift_T
+        assert weight_T.dtype == shift_T.dtype == np.float32
+        assert weight_T.shape == shift_T.shape == one.rollout.mask_T.shape
+        assert (weight_T >= 0).all()
+        assert np.isfinite(weight_T).all()
+        assert np.isfinite(shift_T).all()
+        assert (weight_T[~one.rollout.mask_T] == 0).all()
+        assert all(math.isfinite(note) for note in one.shares[kind].notes.values())
+    assert not attempts[4].weight_T.any()  # ended in an error
+    if rule.shifts:
+        assert not attempts[4].shift_T.any()
+        assert not attempts[5].shift_T.any()
+    else:
+        assert all(not one.shift_T.any() for one in attempts)
+    assert rule([], NOW) == []
+
+
+def test_rules_commute_to_the_bit():
+    rules = {kind: setting.acting for kind, setting in SETTINGS.items()}
+    plain = weights(rules)
+    for order in itertools.permutations(rules):
+        assert same(weights({kind: rules[kind] for kind in order}), plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- prefix
+
+
+def test_prefix_counts_chosen_positions_only():
+    mask = [False, True, True, False, True, True]
+    (share,) = Prefix(2)([attempt(mask)], NOW)
+    assert share.factor_T.tolist() == [1, 1, 1, 1, 0, 0]
+    assert share.notes == {"kept": 0.5}
+    assert not np.any(share.shift_T)
+    (window,) = Prefix(2, start=1)([attempt(mask)], NOW)
+    assert (window.factor_T * mask).tolist() == [0, 0, 1, 0, 1, 0]
+
+
+@given(mask=st.lists(st.booleans(), max_size=12), length=st.integers(1, 15), start=st.integers(0, 14))
+def test_prefix_keeps_min_of_length_and_what_is_there(mask, length, start):
+    one = attempt(mask)
+    share_credit([[one]], {"prefix": Prefix(length, start)}, NOW)
+    assert set(np.unique(one.weight_T)) <= {0.0, 1.0}
+    kept = np.flatnonzero(one.weight_T)
+    assert kept.tolist() == np.flatnonzero(mask)[start : start + length].tolist()
+    if any(mask):
+        assert one.shares["prefix"].notes["kept"] == pytest.approx(len(kept) / sum(mask))
+        windows = [Prefix(length, length * w)([attempt(mask)], NOW)[0].factor_T for w in range(13)]
+        assert (sum(windows)[np.array(mask)] == 1).all()  # windows tile the attempt
+
+
+def test_prefix_of_a_rollout_is_the_weight_of_the_cut_rollout():
+    full = attempt([True, False, True, True, True])
+    share_credit([[full]], {"prefix": Prefix(2)}, NOW)
+    assert full.weight_T.tolist() == [1, 0, 1, 0, 0]
+    assert attempt([True, False, True]).weight_T.tolist() == [1, 0, 1]
+
+
+def test_prefix_length_follows_its_schedule_by_step_and_floors():
+    rule = Prefix(Linear(start=1, increment=0.75))
+    kept = [float(rule([attempt([True] * 8)], Moment(step=step, seed=0))[0].factor_T.sum()) for step in range(6)]
+    assert kept == [1, 1, 2, 3, 4, 4]
+    assert Prefix(2.9)([attempt([True] * 8)], NOW)[0].factor_T.sum() == 2
+
+
+def test_prefix_refuses_what_is_below_one_position():
+    for bad in (0, -3, 0.5, math.nan, True, "64"):
+        with pytest.raises(ValueError, match="length"):
+            Prefix(bad)
+    with pytest.raises(ValueError, match="start"):
+        Prefix(4, start=-1)
+    with pytest.raises(ValueError, match="step 3"):
+        Prefix(Linear(start=3, increment=-1))([attempt([True])], Moment(step=3, seed=0))
+
+
+# -------------------------------------------------------------------------------------------------------------------- position
+
+
+def test_position_reads_its_schedule_over_chosen_positions_not_steps():
+    one = attempt([True, False, True, True])
+    for step in (0, 7):
+        (share,) = Position(Linear(start=1.0, stop=0.0, horizon=2))([one], Moment(step=step, seed=0))
+        assert share.factor_T.tolist() == [1.0, 1.0, 0.5, 0.0]
+        assert share.notes == {"factor": 0.5}
+
+
+def test_position_of_one_and_zero_is_a_prefix():
+    cut = Position(Steps(values=(1.0, 0.0), boundaries=(2,)))
+    assert same(weights({"position": cut}), weights({"prefix": Prefix(2)}))
+
+
+def test_position_refuses_negative_weights():
+    with pytest.raises(ValueError, match="factor"):
+        Position(-0.5)
+    with pytest.raises(ValueError, match="position 2"):
+        Position(Linear(start=1, increment=-0.75))([attempt([True] * 4)], NOW)
+
+
+# --------------------------------------------------------------------------------------------------------------------- outcome
+
+
+def test_group_advantages_by_hand():
+    assert group_advantages([1.0, 0.0, 0.0, 1.0]) == [0.5, -0.5, -0.5, 0.5]
+    assert group_advantages([2.0, None, 0.0]) == [1.0, 0.0, -1.0]
+    spread = math.sqrt(1 / 3) + 1e-6  # unbiased standard deviation of 1, 0, 0, 1
+    assert group_advantages([1.0, 0.0, 0.0, 1.0], normalise_std=True) == pytest.approx(
+        [0.5 / spread, -0.5 / spread, -0.5 / spread, 0.5 / spread]
+    )
+
+
+def test_group_advantages_at_the_edges():
+    assert group_advantages([]) == []
+    assert group_advantages([3.0]) == [0.0]
+    assert group_advantages([None, None]) == [0.0, 0.0]
+    for std in (False, True):
+        assert group_advantages([0.1] * 7, std) == [0.0] * 7  # the mean of 0.1 is rounded; it must not leak
+        assert group_advantages([0.1, None, 0.1], std) == [0.0] * 3
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="reward 1"):
+            group_advantages([0.0, bad])
+
+
+rewards = st.lists(st.one_of(st.none(), st.floats(-3, 3, allow_nan=False).map(lambda x: round(x, 3))), max_size=8)
+
+
+@given(rewards=rewards, constant=st.floats(-5, 5), scale=st.floats(0.5, 20), std=st.booleans())
+def test_group_advantages_are_centred_shift_free_and_with_std_scale_free(rewards, constant, scale, std):
+    made = group_advantages(rewards, std)
+    assert math.fsum(made) == pytest.approx(0, abs=1e-9)
+    moved = group_advantages([None if r is None else r + constant for r in rewards], std)
+    assert moved == pytest.approx(made, abs=1e-6 if not std else 1e-3)
+    scaled = group_advantages([None if r is None else r * scale for r in rewards], std)
+    if std and len({r for r in rewards if r is not None}) > 1:
+        known = [r for r in rewards if r is not None]
+        assert scaled == pytest.approx(made, rel=4e-6 / np.std(known, ddof=1) + 1e-9, abs=1e-9)
+    elif not std:
+        assert scaled == pytest.approx([scale * a for a in made], rel=1e-9, abs=1e-9)
+
+
+def test_outcome_shifts_every_position_alike_and_ignores_errors_and_the_unjudged():
+    shares = Outcome()(group(), NOW)  # judged: 1, 0, 0, 1; the error's reward of 1 and the missing one stay out
+    assert [share.shift_T for share in shares] == [0.5, -0.5, -0.5, 0.5, 0.0, 0.0]
+    assert all(share.factor_T == 1.0 and share.notes == {"mixed": 1.0} for share in shares)
+    alike = Outcome(normalise_std=True)([attempt([True], 1.0), attempt([True], 1.0)], NOW)
+    assert [(share.shift_T, share.notes["mixed"]) for share in alike] == [(0.0, 0.0)] * 2
+
+
+def test_outcome_worth_follows_its_schedule():
+    shares = Outcome(nats=Linear(start=1.0, increment=1.0))([attempt([True], 1.0), attempt([True], 0.0)], Moment(step=2, seed=0))
+    assert [share.shift_T for share in shares] == [1.5, -1.5]
+
+
+def test_rules_declare_what_they_want():
+    assert Outcome().wants.reward
+    assert Outcome().min_group == 2
+    assert Outcome().shifts
+    assert not Prefix(4).wants.reward
+    assert not Prefix(4).shifts
+    assert not Position(1.0).shifts
+    with pytest.raises(ValueError, match="std_floor"):
+        Outcome(std_floor=0.0)

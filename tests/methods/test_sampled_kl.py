@@ -1,0 +1,155 @@
+"""The sampled objectives at one position: ratio forms, dropped outliers, shifts, refusals."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from reflux.objectives.base import FullSays, ListedSays, Rows, SampledSays
+from reflux.objectives.nll import NLL
+from reflux.objectives.outcome import Outcome
+from reflux.objectives.sampled_kl import SampledKL, advantage, score_cost
+from reflux.types import HiddenTarget, SampledTarget, TopKTarget
+
+N, V = 6, 5
+
+
+def rows(lag: float = 0.0, shift: float = 0.0) -> Rows:
+    torch.manual_seed(0)
+    logits, ids = torch.randn(N, V, dtype=torch.float64, requires_grad=True), torch.arange(N) % V
+    student = FullSays(logits, ids)
+    behaviour = student.logp_N.detach() + lag * torch.randn(N, dtype=torch.float64)
+    teacher = FullSays(torch.randn(N, V, dtype=torch.float64), ids)
+    return Rows(ids, student, {"main": teacher}, behaviour, torch.full((N,), shift, dtype=torch.float64))
+
+
+def gradient(objective, at: Rows) -> torch.Tensor:
+    return torch.autograd.grad(objective(at).sum(), at.student.logits_NV, retain_graph=True)[0]
+
+
+def test_advantage_is_teacher_minus_student_minus_value_detached():
+    student = torch.tensor([-1.0, -2.0], requires_grad=True)
+    made = advantage(student, torch.tensor([-1.5, -0.5]), torch.tensor([-0.25, 0.0], requires_grad=True))
+    assert made.tolist() == [-0.25, 1.5]
+    assert not made.requires_grad
+    assert advantage(student, student).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("make", [lambda ratio: SampledKL(ratio=ratio), lambda ratio: Outcome(ratio=ratio)])
+def test_all_ratio_forms_have_one_gradient_on_policy(make):
+    at = rows(shift=0.7)
+    torch.testing.assert_close(gradient(make("clip"), at), gradient(make("none"), at), rtol=1e-12, atol=1e-14)
+    at = rows(shift=0.7)
+    torch.testing.assert_close(gradient(SampledKL(), at), gradient(SampledKL(ratio="none"), at), rtol=1e-12, atol=1e-14)
+
+
+def test_truncated_ratio_scales_the_gradient_by_the_capped_detached_ratio():
+    at = rows(lag=1.5)
+    rho = (at.student.logp_N - at.behaviour_logp_N).detach().exp()
+    assert (rho > 2).any()
+    assert (rho < 2).any()
+    expected = gradient(SampledKL(ratio="none"), at) * rho.clamp(max=2)[:, None]
+    torch.testing.assert_close(gradient(SampledKL(ratio_cap=2.0), at), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_clip_is_the_clipped_surrogate_and_stops_gradients_that_go_too_far():
+    logp = torch.tensor([-1.0] * 6, dtype=torch.float64, requires_grad=True)
+    rho = np.array([0.5, 0.5, 1.1, 1.1, 2.0, 2.0])
+    a = torch.tensor([1.0, -1.0] * 3, dtype=torch.float64)
+    cost = score_cost(a, logp, (logp.detach() - torch.tensor(rho).log()), "clip", (0.2, 0.3), 5.0)
+    expected = -np.minimum(rho * a.numpy(), np.clip(rho, 0.8, 1.3) * a.numpy())
+    np.testing.assert_allclose(cost.detach().numpy(), expected, rtol=1e-12)
+    (made,) = torch.autograd.grad(cost.sum(), logp)
+    np.testing.assert_allclose(made.numpy(), [-0.5, 0, -1.1, 1.1, 0, 2.0], rtol=1e-12)
+
+
+def test_a_token_the_sampler_thought_impossible_does_not_turn_into_nan():
+    logp = torch.tensor([-1.0], requires_grad=True)
+    for ratio in ("clip", "truncated"):
+        cost = score_cost(torch.tensor([1.0]), logp, torch.tensor([-300.0]), ratio, (0.2, 0.2), 5.0)
+        assert cost.isfinite().all()
+        assert torch.autograd.grad(cost.sum(), logp)[0].isfinite().all()
+
+
+def test_shift_and_value_enter_the_advantage():
+    at = rows(shift=0.4)
+    logp, r = at.student.logp_N, (at.teachers["main"].logp_N - at.student.logp_N).detach()
+    kl = (at.student.logp_NV.exp() * (at.student.logp_NV - at.teachers["main"].logp_NV)).sum(-1)
+    for objective, extra in ((SampledKL(ratio="none"), 0.0), (SampledKL(ratio="none", baseline="kl"), kl)):
+        torch.testing.assert_close(objective(at), -(r + extra + 0.4) * logp)
+    torch.testing.assert_close(Outcome(ratio="none")(at), -0.4 * logp)
+
+
+@pytest.mark.parametrize("ratio", ["truncated", "clip", "none"])
+def test_outliers_cost_exactly_zero_whatever_their_shift_also_where_infinite(ratio):
+    at = rows(lag=0.1, shift=3.0)
+    teacher = at.teachers["main"].logp_N.clone()
+    teacher[0], teacher[1], teacher[2] = -math.inf, at.student.logp_N[1].item() - 1.0, at.student.logp_N[2].item() + 0.999
+    at.teachers["main"] = SampledSays(teacher)
+    gap = (at.student.logp_N - teacher).detach().abs()
+    objective = SampledKL(ratio=ratio, max_gap_nats=1.0)
+    cost, grads = objective(at), gradient(objective, at)
+    assert (gap >= 1)[:3].tolist() == [True, True, False]
+    assert ((cost == 0) == (gap >= 1)).all()
+    assert ((grads == 0).all(-1) == (gap >= 1)).all()
+    assert not SampledKL(ratio=ratio)(at).isfinite().all()
+
+
+def test_no_gradient_reaches_teacher_or_value():
+    at = rows()
+    teacher = torch.randn(N, V, dtype=torch.float64, requires_grad=True)
+    at.teachers["main"] = FullSays(teacher, at.ids_N)
+    for baseline in ("none", "kl", "topk_kl"):
+        SampledKL(baseline=baseline)(at).sum().backward(retain_graph=True)
+    assert teacher.grad is None
+    at = rows()
+    only_score = torch.autograd.grad(at.student.logp_N, at.student.logits_NV, -SampledKL().value(at) * torch.ones(N), retain_graph=True)
+    assert not only_score[0].any()  # value 0 without a baseline
+    value = SampledKL(baseline="kl").value(at)
+    weighted = torch.autograd.grad((value.detach() * at.student.logp_N).sum(), at.student.logits_NV, retain_graph=True)[0]
+    difference = gradient(SampledKL(baseline="kl", ratio="none"), at) - gradient(SampledKL(ratio="none"), at)
+    torch.testing.assert_close(difference, weighted)  # only log p(a) carries the value's weight
+
+
+def test_baselines_refuse_what_cannot_answer_everywhere():
+    at = rows()
+    for says in (SampledSays(torch.zeros(N)), ListedSays(torch.zeros(N, 1, dtype=torch.int64), torch.zeros(N, 1), torch.zeros(N))):
+        at.teachers["main"] = says
+        assert SampledKL()(at).shape == (N,)
+        for baseline in ("kl", "topk_kl"):
+            with pytest.raises(ValueError, match="baseline = 'none'"):
+                SampledKL(baseline=baseline)(at)
+    assert SampledKL().accepts == (SampledTarget, TopKTarget, HiddenTarget)
+    assert SampledKL(baseline="kl").accepts == SampledKL(baseline="topk_kl").accepts == (HiddenTarget,)
+
+
+def test_nll_is_the_recorded_tokens_surprise():
+    at = rows()
+    torch.testing.assert_close(NLL()(at), -at.student.logits_NV.log_softmax(-1).gather(-1, at.ids_N[:, None])[:, 0])
+
+
+def test_defaults_are_the_vetted_setting():
+    sampled = SampledKL()
+    assert (sampled.baseline, sampled.baseline_k, sampled.ratio, sampled.ratio_cap) == ("none", 20, "truncated", 5.0)
+    assert sampled.clip == (0.2, 0.2)
+    assert sampled.max_gap_nats is None
+    assert sampled.takes_shift
+    assert (Outcome().ratio, Outcome().clip, Outcome().takes_shift, NLL().takes_shift) == ("clip", (0.2, 0.2), True, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"baseline_k": 0}, "baseline_k"),
+        ({"ratio_cap": 0.5}, "ratio_cap"),
+        ({"clip": (1.0, 0.2)}, "clip"),
+        ({"clip": (0.2, -0.1)}, "clip"),
+        ({"max_gap_nats": 0.0}, "max_gap_nats"),
+        ({"coef": math.nan}, "coef"),
+        ({"baseline": "group_mean"}, "baseline"),
+    ],
+)
+def test_bad_fields_are_refused(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        SampledKL(**fields)

@@ -1,0 +1,130 @@
+"""The shipped models: what they are, how they speak, and that what they are said to know they know."""
+
+import json
+
+import pytest
+from safetensors import safe_open
+
+from reflux.assets import folder
+from reflux.assets.make import SPECS, Spec, accuracy, blank, cold_start, encode, main, wilson
+from reflux.assets.tokenizer import CHARACTERS, SPECIALS, character_tokenizer
+from reflux.tasks.word_problems import WordProblems
+
+NAMES = ("student", "teacher")
+FILES = {
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+TINY = Spec("tiny", layers=1, steps=2, width=16, inner=16, heads=2, kv_heads=1, batch=4, warmup=1, task=WordProblems(held_out=6))
+
+
+def shipped(name):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(folder(name)), AutoTokenizer.from_pretrained(folder(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_holds_exactly_these_files_and_is_small(name):
+    assert {path.name for path in folder(name).iterdir()} == FILES
+    assert sum(path.stat().st_size for path in folder(name).iterdir()) < 2_000_000
+    with safe_open(folder(name) / "model.safetensors", "pt") as weights:
+        assert {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118 == {"F32"}
+
+
+def test_the_shipped_tokenizers_are_one_and_the_one_the_code_makes():
+    made = json.loads(character_tokenizer().backend_tokenizer.to_str())
+    for name in NAMES:
+        _, tokenizer = shipped(name)
+        assert json.loads(tokenizer.backend_tokenizer.to_str())["model"] == made["model"]
+        assert tokenizer.chat_template == character_tokenizer().chat_template
+        assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side) == ("<end>", "<pad>", "left")
+
+
+@pytest.mark.parametrize("text", [CHARACTERS, "Tom  has 1\n x .", " a , b . don't !", ""])
+def test_known_text_comes_back_as_it_was_one_character_a_token(text):
+    tokenizer = character_tokenizer()
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text) and tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("text", ["é", "日本", "\t", "👍", "\x00", "\ud800".encode("utf-8", "replace").decode()])
+def test_unknown_characters_are_unk(text):
+    tokenizer = character_tokenizer()
+    ids = tokenizer("a" + text + "b")["input_ids"]
+    assert ids[0] != tokenizer.unk_token_id and ids[-1] != tokenizer.unk_token_id
+    assert set(ids[1:-1]) <= {tokenizer.unk_token_id, *tokenizer("?")["input_ids"]} and len(ids) > 2
+
+
+def test_a_chat_is_roles_and_texts_and_an_answer_ends():
+    tokenizer = character_tokenizer()
+    chat = [{"role": role, "content": text} for role, text in (("system", "s"), ("user", "u"), ("assistant", "a"), ("tool", "t"))]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "<system>s<user>u<assistant>a<end><user>t"
+    asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert asked[-1] == SPECIALS.index("<assistant>") and asked.count(tokenizer.eos_token_id) == 1 and len(asked) == 10
+
+
+def test_training_text_is_the_chat_and_only_the_answer_is_learnt():
+    tokenizer, prompts = character_tokenizer(), list(WordProblems(held_out=5).prompts("test", 0))
+    ids_BT, labels_BT = encode(prompts, tokenizer)
+    for prompt, ids_T, labels_T in zip(prompts, ids_BT, labels_BT, strict=True):
+        turns = [*prompt.messages, {"role": "assistant", "content": prompt.references[0]}]
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        assert tokenizer.decode(ids_T).removesuffix("<pad>" * int((ids_T == tokenizer.pad_token_id).sum())) == whole
+        assert tokenizer.decode(labels_T[labels_T >= 0]) == prompt.references[0] + "<end>"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_shipped_models_are_what_their_specs_say(name):
+    model, tokenizer = shipped(name)
+    made = blank(SPECS[name], character_tokenizer())
+    assert model.config.model_type == "qwen3" and model.config.vocab_size == len(tokenizer) == len(SPECIALS) + len(CHARACTERS)
+    assert {key: value.shape for key, value in model.state_dict().items()} == {key: value.shape for key, value in made.state_dict().items()}
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == model.config.eos_token_id
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id == model.config.pad_token_id
+
+
+def test_the_student_is_smaller_and_knows_less():
+    (student, tokenizer), (teacher, _) = shipped("student"), shipped("teacher")
+    assert student.num_parameters() <= 0.8 * teacher.num_parameters()
+    task = WordProblems()
+    right, problems = accuracy(student, tokenizer, task)
+    assert problems == 500 and right < 0.35 * problems
+    right, problems = accuracy(teacher, tokenizer, task)
+    assert problems == 500 and right >= 0.96 * problems
+
+
+def test_the_same_seed_makes_the_same_model_and_another_does_not():
+    tokenizer = character_tokenizer()
+    states = [cold_start(spec, tokenizer).state_dict() for spec in (TINY, TINY, Spec(**{**vars(TINY), "seed": 1}))]
+    assert all(states[0][key].equal(states[1][key]) for key in states[0])
+    assert not all(states[0][key].equal(states[2][key]) for key in states[0])
+
+
+def test_making_writes_whole_folders_that_load_and_replaces_them(tmp_path, monkeypatch, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setitem(SPECS, "student", TINY)
+    for _ in range(2):
+        main(["--only", "student", "--out", str(tmp_path), "--threads", "1"])
+        assert [path.name for path in tmp_path.iterdir()] == ["student"]
+        assert {path.name for path in (tmp_path / "student").iterdir()} == FILES
+    assert "held-out problems: 0/6 right" in capsys.readouterr().out
+    assert "held-out problems: 0/6 right" in (tmp_path / "student" / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+    expected = cold_start(TINY, character_tokenizer()).state_dict()
+    assert all(model.state_dict()[key].equal(expected[key]) for key in expected) and len(tokenizer) == len(character_tokenizer())
+
+
+def test_the_interval_solves_the_score_equation():
+    for right, problems in ((0, 20), (7, 20), (490, 500), (20, 20)):
+        for bound in wilson(right, problems):
+            assert abs((right / problems - bound) ** 2 - 1.96**2 * bound * (1 - bound) / problems) < 1e-12
+        low, high = wilson(right, problems)
+        assert low < high and low <= right / problems + 1e-12 and right / problems <= high + 1e-12

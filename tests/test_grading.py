@@ -1,0 +1,342 @@
+"""A verdict costs its own attempt only, whatever the verifier does; and what counts as the right answer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from reflux.errors import ConfigError
+from reflux.parts import part
+from reflux.rewards.verifier import Verifier
+from reflux.tasks import grading
+from reflux.tasks.grading import Graders, Verdict
+from reflux.tasks.math import final_answer, grade
+from reflux.types import Attempt, Prompt, TokenRollout
+
+TASK = '''
+import os, signal, sys, time
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Odd:
+    """Does what the text says."""
+    right: float = 1.0
+
+    def verify(self, prompt, made):
+        print("a verifier may print")
+        match made:
+            case "hang": time.sleep(60)
+            case "spin": sum(iter(int, 1))  # never gives up the interpreter
+            case "raise": raise RuntimeError("no idea")
+            case "exit": sys.exit(3)
+            case "crash": os._exit(7)
+            case "nan": return float("nan")
+            case "memory": bytearray(1 << 40)
+            case "pid": return os.getpid()
+            case "alarm":
+                signal.signal(signal.SIGALRM, lambda *_: None)  # raises outside a main thread
+                signal.alarm(0)
+            case "torch": return any(name.split(".")[0] in ("torch", "transformers", "datasets") for name in sys.modules)
+            case "main": return hasattr(sys.modules["__main__"], "__file__")
+            case "modules": return len([name for name in sys.modules if name.startswith("reflux")])
+        return self.right if made == prompt.answer or made == "alarm" else 0.0
+'''
+PROMPT = Prompt(id="p", messages=({"role": "user", "content": "say yes"},), answer="yes")
+
+
+@pytest.fixture
+def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    (tmp_path / "odd_task.py").write_text(TASK)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(grading, "FIRST_S", 0.5)
+    yield __import__("odd_task").Odd()
+    sys.modules.pop("odd_task")
+
+
+def verdicts(task: Any, *texts: str, timeout_s: float = 10.0, workers: int = 1) -> list[Verdict]:
+    with Graders(workers, timeout_s) as graders:
+        return asyncio.run(graders.verify_many(task, [(PROMPT, text) for text in texts]))
+
+
+def values(found: list[Verdict]) -> list[float | None]:
+    return [verdict.value for verdict in found]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone_within(pid: int, limit_s: float) -> bool:
+    end = time.monotonic() + limit_s
+    while alive(pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not alive(pid)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_verdicts_come_in_order(odd: Any, workers: int) -> None:
+    texts = ["yes" if number % 3 == 0 else "no" for number in range(700)]
+    assert values(verdicts(odd, *texts, workers=workers)) == [float(text == "yes") for text in texts]
+
+
+def test_no_jobs_no_verdicts(odd: Any) -> None:
+    assert verdicts(odd) == []
+
+
+@pytest.mark.parametrize("text", ["hang", "spin"])
+def test_an_answer_past_the_time_limit_costs_itself_only(odd: Any, text: str) -> None:
+    found = verdicts(odd, "yes", text, "yes", "no", text, "yes", timeout_s=0.5)
+    assert values(found) == [1.0, None, 1.0, 0.0, None, 1.0]
+    assert [verdict.problem for verdict in found] == ["", "timeout", "", "", "timeout", ""]
+    assert "0.5 s" in found[1].words
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("raise", "RuntimeError: no idea"),
+        ("exit", "SystemExit: 3"),
+        ("crash", "code 7"),
+        ("nan", "the verdict is nan"),
+        ("memory", "MemoryError"),
+    ],
+)
+def test_a_failing_verifier_costs_its_own_attempt_only(odd: Any, text: str, words: str) -> None:
+    found = verdicts(odd, "yes", text, "yes")
+    assert values(found) == [1.0, None, 1.0]
+    assert found[1].problem == "error" and words in found[1].detail
+
+
+def test_problems_are_counted(odd: Any) -> None:
+    with Graders(timeout_s=0.5) as graders:
+        asyncio.run(graders.verify_many(odd, [(PROMPT, text) for text in ("yes", "hang", "raise", "nan")]))
+        assert (graders.timeouts, graders.errors) == (1, 2)
+
+
+def test_a_worker_imports_no_torch_and_not_the_script(odd: Any) -> None:
+    assert values(verdicts(odd, "torch", "main")) == [0.0, 0.0]
+    assert verdicts(odd, "modules")[0].value > 0  # the question sees the worker's modules at all
+
+
+def test_a_verifier_runs_in_the_main_thread_of_its_process(odd: Any) -> None:
+    assert values(verdicts(odd, "alarm")) == [1.0]
+
+
+def test_each_message_is_judged_by_its_own_task(odd: Any) -> None:
+    with Graders() as graders:
+        for right in (1.0, 0.5, 1.0):
+            assert asyncio.run(graders.verify(type(odd)(right), PROMPT, "yes")).value == right
+
+
+def test_many_small_questions_at_once_get_their_own_answers(odd: Any) -> None:
+    async def ask(graders: Graders) -> list[Verdict]:
+        return await asyncio.gather(*(graders.verify(odd, PROMPT, "yes" if number % 2 else "no") for number in range(64)))
+
+    with Graders(workers=2) as graders:
+        assert values(asyncio.run(ask(graders))) == [float(number % 2) for number in range(64)]
+
+
+def test_close_ends_the_workers_also_while_they_judge(odd: Any) -> None:
+    async def hang_and_close(graders: Graders) -> int:
+        pid = await graders.verify(odd, PROMPT, "pid")
+        hanging = asyncio.create_task(graders.verify(odd, PROMPT, "hang"))
+        await asyncio.sleep(0.2)
+        await asyncio.to_thread(graders.close)
+        with pytest.raises(RuntimeError, match="closed"):
+            await hanging
+        return int(pid.value or 0)
+
+    assert not alive(asyncio.run(hang_and_close(Graders(timeout_s=30))))
+
+
+def test_a_worker_that_something_else_ended_is_replaced(odd: Any) -> None:
+    with Graders() as graders:
+        first = int(asyncio.run(graders.verify(odd, PROMPT, "pid")).value or 0)
+        os.kill(first, signal.SIGKILL)
+        time.sleep(0.1)
+        second = asyncio.run(graders.verify(odd, PROMPT, "pid")).value
+        assert second not in (None, first)
+
+
+@pytest.mark.parametrize("doing", ["pid", "hang", "spin"])
+def test_no_worker_outlives_a_killed_parent(odd: Any, tmp_path: Path, doing: str) -> None:
+    """An idle, a sleeping and a computing worker, whose parent gets SIGKILL, are gone soon after."""
+    script = f"""
+        import asyncio
+        from odd_task import Odd
+        from reflux.tasks.grading import Graders
+        from reflux.types import Prompt
+
+        prompt = Prompt(id="p", messages=())
+        async def main():
+            graders = Graders(timeout_s=30 if {doing!r} == "hang" else 0.5)
+            print(int((await graders.verify(Odd(), prompt, "pid")).value), flush=True)
+            await graders.verify(Odd(), prompt, {doing!r})
+            await asyncio.sleep(60)
+        asyncio.run(main())
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, env=environment)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    time.sleep(0.3)
+    assert alive(pid)
+    parent.kill()
+    parent.communicate()
+    assert gone_within(pid, 30.0)
+
+
+def test_a_script_without_a_main_guard_is_not_run_again(odd: Any, tmp_path: Path) -> None:
+    script = tmp_path / "unguarded.py"
+    script.write_text(
+        "import asyncio\nfrom odd_task import Odd\nfrom reflux.tasks.grading import Graders\nfrom reflux.types import Prompt\n"
+        'print("once")\ngraders = Graders()\nprompt = Prompt(id="p", messages=(), answer="yes")\n'
+        'print(asyncio.run(graders.verify(Odd(), prompt, "yes")).value)\n'  # and never closed
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.stdout.split(), done.returncode) == (["once", "1.0"], 0)
+
+
+def test_a_task_that_cannot_be_sent_or_loaded_is_explained(odd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="class at the top of a module"):
+        verdicts(SimpleNamespace(verify=lambda prompt, made: 1.0), "yes")
+    script_class = type("Mine", (), {})
+    script_class.__module__ = "__main__"
+    monkeypatch.setattr(sys.modules["__main__"], "Mine", script_class, raising=False)
+    with pytest.raises(ConfigError, match="not in the script that is being run"):
+        verdicts(script_class(), "yes")
+
+
+@pytest.mark.parametrize(("workers", "timeout_s"), [(0, 1.0), (1, 0.0), (1, float("nan"))])
+def test_graders_refuse_what_cannot_work(workers: int, timeout_s: float) -> None:
+    with pytest.raises(ValueError, match="workers >= 1"):
+        Graders(workers, timeout_s)
+
+
+def attempt(text: str, finish: Any = "stop") -> Attempt:
+    ids = np.zeros(2, dtype=np.int64)
+    common = {"mask_T": np.ones(2, dtype=bool), "logp_T": np.zeros(2, dtype=np.float32)}
+    rollout = TokenRollout(
+        prompt=PROMPT, sample=0, version=0, finish=finish, **common, prompt_tokens=ids, tokens_T=ids, text=text, messages=PROMPT.messages
+    )
+    return Attempt(rollout)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_verifier_reward_fills_the_group(odd: Any, own: bool) -> None:
+    async def score(graders: Graders) -> list[Attempt]:
+        run: Any = SimpleNamespace(task=odd, graders=graders)
+        group = [attempt("yes"), attempt("yes", "error"), attempt("no"), attempt("raise"), attempt("yes", "length")]
+        async with Verifier(timeout_s=9.0 if own else 10.0).open(run) as reward:
+            await reward.score(group)
+        return group
+
+    with Graders() as graders:
+        group = asyncio.run(score(graders))
+        assert graders.errors == (0 if own else 1)
+    assert [entry.reward and entry.reward.value for entry in group] == [1.0, None, 0.0, None, 1.0]
+    assert [entry.notes.get("ungraded") for entry in group] == [
+        None,
+        "error: sampling ended in an error",
+        None,
+        "error: RuntimeError: no idea",
+        None,
+    ]
+
+
+def test_the_verifier_reward_is_registered_with_its_vetted_setting() -> None:
+    assert part("rewards", "verifier")() == Verifier(timeout_s=10.0, workers=1)
+    for bad in ({"timeout_s": 0.0}, {"workers": 0}):
+        with pytest.raises(ValueError, match="timeout_s|workers"):
+            Verifier(**bad)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{18}", "18"),
+        (r"\boxed{17} no, \boxed{18}", "18"),
+        (r"\boxed{18}. The answer is 17.", "18"),  # what is boxed comes first
+        (r"\boxed{\$18}", "18"),
+        (r"\boxed{18 \text{ dollars}}", "18"),
+        ("#### 1,000.0", "1000"),
+        ("The answer is $18.", "18"),
+        ("Answer: 5. Hmm. Answer: 6", "6"),
+        ("Answer:\n18 apples.", "18"),
+        ("Answer: x = 18", "18"),
+        ("Answer: 5 + 21 = 26", "26"),
+        ("The answer is: **42**", "42"),
+        ("Answer: \u22125", "-5"),
+        ("Answer: .5", "0.5"),
+        ("first 5, then 18.", "18"),
+        (r"\boxed{50\%}", "50"),
+        (r"\boxed{50\%}", "0.5"),
+        (r"\boxed{\frac{1}{2}}", "0.5"),
+        (r"\boxed{3\frac{1}{2}}", "3.5"),
+        (r"\boxed{x^2+2x+1}", "(x+1)^2"),
+        (r"\boxed{(1,2)}", "(1, 2)"),
+        (r"\boxed{\text{B}}", "B"),
+        ("Answer: Paris", "Paris"),
+        (r"thus $x=\frac{1}{3}$", "1/3"),
+    ],
+)
+def test_a_right_answer_counts(text: str, answer: str) -> None:
+    assert grade(text, answer) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("", "5"),
+        ("no number at all", "5"),
+        ("Answer:", "5"),
+        (r"\boxed{}", "5"),
+        (r"5, so \boxed{5", "5"),  # cut off: it might have become 57
+        ("Answer: 26", "25"),
+        ("Answer: -5", "5"),
+        ("Answer: 12 or 13", "12"),
+        ("Answer: 12, 13", "13"),
+        ("Answer: 18:30", "18"),
+        (r"\boxed{4x}", "4"),
+        (r"\boxed{\sqrt{16}}", "16"),
+        ("Answer: 3.14", "3.14159"),
+        ("18 apples, or 5", "18"),
+        ("version v2", "2"),
+        ("Answer: Rome", "Paris"),
+        (r"\boxed{x+1}", "(x+1)^2"),
+    ],
+)
+def test_a_wrong_answer_does_not_count(text: str, answer: str) -> None:
+    assert grade(text, answer) == 0.0
+
+
+def test_plain_numbers_never_need_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    assert (grade("#### 1,234", "1234"), grade(r"\boxed{7}", "8"), grade("it is 7", "8")) == (1.0, 0.0, 0.0)
+    with pytest.raises(ImportError):
+        grade(r"\boxed{\frac{1}{2}}", "0.5")
+
+
+def test_an_empty_stored_answer_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to compare with"):
+        grade("5", " ")
+
+
+def test_nested_braces_belong_to_the_answer() -> None:
+    assert final_answer(r"\boxed{\frac{1}{\sqrt{2}}} and {more}") == r"\frac{1}{\sqrt{2}}"
