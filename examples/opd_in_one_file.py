@@ -43,9 +43,9 @@ def shift(z, bits):
 
 
 def gumbel(keys_B, t, vocabulary):
-    """Standard Gumbel noise [B, V] for new token t: a splitmix64 hash of (key, t, token id) makes each uniform. argmax(logp + noise) is a draw."""
+    """Standard Gumbel noise [B, V] for new token t, from a splitmix64 hash of (key, t, token id). argmax(logp + noise) is a draw."""
     ids_V = torch.arange(1, vocabulary + 1)
-    z = (keys_B + (t + 1) * signed(0x9E3779B97F4A7C15))[:, None] + ids_V * signed(0xD1B54A32D192ED03)
+    z = (keys_B + torch.tensor(t + 1) * signed(0x9E3779B97F4A7C15))[:, None] + ids_V * signed(0xD1B54A32D192ED03)
     z = (z ^ shift(z, 30)) * signed(0xBF58476D1CE4E5B9)
     z = (z ^ shift(z, 27)) * signed(0x94D049BB133111EB)
     uniform_BV = (shift(z ^ shift(z, 31), 41).float() + 0.5) / 2**23

@@ -20,7 +20,7 @@ FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
-TINY = Spec("tiny", layers=1, steps=2, width=16, inner=16, heads=2, kv_heads=1, batch=4, warmup=1, task=WordProblems(held_out=6))
+TINY = Spec("tiny", layers=1, steps=2, seed=0, width=16, inner=16, heads=2, batch=4, warmup=1, exam=WordProblems(held_out=6))
 
 
 def shipped(name):
@@ -50,15 +50,18 @@ def test_the_shipped_tokenizers_are_one_and_the_one_the_code_makes():
 def test_known_text_comes_back_as_it_was_one_character_a_token(text):
     tokenizer = character_tokenizer()
     ids = tokenizer(text)["input_ids"]
-    assert len(ids) == len(text) and tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert len(ids) == len(text)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
 @pytest.mark.parametrize("text", ["é", "日本", "\t", "👍", "\x00", "\ud800".encode("utf-8", "replace").decode()])
 def test_unknown_characters_are_unk(text):
     tokenizer = character_tokenizer()
     ids = tokenizer("a" + text + "b")["input_ids"]
-    assert ids[0] != tokenizer.unk_token_id and ids[-1] != tokenizer.unk_token_id
-    assert set(ids[1:-1]) <= {tokenizer.unk_token_id, *tokenizer("?")["input_ids"]} and len(ids) > 2
+    assert ids[0] != tokenizer.unk_token_id
+    assert ids[-1] != tokenizer.unk_token_id
+    assert set(ids[1:-1]) <= {tokenizer.unk_token_id, *tokenizer("?")["input_ids"]}
+    assert len(ids) > 2
 
 
 def test_a_chat_is_roles_and_texts_and_an_answer_ends():
@@ -66,7 +69,9 @@ def test_a_chat_is_roles_and_texts_and_an_answer_ends():
     chat = [{"role": role, "content": text} for role, text in (("system", "s"), ("user", "u"), ("assistant", "a"), ("tool", "t"))]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "<system>s<user>u<assistant>a<end><user>t"
     asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
-    assert asked[-1] == SPECIALS.index("<assistant>") and asked.count(tokenizer.eos_token_id) == 1 and len(asked) == 10
+    assert asked[-1] == SPECIALS.index("<assistant>")
+    assert asked.count(tokenizer.eos_token_id) == 1
+    assert len(asked) == 10
 
 
 def test_training_text_is_the_chat_and_only_the_answer_is_learnt():
@@ -83,7 +88,8 @@ def test_training_text_is_the_chat_and_only_the_answer_is_learnt():
 def test_the_shipped_models_are_what_their_specs_say(name):
     model, tokenizer = shipped(name)
     made = blank(SPECS[name], character_tokenizer())
-    assert model.config.model_type == "qwen3" and model.config.vocab_size == len(tokenizer) == len(SPECIALS) + len(CHARACTERS)
+    assert model.config.model_type == "qwen3"
+    assert model.config.vocab_size == len(tokenizer) == len(SPECIALS) + len(CHARACTERS)
     assert {key: value.shape for key, value in model.state_dict().items()} == {key: value.shape for key, value in made.state_dict().items()}
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == model.config.eos_token_id
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id == model.config.pad_token_id
@@ -94,9 +100,11 @@ def test_the_student_is_smaller_and_knows_less():
     assert student.num_parameters() <= 0.8 * teacher.num_parameters()
     task = WordProblems()
     right, problems = accuracy(student, tokenizer, task)
-    assert problems == 500 and right < 0.35 * problems
+    assert problems == 500
+    assert right < 0.35 * problems
     right, problems = accuracy(teacher, tokenizer, task)
-    assert problems == 500 and right >= 0.96 * problems
+    assert problems == 500
+    assert right >= 0.96 * problems
 
 
 def test_the_same_seed_makes_the_same_model_and_another_does_not():
@@ -119,7 +127,8 @@ def test_making_writes_whole_folders_that_load_and_replaces_them(tmp_path, monke
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
     expected = cold_start(TINY, character_tokenizer()).state_dict()
-    assert all(model.state_dict()[key].equal(expected[key]) for key in expected) and len(tokenizer) == len(character_tokenizer())
+    assert all(model.state_dict()[key].equal(expected[key]) for key in expected)
+    assert len(tokenizer) == len(character_tokenizer())
 
 
 def test_the_interval_solves_the_score_equation():
@@ -127,4 +136,6 @@ def test_the_interval_solves_the_score_equation():
         for bound in wilson(right, problems):
             assert abs((right / problems - bound) ** 2 - 1.96**2 * bound * (1 - bound) / problems) < 1e-12
         low, high = wilson(right, problems)
-        assert low < high and low <= right / problems + 1e-12 and right / problems <= high + 1e-12
+        assert low < high
+        assert low <= right / problems + 1e-12
+        assert right / problems <= high + 1e-12

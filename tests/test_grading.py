@@ -43,7 +43,7 @@ class Odd:
             case "exit": sys.exit(3)
             case "crash": os._exit(7)
             case "nan": return float("nan")
-            case "memory": bytearray(1 << 40)
+            case "memory": bytearray(8 << 30)
             case "pid": return os.getpid()
             case "alarm":
                 signal.signal(signal.SIGALRM, lambda *_: None)  # raises outside a main thread
@@ -119,7 +119,8 @@ def test_an_answer_past_the_time_limit_costs_itself_only(odd: Any, text: str) ->
 def test_a_failing_verifier_costs_its_own_attempt_only(odd: Any, text: str, words: str) -> None:
     found = verdicts(odd, "yes", text, "yes")
     assert values(found) == [1.0, None, 1.0]
-    assert found[1].problem == "error" and words in found[1].detail
+    assert found[1].problem == "error"
+    assert words in found[1].detail
 
 
 def test_problems_are_counted(odd: Any) -> None:
@@ -130,7 +131,7 @@ def test_problems_are_counted(odd: Any) -> None:
 
 def test_a_worker_imports_no_torch_and_not_the_script(odd: Any) -> None:
     assert values(verdicts(odd, "torch", "main")) == [0.0, 0.0]
-    assert verdicts(odd, "modules")[0].value > 0  # the question sees the worker's modules at all
+    assert (verdicts(odd, "modules")[0].value or 0) > 0  # the question sees the worker's modules at all
 
 
 def test_a_verifier_runs_in_the_main_thread_of_its_process(odd: Any) -> None:
@@ -179,12 +180,13 @@ def test_no_worker_outlives_a_killed_parent(odd: Any, tmp_path: Path, doing: str
     script = f"""
         import asyncio
         from odd_task import Odd
-        from reflux.tasks.grading import Graders
+        from reflux.tasks import grading
         from reflux.types import Prompt
 
+        grading.FIRST_S = 0.5
         prompt = Prompt(id="p", messages=())
         async def main():
-            graders = Graders(timeout_s=30 if {doing!r} == "hang" else 0.5)
+            graders = grading.Graders(timeout_s=30 if {doing!r} == "hang" else 0.5)
             print(int((await graders.verify(Odd(), prompt, "pid")).value), flush=True)
             await graders.verify(Odd(), prompt, {doing!r})
             await asyncio.sleep(60)
@@ -262,9 +264,10 @@ def test_the_verifier_reward_fills_the_group(odd: Any, own: bool) -> None:
 
 def test_the_verifier_reward_is_registered_with_its_vetted_setting() -> None:
     assert part("rewards", "verifier")() == Verifier(timeout_s=10.0, workers=1)
-    for bad in ({"timeout_s": 0.0}, {"workers": 0}):
-        with pytest.raises(ValueError, match="timeout_s|workers"):
-            Verifier(**bad)
+    with pytest.raises(ValueError, match="timeout_s must be above 0"):
+        Verifier(timeout_s=0.0)
+    with pytest.raises(ValueError, match="workers must be at least 1"):
+        Verifier(workers=0)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -156,10 +157,10 @@ def test_hostile_vocabulary_stays_text(tmp_path: Path):
 
 
 @pytest.mark.parametrize("missing", FILES)
-@pytest.mark.parametrize("how", ["absent", "empty", "nonsense", "wrong types"])
+@pytest.mark.parametrize("how", ["absent", "nonsense", "wrong types"])
 def test_any_file_may_be_missing_or_damaged(tmp_path: Path, missing: str, how: str):
     path = write_run(tmp_path / "r", steps=3) / missing
-    contents = {"empty": "", "nonsense": "\x00{]", "wrong types": json.dumps({key: [1, {}, None] for key in KEYS}) + "\n"}
+    contents = {"nonsense": "\x00{]", "wrong types": json.dumps({key: [1, {}, None] for key in KEYS}) + "\n"}
     path.unlink()
     if how != "absent":
         path.write_text(contents[how])
@@ -167,7 +168,7 @@ def test_any_file_may_be_missing_or_damaged(tmp_path: Path, missing: str, how: s
     assert page.classes["absent"] + page.classes["notes"] + page.classes["banner"] > 0
 
 
-@pytest.mark.parametrize("value", [None, "x", 3, [], {}, [[]], -1, 1e300])
+@pytest.mark.parametrize("value", [None, "x", [[]], -1e300])
 @pytest.mark.parametrize("key", ["seconds", "kl_nats", "tokens", "teacher_logp", "accuracy", "by_position", "examples", "reward"])
 def test_a_field_of_another_type_is_left_out(tmp_path: Path, key: str, value: object):
     folder = write_run(tmp_path / "r", steps=2, per_step=1)
@@ -239,9 +240,32 @@ def test_the_old_page_stays_where_the_new_one_cannot_be_written(tmp_path: Path, 
     assert (folder / "report.html").read_text() == "old"
 
 
-def test_a_page_depends_on_the_files_alone(tmp_path: Path):
+def test_a_page_depends_on_the_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = write_run(tmp_path / "r", steps=3)
-    assert write_report(folder).read_bytes() == write_report(folder).read_bytes()
+    first = write_report(folder).read_bytes()
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    assert write_report(folder).read_bytes() == first
+
+
+def test_kl_by_position_is_drawn_at_the_first_and_at_the_last_evaluation(tmp_path: Path):
+    page = page_of(write_run(tmp_path / "r", steps=12))
+    (chart,) = [json.loads(text) for attributes, text in page.scripts if attributes.get("id") == "progress-3"]
+    lines = {trace["name"]: trace["y"] for trace in chart["data"] if "name" in trace}
+    expected = {"before (step 0)": evals_row(0, 12), "after step 12": evals_row(12, 12)}
+    assert lines == {name: [entry["kl_nats"] for entry in row["agreement"]["by_position"]] for name, row in expected.items()}
+
+
+def test_an_attempt_without_colours_says_why(tmp_path: Path):
+    folder = write_run(tmp_path / "r", steps=2)
+    acted, learned = attempt_rows(1, 0, 2)
+    gone = [None] * len(acted["tokens"])
+    for second, reason in (
+        ([], "has not learned from this attempt yet"),
+        ([{**learned, "teacher_logp": {}}], "No teacher was asked about this attempt"),
+        ([{**learned, "teacher_logp": {"main": gone}}], "are not finite"),
+    ):
+        write_lines(folder / "attempts.jsonl", [acted, *second])
+        assert reason in page_of(folder).words
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path):

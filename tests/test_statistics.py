@@ -25,8 +25,10 @@ def test_wilson_knows_nothing_of_no_problems() -> None:
 
 def test_wilson_stays_within_0_and_1_at_the_ends() -> None:
     for n in range(1, 200):
-        assert wilson(0, n)[0] == 0.0 and wilson(n, n)[1] == 1.0
-        assert wilson(0, n)[1] > 0.0 and wilson(n, n)[0] < 1.0
+        assert wilson(0, n)[0] == 0.0
+        assert wilson(n, n)[1] == 1.0
+        assert wilson(0, n)[1] > 0.0
+        assert wilson(n, n)[0] < 1.0
 
 
 @pytest.mark.parametrize(("successes", "n"), [(3, 2), (-1, 2), (1, 0)])

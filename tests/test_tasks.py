@@ -64,13 +64,15 @@ def test_a_run_resumes_by_position_alone(tasks: dict[str, Any], kind: str) -> No
         assert take(tasks[kind], "train", 150 - start, start) == whole[start:]
     for split in ("validation", "test"):
         held_out = list(tasks[kind].prompts(split, 0))
-        assert held_out and list(tasks[kind].prompts(split, 0, 3)) == held_out[3:]
+        assert held_out
+        assert list(tasks[kind].prompts(split, 0, 3)) == held_out[3:]
 
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_the_splits_do_not_meet_and_ids_name_one_problem(tasks: dict[str, Any], kind: str) -> None:
     asked = {split: {prompt.messages for prompt in map(frozen, take(tasks[kind], split, 200))} for split in ("train", "validation", "test")}
-    assert not asked["train"] & asked["validation"] and not asked["train"] & asked["test"]
+    assert not asked["train"] & asked["validation"]
+    assert not asked["train"] & asked["test"]
     by_id: dict[str, Prompt] = {}
     for split in ("train", "validation", "test"):
         for prompt in take(tasks[kind], split, 200):
@@ -84,11 +86,12 @@ def frozen(prompt: Prompt) -> Any:
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_the_stored_answer_is_right_another_wrong_and_the_reply_silence(tasks: dict[str, Any], kind: str) -> None:
-    for prompt in take(tasks[kind], "test", 4):
+    prompts = take(tasks[kind], "test", 4)
+    for prompt in prompts:
         assert tasks[kind].verify(prompt, f"I think. Answer: {prompt.answer}") == 1.0
         assert tasks[kind].verify(prompt, f"I think. Answer: {int(prompt.answer or 0) + 1}") == 0.0
         assert tasks[kind].reply(prompt, prompt.messages, 0) is None
-    unanswered = Prompt(id=prompt.id, messages=prompt.messages)
+    unanswered = Prompt(id=prompts[0].id, messages=())
     with pytest.raises(ValueError, match="no answer"):
         tasks[kind].verify(unanswered, "5")
 
@@ -97,7 +100,7 @@ def test_the_stored_answer_is_right_another_wrong_and_the_reply_silence(tasks: d
 def test_weight_must_be_positive(tasks: dict[str, Any], kind: str) -> None:
     fields = {"parts": {"a": tasks["gsm8k"]}} if kind == "mix" else {"path": "x"} if kind == "jsonl" else {}
     assert tasks[kind].weight == 1.0
-    with pytest.raises(ValueError, match="weight must be above 0|weight"):
+    with pytest.raises(ValueError, match="weight"):
         part("tasks", kind)(**fields, weight=0.0)
 
 
@@ -114,7 +117,8 @@ def test_the_validation_share_is_about_right_and_does_not_move_when_lines_are_ad
     few = {prompt.id for prompt in Jsonl(numbered(tmp_path / "a.jsonl", 1000), validation=0.2).prompts("validation", 0)}
     more = {prompt.id for prompt in Jsonl(numbered(tmp_path / "b.jsonl", 1500), validation=0.2).prompts("validation", 1)}
     assert 150 < len(few) < 250
-    assert few < more and all(int(number.removeprefix("train/")) > 1000 for number in more - few)
+    assert few < more
+    assert all(int(number.removeprefix("train/")) > 1000 for number in more - few)
 
 
 def test_jsonl_reads_all_fields(tmp_path: Path) -> None:
@@ -180,7 +184,8 @@ def test_a_bad_line_is_named(tmp_path: Path, line: Any, words: str) -> None:
     path = write(tmp_path / "own.jsonl", {"prompt": "fine", "id": "first"}, "", line)
     with pytest.raises(DataError, match="nothing was written") as refused:
         Jsonl(path).prompts("train", 0)
-    assert str(refused.value).startswith(f"task jsonl: {path} line 3 ") and words in str(refused.value)
+    assert str(refused.value).startswith(f"task jsonl: {path} line 3 ")
+    assert words in str(refused.value)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -196,7 +201,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "own.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\r\n')
-    assert len(set(prompt.id for prompt in take(Jsonl(str(tmp_path / "own.jsonl"), validation=0.0), "train", 2))) == 2
+    assert len({prompt.id for prompt in take(Jsonl(str(tmp_path / "own.jsonl"), validation=0.0), "train", 2)}) == 2
 
 
 @pytest.mark.parametrize(("validation", "split"), [(0.0, "validation"), (0.0, "test"), (0.999999, "train")])
@@ -251,7 +256,7 @@ def test_gsm8k_names_a_bad_line(folder: Path, line: Any, words: str) -> None:
 
 
 def test_gsm8k_explains_a_missing_folder_or_file(folder: Path) -> None:
-    with pytest.raises(DataError, match="there is no folder nowhere.*train.jsonl and test.jsonl"):
+    with pytest.raises(DataError, match=r"there is no folder nowhere.*train\.jsonl and test\.jsonl"):
         Gsm8k("nowhere").prompts("train", 0)
     (folder / "gsm" / "test.jsonl").unlink()
     with pytest.raises(DataError, match=r"cannot read .*test\.jsonl: No such file"):
@@ -266,7 +271,7 @@ def test_an_unreachable_hub_is_explained(task: Any, monkeypatch: pytest.MonkeyPa
         raise ConnectionError(f"Couldn't reach '{name}' on the Hub (LocalEntryNotFoundError)")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DataError, match="Couldn't reach.*give `path` a local copy"):
+    with pytest.raises(DataError, match=r"Couldn't reach.*give `path` a local copy"):
         task.prompts("train", 0)
 
 
@@ -292,9 +297,10 @@ def test_the_real_gsm8k() -> None:
     test, validation = (list(task.prompts(split, 0)) for split in ("test", "validation"))
     train = {prompt.id for prompt in take(task, "train", 7473 - len(validation))}
     assert (len(test), len(train) + len(validation)) == (1319, 7473)
-    assert 0.04 < len(validation) / 7473 < 0.06 and not train & {prompt.id for prompt in validation}
+    assert 0.04 < len(validation) / 7473 < 0.06
+    assert not train & {prompt.id for prompt in validation}
     assert all(task.verify(prompt, prompt.references[0]) == 1.0 for prompt in test)
-    wrong = [task.verify(prompt, other.references[0]) for prompt, other in zip(test, test[1:], strict=False) if prompt.answer != other.answer]
+    wrong = [task.verify(prompt, other.references[0]) for prompt, other in itertools.pairwise(test) if prompt.answer != other.answer]
     assert sum(wrong) <= 2  # two may be equal as numbers and differ as texts
 
 
@@ -304,7 +310,8 @@ def test_a_mix_keeps_its_shares_and_each_part_its_own_order(tasks: dict[str, Any
     for start in range(0, 3 * BLOCK, BLOCK):
         assert Counter(mix.part_of(prompt) for prompt in prompts[start : start + BLOCK]) == {"easy": 250, "own": 750}
     orders = [tuple(mix.part_of(prompt) for prompt in prompts[start : start + BLOCK]) for start in (0, BLOCK)]
-    assert orders[0] != orders[1] and orders[0] != tuple(sorted(orders[0]))
+    assert orders[0] != orders[1]
+    assert orders[0] != tuple(sorted(orders[0]))
     own = [prompt.id for prompt in prompts if mix.part_of(prompt) == "own"]
     size = len(set(own))
     assert all(len(set(own[start : start + size])) == size for start in range(0, 5 * size, size))  # no line twice before all were asked
@@ -313,8 +320,10 @@ def test_a_mix_keeps_its_shares_and_each_part_its_own_order(tasks: dict[str, Any
 
 
 def test_a_mix_of_thirds_leaves_nothing_out(tasks: dict[str, Any]) -> None:
-    mix = Mix({name: tasks["jsonl"] for name in "abc"})
-    assert sorted(Counter(mix.part_of(prompt) for prompt in take(mix, "train", BLOCK)).values()) == [333, 333, 334]
+    mix = Mix(dict.fromkeys("abc", tasks["jsonl"]))
+    prompts = take(mix, "train", 2 * BLOCK)
+    assert sorted(Counter(mix.part_of(prompt) for prompt in prompts[:BLOCK]).values()) == [333, 333, 334]
+    assert take(mix, "train", BLOCK, BLOCK) == prompts[BLOCK:]
 
 
 def test_held_out_problems_of_a_mix_are_all_of_them_by_turns(tasks: dict[str, Any]) -> None:

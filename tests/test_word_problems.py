@@ -29,7 +29,8 @@ def story(prompt: Prompt) -> str:
 def read(text: str) -> tuple[int, list[tuple[Operation, int]]]:
     """The chain of a story, understood from its words alone."""
     start = re.match(r"\w+ has (\d+) \w+\. ", text)
-    assert start and text.endswith(" How many?")
+    assert start
+    assert text.endswith(" How many?")
     sentences = re.findall(r"([A-Z][a-z]+ )(\d+)[^.]*\.", text[start.end() :])
     return int(start[1]), [(VERBS[verb], int(number)) for verb, number in sentences]
 
@@ -41,7 +42,8 @@ def test_the_solution_and_the_answer_follow_from_the_words_of_the_story(task):
         assert task.min_steps <= len(steps) <= task.max_steps
         told = [f"Start: {value}."]
         for kind, number in steps:
-            assert kind in task.operations and number >= 1
+            assert kind in task.operations
+            assert number >= 1
             before, value = value, {"add": value + number, "sub": value - number, "mul": value * number}[kind]
             assert 0 <= value <= task.largest
             told.append(f"{before}{SIGNS[kind]}{number}={value}.")
@@ -83,7 +85,8 @@ def test_no_chain_is_in_two_splits_for_any_seed(task):
         split: {str(read(story(prompt))) for seed in (0, 1) for prompt in take(task, split, count, seed)} for split, count in SIZES.items()
     }
     assert all(len(found) > 10 for found in chains.values())
-    assert not chains["train"] & chains["validation"] and not chains["train"] & chains["test"]
+    assert not chains["train"] & chains["validation"]
+    assert not chains["train"] & chains["test"]
     assert not chains["validation"] & chains["test"]
     repeated = [str(read(story(prompt))) for prompt in take(task)]
     assert len(set(repeated)) < len(repeated)

@@ -17,8 +17,8 @@ def run(
     >>> import reflux
     >>> reflux.run("opd", {"base": "hub", "learner.model": "Qwen/Qwen3-0.6B", "teachers.main.model": "Qwen/Qwen3-8B"})  # doctest: +SKIP
 
-    out: the run directory (default runs/<recipe>, numbered where taken). Raises ConfigError before any weight is loaded. Inside a running event
-    loop (a notebook) use `await reflux.loop.train(...)`.
+    out: the run directory (default runs/<recipe>, numbered where taken). Raises ConfigError before any weight is loaded.
+    Inside a running event loop (a notebook) use `await reflux.loop.train(...)`.
     """
     import asyncio
 

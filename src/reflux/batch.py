@@ -43,7 +43,12 @@ def target_of(attempt: Attempt, teacher: str) -> Target | None:
 
 
 def present(attempt: Attempt, objective: Objective) -> bool:
-    return objective.teacher is None or target_of(attempt, objective.teacher) is not None
+    """Has this objective a word on this attempt: its teacher's target, or, where it lives on shifts alone, a shift that is not 0?"""
+    if objective.coef == 0:
+        return False  # 0 times an infinite cost is no number
+    if objective.teacher is None:
+        return not objective.takes_shift or bool(attempt.shift_T.any())
+    return target_of(attempt, objective.teacher) is not None
 
 
 def plan(groups: Iterable[Group], objectives: Sequence[Objective], normalise: Normalise) -> list[Item]:

@@ -29,8 +29,7 @@ def join(cfg: RunConfig) -> Wants:
     if problems:
         raise ConfigError("\n".join(problems))
     speakers = [*cfg.objectives, *cfg.credit.values()]
-    wants = reduce(lambda joined, part: joined | part.wants, speakers, Wants(reward=cfg.reward is not None))
-    return wants
+    return reduce(lambda joined, part: joined | part.wants, speakers, Wants(reward=cfg.reward is not None))
 
 
 def _problems(cfg: RunConfig) -> Iterator[str]:
@@ -81,7 +80,11 @@ def _objective(cfg: RunConfig, where: str, objective: Objective) -> Iterator[str
     if objective.teacher != "said" and objective.teacher not in known:
         yield (
             f"{where}.teacher: there is no teacher '{objective.teacher}'. "
-            + (f"Known: {', '.join(known)}, and 'said' (the student as it acted)." if known else f"Add a [teachers.{objective.teacher}] table.")
+            + (
+                f"Known: {', '.join(known)}, and 'said' (the student as it acted)."
+                if known
+                else f"Add a [teachers.{objective.teacher}] table."
+            )
         )
         return
     offers = offered(cfg, objective.teacher)
@@ -116,7 +119,7 @@ def _groups(cfg: RunConfig) -> Iterator[str]:
         if rule.min_group > cfg.group_size:
             yield f"credit.{name} compares attempts at one prompt: it needs group_size >= {rule.min_group}, got {cfg.group_size}."
         if rule.wants.reward and cfg.reward is None:
-            yield f"credit.{name} needs verdicts: add [reward] with kind = \"verifier\"."
+            yield f'credit.{name} needs verdicts: add [reward] with kind = "verifier".'
 
 
 def _sampling(cfg: RunConfig) -> Iterator[str]:
@@ -125,19 +128,25 @@ def _sampling(cfg: RunConfig) -> Iterator[str]:
     biased = sampler.temperature != 1 or sampler.top_p != 1
     if biased and sampler.on_policy and not sampler.allow_biased:
         yield (
-            f"sampler.temperature = {sampler.temperature:g} and top_p = {sampler.top_p:g}: attempts drawn from another distribution than the "
+            f"sampler.temperature = {sampler.temperature:g} and top_p = {sampler.top_p:g}: attempts from another distribution than the "
             f"student's own make on-policy estimators biased. Use 1 and 1, or say sampler.allow_biased = true."
         )
     for index, objective in enumerate(cfg.objectives):
         name = f"objectives[{index}]: {kind_of('objectives', objective)}"
         if objective.takes_shift and not sampler.on_policy:
-            yield f"{name} weighs tokens by the student's own probabilities, but sampler '{kind}' gives answers it did not draw. Use nll or divergence."
+            yield (
+                f"{name} weighs tokens by the student's own probabilities, but sampler '{kind}' gives answers it did not draw. "
+                f"Use nll or divergence."
+            )
         if objective.takes_shift and cfg.max_lag and getattr(objective, "ratio", None) == "none":
-            yield f'{name} with ratio = "none" is biased on attempts of an older student, and max_lag is {cfg.max_lag}. Use ratio = "truncated".'
+            yield (
+                f'{name} with ratio = "none" is biased on attempts of an older student, and max_lag is {cfg.max_lag}. '
+                f'Use ratio = "truncated".'
+            )
         if objective.teacher is None and not objective.takes_shift and sampler.on_policy:
-            yield f"{name} on the student's own attempts has an expected gradient of zero. Use the 'stored' sampler, or another objective."
+            yield f"{name} on the student's own attempts has an expected gradient of zero. Use sampler 'stored', or another objective."
     if not sampler.on_policy and "prefix" in {kind_of("credit", rule) for rule in cfg.credit.values()}:
-        yield "credit.prefix: cutting answers the student did not write teaches it never to end (arXiv 2602.15260). Use an on-policy sampler."
+        yield "credit.prefix: cutting answers the student did not write teaches it never to end (arXiv 2602.15260). Use sampler 'hf'."
 
 
 def warnings(cfg: RunConfig) -> list[str]:
@@ -149,5 +158,7 @@ def warnings(cfg: RunConfig) -> list[str]:
             found.append(f"teachers.{table} is asked, but no objective listens to it; only metrics will.")
     shortest = min((at(cfg.sampler.max_tokens, step) for step in range(cfg.steps)), default=0)
     if cfg.reward is not None and shortest < cfg.longest:
-        found.append(f"a reward is given while training answers may be cut at {shortest:g} tokens: the verifier will see unfinished answers.")
+        found.append(
+            f"a reward is given while training answers may be cut at {shortest:g} tokens: the verifier will see unfinished answers."
+        )
     return found

@@ -120,7 +120,8 @@ def read_recipe(name: str | Path, base: bool = False) -> dict[str, Any]:
     except (FileNotFoundError, IsADirectoryError):
         known = recipe_names()
         raise ConfigError(
-            f"no recipe '{name}'{parts.did_you_mean(str(name), known)}. Shipped recipes: {', '.join(known)}. A recipe of your own: give its path, ending in .toml."
+            f"no recipe '{name}'{parts.did_you_mean(str(name), known)}. Shipped recipes: {', '.join(known)}. "
+            f"A recipe of your own: give its path, ending in .toml."
         ) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error

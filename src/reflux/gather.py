@@ -1,10 +1,10 @@
 """What is asked for one step becomes one batched model call.
 
-Groups run as independent coroutines; in-process models want batches, and batch composition must not depend on timing (padding alone changes
-logits in the sixth digit). So the requests of one cohort wait for one another, are put into prompt order, and are answered by one call.
+Groups run as independent coroutines; in-process models want batches, and batch composition must not depend on timing (padding alone
+changes logits in the sixth digit). So the requests of one cohort wait for one another and are answered by one call, in a fixed order.
 
-Consumes: single requests, each naming its cohort and its place in it. Produces: one answer per request. Waits for: the whole cohort. A request
-that is cancelled leaves the cohort; the call in progress is finished, never interrupted.
+Consumes: single requests, each naming its cohort and its place in it. Produces: one answer per request. Waits for: the whole cohort.
+A request that is cancelled leaves the cohort; the call in progress is finished, never interrupted.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Gather(Generic[Item, Answer]):
         self._answer = answer
         self._cohorts: dict[Hashable, list[_Request[Item, Answer]]] = {}
         self._turn = asyncio.Lock()
+        self._calls: set[asyncio.Task[None]] = set()  # the loop itself keeps no strong reference
 
     async def ask(self, cohort: Hashable, size: int, place: str, item: Item) -> Answer:
         """Wait for the `size` requests of `cohort`, then for this one's answer. `place` orders the call: same places, same batch."""
@@ -33,7 +34,9 @@ class Gather(Generic[Item, Answer]):
         waiting.append(request)
         if len(waiting) == size:
             del self._cohorts[cohort]
-            asyncio.ensure_future(self._run(sorted(waiting, key=lambda request: request.place)))
+            call = asyncio.ensure_future(self._run(sorted(waiting, key=lambda request: request.place)))
+            self._calls.add(call)
+            call.add_done_callback(self._calls.discard)
         try:
             return await request.future
         except asyncio.CancelledError:

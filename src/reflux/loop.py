@@ -50,9 +50,7 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
         await publish()
         await run.evaluate(sampler, teachers, unless_done=True)  # before the first step
         prompts = run.task.prompts("train", run.seed, run.position)
-        stream = Pipeline(
-            prompts, attempt, first_step=run.step, steps=run.steps_left, per_step=cfg.prompts_per_step, max_lag=cfg.max_lag
-        )
+        stream = Pipeline(prompts, attempt, first_step=run.step, steps=run.steps_left, per_step=cfg.prompts_per_step, max_lag=cfg.max_lag)
         async for groups in stream:
             moment = run.moment()
             await teachers.score(groups, moment)  # only what is missing, or whose context changed

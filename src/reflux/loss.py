@@ -19,6 +19,7 @@ from reflux.batch import Item, target_of
 from reflux.kernels.head import Head
 from reflux.kernels.linear_divergence import backward_rows
 from reflux.objectives.base import FullSays, ListedSays, Objective, Rows, SampledSays, Says
+from reflux.objectives.divergences import reverse_kl
 from reflux.types import HiddenTarget, SampledTarget, TopKTarget
 
 
@@ -47,9 +48,13 @@ class MicroBatch:
         self.items, self.objectives, self.device = items, objectives, device
         self.ids_BL, self.rows_N = self._inputs(pad_id)
         self.tokens_N = self._column(lambda item: item.rollout.tokens_T[item.rows_N])
-        self.behaviour_logp_N = self._column(lambda item: (item.rollout.logp_T if item.rollout.logp_raw_T is None else item.rollout.logp_raw_T)[item.rows_N])
+        self.behaviour_logp_N = self._column(
+            lambda item: (item.rollout.logp_T if item.rollout.logp_raw_T is None else item.rollout.logp_raw_T)[item.rows_N]
+        )
         self.shift_N = self._column(lambda item: item.shift_N)
-        self.coef_KN = [None if items[0].coef_KN[k] is None else self._column(lambda item, k=k: item.coef_KN[k]) for k in range(len(objectives))]
+        self.coef_KN = [
+            None if coef_N is None else self._column(lambda item, k=k: item.coef_KN[k]) for k, coef_N in enumerate(items[0].coef_KN)
+        ]
         names = {*items[0].attempt.targets} | ({"said"} if items[0].rollout.said is not None else set())
         self.teachers = {name: self._constants(name) for name in sorted(names)}
 
@@ -76,7 +81,10 @@ class MicroBatch:
             h_NH = torch.cat([t.h_TH[torch.from_numpy(item.rows_N)] for t, item in pairs])  # type: ignore[union-attr]
             return (first, h_NH.to(self.device))
         columns = ["logp_T"] + (["ids_TK", "logp_TK"] if isinstance(first, TopKTarget) else [])
-        return (first, *(torch.from_numpy(np.concatenate([getattr(t, c)[item.rows_N] for t, item in pairs])).to(self.device) for c in columns))
+        return (
+            first,
+            *(torch.from_numpy(np.concatenate([getattr(t, c)[item.rows_N] for t, item in pairs])).to(self.device) for c in columns),
+        )
 
     def says(self, name: str, rows: slice) -> Says:
         """What a teacher says at a chunk of rows."""
@@ -123,7 +131,6 @@ def _record(outcome: Outcome, student: FullSays, teachers: dict[str, Says]) -> N
             outcome.teacher_logp.setdefault(name, []).append(says.logp_N.detach())
     main = teachers.get("main")
     if isinstance(main, FullSays):
-        p_NV, q_NV = student.logp_NV.detach(), main.logp_NV
-        outcome.kl.append((p_NV.exp() * (p_NV - q_NV)).sum(-1))
+        outcome.kl.append(reverse_kl(student.logp_NV, main.logp_NV))
     elif main is not None:
         outcome.kl.append(student.logp_N.detach() - main.logp_N)

@@ -39,7 +39,9 @@ def locate(name: str, path: str = "model") -> str:
             return str(candidate)
     if folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         why = "holds no config.json" if folder.is_dir() else "does not exist"
-        raise ModelError(f"{path}: the folder {name} {why}. Give a folder in Hugging Face format, a run directory, or a hub id such as Qwen/Qwen3-0.6B.")
+        raise ModelError(
+            f"{path}: the folder {name} {why}. Give a folder in Hugging Face format, a run directory, or a hub id such as Qwen/Qwen3-0.6B."
+        )
     return name
 
 
@@ -64,7 +66,9 @@ def read_config(name: str, path: str = "model") -> dict[str, Any]:
     try:
         return json.loads(Path(hf_hub_download(name, "config.json")).read_text())
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"{path}: cannot read {name} from the hub: {_first_line(error)}. Without a network give a local folder.") from error
+        raise ModelError(
+            f"{path}: cannot read {name} from the hub: {_first_line(error)}. Without a network give a local folder."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,8 @@ def load_model(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from reflux.kernels.cpu_linear import speed_up
+
     where = locate(name, path)
     tokenizer = load_tokenizer(name, path, trust_remote_code)
     try:
@@ -116,7 +122,9 @@ def load_model(
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot load {name}: {_first_line(error)}") from error
     stored = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code).dtype
-    return as_model(net if device_map else net.to(pick_device(device)), tokenizer, stored)
+    placed = net if device_map else net.to(pick_device(device))  # pyright: ignore[reportArgumentType]
+    speed_up(placed)
+    return as_model(placed, tokenizer, stored if isinstance(stored, torch.dtype) else None)
 
 
 def as_model(net: Any, tokenizer: Any, stored_dtype: torch.dtype | None = None) -> Model:

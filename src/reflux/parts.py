@@ -39,11 +39,13 @@ class PartOf:
     """Marks a field that holds a part of `group`: `Annotated[Any, PartOf("contexts")]`.
 
     many: a list of parts, or a table of named ones. default: the kind where none is written; in a table, else, the name is the kind.
+    horizon: False for a schedule that is not read over optimiser steps, and so states its own horizon.
     """
 
     group: str
     many: Literal["", "list", "table"] = ""
     default: str | None = None
+    horizon: bool = True
 
 
 def load(dotted: str) -> Any:
@@ -149,6 +151,7 @@ def _inner(marker: PartOf | type, value: Any, where: str, steps: int) -> Any:
         return tuple(build(marker.group, table, f"{where}[{i}]", default_kind=marker.default, steps=steps) for i, table in enumerate(value))
     if value == "none":
         return None
+    steps = steps if marker.horizon else 0
     return build(marker.group, value, where, default_kind=marker.default, steps=steps) if isinstance(value, Mapping) else value
 
 
@@ -160,7 +163,9 @@ def _sentence(error: Any, path: str) -> str:
     loc = ".".join(str(key) for key in error["loc"] if not str(key).startswith("function-"))
     where = ".".join(key for key in (path, loc) if key)
     message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: {message[0].lower() + message[1:]}" + ("" if error["type"] in ("missing", "value_error") else f", got {error['input']!r}")
+    return f"{where}: {message[0].lower() + message[1:]}" + (
+        "" if error["type"] in ("missing", "value_error") else f", got {error['input']!r}"
+    )
 
 
 def kind_of(group: str, value: object) -> str:

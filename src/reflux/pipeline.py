@@ -52,7 +52,9 @@ class Pipeline:
     def _take(self) -> list[Prompt]:
         prompts = list(islice(self._prompts, self._per_step))
         if len(prompts) < self._per_step:
-            raise ValueError(f"the task gave {len(prompts)} more training prompts where {self._per_step} were asked for; training prompts must not end")
+            raise ValueError(
+                f"the task gave {len(prompts)} more training prompts where {self._per_step} were asked for; training prompts must not end"
+            )
         return prompts
 
     async def _landed(self, step: int) -> list[Group]:

@@ -1,6 +1,6 @@
 """The run directory: seeds, resolved config, attempts, metrics, checkpoints, resume.
 
-    config.toml  metrics.jsonl  evals.jsonl  attempts.jsonl  checkpoints/step-N/  student/  summary.json  report.html
+config.toml  metrics.jsonl  evals.jsonl  attempts.jsonl  checkpoints/step-N/  student/  summary.json  report.html
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import fcntl
 import resource
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,7 +21,7 @@ from reflux.errors import RunError, Stopped
 from reflux.metrics import Metric
 from reflux.step_metrics import step_metrics
 from reflux.tracking import Tracker, open_tracker
-from reflux.types import Group, Moment, Wants
+from reflux.types import Group, Moment, Prompt, Wants
 
 if TYPE_CHECKING:
     from reflux.accelerators.base import OpenAccelerator
@@ -63,8 +63,9 @@ class Options:
 class Run:
     """One run on disk and its counters. `step` counts completed optimiser steps."""
 
-    def __init__(self, cfg: RunConfig, wants: Wants, options: Options, step: int):
+    def __init__(self, cfg: RunConfig, wants: Wants, options: Options, step: int, prompts: Iterator[Prompt]):
         self.cfg, self.wants, self.dir, self.watch = cfg, wants, options.out, options.watch
+        self.prompts = prompts  # the training prompts from here on
         self.seed, self.task, self.step = cfg.seed, cfg.task, step
         self.resumed = step if options.resume else None
         self.stopping = False
@@ -86,8 +87,9 @@ class Run:
             _check_same(cfg, options.out)
         elif (options.out / "config.toml").exists():
             raise RunError(f"{options.out} holds a run already. Continue it with --resume, or choose another folder with --out.")
+        prompts = cfg.task.prompts("train", cfg.seed, step * cfg.prompts_per_step)  # bad data is refused before anything is written
         options.out.mkdir(parents=True, exist_ok=True)
-        run = cls(cfg, wants, options, step)
+        run = cls(cfg, wants, options, step, prompts)
         run._take_lock()
         files.write_text(run.dir / "config.toml", to_toml(cfg))
         run._cut_back()
@@ -105,11 +107,6 @@ class Run:
             files.keep_lines(self.dir / name, lambda row: row["step"] <= self.step)
 
     # --- what parts ask for
-
-    @property
-    def position(self) -> int:
-        """Training prompts consumed."""
-        return self.step * self.cfg.prompts_per_step
 
     @property
     def steps_left(self) -> int:
@@ -266,5 +263,3 @@ def _peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-

@@ -25,6 +25,7 @@ class Schedule(Protocol):
 
 
 Number = Annotated[Any, PartOf("schedules")]  # float | Schedule; checked by `number`
+PositionNumber = Annotated[Any, PartOf("schedules", horizon=False)]  # the same, read over positions instead of optimiser steps
 
 
 def at(value: float | Schedule, step: int) -> float:
@@ -37,7 +38,12 @@ def number(value: Any, name: str) -> Any:
     plain = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if plain or isinstance(value, Schedule):
         return value
-    raise ValueError(f"{name} must be a number or a schedule such as {{ kind = \"linear\", start = 16, increment = 8 }}, got {value!r}")
+    raise ValueError(f'{name} must be a number or a schedule such as {{ kind = "linear", start = 16, increment = 8 }}, got {value!r}')
+
+
+def needs_horizon(value: Any) -> bool:
+    """Is this a schedule whose shape depends on a horizon, and which has none?"""
+    return isinstance(value, Cosine) and not value.horizon or isinstance(value, Linear) and value.increment is None and not value.horizon
 
 
 @dataclass(frozen=True, config=STRICT)

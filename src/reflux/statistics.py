@@ -12,9 +12,9 @@ import numpy as np
 def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """The score interval of a share of n problems (E. B. Wilson, 1927).
 
-    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), p = successes / n. Never outside [0, 1], and never of width 0 at 0 or n successes.
-    `successes` may be a sum of partial verdicts in [0, 1], for which the interval is wider than needed. n = 0: nothing is known, (0, 1).
-    ValueError where successes are not between 0 and n.
+    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), p = successes / n. Never outside [0, 1], and never of width 0 at 0 or n
+    successes. `successes` may be a sum of partial verdicts in [0, 1], for which the interval is wider than needed. n = 0: nothing is
+    known, (0, 1). ValueError where successes are not between 0 and n.
     """
     if not 0 <= successes <= n:
         raise ValueError(f"successes must lie between 0 and n = {n}, got {successes}")
@@ -33,8 +33,9 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
 def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int, resamples: int = 2000, confidence: float = 0.95) -> tuple[float, float]:
     """The percentile interval of the mean, with problems drawn anew: `values` holds one number per problem.
 
-    Samples of one problem are not independent of each other, so they must be averaged before. The same seed gives the same interval. Equal
-    values give an interval of width 0 (nothing varies that could be drawn): for one verdict per problem use `wilson`. ValueError without values.
+    Samples of one problem are not independent of each other, so they must be averaged before. The same seed gives the same interval.
+    Equal values give an interval of width 0 (nothing varies that could be drawn): for one verdict per problem use `wilson`. ValueError
+    without values.
     """
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.ndim != 1 or not len(numbers):

@@ -69,5 +69,3 @@ def _credit(attempts: list[Attempt]) -> dict[str, dict[str, float | None]]:
             known = rules.setdefault(name, {})
             rules[name] = {key: known[key] + value if key in known else value for key, value in found.items()}  # type: ignore[operator]
     return {name: {key: value.value for key, value in sorted(found.items())} for name, found in rules.items()}
-
-

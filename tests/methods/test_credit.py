@@ -117,11 +117,12 @@ def test_prefix_counts_chosen_positions_only():
     assert share.factor_T.tolist() == [1, 1, 1, 1, 0, 0]
     assert share.notes == {"kept": 0.5}
     assert not np.any(share.shift_T)
+    assert Prefix(1)([attempt([True, False, False, True])], NOW)[0].notes == {"kept": 0.5}
     (window,) = Prefix(2, start=1)([attempt(mask)], NOW)
     assert (window.factor_T * mask).tolist() == [0, 0, 1, 0, 1, 0]
 
 
-@given(mask=st.lists(st.booleans(), max_size=12), length=st.integers(1, 15), start=st.integers(0, 14))
+@given(mask=st.lists(st.booleans(), max_size=12), length=st.integers(1, 6), start=st.integers(0, 4))
 def test_prefix_keeps_min_of_length_and_what_is_there(mask, length, start):
     one = attempt(mask)
     share_credit([[one]], {"prefix": Prefix(length, start)}, NOW)

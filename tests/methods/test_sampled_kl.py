@@ -96,6 +96,15 @@ def test_outliers_cost_exactly_zero_whatever_their_shift_also_where_infinite(rat
     assert not SampledKL(ratio=ratio)(at).isfinite().all()
 
 
+def test_a_dropped_token_that_the_student_never_says_gives_no_nan():
+    ids = torch.tensor([0])
+    student = FullSays(torch.tensor([[-math.inf, 0.0, 1.0]], requires_grad=True), ids)
+    at = Rows(ids, student, {"main": SampledSays(torch.tensor([-1.0]))}, torch.tensor([-1.0]), torch.tensor([0.0]))
+    objective = SampledKL(max_gap_nats=10.0)
+    assert objective(at).item() == 0
+    assert not gradient(objective, at).any()
+
+
 def test_no_gradient_reaches_teacher_or_value():
     at = rows()
     teacher = torch.randn(N, V, dtype=torch.float64, requires_grad=True)

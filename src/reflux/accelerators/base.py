@@ -1,7 +1,8 @@
 """An accelerator: may move the student further along its own path after an optimiser step.
 
-`fires(completed_steps)` says when; the loop then lets in-flight attempts finish first. `after_step` may try weights by `await score()` (a number,
-higher is better, on fixed prompts with dice of their own) and returns True where the student ended elsewhere than the step left it.
+`fires(completed_steps)` says when; the loop then lets in-flight attempts finish first. `after_step` may try weights by `await score()`
+(a number, higher is better, on fixed prompts with dice of their own) and returns True where the student ended elsewhere than the step
+left it.
 """
 
 from __future__ import annotations

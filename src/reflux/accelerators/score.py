@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reflux.tasks.grading import made_by
 from reflux.types import Draw, seed_of
 
 if TYPE_CHECKING:
@@ -25,6 +24,5 @@ async def fixed_prompts_score(run: Run, sampler: OpenSampler) -> float:
     prompts = list(islice(run.task.prompts("train", seed_of(run.seed, "score"), 0), count))
     draw = Draw(run.step, "score", run.cfg.longest, cohort=len(prompts))
     groups = await asyncio.gather(*(sampler.sample(prompt, samples, draw) for prompt in prompts))
-    jobs = [(attempt.rollout.prompt, made_by(attempt.rollout)) for group in groups for attempt in group]
-    verdicts = await run.graders.verify_many(run.task, jobs)
+    verdicts = await run.graders.judge_attempts(run.task, [attempt for group in groups for attempt in group])
     return float(np.mean([verdict.value for verdict in verdicts if verdict.value is not None] or [0.0]))

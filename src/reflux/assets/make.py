@@ -1,4 +1,6 @@
-"""Makes the small models from nothing, by supervised learning on worked solutions: `python -m reflux.assets.make [--only NAME] [--out DIR]`.
+"""Makes the small models from nothing, by supervised learning on worked solutions.
+
+`python -m reflux.assets.make [--only NAME] [--out DIR]`: the teacher in about 13 minutes on a free core, the student in about 3.
 
 Neither model ever sees what the other wrote. The same seed and number of threads give the same weights, bit for bit.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,21 +37,20 @@ class Spec:
     name: str
     layers: int
     steps: int
+    seed: int
     width: int = 96
     inner: int = 256
     heads: int = 4
-    kv_heads: int = 4
     batch: int = 64
     lr: float = 3e-3
-    floor: float = 0.0  # the cosine ends at floor * lr
     warmup: int = 50
-    seed: int = 0
-    task: WordProblems = WordProblems()
+    task: WordProblems = WordProblems()  # what it is trained on
+    exam: WordProblems = WordProblems()  # what it is measured by
 
 
 SPECS = {
-    "teacher": Spec("teacher", layers=3, steps=1500, batch=96, seed=1),
-    "student": Spec("student", layers=2, steps=300, seed=2),
+    "teacher": Spec("teacher", layers=3, steps=1500, seed=1, batch=96),
+    "student": Spec("student", layers=2, steps=700, seed=2, task=WordProblems(largest=60)),  # good at small numbers, lost above them
 }
 
 
@@ -64,7 +65,7 @@ def blank(spec: Spec, tokenizer: Any) -> Qwen3ForCausalLM:
         intermediate_size=spec.inner,
         num_hidden_layers=spec.layers,
         num_attention_heads=spec.heads,
-        num_key_value_heads=spec.kv_heads,
+        num_key_value_heads=spec.heads,
         head_dim=spec.width // spec.heads,
         max_position_embeddings=tokenizer.model_max_length,
         tie_word_embeddings=True,
@@ -94,7 +95,7 @@ def cold_start(spec: Spec, tokenizer: Any) -> Qwen3ForCausalLM:
     stream, begun = spec.task.prompts("train", spec.seed), time.monotonic()
     for step in range(spec.steps):
         along = step / spec.steps
-        rate = spec.lr * min(1.0, (step + 1) / spec.warmup) * (spec.floor + (1 - spec.floor) * 0.5 * (1 + math.cos(math.pi * along)))
+        rate = spec.lr * min(1.0, (step + 1) / spec.warmup) * 0.5 * (1 + math.cos(math.pi * along))
         for group in optimiser.param_groups:
             group["lr"] = rate
         ids_BT, labels_BT = encode(list(islice(stream, spec.batch)), tokenizer)
@@ -133,27 +134,39 @@ def wilson(right: int, problems: int, z: float = 1.96) -> tuple[float, float]:
     return middle - half, middle + half
 
 
+def measure(model: Any, tokenizer: Any, spec: Spec) -> list[str]:
+    """What a model is and can do, a line each."""
+    lines = [
+        f"{model.num_parameters():,} parameters, {spec.steps} steps of {spec.batch} problems, seed {spec.seed}, {torch.get_num_threads()} thread(s)"
+    ]
+    exams = {"held-out problems": spec.exam, "held-out problems two steps longer": replace(spec.exam, longer=2)}
+    if spec.task != spec.exam:
+        exams[f"held-out problems of the kind it was trained on ({difference(spec)})"] = spec.task
+    for title, task in exams.items():
+        right, problems = accuracy(model, tokenizer, task)
+        low, high = wilson(right, problems)
+        lines.append(f"{title}: {right}/{problems} right, greedy ({right / problems:.1%}, 95 % interval {low:.1%} to {high:.1%})")
+    return lines
+
+
+def difference(spec: Spec) -> str:
+    """The settings in which what it was trained on differs from what it is measured by."""
+    return ", ".join(f"{key} = {value}" for key, value in asdict(spec.task).items() if value != asdict(spec.exam)[key])
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=list(SPECS), help="make this one (default: all)")
     parser.add_argument("--out", type=Path, help="folder for the models (default: beside this file)")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, help="train for so many steps instead")
+    parser.add_argument("--threads", type=int, default=1, help="the shipped models were made with 1")
     asked = parser.parse_args(arguments)
     torch.set_num_threads(asked.threads)
     tokenizer = character_tokenizer()
     for name in [asked.only] if asked.only else SPECS:
-        spec = SPECS[name] if asked.steps is None else replace(SPECS[name], steps=asked.steps)
-        model = cold_start(spec, tokenizer)
-        report = [
-            f"{model.num_parameters():,} parameters, {spec.steps} steps of {spec.batch} problems, seed {spec.seed}, {asked.threads} threads"
-        ]
-        for title, task in (("held-out problems", spec.task), ("held-out problems two steps longer", replace(spec.task, longer=2))):
-            right, problems = accuracy(model, tokenizer, task)
-            low, high = wilson(right, problems)
-            report.append(f"{title}: {right}/{problems} right, greedy ({right / problems:.1%}, 95 % interval {low:.1%} to {high:.1%})")
-        save(model, tokenizer, spec.name, report, (asked.out / name) if asked.out else folder(name))
-        print("\n".join([f"{name}:", *report]))
+        model = cold_start(SPECS[name], tokenizer)
+        report = measure(model, tokenizer, SPECS[name])
+        save(model, tokenizer, name, report, asked.out / name if asked.out else folder(name))
+        print("\n".join([f"{name}:", *report]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A context: what the teacher sees that the student did not.
 
-`(group, moment) -> one View or None per attempt`. None: do not ask the teacher about this attempt. The student's own tokens stay as they are;
-a view may change the messages before them, and the text of spans that the student did not choose.
+`(group, moment) -> one View or None per attempt`. None: do not ask the teacher about this attempt. The student's own tokens stay as
+they are; a view may change the messages before them, and the text of spans that the student did not choose.
 """
 
 from __future__ import annotations

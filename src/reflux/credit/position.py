@@ -8,7 +8,7 @@ import numpy as np
 from pydantic.dataclasses import dataclass
 
 from reflux.parts import STRICT
-from reflux.schedules import Number, at, number
+from reflux.schedules import PositionNumber, at, needs_horizon, number
 from reflux.types import Group, Moment, Share, Wants
 
 
@@ -21,7 +21,7 @@ class Position:
     Neutral: 1. Under the denominator `kept` positions of factor 0 are not counted. Note `factor`: the mean over chosen positions.
     """
 
-    factor: Number
+    factor: PositionNumber
 
     shifts: ClassVar[bool] = False
     min_group: ClassVar[int] = 1
@@ -30,6 +30,8 @@ class Position:
         number(self.factor, "factor")
         if isinstance(self.factor, (int, float)) and self.factor < 0:
             raise ValueError(f"factor must be >= 0, got {self.factor}")
+        if needs_horizon(self.factor):
+            raise ValueError("factor is a schedule over positions: say how many it spans, for example horizon = 64")
 
     @property
     def wants(self) -> Wants:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
+from reflux.errors import DataError
 from reflux.parts import STRICT
 from reflux.schedules import at
 from reflux.statistics import bootstrap_mean, pass_at_k, wilson
@@ -29,9 +30,10 @@ Graded = list[tuple[Attempt, "Verdict"]]  # the attempts at one problem
 class Accuracy:
     """The first `problems` of a held-out split: one greedy answer each, and `samples` more at `temperature` where that is above 0.
 
-    Greedy: accuracy (the mean verdict of what could be judged) with the Wilson interval `low`, `high`; `accuracy.<part or route>` with the same
-    where there are several. Samples: avg@n, the mean over problems of the mean verdict, and pass@k, unbiased, with 95% intervals by bootstrap over
-    problems; a verdict of 1 passes. `ungraded` counts answers without a verdict, which are in no mean. `truncated` is the share that hit the length limit.
+    Greedy: accuracy (the mean verdict of what could be judged) with the Wilson interval `low`, `high`; `accuracy.<part or route>` with
+    the same where there are several. Samples: avg@n, the mean over problems of the mean verdict, and pass@k, unbiased, with 95% intervals
+    by bootstrap over problems; a verdict of 1 passes. `ungraded` counts answers without a verdict, which are in no mean. `truncated` is
+    the share that hit the length limit.
 
     max_tokens: the length limit; without it the longest that training reaches. k: of pass@k (default: samples). examples: so many problems
     are listed with the greedy answer, always the same ones, so that before and after can be set side by side.
@@ -58,10 +60,10 @@ class Accuracy:
             raise ValueError("temperature must be above 0; the greedy answer is always asked for, and needs no samples")
 
     async def __call__(self, run: Run, sampler: OpenSampler, teachers: Teachers | None = None) -> dict[str, Any]:
-        """The table. ValueError where the split has no problems."""
+        """The table. DataError where the split has no problems."""
         prompts = list(islice(run.task.prompts(self.split, HELD_OUT_SEED), self.problems))
         if not prompts:
-            raise ValueError(f"eval accuracy: the task has no problems in its split '{self.split}'; choose another split")
+            raise DataError(f"eval accuracy: the task has no problems in its split '{self.split}'; choose another split")
         greedy = await self._ask(run, sampler, prompts, 1, 0.0)
         table = {"problems": len(prompts), **_greedy(greedy), **_by_kind(run, greedy)}
         if self.samples:  # after the greedy answers, never among them: one batch holds one temperature

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from reflux.evals.accuracy import HELD_OUT_SEED
 from reflux.parts import STRICT
 from reflux.tasks.base import Split
-from reflux.types import Attempt, Draw, HiddenTarget, TokenRollout
+from reflux.types import Attempt, Draw, HiddenTarget, TokenRollout, VelocityTarget
 
 if TYPE_CHECKING:
     from reflux.run import Run
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Agreement:
     """Reverse KL to the teacher on the student's own samples for held-out prompts: the mean of log p(a) - log q(a), which is unbiased.
 
-    `kl_nats` with its 95% interval `low`, `high` (normal, over attempts), nats per token; `by_position` the same in `bins` of equal width. An attempt
-    the teacher did not score is left out; none scored: kl_nats is null.
+    `kl_nats` with its 95% interval `low`, `high` (normal, over attempts), nats per token; `by_position` the same in `bins` of equal width.
+    An attempt the teacher did not score is left out; none scored: kl_nats is null.
     """
 
     once: ClassVar[bool] = False
@@ -53,7 +53,9 @@ class Agreement:
         rollout, target = attempt.rollout, attempt.targets.get(self.teacher)
         if target is None or not isinstance(rollout, TokenRollout):
             return None
-        teacher_T = _hidden_logp(target, rollout) if isinstance(target, HiddenTarget) else getattr(target, "logp_T")
+        if isinstance(target, VelocityTarget):
+            return None
+        teacher_T = _hidden_logp(target, rollout) if isinstance(target, HiddenTarget) else target.logp_T
         student_T = rollout.logp_T if rollout.logp_raw_T is None else rollout.logp_raw_T
         return np.where(rollout.mask_T, student_T - teacher_T, np.nan)
 

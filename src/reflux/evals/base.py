@@ -1,7 +1,7 @@
 """An evaluation: numbers about the student of now, written to evals.jsonl.
 
-A frozen value called with the open sampler and teachers. It has its own dice (purpose "eval") and its own length limit, so switching it on or
-off leaves the training run bit-identical (law 8).
+A frozen value called with the open sampler and teachers. It has its own dice (purpose "eval") and its own length limit, so switching it on
+or off leaves the training run bit-identical (law 8).
 """
 
 from __future__ import annotations

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class TeacherAccuracy:
-    """The table of `accuracy` for a sampler opened on the model of a local teacher, before the first step. Only for teachers that have a model."""
+    """`accuracy` of the teacher's own model, before the first step.
+
+    Only for teachers that have a model: a sampler is opened on it."""
 
     once: ClassVar[bool] = True
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from reflux.kernels.cpu_linear import linear
 
 
 class Head:
@@ -31,7 +32,8 @@ class Head:
         module = self.module
         if type(module) is nn.Linear:
             bias = None if module.bias is None else module.bias[: self.vocabulary]
-            logits_NV = F.linear(h_NH.to(module.weight.device, module.weight.dtype), module.weight[: self.vocabulary], bias)
+            weight_VH = module.weight[: self.vocabulary]
+            logits_NV = linear(h_NH.to(weight_VH.device, weight_VH.dtype), weight_VH, bias)
         else:  # an adapter on the head, or a quantised one
             logits_NV = module(h_NH)[..., : self.vocabulary]
         if self.scale != 1.0:

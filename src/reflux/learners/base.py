@@ -1,7 +1,8 @@
 """A learner: the student moves.
 
-`open(run)` gives an object with the training state. `step` turns groups whose targets and shares are known into one optimiser step, off the event
-loop. Where every weight is 0 there is no optimiser step (moments and decay would move weights on no evidence) and the version stays.
+`open(run)` gives an object with the training state. `step` turns groups whose targets and shares are known into one optimiser step, off
+the event loop. Where every weight is 0 there is no optimiser step (moments and decay would move weights on no evidence): the
+version stays.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from reflux.types import Group, Moment
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from reflux.models import Model
     from reflux.run import Run
 
 
 class OpenLearner(Protocol):
     version: int  # optimiser steps done
+    model: Model  # transformers' view of it, for preflight
 
     @property
     def weights(self) -> Mapping[str, Tensor]:

@@ -21,7 +21,7 @@ from reflux.metrics import Max, Mean, Stats, Sum
 from reflux.models import Model, load_model, parameter_count
 from reflux.objectives.base import Objective
 from reflux.schedules import at
-from reflux.types import Group, HiddenTarget, Moment, seed_of
+from reflux.types import Group, Moment, seed_of
 
 if TYPE_CHECKING:
     from reflux.learners.hf import HF
@@ -95,14 +95,14 @@ class HFLearner:
         self.optimiser.zero_grad(set_to_none=True)
         stats = self._gradients(items, objectives)
         norm = float(nn.utils.clip_grad_norm_(list(self.trained.values()), self.cfg.clip))
-        total = stats["loss"].value
+        total = float(stats["loss"].value or 0.0)
         if not (np.isfinite(norm) and np.isfinite(total)):
             self.optimiser.zero_grad(set_to_none=True)
             kept = self.run.keep_refused(groups, f"loss {total}, gradient norm {norm}")
             raise StepRefused(
-                f"step {moment.step + 1}: the loss is {total} and its gradient norm {norm}; the step was refused and no weight has changed. "
-                f"The batch is in {kept}. Usual reasons: a learning rate too high (now {lr:g}), or a teacher that rules out a token the student chose "
-                f"(a forward or reverse KL is then infinite: use divergence = 'jsd')."
+                f"step {moment.step + 1}: the loss is {total} and its gradient norm {norm}; the step was refused, no weight has changed. "
+                f"The batch is in {kept}. Usual reasons: a learning rate too high (now {lr:g}), or a teacher that rules out a token "
+                f"the student may say (forward and reverse KL are then infinite: use divergence = 'jsd')."
             )
         for group in self.optimiser.param_groups:
             group["lr"] = lr
@@ -115,7 +115,7 @@ class HFLearner:
         total, kl = Sum(0.0), Mean()
         for part in micro_batches(items, self.cfg.micro_batch_tokens):
             batch = loss.MicroBatch(part, objectives, self.model.device)
-            with self._autocast():
+            with self.autocast():
                 h_NH = self.hidden_rows(batch)
                 outcome = loss.backward(batch, h_NH, self.model.head)
             total = total + Sum(float(outcome.loss))
@@ -129,7 +129,7 @@ class HFLearner:
         h_BLH = self.model.trunk(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
         return h_BLH.flatten(0, 1)[batch.rows_N]
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
         wanted = self.cfg.autocast == "auto" and self.model.device.type == "cuda"
         return torch.autocast("cuda", dtype=torch.bfloat16) if wanted else nullcontext()
 

@@ -76,10 +76,18 @@ class Rows:
 
 
 class Objective(Protocol):
-    teacher: str | None  # whose word it needs: "main", another name, "said", or None
-    coef: float
     takes_shift: ClassVar[bool]
-    accepts: ClassVar[tuple[type[Target], ...]]
+
+    @property
+    def teacher(self) -> str | None:
+        """Whose word it needs: "main", another name, "said", or None."""
+        ...
+
+    @property
+    def coef(self) -> float: ...
+
+    @property
+    def accepts(self) -> tuple[type[Target], ...]: ...
 
     @property
     def wants(self) -> Wants: ...

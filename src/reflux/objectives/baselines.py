@@ -29,7 +29,7 @@ def topk_kl_value(student_logp_NV: Tensor, teacher_logp_NV: Tensor, k: int) -> T
         raise ValueError(f"the top-k baseline needs k >= 1, got {k}")
     if k >= student_logp_NV.shape[-1]:
         return kl_value(student_logp_NV, teacher_logp_NV)
-    top = student_logp_NV.topk(k, dim=-1)
+    top = student_logp_NV.topk(k, dim=-1, sorted=False)
     return kl_value(top.values.log_softmax(-1), teacher_logp_NV.gather(-1, top.indices).log_softmax(-1))
 
 

@@ -82,7 +82,7 @@ class Divergence:
         from reflux.objectives.divergences import with_tail
 
         whose = student if self.support == "student" else teacher
-        ids_NK = whose.logp_NV.detach().topk(self.k, dim=-1).indices
+        ids_NK = whose.logp_NV.detach().topk(self.k, dim=-1, sorted=False).indices
         return with_tail(student.logp_NV, ids_NK, check=False), with_tail(teacher.logp_NV, ids_NK, check=False)
 
     def _at_list(self, student: FullSays, teacher: ListedSays) -> tuple[Tensor, Tensor]:

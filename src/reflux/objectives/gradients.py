@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 
 class KL(Function):
-    """sum_v p (log p - log q), [N]. Keeps p and log p - log q only, and makes each gradient in one pass (plain autograd: about 1.4 times the time)."""
+    """sum_v p (log p - log q), [N]. Keeps p and log p - log q only, and makes each gradient in one pass."""
 
     @staticmethod
     def forward(ctx: Any, p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class KL(Function):
 
 
 class Mix(Function):
-    """log((1 - share) a + share b) for 0 < share < 1, equal to a to the bit where a = b; zero gradient where both are -inf."""
+    """log((1 - share) exp(a) + share exp(b)) for 0 < share < 1, equal to a to the bit where a = b; zero gradient where both are -inf."""
 
     @staticmethod
     def forward(ctx: Any, a_NV: Tensor, b_NV: Tensor, share: float) -> Tensor:

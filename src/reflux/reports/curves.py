@@ -109,5 +109,5 @@ def _nats_interval(low: float | None, high: float | None) -> str:
 
 
 def plain(name: str) -> str:
-    """A name for a chart's legend: plotly reads some markup there, so what could be markup is replaced by a look-alike."""
-    return visible(name).replace("<", "‹").replace(">", "›").replace("&", "＆")
+    """A name for a chart's legend: plotly reads some markup there, so what could be markup is replaced; 40 characters."""
+    return visible(name).replace("<", "‹").replace(">", "›").replace("&", "+")[:40]

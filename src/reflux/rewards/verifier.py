@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class Verifier:
     """Reward(value = task.verify(prompt, made)) for each attempt.
 
-    timeout_s: how long a verdict may take; then its process is killed. workers: how many judge side by side. An attempt that cannot be judged
-    (time over, the verifier failed, sampling ended in an error) has Reward(None), which is not the same as wrong, and `notes["ungraded"]` says why.
+    timeout_s: how long a verdict may take; then its process is killed. workers: how many judge side by side. An attempt that cannot be
+    judged (time over, the verifier failed, sampling ended in an error) has Reward(None), which is not the same as wrong, and
+    `notes["ungraded"]` says why.
     """
 
     timeout_s: float = 10.0

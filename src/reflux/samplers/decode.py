@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -13,17 +14,19 @@ from reflux.models import Model
 from reflux.samplers.noise import gumbel
 from reflux.types import Draw
 
+_CROWDED = 0.85  # dropping finished rows copies the cache, so it is done once this share or less still writes
+_STOP_TOKENS = 64  # the last so many tokens are decoded to look for a stop string
+
 
 @dataclass
 class Turn:
     """One assistant turn as it was sampled. The end token, where there is one, is the last of `tokens`."""
 
-    tokens: list[int] = field(default_factory=list)
-    logp: list[float] = field(default_factory=list)  # under the distribution sampled from
-    logp_raw: list[float] = field(default_factory=list)  # at temperature 1
-    said_ids: list[list[int]] = field(default_factory=list)
-    said_logp: list[list[float]] = field(default_factory=list)
-    ended: bool = False
+    tokens: list[int]
+    logp_T: np.ndarray  # under the distribution sampled from
+    raw_T: np.ndarray  # at temperature 1
+    said_TK: tuple[np.ndarray, np.ndarray] | None  # ids and log-probs
+    ended: bool
 
 
 @dataclass
@@ -37,23 +40,61 @@ class Ask:
 
 @torch.inference_mode()
 def decode(model: Model, asks: Sequence[Ask], draw: Draw, said_k: int) -> list[Turn]:
-    """Sample one turn per row. Left padding; a row leaves when it ends, is cut by its budget, or its text ends with a stop string."""
-    turns = [Turn() for _ in asks]
-    state = _Rows(model, asks)
+    """Sample one turn per row. Left padding; a row stops when it ends, is cut by its budget, or its text ends with a stop string."""
+    rows, written = _Rows(model, asks), _Written(model, asks, draw)
+    logits_BV = rows.read_prompts()
     position = 0
-    logits_BV = state.read_prompts()
-    while state.alive:
-        picked = _pick(logits_BV, state.keys_B, position, draw, said_k)
-        _write(turns, state.alive, picked)
+    while True:
+        picked = _pick(logits_BV, rows.keys_B, position, draw, said_k)
+        going = written.add(rows.owners, picked)
         position += 1
-        going = [row for row, i in enumerate(state.alive) if not _over(model, turns[i], asks[i], draw)]
         if not going:
-            break
+            return written.turns()
         tokens_B = picked[0]
-        if len(going) < len(state.alive):
-            tokens_B = tokens_B[state.keep(going)]
-        logits_BV = state.advance(tokens_B)
-    return turns
+        if len(going) <= _CROWDED * len(rows.owners):
+            tokens_B = tokens_B[rows.keep(going)]
+        logits_BV = rows.advance(tokens_B)
+
+
+class _Written:
+    """What the rows have said so far. Tensors of a step are looked at once, at the end; only the tokens are needed on the way."""
+
+    def __init__(self, model: Model, asks: Sequence[Ask], draw: Draw):
+        self.model, self.draw, self.asks = model, draw, asks
+        self.tokens: list[list[int]] = [[] for _ in asks]
+        self.over, self.ended = [False] * len(asks), [False] * len(asks)
+        self.steps: list[tuple[list[int], list[int], tuple[Tensor, ...]]] = []  # rows still going, whose they are, what was picked
+
+    def add(self, owners: list[int], picked: tuple[Tensor, ...]) -> list[int]:
+        """Take a step's tokens; gives the rows that go on."""
+        rows = [row for row, owner in enumerate(owners) if not self.over[owner]]
+        self.steps.append((rows, [owners[row] for row in rows], picked))
+        tokens = picked[0].tolist()
+        for row in rows:
+            self._put(owners[row], tokens[row])
+        return [row for row in rows if not self.over[owners[row]]]
+
+    def _put(self, owner: int, token: int) -> None:
+        tokens = self.tokens[owner]
+        tokens.append(token)
+        self.ended[owner] = token in self.model.end_ids or self._stopped(tokens)
+        self.over[owner] = self.ended[owner] or len(tokens) >= self.asks[owner].budget
+
+    def _stopped(self, tokens: list[int]) -> bool:
+        if not self.draw.stop:
+            return False
+        return self.model.tokenizer.decode(tokens[-_STOP_TOKENS:], skip_special_tokens=True).endswith(self.draw.stop)
+
+    def turns(self) -> list[Turn]:
+        owners = np.concatenate([np.asarray(owners) for _, owners, _ in self.steps])
+        order = np.argsort(owners, kind="stable")
+        cuts = np.cumsum(np.bincount(owners, minlength=len(self.asks)))[:-1]
+        columns = [
+            np.split(torch.cat([picked[c][rows] for rows, _, picked in self.steps]).cpu().numpy()[order], cuts)
+            for c in range(1, len(self.steps[0][2]))
+        ]
+        said = list(zip(columns[2], columns[3], strict=True)) if len(columns) > 2 else [None] * len(self.asks)
+        return [Turn(*fields) for fields in zip(self.tokens, columns[0], columns[1], said, self.ended, strict=True)]
 
 
 class _Rows:
@@ -62,7 +103,7 @@ class _Rows:
     def __init__(self, model: Model, asks: Sequence[Ask]):
         self.model = model
         device = model.device
-        self.alive = list(range(len(asks)))
+        self.owners = list(range(len(asks)))  # which ask each row of the batch answers
         self.width = max(len(ask.ids) for ask in asks)
         longest = self.width + max(ask.budget for ask in asks)
         self.ids_BP = torch.zeros(len(asks), self.width, dtype=torch.int64)
@@ -95,7 +136,7 @@ class _Rows:
     def keep(self, rows: list[int]) -> Tensor:
         """Drop the other rows; gives the index that selects the kept ones from a tensor of before."""
         index = torch.tensor(rows, device=self.model.device)
-        self.alive = [self.alive[row] for row in rows]
+        self.owners = [self.owners[row] for row in rows]
         self.cache.batch_select_indices(index)
         self.mask_BL, self.keys_B, self.place_B = self.mask_BL[index], self.keys_B[index], self.place_B[index]
         return index
@@ -129,21 +170,3 @@ def _tempered(raw_BV: Tensor, draw: Draw) -> Tensor:
         dropped_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(-1, ordered.indices, before_BV >= draw.top_p)
         logp_BV = logp_BV.masked_fill(dropped_BV, -torch.inf).log_softmax(-1)
     return logp_BV
-
-
-def _write(turns: list[Turn], alive: list[int], picked: tuple[Tensor, ...]) -> None:
-    columns = [column.tolist() for column in picked]
-    for row, i in enumerate(alive):
-        turn = turns[i]
-        turn.tokens.append(columns[0][row])
-        turn.logp.append(columns[1][row])
-        turn.logp_raw.append(columns[2][row])
-        if len(columns) > 3:
-            turn.said_ids.append(columns[3][row])
-            turn.said_logp.append(columns[4][row])
-
-
-def _over(model: Model, turn: Turn, ask: Ask, draw: Draw) -> bool:
-    stopped = bool(draw.stop) and model.tokenizer.decode(turn.tokens[-64:], skip_special_tokens=True).endswith(draw.stop)
-    turn.ended = stopped or turn.tokens[-1] in model.end_ids
-    return turn.ended or len(turn.tokens) >= ask.budget

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class HF:
-    """Samples with noise that depends on (run seed, purpose, step, prompt, sample, turn, position) alone, so a batch never changes a draw's dice.
+    """transformers in this process, in batches; every row has its own dice.
 
+    The noise depends on (run seed, purpose, step, prompt, sample, turn, position) alone, so a batch never changes a draw's dice.
     Temperature other than 1, or top_p below 1, makes on-policy estimators biased: refused unless allow_biased.
     """
 

@@ -157,17 +157,16 @@ class HFSampler:
         pieces = list(zip(talk.turns, [*talk.heard, []], strict=False))
         tokens = [i for turn, heard in pieces for i in turn.tokens + heard]
         mask = [chosen for turn, heard in pieces for chosen in [True] * len(turn.tokens) + [False] * len(heard)]
-        raw = _column(pieces, "logp_raw")
-        logp = _column(pieces, "logp")
+        logp_T, raw_T = _column(pieces, "logp_T"), _column(pieces, "raw_T")
         return TokenRollout(
             prompt=talk.prompt,
             sample=talk.sample,
             version=self.version,
             finish=talk.finish,
             mask_T=np.asarray(mask, dtype=bool),
-            logp_T=logp,
-            logp_raw_T=None if np.array_equal(raw, logp) else raw,
-            said=_said(pieces, raw) if pieces and pieces[0][0].said_ids else None,
+            logp_T=logp_T,
+            logp_raw_T=None if np.array_equal(raw_T, logp_T) else raw_T,
+            said=_said(pieces, raw_T) if pieces and pieces[0][0].said_TK is not None else None,
             prompt_tokens=np.asarray(talk.prompt_ids, dtype=np.int64),
             tokens_T=np.asarray(tokens, dtype=np.int64),
             text="\n".join(message["content"] for message in talk.messages[len(talk.prompt.messages) :] if message["role"] == "assistant"),
@@ -176,15 +175,16 @@ class HFSampler:
 
 
 def _column(pieces: list[tuple[Turn, list[int]]], name: str) -> np.ndarray:
-    values = [value for turn, heard in pieces for value in getattr(turn, name) + [0.0] * len(heard)]
-    return np.asarray(values, dtype=np.float32)
+    parts = [part for turn, heard in pieces for part in (getattr(turn, name), np.zeros(len(heard)))]
+    return np.concatenate([np.zeros(0), *parts]).astype(np.float32)
 
 
 def _said(pieces: list[tuple[Turn, list[int]]], raw_T: np.ndarray) -> TopKTarget:
-    """The student's own top-k where it acted; unchosen positions repeat a uniform placeholder that no rule reads (mask_T is False)."""
-    k = len(pieces[0][0].said_ids[0])
-    ids = [row for turn, heard in pieces for row in turn.said_ids + [list(range(k))] * len(heard)]
-    logp = [row for turn, heard in pieces for row in turn.said_logp + [[-float(np.log(k))] * k] * len(heard)]
-    return TopKTarget(
-        teacher="said", ids_TK=np.asarray(ids, dtype=np.int64), logp_TK=np.asarray(logp, dtype=np.float32), logp_T=raw_T
-    )
+    """The student's own top-k where it acted; unchosen positions hold a uniform placeholder that no rule reads (mask_T is False)."""
+    ids, logp = [], []
+    for turn, heard in pieces:
+        assert turn.said_TK is not None
+        k = turn.said_TK[0].shape[1]
+        ids += [turn.said_TK[0], np.tile(np.arange(k), (len(heard), 1))]
+        logp += [turn.said_TK[1], np.full((len(heard), k), -np.log(k))]
+    return TopKTarget(teacher="said", ids_TK=np.concatenate(ids), logp_TK=np.concatenate(logp).astype(np.float32), logp_T=raw_T)

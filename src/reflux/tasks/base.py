@@ -1,8 +1,8 @@
 """A task: where prompts come from, and how an answer is judged.
 
 A task is a frozen value. `prompts` streams for ever (or raises StopIteration when a split is finite and passes are over); the same
-(split, seed, start) always gives the same prompts, so a run resumes by position alone. `verify` is pure, imports no torch, and runs in a worker
-process that is killed when it takes too long: it may be called on anything a model can write.
+(split, seed, start) always gives the same prompts, so a run resumes by position alone. `verify` is pure, imports no torch, and runs in a
+worker process that is killed when it takes too long: it may be called on anything a model can write.
 """
 
 from __future__ import annotations

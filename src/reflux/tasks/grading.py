@@ -1,11 +1,12 @@
 """Verdicts from killable worker processes: whatever a model writes, and whatever a verifier does with it, costs that attempt only.
 
     graders = Graders(workers=1, timeout_s=10)
-    verdicts = await graders.verify_many(task, [(prompt, text), ...])       # Verdict(value=1.0), Verdict(value=None, problem="timeout"), ...
+    verdicts = await graders.verify_many(task, [(prompt, text), ...])  # [Verdict(1.0), Verdict(None, "timeout"), ...]
     graders.close()
 
-Consumes: (task, prompt, made). Produces: one Verdict each, in order. Waits for: a free worker, and at most `timeout_s` for each answer. Unblocked
-by: the verdict, the time limit, the end of the worker, `close`. Workers start with the first question and end with `close`, or with this process.
+Consumes: (task, prompt, made). Produces: one Verdict each, in order. Waits for: a free worker, and at most `timeout_s` for each answer.
+Unblocked by: the verdict, the time limit, the end of the worker, `close`. Workers start with the first question and end with `close`, or
+with this process.
 """
 
 from __future__ import annotations
@@ -189,7 +190,8 @@ class _Worker:
     def _end(self, patience_s: float = 0.0) -> int:
         """Kill the process if it has not ended by itself in time; its exit code."""
         with self._lock:
-            assert self._process is not None and self._connection is not None
+            assert self._process is not None
+            assert self._connection is not None
             self._connection.close()
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(patience_s)

@@ -20,10 +20,11 @@ DATASET, CONFIG = "openai/gsm8k", "main"
 
 @dataclass(frozen=True, config=STRICT)
 class Gsm8k:
-    r"""One user message: the question, a blank line, the `instruction`. The answer is what follows "####"; the solution before it is a reference.
+    """One user message: the question, a blank line, the `instruction`. The answer is what follows "####"; all of it is a reference.
 
     path: a folder with train.jsonl and test.jsonl of {"question", "answer"}; without it the hub dataset openai/gsm8k.
-    validation: the share of the training problems held out for it, chosen by a hash of the id. Ids are "gsm8k/train/17" (line or row from 1).
+    validation: the share of the training problems held out for it, chosen by a hash of the id. Ids are "gsm8k/train/17" (line or row from
+    1).
     route: which teacher answers, where several share a name. Answers are graded as `reflux.tasks.math` says.
 
     "train" never ends: a new order each epoch. DataError, with file and line, for data that cannot be used.

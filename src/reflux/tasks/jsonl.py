@@ -20,18 +20,20 @@ GRADERS = ("math", "exact", "none")
 
 @dataclass(frozen=True, config=STRICT)
 class Jsonl:
-    """Lines of {"prompt" or "messages", "answer", "references", "route", "id"}: one of the first two, the rest as you have it; others are ignored.
+    """Lines of {"prompt" or "messages", "answer", "references", "route", "id"}: one of the first two, the rest where you have it.
 
-    prompt: one user message. messages: a chat, [{"role", "content"}, ...], ending before the turn that the student shall write. answer: text or a
-    number. references: worked answers, for the `stored` sampler. route: which teacher answers (default: the field `route` of this task). id: stable and
-    unique (default: "train/17", the line it stands on).
+    prompt: one user message. messages: a chat, [{"role", "content"}, ...], ending before the turn that the student shall write. answer:
+    text or a number. references: worked answers, for the `stored` sampler. route: which teacher answers (default: the field `route` of
+    this task). id: stable and unique (default: "train/17", the line it stands on).
 
-    path: the file; or dataset (and dataset_config, dataset_split): on the hub. keys: other names for these columns, e.g. {prompt = "question"}.
-    validation: a share of the lines, held out by a hash of their id; or the name of a file (of a split on the hub) that is the validation set.
+    path: the file; or dataset (and dataset_config, dataset_split): on the hub. keys: other names for these columns, e.g. {prompt =
+    "question"}; columns that are not named here are ignored.
+    validation: a share of the lines, held out by a hash of their id; or the name of a file (of a split on the hub) that is the validation
+    set.
     test: the file (the hub's split) of test lines; without it, "test" is the validation set.
     instruction: appended to the last message after a blank line.
-    grader: "math" (see `reflux.tasks.math`), "exact" (text or final answer, white space folded), "none", or "my_module:function", called with
-    (prompt, text) and returning a number from 0 to 1.
+    grader: "math" (see `reflux.tasks.math`), "exact" (text or final answer, white space folded), "none", or "my_module:function", called
+    with (prompt, text) and returning a number from 0 to 1.
 
     "train" never ends: a new order each epoch. DataError, with file and line, for data that cannot be used.
     """

@@ -8,9 +8,9 @@ What counts, in this order:
 4. else the last expression that math-verify finds near the end of the text.
 
 Plain numbers are compared exactly ("1,000.0" is "1000"; "$18", "18%", "18 apples" and "x = 18" are 18). A final answer that names several
-numbers ("12 or 13") is not a plain number, so hedging does not pay; a `\boxed{` that was cut off holds no answer. Anything else is compared by
-math-verify: "1/2" is "0.5" is "\frac{1}{2}". Its own time limits are off, for they need signals in the main thread of a process; the worker
-process around it is killed instead.
+numbers ("12 or 13") is not a plain number, so hedging does not pay; a `\boxed{` that was cut off holds no answer. Anything else is
+compared by math-verify: "1/2" is "0.5" is "\frac{1}{2}". Its own time limits are off, for they need signals in the main thread of a
+process; the worker process around it is killed instead.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ BLOCK = 1000  # in so many prompts, every part has exactly its share
 class Mix:
     """`parts` by name, each asked in proportion to its `weight`. Ids are "name/id of the part".
 
-    "train": every block of 1,000 prompts holds each part exactly by its share (largest remainders), in an order drawn from (seed, block), so
-    `start` is found without walking there. Held-out splits: all problems of all parts, the parts by turns, so that a first few hundred are a fair mix.
-    ValueError for names with a slash, or a part whose share of 1,000 rounds to nothing.
+    "train": every block of 1,000 prompts holds each part exactly by its share (largest remainders), in an order drawn from (seed, block),
+    so `start` is found without walking there. Held-out splits: all problems of all parts, the parts by turns, so that a first few hundred
+    are a fair mix. ValueError for names with a slash, or a part whose share of 1,000 rounds to nothing.
     """
 
     parts: Annotated[dict[str, Any], PartOf("tasks", many="table")]

@@ -2,7 +2,7 @@
 
 "Tom has 12 apples. Buys 7. Loses 5. How many?"  ->  "Start: 12. 12+7=19. 19-5=14. Answer: 14"
 
-What a problem *is*, is its chain of numbers and operations; the name, the thing and the verbs are dressing. A hash of the chain alone puts every
+A problem is its chain of numbers and operations; the name, the thing and the verbs are dressing. A hash of the chain alone puts every
 problem in exactly one split, whatever the seed, so a chain held out never occurs in training, not even in another dress.
 """
 
@@ -160,7 +160,7 @@ def tell(chain: Chain, dice: random.Random) -> tuple[str, str, int]:
 
 
 def _ranges(kinds: tuple[Operation, ...], largest: int) -> list[tuple[int, int]]:
-    """Per state of the story (before the first step, ..., after the last) the values from which the rest can be told; [] if there are none."""
+    """Per state of the story, first to last, the least and greatest value from which the rest can be told; [] if there is none."""
     low, high = 0, largest
     ranges = [(low, high)]
     for kind in reversed(kinds):

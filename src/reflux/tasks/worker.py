@@ -1,7 +1,7 @@
 """The other side of `grading`: a process that judges what it is sent, and imports no torch.
 
-It is started as a plain interpreter, not by multiprocessing, which would run the user's own script again (and import what it imports). It is
-ended by its parent; if the parent is gone, it ends itself.
+It is started as a plain interpreter, not by multiprocessing, which would run the user's own script again (and import what it imports). It
+is ended by its parent; if the parent is gone, it ends itself.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ WATCH_S = 0.5
 def work(descriptor: int, parent: int, most_cpu_s: float) -> None:
     """Judge until the connection closes.
 
-    In, pickled: a packed task (bytes), answered by one JSON pair [null, why it cannot be loaded here or ""]; or a list of (prompt, made), answered
-    by one pair each, [value or null, what went wrong or ""], as soon as it is known.
+    In, pickled: a packed task (bytes), answered by one JSON pair [null, why it cannot be loaded here or ""]; or a list of (prompt, made),
+    answered by one pair each, [value or null, what went wrong or ""], as soon as it is known.
     """
     _be_a_good_child(parent)
     task = None
@@ -51,7 +51,7 @@ def judge(task: Any, prompt: Prompt, made: Any) -> tuple[float | None, str]:
     """(value, "") or (None, what went wrong), whatever the verifier does short of hanging or crashing."""
     try:
         value = float(task.verify(prompt, made))
-    except BaseException as error:  # noqa: BLE001 - some time limits and exit() are no Exceptions
+    except BaseException as error:  # some time limits and exit() are no Exceptions
         return None, f"{type(error).__name__}: {error}"[:500]
     return (value, "") if math.isfinite(value) else (None, f"the verdict is {value}, which is no number")
 
@@ -59,7 +59,7 @@ def judge(task: Any, prompt: Prompt, made: Any) -> tuple[float | None, str]:
 def _unpack(packed: bytes) -> tuple[Any, str]:
     try:
         return pickle.loads(packed), ""
-    except Exception as error:  # noqa: BLE001 - whatever its module does on import
+    except Exception as error:  # whatever its module does on import
         return None, f"{type(error).__name__}: {error}"
 
 

@@ -1,7 +1,8 @@
 """A teacher: how should the student have acted, position by position?
 
-`open(run)` gives an object whose `score(groups, moment)` fills `attempt.targets[name]`. Scoring is idempotent: an attempt is asked about again only
-where its target is missing or its context has changed since. Several tables may share one name by `as` and `routes`; each prompt then asks exactly one.
+`open(run)` gives an object that fills `attempt.targets[name]`. Scoring is idempotent: an attempt is asked about again only where its
+target is missing or its context has changed since. Several tables may share one name by `as` and `routes`; each prompt then asks exactly
+one.
 """
 
 from __future__ import annotations
@@ -40,9 +41,17 @@ class OpenTeacher(Protocol):
 class Teacher(Protocol):
     offers: ClassVar[tuple[type[Target], ...]]
     in_process: ClassVar[bool]  # True where batched calls are the fast ones
-    context: Context
-    routes: tuple[str, ...]
-    as_: str | None  # the name it answers under; None: its table's
+
+    @property
+    def context(self) -> Context: ...
+
+    @property
+    def routes(self) -> tuple[str, ...]: ...
+
+    @property
+    def as_(self) -> str | None:
+        """The name it answers under; None: its table's."""
+        ...
 
     def open(self, run: Run, name: str) -> AbstractAsyncContextManager[OpenTeacher]: ...
 

@@ -79,7 +79,7 @@ class LocalTeacher:
         sequence = np.concatenate([prompt, rollout.tokens_T[:-1]])
         if len(sequence) > self.model.context_tokens:
             raise ModelError(
-                f"teachers.{self.name}: prompt {rollout.prompt.id} and its answer take {len(sequence)} tokens, but this model's context holds "
+                f"teachers.{self.name}: prompt {rollout.prompt.id} and its answer take {len(sequence)} tokens, but its context holds "
                 f"{self.model.context_tokens}. Lower sampler.max_tokens or sampler.max_prompt_tokens, or shorten the teacher's context."
             )
         return sequence, len(prompt)
@@ -104,15 +104,13 @@ class LocalTeacher:
             logp_T = self.model.head.logp_of(h_TH, tokens_T, self._rows).cpu().numpy()
         if wants.candidates:
             attempt.candidates[self.name] = self._candidates(rollout, h_TH, logp_T)
-        attempt.targets[self.name] = HiddenTarget(
-            teacher=self.name, h_TH=h_TH.to("cpu", copy=True), head=self.model.head, logp_T=logp_T
-        )
+        attempt.targets[self.name] = HiddenTarget(teacher=self.name, h_TH=h_TH.to("cpu", copy=True), head=self.model.head, logp_T=logp_T)
 
     def _candidates(self, rollout: TokenRollout, h_TH: Tensor, logp_T: np.ndarray | None) -> TopKTarget:
         """The teacher's log-probs at the ids the student listed when it acted."""
         said = rollout.said
         if not isinstance(said, TopKTarget) or logp_T is None:
-            raise ModelError(f"teachers.{self.name}: asked for candidates, but the sampler recorded no top-k for prompt {rollout.prompt.id}")
+            raise ModelError(f"teachers.{self.name}: asked for candidates, but prompt {rollout.prompt.id} came without the student's top-k")
         ids_TK = torch.from_numpy(said.ids_TK).to(h_TH.device)
         chunks = zip(h_TH.split(self._rows), ids_TK.split(self._rows), strict=True)
         logp_TK = torch.cat([self.model.head.logits(h).float().log_softmax(-1).gather(-1, ids) for h, ids in chunks])

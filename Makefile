@@ -1,0 +1,53 @@
+# Two commands for a fresh machine:  make quickstart   make test
+# Each makes .venv, or takes the one that is there, and installs what it needs. Python 3.11 or later.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+
+.PHONY: quickstart test check golden bench assets clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/reflux run quickstart
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+golden: $(VENV)/.installed-test        # writes the golden curves again; look at the difference before you commit it
+	$(BIN)/python -m tests.golden.write
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/step_time.py
+
+assets: $(VENV)/.installed             # the embedded models, from nothing
+	$(BIN)/python -m reflux.assets.make
+
+clean:
+	rm -rf $(VENV) runs
+
+# Without a GPU the CPU build of torch is taken where pip can see one (set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels, or
+# PIP_FIND_LINKS to a folder); otherwise the pinned version as pip finds it. A looser range might bring gigabytes of CUDA.
+$(VENV)/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	command -v nvidia-smi >/dev/null 2>&1 || $(PIP) "$(TORCH)+cpu" 2>/dev/null || true
+	$(PIP) "$(TORCH)"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) --editable ".[test]"
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-test
+	$(PIP) --editable ".[test,dev]"
+	touch $@

@@ -1,0 +1,70 @@
+"""BibTeX of the methods a recipe uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from reflux.config import RunConfig
+from reflux.parts import kind_of
+from reflux.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class Paper:
+    key: str
+    title: str
+    arxiv: str
+    year: int
+    author: str | None
+    used: Callable[[RunConfig], bool]
+
+    @property
+    def bibtex(self) -> str:
+        fields = {
+            "title": f"{{{self.title}}}",
+            "author": self.author,
+            "year": str(self.year),
+            "eprint": self.arxiv,
+            "archivePrefix": "arXiv",
+            "url": f"https://arxiv.org/abs/{self.arxiv}",
+        }
+        body = "".join(f"  {name} = {{{value}}},\n" for name, value in fields.items() if value)
+        return f"@misc{{{self.key},\n{body}}}"
+
+
+def _divergence(cfg: RunConfig, *names: str) -> bool:
+    return any(getattr(objective, "divergence", None) in names for objective in cfg.objectives)
+
+
+def _credit(cfg: RunConfig, kind: str) -> bool:
+    return any(kind_of("credit", rule) == kind for rule in cfg.credit.values())
+
+
+PAPERS = (
+    Paper("prefix_opd", "Fast and Effective On-policy Distillation from Reasoning Prefixes", "2602.15260", 2026, None,
+          lambda cfg: _credit(cfg, "prefix") or isinstance(cfg.sampler.max_tokens, Schedule)),
+    Paper("vopd", "KL for a KL: On-Policy Distillation with Control Variate Baseline", "2605.07865", 2026, None,
+          lambda cfg: any(getattr(objective, "baseline", "none") != "none" for objective in cfg.objectives)),
+    Paper("gkd", "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes", "2306.13649", 2023,
+          "Agarwal, Rishabh and Vieillard, Nino and Zhou, Yongchao and Stanczyk, Piotr and others",
+          lambda cfg: cfg.sampler.on_policy and bool(cfg.teachers)),
+    Paper("distillm", "DistiLLM: Towards Streamlined Distillation for Large Language Models", "2402.03898", 2024,
+          "Ko, Jongwoo and Kim, Sungnyun and Chen, Tianyi and Yun, Se-Young",
+          lambda cfg: _divergence(cfg, "skew_reverse", "skew_forward")),
+    Paper("grpo", "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models", "2402.03300", 2024,
+          "Shao, Zhihong and others", lambda cfg: _credit(cfg, "outcome")),
+    Paper("ppo", "Proximal Policy Optimization Algorithms", "1707.06347", 2017,
+          "Schulman, John and Wolski, Filip and Dhariwal, Prafulla and Radford, Alec and Klimov, Oleg",
+          lambda cfg: any(getattr(objective, "ratio", None) == "clip" for objective in cfg.objectives)),
+    Paper("lora", "LoRA: Low-Rank Adaptation of Large Language Models", "2106.09685", 2021,
+          "Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and others",
+          lambda cfg: bool(getattr(cfg.learner, "lora", None))),
+    Paper("gsm8k", "Training Verifiers to Solve Math Word Problems", "2110.14168", 2021,
+          "Cobbe, Karl and others", lambda cfg: kind_of("tasks", cfg.task) == "gsm8k"),
+)  # fmt: skip
+
+
+def papers(cfg: RunConfig) -> list[Paper]:
+    """The papers behind the parts in use."""
+    return [paper for paper in PAPERS if paper.used(cfg)]

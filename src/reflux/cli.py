@@ -1,0 +1,123 @@
+"""The command line: run, plan, eval, report, list, cite, doctor. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reflux import __version__
+
+app = typer.Typer(
+    help="On-policy distillation: a student learns from a teacher on its own answers. Start with: reflux run quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Recipe = Annotated[str, typer.Argument(help="A shipped recipe (see: reflux list recipes) or the path of a .toml file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, as key.path=value, for example learner.lr=1e-3.")]
+Out = Annotated[Path | None, typer.Option("--out", help="The run directory; by default runs/RECIPE, numbered where taken.")]
+
+
+@app.command("run")
+def run_(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run from its last checkpoint.")] = False,
+) -> None:
+    """Train a student by a recipe."""
+    from reflux.commands.run import run_recipe
+
+    run_recipe(recipe, overrides or [], out, resume)
+
+
+@app.command()
+def plan(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Resolve and check a recipe, and print what would run, without loading a weight."""
+    from reflux.commands.show import show_plan
+
+    show_plan(recipe, overrides or [])
+
+
+@app.command("eval")
+def eval_(
+    model: Annotated[str, typer.Argument(help="A run directory, a folder in Hugging Face format, a hub id, or reflux:teacher.")],
+    task: Annotated[str, typer.Option("--task", help="A task's kind, for example gsm8k.")] = "word_problems",
+    problems: Annotated[int, typer.Option("--problems", min=1)] = 500,
+    samples: Annotated[int, typer.Option("--samples", min=0, help="Sampled answers per problem, besides the greedy one.")] = 0,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 512,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Task or sampler settings, for example task.path=data.jsonl.")
+    ] = None,
+) -> None:
+    """Accuracy of a model on a task, with intervals."""
+    from reflux.commands.evaluate import evaluate_model
+
+    evaluate_model(model, task, problems, samples, max_tokens, overrides or [])
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Write report.html for a run: one self-contained page."""
+    from reflux.commands.show import write_report
+
+    write_report(run)
+
+
+@app.command("list")
+def list_(group: Annotated[str, typer.Argument(help="recipes, tasks, samplers, teachers, credit, ...")] = "") -> None:
+    """Recipes and parts, one line each."""
+    from reflux.commands.show import list_parts
+
+    list_parts(group)
+
+
+@app.command()
+def cite(recipe: Recipe, overrides: Overrides = None) -> None:
+    """BibTeX of the methods a recipe uses."""
+    from reflux.commands.show import show_citations
+
+    show_citations(recipe, overrides or [])
+
+
+@app.command()
+def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Preflight: tokenizers, end tokens, sampler and learner agreement, teacher alive, disk."""
+    from reflux.commands.examine import show_findings
+
+    show_findings(recipe, overrides or [])
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if show:
+        typer.echo(f"reflux {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Errors a user can act on end as a sentence and exit code 2; anything else is a bug and shows its traceback."""
+    from reflux.errors import RefluxError
+
+    try:
+        app()
+    except RefluxError as error:
+        typer.secho(f"reflux: {error}", err=True, fg="red")
+        raise SystemExit(2) from None
+    except OSError as error:
+        import errno
+
+        if error.errno != errno.ENOSPC:
+            raise
+        typer.secho(
+            "reflux: the disk is full. Nothing already saved is harmed: free some space, then continue with --resume.", err=True, fg="red"
+        )
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

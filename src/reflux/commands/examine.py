@@ -1,0 +1,32 @@
+"""reflux doctor: findings as they come, and an exit code."""
+
+from __future__ import annotations
+
+import asyncio
+
+from rich.console import Console
+
+from reflux.config import load_recipe
+
+console = Console()
+_STYLE = {"ok": "green", "warning": "yellow", "failed": "red"}
+
+
+def show_findings(recipe: str, overrides: list[str]) -> None:
+    """Exit code 1 where a check failed."""
+    cfg = load_recipe(recipe, overrides)
+    from reflux.doctor import examine
+    from reflux.quiet import quiet_libraries
+
+    quiet_libraries()
+
+    async def show() -> bool:
+        failed = False
+        async for finding in examine(cfg):
+            console.print(f"{finding.verdict:8}", style=_STYLE[finding.verdict], end="")
+            console.print(f"{finding.check}: {finding.text}", markup=False, highlight=False, soft_wrap=True)
+            failed |= finding.verdict == "failed"
+        return failed
+
+    if asyncio.run(show()):
+        raise SystemExit(1)

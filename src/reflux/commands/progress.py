@@ -1,0 +1,80 @@
+"""The live line of a run: step, KL, accuracy, tokens a second, time left."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from reflux.config import RunConfig
+from reflux.run import Run
+
+_WINDOW = 20  # steps that speed and time left are measured over
+_PLAIN_EVERY_S = 10.0  # where the output is no terminal
+
+
+class Progress:
+    """A `Watch` that draws one line, in place on a terminal, now and then elsewhere."""
+
+    def __init__(self, console: Console, cfg: RunConfig):
+        self._console, self._steps = console, cfg.steps
+        self._line = Text("loading models ...")
+        self._live = Live(self._line, console=console, refresh_per_second=8, transient=True) if console.is_terminal else None
+        self._accuracy: float | None = None
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
+        self._printed = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def stepped(self, run: Run, metrics: dict[str, Any]) -> None:
+        self._recent.append((metrics["seconds"]["total"], metrics["tokens_sampled"]))
+        seconds = sum(spent for spent, _ in self._recent)
+        speed = sum(tokens for _, tokens in self._recent) / max(seconds, 1e-9)
+        left_s = (self._steps - run.step) * seconds / len(self._recent)
+        parts = [f"step {run.step}/{self._steps}"]
+        if metrics.get("kl_nats") is not None:
+            parts.append(f"KL {metrics['kl_nats']:.4f} nats")
+        if metrics.get("reward_mean") is not None:
+            parts.append(f"reward {metrics['reward_mean']:.2f}")
+        if self._accuracy is not None:
+            parts.append(f"accuracy {self._accuracy:.1%}")
+        parts += [f"{speed:,.0f} tokens/s", f"{_clock(left_s)} left"]
+        self._show("  ".join(parts))
+
+    def evaluated(self, run: Run, results: dict[str, Any]) -> None:
+        accuracy = results.get("accuracy", {}).get("accuracy")
+        if accuracy is None:
+            return
+        self._accuracy = accuracy
+        table = results["accuracy"]
+        self._console.print(
+            f"step {run.step:>4}  accuracy {accuracy:6.1%}  ({table['low']:.1%} to {table['high']:.1%}, {table['problems']} problems)",
+            highlight=False,
+        )
+
+    def noted(self, text: str) -> None:
+        self._console.print(text, style="yellow", markup=False)
+
+    def _show(self, line: str) -> None:
+        if self._live:
+            self._live.update(Text(line))
+        elif time.monotonic() - self._printed > _PLAIN_EVERY_S:
+            self._printed = time.monotonic()
+            self._console.print(line, highlight=False, markup=False)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,92 @@
+"""reflux run: live progress, and at the end what was gained."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from reflux.commands.progress import Progress
+from reflux.config import RunConfig, load_recipe
+from reflux.errors import RefluxError, Stopped
+from reflux.files import read_lines
+from reflux.quiet import quiet_libraries
+from reflux.run import Options, choose_folder
+
+console = Console()
+
+
+def run_recipe(recipe: str, overrides: list[str], out: Path | None, resume: bool) -> None:
+    """Train, then report. A stop by the user is exit code 130, as a shell expects."""
+    cfg = load_recipe(recipe, overrides)
+    folder = choose_folder(cfg.recipe, out, resume)
+    from reflux import checks
+
+    checks.join(cfg)
+    for warning in checks.warnings(cfg):
+        console.print(f"note: {warning}", style="yellow", markup=False)
+    console.print(f"{cfg.recipe} -> {folder}", style="bold", markup=False, highlight=False)
+    again = shlex.join(["reflux", "run", recipe, *overrides, "--out", str(folder), "--resume"])
+    try:
+        summary = _train(cfg, Options(folder, resume), console)
+    except Stopped as stopped:
+        console.print(f"{stopped}. Continue with:\n  {again}", markup=False, highlight=False)
+        raise SystemExit(130) from None
+    except (RefluxError, OSError):
+        if (folder / "checkpoints").is_dir():
+            console.print(f"The last checkpoint is kept; after mending the cause continue with:\n  {again}", markup=False, highlight=False)
+        raise
+    _finish(folder, cfg, summary)
+
+
+def _train(cfg: RunConfig, options: Options, console: Console) -> dict[str, Any]:
+    with Progress(console, cfg) as progress:
+        from reflux.loop import train  # torch and transformers: seconds, so the first line is out before them
+
+        quiet_libraries()
+        return asyncio.run(train(cfg, Options(options.out, options.resume, progress)))
+
+
+def _finish(folder: Path, cfg: RunConfig, summary: dict[str, Any]) -> None:
+    from reflux.reports.page import write_report
+    from reflux.reports.tables import before_after
+
+    console.print(before_after(summary))
+    _show_problem(folder)
+    page = write_report(folder)
+    console.print(f"\nRun directory  {folder}\nReport         {page}\nStudent        {folder / 'student'}", markup=False, highlight=False)
+    console.print("\nNext:", style="bold")
+    for line in _next(folder, cfg):
+        console.print(f"  {line}", markup=False, highlight=False)
+
+
+def _next(folder: Path, cfg: RunConfig) -> list[str]:
+    other = "vopd" if cfg.recipe != "vopd" else "gkd"
+    return [
+        f"reflux eval {folder}" + ("" if cfg.recipe != "quickstart" else " --samples 8") + "     accuracy, also of sampled answers",
+        f"reflux run {other}     another method on the same models (reflux list recipes)",
+        f"reflux plan {cfg.recipe} base=hub     the same method on your own Hugging Face models",
+    ]
+
+
+def _show_problem(folder: Path) -> None:
+    """One problem the student has learnt to solve, before and after; model text is printed as it is, never as markup."""
+    rows = [row["accuracy"] for row in read_lines(folder / "evals.jsonl") if "accuracy" in row]
+    if len(rows) < 2:
+        return
+    pairs = list(zip(rows[0].get("examples", []), rows[-1].get("examples", []), strict=False))
+    learnt = [pair for pair in pairs if not pair[0]["right"] and pair[1]["right"]]
+    if not pairs:
+        return
+    before, after = (learnt or pairs)[0]
+    console.print("\nOne held-out problem", style="bold")
+    for title, text in (
+        ("problem", before["question"]),
+        ("before", before["text"]),
+        ("after", after["text"]),
+        ("answer", before["answer"]),
+    ):
+        console.print(f"  {title:8} {text}", markup=False, highlight=False)

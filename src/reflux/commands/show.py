@@ -1,0 +1,89 @@
+"""reflux plan, list, cite, report: what is there, in words."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from reflux import parts
+from reflux.cite import papers
+from reflux.config import RECIPES, load_recipe, recipe_names
+from reflux.errors import ConfigError, RunError
+from reflux.planning import Size, plan
+
+console = Console()
+
+
+def show_plan(recipe: str, overrides: list[str]) -> None:
+    found = plan(load_recipe(recipe, overrides))
+    table = Table(show_header=False, box=None, pad_edge=False)
+    rows = [
+        ("recipe", f"{found.recipe} ({found.method}), config {found.config_hash}"),
+        ("student", _size(found.student)),
+        *((f"teacher {name}", _size(size)) for name, size in found.teachers.items()),
+        ("steps", f"{found.steps} of {found.attempts_per_step} attempts"),
+        ("memory", f"{_bytes(found.memory_bytes)} for weights and optimiser; activations and the key-value cache come on top"),
+        ("sampled", f"at most {found.sampled_tokens_at_most:,} tokens"),
+        (
+            "compute",
+            f"at most {found.flops_at_most:.3g} FLOP, prompts not counted" if found.flops_at_most else "unknown until the models are here",
+        ),
+        ("also computed", ", ".join(found.wants) or "nothing beyond the loss"),
+    ]
+    for name, text in rows:
+        table.add_row(name, text)
+    console.print(table, markup=False, highlight=False)
+    for warning in found.warnings:
+        console.print(f"note: {warning}", style="yellow", markup=False)
+    console.print("All parts fit together. No weight was loaded.", style="green")
+
+
+def _size(size: Size) -> str:
+    if size.parameters is None:
+        return f"{size.name} ({size.architecture})"
+    return f"{size.name} ({size.architecture}, {size.parameters / 1e6:,.2f} M parameters, context {size.context_tokens or '?'})"
+
+
+def _bytes(count: int | None) -> str:
+    return "unknown until the models are here:" if count is None else f"{count / 1e9:.2f} GB" if count > 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def list_parts(group: str) -> None:
+    """One line per recipe or part: the first line of its file or docstring."""
+    known = ["recipes", *parts.GROUPS]
+    if group and group not in known:
+        raise ConfigError(f"there is no group '{group}'{parts.did_you_mean(group, known)}. Groups: {', '.join(known)}")
+    for name in [group] if group else known:
+        lines = recipe_lines() if name == "recipes" else part_lines(name)
+        if lines:
+            console.print(name, style="bold")
+        for kind, line in lines.items():
+            console.print(f"  {kind:18} {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def recipe_lines() -> dict[str, str]:
+    return {name: (RECIPES / f"{name}.toml").read_text().split("\n")[0].removeprefix("# ") for name in recipe_names()}
+
+
+def part_lines(group: str) -> dict[str, str]:
+    return {kind: _first_line(parts.part(group, kind)) for kind in sorted(parts.kinds(group))}
+
+
+def _first_line(cls: type) -> str:
+    return (inspect.getdoc(cls) or "").split("\n")[0]
+
+
+def show_citations(recipe: str, overrides: list[str]) -> None:
+    found = papers(load_recipe(recipe, overrides))
+    console.print("\n\n".join(paper.bibtex for paper in found), markup=False, highlight=False, soft_wrap=True)
+
+
+def write_report(run: Path) -> None:
+    if not (run / "config.toml").exists():
+        raise RunError(f"{run} is no run directory: it holds no config.toml")
+    from reflux.reports import page
+
+    console.print(f"{page.write_report(run)}", markup=False, highlight=False)

@@ -1,0 +1,70 @@
+"""What would the student say now, along tokens it wrote earlier? No gradient, no dice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reflux.batch import Item, micro_batches
+from reflux.kernels.linear_divergence import chunk_rows
+from reflux.loss import MicroBatch
+from reflux.types import Attempt, Group, TokenRollout, TopKTarget
+
+if TYPE_CHECKING:
+    from reflux.learners.hf_engine import HFLearner
+
+
+def observe(learner: HFLearner, groups: Sequence[Group]) -> None:
+    """Fill `attempt.now`: at the ids of `said` where the run wants that, else the student's own top-k of now."""
+    wants = learner.run.wants
+    for attempt, h_TH, tokens_T in states(learner, groups):
+        said = attempt.rollout.said
+        k = 0 if wants.now_at_said and isinstance(said, TopKTarget) else wants.now_topk
+        ids_TK = torch.from_numpy(said.ids_TK).to(h_TH.device) if isinstance(said, TopKTarget) and not k else None
+        if k or ids_TK is not None:
+            attempt.now = _listed(learner, h_TH, tokens_T, ids_TK, k)
+
+
+def logp(learner: HFLearner, groups: Sequence[Group]) -> list[np.ndarray]:
+    """logp_T of every attempt's own tokens under the student of now, in order; nats, float32."""
+    head, found = learner.model.head, {}
+    for attempt, h_TH, tokens_T in states(learner, groups):
+        rows = chunk_rows(head.vocabulary, h_TH.device)
+        found[id(attempt)] = head.logp_of(h_TH, tokens_T, rows).cpu().numpy()
+    return [found[id(attempt)] for group in groups for attempt in group if id(attempt) in found]
+
+
+def states(learner: HFLearner, groups: Sequence[Group]) -> Iterator[tuple[Attempt, Tensor, Tensor]]:
+    """(attempt, h_TH, tokens_T) for every attempt with a position, in micro-batches."""
+    items = [_whole(attempt) for group in groups for attempt in group if attempt.rollout.length and attempt.rollout.finish != "error"]
+    for part in micro_batches(items, learner.cfg.micro_batch_tokens):
+        batch = MicroBatch(part, (), learner.model.device)
+        with torch.no_grad(), learner.autocast():
+            rows = learner.hidden_rows(batch).split([len(item.rows_N) for item in part])
+        tokens = batch.tokens_N.split([len(item.rows_N) for item in part])
+        yield from zip((item.attempt for item in part), rows, tokens, strict=True)
+
+
+def _whole(attempt: Attempt) -> Item:
+    """All positions of an attempt, whatever they weigh."""
+    rollout = attempt.rollout
+    assert isinstance(rollout, TokenRollout)
+    return Item(attempt, rollout, np.arange(rollout.length), np.zeros(rollout.length, dtype=np.float32), ())
+
+
+@torch.no_grad()
+def _listed(learner: HFLearner, h_TH: Tensor, tokens_T: Tensor, ids_TK: Tensor | None, k: int) -> TopKTarget:
+    head = learner.model.head
+    size = chunk_rows(head.vocabulary, h_TH.device)
+    columns = []
+    for start in range(0, len(h_TH), size):
+        rows = slice(start, start + size)
+        logp_NV = head.logits(h_TH[rows]).float().log_softmax(-1)
+        ids_NK = logp_NV.topk(min(k, logp_NV.shape[-1])).indices if ids_TK is None else ids_TK[rows]
+        columns.append((ids_NK, logp_NV.gather(-1, ids_NK), logp_NV.gather(-1, tokens_T[rows, None])[:, 0]))
+    ids, listed, chosen = (torch.cat(column).cpu().numpy() for column in zip(*columns, strict=True))
+    return TopKTarget(teacher="now", ids_TK=ids, logp_TK=listed, logp_T=chosen)

@@ -1,0 +1,125 @@
+"""What would run: models, memory, tokens and FLOP, from config.json and file headers alone. No torch, no weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reflux import checks
+from reflux.config import RunConfig, config_hash
+from reflux.errors import ModelError
+from reflux.metrics import step_flops
+from reflux.models import locate, read_config
+from reflux.schedules import at
+from reflux.summary import method_of
+from reflux.teachers.base import spoken_name
+
+_ADAM_BYTES = 16  # a float32 master weight, its gradient and two moments
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model as its files describe it. parameters is None where they cannot be read (a hub model that is not here yet)."""
+
+    name: str
+    architecture: str
+    parameters: int | None
+    stored_bytes: int | None
+    context_tokens: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    recipe: str
+    method: str
+    config_hash: str
+    steps: int
+    attempts_per_step: int
+    student: Size
+    teachers: dict[str, Size]
+    memory_bytes: int | None  # weights, optimiser, the sampler's copy and the teachers; activations come on top
+    sampled_tokens_at_most: int
+    flops_at_most: float | None
+    wants: list[str]
+    warnings: list[str]
+
+
+def plan(cfg: RunConfig) -> Plan:
+    """Raises ConfigError or ModelError for what could not run."""
+    wants = checks.join(cfg)
+    student = size_of(cfg.learner.model, "learner.model")
+    teachers = {
+        name: size_of(teacher.model, f"teachers.{name}.model") for name, teacher in cfg.teachers.items() if "model" in vars(teacher)
+    }
+    attempts = cfg.prompts_per_step * cfg.group_size
+    tokens = sum(attempts * int(at(cfg.sampler.max_tokens, step)) for step in range(cfg.steps))
+    return Plan(
+        recipe=cfg.recipe,
+        method=method_of(cfg),
+        config_hash=config_hash(cfg),
+        steps=cfg.steps,
+        attempts_per_step=attempts,
+        student=student,
+        teachers=teachers,
+        memory_bytes=_memory(student, list(teachers.values())),
+        sampled_tokens_at_most=tokens,
+        flops_at_most=_flops(cfg, student, teachers, tokens),
+        wants=[f"{name} = {value}" for name, value in ((n, getattr(wants, n)) for n in wants.__slots__) if value],
+        warnings=checks.warnings(cfg),
+    )
+
+
+def size_of(model: str, path: str) -> Size:
+    """From config.json and the safetensors headers. A hub model that is not in the cache has no sizes yet."""
+    folder = Path(locate(model, path))
+    try:
+        config = read_config(model, path)
+    except ModelError:
+        if folder.is_dir():
+            raise
+        return Size(model, "on the hub, not read yet", None, None, None)
+    counted = _headers(folder)
+    architecture = (config.get("architectures") or [config.get("model_type", "?")])[0]
+    window = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+    return Size(model, architecture, counted[0] if counted else None, counted[1] if counted else None, window)
+
+
+def _headers(folder: Path) -> tuple[int, int] | None:
+    """(parameters, bytes) over all safetensors files of a folder."""
+    parameters = size = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        for entry in read_header(file).values():
+            parameters += math.prod(entry["shape"])
+            size += entry["data_offsets"][1] - entry["data_offsets"][0]
+    return (parameters, size) if parameters else None
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """The tensor table of a safetensors file: 8 bytes of length, then JSON."""
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        table = json.loads(handle.read(length))
+    table.pop("__metadata__", None)
+    return table
+
+
+def _memory(student: Size, teachers: list[Size]) -> int | None:
+    known = [size.stored_bytes for size in (student, *teachers)]
+    if student.parameters is None or any(count is None for count in known):
+        return None
+    return student.parameters * _ADAM_BYTES + sum(count for count in known if count)
+
+
+def _flops(cfg: RunConfig, student: Size, teachers: dict[str, Size], tokens: int) -> float | None:
+    """Response tokens alone, at full length: an upper bound but for the prompts."""
+    by_name: dict[str, list[int]] = {}
+    for table, size in teachers.items():
+        if size.parameters is not None:
+            by_name.setdefault(spoken_name(table, cfg.teachers[table]), []).append(size.parameters)
+    if student.parameters is None or len(teachers) != sum(map(len, by_name.values())):
+        return None
+    read_by = sum(sum(counts) // len(counts) for counts in by_name.values())
+    return sum(step_flops(student.parameters, read_by, 0, tokens, tokens).values())

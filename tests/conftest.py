@@ -1,0 +1,86 @@
+"""Models and runs small enough for a law to be tested by running."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))  # `laws.estimators`, `tiny`, `outside`: shared by tests, and parts from outside by dotted kind
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished (or stopped) run on disk."""
+
+    dir: Path
+    summary: dict[str, Any]
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        path = self.dir / f"{name}.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Weights and moments of the last checkpoint."""
+        from reflux import checkpoints
+
+        return checkpoints.load(self.dir / "checkpoints", checkpoints.steps(self.dir / "checkpoints")[-1])["learner"]
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        return {name: value for name, value in self.state.items() if name.startswith("weight/")}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products are slower on two threads, and the order of sums must not vary."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def student(tmp_path_factory: pytest.TempPathFactory) -> str:
+    import tiny
+
+    return tiny.save(tiny.net(1), tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    import tiny
+
+    return tiny.save(tiny.net(2, layers=2), tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture
+def tiny_run(student: str, teacher: str, tmp_path: Path) -> Callable[..., Done]:
+    """`tiny_run("opd", steps=2, sampler__max_tokens=5)` trains a shipped recipe at tiny scale in a new folder (or in `out`)."""
+    import tiny
+
+    from reflux.loop import train
+    from reflux.run import Options
+
+    numbers = count()
+
+    def run(recipe: str = "opd", *, out: Path | None = None, resume: bool = False, **overrides: Any) -> Done:
+        folder = out or tmp_path / f"run{next(numbers)}"
+        cfg = tiny.config(recipe, student, teacher, **overrides)
+        return Done(folder, asyncio.run(train(cfg, Options(folder, resume))))
+
+    return run

@@ -1,0 +1,52 @@
+"""Law 5. Credit rules multiply and add: any order of them is the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import same
+
+from reflux.credit.base import share_credit
+from reflux.types import Attempt, Moment, Share
+
+RULES = {
+    "prefix": {"kind": "prefix", "length": 6},
+    "position": {"kind": "position", "factor": {"kind": "linear", "start": 1.0, "stop": 0.3, "horizon": 7}},
+    "half": {"kind": "outside:Half", "factor": 0.7},
+    "outcome": {"kind": "outcome", "nats": 0.3},
+    "again": {"kind": "outcome", "nats": 0.37, "normalise_std": True},
+}
+
+
+def test_any_order_of_the_rules_gives_the_same_bits(tiny_run: Callable[..., Any]) -> None:
+    settings = {"steps": 2, "group_size": 3, "task": {"kind": "outside:Chat"}}
+    runs = [tiny_run("rl_opd", **settings, credit=dict(order)) for order in list(permutations(RULES.items()))[::29]]
+    assert len(runs) == 5
+    assert all(same(runs[0].state, other.state) for other in runs[1:])
+    plain = tiny_run("rl_opd", **settings, credit={"outcome": RULES["outcome"]})
+    assert not same(runs[0].weights, plain.weights)  # the rules do count
+
+
+def test_each_rule_is_logged_under_its_name(tiny_run: Callable[..., Any]) -> None:
+    done = tiny_run("rl_opd", steps=1, group_size=2, task={"kind": "outside:Chat"}, credit=RULES)
+    assert set(done.rows("metrics")[0]["credit"]) == set(RULES)
+    assert done.rows("metrics")[0]["credit"]["half"]["factor_mean"] == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("share", [Share(factor_T=-0.1), Share(factor_T=float("inf")), Share(factor_T=float("nan")), Share(shift_T=np.inf)])
+def test_a_factor_that_is_negative_or_not_finite_is_refused(share: Share) -> None:
+    from tiny import rollout
+
+    with pytest.raises(ValueError, match=r"credit\.bad gave prompt p0"):
+        share_credit([[Attempt(rollout(3))]], {"bad": lambda group, moment: [share]}, Moment(0, 0))  # type: ignore[dict-item]
+
+
+def test_one_share_per_attempt_or_it_is_refused() -> None:
+    from tiny import rollout
+
+    with pytest.raises(ValueError, match="1 shares for a group of 2"):
+        share_credit([[Attempt(rollout(3)), Attempt(rollout(2))]], {"bad": lambda group, moment: [Share()]}, Moment(0, 0))  # type: ignore[dict-item]

@@ -1,0 +1,124 @@
+"""Parts from outside the library, found by their dotted kind, as a user's own would be."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, ClassVar
+
+from pydantic.dataclasses import dataclass
+
+from reflux.learners.hf import HF as Learner
+from reflux.parts import STRICT
+from reflux.types import Group, Message, Moment, Prompt, Share, Wants
+
+HEARD: list[tuple[Any, ...]] = []  # what the parts below saw, in order; a test empties it
+
+
+@dataclass(frozen=True, config=STRICT)
+class Half:
+    """Every position weighs `factor`."""
+
+    factor: float = 0.5
+
+    shifts: ClassVar[bool] = False
+    min_group: ClassVar[int] = 1
+
+    @property
+    def wants(self) -> Wants:
+        return Wants()
+
+    def __call__(self, group: Group, moment: Moment) -> list[Share]:
+        return [Share(factor_T=self.factor) for _ in group]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Chat:
+    """Prompts of unequal length; after each of the student's first `replies` turns a user says something. verify: 1.0 for every answer."""
+
+    replies: int = 0
+    word: str = "go on"
+    weight: float = 1.0
+    route: str | None = None
+
+    def prompts(self, split: str, seed: int, start: int = 0) -> Iterator[Prompt]:
+        position = start
+        while split == "train" or position < 8:
+            text = f"{split} {seed} " + "ab" * (position % 5) + str(position)
+            route = self.route or ("even" if position % 2 == 0 else "odd")
+            yield Prompt(f"{split}-{position}", ({"role": "user", "content": text},), "1", ("ok",), route)
+            position += 1
+
+    def verify(self, prompt: Prompt, made: Any) -> float:
+        return float(len(made) % 2)
+
+    def reply(self, prompt: Prompt, messages: Sequence[Message], step: int) -> tuple[Message, ...] | None:
+        spoken = sum(message["role"] == "assistant" for message in messages)
+        return ({"role": "user", "content": self.word},) if spoken <= self.replies else None
+
+
+@dataclass(frozen=True, config=STRICT)
+class SlowLearner(Learner):
+    """The default learner, but all attempts in flight land while it works."""
+
+    @asynccontextmanager
+    async def open(self, run: Any) -> AsyncIterator[Any]:
+        async with Learner.open(self, run) as opened:
+            move = opened.step
+
+            async def step(*args: Any) -> Any:
+                await asyncio.sleep(0.3)
+                return await move(*args)
+
+            opened.step = step
+            yield opened
+
+
+@dataclass(frozen=True, config=STRICT)
+class Jump:
+    """After step `at` moves every weight by `by` of itself; counts its calls, and remembers its start weights' sum."""
+
+    at: int = 2
+    by: float = 0.01
+    prompts: int = 2
+    samples: int = 1
+
+    @asynccontextmanager
+    async def open(self, run: Any) -> AsyncIterator[OpenJump]:
+        yield OpenJump(self, run)
+
+
+class OpenJump:
+    def __init__(self, cfg: Jump, run: Any):
+        self.cfg, self.run = cfg, run
+        self.calls, self.first = 0, 0.0
+
+    def start(self, learner: Any) -> None:
+        self.first = float(sum(value.double().sum() for value in learner.weights.values()))
+        HEARD.append(("start", self.first))
+
+    def fires(self, completed_steps: int) -> bool:
+        return completed_steps == self.cfg.at
+
+    async def after_step(self, learner: Any, score: Any, completed_steps: int) -> bool:
+        import torch
+
+        self.calls += 1
+        if not self.fires(completed_steps):
+            return False
+        before = await score()
+        with torch.no_grad():
+            for parameter in learner.trained.values():
+                parameter.mul_(1 + self.cfg.by)
+        HEARD.append(("jump", completed_steps, before, await score()))
+        return True
+
+    def state(self) -> dict[str, Any]:
+        import torch
+
+        return {"calls": self.calls, "first": self.first, "trace": torch.tensor([float(self.calls)])}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.calls, self.first = state["calls"], state["first"]
+        HEARD.append(("load", self.calls, self.first, state["trace"].tolist()))

@@ -1,0 +1,181 @@
+"""Accuracy asks a scripted sampler, so every number of its table is known beforehand."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from reflux.evals.accuracy import Accuracy
+from reflux.schedules import Linear
+from reflux.statistics import bootstrap_mean, wilson
+from reflux.tasks.grading import Graders
+from reflux.tasks.jsonl import Jsonl
+from reflux.tasks.mix import Mix
+from reflux.types import Attempt, Draw, Group, Prompt, TokenRollout
+
+
+class Scripted:
+    """Greedy: right where the question's number is below `greedy`. Samples: as many right as the number says. Keeps what it was asked."""
+
+    def __init__(self, greedy: int = 3, failing: tuple[int, ...] = (), length: int = 4):
+        self.greedy, self.failing, self.length = greedy, failing, length
+        self.asked: list[tuple[Prompt, int, Draw]] = []
+
+    async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
+        self.asked.append((prompt, n, draw))
+        await asyncio.sleep(0)
+        number = int(prompt.messages[0]["content"])
+        texts = ["right" if sample < number else "wrong" for sample in range(n)]
+        if draw.temperature == 0:
+            texts = ["right" if number < self.greedy else "wrong"]
+        finish: Any = "error" if number in self.failing else "length" if number == 0 else "stop"
+        return [attempt(prompt, sample, text, finish, self.length + number) for sample, text in enumerate(texts)]
+
+
+def attempt(prompt: Prompt, sample: int, text: str, finish: Any, length: int) -> Attempt:
+    ids_T, mask_T = np.zeros(length, dtype=np.int64), np.ones(length, dtype=bool)
+    rollout = TokenRollout(
+        prompt=prompt, sample=sample, version=0, finish=finish, mask_T=mask_T, logp_T=np.zeros(length, dtype=np.float32),
+        prompt_tokens=ids_T, tokens_T=ids_T, text=text, messages=prompt.messages,
+    )  # fmt: skip
+    return Attempt(rollout)
+
+
+@pytest.fixture(scope="module")
+def graders() -> Iterator[Graders]:
+    with Graders() as open_graders:
+        yield open_graders
+
+
+def task(tmp_path: Path, n: int = 8, **fields: Any) -> Jsonl:
+    path = tmp_path / f"test{n}.jsonl"
+    lines = [{"prompt": str(k), "answer": "right", "route": "even" if k % 2 == 0 else "odd", "id": f"q{k}"} for k in range(n)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return Jsonl(str(path), test=str(path), grader="exact", **fields)
+
+
+def ask(accuracy: Accuracy, task: Any, graders: Graders, sampler: Scripted, **fields: Any) -> dict[str, Any]:
+    cfg = SimpleNamespace(steps=10, sampler=SimpleNamespace(max_tokens=Linear(4, stop=24, increment=5), stop=("\n\n",)))
+    run: Any = SimpleNamespace(task=task, seed=1, step=5, cfg=cfg, graders=graders, **fields)
+    return asyncio.run(accuracy(run, sampler, None))  # pyright: ignore[reportArgumentType]
+
+
+def test_greedy_accuracy_with_its_interval_lengths_and_routes(tmp_path: Path, graders: Graders) -> None:
+    table = ask(Accuracy(examples=0), task(tmp_path), graders, Scripted())
+    low, high = wilson(3, 8)
+    expected = {
+        "problems": 8,
+        "accuracy": 3 / 8,
+        "low": low,
+        "high": high,
+        "ungraded": 0,
+        "truncated": 1 / 8,
+        "mean_tokens": 7.5,
+        "examples": [],
+    }
+    assert {key: table[key] for key in expected} == expected
+    assert (table["accuracy.even"], table["accuracy.even.problems"], table["accuracy.odd"]) == (2 / 4, 4, 1 / 4)
+    assert (table["accuracy.odd.low"], table["accuracy.odd.high"]) == wilson(1, 4)
+    assert json.loads(json.dumps(table)) == table
+
+
+def test_what_could_not_be_judged_is_counted_and_in_no_mean(tmp_path: Path, graders: Graders) -> None:
+    table = ask(Accuracy(), task(tmp_path), graders, Scripted(failing=(0, 7)))
+    assert (table["problems"], table["ungraded"], table["accuracy"]) == (8, 2, 2 / 6)
+    assert (table["low"], table["high"]) == wilson(2, 6)
+    nothing = ask(Accuracy(samples=2), Jsonl(task(tmp_path).path, test=task(tmp_path).path, grader="none"), graders, Scripted())
+    assert [nothing[key] for key in ("accuracy", "low", "high", "avg@2", "pass@2", "pass@2.low")] == [None] * 6
+    assert (nothing["ungraded"], nothing["ungraded_samples"]) == (8, 16)
+
+
+def test_samples_give_the_average_and_pass_at_k(tmp_path: Path, graders: Graders) -> None:
+    table = ask(Accuracy(problems=4, samples=3, k=2), task(tmp_path), graders, Scripted())
+    averages, passes = [0, 1 / 3, 2 / 3, 1], [0, 2 / 3, 1, 1]  # 0, 1, 2 and 3 of 3 right
+    assert (table["avg@3"], table["pass@2"]) == (pytest.approx(0.5), pytest.approx(np.mean(passes)))
+    assert (table["avg@3.low"], table["avg@3.high"]) == pytest.approx(bootstrap_mean(averages, 1))
+    assert (table["pass@2.low"], table["pass@2.high"]) == pytest.approx(bootstrap_mean(passes, 1))
+    assert table["samples"] == 3
+    assert table["accuracy"] == 3 / 4
+
+
+def test_a_problem_with_too_few_judged_samples_has_no_pass_at_k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "picky_grader.py").write_text("def picky(prompt, text):\n    return {'right': 1.0}[text]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with Graders() as fresh:  # started after the path was extended
+        path = task(tmp_path).path
+        table = ask(Accuracy(problems=4, samples=3, k=2), Jsonl(path, test=path, grader="picky_grader:picky"), fresh, Scripted())
+    assert (table["pass@2"], table["avg@3"], table["ungraded_samples"]) == (1.0, 1.0, 3 + 2 + 1)
+
+
+def test_its_draws_are_its_own_and_asked_together(tmp_path: Path, graders: Graders) -> None:
+    sampler = Scripted()
+    ask(Accuracy(problems=5, samples=2, temperature=0.7), task(tmp_path), graders, sampler)
+    draws = [(n, draw) for _, n, draw in sampler.asked]
+    greedy = Draw(step=5, purpose="eval", max_tokens=24, temperature=0.0, stop=("\n\n",), cohort=5)
+    drawn = Draw(step=5, purpose="eval", max_tokens=24, temperature=0.7, stop=("\n\n",), cohort=5)
+    assert draws == [(1, greedy)] * 5 + [(2, drawn)] * 5
+    assert [prompt.id for prompt, _, _ in sampler.asked] == [f"q{k}" for k in range(5)] * 2
+
+
+def test_its_length_limit_is_its_own_where_it_has_one(tmp_path: Path, graders: Graders) -> None:
+    sampler = Scripted()
+    ask(Accuracy(max_tokens=99), task(tmp_path), graders, sampler)
+    assert {draw.max_tokens for _, _, draw in sampler.asked} == {99}
+
+
+def test_the_same_problems_are_the_examples(tmp_path: Path, graders: Graders) -> None:
+    before, after = (ask(Accuracy(examples=2), task(tmp_path), graders, Scripted(greedy))["examples"] for greedy in (0, 1))
+    assert before[0] == {"id": "q0", "prompt": "0", "answer": "right", "text": "wrong", "verdict": 0.0, "finish": "length"}
+    assert [example["id"] for example in before] == [example["id"] for example in after] == ["q0", "q1"]
+    assert [example["verdict"] for example in after] == [1.0, 0.0]
+
+
+def test_a_mix_has_its_accuracy_by_part(tmp_path: Path, graders: Graders) -> None:
+    mix = Mix({"few": task(tmp_path, 4), "many": task(tmp_path, 8)})
+    table = ask(Accuracy(), mix, graders, Scripted())
+    assert [table[f"accuracy.{name}"] for name in ("few", "many")] == [3 / 4, 3 / 8]
+    assert [table[f"accuracy.{name}.problems"] for name in ("few", "many", "even", "odd")] == [4, 8, 6, 6]
+
+
+def test_one_route_is_no_split(tmp_path: Path, graders: Graders) -> None:
+    table = ask(Accuracy(problems=1), task(tmp_path), graders, Scripted())
+    assert not [key for key in table if key.startswith("accuracy.")]
+
+
+def test_partial_verdicts_count_in_part(tmp_path: Path, graders: Graders, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "partial_grader.py").write_text("def partial(prompt, text):\n    return 1.0 if text == 'right' else 0.5\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with Graders() as fresh:  # started after the path was extended
+        path = task(tmp_path).path
+        table = ask(Accuracy(samples=2, problems=2), Jsonl(path, test=path, grader="partial_grader:partial"), fresh, Scripted(1))
+    assert (table["accuracy"], table["avg@2"], table["pass@2"]) == (0.75, pytest.approx((0.5 + 0.75) / 2), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"problems": 0}, "problems >= 1"),
+        ({"samples": -1}, "samples >= 0"),
+        ({"samples": 2, "k": 3}, "1 <= k <= samples"),
+        ({"k": 1}, "1 <= k <= samples"),
+        ({"max_tokens": 0}, "at least 1"),
+        ({"temperature": 0.0}, "above 0"),
+        ({"split": "dev"}, "split"),
+    ],
+)
+def test_what_cannot_work_is_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Accuracy(**fields)
+
+
+def test_a_split_without_problems_is_explained(graders: Graders) -> None:
+    empty = SimpleNamespace(prompts=lambda split, seed, start=0: iter(()))
+    with pytest.raises(ValueError, match="no problems in its split 'test'"):
+        ask(Accuracy(), empty, graders, Scripted())

@@ -1,0 +1,125 @@
+"""Tiny untrained models that are not degenerate, and hand-made attempts along which everything is known."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reflux.assets.make import Spec, blank
+from reflux.assets.tokenizer import character_tokenizer
+from reflux.clock import Clock
+from reflux.config import RunConfig, load_recipe
+from reflux.learners.hf_engine import HFLearner
+from reflux.models import Model, as_model
+from reflux.types import Attempt, Group, HiddenTarget, Moment, Prompt, Share, TokenRollout, Wants
+
+END = 1  # the character tokenizer's <end>
+SCALE = {  # what every tiny run sets, before its own overrides
+    "steps": 3,
+    "prompts_per_step": 4,
+    "learner.lr": 3e-3,
+    "save_every": 1000,
+    "eval_every": 1000,
+    "threads": 1,
+    "evals.accuracy": "none",
+    "evals.agreement": "none",
+    "evals.teacher_accuracy": "none",
+}
+
+
+def net(seed: int, *, layers: int = 1, width: int = 32, padded_rows: int = 0) -> Any:
+    """Qwen3 from dice: some 2.5 nats of entropy, the end token at about one position in nine. padded_rows: output rows beyond the tokens."""
+    tokenizer = character_tokenizer()
+    model = blank(Spec("tiny", layers=layers, steps=0, width=width, inner=48, heads=2, kv_heads=1, seed=seed), tokenizer)
+    if padded_rows:
+        model.resize_token_embeddings(len(tokenizer) + padded_rows)
+    dice = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.ndim == 2:
+                value.normal_(0, 0.35 if "embed" in name else value.shape[1] ** -0.5, generator=dice)
+        embedding = model.get_input_embeddings().weight
+        embedding[:, 0] = 1.0
+        embedding[END, 0] += 2.0
+        embedding[len(tokenizer) :, 0] += 6.0  # padded rows would be chosen always, were they not cut off
+    return model.eval()
+
+
+def save(model: Any, folder: Path) -> str:
+    model.save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def config(recipe: str, student: str, teacher: str, **overrides: Any) -> RunConfig:
+    """A shipped recipe at tiny scale. Keyword names carry dots as double underscores: sampler__max_tokens = 5."""
+    limit = "sampler.generate.max_tokens" if recipe == "sft" else "sampler.max_tokens"
+    changes: dict[str, Any] = {**SCALE, "learner.model": student, limit: 12}
+    if recipe not in ("sft", "rl"):
+        changes["teachers.main.model"] = teacher
+    return load_recipe(recipe, changes | {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def learner(model: Any, **fields: Any) -> HFLearner:
+    """An open learner without a run directory; its optimiser does not move, and gradients stay unclipped."""
+    table = {"model": "tiny", "lr": 0.0, "clip": 1e12} | fields
+    from reflux.learners.hf import HF
+
+    normalise = table.pop("normalise", "kept")
+    cfg = SimpleNamespace(normalise=normalise)
+    run: Any = SimpleNamespace(cfg=cfg, wants=Wants(), clock=Clock(), seed=0, keep_refused=lambda groups, why: Path("refused.jsonl"))
+    return HFLearner(HF(**table), run, as_model(model, character_tokenizer()))
+
+
+def gradients(opened: HFLearner, groups: Sequence[Group], objectives: Sequence[Any]) -> dict[str, Tensor]:
+    """What one step leaves on the parameters."""
+    asyncio.run(opened.step(groups, objectives, Moment(0, 0)))
+    return {name: p.grad.clone() for name, p in opened.trained.items() if p.grad is not None}
+
+
+def rollout(length: int, *, seed: int = 0, prompt_tokens: int = 5, sample: int = 0, finish: Any = "stop", mask: Any = None) -> TokenRollout:
+    """Random tokens under random behaviour log-probs."""
+    dice = np.random.default_rng((seed, length, prompt_tokens, sample))
+    prompt = Prompt(f"p{seed}", ({"role": "user", "content": f"question {seed}"},))
+    return TokenRollout(
+        prompt=prompt,
+        sample=sample,
+        version=0,
+        finish=finish,
+        mask_T=np.ones(length, dtype=bool) if mask is None else np.asarray(mask, dtype=bool),
+        logp_T=dice.uniform(-6, -2, length).astype(np.float32),
+        prompt_tokens=dice.integers(6, 100, prompt_tokens),
+        tokens_T=dice.integers(1, 103, length),
+        text="",
+        messages=prompt.messages,
+    )
+
+
+def hidden(model: Model, spoken: TokenRollout, name: str = "main") -> HiddenTarget:
+    """The word of a teacher along a rollout."""
+    ids = np.concatenate([spoken.prompt_tokens, spoken.tokens_T[:-1]])
+    with torch.inference_mode():
+        h_LH = model.trunk(input_ids=torch.from_numpy(ids)[None], use_cache=False).last_hidden_state[0]
+    return HiddenTarget(teacher=name, h_TH=h_LH[len(spoken.prompt_tokens) - 1 :].clone(), head=model.head)
+
+
+def attempt(spoken: TokenRollout, teacher: Model | None = None, weight: Any = 1.0, shift: Any = 0.0) -> Attempt:
+    """An attempt with the teacher's word, one rule's factor and another one's shift."""
+    made = Attempt(spoken)
+    if teacher is not None and spoken.length:
+        made.targets["main"] = hidden(teacher, spoken)
+    made.shares["weigh"] = Share(factor_T=np.asarray(weight, dtype=np.float32) if np.ndim(weight) else weight)
+    made.shares["push"] = Share(shift_T=np.asarray(shift, dtype=np.float32) if np.ndim(shift) else shift)
+    return made
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
