@@ -228,16 +228,15 @@ def test_numbers_that_are_not_finite_are_left_out_of_the_charts(tmp_path: Path):
 
 
 def test_the_old_page_stays_where_the_new_one_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder = write_run(tmp_path / "r", steps=2)
-    (folder / "report.html").write_text("old")
+    (write_run(tmp_path / "r", steps=2) / "report.html").write_text("old")
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        write_report(folder)
-    assert (folder / "report.html").read_text() == "old"
+        write_report(tmp_path / "r")
+    assert (tmp_path / "r" / "report.html").read_text() == "old"
 
 
 def test_a_page_depends_on_the_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

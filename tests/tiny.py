@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-from reflux.assets.make import Spec, blank
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.clock import Clock
 from reflux.config import RunConfig, load_recipe
@@ -36,10 +36,13 @@ SCALE = {  # what every tiny run sets, before its own overrides
 
 def net(seed: int, *, layers: int = 1, width: int = 32, padded_rows: int = 0) -> Any:
     """Qwen3 from dice: some 2.5 nats of entropy, the end token at about one position in nine. padded_rows: output rows beyond the tokens."""
-    tokenizer = character_tokenizer()
-    model = blank(Spec("tiny", layers=layers, steps=0, width=width, inner=48, heads=2, kv_heads=1, seed=seed), tokenizer)
-    if padded_rows:
-        model.resize_token_embeddings(len(tokenizer) + padded_rows)
+    tokens = len(character_tokenizer())
+    shape = {"hidden_size": width, "intermediate_size": 48, "num_hidden_layers": layers, "head_dim": width // 2}
+    ends = {"eos_token_id": END, "pad_token_id": 0, "bos_token_id": None}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    cfg = Qwen3Config(vocab_size=tokens + padded_rows, max_position_embeddings=512, dtype="float32", **shape, **heads, **ends)
+    model = Qwen3ForCausalLM(cfg)
+    model.generation_config = GenerationConfig(do_sample=True, **ends)
     dice = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -48,7 +51,7 @@ def net(seed: int, *, layers: int = 1, width: int = 32, padded_rows: int = 0) ->
         embedding = model.get_input_embeddings().weight
         embedding[:, 0] = 1.0
         embedding[END, 0] += 2.0
-        embedding[len(tokenizer) :, 0] += 6.0  # padded rows would be chosen always, were they not cut off
+        embedding[tokens:, 0] += 6.0  # padded rows would be chosen always, were they not cut off
     return model.eval()
 
 

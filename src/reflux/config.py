@@ -29,20 +29,6 @@ Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, config=STRICT)
-class Refresh:
-    """When in-flight attempts are asked again (f-OPD): mean freshness at or below `below`, at most once in `every` steps. 0: never."""
-
-    below: float = 0.0
-    min_aligned: float = 0.5
-    every: Count = 200
-
-    def due(self, groups: Any, moment: Any) -> bool:
-        """No part writes freshness notes where `below` is 0, and then nothing is ever due."""
-        notes = [attempt.notes["freshness"] for group in groups for attempt in group if "freshness" in attempt.notes]
-        return bool(self.below and notes) and sum(notes) / len(notes) <= self.below
-
-
-@dataclass(frozen=True, config=STRICT)
 class Track:
     """Where metrics also go while the run lasts. Nothing is sent anywhere unless this table names a tracker."""
 
@@ -64,7 +50,6 @@ class RunConfig:
     reward: Annotated[Any, PartOf("rewards")] = None
     accelerator: Annotated[Any, PartOf("accelerators")] = None
     evals: Annotated[dict[str, Any], PartOf("evals", many="table")] = Field(default_factory=dict)
-    refresh: Refresh = Refresh()
     track: Track = Track()
     recipe: str = "unnamed"
     steps: Annotated[int, Field(ge=0)] = 200

@@ -13,7 +13,9 @@ from reflux.metrics import jsonable
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step."""
+    """Replace `path` by `text` in one step; a file that says so already is left alone."""
+    if path.exists() and path.read_bytes() == text.encode():
+        return
     scratch = path.with_name(f".{path.name}.tmp")
     with scratch.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -60,9 +62,9 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file. A last line cut short by a kill is passed over."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for line in file:
-            if line.endswith("\n"):
+            if line.endswith(b"\n"):
                 yield json.loads(line)
 
 
@@ -71,10 +73,13 @@ def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     if not path.exists():
         return
     scratch = path.with_name(f".{path.name}.tmp")
-    with scratch.open("w", encoding="utf-8") as file:
-        for row in read_lines(path):
-            if wanted(row):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with scratch.open("wb") as file, path.open("rb") as old:
+        for line in old:
+            if line.endswith(b"\n") and wanted(json.loads(line)):
+                file.write(line)
         file.flush()
         os.fsync(file.fileno())
-    scratch.replace(path)
+    if scratch.stat().st_size < path.stat().st_size:
+        scratch.replace(path)
+    else:
+        scratch.unlink()

@@ -11,6 +11,7 @@ from reflux.accelerators import base as accelerators
 from reflux.config import RunConfig
 from reflux.credit.base import share_credit
 from reflux.learners.base import OpenLearner
+from reflux.models import prepare_torch
 from reflux.pipeline import Pipeline
 from reflux.rewards.base import NoReward, OpenReward
 from reflux.run import Options, Run
@@ -28,6 +29,8 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
     `max_lag` optimiser steps may lie between acting and moving; 0 is strictly on-policy. Nothing here knows tokens from flows.
     """
     run = Run.open(cfg, checks.join(cfg), options)  # refuses in words before any weight is loaded; seeds, resume point
+    if run.finished:
+        return run.summary()
 
     async with open_parts(cfg, run) as (learner, sampler, reward, teachers, accelerator):
         run.restore(learner, teachers, accelerator)  # every part with state; accelerator.start(learner) on a fresh run
@@ -48,9 +51,11 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
             return group
 
         await publish()
-        await run.evaluate(sampler, teachers, unless_done=True)  # before the first step
-        prompts = run.task.prompts("train", run.seed, run.position)
-        stream = Pipeline(prompts, attempt, first_step=run.step, steps=run.steps_left, per_step=cfg.prompts_per_step, max_lag=cfg.max_lag)
+        if not run.step:
+            await run.evaluate(sampler, teachers, unless_done=True)  # before the first step
+        stream = Pipeline(
+            run.prompts, attempt, first_step=run.step, steps=run.steps_left, per_step=cfg.prompts_per_step, max_lag=cfg.max_lag
+        )
         async for groups in stream:
             moment = run.moment()
             await teachers.score(groups, moment)  # only what is missing, or whose context changed
@@ -61,16 +66,15 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
             stats = await learner.step(groups, cfg.objectives, moment)  # the student moves
             jumped = await accelerator.after_step(learner, score, run.step + 1)  # and may jump ahead along its path
             await publish()  # everyone learns of it
-            if jumped or cfg.refresh.due(groups, moment):
+            if jumped:
                 stream.refresh()  # ask again what is in flight
             run.advance(stats, groups, learner, teachers)  # step += 1; metrics, lag, shares, costs
             if run.due("eval"):
                 await run.evaluate(sampler, teachers)
             if run.due("save"):
                 run.save(learner, teachers, accelerator)
-        if run.worked:
-            await run.evaluate(sampler, teachers, unless_done=True)
-            run.save(learner, teachers, accelerator)
+        await run.evaluate(sampler, teachers, unless_done=True)
+        run.save(learner, teachers, accelerator)
     return run.summary()
 
 
@@ -80,6 +84,7 @@ async def open_parts(cfg: RunConfig, run: Run) -> AsyncIterator[Parts]:
     async with AsyncExitStack() as stack:
         stack.callback(run.close)
         stack.enter_context(stopping_on_signals(run))
+        prepare_torch(cfg.threads, cfg.deterministic)
         learner = await stack.enter_async_context(cfg.learner.open(run))
         sampler = await stack.enter_async_context(cfg.sampler.open(run))
         reward = await stack.enter_async_context(cfg.reward.open(run)) if cfg.reward else NoReward()

@@ -19,7 +19,9 @@ from reflux.batch import Item, target_of
 from reflux.kernels.head import Head
 from reflux.kernels.linear_divergence import backward_rows
 from reflux.objectives.base import FullSays, ListedSays, Objective, Rows, SampledSays, Says
+from reflux.objectives.baselines import gradient_variance
 from reflux.objectives.divergences import reverse_kl
+from reflux.objectives.sampled_kl import SampledKL
 from reflux.types import HiddenTarget, SampledTarget, TopKTarget
 
 
@@ -31,7 +33,7 @@ class Outcome:
     student_logp: list[Tensor] = field(default_factory=list)
     teacher_logp: dict[str, list[Tensor]] = field(default_factory=dict)
     kl: list[Tensor] = field(default_factory=list)  # reverse KL to "main": exact where both are full, else -(log q - log p) sampled
-    ratio_terms: list[Tensor] = field(default_factory=list)  # gradient variance with and without the baseline, where asked for
+    variance: list[Tensor] = field(default_factory=list)  # (with baseline, without) of the sampled gradient, summed, where asked for
 
 
 def shift_taker(objectives: Sequence[Objective]) -> int | None:
@@ -116,11 +118,23 @@ def backward(batch: MicroBatch, h_NH: Tensor, head: Head, log_variance: bool = F
             shift_N = batch.shift_N[rows] if k == taker else zero_N
             view = Rows(batch.tokens_N[rows], student, teachers, batch.behaviour_logp_N[rows], shift_N)
             loss = loss + (coef_N[rows] * objective(view)).sum()
+            if log_variance and isinstance(objective, SampledKL):
+                outcome.variance.append(_variance(objective, view))
         _record(outcome, student, teachers)
         return loss
 
     outcome.loss = backward_rows(h_NH, head, chunk_loss)
     return outcome
+
+
+@torch.no_grad()
+def _variance(objective: SampledKL, rows: Rows) -> Tensor:
+    """Closed-form variance of the sampled logit gradient over these rows, with the objective's baseline and without."""
+    teacher = rows.teachers[objective.teacher]
+    if not isinstance(teacher, FullSays):
+        raise ValueError(f"log_variance needs the whole distribution of teacher '{objective.teacher}'; use a local teacher, or turn it off")
+    with_N, without_N = (gradient_variance(rows.student.logp_NV, teacher.logp_NV, value) for value in (objective.value(rows), 0.0))
+    return torch.stack([with_N.double().sum(), without_N.double().sum()])
 
 
 @torch.no_grad()

@@ -147,6 +147,16 @@ def as_model(net: Any, tokenizer: Any, stored_dtype: torch.dtype | None = None) 
     )
 
 
+def prepare_torch(threads: int, deterministic: bool) -> None:
+    """Process-wide settings a run asks for. threads 0: as torch finds."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+
+
 def pick_device(device: str) -> str:
     import torch
 

@@ -170,9 +170,9 @@ class Run:
         return self.step % every == 0 and self.step < self.cfg.steps
 
     @property
-    def worked(self) -> bool:
-        """Is there anything new since the directory was opened? A finished run that is resumed does nothing."""
-        return self.resumed is None or self.step > self.resumed or not (self.dir / "student").exists()
+    def finished(self) -> bool:
+        """Was there nothing left to do when the directory was opened? Then nothing is done."""
+        return self.resumed is not None and self.resumed >= self.cfg.steps
 
     async def score(self, sampler: OpenSampler) -> float:
         """Mean verdict on the accelerator's fixed training prompts, with dice that are the same for every candidate of a step."""
@@ -202,8 +202,8 @@ class Run:
             "accelerator": accelerator.state(),
             "run": {**self.totals, "seconds": self.seconds},
         }
+        files.write_folder(self.dir / "student", learner.export)  # first, so that a complete checkpoint never has an older student
         checkpoints.save(self.dir / "checkpoints", self.step, states, self.cfg.keep_checkpoints)
-        files.write_folder(self.dir / "student", learner.export)
         if self.stopping and self.step < self.cfg.steps:
             raise Stopped(f"stopped after step {self.step} of {self.cfg.steps}; everything is saved")
 

@@ -43,7 +43,9 @@ def number(value: Any, name: str) -> Any:
 
 def needs_horizon(value: Any) -> bool:
     """Is this a schedule whose shape depends on a horizon, and which has none?"""
-    return isinstance(value, Cosine) and not value.horizon or isinstance(value, Linear) and value.increment is None and not value.horizon
+    return (isinstance(value, Cosine) and not value.horizon) or (
+        isinstance(value, Linear) and value.increment is None and not value.horizon
+    )
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -19,7 +19,7 @@ _SCORE = ("accuracy", "low", "high", "problems")
 def summarise(run: Run) -> dict[str, Any]:
     """Write summary.json and return its content. A run that did nothing new keeps the summary it had."""
     path = run.dir / "summary.json"
-    if path.exists() and not run.worked:
+    if path.exists() and run.finished:
         return json.loads(path.read_text())
     evals = list(files.read_lines(run.dir / "evals.jsonl"))
     table = {

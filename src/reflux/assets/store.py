@@ -29,9 +29,11 @@ def save(model: Any, tokenizer: Any, name: str, report: list[str], out: Path) ->
     model.save_pretrained(fresh, safe_serialization=True)
     tokenizer.save_pretrained(fresh)
     (fresh / "README.md").write_text(CARD.format(name=name, report="\n".join(f"- {line}" for line in report)))
-    for path in (*fresh.iterdir(), fresh):
+    for path in fresh.iterdir():
+        path.chmod(0o644)  # whoever installs it, everyone may read it
         sync(path)
     fresh.chmod(0o755)
+    sync(fresh)
     if out.exists():
         shutil.rmtree(out)
     fresh.rename(out)

@@ -78,13 +78,13 @@ def _show_problem(folder: Path) -> None:
     if len(rows) < 2:
         return
     pairs = list(zip(rows[0].get("examples", []), rows[-1].get("examples", []), strict=False))
-    learnt = [pair for pair in pairs if not pair[0]["right"] and pair[1]["right"]]
+    learnt = [pair for pair in pairs if not pair[0]["verdict"] and pair[1]["verdict"]]
     if not pairs:
         return
     before, after = (learnt or pairs)[0]
     console.print("\nOne held-out problem", style="bold")
     for title, text in (
-        ("problem", before["question"]),
+        ("problem", before["prompt"]),
         ("before", before["text"]),
         ("after", after["text"]),
         ("answer", before["answer"]),

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-
 _FEW_ROWS = 512  # below, the call costs more than the multiplication
 _AVAILABLE = torch.backends.mkldnn.is_available()
 

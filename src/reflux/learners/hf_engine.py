@@ -112,17 +112,21 @@ class HFLearner:
 
     def _gradients(self, items: list[Item], objectives: Sequence[Objective]) -> Stats:
         """Accumulate the gradient of the whole batch; fill records with what the pass found out."""
-        total, kl = Sum(0.0), Mean()
+        total, kl, variance = Sum(0.0), Mean(), Mean()
         for part in micro_batches(items, self.cfg.micro_batch_tokens):
             batch = loss.MicroBatch(part, objectives, self.model.device)
             with self.autocast():
                 h_NH = self.hidden_rows(batch)
-                outcome = loss.backward(batch, h_NH, self.model.head)
+                outcome = loss.backward(batch, h_NH, self.model.head, self.run.cfg.log_variance)
             total = total + Sum(float(outcome.loss))
             if outcome.kl:
                 kl = kl + Mean.of(torch.cat(outcome.kl).double().cpu().numpy())
+            variance = sum((Mean(*pair.tolist()) for pair in outcome.variance), variance)
             _fill_records(part, outcome)
-        return {"loss": total, "kl_nats": kl}
+        stats: Stats = {"loss": total, "kl_nats": kl}
+        if self.run.cfg.log_variance:
+            stats["gradient_variance_ratio"] = variance if variance.count else Mean(1.0, 1.0)
+        return stats
 
     def hidden_rows(self, batch: loss.MicroBatch) -> Tensor:
         """h_NH: the trunk's states that predict the kept positions. Right padding lies in the causal future: no mask is needed."""

@@ -1,0 +1,178 @@
+"""Law 3. Weight 0, a missing target, a missing reward and padding give exactly no gradient, whatever they would cost."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from tiny import attempt, gradients, rollout, same
+
+from reflux import loss
+from reflux.assets.tokenizer import character_tokenizer
+from reflux.batch import plan
+from reflux.credit.base import share_credit
+from reflux.models import as_model
+from reflux.objectives.divergence import Divergence
+from reflux.objectives.nll import NLL
+from reflux.objectives.outcome import Outcome
+from reflux.objectives.sampled_kl import SampledKL
+from reflux.parts import kinds, part
+from reflux.types import Attempt, HiddenTarget, Moment, Reward, TokenRollout
+
+TOKENS = 103
+OBJECTIVES = [
+    Divergence(), Divergence(divergence="forward"), Divergence(support="student", k=4), SampledKL(), SampledKL(baseline="kl"),
+    SampledKL(baseline="topk_kl"), SampledKL(ratio="clip"),
+]  # fmt: skip
+IDS = [f"{type(o).__name__}-{i}" for i, o in enumerate(OBJECTIVES)]
+
+
+def logits_target(spoken: TokenRollout, at: dict[int, float]) -> HiddenTarget:
+    """A teacher whose hidden state is its logits; `at`: the sampled token's logit at these positions."""
+    logits_TV = torch.randn(spoken.length, TOKENS, generator=torch.Generator().manual_seed(5))
+    for position, value in at.items():
+        logits_TV[position, spoken.tokens_T[position]] = value
+    return HiddenTarget(teacher="main", h_TH=logits_TV, head=HEAD)
+
+
+HEAD = SimpleNamespace(logits=lambda h_NH: h_NH, vocabulary=TOKENS)
+
+
+def groups(mute: float, silent_value: float) -> list[list[Attempt]]:
+    """Two attempts; positions 1 and 4 of the first weigh `mute`, and there the teacher gives the sampled token logit `silent_value`."""
+    first = attempt(rollout(6, seed=1), weight=[1, mute, 0.5, 1, mute, 1])
+    first.targets["main"] = logits_target(first.rollout, {1: silent_value, 4: silent_value})
+    second = attempt(rollout(4, seed=2))
+    second.targets["main"] = logits_target(second.rollout, {})
+    return [[first], [second]]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=IDS)
+def test_weight_zero_is_exactly_silent_also_where_the_cost_is_infinite(objective: Any) -> None:
+    learner = tiny.learner(tiny.net(1))
+    ruled_out, finite = (gradients(learner, groups(0.0, value), [objective]) for value in (-torch.inf, 1.0))
+    assert same(ruled_out, finite)
+    assert all(gradient.isfinite().all() for gradient in ruled_out.values())
+    assert any(gradient.abs().sum() > 0 for gradient in ruled_out.values())
+
+
+def test_the_same_infinity_at_a_position_with_weight_is_refused() -> None:
+    from reflux.errors import StepRefused
+
+    with pytest.raises(StepRefused, match="the loss is inf"):
+        gradients(tiny.learner(tiny.net(1)), groups(1.0, -torch.inf), [SampledKL(ratio="none")])
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, NLL(), Outcome()], ids=[*IDS, "NLL", "Outcome"])
+def test_only_zero_weights_no_step(objective: Any) -> None:
+    learner = tiny.learner(tiny.net(1), lr=1.0)
+    before = {name: value.clone() for name, value in learner.trained.items()}
+    teacher = as_model(tiny.net(2), character_tokenizer())
+    silent = [[attempt(rollout(5, seed=i), teacher, weight=0.0, shift=1.0)] for i in range(3)]
+    assert gradients(learner, silent, [objective]) == {}
+    assert learner.version == 0
+    assert same(before, dict(learner.trained))
+
+
+@pytest.mark.parametrize("normalise", ["kept", "rollout_means"])
+def test_a_missing_target_is_silent(normalise: str) -> None:
+    """Under `kept` the silent attempt is not counted; under `rollout_means` it is one of R."""
+    teacher = as_model(tiny.net(2), character_tokenizer())
+    spoken = [attempt(rollout(n, seed=n), teacher) for n in (3, 5, 7)]
+    learner = tiny.learner(tiny.net(1), normalise=normalise)
+    alone = gradients(learner, [spoken], [Divergence()])
+    with_silent = gradients(learner, [spoken, [attempt(rollout(9, seed=9))]], [Divergence()])
+    scale = 1.0 if normalise == "kept" else 3 / 4
+    for name, gradient in alone.items():
+        torch.testing.assert_close(with_silent[name], gradient * scale, rtol=1e-6 if scale != 1 else 0, atol=1e-9 if scale != 1 else 0)
+
+
+def test_a_missing_target_silences_its_objective_only() -> None:
+    teacher = as_model(tiny.net(2), character_tokenizer())
+    spoken, silent = attempt(rollout(4, seed=1), teacher), attempt(rollout(4, seed=2))
+    learner = tiny.learner(tiny.net(1), micro_batch_tokens=1)
+    both = gradients(learner, [[spoken], [silent]], [Divergence(), NLL()])
+    one, other = (gradients(learner, [[spoken], [silent]], [objective]) for objective in (Divergence(), NLL()))
+    for name in both:
+        torch.testing.assert_close(both[name], one[name] + other[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_missing_reward_is_silent() -> None:
+    """Not judged is not wrong: the siblings' mean is theirs alone, and the attempt gives no gradient."""
+    from reflux.credit.outcome import Outcome as OutcomeCredit
+
+    judged = [attempt(rollout(4, seed=1, sample=0)), attempt(rollout(5, seed=1, sample=1)), attempt(rollout(6, seed=1, sample=2))]
+    judged[0].reward, judged[1].reward, judged[2].reward = Reward(1.0), Reward(0.0), Reward(None)
+    learner = tiny.learner(tiny.net(1))
+    results = []
+    for group in (judged, judged[:2]):
+        share_credit([group], {"outcome": OutcomeCredit()}, Moment(0, 0))
+        results.append(gradients(learner, [group], [Outcome()]))
+    assert same(*results)
+    assert any(gradient.abs().sum() > 0 for gradient in results[0].values())
+
+
+def test_a_group_without_any_reward_makes_no_step() -> None:
+    learner = tiny.learner(tiny.net(1))
+    assert gradients(learner, [[attempt(rollout(4, seed=1)), attempt(rollout(5, seed=1, sample=1))]], [Outcome()]) == {}
+    assert learner.version == 0
+
+
+def test_padding_is_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = as_model(tiny.net(2), character_tokenizer())
+    batch = [[attempt(rollout(n, seed=n, prompt_tokens=2 + n), teacher)] for n in (2, 9, 5)]
+    learner = tiny.learner(tiny.net(1))
+    zeros = gradients(learner, batch, [Divergence()])
+    monkeypatch.setattr(loss, "MicroBatch", functools.partial(loss.MicroBatch, pad_id=77))
+    assert same(zeros, gradients(learner, batch, [Divergence()]))
+
+
+@pytest.mark.parametrize("normalise", ["kept", "chosen", "rollout_means"])
+@pytest.mark.parametrize("finish", ["stop", "error"])
+def test_empty_replies_and_errors_count_nowhere(normalise: str, finish: str) -> None:
+    teacher = as_model(tiny.net(2), character_tokenizer())
+    spoken = [attempt(rollout(n, seed=n), teacher) for n in (3, 6)]
+    nothing = attempt(rollout(0, seed=8)) if finish == "stop" else attempt(rollout(7, seed=8, finish="error"), teacher)
+    learner = tiny.learner(tiny.net(1), normalise=normalise)
+    assert same(*(gradients(learner, [spoken, extra], [Divergence(), NLL()]) for extra in ([], [nothing])))
+
+
+def test_an_attempt_that_chose_nothing_counts_nowhere() -> None:
+    teacher = as_model(tiny.net(2), character_tokenizer())
+    spoken = [attempt(rollout(n, seed=n), teacher) for n in (3, 6)]
+    heard = attempt(rollout(5, seed=3, mask=[False] * 5), teacher)
+    for normalise in ("kept", "chosen", "rollout_means"):
+        learner = tiny.learner(tiny.net(1), normalise=normalise)
+        assert same(*(gradients(learner, [spoken, extra], [Divergence()]) for extra in ([], [heard])))
+
+
+@pytest.mark.parametrize("kind", sorted(kinds("credit")))
+def test_every_credit_rule_bears_empty_and_failed_attempts(kind: str) -> None:
+    required = {"prefix": {"length": 3}, "position": {"factor": 0.5}}.get(kind, {})
+    rule = part("credit", kind)(**required)
+    group = [attempt(rollout(0, seed=1)), attempt(rollout(4, seed=1, sample=1, finish="error")), attempt(rollout(3, seed=1, sample=2))]
+    for entry, value in zip(group, (0.0, None, 1.0), strict=True):
+        entry.reward = Reward(value)
+    share_credit([group], {kind: rule}, Moment(0, 0))
+    assert [len(entry.weight_T) for entry in group] == [0, 4, 3]
+    assert not group[1].weight_T.any()
+    assert np.isfinite(group[2].shift_T).all()
+
+
+def test_a_whole_run_of_failed_attempts_changes_nothing(tiny_run: Callable[..., Any]) -> None:
+    """Prompts longer than the limit are skipped: counted, listed, never trained on."""
+    overrides = {"sampler__max_prompt_tokens": 3, "sampler__long_prompts": "skip", "steps": 2}
+    done = tiny_run("opd", **overrides)
+    assert [row["errors"] for row in done.rows("metrics")] == [4, 4]
+    assert [row["tokens_sampled"] for row in done.rows("metrics")] == [0, 0]
+    assert {row["finish"] for row in done.rows("attempts") if row["kind"] == "attempt"} == {"error"}
+    assert done.state["version"] == 0
+    assert plan([], [Divergence()], "kept") == []
+
+

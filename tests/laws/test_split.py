@@ -1,0 +1,177 @@
+"""Law 4. The gradient is a property of the batch: not of micro-batches, order, chunks or padding. And it is the formula's.
+
+All in float64, so that what is left between two splits is far below what any miscount would do. The fixture has unequal lengths, missing
+targets, weights of 0 and siblings, so that counts per micro-batch, per objective and over the batch all differ.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from tiny import attempt, gradients, rollout
+
+from reflux.assets.tokenizer import character_tokenizer
+from reflux.kernels import linear_divergence
+from reflux.models import Model, as_model
+from reflux.objectives.divergence import Divergence
+from reflux.objectives.nll import NLL
+from reflux.objectives.outcome import Outcome
+from reflux.objectives.sampled_kl import SampledKL
+from reflux.types import Attempt, Group
+
+TOKENS = 103
+SETS: dict[str, list[Any]] = {
+    "full": [Divergence()],
+    "jsd": [Divergence(divergence="jsd", beta=0.3, coef=2.0)],
+    "student_topk": [Divergence(support="student", k=5)],
+    "sampled_kl": [SampledKL(baseline="kl", coef=0.7)],
+    "outcome": [Outcome()],
+    "nll": [NLL()],
+    "together": [Divergence(coef=0.5), SampledKL(baseline="none", ratio="none"), Outcome(coef=2.0, ratio="none"), NLL(coef=0.1)],
+}
+
+
+def batch(teacher: Model) -> list[Group]:
+    """Three groups; targets of kinds: present, missing, present but silent."""
+    whole = [attempt(rollout(n, seed=0, sample=s), teacher, shift=0.5 - s) for s, n in enumerate((9, 2))]
+    faded = [attempt(rollout(6, seed=1, prompt_tokens=11), teacher, weight=[1, 0, 0.25, 2, 0, 0], shift=[0, 1, 2, -1, 1, 3])]
+    turns = [attempt(rollout(7, seed=2, prompt_tokens=2, mask=[1, 1, 0, 0, 1, 1, 1]), teacher), attempt(rollout(4, seed=2, sample=1))]
+    return [whole, faded, turns]
+
+
+@pytest.fixture(scope="module")
+def nets() -> tuple[Any, Model]:
+    return tiny.net(1, layers=2).double(), as_model(tiny.net(2).double(), character_tokenizer())
+
+
+def gradient(nets: tuple[Any, Model], objectives: list[Any], groups: list[Group], normalise: str, budget: int) -> dict[str, torch.Tensor]:
+    return gradients(tiny.learner(nets[0], normalise=normalise, micro_batch_tokens=budget), groups, objectives)
+
+
+def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], rtol: float = 1e-10) -> None:
+    assert one.keys() == other.keys()
+    largest = max(float(value.abs().max()) for value in one.values())
+    assert largest > 1e-3
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=rtol, atol=rtol * largest)
+
+
+@pytest.mark.parametrize("normalise", ["kept", "chosen", "rollout_means"])
+@pytest.mark.parametrize("name", SETS)
+def test_the_gradient_is_that_of_the_formula(nets: tuple[Any, Model], name: str, normalise: str) -> None:
+    """Bound 1e-6: coefficients and shifts are float32 in the library."""
+    groups = batch(nets[1])
+    close(by_hand(nets, SETS[name], groups, normalise), gradient(nets, SETS[name], groups, normalise, 1 << 20), rtol=1e-6)
+
+
+@pytest.mark.parametrize("normalise", ["kept", "chosen", "rollout_means"])
+@pytest.mark.parametrize("name", SETS)
+def test_micro_batches_and_order_change_nothing(nets: tuple[Any, Model], name: str, normalise: str) -> None:
+    groups = batch(nets[1])
+    whole = gradient(nets, SETS[name], groups, normalise, 1 << 20)
+    for budget in (1, 20):
+        close(whole, gradient(nets, SETS[name], groups, normalise, budget))
+    close(whole, gradient(nets, SETS[name], [group[::-1] for group in groups[::-1]], normalise, 1 << 20))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_chunks_of_rows_change_nothing(nets: tuple[Any, Model], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = batch(nets[1])
+    whole = gradient(nets, SETS[name], groups, "kept", 1 << 20)
+    monkeypatch.setattr(linear_divergence, "chunk_rows", lambda vocabulary, device: 3)
+    close(whole, gradient(nets, SETS[name], groups, "kept", 1 << 20))
+
+
+def test_the_loss_that_is_reported_is_the_sum_over_micro_batches(nets: tuple[Any, Model]) -> None:
+    import asyncio
+
+    from reflux.types import Moment
+
+    losses = []
+    for budget in (1, 1 << 20):
+        learner = tiny.learner(nets[0], micro_batch_tokens=budget)
+        stats = asyncio.run(learner.step(batch(nets[1]), SETS["together"], Moment(0, 0)))
+        losses.append([stats["loss"].value, stats["kl_nats"].value, stats["grad_norm"].value, stats["tokens_trained"].value])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+
+
+def test_a_chunk_holds_at_least_sixteen_rows_and_fits_the_budget() -> None:
+    cpu = torch.device("cpu")
+    assert linear_divergence.chunk_rows(10**9, cpu) == 16
+    rows = linear_divergence.chunk_rows(151_669, cpu)
+    assert 200 < rows * 151_669 * 32 / 2**20 <= 256
+
+
+# --- the formula, without the library
+
+
+def by_hand(nets: tuple[Any, Model], objectives: list[Any], groups: list[Group], normalise: str) -> dict[str, torch.Tensor]:
+    """loss = sum_k coef_k sum_n w_n cost_k,n c_n, attempt by attempt, from the models' own logits."""
+    student, teacher = nets[0], nets[1].net
+    attempts = [entry for group in groups for entry in group]
+    student.zero_grad()
+    loss = torch.zeros((), dtype=torch.float64)
+    for objective in objectives:
+        kept = sum(int((entry.weight_T > 0).sum()) for entry in attempts if heard(objective, entry, objectives))
+        chosen = sum(int(entry.rollout.mask_T.sum()) for entry in attempts)
+        for entry in attempts:
+            if not heard(objective, entry, objectives):
+                continue
+            scale = {"kept": 1 / kept, "chosen": 1 / chosen, "rollout_means": 1 / (len(attempts) * int(entry.rollout.mask_T.sum()))}
+            cost_T = costs(objective, logp(student, entry), logp(teacher, entry).detach(), entry, objectives)
+            for t in np.flatnonzero(entry.weight_T):
+                loss = loss + objective.coef * float(entry.weight_T[t]) * cost_T[t] * scale[normalise]
+    loss.backward()
+    return {name: p.grad.clone() for name, p in student.named_parameters()}
+
+
+def heard(objective: Any, entry: Attempt, objectives: list[Any]) -> bool:
+    if isinstance(objective, NLL):
+        return True
+    return bool(entry.shift_T.any()) if isinstance(objective, Outcome) else "main" in entry.targets
+
+
+def logp(model: Any, entry: Attempt) -> torch.Tensor:
+    spoken = entry.rollout
+    ids = np.concatenate([spoken.prompt_tokens, spoken.tokens_T])
+    logits_LV = model(input_ids=torch.from_numpy(ids)[None]).logits[0, len(spoken.prompt_tokens) - 1 : -1, :TOKENS]
+    return logits_LV.log_softmax(-1)
+
+
+def costs(objective: Any, p: torch.Tensor, q: torch.Tensor, entry: Attempt, objectives: list[Any]) -> list[torch.Tensor]:
+    tokens = entry.rollout.tokens_T
+    rows = range(len(tokens))
+    if isinstance(objective, NLL):
+        return [-p[t, tokens[t]] for t in rows]
+    behaviour = entry.rollout.logp_T.astype(np.float64)
+    ratio = [(p[t, tokens[t]] - behaviour[t]).exp() for t in rows]
+    if isinstance(objective, Outcome):
+        shift = entry.shift_T
+        if objective.ratio == "none":
+            return [-float(shift[t]) * p[t, tokens[t]] for t in rows]
+        return [-torch.minimum(ratio[t] * float(shift[t]), ratio[t].clamp(0.8, 1.2) * float(shift[t])) for t in rows]
+    if isinstance(objective, SampledKL):
+        value = [(p[t].exp() * (p[t] - q[t])).sum() if objective.baseline == "kl" else 0.0 for t in rows]
+        takes = not any(isinstance(other, Outcome) for other in objectives)  # shifts go to exactly one objective
+        pushed = [float(entry.shift_T[t]) if takes else 0.0 for t in rows]
+        advantage = [(q[t, tokens[t]] - p[t, tokens[t]] + value[t] + pushed[t]).detach() for t in rows]
+        weight = [ratio[t].detach().clamp(max=5.0) if objective.ratio == "truncated" else 1.0 for t in rows]
+        return [-advantage[t] * weight[t] * p[t, tokens[t]] for t in rows]
+    if objective.support == "student":
+        p, q = bucketed(p, q, objective.k)
+    if objective.divergence == "jsd":
+        m = (objective.beta * q.exp() + (1 - objective.beta) * p.exp()).log()
+        b = objective.beta
+        return [b * (q[t].exp() * (q[t] - m[t])).sum() + (1 - b) * (p[t].exp() * (p[t] - m[t])).sum() for t in rows]
+    return [(p[t].exp() * (p[t] - q[t])).sum() for t in rows]
+
+
+def bucketed(p: torch.Tensor, q: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = p.detach().topk(k).indices
+    listed = [x.gather(-1, ids) for x in (p, q)]
+    one, other = (torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).log()], -1) for x in listed)
+    return one, other
