@@ -122,6 +122,7 @@ def test_making_writes_whole_folders_that_load_and_replaces_them(tmp_path, monke
         main(["--only", "student", "--out", str(tmp_path), "--threads", "1"])
         assert [path.name for path in tmp_path.iterdir()] == ["student"]
         assert {path.name for path in (tmp_path / "student").iterdir()} == FILES
+        assert {path.stat().st_mode & 0o777 for path in (tmp_path / "student").iterdir()} == {0o644}
     assert "held-out problems: 0/6 right" in capsys.readouterr().out
     assert "held-out problems: 0/6 right" in (tmp_path / "student" / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")

@@ -16,8 +16,10 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.clock import Clock
 from reflux.config import RunConfig, load_recipe
+from reflux.learners.hf import HF as HFLearnerPart
 from reflux.learners.hf_engine import HFLearner
 from reflux.models import Model, as_model
+from reflux.objectives.nll import NLL
 from reflux.types import Attempt, Group, HiddenTarget, Moment, Prompt, Share, TokenRollout, Wants
 
 END = 1  # the character tokenizer's <end>
@@ -73,12 +75,11 @@ def config(recipe: str, student: str, teacher: str, **overrides: Any) -> RunConf
 def learner(model: Any, **fields: Any) -> HFLearner:
     """An open learner without a run directory; its optimiser does not move, and gradients stay unclipped."""
     table = {"model": "tiny", "lr": 0.0, "clip": 1e12} | fields
-    from reflux.learners.hf import HF
-
     normalise = table.pop("normalise", "kept")
-    cfg = SimpleNamespace(normalise=normalise)
+    part = HFLearnerPart(**table)
+    cfg = RunConfig(task=None, sampler=None, learner=part, objectives=(NLL(),), normalise=normalise)
     run: Any = SimpleNamespace(cfg=cfg, wants=Wants(), clock=Clock(), seed=0, keep_refused=lambda groups, why: Path("refused.jsonl"))
-    return HFLearner(HF(**table), run, as_model(model, character_tokenizer()))
+    return HFLearner(part, run, as_model(model, character_tokenizer()))
 
 
 def gradients(opened: HFLearner, groups: Sequence[Group], objectives: Sequence[Any]) -> dict[str, Tensor]:
@@ -99,7 +100,7 @@ def rollout(length: int, *, seed: int = 0, prompt_tokens: int = 5, sample: int =
         mask_T=np.ones(length, dtype=bool) if mask is None else np.asarray(mask, dtype=bool),
         logp_T=dice.uniform(-6, -2, length).astype(np.float32),
         prompt_tokens=dice.integers(6, 100, prompt_tokens),
-        tokens_T=dice.integers(1, 103, length),
+        tokens_T=dice.integers(1, 102, length),
         text="",
         messages=prompt.messages,
     )
@@ -125,4 +126,4 @@ def attempt(spoken: TokenRollout, teacher: Model | None = None, weight: Any = 1.
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Bit for bit."""
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return one.keys() == other.keys() and all(torch.equal(*map(torch.as_tensor, (one[name], other[name]))) for name in one)

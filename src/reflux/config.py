@@ -89,7 +89,7 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | Iterable[str] =
     changes = overrides.items() if isinstance(overrides, Mapping) else map(split_override, overrides)
     values = {path: unpack(value) for path, value in changes}
     table = resolve(read_recipe(name), values.pop("base", None))
-    for path, value in values.items():
+    for path, value in sorted(values.items(), key=lambda change: not change[0].endswith("kind")):  # a new kind drops the old one's keys
         table = merge(table, nest(path.split("."), value, table))
     return from_table(table)
 
@@ -103,9 +103,11 @@ def read_recipe(name: str | Path, base: bool = False) -> dict[str, Any]:
     try:
         table = tomllib.loads(path.read_text())
     except (FileNotFoundError, IsADirectoryError):
-        known = recipe_names()
+        known = bases() if base else recipe_names()
+        if path.parent != RECIPES:
+            raise ConfigError(f"there is no file {path}. Shipped recipes go by their names: {', '.join(known)}.") from None
         raise ConfigError(
-            f"no recipe '{name}'{parts.did_you_mean(str(name), known)}. Shipped recipes: {', '.join(known)}. "
+            f"no {'base' if base else 'recipe'} '{name}'{parts.did_you_mean(str(name), known, '.')} Shipped: {', '.join(known)}. "
             f"A recipe of your own: give its path, ending in .toml."
         ) from None
     except tomllib.TOMLDecodeError as error:
@@ -117,6 +119,11 @@ def read_recipe(name: str | Path, base: bool = False) -> dict[str, Any]:
 
 def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def bases() -> list[str]:
+    """What `base` may name: a scale, or a recipe to build on."""
+    return [*sorted(path.stem for path in (RECIPES / "base").glob("*.toml")), *recipe_names()]
 
 
 def resolve(table: dict[str, Any], scale: str | None = None) -> dict[str, Any]:

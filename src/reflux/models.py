@@ -5,7 +5,6 @@ Only safetensors are loaded, and a repository's own code is not run unless the r
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,23 +51,18 @@ def load_tokenizer(name: str, path: str = "model", trust_remote_code: bool = Fal
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: no tokenizer for {name}: {_first_line(error)}") from error
+        raise ModelError(_not_loaded(path, "tokenizer", name, error)) from error
 
 
-def read_config(name: str, path: str = "model") -> dict[str, Any]:
-    """config.json as a table, from the folder or the hub's cache; no torch is imported."""
+def local_folder(name: str, path: str = "model") -> Path | None:
+    """Where a model's files are on this machine, the hub's cache included; None where they are not. Nothing is downloaded."""
     where = Path(locate(name, path))
     if (where / "config.json").is_file():
-        return json.loads((where / "config.json").read_text())
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        return where
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        return json.loads(Path(hf_hub_download(name, "config.json")).read_text())
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"{path}: cannot read {name} from the hub: {_first_line(error)}. Without a network give a local folder."
-        ) from error
+    cached = try_to_load_from_cache(name, "config.json")
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 @dataclass(frozen=True)
@@ -120,7 +114,7 @@ def load_model(
             device_map=device_map,
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot load {name}: {_first_line(error)}") from error
+        raise ModelError(_not_loaded(path, "model", name, error)) from error
     stored = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code).dtype
     placed = net if device_map else net.to(pick_device(device))  # pyright: ignore[reportArgumentType]
     speed_up(placed)
@@ -168,6 +162,11 @@ def pick_device(device: str) -> str:
 def parameter_count(net: Any) -> int:
     """Parameters, tied ones once."""
     return sum(parameter.numel() for parameter in {id(p): p for p in net.parameters()}.values())
+
+
+def _not_loaded(path: str, what: str, name: str, error: Exception) -> str:
+    where = "" if Path(name).exists() or name.startswith(SHIPPED) else "there is no such folder here, and not on the hub either: "
+    return f"{path}: no {what} for {name}: {where}{_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:

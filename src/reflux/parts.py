@@ -67,7 +67,7 @@ def part(group: str, kind: str, path: str = "") -> type:
     where = f"{path}: " if path else ""
     if ":" not in kind:
         raise ConfigError(
-            f"{where}unknown {group} kind '{kind}'{did_you_mean(kind, known)}. Known: {', '.join(sorted(known)) or 'none yet'}. "
+            f"{where}unknown {group} kind '{kind}'{did_you_mean(kind, known, '.')} Known: {', '.join(sorted(known)) or 'none yet'}. "
             f'A part of your own is named "my_package.module:Class".'
         )
     try:
@@ -76,28 +76,28 @@ def part(group: str, kind: str, path: str = "") -> type:
         raise ConfigError(f"{where}cannot import '{kind}': {error}. Is the package installed, or its folder on PYTHONPATH?") from error
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    return f"; did you mean '{near[0]}'?" if near else otherwise
 
 
 def markers(cls: type) -> dict[str, PartOf | type]:
     """The fields of a class that hold parts, or plain tables of their own."""
     found: dict[str, PartOf | type] = {}
     for name, hint in get_type_hints(cls, include_extras=True).items():
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            found[name] = hint
-        for layer in _annotations(hint):
-            if isinstance(layer, PartOf):
-                found[name] = layer
+        for layer in _layers(hint):
+            if isinstance(layer, PartOf) or (isinstance(layer, type) and dataclasses.is_dataclass(layer)):
+                found.setdefault(name, layer)
     return found
 
 
-def _annotations(hint: Any) -> Iterable[Any]:
+def _layers(hint: Any) -> Iterable[Any]:
+    """A hint, its annotations, and those of its arguments: `Annotated[X, mark] | None` gives mark before X."""
     if get_origin(hint) is Annotated:
         yield from hint.__metadata__
+    yield hint
     for inner in get_args(hint):
-        yield from _annotations(inner)
+        yield from _layers(inner)
 
 
 def build(group: str, table: Any, path: str, *, default_kind: str | None = None, steps: int = 0) -> Any:
@@ -134,6 +134,8 @@ def make(cls: type, table: Mapping[str, Any], path: str, *, steps: int = 0) -> A
 
 
 def _inner(marker: PartOf | type, value: Any, where: str, steps: int) -> Any:
+    if value == "none":
+        return None
     if isinstance(marker, type):
         return make(marker, value, where, steps=steps) if isinstance(value, Mapping) else value
     if marker.many == "table":
@@ -147,10 +149,8 @@ def _inner(marker: PartOf | type, value: Any, where: str, steps: int) -> Any:
         }
     if marker.many == "list":
         if not isinstance(value, list):
-            raise ConfigError(f"{where}: expected a list of tables such as [[{where}]], got {value!r}")
+            raise ConfigError(f"{where}: expected a list of tables such as [[{where}]], got {value!r}; name one by its place: {where}.0")
         return tuple(build(marker.group, table, f"{where}[{i}]", default_kind=marker.default, steps=steps) for i, table in enumerate(value))
-    if value == "none":
-        return None
     steps = steps if marker.horizon else 0
     return build(marker.group, value, where, default_kind=marker.default, steps=steps) if isinstance(value, Mapping) else value
 
@@ -189,6 +189,8 @@ def fields_of(value: Any) -> dict[str, Any]:
 
 
 def _plain(marker: PartOf | type | None, entry: Any) -> Any:
+    if entry is None:
+        return None
     if isinstance(marker, type):
         return fields_of(entry)
     if isinstance(marker, PartOf) and marker.many == "table":

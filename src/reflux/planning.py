@@ -10,11 +10,11 @@ from typing import Any
 
 from reflux import checks
 from reflux.config import RunConfig, config_hash
-from reflux.errors import ModelError
 from reflux.metrics import step_flops
-from reflux.models import locate, read_config
+from reflux.models import local_folder
 from reflux.schedules import at
 from reflux.summary import method_of
+from reflux.tasks.mix import Mix
 from reflux.teachers.base import spoken_name
 
 _ADAM_BYTES = 16  # a float32 master weight, its gradient and two moments
@@ -50,6 +50,8 @@ class Plan:
 def plan(cfg: RunConfig) -> Plan:
     """Raises ConfigError or ModelError for what could not run."""
     wants = checks.join(cfg)
+    if local_data(cfg.task):
+        next(cfg.task.prompts("train", cfg.seed, 0))  # a missing or malformed file is found here
     student = size_of(cfg.learner.model, "learner.model")
     teachers = {
         name: size_of(teacher.model, f"teachers.{name}.model") for name, teacher in cfg.teachers.items() if "model" in vars(teacher)
@@ -72,15 +74,19 @@ def plan(cfg: RunConfig) -> Plan:
     )
 
 
+def local_data(task: Any) -> bool:
+    """False where the prompts would come from the hub: a plan downloads nothing."""
+    if isinstance(task, Mix):
+        return all(local_data(part) for part in task.parts.values())
+    return vars(task).get("path", "") is not None
+
+
 def size_of(model: str, path: str) -> Size:
     """From config.json and the safetensors headers. A hub model that is not in the cache has no sizes yet."""
-    folder = Path(locate(model, path))
-    try:
-        config = read_config(model, path)
-    except ModelError:
-        if folder.is_dir():
-            raise
+    folder = local_folder(model, path)
+    if folder is None:
         return Size(model, "on the hub, not read yet", None, None, None)
+    config = json.loads((folder / "config.json").read_text())
     counted = _headers(folder)
     architecture = (config.get("architectures") or [config.get("model_type", "?")])[0]
     window = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")

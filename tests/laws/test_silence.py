@@ -25,7 +25,7 @@ from reflux.objectives.sampled_kl import SampledKL
 from reflux.parts import kinds, part
 from reflux.types import Attempt, HiddenTarget, Moment, Reward, TokenRollout
 
-TOKENS = 103
+TOKENS = 102
 OBJECTIVES = [
     Divergence(), Divergence(divergence="forward"), Divergence(support="student", k=4), SampledKL(), SampledKL(baseline="kl"),
     SampledKL(baseline="topk_kl"), SampledKL(ratio="clip"),
@@ -65,7 +65,7 @@ def test_weight_zero_is_exactly_silent_also_where_the_cost_is_infinite(objective
 def test_the_same_infinity_at_a_position_with_weight_is_refused() -> None:
     from reflux.errors import StepRefused
 
-    with pytest.raises(StepRefused, match="the loss is inf"):
+    with pytest.raises(StepRefused, match=r"the loss is -inf .* no weight has changed"):
         gradients(tiny.learner(tiny.net(1)), groups(1.0, -torch.inf), [SampledKL(ratio="none")])
 
 
@@ -90,7 +90,7 @@ def test_a_missing_target_is_silent(normalise: str) -> None:
     with_silent = gradients(learner, [spoken, [attempt(rollout(9, seed=9))]], [Divergence()])
     scale = 1.0 if normalise == "kept" else 3 / 4
     for name, gradient in alone.items():
-        torch.testing.assert_close(with_silent[name], gradient * scale, rtol=1e-6 if scale != 1 else 0, atol=1e-9 if scale != 1 else 0)
+        torch.testing.assert_close(with_silent[name], gradient * scale, rtol=0, atol=1e-6 if scale != 1 else 0)
 
 
 def test_a_missing_target_silences_its_objective_only() -> None:

@@ -23,7 +23,7 @@ from reflux.objectives.outcome import Outcome
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.types import Attempt, Group
 
-TOKENS = 103
+TOKENS = 102
 SETS: dict[str, list[Any]] = {
     "full": [Divergence()],
     "jsd": [Divergence(divergence="jsd", beta=0.3, coef=2.0)],

@@ -136,9 +136,8 @@ def wilson(right: int, problems: int, z: float = 1.96) -> tuple[float, float]:
 
 def measure(model: Any, tokenizer: Any, spec: Spec) -> list[str]:
     """What a model is and can do, a line each."""
-    lines = [
-        f"{model.num_parameters():,} parameters, {spec.steps} steps of {spec.batch} problems, seed {spec.seed}, {torch.get_num_threads()} thread(s)"
-    ]
+    made = f"{spec.steps} steps of {spec.batch} problems, seed {spec.seed}, {torch.get_num_threads()} thread(s)"
+    lines = [f"{model.num_parameters():,} parameters, {made}"]
     exams = {"held-out problems": spec.exam, "held-out problems two steps longer": replace(spec.exam, longer=2)}
     if spec.task != spec.exam:
         exams[f"held-out problems of the kind it was trained on ({difference(spec)})"] = spec.task

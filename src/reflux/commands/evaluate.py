@@ -11,6 +11,7 @@ from rich.console import Console
 
 from reflux.config import RunConfig, from_table, merge, nest, split_override, unpack
 from reflux.evals.accuracy import Accuracy
+from reflux.models import load_tokenizer
 from reflux.run import Options, Run
 from reflux.types import Wants
 
@@ -31,6 +32,7 @@ def evaluate_model(model: str, task: str, problems: int, samples: int, max_token
     from reflux.quiet import quiet_libraries
 
     quiet_libraries()
+    load_tokenizer(model, "MODEL")
     found = asyncio.run(_accuracy(from_table(table), Accuracy(problems=problems, samples=samples, max_tokens=max_tokens, examples=0)))
     for name, value in found.items():
         if name != "examples":

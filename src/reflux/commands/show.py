@@ -25,7 +25,7 @@ def show_plan(recipe: str, overrides: list[str]) -> None:
         ("student", _size(found.student)),
         *((f"teacher {name}", _size(size)) for name, size in found.teachers.items()),
         ("steps", f"{found.steps} of {found.attempts_per_step} attempts"),
-        ("memory", f"{_bytes(found.memory_bytes)} for weights and optimiser; activations and the key-value cache come on top"),
+        ("memory", _memory(found.memory_bytes)),
         ("sampled", f"at most {found.sampled_tokens_at_most:,} tokens"),
         (
             "compute",
@@ -47,15 +47,18 @@ def _size(size: Size) -> str:
     return f"{size.name} ({size.architecture}, {size.parameters / 1e6:,.2f} M parameters, context {size.context_tokens or '?'})"
 
 
-def _bytes(count: int | None) -> str:
-    return "unknown until the models are here:" if count is None else f"{count / 1e9:.2f} GB" if count > 1e8 else f"{count / 1e6:.1f} MB"
+def _memory(count: int | None) -> str:
+    if count is None:
+        return "unknown until the models are here"
+    size = f"{count / 1e9:.2f} GB" if count > 1e8 else f"{count / 1e6:.1f} MB"
+    return f"{size} for weights and optimiser; activations and the key-value cache come on top"
 
 
 def list_parts(group: str) -> None:
     """One line per recipe or part: the first line of its file or docstring."""
     known = ["recipes", *parts.GROUPS]
     if group and group not in known:
-        raise ConfigError(f"there is no group '{group}'{parts.did_you_mean(group, known)}. Groups: {', '.join(known)}")
+        raise ConfigError(f"there is no group '{group}'{parts.did_you_mean(group, known, '.')} Groups: {', '.join(known)}")
     for name in [group] if group else known:
         lines = recipe_lines() if name == "recipes" else part_lines(name)
         if lines:

@@ -1,0 +1,1 @@
+"""Parts from outside the library, one a file; docs/extending.md walks through them."""

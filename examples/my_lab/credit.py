@@ -1,0 +1,48 @@
+"""A credit rule of one's own: `kind = "my_lab.credit:Surprise"`."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from pydantic.dataclasses import dataclass
+
+from reflux.parts import STRICT
+from reflux.types import Attempt, Group, Moment, Share, Wants
+
+
+@dataclass(frozen=True, config=STRICT)
+class Surprise:
+    """Factor 1 where the sampled token surprises the teacher, -log q(a) >= `least_nats`; `elsewhere` at the other chosen positions.
+
+    An attempt the teacher did not score keeps factor 1. Neutral: elsewhere = 1. Note `surprising`: the share of chosen positions.
+    """
+
+    least_nats: float = 1.0
+    elsewhere: float = 0.0
+    teacher: str = "main"
+
+    shifts: ClassVar[bool] = False
+    min_group: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if not self.least_nats >= 0:
+            raise ValueError(f"least_nats is a surprise, so it must be 0 or more, got {self.least_nats}")
+        if not self.elsewhere >= 0:
+            raise ValueError(f"elsewhere is a weight, so it must be 0 or more, got {self.elsewhere}")
+
+    @property
+    def wants(self) -> Wants:
+        return Wants(logp=True)
+
+    def __call__(self, group: Group, moment: Moment) -> list[Share]:
+        return [self._share(attempt) for attempt in group]
+
+    def _share(self, attempt: Attempt) -> Share:
+        target, rollout = attempt.targets.get(self.teacher), attempt.rollout
+        teacher_T = getattr(target, "logp_T", None)
+        if teacher_T is None or not rollout.mask_T.any():
+            return Share()
+        surprising_T = -teacher_T >= self.least_nats
+        factor_T = np.where(surprising_T | ~rollout.mask_T, 1.0, self.elsewhere).astype(np.float32)
+        return Share(factor_T=factor_T, notes={"surprising": float(surprising_T[rollout.mask_T].mean())})

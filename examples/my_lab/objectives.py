@@ -1,0 +1,36 @@
+"""An objective of one's own: `kind = "my_lab.objectives:Jeffreys"`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic.dataclasses import dataclass
+
+from reflux.objectives.base import FullSays, Rows
+from reflux.parts import STRICT
+from reflux.types import HiddenTarget, Target, Wants
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, config=STRICT)
+class Jeffreys:
+    """(KL(student || teacher) + KL(teacher || student)) / 2 over the whole vocabulary, nats; 0 where they agree, never below."""
+
+    teacher: str = "main"
+    coef: float = 1.0
+
+    takes_shift: ClassVar[bool] = False
+    accepts: ClassVar[tuple[type[Target], ...]] = (HiddenTarget,)
+
+    @property
+    def wants(self) -> Wants:
+        return Wants()
+
+    def __call__(self, rows: Rows) -> Tensor:
+        from reflux.objectives.divergences import forward_kl, reverse_kl
+
+        student, teacher = rows.student, rows.teachers[self.teacher]
+        assert isinstance(teacher, FullSays)  # `accepts` says so
+        return (reverse_kl(student.logp_NV, teacher.logp_NV) + forward_kl(student.logp_NV, teacher.logp_NV)) / 2

@@ -1,0 +1,53 @@
+"""A sampler of one's own: `kind = "my_lab.samplers:Mixed"`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass as plain_dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from reflux.parts import STRICT
+from reflux.samplers.stored import OpenStored, Stored
+from reflux.types import Draw, Group, Prompt, seed_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from reflux.run import Run
+
+
+@dataclass(frozen=True, config=STRICT)
+class Mixed(Stored):
+    """The student's own answers at a `share` of the optimiser steps, the task's `references` at the others (GKD's lambda, arXiv 2306.13649).
+
+    One coin a step, not one a prompt: parts in this process answer a step's prompts in one batch, and wait until all of them are asked.
+    """
+
+    share: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    def open(self, run: Run) -> AbstractAsyncContextManager[Any]:
+        return self._mixed(run)
+
+    @asynccontextmanager
+    async def _mixed(self, run: Run) -> AsyncIterator[OpenMixed]:
+        async with self._opened(run) as stored:
+            yield OpenMixed(stored, self.share, run.seed)
+
+
+@plain_dataclass
+class OpenMixed:
+    stored: OpenStored
+    share: float
+    seed: int
+
+    async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
+        own = random.Random(seed_of(self.seed, "mixed", draw.step)).random() < self.share  # law 8: these dice hang on seed and step alone
+        return await (self.stored.inner if own else self.stored).sample(prompt, n, draw)
+
+    async def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        await self.stored.publish(weights, version)

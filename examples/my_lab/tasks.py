@@ -1,0 +1,54 @@
+"""A task of one's own: `kind = "my_lab.tasks:Backwards"`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic.dataclasses import dataclass
+
+from reflux.parts import STRICT
+from reflux.tasks.base import Split
+from reflux.types import Message, Prompt, seed_of
+
+
+@dataclass(frozen=True, config=STRICT)
+class Backwards:
+    """A word of `letters` random letters is to be written backwards. A word is in one split only, whatever the seed."""
+
+    letters: int = 6
+    held_out: int = 200
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.letters < 3 or self.held_out < 1:
+            raise ValueError("needs letters >= 3, so that there are words enough, and held_out >= 1")
+
+    def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
+        """Prompt number p depends on (split, seed, p) alone; "train" never ends."""
+        position = start
+        while split == "train" or position < self.held_out:
+            dice = random.Random(seed_of("backwards", split, seed, position))
+            word = self._word(dice)
+            while _split_of(word) != split:
+                word = self._word(dice)
+            message = {"role": "user", "content": f"Write {word} backwards."}
+            yield Prompt(f"{split}-{position}", (message,), answer=word[::-1], references=(word[::-1],))
+            position += 1
+
+    def verify(self, prompt: Prompt, made: Any) -> float:
+        if prompt.answer is None:
+            raise ValueError(f"prompt {prompt.id} has no answer to compare with")
+        return float(made.split()[-1:] == [prompt.answer])
+
+    def reply(self, prompt: Prompt, messages: Sequence[Message], step: int) -> tuple[Message, ...] | None:
+        return None  # one turn
+
+    def _word(self, dice: random.Random) -> str:
+        return "".join(dice.choices("abcdefghijklmnopqrstuvwxyz", k=self.letters))
+
+
+def _split_of(word: str) -> Split:
+    tenth = seed_of("backwards", word) % 10
+    return "validation" if tenth == 0 else "test" if tenth == 1 else "train"

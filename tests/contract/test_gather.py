@@ -1,0 +1,110 @@
+"""Requests of one cohort become one call, whatever order they came in; cancelled ones leave without a trace."""
+
+from __future__ import annotations
+
+import asyncio
+
+from reflux.gather import Gather
+
+
+class Scribe:
+    def __init__(self, delay_s: float = 0.0, fails: bool = False):
+        self.calls: list[list[str]] = []
+        self.delay_s, self.fails, self.running = delay_s, fails, 0
+
+    async def __call__(self, items: list[str]) -> list[str]:
+        self.running += 1
+        assert self.running == 1  # one cohort at a time
+        await asyncio.sleep(self.delay_s)
+        self.running -= 1
+        self.calls.append(items)
+        if self.fails:
+            raise OSError("the model is gone")
+        return [item.upper() for item in items]
+
+
+def test_one_call_per_cohort_in_order_of_place() -> None:
+    async def main() -> None:
+        scribe = Scribe()
+        gather = Gather(scribe)
+        asks = [gather.ask(step, 3, place, f"{place}{step}") for place in "cab" for step in (1, 0)]
+        assert await asyncio.gather(*asks) == ["C1", "C0", "A1", "A0", "B1", "B0"]
+        assert sorted(scribe.calls) == [["a0", "b0", "c0"], ["a1", "b1", "c1"]]
+
+    asyncio.run(main())
+
+
+def test_a_cohort_of_one_is_answered_at_once() -> None:
+    assert asyncio.run(Gather(Scribe()).ask(0, 1, "a", "x")) == "X"
+
+
+def test_cancelled_requests_leave_their_cohort_and_can_be_asked_again() -> None:
+    async def main() -> None:
+        scribe = Scribe()
+        gather = Gather(scribe)
+        waiting = [asyncio.ensure_future(gather.ask(7, 3, place, place)) for place in "ab"]
+        await asyncio.sleep(0)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert scribe.calls == []
+        again = await asyncio.wait_for(asyncio.gather(*(gather.ask(7, 3, place, place) for place in "abc")), 1)
+        assert again == ["A", "B", "C"]
+        assert scribe.calls == [["a", "b", "c"]]
+
+    asyncio.run(main())
+
+
+def test_a_call_in_progress_is_finished_and_its_answer_dropped() -> None:
+    async def main() -> None:
+        scribe = Scribe(delay_s=0.05)
+        gather = Gather(scribe)
+        first = [asyncio.ensure_future(gather.ask(0, 2, place, place)) for place in "ab"]
+        await asyncio.sleep(0.01)
+        for task in first:
+            task.cancel()
+        await asyncio.gather(*first, return_exceptions=True)
+        second = await asyncio.wait_for(asyncio.gather(*(gather.ask(0, 2, place, place * 2) for place in "ab")), 1)
+        assert second == ["AA", "BB"]
+        assert scribe.calls == [["a", "b"], ["aa", "bb"]]  # never at the same time
+
+    asyncio.run(main())
+
+
+def test_a_cohort_cancelled_before_its_turn_is_not_computed() -> None:
+    async def main() -> None:
+        scribe = Scribe(delay_s=0.03)
+        gather = Gather(scribe)
+        first, second = asyncio.ensure_future(gather.ask(0, 1, "a", "a")), asyncio.ensure_future(gather.ask(1, 1, "b", "b"))
+        await asyncio.sleep(0.01)
+        second.cancel()
+        assert await first == "A"
+        await asyncio.sleep(0.05)
+        assert scribe.calls == [["a"]]
+
+    asyncio.run(main())
+
+
+def test_a_failing_call_fails_all_its_requests_and_no_other() -> None:
+    async def main() -> None:
+        scribe = Scribe(fails=True)
+        gather = Gather(scribe)
+        failed = await asyncio.gather(*(gather.ask(0, 2, place, place) for place in "ab"), return_exceptions=True)
+        assert all(isinstance(error, OSError) for error in failed)
+        scribe.fails = False
+        assert await gather.ask(1, 1, "c", "c") == "C"
+
+    asyncio.run(main())
+
+
+def test_a_call_that_answers_too_few_is_an_error_and_hangs_no_one() -> None:
+    async def short(items: list[str]) -> list[str]:
+        return items[:1]
+
+    async def main() -> None:
+        gather = Gather(short)
+        asks = asyncio.gather(*(gather.ask(0, 2, place, place) for place in "ab"), return_exceptions=True)
+        answers = await asyncio.wait_for(asks, 1)
+        assert any(isinstance(answer, Exception) for answer in answers)
+
+    asyncio.run(main())

@@ -1,0 +1,142 @@
+"""Runs that die: `python kill_driver.py STUDENT TEACHER FOLDER` starts one run per kill point and kills it there with SIGKILL.
+
+Everything is imported once; each run is a fork that has not computed anything yet. Prints how each one ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import tiny
+from transformers import AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: F401  resolved before the forks
+
+from reflux import checkpoints, files
+from reflux.learners import hf_engine
+from reflux.loop import train
+from reflux.run import Options
+
+SETTINGS: dict[str, Any] = {
+    "steps": 5, "save_every": 2, "eval_every": 2, "group_size": 2, "prompts_per_step": 3, "keep_checkpoints": 1,
+    "evals__accuracy": {"problems": 3}, "reward": {"kind": "verifier"}, "credit": {"outcome": {}, "prefix": {"length": 6}},
+    "learner__lr": {"kind": "cosine", "peak": 3e-3, "warmup": 1}, "accelerator": {"kind": "outside:Jump", "at": 3},
+}  # fmt: skip
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def after_first_file() -> None:
+    """In the checkpoint of step 4: one part written, the others not."""
+    write = checkpoints._write
+
+    def broken(scratch: Path, part: str, state: Any) -> None:
+        write(scratch, part, state)
+        if "step-4" in scratch.name:
+            die()
+
+    checkpoints._write = broken
+
+
+def around_folder(name: str, where: str) -> Callable[[], None]:
+    """Before or after the folder `name` gets its name, or half way through the rename."""
+
+    def patch() -> None:
+        plain = files.write_folder
+
+        def broken(path: Path, fill: Callable[[Path], None]) -> None:
+            late = path.name == name and (name != "student" or (path.parent / "checkpoints" / "step-2").exists())
+            if late and where == "swap":  # the old folder has lost its name, the new one has not got it
+                path.rename(path.with_name(f".{path.name}.old"))
+                die()
+            plain(path, (lambda scratch: (fill(scratch), die())) if late and where == "before" else fill)  # type: ignore[arg-type,return-value]
+            if late:
+                die()
+
+        files.write_folder = checkpoints.write_folder = broken
+
+    return patch
+
+
+def half_a_line(name: str) -> Callable[[], None]:
+    """In the middle of a line of step 4, in the middle of a character."""
+
+    def patch() -> None:
+        plain = files.append_lines
+
+        def broken(path: Path, rows: list[dict[str, Any]]) -> None:
+            if path.name == name and rows[0]["step"] == 4:
+                with path.open("ab") as file:
+                    file.write(b'{"step": 4, "text": "\xc3')
+                die()
+            plain(path, rows)
+
+        files.append_lines = broken
+
+    return patch
+
+
+def pruning() -> None:
+    shutil.rmtree = lambda path, **_: (next(Path(path).glob("*"), Path("none")).unlink(missing_ok=True), die()) if "step-2" in str(path) else None  # type: ignore[assignment]
+
+
+def moving() -> None:
+    """In the optimiser step, after the gradients."""
+    gradients = hf_engine.HFLearner._gradients
+
+    def broken(self: Any, *args: Any) -> Any:
+        found = gradients(self, *args)
+        if self.version == 3:
+            die()
+        return found
+
+    hf_engine.HFLearner._gradients = broken  # type: ignore[method-assign]
+
+
+POINTS: dict[str, Callable[[], None]] = {
+    "first_file": after_first_file,
+    "checkpoint_unnamed": around_folder("step-4", "before"),
+    "checkpoint_named": around_folder("step-4", "after"),
+    "final_checkpoint_named": around_folder("step-5", "after"),
+    "student_unnamed": around_folder("student", "before"),
+    "student_swapping": around_folder("student", "swap"),
+    "student_named": around_folder("student", "after"),
+    "metrics_line": half_a_line("metrics.jsonl"),
+    "attempts_line": half_a_line("attempts.jsonl"),
+    "evals_line": half_a_line("evals.jsonl"),
+    "pruning": pruning,
+    "moving": moving,
+}
+
+
+def main(student: str, teacher: str, folder: Path) -> None:
+    cfg = tiny.config("rl_opd", student, teacher, **SETTINGS)
+    children = {name: _fork(patch, cfg, folder / name) for name, patch in POINTS.items()}
+    print(json.dumps({name: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for name, child in children.items()}))
+
+
+def _fork(patch: Callable[[], None], cfg: Any, folder: Path) -> int:
+    child = os.fork()
+    if not child:
+        try:
+            patch()
+            asyncio.run(train(cfg, Options(folder)))
+        except BaseException:
+            traceback.print_exc()
+        os._exit(0)
+    return child
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

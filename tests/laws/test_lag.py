@@ -1,0 +1,137 @@
+"""Law 6. Lag is bounded, reached and measured; without lag the loop is the plain synchronous one, bit for bit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import outside
+import pytest
+import tiny
+from tiny import same
+
+from reflux import checks
+from reflux.clock import Clock
+from reflux.config import RunConfig
+from reflux.contexts.base import View
+from reflux.credit.base import share_credit
+from reflux.learners.hf_engine import HFLearner
+from reflux.models import load_model
+from reflux.samplers.decode import Ask, decode
+from reflux.samplers.noise import row_key
+from reflux.teachers.local_engine import LocalTeacher
+from reflux.types import Attempt, Moment, Prompt, TokenRollout
+
+CHAT = {"kind": "outside:Chat"}
+SLOW = "outside:SlowLearner"
+
+
+@pytest.mark.parametrize("max_lag", [1, 2])
+def test_consumed_lag_is_bounded_and_reached(tiny_run: Callable[..., Any], student: str, max_lag: int) -> None:
+    slow = {"kind": SLOW, "model": student, "lr": 3e-3}
+    done = tiny_run("opd", steps=6, max_lag=max_lag, task=CHAT, learner=slow, prompts_per_step=2)
+    lags = [row["lag_max"] for row in done.rows("metrics")]
+    assert lags[0] == 0
+    assert max(lags) == max_lag
+    assert [row["lag_mean"] for row in done.rows("metrics")] == [float(lag) for lag in lags]
+    asked = Counter((row["step"], row["prompt"]) for row in done.rows("attempts") if row["kind"] == "attempt")
+    assert set(asked) == {(1 + i // 2, f"train-{i}") for i in range(12)}
+    assert set(asked.values()) == {1}
+
+
+def test_without_lag_every_attempt_is_of_the_student_of_now(tiny_run: Callable[..., Any]) -> None:
+    done = tiny_run("opd", steps=3, task=CHAT)
+    assert [(row["lag_max"], row["lag_mean"]) for row in done.rows("metrics")] == [(0, 0.0)] * 3
+    assert {(row["step"], row["version"]) for row in done.rows("attempts") if row["kind"] == "attempt"} == {(1, 0), (2, 1), (3, 2)}
+
+
+@pytest.mark.parametrize("recipe", ["opd", "full", "vopd"])
+def test_without_lag_the_loop_is_the_handwritten_one(tiny_run: Callable[..., Any], student: str, teacher: str, recipe: str) -> None:
+    settings = {"steps": 3, "task": CHAT, "group_size": 2, "credit": {"prefix": {"length": 7}}}
+    done = tiny_run(recipe, **settings)
+    cfg = tiny.config(recipe, student, teacher, **settings)
+    by_hand = asyncio.run(synchronous(cfg))
+    assert same(done.state, {name: value for name, value in by_hand.items()})
+
+
+async def synchronous(cfg: RunConfig) -> dict[str, Any]:
+    """Ask, answer, share, move: no pipeline, no gather, no loop of the library."""
+    run: Any = Stub(cfg)
+    acting = load_model(cfg.learner.model, "learner.model")
+    stream = cfg.task.prompts("train", cfg.seed, 0)
+    async with cfg.learner.open(run) as learner, cfg.teachers["main"].open(run, "main") as teacher:
+        assert isinstance(learner, HFLearner)
+        assert isinstance(teacher, LocalTeacher)
+        for step in range(cfg.steps):
+            prompts = list(islice(stream, cfg.prompts_per_step))
+            acting.net.load_state_dict(dict(learner.weights))
+            groups = act(cfg, acting, prompts, step)
+            by_id = sorted(groups, key=lambda group: group[0].rollout.prompt.id)  # in-process parts answer in the order of ids
+            await teacher.score([(attempt, View(attempt.rollout.prompt.messages)) for group in by_id for attempt in group], Moment(step, 0))
+            share_credit(groups, cfg.credit, Moment(step, 0))
+            await learner.step(groups, cfg.objectives, Moment(step, 0))
+        return {name: value.clone() if hasattr(value, "clone") else value for name, value in learner.state().items()}
+
+
+class Stub:
+    """What parts ask of a run."""
+
+    def __init__(self, cfg: RunConfig):
+        from reflux.models import load_tokenizer
+
+        self.cfg, self.wants, self.clock, self.seed = cfg, checks.join(cfg), Clock(), cfg.seed
+        self.tokenizer = load_tokenizer(cfg.learner.model)
+
+    def keep_refused(self, *args: Any) -> Path:
+        raise AssertionError("a step was refused")
+
+
+def act(cfg: RunConfig, model: Any, prompts: list[Prompt], step: int) -> list[list[Attempt]]:
+    render = model.renderer(None, {})
+    rows = [(prompt, sample) for prompt in sorted(prompts, key=lambda prompt: prompt.id) for sample in range(cfg.group_size)]
+    rows.sort(key=lambda row: -len(render.ids(row[0].messages)))
+    draw = cfg.draw(step)
+    asks = [Ask(render.ids(p.messages), row_key(cfg.seed, "train", step, p.id, s, 0), draw.max_tokens) for p, s in rows]
+    made = {}
+    for (prompt, sample), ask, turn in zip(rows, asks, decode(model, asks, draw, 0), strict=True):
+        made[prompt.id, sample] = Attempt(
+            TokenRollout(
+                prompt=prompt, sample=sample, version=step, finish="stop" if turn.ended else "length",
+                mask_T=np.ones(len(turn.tokens), dtype=bool), logp_T=turn.logp_T, prompt_tokens=np.asarray(ask.ids),
+                tokens_T=np.asarray(turn.tokens), text="", messages=prompt.messages,
+            )
+        )  # fmt: skip
+    return [[made[prompt.id, sample] for sample in range(cfg.group_size)] for prompt in prompts]
+
+
+def test_a_jump_refreshes_what_is_in_flight_and_lag_starts_again(tiny_run: Callable[..., Any], student: str) -> None:
+    outside.HEARD.clear()
+    slow = {"kind": SLOW, "model": student, "lr": 3e-3}
+    settings = {"steps": 5, "max_lag": 2, "task": CHAT, "learner": slow, "prompts_per_step": 2}
+    done = tiny_run("opd", **settings, accelerator={"kind": "outside:Jump", "at": 3})
+    lags = [row["lag_max"] for row in done.rows("metrics")]
+    assert lags[2] == 2
+    assert lags[3] == 0  # asked again, by the student after the jump
+    attempts = [row for row in done.rows("attempts") if row["kind"] == "attempt"]
+    assert {row["prompt"] for row in attempts} == {f"train-{i}" for i in range(10)}
+    learnt = [row["prompt"] for row in done.rows("attempts") if row["kind"] == "learned"]
+    assert learnt == [f"train-{i}" for i in range(10)]  # each prompt once, in order
+
+
+def test_a_run_with_lag_still_moves_with_a_ratio(tiny_run: Callable[..., Any], student: str) -> None:
+    """Attempts of an older student are weighed: the recorded log-probs are the older student's, the loss uses the difference."""
+    slow = {"kind": SLOW, "model": student, "lr": 3e-2}
+    done = tiny_run("opd", steps=3, max_lag=1, task=CHAT, learner=slow, prompts_per_step=2)
+    pairs = {}
+    for row in done.rows("attempts"):
+        pairs.setdefault((row["step"], row["prompt"]), {}).update(row)
+    gaps = {step: [] for step in (1, 2, 3)}
+    for (step, _), row in pairs.items():
+        gaps[step] += [abs(now - then) for now, then in zip(row["student_logp"], row["logp"], strict=True)]
+    assert max(gaps[1]) < 1e-4
+    assert max(gaps[2]) > 1e-2

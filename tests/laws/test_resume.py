@@ -1,0 +1,199 @@
+"""Law 7. A run that was stopped, or killed at any moment, ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from laws.kill_driver import POINTS, SETTINGS
+from tiny import same
+
+from reflux import checkpoints
+from reflux.errors import RunError, Stopped
+from reflux.loop import train
+from reflux.run import Options, Silent
+
+HERE = Path(__file__).parent
+UNLIKE = ("seconds", "peak_memory_bytes")  # the only metrics that may differ
+PLAIN = {"steps": 5, "save_every": 2, "eval_every": 2, "evals__accuracy": {"problems": 3}}
+
+
+class StopAfter(Silent):
+    def __init__(self, step: int):
+        self.step = step
+
+    def stepped(self, run: Any, metrics: dict[str, Any]) -> None:
+        run.stopping = run.step == self.step
+
+
+def stop_after(step: int, folder: Path, cfg: Any) -> None:
+    with pytest.raises(Stopped, match=f"stopped after step {step} of {cfg.steps}; everything is saved"):
+        asyncio.run(train(cfg, Options(folder, watch=StopAfter(step))))
+
+
+def told(done: Any) -> dict[str, Any]:
+    """Everything a run says, but seconds and memory."""
+    metrics = [{key: value for key, value in row.items() if key not in UNLIKE} for row in done.rows("metrics")]
+    summary = {key: value for key, value in done.summary.items() if key != "seconds"}
+    return {"metrics": metrics, "evals": done.rows("evals"), "attempts": done.rows("attempts"), "summary": summary}
+
+
+@pytest.mark.parametrize("recipe", ["vopd", "sft", "prefix"])
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_stopping_changes_nothing(tiny_run: Callable[..., Any], student: str, teacher: str, tmp_path: Path, recipe: str, step: int) -> None:
+    more = {"sampler__max_tokens": {"kind": "linear", "start": 3, "increment": 2}} if recipe == "prefix" else {}
+    settings = {**PLAIN, **more, "learner__lr": {"kind": "cosine", "peak": 3e-3, "warmup": 2}}
+    whole = tiny_run(recipe, **settings)
+    stop_after(step, tmp_path / "stopped", tiny.config(recipe, student, teacher, **settings))
+    resumed = tiny_run(recipe, **settings, out=tmp_path / "stopped", resume=True)
+    assert same(whole.state, resumed.state)
+    assert told(whole) == told(resumed)
+    assert [row["step"] for row in resumed.rows("metrics")] == [1, 2, 3, 4, 5]
+
+
+@pytest.fixture(scope="module")
+def killed(student: str, teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder per kill point, each left by a process that was killed there."""
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, str(HERE / "kill_driver.py"), student, teacher, str(folder)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert json.loads(ended.stdout.splitlines()[-1]) == dict.fromkeys(POINTS, -9)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(student: str, teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from conftest import Done
+
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    return Done(folder, asyncio.run(train(tiny.config("rl_opd", student, teacher, **SETTINGS), Options(folder))))
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_kill_minus_nine_changes_nothing(tiny_run: Callable[..., Any], killed: Path, uninterrupted: Any, tmp_path: Path, point: str) -> None:
+    folder = shutil.copytree(killed / point, tmp_path / point)
+    resumed = tiny_run("rl_opd", **SETTINGS, out=folder, resume=True)
+    assert same(uninterrupted.state, resumed.state)
+    assert told(uninterrupted) == told(resumed)
+    assert files_of(folder) == files_of(uninterrupted.dir)
+    assert exported(folder) == exported(uninterrupted.dir)
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def exported(folder: Path) -> bytes:
+    return (folder / "student" / "model.safetensors").read_bytes()
+
+
+def test_files_are_cut_back_to_the_checkpoint_before_anything_else(tiny_run: Callable[..., Any], killed: Path, tmp_path: Path) -> None:
+    """Seen by a resumed run that is killed at once: nothing of step 3 and later is left."""
+    from reflux import checks
+    from reflux.run import Run
+
+    folder = shutil.copytree(killed / "moving", tmp_path / "moving")
+    last = checkpoints.steps(folder / "checkpoints")[-1]
+    before = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert (last, max(before)) == (2, 3)
+    cfg = tiny.config("rl_opd", *models_of(folder), **SETTINGS)
+    Run.open(cfg, checks.join(cfg), Options(folder, resume=True)).close()
+    for name in ("metrics", "attempts", "evals"):
+        steps = [json.loads(line)["step"] for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        assert max(steps) == 2
+
+
+def models_of(folder: Path) -> tuple[str, str]:
+    import tomllib
+
+    table = tomllib.loads((folder / "config.toml").read_text())
+    return table["learner"]["model"], table["teachers"]["main"]["model"]
+
+
+def test_a_finished_run_that_is_resumed_does_nothing(tiny_run: Callable[..., Any]) -> None:
+    done = tiny_run("opd", steps=2, save_every=1, evals__accuracy={"problems": 2})
+    before = snapshot(done.dir)
+    again = tiny_run("opd", steps=2, save_every=1, evals__accuracy={"problems": 2}, out=done.dir, resume=True)
+    assert snapshot(done.dir) == before
+    assert again.summary == done.summary
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file's time of change and content, but the lock's."""
+    kept = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in kept}
+
+
+def test_another_recipe_is_refused_and_told_apart(tiny_run: Callable[..., Any]) -> None:
+    done = tiny_run("opd", steps=1)
+    before = snapshot(done.dir)
+    changed = {"learner__lr": 1e-4, "seed": 3, "credit": {"prefix": {"length": 4}}, "objectives": [{"kind": "divergence"}]}
+    with pytest.raises(RunError, match="another recipe") as refused:
+        tiny_run("opd", **(changed | {"steps": 1}), out=done.dir, resume=True)
+    text = str(refused.value)
+    for words in ("learner.lr: was 0.003, is 0.0001", "seed: was 0, is 3", "credit.prefix", "objectives: was"):
+        assert words in text
+    assert "steps" not in text
+    assert snapshot(done.dir) == before
+
+
+def test_more_steps_may_be_asked_for(tiny_run: Callable[..., Any]) -> None:
+    done = tiny_run("opd", steps=2)
+    longer = tiny_run("opd", steps=4, out=done.dir, resume=True)
+    assert same(longer.state, tiny_run("opd", steps=4).state)
+    assert longer.summary["steps"] == 4
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tiny_run: Callable[..., Any]) -> None:
+    done = tiny_run("opd", steps=1)
+    before = snapshot(done.dir)
+    with pytest.raises(RunError, match="holds a run already. Continue it with --resume, or choose another folder"):
+        tiny_run("opd", steps=1, out=done.dir)
+    assert snapshot(done.dir) == before
+
+
+def test_there_must_be_something_to_resume(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="there is no run to resume"):
+        tiny_run("opd", out=tmp_path / "nothing", resume=True)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_folder_in_use_is_refused(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / "used").mkdir()
+    with (tmp_path / "used" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="written by another process"):
+            tiny_run("opd", out=tmp_path / "used")
+
+
+def test_a_run_with_lag_resumes(tiny_run: Callable[..., Any], student: str, teacher: str, tmp_path: Path) -> None:
+    """Not bit for bit (who sampled under which version depends on timing), but whole, in order and within its bound."""
+    settings = {**PLAIN, "max_lag": 2, "task": {"kind": "outside:Chat"}}
+    stop_after(2, tmp_path / "lag", tiny.config("opd", student, teacher, **settings))
+    done = tiny_run("opd", **settings, out=tmp_path / "lag", resume=True)
+    assert [row["step"] for row in done.rows("metrics")] == [1, 2, 3, 4, 5]
+    assert all(0 <= row["lag_max"] <= 2 for row in done.rows("metrics"))
+    asked = [(row["step"], row["prompt"]) for row in done.rows("attempts") if row["kind"] == "attempt"]
+    assert sorted(asked) == sorted((1 + i // 4, f"train-{i}") for i in range(20))
+
+
+def test_lora_and_gradient_checkpointing_resume(tiny_run: Callable[..., Any], student: str, teacher: str, tmp_path: Path) -> None:
+    settings = {**PLAIN, "learner__lora": {"rank": 2, "alpha": 4}, "learner__gradient_checkpointing": True}
+    whole = tiny_run("full", **settings)
+    stop_after(3, tmp_path / "lora", tiny.config("full", student, teacher, **settings))
+    resumed = tiny_run("full", **settings, out=tmp_path / "lora", resume=True)
+    assert same(whole.state, resumed.state)
+    assert exported(whole.dir) == exported(resumed.dir)
