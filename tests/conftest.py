@@ -74,7 +74,7 @@ def tiny_run(student: str, teacher: str, tmp_path: Path) -> Callable[..., Done]:
     import tiny
 
     from reflux.loop import train
-    from reflux.run import Options
+    from reflux.rundir import Options
 
     numbers = count()
 

@@ -18,12 +18,12 @@ from reflux.types import Draw, Group, Prompt, seed_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reflux.run import Run
+    from reflux.rundir import Run
 
 
 @dataclass(frozen=True, config=STRICT)
 class Mixed(Stored):
-    """The student's own answers at a `share` of the optimiser steps, the task's `references` at the others (GKD's lambda, arXiv 2306.13649).
+    """The student's own answers at a `share` of the steps, the task's `references` at the others (GKD's lambda, arXiv 2306.13649).
 
     One coin a step, not one a prompt: parts in this process answer a step's prompts in one batch, and wait until all of them are asked.
     """

@@ -24,7 +24,7 @@ def run(
 
     from reflux.config import load_recipe
     from reflux.loop import train
-    from reflux.run import Options, choose_folder
+    from reflux.rundir import Options, choose_folder
 
     cfg = load_recipe(recipe, overrides)
     return asyncio.run(train(cfg, Options(choose_folder(cfg.recipe, out, resume), resume)))

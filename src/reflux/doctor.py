@@ -21,7 +21,7 @@ from reflux import checks
 from reflux.config import RunConfig
 from reflux.loop import open_parts
 from reflux.models import load_tokenizer, parameter_count
-from reflux.run import Options, Run
+from reflux.rundir import Options, Run
 from reflux.teachers.base import Teachers
 from reflux.tokens import check_same_tokens, end_ids
 from reflux.types import Draw, Group, HiddenTarget, TokenRollout

@@ -14,7 +14,7 @@ from reflux.learners.base import OpenLearner
 from reflux.models import prepare_torch
 from reflux.pipeline import Pipeline
 from reflux.rewards.base import NoReward, OpenReward
-from reflux.run import Options, Run
+from reflux.rundir import Options, Run
 from reflux.samplers.base import OpenSampler
 from reflux.signals import stopping_on_signals
 from reflux.teachers.base import Teachers

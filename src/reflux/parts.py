@@ -134,11 +134,12 @@ def make(cls: type, table: Mapping[str, Any], path: str, *, steps: int = 0) -> A
 
 
 def _inner(marker: PartOf | type, value: Any, where: str, steps: int) -> Any:
-    if value == "none":
+    if value == "none" and not (isinstance(marker, PartOf) and marker.many):
         return None
     if isinstance(marker, type):
         return make(marker, value, where, steps=steps) if isinstance(value, Mapping) else value
     if marker.many == "table":
+        value = {} if value == "none" else value
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: expected named tables such as [{where}.NAME], got {value!r}")
         named = value.items()

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from reflux.run import Run
+    from reflux.rundir import Run
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

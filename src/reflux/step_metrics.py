@@ -12,7 +12,7 @@ from reflux.types import Attempt, Group, TokenRollout
 
 if TYPE_CHECKING:
     from reflux.learners.base import OpenLearner
-    from reflux.run import Run
+    from reflux.rundir import Run
     from reflux.teachers.base import Teachers
 
 

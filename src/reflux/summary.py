@@ -11,7 +11,7 @@ from reflux import files
 from reflux.config import config_hash
 
 if TYPE_CHECKING:
-    from reflux.run import Run
+    from reflux.rundir import Run
 
 _SCORE = ("accuracy", "low", "high", "problems")
 

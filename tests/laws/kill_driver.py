@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: F401  r
 from reflux import checkpoints, files
 from reflux.learners import hf_engine
 from reflux.loop import train
-from reflux.run import Options
+from reflux.rundir import Options
 
 SETTINGS: dict[str, Any] = {
     "steps": 5, "save_every": 2, "eval_every": 2, "group_size": 2, "prompts_per_step": 3, "keep_checkpoints": 1,

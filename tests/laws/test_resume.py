@@ -20,7 +20,7 @@ from tiny import same
 from reflux import checkpoints
 from reflux.errors import RunError, Stopped
 from reflux.loop import train
-from reflux.run import Options, Silent
+from reflux.rundir import Options, Silent
 
 HERE = Path(__file__).parent
 UNLIKE = ("seconds", "peak_memory_bytes")  # the only metrics that may differ
@@ -101,7 +101,7 @@ def exported(folder: Path) -> bytes:
 def test_files_are_cut_back_to_the_checkpoint_before_anything_else(tiny_run: Callable[..., Any], killed: Path, tmp_path: Path) -> None:
     """Seen by a resumed run that is killed at once: nothing of step 3 and later is left."""
     from reflux import checks
-    from reflux.run import Run
+    from reflux.rundir import Run
 
     folder = shutil.copytree(killed / "moving", tmp_path / "moving")
     last = checkpoints.steps(folder / "checkpoints")[-1]

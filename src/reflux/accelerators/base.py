@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from reflux.learners.base import OpenLearner
-    from reflux.run import Run
+    from reflux.rundir import Run
 
 Score = Callable[[], Awaitable[float]]
 

@@ -11,7 +11,7 @@ import numpy as np
 from reflux.types import Draw, seed_of
 
 if TYPE_CHECKING:
-    from reflux.run import Run
+    from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
 
 

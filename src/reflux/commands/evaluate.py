@@ -12,7 +12,7 @@ from rich.console import Console
 from reflux.config import RunConfig, from_table, merge, nest, split_override, unpack
 from reflux.evals.accuracy import Accuracy
 from reflux.models import load_tokenizer
-from reflux.run import Options, Run
+from reflux.rundir import Options, Run
 from reflux.types import Wants
 
 console = Console()

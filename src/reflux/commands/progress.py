@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from reflux.config import RunConfig
-from reflux.run import Run
+from reflux.rundir import Run
 
 _WINDOW = 20  # steps that speed and time left are measured over
 _PLAIN_EVERY_S = 10.0  # where the output is no terminal

@@ -14,7 +14,7 @@ from reflux.config import RunConfig, load_recipe
 from reflux.errors import RefluxError, Stopped
 from reflux.files import read_lines
 from reflux.quiet import quiet_libraries
-from reflux.run import Options, choose_folder
+from reflux.rundir import Options, choose_folder
 
 console = Console()
 

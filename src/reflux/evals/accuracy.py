@@ -17,7 +17,7 @@ from reflux.tasks.base import Split
 from reflux.types import Attempt, Draw, Prompt, TokenRollout
 
 if TYPE_CHECKING:
-    from reflux.run import Run
+    from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
     from reflux.tasks.grading import Verdict
     from reflux.teachers.base import Teachers

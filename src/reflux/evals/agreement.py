@@ -15,7 +15,7 @@ from reflux.tasks.base import Split
 from reflux.types import Attempt, Draw, HiddenTarget, TokenRollout, VelocityTarget
 
 if TYPE_CHECKING:
-    from reflux.run import Run
+    from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
     from reflux.teachers.base import Teachers
 

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from reflux.tasks.base import Split
+
 if TYPE_CHECKING:
-    from reflux.run import Run
+    from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
     from reflux.teachers.base import Teachers
 
 
 class Eval(Protocol):
     once: ClassVar[bool]  # True where it speaks of the teacher: asked before the first step, never again
+
+    @property
+    def split(self) -> Split:
+        """The held-out prompts it asks; an empty split is refused before the run begins."""
+        ...
 
     async def __call__(self, run: Run, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
         """A flat table of JSON values, e.g. {"accuracy": 0.42, "low": 0.38, "high": 0.46, "problems": 500}."""

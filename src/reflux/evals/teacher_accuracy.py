@@ -11,7 +11,7 @@ from reflux.parts import STRICT
 from reflux.tasks.base import Split
 
 if TYPE_CHECKING:
-    from reflux.run import Run
+    from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
     from reflux.teachers.base import Teachers
 

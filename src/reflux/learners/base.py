@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from reflux.models import Model
-    from reflux.run import Run
+    from reflux.rundir import Run
 
 
 class OpenLearner(Protocol):

@@ -12,7 +12,7 @@ from reflux.parts import STRICT
 from reflux.schedules import Number, number
 
 if TYPE_CHECKING:
-    from reflux.run import Run
+    from reflux.rundir import Run
 
 Positive = Annotated[float, Field(gt=0)]
 

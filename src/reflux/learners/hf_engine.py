@@ -25,7 +25,7 @@ from reflux.types import Group, Moment, seed_of
 
 if TYPE_CHECKING:
     from reflux.learners.hf import HF
-    from reflux.run import Run
+    from reflux.rundir import Run
 
 
 class HFLearner:

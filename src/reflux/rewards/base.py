@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from reflux.types import Group
 
 if TYPE_CHECKING:
-    from reflux.run import Run
+    from reflux.rundir import Run
 
 
 class OpenReward(Protocol):

@@ -12,7 +12,7 @@ from reflux.parts import STRICT
 from reflux.types import Group, Reward
 
 if TYPE_CHECKING:
-    from reflux.run import Run
+    from reflux.rundir import Run
     from reflux.tasks.base import Task
     from reflux.tasks.grading import Graders
 

@@ -16,7 +16,7 @@ from reflux.types import Draw, Group, Prompt
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reflux.run import Run
+    from reflux.rundir import Run
 
 
 class OpenSampler(Protocol):

@@ -21,7 +21,7 @@ from reflux.samplers.noise import row_key
 from reflux.types import Attempt, Draw, Finish, Group, Message, Prompt, TokenRollout, TopKTarget
 
 if TYPE_CHECKING:
-    from reflux.run import Run
+    from reflux.rundir import Run
     from reflux.samplers.hf import HF
 
 

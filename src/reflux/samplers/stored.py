@@ -19,7 +19,7 @@ from reflux.types import Attempt, Draw, Group, Prompt, TokenRollout
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reflux.run import Run
+    from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
 
 

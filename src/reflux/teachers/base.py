@@ -19,7 +19,7 @@ from reflux.types import Attempt, Group, Moment, Target
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reflux.run import Run
+    from reflux.rundir import Run
 
 
 class OpenTeacher(Protocol):

@@ -13,7 +13,7 @@ from reflux.parts import STRICT, PartOf
 from reflux.types import HiddenTarget
 
 if TYPE_CHECKING:
-    from reflux.run import Run
+    from reflux.rundir import Run
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -21,7 +21,7 @@ from reflux.tokens import check_same_tokens
 from reflux.types import Attempt, HiddenTarget, Moment, TokenRollout, TopKTarget
 
 if TYPE_CHECKING:
-    from reflux.run import Run
+    from reflux.rundir import Run
     from reflux.teachers.local import Local
 
 Asked = tuple[Attempt, View]

@@ -1,0 +1,104 @@
+"""Law 9. Every rule has a setting at which it is the identity; there the run is the plain one. And a mask is a cut (prefix.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import attempt, gradients, rollout, same
+
+from reflux.assets.tokenizer import character_tokenizer
+from reflux.credit.base import share_credit
+from reflux.credit.prefix import Prefix
+from reflux.models import as_model
+from reflux.objectives.divergence import Divergence
+from reflux.objectives.sampled_kl import SampledKL
+from reflux.parts import kinds
+from reflux.types import Moment
+
+PLAIN: dict[str, Any] = {"steps": 2, "task": {"kind": "outside:Chat"}, "group_size": 2, "reward": {"kind": "verifier"}}
+NEUTRAL: dict[str, dict[str, Any]] = {  # a newcomer to the registry adds its line
+    "prefix": {"length": 12},
+    "position": {"factor": 1.0},
+    "outcome": {"nats": 0.0},
+}
+
+
+def test_every_rule_has_a_neutral_setting() -> None:
+    assert sorted(NEUTRAL) == sorted(kinds("credit"))
+
+
+@pytest.mark.parametrize("normalise", ["kept", "chosen", "rollout_means"])
+@pytest.mark.parametrize("kind", sorted(NEUTRAL))
+def test_a_neutral_rule_is_no_rule(tiny_run: Callable[..., Any], kind: str, normalise: str) -> None:
+    settings = {**PLAIN, "normalise": normalise}
+    assert same(tiny_run("opd", **settings).state, tiny_run("opd", **settings, credit={kind: NEUTRAL[kind]}).state)
+
+
+@pytest.mark.parametrize(("kind", "table"), [("prefix", {"length": 3}), ("position", {"factor": 0.5}), ("outcome", {"nats": 1.0})])
+def test_elsewhere_it_does_something(tiny_run: Callable[..., Any], kind: str, table: dict[str, Any]) -> None:
+    settings = {**PLAIN, "normalise": "chosen"}
+    assert not same(tiny_run("opd", **settings).weights, tiny_run("opd", **settings, credit={kind: table}).weights)
+
+
+def test_a_cap_at_or_above_the_longest_answer_is_no_cap(tiny_run: Callable[..., Any]) -> None:
+    """Identity 1, for the sampler's length."""
+    whole = tiny_run("full", steps=2, task=PLAIN["task"], sampler__max_tokens=60)
+    longest = max(len(row["tokens"]) for row in whole.rows("attempts") if row["kind"] == "attempt")
+    assert longest < 60
+    for cap in (longest, {"kind": "linear", "start": longest, "increment": 5}):
+        assert same(whole.state, tiny_run("full", steps=2, task=PLAIN["task"], sampler__max_tokens=cap).state)
+
+
+@pytest.mark.parametrize("objective", [Divergence(), SampledKL(baseline="kl"), Divergence(support="student", k=3)])
+@pytest.mark.parametrize("length", [1, 4])
+def test_a_mask_is_a_cut_where_kept_positions_are_counted(objective: Any, length: int) -> None:
+    """Identity 3: equal under `kept`; under `chosen` they differ by exactly the ratio of the counts."""
+    teacher = as_model(tiny.net(2).double(), character_tokenizer())
+    whole = [[attempt(rollout(n, seed=n), teacher)] for n in (2, 7, 9)]
+    cut = [[attempt(shorter(group[0].rollout, length), teacher)] for group in whole]
+    share_credit(whole, {"prefix": Prefix(length)}, Moment(0, 0))
+    kept, chosen = sum(min(n, length) for n in (2, 7, 9)), 2 + 7 + 9
+    for normalise, scale in (("kept", 1.0), ("chosen", kept / chosen)):
+        learner = tiny.learner(tiny.net(1).double(), normalise=normalise)
+        masked, short = gradients(learner, whole, [objective]), gradients(learner, cut, [objective])
+        for name, gradient in short.items():
+            torch.testing.assert_close(masked[name], gradient * scale, rtol=1e-6, atol=1e-9)
+
+
+def shorter(spoken: Any, length: int) -> Any:
+    from dataclasses import replace
+
+    parts = {name: getattr(spoken, name)[:length] for name in ("mask_T", "logp_T", "tokens_T")}
+    return replace(spoken, **parts)
+
+
+def test_what_comes_after_the_prefix_changes_no_gradient() -> None:
+    """Identity 4: tokens and teacher values beyond it are never read."""
+    teacher, other = (as_model(tiny.net(seed), character_tokenizer()) for seed in (2, 3))
+    one = attempt(rollout(9, seed=1), teacher)
+    changed = attempt(rollout(9, seed=1), teacher)
+    changed.rollout.tokens_T[4:] = 50
+    changed.rollout.logp_T[4:] = -30.0
+    changed.targets["main"].h_TH[4:] = tiny.hidden(other, one.rollout).h_TH[4:]
+    learner = tiny.learner(tiny.net(1))
+    results = []
+    for entry in (one, changed):
+        share_credit([[entry]], {"prefix": Prefix(4)}, Moment(0, 0))
+        results.append(gradients(learner, [[entry]], [Divergence(), SampledKL()]))
+    assert same(*results)
+
+
+def test_the_cap_is_of_the_step_the_attempt_is_meant_for(tiny_run: Callable[..., Any]) -> None:
+    """Identity 5: lag does not change it, and what was sampled is what is counted."""
+    cap = {"kind": "linear", "start": 2, "increment": 1.5}
+    for max_lag in (0, 2):
+        done = tiny_run("full", steps=4, task=PLAIN["task"], sampler__max_tokens=cap, max_lag=max_lag)
+        longest = [max(len(r["tokens"]) for r in done.rows("attempts") if r["step"] == s and "tokens" in r) for s in (1, 2, 3, 4)]
+        assert longest == [2, 3, 5, 6]
+        for row in done.rows("metrics"):
+            lengths = [len(r["tokens"]) for r in done.rows("attempts") if r["step"] == row["step"] and "tokens" in r]
+            assert row["tokens_sampled"] == sum(lengths)
