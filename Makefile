@@ -21,7 +21,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/pyright
 
 golden: $(VENV)/.installed-test        # writes the golden curves again; look at the difference before you commit it
-	$(BIN)/python -m tests.golden.write
+	$(BIN)/python tests/golden/write.py
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/step_time.py

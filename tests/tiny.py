@@ -127,3 +127,12 @@ def attempt(spoken: TokenRollout, teacher: Model | None = None, weight: Any = 1.
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(*map(torch.as_tensor, (one[name], other[name]))) for name in one)
+
+
+def close(one: dict[str, Tensor], other: dict[str, Tensor], rtol: float = 1e-10) -> None:
+    """Within rtol of each value, or of the largest of all."""
+    assert one.keys() == other.keys()
+    largest = max(float(value.abs().max()) for value in one.values())
+    assert largest > 1e-3
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=rtol, atol=rtol * largest)

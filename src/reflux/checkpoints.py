@@ -48,6 +48,11 @@ def load(folder: Path, step: int) -> dict[str, dict[str, Any]]:
     return states
 
 
+def load_plain(folder: Path, step: int, part: str) -> dict[str, Any]:
+    """What a part saved besides tensors."""
+    return json.loads((folder / f"step-{step}" / f"{part}.json").read_text())
+
+
 def _write(scratch: Path, part: str, state: State) -> None:
     import torch
     from safetensors.torch import save_file

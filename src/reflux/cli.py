@@ -46,10 +46,10 @@ def plan(recipe: Recipe, overrides: Overrides = None) -> None:
 @app.command("eval")
 def eval_(
     model: Annotated[str, typer.Argument(help="A run directory, a folder in Hugging Face format, a hub id, or reflux:teacher.")],
-    task: Annotated[str, typer.Option("--task", help="A task's kind, for example gsm8k.")] = "word_problems",
+    task: Annotated[str | None, typer.Option("--task", help="A task's kind, for example gsm8k; by default that of the run.")] = None,
     problems: Annotated[int, typer.Option("--problems", min=1)] = 500,
     samples: Annotated[int, typer.Option("--samples", min=0, help="Sampled answers per problem, besides the greedy one.")] = 0,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 512,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Per answer; by default the run's, else 512.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Task or sampler settings, for example task.path=data.jsonl.")
     ] = None,

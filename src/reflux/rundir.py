@@ -71,12 +71,13 @@ class Run:
         self.stopping = False
         self.clock = Clock()
         self.totals: dict[str, float] = {"tokens_sampled": 0, "flops": 0, "seconds": 0}
+        if step:
+            self.totals |= checkpoints.load_plain(self.dir / "checkpoints", step, "run")
         self._started = time.perf_counter()
         self._tracker: Tracker = open_tracker(cfg.track, self.dir, to_table(cfg))
         self._graders: Graders | None = None
         self._tokenizer: Any = None
         self._lock = (self.dir / ".lock").open("w")
-        self._costs: dict[str, float] = {}
 
     @classmethod
     def open(cls, cfg: RunConfig, wants: Wants, options: Options) -> Run:
@@ -145,7 +146,6 @@ class Run:
         learner.load(states["learner"])
         teachers.load(states["teachers"])
         accelerator.load(states["accelerator"])
-        self.totals = {**states["run"]}
 
     def write(self, group: Group, step: int) -> None:
         """An attempt is on disk before anything else can happen to it."""

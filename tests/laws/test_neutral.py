@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
-from tiny import attempt, gradients, rollout, same
+from tiny import attempt, close, gradients, rollout, same
 
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.credit.base import share_credit
@@ -65,8 +64,7 @@ def test_a_mask_is_a_cut_where_kept_positions_are_counted(objective: Any, length
     for normalise, scale in (("kept", 1.0), ("chosen", kept / chosen)):
         learner = tiny.learner(tiny.net(1).double(), normalise=normalise)
         masked, short = gradients(learner, whole, [objective]), gradients(learner, cut, [objective])
-        for name, gradient in short.items():
-            torch.testing.assert_close(masked[name], gradient * scale, rtol=1e-6, atol=1e-9)
+        close({name: gradient * scale for name, gradient in short.items()}, masked, rtol=1e-6)
 
 
 def shorter(spoken: Any, length: int) -> Any:
@@ -96,9 +94,10 @@ def test_the_cap_is_of_the_step_the_attempt_is_meant_for(tiny_run: Callable[...,
     """Identity 5: lag does not change it, and what was sampled is what is counted."""
     cap = {"kind": "linear", "start": 2, "increment": 1.5}
     for max_lag in (0, 2):
-        done = tiny_run("full", steps=4, task=PLAIN["task"], sampler__max_tokens=cap, max_lag=max_lag)
-        longest = [max(len(r["tokens"]) for r in done.rows("attempts") if r["step"] == s and "tokens" in r) for s in (1, 2, 3, 4)]
-        assert longest == [2, 3, 5, 6]
+        settings = {"task": PLAIN["task"], "sampler__max_tokens": cap, "max_lag": max_lag, "prompts_per_step": 8, "learner__lr": 1e-6}
+        done = tiny_run("full", steps=4, **settings)
+        attempts = [row for row in done.rows("attempts") if row["kind"] == "attempt"]
+        cut = {(row["step"], len(row["tokens"])) for row in attempts if row["finish"] == "length"}
+        assert cut == {(1, 2), (2, 3), (3, 5), (4, 6)}
         for row in done.rows("metrics"):
-            lengths = [len(r["tokens"]) for r in done.rows("attempts") if r["step"] == row["step"] and "tokens" in r]
-            assert row["tokens_sampled"] == sum(lengths)
+            assert row["tokens_sampled"] == sum(len(entry["tokens"]) for entry in attempts if entry["step"] == row["step"])

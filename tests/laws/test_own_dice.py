@@ -20,7 +20,7 @@ from scipy import stats
 from tiny import same
 
 from reflux.loop import open_parts
-from reflux.run import Options, Run
+from reflux.rundir import Options, Run
 from reflux.samplers.noise import gumbel, row_key
 from reflux.types import Attempt, Draw, Moment, Prompt, Wants
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from tiny import attempt, gradients, rollout
+from tiny import attempt, close, gradients, rollout
 
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.kernels import linear_divergence
@@ -50,14 +50,6 @@ def nets() -> tuple[Any, Model]:
 
 def gradient(nets: tuple[Any, Model], objectives: list[Any], groups: list[Group], normalise: str, budget: int) -> dict[str, torch.Tensor]:
     return gradients(tiny.learner(nets[0], normalise=normalise, micro_batch_tokens=budget), groups, objectives)
-
-
-def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], rtol: float = 1e-10) -> None:
-    assert one.keys() == other.keys()
-    largest = max(float(value.abs().max()) for value in one.values())
-    assert largest > 1e-3
-    for name, value in one.items():
-        torch.testing.assert_close(other[name], value, rtol=rtol, atol=rtol * largest)
 
 
 @pytest.mark.parametrize("normalise", ["kept", "chosen", "rollout_means"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +19,32 @@ from reflux.types import Wants
 console = Console()
 
 
-def evaluate_model(model: str, task: str, problems: int, samples: int, max_tokens: int, overrides: list[str]) -> None:
-    """Print the table of `accuracy`; nothing is written."""
-    table: dict[str, Any] = {
-        "steps": 0,
-        "task": {"kind": task},
-        "sampler": {"max_tokens": max_tokens},
-        "learner": {"model": model},
-        "objectives": [{"kind": "nll"}],
-    }
+def evaluate_model(model: str, task: str | None, problems: int, samples: int, max_tokens: int | None, overrides: list[str]) -> None:
+    """Print the table of `accuracy`; nothing is written. A run directory brings its own task and sampler along."""
+    table = _table(model)
+    if task is not None and task != table["task"]["kind"]:
+        table["task"] = {"kind": task}
     for path, value in map(split_override, overrides):
         table = merge(table, nest(path.split("."), unpack(value), table))
     from reflux.quiet import quiet_libraries
 
     quiet_libraries()
     load_tokenizer(model, "MODEL")
-    found = asyncio.run(_accuracy(from_table(table), Accuracy(problems=problems, samples=samples, max_tokens=max_tokens, examples=0)))
+    cfg = from_table(table)
+    asked = Accuracy(problems=problems, samples=samples, max_tokens=max_tokens or cfg.longest, examples=0)
+    found = asyncio.run(_accuracy(cfg, asked))
     for name, value in found.items():
         if name != "examples":
             console.print(f"{name:16} {_shown(value)}", markup=False, highlight=False)
+
+
+def _table(model: str) -> dict[str, Any]:
+    table: dict[str, Any] = {"task": {"kind": "word_problems"}, "sampler": {"kind": "hf", "max_tokens": 512}}
+    recipe = Path(model) / "config.toml"
+    if recipe.is_file():
+        own = tomllib.loads(recipe.read_text())
+        table = {"steps": own["steps"], "task": own["task"], "sampler": own["sampler"].get("generate", own["sampler"])}
+    return {**table, "learner": {"model": model}, "objectives": [{"kind": "nll"}]}
 
 
 async def _accuracy(cfg: RunConfig, asked: Accuracy) -> dict[str, Any]:

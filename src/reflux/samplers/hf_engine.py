@@ -144,6 +144,7 @@ class HFSampler:
         talk.heard.append(heard)
         talk.messages += replies
         talk.budget = min(talk.budget, room)
+        talk.finish = "length"  # unless the next turn ends
         return True
 
     def _ask_ids(self, talk: _Talk) -> list[int]:

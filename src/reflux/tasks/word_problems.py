@@ -53,7 +53,7 @@ class WordProblems:
     operations: tuple[Operation, ...] = ("add", "sub")
     min_steps: int = 2
     max_steps: int = 3
-    largest: int = 99
+    largest: int = 50
     longer: int = 0
     held_out: int = 500
     weight: float = 1.0

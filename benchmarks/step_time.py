@@ -1,0 +1,189 @@
+"""Seconds a step: Reflux and TRL's DistillationTrainer by turns, on the same models, prompts, batch and lengths.
+
+    python benchmarks/step_time.py [--rounds 5] [--steps 8] [--threads 2] [--trl-python PATH]
+
+Exact reverse KL on the student's own answers, 64 prompts a step, 80 new tokens each, on the CPU in float32. Answers cannot end early: the
+models are copied with an end token that is never written, so both sides handle exactly the same number of tokens. Each side runs in a
+process of its own; one round is one process of each, the order alternating. Printed: the median seconds a step of each round, the ratio with its
+spread over rounds, and peak resident memory. TRL (1.16) may live in another environment: give its interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+PROMPTS, NEW_TOKENS, WARM = 64, 80, 3
+NEVER = "<system>"  # a token the models never write; it takes the place of the end token
+
+
+def never_ending(source: Path, target: Path) -> None:
+    """A copy of a shipped model that cannot end an answer, and has no chat template."""
+    shutil.copytree(source, target)
+    (target / "chat_template.jinja").unlink(missing_ok=True)
+    vocabulary = json.loads((target / "tokenizer.json").read_text())["model"]["vocab"]
+    for name in ("config.json", "generation_config.json"):
+        table = json.loads((target / name).read_text())
+        (target / name).write_text(json.dumps({**table, "eos_token_id": vocabulary[NEVER]}))
+    table = json.loads((target / "tokenizer_config.json").read_text())
+    table.pop("chat_template", None)
+    (target / "tokenizer_config.json").write_text(json.dumps({**table, "eos_token": NEVER}))
+
+
+def prepare(folder: Path) -> None:
+    """Models and prompts that both sides read."""
+    from reflux.models import ASSETS
+    from reflux.tasks.word_problems import WordProblems
+
+    for name in ("student", "teacher"):
+        never_ending(ASSETS / name, folder / name)
+    prompts = islice(WordProblems().prompts("train", 0), PROMPTS * 64)
+    rows = [{"id": prompt.id, "prompt": prompt.messages[-1]["content"]} for prompt in prompts]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def side_reflux(folder: Path, steps: int, threads: int) -> None:
+    import asyncio
+
+    from reflux.config import from_table
+    from reflux.loop import train
+    from reflux.rundir import Options
+
+    table = {
+        "recipe": "step_time",
+        "steps": steps + WARM,
+        "prompts_per_step": PROMPTS,
+        "threads": threads,
+        "task": {"kind": "jsonl", "path": str(folder / "prompts.jsonl"), "validation": 0.0},
+        "sampler": {"kind": "hf", "max_tokens": NEW_TOKENS},
+        "learner": {"kind": "hf", "model": str(folder / "student"), "lr": 1e-6},
+        "teachers": {"main": {"kind": "local", "model": str(folder / "teacher")}},
+        "objectives": [{"kind": "divergence", "divergence": "reverse"}],
+        "save_every": 10_000,
+    }
+    out = Path(tempfile.mkdtemp(dir=folder)) / "run"
+    asyncio.run(train(from_table(table), Options(out)))
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["tokens_sampled"] == PROMPTS * NEW_TOKENS for row in rows), "answers ended early: the comparison would not be fair"
+    _report([row["seconds"]["total"] for row in rows][WARM:])
+
+
+def side_trl(folder: Path, steps: int, threads: int) -> None:
+    import time
+
+    import torch
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DistillationConfig, DistillationTrainer
+
+    torch.set_num_threads(threads)
+    seconds: list[float] = []
+
+    class Timer(TrainerCallback):
+        def on_step_begin(self, *args: object, **kwargs: object) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *args: object, **kwargs: object) -> None:
+            now = time.perf_counter()
+            seconds.append(now - getattr(self, "last", self.started))
+            self.last = now
+
+    config = DistillationConfig(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=PROMPTS,
+        gradient_accumulation_steps=1,
+        max_steps=steps + WARM,
+        max_completion_length=NEW_TOKENS,
+        beta=1.0,
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        temperature=1.0,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1000,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student", padding_side="left")
+    data = load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train", cache_dir=str(folder / "cache"))
+    trainer = DistillationTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder / "student"),
+        teacher_model=AutoModelForCausalLM.from_pretrained(folder / "teacher"),
+        args=config,
+        processing_class=tokenizer,
+        train_dataset=data.remove_columns("id"),
+        callbacks=[Timer()],
+    )
+    trainer.train()
+    _report(seconds[WARM:])
+
+
+def _report(seconds: list[float]) -> None:
+    import resource
+
+    print("RESULT " + json.dumps({"seconds": seconds, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+
+
+def measure(side: str, python: str, folder: Path, steps: int, threads: int) -> tuple[float, int]:
+    """(median seconds a step, peak bytes) of one process."""
+    source = str(Path(__file__).parents[1] / "src")
+    paths = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
+    command = [python, __file__, "--side", side, "--folder", str(folder), "--steps", str(steps), "--threads", str(threads)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        raise SystemExit(f"{side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    result = json.loads(lines[0].removeprefix("RESULT "))
+    return statistics.median(result["seconds"]), result["peak_bytes"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8, help="measured steps per process, after three that warm up")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--trl-python", default=sys.executable, help="the interpreter of an environment with trl 1.16")
+    parser.add_argument("--side", choices=("reflux", "trl"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.side:
+        {"reflux": side_reflux, "trl": side_trl}[asked.side](asked.folder, asked.steps, asked.threads)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        prepare(folder)
+        _rounds(asked, folder)
+
+
+def _rounds(asked: argparse.Namespace, folder: Path) -> None:
+    pythons = {"reflux": sys.executable, "trl": asked.trl_python}
+    times: dict[str, list[float]] = {"reflux": [], "trl": []}
+    peaks = {"reflux": 0, "trl": 0}
+    for number in range(asked.rounds):
+        for side in ("reflux", "trl") if number % 2 == 0 else ("trl", "reflux"):
+            seconds, peak = measure(side, pythons[side], folder, asked.steps, asked.threads)
+            times[side].append(seconds)
+            peaks[side] = max(peaks[side], peak)
+        print(f"round {number + 1}: reflux {times['reflux'][-1]:.3f} s, trl {times['trl'][-1]:.3f} s a step", flush=True)
+    ratios = [ours / theirs for ours, theirs in zip(times["reflux"], times["trl"], strict=True)]
+    for side in times:
+        low, high = min(times[side]), max(times[side])
+        print(f"{side:7} median {statistics.median(times[side]):.3f} s a step ({low:.3f} to {high:.3f}), peak {peaks[side] / 1e6:,.0f} MB")
+    print(
+        f"ratio   median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), {asked.rounds} rounds, {asked.threads} threads"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""Writes docs/methods.md, docs/recipes.md and docs/configuration.md from the code: docstrings, fields, comments, recipes, citations.
+
+    python docs/generate.py
+
+What the code does not say (when to use a recipe, what a field without a comment means) stands in docs/notes.toml.
+`tests/test_docs.py` fails where a page is not what this script writes, or where a field has no word at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import re
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent / "src"))
+
+from reflux import parts  # noqa: E402
+from reflux.cite import PAPERS, papers  # noqa: E402
+from reflux.config import RECIPES, RunConfig, Track, load_recipe, recipe_names  # noqa: E402
+from reflux.credit.outcome import group_advantages  # noqa: E402
+from reflux.learners.hf import Lora  # noqa: E402
+from reflux.metrics import step_flops  # noqa: E402
+from reflux.parts import PartOf  # noqa: E402
+from reflux.summary import method_of  # noqa: E402
+
+NOTES: dict[str, Any] = tomllib.loads((DOCS / "notes.toml").read_text())
+TABLES = {"": RunConfig, "track": Track, "learner.lora": Lora}  # what is no part: its path in a recipe
+WHERE = {  # where a recipe names a part of each group
+    "tasks": "`[task]`",
+    "samplers": "`[sampler]`",
+    "learners": "`[learner]`",
+    "teachers": "`[teachers.NAME]`",
+    "contexts": "`[teachers.NAME.context]`",
+    "objectives": "`[[objectives]]`",
+    "credit": "`[credit.NAME]`",
+    "rewards": "`[reward]`",
+    "accelerators": "`[accelerator]`",
+    "evals": "`[evals.NAME]`",
+    "schedules": "the value of any key that takes a schedule",
+}
+MATHS = ("reflux.objectives.divergences", "reflux.objectives.baselines", "reflux.objectives.sampled_kl", "reflux.statistics")
+MADE = "<!-- Written by docs/generate.py from the code. Do not edit: change the docstring, the comment or docs/notes.toml. -->\n"
+
+
+def main() -> None:
+    for name, text in pages().items():
+        (DOCS / name).write_text(text)
+
+
+def pages() -> dict[str, str]:
+    made = {"methods.md": methods(), "recipes.md": recipes(), "configuration.md": configuration()}
+    return {name: MADE + "\n" + "\n".join(lines).rstrip() + "\n" for name, lines in made.items()}
+
+
+# --- methods.md
+
+
+def methods() -> Iterator[str]:
+    yield "# Methods: what each part does\n"
+    yield NOTES["pages"]["methods"]
+    for group in parts.GROUPS:
+        kinds = parts.kinds(group)
+        if not kinds:
+            continue
+        yield f"## {group}\n\nWritten as {WHERE[group]}.\n"
+        for kind, dotted in kinds.items():
+            cls = parts.part(group, kind)
+            yield f"### {group} `{kind}`\n"
+            yield f"`{dotted}`\n"
+            yield f"{inspect.getdoc(cls)}\n"
+    yield "## The mathematics as plain functions\n"
+    yield NOTES["pages"]["mathematics"]
+    for module in MATHS:
+        found = importlib.import_module(module)
+        yield f"### `{module}`\n"
+        yield f"{inspect.getdoc(found)}\n"
+        yield from (_function(f) for f in vars(found).values() if _public_function(f, module))
+    yield "### Elsewhere\n"
+    yield from (_function(f, f.__module__) for f in (group_advantages, step_flops))
+    yield "## Papers\n"
+    yield "`reflux cite RECIPE` prints the BibTeX of those a recipe uses.\n"
+    yield from (f"- [{paper.title}](https://arxiv.org/abs/{paper.arxiv}) ({paper.year}; `{paper.key}`)" for paper in PAPERS)
+
+
+def _public_function(value: object, module: str) -> bool:
+    return inspect.isfunction(value) and value.__module__ == module and not value.__name__.startswith("_") and bool(value.__doc__)
+
+
+def _function(function: Callable[..., Any], module: str = "") -> str:
+    names = ", ".join(_parameter(p) for p in inspect.signature(function).parameters.values())
+    doc = (inspect.getdoc(function) or "").replace("\n", "\n  ")
+    return f"- `{module + '.' if module else ''}{function.__name__}({names})`: {doc}\n"
+
+
+def _parameter(parameter: inspect.Parameter) -> str:
+    return parameter.name if parameter.default is inspect.Parameter.empty else f"{parameter.name}={parameter.default!r}"
+
+
+# --- recipes.md
+
+
+def recipes() -> Iterator[str]:
+    yield "# Recipes\n"
+    yield NOTES["pages"]["recipes"]
+    yield "| recipe | what it is | method |\n|---|---|---|"
+    for name in recipe_names():
+        yield f"| [`{name}`](#{name}) | {_comment(RECIPES / f'{name}.toml')} | {method_of(load_recipe(name))} |"
+    for name in recipe_names():
+        path = RECIPES / f"{name}.toml"
+        cited = ", ".join(f"[{paper.key}](https://arxiv.org/abs/{paper.arxiv})" for paper in papers(load_recipe(name)))
+        yield f"\n## {name}\n\n{_comment(path)}\n\nWhen: {NOTES['recipes'][name]}\n\n```toml\n{_body(path)}\n```"
+        yield f"\nPapers: {cited}." if cited else ""
+    yield "\n# Bases: scale, apart from method\n"
+    for path in sorted((RECIPES / "base").glob("*.toml")):
+        yield f"## {path.stem}\n\n{_comment(path)}\n\n```toml\n{_body(path)}\n```\n"
+
+
+def _comment(path: Path) -> str:
+    lines = path.read_text().split("\n")
+    return " ".join(line.removeprefix("#").strip() for line in lines[: _first_key(lines)])
+
+
+def _body(path: Path) -> str:
+    lines = path.read_text().split("\n")
+    return "\n".join(lines[_first_key(lines) :]).strip()
+
+
+def _first_key(lines: list[str]) -> int:
+    return next(place for place, line in enumerate(lines) if line and not line.startswith("#"))
+
+
+# --- configuration.md
+
+
+def configuration() -> Iterator[str]:
+    yield "# Configuration: every key\n"
+    yield NOTES["pages"]["configuration"]
+    yield "## The top of a recipe\n"
+    yield from _table("", RunConfig)
+    yield "## `[track]`\n"
+    yield f"{inspect.getdoc(Track)}\n"
+    yield from _table("track", Track)
+    for group in parts.GROUPS:
+        yield f"## {group}\n\nWritten as {WHERE[group]}." + ("" if parts.kinds(group) else " None ships yet.") + "\n"
+        for kind in parts.kinds(group):
+            cls = parts.part(group, kind)
+            yield f"### {group} `{kind}`\n"
+            yield f"{inspect.getdoc(cls)}\n"
+            yield from _table(f"{group}.{kind}", cls)
+            if cls.__module__ == Lora.__module__:
+                yield "#### `[learner.lora]`\n"
+                yield f"{inspect.getdoc(Lora)}\n"
+                yield from _table("learner.lora", Lora)
+
+
+def _table(path: str, cls: type) -> Iterator[str]:
+    fields = dataclasses.fields(cls)
+    if not fields:
+        yield "No keys.\n"
+        return
+    hints = typing.get_type_hints(cls, include_extras=True)
+    yield "| key | type | default | |\n|---|---|---|---|"
+    for field in fields:
+        cells = (f"`{field.name.removesuffix('_')}`", in_words(hints[field.name]), _default(field), word(path, cls, field.name))
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    yield ""
+
+
+def word(path: str, cls: type, name: str) -> str:
+    """What a field means: its comment in the source, else its note, else the class docstring that names it. KeyError without any."""
+    note = NOTES["fields"].get(f"{path}.{name}".lstrip("."))
+    said = comments(cls).get(name) or note
+    if said:
+        return said
+    if re.search(rf"\b{name.removesuffix('_')}\b", inspect.getdoc(cls) or ""):
+        return "see above"
+    raise KeyError(f"{cls.__module__}.{cls.__name__}.{name} has no comment, no word in the docstring and no note in docs/notes.toml")
+
+
+def comments(cls: type) -> dict[str, str]:
+    """Field -> the comment on its line, of the class and of what it inherits."""
+    found: dict[str, str] = {}
+    for owner in reversed([c for c in cls.__mro__ if dataclasses.is_dataclass(c)]):
+        for line in inspect.getsource(owner).split("\n"):
+            match = re.match(r"    (\w+): .*?  # (.+)$", line)
+            if match:
+                found[match[1]] = match[2]
+    return found
+
+
+def in_words(hint: Any) -> str:
+    """A type as a reader of TOML needs it."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _annotated(inner[0], hint.__metadata__)
+    if origin is typing.Literal:
+        return ", ".join(f'`"{choice}"`' for choice in inner)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(in_words(choice) for choice in inner if choice is not type(None))
+    if origin is tuple:
+        return f"list of {in_words(inner[0])}" if inner[-1] is ... else "[" + ", ".join(map(in_words, inner)) + "]"
+    if origin is dict:
+        return "table"
+    if dataclasses.is_dataclass(hint):
+        return "table"
+    return {str: "text", bool: "true, false", int: "whole number", float: "number"}.get(hint, str(hint))
+
+
+def _annotated(hint: Any, metadata: tuple[Any, ...]) -> str:
+    for entry in metadata:
+        if isinstance(entry, PartOf):
+            return _part_in_words(entry)
+    bounds = [f"{sign} {getattr(rule, name)}" for entry in metadata for rule in getattr(entry, "metadata", [entry]) for name, sign in _SIGNS
+              if hasattr(rule, name)]  # fmt: skip
+    return " ".join([in_words(hint), *bounds])
+
+
+_SIGNS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+
+
+def _part_in_words(marker: PartOf) -> str:
+    if marker.group == "schedules":
+        return "number or [schedule](#schedules)"
+    many = {"": "a part of", "list": "list of", "table": "tables of"}[marker.many]
+    return f"{many} {marker.group}"
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    default = field.default
+    if isinstance(default, dataclasses.Field) or type(default).__name__ == "FieldInfo":  # pydantic's
+        made = default.default_factory() if getattr(default, "default_factory", None) else default.default
+        return _value(made)
+    if field.default_factory is not dataclasses.MISSING:
+        return _value(field.default_factory())
+    return "required" if default is dataclasses.MISSING else _value(default)
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if dataclasses.is_dataclass(value):
+        return "its defaults"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, str):
+        return f'`"{value}"`'.replace("\\", "\\\\")
+    if isinstance(value, tuple):
+        return "`[" + ", ".join(f'"{v}"' if isinstance(v, str) else str(v) for v in value) + "]`"
+    return f"`{value}`" if value != {} else "none"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""The learner: what it refuses, what it publishes, what it exports."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from tiny import attempt, close, gradients, rollout, same
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from reflux.assets.tokenizer import character_tokenizer
+from reflux.errors import StepRefused
+from reflux.learners.hf import Lora
+from reflux.models import as_model
+from reflux.objectives.divergence import Divergence
+from reflux.objectives.nll import NLL
+from reflux.objectives.sampled_kl import SampledKL
+from reflux.types import Moment
+
+CHAT = {"kind": "outside:Chat"}
+
+
+def batch(lengths: tuple[int, ...] = (3, 8, 5)) -> list[list[Any]]:
+    teacher = as_model(tiny.net(2), character_tokenizer())
+    return [[attempt(rollout(n, seed=n), teacher)] for n in lengths]
+
+
+def move(learner: Any, groups: Any, objectives: Any, step: int = 0) -> Any:
+    return asyncio.run(learner.step(groups, objectives, Moment(step, 0)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_step_that_is_not_finite_is_refused_and_nothing_has_changed(bad: float) -> None:
+    learner = tiny.learner(tiny.net(1), lr=0.1)
+    move(learner, batch(), [Divergence()])  # moments are not empty
+    before = {name: torch.as_tensor(value).clone() for name, value in learner.state().items()}
+    groups = batch()
+    groups[1][0].targets["main"].h_TH[2] = bad
+    with pytest.raises(StepRefused, match="step 5: .* the step was refused, no weight has changed.*refused.jsonl"):
+        move(learner, groups, [Divergence()], step=4)
+    assert same(before, dict(learner.state()))
+    assert all(p.grad is None for p in learner.trained.values())
+    move(learner, batch(), [Divergence()])  # and the next good one goes on
+    assert learner.version == 2
+
+
+def test_a_refused_step_leaves_the_batch_on_disk_and_stops_the_run(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    folder = tmp_path / "hot"
+    with pytest.raises(StepRefused, match="refused-step-"):
+        tiny_run("opd", out=folder, steps=6, task=CHAT, learner__lr=1e30, save_every=1)
+    (path,) = folder.glob("refused-step-*.jsonl")
+    number = int(path.stem.split("-")[-1])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 4
+    assert all(row["step"] == number and row["tokens"] and "loss" in row["why"] for row in rows)
+    assert max(json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()) == number - 1
+
+
+def test_versions_count_optimiser_steps_only(tiny_run: Callable[..., Any]) -> None:
+    """Every weight 0 at steps 1 and 2: step + 1, version unchanged."""
+    fade = {"kind": "steps", "values": [0.0, 1.0], "boundaries": [100]}
+    silent = tiny_run("opd", steps=2, task=CHAT, credit={"position": {"factor": fade}})
+    assert (silent.state["version"], [row["step"] for row in silent.rows("metrics")]) == (0, [1, 2])
+    assert [row["tokens_trained"] for row in silent.rows("metrics")] == [0, 0]
+    assert tiny_run("opd", steps=2, task=CHAT).state["version"] == 2
+
+
+def test_clipping_bounds_the_gradient() -> None:
+    plain, clipped = tiny.learner(tiny.net(1)), tiny.learner(tiny.net(1), clip=0.01)
+    whole = gradients(plain, batch(), [Divergence()])
+    small = gradients(clipped, batch(), [Divergence()])
+    norm = torch.stack([value.norm() for value in whole.values()]).norm()
+    assert norm > 0.1
+    close({name: value * (0.01 / norm) for name, value in whole.items()} | {"x": torch.ones(1)}, small | {"x": torch.ones(1)}, rtol=1e-4)
+
+
+def test_one_step_is_adamws() -> None:
+    """Against torch's own AdamW, fed the same gradient."""
+    learner, other = tiny.learner(tiny.net(1), lr=0.05, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1), tiny.net(1)
+    optimiser = torch.optim.AdamW(other.parameters(), lr=0.05, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
+    for step in range(3):
+        stats = move(learner, batch(), [Divergence()], step)
+        for mine, theirs in zip(learner.trained.values(), other.parameters(), strict=True):
+            theirs.grad = mine.grad.clone()
+        optimiser.step()
+        assert stats["lr"].value == 0.05
+    for mine, theirs in zip(learner.trained.values(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_the_learning_rate_follows_its_schedule(tiny_run: Callable[..., Any]) -> None:
+    done = tiny_run("opd", steps=3, task=CHAT, learner__lr={"kind": "linear", "start": 1e-3, "stop": 0.0})
+    assert [row["lr"] for row in done.rows("metrics")] == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
+
+
+@pytest.mark.parametrize("objective", [Divergence(), SampledKL(), NLL()])
+def test_gradient_checkpointing_changes_no_gradient(objective: Any) -> None:
+    plain, saving = tiny.learner(tiny.net(1, layers=2)), tiny.learner(tiny.net(1, layers=2), gradient_checkpointing=True)
+    close(gradients(plain, batch(), [objective]), gradients(saving, batch(), [objective]), rtol=1e-6)
+
+
+def test_gradient_checkpointing_really_recomputes() -> None:
+    learner = tiny.learner(tiny.net(1, layers=2), gradient_checkpointing=True)
+    calls = []
+    learner.model.net.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    gradients(learner, batch((3,)), [NLL()])
+    assert len(calls) == 2
+
+
+def test_dropout_is_off_in_the_student_that_moves() -> None:
+    net = tiny.net(1)
+    net.model.layers[0].self_attn.attention_dropout = 0.5
+    learner = tiny.learner(net.train())
+    assert same(gradients(learner, batch(), [Divergence()]), gradients(learner, batch(), [Divergence()]))
+
+
+# --- adapters
+
+
+def adapted(**fields: Any) -> Any:
+    learner = tiny.learner(tiny.net(1, layers=2), lr=0.05, lora=Lora(rank=2, alpha=8), **fields)
+    for step in range(3):
+        move(learner, batch(), [Divergence()], step)
+    return learner
+
+
+def test_only_adapters_are_trained_and_the_base_stays() -> None:
+    learner = adapted()
+    assert learner.trained
+    assert all("lora_" in name for name in learner.trained)
+    base = {name.replace(".base_layer", ""): p for name, p in learner.model.net.named_parameters() if "lora_" not in name}
+    assert same(base, dict(tiny.net(1, layers=2).named_parameters()))
+
+
+def test_published_weights_are_those_of_the_adapted_model() -> None:
+    """Base plus product B A, under the model's own names; a plain model with them says the same."""
+    learner = adapted()
+    plain = tiny.net(1, layers=2)
+    assert learner.weights.keys() == plain.state_dict().keys()
+    ids = torch.randint(2, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted, before = learner.model.net(input_ids=ids).logits, plain(input_ids=ids).logits
+        plain.load_state_dict(dict(learner.weights))
+        torch.testing.assert_close(plain(input_ids=ids).logits, wanted, rtol=1e-5, atol=1e-5)
+    assert (wanted - before).abs().max() > 0.1
+    layer = learner.model.net.model.layers[0].self_attn.q_proj
+    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * (8 / 2)
+    torch.testing.assert_close(learner.weights["model.layers.0.self_attn.q_proj.weight"], layer.base_layer.weight + product)
+
+
+def test_adapters_start_as_the_identity_and_from_the_runs_dice() -> None:
+    one, other = (tiny.learner(tiny.net(1), lora=Lora(rank=2)) for _ in range(2))
+    assert same(dict(one.weights), tiny.net(1).state_dict())
+    assert same(one.state(), other.state())
+
+
+def test_adapters_at_rank_of_the_layer_learn_what_the_layer_would() -> None:
+    """The gradient reaches A and B: after some steps the divergence has fallen."""
+    learner = tiny.learner(tiny.net(1), lr=0.02, lora=Lora(rank=8))
+    losses = [float(move(learner, batch(), [Divergence()], step)["loss"].value) for step in range(12)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4.0}])
+def test_the_exported_student_is_the_student(tiny_run: Callable[..., Any], lora: Any) -> None:
+    """from_pretrained loads it, and it says what the last weights say: the loss before and after more steps continues."""
+    more = {"learner__lora": lora, "learner__lr": 0.02} if lora else {"learner__lr": 0.02}
+    done = tiny_run("full", steps=2, task=CHAT, **more)
+    loaded = AutoModelForCausalLM.from_pretrained(done.dir / "student")
+    tokenizer = AutoTokenizer.from_pretrained(done.dir / "student")
+    assert tokenizer.get_vocab() == character_tokenizer().get_vocab()
+    assert "lora" not in "".join(loaded.state_dict())
+    if lora is None:
+        saved = {name.removeprefix("weight/"): value for name, value in done.weights.items()}
+        assert same(saved, dict(loaded.named_parameters()))
+    again = tiny_run("full", steps=1, task=CHAT, learner__model=str(done.dir), learner__lr=0.0)  # an earlier run directory is a model
+    ids = torch.arange(5, 25)[None]
+    reloaded = AutoModelForCausalLM.from_pretrained(again.dir / "student")
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, reloaded(input_ids=ids).logits)
+
+
+def test_the_export_has_the_type_the_files_had(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    half = tiny.save(tiny.net(1).bfloat16(), tmp_path / "half")
+    done = tiny_run("full", steps=1, task=CHAT, learner__model=half)
+    assert {value.dtype for value in done.weights.values()} == {torch.float32}  # master weights
+    loaded = AutoModelForCausalLM.from_pretrained(done.dir / "student", dtype="auto")
+    assert {value.dtype for value in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_observe_gives_the_student_of_now(student: str, teacher: str) -> None:
+    """Top-k of now, and the log-probs of now at what was said then; nothing where nothing is wanted."""
+    from dataclasses import replace
+
+    from reflux.types import TopKTarget, Wants
+
+    net = tiny.net(1)
+    learner = tiny.learner(net)
+    spoken = rollout(6, seed=1)
+    ids = np.concatenate([spoken.prompt_tokens, spoken.tokens_T])
+    with torch.no_grad():
+        logp_TV = net(input_ids=torch.from_numpy(ids)[None]).logits[0, len(spoken.prompt_tokens) - 1 : -1].log_softmax(-1)
+    listed = np.random.default_rng(0).integers(0, 102, (6, 4))
+    said = TopKTarget(teacher="said", ids_TK=listed, logp_TK=np.zeros((6, 4), np.float32), logp_T=spoken.logp_T)
+    for wants, ids_TK in ((Wants(now_topk=3), logp_TV.topk(3).indices), (Wants(now_at_said=True, said=4), torch.from_numpy(listed))):
+        made = attempt(replace(spoken, said=said) if wants.now_at_said else spoken)
+        learner.run.wants = wants
+        asyncio.run(learner.observe([[made]]))
+        np.testing.assert_array_equal(made.now.ids_TK, ids_TK)
+        np.testing.assert_allclose(made.now.logp_TK, logp_TV.gather(-1, ids_TK), atol=1e-4)
+        np.testing.assert_allclose(made.now.logp_T, logp_TV[range(6), spoken.tokens_T], atol=1e-4)
+    learner.run.wants = Wants()
+    silent = attempt(spoken)
+    asyncio.run(learner.observe([[silent]]))
+    assert silent.now is None

@@ -1,0 +1,24 @@
+"""The golden curve: the first steps of the quickstart's shape, small enough for a test. Written again by `make golden`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).with_name("quickstart.json")
+RECIPES = ("quickstart", "vopd", "topk", "rl_opd")
+KEPT = ("step", "loss", "kl_nats", "grad_norm", "tokens_sampled")
+SMALL = {"steps": 3, "prompts_per_step": 8, "threads": 1, "evals": "none", "learner.lr": 1e-3}
+
+
+def curve(recipe: str, out: Path) -> list[dict[str, Any]]:
+    """The metrics of a small run that do not depend on the machine's speed."""
+    from reflux.config import load_recipe
+    from reflux.loop import train
+    from reflux.rundir import Options
+
+    asyncio.run(train(load_recipe(recipe, SMALL), Options(out)))
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: row[name] for name in KEPT} for row in rows]
