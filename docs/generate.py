@@ -13,6 +13,7 @@ import importlib
 import inspect
 import re
 import sys
+import textwrap
 import tomllib
 import types
 import typing
@@ -190,7 +191,7 @@ def comments(cls: type) -> dict[str, str]:
     """Field -> the comment on its line, of the class and of what it inherits."""
     found: dict[str, str] = {}
     for owner in reversed([c for c in cls.__mro__ if dataclasses.is_dataclass(c)]):
-        for line in inspect.getsource(owner).split("\n"):
+        for line in textwrap.dedent(inspect.getsource(owner)).split("\n"):
             match = re.match(r"    (\w+): .*?  # (.+)$", line)
             if match:
                 found[match[1]] = match[2]
@@ -235,8 +236,8 @@ def _part_in_words(marker: PartOf) -> str:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    default = field.default
-    if isinstance(default, dataclasses.Field) or type(default).__name__ == "FieldInfo":  # pydantic's
+    default: Any = field.default
+    if type(default).__name__ == "FieldInfo":  # pydantic's
         made = default.default_factory() if getattr(default, "default_factory", None) else default.default
         return _value(made)
     if field.default_factory is not dataclasses.MISSING:

@@ -1,12 +1,13 @@
 """The shipped models: what they are, how they speak, and that what they are said to know they know."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from safetensors import safe_open
 
 from reflux.assets import folder
-from reflux.assets.make import SPECS, Spec, accuracy, blank, cold_start, encode, main, wilson
+from reflux.assets.make import SPECS, Spec, accuracy, blank, cold_start, encode, main
 from reflux.assets.tokenizer import CHARACTERS, SPECIALS, character_tokenizer
 from reflux.tasks.word_problems import WordProblems
 
@@ -91,6 +92,7 @@ def test_the_shipped_models_are_what_their_specs_say(name):
     assert model.config.model_type == "qwen3"
     assert model.config.vocab_size == len(tokenizer) == len(SPECIALS) + len(CHARACTERS)
     assert {key: value.shape for key, value in model.state_dict().items()} == {key: value.shape for key, value in made.state_dict().items()}
+    assert model.num_parameters() == made.num_parameters()
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == model.config.eos_token_id
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id == model.config.pad_token_id
 
@@ -109,9 +111,16 @@ def test_the_student_is_smaller_and_knows_less():
 
 def test_the_same_seed_makes_the_same_model_and_another_does_not():
     tokenizer = character_tokenizer()
-    states = [cold_start(spec, tokenizer).state_dict() for spec in (TINY, TINY, Spec(**{**vars(TINY), "seed": 1}))]
+    states = [cold_start(spec, tokenizer).state_dict() for spec in (TINY, TINY, replace(TINY, seed=1))]
     assert all(states[0][key].equal(states[1][key]) for key in states[0])
     assert not all(states[0][key].equal(states[2][key]) for key in states[0])
+
+
+def test_the_seed_sets_the_first_weights():
+    tokenizer = character_tokenizer()
+    first, same, other = (blank(replace(TINY, seed=seed), tokenizer).model.embed_tokens.weight for seed in (0, 0, 1))
+    assert first.equal(same)
+    assert not first.equal(other)
 
 
 def test_making_writes_whole_folders_that_load_and_replaces_them(tmp_path, monkeypatch, capsys):
@@ -130,13 +139,3 @@ def test_making_writes_whole_folders_that_load_and_replaces_them(tmp_path, monke
     expected = cold_start(TINY, character_tokenizer()).state_dict()
     assert all(model.state_dict()[key].equal(expected[key]) for key in expected)
     assert len(tokenizer) == len(character_tokenizer())
-
-
-def test_the_interval_solves_the_score_equation():
-    for right, problems in ((0, 20), (7, 20), (490, 500), (20, 20)):
-        for bound in wilson(right, problems):
-            assert abs((right / problems - bound) ** 2 - 1.96**2 * bound * (1 - bound) / problems) < 1e-12
-        low, high = wilson(right, problems)
-        assert low < high
-        assert low <= right / problems + 1e-12
-        assert right / problems <= high + 1e-12

@@ -40,6 +40,7 @@ def test_surprise_keeps_what_the_teacher_would_hardly_say() -> None:
     heard.targets["main"] = SampledTarget(teacher="main", logp_T=np.array([-0.1, -1.0, -0.1, -5.0], dtype=np.float32))
     share_credit([[heard, silent]], {"surprise": rule}, Moment(0, 0))
     assert heard.weight_T.tolist() == [0.25, 1.0, 0.0, 1.0]
+    assert np.asarray(heard.shares["surprise"].factor_T).tolist() == [0.25, 1.0, 1.0, 1.0]
     assert heard.shares["surprise"].notes == {"surprising": pytest.approx(2 / 3)}
     assert silent.weight_T.tolist() == [1.0] * 4
     with pytest.raises(ValueError, match="elsewhere"):
@@ -91,10 +92,14 @@ def test_all_of_them_run_together_from_the_recipe(student: str, teacher: str, tm
     cfg = load_recipe(recipe)
     assert config_hash(from_table(to_table(cfg))) == config_hash(cfg)
     off = {f"evals.{name}": "none" for name in cfg.evals}
-    models = {"learner.model": student, "teachers.main.model": teacher}
-    summary = reflux.run(
-        recipe, {"steps": 2, "prompts_per_step": 4, "sampler.share": 1.0, "threads": 1, **models, **off}, out=tmp_path / "run"
-    )
+    tiny_scale = {"steps": 2, "prompts_per_step": 4, "threads": 1, "learner.model": student, "teachers.main.model": teacher}
+    settings = {"sampler.share": 1.0, "credit.surprise.least_nats": 3.0}
+    summary = reflux.run(recipe, {**tiny_scale, **settings, **off}, out=tmp_path / "run")
     assert summary["method"] == "my_lab.objectives:Jeffreys + my_lab.credit:Surprise"
-    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
-    assert 0 < first["credit"]["surprise"]["surprising"] < 1
+    metrics, attempts = (
+        [json.loads(line) for line in (tmp_path / "run" / f"{name}.jsonl").read_text().splitlines()] for name in ("metrics", "attempts")
+    )
+    learned = [row for row in attempts if row["kind"] == "learned" and row["step"] == 1]
+    shares = [np.mean(np.array(row["teacher_logp"]["main"]) <= -3.0) for row in learned]
+    assert metrics[0]["credit"]["surprise"]["surprising"] == pytest.approx(np.mean(shares))
+    assert 0 < np.mean(shares) < 1, [row['teacher_logp']['main'] for row in learned]

@@ -175,6 +175,7 @@ def test_a_worked_solution_is_right_and_no_answer_is_an_error():
         ({"weight": 0.0}, "above 0"),
         ({"operations": ("mul",), "max_steps": 6}, "raise largest"),
         ({"operations": ("add",), "largest": 4}, "raise largest"),
+        ({"operations": ("sub",), "largest": 2}, "raise largest"),
     ],
 )
 def test_settings_without_a_story_are_refused_in_words(setting, sentence):

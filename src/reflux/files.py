@@ -35,6 +35,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     fill(scratch)
     for file in scratch.rglob("*"):
         if file.is_file():
+            file.chmod(0o644)  # safetensors writes files that nobody else may read
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
     if path.exists():

@@ -48,8 +48,8 @@ def test_the_teacher_says_what_its_model_says_along_the_students_tokens(batch_to
         ids = np.concatenate([spoken.prompt_tokens, spoken.tokens_T])
         with torch.no_grad():
             logp_TV = net(input_ids=torch.from_numpy(ids)[None]).logits[0, len(spoken.prompt_tokens) - 1 : -1].log_softmax(-1)
-        assert isinstance(target, HiddenTarget)
-        torch.testing.assert_close(target.head.logits(target.h_TH).log_softmax(-1), logp_TV, rtol=1e-4, atol=1e-4)
+            assert isinstance(target, HiddenTarget)
+            torch.testing.assert_close(target.head.logits(target.h_TH).log_softmax(-1), logp_TV, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(target.logp_T, logp_TV[range(spoken.length), spoken.tokens_T], atol=1e-4)
 
 
@@ -65,7 +65,8 @@ def test_log_probs_and_candidates_are_made_only_where_wanted() -> None:
     assert plain.targets["main"].logp_T is None
     assert plain.candidates == {}
     target = asked.targets["main"]
-    logp_TV = target.head.logits(target.h_TH).log_softmax(-1)
+    with torch.no_grad():
+        logp_TV = target.head.logits(target.h_TH).log_softmax(-1)
     np.testing.assert_allclose(asked.candidates["main"].logp_TK, logp_TV.gather(-1, torch.from_numpy(listed)), atol=1e-5)
     with pytest.raises(ModelError, match="without the student's top-k"):
         score(local(tiny.net(2), Wants(candidates=3)), [Attempt(spoken)])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,14 +125,6 @@ def accuracy(model: Any, tokenizer: Any, task: WordProblems, *, seed: int = 0, b
         texts = tokenizer.batch_decode(made, skip_special_tokens=True)
         right += sum(int(task.verify(prompt, text)) for prompt, text in zip(some, texts, strict=True))
     return right, len(prompts)
-
-
-def wilson(right: int, problems: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of a proportion (Wilson 1927); z = 1.96 is 95 %."""
-    share, shrink = right / problems, 1 + z * z / problems
-    middle = (share + z * z / (2 * problems)) / shrink
-    half = z / shrink * math.sqrt(share * (1 - share) / problems + z * z / (4 * problems * problems))
-    return middle - half, middle + half
 
 
 def measure(model: Any, tokenizer: Any, spec: Spec) -> list[str]:

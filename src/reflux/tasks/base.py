@@ -16,7 +16,10 @@ Split = Literal["train", "validation", "test"]
 
 
 class Task(Protocol):
-    weight: float  # its share where several tasks are mixed
+    @property
+    def weight(self) -> float:
+        """Its share where several tasks are mixed."""
+        ...
 
     def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
         """Prompts from position `start` on. "train" never ends (a new order each epoch, the same ids); the others end."""

@@ -1,0 +1,57 @@
+"""A checkpoint has its name only once it is complete; it gives back what it was given; the last k are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from reflux import checkpoints
+
+STATES = {
+    "learner": {"version": 3, "weight/a.b": torch.randn(3, 2), "half": torch.randn(4).bfloat16(), "step": torch.tensor(5.0)},
+    "teachers": {},
+    "accelerator": {"path": [1.5, None, "x"], "trace": torch.arange(4)},
+}
+
+
+def test_states_come_back_bit_for_bit(tmp_path: Path) -> None:
+    checkpoints.save(tmp_path, 7, STATES, keep=1)
+    again = checkpoints.load(tmp_path, 7)
+    assert again.keys() == STATES.keys()
+    for part, state in STATES.items():
+        assert again[part].keys() == state.keys()
+        for key, value in state.items():
+            same = torch.equal(again[part][key], value) if isinstance(value, torch.Tensor) else again[part][key] == value
+            assert same, (part, key)
+
+
+def test_a_slice_of_a_larger_tensor_is_saved_as_itself(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).reshape(3, 4)
+    checkpoints.save(tmp_path, 1, {"a": {"x": whole.t()[1:3], "y": whole[1]}}, keep=1)
+    assert torch.equal(checkpoints.load(tmp_path, 1)["a"]["x"], whole.t()[1:3])
+
+
+def test_the_last_ones_are_kept_in_order_of_steps(tmp_path: Path) -> None:
+    for step in (2, 9, 10, 100):
+        checkpoints.save(tmp_path, step, STATES, keep=2)
+    assert checkpoints.steps(tmp_path) == [10, 100]
+    assert checkpoints.steps(tmp_path / "none") == []
+
+
+def test_what_is_incomplete_is_no_checkpoint(tmp_path: Path) -> None:
+    checkpoints.save(tmp_path, 1, STATES, keep=2)
+    with pytest.raises(TypeError):
+        checkpoints.save(tmp_path, 2, {"learner": STATES["learner"], "bad": {"x": object()}}, keep=2)
+    assert checkpoints.steps(tmp_path) == [1]
+    (tmp_path / "step-x").mkdir()
+    assert checkpoints.steps(tmp_path) == [1]
+    checkpoints.save(tmp_path, 2, STATES, keep=2)
+    assert checkpoints.steps(tmp_path) == [1, 2]
+
+
+def test_the_same_step_may_be_saved_again(tmp_path: Path) -> None:
+    checkpoints.save(tmp_path, 1, {"a": {"x": 1}}, keep=1)
+    checkpoints.save(tmp_path, 1, {"a": {"x": 2}}, keep=1)
+    assert checkpoints.load(tmp_path, 1) == {"a": {"x": 2}}

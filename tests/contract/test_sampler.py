@@ -1,0 +1,174 @@
+"""The default sampler: limits, ends, stops, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from laws.test_own_dice import PROMPTS, ask, sampled
+from tiny import END
+
+from reflux.errors import DataError, ModelError
+from reflux.types import Draw, Prompt, TopKTarget
+
+CHAT = {"kind": "outside:Chat"}
+
+
+@pytest.fixture
+def run_sampler(student: str, teacher: str, tmp_path: Path) -> Callable[..., Any]:
+    numbers = count()
+
+    def act(prompts: list[Prompt] = PROMPTS, n: int = 2, draw: Draw = Draw(0, "train", 25), **more: Any) -> list[Any]:
+        cfg = tiny.config("opd", student, teacher, task=CHAT, **more)
+        groups = sampled(cfg, tmp_path / f"run{next(numbers)}", lambda acting: ask(acting, prompts, n, draw))
+        return [attempt.rollout for group in groups for attempt in group]
+
+    return act
+
+
+def test_an_answer_stops_at_the_end_token_or_at_its_limit(run_sampler: Callable[..., Any]) -> None:
+    rollouts = run_sampler()
+    assert {r.finish for r in rollouts} == {"stop", "length"}
+    for r in rollouts:
+        ends = np.flatnonzero(r.tokens_T == END).tolist()
+        assert ends == ([r.length - 1] if r.finish == "stop" else [])
+        assert r.finish == "stop" or r.length == 25
+        assert r.mask_T.all()
+        assert r.text == "".join(chr_of(r.tokens_T))
+        assert r.messages == (*r.prompt.messages, {"role": "assistant", "content": r.text})
+
+
+def chr_of(tokens_T: np.ndarray) -> list[str]:
+    from reflux.assets.tokenizer import character_tokenizer
+
+    tokenizer = character_tokenizer()
+    return [token for token in tokenizer.convert_ids_to_tokens(tokens_T.tolist()) if token not in tokenizer.all_special_tokens]
+
+
+def test_samples_are_numbered_in_their_group(run_sampler: Callable[..., Any]) -> None:
+    rollouts = run_sampler(n=3)
+    assert [(r.prompt.id, r.sample) for r in rollouts] == [(prompt.id, s) for prompt in PROMPTS for s in range(3)]
+
+
+def test_a_stop_text_ends_an_answer_and_is_part_of_it(run_sampler: Callable[..., Any]) -> None:
+    free = run_sampler()
+    stopped = run_sampler(draw=Draw(0, "train", 25, stop=("e", "P")))
+    seen = 0
+    for whole, cut in zip(free, stopped, strict=True):
+        first = min((whole.text.find(word) for word in "eP" if word in whole.text), default=None)
+        if first is not None:
+            assert (cut.text, cut.finish) == (whole.text[: first + 1], "stop")
+            seen += 1
+        else:
+            assert cut.text == whole.text
+    assert seen > 2
+
+
+def test_the_window_bounds_the_answer(run_sampler: Callable[..., Any]) -> None:
+    """512 positions: a prompt of 505 tokens leaves 7."""
+    prompt = Prompt("long", ({"role": "user", "content": "x" * 503},))
+    for r in run_sampler(prompts=[prompt], n=6, draw=Draw(0, "train", 100)):
+        assert len(r.prompt_tokens) == 505
+        assert r.length <= 7
+
+
+@pytest.mark.parametrize(("text", "limit"), [("x" * 600, 0), ("x" * 510, 0), ("x" * 20, 10)])
+def test_a_prompt_that_is_too_long_is_refused_in_words(run_sampler: Callable[..., Any], text: str, limit: int) -> None:
+    prompt = Prompt("p7", ({"role": "user", "content": text},))
+    with pytest.raises(DataError, match=rf"prompt p7 has {len(text) + 2} tokens, more than the {limit or 511} that fit"):
+        run_sampler(prompts=[prompt], sampler__max_prompt_tokens=limit)
+
+
+def test_or_skipped_alone(run_sampler: Callable[..., Any]) -> None:
+    prompts = [Prompt("p7", ({"role": "user", "content": "x" * 600},)), *PROMPTS[:2]]
+    rollouts = run_sampler(prompts=prompts, n=1, sampler__long_prompts="skip")
+    assert [r.finish == "error" for r in rollouts] == [True, False, False]
+    assert rollouts[0].length == 0
+
+
+def test_an_empty_prompt_is_a_turn_of_no_words(run_sampler: Callable[..., Any]) -> None:
+    (r,) = run_sampler(prompts=[Prompt("e", ({"role": "user", "content": ""},))], n=1)
+    assert len(r.prompt_tokens) == 2
+
+
+def test_what_the_student_said_is_recorded_where_it_is_wanted(student: str, teacher: str, tmp_path: Path) -> None:
+    """Its own top-k, at temperature 1, nothing else."""
+    import asyncio
+    from dataclasses import replace
+
+    from reflux.loop import open_parts
+    from reflux.rundir import Options, Run
+    from reflux.types import Wants
+
+    cfg = tiny.config("opd", student, teacher, task={"kind": "outside:Chat", "replies": 1})
+
+    async def main() -> Any:
+        run = Run.open(cfg, Wants(said=4), Options(tmp_path / "run"))
+        async with open_parts(replace(cfg, teachers={}), run) as (learner, acting, *_):
+            groups = await ask(acting, PROMPTS, 1, Draw(0, "train", 25, temperature=0.8))
+            return [group[0].rollout for group in groups], learner.model.net
+
+    rollouts, net = asyncio.run(main())
+    for r in rollouts:
+        assert isinstance(r.said, TopKTarget)
+        ids = torch.from_numpy(np.concatenate([r.prompt_tokens, r.tokens_T]))[None]
+        with torch.no_grad():
+            top = net(input_ids=ids).logits[0, len(r.prompt_tokens) - 1 : -1].log_softmax(-1).topk(4)
+        np.testing.assert_array_equal(r.said.ids_TK[r.mask_T], top.indices[r.mask_T])
+        np.testing.assert_allclose(r.said.logp_TK[r.mask_T], top.values[r.mask_T], atol=1e-4)
+        np.testing.assert_allclose(r.said.logp_T, r.logp_raw_T, atol=0)
+
+
+def test_publishing_waits_for_the_call_in_progress_and_then_counts(student: str, teacher: str, tmp_path: Path) -> None:
+    import asyncio
+
+    other = tiny.net(9).state_dict()
+
+    async def script(acting: Any) -> Any:
+        asked = asyncio.ensure_future(ask(acting, PROMPTS, 2, Draw(0, "train", 25)))
+        await asyncio.sleep(0.005)
+        await acting.publish(other, 7)
+        return await asked, await ask(acting, PROMPTS, 2, Draw(0, "train", 25))
+
+    cfg = tiny.config("opd", student, teacher, task=CHAT)
+    before, after = sampled(cfg, tmp_path / "run", script)
+    assert {a.rollout.version for g in before for a in g} == {0}
+    assert {a.rollout.version for g in after for a in g} == {7}
+    assert [a.rollout.tokens_T.tolist() for g in before for a in g] != [a.rollout.tokens_T.tolist() for g in after for a in g]
+
+
+@pytest.mark.parametrize("name", ["learner.model", "teachers.main.model"])
+@pytest.mark.parametrize(("where", "words"), [("missing", "does not exist"), ("empty", "holds no config.json")])
+def test_a_model_folder_that_is_none_is_named(tiny_run: Callable[..., Any], tmp_path: Path, name: str, where: str, words: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=rf"{name}: the folder .*{where} {words}. Give a folder in Hugging Face format"):
+        tiny_run("opd", **{name.replace(".", "__"): str(tmp_path / where)})
+
+
+def test_pickled_weights_are_not_loaded(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    folder = Path(tiny.save(tiny.net(1), tmp_path / "pickled"))
+    torch.save(tiny.net(1).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"learner\.model"):
+        tiny_run("opd", learner__model=str(folder))
+
+
+def test_stored_needs_an_answer(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "2+3?", "answer": "5", "id": "q1"}\n' * 1)
+    task = {"kind": "jsonl", "path": str(tmp_path / "lines.jsonl"), "validation": 0.0}
+    with pytest.raises(DataError, match="prompt q1 has no stored answer to learn from: the task gives no 'references'"):
+        tiny_run("sft", task=task, prompts_per_step=1)
+
+
+def test_stored_answers_are_cut_by_the_limit_and_turn_about(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "2+3?", "references": ["abcdefgh", "xy"], "id": "q1"}\n')
+    task = {"kind": "jsonl", "path": str(tmp_path / "lines.jsonl"), "validation": 0.0}
+    done = tiny_run("sft", steps=1, task=task, prompts_per_step=1, group_size=3, sampler__generate__max_tokens=4)
+    rows = [row for row in done.rows("attempts") if row["kind"] == "attempt"]
+    assert [(len(row["tokens"]), row["finish"]) for row in rows] == [(4, "length"), (3, "stop"), (4, "length")]

@@ -1,0 +1,113 @@
+"""Ctrl-C and SIGTERM: the step is finished, everything is saved, and the last words say how to go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import same
+
+RECIPE = """
+base = "toy"
+steps = 5000
+prompts_per_step = 4
+max_lag = {max_lag}
+save_every = 1000
+eval_every = 1000
+threads = 1
+[learner]
+model = "{student}"
+lr = 1e-4
+[sampler]
+max_tokens = 12
+[teachers.main]
+model = "{teacher}"
+[[objectives]]
+kind = "divergence"
+[evals]
+accuracy = "none"
+agreement = "none"
+teacher_accuracy = "none"
+"""
+
+
+@pytest.mark.parametrize(("how", "max_lag"), [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
+    student: str, teacher: str, tmp_path: Path, how: signal.Signals, max_lag: int
+) -> None:
+    recipe, out = tmp_path / "slow.toml", tmp_path / "run dir"
+    recipe.write_text(RECIPE.format(student=student, teacher=teacher, max_lag=max_lag))
+    command = [sys.executable, "-m", "reflux.cli", "run", str(recipe), "--out", str(out)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "400"}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(process, out / "metrics.jsonl")
+    process.send_signal(how)
+    said, noise = process.communicate(timeout=60)
+    assert process.returncode == 130, noise
+    rows = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(1, rows[-1] + 1))
+    assert (out / "checkpoints" / f"step-{rows[-1]}").is_dir()
+    assert (out / "student" / "model.safetensors").exists()
+    assert f"stopped after step {rows[-1]} of 5000; everything is saved" in said
+    assert f"reflux run {recipe} --out '{out}' --resume" in said
+    for words in ("Traceback", "was never retrieved", "was destroyed"):
+        assert words not in said + noise
+    if max_lag == 0:
+        goes_on(recipe, out, rows[-1] + 1)
+
+
+def wait_for(process: subprocess.Popen[str], path: Path, lines: int = 3) -> None:
+    for _ in range(1200):
+        if path.exists() and len(path.read_text().splitlines()) >= lines:
+            return
+        if process.poll() is not None:
+            raise AssertionError(process.communicate())
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError("no step within a minute")
+
+
+def goes_on(recipe: Path, out: Path, step: int) -> None:
+    """The very recipe, one more step: as if it had never stopped."""
+    import asyncio
+
+    from conftest import Done
+
+    from reflux.config import load_recipe
+    from reflux.loop import train
+    from reflux.rundir import Options
+
+    cfg = load_recipe(recipe, {"steps": step})
+    resumed = Done(out, asyncio.run(train(cfg, Options(out, resume=True))))
+    whole = Done(out.parent / "whole", asyncio.run(train(cfg, Options(out.parent / "whole"))))
+    assert same(resumed.state, whole.state)
+
+
+def test_a_second_signal_is_the_systems_own(tmp_path: Path) -> None:
+    """After the first one the handlers of before are back."""
+    import asyncio
+    from types import SimpleNamespace
+
+    from reflux.signals import stopping_on_signals
+
+    heard: list[str] = []
+    run: Any = SimpleNamespace(stopping=False, watch=SimpleNamespace(noted=heard.append))
+    before = signal.getsignal(signal.SIGTERM)
+
+    async def main() -> None:
+        with stopping_on_signals(run):
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(0.05)
+            assert run.stopping
+            assert signal.getsignal(signal.SIGTERM) == before
+
+    asyncio.run(main())
+    assert "once more to end at once" in heard[0]
+    assert signal.getsignal(signal.SIGTERM) == before
