@@ -87,19 +87,17 @@ def test_mixed_takes_stored_answers_at_the_other_steps(tiny_run: Callable[..., A
     assert seen == expected
 
 
-def test_all_of_them_run_together_from_the_recipe(student: str, teacher: str, tmp_path: Path) -> None:
+def test_all_of_them_run_together_from_the_recipe(tmp_path: Path) -> None:
     recipe = EXAMPLES / "my_lab" / "recipe.toml"
     cfg = load_recipe(recipe)
     assert config_hash(from_table(to_table(cfg))) == config_hash(cfg)
     off = {f"evals.{name}": "none" for name in cfg.evals}
-    tiny_scale = {"steps": 2, "prompts_per_step": 4, "threads": 1, "learner.model": student, "teachers.main.model": teacher}
-    settings = {"sampler.share": 1.0, "credit.surprise.least_nats": 3.0}
-    summary = reflux.run(recipe, {**tiny_scale, **settings, **off}, out=tmp_path / "run")
+    summary = reflux.run(recipe, {"steps": 2, "prompts_per_step": 4, "threads": 1, "sampler.share": 1.0, **off}, out=tmp_path / "run")
     assert summary["method"] == "my_lab.objectives:Jeffreys + my_lab.credit:Surprise"
     metrics, attempts = (
         [json.loads(line) for line in (tmp_path / "run" / f"{name}.jsonl").read_text().splitlines()] for name in ("metrics", "attempts")
     )
     learned = [row for row in attempts if row["kind"] == "learned" and row["step"] == 1]
-    shares = [np.mean(np.array(row["teacher_logp"]["main"]) <= -3.0) for row in learned]
+    shares = [np.mean(np.array(row["teacher_logp"]["main"]) <= -0.5) for row in learned]
     assert metrics[0]["credit"]["surprise"]["surprising"] == pytest.approx(np.mean(shares))
-    assert 0 < np.mean(shares) < 1, [row['teacher_logp']['main'] for row in learned]
+    assert 0 < np.mean(shares) < 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from torch import Tensor
 from reflux.assets import folder
 from reflux.assets.store import save
 from reflux.assets.tokenizer import character_tokenizer
+from reflux.statistics import wilson
 from reflux.tasks.word_problems import WordProblems
 from reflux.types import Prompt
 

@@ -1,0 +1,131 @@
+"""Recipes merge by stated rules, and every mistake is named by its path."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reflux.config import config_hash, differences, load_recipe, merge, nest, split_override, to_table, unpack
+from reflux.errors import ConfigError
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": ({"stepss": 3}, "stepss: unexpected field; did you mean 'steps'"),
+    "unknown inner key": ({"credit.prefix": {"lenght": 3}}, "credit.prefix.lenght: unexpected field; did you mean 'length'"),
+    "unknown kind": ({"sampler.kind": "hff"}, "sampler: unknown samplers kind 'hff'; did you mean 'hf'"),
+    "unknown rule": ({"credit.prefiks": {"length": 3}}, "credit.prefiks: unknown credit kind 'prefiks'; did you mean 'prefix'"),
+    "wrong type": ({"steps": "many"}, "steps"),
+    "out of range": ({"sampler.top_p": 1.5}, "sampler.top_p"),
+    "negative": ({"max_lag": -1}, "max_lag"),
+    "not in the list": ({"normalise": "keept"}, "normalise"),
+    "no table": ({"sampler": 3}, "sampler"),
+    "lora": ({"learner.lora": {"rank": 0}}, "learner.lora.rank"),
+    "objective": ({"objectives.0.coeff": 2}, "objectives[0].coeff: unexpected field; did you mean 'coef'"),
+    "no objectives": ({"objectives": []}, "at least one [[objectives]] table"),
+    "index": ({"objectives.3.coef": 2}, "there are only 1 objectives"),
+    "outside, no module": ({"credit.mine": {"kind": "no_such_package.x:Y"}}, "cannot import 'no_such_package.x:Y'"),
+    "outside, no class": ({"credit.mine": {"kind": "outside:Nothing"}}, "cannot import 'outside:Nothing'"),
+    "missing field": ({"credit.prefix": {}}, "credit.prefix.length"),
+    "bad value": ({"credit.prefix": {"length": 0}}, "credit.prefix: length must be at least 1 position"),
+    "number": ({"learner.lr": "fast"}, "learner: lr must be a number or a schedule"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_named_by_its_path(case: str) -> None:
+    overrides, words = MISTAKES[case]
+    with pytest.raises(ConfigError) as refused:
+        load_recipe("opd", overrides)
+    assert words in str(refused.value)
+    assert "Traceback" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["opdd", "nowhere.toml", "folder/none"])
+def test_an_unknown_recipe_is_refused_in_words(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"no recipe|there is no file"):
+        load_recipe(name)
+
+
+def test_text_that_is_no_toml_is_refused_with_its_file(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("steps = = 3")
+    with pytest.raises(ConfigError, match=r"bad\.toml: not valid TOML"):
+        load_recipe(tmp_path / "bad.toml")
+
+
+def test_tables_merge_key_by_key_and_a_new_kind_drops_the_old_keys() -> None:
+    under = {"a": {"kind": "x", "p": 1, "q": {"r": 1}}, "b": [1, 2], "c": {"d": 1}}
+    assert merge(under, {"a": {"p": 2, "q": {"s": 3}}}) == {**under, "a": {"kind": "x", "p": 2, "q": {"r": 1, "s": 3}}}
+    assert merge(under, {"a": {"kind": "y", "z": 0}})["a"] == {"kind": "y", "z": 0}
+    assert merge(under, {"a": {"kind": "x", "p": 5}})["a"] == {"kind": "x", "p": 5, "q": {"r": 1}}
+    assert merge(under, {"b": [3], "c": 4}) == {**under, "b": [3], "c": 4}
+    assert under["a"] == {"kind": "x", "p": 1, "q": {"r": 1}}
+
+
+def test_overrides_are_toml_or_text() -> None:
+    assert [unpack(text) for text in ("3", "1e-3", "true", "[1, 2]", '{kind = "linear", start = 1}', "my/model", "'3'", "")] == [
+        3, 1e-3, True, [1, 2], {"kind": "linear", "start": 1}, "my/model", "3", "",
+    ]  # fmt: skip
+    assert split_override("a.b=c=d") == ("a.b", "c=d")
+    for text in ("a.b", "=3"):
+        with pytest.raises(ConfigError, match=r"write key\.path=value"):
+            split_override(text)
+
+
+def test_a_number_in_a_path_edits_one_entry_of_a_list() -> None:
+    table = {"objectives": [{"kind": "nll"}, {"kind": "outcome", "coef": 1}]}
+    assert nest(["objectives", "1", "coef"], 2, table) == {"objectives": [{"kind": "nll"}, {"kind": "outcome", "coef": 2}]}
+    assert table["objectives"][1]["coef"] == 1
+    assert load_recipe("opd", ["objectives.0.coef=0.5"]).objectives[0].coef == 0.5
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_order_of_overrides_does_not_matter(order: int) -> None:
+    changes = ["sampler.kind=stored", "sampler.generate.max_tokens=7", "objectives.0.kind=nll", "objectives.0.coef=2", "learner.lr=1"][::order]
+    cfg = load_recipe("opd", changes)
+    assert (cfg.sampler.generate.max_tokens, cfg.objectives[0].coef, cfg.learner.lr) == (7, 2, 1)
+
+
+def test_base_is_the_scale(tmp_path: Path) -> None:
+    toy, hub = load_recipe("gkd"), load_recipe("gkd", {"base": "hub"})
+    assert toy.objectives == hub.objectives
+    assert (toy.learner.model, hub.learner.model) == ("reflux:student", "Qwen/Qwen3-0.6B")
+    (tmp_path / "mine.toml").write_text('base = "gkd"\nseed = 5\n[learner]\nweight_decay = 0.1\n')
+    mine = load_recipe(tmp_path / "mine.toml", {"base": "hub"})
+    assert (mine.objectives, mine.seed, mine.learner.weight_decay) == (hub.objectives, 5, 0.1)
+    assert mine.learner.model == hub.learner.model
+    with pytest.raises(ConfigError, match="no base 'hubb'; did you mean 'hub'"):
+        load_recipe("gkd", {"base": "hubb"})
+
+
+def test_none_takes_a_table_away() -> None:
+    cfg = load_recipe("rl_opd", {"evals": "none", "credit.outcome": "none", "reward": "none"})
+    assert (cfg.evals, cfg.credit, cfg.reward) == ({}, {}, None)
+
+
+def test_the_hash_is_of_the_work() -> None:
+    plain = config_hash(load_recipe("opd"))
+    assert config_hash(load_recipe("opd", {"track": {"kind": "tensorboard"}})) == plain
+    assert config_hash(load_recipe("opd", {"learner.lr": 1e-4})) != plain
+    code = "from reflux.config import *; print(config_hash(load_recipe('opd')))"
+    env = {"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "7"}
+    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip() == plain
+
+
+def test_differences_are_one_line_each() -> None:
+    old = to_table(load_recipe("opd"))
+    new = to_table(load_recipe("opd", {"learner.lr": 1e-4, "credit.prefix": {"length": 3}, "seed": 1}))
+    lines = differences(old, new)
+    assert [line.split(":")[0] for line in lines] == ["credit.prefix", "learner.lr", "seed"]
+    assert differences(old, old) == []
+
+
+def test_values_are_frozen() -> None:
+    from dataclasses import FrozenInstanceError
+
+    cfg = load_recipe("opd")
+    for value in (cfg, cfg.learner, cfg.sampler, cfg.objectives[0], cfg.teachers["main"]):
+        with pytest.raises(FrozenInstanceError):
+            value.seed = 3

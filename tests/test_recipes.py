@@ -1,0 +1,83 @@
+"""Every shipped recipe parses, fits, plans, runs at tiny scale, and says in its first line what it is. No torch before a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+
+from reflux import checks
+from reflux.config import RECIPES, load_recipe, recipe_names
+from reflux.planning import plan
+
+WANTED = {"quickstart", "opd", "full", "topk", "gkd", "vopd", "prefix", "sft", "rl"}
+
+
+def test_the_recipes_that_must_be_there_are() -> None:
+    assert set(recipe_names()) >= WANTED
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_a_recipe_says_what_it_is_and_sets_only_its_own(recipe: str) -> None:
+    text = (RECIPES / f"{recipe}.toml").read_text()
+    assert text.startswith("# ")
+    assert len(text.splitlines()[0]) > 20
+    assert 'base = "toy"' in text
+    assert "model" not in text  # scale lives in the base
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_a_recipe_plans(student: str, teacher: str, recipe: str) -> None:
+    found = plan(tiny.config(recipe, student, teacher))
+    assert found.student.parameters == tiny.net(1).num_parameters()
+    assert found.sampled_tokens_at_most == 3 * found.attempts_per_step * 12 or recipe == "prefix"
+    assert found.flops_at_most
+    assert found.method
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("base", ["toy", "hub"])
+def test_a_recipe_fits_at_every_scale(recipe: str, base: str) -> None:
+    checks.join(load_recipe(recipe, {"base": base}))
+
+
+@pytest.mark.parametrize("max_lag", [0, 2])
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_a_recipe_runs(tiny_run: Callable[..., Any], recipe: str, max_lag: int) -> None:
+    group = {"group_size": 3} if recipe in ("rl", "rl_opd") else {}
+    done = tiny_run(recipe, steps=3, max_lag=max_lag, task={"kind": "outside:Chat"}, **group)
+    assert [row["step"] for row in done.rows("metrics")] == [1, 2, 3]
+    assert all(row["loss"] is not None and row["grad_norm"] > 0 for row in done.rows("metrics"))
+    assert max(row["lag_max"] for row in done.rows("metrics")) <= max_lag
+    assert (done.dir / "student" / "model.safetensors").exists()
+    assert json.loads((done.dir / "summary.json").read_text()) == done.summary
+
+
+@pytest.mark.parametrize("recipe", ["full", "gkd", "topk", "vopd", "opd", "sft"])
+def test_a_recipe_learns(tiny_run: Callable[..., Any], recipe: str) -> None:
+    """At home in its own prompts: the divergence (or the loss, for given answers) falls clearly in 30 steps."""
+    done = tiny_run(recipe, steps=30, prompts_per_step=16, task={"kind": "outside:Chat"}, learner__lr=1e-2)
+    name = "loss" if recipe == "sft" else "kl_nats"
+    values = [row[name] for row in done.rows("metrics")]
+    assert sum(values[-5:]) < 0.8 * sum(values[:5])
+
+
+def test_planning_all_recipes_imports_neither_torch_nor_transformers(student: str, teacher: str) -> None:
+    code = (
+        "import sys\n"
+        "from reflux.config import load_recipe, recipe_names\n"
+        "from reflux.planning import plan\n"
+        "for name in recipe_names():\n"
+        f"    changes = {{'learner.model': {student!r}}} | ({{}} if name in ('rl', 'sft') else {{'teachers.main.model': {teacher!r}}})\n"
+        "    plan(load_recipe(name, changes))\n"
+        "print(sorted({'torch', 'transformers', 'datasets', 'peft', 'plotly', 'math_verify'} & set(sys.modules)))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert found.stdout.strip() == "[]", found.stdout + found.stderr
