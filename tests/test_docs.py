@@ -202,6 +202,20 @@ def test_python_overrides_in_the_readme_resolve() -> None:
         checks.join(load_recipe(*map(ast.literal_eval, call.args)))
 
 
+def test_the_readme_tells_what_the_quickstart_and_its_models_are() -> None:
+    from reflux.models import locate
+    from reflux.planning import size_of
+
+    cfg = load_recipe("quickstart")
+    text = " ".join((ROOT / "README.md").read_text().split())
+    sizes = [size_of(locate(model), "model").parameters for model in (cfg.learner.model, cfg.teachers["main"].model)]
+    student, teacher = (f"{(count or 0) / 1e6:.2f} M" for count in sizes)
+    assert f"trains `{cfg.learner.model}` ({student} parameters)" in text
+    assert f"`{cfg.teachers['main'].model}` ({teacher}) at its side" in text
+    assert f"the exact {cfg.objectives[0].divergence} KL over the whole vocabulary, at every token" in text
+    assert f"accuracy on {cfg.evals['accuracy'].problems} held-out problems" in text
+
+
 @pytest.mark.parametrize(("page", "text"), blocks("toml"))
 def test_every_recipe_in_the_pages_parses(page: str, text: str) -> None:
     table = tomllib.loads(text)

@@ -5,14 +5,17 @@ config.toml  metrics.jsonl  evals.jsonl  attempts.jsonl  checkpoints/step-N/  st
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import resource
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from reflux import checkpoints, files, records
 from reflux.clock import Clock
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from reflux.samplers.base import OpenSampler
     from reflux.tasks.grading import Graders
     from reflux.teachers.base import Teachers
+
+Result = TypeVar("Result")
 
 _MAY_DIFFER = ("steps", "save_every", "eval_every", "keep_checkpoints", "track", "threads", "evals")  # on resume: they touch no gradient
 
@@ -70,6 +75,7 @@ class Run:
         self.resumed = step if options.resume else None
         self.stopping = False
         self.clock = Clock()
+        self._threads = ThreadPoolExecutor(2 if cfg.max_lag else 1, thread_name_prefix="reflux-model")
         self.totals: dict[str, float] = {"tokens_sampled": 0, "flops": 0, "seconds": 0}
         if step:
             self.totals |= checkpoints.load_plain(self.dir / "checkpoints", step, "run")
@@ -134,6 +140,13 @@ class Run:
 
             self._graders = Graders()
         return self._graders
+
+    async def off_loop(self, work: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
+        """Run model work beside the event loop, in one thread (two where acting and learning overlap).
+
+        Always the same threads: each new one would bring an OpenMP team and a memory arena of its own.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *arguments, **named))
 
     # --- the loop's verbs
 
@@ -223,6 +236,7 @@ class Run:
     def close(self) -> None:
         if self._graders is not None:
             self._graders.close()
+        self._threads.shutdown()
         self._tracker.close()
         self._lock.close()
 

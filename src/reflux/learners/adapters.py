@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,4 +57,6 @@ def export(model: Model, folder: Path) -> None:
     net, dtype = model.net, model.stored_dtype or torch.float32
     weights = {name: value.to(dtype) for name, value in merged(net).items()}
     net.save_pretrained(folder, state_dict=weights)
+    config = json.loads((folder / "config.json").read_text())  # says float32, the type the master weights are in
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
     model.tokenizer.save_pretrained(folder)

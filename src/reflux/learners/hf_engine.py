@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
@@ -49,7 +48,7 @@ class HFLearner:
     @classmethod
     @asynccontextmanager
     async def opened(cls, cfg: HF, run: Run) -> AsyncIterator[HFLearner]:
-        model = await asyncio.to_thread(
+        model = await run.off_loop(
             load_model,
             cfg.model,
             "learner.model",
@@ -76,10 +75,10 @@ class HFLearner:
         if self.run.wants.now_at_said or self.run.wants.now_topk:
             from reflux.learners.observe import observe
 
-            await asyncio.to_thread(observe, self, groups)
+            await self.run.off_loop(observe, self, groups)
 
     async def step(self, groups: Sequence[Group], objectives: Sequence[Objective], moment: Moment) -> Stats:
-        return await asyncio.to_thread(self._step, groups, objectives, moment)
+        return await self.run.off_loop(self._step, groups, objectives, moment)
 
     def _step(self, groups: Sequence[Group], objectives: Sequence[Objective], moment: Moment) -> Stats:
         started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from reflux.parts import STRICT
 from reflux.types import Group, Reward
 
 if TYPE_CHECKING:
+    from reflux.clock import Clock
     from reflux.rundir import Run
     from reflux.tasks.base import Task
     from reflux.tasks.grading import Graders
@@ -41,22 +43,23 @@ class Verifier:
         from reflux.tasks.grading import Graders
 
         if (run.graders.workers, run.graders.timeout_s) == (self.workers, self.timeout_s):
-            yield OpenVerifier(run.task, run.graders)
+            yield OpenVerifier(run.task, run.graders, run.clock)
             return
         with Graders(self.workers, self.timeout_s) as graders:
-            yield OpenVerifier(run.task, graders)
+            yield OpenVerifier(run.task, graders, run.clock)
 
 
 class OpenVerifier:
     """`score` may be called for many groups at once."""
 
-    def __init__(self, task: Task, graders: Graders):
-        self._task = task
-        self._graders = graders
+    def __init__(self, task: Task, graders: Graders, clock: Clock):
+        self._task, self._graders, self._clock = task, graders, clock
 
     async def score(self, group: Group) -> None:
+        started = time.perf_counter()
         verdicts = await self._graders.judge_attempts(self._task, group)
         for attempt, verdict in zip(group, verdicts, strict=True):
             attempt.reward = Reward(verdict.value)
             if verdict.value is None:
                 attempt.notes["ungraded"] = verdict.words
+        self._clock.add("reward", time.perf_counter() - started)  # of groups that wait together, each counts its own wait

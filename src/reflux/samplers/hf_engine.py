@@ -53,7 +53,7 @@ class HFSampler:
     @asynccontextmanager
     async def opened(cls, cfg: HF, run: Run, model: str | None = None) -> AsyncIterator[HFSampler]:
         name = model or run.cfg.learner.model
-        loaded = await asyncio.to_thread(
+        loaded = await run.off_loop(
             load_model,
             name,
             "learner.model" if model is None else "model",
@@ -78,7 +78,7 @@ class HFSampler:
 
     async def _cohort(self, requests: list[tuple[Prompt, int, Draw]]) -> list[Group]:
         async with self._busy:
-            return await asyncio.to_thread(self._sample, requests)
+            return await self.run.off_loop(self._sample, requests)
 
     def _sample(self, requests: list[tuple[Prompt, int, Draw]]) -> list[Group]:
         started = time.perf_counter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -39,9 +38,9 @@ class LocalTeacher:
     @asynccontextmanager
     async def opened(cls, cfg: Local, run: Run, name: str) -> AsyncIterator[LocalTeacher]:
         where = f"teachers.{name}.model"
-        tokenizer = await asyncio.to_thread(load_tokenizer, cfg.model, where, cfg.trust_remote_code)
+        tokenizer = await run.off_loop(load_tokenizer, cfg.model, where, cfg.trust_remote_code)
         check_same_tokens(run.tokenizer, tokenizer, name)
-        model = await asyncio.to_thread(
+        model = await run.off_loop(
             load_model,
             cfg.model,
             where,
@@ -55,7 +54,7 @@ class LocalTeacher:
         yield cls(cfg, run, name, model)
 
     async def score(self, asked: Sequence[Asked], moment: Moment) -> None:
-        await asyncio.to_thread(self._score, list(asked))
+        await self.run.off_loop(self._score, list(asked))
 
     def _score(self, asked: list[Asked]) -> None:
         started = time.perf_counter()

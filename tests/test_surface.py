@@ -1,0 +1,164 @@
+"""What users hold on to: verbs, names, fields and their defaults. A change here is a change for them, so it is made on purpose."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import reflux
+from reflux.config import RunConfig
+from reflux.parts import GROUPS, kinds, part
+
+VERBS = "run plan eval report list cite doctor"
+
+REGISTERED = """
+samplers      hf stored
+teachers      local
+contexts      same
+objectives    sampled_kl divergence nll outcome
+credit        prefix position outcome
+rewards       verifier
+learners      hf
+accelerators
+tasks         word_problems gsm8k jsonl mix
+evals         accuracy agreement teacher_accuracy
+schedules     constant linear cosine steps
+"""
+
+FIELDS = """
+run                     task sampler learner objectives teachers={} credit={} reward=None accelerator=None evals={} track
+                        recipe='unnamed' steps=200 prompts_per_step=64 group_size=1 max_lag=0 seed=0 normalise='kept' save_every=50 eval_every=50
+                        keep_checkpoints=2 log_variance=False threads=0 deterministic=False
+samplers.hf             max_tokens=512 temperature=1.0 top_p=1.0 stop=() allow_biased=False max_prompt_tokens=0 long_prompts='refuse'
+                        batch_tokens=32768 system=None template={} dtype='auto' device='auto' attention=None
+samplers.stored         generate
+teachers.local          model context as_=None routes=() batch_tokens=32768 dtype='auto' device='auto' device_map=None attention=None
+                        trust_remote_code=False system=None template={}
+contexts.same
+objectives.sampled_kl   teacher='main' coef=1.0 baseline='none' baseline_k=20 ratio='truncated' ratio_cap=5.0 clip=(0.2,0.2) max_gap_nats=None
+objectives.divergence   teacher='main' coef=1.0 divergence='reverse' beta=None support='full' k=100 tail_floor=1e-07
+objectives.nll          coef=1.0
+objectives.outcome      coef=1.0 ratio='clip' clip=(0.2,0.2)
+credit.prefix           length start=0
+credit.position         factor
+credit.outcome          nats=1.0 normalise_std=False std_floor=1e-06
+rewards.verifier        timeout_s=10.0 workers=1
+learners.hf             model lr=1e-06 betas=(0.9,0.999) eps=1e-08 weight_decay=0.0 clip=1.0 micro_batch_tokens=16384 lora=None
+                        gradient_checkpointing=False autocast='auto' device='auto' attention=None trust_remote_code=False
+tasks.word_problems     operations=('add','sub') min_steps=2 max_steps=3 largest=50 longer=0 held_out=500 weight=1.0
+evals.accuracy          problems=500 samples=0 k=None temperature=1.0 max_tokens=None split='test' examples=8
+evals.agreement         prompts=128 teacher='main' bins=24 max_tokens=None split='test'
+evals.teacher_accuracy  teacher='main' problems=500 max_tokens=None split='test'
+schedules.constant      value
+schedules.linear        start stop=None increment=None warmup=0 horizon=0
+schedules.cosine        peak floor=0.0 warmup=0 horizon=0
+schedules.steps         values boundaries
+"""
+
+
+def table(text: str) -> dict[str, list[str]]:
+    """Lines of a name and words; an indented line goes on."""
+    found: dict[str, list[str]] = {}
+    for line in text.strip("\n").split("\n"):
+        if not line.startswith(" "):
+            name = line.split()[0]
+        found.setdefault(name, []).extend(line.split()[0 if line.startswith(" ") else 1 :])
+    return found
+
+
+def shown(cls: Any) -> list[str]:
+    """`name=default`; a default that is a part, or none at all, leaves the name."""
+    words = []
+    for entry in dataclasses.fields(cls):
+        default = entry.default
+        if type(default).__name__ == "FieldInfo":  # pydantic's Field(default_factory = ...)
+            default = default.get_default(call_default_factory=True)  # type: ignore[union-attr]
+        bare = default is dataclasses.MISSING or dataclasses.is_dataclass(default)
+        words.append(entry.name if bare else f"{entry.name}={default!r}".replace(" ", ""))
+    return words
+
+
+def test_the_registries_hold_these_names() -> None:
+    assert {group: sorted(kinds(group)) for group in GROUPS} == {group: sorted(names) for group, names in table(REGISTERED).items()}
+
+
+@pytest.mark.parametrize("name", table(FIELDS))
+def test_fields_and_their_defaults(name: str) -> None:
+    cls = RunConfig if name == "run" else part(*name.split("."))
+    assert shown(cls) == table(FIELDS)[name]
+
+
+def test_the_package_offers_one_function_and_its_version() -> None:
+    code = "import reflux; print(*sorted(name for name in vars(reflux) if not name.startswith('_')))"
+    assert set(python(code).split()) <= {"run", "annotations", "Iterable", "Mapping", "Path", "Any"}
+    assert reflux.__version__
+
+
+def test_run_stays_a_function_whatever_is_imported() -> None:
+    """A submodule of the same name would take its place."""
+    import pkgutil
+
+    assert callable(reflux.run)
+    assert "run" not in {module.name for module in pkgutil.iter_modules(reflux.__path__)}
+
+
+def test_the_command_line_has_these_verbs() -> None:
+    said = python("import sys; sys.argv = ['reflux', '--help']; from reflux.cli import main; main()")
+    listed = [line.split()[0] for line in said[said.index("Commands") :].splitlines()[1:] if line.strip()]
+    assert sorted(listed) == sorted(VERBS.split())
+
+
+@pytest.mark.parametrize("arguments", ["--help", "run --help", "list", "list credit", "--version", "cite vopd"])
+def test_words_come_without_torch(arguments: str) -> None:
+    code = (
+        f"import sys; sys.argv = ['reflux', *{arguments.split()!r}]\n"
+        "from reflux.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as ended:\n    assert not ended.code, ended.code\n"
+        "print('HEAVY', sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))\n"
+    )
+    assert python(code).splitlines()[-1] == "HEAVY []"
+
+
+def test_every_part_can_be_imported_without_torch() -> None:
+    """Values are values: `reflux plan` and the graders' worker processes never pay for what only a run needs."""
+    code = (
+        "import sys\n"
+        "from reflux.parts import GROUPS, kinds, part\n"
+        "import reflux.checks, reflux.config, reflux.planning, reflux.cli, reflux.files, reflux.records, reflux.pipeline, reflux.gather\n"
+        "for group in GROUPS:\n    for kind in kinds(group):\n        part(group, kind)\n"
+        "print(sorted({'torch', 'transformers', 'datasets', 'peft', 'plotly', 'math_verify'} & set(sys.modules)))\n"
+    )
+    assert python(code).strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("run nothing", "no recipe 'nothing'"),
+        ("run opd stepz=3", "did you mean 'steps'"),
+        ("plan opd learner.model=/no/where", "the folder /no/where does not exist"),
+        ("plan rl group_size=1", "group_size >= 2"),
+        ("list creditt", "did you mean 'credit'"),
+        ("report /no/where", "/no/where"),
+    ],
+)
+def test_mistakes_end_in_a_sentence_and_code_2(arguments: str, words: str) -> None:
+    code = f"import sys; sys.argv = ['reflux', *{arguments.split()!r}]\nfrom reflux.cli import main\nmain()"
+    ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (2, False), ended.stderr
+    assert words in " ".join(ended.stderr.split())
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "300"}
+
+
+def python(code: str) -> str:
+    ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
