@@ -72,7 +72,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tiny_run(student: str, teacher: str, tmp_path: Path) -> Callable[..., Done]:
     """`tiny_run("opd", steps=2, sampler__max_tokens=5)` trains a shipped recipe at tiny scale in a new folder (or in `out`)."""
     import tiny
-
     from reflux.loop import train
     from reflux.rundir import Options
 

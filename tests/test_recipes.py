@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 
+import tiny
 from reflux import checks
 from reflux.config import RECIPES, load_recipe, recipe_names
 from reflux.planning import plan

@@ -32,15 +32,16 @@ schedules     constant linear cosine steps
 
 FIELDS = """
 run                     task sampler learner objectives teachers={} credit={} reward=None accelerator=None evals={} track
-                        recipe='unnamed' steps=200 prompts_per_step=64 group_size=1 max_lag=0 seed=0 normalise='kept' save_every=50 eval_every=50
-                        keep_checkpoints=2 log_variance=False threads=0 deterministic=False
+                        recipe='unnamed' steps=200 prompts_per_step=64 group_size=1 max_lag=0 seed=0 normalise='kept' save_every=50
+                        eval_every=50 keep_checkpoints=2 log_variance=False threads=0 deterministic=False
 samplers.hf             max_tokens=512 temperature=1.0 top_p=1.0 stop=() allow_biased=False max_prompt_tokens=0 long_prompts='refuse'
                         batch_tokens=32768 system=None template={} dtype='auto' device='auto' attention=None
 samplers.stored         generate
 teachers.local          model context as_=None routes=() batch_tokens=32768 dtype='auto' device='auto' device_map=None attention=None
                         trust_remote_code=False system=None template={}
 contexts.same
-objectives.sampled_kl   teacher='main' coef=1.0 baseline='none' baseline_k=20 ratio='truncated' ratio_cap=5.0 clip=(0.2,0.2) max_gap_nats=None
+objectives.sampled_kl   teacher='main' coef=1.0 baseline='none' baseline_k=20 ratio='truncated' ratio_cap=5.0 clip=(0.2,0.2)
+                        max_gap_nats=None
 objectives.divergence   teacher='main' coef=1.0 divergence='reverse' beta=None support='full' k=100 tail_floor=1e-07
 objectives.nll          coef=1.0
 objectives.outcome      coef=1.0 ratio='clip' clip=(0.2,0.2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ SCALE = {  # what every tiny run sets, before its own overrides
 
 
 def net(seed: int, *, layers: int = 1, width: int = 32, padded_rows: int = 0) -> Any:
-    """Qwen3 from dice: some 2.5 nats of entropy, the end token at about one position in nine. padded_rows: output rows beyond the tokens."""
+    """Qwen3 from dice: some 2.5 nats of entropy, an end token at one position in nine. padded_rows: output rows beyond the tokens."""
     tokens = len(character_tokenizer())
     shape = {"hidden_size": width, "intermediate_size": 48, "num_hidden_layers": layers, "head_dim": width // 2}
     ends = {"eos_token_id": END, "pad_token_id": 0, "bos_token_id": None}
@@ -72,13 +71,29 @@ def config(recipe: str, student: str, teacher: str, **overrides: Any) -> RunConf
     return load_recipe(recipe, changes | {key.replace("__", "."): value for key, value in overrides.items()})
 
 
+class Stub:
+    """What open parts ask of a run, without a directory."""
+
+    off_loop = staticmethod(asyncio.to_thread)
+
+    def __init__(self, cfg: Any = None, wants: Wants | None = None):
+        self.cfg, self.wants, self.clock, self.seed = cfg, wants or Wants(), Clock(), 0
+
+    @property
+    def tokenizer(self) -> Any:
+        return character_tokenizer()
+
+    def keep_refused(self, groups: Any, why: str) -> Path:
+        return Path("refused.jsonl")
+
+
 def learner(model: Any, **fields: Any) -> HFLearner:
     """An open learner without a run directory; its optimiser does not move, and gradients stay unclipped."""
     table = {"model": "tiny", "lr": 0.0, "clip": 1e12} | fields
     normalise = table.pop("normalise", "kept")
     part = HFLearnerPart(**table)
     cfg = RunConfig(task=None, sampler=None, learner=part, objectives=(NLL(),), normalise=normalise)
-    run: Any = SimpleNamespace(cfg=cfg, wants=Wants(), clock=Clock(), seed=0, keep_refused=lambda groups, why: Path("refused.jsonl"))
+    run: Any = Stub(cfg)
     return HFLearner(part, run, as_model(model, character_tokenizer()))
 
 

@@ -18,6 +18,7 @@ from reflux.tasks.mix import Mix
 from reflux.teachers.base import spoken_name
 
 _ADAM_BYTES = 16  # a float32 master weight, its gradient and two moments
+_FROZEN_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def plan(cfg: RunConfig) -> Plan:
         attempts_per_step=attempts,
         student=student,
         teachers=teachers,
-        memory_bytes=_memory(student, list(teachers.values())),
+        memory_bytes=_memory(student, list(teachers.values()), full=getattr(cfg.learner, "lora", None) is None),
         sampled_tokens_at_most=tokens,
         flops_at_most=_flops(cfg, student, teachers, tokens),
         wants=[f"{name} = {value}" for name, value in ((n, getattr(wants, n)) for n in wants.__slots__) if value],
@@ -112,11 +113,12 @@ def read_header(file: Path) -> dict[str, Any]:
     return table
 
 
-def _memory(student: Size, teachers: list[Size]) -> int | None:
+def _memory(student: Size, teachers: list[Size], full: bool) -> int | None:
+    """Adapters train a hundredth of the weights: then the frozen float32 weights are all that counts."""
     known = [size.stored_bytes for size in (student, *teachers)]
     if student.parameters is None or any(count is None for count in known):
         return None
-    return student.parameters * _ADAM_BYTES + sum(count for count in known if count)
+    return student.parameters * (_ADAM_BYTES if full else _FROZEN_BYTES) + sum(count for count in known if count)
 
 
 def _flops(cfg: RunConfig, student: Size, teachers: dict[str, Size], tokens: int) -> float | None:

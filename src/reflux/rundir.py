@@ -22,6 +22,7 @@ from reflux.clock import Clock
 from reflux.config import RunConfig, differences, to_table, to_toml
 from reflux.errors import DataError, RunError, Stopped
 from reflux.metrics import Metric
+from reflux.model_card import model_card
 from reflux.step_metrics import step_metrics
 from reflux.tracking import Tracker, open_tracker
 from reflux.types import Group, Moment, Prompt, Wants
@@ -141,12 +142,12 @@ class Run:
             self._graders = Graders()
         return self._graders
 
-    async def off_loop(self, work: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
+    async def off_loop(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Run model work beside the event loop, in one thread (two where acting and learning overlap).
 
         Always the same threads: each new one would bring an OpenMP team and a memory arena of its own.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *arguments, **named))
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
     # --- the loop's verbs
 
@@ -216,10 +217,14 @@ class Run:
             "accelerator": accelerator.state(),
             "run": {**self.totals, "seconds": self.seconds},
         }
-        files.write_folder(self.dir / "student", learner.export)  # first, so that a complete checkpoint never has an older student
+        files.write_folder(self.dir / "student", partial(self._export, learner))  # first: no checkpoint has an older student
         checkpoints.save(self.dir / "checkpoints", self.step, states, self.cfg.keep_checkpoints)
         if self.stopping and self.step < self.cfg.steps:
             raise Stopped(f"stopped after step {self.step} of {self.cfg.steps}; everything is saved")
+
+    def _export(self, learner: OpenLearner, folder: Path) -> None:
+        learner.export(folder)
+        (folder / "README.md").write_text(model_card(self.cfg, self.step), encoding="utf-8")
 
     def keep_refused(self, groups: Sequence[Group], why: str) -> Path:
         """Write the batch of a refused step for inspection."""

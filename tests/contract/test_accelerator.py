@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import outside
 import pytest
+
+import outside
 import tiny
 from laws.test_resume import stop_after, told
 from tiny import same
@@ -76,6 +77,8 @@ def test_scores_use_the_weights_of_the_moment(student: str, teacher: str, tmp_pa
     from reflux.loop import train
     from reflux.rundir import Options
 
-    cfg = tiny.config("opd", student, teacher, **PLAIN, accelerator={"kind": "outside:Jump", "at": 2, "by": 0.0, "prompts": 5, "samples": 3})
+    cfg = tiny.config(
+        "opd", student, teacher, **PLAIN, accelerator={"kind": "outside:Jump", "at": 2, "by": 0.0, "prompts": 5, "samples": 3}
+    )
     asyncio.run(train(cfg, Options(tmp_path / "run")))
     assert outside.HEARD[1][2] == outside.HEARD[1][3]

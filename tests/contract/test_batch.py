@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import attempt, rollout
 
+import tiny
 from reflux.batch import Item, micro_batches, plan
 from reflux.loss import shift_taker
 from reflux.objectives.divergence import Divergence
@@ -18,6 +17,7 @@ from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.types import SampledTarget
+from tiny import attempt, rollout
 
 
 def heard(n: int, seed: int = 0, **fields: Any) -> Any:

@@ -30,7 +30,11 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "outcome without shifts": ("opd", {"objectives": [{"kind": "outcome"}]}, "learns from shifts alone, and no credit rule gives any"),
     "a group of one": ("rl", {"group_size": 1}, "credit.outcome compares attempts at one prompt: it needs group_size >= 2, got 1"),
     "no verdicts": ("rl", {"reward": "none"}, 'credit.outcome needs verdicts: add [reward] with kind = "verifier"'),
-    "temperature": ("opd", {"sampler.temperature": 0.7}, "make on-policy estimators biased. Use 1 and 1, or say sampler.allow_biased = true"),
+    "temperature": (
+        "opd",
+        {"sampler.temperature": 0.7},
+        "make on-policy estimators biased. Use 1 and 1, or say sampler.allow_biased = true",
+    ),
     "top_p": ("opd", {"sampler.top_p": 0.9}, "top_p = 0.9"),
     "policy gradient on given answers": ("sft", {"objectives": [{"kind": "outcome"}], **OUTCOME}, "gives answers it did not draw"),
     "no ratio with lag": ("opd", {"objectives.0.ratio": "none", "max_lag": 1}, 'ratio = "none" is biased on attempts of an older student'),

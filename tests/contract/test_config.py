@@ -83,7 +83,9 @@ def test_a_number_in_a_path_edits_one_entry_of_a_list() -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_the_order_of_overrides_does_not_matter(order: int) -> None:
-    changes = ["sampler.kind=stored", "sampler.generate.max_tokens=7", "objectives.0.kind=nll", "objectives.0.coef=2", "learner.lr=1"][::order]
+    changes = ["sampler.kind=stored", "sampler.generate.max_tokens=7", "objectives.0.kind=nll", "objectives.0.coef=2", "learner.lr=1"][
+        ::order
+    ]
     cfg = load_recipe("opd", changes)
     assert (cfg.sampler.generate.max_tokens, cfg.objectives[0].coef, cfg.learner.lr) == (7, 2, 1)
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from tiny import attempt, close, gradients, rollout, same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import tiny
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.errors import StepRefused
 from reflux.learners.hf import Lora
@@ -23,6 +22,7 @@ from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.types import Moment
+from tiny import attempt, close, gradients, rollout, same
 
 CHAT = {"kind": "outside:Chat"}
 
@@ -43,7 +43,7 @@ def test_a_step_that_is_not_finite_is_refused_and_nothing_has_changed(bad: float
     before = {name: torch.as_tensor(value).clone() for name, value in learner.state().items()}
     groups = batch()
     groups[1][0].targets["main"].h_TH[2] = bad
-    with pytest.raises(StepRefused, match="step 5: .* the step was refused, no weight has changed.*refused.jsonl"):
+    with pytest.raises(StepRefused, match=r"step 5: .* the step was refused, no weight has changed.*refused.jsonl"):
         move(learner, groups, [Divergence()], step=4)
     assert same(before, dict(learner.state()))
     assert all(p.grad is None for p in learner.trained.values())

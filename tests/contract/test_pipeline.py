@@ -66,7 +66,9 @@ async def consume(pipe: Pipeline, script: Script, then: Callable[[int], Awaitabl
 def test_steps_and_prompts_come_in_order_and_lag_is_bounded_and_reached(max_lag: int) -> None:
     script = Script()
     found = asyncio.run(consume(stream(script, steps=8, max_lag=max_lag), script, lambda done: asyncio.sleep(0.001)))
-    assert [[(step, prompt) for step, prompt, _ in groups] for groups in found] == [[(s, str(2 * s)), (s, str(2 * s + 1))] for s in range(8)]
+    assert [[(step, prompt) for step, prompt, _ in groups] for groups in found] == [
+        [(s, str(2 * s)), (s, str(2 * s + 1))] for s in range(8)
+    ]
     lags = [step - version for groups in found for step, _, version in groups]
     assert min(lags) >= 0
     assert max(lags) == max_lag

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from laws.test_own_dice import PROMPTS, ask, sampled
-from tiny import END
 
+import tiny
+from laws.test_own_dice import PROMPTS, ask, sampled
 from reflux.errors import DataError, ModelError
 from reflux.types import Draw, Prompt, TopKTarget
+from tiny import END
 
 CHAT = {"kind": "outside:Chat"}
 

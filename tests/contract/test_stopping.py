@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tiny import same
 
 RECIPE = """
@@ -79,7 +80,6 @@ def goes_on(recipe: Path, out: Path, step: int) -> None:
     import asyncio
 
     from conftest import Done
-
     from reflux.config import load_recipe
     from reflux.loop import train
     from reflux.rundir import Options

@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from tiny import attempt, rollout, same
 
+import tiny
 from reflux.assets.tokenizer import character_tokenizer
-from reflux.clock import Clock
 from reflux.contexts.base import View
 from reflux.errors import ModelError
 from reflux.models import as_model
@@ -23,13 +21,14 @@ from reflux.teachers.base import Teachers
 from reflux.teachers.local import Local
 from reflux.teachers.local_engine import LocalTeacher
 from reflux.types import Attempt, HiddenTarget, Moment, TopKTarget, Wants
+from tiny import Stub, attempt, rollout, same
 
 CHAT = {"kind": "outside:Chat"}
 NOW = Moment(0, 0)
 
 
 def local(net: Any, wants: Wants = Wants(), **fields: Any) -> LocalTeacher:
-    run: Any = SimpleNamespace(wants=wants, clock=Clock())
+    run: Any = Stub(wants=wants)
     return LocalTeacher(Local("m", **fields), run, "main", as_model(net, character_tokenizer()))
 
 
@@ -103,7 +102,7 @@ class Counting:
         self.asked: list[tuple[str, int]] = []
 
     async def score(self, asked: Any, moment: Moment) -> None:
-        for made, view in asked:
+        for made, _ in asked:
             self.asked.append((made.rollout.prompt.id, made.rollout.sample))
             made.targets["main"] = tiny.hidden(as_model(tiny.net(2), character_tokenizer()), made.rollout)
 
@@ -127,7 +126,9 @@ class Saying:
 
 
 def table(context: Any, **fields: Any) -> Any:
-    return SimpleNamespace(context=context, routes=fields.get("routes", ()), as_=fields.get("as_"), in_process=fields.get("in_process", False))
+    return SimpleNamespace(
+        context=context, routes=fields.get("routes", ()), as_=fields.get("as_"), in_process=fields.get("in_process", False)
+    )
 
 
 def test_scoring_is_idempotent_and_asks_again_only_where_the_context_changed() -> None:

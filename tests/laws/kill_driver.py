@@ -18,9 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import tiny
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: F401  resolved before the forks
 
+import tiny
 from reflux import checkpoints, files
 from reflux.learners import hf_engine
 from reflux.loop import train
@@ -88,7 +88,9 @@ def half_a_line(name: str) -> Callable[[], None]:
 
 
 def pruning() -> None:
-    shutil.rmtree = lambda path, **_: (next(Path(path).glob("*"), Path("none")).unlink(missing_ok=True), die()) if "step-2" in str(path) else None  # type: ignore[assignment]
+    shutil.rmtree = lambda path, **_: (
+        (next(Path(path).glob("*"), Path("none")).unlink(missing_ok=True), die()) if "step-2" in str(path) else None
+    )  # type: ignore[assignment]
 
 
 def moving() -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import same
 
 from reflux.credit.base import share_credit
 from reflux.types import Attempt, Moment, Share
+from tiny import same
 
 RULES = {
     "prefix": {"kind": "prefix", "length": 6},

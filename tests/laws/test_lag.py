@@ -6,17 +6,14 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import outside
 import pytest
-import tiny
-from tiny import same
 
+import outside
+import tiny
 from reflux import checks
-from reflux.clock import Clock
 from reflux.config import RunConfig
 from reflux.contexts.base import View
 from reflux.credit.base import share_credit
@@ -26,6 +23,7 @@ from reflux.samplers.decode import Ask, decode
 from reflux.samplers.noise import row_key
 from reflux.teachers.local_engine import LocalTeacher
 from reflux.types import Attempt, Moment, Prompt, TokenRollout
+from tiny import Stub, same
 
 CHAT = {"kind": "outside:Chat"}
 SLOW = "outside:SlowLearner"
@@ -56,12 +54,12 @@ def test_without_lag_the_loop_is_the_handwritten_one(tiny_run: Callable[..., Any
     done = tiny_run(recipe, **settings)
     cfg = tiny.config(recipe, student, teacher, **settings)
     by_hand = asyncio.run(synchronous(cfg))
-    assert same(done.state, {name: value for name, value in by_hand.items()})
+    assert same(done.state, by_hand)
 
 
 async def synchronous(cfg: RunConfig) -> dict[str, Any]:
     """Ask, answer, share, move: no pipeline, no gather, no loop of the library."""
-    run: Any = Stub(cfg)
+    run: Any = Stub(cfg, checks.join(cfg))
     acting = load_model(cfg.learner.model, "learner.model")
     stream = cfg.task.prompts("train", cfg.seed, 0)
     async with cfg.learner.open(run) as learner, cfg.teachers["main"].open(run, "main") as teacher:
@@ -76,19 +74,6 @@ async def synchronous(cfg: RunConfig) -> dict[str, Any]:
             share_credit(groups, cfg.credit, Moment(step, 0))
             await learner.step(groups, cfg.objectives, Moment(step, 0))
         return {name: value.clone() if hasattr(value, "clone") else value for name, value in learner.state().items()}
-
-
-class Stub:
-    """What parts ask of a run."""
-
-    def __init__(self, cfg: RunConfig):
-        from reflux.models import load_tokenizer
-
-        self.cfg, self.wants, self.clock, self.seed = cfg, checks.join(cfg), Clock(), cfg.seed
-        self.tokenizer = load_tokenizer(cfg.learner.model)
-
-    def keep_refused(self, *args: Any) -> Path:
-        raise AssertionError("a step was refused")
 
 
 def act(cfg: RunConfig, model: Any, prompts: list[Prompt], step: int) -> list[list[Attempt]]:

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
-from tiny import attempt, close, gradients, rollout, same
 
+import tiny
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.credit.base import share_credit
 from reflux.credit.prefix import Prefix
@@ -17,6 +16,7 @@ from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.parts import kinds
 from reflux.types import Moment
+from tiny import attempt, close, gradients, rollout, same
 
 PLAIN: dict[str, Any] = {"steps": 2, "task": {"kind": "outside:Chat"}, "group_size": 2, "reward": {"kind": "verifier"}}
 NEUTRAL: dict[str, dict[str, Any]] = {  # a newcomer to the registry adds its line

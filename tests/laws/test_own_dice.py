@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import outside
 import pytest
-import tiny
 import torch
 from scipy import stats
-from tiny import same
 
+import outside
+import tiny
 from reflux.loop import open_parts
 from reflux.rundir import Options, Run
 from reflux.samplers.noise import gumbel, row_key
 from reflux.types import Attempt, Draw, Moment, Prompt, Wants
+from tiny import same
 
 PLAIN = {"steps": 3, "task": {"kind": "outside:Chat"}}
 ONLOOKERS: dict[str, dict[str, Any]] = {

@@ -11,23 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import outside
 import pytest
-import tiny
 import torch
 from scipy import stats
-from tiny import END
 
+import outside
+import tiny
 from reflux.learners.observe import logp
 from reflux.loop import open_parts
 from reflux.rundir import Options, Run
 from reflux.types import Attempt, Draw, Prompt, Wants
+from tiny import END
 
 BOUND_NATS = 1e-4
 CHAT = {"kind": "outside:Chat"}
 
 
-def act(cfg: Any, folder: Path, *, n: int = 3, prompts: list[Prompt] | None = None, **draw: Any) -> tuple[list[Attempt], list[np.ndarray], Any]:
+def act(
+    cfg: Any, folder: Path, *, n: int = 3, prompts: list[Prompt] | None = None, **draw: Any
+) -> tuple[list[Attempt], list[np.ndarray], Any]:
     """Attempts of a sampler, the learner's log-probs of their tokens, and the learner's model."""
 
     async def main() -> tuple[list[Attempt], list[np.ndarray], Any]:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import tiny
 from laws.kill_driver import POINTS, SETTINGS
-from tiny import same
-
 from reflux import checkpoints
 from reflux.errors import RunError, Stopped
 from reflux.loop import train
 from reflux.rundir import Options, Silent
+from tiny import same
 
 HERE = Path(__file__).parent
 UNLIKE = ("seconds", "peak_memory_bytes")  # the only metrics that may differ
@@ -81,7 +81,9 @@ def uninterrupted(student: str, teacher: str, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_kill_minus_nine_changes_nothing(tiny_run: Callable[..., Any], killed: Path, uninterrupted: Any, tmp_path: Path, point: str) -> None:
+def test_kill_minus_nine_changes_nothing(
+    tiny_run: Callable[..., Any], killed: Path, uninterrupted: Any, tmp_path: Path, point: str
+) -> None:
     folder = shutil.copytree(killed / point, tmp_path / point)
     resumed = tiny_run("rl_opd", **SETTINGS, out=folder, resume=True)
     assert same(uninterrupted.state, resumed.state)
@@ -159,7 +161,7 @@ def test_more_steps_may_be_asked_for(tiny_run: Callable[..., Any]) -> None:
 def test_a_folder_that_holds_a_run_is_not_overwritten(tiny_run: Callable[..., Any]) -> None:
     done = tiny_run("opd", steps=1)
     before = snapshot(done.dir)
-    with pytest.raises(RunError, match="holds a run already. Continue it with --resume, or choose another folder"):
+    with pytest.raises(RunError, match=r"holds a run already\. Continue it with --resume, or choose another folder"):
         tiny_run("opd", steps=1, out=done.dir)
     assert snapshot(done.dir) == before
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import rollout
 
 from reflux import records
 from reflux.config import RunConfig, config_hash, differences, from_table, load_recipe, recipe_names, to_table, to_toml
@@ -21,6 +20,7 @@ from reflux.parts import GROUPS, build, kinds, part, table_of
 from reflux.records import learned, read_attempt
 from reflux.schedules import SCHEDULES
 from reflux.types import Attempt, Reward, Share
+from tiny import rollout
 
 SCHEDULED: dict[str, dict[str, Any]] = {
     "constant": {"value": 0.25},
@@ -90,7 +90,10 @@ def test_everything_set_at_once_survives() -> None:
             "plus": {"model": "a", "as": "main", "routes": ["add"]},
             "times": {"model": "b", "as": "main", "routes": ["mul"], "context": {"kind": "same"}},
         },
-        "credit": {"half": {"kind": "outside:Half", "factor": 0.25}, "prefix": {"length": {"kind": "linear", "start": 1, "increment": 0.5}}},
+        "credit": {
+            "half": {"kind": "outside:Half", "factor": 0.25},
+            "prefix": {"length": {"kind": "linear", "start": 1, "increment": 0.5}},
+        },
         "accelerator": {"kind": "outside:Jump", "at": 4},
         "track": {"kind": "tensorboard", "project": "p", "name": "n"},
         "evals.accuracy": {"problems": 7, "samples": 4, "k": 2},
@@ -144,7 +147,9 @@ def test_every_attempt_survives_in_what_is_kept(length: int, text: str, reward: 
 
 def test_the_second_line_holds_teacher_weight_shift_and_notes(tiny_run: Callable[..., Any]) -> None:
     done = tiny_run("rl_opd", steps=1, group_size=2, credit={"prefix": {"length": 3}, "outcome": {}})
-    arrived, second = ({(r["prompt"], r["sample"]): r for r in done.rows("attempts") if r["kind"] == kind} for kind in ("attempt", "learned"))
+    arrived, second = (
+        {(r["prompt"], r["sample"]): r for r in done.rows("attempts") if r["kind"] == kind} for kind in ("attempt", "learned")
+    )
     assert arrived.keys() == second.keys()
     for key, line in second.items():
         length = len(arrived[key]["tokens"])

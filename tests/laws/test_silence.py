@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from tiny import attempt, gradients, rollout, same
 
+import tiny
 from reflux import loss
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.batch import plan
@@ -24,6 +23,7 @@ from reflux.objectives.outcome import Outcome
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.parts import kinds, part
 from reflux.types import Attempt, HiddenTarget, Moment, Reward, TokenRollout
+from tiny import attempt, gradients, rollout, same
 
 TOKENS = 102
 OBJECTIVES = [
@@ -174,5 +174,3 @@ def test_a_whole_run_of_failed_attempts_changes_nothing(tiny_run: Callable[..., 
     assert {row["finish"] for row in done.rows("attempts") if row["kind"] == "attempt"} == {"error"}
     assert done.state["version"] == 0
     assert plan([], [Divergence()], "kept") == []
-
-

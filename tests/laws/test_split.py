@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from tiny import attempt, close, gradients, rollout
 
+import tiny
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.kernels import linear_divergence
 from reflux.models import Model, as_model
@@ -22,6 +21,7 @@ from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.types import Attempt, Group
+from tiny import attempt, close, gradients, rollout
 
 TOKENS = 102
 SETS: dict[str, list[Any]] = {

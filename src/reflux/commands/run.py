@@ -11,7 +11,7 @@ from rich.console import Console
 
 from reflux.commands.progress import Progress
 from reflux.config import RunConfig, load_recipe
-from reflux.errors import RefluxError, Stopped
+from reflux.errors import RunError, StepRefused, Stopped
 from reflux.files import read_lines
 from reflux.quiet import quiet_libraries
 from reflux.rundir import Options, choose_folder
@@ -33,11 +33,13 @@ def run_recipe(recipe: str, overrides: list[str], out: Path | None, resume: bool
     try:
         summary = _train(cfg, Options(folder, resume), console)
     except Stopped as stopped:
-        console.print(f"{stopped}. Continue with:\n  {again}", markup=False, highlight=False)
+        _say(f"{stopped}. Continue with:\n  {again}")
         raise SystemExit(130) from None
-    except (RefluxError, OSError):
+    except RunError:
+        raise
+    except (StepRefused, OSError):
         if (folder / "checkpoints").is_dir():
-            console.print(f"The last checkpoint is kept; after mending the cause continue with:\n  {again}", markup=False, highlight=False)
+            _say(f"The last checkpoint is kept; once the cause below is mended, continue with:\n  {again}")
         raise
     _finish(folder, cfg, summary)
 
@@ -57,18 +59,25 @@ def _finish(folder: Path, cfg: RunConfig, summary: dict[str, Any]) -> None:
     console.print(before_after(summary))
     _show_problem(folder)
     page = write_report(folder)
-    console.print(f"\nRun directory  {folder}\nReport         {page}\nStudent        {folder / 'student'}", markup=False, highlight=False)
+    _say(f"\nRun directory  {folder}\nReport         {page}\nStudent        {folder / 'student'}")
     console.print("\nNext:", style="bold")
-    for line in _next(folder, cfg):
-        console.print(f"  {line}", markup=False, highlight=False)
+    lines = _next(folder, cfg)
+    width = max(len(command) for command, _ in lines)
+    for command, what in lines:
+        _say(f"  {command:{width}}   {what}")
 
 
-def _next(folder: Path, cfg: RunConfig) -> list[str]:
+def _say(text: str) -> None:
+    """Plain text, never wrapped: paths and commands are there to be copied."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _next(folder: Path, cfg: RunConfig) -> list[tuple[str, str]]:
     other = "vopd" if cfg.recipe != "vopd" else "gkd"
     return [
-        f"reflux eval {folder}" + ("" if cfg.recipe != "quickstart" else " --samples 8") + "     accuracy, also of sampled answers",
-        f"reflux run {other}     another method on the same models (reflux list recipes)",
-        f"reflux plan {cfg.recipe} base=hub     the same method on your own Hugging Face models",
+        (f"reflux eval {folder} --samples 8", "accuracy, of sampled answers too"),
+        (f"reflux run {other}", "another method on the same models (all: reflux list recipes)"),
+        (f"reflux plan {cfg.recipe} base=hub", "the same method on Hugging Face models"),
     ]
 
 
@@ -89,4 +98,4 @@ def _show_problem(folder: Path) -> None:
         ("after", after["text"]),
         ("answer", before["answer"]),
     ):
-        console.print(f"  {title:8} {text}", markup=False, highlight=False)
+        _say(f"  {title:8} {text}")

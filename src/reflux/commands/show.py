@@ -61,8 +61,7 @@ def list_parts(group: str) -> None:
         raise ConfigError(f"there is no group '{group}'{parts.did_you_mean(group, known, '.')} Groups: {', '.join(known)}")
     for name in [group] if group else known:
         lines = recipe_lines() if name == "recipes" else part_lines(name)
-        if lines:
-            console.print(name, style="bold")
+        console.print(name if lines else f"{name}: none yet", style="bold")
         for kind, line in lines.items():
             console.print(f"  {kind:18} {line}", markup=False, highlight=False, soft_wrap=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,13 +50,15 @@ class HFLearner:
     @asynccontextmanager
     async def opened(cls, cfg: HF, run: Run) -> AsyncIterator[HFLearner]:
         model = await run.off_loop(
-            load_model,
-            cfg.model,
-            "learner.model",
-            dtype="float32",
-            device=cfg.device,
-            attention=cfg.attention,
-            trust_remote_code=cfg.trust_remote_code,
+            partial(
+                load_model,
+                cfg.model,
+                "learner.model",
+                dtype="float32",
+                device=cfg.device,
+                attention=cfg.attention,
+                trust_remote_code=cfg.trust_remote_code,
+            )
         )
         yield cls(cfg, run, model)
 

@@ -33,7 +33,7 @@ class Chart:
         return json.loads(str(self.figure.to_json()))
 
 
-def new_figure(x: str, y: str, **layout: Any) -> Figure:
+def new_figure(x: str, y: str, layout: dict[str, Any]) -> Figure:
     """An empty figure with its axes named. Colours of text and grid are the page's, set in the browser for light or dark."""
     from plotly.graph_objects import Figure
 
@@ -46,8 +46,8 @@ def new_figure(x: str, y: str, **layout: Any) -> Figure:
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "traceorder": "normal"},
         xaxis={"title": {"text": x, "font": {"size": 13}}, "zeroline": False, "automargin": True},
         yaxis={"title": {"text": y, "font": {"size": 13}}, "automargin": True},
-        **layout,
     )
+    figure.update_layout(layout)
     return figure
 
 

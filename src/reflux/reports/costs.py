@@ -25,7 +25,7 @@ def _stacked(title: str, unit: str, columns: dict[str, Column], step: list[int],
     used = {role: column for role, column in columns.items() if any(known(column))}
     if not used:
         return Chart(title, absent=f"metrics.jsonl holds no {unit} yet.")
-    figure = new_figure("step", unit, yaxis_rangemode="tozero", yaxis_tickformat=ticks)
+    figure = new_figure("step", unit, {"yaxis_rangemode": "tozero", "yaxis_tickformat": ticks})
     numbers: list[tuple[str, ...]] = []
     for role, column in used.items():
         steps, values = thinned(step, [0.0 if value is None else value for value in column])
@@ -38,7 +38,7 @@ def _stacked(title: str, unit: str, columns: dict[str, Column], step: list[int],
 def tokens_chart(metrics: Metrics) -> Chart:
     """Tokens sampled and tokens trained on, by step."""
     title = "Tokens a step"
-    figure = new_figure("step", "tokens a step", yaxis_rangemode="tozero", yaxis_tickformat="~s")
+    figure = new_figure("step", "tokens a step", {"yaxis_rangemode": "tozero", "yaxis_tickformat": "~s"})
     numbers: list[tuple[str, ...]] = []
     for name, column, colour in (("sampled", metrics.tokens_sampled, BLUE), ("trained on", metrics.tokens_trained, GREEN)):
         steps, values = thinned(metrics.step, column)

@@ -23,7 +23,7 @@ def accuracy_chart(moments: list[Moment], teacher: Score | None) -> Chart:
     first = main_name((name for moment in moments for name in moment.scores), "accuracy")
     if first is None:
         return Chart(title, absent="No accuracy was measured in this run (evals.jsonl has none), so there is no curve.")
-    figure = new_figure("step", "problems solved", yaxis_tickformat=".0%", yaxis_rangemode="tozero")
+    figure = new_figure("step", "problems solved", {"yaxis_tickformat": ".0%", "yaxis_rangemode": "tozero"})
     names = sorted({name for moment in moments for name in moment.scores}, key=lambda name: (name != first, name))
     numbers: list[tuple[str, ...]] = []
     for index, name in enumerate(names):
@@ -62,7 +62,7 @@ def kl_chart(metrics: Metrics, moments: list[Moment]) -> Chart:
         return Chart(title, absent="No step has reported a KL to the teacher (metrics.jsonl and evals.jsonl have none).")
     everything = values + [value for _, value in held]
     far = min(everything) > 0 and max(everything) / min(everything) > 20
-    figure = new_figure("step", "reverse KL, nats per token", yaxis_type="log" if far else "linear")
+    figure = new_figure("step", "reverse KL, nats per token", {"yaxis_type": "log" if far else "linear"})
     if not far:
         figure.update_yaxes(rangemode="tozero")
     if steps:
@@ -83,7 +83,7 @@ def position_chart(moments: list[Moment]) -> Chart:
     measured = [(moment.step, found) for moment in moments for found in moment.agreements.values() if found.bins]
     if not measured:
         return Chart(title, absent="Agreement by position was not measured in this run (evals.jsonl has none).")
-    figure = new_figure("position in the answer (tokens)", "reverse KL, nats per token", yaxis_rangemode="tozero")
+    figure = new_figure("position in the answer (tokens)", "reverse KL, nats per token", {"yaxis_rangemode": "tozero"})
     numbers: list[tuple[str, ...]] = []
     ends = [measured[0], measured[-1]] if measured[-1][0] > measured[0][0] else [measured[0]]
     for (step, found), colour in zip(ends, (GREY, BLUE), strict=False):

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,13 +55,15 @@ class HFSampler:
     async def opened(cls, cfg: HF, run: Run, model: str | None = None) -> AsyncIterator[HFSampler]:
         name = model or run.cfg.learner.model
         loaded = await run.off_loop(
-            load_model,
-            name,
-            "learner.model" if model is None else "model",
-            dtype=cfg.dtype,
-            device=cfg.device,
-            attention=cfg.attention,
-            trust_remote_code=run.cfg.learner.trust_remote_code,
+            partial(
+                load_model,
+                name,
+                "learner.model" if model is None else "model",
+                dtype=cfg.dtype,
+                device=cfg.device,
+                attention=cfg.attention,
+                trust_remote_code=run.cfg.learner.trust_remote_code,
+            )
         )
         loaded.net.requires_grad_(False)
         yield cls(cfg, run, loaded)

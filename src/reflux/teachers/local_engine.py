@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,14 +42,16 @@ class LocalTeacher:
         tokenizer = await run.off_loop(load_tokenizer, cfg.model, where, cfg.trust_remote_code)
         check_same_tokens(run.tokenizer, tokenizer, name)
         model = await run.off_loop(
-            load_model,
-            cfg.model,
-            where,
-            dtype=cfg.dtype,
-            device=cfg.device,
-            attention=cfg.attention,
-            trust_remote_code=cfg.trust_remote_code,
-            device_map=cfg.device_map,
+            partial(
+                load_model,
+                cfg.model,
+                where,
+                dtype=cfg.dtype,
+                device=cfg.device,
+                attention=cfg.attention,
+                trust_remote_code=cfg.trust_remote_code,
+                device_map=cfg.device_map,
+            )
         )
         model.net.requires_grad_(False)
         yield cls(cfg, run, name, model)

@@ -1,0 +1,36 @@
+"""README.md of an exported student: what it is, how it came about, whom to cite."""
+
+from __future__ import annotations
+
+from reflux.cite import papers
+from reflux.config import RunConfig, config_hash
+from reflux.summary import commit, method_of
+
+
+def model_card(cfg: RunConfig, step: int) -> str:
+    """In the hub's form: a YAML head, then Markdown. Names from the recipe are quoted as code, never as markup."""
+    teachers = [teacher.model for teacher in cfg.teachers.values() if "model" in vars(teacher)]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [distillation, reflux]",
+        "---",
+        f"# A student of the recipe {_code(cfg.recipe)}",
+        "",
+        f"- method: {_code(method_of(cfg))}, after {step} of {cfg.steps} optimiser steps",
+        f"- started from: {_code(cfg.learner.model)}",
+        f"- taught by: {', '.join(map(_code, teachers)) or 'no teacher'}",
+        f"- config {config_hash(cfg)}, seed {cfg.seed}, library commit {commit() or 'of an installed package'}",
+        "",
+        "The licences of the models it started from and was taught by apply to it.",
+        "",
+        "```bibtex",
+        *(paper.bibtex for paper in papers(cfg)),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _code(text: str) -> str:
+    return "`" + text.replace("`", "'").replace("\n", " ") + "`"
