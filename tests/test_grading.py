@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from reflux.clock import Clock
 from reflux.errors import ConfigError
 from reflux.parts import part
 from reflux.rewards.verifier import Verifier
@@ -243,7 +244,7 @@ def attempt(text: str, finish: Any = "stop") -> Attempt:
 @pytest.mark.parametrize("own", [False, True])
 def test_the_verifier_reward_fills_the_group(odd: Any, own: bool) -> None:
     async def score(graders: Graders) -> list[Attempt]:
-        run: Any = SimpleNamespace(task=odd, graders=graders)
+        run: Any = SimpleNamespace(task=odd, graders=graders, clock=Clock())
         group = [attempt("yes"), attempt("yes", "error"), attempt("no"), attempt("raise"), attempt("yes", "length")]
         async with Verifier(timeout_s=9.0 if own else 10.0).open(run) as reward:
             await reward.score(group)

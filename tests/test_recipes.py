@@ -53,7 +53,9 @@ def test_a_recipe_runs(tiny_run: Callable[..., Any], recipe: str, max_lag: int) 
     group = {"group_size": 3} if recipe in ("rl", "rl_opd") else {}
     done = tiny_run(recipe, steps=3, max_lag=max_lag, task={"kind": "outside:Chat"}, **group)
     assert [row["step"] for row in done.rows("metrics")] == [1, 2, 3]
-    assert all(row["loss"] is not None and row["grad_norm"] > 0 for row in done.rows("metrics"))
+    moved = [row for row in done.rows("metrics") if "grad_norm" in row]
+    assert all(row["loss"] is not None and row["grad_norm"] > 0 for row in moved)
+    assert len(moved) == 3 or (recipe == "rl" and moved)  # where all verdicts of a step agree there is nothing to learn
     assert max(row["lag_max"] for row in done.rows("metrics")) <= max_lag
     assert (done.dir / "student" / "model.safetensors").exists()
     assert json.loads((done.dir / "summary.json").read_text()) == done.summary

@@ -25,7 +25,7 @@ END = 1  # the character tokenizer's <end>
 SCALE = {  # what every tiny run sets, before its own overrides
     "steps": 3,
     "prompts_per_step": 4,
-    "learner.lr": 3e-3,
+    "learner.lr": 1e-3,
     "save_every": 1000,
     "eval_every": 1000,
     "threads": 1,
@@ -35,8 +35,11 @@ SCALE = {  # what every tiny run sets, before its own overrides
 }
 
 
-def net(seed: int, *, layers: int = 1, width: int = 32, padded_rows: int = 0) -> Any:
-    """Qwen3 from dice: some 2.5 nats of entropy, an end token at one position in nine. padded_rows: output rows beyond the tokens."""
+def net(seed: int, *, layers: int = 1, width: int = 32, padded_rows: int = 0, lift: float = 2.0) -> Any:
+    """Qwen3 from dice, with some 2.5 nats of entropy. padded_rows: output rows beyond the tokens.
+
+    lift: of the end token; 2 is one position in nine, 1 one in fifty.
+    """
     tokens = len(character_tokenizer())
     shape = {"hidden_size": width, "intermediate_size": 48, "num_hidden_layers": layers, "head_dim": width // 2}
     ends = {"eos_token_id": END, "pad_token_id": 0, "bos_token_id": None}
@@ -51,7 +54,7 @@ def net(seed: int, *, layers: int = 1, width: int = 32, padded_rows: int = 0) ->
                 value.normal_(0, 0.35 if "embed" in name else value.shape[1] ** -0.5, generator=dice)
         embedding = model.get_input_embeddings().weight
         embedding[:, 0] = 1.0
-        embedding[END, 0] += 2.0
+        embedding[END, 0] += lift
         embedding[tokens:, 0] += 6.0  # padded rows would be chosen always, were they not cut off
     return model.eval()
 

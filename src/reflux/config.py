@@ -175,7 +175,7 @@ def nest(path: list[str], value: Any, table: Any) -> dict[str, Any]:
         index, items = int(path[1]), [dict(item) for item in inner]
         if index >= len(items):
             raise ConfigError(f"{head}.{index}: there are only {len(items)} {head}, counted from 0")
-        items[index] = merge(items[index], nest(path[1:], value, {})[path[1]]) if len(path) > 2 else value
+        items[index] = merge({"item": items[index]}, nest(["item", *path[2:]], value, {}))["item"]
         return {head: items}
     return {head: nest(path[1:], value, inner)}
 

@@ -49,12 +49,13 @@ class Gather(Generic[Item, Answer]):
             async with self._turn:
                 wanted = [request for request in requests if not request.future.done()]
                 answers = await self._answer([request.item for request in wanted]) if wanted else []
+            answered = list(zip(wanted, answers, strict=True))
         except BaseException as error:
             for request in requests:
                 if not request.future.done():
                     request.future.set_exception(error)
             return
-        for request, answer in zip(wanted, answers, strict=True):
+        for request, answer in answered:
             if not request.future.done():
                 request.future.set_result(answer)
 

@@ -153,7 +153,9 @@ def _inner(marker: PartOf | type, value: Any, where: str, steps: int) -> Any:
             raise ConfigError(f"{where}: expected a list of tables such as [[{where}]], got {value!r}; name one by its place: {where}.0")
         return tuple(build(marker.group, table, f"{where}[{i}]", default_kind=marker.default, steps=steps) for i, table in enumerate(value))
     steps = steps if marker.horizon else 0
-    return build(marker.group, value, where, default_kind=marker.default, steps=steps) if isinstance(value, Mapping) else value
+    if marker.group == "schedules" and not isinstance(value, Mapping):
+        return value  # a plain number
+    return build(marker.group, value, where, default_kind=marker.default, steps=steps)
 
 
 def field_names(cls: type) -> list[str]:

@@ -20,16 +20,18 @@ def step_metrics(run: Run, stats: dict[str, Metric], groups: Sequence[Group], le
     """Everything one step has to say, as plain JSON values but for `step` and memory."""
     attempts = [attempt for group in groups for attempt in group]
     live = [attempt for attempt in attempts if attempt.rollout.finish != "error"]
-    before = learner.version - ("grad_norm" in stats)  # the version that consumed these attempts
+    values = {name: metric.value for name, metric in stats.items()}
+    updates = int(values.get("updates") or 0)
+    before = learner.version - updates  # the version that consumed these attempts
     lags = [before - attempt.rollout.version for attempt in live]
     sampled = sum(int(attempt.rollout.mask_T.sum()) for attempt in live)
     prompt = sum(len(a.rollout.prompt_tokens) for a in live if isinstance(a.rollout, TokenRollout))
-    values = {name: metric.value for name, metric in stats.items()}
     trained = int(values.get("tokens_trained") or 0)
     asked = bool(teachers.opened)
     return {
         "loss": values.get("loss", 0.0),
-        **{name: value for name, value in values.items() if name not in ("loss", "tokens_trained")},
+        **{name: value for name, value in values.items() if name not in ("loss", "tokens_trained", "updates")},
+        "updates": updates,
         "lag_mean": Mean.of(lags).value,
         "lag_max": max(lags, default=None),
         "tokens_sampled": sampled,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 import outside
 import tiny
@@ -26,10 +27,11 @@ def jump(**fields: Any) -> dict[str, Any]:
     return {"accelerator": {"kind": "outside:Jump", **fields}}
 
 
-def test_it_is_told_of_the_start_and_asked_after_every_step(tiny_run: Callable[..., Any]) -> None:
+def test_it_is_told_of_the_start_and_asked_after_every_step(tiny_run: Callable[..., Any], student: str) -> None:
     done = tiny_run("opd", **PLAIN, **jump(at=2))
     assert [entry[0] for entry in outside.HEARD] == ["start", "jump"]
-    assert outside.HEARD[0][1] == pytest.approx(sum(float(value.double().sum()) for value in tiny.net(1).state_dict().values()), rel=1e-6)
+    weights = AutoModelForCausalLM.from_pretrained(student).state_dict()
+    assert outside.HEARD[0][1] == pytest.approx(sum(float(value.double().sum()) for value in weights.values()), rel=1e-6)
     _, step, before, after = outside.HEARD[1]
     assert (step, 0 <= before <= 1, 0 <= after <= 1) == (2, True, True)
     from reflux import checkpoints

@@ -31,7 +31,7 @@ SLOW = "outside:SlowLearner"
 
 @pytest.mark.parametrize("max_lag", [1, 2])
 def test_consumed_lag_is_bounded_and_reached(tiny_run: Callable[..., Any], student: str, max_lag: int) -> None:
-    slow = {"kind": SLOW, "model": student, "lr": 3e-3}
+    slow = {"kind": SLOW, "model": student, "lr": 1e-3}
     done = tiny_run("opd", steps=6, max_lag=max_lag, task=CHAT, learner=slow, prompts_per_step=2)
     lags = [row["lag_max"] for row in done.rows("metrics")]
     assert lags[0] == 0
@@ -96,7 +96,7 @@ def act(cfg: RunConfig, model: Any, prompts: list[Prompt], step: int) -> list[li
 
 def test_a_jump_refreshes_what_is_in_flight_and_lag_starts_again(tiny_run: Callable[..., Any], student: str) -> None:
     outside.HEARD.clear()
-    slow = {"kind": SLOW, "model": student, "lr": 3e-3}
+    slow = {"kind": SLOW, "model": student, "lr": 1e-3}
     settings = {"steps": 5, "max_lag": 2, "task": CHAT, "learner": slow, "prompts_per_step": 2}
     done = tiny_run("opd", **settings, accelerator={"kind": "outside:Jump", "at": 3})
     lags = [row["lag_max"] for row in done.rows("metrics")]

@@ -168,6 +168,16 @@ def test_noise_is_gumbel_and_uncorrelated() -> None:
         assert abs(np.corrcoef(one, other)[0, 1]) < 5 / np.sqrt(len(one))
 
 
+def test_every_bit_of_a_key_stirs_every_bit_of_the_noise() -> None:
+    """Avalanche: flipping one of the key's 63 bits flips half of the bits of the uniforms, up to what 2,048 coins allow."""
+    flipped = torch.tensor([0x1234_5678_9ABC_DEF0, *(0x1234_5678_9ABC_DEF0 ^ (1 << bit) for bit in range(63))])
+    uniform = torch.exp(-torch.exp(-gumbel(flipped, torch.full_like(flipped, 3), 512).double()))
+    bits = (uniform * 16).long()[..., None] >> torch.arange(4) & 1
+    share = (bits[1:] != bits[0]).double().mean(1)  # per key bit and noise bit
+    assert 0.38 < share.min()
+    assert share.max() < 0.62
+
+
 def test_parts_have_dice_of_their_own() -> None:
     moment = Moment(3, seed=7)
     assert moment.dice("a").random() == moment.dice("a").random()

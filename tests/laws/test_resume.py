@@ -51,7 +51,7 @@ def told(done: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("step", [1, 3, 4])
 def test_stopping_changes_nothing(tiny_run: Callable[..., Any], student: str, teacher: str, tmp_path: Path, recipe: str, step: int) -> None:
     more = {"sampler__max_tokens": {"kind": "linear", "start": 3, "increment": 2}} if recipe == "prefix" else {}
-    settings = {**PLAIN, **more, "learner__lr": {"kind": "cosine", "peak": 3e-3, "warmup": 2}}
+    settings = {**PLAIN, **more, "learner__lr": {"kind": "cosine", "peak": 1e-3, "warmup": 2}}
     whole = tiny_run(recipe, **settings)
     stop_after(step, tmp_path / "stopped", tiny.config(recipe, student, teacher, **settings))
     resumed = tiny_run(recipe, **settings, out=tmp_path / "stopped", resume=True)
@@ -145,7 +145,7 @@ def test_another_recipe_is_refused_and_told_apart(tiny_run: Callable[..., Any]) 
     with pytest.raises(RunError, match="another recipe") as refused:
         tiny_run("opd", **(changed | {"steps": 1}), out=done.dir, resume=True)
     text = str(refused.value)
-    for words in ("learner.lr: was 0.003, is 0.0001", "seed: was 0, is 3", "credit.prefix", "objectives: was"):
+    for words in ("learner.lr: was 0.001, is 0.0001", "seed: was 0, is 3", "credit.prefix", "objectives: was"):
         assert words in text
     assert "steps" not in text
     assert snapshot(done.dir) == before

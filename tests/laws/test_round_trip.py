@@ -103,6 +103,7 @@ def test_everything_set_at_once_survives() -> None:
     again = there_and_back(cfg)
     assert again == cfg
     assert again.learner.lora.targets == ("q_proj", "v_proj")
+    assert to_table(cfg)["teachers"]["plus"]["as"] == "main"  # as it is written, not as Python must call it
     assert [teacher.as_ for teacher in again.teachers.values()] == ["main", "main"]
     assert differences(to_table(cfg), tomllib.loads(to_toml(cfg))) == []
 

@@ -36,6 +36,9 @@ class HF:
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Positive = 1.0  # gradient norm
+    noise_floor: Annotated[float, Field(ge=0)] = (
+        1e-6  # a gradient norm up to this is rounding: no step (Adam would scale it up to a full one)
+    )
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 16384  # prompt and response, padding included
     lora: Lora | None = None
     gradient_checkpointing: bool = False

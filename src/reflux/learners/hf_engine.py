@@ -106,11 +106,13 @@ class HFLearner:
                 f"The batch is in {kept}. Usual reasons: a learning rate too high (now {lr:g}), or a teacher that rules out a token "
                 f"the student may say (forward and reverse KL are then infinite: use divergence = 'jsd')."
             )
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr
-        self.optimiser.step()
-        self.version += 1
-        return stats | {"grad_norm": Max(norm), "lr": Max(lr)}
+        moves = norm > self.cfg.noise_floor
+        if moves:
+            for group in self.optimiser.param_groups:
+                group["lr"] = lr
+            self.optimiser.step()
+            self.version += 1
+        return stats | {"grad_norm": Max(norm), "lr": Max(lr), "updates": Sum(float(moves))}
 
     def _gradients(self, items: list[Item], objectives: Sequence[Objective]) -> Stats:
         """Accumulate the gradient of the whole batch; fill records with what the pass found out."""
