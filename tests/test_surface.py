@@ -50,7 +50,8 @@ credit.position         factor
 credit.outcome          nats=1.0 normalise_std=False std_floor=1e-06
 rewards.verifier        timeout_s=10.0 workers=1
 learners.hf             model lr=1e-06 betas=(0.9,0.999) eps=1e-08 weight_decay=0.0 clip=1.0 noise_floor=1e-06
-                        micro_batch_tokens=16384 lora=None gradient_checkpointing=False autocast='auto' device='auto' attention=None trust_remote_code=False
+                        micro_batch_tokens=16384 lora=None gradient_checkpointing=False autocast='auto' device='auto'
+                        attention=None trust_remote_code=False
 tasks.word_problems     operations=('add','sub') min_steps=2 max_steps=3 largest=50 longer=0 held_out=500 weight=1.0
 evals.accuracy          problems=500 samples=0 k=None temperature=1.0 max_tokens=None split='test' examples=8
 evals.agreement         prompts=128 teacher='main' bins=24 max_tokens=None split='test'

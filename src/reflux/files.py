@@ -9,7 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from reflux.metrics import jsonable
+
+_LINE = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,9 +58,16 @@ def sync_folder(path: Path) -> None:
 
 
 def append_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One JSON object a line. NaN and infinity become null."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(jsonable(row), ensure_ascii=False) + "\n" for row in rows)
+    """One JSON object a line, numpy arrays as lists. NaN and infinity become null."""
+    with path.open("ab") as file:
+        file.writelines(_line(row) for row in rows)
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(row, default=jsonable, option=_LINE)
+    except orjson.JSONEncodeError:  # half a surrogate pair in a user's text is no UTF-8; the standard library escapes it
+        return (json.dumps(jsonable(row)) + "\n").encode()
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -117,6 +117,8 @@ def jsonable(value: object) -> object:
     """Metrics become numbers; what is not finite becomes null, which every JSON reader understands."""
     if isinstance(value, (Mean, Sum, Max, Quantiles)):
         value = value.value
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -77,6 +77,7 @@ class Model:
     end_ids: tuple[int, ...]
     context_tokens: int
     stored_dtype: torch.dtype | None = None  # the type its files are in; exports go back to it
+    plain_attention: bool = False  # scaled-dot-product attention over everything before, in every layer
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +139,14 @@ def as_model(net: Any, tokenizer: Any, stored_dtype: torch.dtype | None = None) 
         end_ids=end_ids(tokenizer, net.generation_config),
         context_tokens=int(getattr(net.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30),
         stored_dtype=stored_dtype,
+        plain_attention=_plain_attention(net),
     )
+
+
+def _plain_attention(net: Any) -> bool:
+    config = net.config.get_text_config()
+    windowed = getattr(config, "sliding_window", None) is not None
+    return net.config._attn_implementation == "sdpa" and not windowed and set(getattr(config, "layer_types", ())) <= {"full_attention"}
 
 
 def prepare_torch(threads: int, deterministic: bool) -> None:

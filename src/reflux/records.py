@@ -26,8 +26,8 @@ def arrived(attempt: Attempt, step: int) -> dict[str, Any]:
         "sample": rollout.sample,
         "version": rollout.version,
         "finish": rollout.finish,
-        "tokens": rollout.tokens_T.tolist(),
-        "mask": rollout.mask_T.astype(int).tolist(),
+        "tokens": rollout.tokens_T,
+        "mask": rollout.mask_T.astype(np.int8),
         "logp": _rounded(rollout.logp_T),
         "text": rollout.text,
         "reward": attempt.reward.value if attempt.reward else None,
@@ -73,5 +73,6 @@ def read_attempt(line: dict[str, Any]) -> Attempt:
     return Attempt(rollout, reward=None if line["reward"] is None else Reward(line["reward"]))
 
 
-def _rounded(values: np.ndarray) -> list[float | None]:
-    return [round(value, _DIGITS) if value == value else None for value in values.astype(float).tolist()]
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """NaN, where a position was not computed, becomes null on its way to the file."""
+    return np.round(values.astype(np.float64), _DIGITS)

@@ -72,13 +72,13 @@ def test_versions_count_optimiser_steps_only(tiny_run: Callable[..., Any]) -> No
     assert tiny_run("opd", steps=2, task=CHAT).state["version"] == 2
 
 
-@pytest.mark.parametrize(("floor", "moved"), [(1e-6, 0), (0.0, 1)])
+@pytest.mark.parametrize(("floor", "moved"), [(1e-4, 0), (0.0, 1)])
 def test_rounding_alone_is_no_step(floor: float, moved: int) -> None:
     """A teacher that is the student: the gradient is rounding, which Adam would scale up to a full step."""
     home = as_model(tiny.net(1), character_tokenizer())
     learner = tiny.learner(tiny.net(1), lr=0.1, noise_floor=floor)
     stats = move(learner, [[attempt(rollout(n, seed=n), home)] for n in (3, 8)], [Divergence()])
-    assert 0 < stats["grad_norm"].value < 1e-6
+    assert 0 < stats["grad_norm"].value < 1e-5
     assert (learner.version, stats["updates"].value) == (moved, moved)
     assert same(dict(learner.trained), dict(tiny.net(1).named_parameters())) == (not moved)
 

@@ -174,7 +174,7 @@ def test_every_bit_of_a_key_stirs_every_bit_of_the_noise() -> None:
     uniform = torch.exp(-torch.exp(-gumbel(flipped, torch.full_like(flipped, 3), 512).double()))
     bits = (uniform * 16).long()[..., None] >> torch.arange(4) & 1
     share = (bits[1:] != bits[0]).double().mean(1)  # per key bit and noise bit
-    assert 0.38 < share.min()
+    assert share.min() > 0.38
     assert share.max() < 0.62
 
 

@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from reflux import records
 from reflux.config import RunConfig, config_hash, differences, from_table, load_recipe, recipe_names, to_table, to_toml
+from reflux.files import append_lines, read_lines
 from reflux.parts import GROUPS, build, kinds, part, table_of
 from reflux.records import learned, read_attempt
 from reflux.schedules import SCHEDULES
@@ -134,7 +136,9 @@ def test_every_attempt_survives_in_what_is_kept(length: int, text: str, reward: 
     mask = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
     spoken = replace(rollout(length, finish=finish, mask=mask), text=text, version=3, sample=2)
     made = Attempt(spoken, reward=None if reward is None else Reward(reward))
-    line = json.loads(json.dumps(records.arrived(made, 4), ensure_ascii=False))
+    with TemporaryDirectory() as scratch:
+        append_lines(Path(scratch) / "attempts.jsonl", [records.arrived(made, 4)])
+        (line,) = read_lines(Path(scratch) / "attempts.jsonl")
     again = read_attempt(line)
     for name in ("sample", "version", "finish", "text"):
         assert getattr(again.rollout, name) == getattr(spoken, name)

@@ -28,7 +28,11 @@ class Lora:
 
 @dataclass(frozen=True, config=STRICT)
 class HF:
-    """AdamW on float32 master weights, bfloat16 autocast on GPU, micro-batches cut by a token budget."""
+    """AdamW on float32 master weights, bfloat16 autocast on GPU, micro-batches cut by a token budget.
+
+    Adam scales a gradient of any size up to a full step, rounding included: a student that has become its teacher would wander off.
+    Hence `noise_floor`.
+    """
 
     model: str
     lr: Number = 1e-6
@@ -36,9 +40,7 @@ class HF:
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Positive = 1.0  # gradient norm
-    noise_floor: Annotated[float, Field(ge=0)] = (
-        1e-6  # a gradient norm up to this is rounding: no step (Adam would scale it up to a full one)
-    )
+    noise_floor: Annotated[float, Field(ge=0)] = 1e-6  # a gradient norm up to this is rounding, and no step is made
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 16384  # prompt and response, padding included
     lora: Lora | None = None
     gradient_checkpointing: bool = False

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from reflux.models import Model
+from reflux.samplers.cache import roomy_cache
 from reflux.samplers.noise import gumbel
 from reflux.types import Draw
 
@@ -114,7 +114,7 @@ class _Rows:
         self.mask_BL = self.mask_BL.to(device)
         self.keys_B = torch.tensor([ask.key for ask in asks], dtype=torch.int64, device=device)
         self.place_B = torch.tensor([len(ask.ids) for ask in asks], device=device)
-        self.cache = DynamicCache(config=model.net.config)
+        self.cache = roomy_cache(model.net.config, max(ask.budget for ask in asks))
 
     def read_prompts(self) -> Tensor:
         mask_BP = self.mask_BL[:, : self.width]
@@ -123,7 +123,10 @@ class _Rows:
 
     def advance(self, tokens_B: Tensor) -> Tensor:
         self.width += 1
-        logits_BV = self._forward(tokens_B[:, None], self.mask_BL[:, : self.width], self.place_B[:, None])
+        mask_BL = self.mask_BL[:, : self.width]
+        if self.model.plain_attention:
+            mask_BL = mask_BL[:, None, None].bool()  # one new token sees all that came before: no mask has to be worked out
+        logits_BV = self._forward(tokens_B[:, None], mask_BL, self.place_B[:, None])
         self.place_B = self.place_B + 1
         return logits_BV
 

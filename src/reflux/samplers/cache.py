@@ -1,0 +1,48 @@
+"""A key-value cache with room to grow: a new token is written in place, where transformers' own layer copies all that came before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+def roomy_cache(config: Any, room: int) -> DynamicCache:
+    """The cache of a model, its plain layers replaced; sliding-window and recurrent layers stay as they are."""
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+class RoomyLayer(DynamicLayer):
+    """`keys` and `values` [B, heads, L, D] are views of buffers with space for `room` more positions, made anew when that is used up."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room = room
+        self.buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        stop = start + key_states.shape[-2]
+        if self.buffers is None or self.buffers[0].shape[-2] < stop:
+            self.buffers = (self._grown(self.keys, key_states, start, stop), self._grown(self.values, value_states, start, stop))
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[..., start:stop, :] = new
+        self.keys, self.values = (buffer[..., :stop, :] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def _grown(self, old: Tensor | None, new: Tensor, start: int, stop: int) -> Tensor:
+        buffer = new.new_empty(*new.shape[:-2], stop + self.room, new.shape[-1])
+        if start:
+            buffer[..., :start, :] = old
+        return buffer
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.buffers = None  # the kept rows are copies now; the next token makes room again
