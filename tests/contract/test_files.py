@@ -74,4 +74,4 @@ def test_cutting_back_keeps_the_bytes_of_what_stays(tmp_path: Path) -> None:
 
 def test_what_is_no_number_becomes_null(tmp_path: Path) -> None:
     files.append_lines(tmp_path / "a.jsonl", [{"a": float("nan"), "b": {"c": [float("inf"), 1.5]}}])
-    assert (tmp_path / "a.jsonl").read_text() == '{"a": null, "b": {"c": [null, 1.5]}}\n'
+    assert (tmp_path / "a.jsonl").read_text() == '{"a":null,"b":{"c":[null,1.5]}}\n'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Callable
 from dataclasses import fields
@@ -165,13 +164,19 @@ def test_the_second_line_holds_teacher_weight_shift_and_notes(tiny_run: Callable
             assert now == pytest.approx(then, abs=1e-3)
 
 
-def test_what_was_never_computed_is_null_and_not_a_number() -> None:
+def test_what_was_never_computed_is_null_and_not_a_number(tmp_path: Path) -> None:
     made = Attempt(rollout(3))
     made.shares["x"] = Share(factor_T=np.asarray([1.0, 0.0, 1.0], dtype=np.float32))
     made.notes["logp"] = {"main": np.asarray([-1.0, np.nan, -2.0], dtype=np.float32)}
-    line = learned(made, 0)
+    append_lines(tmp_path / "attempts.jsonl", [learned(made, 0)])
+    (line,) = read_lines(tmp_path / "attempts.jsonl")
     assert line["teacher_logp"] == {"main": [-1.0, None, -2.0]}
-    json.loads(json.dumps(line, allow_nan=False))
+    assert line["weight"] == [1.0, 0.0, 1.0]
+
+
+def test_half_a_character_in_a_users_text_is_kept(tmp_path: Path) -> None:
+    append_lines(tmp_path / "a.jsonl", [{"text": "half \ud83d", "ids": np.asarray([1, 2])}])
+    assert list(read_lines(tmp_path / "a.jsonl")) == [{"text": "half \ud83d", "ids": [1, 2]}]
 
 
 def test_recipes_of_ones_own_are_read_from_a_path(tmp_path: Path) -> None:

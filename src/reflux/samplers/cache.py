@@ -25,7 +25,8 @@ class RoomyLayer(DynamicLayer):
         self.room = room
         self.buffers: tuple[Tensor, Tensor] | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *extra: Any) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Append new positions; `extra` is what other kinds of layer need to know."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
@@ -39,7 +40,7 @@ class RoomyLayer(DynamicLayer):
 
     def _grown(self, old: Tensor | None, new: Tensor, start: int, stop: int) -> Tensor:
         buffer = new.new_empty(*new.shape[:-2], stop + self.room, new.shape[-1])
-        if start:
+        if old is not None and start:
             buffer[..., :start, :] = old
         return buffer
 
