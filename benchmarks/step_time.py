@@ -3,8 +3,8 @@
     python benchmarks/step_time.py [--rounds 5] [--steps 8] [--threads 2] [--trl-python PATH]
 
 Exact reverse KL on the student's own answers, 64 prompts a step, 80 new tokens each, on the CPU in float32. Answers cannot end early: the
-models are copied with an end token that is never written, so both sides handle exactly the same number of tokens. Each side runs in a
-process of its own; one round is one process of each, the order alternating. Printed: the median seconds a step of each round, the ratio with its
+models are copied with an end token that is hardly ever written, so both sides handle the same number of tokens. Each side runs in a process
+of its own; one round is one process of each, the order alternating. Printed: the median seconds a step of each round, the ratio with its
 spread over rounds, and peak resident memory. TRL (1.16) may live in another environment: give its interpreter.
 """
 
@@ -181,9 +181,8 @@ def _rounds(asked: argparse.Namespace, folder: Path) -> None:
     for side in times:
         low, high = min(times[side]), max(times[side])
         print(f"{side:7} median {statistics.median(times[side]):.3f} s a step ({low:.3f} to {high:.3f}), peak {peaks[side] / 1e6:,.0f} MB")
-    print(
-        f"ratio   median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), {asked.rounds} rounds, {asked.threads} threads"
-    )
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    print(f"ratio   median {statistics.median(ratios):.2f} ({spread}), {asked.rounds} rounds, {asked.threads} threads")
 
 
 if __name__ == "__main__":

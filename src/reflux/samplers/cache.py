@@ -25,7 +25,9 @@ class RoomyLayer(DynamicLayer):
         self.room = room
         self.buffers: tuple[Tensor, Tensor] | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *extra: Any) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, key_states: Tensor, value_states: Tensor, *extra: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append new positions; `extra` is what other kinds of layer need to know."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
