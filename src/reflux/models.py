@@ -159,6 +159,13 @@ def prepare_torch(threads: int, deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+def share_cores(parties: int) -> None:
+    """In a thread of its own: take an equal share of the cores, so that what overlaps does not queue for them."""
+    import torch
+
+    torch.set_num_threads(max(1, torch.get_num_threads() // parties))
+
+
 def pick_device(device: str) -> str:
     import torch
 
