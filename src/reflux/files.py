@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -36,7 +37,13 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     for leftover in (scratch, old):
         shutil.rmtree(leftover, ignore_errors=True)
     scratch.mkdir(parents=True)
-    fill(scratch)
+    try:
+        fill(scratch)
+    except Exception as error:
+        shutil.rmtree(scratch, ignore_errors=True)  # half a folder helps nobody, and may be what filled the disk
+        if os.strerror(errno.ENOSPC) in str(error):  # safetensors reports it as an error of its own
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     for file in scratch.rglob("*"):
         if file.is_file():
             file.chmod(0o644)  # safetensors writes files that nobody else may read

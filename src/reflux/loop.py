@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from typing import Any
 
 from reflux import checks
@@ -30,7 +30,8 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
     """
     run = Run.open(cfg, checks.join(cfg), options)  # refuses in words before any weight is loaded; seeds, resume point
     if run.finished:
-        return run.summary()
+        with closing(run):
+            return run.summary()
 
     async with open_parts(cfg, run) as (learner, sampler, reward, teachers, accelerator):
         run.restore(learner, teachers, accelerator)  # every part with state; accelerator.start(learner) on a fresh run

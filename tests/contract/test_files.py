@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -75,3 +76,16 @@ def test_cutting_back_keeps_the_bytes_of_what_stays(tmp_path: Path) -> None:
 def test_what_is_no_number_becomes_null(tmp_path: Path) -> None:
     files.append_lines(tmp_path / "a.jsonl", [{"a": float("nan"), "b": {"c": [float("inf"), 1.5]}}])
     assert (tmp_path / "a.jsonl").read_text() == '{"a":null,"b":{"c":[null,1.5]}}\n'
+
+
+def test_a_full_disk_is_said_as_one_and_leaves_the_old_folder(tmp_path: Path) -> None:
+    def fill(scratch: Path) -> None:
+        (scratch / "half").write_text("x")
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    files.write_folder(tmp_path / "kept", lambda scratch: (scratch / "a").write_text("old") and None)
+    with pytest.raises(OSError, match="No space left") as caught:
+        files.write_folder(tmp_path / "kept", fill)
+    assert caught.value.errno == errno.ENOSPC
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (tmp_path / "kept" / "a").read_text() == "old"
