@@ -18,7 +18,7 @@ test: $(VENV)/.installed-test
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 golden: $(VENV)/.installed-test        # writes the golden curves again; look at the difference before you commit it
 	$(BIN)/python tests/golden/write.py
