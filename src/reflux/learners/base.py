@@ -1,7 +1,7 @@
 """A learner: the student moves.
 
-`open(run)` gives an object with the training state. `step` turns groups whose targets and shares are known into one optimiser step, off
-the event loop. Where every weight is 0 there is no optimiser step (moments and decay would move weights on no evidence): the
+`open(run)` gives an object with the training state. `step` turns groups whose targets and shares are known into one optimiser step
+(`run.off_loop`). Where every weight is 0 there is no optimiser step (moments and decay would move weights on no evidence): the
 version stays.
 """
 
