@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from functools import reduce
 
 from reflux.config import RunConfig
-from reflux.errors import ConfigError
+from reflux.errors import ConfigError, DataError
+from reflux.models import locate
 from reflux.objectives.base import Objective
 from reflux.parts import kind_of
 from reflux.schedules import at
@@ -147,6 +148,21 @@ def _sampling(cfg: RunConfig) -> Iterator[str]:
             yield f"{name} on the student's own attempts has an expected gradient of zero. Use sampler 'stored', or another objective."
     if not sampler.on_policy and "prefix" in {kind_of("credit", rule) for rule in cfg.credit.values()}:
         yield "credit.prefix: cutting answers the student did not write teaches it never to end (arXiv 2602.15260). Use sampler 'hf'."
+
+
+def inputs(cfg: RunConfig) -> None:
+    """What a run reads is there, as far as can be told without loading it: asked before its directory is made.
+
+    Raises ModelError for a folder that is none, DataError for an evaluation with nothing to ask.
+    """
+    for name, part in {"learner": cfg.learner, **{f"teachers.{table}": teacher for table, teacher in cfg.teachers.items()}}.items():
+        if "model" in vars(part):
+            locate(part.model, f"{name}.model")
+    for name, evaluation in cfg.evals.items():
+        if next(cfg.task.prompts(evaluation.split, 0), None) is None:
+            raise DataError(
+                f"evals.{name}: the task has no prompts in its split '{evaluation.split}'; choose another split, or evals.{name}=none"
+            )
 
 
 def warnings(cfg: RunConfig) -> list[str]:

@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from reflux import checkpoints, files, records
+from reflux import checkpoints, checks, files, records
 from reflux.clock import Clock
 from reflux.config import RunConfig, differences, to_table, to_toml
-from reflux.errors import DataError, RunError, Stopped
+from reflux.errors import RunError, Stopped
 from reflux.metrics import Metric
 from reflux.model_card import model_card
 from reflux.models import share_cores
@@ -97,7 +97,7 @@ class Run:
         elif (options.out / "config.toml").exists():
             raise RunError(f"{options.out} holds a run already. Continue it with --resume, or choose another folder with --out.")
         prompts = cfg.task.prompts("train", cfg.seed, step * cfg.prompts_per_step)  # bad data is refused before anything is written
-        _check_splits(cfg)
+        checks.inputs(cfg)
         options.out.mkdir(parents=True, exist_ok=True)
         run = cls(cfg, wants, options, step, prompts)
         run._take_lock()
@@ -279,15 +279,6 @@ def _check_same(cfg: RunConfig, out: Path) -> None:
     changed = [line for line in differences(old, new) if line.split(".")[0].split(":")[0] not in _MAY_DIFFER]
     if changed:
         raise RunError(f"{out} was started with another recipe, so it cannot be resumed with this one:\n  " + "\n  ".join(changed))
-
-
-def _check_splits(cfg: RunConfig) -> None:
-    """Every evaluation has something to ask."""
-    for name, evaluation in cfg.evals.items():
-        if next(cfg.task.prompts(evaluation.split, 0), None) is None:
-            raise DataError(
-                f"evals.{name}: the task has no prompts in its split '{evaluation.split}'; choose another split, or evals.{name}=none"
-            )
 
 
 def _peak_memory() -> int:

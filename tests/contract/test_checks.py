@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from reflux import checks
 from reflux.config import load_recipe, recipe_names
-from reflux.errors import ConfigError
+from reflux.errors import ConfigError, ModelError
+from reflux.rundir import Options, Run
 from reflux.types import Wants
 
 OUTCOME = {"credit.outcome": {}, "reward": {"kind": "verifier"}, "group_size": 2}
@@ -88,3 +90,11 @@ def test_warnings_name_what_is_seldom_meant() -> None:
     cut = load_recipe("rl", {"sampler.max_tokens": {"kind": "linear", "start": 8, "increment": 1}})
     assert any("unfinished answers" in text for text in checks.warnings(cut))
     assert checks.warnings(load_recipe("full")) == []
+
+
+@pytest.mark.parametrize("where", ["learner.model", "teachers.main.model"])
+def test_a_missing_model_folder_leaves_no_run_behind(where: str, tmp_path: Path) -> None:
+    cfg = load_recipe("opd", {where: str(tmp_path / "nowhere")})
+    with pytest.raises(ModelError, match=f"{where}: the folder .* does not exist"):
+        Run.open(cfg, checks.join(cfg), Options(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
