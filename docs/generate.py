@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
-sys.path.insert(0, str(DOCS.parent / "src"))
+sys.path[:0] = [str(DOCS.parent / "src"), str(DOCS.parent / "tests")]
 
+from laws import bias  # noqa: E402
 from reflux import parts  # noqa: E402
 from reflux.cite import PAPERS, papers  # noqa: E402
 from reflux.config import RECIPES, RunConfig, Track, load_recipe, recipe_names  # noqa: E402
@@ -78,6 +79,9 @@ def methods() -> Iterator[str]:
             yield f"### {group} `{kind}`\n"
             yield f"`{dotted}`\n"
             yield f"{inspect.getdoc(cls)}\n"
+    yield "## Bias of each estimator, measured\n"
+    yield NOTES["pages"]["bias"]
+    yield from bias.tables()
     yield "## The mathematics as plain functions\n"
     yield NOTES["pages"]["mathematics"]
     for module in MATHS:

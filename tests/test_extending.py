@@ -16,7 +16,8 @@ import reflux
 import tiny
 from reflux.config import config_hash, from_table, load_recipe, to_table
 from reflux.credit.base import share_credit
-from reflux.objectives.base import FullSays, Rows
+from reflux.objectives.base import Rows
+from reflux.objectives.says import FullSays
 from reflux.types import Attempt, Moment, SampledTarget
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

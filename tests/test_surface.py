@@ -42,7 +42,8 @@ teachers.local          model context as_=None routes=() batch_tokens=32768 dtyp
 contexts.same
 objectives.sampled_kl   teacher='main' coef=1.0 baseline='none' baseline_k=20 ratio='truncated' ratio_cap=5.0 clip=(0.2,0.2)
                         max_gap_nats=None
-objectives.divergence   teacher='main' coef=1.0 divergence='reverse' beta=None support='full' k=100 tail_floor=1e-07
+objectives.divergence   teacher='main' coef=1.0 divergence='reverse' beta=None support='full' k=100 tail='bucket' tail_floor=1e-07
+                        ratio='none' ratio_cap=5.0
 objectives.nll          coef=1.0
 objectives.outcome      coef=1.0 ratio='clip' clip=(0.2,0.2)
 credit.prefix           length start=0

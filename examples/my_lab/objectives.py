@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from reflux.objectives.base import FullSays, Rows
+from reflux.objectives.base import Rows
 from reflux.parts import STRICT
 from reflux.types import HiddenTarget, Target, Wants
 
@@ -29,8 +29,8 @@ class Jeffreys:
         return Wants()
 
     def __call__(self, rows: Rows) -> Tensor:
-        from reflux.objectives.divergences import forward_kl, reverse_kl
+        from reflux.objectives.says import FullSays
 
         student, teacher = rows.student, rows.teachers[self.teacher]
         assert isinstance(teacher, FullSays)  # `accepts` says so
-        return (reverse_kl(student.logp_NV, teacher.logp_NV) + forward_kl(student.logp_NV, teacher.logp_NV)) / 2
+        return (student.divergence(teacher, "reverse") + student.divergence(teacher, "forward")) / 2

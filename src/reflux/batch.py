@@ -6,26 +6,31 @@ cut into micro-batches, the gradient is the same (law 4). A row is one position 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from reflux.objectives.base import Objective
-from reflux.types import Attempt, Group, HiddenTarget, Target, TokenRollout, TopKTarget
+from reflux.objectives.group_values import group_values
+from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL
+from reflux.types import Attempt, Group, HiddenTarget, Target, TokenRollout, TopKTarget, VelocityTarget
 
 Normalise = str  # "kept" | "chosen" | "rollout_means"
+OverRanks = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One attempt with N kept positions. coef_KN[k] is None where objective k has no word on this attempt."""
+    """One attempt with N kept positions. coef_KN[k] is None where objective k has no word on this attempt; value_K[k] is the value its
+    group baseline subtracts (nats), 0 without one."""
 
     attempt: Attempt
     rollout: TokenRollout
     rows_N: np.ndarray  # kept positions, rising
     shift_N: np.ndarray
     coef_KN: tuple[np.ndarray | None, ...]
+    value_K: tuple[float, ...] = ()
 
     @property
     def trained(self) -> int:
@@ -51,11 +56,23 @@ def present(attempt: Attempt, objective: Objective) -> bool:
     return target_of(attempt, objective.teacher) is not None
 
 
-def plan(groups: Iterable[Group], objectives: Sequence[Objective], normalise: Normalise) -> list[Item]:
-    """Items of all attempts with something to learn from, their coefficients coef * w_n * c_n filled in."""
+def alone(counts_C: np.ndarray) -> np.ndarray:
+    """The counts of all ranks where there is one."""
+    return counts_C
+
+
+def plan(groups: Iterable[Group], objectives: Sequence[Objective], normalise: Normalise, over_ranks: OverRanks = alone) -> list[Item]:
+    """Items of all attempts with something to learn from, their coefficients coef * w_n * c_n and group values filled in.
+
+    Where several ranks share a batch, whole groups each, `over_ranks` adds up an array of counts over them (an all-reduce; every rank calls
+    it once, also one that holds nothing); the ranks' gradients then add up to that of the whole batch.
+    """
+    groups = list(groups)
+    values = [_values(groups, objective) for objective in objectives]
     attempts = [attempt for group in groups for attempt in group if attempt.rollout.finish != "error"]
     weights = [attempt.weight_T for attempt in attempts]
-    scales = [_scales(attempts, weights, objective, normalise) for objective in objectives]
+    counts_C = over_ranks(np.array([_count(attempts, weights, objective, normalise) for objective in objectives], dtype=np.int64))
+    scales = [_scales(attempts, int(count), normalise) for count in counts_C]
     items = []
     for i, (attempt, weight_T) in enumerate(zip(attempts, weights, strict=True)):
         rows_N = np.flatnonzero(weight_T)
@@ -65,19 +82,54 @@ def plan(groups: Iterable[Group], objectives: Sequence[Objective], normalise: No
         )
         if len(rows_N) and any(coef_N is not None for coef_N in coef_KN):
             assert isinstance(attempt.rollout, TokenRollout)
-            items.append(Item(attempt, attempt.rollout, rows_N, attempt.shift_T[rows_N], coef_KN))
+            value_K = tuple(found.get(id(attempt), 0.0) for found in values)
+            items.append(Item(attempt, attempt.rollout, rows_N, attempt.shift_T[rows_N], coef_KN, value_K))
     return items
 
 
-def _scales(attempts: list[Attempt], weights: list[np.ndarray], objective: Objective, normalise: Normalise) -> list[float]:
-    """c per attempt: 1 / N, N = positions kept or chosen in the whole batch; or 1 / (R * T_i) under rollout_means."""
+def _values(groups: list[Group], objective: Objective) -> dict[int, float]:
+    """What a group baseline subtracts, by the attempt's id(): from whole groups, hence the same however the batch is cut afterwards."""
+    if not isinstance(objective, SampledKL) or objective.baseline not in GROUP_BASELINES or objective.coef == 0:
+        return {}
+    alone = objective.baseline == "leave_one_out"
+    found = {}
+    for group in groups:
+        values = group_values([_rewards(attempt, objective) for attempt in group], alone)
+        found |= {id(attempt): value for attempt, value in zip(group, values, strict=True)}
+    return found
+
+
+def _rewards(attempt: Attempt, objective: SampledKL) -> np.ndarray | None:
+    """log q(a) - log behaviour(a) at the chosen positions, nats; None where the attempt has no say."""
+    rollout, target = attempt.rollout, target_of(attempt, objective.teacher)
+    if target is None or rollout.finish == "error":
+        return None
+    if isinstance(target, VelocityTarget) or target.logp_T is None:
+        raise ValueError(
+            f"baseline = '{objective.baseline}' needs what teacher '{objective.teacher}' gave the sampled tokens, before the batch is "
+            f"cut, but its target holds no logp_T. Ask for it at scoring time: `Wants(logp=True)`, as the objective's `wants` says."
+        )
+    behaviour_T = rollout.logp_T if rollout.logp_raw_T is None else rollout.logp_raw_T
+    with np.errstate(invalid="ignore"):  # -inf - -inf: left out as any reward that is not finite
+        return (target.logp_T.astype(np.float64) - behaviour_T)[rollout.mask_T]
+
+
+def _count(attempts: list[Attempt], weights: list[np.ndarray], objective: Objective, normalise: Normalise) -> int:
+    """What the denominator counts: positions kept or chosen; under rollout_means, attempts with a chosen position."""
     chosen = [int(attempt.rollout.mask_T.sum()) for attempt in attempts]
     if normalise == "rollout_means":
-        rollouts = sum(count > 0 for count in chosen)
-        return [1.0 / (rollouts * count) if count else 0.0 for count in chosen]
-    kept = [int(np.count_nonzero(w)) if present(attempt, objective) else 0 for attempt, w in zip(attempts, weights, strict=True)]
-    total = sum(kept if normalise == "kept" else chosen)
-    return [1.0 / total if total else 0.0] * len(attempts)
+        return sum(count > 0 for count in chosen)
+    if normalise == "chosen":
+        return sum(chosen)
+    return sum(int(np.count_nonzero(w)) for attempt, w in zip(attempts, weights, strict=True) if present(attempt, objective))
+
+
+def _scales(attempts: list[Attempt], count: int, normalise: Normalise) -> list[float]:
+    """c per attempt: 1 / N, N = positions kept or chosen in the whole batch; or 1 / (R * T_i) under rollout_means."""
+    if normalise != "rollout_means":
+        return [1.0 / count if count else 0.0] * len(attempts)
+    chosen = [int(attempt.rollout.mask_T.sum()) for attempt in attempts]
+    return [1.0 / (count * own) if own else 0.0 for own in chosen]
 
 
 def signature(item: Item) -> tuple[object, ...]:

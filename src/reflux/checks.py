@@ -12,6 +12,9 @@ from reflux.config import RunConfig
 from reflux.errors import ConfigError, DataError
 from reflux.models import locate
 from reflux.objectives.base import Objective
+from reflux.objectives.divergence import Divergence
+from reflux.objectives.outcome import Outcome
+from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL
 from reflux.parts import kind_of
 from reflux.schedules import at
 from reflux.teachers.base import spoken_name
@@ -40,6 +43,7 @@ def _problems(cfg: RunConfig) -> Iterator[str]:
         yield from _objective(cfg, f"objectives[{index}]", objective)
     yield from _shifts(cfg)
     yield from _groups(cfg)
+    yield from _variance(cfg)
     yield from _sampling(cfg)
 
 
@@ -93,9 +97,25 @@ def _objective(cfg: RunConfig, where: str, objective: Objective) -> Iterator[str
         kinds = ", ".join(_SAID[kind] for kind in objective.accepts if kind in _SAID)
         said = ", ".join(_SAID[kind] for kind in sorted(offers, key=str) if kind in _SAID)
         yield (
-            f"{where}: {kind_of('objectives', objective)} needs {kinds}, but teacher '{objective.teacher}' offers {said or 'nothing'}. "
-            f'Use support = "teacher" where the teacher gives a list, kind = "sampled_kl" where it gives log-probs, or a local teacher.'
+            f"{where}: {_called(objective)} needs {kinds}, but teacher '{objective.teacher}' offers {said or 'nothing'}. "
+            f"{_remedy(objective)}, or a local teacher."
         )
+
+
+def _called(objective: Objective) -> str:
+    """An objective's kind, with the field that decides what it needs of its teacher."""
+    kind = kind_of("objectives", objective)
+    if isinstance(objective, SampledKL) and objective.baseline != "none":
+        return f'{kind} with baseline = "{objective.baseline}"'
+    if isinstance(objective, Divergence) and objective.support != "full":
+        return f'{kind} with support = "{objective.support}"'
+    return kind
+
+
+def _remedy(objective: Objective) -> str:
+    if isinstance(objective, SampledKL):
+        return 'Use baseline = "none", or "leave_one_out" in groups'
+    return 'Use support = "teacher" where the teacher gives a list, kind = "sampled_kl" where it gives log-probs'
 
 
 def _shifts(cfg: RunConfig) -> Iterator[str]:
@@ -121,6 +141,30 @@ def _groups(cfg: RunConfig) -> Iterator[str]:
             yield f"credit.{name} compares attempts at one prompt: it needs group_size >= {rule.min_group}, got {cfg.group_size}."
         if rule.wants.reward and cfg.reward is None:
             yield f'credit.{name} needs verdicts: add [reward] with kind = "verifier".'
+    for index, objective in enumerate(cfg.objectives):
+        if isinstance(objective, SampledKL) and objective.baseline in GROUP_BASELINES and cfg.group_size < 2:
+            yield (
+                f'objectives[{index}]: baseline = "{objective.baseline}" compares attempts at one prompt: it needs group_size >= 2, got '
+                f'{cfg.group_size}. Raise group_size, or use baseline = "kl", which needs no siblings.'
+            )
+
+
+def _variance(cfg: RunConfig) -> Iterator[str]:
+    if not cfg.log_variance:
+        return
+    sampled = [(index, objective) for index, objective in enumerate(cfg.objectives) if isinstance(objective, SampledKL)]
+    if not sampled:
+        yield (
+            'log_variance = true measures the noise of the sampled gradient, and no objective samples one. Use kind = "sampled_kl", or '
+            "log_variance = false."
+        )
+    for index, objective in sampled:
+        offers = offered(cfg, objective.teacher)
+        if offers and HiddenTarget not in offers:
+            yield (
+                f"log_variance = true needs the whole distribution of every teacher a sampled_kl listens to, but objectives[{index}] "
+                f"listens to '{objective.teacher}', which does not offer it. Use a local teacher, or log_variance = false."
+            )
 
 
 def _sampling(cfg: RunConfig) -> Iterator[str]:
@@ -139,7 +183,12 @@ def _sampling(cfg: RunConfig) -> Iterator[str]:
                 f"{name} weighs tokens by the student's own probabilities, but sampler '{kind}' gives answers it did not draw. "
                 f"Use nll or divergence."
             )
-        if objective.takes_shift and cfg.max_lag and getattr(objective, "ratio", None) == "none":
+        if isinstance(objective, Divergence) and objective.ratio != "none" and not sampler.on_policy:
+            yield (
+                f"{name} with ratio = \"{objective.ratio}\" divides by the probability the sampler drew with, but sampler '{kind}' gives "
+                f'answers it did not draw. Use ratio = "none".'
+            )
+        if isinstance(objective, SampledKL | Outcome) and cfg.max_lag and objective.ratio == "none":
             yield (
                 f'{name} with ratio = "none" is biased on attempts of an older student, and max_lag is {cfg.max_lag}. '
                 f'Use ratio = "truncated".'
@@ -172,9 +221,22 @@ def warnings(cfg: RunConfig) -> list[str]:
     for table, teacher in cfg.teachers.items():
         if spoken_name(table, teacher) not in used:
             found.append(f"teachers.{table} is asked, but no objective listens to it; only metrics will.")
+    found += [text for index, objective in enumerate(cfg.objectives) for text in _seldom(cfg, f"objectives[{index}]", objective)]
     shortest = min((at(cfg.sampler.max_tokens, step) for step in range(cfg.steps)), default=0)
     if cfg.reward is not None and shortest < cfg.longest:
         found.append(
             f"a reward is given while training answers may be cut at {shortest:g} tokens: the verifier will see unfinished answers."
         )
     return found
+
+
+def _seldom(cfg: RunConfig, where: str, objective: Objective) -> Iterator[str]:
+    """What an objective of the menu does that its user may not expect."""
+    if objective.teacher == "said" and not cfg.max_lag:
+        yield f"{where} listens to 'said' at max_lag = 0: the student as it acted is the student of now, so it teaches nothing."
+    if isinstance(objective, SampledKL) and objective.baseline == "group_mean":
+        yield f'{where}: baseline = "group_mean" counts the attempt itself, which shrinks the gradient; "leave_one_out" does not.'
+    if isinstance(objective, Divergence) and objective.tail == "renormalised":
+        yield f'{where}: tail = "renormalised" drops the mass outside the list, so the optimum moves; tail = "bucket" keeps it.'
+    if isinstance(objective, Divergence) and objective.ratio != "none" and not cfg.max_lag:
+        yield f'{where}: ratio = "{objective.ratio}" at max_lag = 0 is 1 up to rounding; ratio = "none" is the same for less.'

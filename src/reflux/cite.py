@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from reflux.config import RunConfig
+from reflux.objectives.divergence import Divergence
+from reflux.objectives.outcome import Outcome
+from reflux.objectives.sampled_kl import SampledKL
 from reflux.parts import kind_of
 from reflux.schedules import Schedule
 
@@ -34,7 +37,15 @@ class Paper:
 
 
 def _divergence(cfg: RunConfig, *names: str) -> bool:
-    return any(getattr(objective, "divergence", None) in names for objective in cfg.objectives)
+    return any(isinstance(objective, Divergence) and objective.divergence in names for objective in cfg.objectives)
+
+
+def _baseline(cfg: RunConfig, *names: str) -> bool:
+    return any(isinstance(objective, SampledKL) and objective.baseline in names for objective in cfg.objectives)
+
+
+def _ratio(cfg: RunConfig, name: str) -> bool:
+    return any(isinstance(objective, SampledKL | Outcome | Divergence) and objective.ratio == name for objective in cfg.objectives)
 
 
 def _credit(cfg: RunConfig, kind: str) -> bool:
@@ -45,7 +56,12 @@ PAPERS = (
     Paper("prefix_opd", "Fast and Effective On-policy Distillation from Reasoning Prefixes", "2602.15260", 2026, None,
           lambda cfg: _credit(cfg, "prefix") or isinstance(cfg.sampler.max_tokens, Schedule)),
     Paper("vopd", "KL for a KL: On-Policy Distillation with Control Variate Baseline", "2605.07865", 2026, None,
-          lambda cfg: any(getattr(objective, "baseline", "none") != "none" for objective in cfg.objectives)),
+          lambda cfg: _baseline(cfg, "kl", "topk_kl")),
+    Paper("optimal_baseline", "The Optimal Reward Baseline for Gradient-Based Reinforcement Learning", "1301.2315", 2013,
+          "Weaver, Lex and Tao, Nigel", lambda cfg: _baseline(cfg, "minimum_variance")),
+    Paper("rloo", "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs", "2402.14740", 2024,
+          "Ahmadian, Arash and Cremer, Chris and Gall{\\'e}, Matthias and Fadaee, Marzieh and Kreutzer, Julia and others",
+          lambda cfg: _baseline(cfg, "leave_one_out")),
     Paper("gkd", "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes", "2306.13649", 2023,
           "Agarwal, Rishabh and Vieillard, Nino and Zhou, Yongchao and Stanczyk, Piotr and others",
           lambda cfg: cfg.sampler.on_policy and bool(cfg.teachers)),
@@ -53,10 +69,13 @@ PAPERS = (
           "Ko, Jongwoo and Kim, Sungnyun and Chen, Tianyi and Yun, Se-Young",
           lambda cfg: _divergence(cfg, "skew_reverse", "skew_forward")),
     Paper("grpo", "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models", "2402.03300", 2024,
-          "Shao, Zhihong and others", lambda cfg: _credit(cfg, "outcome")),
+          "Shao, Zhihong and others", lambda cfg: _credit(cfg, "outcome") or _baseline(cfg, "group_mean")),
     Paper("ppo", "Proximal Policy Optimization Algorithms", "1707.06347", 2017,
           "Schulman, John and Wolski, Filip and Dhariwal, Prafulla and Radford, Alec and Klimov, Oleg",
-          lambda cfg: any(getattr(objective, "ratio", None) == "clip" for objective in cfg.objectives)),
+          lambda cfg: _ratio(cfg, "clip")),
+    Paper("impala", "IMPALA: Scalable Distributed Deep-RL with Importance Weighted Actor-Learner Architectures", "1802.01561", 2018,
+          "Espeholt, Lasse and Soyer, Hubert and Munos, Remi and Simonyan, Karen and others",
+          lambda cfg: cfg.max_lag > 0 and _ratio(cfg, "truncated")),
     Paper("lora", "LoRA: Low-Rank Adaptation of Large Language Models", "2106.09685", 2021,
           "Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and others",
           lambda cfg: bool(getattr(cfg.learner, "lora", None))),

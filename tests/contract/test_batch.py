@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +18,7 @@ from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.types import SampledTarget
+from reflux.types import Attempt, Group, HiddenTarget, SampledTarget, Share, TopKTarget
 from tiny import attempt, rollout
 
 
@@ -69,6 +71,94 @@ def test_shifts_go_to_exactly_one_objective() -> None:
         ([Divergence(), NLL()], None),
     ):
         assert shift_taker(objectives) == taker
+
+
+# ----------------------------------------------------------------------------------------------------------------- values of siblings
+
+
+def rewarded(reward_T: list[float], seed: int = 0, sample: int = 0, **fields: Any) -> Attempt:
+    """An attempt whose teacher gives each token `reward` nats more than the sampler did."""
+    spoken = rollout(len(reward_T), seed=seed, sample=sample, **fields)
+    made = attempt(spoken)
+    made.targets["main"] = SampledTarget(teacher="main", logp_T=(spoken.logp_T + np.array(reward_T)).astype(np.float32))
+    return made
+
+
+def values(groups: list[Group], *objectives: Any) -> dict[int, tuple[float, ...]]:
+    """By attempt, in order of asking."""
+    items = {id(item.attempt): item.value_K for item in plan(groups, objectives, "kept")}
+    return {i: items[id(entry)] for i, entry in enumerate(entry for group in groups for entry in group) if id(entry) in items}
+
+
+def near(*numbers: float) -> Any:
+    return tuple(pytest.approx(number, abs=1e-6) for number in numbers)
+
+
+def test_group_values_are_means_over_whole_groups_one_per_objective() -> None:
+    groups = [
+        [rewarded([1.0, 3.0]), rewarded([5.0], sample=1), rewarded([0.0, 0.0, 3.0], sample=2)],
+        [rewarded([7.0], seed=1), rewarded([-1.0], seed=1, sample=1)],
+    ]
+    objectives = [SampledKL(baseline="leave_one_out"), SampledKL(), SampledKL(baseline="group_mean", coef=0.5), Divergence()]
+    assert values(groups, *objectives) == {
+        0: near(2.0, 0, 2.0, 0), 1: near(7 / 5, 0, 2.0, 0), 2: near(3.0, 0, 2.0, 0), 3: near(-1.0, 0, 3.0, 0), 4: near(7.0, 0, 3.0, 0)
+    }  # fmt: skip
+
+
+def test_who_has_no_say_in_the_mean_of_the_group() -> None:
+    """Failed, not scored, nothing chosen, not finite; and what the student did not choose."""
+    heard = rewarded([4.0, 100.0, 2.0], sample=1, mask=[1, 0, 1])
+    group = [
+        rewarded([1.0]), heard, rewarded([50.0], sample=3, finish="error"), attempt(rollout(3, sample=4)),
+        rewarded([70.0], sample=5, mask=[0]), rewarded([-np.inf, np.nan, 6.0], sample=6),
+    ]  # fmt: skip
+    assert values([group], SampledKL(baseline="leave_one_out")) == {0: near(4.0), 1: near(3.5), 5: near(7 / 3)}
+    assert values([[rewarded([1.0]), group[2], group[3]]], SampledKL(baseline="leave_one_out")) == {0: near(0.0)}
+
+
+def test_weights_do_not_enter_the_value() -> None:
+    group = [rewarded([1.0, 5.0]), rewarded([2.0], sample=1)]
+    group[0].shares["weigh"] = Share(factor_T=np.array([0.0, 2.0], dtype=np.float32))
+    assert values([group], SampledKL(baseline="leave_one_out")) == {0: near(2.0), 1: near(3.0)}
+
+
+@pytest.mark.parametrize("kind", ["sampled", "listed", "hidden"])
+def test_every_target_that_knows_the_sampled_tokens_gives_a_value(kind: str) -> None:
+    group = [rewarded([1.0, 2.0]), rewarded([5.0], sample=1)]
+    for entry in group:
+        logp_T = entry.targets["main"].logp_T  # type: ignore[union-attr]
+        ids_TK = np.zeros((len(logp_T), 1), dtype=np.int64)
+        entry.targets["main"] = {
+            "sampled": entry.targets["main"],
+            "listed": TopKTarget(teacher="main", ids_TK=ids_TK, logp_TK=logp_T[:, None], logp_T=logp_T),
+            "hidden": HiddenTarget(teacher="main", h_TH=torch.zeros(len(logp_T), 2), head=None, logp_T=logp_T),
+        }[kind]
+    assert values([group], SampledKL(baseline="leave_one_out")) == {0: near(5.0), 1: near(1.5)}
+
+
+def test_rewards_are_against_the_students_own_distribution_where_another_was_sampled_from() -> None:
+    group = [rewarded([1.0]), rewarded([2.0], sample=1)]
+    spoken = group[1].rollout
+    group[1].rollout = dataclasses.replace(spoken, logp_raw_T=spoken.logp_T - 1)
+    assert values([group], SampledKL(baseline="leave_one_out")) == {0: near(3.0), 1: near(1.0)}
+
+
+def test_a_target_without_the_sampled_log_probs_is_refused_for_groups_only() -> None:
+    entry = attempt(rollout(2))
+    entry.targets["main"] = HiddenTarget(teacher="main", h_TH=torch.zeros(2, 3), head=None)
+    assert values([[entry]], SampledKL(), SampledKL(baseline="leave_one_out", coef=0.0)) == {0: (0.0, 0.0)}
+    with pytest.raises(ValueError, match=r"holds no logp_T. Ask for it at scoring time"):
+        plan([[entry]], [SampledKL(baseline="leave_one_out")], "kept")
+
+
+def test_values_are_those_of_the_batch_whatever_the_micro_batch() -> None:
+    groups = [[rewarded([float(i), 2.0], seed=i), rewarded([1.0] * (i + 1), seed=i, sample=1)] for i in range(4)]
+    items = plan((group for group in groups), [SampledKL(baseline="leave_one_out")], "kept")
+    assert len(items) == 8
+    for budget in (1, 30, 1 << 20):
+        assert {id(item): item.value_K for part in micro_batches(items, budget) for item in part} == {
+            id(item): item.value_K for item in items
+        }
 
 
 @given(st.lists(st.integers(0, 12), max_size=12), st.integers(1, 60))

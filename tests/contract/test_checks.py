@@ -14,6 +14,7 @@ from reflux.rundir import Options, Run
 from reflux.types import Wants
 
 OUTCOME = {"credit.outcome": {}, "reward": {"kind": "verifier"}, "group_size": 2}
+SAID = {"teacher": "said"}  # a teacher that gives a list and no more
 ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "max_tokens below 1": (
         "opd",
@@ -42,6 +43,49 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "no ratio with lag": ("opd", {"objectives.0.ratio": "none", "max_lag": 1}, 'ratio = "none" is biased on attempts of an older student'),
     "nll on own attempts": ("opd", {"objectives": [{"kind": "nll"}]}, "has an expected gradient of zero. Use sampler 'stored'"),
     "prefix on given answers": ("sft", {"credit.prefix": {"length": 5}}, "cutting answers the student did not write"),
+    "a ratio of a divergence on given answers": (
+        "sft",
+        {"objectives": [{"kind": "divergence", "ratio": "truncated"}], "teachers.main": {"kind": "local", "model": "m"}},
+        "divides by the probability the sampler drew with, but sampler 'stored' gives answers it did not draw",
+    ),
+    "siblings of an only child": (
+        "opd",
+        {"objectives.0.baseline": "leave_one_out"},
+        'baseline = "leave_one_out" compares attempts at one prompt: it needs group_size >= 2, got 1. Raise group_size',
+    ),
+    "a group mean of one": ("opd", {"objectives.0.baseline": "group_mean", "group_size": 1}, "it needs group_size >= 2"),
+    **{
+        f"support {support} of a list": (
+            "full",
+            {"objectives": [{"kind": "divergence", "support": support, **SAID}]},
+            f"divergence with support = \"{support}\" needs hidden states (the full distribution), but teacher 'said' offers",
+        )
+        for support in ("student", "union")
+    },
+    "the remedy for a list": (
+        "full",
+        {"objectives": [{"kind": "divergence", **SAID}]},
+        'Use support = "teacher" where the teacher gives a list',
+    ),
+    **{
+        f"baseline {baseline} of a list": (
+            "opd",
+            {"objectives": [{"kind": "sampled_kl", "baseline": baseline, **SAID}]},
+            f"sampled_kl with baseline = \"{baseline}\" needs hidden states (the full distribution), but teacher 'said' offers",
+        )
+        for baseline in ("kl", "topk_kl", "minimum_variance")
+    },
+    "the remedy for log-probs": (
+        "opd",
+        {"objectives": [{"kind": "sampled_kl", "baseline": "kl", **SAID}]},
+        'Use baseline = "none", or "leave_one_out" in groups, or a local teacher.',
+    ),
+    "variance of nothing sampled": ("full", {"log_variance": True}, 'no objective samples one. Use kind = "sampled_kl"'),
+    "variance against a list": (
+        "opd",
+        {"log_variance": True, "objectives": [{"kind": "sampled_kl"}, {"kind": "sampled_kl", **SAID}]},
+        "objectives[1] listens to 'said', which does not offer it. Use a local teacher, or log_variance = false",
+    ),
     "two teachers of one name": (
         "opd",
         {"teachers.other": {"kind": "local", "model": "m", "as": "main", "routes": ["a"]}},
@@ -79,6 +123,17 @@ def test_biased_sampling_may_be_asked_for() -> None:
     checks.join(load_recipe("opd", {"sampler.temperature": 0.7, "sampler.allow_biased": True}))
 
 
+@pytest.mark.parametrize("baseline", ["none", "kl", "topk_kl", "minimum_variance", "group_mean", "leave_one_out"])
+def test_every_baseline_fits_a_local_teacher_and_groups_ask_for_log_probs(baseline: str) -> None:
+    wants = checks.join(load_recipe("opd", {"objectives.0.baseline": baseline, "group_size": 2, "log_variance": True}))
+    assert wants.logp == (baseline in ("group_mean", "leave_one_out"))
+
+
+def test_a_list_is_enough_for_what_says_so() -> None:
+    listed = [{"kind": "divergence", "support": "teacher", "k": 7, **SAID}, {"kind": "sampled_kl", "baseline": "leave_one_out", **SAID}]
+    assert checks.join(load_recipe("opd", {"objectives": listed, "group_size": 2, "max_lag": 1})) == Wants(said=7, logp=True)
+
+
 def test_wants_join_and_the_largest_k_wins() -> None:
     joined = Wants(said=4, logp=True) | Wants(said=9, now_topk=3) | Wants(candidates=2, now_at_said=True, reward=True)
     assert joined == Wants(said=9, now_at_said=True, now_topk=3, logp=True, candidates=2, reward=True)
@@ -89,7 +144,26 @@ def test_warnings_name_what_is_seldom_meant() -> None:
     assert "teachers.other is asked, but no objective listens to it" in checks.warnings(unheard)[0]
     cut = load_recipe("rl", {"sampler.max_tokens": {"kind": "linear", "start": 8, "increment": 1}})
     assert any("unfinished answers" in text for text in checks.warnings(cut))
-    assert checks.warnings(load_recipe("full")) == []
+    assert all(checks.warnings(load_recipe(name)) == [] for name in recipe_names() if name not in ("rl", "rl_opd", "prefix"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"objectives": [{"kind": "sampled_kl", "baseline": "group_mean"}], "group_size": 2}, '"leave_one_out" does not'),
+        ({"objectives": [{"kind": "divergence", "support": "union", "tail": "renormalised"}]}, "so the optimum moves"),
+        ({"objectives": [{"kind": "divergence", "ratio": "truncated"}]}, "1 up to rounding"),
+        ({"objectives": [{"kind": "divergence"}, {"kind": "sampled_kl", **SAID}]}, "it teaches nothing"),
+    ],
+)
+def test_what_the_menu_offers_but_is_seldom_meant_is_a_warning(changes: dict[str, Any], words: str) -> None:
+    cfg = load_recipe("full", changes)
+    checks.join(cfg)
+    (warning,) = checks.warnings(cfg)
+    assert warning.startswith("objectives[")
+    assert words in warning
+    if "teaches nothing" in words or "rounding" in words:
+        assert checks.warnings(load_recipe("full", changes | {"max_lag": 1})) == []
 
 
 @pytest.mark.parametrize("where", ["learner.model", "teachers.main.model"])

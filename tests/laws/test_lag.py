@@ -17,6 +17,7 @@ from reflux import checks
 from reflux.config import RunConfig
 from reflux.contexts.base import View
 from reflux.credit.base import share_credit
+from reflux.kernels.cpu_decoder import cpu_decoder
 from reflux.learners.hf_engine import HFLearner
 from reflux.models import load_model
 from reflux.samplers.decode import Ask, decode
@@ -83,7 +84,7 @@ def act(cfg: RunConfig, model: Any, prompts: list[Prompt], step: int) -> list[li
     draw = cfg.draw(step)
     asks = [Ask(render.ids(p.messages), row_key(cfg.seed, "train", step, p.id, s, 0), draw.max_tokens) for p, s in rows]
     made = {}
-    for (prompt, sample), ask, turn in zip(rows, asks, decode(model, asks, draw, 0), strict=True):
+    for (prompt, sample), ask, turn in zip(rows, asks, decode(model, asks, draw, 0, cpu_decoder(model)), strict=True):
         made[prompt.id, sample] = Attempt(
             TokenRollout(
                 prompt=prompt, sample=sample, version=step, finish="stop" if turn.ended else "length",

@@ -47,8 +47,11 @@ def config(student: str, teacher: str, **more: Any) -> Any:
     return tiny.config("opd", student, teacher, **({"task": CHAT} | more))
 
 
-def test_sampler_and_learner_agree_with_unequal_prompts_and_rows_dropped_midway(student: str, teacher: str, tmp_path: Path) -> None:
-    attempts, now, _ = act(config(student, teacher), tmp_path / "run")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])  # the sampler's short decode step knows the first alone
+def test_sampler_and_learner_agree_with_unequal_prompts_and_rows_dropped_midway(
+    student: str, teacher: str, tmp_path: Path, attention: str
+) -> None:
+    attempts, now, _ = act(config(student, teacher, sampler__attention=attention), tmp_path / "run")
     assert len({len(a.rollout.prompt_tokens) for a in attempts}) > 3  # left padding at work
     assert len({a.rollout.length for a in attempts}) > 5  # rows leave the batch at many moments
     for attempt, now_T in zip(attempts, now, strict=True):

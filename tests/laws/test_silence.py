@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import tiny
 from reflux import loss
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.batch import plan
 from reflux.credit.base import share_credit
+from reflux.kernels.head import Head
 from reflux.models import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
@@ -28,7 +30,8 @@ from tiny import attempt, gradients, rollout, same
 TOKENS = 102
 OBJECTIVES = [
     Divergence(), Divergence(divergence="forward"), Divergence(support="student", k=4), SampledKL(), SampledKL(baseline="kl"),
-    SampledKL(baseline="topk_kl"), SampledKL(ratio="clip"),
+    SampledKL(baseline="topk_kl"), SampledKL(ratio="clip"), SampledKL(baseline="minimum_variance"), Divergence(support="union", k=4),
+    Divergence(support="teacher", k=4, tail="renormalised"), Divergence(ratio="truncated"),
 ]  # fmt: skip
 IDS = [f"{type(o).__name__}-{i}" for i, o in enumerate(OBJECTIVES)]
 
@@ -41,7 +44,7 @@ def logits_target(spoken: TokenRollout, at: dict[int, float]) -> HiddenTarget:
     return HiddenTarget(teacher="main", h_TH=logits_TV, head=HEAD)
 
 
-HEAD = SimpleNamespace(logits=lambda h_NH: h_NH, vocabulary=TOKENS)
+HEAD = Head(nn.Identity, TOKENS)  # "hidden states" that are the logits: products would turn an infinite one into NaN
 
 
 def groups(mute: float, silent_value: float) -> list[list[Attempt]]:
@@ -101,6 +104,22 @@ def test_a_missing_target_silences_its_objective_only() -> None:
     one, other = (gradients(learner, [[spoken], [silent]], [objective]) for objective in (Divergence(), NLL()))
     for name in both:
         torch.testing.assert_close(both[name], one[name] + other[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("baseline", ["group_mean", "leave_one_out"])
+def test_siblings_that_failed_or_were_not_scored_leave_the_value_of_the_others(baseline: str) -> None:
+    """And the value is used: without it the gradient is another one."""
+    group = [attempt(rollout(n, seed=1, sample=i)) for i, n in enumerate((4, 6, 3, 5))]
+    group[3] = attempt(rollout(5, seed=1, sample=3, finish="error"))
+    for i in (0, 1, 3):
+        target, tokens_T = logits_target(group[i].rollout, {}), torch.from_numpy(group[i].rollout.tokens_T)
+        logp_T = target.h_TH.log_softmax(-1).gather(-1, tokens_T[:, None])[:, 0].numpy()
+        group[i].targets["main"] = dataclasses.replace(target, logp_T=logp_T)
+    learner, objective = tiny.learner(tiny.net(1)), SampledKL(baseline=baseline)
+    all_four, alone = (gradients(learner, [members], [objective]) for members in (group, group[:2]))
+    assert same(all_four, alone)
+    assert not same(alone, gradients(learner, [group[:2]], [SampledKL()]))
+    assert same(gradients(learner, [group[:1]], [objective]), gradients(learner, [group[:1]], [SampledKL()]))  # nobody to compare with
 
 
 def test_a_missing_reward_is_silent() -> None:

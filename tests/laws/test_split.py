@@ -14,7 +14,7 @@ import torch
 
 import tiny
 from reflux.assets.tokenizer import character_tokenizer
-from reflux.kernels import linear_divergence
+from reflux.kernels import budget, row_pass
 from reflux.models import Model, as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
@@ -65,8 +65,8 @@ def test_the_gradient_is_that_of_the_formula(nets: tuple[Any, Model], name: str,
 def test_micro_batches_and_order_change_nothing(nets: tuple[Any, Model], name: str, normalise: str) -> None:
     groups = batch(nets[1])
     whole = gradient(nets, SETS[name], groups, normalise, 1 << 20)
-    for budget in (1, 20):
-        close(whole, gradient(nets, SETS[name], groups, normalise, budget))
+    for tokens in (1, 20):
+        close(whole, gradient(nets, SETS[name], groups, normalise, tokens))
     close(whole, gradient(nets, SETS[name], [group[::-1] for group in groups[::-1]], normalise, 1 << 20))
 
 
@@ -74,7 +74,8 @@ def test_micro_batches_and_order_change_nothing(nets: tuple[Any, Model], name: s
 def test_chunks_of_rows_change_nothing(nets: tuple[Any, Model], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = batch(nets[1])
     whole = gradient(nets, SETS[name], groups, "kept", 1 << 20)
-    monkeypatch.setattr(linear_divergence, "chunk_rows", lambda vocabulary, device: 3)
+    monkeypatch.setattr(row_pass, "chunk_rows", lambda vocabulary, device, tables: 3)
+    monkeypatch.setattr(row_pass, "block_rows", lambda vocabulary, device: 2)
     close(whole, gradient(nets, SETS[name], groups, "kept", 1 << 20))
 
 
@@ -84,8 +85,8 @@ def test_the_loss_that_is_reported_is_the_sum_over_micro_batches(nets: tuple[Any
     from reflux.types import Moment
 
     losses = []
-    for budget in (1, 1 << 20):
-        learner = tiny.learner(nets[0], micro_batch_tokens=budget)
+    for tokens in (1, 1 << 20):
+        learner = tiny.learner(nets[0], micro_batch_tokens=tokens)
         stats = asyncio.run(learner.step(batch(nets[1]), SETS["together"], Moment(0, 0)))
         losses.append([stats["loss"].value, stats["kl_nats"].value, stats["grad_norm"].value, stats["tokens_trained"].value])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
@@ -93,9 +94,10 @@ def test_the_loss_that_is_reported_is_the_sum_over_micro_batches(nets: tuple[Any
 
 def test_a_chunk_holds_at_least_sixteen_rows_and_fits_the_budget() -> None:
     cpu = torch.device("cpu")
-    assert linear_divergence.chunk_rows(10**9, cpu) == 16
-    rows = linear_divergence.chunk_rows(151_669, cpu)
-    assert 200 < rows * 151_669 * 32 / 2**20 <= 256
+    assert budget.chunk_rows(10**9, cpu) == 16
+    for tables in (1, 2, 3):
+        table_bytes = budget.chunk_rows(151_669, cpu, tables) * 151_669 * 4
+        assert 310 < tables * table_bytes / 2**20 <= 320
 
 
 # --- the formula, without the library

@@ -5,14 +5,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
 from scipy.special import rel_entr
 
-from reflux.objectives.baselines import gradient_variance, kl_value, topk_kl_value, variance_ratio
+from reflux.objectives.baselines import gradient_variance, kl_value, minimum_variance_value, topk_kl_value, variance_ratio
 from reflux.objectives.sampled_kl import advantage
 
 settings.register_profile("numbers", deadline=None, max_examples=60)
 settings.load_profile("numbers")
-VALUES = ["zero", "kl", "top-1", "top-3", "top-all", "five"]
+VALUES = ["zero", "kl", "top-1", "top-3", "top-all", "five", "minimum"]
 
 
 def pair(n: int = 3, v: int = 7, seed: int = 0, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,7 +25,7 @@ def pair(n: int = 3, v: int = 7, seed: int = 0, spread: float = 1.0) -> tuple[to
 def value_of(name: str, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor | float:
     if name.startswith("top"):
         return topk_kl_value(student, teacher, {"top-1": 1, "top-3": 3, "top-all": student.shape[1]}[name])
-    return {"zero": 0.0, "kl": kl_value(student, teacher), "five": 5.0}[name]
+    return {"zero": 0.0, "kl": kl_value(student, teacher), "five": 5.0, "minimum": minimum_variance_value(student, teacher)}[name]
 
 
 def kl_of(p: torch.Tensor, q: torch.Tensor) -> np.ndarray:
@@ -137,3 +138,79 @@ def test_tokens_the_student_never_says_count_nothing():
     short = (student[:, :2], teacher[:, :2])
     assert kl_value(student, teacher).item() == pytest.approx(kl_value(*short).item())
     assert gradient_variance(student, teacher, 0.1).item() == pytest.approx(gradient_variance(*short, 0.1).item())
+
+
+# ------------------------------------------------------------------------------------------------------- the value of least variance
+
+
+def moments(student: torch.Tensor, teacher: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """p, r and w = |e_a - p|^2 of every action, [N, V], the norm taken entry by entry."""
+    p, r = student.exp().numpy(), (teacher - student).numpy()
+    eye = np.eye(p.shape[1])
+    return p, r, ((eye[None] - p[:, None, :]) ** 2).sum(-1)
+
+
+@given(seed=st.integers(0, 10**6), v=st.integers(2, 9), spread=st.sampled_from([0.1, 1.0, 4.0]))
+def test_minimum_variance_value_is_its_definition_and_centres_the_weighted_advantage(seed, v, spread):
+    student, teacher = pair(3, v, seed, spread)
+    p, r, w = moments(student, teacher)
+    value = minimum_variance_value(student, teacher).numpy()
+    np.testing.assert_allclose(value, (p * r * w).sum(-1) / (p * w).sum(-1), rtol=1e-5, atol=1e-7)  # a sure student: w loses digits HERE
+    np.testing.assert_allclose((p * w * (r - value[:, None])).sum(-1), 0, atol=1e-11)
+    np.testing.assert_allclose((p * w).sum(-1), 1 - (p**2).sum(-1), rtol=0, atol=1e-14)
+
+
+@given(seed=st.integers(0, 10**6), v=st.integers(2, 8), spread=st.sampled_from([0.3, 1.0, 3.0]))
+@settings(max_examples=30)
+def test_no_other_value_of_the_prefix_has_less_variance(seed, v, spread):
+    """Against a search over the enumerated variance, which knows no formula."""
+    student, teacher = pair(1, v, seed, spread)
+    found = minimize_scalar(lambda b: float(enumerated_variance(student, teacher, np.array([b]))[0]), method="brent", tol=1e-12)
+    value = minimum_variance_value(student, teacher)
+    assert value.item() == pytest.approx(found.x, rel=1e-5, abs=1e-5)
+    least = gradient_variance(student, teacher, value).item()
+    assert least <= found.fun + 1e-12
+    for name in VALUES[:1] + VALUES[1:3] + ["five"]:
+        assert least <= gradient_variance(student, teacher, value_of(name, student, teacher)).item() + 1e-12
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
+def test_it_lowers_the_variance_at_every_prefix_unlike_the_kl_value(spread):
+    student, teacher = pair(500, 20, 0, spread)
+    least, kl, none = (gradient_variance(student, teacher, value_of(name, student, teacher)) for name in ("minimum", "kl", "zero"))
+    assert (least <= torch.minimum(kl, none) + 1e-12).all()
+    sure, flat = torch.tensor([[0.999, 0.0005, 0.0005]]).log(), torch.tensor([[0.4, 0.3, 0.3]]).log()
+    assert variance_ratio(sure, flat, minimum_variance_value(sure, flat)) < 1 < variance_ratio(sure, flat, kl_value(sure, flat))
+    assert minimum_variance_value(sure, flat).item() > 0  # of the other sign than the reward's mean
+
+
+def test_minimum_variance_value_at_its_edges():
+    student, teacher = pair()
+    assert not minimum_variance_value(student.requires_grad_(), teacher).requires_grad
+    student = student.detach()
+    assert (minimum_variance_value(student, student) == 0).all()
+    inf = torch.inf
+    sure = torch.tensor([[0.0, -inf, -inf]])
+    assert minimum_variance_value(sure, torch.tensor([[-1.0, -1.5, -1.2]])).tolist() == [0]  # no noise to lower
+    assert minimum_variance_value(sure, torch.tensor([[-inf, -1.0, -0.5]])).tolist() == [0]
+    padded, told = torch.tensor([[0.5, 0.3, 0.2, 0.0]]).log(), torch.tensor([[0.2, 0.3, 0.5, 0.0]]).log()
+    assert minimum_variance_value(padded, told).item() == pytest.approx(minimum_variance_value(padded[:, :3], told[:, :3]).item())
+    assert minimum_variance_value(padded[:, :3], torch.tensor([[0.5, 0.5, 0.0]]).log()).tolist() == [-inf]  # as kl_value
+    assert minimum_variance_value(torch.full((1, 3), torch.nan), told[:, :3]).isnan().all()
+
+
+def test_a_nearly_sure_token_the_teacher_never_says_makes_minus_infinity_whatever_the_rounding():
+    """Its w is about (1 - p)^2, which float32 makes negative as often as not; -inf times that would be +inf."""
+    logits = torch.randn(500, 4, generator=torch.manual_seed(0))
+    logits[:, 0] += torch.linspace(5, 40, 500)
+    student, teacher = logits.log_softmax(-1), torch.tensor([[-torch.inf, 0.0, 0.0, 0.0]]).log_softmax(-1).expand(500, 4)
+    assert (minimum_variance_value(student, teacher) == -torch.inf).all()
+    assert minimum_variance_value(student, student.roll(1, 0)).isfinite().all()
+
+
+def test_a_sure_student_loses_no_digits_in_float32():
+    logits = torch.tensor([[12.0, 0.0, -1.0, 0.5], [15.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    teacher = torch.tensor([[2.0, 0.0, 1.0, 0.5], [1.0, 1.5, 0.0, 3.0]], dtype=torch.float64).log_softmax(-1)
+    student = logits.log_softmax(-1)
+    exact = minimum_variance_value(student, teacher)
+    torch.testing.assert_close(minimum_variance_value(student.float(), teacher.float()).double(), exact, rtol=2e-4, atol=0)

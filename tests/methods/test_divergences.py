@@ -16,10 +16,12 @@ from reflux.objectives.divergences import (
     forward_kl,
     jsd,
     kl,
+    renormalised,
     reverse_kl,
     skew_forward_kl,
     skew_reverse_kl,
     total_variation,
+    union,
     with_tail,
     with_tail_listed,
 )
@@ -282,6 +284,60 @@ def test_tail_is_exact_where_one_minus_a_sum_would_be_empty():
 def test_bad_ids_are_refused(ids, sentence):
     with pytest.raises(ValueError, match=sentence):
         with_tail(torch.zeros(1, 3), torch.tensor(ids))
+
+
+# ------------------------------------------------------------------------------------------------- renormalised lists, two lists in one
+
+
+@given(v=st.integers(1, 9), seed=st.integers(0, 10**6), spread=st.sampled_from([1.0, 30.0]), data=st.data())
+def test_renormalised_divides_by_the_listed_mass(v, seed, spread, data):
+    k = data.draw(st.integers(1, v))
+    logp, rng = table(3, v, seed, spread), np.random.default_rng(seed)
+    ids = np.array([rng.permutation(v)[:k] for _ in range(3)])
+    made = renormalised(logp, torch.tensor(ids)).numpy()
+    picked = np.take_along_axis(logp.numpy(), ids, -1)
+    np.testing.assert_allclose(made, picked - logsumexp(picked, axis=-1, keepdims=True), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(np.exp(made).sum(-1), 1, rtol=1e-12)
+
+
+@given(v=st.integers(1, 9), seed=st.integers(0, 10**6), data=st.data())
+def test_a_union_holds_each_token_of_either_list_once(v, seed, data):
+    k = data.draw(st.integers(1, v))
+    logp, rng = table(4, v, seed, 1.0, 0.2), np.random.default_rng(seed)
+    one, other = (torch.tensor(np.array([rng.permutation(v)[:k] for _ in range(4)])) for _ in range(2))
+    ids, repeated = union(one, other)
+    assert ids.shape == repeated.shape == (4, 2 * k)
+    tailed = with_tail(logp, ids, check=False, repeated_NK=repeated)
+    closed = renormalised(logp, ids, check=False, repeated_NK=repeated)
+    for row in range(4):
+        wanted = sorted({*one[row].tolist(), *other[row].tolist()})
+        kept = ids[row][~repeated[row]]
+        assert kept.tolist() == wanted
+        assert (tailed[row, :-1][repeated[row]] == -INF).all()
+        assert torch.equal(tailed[row, :-1][~repeated[row]], logp[row, kept])
+        rest = np.delete(logp[row].numpy(), wanted)
+        with np.errstate(divide="ignore"):
+            assert tailed[row, -1].item() == pytest.approx(logsumexp(rest) if len(rest) else -INF, rel=1e-12, abs=1e-12)
+        total = logsumexp(logp[row, kept].numpy())
+        if total > -INF:
+            np.testing.assert_allclose(closed[row][~repeated[row]], logp[row, kept] - total, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(tailed.exp().sum(-1).numpy(), 1, rtol=1e-12)
+
+
+def test_repeated_entries_get_no_gradient_and_the_rest_theirs():
+    logits = torch.randn(2, 5, dtype=torch.float64, generator=torch.manual_seed(0), requires_grad=True)
+    ids, repeated = union(torch.tensor([[2, 0], [3, 1]]), torch.tensor([[0, 4], [3, 1]]))
+    assert repeated.sum(-1).tolist() == [1, 2]
+    assert torch.autograd.gradcheck(lambda x: renormalised(x, ids, False, repeated)[~repeated], logits)
+    loud = torch.cat([~repeated, torch.ones(2, 1, dtype=torch.bool)], -1)
+    assert torch.autograd.gradcheck(lambda x: with_tail(x, ids, False, repeated)[loud], logits)
+
+
+def test_bad_ids_of_a_renormalised_list_are_refused_and_no_mass_is_no_number():
+    for ids, sentence in (([[0, 0]], "repeat"), ([[0, 3]], r"0\.\.2"), ([[0], [1]], "ids")):
+        with pytest.raises(ValueError, match=sentence):
+            renormalised(torch.zeros(1, 3), torch.tensor(ids))
+    assert renormalised(torch.tensor([[0.0, -INF, -INF]]), torch.tensor([[1, 2]])).isnan().all()
 
 
 def test_listed_tail_is_one_minus_the_sum_and_never_below_its_floor():

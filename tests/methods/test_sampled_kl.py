@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from reflux.objectives.base import FullSays, ListedSays, Rows, SampledSays
+from reflux.objectives.base import Rows
+from reflux.objectives.baselines import kl_value, minimum_variance_value, topk_kl_value
 from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome
-from reflux.objectives.sampled_kl import SampledKL, advantage, score_cost
-from reflux.types import HiddenTarget, SampledTarget, TopKTarget
+from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL, advantage, score_cost, truncated_ratio
+from reflux.objectives.says import FullSays, ListedSays, SampledSays
+from reflux.types import HiddenTarget, SampledTarget, TopKTarget, Wants
 
 N, V = 6, 5
 
@@ -81,6 +83,16 @@ def test_shift_and_value_enter_the_advantage():
     torch.testing.assert_close(Outcome(ratio="none")(at), -0.4 * logp)
 
 
+def test_each_baseline_is_the_function_of_its_name():
+    """All are unbiased, so no law tells them apart."""
+    at = rows()
+    pair = (at.student.logp_NV, at.teachers["main"].logp_NV)
+    expected = {"kl": kl_value(*pair), "minimum_variance": minimum_variance_value(*pair), "topk_kl": topk_kl_value(*pair, 2)}
+    for baseline, value in expected.items():
+        assert torch.equal(torch.as_tensor(SampledKL(baseline=baseline, baseline_k=2).value(at)), value)
+    assert len({tuple(value.tolist()) for value in expected.values()}) == 3
+
+
 @pytest.mark.parametrize("ratio", ["truncated", "clip", "none"])
 def test_outliers_cost_exactly_zero_whatever_their_shift_also_where_infinite(ratio):
     at = rows(lag=0.1, shift=3.0)
@@ -109,7 +121,7 @@ def test_no_gradient_reaches_teacher_or_value():
     at = rows()
     teacher = torch.randn(N, V, dtype=torch.float64, requires_grad=True)
     at.teachers["main"] = FullSays(teacher, at.ids_N)
-    for baseline in ("none", "kl", "topk_kl"):
+    for baseline in ("none", "kl", "topk_kl", "minimum_variance"):
         SampledKL(baseline=baseline)(at).sum().backward(retain_graph=True)
     assert teacher.grad is None
     at = rows()
@@ -126,11 +138,35 @@ def test_baselines_refuse_what_cannot_answer_everywhere():
     for says in (SampledSays(torch.zeros(N)), ListedSays(torch.zeros(N, 1, dtype=torch.int64), torch.zeros(N, 1), torch.zeros(N))):
         at.teachers["main"] = says
         assert SampledKL()(at).shape == (N,)
-        for baseline in ("kl", "topk_kl"):
+        for baseline in ("kl", "topk_kl", "minimum_variance"):
             with pytest.raises(ValueError, match="baseline = 'none'"):
                 SampledKL(baseline=baseline)(at)
     assert SampledKL().accepts == (SampledTarget, TopKTarget, HiddenTarget)
-    assert SampledKL(baseline="kl").accepts == SampledKL(baseline="topk_kl").accepts == (HiddenTarget,)
+    assert all(SampledKL(baseline=baseline).accepts == (HiddenTarget,) for baseline in ("kl", "topk_kl", "minimum_variance"))
+
+
+@pytest.mark.parametrize("baseline", GROUP_BASELINES)
+def test_a_group_value_is_subtracted_and_asked_for(baseline):
+    at = rows(shift=0.3)
+    with pytest.raises(ValueError, match=r"batch\.plan"):
+        SampledKL(baseline=baseline)(at)
+    at.group_value_N = torch.linspace(-2, 2, N, dtype=torch.float64)
+    r = (at.teachers["main"].logp_N - at.student.logp_N).detach()
+    expected = -(r - at.group_value_N + 0.3) * at.student.logp_N
+    for says in (at.teachers["main"], SampledSays(at.teachers["main"].logp_N)):
+        at.teachers["main"] = says
+        torch.testing.assert_close(SampledKL(baseline=baseline, ratio="none")(at), expected)
+    assert SampledKL(baseline=baseline).accepts == (SampledTarget, TopKTarget, HiddenTarget)
+    assert SampledKL(baseline=baseline).wants == Wants(logp=True)
+    assert SampledKL().wants == SampledKL(baseline="kl").wants == Wants()
+    assert SampledKL(teacher="said").wants == Wants(said=1)
+
+
+def test_the_truncated_ratio_is_capped_and_detached():
+    logp = torch.tensor([-1.0, -1.0, -1.0], dtype=torch.float64, requires_grad=True)
+    made = truncated_ratio(logp, torch.tensor([-1.0, -2.0, -9.0], dtype=torch.float64), 3.0)
+    assert made.tolist() == pytest.approx([1.0, math.e, 3.0])
+    assert not made.requires_grad
 
 
 def test_nll_is_the_recorded_tokens_surprise():
@@ -156,9 +192,24 @@ def test_defaults_are_the_vetted_setting():
         ({"clip": (0.2, -0.1)}, "clip"),
         ({"max_gap_nats": 0.0}, "max_gap_nats"),
         ({"coef": math.nan}, "coef"),
-        ({"baseline": "group_mean"}, "baseline"),
+        ({"baseline": "mean"}, "baseline"),
     ],
 )
 def test_bad_fields_are_refused(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         SampledKL(**fields)
+
+
+@pytest.mark.parametrize("baseline", ["minimum_variance", "group_mean", "leave_one_out"])
+def test_a_baseline_reaches_the_gradient_of_a_run(tiny_run, baseline):
+    """What the first step moves by is another gradient than without it, and its variance is told."""
+    done = [
+        tiny_run("opd", steps=1, group_size=3, log_variance=True, objectives__0__baseline=name).rows("metrics")
+        for name in ("none", baseline)
+    ]
+    (plain,), (based,) = done
+    assert plain["gradient_variance_ratio"] == 1.0
+    assert based["tokens_sampled"] == plain["tokens_sampled"]
+    assert based["grad_norm"] != plain["grad_norm"]
+    assert based["gradient_variance_ratio"] != 1.0
+    assert baseline != "minimum_variance" or based["gradient_variance_ratio"] < 1

@@ -4,18 +4,12 @@ A frozen value called with `Rows` (N packed positions, what the student and each
 Position-local: row n's cost depends on row n alone. It never divides, weights or masks: that is `loss.py`'s work, and only its. A
 score-function objective takes shifts: it adds `rows.shift_N` to its advantage.
 
-What a model says at N rows comes in one of three classes, matching the targets of `types.py`; each answers what it can:
-
-    logp_N            log-prob of the sampled token                         all three
-    at(ids_NK)        log-probs at given ids                                FullSays
-    ids_NK, logp_NK   listed ids and their log-probs                        ListedSays
-    logp_NV           log-probs of the whole vocabulary, >= float32         FullSays
+What a model says at N rows is one of three classes in `says.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from reflux.types import Target, Wants
@@ -23,44 +17,7 @@ from reflux.types import Target, Wants
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-@dataclass
-class SampledSays:
-    """Only the sampled token's log-prob is known."""
-
-    logp_N: Tensor
-
-
-@dataclass
-class ListedSays:
-    """K listed ids per row, the sampled token's log-prob, and one tail bucket for the rest."""
-
-    ids_NK: Tensor
-    logp_NK: Tensor
-    logp_N: Tensor
-
-
-class FullSays:
-    """The whole distribution, from logits of any float type; log-softmax is at least float32 and made once, shared by all objectives."""
-
-    def __init__(self, logits_NV: Tensor, ids_N: Tensor):
-        self.logits_NV = logits_NV
-        self.ids_N = ids_N
-
-    @cached_property
-    def logp_NV(self) -> Tensor:
-        narrow = self.logits_NV.element_size() < 4
-        return (self.logits_NV.float() if narrow else self.logits_NV).log_softmax(-1)
-
-    @cached_property
-    def logp_N(self) -> Tensor:
-        return self.at(self.ids_N[:, None])[:, 0]
-
-    def at(self, ids_NK: Tensor) -> Tensor:
-        return self.logp_NV.gather(-1, ids_NK)
-
-
-Says = SampledSays | ListedSays | FullSays
+    from reflux.objectives.says import FullSays, Says
 
 
 @dataclass
@@ -72,7 +29,7 @@ class Rows:
     teachers: dict[str, Says]  # by teacher name; "said" is the student as it acted
     behaviour_logp_N: Tensor  # recorded when sampled
     shift_N: Tensor
-    peers_advantage: dict[str, Tensor] = field(default_factory=dict)  # group baselines, made by loss.py where asked for
+    group_value_N: Tensor | None = None  # the group's mean reward, for a baseline that asks for it; made by batch.py before any split
 
 
 class Objective(Protocol):

@@ -34,6 +34,24 @@ def topk_kl_value(student_logp_NV: Tensor, teacher_logp_NV: Tensor, k: int) -> T
 
 
 @torch.no_grad()
+def minimum_variance_value(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
+    """b* = E_p[r w] / E_p[w], nats [N], detached, of either sign: of all values that the prefix alone decides, the one under which the
+    sampled logit gradient (r(a) - value) (e_a - p) has the least total variance (`gradient_variance`). r = log q - log p.
+
+    w(a) = |e_a - p|^2 = 1 - 2 p(a) + sum p^2, so E_p[w] = 1 - sum p^2 = E_p[1 - p(a)], and w(a) = 2 (1 - p(a)) - E_p[w], which is how it
+    is summed: a sure student loses no digits. 0 where E_p[w] vanishes (one token has all the mass: there is no gradient to be noisy).
+    Tokens with p = 0 count nothing; one with q = 0 where p > 0 makes it -inf, as it makes `kl_value`. Least in the student's LOGITS at one
+    prefix; parameters share logits, so it need not be least for a whole model. arXiv 1301.2315; Greensmith, Bartlett, Baxter 2004.
+    """
+    p_NV, rest_NV = student_logp_NV.exp(), -student_logp_NV.expm1()  # p, 1 - p
+    mean_N1 = (p_NV * rest_NV).sum(-1, keepdim=True)
+    weight_NV = p_NV * (2 * rest_NV - mean_N1).clamp_min(torch.finfo(p_NV.dtype).tiny)  # p w; w of a nearly sure token may round below 0
+    r_NV = (teacher_logp_NV - student_logp_NV).masked_fill_(weight_NV == 0, 0)
+    mean_N = mean_N1[:, 0]
+    return ((weight_NV * r_NV).sum(-1) / mean_N).masked_fill_(mean_N <= 0, 0)
+
+
+@torch.no_grad()
 def gradient_variance(student_logp_NV: Tensor, teacher_logp_NV: Tensor, value_N: Tensor | float) -> Tensor:
     """Total variance [N] of one sampled logit gradient (r(a) - value) (e_a - p), exactly, over a ~ p.
 

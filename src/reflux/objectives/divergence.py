@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from reflux.objectives.base import FullSays, ListedSays, Rows, Says
-from reflux.objectives.sampled_kl import check_coef
+from reflux.objectives.base import Rows
+from reflux.objectives.sampled_kl import check_coef, check_ratio, truncated_ratio
 from reflux.parts import STRICT
 from reflux.types import HiddenTarget, Target, TopKTarget, Wants
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from reflux.objectives.says import FullSays, ListedSays, Says
 
 MIXED = ("jsd", "skew_reverse", "skew_forward", "alpha")
 
@@ -24,19 +26,31 @@ class Divergence:
     `divergence` names a function of `reflux.objectives.divergences`. `beta` is its mixing weight: jsd's beta (default 0.5; 0 is the
     forward KL, 1 the reverse, as in GKD), the skew's alpha (0.1, DistiLLM), alpha's alpha (0.5); the others have none and refuse it.
 
-    `support` full: over the whole vocabulary. student: the student's own k most likely tokens of the current forward (constants) plus
+    `support` full: over the whole vocabulary. student: the student's own `k` most likely tokens of the current forward (constants) plus
     ONE bucket with all remaining mass, the same for both models. teacher: the same at the k most likely tokens of the teacher's list,
-    the teacher's tail being 1 minus its listed mass, at least `tail_floor`, where the list is all that is known. Both are never more than
-    the full divergence and are biased inside the tail only; k >= V is the full one exactly.
+    the teacher's tail being 1 minus its listed mass, at least `tail_floor`, where the list is all that is known. union: the k of either
+    model together, each token once, and one exact bucket; a stored list cannot answer at the student's ids, so it needs a local teacher.
+    All are never more than the full divergence and are biased inside the tail only; k >= V is the full one exactly.
+
+    `tail` renormalised: no bucket; each model's probabilities on the listed tokens are divided by their own sum, as the top-k losses of
+    ms-swift, of NeMo-RL and of vOPD's code do. BIASED, and its optimum moves: the tail's mass is dropped, so a student that is right on the
+    list up to a factor costs 0 whatever it says elsewhere. Here for comparison; k >= V is the full divergence all the same.
+
+    `ratio` truncated: times min(p(a) / behaviour(a), `ratio_cap`), detached, as other trainers correct for a sampler that is not the
+    learner. At each prefix the divergence sums over all actions already, so while nothing is capped the expected gradient is the same
+    with and without, and only noise is added; where it is capped, the prefix counts less. It cannot correct which prefixes are visited.
     """
 
     teacher: str = "main"
     coef: float = 1.0
     divergence: Literal["reverse", "forward", "jsd", "skew_reverse", "skew_forward", "alpha", "tv"] = "reverse"
     beta: float | None = None
-    support: Literal["full", "student", "teacher"] = "full"
+    support: Literal["full", "student", "teacher", "union"] = "full"
     k: int = 100
+    tail: Literal["bucket", "renormalised"] = "bucket"
     tail_floor: float = 1e-7
+    ratio: Literal["none", "truncated"] = "none"
+    ratio_cap: float = 5.0
 
     takes_shift: ClassVar[bool] = False
 
@@ -50,6 +64,11 @@ class Divergence:
             raise ValueError(f"'{self.divergence}' with beta = 1 compares a model with itself: it is 0 everywhere and teaches nothing")
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
+        if self.tail == "renormalised" and self.support == "full":
+            raise ValueError("tail = 'renormalised' divides by the mass of a list, and support = 'full' has none. Use tail = 'bucket'")
+        if self.tail == "renormalised" and self.support != "union" and self.k == 1:
+            raise ValueError("one token renormalised has probability 1 under any model: the cost is 0 everywhere. Use k = 2 or more")
+        check_ratio(ratio_cap=self.ratio_cap)
         if not 0 < self.tail_floor < 1:
             raise ValueError(f"tail_floor is a probability mass between 0 and 1, got {self.tail_floor}")
 
@@ -62,37 +81,53 @@ class Divergence:
         return Wants(said=self.k) if self.teacher == "said" else Wants()
 
     def __call__(self, rows: Rows) -> Tensor:
+        cost_N = self._cost(rows.student, rows.teachers[self.teacher])
+        if self.ratio == "none":
+            return cost_N
+        return cost_N * truncated_ratio(rows.student.logp_N, rows.behaviour_logp_N, self.ratio_cap)
+
+    def _cost(self, student: FullSays, teacher: Says) -> Tensor:
         from reflux.objectives.divergences import DIVERGENCES
+        from reflux.objectives.says import FullSays, ListedSays
 
-        student, teacher = self._pair(rows.student, rows.teachers[self.teacher])
         weight = () if self.beta is None else (self.beta,)
-        return DIVERGENCES[self.divergence](student, teacher.detach(), *weight)
-
-    def _pair(self, student: FullSays, teacher: Says) -> tuple[Tensor, Tensor]:
-        """Log-probs of both on one support, whose probabilities sum to 1."""
         if self.support == "teacher" and isinstance(teacher, ListedSays):
-            return self._at_list(student, teacher)
+            one, other = self._at_list(student, teacher)
+            return DIVERGENCES[self.divergence](one, other, *weight)
         if not isinstance(teacher, FullSays):
             raise ValueError(
-                f"support = '{self.support}' needs teacher '{self.teacher}' at any token, but it gave a list or the sampled token alone. "
-                f"Use support = 'teacher' for a list, kind = 'sampled_kl' for sampled tokens, or a local teacher."
+                f"support = '{self.support}' needs teacher '{self.teacher}' at any token, but it gave a list or the sampled token alone; "
+                f"a stored list cannot answer at the student's ids. Use support = 'teacher' for a list, kind = 'sampled_kl' for sampled "
+                f"tokens, or a local teacher."
             )
-        if self.support == "full" or self.k >= student.logp_NV.shape[1]:
-            return student.logp_NV, teacher.logp_NV
-        from reflux.objectives.divergences import with_tail
+        if self.support == "full" or self.k >= student.logits_NV.shape[1]:
+            return student.divergence(teacher, self.divergence, self.beta)
+        one, other = self._listed(student, teacher)
+        return DIVERGENCES[self.divergence](one, other.detach(), *weight)
 
-        whose = student if self.support == "student" else teacher
-        ids_NK = whose.logp_NV.detach().topk(self.k, dim=-1, sorted=False).indices
-        return with_tail(student.logp_NV, ids_NK, check=False), with_tail(teacher.logp_NV, ids_NK, check=False)
+    def _listed(self, student: FullSays, teacher: FullSays) -> tuple[Tensor, Tensor]:
+        """Log-probs of both on one list, whose probabilities sum to 1."""
+        from reflux.objectives.divergences import renormalised, union, with_tail
+
+        models = {"student": (student,), "teacher": (teacher,), "union": (student, teacher)}[self.support]
+        ids = [model.logits_NV.detach().topk(self.k, dim=-1, sorted=False).indices for model in models]
+        if len(ids) == 1 and self.tail == "bucket":
+            return student.with_tail(ids[0]), teacher.with_tail(ids[0])
+        ids_NK, repeated_NK = union(*ids) if len(ids) == 2 else (ids[0], None)
+        close = with_tail if self.tail == "bucket" else renormalised
+        return close(student.logp_NV, ids_NK, False, repeated_NK), close(teacher.logp_NV, ids_NK, False, repeated_NK)
 
     def _at_list(self, student: FullSays, teacher: ListedSays) -> tuple[Tensor, Tensor]:
-        from reflux.objectives.divergences import with_tail, with_tail_listed
+        from reflux.objectives.divergences import renormalised, with_tail, with_tail_listed
 
         logp_NK, ids_NK = teacher.logp_NK, teacher.ids_NK
         if self.k < logp_NK.shape[1]:  # another part may have asked for a longer list
             logp_NK, order_NK = logp_NK.topk(self.k, dim=-1)
             ids_NK = ids_NK.gather(-1, order_NK)
-        student_logp = with_tail(student.logp_NV, ids_NK)
         if ids_NK.shape[1] == student.logp_NV.shape[1]:  # the whole vocabulary: no tail on either side
-            return student_logp[:, :-1], logp_NK
-        return student_logp, with_tail_listed(logp_NK, self.tail_floor)
+            return with_tail(student.logp_NV, ids_NK)[:, :-1], logp_NK
+        if self.tail == "bucket":
+            return with_tail(student.logp_NV, ids_NK), with_tail_listed(logp_NK, self.tail_floor)
+        if ids_NK.shape[1] == 1:
+            raise ValueError(f"teacher '{self.teacher}' lists one token: renormalised it has probability 1. Use tail = 'bucket'")
+        return renormalised(student.logp_NV, ids_NK), logp_NK.log_softmax(-1)

@@ -94,17 +94,40 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def with_tail(logp_NV: Tensor, ids_NK: Tensor, check: bool = True) -> Tensor:
+def with_tail(logp_NV: Tensor, ids_NK: Tensor, check: bool = True, repeated_NK: Tensor | None = None) -> Tensor:
     """The log-probs at K listed ids and, last, of ONE bucket with all remaining mass: [N, K + 1], probabilities sum to 1.
 
     The bucket is the logsumexp over the ids not listed (exact, not 1 minus a sum), -inf at K = V. ValueError for an id that is repeated
     in a row or outside 0..V-1; `check = False` skips that search (and its GPU synchronisation) for ids that come out of a top-k.
+    repeated_NK (of `union`): entries that stand in the row already; they get probability 0, so that no mass counts twice.
     """
+    return torch.cat([_listed(logp_NV, ids_NK, check, repeated_NK), Tail.apply(logp_NV, ids_NK)], dim=-1)
+
+
+def renormalised(logp_NV: Tensor, ids_NK: Tensor, check: bool = True, repeated_NK: Tensor | None = None) -> Tensor:
+    """The log-probs at K listed ids [N, K], divided by their own sum; what lies outside the list is dropped. Arguments as `with_tail`.
+
+    Not a bound of the full divergence, and its optimum is another one: two models that agree on the list up to a factor cost 0 however
+    much mass they put elsewhere. NaN where a model gives the whole list no mass.
+    """
+    return _listed(logp_NV, ids_NK, check, repeated_NK).log_softmax(-1)
+
+
+def union(ids_NK: Tensor, others_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Two lists in one: ids [N, 2K] in rising order, and True [N, 2K] at every entry whose id stands in the row already."""
+    ids_NM = torch.cat([ids_NK, others_NK], dim=-1).sort(dim=-1).values
+    repeated_NM = torch.zeros_like(ids_NM, dtype=torch.bool)
+    repeated_NM[:, 1:] = ids_NM[:, 1:] == ids_NM[:, :-1]
+    return ids_NM, repeated_NM
+
+
+def _listed(logp_NV: Tensor, ids_NK: Tensor, check: bool, repeated_NK: Tensor | None) -> Tensor:
     if logp_NV.ndim != 2 or ids_NK.ndim != 2 or len(logp_NV) != len(ids_NK) or logp_NV.shape[1] == 0:
-        raise ValueError(f"with_tail needs log-probs [N, V] with V > 0 and ids [N, K], got {_shapes(logp_NV, ids_NK)}")
+        raise ValueError(f"listed ids [N, K] need log-probs [N, V] with V > 0, got {_shapes(logp_NV, ids_NK)}")
     if check and ids_NK.numel():
         _check_ids(ids_NK, logp_NV.shape[1])
-    return torch.cat([logp_NV.gather(-1, ids_NK), Tail.apply(logp_NV, ids_NK)], dim=-1)
+    logp_NK = logp_NV.gather(-1, ids_NK)
+    return logp_NK if repeated_NK is None else logp_NK.masked_fill(repeated_NK, -torch.inf)
 
 
 def with_tail_listed(logp_NK: Tensor, floor: float = 1e-7) -> Tensor:

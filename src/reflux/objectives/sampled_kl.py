@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from reflux.objectives.base import FullSays, Rows
+from reflux.objectives.base import Rows
 from reflux.parts import STRICT
 from reflux.types import HiddenTarget, SampledTarget, Target, TopKTarget, Wants
 
@@ -15,25 +15,39 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Ratio = Literal["truncated", "clip", "none"]
+GROUP_BASELINES = ("group_mean", "leave_one_out")  # values made from sibling attempts by `batch.plan`
 
 
 @dataclass(frozen=True, config=STRICT)
 class SampledKL:
     """Score-function estimate of the gradient of KL(student || teacher), one sampled token a position.
 
-    A = log q(a) - log p(a) - value + shift, detached; cost = -A log p(a), times the ratio for lag (see `score_cost`). The value is 0
-    (plain on-policy distillation), -KL(p || q) (`baseline = "kl"`, vOPD), or the same over the student's `baseline_k` most likely tokens,
-    renormalised (`"topk_kl"`): unbiased all three, for attempts sampled at temperature 1 without top-p. Both baselines need the
-    teacher's whole distribution. Positions where student and teacher differ by `max_gap_nats` or more on the sampled token cost exactly
-    0, after the shift, and stay in the denominator (Uni-OPD drops them at 10). Elsewhere a teacher that never says the token gives an
-    infinite cost.
+    A = log q(a) - log p(a) - value + shift, detached; cost = -A log p(a), times the ratio for lag (see `score_cost`). `baseline` says
+    what the value is. A value that the prefix alone decides leaves the expected gradient as it is and changes its noise only, for attempts
+    sampled at temperature 1 without top-p:
 
-    The cost is no divergence: only its gradient means something. Student = teacher: A = shift. arXiv 2605.07865 (vOPD).
+    - `none`: 0, plain on-policy distillation.
+    - `kl`: -KL(p || q), the reward's mean (vOPD, arXiv 2605.07865). `topk_kl`: the same over the student's `baseline_k` most likely tokens,
+      each model renormalised there.
+    - `minimum_variance`: the one value per prefix with the least variance of the logit gradient (see `minimum_variance_value`).
+    - `leave_one_out`: the mean of log q(a) - log behaviour(a) per chosen token over the group's OTHER attempts (RLOO, arXiv 2402.14740).
+    - `group_mean`: over all of the group's attempts, oneself included (as in GRPO, arXiv 2402.03300). BIASED: the own reward is in the
+      value. One-token answers: the gradient is exactly (1 - 1/G) times the exact one, G attempts a group. Longer answers: the own token
+      counts less, but rewards of one's own later tokens leak in, so the direction moves as well (docs/methods.md has the measured bias).
+
+    `kl`, `topk_kl` and `minimum_variance` need the teacher's whole distribution; the two group baselines need group_size >= 2 and the
+    teacher's log-probs at scoring time, which a local teacher then computes once more.
+
+    Positions where student and teacher differ by `max_gap_nats` or more on the sampled token cost exactly 0, after the shift, and stay in
+    the denominator (Uni-OPD drops them at 10). BIASED: what is dropped is where the two differ most; at a small bound the rest can point
+    the other way. Elsewhere a teacher that never says the token gives an infinite cost.
+
+    The cost is no divergence: only its gradient means something. Student = teacher: A = shift.
     """
 
     teacher: str = "main"
     coef: float = 1.0
-    baseline: Literal["none", "kl", "topk_kl"] = "none"
+    baseline: Literal["none", "kl", "topk_kl", "minimum_variance", "group_mean", "leave_one_out"] = "none"
     baseline_k: int = 20
     ratio: Ratio = "truncated"
     ratio_cap: float = 5.0
@@ -52,11 +66,13 @@ class SampledKL:
 
     @property
     def accepts(self) -> tuple[type[Target], ...]:
-        return (SampledTarget, TopKTarget, HiddenTarget) if self.baseline == "none" else (HiddenTarget,)
+        anywhere = self.baseline == "none" or self.baseline in GROUP_BASELINES
+        return (SampledTarget, TopKTarget, HiddenTarget) if anywhere else (HiddenTarget,)
 
     @property
     def wants(self) -> Wants:
-        return Wants()  # a teacher that offers no hidden states gives the sampled log-prob with every target
+        """A teacher that offers no hidden states gives the sampled log-prob with every target; `said` comes as a list or not at all."""
+        return Wants(said=int(self.teacher == "said"), logp=self.baseline in GROUP_BASELINES)
 
     def __call__(self, rows: Rows) -> Tensor:
         logp_N, teacher_logp_N = rows.student.logp_N, rows.teachers[self.teacher].logp_N
@@ -72,17 +88,24 @@ class SampledKL:
         """What this baseline subtracts, nats [N]; 0 without one."""
         if self.baseline == "none":
             return 0.0
-        from reflux.objectives.baselines import kl_value, topk_kl_value
+        if self.baseline in GROUP_BASELINES:
+            if rows.group_value_N is None:
+                raise ValueError(f"baseline = '{self.baseline}' needs rows.group_value_N: `batch.plan` makes it from whole groups")
+            return rows.group_value_N
+        from reflux.objectives.baselines import minimum_variance_value, topk_kl_value
+        from reflux.objectives.says import FullSays
 
         teacher = rows.teachers[self.teacher]
         if not isinstance(teacher, FullSays):
             raise ValueError(
                 f"baseline = '{self.baseline}' needs teacher '{self.teacher}' at every token the student may say, but it gave a list or "
-                f"the sampled token alone. Use baseline = 'none', or a local teacher."
+                f"the sampled token alone. Use baseline = 'none' or 'leave_one_out', or a local teacher."
             )
         if self.baseline == "kl":
-            return kl_value(rows.student.logp_NV, teacher.logp_NV)
-        return topk_kl_value(rows.student.logp_NV, teacher.logp_NV, self.baseline_k)
+            return -rows.student.kl(teacher)
+        if self.baseline == "topk_kl":
+            return topk_kl_value(rows.student.logp_NV, teacher.logp_NV, self.baseline_k)
+        return minimum_variance_value(rows.student.logp_NV, teacher.logp_NV)
 
 
 def advantage(student_logp_N: Tensor, teacher_logp_N: Tensor, value_N: Tensor | float = 0) -> Tensor:
@@ -102,11 +125,16 @@ def score_cost(
     advantage_N = advantage_N.detach()
     if ratio == "none":
         return -advantage_N * logp_N
-    log_ratio_N = logp_N - behaviour_logp_N
     if ratio == "truncated":
-        return -(log_ratio_N.detach().exp().clamp(max=ratio_cap) * advantage_N) * logp_N
+        return -(truncated_ratio(logp_N, behaviour_logp_N, ratio_cap) * advantage_N) * logp_N
+    log_ratio_N = logp_N - behaviour_logp_N
     lower_N, upper_N = log_ratio_N.clamp(min=math.log1p(-clip[0])), log_ratio_N.clamp(max=math.log1p(clip[1]))
     return -advantage_N * upper_N.where(advantage_N >= 0, lower_N).exp()  # clamped before exp: a huge ratio gives no inf * 0
+
+
+def truncated_ratio(logp_N: Tensor, behaviour_logp_N: Tensor, ratio_cap: float) -> Tensor:
+    """min(p(a) / behaviour(a), ratio_cap) per token, [N], detached: truncated importance weights (per step as in arXiv 1802.01561)."""
+    return (logp_N - behaviour_logp_N).detach().exp().clamp(max=ratio_cap)
 
 
 def check_coef(coef: float) -> None:
@@ -114,7 +142,7 @@ def check_coef(coef: float) -> None:
         raise ValueError(f"coef must be a finite number, got {coef}")
 
 
-def check_ratio(clip: tuple[float, float], ratio_cap: float = 1.0) -> None:
+def check_ratio(clip: tuple[float, float] = (0.2, 0.2), ratio_cap: float = 1.0) -> None:
     if not (0 <= clip[0] < 1 and 0 <= clip[1] < math.inf):
         raise ValueError(f"clip must be (below, above) with 0 <= below < 1 and above >= 0, such as [0.2, 0.28], got {list(clip)}")
     if not ratio_cap >= 1:

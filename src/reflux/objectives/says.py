@@ -1,0 +1,103 @@
+"""What a model says at N rows, in one of three classes that match the targets of `types.py`; each answers what it can:
+
+logp_N            log-prob of the sampled token                         all three
+ids_NK, logp_NK   listed ids and their log-probs                        ListedSays
+everything else   see there                                             FullSays
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from reflux.kernels import triton_divergence as fused
+from reflux.objectives.baselines import kl_value
+from reflux.objectives.divergences import DIVERGENCES, with_tail
+from reflux.objectives.gradients import TokenLogp
+
+_FAR = -1e4  # log-prob of what is never said, where its product with a probability of 0 must be 0
+
+
+@dataclass
+class SampledSays:
+    """Only the sampled token's log-prob is known."""
+
+    logp_N: Tensor
+
+
+@dataclass
+class ListedSays:
+    """K listed ids per row, the sampled token's log-prob, and one tail bucket for the rest."""
+
+    ids_NK: Tensor
+    logp_NK: Tensor
+    logp_N: Tensor
+
+
+class FullSays:
+    """The whole distribution, from logits of any float type; log-probs are at least float32, made once and shared by all objectives.
+
+    On a GPU the sums over the vocabulary are fused passes over the logits (`kernels.triton_divergence`), and the table `logp_NV` is made
+    only for those who ask for it. Elsewhere everything starts from that table.
+    """
+
+    def __init__(self, logits_NV: Tensor, ids_N: Tensor):
+        self.logits_NV = logits_NV
+        self.ids_N = ids_N
+        self.fused = fused.usable(logits_NV)
+
+    @cached_property
+    def logp_NV(self) -> Tensor:
+        narrow = self.logits_NV.element_size() < 4
+        return (self.logits_NV.float() if narrow else self.logits_NV).log_softmax(-1)
+
+    @cached_property
+    def lse_N(self) -> Tensor:
+        """log sum exp of the logits, detached; of use to the fused passes."""
+        return fused.logsumexp(self.logits_NV.detach())
+
+    @cached_property
+    def logp_N(self) -> Tensor:
+        """Of the sampled tokens, differentiable."""
+        if self.fused:
+            return fused.token_logp(self.logits_NV, self.ids_N, self.lse_N)
+        return TokenLogp.apply(self.logits_NV, self.logp_NV.detach(), self.ids_N)
+
+    def at(self, ids_NK: Tensor) -> Tensor:
+        """Log-probs at given ids, different ones in a row; differentiable."""
+        return fused.gather_logp(self.logits_NV, ids_NK, self.lse_N) if self.fused else self.logp_NV.gather(-1, ids_NK)
+
+    def with_tail(self, ids_NK: Tensor) -> Tensor:
+        """The same and, last, one bucket with all remaining mass, [N, K + 1]; differentiable."""
+        if self.fused:
+            return fused.with_tail(self.logits_NV, ids_NK, self.lse_N)
+        return with_tail(self.logp_NV, ids_NK, check=False)
+
+    def divergence(self, teacher: FullSays, kind: str, weight: float | None = None) -> Tensor:
+        """A function of `DIVERGENCES` over the whole vocabulary, nats [N], differentiable in this model only. weight: its beta or alpha."""
+        if self.fused:
+            return fused.divergence(self.logits_NV, teacher.logits_NV, kind, weight, self.lse_N, teacher.lse_N)
+        given = () if weight is None else (weight,)
+        return DIVERGENCES[kind](self.logp_NV, teacher.logp_NV.detach(), *given)
+
+    @torch.no_grad()
+    def kl(self, teacher: FullSays) -> Tensor:
+        """KL(this || teacher), nats [N], >= 0, detached."""
+        if self.fused:
+            kl_N, _ = fused.summary(self.logits_NV, teacher.logits_NV, self.lse_N, teacher.lse_N)
+            assert kl_N is not None
+            return kl_N
+        return -kl_value(self.logp_NV, teacher.logp_NV)
+
+    @torch.no_grad()
+    def entropy(self) -> Tensor:
+        """-sum p log p, nats [N], detached."""
+        if self.fused:
+            return fused.summary(self.logits_NV, None, self.lse_N)[1]
+        return -torch.linalg.vecdot(self.logp_NV.exp(), self.logp_NV.clamp_min(_FAR))
+
+
+Says = SampledSays | ListedSays | FullSays

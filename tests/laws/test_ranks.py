@@ -1,0 +1,123 @@
+"""Law 4 over ranks: processes that hold unequal shares of a batch and add up their gradients get the gradient of the whole batch.
+
+Real processes and real collectives (gloo). The shares differ in attempts, lengths, missing targets and kept positions, so that every
+local count differs from the global one; one rank may hold nothing at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from laws.test_split import SETS, batch
+from reflux.assets.tokenizer import character_tokenizer
+from reflux.batch import plan
+from reflux.models import as_model
+from reflux.objectives.sampled_kl import SampledKL
+from tiny import close
+
+SHARES = {
+    "unequal": [[0], [1, 2]],
+    "one_holds_nothing": [[0, 1, 2], []],
+}  # groups by rank: a group is never cut, its baseline needs it whole
+CASES = {**SETS, "leave_one_out": [SampledKL(baseline="leave_one_out")]}
+NORMALISE = ("kept", "chosen", "rollout_means")
+TESTS = Path(__file__).parent.parent
+
+
+def worlds() -> tuple[Any, list[Any]]:
+    """The student's learner and the batch; every process makes the same."""
+    student, teacher = tiny.net(1, layers=2).double(), as_model(tiny.net(2).double(), character_tokenizer())
+    groups = batch(teacher)
+    for attempt in (attempt for group in groups for attempt in group):
+        for name, target in attempt.targets.items():  # as a local teacher does where a baseline asks for it
+            logp_T = target.head.logp_of(target.h_TH, torch.from_numpy(attempt.rollout.tokens_T)).numpy()
+            attempt.targets[name] = dataclasses.replace(target, logp_T=logp_T)
+    return tiny.learner(student), groups
+
+
+def whole(normalise: str, name: str) -> dict[str, torch.Tensor]:
+    learner, groups = worlds()
+    learner._gradients(plan(groups, CASES[name], normalise), CASES[name])
+    return {key: value.grad.clone() for key, value in learner.trained.items()}
+
+
+def rank_main(rank: int, port: int, folder: str) -> None:
+    """One process: its share of each case's gradient, added up over ranks; rank 0 saves the sums."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+
+    def over_ranks(counts: np.ndarray) -> np.ndarray:
+        table = torch.from_numpy(counts)
+        dist.all_reduce(table)
+        return table.numpy()
+
+    learner, groups = worlds()
+    sums = {}
+    for share, name, normalise, counted in cases():
+        mine = [groups[index] for index in SHARES[share][rank]]
+        learner.optimiser.zero_grad()
+        items = plan(mine, CASES[name], normalise, over_ranks) if counted == "global" else plan(mine, CASES[name], normalise)
+        learner._gradients(items, CASES[name])
+        for key, value in learner.trained.items():
+            grad = torch.zeros_like(value) if value.grad is None else value.grad
+            dist.all_reduce(grad)
+            sums[f"{share}/{name}/{normalise}/{counted}/{key}"] = grad
+    if rank == 0:
+        torch.save(sums, Path(folder) / "sums.pt")
+    dist.destroy_process_group()
+
+
+def cases() -> list[tuple[str, str, str, str]]:
+    found = [("unequal", name, normalise, "global") for name in CASES for normalise in NORMALISE]
+    found += [("one_holds_nothing", name, "kept", "global") for name in CASES]
+    return found + [("unequal", "full", normalise, "local") for normalise in NORMALISE]
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = json.dumps([str(TESTS), *sys.path])
+    start = f"import sys; sys.path[:0] = {paths}; from laws.test_ranks import rank_main; "
+    commands = [[sys.executable, "-c", f"{start}rank_main({rank}, {port}, {str(folder)!r})"] for rank in range(2)]
+    ranks = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    errors = [process.communicate(timeout=300)[1] for process in ranks]
+    assert not any(process.returncode for process in ranks), "\n".join(errors)
+    return torch.load(folder / "sums.pt")
+
+
+def summed(sums: dict[str, torch.Tensor], case: str) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(f"{case}/"): value for key, value in sums.items() if key.startswith(f"{case}/")}
+
+
+@pytest.mark.parametrize("normalise", NORMALISE)
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_add_up_to_the_whole_batch(sums: dict[str, torch.Tensor], name: str, normalise: str) -> None:
+    close(whole(normalise, name), summed(sums, f"unequal/{name}/{normalise}/global"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_rank_that_holds_nothing_still_counts_along(sums: dict[str, torch.Tensor], name: str) -> None:
+    close(whole("kept", name), summed(sums, f"one_holds_nothing/{name}/kept/global"))
+
+
+@pytest.mark.parametrize("normalise", NORMALISE)
+def test_local_counts_would_be_another_gradient(sums: dict[str, torch.Tensor], normalise: str) -> None:
+    """The control: without counts over ranks the sums differ, so the fixture can tell."""
+    with pytest.raises(AssertionError):
+        close(whole(normalise, "full"), summed(sums, f"unequal/full/{normalise}/local"))
