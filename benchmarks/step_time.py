@@ -1,11 +1,13 @@
 """Seconds a step: Reflux and TRL's DistillationTrainer by turns, on the same models, prompts, batch and lengths.
 
     python benchmarks/step_time.py [--rounds 5] [--steps 8] [--threads 2] [--trl-python PATH]
+    python benchmarks/step_time.py --lengths 64,256,1024 --batches 16,64      # how both grow: every pair, one table
 
 Exact reverse KL on the student's own answers, 64 prompts a step, 80 new tokens each, on the CPU in float32. Answers cannot end early: the
-models are copied with an end token that is hardly ever written, so both sides handle the same number of tokens. Each side runs in a process
-of its own; one round is one process of each, the order alternating. Printed: the median seconds a step of each round, the ratio with its
-spread over rounds, and peak resident memory. TRL (1.16) may live in another environment: give its interpreter.
+models are copied with an end token that is hardly ever written, so both sides handle the same number of tokens, and with a context window
+that holds the longest answer. Each side runs in a process of its own; one round is one process of each, the order alternating. Printed: the
+median seconds a step of each round, the ratio with its spread over rounds, and peak resident memory. TRL (1.16) may live in another
+environment: give its interpreter.
 """
 
 from __future__ import annotations
@@ -18,39 +20,65 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-PROMPTS, NEW_TOKENS, WARM = 64, 80, 3
+WARM = 3  # steps of each process that are not counted
+PROMPT_TOKENS = 256  # none of the prompts is longer
 NEVER = "<system>"  # a token the models never write; it takes the place of the end token
 
 
-def never_ending(source: Path, target: Path) -> None:
-    """A copy of a shipped model that cannot end an answer, and has no chat template."""
+@dataclass(frozen=True)
+class Shape:
+    """What a step is: `batch` prompts, an answer of `length` tokens to each; `steps` are counted, on `threads` threads."""
+
+    batch: int
+    length: int
+    steps: int
+    threads: int
+
+
+@dataclass
+class Found:
+    """Of both sides, by name: the median seconds a step of each round, and the highest resident memory."""
+
+    seconds: dict[str, list[float]]
+    peak_bytes: dict[str, int]
+
+    @property
+    def ratios(self) -> list[float]:
+        return [ours / theirs for ours, theirs in zip(self.seconds["reflux"], self.seconds["trl"], strict=True)]
+
+
+def never_ending(source: Path, target: Path, tokens: int) -> None:
+    """A copy of a shipped model that cannot end an answer, has no chat template, and a context window of `tokens` at least."""
     shutil.copytree(source, target)
     (target / "chat_template.jinja").unlink(missing_ok=True)
     vocabulary = json.loads((target / "tokenizer.json").read_text())["model"]["vocab"]
     for name in ("config.json", "generation_config.json"):
         table = json.loads((target / name).read_text())
+        if name == "config.json":
+            table["max_position_embeddings"] = max(table["max_position_embeddings"], tokens)
         (target / name).write_text(json.dumps({**table, "eos_token_id": vocabulary[NEVER]}))
     table = json.loads((target / "tokenizer_config.json").read_text())
     table.pop("chat_template", None)
     (target / "tokenizer_config.json").write_text(json.dumps({**table, "eos_token": NEVER}))
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, batch: int, length: int) -> None:
     """Models and prompts that both sides read."""
     from reflux.models import ASSETS
     from reflux.tasks.word_problems import WordProblems
 
     for name in ("student", "teacher"):
-        never_ending(ASSETS / name, folder / name)
-    prompts = islice(WordProblems().prompts("train", 0), PROMPTS * 64)
+        never_ending(ASSETS / name, folder / name, PROMPT_TOKENS + length)
+    prompts = islice(WordProblems().prompts("train", 0), batch * 64)
     rows = [{"id": prompt.id, "prompt": prompt.messages[-1]["content"]} for prompt in prompts]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def side_reflux(folder: Path, steps: int, threads: int) -> None:
+def side_reflux(folder: Path, shape: Shape) -> None:
     import asyncio
 
     from reflux.config import from_table
@@ -59,11 +87,11 @@ def side_reflux(folder: Path, steps: int, threads: int) -> None:
 
     table = {
         "recipe": "step_time",
-        "steps": steps + WARM,
-        "prompts_per_step": PROMPTS,
-        "threads": threads,
+        "steps": shape.steps + WARM,
+        "prompts_per_step": shape.batch,
+        "threads": shape.threads,
         "task": {"kind": "jsonl", "path": str(folder / "prompts.jsonl"), "validation": 0.0},
-        "sampler": {"kind": "hf", "max_tokens": NEW_TOKENS},
+        "sampler": {"kind": "hf", "max_tokens": shape.length},
         "learner": {"kind": "hf", "model": str(folder / "student"), "lr": 1e-6},
         "teachers": {"main": {"kind": "local", "model": str(folder / "teacher")}},
         "objectives": [{"kind": "divergence", "divergence": "reverse"}],
@@ -72,12 +100,12 @@ def side_reflux(folder: Path, steps: int, threads: int) -> None:
     out = Path(tempfile.mkdtemp(dir=folder)) / "run"
     asyncio.run(train(from_table(table), Options(out)))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    share = sum(row["tokens_sampled"] for row in rows) / (len(rows) * PROMPTS * NEW_TOKENS)
+    share = sum(row["tokens_sampled"] for row in rows) / (len(rows) * shape.batch * shape.length)
     assert share > 0.98, f"{1 - share:.1%} of the tokens are missing, answers ended early: the comparison would not be fair"
     _report([row["seconds"]["total"] for row in rows][WARM:])
 
 
-def side_trl(folder: Path, steps: int, threads: int) -> None:
+def side_trl(folder: Path, shape: Shape) -> None:
     import time
 
     import torch
@@ -85,7 +113,7 @@ def side_trl(folder: Path, steps: int, threads: int) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(shape.threads)
     seconds: list[float] = []
 
     class Timer(TrainerCallback):
@@ -99,10 +127,10 @@ def side_trl(folder: Path, steps: int, threads: int) -> None:
 
     config = DistillationConfig(
         output_dir=str(folder / "trl"),
-        per_device_train_batch_size=PROMPTS,
+        per_device_train_batch_size=shape.batch,
         gradient_accumulation_steps=1,
-        max_steps=steps + WARM,
-        max_completion_length=NEW_TOKENS,
+        max_steps=shape.steps + WARM,
+        max_completion_length=shape.length,
         beta=1.0,
         learning_rate=1e-6,
         lr_scheduler_type="constant",
@@ -135,12 +163,13 @@ def _report(seconds: list[float]) -> None:
     print("RESULT " + json.dumps({"seconds": seconds, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 
 
-def measure(side: str, python: str, folder: Path, steps: int, threads: int) -> tuple[float, int]:
+def measure(side: str, python: str, folder: Path, shape: Shape) -> tuple[float, int]:
     """(median seconds a step, peak bytes) of one process."""
     source = str(Path(__file__).parents[1] / "src")
     paths = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
-    command = [python, __file__, "--side", side, "--folder", str(folder), "--steps", str(steps), "--threads", str(threads)]
+    env = {**os.environ, "OMP_NUM_THREADS": str(shape.threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
+    sizes = ["--batches", shape.batch, "--lengths", shape.length, "--steps", shape.steps, "--threads", shape.threads]
+    command = [python, __file__, "--side", side, "--folder", str(folder), *map(str, sizes)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
@@ -149,40 +178,56 @@ def measure(side: str, python: str, folder: Path, steps: int, threads: int) -> t
     return statistics.median(result["seconds"]), result["peak_bytes"]
 
 
+def compare(pythons: dict[str, str], folder: Path, shape: Shape, rounds: int) -> Found:
+    """Both sides by turns."""
+    found = Found({"reflux": [], "trl": []}, {"reflux": 0, "trl": 0})
+    for number in range(rounds):
+        for side in ("reflux", "trl") if number % 2 == 0 else ("trl", "reflux"):
+            seconds, peak = measure(side, pythons[side], folder, shape)
+            found.seconds[side].append(seconds)
+            found.peak_bytes[side] = max(found.peak_bytes[side], peak)
+        ours, theirs = (found.seconds[side][-1] for side in ("reflux", "trl"))
+        print(f"{shape.batch} x {shape.length}, round {number + 1}: reflux {ours:.3f} s, trl {theirs:.3f} s a step", flush=True)
+    return found
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="measured steps per process, after three that warm up")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--lengths", type=numbers, default=[80], help="new tokens a prompt, as in 64,256,1024")
+    parser.add_argument("--batches", type=numbers, default=[64], help="prompts a step, as in 16,64")
     parser.add_argument("--trl-python", default=sys.executable, help="the interpreter of an environment with trl 1.16")
     parser.add_argument("--side", choices=("reflux", "trl"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    shapes = [Shape(batch, length, asked.steps, asked.threads) for batch in asked.batches for length in asked.lengths]
     if asked.side:
-        {"reflux": side_reflux, "trl": side_trl}[asked.side](asked.folder, asked.steps, asked.threads)
+        {"reflux": side_reflux, "trl": side_trl}[asked.side](asked.folder, shapes[0])
         return
+    pythons = {"reflux": sys.executable, "trl": asked.trl_python}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        prepare(folder)
-        _rounds(asked, folder)
+        prepare(folder, max(asked.batches), max(asked.lengths))
+        print_table({shape: compare(pythons, folder, shape, asked.rounds) for shape in shapes})
+    print(f"medians over {asked.rounds} rounds of the median of {asked.steps} steps (lowest to highest round), {asked.threads} threads")
 
 
-def _rounds(asked: argparse.Namespace, folder: Path) -> None:
-    pythons = {"reflux": sys.executable, "trl": asked.trl_python}
-    times: dict[str, list[float]] = {"reflux": [], "trl": []}
-    peaks = {"reflux": 0, "trl": 0}
-    for number in range(asked.rounds):
-        for side in ("reflux", "trl") if number % 2 == 0 else ("trl", "reflux"):
-            seconds, peak = measure(side, pythons[side], folder, asked.steps, asked.threads)
-            times[side].append(seconds)
-            peaks[side] = max(peaks[side], peak)
-        print(f"round {number + 1}: reflux {times['reflux'][-1]:.3f} s, trl {times['trl'][-1]:.3f} s a step", flush=True)
-    ratios = [ours / theirs for ours, theirs in zip(times["reflux"], times["trl"], strict=True)]
-    for side in times:
-        low, high = min(times[side]), max(times[side])
-        print(f"{side:7} median {statistics.median(times[side]):.3f} s a step ({low:.3f} to {high:.3f}), peak {peaks[side] / 1e6:,.0f} MB")
-    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-    print(f"ratio   median {statistics.median(ratios):.2f} ({spread}), {asked.rounds} rounds, {asked.threads} threads")
+def print_table(table: dict[Shape, Found]) -> None:
+    print(f"\n{'batch':>5} {'length':>6}   {'reflux s/step':24} {'trl s/step':24} {'reflux / trl':20} {'peak MB':>14}")
+    for shape, found in table.items():
+        ours, theirs = (_spread(found.seconds[side], 3) for side in ("reflux", "trl"))
+        peaks = " / ".join(f"{found.peak_bytes[side] / 1e6:,.0f}" for side in ("reflux", "trl"))
+        print(f"{shape.batch:5} {shape.length:6}   {ours:24} {theirs:24} {_spread(found.ratios, 2):20} {peaks:>14}")
+
+
+def _spread(values: list[float], digits: int) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 if __name__ == "__main__":

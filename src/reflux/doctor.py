@@ -20,7 +20,7 @@ import numpy as np
 from reflux import checks
 from reflux.config import RunConfig
 from reflux.loop import open_parts
-from reflux.models import load_tokenizer, parameter_count
+from reflux.models import HEAD_SHARE, head_gap, load_tokenizer, parameter_count
 from reflux.rundir import Options, Run
 from reflux.teachers.base import Teachers
 from reflux.tokens import check_same_tokens, end_ids
@@ -93,21 +93,10 @@ async def _attempts(run: Run, sampler: Any, prompts: int) -> list[Group]:
 
 
 def _head(learner: Any) -> Finding:
-    """The library applies the output head itself; the model's own forward pass must agree."""
-    import torch
-
-    model = learner.model
-    ids = torch.arange(min(8, model.vocabulary), device=model.device)[None]
-    with torch.no_grad():
-        ours = model.head.logits(model.trunk(input_ids=ids, use_cache=False).last_hidden_state)
-        theirs = model.net(input_ids=ids, use_cache=False).logits[..., : model.vocabulary]
-    gap = float((ours - theirs).abs().max())
-    if gap > 1e-3 * max(1.0, float(theirs.abs().max())):
-        return Finding(
-            "failed",
-            "head",
-            f"this architecture does something between its last states and its logits that the library does not (gap {gap:.3g})",
-        )
+    """The library applies the output head itself; the model's own forward pass must agree, as it did when the model was loaded."""
+    gap, size = head_gap(learner.model)
+    if not gap <= HEAD_SHARE * max(1.0, size):
+        return Finding("failed", "head", f"hidden states through the output head are {gap:.3g} away from the model's own logits")
     return Finding("ok", "head", f"hidden states through the output head give the model's own logits (largest gap {gap:.1e})")
 
 
@@ -174,9 +163,8 @@ async def _at_home(run: Run, learner: Any, groups: Sequence[Group]) -> Finding:
             target, rollout = attempt.targets.pop("home"), attempt.rollout
             assert isinstance(target, HiddenTarget)
             assert isinstance(rollout, TokenRollout)
-            home_T = target.head.logp_of(
-                target.h_TH.to(answers.model.device), torch.from_numpy(rollout.tokens_T).to(answers.model.device), 1024
-            )
+            device = answers.model.device
+            home_T = target.head.logp_of(target.h_TH.to(device), torch.from_numpy(rollout.tokens_T).to(device))
             worst = max(worst, float(np.abs(home_T.cpu().numpy() - now_T).max()))
     bound = PARITY_NATS.get(learner.model.device.type, 0.1)
     verdict = "ok" if worst <= bound else "failed"

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from reflux.batch import Item, target_of
 from reflux.kernels.head import Head
-from reflux.kernels.linear_divergence import backward_rows
-from reflux.objectives.base import FullSays, ListedSays, Objective, Rows, SampledSays, Says
+from reflux.kernels.row_pass import Constant, row_pass
+from reflux.objectives.base import Objective, Rows
 from reflux.objectives.baselines import gradient_variance
-from reflux.objectives.divergences import reverse_kl
 from reflux.objectives.sampled_kl import SampledKL
+from reflux.objectives.says import FullSays, ListedSays, SampledSays, Says
 from reflux.types import HiddenTarget, SampledTarget, TopKTarget
 
 
@@ -57,6 +57,10 @@ class MicroBatch:
         self.coef_KN = [
             None if coef_N is None else self._column(lambda item, k=k: item.coef_KN[k]) for k, coef_N in enumerate(items[0].coef_KN)
         ]
+        self.taker = shift_taker(objectives)
+        self.value_KN = [
+            self._column(lambda item, k=k: np.full(len(item.rows_N), item.value_K[k], dtype=np.float32)) for k in range(len(objectives))
+        ]
         names = {*items[0].attempt.targets} | ({"said"} if items[0].rollout.said is not None else set())
         self.teachers = {name: self._constants(name) for name in sorted(names)}
 
@@ -88,12 +92,23 @@ class MicroBatch:
             *(torch.from_numpy(np.concatenate([getattr(t, c)[item.rows_N] for t, item in pairs])).to(self.device) for c in columns),
         )
 
-    def says(self, name: str, rows: slice) -> Says:
-        """What a teacher says at a chunk of rows."""
+    def view(self, k: int, rows: slice, student: FullSays, teachers: dict[str, Says]) -> Rows:
+        """Some rows as objective k sees them: only the taker of shifts gets any."""
+        shift_N = self.shift_N[rows] if k == self.taker else torch.zeros_like(self.shift_N[rows])
+        return Rows(self.tokens_N[rows], student, teachers, self.behaviour_logp_N[rows], shift_N, self.value_KN[k][rows])
+
+    def constants(self, names: Iterable[str]) -> dict[str, Constant]:
+        """Those of these teachers that are known by hidden states, with their heads."""
+        return {
+            name: (tensors[0], target.head)
+            for name in names
+            for target, *tensors in [self.teachers[name]]
+            if isinstance(target, HiddenTarget)
+        }
+
+    def listed(self, name: str, rows: slice) -> Says:
+        """What a teacher said at some rows, where that is all there is."""
         target, *tensors = self.teachers[name]
-        if isinstance(target, HiddenTarget):
-            with torch.no_grad():
-                return FullSays(target.head.logits(tensors[0][rows]), self.tokens_N[rows])
         if isinstance(target, SampledTarget):
             return SampledSays(tensors[0][rows])
         assert isinstance(target, TopKTarget)
@@ -101,29 +116,31 @@ class MicroBatch:
 
 
 def backward(batch: MicroBatch, h_NH: Tensor, head: Head, log_variance: bool = False) -> Outcome:
-    """Costs of every objective at the rows h_NH, times their coefficients, driven backward chunk by chunk."""
+    """Costs of every objective at the rows h_NH, times their coefficients, driven backward."""
     outcome = Outcome(torch.zeros((), device=h_NH.device))
-    taker = shift_taker(batch.objectives)
     used = {objective.teacher for objective in batch.objectives if objective.teacher} | {"main"}
+    heard = [name for name in batch.teachers if name in used]
+    constants = batch.constants(heard)
 
-    def chunk_loss(rows: slice, logits_NV: Tensor) -> Tensor:
-        teachers = {name: batch.says(name, rows) for name in batch.teachers if name in used}
-        student = FullSays(logits_NV, batch.tokens_N[rows])
-        zero_N = torch.zeros_like(batch.shift_N[rows])
+    def row_loss(rows: slice, logits_NV: Tensor, tables: list[Tensor]) -> Tensor:
+        full = dict(zip(constants, tables, strict=True))
+        tokens_N = batch.tokens_N[rows]
+        teachers = {name: FullSays(full[name], tokens_N) if name in full else batch.listed(name, rows) for name in heard}
+        student = FullSays(logits_NV, tokens_N)
         loss = logits_NV.new_zeros((), dtype=torch.float32)
         for k, objective in enumerate(batch.objectives):
             coef_N = batch.coef_KN[k]
-            if coef_N is None:
-                continue
-            shift_N = batch.shift_N[rows] if k == taker else zero_N
-            view = Rows(batch.tokens_N[rows], student, teachers, batch.behaviour_logp_N[rows], shift_N)
-            loss = loss + (coef_N[rows] * objective(view)).sum()
-            if log_variance and isinstance(objective, SampledKL):
-                outcome.variance.append(_variance(objective, view))
+            if coef_N is not None:
+                view = batch.view(k, rows, student, teachers)
+                loss = loss + (coef_N[rows] * objective(view)).sum()
+                if log_variance and isinstance(objective, SampledKL):
+                    outcome.variance.append(_variance(objective, view))
         _record(outcome, student, teachers)
         return loss
 
-    outcome.loss = backward_rows(h_NH, head, chunk_loss)
+    loss = row_pass(h_NH, head, list(constants.values()), row_loss)
+    loss.backward()
+    outcome.loss = loss.detach()
     return outcome
 
 
@@ -145,6 +162,6 @@ def _record(outcome: Outcome, student: FullSays, teachers: dict[str, Says]) -> N
             outcome.teacher_logp.setdefault(name, []).append(says.logp_N.detach())
     main = teachers.get("main")
     if isinstance(main, FullSays):
-        outcome.kl.append(reverse_kl(student.logp_NV, main.logp_NV))
+        outcome.kl.append(student.kl(main))
     elif main is not None:
         outcome.kl.append(student.logp_N.detach() - main.logp_N)

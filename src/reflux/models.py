@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from reflux.kernels.head import Head
 
 ASSETS = Path(__file__).parent / "assets"
+HEAD_SHARE = 2e-3  # of the largest logit: rounding, in bfloat16 as well
 SHIPPED = "reflux:"  # "reflux:student" is the embedded model of that name
 
 
@@ -102,6 +103,7 @@ def load_model(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from reflux.kernels.cpu_linear import speed_up
+    from reflux.kernels.cpu_norm import fuse_norms
 
     where = locate(name, path)
     tokenizer = load_tokenizer(name, path, trust_remote_code)
@@ -119,7 +121,26 @@ def load_model(
     stored = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code).dtype
     placed = net if device_map else net.to(pick_device(device))  # pyright: ignore[reportArgumentType]
     speed_up(placed)
-    return as_model(placed, tokenizer, stored if isinstance(stored, torch.dtype) else None)
+    fuse_norms(placed)
+    model = as_model(placed, tokenizer, stored if isinstance(stored, torch.dtype) else None)
+    gap, size = head_gap(model)
+    if not gap <= HEAD_SHARE * max(1.0, size):
+        raise ModelError(
+            f"{path}: {name} does something between its last hidden states and its logits that the library does not know: they differ by "
+            f"{gap:.3g}. Use a model of another architecture, or tell us its name."
+        )
+    return model
+
+
+def head_gap(model: Model) -> tuple[float, float]:
+    """How far the library's own way from hidden states to logits lies from the model's, and its largest logit, on a few tokens."""
+    import torch
+
+    ids = torch.arange(min(8, model.vocabulary), device=model.device)[None]
+    with torch.no_grad():
+        ours = model.head.logits(model.trunk(input_ids=ids, use_cache=False).last_hidden_state)
+        theirs = model.net(input_ids=ids, use_cache=False).logits[..., : model.vocabulary].to(ours.device)
+    return float((ours - theirs).abs().max()), float(theirs.abs().max())
 
 
 def as_model(net: Any, tokenizer: Any, stored_dtype: torch.dtype | None = None) -> Model:
@@ -133,7 +154,7 @@ def as_model(net: Any, tokenizer: Any, stored_dtype: torch.dtype | None = None) 
     return Model(
         net=net,
         trunk=net.base_model,
-        head=Head(net, vocabulary),
+        head=Head.of_net(net, vocabulary),
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         end_ids=end_ids(tokenizer, net.generation_config),

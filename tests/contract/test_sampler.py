@@ -70,6 +70,16 @@ def test_a_stop_text_ends_an_answer_and_is_part_of_it(run_sampler: Callable[...,
     assert seen > 2
 
 
+def test_a_stop_text_may_be_several_tokens_long(run_sampler: Callable[..., Any]) -> None:
+    free = run_sampler()
+    text = max((r.text for r in free), key=len)
+    for size in (3, 10):
+        word = text[5 : 5 + size]
+        for whole, cut in zip(free, run_sampler(draw=Draw(0, "train", 25, stop=(word,))), strict=True):
+            found = whole.text.find(word)
+            assert cut.text == (whole.text if found < 0 else whole.text[: found + size])
+
+
 def test_the_window_bounds_the_answer(run_sampler: Callable[..., Any]) -> None:
     """512 positions: a prompt of 505 tokens leaves 7."""
     prompt = Prompt("long", ({"role": "user", "content": "x" * 503},))
@@ -123,6 +133,16 @@ def test_what_the_student_said_is_recorded_where_it_is_wanted(student: str, teac
         np.testing.assert_array_equal(r.said.ids_TK[r.mask_T], top.indices[r.mask_T])
         np.testing.assert_allclose(r.said.logp_TK[r.mask_T], top.values[r.mask_T], atol=1e-4)
         np.testing.assert_allclose(r.said.logp_T, r.logp_raw_T, atol=0)
+
+
+@pytest.mark.parametrize(("more", "short"), [({}, True), ({"sampler__attention": "eager"}, False), ({"sampler__dtype": "bfloat16"}, False)])
+def test_the_short_decode_step_is_taken_where_it_is_known(
+    student: str, teacher: str, tmp_path: Path, more: dict[str, Any], short: bool
+) -> None:
+    async def script(acting: Any) -> bool:
+        return acting.decoder is not None
+
+    assert sampled(tiny.config("opd", student, teacher, task=CHAT, **more), tmp_path / "run", script) == short
 
 
 def test_publishing_waits_for_the_call_in_progress_and_then_counts(student: str, teacher: str, tmp_path: Path) -> None:

@@ -65,11 +65,9 @@ def _hidden_logp(target: HiddenTarget, rollout: TokenRollout) -> np.ndarray:
         return target.logp_T
     import torch
 
-    from reflux.kernels.linear_divergence import chunk_rows
-
     head = target.head
     h_TH = target.h_TH.to(head.module.weight.device)
-    return head.logp_of(h_TH, torch.from_numpy(rollout.tokens_T).to(h_TH.device), chunk_rows(head.vocabulary, h_TH.device)).cpu().numpy()
+    return head.logp_of(h_TH, torch.from_numpy(rollout.tokens_T).to(h_TH.device)).cpu().numpy()
 
 
 def _interval(gaps: list[np.ndarray]) -> dict[str, float | None]:

@@ -2,49 +2,88 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reflux.kernels.cpu_linear import linear
+from reflux.kernels import products
+from reflux.kernels.budget import chunk_rows
+
+
+class Bare:
+    """A head that is nothing but a matrix."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        self.weight, self.bias = weight, bias
 
 
 class Head:
     """`head.logits(h_NH)` gives logits_NV. Rows of the weight beyond the tokenizer's vocabulary are padding and are cut off.
 
-    Covers the final-logit scalings found in transformers: Cohere multiplies by logit_scale, Granite divides by logits_scaling, Gemma
-    caps smoothly at final_logit_softcapping.
+    `raw` is the product alone, `finish` scales and caps it. Covers the final-logit scalings found in transformers: Cohere multiplies by
+    logit_scale, Granite divides by logits_scaling, Gemma caps smoothly at final_logit_softcapping.
     """
 
-    def __init__(self, net: Any, vocabulary: int):
+    def __init__(self, find: Callable[[], nn.Module | Bare], vocabulary: int, scale: float = 1.0, cap: float | None = None):
+        self.find, self.vocabulary, self.scale, self.cap = find, vocabulary, scale, cap
+
+    @classmethod
+    def of_net(cls, net: Any, vocabulary: int) -> Head:
+        """That of a transformers model, looked up at each use: adapters may take its place."""
         config = net.config.get_text_config()
-        self.net = net
-        self.vocabulary = vocabulary
-        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-        self.cap = getattr(config, "final_logit_softcapping", None)
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        return cls(net.get_output_embeddings, vocabulary, scale, getattr(config, "final_logit_softcapping", None))
+
+    @classmethod
+    def of(cls, weight_VH: Tensor, bias_V: Tensor | None = None, scale: float = 1.0, cap: float | None = None) -> Head:
+        """A matrix, as `linear_divergence` takes it from anywhere."""
+        bare = Bare(weight_VH, bias_V)
+        return cls(lambda: bare, len(weight_VH), scale, cap)
 
     @property
-    def module(self) -> nn.Module:
-        return self.net.get_output_embeddings()
+    def module(self) -> nn.Module | Bare:
+        return self.find()
+
+    @property
+    def matrix(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias over the real vocabulary; None for an adapter on the head, or a quantised one."""
+        module = self.module
+        if not isinstance(module, Bare) and type(module) is not nn.Linear:
+            return None
+        bias_V = None if module.bias is None else module.bias[: self.vocabulary]
+        return module.weight[: self.vocabulary], bias_V
+
+    def raw(self, h_NH: Tensor) -> Tensor:
+        """The product alone, in the head's own type; differentiable."""
+        matrix = self.matrix
+        if matrix is None:
+            module = self.module
+            assert isinstance(module, nn.Module)
+            return module(h_NH)[..., : self.vocabulary]
+        weight_VH, bias_V = matrix
+        h_NH = h_NH.to(weight_VH.device, weight_VH.dtype)
+        if torch.is_grad_enabled() or h_NH.ndim != 2:
+            return nn.functional.linear(h_NH, weight_VH, bias_V)
+        raw_NV = products.scores(h_NH, weight_VH)
+        return raw_NV if bias_V is None else raw_NV.add_(bias_V)
+
+    def finish(self, raw_NV: Tensor) -> Tensor:
+        """Scaling and cap."""
+        scaled_NV = raw_NV if self.scale == 1.0 else raw_NV * self.scale
+        return torch.tanh(scaled_NV / self.cap) * self.cap if self.cap else scaled_NV
 
     def logits(self, h_NH: Tensor) -> Tensor:
-        module = self.module
-        if type(module) is nn.Linear:
-            bias = None if module.bias is None else module.bias[: self.vocabulary]
-            weight_VH = module.weight[: self.vocabulary]
-            logits_NV = linear(h_NH.to(weight_VH.device, weight_VH.dtype), weight_VH, bias)
-        else:  # an adapter on the head, or a quantised one
-            logits_NV = module(h_NH)[..., : self.vocabulary]
-        if self.scale != 1.0:
-            logits_NV = logits_NV * self.scale
-        return torch.tanh(logits_NV / self.cap) * self.cap if self.cap else logits_NV
+        return self.finish(self.raw(h_NH))
 
-    def logp_of(self, h_NH: Tensor, ids_N: Tensor, chunk_rows: int) -> Tensor:
-        """logp_N of given tokens, float32, in row chunks."""
-        with torch.no_grad():
-            parts = [
-                self.logits(h).float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
-                for h, ids in zip(h_NH.split(chunk_rows), ids_N.split(chunk_rows), strict=True)
-            ]
-        return torch.cat(parts) if parts else torch.zeros(0, device=h_NH.device)
+    def logp_of(self, h_NH: Tensor, ids_N: Tensor) -> Tensor:
+        """logp_N of given tokens, float32, in row chunks; no gradient."""
+        return self.logp_at(h_NH, ids_N[:, None])[:, 0]
+
+    @torch.no_grad()
+    def logp_at(self, h_NH: Tensor, ids_NK: Tensor) -> Tensor:
+        """logp_NK at K given ids a row, float32, in row chunks; no gradient."""
+        rows = chunk_rows(self.vocabulary, h_NH.device)
+        pairs = zip(h_NH.split(rows), ids_NK.split(rows), strict=True)
+        return torch.cat([self.logits(h).float().log_softmax(-1).gather(-1, ids) for h, ids in pairs])

@@ -1,39 +1,114 @@
-"""Rows of hidden states through the student's head in chunks, the gradient made in the same pass.
+"""From hidden states to a distillation loss in one function, without a table [all tokens, vocabulary] in memory.
 
-All row coefficients are known before the forward, so each chunk runs head, costs and backward at once and keeps nothing: the peak is
-that of one chunk, and nothing is computed twice. The teacher's head is applied to the same rows inside `chunk_loss`.
+For use outside the loop: the loop itself goes through `row_pass`, with any number of objectives and teachers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from reflux.kernels.head import Head
-
-_BUDGET_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
-_FLOATS_PER_LOGIT = 8  # student and teacher logits, their log-softmax, the divergence's terms and gradients, in float32
-
-
-def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """How many rows fit the memory budget: at least 16, so that the matrix products stay worth their launch."""
-    return max(16, _BUDGET_BYTES.get(device.type, 1 << 30) // (4 * _FLOATS_PER_LOGIT * vocabulary))
+from reflux.kernels.row_pass import row_pass
+from reflux.objectives.base import Objective, Rows
+from reflux.objectives.divergence import Divergence
+from reflux.objectives.says import FullSays
 
 
-def backward_rows(h_NH: Tensor, head: Head, chunk_loss: Callable[[slice, Tensor], Tensor]) -> Tensor:
-    """Sum of `chunk_loss(rows, logits_NV)` over the chunks, detached. Gradients go to the head and, through h_NH, to the trunk."""
-    grad_NH = torch.empty_like(h_NH)
-    total = torch.zeros((), device=h_NH.device)
-    size = chunk_rows(head.vocabulary, h_NH.device)
-    for start in range(0, len(h_NH), size):
-        rows = slice(start, start + size)
-        leaf = h_NH[rows].detach().requires_grad_()
-        loss = chunk_loss(rows, head.logits(leaf))
-        if loss.requires_grad:
-            loss.backward()
-        grad_NH[rows] = leaf.grad if leaf.grad is not None else 0
-        total = total + loss.detach()
-    h_NH.backward(grad_NH)
-    return total
+@dataclass
+class Answer:
+    """`loss` has gradients; everything else is a detached by-product of the same pass, row for row."""
+
+    loss: Tensor  # sum_n coef_n cost_n, a scalar
+    cost_N: Tensor  # unweighted, nats; 0 where the coefficient is 0
+    logp_N: Tensor  # student, of the given tokens
+    teacher_logp_N: Tensor
+    kl_N: Tensor  # exact KL(student || teacher), nats
+    entropy_N: Tensor  # student, nats
+    top_ids_NK: Tensor  # the student's K most likely tokens, most likely first; K = 0 unless asked for
+    top_logp_NK: Tensor
+
+
+def linear_divergence(
+    student_NH: Tensor,
+    student_head: Head,
+    teacher_NG: Tensor,
+    teacher_head: Head,
+    ids_N: Tensor,
+    coef_N: Tensor,
+    objective: Objective | None = None,
+    *,
+    behaviour_logp_N: Tensor | None = None,
+    shift_N: Tensor | None = None,
+    top_k: int = 0,
+) -> Answer:
+    """sum_n coef_n cost_n of an objective (default: the exact reverse KL) over N positions, and what the same pass knows besides.
+
+    Heads are `Head.of(weight_VH)`, or a model's (`reflux.models.Model.head`). Both must speak of the same V tokens; the hidden sizes H and
+    G may differ. Gradients go to student_NH and the student's head, in the pass that makes the loss, so coefficients (weights, 1 / N)
+    belong in coef_N; a factor on `loss` afterwards is applied too. Rows of coefficient 0 give exactly zero gradient. backward works
+    once. behaviour_logp_N (default: the student's own of now) and shift_N (default 0) are for objectives that use them.
+
+    Memory above inputs and gradients is bounded by `kernels.budget`, whatever N and V. ValueError where rows or vocabularies do not match.
+    """
+    lengths = {"student_NH": student_NH, "teacher_NG": teacher_NG, "ids_N": ids_N, "coef_N": coef_N}
+    _check(lengths | {"behaviour_logp_N": behaviour_logp_N, "shift_N": shift_N}, student_head, teacher_head)
+    objective = Divergence() if objective is None else objective
+    pages = _Pages(min(top_k, student_head.vocabulary))
+
+    def row_loss(rows: slice, logits_NV: Tensor, constants: list[Tensor]) -> Tensor:
+        student, teacher = FullSays(logits_NV, ids_N[rows]), FullSays(constants[0], ids_N[rows])
+        behaviour_N = student.logp_N.detach() if behaviour_logp_N is None else behaviour_logp_N[rows]
+        view = Rows(ids_N[rows], student, {objective.teacher or "main": teacher}, behaviour_N, shift_n[rows])
+        cost_N = _loud(objective, view, coef_N[rows])
+        pages.add(cost_N, student, teacher)
+        return (coef_N[rows] * cost_N).sum()
+
+    shift_n = torch.zeros_like(coef_N) if shift_N is None else shift_N
+    loss = row_pass(student_NH, student_head, [(teacher_NG.detach(), teacher_head)], row_loss)
+    return pages.answer(loss)
+
+
+def _loud(objective: Objective, rows: Rows, coef_N: Tensor) -> Tensor:
+    """cost_N, exactly 0 with no gradient where the coefficient is 0: an infinite cost must stay silent there (0 * inf is no number)."""
+    if bool((coef_N != 0).all()):
+        return objective(rows)
+    loud_M = coef_N.nonzero()[:, 0]
+    said = {
+        name: FullSays(says.logits_NV[loud_M], rows.ids_N[loud_M]) for name, says in rows.teachers.items() if isinstance(says, FullSays)
+    }
+    student = FullSays(rows.student.logits_NV[loud_M], rows.ids_N[loud_M])
+    view = Rows(rows.ids_N[loud_M], student, {**said}, rows.behaviour_logp_N[loud_M], rows.shift_N[loud_M])
+    cost_M = objective(view)
+    return torch.zeros_like(coef_N, dtype=cost_M.dtype).index_put((loud_M,), cost_M)
+
+
+@dataclass
+class _Pages:
+    top_k: int
+    kept: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+    @torch.no_grad()
+    def add(self, cost_N: Tensor, student: FullSays, teacher: FullSays) -> None:
+        ids_NK = student.logits_NV.topk(self.top_k, dim=-1).indices
+        said = (cost_N.detach(), student.logp_N.detach(), teacher.logp_N, student.kl(teacher), student.entropy())
+        self.kept.append((*said, ids_NK, student.at(ids_NK)))
+
+    def answer(self, loss: Tensor) -> Answer:
+        if not self.kept:
+            none_N, none_NK = loss.new_zeros(0), loss.new_zeros(0, self.top_k)
+            return Answer(loss, none_N, none_N, none_N, none_N, none_N, none_NK.long(), none_NK)
+        return Answer(loss, *(torch.cat(column) for column in zip(*self.kept, strict=True)))
+
+
+def _check(by_row: dict[str, Tensor | None], student_head: Head, teacher_head: Head) -> None:
+    lengths = {name: len(tensor) for name, tensor in by_row.items() if tensor is not None}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"all rows must belong to the same positions, but there are {lengths}")
+    if student_head.vocabulary != teacher_head.vocabulary:
+        raise ValueError(
+            f"the student's head speaks of {student_head.vocabulary} tokens and the teacher's of {teacher_head.vocabulary}. If both have "
+            f"one token map and only the padding differs, cut both weights to the tokenizer's size: Head.of(weight[:vocabulary])."
+        )

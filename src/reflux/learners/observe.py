@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reflux.batch import Item, micro_batches
-from reflux.kernels.linear_divergence import chunk_rows
+from reflux.kernels.budget import chunk_rows
 from reflux.loss import MicroBatch
 from reflux.types import Attempt, Group, TokenRollout, TopKTarget
 
@@ -33,8 +33,7 @@ def logp(learner: HFLearner, groups: Sequence[Group]) -> list[np.ndarray]:
     """logp_T of every attempt's own tokens under the student of now, in order; nats, float32."""
     head, found = learner.model.head, {}
     for attempt, h_TH, tokens_T in states(learner, groups):
-        rows = chunk_rows(head.vocabulary, h_TH.device)
-        found[id(attempt)] = head.logp_of(h_TH, tokens_T, rows).cpu().numpy()
+        found[id(attempt)] = head.logp_of(h_TH, tokens_T).cpu().numpy()
     return [found[id(attempt)] for group in groups for attempt in group if id(attempt) in found]
 
 

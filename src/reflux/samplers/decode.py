@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
+from reflux.kernels.cpu_decoder import CpuDecoder, Memory
 from reflux.models import Model
 from reflux.samplers.cache import roomy_cache
 from reflux.samplers.noise import gumbel
@@ -39,9 +41,12 @@ class Ask:
 
 
 @torch.inference_mode()
-def decode(model: Model, asks: Sequence[Ask], draw: Draw, said_k: int) -> list[Turn]:
-    """Sample one turn per row. Left padding; a row stops when it ends, is cut by its budget, or its text ends with a stop string."""
-    rows, written = _Rows(model, asks), _Written(model, asks, draw)
+def decode(model: Model, asks: Sequence[Ask], draw: Draw, said_k: int, decoder: CpuDecoder | None = None) -> list[Turn]:
+    """Sample one turn per row. Left padding; a row stops when it ends, is cut by its budget, or its text ends with a stop string.
+
+    decoder: the model's own short cut for one more token a row, where it has one.
+    """
+    rows, written = _Rows(model, asks, decoder), _Written(model, asks, draw)
     logits_BV = rows.read_prompts()
     position = 0
     while True:
@@ -57,71 +62,77 @@ def decode(model: Model, asks: Sequence[Ask], draw: Draw, said_k: int) -> list[T
 
 
 class _Written:
-    """What the rows have said so far. Tensors of a step are looked at once, at the end; only the tokens are needed on the way."""
+    """What the rows have said so far. Every row that goes on has written one token a step, so they differ in nothing but their budgets."""
 
     def __init__(self, model: Model, asks: Sequence[Ask], draw: Draw):
-        self.model, self.draw, self.asks = model, draw, asks
-        self.tokens: list[list[int]] = [[] for _ in asks]
-        self.over, self.ended = [False] * len(asks), [False] * len(asks)
-        self.steps: list[tuple[list[int], list[int], tuple[Tensor, ...]]] = []  # rows still going, whose they are, what was picked
+        self.model, self.stop = model, draw.stop
+        self.budgets, self.ends = np.asarray([ask.budget for ask in asks]), np.asarray(model.end_ids)
+        self.ended = np.zeros(len(asks), dtype=bool)
+        self.over = np.zeros(len(asks), dtype=bool)
+        self.recent: list[list[int]] = [[] for _ in asks]  # the last tokens, kept where stop strings have to be looked for
+        self.steps: list[tuple[list[int], np.ndarray, tuple[Tensor, ...]]] = []  # rows still going, whose they are, what was picked
 
-    def add(self, owners: list[int], picked: tuple[Tensor, ...]) -> list[int]:
+    def add(self, owners: np.ndarray, picked: tuple[Tensor, ...]) -> list[int]:
         """Take a step's tokens; gives the rows that go on."""
-        rows = [row for row, owner in enumerate(owners) if not self.over[owner]]
-        self.steps.append((rows, [owners[row] for row in rows], picked))
-        tokens = picked[0].tolist()
-        for row in rows:
-            self._put(owners[row], tokens[row])
-        return [row for row in rows if not self.over[owners[row]]]
+        rows = np.flatnonzero(~self.over[owners])
+        going, tokens = owners[rows], picked[0].cpu().numpy()[rows]
+        self.steps.append((rows.tolist(), going, picked))
+        self.ended[going] = (tokens[:, None] == self.ends).any(1)
+        for owner, token in zip(going, tokens, strict=True) if self.stop else ():
+            self.ended[owner] |= self._stopped(self.recent[owner], int(token))
+        self.over[going] = self.ended[going] | (self.budgets[going] <= len(self.steps))
+        return rows[~self.over[going]].tolist()
 
-    def _put(self, owner: int, token: int) -> None:
-        tokens = self.tokens[owner]
-        tokens.append(token)
-        self.ended[owner] = token in self.model.end_ids or self._stopped(tokens)
-        self.over[owner] = self.ended[owner] or len(tokens) >= self.asks[owner].budget
-
-    def _stopped(self, tokens: list[int]) -> bool:
-        if not self.draw.stop:
-            return False
-        return self.model.tokenizer.decode(tokens[-_STOP_TOKENS:], skip_special_tokens=True).endswith(self.draw.stop)
+    def _stopped(self, recent: list[int], token: int) -> bool:
+        recent[:] = [*recent[1 - _STOP_TOKENS :], token]
+        return self.model.tokenizer.decode(recent, skip_special_tokens=True).endswith(self.stop)
 
     def turns(self) -> list[Turn]:
-        owners = np.concatenate([np.asarray(owners) for _, owners, _ in self.steps])
+        owners = np.concatenate([owners for _, owners, _ in self.steps])
         order = np.argsort(owners, kind="stable")
-        cuts = np.cumsum(np.bincount(owners, minlength=len(self.asks)))[:-1]
+        cuts = np.cumsum(np.bincount(owners, minlength=len(self.over)))[:-1]
         columns = [
             np.split(torch.cat([picked[c][rows] for rows, _, picked in self.steps]).cpu().numpy()[order], cuts)
-            for c in range(1, len(self.steps[0][2]))
+            for c in range(len(self.steps[0][2]))
         ]
-        said = list(zip(columns[2], columns[3], strict=True)) if len(columns) > 2 else [None] * len(self.asks)
-        return [Turn(*fields) for fields in zip(self.tokens, columns[0], columns[1], said, self.ended, strict=True)]
+        said = list(zip(columns[3], columns[4], strict=True)) if len(columns) > 3 else [None] * len(self.over)
+        tokens = [ids.tolist() for ids in columns[0]]
+        return [Turn(*fields) for fields in zip(tokens, columns[1], columns[2], said, self.ended.tolist(), strict=True)]
 
 
 class _Rows:
     """The rows still being written: cache, attention mask and noise keys."""
 
-    def __init__(self, model: Model, asks: Sequence[Ask]):
-        self.model = model
+    def __init__(self, model: Model, asks: Sequence[Ask], decoder: CpuDecoder | None):
+        self.model, self.decoder = model, decoder
+        self.memory: Memory | None = None  # the decoder's, once the prompts are read
         device = model.device
-        self.owners = list(range(len(asks)))  # which ask each row of the batch answers
+        self.owners = np.arange(len(asks))  # which ask each row of the batch answers
         self.width = max(len(ask.ids) for ask in asks)
-        longest = self.width + max(ask.budget for ask in asks)
+        self.room = max(ask.budget for ask in asks)
         self.ids_BP = torch.zeros(len(asks), self.width, dtype=torch.int64)
-        self.mask_BL = torch.zeros(len(asks), longest, dtype=torch.int64)
+        self.mask_BL = torch.zeros(len(asks), self.width + self.room, dtype=torch.int64)
         for row, ask in enumerate(asks):
             self.ids_BP[row, self.width - len(ask.ids) :] = torch.tensor(ask.ids)
             self.mask_BL[row, self.width - len(ask.ids) :] = 1
         self.mask_BL = self.mask_BL.to(device)
         self.keys_B = torch.tensor([ask.key for ask in asks], dtype=torch.int64, device=device)
         self.place_B = torch.tensor([len(ask.ids) for ask in asks], device=device)
-        self.cache = roomy_cache(model.net.config, max(ask.budget for ask in asks))
+        self.cache = DynamicCache(config=model.net.config) if decoder else roomy_cache(model.net.config, self.room)
 
     def read_prompts(self) -> Tensor:
         mask_BP = self.mask_BL[:, : self.width]
         positions_BP = (mask_BP.cumsum(-1) - 1).clamp(min=0)
-        return self._forward(self.ids_BP.to(self.model.device), mask_BP, positions_BP)
+        logits_BV = self._forward(self.ids_BP.to(self.model.device), mask_BP, positions_BP)
+        if self.decoder:
+            self.memory = self.decoder.begin(self.cache, mask_BP, self.room)
+        return logits_BV
 
     def advance(self, tokens_B: Tensor) -> Tensor:
+        if self.decoder and self.memory:
+            h_BH = self.decoder.step(self.memory, tokens_B, self.place_B)
+            self.place_B = self.place_B + 1
+            return self.model.head.logits(h_BH)
         self.width += 1
         mask_BL = self.mask_BL[:, : self.width]
         if self.model.plain_attention:
@@ -139,8 +150,11 @@ class _Rows:
     def keep(self, rows: list[int]) -> Tensor:
         """Drop the other rows; gives the index that selects the kept ones from a tensor of before."""
         index = torch.tensor(rows, device=self.model.device)
-        self.owners = [self.owners[row] for row in rows]
-        self.cache.batch_select_indices(index)
+        self.owners = self.owners[rows]
+        if self.memory:
+            self.memory.keep(index)
+        else:
+            self.cache.batch_select_indices(index)
         self.mask_BL, self.keys_B, self.place_B = self.mask_BL[index], self.keys_B[index], self.place_B[index]
         return index
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from reflux.errors import DataError
 from reflux.gather import Gather
+from reflux.kernels.cpu_decoder import cpu_decoder
 from reflux.models import Model, load_model
 from reflux.samplers.decode import Ask, Turn, decode
 from reflux.samplers.noise import row_key
@@ -45,6 +46,7 @@ class HFSampler:
 
     def __init__(self, cfg: HF, run: Run, model: Model):
         self.cfg, self.run, self.model = cfg, run, model
+        self.decoder = cpu_decoder(model)
         self.version = 0
         self.renderer = model.renderer(cfg.system, cfg.template)
         self._busy = asyncio.Lock()
@@ -117,7 +119,8 @@ class HFSampler:
             widest = max(len(ask.ids) for _, ask in asks) + max(ask.budget for _, ask in asks)
             count = max(1, self.cfg.batch_tokens // widest)
             chunk, asks = asks[:count], asks[count:]
-            for (talk, _), turn in zip(chunk, decode(self.model, [ask for _, ask in chunk], draw, said_k), strict=True):
+            turns = decode(self.model, [ask for _, ask in chunk], draw, said_k, self.decoder)
+            for (talk, _), turn in zip(chunk, turns, strict=True):
                 talk.turns.append(turn)
 
     def _ask(self, talk: _Talk, draw: Draw) -> Ask:

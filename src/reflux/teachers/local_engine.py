@@ -14,7 +14,6 @@ from torch import Tensor
 
 from reflux.contexts.base import View
 from reflux.errors import ModelError
-from reflux.kernels.linear_divergence import chunk_rows
 from reflux.models import Model, load_model, load_tokenizer, parameter_count
 from reflux.teachers.base import spoken_name
 from reflux.tokens import check_same_tokens
@@ -103,7 +102,7 @@ class LocalTeacher:
         logp_T = None
         if wants.logp or wants.candidates:
             tokens_T = torch.from_numpy(rollout.tokens_T).to(h_TH.device)
-            logp_T = self.model.head.logp_of(h_TH, tokens_T, self._rows).cpu().numpy()
+            logp_T = self.model.head.logp_of(h_TH, tokens_T).cpu().numpy()
         if wants.candidates:
             attempt.candidates[self.name] = self._candidates(rollout, h_TH, logp_T)
         attempt.targets[self.name] = HiddenTarget(teacher=self.name, h_TH=h_TH.to("cpu", copy=True), head=self.model.head, logp_T=logp_T)
@@ -114,13 +113,8 @@ class LocalTeacher:
         if not isinstance(said, TopKTarget) or logp_T is None:
             raise ModelError(f"teachers.{self.name}: asked for candidates, but prompt {rollout.prompt.id} came without the student's top-k")
         ids_TK = torch.from_numpy(said.ids_TK).to(h_TH.device)
-        chunks = zip(h_TH.split(self._rows), ids_TK.split(self._rows), strict=True)
-        logp_TK = torch.cat([self.model.head.logits(h).float().log_softmax(-1).gather(-1, ids) for h, ids in chunks])
+        logp_TK = self.model.head.logp_at(h_TH, ids_TK)
         return TopKTarget(teacher=self.name, ids_TK=said.ids_TK, logp_TK=logp_TK.cpu().numpy(), logp_T=logp_T)
-
-    @property
-    def _rows(self) -> int:
-        return chunk_rows(self.model.vocabulary, self.model.device)
 
     async def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Frozen."""

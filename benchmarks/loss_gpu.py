@@ -1,0 +1,277 @@
+"""Time and memory of one distillation loss with its gradients on a GPU: ours, its peers and the matrix products alone, by turns.
+
+    python benchmarks/loss_gpu.py [--rows 1024,8192,32768] [--vocabularies 32000,151936] [--student 2048] [--teacher 4096]
+                                  [--beta 0.5] [--rounds 5] [--repeats 7] [--sides reflux,...] [--peer-python PATH] [--tiny]
+
+From hidden states and heads in bfloat16 to the loss and the gradients of the student's hidden states and head: generalised JSD, the one
+loss that all sides have (beta 1 is the reverse KL, 0 the forward KL). Sides:
+
+    matmul         the four products alone: both heads forward, both gradients of the student's. No loss: this is the floor
+    reflux         `linear_divergence`
+    liger_triton   Liger-Kernel 0.8.5, LigerFusedLinearJSD (Triton)
+    liger_chunked  Liger-Kernel 0.8.5, LigerFusedLinearJSDLoss (chunks of 1,024 rows under torch.compile), the soft loss alone
+    trl            TRL 1.16, ChunkedDivergenceFunction (tiles of rows and vocabulary)
+
+Every measurement is a process of its own: three calls that warm up, then the median of `repeats`. One round is one process of each side,
+the order alternating; a ratio is taken within a round and printed as median (lowest to highest). Memory is the highest allocated during a
+call above what its inputs hold, gradients included. `error` is the relative error of the gradient of the student's hidden states over the
+first 64 rows, against plain torch in float32 on the same bfloat16 inputs: how exact each side is at that speed.
+
+Peers may live in another environment: give its interpreter. `--tiny` runs on a CPU at toy size, where timings mean nothing: it checks this
+script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SIDES = ("matmul", "reflux", "liger_triton", "liger_chunked", "trl")
+PEERS = ("liger_triton", "liger_chunked", "trl")
+WARM, CHECK_ROWS, FLOOR_ROWS = 3, 64, 8192
+Loss = Callable[..., Any]  # (student_NH, weight_VH, teacher_NG, weight_VG) -> mean loss over the rows
+
+
+def side_reflux(beta: float, tiny: bool) -> Loss:
+    import torch
+
+    from reflux.kernels.head import Head
+    from reflux.kernels.linear_divergence import linear_divergence
+    from reflux.objectives.divergence import Divergence
+
+    objective = Divergence(divergence="jsd", beta=beta)
+
+    def loss(h_NH: Any, weight_VH: Any, t_NG: Any, weight_VG: Any) -> Any:
+        ids_N = torch.zeros(len(h_NH), dtype=torch.long, device=h_NH.device)
+        coef_N = torch.full((len(h_NH),), 1 / len(h_NH), device=h_NH.device)
+        return linear_divergence(h_NH, Head.of(weight_VH), t_NG, Head.of(weight_VG), ids_N, coef_N, objective).loss
+
+    return loss
+
+
+def side_liger_triton(beta: float, tiny: bool) -> Loss:
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+
+    module = LigerFusedLinearJSD(jsd_beta=beta)
+    return lambda h_NH, weight_VH, t_NG, weight_VG: module(h_NH, weight_VH, t_NG, weight_VG, None)
+
+
+def side_liger_chunked(beta: float, tiny: bool) -> Loss:
+    import torch
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    module = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=not tiny)
+
+    def loss(h_NH: Any, weight_VH: Any, t_NG: Any, weight_VG: Any) -> Any:
+        return module(h_NH, weight_VH, t_NG, weight_VG, torch.zeros(len(h_NH), dtype=torch.long, device=h_NH.device))
+
+    return loss
+
+
+def side_trl(beta: float, tiny: bool) -> Loss:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    def loss(h_NH: Any, weight_VH: Any, t_NG: Any, weight_VG: Any) -> Any:
+        divergence_N, _ = ChunkedDivergenceFunction.apply(h_NH, weight_VH, None, t_NG, weight_VG, None, beta)
+        return divergence_N.mean()
+
+    return loss
+
+
+def side_plain(beta: float) -> Loss:
+    """What one writes by hand, in float32: the reference of `error`."""
+
+    def loss(h_NH: Any, weight_VH: Any, t_NG: Any, weight_VG: Any) -> Any:
+        from math import log
+
+        import torch
+
+        student = (h_NH.float() @ weight_VH.float().T).log_softmax(-1)
+        teacher = (t_NG.float() @ weight_VG.float().T).log_softmax(-1)
+        if beta in (0.0, 1.0):
+            first, second = (student, teacher) if beta else (teacher, student)
+            return (first.exp() * (first - second)).sum(-1).mean()
+        mixed = torch.logaddexp(student + log(1 - beta), teacher + log(beta))
+        terms = beta * teacher.exp() * (teacher - mixed) + (1 - beta) * student.exp() * (student - mixed)
+        return terms.sum(-1).mean()
+
+    return loss
+
+
+def floor(h_NH: Any, weight_VH: Any, t_NG: Any, weight_VG: Any) -> Callable[[], None]:
+    """The four products, in row chunks where the table of logits would be larger than FLOOR_ROWS rows."""
+    import torch
+
+    rows, (vocabulary, _) = min(len(h_NH), FLOOR_ROWS), weight_VH.shape
+    table_CV, grad_CH = h_NH.new_empty(rows, vocabulary), torch.empty_like(h_NH[:rows])
+    grad_VH = torch.zeros_like(weight_VH)
+
+    def products() -> None:
+        for h_CH, t_CG in zip(h_NH.split(rows), t_NG.split(rows), strict=True):
+            out_CV = table_CV[: len(h_CH)]
+            torch.mm(t_CG, weight_VG.T, out=out_CV)
+            torch.mm(h_CH, weight_VH.T, out=out_CV)
+            torch.mm(out_CV, weight_VH, out=grad_CH[: len(h_CH)])
+            torch.addmm(grad_VH, out_CV.T, h_CH, out=grad_VH)
+
+    return products
+
+
+def measure(side: str, args: argparse.Namespace) -> dict[str, float]:
+    import torch
+
+    device = torch.device("cpu" if args.tiny else "cuda")
+    make = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> Any:
+        return (torch.randn(*shape, generator=make, device=device) * scale).to(torch.float32 if args.tiny else torch.bfloat16)
+
+    inputs = [draw(args.rows, args.student), draw(args.vocabulary, args.student, scale=2 / args.student**0.5)]
+    inputs += [draw(args.rows, args.teacher), draw(args.vocabulary, args.teacher, scale=2 / args.teacher**0.5)]
+    if side == "matmul":
+        with torch.no_grad():
+            return clock(floor(*inputs), args, device)
+    leaves = [leaf.requires_grad_() for leaf in inputs[:2]]
+    loss = {"reflux": side_reflux, "liger_triton": side_liger_triton, "liger_chunked": side_liger_chunked, "trl": side_trl}[side](
+        args.beta, args.tiny
+    )
+
+    def step() -> Any:
+        for leaf in leaves:
+            leaf.grad = None
+        made = loss(*inputs)
+        made.backward()
+        return made
+
+    return {**clock(step, args, device), "loss": float(step()), "error": error(loss, inputs, args.beta)}
+
+
+def clock(step: Callable[[], Any], args: argparse.Namespace, device: Any) -> dict[str, float]:
+    """Median seconds of a call, and the bytes it allocates at its peak above what was there before the first."""
+    import torch
+
+    on_gpu = device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    for _ in range(WARM):
+        step()
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(args.repeats):
+        started = time.perf_counter()
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": statistics.median(seconds), "bytes": torch.cuda.max_memory_allocated() - before if on_gpu else 0}
+
+
+def error(loss: Loss, inputs: list[Any], beta: float) -> float:
+    """Relative error of the gradient of the first rows' hidden states."""
+    import torch
+
+    def gradient(of: Loss) -> Any:
+        h_NH = inputs[0][:CHECK_ROWS].detach().clone().requires_grad_()
+        return torch.autograd.grad(of(h_NH, inputs[1], inputs[2][:CHECK_ROWS], inputs[3]), h_NH)[0].float()
+
+    exact = gradient(side_plain(beta))
+    return float((gradient(loss) - exact).norm() / exact.norm())
+
+
+def child(side: str, rows: int, vocabulary: int, args: argparse.Namespace) -> dict[str, float]:
+    """One process; {} and a line of text where it cannot run."""
+    source = str(Path(__file__).parents[1] / "src")
+    python = args.peer_python if side in PEERS else sys.executable
+    command = [python, __file__, "--measure", side, f"--rows={rows}", f"--vocabularies={vocabulary}", f"--repeats={args.repeats}"]
+    command += [f"--student={args.student}", f"--teacher={args.teacher}", f"--beta={args.beta}"] + ["--tiny"] * args.tiny
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if lines:
+        return json.loads(lines[-1].removeprefix("RESULT "))
+    last = (done.stderr.strip() or "no message").splitlines()[-1]
+    print(f"  {side}: did not finish ({'killed' if done.returncode < 0 else last[:160]})", flush=True)
+    return {}
+
+
+def compare(rows: int, vocabulary: int, args: argparse.Namespace) -> None:
+    sides = args.sides.split(",")
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for turn in range(args.rounds):
+        for side in sides[:: -1 if turn % 2 else 1]:
+            found[side].append(child(side, rows, vocabulary, args))
+    print(f"\nN = {rows:,}, V = {vocabulary:,}, H = {args.student} / {args.teacher}, beta = {args.beta}, {args.rounds} rounds")
+    print(f"{'side':<14} {'milliseconds':>28} {'of floor':>9} {'peak GB':>8} {'error':>9} {'loss':>9}")
+    seconds = {side: [run["seconds"] for run in runs if run] for side, runs in found.items()}
+    floor_seconds = statistics.median(seconds["matmul"]) if seconds.get("matmul") else float("nan")
+    for side, runs in found.items():
+        if seconds[side]:
+            middle, last = statistics.median(seconds[side]), [run for run in runs if run][-1]
+            spread = f"{middle * 1e3:.2f} ({min(seconds[side]) * 1e3:.2f} to {max(seconds[side]) * 1e3:.2f})"
+            peak = max(run["bytes"] for run in runs if run) / 1e9
+            words = f"{last['error']:>9.1e} {last['loss']:>9.5f}" if "loss" in last else ""
+            print(f"{side:<14} {spread:>28} {middle / floor_seconds:>8.2f}x {peak:>8.2f} {words}")
+    ratios(found)
+
+
+def ratios(found: dict[str, list[dict[str, float]]]) -> None:
+    """Theirs over ours, round by round: above 1 ours is faster."""
+    for peer in PEERS:
+        pairs = [(ours, theirs) for ours, theirs in zip(found.get("reflux", []), found.get(peer, []), strict=False) if ours and theirs]
+        if pairs:
+            times = [theirs["seconds"] / ours["seconds"] for ours, theirs in pairs]
+            ours_bytes, their_bytes = max(ours["bytes"] for ours, _ in pairs), max(theirs["bytes"] for _, theirs in pairs)
+            memory = f", memory {their_bytes / ours_bytes:.2f}" if ours_bytes else ""
+            print(f"{peer} / reflux: time {statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f}){memory}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="1024,8192,32768")
+    parser.add_argument("--vocabularies", default="32000,151936")
+    parser.add_argument("--student", type=int, default=2048, help="hidden size")
+    parser.add_argument("--teacher", type=int, default=4096, help="hidden size")
+    parser.add_argument("--beta", type=float, default=0.5)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--peer-python", default=sys.executable, help="the interpreter of an environment with liger-kernel and trl")
+    parser.add_argument("--tiny", action="store_true", help="on a CPU at toy size: checks this script, measures nothing")
+    parser.add_argument("--measure", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.tiny and not args.measure:
+        args.rows, args.vocabularies, args.student, args.teacher = "5,40", "300", 16, 32
+    sizes = [(int(rows), int(vocabulary)) for vocabulary in args.vocabularies.split(",") for rows in args.rows.split(",")]
+    if args.measure:
+        ((args.rows, args.vocabulary),) = sizes
+        print("RESULT " + json.dumps(measure(args.measure, args)))
+        return
+    describe(args)
+    for rows, vocabulary in sizes:
+        compare(rows, vocabulary, args)
+
+
+def describe(args: argparse.Namespace) -> None:
+    import torch
+
+    if args.tiny:
+        print("toy size on the CPU, float32: this run checks the script and measures nothing")
+        return
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            "There is no CUDA device here, so nothing was measured. Run this on a machine with a GPU, or check it with --tiny."
+        )
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, bfloat16")
+
+
+if __name__ == "__main__":
+    main()

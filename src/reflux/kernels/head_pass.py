@@ -1,0 +1,93 @@
+"""One pass of the student's head: tables of logits out, their gradients back in, the head's own gradient gathered on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from reflux.kernels import products
+from reflux.kernels.head import Head
+
+
+class HeadPass(Protocol):
+    grads: list[Tensor | None]  # one for each of `parameters(head)`, summed over the chunks
+
+    def table(self, h_NH: Tensor) -> Tensor:
+        """Raw logits [N, V] that the caller may overwrite with their gradient."""
+        ...
+
+    def back(self, d_NV: Tensor, hidden: bool) -> Tensor | None:
+        """Take the gradient of the last table's raw logits; gives that of its hidden states, where wanted."""
+        ...
+
+
+def parameters(head: Head) -> list[Tensor]:
+    """The tensors through which a gradient reaches the head."""
+    module = head.module
+    if head.matrix is None:
+        assert isinstance(module, nn.Module)
+        return [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [tensor for tensor in (module.weight, module.bias) if isinstance(tensor, Tensor)]
+
+
+def open_pass(head: Head, needs: Sequence[bool] | None) -> HeadPass:
+    """needs: which of `parameters(head)` want a gradient; None where nothing does, not even the hidden states."""
+    if head.matrix is None:
+        return _Module(head, needs is not None)
+    return _Matrix(head, [False] * len(parameters(head)) if needs is None else needs)
+
+
+class _Matrix:
+    """The products by hand: the head's gradient is summed in place, in float32 or wider, never as a second table of its size."""
+
+    def __init__(self, head: Head, needs: Sequence[bool]):
+        assert head.matrix
+        weight_VH, self.bias_V = (None if tensor is None else tensor.detach() for tensor in head.matrix)
+        self.grads: list[Tensor | None] = [
+            _sum_like(tensor) if need else None for tensor, need in zip(parameters(head), needs, strict=True)
+        ]
+        assert weight_VH is not None
+        device = weight_VH.device.type
+        self.weight_VH = weight_VH.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight_VH
+
+    def table(self, h_NH: Tensor) -> Tensor:
+        self.h_NH = h_NH.detach().to(self.weight_VH.device, self.weight_VH.dtype)
+        raw_NV = products.scores(self.h_NH, self.weight_VH)
+        return raw_NV if self.bias_V is None else raw_NV.add_(self.bias_V)
+
+    def back(self, d_NV: Tensor, hidden: bool) -> Tensor | None:
+        weight, *bias = self.grads
+        if weight is not None:
+            products.add_outer(weight[: len(self.weight_VH)], d_NV, self.h_NH)
+        for total_V in bias:
+            if total_V is not None:
+                total_V[: len(self.weight_VH)] += d_NV.sum(0, dtype=total_V.dtype)
+        return products.pull_back(d_NV, self.weight_VH) if hidden else None
+
+
+class _Module:
+    """Through autograd, chunk by chunk: adapters on a head are small, and their frozen base needs no gradient."""
+
+    def __init__(self, head: Head, wanted: bool):
+        self.head, self.parameters, self.wanted = head, parameters(head) if wanted else [], wanted
+        self.grads: list[Tensor | None] = [_sum_like(parameter) for parameter in self.parameters]
+
+    def table(self, h_NH: Tensor) -> Tensor:
+        self.leaf_NH = h_NH.detach().requires_grad_(self.wanted)
+        with torch.set_grad_enabled(self.wanted):
+            self.raw_NV = self.head.raw(self.leaf_NH)
+        return self.raw_NV.detach().clone()  # the graph may need what the caller overwrites
+
+    def back(self, d_NV: Tensor, hidden: bool) -> Tensor | None:
+        grad_NH, *grads = torch.autograd.grad(self.raw_NV, [self.leaf_NH, *self.parameters], d_NV, allow_unused=True)
+        for total, grad in zip(self.grads, grads, strict=True):
+            if total is not None and grad is not None:
+                total += grad
+        return grad_NH
+
+
+def _sum_like(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))

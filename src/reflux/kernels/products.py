@@ -1,0 +1,65 @@
+"""The three matrix products of an output head, each on its fastest path.
+
+torch multiplies float32 matrices on a CPU with MKL, which takes its slow path on processors that are not Intel's; oneDNN, in the same
+torch build, does not, and reads transposed matrices as they lie. Same mathematics, same precision, another order of summation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_WORTH_FLOPS = 1 << 25  # below, the call costs more than the multiplication
+_BLOCK = 4096  # vocabulary rows at once: oneDNN repacks a matrix before it multiplies, and a whole head would be copied
+_AVAILABLE = torch.backends.mkldnn.is_available()
+
+
+def scores(h_NH: Tensor, weight_VH: Tensor) -> Tensor:
+    """h @ weight.T, [N, V]."""
+    if not _worth(h_NH, weight_VH):
+        return h_NH @ weight_VH.t()
+    if len(weight_VH) <= _BLOCK:
+        return _by_onednn(h_NH, weight_VH)
+    out_NV = h_NH.new_empty(len(h_NH), len(weight_VH))
+    for some in _blocks(weight_VH):
+        out_NV[:, some] = _by_onednn(h_NH, weight_VH[some])
+    return out_NV
+
+
+def pull_back(d_NV: Tensor, weight_VH: Tensor) -> Tensor:
+    """d @ weight, [N, H]: the gradient of the hidden states."""
+    if not _worth(d_NV, weight_VH.t()):
+        return d_NV @ weight_VH
+    out_NH = d_NV.new_zeros(len(d_NV), weight_VH.shape[1])
+    for some in _blocks(weight_VH):
+        out_NH += _by_onednn(d_NV[:, some], weight_VH[some].t())
+    return out_NH
+
+
+def add_outer(sum_VH: Tensor, d_NV: Tensor, h_NH: Tensor) -> None:
+    """sum += d.T @ h, in place: the gradient of the head. `sum_VH` may be of a wider type than the factors."""
+    same = sum_VH.dtype == d_NV.dtype
+    fast = same and _worth(d_NV.t(), h_NH.t())
+    if same and not fast:
+        sum_VH.addmm_(d_NV.t(), h_NH)
+        return
+    for some in _blocks(sum_VH):
+        d_BN = d_NV[:, some].t()
+        sum_VH[some] += _by_onednn(d_BN, h_NH.t()) if fast else d_BN @ h_NH
+
+
+def _blocks(table_VX: Tensor) -> Iterator[slice]:
+    return (slice(start, start + _BLOCK) for start in range(0, len(table_VX), _BLOCK))
+
+
+def _worth(a_MK: Tensor, b_NK: Tensor) -> bool:
+    float32 = a_MK.dtype == b_NK.dtype == torch.float32
+    flops = 2 * a_MK.shape[0] * a_MK.shape[1] * b_NK.shape[0]
+    return _AVAILABLE and float32 and a_MK.device.type == "cpu" and flops >= _WORTH_FLOPS
+
+
+def _by_onednn(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+    """a @ b.T. The operator is the one that torch's own compiler emits for linear layers on a CPU."""
+    return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
