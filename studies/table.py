@@ -1,0 +1,153 @@
+"""The table of a study: what the runs measured, per arm over its seeds, and against the baseline arm on the same seeds."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from intervals import Estimate, over_seeds
+
+from reflux.files import read_lines
+
+Measures = dict[str, float]
+Format = Callable[[float], str]
+EVALUATED = ("accuracy", "kl_nats", "avg@", "pass@")  # of an evaluation's table, also by part or route: accuracy.NAME
+ENDS = (".low", ".high", ".problems")
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def decimals(digits: int) -> Format:
+    return lambda value: f"{value:.{digits}f}"
+
+
+COSTS: dict[str, tuple[str, Format]] = {
+    "variance_ratio.mean": ("variance ratio", decimals(3)),
+    "variance_ratio.first_quarter": ("first quarter", decimals(3)),
+    "variance_ratio.last_quarter": ("last quarter", decimals(3)),
+    "grad_norm.mean": ("gradient norm", decimals(3)),
+    "clipped_share": ("clipped steps", percent),
+    "seconds_per_step": ("seconds a step", decimals(3)),
+    "learn_share": ("learning's share", percent),
+    "peak_memory_bytes": ("peak memory, MB", lambda value: f"{value / 1e6:.0f}"),
+    "tokens_sampled": ("tokens sampled, 1000", lambda value: f"{value / 1e3:.0f}"),
+}
+
+
+def measures(run: Path) -> Measures:
+    """The numbers of one finished run: evaluations before and after, and its steps' metrics. What was not measured is absent."""
+    evals, steps = list(read_lines(run / "evals.jsonl")), list(read_lines(run / "metrics.jsonl"))
+    found: Measures = {}
+    for when, rows in (("before", [row for row in evals if row["step"] == 0]), ("after", [row for row in evals[-1:] if row["step"] > 0])):
+        for name, value in (pair for row in rows for pair in evaluated(row).items()):
+            found[f"{name}.{when}"] = value
+    ratios = column(steps, "gradient_variance_ratio")
+    if ratios:
+        quarter = max(1, len(ratios) // 4)
+        found["variance_ratio.mean"] = fmean(ratios)
+        found["variance_ratio.first_quarter"], found["variance_ratio.last_quarter"] = fmean(ratios[:quarter]), fmean(ratios[-quarter:])
+    norms = column(steps, "grad_norm")
+    if norms:
+        clip = tomllib.loads((run / "config.toml").read_text())["learner"].get("clip")
+        found["grad_norm.mean"] = fmean(norms)
+        found |= {"clipped_share": fmean(norm > clip for norm in norms)} if clip else {}
+    if steps:
+        found |= costs(steps)
+    return found
+
+
+def evaluated(row: Mapping[str, Any]) -> Measures:
+    """ "EVAL.KEY" of the headline numbers in a line of evals.jsonl."""
+    return {
+        f"{name}.{key}": float(value)
+        for name, table in row.items()
+        if isinstance(table, dict)
+        for key, value in table.items()
+        if key.startswith(EVALUATED) and not key.endswith(ENDS) and isinstance(value, int | float)
+    }
+
+
+def column(rows: list[dict[str, Any]], name: str) -> list[float]:
+    return [row[name] for row in rows if row.get(name) is not None]
+
+
+def costs(steps: list[dict[str, Any]]) -> Measures:
+    """The first step loads and warms up, so the medians leave it out; an evaluation's seconds are in one step's total only."""
+    seconds = [row["seconds"] for row in steps[1:] or steps]
+    return {
+        "seconds_per_step": median(row["total"] for row in seconds),
+        "learn_share": median(row.get("learn", 0.0) / row["total"] for row in seconds if row["total"]),
+        "peak_memory_bytes": max(column(steps, "peak_memory_bytes"), default=0.0),
+        "tokens_sampled": sum(row["tokens_sampled"] for row in steps),
+    }
+
+
+def compare(runs: Mapping[str, Mapping[int, Measures]], baseline: str) -> dict[str, Any]:
+    """Per arm: each measure over seeds, and `minus_baseline`, paired by seed (only seeds that both have)."""
+    table: dict[str, Any] = {}
+    for arm, seeds in runs.items():
+        names = list(dict.fromkeys(name for found in seeds.values() for name in found))
+        paired = sorted(seeds.keys() & runs.get(baseline, {}).keys()) if arm != baseline else []
+        others = runs.get(baseline, {})
+        table[arm] = {
+            "seeds": sorted(seeds),
+            "measures": {name: over_seeds([found[name] for found in seeds.values() if name in found]) for name in names},
+            "minus_baseline": {
+                name: over_seeds([seeds[s][name] - others[s][name] for s in paired])
+                for name in names
+                if paired and all(name in seeds[s] and name in others[s] for s in paired)
+            },
+        }
+    return table
+
+
+def cell(estimate: Estimate | None, shown: Format, signed: bool = False) -> str:
+    """`88.2 % (86.9 % to 89.5 %)`; no interval for one run, "-" where nothing was measured."""
+    if estimate is None:
+        return "-"
+    plus = "+" if signed and estimate.value > 0 else ""
+    ends = "" if estimate.low is None or estimate.high is None else f" ({shown(estimate.low)} to {shown(estimate.high)})"
+    return f"{plus}{shown(estimate.value)}{ends}"
+
+
+def markdown(table: Mapping[str, Any], baseline: str) -> str:
+    """Two tables: what was learnt, and what it cost and how noisy it was."""
+    scores = list(
+        dict.fromkeys(n.rsplit(".", 1)[0] for row in table.values() for n in row["measures"] if n.endswith((".before", ".after")))
+    )
+    learnt: list[list[str]] = [["arm", "runs"] + [title for s in scores for title in (f"{said(s)} before", "after", f"minus {baseline}")]]
+    cost: list[list[str]] = [["arm", *(title for title, _ in COSTS.values())]]
+    for arm, row in table.items():
+        cells = [arm, str(len(row["seeds"]))]
+        for score in scores:
+            shown = decimals(3) if score.endswith("kl_nats") else percent
+            cells += [cell(row["measures"].get(f"{score}.{when}"), shown) for when in ("before", "after")]
+            cells.append(cell(row["minus_baseline"].get(f"{score}.after"), shown, signed=True))
+        learnt.append(cells)
+        cost.append([arm, *(cell(row["measures"].get(name), shown) for name, (_, shown) in COSTS.items())])
+    return f"{grid(learnt)}\n\n{grid(cost)}\n"
+
+
+def said(score: str) -> str:
+    """`accuracy.accuracy` is plainly accuracy, `agreement.kl_nats` the held-out KL in nats a token."""
+    return {"accuracy.accuracy": "accuracy", "agreement.kl_nats": "held-out KL"}.get(score, score)
+
+
+def grid(rows: list[list[str]]) -> str:
+    head, *body = rows
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *body])
+
+
+def plain(value: Any) -> Any:
+    """As JSON gives it back: estimates as tables, tuples as lists."""
+    if isinstance(value, Estimate):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
