@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from reflux.batch import Item, target_of
+from reflux.kernels.columns import Columns
 from reflux.kernels.head import Head
 from reflux.kernels.row_pass import Constant, row_pass
 from reflux.objectives.base import Objective, Rows
@@ -27,13 +28,12 @@ from reflux.types import HiddenTarget, SampledTarget, TopKTarget
 
 @dataclass
 class Outcome:
-    """Per-row by-products of one micro-batch, in item order, detached: what the records and metrics need, at no second pass."""
+    """One micro-batch: its loss, and by-products by row in item order, detached: what records and metrics need, at no second pass."""
 
     loss: Tensor
-    student_logp: list[Tensor] = field(default_factory=list)
-    teacher_logp: dict[str, list[Tensor]] = field(default_factory=dict)
-    kl: list[Tensor] = field(default_factory=list)  # reverse KL to "main": exact where both are full, else -(log q - log p) sampled
-    variance: list[Tensor] = field(default_factory=list)  # (with baseline, without) of the sampled gradient, summed, where asked for
+    logp: dict[str, Tensor]  # of the sampled tokens, by who gave them: "student" (of now), and each teacher by name
+    kl_N: Tensor | None  # reverse KL to "main": exact where both are full, else -(log q - log p) sampled
+    variance: tuple[Tensor, Tensor] | None  # closed form of the sampled gradient's, with the baseline and without, where asked for
 
 
 def shift_taker(objectives: Sequence[Objective]) -> int | None:
@@ -117,10 +117,10 @@ class MicroBatch:
 
 def backward(batch: MicroBatch, h_NH: Tensor, head: Head, log_variance: bool = False) -> Outcome:
     """Costs of every objective at the rows h_NH, times their coefficients, driven backward."""
-    outcome = Outcome(torch.zeros((), device=h_NH.device))
     used = {objective.teacher for objective in batch.objectives if objective.teacher} | {"main"}
     heard = [name for name in batch.teachers if name in used]
     constants = batch.constants(heard)
+    columns = Columns(len(h_NH))
 
     def row_loss(rows: slice, logits_NV: Tensor, tables: list[Tensor]) -> Tensor:
         full = dict(zip(constants, tables, strict=True))
@@ -134,34 +134,40 @@ def backward(batch: MicroBatch, h_NH: Tensor, head: Head, log_variance: bool = F
                 view = batch.view(k, rows, student, teachers)
                 loss = loss + (coef_N[rows] * objective(view)).sum()
                 if log_variance and isinstance(objective, SampledKL):
-                    outcome.variance.append(_variance(objective, view))
-        _record(outcome, student, teachers)
+                    _variance(columns, rows, f"{k}", objective, view)
+        _record(columns, rows, student, teachers)
         return loss
 
     loss = row_pass(h_NH, head, list(constants.values()), row_loss)
     loss.backward()
-    outcome.loss = loss.detach()
-    return outcome
+    return _outcome(loss.detach(), columns)
 
 
 @torch.no_grad()
-def _variance(objective: SampledKL, rows: Rows) -> Tensor:
-    """Closed-form variance of the sampled logit gradient over these rows, with the objective's baseline and without."""
-    teacher = rows.teachers[objective.teacher]
-    if not isinstance(teacher, FullSays):
-        raise ValueError(f"log_variance needs the whole distribution of teacher '{objective.teacher}'; use a local teacher, or turn it off")
-    with_N, without_N = (gradient_variance(rows.student.logp_NV, teacher.logp_NV, value) for value in (objective.value(rows), 0.0))
-    return torch.stack([with_N.double().sum(), without_N.double().sum()])
+def _variance(columns: Columns, rows: slice, name: str, objective: SampledKL, view: Rows) -> None:
+    """Closed-form variance of the sampled logit gradient at these rows, with the objective's baseline and without."""
+    teacher = view.teachers[objective.teacher]
+    assert isinstance(teacher, FullSays)  # checks.py refuses log_variance elsewhere
+    for which, value in (("with", objective.value(view)), ("without", 0.0)):
+        columns.put(f"variance {which} {name}", rows, gradient_variance(view.student.logp_NV, teacher.logp_NV, value))
 
 
 @torch.no_grad()
-def _record(outcome: Outcome, student: FullSays, teachers: dict[str, Says]) -> None:
-    outcome.student_logp.append(student.logp_N.detach())
+def _record(columns: Columns, rows: slice, student: FullSays, teachers: dict[str, Says]) -> None:
+    columns.put("logp student", rows, student.logp_N)
     for name, says in teachers.items():
         if name != "said":
-            outcome.teacher_logp.setdefault(name, []).append(says.logp_N.detach())
+            columns.put(f"logp {name}", rows, says.logp_N)
     main = teachers.get("main")
-    if isinstance(main, FullSays):
-        outcome.kl.append(student.kl(main))
-    elif main is not None:
-        outcome.kl.append(student.logp_N.detach() - main.logp_N)
+    if main is not None:
+        columns.put("kl", rows, student.kl(main) if isinstance(main, FullSays) else student.logp_N - main.logp_N)
+
+
+def _outcome(loss: Tensor, columns: Columns) -> Outcome:
+    logp = {name.removeprefix("logp "): column_N for name, column_N in columns.items() if name.startswith("logp ")}
+    sums = {
+        which: [column_N.double().sum() for name, column_N in columns.items() if name.startswith(f"variance {which} ")]
+        for which in ("with", "without")
+    }
+    variance = (torch.stack(sums["with"]).sum(), torch.stack(sums["without"]).sum()) if sums["with"] else None
+    return Outcome(loss, logp, columns.get("kl"), variance)

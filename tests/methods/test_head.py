@@ -136,8 +136,8 @@ def test_adapters_on_the_head_get_the_gradients_of_the_models_own_forward(kind: 
 class Squashed(nn.Linear):
     """A head whose backward needs its output."""
 
-    def forward(self, h_NH: Tensor) -> Tensor:
-        return torch.tanh(super().forward(h_NH)).exp()
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.tanh(super().forward(input)).exp()
 
 
 def test_a_head_of_an_unknown_kind_goes_through_its_own_forward() -> None:

@@ -5,11 +5,12 @@ For use outside the loop: the loop itself goes through `row_pass`, with any numb
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from reflux.kernels.columns import Columns
 from reflux.kernels.head import Head
 from reflux.kernels.row_pass import row_pass
 from reflux.objectives.base import Objective, Rows
@@ -56,19 +57,22 @@ def linear_divergence(
     lengths = {"student_NH": student_NH, "teacher_NG": teacher_NG, "ids_N": ids_N, "coef_N": coef_N}
     _check(lengths | {"behaviour_logp_N": behaviour_logp_N, "shift_N": shift_N}, student_head, teacher_head)
     objective = Divergence() if objective is None else objective
-    pages = _Pages(min(top_k, student_head.vocabulary))
+    columns, top_k = Columns(len(ids_N)), min(top_k, student_head.vocabulary)
 
     def row_loss(rows: slice, logits_NV: Tensor, constants: list[Tensor]) -> Tensor:
         student, teacher = FullSays(logits_NV, ids_N[rows]), FullSays(constants[0], ids_N[rows])
         behaviour_N = student.logp_N.detach() if behaviour_logp_N is None else behaviour_logp_N[rows]
         view = Rows(ids_N[rows], student, {objective.teacher or "main": teacher}, behaviour_N, shift_n[rows])
         cost_N = _loud(objective, view, coef_N[rows])
-        pages.add(cost_N, student, teacher)
+        _note(columns, rows, cost_N, student, teacher, top_k)
         return (coef_N[rows] * cost_N).sum()
 
     shift_n = torch.zeros_like(coef_N) if shift_N is None else shift_N
     loss = row_pass(student_NH, student_head, [(teacher_NG.detach(), teacher_head)], row_loss)
-    return pages.answer(loss)
+    if not len(ids_N):
+        none_N, none_NK = loss.new_zeros(0), loss.new_zeros(0, top_k)
+        return Answer(loss, none_N, none_N, none_N, none_N, none_N, none_NK.long(), none_NK)
+    return Answer(loss, **columns)
 
 
 def _loud(objective: Objective, rows: Rows, coef_N: Tensor) -> Tensor:
@@ -85,22 +89,13 @@ def _loud(objective: Objective, rows: Rows, coef_N: Tensor) -> Tensor:
     return torch.zeros_like(coef_N, dtype=cost_M.dtype).index_put((loud_M,), cost_M)
 
 
-@dataclass
-class _Pages:
-    top_k: int
-    kept: list[tuple[Tensor, ...]] = field(default_factory=list)
-
-    @torch.no_grad()
-    def add(self, cost_N: Tensor, student: FullSays, teacher: FullSays) -> None:
-        ids_NK = student.logits_NV.topk(self.top_k, dim=-1).indices
-        said = (cost_N.detach(), student.logp_N.detach(), teacher.logp_N, student.kl(teacher), student.entropy())
-        self.kept.append((*said, ids_NK, student.at(ids_NK)))
-
-    def answer(self, loss: Tensor) -> Answer:
-        if not self.kept:
-            none_N, none_NK = loss.new_zeros(0), loss.new_zeros(0, self.top_k)
-            return Answer(loss, none_N, none_N, none_N, none_N, none_N, none_NK.long(), none_NK)
-        return Answer(loss, *(torch.cat(column) for column in zip(*self.kept, strict=True)))
+@torch.no_grad()
+def _note(columns: Columns, rows: slice, cost_N: Tensor, student: FullSays, teacher: FullSays, top_k: int) -> None:
+    ids_NK = student.logits_NV.topk(top_k, dim=-1).indices
+    said = {"cost_N": cost_N, "logp_N": student.logp_N, "teacher_logp_N": teacher.logp_N, "kl_N": student.kl(teacher)}
+    said |= {"entropy_N": student.entropy(), "top_ids_NK": ids_NK, "top_logp_NK": student.at(ids_NK)}
+    for name, column in said.items():
+        columns.put(name, rows, column)
 
 
 def _check(by_row: dict[str, Tensor | None], student_head: Head, teacher_head: Head) -> None:

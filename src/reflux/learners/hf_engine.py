@@ -123,9 +123,10 @@ class HFLearner:
                 h_NH = self.hidden_rows(batch)
                 outcome = loss.backward(batch, h_NH, self.model.head, self.run.cfg.log_variance)
             total = total + Sum(float(outcome.loss))
-            if outcome.kl:
-                kl = kl + Mean.of(torch.cat(outcome.kl).double().cpu().numpy())
-            variance = sum((Mean(*pair.tolist()) for pair in outcome.variance), variance)
+            if outcome.kl_N is not None:
+                kl = kl + Mean.of(outcome.kl_N.double().cpu().numpy())
+            if outcome.variance:
+                variance = variance + Mean(*(float(part) for part in outcome.variance))
             _fill_records(part, outcome)
         stats: Stats = {"loss": total, "kl_nats": kl}
         if self.run.cfg.log_variance:
@@ -168,9 +169,8 @@ class HFLearner:
 
 def _fill_records(items: list[Item], outcome: loss.Outcome) -> None:
     """What the teacher and the student of now gave the sampled tokens goes onto the attempt."""
-    columns = {"student": outcome.student_logp, **outcome.teacher_logp}
-    for name, chunks in columns.items():
-        logp_N = torch.cat(chunks).float().cpu().numpy()
+    for name, column_N in outcome.logp.items():
+        logp_N = column_N.float().cpu().numpy()
         start = 0
         for item in items:
             stop = start + len(item.rows_N)
