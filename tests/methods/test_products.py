@@ -24,6 +24,7 @@ class Path:
         self.calls, operator = 0, products._by_onednn
         patch.setattr(products, "_WORTH_FLOPS", 0 if fast else 1 << 60)
         patch.setattr(products, "_BLOCK", block)
+        patch.setattr(products, "_DEEP", 0)
 
         def counted(*factors: Tensor) -> Tensor:
             self.calls += 1
@@ -65,6 +66,7 @@ def test_each_product_is_the_float64_one(sizes: Any, layouts: Any, dtype: torch.
         path = Path(patch, fast, block)
         check(products.scores(states, weight), states, weight.t(), dtype)
         check(products.pull_back(d, weight), d, weight, dtype)
+        check(products.outer(d, states), d.t(), states, dtype)
         for wide in {dtype, torch.promote_types(dtype, torch.float32), torch.float64}:
             start = torch.randn(v + 2, h, generator=dice, dtype=torch.float64).to(wide)
             total = start.clone()

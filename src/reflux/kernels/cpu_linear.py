@@ -47,8 +47,5 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_NI, weight_OI = ctx.saved_tensors
         grad_NI = products.pull_back(grad_NO, weight_OI) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return grad_NI, None
-        grad_OI = torch.zeros_like(weight_OI)
-        products.add_outer(grad_OI, grad_NO, x_NI)
+        grad_OI = products.outer(grad_NO, x_NI) if ctx.needs_input_grad[1] else None
         return grad_NI, grad_OI

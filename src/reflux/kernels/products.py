@@ -1,4 +1,4 @@
-"""The three matrix products of an output head, each on its fastest path.
+"""The matrix products of a linear layer, each on its fastest path.
 
 torch multiplies float32 matrices on a CPU with MKL, which takes its slow path on processors that are not Intel's; oneDNN, in the same
 torch build, does not, and reads transposed matrices as they lie. Same mathematics, same precision, another order of summation.
@@ -13,6 +13,7 @@ from torch import Tensor
 
 _WORTH_FLOPS = 1 << 25  # below, the call costs more than the multiplication
 _BLOCK = 4096  # vocabulary rows at once: oneDNN repacks a matrix before it multiplies, and a whole head would be copied
+_DEEP = 96  # rows summed over: with fewer, adding the block to the sum costs more than oneDNN gains over MKL
 _AVAILABLE = torch.backends.mkldnn.is_available()
 
 
@@ -32,16 +33,23 @@ def pull_back(d_NV: Tensor, weight_VH: Tensor) -> Tensor:
     """d @ weight, [N, H]: the gradient of the hidden states."""
     if not _worth(d_NV, weight_VH.t()):
         return d_NV @ weight_VH
+    if len(weight_VH) <= _BLOCK:
+        return _by_onednn(d_NV, weight_VH.t())
     out_NH = d_NV.new_zeros(len(d_NV), weight_VH.shape[1])
     for some in _blocks(weight_VH):
         out_NH += _by_onednn(d_NV[:, some], weight_VH[some].t())
     return out_NH
 
 
+def outer(d_NV: Tensor, h_NH: Tensor) -> Tensor:
+    """d.T @ h, [V, H]: the gradient of a weight."""
+    return _by_onednn(d_NV.t(), h_NH.t()) if _worth(d_NV.t(), h_NH.t()) else d_NV.t() @ h_NH
+
+
 def add_outer(sum_VH: Tensor, d_NV: Tensor, h_NH: Tensor) -> None:
     """sum += d.T @ h, in place: the gradient of the head. `sum_VH` may be of a wider type than the factors."""
     same = sum_VH.dtype == d_NV.dtype
-    fast = same and _worth(d_NV.t(), h_NH.t())
+    fast = same and len(sum_VH) > _BLOCK and len(d_NV) >= _DEEP and _worth(d_NV.t(), h_NH.t())
     if same and not fast:
         sum_VH.addmm_(d_NV.t(), h_NH)
         return
