@@ -49,7 +49,14 @@ WHERE = {  # where a recipe names a part of each group
     "evals": "`[evals.NAME]`",
     "schedules": "the value of any key that takes a schedule",
 }
-MATHS = ("reflux.objectives.divergences", "reflux.objectives.baselines", "reflux.objectives.sampled_kl", "reflux.statistics")
+MATHS = (
+    "reflux.objectives.divergences",
+    "reflux.objectives.baselines",
+    "reflux.objectives.sampled_kl",
+    "reflux.objectives.ratio",
+    "reflux.kernels.linear_divergence",
+    "reflux.statistics",
+)
 MADE = "<!-- Written by docs/generate.py from the code. Do not edit: change the docstring, the comment or docs/notes.toml. -->\n"
 
 

@@ -16,8 +16,8 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "opd_in_one_file.py"
 STEPS, PER_STEP, TOKENS, LR, WARMUP, SEED = 4, 8, 64, 2e-3, 2, 3
 
 
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("opd_in_one_file", EXAMPLE)
+def load(path: Path = EXAMPLE) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -69,3 +69,9 @@ def test_the_library_gives_the_examples_curve(tmp_path: Path) -> None:
         gap = (weight - dict(student.named_parameters())[name]).abs()
         assert gap.max() < LR / 4  # Adam makes a step of a gradient that is only rounding, too; such weights are few
         assert (gap > 2e-5 + 1e-3 * weight.abs()).float().mean() < 1e-3
+
+
+def test_the_loss_alone_is_that_of_plain_torch() -> None:
+    found = load(EXAMPLE.with_name("loss_in_your_trainer.py")).main()
+    assert found["ours"] == pytest.approx(found["plain"], rel=1e-5)
+    assert found["gap"] < 1e-5

@@ -21,18 +21,22 @@ from reflux.kernels.head import Head
 from reflux.kernels.row_pass import Constant, row_pass
 from reflux.objectives.base import Objective, Rows
 from reflux.objectives.baselines import gradient_variance
+from reflux.objectives.divergence import Divergence
+from reflux.objectives.outcome import Outcome
+from reflux.objectives.ratio import cut
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.objectives.says import FullSays, ListedSays, SampledSays, Says
 from reflux.types import HiddenTarget, SampledTarget, TopKTarget
 
 
 @dataclass
-class Outcome:
+class Result:
     """One micro-batch: its loss, and by-products by row in item order, detached: what records and metrics need, at no second pass."""
 
     loss: Tensor
     logp: dict[str, Tensor]  # of the sampled tokens, by who gave them: "student" (of now), and each teacher by name
     kl_N: Tensor | None  # reverse KL to "main": exact where both are full, else -(log q - log p) sampled
+    cut: list[Tensor]  # for each objective with a bounded ratio: True at the rows beyond the bound
     variance: tuple[Tensor, Tensor] | None  # closed form of the sampled gradient's, with the baseline and without, where asked for
 
 
@@ -115,7 +119,7 @@ class MicroBatch:
         return ListedSays(ids_NK=tensors[1][rows], logp_NK=tensors[2][rows], logp_N=tensors[0][rows])
 
 
-def backward(batch: MicroBatch, h_NH: Tensor, head: Head, log_variance: bool = False) -> Outcome:
+def backward(batch: MicroBatch, h_NH: Tensor, head: Head, log_variance: bool = False) -> Result:
     """Costs of every objective at the rows h_NH, times their coefficients, driven backward."""
     used = {objective.teacher for objective in batch.objectives if objective.teacher} | {"main"}
     heard = [name for name in batch.teachers if name in used]
@@ -133,6 +137,7 @@ def backward(batch: MicroBatch, h_NH: Tensor, head: Head, log_variance: bool = F
             if coef_N is not None:
                 view = batch.view(k, rows, student, teachers)
                 loss = loss + (coef_N[rows] * objective(view)).sum()
+                _ratio_cut(columns, rows, f"{k}", objective, view)
                 if log_variance and isinstance(objective, SampledKL):
                     _variance(columns, rows, f"{k}", objective, view)
         _record(columns, rows, student, teachers)
@@ -140,7 +145,7 @@ def backward(batch: MicroBatch, h_NH: Tensor, head: Head, log_variance: bool = F
 
     loss = row_pass(h_NH, head, list(constants.values()), row_loss)
     loss.backward()
-    return _outcome(loss.detach(), columns)
+    return _result(loss.detach(), columns)
 
 
 @torch.no_grad()
@@ -150,6 +155,20 @@ def _variance(columns: Columns, rows: slice, name: str, objective: SampledKL, vi
     assert isinstance(teacher, FullSays)  # checks.py refuses log_variance elsewhere
     for which, value in (("with", objective.value(view)), ("without", 0.0)):
         columns.put(f"variance {which} {name}", rows, gradient_variance(view.student.logp_NV, teacher.logp_NV, value))
+
+
+@torch.no_grad()
+def _ratio_cut(columns: Columns, rows: slice, name: str, objective: Objective, view: Rows) -> None:
+    """Where an importance ratio is beyond its bound, which biases the objective."""
+    pair = (view.student.logp_N, view.behaviour_logp_N)
+    cut_N = None
+    if isinstance(objective, (SampledKL, Outcome)):
+        cap = objective.ratio_cap if isinstance(objective, SampledKL) else 1.0
+        cut_N = cut(*pair, objective.ratio, objective.clip, cap)
+    elif isinstance(objective, Divergence):
+        cut_N = cut(*pair, objective.ratio, ratio_cap=objective.ratio_cap)
+    if cut_N is not None:
+        columns.put(f"cut {name}", rows, cut_N)
 
 
 @torch.no_grad()
@@ -163,11 +182,12 @@ def _record(columns: Columns, rows: slice, student: FullSays, teachers: dict[str
         columns.put("kl", rows, student.kl(main) if isinstance(main, FullSays) else student.logp_N - main.logp_N)
 
 
-def _outcome(loss: Tensor, columns: Columns) -> Outcome:
+def _result(loss: Tensor, columns: Columns) -> Result:
     logp = {name.removeprefix("logp "): column_N for name, column_N in columns.items() if name.startswith("logp ")}
     sums = {
         which: [column_N.double().sum() for name, column_N in columns.items() if name.startswith(f"variance {which} ")]
         for which in ("with", "without")
     }
     variance = (torch.stack(sums["with"]).sum(), torch.stack(sums["without"]).sum()) if sums["with"] else None
-    return Outcome(loss, logp, columns.get("kl"), variance)
+    cuts = [column_N for name, column_N in columns.items() if name.startswith("cut ")]
+    return Result(loss, logp, columns.get("kl"), cuts, variance)

@@ -10,7 +10,8 @@ from reflux.objectives.base import Rows
 from reflux.objectives.baselines import kl_value, minimum_variance_value, topk_kl_value
 from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome
-from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL, advantage, score_cost, truncated_ratio
+from reflux.objectives.ratio import cut, score_cost, truncated_ratio
+from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL, advantage
 from reflux.objectives.says import FullSays, ListedSays, SampledSays
 from reflux.types import HiddenTarget, SampledTarget, TopKTarget, Wants
 
@@ -160,6 +161,24 @@ def test_a_group_value_is_subtracted_and_asked_for(baseline):
     assert SampledKL(baseline=baseline).wants == Wants(logp=True)
     assert SampledKL().wants == SampledKL(baseline="kl").wants == Wants()
     assert SampledKL(teacher="said").wants == Wants(said=1)
+
+
+def test_a_ratio_is_cut_beyond_its_cap_or_outside_its_range_and_nowhere_else():
+    behaviour = torch.zeros(5, dtype=torch.float64)
+    logp = torch.tensor([0.5, 0.79, 1.0, 1.31, 3.01], dtype=torch.float64).log().requires_grad_()
+    assert cut(logp, behaviour, "none") is None
+    assert cut(logp, behaviour, "truncated", ratio_cap=3.0).tolist() == [False, False, False, False, True]
+    assert cut(logp, behaviour, "clip", (0.2, 0.3)).tolist() == [True, True, False, True, True]
+
+
+def test_the_share_of_cut_ratios_is_a_metric(tiny_run):
+    on_policy = tiny_run("opd", steps=1, task={"kind": "outside:Chat"}).rows("metrics")[0]
+    assert on_policy["ratio_cut_share"] == 0
+    objective = {"kind": "sampled_kl", "ratio": "clip", "clip": [0.0, 0.0]}
+    tight = tiny_run("opd", steps=2, task={"kind": "outside:Chat"}, objectives=[objective])
+    assert tight.rows("metrics")[0]["ratio_cut_share"] > 0.2  # rounding alone moves most ratios off 1
+    free = tiny_run("opd", steps=1, task={"kind": "outside:Chat"}, objectives=[objective | {"ratio": "none"}])
+    assert "ratio_cut_share" not in free.rows("metrics")[0]
 
 
 def test_the_truncated_ratio_is_capped_and_detached():

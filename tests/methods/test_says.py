@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -85,6 +86,17 @@ def test_fused_needs_no_table_for_what_the_loop_asks() -> None:
         torch.testing.assert_close(
             student.kl(teacher), -kl_value(logits_NV.log_softmax(-1), others_NV.log_softmax(-1)), rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("kernels", [nullcontext, interpreted])
+def test_who_asks_first_without_a_graph_takes_it_from_nobody(kernels: Any) -> None:
+    with kernels():
+        logits_NV = torch.randn(3, 40, device=DEVICE).requires_grad_()
+        student = FullSays(logits_NV, torch.tensor([0, 7, 39], device=DEVICE))
+        with torch.no_grad():
+            student.logp_N, student.logp_NV, student.entropy()
+        gradients = [torch.autograd.grad(value.sum(), logits_NV)[0] for value in (student.logp_N, student.logp_NV.square())]
+        assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
 def test_the_interpreter_is_left_as_it_was_found() -> None:

@@ -116,19 +116,22 @@ class HFLearner:
 
     def _gradients(self, items: list[Item], objectives: Sequence[Objective]) -> Stats:
         """Accumulate the gradient of the whole batch; fill records with what the pass found out."""
-        total, kl, variance = Sum(0.0), Mean(), Mean()
+        total, kl, cut, variance = Sum(0.0), Mean(), Mean(), Mean()
         for part in micro_batches(items, self.cfg.micro_batch_tokens):
             batch = loss.MicroBatch(part, objectives, self.model.device)
             with self.autocast():
                 h_NH = self.hidden_rows(batch)
-                outcome = loss.backward(batch, h_NH, self.model.head, self.run.cfg.log_variance)
-            total = total + Sum(float(outcome.loss))
-            if outcome.kl_N is not None:
-                kl = kl + Mean.of(outcome.kl_N.double().cpu().numpy())
-            if outcome.variance:
-                variance = variance + Mean(*(float(part) for part in outcome.variance))
-            _fill_records(part, outcome)
+                result = loss.backward(batch, h_NH, self.model.head, self.run.cfg.log_variance)
+            total = total + Sum(float(result.loss))
+            if result.kl_N is not None:
+                kl = kl + Mean.of(result.kl_N.double().cpu().numpy())
+            cut = sum((Mean.of(rows_N.double().cpu().numpy()) for rows_N in result.cut), cut)
+            if result.variance:
+                variance = variance + Mean(*(float(part) for part in result.variance))
+            _fill_records(part, result)
         stats: Stats = {"loss": total, "kl_nats": kl}
+        if cut.count:
+            stats["ratio_cut_share"] = cut
         if self.run.cfg.log_variance:
             stats["gradient_variance_ratio"] = variance if variance.count else Mean(1.0, 1.0)
         return stats
@@ -167,9 +170,9 @@ class HFLearner:
         adapters.export(self.model, folder)
 
 
-def _fill_records(items: list[Item], outcome: loss.Outcome) -> None:
+def _fill_records(items: list[Item], result: loss.Result) -> None:
     """What the teacher and the student of now gave the sampled tokens goes onto the attempt."""
-    for name, column_N in outcome.logp.items():
+    for name, column_N in result.logp.items():
         logp_N = column_N.float().cpu().numpy()
         start = 0
         for item in items:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic.dataclasses import dataclass
 
 from reflux.objectives.base import Rows
-from reflux.objectives.sampled_kl import check_coef, check_ratio, truncated_ratio
+from reflux.objectives.ratio import check_ratio, truncated_ratio
+from reflux.objectives.sampled_kl import check_coef
 from reflux.parts import STRICT
 from reflux.types import HiddenTarget, Target, TopKTarget, Wants
 

@@ -7,6 +7,7 @@ everything else   see there                                             FullSays
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -52,7 +53,8 @@ class FullSays:
     @cached_property
     def logp_NV(self) -> Tensor:
         narrow = self.logits_NV.element_size() < 4
-        return (self.logits_NV.float() if narrow else self.logits_NV).log_softmax(-1)
+        with self._graph():
+            return (self.logits_NV.float() if narrow else self.logits_NV).log_softmax(-1)
 
     @cached_property
     def lse_N(self) -> Tensor:
@@ -62,9 +64,14 @@ class FullSays:
     @cached_property
     def logp_N(self) -> Tensor:
         """Of the sampled tokens, differentiable."""
-        if self.fused:
-            return fused.token_logp(self.logits_NV, self.ids_N, self.lse_N)
-        return TokenLogp.apply(self.logits_NV, self.logp_NV.detach(), self.ids_N)
+        with self._graph():
+            if self.fused:
+                return fused.token_logp(self.logits_NV, self.ids_N, self.lse_N)
+            return TokenLogp.apply(self.logits_NV, self.logp_NV.detach(), self.ids_N)
+
+    def _graph(self) -> AbstractContextManager[object]:
+        """What is made once for all has its graph, also where the first to ask for it wanted none."""
+        return torch.set_grad_enabled(self.logits_NV.requires_grad)
 
     def at(self, ids_NK: Tensor) -> Tensor:
         """Log-probs at given ids, different ones in a row; differentiable."""
