@@ -28,7 +28,7 @@ def main() -> dict[str, float]:
     student_NH = student.model(ids_BL).last_hidden_state[mask_BL]
     with torch.no_grad():
         teacher_NG = teacher.model(ids_BL).last_hidden_state[mask_BL]
-    heads = Head.of(student.lm_head.weight), Head.of(teacher.lm_head.weight)
+    heads = [Head.of_net(net, len(tokenizer)) for net in (student, teacher)]
     answer = linear_divergence(student_NH, heads[0], teacher_NG, heads[1], next_ids_N, coef_N, Divergence(divergence="reverse"))
     answer.loss.backward()
     ours = student.lm_head.weight.grad.clone()

@@ -230,12 +230,31 @@ def warnings(cfg: RunConfig) -> list[str]:
     return found
 
 
+def _unused(objective: Objective) -> Iterator[tuple[str, str]]:
+    """(field, why it does nothing here) of fields that were given a value."""
+    if isinstance(objective, Divergence):
+        listed, truncated = objective.support != "full", objective.ratio == "truncated"
+        idle = {"k": (listed, "support = 'full'"), "ratio_cap": (truncated, "ratio = 'none'")}
+    elif isinstance(objective, SampledKL):
+        by_baseline, by_ratio = f"baseline = '{objective.baseline}'", f"ratio = '{objective.ratio}'"
+        idle = {"baseline_k": (objective.baseline == "topk_kl", by_baseline), "ratio_cap": (objective.ratio == "truncated", by_ratio)}
+        idle["clip"] = (objective.ratio == "clip", by_ratio)
+    else:
+        return
+    plain = type(objective)()
+    for name, (at_work, beside) in idle.items():
+        if not at_work and getattr(objective, name) != getattr(plain, name):
+            yield name, beside
+
+
 def _seldom(cfg: RunConfig, where: str, objective: Objective) -> Iterator[str]:
     """What an objective of the menu does that its user may not expect."""
+    for name, beside in _unused(objective):
+        yield f"{where}.{name} does nothing beside {beside}."
     if objective.teacher == "said" and not cfg.max_lag:
         yield f"{where} listens to 'said' at max_lag = 0: the student as it acted is the student of now, so it teaches nothing."
     if isinstance(objective, SampledKL) and objective.baseline == "group_mean":
-        yield f'{where}: baseline = "group_mean" counts the attempt itself, which shrinks the gradient; "leave_one_out" does not.'
+        yield f'{where}: baseline = "group_mean" counts the attempt itself, which shrinks and turns the gradient; "leave_one_out" does not.'
     if isinstance(objective, Divergence) and objective.tail == "renormalised":
         yield f'{where}: tail = "renormalised" drops the mass outside the list, so the optimum moves; tail = "bucket" keeps it.'
     if isinstance(objective, Divergence) and objective.ratio != "none" and not cfg.max_lag:

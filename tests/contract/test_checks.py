@@ -139,6 +139,21 @@ def test_wants_join_and_the_largest_k_wins() -> None:
     assert joined == Wants(said=9, now_at_said=True, now_topk=3, logp=True, candidates=2, reward=True)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "changes", "field"),
+    [
+        ("full", {"objectives.0.k": 5}, "k does nothing beside support = 'full'"),
+        ("topk", {"objectives.0.ratio_cap": 2.0}, "ratio_cap does nothing beside ratio = 'none'"),
+        ("opd", {"objectives.0.baseline_k": 5}, "baseline_k does nothing beside baseline = 'none'"),
+        ("opd", {"objectives.0.ratio": "clip", "objectives.0.ratio_cap": 3.0}, "ratio_cap does nothing beside ratio = 'clip'"),
+        ("vopd", {"objectives.0.clip": [0.1, 0.1]}, "clip does nothing beside ratio = 'truncated'"),
+    ],
+)
+def test_a_field_that_does_nothing_is_named(recipe: str, changes: dict[str, Any], field: str) -> None:
+    (warning,) = checks.warnings(load_recipe(recipe, changes))
+    assert warning == f"objectives[0].{field}."
+
+
 def test_warnings_name_what_is_seldom_meant() -> None:
     unheard = load_recipe("full", {"teachers.other": {"kind": "local", "model": "m"}})
     assert "teachers.other is asked, but no objective listens to it" in checks.warnings(unheard)[0]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reflux.kernels.call import check_call
 from reflux.kernels.columns import Columns
 from reflux.kernels.head import Head
 from reflux.kernels.row_pass import row_pass
@@ -47,15 +48,20 @@ def linear_divergence(
 ) -> Answer:
     """sum_n coef_n cost_n of an objective (default: the exact reverse KL) over N positions, and what the same pass knows besides.
 
-    Heads are `Head.of(weight_VH)`, or a model's (`reflux.models.Model.head`). Both must speak of the same V tokens; the hidden sizes H and
-    G may differ. Gradients go to student_NH and the student's head, in the pass that makes the loss, so coefficients (weights, 1 / N)
-    belong in coef_N; a factor on `loss` afterwards is applied too. Rows of coefficient 0 give exactly zero gradient. backward works
-    once. behaviour_logp_N (default: the student's own of now) and shift_N (default 0) are for objectives that use them.
+    student_NH [N, H] and teacher_NG [N, G]: the last hidden states that predict a token, one row a position (`h[mask]`, prompts and padding
+    left out); the sizes H and G may differ. ids_N: the token sampled NEXT at each row, in 0..V-1, for sampled objectives and by-products.
+    Heads: `Head.of_net(model, len(tokenizer))` for a transformers model (its scaling and soft cap included), or
+    `Head.of(weight_VH)` for a matrix; both must speak of the same V tokens. coef_N: weights and 1 / N. behaviour_logp_N (default:
+    the student's own of now) and shift_N (default 0) are for objectives that use them. top_k: how many of the student's likeliest tokens
+    the answer lists.
 
-    Memory above inputs and gradients is bounded by `kernels.budget`, whatever N and V. ValueError where rows or vocabularies do not match.
+    Gradients go to student_NH and the student's head, in the types of both, and are made in the pass that makes the loss: backward works
+    once, and a factor on `loss` is applied too. A row of coefficient 0 gives exactly zero gradient. Group baselines want whole groups:
+    pass shift_N = -value with baseline "none" instead. Memory above inputs and gradients is bounded by `kernels.budget`, whatever N and V.
+    ValueError where shapes, ids or vocabularies do not match.
     """
-    lengths = {"student_NH": student_NH, "teacher_NG": teacher_NG, "ids_N": ids_N, "coef_N": coef_N}
-    _check(lengths | {"behaviour_logp_N": behaviour_logp_N, "shift_N": shift_N}, student_head, teacher_head)
+    by_row = {"ids_N": ids_N, "coef_N": coef_N, "behaviour_logp_N": behaviour_logp_N, "shift_N": shift_N}
+    check_call(student_NH, student_head, teacher_NG, teacher_head, by_row, objective, top_k)
     objective = Divergence() if objective is None else objective
     columns, top_k = Columns(len(ids_N)), min(top_k, student_head.vocabulary)
 
@@ -96,14 +102,3 @@ def _note(columns: Columns, rows: slice, cost_N: Tensor, student: FullSays, teac
     said |= {"entropy_N": student.entropy(), "top_ids_NK": ids_NK, "top_logp_NK": student.at(ids_NK)}
     for name, column in said.items():
         columns.put(name, rows, column)
-
-
-def _check(by_row: dict[str, Tensor | None], student_head: Head, teacher_head: Head) -> None:
-    lengths = {name: len(tensor) for name, tensor in by_row.items() if tensor is not None}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"all rows must belong to the same positions, but there are {lengths}")
-    if student_head.vocabulary != teacher_head.vocabulary:
-        raise ValueError(
-            f"the student's head speaks of {student_head.vocabulary} tokens and the teacher's of {teacher_head.vocabulary}. If both have "
-            f"one token map and only the padding differs, cut both weights to the tokenizer's size: Head.of(weight[:vocabulary])."
-        )

@@ -28,10 +28,10 @@ class Divergence:
     forward KL, 1 the reverse, as in GKD), the skew's alpha (0.1, DistiLLM), alpha's alpha (0.5); the others have none and refuse it.
 
     `support` full: over the whole vocabulary. student: the student's own `k` most likely tokens of the current forward (constants) plus
-    ONE bucket with all remaining mass, the same for both models. teacher: the same at the k most likely tokens of the teacher's list,
-    the teacher's tail being 1 minus its listed mass, at least `tail_floor`, where the list is all that is known. union: the k of either
-    model together, each token once, and one exact bucket; a stored list cannot answer at the student's ids, so it needs a local teacher.
-    All are never more than the full divergence and are biased inside the tail only; k >= V is the full one exactly.
+    ONE bucket with all remaining mass, the same for both models. teacher: the same at the teacher's k most likely tokens; where the teacher
+    gave nothing but a list, its tail is 1 minus the listed mass, at least `tail_floor` (idle with a local teacher). union: the k of either
+    model together, each token once (up to 2k), and one bucket; a list cannot answer at the student's ids, so this needs a local teacher.
+    With the bucket all three are never more than the full divergence and biased inside the tail only; k >= V is the full one exactly.
 
     `tail` renormalised: no bucket; each model's probabilities on the listed tokens are divided by their own sum, as the top-k losses of
     ms-swift, of NeMo-RL and of vOPD's code do. BIASED, and its optimum moves: the tail's mass is dropped, so a student that is right on the

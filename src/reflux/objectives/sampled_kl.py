@@ -30,10 +30,11 @@ class SampledKL:
     - `kl`: -KL(p || q), the reward's mean (vOPD, arXiv 2605.07865). `topk_kl`: the same over the student's `baseline_k` most likely tokens,
       each model renormalised there.
     - `minimum_variance`: the one value per prefix with the least variance of the logit gradient (see `minimum_variance_value`).
-    - `leave_one_out`: the mean of log q(a) - log behaviour(a) per chosen token over the group's OTHER attempts (RLOO, arXiv 2402.14740).
+    - `leave_one_out`: the mean of log q(a) - log behaviour(a) over all chosen tokens of the group's OTHER attempts (long ones weigh more);
+      0 where none was scored. In the manner of RLOO (arXiv 2402.14740), per token instead of per sequence.
     - `group_mean`: over all of the group's attempts, oneself included (as in GRPO, arXiv 2402.03300). BIASED: the own reward is in the
       value. One-token answers: the gradient is exactly (1 - 1/G) times the exact one, G attempts a group. Longer answers: the own token
-      counts less, but rewards of one's own later tokens leak in, so the direction moves as well (docs/methods.md has the measured bias).
+      counts less, but rewards of one's own later tokens leak in, so the direction moves as well (the table of measured biases has it).
 
     `kl`, `topk_kl` and `minimum_variance` need the teacher's whole distribution; the two group baselines need group_size >= 2 and the
     teacher's log-probs at scoring time, which a local teacher then computes once more.
@@ -90,7 +91,10 @@ class SampledKL:
             return 0.0
         if self.baseline in GROUP_BASELINES:
             if rows.group_value_N is None:
-                raise ValueError(f"baseline = '{self.baseline}' needs rows.group_value_N: `batch.plan` makes it from whole groups")
+                raise ValueError(
+                    f"baseline = '{self.baseline}' needs rows.group_value_N, which `batch.plan` makes from whole groups. "
+                    f"Outside the loop use baseline = 'none' with shift_N = -value."
+                )
             return rows.group_value_N
         from reflux.objectives.baselines import minimum_variance_value, topk_kl_value
         from reflux.objectives.says import FullSays
