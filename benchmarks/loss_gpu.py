@@ -236,18 +236,21 @@ def ratios(found: dict[str, list[dict[str, float]]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="1024,8192,32768")
-    parser.add_argument("--vocabularies", default="32000,151936")
+    parser.add_argument("--rows", default="1024,8192,32768", help="positions N, with commas between")
+    parser.add_argument("--vocabularies", default="32000,151936", help="tokens V, with commas between")
     parser.add_argument("--student", type=int, default=2048, help="hidden size")
     parser.add_argument("--teacher", type=int, default=4096, help="hidden size")
-    parser.add_argument("--beta", type=float, default=0.5)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--beta", type=float, default=0.5, help="of the JSD: 1 is the reverse KL, 0 the forward KL")
+    parser.add_argument("--rounds", type=int, default=5, help="processes of each side")
+    parser.add_argument("--repeats", type=int, default=7, help="timed calls of a process")
+    parser.add_argument("--sides", default=",".join(SIDES), help="some of them, with commas between")
     parser.add_argument("--peer-python", default=sys.executable, help="the interpreter of an environment with liger-kernel and trl")
     parser.add_argument("--tiny", action="store_true", help="on a CPU at toy size: checks this script, measures nothing")
     parser.add_argument("--measure", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    unknown = [name for name in args.sides.split(",") if name not in SIDES]
+    if unknown:
+        parser.error(f"--sides: there is no side {', '.join(map(repr, unknown))}. Sides: {', '.join(SIDES)}.")
     if args.tiny and not args.measure:
         args.rows, args.vocabularies, args.student, args.teacher = "5,40", "300", 16, 32
     sizes = [(int(rows), int(vocabulary)) for vocabulary in args.vocabularies.split(",") for rows in args.rows.split(",")]

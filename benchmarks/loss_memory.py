@@ -24,6 +24,15 @@ from pathlib import Path
 from typing import Any
 
 CASES = ("full", "plain_full", "plain_fast_full", "jsd", "topk", "sampled", "vopd", "vopd_topk", "plain_sampled")
+USUAL = "full,plain_full,plain_fast_full,sampled,plain_sampled,vopd,vopd_topk"
+HELP = {
+    "rows": "positions N",
+    "vocabulary": "tokens V",
+    "student": "hidden size",
+    "teacher": "hidden size",
+    "rounds": "processes of each case",
+    "threads": "of each process",
+}
 PAIRS = (("full", "plain_full"), ("full", "plain_fast_full"), ("sampled", "plain_sampled"), ("vopd", "sampled"), ("vopd_topk", "sampled"))
 
 
@@ -109,16 +118,19 @@ def child(case: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for key, default in (("rows", 4096), ("vocabulary", 151_936), ("student", 1024), ("teacher", 2048), ("rounds", 3), ("threads", 2)):
-        parser.add_argument(f"--{key}", type=int, default=default)
-    parser.add_argument("--cases", default="full,plain_full,plain_fast_full,sampled,plain_sampled,vopd,vopd_topk")
+        parser.add_argument(f"--{key}", type=int, default=default, help=f"{HELP[key]}; {default} where not given")
+    parser.add_argument("--cases", default=USUAL, help=f"some of {', '.join(CASES)}, with commas between; {USUAL} where not given")
     parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args.measure, args.rows, args.vocabulary, args.student, args.teacher, args.threads)))
         return
     cases = args.cases.split(",")
+    unknown = [case for case in cases if case not in CASES]
+    if unknown:
+        parser.error(f"--cases: there is no case {', '.join(map(repr, unknown))}. Cases: {', '.join(CASES)}.")
     found: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
     for turn in range(args.rounds):
         for case in cases[:: -1 if turn % 2 else 1]:

@@ -126,6 +126,10 @@ def recipes() -> Iterator[str]:
     yield "| recipe | what it is | method |\n|---|---|---|"
     for name in recipe_names():
         yield f"| [`{name}`](#{name}) | {_comment(RECIPES / f'{name}.toml')} | {method_of(load_recipe(name))} |"
+    yield "\n## Which objective\n"
+    yield NOTES["pages"]["choose"]
+    yield "| if | choose | because |\n|---|---|---|"
+    yield from (f"| {row['if']} | `{shown}` | {row['why']} |" for row in NOTES["choose"] for shown in [row["set"].replace("'", '"')])
     for name in recipe_names():
         path = RECIPES / f"{name}.toml"
         cited = ", ".join(f"[{paper.key}](https://arxiv.org/abs/{paper.arxiv})" for paper in papers(load_recipe(name)))

@@ -1,4 +1,7 @@
-"""A study: one recipe in several arms, each on the same seeds. The file's form is that of `Study`; studies/vopd.toml is an example."""
+"""A study: one recipe in several arms, each on the same seeds. The file's form is that of `Study`; studies/vopd.toml is an example.
+
+No command of its own: `python studies/run.py STUDY --out OUT` reads it.
+"""
 
 from __future__ import annotations
 

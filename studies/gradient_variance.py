@@ -5,6 +5,8 @@ made by the library's own learner (a step of size 0, never clipped). So arms see
 Reported per arm: the total variance mean |g|^2 - |mean g|^2 in its unbiased form, its ratio to the baseline arm's, the squared norm of the
 expected gradient, and the cosine of the expected gradient with the reference arm's, each with a jackknife interval over draws. Even the
 exact objective varies, for the prefixes it is evaluated at are sampled: its variance is the floor of the others'.
+
+No command of its own: `python studies/run.py STUDY --out OUT --variance` is the entry.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 K_MM[i, j] = g_i . h_j for draws i of one gradient and j of another (or the same). Draws i and j are independent for i != j, so the mean of
 the entries off the diagonal is an unbiased estimate of E[g] . E[h]; those on the diagonal carry the noise that both share.
+
+No command of its own: `python studies/run.py STUDY --out OUT --variance` is the entry.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Estimates with 95 % intervals: Student's t over seeds, the jackknife over draws."""
+"""Estimates with 95 % intervals: Student's t over seeds, the jackknife over draws.
+
+No command of its own: studies/run.py is the entry.
+"""
 
 from __future__ import annotations
 

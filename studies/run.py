@@ -28,10 +28,18 @@ from arms import Study, Variance, load_study
 from table import Measures, compare, markdown, measures, plain
 
 from reflux.config import RunConfig, differences, from_table, split_override, to_table, to_toml, unpack
-from reflux.errors import RefluxError, RunError
+from reflux.errors import ConfigError, RefluxError, RunError
 from reflux.files import write_text
 from reflux.summary import commit
 
+VARIANCE_HELP = (
+    "draw whole gradients instead of running the arms. It costs a batch of attempts and a gradient per arm for each draw and student, and "
+    "holds draws x arms gradients of the whole model in memory"
+)
+STUDENTS_HELP = (
+    "of --variance: `start`, or ARM@STEP, a checkpoint of that arm's run on the first seed, with commas between; instead of the study's. "
+    "Those of studies/vopd.toml need its arm `sampled` to have run into OUT; `start` needs no run"
+)
 RUN = "import sys, reflux; reflux.run(sys.argv[1], out=sys.argv[2], resume=len(sys.argv) > 3)"  # the command would write a report each time
 NOTE = (
     "95 % t-intervals over seeds; the held-out problems are the same in every run. Differences are paired by seed. Peak memory is the "
@@ -175,17 +183,22 @@ def shown_command(asked: argparse.Namespace) -> str:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--arms", default="", help="some of the study's arms, with commas between")
-    parser.add_argument("--seeds", default="", help="instead of the study's")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at once")
-    parser.add_argument("--threads", type=int, default=2, help="of each process")
-    parser.add_argument("--set", action="append", default=[], metavar="key.path=value", help="change the recipe of every arm")
-    parser.add_argument("--variance", action="store_true", help="draw whole gradients instead of running the arms")
-    parser.add_argument("--draws", type=int, default=0)
-    parser.add_argument("--students", default="", help="start, or ARM@STEP of a finished run")
-    return parser.parse_args(arguments)
+    parser.add_argument("study", type=Path, help="the study's file, such as studies/vopd.toml")
+    parser.add_argument("--out", type=Path, required=True, help="the folder of its runs and tables; made where it is not there")
+    parser.add_argument("--arms", default="", help="some of the study's arms, with commas between; else the study's default")
+    parser.add_argument("--seeds", default="", help="whole numbers with commas between, instead of the study's")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (1); seconds are worth reading at 1 alone")
+    parser.add_argument("--threads", type=int, default=2, help="of each run (2)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="key.path=value", help="change the recipe of every arm; may be repeated"
+    )
+    parser.add_argument("--variance", action="store_true", help=VARIANCE_HELP)
+    parser.add_argument("--draws", type=int, default=0, help="of --variance: batches at each student, 3 or more, instead of the study's")
+    parser.add_argument("--students", default="", help=STUDENTS_HELP)
+    asked = parser.parse_args(arguments)
+    if asked.jobs < 1:
+        parser.error("--jobs must be 1 or more")
+    return asked
 
 
 def run_study(arguments: Sequence[str] | None = None) -> None:
@@ -218,6 +231,9 @@ def named(text: str) -> tuple[str, ...]:
 
 
 def seeds_of(study: Study, asked: argparse.Namespace) -> tuple[int, ...]:
+    unknown = [seed for seed in named(asked.seeds) if not seed.strip().isdecimal()]
+    if unknown:
+        raise ConfigError(f"--seeds takes whole numbers with commas between, such as 0,1; got {', '.join(map(repr, unknown))}")
     return tuple(map(int, named(asked.seeds))) or study.seeds
 
 

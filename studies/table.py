@@ -1,4 +1,7 @@
-"""The table of a study: what the runs measured, per arm over its seeds, and against the baseline arm on the same seeds."""
+"""The table of a study: what the runs measured, per arm over its seeds, and against the baseline arm on the same seeds.
+
+No command of its own: `python studies/run.py STUDY --out OUT` writes it.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ import ast
 import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -92,6 +94,16 @@ def test_no_note_speaks_of_what_is_gone() -> None:
         assert name in known.get(path, ()), f"docs/notes.toml [fields] {key}: there is no such key"
 
 
+def test_what_the_notes_choose_is_an_objective_and_the_recipes_they_name_ship() -> None:
+    rows = tomllib.loads((ROOT / "docs" / "notes.toml").read_text())["choose"]
+    for row in rows:
+        table = tomllib.loads(f"x = {row['set']}")["x"]
+        assert from_table(resolve({"base": "toy", "objectives": [table]})).objectives
+        assert set(re.findall(r"[Rr]ecipe `(\w+)`", row["why"])) <= set(recipe_names())
+    chosen = {tomllib.loads(f"x = {row['set']}")["x"]["kind"] for row in rows}
+    assert chosen == set(parts.kinds("objectives")), "docs/notes.toml [[choose]] has a row for every objective"
+
+
 def test_every_recipe_begins_with_one_comment_that_says_what_it_is() -> None:
     for path in RECIPES.rglob("*.toml"):
         first, second = path.read_text().split("\n")[:2]
@@ -155,6 +167,19 @@ def check_python(words: list[str]) -> None:
     for word in words:
         if "/" in word and word.endswith(".py"):
             assert (ROOT / word).is_file(), f"no file {word}"
+
+
+@pytest.mark.parametrize(("script", "option"), [("loss_memory", "--cases"), ("loss_gpu", "--sides")])
+def test_a_benchmark_refuses_what_it_does_not_know_and_explains_itself(script: str, option: str) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py")]
+    refused = subprocess.run([*command, option, "trl,nonsense,full"], capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2
+    assert "'nonsense'" in refused.stderr
+    assert "reflux" in refused.stderr or "plain_full" in refused.stderr  # the choices
+    told = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=60)
+    first = ast.get_docstring(ast.parse(Path(command[1]).read_text()))
+    assert first is not None
+    assert first in told.stdout
 
 
 # --- code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,7 +15,8 @@ import pytest
 import tiny
 from reflux import checks
 from reflux.config import RECIPES, load_recipe, recipe_names
-from reflux.planning import plan
+from reflux.planning import plan, wanted
+from reflux.types import Wants
 
 WANTED = {"quickstart", "opd", "full", "topk", "gkd", "vopd", "prefix", "sft", "rl"}
 
@@ -39,6 +41,16 @@ def test_a_recipe_plans(student: str, teacher: str, recipe: str) -> None:
     assert found.sampled_tokens_at_most == 3 * found.attempts_per_step * 12 or recipe == "prefix"
     assert found.flops_at_most
     assert found.method
+
+
+def test_a_plan_says_in_words_what_is_computed_beyond_the_loss(student: str, teacher: str) -> None:
+    assert plan(tiny.config("opd", student, teacher)).wants == []
+    grouped = tiny.config("opd", student, teacher, objectives__0__baseline="leave_one_out", group_size=2)
+    assert plan(grouped).wants == ["the teacher's log-probs when attempts arrive (one more pass through its head)"]
+    everything = wanted(Wants(said=1, now_at_said=True, now_topk=7, logp=True, candidates=9, reward=True))
+    assert len(everything) == len(dataclasses.fields(Wants))
+    assert [number for number in "179" if any(f"top-{number} tokens" in line for line in everything)] == ["1", "7", "9"]
+    assert not any("{" in line or "True" in line for line in everything)
 
 
 @pytest.mark.parametrize("recipe", recipe_names())

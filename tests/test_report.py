@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -225,6 +226,24 @@ def test_numbers_that_are_not_finite_are_left_out_of_the_charts(tmp_path: Path):
     training = charts["progress-2"]["data"][0]
     assert (training["x"], training["y"]) == ([1, 4], [0.5, 0.2])
     assert "2 number(s) are not finite" in page.words
+
+
+def test_what_only_some_runs_report_has_a_chart_where_it_was_reported(tmp_path: Path):
+    folder = write_run(tmp_path / "r", steps=4)
+
+    def drawn(**columns: list[float | None]) -> dict[str, Any]:
+        rows = [metrics_row(step, 4) | {name: column[step - 1] for name, column in columns.items()} for step in range(1, 5)]
+        write_lines(folder / "metrics.jsonl", rows)
+        page = page_of(folder)
+        assert ("below 1 the baseline helps" in page.words) == ("gradient_variance_ratio" in columns)
+        charts = {attributes.get("id"): text for attributes, text in page.scripts}
+        return {name: json.loads(charts[name])["data"][0]["y"] for name in ("progress-4", "progress-5") if name in charts}
+
+    assert drawn() == drawn(ratio_outside_share=[0.0] * 4) == {}
+    assert drawn(gradient_variance_ratio=[0.9, None, 0.5, 0.7]) == {"progress-4": [0.9, 0.5, 0.7]}
+    assert drawn(ratio_outside_share=[0.0, 0.25, 0.0, 0.0]) == {"progress-4": [0.0, 0.25, 0.0, 0.0]}
+    both = drawn(gradient_variance_ratio=[1.0] * 4, ratio_outside_share=[0.5] * 4)
+    assert both == {"progress-4": [1.0] * 4, "progress-5": [0.5] * 4}
 
 
 def test_the_old_page_stays_where_the_new_one_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -120,6 +120,12 @@ def test_a_wrong_study_is_refused_in_words(tmp_path: Path, line: str, says: str)
         load_study(path)
 
 
+@pytest.mark.parametrize("seeds", ["a", "0,b", "1.5", "-1", "0,,1"])
+def test_seeds_that_are_no_whole_numbers_are_refused_in_words(small: Path, seeds: str) -> None:
+    with pytest.raises(ConfigError, match="--seeds takes whole numbers"):
+        runner.run_study([str(small), "--out", str(small.parent / "out"), f"--seeds={seeds}"])
+
+
 # --- the runner
 
 

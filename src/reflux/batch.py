@@ -30,7 +30,7 @@ class Item:
     rows_N: np.ndarray  # kept positions, rising
     shift_N: np.ndarray
     coef_KN: tuple[np.ndarray | None, ...]
-    value_K: tuple[float, ...] = ()
+    value_K: tuple[float, ...]
 
     @property
     def trained(self) -> int:
@@ -56,12 +56,12 @@ def present(attempt: Attempt, objective: Objective) -> bool:
     return target_of(attempt, objective.teacher) is not None
 
 
-def alone(counts_C: np.ndarray) -> np.ndarray:
+def one_rank(counts_C: np.ndarray) -> np.ndarray:
     """The counts of all ranks where there is one."""
     return counts_C
 
 
-def plan(groups: Iterable[Group], objectives: Sequence[Objective], normalise: Normalise, over_ranks: OverRanks = alone) -> list[Item]:
+def plan(groups: Iterable[Group], objectives: Sequence[Objective], normalise: Normalise, over_ranks: OverRanks = one_rank) -> list[Item]:
     """Items of all attempts with something to learn from, their coefficients coef * w_n * c_n and group values filled in.
 
     Where several ranks share a batch, whole groups each, `over_ranks` adds up an array of counts over them (an all-reduce; every rank calls
@@ -91,10 +91,10 @@ def _values(groups: list[Group], objective: Objective) -> dict[int, float]:
     """What a group baseline subtracts, by the attempt's id(): from whole groups, hence the same however the batch is cut afterwards."""
     if not isinstance(objective, SampledKL) or objective.baseline not in GROUP_BASELINES or objective.coef == 0:
         return {}
-    alone = objective.baseline == "leave_one_out"
+    others_only = objective.baseline == "leave_one_out"
     found = {}
     for group in groups:
-        values = group_values([_rewards(attempt, objective) for attempt in group], alone)
+        values = group_values([_rewards(attempt, objective) for attempt in group], others_only)
         found |= {id(attempt): value for attempt, value in zip(group, values, strict=True)}
     return found
 

@@ -251,7 +251,8 @@ def _seldom(cfg: RunConfig, where: str, objective: Objective) -> Iterator[str]:
     """What an objective of the menu does that its user may not expect."""
     for name, beside in _unused(objective):
         yield f"{where}.{name} does nothing beside {beside}."
-    if objective.teacher == "said" and not cfg.max_lag:
+    shifted = objective.takes_shift and any(rule.shifts for rule in cfg.credit.values())
+    if objective.teacher == "said" and not cfg.max_lag and not shifted:
         yield f"{where} listens to 'said' at max_lag = 0: the student as it acted is the student of now, so it teaches nothing."
     if isinstance(objective, SampledKL) and objective.baseline == "group_mean":
         yield f'{where}: baseline = "group_mean" counts the attempt itself, which shrinks and turns the gradient; "leave_one_out" does not.'

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from reflux.objectives.base import Objective, Rows
 from reflux.objectives.baselines import gradient_variance
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.outcome import Outcome
-from reflux.objectives.ratio import cut
+from reflux.objectives.ratio import outside
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.objectives.says import FullSays, ListedSays, SampledSays, Says
 from reflux.types import HiddenTarget, SampledTarget, TopKTarget
@@ -36,7 +36,7 @@ class Result:
     loss: Tensor
     logp: dict[str, Tensor]  # of the sampled tokens, by who gave them: "student" (of now), and each teacher by name
     kl_N: Tensor | None  # reverse KL to "main": exact where both are full, else -(log q - log p) sampled
-    cut: list[Tensor]  # for each objective with a bounded ratio: True at the rows beyond the bound
+    outside: list[Tensor]  # for each shipped objective with a bounded ratio: True at the rows beyond the bound
     variance: tuple[Tensor, Tensor] | None  # closed form of the sampled gradient's, with the baseline and without, where asked for
 
 
@@ -65,8 +65,14 @@ class MicroBatch:
         self.value_KN = [
             self._column(lambda item, k=k: np.full(len(item.rows_N), item.value_K[k], dtype=np.float32)) for k in range(len(objectives))
         ]
-        names = {*items[0].attempt.targets} | ({"said"} if items[0].rollout.said is not None else set())
-        self.teachers = {name: self._constants(name) for name in sorted(names)}
+        self.teachers = {name: self._constants(name) for name in sorted(self._heard())}
+
+    def _heard(self) -> set[str]:
+        """Whose targets are looked at: an objective's that has a word here, and those of "main", for the records."""
+        item = self.items[0]
+        known = {*item.attempt.targets} | ({"said"} if item.rollout.said is not None else set())
+        asked = {objective.teacher for objective, coef_N in zip(self.objectives, item.coef_KN, strict=True) if coef_N is not None}
+        return known & (asked | {"main"}) if self.objectives else set()
 
     def _inputs(self, pad_id: int) -> tuple[Tensor, Tensor]:
         """Right-padded ids [B, L] and the flat index of the state that predicts each kept position."""
@@ -101,14 +107,9 @@ class MicroBatch:
         shift_N = self.shift_N[rows] if k == self.taker else torch.zeros_like(self.shift_N[rows])
         return Rows(self.tokens_N[rows], student, teachers, self.behaviour_logp_N[rows], shift_N, self.value_KN[k][rows])
 
-    def constants(self, names: Iterable[str]) -> dict[str, Constant]:
-        """Those of these teachers that are known by hidden states, with their heads."""
-        return {
-            name: (tensors[0], target.head)
-            for name in names
-            for target, *tensors in [self.teachers[name]]
-            if isinstance(target, HiddenTarget)
-        }
+    def constants(self) -> dict[str, Constant]:
+        """The teachers that are known by hidden states, with their heads."""
+        return {name: (tensors[0], first.head) for name, (first, *tensors) in self.teachers.items() if isinstance(first, HiddenTarget)}
 
     def listed(self, name: str, rows: slice) -> Says:
         """What a teacher said at some rows, where that is all there is."""
@@ -121,15 +122,13 @@ class MicroBatch:
 
 def backward(batch: MicroBatch, h_NH: Tensor, head: Head, log_variance: bool = False) -> Result:
     """Costs of every objective at the rows h_NH, times their coefficients, driven backward."""
-    used = {objective.teacher for objective in batch.objectives if objective.teacher} | {"main"}
-    heard = [name for name in batch.teachers if name in used]
-    constants = batch.constants(heard)
+    constants = batch.constants()
     columns = Columns(len(h_NH))
 
     def row_loss(rows: slice, logits_NV: Tensor, tables: list[Tensor]) -> Tensor:
         full = dict(zip(constants, tables, strict=True))
         tokens_N = batch.tokens_N[rows]
-        teachers = {name: FullSays(full[name], tokens_N) if name in full else batch.listed(name, rows) for name in heard}
+        teachers = {name: FullSays(full[name], tokens_N) if name in full else batch.listed(name, rows) for name in batch.teachers}
         student = FullSays(logits_NV, tokens_N)
         loss = logits_NV.new_zeros((), dtype=torch.float32)
         for k, objective in enumerate(batch.objectives):
@@ -137,7 +136,7 @@ def backward(batch: MicroBatch, h_NH: Tensor, head: Head, log_variance: bool = F
             if coef_N is not None:
                 view = batch.view(k, rows, student, teachers)
                 loss = loss + (coef_N[rows] * objective(view)).sum()
-                _ratio_cut(columns, rows, f"{k}", objective, view)
+                _ratio_outside(columns, rows, f"{k}", objective, view)
                 if log_variance and isinstance(objective, SampledKL):
                     _variance(columns, rows, f"{k}", objective, view)
         _record(columns, rows, student, teachers)
@@ -158,17 +157,17 @@ def _variance(columns: Columns, rows: slice, name: str, objective: SampledKL, vi
 
 
 @torch.no_grad()
-def _ratio_cut(columns: Columns, rows: slice, name: str, objective: Objective, view: Rows) -> None:
-    """Where an importance ratio is beyond its bound, which biases the objective."""
+def _ratio_outside(columns: Columns, rows: slice, name: str, objective: Objective, view: Rows) -> None:
+    """Where an importance ratio is beyond its bound."""
     pair = (view.student.logp_N, view.behaviour_logp_N)
-    cut_N = None
+    outside_N = None
     if isinstance(objective, (SampledKL, Outcome)):
         cap = objective.ratio_cap if isinstance(objective, SampledKL) else 1.0
-        cut_N = cut(*pair, objective.ratio, objective.clip, cap)
+        outside_N = outside(*pair, objective.ratio, objective.clip, cap)
     elif isinstance(objective, Divergence):
-        cut_N = cut(*pair, objective.ratio, ratio_cap=objective.ratio_cap)
-    if cut_N is not None:
-        columns.put(f"cut {name}", rows, cut_N)
+        outside_N = outside(*pair, objective.ratio, ratio_cap=objective.ratio_cap)
+    if outside_N is not None:
+        columns.put(f"outside {name}", rows, outside_N)
 
 
 @torch.no_grad()
@@ -189,5 +188,5 @@ def _result(loss: Tensor, columns: Columns) -> Result:
         for which in ("with", "without")
     }
     variance = (torch.stack(sums["with"]).sum(), torch.stack(sums["without"]).sum()) if sums["with"] else None
-    cuts = [column_N for name, column_N in columns.items() if name.startswith("cut ")]
-    return Result(loss, logp, columns.get("kl"), cuts, variance)
+    outsiders = [column_N for name, column_N in columns.items() if name.startswith("outside ")]
+    return Result(loss, logp, columns.get("kl"), outsiders, variance)

@@ -16,9 +16,18 @@ from reflux.schedules import at
 from reflux.summary import method_of
 from reflux.tasks.mix import Mix
 from reflux.teachers.base import spoken_name
+from reflux.types import Wants
 
 _ADAM_BYTES = 16  # a float32 master weight, its gradient and two moments
 _FROZEN_BYTES = 4
+_WANTED = {  # each field of Wants in words; {} is its number
+    "said": "the student's own top-{} tokens where it acts",
+    "now_at_said": "the current student's log-probs at the tokens it listed when it acted (one more pass of the student)",
+    "now_topk": "the current student's top-{} tokens (one more pass of the student)",
+    "logp": "the teacher's log-probs when attempts arrive (one more pass through its head)",
+    "candidates": "the teacher's log-probs at the student's top-{} tokens",
+    "reward": "a reward for every attempt",
+}
 
 
 @dataclass(frozen=True)
@@ -70,9 +79,15 @@ def plan(cfg: RunConfig) -> Plan:
         memory_bytes=_memory(student, list(teachers.values()), full=getattr(cfg.learner, "lora", None) is None),
         sampled_tokens_at_most=tokens,
         flops_at_most=_flops(cfg, student, teachers, tokens),
-        wants=[f"{name} = {value}" for name, value in ((n, getattr(wants, n)) for n in wants.__slots__) if value],
+        wants=wanted(wants),
         warnings=checks.warnings(cfg),
     )
+
+
+def wanted(wants: Wants) -> list[str]:
+    """What is computed beyond the loss, in words."""
+    values = ((name, getattr(wants, name)) for name in wants.__slots__)
+    return [_WANTED[name].format(value) for name, value in values if value]
 
 
 def local_data(task: Any) -> bool:

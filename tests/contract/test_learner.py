@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from reflux.assets.tokenizer import character_tokenizer
-from reflux.errors import StepRefused
+from reflux.errors import ModelError, StepRefused
 from reflux.learners.hf import Lora
 from reflux.models import as_model
 from reflux.objectives.divergence import Divergence
@@ -170,6 +170,14 @@ def test_adapters_start_as_the_identity_and_from_the_runs_dice() -> None:
     one, other = (tiny.learner(tiny.net(1), lora=Lora(rank=2)) for _ in range(2))
     assert same(dict(one.weights), tiny.net(1).state_dict())
     assert same(one.state(), other.state())
+
+
+@pytest.mark.parametrize("targets", [("lm_head",), ("embed_tokens", "q_proj"), ("lm_head", "embed_tokens")])
+def test_an_adapter_on_a_matrix_shared_by_embeddings_and_head_is_refused(targets: tuple[str, ...]) -> None:
+    """Merged, it would reach both in the sampler and one in the learner: two different students."""
+    with pytest.raises(ModelError, match="shares one matrix"):
+        tiny.learner(tiny.net(1), lora=Lora(rank=2, targets=targets))
+    tiny.learner(tiny.net(1), lora=Lora(rank=2, targets=("q_proj",)))
 
 
 def test_adapters_learn() -> None:

@@ -6,6 +6,7 @@ targets, weights of 0 and siblings, so that counts per micro-batch, per objectiv
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.types import Attempt, Group
+from reflux.types import Attempt, Group, TopKTarget
 from tiny import attempt, close, gradients, rollout
 
 TOKENS = 102
@@ -41,6 +42,39 @@ def batch(teacher: Model) -> list[Group]:
     faded = [attempt(rollout(6, seed=1, prompt_tokens=11), teacher, weight=[1, 0, 0.25, 2, 0, 0], shift=[0, 1, 2, -1, 1, 3])]
     turns = [attempt(rollout(7, seed=2, prompt_tokens=2, mask=[1, 1, 0, 0, 1, 1, 1]), teacher), attempt(rollout(4, seed=2, sample=1))]
     return [whole, faded, turns]
+
+
+MENU: dict[str, list[Any]] = {  # the rest of the menu, for what needs no formula
+    "teacher_topk": [Divergence(support="teacher", k=5, divergence="forward")],
+    "union": [Divergence(support="union", k=5)],
+    "renormalised": [Divergence(support="union", k=5, tail="renormalised")],
+    "skew": [Divergence(divergence="skew_reverse"), Divergence(divergence="skew_forward", coef=0.5)],
+    "alpha": [Divergence(divergence="alpha", ratio="truncated")],
+    "tv": [Divergence(divergence="tv")],
+    "topk_kl": [SampledKL(baseline="topk_kl", baseline_k=5, ratio="clip")],
+    "minimum_variance": [SampledKL(baseline="minimum_variance", max_gap_nats=4.0)],
+    "group_mean": [SampledKL(baseline="group_mean")],
+    "leave_one_out": [SampledKL(baseline="leave_one_out")],
+}
+
+
+def crowd(teacher: Model, other: Model) -> list[Group]:
+    """Two teachers of different width, one heard on every second attempt, and the student's own list of when it acted."""
+    dice = np.random.default_rng(0)
+    groups = []
+    for g in range(3):
+        group = []
+        for s in range(2):
+            spoken = rollout(4 + 3 * g + s, seed=g, sample=s)
+            ids_TK = np.stack([dice.permutation(TOKENS)[:5] for _ in range(spoken.length)])
+            logp_TK = np.log(dice.dirichlet(np.ones(6), spoken.length)[:, :5]).astype(np.float32)
+            said = TopKTarget(teacher="said", ids_TK=ids_TK, logp_TK=logp_TK, logp_T=spoken.logp_T)
+            entry = attempt(dataclasses.replace(spoken, said=said), teacher)
+            if (g + s) % 2:
+                entry.targets["b"] = tiny.hidden(other, spoken, "b")
+            group.append(entry)
+        groups.append(group)
+    return groups
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +111,38 @@ def test_chunks_of_rows_change_nothing(nets: tuple[Any, Model], name: str, monke
     monkeypatch.setattr(row_pass, "chunk_rows", lambda vocabulary, device, tables: 3)
     monkeypatch.setattr(row_pass, "block_rows", lambda vocabulary, device: 2)
     close(whole, gradient(nets, SETS[name], groups, "kept", 1 << 20))
+
+
+@pytest.mark.parametrize("name", MENU)
+def test_no_split_changes_the_rest_of_the_menu(nets: tuple[Any, Model], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = batch(nets[1])
+    for entry in (entry for group in groups for entry in group):
+        for key, target in entry.targets.items():  # as a local teacher does where a group baseline asks for it
+            logp_T = target.head.logp_of(target.h_TH, torch.from_numpy(entry.rollout.tokens_T)).numpy()
+            entry.targets[key] = dataclasses.replace(target, logp_T=logp_T)
+    whole = gradient(nets, MENU[name], groups, "kept", 1 << 20)
+    close(whole, gradient(nets, MENU[name], groups, "kept", 1))
+    monkeypatch.setattr(row_pass, "chunk_rows", lambda vocabulary, device, tables: 3)
+    monkeypatch.setattr(row_pass, "block_rows", lambda vocabulary, device: 2)
+    close(whole, gradient(nets, MENU[name], groups, "kept", 20))
+
+
+def test_several_teachers_and_what_was_said_add_up(nets: tuple[Any, Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each objective hears its own teacher: together they give the sum of what each gives alone, in any split."""
+    other = as_model(tiny.net(3, width=24).double(), character_tokenizer())
+    objectives = [
+        Divergence(support="teacher", teacher="said", k=3, coef=0.5),
+        SampledKL(teacher="said", coef=2.0),
+        Divergence(teacher="b", divergence="jsd"),
+        SampledKL(baseline="kl"),
+        NLL(coef=0.0),
+    ]
+    whole = gradient(nets, objectives, crowd(nets[1], other), "kept", 1 << 20)
+    parts = [gradient(nets, [objective], crowd(nets[1], other), "kept", 1 << 20) for objective in objectives[:-1]]
+    close(whole, {name: sum((part[name] for part in parts), torch.zeros(())) for name in whole}, rtol=1e-6)
+    assert all(max(float(value.abs().max()) for value in part.values()) > 0 for part in parts)
+    monkeypatch.setattr(row_pass, "block_rows", lambda vocabulary, device: 2)
+    close(whole, gradient(nets, objectives, crowd(nets[1], other), "kept", 1))
 
 
 def test_the_loss_that_is_reported_is_the_sum_over_micro_batches(nets: tuple[Any, Model]) -> None:

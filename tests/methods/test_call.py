@@ -31,6 +31,7 @@ def test_the_good_call_is_good() -> None:
     ("changed", "message"),
     [
         ({"coef_N": torch.ones(N, 1)}, r"coef_N must be a tensor \[N\]"),
+        ({"coef_N": torch.ones(N, requires_grad=True)}, r"pass coef_N\.detach\(\)"),
         ({"coef_N": 1 / N}, "coef_N must be a tensor .* got float"),
         ({"shift_N": torch.ones(N, 1)}, "shift_N must be"),
         ({"behaviour_logp_N": torch.ones(1, N)}, "behaviour_logp_N must be"),

@@ -121,6 +121,15 @@ def test_a_model_that_does_something_else_under_a_known_name_fails_the_trial() -
     assert cpu_decoder(loaded) is None
 
 
+def test_a_trial_on_weights_of_zero_cannot_pass_for_another_activation() -> None:
+    """A fresh model may have zero projections, which hide what stands before them until the first weights are published."""
+    loaded = model("llama", hidden_act="gelu")
+    with torch.no_grad():
+        for layer in loaded.trunk.layers:
+            layer.mlp.down_proj.weight.zero_()
+    assert cpu_decoder(loaded) is None
+
+
 def test_published_weights_count_from_the_next_step() -> None:
     loaded, other = model("qwen2"), model("qwen2", seed=5)
     decoder = opened(loaded)

@@ -202,7 +202,7 @@ def test_logp_at_ids_is_cut_scaled_and_capped_in_any_chunk(monkeypatch: pytest.M
 def test_vocabularies_and_rows_that_do_not_match_are_refused() -> None:
     h_NH, weight_VH = torch.zeros(3, 4), torch.zeros(V, 4)
     ids_N, coef_N = torch.zeros(3, dtype=torch.int64), torch.ones(3)
-    with pytest.raises(ValueError, match=r"speaks of 40 tokens and the teacher's of 39.*cut both weights"):
+    with pytest.raises(ValueError, match=r"speaks of 40 tokens and the teacher's of 39.*cut both to the tokenizer"):
         linear_divergence(h_NH, Head.of(weight_VH), h_NH, Head.of(weight_VH[1:]), ids_N, coef_N)
     with pytest.raises(ValueError, match=r"all rows must belong to the same positions.*'coef_N': 2"):
         linear_divergence(h_NH, Head.of(weight_VH), h_NH, Head.of(weight_VH), ids_N, coef_N[:2])

@@ -1,19 +1,23 @@
 """The sampled objectives at one position: ratio forms, dropped outliers, shifts, refusals."""
 
+import asyncio
 import math
 
 import numpy as np
 import pytest
 import torch
 
+import tiny
+from reflux.assets.tokenizer import character_tokenizer
+from reflux.models import as_model
 from reflux.objectives.base import Rows
 from reflux.objectives.baselines import kl_value, minimum_variance_value, topk_kl_value
 from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome
-from reflux.objectives.ratio import cut, score_cost, truncated_ratio
+from reflux.objectives.ratio import outside, score_cost, truncated_ratio
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL, advantage
 from reflux.objectives.says import FullSays, ListedSays, SampledSays
-from reflux.types import HiddenTarget, SampledTarget, TopKTarget, Wants
+from reflux.types import HiddenTarget, Moment, SampledTarget, TopKTarget, Wants
 
 N, V = 6, 5
 
@@ -163,22 +167,29 @@ def test_a_group_value_is_subtracted_and_asked_for(baseline):
     assert SampledKL(teacher="said").wants == Wants(said=1)
 
 
-def test_a_ratio_is_cut_beyond_its_cap_or_outside_its_range_and_nowhere_else():
+def test_a_ratio_is_outside_beyond_its_cap_or_its_range_and_nowhere_else():
     behaviour = torch.zeros(5, dtype=torch.float64)
     logp = torch.tensor([0.5, 0.79, 1.0, 1.31, 3.01], dtype=torch.float64).log().requires_grad_()
-    assert cut(logp, behaviour, "none") is None
-    assert cut(logp, behaviour, "truncated", ratio_cap=3.0).tolist() == [False, False, False, False, True]
-    assert cut(logp, behaviour, "clip", (0.2, 0.3)).tolist() == [True, True, False, True, True]
+    assert outside(logp, behaviour, "none") is None
+    assert outside(logp, behaviour, "truncated", ratio_cap=3.0).tolist() == [False, False, False, False, True]
+    assert outside(logp, behaviour, "clip", (0.2, 0.3)).tolist() == [True, True, False, True, True]
 
 
-def test_the_share_of_cut_ratios_is_a_metric(tiny_run):
+def test_the_share_of_ratios_outside_their_bound_is_a_metric(tiny_run):
     on_policy = tiny_run("opd", steps=1, task={"kind": "outside:Chat"}).rows("metrics")[0]
-    assert on_policy["ratio_cut_share"] == 0
-    objective = {"kind": "sampled_kl", "ratio": "clip", "clip": [0.0, 0.0]}
-    tight = tiny_run("opd", steps=2, task={"kind": "outside:Chat"}, objectives=[objective])
-    assert tight.rows("metrics")[0]["ratio_cut_share"] > 0.2  # rounding alone moves most ratios off 1
-    free = tiny_run("opd", steps=1, task={"kind": "outside:Chat"}, objectives=[objective | {"ratio": "none"}])
-    assert "ratio_cut_share" not in free.rows("metrics")[0]
+    assert on_policy["ratio_outside_share"] == 0
+    free = tiny_run("opd", steps=1, task={"kind": "outside:Chat"}, objectives=[{"kind": "sampled_kl", "ratio": "none"}])
+    assert "ratio_outside_share" not in free.rows("metrics")[0]
+
+
+def test_the_share_counts_the_rows_beyond_the_cap():
+    teacher = as_model(tiny.net(2), character_tokenizer())
+    attempts = [tiny.attempt(tiny.rollout(n, seed=n), teacher) for n in (9, 4)]  # behaviour log-probs made up, far from the student's
+    stats = asyncio.run(tiny.learner(tiny.net(1)).step([attempts], [SampledKL(ratio_cap=1.5)], Moment(0, 0)))
+    log_ratio = np.concatenate([entry.notes["logp"]["student"] - entry.rollout.logp_T for entry in attempts])
+    expected = float((log_ratio > np.log(1.5)).mean())
+    assert 0 < expected < 1
+    assert stats["ratio_outside_share"].value == pytest.approx(expected)
 
 
 def test_the_truncated_ratio_is_capped_and_detached():

@@ -15,6 +15,7 @@ from reflux.errors import ConfigError, RunError
 from reflux.planning import Size, plan
 
 console = Console()
+_MORE = "  What each computes: docs/methods.md. Its settings: docs/configuration.md. Which to choose: docs/recipes.md."
 
 
 def show_plan(recipe: str, overrides: list[str]) -> None:
@@ -31,7 +32,7 @@ def show_plan(recipe: str, overrides: list[str]) -> None:
             "compute",
             f"at most {found.flops_at_most:.3g} FLOP, prompts not counted" if found.flops_at_most else "unknown until the models are here",
         ),
-        ("also computed", ", ".join(found.wants) or "nothing beyond the loss"),
+        ("also computed", "; ".join(found.wants) or "nothing beyond the loss"),
     ]
     for name, text in rows:
         table.add_row(name, text)
@@ -64,6 +65,8 @@ def list_parts(group: str) -> None:
         console.print(name if lines else f"{name}: none yet", style="bold")
         for kind, line in lines.items():
             console.print(f"  {kind:18} {line}", markup=False, highlight=False, soft_wrap=True)
+        if name == "objectives":
+            console.print(_MORE, style="dim", soft_wrap=True)
 
 
 def recipe_lines() -> dict[str, str]:

@@ -31,6 +31,8 @@ def check_call(
     for name, column in by_row.items():
         if column is not None and (not isinstance(column, Tensor) or column.ndim != 1):
             raise ValueError(f"{name} must be a tensor [N], one number a row; got {_shape(column)}")
+        if column is not None and column.requires_grad:
+            raise ValueError(f"{name} is a constant of this loss and gets no gradient, but it requires one: pass {name}.detach()")
     lengths = {"student_NH": len(student_NH), "teacher_NG": len(teacher_NG)}
     lengths |= {name: len(column) for name, column in by_row.items() if column is not None}
     if len(set(lengths.values())) > 1:

@@ -135,7 +135,7 @@ def _known(trunk: Any) -> bool:
     plain = all(type(m) is nn.Linear for m in trunk.modules() if isinstance(m, nn.Linear))
     ready = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in trunk.parameters())
     rope = (config.rope_parameters or {}).get("rope_type", "default")
-    return plain and ready and rope in _STEADY_ROPE
+    return plain and ready and config.hidden_act == "silu" and rope in _STEADY_ROPE
 
 
 @torch.inference_mode()

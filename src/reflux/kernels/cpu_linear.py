@@ -22,7 +22,11 @@ def speed_up(net: nn.Module) -> None:
     """Route every plain float32 nn.Linear of a CPU model through oneDNN. Elsewhere nothing changes."""
     for module in net.modules():
         if type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
-            module.forward = partial(linear, weight=module.weight, bias=module.bias)
+            module.forward = partial(_forward, module)
+
+
+def _forward(module: nn.Linear, input: Tensor) -> Tensor:
+    return linear(input, module.weight, module.bias)  # read at each call: a parameter may be replaced
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

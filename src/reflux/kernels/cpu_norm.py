@@ -32,7 +32,7 @@ def fuse_norms(net: Any) -> None:
         if kind not in verdicts:
             verdicts[kind] = _on_trial(module)
         if verdicts[kind]:
-            module.forward = partial(rms_norm, weight=module.weight, eps=module.variance_epsilon)
+            module.forward = partial(_forward, module)
 
 
 @torch.no_grad()
@@ -42,6 +42,10 @@ def _on_trial(module: Any) -> bool:
     copy.weight.normal_(generator=dice)
     x = torch.randn(2, 3, *copy.weight.shape, generator=dice)
     return torch.allclose(copy(x), rms_norm(x, copy.weight, copy.variance_epsilon), rtol=_CLOSE, atol=_CLOSE)
+
+
+def _forward(module: Any, hidden_states: Tensor) -> Tensor:
+    return rms_norm(hidden_states, module.weight, module.variance_epsilon)  # read at each call: a parameter may be replaced
 
 
 def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:

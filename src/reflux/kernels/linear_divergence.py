@@ -64,16 +64,16 @@ def linear_divergence(
     check_call(student_NH, student_head, teacher_NG, teacher_head, by_row, objective, top_k)
     objective = Divergence() if objective is None else objective
     columns, top_k = Columns(len(ids_N)), min(top_k, student_head.vocabulary)
+    pushed_N = torch.zeros_like(coef_N) if shift_N is None else shift_N
 
     def row_loss(rows: slice, logits_NV: Tensor, constants: list[Tensor]) -> Tensor:
         student, teacher = FullSays(logits_NV, ids_N[rows]), FullSays(constants[0], ids_N[rows])
         behaviour_N = student.logp_N.detach() if behaviour_logp_N is None else behaviour_logp_N[rows]
-        view = Rows(ids_N[rows], student, {objective.teacher or "main": teacher}, behaviour_N, shift_n[rows])
+        view = Rows(ids_N[rows], student, {objective.teacher or "main": teacher}, behaviour_N, pushed_N[rows])
         cost_N = _loud(objective, view, coef_N[rows])
         _note(columns, rows, cost_N, student, teacher, top_k)
         return (coef_N[rows] * cost_N).sum()
 
-    shift_n = torch.zeros_like(coef_N) if shift_N is None else shift_N
     loss = row_pass(student_NH, student_head, [(teacher_NG.detach(), teacher_head)], row_loss)
     if not len(ids_N):
         none_N, none_NK = loss.new_zeros(0), loss.new_zeros(0, top_k)

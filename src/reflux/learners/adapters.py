@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from reflux.errors import ModelError
 from reflux.models import Model
 
 if TYPE_CHECKING:
@@ -26,6 +27,19 @@ def attach(model: Model, lora: Lora, seed: int) -> None:
         torch.manual_seed(seed % (1 << 63))
         settings = LoraConfig(r=lora.rank, lora_alpha=int(lora.alpha), target_modules=targets, task_type="CAUSAL_LM")
         inject_adapter_in_model(settings, model.net)
+    _refuse_tied(model.net)
+
+
+def _refuse_tied(net: Any) -> None:
+    """A merged adapter on one of two modules that share a matrix would reach both in the sampler, and one in the learner."""
+    inputs, outputs = net.get_input_embeddings(), net.get_output_embeddings()
+    base = [getattr(module, "base_layer", module) for module in (inputs, outputs)]
+    adapted = [name for name, module in (("the input embeddings", inputs), ("the output head", outputs)) if module in _layers(net).values()]
+    if adapted and base[0].weight is base[1].weight:
+        raise ModelError(
+            f"learner.lora.targets puts an adapter on {' and '.join(adapted)}, but this model shares one matrix between its input "
+            f'embeddings and its output head: they would come apart. Leave both out (targets = "all-linear" does), or train without lora.'
+        )
 
 
 def _layers(net: Any) -> dict[str, Any]:

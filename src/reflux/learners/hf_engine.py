@@ -116,7 +116,7 @@ class HFLearner:
 
     def _gradients(self, items: list[Item], objectives: Sequence[Objective]) -> Stats:
         """Accumulate the gradient of the whole batch; fill records with what the pass found out."""
-        total, kl, cut, variance = Sum(0.0), Mean(), Mean(), Mean()
+        total, kl, outside, variance = Sum(0.0), Mean(), Mean(), Mean()
         for part in micro_batches(items, self.cfg.micro_batch_tokens):
             batch = loss.MicroBatch(part, objectives, self.model.device)
             with self.autocast():
@@ -125,13 +125,13 @@ class HFLearner:
             total = total + Sum(float(result.loss))
             if result.kl_N is not None:
                 kl = kl + Mean.of(result.kl_N.double().cpu().numpy())
-            cut = sum((Mean.of(rows_N.double().cpu().numpy()) for rows_N in result.cut), cut)
+            outside = sum((Mean.of(rows_N.double().cpu().numpy()) for rows_N in result.outside), outside)
             if result.variance:
                 variance = variance + Mean(*(float(part) for part in result.variance))
             _fill_records(part, result)
         stats: Stats = {"loss": total, "kl_nats": kl}
-        if cut.count:
-            stats["ratio_cut_share"] = cut
+        if outside.count:
+            stats["ratio_outside_share"] = outside
         if self.run.cfg.log_variance:
             stats["gradient_variance_ratio"] = variance if variance.count else Mean(1.0, 1.0)
         return stats

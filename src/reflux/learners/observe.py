@@ -52,7 +52,7 @@ def _whole(attempt: Attempt) -> Item:
     """All positions of an attempt, whatever they weigh."""
     rollout = attempt.rollout
     assert isinstance(rollout, TokenRollout)
-    return Item(attempt, rollout, np.arange(rollout.length), np.zeros(rollout.length, dtype=np.float32), ())
+    return Item(attempt, rollout, np.arange(rollout.length), np.zeros(rollout.length, dtype=np.float32), (), ())
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ class Rows:
     teachers: dict[str, Says]  # by teacher name; "said" is the student as it acted
     behaviour_logp_N: Tensor  # recorded when sampled
     shift_N: Tensor
-    group_value_N: Tensor | None = None  # the group's mean reward, for a baseline that asks for it; made by batch.py before any split
+    group_value_N: Tensor | None = None  # what a group baseline subtracts; made by batch.py before any split
 
 
 class Objective(Protocol):

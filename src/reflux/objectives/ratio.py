@@ -34,10 +34,14 @@ def truncated_ratio(logp_N: Tensor, behaviour_logp_N: Tensor, ratio_cap: float) 
     return (logp_N - behaviour_logp_N).detach().exp().clamp(max=ratio_cap)
 
 
-def cut(
+def outside(
     logp_N: Tensor, behaviour_logp_N: Tensor, ratio: Ratio, clip: tuple[float, float] = (0.2, 0.2), ratio_cap: float = 5.0
 ) -> Tensor | None:
-    """True where the ratio lies beyond its cap, or outside the clip's range: there the estimator is biased. None where it has no bound."""
+    """True where the ratio lies beyond its cap, or outside the clip's range; None where it has no bound.
+
+    Beyond the cap every token is held back, and the estimator biased. Outside the range a token is, where the advantage would push it
+    further away (PPO's bound is one-sided).
+    """
     if ratio == "none":
         return None
     log_ratio_N = (logp_N - behaviour_logp_N).detach()

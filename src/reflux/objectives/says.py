@@ -49,6 +49,7 @@ class FullSays:
         self.logits_NV = logits_NV
         self.ids_N = ids_N
         self.fused = fused.usable(logits_NV)
+        self._kl: dict[int, tuple[FullSays, Tensor]] = {}  # by the other's id; with the other, so that no id is given twice
 
     @cached_property
     def logp_NV(self) -> Tensor:
@@ -92,7 +93,12 @@ class FullSays:
 
     @torch.no_grad()
     def kl(self, teacher: FullSays) -> Tensor:
-        """KL(this || teacher), nats [N], >= 0, detached."""
+        """KL(this || teacher), nats [N], >= 0, detached; made once for a baseline, its variance and the records."""
+        if id(teacher) not in self._kl:
+            self._kl[id(teacher)] = (teacher, self._make_kl(teacher))
+        return self._kl[id(teacher)][1]
+
+    def _make_kl(self, teacher: FullSays) -> Tensor:
         if self.fused:
             kl_N, _ = fused.summary(self.logits_NV, teacher.logits_NV, self.lse_N, teacher.lse_N)
             assert kl_N is not None

@@ -8,6 +8,16 @@ from dataclasses import dataclass, field
 from reflux.reports.reading import Row, number, table, whole
 
 ROLES = ("sample", "reward", "teach", "learn")
+_NUMBERS = (
+    "kl_nats",
+    "lag_mean",
+    "lag_max",
+    "tokens_sampled",
+    "tokens_trained",
+    "peak_memory_bytes",
+    "gradient_variance_ratio",
+    "ratio_outside_share",
+)
 Column = list[float | None]
 
 
@@ -22,6 +32,8 @@ class Metrics:
     tokens_sampled: Column = field(default_factory=list)
     tokens_trained: Column = field(default_factory=list)
     peak_memory_bytes: Column = field(default_factory=list)
+    gradient_variance_ratio: Column = field(default_factory=list)  # None throughout without log_variance
+    ratio_outside_share: Column = field(default_factory=list)  # None throughout where no ratio has a bound
     seconds: dict[str, Column] = field(default_factory=lambda: {role: [] for role in (*ROLES, "total")})
     flops: dict[str, Column] = field(default_factory=lambda: {role: [] for role in ROLES})
 
@@ -38,7 +50,7 @@ def read_metrics(lines: Iterable[Row]) -> Metrics:
         if step is None:
             continue
         metrics.step.append(step)
-        for name in ("kl_nats", "lag_mean", "lag_max", "tokens_sampled", "tokens_trained", "peak_memory_bytes"):
+        for name in _NUMBERS:
             getattr(metrics, name).append(number(row.get(name)))
         for name, columns in (("seconds", metrics.seconds), ("flops", metrics.flops)):
             for role, column in columns.items():

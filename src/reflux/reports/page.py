@@ -22,6 +22,7 @@ from reflux.reports.examples import read_pairs
 from reflux.reports.metrics import read_metrics
 from reflux.reports.overview import overview
 from reflux.reports.reading import json_table, rows, toml_table
+from reflux.reports.steps import outside_chart, variance_chart
 from reflux.reports.text import visible
 from reflux.reports.tokens import open_tokenizer
 from reflux.reports.views import legend, view
@@ -58,6 +59,7 @@ def _page(run_dir: Path) -> dict[str, Any]:
             accuracy_chart(moments, head.scores[-1][1]),
             kl_chart(metrics, moments),
             position_chart(moments),
+            *(chart for chart in (variance_chart(metrics), outside_chart(metrics)) if chart is not None),
         ],
         "costs": [seconds_chart(metrics), flops_chart(metrics), tokens_chart(metrics)],
         "roles": roles_table(metrics),
