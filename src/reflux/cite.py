@@ -68,6 +68,8 @@ PAPERS = (
     Paper("distillm", "DistiLLM: Towards Streamlined Distillation for Large Language Models", "2402.03898", 2024,
           "Ko, Jongwoo and Kim, Sungnyun and Chen, Tianyi and Yun, Se-Young",
           lambda cfg: _divergence(cfg, "skew_reverse", "skew_forward")),
+    Paper("fdistill", "f-Divergence Minimization for Sequence-Level Knowledge Distillation", "2307.15190", 2023,
+          "Wen, Yuqiao and Li, Zichao and Du, Wenyu and Mou, Lili", lambda cfg: _divergence(cfg, "tv")),
     Paper("grpo", "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models", "2402.03300", 2024,
           "Shao, Zhihong and others", lambda cfg: _credit(cfg, "outcome") or _baseline(cfg, "group_mean")),
     Paper("ppo", "Proximal Policy Optimization Algorithms", "1707.06347", 2017,

@@ -25,7 +25,8 @@ class Divergence:
     """divergence(student, teacher) at each position: no sampling noise in the gradient, nats (`tv`: in [0, 1]), 0 at home.
 
     `divergence` names a function of `reflux.objectives.divergences`. `beta` is its mixing weight: jsd's beta (default 0.5; 0 is the
-    forward KL, 1 the reverse, as in GKD), the skew's alpha (0.1, DistiLLM), alpha's alpha (0.5); the others have none and refuse it.
+    forward KL, 1 the reverse, as in GKD, arXiv 2306.13649), the skew's alpha (0.1, DistiLLM, arXiv 2402.03898), alpha's alpha (0.5, Amari's
+    family); the others have none and refuse it. `tv` as a loss: arXiv 2307.15190.
 
     `support` full: over the whole vocabulary. student: the student's own `k` most likely tokens of the current forward (constants) plus
     ONE bucket with all remaining mass, the same for both models. teacher: the same at the teacher's k most likely tokens; where the teacher

@@ -40,8 +40,8 @@ class SampledKL:
     teacher's log-probs at scoring time, which a local teacher then computes once more.
 
     Positions where student and teacher differ by `max_gap_nats` or more on the sampled token cost exactly 0, after the shift, and stay in
-    the denominator (Uni-OPD drops them at 10). BIASED: what is dropped is where the two differ most; at a small bound the rest can point
-    the other way. Elsewhere a teacher that never says the token gives an infinite cost.
+    the denominator (Uni-OPD, arXiv 2605.03677, drops them at 10). BIASED: what is dropped is where the two differ most; at a small bound
+    the rest can point the other way. Elsewhere a teacher that never says the token gives an infinite cost.
 
     The cost is no divergence: only its gradient means something. Student = teacher: A = shift.
     """
