@@ -110,9 +110,9 @@ def learning_rate(step, steps, peak, warmup):
     return min(1.0, (step + 1) / (warmup + 1)) * peak * 0.5 * (1 + math.cos(math.pi * along))
 
 
-def distil(student, teacher, tokenizer, prompts, *, steps, per_step, lr, warmup, max_tokens, seed, report=print):
+def distil(student, teacher, tokenizer, prompts, *, steps, per_step, lr, warmup, max_tokens, seed, eps=1e-8, report=print):
     """Train `student` in place on consecutive slices of `prompts` (again from the start when used up). -> the loss of every step."""
-    optimiser = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimiser = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
     losses = []
     for step in range(steps):
         asked = [prompts[(step * per_step + row) % len(prompts)] for row in range(per_step)]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from reflux.kernels.head import Head
 
 ASSETS = Path(__file__).parent / "assets"
-HEAD_SHARE = 2e-3  # of the largest logit: rounding in float32
+HEAD_SHARE = 1e-3  # of the largest logit: rounding in float32
 SHIPPED = "reflux:"  # "reflux:student" is the embedded model of that name
 
 
