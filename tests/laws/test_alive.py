@@ -134,7 +134,7 @@ def test_truncated_ratio_corrects_lag_exactly_when_nothing_is_capped(baseline) -
             expected, exact = expected_and_exact(world, uncorrected, "lagged")
             with pytest.raises(AssertionError, match="unbiased"):
                 assert_alive(expected, exact, unbiased=True)
-            assert compare(expected, exact)[0] > 0.3
+            assert compare(expected, exact)[0] > (0.8 if ratio == "none" or seed == 0 else 0.3)  # a clip bites harder in some worlds
 
 
 @pytest.mark.parametrize("shape", GROUP_WORLDS)
