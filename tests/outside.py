@@ -41,6 +41,13 @@ class Chat:
     word: str = "go on"
     weight: float = 1.0
     route: str | None = None
+    tells_routes: bool = True
+
+    @property
+    def routes(self) -> frozenset[str | None] | None:
+        if not self.tells_routes:
+            return None
+        return frozenset([self.route] if self.route else ["even", "odd"])
 
     def prompts(self, split: str, seed: int, start: int = 0) -> Iterator[Prompt]:
         position = start

@@ -64,7 +64,7 @@ def task(tmp_path: Path, n: int = 8, **fields: Any) -> Jsonl:
 def ask(accuracy: Accuracy, task: Any, graders: Graders, sampler: Scripted, **fields: Any) -> dict[str, Any]:
     cfg = SimpleNamespace(steps=10, sampler=SimpleNamespace(max_tokens=Linear(4, stop=24, increment=5), stop=("\n\n",)))
     run: Any = SimpleNamespace(task=task, seed=1, step=5, cfg=cfg, graders=graders, **fields)
-    return asyncio.run(accuracy(run, sampler, None))  # pyright: ignore[reportArgumentType]
+    return asyncio.run(accuracy.measure(run, sampler))  # pyright: ignore[reportArgumentType]
 
 
 def test_greedy_accuracy_with_its_interval_lengths_and_routes(tmp_path: Path, graders: Graders) -> None:

@@ -25,6 +25,10 @@ class Backwards:
         if self.letters < 3 or self.held_out < 1:
             raise ValueError("needs letters >= 3, so that there are words enough, and held_out >= 1")
 
+    @property
+    def routes(self) -> frozenset[str | None]:
+        return frozenset([None])  # any teacher may answer
+
     def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
         """Prompt number p depends on (split, seed, p) alone; "train" never ends."""
         position = start

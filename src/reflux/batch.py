@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from reflux.credit.log_ratio import log_ratio_T
 from reflux.objectives.base import Objective
 from reflux.objectives.group_values import group_values
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL
-from reflux.types import Attempt, Group, HiddenTarget, Target, TokenRollout, TopKTarget, VelocityTarget
+from reflux.types import Attempt, Group, HiddenTarget, TokenRollout, TopKTarget
 
 Normalise = str  # "kept" | "chosen" | "rollout_means"
 OverRanks = Callable[[np.ndarray], np.ndarray]
@@ -42,18 +43,13 @@ class Item:
         return len(self.rollout.prompt_tokens) + self.trained - 1
 
 
-def target_of(attempt: Attempt, teacher: str) -> Target | None:
-    """What `teacher` said about this attempt; "said" is the student as it acted."""
-    return attempt.rollout.said if teacher == "said" else attempt.targets.get(teacher)
-
-
 def present(attempt: Attempt, objective: Objective) -> bool:
     """Has this objective a word on this attempt: its teacher's target, or, where it lives on shifts alone, a shift that is not 0?"""
     if objective.coef == 0:
         return False  # 0 times an infinite cost is no number
     if objective.teacher is None:
         return not objective.takes_shift or bool(attempt.shift_T.any())
-    return target_of(attempt, objective.teacher) is not None
+    return attempt.target(objective.teacher) is not None
 
 
 def one_rank(counts_C: np.ndarray) -> np.ndarray:
@@ -94,24 +90,15 @@ def _values(groups: list[Group], objective: Objective) -> dict[int, float]:
     others_only = objective.baseline == "leave_one_out"
     found = {}
     for group in groups:
-        values = group_values([_rewards(attempt, objective) for attempt in group], others_only)
+        values = group_values([_rewards(attempt, objective.teacher) for attempt in group], others_only)
         found |= {id(attempt): value for attempt, value in zip(group, values, strict=True)}
     return found
 
 
-def _rewards(attempt: Attempt, objective: SampledKL) -> np.ndarray | None:
+def _rewards(attempt: Attempt, teacher: str) -> np.ndarray | None:
     """log q(a) - log behaviour(a) at the chosen positions, nats; None where the attempt has no say."""
-    rollout, target = attempt.rollout, target_of(attempt, objective.teacher)
-    if target is None or rollout.finish == "error":
-        return None
-    if isinstance(target, VelocityTarget) or target.logp_T is None:
-        raise ValueError(
-            f"baseline = '{objective.baseline}' needs what teacher '{objective.teacher}' gave the sampled tokens, before the batch is "
-            f"cut, but its target holds no logp_T. Ask for it at scoring time: `Wants(logp=True)`, as the objective's `wants` says."
-        )
-    behaviour_T = rollout.logp_T if rollout.logp_raw_T is None else rollout.logp_raw_T
-    with np.errstate(invalid="ignore"):  # -inf - -inf: left out as any reward that is not finite
-        return (target.logp_T.astype(np.float64) - behaviour_T)[rollout.mask_T]
+    ratio_T = log_ratio_T(attempt, teacher)
+    return None if ratio_T is None else ratio_T[attempt.rollout.mask_T]
 
 
 def _count(attempts: list[Attempt], weights: list[np.ndarray], objective: Objective, normalise: Normalise) -> int:

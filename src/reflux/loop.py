@@ -53,7 +53,7 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
 
         await publish()
         if not run.step:
-            await run.evaluate(sampler, teachers, unless_done=True)  # before the first step
+            await run.evaluate(learner, sampler, teachers, unless_done=True)  # before the first step
         stream = Pipeline(
             run.prompts, attempt, first_step=run.step, steps=run.steps_left, per_step=cfg.prompts_per_step, max_lag=cfg.max_lag
         )
@@ -71,10 +71,10 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
                 stream.refresh()  # ask again what is in flight
             run.advance(stats, groups, learner, teachers)  # step += 1; metrics, lag, shares, costs
             if run.due("eval"):
-                await run.evaluate(sampler, teachers)
+                await run.evaluate(learner, sampler, teachers)
             if run.due("save"):
                 run.save(learner, teachers, accelerator)
-        await run.evaluate(sampler, teachers, unless_done=True)
+        await run.evaluate(learner, sampler, teachers, unless_done=True)
         run.save(learner, teachers, accelerator)
     return run.summary()
 

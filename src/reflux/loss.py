@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reflux.batch import Item, target_of
+from reflux.batch import Item
 from reflux.kernels.columns import Columns
 from reflux.kernels.head import Head
 from reflux.kernels.row_pass import Constant, row_pass
@@ -90,7 +90,7 @@ class MicroBatch:
 
     def _constants(self, name: str) -> tuple[Any, ...]:
         """The stored target's tensors at the kept rows."""
-        targets = [target_of(item.attempt, name) for item in self.items]
+        targets = [item.attempt.target(name) for item in self.items]
         pairs = list(zip(targets, self.items, strict=True))
         first = targets[0]
         if isinstance(first, HiddenTarget):

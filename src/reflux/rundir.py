@@ -199,7 +199,7 @@ class Run:
 
         return await fixed_prompts_score(self, sampler)
 
-    async def evaluate(self, sampler: OpenSampler, teachers: Teachers, unless_done: bool = False) -> None:
+    async def evaluate(self, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers, unless_done: bool = False) -> None:
         """Ask every evaluation about the weights of now; those that speak of the teacher only once."""
         done = list(files.read_lines(self.dir / "evals.jsonl"))
         if not self.cfg.evals or (unless_done and any(row["step"] == self.step for row in done)):
@@ -208,7 +208,7 @@ class Run:
         results: dict[str, Any] = {"step": self.step}
         for name, evaluation in self.cfg.evals.items():
             if not (evaluation.once and name in seen):
-                results[name] = await evaluation(self, sampler, teachers)
+                results[name] = await evaluation(self, learner, sampler, teachers)
         files.append_lines(self.dir / "evals.jsonl", [results])
         self._tracker.log({key: value for key, value in results.items() if key != "step"}, self.step)
         self.watch.evaluated(self, results)

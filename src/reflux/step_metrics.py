@@ -66,7 +66,7 @@ def _credit(attempts: list[Attempt]) -> dict[str, dict[str, float | None]]:
             found = {
                 "factor_mean": Mean.of(np.broadcast_to(share.factor_T, mask_T.shape)[mask_T]),
                 "shift_mean": Mean.of(np.broadcast_to(share.shift_T, mask_T.shape)[mask_T]),
-                **{key: Mean(value, 1) for key, value in share.notes.items()},
+                **{key: Mean(note, 1) if isinstance(note, float | int) else note for key, note in share.notes.items()},
             }
             known = rules.setdefault(name, {})
             rules[name] = {key: known[key] + value if key in known else value for key, value in found.items()}  # type: ignore[operator]

@@ -14,6 +14,7 @@ sampled end token is a choice like any other), logp_T = [-0.1, -0.02], finish = 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +23,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
+
+    from reflux.metrics import Metric
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant" | "tool", "content": text}
 Purpose = Literal["train", "eval", "score"]
@@ -136,8 +139,9 @@ class TokenRollout(Rollout):
 
     prompt_tokens: np.ndarray  # int64
     tokens_T: np.ndarray  # int64; response positions, the sampled end token included, tool and user text masked out
-    text: str  # what the student wrote, decoded without special tokens
+    text: str  # what the student wrote, decoded without special tokens; several turns one line apart
     messages: tuple[Message, ...]  # the whole conversation, the student's turns included
+    spans_T2: np.ndarray | None = None  # int64, where wanted: characters [start, end) of `text` that each token wrote; start = end for none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,11 +165,12 @@ class Reward:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One credit rule's word on one attempt. A scalar or an array [T]; notes are averaged into the metrics under the rule's name."""
+    """One credit rule's word on one attempt. A scalar or an array [T]; notes are merged into the metrics under the rule's name."""
 
     factor_T: np.ndarray | float = 1.0  # multiplies the weight; finite and >= 0
     shift_T: np.ndarray | float = 0.0  # nats added to the advantage
-    notes: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, float | Metric] = field(default_factory=dict)  # a plain number is averaged over the attempts that have it
+    detail: dict[str, Any] = field(default_factory=dict)  # plain JSON values, written beside the attempt and never averaged
 
 
 @dataclass(slots=True)
@@ -179,6 +184,16 @@ class Attempt:
     now: Target | None = None  # what the student would say now, along these tokens
     shares: dict[str, Share] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+
+    def target(self, teacher: str) -> Target | None:
+        """What `teacher` said about this attempt; "said" is the student as it acted."""
+        return self.rollout.said if teacher == "said" else self.targets.get(teacher)
+
+    @property
+    def verdict(self) -> float | None:
+        """The reward's value. None where it was not judged (also by a number that is not finite), or ended in an error."""
+        value = None if self.reward is None or self.rollout.finish == "error" else self.reward.value
+        return None if value is None or not math.isfinite(value) else value
 
     @property
     def weight_T(self) -> np.ndarray:
@@ -211,6 +226,7 @@ class Wants:
     now_topk: int = 0
     logp: bool = False  # the teacher's log-probs of the sampled tokens, at scoring time
     candidates: int = 0  # the teacher's log-probs at the student's top-k ids
+    spans: bool = False  # which characters of its text each token wrote
     reward: bool = False
 
     def __or__(self, other: Wants) -> Wants:
@@ -220,5 +236,6 @@ class Wants:
             now_topk=max(self.now_topk, other.now_topk),
             logp=self.logp or other.logp,
             candidates=max(self.candidates, other.candidates),
+            spans=self.spans or other.spans,
             reward=self.reward or other.reward,
         )

@@ -48,13 +48,12 @@ def _table(model: str) -> dict[str, Any]:
 
 
 async def _accuracy(cfg: RunConfig, asked: Accuracy) -> dict[str, Any]:
-    from reflux.teachers.base import Teachers
 
     with tempfile.TemporaryDirectory() as scratch:
         run = Run.open(cfg, Wants(), Options(Path(scratch) / "eval"))
         try:
             async with cfg.sampler.open(run) as sampler:
-                return await asked(run, sampler, Teachers({}))
+                return await asked.measure(run, sampler)
         finally:
             run.close()
 

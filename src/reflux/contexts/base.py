@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from reflux.types import Group, Message, Moment
+from reflux.types import Group, Message, Moment, Wants
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,5 +22,8 @@ class View:
 
 class Context(Protocol):
     min_group: int
+
+    @property
+    def wants(self) -> Wants: ...
 
     def __call__(self, group: Group, moment: Moment) -> list[View | None]: ...

@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.contexts.base import View
 from reflux.parts import STRICT
-from reflux.types import Group, Moment
+from reflux.types import Group, Moment, Wants
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -16,6 +16,10 @@ class Same:
     """The student's own prompt, nothing added (plain on-policy distillation)."""
 
     min_group: ClassVar[int] = 1
+
+    @property
+    def wants(self) -> Wants:
+        return Wants()
 
     def __call__(self, group: Group, moment: Moment) -> list[View | None]:
         return [View(attempt.rollout.prompt.messages) for attempt in group]

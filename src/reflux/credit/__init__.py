@@ -4,4 +4,6 @@ CREDIT = {
     "prefix": "reflux.credit.prefix:Prefix",
     "position": "reflux.credit.position:Position",
     "outcome": "reflux.credit.outcome:Outcome",
+    "margin": "reflux.credit.margin:Margin",
+    "balance": "reflux.credit.balance:Balance",
 }

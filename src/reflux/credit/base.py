@@ -13,8 +13,12 @@ from reflux.types import Group, Moment, Share, Wants
 
 
 class Credit(Protocol):
-    shifts: ClassVar[bool]  # True where the rule may return a shift: exactly one objective must then take it
     min_group: ClassVar[int]  # attempts per prompt it needs to say anything
+
+    @property
+    def shifts(self) -> bool:
+        """True where the rule may return a shift: exactly one objective must then take it."""
+        ...
 
     @property
     def wants(self) -> Wants: ...

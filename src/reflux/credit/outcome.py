@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.parts import STRICT
 from reflux.schedules import Number, at, number
-from reflux.types import Attempt, Group, Moment, Share, Wants
+from reflux.types import Group, Moment, Share, Wants
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -42,7 +42,7 @@ class Outcome:
         return Wants(reward=True)
 
     def __call__(self, group: Group, moment: Moment) -> list[Share]:
-        rewards = [_reward(attempt) for attempt in group]
+        rewards = [attempt.verdict for attempt in group]
         mixed = float(len({reward for reward in rewards if reward is not None}) > 1)
         nats = at(self.nats, moment.step)
         advantages = group_advantages(rewards, self.normalise_std, self.std_floor)
@@ -66,7 +66,3 @@ def group_advantages(rewards: Sequence[float | None], normalise_std: bool = Fals
     if normalise_std:
         scale = math.sqrt(math.fsum((reward - mean) ** 2 for reward in known) / (len(known) - 1)) + std_floor
     return [0.0 if reward is None else (reward - mean) / scale for reward in rewards]
-
-
-def _reward(attempt: Attempt) -> float | None:
-    return None if attempt.reward is None or attempt.rollout.finish == "error" else attempt.reward.value

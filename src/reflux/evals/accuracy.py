@@ -17,6 +17,7 @@ from reflux.tasks.base import Split
 from reflux.types import Attempt, Draw, Prompt, TokenRollout
 
 if TYPE_CHECKING:
+    from reflux.learners.base import OpenLearner
     from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
     from reflux.tasks.grading import Verdict
@@ -59,8 +60,11 @@ class Accuracy:
         if not self.temperature > 0:
             raise ValueError("temperature must be above 0; the greedy answer is always asked for, and needs no samples")
 
-    async def __call__(self, run: Run, sampler: OpenSampler, teachers: Teachers | None = None) -> dict[str, Any]:
-        """The table. DataError where the split has no problems."""
+    async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
+        return await self.measure(run, sampler)
+
+    async def measure(self, run: Run, sampler: OpenSampler) -> dict[str, Any]:
+        """The table, of whatever model the sampler holds. DataError where the split has no problems."""
         prompts = list(islice(run.task.prompts(self.split, HELD_OUT_SEED), self.problems))
         if not prompts:
             raise DataError(f"eval accuracy: the task has no problems in its split '{self.split}'; choose another split")

@@ -15,6 +15,7 @@ from reflux.tasks.base import Split
 from reflux.types import Attempt, Draw, HiddenTarget, TokenRollout, VelocityTarget
 
 if TYPE_CHECKING:
+    from reflux.learners.base import OpenLearner
     from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
     from reflux.teachers.base import Teachers
@@ -40,7 +41,7 @@ class Agreement:
         if min(self.prompts, self.bins, self.max_tokens or 1) < 1:
             raise ValueError("prompts, bins and max_tokens must be at least 1")
 
-    async def __call__(self, run: Run, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
+    async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
         prompts = list(islice(run.task.prompts(self.split, HELD_OUT_SEED), self.prompts))
         draw = Draw(run.step, "eval", self.max_tokens or run.cfg.longest, cohort=len(prompts))
         groups = await asyncio.gather(*(sampler.sample(prompt, 1, draw) for prompt in prompts))

@@ -1,7 +1,7 @@
 """An evaluation: numbers about the student of now, written to evals.jsonl.
 
-A frozen value called with the open sampler and teachers. It has its own dice (purpose "eval") and its own length limit, so switching it on
-or off leaves the training run bit-identical (law 8).
+A frozen value called with the open learner, sampler and teachers; the sampler holds the learner's weights. It has its own dice (purpose
+"eval") and its own length limit, so switching it on or off leaves the training run bit-identical (law 8).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from reflux.tasks.base import Split
 
 if TYPE_CHECKING:
+    from reflux.learners.base import OpenLearner
     from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
     from reflux.teachers.base import Teachers
@@ -20,10 +21,10 @@ class Eval(Protocol):
     once: ClassVar[bool]  # True where it speaks of the teacher: asked before the first step, never again
 
     @property
-    def split(self) -> Split:
-        """The held-out prompts it asks; an empty split is refused before the run begins."""
+    def split(self) -> Split | None:
+        """The held-out prompts it asks, None where it asks none; an empty split is refused before the run begins."""
         ...
 
-    async def __call__(self, run: Run, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
+    async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
         """A flat table of JSON values, e.g. {"accuracy": 0.42, "low": 0.38, "high": 0.46, "problems": 500}."""
         ...

@@ -11,6 +11,7 @@ from reflux.parts import STRICT
 from reflux.tasks.base import Split
 
 if TYPE_CHECKING:
+    from reflux.learners.base import OpenLearner
     from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
     from reflux.teachers.base import Teachers
@@ -32,7 +33,7 @@ class TeacherAccuracy:
     def __post_init__(self) -> None:
         Accuracy(problems=self.problems, max_tokens=self.max_tokens, split=self.split)
 
-    async def __call__(self, run: Run, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
+    async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
         """ValueError where the teacher's table names no model."""
         from reflux.samplers.hf import HF
         from reflux.samplers.hf_engine import HFSampler
@@ -44,4 +45,4 @@ class TeacherAccuracy:
         own = run.cfg.sampler if isinstance(run.cfg.sampler, HF) else HF()
         asked = Accuracy(problems=self.problems, max_tokens=self.max_tokens, split=self.split, examples=0)
         async with HFSampler.opened(own, run, model) as acting:
-            return await asked(run, acting, teachers)
+            return await asked.measure(run, acting)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,15 +50,30 @@ def _layers(net: Any) -> dict[str, Any]:
     return {name: module for name, module in net.named_modules() if isinstance(module, LoraLayer)}
 
 
+def homes(net: Any) -> dict[str, Tensor]:
+    """The parameters under the model's own names, adapters left out: under an adapter, the frozen base. A shared one has all its names."""
+    named = net.named_parameters(remove_duplicate=False)
+    return {name.replace(".base_layer", ""): parameter for name, parameter in named if ".lora_" not in name}
+
+
+def refuse_narrow(name: str, home: Tensor) -> Tensor:
+    """The parameter itself. ModelError where it is quantised or narrower than float32: what it would be moved by is lost in its rounding."""
+    if home.dtype not in (torch.float32, torch.float64):
+        kind = str(home.dtype).removeprefix("torch.")
+        why = "quantised" if not home.dtype.is_floating_point else "too coarse for updates of training's size"
+        raise ModelError(f"{name} is kept in {kind}, which is {why}. Reading and moving weights needs float32 master weights.")
+    return home
+
+
 @torch.no_grad()
-def merged(net: Any) -> Mapping[str, Tensor]:
-    """All parameters and buffers under the model's own names, each adapted weight plus its product B A."""
+def merged(net: Any, only: Collection[str] | None = None) -> Mapping[str, Tensor]:
+    """All parameters and buffers (or `only` these) under the model's own names, each adapted weight plus its product B A."""
     layers = _layers(net)
     weights = {}
     for name, value in net.state_dict().items():
-        if ".lora_" in name:
-            continue
         plain = name.replace(".base_layer", "")
+        if ".lora_" in name or (only is not None and plain not in only):
+            continue
         owner = plain.rsplit(".", 1)[0]
         if owner in layers and plain.endswith(".weight"):
             value = value + sum(layers[owner].get_delta_weight(adapter) for adapter in layers[owner].active_adapters)

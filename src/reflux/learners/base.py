@@ -7,7 +7,7 @@ version stays.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,6 +30,26 @@ class OpenLearner(Protocol):
     @property
     def weights(self) -> Mapping[str, Tensor]:
         """The student's full weights by the model's own parameter names, adapters merged; not to be written to."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The student's parameters by the model's own names: the keys of `weights` without buffers and adapters."""
+        ...
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of these full weights on the CPU, float32, adapters merged. ModelError where they are kept in a narrower type."""
+        ...
+
+    def places(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies on the CPU of what holds these weights: the parameter itself, or the frozen base under its adapters. See `write`."""
+        ...
+
+    def write(self, places: Mapping[str, Tensor]) -> None:
+        """Put values into the places of these names: what `places` gave goes back bit for bit, and `places` plus d moves a full weight by d
+        whether or not there are adapters (their factors stay). Optimiser moments and version stay. A frozen base that was written to is in
+        `state`, and in what is exported.
+        """
         ...
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ class HFLearner:
             model.net.gradient_checkpointing_enable()
             model.net.train()
         self.trained = {name: p for name, p in model.net.named_parameters() if p.requires_grad}
+        self._bases: set[str] = set()  # names of untrained parameters that were written to
         self.optimiser = torch.optim.AdamW(
             list(self.trained.values()), lr=0.0, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
         )
@@ -73,6 +74,29 @@ class HFLearner:
     @property
     def weights(self) -> Mapping[str, Tensor]:
         return adapters.merged(self.model.net)
+
+    @property
+    def names(self) -> Sequence[str]:
+        return list(adapters.homes(self.model.net))
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        homes, names = adapters.homes(self.model.net), list(names)
+        for name in names:
+            adapters.refuse_narrow(name, homes[name])
+        return {name: _copy(value) for name, value in adapters.merged(self.model.net, frozenset(names)).items()}
+
+    def places(self, names: Iterable[str]) -> dict[str, Tensor]:
+        homes = adapters.homes(self.model.net)
+        return {name: _copy(adapters.refuse_narrow(name, homes[name])) for name in names}
+
+    @torch.no_grad()
+    def write(self, places: Mapping[str, Tensor]) -> None:
+        homes, trained = adapters.homes(self.model.net), {id(parameter) for parameter in self.trained.values()}
+        for name, value in places.items():
+            home = adapters.refuse_narrow(name, homes[name])
+            home.copy_(value)
+            if id(home) not in trained:
+                self._bases.add(name)
 
     async def observe(self, groups: Sequence[Group]) -> None:
         if self.run.wants.now_at_said or self.run.wants.now_topk:
@@ -146,8 +170,9 @@ class HFLearner:
         return torch.autocast("cuda", dtype=torch.bfloat16) if wanted else nullcontext()
 
     def state(self) -> dict[str, Any]:
-        """Trained weights and Adam's moments by parameter name."""
-        state: dict[str, Any] = {"version": self.version}
+        """Trained weights and Adam's moments by parameter name, and the frozen weights that `write` was given."""
+        homes = adapters.homes(self.model.net)
+        state: dict[str, Any] = {"version": self.version} | {f"base/{name}": homes[name].detach() for name in sorted(self._bases)}
         for name, parameter in self.trained.items():
             state[f"weight/{name}"] = parameter.detach()
             for key, value in self.optimiser.state.get(parameter, {}).items():
@@ -156,6 +181,7 @@ class HFLearner:
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.version = state["version"]
+        self.write({key.removeprefix("base/"): value for key, value in state.items() if key.startswith("base/")})
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(state[f"weight/{name}"])
@@ -168,6 +194,11 @@ class HFLearner:
 
     def export(self, folder: Path) -> None:
         adapters.export(self.model, folder)
+
+
+def _copy(value: Tensor) -> Tensor:
+    """On the CPU, in memory of its own."""
+    return value.detach().to("cpu", copy=True)
 
 
 def _fill_records(items: list[Item], result: loss.Result) -> None:

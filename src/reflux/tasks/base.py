@@ -21,6 +21,11 @@ class Task(Protocol):
         """Its share where several tasks are mixed."""
         ...
 
+    @property
+    def routes(self) -> frozenset[str | None] | None:
+        """The routes its prompts may carry (None in it: some have none); None: not known before they are read."""
+        ...
+
     def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
         """Prompts from position `start` on. "train" never ends (a new order each epoch, the same ids); the others end."""
         ...

@@ -42,6 +42,10 @@ class Gsm8k:
         if not self.weight > 0:
             raise ValueError("weight must be above 0")
 
+    @property
+    def routes(self) -> frozenset[str | None]:
+        return frozenset([self.route])
+
     def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
         if split == "test":
             return iter(self._load("test")[start:])

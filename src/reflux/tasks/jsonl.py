@@ -63,6 +63,14 @@ class Jsonl:
         if not self.weight > 0:
             raise ValueError("weight must be above 0")
 
+    @property
+    def routes(self) -> frozenset[str | None] | None:
+        """Read from the files; not known of a dataset on the hub, which a check does not download."""
+        if self.path is None:
+            return None
+        files = [("train", self.path), ("test", self.test), ("validation", self.validation)]
+        return frozenset(prompt.route for split, name in files if isinstance(name, str) for prompt in self._load(split, name))
+
     def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
         main = self.path or self.dataset_split
         if split == "test" and self.test is not None:

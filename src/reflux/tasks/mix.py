@@ -41,6 +41,11 @@ class Mix:
             if not share:
                 raise ValueError(f"the weight of part '{name}' is less than 1 in {BLOCK} prompts; raise it, or leave the part out")
 
+    @property
+    def routes(self) -> frozenset[str | None] | None:
+        found = [part.routes for part in self.parts.values()]
+        return None if any(routes is None for routes in found) else frozenset(route for routes in found for route in routes or ())
+
     def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
         if split == "train":
             return self._train(seed, start)

@@ -71,6 +71,11 @@ class WordProblems:
         if not any(_ranges(tuple(order * most)[:most], self.largest) for order in orders):
             raise ValueError(f"no story of {most} steps stays within largest = {self.largest}; raise largest, or allow other operations")
 
+    @property
+    def routes(self) -> frozenset[str | None]:
+        multiplies = "mul" in self.operations
+        return frozenset((["mul"] if multiplies else []) + (["add"] if not multiplies or len(self.operations) > 1 else []))
+
     def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
         """Problems from position `start` on; "train" for ever, the others `held_out` of them."""
         position = start

@@ -41,6 +41,12 @@ class OpenTeacher(Protocol):
 class Teacher(Protocol):
     offers: ClassVar[tuple[type[Target], ...]]
     in_process: ClassVar[bool]  # True where batched calls are the fast ones
+    at_ids: ClassVar[bool]  # True where it can give its log-probs at any ids the student lists
+
+    @property
+    def follows(self) -> bool:
+        """True where it moves with the student."""
+        ...
 
     @property
     def context(self) -> Context: ...

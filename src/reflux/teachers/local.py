@@ -25,6 +25,8 @@ class Local:
 
     offers: ClassVar[tuple[type, ...]] = (HiddenTarget,)
     in_process: ClassVar[bool] = True
+    at_ids: ClassVar[bool] = True
+    follows: ClassVar[bool] = False
 
     model: str
     context: Annotated[Any, PartOf("contexts")] = Same()
