@@ -1,0 +1,140 @@
+"""What each rule adds to a step: the same run with and without it by turns, on the quickstart's models, prompts and lengths.
+
+    python benchmarks/rule_cost.py [--rounds 5] [--steps 20] [--threads 2] [--arms margin,release]
+
+8 prompts x 8 attempts a step, sampled reverse KL, answers judged, a learning rate so small that every arm sees the same answers. One
+process is one arm; a round is one of each, the order turning. Printed: the median seconds a step of each round and the ratio to the
+round's plain run, with its spread. `peers` is compared with the same own teacher that is shown nothing, and reads three more attempts per
+answer: that is what the method costs; `peers_words` builds the same contexts and then asks in the plain one, which is what the rule costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+WARM = 3  # steps of each process that are not counted
+COMMON: dict[str, Any] = {
+    "base": "toy",
+    "prompts_per_step": 8,
+    "group_size": 8,
+    "normalise": "rollout_means",
+    "save_every": 10_000,
+    "eval_every": 10_000,
+    "learner.lr": 1e-7,
+    "reward": {"kind": "verifier"},
+    "evals": "none",
+}
+OWN = {"kind": "own", "ema": 0.05}
+ARMS: dict[str, tuple[str | None, dict[str, Any]]] = {  # the arm it is compared with, and what it changes
+    "plain": (None, {}),
+    "release": ("plain", {"credit.release": {"segments": 4, "min_segments": 4, "min_side": 1}}),
+    "release_sentences": ("plain", {"credit.release": {"segments": "sentences", "min_segments": 4, "min_side": 1}}),
+    "margin": ("plain", {"credit.margin": {}}),
+    "balance": ("plain", {"credit.balance": {}}),
+    "extrapolate": ("plain", {"accelerator": {"kind": "extrapolate", "tries": 0}}),
+    "own": (None, {"teachers.main": OWN}),
+    "peers_words": ("own", {"teachers.main": {**OWN, "context": {"kind": "rule_cost:Unsaid"}}}),
+    "peers": ("own", {"teachers.main": {**OWN, "context": {"kind": "peers"}}}),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """`rule_cost:Unsaid`, made on first use: the rest of this script starts without the library."""
+    if name != "Unsaid":
+        raise AttributeError(name)
+    from reflux.contexts.base import View
+    from reflux.contexts.peers import Peers
+
+    class Unsaid(Peers):
+        """Builds the contexts of `peers` and asks in the plain one."""
+
+        def __call__(self, group: Any, moment: Any) -> list[View | None]:
+            super().__call__(group, moment)
+            return [View(attempt.rollout.prompt.messages) for attempt in group]
+
+    return Unsaid
+
+
+def run_arm(arm: str, steps: int, threads: int, out: Path) -> None:
+    import asyncio
+
+    from reflux.config import load_recipe
+    from reflux.loop import train
+    from reflux.rundir import Options
+
+    changes = {**COMMON, **ARMS[arm][1], "steps": steps + WARM, "threads": threads}
+    changes.pop("base")
+    asyncio.run(train(load_recipe("opd", changes), Options(out)))
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    tokens = sum(row["tokens_sampled"] for row in rows)
+    print("RESULT " + json.dumps({"seconds": [row["seconds"]["total"] for row in rows][WARM:], "tokens": tokens}))
+
+
+def measure(arm: str, steps: int, threads: int, folder: Path) -> tuple[float, int]:
+    """(median seconds a step, tokens sampled) of one process."""
+    here = Path(__file__).parent
+    paths = os.pathsep.join(filter(None, [str(here.parent / "src"), str(here), os.environ.get("PYTHONPATH", "")]))
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
+    out = Path(tempfile.mkdtemp(dir=folder)) / "run"
+    command = [sys.executable, __file__, "--one", arm, "--out", str(out), "--steps", str(steps), "--threads", str(threads)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        raise SystemExit(f"{arm} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    result = json.loads(lines[0].removeprefix("RESULT "))
+    return statistics.median(result["seconds"]), result["tokens"]
+
+
+def compare(arms: list[str], rounds: int, steps: int, threads: int) -> dict[str, list[float]]:
+    """Median seconds a step of every round, by arm."""
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    with tempfile.TemporaryDirectory() as scratch:
+        for number in range(rounds):
+            turn = arms[number % len(arms) :] + arms[: number % len(arms)]
+            for arm in turn:
+                found, tokens = measure(arm, steps, threads, Path(scratch))
+                seconds[arm].append(found)
+                print(f"round {number + 1}: {arm} {found:.4f} s a step, {tokens:,} tokens", flush=True)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20, help="measured steps per process, after three that warm up")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--arms", default=",".join(ARMS), help="rules, with commas between; what they are compared with is added")
+    parser.add_argument("--one", choices=list(ARMS), help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        run_arm(asked.one, asked.steps, asked.threads, asked.out)
+        return
+    wanted = asked.arms.split(",")
+    arms = [arm for arm in ARMS if arm in wanted or any(ARMS[name][0] == arm for name in wanted)]
+    print_table(compare(arms, asked.rounds, asked.steps, asked.threads))
+    print(f"medians over {asked.rounds} rounds of the median of {asked.steps} steps (lowest to highest round), {asked.threads} threads")
+
+
+def print_table(seconds: dict[str, list[float]]) -> None:
+    print(f"\n{'arm':18} {'s/step':26} {'to':8} ratio")
+    for arm, own in seconds.items():
+        plain = ARMS[arm][0]
+        ratios = [a / b for a, b in zip(own, seconds[plain], strict=True)] if plain else []
+        print(f"{arm:18} {_spread(own, 4):26} {plain or '':8} {_spread(ratios, 3) if ratios else ''}")
+
+
+def _spread(values: list[float], digits: int) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+if __name__ == "__main__":
+    main()

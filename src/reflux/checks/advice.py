@@ -1,0 +1,60 @@
+"""What works but is seldom meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from reflux.config import RunConfig
+from reflux.objectives.base import Objective
+from reflux.objectives.divergence import Divergence
+from reflux.objectives.sampled_kl import SampledKL
+from reflux.schedules import at
+from reflux.teachers.base import spoken_name
+
+
+def warnings(cfg: RunConfig) -> list[str]:
+    """What works but is seldom meant."""
+    found = []
+    used = {objective.teacher for objective in cfg.objectives}
+    for table, teacher in cfg.teachers.items():
+        if spoken_name(table, teacher) not in used:
+            found.append(f"teachers.{table} is asked, but no objective listens to it; only metrics will.")
+    found += [text for index, objective in enumerate(cfg.objectives) for text in _seldom(cfg, f"objectives[{index}]", objective)]
+    shortest = min((at(cfg.sampler.max_tokens, step) for step in range(cfg.steps)), default=0)
+    if cfg.reward is not None and shortest < cfg.longest:
+        found.append(
+            f"a reward is given while training answers may be cut at {shortest:g} tokens: the verifier will see unfinished answers."
+        )
+    return found
+
+
+def _unused(objective: Objective) -> Iterator[tuple[str, str]]:
+    """(field, why it does nothing here) of fields that were given a value."""
+    if isinstance(objective, Divergence):
+        listed, truncated = objective.support != "full", objective.ratio == "truncated"
+        idle = {"k": (listed, "support = 'full'"), "ratio_cap": (truncated, "ratio = 'none'")}
+    elif isinstance(objective, SampledKL):
+        by_baseline, by_ratio = f"baseline = '{objective.baseline}'", f"ratio = '{objective.ratio}'"
+        idle = {"baseline_k": (objective.baseline == "topk_kl", by_baseline), "ratio_cap": (objective.ratio == "truncated", by_ratio)}
+        idle["clip"] = (objective.ratio == "clip", by_ratio)
+    else:
+        return
+    plain = type(objective)()
+    for name, (at_work, beside) in idle.items():
+        if not at_work and getattr(objective, name) != getattr(plain, name):
+            yield name, beside
+
+
+def _seldom(cfg: RunConfig, where: str, objective: Objective) -> Iterator[str]:
+    """What an objective of the menu does that its user may not expect."""
+    for name, beside in _unused(objective):
+        yield f"{where}.{name} does nothing beside {beside}."
+    shifted = objective.takes_shift and any(rule.shifts for rule in cfg.credit.values())
+    if objective.teacher == "said" and not cfg.max_lag and not shifted:
+        yield f"{where} listens to 'said' at max_lag = 0: the student as it acted is the student of now, so it teaches nothing."
+    if isinstance(objective, SampledKL) and objective.baseline == "group_mean":
+        yield f'{where}: baseline = "group_mean" counts the attempt itself, which shrinks and turns the gradient; "leave_one_out" does not.'
+    if isinstance(objective, Divergence) and objective.tail == "renormalised":
+        yield f'{where}: tail = "renormalised" drops the mass outside the list, so the optimum moves; tail = "bucket" keeps it.'
+    if isinstance(objective, Divergence) and objective.ratio != "none" and not cfg.max_lag:
+        yield f'{where}: ratio = "{objective.ratio}" at max_lag = 0 is 1 up to rounding; ratio = "none" is the same for less.'

@@ -1,0 +1,38 @@
+"""Credit rules: shifts that are taken, groups large enough, verdicts, what teachers must answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from reflux.config import RunConfig
+from reflux.parts import kind_of
+
+
+def problems(cfg: RunConfig) -> Iterator[str]:
+    yield from _shifts(cfg)
+    yield from _groups(cfg)
+
+
+def _shifts(cfg: RunConfig) -> Iterator[str]:
+    takers = [objective for objective in cfg.objectives if objective.takes_shift]
+    rules = [name for name, rule in cfg.credit.items() if rule.shifts]
+    if rules and not takers:
+        kinds = ", ".join(f"'{kind_of('objectives', objective)}'" for objective in cfg.objectives)
+        yield (
+            f"credit.{rules[0]} shifts advantages, but no objective takes a shift: {kinds} differentiates its cost itself.\n"
+            f'    Use kind = "sampled_kl", or add a second [[objectives]] with kind = "outcome".'
+        )
+    for index, objective in enumerate(cfg.objectives):
+        if objective.takes_shift and objective.teacher is None and not rules:
+            yield (
+                f"objectives[{index}]: {kind_of('objectives', objective)} learns from shifts alone, and no credit rule gives any. "
+                f"Add [credit.outcome] and a [reward]."
+            )
+
+
+def _groups(cfg: RunConfig) -> Iterator[str]:
+    for name, rule in cfg.credit.items():
+        if rule.min_group > cfg.group_size:
+            yield f"credit.{name} compares attempts at one prompt: it needs group_size >= {rule.min_group}, got {cfg.group_size}."
+        if rule.wants.reward and cfg.reward is None:
+            yield f'credit.{name} needs verdicts: add [reward] with kind = "verifier".'

@@ -1,0 +1,68 @@
+"""Teachers: their names, routes and contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from reflux.config import RunConfig
+from reflux.teachers.base import spoken_name
+from reflux.types import SampledTarget, Target, TopKTarget
+
+
+def problems(cfg: RunConfig) -> Iterator[str]:
+    names: dict[str, list[str]] = {}
+    for table, teacher in cfg.teachers.items():
+        names.setdefault(spoken_name(table, teacher), []).append(table)
+        yield from _context(cfg, table)
+        yield from _moving(cfg, table)
+    for name, tables in names.items():
+        yield from _shared(cfg, name, tables)
+    yield from _unserved(cfg)
+
+
+def _context(cfg: RunConfig, table: str) -> Iterator[str]:
+    context = cfg.teachers[table].context
+    if context.min_group > cfg.group_size:
+        yield (
+            f"teachers.{table}.context needs at least {context.min_group} attempts per prompt, but group_size is {cfg.group_size}. "
+            f"Raise group_size."
+        )
+    if context.wants.reward and cfg.reward is None:
+        yield f'teachers.{table}.context sorts attempts by their verdicts: add [reward] with kind = "verifier".'
+
+
+def _moving(cfg: RunConfig, table: str) -> Iterator[str]:
+    if cfg.max_lag and cfg.teachers[table].follows:
+        yield (
+            f"teachers.{table} moves with the student, so what it said of an attempt is read through another head by the time the attempt "
+            f"is used; max_lag is {cfg.max_lag}. Use max_lag = 0, or a frozen teacher."
+        )
+
+
+def _shared(cfg: RunConfig, name: str, tables: list[str]) -> Iterator[str]:
+    """Of several tables under one name, each prompt is asked of exactly one."""
+    routes = [route for table in tables for route in cfg.teachers[table].routes]
+    if len(tables) > 1 and (len(set(routes)) < len(routes) or any(not cfg.teachers[table].routes for table in tables)):
+        yield f"teachers {', '.join(tables)} all answer as '{name}', so each needs routes of its own, none of them shared."
+
+
+def _unserved(cfg: RunConfig) -> Iterator[str]:
+    """Every route a prompt may carry is some teacher's."""
+    served = [teacher.routes for teacher in cfg.teachers.values()]
+    if not served or not all(served) or (carried := cfg.task.routes) is None:
+        return
+    known = sorted({route for routes in served for route in routes})
+    unserved = sorted(f"'{route}'" if route else "(none)" for route in carried - set(known))
+    if unserved:
+        yield (
+            f"teachers: this task has prompts of the route {', '.join(unserved)}, but the teachers serve only {', '.join(known)}. Add that "
+            f"route to a table, or take `routes` away from one: it then answers every prompt."
+        )
+
+
+def offered(cfg: RunConfig, name: str) -> set[type[Target]]:
+    """What the tables behind a teacher name all offer; "said" is what the sampler recorded."""
+    if name == "said":
+        return {TopKTarget, SampledTarget}
+    tables = [teacher for table, teacher in cfg.teachers.items() if spoken_name(table, teacher) == name]
+    return set.intersection(*(set(teacher.offers) for teacher in tables)) if tables else set()
