@@ -12,14 +12,16 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from along import along, course
 from intervals import Estimate, over_seeds
+from rules import noted, rules_table
 
 from reflux.files import read_lines
 
 Measures = dict[str, float]
 Format = Callable[[float], str]
 EVALUATED = ("accuracy", "kl_nats", "avg@", "pass@")  # of an evaluation's table, also by part or route: accuracy.NAME
-ENDS = (".low", ".high", ".problems")
+ENDS = (".low", ".high", ".problems", ".attempts")
 
 
 def percent(value: float) -> str:
@@ -61,7 +63,7 @@ def measures(run: Path) -> Measures:
         found["grad_norm.mean"] = fmean(norms)
         found |= {"clipped_share": fmean(norm > clip for norm in norms)} if clip else {}
     if steps:
-        found |= costs(steps)
+        found |= costs(steps) | along(evals, steps) | noted(steps)
     return found
 
 
@@ -120,7 +122,7 @@ def cell(estimate: Estimate | None, shown: Format, signed: bool = False) -> str:
 
 
 def markdown(table: Mapping[str, Any], baseline: str) -> str:
-    """Two tables: what was learnt, and what it cost and how noisy it was."""
+    """Two tables: what was learnt, and what it cost and how noisy it was; then what was found on the way, where it was measured."""
     scores = list(
         dict.fromkeys(n.rsplit(".", 1)[0] for row in table.values() for n in row["measures"] if n.endswith((".before", ".after")))
     )
@@ -129,17 +131,20 @@ def markdown(table: Mapping[str, Any], baseline: str) -> str:
     for arm, row in table.items():
         cells = [arm, str(len(row["seeds"]))]
         for score in scores:
-            shown = decimals(3) if score.endswith("kl_nats") else percent
+            shown = decimals(3) if "kl_nats" in score else percent
             cells += [cell(row["measures"].get(f"{score}.{when}"), shown) for when in ("before", "after")]
             cells.append(cell(row["minus_baseline"].get(f"{score}.after"), shown, signed=True))
         learnt.append(cells)
         cost.append([arm, *(cell(row["measures"].get(name), shown) for name, (_, shown) in COSTS.items())])
-    return f"{grid(learnt)}\n\n{grid(cost)}\n"
+    return f"{grid(learnt)}\n\n{grid(cost)}\n{course(table, grid, cell)}{rules_table(table, grid, cell)}"
 
 
 def said(score: str) -> str:
-    """`accuracy.accuracy` is plainly accuracy, `agreement.kl_nats` the held-out KL in nats a token."""
-    return {"accuracy.accuracy": "accuracy", "agreement.kl_nats": "held-out KL"}.get(score, score)
+    """`accuracy.accuracy` is plainly accuracy, `agreement.kl_nats` the held-out KL in nats a token; a part or route comes after it."""
+    for name, word in (("accuracy.accuracy", "accuracy"), ("agreement.kl_nats", "held-out KL")):
+        if score == name or score.startswith(f"{name}."):
+            return word + score.removeprefix(name).replace(".", ", ", 1)
+    return score
 
 
 def grid(rows: list[list[str]]) -> str:

@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
+from reflux.accelerators.score import Scoring
+from reflux.contexts.same import Same
 from reflux.learners.hf import HF as Learner
 from reflux.parts import STRICT
-from reflux.types import Group, Message, Moment, Prompt, Share, Wants
+from reflux.types import Group, Message, Moment, Prompt, SampledTarget, Share, TopKTarget, Wants
 
 HEARD: list[tuple[Any, ...]] = []  # what the parts below saw, in order; a test empties it
 
@@ -91,6 +93,10 @@ class Jump:
     prompts: int = 2
     samples: int = 1
 
+    @property
+    def scoring(self) -> Scoring:
+        return Scoring(self.prompts, self.samples)
+
     @asynccontextmanager
     async def open(self, run: Any) -> AsyncIterator[OpenJump]:
         yield OpenJump(self, run)
@@ -129,3 +135,17 @@ class OpenJump:
     def load(self, state: Mapping[str, Any]) -> None:
         self.calls, self.first = state["calls"], state["first"]
         HEARD.append(("load", self.calls, self.first, state["trace"].tolist()))
+
+
+@dataclass(frozen=True, config=STRICT)
+class ListTeacher:
+    """A teacher elsewhere that answers with a list of its own; it is only checked, never opened."""
+
+    offers: ClassVar[tuple[type, ...]] = (TopKTarget, SampledTarget)
+    in_process: ClassVar[bool] = False
+    at_ids: ClassVar[bool] = False
+    follows: ClassVar[bool] = False
+
+    context: Any = Same()
+    as_: str | None = None
+    routes: tuple[str, ...] = ()

@@ -1,17 +1,18 @@
 """The shipped models: what they are, how they speak, and that what they are said to know they know."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 from safetensors import safe_open
 
 from reflux.assets import folder
-from reflux.assets.make import SPECS, Spec, accuracy, blank, cold_start, encode, main
+from reflux.assets.make import SHOWN, SPECS, Spec, accuracy, blank, cold_start, encode, first, main
 from reflux.assets.tokenizer import CHARACTERS, SPECIALS, character_tokenizer
 from reflux.tasks.word_problems import WordProblems
 
-NAMES = ("student", "teacher")
+NAMES = ("student", "teacher", "mul_teacher", "novice", "reader")
 FILES = {
     "README.md",
     "chat_template.jinja",
@@ -85,6 +86,16 @@ def test_training_text_is_the_chat_and_only_the_answer_is_learnt():
         assert tokenizer.decode(labels_T[labels_T >= 0]) == prompt.references[0] + "<end>"
 
 
+def test_training_may_go_on_from_a_shipped_model():
+    begun, tokenizer = first(SPECS["reader"], character_tokenizer()), character_tokenizer()
+    state = shipped("student")[0].state_dict()
+    assert all(begun.state_dict()[key].equal(state[key]) for key in state)
+    spec = replace(SPECS["reader"], steps=3, batch=2, warmup=1)
+    made = [cold_start(spec, tokenizer).state_dict() for _ in range(2)]
+    assert all(made[0][key].equal(made[1][key]) for key in state)
+    assert not any(made[0][key].equal(state[key]) for key in state if "weight" in key)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_shipped_models_are_what_their_specs_say(name):
     model, tokenizer = shipped(name)
@@ -107,6 +118,60 @@ def test_the_student_is_smaller_and_knows_less():
     right, problems = accuracy(teacher, tokenizer, task)
     assert problems == 500
     assert right >= 0.96 * problems
+
+
+def share(name, task):
+    """What part of the first 100 held-out problems of a task a shipped model answers rightly, greedy."""
+    right, problems = accuracy(*shipped(name), replace(task, held_out=100))
+    assert problems == 100
+    return right / problems
+
+
+def shares(name, tasks):
+    return {title: share(name, task) for title, task in tasks.items()}
+
+
+def test_each_teacher_knows_its_own_kind_of_story_and_the_novice_a_part_of_both():
+    tasks = {"mul": WordProblems(operations=("mul",), largest=99), "add_sub": WordProblems()}
+    products, sums, novice = (shares(name, tasks) for name in ("mul_teacher", "teacher", "novice"))
+    assert products["mul"] >= 0.97
+    assert products["add_sub"] <= 0.05
+    assert sums["mul"] == 0
+    assert sums["add_sub"] >= 0.96
+    assert 0.04 <= novice["mul"] <= 0.6
+    assert 0.15 <= novice["add_sub"] <= 0.45
+    assert share("student", tasks["mul"]) == 0
+
+
+def test_the_reader_is_no_better_than_the_student_unless_it_is_shown_how_to():
+    """Right attempts help, a wrong one does no harm, and another problem's are no help."""
+    shown = {title: accuracy(*shipped("reader"), replace(task, task=WordProblems(held_out=101)))[0] / 100 for title, task in SHOWN.items()}
+    plain = share("reader", WordProblems())
+    assert 0.1 <= plain <= 0.45
+    assert min(value for title, value in shown.items() if "correct" in title and "another problem" not in title) >= 0.85
+    assert shown["a wrong attempt"] >= plain - 0.08
+    assert shown["two correct attempts and a wrong one at another problem"] <= plain
+
+
+def stated(name):
+    """The results in a model's card: (right, problems) by what it was asked."""
+    found = re.findall(r"^- (.+): ([0-9]+)/([0-9]+) right, greedy \(", (folder(name) / "README.md").read_text(), re.MULTILINE)
+    return {title: (int(right), int(problems)) for title, right, problems in found}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_states_what_was_measured_and_how_the_model_was_made(name):
+    card, spec = (folder(name) / "README.md").read_text(), SPECS[name]
+    assert {"held-out problems", "held-out problems two steps longer", *dict(spec.also)} <= set(stated(name))
+    assert all(problems in (499, 500) for _, problems in stated(name).values())
+    assert f"{spec.steps} steps of {spec.batch} problems, seed {spec.seed}, 1 thread(s)" in card
+    assert f"python -m reflux.assets.make --only {name}`" in card
+    assert (f"`reflux:{spec.start}`" if spec.start else "trained from nothing") in card
+
+
+def test_all_shipped_models_together_are_small():
+    files = [path for name in NAMES for path in folder(name).iterdir()]
+    assert sum(path.stat().st_size for path in files) < 6_000_000
 
 
 def test_the_same_seed_makes_the_same_model_and_another_does_not():

@@ -14,8 +14,10 @@ from reflux.reports.attempts import Shown, read_attempts, spread
 from reflux.reports.costs import roles_table
 from reflux.reports.evals import read_evals
 from reflux.reports.examples import read_pairs
+from reflux.reports.foresight import foresight_charts, read_spectra
 from reflux.reports.metrics import read_metrics, thinned
 from reflux.reports.reading import number, rows
+from reflux.reports.searches import read_searches, search_charts
 from reflux.reports.tables import before_after, before_after_text
 from reflux.reports.text import visible
 from reflux.reports.tokens import EDGES_NATS, level, pieces, shown_tokens
@@ -233,3 +235,43 @@ def test_a_bin_lies_in_the_middle_of_its_positions():
     (moment,) = read_evals([{"step": 0, "agreement": {"kl_nats": 0.5, "by_position": [{"position": 8, "width": 4, "kl_nats": 0.5}]}}])
     (found,) = moment.agreements["agreement"].bins
     assert (found.middle, found.positions) == (9.5, "8 to 11")
+
+
+# --- searches along the path, and the spectra of the displacement
+
+
+def test_searches_show_what_was_tried_and_where_it_ended():
+    lines = [
+        {"step": 2, "score": "accuracy", "here": 0.4, "tried": [{"multiple": 2, "score": 0.3}], "accepted": 0, "seconds": 2.0},
+        {"step": 1, "score": "accuracy", "here": 0.2, "accepted": 2, "delta_norm": 0.125, "tokens": 1234, "seconds": 1.5}
+        | {"tried": [{"multiple": 2, "score": 0.35}, {"multiple": 4, "score": None}]},
+        {"no step": 1},
+        {"step": 4, "here": None, "tried": "damaged", "accepted": 0},
+    ]
+    scores, jumps = search_charts(read_searches(lines))
+    assert scores.rows[0] == ("1", "0.2", "2: 0.350, 4: –", "2", "0.125", "1,234", "1.5 s")
+    assert [row[:4] for row in scores.rows[1:]] == [("2", "0.4", "2: 0.300", "0"), ("4", "–", "nothing tried", "0")]
+    before, ended = scores.spec["data"]
+    assert (before["x"], before["y"]) == ([1, 2], [0.2, 0.4])
+    assert (ended["x"], ended["y"]) == ([1, 2], [0.35, 0.4])
+    assert jumps.spec["data"][0]["y"] == [2, 0, 0]
+    assert search_charts(read_searches([])) == []
+
+
+def test_spectra_are_drawn_by_step_and_alignment_is_with_the_last():
+    def row(step: int, **more: object) -> dict[str, object]:
+        return {"step": step, "accuracy": {"accuracy": 0.5}, "foresight": {"rho": 0.3, "spectral_norm": 0.1 * step, **more}}
+
+    lines = [
+        {"step": 0, "foresight": {"rho": None, "spectral_norm": None, "alignment": {}}},
+        row(10, effective_rank=9.0, top_norm_ratio=0.8, alignment={}),
+        row(30, effective_rank=7.0, top_norm_ratio=0.9, alignment={"10": 0.7, "20": 0.9, "x": 1.0}),
+        row(20, effective_rank=8.0, top_norm_ratio=0.85, alignment={"10": 0.8}),
+    ]
+    norm, rank, shares = foresight_charts(read_spectra(lines))
+    assert (norm.spec["data"][0]["x"], norm.spec["data"][0]["y"]) == ([10, 20, 30], [1, 2, 3])
+    assert rank.rows == [("10", "9"), ("20", "8"), ("30", "7")]
+    assert [line["name"] for line in shares.spec["data"]][2] == "alignment with step 30"
+    assert (shares.spec["data"][2]["x"], shares.spec["data"][2]["y"]) == ([10, 20], [0.7, 0.9])
+    assert ("alignment with step 30", "20", "90.0 %") in shares.rows
+    assert foresight_charts(read_spectra(lines[:1])) == []

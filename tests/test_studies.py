@@ -30,6 +30,7 @@ sys.path.insert(0, str(STUDIES))  # scripts import their neighbours
 import gradient_variance  # noqa: E402
 import gram  # noqa: E402
 import intervals  # noqa: E402
+import rules  # noqa: E402
 import run as runner  # noqa: E402
 import table  # noqa: E402
 from arms import Study, load_study  # noqa: E402
@@ -239,6 +240,31 @@ def test_measures_are_those_of_the_files(tmp_path: Path) -> None:
             "tokens_sampled": 80,
         }
     )
+
+
+def test_what_margin_and_balance_did_is_a_table_of_its_own() -> None:
+    steps = [
+        {"credit": {"margin": {"mixed_fraction": m, "return_cut": c, "factor_mean": 1.0}, "other": {"kept": 1.0}}}
+        for m, c in ((0.5, None), (0.25, -1.0), (0.0, -3.0))
+    ]
+    assert rules.noted(steps) == {"rule.margin.mixed_fraction": 0.25, "rule.margin.return_cut": -2.0}
+    assert rules.noted([{"credit": {}}, {}]) == {}
+    compared = table.compare({"opd": {0: {"x": 1.0}}, "shift": {0: rules.noted(steps)}}, "opd")
+    text = table.markdown(compared, "opd")
+    assert "| shift | 0.250 | - | - | - | - | -2.000 | - | - |" in text
+    assert "| opd |" not in text[text.index("Margin and balance") :]
+    assert "Margin and balance" not in table.markdown(table.compare({"opd": {0: {"x": 1.0}}}, "opd"), "opd")
+
+
+def test_scores_by_route_are_named_after_their_score() -> None:
+    assert table.said("accuracy.accuracy.add") == "accuracy, add"
+    assert table.said("agreement.kl_nats.mul") == "held-out KL, mul"
+    assert table.said("accuracy.avg@8") == "accuracy.avg@8"
+    row = {"agreement": {"kl_nats": 1.0, "kl_nats.mul": 2.0, "kl_nats.mul.low": 1.5, "kl_nats.mul.attempts": 64, "by_teacher": {}}}
+    assert table.evaluated(row) == {"agreement.kl_nats": 1.0, "agreement.kl_nats.mul": 2.0}
+    text = table.markdown(table.compare({"a": {0: {"agreement.kl_nats.mul.after": 2.0}}}, "a"), "a")
+    assert "held-out KL, mul before" in text
+    assert "| 2.000 |" in text
 
 
 def test_arms_are_compared_seed_by_seed() -> None:

@@ -14,19 +14,19 @@ import reflux
 from reflux.config import RunConfig
 from reflux.parts import GROUPS, kinds, part
 
-VERBS = "run plan eval report list cite doctor"
+VERBS = "run plan eval report difficulty list cite doctor"
 
 REGISTERED = """
 samplers      hf stored
-teachers      local
-contexts      same
+teachers      local own
+contexts      same peers privileged
 objectives    sampled_kl divergence nll outcome
-credit        prefix position outcome
+credit        prefix position outcome release margin balance
 rewards       verifier
 learners      hf
-accelerators
+accelerators  extrapolate
 tasks         word_problems gsm8k jsonl mix
-evals         accuracy agreement teacher_accuracy
+evals         accuracy agreement foresight teacher_accuracy
 schedules     constant linear cosine steps
 """
 
@@ -39,7 +39,12 @@ samplers.hf             max_tokens=512 temperature=1.0 top_p=1.0 stop=() allow_b
 samplers.stored         generate
 teachers.local          model context as_=None routes=() batch_tokens=32768 dtype='auto' device='auto' device_map=None attention=None
                         trust_remote_code=False system=None template={}
+teachers.own            follow='ema' ema=0.05 step=0 context as_=None routes=() batch_tokens=32768 autocast='auto' device='auto'
+                        attention=None
 contexts.same
+contexts.peers          successes=2 failures=1 threshold=0.5 failures_when='always' feedback='no_success' peer_tokens=4096
+                        strip_thinking=False
+contexts.privileged     show='answer'
 objectives.sampled_kl   teacher='main' coef=1.0 baseline='none' baseline_k=20 ratio='truncated' ratio_cap=5.0 clip=(0.2,0.2)
                         max_gap_nats=None
 objectives.divergence   teacher='main' coef=1.0 divergence='reverse' beta=None support='full' k=100 tail='bucket' tail_floor=1e-07
@@ -49,13 +54,21 @@ objectives.outcome      coef=1.0 ratio='clip' clip=(0.2,0.2)
 credit.prefix           length start=0
 credit.position         factor
 credit.outcome          nats=1.0 normalise_std=False std_floor=1e-06
+credit.margin           delta=0.4 mode='mean' direction='spread' action='shift' level='token' threshold=0.5 student='behaviour'
+                        retain=0.25 teacher='main'
+credit.balance          ratio=1.0 threshold=0.5
+credit.release          k=4 min_segments=8 min_side=3 min_gain=0.0 segments='sentences' rescale=True candidates='said' teacher='main'
 rewards.verifier        timeout_s=10.0 workers=1
+accelerators.extrapolate
+                        tries=5 prompts=50 samples=1 accept='better' rescore_incumbent=False score='accuracy' teacher='main'
+                        max_tokens=None include=('attn','attention','mlp','ffn','feed_forward')
 learners.hf             model lr=1e-06 betas=(0.9,0.999) eps=1e-08 weight_decay=0.0 clip=1.0 noise_floor=1e-06
                         micro_batch_tokens=16384 lora=None gradient_checkpointing=False autocast='auto' device='auto'
                         attention=None trust_remote_code=False
 tasks.word_problems     operations=('add','sub') min_steps=2 max_steps=3 largest=50 longer=0 held_out=500 weight=1.0
 evals.accuracy          problems=500 samples=0 k=None temperature=1.0 max_tokens=None split='test' examples=8
 evals.agreement         prompts=128 teacher='main' bins=24 max_tokens=None split='test'
+evals.foresight         percent=1.0 k=20 include=('attn','attention','mlp','ffn','feed_forward')
 evals.teacher_accuracy  teacher='main' problems=500 max_tokens=None split='test'
 schedules.constant      value
 schedules.linear        start stop=None increment=None warmup=0 horizon=0

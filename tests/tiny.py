@@ -19,6 +19,7 @@ from reflux.learners.hf import HF as HFLearnerPart
 from reflux.learners.hf_engine import HFLearner
 from reflux.models import Model, as_model
 from reflux.objectives.nll import NLL
+from reflux.teachers.local import Local
 from reflux.types import Attempt, Group, HiddenTarget, Moment, Prompt, Share, TokenRollout, Wants
 
 END = 1  # the character tokenizer's <end>
@@ -69,8 +70,8 @@ def config(recipe: str, student: str, teacher: str, **overrides: Any) -> RunConf
     """A shipped recipe at tiny scale. Keyword names carry dots as double underscores: sampler__max_tokens = 5."""
     limit = "sampler.generate.max_tokens" if recipe == "sft" else "sampler.max_tokens"
     changes: dict[str, Any] = {**SCALE, "learner.model": student, limit: 12}
-    if recipe not in ("sft", "rl"):
-        changes["teachers.main.model"] = teacher
+    tables = load_recipe(recipe).teachers.items()
+    changes |= {f"teachers.{name}.model": teacher for name, table in tables if isinstance(table, Local)}
     return load_recipe(recipe, changes | {key.replace("__", "."): value for key, value in overrides.items()})
 
 

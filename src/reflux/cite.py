@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from reflux.accelerators.extrapolate import Extrapolate
 from reflux.config import RunConfig
+from reflux.contexts.peers import Peers
+from reflux.contexts.privileged import Privileged
+from reflux.evals.foresight import Foresight
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.parts import kind_of
 from reflux.schedules import Schedule
+from reflux.teachers.own import Own
 
 
 @dataclass(frozen=True)
@@ -52,16 +57,39 @@ def _credit(cfg: RunConfig, kind: str) -> bool:
     return any(kind_of("credit", rule) == kind for rule in cfg.credit.values())
 
 
+def _shows(cfg: RunConfig, test: Callable[[object], bool]) -> bool:
+    return any(test(teacher.context) for teacher in cfg.teachers.values())
+
+
 PAPERS = (
     Paper("prefix_opd", "Fast and Effective On-policy Distillation from Reasoning Prefixes", "2602.15260", 2026, None,
           lambda cfg: _credit(cfg, "prefix") or isinstance(cfg.sampler.max_tokens, Schedule)),
+    Paper("release", "Prefix Teach, Suffix Fade: Local Teachability Collapse in Strong-to-Weak On-Policy Distillation", "2605.13643", 2026,
+          None, lambda cfg: _credit(cfg, "release")),
     Paper("vopd", "KL for a KL: On-Policy Distillation with Control Variate Baseline", "2605.07865", 2026, None,
           lambda cfg: _baseline(cfg, "kl", "topk_kl")),
+    Paper("uni_opd", "Uni-OPD", "2605.03677", 2026, None, lambda cfg: _credit(cfg, "margin") or _credit(cfg, "balance")),
+    Paper("effopd", "Learning to Foresee: Unveiling the Unlocking Efficiency of On-Policy Distillation", "2605.11739", 2026, None,
+          lambda cfg: isinstance(cfg.accelerator, Extrapolate) or any(isinstance(found, Foresight) for found in cfg.evals.values())),
     Paper("optimal_baseline", "The Optimal Reward Baseline for Gradient-Based Reinforcement Learning", "1301.2315", 2013,
           "Weaver, Lex and Tao, Nigel", lambda cfg: _baseline(cfg, "minimum_variance")),
     Paper("rloo", "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs", "2402.14740", 2024,
           "Ahmadian, Arash and Cremer, Chris and Gall{\\'e}, Matthias and Fadaee, Marzieh and Kreutzer, Julia and others",
           lambda cfg: _baseline(cfg, "leave_one_out")),
+    Paper("peers", "Multi-Rollout On-Policy Distillation via Peer Successes and Failures", "2605.12652", 2026, None,
+          lambda cfg: _shows(cfg, lambda context: isinstance(context, Peers))),
+    Paper("sdpo", "Reinforcement Learning via Self-Distillation", "2601.20802", 2026,
+          "H{\\\"u}botter, Jonas and L{\\\"u}beck, Frederike and Behric, Lejs and Baumann, Anton and others",
+          lambda cfg: _shows(cfg, lambda context: isinstance(context, Peers) and (context.successes, context.failures) == (1, 0))),
+    Paper("opsd", "Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models", "2601.18734", 2026,
+          "Zhao, Siyan and Xie, Zhihui and Liu, Mengchen and Huang, Jing and Pang, Guan and others",
+          lambda cfg: _shows(cfg, lambda context: isinstance(context, Privileged))),
+    Paper("sdft", "Self-Distillation Enables Continual Learning", "2601.19897", 2026,
+          "Shenfeld, Idan and Damani, Mehul and H{\\\"u}botter, Jonas and Agrawal, Pulkit",
+          lambda cfg: _shows(cfg, lambda context: isinstance(context, Privileged) and context.show == "demonstration")),
+    Paper("mean_teacher", "Mean teachers are better role models: Weight-averaged consistency targets improve semi-supervised deep learning "
+          "results", "1703.01780", 2017, "Tarvainen, Antti and Valpola, Harri",
+          lambda cfg: any(isinstance(teacher, Own) and teacher.follow == "ema" for teacher in cfg.teachers.values())),
     Paper("gkd", "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes", "2306.13649", 2023,
           "Agarwal, Rishabh and Vieillard, Nino and Zhou, Yongchao and Stanczyk, Piotr and others",
           lambda cfg: cfg.sampler.on_policy and bool(cfg.teachers)),

@@ -1,4 +1,4 @@
-"""The command line: run, plan, eval, report, list, cite, doctor. Everything heavy is imported by the command that needs it."""
+"""The command line: run, plan, eval, report, difficulty, list, cite, doctor. Everything heavy is imported by the command that needs it."""
 
 from __future__ import annotations
 
@@ -90,6 +90,23 @@ def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
     from reflux.commands.examine import show_findings
 
     show_findings(recipe, overrides or [])
+
+
+@app.command()
+def difficulty(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Answers per training prompt.")] = 8,
+    prompts: Annotated[int, typer.Option("--prompts", min=0, help="So many; by default one pass, or 512 of an endless task.")] = 0,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.01)] = 1.0,
+    top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1.0)] = 0.95,
+    cap: Annotated[int, typer.Option("--cap", min=1, help="At most so many copies of a prompt.")] = 8,
+    out: Annotated[Path | None, typer.Option("--out", help="Where the files go; by default runs/RECIPE-difficulty.")] = None,
+) -> None:
+    """How hard the training prompts are for the student, and a prompt file balanced by it."""
+    from reflux.commands.difficulty import balance_prompts
+
+    balance_prompts(recipe, overrides or [], samples, prompts, (temperature, top_p), cap, out)
 
 
 @app.callback(invoke_without_command=True)

@@ -23,8 +23,9 @@ from reflux.loop import open_parts
 from reflux.models import head_gap, load_tokenizer, parameter_count
 from reflux.rundir import Options, Run
 from reflux.teachers.base import Teachers
+from reflux.teachers.own import Own
 from reflux.tokens import check_same_tokens, end_ids
-from reflux.types import Draw, Group, HiddenTarget, TokenRollout
+from reflux.types import Draw, Group, HiddenTarget, Reward, TokenRollout
 
 PARITY_NATS = {"cpu": 1e-3, "cuda": 0.1}  # float32 on both sides; bfloat16 autocast on one
 _TOKENS = 32  # per answer
@@ -46,7 +47,8 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
     for finding in _tokenizers(cfg):
         yield finding
     with tempfile.TemporaryDirectory() as scratch:
-        cfg = replace(cfg, prompts_per_step=prompts, group_size=1, max_lag=0)
+        group = max((teacher.context.min_group for teacher in cfg.teachers.values()), default=1)
+        cfg = replace(cfg, prompts_per_step=prompts, group_size=group, max_lag=0)
         run = Run.open(cfg, checks.join(replace(cfg, credit={})), Options(Path(scratch) / "doctor"))
         async with open_parts(replace(cfg, reward=None, accelerator=None), run) as (learner, sampler, _, teachers, _):
             yield _head(learner)
@@ -54,6 +56,7 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
             groups = await _attempts(run, sampler, prompts)
             yield _parity(learner, groups)
             yield _endings(groups)
+            await _judge(run, groups)
             await teachers.score(groups, run.moment())
             for name in teachers.names:
                 yield _alive(name, groups)
@@ -73,6 +76,8 @@ def _tokenizers(cfg: RunConfig) -> list[Finding]:
             Finding("warning", "chat template", "the student's tokenizer has none: messages are joined by newlines, as for a base model")
         )
     for name, teacher in cfg.teachers.items():
+        if isinstance(teacher, Own):
+            continue  # the student's own
         tokenizer = load_tokenizer(teacher.model, f"teachers.{name}.model")
         check_same_tokens(student, tokenizer, name)
         findings.append(Finding("ok", "tokenizers", f"teacher '{name}' and the student share one map of {len(tokenizer)} tokens"))
@@ -89,7 +94,15 @@ def _tokenizers(cfg: RunConfig) -> list[Finding]:
 async def _attempts(run: Run, sampler: Any, prompts: int) -> list[Group]:
     chosen = list(islice(run.task.prompts("train", run.seed, 0), prompts))
     draw = Draw(0, "train", min(_TOKENS, run.cfg.longest), cohort=prompts)
-    return list(await asyncio.gather(*(sampler.sample(prompt, 1, draw) for prompt in chosen)))
+    return list(await asyncio.gather(*(sampler.sample(prompt, run.cfg.group_size, draw) for prompt in chosen)))
+
+
+async def _judge(run: Run, groups: Sequence[Group]) -> None:
+    """By the task's own verifier: a context may sort attempts by their verdicts, and which it shows matters little here."""
+    attempts = [attempt for group in groups for attempt in group]
+    if run.wants.reward:
+        for attempt, verdict in zip(attempts, await run.graders.judge_attempts(run.task, attempts), strict=True):
+            attempt.reward = Reward(verdict.value)
 
 
 def _head(learner: Any) -> Finding:
@@ -122,14 +135,15 @@ def _parity(learner: Any, groups: Sequence[Group]) -> Finding:
 
 
 def _endings(groups: Sequence[Group]) -> Finding:
-    cut = np.mean([attempt.rollout.finish == "length" for group in groups for attempt in group])
-    return Finding("ok", "answers", f"{len(groups)} short answers sampled, {cut:.0%} of them longer than {_TOKENS} tokens")
+    cut = [attempt.rollout.finish == "length" for group in groups for attempt in group]
+    return Finding("ok", "answers", f"{len(cut)} short answers sampled, {np.mean(cut):.0%} of them longer than {_TOKENS} tokens")
 
 
 def _alive(name: str, groups: Sequence[Group]) -> Finding:
     """A teacher that answers the same everywhere, or nothing at all, teaches nothing."""
     spread, silent = [], 0
-    for attempt in (attempt for group in groups for attempt in group):
+    attempts = [attempt for group in groups for attempt in group]
+    for attempt in attempts:
         target = attempt.targets.get(name)
         silent += target is None
         if isinstance(target, HiddenTarget):
@@ -137,7 +151,7 @@ def _alive(name: str, groups: Sequence[Group]) -> Finding:
             spread.append(float(-(logp_NV.exp() * logp_NV).sum(-1).mean()) / math.log(logp_NV.shape[-1]))
     if silent:
         return Finding(
-            "warning", "teacher", f"'{name}' said nothing about {silent} of {len(groups)} attempts (routes, or a context that is None)"
+            "warning", "teacher", f"'{name}' said nothing about {silent} of {len(attempts)} attempts (routes, or a context that is None)"
         )
     share = float(np.mean(spread)) if spread else 0.0
     if share > 0.98:

@@ -40,9 +40,10 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
             await sampler.publish(learner.weights, learner.version)
             await teachers.publish(learner.weights, learner.version)
 
-        async def score() -> float:  # these weights on fixed prompts: the sampler only, under the current version
+        async def score(dice: int = 0) -> float:  # these weights on fixed prompts: the sampler only, under the current version
             await sampler.publish(learner.weights, learner.version)
-            return await run.score(sampler)
+            assert run.scorer is not None  # there is one where an accelerator is open, and no one else asks
+            return await run.scorer(sampler, teachers, dice)
 
         async def attempt(prompt: Prompt, step: int) -> Group:  # may run ahead of training, never by more than max_lag steps
             group = await sampler.sample(prompt, cfg.group_size, cfg.draw(step))  # the student acts

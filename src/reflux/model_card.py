@@ -5,11 +5,13 @@ from __future__ import annotations
 from reflux.cite import papers
 from reflux.config import RunConfig, config_hash
 from reflux.summary import commit, method_of
+from reflux.teachers.own import Own
 
 
 def model_card(cfg: RunConfig, step: int) -> str:
     """In the hub's form: a YAML head, then Markdown. Names from the recipe are quoted as code, never as markup."""
-    teachers = [teacher.model for teacher in cfg.teachers.values() if "model" in vars(teacher)]
+    teachers = [_code(teacher.model) for teacher in cfg.teachers.values() if "model" in vars(teacher)]
+    teachers += ["itself"] * any(isinstance(teacher, Own) for teacher in cfg.teachers.values())
     lines = [
         "---",
         "library_name: transformers",
@@ -20,7 +22,7 @@ def model_card(cfg: RunConfig, step: int) -> str:
         "",
         f"- method: {_code(method_of(cfg))}, after {step} of {cfg.steps} optimiser steps",
         f"- started from: {_code(cfg.learner.model)}",
-        f"- taught by: {', '.join(map(_code, teachers)) or 'no teacher'}",
+        f"- taught by: {', '.join(teachers) or 'no teacher'}",
         f"- config {config_hash(cfg)}, seed {cfg.seed}, library commit {commit() or 'of an installed package'}",
         "",
         "The licences of the models it started from and was taught by apply to it.",

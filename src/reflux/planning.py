@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from reflux.schedules import at
 from reflux.summary import method_of
 from reflux.tasks.mix import Mix
 from reflux.teachers.base import spoken_name
+from reflux.teachers.own import Own
 from reflux.types import Wants
 
 _ADAM_BYTES = 16  # a float32 master weight, its gradient and two moments
@@ -64,9 +65,7 @@ def plan(cfg: RunConfig) -> Plan:
     if local_data(cfg.task):
         next(cfg.task.prompts("train", cfg.seed, 0))  # a missing or malformed file is found here
     student = size_of(cfg.learner.model, "learner.model")
-    teachers = {
-        name: size_of(teacher.model, f"teachers.{name}.model") for name, teacher in cfg.teachers.items() if "model" in vars(teacher)
-    }
+    teachers = {name: size for name, teacher in cfg.teachers.items() if (size := _teacher_size(name, teacher, student))}
     attempts = cfg.prompts_per_step * cfg.group_size
     tokens = sum(attempts * int(at(cfg.sampler.max_tokens, step)) for step in range(cfg.steps))
     return Plan(
@@ -83,6 +82,13 @@ def plan(cfg: RunConfig) -> Plan:
         wants=wanted(wants),
         warnings=checks.warnings(cfg),
     )
+
+
+def _teacher_size(name: str, teacher: Any, student: Size) -> Size | None:
+    """None for a teacher of another process; one that is the student holds its weights once more, in float32."""
+    if isinstance(teacher, Own):
+        return replace(student, stored_bytes=None if student.parameters is None else student.parameters * _FROZEN_BYTES)
+    return size_of(teacher.model, f"teachers.{name}.model") if "model" in vars(teacher) else None
 
 
 def wanted(wants: Wants) -> list[str]:

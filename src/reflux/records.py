@@ -46,6 +46,9 @@ def learned(attempt: Attempt, step: int) -> dict[str, Any]:
     if attempt.shift_T.any():
         line["shift"] = _rounded(attempt.shift_T)
     line["notes"] = {f"{name}.{key}": value for name, share in attempt.shares.items() for key, value in share.notes.items()}
+    shown = {name: notes for name, notes in attempt.notes.get("shown", {}).items() if notes}
+    if shown:
+        line["context"] = shown
     detail = {name: share.detail for name, share in attempt.shares.items() if share.detail}
     return {**line, "detail": detail} if detail else line
 

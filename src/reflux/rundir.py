@@ -1,6 +1,7 @@
 """The run directory: seeds, resolved config, attempts, metrics, checkpoints, resume.
 
-config.toml  metrics.jsonl  evals.jsonl  attempts.jsonl  checkpoints/step-N/  student/  summary.json  report.html
+config.toml  metrics.jsonl  evals.jsonl  attempts.jsonl  checkpoints/step-N/  student/  summary.json  report.html; of some parts
+searches.jsonl  score_prompts.jsonl  foresight/
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from reflux.types import Group, Moment, Prompt, Wants
 
 if TYPE_CHECKING:
     from reflux.accelerators.base import OpenAccelerator
+    from reflux.accelerators.score import Scorer
     from reflux.learners.base import OpenLearner
     from reflux.samplers.base import OpenSampler
     from reflux.tasks.grading import Graders
@@ -83,6 +85,7 @@ class Run:
             self.totals |= checkpoints.load_plain(self.dir / "checkpoints", step, "run")
         self._started = time.perf_counter()
         self._tracker: Tracker = open_tracker(cfg.track, self.dir, to_table(cfg))
+        self.scorer: Scorer | None = None  # of an accelerator
         self._graders: Graders | None = None
         self._tokenizer: Any = None
         self._lock = (self.dir / ".lock").open("w")
@@ -113,7 +116,7 @@ class Run:
 
     def _cut_back(self) -> None:
         """Everything on disk that came after the checkpoint goes: it will be done again."""
-        for name in ("metrics.jsonl", "evals.jsonl", "attempts.jsonl"):
+        for name in ("metrics.jsonl", "evals.jsonl", "attempts.jsonl", "searches.jsonl"):
             files.keep_lines(self.dir / name, lambda row: row["step"] <= self.step)
 
     # --- what parts ask for
@@ -180,6 +183,8 @@ class Run:
         files.append_lines(self.dir / "metrics.jsonl", [metrics])
         self._tracker.log(metrics, self.step)
         self.watch.stepped(self, metrics)
+        if not metrics["tokens_trained"]:
+            self.watch.noted(f"step {self.step}: no attempt has both a weight and a word to learn from, so the weights stay as they are")
 
     def due(self, what: str) -> bool:
         """Is it time to "eval" or to "save"? The last step's are made by the end of the loop."""
@@ -192,12 +197,6 @@ class Run:
     def finished(self) -> bool:
         """Was there nothing left to do when the directory was opened? Then nothing is done."""
         return self.resumed is not None and self.resumed >= self.cfg.steps
-
-    async def score(self, sampler: OpenSampler) -> float:
-        """Mean verdict on the accelerator's fixed training prompts, with dice that are the same for every candidate of a step."""
-        from reflux.accelerators.score import fixed_prompts_score
-
-        return await fixed_prompts_score(self, sampler)
 
     async def evaluate(self, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers, unless_done: bool = False) -> None:
         """Ask every evaluation about the weights of now; those that speak of the teacher only once."""

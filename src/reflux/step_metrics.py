@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reflux.metrics import Mean, Metric, step_flops
-from reflux.types import Attempt, Group, TokenRollout
+from reflux.metrics import Mean, Metric, Stats, merge, step_flops
+from reflux.types import Attempt, Group, Share, TokenRollout
 
 if TYPE_CHECKING:
+    from reflux.accelerators.score import Spent
     from reflux.learners.base import OpenLearner
     from reflux.rundir import Run
     from reflux.teachers.base import Teachers
@@ -27,7 +28,8 @@ def step_metrics(run: Run, stats: dict[str, Metric], groups: Sequence[Group], le
     sampled = sum(int(attempt.rollout.mask_T.sum()) for attempt in live)
     prompt = sum(len(a.rollout.prompt_tokens) for a in live if isinstance(a.rollout, TokenRollout))
     trained = int(values.get("tokens_trained") or 0)
-    asked = bool(teachers.opened)
+    by_table = _asked(live, teachers)
+    spent = run.scorer.take() if run.scorer else None
     return {
         "loss": values.get("loss", 0.0),
         **{name: value for name, value in values.items() if name not in ("loss", "tokens_trained", "updates")},
@@ -36,38 +38,66 @@ def step_metrics(run: Run, stats: dict[str, Metric], groups: Sequence[Group], le
         "lag_max": max(lags, default=None),
         "tokens_sampled": sampled,
         "tokens_trained": trained,
+        **({"tokens_scored": spent.sampled} if spent else {}),
         "response_tokens_mean": sampled / len(live) if live else None,
         "truncated": Mean.of([a.rollout.finish == "length" for a in live]).value,
         "errors": len(attempts) - len(live),
         "silent": _silent(live, teachers),
-        "reward_mean": _reward(live),
+        "asked": {table: len(heard) for table, heard in by_table.items()},
+        "kl_nats_by_table": {table: _kl(heard, teachers.spoken(table)).value for table, heard in by_table.items()},
+        "reward_mean": Mean.of([a.verdict for a in live if a.verdict is not None]).value,
+        "ungraded": sum(a.reward is not None and a.verdict is None for a in live),
         "seconds": run.clock.take(),
-        "flops": step_flops(learner.parameters, teachers.parameters if asked else 0, prompt, max(sampled, trained), trained),
+        "flops": step_flops(learner.parameters, teachers.parameters, prompt, max(sampled, trained), trained, _scored(spent)),
         "credit": _credit(live),
+        "context": _context(live),
     }
 
 
-def _reward(attempts: list[Attempt]) -> float | None:
-    judged = [a.reward.value for a in attempts if a.reward is not None and a.reward.value is not None]
-    return Mean.of(judged).value
+def _scored(spent: Spent | None) -> tuple[float, float]:
+    return (spent.read, spent.taught) if spent else (0.0, 0.0)
 
 
 def _silent(attempts: list[Attempt], teachers: Teachers) -> dict[str, int]:
-    """Attempts each teacher name said nothing about: a starved teacher shows here."""
+    """Attempts each teacher name said nothing about."""
     return {name: sum(name not in attempt.targets for attempt in attempts) for name in teachers.names}
 
 
-def _credit(attempts: list[Attempt]) -> dict[str, dict[str, float | None]]:
-    """Per rule: mean factor and shift over chosen positions, and its notes averaged over attempts."""
-    rules: dict[str, dict[str, Metric]] = {}
+def _asked(attempts: list[Attempt], teachers: Teachers) -> dict[str, list[Attempt]]:
+    """By table, the attempts it was asked about: one that shares a name and is starved of its routes shows here."""
+    return {table: [a for a in attempts if a.notes.get("asked", {}).get(teachers.spoken(table)) == table] for table in teachers.opened}
+
+
+def _kl(attempts: list[Attempt], name: str) -> Mean:
+    """Mean of log p - log q over the positions learnt from, by the student of now: the sampled reverse KL, nats per token."""
+    known = [attempt.notes["logp"] for attempt in attempts if name in attempt.notes.get("logp", {})]
+    gaps = [logp["student"] - logp[name] for logp in known]
+    return Mean.of(np.concatenate([gap[np.isfinite(gap)] for gap in gaps]) if gaps else [])
+
+
+def _context(attempts: list[Attempt]) -> dict[str, dict[str, float | None]]:
+    """Per teacher name, what its context noted of the attempts it was asked about, averaged over them; only names with a note."""
+    found: dict[str, dict[str, Mean]] = {}
     for attempt in attempts:
-        mask_T = attempt.rollout.mask_T
+        for name, notes in attempt.notes.get("shown", {}).items():
+            for key, note in notes.items():
+                known = found.setdefault(name, {})
+                known[key] = known.get(key, Mean()) + Mean(note, 1)
+    return {name: {key: mean.value for key, mean in sorted(means.items())} for name, means in sorted(found.items())}
+
+
+def _credit(attempts: list[Attempt]) -> dict[str, dict[str, float | None]]:
+    """Per rule: mean factor and shift over chosen positions, and its notes merged over the attempts that have them."""
+    said: dict[str, list[Stats]] = {}
+    for attempt in attempts:
         for name, share in attempt.shares.items():
-            found = {
-                "factor_mean": Mean.of(np.broadcast_to(share.factor_T, mask_T.shape)[mask_T]),
-                "shift_mean": Mean.of(np.broadcast_to(share.shift_T, mask_T.shape)[mask_T]),
-                **{key: Mean(note, 1) if isinstance(note, float | int) else note for key, note in share.notes.items()},
-            }
-            known = rules.setdefault(name, {})
-            rules[name] = {key: known[key] + value if key in known else value for key, value in found.items()}  # type: ignore[operator]
-    return {name: {key: value.value for key, value in sorted(found.items())} for name, found in rules.items()}
+            said.setdefault(name, []).append(_share(share, attempt.rollout.mask_T))
+    return {name: {key: metric.value for key, metric in sorted(merge(found).items())} for name, found in said.items()}
+
+
+def _share(share: Share, mask_T: np.ndarray) -> Stats:
+    return {
+        "factor_mean": Mean.of(np.broadcast_to(share.factor_T, mask_T.shape)[mask_T]),
+        "shift_mean": Mean.of(np.broadcast_to(share.shift_T, mask_T.shape)[mask_T]),
+        **{key: Mean(note, 1) if isinstance(note, float | int) else note for key, note in share.notes.items()},
+    }

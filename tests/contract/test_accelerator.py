@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 import outside
 import tiny
 from laws.test_resume import stop_after, told
+from reflux.accelerators.extrapolate_engine import OpenExtrapolate
+from reflux.accelerators.score import Scorer, different
+from reflux.errors import ConfigError, DataError, RunError
+from reflux.loop import train
+from reflux.rundir import Options, Silent
+from reflux.tasks.word_problems import WordProblems
+from reflux.types import Prompt
 from tiny import same
 
 PLAIN: dict[str, Any] = {"steps": 4, "task": {"kind": "outside:Chat"}}
@@ -76,11 +87,266 @@ def test_its_state_is_restored_and_the_run_goes_on_bit_for_bit(
 
 def test_scores_use_the_weights_of_the_moment(student: str, teacher: str, tmp_path: Path) -> None:
     """The score's prompts are fixed; two candidates meet the same dice, so equal weights have equal scores."""
-    from reflux.loop import train
-    from reflux.rundir import Options
-
     cfg = tiny.config(
         "opd", student, teacher, **PLAIN, accelerator={"kind": "outside:Jump", "at": 2, "by": 0.0, "prompts": 5, "samples": 3}
     )
     asyncio.run(train(cfg, Options(tmp_path / "run")))
     assert outside.HEARD[1][2] == outside.HEARD[1][3]
+
+
+# --- the shipped one, in runs
+
+EXTRA: dict[str, Any] = {"kind": "extrapolate", "prompts": 4}
+
+
+@pytest.fixture
+def scores(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], list[int]]:
+    """`scores([0.5, 0.6, 0.1])`: what each scoring says after it was really made, the last one for ever. Returns the step of each."""
+
+    def script(values: list[float]) -> list[int]:
+        asked: list[int] = []
+        real = Scorer.__call__
+
+        async def said(self: Scorer, sampler: Any, teachers: Any, dice: int = 0) -> float:
+            await real(self, sampler, teachers, dice)
+            asked.append(self.run.step)
+            return values[min(len(asked), len(values)) - 1]
+
+        monkeypatch.setattr(Scorer, "__call__", said)
+        return asked
+
+    return script
+
+
+def test_without_tries_and_where_nothing_is_accepted_the_run_is_the_plain_one(tiny_run: Callable[..., Any], scores: Any) -> None:
+    plain = tiny_run("full", **PLAIN)
+    never = tiny_run("full", **PLAIN, accelerator={**EXTRA, "tries": 0})
+    assert same(plain.state, never.state)
+    assert never.rows("searches") == []
+    asked = scores([0.5])
+    shut = tiny_run("full", **PLAIN, accelerator=EXTRA)
+    assert asked == [0, 0, 1, 1, 3, 3]  # W and one candidate after steps 1, 2 and 4
+    assert same(plain.state, shut.state)
+    told_of = [[row for row in done.rows("attempts") if row["kind"] == "attempt"] for done in (plain, shut)]
+    assert told_of[0] == told_of[1]
+
+
+def test_searches_are_told_counted_and_on_disk(tiny_run: Callable[..., Any], scores: Any) -> None:
+    plain = tiny_run("full", **PLAIN)
+    scores([0.5, 0.6, 0.7, 0.1, 0.5, 0.4, 0.5, 0.4])
+    done = tiny_run("full", **PLAIN, accelerator={**EXTRA, "samples": 3})
+    rows = done.rows("searches")
+    assert [(row["step"], row["accepted"], len(row["tried"])) for row in rows] == [(1, 4, 3), (2, 0, 1), (4, 0, 1)]
+    assert not same(done.weights, plain.weights)
+    metrics = done.rows("metrics")
+    assert [row["tokens_scored"] for row in metrics] == [rows[0]["tokens"], rows[1]["tokens"], 0, rows[2]["tokens"]]
+    assert rows[0]["tokens"] >= 4 * 4 * 3
+    assert ["score" in row["seconds"] for row in metrics] == [True, True, False, True]
+    assert "tokens_scored" not in plain.rows("metrics")[0]
+    first, alone = metrics[0]["flops"], plain.rows("metrics")[0]["flops"]  # the same attempts: the jump comes after them
+    assert (first["learn"], first["teach"]) == (alone["learn"], alone["teach"])
+    listed = done.rows("score_prompts")
+    read = rows[0]["tokens"] + 4 * 3 * sum(len(done_prompt(prompt)) for prompt in listed)
+    parameters = alone["learn"] / 6 / (alone["teach"] / 2 / teacher_parameters(done)) if alone["teach"] else 0
+    assert first["sample"] - alone["sample"] == pytest.approx(2 * parameters * read, rel=1e-6)
+
+
+def done_prompt(listed: dict[str, Any]) -> list[int]:
+    """A listed prompt as the student reads it."""
+    from reflux.assets.tokenizer import character_tokenizer
+    from reflux.tokens import Renderer
+
+    return Renderer(character_tokenizer(), None, {}).ids(listed["messages"])
+
+
+def teacher_parameters(done: Any) -> int:
+    import tomllib
+
+    from reflux.models import parameter_count
+
+    table = tomllib.loads((done.dir / "config.toml").read_text())
+    return parameter_count(AutoModelForCausalLM.from_pretrained(table["teachers"]["main"]["model"]))
+
+
+def test_moments_schedule_and_counter_know_nothing_of_a_jump(tiny_run: Callable[..., Any], scores: Any) -> None:
+    settings = {**PLAIN, "steps": 1, "learner__lr": {"kind": "linear", "start": 1e-3, "stop": 0.0}}
+    plain = tiny_run("full", **settings)
+    scores([0.5, 0.6, 0.1])
+    done = tiny_run("full", **settings, accelerator=EXTRA)
+    names = {name for name in done.state if not torch.equal(torch.as_tensor(done.state[name]), torch.as_tensor(plain.state[name]))}
+    assert names
+    assert all(name.startswith("weight/") and ("self_attn" in name or "mlp" in name) and "norm" not in name for name in names)
+    assert done.rows("metrics")[0]["lr"] == plain.rows("metrics")[0]["lr"]
+
+
+@pytest.mark.parametrize("max_lag", [0, 2])
+def test_no_training_attempt_comes_from_a_candidate(
+    tiny_run: Callable[..., Any], scores: Any, monkeypatch: pytest.MonkeyPatch, max_lag: int
+) -> None:
+    """Weights attempts were sampled from, against those that were tried and rejected; the next ones come from where the search ended."""
+    from reflux.accelerators import extrapolate_engine
+    from reflux.samplers.hf_engine import HFSampler
+
+    name, tried, ended, sampled = "model.layers.0.mlp.up_proj.weight", [], [], []
+    go, after, sample = extrapolate_engine._Path.go, OpenExtrapolate.after_step, HFSampler._sample
+
+    def noted_go(self: Any, multiple: int) -> None:
+        go(self, multiple)
+        tried.append(mark(self.learner.weights[name]))
+
+    async def noted_after(self: Any, learner: Any, *rest: Any) -> bool:
+        jumped = await after(self, learner, *rest)
+        ended.append(mark(learner.weights[name]))
+        return jumped
+
+    def noted_sample(self: Any, requests: Any) -> Any:
+        if requests[0][2].purpose == "train":
+            sampled.append((requests[0][2].step, mark(self.model.net.state_dict()[name])))
+            time.sleep(0.2 if max_lag else 0)  # the student has learnt before all that is in flight has landed
+        return sample(self, requests)
+
+    monkeypatch.setattr(extrapolate_engine._Path, "go", noted_go)
+    monkeypatch.setattr(OpenExtrapolate, "after_step", noted_after)
+    monkeypatch.setattr(HFSampler, "_sample", noted_sample)
+    scores([0.5, 0.6, 0.1, 0.5, 0.4, 0.5, 0.7, 0.8, 0.1])
+    done = tiny_run("full", **(PLAIN | {"steps": 6}), max_lag=max_lag, accelerator=EXTRA)
+    assert [row["accepted"] for row in done.rows("searches")] == [2, 0, 4]
+    assert len(set(tried) - set(ended)) >= 4
+    assert not {weights for _, weights in sampled} & (set(tried) - set(ended))
+    if not max_lag:
+        assert [weights for _, weights in sampled][1:] == ended[:-1]
+    # a jump throws away what is in flight: nothing meant for later steps is older than it
+    assert all(weights in ended for step, weights in sampled if step >= 4 and (step, weights) in sampled[-2:])
+    assert [row["step"] for row in done.rows("metrics")] == [1, 2, 3, 4, 5, 6]
+    assert done.rows("metrics")[4]["lag_max"] == 0  # after the jump of step 4 all are asked again
+
+
+def mark(weights: torch.Tensor) -> bytes:
+    return weights.detach().numpy().tobytes()
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4.0}])
+def test_a_run_with_searches_resumes_bit_for_bit(
+    tiny_run: Callable[..., Any], student: str, teacher: str, tmp_path: Path, step: int, lora: Any
+) -> None:
+    settings = {**PLAIN, "learner__lora": lora, "learner__lr": 0.003, "accelerator": {**EXTRA, "score": "minus_kl", "samples": 8}}
+    whole = tiny_run("full", **settings)
+    assert any(row["accepted"] for row in whole.rows("searches"))
+    stop_after(step, tmp_path / "stopped", tiny.config("full", student, teacher, **settings))
+    resumed = tiny_run("full", **settings, out=tmp_path / "stopped", resume=True)
+    assert same(whole.state, resumed.state)
+    assert told(whole) == told(resumed)
+    assert (whole.dir / "student" / "model.safetensors").read_bytes() == (resumed.dir / "student" / "model.safetensors").read_bytes()
+
+
+def test_an_accelerator_cannot_be_switched_on_half_way(tiny_run: Callable[..., Any]) -> None:
+    done = tiny_run("full", **PLAIN)
+    with pytest.raises(RunError, match="accelerator: was None"):
+        tiny_run("full", **(PLAIN | {"steps": 6}), accelerator=EXTRA, out=done.dir, resume=True)
+
+
+def test_names_that_match_nothing_are_refused_before_training(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="matches no parameter"):
+        tiny_run("full", **PLAIN, accelerator={**EXTRA, "include": ["attnn"]}, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "attempts.jsonl").exists()
+
+
+# --- the score
+
+
+def test_the_prompts_are_different_ones_of_the_training_split_and_listed(tiny_run: Callable[..., Any]) -> None:
+    done, again = (tiny_run("full", steps=1, accelerator={**EXTRA, "prompts": 30}) for _ in range(2))
+    rows = done.rows("score_prompts")
+    assert rows == again.rows("score_prompts")
+    assert len({row["id"] for row in rows}) == 30
+    assert all(row["id"].startswith("train-") and row["answer"] is not None for row in rows)
+    assert rows != tiny_run("full", steps=1, seed=1, accelerator={**EXTRA, "prompts": 30}).rows("score_prompts")
+    held_out = {prompt.messages[0]["content"] for prompt in WordProblems().prompts("test", 0)}
+    assert not held_out & {row["messages"][0]["content"] for row in rows}
+
+
+def test_fewer_prompts_than_asked_for_are_all_used_and_that_is_said(student: str, teacher: str, tmp_path: Path) -> None:
+    task = lines(tmp_path, [{"id": f"l{i}", "prompt": f"what is {i}?", "answer": str(i)} for i in range(7)])
+    said = Noted()
+    cfg = tiny.config("full", student, teacher, **(PLAIN | {"steps": 2, "task": task}), accelerator={**EXTRA, "prompts": 50})
+    asyncio.run(train(cfg, Options(tmp_path / "run", watch=said)))
+    listed = [json.loads(line)["id"] for line in (tmp_path / "run" / "score_prompts.jsonl").read_text().splitlines()]
+    assert sorted(listed) == [f"l{i}" for i in range(7)]
+    assert "the accelerator scores on all 7 training prompts; 50 were asked for" in said.texts
+
+
+def test_a_stream_that_recurs_is_read_until_nothing_new_comes() -> None:
+    def stream(period: int) -> Any:
+        return (Prompt(f"p{i % period}", ()) for i in itertools.count())
+
+    assert [prompt.id for prompt in different(stream(5), 3)] == ["p0", "p1", "p2"]
+    assert [prompt.id for prompt in different(stream(3), 5)] == ["p0", "p1", "p2"]
+    assert [prompt.id for prompt in different(iter([]), 5)] == []
+
+
+def test_accuracy_without_answers_is_refused_and_minus_kl_needs_none(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    task = lines(tmp_path, [{"id": f"l{i}", "prompt": f"what is {i}?"} for i in range(9)])
+    settings = PLAIN | {"steps": 2, "task": task}
+    with pytest.raises(DataError, match=r"judges answers, but 4 of its 4 training prompts have none.*minus_kl"):
+        tiny_run("full", **settings, accelerator=EXTRA)
+    done = tiny_run("full", **settings, accelerator={**EXTRA, "score": "minus_kl"})
+    assert [row["score"] for row in done.rows("searches")] == ["minus_kl"] * 2
+    assert all(row["here"] < 0 for row in done.rows("searches"))
+
+
+def test_minus_kl_is_minus_the_kl_to_the_teacher_on_own_samples(tiny_run: Callable[..., Any]) -> None:
+    """Many samples against the exact KL of student and teacher along them; its teacher's reading is counted."""
+    settings = {"steps": 1, "learner__lr": 1e-7, "prompts_per_step": 100}
+    table = {**EXTRA, "score": "minus_kl", "prompts": 100, "samples": 4, "tries": 1}
+    done = tiny_run("full", **settings, accelerator=table)
+    (row,) = done.rows("searches")
+    exact = done.rows("metrics")[0]["kl_nats"]  # of the step's own attempts, the whole vocabulary
+    assert row["here"] == pytest.approx(-exact, rel=0.1)
+    alone = tiny_run("full", **settings).rows("metrics")[0]["flops"]
+    flops = done.rows("metrics")[0]["flops"]
+    assert flops["teach"] > 5 * alone["teach"]
+    assert flops["learn"] == alone["learn"]
+
+
+def test_a_scored_answer_has_a_limit_of_its_own(tiny_run: Callable[..., Any], scores: Any) -> None:
+    """The longest that training reaches, or what is said; not that of the step."""
+    cap = {"kind": "linear", "start": 1, "increment": 4}
+    for limit, longest in ((None, 13), (20, 20)):
+        scores([0.5])
+        done = tiny_run("full", **PLAIN, sampler__max_tokens=cap, accelerator={**EXTRA, "prompts": 40, "max_tokens": limit})
+        (first, *_) = done.rows("searches")
+        assert 40 * 2 * 1.5 < first["tokens"] <= 40 * 2 * longest
+    assert max(len(row["tokens"]) for row in done.rows("attempts") if row["kind"] == "attempt" and row["step"] == 1) == 1
+
+
+def test_fresh_dice_are_other_dice_of_the_same_prompts(student: str, teacher: str, tmp_path: Path) -> None:
+    from reflux import checks
+    from reflux.loop import open_parts
+    from reflux.rundir import Run
+
+    cfg = tiny.config("full", student, teacher, **PLAIN, accelerator={**EXTRA, "prompts": 12, "samples": 4})
+
+    async def script() -> list[float]:
+        run = Run.open(cfg, checks.join(cfg), Options(tmp_path / "run"))
+        async with open_parts(cfg, run) as (learner, sampler, _, teachers, _):
+            await sampler.publish(learner.weights, 0)
+            assert run.scorer is not None
+            return [await run.scorer(sampler, teachers, dice) for dice in (0, 0, 1, 1, 2)]
+
+    one, again, fresh, fresh_again, third = asyncio.run(script())
+    assert (one, fresh) == (again, fresh_again)
+    assert len({one, fresh, third}) > 1
+
+
+class Noted(Silent):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def noted(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def lines(folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    (folder / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"kind": "jsonl", "path": str(folder / "lines.jsonl")}

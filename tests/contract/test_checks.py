@@ -116,7 +116,7 @@ def test_every_problem_is_told_at_once() -> None:
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_the_shipped_recipes_fit(recipe: str) -> None:
     wants = checks.join(load_recipe(recipe))
-    assert wants.reward == (recipe in ("rl", "rl_opd"))
+    assert wants.reward == (recipe in ("rl", "rl_opd", "uni_opd", "peers", "everything"))
 
 
 def test_biased_sampling_may_be_asked_for() -> None:
@@ -187,3 +187,81 @@ def test_a_missing_model_folder_leaves_no_run_behind(where: str, tmp_path: Path)
     with pytest.raises(ModelError, match=f"{where}: the folder .* does not exist"):
         Run.open(cfg, checks.join(cfg), Options(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+# --- the methods that weigh attempts and tokens
+
+REWARD = {"reward": {"kind": "verifier"}}
+UNI = {"group_size": 4, **REWARD}
+JUMPS = {"kind": "extrapolate", "score": "minus_kl"}
+METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "release under kept": ("release", {"normalise": "kept"}, 'the release would count twice. Use normalise = "chosen" or "rollout_means"'),
+    "release of nobody": ("release", {"credit.release.teacher": "mian"}, "credit.release.teacher: there is no teacher 'mian'. Known: main"),
+    "release against oneself": ("release", {"credit.release.teacher": "said"}, "credit.release.teacher: there is no teacher 'said'"),
+    "release without ids": (
+        "release",
+        {"teachers.main": {"kind": "outside:ListTeacher"}},
+        "teachers.main answers with a list of its own: a token missing from it has an unknown probability, not a low one",
+    ),
+    "release of given answers": (
+        "sft",
+        {
+            "credit.release": {"segments": 4, "teacher": "main"},
+            "teachers": {"main": {"kind": "local", "model": "m"}},
+            "normalise": "chosen",
+        },
+        "answers it did not write. Use candidates = \"now\", or sampler 'hf'",
+    ),
+    "margin in groups of one": (
+        "opd",
+        {"credit.margin": {}, **REWARD},
+        "credit.margin compares attempts at one prompt: it needs group_size >= 2",
+    ),
+    "margin without verdicts": (
+        "opd",
+        {"credit.margin": {}, "group_size": 4},
+        'credit.margin needs verdicts: add [reward] with kind = "verifier"',
+    ),
+    "margin nobody takes": ("full", {"credit.margin": {}, **UNI}, "credit.margin shifts advantages, but no objective takes a shift"),
+    "margin of nobody": ("opd", {"credit.margin": {"teacher": "x"}, **UNI}, "credit.margin.teacher: there is no teacher 'x'. Known: main"),
+    "balance without verdicts": ("opd", {"credit.balance": {}, "group_size": 4}, "credit.balance needs verdicts"),
+    "balance in groups of one": ("opd", {"credit.balance": {}, **REWARD}, "credit.balance compares attempts at one prompt"),
+    "peers in groups of one": (
+        "peers",
+        {"group_size": 1},
+        "teachers.main.context needs at least 2 attempts per prompt, but group_size is 1",
+    ),
+    "peers without verdicts": ("peers", {"reward": "none"}, "teachers.main.context sorts attempts by their verdicts: add [reward]"),
+    "a moving teacher under lag": ("peers", {"max_lag": 1}, "teachers.main moves with the student"),
+    "an unserved route": (
+        "uni_opd",
+        {"task.parts.mul": {"kind": "gsm8k", "route": "maths"}},
+        "this task has prompts of the route 'maths', but the teachers serve only add, mul. Add that route to a table",
+    ),
+    "prompts without a route": (
+        "opd",
+        {"teachers.main.routes": ["a"], "task.kind": "gsm8k"},
+        "of the route (none), but the teachers serve only a",
+    ),
+    "jumps scored by nobody": ("effopd", {"accelerator": {**JUMPS, "teacher": "x"}}, "accelerator.teacher: there is no teacher 'x'"),
+    "jumps scored without verdicts": ("peers", {"accelerator": JUMPS}, "asks teachers.main about answers without verdicts"),
+}
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_a_rule_that_cannot_work_is_refused_with_its_remedy(case: str) -> None:
+    recipe, overrides, words = METHODS[case]
+    with pytest.raises(ConfigError) as refused:
+        checks.join(load_recipe(recipe, overrides))
+    assert words in str(refused.value)
+
+
+def test_what_the_same_rules_can_do_is_let_through() -> None:
+    for recipe, overrides in (
+        ("release", {"normalise": "kept", "credit.release.rescale": False}),
+        ("opd", {"credit.margin": {"action": "mask"}, **UNI}),
+        ("full", {"credit.margin": {"action": "mask"}, **UNI}),
+        ("peers", {"max_lag": 1, "teachers.main": {"kind": "own", "follow": "frozen", "context": {"kind": "peers"}}}),
+        ("effopd", {"accelerator": JUMPS}),
+    ):
+        checks.join(load_recipe(recipe, overrides))

@@ -186,6 +186,62 @@ def test_adapters_learn() -> None:
     assert losses[-1] < 0.85 * losses[0]
 
 
+# --- weights read and written
+
+
+def test_names_are_those_of_the_model_without_buffers() -> None:
+    """Two names of one shared matrix are both there; adapters are not."""
+    plain = list(dict(tiny.net(1).named_parameters(remove_duplicate=False)))
+    assert "lm_head.weight" in plain
+    assert tiny.learner(tiny.net(1)).names == plain
+    assert tiny.learner(tiny.net(1), lora=Lora(rank=2)).names == plain
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=2, alpha=8)])
+def test_what_is_read_is_a_copy_of_the_merged_weights(lora: Any) -> None:
+    learner = tiny.learner(tiny.net(1), lr=0.05, lora=lora)
+    move(learner, batch(), [Divergence()])
+    found, held = learner.read(learner.names), learner.places(learner.names)
+    assert same(found, {name: learner.weights[name] for name in learner.names})
+    assert all(value.dtype == torch.float32 and value.device.type == "cpu" for value in [*found.values(), *held.values()])
+    before = {name: value.clone() for name, value in learner.weights.items()}
+    for value in [*found.values(), *held.values()]:
+        value.fill_(9.0)
+    assert same(before, dict(learner.weights))
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=2, alpha=8)])
+def test_places_go_back_bit_for_bit_and_plus_d_moves_the_full_weights_by_d(lora: Any) -> None:
+    learner = tiny.learner(tiny.net(1), lr=0.05, lora=lora)
+    for step in range(2):
+        move(learner, batch(), [Divergence()], step)
+    names = [name for name in learner.names if "mlp" in name or "embed" in name]
+    before = {name: torch.as_tensor(value).clone() for name, value in learner.state().items()}
+    weights = {name: value.clone() for name, value in learner.weights.items()}
+    places = learner.places(names)
+    learner.write({name: value + 0.5 for name, value in places.items()})
+    for name, value in learner.weights.items():
+        torch.testing.assert_close(value, weights[name] + 0.5 * (name in (*names, "lm_head.weight")), rtol=1e-6, atol=1e-6)
+    assert [name for name in learner.state() if name.startswith("base/")] == ([f"base/{name}" for name in sorted(names)] if lora else [])
+    learner.write(places)
+    assert same(weights, dict(learner.weights))
+    assert same(before, {name: value for name, value in learner.state().items() if not name.startswith("base/")})
+    assert learner.version == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
+def test_weights_kept_too_narrow_are_neither_read_nor_written(dtype: torch.dtype) -> None:
+    learner = tiny.learner(tiny.net(1))
+    home = learner.model.net.model.layers[0].mlp.up_proj
+    del home._parameters["weight"]
+    home.weight = torch.nn.Parameter(torch.zeros(48, 32, dtype=dtype), requires_grad=False)
+    name = "model.layers.0.mlp.up_proj.weight"
+    for ask in (lambda: learner.read([name]), lambda: learner.places([name]), lambda: learner.write({name: torch.zeros(48, 32)})):
+        with pytest.raises(ModelError, match=f"{name} is kept in {str(dtype).split('.')[1]}.*float32 master weights"):
+            ask()
+    assert learner.read(["model.norm.weight"]).keys() == {"model.norm.weight"}
+
+
 @pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4.0}])
 def test_the_exported_student_is_the_student(tiny_run: Callable[..., Any], lora: Any) -> None:
     """from_pretrained loads it, and it says what the last weights say: the loss before and after more steps continues."""

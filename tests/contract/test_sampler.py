@@ -135,6 +135,54 @@ def test_what_the_student_said_is_recorded_where_it_is_wanted(student: str, teac
         np.testing.assert_allclose(r.said.logp_T, r.logp_raw_T, atol=0)
 
 
+def wanted(cfg: Any, folder: Path, draw: Draw, **wants: Any) -> list[Any]:
+    """Rollouts of a sampler of whom this is wanted."""
+    import asyncio
+    from dataclasses import replace
+
+    from reflux.loop import open_parts
+    from reflux.rundir import Options, Run
+    from reflux.types import Wants
+
+    async def main() -> list[Any]:
+        run = Run.open(cfg, Wants(**wants), Options(folder))
+        async with open_parts(replace(cfg, teachers={}), run) as (_, acting, *_):
+            return [attempt.rollout for group in await ask(acting, PROMPTS, 2, draw) for attempt in group]
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("replies", [0, 2])
+def test_which_characters_each_token_wrote_is_recorded_where_it_is_wanted(student: str, teacher: str, tmp_path: Path, replies: int) -> None:
+    """The shipped tokenizer has one character a token: that one, in the turns' texts one line apart; heard and special tokens none."""
+    from reflux.assets.tokenizer import character_tokenizer
+
+    tokenizer = character_tokenizer()
+    cfg = tiny.config("opd", student, teacher, task={"kind": "outside:Chat", "replies": replies})
+    rollouts = wanted(cfg, tmp_path / "with", Draw(0, "train", 60), spans=True)
+    assert max(len(r.messages) for r in rollouts) == 2 + 2 * replies
+    for r in rollouts:
+        assert r.spans_T2.shape == (r.length, 2)
+        pairs = zip(r.tokens_T, r.mask_T, strict=True)
+        said = [tokenizer.decode([token], skip_special_tokens=True) if chosen else "" for token, chosen in pairs]
+        assert [r.text[start:end] for start, end in r.spans_T2] == said
+        assert (np.diff(r.spans_T2.ravel()) >= 0).all()
+    plain = wanted(cfg, tmp_path / "without", Draw(0, "train", 60))
+    assert [r.spans_T2 for r in plain] == [None] * len(plain)
+    assert [r.text for r in plain] == [r.text for r in rollouts]
+    assert all(r.spans_T2 is None for r in wanted(cfg, tmp_path / "eval", Draw(0, "eval", 60), spans=True))
+
+
+def test_given_answers_have_spans_of_what_their_tokens_say(student: str, teacher: str, tmp_path: Path) -> None:
+    """Of the cut text, which is what the student is taught; without the wish the whole answer stays in the record."""
+    cfg = tiny.config("sft", student, teacher, task=CHAT)
+    for limit, text in ((12, "ok"), (1, "o")):
+        (r, *_) = wanted(cfg, tmp_path / f"with{limit}", Draw(0, "train", limit), spans=True)
+        assert (r.text, r.spans_T2.tolist()) == (text, [[0, 1], [1, 2], [2, 2]][:limit])
+        (r, *_) = wanted(cfg, tmp_path / f"without{limit}", Draw(0, "train", limit))
+        assert (r.text, r.spans_T2) == ("ok", None)
+
+
 @pytest.mark.parametrize(("more", "short"), [({}, True), ({"sampler__attention": "eager"}, False), ({"sampler__dtype": "bfloat16"}, False)])
 def test_the_short_decode_step_is_taken_where_it_is_known(
     student: str, teacher: str, tmp_path: Path, more: dict[str, Any], short: bool

@@ -1,14 +1,18 @@
-"""Messages to ids: templates, turns, ends."""
+"""Messages to ids: templates, turns, ends; ids to characters."""
 
 from __future__ import annotations
 
+import functools
+import random
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.errors import ModelError
-from reflux.tokens import Renderer, end_ids, vocabulary_size
+from reflux.tokens import CharacterSpans, Renderer, end_ids, vocabulary_size
 
 ASK = ({"role": "user", "content": "2+3?"},)
 
@@ -101,3 +105,144 @@ def test_the_vocabulary_is_the_largest_id_and_one() -> None:
     assert vocabulary_size(tokenizer) == 102
     tokenizer.add_tokens(["<new>"])
     assert vocabulary_size(tokenizer) == 103
+
+
+# --- which characters each token wrote
+
+STORIES = Path(__file__).parents[3] / "shared" / "data" / "stories260k"
+MIXED = ["a😀b 你好 .", "hello world\n\n the cat.", "12+7=19. 19-5=14.", " 你 did n't go ! 😀 x", "", " ", "é\u0301\u200dñ\ufffd"]
+
+
+@functools.cache
+def byte_level() -> Any:
+    """A byte-level BPE: a character of several bytes is several tokens, and any bytes may follow each other."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, special_tokens=["<end>"], show_progress=False)
+    core.train_from_iterator(["hello world the cat. 12+7=19. 你你"] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", clean_up_tokenization_spaces=False)
+
+
+@functools.cache
+def word_pieces() -> Any:
+    """Decodes with cleaned-up spaces: "do n ' t" is "don't"."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    entries = ["<unk>", "do", "n", "'", "t", "go", ".", "!", "##ing", "hello", "<end>"]
+    core = Tokenizer(models.WordPiece({word: index for index, word in enumerate(entries)}, unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=True)
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<end>", clean_up_tokenization_spaces=True)
+
+
+@functools.cache
+def sentence_pieces() -> Any:
+    """Spaces are written before words and dropped at the start; other characters fall back to bytes."""
+    from transformers import AutoTokenizer
+
+    if not STORIES.is_dir():
+        pytest.skip("the shared tokenizer is not here")
+    return AutoTokenizer.from_pretrained(STORIES)
+
+
+TOKENIZERS = {"characters": character_tokenizer, "bytes": byte_level, "word pieces": word_pieces, "sentence pieces": sentence_pieces}
+
+
+def written(tokenizer: Any, ids: list[int]) -> list[str]:
+    spans = CharacterSpans(tokenizer)
+    text = spans.decode(ids)
+    return [text[start:end] for start, end in spans(ids)]
+
+
+def assert_exact(tokenizer: Any, ids: list[int]) -> None:
+    """The spans rise, none is torn, together they are the text; token by token or from memory, it is as exact."""
+    spans = CharacterSpans(tokenizer)
+    text = spans.decode(ids)
+    found = spans(ids)
+    assert found.shape == (len(ids), 2)
+    assert found.dtype == np.int64
+    assert "".join(text[a:b] for a, b in dict.fromkeys(map(tuple, found.tolist()))) == text
+    before = (0, 0)
+    for span in map(tuple, found.tolist()):
+        assert span == before or span[0] == before[1], (ids, found)
+        before = span
+    assert before[1] == len(text)
+    slow = np.asarray(spans._settled(ids, text), dtype=np.int64).reshape(-1, 2)  # may leave more to a later token, nothing else
+    assert (slow[:, 0] <= found[:, 0]).all()
+    assert (slow[:, 1] >= found[:, 1]).all()
+    assert list(dict.fromkeys(slow[:, 1].tolist())) == [end for end in dict.fromkeys(found[:, 1].tolist()) if end in slow[:, 1]]
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        assert found[-1, 0] == found[-1, 1]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_spans_are_exact_for_whatever_was_written(name: str) -> None:
+    tokenizer = TOKENIZERS[name]()
+    for text in MIXED:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        for end in range(len(ids) + 1):
+            assert_exact(tokenizer, ids[:end])  # cut anywhere, in a character too
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_spans_are_exact_for_tokens_in_any_order(name: str) -> None:
+    """What an untrained student says: halves of characters, special tokens among them."""
+    tokenizer = TOKENIZERS[name]()
+    pool = tokenizer("你 a😀.", add_special_tokens=False)["input_ids"]
+    for seed in range(150):
+        dice = random.Random(seed)
+        ids = [dice.choice([dice.randrange(min(len(tokenizer), 270)), *pool]) for _ in range(dice.randrange(40))]
+        assert_exact(tokenizer, ids)
+
+
+def test_a_character_of_several_tokens_is_in_the_span_of_each() -> None:
+    tokenizer = byte_level()
+    ids = tokenizer("a😀b")["input_ids"]
+    assert written(tokenizer, ids) == ["a", "😀", "😀", "😀", "😀", "b"]
+    assert written(tokenizer, [*ids[:3], 0, *ids[3:], 0]) == ["a", "😀", "😀", "😀", "😀", "😀", "b", ""]  # <end> among its bytes
+    assert written(tokenizer, ids[:4]) == ["a", "\ufffd", "", ""]  # cut off: one replacement for three bytes
+    assert written(sentence_pieces(), sentence_pieces()("Once 你")["input_ids"]) == ["", "Once", " ", "你", "你", "你"]
+
+
+def test_spaces_belong_to_the_token_that_brings_them() -> None:
+    assert written(byte_level(), byte_level()("hello world the")["input_ids"])[0].startswith("h")
+    tokenizer = word_pieces()
+    found = written(tokenizer, tokenizer("do n't going . hello !")["input_ids"])
+    assert found == ["do", "n't", "n't", "n't", " go", "ing", ".", " hello", "!"]
+
+
+def test_spans_of_turns_count_in_their_texts_one_line_apart() -> None:
+    tokenizer = character_tokenizer()
+    one, two = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("ab<end>", "c<end>"))
+    found = CharacterSpans(tokenizer).of_turns([(one, "ab", 3), ([], "", 1), (two, "c", 0)])
+    assert found.tolist() == [[0, 1], [1, 2], [2, 2], *[[2, 2]] * 3, [3, 3], [4, 5], [5, 5]]
+    assert CharacterSpans(tokenizer).of_turns([]).shape == (0, 2)
+
+
+def test_a_decoder_that_looks_far_back_is_followed_from_the_start() -> None:
+    """A made-up one: where the first token is 0, all letters are capitals."""
+
+    class FarBack:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            text = "".join("abcdefghij"[i] for i in ids)
+            return text.upper() if ids[:1] == [0] else text
+
+    ids = [0, *range(1, 10), *range(1, 10), *range(1, 10)]
+    assert written(FarBack(), ids) == ["ABCDEFGHIJ"[i] for i in ids]
+    assert written(FarBack(), ids[1:]) == ["abcdefghij"[i] for i in ids[1:]]
+
+
+def test_long_garbage_is_settled_without_reading_all_of_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding starts a block back: tokens read in all stay in proportion to the length, not to its square."""
+    tokenizer = byte_level()
+    ids = tokenizer("你好 hello 😀 world " * 60)["input_ids"]
+    spans, read = CharacterSpans(tokenizer), []
+    decode = spans.decode
+    monkeypatch.setattr(spans, "decode", lambda part: read.append(len(part)) or decode(part))
+    spans(ids)
+    assert sum(read) < 25 * len(ids)
+    assert len(ids) > 600

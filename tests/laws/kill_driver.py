@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: F401  r
 
 import tiny
 from reflux import checkpoints, files
+from reflux.accelerators import score
 from reflux.learners import hf_engine
 from reflux.loop import train
 from reflux.rundir import Options
@@ -29,7 +30,8 @@ from reflux.rundir import Options
 SETTINGS: dict[str, Any] = {
     "steps": 5, "save_every": 2, "eval_every": 2, "group_size": 2, "prompts_per_step": 3, "keep_checkpoints": 1,
     "evals__accuracy": {"problems": 3}, "reward": {"kind": "verifier"}, "credit": {"outcome": {}, "prefix": {"length": 6}},
-    "learner__lr": {"kind": "cosine", "peak": 1e-3, "warmup": 1}, "accelerator": {"kind": "outside:Jump", "at": 3},
+    "learner__lr": {"kind": "cosine", "peak": 1e-3, "warmup": 1}, "evals__foresight": {},
+    "accelerator": {"kind": "extrapolate", "prompts": 4, "accept": "not_worse"},
 }  # fmt: skip
 
 
@@ -106,6 +108,20 @@ def moving() -> None:
     hf_engine.HFLearner._gradients = broken  # type: ignore[method-assign]
 
 
+def searching() -> None:
+    """In the search after step 4, with a candidate's weights in the learner and in the sampler."""
+    call, asked = score.Scorer.__call__, []
+
+    async def broken(self: Any, *args: Any) -> float:
+        asked.append(self.run.step)
+        found = await call(self, *args)
+        if asked.count(3) == 3:
+            die()
+        return found
+
+    score.Scorer.__call__ = broken  # type: ignore[method-assign]
+
+
 POINTS: dict[str, Callable[[], None]] = {
     "first_file": after_first_file,
     "checkpoint_unnamed": around_folder("step-4", "before"),
@@ -119,6 +135,8 @@ POINTS: dict[str, Callable[[], None]] = {
     "evals_line": half_a_line("evals.jsonl"),
     "pruning": pruning,
     "moving": moving,
+    "searching": searching,
+    "searches_line": half_a_line("searches.jsonl"),
 }
 
 

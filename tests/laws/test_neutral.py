@@ -23,7 +23,12 @@ NEUTRAL: dict[str, dict[str, Any]] = {  # a newcomer to the registry adds its li
     "prefix": {"length": 12},
     "position": {"factor": 1.0},
     "outcome": {"nats": 0.0},
+    "margin": {"delta": float("-inf")},
+    "balance": {"ratio": "none"},
+    "release": {"segments": 1, "min_segments": 100, "rescale": False},
 }
+
+RELEASE: dict[str, Any] = {"segments": 1, "min_segments": 2, "min_side": 1, "min_gain": -9.0}  # short answers: a step wherever one can be
 
 
 def test_every_rule_has_a_neutral_setting() -> None:
@@ -37,7 +42,17 @@ def test_a_neutral_rule_is_no_rule(tiny_run: Callable[..., Any], kind: str, norm
     assert same(tiny_run("opd", **settings).state, tiny_run("opd", **settings, credit={kind: NEUTRAL[kind]}).state)
 
 
-@pytest.mark.parametrize(("kind", "table"), [("prefix", {"length": 3}), ("position", {"factor": 0.5}), ("outcome", {"nats": 1.0})])
+ACTING: dict[str, dict[str, Any]] = {
+    "prefix": {"length": 3},
+    "position": {"factor": 0.5},
+    "outcome": {"nats": 1.0},
+    "margin": {"delta": 0.4},
+    "balance": {"ratio": 0.0},
+    "release": RELEASE,
+}
+
+
+@pytest.mark.parametrize(("kind", "table"), ACTING.items())
 def test_elsewhere_it_does_something(tiny_run: Callable[..., Any], kind: str, table: dict[str, Any]) -> None:
     settings = {**PLAIN, "normalise": "chosen"}
     assert not same(tiny_run("opd", **settings).weights, tiny_run("opd", **settings, credit={kind: table}).weights)

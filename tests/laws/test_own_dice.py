@@ -27,11 +27,13 @@ from tiny import same
 PLAIN = {"steps": 3, "task": {"kind": "outside:Chat"}}
 ONLOOKERS: dict[str, dict[str, Any]] = {
     "evaluation": {"evals__accuracy": {"problems": 3, "samples": 2}, "evals__agreement": {"prompts": 4}, "eval_every": 1},
+    "foresight": {"evals__foresight": {"k": 3}, "eval_every": 1},
     "teacher_accuracy": {"evals__teacher_accuracy": {"problems": 3}},
     "saving": {"save_every": 1, "keep_checkpoints": 3},
     "variance": {"log_variance": True},
     "tracker": {"track": {"kind": "tensorboard"}},
     "shut accelerator": {"accelerator": {"kind": "outside:Jump", "at": 99}},
+    "the student as a teacher that nobody hears": {"teachers__self": {"kind": "own", "context": {"kind": "privileged"}}},
     "a second teacher that nobody hears": {"teachers__other": {"kind": "local", "model": "reflux-student"}},
 }
 

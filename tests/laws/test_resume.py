@@ -43,11 +43,12 @@ def stop_after(step: int, folder: Path, cfg: Any) -> None:
 def told(done: Any) -> dict[str, Any]:
     """Everything a run says, but seconds and memory."""
     metrics = [{key: value for key, value in row.items() if key not in UNLIKE} for row in done.rows("metrics")]
+    searches = [{key: value for key, value in row.items() if key != "seconds"} for row in done.rows("searches")]
     summary = {key: value for key, value in done.summary.items() if key != "seconds"}
-    return {"metrics": metrics, "evals": done.rows("evals"), "attempts": done.rows("attempts"), "summary": summary}
+    return {"metrics": metrics, "evals": done.rows("evals"), "attempts": done.rows("attempts"), "searches": searches, "summary": summary}
 
 
-@pytest.mark.parametrize("recipe", ["vopd", "sft", "prefix"])
+@pytest.mark.parametrize("recipe", ["vopd", "sft", "prefix", "peers"])
 @pytest.mark.parametrize("step", [1, 3, 4])
 def test_stopping_changes_nothing(tiny_run: Callable[..., Any], student: str, teacher: str, tmp_path: Path, recipe: str, step: int) -> None:
     more = {"sampler__max_tokens": {"kind": "linear", "start": 3, "increment": 2}} if recipe == "prefix" else {}

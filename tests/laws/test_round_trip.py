@@ -90,6 +90,7 @@ def test_everything_set_at_once_survives() -> None:
             "main": "none",
             "plus": {"model": "a", "as": "main", "routes": ["add"]},
             "times": {"model": "b", "as": "main", "routes": ["mul"], "context": {"kind": "same"}},
+            "self": {"kind": "own", "follow": "frozen", "step": 3, "context": {"kind": "peers", "failures": 0, "threshold": 0.25}},
         },
         "credit": {
             "half": {"kind": "outside:Half", "factor": 0.25},
@@ -105,7 +106,7 @@ def test_everything_set_at_once_survives() -> None:
     assert again == cfg
     assert again.learner.lora.targets == ("q_proj", "v_proj")
     assert to_table(cfg)["teachers"]["plus"]["as"] == "main"  # as it is written, not as Python must call it
-    assert [teacher.as_ for teacher in again.teachers.values()] == ["main", "main"]
+    assert [teacher.as_ for teacher in again.teachers.values()] == ["main", "main", None]
     assert differences(to_table(cfg), tomllib.loads(to_toml(cfg))) == []
 
 

@@ -11,13 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reflux.credit import CREDIT
+from reflux.credit.balance import Balance
 from reflux.credit.base import share_credit
+from reflux.credit.margin import Margin
 from reflux.credit.outcome import Outcome, group_advantages
 from reflux.credit.position import Position
 from reflux.credit.prefix import Prefix
+from reflux.credit.release import Release
 from reflux.parts import kind_of
 from reflux.schedules import Linear, Steps
-from reflux.types import Attempt, Finish, Group, Moment, Prompt, Reward, Rollout
+from reflux.types import Attempt, Finish, Group, Moment, Prompt, Reward, SampledTarget, TokenRollout, TopKTarget
 
 settings.register_profile("numbers", deadline=None, max_examples=60)
 settings.load_profile("numbers")
@@ -36,19 +39,42 @@ SETTINGS = {
     "prefix": Setting(Prefix(2), Prefix(1000)),
     "position": Setting(Position(Linear(start=1.0, stop=0.0, horizon=3)), Position(1.0)),
     "outcome": Setting(Outcome(), Outcome(nats=0.0)),
+    "margin": Setting(Margin(), Margin(delta=-math.inf)),
+    "balance": Setting(Balance(0.0), Balance("none")),
+    "release": Setting(Release(segments=1, min_segments=2, min_side=1, min_gain=-9.0), Release(segments=1)),
 }
 
 
 def attempt(mask: list[bool], reward: float | None = None, finish: Finish = "stop", sample: int = 0) -> Attempt:
     mask_T = np.array(mask, dtype=bool)
-    rollout = Rollout(
-        prompt=Prompt("p", ()), sample=sample, version=0, finish=finish, mask_T=mask_T, logp_T=np.zeros(len(mask_T), dtype=np.float32)
-    )
+    ids_T, logp_T = np.zeros(len(mask_T), dtype=np.int64), np.zeros(len(mask_T), dtype=np.float32)
+    made = {"prompt": Prompt("p", ()), "sample": sample, "version": 0, "finish": finish, "mask_T": mask_T, "logp_T": logp_T}
+    rollout = TokenRollout(**made, prompt_tokens=ids_T, tokens_T=ids_T, text="", messages=())
     return Attempt(rollout, reward=Reward(reward))
+
+
+def heard(one: Attempt) -> Attempt:
+    """With a teacher's word, which tells the student's candidates apart at the first position only."""
+    length = one.rollout.length
+    logp_TK = np.full((length, 4), -1.4, dtype=np.float32)
+    logp_TK[:1, 0] = -0.1
+    one.targets["main"] = SampledTarget(teacher="main", logp_T=np.full(length, -0.5, dtype=np.float32))
+    ids_TK = np.zeros((length, 4), dtype=np.int64)
+    one.candidates["main"] = TopKTarget(teacher="main", ids_TK=ids_TK, logp_TK=logp_TK, logp_T=np.zeros(length))
+    return one
+
+
+def number(note: Any) -> float:
+    """A note's value, where it is a metric."""
+    return note if isinstance(note, float | int) else note.value
 
 
 def group() -> Group:
     """Tool text in the middle, a plain one, nothing chosen, an empty one, an error, one not judged."""
+    return [heard(one) for one in _group()]
+
+
+def _group() -> Group:
     return [
         attempt([True, False, False, True, True], 1.0),
         attempt([True] * 4, 0.0),
@@ -91,7 +117,7 @@ def test_every_rule_keeps_shape_sign_and_silence(kind):
         assert np.isfinite(weight_T).all()
         assert np.isfinite(shift_T).all()
         assert (weight_T[~one.rollout.mask_T] == 0).all()
-        assert all(math.isfinite(note) for note in one.shares[kind].notes.values())
+        assert all(math.isfinite(note) for note in map(number, one.shares[kind].notes.values()))
     assert not attempts[4].weight_T.any()  # ended in an error
     if rule.shifts:
         assert not attempts[4].shift_T.any()

@@ -1,3 +1,3 @@
 """Jumps along the student's path."""
 
-ACCELERATORS: dict[str, str] = {}
+ACCELERATORS = {"extrapolate": "reflux.accelerators.extrapolate:Extrapolate"}

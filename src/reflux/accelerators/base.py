@@ -1,21 +1,27 @@
 """An accelerator: may move the student further along its own path after an optimiser step.
 
 `fires(completed_steps)` says when; the loop then lets in-flight attempts finish first. `after_step` may try weights by `await score()`
-(a number, higher is better, on fixed prompts with dice of their own) and returns True where the student ended elsewhere than the step
-left it.
+(a number, higher is better, on fixed prompts with dice of their own, see `score`) and returns True where the student ended elsewhere than
+the step left it. It moves the student by the learner's `read`, `places` and `write`.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol
+
+from reflux.accelerators.score import Scorer, Scoring
 
 if TYPE_CHECKING:
     from reflux.learners.base import OpenLearner
     from reflux.rundir import Run
 
-Score = Callable[[], Awaitable[float]]
+
+class Score(Protocol):
+    async def __call__(self, dice: int = 0) -> float:
+        """The learner's weights on the fixed prompts. Calls with equal `dice` at one step meet the same; another number, fresh ones."""
+        ...
 
 
 class OpenAccelerator(Protocol):
@@ -33,8 +39,8 @@ class OpenAccelerator(Protocol):
 
 
 class Accelerator(Protocol):
-    prompts: int  # fixed prompts that `score` asks, drawn once from the training prompts
-    samples: int  # answers per prompt
+    @property
+    def scoring(self) -> Scoring: ...
 
     def open(self, run: Run) -> AbstractAsyncContextManager[OpenAccelerator]: ...
 
@@ -62,5 +68,6 @@ async def opened(accelerator: Accelerator | None, run: Run) -> AsyncIterator[Ope
     if accelerator is None:
         yield Never()
         return
+    run.scorer = Scorer(run, accelerator.scoring)
     async with accelerator.open(run) as found:
         yield found

@@ -1,28 +1,134 @@
-"""The number an accelerator compares weights by."""
+"""The number an accelerator compares weights by, and what it costs."""
 
 from __future__ import annotations
 
 import asyncio
-from itertools import islice
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import orjson
 
-from reflux.types import Draw, seed_of
+from reflux import files
+from reflux.errors import DataError
+from reflux.evals.agreement import gap_T
+from reflux.types import Attempt, Draw, Group, Prompt, TokenRollout, seed_of
 
 if TYPE_CHECKING:
     from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
+    from reflux.teachers.base import Teachers
 
 
-async def fixed_prompts_score(run: Run, sampler: OpenSampler) -> float:
-    """Mean verdict of sampled answers to fixed prompts, drawn once from the training prompts; attempts without a verdict do not count.
+@dataclass(frozen=True)
+class Scoring:
+    """What an accelerator wants its candidates compared by. Higher is better.
 
-    The draws' dice depend on (run seed, "score", step, prompt, sample): every candidate of one search meets the same ones.
+    by: "accuracy", the mean verdict of what could be judged; or "minus_kl", minus the reverse KL to `teacher` on the student's own
+    answers, the mean over their tokens of log q(a) - log p(a) in nats, which is unbiased (that of evals.agreement).
     """
-    count, samples = run.cfg.accelerator.prompts, run.cfg.accelerator.samples
-    prompts = list(islice(run.task.prompts("train", seed_of(run.seed, "score"), 0), count))
-    draw = Draw(run.step, "score", run.cfg.longest, cohort=len(prompts))
-    groups = await asyncio.gather(*(sampler.sample(prompt, samples, draw) for prompt in prompts))
-    verdicts = await run.graders.judge_attempts(run.task, [attempt for group in groups for attempt in group])
-    return float(np.mean([verdict.value for verdict in verdicts if verdict.value is not None] or [0.0]))
+
+    prompts: int = 50  # fixed ones, drawn once from the training prompts
+    samples: int = 1  # answers to each
+    by: Literal["accuracy", "minus_kl"] = "accuracy"
+    teacher: str = "main"  # of minus_kl
+    max_tokens: int | None = None  # of an answer; None: the longest that training reaches
+
+
+@dataclass
+class Spent:
+    """Tokens of one optimiser step's scorings: sampled, read by the student (prompts included), read by the teachers."""
+
+    sampled: int = 0
+    read: int = 0
+    taught: int = 0
+
+
+class Scorer:
+    """`await scorer(sampler, teachers)`: the score of the weights that the sampler holds.
+
+    The prompts are drawn once, from a stream of their own (run seed, "score"), and listed in score_prompts.jsonl. Fewer different ones than
+    asked for: all are used, and that is said. DataError where they are to be judged and have no answers.
+    """
+
+    def __init__(self, run: Run, scoring: Scoring):
+        self.run, self.scoring = run, scoring
+        self.spent = Spent()
+        stream = run.task.prompts("train", seed_of(run.seed, "score"), 0)
+        self.prompts = different(stream, scoring.prompts)
+        if scoring.by == "accuracy":
+            _refuse_unanswered(self.prompts)
+        if len(self.prompts) < scoring.prompts:
+            run.watch.noted(f"the accelerator scores on all {len(self.prompts)} training prompts; {scoring.prompts} were asked for")
+        lines = [orjson.dumps(_line(prompt)).decode() + "\n" for prompt in self.prompts]
+        files.write_text(run.dir / "score_prompts.jsonl", "".join(lines))
+
+    async def __call__(self, sampler: OpenSampler, teachers: Teachers, dice: int = 0) -> float:
+        """NaN where nothing was judged. Dice depend on (run seed, "score", step, prompt, sample, `dice`) alone: candidates share them."""
+        groups = await self._answers(sampler, dice)
+        attempts = [attempt for group in groups for attempt in group]
+        self._count(attempts)
+        if self.scoring.by == "accuracy":
+            verdicts = await self.run.graders.judge_attempts(self.run.task, attempts)
+            return _mean([verdict.value for verdict in verdicts if verdict.value is not None])
+        await teachers.score(groups, self.run.moment())
+        self.spent.taught += sum(_positions(attempt) for attempt in attempts if attempt.targets)
+        gaps = [gap_T(attempt, self.scoring.teacher) for attempt in attempts]
+        return -_mean([value for gap in gaps if gap is not None for value in gap[~np.isnan(gap)]])
+
+    def take(self) -> Spent:
+        """What was spent since the last call."""
+        taken, self.spent = self.spent, Spent()
+        return taken
+
+    async def _answers(self, sampler: OpenSampler, dice: int) -> list[Group]:
+        """A prompt under another id has other dice; what comes back carries the prompt itself."""
+        sampling = self.run.cfg.sampler
+        limit = self.scoring.max_tokens or self.run.cfg.longest
+        draw = Draw(self.run.step, "score", limit, stop=tuple(sampling.stop), cohort=len(self.prompts))
+        asked = [replace(prompt, id=f"{prompt.id}#{dice}") if dice else prompt for prompt in self.prompts]
+        groups = await asyncio.gather(*(sampler.sample(prompt, self.scoring.samples, draw) for prompt in asked))
+        for prompt, group in zip(self.prompts, groups, strict=True):
+            for attempt in group:
+                attempt.rollout = replace(attempt.rollout, prompt=prompt)
+        return groups
+
+    def _count(self, attempts: list[Attempt]) -> None:
+        self.spent.sampled += sum(int(attempt.rollout.mask_T.sum()) for attempt in attempts)
+        self.spent.read += sum(map(_positions, attempts))
+
+
+def different(stream: Iterable[Prompt], count: int) -> list[Prompt]:
+    """The first `count` prompts with different ids; fewer where `count` draws in a row brought nothing new, for training prompts recur."""
+    found: dict[str, Prompt] = {}
+    idle = 0
+    for prompt in stream:
+        idle = idle + 1 if prompt.id in found else 0
+        found.setdefault(prompt.id, prompt)
+        if len(found) == count or idle == count:
+            break
+    return list(found.values())
+
+
+def _refuse_unanswered(prompts: list[Prompt]) -> None:
+    without = [prompt.id for prompt in prompts if prompt.answer is None]
+    if without:
+        raise DataError(
+            f'accelerator.score = "accuracy" judges answers, but {len(without)} of its {len(prompts)} training prompts have none to '
+            f'compare with (the first is {without[0]}). Give them answers, or use score = "minus_kl", which needs a teacher and no labels.'
+        )
+
+
+def _line(prompt: Prompt) -> dict[str, Any]:
+    return {"id": prompt.id, "messages": prompt.messages, "answer": prompt.answer, "route": prompt.route}
+
+
+def _positions(attempt: Attempt) -> int:
+    rollout = attempt.rollout
+    return rollout.length + (len(rollout.prompt_tokens) if isinstance(rollout, TokenRollout) else 0)
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else math.nan

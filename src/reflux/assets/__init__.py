@@ -1,4 +1,4 @@
-"""The small models the quickstart uses. `python -m reflux.assets.make` makes them from nothing."""
+"""The small models the quickstart uses. `python -m reflux.assets.make` makes them."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def folder(name: str) -> Path:
-    """Where the shipped model "student" or "teacher" lies, in Hugging Face format."""
+    """Where the shipped model of that name ("student", "teacher", "mul_teacher", "novice", "reader") lies, in Hugging Face format."""
     return Path(__file__).parent / name

@@ -14,20 +14,22 @@ license: apache-2.0
 ---
 # Reflux {name}
 
-A {name} for the toy task `word_problems`: Qwen3 architecture, one character a token, trained from nothing on worked solutions
+A {role} for the toy task `word_problems`: Qwen3 architecture, one character a token, trained from {origin} on worked solutions
 (never on another model's output). Made by `python -m reflux.assets.make --only {name}`.
 
 {report}
 """
 
 
-def save(model: Any, tokenizer: Any, name: str, report: list[str], out: Path) -> None:
-    """Write model, tokenizer and card as one folder that is whole or absent."""
+def save(model: Any, tokenizer: Any, name: str, report: list[str], out: Path, start: str = "") -> None:
+    """Write model, tokenizer and card as one folder that is whole or absent; `start` is the shipped model it was made from, if any."""
 
     def fill(scratch: Path) -> None:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        (scratch / "README.md").write_text(CARD.format(name=name, report="\n".join(f"- {line}" for line in report)))
+        role, origin = name.replace("_", " "), f"`reflux:{start}`" if start else "nothing"
+        lines = "\n".join(f"- {line}" for line in report)
+        (scratch / "README.md").write_text(CARD.format(name=name, role=role, origin=origin, report=lines))
 
     out.parent.mkdir(parents=True, exist_ok=True)
     write_folder(out, fill)

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from reflux.accelerators.extrapolate import Extrapolate
+from reflux.checks.teachers import heard, tables_of, unknown
 from reflux.config import RunConfig
 
 
 def problems(cfg: RunConfig) -> Iterator[str]:
-    yield from ()
+    accelerator = cfg.accelerator
+    if not isinstance(accelerator, Extrapolate) or accelerator.score != "minus_kl":
+        return
+    if accelerator.teacher not in heard(cfg):
+        yield unknown(cfg, "accelerator.teacher", accelerator.teacher)
+    for table in tables_of(cfg, accelerator.teacher):
+        if cfg.teachers[table].context.wants.reward:
+            yield (
+                f'accelerator.score = "minus_kl" asks teachers.{table} about answers without verdicts, and its context sorts attempts by '
+                f'their verdicts. Use score = "accuracy", or name another teacher.'
+            )

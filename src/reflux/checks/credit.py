@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from reflux.checks.teachers import heard, tables_of, unknown
 from reflux.config import RunConfig
+from reflux.credit.margin import Margin
+from reflux.credit.release import Release
 from reflux.parts import kind_of
 
 
 def problems(cfg: RunConfig) -> Iterator[str]:
     yield from _shifts(cfg)
-    yield from _groups(cfg)
+    for name, rule in cfg.credit.items():
+        where = f"credit.{name}"
+        if rule.min_group > cfg.group_size:
+            yield f"{where} compares attempts at one prompt: it needs group_size >= {rule.min_group}, got {cfg.group_size}."
+        if rule.wants.reward and cfg.reward is None:
+            yield f'{where} needs verdicts: add [reward] with kind = "verifier".'
+        if isinstance(rule, Release):
+            yield from _release(cfg, where, rule)
+        if isinstance(rule, Margin):
+            yield from _margin(cfg, where, rule)
 
 
 def _shifts(cfg: RunConfig) -> Iterator[str]:
@@ -30,9 +42,33 @@ def _shifts(cfg: RunConfig) -> Iterator[str]:
             )
 
 
-def _groups(cfg: RunConfig) -> Iterator[str]:
-    for name, rule in cfg.credit.items():
-        if rule.min_group > cfg.group_size:
-            yield f"credit.{name} compares attempts at one prompt: it needs group_size >= {rule.min_group}, got {cfg.group_size}."
-        if rule.wants.reward and cfg.reward is None:
-            yield f'credit.{name} needs verdicts: add [reward] with kind = "verifier".'
+def _release(cfg: RunConfig, where: str, rule: Release) -> Iterator[str]:
+    if rule.rescale and cfg.normalise == "kept":
+        yield (
+            f'{where}: rescale gives every attempt the mass of its full length, and normalise = "kept" divides by the kept positions: the '
+            f'release would count twice. Use normalise = "chosen" or "rollout_means", or {where}.rescale = false.'
+        )
+    if rule.teacher not in heard(cfg):
+        yield unknown(cfg, f"{where}.teacher", rule.teacher)
+    for table in tables_of(cfg, rule.teacher):
+        if not cfg.teachers[table].at_ids:
+            yield (
+                f"{where} needs the teacher's log-probs at the student's {rule.k} likeliest tokens, but teachers.{table} answers with a "
+                f"list of its own: a token missing from it has an unknown probability, not a low one. Use a teacher that answers at given "
+                f"ids, such as a local one."
+            )
+    if rule.candidates == "said" and not cfg.sampler.on_policy:
+        yield (
+            f"{where} looks at the tokens the student was about to choose, and this sampler ('{kind_of('samplers', cfg.sampler)}') gives "
+            f"answers it did not write. Use candidates = \"now\", or sampler 'hf'."
+        )
+
+
+def _margin(cfg: RunConfig, where: str, rule: Margin) -> Iterator[str]:
+    if rule.teacher != "said" and rule.teacher not in heard(cfg):
+        yield unknown(cfg, f"{where}.teacher", rule.teacher)
+    if rule.student == "behaviour" and not cfg.sampler.on_policy:
+        yield (
+            f"{where} compares the teacher with the student's own log-probs, and this sampler ('{kind_of('samplers', cfg.sampler)}') gives "
+            f'answers it did not draw. Use student = "now".'
+        )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from reflux.checks.teachers import offered
+from reflux.checks.teachers import heard, offered, unknown
 from reflux.config import RunConfig
 from reflux.objectives.base import Objective
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL
 from reflux.parts import kind_of
-from reflux.teachers.base import spoken_name
 from reflux.types import HiddenTarget, SampledTarget, TopKTarget
 
 _SAID = {
@@ -30,16 +29,8 @@ def problems(cfg: RunConfig) -> Iterator[str]:
 def _objective(cfg: RunConfig, where: str, objective: Objective) -> Iterator[str]:
     if objective.teacher is None:
         return
-    known = sorted({spoken_name(table, teacher) for table, teacher in cfg.teachers.items()})
-    if objective.teacher != "said" and objective.teacher not in known:
-        yield (
-            f"{where}.teacher: there is no teacher '{objective.teacher}'. "
-            + (
-                f"Known: {', '.join(known)}, and 'said' (the student as it acted)."
-                if known
-                else f"Add a [teachers.{objective.teacher}] table."
-            )
-        )
+    if objective.teacher != "said" and objective.teacher not in heard(cfg):
+        yield unknown(cfg, f"{where}.teacher", objective.teacher)
         return
     offers = offered(cfg, objective.teacher)
     if not offers & set(objective.accepts):

@@ -60,9 +60,26 @@ def _unserved(cfg: RunConfig) -> Iterator[str]:
         )
 
 
+def heard(cfg: RunConfig) -> set[str]:
+    """The names teachers answer under."""
+    return {spoken_name(table, teacher) for table, teacher in cfg.teachers.items()}
+
+
+def tables_of(cfg: RunConfig, name: str) -> list[str]:
+    """The tables that answer under a name."""
+    return [table for table, teacher in cfg.teachers.items() if spoken_name(table, teacher) == name]
+
+
+def unknown(cfg: RunConfig, where: str, name: str) -> str:
+    """A sentence about a teacher that is not there."""
+    names = sorted(heard(cfg))
+    known = f"Known: {', '.join(names)}, and 'said' (the student as it acted)." if names else f"Add a [teachers.{name}] table."
+    return f"{where}: there is no teacher '{name}'. {known}"
+
+
 def offered(cfg: RunConfig, name: str) -> set[type[Target]]:
     """What the tables behind a teacher name all offer; "said" is what the sampler recorded."""
     if name == "said":
         return {TopKTarget, SampledTarget}
-    tables = [teacher for table, teacher in cfg.teachers.items() if spoken_name(table, teacher) == name]
-    return set.intersection(*(set(teacher.offers) for teacher in tables)) if tables else set()
+    tables = tables_of(cfg, name)
+    return set.intersection(*(set(cfg.teachers[table].offers) for table in tables)) if tables else set()

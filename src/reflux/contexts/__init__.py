@@ -1,3 +1,7 @@
 """What the teacher sees."""
 
-CONTEXTS = {"same": "reflux.contexts.same:Same"}
+CONTEXTS = {
+    "same": "reflux.contexts.same:Same",
+    "peers": "reflux.contexts.peers:Peers",
+    "privileged": "reflux.contexts.privileged:Privileged",
+}

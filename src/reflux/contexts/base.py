@@ -6,6 +6,7 @@ they are; a view may change the messages before them, and the text of spans that
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,10 +15,22 @@ from reflux.types import Group, Message, Moment, Wants
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The messages before the first student token, and new text for the unchosen spans after it, by their start position."""
+    """The messages before the first student token, and new text for the unchosen spans after it, by their start position.
+
+    `notes` say in numbers what is shown; they are averaged into the metrics, and a teacher is not asked again because they change.
+    """
 
     messages: tuple[Message, ...]
     spans: dict[int, str] = field(default_factory=dict)
+    notes: dict[str, float] = field(default_factory=dict)
+
+
+def retold(messages: tuple[Message, ...], tell: Callable[[str], str]) -> tuple[Message, ...]:
+    """The messages with what the user said last told anew; all others stay as they are. ValueError where no user speaks."""
+    last = max((place for place, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if last is None:
+        raise ValueError("a context that adds to the question needs a user message, and this prompt has none")
+    return tuple({**message, "content": tell(message["content"])} if place == last else message for place, message in enumerate(messages))
 
 
 class Context(Protocol):

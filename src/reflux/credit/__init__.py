@@ -4,6 +4,7 @@ CREDIT = {
     "prefix": "reflux.credit.prefix:Prefix",
     "position": "reflux.credit.position:Position",
     "outcome": "reflux.credit.outcome:Outcome",
+    "release": "reflux.credit.release:Release",
     "margin": "reflux.credit.margin:Margin",
     "balance": "reflux.credit.balance:Balance",
 }

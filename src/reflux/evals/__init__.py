@@ -3,5 +3,6 @@
 EVALS = {
     "accuracy": "reflux.evals.accuracy:Accuracy",
     "agreement": "reflux.evals.agreement:Agreement",
+    "foresight": "reflux.evals.foresight:Foresight",
     "teacher_accuracy": "reflux.evals.teacher_accuracy:TeacherAccuracy",
 }

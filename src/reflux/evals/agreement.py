@@ -20,13 +20,16 @@ if TYPE_CHECKING:
     from reflux.samplers.base import OpenSampler
     from reflux.teachers.base import Teachers
 
+Found = tuple[Attempt, np.ndarray]  # an attempt the teacher scored, and log p - log q along it
+
 
 @dataclass(frozen=True, config=STRICT)
 class Agreement:
     """Reverse KL to the teacher on the student's own samples for held-out prompts: the mean of log p(a) - log q(a), which is unbiased.
 
-    `kl_nats` with its 95% interval `low`, `high` (normal, over attempts), nats per token; `by_position` the same in `bins` of equal width.
-    An attempt the teacher did not score is left out; none scored: kl_nats is null.
+    `kl_nats` with its 95% interval `low`, `high` (normal, over attempts), nats per token; `by_position` the same in `bins` of equal width;
+    `kl_nats.<route>` where prompts have several routes, `by_teacher` the same for each table that answers under this name, where there are
+    several: one that was asked nothing has null. An attempt the teacher did not score is left out; none scored: kl_nats is null.
     """
 
     once: ClassVar[bool] = False
@@ -46,19 +49,56 @@ class Agreement:
         draw = Draw(run.step, "eval", self.max_tokens or run.cfg.longest, cohort=len(prompts))
         groups = await asyncio.gather(*(sampler.sample(prompt, 1, draw) for prompt in prompts))
         await teachers.score(groups, run.moment())
-        gaps = [gap for gap in (self._gap(group[0]) for group in groups) if gap is not None]
-        return {**_interval([gap[gap == gap] for gap in gaps]), "attempts": len(gaps), "by_position": _binned(gaps, self.bins)}
+        found = [(group[0], gap) for group in groups if (gap := gap_T(group[0], self.teacher)) is not None]
+        gaps = [gap for _, gap in found]
+        return {
+            **_interval([_chosen(gap) for gap in gaps]),
+            "attempts": len(gaps),
+            **_by_route(found),
+            **self._by_teacher(teachers, found),
+            "by_position": _binned(gaps, self.bins),
+        }
 
-    def _gap(self, attempt: Attempt) -> np.ndarray | None:
-        """log p - log q per position, nats; NaN where the student did not choose."""
-        rollout, target = attempt.rollout, attempt.targets.get(self.teacher)
-        if target is None or not isinstance(rollout, TokenRollout):
-            return None
-        if isinstance(target, VelocityTarget):
-            return None
-        teacher_T = _hidden_logp(target, rollout) if isinstance(target, HiddenTarget) else target.logp_T
-        student_T = rollout.logp_T if rollout.logp_raw_T is None else rollout.logp_raw_T
-        return np.where(rollout.mask_T, student_T - teacher_T, np.nan)
+    def _by_teacher(self, teachers: Teachers, found: list[Found]) -> dict[str, Any]:
+        tables = [table for table in teachers.opened if teachers.spoken(table) == self.teacher]
+        if len(tables) < 2:
+            return {}
+        heard = {table: [_chosen(gap) for attempt, gap in found if attempt.notes["asked"][self.teacher] == table] for table in tables}
+        return {"by_teacher": {table: {**_interval(gaps), "attempts": len(gaps)} for table, gaps in heard.items()}}
+
+
+def gap_T(attempt: Attempt, teacher: str) -> np.ndarray | None:
+    """log p - log q of the sampled tokens, nats; NaN where the student did not choose. None where the teacher said nothing of them.
+
+    Unlike credit.log_ratio it needs no `Wants`: hidden states go through the teacher's head where they have not yet.
+    """
+    rollout, target = attempt.rollout, attempt.targets.get(teacher)
+    if target is None or not isinstance(rollout, TokenRollout):
+        return None
+    if isinstance(target, VelocityTarget):
+        return None
+    teacher_T = _hidden_logp(target, rollout) if isinstance(target, HiddenTarget) else target.logp_T
+    student_T = rollout.logp_T if rollout.logp_raw_T is None else rollout.logp_raw_T
+    return np.where(rollout.mask_T, student_T - teacher_T, np.nan)
+
+
+def _chosen(gap: np.ndarray) -> np.ndarray:
+    """Without the NaN of positions the student did not choose."""
+    return gap[gap == gap]
+
+
+def _by_route(found: list[Found]) -> dict[str, Any]:
+    """The same by route, flat, where there are several."""
+    gaps: dict[str, list[np.ndarray]] = {}
+    for attempt, gap in found:
+        if attempt.rollout.prompt.route is not None:
+            gaps.setdefault(attempt.rollout.prompt.route, []).append(_chosen(gap))
+    table: dict[str, Any] = {}
+    for route in sorted(gaps) if len(gaps) > 1 else ():
+        whole = _interval(gaps[route])
+        ends = {f"kl_nats.{route}.{end}": whole[end] for end in ("low", "high")}
+        table |= {f"kl_nats.{route}": whole["kl_nats"], **ends, f"kl_nats.{route}.attempts": len(gaps[route])}
+    return table
 
 
 def _hidden_logp(target: HiddenTarget, rollout: TokenRollout) -> np.ndarray:
@@ -88,7 +128,7 @@ def _binned(gaps: list[np.ndarray], bins: int) -> list[dict[str, Any]]:
     width = max(1, -(-longest // bins))
     table = []
     for start in range(0, longest, width):
-        inside = [part[part == part] for part in (gap[start : start + width] for gap in gaps)]
+        inside = [_chosen(gap[start : start + width]) for gap in gaps]
         tokens = sum(len(part) for part in inside)
         if tokens:
             table.append({"position": start, "width": width, "tokens": tokens, **_interval(inside)})

@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 from reflux.evals.accuracy import Accuracy
 from reflux.parts import STRICT
 from reflux.tasks.base import Split
+from reflux.teachers.own import Own
 
 if TYPE_CHECKING:
     from reflux.learners.base import OpenLearner
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 class TeacherAccuracy:
     """`accuracy` of the teacher's own model, before the first step.
 
-    Only for teachers that have a model: a sampler is opened on it."""
+    Only for teachers that have a model: a sampler is opened on it. Null for an `own` teacher: it is the student, measured anyway.
+    """
 
     once: ClassVar[bool] = True
 
@@ -39,6 +41,8 @@ class TeacherAccuracy:
         from reflux.samplers.hf_engine import HFSampler
 
         table = run.cfg.teachers.get(self.teacher)
+        if isinstance(table, Own):
+            return {"accuracy": None, "low": None, "high": None, "problems": 0}
         model = getattr(table, "model", None)
         if model is None:
             raise ValueError(f"evals: the teacher '{self.teacher}' has no model of its own to sample from; remove this evaluation")

@@ -51,13 +51,13 @@ def _layers(net: Any) -> dict[str, Any]:
 
 
 def homes(net: Any) -> dict[str, Tensor]:
-    """The parameters under the model's own names, adapters left out: under an adapter, the frozen base. A shared one has all its names."""
+    """The parameters by the model's own names, adapters left out (under one, the frozen base). A shared one has all its names."""
     named = net.named_parameters(remove_duplicate=False)
     return {name.replace(".base_layer", ""): parameter for name, parameter in named if ".lora_" not in name}
 
 
 def refuse_narrow(name: str, home: Tensor) -> Tensor:
-    """The parameter itself. ModelError where it is quantised or narrower than float32: what it would be moved by is lost in its rounding."""
+    """The parameter itself. ModelError where it is quantised or narrower than float32: its rounding would swallow what it is moved by."""
     if home.dtype not in (torch.float32, torch.float64):
         kind = str(home.dtype).removeprefix("torch.")
         why = "quantised" if not home.dtype.is_floating_point else "too coarse for updates of training's size"

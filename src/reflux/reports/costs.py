@@ -74,6 +74,7 @@ def other_costs(metrics: Metrics) -> list[tuple[str, str]]:
         ("tokens sampled a second", count(sampled / seconds) if sampled and seconds else NONE),
         ("peak memory", scaled(max(known(metrics.peak_memory_bytes), default=None), "B")),
         ("lag, mean", f"{sum(lags) / len(lags):.2f} steps" if lags else NONE),
+        ("attempts that could not be judged", count(total(metrics.ungraded) or None)),
         ("lag, largest", f"{max(known(metrics.lag_max)):.0f} steps" if known(metrics.lag_max) else NONE),
     ]
     return [entry for entry in found if entry[1] != NONE]

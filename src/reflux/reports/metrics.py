@@ -17,8 +17,17 @@ _NUMBERS = (
     "peak_memory_bytes",
     "gradient_variance_ratio",
     "ratio_outside_share",
+    "ungraded",
 )
 Column = list[float | None]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What one step says of one teacher table."""
+
+    asked: float | None  # attempts
+    kl_nats: float | None
 
 
 @dataclass
@@ -34,6 +43,8 @@ class Metrics:
     peak_memory_bytes: Column = field(default_factory=list)
     gradient_variance_ratio: Column = field(default_factory=list)  # None throughout without log_variance
     ratio_outside_share: Column = field(default_factory=list)  # None throughout where no ratio has a bound
+    ungraded: Column = field(default_factory=list)  # attempts that could not be judged
+    teachers: dict[str, list[Heard]] = field(default_factory=dict)  # by table; the steps that name it
     seconds: dict[str, Column] = field(default_factory=lambda: {role: [] for role in (*ROLES, "total")})
     flops: dict[str, Column] = field(default_factory=lambda: {role: [] for role in ROLES})
 
@@ -52,6 +63,9 @@ def read_metrics(lines: Iterable[Row]) -> Metrics:
         metrics.step.append(step)
         for name in _NUMBERS:
             getattr(metrics, name).append(number(row.get(name)))
+        kls = table(row.get("kl_nats_by_table"))
+        for name, asked in table(row.get("asked")).items():
+            metrics.teachers.setdefault(name, []).append(Heard(number(asked), number(kls.get(name))))
         for name, columns in (("seconds", metrics.seconds), ("flops", metrics.flops)):
             for role, column in columns.items():
                 column.append(number(table(row.get(name)).get(role)))

@@ -19,10 +19,14 @@ from reflux.reports.costs import flops_chart, other_costs, roles_table, seconds_
 from reflux.reports.curves import accuracy_chart, kl_chart, position_chart
 from reflux.reports.evals import read_evals
 from reflux.reports.examples import read_pairs
+from reflux.reports.foresight import foresight_charts, read_spectra
 from reflux.reports.metrics import read_metrics
 from reflux.reports.overview import overview
 from reflux.reports.reading import json_table, rows, toml_table
+from reflux.reports.release import release_chart
+from reflux.reports.searches import read_searches, search_charts
 from reflux.reports.steps import outside_chart, variance_chart
+from reflux.reports.teachers import HEADER, teachers_table
 from reflux.reports.text import visible
 from reflux.reports.tokens import open_tokenizer
 from reflux.reports.views import legend, view
@@ -31,8 +35,8 @@ from reflux.reports.views import legend, view
 def write_report(run_dir: Path) -> Path:
     """Write report.html into a run directory and return its path.
 
-    Reads config.toml, metrics.jsonl, evals.jsonl, attempts.jsonl, summary.json and student/tokenizer.json; any may be missing, and what
-    is missing or damaged is said on the page. The file is replaced at once or not at all.
+    Reads config.toml, metrics.jsonl, evals.jsonl, searches.jsonl, attempts.jsonl, summary.json and student/tokenizer.json; any may be
+    missing, and what is missing or damaged is said on the page. The file is replaced at once or not at all.
     FileNotFoundError where there is no such directory.
     """
     run_dir = Path(run_dir)
@@ -60,7 +64,12 @@ def _page(run_dir: Path) -> dict[str, Any]:
             kl_chart(metrics, moments),
             position_chart(moments),
             *(chart for chart in (variance_chart(metrics), outside_chart(metrics)) if chart is not None),
+            *(chart for chart in (release_chart(config, run_dir / "attempts.jsonl"),) if chart is not None),
+            *search_charts(read_searches(rows(run_dir / "searches.jsonl", notes))),
+            *foresight_charts(read_spectra(rows(run_dir / "evals.jsonl", []))),
         ],
+        "teachers": teachers_table(config, metrics.teachers),
+        "teachers_header": HEADER,
         "costs": [seconds_chart(metrics), flops_chart(metrics), tokens_chart(metrics)],
         "roles": roles_table(metrics),
         "other_costs": other_costs(metrics),

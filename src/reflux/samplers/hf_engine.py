@@ -20,6 +20,7 @@ from reflux.kernels.cpu_decoder import cpu_decoder
 from reflux.models import Model, load_model
 from reflux.samplers.decode import Ask, Turn, decode
 from reflux.samplers.noise import row_key
+from reflux.tokens import CharacterSpans
 from reflux.types import Attempt, Draw, Finish, Group, Message, Prompt, TokenRollout, TopKTarget
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class HFSampler:
         self.decoder = cpu_decoder(model)
         self.version = 0
         self.renderer = model.renderer(cfg.system, cfg.template)
+        self.spans = CharacterSpans(model.tokenizer)
         self._busy = asyncio.Lock()
         self._gather: Gather[tuple[Prompt, int, Draw], Group] = Gather(self._cohort)
 
@@ -94,7 +96,7 @@ class HFSampler:
             self._turn(live, draw)
             live = [talk for talk in live if self._goes_on(talk, draw)]
         groups = [[Attempt(self._rollout(talk, draw)) for talk in group] for group in talks]
-        self.run.clock.add("sample" if draw.purpose == "train" else "eval", time.perf_counter() - started)
+        self.run.clock.add("sample" if draw.purpose == "train" else draw.purpose, time.perf_counter() - started)
         return groups
 
     def _begin(self, prompt: Prompt, sample: int, draw: Draw) -> _Talk:
@@ -165,6 +167,8 @@ class HFSampler:
         tokens = [i for turn, heard in pieces for i in turn.tokens + heard]
         mask = [chosen for turn, heard in pieces for chosen in [True] * len(turn.tokens) + [False] * len(heard)]
         logp_T, raw_T = _column(pieces, "logp_T"), _column(pieces, "raw_T")
+        texts = [message["content"] for message in talk.messages[len(talk.prompt.messages) :] if message["role"] == "assistant"]
+        wanted = self.run.wants.spans and draw.purpose == "train"
         return TokenRollout(
             prompt=talk.prompt,
             sample=talk.sample,
@@ -176,9 +180,13 @@ class HFSampler:
             said=_said(pieces, raw_T) if pieces and pieces[0][0].said_TK is not None else None,
             prompt_tokens=np.asarray(talk.prompt_ids, dtype=np.int64),
             tokens_T=np.asarray(tokens, dtype=np.int64),
-            text="\n".join(message["content"] for message in talk.messages[len(talk.prompt.messages) :] if message["role"] == "assistant"),
+            text="\n".join(texts),
             messages=tuple(talk.messages),
+            spans_T2=self._spans(pieces, texts) if wanted else None,
         )
+
+    def _spans(self, pieces: list[tuple[Turn, list[int]]], texts: list[str]) -> np.ndarray:
+        return self.spans.of_turns([(turn.tokens, text, len(heard)) for (turn, heard), text in zip(pieces, texts, strict=True)])
 
 
 def _column(pieces: list[tuple[Turn, list[int]]], name: str) -> np.ndarray:

@@ -14,6 +14,7 @@ from reflux.errors import DataError
 from reflux.parts import STRICT, PartOf
 from reflux.samplers.hf import HF
 from reflux.schedules import Number
+from reflux.tokens import CharacterSpans, Renderer, end_ids
 from reflux.types import Attempt, Draw, Group, Prompt, TokenRollout
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Stored:
     @asynccontextmanager
     async def _opened(self, run: Run) -> AsyncIterator[OpenStored]:
         async with self.generate.open(run) as inner:
-            yield OpenStored(run, inner, self.generate)
+            yield OpenStored(run, inner, self.generate, CharacterSpans(run.tokenizer))
 
     def open(self, run: Run) -> AbstractAsyncContextManager[OpenStored]:
         return self._opened(run)
@@ -68,6 +69,7 @@ class OpenStored:
     run: Run
     inner: OpenSampler
     generate: Any
+    spans: CharacterSpans
     version: int = 0
 
     async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
@@ -82,12 +84,11 @@ class OpenStored:
         await self.inner.publish(weights, version)
 
     def _attempt(self, prompt: Prompt, answer: str, sample: int, draw: Draw) -> Attempt:
-        from reflux.tokens import Renderer, end_ids
-
         tokenizer = self.run.tokenizer
         renderer = Renderer(tokenizer, self.generate.system, self.generate.template)
         tokens = renderer.answer_ids(prompt.messages, answer, end_ids(tokenizer))
         cut = tokens[: draw.max_tokens]
+        text = self.spans.decode(cut) if self.run.wants.spans else answer  # spans are of the text that these very tokens decode to
         rollout = TokenRollout(
             prompt=prompt,
             sample=sample,
@@ -97,7 +98,8 @@ class OpenStored:
             logp_T=np.zeros(len(cut), dtype=np.float32),  # nobody drew these tokens; `checks` keeps ratios away from them
             prompt_tokens=np.asarray(renderer.ids(prompt.messages), dtype=np.int64),
             tokens_T=np.asarray(cut, dtype=np.int64),
-            text=answer,
+            text=text,
             messages=(*prompt.messages, {"role": "assistant", "content": answer}),
+            spans_T2=self.spans(cut, text) if self.run.wants.spans else None,
         )
         return Attempt(rollout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from reflux.types import Prompt, seed_of
 
 Line = tuple[int, dict[str, Any]]  # its number from 1, and its fields
 NOTHING = "nothing was written"
+COPY = re.compile(r"(#[0-9]+)+$")  # what `reflux difficulty` appends to the ids of copies
 
 
 def read_lines(path: str | Path, task: str) -> list[Line]:
@@ -68,8 +70,11 @@ def make_prompts(lines: Iterable[Line], where: str, make: Callable[[int, dict[st
 
 
 def held_out(prompt: Prompt, share: float) -> bool:
-    """Whether a prompt belongs to the validation share: decided by its id alone, so neither order nor other lines move it."""
-    return seed_of("validation", prompt.id) < share * 2**63
+    """Whether a prompt belongs to the validation share: decided by its id alone, so neither order nor other lines move it.
+
+    A copy `id#2` goes with its original, or the same question would be on both sides.
+    """
+    return seed_of("validation", COPY.sub("", prompt.id)) < share * 2**63
 
 
 def endless(prompts: Sequence[Prompt], seed: int, start: int) -> Iterator[Prompt]:

@@ -1,3 +1,6 @@
 """Who answers."""
 
-TEACHERS = {"local": "reflux.teachers.local:Local"}
+TEACHERS = {
+    "local": "reflux.teachers.local:Local",
+    "own": "reflux.teachers.own:Own",
+}

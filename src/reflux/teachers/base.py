@@ -102,6 +102,8 @@ class Teachers:
             await answers.score(asked, moment)
             for (attempt, view), old in zip(asked, before, strict=True):
                 attempt.notes.setdefault("context", {})[name] = _hash(view)
+                attempt.notes.setdefault("asked", {})[name] = table
+                attempt.notes.setdefault("shown", {})[name] = view.notes
                 if old is not None:
                     attempt.notes.setdefault("redone", {})[name] = old  # what it said before; freshness compares the two
 
@@ -121,10 +123,14 @@ class Teachers:
         for _, answers in self.opened.values():
             await answers.publish(weights, version)
 
+    def spoken(self, table: str) -> str:
+        """The name a table answers under."""
+        return spoken_name(table, self.opened[table][0])
+
     @property
     def names(self) -> list[str]:
         """The names teachers answer under, each once."""
-        return sorted({spoken_name(table, teacher) for table, (teacher, _) in self.opened.items()})
+        return sorted({self.spoken(table) for table in self.opened})
 
     @property
     def parameters(self) -> int:

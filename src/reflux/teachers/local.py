@@ -26,7 +26,6 @@ class Local:
     offers: ClassVar[tuple[type, ...]] = (HiddenTarget,)
     in_process: ClassVar[bool] = True
     at_ids: ClassVar[bool] = True
-    follows: ClassVar[bool] = False
 
     model: str
     context: Annotated[Any, PartOf("contexts")] = Same()
@@ -40,6 +39,10 @@ class Local:
     trust_remote_code: bool = False
     system: str | None = None  # only for contexts that rewrite the conversation
     template: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def follows(self) -> bool:
+        return False
 
     def open(self, run: Run, name: str) -> AbstractAsyncContextManager[Any]:
         from reflux.teachers.local_engine import LocalTeacher

@@ -1,0 +1,149 @@
+"""The searches behind `accelerators.extrapolate`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from reflux import files
+from reflux.accelerators import extrapolate
+from reflux.errors import ConfigError, RefluxError, RunError
+
+if TYPE_CHECKING:
+    from reflux.accelerators.base import Score
+    from reflux.accelerators.extrapolate import Extrapolate
+    from reflux.learners.base import OpenLearner
+    from reflux.rundir import Run
+
+Weights = dict[str, Tensor]  # by the model's own names
+ANCHOR = "anchor/"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate, its score, and the score it had to beat under the same dice."""
+
+    multiple: int
+    score: float
+    against: float
+
+
+class OpenExtrapolate:
+    """Holds the anchor: float32 copies on the CPU of what moves."""
+
+    def __init__(self, cfg: Extrapolate, run: Run):
+        self.cfg, self.run = cfg, run
+        self._anchor: Weights = {}
+
+    def start(self, learner: OpenLearner) -> None:
+        """ConfigError where `include` matches no parameter, ModelError where the learner keeps no float32 weights."""
+        names = extrapolate.moved(learner.names, self.cfg.include)
+        if not names:
+            raise ConfigError(
+                f"accelerator.include = {list(self.cfg.include)} matches no parameter of {self.run.cfg.learner.model}, so nothing would "
+                f"move. Its parameters have names such as {', '.join(list(learner.names)[:4])}."
+            )
+        self._anchor = learner.read(names)
+
+    def fires(self, completed_steps: int) -> bool:
+        return bool(self.cfg.tries) and extrapolate.fires(completed_steps)
+
+    async def after_step(self, learner: OpenLearner, score: Score, completed_steps: int) -> bool:
+        """Search, where the step is one to search after. RefluxError where the weights of now have no finite score."""
+        if not self.fires(completed_steps):
+            return False
+        started = time.perf_counter()
+        delta = self._displacement(learner)
+        norm = math.sqrt(sum(float(value.double().square().sum()) for value in delta.values()))
+        path = _Path(learner, learner.places(delta), delta)
+        trials = await self._trials(path, score, completed_steps) if norm else []
+        accepted = max((trial.multiple for trial in trials if self._beats(trial)), default=0)
+        if trials:
+            path.go(accepted)
+        self._anchor = learner.read(delta)
+        self._report(completed_steps, trials, accepted, norm, time.perf_counter() - started)
+        return accepted > 0
+
+    def _displacement(self, learner: OpenLearner) -> Weights:
+        """W - anchor. The anchor goes, tensor by tensor: a new one follows the search, and two copies at a time are enough."""
+        return {name: value - self._anchor.pop(name) for name, value in learner.read(list(self._anchor)).items()}
+
+    async def _trials(self, path: _Path, score: Score, completed_steps: int) -> list[Trial]:
+        """Candidates in order, the first that was not accepted last."""
+        trials: list[Trial] = []
+        best, incumbent = 0, math.nan
+        for number, multiple in enumerate(extrapolate.multiples(self.cfg.tries)):
+            dice = number if self.cfg.rescore_incumbent else 0
+            if not number or self.cfg.rescore_incumbent:
+                path.go(best)
+                incumbent = _finite(await score(dice), best, completed_steps)
+            path.go(multiple)
+            trials.append(Trial(multiple, await score(dice), incumbent))
+            if not self._beats(trials[-1]):
+                break
+            best, incumbent = multiple, trials[-1].score
+        return trials
+
+    def _beats(self, trial: Trial) -> bool:
+        if not math.isfinite(trial.score):
+            return False
+        return trial.score > trial.against or (self.cfg.accept == "not_worse" and trial.score == trial.against)
+
+    def _report(self, step: int, trials: list[Trial], accepted: int, norm: float, seconds: float) -> None:
+        for trial in trials:
+            if not math.isfinite(trial.score):
+                self.run.watch.noted(f"step {step}: the jump by {trial.multiple} displacements was rejected, its score is {trial.score}")
+        row = {
+            "step": step,
+            "score": self.cfg.score,
+            "here": trials[0].against if trials else None,
+            "tried": [asdict(trial) for trial in trials],
+            "accepted": accepted,
+            "delta_norm": norm,
+            "tokens": self.run.scorer.spent.sampled if self.run.scorer else 0,
+            "seconds": round(seconds, 3),
+        }
+        files.append_lines(self.run.dir / "searches.jsonl", [row])
+
+    def state(self) -> dict[str, Any]:
+        return {ANCHOR + name: value for name, value in self._anchor.items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """RunError for a checkpoint without an anchor."""
+        self._anchor = {key.removeprefix(ANCHOR): value for key, value in state.items() if key.startswith(ANCHOR)}
+        if not self._anchor:
+            raise RunError(
+                f"{self.run.dir}: the checkpoint of step {self.run.step} has no anchor, so the displacement since the last search is not "
+                f"known. It was made without the accelerator: resume it with accelerator=none, or start a new run."
+            )
+
+
+@dataclass(frozen=True)
+class _Path:
+    """The line through the weights of now along their displacement."""
+
+    learner: OpenLearner
+    places: Weights
+    delta: Weights
+
+    def go(self, multiple: int) -> None:
+        """Weights of now plus so many displacements; at 0 their very bits."""
+        moved = {name: torch.add(value, self.delta[name], alpha=multiple) for name, value in self.places.items()}
+        self.learner.write(moved if multiple else self.places)
+
+
+def _finite(score: float, best: int, step: int) -> float:
+    if not math.isfinite(score):
+        where = f"at the accepted jump by {best}" if best else "of now"
+        raise RefluxError(
+            f"step {step}: the accelerator's score of the student {where} is {score}, so nothing can be compared with it. Usual reasons: "
+            f"the verifier judged none of the answers (accuracy), or the teacher rules out a token the student says (minus_kl). Use the "
+            f"other score, or start a run without the accelerator."
+        )
+    return score

@@ -1,0 +1,113 @@
+"""Problems that show other attempts in their question, in the words a context uses: what a reader of contexts is taught and measured by.
+
+No attempt is a model's. A shown success is the worked solution; a shown failure is the worked solution with a mistake that is carried on.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from reflux.contexts.wording import with_attempts
+from reflux.tasks.base import Split
+from reflux.tasks.word_problems import SIGNS, Operation, WordProblems, apply
+from reflux.types import Message, Prompt, seed_of
+
+STEP = re.compile(r"[0-9]+([-+*])([0-9]+)=[0-9]+\.")
+KINDS: dict[str, Operation] = {sign: kind for kind, sign in SIGNS.items()}
+SLIPS = (1, -1, 2, -2, 10, -10, 20, -20)
+CUT, GARBLED = 0.1, 0.1  # shares of the failures that stop early, and that end in a scramble
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The stories of `task` with `successes` right and `failures` wrong attempts in the question; asked for and graded as before.
+
+    foreign: the attempts are at the next problem of the stream, so that they say nothing about the one asked; a held-out split then has one
+    problem less. The dice of a wrong attempt depend on its problem's id alone.
+    """
+
+    task: WordProblems
+    successes: int
+    failures: int
+    foreign: bool = False
+    weight: float = 1.0
+
+    @property
+    def routes(self) -> frozenset[str | None] | None:
+        return None
+
+    def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
+        stream = self.task.prompts(split, seed, start)
+        if not self.foreign:
+            return (self._ask(prompt, prompt) for prompt in stream)
+        return (self._ask(prompt, other) for prompt, other in pairwise(stream))
+
+    def verify(self, prompt: Prompt, made: Any) -> float:
+        return self.task.verify(prompt, made)
+
+    def reply(self, prompt: Prompt, messages: Sequence[Message], step: int) -> tuple[Message, ...] | None:
+        return self.task.reply(prompt, messages, step)
+
+    def _ask(self, prompt: Prompt, other: Prompt) -> Prompt:
+        dice = random.Random(seed_of("shown", other.id))
+        right = [other.references[0]] * self.successes
+        wrong = [failed(other.references[0], dice) for _ in range(self.failures)]
+        asked = with_attempts(prompt.messages[0]["content"], right, wrong)
+        return replace(prompt, messages=({"role": "user", "content": asked},))
+
+
+def failed(solution: str, dice: random.Random) -> str:
+    """A wrong attempt made of a worked solution: one number is wrong, and all that follows from it; a few stop early or end in a scramble.
+
+    The wrong number is the start or the result of a step: some other number nearby, or the number less a digit. What the attempt ends with
+    is never the right answer, since every step takes different numbers to different ones. ValueError for a text that is no worked solution.
+    """
+    start, steps = read(solution)
+    while True:
+        text = _worked(start, steps, dice.randrange(len(steps) + 1), dice)
+        if text:
+            break
+    ending = dice.random()
+    if ending < CUT:
+        return text[: dice.randrange(len("Start: "), text.index("Answer:"))]
+    if ending < CUT + GARBLED:
+        body, _, tail = text.partition(" Answer:")
+        return f"{body} {''.join(dice.sample(tail + ' Asr:', dice.randrange(2, 6)))}"
+    return text
+
+
+def read(solution: str) -> tuple[int, tuple[tuple[Operation, int], ...]]:
+    """The chain of a worked solution."""
+    head = re.match(r"Start: ([0-9]+)\.", solution)
+    if head is None:
+        raise ValueError(f"not a worked solution: {solution!r}")
+    return int(head[1]), tuple((KINDS[sign], int(number)) for sign, number in STEP.findall(solution))
+
+
+def _worked(start: int, steps: Sequence[tuple[Operation, int]], mistake: int, dice: random.Random) -> str:
+    """The text with a wrong number at `mistake`, 0 the start, k the result of step k; "" where it would fall below 0."""
+    value = slip(start, dice) if mistake == 0 else start
+    parts = [f"Start: {value}."]
+    for position, (kind, number) in enumerate(steps, 1):
+        after = apply(kind, value, number)
+        if position == mistake:
+            after = slip(after, dice)
+        if after < 0:
+            return ""
+        parts.append(f"{value}{SIGNS[kind]}{number}={after}.")
+        value = after
+    return " ".join([*parts, f"Answer: {value}"])
+
+
+def slip(number: int, dice: random.Random) -> int:
+    """Another number than this one, both not below 0, as one gets by a slip: near it, ten or twenty off, or with a digit lost."""
+    digits = str(number)
+    if len(digits) > 1 and dice.random() < 0.3:
+        lost = dice.randrange(len(digits))
+        return int(digits[:lost] + digits[lost + 1 :])
+    return dice.choice([number + off for off in SLIPS if number + off >= 0])

@@ -1,0 +1,121 @@
+"""reflux difficulty: how hard the training prompts are for a recipe's student, and a prompt file balanced by it.
+
+Uni-OPD samples with temperature 1, top-p 0.95 and top-k 50; these samplers have no top-k, so it is left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from reflux.config import RunConfig, Track, config_hash, load_recipe
+from reflux.errors import DataError, RunError
+from reflux.files import append_lines, jsonable, read_lines, write_text
+from reflux.rundir import Options, Run
+from reflux.tasks.difficulty import FIRST, Counted, as_line, copies_of, measured, repeated, training_prompts
+from reflux.types import Draw, Prompt, Wants
+
+console = Console()
+PARTIAL = "difficulty.partial.jsonl"
+
+
+def balance_prompts(
+    recipe: str, overrides: list[str], samples: int, prompts: int, sampling: tuple[float, float], cap: int, out: Path | None
+) -> None:
+    """Sample, count, write `difficulty.jsonl` and `prompts.jsonl`, and print what it does to the difficulties.
+
+    sampling: temperature and top-p. Counts are kept as they come, so a killed call goes on where it was; both files are whole or absent.
+    RunError for a folder that holds counts already, or some made with other settings.
+    """
+    cfg = load_recipe(recipe, overrides)
+    cfg = replace(cfg, teachers={}, credit={}, evals={}, reward=None, accelerator=None, track=Track())  # only the student acts
+    folder = out or Path("runs") / f"{cfg.recipe}-difficulty"
+    if (folder / "difficulty.jsonl").exists() and not (folder / PARTIAL).exists():
+        raise RunError(f"{folder} holds counts already; choose another folder with --out")
+    asked, cut = training_prompts(cfg.task, cfg.seed, prompts)
+    if not asked:
+        raise DataError("the task has no training prompts, so there is nothing to balance")
+    if cut and not prompts:
+        console.print(f"note: this task has no end; these are its first {FIRST} training prompts (--prompts N for more)", style="yellow")
+    from reflux.quiet import quiet_libraries
+
+    quiet_libraries()
+    folder.mkdir(parents=True, exist_ok=True)
+    said = {"samples": samples, "temperature": sampling[0], "top_p": sampling[1], "prompts": len(asked), "config_hash": config_hash(cfg)}
+    known = _taken_up(folder / PARTIAL, said)
+    counted = asyncio.run(_count(cfg, asked, known, samples, sampling, folder / PARTIAL))
+    copies = copies_of(counted, cap)
+    _write(folder / "difficulty.jsonl", [entry.line(times) for entry, times in zip(counted, copies, strict=True)])
+    _write(folder / "prompts.jsonl", [as_line(prompt) for prompt in repeated(asked, copies)])
+    (folder / PARTIAL).unlink()
+    _show(folder, counted, copies, samples)
+
+
+def _taken_up(path: Path, said: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Counts of an earlier call, by prompt id. RunError where it was made with other settings."""
+    rows = list(read_lines(path))
+    if not rows:
+        append_lines(path, [said])
+        return {}
+    if rows[0] != said:
+        changed = ", ".join(key for key in said if rows[0].get(key) != said[key])
+        raise RunError(f"{path} holds counts made with other settings ({changed}); choose another folder with --out")
+    return {row["id"]: row for row in rows[1:]}
+
+
+async def _count(
+    cfg: RunConfig, asked: list[Prompt], known: dict[str, dict[str, Any]], samples: int, sampling: tuple[float, float], path: Path
+) -> list[Counted]:
+    draw = Draw(0, "score", cfg.longest, *sampling, stop=tuple(cfg.sampler.stop))
+    found = {id_: (row["correct"], row["ungraded"]) for id_, row in known.items()}
+    missing = [prompt for prompt in asked if prompt.id not in found]
+    if missing:
+        with tempfile.TemporaryDirectory() as scratch, console.status("loading the student ...") as status:
+            run = Run.open(cfg, Wants(), Options(Path(scratch) / "difficulty"))
+            try:
+                async with cfg.sampler.open(run) as sampler:
+                    async for chunk in measured(run, sampler, missing, samples, draw):
+                        append_lines(path, [entry.line(0) for entry in chunk])
+                        found |= {entry.prompt.id: (entry.correct, entry.ungraded) for entry in chunk}
+                        status.update(f"{len(found)} of {len(asked)} prompts")
+            finally:
+                run.close()
+    return [Counted(prompt, found[prompt.id][0], samples, found[prompt.id][1]) for prompt in asked]
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(jsonable(row)) + "\n" for row in rows))
+
+
+def _show(folder: Path, counted: Sequence[Counted], copies: Sequence[int], samples: int) -> None:
+    judged = [(entry.correct, times) for entry, times in zip(counted, copies, strict=True) if not entry.ungraded]
+    before, times_of = Counter(correct for correct, _ in judged), dict(judged)
+    whole, after = len(judged), sum(times for _, times in judged)
+    table = Table(f"correct of {samples}", "prompts", "share", "copies of each", "balanced", "share")
+    for column in table.columns:
+        column.justify = "right"
+    for correct in range(samples + 1):
+        has, times = before[correct], times_of.get(correct, 0)
+        shares = (f"{100 * part / max(total, 1):.1f} %" for part, total in ((has, whole), (has * times, after)))
+        table.add_row(str(correct), f"{has:,}", next(shares), str(times) if has else "-", f"{has * times:,}", next(shares))
+    console.print(table)
+    outside = len(counted) - whole
+    if outside:
+        console.print(
+            f"note: {outside} prompt(s) have answers that could not be judged; each is kept once, in no row of this table", style="yellow"
+        )
+    lines = [
+        f"Counts         {folder / 'difficulty.jsonl'}",
+        f"Prompts        {folder / 'prompts.jsonl'} ({after + outside:,}, of {len(counted):,} different ones)",
+        f"Train on them  task.kind=jsonl task.path={folder / 'prompts.jsonl'} task.validation=0 task.test=HELD_OUT.jsonl",
+    ]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,184 @@
+"""The teacher is shown some of the other attempts at the same problem, right and wrong, before it grades this one."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import re
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic.dataclasses import dataclass
+
+from reflux.contexts.base import View, retold
+from reflux.contexts.wording import with_attempts
+from reflux.parts import STRICT
+from reflux.types import Attempt, Group, Moment, TokenRollout, Wants, seed_of
+
+THINKING = re.compile(r"<(/?)think>")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Peers:
+    """The last user message becomes: the problem; the first `successes` correct attempts of the group in order, then `failures` failed
+    ones drawn at random, each under its heading, the attempt itself always left out; feedback on it; a line that asks for a correct
+    solution. All other messages stay. Fewer available: fewer shown. Nothing to show: the teacher is not asked.
+
+    A reward of at least `threshold` is correct, one below failed. An attempt that ended in an error, or whose reward is missing or NaN, is
+    neither: it is shown to nobody and not asked about. failures_when: show failures always, or only where no success is shown.
+    feedback: show the verifier's words on the attempt itself (`Reward.feedback`) where no success is shown, always or never.
+    peer_tokens: of a longer peer its first so many chosen tokens are shown; peers are cut, never the closing line. strip_thinking:
+    what stands between <think> and </think> is not shown; an unclosed <think> hides the rest, an unopened </think> what is before it.
+    What is shown of an attempt with several turns is all that the student wrote in them, a line apart, without the replies.
+
+    The failures' dice depend on (run seed, prompt id, policy version, sample) alone, so asking twice gives the same context. With
+    successes = 1 and failures = 0 it is the context of SDPO (arXiv 2601.20802). Everybody's first success is the same attempt, so targets
+    are correlated. An attempt with the very text of this one is another attempt and may be shown: the teacher then reads what it grades.
+    Notes: `successes` and `failures` shown, `twin_fraction` (1 where a twin is among them), `cut_failures` (failures shown that the
+    length limit had ended), `shortened` (peers cut to `peer_tokens`), `distinct` (different texts over
+    judged attempts of the group: it falls where students learn to copy). arXiv 2605.12652 (MR-OPD).
+    """
+
+    successes: int = 2
+    failures: int = 1
+    threshold: float = 0.5
+    failures_when: Literal["always", "no_success"] = "always"
+    feedback: Literal["no_success", "always", "never"] = "no_success"
+    peer_tokens: int = 4096
+    strip_thinking: bool = False
+
+    min_group: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        if self.successes < 0 or self.failures < 0:
+            raise ValueError("successes and failures count what is shown and must not be negative")
+        if not self.successes and not self.failures:
+            raise ValueError('successes = 0 and failures = 0 show no peer at all. Use context = { kind = "same" }')
+        if self.peer_tokens < 1:
+            raise ValueError(f"peer_tokens must be at least 1, got {self.peer_tokens}")
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"threshold must be a finite number, got {self.threshold}")
+
+    @property
+    def wants(self) -> Wants:
+        return Wants(reward=True, spans=True)
+
+    def __call__(self, group: Group, moment: Moment) -> list[View | None]:
+        judged = [(place, reward) for place, reward in enumerate(attempt.verdict for attempt in group) if reward is not None]
+        peers = [group[place] for place, _ in judged]
+        correct = [reward >= self.threshold for _, reward in judged]
+        distinct = len({_spoken(peer).text for peer in peers}) / max(1, len(peers))
+        texts = [shown_text(peer, self.peer_tokens, self.strip_thinking) for peer in peers]
+        views: list[View | None] = [None] * len(group)
+        for index, (place, _) in enumerate(judged):
+            right, wrong = choose(correct, index, self.successes, self.failures, _dice(peers[index], moment))
+            if right and self.failures_when == "no_success":
+                wrong = []
+            views[place] = self._view(peers, texts, index, right, wrong, distinct)
+        return views
+
+    def _view(
+        self, peers: Group, texts: list[tuple[str, bool]], index: int, right: list[int], wrong: list[int], distinct: float
+    ) -> View | None:
+        attempt, shown = peers[index], [*right, *wrong]
+        feedback = self._feedback(attempt, bool(right))
+        if not (shown or feedback):
+            return None
+        own = _spoken(attempt).text
+        notes = {
+            "successes": len(right),
+            "failures": len(wrong),
+            "twin_fraction": any(_spoken(peers[i]).text == own for i in shown),
+            "cut_failures": sum(peers[i].rollout.finish == "length" for i in wrong),
+            "shortened": sum(texts[i][1] for i in shown),
+            "distinct": distinct,
+        }
+        successes, failures = ([texts[i][0] for i in some] for some in (right, wrong))
+        messages = retold(attempt.rollout.prompt.messages, lambda problem: with_attempts(problem, successes, failures, feedback))
+        return View(messages, notes={key: float(value) for key, value in notes.items()})
+
+    def _feedback(self, attempt: Attempt, has_success: bool) -> str | None:
+        wanted = self.feedback == "always" or (self.feedback == "no_success" and not has_success)
+        return attempt.reward.feedback if wanted and attempt.reward else None
+
+    def most_added(self, longest: int, count: Callable[[str], int]) -> int:
+        """Tokens this context adds to a prompt at most, feedback aside: `longest` tokens an attempt, `count` of a text's tokens.
+
+        A peer's text is tokenised again as text and may then take a little more than it took when it was sampled.
+        """
+        blocks = self.successes + self.failures
+        wording = with_attempts("", [""] * self.successes, [""] * self.failures)
+        return count(wording) + blocks * min(self.peer_tokens, longest)
+
+
+def choose(correct: Sequence[bool], index: int, successes: int, failures: int, rng: random.Random) -> tuple[list[int], list[int]]:
+    """Whom attempt `index` is shown: the first `successes` correct ones, rising, and `failures` failed ones as drawn, itself left out.
+
+    Fewer available, fewer given. `rng` serves the failures alone. ValueError for an index outside the list or a negative count.
+    """
+    if not 0 <= index < len(correct):
+        raise ValueError(f"index {index} lies outside a group of {len(correct)}")
+    if successes < 0 or failures < 0:
+        raise ValueError(f"successes and failures must not be negative, got {successes} and {failures}")
+    others = [place for place in range(len(correct)) if place != index]
+    right = [place for place in others if correct[place]]
+    wrong = [place for place in others if not correct[place]]
+    return right[:successes], rng.sample(wrong, min(failures, len(wrong)))
+
+
+def shown_text(attempt: Attempt, peer_tokens: int, strip_thinking: bool) -> tuple[str, bool]:
+    """What is shown of a peer, and whether `peer_tokens` cut it: the text of its first so many chosen tokens that wrote some of it.
+
+    ValueError for an attempt of more positions that came without the characters its tokens wrote.
+    """
+    rollout = _spoken(attempt)
+    shown_C = ~thinking(rollout.text) if strip_thinking else np.ones(len(rollout.text), dtype=bool)
+    end = _end(rollout, shown_C, peer_tokens) if rollout.length > peer_tokens else None
+    if not strip_thinking:
+        return rollout.text[:end], end is not None
+    return "".join(itertools.compress(rollout.text[:end], shown_C)).strip(), end is not None
+
+
+def _end(rollout: TokenRollout, shown_C: np.ndarray, peer_tokens: int) -> int | None:
+    """The character after the last of the first `peer_tokens` tokens that wrote something to show; None where there are no more."""
+    if rollout.spans_T2 is None:
+        raise ValueError(
+            f"prompt {rollout.prompt.id}, sample {rollout.sample}: its {rollout.length} positions are more than peer_tokens = "
+            f"{peer_tokens}, and the sampler did not say which characters each wrote (spans_T2). Raise peer_tokens, or use sampler 'hf'."
+        )
+    before_C = np.concatenate([[0], np.cumsum(shown_C)])
+    start_T, end_T = np.minimum(rollout.spans_T2, len(shown_C)).T
+    wrote = np.flatnonzero(before_C[end_T] > before_C[start_T])
+    return int(end_T[wrote[:peer_tokens]].max()) if len(wrote) > peer_tokens else None
+
+
+def thinking(text: str) -> np.ndarray:
+    """True at the characters of thinking, tags included. Nested tags count; an unclosed one reaches to the end of the text; a closing tag
+    before any other makes all before it thinking (a template may open it in the prompt), a later one too many is a tag and no more."""
+    inside_C = np.zeros(len(text), dtype=bool)
+    depth = start = 0
+    for number, tag in enumerate(THINKING.finditer(text)):
+        if not tag[1]:
+            start = start if depth else tag.start()
+            depth += 1
+            continue
+        if depth <= 1:
+            begin = start if depth else tag.start() if number else 0
+            inside_C[begin : tag.end()] = True
+        depth = max(0, depth - 1)
+    if depth:
+        inside_C[start:] = True
+    return inside_C
+
+
+def _dice(attempt: Attempt, moment: Moment) -> random.Random:
+    rollout = attempt.rollout
+    return random.Random(seed_of(moment.seed, "peers", rollout.prompt.id, rollout.version, rollout.sample))
+
+
+def _spoken(attempt: Attempt) -> TokenRollout:
+    if not isinstance(attempt.rollout, TokenRollout):
+        raise ValueError("contexts.peers shows what attempts wrote, and an attempt of a flow wrote nothing. Use context = 'same'")
+    return attempt.rollout

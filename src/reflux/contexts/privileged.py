@@ -1,0 +1,45 @@
+"""The teacher is told what the student must find out: the stored answer, or a worked solution."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic.dataclasses import dataclass
+
+from reflux.contexts.base import View, retold
+from reflux.contexts.wording import ANSWER, SUCCESS, with_answer
+from reflux.parts import STRICT
+from reflux.types import Group, Moment, Prompt, Wants
+
+
+@dataclass(frozen=True, config=STRICT)
+class Privileged:
+    """The last user message goes on with `Prompt.answer` (show = "answer") or with the first of `Prompt.references` (show =
+    "demonstration"), and a line that asks for a solution of the original question; all other messages stay. The student never sees it.
+
+    A prompt that has none, or an empty one, is not asked about: it is counted in the metric `silent` of the teacher's name and teaches
+    nothing. A teacher that copies what it is shown only scores the student's own words against it. A demonstration is headed as a correct
+    solution of another attempt is under `peers`. Papers: arXiv 2601.18734 (OPSD), 2601.19897 (SDFT, demonstrations); both have the
+    student itself as teacher (`own`), and any other may be told as well.
+    """
+
+    show: Literal["answer", "demonstration"] = "answer"
+
+    min_group: ClassVar[int] = 1
+
+    @property
+    def wants(self) -> Wants:
+        return Wants()
+
+    def __call__(self, group: Group, moment: Moment) -> list[View | None]:
+        return [self._view(attempt.rollout.prompt) for attempt in group]
+
+    def _view(self, prompt: Prompt) -> View | None:
+        if self.show == "answer":
+            heading, text = ANSWER, prompt.answer
+        else:
+            heading, text = SUCCESS, prompt.references[0] if prompt.references else None
+        if not text:
+            return None
+        known = text
+        return View(retold(prompt.messages, lambda problem: with_answer(problem, heading, known)))

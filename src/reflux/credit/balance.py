@@ -1,0 +1,89 @@
+"""As many wrong as correct attempts of a prompt: a random part of the larger class is left out."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator
+from pydantic.dataclasses import dataclass
+
+from reflux.parts import STRICT
+from reflux.types import Group, Moment, Share, Wants
+
+
+def _named(ratio: object) -> object:
+    """None under the name a recipe can write (TOML has no null)."""
+    return "none" if ratio is None else ratio
+
+
+@dataclass(frozen=True, config=STRICT)
+class Balance:
+    """Factor 0 on a random excess of one class of a group, factor 1 on the rest, until correct : wrong is `ratio`. No shift.
+
+    Correct is reward >= `threshold`; `keep` says exactly who stays. ratio 0 keeps the wrong attempts only, inf the correct ones only,
+    "none" all of them (neutral). One class always stays whole under a finite ratio above 0; groups all right or all wrong stay whole.
+    Attempts that ended in an error or were not judged are not counted and keep factor 1. Left-out attempts stay in the margins of
+    `margin`, and in the denominators "chosen" and "rollout_means"; under "kept" the others count for more. Note `kept`: the share of
+    judged attempts that stay. arXiv 2605.03677 (Uni-OPD), whose tolerance is not printed (here none), and whose code counts an attempt
+    without a verdict as wrong.
+    """
+
+    ratio: Annotated[float | Literal["none"], BeforeValidator(_named)] = 1.0
+    threshold: float = 0.5
+
+    shifts: ClassVar[bool] = False
+    min_group: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        if self.ratio != "none":
+            _check(self.ratio)
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"threshold must be a finite reward, got {self.threshold}")
+
+    @property
+    def wants(self) -> Wants:
+        return Wants(reward=True)
+
+    def __call__(self, group: Group, moment: Moment) -> list[Share]:
+        verdicts = [attempt.verdict for attempt in group]
+        correct = [verdict >= self.threshold for verdict in verdicts if verdict is not None]
+        if self.ratio == "none" or not correct:
+            return [Share() for _ in group]
+        kept = iter(keep(correct, self.ratio, moment.dice("balance", group[0].rollout.prompt.id)))
+        return [Share() if verdict is None else _share(next(kept)) for verdict in verdicts]
+
+
+def keep(correct: list[bool], ratio: float, rng: random.Random) -> list[bool]:
+    """Which attempts stay so that correct : wrong is at most `ratio` on one side, the other side whole.
+
+    n_c correct, n_w wrong. ratio 0 keeps only the wrong, inf only the correct, even if that empties the group. Else, a class empty: all
+    stay. Else d_c = floor(n_w * ratio), d_w = floor(n_c / ratio): if n_c > d_c >= 1, d_c random correct and all wrong stay; else if n_w >
+    d_w >= 1, d_w random wrong and all correct; else all. A target that rounds to 0 masks nothing. [] gives []. A negative ratio, or NaN:
+    ValueError.
+    """
+    _check(ratio)
+    if ratio in (0, math.inf):
+        return [right == (ratio > 0) for right in correct]
+    good, bad = ([i for i, right in enumerate(correct) if right is wanted] for wanted in (True, False))
+    if not good or not bad:
+        return [True] * len(correct)
+    few_good = math.floor(min(len(bad) * ratio, len(good)))  # at a class's size it stays whole, and no quotient overflows
+    few_bad = math.floor(min(len(good) / ratio, len(bad)))
+    if len(good) > few_good >= 1:
+        staying = {*bad, *rng.sample(good, few_good)}
+    elif len(bad) > few_bad >= 1:
+        staying = {*good, *rng.sample(bad, few_bad)}
+    else:
+        staying = {*good, *bad}
+    return [i in staying for i in range(len(correct))]
+
+
+def _share(kept: bool) -> Share:
+    return Share(factor_T=float(kept), notes={"kept": float(kept)})
+
+
+def _check(ratio: float) -> None:
+    if math.isnan(ratio) or ratio < 0:
+        raise ValueError(f'ratio is correct : wrong, a number >= 0 (or "none" to keep all), got {ratio}')

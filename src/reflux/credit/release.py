@@ -1,0 +1,151 @@
+"""Prefix Teach, Suffix Fade: each attempt is distilled up to where the teacher stops telling the student's own candidates apart."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from reflux.credit.change_point import Split, best_split, candidate_margin, change_point, segment_margins, segment_scores
+from reflux.credit.segments import Way, segments_of
+from reflux.metrics import Max, Quantiles
+from reflux.parts import STRICT
+from reflux.types import Attempt, Group, HiddenTarget, Moment, Share, TokenRollout, TopKTarget, Wants
+
+__all__ = ["Release", "candidate_margin", "change_point", "segment_scores"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Release:
+    """Factor 0 on what follows the one downward step of an attempt's segment scores, if it has one; what is kept is scaled up in its place.
+
+    Per chosen position the margin is the gap between the teacher's best two of the student's `k` likeliest tokens (nats); per segment the
+    score is log(1 + mean margin); the step is found by BIC (see `change_point`). Kept: factor sum(mask) / sum(mask of the kept segments)
+    with `rescale`, so that an attempt weighs what its full length would have weighed, else 1; released: 0. No step, or a gain of at most
+    `min_gain`: 1 everywhere. The scale looks at mask_T alone, whatever other rules say, so their order is free; under the denominator
+    `kept` it would count twice. Nothing is sampled less: the finished answer is read. Positions the student did not choose keep factor 1.
+
+    `candidates`: as the student stood when it acted ("said"), or as it stands ("now", for late attempts). `segments`: "sentences", "lines",
+    "steps" (one arithmetic step each), or blocks of so many tokens, where answers are short. An attempt that the teacher did not score has
+    factor 1 and no notes. Neutral: `min_segments` above any number of segments. For attempts made of tokens only.
+
+    Notes, over scored attempts: `released` (share), `segments` (mean number), `segment_tokens` and `segment_tokens_max` (median and
+    largest length); over released ones: `kept` (median share of the chosen positions) and `gain` (mean of BIC_0 - BIC_1).
+    arXiv 2605.13643, no official code. The paper has k = 4 and sentences, and does not state: minimum sizes, the scope of the scale's sums
+    (here one attempt), what happens without a step (here plain distillation); `min_gain` 0 is the rule as written, its counts use 6.
+    """
+
+    k: Annotated[int, Field(ge=2)] = 4  # candidates: the student's likeliest tokens
+    min_segments: Annotated[int, Field(ge=1)] = 8  # an attempt with fewer is never released
+    min_side: Annotated[int, Field(ge=1)] = 3  # segments on either side of the step, at least
+    min_gain: float = 0.0  # of BIC, to be exceeded
+    segments: Way | Annotated[int, Field(ge=1)] = "sentences"  # or "lines", "steps", or a number of tokens
+    rescale: bool = True
+    candidates: Literal["said", "now"] = "said"
+    teacher: str = "main"
+
+    shifts: ClassVar[bool] = False
+    min_group: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.min_gain):
+            raise ValueError(f"min_gain must be finite, got {self.min_gain}; to release nothing, raise min_segments")
+
+    @property
+    def wants(self) -> Wants:
+        said = self.candidates == "said"
+        spans = not isinstance(self.segments, int)
+        return Wants(said=self.k if said else 0, candidates=self.k if said else 0, now_topk=0 if said else self.k, spans=spans)
+
+    def __call__(self, group: Group, moment: Moment) -> list[Share]:
+        return [self._share(attempt) for attempt in group]
+
+    def _share(self, attempt: Attempt) -> Share:
+        rollout = attempt.rollout
+        if attempt.target(self.teacher) is None or rollout.finish == "error" or not rollout.mask_T.any():
+            return Share()
+        if not isinstance(rollout, TokenRollout):
+            raise ValueError("release reads sentences of tokens; a flow rollout has none. Take this rule away.")
+        margin_T = np.zeros(rollout.length)
+        margin_T[rollout.mask_T] = candidate_margin(self._listed(attempt)[rollout.mask_T])
+        segments = segments_of(rollout, self.segments)
+        margins = segment_margins(margin_T, segments)
+        split = best_split([math.log1p(margin) for margin in margins], self.min_segments, self.min_side)
+        released = split is not None and split.gain > self.min_gain
+        lengths = [segment.stop - segment.start for segment in segments]
+        return Share(
+            factor_T=self._factor(rollout.mask_T, segments[split.kept].start) if split is not None and released else 1.0,
+            notes={
+                "released": float(released),
+                "segments": float(len(segments)),
+                "segment_tokens": Quantiles(tuple(map(float, lengths))),
+                "segment_tokens_max": Max(float(max(lengths))),
+                **(_gained(split, lengths) if split is not None and released else {}),
+            },
+            detail=_detail(segments, margins, split, released),
+        )
+
+    def _factor(self, mask_T: np.ndarray, end: int) -> np.ndarray:
+        """On chosen positions: 1 before `end`, or more where the mass is kept, and 0 from there on. Elsewhere 1."""
+        scale = mask_T.sum() / mask_T[:end].sum() if self.rescale else 1.0
+        factor_T = np.where(mask_T, scale, 1.0).astype(np.float32)
+        factor_T[end:][mask_T[end:]] = 0.0
+        return factor_T
+
+    def _listed(self, attempt: Attempt) -> np.ndarray:
+        """The teacher's log-probs at the student's k likeliest tokens, [T, k]. Lists may be longer, where another part wants more."""
+        if self.candidates == "said":
+            listed = attempt.candidates.get(self.teacher)
+            if listed is None:
+                raise ValueError(
+                    f"release needs what teacher '{self.teacher}' gives the student's {self.k} likeliest tokens, but prompt "
+                    f"{attempt.rollout.prompt.id} came with its target alone. Use a teacher that answers at given ids, such as 'local'."
+                )
+            return listed.logp_TK[:, : self.k]
+        if not isinstance(attempt.now, TopKTarget):
+            raise ValueError(
+                f'release with candidates = "now" needs the student\'s list of now for prompt {attempt.rollout.prompt.id}, and the learner '
+                f'gave none. Use candidates = "said".'
+            )
+        return logp_at(attempt.target(self.teacher), attempt.now.ids_TK[:, : self.k])
+
+
+def logp_at(target: Any, ids_TK: np.ndarray) -> np.ndarray:
+    """A target's log-probs at given ids, [T, K], nats, from hidden states or from a list that holds every one of them.
+
+    ValueError where it does not: an id missing from a list has an unknown probability, not a low one.
+    """
+    if isinstance(target, HiddenTarget):
+        import torch
+
+        device = target.head.module.weight.device
+        return target.head.logp_at(target.h_TH.to(device), torch.from_numpy(ids_TK).to(device)).cpu().numpy()
+    if not isinstance(target, TopKTarget):
+        raise ValueError(f"release needs a teacher's log-probs at given tokens; a {type(target).__name__} holds none. Use a local teacher.")
+    size = 1 + max(int(ids.max(initial=0)) for ids in (ids_TK, target.ids_TK))
+    full_TV = np.full((len(ids_TK), size), np.nan)
+    np.put_along_axis(full_TV, target.ids_TK, target.logp_TK, axis=1)
+    logp_TK = np.take_along_axis(full_TV, ids_TK, axis=1)
+    if np.isnan(logp_TK).any():
+        raise ValueError(
+            f"teacher '{target.teacher}' lists its own likeliest tokens, and some of the student's are not among them: their probability "
+            f"is unknown, not low. Use a teacher that answers at given ids, such as 'local'."
+        )
+    return logp_TK
+
+
+def _gained(split: Split, lengths: list[int]) -> dict[str, Any]:
+    return {"kept": Quantiles((sum(lengths[: split.kept]) / sum(lengths),)), "gain": split.gain}
+
+
+def _detail(segments: list[slice], margins: list[float], split: Split | None, released: bool) -> dict[str, Any]:
+    """What the report draws: where each segment starts, its mean margin (nats; the score is log(1 + it)), how many are kept."""
+    return {
+        "starts": [segment.start for segment in segments],
+        "margins": [round(margin, 4) for margin in margins],
+        "kept": split.kept if split is not None and released else len(segments),
+        "gain": None if split is None else round(split.gain, 4),
+    }

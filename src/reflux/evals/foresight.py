@@ -1,0 +1,137 @@
+"""In how few directions do the weights move, and how early are those found?"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from reflux import files
+from reflux.accelerators.extrapolate import INCLUDE, moved
+from reflux.errors import ConfigError, RunError
+from reflux.evals.spectra import (
+    K,
+    alignment,
+    alignment_of,
+    directions,
+    effective_rank,
+    effective_rank_of,
+    rho,
+    rho_of,
+    spectral_norm,
+    top_norm_ratio,
+    top_norm_ratio_of,
+)
+from reflux.parts import STRICT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from reflux.learners.base import OpenLearner
+    from reflux.rundir import Run
+    from reflux.samplers.base import OpenSampler
+    from reflux.teachers.base import Teachers
+
+__all__ = ["Foresight", "alignment", "effective_rank", "foresight", "rho", "spectral_norm", "top_norm_ratio"]
+
+FILE = "matrices.safetensors"
+NAMES = ("spectral_norm", "rho", "effective_rank", "top_norm_ratio")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Foresight:
+    """The spectra of what training did to attention and MLP matrices so far, in float32, adapters merged; means over the matrices.
+
+    `spectral_norm`, `rho`, `effective_rank`, `top_norm_ratio` (see evals.spectra), `matrices`, and how many of them are `unmoved` and left
+    out of the means (all of them: null). `alignment`: for each earlier evaluation, how its leading `k` directions lie to those of now, by
+    step; in the last evaluation that is alignment with the end.
+
+    percent: of top_norm_ratio; 1 is the paper's, and where min(rows, columns) is at most 100 that is rho: take 10 there. include: parts of
+    parameter names, as accelerators.extrapolate has them. The start weights and the leading left singular vectors of every evaluation are
+    kept in the run directory, under foresight/. Cost: an exact singular value decomposition of every matrix (CPU): nothing beside a step
+    for matrices up to a few hundred, seconds each for a few thousand. RunError where it is switched on after the first step.
+
+    Nothing here is read by training (law 8). arXiv 2605.11739.
+    """
+
+    once: ClassVar[bool] = False
+    split: ClassVar[None] = None
+
+    percent: Annotated[float, Field(gt=0, le=100)] = 1.0
+    k: Annotated[int, Field(ge=1)] = K
+    include: tuple[str, ...] = INCLUDE
+
+    async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
+        """The table. ConfigError where `include` matches no matrix, RunError where the start weights are not there."""
+        return await run.off_loop(self._measure, run, learner)
+
+    def _measure(self, run: Run, learner: OpenLearner) -> dict[str, Any]:
+        folder = run.dir / "foresight"
+        weights = {name: value for name, value in learner.read(moved(learner.names, self.include)).items() if value.ndim == 2}
+        if not weights:
+            raise ConfigError(f"evals.foresight: include = {list(self.include)} matches no matrix of the student")
+        if not run.step:
+            _write(folder / "start", weights)
+        start = _read(folder / "start")
+        if not start:
+            raise RunError(
+                "evals.foresight compares with the weights the run began with, and this run kept none: it was switched on after the first "
+                "step. Use evals.foresight=none, or start a new run."
+            )
+        means, vectors = _spectra(weights, start, self.percent, self.k)
+        _write(folder / f"step-{run.step}", vectors)
+        earlier = sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+        return {**means, "alignment": {str(step): _aligned(folder, step, vectors) for step in earlier if 0 < step < run.step}}
+
+
+def foresight(weights: Mapping[str, Tensor], start: Mapping[str, Tensor], percent: float = 1.0) -> dict[str, float | int | None]:
+    """The means of spectral_norm, rho, effective_rank and top_norm_ratio over the matrices of `weights` that are attention's or an MLP's by
+    their names, `matrices`, and `unmoved`: how many are as in `start`, and left out of the means (None where all are).
+
+    ValueError for a matrix that `start` lacks or has in another shape, and for values that are not finite.
+    """
+    chosen = {name: weights[name] for name in moved(weights, INCLUDE) if weights[name].ndim == 2}
+    return _spectra(chosen, start, percent, k=1)[0]
+
+
+def _spectra(
+    weights: Mapping[str, Tensor], start: Mapping[str, Tensor], percent: float, k: int
+) -> tuple[dict[str, float | int | None], dict[str, Tensor]]:
+    """The means, and each moved matrix's first k left singular vectors."""
+    found: list[tuple[float, ...]] = []
+    vectors: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if name not in start or start[name].shape != value.shape:
+            raise ValueError(f"{name} has no start weights of its shape")
+        delta = value - start[name]
+        if not delta.any():
+            continue
+        s, vectors[name] = directions(delta, k)
+        found.append((float(s[0]), rho_of(s), effective_rank_of(s), top_norm_ratio_of(s, percent)))
+    columns = zip(*found, strict=True) if found else [()] * len(NAMES)
+    means = {name: statistics.fmean(column) if column else None for name, column in zip(NAMES, columns, strict=True)}
+    return {**means, "matrices": len(weights), "unmoved": len(weights) - len(found)}, vectors
+
+
+def _aligned(folder: Path, step: int, vectors: Mapping[str, Tensor]) -> float | None:
+    """Mean over the matrices that had moved by then and now."""
+    then = _read(folder / f"step-{step}")
+    both = [alignment_of(then[name], vectors[name]) for name in vectors if name in then and then[name].shape == vectors[name].shape]
+    return statistics.fmean(both) if both else None
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A folder with one file, whole or absent."""
+    from safetensors.torch import save_file
+
+    files.write_folder(path, lambda scratch: save_file(dict(tensors), scratch / FILE))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path / FILE) if (path / FILE).is_file() else {}

@@ -1,0 +1,100 @@
+"""Where the teacher stopped telling candidates apart: margin by segment, and after which segment attempts were released."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reflux.reports.chart import BLUE, GREEN, GREY, ORANGE, PURPLE, Chart, add_line, new_figure, some
+from reflux.reports.curves import plain
+from reflux.reports.reading import Row, items, number, rows, table, whole
+from reflux.reports.units import count
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+_LAST = 2000  # attempts that are looked at
+_EXAMPLES = (ORANGE, GREEN, PURPLE)  # single attempts that are drawn
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One attempt: what it is called, the mean margin of each of its segments in nats, and how many were kept."""
+
+    name: str
+    margins: tuple[float, ...]
+    kept: int
+
+    @property
+    def released(self) -> bool:
+        return self.kept < len(self.margins)
+
+
+def release_chart(config: Row, attempts: Path) -> Chart | None:
+    """The mean margin of each segment over the last attempts, single attempts with their release point, and the share of attempts released
+    after each segment. None where the run has no rule `release`."""
+    names = [name for name, rule in table(config.get("credit")).items() if table(rule).get("kind", name) == "release"]
+    if not names:
+        return None
+    title = "Margin by segment, and where answers are released"
+    found = read_judged(attempts, names[0])
+    if not found:
+        return Chart(title, absent="No attempt with a margin is on disk: the student has not learned yet, or no teacher answered.")
+    released = sum(judged.released for judged in found)
+    segments = range(max(len(judged.margins) for judged in found))
+    heard = [[judged.margins[i] for judged in found if i < len(judged.margins)] for i in segments]
+    means = [sum(margins) / len(margins) for margins in heard]
+    ends = [sum(judged.released and judged.kept == i + 1 for judged in found) / len(found) for i in segments]
+    figure = _drawn(means, ends, _examples(found))
+    caption = (
+        f"The gap between the teacher's best two of the student's candidates, mean over the last {count(len(found))} attempts; "
+        f"{released / len(found):.0%} of them are released. A diamond is the last segment that one attempt keeps."
+    )
+    numbers = [(str(i + 1), f"{means[i]:.3f}", count(len(heard[i])), f"{ends[i]:.1%}") for i in segments]
+    return Chart(
+        title, figure, caption=caption, header=("segment", "mean margin, nats", "attempts", "released after it"), rows=some(numbers)
+    )
+
+
+def read_judged(attempts: Path, rule: str) -> list[Judged]:
+    """What the rule said of the last attempts on disk, in order. Damaged lines are left out."""
+    return list(deque(_judged(rows(attempts, []), rule), maxlen=_LAST))
+
+
+def _judged(lines: Iterable[Row], rule: str) -> Iterable[Judged]:
+    for row in lines:
+        said = table(table(row.get("detail")).get(rule))
+        margins, kept = [number(margin) for margin in items(said.get("margins"))], whole(said.get("kept"))
+        known = tuple(margin for margin in margins if margin is not None)
+        if row.get("kind") == "learned" and known and len(known) == len(margins) and kept is not None:
+            yield Judged(f"step {row.get('step')} · {row.get('prompt')}", known, kept)
+
+
+def _examples(found: list[Judged]) -> list[Judged]:
+    """Released attempts where there are some, evenly spaced over what was read."""
+    pool = [judged for judged in found if judged.released] or found
+    return [pool[(2 * index + 1) * len(pool) // (2 * len(_EXAMPLES))] for index in range(min(len(_EXAMPLES), len(pool)))]
+
+
+def _drawn(means: list[float], ends: list[float], examples: list[Judged]) -> Figure:
+    figure = new_figure("segment", "margin, nats", {"yaxis_rangemode": "tozero", "hovermode": "closest"})
+    places = list(range(1, len(means) + 1))
+    figure.add_bar(
+        x=places, y=ends, name="share released after it", yaxis="y2", marker={"color": GREY, "opacity": 0.35}, hovertemplate="%{y:.1%}"
+    )
+    axis = {"title": {"text": "share of attempts", "font": {"size": 13}}, "overlaying": "y", "side": "right", "showgrid": False}
+    figure.update_layout(yaxis2={**axis, "rangemode": "tozero", "tickformat": ".0%", "nticks": 5, "automargin": True})
+    for judged, colour in zip(examples, _EXAMPLES, strict=False):
+        label = plain(judged.name)
+        add_line(figure, places[: len(judged.margins)], judged.margins, label, colour, "%{y:.2f} nats")
+        figure.data[-1].update(mode="lines", line={"color": colour, "width": 1, "dash": "dot"}, showlegend=False)
+        if judged.released:
+            marker = {"symbol": "diamond", "size": 9, "color": colour}
+            end = {"x": [judged.kept], "y": [judged.margins[judged.kept - 1]], "marker": marker}
+            figure.add_scatter(**end, mode="markers", name=label, hovertemplate="the last segment kept", showlegend=False)
+    add_line(figure, places, means, "mean margin", BLUE, "%{y:.2f} nats")
+    figure.data[-1].update(line={"color": BLUE, "width": 3})
+    return figure

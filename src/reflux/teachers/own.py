@@ -1,0 +1,59 @@
+"""The student itself as the teacher: as it is, as it was at one step, or as a slow average of its path."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from reflux.contexts.same import Same
+from reflux.parts import STRICT, PartOf
+from reflux.types import HiddenTarget
+
+if TYPE_CHECKING:
+    from reflux.rundir import Run
+
+
+@dataclass(frozen=True, config=STRICT)
+class Own:
+    """A float32 copy phi of the student's weights theta that answers with hidden states. It teaches through what its context adds.
+
+    follow ema: phi <- (1 - `ema`) phi + `ema` theta after each optimiser step that moved theta, from the starting student on; 1 keeps phi
+    at theta and 0 at the start, to the bit. A step that was not made (refused, or without any evidence) leaves phi alone. live: phi is
+    theta. frozen: phi is theta up to optimiser step `step` and stays as it was then; 0 is the starting student. phi is in every checkpoint
+    (not under live, where the student's own weights say it).
+
+    Its model is the learner's; adapters come merged. Where a context changes the messages they are rendered as the sampler's, its `system`
+    and `template`. A teacher that moves needs max_lag = 0: its head would have moved before the attempt is used. Under context `same`,
+    live and 1 cost 0 everywhere, as do all of them before the first step. An average of the path as teacher: arXiv 1703.01780.
+    """
+
+    offers: ClassVar[tuple[type, ...]] = (HiddenTarget,)
+    in_process: ClassVar[bool] = True
+    at_ids: ClassVar[bool] = True
+
+    follow: Literal["ema", "live", "frozen"] = "ema"
+    ema: Annotated[float, Field(ge=0, le=1)] = 0.05  # the student's share in each move, under ema
+    step: Annotated[int, Field(ge=0)] = 0  # of frozen: the optimiser step after which it stays
+    context: Annotated[Any, PartOf("contexts")] = Same()
+    as_: str | None = None
+    routes: tuple[str, ...] = ()
+    batch_tokens: Annotated[int, Field(ge=1)] = 32768  # padding included, per forward pass
+    autocast: Literal["auto", "off"] = "auto"  # auto: bfloat16 passes on a GPU, as the learner's
+    device: str = "auto"
+    attention: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.step and self.follow != "frozen":
+            raise ValueError(f'step = {self.step} says when a frozen copy is taken, and follow is "{self.follow}". Use follow = "frozen"')
+
+    @property
+    def follows(self) -> bool:
+        return self.follow != "frozen" or self.step > 0
+
+    def open(self, run: Run, name: str) -> AbstractAsyncContextManager[Any]:
+        from reflux.teachers.own_engine import OwnTeacher
+
+        return OwnTeacher.opened(self, run, name)

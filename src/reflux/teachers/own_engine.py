@@ -1,0 +1,105 @@
+"""The model behind `teachers.own`: a copy of the student that is told of every new version."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from reflux.models import Model, load_model
+from reflux.samplers.hf import HF
+from reflux.samplers.stored import Stored
+from reflux.teachers.in_process import InProcess
+from reflux.tokens import Renderer
+
+if TYPE_CHECKING:
+    from reflux.rundir import Run
+    from reflux.teachers.own import Own
+
+PHI = "phi/"
+
+
+class OwnTeacher(InProcess):
+    """Holds phi, float32. `version` is that of the weights phi last learnt of; None before the first."""
+
+    def __init__(self, cfg: Own, run: Run, name: str, model: Model, renderer: Renderer):
+        super().__init__(cfg, run, name, model, renderer)
+        self.cfg = cfg
+        self.version: int | None = None
+
+    @classmethod
+    @asynccontextmanager
+    async def opened(cls, cfg: Own, run: Run, name: str) -> AsyncIterator[OwnTeacher]:
+        learner = run.cfg.learner
+        model = await run.off_loop(
+            partial(
+                load_model,
+                learner.model,
+                "learner.model",
+                dtype="float32",
+                device=cfg.device,
+                attention=cfg.attention,
+                trust_remote_code=learner.trust_remote_code,
+            )
+        )
+        sampler = run.cfg.sampler.generate if isinstance(run.cfg.sampler, Stored) else run.cfg.sampler
+        asks = sampler if isinstance(sampler, HF) else HF()
+        yield cls(cfg, run, name, model, model.renderer(asks.system, asks.template))
+
+    def precision(self) -> AbstractContextManager[Any]:
+        wanted = self.cfg.autocast == "auto" and self.model.device.type == "cuda"
+        return torch.autocast("cuda", dtype=torch.bfloat16) if wanted else nullcontext()
+
+    async def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Move phi as `follow` says. Told of a version it knows, an average stays where it is."""
+        await self.run.off_loop(self._publish, weights, version)
+
+    def _publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        share = self._share(version)
+        self.version = version
+        with torch.no_grad():
+            for name, own in self._parameters():
+                move(own, weights[name], share)
+
+    def _share(self, version: int) -> float:
+        """How far phi goes towards the new weights: 1 copies them, 0 leaves it."""
+        if self.cfg.follow == "live" or self.version is None:
+            return 1.0
+        if self.cfg.follow == "ema":
+            return 0.0 if version == self.version else self.cfg.ema
+        done = self.run.step + 1  # a step is counted after its weights were published; a resumed run begins with what was kept
+        return float(done <= self.cfg.step)
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor once, under the first of its names: a matrix that two layers share must not move twice."""
+        seen: set[int] = set()
+        for name, own in self.model.net.state_dict().items():
+            if own.data_ptr() not in seen:
+                seen.add(own.data_ptr())
+                yield name, own
+
+    def state(self) -> dict[str, Any]:
+        """phi by name, and the version it last learnt of. Live, nothing: the student says it again."""
+        if self.cfg.follow == "live":
+            return {}
+        return {"version": self.version, **{f"{PHI}{name}": own for name, own in self._parameters()}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        if self.cfg.follow == "live":
+            return
+        self.version = state["version"]
+        with torch.no_grad():
+            for name, own in self._parameters():
+                own.copy_(state[f"{PHI}{name}"])
+
+
+def move(own: Tensor, student: Tensor, share: float) -> None:
+    """own <- (1 - share) own + share student in place, in own's type; exact to the bit at 0, at 1 and where the two are equal."""
+    if share == 1 or not own.is_floating_point():
+        own.copy_(student)
+    elif share:
+        own.lerp_(student.to(own), share)

@@ -1,0 +1,194 @@
+"""Release where the collapse is known: a teacher that goes flat after a random position, and what else the study compares.
+
+    python studies/run.py studies/release.toml --out runs/release       every arm on every seed, then the table of accuracies
+    python studies/collapse.py runs/release                             found release points against the true positions
+
+The parts below are named in studies/release.toml by their dotted kinds. Where a teacher goes flat depends on (seed, step, prompt, sample,
+length) alone, so the second command draws the true positions again and needs the run directories only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+import tomllib
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic.dataclasses import dataclass
+
+from reflux.contexts.base import View
+from reflux.learners.hf import HF
+from reflux.parts import STRICT
+from reflux.teachers.local import Local
+from reflux.types import Attempt, Group, HiddenTarget, Moment, Share, TokenRollout, Wants
+
+FIRST, LAST = 0.2, 1.2  # a teacher goes flat between these shares of an attempt, uniformly; from 1 on it never does
+
+
+def collapse(moment: Moment, prompt: str, sample: int, length: int) -> int:
+    """The first position at which the teacher is flat; `length` where it stays as it is."""
+    return min(length, round(moment.dice("collapse", prompt, sample).uniform(FIRST, LAST) * length))
+
+
+@dataclass(frozen=True, config=STRICT)
+class Collapsing(Local):
+    """A local teacher whose logits are multiplied by `left` from a random position on: 0 is a uniform distribution, 1 no collapse."""
+
+    left: float = 0.1
+
+    @asynccontextmanager
+    async def open(self, run: Any, name: str) -> AsyncIterator[Any]:
+        async with Local.open(self, run, name) as opened:
+            read = opened.score
+
+            async def score(asked: Sequence[tuple[Attempt, View]], moment: Moment) -> None:
+                await read(asked, moment)
+                for attempt, _ in asked:
+                    flatten(attempt, name, self.left, moment)
+
+            opened.score = score
+            yield opened
+
+
+def flatten(attempt: Attempt, name: str, left: float, moment: Moment) -> None:
+    """Scale the last hidden states, and with them the logits of a head that is a matrix; what was read off them is read again."""
+    import torch
+
+    rollout, target = attempt.rollout, attempt.targets[name]
+    assert isinstance(target, HiddenTarget)
+    assert isinstance(rollout, TokenRollout)
+    h_TH = target.h_TH.clone()
+    h_TH[collapse(moment, rollout.prompt.id, rollout.sample, rollout.length) :] *= left
+    logp_T = None if target.logp_T is None else target.head.logp_of(h_TH, torch.from_numpy(rollout.tokens_T)).numpy()
+    attempt.targets[name] = dataclasses.replace(target, h_TH=h_TH, logp_T=logp_T)
+    listed = attempt.candidates.get(name)
+    if listed is not None:
+        logp_TK = target.head.logp_at(h_TH, torch.from_numpy(listed.ids_TK)).numpy()
+        attempt.candidates[name] = dataclasses.replace(listed, logp_TK=logp_TK, logp_T=logp_T)
+
+
+def cut(mask_T: np.ndarray, end: int) -> np.ndarray:
+    """Factors that keep the positions before `end` (one chosen position at least) and the mass of all."""
+    end = max(end, int(np.flatnonzero(mask_T)[0]) + 1)
+    kept_T = mask_T & (np.arange(len(mask_T)) < end)
+    return (kept_T * (mask_T.sum() / kept_T.sum())).astype(np.float32)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Oracle:
+    """Released exactly where the teacher goes flat."""
+
+    shifts: ClassVar[bool] = False
+    min_group: ClassVar[int] = 1
+
+    @property
+    def wants(self) -> Wants:
+        return Wants()
+
+    def __call__(self, group: Group, moment: Moment) -> list[Share]:
+        return [self._share(attempt, moment) for attempt in group]
+
+    def _share(self, attempt: Attempt, moment: Moment) -> Share:
+        rollout = attempt.rollout
+        if not rollout.mask_T.any():
+            return Share()
+        return Share(factor_T=cut(rollout.mask_T, collapse(moment, rollout.prompt.id, rollout.sample, rollout.length)))
+
+
+@dataclass(frozen=True, config=STRICT)
+class Shuffling(HF):
+    """The default learner, but the release points, as shares of an attempt's length, go to other attempts of the batch."""
+
+    rule: str = "release"  # whose points
+
+    @asynccontextmanager
+    async def open(self, run: Any) -> AsyncIterator[Any]:
+        async with HF.open(self, run) as opened:
+            move = opened.step
+
+            async def step(groups: Sequence[Group], objectives: Any, moment: Moment) -> Any:
+                shuffle(groups, self.rule, moment)
+                return await move(groups, objectives, moment)
+
+            opened.step = step
+            yield opened
+
+
+def shuffle(groups: Sequence[Group], rule: str, moment: Moment) -> None:
+    """Give each attempt the share that another one keeps (1 where that one is not released)."""
+    attempts = [attempt for group in groups for attempt in group if attempt.rollout.mask_T.any()]
+    shares = [float((np.broadcast_to(a.shares[rule].factor_T, a.rollout.length)[a.rollout.mask_T] > 0).mean()) for a in attempts]
+    moment.dice("shuffle").shuffle(shares)
+    for attempt, kept in zip(attempts, shares, strict=True):
+        mask_T = attempt.rollout.mask_T
+        last = np.flatnonzero(mask_T)[max(1, round(kept * int(mask_T.sum()))) - 1]
+        attempt.shares[rule] = dataclasses.replace(attempt.shares[rule], factor_T=cut(mask_T, int(last) + 1))
+
+
+# --- found against true
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One attempt: its length, where the teacher went flat, and where it was released (None: nowhere), in positions."""
+
+    length: int
+    true: int
+    found: int | None
+
+
+def points(run_dir: Path) -> Iterator[Point]:
+    """Every attempt of a run that the rule spoke about."""
+    seed = tomllib.loads((run_dir / "config.toml").read_text())["seed"]
+    lengths: dict[tuple[int, str, int], int] = {}
+    with (run_dir / "attempts.jsonl").open() as lines:
+        for line in map(json.loads, lines):
+            key = (line["step"], line["prompt"], line["sample"])
+            if line["kind"] == "attempt":
+                lengths[key] = len(line["tokens"])
+            elif "release" in line.get("detail", {}):
+                said = line["detail"]["release"]
+                found = said["starts"][said["kept"]] if said["kept"] < len(said["starts"]) else None
+                yield Point(lengths[key], collapse(Moment(line["step"] - 1, seed), line["prompt"], line["sample"], lengths[key]), found)
+
+
+def row(name: str, found: list[Point]) -> str:
+    """One line of the table. Misses are in tokens, over released attempts whose teacher went flat; `constant` is what always guessing the
+    mean true position would miss by."""
+    flat, sound = ([p for p in found if (p.true < p.length) == fell] for fell in (True, False))
+    cells = [
+        name,
+        f"{len(found):,}",
+        *(f"{sum(p.found is not None for p in part) / max(1, len(part)):.1%}" for part in (found, flat, sound)),
+    ]
+    released = [point for point in flat if point.found is not None]
+    if len(released) > 2:
+        misses = [point.found - point.true for point in released if point.found is not None]
+        middle = statistics.mean(point.true for point in released)
+        pairs = [(point.found / point.length, point.true / point.length) for point in released if point.found is not None]
+        cells += [
+            f"{statistics.median(found / length for found, length in ((p.found or 0, p.length) for p in released)):.0%}",
+            f"{statistics.median(map(abs, misses)):.1f}",
+            f"{statistics.median(abs(point.true - middle) for point in released):.1f}",
+            f"{statistics.mean(misses):+.1f}",
+            f"{np.corrcoef(np.asarray(pairs).T)[0, 1]:.2f}",
+        ]
+    return "| " + " | ".join([*cells, *["–"] * (10 - len(cells))]) + " |"
+
+
+def table(out: Path) -> str:
+    """Markdown: arms in which the rule spoke, all their seeds together. Of a natural teacher only `released` means something."""
+    names = "arm, attempts, released, of those flattened, of others, median share kept, median miss, constant, mean miss, correlation"
+    head = f"| {' | '.join(names.split(', '))} |\n|{'---|' * 10}\n"
+    arms = {arm: [p for run in sorted(arm.glob("seed-*/")) for p in points(run)] for arm in sorted(out.iterdir()) if arm.is_dir()}
+    return head + "".join(f"{row(arm.name, found)}\n" for arm, found in arms.items() if found)
+
+
+if __name__ == "__main__":
+    print(table(Path(sys.argv[1])), end="")

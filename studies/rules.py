@@ -1,0 +1,44 @@
+"""What margin and balance did in a study's runs: means of their notes over the steps.
+
+No command of its own: studies/table.py adds it where a run had one of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from statistics import fmean
+from typing import Any
+
+Measures = dict[str, float]
+NOTES = {  # rule.note: title
+    "margin.mixed_fraction": "mixed groups",
+    "margin.shifted_fraction": "groups below the margin",
+    "margin.margin": "margin, nats",
+    "margin.return_correct": "G correct",
+    "margin.return_wrong": "G wrong",
+    "margin.return_cut": "G cut off",
+    "margin.kept": "kept by the mask",
+    "balance.kept": "kept by the balance",
+}
+
+
+def noted(steps: list[dict[str, Any]]) -> Measures:
+    """`rule.RULE.NOTE`, the mean over the steps that have it."""
+    found: Measures = {}
+    for name in NOTES:
+        rule, note = name.split(".")
+        values = [row["credit"][rule][note] for row in steps if row.get("credit", {}).get(rule, {}).get(note) is not None]
+        if values:
+            found[f"rule.{name}"] = fmean(values)
+    return found
+
+
+def rules_table(table: Mapping[str, Any], grid: Callable[[list[list[str]]], str], cell: Callable[..., str]) -> str:
+    """One row per arm with such a rule; empty where there is none."""
+    rows = [[arm, *(cell(row["measures"].get(f"rule.{name}"), _three) for name in NOTES)] for arm, row in table.items()]
+    rows = [row for row in rows if set(row[1:]) != {"-"}]
+    return f"\nMargin and balance, means over the steps\n\n{grid([['arm', *NOTES.values()], *rows])}\n" if rows else ""
+
+
+def _three(value: float) -> str:
+    return f"{value:.3f}"

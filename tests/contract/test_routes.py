@@ -1,0 +1,204 @@
+"""Several teacher tables under one name: each prompt asks exactly one, and the metrics, the evaluation and the page say which."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tiny
+from reflux.contexts.same import Same
+from reflux.evals.agreement import Agreement
+from reflux.reports.metrics import Heard, read_metrics
+from reflux.reports.page import write_report
+from reflux.reports.teachers import teachers_table
+from reflux.teachers.base import Teachers
+from reflux.types import Attempt, Draw, Group, Moment, Prompt, SampledTarget
+
+CHAT = {"kind": "outside:Chat"}
+NOW = Moment(0, 0)
+
+
+class Flat:
+    """A teacher that gives every sampled token `gap` nats less than the student did; keeps the ids it was asked about."""
+
+    parameters = 1
+
+    def __init__(self, gap: float):
+        self.gap = gap
+        self.asked: list[str] = []
+
+    async def score(self, asked: Any, moment: Moment) -> None:
+        for attempt, _ in asked:
+            self.asked.append(attempt.rollout.prompt.id)
+            attempt.targets["main"] = SampledTarget(teacher="main", logp_T=attempt.rollout.logp_T - self.gap)
+
+
+def tables(**gaps: tuple[float, tuple[str, ...]]) -> tuple[Teachers, dict[str, Flat]]:
+    answers = {name: Flat(gap) for name, (gap, _) in gaps.items()}
+    opened = {
+        name: (SimpleNamespace(context=Same(), routes=routes, as_="main", in_process=True), answers[name])
+        for name, (_, routes) in gaps.items()
+    }
+    return Teachers(opened), answers  # type: ignore[arg-type]
+
+
+def group(route: str | None, number: int, size: int = 2) -> Group:
+    from dataclasses import replace
+
+    made = [tiny.rollout(3, seed=number, sample=sample) for sample in range(size)]
+    return [Attempt(replace(one, prompt=Prompt(f"{route}{number}", one.prompt.messages, route=route))) for one in made]
+
+
+def test_each_prompt_asks_exactly_the_table_of_its_route() -> None:
+    teachers, answers = tables(plus=(0.5, ("add", "sub")), times=(2.0, ("mul",)), idle=(9.0, ("div",)))
+    groups = [group("add", 1), group("mul", 2), group("sub", 3), group("add", 4)]
+    asyncio.run(teachers.score(groups, NOW))
+    assert {name: sorted(set(one.asked)) for name, one in answers.items()} == {
+        "plus": ["add1", "add4", "sub3"],
+        "times": ["mul2"],
+        "idle": [],
+    }
+    for made in groups:
+        for attempt in made:
+            table = attempt.notes["asked"]["main"]
+            gap = attempt.rollout.logp_T - attempt.targets["main"].logp_T  # type: ignore[union-attr]
+            assert gap == pytest.approx({"plus": 0.5, "times": 2.0}[table])
+    assert teachers.names == ["main"]
+    assert [teachers.spoken(table) for table in ("plus", "times", "idle")] == ["main"] * 3
+
+
+def test_a_prompt_of_a_route_that_nobody_serves_is_asked_of_nobody() -> None:
+    teachers, answers = tables(plus=(0.5, ("add",)), times=(2.0, ("mul",)))
+    groups = [group("div", 1), group(None, 2)]
+    asyncio.run(teachers.score(groups, NOW))
+    assert not any(one.asked for one in answers.values())
+    assert all(not attempt.targets and "asked" not in attempt.notes for made in groups for attempt in made)
+
+
+def routed(teacher: str, student: str) -> dict[str, Any]:
+    return {
+        "main": "none",
+        "good": {"kind": "local", "model": teacher, "as": "main", "routes": ["even"]},
+        "home": {"kind": "local", "model": student, "as": "main", "routes": ["odd"]},
+        "idle": {"kind": "local", "model": student, "as": "main", "routes": ["never"]},
+    }
+
+
+def test_the_metrics_name_every_table_and_the_starved_one_has_nothing(tiny_run: Callable[..., Any], teacher: str, student: str) -> None:
+    settings = {"steps": 2, "prompts_per_step": 6, "group_size": 2, "evals__agreement": {"prompts": 8}}
+    done = tiny_run("opd", **settings, task=CHAT, teachers=routed(teacher, student))
+    for row in done.rows("metrics"):
+        assert row["asked"] == {"good": 6, "home": 6, "idle": 0}
+        assert row["silent"] == {"main": 0}
+        assert row["kl_nats_by_table"]["idle"] is None
+    first = done.rows("metrics")[0]["kl_nats_by_table"]
+    assert abs(first["home"]) < 1e-4
+    gaps = []
+    for row in (row for row in done.rows("attempts") if row["kind"] == "learned" and row["step"] == 1):
+        if int(row["prompt"].split("-")[1]) % 2 == 0:
+            gaps += list(np.asarray(row["student_logp"]) - np.asarray(row["teacher_logp"]["main"]))
+    assert first["good"] == pytest.approx(np.mean(gaps), abs=1e-4)  # written with five digits
+    before = done.rows("evals")[0]["agreement"]
+    assert set(before["by_teacher"]) == {"good", "home", "idle"}
+    assert [before["by_teacher"][name]["attempts"] for name in ("good", "home", "idle")] == [4, 4, 0]
+    assert before["by_teacher"]["idle"]["kl_nats"] is None
+    assert before["kl_nats.even"] == before["by_teacher"]["good"]["kl_nats"]
+    assert before["kl_nats.odd"] == pytest.approx(0, abs=1e-4)
+    page = write_report(done.dir).read_text()
+    assert "never asked" in page
+
+
+def test_one_teacher_for_all_is_counted_too(tiny_run: Callable[..., Any]) -> None:
+    done = tiny_run("opd", steps=1, task=CHAT, evals__agreement={"prompts": 2})
+    assert done.rows("metrics")[0]["asked"] == {"main": 4}
+    assert done.rows("metrics")[0]["kl_nats_by_table"]["main"] == pytest.approx(done.rows("metrics")[0]["kl_nats"], abs=2.0)
+    assert "by_teacher" not in done.rows("evals")[0]["agreement"]
+
+
+# --- agreement, where every number is known beforehand
+
+
+class Speaking:
+    """Gives each prompt one attempt of as many tokens as its text is long."""
+
+    async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
+        from dataclasses import replace
+
+        return [Attempt(replace(tiny.rollout(len(prompt.messages[0]["content"]), seed=1), prompt=prompt))]
+
+
+def ask(teachers: Teachers, routes: list[str | None]) -> dict[str, Any]:
+    prompts = [Prompt(f"p{i}", ({"role": "user", "content": "x" * (i + 1)},), route=route) for i, route in enumerate(routes)]
+    task = SimpleNamespace(prompts=lambda split, seed, start=0: iter(prompts))
+    run: Any = SimpleNamespace(task=task, step=3, moment=lambda: NOW, cfg=SimpleNamespace(longest=9))
+    return asyncio.run(Agreement()(run, None, Speaking(), teachers))  # type: ignore[arg-type]
+
+
+def test_agreement_by_route_and_by_table() -> None:
+    teachers, _ = tables(plus=(0.5, ("add", "sub")), times=(2.0, ("mul",)))
+    found = ask(teachers, ["add", "mul", "sub", "mul"])  # 1, 2, 3 and 4 tokens
+    assert found["kl_nats"] == pytest.approx((0.5 * (1 + 3) + 2.0 * (2 + 4)) / 10)
+    assert {name: found[f"kl_nats.{name}"] for name in ("add", "sub", "mul")} == pytest.approx({"add": 0.5, "sub": 0.5, "mul": 2.0})
+    assert [found[f"kl_nats.{name}.attempts"] for name in ("add", "sub", "mul")] == [1, 1, 2]
+    assert found["kl_nats.mul.low"] <= found["kl_nats.mul"] <= found["kl_nats.mul.high"]
+    assert {name: (row["attempts"], row["kl_nats"]) for name, row in found["by_teacher"].items()} == {
+        "plus": (2, pytest.approx(0.5)),
+        "times": (2, pytest.approx(2.0)),
+    }
+
+
+def test_one_route_and_one_table_add_nothing() -> None:
+    teachers, _ = tables(plus=(0.5, ()))
+    found = ask(teachers, ["add", "add", None])
+    assert set(found) == {"kl_nats", "low", "high", "attempts", "by_position"}
+
+
+# --- the page
+
+
+def test_the_table_of_the_page() -> None:
+    config = {"teachers": {"main": {"routes": ["add"]}, "times": {"as": "main", "routes": ["mul", "div"]}, "<b>": {}}}
+    rows = [
+        {"step": step, "asked": {"main": 6, "times": 2, "<b>": 0}, "kl_nats_by_table": {"main": 1.0 - 0.01 * step, "times": None}}
+        for step in range(1, 21)
+    ]
+    heard = read_metrics(rows).teachers
+    assert heard["main"][0] == Heard(6, 0.99)
+    assert teachers_table(config, heard) == [
+        ("main", "main", "add", "120", "75 %", "0.9850", "0.8050"),
+        ("times", "main", "mul, div", "40", "25 %", "–", "–"),
+        ("<b>", "<b>", "all", "never asked", "0 %", "–", "–"),
+    ]
+    assert teachers_table(config, {}) == []
+    assert teachers_table({}, {"x": [Heard(None, None)]}) == [("x", "x", "all", "never asked", "–", "–", "–")]
+
+
+def test_the_first_and_last_tenth_weigh_steps_by_their_attempts() -> None:
+    heard = {"main": [Heard(1, 4.0), Heard(3, 0.0), *[Heard(5, 9.0)] * 16, Heard(0, None), Heard(2, 0.25)]}
+    assert teachers_table({}, heard)[0][-2:] == ("1.0000", "0.2500")
+
+
+def test_attempts_that_could_not_be_judged_are_in_metrics_and_on_the_page(tiny_run: Callable[..., Any], tmp_path: Any) -> None:
+    """A verifier that raises, hangs or says NaN costs those attempts only."""
+    import json
+
+    lines = [{"prompt": f"{k}" * (k % 3 + 1), "answer": "a", "id": f"q{k}"} for k in range(4)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    task = {"kind": "jsonl", "path": str(tmp_path / "data.jsonl"), "validation": 0.0, "grader": "judges:moody"}
+    rules = {"margin": {}, "balance": {}}
+    done = tiny_run("opd", steps=2, task=task, group_size=3, reward={"kind": "verifier"}, credit=rules, normalise="rollout_means")
+    assert [row["ungraded"] for row in done.rows("metrics")] == [3, 3]
+    for row in (row for row in done.rows("attempts") if row["kind"] == "attempt"):
+        assert (row["reward"] is None) == (row["prompt"] == "q3")
+    for row in (row for row in done.rows("attempts") if row["kind"] == "learned" and row["prompt"] == "q3"):
+        assert set(row["weight"]) == {1.0}
+        assert "shift" not in row
+    assert "attempts that could not be judged" in write_report(done.dir).read_text()
+    plain = tiny_run("opd", steps=1, task=CHAT)
+    assert plain.rows("metrics")[0]["ungraded"] == 0
+    assert "could not be judged" not in write_report(plain.dir).read_text()

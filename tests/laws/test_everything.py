@@ -1,0 +1,100 @@
+"""Six methods in one run are those of the six parts alone: what each says of an attempt is the same, whoever else speaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from reflux import checks
+from reflux.config import load_recipe
+from reflux.parts import kind_of
+
+CHAT = {"kind": "outside:Chat"}
+RULES: dict[str, dict[str, Any]] = {"margin": {"delta": 0.4}, "balance": {"ratio": 1.0}, "prefix": {"length": 7}}
+SETTINGS: dict[str, Any] = {"steps": 2, "group_size": 6, "prompts_per_step": 3, "task": CHAT, "sampler__max_tokens": 14}
+
+
+def lines(done: Any) -> dict[tuple[int, str, int], dict[str, Any]]:
+    """The second line of every attempt, by (step, prompt, sample)."""
+    return {(row["step"], row["prompt"], row["sample"]): row for row in done.rows("attempts") if row["kind"] == "learned"}
+
+
+@pytest.fixture
+def everything(tiny_run: Callable[..., Any]) -> Callable[..., Any]:
+    """The recipe at tiny scale with some of its rules; its jumps stay shut, so that every run meets the same attempts in step 1."""
+
+    def run(*rules: str, **overrides: Any) -> Any:
+        credit = {name: RULES[name] if name in rules else "none" for name in RULES}
+        return tiny_run("everything", **{**SETTINGS, "credit": credit, "accelerator": "none", **overrides})
+
+    return run
+
+
+def test_the_recipe_holds_all_six() -> None:
+    cfg = load_recipe("everything")
+    checks.join(cfg)
+    (objective,) = cfg.objectives
+    assert (kind_of("objectives", objective), objective.baseline) == ("sampled_kl", "kl")
+    assert {kind_of("credit", rule) for rule in cfg.credit.values()} == {"margin", "balance", "prefix"}
+    assert [kind_of("contexts", teacher.context) for teacher in cfg.teachers.values()] == ["peers"]
+    assert kind_of("accelerators", cfg.accelerator) == "extrapolate"
+    assert cfg.normalise == "rollout_means"
+    assert checks.warnings(cfg) == []
+
+
+def test_factors_multiply_and_shifts_add_as_each_rule_alone_gave_them(everything: Callable[..., Any]) -> None:
+    together = lines(everything(*RULES))
+    alone = {name: lines(everything(name)) for name in RULES}
+    plain = lines(everything())
+    said = dict.fromkeys(RULES, 0)
+    for key, line in together.items():
+        if key[0] > 1:
+            continue  # the students differ from here on
+        weight_T = np.asarray(plain[key]["weight"])
+        shift_T = np.zeros(len(weight_T))
+        for name, found in alone.items():
+            factor_T, own_T = np.asarray(found[key]["weight"]), np.asarray(found[key].get("shift", np.zeros(len(weight_T))))
+            said[name] += int((factor_T != weight_T).any() or own_T.any())
+            shift_T = shift_T + own_T
+        for found in alone.values():
+            weight_T = weight_T * np.asarray(found[key]["weight"])  # weights without rules are masks: 0 or 1
+        assert np.array_equal(line["weight"], weight_T)
+        assert np.allclose(line.get("shift", np.zeros(len(weight_T))), shift_T, atol=1e-5)
+    assert all(said.values()), said  # each rule had something to say, or this would test nothing
+
+
+def test_the_order_in_which_rules_are_written_changes_no_bit(everything: Callable[..., Any]) -> None:
+    orders = [("margin", "balance", "prefix"), ("prefix", "margin", "balance"), ("balance", "prefix", "margin")]
+    states = [everything(*order).weights for order in orders]
+    for other in states[1:]:
+        assert all(bool((states[0][name] == other[name]).all()) for name in states[0])
+
+
+def test_each_of_the_six_changes_the_run(everything: Callable[..., Any]) -> None:
+    whole = everything(*RULES).weights
+
+    def same(other: Any) -> bool:
+        return all(bool((whole[name] == other.weights[name]).all()) for name in whole)
+
+    assert same(everything(*RULES))
+    for left_out in RULES:
+        assert not same(everything(*(name for name in RULES if name != left_out))), left_out
+    assert not same(everything(*RULES, objectives=[{"kind": "sampled_kl", "max_gap_nats": 10}]))
+    assert not same(everything(*RULES, teachers__main__context={"kind": "same"}))
+    jumping = {"kind": "extrapolate", "tries": 1, "accept": "not_worse", "prompts": 2}
+    assert not same(everything(*RULES, accelerator=jumping, task={**CHAT, "replies": 0}))
+
+
+def test_group_statistics_do_not_see_how_the_batch_is_cut(everything: Callable[..., Any]) -> None:
+    """One attempt a micro-batch, or all in one: shifts, factors and the step are those of whole groups."""
+    settings = {"steps": 1, "learner__lr": 1e-2, "learner__noise_floor": 0.0}
+    runs = [everything(*RULES, **settings, learner__micro_batch_tokens=tokens) for tokens in (1, 100_000)]
+    first, second = (lines(done) for done in runs)
+    assert all(first[key]["weight"] == line["weight"] and first[key].get("shift") == line.get("shift") for key, line in second.items())
+    norms = [done.rows("metrics")[0]["grad_norm"] for done in runs]
+    losses = [done.rows("metrics")[0]["loss"] for done in runs]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -1,0 +1,27 @@
+"""What one step says of itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from reflux.metrics import Quantiles
+from reflux.step_metrics import _credit
+from reflux.types import Attempt, Share
+from tiny import rollout
+
+
+def test_a_note_counts_the_attempts_that_have_it_wherever_they_stand() -> None:
+    """Before, between and after attempts without it."""
+    attempts = [Attempt(rollout(2, sample=s)) for s in range(5)]
+    for place, attempt in enumerate(attempts):
+        attempt.shares["rule"] = Share(notes={"of_some": float(place), "spread": Quantiles((float(place),))} if place in (1, 3) else {})
+    attempts[4].shares["late"] = Share(shift_T=0.5, notes={"only_here": 2.0})
+    found = _credit(attempts)
+    assert found["rule"] == {"factor_mean": 1.0, "shift_mean": 0.0, "of_some": 2.0, "spread": 2.0}
+    assert found["late"] == {"factor_mean": 1.0, "shift_mean": 0.5, "only_here": 2.0}
+
+
+def test_means_are_over_chosen_positions() -> None:
+    first, second = (Attempt(rollout(length, seed=length, mask=[True] * 2 + [False] * (length - 2))) for length in (2, 6))
+    first.shares["rule"], second.shares["rule"] = Share(factor_T=2.0), Share(factor_T=0.0)
+    assert _credit([first, second])["rule"]["factor_mean"] == pytest.approx(1.0)
