@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from reflux.config import load_recipe
 from reflux.loop import train
+from reflux.model_files import size_of
 from reflux.models import ASSETS
-from reflux.planning import size_of
 from reflux.rundir import Options
 
 SHORT = {

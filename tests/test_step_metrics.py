@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from reflux.metrics import Quantiles
@@ -25,3 +28,14 @@ def test_means_are_over_chosen_positions() -> None:
     first, second = (Attempt(rollout(length, seed=length, mask=[True] * 2 + [False] * (length - 2))) for length in (2, 6))
     first.shares["rule"], second.shares["rule"] = Share(factor_T=2.0), Share(factor_T=0.0)
     assert _credit([first, second])["rule"]["factor_mean"] == pytest.approx(1.0)
+
+
+def test_a_teacher_is_billed_for_what_it_read(tiny_run: Callable[..., Any]) -> None:
+    """The student as its own teacher reads as much as it sampled; told the answer, a little more; shown other attempts, much more."""
+    settings: dict[str, Any] = {"steps": 1, "group_size": 4, "task": {"kind": "outside:Chat"}}
+    same, told, peers = (
+        tiny_run("peers", **settings, teachers__main={"kind": "own", "context": {"kind": context}}).rows("metrics")[0]["flops"]
+        for context in ("same", "privileged", "peers")
+    )
+    assert same["teach"] == same["sample"]
+    assert told["sample"] < told["teach"] < peers["teach"]

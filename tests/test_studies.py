@@ -27,6 +27,7 @@ from reflux.types import Attempt, Moment
 STUDIES = Path(__file__).parents[1] / "studies"
 sys.path.insert(0, str(STUDIES))  # scripts import their neighbours
 
+import along  # noqa: E402
 import gradient_variance  # noqa: E402
 import gram  # noqa: E402
 import intervals  # noqa: E402
@@ -423,3 +424,20 @@ def test_a_study_without_a_variance_table_draws_nothing(tmp_path: Path) -> None:
     assert isinstance(load_study(path), Study)
     with pytest.raises(ConfigError, match=r"no \[variance\] table"):
         runner.run_study([str(path), "--out", str(tmp_path / "out"), "--variance"])
+
+
+def test_the_course_of_a_run_is_its_evaluations_and_the_flop_spent_by_then() -> None:
+    steps = [{"step": step, "flops": {"sample": 1e12, "learn": 2e12 * step}} for step in range(1, 5)]
+    evals = [
+        {"step": step, "accuracy": {"accuracy": 0.1 * step}, "foresight": {"rho": 0.5 if step else None, "alignment": {"2": 0.25 * step}}}
+        for step in (0, 2, 4)
+    ]
+    found = along.along(evals, steps)
+    assert found == {
+        "flops@step 2": 8.0, "flops@step 4": 24.0, "accuracy.accuracy@step 2": 0.2, "accuracy.accuracy@step 4": 0.4,
+        "foresight.rho@step 2": 0.5, "foresight.rho@step 4": 0.5, "foresight.alignment@step 2": 1.0,
+    }  # fmt: skip
+    assert along.along(evals[::2], steps) == {}  # before and after alone have no course
+    text = along.course(table.compare({"one": {0: found}}, "one"), table.grid, table.cell)
+    assert "Accuracy by step\n\n| arm | step 2 | step 4 |\n| --- | --- | --- |\n| one | 20.0 % | 40.0 % |" in text
+    assert "| one | 8 | 24 |" in text

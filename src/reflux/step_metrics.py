@@ -48,14 +48,28 @@ def step_metrics(run: Run, stats: dict[str, Metric], groups: Sequence[Group], le
         "reward_mean": Mean.of([a.verdict for a in live if a.verdict is not None]).value,
         "ungraded": sum(a.reward is not None and a.verdict is None for a in live),
         "seconds": run.clock.take(),
-        "flops": step_flops(learner.parameters, teachers.parameters, prompt, max(sampled, trained), trained, _scored(spent)),
+        "flops": _flops(live, learner, teachers, prompt, max(sampled, trained), trained, spent),
         "credit": _credit(live),
         "context": _context(live),
     }
 
 
-def _scored(spent: Spent | None) -> tuple[float, float]:
-    return (spent.read, spent.taught) if spent else (0.0, 0.0)
+def _flops(
+    attempts: list[Attempt], learner: OpenLearner, teachers: Teachers, prompt: int, sampled: int, trained: int, spent: Spent | None
+) -> dict[str, float]:
+    """`step_flops`, with what each teacher table really read: its context may be longer than the student's prompt."""
+    scored = (spent.read, spent.taught) if spent else (0.0, 0.0)
+    flops = step_flops(learner.parameters, teachers.parameters, prompt, sampled, trained, scored)
+    heard = ((a, name, teachers.opened[table][1].parameters) for a in attempts for name, table in a.notes.get("asked", {}).items())
+    taught = sum(parameters * _read(attempt, name) for attempt, name, parameters in heard)
+    return {**flops, "teach": 2.0 * (taught + teachers.parameters * scored[1])}
+
+
+def _read(attempt: Attempt, teacher: str) -> int:
+    """Tokens a teacher read of one attempt, as it noted itself; else prompt and response as the student knows them."""
+    rollout = attempt.rollout
+    prompt = len(rollout.prompt_tokens) if isinstance(rollout, TokenRollout) else 0
+    return attempt.notes.get("read", {}).get(teacher, prompt + rollout.length)
 
 
 def _silent(attempts: list[Attempt], teachers: Teachers) -> dict[str, int]:

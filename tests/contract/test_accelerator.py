@@ -215,10 +215,8 @@ def test_no_training_attempt_comes_from_a_candidate(
     assert not {weights for _, weights in sampled} & (set(tried) - set(ended))
     if not max_lag:
         assert [weights for _, weights in sampled][1:] == ended[:-1]
-    # a jump throws away what is in flight: nothing meant for later steps is older than it
-    assert all(weights in ended for step, weights in sampled if step >= 4 and (step, weights) in sampled[-2:])
     assert [row["step"] for row in done.rows("metrics")] == [1, 2, 3, 4, 5, 6]
-    assert done.rows("metrics")[4]["lag_max"] == 0  # after the jump of step 4 all are asked again
+    assert done.rows("metrics")[4]["lag_max"] == 0  # a jump throws away what is in flight: after that of step 4 all are asked again
 
 
 def mark(weights: torch.Tensor) -> bytes:

@@ -224,6 +224,11 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "margin nobody takes": ("full", {"credit.margin": {}, **UNI}, "credit.margin shifts advantages, but no objective takes a shift"),
     "margin of nobody": ("opd", {"credit.margin": {"teacher": "x"}, **UNI}, "credit.margin.teacher: there is no teacher 'x'. Known: main"),
+    "two kinds of margin": (
+        "uni_opd",
+        {"credit.other": {"kind": "margin", "action": "mask"}},
+        "credit.margin and credit.other: a margin is kept by shifts or by masks, never by both",
+    ),
     "balance without verdicts": ("opd", {"credit.balance": {}, "group_size": 4}, "credit.balance needs verdicts"),
     "balance in groups of one": ("opd", {"credit.balance": {}, **REWARD}, "credit.balance compares attempts at one prompt"),
     "peers in groups of one": (
@@ -244,6 +249,11 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
         "of the route (none), but the teachers serve only a",
     ),
     "jumps scored by nobody": ("effopd", {"accelerator": {**JUMPS, "teacher": "x"}}, "accelerator.teacher: there is no teacher 'x'"),
+    "jumps scored by a mover": (
+        "peers",
+        {"teachers.main": {"kind": "own"}, "accelerator": JUMPS},
+        "compares candidates with teachers.main, which follows the student. Name a teacher that stays",
+    ),
     "jumps scored without verdicts": ("peers", {"accelerator": JUMPS}, "asks teachers.main about answers without verdicts"),
 }
 
@@ -265,3 +275,24 @@ def test_what_the_same_rules_can_do_is_let_through() -> None:
         ("effopd", {"accelerator": JUMPS}),
     ):
         checks.join(load_recipe(recipe, overrides))
+
+
+def test_attempts_that_do_not_fit_into_the_teachers_window_are_refused_before_a_directory_is_made() -> None:
+    """The embedded reader holds 512 tokens: three attempts of 64 and an answer fit, three of 128 and an answer do not."""
+    checks.inputs(load_recipe("peers"))
+    with pytest.raises(ConfigError, match=r"may add 384 tokens .* beyond the 512 its model holds\. Lower teachers\.main\.context"):
+        checks.inputs(load_recipe("peers", {"sampler.max_tokens": 128}))
+    checks.inputs(load_recipe("peers", {"sampler.max_tokens": 128, "teachers.main.context.peer_tokens": 60}))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "words"),
+    [
+        ("uni_opd", {"normalise": "kept"}, 'credit.balance under normalise = "kept"'),
+        ("uni_opd", {"max_lag": 1}, 'credit.margin: student = "behaviour" compares with the student as it was up to 1 steps ago'),
+        ("peers", {"teachers.main.context": {"kind": "same"}}, "teachers.main follows the student and is shown nothing more"),
+    ],
+)
+def test_what_rules_and_teachers_are_seldom_meant_to_do_is_a_warning(recipe: str, changes: dict[str, Any], words: str) -> None:
+    assert checks.warnings(load_recipe(recipe)) == []
+    assert any(words in warning for warning in checks.warnings(load_recipe(recipe, changes)))

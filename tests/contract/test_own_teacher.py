@@ -278,6 +278,15 @@ def test_what_is_no_number_is_an_error_with_the_attempts_id(where: str) -> None:
         asyncio.run(own(poisoned(where)).score([(a, View(a.rollout.prompt.messages)) for a in attempts], NOW))
 
 
+def test_a_state_that_is_no_number_after_the_first_is_found_too() -> None:
+    """Attention that skips the future leaves the states before it whole."""
+    attempts = [Attempt(rollout(3, seed=n)) for n in (1, 2)]
+    states = [torch.zeros(3, 32), torch.zeros(3, 32)]
+    states[1][2, 5] = torch.inf
+    with pytest.raises(ModelError, match="prompt p2, sample 0 are not numbers"):
+        own()._refuse_nan(attempts, states)
+
+
 def test_a_context_too_long_is_refused_in_words() -> None:
     made = Attempt(rollout(100, seed=1))
     with pytest.raises(ModelError, match=r"take \d+ tokens, but its context holds 512.*shorten the teacher's context"):

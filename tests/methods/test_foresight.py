@@ -74,7 +74,8 @@ def test_the_entropy_is_that_of_values_and_not_of_squares() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "percent", "k"), [(100, 1, 1), (101, 1, 2), (100, 29, 29), (100, 7, 7), (10, 10, 1), (10, 11, 2), (3, 0.1, 1)]
+    ("rows", "percent", "k"),
+    [(100, 1, 1), (101, 1, 2), (100, 29, 29), (100, 7, 7), (250, 64.4, 161), (10, 10, 1), (10, 11, 2), (3, 0.1, 1)],
 )
 def test_how_many_directions_a_percentage_is(rows: int, percent: float, k: int) -> None:
     delta = torch.diag(torch.linspace(2, 1, rows, dtype=torch.float64))
@@ -93,6 +94,8 @@ def test_alignment_is_of_left_directions_in_order_without_sign() -> None:
     assert alignment(delta, u[:, [0, 1, 3]] @ s @ v) == pytest.approx(2 / 3)
     assert alignment(delta, u[:, [0, 1, 3]] @ s @ v, k=2) == pytest.approx(1)
     assert alignment(delta, u[:, [1, 0, 2]] @ s @ v) == pytest.approx(1 / 3)
+    crossed = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    assert alignment(crossed[:, :1], crossed[:, 1:]) == pytest.approx(0, abs=1e-12)
     half = u.clone()
     half[:2, 0] = math.sqrt(0.5)
     assert alignment(delta, half[:, :1] @ v[:1], k=1) == pytest.approx(math.sqrt(0.5))

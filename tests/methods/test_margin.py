@@ -237,7 +237,8 @@ def test_the_mask_follows_the_page_never_lowers_the_margin_and_keeps_its_floors(
 
 
 def test_equal_returns_are_not_dropped_by_rounding() -> None:
-    assert margin_keep([0.1] * 3 + [0.7] * 7, [True] * 3 + [False] * 7, delta=INF) == [True] * 10
+    for value, good, bad in itertools.product((0.1, 0.3, 0.7, -0.1, -1 / 3), range(2, 9), range(2, 9)):
+        assert all(margin_keep([value] * (good + bad), [True] * good + [False] * bad, delta=INF))
 
 
 # --- the rule

@@ -16,7 +16,18 @@ def problems(cfg: RunConfig) -> Iterator[str]:
     if accelerator.teacher not in heard(cfg):
         yield unknown(cfg, "accelerator.teacher", accelerator.teacher)
     for table in tables_of(cfg, accelerator.teacher):
-        if cfg.teachers[table].context.wants.reward:
+        teacher = cfg.teachers[table]
+        if teacher.follows:
+            yield (
+                f'accelerator.score = "minus_kl" compares candidates with teachers.{table}, which follows the student. Name a teacher that '
+                f'stays, or use score = "accuracy".'
+            )
+        if teacher.context.min_group > accelerator.samples:
+            yield (
+                f'accelerator.score = "minus_kl" asks teachers.{table} about {accelerator.samples} answer(s) to a prompt, and its context '
+                f"needs {teacher.context.min_group}. Raise accelerator.samples."
+            )
+        if teacher.context.wants.reward:
             yield (
                 f'accelerator.score = "minus_kl" asks teachers.{table} about answers without verdicts, and its context sorts attempts by '
                 f'their verdicts. Use score = "accuracy", or name another teacher.'

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from reflux.accelerators.extrapolate import Extrapolate
 from reflux.config import RunConfig
+from reflux.contexts.same import Same
+from reflux.credit.balance import Balance
+from reflux.credit.margin import Margin
 from reflux.objectives.base import Objective
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.schedules import at
-from reflux.teachers.base import spoken_name
+from reflux.teachers.base import Teacher, spoken_name
+from reflux.teachers.own import Own
 
 
 def warnings(cfg: RunConfig) -> list[str]:
@@ -19,6 +24,16 @@ def warnings(cfg: RunConfig) -> list[str]:
     for table, teacher in cfg.teachers.items():
         if spoken_name(table, teacher) not in used:
             found.append(f"teachers.{table} is asked, but no objective listens to it; only metrics will.")
+        found += _mute(f"teachers.{table}", teacher)
+    for name, rule in cfg.credit.items():
+        if isinstance(rule, Margin) and rule.student == "behaviour" and cfg.max_lag:
+            found.append(
+                f'credit.{name}: student = "behaviour" compares with the student as it was up to {cfg.max_lag} steps ago; see "now".'
+            )
+        if isinstance(rule, Balance) and rule.ratio != "none" and cfg.normalise == "kept":
+            found.append(f'credit.{name} under normalise = "kept": the attempts that stay count for more; see "rollout_means".')
+    if isinstance(cfg.accelerator, Extrapolate) and not cfg.accelerator.tries:
+        found.append("accelerator.tries = 0: it never jumps.")
     found += [text for index, objective in enumerate(cfg.objectives) for text in _seldom(cfg, f"objectives[{index}]", objective)]
     shortest = min((at(cfg.sampler.max_tokens, step) for step in range(cfg.steps)), default=0)
     if cfg.reward is not None and shortest < cfg.longest:
@@ -26,6 +41,12 @@ def warnings(cfg: RunConfig) -> list[str]:
             f"a reward is given while training answers may be cut at {shortest:g} tokens: the verifier will see unfinished answers."
         )
     return found
+
+
+def _mute(where: str, teacher: Teacher) -> Iterator[str]:
+    """A teacher that says what the student says anyway."""
+    if isinstance(teacher, Own) and isinstance(teacher.context, Same) and teacher.follows:
+        yield f"{where} follows the student and is shown nothing more: where the student begins, nothing ever moves. Give it a context."
 
 
 def _unused(objective: Objective) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ from reflux.parts import kind_of
 
 def problems(cfg: RunConfig) -> Iterator[str]:
     yield from _shifts(cfg)
+    yield from _one_margin(cfg)
     for name, rule in cfg.credit.items():
         where = f"credit.{name}"
         if rule.min_group > cfg.group_size:
@@ -40,6 +41,12 @@ def _shifts(cfg: RunConfig) -> Iterator[str]:
                 f"objectives[{index}]: {kind_of('objectives', objective)} learns from shifts alone, and no credit rule gives any. "
                 f"Add [credit.outcome] and a [reward]."
             )
+
+
+def _one_margin(cfg: RunConfig) -> Iterator[str]:
+    margins = {name: rule for name, rule in cfg.credit.items() if isinstance(rule, Margin)}
+    if {rule.action for rule in margins.values()} == {"mask", "shift"}:
+        yield f"credit.{' and credit.'.join(margins)}: a margin is kept by shifts or by masks, never by both. Keep one of them."
 
 
 def _release(cfg: RunConfig, where: str, rule: Release) -> Iterator[str]:

@@ -83,7 +83,7 @@ def top_norm_ratio_of(s: Tensor, percent: float) -> float:
     if not 0 < percent <= 100:
         raise ValueError(f"percent must be above 0 and at most 100, got {percent:g}")
     s = s.double()
-    k = math.ceil(round(len(s) * percent / 100, 9))  # 29 percent of 100 is 28.999999999999996 or 29.000000000000004 in binary
+    k = math.ceil(round(len(s) * percent / 100, 9))  # 64.4 percent of 250 is 161.00000000000003 in binary
     return float(s[:k].norm() / s.norm())
 
 

@@ -83,37 +83,49 @@ class InProcess:
             h_BLH = self.model.trunk(input_ids=torch.from_numpy(ids_BL).to(self.model.device), use_cache=False).last_hidden_state
         states = [h_LH[start - 1 : len(sequence)] for (sequence, start), h_LH in zip(inputs, h_BLH, strict=True)]
         self._refuse_nan(attempts, states)
-        for attempt, h_TH in zip(attempts, states, strict=True):
-            self._answer(attempt, h_TH)
+        self._answer(attempts, states)
+        for attempt, (sequence, _) in zip(attempts, inputs, strict=True):
+            attempt.notes.setdefault("read", {})[self.name] = len(sequence) + 1  # the last token is counted, as everywhere
 
     def _refuse_nan(self, attempts: list[Attempt], states: list[Tensor]) -> None:
-        """Finite states at every position, and log-probs at the first (a head that makes a number of one row makes one of all)."""
-        first_BH = torch.stack([h_TH[0] for h_TH in states])
-        nan_B = self.model.head.logits(first_BH).float().log_softmax(-1).isnan().any(-1)
-        bad_B = nan_B | torch.stack([~h_TH.isfinite().all() for h_TH in states]).to(nan_B.device)
-        for index in bad_B.nonzero().flatten().tolist()[:1]:
+        """Finite states at every position, and log-probs of one row: a head that makes no number of one makes none of all."""
+        bad = [index for index, h_TH in enumerate(states) if not h_TH.isfinite().all()]
+        if not bad and self.model.head.logits(states[0][:1]).float().log_softmax(-1).isnan().any():
+            bad = [0]
+        for index in bad[:1]:
             rollout = attempts[index].rollout
             raise ModelError(
                 f"teachers.{self.name}: its logits for prompt {rollout.prompt.id}, sample {rollout.sample} are not numbers. Are its "
                 f"weights whole? In float16 large values overflow: use dtype bfloat16 or float32."
             )
 
-    def _answer(self, attempt: Attempt, h_TH: Tensor) -> None:
-        rollout, wants = attempt.rollout, self.run.wants
-        assert isinstance(rollout, TokenRollout)
-        logp_T = None
-        if wants.logp or wants.candidates:
-            tokens_T = torch.from_numpy(rollout.tokens_T).to(h_TH.device)
-            logp_T = self.model.head.logp_of(h_TH, tokens_T).cpu().numpy()
-        if wants.candidates:
-            attempt.candidates[self.name] = self._candidates(rollout, h_TH, logp_T)
-        attempt.targets[self.name] = HiddenTarget(teacher=self.name, h_TH=h_TH.to("cpu", copy=True), head=self.model.head, logp_T=logp_T)
+    def _answer(self, attempts: list[Attempt], states: list[Tensor]) -> None:
+        """Targets, and what is wanted at scoring time: one pass of all rows through the head."""
+        wants = self.run.wants
+        listed = self._logp(attempts, states, bool(wants.candidates)) if wants.logp or wants.candidates else [None] * len(states)
+        for attempt, h_TH, logp_TK in zip(attempts, states, listed, strict=True):
+            logp_T = None if logp_TK is None else logp_TK[:, 0]
+            said = attempt.rollout.said
+            if wants.candidates and isinstance(said, TopKTarget) and logp_TK is not None and logp_T is not None:
+                answer = TopKTarget(teacher=self.name, ids_TK=said.ids_TK, logp_TK=logp_TK[:, 1:], logp_T=logp_T)
+                attempt.candidates[self.name] = answer
+            h_TH = h_TH.to("cpu", copy=True)
+            attempt.targets[self.name] = HiddenTarget(teacher=self.name, h_TH=h_TH, head=self.model.head, logp_T=logp_T)
 
-    def _candidates(self, rollout: TokenRollout, h_TH: Tensor, logp_T: np.ndarray | None) -> TopKTarget:
-        """The teacher's log-probs at the ids the student listed when it acted."""
-        said = rollout.said
-        if not isinstance(said, TopKTarget) or logp_T is None:
-            raise ModelError(f"teachers.{self.name}: asked for candidates, but prompt {rollout.prompt.id} came without the student's top-k")
-        ids_TK = torch.from_numpy(said.ids_TK).to(h_TH.device)
-        logp_TK = self.model.head.logp_at(h_TH, ids_TK)
-        return TopKTarget(teacher=self.name, ids_TK=said.ids_TK, logp_TK=logp_TK.cpu().numpy(), logp_T=logp_T)
+    def _logp(self, attempts: list[Attempt], states: list[Tensor], candidates: bool) -> list[np.ndarray]:
+        """Per attempt the log-probs of the sampled tokens [T, 1], and of what the student listed when it acted [T, 1 + K]."""
+        ids = [_asked_ids(self.name, attempt, candidates) for attempt in attempts]
+        ids_NK = torch.from_numpy(np.concatenate(ids)).to(states[0].device)
+        logp_NK = self.model.head.logp_at(torch.cat(states), ids_NK)
+        return [logp_TK.cpu().numpy() for logp_TK in logp_NK.split([len(ids_TK) for ids_TK in ids])]
+
+
+def _asked_ids(teacher: str, attempt: Attempt, candidates: bool) -> np.ndarray:
+    rollout = attempt.rollout
+    assert isinstance(rollout, TokenRollout)
+    tokens_T1 = rollout.tokens_T[:, None]
+    if not candidates:
+        return tokens_T1
+    if not isinstance(rollout.said, TopKTarget):
+        raise ModelError(f"teachers.{teacher}: asked for candidates, but prompt {rollout.prompt.id} came without the student's top-k")
+    return np.concatenate([tokens_T1, rollout.said.ids_TK], axis=1)
