@@ -29,8 +29,8 @@ def along(evals: list[dict[str, Any]], steps: list[dict[str, Any]]) -> Measures:
     found: Measures = {}
     for row in rows if len(rows) > 1 else ():
         at = f"{AT}{row['step']}"
-        spent = [sum(line["flops"].values()) for line in steps if line["step"] <= row["step"]]
-        values = {"flops": sum(spent) / 1e12, "foresight.alignment": _aligned(rows[-1], row["step"])}
+        spent = [sum(line["flops"].values()) for line in steps if line["step"] <= row["step"] and "flops" in line]
+        values = {"flops": sum(spent) / 1e12 if spent else None, "foresight.alignment": _aligned(rows[-1], row["step"])}
         for name in DRAWN.keys() - values.keys():
             evaluation, key = name.split(".")
             values[name] = (row.get(evaluation) or {}).get(key)

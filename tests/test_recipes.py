@@ -15,6 +15,7 @@ import pytest
 import tiny
 from reflux import checks
 from reflux.config import RECIPES, bases, load_recipe, recipe_names
+from reflux.errors import ConfigError
 from reflux.planning import plan, wanted
 from reflux.types import Wants
 
@@ -47,7 +48,7 @@ def test_a_plan_says_in_words_what_is_computed_beyond_the_loss(student: str, tea
     assert plan(tiny.config("opd", student, teacher)).wants == []
     grouped = tiny.config("opd", student, teacher, objectives__0__baseline="leave_one_out", group_size=2)
     assert plan(grouped).wants == ["the teacher's log-probs when attempts arrive (one more pass through its head)"]
-    everything = wanted(Wants(said=1, now_at_said=True, now_topk=7, logp=True, candidates=9, reward=True))
+    everything = wanted(Wants(said=1, now_at_said=True, now_topk=7, logp=True, candidates=9, spans=True, reward=True))
     assert len(everything) == len(dataclasses.fields(Wants))
     assert [number for number in "179" if any(f"top-{number} tokens" in line for line in everything)] == ["1", "7", "9"]
     assert not any("{" in line or "True" in line for line in everything)
@@ -62,6 +63,10 @@ def test_a_recipe_fits_at_every_scale(recipe: str, base: str) -> None:
 @pytest.mark.parametrize("max_lag", [0, 2])
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_a_recipe_runs(tiny_run: Callable[..., Any], recipe: str, max_lag: int) -> None:
+    if max_lag and any(teacher.follows for teacher in load_recipe(recipe).teachers.values()):
+        with pytest.raises(ConfigError, match="moves with the student"):
+            tiny_run(recipe, max_lag=max_lag)
+        return
     group: dict[str, Any] = {"group_size": 3} if recipe in ("rl", "rl_opd") else {}
     if recipe == "uni_opd":  # its teachers serve the routes of its own task
         group = {"teachers__main__routes": ["even"], "teachers__times__routes": ["odd"]}
@@ -90,7 +95,8 @@ def test_planning_all_recipes_imports_neither_torch_nor_transformers(student: st
         "from reflux.config import load_recipe, recipe_names\n"
         "from reflux.planning import plan\n"
         "for name in recipe_names():\n"
-        f"    changes = {{'learner.model': {student!r}}} | ({{}} if name in ('rl', 'sft') else {{'teachers.main.model': {teacher!r}}})\n"
+        "    tables = [name for name, table in load_recipe(name).teachers.items() if 'model' in vars(table)]\n"
+        f"    changes = {{'learner.model': {student!r}}} | {{f'teachers.{{table}}.model': {teacher!r} for table in tables}}\n"
         "    plan(load_recipe(name, changes))\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'peft', 'plotly', 'math_verify'} & set(sys.modules)))\n"
     )

@@ -158,7 +158,7 @@ def test_a_study_goes_on_where_it_was_and_does_nothing_twice(small: Path, monkey
     assert written["arms"]["value"]["minus_baseline"]["agreement.kl_nats.before"]["value"] == 0  # one start
     for name in ("table.md", "table.json"):
         assert str(small.parent) not in (out / name).read_text()
-    assert (out / "table.md").read_text().count("| plain |") == 2
+    assert (out / "table.md").read_text().count("| plain |") == 3  # scores, costs, FLOP on the way
 
     monkeypatch.setattr(runner.Task, "start", None)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -239,6 +239,8 @@ def test_measures_are_those_of_the_files(tmp_path: Path) -> None:
             "learn_share": 0.25,
             "peak_memory_bytes": 99,
             "tokens_sampled": 80,
+            "accuracy.accuracy@step 4": 0.5,
+            "accuracy.accuracy@step 8": 0.75,
         }
     )
 
