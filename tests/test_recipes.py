@@ -14,7 +14,7 @@ import pytest
 
 import tiny
 from reflux import checks
-from reflux.config import RECIPES, bases, load_recipe, recipe_names
+from reflux.config import RECIPES, bases, load_recipe, recipe_names, to_table
 from reflux.errors import ConfigError
 from reflux.planning import plan, wanted
 from reflux.types import Wants
@@ -78,6 +78,20 @@ def test_a_recipe_runs(tiny_run: Callable[..., Any], recipe: str, max_lag: int) 
     assert max(row["lag_max"] for row in done.rows("metrics")) <= max_lag
     assert (done.dir / "student" / "model.safetensors").exists()
     assert json.loads((done.dir / "summary.json").read_text()) == done.summary
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_a_recipe_runs_with_the_evaluations_it_ships_with(tiny_run: Callable[..., Any], recipe: str) -> None:
+    """What training wants of teachers and sampler must not be missed where an evaluation asks them."""
+    evals = to_table(load_recipe(recipe))["evals"]
+    sizes = {"accuracy": {"problems": 2, "examples": 0}, "agreement": {"prompts": 2}, "teacher_accuracy": {"problems": 2}}
+    group: dict[str, Any] = {"teachers__main__routes": ["even"], "teachers__times__routes": ["odd"]} if recipe == "uni_opd" else {}
+    group |= {f"evals__{name}": {**table, **sizes[name]} for name, table in evals.items()}
+    done = tiny_run(recipe, steps=1, prompts_per_step=2, task={"kind": "outside:Chat"}, **group)
+    before, after = done.rows("evals")
+    assert set(before) == {"step", *evals}
+    assert all(before[name].get("kl_nats") is not None for name in evals if name == "agreement")
+    assert after["step"] == 1
 
 
 @pytest.mark.parametrize("recipe", ["full", "gkd", "topk", "vopd", "opd", "sft"])

@@ -279,7 +279,7 @@ def test_an_attempt_without_colours_says_why(tmp_path: Path):
     gone = [None] * len(acted["tokens"])
     for second, reason in (
         ([], "has not learned from this attempt yet"),
-        ([{**learned, "teacher_logp": {}}], "No teacher was asked about this attempt"),
+        ([{**learned, "teacher_logp": {}}], "No teacher was asked about this attempt, or it weighed nothing"),
         ([{**learned, "teacher_logp": {"main": gone}}], "are not finite"),
     ):
         write_lines(folder / "attempts.jsonl", [acted, *second])

@@ -130,7 +130,7 @@ def make(cls: type, table: Mapping[str, Any], path: str, *, steps: int = 0) -> A
     try:
         return cls(**values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_sentence(entry, path) for entry in error.errors())) from error
+        raise ConfigError("\n".join(_sentences(error, path))) from error
 
 
 def _inner(marker: PartOf | type, value: Any, where: str, steps: int) -> Any:
@@ -162,13 +162,28 @@ def field_names(cls: type) -> list[str]:
     return [entry.name for entry in dataclasses.fields(cls)]
 
 
-def _sentence(error: Any, path: str) -> str:
-    loc = ".".join(str(key) for key in error["loc"] if not str(key).startswith("function-"))
-    where = ".".join(key for key in (path, loc) if key)
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: {message[0].lower() + message[1:]}" + (
-        "" if error["type"] in ("missing", "value_error") else f", got {error['input']!r}"
-    )
+def _sentences(error: ValidationError, path: str) -> list[str]:
+    """One a field: where a value may be of several kinds, what each of them asks is joined by "or"."""
+    found: dict[str, list[Any]] = {}
+    for entry in error.errors():
+        first, *inner = entry["loc"] or ("",)
+        places = [str(key) for key in inner if isinstance(key, int)]  # words further in name the kinds a value may be of
+        found.setdefault(".".join(filter(None, (path, str(first), *places))), []).append(entry)
+    return [_sentence(where, entries) for where, entries in found.items()]
+
+
+def _sentence(where: str, entries: list[Any]) -> str:
+    asked = list(dict.fromkeys(_asked(entry) for entry in entries))
+    first = entries[0]
+    said_by_hand = first["type"] in ("missing", "value_error")
+    return f"{where}: {', or '.join(asked)}" + ("" if said_by_hand else f", got {first['input']!r}")
+
+
+def _asked(entry: Any) -> str:
+    message = entry["msg"].removeprefix("Value error, ")
+    if entry["type"] == "tuple_type":
+        message = 'input should be a list, such as ["a", "b"]'
+    return message[0].lower() + message[1:]
 
 
 def kind_of(group: str, value: object) -> str:

@@ -193,7 +193,7 @@ class Attempt:
     def verdict(self) -> float | None:
         """The reward's value. None where it was not judged (also by a number that is not finite), or ended in an error."""
         value = None if self.reward is None or self.rollout.finish == "error" else self.reward.value
-        return None if value is None or not math.isfinite(value) else value
+        return None if value is None or not math.isfinite(value) else float(value)
 
     @property
     def weight_T(self) -> np.ndarray:

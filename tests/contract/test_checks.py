@@ -241,12 +241,45 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "an unserved route": (
         "uni_opd",
         {"task.parts.mul": {"kind": "gsm8k", "route": "maths"}},
-        "this task has prompts of the route 'maths', but the teachers serve only add, mul. Add that route to a table",
+        "this task has prompts of the route 'maths', but the teachers that objectives listen to serve only add, mul. Add that route to a table",
     ),
     "prompts without a route": (
         "opd",
         {"teachers.main.routes": ["a"], "task.kind": "gsm8k"},
-        "of the route (none), but the teachers serve only a",
+        "of the route (none), but the teachers that objectives listen to serve only a",
+    ),
+    "a route of a teacher nobody hears": (
+        "uni_opd",
+        {"teachers.times.as": "unheard"},
+        "prompts of the route 'mul', but the teachers that objectives listen to serve only add",
+    ),
+    "agreement with nobody": (
+        "opd",
+        {"evals.agreement.teacher": "mian"},
+        "evals.agreement.teacher: there is no teacher 'mian'. Known: main.",
+    ),
+    "the accuracy of two teachers": (
+        "uni_opd",
+        {
+            "teachers.main.as": "both",
+            "teachers.times.as": "both",
+            "objectives.0.teacher": "both",
+            "credit.margin.teacher": "both",
+            "evals.agreement.teacher": "both",
+            "evals.teacher_accuracy": {"teacher": "both"},
+        },
+        "names one table, to sample from its model, and 'both' is what main and times answer as. Known: main, times.",
+    ),
+    "a margin against oneself": ("opd", {"credit.margin": {"teacher": "said"}, **UNI}, "there is no teacher 'said'. Known: main."),
+    "a level away from the teacher": (
+        "uni_opd",
+        {"credit.margin.level": "attempt", "objectives.1.coef": 0.5},
+        'level = "attempt" takes each token\'s own log-ratio out again, so it must be in the loss',
+    ),
+    "a level without its log-ratio": (
+        "rl",
+        {"credit.margin": {"level": "attempt"}, "teachers": {"main": {"kind": "local", "model": "m"}}},
+        "so it must be in the loss",
     ),
     "jumps scored by nobody": ("effopd", {"accelerator": {**JUMPS, "teacher": "x"}}, "accelerator.teacher: there is no teacher 'x'"),
     "jumps scored by a mover": (
@@ -273,6 +306,8 @@ def test_what_the_same_rules_can_do_is_let_through() -> None:
         ("full", {"credit.margin": {"action": "mask"}, **UNI}),
         ("peers", {"max_lag": 1, "teachers.main": {"kind": "own", "follow": "frozen", "context": {"kind": "peers"}}}),
         ("effopd", {"accelerator": JUMPS}),
+        ("uni_opd", {"credit.margin.level": "attempt"}),
+        ("opd", {"credit.margin": {"level": "attempt"}, **UNI}),
     ):
         checks.join(load_recipe(recipe, overrides))
 

@@ -131,3 +131,29 @@ def test_values_are_frozen() -> None:
     for value in (cfg, cfg.learner, cfg.sampler, cfg.objectives[0], cfg.teachers["main"]):
         with pytest.raises(FrozenInstanceError):
             value.seed = 3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "words"),
+    [
+        (
+            "release",
+            {"credit.release.segments": "sentance"},
+            "segments: input should be 'sentences', 'lines' or 'steps', or input should be a valid",
+        ),
+        (
+            "release",
+            {"credit.release.segments": True},
+            "segments: input should be 'sentences', 'lines' or 'steps', or input should be a valid",
+        ),
+        ("opd", {"teachers.main.routes": "add"}, 'teachers.main.routes: input should be a list, such as ["a", "b"], got \'add\''),
+        ("effopd", {"accelerator.include": []}, "include names the modules that move by parts of their names"),
+        ("effopd", {"accelerator.include": [""]}, "none may be empty"),
+        ("opd", {"learner.betas": [0.9]}, "learner.betas.1: field required"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_in_one_sentence(recipe: str, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_recipe(recipe, changes)
+    assert words in str(refused.value)
+    assert len(str(refused.value).split("\n")) == 1

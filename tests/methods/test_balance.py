@@ -192,3 +192,9 @@ def test_a_run_balances_and_says_so(tiny_run: Callable[..., Any]) -> None:
     mixed = [found for found in verdicts.values() if len(set(found)) == 2]
     assert mixed
     assert all(sum(found) == len(found) / 2 for found in mixed)
+
+
+def test_verdicts_of_numpy_are_verdicts() -> None:
+    assert keep([np.True_, np.True_, np.False_], 1.0, random.Random(0)).count(True) == 2  # pyright: ignore[reportArgumentType]
+    group = [Attempt(rollout(2, sample=s), reward=Reward(np.float32(right))) for s, right in enumerate((1, 1, 1, 0))]  # pyright: ignore[reportArgumentType]
+    assert sum(float(share.factor_T) for share in Balance()(group, Moment(0, 0))) == 2

@@ -54,6 +54,10 @@ class Extrapolate:
     max_tokens: Count | None = None  # of a scored answer; without it the longest that training reaches
     include: tuple[str, ...] = INCLUDE  # parts of names that move; a name with "norm" only where the part has it too
 
+    def __post_init__(self) -> None:
+        if not self.include or not all(self.include):
+            raise ValueError('include names the modules that move by parts of their names, for example ["attn", "mlp"]; none may be empty')
+
     @property
     def scoring(self) -> Scoring:
         return Scoring(self.prompts, self.samples, self.score, self.teacher, self.max_tokens)

@@ -8,6 +8,8 @@ from reflux.checks.teachers import heard, tables_of, unknown
 from reflux.config import RunConfig
 from reflux.credit.margin import Margin
 from reflux.credit.release import Release
+from reflux.objectives.divergence import Divergence
+from reflux.objectives.sampled_kl import SampledKL
 from reflux.parts import kind_of
 
 
@@ -72,10 +74,25 @@ def _release(cfg: RunConfig, where: str, rule: Release) -> Iterator[str]:
 
 
 def _margin(cfg: RunConfig, where: str, rule: Margin) -> Iterator[str]:
-    if rule.teacher != "said" and rule.teacher not in heard(cfg):
+    yield from _levelled(cfg, where, rule)
+    if rule.teacher not in heard(cfg):
         yield unknown(cfg, f"{where}.teacher", rule.teacher)
     if rule.student == "behaviour" and not cfg.sampler.on_policy:
         yield (
             f"{where} compares the teacher with the student's own log-probs, and this sampler ('{kind_of('samplers', cfg.sampler)}') gives "
             f'answers it did not draw. Use student = "now".'
+        )
+
+
+def _levelled(cfg: RunConfig, where: str, rule: Margin) -> Iterator[str]:
+    """The level of an attempt is G + s - r per token, made to be added to r: alone it points away from the teacher."""
+    takers = [objective for objective in cfg.objectives if objective.takes_shift]
+    if rule.level != "attempt" or rule.action != "shift" or not takers:
+        return
+    taker = next((objective for objective in takers if objective.teacher is None), takers[0])
+    exact = [o for o in cfg.objectives if isinstance(o, Divergence) and o.divergence == "reverse" and o.teacher == rule.teacher]
+    if not (isinstance(taker, SampledKL) or any(o.coef == taker.coef for o in exact)):
+        yield (
+            f'{where}: level = "attempt" takes each token\'s own log-ratio out again, so it must be in the loss. Use kind = "sampled_kl", '
+            f"or a divergence = \"reverse\" to '{rule.teacher}' of the same coef beside `outcome`."
         )

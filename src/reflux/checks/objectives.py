@@ -30,7 +30,7 @@ def _objective(cfg: RunConfig, where: str, objective: Objective) -> Iterator[str
     if objective.teacher is None:
         return
     if objective.teacher != "said" and objective.teacher not in heard(cfg):
-        yield unknown(cfg, f"{where}.teacher", objective.teacher)
+        yield unknown(cfg, f"{where}.teacher", objective.teacher, or_said=True)
         return
     offers = offered(cfg, objective.teacher)
     if not offers & set(objective.accepts):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from reflux.config import RunConfig
+from reflux.evals.agreement import Agreement
+from reflux.evals.teacher_accuracy import TeacherAccuracy
 from reflux.teachers.base import spoken_name
 from reflux.types import SampledTarget, Target, TopKTarget
 
@@ -18,6 +20,7 @@ def problems(cfg: RunConfig) -> Iterator[str]:
     for name, tables in names.items():
         yield from _shared(cfg, name, tables)
     yield from _unserved(cfg)
+    yield from _measured(cfg)
 
 
 def _context(cfg: RunConfig, table: str) -> Iterator[str]:
@@ -48,16 +51,29 @@ def _shared(cfg: RunConfig, name: str, tables: list[str]) -> Iterator[str]:
 
 def _unserved(cfg: RunConfig) -> Iterator[str]:
     """Every route a prompt may carry is some teacher's."""
-    served = [teacher.routes for teacher in cfg.teachers.values()]
+    spoken = {objective.teacher for objective in cfg.objectives}
+    served = [teacher.routes for table, teacher in cfg.teachers.items() if spoken_name(table, teacher) in spoken]
     if not served or not all(served) or (carried := cfg.task.routes) is None:
         return
     known = sorted({route for routes in served for route in routes})
     unserved = sorted(f"'{route}'" if route else "(none)" for route in carried - set(known))
     if unserved:
         yield (
-            f"teachers: this task has prompts of the route {', '.join(unserved)}, but the teachers serve only {', '.join(known)}. Add that "
-            f"route to a table, or take `routes` away from one: it then answers every prompt."
+            f"teachers: this task has prompts of the route {', '.join(unserved)}, but the teachers that objectives listen to serve only "
+            f"{', '.join(known)}. Add that route to a table, or take `routes` away from one: it then answers every prompt."
         )
+
+
+def _measured(cfg: RunConfig) -> Iterator[str]:
+    """Evaluations that speak of a teacher find it."""
+    for name, evaluation in cfg.evals.items():
+        where = f"evals.{name}.teacher"
+        if isinstance(evaluation, Agreement) and cfg.teachers and evaluation.teacher not in heard(cfg):
+            yield unknown(cfg, where, evaluation.teacher)
+        if isinstance(evaluation, TeacherAccuracy) and cfg.teachers and evaluation.teacher not in cfg.teachers:
+            tables = tables_of(cfg, evaluation.teacher)
+            names = f"'{evaluation.teacher}' is what {' and '.join(tables)} answer as" if tables else f"there is no '{evaluation.teacher}'"
+            yield f"{where} names one table, to sample from its model, and {names}. Known: {', '.join(cfg.teachers)}."
 
 
 def heard(cfg: RunConfig) -> set[str]:
@@ -70,10 +86,10 @@ def tables_of(cfg: RunConfig, name: str) -> list[str]:
     return [table for table, teacher in cfg.teachers.items() if spoken_name(table, teacher) == name]
 
 
-def unknown(cfg: RunConfig, where: str, name: str) -> str:
-    """A sentence about a teacher that is not there."""
-    names = sorted(heard(cfg))
-    known = f"Known: {', '.join(names)}, and 'said' (the student as it acted)." if names else f"Add a [teachers.{name}] table."
+def unknown(cfg: RunConfig, where: str, name: str, or_said: bool = False) -> str:
+    """A sentence about a teacher that is not there; or_said: the student as it acted would do."""
+    said = ", and 'said' (the student as it acted)" if or_said else ""
+    known = f"Known: {', '.join(sorted(heard(cfg)))}{said}." if cfg.teachers else f"Add a [teachers.{name}] table."
     return f"{where}: there is no teacher '{name}'. {known}"
 
 

@@ -66,7 +66,7 @@ def keep(correct: list[bool], ratio: float, rng: random.Random) -> list[bool]:
     _check(ratio)
     if ratio in (0, math.inf):
         return [right == (ratio > 0) for right in correct]
-    good, bad = ([i for i, right in enumerate(correct) if right is wanted] for wanted in (True, False))
+    good, bad = ([i for i, right in enumerate(correct) if bool(right) == wanted] for wanted in (True, False))
     if not good or not bad:
         return [True] * len(correct)
     few_good = math.floor(min(len(bad) * ratio, len(good)))  # at a class's size it stays whole, and no quotient overflows

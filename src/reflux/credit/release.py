@@ -42,7 +42,7 @@ class Release:
     min_segments: Annotated[int, Field(ge=1)] = 8  # an attempt with fewer is never released
     min_side: Annotated[int, Field(ge=1)] = 3  # segments on either side of the step, at least
     min_gain: float = 0.0  # of BIC, to be exceeded
-    segments: Way | Annotated[int, Field(ge=1)] = "sentences"  # or "lines", "steps", or a number of tokens
+    segments: Way | Annotated[int, Field(ge=1, strict=True)] = "sentences"  # or "lines", "steps", or a number of tokens
     rescale: bool = True
     candidates: Literal["said", "now"] = "said"
     teacher: str = "main"

@@ -62,7 +62,7 @@ def _missing(shown: Shown, coloured: bool) -> str:
     if not shown.learned:
         return "The student has not learned from this attempt yet, so the teacher's numbers are not on disk."
     if not items(shown.teacher_logp):
-        return "No teacher was asked about this attempt, so its tokens have no ratio."
+        return "No teacher was asked about this attempt, or it weighed nothing, so its tokens have no ratio."
     if not any(number(value) is not None for value in items(shown.teacher_logp)):
         return "The teacher's log-probs of this attempt are not finite, so its tokens have no ratio."
     return ""

@@ -100,9 +100,12 @@ class InProcess:
             )
 
     def _answer(self, attempts: list[Attempt], states: list[Tensor]) -> None:
-        """Targets, and what is wanted at scoring time: one pass of all rows through the head."""
+        """Targets, and what is wanted at scoring time: one pass of all rows through the head.
+
+        Only training attempts come with the student's list; an evaluation's have none, and get no candidates.
+        """
         wants = self.run.wants
-        listed = self._logp(attempts, states, bool(wants.candidates)) if wants.logp or wants.candidates else [None] * len(states)
+        listed = self._logp(attempts, states) if wants.logp or wants.candidates else [None] * len(states)
         for attempt, h_TH, logp_TK in zip(attempts, states, listed, strict=True):
             logp_T = None if logp_TK is None else logp_TK[:, 0]
             said = attempt.rollout.said
@@ -112,20 +115,21 @@ class InProcess:
             h_TH = h_TH.to("cpu", copy=True)
             attempt.targets[self.name] = HiddenTarget(teacher=self.name, h_TH=h_TH, head=self.model.head, logp_T=logp_T)
 
-    def _logp(self, attempts: list[Attempt], states: list[Tensor], candidates: bool) -> list[np.ndarray]:
+    def _logp(self, attempts: list[Attempt], states: list[Tensor]) -> list[np.ndarray]:
         """Per attempt the log-probs of the sampled tokens [T, 1], and of what the student listed when it acted [T, 1 + K]."""
-        ids = [_asked_ids(self.name, attempt, candidates) for attempt in attempts]
-        ids_NK = torch.from_numpy(np.concatenate(ids)).to(states[0].device)
-        logp_NK = self.model.head.logp_at(torch.cat(states), ids_NK)
-        return [logp_TK.cpu().numpy() for logp_TK in logp_NK.split([len(ids_TK) for ids_TK in ids])]
+        ids = [_asked_ids(attempt, bool(self.run.wants.candidates)) for attempt in attempts]
+        widest = max(ids_TK.shape[1] for ids_TK in ids)
+        padded = np.concatenate([np.pad(ids_TK, ((0, 0), (0, widest - ids_TK.shape[1])), mode="edge") for ids_TK in ids])
+        logp_NK = self.model.head.logp_at(torch.cat(states), torch.from_numpy(padded).to(states[0].device))
+        rows = logp_NK.cpu().numpy()
+        ends = np.cumsum([len(ids_TK) for ids_TK in ids])
+        return [rows[end - len(ids_TK) : end, : ids_TK.shape[1]] for end, ids_TK in zip(ends, ids, strict=True)]
 
 
-def _asked_ids(teacher: str, attempt: Attempt, candidates: bool) -> np.ndarray:
+def _asked_ids(attempt: Attempt, candidates: bool) -> np.ndarray:
+    """The sampled tokens, then what the student listed when it acted, where that is wanted and known; [T, 1 or 1 + K]."""
     rollout = attempt.rollout
     assert isinstance(rollout, TokenRollout)
     tokens_T1 = rollout.tokens_T[:, None]
-    if not candidates:
-        return tokens_T1
-    if not isinstance(rollout.said, TopKTarget):
-        raise ModelError(f"teachers.{teacher}: asked for candidates, but prompt {rollout.prompt.id} came without the student's top-k")
-    return np.concatenate([tokens_T1, rollout.said.ids_TK], axis=1)
+    listed = candidates and isinstance(rollout.said, TopKTarget)
+    return np.concatenate([tokens_T1, rollout.said.ids_TK], axis=1) if listed else tokens_T1
