@@ -17,11 +17,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import outside
 import tiny
+from reflux import checks
 from reflux.commands.difficulty import PARTIAL, balance_prompts
+from reflux.config import load_recipe, to_table
 from reflux.errors import DataError, RunError
-from reflux.tasks.difficulty import ENDLESS, FIRST, Counted, as_line, copies_of, measured, multiplicities, repeated, training_prompts
+from reflux.tasks.difficulty import (
+    FIRST,
+    Counted,
+    as_line,
+    copies_of,
+    ends,
+    grader_of,
+    measured,
+    multiplicities,
+    repeated,
+    training_prompts,
+)
 from reflux.tasks.grading import Verdict
+from reflux.tasks.gsm8k import Gsm8k
 from reflux.tasks.jsonl import Jsonl
 from reflux.tasks.lines import held_out
 from reflux.tasks.mix import Mix
@@ -107,6 +122,16 @@ def lines(path: Path, count: int, **fields: Any) -> Jsonl:
     return Jsonl(str(path), **{"validation": 0.0, **fields})
 
 
+def first_of(task: Any, count: int) -> list[Prompt]:
+    """The first different training prompts."""
+    found: dict[str, Prompt] = {}
+    for one in task.prompts("train", 0):
+        found.setdefault(one.id, one)
+        if len(found) == count:
+            return list(found.values())
+    return []
+
+
 def test_a_pass_over_finite_data_is_each_prompt_once(tmp_path: Path) -> None:
     task = lines(tmp_path / "a.jsonl", 37, validation=0.2)
     found, cut = training_prompts(task, seed=3)
@@ -124,12 +149,62 @@ def test_a_mix_of_unequal_parts_is_read_to_the_end(tmp_path: Path) -> None:
     assert (len(found), cut) == (1503, False)
 
 
-def test_an_endless_task_gives_its_first_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reflux.tasks.difficulty.ENDLESS", 600)
-    assert ENDLESS >= 100_000
-    found, cut = training_prompts(WordProblems(), seed=0)
-    assert (len(found), cut) == (FIRST, True)
-    assert found == list(islice(WordProblems().prompts("train", 0), FIRST))
+def test_a_mix_in_a_mix_is_read_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a block of blocks one prompt is of the smallest part: far more than two blocks in a row bring nothing new."""
+    for module in ("mix", "difficulty"):
+        monkeypatch.setattr(f"reflux.tasks.{module}.BLOCK", 50)
+    inner = Mix({"few": lines(tmp_path / "few.jsonl", 2, weight=49.0), "many": lines(tmp_path / "many.jsonl", 5)}, weight=1 / 49)
+    found, cut = training_prompts(Mix({"one": lines(tmp_path / "one.jsonl", 1), "rest": inner}), seed=0)
+    assert (len(found), cut) == (8, False)
+
+
+def test_an_endless_task_gives_its_first_prompts(tmp_path: Path) -> None:
+    mix = Mix({"stories": WordProblems(), "few": lines(tmp_path / "few.jsonl", 3)})
+    for task in (WordProblems(), mix):
+        assert training_prompts(task, seed=0) == (first_of(task, FIRST), True)
+
+
+def test_data_of_any_size_is_read_to_the_end(tmp_path: Path) -> None:
+    """More than is read of a task that does not say whether it ends."""
+    (tmp_path / "large.jsonl").write_text("".join(f'{{"prompt": "{k}"}}\n' for k in range(100_500)))
+    found, cut = training_prompts(Jsonl(str(tmp_path / "large.jsonl"), validation=0.0), seed=0)
+    assert (len(found), cut) == (100_500, False)
+
+
+def test_a_task_of_ones_own_that_comes_to_no_end_is_asked_for_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reflux.tasks.difficulty.UNKNOWN", 600)
+    with pytest.raises(DataError, match=r"more than 600 different training prompts.*--prompts N"):
+        training_prompts(outside.Chat(), seed=0)
+    found, cut = training_prompts(outside.Chat(), seed=0, limit=900)
+    assert (len(found), cut) == (900, True)
+
+
+def test_who_ends_and_who_judges(tmp_path: Path) -> None:
+    own, moody = lines(tmp_path / "a.jsonl", 3), lines(tmp_path / "b.jsonl", 3, grader="judges:moody")
+    stories = "reflux.tasks.difficulty:as_word_problem"
+    tasks: list[tuple[Any, bool | None, str | None]] = [
+        (own, True, "math"),
+        (moody, True, "judges:moody"),
+        (Gsm8k(), True, "math"),
+        (WordProblems(), False, stories),
+        (outside.Chat(), None, None),
+        (Mix({"a": own, "g": Gsm8k()}), True, "math"),
+        (Mix({"a": WordProblems(), "g": WordProblems(operations=("mul",), largest=99)}), False, stories),
+        (Mix({"a": own, "b": moody}), True, None),
+        (Mix({"a": own, "c": outside.Chat()}), None, None),
+        (Mix({"a": WordProblems(), "c": outside.Chat()}), False, None),
+    ]
+    for task, finite, grader in tasks:
+        assert (ends(task), grader_of(task)) == (finite, grader)
+
+
+@pytest.mark.parametrize("made", ["Answer: {}", "{}", "Answer: {}.5", "Answer: 0{}", "#### {}", "\\boxed{{{}}}", ""])
+def test_a_written_story_is_judged_as_the_task_judges_it(tmp_path: Path, made: str) -> None:
+    asked = next(WordProblems().prompts("train", 0))
+    (tmp_path / "p.jsonl").write_text(json.dumps(as_line(asked)) + "\n")
+    task = Jsonl(str(tmp_path / "p.jsonl"), validation=0.0, grader=grader_of(WordProblems()) or "")
+    text = made.format(asked.answer)
+    assert task.verify(next(task.prompts("train", 0)), text) == WordProblems().verify(asked, text)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +244,7 @@ class Verdicts:
         found = []
         for _ in range(len(attempts) // self.samples):
             right = self.asked % (self.samples + 1)
-            values: list[float | None] = [1.0] * right + [0.0] * (self.samples - right)
+            values = [1.0] * right + [0.0] * (self.samples - right)
             found += [Verdict(None, "error") if self.asked == 2 and i == self.samples - 1 else Verdict(v) for i, v in enumerate(values)]
             self.asked += 1
         return found
@@ -251,6 +326,90 @@ def test_a_killed_call_goes_on_to_the_same_files(recipe: Any, tmp_path: Path, mo
         recipe("killed", samples=3)
     assert recipe("killed") == whole
     assert seen == [9, 5]
+
+
+def test_lines_cut_short_by_kills_do_not_spoil_the_counts(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = recipe("whole")
+    from reflux.tasks import difficulty
+
+    real = difficulty.measured
+
+    async def one_chunk(run: Any, sampler: Any, prompts: Any, samples: int, draw: Draw) -> Any:
+        async for chunk in real(run, sampler, prompts, samples, draw, at_once=2):
+            yield chunk
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("reflux.commands.difficulty.measured", one_chunk)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                recipe("killed")
+            with (tmp_path / "killed" / PARTIAL).open("a") as file:
+                file.write('{"id": "q')
+    assert recipe("killed") == whole
+
+
+# --- training on what was written
+
+
+@pytest.fixture
+def balanced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, student: str) -> Any:
+    """`balanced(overrides)`: the config that recipe.toml gives. Nothing is sampled: every prompt has 2 of 4 right."""
+
+    async def counted(run: Any, sampler: Any, prompts: Any, samples: int, draw: Draw) -> Any:
+        yield [Counted(one, k % 2 + 1, samples) for k, one in enumerate(prompts)]
+
+    monkeypatch.setattr("reflux.commands.difficulty.measured", counted)
+
+    def run(overrides: list[str], name: str = "opd") -> Any:
+        balance_prompts(name, [f"learner.model={student}", *overrides], 4, 6, (1.0, 0.95), 8, tmp_path / "out")
+        return load_recipe(tmp_path / "out" / "recipe.toml")
+
+    return run
+
+
+def test_the_recipe_that_is_written_trains_on_what_was_written(
+    balanced: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], student: str
+) -> None:
+    """A jsonl task with other columns and an instruction: none of it is left, so nothing is asked for twice or not found."""
+    rows = [{"question": f"how much is {k}?", "answer": f"{k}", "id": f"q{k}"} for k in range(6)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "and 9?", "answer": "9"}))
+    data = ["task.kind=jsonl", f"task.path={tmp_path / 'data.jsonl'}", f"task.test={tmp_path / 'test.jsonl'}", "task.validation=0.0"]
+    changes = [*data, 'task.keys={prompt = "question"}', "task.instruction=Think.", "task.grader=exact", "steps=7"]
+    found, old = balanced(changes), load_recipe("opd", [f"learner.model={student}", *changes])
+    asked = [one.messages[0]["content"] for one in first_of(found.task, 6)]
+    assert sorted(asked) == [f"how much is {k}?\n\nThink." for k in range(6)]
+    assert [one.messages[0]["content"] for one in found.task.prompts("test", 0)] == ["and 9?\n\nThink."]
+    assert found.task.grader == "exact"
+    assert {key for key, value in to_table(found).items() if value != to_table(old)[key]} == {"task"}
+    said = capsys.readouterr().out
+    assert f"reflux run {tmp_path / 'out' / 'recipe.toml'}" in said
+    assert "no validation prompts" in said
+    assert "no test prompts" not in said
+    checks.join(found)
+    checks.inputs(found)
+
+
+def test_a_mix_of_stories_keeps_its_judge_its_routes_and_its_held_out_prompts(balanced: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = ["task.parts.add.kind=word_problems", 'task.parts.mul={kind="word_problems", operations=["mul"], largest=99}']
+    held_out = ["task.parts.add.held_out=3", "task.parts.mul.held_out=3"]
+    overrides = ["task.kind=mix", *parts, *held_out]
+    found, old = balanced(overrides), load_recipe("opd", overrides)
+    assert found.task.routes == frozenset(["add", "mul"])
+    for split in ("validation", "test"):
+        assert list(found.task.prompts(split, 0)) == list(old.task.prompts(split, 0))
+    for one in found.task.prompts("test", 0):
+        for text in (f"Answer: {one.answer}", f"#### {one.answer}"):
+            assert found.task.verify(one, text) == old.task.verify(one, text)
+    said = capsys.readouterr().out
+    assert "the weights of the mix are gone" in said
+    assert "judges answers by" not in said
+
+
+def test_a_judge_that_jsonl_does_not_know_is_said(balanced: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert balanced(["task.kind=outside:Chat"]).task.grader == "math"
+    assert 'recipe.toml judges answers by the grader "math"' in capsys.readouterr().out
 
 
 def test_a_folder_with_counts_is_not_written_over(recipe: Any) -> None:

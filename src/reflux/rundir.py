@@ -25,7 +25,7 @@ from reflux.errors import RunError, Stopped
 from reflux.metrics import Metric
 from reflux.model_card import model_card
 from reflux.models import share_cores
-from reflux.step_metrics import step_metrics
+from reflux.step_metrics import Acted, step_metrics
 from reflux.tracking import Tracker, open_tracker
 from reflux.types import Group, Moment, Prompt, Wants
 
@@ -86,6 +86,7 @@ class Run:
         self._started = time.perf_counter()
         self._tracker: Tracker = open_tracker(cfg.track, self.dir, to_table(cfg))
         self.scorer: Scorer | None = None  # of an accelerator
+        self.landed: dict[int, Acted] = {}  # by the step (from 0) that attempts are meant for; more than it uses where a jump came between
         self._graders: Graders | None = None
         self._tokenizer: Any = None
         self._lock = (self.dir / ".lock").open("w")
@@ -170,6 +171,7 @@ class Run:
 
     def write(self, group: Group, step: int) -> None:
         """An attempt is on disk before anything else can happen to it."""
+        self.landed[step] = self.landed.get(step, Acted()) + Acted.of(group)
         files.append_lines(self.dir / "attempts.jsonl", [records.arrived(attempt, step) for attempt in group])
 
     def advance(self, stats: dict[str, Metric], groups: Sequence[Group], learner: OpenLearner, teachers: Teachers) -> None:

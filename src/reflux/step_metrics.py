@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,27 @@ if TYPE_CHECKING:
     from reflux.learners.base import OpenLearner
     from reflux.rundir import Run
     from reflux.teachers.base import Teachers
+
+
+@dataclass(frozen=True)
+class Acted:
+    """What attempts cost the student: tokens sampled, and tokens read, prompts included. It does not change once they have landed."""
+
+    sampled: int = 0
+    read: int = 0
+
+    @classmethod
+    def of(cls, attempts: Sequence[Attempt]) -> Acted:
+        rollouts = [attempt.rollout for attempt in attempts]
+        prompts = sum(len(rollout.prompt_tokens) for rollout in rollouts if isinstance(rollout, TokenRollout))
+        return cls(sum(int(rollout.mask_T.sum()) for rollout in rollouts), prompts + sum(rollout.length for rollout in rollouts))
+
+    def __add__(self, other: Acted) -> Acted:
+        return Acted(self.sampled + other.sampled, self.read + other.read)
+
+    def __sub__(self, other: Acted) -> Acted:
+        """Never below 0: attempts that never were written (in a test of one part) are no refund."""
+        return Acted(max(0, self.sampled - other.sampled), max(0, self.read - other.read))
 
 
 def step_metrics(run: Run, stats: dict[str, Metric], groups: Sequence[Group], learner: OpenLearner, teachers: Teachers) -> dict[str, Any]:
@@ -30,6 +52,7 @@ def step_metrics(run: Run, stats: dict[str, Metric], groups: Sequence[Group], le
     trained = int(values.get("tokens_trained") or 0)
     by_table = _asked(live, teachers)
     spent = run.scorer.take() if run.scorer else None
+    discarded = run.landed.pop(run.step, Acted()) - Acted.of(attempts)
     return {
         "loss": values.get("loss", 0.0),
         **{name: value for name, value in values.items() if name not in ("loss", "tokens_trained", "updates")},
@@ -38,7 +61,7 @@ def step_metrics(run: Run, stats: dict[str, Metric], groups: Sequence[Group], le
         "lag_max": max(lags, default=None),
         "tokens_sampled": sampled,
         "tokens_trained": trained,
-        **({"tokens_scored": spent.sampled} if spent else {}),
+        **({"tokens_scored": spent.sampled, "tokens_discarded": discarded.sampled} if spent else {}),
         "response_tokens_mean": sampled / len(live) if live else None,
         "truncated": Mean.of([a.rollout.finish == "length" for a in live]).value,
         "errors": len(attempts) - len(live),
@@ -48,18 +71,28 @@ def step_metrics(run: Run, stats: dict[str, Metric], groups: Sequence[Group], le
         "reward_mean": Mean.of([a.verdict for a in live if a.verdict is not None]).value,
         "ungraded": sum(a.reward is not None and a.verdict is None for a in live),
         "seconds": run.clock.take(),
-        "flops": _flops(live, learner, teachers, prompt, max(sampled, trained), trained, spent),
+        "flops": _flops(live, learner, teachers, prompt, max(sampled, trained), trained, spent, discarded.read),
         "credit": _credit(live),
         "context": _context(live),
     }
 
 
 def _flops(
-    attempts: list[Attempt], learner: OpenLearner, teachers: Teachers, prompt: int, sampled: int, trained: int, spent: Spent | None
+    attempts: list[Attempt],
+    learner: OpenLearner,
+    teachers: Teachers,
+    prompt: int,
+    sampled: int,
+    trained: int,
+    spent: Spent | None,
+    discarded: int,
 ) -> dict[str, float]:
-    """`step_flops`, with what each teacher table really read: its context may be longer than the student's prompt."""
+    """`step_flops`, with what each teacher table really read: its context may be longer than the student's prompt.
+
+    discarded: what the student read and wrote in attempts that a jump threw away. What the teachers read of those is not counted.
+    """
     scored = (spent.read, spent.taught) if spent else (0.0, 0.0)
-    flops = step_flops(learner.parameters, teachers.parameters, prompt, sampled, trained, scored)
+    flops = step_flops(learner.parameters, teachers.parameters, prompt, sampled, trained, (scored[0] + discarded, scored[1]))
     heard = ((a, name, teachers.opened[table][1].parameters) for a in attempts for name, table in a.notes.get("asked", {}).items())
     taught = sum(parameters * _read(attempt, name) for attempt, name, parameters in heard)
     return {**flops, "teach": 2.0 * (taught + teachers.parameters * scored[1])}

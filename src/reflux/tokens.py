@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,12 @@ class Renderer:
 
     system: put before the conversation where it has no system message. template: extra arguments of the chat template (for example
     {"enable_thinking": False}).
+
+    What messages say is data and never markup: where a content spells a control token (`control_tokens`), a space breaks it, "<end>" is
+    read as "< end>". Only the template, and `system`, which is the recipe's own text, give control tokens. All other contents stay as
+    they are, character for character. A space, because every tokenizer has one (a small vocabulary has no zero-width character: that
+    would be its unknown token, which is a special one), and in the text, because texts tokenised piece by piece have other tokens at
+    the borders, and templates trim and search what they are given. Role names are not contents: whoever makes prompts chooses them.
     """
 
     def __init__(self, tokenizer: Any, system: str | None = None, template: Mapping[str, Any] | None = None):
@@ -24,7 +32,21 @@ class Renderer:
         self.template = dict(template or {})
 
     def text(self, messages: Sequence[Message], begin_turn: bool = True) -> str:
-        """The prompt as text; `begin_turn` opens the assistant's turn."""
+        """The prompt as text, control tokens in the contents broken; `begin_turn` opens the assistant's turn."""
+        return self._framed([{**message, "content": self.data(message["content"])} for message in messages], begin_turn)
+
+    def data(self, content: str, but: Collection[str] = ()) -> str:
+        """`content` with a space after the first character of every control token in it, except those in `but`; one character: a space."""
+        broken = self._control.sub(lambda found: found[0] if found[0] in but else _broken(found[0]), content)
+        return content if broken == content else self.data(broken, but)  # again, for tokens may overlap; each round leaves fewer
+
+    @functools.cached_property
+    def _control(self) -> re.Pattern[str]:
+        turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+        tokens = control_tokens(self.tokenizer, self._framed(turns, False) if self.tokenizer.chat_template is not None else "")
+        return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+
+    def _framed(self, messages: Sequence[Message], begin_turn: bool) -> str:
         messages = list(messages)
         if self.system and not any(message["role"] == "system" for message in messages):
             messages = [{"role": "system", "content": self.system}, *messages]
@@ -44,9 +66,13 @@ class Renderer:
         return ids
 
     def answer_ids(self, messages: Sequence[Message], answer: str, ends: Sequence[int]) -> list[int]:
-        """The ids of a given answer as the student would have written it, up to and with its end token."""
-        start = self.text(messages)
-        whole = self.text([*messages, {"role": "assistant", "content": answer}], begin_turn=False)
+        """The ids of a given answer as the student would have written it, up to and with its end token.
+
+        An end token that the answer spells ends it; any other control token in it is data, as everywhere.
+        """
+        answer = self.data(answer, but=self.tokenizer.convert_ids_to_tokens(list(ends)))
+        start = self._framed(messages, True)  # only what comes after it is used
+        whole = self._framed([*messages, {"role": "assistant", "content": answer}], False)
         rest = whole.removeprefix(start) if self.tokenizer.chat_template is not None and whole.startswith(start) else answer
         ids = self.tokenizer(rest, add_special_tokens=False)["input_ids"]
         stop = next((place for place, i in enumerate(ids) if i in ends), None)
@@ -65,6 +91,26 @@ class Renderer:
             )
         # Trailing white space after the end token belongs to what follows: the student stopped at the end token itself.
         return self.tokenizer(whole[len(start.rstrip()) :], add_special_tokens=False)["input_ids"]
+
+
+def control_tokens(tokenizer: Any, frame: str) -> tuple[str, ...]:
+    """The texts that a tokenizer reads as control tokens, longest first, without white space around them.
+
+    Those are its special tokens, and the added tokens in `frame`, what a chat template writes around turns: some tokenizers do not
+    declare their "<|User|>" special. Not the added tokens that are words, single characters, white space or tags such as <think> and
+    <tool_call>: models write those themselves, and templates look for them.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    declared = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    framing = {token.content for token in added if token.content in frame and not _ORDINARY.fullmatch(token.content)}
+    return tuple(sorted({token.strip() for token in declared | framing} - {""}, key=lambda token: (-len(token), token)))
+
+
+def _broken(token: str) -> str:
+    return f"{token[0]} {token[1:]}" if len(token) > 1 else " "
+
+
+_ORDINARY = re.compile(r"\s+|\w+|.|</?\w+>")
 
 
 def end_ids(tokenizer: Any, generation: Any = None) -> tuple[int, ...]:

@@ -53,6 +53,7 @@ class Draw:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     cohort: int = 1
+    dice: int = 0  # another number: other dice for the same prompts at the same step
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,10 @@ from reflux.accelerators.score import Scorer, different
 from reflux.errors import ConfigError, DataError, RunError
 from reflux.loop import train
 from reflux.rundir import Options, Silent
+from reflux.samplers.noise import row_key
+from reflux.tasks.grading import Verdict
 from reflux.tasks.word_problems import WordProblems
-from reflux.types import Prompt
+from reflux.types import Prompt, seed_of
 from tiny import same
 
 PLAIN: dict[str, Any] = {"steps": 4, "task": {"kind": "outside:Chat"}}
@@ -276,11 +280,43 @@ def test_fewer_prompts_than_asked_for_are_all_used_and_that_is_said(student: str
 
 def test_a_stream_that_recurs_is_read_until_nothing_new_comes() -> None:
     def stream(period: int) -> Any:
-        return (Prompt(f"p{i % period}", ()) for i in itertools.count())
+        return (Prompt(f"p{i % period}", ({"role": "user", "content": f"{i % period}"},)) for i in itertools.count())
 
     assert [prompt.id for prompt in different(stream(5), 3)] == ["p0", "p1", "p2"]
     assert [prompt.id for prompt in different(stream(3), 5)] == ["p0", "p1", "p2"]
     assert [prompt.id for prompt in different(iter([]), 5)] == []
+
+
+def test_copies_of_one_question_are_one_question(tmp_path: Path) -> None:
+    """`reflux difficulty` repeats prompts as `id#2`; two other prompts may well have a '#' in their names."""
+    names = ["a", *(f"a#{copy}" for copy in range(2, 9)), "b#1", "b#2"]
+    prompts = [Prompt(name, ({"role": "user", "content": "a" if name[0] == "a" else name},)) for name in names]
+    assert [prompt.id for prompt in different(itertools.cycle(prompts), 3)] == ["a", "b#1", "b#2"]
+    assert [prompt.id for prompt in different(itertools.cycle(prompts), 4)] == ["a", "b#1", "b#2"]
+
+
+@pytest.mark.parametrize(
+    ("values", "score", "ungraded"), [([1.0, None, None, 0.5], 0.375, 2), ([None] * 4, math.nan, 4), ([0.0, 1.0, 1.0, 1.0], 0.75, 0)]
+)
+def test_an_answer_that_could_not_be_judged_counts_as_wrong(
+    tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, values: list[float | None], score: float, ungraded: int
+) -> None:
+    """Else weights whose answers time out would win. Where nothing was judged there is no score."""
+    said: list[float] = []
+    real = Scorer.__call__
+
+    async def judge(self: Any, task: Any, attempts: Any) -> list[Verdict]:
+        return [Verdict(value) for value in values]
+
+    async def heard(self: Scorer, *rest: Any) -> float:
+        said.append(await real(self, *rest))
+        return said[-1] if math.isfinite(said[-1]) else 0.0
+
+    monkeypatch.setattr("reflux.tasks.grading.Graders.judge_attempts", judge)
+    monkeypatch.setattr(Scorer, "__call__", heard)
+    done = tiny_run("full", **(PLAIN | {"steps": 1}), accelerator=EXTRA)
+    assert said == pytest.approx([score, score], nan_ok=True)
+    assert [row["ungraded"] for row in done.rows("searches")] == [2 * ungraded]
 
 
 def test_accuracy_without_answers_is_refused_and_minus_kl_needs_none(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
@@ -335,6 +371,56 @@ def test_fresh_dice_are_other_dice_of_the_same_prompts(student: str, teacher: st
     one, again, fresh, fresh_again, third = asyncio.run(script())
     assert (one, fresh) == (again, fresh_again)
     assert len({one, fresh, third}) > 1
+
+
+def test_fresh_dice_leave_the_prompts_as_the_task_knows_them(
+    tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, scores: Any
+) -> None:
+    """`reply` of a task may look its prompt up by id."""
+    asked: list[str] = []
+    reply = outside.Chat.reply
+
+    def heard(self: Any, prompt: Prompt, *rest: Any) -> Any:
+        asked.append(prompt.id)
+        return reply(self, prompt, *rest)
+
+    monkeypatch.setattr(outside.Chat, "reply", heard)
+    scores([0.5, 0.6, 0.5, 0.4])  # accepted, so that a second comparison follows with dice of its own
+    done = tiny_run("full", **(PLAIN | {"steps": 1}), accelerator={**EXTRA, "rescore_incumbent": True, "samples": 4})
+    assert [len(row["tried"]) for row in done.rows("searches")] == [2]
+    assert asked
+    assert all(name.removeprefix("train-").isdigit() for name in asked)
+
+
+def test_dice_of_0_add_nothing_to_the_key() -> None:
+    """Runs without an accelerator draw what they would draw if there were none."""
+    assert row_key(1, "train", 2, "p", 3, 4) == row_key(1, "train", 2, "p", 3, 4, 0) == seed_of(1, "train", 2, "p", 3, 4)
+    assert len({row_key(1, "score", 2, "p", 3, 4, dice) for dice in range(5)}) == 5
+
+
+def test_attempts_that_a_jump_throws_away_are_counted(tiny_run: Callable[..., Any], scores: Any) -> None:
+    """Their lines stay in attempts.jsonl, and the step that asked again says what they cost."""
+    scores([0.5, 0.6, 0.1, 0.5, 0.4, 0.5, 0.7, 0.8, 0.1])
+    done = tiny_run("full", **(PLAIN | {"steps": 6}), max_lag=2, accelerator=EXTRA)
+    metrics = {row["step"]: row for row in done.rows("metrics")}
+    written = Counter(row["step"] for row in done.rows("attempts") if row["kind"] == "attempt" for _ in row["tokens"])
+    assert {step: row["tokens_sampled"] + row["tokens_discarded"] for step, row in metrics.items()} == written
+    assert [row["accepted"] for row in done.rows("searches")] == [2, 0, 4]
+    assert {step for step, row in metrics.items() if row["tokens_discarded"]} == {2, 3, 5, 6}
+    plain = tiny_run("full", **(PLAIN | {"steps": 6}), max_lag=2)
+    assert "tokens_discarded" not in plain.rows("metrics")[0]
+    prompts = itertools.islice(outside.Chat().prompts("train", 0), 40)
+    asked = {prompt.id: len(done_prompt({"messages": prompt.messages})) for prompt in prompts}
+    for row in (metrics[3], metrics[6]):  # no search after these, so their FLOP are their attempts' and the discarded ones'
+        acted = [line for line in done.rows("attempts") if line["kind"] == "attempt" and line["step"] == row["step"]]
+        read = sum(asked[line["prompt"]] + len(line["tokens"]) for line in acted)
+        assert row["flops"]["sample"] == pytest.approx(2 * student_parameters(done) * read)
+
+
+def student_parameters(done: Any) -> int:
+    from reflux.models import parameter_count
+
+    return parameter_count(AutoModelForCausalLM.from_pretrained(done.dir / "student"))
 
 
 class Noted(Silent):

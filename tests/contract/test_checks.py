@@ -241,7 +241,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "an unserved route": (
         "uni_opd",
         {"task.parts.mul": {"kind": "gsm8k", "route": "maths"}},
-        "this task has prompts of the route 'maths', but the teachers that objectives listen to serve only add, mul. Add that route to a table",
+        "prompts of the route 'maths', but the teachers that objectives listen to serve only add, mul. Add that route to a table",
     ),
     "prompts without a route": (
         "opd",
@@ -315,9 +315,48 @@ def test_what_the_same_rules_can_do_is_let_through() -> None:
 def test_attempts_that_do_not_fit_into_the_teachers_window_are_refused_before_a_directory_is_made() -> None:
     """The embedded reader holds 512 tokens: three attempts of 64 and an answer fit, three of 128 and an answer do not."""
     checks.inputs(load_recipe("peers"))
-    with pytest.raises(ConfigError, match=r"may add 384 tokens .* beyond the 512 its model holds\. Lower teachers\.main\.context"):
+    with pytest.raises(ConfigError, match=r"up to 526 of other attempts .* the teacher's model holds 512\. Lower sampler\.max_tokens"):
         checks.inputs(load_recipe("peers", {"sampler.max_tokens": 128}))
     checks.inputs(load_recipe("peers", {"sampler.max_tokens": 128, "teachers.main.context.peer_tokens": 60}))
+
+
+def told_of_windows(changes: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as refused:
+        checks.inputs(load_recipe("peers", changes))
+    return str(refused.value)
+
+
+def test_the_words_around_attempts_and_the_prompt_are_counted() -> None:
+    """Three attempts of 100 and an answer are 400 of 512 tokens: too many with headings and question. The advised length just fits."""
+    said = told_of_windows({"sampler.max_tokens": 100})
+    assert "(the longest of the first 64), up to 442 of other attempts and the words around them, and an answer of up to 100 take" in said
+    fits = int(said.split("Lower sampler.max_tokens to ")[1].split(",")[0])
+    checks.inputs(load_recipe("peers", {"sampler.max_tokens": fits}))
+    assert f"Lower sampler.max_tokens to {fits}," in told_of_windows({"sampler.max_tokens": fits + 1})
+    assert f"Lower sampler.max_tokens to {fits}," in told_of_windows({"sampler.max_tokens": 128})
+    said = told_of_windows({"sampler.max_tokens": 100, "sampler.max_prompt_tokens": 300})  # a limit is what prompts may take
+    assert "a prompt of 300 tokens (sampler.max_prompt_tokens), up to 442 " in said
+    assert "take 841 tokens" in said  # the last token of an answer is not read
+    assert said.endswith("teachers.main.context.peer_tokens, successes or failures, or sampler.max_prompt_tokens.")
+    assert "Not even answers of 1 token fit: lower" in told_of_windows({"sampler.max_prompt_tokens": 400})
+    checks.inputs(load_recipe("peers", {"sampler.max_tokens": 100, "teachers.main": {"kind": "own", "context": {"kind": "same"}}}))
+
+
+@pytest.mark.parametrize("peer_tokens", [9, 4096])
+def test_a_window_that_just_fits_is_exactly_what_a_teacher_reads(peer_tokens: int) -> None:
+    """The longest question with attempts of the advised length, rendered: it takes as many tokens as were counted."""
+    from reflux.contexts.base import retold
+    from reflux.contexts.wording import with_attempts
+    from reflux.models import load_tokenizer
+    from reflux.tokens import Renderer
+
+    cfg = load_recipe("peers")
+    said = told_of_windows({"sampler.max_tokens": 500, "teachers.main.context.peer_tokens": peer_tokens})
+    text = "7" * min(peer_tokens, 500)
+    stream = cfg.task.prompts("train", cfg.seed)
+    asked = [retold(next(stream).messages, lambda problem: with_attempts(problem, [text] * 2, [text])) for _ in range(64)]
+    renderer = Renderer(load_tokenizer("reflux:reader"))
+    assert f"take {max(len(renderer.ids(messages)) for messages in asked) + 500 - 1} tokens" in said
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,7 @@ class OpenExtrapolate:
             "accepted": accepted,
             "delta_norm": norm,
             "tokens": self.run.scorer.spent.sampled if self.run.scorer else 0,
+            "ungraded": self.run.scorer.spent.ungraded if self.run.scorer else 0,
             "seconds": round(seconds, 3),
         }
         files.append_lines(self.run.dir / "searches.jsonl", [row])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 class Scoring:
     """What an accelerator wants its candidates compared by. Higher is better.
 
-    by: "accuracy", the mean verdict of what could be judged; or "minus_kl", minus the reverse KL to `teacher` on the student's own
-    answers, the mean over their tokens of log q(a) - log p(a) in nats, which is unbiased (that of evals.agreement).
+    by: "accuracy", the mean verdict, 0 for an answer that could not be judged (or weights whose answers time out would win); or
+    "minus_kl", minus the reverse KL to `teacher` on the student's own answers, the mean over their tokens of log q(a) - log p(a) in
+    nats, which is unbiased (that of evals.agreement).
     """
 
     prompts: int = 50  # fixed ones, drawn once from the training prompts
@@ -44,6 +45,7 @@ class Spent:
     sampled: int = 0
     read: int = 0
     taught: int = 0
+    ungraded: int = 0  # answers that could not be judged, of those sampled
 
 
 class Scorer:
@@ -72,7 +74,8 @@ class Scorer:
         self._count(attempts)
         if self.scoring.by == "accuracy":
             verdicts = await self.run.graders.judge_attempts(self.run.task, attempts)
-            return _mean([verdict.value for verdict in verdicts if verdict.value is not None])
+            self.spent.ungraded += sum(verdict.value is None for verdict in verdicts)
+            return _accuracy([verdict.value for verdict in verdicts])
         await teachers.score(groups, self.run.moment())
         self.spent.taught += sum(_positions(attempt) for attempt in attempts if attempt.targets)
         gaps = [gap_T(attempt, self.scoring.teacher) for attempt in attempts]
@@ -84,16 +87,10 @@ class Scorer:
         return taken
 
     async def _answers(self, sampler: OpenSampler, dice: int) -> list[Group]:
-        """A prompt under another id has other dice; what comes back carries the prompt itself."""
         sampling = self.run.cfg.sampler
         limit = self.scoring.max_tokens or self.run.cfg.longest
-        draw = Draw(self.run.step, "score", limit, stop=tuple(sampling.stop), cohort=len(self.prompts))
-        asked = [replace(prompt, id=f"{prompt.id}#{dice}") if dice else prompt for prompt in self.prompts]
-        groups = await asyncio.gather(*(sampler.sample(prompt, self.scoring.samples, draw) for prompt in asked))
-        for prompt, group in zip(self.prompts, groups, strict=True):
-            for attempt in group:
-                attempt.rollout = replace(attempt.rollout, prompt=prompt)
-        return groups
+        draw = Draw(self.run.step, "score", limit, stop=tuple(sampling.stop), cohort=len(self.prompts), dice=dice)
+        return await asyncio.gather(*(sampler.sample(prompt, self.scoring.samples, draw) for prompt in self.prompts))
 
     def _count(self, attempts: list[Attempt]) -> None:
         self.spent.sampled += sum(int(attempt.rollout.mask_T.sum()) for attempt in attempts)
@@ -101,12 +98,17 @@ class Scorer:
 
 
 def different(stream: Iterable[Prompt], count: int) -> list[Prompt]:
-    """The first `count` prompts with different ids; fewer where `count` draws in a row brought nothing new, for training prompts recur."""
+    """The first `count` prompts with different messages: copies of one question (`a`, `a#2`) are one.
+
+    Fewer where `count` draws in a row brought no new id, for training prompts recur.
+    """
     found: dict[str, Prompt] = {}
+    ids: set[str] = set()
     idle = 0
     for prompt in stream:
-        idle = idle + 1 if prompt.id in found else 0
-        found.setdefault(prompt.id, prompt)
+        idle = idle + 1 if prompt.id in ids else 0
+        ids.add(prompt.id)
+        found.setdefault(repr(prompt.messages), prompt)
         if len(found) == count or idle == count:
             break
     return list(found.values())
@@ -128,6 +130,11 @@ def _line(prompt: Prompt) -> dict[str, Any]:
 def _positions(attempt: Attempt) -> int:
     rollout = attempt.rollout
     return rollout.length + (len(rollout.prompt_tokens) if isinstance(rollout, TokenRollout) else 0)
+
+
+def _accuracy(values: list[float | None]) -> float:
+    """What was not judged counts as wrong; NaN where nothing was judged, for then the verifier is at fault."""
+    return math.nan if all(value is None for value in values) else _mean([value or 0.0 for value in values])
 
 
 def _mean(values: list[float]) -> float:

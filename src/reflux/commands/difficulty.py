@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -17,27 +18,35 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from reflux.config import RunConfig, Track, config_hash, load_recipe
+from reflux.config import RunConfig, Track, config_hash, load_recipe, to_toml
 from reflux.errors import DataError, RunError
-from reflux.files import append_lines, jsonable, read_lines, write_text
+from reflux.evals.accuracy import HELD_OUT_SEED
+from reflux.files import append_lines, jsonable, keep_lines, read_lines, write_text
 from reflux.rundir import Options, Run
-from reflux.tasks.difficulty import FIRST, Counted, as_line, copies_of, measured, repeated, training_prompts
+from reflux.tasks.base import Split, Task
+from reflux.tasks.difficulty import FIRST, Counted, as_line, copies_of, grader_of, measured, repeated, training_prompts
+from reflux.tasks.jsonl import Jsonl
+from reflux.tasks.mix import Mix
 from reflux.types import Draw, Prompt, Wants
 
 console = Console()
 PARTIAL = "difficulty.partial.jsonl"
+NOTE: dict[str, Any] = {"style": "yellow", "markup": False, "highlight": False, "soft_wrap": True}
 
 
 def balance_prompts(
     recipe: str, overrides: list[str], samples: int, prompts: int, sampling: tuple[float, float], cap: int, out: Path | None
 ) -> None:
-    """Sample, count, write `difficulty.jsonl` and `prompts.jsonl`, and print what it does to the difficulties.
+    """Sample, count, write `difficulty.jsonl`, `prompts.jsonl` and `recipe.toml`, and print what it does to the difficulties.
 
-    sampling: temperature and top-p. Counts are kept as they come, so a killed call goes on where it was; both files are whole or absent.
+    recipe.toml is the whole recipe, overrides included, with the task `jsonl` on prompts.jsonl; its held-out prompts are the task's own,
+    in validation.jsonl and test.jsonl.
+
+    sampling: temperature and top-p. Counts are kept as they come, so a killed call goes on where it was; the files are whole or absent.
     RunError for a folder that holds counts already, or some made with other settings.
     """
-    cfg = load_recipe(recipe, overrides)
-    cfg = replace(cfg, teachers={}, credit={}, evals={}, reward=None, accelerator=None, track=Track())  # only the student acts
+    whole = load_recipe(recipe, overrides)
+    cfg = replace(whole, teachers={}, credit={}, evals={}, reward=None, accelerator=None, track=Track())  # only the student acts
     folder = out or Path("runs") / f"{cfg.recipe}-difficulty"
     if (folder / "difficulty.jsonl").exists() and not (folder / PARTIAL).exists():
         raise RunError(f"{folder} holds counts already; choose another folder with --out")
@@ -56,12 +65,14 @@ def balance_prompts(
     copies = copies_of(counted, cap)
     _write(folder / "difficulty.jsonl", [entry.line(times) for entry, times in zip(counted, copies, strict=True)])
     _write(folder / "prompts.jsonl", [as_line(prompt) for prompt in repeated(asked, copies)])
+    write_text(folder / "recipe.toml", to_toml(replace(whole, task=_balanced(folder, whole.task))))
     (folder / PARTIAL).unlink()
     _show(folder, counted, copies, samples)
 
 
 def _taken_up(path: Path, said: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Counts of an earlier call, by prompt id. RunError where it was made with other settings."""
+    keep_lines(path, lambda row: True)  # a last line cut short by a kill goes, or the next one would be written behind it
     rows = list(read_lines(path))
     if not rows:
         append_lines(path, [said])
@@ -92,6 +103,38 @@ async def _count(
     return [Counted(prompt, found[prompt.id][0], samples, found[prompt.id][1]) for prompt in asked]
 
 
+def _balanced(folder: Path, task: Task) -> Jsonl:
+    """The task `jsonl` on what was written; every key is set, so nothing of the old task is left. What changes is said."""
+    held_out = {split: _held_out(folder / f"{split}.jsonl", task, split) for split in ("validation", "test")}
+    grader = grader_of(task)
+    where = f"note: {folder / 'recipe.toml'}"
+    if grader is None:
+        console.print(
+            f'{where} judges answers by the grader "math" and has no turns but the first: what this task does itself, jsonl cannot. '
+            f'For another judge set task.grader="my_module:function"',
+            **NOTE,
+        )
+    if type(task) is Mix:
+        console.print(f"{where} asks each line once an epoch; the weights of the mix are gone", **NOTE)
+    return Jsonl(
+        path=str(folder / "prompts.jsonl"), validation=held_out["validation"] or 0.0, test=held_out["test"], grader=grader or "math"
+    )
+
+
+def _held_out(path: Path, task: Task, split: Split) -> str | None:
+    """The file of a split's prompts; None, and a note, where the task has none: only an evaluation needs them."""
+    why = ""
+    try:
+        prompts = list(task.prompts(split, HELD_OUT_SEED))
+    except DataError as error:
+        prompts, why = [], f" ({error})"
+    if prompts:
+        _write(path, [as_line(prompt) for prompt in prompts])
+        return str(path)
+    console.print(f"note: no {split} prompts{why}; for an evaluation on them give task.{split}=FILE", **NOTE)
+    return None
+
+
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(jsonable(row)) + "\n" for row in rows))
 
@@ -116,6 +159,6 @@ def _show(folder: Path, counted: Sequence[Counted], copies: Sequence[int], sampl
     lines = [
         f"Counts         {folder / 'difficulty.jsonl'}",
         f"Prompts        {folder / 'prompts.jsonl'} ({after + outside:,}, of {len(counted):,} different ones)",
-        f"Train on them  task.kind=jsonl task.path={folder / 'prompts.jsonl'} task.validation=0 task.test=HELD_OUT.jsonl",
+        f"Train on them  reflux run {shlex.quote(str(folder / 'recipe.toml'))}",
     ]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

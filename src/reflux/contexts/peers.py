@@ -28,7 +28,8 @@ class Peers:
 
     A reward of at least `threshold` is correct, one below failed. An attempt that ended in an error, or whose reward is missing or NaN, is
     neither: it is shown to nobody and not asked about. failures_when: show failures always, or only where no success is shown.
-    feedback: show the verifier's words on the attempt itself (`Reward.feedback`) where no success is shown, always or never.
+    feedback: show the judge's words on the attempt itself (`Reward.feedback`) where no success is shown, always or never; the shipped
+    verifier says right or wrong and no more, so this waits for a reward of your own that gives words.
     peer_tokens: of a longer peer its first so many chosen tokens are shown; peers are cut, never the closing line. strip_thinking:
     what stands between <think> and </think> is not shown; an unclosed <think> hides the rest, an unopened </think> what is before it.
     What is shown of an attempt with several turns is all that the student wrote in them, a line apart, without the replies.
@@ -109,8 +110,9 @@ class Peers:
         A peer's text is tokenised again as text and may then take a little more than it took when it was sampled.
         """
         blocks = self.successes + self.failures
-        wording = with_attempts("", [""] * self.successes, [""] * self.failures)
-        return count(wording) + blocks * min(self.peer_tokens, longest)
+        # Between the headings stand digits, one token each and not counted: with nothing there, line breaks might join to fewer tokens.
+        wording = with_attempts("0", ["0"] * self.successes, ["0"] * self.failures)
+        return count(wording) - (blocks + 1) + blocks * min(self.peer_tokens, longest)
 
 
 def choose(correct: Sequence[bool], index: int, successes: int, failures: int, rng: random.Random) -> tuple[list[int], list[int]]:

@@ -1,7 +1,8 @@
 """What a teacher is told besides the question: the words around other attempts, an answer, feedback.
 
 Only printable ASCII and short headings, so that the smallest tokenizers can say them. The texts themselves are data: they are put in
-between the headings as they are and are never interpreted.
+between the headings as they are and are never interpreted: what they spell of control tokens is broken where messages become tokens
+(`reflux.tokens.Renderer`).
 """
 
 from __future__ import annotations

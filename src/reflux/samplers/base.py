@@ -1,7 +1,8 @@
 """A sampler: the student acts.
 
 `open(run)` gives an object that holds its own copy of the weights. `sample` returns one group; `publish` puts new weights in place after
-the model call in progress. What a sampled token is depends on (run seed, purpose, step, prompt id, sample, turn, position) alone.
+the model call in progress. What a sampled token is depends on (run seed, purpose, step, prompt id, sample, turn, position) and
+`draw.dice` alone.
 """
 
 from __future__ import annotations

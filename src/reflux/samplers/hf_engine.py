@@ -129,7 +129,7 @@ class HFSampler:
         ids = list(talk.prompt_ids)
         for turn, heard in zip(talk.turns, talk.heard, strict=True):
             ids += turn.tokens + heard
-        key = row_key(self.run.seed, draw.purpose, draw.step, talk.prompt.id, talk.sample, len(talk.turns))
+        key = row_key(self.run.seed, draw.purpose, draw.step, talk.prompt.id, talk.sample, len(talk.turns), draw.dice)
         return Ask(ids, key, talk.budget)
 
     def _goes_on(self, talk: _Talk, draw: Draw) -> bool:

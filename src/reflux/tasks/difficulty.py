@@ -13,16 +13,20 @@ from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
+from reflux.errors import DataError
 from reflux.tasks.base import Task
+from reflux.tasks.gsm8k import Gsm8k
+from reflux.tasks.jsonl import Jsonl
+from reflux.tasks.mix import BLOCK, Mix
+from reflux.tasks.word_problems import WordProblems
 from reflux.types import Draw, Prompt
 
 if TYPE_CHECKING:
     from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
 
-ENDLESS = 100_000  # so many different prompts, and no end is waited for
-FIRST = 512  # of an endless stream, where no number is asked for
-NOTHING_NEW = 2_000  # prompts in a row that were there before: a mix has met each of its parts by then
+FIRST = 512  # of an endless task, where no number is asked for
+UNKNOWN = 100_000  # so many different prompts of a task of a user's own are read in search of its end
 CORRECT = 0.5  # the reward from which an answer counts as correct
 
 
@@ -77,21 +81,58 @@ def repeated(prompts: Sequence[Prompt], copies: Sequence[int]) -> Iterator[Promp
 def training_prompts(task: Task, seed: int, limit: int = 0) -> tuple[list[Prompt], bool]:
     """(the different training prompts in order, was the stream cut short?): the first `limit`, or, at 0, all of one pass.
 
-    A training split never ends. A pass is over when NOTHING_NEW prompts in a row were there before; a stream of ENDLESS different prompts
-    has no pass, and gives its FIRST.
+    A training split never ends; a pass over data of any size is over when ids come again. An endless task gives its FIRST.
+    DataError where no limit is asked for, and a task of a user's own came to no end in UNKNOWN different prompts.
     """
+    finite = ends(task)
+    most = limit or (FIRST if finite is False else 0)
+    patience = _patience(task)
     found: dict[str, Prompt] = {}
     old = 0
     for prompt in task.prompts("train", seed):
         old = old + 1 if prompt.id in found else 0
         found.setdefault(prompt.id, prompt)
-        if limit and len(found) == limit:
+        if most and len(found) == most:
             return list(found.values()), True
-        if len(found) == ENDLESS:
-            return list(found.values())[:FIRST], True
-        if old == NOTHING_NEW:
+        if old == patience:
             break
+        if not most and finite is None and len(found) > UNKNOWN:
+            raise DataError(f"the task gave more than {UNKNOWN:,} different training prompts; say how many to take with --prompts N")
     return list(found.values()), False
+
+
+def ends(task: Task) -> bool | None:
+    """Do its training prompts come again? None: a task of a user's own does not say."""
+    if type(task) is Mix:
+        parts = [ends(part) for part in task.parts.values()]
+        return False if False in parts else None if None in parts else True
+    return {Jsonl: True, Gsm8k: True, WordProblems: False}.get(type(task))
+
+
+def _patience(task: Task) -> int:
+    """So many prompts in a row that were there before, and a pass is over: lines come again only after all of them; so many blocks of a mix
+    hold the patience of each of its parts, wherever they begin."""
+    if type(task) is Mix:
+        return BLOCK * (1 + max(_patience(part) for part in task.parts.values()))
+    return 1 if ends(task) else 2 * BLOCK
+
+
+def grader_of(task: Task) -> str | None:
+    """The grader with which the task `jsonl` judges these prompts as `task` does. None: a task of a user's own, or a mix of graders.
+
+    A function of a user's own meets the ids of prompts.jsonl there: those of copies, and in a mix with the name of the part.
+    """
+    if type(task) is Jsonl:
+        return task.grader
+    if type(task) is Mix:
+        found = {grader_of(part) for part in task.parts.values()}
+        return found.pop() if len(found) == 1 else None
+    return {Gsm8k: "math", WordProblems: "reflux.tasks.difficulty:as_word_problem"}.get(type(task))
+
+
+def as_word_problem(prompt: Prompt, text: str) -> float:
+    """The verdict of the task `word_problems`, which needs the answer alone."""
+    return WordProblems().verify(prompt, text)
 
 
 async def measured(

@@ -130,6 +130,5 @@ def _asked_ids(attempt: Attempt, candidates: bool) -> np.ndarray:
     """The sampled tokens, then what the student listed when it acted, where that is wanted and known; [T, 1 or 1 + K]."""
     rollout = attempt.rollout
     assert isinstance(rollout, TokenRollout)
-    tokens_T1 = rollout.tokens_T[:, None]
-    listed = candidates and isinstance(rollout.said, TopKTarget)
-    return np.concatenate([tokens_T1, rollout.said.ids_TK], axis=1) if listed else tokens_T1
+    tokens_T1, said = rollout.tokens_T[:, None], rollout.said
+    return np.concatenate([tokens_T1, said.ids_TK], axis=1) if candidates and isinstance(said, TopKTarget) else tokens_T1
