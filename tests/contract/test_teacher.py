@@ -67,8 +67,12 @@ def test_log_probs_and_candidates_are_made_only_where_wanted() -> None:
     with torch.no_grad():
         logp_TV = target.head.logits(target.h_TH).log_softmax(-1)
     np.testing.assert_allclose(asked.candidates["main"].logp_TK, logp_TV.gather(-1, torch.from_numpy(listed)), atol=1e-5)
-    with pytest.raises(ModelError, match="without the student's top-k"):
-        score(local(tiny.net(2), Wants(candidates=3)), [Attempt(spoken)])
+    np.testing.assert_allclose(asked.candidates["main"].logp_T, asked.targets["main"].logp_T)
+    mixed = [Attempt(spoken), Attempt(replace(spoken, said=said))]  # an evaluation's attempt comes without a list
+    score(local(tiny.net(2), Wants(candidates=3)), mixed)
+    assert mixed[0].candidates == {}
+    np.testing.assert_allclose(mixed[1].candidates["main"].logp_TK, asked.candidates["main"].logp_TK, atol=1e-5)
+    np.testing.assert_allclose(mixed[0].targets["main"].logp_T, asked.targets["main"].logp_T, atol=1e-6)
 
 
 def test_another_view_changes_the_prompt_and_never_the_answer() -> None:
