@@ -4,8 +4,11 @@
 
 8 prompts x 8 attempts a step, sampled reverse KL, answers judged, a learning rate so small that every arm sees the same answers. One
 process is one arm; a round is one of each, the order turning. Printed: the median seconds a step of each round and the ratio to the
-round's plain run, with its spread. `peers` is compared with the same own teacher that is shown nothing, and reads three more attempts per
-answer: that is what the method costs; `peers_words` builds the same contexts and then asks in the plain one, which is what the rule costs.
+round's plain run, with its spread; and, measured inside each process and so free of the machine's mood, the share of a step that is
+spent in what the rules add: the rules themselves, the pass through the teacher's head that they ask for, contexts, characters of tokens.
+
+`peers` is compared with the same own teacher that is shown nothing, and reads three more attempts per answer: that is what the method
+costs; `peers_words` builds the same contexts and then asks in the plain one, which is what the rule costs.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +76,45 @@ def run_arm(arm: str, steps: int, threads: int, out: Path) -> None:
 
     changes = {**COMMON, **ARMS[arm][1], "steps": steps + WARM, "threads": threads}
     changes.pop("base")
+    spent = watch_added_work()
     asyncio.run(train(load_recipe("opd", changes), Options(out)))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     tokens = sum(row["tokens_sampled"] for row in rows)
-    print("RESULT " + json.dumps({"seconds": [row["seconds"]["total"] for row in rows][WARM:], "tokens": tokens}))
+    seconds = [row["seconds"]["total"] for row in rows][WARM:]
+    share = sum(added for done, added in spent if done > WARM) / steps / statistics.median(seconds)
+    print("RESULT " + json.dumps({"seconds": seconds, "tokens": tokens, "share": share}))
 
 
-def measure(arm: str, steps: int, threads: int, folder: Path) -> tuple[float, int]:
-    """(median seconds a step, tokens sampled) of one process."""
+def watch_added_work() -> list[tuple[int, float]]:
+    """(step it was in, seconds) of every call of what rules add to a step, from here on; a step begins when its attempts are sampled."""
+    from reflux import loop
+    from reflux.teachers.base import Teachers
+    from reflux.teachers.in_process import InProcess
+    from reflux.tokens import CharacterSpans
+
+    spent: list[tuple[int, float]] = []
+    shared = [0]
+
+    def timed(work: Any) -> Any:
+        def timing(*given: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return work(*given)
+            finally:
+                spent.append((shared[0] + 1, time.perf_counter() - started))
+                shared[0] += work is share
+
+        return timing
+
+    share = loop.share_credit
+    loop.share_credit = timed(share)
+    for owner, name in ((InProcess, "_logp"), (Teachers, "_missing"), (CharacterSpans, "of_turns")):
+        setattr(owner, name, timed(getattr(owner, name)))
+    return spent
+
+
+def measure(arm: str, steps: int, threads: int, folder: Path) -> tuple[float, float]:
+    """(median seconds a step, share of a step in what the rules add) of one process."""
     here = Path(__file__).parent
     paths = os.pathsep.join(filter(None, [str(here.parent / "src"), str(here), os.environ.get("PYTHONPATH", "")]))
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
@@ -90,20 +125,19 @@ def measure(arm: str, steps: int, threads: int, folder: Path) -> tuple[float, in
     if not lines:
         raise SystemExit(f"{arm} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     result = json.loads(lines[0].removeprefix("RESULT "))
-    return statistics.median(result["seconds"]), result["tokens"]
+    return statistics.median(result["seconds"]), result["share"]
 
 
-def compare(arms: list[str], rounds: int, steps: int, threads: int) -> dict[str, list[float]]:
-    """Median seconds a step of every round, by arm."""
-    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+def compare(arms: list[str], rounds: int, steps: int, threads: int) -> dict[str, list[tuple[float, float]]]:
+    """(median seconds a step, share) of every round, by arm."""
+    rows: dict[str, list[tuple[float, float]]] = {arm: [] for arm in arms}
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(rounds):
             turn = arms[number % len(arms) :] + arms[: number % len(arms)]
             for arm in turn:
-                found, tokens = measure(arm, steps, threads, Path(scratch))
-                seconds[arm].append(found)
-                print(f"round {number + 1}: {arm} {found:.4f} s a step, {tokens:,} tokens", flush=True)
-    return seconds
+                rows[arm].append(measure(arm, steps, threads, Path(scratch)))
+                print(f"round {number + 1}: {arm} {rows[arm][-1][0]:.4f} s a step, {rows[arm][-1][1]:.2%} added", flush=True)
+    return rows
 
 
 def main() -> None:
@@ -124,12 +158,13 @@ def main() -> None:
     print(f"medians over {asked.rounds} rounds of the median of {asked.steps} steps (lowest to highest round), {asked.threads} threads")
 
 
-def print_table(seconds: dict[str, list[float]]) -> None:
-    print(f"\n{'arm':18} {'s/step':26} {'to':8} ratio")
-    for arm, own in seconds.items():
+def print_table(rows: dict[str, list[tuple[float, float]]]) -> None:
+    print(f"\n{'arm':18} {'s/step':26} {'to':8} {'ratio':24} share of a step in what is added")
+    for arm, own in rows.items():
         plain = ARMS[arm][0]
-        ratios = [a / b for a, b in zip(own, seconds[plain], strict=True)] if plain else []
-        print(f"{arm:18} {_spread(own, 4):26} {plain or '':8} {_spread(ratios, 3) if ratios else ''}")
+        ratios = [a / b for (a, _), (b, _) in zip(own, rows[plain], strict=True)] if plain else []
+        share = _spread([100 * added for _, added in own], 2)
+        print(f"{arm:18} {_spread([s for s, _ in own], 4):26} {plain or '':8} {_spread(ratios, 3) if ratios else '':24} {share} %")
 
 
 def _spread(values: list[float], digits: int) -> str:
