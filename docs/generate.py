@@ -29,13 +29,21 @@ from reflux import parts  # noqa: E402
 from reflux.cite import PAPERS, papers  # noqa: E402
 from reflux.config import RECIPES, RunConfig, Track, load_recipe, recipe_names  # noqa: E402
 from reflux.credit.outcome import group_advantages  # noqa: E402
+from reflux.learners.flow import Average, FlowLora, Merge  # noqa: E402
 from reflux.learners.hf import Lora  # noqa: E402
 from reflux.metrics import step_flops  # noqa: E402
 from reflux.parts import PartOf  # noqa: E402
 from reflux.summary import method_of  # noqa: E402
 
 NOTES: dict[str, Any] = tomllib.loads((DOCS / "notes.toml").read_text())
-TABLES = {"": RunConfig, "track": Track, "learner.lora": Lora}  # what is no part: its path in a recipe
+TABLES = {  # what is no part, by the path of its notes
+    "": RunConfig,
+    "track": Track,
+    "learner.lora": Lora,
+    "learners.flow.lora": FlowLora,
+    "learners.flow.merge": Merge,
+    "learners.flow.average": Average,
+}
 WHERE = {  # where a recipe names a part of each group
     "tasks": "`[task]`",
     "samplers": "`[sampler]`",
@@ -54,6 +62,8 @@ MATHS = (
     "reflux.objectives.baselines",
     "reflux.objectives.sampled_kl",
     "reflux.objectives.ratio",
+    "reflux.objectives.velocity_kl",
+    "reflux.samplers.flow",
     "reflux.credit.log_ratio",
     "reflux.credit.change_point",
     "reflux.credit.margin",
@@ -180,10 +190,11 @@ def configuration() -> Iterator[str]:
             yield f"### {group} `{kind}`\n"
             yield f"{inspect.getdoc(cls)}\n"
             yield from _table(f"{group}.{kind}", cls)
-            if cls.__module__ == Lora.__module__:
-                yield "#### `[learner.lora]`\n"
-                yield f"{inspect.getdoc(Lora)}\n"
-                yield from _table("learner.lora", Lora)
+            for name, inner in parts.markers(cls).items():
+                if isinstance(inner, type) and name in parts.field_names(cls):
+                    yield f"#### {WHERE[group].replace(']', f'.{name}]')}\n"
+                    yield f"{inspect.getdoc(inner)}\n"
+                    yield from _table(next(path for path, table in TABLES.items() if table is inner), inner)
 
 
 def _table(path: str, cls: type) -> Iterator[str]:

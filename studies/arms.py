@@ -45,10 +45,11 @@ class Study:
     arms: dict[str, Table]  # what each changes; its `base`, where it has one, takes the place of the common one
     common: Table = field(default_factory=dict)  # a recipe, merged under every arm
     default: tuple[str, ...] = ()  # arms that run where none is named; none: all
+    starts: dict[str, str] = field(default_factory=dict)  # arm: the arm whose student it begins with, on the same seed
     variance: Variance | None = None  # without it the study has no arms that could share attempts
 
     def __post_init__(self) -> None:
-        self.check_arms([self.baseline, *self.default])
+        self.check_arms([self.baseline, *self.default, *self.starts, *self.starts.values()])
         if self.variance:
             self.check_arms([*self.variance.arms, *([self.variance.reference] if self.variance.reference else [])])
 

@@ -19,7 +19,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,20 @@ class Task:
     def folder(self) -> Path:
         return self.out / self.arm / f"seed-{self.seed}"
 
+    @property
+    def start_from(self) -> Task | None:
+        """The run whose student this one begins with."""
+        arm = self.study.starts.get(self.arm)
+        return None if arm is None else replace(self, arm=arm)
+
     @cached_property
     def config(self) -> RunConfig:
-        return self.study.config(self.arm, [*self.overrides, f"seed={self.seed}"])
+        begin = [f"learner.model={self.start_from.folder}"] if self.start_from else []
+        return self.study.config(self.arm, [*self.overrides, *begin, f"seed={self.seed}"])
+
+    @property
+    def ready(self) -> bool:
+        return self.start_from is None or self.start_from.finished
 
     @property
     def finished(self) -> bool:
@@ -96,8 +107,11 @@ def run_all(tasks: Sequence[Task], jobs: int) -> list[Task]:
     started, total, done = time.monotonic(), len(waiting), 0
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
-                task = waiting.pop(0)
+            ready = [task for task in waiting if task.ready]
+            if not running and not ready:
+                break  # what they begin with is not there, and nobody makes it
+            for task in ready[: jobs - len(running)]:
+                waiting.remove(task)
                 running[task.start()] = task
             time.sleep(0.1)
             for process in [process for process in running if process.poll() is not None]:
@@ -110,7 +124,7 @@ def run_all(tasks: Sequence[Task], jobs: int) -> list[Task]:
             process.terminate()
         for process in running:
             process.wait()
-    return failed
+    return failed + waiting
 
 
 def outcome(task: Task, failed: list[Task]) -> str:

@@ -20,7 +20,7 @@ from reflux.files import read_lines
 
 Measures = dict[str, float]
 Format = Callable[[float], str]
-EVALUATED = ("accuracy", "kl_nats", "avg@", "pass@")  # of an evaluation's table, also by part or route: accuracy.NAME
+EVALUATED = ("accuracy", "quality", "kl_nats", "avg@", "pass@")  # of an evaluation's table, also by part or route: accuracy.NAME
 ENDS = (".low", ".high", ".problems", ".attempts")
 
 

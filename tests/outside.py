@@ -13,7 +13,7 @@ from reflux.accelerators.score import Scoring
 from reflux.contexts.same import Same
 from reflux.learners.hf import HF as Learner
 from reflux.parts import STRICT
-from reflux.types import Group, Message, Moment, Prompt, SampledTarget, Share, TopKTarget, Wants
+from reflux.types import Group, Message, Moment, Prompt, Reward, Rollout, SampledTarget, Share, TokenRollout, TopKTarget, Wants
 
 HEARD: list[tuple[Any, ...]] = []  # what the parts below saw, in order; a test empties it
 
@@ -44,6 +44,10 @@ class Chat:
     weight: float = 1.0
     route: str | None = None
     tells_routes: bool = True
+
+    @property
+    def rollouts(self) -> type[Rollout]:
+        return TokenRollout
 
     @property
     def routes(self) -> frozenset[str | None] | None:
@@ -141,6 +145,7 @@ class OpenJump:
 class ListTeacher:
     """A teacher elsewhere that answers with a list of its own; it is only checked, never opened."""
 
+    rollouts: ClassVar[type[Rollout]] = TokenRollout
     offers: ClassVar[tuple[type, ...]] = (TopKTarget, SampledTarget)
     in_process: ClassVar[bool] = False
     at_ids: ClassVar[bool] = False
@@ -149,3 +154,8 @@ class ListTeacher:
     context: Any = Same()
     as_: str | None = None
     routes: tuple[str, ...] = ()
+
+
+def brightness(prompt: Prompt, picture: Any) -> Reward:
+    """A judge of pictures for the task `jsonl`: every one is right, and this bright."""
+    return Reward(1.0, {"brightness": float(picture.mean()) / 255})

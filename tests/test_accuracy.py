@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from reflux.evals.accuracy import Accuracy
-from reflux.schedules import Linear
 from reflux.statistics import bootstrap_mean, wilson
 from reflux.tasks.grading import Graders
 from reflux.tasks.jsonl import Jsonl
@@ -62,7 +61,7 @@ def task(tmp_path: Path, n: int = 8, **fields: Any) -> Jsonl:
 
 
 def ask(accuracy: Accuracy, task: Any, graders: Graders, sampler: Scripted, **fields: Any) -> dict[str, Any]:
-    cfg = SimpleNamespace(steps=10, sampler=SimpleNamespace(max_tokens=Linear(4, stop=24, increment=5), stop=("\n\n",)))
+    cfg = SimpleNamespace(longest=24, draw=lambda step: Draw(step, "train", 4 + step, stop=("\n\n",)))
     run: Any = SimpleNamespace(task=task, seed=1, step=5, cfg=cfg, graders=graders, **fields)
     return asyncio.run(accuracy.measure(run, sampler))  # pyright: ignore[reportArgumentType]
 
@@ -118,8 +117,8 @@ def test_its_draws_are_its_own_and_asked_together(tmp_path: Path, graders: Grade
     sampler = Scripted()
     ask(Accuracy(problems=5, samples=2, temperature=0.7), task(tmp_path), graders, sampler)
     draws = [(n, draw) for _, n, draw in sampler.asked]
-    greedy = Draw(step=5, purpose="eval", max_tokens=24, temperature=0.0, stop=("\n\n",), cohort=5)
-    drawn = Draw(step=5, purpose="eval", max_tokens=24, temperature=0.7, stop=("\n\n",), cohort=5)
+    greedy = Draw(step=0, purpose="eval", length=24, temperature=0.0, stop=("\n\n",), cohort=5)  # the same at every step
+    drawn = Draw(step=5, purpose="eval", length=24, temperature=0.7, stop=("\n\n",), cohort=5)
     assert draws == [(1, greedy)] * 5 + [(2, drawn)] * 5
     assert [prompt.id for prompt, _, _ in sampler.asked] == [f"q{k}" for k in range(5)] * 2
 
@@ -127,7 +126,7 @@ def test_its_draws_are_its_own_and_asked_together(tmp_path: Path, graders: Grade
 def test_its_length_limit_is_its_own_where_it_has_one(tmp_path: Path, graders: Graders) -> None:
     sampler = Scripted()
     ask(Accuracy(max_tokens=99), task(tmp_path), graders, sampler)
-    assert {draw.max_tokens for _, _, draw in sampler.asked} == {99}
+    assert {draw.length for _, _, draw in sampler.asked} == {99}
 
 
 def test_the_same_problems_are_the_examples(tmp_path: Path, graders: Graders) -> None:
@@ -144,6 +143,31 @@ def test_a_mix_has_its_accuracy_by_part(tmp_path: Path, graders: Graders) -> Non
     assert [table[f"accuracy.{name}.problems"] for name in ("few", "many", "even", "odd")] == [4, 8, 6, 6]
 
 
+def test_parts_of_verdicts_have_their_means_over_the_answers_that_have_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Style is number / 10, known of all but number 3; the part `low` may not take the place of the interval's end."""
+    (tmp_path / "styled_grader.py").write_text(
+        "from reflux.types import Reward\n"
+        "def styled(prompt, text):\n"
+        "    n = int(prompt.messages[0]['content'])\n"
+        "    return Reward(None if n == 5 else float(text == 'right'), parts={'low': 1.0} if n == 3 else {'style': n / 10, 'low': 0.5})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with Graders() as fresh:  # started after the path was extended
+        path = task(tmp_path).path
+        table = ask(Accuracy(examples=6), Jsonl(path, test=path, grader="styled_grader:styled"), fresh, Scripted())
+    style = [n / 10 for n in range(8) if n != 3]
+    assert table["parts"] == ["part.low", "style"]
+    assert table["style"] == pytest.approx(np.mean(style))
+    assert (table["style.low"], table["style.high"]) == bootstrap_mean(style, 1)
+    assert table["style.even"] == pytest.approx(np.mean([0, 0.2, 0.4, 0.6]))
+    assert table["style.odd"] == pytest.approx(np.mean([0.1, 0.5, 0.7]))
+    assert (table["style.odd.low"], table["style.odd.high"]) == bootstrap_mean([0.1, 0.5, 0.7], 1)
+    assert table["part.low"] == pytest.approx((7 * 0.5 + 1) / 8)
+    assert (table["accuracy"], table["ungraded"], table["low"]) == (3 / 7, 1, wilson(3, 7)[0])
+    assert [example["parts"].get("style") for example in table["examples"]] == [0, 0.1, 0.2, None, 0.4, 0.5]
+    assert json.loads(json.dumps(table)) == table
+
+
 def test_one_route_is_no_split(tmp_path: Path, graders: Graders) -> None:
     table = ask(Accuracy(problems=1), task(tmp_path), graders, Scripted())
     assert not [key for key in table if key.startswith("accuracy.")]
@@ -156,6 +180,26 @@ def test_partial_verdicts_count_in_part(tmp_path: Path, graders: Graders, monkey
         path = task(tmp_path).path
         table = ask(Accuracy(samples=2, problems=2), Jsonl(path, test=path, grader="partial_grader:partial"), fresh, Scripted(1))
     assert (table["accuracy"], table["avg@2"], table["pass@2"]) == (0.75, pytest.approx((0.5 + 0.75) / 2), 0.5)
+
+
+def test_the_routed_ceiling_of_texts_is_that_of_each_teacher_on_its_own_problems(tiny_run: Any, teacher: str, student: str) -> None:
+    tables = {"one": teacher, "two": student}
+    teachers = {
+        name: {"model": model, "as": "main", "routes": [route]}
+        for (name, model), route in zip(tables.items(), ("even", "odd"), strict=True)
+    }
+    asked = {name: {"kind": "teacher_accuracy", "teacher": name, "problems": 6} for name in ("main", "one", "two")}
+    evals = {f"evals__{name}": {**table} for name, table in asked.items()}
+    done = tiny_run("opd", steps=0, task={"kind": "outside:Chat"}, teachers={"main": "none", **teachers}, **evals)
+    (row,) = done.rows("evals")
+    texts = {name: [example["text"] for example in row[name]["examples"]] for name in asked}
+    assert texts["one"] != texts["two"]
+    assert texts["main"] == [texts["one" if place % 2 == 0 else "two"][place] for place in range(6)]
+    for name, route in (("one", "even"), ("two", "odd")):
+        keys = [f"accuracy.{route}{end}" for end in ("", ".low", ".high", ".problems")]
+        assert [row["main"][key] for key in keys] == [row[name][key] for key in keys]
+    assert row["main"]["accuracy"] == pytest.approx((row["main"]["accuracy.even"] + row["main"]["accuracy.odd"]) / 2)
+    assert row["main"]["problems"] == 6
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ SOURCE = Path(__file__).parent.parent / "src" / "reflux"
 FILE_LINES, FUNCTION_LINES = 300, 60
 MEDIAN_FILE_LINES, MEDIAN_FUNCTION_LINES = 90, 10
 SAME_FROM_LINES = 8
-HEAVY = {"torch", "transformers", "datasets", "peft", "plotly", "math_verify", "tokenizers", "nltk"}
+HEAVY = {"torch", "transformers", "datasets", "peft", "plotly", "math_verify", "tokenizers", "nltk", "diffusers", "PIL", "safetensors"}
 HEAVY_ALLOWED = (
-    *("kernels/", "learners/", "samplers/", "teachers/", "objectives/", "reports/", "loss.py", "assets/make.py"),
+    *("kernels/", "learners/", "samplers/", "teachers/", "objectives/", "reports/", "flows/", "loss.py", "token_loss.py", "flow_loss.py", "assets/make.py", "assets/glyphs.py"),
     *("accelerators/extrapolate_engine.py", "evals/spectra.py"),
 )
 

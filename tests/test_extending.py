@@ -55,7 +55,7 @@ def test_jeffreys_is_half_the_sum_of_both_kls() -> None:
     expected = 0.5 * ((p - q) * (np.log(p) - np.log(q))).sum(-1)
     ids_N = torch.zeros(5, dtype=torch.int64)
     says = {name: FullSays(torch.from_numpy(logits), ids_N) for name, logits in (("student", student), ("main", teacher))}
-    rows = Rows(ids_N, says["student"], {"main": says["main"]}, torch.zeros(5), torch.zeros(5))
+    rows = Rows(says["student"], {"main": says["main"]}, torch.zeros(5), torch.zeros(5))
     np.testing.assert_allclose(part("objectives:Jeffreys")(rows).numpy(), expected, rtol=1e-12)
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ from reflux import checks
 from reflux.config import RECIPES, bases, load_recipe, recipe_names, to_table
 from reflux.errors import ConfigError
 from reflux.planning import plan, wanted
-from reflux.types import Wants
+from reflux.types import FlowRollout, TokenRollout, Wants
 
-WANTED = {"quickstart", "opd", "full", "topk", "gkd", "vopd", "prefix", "sft", "rl"}
+WANTED = {"quickstart", "opd", "full", "topk", "gkd", "vopd", "prefix", "sft", "rl", "flow", "flow_sft", "flow_grpo"}
+TEXTS = [name for name in recipe_names() if load_recipe(name).learner.rollouts is TokenRollout]  # pictures: test_flow_recipes.py
+SCALES = {"toy": TokenRollout, "hub": TokenRollout, "glyphs": FlowRollout, "sd3": FlowRollout}
 
 
 def test_the_recipes_that_must_be_there_are() -> None:
@@ -35,11 +38,12 @@ def test_a_recipe_says_what_it_is_and_sets_only_its_own(recipe: str) -> None:
     assert "model =" not in text.replace('model = "reflux:', "")  # scale lives in the base, but for embedded models of a kind
 
 
-@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("recipe", TEXTS)
 def test_a_recipe_plans(student: str, teacher: str, recipe: str) -> None:
     found = plan(tiny.config(recipe, student, teacher))
     assert found.student.parameters == tiny.net(1).num_parameters()
-    assert found.sampled_tokens_at_most == 3 * found.attempts_per_step * 12 or recipe == "prefix"
+    assert found.positions_at_most == 3 * found.attempts_per_step * 12 or recipe == "prefix"
+    assert found.position == "token"
     assert found.flops_at_most
     assert found.method
 
@@ -55,13 +59,28 @@ def test_a_plan_says_in_words_what_is_computed_beyond_the_loss(student: str, tea
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
-@pytest.mark.parametrize("base", ["toy", "hub"])
-def test_a_recipe_fits_at_every_scale(recipe: str, base: str) -> None:
-    checks.join(load_recipe(recipe, {"base": base}))
+@pytest.mark.parametrize("base", SCALES)
+def test_a_recipe_fits_at_every_scale_of_its_kind(recipe: str, base: str, tmp_path: Path) -> None:
+    """Text recipes with text models, flow recipes with flow models; of the others it is said that they do not fit."""
+    changes = {"base": base} | ({"task.path": two_prompts(tmp_path)} if base == "sd3" else {})
+    if recipe == "rl" or (recipe in TEXTS) == (SCALES[base] is TokenRollout):  # a policy gradient of verdicts knows no kind
+        cfg = load_recipe(recipe, changes)
+        checks.join(cfg)
+        assert cfg.task.rollouts is SCALES[base]
+    else:
+        with pytest.raises(ConfigError):
+            checks.join(load_recipe(recipe, changes))
+
+
+def two_prompts(folder: Path) -> str:
+    """A file for the base sd3: a prompt of each of its routes."""
+    lines = [{"prompt": "a sign that says go", "route": "text"}, {"prompt": "two cats", "route": "objects"}]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return str(folder / "prompts.jsonl")
 
 
 @pytest.mark.parametrize("max_lag", [0, 2])
-@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("recipe", TEXTS)
 def test_a_recipe_runs(tiny_run: Callable[..., Any], recipe: str, max_lag: int) -> None:
     if max_lag and any(teacher.follows for teacher in load_recipe(recipe).teachers.values()):
         with pytest.raises(ConfigError, match="moves with the student"):
@@ -80,7 +99,7 @@ def test_a_recipe_runs(tiny_run: Callable[..., Any], recipe: str, max_lag: int) 
     assert json.loads((done.dir / "summary.json").read_text()) == done.summary
 
 
-@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("recipe", TEXTS)
 def test_a_recipe_runs_with_the_evaluations_it_ships_with(tiny_run: Callable[..., Any], recipe: str) -> None:
     """What training wants of teachers and sampler must not be missed where an evaluation asks them."""
     evals = to_table(load_recipe(recipe))["evals"]
@@ -106,13 +125,13 @@ def test_a_recipe_learns(tiny_run: Callable[..., Any], recipe: str) -> None:
 def test_planning_all_recipes_imports_neither_torch_nor_transformers(student: str, teacher: str) -> None:
     code = (
         "import sys\n"
-        "from reflux.config import load_recipe, recipe_names\n"
+        "from reflux.config import load_recipe\n"
         "from reflux.planning import plan\n"
-        "for name in recipe_names():\n"
+        f"for name in {TEXTS!r}:\n"
         "    tables = [name for name, table in load_recipe(name).teachers.items() if 'model' in vars(table)]\n"
         f"    changes = {{'learner.model': {student!r}}} | {{f'teachers.{{table}}.model': {teacher!r} for table in tables}}\n"
         "    plan(load_recipe(name, changes))\n"
-        "print(sorted({'torch', 'transformers', 'datasets', 'peft', 'plotly', 'math_verify'} & set(sys.modules)))\n"
+        "print(sorted({'torch', 'transformers', 'diffusers', 'datasets', 'peft', 'plotly', 'math_verify'} & set(sys.modules)))\n"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)

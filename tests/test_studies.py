@@ -363,7 +363,7 @@ def test_a_batch_with_nothing_to_learn_from_has_a_gradient_of_zero(still: Callab
     word = tiny.as_model(AutoModelForCausalLM.from_pretrained(teacher), learner.run.tokenizer)
     groups = [[tiny.attempt(tiny.rollout(4), word)], [tiny.attempt(tiny.rollout(4, finish="error"), word)]]
     something, nothing = (asyncio.run(gradient_variance.gradient(learner, [group], objectives, Moment(0, 0))) for group in groups)
-    assert something.shape == nothing.shape == (learner.parameters,)
+    assert something.shape == nothing.shape == (learner.macs,)
     assert something.any()
     assert not nothing.any()
 

@@ -17,15 +17,15 @@ from reflux.parts import GROUPS, kinds, part
 VERBS = "run plan eval report difficulty list cite doctor"
 
 REGISTERED = """
-samplers      hf stored
-teachers      local own
+samplers      hf stored flow drawn
+teachers      flow local own
 contexts      same peers privileged
-objectives    sampled_kl divergence nll outcome
+objectives    sampled_kl divergence nll outcome velocity_kl
 credit        prefix position outcome release margin balance
 rewards       verifier
-learners      hf
+learners      flow hf
 accelerators  extrapolate
-tasks         word_problems gsm8k jsonl mix
+tasks         word_problems gsm8k jsonl mix glyphs
 evals         accuracy agreement foresight teacher_accuracy
 schedules     constant linear cosine steps
 """
@@ -37,10 +37,14 @@ run                     task sampler learner objectives teachers={} credit={} re
 samplers.hf             max_tokens=512 temperature=1.0 top_p=1.0 stop=() allow_biased=False max_prompt_tokens=0 long_prompts='refuse'
                         batch_tokens=32768 system=None template={} dtype='auto' device='auto' attention=None
 samplers.stored         generate
+samplers.flow           steps=10 noise_level=0.7 guidance=1.0 eval_steps=40 length=None pixels=0 batch_images=64 dtype='auto'
+                        device='auto'
+samplers.drawn          generate times=10
 teachers.local          model context as_=None routes=() batch_tokens=32768 dtype='auto' device='auto' device_map=None attention=None
                         trust_remote_code=False system=None template={}
 teachers.own            follow='ema' ema=0.05 step=0 context as_=None routes=() batch_tokens=32768 autocast='auto' device='auto'
                         attention=None
+teachers.flow           model adapter=None context as_=None routes=() guidance=None batch_positions=64 dtype='auto' device='auto'
 contexts.same
 contexts.peers          successes=2 failures=1 threshold=0.5 failures_when='always' feedback='no_success' peer_tokens=4096
                         strip_thinking=False
@@ -51,6 +55,7 @@ objectives.divergence   teacher='main' coef=1.0 divergence='reverse' beta=None s
                         ratio='none' ratio_cap=5.0
 objectives.nll          coef=1.0
 objectives.outcome      coef=1.0 ratio='clip' clip=(0.2,0.2)
+objectives.velocity_kl  teacher='main' coef=1.0 scale='nats' weight='kl'
 credit.prefix           length start=0
 credit.position         factor
 credit.outcome          nats=1.0 normalise_std=False std_floor=1e-06
@@ -61,15 +66,20 @@ credit.release          k=4 min_segments=8 min_side=3 min_gain=0.0 segments='sen
 rewards.verifier        timeout_s=10.0 workers=1
 accelerators.extrapolate
                         tries=5 prompts=50 samples=1 accept='better' rescore_incumbent=False score='accuracy' teacher='main'
-                        max_tokens=None include=('attn','attention','mlp','ffn','feed_forward')
+                        max_tokens=None include=('attn','attention','mlp','ffn','.ff','feed_forward')
 learners.hf             model lr=1e-06 betas=(0.9,0.999) eps=1e-08 weight_decay=0.0 clip=1.0 noise_floor=1e-06
                         micro_batch_tokens=16384 lora=None gradient_checkpointing=False autocast='auto' device='auto'
                         attention=None trust_remote_code=False
+learners.flow           model lr=0.0003 betas=(0.9,0.999) eps=1e-08 weight_decay=0.0001 clip=1.0 noise_floor=0.001 micro_batch=64
+                        adapter=None merge=None lora=None average=None gradient_checkpointing=False autocast='auto' device='auto'
+tasks.glyphs            domains=('digits','counts') largest_count=6 held_out=480 weight=1.0
+tasks.jsonl             path=None dataset=None dataset_config=None dataset_split='train' keys=None validation=0.05 test=None
+                        instruction='' grader='math' makes='text' route=None weight=1.0
 tasks.word_problems     operations=('add','sub') min_steps=2 max_steps=3 largest=50 longer=0 held_out=500 weight=1.0
 evals.accuracy          problems=500 samples=0 k=None temperature=1.0 max_tokens=None split='test' examples=8
 evals.agreement         prompts=128 teacher='main' bins=24 max_tokens=None split='test'
-evals.foresight         percent=1.0 k=20 include=('attn','attention','mlp','ffn','feed_forward')
-evals.teacher_accuracy  teacher='main' problems=500 max_tokens=None split='test'
+evals.foresight         percent=1.0 k=20 include=('attn','attention','mlp','ffn','.ff','feed_forward')
+evals.teacher_accuracy  teacher='main' problems=500 max_tokens=None split='test' examples=8
 schedules.constant      value
 schedules.linear        start stop=None increment=None warmup=0 horizon=0
 schedules.cosine        peak floor=0.0 warmup=0 horizon=0
@@ -147,7 +157,8 @@ def test_every_part_can_be_imported_without_torch() -> None:
         "from reflux.parts import GROUPS, kinds, part\n"
         "import reflux.checks, reflux.config, reflux.planning, reflux.cli, reflux.files, reflux.records, reflux.pipeline, reflux.gather\n"
         "for group in GROUPS:\n    for kind in kinds(group):\n        part(group, kind)\n"
-        "print(sorted({'torch', 'transformers', 'datasets', 'peft', 'plotly', 'math_verify'} & set(sys.modules)))\n"
+        "heavy = {'torch', 'transformers', 'diffusers', 'scipy', 'PIL', 'datasets', 'peft', 'plotly', 'math_verify'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
     )
     assert python(code).strip() == "[]"
 

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.parts import STRICT
 from reflux.tasks.base import Split
-from reflux.types import Message, Prompt, seed_of
+from reflux.types import Message, Prompt, Rollout, TokenRollout, seed_of
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -24,6 +24,10 @@ class Backwards:
     def __post_init__(self) -> None:
         if self.letters < 3 or self.held_out < 1:
             raise ValueError("needs letters >= 3, so that there are words enough, and held_out >= 1")
+
+    @property
+    def rollouts(self) -> type[Rollout]:
+        return TokenRollout  # a text is to be judged
 
     @property
     def routes(self) -> frozenset[str | None]:

@@ -15,7 +15,7 @@ from reflux.credit.log_ratio import log_ratio_T
 from reflux.objectives.base import Objective
 from reflux.objectives.group_values import group_values
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL
-from reflux.types import Attempt, Group, HiddenTarget, TokenRollout, TopKTarget
+from reflux.types import Attempt, Group, HiddenTarget, Rollout, TopKTarget
 
 Normalise = str  # "kept" | "chosen" | "rollout_means"
 OverRanks = Callable[[np.ndarray], np.ndarray]
@@ -27,7 +27,7 @@ class Item:
     group baseline subtracts (nats), 0 without one."""
 
     attempt: Attempt
-    rollout: TokenRollout
+    rollout: Rollout
     rows_N: np.ndarray  # kept positions, rising
     shift_N: np.ndarray
     coef_KN: tuple[np.ndarray | None, ...]
@@ -35,12 +35,12 @@ class Item:
 
     @property
     def trained(self) -> int:
-        """Positions the learner runs forward and backward: what follows the last kept one is cut off."""
-        return int(self.rows_N[-1]) + 1
+        """Positions the learner runs forward and backward."""
+        return self.rollout.computed(self.rows_N)
 
     @property
     def input_tokens(self) -> int:
-        return len(self.rollout.prompt_tokens) + self.trained - 1
+        return self.rollout.prompt_length + self.trained - 1
 
 
 def present(attempt: Attempt, objective: Objective) -> bool:
@@ -77,7 +77,6 @@ def plan(groups: Iterable[Group], objectives: Sequence[Objective], normalise: No
             for objective, scale in zip(objectives, scales, strict=True)
         )
         if len(rows_N) and any(coef_N is not None for coef_N in coef_KN):
-            assert isinstance(attempt.rollout, TokenRollout)
             value_K = tuple(found.get(id(attempt), 0.0) for found in values)
             items.append(Item(attempt, attempt.rollout, rows_N, attempt.shift_T[rows_N], coef_KN, value_K))
     return items

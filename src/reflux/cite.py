@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from reflux.accelerators.extrapolate import Extrapolate
+from reflux.checks.domains import flow_sampler
 from reflux.config import RunConfig
 from reflux.contexts.peers import Peers
 from reflux.contexts.privileged import Privileged
@@ -13,9 +14,11 @@ from reflux.evals.foresight import Foresight
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.sampled_kl import SampledKL
+from reflux.objectives.velocity_kl import VelocityKL
 from reflux.parts import kind_of
-from reflux.schedules import Schedule
+from reflux.samplers.drawn import Drawn
 from reflux.teachers.own import Own
+from reflux.types import FlowRollout
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,13 @@ def _shows(cfg: RunConfig, test: Callable[[object], bool]) -> bool:
     return any(test(teacher.context) for teacher in cfg.teachers.values())
 
 
+def _flows(cfg: RunConfig) -> bool:
+    return cfg.learner.rollouts is FlowRollout
+
+
 PAPERS = (
     Paper("prefix_opd", "Fast and Effective On-policy Distillation from Reasoning Prefixes", "2602.15260", 2026, None,
-          lambda cfg: _credit(cfg, "prefix") or isinstance(cfg.sampler.max_tokens, Schedule)),
+          lambda cfg: _credit(cfg, "prefix") or any(cfg.draw(step).length < cfg.longest for step in range(cfg.steps))),
     Paper("release", "Prefix Teach, Suffix Fade: Local Teachability Collapse in Strong-to-Weak On-Policy Distillation", "2605.13643", 2026,
           None, lambda cfg: _credit(cfg, "release")),
     Paper("vopd", "KL for a KL: On-Policy Distillation with Control Variate Baseline", "2605.07865", 2026, None,
@@ -109,6 +116,19 @@ PAPERS = (
     Paper("lora", "LoRA: Low-Rank Adaptation of Large Language Models", "2106.09685", 2021,
           "Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and others",
           lambda cfg: bool(getattr(cfg.learner, "lora", None))),
+    Paper("flow_opd", "Flow-OPD: On-Policy Distillation for Flow Matching Models", "2605.08063", 2026,
+          "Fang, Zhen and Huang, Wenxuan and Zeng, Yu and Zhao, Yiming and Chen, Shuang and others",
+          lambda cfg: cfg.sampler.on_policy and any(isinstance(objective, VelocityKL) for objective in cfg.objectives)),
+    Paper("flow_grpo", "Flow-GRPO: Training Flow Matching Models via Online RL", "2505.05470", 2025,
+          "Liu, Jie and Liu, Gongye and Liang, Jiajun and Li, Yangguang and Liu, Jiaheng and others",
+          lambda cfg: _flows(cfg) and cfg.sampler.on_policy),
+    Paper("flow_matching", "Flow Matching for Generative Modeling", "2210.02747", 2022,
+          "Lipman, Yaron and Chen, Ricky T. Q. and Ben-Hamu, Heli and Nickel, Maximilian and Le, Matt",
+          lambda cfg: isinstance(cfg.sampler, Drawn)),
+    Paper("rectified_flow", "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", "2403.03206", 2024,
+          "Esser, Patrick and Kulal, Sumith and Blattmann, Andreas and Entezari, Rahim and M{\\\"u}ller, Jonas and others", _flows),
+    Paper("guidance", "Classifier-Free Diffusion Guidance", "2207.12598", 2022, "Ho, Jonathan and Salimans, Tim",
+          lambda cfg: (acting := flow_sampler(cfg)) is not None and acting.guidance != 1),
     Paper("gsm8k", "Training Verifiers to Solve Math Word Problems", "2110.14168", 2021,
           "Cobbe, Karl and others", lambda cfg: kind_of("tasks", cfg.task) == "gsm8k"),
 )  # fmt: skip

@@ -6,6 +6,7 @@ the old kind's keys of that table. `key.path=value` overrides are merged last; t
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import tomllib
@@ -20,7 +21,6 @@ from pydantic.dataclasses import dataclass
 from reflux import parts
 from reflux.errors import ConfigError
 from reflux.parts import STRICT, PartOf
-from reflux.schedules import at
 from reflux.types import Draw
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -71,14 +71,12 @@ class RunConfig:
 
     @property
     def longest(self) -> int:
-        """The largest max_tokens of any step: what evaluation may write."""
-        return max(int(at(self.sampler.max_tokens, step)) for step in range(max(1, self.steps)))
+        """The most positions an attempt of any step may have: what evaluation may write."""
+        return max(self.sampler.draw(step).length for step in range(max(1, self.steps)))
 
     def draw(self, step: int) -> Draw:
         """How the attempts of optimiser step `step` (from 0) are sampled."""
-        s = self.sampler
-        limit = int(at(s.max_tokens, step))
-        return Draw(step, "train", limit, s.temperature, s.top_p, tuple(s.stop), cohort=self.prompts_per_step)
+        return dataclasses.replace(self.sampler.draw(step), cohort=self.prompts_per_step)
 
 
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | Iterable[str] = ()) -> RunConfig:

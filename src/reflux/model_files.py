@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from reflux.models import local_folder
+
+_BESIDE = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae")  # folders of a Stable Diffusion 3 model that are never trained
+_PLACES = "pos_embed.pos_embed"  # a diffusers transformer's table of sines: stored and held, but no parameter
+_SD3_PROMPT_TOKENS = 77 + 256  # of its two CLIP encoders, and of T5
 
 
 @dataclass(frozen=True)
@@ -17,29 +21,75 @@ class Size:
 
     name: str
     architecture: str
-    parameters: int | None
-    stored_bytes: int | None
-    context_tokens: int | None
+    parameters: int | None = None  # of what is trained
+    stored_bytes: int | None = None  # of those
+    context_tokens: int | None = None
+    macs: int | None = None  # multiply-accumulates of one position, without guidance
+    patches: int | None = None  # of a flow model's picture
+    beside_bytes: int = 0  # text encoders and decoder, of which a run holds one copy
 
 
-def size_of(model: str, path: str) -> Size:
-    """From config.json and the safetensors headers. A hub model that is not in the cache has no sizes yet."""
+def size_of(model: str, path: str, pixels: int = 0) -> Size:
+    """From config.json and the safetensors headers. A hub model that is not in the cache has no sizes yet.
+
+    pixels: a side of a flow model's pictures; 0 is the size it was made for.
+    """
     folder = local_folder(model, path)
     if folder is None:
-        return Size(model, "on the hub, not read yet", None, None, None)
+        return Size(model, "on the hub, not read yet")
+    if (folder / "model_index.json").is_file():
+        return _flow_size(model, folder, pixels)
     config = json.loads((folder / "config.json").read_text())
     counted = _headers(folder)
     architecture = (config.get("architectures") or [config.get("model_type", "?")])[0]
     window = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
-    return Size(model, architecture, counted[0] if counted else None, counted[1] if counted else None, window)
+    found = Size(model, architecture, context_tokens=window)
+    return found if counted is None else replace(found, parameters=counted[0], stored_bytes=counted[1], macs=counted[0])
+
+
+def _flow_size(model: str, folder: Path, pixels: int) -> Size:
+    """A diffusers folder. One position is one velocity: the transformer reads every patch and prompt token."""
+    transformer = _headers(folder / "transformer")
+    if not (folder / "transformer" / "config.json").is_file() or transformer is None:
+        return Size(model, "only partly here, not read yet")
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    source, table = _source(folder), folder / "prompts"
+    prompt_tokens = json.loads((table / "prompts.json").read_text())["length"] if table.is_dir() else _SD3_PROMPT_TOKENS
+    learned = _headers(table) or (0, 0)
+    factor = 1 if table.is_dir() else _decoder_factor(source)
+    side = config["sample_size"] if not pixels else None if factor is None else pixels // factor
+    patches = None if side is None else (side // config["patch_size"]) ** 2
+    return Size(
+        model,
+        config["_class_name"],
+        parameters=transformer[0] + learned[0],
+        stored_bytes=transformer[1] + learned[1],
+        macs=None if patches is None else transformer[0] * (patches + prompt_tokens),
+        patches=patches,
+        beside_bytes=sum(found[1] for name in _BESIDE if source and (found := _headers(source / name))),
+    )
+
+
+def _source(folder: Path) -> Path | None:
+    """Where a model's text encoders and decoder are: beside it, or in the model that an earlier run began with."""
+    named = json.loads((folder / "model_index.json").read_text()).get("_encoders")
+    return local_folder(named, "model_index.json") if named else folder
+
+
+def _decoder_factor(source: Path | None) -> int | None:
+    """Pixels a side of one latent value; None where the decoder is not here."""
+    file = source and source / "vae" / "config.json"
+    return 2 ** (len(json.loads(file.read_text())["block_out_channels"]) - 1) if file and file.is_file() else None
 
 
 def _headers(folder: Path) -> tuple[int, int] | None:
-    """(parameters, bytes) over all safetensors files of a folder."""
+    """(parameters, bytes) over the safetensors files of a folder; of a second copy in another precision (*.fp16*) none."""
     parameters = size = 0
     for file in sorted(folder.glob("*.safetensors")):
-        for entry in read_header(file).values():
-            parameters += math.prod(entry["shape"])
+        if ".fp16" in file.name:
+            continue
+        for name, entry in read_header(file).items():
+            parameters += math.prod(entry["shape"]) if name != _PLACES else 0
             size += entry["data_offsets"][1] - entry["data_offsets"][0]
     return (parameters, size) if parameters else None
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).parent / "assets"
 HEAD_SHARE = 1e-3  # of the largest logit: rounding in float32
+INDEXES = ("config.json", "model_index.json")  # of transformers' models, and of diffusers' pipelines
 SHIPPED = "reflux:"  # "reflux:student" is the embedded model of that name
 
 
@@ -30,15 +31,15 @@ def locate(name: str, path: str = "model") -> str:
     if name.startswith(SHIPPED):
         folder = ASSETS / name.removeprefix(SHIPPED)
         if not folder.is_dir():
-            shipped = ", ".join(sorted(f"{SHIPPED}{entry.parent.name}" for entry in ASSETS.glob("*/config.json")))
+            shipped = ", ".join(sorted(f"{SHIPPED}{entry.parent.name}" for index in INDEXES for entry in ASSETS.glob(f"*/{index}")))
             raise ModelError(f"{path}: no shipped model '{name}'. Shipped: {shipped}")
         return str(folder)
     folder = Path(name).expanduser()
     for candidate in (folder / "student", folder):
-        if (candidate / "config.json").is_file():
+        if any((candidate / index).is_file() for index in INDEXES):
             return str(candidate)
     if folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        why = "holds no config.json" if folder.is_dir() else "does not exist"
+        why = f"holds no {' and no '.join(INDEXES)}" if folder.is_dir() else "does not exist"
         raise ModelError(
             f"{path}: the folder {name} {why}. Give a folder in Hugging Face format, a run directory, or a hub id such as Qwen/Qwen3-0.6B."
         )
@@ -58,12 +59,12 @@ def load_tokenizer(name: str, path: str = "model", trust_remote_code: bool = Fal
 def local_folder(name: str, path: str = "model") -> Path | None:
     """Where a model's files are on this machine, the hub's cache included; None where they are not. Nothing is downloaded."""
     where = Path(locate(name, path))
-    if (where / "config.json").is_file():
+    if any((where / index).is_file() for index in INDEXES):
         return where
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(name, "config.json")
-    return Path(cached).parent if isinstance(cached, str) else None
+    cached = (try_to_load_from_cache(name, index) for index in INDEXES)
+    return next((Path(file).parent for file in cached if isinstance(file, str)), None)
 
 
 @dataclass(frozen=True)
@@ -203,8 +204,8 @@ def parameter_count(net: Any) -> int:
 
 def _not_loaded(path: str, what: str, name: str, error: Exception) -> str:
     where = "" if Path(name).exists() or name.startswith(SHIPPED) else "there is no such folder here, and not on the hub either: "
-    return f"{path}: no {what} for {name}: {where}{_first_line(error)}"
+    return f"{path}: no {what} for {name}: {where}{first_line(error)}"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:300]

@@ -1,20 +1,23 @@
-"""What would run: models, memory, tokens and FLOP, from config.json and file headers alone. No torch, no weights."""
+"""What would run: models, memory, positions and FLOP, from config.json and file headers alone. No torch, no weights."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from reflux import checks
+from reflux.checks.domains import flow_sampler
 from reflux.config import RunConfig, config_hash
 from reflux.metrics import step_flops
 from reflux.model_files import Size, size_of
-from reflux.schedules import at
+from reflux.samplers.drawn import Drawn
 from reflux.summary import method_of
 from reflux.tasks.mix import Mix
 from reflux.teachers.base import spoken_name
+from reflux.teachers.flow import Flow as FlowTeacher
 from reflux.teachers.own import Own
-from reflux.types import Wants
+from reflux.types import FlowRollout, Wants
 
 _ADAM_BYTES = 16  # a float32 master weight, its gradient and two moments
 _FROZEN_BYTES = 4
@@ -25,6 +28,11 @@ _WANTED = {  # each field of Wants in words; {} is its number
     "logp": "the teacher's log-probs when attempts arrive (one more pass through its head)",
     "candidates": "the teacher's log-probs at the student's top-{} tokens",
     "spans": "which characters each token wrote",
+    "reward": "a reward for every attempt",
+}
+_WANTED_OF_FLOWS = {
+    "said": "the student's velocity where it acts",
+    "now_at_said": "the current student's velocity there (one more pass of the student)",
     "reward": "a reward for every attempt",
 }
 
@@ -39,7 +47,8 @@ class Plan:
     student: Size
     teachers: dict[str, Size]
     memory_bytes: int | None  # weights, optimiser, the sampler's copy and the teachers; activations come on top
-    sampled_tokens_at_most: int
+    positions_at_most: int  # that attempts may have, over all steps
+    position: str  # what one is called
     flops_at_most: float | None
     wants: list[str]
     warnings: list[str]
@@ -50,10 +59,13 @@ def plan(cfg: RunConfig) -> Plan:
     wants = checks.join(cfg)
     if local_data(cfg.task):
         next(cfg.task.prompts("train", cfg.seed, 0))  # a missing or malformed file is found here
-    student = size_of(cfg.learner.model, "learner.model")
-    teachers = {name: size for name, teacher in cfg.teachers.items() if (size := _teacher_size(name, teacher, student))}
+    acting = flow_sampler(cfg)
+    pixels = acting.pixels if acting else 0
+    student = size_of(cfg.learner.model, "learner.model", pixels)
+    teachers = {name: size for name, teacher in cfg.teachers.items() if (size := _teacher_size(name, teacher, student, pixels))}
     attempts = cfg.prompts_per_step * cfg.group_size
-    tokens = sum(attempts * int(at(cfg.sampler.max_tokens, step)) for step in range(cfg.steps))
+    positions = sum(attempts * cfg.draw(step).length for step in range(cfg.steps))
+    flows = cfg.task.rollouts is FlowRollout
     return Plan(
         recipe=cfg.recipe,
         method=method_of(cfg),
@@ -62,25 +74,26 @@ def plan(cfg: RunConfig) -> Plan:
         attempts_per_step=attempts,
         student=student,
         teachers=teachers,
-        memory_bytes=_memory(student, list(teachers.values()), full=getattr(cfg.learner, "lora", None) is None),
-        sampled_tokens_at_most=tokens,
-        flops_at_most=_flops(cfg, student, teachers, tokens),
-        wants=wanted(wants),
+        memory_bytes=_memory(student, _held(cfg, teachers), full=getattr(cfg.learner, "lora", None) is None),
+        positions_at_most=positions,
+        position="denoising step" if flows else "token",
+        flops_at_most=_flops(cfg, student, teachers, _computed(cfg, positions)),
+        wants=wanted(wants, _WANTED_OF_FLOWS if flows else _WANTED),
         warnings=checks.warnings(cfg),
     )
 
 
-def _teacher_size(name: str, teacher: Any, student: Size) -> Size | None:
+def _teacher_size(name: str, teacher: Any, student: Size, pixels: int) -> Size | None:
     """None for a teacher of another process; one that is the student holds its weights once more, in float32."""
     if isinstance(teacher, Own):
         return replace(student, stored_bytes=None if student.parameters is None else student.parameters * _FROZEN_BYTES)
-    return size_of(teacher.model, f"teachers.{name}.model") if "model" in vars(teacher) else None
+    return size_of(teacher.model, f"teachers.{name}.model", pixels) if "model" in vars(teacher) else None
 
 
-def wanted(wants: Wants) -> list[str]:
+def wanted(wants: Wants, words: Mapping[str, str] = _WANTED) -> list[str]:
     """What is computed beyond the loss, in words."""
     values = ((name, getattr(wants, name)) for name in wants.__slots__)
-    return [_WANTED[name].format(value) for name, value in values if value]
+    return [words[name].format(value) for name, value in values if value]
 
 
 def local_data(task: Any) -> bool:
@@ -90,21 +103,36 @@ def local_data(task: Any) -> bool:
     return vars(task).get("path", "") is not None
 
 
+def _held(cfg: RunConfig, teachers: dict[str, Size]) -> list[Size]:
+    """The weights that teachers hold: flow teachers of one model share it, as adapters on it do."""
+    shared = {size.name: size for table, size in teachers.items() if isinstance(cfg.teachers[table], FlowTeacher)}
+    return [*shared.values(), *(size for table, size in teachers.items() if not isinstance(cfg.teachers[table], FlowTeacher))]
+
+
 def _memory(student: Size, teachers: list[Size], full: bool) -> int | None:
     """Adapters train a hundredth of the weights: then the frozen float32 weights are all that counts."""
     known = [size.stored_bytes for size in (student, *teachers)]
     if student.parameters is None or any(count is None for count in known):
         return None
-    return student.parameters * (_ADAM_BYTES if full else _FROZEN_BYTES) + sum(count for count in known if count)
+    weights = student.parameters * (_ADAM_BYTES if full else _FROZEN_BYTES) + sum(count for count in known if count)
+    return weights + max(size.beside_bytes for size in (student, *teachers))
 
 
-def _flops(cfg: RunConfig, student: Size, teachers: dict[str, Size], tokens: int) -> float | None:
-    """Response tokens alone, at full length: an upper bound but for the prompts."""
+def _computed(cfg: RunConfig, positions: int) -> int:
+    """Positions as they cost: guidance takes two passes, and a picture that a teacher draws may take more steps than are learnt of it."""
+    acting = flow_sampler(cfg)
+    passes = 2 if acting and acting.guidance != 1 else 1
+    more = max(acting.eval_steps, cfg.sampler.times) / cfg.sampler.times if acting and isinstance(cfg.sampler, Drawn) else 1
+    return int(positions * passes * more)
+
+
+def _flops(cfg: RunConfig, student: Size, teachers: dict[str, Size], positions: int) -> float | None:
+    """Positions at full length: an upper bound, but for the prompts of texts."""
     by_name: dict[str, list[int]] = {}
     for table, size in teachers.items():
-        if size.parameters is not None:
-            by_name.setdefault(spoken_name(table, cfg.teachers[table]), []).append(size.parameters)
-    if student.parameters is None or len(teachers) != sum(map(len, by_name.values())):
+        if size.macs is not None:
+            by_name.setdefault(spoken_name(table, cfg.teachers[table]), []).append(size.macs)
+    if student.macs is None or len(teachers) != sum(map(len, by_name.values())):
         return None
     read_by = sum(sum(counts) // len(counts) for counts in by_name.values())
-    return sum(step_flops(student.parameters, read_by, 0, tokens, tokens).values())
+    return sum(step_flops(student.macs, read_by, 0, positions, positions).values())

@@ -1,24 +1,31 @@
 """What is kept of an attempt on disk: one line when it arrives, a second one, for the same attempt, after the step that used it.
 
-Both carry `step` as metrics.jsonl counts it: the optimiser step, from 1, that the attempt is for.
+Both carry `step` as metrics.jsonl counts it: the optimiser step, from 1, that the attempt is for. Of a flow, the states are not kept: they
+are large, and come again from the same weights and dice; the batch of a refused step has them (`refused.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from reflux.types import Attempt, Message, Prompt, Reward, TokenRollout
+from reflux import pictures
+from reflux.types import Attempt, FlowRollout, Message, Prompt, Reward, Rollout, TokenRollout
 
 _DIGITS = 5  # of a log-prob: far below any parity bound, a third of the file
+Line = dict[str, Any]
 
 
-def arrived(attempt: Attempt, step: int) -> dict[str, Any]:
-    """The line of a new attempt; `step` is the one it is meant for, from 0."""
-    rollout = attempt.rollout
-    assert isinstance(rollout, TokenRollout)
-    return {
+def arrived(attempt: Attempt, step: int) -> Line:
+    """The line of a new attempt; `step` is the one it is meant for, from 0. TypeError for an attempt of a kind that is not known here."""
+    rollout, reward = attempt.rollout, attempt.reward
+    kept = next((kept for kept in _KEPT if isinstance(rollout, kept.kind)), None)
+    if kept is None:
+        raise TypeError(f"attempts are texts or pictures, and {type(rollout).__name__} is neither: records.py does not know what to keep")
+    line = {
         "kind": "attempt",
         "step": step + 1,
         "prompt": rollout.prompt.id,
@@ -26,22 +33,22 @@ def arrived(attempt: Attempt, step: int) -> dict[str, Any]:
         "sample": rollout.sample,
         "version": rollout.version,
         "finish": rollout.finish,
-        "tokens": rollout.tokens_T,
-        "mask": rollout.mask_T.astype(np.int8),
-        "logp": _rounded(rollout.logp_T),
-        "text": rollout.text,
-        "reward": attempt.reward.value if attempt.reward else None,
+        **kept.fields(rollout),
+        "reward": reward.value if reward else None,
     }
+    return {**line, "parts": reward.parts} if reward and reward.parts else line
 
 
-def learned(attempt: Attempt, step: int) -> dict[str, Any]:
-    """The line after the step: what the teachers gave the sampled tokens, and what each position counted."""
+def learned(attempt: Attempt, step: int) -> Line:
+    """The line after the step: what the teachers gave what was chosen, and what each position counted."""
     rollout = attempt.rollout
-    line: dict[str, Any] = {"kind": "learned", "step": step + 1, "prompt": rollout.prompt.id, "sample": rollout.sample}
+    line: Line = {"kind": "learned", "step": step + 1, "prompt": rollout.prompt.id, "sample": rollout.sample}
     logp = attempt.notes.get("logp", {})
     line["teacher_logp"] = {name: _rounded(values) for name, values in logp.items() if name != "student"}
     if "student" in logp:
         line["student_logp"] = _rounded(logp["student"])
+    if "kl" in attempt.notes:
+        line["kl"] = _rounded(attempt.notes["kl"])
     line["weight"] = _rounded(attempt.weight_T)
     if attempt.shift_T.any():
         line["shift"] = _rounded(attempt.shift_T)
@@ -58,23 +65,64 @@ def question(messages: tuple[Message, ...]) -> str:
     return next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
 
 
-def read_attempt(line: dict[str, Any]) -> Attempt:
-    """An attempt from its first line, in what is kept of it (law 10)."""
-    mask_T = np.asarray(line["mask"], dtype=bool)
-    prompt = Prompt(line["prompt"], ({"role": "user", "content": line["question"]},))
-    rollout = TokenRollout(
-        prompt=prompt,
-        sample=line["sample"],
-        version=line["version"],
-        finish=line["finish"],
-        mask_T=mask_T,
-        logp_T=np.asarray(line["logp"], dtype=np.float32),
-        prompt_tokens=np.zeros(0, dtype=np.int64),
-        tokens_T=np.asarray(line["tokens"], dtype=np.int64),
-        text=line["text"],
-        messages=prompt.messages,
+def read_attempt(line: Line) -> Attempt:
+    """An attempt from its first line, in what is kept of it (law 10). ValueError for a line of no known kind."""
+    kept = next((kept for kept in _KEPT if kept.mark in line), None)
+    if kept is None:
+        raise ValueError(f"a line of attempts.jsonl has one of {', '.join(kept.mark for kept in _KEPT)}, this one only {', '.join(line)}")
+    common = {
+        "prompt": Prompt(line["prompt"], ({"role": "user", "content": line["question"]},)),
+        "sample": line["sample"],
+        "version": line["version"],
+        "finish": line["finish"],
+        "mask_T": np.asarray(line["mask"], dtype=bool),
+        "logp_T": np.asarray(line["logp"], dtype=np.float32),
+    }
+    value, parts = line["reward"], line.get("parts", {})
+    return Attempt(kept.rollout(line, common), reward=None if value is None and not parts else Reward(value, parts))
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """How one kind of attempt is written and read; `mark` is a field that its lines alone have."""
+
+    kind: type[Rollout]
+    mark: str
+    fields: Callable[[Any], Line]
+    rollout: Callable[[Line, Line], Rollout]
+
+
+def _said(rollout: TokenRollout) -> Line:
+    return {"tokens": rollout.tokens_T, **_choices(rollout), "text": rollout.text}
+
+
+def _spoken(line: Line, common: Line) -> TokenRollout:
+    tokens_T, nothing = np.asarray(line["tokens"], dtype=np.int64), np.zeros(0, dtype=np.int64)
+    return TokenRollout(**common, prompt_tokens=nothing, tokens_T=tokens_T, text=line["text"], messages=common["prompt"].messages)
+
+
+def _drawn(rollout: FlowRollout) -> Line:
+    times = {"t": rollout.t_S, "noise_level": rollout.noise_level, "guidance": rollout.guidance}
+    return {**_choices(rollout), **times, "image": pictures.to_text(rollout.image)}
+
+
+def _painted(line: Line, common: Line) -> FlowRollout:
+    t_S = np.asarray(line["t"], dtype=np.float32)
+    return FlowRollout(
+        **common,
+        x_SD=np.zeros((len(t_S), 0), dtype=np.float32),  # no latent value is kept
+        t_S=t_S,
+        noise_level=line["noise_level"],
+        guidance=line["guidance"],
+        image=pictures.from_text(line["image"]),
     )
-    return Attempt(rollout, reward=None if line["reward"] is None else Reward(line["reward"]))
+
+
+def _choices(rollout: Rollout) -> Line:
+    return {"mask": rollout.mask_T.astype(np.int8), "logp": _rounded(rollout.logp_T)}
+
+
+_KEPT = (_Kept(TokenRollout, "tokens", _said, _spoken), _Kept(FlowRollout, "image", _drawn, _painted))
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:

@@ -18,13 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from reflux import checkpoints, checks, files, records
+from reflux import checkpoints, checks, files, records, refused
 from reflux.clock import Clock
 from reflux.config import RunConfig, differences, to_table, to_toml
 from reflux.errors import RunError, Stopped
 from reflux.metrics import Metric
 from reflux.model_card import model_card
 from reflux.models import share_cores
+from reflux.once import Once
 from reflux.step_metrics import Acted, step_metrics
 from reflux.tracking import Tracker, open_tracker
 from reflux.types import Group, Moment, Prompt, Wants
@@ -89,6 +90,7 @@ class Run:
         self.landed: dict[int, Acted] = {}  # by the step (from 0) that attempts are meant for; more than it uses where a jump came between
         self._graders: Graders | None = None
         self._tokenizer: Any = None
+        self.once = Once()  # what several parts share
         self._lock = (self.dir / ".lock").open("w")
 
     @classmethod
@@ -207,9 +209,14 @@ class Run:
             return
         seen = {name for row in done for name in row}
         results: dict[str, Any] = {"step": self.step}
+        averaged = learner.averaged
+        if averaged is not None:
+            await sampler.publish(averaged, learner.version)
         for name, evaluation in self.cfg.evals.items():
             if not (evaluation.once and name in seen):
                 results[name] = await evaluation(self, learner, sampler, teachers)
+        if averaged is not None:
+            await sampler.publish(learner.weights, learner.version)
         files.append_lines(self.dir / "evals.jsonl", [results])
         self._tracker.log({key: value for key, value in results.items() if key != "step"}, self.step)
         self.watch.evaluated(self, results)
@@ -233,11 +240,7 @@ class Run:
 
     def keep_refused(self, groups: Sequence[Group], why: str) -> Path:
         """Write the batch of a refused step for inspection."""
-        path = self.dir / f"refused-step-{self.step + 1}.jsonl"
-        rows = [{**records.arrived(a, self.step), **records.learned(a, self.step), "why": why} for group in groups for a in group]
-        path.unlink(missing_ok=True)
-        files.append_lines(path, rows)
-        return path
+        return refused.keep(self.dir / f"refused-step-{self.step + 1}.jsonl", groups, self.step, why)
 
     @property
     def seconds(self) -> float:

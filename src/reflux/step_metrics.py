@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from reflux.metrics import Mean, Metric, Stats, merge, step_flops
-from reflux.types import Attempt, Group, Share, TokenRollout
+from reflux.types import Attempt, Group, Share
 
 if TYPE_CHECKING:
     from reflux.accelerators.score import Spent
@@ -28,7 +28,7 @@ class Acted:
     @classmethod
     def of(cls, attempts: Sequence[Attempt]) -> Acted:
         rollouts = [attempt.rollout for attempt in attempts]
-        prompts = sum(len(rollout.prompt_tokens) for rollout in rollouts if isinstance(rollout, TokenRollout))
+        prompts = sum(rollout.prompt_length for rollout in rollouts)
         return cls(sum(int(rollout.mask_T.sum()) for rollout in rollouts), prompts + sum(rollout.length for rollout in rollouts))
 
     def __add__(self, other: Acted) -> Acted:
@@ -48,7 +48,7 @@ def step_metrics(run: Run, stats: dict[str, Metric], groups: Sequence[Group], le
     before = learner.version - updates  # the version that consumed these attempts
     lags = [before - attempt.rollout.version for attempt in live]
     sampled = sum(int(attempt.rollout.mask_T.sum()) for attempt in live)
-    prompt = sum(len(a.rollout.prompt_tokens) for a in live if isinstance(a.rollout, TokenRollout))
+    prompt = sum(attempt.rollout.prompt_length for attempt in live)
     trained = int(values.get("tokens_trained") or 0)
     by_table = _asked(live, teachers)
     spent = run.scorer.take() if run.scorer else None
@@ -92,17 +92,15 @@ def _flops(
     discarded: what the student read and wrote in attempts that a jump threw away. What the teachers read of those is not counted.
     """
     scored = (spent.read, spent.taught) if spent else (0.0, 0.0)
-    flops = step_flops(learner.parameters, teachers.parameters, prompt, sampled, trained, (scored[0] + discarded, scored[1]))
-    heard = ((a, name, teachers.opened[table][1].parameters) for a in attempts for name, table in a.notes.get("asked", {}).items())
-    taught = sum(parameters * _read(attempt, name) for attempt, name, parameters in heard)
-    return {**flops, "teach": 2.0 * (taught + teachers.parameters * scored[1])}
+    flops = step_flops(learner.macs, teachers.macs, prompt, sampled, trained, (scored[0] + discarded, scored[1]))
+    heard = ((a, name, teachers.opened[table][1].macs) for a in attempts for name, table in a.notes.get("asked", {}).items())
+    taught = sum(macs * _read(attempt, name) for attempt, name, macs in heard)
+    return {**flops, "teach": 2.0 * (taught + teachers.macs * scored[1])}
 
 
 def _read(attempt: Attempt, teacher: str) -> int:
     """Tokens a teacher read of one attempt, as it noted itself; else prompt and response as the student knows them."""
-    rollout = attempt.rollout
-    prompt = len(rollout.prompt_tokens) if isinstance(rollout, TokenRollout) else 0
-    return attempt.notes.get("read", {}).get(teacher, prompt + rollout.length)
+    return attempt.notes.get("read", {}).get(teacher, attempt.rollout.prompt_length + attempt.rollout.length)
 
 
 def _silent(attempts: list[Attempt], teachers: Teachers) -> dict[str, int]:

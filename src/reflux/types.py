@@ -17,7 +17,7 @@ import hashlib
 import math
 import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -48,7 +48,7 @@ class Draw:
 
     step: int  # the optimiser step the attempt is meant for, from 0
     purpose: Purpose
-    max_tokens: int
+    length: int  # positions at most
     temperature: float = 1.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
@@ -107,10 +107,10 @@ class HiddenTarget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VelocityTarget:
-    """A flow teacher's velocity at each step."""
+    """A flow's velocity at each step; NaN where the student did not choose."""
 
     teacher: str
-    v_TD: np.ndarray
+    v_TD: np.ndarray  # float32
 
 
 Target = SampledTarget | TopKTarget | HiddenTarget | VelocityTarget
@@ -120,6 +120,8 @@ Target = SampledTarget | TopKTarget | HiddenTarget | VelocityTarget
 class Rollout:
     """One attempt as it was acted out, before anyone judged it. T positions, of which mask_T says where the student chose."""
 
+    unit: ClassVar[str] = "positions"  # what a position is called
+
     prompt: Prompt
     sample: int  # index in its group
     version: int  # policy version of its first turn
@@ -127,16 +129,32 @@ class Rollout:
     mask_T: np.ndarray  # bool
     logp_T: np.ndarray  # float32, nats, under the distribution sampled from; 0 where the student did not choose
     logp_raw_T: np.ndarray | None = None  # at temperature 1, where that differs
-    said: TopKTarget | SampledTarget | None = None
+    said: TopKTarget | SampledTarget | VelocityTarget | None = None
 
     @property
     def length(self) -> int:
         return len(self.mask_T)
 
+    @property
+    def prompt_length(self) -> int:
+        """Positions a model reads before the first one, for FLOP accounting."""
+        return 0
+
+    @property
+    def made(self) -> Any:
+        """What a verifier is shown, and a person."""
+        raise NotImplementedError(f"{type(self).__name__} says nothing of what was made")
+
+    def computed(self, rows_N: np.ndarray) -> int:
+        """Positions a learner runs forward and backward to reach the positions `rows_N` (rising)."""
+        return len(rows_N)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRollout(Rollout):
     """A text attempt. Position t is predicted by the state after prompt_tokens + tokens_T[:t]; nothing is ever tokenised again."""
+
+    unit: ClassVar[str] = "tokens"
 
     prompt_tokens: np.ndarray  # int64
     tokens_T: np.ndarray  # int64; response positions, the sampled end token included, tool and user text masked out
@@ -144,15 +162,34 @@ class TokenRollout(Rollout):
     messages: tuple[Message, ...]  # the whole conversation, the student's turns included
     spans_T2: np.ndarray | None = None  # int64, where wanted: characters [start, end) of `text` that each token wrote; start = end for none
 
+    @property
+    def prompt_length(self) -> int:
+        return len(self.prompt_tokens)
+
+    @property
+    def made(self) -> str:
+        return self.text
+
+    def computed(self, rows_N: np.ndarray) -> int:
+        """All up to the last one: a token is predicted from those before it."""
+        return int(rows_N[-1]) + 1 if len(rows_N) else 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowRollout(Rollout):
-    """A flow attempt: S = T + 1 states along times t_S (1 noise, 0 data)."""
+    """A picture drawn by a flow: S = T + 1 states along times t_S (1 noise, 0 data). The last step of a whole grid is masked out."""
 
-    x_SD: np.ndarray
-    t_S: np.ndarray
-    noise_level: float
+    unit: ClassVar[str] = "steps"
+
+    x_SD: np.ndarray  # float32
+    t_S: np.ndarray  # float32, falling
+    noise_level: float  # 0: no step was drawn, each is its mean
     guidance: float
+    image: np.ndarray  # uint8, [height, width] or [height, width, 3]: the last state as a picture
+
+    @property
+    def made(self) -> np.ndarray:
+        return self.image
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +199,10 @@ class Reward:
     value: float | None
     parts: dict[str, float] = field(default_factory=dict)  # unweighted, by criterion
     feedback: str | None = None
+
+    @classmethod
+    def of(cls, verdict: float | Reward) -> Reward:
+        return verdict if isinstance(verdict, Reward) else cls(float(verdict))
 
 
 @dataclass(frozen=True, slots=True)

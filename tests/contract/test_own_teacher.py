@@ -193,7 +193,7 @@ def test_state_holds_each_matrix_once_and_restores_to_the_bit() -> None:
     publish(teacher, student(1), 0)
     publish(teacher, student(2), 1)
     state = teacher.state()
-    assert sum(value.numel() for value in state.values() if isinstance(value, torch.Tensor)) == teacher.parameters
+    assert sum(value.numel() for value in state.values() if isinstance(value, torch.Tensor)) == teacher.macs
     again = own(tiny.net(9), ema=0.3)
     again.load(state)
     for one in (teacher, again):

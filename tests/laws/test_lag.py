@@ -82,7 +82,7 @@ def act(cfg: RunConfig, model: Any, prompts: list[Prompt], step: int) -> list[li
     rows = [(prompt, sample) for prompt in sorted(prompts, key=lambda prompt: prompt.id) for sample in range(cfg.group_size)]
     rows.sort(key=lambda row: -len(render.ids(row[0].messages)))
     draw = cfg.draw(step)
-    asks = [Ask(render.ids(p.messages), row_key(cfg.seed, "train", step, p.id, s, 0), draw.max_tokens) for p, s in rows]
+    asks = [Ask(render.ids(p.messages), row_key(cfg.seed, "train", step, p.id, s, 0), draw.length) for p, s in rows]
     made = {}
     for (prompt, sample), ask, turn in zip(rows, asks, decode(model, asks, draw, 0, cpu_decoder(model)), strict=True):
         made[prompt.id, sample] = Attempt(

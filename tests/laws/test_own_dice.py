@@ -130,7 +130,7 @@ def test_capped_is_the_beginning_of_uncapped(cfg: Any, tmp_path: Path, cap: int)
     """prefix.md, identity 2."""
 
     async def script(acting: Any) -> Any:
-        return await ask(acting, PROMPTS, 2, replace(DRAW, max_tokens=40)), await ask(acting, PROMPTS, 2, replace(DRAW, max_tokens=cap))
+        return await ask(acting, PROMPTS, 2, replace(DRAW, length=40)), await ask(acting, PROMPTS, 2, replace(DRAW, length=cap))
 
     whole, cut = sampled(cfg, tmp_path / "run", script)
     for long, short in zip((a for g in whole for a in g), (a for g in cut for a in g), strict=True):

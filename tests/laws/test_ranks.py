@@ -48,7 +48,7 @@ def worlds() -> tuple[Any, list[Any]]:
 
 def whole(normalise: str, name: str) -> dict[str, torch.Tensor]:
     learner, groups = worlds()
-    learner._gradients(plan(groups, CASES[name], normalise), CASES[name])
+    learner.gradients(plan(groups, CASES[name], normalise), CASES[name])
     return {key: value.grad.clone() for key, value in learner.trained.items()}
 
 
@@ -70,7 +70,7 @@ def rank_main(rank: int, port: int, folder: str) -> None:
         mine = [groups[index] for index in SHARES[share][rank]]
         learner.optimiser.zero_grad()
         items = plan(mine, CASES[name], normalise, over_ranks) if counted == "global" else plan(mine, CASES[name], normalise)
-        learner._gradients(items, CASES[name])
+        learner.gradients(items, CASES[name])
         for key, value in learner.trained.items():
             grad = torch.zeros_like(value) if value.grad is None else value.grad
             dist.all_reduce(grad)

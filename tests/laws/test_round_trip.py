@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reflux import records
+from reflux import records, refused
 from reflux.config import RunConfig, config_hash, differences, from_table, load_recipe, recipe_names, to_table, to_toml
 from reflux.files import append_lines, read_lines
 from reflux.parts import GROUPS, build, kinds, part, table_of
 from reflux.records import learned, read_attempt
 from reflux.schedules import SCHEDULES
-from reflux.types import Attempt, Reward, Share
+from reflux.types import Attempt, FlowRollout, Prompt, Reward, Rollout, Share, TokenRollout, VelocityTarget
 from tiny import rollout
 
 SCHEDULED: dict[str, dict[str, Any]] = {
@@ -31,7 +31,9 @@ SCHEDULED: dict[str, dict[str, Any]] = {
 }
 PARTS: dict[tuple[str, str], dict[str, Any]] = {  # what a part cannot be without
     ("teachers", "local"): {"model": "m"},
+    ("teachers", "flow"): {"model": "m"},
     ("learners", "hf"): {"model": "m"},
+    ("learners", "flow"): {"model": "m"},
     ("credit", "prefix"): {"length": 4},
     ("credit", "position"): {"factor": 0.5},
     ("tasks", "jsonl"): {"path": "lines.jsonl"},
@@ -43,10 +45,18 @@ def there_and_back(cfg: RunConfig) -> RunConfig:
     return from_table(tomllib.loads(to_toml(cfg)))
 
 
-@pytest.mark.parametrize("base", ["toy", "hub"])
+BASES = {TokenRollout: ("toy", "hub"), FlowRollout: ("glyphs", "sd3")}
+
+
 @pytest.mark.parametrize("recipe", recipe_names())
-def test_every_recipe_survives(recipe: str, base: str) -> None:
-    cfg = load_recipe(recipe, {"base": base})
+def test_every_recipe_survives(recipe: str) -> None:
+    cfg = load_recipe(recipe)
+    survives(cfg)
+    for base in BASES[cfg.task.rollouts]:
+        survives(load_recipe(recipe, {"base": base}))
+
+
+def survives(cfg: RunConfig) -> None:
     again = there_and_back(cfg)
     assert again == cfg
     assert config_hash(again) == config_hash(cfg)
@@ -140,6 +150,7 @@ def test_every_attempt_survives_in_what_is_kept(length: int, text: str, reward: 
         append_lines(Path(scratch) / "attempts.jsonl", [records.arrived(made, 4)])
         (line,) = read_lines(Path(scratch) / "attempts.jsonl")
     again = read_attempt(line)
+    assert isinstance(again.rollout, TokenRollout)
     for name in ("sample", "version", "finish", "text"):
         assert getattr(again.rollout, name) == getattr(spoken, name)
     assert again.rollout.prompt.id == spoken.prompt.id
@@ -148,6 +159,118 @@ def test_every_attempt_survives_in_what_is_kept(length: int, text: str, reward: 
     np.testing.assert_allclose(again.rollout.logp_T, spoken.logp_T, atol=1e-5)
     assert (again.reward.value if again.reward else None) == reward
     assert line["step"] == 5
+
+
+def flow_rollout(steps: int = 3, *, side: int = 4, colour: bool = False, **fields: Any) -> FlowRollout:
+    """A picture of random pixels after random states."""
+    dice = np.random.default_rng((steps, side))
+    t_S = np.linspace(1, 0, steps + 1).astype(np.float32)
+    made: dict[str, Any] = {
+        "prompt": Prompt("p7", ({"role": "user", "content": "the digit 7"},), route="digits"),
+        "sample": 1,
+        "version": 3,
+        "finish": "stop",
+        "mask_T": np.arange(steps) < steps - 1,
+        "logp_T": dice.normal(-80, 5, steps).astype(np.float32),
+        "x_SD": dice.normal(size=(steps + 1, side * side)).astype(np.float32),
+        "t_S": t_S,
+        "noise_level": 0.7,
+        "guidance": 4.5,
+        "image": dice.integers(0, 256, (side, side, 3) if colour else (side, side), np.uint8),
+    }
+    return FlowRollout(**{**made, **fields})
+
+
+def first_line(made: Attempt, step: int = 4) -> dict[str, Any]:
+    """As it comes back from the file."""
+    with TemporaryDirectory() as scratch:
+        append_lines(Path(scratch) / "attempts.jsonl", [records.arrived(made, step)])
+        (line,) = read_lines(Path(scratch) / "attempts.jsonl")
+    return line
+
+
+@given(
+    steps=st.integers(1, 12),
+    side=st.integers(1, 96),
+    colour=st.booleans(),
+    shift=st.floats(0.2, 5),
+    reward=st.none() | st.floats(-5, 5),
+    parts=st.dictionaries(st.text(max_size=5), st.floats(-5, 5), max_size=2),
+    finish=st.sampled_from(["stop", "length", "error"]),
+)
+def test_every_picture_survives_in_what_is_kept(
+    steps: int, side: int, colour: bool, shift: float, reward: float | None, parts: dict[str, float], finish: Any
+) -> None:
+    t_S = np.linspace(1, 0, steps + 1)
+    t_S = (shift * t_S / (1 + (shift - 1) * t_S)).astype(np.float32)
+    drawn = flow_rollout(steps, side=side, colour=colour, t_S=t_S, finish=finish)
+    line = first_line(Attempt(drawn, reward=None if reward is None else Reward(reward, parts)))
+    again = read_attempt(line)
+    assert isinstance(again.rollout, FlowRollout)
+    for name in ("sample", "version", "finish", "noise_level", "guidance"):
+        assert getattr(again.rollout, name) == getattr(drawn, name)
+    for name in ("mask_T", "t_S", "image"):  # bit for bit
+        assert getattr(again.rollout, name).dtype == getattr(drawn, name).dtype
+        np.testing.assert_array_equal(getattr(again.rollout, name), getattr(drawn, name))
+    np.testing.assert_allclose(again.rollout.logp_T, drawn.logp_T, atol=1e-5)
+    assert (again.rollout.length, again.rollout.x_SD.shape) == (steps, (steps + 1, 0))
+    assert (again.rollout.prompt.id, again.rollout.prompt.messages) == ("p7", drawn.prompt.messages)
+    assert (again.reward.value if again.reward else None) == reward
+    assert (again.reward.parts if again.reward else {}) == ({} if reward is None else parts)
+    assert (line["kind"], line["step"], line["question"]) == ("attempt", 5, "the digit 7")
+    assert ("parts" in line) == (reward is not None and bool(parts))
+
+
+def test_a_large_picture_is_kept_as_a_thumbnail() -> None:
+    again = read_attempt(first_line(Attempt(flow_rollout(side=200, colour=True))))
+    assert again.rollout.made.shape == (96, 96, 3)
+
+
+def test_the_line_of_a_text_is_the_same_as_ever() -> None:
+    """Byte for byte; only a verdict of several parts adds them."""
+    spoken = rollout(2)
+    logp = ",".join(str(round(float(value), 5)) for value in spoken.logp_T)
+    expected = (
+        f'{{"kind":"attempt","step":1,"prompt":"p0","question":"question 0","sample":0,"version":0,"finish":"stop",'
+        f'"tokens":[{",".join(map(str, spoken.tokens_T))}],"mask":[1,1],"logp":[{logp}],'
+        f'"text":"","reward":1.0}}\n'
+    )
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch) / "a.jsonl"
+        append_lines(path, [records.arrived(Attempt(spoken, reward=reward), 0) for reward in (Reward(1.0), Reward(1.0, {"style": 0.5}))])
+        assert path.read_text() == expected + expected.replace("1.0}", '1.0,"parts":{"style":0.5}}')
+
+
+def test_an_attempt_of_no_known_kind_is_refused_in_words() -> None:
+    nothing = np.zeros(0)
+    other = Rollout(prompt=Prompt("p", ()), sample=0, version=0, finish="stop", mask_T=nothing, logp_T=nothing)
+    with pytest.raises(TypeError, match="Rollout is neither"):
+        records.arrived(Attempt(other), 0)
+    with pytest.raises(ValueError, match="has one of tokens, image"):
+        read_attempt({"kind": "attempt", "step": 1})
+
+
+def test_a_refused_step_keeps_the_states_and_every_velocity(tmp_path: Path) -> None:
+    """Lines of both kinds may stand in one file; arrays are found by line, and what an older refusal left is gone."""
+    drawn = [Attempt(flow_rollout(steps)) for steps in (2, 3)]
+    v_TD = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
+    v_TD[-1] = np.nan
+    drawn[1].targets["main"] = VelocityTarget(teacher="main", v_TD=v_TD)
+    drawn[1].now = VelocityTarget(teacher="now", v_TD=-v_TD)
+    path = tmp_path / "refused-step-1.jsonl"
+    path.with_suffix(".npz").write_text("older")
+    assert refused.keep(path, [[Attempt(rollout(2))], drawn], 0, "loss nan") == path
+    lines = list(read_lines(path))
+    assert [line["why"] for line in lines] == ["loss nan"] * 3
+    assert all(len(line["weight"]) == len(line["mask"]) for line in lines)
+    np.testing.assert_array_equal(read_attempt(lines[2]).rollout.made, drawn[1].rollout.made)
+    kept = np.load(path.with_suffix(".npz"))
+    assert sorted(kept) == ["1/image", "1/x_SD", "2/image", "2/v_TD/main", "2/v_TD/now", "2/x_SD"]
+    np.testing.assert_array_equal(kept["1/x_SD"], drawn[0].rollout.x_SD)  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(kept["2/v_TD/now"], -v_TD)
+    refused.keep(path, [[Attempt(rollout(2))]], 0, "again")
+    assert [line["why"] for line in read_lines(path)] == ["again"]
+    assert not path.with_suffix(".npz").exists()
 
 
 def test_the_second_line_holds_teacher_weight_shift_and_notes(tiny_run: Callable[..., Any]) -> None:
@@ -172,6 +295,9 @@ def test_what_was_never_computed_is_null_and_not_a_number(tmp_path: Path) -> Non
     append_lines(tmp_path / "attempts.jsonl", [learned(made, 0)])
     (line,) = read_lines(tmp_path / "attempts.jsonl")
     assert line["teacher_logp"] == {"main": [-1.0, None, -2.0]}
+    assert "kl" not in line
+    made.notes["kl"] = np.asarray([0.25, np.nan, 0.123456789], dtype=np.float32)
+    assert learned(made, 0)["kl"].tolist() == pytest.approx([0.25, np.nan, 0.12346], nan_ok=True)
     assert line["weight"] == [1.0, 0.0, 1.0]
 
 

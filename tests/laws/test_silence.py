@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import tiny
-from reflux import loss
+from reflux import token_loss
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.batch import plan
 from reflux.credit.base import share_credit
@@ -148,7 +148,7 @@ def test_padding_is_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = [[attempt(rollout(n, seed=n, prompt_tokens=2 + n), teacher)] for n in (2, 9, 5)]
     learner = tiny.learner(tiny.net(1))
     zeros = gradients(learner, batch, [Divergence()])
-    monkeypatch.setattr(loss, "MicroBatch", functools.partial(loss.MicroBatch, pad_id=77))
+    monkeypatch.setattr(token_loss, "MicroBatch", functools.partial(token_loss.MicroBatch, pad_id=77))
     assert same(zeros, gradients(learner, batch, [Divergence()]))
 
 

@@ -21,7 +21,7 @@ def table(n: int, v: int, seed: int, spread: float) -> torch.Tensor:
 
 def rows_of(student: torch.Tensor, teacher: FullSays | ListedSays | SampledSays) -> Rows:
     ids, zero = torch.zeros(len(student), dtype=torch.int64), torch.zeros(len(student), dtype=student.dtype)
-    return Rows(ids, FullSays(student, ids), {"main": teacher}, zero, zero)
+    return Rows(FullSays(student, ids), {"main": teacher}, zero, zero)
 
 
 def listed(teacher: torch.Tensor, k: int) -> ListedSays:
@@ -139,7 +139,7 @@ def test_the_ratio_multiplies_by_a_capped_constant():
     logits = torch.randn(5, 4, dtype=torch.float64, generator=torch.manual_seed(0), requires_grad=True)
     teacher, ids = table(5, 4, 1, 1.0), torch.tensor([0, 3, 1, 2, 2])
     behaviour = logits.detach().log_softmax(-1).gather(-1, ids[:, None])[:, 0] - torch.tensor([0.0, 0.4, -0.7, 3.0, -30.0]).double()
-    at = Rows(ids, FullSays(logits, ids), {"main": FullSays(teacher, ids)}, behaviour, torch.zeros(5, dtype=torch.float64))
+    at = Rows(FullSays(logits, ids), {"main": FullSays(teacher, ids)}, behaviour, torch.zeros(5, dtype=torch.float64))
     factor = np.minimum(np.exp([0.0, 0.4, -0.7, 3.0, -30.0]), 5.0)
     plain, weighed = Divergence()(at), Divergence(ratio="truncated")(at)
     np.testing.assert_allclose(weighed.detach().numpy(), plain.detach().numpy() * factor, rtol=1e-6)

@@ -372,7 +372,7 @@ def pairs(world: World, delta: float, teacher: torch.Tensor, reward: torch.Tenso
             margin_shifts([returns[own], returns[sibling]], [bool(reward[own] > 0), bool(reward[sibling] > 0)], delta)[0]
             for own in range(sequences)
         ]
-        rows = Rows(one.ids_N, one.student, one.teachers, one.behaviour_logp_N, torch.tensor(shift, dtype=torch.float64)[world.sequence_N])
+        rows = Rows(one.student, one.teachers, one.behaviour_logp_N, torch.tensor(shift, dtype=torch.float64)[world.sequence_N])
         weight_N = (probability[sibling] * probability)[world.sequence_N]
         total = total + (weight_N * SampledKL()(rows)).sum()
     return torch.autograd.grad(total, world.student, retain_graph=True)[0].numpy()

@@ -28,7 +28,7 @@ def rows(lag: float = 0.0, shift: float = 0.0) -> Rows:
     student = FullSays(logits, ids)
     behaviour = student.logp_N.detach() + lag * torch.randn(N, dtype=torch.float64)
     teacher = FullSays(torch.randn(N, V, dtype=torch.float64), ids)
-    return Rows(ids, student, {"main": teacher}, behaviour, torch.full((N,), shift, dtype=torch.float64))
+    return Rows(student, {"main": teacher}, behaviour, torch.full((N,), shift, dtype=torch.float64))
 
 
 def gradient(objective, at: Rows) -> torch.Tensor:
@@ -116,7 +116,7 @@ def test_outliers_cost_exactly_zero_whatever_their_shift_also_where_infinite(rat
 def test_a_dropped_token_that_the_student_never_says_gives_no_nan():
     ids = torch.tensor([0])
     student = FullSays(torch.tensor([[-math.inf, 0.0, 1.0]], requires_grad=True), ids)
-    at = Rows(ids, student, {"main": SampledSays(torch.tensor([-1.0]))}, torch.tensor([-1.0]), torch.tensor([0.0]))
+    at = Rows(student, {"main": SampledSays(torch.tensor([-1.0]))}, torch.tensor([-1.0]), torch.tensor([0.0]))
     objective = SampledKL(max_gap_nats=10.0)
     assert objective(at).item() == 0
     assert not gradient(objective, at).any()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from reflux.accelerators.extrapolate_engine import OpenExtrapolate
     from reflux.rundir import Run
 
-INCLUDE = ("attn", "attention", "mlp", "ffn", "feed_forward")  # what common architectures call these modules
+INCLUDE = ("attn", "attention", "mlp", "ffn", ".ff", "feed_forward")  # what common architectures call these modules
 Count = Annotated[int, Field(ge=1)]
 
 

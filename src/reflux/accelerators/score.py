@@ -14,7 +14,7 @@ import orjson
 from reflux import files
 from reflux.errors import DataError
 from reflux.evals.agreement import gap_T
-from reflux.types import Attempt, Draw, Group, Prompt, TokenRollout, seed_of
+from reflux.types import Attempt, Draw, Group, Prompt, seed_of
 
 if TYPE_CHECKING:
     from reflux.rundir import Run
@@ -87,9 +87,8 @@ class Scorer:
         return taken
 
     async def _answers(self, sampler: OpenSampler, dice: int) -> list[Group]:
-        sampling = self.run.cfg.sampler
         limit = self.scoring.max_tokens or self.run.cfg.longest
-        draw = Draw(self.run.step, "score", limit, stop=tuple(sampling.stop), cohort=len(self.prompts), dice=dice)
+        draw = Draw(self.run.step, "score", limit, stop=self.run.cfg.draw(self.run.step).stop, cohort=len(self.prompts), dice=dice)
         return await asyncio.gather(*(sampler.sample(prompt, self.scoring.samples, draw) for prompt in self.prompts))
 
     def _count(self, attempts: list[Attempt]) -> None:
@@ -128,8 +127,7 @@ def _line(prompt: Prompt) -> dict[str, Any]:
 
 
 def _positions(attempt: Attempt) -> int:
-    rollout = attempt.rollout
-    return rollout.length + (len(rollout.prompt_tokens) if isinstance(rollout, TokenRollout) else 0)
+    return attempt.rollout.prompt_length + attempt.rollout.length
 
 
 def _accuracy(values: list[float | None]) -> float:

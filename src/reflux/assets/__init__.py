@@ -6,5 +6,6 @@ from pathlib import Path
 
 
 def folder(name: str) -> Path:
-    """Where the shipped model of that name ("student", "teacher", "mul_teacher", "novice", "reader") lies, in Hugging Face format."""
+    """Where a shipped model lies: "student", "teacher", "mul_teacher", "novice" and "reader" in Hugging Face format, "glyph_base",
+    "glyph_digits" and "glyph_counts" in diffusers' format."""
     return Path(__file__).parent / name

@@ -15,7 +15,7 @@ from typing import Any
 from reflux.contexts.wording import with_attempts
 from reflux.tasks.base import Split
 from reflux.tasks.word_problems import SIGNS, Operation, WordProblems, apply
-from reflux.types import Message, Prompt, seed_of
+from reflux.types import Message, Prompt, Reward, Rollout, TokenRollout, seed_of
 
 STEP = re.compile(r"[0-9]+([-+*])([0-9]+)=[0-9]+\.")
 KINDS: dict[str, Operation] = {sign: kind for kind, sign in SIGNS.items()}
@@ -38,6 +38,10 @@ class Shown:
     weight: float = 1.0
 
     @property
+    def rollouts(self) -> type[Rollout]:
+        return TokenRollout
+
+    @property
     def routes(self) -> frozenset[str | None] | None:
         return None
 
@@ -47,7 +51,7 @@ class Shown:
             return (self._ask(prompt, prompt) for prompt in stream)
         return (self._ask(prompt, other) for prompt, other in pairwise(stream))
 
-    def verify(self, prompt: Prompt, made: Any) -> float:
+    def verify(self, prompt: Prompt, made: Any) -> float | Reward:
         return self.task.verify(prompt, made)
 
     def reply(self, prompt: Prompt, messages: Sequence[Message], step: int) -> tuple[Message, ...] | None:

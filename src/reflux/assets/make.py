@@ -1,7 +1,8 @@
-"""Makes the small models by supervised learning on worked solutions; a model made from another one is made after it.
+"""Makes the small models by supervised learning on worked solutions, and the flow models on drawings (`reflux.assets.glyphs`); a model
+made from another one is made after it.
 
 `python -m reflux.assets.make [--only NAME] [--out DIR]`: the teachers in about 10 minutes each on a free core, the reader in about 10, the
-student and the novice in about 3.
+student and the novice in about 3, each flow model in about 3.
 
 No model ever sees what another wrote. The same seed and number of threads give the same weights, bit for bit.
 """
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reflux.assets import folder
+from reflux.assets import folder, glyphs
 from reflux.assets.lessons import Shown
 from reflux.assets.store import save
 from reflux.assets.tokenizer import character_tokenizer
@@ -27,7 +28,7 @@ from reflux.statistics import wilson
 from reflux.tasks.base import Task
 from reflux.tasks.mix import Mix
 from reflux.tasks.word_problems import WordProblems
-from reflux.types import Prompt
+from reflux.types import Prompt, Reward
 
 if TYPE_CHECKING:
     from transformers import Qwen3ForCausalLM
@@ -208,7 +209,7 @@ def accuracy(model: Any, tokenizer: Any, task: Task, *, seed: int = 0, batch: in
         room = max(len(prompt.references[0]) for prompt in some) + 8
         made = model.generate(**asked, max_new_tokens=room, do_sample=False)[:, asked["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(made, skip_special_tokens=True)
-        right += sum(int(task.verify(prompt, text)) for prompt, text in zip(some, texts, strict=True))
+        right += sum(int(Reward.of(task.verify(prompt, text)).value or 0) for prompt, text in zip(some, texts, strict=True))
     return right, len(prompts)
 
 
@@ -234,16 +235,20 @@ def difference(task: WordProblems, exam: WordProblems) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=list(SPECS), help="make this one (default: all)")
+    parser.add_argument("--only", choices=[*SPECS, *glyphs.FLOW_SPECS], help="make this one (default: all)")
     parser.add_argument("--out", type=Path, help="folder for the models (default: beside this file)")
     parser.add_argument("--threads", type=int, default=1, help="the shipped models were made with 1")
     asked = parser.parse_args(arguments)
     torch.set_num_threads(asked.threads)
     tokenizer = character_tokenizer()
-    for name in [asked.only] if asked.only else SPECS:
-        model = cold_start(SPECS[name], tokenizer)
-        report = measure(model, tokenizer, SPECS[name])
-        save(model, tokenizer, name, report, asked.out / name if asked.out else folder(name), SPECS[name].start)
+    for name in [asked.only] if asked.only else [*SPECS, *glyphs.FLOW_SPECS]:
+        out = asked.out / name if asked.out else folder(name)
+        if name in glyphs.FLOW_SPECS:
+            report = glyphs.make(glyphs.FLOW_SPECS[name], out)
+        else:
+            model = cold_start(SPECS[name], tokenizer)
+            report = measure(model, tokenizer, SPECS[name])
+            save(model, tokenizer, name, report, out, SPECS[name].start)
         print("\n".join([f"{name}:", *report]), flush=True)
 
 

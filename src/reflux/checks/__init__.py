@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import reduce
 
-from reflux.checks import accelerators, credit, objectives, sampling, teachers
+from reflux.checks import accelerators, credit, domains, objectives, sampling, teachers
 from reflux.checks.advice import warnings
 from reflux.checks.inputs import inputs
 from reflux.config import RunConfig
@@ -29,5 +29,5 @@ def join(cfg: RunConfig) -> Wants:
 
 
 def _problems(cfg: RunConfig) -> Iterator[str]:
-    for about in (sampling, teachers, objectives, credit, accelerators):
+    for about in (domains, sampling, teachers, objectives, credit, accelerators):
         yield from about.problems(cfg)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from reflux.accelerators.extrapolate import Extrapolate
+from reflux.checks.teachers import tables_of
 from reflux.config import RunConfig
 from reflux.contexts.same import Same
 from reflux.credit.balance import Balance
@@ -12,8 +13,10 @@ from reflux.credit.margin import Margin
 from reflux.objectives.base import Objective
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.schedules import at
+from reflux.objectives.velocity_kl import VelocityKL
+from reflux.samplers.drawn import Drawn
 from reflux.teachers.base import Teacher, spoken_name
+from reflux.teachers.flow import Flow as FlowTeacher
 from reflux.teachers.own import Own
 
 
@@ -22,7 +25,7 @@ def warnings(cfg: RunConfig) -> list[str]:
     found = []
     used = {objective.teacher for objective in cfg.objectives}
     for table, teacher in cfg.teachers.items():
-        if spoken_name(table, teacher) not in used:
+        if spoken_name(table, teacher) not in used and not isinstance(cfg.sampler, Drawn):  # which draws with them
             found.append(f"teachers.{table} is asked, but no objective listens to it; only metrics will.")
         found += _mute(f"teachers.{table}", teacher)
     for name, rule in cfg.credit.items():
@@ -35,10 +38,11 @@ def warnings(cfg: RunConfig) -> list[str]:
     if isinstance(cfg.accelerator, Extrapolate) and not cfg.accelerator.tries:
         found.append("accelerator.tries = 0: it never jumps.")
     found += [text for index, objective in enumerate(cfg.objectives) for text in _seldom(cfg, f"objectives[{index}]", objective)]
-    shortest = min((at(cfg.sampler.max_tokens, step) for step in range(cfg.steps)), default=0)
+    found += [*_two_scales(cfg), *_heard_twice(cfg), *_left_to_others(cfg)]
+    shortest = min((cfg.draw(step).length for step in range(cfg.steps)), default=0)
     if cfg.reward is not None and shortest < cfg.longest:
         found.append(
-            f"a reward is given while training answers may be cut at {shortest:g} tokens: the verifier will see unfinished answers."
+            f"a reward is given while training answers may be cut at {shortest} positions: the verifier will see unfinished answers."
         )
     return found
 
@@ -71,7 +75,7 @@ def _seldom(cfg: RunConfig, where: str, objective: Objective) -> Iterator[str]:
     for name, beside in _unused(objective):
         yield f"{where}.{name} does nothing beside {beside}."
     shifted = objective.takes_shift and any(rule.shifts for rule in cfg.credit.values())
-    if objective.teacher == "said" and not cfg.max_lag and not shifted:
+    if objective.teacher == "said" and cfg.sampler.on_policy and not cfg.max_lag and not shifted:
         yield f"{where} listens to 'said' at max_lag = 0: the student as it acted is the student of now, so it teaches nothing."
     if isinstance(objective, SampledKL) and objective.baseline == "group_mean":
         yield f'{where}: baseline = "group_mean" counts the attempt itself, which shrinks and turns the gradient; "leave_one_out" does not.'
@@ -79,3 +83,42 @@ def _seldom(cfg: RunConfig, where: str, objective: Objective) -> Iterator[str]:
         yield f'{where}: tail = "renormalised" drops the mass outside the list, so the optimum moves; tail = "bucket" keeps it.'
     if isinstance(objective, Divergence) and objective.ratio != "none" and not cfg.max_lag:
         yield f'{where}: ratio = "{objective.ratio}" at max_lag = 0 is 1 up to rounding; ratio = "none" is the same for less.'
+
+
+def _two_scales(cfg: RunConfig) -> Iterator[str]:
+    """A KL times |dt| / D beside one in nats: their coefs do not compare."""
+    released = [isinstance(objective, VelocityKL) and objective.scale == "released" for objective in cfg.objectives]
+    if any(released) and not all(released):
+        yield (
+            f'objectives[{released.index(True)}]: scale = "released" is the KL times |dt| / D, and objectives[{released.index(False)}] '
+            f"beside it is not: their coefs do not compare. Use one scale for all."
+        )
+
+
+def _heard_twice(cfg: RunConfig) -> Iterator[str]:
+    """An anchor that is also the teacher of a prompt counts twice there (allowed: it then weighs 1 + beta)."""
+    flows = [objective for objective in cfg.objectives if isinstance(objective, VelocityKL) and objective.coef]
+    for index, first in enumerate(flows):
+        for second in flows[index + 1 :]:
+            ours, theirs = _models(cfg, first.teacher), _models(cfg, second.teacher)
+            for table in (table for table, model in ours.items() if model in theirs.values()):
+                yield (
+                    f"teachers.{table} is the model of '{second.teacher}' too: on its prompts that teacher weighs {first.coef:g} + "
+                    f"{second.coef:g}."
+                )
+
+
+def _left_to_others(cfg: RunConfig) -> Iterator[str]:
+    """Routes on which one objective has no word and another has (where none has, `checks` refuses)."""
+    for index, objective in enumerate(cfg.objectives):
+        served = [cfg.teachers[table].routes for table in tables_of(cfg, objective.teacher or "")]
+        missing = (cfg.task.routes or frozenset()) - {route for routes in served for route in routes}
+        if served and all(served) and missing:
+            names = ", ".join(sorted(f"'{route}'" if route else "(none)" for route in missing))
+            yield f"objectives[{index}]: no table of '{objective.teacher}' serves the route {names}, so others alone teach those prompts."
+
+
+def _models(cfg: RunConfig, name: str) -> dict[str, tuple[str, str | None]]:
+    """The weights behind a teacher name, by table."""
+    tables = {table: cfg.teachers[table] for table in tables_of(cfg, name)}
+    return {table: (one.model, one.adapter) for table, one in tables.items() if isinstance(one, FlowTeacher)}

@@ -9,13 +9,15 @@ from reflux.config import RunConfig
 from reflux.objectives.base import Objective
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL
+from reflux.objectives.velocity_kl import VelocityKL
 from reflux.parts import kind_of
-from reflux.types import HiddenTarget, SampledTarget, TopKTarget
+from reflux.types import FlowRollout, HiddenTarget, SampledTarget, TopKTarget, VelocityTarget
 
 _SAID = {
     HiddenTarget: "hidden states (the full distribution)",
     TopKTarget: "a top-k list",
     SampledTarget: "the sampled token's log-prob",
+    VelocityTarget: "the velocity at each denoising step",
 }
 
 
@@ -38,7 +40,7 @@ def _objective(cfg: RunConfig, where: str, objective: Objective) -> Iterator[str
         said = ", ".join(_SAID[kind] for kind in sorted(offers, key=str) if kind in _SAID)
         yield (
             f"{where}: {_called(objective)} needs {kinds}, but teacher '{objective.teacher}' offers {said or 'nothing'}. "
-            f"{_remedy(objective)}, or a local teacher."
+            f"{_remedy(cfg, objective)}."
         )
 
 
@@ -52,10 +54,14 @@ def _called(objective: Objective) -> str:
     return kind
 
 
-def _remedy(objective: Objective) -> str:
+def _remedy(cfg: RunConfig, objective: Objective) -> str:
+    if cfg.learner.rollouts is FlowRollout:
+        return 'For pictures use kind = "velocity_kl"'
+    if isinstance(objective, VelocityKL):
+        return 'It compares models that draw pictures; for texts use kind = "divergence" or "sampled_kl"'
     if isinstance(objective, SampledKL):
-        return 'Use baseline = "none", or "leave_one_out" in groups'
-    return 'Use support = "teacher" where the teacher gives a list, kind = "sampled_kl" where it gives log-probs'
+        return 'Use baseline = "none", or "leave_one_out" in groups, or a local teacher'
+    return 'Use support = "teacher" where the teacher gives a list, kind = "sampled_kl" where it gives log-probs, or a local teacher'
 
 
 def _groups(cfg: RunConfig) -> Iterator[str]:

@@ -9,7 +9,7 @@ from reflux.objectives.divergence import Divergence
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.parts import kind_of
-from reflux.schedules import at
+from reflux.types import FlowRollout, TokenRollout
 
 
 def problems(cfg: RunConfig) -> Iterator[str]:
@@ -19,27 +19,27 @@ def problems(cfg: RunConfig) -> Iterator[str]:
 
 def _lengths(cfg: RunConfig) -> Iterator[str]:
     for step in range(cfg.steps):
-        length = at(cfg.sampler.max_tokens, step)
-        if length < 1:
-            yield f"sampler.max_tokens is {length:g} at step {step}; an attempt needs at least 1 token. Start the schedule at 1 or more."
+        if cfg.sampler.draw(step).length < 1:
+            yield f"sampler: an attempt of step {step} may have no position at all; it needs at least 1. Start the schedule at 1 or more."
             return
 
 
 def _sampling(cfg: RunConfig) -> Iterator[str]:
     sampler = cfg.sampler
     kind = kind_of("samplers", sampler)
-    biased = sampler.temperature != 1 or sampler.top_p != 1
+    draw = sampler.draw(0)
+    biased = draw.temperature != 1 or draw.top_p != 1
     if biased and sampler.on_policy and not sampler.allow_biased:
         yield (
-            f"sampler.temperature = {sampler.temperature:g} and top_p = {sampler.top_p:g}: attempts from another distribution than the "
+            f"sampler.temperature = {draw.temperature:g} and top_p = {draw.top_p:g}: attempts from another distribution than the "
             f"student's own make on-policy estimators biased. Use 1 and 1, or say sampler.allow_biased = true."
         )
     for index, objective in enumerate(cfg.objectives):
         name = f"objectives[{index}]: {kind_of('objectives', objective)}"
         if objective.takes_shift and not sampler.on_policy:
             yield (
-                f"{name} weighs tokens by the student's own probabilities, but sampler '{kind}' gives answers it did not draw. "
-                f"Use nll or divergence."
+                f"{name} weighs what was chosen by the student's own probabilities, but sampler '{kind}' gives answers it did not draw. "
+                f"Use {'velocity_kl' if sampler.rollouts is FlowRollout else 'nll or divergence'}."
             )
         if isinstance(objective, Divergence) and objective.ratio != "none" and not sampler.on_policy:
             yield (
@@ -51,7 +51,7 @@ def _sampling(cfg: RunConfig) -> Iterator[str]:
                 f'{name} with ratio = "none" is biased on attempts of an older student, and max_lag is {cfg.max_lag}. '
                 f'Use ratio = "truncated".'
             )
-        if objective.teacher is None and not objective.takes_shift and sampler.on_policy:
+        if objective.teacher is None and not objective.takes_shift and sampler.on_policy and sampler.rollouts is TokenRollout:
             yield f"{name} on the student's own attempts has an expected gradient of zero. Use sampler 'stored', or another objective."
-    if not sampler.on_policy and "prefix" in {kind_of("credit", rule) for rule in cfg.credit.values()}:
+    if not sampler.on_policy and sampler.rollouts is TokenRollout and "prefix" in {kind_of("credit", rule) for rule in cfg.credit.values()}:
         yield "credit.prefix: cutting answers the student did not write teaches it never to end (arXiv 2602.15260). Use sampler 'hf'."

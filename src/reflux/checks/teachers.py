@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from reflux.config import RunConfig
 from reflux.evals.agreement import Agreement
-from reflux.evals.teacher_accuracy import TeacherAccuracy
+from reflux.evals.teacher_accuracy import TeacherAccuracy, measured
 from reflux.teachers.base import spoken_name
-from reflux.types import SampledTarget, Target, TopKTarget
+from reflux.types import FlowRollout, SampledTarget, Target, TopKTarget, VelocityTarget
 
 
 def problems(cfg: RunConfig) -> Iterator[str]:
@@ -50,18 +50,22 @@ def _shared(cfg: RunConfig, name: str, tables: list[str]) -> Iterator[str]:
 
 
 def _unserved(cfg: RunConfig) -> Iterator[str]:
-    """Every route a prompt may carry is some teacher's."""
-    spoken = {objective.teacher for objective in cfg.objectives}
-    served = [teacher.routes for table, teacher in cfg.teachers.items() if spoken_name(table, teacher) in spoken]
-    if not served or not all(served) or (carried := cfg.task.routes) is None:
+    """Every route a prompt may carry is some teacher's: of those that share a name, and of all where each has routes."""
+    if (carried := cfg.task.routes) is None:
         return
-    known = sorted({route for routes in served for route in routes})
-    unserved = sorted(f"'{route}'" if route else "(none)" for route in carried - set(known))
-    if unserved:
-        yield (
-            f"teachers: this task has prompts of the route {', '.join(unserved)}, but the teachers that objectives listen to serve only "
-            f"{', '.join(known)}. Add that route to a table, or take `routes` away from one: it then answers every prompt."
-        )
+    spoken = sorted({objective.teacher for objective in cfg.objectives if objective.teacher} & heard(cfg))
+    by_name = {name: [cfg.teachers[table].routes for table in tables_of(cfg, name)] for name in spoken}
+    told = {"the teachers that objectives listen to": [routes for served in by_name.values() for routes in served]}
+    told |= {f"the teachers that answer as '{name}'": served for name, served in by_name.items() if len(served) > 1}
+    for whose, served in told.items():
+        known = sorted({route for routes in served for route in routes})
+        unserved = sorted(f"'{route}'" if route else "(none)" for route in carried - set(known))
+        if served and all(served) and unserved:
+            yield (
+                f"teachers: this task has prompts of the route {', '.join(unserved)}, but {whose} serve only {', '.join(known)}. Add that "
+                f"route to a table, or take `routes` away from one: it then answers every prompt."
+            )
+            return
 
 
 def _measured(cfg: RunConfig) -> Iterator[str]:
@@ -70,10 +74,9 @@ def _measured(cfg: RunConfig) -> Iterator[str]:
         where = f"evals.{name}.teacher"
         if isinstance(evaluation, Agreement) and cfg.teachers and evaluation.teacher not in heard(cfg):
             yield unknown(cfg, where, evaluation.teacher)
-        if isinstance(evaluation, TeacherAccuracy) and cfg.teachers and evaluation.teacher not in cfg.teachers:
-            tables = tables_of(cfg, evaluation.teacher)
-            names = f"'{evaluation.teacher}' is what {' and '.join(tables)} answer as" if tables else f"there is no '{evaluation.teacher}'"
-            yield f"{where} names one table, to sample from its model, and {names}. Known: {', '.join(cfg.teachers)}."
+        if isinstance(evaluation, TeacherAccuracy) and cfg.teachers and not measured(cfg, evaluation.teacher):
+            known = ", ".join(sorted({*cfg.teachers, *heard(cfg)}))
+            yield f"{where} names one table, or what several answer as, and there is no '{evaluation.teacher}'. Known: {known}."
 
 
 def heard(cfg: RunConfig) -> set[str]:
@@ -96,6 +99,6 @@ def unknown(cfg: RunConfig, where: str, name: str, or_said: bool = False) -> str
 def offered(cfg: RunConfig, name: str) -> set[type[Target]]:
     """What the tables behind a teacher name all offer; "said" is what the sampler recorded."""
     if name == "said":
-        return {TopKTarget, SampledTarget}
+        return {VelocityTarget} if cfg.sampler.rollouts is FlowRollout else {TopKTarget, SampledTarget}
     tables = tables_of(cfg, name)
     return set.intersection(*(set(cfg.teachers[table].offers) for table in tables)) if tables else set()

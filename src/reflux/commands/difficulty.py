@@ -1,6 +1,7 @@
 """reflux difficulty: how hard the training prompts are for a recipe's student, and a prompt file balanced by it.
 
-Uni-OPD samples with temperature 1, top-p 0.95 and top-k 50; these samplers have no top-k, so it is left out.
+Uni-OPD samples with temperature 1, top-p 0.95 and top-k 50; these samplers have no top-k, so it is left out. Pictures have neither
+temperature nor top-p: they are drawn by the noisy steps of training.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import json
 import shlex
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -27,7 +29,10 @@ from reflux.tasks.base import Split, Task
 from reflux.tasks.difficulty import FIRST, Counted, as_line, copies_of, grader_of, measured, repeated, training_prompts
 from reflux.tasks.jsonl import Jsonl
 from reflux.tasks.mix import Mix
-from reflux.types import Draw, Prompt, Wants
+from reflux.types import Draw, FlowRollout, Prompt, Wants
+
+if TYPE_CHECKING:
+    from reflux.samplers.base import OpenSampler
 
 console = Console()
 PARTIAL = "difficulty.partial.jsonl"
@@ -86,14 +91,14 @@ def _taken_up(path: Path, said: dict[str, Any]) -> dict[str, dict[str, Any]]:
 async def _count(
     cfg: RunConfig, asked: list[Prompt], known: dict[str, dict[str, Any]], samples: int, sampling: tuple[float, float], path: Path
 ) -> list[Counted]:
-    draw = Draw(0, "score", cfg.longest, *sampling, stop=tuple(cfg.sampler.stop))
+    draw = Draw(0, "score", cfg.longest, *sampling, stop=cfg.sampler.draw(0).stop)
     found = {id_: (row["correct"], row["ungraded"]) for id_, row in known.items()}
     missing = [prompt for prompt in asked if prompt.id not in found]
     if missing:
         with tempfile.TemporaryDirectory() as scratch, console.status("loading the student ...") as status:
             run = Run.open(cfg, Wants(), Options(Path(scratch) / "difficulty"))
             try:
-                async with cfg.sampler.open(run) as sampler:
+                async with _student(cfg, run) as sampler:
                     async for chunk in measured(run, sampler, missing, samples, draw):
                         append_lines(path, [entry.line(0) for entry in chunk])
                         found |= {entry.prompt.id: (entry.correct, entry.ungraded) for entry in chunk}
@@ -103,21 +108,36 @@ async def _count(
     return [Counted(prompt, found[prompt.id][0], samples, found[prompt.id][1]) for prompt in asked]
 
 
+@asynccontextmanager
+async def _student(cfg: RunConfig, run: Run) -> AsyncIterator[OpenSampler]:
+    """The sampler with the weights that training begins with: a flow learner may begin elsewhere than at its model."""
+    async with cfg.sampler.open(run) as sampler:
+        if cfg.learner.rollouts is FlowRollout:
+            async with cfg.learner.open(run) as learner:
+                await sampler.publish(learner.weights, learner.version)
+        yield sampler
+
+
 def _balanced(folder: Path, task: Task) -> Jsonl:
     """The task `jsonl` on what was written; every key is set, so nothing of the old task is left. What changes is said."""
     held_out = {split: _held_out(folder / f"{split}.jsonl", task, split) for split in ("validation", "test")}
-    grader = grader_of(task)
+    grader, pictures = grader_of(task), task.rollouts is FlowRollout
+    otherwise = "none" if pictures else "math"
     where = f"note: {folder / 'recipe.toml'}"
     if grader is None:
         console.print(
-            f'{where} judges answers by the grader "math" and has no turns but the first: what this task does itself, jsonl cannot. '
+            f'{where} judges answers by the grader "{otherwise}" and has no turns but the first: what this task does itself, jsonl cannot. '
             f'For another judge set task.grader="my_module:function"',
             **NOTE,
         )
     if type(task) is Mix:
         console.print(f"{where} asks each line once an epoch; the weights of the mix are gone", **NOTE)
     return Jsonl(
-        path=str(folder / "prompts.jsonl"), validation=held_out["validation"] or 0.0, test=held_out["test"], grader=grader or "math"
+        path=str(folder / "prompts.jsonl"),
+        validation=held_out["validation"] or 0.0,
+        test=held_out["test"],
+        grader=grader or otherwise,
+        makes="picture" if pictures else "text",
     )
 
 

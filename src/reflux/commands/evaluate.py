@@ -12,7 +12,7 @@ from rich.console import Console
 
 from reflux.config import RunConfig, from_table, merge, nest, split_override, unpack
 from reflux.evals.accuracy import Accuracy
-from reflux.models import load_tokenizer
+from reflux.models import load_tokenizer, local_folder
 from reflux.rundir import Options, Run
 from reflux.types import Wants
 
@@ -20,7 +20,10 @@ console = Console()
 
 
 def evaluate_model(model: str, task: str | None, problems: int, samples: int, max_tokens: int | None, overrides: list[str]) -> None:
-    """Print the table of `accuracy`; nothing is written. A run directory brings its own task and sampler along."""
+    """Print the table of `accuracy`; nothing is written. A run directory brings its own task and sampler along.
+
+    A flow model is known by its files; one on the hub that is not here yet by the override sampler.kind=flow.
+    """
     table = _table(model)
     if task is not None and task != table["task"]["kind"]:
         table["task"] = {"kind": task}
@@ -29,7 +32,10 @@ def evaluate_model(model: str, task: str | None, problems: int, samples: int, ma
     from reflux.quiet import quiet_libraries
 
     quiet_libraries()
-    load_tokenizer(model, "MODEL")
+    if table["sampler"]["kind"] == "flow":
+        table["learner"]["kind"], table["objectives"] = "flow", [{"kind": "velocity_kl"}]
+    else:
+        load_tokenizer(model, "MODEL")
     cfg = from_table(table)
     asked = Accuracy(problems=problems, samples=samples, max_tokens=max_tokens or cfg.longest, examples=0)
     found = asyncio.run(_accuracy(cfg, asked))
@@ -39,7 +45,11 @@ def evaluate_model(model: str, task: str | None, problems: int, samples: int, ma
 
 
 def _table(model: str) -> dict[str, Any]:
+    folder = local_folder(model, "MODEL")
+    flow = folder is not None and (folder / "model_index.json").is_file()
     table: dict[str, Any] = {"task": {"kind": "word_problems"}, "sampler": {"kind": "hf", "max_tokens": 512}}
+    if flow:
+        table = {"task": {"kind": "glyphs"}, "sampler": {"kind": "flow"}}
     recipe = Path(model) / "config.toml"
     if recipe.is_file():
         own = tomllib.loads(recipe.read_text())
@@ -48,7 +58,6 @@ def _table(model: str) -> dict[str, Any]:
 
 
 async def _accuracy(cfg: RunConfig, asked: Accuracy) -> dict[str, Any]:
-
     with tempfile.TemporaryDirectory() as scratch:
         run = Run.open(cfg, Wants(), Options(Path(scratch) / "eval"))
         try:

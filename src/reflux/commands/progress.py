@@ -21,7 +21,7 @@ class Progress:
     """A `Watch` that draws one line, in place on a terminal, now and then elsewhere."""
 
     def __init__(self, console: Console, cfg: RunConfig):
-        self._console, self._steps = console, cfg.steps
+        self._console, self._steps, self._unit = console, cfg.steps, cfg.sampler.rollouts.unit
         self._line = Text("loading models ...")
         self._live = Live(self._line, console=console, refresh_per_second=8, transient=True) if console.is_terminal else None
         self._accuracy: float | None = None
@@ -49,7 +49,7 @@ class Progress:
             parts.append(f"reward {metrics['reward_mean']:.2f}")
         if self._accuracy is not None:
             parts.append(f"accuracy {self._accuracy:.1%}")
-        parts += [f"{speed:,.0f} tokens/s", f"{_clock(left_s)} left"]
+        parts += [f"{speed:,.0f} {self._unit}/s", f"{_clock(left_s)} left"]
         self._show("  ".join(parts))
 
     def evaluated(self, run: Run, results: dict[str, Any]) -> None:
@@ -58,10 +58,9 @@ class Progress:
             return
         self._accuracy = accuracy
         table = results["accuracy"]
-        self._console.print(
-            f"step {run.step:>4}  accuracy {accuracy:6.1%}  ({table['low']:.1%} to {table['high']:.1%}, {table['problems']} problems)",
-            highlight=False,
-        )
+        parts = [f"({table['low']:.1%} to {table['high']:.1%}, {table['problems']} problems)"]
+        parts += [f"{name} {table[f'accuracy.{name}']:.1%}" for name in _routes(table) if table[f"accuracy.{name}"] is not None]
+        self._console.print(f"step {run.step:>4}  accuracy {accuracy:6.1%}  {'  '.join(parts)}", highlight=False, markup=False)
 
     def noted(self, text: str) -> None:
         self._console.print(text, style="yellow", markup=False)
@@ -72,6 +71,12 @@ class Progress:
         elif time.monotonic() - self._printed > _PLAIN_EVERY_S:
             self._printed = time.monotonic()
             self._console.print(line, highlight=False, markup=False)
+
+
+def _routes(table: dict[str, Any]) -> list[str]:
+    """The parts or routes that the accuracy is also told of."""
+    counted = [key.removesuffix(".problems") for key in table if key.startswith("accuracy.") and key.endswith(".problems")]
+    return [key.removeprefix("accuracy.") for key in counted]
 
 
 def _clock(seconds: float) -> str:

@@ -15,6 +15,7 @@ from reflux.errors import RunError, StepRefused, Stopped
 from reflux.files import read_lines
 from reflux.quiet import quiet_libraries
 from reflux.rundir import Options, choose_folder
+from reflux.types import FlowRollout
 
 console = Console()
 
@@ -73,6 +74,13 @@ def _say(text: str) -> None:
 
 
 def _next(folder: Path, cfg: RunConfig) -> list[tuple[str, str]]:
+    if cfg.learner.rollouts is FlowRollout:
+        other = "flow_grpo" if cfg.recipe != "flow_grpo" else "flow"
+        return [
+            (f"reflux eval {folder} --samples 8", "accuracy, of noisy samples too"),
+            (f"reflux run {other}", "another method on the same models (all: reflux list recipes)"),
+            (f"reflux plan {cfg.recipe} base=sd3", "the same method on Stable Diffusion 3.5"),
+        ]
     other = "vopd" if cfg.recipe != "vopd" else "gkd"
     return [
         (f"reflux eval {folder} --samples 8", "accuracy, of sampled answers too"),
@@ -92,10 +100,16 @@ def _show_problem(folder: Path) -> None:
         return
     before, after = (learnt or pairs)[0]
     console.print("\nOne held-out problem", style="bold")
-    for title, text in (
-        ("problem", before["prompt"]),
-        ("before", before["text"]),
-        ("after", after["text"]),
-        ("answer", before["answer"]),
-    ):
+    drawn = "image" in before
+    shown = [("before", _side_by_side(before, after))] if drawn else [("before", before["text"]), ("after", after["text"])]
+    for title, text in (("problem", before["prompt"]), *shown, ("answer", before["answer"])):
         _say(f"  {title:8} {text}")
+
+
+def _side_by_side(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Two pictures, the words between them on the middle line."""
+    from reflux.pictures import as_letters, from_text
+
+    left, right = (as_letters(from_text(example["image"])) for example in (before, after))
+    words = [" after " if row == 0 else " " * 7 for row in range(len(left))]
+    return ("\n" + " " * 11).join(f"{a} {b} {c}" for a, b, c in zip(left, words, right, strict=True))

@@ -12,7 +12,7 @@ from reflux import parts
 from reflux.cite import papers
 from reflux.config import RECIPES, load_recipe, recipe_names
 from reflux.errors import ConfigError, RunError
-from reflux.planning import Size, plan
+from reflux.planning import Plan, Size, plan
 
 console = Console()
 _MORE = "  What each computes: docs/methods.md. Its settings: docs/configuration.md. Which to choose: docs/recipes.md."
@@ -26,12 +26,9 @@ def show_plan(recipe: str, overrides: list[str]) -> None:
         ("student", _size(found.student)),
         *((f"teacher {name}", _size(size)) for name, size in found.teachers.items()),
         ("steps", f"{found.steps} of {found.attempts_per_step} attempts"),
-        ("memory", _memory(found.memory_bytes)),
-        ("sampled", f"at most {found.sampled_tokens_at_most:,} tokens"),
-        (
-            "compute",
-            f"at most {found.flops_at_most:.3g} FLOP, prompts not counted" if found.flops_at_most else "unknown until the models are here",
-        ),
+        ("memory", _memory(found.memory_bytes, found.position)),
+        ("sampled", f"at most {found.positions_at_most:,} {found.position}s"),
+        ("compute", _compute(found)),
         ("also computed", "; ".join(found.wants) or "nothing beyond the loss"),
     ]
     for name, text in rows:
@@ -45,14 +42,21 @@ def show_plan(recipe: str, overrides: list[str]) -> None:
 def _size(size: Size) -> str:
     if size.parameters is None:
         return f"{size.name} ({size.architecture})"
-    return f"{size.name} ({size.architecture}, {size.parameters / 1e6:,.2f} M parameters, context {size.context_tokens or '?'})"
+    reads = f"{size.patches or '?'} patches a picture" if size.architecture.endswith("2DModel") else f"context {size.context_tokens or '?'}"
+    return f"{size.name} ({size.architecture}, {size.parameters / 1e6:,.2f} M parameters, {reads})"
 
 
-def _memory(count: int | None) -> str:
+def _compute(found: Plan) -> str:
+    if not found.flops_at_most:
+        return "unknown until the models are here"
+    return f"at most {found.flops_at_most:.3g} FLOP" + (", prompts not counted" if found.position == "token" else "")
+
+
+def _memory(count: int | None, position: str) -> str:
     if count is None:
         return "unknown until the models are here"
     size = f"{count / 1e9:.2f} GB" if count > 1e8 else f"{count / 1e6:.1f} MB"
-    return f"{size} for weights and optimiser; activations and the key-value cache come on top"
+    return f"{size} for weights and optimiser; activations{' and the key-value cache' if position == 'token' else ''} come on top"
 
 
 def list_parts(group: str) -> None:

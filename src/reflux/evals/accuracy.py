@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
 from reflux.errors import DataError
+from reflux.evals.kinds import kind_of
 from reflux.parts import STRICT
-from reflux.schedules import at
 from reflux.statistics import bootstrap_mean, pass_at_k, wilson
 from reflux.tasks.base import Split
-from reflux.types import Attempt, Draw, Prompt, TokenRollout
+from reflux.types import Attempt, Draw, Prompt
 
 if TYPE_CHECKING:
     from reflux.learners.base import OpenLearner
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 HELD_OUT_SEED = 0  # the same problems in every run, whatever its seed
 Graded = list[tuple[Attempt, "Verdict"]]  # the attempts at one problem
+_OWN = {"problems", "accuracy", "low", "high", "ungraded", "truncated", "samples", "parts", "examples"}  # names that no part may take
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -32,12 +34,17 @@ class Accuracy:
     """The first `problems` of a held-out split: one greedy answer each, and `samples` more at `temperature` where that is above 0.
 
     Greedy: accuracy (the mean verdict of what could be judged) with the Wilson interval `low`, `high`; `accuracy.<part or route>` with
-    the same where there are several. Samples: avg@n, the mean over problems of the mean verdict, and pass@k, unbiased, with 95% intervals
-    by bootstrap over problems; a verdict of 1 passes. `ungraded` counts answers without a verdict, which are in no mean. `truncated` is
-    the share that hit the length limit.
+    the same where there are several. A greedy picture is the ODE's, from a first noise that is the same at every evaluation. `ungraded`
+    counts answers without a verdict, which are in no mean. `truncated` is the share that hit the length limit, `mean_tokens` (of pictures
+    `mean_steps`) the mean length. Verdicts may have parts, such as quality: `parts` lists them, and each has its mean over the answers that
+    have it under its own name, with `.low` and `.high` by bootstrap over problems, and the same for each part of a mix or route as
+    `<name>.<route>`; one named like a number of the table itself is `part.<name>`.
+    Samples: avg@n, the mean over problems of the mean verdict, and pass@k, unbiased, with 95% intervals by bootstrap over problems; a
+    verdict of 1 passes.
 
-    max_tokens: the length limit; without it the longest that training reaches. k: of pass@k (default: samples). examples: so many problems
-    are listed with the greedy answer, always the same ones, so that before and after can be set side by side.
+    max_tokens: the length limit; without it the longest that training reaches. Pictures are always finished. k: of pass@k (default:
+    samples). examples: so many problems are listed with the greedy answer (a picture as base64 of a PNG of at most 96 pixels a side),
+    always the same ones, so that before and after can be set side by side.
     """
 
     once: ClassVar[bool] = False
@@ -65,35 +72,53 @@ class Accuracy:
 
     async def measure(self, run: Run, sampler: OpenSampler) -> dict[str, Any]:
         """The table, of whatever model the sampler holds. DataError where the split has no problems."""
+        prompts = self.prompts(run)
+        greedy = await self.greedy(run, sampler, prompts)
+        sampled: dict[str, Any] = {}
+        if self.samples:  # after the greedy answers, never among them: one batch holds one temperature
+            drawn = await self._ask(run, sampler, prompts, self.samples, self.temperature)
+            sampled = _sampled(drawn, self.samples, self.k or self.samples, run.seed)
+        return self.table(run, greedy, sampled)
+
+    def prompts(self, run: Run) -> list[Prompt]:
+        """What is asked. DataError where the split has no problems."""
         prompts = list(islice(run.task.prompts(self.split, HELD_OUT_SEED), self.problems))
         if not prompts:
             raise DataError(f"eval accuracy: the task has no problems in its split '{self.split}'; choose another split")
-        greedy = await self._ask(run, sampler, prompts, 1, 0.0)
-        table = {"problems": len(prompts), **_greedy(greedy), **_by_kind(run, greedy)}
-        if self.samples:  # after the greedy answers, never among them: one batch holds one temperature
-            drawn = await self._ask(run, sampler, prompts, self.samples, self.temperature)
-            table |= _sampled(drawn, self.samples, self.k or self.samples, run.seed)
-        return {**table, "examples": [_example(*graded[0]) for graded in greedy[: self.examples]]}
+        return prompts
+
+    async def greedy(self, run: Run, sampler: OpenSampler, prompts: Sequence[Prompt]) -> list[Graded]:
+        """One judged answer to each prompt, in order."""
+        return await self._ask(run, sampler, prompts, 1, 0.0)
+
+    def table(self, run: Run, greedy: list[Graded], more: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+        """The numbers of these greedy answers, `more` numbers, and the examples. No answers: no accuracy."""
+        parts = sorted({name for graded in greedy for _, verdict in graded for name in verdict.parts})
+        table = {"problems": len(greedy), **_greedy(greedy), **_parts(parts, greedy, run.seed)}
+        for kind, some in _by_kind(run, greedy):
+            table |= {**_mean(f"accuracy.{kind}", some), f"accuracy.{kind}.problems": len(some)}
+            table |= _parts(parts, some, run.seed, f".{kind}")
+        listed = {"parts": [_free(name) for name in parts]} if parts else {}
+        return {**table, **more, **listed, "examples": [_example(*graded[0]) for graded in greedy[: self.examples]]}
 
     async def _ask(self, run: Run, sampler: OpenSampler, prompts: Sequence[Prompt], n: int, temperature: float) -> list[Graded]:
-        draw = Draw(run.step, "eval", self._limit(run), temperature, stop=tuple(run.cfg.sampler.stop), cohort=len(prompts))
+        limit = self.max_tokens or run.cfg.longest
+        step = run.step if temperature else 0  # greedy: what dice there are, a picture's first noise, do not change with the step
+        draw = Draw(step, "eval", limit, temperature, stop=run.cfg.draw(run.step).stop, cohort=len(prompts))
         groups = await asyncio.gather(*(sampler.sample(prompt, n, draw) for prompt in prompts))
         verdicts = iter(await run.graders.judge_attempts(run.task, [attempt for group in groups for attempt in group]))
         return [[(attempt, next(verdicts)) for attempt in group] for group in groups]
 
-    def _limit(self, run: Run) -> int:
-        if self.max_tokens is not None:
-            return self.max_tokens
-        return int(max(at(run.cfg.sampler.max_tokens, step) for step in range(max(1, run.cfg.steps))))
-
 
 def _greedy(problems: list[Graded]) -> dict[str, Any]:
     attempts = [attempt.rollout for graded in problems for attempt, _ in graded]
+    if not attempts:
+        return _mean("accuracy", problems)
     return {
         **_mean("accuracy", problems),
         "ungraded": sum(verdict.value is None for graded in problems for _, verdict in graded),
         "truncated": sum(rollout.finish == "length" for rollout in attempts) / len(attempts),
-        "mean_tokens": sum(rollout.length for rollout in attempts) / len(attempts),
+        f"mean_{kind_of(attempts[0]).units}": sum(rollout.length for rollout in attempts) / len(attempts),
     }
 
 
@@ -107,14 +132,32 @@ def _mean(name: str, problems: list[Graded]) -> dict[str, Any]:
     return {name: sum(values) / len(values), ends[0]: low, ends[1]: high}
 
 
-def _by_kind(run: Run, problems: list[Graded]) -> dict[str, Any]:
-    """The accuracy by part of a mix and by route, each only where there are several."""
+def _parts(names: Sequence[str], problems: list[Graded], seed: int, kind: str = "") -> dict[str, Any]:
+    """The mean of each part of the verdicts, over the answers that have it, with its interval."""
+    table: dict[str, Any] = {}
+    for name in names:
+        values = [verdict.parts[name] for graded in problems for _, verdict in graded if name in verdict.parts]
+        table |= _bootstrapped(f"{_free(name)}{kind}", values, seed)
+    return table
+
+
+def _free(name: str) -> str:
+    return f"part.{name}" if name in _OWN else name
+
+
+def _bootstrapped(name: str, values: Sequence[float], seed: int) -> dict[str, Any]:
+    """The mean of one number per problem under `name`, with its interval. No number: null."""
+    low, high = bootstrap_mean(values, seed) if values else (None, None)
+    return {name: sum(values) / len(values) if values else None, f"{name}.low": low, f"{name}.high": high}
+
+
+def _by_kind(run: Run, problems: list[Graded]) -> Iterator[tuple[str, list[Graded]]]:
+    """The problems by part of a mix and by route, each only where there are several."""
     from reflux.tasks.mix import Mix
 
     kinds: list[Callable[[Prompt], str | None]] = [lambda prompt: prompt.route]
     if isinstance(run.task, Mix):
         kinds.insert(0, run.task.part_of)
-    table: dict[str, Any] = {}
     for kind in kinds:
         sorted_by: dict[str, list[Graded]] = {}
         for graded in problems:
@@ -122,9 +165,7 @@ def _by_kind(run: Run, problems: list[Graded]) -> dict[str, Any]:
             if name is not None:
                 sorted_by.setdefault(name, []).append(graded)
         if len(sorted_by) > 1:
-            for name in sorted(sorted_by):
-                table |= {**_mean(f"accuracy.{name}", sorted_by[name]), f"accuracy.{name}.problems": len(sorted_by[name])}
-    return table
+            yield from sorted(sorted_by.items())
 
 
 def _sampled(problems: list[Graded], samples: int, k: int, seed: int) -> dict[str, Any]:
@@ -132,20 +173,22 @@ def _sampled(problems: list[Graded], samples: int, k: int, seed: int) -> dict[st
     judged = [[verdict.value for _, verdict in graded if verdict.value is not None] for graded in problems]
     averages = [sum(values) / len(values) for values in judged if values]
     passes = [pass_at_k(len(values), sum(value >= 1 for value in values), k) for values in judged if len(values) >= k]
-    table: dict[str, Any] = {"samples": samples, "ungraded_samples": sum(samples - len(values) for values in judged)}
-    for name, values in ((f"avg@{samples}", averages), (f"pass@{k}", passes)):
-        low, high = bootstrap_mean(values, seed) if values else (None, None)
-        table |= {name: sum(values) / len(values) if values else None, f"{name}.low": low, f"{name}.high": high}
-    return table
+    return {
+        "samples": samples,
+        "ungraded_samples": sum(samples - len(values) for values in judged),
+        **_bootstrapped(f"avg@{samples}", averages, seed),
+        **_bootstrapped(f"pass@{k}", passes, seed),
+    }
 
 
 def _example(attempt: Attempt, verdict: Verdict) -> dict[str, Any]:
-    rollout = attempt.rollout
+    rollout, kind = attempt.rollout, kind_of(attempt.rollout)
     return {
         "id": rollout.prompt.id,
         "prompt": rollout.prompt.messages[-1]["content"],
         "answer": rollout.prompt.answer,
-        "text": rollout.text if isinstance(rollout, TokenRollout) else None,
+        kind.shown: kind.show(rollout.made),
         "verdict": verdict.value,
+        **({"parts": verdict.parts} if verdict.parts else {}),
         "finish": rollout.finish,
     }

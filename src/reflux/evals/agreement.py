@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,9 +11,11 @@ import numpy as np
 from pydantic.dataclasses import dataclass
 
 from reflux.evals.accuracy import HELD_OUT_SEED
+from reflux.evals.kinds import kind_of
+from reflux.objectives.velocity_kl import kl_weight
 from reflux.parts import STRICT
 from reflux.tasks.base import Split
-from reflux.types import Attempt, Draw, HiddenTarget, TokenRollout, VelocityTarget
+from reflux.types import Attempt, Draw, FlowRollout, HiddenTarget, Rollout, Target, TokenRollout, VelocityTarget
 
 if TYPE_CHECKING:
     from reflux.learners.base import OpenLearner
@@ -20,16 +23,20 @@ if TYPE_CHECKING:
     from reflux.samplers.base import OpenSampler
     from reflux.teachers.base import Teachers
 
-Found = tuple[Attempt, np.ndarray]  # an attempt the teacher scored, and log p - log q along it
+Found = tuple[Attempt, np.ndarray]  # an attempt the teacher scored, and how far apart they were at each position
 
 
 @dataclass(frozen=True, config=STRICT)
 class Agreement:
-    """Reverse KL to the teacher on the student's own samples for held-out prompts: the mean of log p(a) - log q(a), which is unbiased.
+    """Reverse KL to the teacher on the student's own samples for held-out prompts.
 
-    `kl_nats` with its 95% interval `low`, `high` (normal, over attempts), nats per token; `by_position` the same in `bins` of equal width;
-    `kl_nats.<route>` where prompts have several routes, `by_teacher` the same for each table that answers under this name, where there are
-    several: one that was asked nothing has null. An attempt the teacher did not score is left out; none scored: kl_nats is null.
+    Of texts the mean of log p(a) - log q(a), which is unbiased; of pictures, drawn with the noise of training, the KL of each step in
+    closed form (`objectives.velocity_kl`).
+
+    `kl_nats` with its 95% interval `low`, `high` (normal, over attempts), nats per token or per step; `by_position` the same in `bins` of
+    equal width, of pictures the steps; `kl_nats.<route>` where prompts have several routes, `by_teacher` the same for each table that
+    answers under this name, where there are several: one that was asked nothing has null. An attempt the teacher did not score is left out,
+    and so is a picture drawn without noise, whose KL is infinite; none left: kl_nats is null.
     """
 
     once: ClassVar[bool] = False
@@ -56,7 +63,7 @@ class Agreement:
             "attempts": len(gaps),
             **_by_route(found),
             **self._by_teacher(teachers, found),
-            "by_position": _binned(gaps, self.bins),
+            "by_position": _binned(gaps, self.bins, kind_of(groups[0][0].rollout).units),
         }
 
     def _by_teacher(self, teachers: Teachers, found: list[Found]) -> dict[str, Any]:
@@ -68,18 +75,33 @@ class Agreement:
 
 
 def gap_T(attempt: Attempt, teacher: str) -> np.ndarray | None:
-    """log p - log q of the sampled tokens, nats; NaN where the student did not choose. None where the teacher said nothing of them.
+    """The reverse KL at each position, nats; NaN where the student did not choose. None where the teacher said nothing of them.
 
-    Unlike credit.log_ratio it needs no `Wants`: hidden states go through the teacher's head where they have not yet.
+    Of a text log p - log q of the sampled tokens, whose mean it is; unlike credit.log_ratio this needs no `Wants`: hidden states go through
+    the teacher's head where they have not yet. Of a picture w |v_student - v_teacher|^2, >= 0, exact at the states that were drawn; None
+    where its velocities were not recorded, or its noise level is 0.
     """
-    rollout, target = attempt.rollout, attempt.targets.get(teacher)
-    if target is None or not isinstance(rollout, TokenRollout):
-        return None
-    if isinstance(target, VelocityTarget):
+    target = attempt.targets.get(teacher)
+    return next((gap(attempt.rollout, target) for kind, gap in _GAPS.items() if isinstance(attempt.rollout, kind)), None)
+
+
+def _of_tokens(rollout: TokenRollout, target: Target | None) -> np.ndarray | None:
+    if target is None or isinstance(target, VelocityTarget):
         return None
     teacher_T = _hidden_logp(target, rollout) if isinstance(target, HiddenTarget) else target.logp_T
     student_T = rollout.logp_T if rollout.logp_raw_T is None else rollout.logp_raw_T
     return np.where(rollout.mask_T, student_T - teacher_T, np.nan)
+
+
+def _of_steps(rollout: FlowRollout, target: Target | None) -> np.ndarray | None:
+    if not isinstance(target, VelocityTarget) or not isinstance(rollout.said, VelocityTarget) or not rollout.noise_level:
+        return None
+    weight_T = kl_weight(rollout.t_S[:-1].astype(np.float64), np.diff(rollout.t_S).astype(np.float64), rollout.noise_level)
+    gap_TD = rollout.said.v_TD.astype(np.float64) - target.v_TD
+    return np.where(rollout.mask_T, weight_T * (gap_TD**2).sum(1), np.nan)
+
+
+_GAPS: dict[type[Rollout], Callable[[Any, Target | None], np.ndarray | None]] = {TokenRollout: _of_tokens, FlowRollout: _of_steps}
 
 
 def _chosen(gap: np.ndarray) -> np.ndarray:
@@ -112,24 +134,24 @@ def _hidden_logp(target: HiddenTarget, rollout: TokenRollout) -> np.ndarray:
 
 
 def _interval(gaps: list[np.ndarray]) -> dict[str, float | None]:
-    """Token mean, with an interval from the spread between attempts (tokens of one attempt are not independent)."""
+    """Mean over positions, with an interval from the spread between attempts (positions of one attempt are not independent)."""
     gaps = [gap for gap in gaps if len(gap)]
-    tokens = sum(len(gap) for gap in gaps)
-    if not tokens:
+    positions = sum(len(gap) for gap in gaps)
+    if not positions:
         return {"kl_nats": None, "low": None, "high": None}
-    mean = sum(float(gap.sum()) for gap in gaps) / tokens
+    mean = sum(float(gap.sum()) for gap in gaps) / positions
     residuals = np.asarray([float((gap - mean).sum()) for gap in gaps])
-    spread = 1.96 * float(np.sqrt((residuals**2).sum())) / tokens
+    spread = 1.96 * float(np.sqrt((residuals**2).sum())) / positions
     return {"kl_nats": mean, "low": mean - spread, "high": mean + spread}
 
 
-def _binned(gaps: list[np.ndarray], bins: int) -> list[dict[str, Any]]:
+def _binned(gaps: list[np.ndarray], bins: int, units: str) -> list[dict[str, Any]]:
     longest = max((len(gap) for gap in gaps), default=0)
     width = max(1, -(-longest // bins))
     table = []
     for start in range(0, longest, width):
         inside = [_chosen(gap[start : start + width]) for gap in gaps]
-        tokens = sum(len(part) for part in inside)
-        if tokens:
-            table.append({"position": start, "width": width, "tokens": tokens, **_interval(inside)})
+        counted = sum(len(part) for part in inside)
+        if counted:
+            table.append({"position": start, "width": width, units: counted, **_interval(inside)})
     return table

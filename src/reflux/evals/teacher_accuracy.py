@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from reflux.evals.accuracy import Accuracy
+from reflux.evals.accuracy import Accuracy, Graded
 from reflux.parts import STRICT
 from reflux.tasks.base import Split
+from reflux.teachers.base import Teacher, spoken_name
 from reflux.teachers.own import Own
+from reflux.types import FlowRollout, Prompt, Rollout, TokenRollout
 
 if TYPE_CHECKING:
+    from reflux.config import RunConfig
     from reflux.learners.base import OpenLearner
     from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
@@ -22,7 +27,10 @@ if TYPE_CHECKING:
 class TeacherAccuracy:
     """`accuracy` of the teacher's own model, before the first step.
 
-    Only for teachers that have a model: a sampler is opened on it. Null for an `own` teacher: it is the student, measured anyway.
+    teacher: a name that several tables answer as: each problem goes to the table of its route, and together they are the routed ceiling
+    (a problem of a route that none serves is left out); or one table, which is then asked every problem, whatever its routes. Only for
+    teachers that have a model: a sampler of the run's own kind acts with it, from the same dice as the greedy answers of `accuracy`. Null
+    for an `own` teacher: it is the student, measured anyway. `max_tokens`, `split` and `examples` as in `accuracy`.
     """
 
     once: ClassVar[bool] = True
@@ -31,22 +39,75 @@ class TeacherAccuracy:
     problems: int = 500
     max_tokens: int | None = None
     split: Split = "test"
+    examples: int = 8
 
     def __post_init__(self) -> None:
-        Accuracy(problems=self.problems, max_tokens=self.max_tokens, split=self.split)
+        self._accuracy()
 
     async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
-        """ValueError where the teacher's table names no model."""
-        from reflux.samplers.hf import HF
-        from reflux.samplers.hf_engine import HFSampler
-
-        table = run.cfg.teachers.get(self.teacher)
-        if isinstance(table, Own):
+        """ValueError where there is no such teacher, or its table names no model."""
+        asked, tables = self._accuracy(), measured(run.cfg, self.teacher)
+        if not tables:
+            raise _without_model(self.teacher)
+        if any(isinstance(run.cfg.teachers[table], Own) for table in tables):
             return {"accuracy": None, "low": None, "high": None, "problems": 0}
-        model = getattr(table, "model", None)
-        if model is None:
-            raise ValueError(f"evals: the teacher '{self.teacher}' has no model of its own to sample from; remove this evaluation")
-        own = run.cfg.sampler if isinstance(run.cfg.sampler, HF) else HF()
-        asked = Accuracy(problems=self.problems, max_tokens=self.max_tokens, split=self.split, examples=0)
-        async with HFSampler.opened(own, run, model) as acting:
-            return await asked.measure(run, acting)
+        found: dict[int, Graded] = {}  # by the place of the problem
+        prompts = asked.prompts(run)
+        for table in tables:  # one at a time: where a model is loaded for this, there is room for one
+            own = [place for place, prompt in enumerate(prompts) if len(tables) == 1 or _serves(run.cfg, table, prompt)]
+            if own:
+                async with _opener(run.cfg.teachers[table])(run, table, teachers) as acting:
+                    found |= zip(own, await asked.greedy(run, acting, [prompts[place] for place in own]), strict=True)
+        return asked.table(run, [found[place] for place in sorted(found)])
+
+    def _accuracy(self) -> Accuracy:
+        return Accuracy(problems=self.problems, max_tokens=self.max_tokens, split=self.split, examples=self.examples)
+
+
+def measured(cfg: RunConfig, teacher: str) -> list[str]:
+    """The tables that answer as `teacher`, where there are several; else the one table of that name or that answers so; else none."""
+    spoken = [table for table, part in cfg.teachers.items() if spoken_name(table, part) == teacher]
+    return [teacher] if teacher in cfg.teachers and len(spoken) < 2 else spoken
+
+
+def _serves(cfg: RunConfig, table: str, prompt: Prompt) -> bool:
+    return prompt.route in cfg.teachers[table].routes
+
+
+@asynccontextmanager
+async def _of_texts(run: Run, table: str, teachers: Teachers) -> AsyncIterator[OpenSampler]:
+    from reflux.samplers.hf import HF
+    from reflux.samplers.hf_engine import HFSampler
+    from reflux.samplers.stored import Stored
+
+    own = run.cfg.sampler.generate if isinstance(run.cfg.sampler, Stored) else run.cfg.sampler
+    model = vars(run.cfg.teachers[table]).get("model")
+    if model is None:
+        raise _without_model(table)
+    async with HFSampler.opened(own if isinstance(own, HF) else HF(), run, model) as acting:
+        yield acting
+
+
+@asynccontextmanager
+async def _of_pictures(run: Run, table: str, teachers: Teachers) -> AsyncIterator[OpenSampler]:
+    from reflux.checks.domains import flow_sampler
+    from reflux.samplers.flow import Flow
+    from reflux.samplers.flow_engine import FlowSampler
+    from reflux.teachers.flow_engine import FlowTeacher
+
+    _, answers = teachers.opened[table]
+    if not isinstance(answers, FlowTeacher):
+        raise _without_model(table)
+    yield FlowSampler(flow_sampler(run.cfg) or Flow(), run, answers.model)  # the open teacher's model: nothing is loaded twice
+
+
+Opener = Callable[["Run", str, "Teachers"], AbstractAsyncContextManager["OpenSampler"]]
+_ACTING: dict[type[Rollout], Opener] = {TokenRollout: _of_texts, FlowRollout: _of_pictures}
+
+
+def _opener(teacher: Teacher) -> Opener:
+    return next(opener for kind, opener in _ACTING.items() if issubclass(teacher.rollouts, kind))
+
+
+def _without_model(table: str) -> ValueError:
+    return ValueError(f"evals: the teacher '{table}' has no model of its own to sample from; remove this evaluation")

@@ -69,7 +69,7 @@ def linear_divergence(
     def row_loss(rows: slice, logits_NV: Tensor, constants: list[Tensor]) -> Tensor:
         student, teacher = FullSays(logits_NV, ids_N[rows]), FullSays(constants[0], ids_N[rows])
         behaviour_N = student.logp_N.detach() if behaviour_logp_N is None else behaviour_logp_N[rows]
-        view = Rows(ids_N[rows], student, {objective.teacher or "main": teacher}, behaviour_N, pushed_N[rows])
+        view = Rows(student, {objective.teacher or "main": teacher}, behaviour_N, pushed_N[rows])
         cost_N = _loud(objective, view, coef_N[rows])
         _note(columns, rows, cost_N, student, teacher, top_k)
         return (coef_N[rows] * cost_N).sum()
@@ -81,16 +81,15 @@ def linear_divergence(
     return Answer(loss, **columns)
 
 
-def _loud(objective: Objective, rows: Rows, coef_N: Tensor) -> Tensor:
+def _loud(objective: Objective, rows: Rows[FullSays], coef_N: Tensor) -> Tensor:
     """cost_N, exactly 0 with no gradient where the coefficient is 0: an infinite cost must stay silent there (0 * inf is no number)."""
     if bool((coef_N != 0).all()):
         return objective(rows)
     loud_M = coef_N.nonzero()[:, 0]
-    said = {
-        name: FullSays(says.logits_NV[loud_M], rows.ids_N[loud_M]) for name, says in rows.teachers.items() if isinstance(says, FullSays)
-    }
-    student = FullSays(rows.student.logits_NV[loud_M], rows.ids_N[loud_M])
-    view = Rows(rows.ids_N[loud_M], student, {**said}, rows.behaviour_logp_N[loud_M], rows.shift_N[loud_M])
+    ids_M = rows.student.ids_N[loud_M]
+    said = {name: FullSays(says.logits_NV[loud_M], ids_M) for name, says in rows.teachers.items() if isinstance(says, FullSays)}
+    student = FullSays(rows.student.logits_NV[loud_M], ids_M)
+    view = Rows(student, {**said}, rows.behaviour_logp_N[loud_M], rows.shift_N[loud_M])
     cost_M = objective(view)
     return torch.zeros_like(coef_N, dtype=cost_M.dtype).index_put((loud_M,), cost_M)
 

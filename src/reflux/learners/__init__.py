@@ -1,3 +1,3 @@
 """The student moves."""
 
-LEARNERS = {"hf": "reflux.learners.hf:HF"}
+LEARNERS = {"flow": "reflux.learners.flow:Flow", "hf": "reflux.learners.hf:HF"}

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from reflux.metrics import Stats
 from reflux.objectives.base import Objective
-from reflux.types import Group, Moment
+from reflux.types import Group, Moment, Rollout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,11 @@ class OpenLearner(Protocol):
     @property
     def weights(self) -> Mapping[str, Tensor]:
         """The student's full weights by the model's own parameter names, adapters merged; not to be written to."""
+        ...
+
+    @property
+    def averaged(self) -> Mapping[str, Tensor] | None:
+        """`weights` averaged over training, where such an average is kept: what is evaluated and exported then."""
         ...
 
     @property
@@ -53,8 +58,8 @@ class OpenLearner(Protocol):
         ...
 
     @property
-    def parameters(self) -> int:
-        """Active parameters of the student, for FLOP accounting."""
+    def macs(self) -> int:
+        """Multiply-accumulates of one position, for FLOP accounting: of a language model, its active parameters."""
         ...
 
     async def observe(self, groups: Sequence[Group]) -> None:
@@ -75,6 +80,7 @@ class OpenLearner(Protocol):
 
 
 class Learner(Protocol):
+    rollouts: ClassVar[type[Rollout]]  # what it learns from
     model: str
 
     def open(self, run: Run) -> AbstractAsyncContextManager[OpenLearner]: ...

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux.parts import STRICT
 from reflux.schedules import Number, number
+from reflux.types import Rollout, TokenRollout
 
 if TYPE_CHECKING:
     from reflux.rundir import Run
@@ -33,6 +34,8 @@ class HF:
     Adam scales a gradient of any size up to a full step, rounding included: a student that has become its teacher would wander off.
     Hence `noise_floor`.
     """
+
+    rollouts: ClassVar[type[Rollout]] = TokenRollout
 
     model: str
     lr: Number = 1e-6

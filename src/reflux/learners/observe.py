@@ -11,8 +11,8 @@ from torch import Tensor
 
 from reflux.batch import Item, micro_batches
 from reflux.kernels.budget import chunk_rows
-from reflux.loss import MicroBatch
-from reflux.types import Attempt, Group, TokenRollout, TopKTarget
+from reflux.token_loss import MicroBatch
+from reflux.types import Attempt, Group, TopKTarget
 
 if TYPE_CHECKING:
     from reflux.learners.hf_engine import HFLearner
@@ -51,7 +51,6 @@ def states(learner: HFLearner, groups: Sequence[Group]) -> Iterator[tuple[Attemp
 def _whole(attempt: Attempt) -> Item:
     """All positions of an attempt, whatever they weigh."""
     rollout = attempt.rollout
-    assert isinstance(rollout, TokenRollout)
     return Item(attempt, rollout, np.arange(rollout.length), np.zeros(rollout.length, dtype=np.float32), (), ())
 
 

@@ -5,4 +5,5 @@ OBJECTIVES = {
     "divergence": "reflux.objectives.divergence:Divergence",
     "nll": "reflux.objectives.nll:NLL",
     "outcome": "reflux.objectives.outcome:Outcome",
+    "velocity_kl": "reflux.objectives.velocity_kl:VelocityKL",
 }

@@ -82,7 +82,7 @@ class Divergence:
     def wants(self) -> Wants:
         return Wants(said=self.k) if self.teacher == "said" else Wants()
 
-    def __call__(self, rows: Rows) -> Tensor:
+    def __call__(self, rows: Rows[FullSays]) -> Tensor:
         cost_N = self._cost(rows.student, rows.teachers[self.teacher])
         if self.ratio == "none":
             return cost_N

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
@@ -36,5 +36,5 @@ class NLL:
     def wants(self) -> Wants:
         return Wants()
 
-    def __call__(self, rows: Rows) -> Tensor:
+    def __call__(self, rows: Rows[Any]) -> Tensor:
         return -rows.student.logp_N

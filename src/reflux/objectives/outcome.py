@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -40,5 +40,5 @@ class Outcome:
     def wants(self) -> Wants:
         return Wants()
 
-    def __call__(self, rows: Rows) -> Tensor:
+    def __call__(self, rows: Rows[Any]) -> Tensor:
         return score_cost(rows.shift_N, rows.student.logp_N, rows.behaviour_logp_N, self.ratio, self.clip, ratio_cap=1.0)

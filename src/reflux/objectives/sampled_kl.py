@@ -15,6 +15,8 @@ from reflux.types import HiddenTarget, SampledTarget, Target, TopKTarget, Wants
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from reflux.objectives.says import FullSays
+
 GROUP_BASELINES = ("group_mean", "leave_one_out")  # values made from sibling attempts by `batch.plan`
 
 
@@ -75,7 +77,7 @@ class SampledKL:
         """A teacher that offers no hidden states gives the sampled log-prob with every target; `said` comes as a list or not at all."""
         return Wants(said=int(self.teacher == "said"), logp=self.baseline in GROUP_BASELINES)
 
-    def __call__(self, rows: Rows) -> Tensor:
+    def __call__(self, rows: Rows[FullSays]) -> Tensor:
         logp_N, teacher_logp_N = rows.student.logp_N, rows.teachers[self.teacher].logp_N
         advantage_N = advantage(logp_N, teacher_logp_N, self.value(rows)) + rows.shift_N
         if self.max_gap_nats is None:
@@ -85,7 +87,7 @@ class SampledKL:
         cost_N = score_cost(advantage_N, logp_N, rows.behaviour_logp_N, self.ratio, self.clip, self.ratio_cap)
         return cost_N.masked_fill(dropped_N, 0)
 
-    def value(self, rows: Rows) -> Tensor | float:
+    def value(self, rows: Rows[FullSays]) -> Tensor | float:
         """What this baseline subtracts, nats [N]; 0 without one."""
         if self.baseline == "none":
             return 0.0

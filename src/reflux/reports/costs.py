@@ -5,6 +5,7 @@ from __future__ import annotations
 from reflux.reports.chart import BLUE, GREEN, ROLE_COLOURS, Chart, add_line, new_figure, some
 from reflux.reports.metrics import ROLES, Column, Metrics, known, rest_of, thinned, total
 from reflux.reports.units import NONE, count, duration, percent, scaled
+from reflux.reports.words import TEXTS, Words
 
 
 def seconds_chart(metrics: Metrics) -> Chart:
@@ -35,10 +36,10 @@ def _stacked(title: str, unit: str, columns: dict[str, Column], step: list[int],
     return Chart(title, figure, header=("role", "step", unit), rows=numbers)
 
 
-def tokens_chart(metrics: Metrics) -> Chart:
-    """Tokens sampled and tokens trained on, by step."""
-    title = "Tokens a step"
-    figure = new_figure("step", "tokens a step", {"yaxis_rangemode": "tozero", "yaxis_tickformat": "~s"})
+def tokens_chart(metrics: Metrics, words: Words = TEXTS) -> Chart:
+    """Tokens, or denoising steps, sampled and trained on, by optimiser step."""
+    title = f"{words.units.capitalize()} {'by optimiser step' if words.pictures else 'a step'}"
+    figure = new_figure("step", title.lower(), {"yaxis_rangemode": "tozero", "yaxis_tickformat": "~s"})
     numbers: list[tuple[str, ...]] = []
     for name, column, colour in (("sampled", metrics.tokens_sampled, BLUE), ("trained on", metrics.tokens_trained, GREEN)):
         steps, values = thinned(metrics.step, column)
@@ -46,8 +47,8 @@ def tokens_chart(metrics: Metrics) -> Chart:
             add_line(figure, steps, values, name, colour, "%{y:,.0f}")
             numbers += some([(name, f"{at:.0f}", count(value)) for at, value in zip(steps, values, strict=True)], 10)
     if not numbers:
-        return Chart(title, absent="metrics.jsonl holds no token counts yet.")
-    return Chart(title, figure, header=("", "step", "tokens"), rows=numbers)
+        return Chart(title, absent=f"metrics.jsonl holds no {words.unit} counts yet.")
+    return Chart(title, figure, header=("", "step", words.units), rows=numbers)
 
 
 def roles_table(metrics: Metrics) -> list[tuple[str, str, str, str, str]]:
@@ -64,14 +65,14 @@ def roles_table(metrics: Metrics) -> list[tuple[str, str, str, str, str]]:
     ]
 
 
-def other_costs(metrics: Metrics) -> list[tuple[str, str]]:
-    """(what, how much) of tokens, memory and lag, as far as they are known."""
+def other_costs(metrics: Metrics, words: Words = TEXTS) -> list[tuple[str, str]]:
+    """(what, how much) of positions, memory and lag, as far as they are known."""
     sampled, trained = total(metrics.tokens_sampled), total(metrics.tokens_trained)
     seconds, lags = total(metrics.seconds["total"]), known(metrics.lag_mean)
     found = [
-        ("tokens sampled", count(sampled)),
-        ("tokens trained on", count(trained)),
-        ("tokens sampled a second", count(sampled / seconds) if sampled and seconds else NONE),
+        (f"{words.units} sampled", count(sampled)),
+        (f"{words.units} trained on", count(trained)),
+        (f"{words.units} sampled a second", count(sampled / seconds) if sampled and seconds else NONE),
         ("peak memory", scaled(max(known(metrics.peak_memory_bytes), default=None), "B")),
         ("lag, mean", f"{sum(lags) / len(lags):.2f} steps" if lags else NONE),
         ("attempts that could not be judged", count(total(metrics.ungraded) or None)),

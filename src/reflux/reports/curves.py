@@ -10,6 +10,7 @@ from reflux.reports.metrics import Metrics, known, thinned
 from reflux.reports.scores import Score
 from reflux.reports.text import visible
 from reflux.reports.units import count
+from reflux.reports.words import TEXTS, Words
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -41,15 +42,21 @@ def accuracy_chart(moments: list[Moment], teacher: Score | None) -> Chart:
     return Chart(title, figure, caption=caption, header=("", "step", "accuracy", "95 % interval", "problems"), rows=numbers)
 
 
+def ends_of(steps: list[int]) -> list[float]:
+    """Where a line across these steps begins and ends."""
+    return [min(steps), max(steps)] if max(steps) > min(steps) else [min(steps) - 0.5, max(steps) + 0.5]
+
+
 def _add_teacher(figure: Figure, teacher: Score, steps: list[int]) -> None:
-    ends = [min(steps), max(steps)] if max(steps) > min(steps) else [min(steps) - 0.5, max(steps) + 0.5]
+    ends = ends_of(steps)
     add_band(figure, [(step, teacher.low, teacher.high) for step in ends], ORANGE)
     add_line(figure, ends, [teacher.accuracy] * 2, "teacher", ORANGE, "%{y:.1%}")
     figure.data[-1].update(mode="lines", line={"dash": "dash", "color": ORANGE, "width": 2})
 
 
-def kl_chart(metrics: Metrics, moments: list[Moment]) -> Chart:
-    """Reverse KL from student to teacher, nats per token: on the training attempts of each step, and on held-out problems."""
+def kl_chart(metrics: Metrics, moments: list[Moment], words: Words = TEXTS) -> Chart:
+    """Reverse KL from student to teacher, nats per position: on the training attempts of each step, and on held-out problems."""
+    unit = f"nats per {words.unit}"
     title = "Distance to the teacher by step"
     steps, values = thinned(metrics.step, metrics.kl_nats)
     name = main_name((name for moment in moments for name in moment.agreements), "agreement")
@@ -62,7 +69,7 @@ def kl_chart(metrics: Metrics, moments: list[Moment]) -> Chart:
         return Chart(title, absent="No step has reported a KL to the teacher (metrics.jsonl and evals.jsonl have none).")
     everything = values + [value for _, value in held]
     far = min(everything) > 0 and max(everything) / min(everything) > 20
-    figure = new_figure("step", "reverse KL, nats per token", {"yaxis_type": "log" if far else "linear"})
+    figure = new_figure("step", f"reverse KL, {unit}", {"yaxis_type": "log" if far else "linear"})
     if not far:
         figure.update_yaxes(rangemode="tozero")
     if steps:
@@ -71,19 +78,19 @@ def kl_chart(metrics: Metrics, moments: list[Moment]) -> Chart:
         add_line(figure, [step for step, _ in held], [value for _, value in held], "held-out problems", ORANGE, "%{y:.4f} nats", dots=True)
     numbers = some([("training", f"{step:.0f}", f"{value:.4f}") for step, value in zip(steps, values, strict=True)])
     numbers += some([("held-out", count(step), f"{value:.4f}") for step, value in held])
-    caption = "Reverse KL from student to teacher, nats per token" + (", on a logarithmic scale." if far else ".")
+    caption = f"Reverse KL from student to teacher, {unit}" + (", on a logarithmic scale." if far else ".")
     if len(known(metrics.kl_nats)) > len(steps):
         caption += " Each point is the mean of several steps."
-    return Chart(title, figure, caption=caption, header=("", "step", "nats per token"), rows=numbers)
+    return Chart(title, figure, caption=caption, header=("", "step", unit), rows=numbers)
 
 
-def position_chart(moments: list[Moment]) -> Chart:
+def position_chart(moments: list[Moment], words: Words = TEXTS) -> Chart:
     """Reverse KL by position on held-out problems, at the first and at the last moment that measured it."""
-    title = "Distance to the teacher by position"
+    title = f"Distance to the teacher by {words.position}"
     measured = [(moment.step, found) for moment in moments for found in moment.agreements.values() if found.bins]
     if not measured:
         return Chart(title, absent="Agreement by position was not measured in this run (evals.jsonl has none).")
-    figure = new_figure("position in the answer (tokens)", "reverse KL, nats per token", {"yaxis_rangemode": "tozero"})
+    figure = new_figure(words.axis, f"reverse KL, nats per {words.unit}", {"yaxis_rangemode": "tozero"})
     numbers: list[tuple[str, ...]] = []
     ends = [measured[0], measured[-1]] if measured[-1][0] > measured[0][0] else [measured[0]]
     for (step, found), colour in zip(ends, (GREY, BLUE), strict=False):
@@ -91,7 +98,7 @@ def position_chart(moments: list[Moment]) -> Chart:
     caption = "Held-out problems; the band is the 95 % interval."
     if len(ends) == 1:
         caption += f" Measured at step {ends[0][0]} only, so there is no second curve to compare with."
-    return Chart(title, figure, caption=caption, header=("", "position", "nats", "95 % interval", "tokens"), rows=numbers)
+    return Chart(title, figure, caption=caption, header=("", words.position, "nats", "95 % interval", words.units), rows=numbers)
 
 
 def _add_positions(figure: Figure, step: int, found: Agreement, colour: str) -> list[tuple[str, ...]]:
@@ -100,7 +107,7 @@ def _add_positions(figure: Figure, step: int, found: Agreement, colour: str) -> 
     name = "before (step 0)" if step == 0 else f"after step {step}"
     add_line(figure, [entry.middle for entry in bins], [entry.kl_nats for entry in bins], name, colour, "%{y:.4f} nats", dots=True)
     return some(
-        [(name, entry.positions, f"{entry.kl_nats:.4f}", _nats_interval(entry.low, entry.high), count(entry.tokens)) for entry in bins]
+        [(name, entry.positions, f"{entry.kl_nats:.4f}", _nats_interval(entry.low, entry.high), count(entry.counted)) for entry in bins]
     )
 
 

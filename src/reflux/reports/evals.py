@@ -1,4 +1,4 @@
-"""evals.jsonl as scores, agreements and examples. Texts are kept of the first and the last moment only."""
+"""evals.jsonl as scores, agreements and examples. Texts and pictures are kept of the first and the last moment only."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from reflux.reports.scores import Score, score
 
 @dataclass(frozen=True)
 class Bin:
-    """Mean reverse KL over `width` positions from `position` on, nats per token, with its interval."""
+    """Mean reverse KL over `width` positions from `position` on, nats per position, with its interval; `counted` positions of attempts."""
 
     position: int
     width: int
     kl_nats: float
     low: float | None
     high: float | None
-    tokens: int | None
+    counted: int | None
 
     @property
     def middle(self) -> float:
@@ -37,13 +37,33 @@ class Agreement:
     bins: tuple[Bin, ...]
 
 
+@dataclass(frozen=True)
+class Level:
+    """The mean of one part of the verdicts, with its 95 % interval."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """An accuracy by route (or part of a mix), and the means of the verdicts' parts: by name, over everything (None) and by route."""
+
+    routes: dict[str, Score] = field(default_factory=dict)
+    parts: dict[str, dict[str | None, Level]] = field(default_factory=dict)
+
+
 @dataclass
 class Moment:
     """One evaluation moment: what was measured of the student, by the name of the evaluation, and of its teacher."""
 
     step: int
     teacher: Score | None = None
+    teacher_split: Split = field(default_factory=Split)
+    teacher_examples: list[Row] = field(default_factory=list)
     scores: dict[str, Score] = field(default_factory=dict)
+    splits: dict[str, Split] = field(default_factory=dict)
     agreements: dict[str, Agreement] = field(default_factory=dict)
     examples: dict[str, list[Row]] = field(default_factory=dict)
 
@@ -65,14 +85,41 @@ def _moment(step: int, row: Row) -> Moment:
     moment = Moment(step)
     for name, value in row.items():
         found, agreement = score(value), _agreement(value)
+        examples = [entry for entry in items(table(value).get("examples")) if isinstance(entry, dict)]
         if name == "teacher_accuracy":
-            moment.teacher = found
-        elif found is not None:
-            moment.scores[name] = found
-            moment.examples[name] = [entry for entry in items(table(value).get("examples")) if isinstance(entry, dict)]
+            moment.teacher, moment.teacher_split, moment.teacher_examples = found, split(table(value)), examples
+            continue
+        if examples:  # they are worth seeing where nothing could be judged, too
+            moment.examples[name] = examples
+        if found is not None:
+            moment.scores[name], moment.splits[name] = found, split(table(value))
         elif agreement is not None:
             moment.agreements[name] = agreement
     return moment
+
+
+def split(entry: Row) -> Split:
+    """What one evaluation says by route and of the parts of its verdicts."""
+    routes = {}
+    for key in entry:
+        name = key.removeprefix("accuracy.").removesuffix(".problems")
+        if key == f"accuracy.{name}.problems" and (found := _score(entry, f"accuracy.{name}")) is not None:
+            routes[name] = found
+    parts: dict[str, dict[str | None, Level]] = {}
+    for part in map(str, items(entry.get("parts"))):
+        known = {route: _level(entry, part if route is None else f"{part}.{route}") for route in (None, *routes)}
+        parts[part] = {route: level for route, level in known.items() if level is not None}
+    return Split(routes, {part: levels for part, levels in parts.items() if levels})
+
+
+def _score(entry: Row, key: str) -> Score | None:
+    ends = {end: entry.get(f"{key}.{end}") for end in ("low", "high", "problems")}
+    return score({"accuracy": entry.get(key), **ends})
+
+
+def _level(entry: Row, key: str) -> Level | None:
+    value = number(entry.get(key))
+    return None if value is None else Level(value, number(entry.get(f"{key}.low")), number(entry.get(f"{key}.high")))
 
 
 def _agreement(value: object) -> Agreement | None:
@@ -87,7 +134,7 @@ def _bin(raw: Row) -> Bin | None:
     if position is None or kl_nats is None:
         return None
     width = max(1, whole(raw.get("width")) or 1)
-    return Bin(position, width, kl_nats, number(raw.get("low")), number(raw.get("high")), whole(raw.get("tokens")))
+    return Bin(position, width, kl_nats, number(raw.get("low")), number(raw.get("high")), whole(raw.get("tokens", raw.get("steps"))))
 
 
 def main_name(names: Iterable[str], preferred: str) -> str | None:

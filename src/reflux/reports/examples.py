@@ -38,19 +38,19 @@ def read_pairs(moments: list[Moment], limit: int = 6) -> tuple[list[Pair], int, 
         return [], 0, 0
     first, last = kept[0], kept[-1]
     name = main_name((name for name in first.examples if last.examples.get(name)), "accuracy")
-    after = {_id(entry): entry for entry in last.examples.get(name or "", [])}
-    both = [entry for entry in first.examples.get(name or "", []) if _id(entry) in after]
-    return [_pair(entry, after[_id(entry)]) for entry in both[:limit]], first.step, last.step
+    after = {id_of(entry): entry for entry in last.examples.get(name or "", [])}
+    both = [entry for entry in first.examples.get(name or "", []) if id_of(entry) in after]
+    return [_pair(entry, after[id_of(entry)]) for entry in both[:limit]], first.step, last.step
 
 
-def _id(entry: Row) -> str:
+def id_of(entry: Row) -> str:
     """An example names its problem by `id`, or by `prompt` where the text of the problem is in `question`."""
     return words(entry.get("id", entry.get("prompt")))
 
 
 def _pair(before: Row, after: Row) -> Pair:
     return Pair(
-        prompt=_id(before),
+        prompt=id_of(before),
         question=words(before.get("question", before.get("prompt"))),
         gold=words(before.get("answer")),
         before=_answer(before),
@@ -60,8 +60,13 @@ def _pair(before: Row, after: Row) -> Pair:
 
 def _answer(entry: Row) -> Answer:
     text, left_out = shortened(words(entry.get("text")), CHARACTERS)
-    right = number(entry.get("right", entry.get("verdict")))
-    return Answer(text, left_out, "not graded" if right is None else "right" if right >= 0.5 else "wrong")
+    return Answer(text, left_out, verdict(entry.get("right", entry.get("verdict"))))
+
+
+def verdict(value: object) -> str:
+    """A verdict in a word."""
+    right = number(value)
+    return "not graded" if right is None else "right" if right >= 0.5 else "wrong"
 
 
 def words(value: object) -> str:

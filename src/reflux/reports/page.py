@@ -1,7 +1,7 @@
 """report.html: everything one run has to say, on one page that opens offline, from its directory alone.
 
 The page carries its own scripts and forbids every other: a content security policy names the two scripts by their hashes, and
-nothing is fetched. What models, prompts and names say is escaped by the template and stays text.
+nothing is fetched. What models, prompts and names say is escaped by the template and stays text; pictures are written anew into it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,18 @@ from reflux.reports.examples import read_pairs
 from reflux.reports.foresight import foresight_charts, read_spectra
 from reflux.reports.metrics import read_metrics
 from reflux.reports.overview import overview
+from reflux.reports.pictures import read_strips
 from reflux.reports.reading import json_table, rows, toml_table
 from reflux.reports.release import release_chart
 from reflux.reports.searches import read_searches, search_charts
+from reflux.reports.splits import split_charts
 from reflux.reports.steps import outside_chart, variance_chart
 from reflux.reports.teachers import HEADER, teachers_table
 from reflux.reports.text import visible
 from reflux.reports.tokens import open_tokenizer
 from reflux.reports.views import legend, view
+from reflux.reports.walks import RATIO, walk
+from reflux.reports.words import words_for
 
 
 def write_report(run_dir: Path) -> Path:
@@ -54,15 +58,19 @@ def _page(run_dir: Path) -> dict[str, Any]:
     metrics = read_metrics(rows(run_dir / "metrics.jsonl", notes))
     moments = read_evals(rows(run_dir / "evals.jsonl", notes))
     attempts = read_attempts(run_dir / "attempts.jsonl", notes)
-    tokenizer = open_tokenizer(run_dir / "student" / "tokenizer.json", notes) if attempts else None
+    words = words_for(config, [shown.acted for shown in attempts], moments)
+    tokenizer = open_tokenizer(run_dir / "student" / "tokenizer.json", notes) if attempts and not words.pictures else None
     head = overview(config, summary, metrics, moments, run_dir.resolve().name)
     pairs, first_step, last_step = read_pairs(moments)
     return {
         "head": head,
+        "words": words,
+        "strips": read_strips(moments) if words.pictures else [],
         "progress": [
             accuracy_chart(moments, head.scores[-1][1]),
-            kl_chart(metrics, moments),
-            position_chart(moments),
+            kl_chart(metrics, moments, words),
+            position_chart(moments, words),
+            *split_charts(moments),
             *(chart for chart in (variance_chart(metrics), outside_chart(metrics)) if chart is not None),
             *(chart for chart in (release_chart(config, run_dir / "attempts.jsonl"),) if chart is not None),
             *search_charts(read_searches(rows(run_dir / "searches.jsonl", notes))),
@@ -70,10 +78,11 @@ def _page(run_dir: Path) -> dict[str, Any]:
         ],
         "teachers": teachers_table(config, metrics.teachers),
         "teachers_header": HEADER,
-        "costs": [seconds_chart(metrics), flops_chart(metrics), tokens_chart(metrics)],
+        "costs": [seconds_chart(metrics), flops_chart(metrics), tokens_chart(metrics, words)],
         "roles": roles_table(metrics),
-        "other_costs": other_costs(metrics),
-        "attempts": [view(shown, tokenizer) for shown in attempts],
+        "other_costs": other_costs(metrics, words),
+        "attempts": [walk(shown) if words.pictures else view(shown, tokenizer) for shown in attempts],
+        "ratio": RATIO,
         "pairs": pairs,
         "pair_steps": (first_step, last_step),
         "legend": legend(),

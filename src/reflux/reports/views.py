@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from reflux.reports.attempts import Shown
 from reflux.reports.examples import CHARACTERS, words
-from reflux.reports.reading import items, number
+from reflux.reports.reading import Row, items, number
 from reflux.reports.text import shortened
 from reflux.reports.tokens import EDGES_NATS, Token, shown_tokens
 
@@ -43,7 +43,7 @@ def view(shown: Shown, tokenizer: Tokenizer | None) -> AttemptView:
         f"policy version {words(version)}" if version is not None else "",
     ]
     return AttemptView(
-        title=f"Step {words(acted.get('step'))} · {words(acted.get('prompt'))} · attempt {words(acted.get('sample'))}",
+        title=title_of(acted),
         facts=[fact for fact in facts if fact],
         question=words(acted.get("question")),
         text=text,
@@ -51,20 +51,23 @@ def view(shown: Shown, tokenizer: Tokenizer | None) -> AttemptView:
         head=tokens[0],
         tail=tokens[1],
         between=tokens[2],
-        missing=_missing(shown, bool(tokens[0])),
+        missing=absent_because(shown, "tokens") if tokens[0] else "",
     )
 
 
-def _missing(shown: Shown, coloured: bool) -> str:
+def title_of(acted: Row) -> str:
+    """What an attempt is called, by its first line."""
+    return f"Step {words(acted.get('step'))} · {words(acted.get('prompt'))} · attempt {words(acted.get('sample'))}"
+
+
+def absent_because(shown: Shown, units: str) -> str:
     """Why an attempt has no colours, in a sentence; empty where it has."""
-    if not coloured:
-        return ""
     if not shown.learned:
         return "The student has not learned from this attempt yet, so the teacher's numbers are not on disk."
     if not items(shown.teacher_logp):
-        return "No teacher was asked about this attempt, or it weighed nothing, so its tokens have no ratio."
+        return f"No teacher was asked about this attempt, or it weighed nothing, so its {units} have no ratio."
     if not any(number(value) is not None for value in items(shown.teacher_logp)):
-        return "The teacher's log-probs of this attempt are not finite, so its tokens have no ratio."
+        return f"The teacher's log-probs of this attempt are not finite, so its {units} have no ratio."
     return ""
 
 

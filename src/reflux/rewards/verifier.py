@@ -59,7 +59,7 @@ class OpenVerifier:
         started = time.perf_counter()
         verdicts = await self._graders.judge_attempts(self._task, group)
         for attempt, verdict in zip(group, verdicts, strict=True):
-            attempt.reward = Reward(verdict.value)
+            attempt.reward = Reward(verdict.value, verdict.parts)
             if verdict.value is None:
                 attempt.notes["ungraded"] = verdict.words
         self._clock.add("reward", time.perf_counter() - started)  # of groups that wait together, each counts its own wait

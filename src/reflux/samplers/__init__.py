@@ -1,3 +1,8 @@
 """The student acts."""
 
-SAMPLERS = {"hf": "reflux.samplers.hf:HF", "stored": "reflux.samplers.stored:Stored"}
+SAMPLERS = {
+    "hf": "reflux.samplers.hf:HF",
+    "stored": "reflux.samplers.stored:Stored",
+    "flow": "reflux.samplers.flow:Flow",
+    "drawn": "reflux.samplers.drawn:Drawn",
+}

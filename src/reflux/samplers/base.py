@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from reflux.schedules import Number
-from reflux.types import Draw, Group, Prompt
+from reflux.types import Draw, Group, Prompt, Rollout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,9 +27,11 @@ class OpenSampler(Protocol):
 
 class Sampler(Protocol):
     on_policy: ClassVar[bool]  # False where the attempts were not written by the student of now
-    max_tokens: Number
-    temperature: float
-    top_p: float
-    stop: tuple[str, ...]
+    rollouts: ClassVar[type[Rollout]]  # what its attempts are
+    allow_biased: bool  # may a temperature or top-p other than 1 be asked for?
+
+    def draw(self, step: int) -> Draw:
+        """How training attempts of optimiser step `step` (from 0) are sampled; the run adds how many are asked for together."""
+        ...
 
     def open(self, run: Run) -> AbstractAsyncContextManager[OpenSampler]: ...

@@ -9,7 +9,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux.parts import STRICT
-from reflux.schedules import Number, number
+from reflux.schedules import Number, at, number
+from reflux.types import Draw, Rollout, TokenRollout
 
 if TYPE_CHECKING:
     from reflux.rundir import Run
@@ -24,6 +25,7 @@ class HF:
     """
 
     on_policy: ClassVar[bool] = True
+    rollouts: ClassVar[type[Rollout]] = TokenRollout
 
     max_tokens: Number = 512  # of the student, over all its turns
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -41,6 +43,9 @@ class HF:
 
     def __post_init__(self) -> None:
         number(self.max_tokens, "max_tokens")
+
+    def draw(self, step: int) -> Draw:
+        return Draw(step, "train", int(at(self.max_tokens, step)), self.temperature, self.top_p, self.stop)
 
     def open(self, run: Run) -> AbstractAsyncContextManager[Any]:
         from reflux.samplers.hf_engine import HFSampler

@@ -110,7 +110,7 @@ class HFSampler:
                     f"{self.model.context_tokens}). Shorten it, or set sampler.long_prompts = 'skip' to leave such prompts out."
                 )
             return _Talk(prompt, sample, ids, [], 0, finish="error")
-        return _Talk(prompt, sample, ids, list(prompt.messages), min(draw.max_tokens, room))
+        return _Talk(prompt, sample, ids, list(prompt.messages), min(draw.length, room))
 
     def _turn(self, talks: Sequence[_Talk], draw: Draw) -> None:
         """One more turn for every talk, in chunks of similar length cut by the token budget."""

@@ -6,6 +6,8 @@ Integer arithmetic wraps alike on every device, so the uniforms are the same bit
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,13 +27,29 @@ def gumbel(keys_B: Tensor, position_B: Tensor, vocabulary: int) -> Tensor:
 
     argmax(log p + gumbel) is a draw from p. 23 bits a uniform: nothing above 16.6 nats is ever drawn.
     """
-    ids_V = torch.arange(1, vocabulary + 1, dtype=torch.int64, device=keys_B.device)
+    return _uniform(keys_B, position_B, vocabulary).log_().neg_().log_().neg_()
+
+
+def normal(keys_B: Tensor, position: int, size: int) -> Tensor:
+    """Standard normal noise [B, D = size], float32, for denoising step `position` (from 0) of the rows with `keys_B` (int64).
+
+    Position -1 is the noise an image starts from. An entry depends on (key, position, its index) alone, not on `size`. Box-Muller: entries
+    2k and 2k + 1 are one pair of uniforms, a radius and an angle. 23 bits a uniform: nothing beyond 5.8 is ever drawn.
+    """
+    pairs = (size + 1) // 2
+    radius_BC, angle_BC = _uniform(keys_B, torch.full_like(keys_B, position), 2 * pairs).unflatten(1, (pairs, 2)).unbind(-1)
+    radius_BC, angle_BC = (-2 * radius_BC.log()).sqrt(), 2 * math.pi * angle_BC
+    return torch.stack([radius_BC * angle_BC.cos(), radius_BC * angle_BC.sin()], dim=-1).flatten(1)[:, :size]
+
+
+def _uniform(keys_B: Tensor, position_B: Tensor, count: int) -> Tensor:
+    """[B, count] in (0, 1), float32, one per entry."""
+    ids_V = torch.arange(1, count + 1, dtype=torch.int64, device=keys_B.device)
     z = (keys_B + (position_B + 1) * _signed(_STEP_T))[:, None] + ids_V * _signed(_STEP_V)
     z = (z ^ _shift(z, 30)) * _signed(_MIX_1)
     z = (z ^ _shift(z, 27)) * _signed(_MIX_2)
     z = z ^ _shift(z, 31)
-    uniform = (_shift(z, 41).to(torch.float32) + 0.5) * 2.0**-23
-    return uniform.log_().neg_().log_().neg_()
+    return (_shift(z, 41).to(torch.float32) + 0.5) * 2.0**-23
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:

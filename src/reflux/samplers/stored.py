@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
@@ -13,9 +14,8 @@ from pydantic.dataclasses import dataclass
 from reflux.errors import DataError
 from reflux.parts import STRICT, PartOf
 from reflux.samplers.hf import HF
-from reflux.schedules import Number
 from reflux.tokens import CharacterSpans, Renderer, end_ids
-from reflux.types import Attempt, Draw, Group, Prompt, TokenRollout
+from reflux.types import Attempt, Draw, Group, Prompt, Rollout, TokenRollout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,24 +32,12 @@ class Stored:
     """
 
     on_policy: ClassVar[bool] = False
+    rollouts: ClassVar[type[Rollout]] = TokenRollout
 
     generate: Annotated[Any, PartOf("samplers", default="hf")] = HF()
 
-    @property
-    def max_tokens(self) -> Number:
-        return self.generate.max_tokens
-
-    @property
-    def temperature(self) -> float:
-        return 1.0
-
-    @property
-    def top_p(self) -> float:
-        return 1.0
-
-    @property
-    def stop(self) -> tuple[str, ...]:
-        return self.generate.stop
+    def draw(self, step: int) -> Draw:
+        return replace(self.generate.draw(step), temperature=1.0, top_p=1.0)
 
     @property
     def allow_biased(self) -> bool:
@@ -87,7 +75,7 @@ class OpenStored:
         tokenizer = self.run.tokenizer
         renderer = Renderer(tokenizer, self.generate.system, self.generate.template)
         tokens = renderer.answer_ids(prompt.messages, answer, end_ids(tokenizer))
-        cut = tokens[: draw.max_tokens]
+        cut = tokens[: draw.length]
         text = self.spans.decode(cut) if self.run.wants.spans else answer  # spans are of the text that these very tokens decode to
         rollout = TokenRollout(
             prompt=prompt,

@@ -5,4 +5,5 @@ TASKS = {
     "gsm8k": "reflux.tasks.gsm8k:Gsm8k",
     "jsonl": "reflux.tasks.jsonl:Jsonl",
     "mix": "reflux.tasks.mix:Mix",
+    "glyphs": "reflux.tasks.glyphs:Glyphs",
 }

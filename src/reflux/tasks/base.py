@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
 
-from reflux.types import Message, Prompt
+from reflux.types import Message, Prompt, Reward, Rollout
 
 Split = Literal["train", "validation", "test"]
 
@@ -26,12 +26,20 @@ class Task(Protocol):
         """The routes its prompts may carry (None in it: some have none); None: not known before they are read."""
         ...
 
+    @property
+    def rollouts(self) -> type[Rollout]:
+        """What it can judge: texts (TokenRollout) or pictures (FlowRollout)."""
+        ...
+
     def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
         """Prompts from position `start` on. "train" never ends (a new order each epoch, the same ids); the others end."""
         ...
 
-    def verify(self, prompt: Prompt, made: Any) -> float:
-        """1.0 right, 0.0 wrong, or between; `made` is the text or image the student made. Raises ValueError without an answer."""
+    def verify(self, prompt: Prompt, made: Any) -> float | Reward:
+        """1.0 right, 0.0 wrong, or between; a Reward where there are parts to tell besides, such as {"quality": 0.9}.
+
+        `made` is the text or the picture (uint8) that the student made. Raises ValueError without an answer.
+        """
         ...
 
     def reply(self, prompt: Prompt, messages: Sequence[Message], step: int) -> tuple[Message, ...] | None:

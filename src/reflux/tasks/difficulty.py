@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from reflux.errors import DataError
 from reflux.tasks.base import Task
+from reflux.tasks.glyphs import Glyphs
 from reflux.tasks.gsm8k import Gsm8k
 from reflux.tasks.jsonl import Jsonl
 from reflux.tasks.mix import BLOCK, Mix
 from reflux.tasks.word_problems import WordProblems
-from reflux.types import Draw, Prompt
+from reflux.types import Draw, Prompt, Reward
 
 if TYPE_CHECKING:
     from reflux.rundir import Run
@@ -106,7 +107,7 @@ def ends(task: Task) -> bool | None:
     if type(task) is Mix:
         parts = [ends(part) for part in task.parts.values()]
         return False if False in parts else None if None in parts else True
-    return {Jsonl: True, Gsm8k: True, WordProblems: False}.get(type(task))
+    return {Jsonl: True, Gsm8k: True, WordProblems: False, Glyphs: False}.get(type(task))
 
 
 def _patience(task: Task) -> int:
@@ -127,12 +128,18 @@ def grader_of(task: Task) -> str | None:
     if type(task) is Mix:
         found = {grader_of(part) for part in task.parts.values()}
         return found.pop() if len(found) == 1 else None
-    return {Gsm8k: "math", WordProblems: "reflux.tasks.difficulty:as_word_problem"}.get(type(task))
+    own = {WordProblems: "reflux.tasks.difficulty:as_word_problem", Glyphs: "reflux.tasks.difficulty:as_glyph"}
+    return {Gsm8k: "math", **own}.get(type(task))
 
 
 def as_word_problem(prompt: Prompt, text: str) -> float:
     """The verdict of the task `word_problems`, which needs the answer alone."""
     return WordProblems().verify(prompt, text)
+
+
+def as_glyph(prompt: Prompt, made: Any) -> Reward:
+    """The verdict of the task `glyphs`, which needs the route and the answer alone."""
+    return Glyphs().verify(prompt, made)
 
 
 async def measured(

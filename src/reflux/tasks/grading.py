@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -29,7 +29,7 @@ from typing import Any, Literal, Self
 
 from reflux.errors import ConfigError
 from reflux.tasks.base import Task
-from reflux.types import Attempt, FlowRollout, Prompt, Rollout, TokenRollout
+from reflux.types import Attempt, Prompt
 
 Job = tuple[Prompt, Any]  # the prompt, and the text or image that the student made
 START_S = 60.0  # for a new process to import this library and the task
@@ -45,6 +45,7 @@ class Verdict:
     value: float | None
     problem: Literal["", "timeout", "error"] = ""
     detail: str = ""
+    parts: dict[str, float] = field(default_factory=dict)  # what the verifier told besides
 
     @property
     def words(self) -> str:
@@ -87,7 +88,7 @@ class Graders:
     async def judge_attempts(self, task: Task, attempts: Sequence[Attempt]) -> list[Verdict]:
         """One verdict per attempt, in order. What ended in an error while it was sampled is not judged, and not counted in `errors`."""
         whole = [attempt.rollout for attempt in attempts if attempt.rollout.finish != "error"]
-        found = iter(await self.verify_many(task, [(rollout.prompt, _made(rollout)) for rollout in whole]))
+        found = iter(await self.verify_many(task, [(rollout.prompt, rollout.made) for rollout in whole]))
         unfinished = Verdict(None, "error", "sampling ended in an error")
         return [unfinished if attempt.rollout.finish == "error" else next(found) for attempt in attempts]
 
@@ -130,8 +131,8 @@ class _Worker:
             try:
                 connection.send_bytes(pickle.dumps(jobs[len(verdicts) :]))
                 while len(verdicts) < len(jobs):
-                    value, detail = _receive(connection, self._timeout_s + extra_s)
-                    verdicts.append(Verdict(value, "error" if value is None else "", detail))
+                    value, detail, parts = _receive(connection, self._timeout_s + extra_s)
+                    verdicts.append(Verdict(value, "error" if value is None else "", detail, parts))
                     extra_s = 0.0
             except TimeoutError:
                 self._end()
@@ -158,7 +159,7 @@ class _Worker:
         if packed != self._packed:
             try:
                 connection.send_bytes(pickle.dumps(packed))
-                _, problem = _receive(connection, START_S)
+                _, problem, _ = _receive(connection, START_S)
             except (EOFError, OSError) as error:
                 raise RuntimeError(f"a grading process did not start (code {self._end(1.0)}); see its own words above") from error
             if problem:
@@ -201,19 +202,11 @@ class _Worker:
             return code
 
 
-def _receive(connection: Connection, limit_s: float) -> tuple[float | None, str]:
+def _receive(connection: Connection, limit_s: float) -> tuple[float | None, str, dict[str, float]]:
     if not connection.poll(limit_s):
         raise TimeoutError
-    value, detail = json.loads(connection.recv_bytes())
-    return value, detail
-
-
-def _made(rollout: Rollout) -> Any:
-    """What a verifier is shown of an attempt: the text, or the final state of a flow."""
-    if isinstance(rollout, TokenRollout):
-        return rollout.text
-    assert isinstance(rollout, FlowRollout)
-    return rollout.x_SD[-1]
+    value, detail, parts = json.loads(connection.recv_bytes())
+    return value, detail, parts
 
 
 def _pack(task: Task) -> bytes:

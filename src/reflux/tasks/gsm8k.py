@@ -13,7 +13,7 @@ from reflux.errors import DataError
 from reflux.parts import STRICT
 from reflux.tasks.base import Split
 from reflux.tasks.lines import endless, held_out, hub_lines, make_prompts, read_lines
-from reflux.types import Message, Prompt
+from reflux.types import Message, Prompt, Rollout, TokenRollout
 
 DATASET, CONFIG = "openai/gsm8k", "main"
 
@@ -41,6 +41,10 @@ class Gsm8k:
             raise ValueError("validation is the share of the training problems held out, so 0 <= validation < 1")
         if not self.weight > 0:
             raise ValueError("weight must be above 0")
+
+    @property
+    def rollouts(self) -> type[Rollout]:
+        return TokenRollout
 
     @property
     def routes(self) -> frozenset[str | None]:

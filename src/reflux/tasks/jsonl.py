@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from reflux.errors import DataError
 from reflux.parts import STRICT, did_you_mean, load
 from reflux.tasks.base import Split
 from reflux.tasks.lines import endless, held_out, hub_lines, make_prompts, read_lines
-from reflux.types import Message, Prompt
+from reflux.types import FlowRollout, Message, Prompt, Reward, Rollout, TokenRollout
 
 KEYS = ("prompt", "messages", "answer", "references", "route", "id")
 GRADERS = ("math", "exact", "none")
@@ -33,7 +33,8 @@ class Jsonl:
     test: the file (the hub's split) of test lines; without it, "test" is the validation set.
     instruction: appended to the last message after a blank line.
     grader: "math" (see `reflux.tasks.math`), "exact" (text or final answer, white space folded), "none", or "my_module:function", called
-    with (prompt, text) and returning a number from 0 to 1.
+    with (prompt, what the student made) and returning a number from 0 to 1, or a Reward.
+    makes: "text", or "picture" for flow models; a picture is judged by a grader of your own, which meets uint8 [height, width(, 3)].
 
     "train" never ends: a new order each epoch. DataError, with file and line, for data that cannot be used.
     """
@@ -47,6 +48,7 @@ class Jsonl:
     test: str | None = None
     instruction: str = ""
     grader: str = "math"
+    makes: Literal["text", "picture"] = "text"
     route: str | None = None
     weight: float = 1.0
 
@@ -60,8 +62,14 @@ class Jsonl:
             raise ValueError("validation is a share of the lines (0 <= validation < 1), or the name of a file of its own")
         if self.grader not in GRADERS and ":" not in self.grader:
             raise ValueError(f'grader must be one of {", ".join(GRADERS)}, or "my_module:function"{did_you_mean(self.grader, GRADERS)}')
+        if self.makes == "picture" and self.grader in ("math", "exact"):
+            raise ValueError(f'grader "{self.grader}" judges texts; for pictures give "my_module:function", or "none"')
         if not self.weight > 0:
             raise ValueError("weight must be above 0")
+
+    @property
+    def rollouts(self) -> type[Rollout]:
+        return FlowRollout if self.makes == "picture" else TokenRollout
 
     @property
     def routes(self) -> frozenset[str | None] | None:
@@ -88,7 +96,7 @@ class Jsonl:
             )
         return endless(prompts, seed, start) if split == "train" else iter(prompts[start:])
 
-    def verify(self, prompt: Prompt, made: Any) -> float:
+    def verify(self, prompt: Prompt, made: Any) -> float | Reward:
         """The grader's verdict. ValueError without an answer to compare with, or with the grader "none"."""
         if self.grader == "none":
             raise ValueError("the task has grader = none, so nothing can be judged")

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.parts import STRICT, PartOf
 from reflux.tasks.base import Split, Task
-from reflux.types import Message, Prompt, seed_of
+from reflux.types import Message, Prompt, Reward, Rollout, seed_of
 
 BLOCK = 1000  # in so many prompts, every part has exactly its share
 
@@ -35,11 +35,17 @@ class Mix:
             raise ValueError("a mix needs at least one part: [task.parts.NAME] with its kind")
         if not self.weight > 0:
             raise ValueError("weight must be above 0")
+        if len({part.rollouts for part in self.parts.values()}) > 1:
+            raise ValueError("the parts of a mix must be all of texts, or all of pictures")
         for name, share in self._shares().items():
             if "/" in name:
                 raise ValueError(f"the part name '{name}' holds a slash, which divides names from ids; rename it")
             if not share:
                 raise ValueError(f"the weight of part '{name}' is less than 1 in {BLOCK} prompts; raise it, or leave the part out")
+
+    @property
+    def rollouts(self) -> type[Rollout]:
+        return next(iter(self.parts.values())).rollouts
 
     @property
     def routes(self) -> frozenset[str | None] | None:
@@ -53,7 +59,7 @@ class Mix:
         turns = itertools.chain.from_iterable(itertools.zip_longest(*streams))
         return itertools.islice((prompt for prompt in turns if prompt is not None), start, None)
 
-    def verify(self, prompt: Prompt, made: Any) -> float:
+    def verify(self, prompt: Prompt, made: Any) -> float | Reward:
         """The verdict of the part that the prompt came from."""
         part, inner = self._inner(prompt)
         return part.verify(inner, made)

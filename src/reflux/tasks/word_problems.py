@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.parts import STRICT
 from reflux.tasks.base import Split
-from reflux.types import Message, Prompt, seed_of
+from reflux.types import Message, Prompt, Rollout, TokenRollout, seed_of
 
 Operation = Literal["add", "sub", "mul"]
 Chain = tuple[int, tuple[tuple[Operation, int], ...]]  # the start, then (operation, number) step by step
@@ -70,6 +70,10 @@ class WordProblems:
         orders: list[list[Operation]] = [falling_first, *([kind] for kind in self.operations)]
         if not any(_ranges(tuple(order * most)[:most], self.largest) for order in orders):
             raise ValueError(f"no story of {most} steps stays within largest = {self.largest}; raise largest, or allow other operations")
+
+    @property
+    def rollouts(self) -> type[Rollout]:
+        return TokenRollout
 
     @property
     def routes(self) -> frozenset[str | None]:

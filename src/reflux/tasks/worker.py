@@ -20,7 +20,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-from reflux.types import Prompt
+from reflux.types import Prompt, Reward
 
 MEMORY_BYTES = 4 << 30  # "9^9^9^9" must cost an attempt, not the machine
 WATCH_S = 0.5
@@ -29,8 +29,8 @@ WATCH_S = 0.5
 def work(descriptor: int, parent: int, most_cpu_s: float) -> None:
     """Judge until the connection closes.
 
-    In, pickled: a packed task (bytes), answered by one JSON pair [null, why it cannot be loaded here or ""]; or a list of (prompt, made),
-    answered by one pair each, [value or null, what went wrong or ""], as soon as it is known.
+    In, pickled: a packed task (bytes), answered by one JSON list [null, why it cannot be loaded here or "", {}]; or a list of
+    (prompt, made), answered by one list each, [value or null, what went wrong or "", parts], as soon as it is known.
     """
     _be_a_good_child(parent)
     task = None
@@ -39,7 +39,7 @@ def work(descriptor: int, parent: int, most_cpu_s: float) -> None:
             message = pickle.loads(theirs.recv_bytes())
             if isinstance(message, bytes):
                 task, problem = _unpack(message)
-                theirs.send_bytes(json.dumps([None, problem]).encode())
+                theirs.send_bytes(json.dumps([None, problem, {}]).encode())
                 continue
             for prompt, made in message:
                 signal.setitimer(signal.ITIMER_PROF, most_cpu_s)  # ends an orphan whose watching thread is starved, too
@@ -47,13 +47,17 @@ def work(descriptor: int, parent: int, most_cpu_s: float) -> None:
             signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def judge(task: Any, prompt: Prompt, made: Any) -> tuple[float | None, str]:
-    """(value, "") or (None, what went wrong), whatever the verifier does short of hanging or crashing."""
+def judge(task: Any, prompt: Prompt, made: Any) -> tuple[float | None, str, dict[str, float]]:
+    """(value, "", parts) or (None, what went wrong, {}), whatever the verifier does short of hanging or crashing."""
     try:
-        value = float(task.verify(prompt, made))
+        found = Reward.of(task.verify(prompt, made))
+        value, parts = found.value, {str(name): float(part) for name, part in found.parts.items()}
     except BaseException as error:  # some time limits and exit() are no Exceptions
-        return None, f"{type(error).__name__}: {error}"[:500]
-    return (value, "") if math.isfinite(value) else (None, f"the verdict is {value}, which is no number")
+        return None, f"{type(error).__name__}: {error}"[:500], {}
+    if value is None:
+        return None, "the verifier gave no verdict", parts
+    wrong = next((number for number in (value, *parts.values()) if not math.isfinite(number)), None)
+    return (value, "", parts) if wrong is None else (None, f"the verdict is {wrong}, which is no number", {})
 
 
 def _unpack(packed: bytes) -> tuple[Any, str]:

@@ -1,6 +1,7 @@
 """Who answers."""
 
 TEACHERS = {
+    "flow": "reflux.teachers.flow:Flow",
     "local": "reflux.teachers.local:Local",
     "own": "reflux.teachers.own:Own",
 }

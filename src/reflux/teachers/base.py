@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from reflux.contexts.base import Context, View
 from reflux.gather import Gather
-from reflux.types import Attempt, Group, Moment, Target
+from reflux.types import Attempt, Group, Moment, Rollout, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class OpenTeacher(Protocol):
-    parameters: int
+    macs: int  # multiply-accumulates per position, for FLOP accounting
 
     async def score(self, asked: Sequence[tuple[Attempt, View]], moment: Moment) -> None:
         """Fill targets (and candidates, as `run.wants` asks) of these attempts, each in its view."""
@@ -39,6 +39,7 @@ class OpenTeacher(Protocol):
 
 
 class Teacher(Protocol):
+    rollouts: ClassVar[type[Rollout]]  # what it can be asked about
     offers: ClassVar[tuple[type[Target], ...]]
     in_process: ClassVar[bool]  # True where batched calls are the fast ones
     at_ids: ClassVar[bool]  # True where it can give its log-probs at any ids the student lists
@@ -133,11 +134,11 @@ class Teachers:
         return sorted({self.spoken(table) for table in self.opened})
 
     @property
-    def parameters(self) -> int:
-        """Parameters a position is read by, for FLOP accounting: routed tables count by their mean."""
+    def macs(self) -> int:
+        """Multiply-accumulates a position costs all teachers together, for FLOP accounting: routed tables count by their mean."""
         names: dict[str, list[int]] = {}
         for table, (teacher, answers) in self.opened.items():
-            names.setdefault(spoken_name(table, teacher), []).append(answers.parameters)
+            names.setdefault(spoken_name(table, teacher), []).append(answers.macs)
         return sum(sum(counts) // len(counts) for counts in names.values())
 
     def state(self) -> dict[str, Any]:

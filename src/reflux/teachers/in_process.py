@@ -36,7 +36,7 @@ class InProcess:
 
     def __init__(self, cfg: Batched, run: Run, name: str, model: Model, renderer: Renderer):
         self.batch_tokens, self.run, self.name, self.model, self.renderer = cfg.batch_tokens, run, spoken_name(name, cfg), model, renderer
-        self.parameters = parameter_count(model.net)
+        self.macs = parameter_count(model.net)
         model.net.requires_grad_(False)
 
     def precision(self) -> AbstractContextManager[Any]:

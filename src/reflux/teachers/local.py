@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.contexts.same import Same
 from reflux.parts import STRICT, PartOf
-from reflux.types import HiddenTarget
+from reflux.types import HiddenTarget, Rollout, TokenRollout
 
 if TYPE_CHECKING:
     from reflux.rundir import Run
@@ -23,6 +23,7 @@ class Local:
     routes: only prompts with one of these routes are asked; as_: the name several routed tables share.
     """
 
+    rollouts: ClassVar[type[Rollout]] = TokenRollout
     offers: ClassVar[tuple[type, ...]] = (HiddenTarget,)
     in_process: ClassVar[bool] = True
     at_ids: ClassVar[bool] = True

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.contexts.same import Same
 from reflux.parts import STRICT, PartOf
-from reflux.types import HiddenTarget
+from reflux.types import HiddenTarget, Rollout, TokenRollout
 
 if TYPE_CHECKING:
     from reflux.rundir import Run
@@ -30,6 +30,7 @@ class Own:
     live and 1 cost 0 everywhere, as do all of them before the first step. An average of the path as teacher: arXiv 1703.01780.
     """
 
+    rollouts: ClassVar[type[Rollout]] = TokenRollout
     offers: ClassVar[tuple[type, ...]] = (HiddenTarget,)
     in_process: ClassVar[bool] = True
     at_ids: ClassVar[bool] = True

@@ -1,0 +1,74 @@
+"""Preflight: small measurements that catch what usually goes wrong, each as a sentence.
+
+The parity check is law 11: sampler and learner must give what was chosen the same log-probs, within a stated bound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from reflux import checks
+from reflux.config import RunConfig
+from reflux.doctor import flows, texts
+from reflux.doctor.finding import Finding
+from reflux.loop import open_parts
+from reflux.models import parameter_count
+from reflux.rundir import Options, Run
+from reflux.types import Draw, FlowRollout, Group, Reward
+
+_MOST = 32  # positions of an answer
+
+
+async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
+    """Findings as they are made. A check that cannot run raises, with the reason."""
+    wants = checks.join(cfg)
+    yield Finding("ok", "recipe", "all parts fit together")
+    for text in checks.warnings(cfg):
+        yield Finding("warning", "recipe", text)
+    about = flows if cfg.learner.rollouts is FlowRollout else texts
+    for finding in about.before(cfg):
+        yield finding
+    with tempfile.TemporaryDirectory() as scratch:
+        group = max((teacher.context.min_group for teacher in cfg.teachers.values()), default=1)
+        cfg = replace(cfg, prompts_per_step=prompts, group_size=group, max_lag=0)
+        run = Run.open(cfg, wants, Options(Path(scratch) / "doctor"))
+        async with open_parts(replace(cfg, reward=None, accelerator=None), run) as (learner, sampler, _, teachers, _):
+            await sampler.publish(learner.weights, learner.version)
+            groups = await _attempts(run, sampler, prompts)
+            for finding in about.acted(learner, groups):
+                yield finding
+            await _judge(run, groups)
+            await teachers.score(groups, run.moment())
+            for name in teachers.names:
+                yield about.alive(name, learner, groups)
+            yield await about.at_home(run, learner, groups)
+    yield _disk(cfg, parameter_count(learner.model.net))
+
+
+async def _attempts(run: Run, sampler: Any, prompts: int) -> list[Group]:
+    """The student's own; a sampler that gives others' attempts in training acts itself for any other purpose."""
+    chosen = list(islice(run.task.prompts("train", run.seed, 0), prompts))
+    draw = Draw(0, "train" if run.cfg.sampler.on_policy else "score", min(_MOST, run.cfg.longest), cohort=prompts)
+    return list(await asyncio.gather(*(sampler.sample(prompt, run.cfg.group_size, draw) for prompt in chosen)))
+
+
+async def _judge(run: Run, groups: Sequence[Group]) -> None:
+    """By the task's own verifier: a context may sort attempts by their verdicts, and which it shows matters little here."""
+    attempts = [attempt for group in groups for attempt in group]
+    if run.wants.reward:
+        for attempt, verdict in zip(attempts, await run.graders.judge_attempts(run.task, attempts), strict=True):
+            attempt.reward = Reward(verdict.value)
+
+
+def _disk(cfg: RunConfig, parameters: int) -> Finding:
+    need = parameters * (12 * (cfg.keep_checkpoints + 1) + 8)
+    free = shutil.disk_usage(".").free
+    text = f"{free / 1e9:.1f} GB free here, about {need / 1e9:.2g} GB needed for {cfg.keep_checkpoints + 1} checkpoints and the student"
+    return Finding("ok" if free > 1.2 * need else "failed", "disk", text)

@@ -1,0 +1,134 @@
+"""What is measured of flow models: velocities at the states that the sampler recorded.
+
+A velocity off by a share s of itself, in a direction that knows nothing of the noise, moves the log-prob of the step that was drawn by
+s sqrt(2 w) |v| z - s^2 w |v|^2, z standard normal and w the KL's weight (`kl_weight`): the mean moves by sqrt(2 w) s |v| widths. So both
+parity and zero at home are bounds on s, whatever the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from reflux.checks.domains import flow_sampler
+from reflux.config import RunConfig
+from reflux.contexts.base import View
+from reflux.doctor.finding import Finding
+from reflux.objectives.velocity_kl import kl_weight
+from reflux.rundir import Run
+from reflux.samplers.flow import step_logp, step_moments
+from reflux.types import Attempt, FlowRollout, Group, VelocityTarget
+
+SHARES = {"cpu": 1e-4, "cuda": 0.02}  # s: float32 on both sides; float16 against bfloat16 autocast
+SIGMAS = 5.0
+ROUNDING = 2.0**-22  # of a float32 log-prob, which is a sum over D: relative, and for each value's distance in widths
+HOME = "home"
+
+
+def before(cfg: RunConfig) -> Iterator[Finding]:
+    """The grid that student and teachers share. ModelError where a model is none."""
+    from reflux.flows.load import outline_flow
+
+    acting = flow_sampler(cfg)
+    if acting is None:
+        return
+    outline = outline_flow(cfg.learner.model, "learner.model")
+    t_S = outline.grid(acting.steps)
+    steps = -np.diff(t_S)
+    text = f"{acting.steps} steps of {steps.min():.3g} to {steps.max():.3g} from t = 1 to {t_S[-1]:g}, guidance {acting.guidance:g}"
+    yield Finding("ok", "grid", text)
+
+
+def acted(learner: Any, groups: Sequence[Group]) -> Iterator[Finding]:
+    """What was drawn, and parity."""
+    rollouts = [_rollout(attempt) for group in groups for attempt in group]
+    first = rollouts[0]
+    shape = " x ".join(map(str, first.image.shape))
+    yield Finding("ok", "pictures", f"{len(rollouts)} of {shape} pixels drawn in {first.length} steps, {first.x_SD.shape[1]} latent values")
+    yield _parity(learner, groups)
+
+
+def _parity(learner: Any, groups: Sequence[Group]) -> Finding:
+    """The learner's velocities at the stored states give the log-probs that the sampler recorded; without noise, the very steps."""
+    share = SHARES.get(learner.model.device.type, SHARES["cuda"])
+    gaps, excesses = [], []
+    for attempt, v_TD in learner.velocities(groups):
+        rollout = _rollout(attempt)
+        gap_T, bound_T = _log_prob_gap(rollout, v_TD, share) if rollout.noise_level else _step_gap(rollout, v_TD, share)
+        gaps.append(gap_T[rollout.mask_T])
+        excesses.append(np.where(rollout.mask_T, gap_T / bound_T, 0.0))
+    place = max(range(len(excesses)), key=lambda i: excesses[i].max())
+    worst, position = float(excesses[place].max()), int(excesses[place].argmax())
+    unit = "nats" if _rollout(groups[0][0]).noise_level else "of the state's length"
+    text = (
+        f"sampler and learner disagree by at most {worst:.2g} of what velocities {share:g} apart would explain, at step {position} (from "
+        f"0; median gap {np.median(np.concatenate(gaps)):.2g} {unit})"
+    )
+    if worst <= 1:
+        return Finding("ok", "parity", text)
+    return Finding("failed", "parity", text + ". All steps off usually means another precision or guidance, the first alone another grid.")
+
+
+def _log_prob_gap(rollout: FlowRollout, v_TD: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """(|difference of log-probs|, its bound), [T], nats; computed in float64."""
+    x_SD, next_TD, v_TD = rollout.x_SD[:-1].astype(np.float64), rollout.x_SD[1:].astype(np.float64), v_TD.astype(np.float64)
+    t_T, dt_T = rollout.t_S[:-1].astype(np.float64), np.diff(rollout.t_S).astype(np.float64)
+    mean_TD, std_T1 = step_moments(x_SD, v_TD, t_T[:, None], dt_T[:, None], rollout.noise_level)
+    logp_T = step_logp(next_TD, mean_TD, std_T1)
+    z_TD = np.abs(next_TD - mean_TD) / std_T1
+    widths_T = share * np.sqrt(2 * kl_weight(t_T, dt_T, rollout.noise_level)) * np.linalg.norm(v_TD, axis=1)
+    rounding_T = ROUNDING * (np.abs(logp_T) + (z_TD * (np.abs(next_TD) + np.abs(mean_TD)) / std_T1).sum(1))
+    return np.abs(rollout.logp_T - logp_T), SIGMAS * widths_T + widths_T**2 / 2 + rounding_T
+
+
+def _step_gap(rollout: FlowRollout, v_TD: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """(|step taken - step that v makes|, its bound), [T], as shares of the state's length: of the ODE, whose steps have no log-prob."""
+    dt_T = np.abs(np.diff(rollout.t_S))
+    size_T = np.linalg.norm(rollout.x_SD[1:], axis=1)
+    gap_T = np.linalg.norm(np.diff(rollout.x_SD, axis=0) - v_TD * np.diff(rollout.t_S)[:, None], axis=1)
+    return gap_T / size_T, share * dt_T * np.linalg.norm(v_TD, axis=1) / size_T + ROUNDING
+
+
+def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
+    """A teacher that says what the student says anyway, or nothing at all, teaches nothing. What is not finite it refuses itself."""
+    attempts = [attempt for group in groups for attempt in group]
+    silent = sum(name not in attempt.targets for attempt in attempts)
+    distances = [_distance(attempt, name, v_TD) for attempt, v_TD in learner.velocities(groups) if name in attempt.targets]
+    if silent:
+        text = f"'{name}' said nothing about {silent} of {len(attempts)} attempts (their routes are not its own)"
+        return Finding("warning", "teacher", text)
+    apart = float(np.mean(distances)) if distances else 0.0
+    if apart < 1e-6:
+        text = f"'{name}' says the student's very velocities: an anchor to where the student begins does, else its weights are not loaded"
+        return Finding("warning", "teacher", text)
+    return Finding("ok", "teacher", f"'{name}' answers; its velocities are {apart:.1%} of their length away from the student's")
+
+
+def _distance(attempt: Attempt, name: str, v_TD: np.ndarray) -> float:
+    """Mean over the counted steps of |teacher's velocity - student's| / |student's|."""
+    target, rows_T = attempt.targets[name], attempt.rollout.mask_T
+    assert isinstance(target, VelocityTarget)
+    return float((np.linalg.norm(target.v_TD - v_TD, axis=1) / np.linalg.norm(v_TD, axis=1))[rows_T].mean())
+
+
+async def at_home(run: Run, learner: Any, groups: Sequence[Group]) -> Finding:
+    """A teacher that is the student must be at distance zero from it."""
+    from reflux.teachers.flow import Flow
+    from reflux.teachers.flow_engine import FlowTeacher
+
+    share = SHARES.get(learner.model.device.type, SHARES["cuda"])
+    answers = FlowTeacher(Flow(run.cfg.learner.model), run, HOME, learner.model)
+    attempts = [attempt for group in groups for attempt in group]
+    await answers.score([(attempt, View(attempt.rollout.prompt.messages)) for attempt in attempts], run.moment())
+    worst = max(_distance(attempt, HOME, v_TD) for attempt, v_TD in learner.velocities(groups))
+    for attempt in attempts:
+        del attempt.targets[HOME]
+    text = f"the student as its own teacher is {worst:.1e} of its velocities away from itself (bound {share:g})"
+    return Finding("ok" if worst <= share else "failed", "zero at home", text)
+
+
+def _rollout(attempt: Attempt) -> FlowRollout:
+    assert isinstance(attempt.rollout, FlowRollout)
+    return attempt.rollout

@@ -1,0 +1,53 @@
+"""Stable Diffusion 3's text encoders and decoder, frozen: each prompt is encoded once, and its answer kept."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KEPT = 512  # prompts whose encodings are kept: about 3 MB each in 16 bits
+
+
+class TextEncoders:
+    """diffusers' `encode_prompt` of a pipeline that was loaded without transformer and decoder. Answers lie on the CPU."""
+
+    def __init__(self, pipeline: Any, device: str, kept: int = KEPT):
+        self._pipeline, self._device, self._kept = pipeline, torch.device(device), kept
+        self._answers: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(tokens_BLJ, pooled_BP). Only prompts that are not kept reach the encoders."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._answers]
+        found = {text: self._answers[text] for text in texts if text in self._answers}
+        found |= {text: self._encode(text) for text in missing}
+        for text, answer in found.items():
+            self._answers[text] = answer
+            self._answers.move_to_end(text)
+        while len(self._answers) > self._kept:
+            self._answers.popitem(last=False)
+        return torch.stack([found[text][0] for text in texts]), torch.stack([found[text][1] for text in texts])
+
+    @torch.no_grad()
+    def _encode(self, text: str) -> tuple[Tensor, Tensor]:
+        tokens_1LJ, _, pooled_1P, _ = self._pipeline.encode_prompt(
+            prompt=text, prompt_2=text, prompt_3=text, device=self._device, do_classifier_free_guidance=False
+        )
+        return tokens_1LJ[0].cpu(), pooled_1P[0].cpu()
+
+
+class LatentDecoder:
+    """diffusers' AutoencoderKL, with its scale and shift."""
+
+    def __init__(self, vae: Any):
+        self._vae = vae.requires_grad_(False)
+        self.factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def __call__(self, x_BCHW: Tensor) -> Tensor:
+        config = self._vae.config
+        latents = x_BCHW / config.scaling_factor + (config.shift_factor or 0.0)
+        return torch.cat([self._vae.decode(one.to(self._vae.dtype), return_dict=False)[0] for one in latents.split(1)])

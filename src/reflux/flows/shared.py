@@ -1,0 +1,103 @@
+"""One base under several adapters: it is loaded once, and whoever speaks switches its own adapter on first."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import count, cycle, islice
+
+import torch
+from torch import Tensor
+
+from reflux.errors import ModelError
+from reflux.flows.adapter_files import read_adapter
+from reflux.flows.adapters import attach, use
+from reflux.flows.load import load_flow
+from reflux.flows.model import FlowModel
+from reflux.flows.net import UNCONDITIONAL
+from reflux.models import locate, pick_device
+from reflux.once import Once
+
+PROBE_T = (1.0, 0.75, 0.5, 0.25)  # times of the states that an adapter is tried on
+PROBE_PATCHES = 8  # a side of such a state at most
+PROBE_TEXTS = (UNCONDITIONAL, "a photograph")  # where there is no table of known prompts
+
+
+class SharedBase:
+    """A frozen model and the adapters on it, of which the last one asked for is on."""
+
+    def __init__(self, model: FlowModel):
+        model.net.requires_grad_(False).eval()
+        self.model = model
+        self._names: dict[str, str] = {}  # of adapters that may speak, by where they came from
+        self._numbers = count()
+        self._on: str | None = None
+        self._turn = threading.Lock()
+
+    @classmethod
+    def of(cls, name: str, path: str, *, dtype: str, device: str, once: Once) -> SharedBase:
+        """The run's one copy of this model in this type on this device."""
+        key = ("flow base", locate(name, path), dtype, pick_device(device))
+        return once(key, lambda: cls(load_flow(name, path, dtype=dtype, device=device, once=once)))
+
+    def voice(self, adapter: str | None, path: str) -> Voice:
+        """The model as it speaks with this adapter, or without any. ModelError for one that does not fit, or that changes nothing."""
+        if adapter is not None and adapter not in self._names:
+            self._add(adapter, path)
+        of_model = {field.name: getattr(self.model, field.name) for field in fields(FlowModel)}
+        return Voice(**of_model, base=self, adapter=None if adapter is None else self._names[adapter])
+
+    def _add(self, adapter: str, path: str) -> None:
+        transformer, name = self.model.net.transformer, f"adapter{next(self._numbers)}"
+        read = read_adapter(adapter, transformer, path)
+        with self._turn:
+            attach(transformer, read, name)
+            use(transformer, name)
+            self._on = name
+        if torch.equal(self._probe(name), self._probe(None)):
+            raise ModelError(
+                f"{path}: with the adapter in {adapter} the model says exactly what it says without it, so this teacher would be the base "
+                f"model. Are its B factors still 0, as before the first step of training?"
+            )
+        self._names[adapter] = name
+
+    @torch.inference_mode()
+    def _probe(self, name: str | None) -> Tensor:
+        """Velocities at a few seeded states."""
+        config = self.model.net.transformer.config
+        side = min(config.sample_size, PROBE_PATCHES * config.patch_size)
+        dice = torch.Generator().manual_seed(0)
+        x_ND = torch.randn(len(PROBE_T), self.model.channels * side**2, generator=dice)
+        table = self.model.net.prompts
+        texts = list(islice(cycle(PROBE_TEXTS if table is None else table.texts), len(PROBE_T)))
+        with self.speaking(name):
+            return self.model.velocity(x_ND, torch.tensor(PROBE_T), texts)
+
+    @contextmanager
+    def speaking(self, name: str | None) -> Iterator[None]:
+        """Within, this adapter is on and no other; one speaks at a time, also of several threads."""
+        with self._turn:
+            if name != self._on:
+                use(self.model.net.transformer, name)
+                self._on = name
+            yield
+
+
+@dataclass(frozen=True)
+class Voice(FlowModel):
+    """A shared base with one adapter on, or none: a flow model like any other, but for saving it."""
+
+    base: SharedBase
+    adapter: str | None  # its name on the base
+
+    def velocity(self, x_ND: Tensor, t_N: Tensor, texts: Sequence[str], guidance: float = 1.0) -> Tensor:
+        with self.base.speaking(self.adapter):
+            return super().velocity(x_ND, t_N, texts, guidance)
+
+    def macs(self, guidance: float = 1.0, pixels: int = 0) -> int:
+        """Of the base and its own adapter alone."""
+        sizes = {name: parameter.numel() for name, parameter in self.net.transformer.named_parameters()}
+        own = sum(size for name, size in sizes.items() if ".lora_" not in name or f".{self.adapter}." in name)
+        return super().macs(guidance, pixels) * own // sum(sizes.values())

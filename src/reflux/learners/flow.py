@@ -1,0 +1,91 @@
+"""The learner of flow models: AdamW on all weights or on adapters, in one process."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from reflux.learners.hf import Positive
+from reflux.parts import STRICT
+from reflux.schedules import Number, number
+from reflux.types import FlowRollout, Rollout
+
+if TYPE_CHECKING:
+    from reflux.rundir import Run
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Average:
+    """An exponential average of the trained weights: mean = decay * mean + (1 - decay) * weights, every so many optimiser steps.
+
+    It is what is evaluated and exported; attempts are sampled with the weights themselves.
+    """
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    every: Annotated[int, Field(ge=1)] = 8
+
+
+@dataclass(frozen=True, config=STRICT)
+class FlowLora:
+    """Low-rank adapters by peft (arXiv 2106.09685) on the transformer. targets: ends of module names; all attention layers."""
+
+    rank: Annotated[int, Field(ge=1)] = 32
+    alpha: Positive = 64.0
+    targets: tuple[str, ...] = ATTENTION
+
+
+@dataclass(frozen=True, config=STRICT)
+class Merge:
+    """A start at the mean of the teachers: models of the student's shape, or adapters on it.
+
+    by weights: the mean of the full weights; of adapters the mean of their products B A, exact, as one adapter of the sum of their ranks.
+    by factors: the mean of A and the mean of B apart, as the released code does, which is not the mean of the products.
+    """
+
+    models: tuple[str, ...]
+    by: Literal["weights", "factors"] = "weights"
+
+    def __post_init__(self) -> None:
+        if len(self.models) < 2:
+            raise ValueError("models: a merge takes two or more; to start from one, give it as learner.model or as adapter")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Flow:
+    """AdamW on float32 master weights of a diffusers transformer, bfloat16 autocast on GPU; guidance is that of each attempt.
+
+    Every kept position is one pass of the network at the state stored there; no gradient flows through the sampler.
+    """
+
+    rollouts: ClassVar[type[Rollout]] = FlowRollout
+
+    model: str
+    lr: Number = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    clip: Positive = 1.0  # gradient norm; gradients of a KL in nats are large
+    noise_floor: Annotated[float, Field(ge=0)] = 1e-3  # a gradient norm up to this is rounding, and no step is made
+    micro_batch: Annotated[int, Field(ge=1)] = 64  # positions in one pass
+    adapter: str | None = None  # a folder of adapters to begin with; they go on being trained under lora, else they are merged
+    merge: Merge | None = None
+    lora: FlowLora | None = None
+    average: Average | None = None
+    gradient_checkpointing: bool = False
+    autocast: Literal["auto", "off"] = "auto"  # auto: bfloat16 on a GPU
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        number(self.lr, "lr")
+        if self.adapter is not None and self.merge is not None:
+            raise ValueError("adapter and merge both say where to begin; keep one of them")
+
+    def open(self, run: Run) -> AbstractAsyncContextManager[Any]:
+        from reflux.learners.flow_engine import FlowLearner
+
+        return FlowLearner.opened(self, run)

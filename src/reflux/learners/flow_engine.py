@@ -1,0 +1,123 @@
+"""The training state behind `learners.flow`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reflux import flow_loss
+from reflux.batch import Item, signature
+from reflux.flow_loss import StepBatch
+from reflux.flows.adapter_files import write_adapter
+from reflux.flows.adapters import taken
+from reflux.flows.load import load_flow
+from reflux.flows.model import FlowModel
+from reflux.flows.start import start
+from reflux.kernels.columns import Columns
+from reflux.learners import adapters
+from reflux.learners.moving import Moving, fill_records, unpacked
+from reflux.loss import result_of
+from reflux.metrics import Mean, Stats, Sum
+from reflux.objectives.base import Objective
+from reflux.types import Attempt, Group, VelocityTarget, seed_of
+
+if TYPE_CHECKING:
+    from reflux.learners.flow import Flow
+    from reflux.rundir import Run
+
+
+class FlowLearner(Moving):
+    """A flow model: its velocities at the stored states, which are constants."""
+
+    refusal = "a step near data (small t) whose KL in nats is huge: a larger sampler.noise_level, or scale = 'released'"
+
+    def __init__(self, cfg: Flow, run: Run, model: FlowModel):
+        self.cfg, self.model = cfg, model
+        self._on_the_base = start(model, cfg.merge, cfg.adapter, cfg.lora, seed=seed_of(run.seed, "lora"))
+        if cfg.gradient_checkpointing:
+            model.net.transformer.enable_gradient_checkpointing()
+        self.macs = model.macs()
+        super().__init__(cfg, run, model.net, cfg.average)
+
+    @classmethod
+    @asynccontextmanager
+    async def opened(cls, cfg: Flow, run: Run) -> AsyncIterator[FlowLearner]:
+        load = partial(load_flow, cfg.model, "learner.model", dtype="float32", device=cfg.device, once=run.once)
+        yield cls(cfg, run, await run.off_loop(load))
+
+    async def observe(self, groups: Sequence[Group]) -> None:
+        if self.run.wants.now_at_said:
+            await self.run.off_loop(self._observe, groups)
+
+    def _observe(self, groups: Sequence[Group]) -> None:
+        for attempt, v_TD in self.velocities(groups):
+            attempt.now = VelocityTarget(teacher="now", v_TD=v_TD)
+
+    def velocities(self, groups: Sequence[Group]) -> Iterator[tuple[Attempt, np.ndarray]]:
+        """(attempt, v_TD) of the student of now at every chosen position, NaN at the others; no gradient."""
+        whole = [_whole(attempt) for group in groups for attempt in group if attempt.rollout.finish != "error"]
+        for alike in _alike([item for item in whole if len(item.rows_N)]):
+            batches = (StepBatch(piece, (), self.model.device) for piece in flow_loss.pieces(alike, self.cfg.micro_batch))
+            with torch.no_grad():
+                v_ND = torch.cat([self._velocity(batch) for batch in batches])
+            yield from ((item.attempt, v_TD) for item, v_TD in unpacked(alike, v_ND))
+
+    def gradients(self, items: list[Item], objectives: Sequence[Objective]) -> Stats:
+        total, kl, outside = Sum(0.0), Mean(), Mean()
+        for alike in _alike(items):
+            columns, at = Columns(sum(len(item.rows_N) for item in alike)), 0
+            for piece in flow_loss.pieces(alike, self.cfg.micro_batch):
+                batch = StepBatch(piece, objectives, self.model.device)
+                rows = slice(at, at + len(batch.texts))
+                total = total + Sum(float(flow_loss.backward(batch, self._velocity(batch), columns, rows)))
+                at = rows.stop
+            found = result_of(torch.zeros(()), columns)
+            kl = kl if found.kl_N is None else kl + Mean.of(found.kl_N.double().cpu().numpy())
+            outside = sum((Mean.of(rows_N.double().cpu().numpy()) for rows_N in found.outside), outside)
+            fill_records(alike, found.logp)
+            for item, kl_T in unpacked(alike, found.kl_N) if found.kl_N is not None else ():
+                item.attempt.notes["kl"] = kl_T
+        stats: Stats = {"loss": total, "kl_nats": kl}
+        if outside.count:
+            stats["ratio_outside_share"] = outside
+        return stats
+
+    def _velocity(self, batch: StepBatch) -> Tensor:
+        with self._autocast():
+            return self.model.velocity(batch.x_ND, batch.t_N, batch.texts, batch.guidance)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        wanted = self.cfg.autocast == "auto" and self.model.device.type == "cuda"
+        return torch.autocast("cuda", dtype=torch.bfloat16) if wanted else nullcontext()
+
+    def export(self, folder: Path) -> None:
+        """A diffusers folder of the student, adapters merged; of its average where one is kept.
+
+        What was trained as an adapter on the model as it came is there besides, as diffusers' `load_lora_weights` reads it.
+        """
+        with self.at_mean():
+            self.model.save(folder, weights=adapters.merged(self.net))
+            if self._on_the_base and not self._bases:  # a jump may have moved the base
+                write_adapter(taken(self.model.net.transformer), folder)
+
+
+def _whole(attempt: Attempt) -> Item:
+    """All chosen positions of an attempt, whatever they weigh."""
+    rows_N = np.flatnonzero(attempt.rollout.mask_T)
+    return Item(attempt, attempt.rollout, rows_N, np.zeros(len(rows_N), dtype=np.float32), (), ())
+
+
+def _alike(items: Sequence[Item]) -> Iterator[list[Item]]:
+    """Items whose rows may share a micro-batch."""
+    found: dict[tuple[object, ...], list[Item]] = {}
+    for item in items:
+        rollout = flow_loss.flow_of(item)
+        found.setdefault((*signature(item), rollout.guidance, rollout.noise_level > 0), []).append(item)
+    yield from found.values()

@@ -1,0 +1,81 @@
+"""The direct, differentiable KL between two Gaussian denoising steps: squared distance of velocities, in nats."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic.dataclasses import dataclass
+
+from reflux.objectives.base import Rows
+from reflux.objectives.sampled_kl import check_coef
+from reflux.parts import STRICT
+from reflux.samplers.flow import step_factors
+from reflux.types import Target, VelocityTarget, Wants
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from reflux.objectives.flow_says import VelocitySays
+
+
+@dataclass(frozen=True, config=STRICT)
+class VelocityKL:
+    """KL(student's step || teacher's step) at the states the student visited, differentiated through the student's velocity there.
+
+    At one state both steps are Gaussians of one width, so the KL is cost = w |v_student - v_teacher|^2, nats, summed over the D latent
+    values, with w = `kl_weight(t, dt, noise_level)`; 0 at home. States are constants: how a step moves the later ones is left out (the
+    gradient of discount 0). Two of these with teachers `main` and `anchor` are Flow-OPD with its anchor (MAR, arXiv 2605.08063).
+
+    The paper prints another form: reward -w |sg(v_student) - v_teacher|^2 at each step, gradient through the importance ratio alone. That
+    reward does not depend on the step that was drawn, so its expected gradient is 0. The released code leaves the KL in the graph, which
+    makes it this one plus noise without a mean.
+
+    `scale` nats: as above. released: as the paper's code has it, a mean over D without dt, which is the KL times |dt| / D: published rates
+    and magnitudes then compare, and a grid of unequal steps weighs them differently.
+    `weight` kl: as above. mse: the mean over D of the squared difference, without w (arXiv 2606.27377): no divergence, the one form that
+    has a meaning at noise level 0, where the KL is infinite.
+    """
+
+    teacher: str = "main"
+    coef: float = 1.0
+    scale: Literal["nats", "released"] = "nats"
+    weight: Literal["kl", "mse"] = "kl"
+
+    takes_shift: ClassVar[bool] = False
+    accepts: ClassVar[tuple[type[Target], ...]] = (VelocityTarget,)
+
+    def __post_init__(self) -> None:
+        check_coef(self.coef)
+        if self.scale == "released" and self.weight == "mse":
+            raise ValueError("scale = 'released' scales the KL, and weight = 'mse' has none: leave scale out")
+
+    @property
+    def wants(self) -> Wants:
+        return Wants(said=int(self.teacher == "said"))
+
+    def __call__(self, rows: Rows[VelocitySays]) -> Tensor:
+        student = rows.student
+        square_ND = student.gap(rows.teachers[self.teacher]).square()
+        if self.weight == "mse":
+            return square_ND.mean(-1)
+        cost_N = kl_weight(student.t_N, student.dt_N, student.noise_level_N) * square_ND.sum(-1)
+        return cost_N if self.scale == "nats" else cost_N * student.dt_N.abs() / square_ND.shape[-1]
+
+
+def kl_weight(t: Any, dt: Any, noise_level: Any) -> Any:
+    """Nats per squared velocity, w of KL = w |v_s - v_T|^2, like t; floats, numpy arrays or torch tensors.
+
+        w = |dt|/2 (sigma (1-t)/(2t) + 1/sigma)^2 = |dt|/2 (1-t)/t (a/2 + 1/a)^2     for t < 1
+          = dt^2 / (2 a^2)                                                           at t = 1
+
+    Small near noise, growing like 1/t towards data; over a it is least at sqrt 2 and grows without bound towards 0. ValueError at
+    noise level 0, and for what `sde_step` refuses.
+    """
+    _, of_v, std = step_factors(t, dt, noise_level)
+    smallest = std if isinstance(std, float) else std.min()
+    if not smallest > 0:
+        raise ValueError(
+            "a step at noise level 0 has no density, so its KL is infinite: use weight = 'mse' in this velocity_kl, "
+            "or draw with a noise_level above 0"
+        )
+    return of_v**2 / (2 * std**2)

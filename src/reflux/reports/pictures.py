@@ -1,0 +1,100 @@
+"""The same prompts drawn before and after, and by the teacher: one row a prompt, every picture with its verdict.
+
+A picture comes from a file as base64 text. It is decoded and written anew, so that what stands in the page is a PNG of this program's own
+and nothing else, whatever the file said.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+
+from reflux import pictures
+from reflux.reports.evals import Moment, main_name
+from reflux.reports.examples import id_of, verdict, words
+from reflux.reports.reading import Row, number, table
+from reflux.reports.units import count
+
+_SHOWN = 144  # pixels a side on the page, at most, of a picture that is enlarged
+_ROWS = 24
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What an img element needs. enlarged: by a whole number, so its pixels are to stay sharp."""
+
+    source: str  # a data: URI
+    width: int
+    height: int
+    enlarged: bool
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One picture of a row: who drew it and when, the verdict and its parts in words. picture None: there is none that can be read."""
+
+    who: str
+    when: str
+    alt: str
+    picture: Picture | None
+    verdict: str
+    parts: list[str]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One prompt and its pictures."""
+
+    prompt: str
+    gold: str
+    drawn: list[Drawn]
+
+
+def picture_in(value: object) -> Picture | None:
+    """The picture in a field of a file; None where it holds none that can be read."""
+    if not isinstance(value, str):
+        return None
+    try:
+        pixels = pictures.thumbnail(pictures.from_text(value))
+    except ValueError:
+        return None
+    height, width = pixels.shape[:2]
+    scale = max(1, _SHOWN // max(height, width))
+    source = "data:image/png;base64," + base64.b64encode(pictures.png(pixels)).decode()
+    return Picture(source, width * scale, height * scale, scale > 1)
+
+
+def read_strips(moments: list[Moment]) -> list[Strip]:
+    """One for each prompt that was shown, in order, with what the first and the last moment and the teacher drew, as far as they did."""
+    name = main_name((name for moment in moments for name, entries in moment.examples.items() if entries), "accuracy")
+    kept = [moment for moment in moments if moment.examples.get(name or "")]
+    columns = [(who, f"step {count(moment.step)}", moment.examples[name or ""]) for who, moment in _named(kept)]
+    taught = next((moment.teacher_examples for moment in moments if moment.teacher_examples), [])
+    columns += [("Teacher", "", taught)] if taught else []
+    by_id = [(who, when, {id_of(entry): entry for entry in entries}) for who, when, entries in columns]
+    order = list(dict.fromkeys(id_of(entry) for _, _, entries in columns for entry in entries))[:_ROWS]
+    return [_strip([(who, when, entries[prompt]) for who, when, entries in by_id if prompt in entries]) for prompt in order]
+
+
+def _named(kept: list[Moment]) -> list[tuple[str, Moment]]:
+    """The first and the last moment; before is only what came before the first step."""
+    ends = [kept[0], kept[-1]] if len(kept) > 1 else kept
+    return [("Before" if moment.step == 0 else "After", moment) for moment in ends]
+
+
+def _strip(entries: list[tuple[str, str, Row]]) -> Strip:
+    first = entries[0][2]
+    asked = words(first.get("question", first.get("prompt"))) or id_of(first)
+    return Strip(asked, words(first.get("answer")), [_drawn(asked, who, when, entry) for who, when, entry in entries])
+
+
+def _drawn(asked: str, who: str, when: str, entry: Row) -> Drawn:
+    judged = verdict(entry.get("right", entry.get("verdict")))
+    told = f"{who.lower()}, {when}" if when else who.lower()
+    return Drawn(who, when, f"{asked}: {told}, {judged}", picture_in(entry.get("image")), judged, parts_of(entry))
+
+
+def parts_of(entry: Row) -> list[str]:
+    """The parts of a verdict, in words: "quality 0.93"."""
+    known = {words(name): number(value) for name, value in table(entry.get("parts")).items()}
+    return [f"{name} {value:.2f}" for name, value in known.items() if value is not None]

@@ -1,0 +1,101 @@
+"""One attempt at a picture as the page shows it: the picture, its verdict, and its denoising steps one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reflux.reports.attempts import Shown
+from reflux.reports.examples import verdict, words
+from reflux.reports.pictures import Picture, parts_of, picture_in
+from reflux.reports.reading import items, number
+from reflux.reports.tokens import level
+from reflux.reports.units import NONE, signed
+from reflux.reports.views import absent_because, title_of
+
+RATIO = "log q − log p, nats"
+_MOST = 200  # steps that are shown
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step: its cells by the name of their column, and the css class of the log-ratio's colour."""
+
+    css: str
+    cells: dict[str, str]
+
+
+@dataclass(frozen=True)
+class WalkView:
+    """One attempt as the template shows it. verdict: empty where nobody judged."""
+
+    title: str
+    facts: list[str]
+    question: str
+    picture: Picture | None
+    verdict: str
+    parts: list[str]
+    header: list[str]
+    steps: list[Step]
+    left_out: int
+    missing: str
+
+
+def walk(shown: Shown) -> WalkView:
+    """The attempt with what is known of its steps; a column that nobody filled is left out."""
+    acted = shown.acted
+    steps = [_step(shown, place) for place in range(len(items(acted.get("mask"))))]
+    header = [name for name in (steps[0].cells if steps else ()) if name == RATIO or any(step.cells[name] != NONE for step in steps)]
+    return WalkView(
+        title=title_of(acted),
+        facts=_facts(shown),
+        question=words(acted.get("question")),
+        picture=picture_in(acted.get("image")),
+        verdict="" if shown.reward is None else verdict(shown.reward),
+        parts=parts_of(acted),
+        header=header,
+        steps=steps[:_MOST],
+        left_out=max(0, len(steps) - _MOST),
+        missing=absent_because(shown, "steps"),
+    )
+
+
+def _facts(shown: Shown) -> list[str]:
+    acted = shown.acted
+    mask = items(acted.get("mask"))
+    noise, guidance = number(acted.get("noise_level")), number(acted.get("guidance"))
+    facts = [
+        f"{len(mask):,} denoising steps, {sum(number(value) == 1 for value in mask):,} to learn from" if mask else "",
+        "" if shown.reward is None else f"reward {shown.reward:.3g}",
+        "" if noise is None else f"noise level {noise:g}",
+        "" if guidance in (None, 1.0) else f"guidance {guidance:g}",
+        f"finish: {words(acted['finish'])}" if acted.get("finish") else "",
+        f"policy version {words(acted['version'])}" if acted.get("version") is not None else "",
+    ]
+    return [fact for fact in facts if fact]
+
+
+def _step(shown: Shown, place: int) -> Step:
+    """A step that the student did not choose (the last one of a whole grid) has no ratio."""
+    acted, learned = shown.acted, shown.learned
+    chosen = _at(acted.get("mask"), place) == 1
+    student, teacher = _at(shown.student_logp, place), _at(shown.teacher_logp, place)
+    ratio = None if student is None or teacher is None or not chosen else teacher - student
+    depth = 0 if ratio is None else level(ratio)
+    cells = {
+        "step": str(place),
+        "time": _number(_at(acted.get("t"), place), ".3f"),
+        RATIO: signed(ratio, 2) if chosen else "not learnt from",
+        "KL, nats": _number(_at(learned.get("kl"), place), ".3f"),
+        "weight": _number(_at(learned.get("weight"), place), ".3g"),
+        "shift, nats": signed(_at(learned.get("shift"), place)),
+    }
+    return Step("given" if not chosen else "unknown" if ratio is None else f"{'n' if depth < 0 else 'p'}{abs(depth)}", cells)
+
+
+def _at(values: object, place: int) -> float | None:
+    found = items(values)
+    return number(found[place]) if place < len(found) else None
+
+
+def _number(value: float | None, how: str) -> str:
+    return NONE if value is None else f"{value:{how}}"

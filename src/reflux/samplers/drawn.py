@@ -1,0 +1,66 @@
+"""Pictures that the teachers drew in place of the student's own: plain flow matching, as a baseline and a cold start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from reflux.parts import STRICT, PartOf
+from reflux.samplers.flow import Flow
+from reflux.teachers.flow import Flow as FlowTeacher
+from reflux.types import Draw, FlowRollout, Rollout
+
+if TYPE_CHECKING:
+    from reflux.rundir import Run
+
+
+@dataclass(frozen=True, config=STRICT)
+class Drawn:
+    """Flow matching (arXiv 2210.02747) on pictures x_0 that the teachers draw when asked for; evaluation really samples, by `generate`.
+
+    The teachers are the run's own tables of kind flow: a prompt goes to the table that names its route, else to the one without routes.
+    It draws by the ODE, in `generate.eval_steps` steps. What is learnt of a picture is T = `times` positions, each with noise x_1 of its
+    own, at a time t that is the sigmoid of a standard normal (arXiv 2403.03206): the state is (1 - t) x_0 + t x_1, and what was "said"
+    there is x_1 - x_0, for `velocity_kl` with teacher = "said" and weight = "mse". With teacher = "main" the teacher's own velocity at
+    these states is learnt instead.
+
+    An attempt's states are not a chain, as none leads to the next: each lies on a straight line of its own from noise to the picture, and a
+    step of -t along what was said ends at the picture, the last state, at t = 0. Times fall, as everywhere; all positions count. The
+    guidance is `generate`'s, in drawing and in learning: the student's guided velocity is fitted to guided pictures, and sampled so.
+
+    Nothing here was drawn from the student, so nothing that weighs by its probabilities fits.
+    """
+
+    on_policy: ClassVar[bool] = False
+    rollouts: ClassVar[type[Rollout]] = FlowRollout
+
+    generate: Annotated[Any, PartOf("samplers", default="flow")] = Flow()
+    times: Annotated[int, Field(ge=1)] = 10  # T of one picture
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.generate, Flow):
+            raise ValueError("generate draws pictures, so its kind is 'flow'")
+
+    def draw(self, step: int) -> Draw:
+        return replace(self.generate.draw(step), length=self.times)
+
+    @property
+    def allow_biased(self) -> bool:
+        return False
+
+    def open(self, run: Run) -> AbstractAsyncContextManager[Any]:
+        from reflux.samplers.drawn_engine import OpenDrawn
+
+        return OpenDrawn.opened(self, run)
+
+
+def drawers(teachers: Mapping[str, Any], route: str | None) -> list[str]:
+    """The tables that may draw for a route: those that name it, else those that serve every prompt. One is what a run needs."""
+    tables = {table: teacher for table, teacher in teachers.items() if isinstance(teacher, FlowTeacher)}
+    named = [table for table, teacher in tables.items() if route in teacher.routes]
+    return named or [table for table, teacher in tables.items() if not teacher.routes]

@@ -1,0 +1,129 @@
+"""The models behind `samplers.drawn`: the teachers draw, and each picture becomes states on straight lines to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reflux.errors import DataError, ModelError
+from reflux.gather import Gather
+from reflux.samplers.drawn import drawers
+from reflux.samplers.flow import prompt_text
+from reflux.samplers.flow_engine import Walk, denoise
+from reflux.samplers.noise import normal, row_key
+from reflux.teachers.flow import Flow as FlowTeacher
+from reflux.types import Attempt, Draw, FlowRollout, Group, Prompt, VelocityTarget
+
+if TYPE_CHECKING:
+    from reflux.flows.model import FlowModel
+    from reflux.rundir import Run
+    from reflux.samplers.base import OpenSampler
+    from reflux.samplers.drawn import Drawn
+
+_TIMES = -2  # the place of the times' dice; -1 is the noise that a picture is drawn from, 0 to T - 1 that of the positions
+Row = tuple[Prompt, int]  # a prompt, and the number of the attempt
+
+
+class OpenDrawn:
+    """Holds no weights: those that draw are the teachers', and `inner` acts for the student in evaluations."""
+
+    def __init__(self, cfg: Drawn, run: Run, inner: OpenSampler, models: Mapping[str, FlowModel]):
+        self.cfg, self.run, self.inner, self.models = cfg, run, inner, models
+        self.version = 0
+        self._gather: Gather[tuple[Prompt, int, Draw], Group] = Gather(self._cohort)
+
+    @classmethod
+    @asynccontextmanager
+    async def opened(cls, cfg: Drawn, run: Run) -> AsyncIterator[OpenDrawn]:
+        async with AsyncExitStack() as stack:
+            inner = await stack.enter_async_context(cfg.generate.open(run))
+            tables = {table: teacher for table, teacher in run.cfg.teachers.items() if isinstance(teacher, FlowTeacher)}
+            answers = {table: await stack.enter_async_context(teacher.open(run, table)) for table, teacher in tables.items()}
+            yield cls(cfg, run, inner, {table: opened.model for table, opened in answers.items()})
+
+    async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
+        if draw.purpose != "train":
+            return await self.inner.sample(prompt, n, draw)
+        return await self._gather.ask(draw.step, draw.cohort, prompt.id, (prompt, n, draw))
+
+    async def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        self.version = version
+        await self.inner.publish(weights, version)
+
+    async def _cohort(self, requests: list[tuple[Prompt, int, Draw]]) -> list[Group]:
+        return await self.run.off_loop(self._sample, requests)
+
+    def _sample(self, requests: list[tuple[Prompt, int, Draw]]) -> list[Group]:
+        started = time.perf_counter()
+        by_table: dict[str, list[Row]] = {}
+        for prompt, n, _ in requests:
+            by_table.setdefault(self._drawer(prompt), []).extend((prompt, sample) for sample in range(n))
+        found: dict[tuple[str, int], Attempt] = {}
+        for table, rows in by_table.items():
+            for start in range(0, len(rows), self.cfg.generate.batch_images):
+                some = rows[start : start + self.cfg.generate.batch_images]
+                rollouts = self._rollouts(table, some, requests[0][2])
+                found |= {(prompt.id, sample): Attempt(rollout) for (prompt, sample), rollout in zip(some, rollouts, strict=True)}
+        self.run.clock.add("sample", time.perf_counter() - started)
+        return [[found[prompt.id, sample] for sample in range(n)] for prompt, n, _ in requests]
+
+    def _drawer(self, prompt: Prompt) -> str:
+        tables = drawers(self.run.cfg.teachers, prompt.route)
+        if len(tables) != 1:
+            raise DataError(
+                f"prompt {prompt.id} has the route {prompt.route!r}, for which {' and '.join(tables) or 'no teacher'} would draw. Sampler "
+                f"'drawn' needs one table of kind flow for it: give that table the route, or leave the others out."
+            )
+        return tables[0]
+
+    def _rollouts(self, table: str, rows: Sequence[Row], draw: Draw) -> list[FlowRollout]:
+        """Draw, by the ODE, and put states between noise and what was drawn."""
+        model, cfg = self.models[table], self.cfg.generate
+        t_S = model.grid(cfg.eval_steps).astype(np.float32)
+        walk = Walk(t_S=t_S, whole=True, noise_level=0.0, guidance=cfg.guidance, keeps_v=False)
+        keys = [row_key(self.run.seed, draw.purpose, draw.step, prompt.id, sample, dice=draw.dice) for prompt, sample in rows]
+        path = denoise(model, walk, [prompt_text(prompt) for prompt, _ in rows], keys, cfg.pixels)
+        x_0_BD = path.x_BSD[:, -1]
+        for (prompt, _), x_0_D in zip(rows, x_0_BD, strict=True):
+            if not np.isfinite(x_0_D).all():
+                raise ModelError(f"teachers.{table}: what it draws for prompt {prompt.id} is not finite. Are its weights whole?")
+        t_BT, noise_BTD = lines(keys, draw.length, x_0_BD.shape[1])
+        return [
+            self._rollout(*row, x_0_D, t_T, noise_TD, image)
+            for row, x_0_D, t_T, noise_TD, image in zip(rows, x_0_BD, t_BT, noise_BTD, path.images, strict=True)
+        ]
+
+    def _rollout(
+        self, prompt: Prompt, sample: int, x_0_D: np.ndarray, t_T: np.ndarray, noise_TD: np.ndarray, image: np.ndarray
+    ) -> FlowRollout:
+        t_T, order = np.unique(t_T, return_index=True)  # rising, and no time twice
+        t_T, noise_TD = t_T[::-1], noise_TD[order[::-1]]
+        states_TD = (1 - t_T[:, None]) * x_0_D + t_T[:, None] * noise_TD
+        return FlowRollout(
+            prompt=prompt,
+            sample=sample,
+            version=self.version,
+            finish="stop",
+            mask_T=np.ones(len(t_T), dtype=bool),
+            logp_T=np.zeros(len(t_T), dtype=np.float32),  # nobody drew these steps; `checks` keeps ratios away from them
+            said=VelocityTarget(teacher="said", v_TD=noise_TD - x_0_D),
+            x_SD=np.concatenate([states_TD, x_0_D[None]]),
+            t_S=np.append(t_T, np.float32(0)),
+            noise_level=0.0,
+            guidance=self.cfg.generate.guidance,
+            image=image,
+        )
+
+
+def lines(keys_B: Sequence[int], times: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(t_BT, noise_BTD), float32: for each row its own times, the sigmoid of standard normals, and standard normal noise for each."""
+    keys = torch.tensor(keys_B, dtype=torch.int64)
+    t_BT = normal(keys, _TIMES, times).sigmoid()
+    noise_BTD = torch.stack([normal(keys, position, size) for position in range(times)], dim=1)
+    return t_BT.numpy(), noise_BTD.numpy()

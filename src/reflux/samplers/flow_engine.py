@@ -1,0 +1,172 @@
+"""The model behind `samplers.flow`: the requests of one cohort are denoised together, one velocity call a step."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reflux.errors import ModelError
+from reflux.flows.load import load_flow
+from reflux.gather import Gather
+from reflux.samplers.flow import prompt_text, sde_step, step_logp
+from reflux.samplers.noise import normal, row_key
+from reflux.types import Attempt, Draw, Finish, FlowRollout, Group, Prompt, VelocityTarget
+
+if TYPE_CHECKING:
+    from reflux.flows.model import FlowModel
+    from reflux.rundir import Run
+    from reflux.samplers.flow import Flow
+
+
+@dataclass
+class Walk:
+    """How images are walked from noise to data: along which times, T of the S' steps of a grid, and how noisily."""
+
+    t_S: np.ndarray  # float32
+    whole: bool  # does it end at t = 0?
+    noise_level: float
+    guidance: float
+    keeps_v: bool  # are velocities recorded?
+
+
+@dataclass
+class Path:
+    """What B images went through, on the host."""
+
+    x_BSD: np.ndarray
+    logp_BT: np.ndarray  # 0 along the ODE
+    v_BTD: np.ndarray | None
+    images: list[np.ndarray]
+
+
+@torch.inference_mode()
+def denoise(model: FlowModel, walk: Walk, texts: Sequence[str], keys_B: Sequence[int], pixels: int = 0) -> Path:
+    """One image per text, from the dice of its key. Records stay on the device until the end, and are copied once."""
+    T, B, D = len(walk.t_S) - 1, len(texts), int(np.prod(model.shape(pixels)))
+    device = model.device  # asked for once: diffusers looks through all modules for it
+    keys = torch.tensor(keys_B, dtype=torch.int64, device=device)
+    x_BSD = torch.empty(B, T + 1, D, device=device)
+    v_BTD = torch.empty(B, T, D, device=device) if walk.keeps_v else None
+    logp_BT = torch.zeros(B, T, device=device)
+    x_BD = x_BSD[:, 0] = normal(keys, -1, D)
+    for i, (t, dt) in enumerate(zip(walk.t_S[:-1].tolist(), np.diff(walk.t_S).tolist(), strict=True)):
+        v_BD = model.velocity(x_BD, torch.full((B,), t, device=device), texts, walk.guidance).float()
+        noise_BD = normal(keys, i, D) if walk.noise_level else torch.zeros_like(x_BD)
+        x_BD, mean_BD, std = sde_step(x_BD, v_BD, t, dt, walk.noise_level, noise_BD)
+        x_BSD[:, i + 1] = x_BD
+        if walk.noise_level:
+            logp_BT[:, i] = step_logp(x_BD, mean_BD, std)
+        if v_BTD is not None:
+            v_BTD[:, i] = v_BD
+    return Path(x_BSD.cpu().numpy(), logp_BT.cpu().numpy(), None if v_BTD is None else v_BTD.cpu().numpy(), model.images(x_BD))
+
+
+class FlowSampler:
+    """Holds its own copy of the weights; `publish` waits for the model call in progress."""
+
+    def __init__(self, cfg: Flow, run: Run, model: FlowModel):
+        self.cfg, self.run, self.model = cfg, run, model
+        self.version = 0
+        self._busy = asyncio.Lock()
+        self._gather: Gather[tuple[Prompt, int, Draw], Group] = Gather(self._cohort)
+
+    @classmethod
+    @asynccontextmanager
+    async def opened(cls, cfg: Flow, run: Run) -> AsyncIterator[FlowSampler]:
+        name = run.cfg.learner.model
+        load = partial(load_flow, name, "learner.model", dtype=cfg.dtype, device=cfg.device, once=run.once)
+        model = await run.off_loop(load)
+        model.shape(cfg.pixels)  # refuses a size that does not fit, before anything is drawn
+        model.net.requires_grad_(False).eval()
+        yield cls(cfg, run, model)
+
+    async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
+        return await self._gather.ask((draw.purpose, draw.step), draw.cohort, prompt.id, (prompt, n, draw))
+
+    async def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        async with self._busy:
+            own = self.model.net.state_dict()
+            with torch.no_grad():
+                for name, value in weights.items():
+                    own[name].copy_(value)
+            self.version = version
+
+    async def _cohort(self, requests: list[tuple[Prompt, int, Draw]]) -> list[Group]:
+        async with self._busy:
+            return await self.run.off_loop(self._sample, requests)
+
+    def _sample(self, requests: list[tuple[Prompt, int, Draw]]) -> list[Group]:
+        started = time.perf_counter()
+        draw = requests[0][2]
+        walk = self._walk(draw)
+        rows = [(prompt, sample) for prompt, n, _ in requests for sample in range(n)]
+        size = self.cfg.batch_images
+        chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+        attempts = iter([Attempt(rollout) for chunk in chunks for rollout in self._denoise(chunk, walk, draw)])
+        groups = [[next(attempts) for _ in range(n)] for _, n, _ in requests]
+        self.run.clock.add("sample" if draw.purpose == "train" else draw.purpose, time.perf_counter() - started)
+        return groups
+
+    def _walk(self, draw: Draw) -> Walk:
+        """Training is noisy and may stop early; of the rest, what is drawn at a temperature above 0 is noisy, and all is finished."""
+        training = draw.purpose == "train"
+        noisy = training or draw.temperature > 0
+        grid_S = self.model.grid(self.cfg.steps if noisy else self.cfg.eval_steps).astype(np.float32)
+        steps = min(max(1, draw.length), len(grid_S) - 1) if training else len(grid_S) - 1
+        return Walk(
+            t_S=grid_S[: steps + 1],
+            whole=steps == len(grid_S) - 1,
+            noise_level=self.cfg.noise_level if noisy else 0.0,
+            guidance=self.cfg.guidance,
+            keeps_v=self.run.wants.said > 0 if training else noisy,
+        )
+
+    def _denoise(self, rows: Sequence[tuple[Prompt, int]], walk: Walk, draw: Draw) -> list[FlowRollout]:
+        keys = [row_key(self.run.seed, draw.purpose, draw.step, prompt.id, sample, dice=draw.dice) for prompt, sample in rows]
+        path = denoise(self.model, walk, [prompt_text(prompt) for prompt, _ in rows], keys, self.cfg.pixels)
+        for (prompt, _), x_SD in zip(rows, path.x_BSD, strict=True):
+            _check_finite(prompt, x_SD, walk)
+        return [self._rollout(prompt, sample, row, path, walk) for row, (prompt, sample) in enumerate(rows)]
+
+    def _rollout(self, prompt: Prompt, sample: int, row: int, path: Path, walk: Walk) -> FlowRollout:
+        finish: Finish = "stop" if walk.whole else "length"
+        mask_T = np.ones(len(walk.t_S) - 1, dtype=bool)
+        mask_T[-1] = not walk.whole  # the last step of a grid is never trained
+        said = None
+        if path.v_BTD is not None:
+            said = VelocityTarget(teacher="said", v_TD=np.where(mask_T[:, None], path.v_BTD[row], np.float32(np.nan)))
+        return FlowRollout(
+            prompt=prompt,
+            sample=sample,
+            version=self.version,
+            finish=finish,
+            mask_T=mask_T,
+            logp_T=np.where(mask_T, path.logp_BT[row], np.float32(0)),
+            said=said,
+            x_SD=path.x_BSD[row],
+            t_S=walk.t_S,
+            noise_level=walk.noise_level,
+            guidance=walk.guidance,
+            image=path.images[row],
+        )
+
+
+def _check_finite(prompt: Prompt, x_SD: np.ndarray, walk: Walk) -> None:
+    """A velocity that is not finite makes the state it leads to not finite: the states tell of both, and no step has to wait."""
+    bad_S = ~np.isfinite(x_SD).all(1)
+    if bad_S.any():
+        i = int(bad_S.argmax()) - 1
+        raise ModelError(
+            f"prompt {prompt.id}: at denoising step {i} (from 0, of {len(walk.t_S) - 1}; t = {walk.t_S[i]:.4g}) the velocity, or the state "
+            f"it leads to, is not finite. In 16 bits it may be an overflow: try sampler.dtype = 'bfloat16' or 'float32'. Else the weights "
+            f"are broken, by a learning rate that is too high or from the start."
+        )

@@ -1,0 +1,68 @@
+"""What a picture of glyphs shows, read by a program: the nearest digit, the number of spots, and how clean it is. numpy only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from reflux.tasks.glyph_drawing import NUMBERS, SHIFTS, SIDE, WHITE, Domain, ideals
+
+MOST_OFF = 6  # pixels in which a digit may differ from the nearest drawn one
+LEAST_SPOT = 4  # pixels; what is smaller is a speck, and does not count
+
+
+def checked(made: Any) -> np.ndarray:
+    """`made`, if it is a picture that can be read: uint8 [16, 16]. ValueError for all else."""
+    if not isinstance(made, np.ndarray) or made.shape != (SIDE, SIDE) or made.dtype != np.uint8:
+        what = f"{made.dtype} {list(made.shape)}" if isinstance(made, np.ndarray) else type(made).__name__
+        raise ValueError(
+            f"glyphs judges pictures of uint8 [{SIDE}, {SIDE}], got {what}; use a flow model of one channel and {SIDE} x {SIDE} pixels"
+        )
+    return made
+
+
+def ink(picture: np.ndarray) -> np.ndarray:
+    """Which pixels are nearer to white than to black. bool, like `picture`."""
+    return 2 * picture.astype(int) > WHITE
+
+
+def is_right(picture: np.ndarray, domain: Domain, number: int) -> bool:
+    """digits: the digit is the nearest one. counts: so many spots."""
+    return digit_in(picture) == number if domain == "digits" else spots(picture) == number
+
+
+def digit_in(picture: np.ndarray) -> int | None:
+    """The digit whose nearest drawing, at any of its 9 places, differs in the fewest pixels of ink. None where that is more than MOST_OFF
+    pixels, or where two digits are equally near."""
+    off = (ink(ideals("digits")) != ink(picture)).sum(axis=(1, 2))
+    nearest = off.reshape(len(NUMBERS["digits"]), len(SHIFTS) ** 2).min(axis=1)
+    found = np.flatnonzero(nearest == nearest.min())
+    return int(found[0]) if len(found) == 1 and nearest.min() <= MOST_OFF else None
+
+
+def spots(picture: np.ndarray) -> int:
+    """How many pieces of ink, joined by their sides, have at least LEAST_SPOT pixels."""
+    left = {(int(y), int(x)) for y, x in np.argwhere(ink(picture))}
+    found = 0
+    while left:
+        edge, size = [left.pop()], 0
+        while edge:
+            y, x = edge.pop()
+            size += 1
+            beside = {(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)} & left
+            left -= beside
+            edge.extend(beside)
+        found += size >= LEAST_SPOT
+    return found
+
+
+def quality(picture: np.ndarray, domain: Domain) -> float:
+    """How clean a picture is, whatever was asked, in [0, 1]: the largest 1 - |picture - drawing| / |drawing| of the domain's drawings, at
+    least 0; |.| sums grey levels over pixels. 1: it is such a drawing; 0: as far from each of them as black is, or further.
+
+    It sees frayed edges, specks and grey, not whether the right thing is shown (the verdict does), nor how varied pictures are.
+    """
+    drawings = ideals(domain).reshape(-1, SIDE * SIDE).astype(np.int16)
+    off = np.abs(drawings - picture.reshape(-1)).sum(axis=1)
+    return max(0.0, float((1 - off / drawings.sum(axis=1)).max()))

@@ -1,0 +1,53 @@
+"""A flow model as teacher: its velocity at the states that the student visited."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from reflux.contexts.same import Same
+from reflux.parts import STRICT, PartOf
+from reflux.types import FlowRollout, Rollout, VelocityTarget
+
+if TYPE_CHECKING:
+    from reflux.rundir import Run
+
+
+@dataclass(frozen=True, config=STRICT)
+class Flow:
+    """A frozen flow model, whole or as an adapter on one (arXiv 2605.08063): v_TD at every counted state of an attempt.
+
+    Tables with the same model, dtype and device share one copy of it, each with its own adapter on; one without adapter is then the base,
+    which is what an anchor to it asks for. The velocity has the guidance that the attempt was drawn with.
+
+    A model whose grid of times, states or prompts are not the student's is refused before anything is sampled, and so is an adapter that
+    lacks keys or leaves every velocity as it was: in the released code both become the base model in silence.
+    routes: only prompts with one of these routes are asked; as_: the name several routed tables share.
+    """
+
+    rollouts: ClassVar[type[Rollout]] = FlowRollout
+    offers: ClassVar[tuple[type, ...]] = (VelocityTarget,)
+    in_process: ClassVar[bool] = True
+    at_ids: ClassVar[bool] = False
+
+    model: str
+    adapter: str | None = None  # a folder or hub id of LoRA factors on it, in peft's or diffusers' format
+    context: Annotated[Any, PartOf("contexts")] = Same()
+    as_: str | None = None
+    routes: tuple[str, ...] = ()
+    guidance: Annotated[float, Field(allow_inf_nan=False)] | None = None  # None: the student's; a stated one has to be that
+    batch_positions: Annotated[int, Field(ge=1)] = 64  # states in one call; guidance doubles its rows
+    dtype: str = "auto"  # auto: as stored on a GPU, float32 on a CPU
+    device: str = "auto"
+
+    @property
+    def follows(self) -> bool:
+        return False
+
+    def open(self, run: Run, name: str) -> AbstractAsyncContextManager[Any]:
+        from reflux.teachers.flow_engine import FlowTeacher
+
+        return FlowTeacher.opened(self, run, name)

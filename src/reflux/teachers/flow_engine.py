@@ -1,0 +1,140 @@
+"""The model behind `teachers.flow`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reflux.checks.domains import flow_sampler
+from reflux.contexts.base import View
+from reflux.errors import ModelError
+from reflux.flows.shared import SharedBase
+from reflux.samplers.flow import prompt_text
+from reflux.teachers.base import spoken_name
+from reflux.teachers.flow_fit import refuse_misfit
+from reflux.types import Attempt, FlowRollout, Moment, VelocityTarget
+
+if TYPE_CHECKING:
+    from reflux.flows.model import FlowModel
+    from reflux.rundir import Run
+    from reflux.teachers.flow import Flow
+
+Asked = tuple[Attempt, View]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The counted states of one attempt, and what it was told to draw."""
+
+    attempt: Attempt
+    rollout: FlowRollout
+    text: str
+    rows_N: np.ndarray  # positions, rising
+
+    @property
+    def x_ND(self) -> np.ndarray:
+        return self.rollout.x_SD[self.rows_N]
+
+    @property
+    def t_N(self) -> np.ndarray:
+        return self.rollout.t_S[self.rows_N]
+
+
+class FlowTeacher:
+    """Frozen: it follows nobody and has no state. `model` speaks as this table does, its adapter on."""
+
+    def __init__(self, cfg: Flow, run: Run, name: str, model: FlowModel):
+        self.cfg, self.run, self.name, self.table, self.model = cfg, run, spoken_name(name, cfg), name, model
+        sampler = flow_sampler(run.cfg)
+        self.macs = model.macs(sampler.guidance, sampler.pixels) if sampler else model.macs()
+
+    @classmethod
+    @asynccontextmanager
+    async def opened(cls, cfg: Flow, run: Run, name: str) -> AsyncIterator[FlowTeacher]:
+        await run.off_loop(refuse_misfit, cfg, run, name)
+        yield cls(cfg, run, name, await run.off_loop(_voice, cfg, run, name))
+
+    async def score(self, asked: Sequence[Asked], moment: Moment) -> None:
+        await self.run.off_loop(self._score, list(asked))
+
+    def _score(self, asked: list[Asked]) -> None:
+        started = time.perf_counter()
+        for alike in _alike([self._rows(attempt, view) for attempt, view in asked]):
+            self._answer(alike)
+        self.run.clock.add("teach", time.perf_counter() - started)
+
+    def _rows(self, attempt: Attempt, view: View) -> Rows:
+        rollout = attempt.rollout
+        assert isinstance(rollout, FlowRollout)
+        if view.spans:
+            raise ModelError(f"teachers.{self.table}: this context replaces text inside an answer, and an image has none")
+        if self.cfg.guidance is not None and rollout.guidance != self.cfg.guidance:
+            raise ModelError(
+                f"teachers.{self.table}.guidance is {self.cfg.guidance:g}, and prompt {rollout.prompt.id} was drawn with guidance "
+                f"{rollout.guidance:g}: one guidance holds for student and teachers. Leave it out, or set both alike."
+            )
+        text = prompt_text(replace(rollout.prompt, messages=view.messages))
+        return Rows(attempt, rollout, text, np.flatnonzero(rollout.mask_T))
+
+    def _answer(self, alike: list[Rows]) -> None:
+        """All counted states of attempts with one guidance and one size, in calls of `batch_positions`."""
+        x_ND, t_N = (np.concatenate([getattr(rows, name) for rows in alike]) for name in ("x_ND", "t_N"))
+        texts = [text for rows in alike for text in [rows.text] * len(rows.rows_N)]
+        v_ND = self._velocities(x_ND, t_N, texts, alike[0].rollout.guidance)
+        ends = np.cumsum([len(rows.rows_N) for rows in alike])
+        for rows, v_RD in zip(alike, np.split(v_ND, ends[:-1]), strict=True):
+            self._refuse_nan(rows, v_RD)
+            v_TD = np.full((rows.rollout.length, x_ND.shape[1]), np.nan, dtype=np.float32)
+            v_TD[rows.rows_N] = v_RD
+            rows.attempt.targets[self.name] = VelocityTarget(teacher=self.name, v_TD=v_TD)
+            rows.attempt.notes.setdefault("read", {})[self.name] = len(rows.rows_N)
+
+    @torch.inference_mode()
+    def _velocities(self, x_ND: np.ndarray, t_N: np.ndarray, texts: list[str], guidance: float) -> np.ndarray:
+        """v_ND, float32. The student's states are read, never kept."""
+        device, size = self.model.device, self.cfg.batch_positions
+        v_ND = np.empty_like(x_ND)
+        for start in range(0, len(x_ND), size):
+            rows = slice(start, start + size)
+            x_BD, t_B = torch.from_numpy(x_ND[rows]).to(device), torch.from_numpy(t_N[rows]).to(device)
+            v_ND[rows] = self.model.velocity(x_BD, t_B, texts[rows], guidance).cpu().numpy()
+        return v_ND
+
+    def _refuse_nan(self, rows: Rows, v_RD: np.ndarray) -> None:
+        bad_N = ~np.isfinite(v_RD).all(1)
+        if bad_N.any():
+            rollout, i = rows.rollout, int(rows.rows_N[bad_N.argmax()])
+            raise ModelError(
+                f"teachers.{self.table}: its velocity for prompt {rollout.prompt.id}, sample {rollout.sample}, at denoising step {i} (from "
+                f"0, of {rollout.length}; t = {rollout.t_S[i]:.4g}) is not finite. In 16 bits it may be an overflow: try dtype = "
+                f"'bfloat16' or 'float32'. Else its weights are broken."
+            )
+
+    async def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Frozen."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Frozen: nothing was saved."""
+
+
+def _alike(asked: Sequence[Rows]) -> Iterator[list[Rows]]:
+    """Attempts whose states may share a call."""
+    found: dict[tuple[float, int], list[Rows]] = {}
+    for rows in asked:
+        found.setdefault((rows.rollout.guidance, rows.rollout.x_SD.shape[1]), []).append(rows)
+    yield from found.values()
+
+
+def _voice(cfg: Flow, run: Run, name: str) -> FlowModel:
+    base = SharedBase.of(cfg.model, f"teachers.{name}.model", dtype=cfg.dtype, device=cfg.device, once=run.once)
+    return base.voice(cfg.adapter, f"teachers.{name}.adapter")

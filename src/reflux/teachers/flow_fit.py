@@ -1,0 +1,76 @@
+"""What a flow teacher needs to have in common with the student: times, states and prompts. Read from files, before any weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from reflux.checks.domains import flow_sampler
+from reflux.errors import ModelError
+from reflux.flows.load import outline_flow
+from reflux.models import locate
+
+if TYPE_CHECKING:
+    from reflux.flows.model import FlowModel
+    from reflux.rundir import Run
+    from reflux.teachers.flow import Flow
+
+STEPS = 10  # of the grids that are compared, where the sampler does not say
+ROUNDING = 1e-6
+
+
+def refuse_misfit(cfg: Flow, run: Run, table: str) -> None:
+    """ModelError with the first thing that differs."""
+    student_name, path = run.cfg.learner.model, f"teachers.{table}.model"
+    where = locate(student_name, "learner.model")
+    if locate(cfg.model, path) == where:
+        return
+    student = run.once(("flow outline", where), lambda: outline_flow(student_name, "learner.model"))
+    teacher, sampler = outline_flow(cfg.model, path), flow_sampler(run.cfg)
+    grids = (sampler.steps, sampler.eval_steps) if sampler else (STEPS,)
+    pixels = sampler.pixels if sampler else 0
+    for difference in (*_times(teacher, student, grids), *_states(teacher, student, pixels), *_prompts(teacher, student)):
+        raise ModelError(f"{path}: {cfg.model} {difference}")
+
+
+def _times(teacher: FlowModel, student: FlowModel, grids: tuple[int, ...]) -> Iterator[str]:
+    theirs, ours = teacher.scheduler["num_train_timesteps"], student.scheduler["num_train_timesteps"]
+    if theirs != ours:
+        yield f"was trained with num_train_timesteps = {theirs}, and the student with {ours}. Teachers are made for the student's times."
+    for steps in grids:
+        if not np.allclose(teacher.grid(steps), student.grid(steps), rtol=0, atol=ROUNDING):
+            yield (
+                f"walks another grid of times than the student (shift {teacher.scheduler.get('shift')} for "
+                f"{student.scheduler.get('shift')}; {steps} steps begin with {_first(teacher, steps)} for {_first(student, steps)}). Use a "
+                f"teacher with the student's scheduler."
+            )
+
+
+def _first(model: FlowModel, steps: int) -> str:
+    return ", ".join(f"{t:.4g}" for t in model.grid(steps)[:3])
+
+
+def _states(teacher: FlowModel, student: FlowModel, pixels: int) -> Iterator[str]:
+    theirs, ours = teacher.shape(), student.shape()
+    if theirs[0] != ours[0] or (not pixels and theirs != ours):
+        yield (
+            f"has states of {' x '.join(map(str, theirs))} (channels, height, width), and the student of {' x '.join(map(str, ours))}: a "
+            f"velocity of one means nothing at a state of the other. Use a teacher of the student's family and size."
+        )
+
+
+def _prompts(teacher: FlowModel, student: FlowModel) -> Iterator[str]:
+    theirs, ours = teacher.net.prompts, student.net.prompts
+    if theirs is None:
+        return
+    if ours is None:
+        yield "knows prompts from a table alone, and the student reads any text. Use a teacher with text encoders."
+        return
+    unknown = [text for text in ours.texts if text not in theirs.texts]
+    if unknown:
+        yield (
+            f"has not learned {len(unknown)} of the student's prompts, such as '{unknown[0]}'. Use a teacher that began as the same model, "
+            f"or knows all of them."
+        )

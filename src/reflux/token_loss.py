@@ -1,0 +1,99 @@
+"""The loss of text attempts: the states that predict the kept tokens, through the output heads, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reflux.batch import Item
+from reflux.kernels.columns import Columns
+from reflux.kernels.head import Head
+from reflux.kernels.row_pass import Constant, row_pass
+from reflux.loss import Packed, Result, result_of
+from reflux.objectives.base import Objective
+from reflux.objectives.says import FullSays, ListedSays, SampledSays, Says
+from reflux.types import HiddenTarget, SampledTarget, TokenRollout, TopKTarget
+
+
+def text_of(item: Item) -> TokenRollout:
+    """The attempt of an item that is of text, as all of this module are."""
+    assert isinstance(item.rollout, TokenRollout)
+    return item.rollout
+
+
+class MicroBatch(Packed):
+    """Items on the device: the trunk's inputs, and every constant a row needs."""
+
+    def __init__(self, items: list[Item], objectives: Sequence[Objective], device: torch.device, pad_id: int = 0):
+        super().__init__(items, objectives, device)
+        self.ids_BL, self.rows_N = self._inputs(pad_id)
+        self.tokens_N = self.column(lambda item: text_of(item).tokens_T[item.rows_N])
+        self.teachers = {name: self._constants(name) for name in sorted(self.heard())}
+
+    def _inputs(self, pad_id: int) -> tuple[Tensor, Tensor]:
+        """Right-padded ids [B, L] and the flat index of the state that predicts each kept position."""
+        width = max(item.input_tokens for item in self.items)
+        ids_BL = np.full((len(self.items), width), pad_id, dtype=np.int64)
+        rows = []
+        for b, item in enumerate(self.items):
+            rollout = text_of(item)
+            sequence = np.concatenate([rollout.prompt_tokens, rollout.tokens_T[: item.trained - 1]])
+            ids_BL[b, : len(sequence)] = sequence
+            rows.append(b * width + len(rollout.prompt_tokens) - 1 + item.rows_N)
+        return torch.from_numpy(ids_BL).to(self.device), torch.from_numpy(np.concatenate(rows)).to(self.device)
+
+    def _constants(self, name: str) -> tuple[Any, ...]:
+        """The stored target's tensors at the kept rows."""
+        targets = [item.attempt.target(name) for item in self.items]
+        pairs = list(zip(targets, self.items, strict=True))
+        first = targets[0]
+        if isinstance(first, HiddenTarget):
+            h_NH = torch.cat([t.h_TH[torch.from_numpy(item.rows_N)] for t, item in pairs])  # type: ignore[union-attr]
+            return (first, h_NH.to(self.device))
+        columns = ["logp_T"] + (["ids_TK", "logp_TK"] if isinstance(first, TopKTarget) else [])
+        return (
+            first,
+            *(torch.from_numpy(np.concatenate([getattr(t, c)[item.rows_N] for t, item in pairs])).to(self.device) for c in columns),
+        )
+
+    def constants(self) -> dict[str, Constant]:
+        """The teachers that are known by hidden states, with their heads."""
+        return {name: (tensors[0], first.head) for name, (first, *tensors) in self.teachers.items() if isinstance(first, HiddenTarget)}
+
+    def listed(self, name: str, rows: slice) -> Says:
+        """What a teacher said at some rows, where that is all there is."""
+        target, *tensors = self.teachers[name]
+        if isinstance(target, SampledTarget):
+            return SampledSays(tensors[0][rows])
+        assert isinstance(target, TopKTarget)
+        return ListedSays(ids_NK=tensors[1][rows], logp_NK=tensors[2][rows], logp_N=tensors[0][rows])
+
+
+def backward(batch: MicroBatch, h_NH: Tensor, head: Head, log_variance: bool = False) -> Result:
+    """Costs of every objective at the rows h_NH, times their coefficients, driven backward."""
+    constants = batch.constants()
+    columns = Columns(len(h_NH))
+
+    def row_loss(rows: slice, logits_NV: Tensor, tables: list[Tensor]) -> Tensor:
+        full = dict(zip(constants, tables, strict=True))
+        tokens_N = batch.tokens_N[rows]
+        teachers = {name: FullSays(full[name], tokens_N) if name in full else batch.listed(name, rows) for name in batch.teachers}
+        student = FullSays(logits_NV, tokens_N)
+        loss = batch.costs(rows, student, teachers, columns, log_variance)
+        _record_kl(columns, rows, student, teachers.get("main"))
+        return loss
+
+    loss = row_pass(h_NH, head, list(constants.values()), row_loss)
+    loss.backward()
+    return result_of(loss.detach(), columns)
+
+
+@torch.no_grad()
+def _record_kl(columns: Columns, rows: slice, student: FullSays, main: Says | None) -> None:
+    """Exact where both distributions are known, else the log-ratio of the sampled token."""
+    if main is not None:
+        columns.put("kl", rows, student.kl(main) if isinstance(main, FullSays) else student.logp_N - main.logp_N)

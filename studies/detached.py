@@ -1,0 +1,43 @@
+"""The control of studies/flow.toml: the update that arXiv 2605.08063 prints, whose expected gradient is zero.
+
+As an objective: kind = "detached:Detached", with this folder on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic.dataclasses import dataclass
+
+from reflux.objectives.base import Rows
+from reflux.objectives.ratio import score_cost
+from reflux.parts import STRICT
+from reflux.types import Target, VelocityTarget, Wants
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from reflux.objectives.flow_says import VelocitySays
+
+
+@dataclass(frozen=True, config=STRICT)
+class Detached:
+    """Reward r = -KL(student's step || teacher's step), detached; cost = -min(rho r, clip(rho) r) with rho the ratio of the drawn step.
+
+    r depends on the state a step starts from, not on the step that was drawn there, and E[grad log pi] = 0: so is its product with r.
+    """
+
+    teacher: str = "main"
+    coef: float = 1.0
+    clip: tuple[float, float] = (0.2, 0.2)
+
+    takes_shift: ClassVar[bool] = False
+    accepts: ClassVar[tuple[type[Target], ...]] = (VelocityTarget,)
+
+    @property
+    def wants(self) -> Wants:
+        return Wants()
+
+    def __call__(self, rows: Rows[VelocitySays]) -> Tensor:
+        reward_N = -rows.student.kl(rows.teachers[self.teacher])
+        return score_cost(reward_N, rows.student.logp_N, rows.behaviour_logp_N, "clip", self.clip, ratio_cap=1.0)

@@ -1,0 +1,48 @@
+"""The exact gradient of the whole trajectory's KL, in studies/flow.toml: what the direct form leaves out, as shifts for `outcome`.
+
+As a credit rule: kind = "trajectory:Later", with this folder on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from pydantic.dataclasses import dataclass
+
+from reflux.objectives.velocity_kl import kl_weight
+from reflux.parts import STRICT
+from reflux.types import Attempt, FlowRollout, Group, Moment, Share, VelocityTarget, Wants
+
+
+@dataclass(frozen=True, config=STRICT)
+class Later:
+    """Shift of step t = -sum of KL(student || teacher) over the LATER counted steps, nats, less the group's mean of it; no factor.
+
+    With velocity_kl and objective `outcome` at one coef: sum_t [ grad KL_t + grad log pi_t * sum_(s > t) KL_s ], the gradient of the
+    expected sum of KL along the student's own trajectories. Group of one: no mean is taken off.
+    """
+
+    teacher: str = "main"
+
+    shifts: ClassVar[bool] = True
+    min_group: ClassVar[int] = 1
+
+    @property
+    def wants(self) -> Wants:
+        return Wants(said=1)
+
+    def __call__(self, group: Group, moment: Moment) -> list[Share]:
+        later = [self._later(attempt) for attempt in group]
+        known = [later_T for later_T in later if later_T is not None]
+        mean_T = np.mean(known, axis=0) if len(known) > 1 else 0.0
+        return [Share() if later_T is None else Share(shift_T=mean_T - later_T) for later_T in later]
+
+    def _later(self, attempt: Attempt) -> np.ndarray | None:
+        rollout, target = attempt.rollout, attempt.targets.get(self.teacher)
+        if not (isinstance(rollout, FlowRollout) and isinstance(rollout.said, VelocityTarget) and isinstance(target, VelocityTarget)):
+            return None
+        gap_T = ((rollout.said.v_TD - target.v_TD).astype(np.float64) ** 2).sum(-1)
+        t_T, dt_T = rollout.t_S[:-1].astype(np.float64), np.diff(rollout.t_S.astype(np.float64))
+        kl_T = np.where(rollout.mask_T, kl_weight(t_T, dt_T, rollout.noise_level) * gap_T, 0.0)
+        return kl_T[::-1].cumsum()[::-1] - kl_T

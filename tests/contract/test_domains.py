@@ -1,0 +1,343 @@
+"""Texts and pictures do not mix; what needs words, noise or one guidance is refused before anything is loaded, with its remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reflux import checks
+from reflux.checks.domains import flow_sampler
+from reflux.config import load_recipe
+from reflux.errors import ConfigError
+from reflux.samplers.drawn import drawers
+from reflux.teachers.flow import Flow as FlowTeacher
+from reflux.types import FlowRollout, Wants
+
+KL, MSE = {"kind": "velocity_kl"}, {"kind": "velocity_kl", "weight": "mse"}
+TEXT_TEACHER = {"kind": "local", "model": "m"}
+FLOW_TEACHER = {"kind": "flow", "model": "m"}
+VERDICTS = {"reward": {"kind": "verifier"}, "group_size": 4}
+GIVEN = "sampler 'drawn' gives states without noise, so the KL is infinite"
+ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
+    # parts of both kinds
+    "a sampler of texts": (
+        "flow",
+        {"sampler": {"kind": "hf"}},
+        "task 'glyphs' asks for pictures, which sampler ('hf') cannot deal with. Use sampler.kind = \"flow\".",
+    ),
+    "a learner of texts": (
+        "flow",
+        {"learner": {"kind": "hf", "model": "m"}},
+        "learner ('hf') cannot deal with. Use learner.kind = \"flow\".",
+    ),
+    "one teacher of texts": (
+        "flow",
+        {"teachers.digits": {**TEXT_TEACHER, "as": "main", "routes": ["digits"]}},
+        "which teachers.digits ('local') cannot deal with. Use teachers.digits.kind = \"flow\".",
+    ),
+    "itself as teacher": ("flow", {"teachers.anchor": {"kind": "own"}}, "teachers.anchor ('own') cannot deal with."),
+    "pictures of a text task": ("full", {"task": {"kind": "glyphs"}}, "no other part deals with those: sampler ('hf'), learner ('hf'), "),
+    "texts of a picture task": (
+        "flow",
+        {"task": {"kind": "word_problems"}},
+        "task 'word_problems' asks for texts, and no other part deals with those: sampler ('flow'), learner ('flow'), teachers.",
+    ),
+    "a teacher of pictures": (
+        "full",
+        {"teachers.main": FLOW_TEACHER},
+        "task 'word_problems' asks for texts, which teachers.main ('flow') cannot deal with. Use teachers.main.kind = \"local\".",
+    ),
+    "a sampler of pictures": ("full", {"sampler": {"kind": "flow"}}, "sampler ('flow') cannot deal with. Use sampler.kind = \"hf\"."),
+    "two at once": (
+        "full",
+        {"sampler": {"kind": "flow"}, "learner": {"kind": "flow", "model": "m"}},
+        "sampler ('flow'), learner ('flow') cannot deal with. Use sampler.kind = \"hf\", learner.kind = \"hf\".",
+    ),
+    # words of a picture
+    "a divergence of velocities": (
+        "flow",
+        {"objectives": [{"kind": "divergence"}]},
+        "divergence needs hidden states (the full distribution), but teacher 'main' offers the velocity at each denoising step. "
+        'For pictures use kind = "velocity_kl".',
+    ),
+    "a sampled KL of velocities": (
+        "flow",
+        {"objectives": [{"kind": "sampled_kl"}]},
+        "but teacher 'main' offers the velocity at each denoising step. For pictures use",
+    ),
+    "a sampled KL of what was said": (
+        "flow",
+        {"objectives": [{"kind": "sampled_kl", "teacher": "said"}], "max_lag": 1},
+        "but teacher 'said' offers the velocity at each denoising step",
+    ),
+    "velocities of a text model": (
+        "full",
+        {"objectives": [KL]},
+        "velocity_kl needs the velocity at each denoising step, but teacher 'main' offers hidden states (the full distribution). "
+        'It compares models that draw pictures; for texts use kind = "divergence" or "sampled_kl".',
+    ),
+    "velocities of texts said": (
+        "opd",
+        {"objectives": [{**KL, "teacher": "said"}], "max_lag": 1},
+        "but teacher 'said' offers the sampled token's log-prob, a top-k list. It",
+    ),
+    "a baseline of siblings' words": (
+        "flow",
+        {"objectives": [{"kind": "sampled_kl", "baseline": "leave_one_out"}], "group_size": 2},
+        "objectives[0] ('sampled_kl') needs the teacher's log-probs of tokens, and pictures have none. Leave it out.",
+    ),
+    "nll": ("flow", {"objectives": [{"kind": "nll"}]}, "objectives[0] ('nll') learns the tokens of given answers, and pictures have none."),
+    "nll of drawn pictures": ("flow_sft", {"objectives": [{"kind": "nll"}]}, "learns the tokens of given answers, and pictures have none."),
+    "margin": (
+        "flow_grpo",
+        {"credit.margin": {"teacher": "main"}, "teachers": {"main": FLOW_TEACHER}},
+        "credit.margin ('margin') needs the teacher's log-probs of tokens, and pictures have none.",
+    ),
+    "margin of now": (
+        "flow_grpo",
+        {"credit.margin": {"teacher": "main", "student": "now"}, "teachers": {"main": FLOW_TEACHER}},
+        "needs the student's likeliest tokens and the teacher's log-probs of tokens, and pictures have none.",
+    ),
+    "release": (
+        "flow",
+        {"credit.release": {"segments": 4}, "normalise": "chosen"},
+        "credit.release ('release') needs the teacher's log-probs at tokens the student lists, and pictures have none.",
+    ),
+    "release by sentences": (
+        "flow",
+        {"credit.release": {"segments": "sentences"}, "normalise": "chosen"},
+        "at tokens the student lists and the characters that tokens wrote, and pictures have none.",
+    ),
+    "peers": (
+        "flow",
+        {"teachers.anchor.context": {"kind": "peers"}, **VERDICTS},
+        "teachers.anchor.context ('peers') tells a teacher in words what others wrote, and pictures have none. Use 'same'.",
+    ),
+    "privileged": ("flow", {"teachers.anchor.context": {"kind": "privileged"}}, "teachers.anchor.context ('privileged') tells a teacher"),
+    "variance": ("flow", {"log_variance": True}, "log_variance = true measures the noise of the sampled gradient"),
+    # steps without noise
+    "the KL of the ODE": (
+        "flow",
+        {"sampler.noise_level": 0},
+        'sampler.noise_level = 0 draws no step, so the KL is infinite. Use weight = "mse", or a noise_level above 0, such as 0.7.',
+    ),
+    "the anchor's KL of the ODE": (
+        "flow",
+        {"sampler.noise_level": 0, "objectives.0.weight": "mse"},
+        "objectives[1]: sampler.noise_level = 0",
+    ),
+    "outcome of the ODE": (
+        "flow_grpo",
+        {"sampler.noise_level": 0},
+        "sampler.noise_level = 0 draws no step, so outcome has no log-prob to weigh. Use a noise_level above 0, such as 0.7.",
+    ),
+    "the KL of drawn pictures": ("flow_sft", {"objectives.0.weight": "kl"}, f'{GIVEN}. Use weight = "mse".'),
+    "the KL of drawn pictures to a teacher": ("flow_sft", {"objectives": [{**KL, "teacher": "main"}]}, GIVEN),
+    "outcome of drawn pictures": (
+        "flow_sft",
+        {"objectives": [{"kind": "outcome"}], "credit.outcome": {}, **VERDICTS},
+        "weighs what was chosen by the student's own probabilities, but sampler 'drawn' gives answers it did not draw. Use velocity_kl.",
+    ),
+    # one guidance
+    "a teacher of another guidance": (
+        "flow",
+        {"teachers.digits.guidance": 2.0},
+        "teachers.digits.guidance is 2, but the student is sampled with guidance 1: one guidance holds for student and teachers",
+    ),
+    "a student of another guidance": (
+        "flow",
+        {"teachers.anchor.guidance": 4.5, "sampler.guidance": 4},
+        "is 4.5, but the student is sampled with",
+    ),
+    "drawn at another guidance": (
+        "flow_sft",
+        {"teachers.digits.guidance": 1.0, "sampler.generate.guidance": 3},
+        "teachers.digits.guidance is 1, but the student is sampled with guidance 3",
+    ),
+    # routes
+    "an unserved route": (
+        "flow",
+        {"teachers.counts": "none", "teachers.anchor": "none", "objectives": [KL]},
+        "prompts of the route 'counts', but the teachers that objectives listen to serve only digits",
+    ),
+    "a route in its plural": (
+        "flow",
+        {"teachers.counts.routes": ["count"]},
+        "but the teachers that answer as 'main' serve only count, digits.",
+    ),
+    "an unserved route without anchor": (
+        "flow",
+        {"teachers.anchor": "none", "objectives": [KL], "teachers.counts.routes": ["count"]},
+        "the teachers that objectives listen to serve only count, digits",
+    ),
+    "nobody draws a route": (
+        "flow_sft",
+        {"teachers.counts.routes": ["count"]},
+        "for the route 'counts' no teacher draws. Give one table of kind flow that route, or leave the others out.",
+    ),
+    "two draw one route": (
+        "flow_sft",
+        {"teachers.second": {**FLOW_TEACHER, "routes": ["digits"]}},
+        "for the route 'digits' digits and second could draw",
+    ),
+}
+LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "a student without noise": ("flow", {"sampler.noise_level": 0, "objectives.0.weight": "mse", "objectives.1.weight": "mse"}),
+    "the same guidance, said": ("flow", {"sampler.guidance": 4.5, "teachers.digits.guidance": 4.5}),
+    "prefixes": ("flow", {"sampler.length": {"kind": "linear", "start": 2, "increment": 0.1, "stop": 10}}),
+    "prefixes by weight": ("flow", {"credit.prefix": {"length": 4}}),
+    "early times of drawn pictures": ("flow_sft", {"credit.prefix": {"length": 4}}),
+    "positions": ("flow", {"credit.position": {"factor": {"kind": "constant", "value": 0.5}}}),
+    "lag": ("flow", {"max_lag": 2}),
+    "the student of then as anchor": ("flow", {"objectives.1.teacher": "said", "max_lag": 1}),
+    "a verifier and teachers": (
+        "flow",
+        {"objectives": [KL, {"kind": "outcome"}], "credit.outcome": {}, **VERDICTS},
+    ),
+    "balance": ("flow", {"credit.balance": {}, "normalise": "rollout_means", **VERDICTS}),
+    "jumps": ("flow", {"accelerator": {"kind": "extrapolate"}}),
+    "foresight": ("flow", {"evals.foresight": {}}),
+    "a teacher's velocities at drawn pictures": ("flow_sft", {"objectives.0.teacher": "main"}),
+    "one specialist and an anchor": ("flow", {"teachers.counts": "none", "teachers.digits.as": "digits", "objectives.0.teacher": "digits",
+                                              "evals.agreement.teacher": "digits", "evals.teacher_accuracy.teacher": "digits"}),
+    "everyone draws with one": ("flow_sft", {"teachers.digits": "none", "teachers.counts": {**FLOW_TEACHER, "routes": []}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ILLEGAL)
+def test_what_does_not_fit_is_refused_with_its_remedy(case: str) -> None:
+    recipe, overrides, words = ILLEGAL[case]
+    with pytest.raises(ConfigError) as refused:
+        checks.join(load_recipe(recipe, overrides))
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("case", LEGAL)
+def test_what_flows_can_do_is_let_through(case: str) -> None:
+    checks.join(load_recipe(*LEGAL[case]))
+
+
+def test_parts_of_another_kind_are_one_sentence() -> None:
+    changes = {"sampler": {"kind": "hf"}, "learner": {"kind": "hf", "model": "m"}, "teachers.anchor": TEXT_TEACHER}
+    with pytest.raises(ConfigError) as refused:
+        checks.join(load_recipe("flow", changes))
+    assert str(refused.value).count("cannot deal with") == 1
+
+
+def test_every_want_is_of_texts_or_of_both() -> None:
+    """A new field of Wants has to be sorted: a picture has what its student said, and a verdict; all else is made of words."""
+    from reflux.checks.domains import _WORDS
+
+    both = {"said", "now_at_said", "reward"}
+    assert {field.name for field in dataclasses.fields(Wants)} == both | set(_WORDS)
+    assert not both & set(_WORDS)
+
+
+def test_a_flow_wants_what_velocities_can_give() -> None:
+    assert checks.join(load_recipe("flow")) == Wants()
+    assert checks.join(load_recipe("flow_sft")) == Wants(said=1)
+    assert checks.join(load_recipe("flow_grpo")) == Wants(reward=True)
+
+
+def test_who_really_draws_the_students_pictures() -> None:
+    assert flow_sampler(load_recipe("opd")) is None
+    assert flow_sampler(load_recipe("flow", {"sampler.steps": 7})).steps == 7  # type: ignore[union-attr]
+    assert flow_sampler(load_recipe("flow_sft", {"sampler.generate.eval_steps": 9})).eval_steps == 9  # type: ignore[union-attr]
+
+
+def test_a_route_is_drawn_by_the_table_that_names_it() -> None:
+    one, all_ = FlowTeacher("a", routes=("digits", "rest")), FlowTeacher("b")
+    assert drawers({"one": one, "all": all_}, "digits") == ["one"]
+    assert drawers({"one": one, "all": all_}, "counts") == ["all"]
+    assert drawers({"one": one, "all": all_}, None) == ["all"]
+    assert drawers({"one": one}, None) == []
+    assert drawers({"all": all_, "more": all_}, "x") == ["all", "more"]
+
+
+# --- what works but is seldom meant
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"teachers.anchor.model": "reflux:glyph_digits"},
+            "teachers.digits is the model of 'anchor' too: on its prompts that teacher weighs 1 + 0.04.",
+        ),
+        (
+            {"objectives.1.teacher": "main", "objectives.1.coef": 0.5, "teachers.anchor": "none"},
+            "teachers.digits is the model of 'main' too: on its prompts that teacher weighs 1 + 0.5.",
+        ),
+        (
+            {"objectives.1.scale": "released"},
+            'objectives[1]: scale = "released" is the KL times |dt| / D, and objectives[0] beside it is not',
+        ),
+        (
+            {"objectives.0.scale": "released"},
+            'objectives[0]: scale = "released" is the KL times |dt| / D, and objectives[1] beside it is not',
+        ),
+        ({"objectives.1.teacher": "said", "teachers.anchor": "none"}, "objectives[1] listens to 'said' at max_lag = 0"),
+        (
+            {"teachers.counts": "none"},
+            "objectives[0]: no table of 'main' serves the route 'counts', so others alone teach those prompts.",
+        ),
+        ({"teachers.more": FLOW_TEACHER}, "teachers.more is asked, but no objective listens to it"),
+    ],
+)
+def test_what_is_seldom_meant_is_said(changes: dict[str, Any], words: str) -> None:
+    assert checks.warnings(load_recipe("flow")) == []
+    cfg = load_recipe("flow", changes)
+    checks.join(cfg)
+    assert any(words in warning for warning in checks.warnings(cfg))
+
+
+def test_an_adapter_is_another_model_than_its_base_and_a_silent_anchor_adds_nothing() -> None:
+    assert checks.warnings(load_recipe("flow", {"teachers.anchor.model": "reflux:glyph_digits", "teachers.anchor.adapter": "x"})) == []
+    assert checks.warnings(load_recipe("flow", {"teachers.anchor.model": "reflux:glyph_digits", "objectives.1.coef": 0.0})) == []
+    assert checks.warnings(load_recipe("flow", {"objectives.0.scale": "released", "objectives.1.scale": "released"})) == []
+
+
+def test_teachers_that_draw_are_asked_for_a_reason() -> None:
+    assert checks.warnings(load_recipe("flow_sft")) == []
+    assert checks.warnings(load_recipe("flow_sft", {"max_lag": 1})) == []
+
+
+# --- pictures of a user's own prompts
+
+
+def pictures(folder: Path, **fields: Any) -> dict[str, Any]:
+    lines = [{"prompt": "a sign that says go", "route": "text"}, {"prompt": "two cats", "route": "objects"}]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return {"kind": "jsonl", "path": str(folder / "prompts.jsonl"), "makes": "picture", "grader": "none", "validation": 0.0, **fields}
+
+
+def test_lines_of_prompts_may_ask_for_pictures(tmp_path: Path) -> None:
+    cfg = load_recipe("flow", {"base": "sd3", "task.path": pictures(tmp_path)["path"]})
+    checks.join(cfg)
+    assert cfg.task.rollouts is FlowRollout
+    assert cfg.task.routes == {"text", "objects"}
+    with pytest.raises(ConfigError, match="prompts of the route 'text', but the teachers that answer as 'main' serve only objects, texts"):
+        checks.join(load_recipe("flow", {"base": "sd3", "task.path": pictures(tmp_path)["path"], "teachers.text.routes": ["texts"]}))
+    with pytest.raises(ConfigError, match=r"task 'jsonl' asks for texts, and no other part deals with those"):
+        checks.join(load_recipe("flow", {"task": pictures(tmp_path, makes="text")}))
+
+
+@pytest.mark.parametrize("grader", ["math", "exact"])
+def test_a_grader_of_texts_judges_no_picture(tmp_path: Path, grader: str) -> None:
+    with pytest.raises(ConfigError, match=f'grader "{grader}" judges texts; for pictures give "my_module:function", or "none"'):
+        load_recipe("flow", {"task": pictures(tmp_path, grader=grader)})
+
+
+def test_a_judge_of_ones_own_meets_the_picture(tmp_path: Path) -> None:
+    import numpy as np
+
+    from reflux.tasks.jsonl import Jsonl
+
+    task = Jsonl(**{key: value for key, value in pictures(tmp_path, grader="outside:brightness").items() if key != "kind"})
+    (first, *_) = task._load("train", str(tmp_path / "prompts.jsonl"))
+    verdict = task.verify(first, np.full((4, 4), 51, dtype=np.uint8))
+    assert (verdict.value, verdict.parts) == (1.0, {"brightness": 0.2})  # type: ignore[union-attr]
