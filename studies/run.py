@@ -107,7 +107,7 @@ def run_all(tasks: Sequence[Task], jobs: int) -> list[Task]:
     started, total, done = time.monotonic(), len(waiting), 0
     try:
         while waiting or running:
-            ready = [task for task in waiting if task.ready]
+            ready = [task for task in waiting if task.ready] if len(running) < jobs else []
             if not running and not ready:
                 break  # what they begin with is not there, and nobody makes it
             for task in ready[: jobs - len(running)]:

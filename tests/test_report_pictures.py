@@ -161,6 +161,10 @@ def test_routes_and_parts_have_curves_beside_their_teachers() -> None:
     assert lines["digits"]["line"]["color"] == lines["teacher: digits"]["line"]["color"] != lines["counts"]["line"]["color"]
     lines = {line["name"]: line for line in quality.spec["data"] if "name" in line}
     assert lines["counts"]["y"] == [evals_row(step, 30)["accuracy"]["quality.counts"] for step in (0, 15, 30)]
+    taught = evals_row(0, 30)["teacher_accuracy"]
+    assert {name: line["y"] for name, line in lines.items() if name.startswith("teacher")} == {
+        f"teacher: {route}": [taught[f"quality.{route}"]] * 2 for route in ("digits", "counts")
+    }
     assert (quality.title, quality.header[2]) == ("Quality by step", "mean")
     assert quality.rows[0] == ("counts", "0", "0.540", "0.520 to 0.580")
 
@@ -237,6 +241,8 @@ def test_what_is_not_known_of_an_attempt_is_left_out_and_why() -> None:
     assert "guidance 4.5" in unheard.facts
     shifted = walk(Shown(acted, {**learned, "shift": [0.25] * 10}))
     assert shifted.steps[0].cells["shift, nats"] == "+0.250"
+    whole = {**learned, "teacher_logp": {"main": [0.0] * 10}, "student_logp": [-9.0] * 10}  # numbers at the last step, too
+    assert (walk(Shown(acted, whole)).steps[9].css, walk(Shown(acted, whole)).steps[9].cells[RATIO]) == ("given", "not learnt from")
     long = walk(Shown({**acted, "mask": [1] * 500}, learned))
     assert (len(long.steps), long.left_out) == (200, 300)
     assert walk(Shown({"image": "x"})).steps == []

@@ -79,7 +79,7 @@ def _step(shown: Shown, place: int) -> Step:
     acted, learned = shown.acted, shown.learned
     chosen = _at(acted.get("mask"), place) == 1
     student, teacher = _at(shown.student_logp, place), _at(shown.teacher_logp, place)
-    ratio = None if student is None or teacher is None or not chosen else teacher - student
+    ratio = None if student is None or teacher is None else teacher - student
     depth = 0 if ratio is None else level(ratio)
     cells = {
         "step": str(place),
