@@ -3,8 +3,8 @@
     python benchmarks/flow_sampling.py [--model reflux:glyph_base] [--images 64] [--steps 10] [--rounds 12] [--threads 2] [--guidance 1]
 
 Both in one process, by turns, with the same weights and prompts: a transformer as diffusers loads it and its
-FlowMatchEulerDiscreteScheduler.step in a loop, without records; ours by the SDE with all that a training step records, and by the ODE as in an evaluation. Printed: the median of each, and the
-median ratio to the plain loop of the same round with its lowest and highest.
+FlowMatchEulerDiscreteScheduler.step in a loop, without records; ours by the SDE with all that a training step records, and by the ODE as in
+an evaluation. Printed: the median of each, and the median ratio to the plain loop of the same round with its lowest and highest.
 """
 
 from __future__ import annotations

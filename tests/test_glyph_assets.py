@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from reflux.assets import folder
+from reflux.assets import folder, glyphs
 from reflux.assets.glyphs import FLOW_SPECS, blank, cold_start, drawings, exam, first, flow_matching, pictures_of
 from reflux.assets.make import main
 from reflux.flows.load import load_flow
 from reflux.flows.model import FlowModel
+from reflux.samplers.flow import prompt_text
 from reflux.statistics import wilson
-from reflux.tasks.glyph_drawing import DOMAINS
+from reflux.tasks.glyph_drawing import DOMAINS, draw
 from reflux.tasks.glyph_reading import quality
 from reflux.tasks.glyphs import Glyphs
 
@@ -113,7 +114,7 @@ def test_a_card_states_what_was_measured_and_how_the_model_was_made(name):
     card, spec, results = (folder(name) / "README.md").read_text(), FLOW_SPECS[name], stated(name)
     ways = ("10 Euler steps", "40 Euler steps", "10 Euler steps, guidance 2")
     assert results.keys() == {(domain, how) for domain in DOMAINS for how in ways}
-    assert f"{spec.steps} steps of {spec.batch} drawings, seed {spec.seed}, 1 thread(s)" in card
+    assert f"{spec.steps} steps of {spec.batch} drawings, lr {spec.lr:g}, seed {spec.seed}, 1 thread(s)" in card
     assert f"python -m reflux.assets.make --only {name}`" in card
     assert (f"`reflux:{spec.start}`" if spec.start else "Trained from nothing") in card
     for _, _, right, pictures, share, low, high, clean in STATED.findall(card):
@@ -217,6 +218,40 @@ def test_training_may_go_on_from_a_shipped_model_and_the_same_seed_makes_the_sam
     moved = [key for key in base if not made[0][key].equal(base[key])]
     assert "prompts.rows.weight" in moved
     assert len(moved) > 0.9 * len(base)
+
+
+def test_the_seed_sets_the_noise_that_is_learned_from(monkeypatch):
+    seen = []
+
+    def record(model, clean_ND, texts, dice):
+        seen.append(dice.initial_seed())
+        return model.net.prompts.rows.weight.sum()
+
+    monkeypatch.setattr(glyphs, "flow_matching", record)
+    for seed in (3, 4):
+        cold_start(replace(TINY, seed=seed, steps=1))
+    assert seen == [3, 4]
+
+
+def test_an_exam_asks_for_a_picture_of_each_prompt_and_judges_it_by_that_prompt(monkeypatch):
+    asked, dice = [], random.Random(0)
+    tasks = {domain: list(Glyphs(domains=(domain,)).prompts("test", 0)) for domain in DOMAINS}
+    by_text = {prompt_text(prompt): prompt for prompts in tasks.values() for prompt in prompts}
+
+    def artist(model, texts, *, steps, guidance, seed):
+        asked.append((list(texts), steps, guidance, seed))
+        return [draw(by_text[text], dice) // (1 if index else 2) for index, text in enumerate(texts)]  # the first of each batch is too dim
+
+    monkeypatch.setattr(glyphs, "pictures_of", artist)
+    for domain in DOMAINS:
+        score = exam(blank(TINY), domain, 50, steps=7, guidance=3.0, batch=20)
+        assert score.pictures == 50
+        assert score.right == 47
+        assert score.quality == pytest.approx((47 + 3 * 127 / 255) / 50)
+        assert [text for texts, *_ in asked for text in texts] == [prompt_text(prompt) for prompt in tasks[domain][:50]]
+        assert {how for _, *how in asked for how in [tuple(how[:2])]} == {(7, 3.0)}
+        assert len({seed for *_, seed in asked}) == 3
+        asked.clear()
 
 
 def test_the_seed_sets_the_first_weights():

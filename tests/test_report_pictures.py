@@ -143,7 +143,9 @@ def test_pictures_that_nobody_could_judge_are_shown_all_the_same() -> None:
         for name in ("accuracy", "teacher_accuracy"):
             row[name] = {"accuracy": None, "problems": 8, "examples": row[name]["examples"]} if name in row else None
     (strip, *others) = read_strips(read_evals(rows))
-    assert [(drawn.who, drawn.verdict, drawn.parts) for drawn in strip.drawn] == [(w, "not graded", []) for w in ("Before", "After", "Teacher")]
+    assert [(drawn.who, drawn.verdict, drawn.parts) for drawn in strip.drawn] == [
+        (w, "not graded", []) for w in ("Before", "After", "Teacher")
+    ]
     assert len(others) == 7
 
 

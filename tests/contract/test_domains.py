@@ -12,7 +12,7 @@ import pytest
 from reflux import checks
 from reflux.checks.domains import flow_sampler
 from reflux.config import load_recipe
-from reflux.errors import ConfigError
+from reflux.errors import ConfigError, DataError
 from reflux.samplers.drawn import drawers
 from reflux.teachers.flow import Flow as FlowTeacher
 from reflux.types import FlowRollout, Wants
@@ -341,3 +341,13 @@ def test_a_judge_of_ones_own_meets_the_picture(tmp_path: Path) -> None:
     (first, *_) = task._load("train", str(tmp_path / "prompts.jsonl"))
     verdict = task.verify(first, np.full((4, 4), 51, dtype=np.uint8))
     assert (verdict.value, verdict.parts) == (1.0, {"brightness": 0.2})  # type: ignore[union-attr]
+
+
+def test_routes_are_read_only_where_they_decide() -> None:
+    """A file of prompts that is not here yet does not stand in the way of a plan with one teacher."""
+    nowhere = {"task": {"kind": "jsonl", "path": "/no/where.jsonl"}}
+    cfg = load_recipe("opd", nowhere)
+    checks.join(cfg)
+    assert checks.warnings(cfg) == []
+    with pytest.raises(DataError, match="cannot read /no/where"):
+        checks.join(load_recipe("opd", {**nowhere, "teachers.main.routes": ["a"]}))

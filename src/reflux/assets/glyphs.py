@@ -70,7 +70,7 @@ class FlowSpec:
 FLOW_SPECS = {
     "glyph_base": FlowSpec("glyph_base", seed=1),
     "glyph_digits": FlowSpec("glyph_digits", seed=2, lr=1e-3, start="glyph_base", domains=("digits",)),
-    "glyph_counts": FlowSpec("glyph_counts", seed=3, lr=1e-3, steps=2000, start="glyph_base", domains=("counts",)),
+    "glyph_counts": FlowSpec("glyph_counts", seed=3, steps=2000, start="glyph_base", domains=("counts",)),
 }
 
 
@@ -177,7 +177,7 @@ def exam(model: FlowModel, domain: Domain, problems: int = 480, *, steps: int = 
 def measure(model: FlowModel, spec: FlowSpec) -> list[str]:
     """What a model is and can do, a line each."""
     count = sum(weight.numel() for weight in model.net.parameters())
-    made = f"{spec.steps} steps of {spec.batch} drawings, seed {spec.seed}, {torch.get_num_threads()} thread(s)"
+    made = f"{spec.steps} steps of {spec.batch} drawings, lr {spec.lr:g}, seed {spec.seed}, {torch.get_num_threads()} thread(s)"
     lines = [f"{count:,} parameters, stored as float16, {made}"]
     for steps, guidance in ((10, 1.0), (40, 1.0), (10, 2.0)):
         how = f"{steps} Euler steps" + (f", guidance {guidance:g}" if guidance != 1 else "")

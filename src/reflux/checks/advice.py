@@ -112,8 +112,10 @@ def _left_to_others(cfg: RunConfig) -> Iterator[str]:
     """Routes on which one objective has no word and another has (where none has, `checks` refuses)."""
     for index, objective in enumerate(cfg.objectives):
         served = [cfg.teachers[table].routes for table in tables_of(cfg, objective.teacher or "")]
+        if not served or not all(served):
+            continue
         missing = (cfg.task.routes or frozenset()) - {route for routes in served for route in routes}
-        if served and all(served) and missing:
+        if missing:
             names = ", ".join(sorted(f"'{route}'" if route else "(none)" for route in missing))
             yield f"objectives[{index}]: no table of '{objective.teacher}' serves the route {names}, so others alone teach those prompts."
 

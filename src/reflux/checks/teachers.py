@@ -51,16 +51,16 @@ def _shared(cfg: RunConfig, name: str, tables: list[str]) -> Iterator[str]:
 
 def _unserved(cfg: RunConfig) -> Iterator[str]:
     """Every route a prompt may carry is some teacher's: of those that share a name, and of all where each has routes."""
-    if (carried := cfg.task.routes) is None:
-        return
     spoken = sorted({objective.teacher for objective in cfg.objectives if objective.teacher} & heard(cfg))
     by_name = {name: [cfg.teachers[table].routes for table in tables_of(cfg, name)] for name in spoken}
     told = {"the teachers that objectives listen to": [routes for served in by_name.values() for routes in served]}
     told |= {f"the teachers that answer as '{name}'": served for name, served in by_name.items() if len(served) > 1}
-    for whose, served in told.items():
+    routed = {whose: served for whose, served in told.items() if served and all(served)}
+    carried = cfg.task.routes if routed else None  # a task may have to read its data for them
+    for whose, served in routed.items():
         known = sorted({route for routes in served for route in routes})
-        unserved = sorted(f"'{route}'" if route else "(none)" for route in carried - set(known))
-        if served and all(served) and unserved:
+        unserved = sorted(f"'{route}'" if route else "(none)" for route in (carried or frozenset()) - set(known))
+        if unserved:
             yield (
                 f"teachers: this task has prompts of the route {', '.join(unserved)}, but {whose} serve only {', '.join(known)}. Add that "
                 f"route to a table, or take `routes` away from one: it then answers every prompt."
