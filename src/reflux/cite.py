@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from reflux.accelerators.extrapolate import Extrapolate
-from reflux.checks.domains import flow_sampler
 from reflux.config import RunConfig
 from reflux.contexts.peers import Peers
 from reflux.contexts.privileged import Privileged
@@ -16,7 +15,7 @@ from reflux.objectives.outcome import Outcome
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.objectives.velocity_kl import VelocityKL
 from reflux.parts import kind_of
-from reflux.samplers.drawn import Drawn
+from reflux.samplers.drawn import Drawn, flow_sampler
 from reflux.teachers.own import Own
 from reflux.types import FlowRollout
 
@@ -60,6 +59,10 @@ def _credit(cfg: RunConfig, kind: str) -> bool:
     return any(kind_of("credit", rule) == kind for rule in cfg.credit.values())
 
 
+def _lengths_vary(cfg: RunConfig) -> bool:
+    return len({cfg.draw(step).length for step in range(cfg.steps)}) > 1
+
+
 def _shows(cfg: RunConfig, test: Callable[[object], bool]) -> bool:
     return any(test(teacher.context) for teacher in cfg.teachers.values())
 
@@ -70,7 +73,7 @@ def _flows(cfg: RunConfig) -> bool:
 
 PAPERS = (
     Paper("prefix_opd", "Fast and Effective On-policy Distillation from Reasoning Prefixes", "2602.15260", 2026, None,
-          lambda cfg: _credit(cfg, "prefix") or any(cfg.draw(step).length < cfg.longest for step in range(cfg.steps))),
+          lambda cfg: _credit(cfg, "prefix") or _lengths_vary(cfg)),
     Paper("release", "Prefix Teach, Suffix Fade: Local Teachability Collapse in Strong-to-Weak On-Policy Distillation", "2605.13643", 2026,
           None, lambda cfg: _credit(cfg, "release")),
     Paper("vopd", "KL for a KL: On-Policy Distillation with Control Variate Baseline", "2605.07865", 2026, None,

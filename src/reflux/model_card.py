@@ -6,16 +6,19 @@ from reflux.cite import papers
 from reflux.config import RunConfig, config_hash
 from reflux.summary import commit, method_of
 from reflux.teachers.own import Own
+from reflux.types import FlowRollout
 
 
 def model_card(cfg: RunConfig, step: int) -> str:
     """In the hub's form: a YAML head, then Markdown. Names from the recipe are quoted as code, never as markup."""
     teachers = [_code(teacher.model) for teacher in cfg.teachers.values() if "model" in vars(teacher)]
+    teachers += [_code(teacher.adapter) for teacher in cfg.teachers.values() if vars(teacher).get("adapter")]
     teachers += ["itself"] * any(isinstance(teacher, Own) for teacher in cfg.teachers.values())
+    draws = cfg.learner.rollouts is FlowRollout
     lines = [
         "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
+        f"library_name: {'diffusers' if draws else 'transformers'}",
+        f"pipeline_tag: {'text-to-image' if draws else 'text-generation'}",
         "tags: [distillation, reflux]",
         "---",
         f"# A student of the recipe {_code(cfg.recipe)}",

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from reflux import checks
-from reflux.checks.domains import flow_sampler
 from reflux.config import RunConfig, config_hash
 from reflux.metrics import step_flops
 from reflux.model_files import Size, size_of
-from reflux.samplers.drawn import Drawn
+from reflux.samplers.drawn import Drawn, flow_sampler
 from reflux.summary import method_of
 from reflux.tasks.mix import Mix
 from reflux.teachers.base import spoken_name

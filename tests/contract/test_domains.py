@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from reflux import checks
-from reflux.checks.domains import flow_sampler
 from reflux.config import load_recipe
 from reflux.errors import ConfigError, DataError
-from reflux.samplers.drawn import drawers
+from reflux.samplers.drawn import drawers, flow_sampler
 from reflux.teachers.flow import Flow as FlowTeacher
 from reflux.types import FlowRollout, Wants
 

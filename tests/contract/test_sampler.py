@@ -212,7 +212,7 @@ def test_publishing_waits_for_the_call_in_progress_and_then_counts(student: str,
 
 
 @pytest.mark.parametrize("name", ["learner.model", "teachers.main.model"])
-@pytest.mark.parametrize(("where", "words"), [("missing", "does not exist"), ("empty", "holds no config.json")])
+@pytest.mark.parametrize(("where", "words"), [("missing", "does not exist"), ("empty", "holds no config.json and no model_index.json")])
 def test_a_model_folder_that_is_none_is_named(tiny_run: Callable[..., Any], tmp_path: Path, name: str, where: str, words: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=rf"{name}: the folder .*{where} {words}. Give a folder in Hugging Face format"):

@@ -97,7 +97,7 @@ def pruning() -> None:
 
 def moving() -> None:
     """In the optimiser step, after the gradients."""
-    gradients = hf_engine.HFLearner._gradients
+    gradients = hf_engine.HFLearner.gradients
 
     def broken(self: Any, *args: Any) -> Any:
         found = gradients(self, *args)
@@ -105,7 +105,7 @@ def moving() -> None:
             die()
         return found
 
-    hf_engine.HFLearner._gradients = broken  # type: ignore[method-assign]
+    hf_engine.HFLearner.gradients = broken  # type: ignore[method-assign]
 
 
 def searching() -> None:

@@ -11,8 +11,7 @@ from reflux.contexts.privileged import Privileged
 from reflux.objectives.nll import NLL
 from reflux.objectives.velocity_kl import VelocityKL
 from reflux.parts import kind_of
-from reflux.samplers.drawn import Drawn, drawers
-from reflux.samplers.flow import Flow
+from reflux.samplers.drawn import Drawn, drawers, flow_sampler
 from reflux.teachers.flow import Flow as FlowTeacher
 from reflux.types import FlowRollout, Rollout, TokenRollout
 
@@ -36,12 +35,6 @@ def problems(cfg: RunConfig) -> Iterator[str]:
         yield from _without_noise(cfg)
         yield from _guidance(cfg)
         yield from _who_draws(cfg)
-
-
-def flow_sampler(cfg: RunConfig) -> Flow | None:
-    """The sampler that draws the student's pictures, in training or in evaluations alone; None for texts, and for one of a user's own."""
-    acting = cfg.sampler.generate if isinstance(cfg.sampler, Drawn) else cfg.sampler
-    return acting if isinstance(acting, Flow) else None
 
 
 def _one_kind(cfg: RunConfig) -> Iterator[str]:

@@ -60,6 +60,7 @@ class Progress:
         table = results["accuracy"]
         parts = [f"({table['low']:.1%} to {table['high']:.1%}, {table['problems']} problems)"]
         parts += [f"{name} {table[f'accuracy.{name}']:.1%}" for name in _routes(table) if table[f"accuracy.{name}"] is not None]
+        parts += [f"{name} {table[name]:.3f}" for name in table.get("parts", []) if table[name] is not None]
         self._console.print(f"step {run.step:>4}  accuracy {accuracy:6.1%}  {'  '.join(parts)}", highlight=False, markup=False)
 
     def noted(self, text: str) -> None:

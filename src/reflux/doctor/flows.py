@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from reflux.checks.domains import flow_sampler
 from reflux.config import RunConfig
 from reflux.contexts.base import View
 from reflux.doctor.finding import Finding
 from reflux.objectives.velocity_kl import kl_weight
 from reflux.rundir import Run
+from reflux.samplers.drawn import flow_sampler
 from reflux.samplers.flow import step_logp, step_moments
 from reflux.types import Attempt, FlowRollout, Group, VelocityTarget
 

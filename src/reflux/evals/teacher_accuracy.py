@@ -90,7 +90,7 @@ async def _of_texts(run: Run, table: str, teachers: Teachers) -> AsyncIterator[O
 
 @asynccontextmanager
 async def _of_pictures(run: Run, table: str, teachers: Teachers) -> AsyncIterator[OpenSampler]:
-    from reflux.checks.domains import flow_sampler
+    from reflux.samplers.drawn import flow_sampler
     from reflux.samplers.flow import Flow
     from reflux.samplers.flow_engine import FlowSampler
     from reflux.teachers.flow_engine import FlowTeacher

@@ -26,6 +26,7 @@ from reflux.learners.moving import Moving, fill_records, unpacked
 from reflux.loss import result_of
 from reflux.metrics import Mean, Stats, Sum
 from reflux.objectives.base import Objective
+from reflux.samplers.drawn import flow_sampler
 from reflux.types import Attempt, Group, VelocityTarget, seed_of
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class FlowLearner(Moving):
         self._on_the_base = start(model, cfg.merge, cfg.adapter, cfg.lora, seed=seed_of(run.seed, "lora"))
         if cfg.gradient_checkpointing:
             model.net.transformer.enable_gradient_checkpointing()
-        self.macs = model.macs()
+        sampler = flow_sampler(run.cfg)
+        self.macs = model.macs(sampler.guidance, sampler.pixels) if sampler else model.macs()
         super().__init__(cfg, run, model.net, cfg.average)
 
     @classmethod

@@ -16,6 +16,7 @@ from reflux.teachers.flow import Flow as FlowTeacher
 from reflux.types import Draw, FlowRollout, Rollout
 
 if TYPE_CHECKING:
+    from reflux.config import RunConfig
     from reflux.rundir import Run
 
 
@@ -64,3 +65,9 @@ def drawers(teachers: Mapping[str, Any], route: str | None) -> list[str]:
     tables = {table: teacher for table, teacher in teachers.items() if isinstance(teacher, FlowTeacher)}
     named = [table for table, teacher in tables.items() if route in teacher.routes]
     return named or [table for table, teacher in tables.items() if not teacher.routes]
+
+
+def flow_sampler(cfg: RunConfig) -> Flow | None:
+    """The sampler that draws the student's pictures, in training or in evaluations alone; None for texts, and for one of a user's own."""
+    acting = cfg.sampler.generate if isinstance(cfg.sampler, Drawn) else cfg.sampler
+    return acting if isinstance(acting, Flow) else None

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reflux.checks.domains import flow_sampler
 from reflux.contexts.base import View
 from reflux.errors import ModelError
 from reflux.flows.shared import SharedBase
+from reflux.samplers.drawn import flow_sampler
 from reflux.samplers.flow import prompt_text
 from reflux.teachers.base import spoken_name
 from reflux.teachers.flow_fit import refuse_misfit

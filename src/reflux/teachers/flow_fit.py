@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reflux.checks.domains import flow_sampler
 from reflux.errors import ModelError
 from reflux.flows.load import outline_flow
 from reflux.models import locate
+from reflux.samplers.drawn import flow_sampler
 
 if TYPE_CHECKING:
     from reflux.flows.model import FlowModel
