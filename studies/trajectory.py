@@ -17,10 +17,12 @@ from reflux.types import Attempt, FlowRollout, Group, Moment, Share, VelocityTar
 
 @dataclass(frozen=True, config=STRICT)
 class Later:
-    """Shift of step t = -sum of KL(student || teacher) over the LATER counted steps, nats, less the group's mean of it; no factor.
+    """Shift of step t = -sum of KL(student || teacher) over the LATER counted steps, nats, against the mean of the group's OTHER attempts.
+
+    No factor.
 
     With velocity_kl and objective `outcome` at one coef: sum_t [ grad KL_t + grad log pi_t * sum_(s > t) KL_s ], the gradient of the
-    expected sum of KL along the student's own trajectories. Group of one: no mean is taken off.
+    expected sum of KL along the student's own trajectories. Alone in its group: no mean is taken off.
     """
 
     teacher: str = "main"
@@ -35,8 +37,8 @@ class Later:
     def __call__(self, group: Group, moment: Moment) -> list[Share]:
         later = [self._later(attempt) for attempt in group]
         known = [later_T for later_T in later if later_T is not None]
-        mean_T = np.mean(known, axis=0) if len(known) > 1 else 0.0
-        return [Share() if later_T is None else Share(shift_T=mean_T - later_T) for later_T in later]
+        others = max(1, len(known) - 1)
+        return [Share() if own_T is None else Share(shift_T=(sum(known) - own_T) / others - own_T) for own_T in later]
 
     def _later(self, attempt: Attempt) -> np.ndarray | None:
         rollout, target = attempt.rollout, attempt.targets.get(self.teacher)

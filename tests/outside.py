@@ -159,3 +159,16 @@ class ListTeacher:
 def brightness(prompt: Prompt, picture: Any) -> Reward:
     """A judge of pictures for the task `jsonl`: every one is right, and this bright."""
     return Reward(1.0, {"brightness": float(picture.mean()) / 255})
+
+
+@dataclass(frozen=True, config=STRICT)
+class Peek:
+    """An evaluation that tells one weight of the model that the sampler holds."""
+
+    once: ClassVar[bool] = False
+    split: ClassVar[None] = None
+
+    weight: str
+
+    async def __call__(self, run: Any, learner: Any, sampler: Any, teachers: Any) -> dict[str, Any]:
+        return {"first": float(sampler.model.net.state_dict()[self.weight].flatten()[0])}

@@ -72,6 +72,7 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
                 stream.refresh()  # ask again what is in flight
             run.advance(stats, groups, learner, teachers)  # step += 1; metrics, lag, shares, costs
             if run.due("eval"):
+                await stream.settle()  # an evaluation may lend the sampler averaged weights: no attempt is drawn with those
                 await run.evaluate(learner, sampler, teachers)
             if run.due("save"):
                 run.save(learner, teachers, accelerator)

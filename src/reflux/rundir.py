@@ -209,13 +209,13 @@ class Run:
             return
         seen = {name for row in done for name in row}
         results: dict[str, Any] = {"step": self.step}
-        averaged = learner.averaged
-        if averaged is not None:
-            await sampler.publish(averaged, learner.version)
+        with learner.at_mean() as averaged:
+            if averaged:
+                await sampler.publish(learner.weights, learner.version)
         for name, evaluation in self.cfg.evals.items():
             if not (evaluation.once and name in seen):
                 results[name] = await evaluation(self, learner, sampler, teachers)
-        if averaged is not None:
+        if averaged:
             await sampler.publish(learner.weights, learner.version)
         files.append_lines(self.dir / "evals.jsonl", [results])
         self._tracker.log({key: value for key, value in results.items() if key != "step"}, self.step)

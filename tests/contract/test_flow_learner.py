@@ -213,7 +213,9 @@ def test_the_average_is_exact_and_is_what_is_shown(every: int, tmp_path: Path) -
         if (step + 1) % every == 0:
             mean = {name: 0.75 * value + 0.25 * learner.trained[name].detach().double() for name, value in mean.items()}
     live = {name: p.detach().clone() for name, p in learner.trained.items()}
-    shown: Any = learner.averaged
+    with learner.at_mean() as averaged:
+        shown = {name: value.clone() for name, value in learner.weights.items()}
+    assert averaged
     assert all(torch.allclose(shown[name].double(), value, atol=1e-6) for name, value in mean.items())
     assert same(live, {name: p.detach() for name, p in learner.trained.items()})  # looking changes nothing
     folder = tmp_path / "student"
@@ -221,7 +223,8 @@ def test_the_average_is_exact_and_is_what_is_shown(every: int, tmp_path: Path) -
     learner.export(folder)
     stored = load_flow(str(folder), "student").net.state_dict()
     assert all(torch.allclose(stored[name].double(), value, atol=1e-6) for name, value in mean.items())
-    assert opened().averaged is None
+    with opened().at_mean() as averaged:
+        assert not averaged
 
 
 @pytest.mark.parametrize("fields", [{}, {"lora": FlowLora(rank=2, alpha=4)}, {"average": Average(0.5, 1)}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from reflux.config import load_recipe
 from reflux.errors import ConfigError
 from reflux.flows.load import load_flow
 from reflux.loop import train
-from reflux.rundir import Options
+from reflux.rundir import Options, Run
+from reflux.samplers.flow_engine import FlowSampler
 from reflux.tasks.glyphs import Glyphs
 from tiny import same
 
@@ -95,13 +97,36 @@ def test_evaluations_leave_the_run_as_it_is(run: Any) -> None:
 def test_an_average_is_evaluated_and_leaves_the_run_as_it_is(run: Any) -> None:
     plain = run(name="plain")
     average = {"decay": 0.5, "every": 1}
-    asked = {"accuracy": {"problems": 4}}
+    asked = {"peek": {"kind": "outside:Peek", "weight": "transformer.proj_out.bias"}}
     averaged = run(name="averaged", learner__average=average, evals=asked, eval_every=1)
     assert pictures(plain) == pictures(averaged)  # attempts are those of the weights themselves
     assert same(plain.weights, averaged.weights)
     shown, state = load_flow(str(averaged.dir), "student").net.state_dict(), averaged.state
     assert all(torch.equal(shown[name.removeprefix("mean/")], value) for name, value in state.items() if name.startswith("mean/"))
+    seen = averaged.rows("evals")[-1]["peek"]["first"]
+    assert seen == float(state["mean/transformer.proj_out.bias"][0]) != float(state["weight/transformer.proj_out.bias"][0])
     assert not same(plain.weights, {name.replace("mean/", "weight/"): value for name, value in state.items() if name.startswith("mean/")})
+
+
+def test_no_attempt_is_drawn_with_the_average_however_far_sampling_runs_ahead(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lent, drawn_meanwhile = [False], []
+    sample, evaluate = FlowSampler._sample, Run.evaluate
+
+    def slow(self: Any, requests: Any) -> Any:
+        time.sleep(0.05)
+        drawn_meanwhile.append(lent[0] and requests[0][2].purpose == "train")
+        return sample(self, requests)
+
+    async def lending(self: Any, *parts: Any, **options: Any) -> None:
+        lent[0] = True
+        await evaluate(self, *parts, **options)
+        lent[0] = False
+
+    monkeypatch.setattr(FlowSampler, "_sample", slow)
+    monkeypatch.setattr(Run, "evaluate", lending)
+    run(steps=5, max_lag=2, eval_every=1, evals={"accuracy": {"problems": 4}}, learner__average={"decay": 0.5, "every": 1})
+    assert len(drawn_meanwhile) > 5
+    assert not any(drawn_meanwhile)
 
 
 def test_frozen_teachers_stay_as_they_are_and_are_not_in_the_student(run: Any, models: dict[str, str]) -> None:

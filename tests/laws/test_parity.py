@@ -103,7 +103,7 @@ def tempered(model: Any, spoken: Any, temperature: float, top_p: float) -> np.nd
 def test_frequencies_are_the_models_probabilities(student: str, teacher: str, tmp_path: Path) -> None:
     """Chi-square over 6,000 first tokens of one prompt; each sample has its own dice."""
     cfg = config(student, teacher)
-    attempts, _, model = act(cfg, tmp_path / "run", n=6000, prompts=list(islice(outside.Chat().prompts("train", 0), 1)), max_tokens=1)
+    attempts, _, model = act(cfg, tmp_path / "run", n=6000, prompts=list(islice(outside.Chat().prompts("train", 0), 1)), length=1)
     counts = Counter(int(a.rollout.tokens_T[0]) for a in attempts)  # type: ignore[attr-defined]
     ids = torch.from_numpy(attempts[0].rollout.prompt_tokens)[None]  # type: ignore[attr-defined]
     with torch.no_grad():

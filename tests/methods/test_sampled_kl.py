@@ -125,7 +125,7 @@ def test_a_dropped_token_that_the_student_never_says_gives_no_nan():
 def test_no_gradient_reaches_teacher_or_value():
     at = rows()
     teacher = torch.randn(N, V, dtype=torch.float64, requires_grad=True)
-    at.teachers["main"] = FullSays(teacher, at.ids_N)
+    at.teachers["main"] = FullSays(teacher, at.student.ids_N)
     for baseline in ("none", "kl", "topk_kl", "minimum_variance"):
         SampledKL(baseline=baseline)(at).sum().backward(retain_graph=True)
     assert teacher.grad is None
@@ -201,7 +201,7 @@ def test_the_truncated_ratio_is_capped_and_detached():
 
 def test_nll_is_the_recorded_tokens_surprise():
     at = rows()
-    torch.testing.assert_close(NLL()(at), -at.student.logits_NV.log_softmax(-1).gather(-1, at.ids_N[:, None])[:, 0])
+    torch.testing.assert_close(NLL()(at), -at.student.logits_NV.log_softmax(-1).gather(-1, at.student.ids_N[:, None])[:, 0])
 
 
 def test_defaults_are_the_vetted_setting():

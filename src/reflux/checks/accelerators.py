@@ -11,6 +11,11 @@ from reflux.config import RunConfig
 
 def problems(cfg: RunConfig) -> Iterator[str]:
     accelerator = cfg.accelerator
+    if accelerator is not None and vars(cfg.learner).get("average") is not None:
+        yield (
+            "learner.average is what would be evaluated and exported, and a jump moves the weights but not their average: the jump would "
+            "hardly be seen. Leave out learner.average, or the accelerator."
+        )
     if not isinstance(accelerator, Extrapolate) or accelerator.score != "minus_kl":
         return
     if accelerator.teacher not in heard(cfg):

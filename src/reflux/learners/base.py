@@ -8,7 +8,7 @@ version stays.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -32,9 +32,8 @@ class OpenLearner(Protocol):
         """The student's full weights by the model's own parameter names, adapters merged; not to be written to."""
         ...
 
-    @property
-    def averaged(self) -> Mapping[str, Tensor] | None:
-        """`weights` averaged over training, where such an average is kept: what is evaluated and exported then."""
+    def at_mean(self) -> AbstractContextManager[bool]:
+        """Within, the student has its weights averaged over training, where an average is kept (True): what is evaluated and exported."""
         ...
 
     @property

@@ -71,20 +71,12 @@ class Moving(ABC):
     def weights(self) -> Mapping[str, Tensor]:
         return adapters.merged(self.net)
 
-    @property
-    def averaged(self) -> Mapping[str, Tensor] | None:
-        if self.average is None:
-            return None
-        with self.at_mean():
-            return {name: value.clone() for name, value in adapters.merged(self.net).items()}
-
     @contextmanager
-    def at_mean(self) -> Iterator[None]:
-        """Within, the network has its averaged weights."""
+    def at_mean(self) -> Iterator[bool]:
         live = {name: parameter.detach().clone() for name, parameter in self.trained.items()} if self.average else {}
         self._put(self.mean)
         try:
-            yield
+            yield self.average is not None
         finally:
             self._put(live)
 
