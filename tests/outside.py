@@ -162,6 +162,11 @@ def brightness(prompt: Prompt, picture: Any) -> Reward:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Dark:
+    """A reward that asks no task; it is only checked, never opened."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Peek:
     """An evaluation that tells one weight of the model that the sampler holds."""
 

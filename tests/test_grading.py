@@ -27,7 +27,7 @@ from reflux.tasks.math import final_answer, grade
 from reflux.types import Attempt, Prompt, TokenRollout
 
 TASK = '''
-import os, signal, sys, time
+import mmap, os, signal, sys, time
 from dataclasses import dataclass
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Odd:
 
     def verify(self, prompt, made):
         print("a verifier may print")
+        if not isinstance(made, str):  # as a GPU's driver does: addresses, of which none is used
+            return float(len(mmap.mmap(-1, 8 << 30, prot=mmap.PROT_READ)) >> 30)
         match made:
             case "hang": time.sleep(60)
             case "spin": sum(iter(int, 1))  # never gives up the interpreter
@@ -122,6 +124,15 @@ def test_a_failing_verifier_costs_its_own_attempt_only(odd: Any, text: str, word
     assert values(found) == [1.0, None, 1.0]
     assert found[1].problem == "error"
     assert words in found[1].detail
+
+
+def test_only_a_texts_verdict_has_a_bound_on_memory(odd: Any) -> None:
+    """What judges pictures may be a model on a GPU, whose driver reserves more addresses than there is memory."""
+    jobs = [(PROMPT, made) for made in ("memory", np.zeros((2, 2), np.uint8), "memory", "yes")]
+    with Graders() as graders:
+        found = asyncio.run(graders.verify_many(odd, jobs))
+    assert values(found) == [None, 8.0, None, 1.0]
+    assert "MemoryError" in found[0].detail
 
 
 def test_problems_are_counted(odd: Any) -> None:

@@ -56,6 +56,7 @@ class Plan:
 def plan(cfg: RunConfig) -> Plan:
     """Raises ConfigError or ModelError for what could not run."""
     wants = checks.join(cfg)
+    checks.models(cfg)
     if local_data(cfg.task):
         next(cfg.task.prompts("train", cfg.seed, 0))  # a missing or malformed file is found here
     acting = flow_sampler(cfg)

@@ -181,7 +181,7 @@ class FlowRollout(Rollout):
 
     unit: ClassVar[str] = "steps"
 
-    x_SD: np.ndarray  # float32
+    x_SD: np.ndarray  # float32; D = 0 where no latent value was kept, and then no position counts
     t_S: np.ndarray  # float32, falling
     noise_level: float  # 0: no step was drawn, each is its mean
     guidance: float

@@ -11,7 +11,9 @@ import pytest
 
 from reflux import checks
 from reflux.config import load_recipe
-from reflux.errors import ConfigError, DataError
+from reflux.errors import ConfigError, DataError, ModelError
+from reflux.planning import plan
+from reflux.rundir import Options, Run
 from reflux.samplers.drawn import drawers, flow_sampler
 from reflux.teachers.flow import Flow as FlowTeacher
 from reflux.types import FlowRollout, Wants
@@ -20,6 +22,7 @@ KL, MSE = {"kind": "velocity_kl"}, {"kind": "velocity_kl", "weight": "mse"}
 TEXT_TEACHER = {"kind": "local", "model": "m"}
 FLOW_TEACHER = {"kind": "flow", "model": "m"}
 VERDICTS = {"reward": {"kind": "verifier"}, "group_size": 4}
+ODE_JUMPS = {"accelerator": {"kind": "extrapolate", "score": "minus_kl"}, "teachers": {"main": FLOW_TEACHER}}
 GIVEN = "sampler 'drawn' gives states without noise, so the KL is infinite"
 ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     # parts of both kinds
@@ -141,6 +144,16 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
         {"objectives": [{"kind": "outcome"}], "credit.outcome": {}, **VERDICTS},
         "weighs what was chosen by the student's own probabilities, but sampler 'drawn' gives answers it did not draw. Use velocity_kl.",
     ),
+    "jumps by the KL of the ODE": (
+        "flow_grpo",
+        {**ODE_JUMPS, "sampler.noise_level": 0},
+        'accelerator.score = "minus_kl" takes the KL of steps that were drawn, and sampler.noise_level = 0 draws none: it is infinite.',
+    ),
+    "jumps by the KL of an inner ODE": (
+        "flow_sft",
+        {"accelerator": ODE_JUMPS["accelerator"], "sampler.generate.noise_level": 0},
+        "and sampler.generate.noise_level = 0 draws none: it is infinite. Use a noise_level above 0, such as 0.7",
+    ),
     # one guidance
     "a teacher of another guidance": (
         "flow",
@@ -199,6 +212,17 @@ LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "balance": ("flow", {"credit.balance": {}, "normalise": "rollout_means", **VERDICTS}),
     "jumps": ("flow", {"accelerator": {"kind": "extrapolate"}}),
+    "jumps by the KL": ("flow", {"accelerator": {"kind": "extrapolate", "score": "minus_kl"}}),
+    "jumps by the KL over drawn pictures": ("flow_sft", {"accelerator": {"kind": "extrapolate", "score": "minus_kl"}}),
+    "jumps of the ODE by accuracy": (
+        "flow",
+        {
+            "accelerator": {"kind": "extrapolate"},
+            "sampler.noise_level": 0,
+            "objectives.0.weight": "mse",
+            "objectives.1.weight": "mse",
+        },
+    ),
     "foresight": ("flow", {"evals.foresight": {}}),
     "a teacher's velocities at drawn pictures": ("flow_sft", {"objectives.0.teacher": "main"}),
     "one specialist and an anchor": ("flow", {"teachers.counts": "none", "teachers.digits.as": "digits", "objectives.0.teacher": "digits",
@@ -340,6 +364,118 @@ def test_a_judge_of_ones_own_meets_the_picture(tmp_path: Path) -> None:
     (first, *_) = task._load("train", str(tmp_path / "prompts.jsonl"))
     verdict = task.verify(first, np.full((4, 4), 51, dtype=np.uint8))
     assert (verdict.value, verdict.parts) == (1.0, {"brightness": 0.2})  # type: ignore[union-attr]
+
+
+def test_verdicts_that_nobody_gives_are_refused(tmp_path: Path) -> None:
+    """Hours of sampling, and nothing to learn from."""
+    nobody = {"base": "sd3", "task.path": pictures(tmp_path)["path"], "learner.average": "none"}
+    jumps = {"accelerator": {"kind": "extrapolate"}}
+    for recipe, changes, words in (
+        ("flow_grpo", {}, 'reward: the verifier asks the task for verdicts, and with its grader "none" nothing is ever judged.'),
+        ("flow", jumps, 'accelerator.score = "accuracy" compares weights by the task\'s verdicts, and with its grader "none" nothing is'),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            checks.join(load_recipe(recipe, nobody | changes))
+        assert words in str(refused.value)
+        assert 'task.grader = "my_module:function"' in str(refused.value)
+        checks.join(load_recipe(recipe, nobody | changes | {"task.grader": "outside:brightness"}))
+    checks.join(load_recipe("flow", nobody | {"accelerator": {"kind": "extrapolate", "score": "minus_kl"}}))
+    checks.join(load_recipe("flow_grpo", nobody | {"reward": {"kind": "outside:Dark"}}))  # which judges by itself
+    silent, judged = pictures(tmp_path), pictures(tmp_path, grader="outside:brightness")
+    rewarded = {"task": {"kind": "mix", "parts": {"a": silent, "b": silent}}}
+    with pytest.raises(ConfigError, match="nothing is ever judged"):
+        checks.join(load_recipe("flow_grpo", rewarded))
+    checks.join(load_recipe("flow_grpo", {"task": {"kind": "mix", "parts": {"a": silent, "b": judged}}}))
+
+
+@pytest.mark.parametrize("module", ["nosuch", "outside.inner", "reflux.tasks.nosuch", "reflux.nosuch.tasks", "__main__.x", ""])
+def test_a_grader_that_is_nowhere_is_refused(tmp_path: Path, module: str) -> None:
+    with pytest.raises(ConfigError, match=rf"task\.grader: there is no module \'{module}\' for it\."):
+        checks.join(load_recipe("flow_grpo", {"task": pictures(tmp_path, grader=f"{module}:judge")}))
+    mixed = {"kind": "mix", "parts": {"a": {"kind": "glyphs"}, "b": pictures(tmp_path, grader=f"{module}:judge")}}
+    with pytest.raises(ConfigError, match=r"task\.parts\.b\.grader: there is no module"):
+        checks.join(load_recipe("flow_grpo", {"task": mixed}))
+
+
+def test_a_grader_is_found_and_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_judges" / "inner").mkdir(parents=True)
+    for file in ("__init__.py", "inner/__init__.py", "inner/heavy.py"):
+        (tmp_path / "my_judges" / file).write_text("raise RuntimeError('this loads for minutes')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("my_judges", "my_judges.inner", "my_judges.inner.heavy"):
+        checks.join(load_recipe("flow_grpo", {"task": pictures(tmp_path, grader=f"{module}:judge")}))
+    with pytest.raises(ConfigError, match=r"no module 'my_judges\.inner\.light'"):
+        checks.join(load_recipe("flow_grpo", {"task": pictures(tmp_path, grader="my_judges.inner.light:judge")}))
+
+
+# --- models and adapters that are not there, or of the other kind: before a directory is made, and in a plan
+
+NOWHERE = r"there is no adapter in .*: give a folder with adapter_config\.json"
+WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a teacher's adapter": ("flow", {"teachers.digits.adapter": "nowhere/at/all"}, rf"teachers\.digits\.adapter: {NOWHERE}"),
+    "one beside here": ("flow", {"teachers.digits.adapter": "./nowhere"}, rf"teachers\.digits\.adapter: {NOWHERE}"),
+    "the student's adapter": ("flow", {"learner.merge": "none", "learner.adapter": "a/b/c"}, rf"learner\.adapter: {NOWHERE}"),
+    "a shipped adapter": (
+        "flow",
+        {"learner.merge": "none", "learner.adapter": "reflux:glyph_base"},
+        r"learner\.adapter: there is no adapter in reflux:glyph_base",
+    ),
+    "one of a merge": (
+        "flow",
+        {"learner.merge.models": ["reflux:glyph_digits", "runs/no/such"]},
+        r"learner\.merge\.models\[1\]: the folder runs/no/such does not exist",
+    ),
+    "a merge with texts": (
+        "flow",
+        {"learner.merge.models": ["reflux:student", "reflux:glyph_digits"]},
+        r"learner\.merge\.models\[0\]: reflux:student is no flow model: its folder has no model_index\.json\. .* kind = \"hf\"",
+    ),
+    "a flow of texts": ("flow", {"learner.model": "reflux:student"}, r"learner\.model: reflux:student is no flow model"),
+    "a flow teacher of texts": (
+        "flow",
+        {"teachers.anchor.model": "reflux:teacher"},
+        r"teachers\.anchor\.model: reflux:teacher is no flow model: .* kind = \"local\"",
+    ),
+    "texts of a flow": (
+        "opd",
+        {"learner.model": "reflux:glyph_base"},
+        r"learner\.model: reflux:glyph_base is no model of texts: its folder has a model_index\.json and no config\.json\.",
+    ),
+    "a teacher of texts that draws": (
+        "opd",
+        {"teachers.main.model": "reflux:glyph_base"},
+        r"teachers\.main\.model: .* is no model of texts",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_would_not_load_is_refused_before_it_is_tried(case: str, tmp_path: Path) -> None:
+    recipe, changes, words = WRONG[case]
+    cfg = load_recipe(recipe, changes)
+    with pytest.raises(ModelError, match=words):
+        plan(cfg)
+    with pytest.raises(ModelError, match=words):
+        Run.open(cfg, checks.join(cfg), Options(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_adapters_that_are_there_or_on_the_hub_are_let_through(tmp_path: Path) -> None:
+    """A folder, a run directory that trained one, a hub id; of a merge models and adapters alike. Nothing is asked of the hub."""
+    for name in ("peft", "run/student"):
+        (tmp_path / name).mkdir(parents=True)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            (tmp_path / name / file).write_bytes(b"")
+    here, run = str(tmp_path / "peft"), str(tmp_path / "run")
+    checks.models(
+        load_recipe("flow", {"teachers.digits.adapter": here, "teachers.counts.adapter": run, "teachers.anchor.adapter": "me/mine"})
+    )
+    checks.models(load_recipe("flow", {"learner.merge.models": [here, "me/mine"]}))
+    checks.models(load_recipe("flow", {"learner.merge.models": ["reflux:glyph_digits", "reflux:glyph_counts"]}))
+    checks.models(load_recipe("flow", {"base": "sd3"}))
+    (tmp_path / "peft" / "adapter_config.json").unlink()
+    with pytest.raises(ModelError, match=r"learner\.adapter: .* holds a part of an adapter"):
+        checks.models(load_recipe("flow", {"learner.merge": "none", "learner.adapter": here}))
 
 
 def test_routes_are_read_only_where_they_decide() -> None:

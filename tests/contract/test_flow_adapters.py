@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny_flow
 from reflux.errors import ModelError
-from reflux.flows.adapter_files import DIFFUSERS, PEFT, read_adapter, write_adapter
+from reflux.flows.adapter_files import read_adapter, write_adapter
+from reflux.flows.adapter_folders import DIFFUSERS, PEFT, adapter_folder
 from reflux.flows.adapters import Adapter, Factors, add, attach, layers_of, taken, use
 from reflux.flows.library import library
 from reflux.flows.model import FlowModel
@@ -225,10 +226,24 @@ def test_files_that_are_not_whole_are_refused(tmp_path: Path) -> None:
         read_adapter(str(tmp_path), model.net.transformer, "here")
     with pytest.raises(ModelError, match=r"there is no adapter in .*: give a folder"):
         read_adapter(str(tmp_path / "nowhere"), model.net.transformer, "here")
+    (tmp_path / "whole" / "student").mkdir(parents=True)
+    (tmp_path / "whole" / "student" / "model_index.json").write_text("{}")
+    for name in ("whole", "whole/student"):
+        with pytest.raises(ModelError, match=rf"here: there is no adapter in .*{name}: it holds a whole model, which is given as `model`"):
+            read_adapter(str(tmp_path / name), model.net.transformer, "here")
     save_file({}, tmp_path / DIFFUSERS)
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(ModelError, match="it is empty"):
         read_adapter(str(tmp_path), model.net.transformer, "here")
+
+
+def test_the_adapter_of_an_earlier_run_is_its_students(tmp_path: Path) -> None:
+    model = tiny_flow.model(1)
+    save_adapter(tmp_path / "run" / "student", model, 5)
+    found = [read_adapter(str(tmp_path / name), model.net.transformer, "here") for name in ("run", "run/student")]
+    assert found[0].deltas().keys() == found[1].deltas().keys() == set(modules(model))
+    assert all(torch.equal(found[0].deltas()[name], delta) for name, delta in found[1].deltas().items())
+    assert adapter_folder(str(tmp_path / "run"), "here") is None  # to a merge it is the model
 
 
 # --- on a transformer

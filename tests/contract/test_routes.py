@@ -12,6 +12,7 @@ import pytest
 
 import tiny
 from reflux.contexts.same import Same
+from reflux.errors import DataError
 from reflux.evals.agreement import Agreement
 from reflux.reports.metrics import Heard, read_metrics
 from reflux.reports.page import write_report
@@ -78,6 +79,40 @@ def test_a_prompt_of_a_route_that_nobody_serves_is_asked_of_nobody() -> None:
     asyncio.run(teachers.score(groups, NOW))
     assert not any(one.asked for one in answers.values())
     assert all(not attempt.targets and "asked" not in attempt.notes for made in groups for attempt in made)
+
+
+def unserved(teachers: Teachers, *groups: Group) -> str:
+    with pytest.raises(DataError) as refused:
+        asyncio.run(teachers.score(groups, NOW))
+    return str(refused.value)
+
+
+def test_a_prompt_that_none_of_those_who_teach_serves_is_refused_by_name() -> None:
+    """A task on the hub tells its routes only as its prompts come."""
+    opened = tables(plus=(0.5, ("add",)), times=(2.0, ("mul",)))[0].opened
+    assert "prompt div1 has the route 'div', but the teachers that objectives listen to serve only add, mul." in unserved(
+        Teachers(opened, {"main"}), group("add", 1), group("div", 1)
+    )
+    assert "prompt None2 has no route, but" in unserved(Teachers(opened, {"main"}), group(None, 2))
+    asyncio.run(Teachers(opened, {"main"}).score([group("add", 1), group("mul", 2), []], NOW))
+
+
+def test_a_prompt_is_refused_only_where_nobody_teaches_it() -> None:
+    """Another name may serve it, with or without routes; a teacher that is asked for metrics alone does not have to."""
+    (plus,) = tables(plus=(0.5, ("add",)))[0].opened.values()
+    other = (SimpleNamespace(context=Same(), routes=(), as_=None, in_process=True), Flat(1.0))
+    routed_other = (SimpleNamespace(context=Same(), routes=("div",), as_=None, in_process=True), Flat(1.0))
+    div = group("div", 1)
+    for heard, others in (
+        ((), {}),
+        ({"said"}, {}),
+        ({"main", "anchor"}, {"anchor": other}),
+        ({"main", "anchor"}, {"anchor": routed_other}),
+        ({"anchor"}, {"anchor": other}),
+    ):
+        asyncio.run(Teachers({"plus": plus, **others}, heard).score([div], NOW))  # type: ignore[dict-item]
+    for heard in ({"main"}, {"main", "said"}):  # an anchor that no objective listens to teaches nobody
+        assert "serve only add." in unserved(Teachers({"plus": plus, "anchor": other}, heard), div)  # type: ignore[dict-item]
 
 
 def routed(teacher: str, student: str) -> dict[str, Any]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import reduce
 
-from reflux.checks import accelerators, credit, domains, objectives, sampling, teachers
+from reflux.checks import accelerators, credit, domains, objectives, sampling, teachers, verdicts
 from reflux.checks.advice import warnings
-from reflux.checks.inputs import inputs
+from reflux.checks.inputs import inputs, models
 from reflux.config import RunConfig
 from reflux.errors import ConfigError
 from reflux.types import Wants
 
-__all__ = ["inputs", "join", "warnings"]
+__all__ = ["inputs", "join", "models", "warnings"]
 
 
 def join(cfg: RunConfig) -> Wants:
@@ -29,5 +29,5 @@ def join(cfg: RunConfig) -> Wants:
 
 
 def _problems(cfg: RunConfig) -> Iterator[str]:
-    for about in (domains, sampling, teachers, objectives, credit, accelerators):
+    for about in (domains, sampling, teachers, objectives, credit, verdicts, accelerators):
         yield from about.problems(cfg)

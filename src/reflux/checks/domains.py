@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from reflux.accelerators.extrapolate import Extrapolate
 from reflux.config import RunConfig
 from reflux.contexts.peers import Peers
 from reflux.contexts.privileged import Privileged
@@ -33,6 +34,7 @@ def problems(cfg: RunConfig) -> Iterator[str]:
     if cfg.task.rollouts is FlowRollout:
         yield from _of_texts(cfg)
         yield from _without_noise(cfg)
+        yield from _scored_without_noise(cfg)
         yield from _guidance(cfg)
         yield from _who_draws(cfg)
 
@@ -91,6 +93,16 @@ def _without_noise(cfg: RunConfig) -> Iterator[str]:
                 f"objectives[{index}]: {why}, so {kind_of('objectives', objective)} has no log-prob to weigh. Use a noise_level above 0, "
                 f"such as 0.7."
             )
+
+
+def _scored_without_noise(cfg: RunConfig) -> Iterator[str]:
+    acting, accelerator = flow_sampler(cfg), cfg.accelerator
+    if acting is not None and not acting.noise_level and isinstance(accelerator, Extrapolate) and accelerator.score == "minus_kl":
+        where = "sampler.generate" if isinstance(cfg.sampler, Drawn) else "sampler"
+        yield (
+            f'accelerator.score = "minus_kl" takes the KL of steps that were drawn, and {where}.noise_level = 0 draws none: it is '
+            f'infinite. Use a noise_level above 0, such as 0.7, or score = "accuracy".'
+        )
 
 
 def _guidance(cfg: RunConfig) -> Iterator[str]:

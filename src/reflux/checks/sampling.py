@@ -49,7 +49,7 @@ def _sampling(cfg: RunConfig) -> Iterator[str]:
         if isinstance(objective, SampledKL | Outcome) and cfg.max_lag and objective.ratio == "none":
             yield (
                 f'{name} with ratio = "none" is biased on attempts of an older student, and max_lag is {cfg.max_lag}. '
-                f'Use ratio = "truncated".'
+                f'Use ratio = "{"clip" if isinstance(objective, Outcome) else "truncated"}".'
             )
         if objective.teacher is None and not objective.takes_shift and sampler.on_policy and sampler.rollouts is TokenRollout:
             yield f"{name} on the student's own attempts has an expected gradient of zero. Use sampler 'stored', or another objective."

@@ -16,55 +16,31 @@ import torch
 from torch import Tensor
 
 from reflux.errors import ModelError
+from reflux.flows.adapter_folders import CONFIG, DIFFUSERS, PEFT, adapter_file
 from reflux.flows.adapters import Adapter, Factors, layers_of, linear_shapes, lora_config, missed
 from reflux.flows.library import library
-from reflux.models import SHIPPED, first_line
+from reflux.models import first_line
 
-CONFIG, PEFT, DIFFUSERS = "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
 HEADER = "lora_adapter_metadata"  # where diffusers keeps peft's config
 PREFIXES = {PEFT: "base_model.model.", DIFFUSERS: "transformer."}
 SHOWN = 4  # names in an error
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others move the base model as they begin, and the file lacks that move
 
 
-def adapter_folder(name: str, path: str) -> Path | None:
-    """The folder with an adapter's files, from the hub where `name` is no folder here; None where there are no such files in it."""
-    folder = Path(name).expanduser()
-    if name.startswith(SHIPPED):
-        return None
-    if not folder.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        folder = _fetched(name, path)
-    return folder if any((folder / file).is_file() for file in (CONFIG, PEFT, DIFFUSERS)) else None
-
-
-def _fetched(name: str, path: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, PEFT, DIFFUSERS]))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: {name} is no folder here, and could not be had from the hub: {first_line(error)}") from error
-
-
 def read_adapter(name: str, transformer: Any, path: str) -> Adapter:
-    """The adapter in a folder or of a hub id, as it fits this transformer (which is not touched).
+    """The adapter in a folder, in a run directory or of a hub id, as it fits this transformer (which is not touched).
 
     ModelError that lists every fault: a module without one of its factors, one that its peft config targets and the file lacks, a key
     that matches no linear layer, a shape that does not fit; and for what is not a plain low-rank adapter.
     """
-    folder = adapter_folder(name, path)
-    if folder is None:
-        raise ModelError(f"{path}: there is no adapter in {name}: give a folder with {CONFIG} and {PEFT}, or with {DIFFUSERS}.")
-    file = next((file for file in (PEFT, DIFFUSERS) if (folder / file).is_file()), None)
-    if file is None or (file == PEFT and not (folder / CONFIG).is_file()):
-        raise ModelError(f"{path}: {name} holds a part of an adapter: {CONFIG} and {PEFT} belong together, and only safetensors are read.")
-    tensors, header = _load(folder / file, path)
-    config = _peft_config(folder, path) if file == PEFT else _diffusers_config(header, path)
+    file = adapter_file(name, path)
+    tensors, header = _load(file, path)
+    config = _peft_config(file.parent, path) if file.name == PEFT else _diffusers_config(header, path)
     with torch.device("meta"):
         bare = library().SD3Transformer2DModel.from_config(transformer.config)
     shapes = linear_shapes(bare)
     planned = None if config is None else _planned(config, bare, path)
-    parts, unknown = _parts(tensors, PREFIXES[file], shapes, alphas=planned is None)
+    parts, unknown = _parts(tensors, PREFIXES[file.name], shapes, alphas=planned is None)
     faults = [*_faults(parts, shapes, planned), *_listed("keys that match no linear layer of this transformer", unknown)]
     if faults or not parts:
         faults = faults or ["it is empty"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -9,18 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEPT = 512  # prompts whose encodings are kept: about 3 MB each in 16 bits
+KEPT = 512  # prompts whose encodings are kept: about 3 MB each in 16 bits (on a GPU, as stored), twice that in 32 (on a CPU)
 
 
 class TextEncoders:
-    """diffusers' `encode_prompt` of a pipeline that was loaded without transformer and decoder. Answers lie on the CPU."""
+    """diffusers' `encode_prompt` of a pipeline that was loaded without transformer and decoder. Answers lie on the CPU.
+
+    Several threads may ask (sampler, teachers and learner share one); one at a time is answered.
+    """
 
     def __init__(self, pipeline: Any, device: str, kept: int = KEPT):
         self._pipeline, self._device, self._kept = pipeline, torch.device(device), kept
         self._answers: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self._turn = threading.Lock()
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(tokens_BLJ, pooled_BP). Only prompts that are not kept reach the encoders."""
+        """(tokens_BLJ, pooled_BP). Only prompts that are not kept reach the encoders; a call may have more of them than are kept."""
+        with self._turn:
+            found = self._found(texts)
+        return torch.stack([found[text][0] for text in texts]), torch.stack([found[text][1] for text in texts])
+
+    def _found(self, texts: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
         missing = [text for text in dict.fromkeys(texts) if text not in self._answers]
         found = {text: self._answers[text] for text in texts if text in self._answers}
         found |= {text: self._encode(text) for text in missing}
@@ -29,7 +39,7 @@ class TextEncoders:
             self._answers.move_to_end(text)
         while len(self._answers) > self._kept:
             self._answers.popitem(last=False)
-        return torch.stack([found[text][0] for text in texts]), torch.stack([found[text][1] for text in texts])
+        return found
 
     @torch.no_grad()
     def _encode(self, text: str) -> tuple[Tensor, Tensor]:

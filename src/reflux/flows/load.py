@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,125 +10,105 @@ import torch
 
 from reflux.errors import ModelError
 from reflux.flows.encoders import LatentDecoder, TextEncoders
+from reflux.flows.folder import BESIDE, MODEL, PLAN, chosen_dtype, fetch, known_dtype, read_index, read_scheduler, source_of, stored_dtype
 from reflux.flows.library import library
 from reflux.flows.model import TABLE, Decoder, Encoder, FlowModel
 from reflux.flows.net import FlowNet, PromptTable
 from reflux.kernels.cpu_linear import speed_up
-from reflux.models import first_line, locate, pick_device
+from reflux.models import first_line, pick_device
 from reflux.once import Once
 
 
 def load_flow(name: str, path: str, *, dtype: str = "auto", device: str = "auto", once: Once | None = None) -> FlowModel:
     """A diffusers folder, an earlier run directory, a shipped model or a hub id. dtype "auto": as stored on a GPU, float32 on a CPU.
 
-    `once` holds what several models share. ModelError with the reason for what cannot be loaded or is no flow model of a known kind.
+    Text encoders and decoder have a type of their own, the stored one on a GPU and float32 on a CPU, whatever `dtype` is. `once` holds
+    what several models share. ModelError with the reason for what cannot be loaded or is no flow model of a known kind.
     """
-    where, place = locate(name, path), pick_device(device)
-    index = _index(where, name, path)
-    stored = _stored(Path(where))
-    scheduler = _scheduler(where, name, path)
-    net = _net(where, name, path, _chosen(dtype, place, stored), place)
-    source = index.get("_encoders", where)
-    encode, decode = (net.prompts, None) if net.prompts is not None else _frozen(source, path, net.dtype, place, once or Once())
+    known_dtype(dtype, path)
+    folder, place = fetch(name, path, MODEL), pick_device(device)
+    index, scheduler, stored = read_index(folder, name, path), read_scheduler(folder, name, path), stored_dtype(folder / "transformer")
+    net = _net(folder, name, path, chosen_dtype(dtype, place, stored), place)
+    source = source_of(name, path, folder, index)
+    encode, decode = (net.prompts, None) if net.prompts is not None else _frozen(source, path, place, once or Once())
     return FlowModel(net, scheduler, encode, decode, source, stored or net.dtype)
 
 
 def load_net(name: str, path: str, *, dtype: str = "float32", device: str = "cpu") -> FlowNet:
     """The weights alone, without text encoders and decoder."""
-    where = locate(name, path)
-    return _net(where, name, path, getattr(torch, dtype), device)
+    kind = chosen_dtype(known_dtype(dtype, path), device, None)
+    return _net(fetch(name, path, MODEL), name, path, kind, device)
 
 
 def outline_flow(name: str, path: str) -> FlowModel:
     """A model without its weights, on torch's meta device: it tells its grid, its states and its prompts, and nothing heavy is read."""
-    where = locate(name, path)
-    _index(where, name, path)
-    scheduler = _scheduler(where, name, path)
-    with torch.device("meta"):
-        bare = library().SD3Transformer2DModel.from_config(library().SD3Transformer2DModel.load_config(where, subfolder="transformer"))
-    net = FlowNet(bare, _table(where))
+    folder = fetch(name, path, PLAN)
+    index, scheduler = read_index(folder, name, path), read_scheduler(folder, name, path)
+    try:
+        net = FlowNet(_bare(folder), _table(folder))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: no flow model for {name}: {first_line(error)}") from error
     encode = _no_encoders if net.prompts is None else net.prompts
-    return FlowModel(net, scheduler, encode, None, where, torch.float32)
+    return FlowModel(net, scheduler, encode, None, source_of(name, path, folder, index), torch.float32)
 
 
 def _no_encoders(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     raise NotImplementedError("the outline of a model encodes no prompts")
 
 
-def _net(where: str, name: str, path: str, dtype: torch.dtype, device: str) -> FlowNet:
+def _bare(folder: Path) -> Any:
+    """The transformer without its weights."""
+    with torch.device("meta"):
+        return library().SD3Transformer2DModel.from_config(library().SD3Transformer2DModel.load_config(folder, subfolder="transformer"))
+
+
+def _net(folder: Path, name: str, path: str, dtype: torch.dtype, device: str) -> FlowNet:
     try:
         transformer = library().SD3Transformer2DModel.from_pretrained(
-            where, subfolder="transformer", torch_dtype=dtype, use_safetensors=True
+            folder, subfolder="transformer", torch_dtype=dtype, use_safetensors=True
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: no flow model for {name}: {first_line(error)}") from error
-    net = FlowNet(transformer, _table(where))
+    net = FlowNet(transformer, _table(folder))
     net.to(torch.device(device), net.dtype)
     speed_up(net)
     return net
 
 
-def _table(where: str) -> PromptTable | None:
-    return PromptTable.load(Path(where) / TABLE) if (Path(where) / TABLE).is_dir() else None
+def _table(folder: Path) -> PromptTable | None:
+    return PromptTable.load(folder / TABLE) if (folder / TABLE).is_dir() else None
 
 
-def _chosen(dtype: str, device: str, stored: torch.dtype | None) -> torch.dtype:
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    return stored or torch.float16 if device.startswith("cuda") else torch.float32
-
-
-def _index(where: str, name: str, path: str) -> dict[str, Any]:
-    file = Path(where) / "model_index.json"
-    if not file.is_file():
-        if Path(where).is_dir():
-            raise ModelError(f"{path}: {name} is no flow model: its folder has no model_index.json. Give a folder in diffusers' format.")
-        return dict(library().DiffusionPipeline.load_config(where))
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _scheduler(where: str, name: str, path: str) -> dict[str, Any]:
-    try:
-        scheduler = library().FlowMatchEulerDiscreteScheduler.load_config(where, subfolder="scheduler")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: no scheduler for {name}: {first_line(error)}") from error
-    kind = scheduler["_class_name"]
-    if kind != "FlowMatchEulerDiscreteScheduler":
-        raise ModelError(f"{path}: {name} was made for the scheduler {kind}; only flow matching with Euler steps is known here.")
-    return dict(scheduler)
-
-
-def _stored(where: Path) -> torch.dtype | None:
-    """The type of the weights on disk, where they are here; exports go back to it."""
-    from safetensors import safe_open
-
-    for file in sorted((where / "transformer").glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                return tensors.get_tensor(key).dtype
-    return None
-
-
-def _frozen(source: str, path: str, dtype: torch.dtype, device: str, once: Once) -> tuple[Encoder, Decoder]:
-    """Text encoders and decoder of a Stable Diffusion 3 model: one copy a run."""
-    encoders = once(("text encoders", source, device), lambda: _encoders(source, path, dtype, device))
-    decoder = once(("decoder", source, device), lambda: _decoder(source, path, dtype, device))
+def _frozen(source: str, path: str, device: str, once: Once) -> tuple[Encoder, Decoder]:
+    """Text encoders and decoder of a Stable Diffusion 3 model: one copy a run, so of a type that no caller chooses."""
+    encoders = once(("text encoders", source, device), lambda: _encoders(source, path, device))
+    decoder = once(("decoder", source, device), lambda: _decoder(source, path, device))
     return encoders, decoder
 
 
-def _encoders(source: str, path: str, dtype: torch.dtype, device: str) -> TextEncoders:
+def _encoders(source: str, path: str, device: str) -> TextEncoders:
+    folder = fetch(source, path, BESIDE)
+    index = read_index(folder, source, path)
+    largest = "text_encoder_3" if any(index.get("text_encoder_3") or ()) else "text_encoder"  # T5, which a model may go without
+    absent = {} if largest == "text_encoder_3" else {"text_encoder_3": None, "tokenizer_3": None}
+    dtype = chosen_dtype("auto", device, stored_dtype(folder / largest))
     try:
         pipeline = library().StableDiffusion3Pipeline.from_pretrained(
-            source, transformer=None, vae=None, torch_dtype=dtype, use_safetensors=True
+            folder, transformer=None, vae=None, **absent, torch_dtype=dtype, use_safetensors=True
         )
+        pipeline.to(device)
+        if absent:  # diffusers puts zeros in T5's place, as wide as the transformer's config says
+            pipeline.register_modules(transformer=_bare(folder))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: no text encoders in {source}: {first_line(error)}") from error
-    return TextEncoders(pipeline.to(device), device)
+    return TextEncoders(pipeline, device)
 
 
-def _decoder(source: str, path: str, dtype: torch.dtype, device: str) -> LatentDecoder:
+def _decoder(source: str, path: str, device: str) -> LatentDecoder:
+    folder = fetch(source, path, BESIDE)
+    dtype = chosen_dtype("auto", device, stored_dtype(folder / "vae"))
     try:
-        vae = library().AutoencoderKL.from_pretrained(source, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
+        vae = library().AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: no decoder (vae) in {source}: {first_line(error)}") from error
     return LatentDecoder(vae.to(torch.device(device)))

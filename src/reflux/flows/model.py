@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reflux.errors import ModelError
 from reflux.flows.library import library
 from reflux.flows.net import UNCONDITIONAL, FlowNet
 
 TABLE = "prompts"  # the folder of a prompt table
+START = 1e-5  # how far from 1 a grid's first time may be for a rounding
 
 
 class Encoder(Protocol):
@@ -43,7 +45,7 @@ class FlowModel:
     scheduler: Mapping[str, Any]  # the config of diffusers' FlowMatchEulerDiscreteScheduler
     encode: Encoder  # of prompts; the net's own table, or text encoders whose answers are kept
     decode: Decoder | None  # None: the state is the picture
-    source: str  # where text encoders and decoder are
+    source: str  # where text encoders and decoder are: an absolute folder or a hub id
     stored_dtype: torch.dtype
 
     @property
@@ -57,20 +59,31 @@ class FlowModel:
     def shape(self, pixels: int = 0) -> tuple[int, int, int]:
         """(channels, height, width) of a state whose picture has `pixels` a side, 0: the size the model was made for. D is their product.
 
-        ValueError for a size that is no whole number of patches.
+        ModelError for a size that is no whole number of patches, or of more patches than the transformer has places for.
         """
         config = self.net.transformer.config
         unit = config.patch_size * (self.decode.factor if self.decode else 1)
         if pixels % unit:
-            raise ValueError(f"pictures of {pixels} pixels a side are no whole number of patches: choose a multiple of {unit}")
+            raise ModelError(f"sampler.pixels = {pixels}: so wide a picture is no whole number of patches. Choose a multiple of {unit}.")
+        most = config.pos_embed_max_size  # patches a side; None: places for any number are computed
+        if most and pixels > most * unit:
+            raise ModelError(f"sampler.pixels = {pixels}: the model has places for {most} patches a side. Choose at most {most * unit}.")
         side = pixels // unit * config.patch_size if pixels else config.sample_size
         return self.channels, side, side
 
     def grid(self, steps: int) -> np.ndarray:
-        """The steps + 1 times of so many steps, 1 down to 0, as diffusers' scheduler gives them (its shift included). float64 [S]."""
+        """The steps + 1 times of so many steps, 1 down to 0, as diffusers' scheduler gives them (its shift included). float64 [S].
+
+        The first is 1 exactly, where diffusers' float32 may miss it by a rounding: `sde_step` has a rule of its own there. ModelError for
+        a scheduler whose times begin elsewhere.
+        """
         scheduler = library().FlowMatchEulerDiscreteScheduler.from_config(dict(self.scheduler))
         scheduler.set_timesteps(steps)
-        return scheduler.sigmas.double().numpy()
+        t_S = scheduler.sigmas.double().numpy()
+        if not abs(t_S[0] - 1) <= START:
+            raise ModelError(f"the model's scheduler begins at t = {t_S[0]:g}. Use a model whose times go from 1 (noise) to 0 (data).")
+        t_S[0] = 1.0
+        return t_S
 
     def velocity(self, x_ND: Tensor, t_N: Tensor, texts: Sequence[str], guidance: float = 1.0) -> Tensor:
         """v_ND, float32, of N states at their own times and prompts; gradients flow into the net.

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from reflux.errors import ModelError
 from reflux.flows import adapters
-from reflux.flows.adapter_files import adapter_folder, read_adapter
+from reflux.flows.adapter_files import read_adapter
+from reflux.flows.adapter_folders import adapter_folder
 from reflux.flows.adapters import Adapter
 from reflux.flows.load import load_net
 from reflux.flows.merge import mean_factors, mean_products, mean_weights

@@ -86,10 +86,10 @@ class OpenDrawn:
         """Draw, by the ODE, and put states between noise and what was drawn."""
         model, cfg = self.models[table], self.cfg.generate
         t_S = model.grid(cfg.eval_steps).astype(np.float32)
-        walk = Walk(t_S=t_S, whole=True, noise_level=0.0, guidance=cfg.guidance, keeps_v=False)
+        walk = Walk(t_S=t_S, whole=True, noise_level=0.0, guidance=cfg.guidance, keeps_v=False, keeps_x=False)
         keys = [row_key(self.run.seed, draw.purpose, draw.step, prompt.id, sample, dice=draw.dice) for prompt, sample in rows]
         path = denoise(model, walk, [prompt_text(prompt) for prompt, _ in rows], keys, cfg.pixels)
-        x_0_BD = path.x_BSD[:, -1]
+        x_0_BD = path.x_BD
         for (prompt, _), x_0_D in zip(rows, x_0_BD, strict=True):
             if not np.isfinite(x_0_D).all():
                 raise ModelError(f"teachers.{table}: what it draws for prompt {prompt.id} is not finite. Are its weights whole?")

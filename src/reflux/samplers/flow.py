@@ -36,7 +36,8 @@ class Flow:
 
     The noise depends on (run seed, purpose, step, prompt, sample, denoising step) alone: neighbours in a batch never change a draw's dice.
     Attempts of training, and all others at a temperature above 0, are drawn by the SDE at `noise_level` in `steps` steps; greedy
-    ones (temperature 0) by the ODE in `eval_steps` steps, where the first noise is all that is drawn.
+    ones (temperature 0) by the ODE in `eval_steps` steps, where the first noise is all that is drawn. Of those only the picture is kept, no
+    state: what is only looked at is large, and nobody learns from it.
 
     `length`: only so many steps of the grid are walked in training (prefix by generation), and the image is the state reached. Evaluations
     walk to the end. The velocity's guidance g is v_uncond + g (v_cond - v_uncond); teachers and learner use the same.

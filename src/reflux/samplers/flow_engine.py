@@ -36,13 +36,16 @@ class Walk:
     noise_level: float
     guidance: float
     keeps_v: bool  # are velocities recorded?
+    keeps_x: bool  # are states?
 
 
 @dataclass
 class Path:
     """What B images went through, on the host."""
 
-    x_BSD: np.ndarray
+    x_BSD: np.ndarray  # [B, S, 0] where states are not kept
+    x_BD: np.ndarray  # the last state
+    finite_BS: np.ndarray  # bool: which states are
     logp_BT: np.ndarray  # 0 along the ODE
     v_BTD: np.ndarray | None
     images: list[np.ndarray]
@@ -52,22 +55,27 @@ class Path:
 def denoise(model: FlowModel, walk: Walk, texts: Sequence[str], keys_B: Sequence[int], pixels: int = 0) -> Path:
     """One image per text, from the dice of its key. Records stay on the device until the end, and are copied once."""
     T, B, D = len(walk.t_S) - 1, len(texts), int(np.prod(model.shape(pixels)))
+    kept = D if walk.keeps_x else 0
     device = model.device  # asked for once: diffusers looks through all modules for it
     keys = torch.tensor(keys_B, dtype=torch.int64, device=device)
-    x_BSD = torch.empty(B, T + 1, D, device=device)
+    x_BSD = torch.empty(B, T + 1, kept, device=device)
+    finite_BS = torch.ones(B, T + 1, dtype=torch.bool, device=device)
     v_BTD = torch.empty(B, T, D, device=device) if walk.keeps_v else None
     logp_BT = torch.zeros(B, T, device=device)
-    x_BD = x_BSD[:, 0] = normal(keys, -1, D)
+    x_BD = normal(keys, -1, D)
+    x_BSD[:, 0] = x_BD[:, :kept]
     for i, (t, dt) in enumerate(zip(walk.t_S[:-1].tolist(), np.diff(walk.t_S).tolist(), strict=True)):
         v_BD = model.velocity(x_BD, torch.full((B,), t, device=device), texts, walk.guidance).float()
         noise_BD = normal(keys, i, D) if walk.noise_level else torch.zeros_like(x_BD)
         x_BD, mean_BD, std = sde_step(x_BD, v_BD, t, dt, walk.noise_level, noise_BD)
-        x_BSD[:, i + 1] = x_BD
+        x_BSD[:, i + 1] = x_BD[:, :kept]
+        finite_BS[:, i + 1] = x_BD.isfinite().all(1)
         if walk.noise_level:
             logp_BT[:, i] = step_logp(x_BD, mean_BD, std)
         if v_BTD is not None:
             v_BTD[:, i] = v_BD
-    return Path(x_BSD.cpu().numpy(), logp_BT.cpu().numpy(), None if v_BTD is None else v_BTD.cpu().numpy(), model.images(x_BD))
+    x_BSD, finite_BS, logp_BT = x_BSD.cpu().numpy(), finite_BS.cpu().numpy(), logp_BT.cpu().numpy()
+    return Path(x_BSD, x_BD.cpu().numpy(), finite_BS, logp_BT, None if v_BTD is None else v_BTD.cpu().numpy(), model.images(x_BD))
 
 
 class FlowSampler:
@@ -128,19 +136,20 @@ class FlowSampler:
             noise_level=self.cfg.noise_level if noisy else 0.0,
             guidance=self.cfg.guidance,
             keeps_v=self.run.wants.said > 0 if training else noisy,
+            keeps_x=noisy,
         )
 
     def _denoise(self, rows: Sequence[tuple[Prompt, int]], walk: Walk, draw: Draw) -> list[FlowRollout]:
         keys = [row_key(self.run.seed, draw.purpose, draw.step, prompt.id, sample, dice=draw.dice) for prompt, sample in rows]
         path = denoise(self.model, walk, [prompt_text(prompt) for prompt, _ in rows], keys, self.cfg.pixels)
-        for (prompt, _), x_SD in zip(rows, path.x_BSD, strict=True):
-            _check_finite(prompt, x_SD, walk)
+        for (prompt, _), finite_S in zip(rows, path.finite_BS, strict=True):
+            _check_finite(prompt, finite_S, walk)
         return [self._rollout(prompt, sample, row, path, walk) for row, (prompt, sample) in enumerate(rows)]
 
     def _rollout(self, prompt: Prompt, sample: int, row: int, path: Path, walk: Walk) -> FlowRollout:
         finish: Finish = "stop" if walk.whole else "length"
-        mask_T = np.ones(len(walk.t_S) - 1, dtype=bool)
-        mask_T[-1] = not walk.whole  # the last step of a grid is never trained
+        mask_T = np.full(len(walk.t_S) - 1, walk.keeps_x)  # nobody can be asked about a state that is gone
+        mask_T[-1] &= not walk.whole  # the last step of a grid is never trained
         said = None
         if path.v_BTD is not None:
             said = VelocityTarget(teacher="said", v_TD=np.where(mask_T[:, None], path.v_BTD[row], np.float32(np.nan)))
@@ -160,11 +169,10 @@ class FlowSampler:
         )
 
 
-def _check_finite(prompt: Prompt, x_SD: np.ndarray, walk: Walk) -> None:
+def _check_finite(prompt: Prompt, finite_S: np.ndarray, walk: Walk) -> None:
     """A velocity that is not finite makes the state it leads to not finite: the states tell of both, and no step has to wait."""
-    bad_S = ~np.isfinite(x_SD).all(1)
-    if bad_S.any():
-        i = int(bad_S.argmax()) - 1
+    if not finite_S.all():
+        i = int(finite_S.argmin()) - 1
         raise ModelError(
             f"prompt {prompt.id}: at denoising step {i} (from 0, of {len(walk.t_S) - 1}; t = {walk.t_S[i]:.4g}) the velocity, or the state "
             f"it leads to, is not finite. In 16 bits it may be an overflow: try sampler.dtype = 'bfloat16' or 'float32'. Else the weights "

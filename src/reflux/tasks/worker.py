@@ -22,7 +22,7 @@ from typing import Any
 
 from reflux.types import Prompt, Reward
 
-MEMORY_BYTES = 4 << 30  # "9^9^9^9" must cost an attempt, not the machine
+TEXT_MEMORY_BYTES = 4 << 30  # of address space, while a text is judged: "9^9^9^9" must cost an attempt, not the machine
 WATCH_S = 0.5
 
 
@@ -42,6 +42,7 @@ def work(descriptor: int, parent: int, most_cpu_s: float) -> None:
                 theirs.send_bytes(json.dumps([None, problem, {}]).encode())
                 continue
             for prompt, made in message:
+                _limit_memory(made)
                 signal.setitimer(signal.ITIMER_PROF, most_cpu_s)  # ends an orphan whose watching thread is starved, too
                 theirs.send_bytes(json.dumps(judge(task, prompt, made)).encode())
             signal.setitimer(signal.ITIMER_PROF, 0)
@@ -71,9 +72,17 @@ def _be_a_good_child(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which finishes its step first
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    with suppress(ValueError, OSError):  # some systems refuse this limit
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _limit_memory(made: Any) -> None:
+    """A text can ask a verifier for any amount of work. A picture cannot, and what judges it may be a model on a GPU, whose driver reserves
+    far more addresses than the machine has memory: it has the limits that this process came with.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    bounded = TEXT_MEMORY_BYTES if most == resource.RLIM_INFINITY else min(TEXT_MEMORY_BYTES, most)
+    with suppress(ValueError, OSError):  # some systems refuse this limit
+        resource.setrlimit(resource.RLIMIT_AS, (bounded if isinstance(made, str) else most, most))
 
 
 def _watch(parent: int) -> None:

@@ -8,13 +8,14 @@ one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from reflux.contexts.base import Context, View
+from reflux.errors import DataError
 from reflux.gather import Gather
-from reflux.types import Attempt, Group, Moment, Rollout, Target
+from reflux.types import Attempt, Group, Moment, Prompt, Rollout, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,10 +70,15 @@ def spoken_name(table: str, teacher: Teacher) -> str:
 
 
 class Teachers:
-    """All open teachers: builds contexts, asks what is missing, leaves drift in the notes."""
+    """All open teachers: builds contexts, asks what is missing, leaves drift in the notes.
 
-    def __init__(self, opened: Mapping[str, tuple[Teacher, OpenTeacher]]):
+    heard: the names that objectives listen to. DataError for a prompt of a route that none of them serves: no objective has a word on it.
+    (`checks` finds it beforehand where a task knows its routes.)
+    """
+
+    def __init__(self, opened: Mapping[str, tuple[Teacher, OpenTeacher]], heard: Collection[str] = ()):
         self.opened = opened
+        self._served_routes = _routes([teacher for table, (teacher, _) in opened.items() if spoken_name(table, teacher) in heard])
         self._batched = {table: pair for table, pair in opened.items() if pair[0].in_process}
         self._served = {table: pair for table, pair in opened.items() if not pair[0].in_process}
         self._gather: Gather[tuple[Group, Moment], None] = Gather(self._score_cohort)
@@ -82,6 +88,8 @@ class Teachers:
 
         cohort: this call holds one of so many groups of `moment.step`; models in this process wait for the others, servers do not.
         """
+        for prompt in (group[0].rollout.prompt for group in groups if group):
+            _refuse_unserved(prompt, self._served_routes)
         await self._score(self._served, groups, moment)
         if cohort > 1:
             (group,) = groups
@@ -148,6 +156,22 @@ class Teachers:
         for table, (_, answers) in self.opened.items():
             prefix = f"{table}/"
             answers.load({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+
+
+def _routes(teachers: Sequence[Teacher]) -> frozenset[str] | None:
+    """What these serve together; None: every prompt (also where there are none: others than teachers teach then)."""
+    if not teachers or any(not teacher.routes for teacher in teachers):
+        return None
+    return frozenset(route for teacher in teachers for route in teacher.routes)
+
+
+def _refuse_unserved(prompt: Prompt, served: frozenset[str] | None) -> None:
+    if served is not None and prompt.route not in served:
+        raise DataError(
+            f"prompt {prompt.id} has {f'the route {prompt.route!r}' if prompt.route else 'no route'}, but the teachers that objectives "
+            f"listen to serve only {', '.join(sorted(served))}. Add that route to a table, or take `routes` away from one: it then answers "
+            f"every prompt."
+        )
 
 
 def _hash(view: View) -> str:
