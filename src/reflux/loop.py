@@ -93,10 +93,5 @@ async def open_parts(cfg: RunConfig, run: Run) -> AsyncIterator[Parts]:
         reward = await stack.enter_async_context(cfg.reward.open(run)) if cfg.reward else NoReward()
         opened = {name: (teacher, await stack.enter_async_context(teacher.open(run, name))) for name, teacher in cfg.teachers.items()}
         accelerator = await stack.enter_async_context(accelerators.opened(cfg.accelerator, run))
-        yield (
-            learner,
-            sampler,
-            reward,
-            Teachers(opened, {objective.teacher for objective in cfg.objectives if objective.teacher}),
-            accelerator,
-        )
+        heard = {objective.teacher for objective in cfg.objectives if objective.teacher}
+        yield learner, sampler, reward, Teachers(opened, heard), accelerator

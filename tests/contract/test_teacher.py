@@ -15,7 +15,7 @@ import torch
 import tiny
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.contexts.base import View
-from reflux.errors import ModelError
+from reflux.errors import DataError, ModelError
 from reflux.models import as_model
 from reflux.teachers.base import Teachers
 from reflux.teachers.local import Local
@@ -180,10 +180,9 @@ def test_two_tables_are_one_teacher_by_route(tiny_run: Callable[..., Any], teach
     assert done.rows("metrics")[0]["silent"] == {"main": 0}
 
 
-def test_a_prompt_without_a_route_of_its_own_stays_silent(tiny_run: Callable[..., Any], teacher: str) -> None:
-    done = tiny_run("full", steps=1, task={**CHAT, "tells_routes": False}, teachers__main__routes=["even"])
-    assert done.rows("metrics")[0]["silent"] == {"main": 2}
-    assert done.rows("metrics")[0]["tokens_trained"] < done.rows("metrics")[0]["tokens_sampled"]
+def test_a_route_that_nobody_serves_is_refused_also_where_the_task_did_not_tell_it(tiny_run: Callable[..., Any]) -> None:
+    with pytest.raises(DataError, match=r"prompt train-\d+ has the route 'odd', .* serve only even\. Add that route to a table"):
+        tiny_run("full", steps=1, task={**CHAT, "tells_routes": False}, teachers__main__routes=["even"])
 
 
 # --- one token map
