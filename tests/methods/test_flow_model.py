@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import tiny_flow
 from reflux.errors import ModelError
 from reflux.flows.encoders import TextEncoders
+from reflux.flows.load import load_flow
 from reflux.flows.model import FlowModel
 from reflux.samplers.flow import step_factors
 
@@ -153,3 +155,11 @@ def test_a_decoder_without_a_shift_only_scales() -> None:
     vae: Any = SimpleNamespace(config=config, dtype=torch.float32, requires_grad_=lambda _: vae, decode=lambda x, return_dict: (x,))
     decode = LatentDecoder(vae)
     assert (decode.factor, decode(torch.ones(1, 1, 1, 1)).item()) == (4, 2.0)
+
+
+def test_a_model_that_was_loaded_and_saved_again_names_no_folder(tmp_path: Path) -> None:
+    first = tiny_flow.save(tmp_path / "first", 1)
+    second = tmp_path / "second"
+    second.mkdir()
+    load_flow(first, "model").save(second)
+    assert str(tmp_path) not in "".join(path.read_text() for path in second.rglob("*.json"))

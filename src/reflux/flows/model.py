@@ -140,8 +140,9 @@ class FlowModel:
         whole = dict(self.net.state_dict() if weights is None else weights)
         prefix = "transformer."
         parts = {name.removeprefix(prefix): value.to(dtype) for name, value in whole.items() if name.startswith(prefix)}
+        config = {key: value for key, value in self.net.transformer.config.items() if key != "_name_or_path"}  # a folder of this machine
         with torch.device("meta"):  # the plain module: the net's own may carry adapters
-            plain = library().SD3Transformer2DModel.from_config(self.net.transformer.config)
+            plain = library().SD3Transformer2DModel.from_config(config)
         plain.load_state_dict(parts, assign=True)
         plain.save_pretrained(folder / "transformer")
         library().FlowMatchEulerDiscreteScheduler.from_config(dict(self.scheduler)).save_pretrained(folder / "scheduler")
