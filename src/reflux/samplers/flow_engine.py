@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,12 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from reflux.errors import ModelError
 from reflux.flows.load import load_flow
-from reflux.gather import Gather
 from reflux.samplers.flow import prompt_text, sde_step, step_logp
+from reflux.samplers.in_process import InProcess, Request
 from reflux.samplers.noise import normal, row_key
 from reflux.types import Attempt, Draw, Finish, FlowRollout, Group, Prompt, VelocityTarget
 
@@ -78,14 +76,12 @@ def denoise(model: FlowModel, walk: Walk, texts: Sequence[str], keys_B: Sequence
     return Path(x_BSD, x_BD.cpu().numpy(), finite_BS, logp_BT, None if v_BTD is None else v_BTD.cpu().numpy(), model.images(x_BD))
 
 
-class FlowSampler:
-    """Holds its own copy of the weights; `publish` waits for the model call in progress."""
+class FlowSampler(InProcess):
+    """A flow model: pictures denoised together."""
 
     def __init__(self, cfg: Flow, run: Run, model: FlowModel):
-        self.cfg, self.run, self.model = cfg, run, model
-        self.version = 0
-        self._busy = asyncio.Lock()
-        self._gather: Gather[tuple[Prompt, int, Draw], Group] = Gather(self._cohort)
+        super().__init__(run)
+        self.cfg, self.model = cfg, model
 
     @classmethod
     @asynccontextmanager
@@ -97,22 +93,7 @@ class FlowSampler:
         model.net.requires_grad_(False).eval()
         yield cls(cfg, run, model)
 
-    async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
-        return await self._gather.ask((draw.purpose, draw.step), draw.cohort, prompt.id, (prompt, n, draw))
-
-    async def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        async with self._busy:
-            own = self.model.net.state_dict()
-            with torch.no_grad():
-                for name, value in weights.items():
-                    own[name].copy_(value)
-            self.version = version
-
-    async def _cohort(self, requests: list[tuple[Prompt, int, Draw]]) -> list[Group]:
-        async with self._busy:
-            return await self.run.off_loop(self._sample, requests)
-
-    def _sample(self, requests: list[tuple[Prompt, int, Draw]]) -> list[Group]:
+    def _sample(self, requests: list[Request]) -> list[Group]:
         started = time.perf_counter()
         draw = requests[0][2]
         walk = self._walk(draw)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from reflux.errors import DataError
-from reflux.gather import Gather
 from reflux.kernels.cpu_decoder import cpu_decoder
 from reflux.models import Model, load_model
 from reflux.samplers.decode import Ask, Turn, decode
+from reflux.samplers.in_process import InProcess, Request
 from reflux.samplers.noise import row_key
 from reflux.tokens import CharacterSpans
 from reflux.types import Attempt, Draw, Finish, Group, Message, Prompt, TokenRollout, TopKTarget
@@ -42,17 +39,15 @@ class _Talk:
     finish: Finish = "length"
 
 
-class HFSampler:
-    """Holds its own copy of the weights; `publish` waits for the model call in progress."""
+class HFSampler(InProcess):
+    """A language model: batched decoding, turn by turn."""
 
     def __init__(self, cfg: HF, run: Run, model: Model):
-        self.cfg, self.run, self.model = cfg, run, model
+        super().__init__(run)
+        self.cfg, self.model = cfg, model
         self.decoder = cpu_decoder(model)
-        self.version = 0
         self.renderer = model.renderer(cfg.system, cfg.template)
         self.spans = CharacterSpans(model.tokenizer)
-        self._busy = asyncio.Lock()
-        self._gather: Gather[tuple[Prompt, int, Draw], Group] = Gather(self._cohort)
 
     @classmethod
     @asynccontextmanager
@@ -72,22 +67,7 @@ class HFSampler:
         loaded.net.requires_grad_(False)
         yield cls(cfg, run, loaded)
 
-    async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
-        return await self._gather.ask((draw.purpose, draw.step), draw.cohort, prompt.id, (prompt, n, draw))
-
-    async def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        async with self._busy:
-            own = self.model.net.state_dict()
-            with torch.no_grad():
-                for name, value in weights.items():
-                    own[name].copy_(value)
-            self.version = version
-
-    async def _cohort(self, requests: list[tuple[Prompt, int, Draw]]) -> list[Group]:
-        async with self._busy:
-            return await self.run.off_loop(self._sample, requests)
-
-    def _sample(self, requests: list[tuple[Prompt, int, Draw]]) -> list[Group]:
+    def _sample(self, requests: list[Request]) -> list[Group]:
         started = time.perf_counter()
         draw = requests[0][2]
         talks = [[self._begin(prompt, sample, draw) for sample in range(n)] for prompt, n, _ in requests]
