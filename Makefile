@@ -7,13 +7,16 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
+# Each computes on one thread (tests/conftest.py).
+TEST_PROCESSES ?= 2
+
 .PHONY: quickstart test check golden bench assets clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/reflux run quickstart
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
