@@ -307,8 +307,9 @@ def test_a_union_holds_each_token_of_either_list_once(v, seed, data):
     one, other = (torch.tensor(np.array([rng.permutation(v)[:k] for _ in range(4)])) for _ in range(2))
     ids, repeated = union(one, other)
     assert ids.shape == repeated.shape == (4, 2 * k)
-    tailed = with_tail(logp, ids, check=False, repeated_NK=repeated)
-    closed = renormalised(logp, ids, check=False, repeated_NK=repeated)
+    tailed, closed = with_tail(logp, ids, repeated_NK=repeated), renormalised(logp, ids, repeated_NK=repeated)
+    for close, made in ((with_tail, tailed), (renormalised, closed)):
+        torch.testing.assert_close(close(logp, ids, check=False, repeated_NK=repeated), made, rtol=0, atol=0, equal_nan=True)
     for row in range(4):
         wanted = sorted({*one[row].tolist(), *other[row].tolist()})
         kept = ids[row][~repeated[row]]
@@ -331,6 +332,29 @@ def test_repeated_entries_get_no_gradient_and_the_rest_theirs():
     assert torch.autograd.gradcheck(lambda x: renormalised(x, ids, False, repeated)[~repeated], logits)
     loud = torch.cat([~repeated, torch.ones(2, 1, dtype=torch.bool)], -1)
     assert torch.autograd.gradcheck(lambda x: with_tail(x, ids, False, repeated)[loud], logits)
+
+
+@pytest.mark.parametrize(
+    ("ids", "marks", "sentence"),
+    [
+        ([2, 0, 2], [0, 0, 0], "not repeat"),
+        ([2, 0, 2], [0, 1, 0], "not repeat"),
+        ([2, 2, 2], [0, 0, 1], "not repeat"),
+        ([2, 0, 2], [1, 0, 1], "once without a mark"),
+        ([2, 0, 1], [0, 0, 1], "once without a mark"),
+        ([0, 1, 2], [1, 0, 0], "once without a mark"),
+        ([3, 3, 0], [0, 1, 0], r"0\.\.2"),
+        ([-1, -1, 0], [0, 1, 0], r"0\.\.2"),
+        ([2, 0, 2], [0, 1], "shape"),
+    ],
+)
+def test_ids_repeat_exactly_where_they_are_marked(ids, marks, sentence):
+    """In any row; a good row beside it does not help."""
+    logp = torch.zeros(2, 3).log_softmax(-1)
+    rows, marked = torch.tensor([[0, 0, 1], ids]), torch.tensor([[0, 1, 0][: len(marks)], marks]).bool()
+    for close in (with_tail, renormalised):
+        with pytest.raises(ValueError, match=sentence):
+            close(logp, rows, repeated_NK=marked)
 
 
 def test_bad_ids_of_a_renormalised_list_are_refused_and_no_mass_is_no_number():

@@ -97,9 +97,10 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 def with_tail(logp_NV: Tensor, ids_NK: Tensor, check: bool = True, repeated_NK: Tensor | None = None) -> Tensor:
     """The log-probs at K listed ids and, last, of ONE bucket with all remaining mass: [N, K + 1], probabilities sum to 1.
 
-    The bucket is the logsumexp over the ids not listed (exact, not 1 minus a sum), -inf at K = V. ValueError for an id that is repeated
-    in a row or outside 0..V-1; `check = False` skips that search (and its GPU synchronisation) for ids that come out of a top-k.
-    repeated_NK (of `union`): entries that stand in the row already; they get probability 0, so that no mass counts twice.
+    The bucket is the logsumexp over the ids not listed (exact, not 1 minus a sum), -inf at K = V. repeated_NK (of `union`): True at every
+    entry whose id stands in the row already; these get probability 0, so that no mass counts twice. ValueError for an id outside 0..V-1,
+    for a repeated id that is not marked so, and for a marked id that stands nowhere else in its row (its mass would be lost);
+    `check = False` skips that search (and its GPU synchronisation) for ids that come out of a top-k.
     """
     return torch.cat([_listed(logp_NV, ids_NK, check, repeated_NK), Tail.apply(logp_NV, ids_NK)], dim=-1)
 
@@ -124,8 +125,10 @@ def union(ids_NK: Tensor, others_NK: Tensor) -> tuple[Tensor, Tensor]:
 def _listed(logp_NV: Tensor, ids_NK: Tensor, check: bool, repeated_NK: Tensor | None) -> Tensor:
     if logp_NV.ndim != 2 or ids_NK.ndim != 2 or len(logp_NV) != len(ids_NK) or logp_NV.shape[1] == 0:
         raise ValueError(f"listed ids [N, K] need log-probs [N, V] with V > 0, got {_shapes(logp_NV, ids_NK)}")
+    if repeated_NK is not None and repeated_NK.shape != ids_NK.shape:
+        raise ValueError(f"marks of repeated ids need the shape of the ids, got {_shapes(ids_NK, repeated_NK)}")
     if check and ids_NK.numel():
-        _check_ids(ids_NK, logp_NV.shape[1])
+        _check_ids(ids_NK, logp_NV.shape[1], repeated_NK)
     logp_NK = logp_NV.gather(-1, ids_NK)
     return logp_NK if repeated_NK is None else logp_NK.masked_fill(repeated_NK, -torch.inf)
 
@@ -163,13 +166,19 @@ def _check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
 
 
-def _check_ids(ids_NK: Tensor, vocabulary: int) -> None:
-    sorted_NK = ids_NK.sort(-1).values
+def _check_ids(ids_NK: Tensor, vocabulary: int, repeated_NK: Tensor | None) -> None:
+    marks_NK = torch.zeros_like(ids_NK) if repeated_NK is None else repeated_NK.to(ids_NK.dtype)
+    keys_NK = (2 * ids_NK + marks_NK).sort(-1).values  # equal ids lie side by side, those without a mark first
+    sorted_NK, marked_NK = keys_NK.div(2, rounding_mode="floor"), keys_NK.remainder(2).bool()
+    first_NK = torch.ones_like(marked_NK)
+    first_NK[:, 1:] = sorted_NK[:, 1:] != sorted_NK[:, :-1]
     outside = (sorted_NK[:, 0] < 0).any() | (sorted_NK[:, -1] >= vocabulary).any()
-    repeated = (sorted_NK[:, 1:] == sorted_NK[:, :-1]).any()
-    if outside | repeated:  # one synchronisation
-        what = f"lie in 0..{vocabulary - 1}" if outside else "not repeat within a row: its mass would count twice"
-        raise ValueError(f"the listed ids must {what}")
+    twice, lost = (~first_NK & ~marked_NK).any(), (first_NK & marked_NK).any()
+    if outside | twice | lost:  # one synchronisation
+        what = f"lie in 0..{vocabulary - 1}" if outside else "not repeat within a row without a mark: the mass would count twice"
+        raise ValueError(
+            f"the listed ids must {what if outside | twice else 'stand in the row once without a mark: the mass would be lost'}"
+        )
 
 
 def _shapes(*tensors: Tensor) -> str:
