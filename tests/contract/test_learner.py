@@ -21,6 +21,7 @@ from reflux.models import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
 from reflux.objectives.sampled_kl import SampledKL
+from reflux.schedules import Steps
 from reflux.types import Moment
 from tiny import attempt, close, gradients, rollout, same
 
@@ -81,6 +82,29 @@ def test_rounding_alone_is_no_step(floor: float, moved: int) -> None:
     assert 0 < stats["grad_norm"].value < 1e-5
     assert (learner.version, stats["updates"].value) == (moved, moved)
     assert same(dict(learner.trained), dict(tiny.net(1).named_parameters())) == (not moved)
+
+
+def test_a_gradient_norm_of_exactly_the_floor_is_no_step() -> None:
+    """The floor belongs to what is rounding; the next number above it does not."""
+    norm = move(tiny.learner(tiny.net(1)), batch(), [Divergence()])["grad_norm"].value
+    for floor, moved in ((norm, 0), (np.nextafter(norm, 0.0), 1)):
+        learner = tiny.learner(tiny.net(1), lr=0.1, noise_floor=float(floor))
+        stats = move(learner, batch(), [Divergence()])
+        assert stats["grad_norm"].value == norm
+        assert (learner.version, stats["updates"].value) == (moved, moved)
+
+
+def test_the_learning_rate_is_that_of_the_step_also_where_steps_made_no_update() -> None:
+    """Two steps without anything to learn leave the version behind; Adam's first update then moves by the rate of step 2."""
+    learner = tiny.learner(tiny.net(1), lr=Steps(values=(0.1, 0.01), boundaries=(2,)))
+    silent = [[attempt(rollout(3), weight=0.0)]]
+    for step in (0, 1):
+        move(learner, silent, [NLL()], step)
+    before = {name: value.detach().clone() for name, value in learner.trained.items()}
+    stats = move(learner, [[attempt(rollout(3))]], [NLL()], step=2)
+    assert (learner.version, stats["lr"].value) == (1, 0.01)
+    moved = max(float((value - before[name]).abs().max()) for name, value in learner.trained.items())
+    assert moved == pytest.approx(0.01, rel=1e-3)
 
 
 def test_clipping_bounds_the_gradient() -> None:
