@@ -152,6 +152,7 @@ def recipes() -> Iterator[str]:
         path = RECIPES / f"{name}.toml"
         cited = ", ".join(f"[{paper.key}](https://arxiv.org/abs/{paper.arxiv})" for paper in papers(load_recipe(name)))
         yield f"\n## {name}\n\n{_comment(path)}\n\nWhen: {NOTES['recipes'][name]}\n\n```toml\n{_body(path)}\n```"
+        yield f"\nDiffers from the paper: {NOTES['departures'][name]}" if name in NOTES["departures"] else ""
         yield f"\nPapers: {cited}." if cited else ""
     yield "\n# Bases: scale, apart from method\n"
     for path in sorted((RECIPES / "base").glob("*.toml")):

@@ -94,6 +94,29 @@ def test_no_note_speaks_of_what_is_gone() -> None:
         assert name in known.get(path, ()), f"docs/notes.toml [fields] {key}: there is no such key"
 
 
+def test_a_recipe_that_departs_from_its_paper_says_so_and_the_sentence_is_true_of_it() -> None:
+    notes = tomllib.loads((ROOT / "docs" / "notes.toml").read_text())["departures"]
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    exact = ("prefix", "release", "effopd", "uni_opd")
+    assert set(notes) == {*exact, "peers"}
+    for name, sentence in notes.items():
+        recipe, (first, *others) = (RECIPES / f"{name}.toml").read_text(), load_recipe(name).objectives
+        assert f"\nDiffers from the paper: {sentence}\n" in page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        if name in exact:
+            assert "exact reverse KL" in sentence
+            assert "exact reverse KL" in recipe
+            assert (parts.kind_of("objectives", first), first.divergence, first.support) == ("divergence", "reverse", "full")
+        if name == "uni_opd":
+            assert "0.28" in sentence
+            assert "0.28" in recipe
+            assert [parts.kind_of("objectives", other) for other in others] == ["outcome"]
+            assert others[0].clip == (0.2, 0.2)
+        if name == "peers":
+            assert "Jensen-Shannon" in sentence
+            assert "Jensen-Shannon" in recipe
+            assert first.divergence == "jsd"
+
+
 def test_what_the_notes_choose_is_an_objective_and_the_recipes_they_name_ship() -> None:
     rows = tomllib.loads((ROOT / "docs" / "notes.toml").read_text())["choose"]
     for row in rows:
