@@ -95,7 +95,11 @@ def _values(groups: list[Group], objective: Objective) -> dict[int, float]:
 
 
 def _rewards(attempt: Attempt, teacher: str) -> np.ndarray | None:
-    """log q(a) - log behaviour(a) at the chosen positions, nats; None where the attempt has no say."""
+    """log q(a) - log p(a) at the chosen positions, nats, p the student as it acted; None where the attempt has no say.
+
+    At temperature 1, whatever was sampled from: a value estimates the reward, which is about the policy itself. Where the ratio is not
+    bounded, a value from siblings leaves the expected gradient as it is all the same.
+    """
     ratio_T = log_ratio_T(attempt, teacher)
     return None if ratio_T is None else ratio_T[attempt.rollout.mask_T]
 

@@ -18,11 +18,8 @@ from torch import Tensor
 
 from reflux.batch import Item
 from reflux.kernels.columns import Columns
-from reflux.objectives.base import Objective, Rows
+from reflux.objectives.base import Bounded, Objective, Rows
 from reflux.objectives.baselines import gradient_variance
-from reflux.objectives.divergence import Divergence
-from reflux.objectives.outcome import Outcome
-from reflux.objectives.ratio import outside
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.objectives.says import FullSays
 
@@ -34,7 +31,7 @@ class Result:
     loss: Tensor
     logp: dict[str, Tensor]  # of the sampled tokens, by who gave them: "student" (of now), and each teacher by name
     kl_N: Tensor | None  # reverse KL to "main": exact where both are full, else -(log q - log p) sampled
-    outside: list[Tensor]  # for each shipped objective with a bounded ratio: True at the rows beyond the bound
+    outside: list[Tensor]  # for each objective whose importance ratio has a bound: True at the rows where the bound binds
     variance: tuple[Tensor, Tensor] | None  # closed form of the sampled gradient's, with the baseline and without, where asked for
 
 
@@ -52,9 +49,7 @@ class Packed:
 
     def __init__(self, items: list[Item], objectives: Sequence[Objective], device: torch.device):
         self.items, self.objectives, self.device = items, objectives, device
-        self.behaviour_logp_N = self.column(
-            lambda item: (item.rollout.logp_T if item.rollout.logp_raw_T is None else item.rollout.logp_raw_T)[item.rows_N]
-        )
+        self.behaviour_logp_N = self.column(lambda item: item.rollout.logp_T[item.rows_N])
         self.shift_N = self.column(lambda item: item.shift_N)
         self.coef_KN = [
             None if coef_N is None else self.column(lambda item, k=k: item.coef_KN[k]) for k, coef_N in enumerate(items[0].coef_KN)
@@ -88,7 +83,7 @@ class Packed:
             if coef_N is not None:
                 view = self.view(k, rows, student, teachers)
                 loss = loss + (coef_N[rows] * objective(view)).sum()
-                _ratio_outside(columns, rows, f"{k}", objective, view)
+                _outside(columns, rows, f"{k}", objective, view)
                 if log_variance and isinstance(objective, SampledKL):
                     _variance(columns, rows, f"{k}", objective, view)
         heard = {"student": student, **{name: says for name, says in teachers.items() if name != "said"}}
@@ -107,13 +102,9 @@ def _variance(columns: Columns, rows: slice, name: str, objective: SampledKL, vi
 
 
 @torch.no_grad()
-def _ratio_outside(columns: Columns, rows: slice, name: str, objective: Objective, view: Rows[Any]) -> None:
-    """Where an importance ratio is beyond its bound."""
-    if not isinstance(objective, SampledKL | Outcome | Divergence) or objective.ratio == "none":
-        return
-    clip = (0.0, 0.0) if isinstance(objective, Divergence) else objective.clip
-    cap = 1.0 if isinstance(objective, Outcome) else objective.ratio_cap
-    outside_N = outside(view.student.logp_N, view.behaviour_logp_N, objective.ratio, clip, cap)
+def _outside(columns: Columns, rows: slice, name: str, objective: Objective, view: Rows[Any]) -> None:
+    """Where the bound of an importance ratio binds."""
+    outside_N = objective.outside(view) if isinstance(objective, Bounded) else None
     if outside_N is not None:
         columns.put(f"outside {name}", rows, outside_N)
 

@@ -128,12 +128,21 @@ class Rollout:
     finish: Finish
     mask_T: np.ndarray  # bool
     logp_T: np.ndarray  # float32, nats, under the distribution sampled from; 0 where the student did not choose
-    logp_raw_T: np.ndarray | None = None  # at temperature 1, where that differs
+    logp_raw_T: np.ndarray | None = None  # at temperature 1 without top-p, where that differs
     said: TopKTarget | SampledTarget | VelocityTarget | None = None
 
     @property
     def length(self) -> int:
         return len(self.mask_T)
+
+    @property
+    def policy_logp_T(self) -> np.ndarray:
+        """Log-probs of what was chosen under the policy itself, at temperature 1 without top-p; nats.
+
+        These are what a divergence from a teacher and a comparison with the student of now are about. An importance ratio divides by
+        `logp_T` instead, the distribution that was sampled from.
+        """
+        return self.logp_T if self.logp_raw_T is None else self.logp_raw_T
 
     @property
     def prompt_length(self) -> int:

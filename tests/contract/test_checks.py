@@ -112,7 +112,18 @@ def test_the_shipped_recipes_fit(recipe: str) -> None:
 
 
 def test_biased_sampling_may_be_asked_for() -> None:
-    checks.join(load_recipe("opd", {"sampler.temperature": 0.7, "sampler.allow_biased": True}))
+    """And what the ratio then does is said, where it corrects nothing, or is held back by its bound."""
+    biased = {"sampler.temperature": 0.7, "sampler.allow_biased": True}
+    cfg = load_recipe("opd", biased)
+    checks.join(cfg)
+    assert checks.warnings(cfg) == []
+    cases = {"none": 'ratio = "none" does not correct for attempts drawn at temperature = 0.7 and top_p = 1;', "clip": "many tokens away"}
+    for ratio, words in cases.items():
+        (warning,) = checks.warnings(load_recipe("opd", {**biased, "objectives.0.ratio": ratio}))
+        assert words in warning
+        assert checks.warnings(load_recipe("opd", {"objectives.0.ratio": ratio})) == []
+    (warning,) = checks.warnings(load_recipe("rl", {**biased, "objectives.0.ratio": "none"}))
+    assert 'ratio = "clip" does' in warning
 
 
 @pytest.mark.parametrize("baseline", ["none", "kl", "topk_kl", "minimum_variance", "group_mean", "leave_one_out"])

@@ -1,6 +1,7 @@
 """The sampled objectives at one position: ratio forms, dropped outliers, shifts, refusals."""
 
 import asyncio
+import dataclasses
 import math
 
 import numpy as np
@@ -10,11 +11,12 @@ import torch
 import tiny
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.models import as_model
-from reflux.objectives.base import Rows
+from reflux.objectives.base import Bounded, Rows
 from reflux.objectives.baselines import kl_value, minimum_variance_value, topk_kl_value
+from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome
-from reflux.objectives.ratio import outside, score_cost, truncated_ratio
+from reflux.objectives.ratio import above_cap, outside, score_cost, truncated_ratio
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL, advantage
 from reflux.objectives.says import FullSays, ListedSays, SampledSays
 from reflux.types import HiddenTarget, Moment, SampledTarget, TopKTarget, Wants
@@ -167,12 +169,55 @@ def test_a_group_value_is_subtracted_and_asked_for(baseline):
     assert SampledKL(teacher="said").wants == Wants(said=1)
 
 
-def test_a_ratio_is_outside_beyond_its_cap_or_its_range_and_nowhere_else():
-    behaviour = torch.zeros(5, dtype=torch.float64)
-    logp = torch.tensor([0.5, 0.79, 1.0, 1.31, 3.01], dtype=torch.float64).log().requires_grad_()
-    assert outside(logp, behaviour, "none") is None
-    assert outside(logp, behaviour, "truncated", ratio_cap=3.0).tolist() == [False, False, False, False, True]
-    assert outside(logp, behaviour, "clip", (0.2, 0.3)).tolist() == [True, True, False, True, True]
+RATIOS = [0.5, 0.79, 0.81, 1.0, 1.29, 1.31, 3.01]
+
+
+def test_a_ratio_is_outside_where_its_bound_binds_and_nowhere_else():
+    behaviour = torch.zeros(len(RATIOS), dtype=torch.float64)
+    logp = torch.tensor(RATIOS, dtype=torch.float64).log().requires_grad_()
+    for sign in (1.0, -1.0, 0.0):
+        advantage_N = torch.full_like(behaviour, sign)
+        assert outside(advantage_N, logp, behaviour, "none", (0.2, 0.3), 3.0) is None
+        assert outside(advantage_N, logp, behaviour, "truncated", (0.2, 0.3), 3.0).tolist() == [False] * 6 + [True]
+        assert (
+            outside(advantage_N, logp, behaviour, "clip", (0.2, 0.3), 3.0).tolist()
+            == {
+                1.0: [False] * 5 + [True] * 2,
+                -1.0: [True] * 2 + [False] * 5,
+                0.0: [False] * 7,
+            }[sign]
+        )
+    assert above_cap(logp, behaviour, 1.0).tolist() == [False] * 4 + [True] * 3
+
+
+@pytest.mark.parametrize("make", [lambda: SampledKL(ratio="clip", clip=(0.2, 0.3), max_gap_nats=2.0), lambda: Outcome(clip=(0.2, 0.3))])
+def test_the_clip_is_counted_exactly_where_it_takes_the_gradient_away(make):
+    """From the definition: where the gradient is 0, and without the clip it is not."""
+    objective, found = make(), []
+    for shift in (-2.0, 0.5, 2.0):
+        at = rows(lag=0.5, shift=shift)
+        quiet_N = (gradient(objective, at) == 0).all(-1)
+        alive_N = (gradient(dataclasses.replace(objective, clip=(1 - 1e-9, 1e9)), at) != 0).any(-1)
+        found.append(objective.outside(at))
+        assert found[-1].tolist() == (quiet_N & alive_N).tolist()
+    share = torch.cat(found).double().mean()
+    assert 0.1 < share < 0.9
+    free = dataclasses.replace(objective, ratio="none")
+    assert free.outside(rows(lag=0.5, shift=2.0)) is None
+
+
+def test_a_cap_is_counted_where_it_holds_a_ratio_back_but_not_where_nothing_is_learnt():
+    at = rows(lag=1.5)
+    ratio_N = (at.student.logp_N - at.behaviour_logp_N).detach().exp()
+    above_N = ratio_N > 1.2
+    assert 0 < above_N.sum() < N
+    for objective in (SampledKL(ratio_cap=1.2), SampledKL(baseline="kl", ratio_cap=1.2), Divergence(ratio="truncated", ratio_cap=1.2)):
+        assert objective.outside(at).tolist() == above_N.tolist()
+    gap_N = (at.student.logp_N - at.teachers["main"].logp_N).detach().abs()
+    least = float(gap_N[above_N].min())
+    assert SampledKL(ratio_cap=1.2, max_gap_nats=least).outside(at).tolist() == (above_N & (gap_N < least)).tolist() != above_N.tolist()
+    assert Divergence().outside(at) is None
+    assert not isinstance(NLL(), Bounded)
 
 
 def test_the_share_of_ratios_outside_their_bound_is_a_metric(tiny_run):
@@ -190,6 +235,18 @@ def test_the_share_counts_the_rows_beyond_the_cap():
     expected = float((log_ratio > np.log(1.5)).mean())
     assert 0 < expected < 1
     assert stats["ratio_outside_share"].value == pytest.approx(expected)
+
+
+def test_the_share_of_a_clip_is_of_the_side_that_the_advantage_pushes_to():
+    """A lift where the ratio is above the range, and where it is below: only one of them is held back."""
+    learner, spoken = tiny.learner(tiny.net(1)), tiny.rollout(8)
+    first = tiny.attempt(spoken, None, shift=1.0)
+    asyncio.run(learner.step([[first]], [Outcome()], Moment(0, 0)))
+    now_T = first.notes["logp"]["student"]
+    spoken = dataclasses.replace(spoken, logp_T=now_T - np.log([0.5, 0.5, 0.5, 1.0, 1.1, 2.0, 2.0, 3.0]).astype(np.float32))
+    for shift, expected in ((1.0, 3 / 8), (-1.0, 3 / 8), ([1, 1, 1, 1, 1, -1, -1, 1], 1 / 8)):
+        stats = asyncio.run(learner.step([[tiny.attempt(spoken, None, shift=shift)]], [Outcome()], Moment(0, 0)))
+        assert stats["ratio_outside_share"].value == pytest.approx(expected)
 
 
 def test_the_truncated_ratio_is_capped_and_detached():

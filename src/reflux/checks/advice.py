@@ -12,12 +12,14 @@ from reflux.credit.balance import Balance
 from reflux.credit.margin import Margin
 from reflux.objectives.base import Objective
 from reflux.objectives.divergence import Divergence
+from reflux.objectives.outcome import Outcome
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.objectives.velocity_kl import VelocityKL
 from reflux.samplers.drawn import Drawn
 from reflux.teachers.base import Teacher, spoken_name
 from reflux.teachers.flow import Flow as FlowTeacher
 from reflux.teachers.own import Own
+from reflux.types import Draw
 
 
 def warnings(cfg: RunConfig) -> list[str]:
@@ -79,10 +81,26 @@ def _seldom(cfg: RunConfig, where: str, objective: Objective) -> Iterator[str]:
         yield f"{where} listens to 'said' at max_lag = 0: the student as it acted is the student of now, so it teaches nothing."
     if isinstance(objective, SampledKL) and objective.baseline == "group_mean":
         yield f'{where}: baseline = "group_mean" counts the attempt itself, which shrinks and turns the gradient; "leave_one_out" does not.'
+    if isinstance(objective, SampledKL | Outcome) and cfg.sampler.on_policy:
+        yield from _drawn_elsewhere(cfg.draw(0), where, objective)
     if isinstance(objective, Divergence) and objective.tail == "renormalised":
         yield f'{where}: tail = "renormalised" drops the mass outside the list, so the optimum moves; tail = "bucket" keeps it.'
     if isinstance(objective, Divergence) and objective.ratio != "none" and not cfg.max_lag:
         yield f'{where}: ratio = "{objective.ratio}" at max_lag = 0 is 1 up to rounding; ratio = "none" is the same for less.'
+
+
+def _drawn_elsewhere(draw: Draw, where: str, objective: SampledKL | Outcome) -> Iterator[str]:
+    """What a ratio does to attempts of another distribution than the student's own."""
+    if draw.temperature == 1 and draw.top_p == 1:
+        return
+    at, usual = f"temperature = {draw.temperature:g} and top_p = {draw.top_p:g}", "clip" if isinstance(objective, Outcome) else "truncated"
+    if objective.ratio == "none":
+        yield f'{where}: ratio = "none" does not correct for attempts drawn at {at}; ratio = "{usual}" does, within its bound.'
+    if objective.ratio == "clip":
+        yield (
+            f'{where}: at {at} the ratio p(a) / behaviour(a) is not near 1 even at the first step, so ratio = "clip" takes the gradient '
+            f"of many tokens away; ratio_outside_share says how many."
+        )
 
 
 def _two_scales(cfg: RunConfig) -> Iterator[str]:

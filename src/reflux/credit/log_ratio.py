@@ -12,8 +12,11 @@ Side = Literal["behaviour", "now"]
 
 
 def log_ratio_T(attempt: Attempt, teacher: str, student: Side = "behaviour") -> np.ndarray | None:
-    """r_t = log q(a_t) - log p(a_t) at temperature 1, float64 nats; NaN where the student did not choose. None where the attempt ended in
-    an error or the teacher said nothing about it.
+    """r_t = log q(a_t) - log p(a_t), float64 nats; NaN where the student did not choose. None where the attempt ended in an error or the
+    teacher said nothing about it.
+
+    Both sides are at temperature 1, also where attempts were sampled at another temperature or with top-p: r compares the two policies,
+    whatever was drawn from. Only an importance ratio divides by the probability that a token was drawn with (`objectives.ratio`).
 
     student: "behaviour" as it stood when it acted (no extra pass; equal to now at lag 0 up to numerics), "now" the student of this step.
     Raises ValueError where the teacher's log-probs of the sampled tokens were not asked for at scoring time (`Wants(logp=True)`), or those
@@ -34,6 +37,6 @@ def log_ratio_T(attempt: Attempt, teacher: str, student: Side = "behaviour") -> 
             )
         own_T = attempt.now.logp_T
     else:
-        own_T = rollout.logp_T if rollout.logp_raw_T is None else rollout.logp_raw_T
+        own_T = rollout.policy_logp_T
     with np.errstate(invalid="ignore"):  # -inf - -inf is NaN: a token without a say, as one that was not chosen
         return np.where(rollout.mask_T, target.logp_T.astype(np.float64) - own_T, np.nan)

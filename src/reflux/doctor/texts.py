@@ -61,7 +61,7 @@ def _parity(learner: Any, groups: Sequence[Group]) -> Finding:
     attempts = [attempt for group in groups for attempt in group if attempt.rollout.length]
     for attempt, now_T in zip(attempts, logp(learner, groups), strict=True):
         rollout = attempt.rollout
-        acted_T = rollout.logp_T if rollout.logp_raw_T is None else rollout.logp_raw_T
+        acted_T = rollout.policy_logp_T
         gaps.append(np.abs(now_T - acted_T)[rollout.mask_T])
     bound = PARITY_NATS.get(learner.model.device.type, 0.1)
     worst, median = max(float(gap.max()) for gap in gaps), float(np.median(np.concatenate(gaps)))

@@ -89,7 +89,7 @@ def _of_tokens(rollout: TokenRollout, target: Target | None) -> np.ndarray | Non
     if target is None or isinstance(target, VelocityTarget):
         return None
     teacher_T = _hidden_logp(target, rollout) if isinstance(target, HiddenTarget) else target.logp_T
-    student_T = rollout.logp_T if rollout.logp_raw_T is None else rollout.logp_raw_T
+    student_T = rollout.policy_logp_T
     return np.where(rollout.mask_T, student_T - teacher_T, np.nan)
 
 

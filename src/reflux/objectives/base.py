@@ -8,7 +8,7 @@ score-function objective takes shifts: it adds `rows.shift_N` to its advantage.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 from reflux.types import Target, Wants
 
@@ -28,7 +28,8 @@ class Rows(Generic[Student]):
 
     student: Student
     teachers: dict[str, Any]  # by teacher name; "said" is the student as it acted
-    behaviour_logp_N: Tensor  # recorded when sampled
+    # Recorded when sampled, under the distribution that was sampled from: its temperature and top-p are in it.
+    behaviour_logp_N: Tensor
     shift_N: Tensor
     group_value_N: Tensor | None = None  # what a group baseline subtracts; made by batch.py before any split
 
@@ -52,4 +53,13 @@ class Objective(Protocol):
 
     def __call__(self, rows: Rows[Any]) -> Tensor:
         """cost_N, nats."""
+        ...
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """An objective that weighs by an importance ratio with a bound. One without `outside` is not asked."""
+
+    def outside(self, rows: Rows[Any]) -> Tensor | None:
+        """True [N] at the rows where the bound changes the gradient; None where this setting has no bound."""
         ...

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic.dataclasses import dataclass
 
 from reflux.objectives.base import Rows
-from reflux.objectives.ratio import check_ratio, truncated_ratio
+from reflux.objectives.ratio import above_cap, check_ratio, truncated_ratio
 from reflux.objectives.sampled_kl import check_coef
 from reflux.parts import STRICT
 from reflux.types import HiddenTarget, Target, TopKTarget, Wants
@@ -39,8 +39,9 @@ class Divergence:
     list up to a factor costs 0 whatever it says elsewhere. Here for comparison; k >= V is the full divergence all the same.
 
     `ratio` truncated: times min(p(a) / behaviour(a), `ratio_cap`), detached, as other trainers correct for a sampler that is not the
-    learner. At each prefix the divergence sums over all actions already, so while nothing is capped the expected gradient is the same
-    with and without, and only noise is added; where it is capped, the prefix counts less. It cannot correct which prefixes are visited.
+    learner. behaviour(a) is the probability that the token was drawn with: temperature and top-p are in it. At each prefix the divergence
+    sums over all actions already, so while nothing is capped the expected gradient is the same with and without, and only noise is added;
+    where it is capped, or where top-p left tokens out, the prefix counts less. It cannot correct which prefixes are visited.
     """
 
     teacher: str = "main"
@@ -87,6 +88,10 @@ class Divergence:
         if self.ratio == "none":
             return cost_N
         return cost_N * truncated_ratio(rows.student.logp_N, rows.behaviour_logp_N, self.ratio_cap)
+
+    def outside(self, rows: Rows[FullSays]) -> Tensor | None:
+        """Where the ratio is above its cap, [N]; None for ratio "none"."""
+        return None if self.ratio == "none" else above_cap(rows.student.logp_N, rows.behaviour_logp_N, self.ratio_cap)
 
     def _cost(self, student: FullSays, teacher: Says) -> Tensor:
         from reflux.objectives.divergences import DIVERGENCES

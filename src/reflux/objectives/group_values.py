@@ -11,8 +11,9 @@ import numpy as np
 def group_values(rewards: Sequence[np.ndarray | None], leave_one_out: bool) -> list[float]:
     """Mean reward per token over the group's attempts, one value an attempt, in the unit of the reward (nats).
 
-    rewards: per attempt the rewards of its chosen tokens, any length; None where the attempt has no say (not scored, failed), which gives
-    it 0. Rewards that are not finite are left out. Tokens count alike, so a long attempt weighs more than a short one.
+    rewards: per attempt the rewards of its chosen tokens (log q - log p at temperature 1, whatever was sampled from), any length; None
+    where the attempt has no say (not scored, failed), which gives it 0. Rewards that are not finite are left out. Tokens count alike, so a
+    long attempt weighs more than a short one.
 
     leave_one_out: over the tokens of the OTHER attempts, so a value depends on nothing its own attempt did, not even by rounding, and any
     estimator stays unbiased (Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; arXiv 2402.14740). Otherwise over all

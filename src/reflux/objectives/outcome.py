@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic.dataclasses import dataclass
 
 from reflux.objectives.base import Rows
-from reflux.objectives.ratio import check_ratio, score_cost
+from reflux.objectives.ratio import check_ratio, outside, score_cost
 from reflux.objectives.sampled_kl import check_coef
 from reflux.parts import STRICT
 from reflux.types import Target, Wants
@@ -21,7 +21,9 @@ class Outcome:
     """Score function whose advantage is what the credit rules shift: with credit `outcome`, group-relative policy gradient (GRPO-like).
 
     cost = -min(rho A, clip(rho, 1 - clip[0], 1 + clip[1]) A) with A = shift and rho = p(a) / behaviour(a) per token; ratio "none":
-    -A log p(a). A position without shift costs exactly 0. There is no teacher, hence exempt from law 2 (zero at home).
+    -A log p(a). behaviour(a) is the probability that the token was drawn with: temperature and top-p are in it, so at a temperature
+    other than 1 the ratio is not 1 at the first step already, and the clip binds more often. A position without shift costs exactly 0.
+    There is no teacher, hence exempt from law 2 (zero at home).
     """
 
     coef: float = 1.0
@@ -42,3 +44,7 @@ class Outcome:
 
     def __call__(self, rows: Rows[Any]) -> Tensor:
         return score_cost(rows.shift_N, rows.student.logp_N, rows.behaviour_logp_N, self.ratio, self.clip, ratio_cap=1.0)
+
+    def outside(self, rows: Rows[Any]) -> Tensor | None:
+        """Where the clip binds, [N]; None for ratio "none"."""
+        return outside(rows.shift_N, rows.student.logp_N, rows.behaviour_logp_N, self.ratio, self.clip, ratio_cap=1.0)

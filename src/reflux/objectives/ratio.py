@@ -1,4 +1,9 @@
-"""p(a) / behaviour(a) per token: what attempts weigh that an older student wrote, or one the sampler computed slightly differently."""
+"""p(a) / behaviour(a) per token: what attempts weigh that were not drawn from the student of now.
+
+behaviour(a) is the probability that the token was drawn with, so one ratio corrects for an older student, for a sampler that computes
+slightly differently, and for a temperature or top-p other than 1. A token that top-p leaves out is never drawn, and no ratio brings it
+back: with top-p below 1 only the tokens inside its set are corrected.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ Ratio = Literal["truncated", "clip", "none"]
 def score_cost(
     advantage_N: Tensor, logp_N: Tensor, behaviour_logp_N: Tensor, ratio: Ratio, clip: tuple[float, float], ratio_cap: float
 ) -> Tensor:
-    """-A log p(a) for attempts sampled by an older policy, rho = p(a) / behaviour(a) per token. At rho = 1 all have one gradient.
+    """-A log p(a) for attempts drawn from another distribution, rho = p(a) / behaviour(a) per token. At rho = 1 all have one gradient.
 
     truncated: -min(rho, ratio_cap) A log p with the ratio detached (biased only where it is capped).
     clip: PPO's -min(rho A, clip(rho, 1 - clip[0], 1 + clip[1]) A), differentiated through rho (arXiv 1707.06347). none: rho is ignored.
@@ -35,19 +40,26 @@ def truncated_ratio(logp_N: Tensor, behaviour_logp_N: Tensor, ratio_cap: float) 
 
 
 def outside(
-    logp_N: Tensor, behaviour_logp_N: Tensor, ratio: Ratio, clip: tuple[float, float] = (0.2, 0.2), ratio_cap: float = 5.0
+    advantage_N: Tensor, logp_N: Tensor, behaviour_logp_N: Tensor, ratio: Ratio, clip: tuple[float, float], ratio_cap: float
 ) -> Tensor | None:
-    """True where the ratio lies beyond its cap, or outside the clip's range; None where it has no bound.
+    """True [N] where the bound of the ratio binds; None where the ratio has no bound. The arguments are those of `score_cost`.
 
-    Beyond the cap every token is held back, and the estimator biased. Outside the range a token is, where the advantage would push it
-    further away (PPO's bound is one-sided).
+    truncated: the ratio is above its cap (see `above_cap`). clip: the bound is one-sided (arXiv 1707.06347). It binds above 1 + clip[1]
+    where the advantage is positive, and below 1 - clip[0] where the advantage is negative; such a token has no gradient. A ratio on the
+    other side is not held back, and a token without an advantage has no gradient to hold back.
     """
     if ratio == "none":
         return None
-    log_ratio_N = (logp_N - behaviour_logp_N).detach()
     if ratio == "truncated":
-        return log_ratio_N > math.log(ratio_cap)
-    return (log_ratio_N > math.log1p(clip[1])) | (log_ratio_N < math.log1p(-clip[0]))
+        return above_cap(logp_N, behaviour_logp_N, ratio_cap)
+    log_ratio_N = (logp_N - behaviour_logp_N).detach()
+    above_N, below_N = log_ratio_N > math.log1p(clip[1]), log_ratio_N < math.log1p(-clip[0])
+    return (above_N & (advantage_N > 0)) | (below_N & (advantage_N < 0))
+
+
+def above_cap(logp_N: Tensor, behaviour_logp_N: Tensor, ratio_cap: float) -> Tensor:
+    """True [N] where p(a) / behaviour(a) is above its cap, whatever the sign of the advantage: there the estimator is biased."""
+    return (logp_N - behaviour_logp_N).detach() > math.log(ratio_cap)
 
 
 def check_ratio(clip: tuple[float, float] = (0.2, 0.2), ratio_cap: float = 1.0) -> None:

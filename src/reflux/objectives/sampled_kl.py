@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic.dataclasses import dataclass
 
 from reflux.objectives.base import Rows
-from reflux.objectives.ratio import Ratio, check_ratio, score_cost
+from reflux.objectives.ratio import Ratio, check_ratio, outside, score_cost
 from reflux.parts import STRICT
 from reflux.types import HiddenTarget, SampledTarget, Target, TopKTarget, Wants
 
@@ -24,16 +24,20 @@ GROUP_BASELINES = ("group_mean", "leave_one_out")  # values made from sibling at
 class SampledKL:
     """Score-function estimate of the gradient of KL(student || teacher), one sampled token a position.
 
-    A = log q(a) - log p(a) - value + shift, detached; cost = -A log p(a), times the ratio for lag (see `score_cost`). `baseline` says
-    what the value is. A value that the prefix alone decides leaves the expected gradient as it is and changes its noise only, for attempts
-    sampled at temperature 1 without top-p:
+    A = log q(a) - log p(a) - value + shift, detached; cost = -A log p(a), times the ratio p(a) / behaviour(a) (see `score_cost`). p and q
+    are the models at temperature 1, behaviour(a) is the probability that the token was drawn with: temperature and top-p are in it.
+    While no bound of the ratio binds, the expected gradient at each visited prefix is the exact one at any temperature; with top-p below
+    1 it is the sum over the tokens inside top-p's set alone. `baseline` says what the value is. A value that the prefix alone decides
+    leaves the expected gradient as it is and changes its noise only, as long as top-p leaves no token out (there it adds the gradient of
+    the set's mass, times the value):
 
     - `none`: 0, plain on-policy distillation.
     - `kl`: -KL(p || q), the reward's mean (vOPD, arXiv 2605.07865). `topk_kl`: the same over the student's `baseline_k` most likely tokens,
       each model renormalised there.
     - `minimum_variance`: the one value per prefix with the least variance of the logit gradient (see `minimum_variance_value`).
-    - `leave_one_out`: the mean of log q(a) - log behaviour(a) over all chosen tokens of the group's OTHER attempts (long ones weigh more);
-      0 where none was scored. In the manner of RLOO (arXiv 2402.14740), per token instead of per sequence.
+    - `leave_one_out`: the mean of log q(a) - log p(a) over all chosen tokens of the group's OTHER attempts (long ones weigh more), p the
+      student as it acted, at temperature 1; 0 where none was scored. In the manner of RLOO (arXiv 2402.14740), per token instead of per
+      sequence.
     - `group_mean`: over all of the group's attempts, oneself included (as in GRPO, arXiv 2402.03300). BIASED: the own reward is in the
       value. One-token answers: the gradient is exactly (1 - 1/G) times the exact one, G attempts a group. Longer answers: the own token
       counts less, but rewards of one's own later tokens leak in, so the direction moves as well (the table of measured biases has it).
@@ -78,14 +82,27 @@ class SampledKL:
         return Wants(said=int(self.teacher == "said"), logp=self.baseline in GROUP_BASELINES)
 
     def __call__(self, rows: Rows[FullSays]) -> Tensor:
-        logp_N, teacher_logp_N = rows.student.logp_N, rows.teachers[self.teacher].logp_N
-        advantage_N = advantage(logp_N, teacher_logp_N, self.value(rows)) + rows.shift_N
+        logp_N, dropped_N = rows.student.logp_N, self._dropped(rows)
+        cost_N = score_cost(self._advantage(rows, dropped_N), logp_N, rows.behaviour_logp_N, self.ratio, self.clip, self.ratio_cap)
+        return cost_N if dropped_N is None else cost_N.masked_fill(dropped_N, 0)
+
+    def outside(self, rows: Rows[FullSays]) -> Tensor | None:
+        """Where the ratio's bound binds, [N], dropped positions excepted; None for ratio "none"."""
+        dropped_N = self._dropped(rows)
+        # Only the clip looks at the advantage, and a baseline over the vocabulary is not made again without need.
+        advantage_N = self._advantage(rows, dropped_N) if self.ratio == "clip" else rows.shift_N
+        outside_N = outside(advantage_N, rows.student.logp_N, rows.behaviour_logp_N, self.ratio, self.clip, self.ratio_cap)
+        return outside_N if outside_N is None or dropped_N is None else outside_N & ~dropped_N
+
+    def _advantage(self, rows: Rows[FullSays], dropped_N: Tensor | None) -> Tensor:
+        advantage_N = advantage(rows.student.logp_N, rows.teachers[self.teacher].logp_N, self.value(rows)) + rows.shift_N
+        return advantage_N if dropped_N is None else advantage_N.masked_fill(dropped_N, 0)
+
+    def _dropped(self, rows: Rows[FullSays]) -> Tensor | None:
+        """Where student and teacher are too far apart to be learnt from, [N]; None where nothing is dropped."""
         if self.max_gap_nats is None:
-            return score_cost(advantage_N, logp_N, rows.behaviour_logp_N, self.ratio, self.clip, self.ratio_cap)
-        dropped_N = (logp_N - teacher_logp_N).detach().abs() >= self.max_gap_nats
-        advantage_N = advantage_N.masked_fill(dropped_N, 0)
-        cost_N = score_cost(advantage_N, logp_N, rows.behaviour_logp_N, self.ratio, self.clip, self.ratio_cap)
-        return cost_N.masked_fill(dropped_N, 0)
+            return None
+        return (rows.student.logp_N - rows.teachers[self.teacher].logp_N).detach().abs() >= self.max_gap_nats
 
     def value(self, rows: Rows[FullSays]) -> Tensor | float:
         """What this baseline subtracts, nats [N]; 0 without one."""

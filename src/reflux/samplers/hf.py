@@ -21,7 +21,10 @@ class HF:
     """transformers in this process, in batches; every row has its own dice.
 
     The noise depends on (run seed, purpose, step, prompt, sample, turn, position) alone, so a batch never changes a draw's dice.
-    Temperature other than 1, or top_p below 1, makes on-policy estimators biased: refused unless allow_biased.
+    Temperature other than 1, or top_p below 1, makes on-policy estimators biased: refused unless allow_biased. What remains of the bias
+    then: the ratio of `sampled_kl` and `outcome` divides by the probability that a token was drawn with, so the choice at each prefix is
+    corrected while no bound binds; tokens that top_p leaves out are never learnt from; and which prefixes are visited stays another
+    distribution's.
     """
 
     on_policy: ClassVar[bool] = True
