@@ -23,7 +23,7 @@ class Estimate:
 
 
 def t_quantile(n: int, confidence: float = 0.95) -> float:
-    from scipy.stats import t  # of the extra `test`: pip install reflux[test]
+    from scipy.stats import t
 
     return float(t.ppf(0.5 + confidence / 2, n - 1))
 

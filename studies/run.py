@@ -5,7 +5,7 @@
 
 Killed and started again it goes on where it was: a run with a summary is finished, any other resumes from its checkpoint, and the table
 counts finished runs alone. Runs made with other settings are refused, never mixed in. Written to OUT: ARM/seed-N (run directories),
-table.md and table.json; with --variance instead variance.md and variance.json. Intervals need scipy (pip install reflux[test]). With more
+table.md and table.json; with --variance instead variance.md and variance.json. With more
 than one job, or other work on the machine, the seconds are not worth reading.
 """
 

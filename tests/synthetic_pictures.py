@@ -35,7 +35,7 @@ def write_picture_run(folder: Path, *, steps: int = 60, per_step: int = 2) -> Pa
     write_lines(folder / "evals.jsonl", [evals_row(step, steps) for step in sorted({round(part * steps / 4) for part in range(5)})])
     attempts = [attempt_rows(step, sample, steps) for step in range(1, steps + 1) for sample in range(per_step)]
     write_lines(folder / "attempts.jsonl", [row for pair in attempts for row in pair])
-    scores = {name: {key: table[key] for key in ("accuracy", "low", "high", "problems")} for name, table in [
+    scores = {name: {key: table[key] for key in ("accuracy", "low", "high", "problems", "split")} for name, table in [
         ("accuracy_before", table_of(0.1, 0.9, 0)), ("accuracy_after", table_of(0.9, 0.3, 1)), ("teacher_accuracy", table_of(0.95, 0.2, 2))
     ]}  # fmt: skip
     table = {"recipe": "flow", "method": "velocity_kl", "steps": steps, "seconds": 240.0, **scores}
@@ -50,7 +50,7 @@ def evals_row(step: int, steps: int) -> dict[str, Any]:
     row = {
         "step": step,
         "accuracy": table_of(0.55 + 0.35 * done, 0.9 - 0.7 * done, int(step > 0)),
-        "agreement": {"kl_nats": 0.8 * math.exp(-2.5 * step / steps), "by_position": kl},
+        "agreement": {"kl_nats": 0.8 * math.exp(-2.5 * step / steps), "split": "test", "by_position": kl},
     }
     return row if step else {**row, "teacher_accuracy": table_of(0.95, 0.2, 2)}
 
@@ -58,7 +58,8 @@ def evals_row(step: int, steps: int) -> dict[str, Any]:
 def table_of(accuracy: float, noise: float, who: int) -> dict[str, Any]:
     """What evals.accuracy gives of someone who is right this often, and whose pictures are this noisy."""
     quality = 1 - noise / 2
-    table: dict[str, Any] = {"problems": 320, "accuracy": accuracy, "low": accuracy - 0.04, "high": accuracy + 0.04, "parts": ["quality"]}
+    table: dict[str, Any] = {"problems": 320, "split": "test", "accuracy": accuracy, "low": accuracy - 0.04, "high": accuracy + 0.04}
+    table |= {"parts": ["quality"]}
     table |= {"quality": quality, "quality.low": quality - 0.02, "quality.high": quality + 0.02, "ungraded": 0, "mean_steps": 20}
     for sign, route in zip((1, -1), ROUTES, strict=True):
         own = accuracy + 0.03 * sign

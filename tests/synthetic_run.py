@@ -77,13 +77,13 @@ def evals_row(step: int, steps: int) -> dict[str, Any]:
     return {
         "step": step,
         "accuracy": score(step, steps) | {"examples": examples},
-        "agreement": {"kl_nats": 0.8 * math.exp(-2.5 * step / steps), "by_position": by_position, "top1": 0.8},
+        "agreement": {"kl_nats": 0.8 * math.exp(-2.5 * step / steps), "split": "test", "by_position": by_position, "top1": 0.8},
     }
 
 
 def score(step: int, steps: int) -> dict[str, Any]:
     accuracy = 0.19 + 0.66 * (1 - math.exp(-3 * step / steps))
-    return {"accuracy": accuracy, "low": accuracy - 0.034, "high": accuracy + 0.033, "problems": 500}
+    return {"accuracy": accuracy, "low": accuracy - 0.034, "high": accuracy + 0.033, "problems": 500, "split": "test"}
 
 
 def attempt_rows(step: int, sample: int, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -117,7 +117,7 @@ def summary(steps: int) -> dict[str, Any]:
         "seconds": 87.4,
         "accuracy_before": score(0, steps),
         "accuracy_after": score(steps, steps),
-        "teacher_accuracy": {"accuracy": 0.986, "low": 0.971, "high": 0.993, "problems": 500},
+        "teacher_accuracy": {"accuracy": 0.986, "low": 0.971, "high": 0.993, "problems": 500, "split": "test"},
         "tokens_sampled": 614400,
         "flops_total": 1.68e12,
         "commit": "4f1c2ab",

@@ -71,6 +71,7 @@ def test_greedy_accuracy_with_its_interval_lengths_and_routes(tmp_path: Path, gr
     low, high = wilson(3, 8)
     expected = {
         "problems": 8,
+        "split": "test",
         "accuracy": 3 / 8,
         "low": low,
         "high": high,
@@ -102,6 +103,25 @@ def test_samples_give_the_average_and_pass_at_k(tmp_path: Path, graders: Graders
     assert (table["pass@2.low"], table["pass@2.high"]) == pytest.approx(bootstrap_mean(passes, 1))
     assert table["samples"] == 3
     assert table["accuracy"] == 3 / 4
+
+
+def test_problems_that_are_all_equal_have_the_interval_of_no_or_only_successes(tmp_path: Path, graders: Graders) -> None:
+    """Drawing 30 equal problems anew draws nothing new, and 0 of 30 is not known to be 0."""
+    path = tmp_path / "zeros.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": "0", "answer": "right", "id": f"z{k}"}) for k in range(30)))
+    table = ask(Accuracy(samples=2), Jsonl(str(path), test=str(path), grader="exact"), graders, Scripted())
+    assert (table["pass@2"], table["pass@2.low"], table["pass@2.high"]) == (0, *wilson(0, 30))
+    assert (table["avg@2"], table["avg@2.low"], table["avg@2.high"]) == (0, *wilson(0, 30))
+    path.write_text("\n".join(json.dumps({"prompt": "9", "answer": "right", "id": f"n{k}"}) for k in range(30)))
+    table = ask(Accuracy(samples=2), Jsonl(str(path), test=str(path), grader="exact"), graders, Scripted())
+    assert (table["pass@2"], table["pass@2.low"], table["pass@2.high"]) == (1, *wilson(30, 30))
+
+
+def test_the_table_records_the_split_it_asked(tmp_path: Path, graders: Graders) -> None:
+    splits = ("train", "validation", "test")
+    path = task(tmp_path).path
+    files = Jsonl(path, validation=path, test=path, grader="exact")
+    assert [ask(Accuracy(problems=2, split=split), files, graders, Scripted())["split"] for split in splits] == list(splits)
 
 
 def test_a_problem_with_too_few_judged_samples_has_no_pass_at_k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +183,7 @@ def test_parts_of_verdicts_have_their_means_over_the_answers_that_have_them(tmp_
     assert table["style.odd"] == pytest.approx(np.mean([0.1, 0.5, 0.7]))
     assert (table["style.odd.low"], table["style.odd.high"]) == bootstrap_mean([0.1, 0.5, 0.7], 1)
     assert table["part.low"] == pytest.approx((7 * 0.5 + 1) / 8)
+    assert (table["part.low.even"], table["part.low.even.low"], table["part.low.even.high"]) == (0.5, None, None)  # equal: nothing known
     assert (table["accuracy"], table["ungraded"], table["low"]) == (3 / 7, 1, wilson(3, 7)[0])
     assert [example["parts"].get("style") for example in table["examples"]] == [0, 0.1, 0.2, None, 0.4, 0.5]
     assert json.loads(json.dumps(table)) == table

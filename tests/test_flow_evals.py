@@ -204,7 +204,7 @@ def test_a_name_is_looked_up_among_tables_and_what_they_answer_as() -> None:
 
 
 def test_a_teacher_without_a_model_is_null_or_refused(graders: Graders) -> None:
-    assert ceiling({"main": Own()}, graders) == {"accuracy": None, "low": None, "high": None, "problems": 0}
+    assert ceiling({"main": Own()}, graders) == {"accuracy": None, "low": None, "high": None, "problems": 0, "split": "test"}
     for tables in ({}, {"other": part()}):
         with pytest.raises(ValueError, match="teacher 'main' has no model of its own"):
             ceiling(tables, graders)

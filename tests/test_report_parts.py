@@ -205,9 +205,9 @@ def test_only_the_first_and_the_last_evaluation_keep_their_texts():
 
 def test_the_table_at_the_end_of_a_run_has_every_number_in_both_forms():
     table = before_after(summary(60))
-    assert [list(column.cells)[2] for column in table.columns] == ["teacher", "98.6 %", "97.1 to 99.3 %", "500"]
+    assert [list(column.cells)[2] for column in table.columns] == ["teacher", "98.6 %", "97.1 to 99.3 %", "500 test"]
     text = before_after_text(json.loads(json.dumps(summary(60))) | {"teacher_accuracy": None})
-    assert "19.0 %  15.6 to 22.3 %       500" in text.splitlines()[1]
+    assert "19.0 %  15.6 to 22.3 %  500 test" in text.splitlines()[1]
     assert text.splitlines()[3].split(maxsplit=1) == ["teacher", "not measured"]
     assert before_after_text({}).count("not measured") == 3
 

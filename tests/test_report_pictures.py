@@ -190,7 +190,7 @@ def test_runs_without_routes_or_parts_have_no_such_chart() -> None:
 def test_the_splits_of_an_evaluation_are_read_by_name() -> None:
     (moment,) = read_evals([evals_row(0, 30)])
     split = moment.splits["accuracy"]
-    assert astuple(split.routes["digits"]) == pytest.approx((0.58, 0.53, 0.63, 160))
+    assert astuple(split.routes["digits"])[:4] == pytest.approx((0.58, 0.53, 0.63, 160))
     assert astuple(split.parts["quality"][None]) == pytest.approx((0.55, 0.53, 0.57))
     assert sorted(map(str, split.parts["quality"])) == ["None", "counts", "digits"]
     assert moment.teacher_split.routes["counts"].accuracy == pytest.approx(0.92)

@@ -6,9 +6,9 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import beta, binomtest, t
 
-from reflux.statistics import bootstrap_mean, pass_at_k, wilson
+from reflux.statistics import bootstrap_mean, clustered_mean, mean_interval, pass_at_k, wilson
 
 
 @pytest.mark.parametrize("n", [1, 7, 500])
@@ -83,3 +83,71 @@ def test_bootstrap_refuses_no_problems_and_a_table() -> None:
     for values in ([], np.ones((2, 2))):
         with pytest.raises(ValueError, match="one number per problem"):
             bootstrap_mean(values, 0)
+
+
+# --- the mean of one number per problem, where all may be equal
+
+
+def test_numbers_that_differ_have_the_bootstrap_interval() -> None:
+    for share in (False, True):
+        assert mean_interval([0.0, 0.25, 1.0, 0.5], 3, share=share) == bootstrap_mean([0.0, 0.25, 1.0, 0.5], 3)
+    assert mean_interval([-3.0, 8.0], 3, share=True) == bootstrap_mean([-3.0, 8.0], 3)
+
+
+@pytest.mark.parametrize("n", [1, 30, 500])
+def test_problems_that_are_all_equal_have_the_interval_of_no_or_only_successes(n: int) -> None:
+    assert mean_interval([0.0] * n, 0, share=True) == wilson(0, n)
+    assert mean_interval([1.0] * n, 0, share=True) == wilson(n, n)
+    low, high = mean_interval([0.0] * n, 0, share=True)
+    assert low == 0.0
+    assert high is not None
+    assert high > 0.8 * beta.ppf(0.95, 1, n)  # Clopper-Pearson's one-sided bound: 0 of 30 may well be 9 %
+
+
+def test_equal_shares_within_have_an_interval_that_is_wide_enough() -> None:
+    """A share of mean 1/2 varies most where it is 0 or 1."""
+    assert mean_interval([0.5] * 8, 0, share=True) == wilson(4, 8)
+
+
+def test_equal_numbers_of_no_known_range_and_no_numbers_have_no_interval() -> None:
+    for values, share in (([0.9] * 5, False), ([0.0] * 5, False), ([2.5] * 5, True), ([], True), ([], False)):
+        assert mean_interval(values, 0, share=share) == (None, None)
+
+
+# --- the mean over clusters
+
+
+def test_the_interval_over_clusters_is_that_of_a_ratio_estimate() -> None:
+    clusters = [np.array([1.0, 2.0]), np.array([4.0]), np.array([]), np.array([0.0, 0.0, 5.0])]
+    mean, m, size = 2.0, 3, 6
+    residuals = [3 - mean * 2, 4 - mean, 5 - mean * 3]  # sum of a cluster minus what the mean says
+    variance = m / (m - 1) * sum(r**2 for r in residuals) / size**2
+    for confidence in (0.8, 0.95):
+        half = t.ppf(0.5 + confidence / 2, m - 1) * variance**0.5
+        assert clustered_mean(clusters, confidence) == pytest.approx((mean, mean - half, mean + half), abs=1e-12)
+
+
+def test_clusters_of_one_number_are_a_sample_like_any_other() -> None:
+    values = np.random.default_rng(0).normal(3, 1, 9)
+    mean, low, high = clustered_mean([np.array([value]) for value in values])
+    expected = t.interval(0.95, 8, loc=values.mean(), scale=values.std(ddof=1) / 3)
+    assert (mean, low, high) == pytest.approx((values.mean(), *expected), abs=1e-12)
+
+
+def test_one_cluster_has_a_mean_and_no_interval_and_none_has_neither() -> None:
+    assert clustered_mean([np.array([1.0, 2.0]), np.array([])]) == (1.5, None, None)
+    assert clustered_mean([np.array([])]) == clustered_mean([]) == (None, None, None)
+    assert clustered_mean([np.zeros(3), np.zeros(5)]) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("m", [2, 5, 20])
+def test_the_interval_over_clusters_covers_the_mean_as_often_as_it_says(m: int) -> None:
+    """Clusters of 4 to 12 numbers, whose common part has half the spread of the rest. A normal quantile gives 69 % at two clusters."""
+    dice, draws, hits = np.random.default_rng(m), 2000, 0
+    for _ in range(draws):
+        clusters = [3 + dice.normal(0, 0.5) + dice.normal(0, 1, dice.integers(4, 13)) for _ in range(m)]
+        _, low, high = clustered_mean(clusters)
+        assert low is not None
+        assert high is not None
+        hits += low <= 3 <= high
+    assert 0.93 < hits / draws < 0.97

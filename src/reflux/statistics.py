@@ -1,4 +1,4 @@
-"""Intervals and estimators for evaluations: Wilson, bootstrap over problems, pass@k."""
+"""Intervals and estimators for evaluations: Wilson, bootstrap over problems, the mean over clusters, pass@k."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int, resamples: i
     """The percentile interval of the mean, with problems drawn anew: `values` holds one number per problem.
 
     Samples of one problem are not independent of each other, so they must be averaged before. The same seed gives the same interval.
-    Equal values give an interval of width 0 (nothing varies that could be drawn): for one verdict per problem use `wilson`. ValueError
+    Equal values give an interval of width 0, since nothing varies that could be drawn; `mean_interval` says what holds there. ValueError
     without values.
     """
     numbers = np.asarray(values, dtype=np.float64)
@@ -44,6 +44,51 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int, resamples: i
     means = [numbers[dice.integers(len(numbers), size=len(numbers))].mean() for _ in range(resamples)]
     low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(low), float(high)
+
+
+def mean_interval(
+    values: Sequence[float] | np.ndarray, seed: int, *, share: bool = False, confidence: float = 0.95
+) -> tuple[float, float] | tuple[None, None]:
+    """The interval of the mean of one number per problem: by bootstrap where they differ, and what is honest where they are equal.
+
+    share: every number lies in [0, 1], as verdicts, avg@n and pass@k do. Equal shares then have the Wilson interval of their sum: it is the
+    interval of 0 or n successes at the ends, and wider than needed between them, for no number in [0, 1] of that mean varies more than one
+    that is 0 or 1. Equal numbers of an unknown range (a part of a verdict, or a number outside [0, 1]), and no numbers at all, have no
+    interval, (None, None): the spread of what was not seen is not known.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    if not len(numbers):
+        return None, None
+    first = float(numbers[0])
+    if (numbers != first).any():
+        return bootstrap_mean(numbers, seed, confidence=confidence)
+    return wilson(first * len(numbers), len(numbers), confidence) if share and 0 <= first <= 1 else (None, None)
+
+
+def clustered_mean(clusters: Sequence[np.ndarray], confidence: float = 0.95) -> tuple[float | None, float | None, float | None]:
+    """The mean over all numbers of all clusters, and the ends of its interval: (mean, low, high).
+
+    Numbers of one cluster (the positions of one attempt) are not independent of each other; clusters are. With sums s_i over n_i numbers,
+    the mean r = sum_i s_i / sum_i n_i is a ratio of two means, and its interval is
+
+        r -+ t * sqrt(m / (m - 1) * sum_i (s_i - r n_i)^2) / sum_i n_i
+
+    with the quantile t of Student's distribution with m - 1 degrees of freedom, over the m clusters that hold a number. One cluster says
+    nothing of the spread between clusters: (mean, None, None). No number: (None, None, None). Residuals that are all 0 (a student that is
+    its own teacher) give width 0. Cochran, Sampling Techniques, 3rd edition, section 6.3 (ratio estimates) and 9A (unequal clusters).
+    """
+    filled = [cluster for cluster in clusters if len(cluster)]
+    size, m = sum(len(cluster) for cluster in filled), len(filled)
+    if not filled:
+        return None, None, None
+    mean = sum(float(cluster.sum()) for cluster in filled) / size
+    if m < 2:
+        return mean, None, None
+    from scipy.special import stdtrit
+
+    residuals = np.asarray([float((cluster - mean).sum()) for cluster in filled])
+    half = float(stdtrit(m - 1, 0.5 + confidence / 2)) * math.sqrt(m / (m - 1) * float((residuals**2).sum())) / size
+    return mean, mean - half, mean + half
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -13,7 +13,7 @@ from reflux.config import config_hash
 if TYPE_CHECKING:
     from reflux.rundir import Run
 
-_SCORE = ("accuracy", "low", "high", "problems")
+_SCORE = ("accuracy", "low", "high", "problems", "split")
 
 
 def summarise(run: Run) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -181,6 +182,9 @@ def test_agreement_by_route_and_by_table() -> None:
     assert {name: found[f"kl_nats.{name}"] for name in ("add", "sub", "mul")} == pytest.approx({"add": 0.5, "sub": 0.5, "mul": 2.0})
     assert [found[f"kl_nats.{name}.attempts"] for name in ("add", "sub", "mul")] == [1, 1, 2]
     assert found["kl_nats.mul.low"] <= found["kl_nats.mul"] <= found["kl_nats.mul.high"]
+    assert (found["kl_nats.add.low"], found["kl_nats.add.high"]) == (None, None)  # one attempt says nothing of the spread
+    assert (found["by_position"][3]["low"], found["by_position"][3]["high"]) == (None, None)
+    assert json.loads(json.dumps(found)) == found
     assert {name: (row["attempts"], row["kl_nats"]) for name, row in found["by_teacher"].items()} == {
         "plus": (2, pytest.approx(0.5)),
         "times": (2, pytest.approx(2.0)),
@@ -190,7 +194,39 @@ def test_agreement_by_route_and_by_table() -> None:
 def test_one_route_and_one_table_add_nothing() -> None:
     teachers, _ = tables(plus=(0.5, ()))
     found = ask(teachers, ["add", "add", None])
-    assert set(found) == {"kl_nats", "low", "high", "attempts", "by_position"}
+    assert set(found) == {"kl_nats", "low", "high", "attempts", "split", "by_position"}
+
+
+class Noisy:
+    """A teacher `gap` nats below the student on average: each attempt has a share of its own in that, and each token another."""
+
+    parameters = 1
+
+    def __init__(self, dice: np.random.Generator, gap: float):
+        self.dice, self.gap = dice, gap
+
+    async def score(self, asked: Any, moment: Moment) -> None:
+        for attempt, _ in asked:
+            gap_T = self.gap + self.dice.normal() + self.dice.normal(0, 1, attempt.rollout.length)
+            attempt.targets["main"] = SampledTarget(teacher="main", logp_T=attempt.rollout.logp_T - gap_T)
+
+
+@pytest.mark.parametrize("attempts", [2, 5, 20])
+def test_the_interval_of_agreement_covers_the_kl_as_often_as_it_says(attempts: int) -> None:
+    """Not where it is halved, nor where positions of one attempt are taken as independent of each other."""
+    dice, draws, hits = np.random.default_rng(attempts), 800, 0
+    prompts = [Prompt(f"p{i}", ({"role": "user", "content": "x" * (6 + i % 3)},)) for i in range(attempts)]
+    task = SimpleNamespace(prompts=lambda split, seed, start=0: iter(prompts))
+    run: Any = SimpleNamespace(task=task, step=3, moment=lambda: NOW, cfg=SimpleNamespace(longest=9))
+    part: Any = SimpleNamespace(context=Same(), routes=(), as_="main", in_process=True)
+
+    async def measure() -> dict[str, Any]:
+        return await Agreement()(run, None, Speaking(), Teachers({"main": (part, Noisy(dice, 2.5))}))  # type: ignore[arg-type]
+
+    for _ in range(draws):
+        found = asyncio.run(measure())
+        hits += found["low"] <= 2.5 <= found["high"]
+    assert 0.92 < hits / draws < 0.98
 
 
 # --- the page
@@ -220,8 +256,6 @@ def test_the_first_and_last_tenth_weigh_steps_by_their_attempts() -> None:
 
 def test_attempts_that_could_not_be_judged_are_in_metrics_and_on_the_page(tiny_run: Callable[..., Any], tmp_path: Any) -> None:
     """A verifier that raises, hangs or says NaN costs those attempts only."""
-    import json
-
     lines = [{"prompt": f"{k}" * (k % 3 + 1), "answer": "a", "id": f"q{k}"} for k in range(4)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     task = {"kind": "jsonl", "path": str(tmp_path / "data.jsonl"), "validation": 0.0, "grader": "judges:moody"}

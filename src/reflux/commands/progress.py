@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from reflux.config import RunConfig
+from reflux.reports.asked import problems_of, split_of
 from reflux.rundir import Run
 
 _WINDOW = 20  # steps that speed and time left are measured over
@@ -58,7 +59,8 @@ class Progress:
             return
         self._accuracy = accuracy
         table = results["accuracy"]
-        parts = [f"({table['low']:.1%} to {table['high']:.1%}, {table['problems']} problems)"]
+        asked = problems_of([split_of(table.get("split"))])
+        parts = [f"({table['low']:.1%} to {table['high']:.1%}, {table['problems']} {asked})"]
         parts += [f"{name} {table[f'accuracy.{name}']:.1%}" for name in _routes(table) if table[f"accuracy.{name}"] is not None]
         parts += [f"{name} {table[name]:.3f}" for name in table.get("parts", []) if table[name] is not None]
         self._console.print(f"step {run.step:>4}  accuracy {accuracy:6.1%}  {'  '.join(parts)}", highlight=False, markup=False)

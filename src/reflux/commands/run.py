@@ -14,6 +14,7 @@ from reflux.config import RunConfig, load_recipe
 from reflux.errors import RunError, StepRefused, Stopped
 from reflux.files import read_lines
 from reflux.quiet import quiet_libraries
+from reflux.reports.asked import problems_of, split_of
 from reflux.rundir import Options, choose_folder
 from reflux.types import FlowRollout
 
@@ -99,7 +100,7 @@ def _show_problem(folder: Path) -> None:
     if not pairs:
         return
     before, after = (learnt or pairs)[0]
-    console.print("\nOne held-out problem", style="bold")
+    console.print(f"\nOne {problems_of([split_of(rows[-1].get('split'))], 'problem')}", style="bold")
     drawn = "image" in before
     shown = [("before", _side_by_side(before, after))] if drawn else [("before", before["text"]), ("after", after["text"])]
     for title, text in (("problem", before["prompt"]), *shown, ("answer", before["answer"])):

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from reflux.errors import DataError
 from reflux.evals.kinds import kind_of
 from reflux.parts import STRICT
-from reflux.statistics import bootstrap_mean, pass_at_k, wilson
+from reflux.statistics import mean_interval, pass_at_k, wilson
 from reflux.tasks.base import Split
 from reflux.types import Attempt, Draw, Prompt
 
@@ -26,21 +26,34 @@ if TYPE_CHECKING:
 
 HELD_OUT_SEED = 0  # the same problems in every run, whatever its seed
 Graded = list[tuple[Attempt, "Verdict"]]  # the attempts at one problem
-_OWN = {"problems", "accuracy", "low", "high", "ungraded", "truncated", "samples", "parts", "examples"}  # names that no part may take
+# Names that no part of a verdict may take.
+_OWN = {
+    "problems",
+    "split",
+    "accuracy",
+    "low",
+    "high",
+    "ungraded",
+    "truncated",
+    "samples",
+    "parts",
+    "examples",
+}  # names that no part may take
 
 
 @dataclass(frozen=True, config=STRICT)
 class Accuracy:
-    """The first `problems` of a held-out split: one greedy answer each, and `samples` more at `temperature` where that is above 0.
+    """The first `problems` of a split: one greedy answer each, and `samples` more at `temperature` where that is above 0.
 
     Greedy: accuracy (the mean verdict of what could be judged) with the Wilson interval `low`, `high`; `accuracy.<part or route>` with
     the same where there are several. A greedy picture is the ODE's, from a first noise that is the same at every evaluation. `ungraded`
     counts answers without a verdict, which are in no mean. `truncated` is the share that hit the length limit, `mean_tokens` (of pictures
     `mean_steps`) the mean length. Verdicts may have parts, such as quality: `parts` lists them, and each has its mean over the answers that
     have it under its own name, with `.low` and `.high` by bootstrap over problems, and the same for each part of a mix or route as
-    `<name>.<route>`; one named like a number of the table itself is `part.<name>`.
-    Samples: avg@n, the mean over problems of the mean verdict, and pass@k, unbiased, with 95% intervals by bootstrap over problems; a
-    verdict of 1 passes.
+    `<name>.<route>`; one named like a number of the table itself is `part.<name>`. A part that is the same for every problem has null for
+    both ends: its range is not known, so neither is the spread of what was not seen.
+    Samples: avg@n, the mean over problems of the mean verdict, and pass@k, unbiased, with 95% intervals by bootstrap over problems, and by
+    Wilson where all problems are equal, such as 0 of 30; a verdict of 1 passes. `split` is where the problems come from.
 
     max_tokens: the length limit; without it the longest that training reaches. Pictures are always finished. k: of pass@k (default:
     samples). examples: so many problems are listed with the greedy answer (a picture as base64 of a PNG of at most 96 pixels a side),
@@ -94,7 +107,7 @@ class Accuracy:
     def table(self, run: Run, greedy: list[Graded], more: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
         """The numbers of these greedy answers, `more` numbers, and the examples. No answers: no accuracy."""
         parts = sorted({name for graded in greedy for _, verdict in graded for name in verdict.parts})
-        table = {"problems": len(greedy), **_greedy(greedy), **_parts(parts, greedy, run.seed)}
+        table = {"problems": len(greedy), "split": self.split, **_greedy(greedy), **_parts(parts, greedy, run.seed)}
         for kind, some in _by_kind(run, greedy):
             table |= {**_mean(f"accuracy.{kind}", some), f"accuracy.{kind}.problems": len(some)}
             table |= _parts(parts, some, run.seed, f".{kind}")
@@ -137,7 +150,7 @@ def _parts(names: Sequence[str], problems: list[Graded], seed: int, kind: str = 
     table: dict[str, Any] = {}
     for name in names:
         values = [verdict.parts[name] for graded in problems for _, verdict in graded if name in verdict.parts]
-        table |= _bootstrapped(f"{_free(name)}{kind}", values, seed)
+        table |= _averaged(f"{_free(name)}{kind}", values, seed)
     return table
 
 
@@ -145,9 +158,9 @@ def _free(name: str) -> str:
     return f"part.{name}" if name in _OWN else name
 
 
-def _bootstrapped(name: str, values: Sequence[float], seed: int) -> dict[str, Any]:
+def _averaged(name: str, values: Sequence[float], seed: int, *, share: bool = False) -> dict[str, Any]:
     """The mean of one number per problem under `name`, with its interval. No number: null."""
-    low, high = bootstrap_mean(values, seed) if values else (None, None)
+    low, high = mean_interval(values, seed, share=share)
     return {name: sum(values) / len(values) if values else None, f"{name}.low": low, f"{name}.high": high}
 
 
@@ -176,8 +189,8 @@ def _sampled(problems: list[Graded], samples: int, k: int, seed: int) -> dict[st
     return {
         "samples": samples,
         "ungraded_samples": sum(samples - len(values) for values in judged),
-        **_bootstrapped(f"avg@{samples}", averages, seed),
-        **_bootstrapped(f"pass@{k}", passes, seed),
+        **_averaged(f"avg@{samples}", averages, seed, share=True),
+        **_averaged(f"pass@{k}", passes, seed, share=True),
     }
 
 

@@ -14,6 +14,7 @@ from reflux.evals.accuracy import HELD_OUT_SEED
 from reflux.evals.kinds import kind_of
 from reflux.objectives.velocity_kl import kl_weight
 from reflux.parts import STRICT
+from reflux.statistics import clustered_mean
 from reflux.tasks.base import Split
 from reflux.types import Attempt, Draw, FlowRollout, HiddenTarget, Rollout, Target, TokenRollout, VelocityTarget
 
@@ -28,15 +29,18 @@ Found = tuple[Attempt, np.ndarray]  # an attempt the teacher scored, and how far
 
 @dataclass(frozen=True, config=STRICT)
 class Agreement:
-    """Reverse KL to the teacher on the student's own samples for held-out prompts.
+    """Reverse KL to the teacher on the student's own samples for the first `prompts` of a split, one attempt each.
 
     Of texts the mean of log p(a) - log q(a), which is unbiased; of pictures, drawn with the noise of training, the KL of each step in
     closed form (`objectives.velocity_kl`).
 
-    `kl_nats` with its 95% interval `low`, `high` (normal, over attempts), nats per token or per step; `by_position` the same in `bins` of
-    equal width, of pictures the steps; `kl_nats.<route>` where prompts have several routes, `by_teacher` the same for each table that
-    answers under this name, where there are several: one that was asked nothing has null. An attempt the teacher did not score is left out,
-    and so is a picture drawn without noise, whose KL is infinite; none left: kl_nats is null.
+    `kl_nats` with its 95% interval `low`, `high`, nats per token or per step; `by_position` the same in `bins` of equal width, of pictures
+    the steps; `kl_nats.<route>` where prompts have several routes, `by_teacher` the same for each table that answers under this name, where
+    there are several: one that was asked nothing has null. `split` is where the prompts come from. An attempt the teacher did not score is
+    left out, and so is a picture drawn without noise, whose KL is infinite; none left: kl_nats is null.
+
+    The interval comes from the spread between attempts (`statistics.clustered_mean`: Student's t with one degree of freedom less than there
+    are attempts), for positions of one attempt are not independent. One attempt alone, also in a bin, has none: its ends are null.
     """
 
     once: ClassVar[bool] = False
@@ -61,6 +65,7 @@ class Agreement:
         return {
             **_interval([_chosen(gap) for gap in gaps]),
             "attempts": len(gaps),
+            "split": self.split,
             **_by_route(found),
             **self._by_teacher(teachers, found),
             "by_position": _binned(gaps, self.bins, kind_of(groups[0][0].rollout).units),
@@ -135,14 +140,7 @@ def _hidden_logp(target: HiddenTarget, rollout: TokenRollout) -> np.ndarray:
 
 def _interval(gaps: list[np.ndarray]) -> dict[str, float | None]:
     """Mean over positions, with an interval from the spread between attempts (positions of one attempt are not independent)."""
-    gaps = [gap for gap in gaps if len(gap)]
-    positions = sum(len(gap) for gap in gaps)
-    if not positions:
-        return {"kl_nats": None, "low": None, "high": None}
-    mean = sum(float(gap.sum()) for gap in gaps) / positions
-    residuals = np.asarray([float((gap - mean).sum()) for gap in gaps])
-    spread = 1.96 * float(np.sqrt((residuals**2).sum())) / positions
-    return {"kl_nats": mean, "low": mean - spread, "high": mean + spread}
+    return dict(zip(("kl_nats", "low", "high"), clustered_mean(gaps), strict=True))
 
 
 def _binned(gaps: list[np.ndarray], bins: int, units: str) -> list[dict[str, Any]]:

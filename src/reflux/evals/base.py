@@ -22,9 +22,9 @@ class Eval(Protocol):
 
     @property
     def split(self) -> Split | None:
-        """The held-out prompts it asks, None where it asks none; an empty split is refused before the run begins."""
+        """Where the prompts come from that it asks, None where it asks none; an empty split is refused before the run begins."""
         ...
 
     async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
-        """A flat table of JSON values, e.g. {"accuracy": 0.42, "low": 0.38, "high": 0.46, "problems": 500}."""
+        """A flat table of JSON values, e.g. {"accuracy": 0.42, "low": 0.38, "high": 0.46, "problems": 500, "split": "test"}."""
         ...

@@ -50,7 +50,7 @@ class TeacherAccuracy:
         if not tables:
             raise _without_model(self.teacher)
         if any(isinstance(run.cfg.teachers[table], Own) for table in tables):
-            return {"accuracy": None, "low": None, "high": None, "problems": 0}
+            return {"accuracy": None, "low": None, "high": None, "problems": 0, "split": self.split}
         found: dict[int, Graded] = {}  # by the place of the problem
         prompts = asked.prompts(run)
         for table in tables:  # one at a time: where a model is loaded for this, there is room for one

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from reflux.reports.asked import problems_of, sentence
 from reflux.reports.chart import BLUE, GREEN, GREY, ORANGE, PURPLE, Chart, add_band, add_line, new_figure, some
 from reflux.reports.evals import Agreement, Moment, main_name
 from reflux.reports.metrics import Metrics, known, thinned
@@ -19,7 +20,7 @@ _OTHERS = (GREEN, PURPLE, GREY)
 
 
 def accuracy_chart(moments: list[Moment], teacher: Score | None) -> Chart:
-    """Share of held-out problems solved, by step, with its 95 % interval, and the teacher's line."""
+    """Share of problems solved, by step, with its 95 % interval, and the teacher's line."""
     title = "Accuracy by step"
     first = main_name((name for moment in moments for name in moment.scores), "accuracy")
     if first is None:
@@ -38,7 +39,8 @@ def accuracy_chart(moments: list[Moment], teacher: Score | None) -> Chart:
     if teacher is not None:
         _add_teacher(figure, teacher, [moment.step for moment in moments])
         numbers.append(("teacher", "", *teacher.cells))
-    caption = "Held-out problems; the band is the 95 % interval."
+    scores = [score for moment in moments for score in moment.scores.values()] + ([teacher] if teacher is not None else [])
+    caption = f"{sentence(score.split for score in scores)}; the band is the 95 % interval."
     return Chart(title, figure, caption=caption, header=("", "step", "accuracy", "95 % interval", "problems"), rows=numbers)
 
 
@@ -55,16 +57,14 @@ def _add_teacher(figure: Figure, teacher: Score, steps: list[int]) -> None:
 
 
 def kl_chart(metrics: Metrics, moments: list[Moment], words: Words = TEXTS) -> Chart:
-    """Reverse KL from student to teacher, nats per position: on the training attempts of each step, and on held-out problems."""
+    """Reverse KL from student to teacher, nats per position: on the training attempts of each step, and on the problems of evaluations."""
     unit = f"nats per {words.unit}"
     title = "Distance to the teacher by step"
     steps, values = thinned(metrics.step, metrics.kl_nats)
     name = main_name((name for moment in moments for name in moment.agreements), "agreement")
-    held = [
-        (moment.step, found.kl_nats)
-        for moment in moments
-        if name is not None and (found := moment.agreements.get(name)) is not None and found.kl_nats is not None
-    ]
+    measured = [(moment.step, moment.agreements[name]) for moment in moments if name in moment.agreements] if name is not None else []
+    held = [(step, found.kl_nats) for step, found in measured if found.kl_nats is not None]
+    asked = problems_of(found.split for _, found in measured)
     if not steps and not held:
         return Chart(title, absent="No step has reported a KL to the teacher (metrics.jsonl and evals.jsonl have none).")
     everything = values + [value for _, value in held]
@@ -75,9 +75,9 @@ def kl_chart(metrics: Metrics, moments: list[Moment], words: Words = TEXTS) -> C
     if steps:
         add_line(figure, steps, values, "training attempts", BLUE, "%{y:.4f} nats")
     if held:
-        add_line(figure, [step for step, _ in held], [value for _, value in held], "held-out problems", ORANGE, "%{y:.4f} nats", dots=True)
-    numbers = some([("training", f"{step:.0f}", f"{value:.4f}") for step, value in zip(steps, values, strict=True)])
-    numbers += some([("held-out", count(step), f"{value:.4f}") for step, value in held])
+        add_line(figure, [step for step, _ in held], [value for _, value in held], asked, ORANGE, "%{y:.4f} nats", dots=True)
+    numbers = some([("training attempts", f"{step:.0f}", f"{value:.4f}") for step, value in zip(steps, values, strict=True)])
+    numbers += some([(asked, count(step), f"{value:.4f}") for step, value in held])
     caption = f"Reverse KL from student to teacher, {unit}" + (", on a logarithmic scale." if far else ".")
     if len(known(metrics.kl_nats)) > len(steps):
         caption += " Each point is the mean of several steps."
@@ -85,7 +85,7 @@ def kl_chart(metrics: Metrics, moments: list[Moment], words: Words = TEXTS) -> C
 
 
 def position_chart(moments: list[Moment], words: Words = TEXTS) -> Chart:
-    """Reverse KL by position on held-out problems, at the first and at the last moment that measured it."""
+    """Reverse KL by position on the problems of an evaluation, at the first and at the last moment that measured it."""
     title = f"Distance to the teacher by {words.position}"
     measured = [(moment.step, found) for moment in moments for found in moment.agreements.values() if found.bins]
     if not measured:
@@ -95,7 +95,7 @@ def position_chart(moments: list[Moment], words: Words = TEXTS) -> Chart:
     ends = [measured[0], measured[-1]] if measured[-1][0] > measured[0][0] else [measured[0]]
     for (step, found), colour in zip(ends, (GREY, BLUE), strict=False):
         numbers += _add_positions(figure, step, found, colour)
-    caption = "Held-out problems; the band is the 95 % interval."
+    caption = f"{sentence(found.split for _, found in ends)}; the band is the 95 % interval."
     if len(ends) == 1:
         caption += f" Measured at step {ends[0][0]} only, so there is no second curve to compare with."
     return Chart(title, figure, caption=caption, header=("", words.position, "nats", "95 % interval", words.units), rows=numbers)

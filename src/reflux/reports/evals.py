@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from reflux.reports.asked import split_of
 from reflux.reports.reading import Row, items, number, table, whole
 from reflux.reports.scores import Score, score
 
@@ -31,10 +32,11 @@ class Bin:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far student and teacher are apart on held-out problems."""
+    """How far student and teacher are apart on the problems of a split."""
 
     kl_nats: float | None
     bins: tuple[Bin, ...]
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def _agreement(value: object) -> Agreement | None:
     entry = table(value)
     bins = tuple(found for raw in items(entry.get("by_position")) if (found := _bin(table(raw))) is not None)
     kl_nats = number(entry.get("kl_nats"))
-    return None if kl_nats is None and not bins else Agreement(kl_nats, bins)
+    return None if kl_nats is None and not bins else Agreement(kl_nats, bins, split_of(entry.get("split")))
 
 
 def _bin(raw: Row) -> Bin | None:

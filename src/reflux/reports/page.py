@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from reflux import files
+from reflux.reports.asked import sentence
 from reflux.reports.attempts import read_attempts
 from reflux.reports.costs import flops_chart, other_costs, roles_table, seconds_chart, tokens_chart
 from reflux.reports.curves import accuracy_chart, kl_chart, position_chart
@@ -65,6 +66,7 @@ def _page(run_dir: Path) -> dict[str, Any]:
     return {
         "head": head,
         "words": words,
+        "asked": sentence((score.split for moment in moments for score in moment.scores.values()), "prompts"),
         "strips": read_strips(moments) if words.pictures else [],
         "progress": [
             accuracy_chart(moments, head.scores[-1][1]),

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from reflux.reports.asked import SPLITS, split_of
 from reflux.reports.reading import Row, number, whole
 from reflux.reports.units import count, interval, percent
 
 
 @dataclass(frozen=True)
 class Score:
-    """A share of problems solved, in [0, 1], with its 95 % interval and the number of problems."""
+    """A share of problems solved, in [0, 1], with its 95 % interval, the number of problems and the split they come from."""
 
     accuracy: float
     low: float | None = None
     high: float | None = None
     problems: int | None = None
+    split: str | None = None
 
     @property
     def cells(self) -> tuple[str, str, str]:
-        return percent(self.accuracy), interval(self.low, self.high), count(self.problems)
+        problems = count(self.problems) if self.split is None else f"{count(self.problems)} {SPLITS[self.split]}"
+        return percent(self.accuracy), interval(self.low, self.high), problems
 
 
 def score(value: object) -> Score | None:
@@ -29,7 +32,8 @@ def score(value: object) -> Score | None:
     accuracy = number(value.get("accuracy"))
     if accuracy is None:
         return None
-    return Score(accuracy, number(value.get("low")), number(value.get("high")), whole(value.get("problems")))
+    split = split_of(value.get("split"))
+    return Score(accuracy, number(value.get("low")), number(value.get("high")), whole(value.get("problems")), split)
 
 
 def before_after_teacher(summary: Row) -> list[tuple[str, Score | None]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from reflux.reports.asked import sentence
 from reflux.reports.chart import BLUE, GREEN, GREY, ORANGE, PURPLE, Chart, add_band, add_line, new_figure, some
 from reflux.reports.curves import ends_of, plain
 from reflux.reports.evals import Level, Moment, main_name
@@ -38,7 +39,12 @@ def _accuracy(moments: list[Moment], name: str) -> list[Chart]:
         found = [(moment.step, moment.splits[name].routes[route]) for moment in moments if _has(moment, name, route)]
         told = next((moment.teacher_split.routes[route] for moment in moments if route in moment.teacher_split.routes), None)
         lines.append(Line(plain(route), colour, [(step, _as_level(score)) for step, score in found], told and _as_level(told)))
-    return [_drawn("Accuracy by route", "problems solved", lines, shares=True)] if lines else []
+    return [_drawn("Accuracy by route", "problems solved", _asked(moments, name), lines, shares=True)] if lines else []
+
+
+def _asked(moments: list[Moment], name: str) -> str:
+    """The problems of the student's curves, as the captions begin with them."""
+    return sentence(moment.scores[name].split for moment in moments if name in moment.scores)
 
 
 def _has(moment: Moment, name: str, route: str) -> bool:
@@ -62,14 +68,14 @@ def _part(moments: list[Moment], name: str, part: str) -> Chart:
         Line(label, colour, [(step, levels[route]) for step, levels in measured if route in levels], told.get(route))
         for (route, label), colour in zip(names.items(), _cycle(len(names)), strict=True)
     ]
-    return _drawn(f"{plain(part).capitalize()} by step", f"mean {plain(part)}", lines, shares=False)
+    return _drawn(f"{plain(part).capitalize()} by step", f"mean {plain(part)}", _asked(moments, name), lines, shares=False)
 
 
 def _cycle(many: int) -> list[str]:
     return [_BY_ROUTE[index % len(_BY_ROUTE)] for index in range(many)]
 
 
-def _drawn(title: str, unit: str, lines: list[Line], *, shares: bool) -> Chart:
+def _drawn(title: str, unit: str, asked: str, lines: list[Line], *, shares: bool) -> Chart:
     """Solid with dots the student, dashed in the same colour its teacher."""
     hover, layout = ("%{y:.1%}", {"yaxis_tickformat": ".0%", "yaxis_rangemode": "tozero"}) if shares else ("%{y:.3f}", {})
     figure = new_figure("step", unit, layout)
@@ -85,7 +91,7 @@ def _drawn(title: str, unit: str, lines: list[Line], *, shares: bool) -> Chart:
             figure.data[-1].update(mode="lines", line={"dash": "dash", "color": line.colour, "width": 2})
             numbers.append((f"teacher: {line.name}", "", *_cells(line.teacher, shares)))
     dashed = " Dashed: the teacher." if any(line.teacher is not None for line in lines) else ""
-    caption = f"Held-out problems; the band is the 95 % interval.{dashed}"
+    caption = f"{asked}; the band is the 95 % interval.{dashed}"
     return Chart(title, figure, caption=caption, header=("", "step", "accuracy" if shares else "mean", "95 % interval"), rows=numbers)
 
 
