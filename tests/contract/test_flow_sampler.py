@@ -233,14 +233,13 @@ def test_a_greedy_image_is_the_odes_from_the_first_noise() -> None:
 def test_what_is_only_looked_at_keeps_its_picture_and_no_state(purpose: Any) -> None:
     """It still tells its times, its length and that no position counts: so no teacher is asked about states that are gone."""
     model = tiny_flow.model(0)
-    (kept,) = ask(sampler(model, noise_level=0.0, steps=9), prompts(1), draw=Draw(0, purpose, 6, temperature=1.0))
-    for r in ask(sampler(model), prompts(), draw=replace(GREEDY, purpose=purpose)):
+    everyone = ask(sampler(model, noise_level=0.0, steps=9), prompts(), draw=Draw(0, purpose, 6, temperature=1.0))
+    for r, kept in zip(ask(sampler(model), prompts(), draw=replace(GREEDY, purpose=purpose)), everyone, strict=True):
         assert r.x_SD.shape == (10, 0)
         assert (r.length, len(r.t_S), len(r.logp_T), r.finish, r.said) == (9, 10, 9, "stop", None)
         assert not r.mask_T.any()
-        if r.prompt == kept.prompt:
-            np.testing.assert_array_equal(r.image, kept.image)
-    assert kept.x_SD.shape == (10, 16)
+        np.testing.assert_array_equal(r.image, kept.image)
+        assert kept.x_SD.shape == (10, 16)
     for r in ask(sampler(model, noise_level=0.0), prompts()):  # training without noise learns at the states
         assert r.x_SD.shape == (7, 16)
         assert r.mask_T.tolist() == [True] * 5 + [False]

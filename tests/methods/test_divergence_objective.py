@@ -160,9 +160,12 @@ def test_no_gradient_reaches_the_teacher():
 
 
 def test_beta_reaches_the_mixture():
+    """Up to rounding in float64: the objective normalises the rows itself, which moves a last digit where processors sum differently."""
     s, t = table(4, 5, 0, 1.0), FullSays(table(4, 5, 1, 1.0), torch.zeros(4, dtype=torch.int64))
     for name in MIXED:
-        assert torch.equal(Divergence(divergence=name, beta=0.25)(rows_of(s, t)), DIVERGENCES[name](s, t.logp_NV, 0.25))
+        made, expected = Divergence(divergence=name, beta=0.25)(rows_of(s, t)), DIVERGENCES[name](s, t.logp_NV, 0.25)
+        torch.testing.assert_close(made, expected, rtol=1e-12, atol=1e-14)
+        assert not torch.allclose(made, DIVERGENCES[name](s, t.logp_NV), rtol=1e-3, atol=0)  # of the default weight
 
 
 @pytest.mark.parametrize(
