@@ -9,7 +9,6 @@ import pytest
 
 from golden.curve import FILE, RECIPES, curve
 
-
 # Another processor sums in another order. Between processors with SSE4, AVX2 and AVX-512 (and other releases of torch) these float32 runs
 # agreed within a quarter of the bounds below; the losses of `vopd` and `rl_opd` are small differences of large terms and lose two digits
 # more. A token that flips where two noisy scores tie would move everything by far more, and moves `tokens_sampled`, which is exact.
