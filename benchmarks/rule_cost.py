@@ -88,7 +88,7 @@ def run_arm(arm: str, steps: int, threads: int, out: Path) -> None:
 def watch_added_work() -> list[tuple[int, float]]:
     """(step it was in, seconds) of every call of what rules add to a step, from here on; a step begins when its attempts are sampled."""
     from reflux import loop
-    from reflux.teachers.base import Teachers
+    from reflux.teachers import collection
     from reflux.teachers.in_process import InProcess
     from reflux.tokens import CharacterSpans
 
@@ -108,7 +108,7 @@ def watch_added_work() -> list[tuple[int, float]]:
 
     share = loop.share_credit
     loop.share_credit = timed(share)
-    for owner, name in ((InProcess, "_logp"), (Teachers, "_missing"), (CharacterSpans, "of_turns")):
+    for owner, name in ((InProcess, "_logp"), (collection, "_missing"), (CharacterSpans, "of_turns")):
         setattr(owner, name, timed(getattr(owner, name)))
     return spent
 

@@ -22,11 +22,11 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic.dataclasses import dataclass
 
-from reflux.contexts.base import View
 from reflux.learners.hf import HF
 from reflux.parts import STRICT
+from reflux.teachers.base import TeacherRequest
 from reflux.teachers.local import Local
-from reflux.types import Attempt, Group, HiddenTarget, Moment, Share, TokenRollout, Wants
+from reflux.types import Attempt, Group, HiddenTarget, Moment, Rollout, Share, TeacherAnswer, TokenRollout, Wants
 
 FIRST, LAST = 0.2, 1.2  # a teacher goes flat between these shares of an attempt, uniformly; from 1 on it never does
 
@@ -47,30 +47,28 @@ class Collapsing(Local):
         async with Local.open(self, run, name) as opened:
             read = opened.score
 
-            async def score(asked: Sequence[tuple[Attempt, View]], moment: Moment) -> None:
-                await read(asked, moment)
-                for attempt, _ in asked:
-                    flatten(attempt, name, self.left, moment)
+            async def score(requests: Sequence[TeacherRequest]) -> list[TeacherAnswer]:
+                answers, moment = await read(requests), run.moment()
+                return [flatten(request.rollout, answer, self.left, moment) for request, answer in zip(requests, answers, strict=True)]
 
             opened.score = score
             yield opened
 
 
-def flatten(attempt: Attempt, name: str, left: float, moment: Moment) -> None:
+def flatten(rollout: Rollout, answer: TeacherAnswer, left: float, moment: Moment) -> TeacherAnswer:
     """Scale the last hidden states, and with them the logits of a head that is a matrix; what was read off them is read again."""
     import torch
 
-    rollout, target = attempt.rollout, attempt.targets[name]
+    target, listed = answer.target, answer.candidates
     assert isinstance(target, HiddenTarget)
     assert isinstance(rollout, TokenRollout)
     h_TH = target.h_TH.clone()
     h_TH[collapse(moment, rollout.prompt.id, rollout.sample, rollout.length) :] *= left
     logp_T = None if target.logp_T is None else target.head.logp_of(h_TH, torch.from_numpy(rollout.tokens_T)).numpy()
-    attempt.targets[name] = dataclasses.replace(target, h_TH=h_TH, logp_T=logp_T)
-    listed = attempt.candidates.get(name)
     if listed is not None:
         logp_TK = target.head.logp_at(h_TH, torch.from_numpy(listed.ids_TK)).numpy()
-        attempt.candidates[name] = dataclasses.replace(listed, logp_TK=logp_TK, logp_T=logp_T)
+        listed = dataclasses.replace(listed, logp_TK=logp_TK, logp_T=logp_T)
+    return dataclasses.replace(answer, target=dataclasses.replace(target, h_TH=h_TH, logp_T=logp_T), candidates=listed)
 
 
 def cut(mask_T: np.ndarray, end: int) -> np.ndarray:

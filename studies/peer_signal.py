@@ -39,7 +39,8 @@ from reflux.loop import open_parts
 from reflux.rundir import Options, Run
 from reflux.statistics import bootstrap_mean
 from reflux.summary import commit
-from reflux.types import Attempt, Draw, Group, HiddenTarget, Moment, TokenRollout, Wants
+from reflux.teachers.base import TeacherRequest
+from reflux.types import Attempt, Draw, Group, HiddenTarget, Moment, Rollout, TeacherAnswer, TokenRollout, Wants
 
 Context = Callable[[Group, Moment], list[View | None]]
 CONTEXTS: dict[str, Context] = {
@@ -91,19 +92,19 @@ def spoken(attempt: Attempt) -> TokenRollout:
     return attempt.rollout
 
 
-async def scores(answers: Any, groups: Sequence[Group], views: list[list[View | None]], moment: Moment) -> list[np.ndarray]:
+async def scores(teacher: Any, groups: Sequence[Group], views: list[list[View | None]], requirements: Wants) -> list[np.ndarray]:
     """Mean log-prob per token of each attempt, nats; NaN where it was not asked about."""
     pairs = [(a, view) for group, some in zip(groups, views, strict=True) for a, view in zip(group, some, strict=True) if view]
-    await answers.score(pairs, moment)
-    found = {id(attempt): mean_logp(attempt) for attempt, _ in pairs}
+    answers = await teacher.score([TeacherRequest(attempt.rollout, view, requirements) for attempt, view in pairs])
+    found = {id(attempt): mean_logp(attempt.rollout, answer) for (attempt, _), answer in zip(pairs, answers, strict=True)}
     return [np.array([found.get(id(attempt), np.nan) for attempt in group]) for group in groups]
 
 
-def mean_logp(attempt: Attempt) -> float:
-    target = attempt.targets["main"]
+def mean_logp(rollout: Rollout, answer: TeacherAnswer) -> float:
+    target = answer.target
     assert isinstance(target, HiddenTarget)
     assert target.logp_T is not None
-    return float(target.logp_T[attempt.rollout.mask_T].mean())
+    return float(target.logp_T[rollout.mask_T].mean())
 
 
 def auc(score_G: np.ndarray, right_G: np.ndarray) -> float:
@@ -151,9 +152,9 @@ async def signal(asked: Asked) -> dict[str, Any]:
             kept = [group for group in groups if mixed(group)]
             if len(kept) < 2:
                 raise SystemExit(f"peer_signal: only {len(kept)} problems have two right and two wrong attempts; ask for more --prompts")
-            answers, moment = teachers.opened["main"][1], run.moment()
+            teacher, moment = teachers.opened["main"][1], run.moment()
             views = {name: [context(group, moment) for group in kept] for name, context in CONTEXTS.items()} | {FOREIGN: foreign(kept)}
-            table = {name: measured(kept, some, await scores(answers, kept, some, moment)) for name, some in views.items()}
+            table = {name: measured(kept, some, await scores(teacher, kept, some, run.wants)) for name, some in views.items()}
     distinct = float(np.mean([len({spoken(a).text for a in group}) / len(group) for group in groups]))
     return {
         **provenance(asked, config_hash(cfg)),

@@ -41,7 +41,7 @@ class Later:
         return [Share() if own_T is None else Share(shift_T=(sum(known) - own_T) / others - own_T) for own_T in later]
 
     def _later(self, attempt: Attempt) -> np.ndarray | None:
-        rollout, target = attempt.rollout, attempt.targets.get(self.teacher)
+        rollout, target = attempt.rollout, attempt.target(self.teacher)
         if not (isinstance(rollout, FlowRollout) and isinstance(rollout.said, VelocityTarget) and isinstance(target, VelocityTarget)):
             return None
         gap_T = ((rollout.said.v_TD - target.v_TD).astype(np.float64) ** 2).sum(-1)

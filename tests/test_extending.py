@@ -18,7 +18,7 @@ from reflux.config import config_hash, from_table, load_recipe, to_table
 from reflux.credit.base import share_credit
 from reflux.objectives.base import Rows
 from reflux.objectives.says import FullSays
-from reflux.types import Attempt, Moment, SampledTarget
+from reflux.types import Attempt, Moment, SampledTarget, TeacherAnswer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -38,7 +38,7 @@ def part(dotted: str, **fields: Any) -> Any:
 def test_surprise_keeps_what_the_teacher_would_hardly_say() -> None:
     rule = part("credit:Surprise", least_nats=1.0, elsewhere=0.25)
     heard, silent = Attempt(tiny.rollout(4, mask=[True, True, False, True])), Attempt(tiny.rollout(4, sample=1))
-    heard.targets["main"] = SampledTarget(teacher="main", logp_T=np.array([-0.1, -1.0, -0.1, -5.0], dtype=np.float32))
+    heard.answers["main"] = TeacherAnswer(target=SampledTarget(teacher="main", logp_T=np.array([-0.1, -1.0, -0.1, -5.0], dtype=np.float32)))
     share_credit([[heard, silent]], {"surprise": rule}, Moment(0, 0))
     assert heard.weight_T.tolist() == [0.25, 1.0, 0.0, 1.0]
     assert np.asarray(heard.shares["surprise"].factor_T).tolist() == [0.25, 1.0, 1.0, 1.0]

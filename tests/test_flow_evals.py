@@ -30,10 +30,23 @@ from reflux.statistics import bootstrap_mean, wilson
 from reflux.tasks import glyph_drawing
 from reflux.tasks.glyphs import Glyphs
 from reflux.tasks.grading import Graders
-from reflux.teachers.base import Teachers
+from reflux.teachers.base import TeacherRequest
+from reflux.teachers.collection import Teachers
 from reflux.teachers.flow import Flow as FlowTeacherPart
 from reflux.teachers.own import Own
-from reflux.types import Attempt, Draw, FlowRollout, Group, Moment, Prompt, SampledTarget, TokenRollout, VelocityTarget, Wants
+from reflux.types import (
+    Attempt,
+    Draw,
+    FlowRollout,
+    Group,
+    Moment,
+    Prompt,
+    SampledTarget,
+    TeacherAnswer,
+    TokenRollout,
+    VelocityTarget,
+    Wants,
+)
 
 GLYPHS = Glyphs(held_out=20)
 STEPS = 3
@@ -209,7 +222,7 @@ def test_a_teacher_without_a_model_is_null_or_refused(graders: Graders) -> None:
         with pytest.raises(ValueError, match="teacher 'main' has no model of its own"):
             ceiling(tables, graders)
     run = run_of(graders=graders, teachers={"main": part()})
-    opened: Any = Teachers({"main": (part(), SimpleNamespace())})  # pyright: ignore[reportArgumentType]
+    opened: Any = Teachers({"main": (part(), SimpleNamespace())}, run)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="teacher 'main' has no model of its own"):
         asyncio.run(TeacherAccuracy()(run, None, None, opened))  # pyright: ignore[reportArgumentType]
 
@@ -232,7 +245,7 @@ def test_flow_teachers_draw_with_their_own_weights_and_the_students_dice(tmp_pat
     async def measure() -> dict[str, Any]:
         async with AsyncExitStack() as stack:
             opened = {name: (part, await stack.enter_async_context(part.open(run, name))) for name, part in tables.items()}
-            return await TeacherAccuracy(problems=6)(run, None, None, Teachers(opened))  # type: ignore[arg-type]
+            return await TeacherAccuracy(problems=6)(run, None, None, Teachers(opened, run))  # type: ignore[arg-type]
 
     table = asyncio.run(measure())
     assert (table["problems"], len(table["examples"]), table["parts"]) == (6, 6, ["quality"])
@@ -267,7 +280,7 @@ def scored(noise_level: float = 0.7, whole: bool = True, seed: int = 0, shift: f
     for v_TD in says:
         v_TD[~drawn.mask_T] = np.nan
     made = Attempt(replace(drawn, said=VelocityTarget(teacher="said", v_TD=says[0])))
-    made.targets["main"] = VelocityTarget(teacher="main", v_TD=says[1])
+    made.answers["main"] = TeacherAnswer(target=VelocityTarget(teacher="main", v_TD=says[1]))
     return made
 
 
@@ -279,7 +292,7 @@ def test_the_gap_of_a_step_is_the_kl_of_its_gaussians(noise_level: float, shift:
     found_T = gap_T(made, "main")
     assert found_T is not None
     assert np.isnan(found_T).tolist() == (~made.rollout.mask_T).tolist()
-    said, told = made.rollout.said, made.targets["main"]
+    said, told = made.rollout.said, made.target("main")
     assert isinstance(said, VelocityTarget)
     assert isinstance(told, VelocityTarget)
     expected = kl_by_means(made.rollout, said.v_TD, told.v_TD)  # type: ignore[arg-type]
@@ -290,7 +303,7 @@ def test_the_gap_of_a_step_is_the_kl_of_its_gaussians(noise_level: float, shift:
 def test_a_student_is_at_home_with_itself() -> None:
     made = scored()
     assert isinstance(made.rollout.said, VelocityTarget)
-    made.targets["main"] = VelocityTarget(teacher="main", v_TD=made.rollout.said.v_TD)
+    made.answers["main"] = TeacherAnswer(target=VelocityTarget(teacher="main", v_TD=made.rollout.said.v_TD))
     found_T = gap_T(made, "main")
     assert found_T is not None
     assert (found_T[made.rollout.mask_T] == 0).all()
@@ -299,8 +312,8 @@ def test_a_student_is_at_home_with_itself() -> None:
 def test_where_one_of_the_two_said_nothing_there_is_no_gap() -> None:
     made = scored()
     assert gap_T(made, "anchor") is None
-    assert gap_T(Attempt(replace(made.rollout, said=None), targets=dict(made.targets)), "main") is None  # type: ignore[type-var]
-    made.targets["main"] = SampledTarget(teacher="main", logp_T=np.zeros(5, np.float32))
+    assert gap_T(Attempt(replace(made.rollout, said=None), answers=dict(made.answers)), "main") is None  # type: ignore[type-var]
+    made.answers["main"] = TeacherAnswer(target=SampledTarget(teacher="main", logp_T=np.zeros(5, np.float32)))
     assert gap_T(made, "main") is None
     assert gap_T(scored(noise_level=0.0), "main") is None  # infinite
     nothing = np.zeros(0, np.int64)
@@ -308,7 +321,7 @@ def test_where_one_of_the_two_said_nothing_there_is_no_gap() -> None:
         prompt=Prompt("p", ()), sample=0, version=0, finish="stop", mask_T=nothing == 1, logp_T=nothing, prompt_tokens=nothing,
         tokens_T=nothing, text="", messages=(),
     )  # fmt: skip
-    assert gap_T(Attempt(text, targets={"main": scored().targets["main"]}), "main") is None
+    assert gap_T(Attempt(text, answers=dict(scored().answers)), "main") is None
 
 
 class Speaking:
@@ -319,10 +332,9 @@ class Speaking:
     def __init__(self, model: Any, name: str):
         self.model, self.name, self.asked = model, name, 0
 
-    async def score(self, asked: Sequence[tuple[Attempt, Any]], moment: Moment) -> None:
-        self.asked += len(asked)
-        for attempt, _ in asked:
-            attempt.targets[self.name] = tiny_flow.velocities(self.model, attempt.rollout, self.name)
+    async def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherAnswer]:
+        self.asked += len(requests)
+        return [TeacherAnswer(target=tiny_flow.velocities(self.model, request.rollout, self.name)) for request in requests]
 
 
 def speaking(**tables: tuple[Any, Sequence[str]]) -> tuple[Teachers, dict[str, Any]]:
@@ -333,7 +345,7 @@ def speaking(**tables: tuple[Any, Sequence[str]]) -> tuple[Teachers, dict[str, A
         for name, (_, routes) in tables.items()
     }
     opened: Any = {name: (parts[name], Speaking(model, "main")) for name, (model, _) in tables.items()}
-    return Teachers(opened), parts
+    return Teachers(opened, run_of()), parts
 
 
 def test_agreement_is_the_mean_kl_of_the_steps_the_student_drew(monkeypatch: pytest.MonkeyPatch) -> None:

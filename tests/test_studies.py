@@ -22,7 +22,7 @@ from reflux.config import config_hash
 from reflux.errors import ConfigError, RunError
 from reflux.loop import train
 from reflux.rundir import Options
-from reflux.types import Attempt, Moment
+from reflux.types import Attempt, Moment, TeacherAnswer
 
 STUDIES = Path(__file__).parents[1] / "studies"
 sys.path.insert(0, str(STUDIES))  # scripts import their neighbours
@@ -384,11 +384,14 @@ def test_the_variance_of_one_token_answers_is_that_of_the_enumeration(
     found = gradient_variance.statistics(asyncio.run(gradient_variance.draw_gradients(cfgs, 150)), "plain", "exact")
 
     learner = tiny.learner(AutoModelForCausalLM.from_pretrained(student))
-    spoken, target = seen[0].rollout, seen[0].targets["main"]
+    spoken, target = seen[0].rollout, seen[0].target("main")
     logp_V = learner.model.head.logits(tiny.hidden(learner.model, spoken).h_TH)[0].log_softmax(-1)  # type: ignore[arg-type]
     p, rows = logp_V.exp().detach().numpy().astype(np.float64), []
     for a in range(len(p)):
-        one = Attempt(replace(spoken, tokens_T=np.array([a]), logp_T=logp_V[a : a + 1].detach().numpy()), targets={"main": target})
+        one = Attempt(
+            replace(spoken, tokens_T=np.array([a]), logp_T=logp_V[a : a + 1].detach().numpy()),
+            answers={"main": TeacherAnswer(target=target)},
+        )
         made = tiny.gradients(learner, [[one]], cfgs["plain"].objectives)
         rows.append(np.concatenate([value.numpy().ravel() for value in made.values()]).astype(np.float64))
     g = np.stack(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.clock import Clock
 from reflux.config import RunConfig, load_recipe
+from reflux.contexts.base import View
 from reflux.learners.hf import HF as HFLearnerPart
 from reflux.learners.hf_engine import HFLearner
 from reflux.models import Model, as_model
 from reflux.objectives.nll import NLL
+from reflux.teachers.base import TeacherRequest
 from reflux.teachers.local import Local
-from reflux.types import Attempt, Group, HiddenTarget, Moment, Prompt, Share, TokenRollout, Wants
+from reflux.types import Attempt, Group, HiddenTarget, Moment, Prompt, Share, TeacherAnswer, TokenRollout, Wants
 
 END = 1  # the character tokenizer's <end>
 SCALE = {  # what every tiny run sets, before its own overrides
@@ -137,10 +139,22 @@ def attempt(spoken: TokenRollout, teacher: Model | None = None, weight: Any = 1.
     """An attempt with the teacher's word, one rule's factor and another one's shift."""
     made = Attempt(spoken)
     if teacher is not None and spoken.length:
-        made.targets["main"] = hidden(teacher, spoken)
+        made.answers["main"] = TeacherAnswer(target=hidden(teacher, spoken))
     made.shares["weigh"] = Share(factor_T=np.asarray(weight, dtype=np.float32) if np.ndim(weight) else weight)
     made.shares["push"] = Share(shift_T=np.asarray(shift, dtype=np.float32) if np.ndim(shift) else shift)
     return made
+
+
+async def ask(teacher: Any, *asked: tuple[Attempt, View]) -> None:
+    """As `Teachers` asks: what an open teacher answers is put on the attempts, under its name."""
+    answers = await teacher.score([TeacherRequest(attempt.rollout, view, teacher.run.wants) for attempt, view in asked])
+    for (made, _), answer in zip(asked, answers, strict=True):
+        made.answers[teacher.name] = answer
+
+
+def plainly(attempts: Iterable[Attempt]) -> list[tuple[Attempt, View]]:
+    """Each attempt in the context `same`."""
+    return [(attempt, View(attempt.rollout.prompt.messages)) for attempt in attempts]
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:

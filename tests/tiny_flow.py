@@ -16,7 +16,7 @@ from reflux.flows.library import library
 from reflux.flows.model import FlowModel
 from reflux.flows.net import FlowNet, PromptTable
 from reflux.samplers.flow import step_logp, step_moments
-from reflux.types import Attempt, FlowRollout, Prompt, VelocityTarget
+from reflux.types import Attempt, FlowRollout, Prompt, TeacherAnswer, VelocityTarget
 
 TEXTS = ("", *(f"draw {number}" for number in range(5)))  # what a tiny model has learned; "" is the unconditional prompt
 SIDE = 4  # of an image; D = SIDE^2 times the channels
@@ -180,7 +180,7 @@ def attempt(steps: int = 4, *, teacher: FlowModel | None = None, name: str = "ma
     """An attempt along `rollout(steps, ...)`, with the word of `teacher` where one is given."""
     made = Attempt(rollout(steps, **fields))
     if teacher is not None:
-        made.targets[name] = velocities(teacher, made.rollout, name)
+        made.answers[name] = TeacherAnswer(target=velocities(teacher, made.rollout, name))
     return made
 
 

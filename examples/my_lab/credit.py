@@ -39,7 +39,7 @@ class Surprise:
         return [self._share(attempt) for attempt in group]
 
     def _share(self, attempt: Attempt) -> Share:
-        target, rollout = attempt.targets.get(self.teacher), attempt.rollout
+        target, rollout = attempt.target(self.teacher), attempt.rollout
         teacher_T = getattr(target, "logp_T", None)
         if teacher_T is None or not rollout.mask_T.any():
             return Share()

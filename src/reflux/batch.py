@@ -124,7 +124,7 @@ def _scales(attempts: list[Attempt], count: int, normalise: Normalise) -> list[f
 
 def signature(item: Item) -> tuple[object, ...]:
     """Items of one micro-batch have targets of one kind from one head, so a row needs no case distinction."""
-    targets = {**item.attempt.targets, "said": item.rollout.said}
+    targets = {name: item.attempt.target(name) for name in (*item.attempt.answers, "said")}
     kinds = []
     for name in sorted(targets):
         target = targets[name]

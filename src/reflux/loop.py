@@ -17,7 +17,7 @@ from reflux.rewards.base import NoReward, OpenReward
 from reflux.rundir import Options, Run
 from reflux.samplers.base import OpenSampler
 from reflux.signals import stopping_on_signals
-from reflux.teachers.base import Teachers
+from reflux.teachers.collection import Teachers
 from reflux.types import Group, Prompt
 
 Parts = tuple[OpenLearner, OpenSampler, OpenReward, Teachers, accelerators.OpenAccelerator]
@@ -94,4 +94,4 @@ async def open_parts(cfg: RunConfig, run: Run) -> AsyncIterator[Parts]:
         opened = {name: (teacher, await stack.enter_async_context(teacher.open(run, name))) for name, teacher in cfg.teachers.items()}
         accelerator = await stack.enter_async_context(accelerators.opened(cfg.accelerator, run))
         heard = {objective.teacher for objective in cfg.objectives if objective.teacher}
-        yield learner, sampler, reward, Teachers(opened, heard), accelerator
+        yield learner, sampler, reward, Teachers(opened, run, heard), accelerator

@@ -66,7 +66,7 @@ class Packed:
     def heard(self) -> set[str]:
         """Whose targets are looked at: an objective's that has a word here, and those of "main", for the records."""
         item = self.items[0]
-        known = {*item.attempt.targets} | ({"said"} if item.rollout.said is not None else set())
+        known = {name for name in (*item.attempt.answers, "said") if item.attempt.target(name) is not None}
         asked = {objective.teacher for objective, coef_N in zip(self.objectives, item.coef_KN, strict=True) if coef_N is not None}
         return known & (asked | {"main"}) if self.objectives else set()
 

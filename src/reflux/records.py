@@ -53,7 +53,7 @@ def learned(attempt: Attempt, step: int) -> Line:
     if attempt.shift_T.any():
         line["shift"] = _rounded(attempt.shift_T)
     line["notes"] = {f"{name}.{key}": value for name, share in attempt.shares.items() for key, value in share.notes.items()}
-    shown = {name: notes for name, notes in attempt.notes.get("shown", {}).items() if notes}
+    shown = {name: answer.context_notes for name, answer in attempt.answers.items() if answer.context_notes}
     if shown:
         line["context"] = shown
     detail = {name: share.detail for name, share in attempt.shares.items() if share.detail}

@@ -32,6 +32,6 @@ def _arrays(attempt: Attempt) -> dict[str, np.ndarray]:
     rollout = attempt.rollout
     if not isinstance(rollout, FlowRollout):
         return {}
-    told = {**attempt.targets, "said": rollout.said, "now": attempt.now}
+    told = {**{name: answer.target for name, answer in attempt.answers.items()}, "said": rollout.said, "now": attempt.now}
     velocities = {f"v_TD/{who}": target.v_TD for who, target in told.items() if isinstance(target, VelocityTarget)}
     return {"x_SD": rollout.x_SD, "image": rollout.image, **velocities}

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from reflux.learners.base import OpenLearner
     from reflux.samplers.base import OpenSampler
     from reflux.tasks.grading import Graders
-    from reflux.teachers.base import Teachers
+    from reflux.teachers.collection import Teachers
 
 Result = TypeVar("Result")
 

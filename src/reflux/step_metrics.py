@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from reflux.accelerators.score import Spent
     from reflux.learners.base import OpenLearner
     from reflux.rundir import Run
-    from reflux.teachers.base import Teachers
+    from reflux.teachers.collection import Teachers
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def step_metrics(run: Run, stats: dict[str, Metric], groups: Sequence[Group], le
         "errors": len(attempts) - len(live),
         "silent": _silent(live, teachers),
         "asked": {table: len(heard) for table, heard in by_table.items()},
+        "answer_errors": _answer_errors(live, teachers),
         "kl_nats_by_table": {table: _kl(heard, teachers.spoken(table)).value for table, heard in by_table.items()},
         "reward_mean": Mean.of([a.verdict for a in live if a.verdict is not None]).value,
         "ungraded": sum(a.reward is not None and a.verdict is None for a in live),
@@ -93,24 +94,25 @@ def _flops(
     """
     scored = (spent.read, spent.taught) if spent else (0.0, 0.0)
     flops = step_flops(learner.macs, teachers.macs, prompt, sampled, trained, (scored[0] + discarded, scored[1]))
-    heard = ((a, name, teachers.opened[table][1].macs) for a in attempts for name, table in a.notes.get("asked", {}).items())
-    taught = sum(macs * _read(attempt, name) for attempt, name, macs in heard)
+    answers = [answer for attempt in attempts for answer in attempt.answers.values()]
+    taught = sum(teachers.opened[answer.table][1].macs * answer.positions_read for answer in answers)
     return {**flops, "teach": 2.0 * (taught + teachers.macs * scored[1])}
-
-
-def _read(attempt: Attempt, teacher: str) -> int:
-    """Tokens a teacher read of one attempt, as it noted itself; else prompt and response as the student knows them."""
-    return attempt.notes.get("read", {}).get(teacher, attempt.rollout.prompt_length + attempt.rollout.length)
 
 
 def _silent(attempts: list[Attempt], teachers: Teachers) -> dict[str, int]:
     """Attempts each teacher name said nothing about."""
-    return {name: sum(name not in attempt.targets for attempt in attempts) for name in teachers.names}
+    return {name: sum(attempt.target(name) is None for attempt in attempts) for name in teachers.names}
 
 
 def _asked(attempts: list[Attempt], teachers: Teachers) -> dict[str, list[Attempt]]:
     """By table, the attempts it was asked about: one that shares a name and is starved of its routes shows here."""
-    return {table: [a for a in attempts if a.notes.get("asked", {}).get(teachers.spoken(table)) == table] for table in teachers.opened}
+    return {table: [a for a in attempts if table in (answer.table for answer in a.answers.values())] for table in teachers.opened}
+
+
+def _answer_errors(attempts: list[Attempt], teachers: Teachers) -> dict[str, int]:
+    """By table, the attempts it was asked about and could not answer."""
+    failed = [answer.table for attempt in attempts for answer in attempt.answers.values() if answer.error is not None]
+    return {table: failed.count(table) for table in teachers.opened}
 
 
 def _kl(attempts: list[Attempt], name: str) -> Mean:
@@ -124,8 +126,8 @@ def _context(attempts: list[Attempt]) -> dict[str, dict[str, float | None]]:
     """Per teacher name, what its context noted of the attempts it was asked about, averaged over them; only names with a note."""
     found: dict[str, dict[str, Mean]] = {}
     for attempt in attempts:
-        for name, notes in attempt.notes.get("shown", {}).items():
-            for key, note in notes.items():
+        for name, answer in attempt.answers.items():
+            for key, note in answer.context_notes.items():
                 known = found.setdefault(name, {})
                 known[key] = known.get(key, Mean()) + Mean(note, 1)
     return {name: {key: mean.value for key, mean in sorted(means.items())} for name, means in sorted(found.items())}

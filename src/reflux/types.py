@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-if TYPE_CHECKING:
-    import torch
+from reflux.targets import HiddenTarget, SampledTarget, TopKTarget, VelocityTarget
 
+if TYPE_CHECKING:
     from reflux.metrics import Metric
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant" | "tool", "content": text}
 Purpose = Literal["train", "eval", "score"]
 Finish = Literal["stop", "length", "error"]
+Target = SampledTarget | TopKTarget | HiddenTarget | VelocityTarget
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,48 +73,6 @@ def seed_of(*key: object) -> int:
     """A 63-bit integer from any printable key, the same on every machine and in every process."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampledTarget:
-    """Only the log-probs of the tokens that were sampled."""
-
-    teacher: str
-    logp_T: np.ndarray
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TopKTarget:
-    """Log-probs at K listed ids and at the sampled token. The unlisted mass is one tail bucket; K = V is the full distribution."""
-
-    teacher: str
-    ids_TK: np.ndarray
-    logp_TK: np.ndarray
-    logp_T: np.ndarray
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HiddenTarget:
-    """The last hidden states (on CPU) and the output head that turns them into the full distribution.
-
-    logp_T is None where nobody wanted it at scoring time; the learner fills the record in as it passes through the head.
-    """
-
-    teacher: str
-    h_TH: torch.Tensor
-    head: Any  # kernels.head.Head
-    logp_T: np.ndarray | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VelocityTarget:
-    """A flow's velocity at each step; NaN where the student did not choose."""
-
-    teacher: str
-    v_TD: np.ndarray  # float32
-
-
-Target = SampledTarget | TopKTarget | HiddenTarget | VelocityTarget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,21 +183,41 @@ class Share:
     detail: dict[str, Any] = field(default_factory=dict)  # plain JSON values, written beside the attempt and never averaged
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherAnswer:
+    """What one teacher answered when it was asked about one attempt. A teacher gives the first five fields, who asked adds the others.
+
+    A teacher that could not answer has no target, and says why in one sentence: it is counted in the metrics, and asked again.
+    """
+
+    target: Target | None = None
+    candidates: TopKTarget | None = None  # at the ids of `rollout.said`, where that is required
+    positions_read: int = 0  # the student's and those before them, for FLOP accounting
+    seconds: float = 0.0  # of the call, or of a batched call an equal part
+    error: str | None = None
+    table: str = ""  # that was asked: several may share a name
+    context_hash: str = ""  # of the view it was asked in: in another one it is asked again
+    context_notes: dict[str, float] = field(default_factory=dict)  # `View.notes`: what the context showed, in numbers
+    previous: Target | None = None  # what it answered before it was asked again; freshness compares the two
+
+
 @dataclass(slots=True)
 class Attempt:
     """Everything known of one attempt, on one object. An absent target means: that teacher was not asked, or stayed silent."""
 
     rollout: Rollout
     reward: Reward | None = None
-    targets: dict[str, Target] = field(default_factory=dict)
-    candidates: dict[str, TopKTarget] = field(default_factory=dict)  # by teacher name, at the ids of rollout.said
+    answers: dict[str, TeacherAnswer] = field(default_factory=dict)  # by teacher name, in the order of names
     now: Target | None = None  # what the student would say now, along these tokens
     shares: dict[str, Share] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 
     def target(self, teacher: str) -> Target | None:
         """What `teacher` said about this attempt; "said" is the student as it acted."""
-        return self.rollout.said if teacher == "said" else self.targets.get(teacher)
+        if teacher == "said":
+            return self.rollout.said
+        answer = self.answers.get(teacher)
+        return None if answer is None else answer.target
 
     @property
     def verdict(self) -> float | None:

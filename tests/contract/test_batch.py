@@ -18,13 +18,13 @@ from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.types import Attempt, Group, HiddenTarget, SampledTarget, Share, TopKTarget
+from reflux.types import Attempt, Group, HiddenTarget, SampledTarget, Share, TeacherAnswer, TopKTarget
 from tiny import attempt, rollout
 
 
 def heard(n: int, seed: int = 0, **fields: Any) -> Any:
     made = attempt(rollout(n, seed=seed, **{k: fields.pop(k) for k in ("mask", "finish") if k in fields}), **fields)
-    made.targets["main"] = SampledTarget(teacher="main", logp_T=np.zeros(n, dtype=np.float32))
+    made.answers["main"] = TeacherAnswer(target=SampledTarget(teacher="main", logp_T=np.zeros(n, dtype=np.float32)))
     return made
 
 
@@ -80,7 +80,9 @@ def rewarded(reward_T: list[float], seed: int = 0, sample: int = 0, **fields: An
     """An attempt whose teacher gives each token `reward` nats more than the sampler did."""
     spoken = rollout(len(reward_T), seed=seed, sample=sample, **fields)
     made = attempt(spoken)
-    made.targets["main"] = SampledTarget(teacher="main", logp_T=(spoken.logp_T + np.array(reward_T)).astype(np.float32))
+    made.answers["main"] = TeacherAnswer(
+        target=SampledTarget(teacher="main", logp_T=(spoken.logp_T + np.array(reward_T)).astype(np.float32))
+    )
     return made
 
 
@@ -126,13 +128,14 @@ def test_weights_do_not_enter_the_value() -> None:
 def test_every_target_that_knows_the_sampled_tokens_gives_a_value(kind: str) -> None:
     group = [rewarded([1.0, 2.0]), rewarded([5.0], sample=1)]
     for entry in group:
-        logp_T = entry.targets["main"].logp_T  # type: ignore[union-attr]
+        logp_T = entry.target("main").logp_T  # type: ignore[union-attr]
         ids_TK = np.zeros((len(logp_T), 1), dtype=np.int64)
-        entry.targets["main"] = {
-            "sampled": entry.targets["main"],
+        target: Any = {
+            "sampled": entry.target("main"),
             "listed": TopKTarget(teacher="main", ids_TK=ids_TK, logp_TK=logp_T[:, None], logp_T=logp_T),
             "hidden": HiddenTarget(teacher="main", h_TH=torch.zeros(len(logp_T), 2), head=None, logp_T=logp_T),
         }[kind]
+        entry.answers["main"] = TeacherAnswer(target=target)
     assert values([group], SampledKL(baseline="leave_one_out")) == {0: near(5.0), 1: near(1.5)}
 
 
@@ -145,7 +148,7 @@ def test_rewards_are_against_the_students_own_distribution_where_another_was_sam
 
 def test_a_target_without_the_sampled_log_probs_is_refused_for_groups_only() -> None:
     entry = attempt(rollout(2))
-    entry.targets["main"] = HiddenTarget(teacher="main", h_TH=torch.zeros(2, 3), head=None)
+    entry.answers["main"] = TeacherAnswer(target=HiddenTarget(teacher="main", h_TH=torch.zeros(2, 3), head=None))
     assert values([[entry]], SampledKL(), SampledKL(baseline="leave_one_out", coef=0.0)) == {0: (0.0, 0.0)}
     with pytest.raises(ValueError, match=r"holds no logp_T. Ask for it at scoring time"):
         plan([[entry]], [SampledKL(baseline="leave_one_out")], "kept")

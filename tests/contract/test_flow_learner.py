@@ -28,7 +28,7 @@ from reflux.learners.flow_engine import FlowLearner
 from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.velocity_kl import VelocityKL, kl_weight
-from reflux.types import Attempt, Moment, Reward, VelocityTarget, Wants
+from reflux.types import Attempt, Moment, Reward, TeacherAnswer, VelocityTarget, Wants
 from tiny import close, same
 
 MAIN, ANCHOR = VelocityKL(), VelocityKL(teacher="anchor", coef=0.25)
@@ -49,7 +49,7 @@ def batch(lengths: Sequence[int] = (4, 7, 5), drawn_by: Any = None, **fields: An
     for seed, length in enumerate(lengths):
         text = tiny_flow.TEXTS[1 + seed % 3]
         attempt = tiny_flow.attempt(length, teacher=TEACHER, seed=seed, text=text, drawn_by=drawn_by, **fields)
-        attempt.targets["anchor"] = tiny_flow.velocities(OTHER, attempt.rollout, "anchor")
+        attempt.answers["anchor"] = TeacherAnswer(target=tiny_flow.velocities(OTHER, attempt.rollout, "anchor"))
         groups.append([attempt])
     return groups
 
@@ -73,7 +73,7 @@ def by_definition(groups: list[list[Attempt]], coefs: dict[str, float], seed: in
             t, dt = float(rollout.t_S[i]), float(rollout.t_S[i + 1] - rollout.t_S[i])
             v_D = model.velocity(torch.from_numpy(rollout.x_SD[i : i + 1]), torch.tensor([t]), [rollout.prompt.messages[-1]["content"]])[0]
             for name, coef in coefs.items():
-                target: Any = attempt.targets[name]
+                target: Any = attempt.target(name)
                 total = total + coef * kl_weight(t, dt, rollout.noise_level) * (v_D - torch.from_numpy(target.v_TD[i])).square().sum()
             count += 1
     (total / count).backward()
@@ -120,7 +120,7 @@ def test_a_prefix_trains_on_the_first_steps_alone_and_computes_no_other() -> Non
 def test_a_teacher_that_is_the_student_teaches_exactly_nothing() -> None:
     learner, groups = opened(lr=0.1), batch()
     for attempt, v_TD in learner.velocities(groups):
-        attempt.targets["main"] = VelocityTarget(teacher="main", v_TD=v_TD)
+        attempt.answers["main"] = TeacherAnswer(target=VelocityTarget(teacher="main", v_TD=v_TD))
     before = {name: p.detach().clone() for name, p in learner.trained.items()}
     stats = move(learner, groups, [MAIN])
     assert stats["loss"].value == stats["grad_norm"].value == stats["updates"].value == 0
@@ -130,7 +130,7 @@ def test_a_teacher_that_is_the_student_teaches_exactly_nothing() -> None:
 def test_an_anchor_that_is_the_teacher_weighs_one_plus_beta_and_beta_0_takes_it_away() -> None:
     groups = batch()
     for (attempt,) in groups:
-        attempt.targets["anchor"] = replace(attempt.targets["main"], teacher="anchor")  # type: ignore[type-var]
+        attempt.answers["anchor"] = TeacherAnswer(target=replace(attempt.target("main"), teacher="anchor"))  # type: ignore[type-var]
     one = gradients(opened(), batch(), [MAIN])
     close(gradients(opened(), groups, [MAIN, ANCHOR]), {name: 1.25 * value for name, value in one.items()}, 2e-4)
     assert same(gradients(opened(), batch(), [MAIN, VelocityKL(teacher="anchor", coef=0)]), one)
@@ -142,7 +142,7 @@ def test_rows_of_one_route_do_not_feel_the_teacher_of_another() -> None:
     move(learner, groups, [MAIN])
     before = [attempt.notes["kl"] for (attempt,) in groups]
     groups = batch()
-    groups[1][0].targets["main"].v_TD[:] += 3.0  # type: ignore[union-attr]
+    groups[1][0].target("main").v_TD[:] += 3.0  # type: ignore[union-attr]
     move(learner, groups, [MAIN])
     after = [attempt.notes["kl"] for (attempt,) in groups]
     assert [np.allclose(a, b, rtol=1e-5, equal_nan=True) for a, b in zip(before, after, strict=True)] == [True, False, True]
@@ -151,7 +151,7 @@ def test_rows_of_one_route_do_not_feel_the_teacher_of_another() -> None:
 def test_what_a_teacher_said_of_the_last_step_is_never_looked_at() -> None:
     clean, groups = gradients(opened(), batch(), [MAIN]), batch()
     for (attempt,) in groups:
-        attempt.targets["main"].v_TD[-1] = 1e30  # type: ignore[union-attr]
+        attempt.target("main").v_TD[-1] = 1e30  # type: ignore[union-attr]
         attempt.rollout.x_SD[-1] += 7.0  # type: ignore[attr-defined]
     assert same(gradients(opened(), groups, [MAIN]), clean)
 
@@ -185,7 +185,7 @@ def test_a_step_that_is_not_finite_is_refused_and_nothing_has_changed(bad: float
     move(learner, batch(), [MAIN])
     before = {name: torch.as_tensor(value).clone() for name, value in learner.state().items()}
     groups = batch()
-    groups[1][0].targets["main"].v_TD[1] = bad  # type: ignore[union-attr]
+    groups[1][0].target("main").v_TD[1] = bad  # type: ignore[union-attr]
     with pytest.raises(StepRefused, match=r"step 5: .* no weight has changed.*noise_level"):
         move(learner, groups, [MAIN], step=4)
     assert same(before, dict(learner.state()))
@@ -280,7 +280,7 @@ def test_plain_flow_matching_needs_no_density() -> None:
     for (attempt,) in groups:
         said = tiny_flow.velocities(TEACHER, attempt.rollout, "said")
         attempt.rollout = replace(attempt.rollout, said=said)
-        attempt.targets.clear()
+        attempt.answers.clear()
     learner = opened()
     stats = move(learner, groups, [VelocityKL(teacher="said", weight="mse")])
     model, total = tiny_flow.model(1), 0.0

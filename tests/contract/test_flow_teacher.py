@@ -25,11 +25,11 @@ from reflux.learners.flow import FlowLora
 from reflux.learners.flow_engine import FlowLearner
 from reflux.once import Once
 from reflux.samplers.flow import Flow as Sampler
-from reflux.teachers.base import Teachers
+from reflux.teachers.collection import Teachers
 from reflux.teachers.flow import Flow
 from reflux.teachers.flow_engine import FlowTeacher
 from reflux.types import Attempt, FlowRollout, Moment, VelocityTarget
-from tiny import Stub
+from tiny import Stub, ask, plainly
 from tiny_flow import save, save_adapter, velocities
 
 NOW = Moment(0, 0)
@@ -53,12 +53,12 @@ def opened(run: Any, **tables: Flow) -> dict[str, FlowTeacher]:
 
 def score(teacher: FlowTeacher, attempts: list[Attempt]) -> list[np.ndarray]:
     """What it says, by attempt."""
-    asyncio.run(teacher.score([(a, View(a.rollout.prompt.messages)) for a in attempts], NOW))
+    asyncio.run(ask(teacher, *plainly(attempts)))
     return [said(a, teacher.name) for a in attempts]
 
 
 def said(attempt: Attempt, name: str) -> np.ndarray:
-    target = attempt.targets[name]
+    target = attempt.target(name)
     assert isinstance(target, VelocityTarget)
     return target.v_TD
 
@@ -105,7 +105,7 @@ def test_it_says_what_its_model_says_at_every_counted_state(student: str, folder
         np.testing.assert_array_equal(np.isfinite(v_TD).all(1), made.rollout.mask_T)
         np.testing.assert_array_equal(np.isnan(v_TD).all(1), ~made.rollout.mask_T)
         np.testing.assert_allclose(v_TD, expected, rtol=1e-5, atol=1e-5)
-        assert made.notes["read"] == {"main": int(made.rollout.mask_T.sum())}
+        assert made.answers["main"].positions_read == int(made.rollout.mask_T.sum())
 
 
 def test_masked_steps_are_never_asked_about(student: str, folder: str) -> None:
@@ -166,10 +166,10 @@ def test_attempts_of_other_guidance_or_size_are_never_mixed(student: str, folder
 def test_another_view_is_another_prompt(student: str, folder: str) -> None:
     teacher = opened(a_run(student), main=Flow(folder))["main"]
     made, other = tiny_flow.attempt(3, text="draw 1"), tiny_flow.attempt(3, text="draw 2")
-    asyncio.run(teacher.score([(made, View(other.rollout.prompt.messages))], NOW))
+    asyncio.run(ask(teacher, (made, View(other.rollout.prompt.messages))))
     assert same([said(made, "main")], score(teacher, [other]))
     with pytest.raises(ModelError, match="replaces text inside an answer"):
-        asyncio.run(teacher.score([(made, View((), {0: "x"}))], NOW))
+        asyncio.run(ask(teacher, (made, View((), {0: "x"}))))
 
 
 # --- routes
@@ -185,10 +185,10 @@ def test_a_route_does_not_feel_another_teacher(student: str, tmp_path: Path) -> 
             "one": Flow(save(tmp_path / "one", 2), as_="main", routes=("a",)),
             "two": Flow(of_b, as_="main", routes=("b",)),
         }
-        teachers = Teachers({name: (tables[name], teacher) for name, teacher in opened(run, **tables).items()})
+        teachers = Teachers({name: (tables[name], teacher) for name, teacher in opened(run, **tables).items()}, run)
         groups = [[tiny_flow.attempt(3, seed=i, text=texts[route], route=route)] for i, route in enumerate("abab")]
         asyncio.run(teachers.score(groups, NOW))
-        assert [group[0].notes["asked"]["main"] for group in groups] == ["one", "two", "one", "two"]
+        assert [group[0].answers["main"].table for group in groups] == ["one", "two", "one", "two"]
         return {route: [said(g[0], "main") for g in groups if g[0].rollout.prompt.route == route] for route in "ab"}
 
     first, second = told(save(tmp_path / "two", 3)), told(save(tmp_path / "three", 4))
@@ -205,7 +205,7 @@ def test_two_routed_copies_of_one_teacher_are_the_single_one(student: str, folde
             tables = {name: Flow(folder, as_="main", routes=(name,), batch_positions=batch) for name in "ab"}
             made = opened(a_run(student), **tables)
             assert made["a"].model.net is made["b"].model.net  # loaded once
-            teachers = Teachers({name: (tables[name], made[name]) for name in made})
+            teachers = Teachers({name: (tables[name], made[name]) for name in made}, made["a"].run)
             groups = [[tiny_flow.attempt(3, seed=i, route=route)] for i, route in enumerate(routes)]
             asyncio.run(teachers.score(groups, NOW))
             found = [said(group[0], "main") for group in groups]

@@ -26,10 +26,11 @@ from reflux.contexts.wording import with_attempts
 from reflux.errors import ConfigError, ModelError
 from reflux.models import as_model
 from reflux.objectives.divergence import Divergence
+from reflux.teachers.base import TeacherRequest
 from reflux.teachers.own import Own
 from reflux.teachers.own_engine import OwnTeacher, move
 from reflux.types import Attempt, HiddenTarget, Moment, Wants
-from tiny import Stub, rollout, same
+from tiny import Stub, ask, plainly, rollout, same
 
 NOW = Moment(0, 0)
 CHAT = {"kind": "outside:Chat"}
@@ -207,7 +208,7 @@ def test_state_holds_each_matrix_once_and_restores_to_the_bit() -> None:
 
 
 def heard(made: Attempt) -> HiddenTarget:
-    target = made.targets["main"]
+    target = made.target("main")
     assert isinstance(target, HiddenTarget)
     return target
 
@@ -223,7 +224,7 @@ def test_it_reads_the_response_at_its_own_offset(batch_tokens: int) -> None:
         problem = made.rollout.prompt.messages[0]["content"]
         content = with_attempts(problem, ["2+2=4"] * (n % 3), ["2+2=5"])
         asked.append((made, View(({"role": "system", "content": "x" * n}, {"role": "user", "content": content}))))
-    asyncio.run(teacher.score(asked, NOW))
+    asyncio.run(ask(teacher, *asked))
     for made, view in asked:
         spoken, target = made.rollout, heard(made)
         text = tokenizer.apply_chat_template(list(view.messages), tokenize=False, add_generation_prompt=True)
@@ -249,7 +250,7 @@ def test_padding_of_the_teachers_batch_changes_nothing(monkeypatch: pytest.Monke
 
         monkeypatch.setattr(in_process, "np", SimpleNamespace(zeros=filled, int64=np.int64, concatenate=np.concatenate))
         attempts = [Attempt(rollout(n, seed=n)) for n in (2, 9, 5)]
-        asyncio.run(own().score([(a, View(a.rollout.prompt.messages)) for a in attempts], NOW))
+        asyncio.run(ask(own(), *plainly(attempts)))
         states.append({str(i): heard(a).h_TH for i, a in enumerate(attempts)})
     assert same(*states)
 
@@ -275,7 +276,7 @@ def test_what_is_no_number_is_an_error_with_the_attempts_id(where: str) -> None:
         attempt.rollout = replace(attempt.rollout, tokens_T=tokens_T, prompt_tokens=np.array([20, 21]))
     first = 2 if where == "one token's embedding" else 1
     with pytest.raises(ModelError, match=rf"teachers\.main: its logits for prompt p{first}, sample \d are not numbers"):
-        asyncio.run(own(poisoned(where)).score([(a, View(a.rollout.prompt.messages)) for a in attempts], NOW))
+        asyncio.run(ask(own(poisoned(where)), *plainly(attempts)))
 
 
 def test_a_state_that_is_no_number_after_the_first_is_found_too() -> None:
@@ -284,13 +285,13 @@ def test_a_state_that_is_no_number_after_the_first_is_found_too() -> None:
     states = [torch.zeros(3, 32), torch.zeros(3, 32)]
     states[1][2, 5] = torch.inf
     with pytest.raises(ModelError, match="prompt p2, sample 0 are not numbers"):
-        own()._refuse_nan(attempts, states)
+        own()._refuse_nan([TeacherRequest(a.rollout, View(()), Wants()) for a in attempts], states)
 
 
 def test_a_context_too_long_is_refused_in_words() -> None:
     made = Attempt(rollout(100, seed=1))
     with pytest.raises(ModelError, match=r"take \d+ tokens, but its context holds 512.*shorten the teacher's context"):
-        asyncio.run(own().score([(made, View(({"role": "user", "content": "x" * 450},)))], NOW))
+        asyncio.run(ask(own(), (made, View(({"role": "user", "content": "x" * 450},)))))
 
 
 @pytest.mark.parametrize("objective", [Divergence(divergence="jsd", support="student", k=100), Divergence(divergence="jsd"), Divergence()])
@@ -303,7 +304,7 @@ def test_an_empty_wrapper_costs_nothing(objective: Any) -> None:
     for name in ("same", "told"):
         attempts = [Attempt(rollout(n, seed=n)) for n in (1, 8, 5)]
         views = [View(a.rollout.prompt.messages if name == "same" else ({"role": "user", "content": "the answer is 7"},)) for a in attempts]
-        asyncio.run(teacher.score(list(zip(attempts, views, strict=True)), NOW))
+        asyncio.run(ask(teacher, *zip(attempts, views, strict=True)))
         stats = asyncio.run(learner.step([attempts], [objective], NOW))
         largest = max(float(p.grad.abs().max()) for p in learner.trained.values() if p.grad is not None)
         found[name] = (abs(float(stats["loss"].value or 0)), largest)
@@ -315,7 +316,7 @@ def test_no_gradient_reaches_the_teacher() -> None:
     """Identity 5: not even where the loss runs through its head."""
     learner, teacher = tiny.learner(tiny.net(4)), own(tiny.net(1))
     made = Attempt(rollout(5, seed=1))
-    asyncio.run(teacher.score([(made, View(({"role": "user", "content": "told"},)))], NOW))
+    asyncio.run(ask(teacher, (made, View(({"role": "user", "content": "told"},)))))
     before = phi(teacher)
     asyncio.run(learner.step([[made]], [Divergence(divergence="jsd", support="student", k=3)], NOW))
     assert all(p.grad is None and not p.requires_grad for p in teacher.model.net.parameters())
@@ -451,8 +452,8 @@ def test_it_renders_as_the_sampler_does(tiny_run: Callable[..., Any], monkeypatc
     seen = []
     sequence = OwnTeacher._sequence
 
-    def spy(self: Any, attempt: Any, view: Any) -> Any:
-        found = sequence(self, attempt, view)
+    def spy(self: Any, request: Any) -> Any:
+        found = sequence(self, request)
         seen.append(character_tokenizer().decode(found[0][: found[1]]))
         return found
 

@@ -18,11 +18,12 @@ from reflux.evals.agreement import Agreement
 from reflux.reports.metrics import Heard, read_metrics
 from reflux.reports.page import write_report
 from reflux.reports.teachers import teachers_table
-from reflux.teachers.base import Teachers
-from reflux.types import Attempt, Draw, Group, Moment, Prompt, SampledTarget
+from reflux.teachers.collection import Teachers
+from reflux.types import Attempt, Draw, Group, Moment, Prompt, SampledTarget, TeacherAnswer
 
 CHAT = {"kind": "outside:Chat"}
 NOW = Moment(0, 0)
+STUB: Any = tiny.Stub()
 
 
 class Flat:
@@ -34,10 +35,9 @@ class Flat:
         self.gap = gap
         self.asked: list[str] = []
 
-    async def score(self, asked: Any, moment: Moment) -> None:
-        for attempt, _ in asked:
-            self.asked.append(attempt.rollout.prompt.id)
-            attempt.targets["main"] = SampledTarget(teacher="main", logp_T=attempt.rollout.logp_T - self.gap)
+    async def score(self, requests: Any) -> list[TeacherAnswer]:
+        self.asked += [request.rollout.prompt.id for request in requests]
+        return [TeacherAnswer(target=SampledTarget(teacher="main", logp_T=r.rollout.logp_T - self.gap)) for r in requests]
 
 
 def tables(**gaps: tuple[float, tuple[str, ...]]) -> tuple[Teachers, dict[str, Flat]]:
@@ -46,7 +46,7 @@ def tables(**gaps: tuple[float, tuple[str, ...]]) -> tuple[Teachers, dict[str, F
         name: (SimpleNamespace(context=Same(), routes=routes, as_="main", in_process=True), answers[name])
         for name, (_, routes) in gaps.items()
     }
-    return Teachers(opened), answers  # type: ignore[arg-type]
+    return Teachers(opened, STUB), answers  # type: ignore[arg-type]
 
 
 def group(route: str | None, number: int, size: int = 2) -> Group:
@@ -67,8 +67,8 @@ def test_each_prompt_asks_exactly_the_table_of_its_route() -> None:
     }
     for made in groups:
         for attempt in made:
-            table = attempt.notes["asked"]["main"]
-            gap = attempt.rollout.logp_T - attempt.targets["main"].logp_T  # type: ignore[union-attr]
+            table = attempt.answers["main"].table
+            gap = attempt.rollout.logp_T - attempt.target("main").logp_T  # type: ignore[union-attr]
             assert gap == pytest.approx({"plus": 0.5, "times": 2.0}[table])
     assert teachers.names == ["main"]
     assert [teachers.spoken(table) for table in ("plus", "times", "idle")] == ["main"] * 3
@@ -79,7 +79,7 @@ def test_a_prompt_of_a_route_that_nobody_serves_is_asked_of_nobody() -> None:
     groups = [group("div", 1), group(None, 2)]
     asyncio.run(teachers.score(groups, NOW))
     assert not any(one.asked for one in answers.values())
-    assert all(not attempt.targets and "asked" not in attempt.notes for made in groups for attempt in made)
+    assert all(not attempt.answers for made in groups for attempt in made)
 
 
 def unserved(teachers: Teachers, *groups: Group) -> str:
@@ -92,10 +92,10 @@ def test_a_prompt_that_none_of_those_who_teach_serves_is_refused_by_name() -> No
     """A task on the hub tells its routes only as its prompts come."""
     opened = tables(plus=(0.5, ("add",)), times=(2.0, ("mul",)))[0].opened
     assert "prompt div1 has the route 'div', but the teachers that objectives listen to serve only add, mul." in unserved(
-        Teachers(opened, {"main"}), group("add", 1), group("div", 1)
+        Teachers(opened, STUB, {"main"}), group("add", 1), group("div", 1)
     )
-    assert "prompt None2 has no route, but" in unserved(Teachers(opened, {"main"}), group(None, 2))
-    asyncio.run(Teachers(opened, {"main"}).score([group("add", 1), group("mul", 2), []], NOW))
+    assert "prompt None2 has no route, but" in unserved(Teachers(opened, STUB, {"main"}), group(None, 2))
+    asyncio.run(Teachers(opened, STUB, {"main"}).score([group("add", 1), group("mul", 2), []], NOW))
 
 
 def test_a_prompt_is_refused_only_where_nobody_teaches_it() -> None:
@@ -111,9 +111,9 @@ def test_a_prompt_is_refused_only_where_nobody_teaches_it() -> None:
         ({"main", "anchor"}, {"anchor": routed_other}),
         ({"anchor"}, {"anchor": other}),
     ):
-        asyncio.run(Teachers({"plus": plus, **others}, heard).score([div], NOW))  # type: ignore[dict-item]
+        asyncio.run(Teachers({"plus": plus, **others}, STUB, heard).score([div], NOW))  # type: ignore[dict-item]
     for heard in ({"main"}, {"main", "said"}):  # an anchor that no objective listens to teaches nobody
-        assert "serve only add." in unserved(Teachers({"plus": plus, "anchor": other}, heard), div)  # type: ignore[dict-item]
+        assert "serve only add." in unserved(Teachers({"plus": plus, "anchor": other}, STUB, heard), div)  # type: ignore[dict-item]
 
 
 def routed(teacher: str, student: str) -> dict[str, Any]:

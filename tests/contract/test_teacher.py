@@ -17,14 +17,15 @@ from reflux.assets.tokenizer import character_tokenizer
 from reflux.contexts.base import View
 from reflux.errors import DataError, ModelError
 from reflux.models import as_model
-from reflux.teachers.base import Teachers
+from reflux.teachers.collection import Teachers
 from reflux.teachers.local import Local
 from reflux.teachers.local_engine import LocalTeacher
-from reflux.types import Attempt, HiddenTarget, Moment, TopKTarget, Wants
-from tiny import Stub, attempt, rollout, same
+from reflux.types import Attempt, HiddenTarget, Moment, TeacherAnswer, TopKTarget, Wants
+from tiny import Stub, ask, attempt, rollout, same
 
 CHAT = {"kind": "outside:Chat"}
 NOW = Moment(0, 0)
+STUB: Any = Stub()
 
 
 def local(net: Any, wants: Wants = Wants(), **fields: Any) -> LocalTeacher:
@@ -33,7 +34,7 @@ def local(net: Any, wants: Wants = Wants(), **fields: Any) -> LocalTeacher:
 
 
 def score(teacher: LocalTeacher, attempts: list[Attempt], view: View | None = None) -> None:
-    asyncio.run(teacher.score([(a, view or View(a.rollout.prompt.messages)) for a in attempts], NOW))
+    asyncio.run(ask(teacher, *((a, view or View(a.rollout.prompt.messages)) for a in attempts)))
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 30, 10_000])
@@ -43,7 +44,7 @@ def test_the_teacher_says_what_its_model_says_along_the_students_tokens(batch_to
     teacher = local(net, Wants(logp=True), batch_tokens=batch_tokens)
     score(teacher, attempts)
     for made in attempts:
-        spoken, target = made.rollout, made.targets["main"]
+        spoken, target = made.rollout, made.target("main")
         ids = np.concatenate([spoken.prompt_tokens, spoken.tokens_T])
         with torch.no_grad():
             logp_TV = net(input_ids=torch.from_numpy(ids)[None]).logits[0, len(spoken.prompt_tokens) - 1 : -1].log_softmax(-1)
@@ -61,18 +62,18 @@ def test_log_probs_and_candidates_are_made_only_where_wanted() -> None:
     plain, asked = Attempt(replace(spoken, said=said)), Attempt(replace(spoken, said=said))
     score(local(tiny.net(2)), [plain])
     score(local(tiny.net(2), Wants(candidates=3, said=3)), [asked])
-    assert plain.targets["main"].logp_T is None
-    assert plain.candidates == {}
-    target = asked.targets["main"]
+    assert plain.target("main").logp_T is None
+    assert plain.answers["main"].candidates is None
+    target = asked.target("main")
     with torch.no_grad():
         logp_TV = target.head.logits(target.h_TH).log_softmax(-1)
-    np.testing.assert_allclose(asked.candidates["main"].logp_TK, logp_TV.gather(-1, torch.from_numpy(listed)), atol=1e-5)
-    np.testing.assert_allclose(asked.candidates["main"].logp_T, asked.targets["main"].logp_T)
+    np.testing.assert_allclose(asked.answers["main"].candidates.logp_TK, logp_TV.gather(-1, torch.from_numpy(listed)), atol=1e-5)
+    np.testing.assert_allclose(asked.answers["main"].candidates.logp_T, asked.target("main").logp_T)
     mixed = [Attempt(spoken), Attempt(replace(spoken, said=said))]  # an evaluation's attempt comes without a list
     score(local(tiny.net(2), Wants(candidates=3)), mixed)
-    assert mixed[0].candidates == {}
-    np.testing.assert_allclose(mixed[1].candidates["main"].logp_TK, asked.candidates["main"].logp_TK, atol=1e-5)
-    np.testing.assert_allclose(mixed[0].targets["main"].logp_T, asked.targets["main"].logp_T, atol=1e-6)
+    assert mixed[0].answers["main"].candidates is None
+    np.testing.assert_allclose(mixed[1].answers["main"].candidates.logp_TK, asked.answers["main"].candidates.logp_TK, atol=1e-5)
+    np.testing.assert_allclose(mixed[0].target("main").logp_T, asked.target("main").logp_T, atol=1e-6)
 
 
 def test_another_view_changes_the_prompt_and_never_the_answer() -> None:
@@ -84,7 +85,7 @@ def test_another_view_changes_the_prompt_and_never_the_answer() -> None:
     ids = np.concatenate([prompt, spoken.tokens_T])
     with torch.no_grad():
         logp_TV = net(input_ids=torch.from_numpy(ids)[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-    np.testing.assert_allclose(made.targets["main"].logp_T, logp_TV[range(4), spoken.tokens_T], atol=1e-4)
+    np.testing.assert_allclose(made.target("main").logp_T, logp_TV[range(4), spoken.tokens_T], atol=1e-4)
 
 
 def test_what_does_not_fit_the_teacher_is_refused_in_words() -> None:
@@ -105,10 +106,10 @@ class Counting:
     def __init__(self) -> None:
         self.asked: list[tuple[str, int]] = []
 
-    async def score(self, asked: Any, moment: Moment) -> None:
-        for made, _ in asked:
-            self.asked.append((made.rollout.prompt.id, made.rollout.sample))
-            made.targets["main"] = tiny.hidden(as_model(tiny.net(2), character_tokenizer()), made.rollout)
+    async def score(self, requests: Any) -> list[TeacherAnswer]:
+        self.asked += [(request.rollout.prompt.id, request.rollout.sample) for request in requests]
+        model = as_model(tiny.net(2), character_tokenizer())
+        return [TeacherAnswer(target=tiny.hidden(model, request.rollout)) for request in requests]
 
     def state(self) -> dict[str, Any]:
         return {"asked": len(self.asked)}
@@ -138,25 +139,25 @@ def table(context: Any, **fields: Any) -> Any:
 
 def test_scoring_is_idempotent_and_asks_again_only_where_the_context_changed() -> None:
     context, answers = Saying(), Counting()
-    teachers = Teachers({"main": (table(context), answers)})
+    teachers = Teachers({"main": (table(context), answers)}, STUB)
     group = [attempt(rollout(3, seed=1, sample=s)) for s in range(2)]
     for word, calls in (("a", 2), ("a", 2), ("b", 4), (None, 4), ("b", 4), ("a", 6)):
         context.word = word
         asyncio.run(teachers.score([group], NOW))
         assert len(answers.asked) == calls, word
-    assert "redone" in group[0].notes
+    assert group[0].answers["main"].previous is not None
 
 
 def test_empty_and_failed_attempts_are_not_asked() -> None:
     answers = Counting()
-    teachers = Teachers({"main": (table(Saying()), answers)})
+    teachers = Teachers({"main": (table(Saying()), answers)}, STUB)
     asyncio.run(teachers.score([[attempt(rollout(0)), attempt(rollout(3, finish="error"))], [attempt(rollout(2))], []], NOW))
     assert len(answers.asked) == 1
 
 
 def test_a_teacher_with_state_is_in_the_checkpoint_under_its_table() -> None:
     one, other = Counting(), Counting()
-    teachers = Teachers({"main": (table(Saying()), one), "second": (table(Saying()), other)})
+    teachers = Teachers({"main": (table(Saying()), one), "second": (table(Saying()), other)}, STUB)
     one.asked.append(("x", 0))
     assert teachers.state() == {"main/asked": 1, "second/asked": 0}
     teachers.load({"main/asked": 5, "second/asked": 6})

@@ -15,7 +15,6 @@ import outside
 import tiny
 from reflux import checks
 from reflux.config import RunConfig
-from reflux.contexts.base import View
 from reflux.credit.base import share_credit
 from reflux.kernels.cpu_decoder import cpu_decoder
 from reflux.learners.hf_engine import HFLearner
@@ -24,7 +23,7 @@ from reflux.samplers.decode import Ask, decode
 from reflux.samplers.noise import row_key
 from reflux.teachers.local_engine import LocalTeacher
 from reflux.types import Attempt, Moment, Prompt, TokenRollout
-from tiny import Stub, same
+from tiny import Stub, ask, plainly, same
 
 CHAT = {"kind": "outside:Chat"}
 SLOW = "outside:SlowLearner"
@@ -71,7 +70,7 @@ async def synchronous(cfg: RunConfig) -> dict[str, Any]:
             acting.net.load_state_dict(dict(learner.weights))
             groups = act(cfg, acting, prompts, step)
             by_id = sorted(groups, key=lambda group: group[0].rollout.prompt.id)  # in-process parts answer in the order of ids
-            await teacher.score([(attempt, View(attempt.rollout.prompt.messages)) for group in by_id for attempt in group], Moment(step, 0))
+            await ask(teacher, *plainly(attempt for group in by_id for attempt in group))
             share_credit(groups, cfg.credit, Moment(step, 0))
             await learner.step(groups, cfg.objectives, Moment(step, 0))
         return {name: value.clone() if hasattr(value, "clone") else value for name, value in learner.state().items()}
@@ -84,11 +83,11 @@ def act(cfg: RunConfig, model: Any, prompts: list[Prompt], step: int) -> list[li
     draw = cfg.draw(step)
     asks = [Ask(render.ids(p.messages), row_key(cfg.seed, "train", step, p.id, s, 0), draw.length) for p, s in rows]
     made = {}
-    for (prompt, sample), ask, turn in zip(rows, asks, decode(model, asks, draw, 0, cpu_decoder(model)), strict=True):
+    for (prompt, sample), one, turn in zip(rows, asks, decode(model, asks, draw, 0, cpu_decoder(model)), strict=True):
         made[prompt.id, sample] = Attempt(
             TokenRollout(
                 prompt=prompt, sample=sample, version=step, finish="stop" if turn.ended else "length",
-                mask_T=np.ones(len(turn.tokens), dtype=bool), logp_T=turn.logp_T, prompt_tokens=np.asarray(ask.ids),
+                mask_T=np.ones(len(turn.tokens), dtype=bool), logp_T=turn.logp_T, prompt_tokens=np.asarray(one.ids),
                 tokens_T=np.asarray(turn.tokens), text="", messages=prompt.messages,
             )
         )  # fmt: skip

@@ -96,7 +96,7 @@ def test_what_comes_after_the_prefix_changes_no_gradient() -> None:
     changed = attempt(rollout(9, seed=1), teacher)
     changed.rollout.tokens_T[4:] = 50
     changed.rollout.logp_T[4:] = -30.0
-    changed.targets["main"].h_TH[4:] = tiny.hidden(other, one.rollout).h_TH[4:]
+    changed.target("main").h_TH[4:] = tiny.hidden(other, one.rollout).h_TH[4:]
     learner = tiny.learner(tiny.net(1))
     results = []
     for entry in (one, changed):

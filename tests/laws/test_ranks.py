@@ -24,6 +24,7 @@ from reflux.assets.tokenizer import character_tokenizer
 from reflux.batch import plan
 from reflux.models import as_model
 from reflux.objectives.sampled_kl import SampledKL
+from reflux.types import TeacherAnswer
 from tiny import close
 
 SHARES = {
@@ -40,9 +41,11 @@ def worlds() -> tuple[Any, list[Any]]:
     student, teacher = tiny.net(1, layers=2).double(), as_model(tiny.net(2).double(), character_tokenizer())
     groups = batch(teacher)
     for attempt in (attempt for group in groups for attempt in group):
-        for name, target in attempt.targets.items():  # as a local teacher does where a baseline asks for it
+        for name, target in [
+            (name, answer.target) for name, answer in attempt.answers.items()
+        ]:  # as a local teacher does where a baseline asks for it
             logp_T = target.head.logp_of(target.h_TH, torch.from_numpy(attempt.rollout.tokens_T)).numpy()
-            attempt.targets[name] = dataclasses.replace(target, logp_T=logp_T)
+            attempt.answers[name] = TeacherAnswer(target=dataclasses.replace(target, logp_T=logp_T))
     return tiny.learner(student), groups
 
 

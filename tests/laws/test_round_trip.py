@@ -20,7 +20,7 @@ from reflux.files import append_lines, read_lines
 from reflux.parts import GROUPS, build, kinds, part, table_of
 from reflux.records import learned, read_attempt
 from reflux.schedules import SCHEDULES
-from reflux.types import Attempt, FlowRollout, Prompt, Reward, Rollout, Share, TokenRollout, VelocityTarget
+from reflux.types import Attempt, FlowRollout, Prompt, Reward, Rollout, Share, TeacherAnswer, TokenRollout, VelocityTarget
 from tiny import rollout
 
 SCHEDULED: dict[str, dict[str, Any]] = {
@@ -255,7 +255,7 @@ def test_a_refused_step_keeps_the_states_and_every_velocity(tmp_path: Path) -> N
     drawn = [Attempt(flow_rollout(steps)) for steps in (2, 3)]
     v_TD = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
     v_TD[-1] = np.nan
-    drawn[1].targets["main"] = VelocityTarget(teacher="main", v_TD=v_TD)
+    drawn[1].answers["main"] = TeacherAnswer(target=VelocityTarget(teacher="main", v_TD=v_TD))
     drawn[1].now = VelocityTarget(teacher="now", v_TD=-v_TD)
     path = tmp_path / "refused-step-1.jsonl"
     path.with_suffix(".npz").write_text("older")

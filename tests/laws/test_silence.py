@@ -24,7 +24,7 @@ from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.parts import kinds, part
-from reflux.types import Attempt, HiddenTarget, Moment, Reward, TokenRollout
+from reflux.types import Attempt, HiddenTarget, Moment, Reward, TeacherAnswer, TokenRollout
 from tiny import attempt, gradients, rollout, same
 
 TOKENS = 102
@@ -50,9 +50,9 @@ HEAD = Head(nn.Identity, TOKENS)  # "hidden states" that are the logits: product
 def groups(mute: float, silent_value: float) -> list[list[Attempt]]:
     """Two attempts; positions 1 and 4 of the first weigh `mute`, and there the teacher gives the sampled token logit `silent_value`."""
     first = attempt(rollout(6, seed=1), weight=[1, mute, 0.5, 1, mute, 1])
-    first.targets["main"] = logits_target(first.rollout, {1: silent_value, 4: silent_value})
+    first.answers["main"] = TeacherAnswer(target=logits_target(first.rollout, {1: silent_value, 4: silent_value}))
     second = attempt(rollout(4, seed=2))
-    second.targets["main"] = logits_target(second.rollout, {})
+    second.answers["main"] = TeacherAnswer(target=logits_target(second.rollout, {}))
     return [[first], [second]]
 
 
@@ -114,7 +114,7 @@ def test_siblings_that_failed_or_were_not_scored_leave_the_value_of_the_others(b
     for i in (0, 1, 3):
         target, tokens_T = logits_target(group[i].rollout, {}), torch.from_numpy(group[i].rollout.tokens_T)
         logp_T = target.h_TH.log_softmax(-1).gather(-1, tokens_T[:, None])[:, 0].numpy()
-        group[i].targets["main"] = dataclasses.replace(target, logp_T=logp_T)
+        group[i].answers["main"] = TeacherAnswer(target=dataclasses.replace(target, logp_T=logp_T))
     learner, objective = tiny.learner(tiny.net(1)), SampledKL(baseline=baseline)
     all_four, alone = (gradients(learner, [members], [objective]) for members in (group, group[:2]))
     assert same(all_four, alone)

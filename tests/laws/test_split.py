@@ -21,7 +21,7 @@ from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.types import Attempt, Group, TopKTarget
+from reflux.types import Attempt, Group, TeacherAnswer, TopKTarget
 from tiny import attempt, close, gradients, rollout
 
 TOKENS = 102
@@ -71,7 +71,7 @@ def crowd(teacher: Model, other: Model) -> list[Group]:
             said = TopKTarget(teacher="said", ids_TK=ids_TK, logp_TK=logp_TK, logp_T=spoken.logp_T)
             entry = attempt(dataclasses.replace(spoken, said=said), teacher)
             if (g + s) % 2:
-                entry.targets["b"] = tiny.hidden(other, spoken, "b")
+                entry.answers["b"] = TeacherAnswer(target=tiny.hidden(other, spoken, "b"))
             group.append(entry)
         groups.append(group)
     return groups
@@ -117,9 +117,11 @@ def test_chunks_of_rows_change_nothing(nets: tuple[Any, Model], name: str, monke
 def test_no_split_changes_the_rest_of_the_menu(nets: tuple[Any, Model], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = batch(nets[1])
     for entry in (entry for group in groups for entry in group):
-        for key, target in entry.targets.items():  # as a local teacher does where a group baseline asks for it
+        for key, target in [
+            (name, answer.target) for name, answer in entry.answers.items()
+        ]:  # as a local teacher does where a group baseline asks for it
             logp_T = target.head.logp_of(target.h_TH, torch.from_numpy(entry.rollout.tokens_T)).numpy()
-            entry.targets[key] = dataclasses.replace(target, logp_T=logp_T)
+            entry.answers[key] = TeacherAnswer(target=dataclasses.replace(target, logp_T=logp_T))
     whole = gradient(nets, MENU[name], groups, "kept", 1 << 20)
     close(whole, gradient(nets, MENU[name], groups, "kept", 1))
     monkeypatch.setattr(row_pass, "chunk_rows", lambda vocabulary, device, tables: 3)
@@ -192,7 +194,7 @@ def by_hand(nets: tuple[Any, Model], objectives: list[Any], groups: list[Group],
 def heard(objective: Any, entry: Attempt, objectives: list[Any]) -> bool:
     if isinstance(objective, NLL):
         return True
-    return bool(entry.shift_T.any()) if isinstance(objective, Outcome) else "main" in entry.targets
+    return bool(entry.shift_T.any()) if isinstance(objective, Outcome) else entry.target("main") is not None
 
 
 def logp(model: Any, entry: Attempt) -> torch.Tensor:

@@ -174,7 +174,7 @@ def test_left_out_attempts_give_exactly_no_gradient_and_stay_in_the_denominator(
     assert len(out) == 2
     muted, whole = group(), group()
     for i in out:
-        muted[i].targets.clear()  # they say nothing, and are counted
+        muted[i].answers.clear()  # they say nothing, and are counted
     found = gradients(learner, [balanced], [SampledKL()])
     assert same(found, gradients(learner, [muted], [SampledKL()]))
     assert not same(found, gradients(learner, [whole], [SampledKL()]))

@@ -20,7 +20,7 @@ from reflux.credit.prefix import Prefix
 from reflux.credit.release import Release
 from reflux.parts import kind_of
 from reflux.schedules import Linear, Steps
-from reflux.types import Attempt, Finish, Group, Moment, Prompt, Reward, SampledTarget, TokenRollout, TopKTarget
+from reflux.types import Attempt, Finish, Group, Moment, Prompt, Reward, SampledTarget, TeacherAnswer, TokenRollout, TopKTarget
 
 settings.register_profile("numbers", deadline=None, max_examples=60)
 settings.load_profile("numbers")
@@ -58,9 +58,10 @@ def heard(one: Attempt) -> Attempt:
     length = one.rollout.length
     logp_TK = np.full((length, 4), -1.4, dtype=np.float32)
     logp_TK[:1, 0] = -0.1
-    one.targets["main"] = SampledTarget(teacher="main", logp_T=np.full(length, -0.5, dtype=np.float32))
+    target = SampledTarget(teacher="main", logp_T=np.full(length, -0.5, dtype=np.float32))
     ids_TK = np.zeros((length, 4), dtype=np.int64)
-    one.candidates["main"] = TopKTarget(teacher="main", ids_TK=ids_TK, logp_TK=logp_TK, logp_T=np.zeros(length))
+    candidates = TopKTarget(teacher="main", ids_TK=ids_TK, logp_TK=logp_TK, logp_T=np.zeros(length))
+    one.answers["main"] = TeacherAnswer(target=target, candidates=candidates)
     return one
 
 

@@ -23,7 +23,7 @@ from reflux.credit.margin import DIRECTIONS, MODES, Margin, margin, margin_keep,
 from reflux.models import as_model
 from reflux.objectives.base import Rows
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.types import Attempt, Finish, Group, Moment, Prompt, Reward, Rollout, SampledTarget, Wants
+from reflux.types import Attempt, Finish, Group, Moment, Prompt, Reward, Rollout, SampledTarget, TeacherAnswer, Wants
 from tiny import close, gradients, same
 
 NOW = Moment(0, 0)
@@ -66,7 +66,7 @@ def attempt(
     made = Attempt(rollout, reward=Reward(reward) if judged else None)
     if ratio is not None:
         said_T = np.array([NAN if r is None else r for r in ratio]) + own_T
-        made.targets["main"] = SampledTarget(teacher="main", logp_T=said_T)
+        made.answers["main"] = TeacherAnswer(target=SampledTarget(teacher="main", logp_T=said_T))
     return made
 
 
@@ -273,7 +273,7 @@ def test_both_levels_give_the_mean_advantage_g_plus_s(direction: Any) -> None:
     group = [attempt([0.5, -0.7, 0.1], 1.0), attempt([0.3, 0.0], 0.0), attempt([-0.4, -0.2], 0.0), attempt([0.9], 1.0)]
     token, flat = (Margin(delta=1.0, direction=direction, level=level)(group, NOW) for level in ("token", "attempt"))
     for one, a, b in zip(group, token, flat, strict=True):
-        ratio_T = one.targets["main"].logp_T - one.rollout.logp_T  # type: ignore[union-attr]
+        ratio_T = one.target("main").logp_T - one.rollout.logp_T  # type: ignore[union-attr]
         with_a, with_b = ratio_T + a.shift_T, ratio_T + b.shift_T
         assert with_b == pytest.approx(np.full(len(ratio_T), with_a.mean()), abs=1e-6)
         assert np.diff(with_a) == pytest.approx(np.diff(ratio_T), abs=1e-6)
@@ -350,7 +350,7 @@ def test_what_it_asks_for() -> None:
 def test_it_speaks_of_the_teacher_it_names() -> None:
     group = [attempt([0.0], 1.0), attempt([0.0], 0.0)]
     for one, ratio in zip(group, (2.0, 0.0), strict=True):
-        one.targets["other"] = SampledTarget(teacher="other", logp_T=one.rollout.logp_T + ratio)
+        one.answers["other"] = TeacherAnswer(target=SampledTarget(teacher="other", logp_T=one.rollout.logp_T + ratio))
     assert shifts(Margin(teacher="other"), group) == [0.0, 0.0]
     assert shifts(Margin(teacher="nobody"), group) == [0.0, 0.0]
     assert shifts(Margin(), group) == pytest.approx([0.2, -0.2])
@@ -411,9 +411,11 @@ def whole_groups() -> list[Group]:
         for i, one in enumerate(group):
             one.reward = Reward(float(i % 2))
             if one.rollout.length:
-                target = one.targets["main"]
+                target = one.target("main")
                 tokens_T = torch.from_numpy(one.rollout.tokens_T)  # type: ignore[attr-defined]
-                one.targets["main"] = dataclasses.replace(target, logp_T=target.head.logp_of(target.h_TH, tokens_T).numpy())  # type: ignore
+                one.answers["main"] = TeacherAnswer(
+                    target=dataclasses.replace(target, logp_T=target.head.logp_of(target.h_TH, tokens_T).numpy())
+                )  # type: ignore
         batch.append(group)
     return batch
 

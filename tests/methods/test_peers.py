@@ -454,13 +454,13 @@ def run_settings(**more: Any) -> dict[str, Any]:
 
 def test_no_attempt_is_graded_by_a_reader_of_it(tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: what the teacher is asked about attempt i is the same whatever attempt i says. And what was shown is in the records."""
-    from reflux.teachers.base import Teachers
+    from reflux.teachers import collection
 
     asked: list[View] = []
-    missing = Teachers._missing
+    missing = collection._missing
 
-    def spy(self: Any, table: str, teacher: Any, group: Group, moment: Moment) -> Any:
-        found = missing(self, table, teacher, group, moment)
+    def spy(name: str, teacher: Any, group: Group, moment: Moment) -> Any:
+        found = missing(name, teacher, group, moment)
         for attempt, view in found:
             index = group.index(attempt)
             others = [*group]
@@ -472,7 +472,7 @@ def test_no_attempt_is_graded_by_a_reader_of_it(tiny_run: Callable[..., Any], mo
             asked.append(view)
         return found
 
-    monkeypatch.setattr(Teachers, "_missing", spy)
+    monkeypatch.setattr(collection, "_missing", spy)
     done = tiny_run("peers", **run_settings())
     assert asked
     metrics = done.rows("metrics")[0]

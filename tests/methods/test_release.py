@@ -23,7 +23,7 @@ from reflux.metrics import Quantiles
 from reflux.models import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.types import Attempt, HiddenTarget, Moment, Rollout, SampledTarget, Share, TopKTarget, Wants
+from reflux.types import Attempt, HiddenTarget, Moment, Rollout, SampledTarget, Share, TeacherAnswer, TopKTarget, Wants
 from tiny import gradients, rollout, same
 
 NOW = Moment(0, 0)
@@ -231,8 +231,9 @@ def scored(high: int, low: int, *, mask: Any = None, name: str = "main", k: int 
     logp_TK = np.asarray([HIGH] * high + [LOW] * low, dtype=np.float32).reshape(length, 4)
     if k > 4:
         logp_TK = np.concatenate([logp_TK, np.full((length, k - 4), -0.005)], axis=1)  # beyond the rule's own k
-    made.targets[name] = SampledTarget(teacher=name, logp_T=np.full(length, -1.0, dtype=np.float32))
-    made.candidates[name] = TopKTarget(teacher=name, ids_TK=np.zeros((length, k), dtype=np.int64), logp_TK=logp_TK, logp_T=np.zeros(length))
+    target = SampledTarget(teacher=name, logp_T=np.full(length, -1.0, dtype=np.float32))
+    listed = TopKTarget(teacher=name, ids_TK=np.zeros((length, k), dtype=np.int64), logp_TK=logp_TK, logp_T=np.zeros(length))
+    made.answers[name] = TeacherAnswer(target=target, candidates=listed)
     return made
 
 
@@ -286,7 +287,7 @@ def test_no_step_is_plain_distillation() -> None:
         assert "kept" not in share.notes
         assert share.detail["kept"] == len(share.detail["starts"])
     rising = scored(6, 14)
-    rising.candidates["main"].logp_TK[:] = rising.candidates["main"].logp_TK[::-1].copy()
+    rising.answers["main"].candidates.logp_TK[:] = rising.answers["main"].candidates.logp_TK[::-1].copy()
     assert shared(rising).factor_T == 1.0
     assert shared(scored(6, 14), min_gain=1e6).factor_T == 1.0
     assert shared(scored(6, 14), min_segments=11).factor_T == 1.0
@@ -317,14 +318,14 @@ def test_another_teacher_by_name() -> None:
 
 def test_what_cannot_be_read_is_refused_in_words() -> None:
     made = scored(6, 14)
-    made.candidates.clear()
+    made.answers["main"] = TeacherAnswer(target=made.target("main"))
     with pytest.raises(ValueError, match="prompt p0 came with its target alone"):
         shared(made)
     with pytest.raises(ValueError, match="the student's list of now for prompt p0"):
         shared(made, candidates="now")
     plain = made.rollout
     flow = Attempt(Rollout(prompt=plain.prompt, sample=0, version=0, finish="stop", mask_T=plain.mask_T, logp_T=plain.logp_T))
-    flow.targets["main"] = made.targets["main"]
+    flow.answers["main"] = TeacherAnswer(target=made.target("main"))
     with pytest.raises(ValueError, match="a flow rollout has none"):
         shared(flow)
 
@@ -371,10 +372,10 @@ def spoken(length: int, k: int = 4) -> tuple[Attempt, Any, Any]:
     listed = TopKTarget(teacher="now", ids_TK=top.indices.numpy(), logp_TK=top.values.numpy(), logp_T=np.zeros(length))
     made.now = listed
     made.rollout = dataclasses.replace(made.rollout, said=listed)
-    target = made.targets["main"]
+    target = made.target("main")
     assert isinstance(target, HiddenTarget)
     at = target.head.logp_at(target.h_TH, top.indices).numpy()
-    made.candidates["main"] = dataclasses.replace(listed, teacher="main", logp_TK=at)
+    made.answers["main"] = dataclasses.replace(made.answers["main"], candidates=dataclasses.replace(listed, teacher="main", logp_TK=at))
     return made, student, teacher
 
 
@@ -389,7 +390,7 @@ def test_candidates_of_now_are_those_of_then_where_nothing_has_changed() -> None
 
 def test_a_list_of_the_whole_vocabulary_says_what_hidden_states_say() -> None:
     made, _, _ = spoken(9)
-    target = made.targets["main"]
+    target = made.target("main")
     assert isinstance(target, HiddenTarget)
     logp_TV = target.head.logits(target.h_TH).log_softmax(-1).detach()
     order = torch.argsort(logp_TV, descending=True)
@@ -410,13 +411,13 @@ def test_released_positions_give_exactly_no_gradient(objective: Any) -> None:
     learner = tiny.learner(tiny.net(1), normalise="chosen")
     for changed in (False, True):
         made, _, _ = spoken(20)
-        candidates = made.candidates["main"].logp_TK
+        candidates = made.answers["main"].candidates.logp_TK
         candidates[:6], candidates[6:] = HIGH, LOW
         other = tiny.hidden(as_model(tiny.net(3), character_tokenizer()), made.rollout)  # type: ignore[arg-type]
         if changed:
             made.rollout.tokens_T[6:] = 50  # type: ignore[union-attr]
             made.rollout.logp_T[6:] = -30.0
-            made.targets["main"].h_TH[6:] = other.h_TH[6:]  # type: ignore[union-attr]
+            made.target("main").h_TH[6:] = other.h_TH[6:]  # type: ignore[union-attr]
         share_credit([[made]], {"release": Release(segments=2)}, NOW)
         assert np.flatnonzero(made.weight_T).tolist() == list(range(6))
         results.append(gradients(learner, [[made]], [objective]))

@@ -19,7 +19,7 @@ from reflux.types import Attempt, Draw, Group, Prompt, seed_of
 if TYPE_CHECKING:
     from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
-    from reflux.teachers.base import Teachers
+    from reflux.teachers.collection import Teachers
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Scorer:
             self.spent.ungraded += sum(verdict.value is None for verdict in verdicts)
             return _accuracy([verdict.value for verdict in verdicts])
         await teachers.score(groups, self.run.moment())
-        self.spent.taught += sum(_positions(attempt) for attempt in attempts if attempt.targets)
+        self.spent.taught += sum(_positions(attempt) for attempt in attempts if attempt.answers)
         gaps = [gap_T(attempt, self.scoring.teacher) for attempt in attempts]
         return -_mean([value for gap in gaps if gap is not None for value in gap[~np.isnan(gap)]])
 

@@ -98,7 +98,8 @@ class Release:
     def _listed(self, attempt: Attempt) -> np.ndarray:
         """The teacher's log-probs at the student's k likeliest tokens, [T, k]. Lists may be longer, where another part wants more."""
         if self.candidates == "said":
-            listed = attempt.candidates.get(self.teacher)
+            answer = attempt.answers.get(self.teacher)
+            listed = None if answer is None else answer.candidates
             if listed is None:
                 raise ValueError(
                     f"release needs what teacher '{self.teacher}' gives the student's {self.k} likeliest tokens, but prompt "

@@ -19,7 +19,8 @@ from reflux.objectives.velocity_kl import kl_weight
 from reflux.rundir import Run
 from reflux.samplers.drawn import flow_sampler
 from reflux.samplers.flow import step_logp, step_moments
-from reflux.types import Attempt, FlowRollout, Group, VelocityTarget
+from reflux.teachers.base import TeacherRequest
+from reflux.types import Attempt, FlowRollout, Group, Rollout, Target, VelocityTarget, Wants
 
 SHARES = {"cpu": 1e-4, "cuda": 0.02}  # s: float32 on both sides; float16 against bfloat16 autocast
 SIGMAS = 5.0
@@ -94,8 +95,9 @@ def _step_gap(rollout: FlowRollout, v_TD: np.ndarray, share: float) -> tuple[np.
 def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
     """A teacher that says what the student says anyway, or nothing at all, teaches nothing. What is not finite it refuses itself."""
     attempts = [attempt for group in groups for attempt in group]
-    silent = sum(name not in attempt.targets for attempt in attempts)
-    distances = [_distance(attempt, name, v_TD) for attempt, v_TD in learner.velocities(groups) if name in attempt.targets]
+    silent = sum(attempt.target(name) is None for attempt in attempts)
+    answered = ((attempt, attempt.target(name), v_TD) for attempt, v_TD in learner.velocities(groups))
+    distances = [_distance(attempt.rollout, target, v_TD) for attempt, target, v_TD in answered if target is not None]
     if silent:
         text = f"'{name}' said nothing about {silent} of {len(attempts)} attempts (their routes are not its own)"
         return Finding("warning", "teacher", text)
@@ -106,9 +108,9 @@ def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
     return Finding("ok", "teacher", f"'{name}' answers; its velocities are {apart:.1%} of their length away from the student's")
 
 
-def _distance(attempt: Attempt, name: str, v_TD: np.ndarray) -> float:
+def _distance(rollout: Rollout, target: Target | None, v_TD: np.ndarray) -> float:
     """Mean over the counted steps of |teacher's velocity - student's| / |student's|."""
-    target, rows_T = attempt.targets[name], attempt.rollout.mask_T
+    rows_T = rollout.mask_T
     assert isinstance(target, VelocityTarget)
     return float((np.linalg.norm(target.v_TD - v_TD, axis=1) / np.linalg.norm(v_TD, axis=1))[rows_T].mean())
 
@@ -121,10 +123,9 @@ async def at_home(run: Run, learner: Any, groups: Sequence[Group]) -> Finding:
     share = SHARES.get(learner.model.device.type, SHARES["cuda"])
     answers = FlowTeacher(Flow(run.cfg.learner.model), run, HOME, learner.model)
     attempts = [attempt for group in groups for attempt in group]
-    await answers.score([(attempt, View(attempt.rollout.prompt.messages)) for attempt in attempts], run.moment())
-    worst = max(_distance(attempt, HOME, v_TD) for attempt, v_TD in learner.velocities(groups))
-    for attempt in attempts:
-        del attempt.targets[HOME]
+    requests = [TeacherRequest(attempt.rollout, View(attempt.rollout.prompt.messages), Wants()) for attempt in attempts]
+    found = {id(attempt): answer.target for attempt, answer in zip(attempts, await answers.score(requests), strict=True)}
+    worst = max(_distance(attempt.rollout, found[id(attempt)], v_TD) for attempt, v_TD in learner.velocities(groups))
     text = f"the student as its own teacher is {worst:.1e} of its velocities away from itself (bound {share:g})"
     return Finding("ok" if worst <= share else "failed", "zero at home", text)
 

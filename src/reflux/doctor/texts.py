@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from reflux.config import RunConfig
+from reflux.contexts.base import View
 from reflux.doctor.finding import Finding
 from reflux.models import head_gap, load_tokenizer
 from reflux.rundir import Run
-from reflux.teachers.base import Teachers
+from reflux.teachers.base import TeacherRequest
 from reflux.teachers.own import Own
 from reflux.tokens import check_same_tokens, end_ids
-from reflux.types import Group, HiddenTarget, TokenRollout
+from reflux.types import Group, HiddenTarget, TokenRollout, Wants
 
 PARITY_NATS = {"cpu": 1e-3, "cuda": 0.1}  # float32 on both sides; bfloat16 autocast on one
 
@@ -86,7 +87,7 @@ def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
     spread, silent = [], 0
     attempts = [attempt for group in groups for attempt in group]
     for attempt in attempts:
-        target = attempt.targets.get(name)
+        target = attempt.target(name)
         silent += target is None
         if isinstance(target, HiddenTarget):
             logp_NV = target.head.logits(target.h_TH).float().log_softmax(-1)
@@ -113,10 +114,10 @@ async def at_home(run: Run, learner: Any, groups: Sequence[Group]) -> Finding:
     local = Local(run.cfg.learner.model, dtype="float32")
     worst = 0.0
     async with local.open(run, "home") as answers:
-        await Teachers({"home": (local, answers)}).score(groups, run.moment())
-        attempts = [attempt for group in groups for attempt in group if attempt.rollout.length]
-        for attempt, now_T in zip(attempts, logp(learner, groups), strict=True):
-            target, rollout = attempt.targets.pop("home"), attempt.rollout
+        rollouts = [attempt.rollout for group in groups for attempt in group if attempt.rollout.length]
+        found = await answers.score([TeacherRequest(rollout, View(rollout.prompt.messages), Wants()) for rollout in rollouts])
+        for rollout, answer, now_T in zip(rollouts, found, logp(learner, groups), strict=True):
+            target = answer.target
             assert isinstance(target, HiddenTarget)
             assert isinstance(rollout, TokenRollout)
             device = answers.model.device

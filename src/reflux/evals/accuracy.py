@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
     from reflux.tasks.grading import Verdict
-    from reflux.teachers.base import Teachers
+    from reflux.teachers.collection import Teachers
 
 HELD_OUT_SEED = 0  # the same problems in every run, whatever its seed
 Graded = list[tuple[Attempt, "Verdict"]]  # the attempts at one problem

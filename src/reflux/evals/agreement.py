@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from reflux.learners.base import OpenLearner
     from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
-    from reflux.teachers.base import Teachers
+    from reflux.teachers.collection import Teachers
 
 Found = tuple[Attempt, np.ndarray]  # an attempt the teacher scored, and how far apart they were at each position
 
@@ -75,7 +75,7 @@ class Agreement:
         tables = [table for table in teachers.opened if teachers.spoken(table) == self.teacher]
         if len(tables) < 2:
             return {}
-        heard = {table: [_chosen(gap) for attempt, gap in found if attempt.notes["asked"][self.teacher] == table] for table in tables}
+        heard = {table: [_chosen(gap) for attempt, gap in found if attempt.answers[self.teacher].table == table] for table in tables}
         return {"by_teacher": {table: {**_interval(gaps), "attempts": len(gaps)} for table, gaps in heard.items()}}
 
 
@@ -86,7 +86,7 @@ def gap_T(attempt: Attempt, teacher: str) -> np.ndarray | None:
     the teacher's head where they have not yet. Of a picture w |v_student - v_teacher|^2, >= 0, exact at the states that were drawn; None
     where its velocities were not recorded, or its noise level is 0.
     """
-    target = attempt.targets.get(teacher)
+    target = attempt.target(teacher)
     return next((gap(attempt.rollout, target) for kind, gap in _GAPS.items() if isinstance(attempt.rollout, kind)), None)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from reflux.learners.base import OpenLearner
     from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
-    from reflux.teachers.base import Teachers
+    from reflux.teachers.collection import Teachers
 
 
 class Eval(Protocol):

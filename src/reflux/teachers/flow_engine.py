@@ -12,28 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reflux.contexts.base import View
 from reflux.errors import ModelError
 from reflux.flows.shared import SharedBase
 from reflux.samplers.drawn import flow_sampler
 from reflux.samplers.flow import prompt_text
-from reflux.teachers.base import spoken_name
+from reflux.teachers.base import TeacherRequest, spoken_name
 from reflux.teachers.flow_fit import refuse_misfit
-from reflux.types import Attempt, FlowRollout, Moment, VelocityTarget
+from reflux.types import FlowRollout, TeacherAnswer, VelocityTarget
 
 if TYPE_CHECKING:
     from reflux.flows.model import FlowModel
     from reflux.rundir import Run
     from reflux.teachers.flow import Flow
 
-Asked = tuple[Attempt, View]
-
 
 @dataclass(frozen=True)
 class Rows:
     """The counted states of one attempt, and what it was told to draw."""
 
-    attempt: Attempt
+    place: int  # of its request
     rollout: FlowRollout
     text: str
     rows_N: np.ndarray  # positions, rising
@@ -61,17 +58,19 @@ class FlowTeacher:
         await run.off_loop(refuse_misfit, cfg, run, name)
         yield cls(cfg, run, name, await run.off_loop(_voice, cfg, run, name))
 
-    async def score(self, asked: Sequence[Asked], moment: Moment) -> None:
-        await self.run.off_loop(self._score, list(asked))
+    async def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherAnswer]:
+        return await self.run.off_loop(self._score, list(requests))
 
-    def _score(self, asked: list[Asked]) -> None:
+    def _score(self, requests: list[TeacherRequest]) -> list[TeacherAnswer]:
         started = time.perf_counter()
-        for alike in _alike([self._rows(attempt, view) for attempt, view in asked]):
-            self._answer(alike)
-        self.run.clock.add("teach", time.perf_counter() - started)
+        answers: dict[int, TeacherAnswer] = {}
+        for alike in _alike([self._rows(place, request) for place, request in enumerate(requests)]):
+            answers |= self._answers(alike)
+        seconds = (time.perf_counter() - started) / max(1, len(requests))
+        return [replace(answers[place], seconds=seconds) for place in range(len(requests))]
 
-    def _rows(self, attempt: Attempt, view: View) -> Rows:
-        rollout = attempt.rollout
+    def _rows(self, place: int, request: TeacherRequest) -> Rows:
+        rollout, view = request.rollout, request.view
         assert isinstance(rollout, FlowRollout)
         if view.spans:
             raise ModelError(f"teachers.{self.table}: this context replaces text inside an answer, and an image has none")
@@ -81,20 +80,22 @@ class FlowTeacher:
                 f"{rollout.guidance:g}: one guidance holds for student and teachers. Leave it out, or set both alike."
             )
         text = prompt_text(replace(rollout.prompt, messages=view.messages))
-        return Rows(attempt, rollout, text, np.flatnonzero(rollout.mask_T))
+        return Rows(place, rollout, text, np.flatnonzero(rollout.mask_T))
 
-    def _answer(self, alike: list[Rows]) -> None:
-        """All counted states of attempts with one guidance and one size, in calls of `batch_positions`."""
+    def _answers(self, alike: list[Rows]) -> dict[int, TeacherAnswer]:
+        """All counted states of attempts with one guidance and one size, in calls of `batch_positions`; the answers by place."""
         x_ND, t_N = (np.concatenate([getattr(rows, name) for rows in alike]) for name in ("x_ND", "t_N"))
         texts = [text for rows in alike for text in [rows.text] * len(rows.rows_N)]
         v_ND = self._velocities(x_ND, t_N, texts, alike[0].rollout.guidance)
         ends = np.cumsum([len(rows.rows_N) for rows in alike])
+        answers = {}
         for rows, v_RD in zip(alike, np.split(v_ND, ends[:-1]), strict=True):
             self._refuse_nan(rows, v_RD)
             v_TD = np.full((rows.rollout.length, x_ND.shape[1]), np.nan, dtype=np.float32)
             v_TD[rows.rows_N] = v_RD
-            rows.attempt.targets[self.name] = VelocityTarget(teacher=self.name, v_TD=v_TD)
-            rows.attempt.notes.setdefault("read", {})[self.name] = len(rows.rows_N)
+            target = VelocityTarget(teacher=self.name, v_TD=v_TD)
+            answers[rows.place] = TeacherAnswer(target=target, positions_read=len(rows.rows_N))
+        return answers
 
     @torch.inference_mode()
     def _velocities(self, x_ND: np.ndarray, t_N: np.ndarray, texts: list[str], guidance: float) -> np.ndarray:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from reflux.contexts.base import View
 from reflux.errors import ModelError
 from reflux.models import Model, parameter_count
-from reflux.teachers.base import Teacher, spoken_name
+from reflux.teachers.base import Teacher, TeacherRequest, spoken_name
 from reflux.tokens import Renderer
-from reflux.types import Attempt, HiddenTarget, Moment, TokenRollout, TopKTarget
+from reflux.types import HiddenTarget, TeacherAnswer, TokenRollout, TopKTarget
 
 if TYPE_CHECKING:
     from reflux.rundir import Run
-
-Asked = tuple[Attempt, View]
 
 
 class Batched(Teacher, Protocol):
@@ -43,22 +41,24 @@ class InProcess:
         """What the passes run under."""
         return nullcontext()
 
-    async def score(self, asked: Sequence[Asked], moment: Moment) -> None:
-        await self.run.off_loop(self._score, list(asked))
+    async def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherAnswer]:
+        return await self.run.off_loop(self._score, list(requests))
 
-    def _score(self, asked: list[Asked]) -> None:
+    def _score(self, requests: list[TeacherRequest]) -> list[TeacherAnswer]:
         started = time.perf_counter()
-        inputs = [self._sequence(attempt, view) for attempt, view in asked]
-        order = sorted(range(len(asked)), key=lambda i: -len(inputs[i][0]))
+        inputs = [self._sequence(request) for request in requests]
+        order = sorted(range(len(requests)), key=lambda i: -len(inputs[i][0]))
+        answers: dict[int, TeacherAnswer] = {}
         while order:
             count = max(1, self.batch_tokens // len(inputs[order[0]][0]))
             chunk, order = order[:count], order[count:]
-            self._read([asked[i][0] for i in chunk], [inputs[i] for i in chunk])
-        self.run.clock.add("teach", time.perf_counter() - started)
+            answers |= zip(chunk, self._read([requests[i] for i in chunk], [inputs[i] for i in chunk]), strict=True)
+        seconds = (time.perf_counter() - started) / max(1, len(requests))
+        return [replace(answers[i], seconds=seconds) for i in range(len(requests))]
 
-    def _sequence(self, attempt: Attempt, view: View) -> tuple[np.ndarray, int]:
+    def _sequence(self, request: TeacherRequest) -> tuple[np.ndarray, int]:
         """The teacher's ids without the last token (nothing is asked about what follows it), and where the response starts."""
-        rollout = attempt.rollout
+        rollout, view = request.rollout, request.view
         assert isinstance(rollout, TokenRollout)
         prompt = rollout.prompt_tokens
         if view.spans:
@@ -74,7 +74,7 @@ class InProcess:
         return sequence, len(prompt)
 
     @torch.inference_mode()
-    def _read(self, attempts: list[Attempt], inputs: list[tuple[np.ndarray, int]]) -> None:
+    def _read(self, requests: list[TeacherRequest], inputs: list[tuple[np.ndarray, int]]) -> list[TeacherAnswer]:
         width = max(len(sequence) for sequence, _ in inputs)
         ids_BL = np.zeros((len(inputs), width), dtype=np.int64)
         for row, (sequence, _) in zip(ids_BL, inputs, strict=True):
@@ -82,42 +82,42 @@ class InProcess:
         with self.precision():
             h_BLH = self.model.trunk(input_ids=torch.from_numpy(ids_BL).to(self.model.device), use_cache=False).last_hidden_state
         states = [h_LH[start - 1 : len(sequence)] for (sequence, start), h_LH in zip(inputs, h_BLH, strict=True)]
-        self._refuse_nan(attempts, states)
-        self._answer(attempts, states)
-        for attempt, (sequence, _) in zip(attempts, inputs, strict=True):
-            attempt.notes.setdefault("read", {})[self.name] = len(sequence) + 1  # the last token is counted, as everywhere
+        self._refuse_nan(requests, states)
+        read = [len(sequence) + 1 for sequence, _ in inputs]  # the last token is counted, as everywhere
+        return [replace(answer, positions_read=count) for answer, count in zip(self._answers(requests, states), read, strict=True)]
 
-    def _refuse_nan(self, attempts: list[Attempt], states: list[Tensor]) -> None:
+    def _refuse_nan(self, requests: list[TeacherRequest], states: list[Tensor]) -> None:
         """Finite states at every position, and log-probs of one row: a head that makes no number of one makes none of all."""
         bad = [index for index, h_TH in enumerate(states) if not h_TH.isfinite().all()]
         if not bad and self.model.head.logits(states[0][:1]).float().log_softmax(-1).isnan().any():
             bad = [0]
         for index in bad[:1]:
-            rollout = attempts[index].rollout
+            rollout = requests[index].rollout
             raise ModelError(
                 f"teachers.{self.name}: its logits for prompt {rollout.prompt.id}, sample {rollout.sample} are not numbers. Are its "
                 f"weights whole? In float16 large values overflow: use dtype bfloat16 or float32."
             )
 
-    def _answer(self, attempts: list[Attempt], states: list[Tensor]) -> None:
+    def _answers(self, requests: list[TeacherRequest], states: list[Tensor]) -> list[TeacherAnswer]:
         """Targets, and what is wanted at scoring time: one pass of all rows through the head.
 
         Only training attempts come with the student's list; an evaluation's have none, and get no candidates.
         """
-        wants = self.run.wants
-        listed = self._logp(attempts, states) if wants.logp or wants.candidates else [None] * len(states)
-        for attempt, h_TH, logp_TK in zip(attempts, states, listed, strict=True):
-            logp_T = None if logp_TK is None else logp_TK[:, 0]
-            said = attempt.rollout.said
-            if wants.candidates and isinstance(said, TopKTarget) and logp_TK is not None and logp_T is not None:
-                answer = TopKTarget(teacher=self.name, ids_TK=said.ids_TK, logp_TK=logp_TK[:, 1:], logp_T=logp_T)
-                attempt.candidates[self.name] = answer
-            h_TH = h_TH.to("cpu", copy=True)
-            attempt.targets[self.name] = HiddenTarget(teacher=self.name, h_TH=h_TH, head=self.model.head, logp_T=logp_T)
+        wanted = any(request.requirements.logp or request.requirements.candidates for request in requests)
+        listed = self._logp(requests, states) if wanted else [None] * len(states)
+        return [self._answer(*asked) for asked in zip(requests, states, listed, strict=True)]
 
-    def _logp(self, attempts: list[Attempt], states: list[Tensor]) -> list[np.ndarray]:
+    def _answer(self, request: TeacherRequest, h_TH: Tensor, logp_TK: np.ndarray | None) -> TeacherAnswer:
+        logp_T = None if logp_TK is None else logp_TK[:, 0]
+        target = HiddenTarget(teacher=self.name, h_TH=h_TH.to("cpu", copy=True), head=self.model.head, logp_T=logp_T)
+        ids_TK = _listed(request)
+        if ids_TK is None or logp_TK is None or logp_T is None:
+            return TeacherAnswer(target=target)
+        return TeacherAnswer(target=target, candidates=TopKTarget(teacher=self.name, ids_TK=ids_TK, logp_TK=logp_TK[:, 1:], logp_T=logp_T))
+
+    def _logp(self, requests: list[TeacherRequest], states: list[Tensor]) -> list[np.ndarray]:
         """Per attempt the log-probs of the sampled tokens [T, 1], and of what the student listed when it acted [T, 1 + K]."""
-        ids = [_asked_ids(attempt, bool(self.run.wants.candidates)) for attempt in attempts]
+        ids = [_asked_ids(request) for request in requests]
         widest = max(ids_TK.shape[1] for ids_TK in ids)
         padded = np.concatenate([np.pad(ids_TK, ((0, 0), (0, widest - ids_TK.shape[1])), mode="edge") for ids_TK in ids])
         logp_NK = self.model.head.logp_at(torch.cat(states), torch.from_numpy(padded).to(states[0].device))
@@ -126,9 +126,14 @@ class InProcess:
         return [rows[end - len(ids_TK) : end, : ids_TK.shape[1]] for end, ids_TK in zip(ends, ids, strict=True)]
 
 
-def _asked_ids(attempt: Attempt, candidates: bool) -> np.ndarray:
-    """The sampled tokens, then what the student listed when it acted, where that is wanted and known; [T, 1 or 1 + K]."""
-    rollout = attempt.rollout
-    assert isinstance(rollout, TokenRollout)
-    tokens_T1, said = rollout.tokens_T[:, None], rollout.said
-    return np.concatenate([tokens_T1, said.ids_TK], axis=1) if candidates and isinstance(said, TopKTarget) else tokens_T1
+def _listed(request: TeacherRequest) -> np.ndarray | None:
+    """What the student listed when it acted, [T, K], where the teacher is to answer at that."""
+    said = request.rollout.said
+    return said.ids_TK if request.requirements.candidates and isinstance(said, TopKTarget) else None
+
+
+def _asked_ids(request: TeacherRequest) -> np.ndarray:
+    """The sampled tokens, then what the student listed, where that is required and known; [T, 1 or 1 + K]."""
+    assert isinstance(request.rollout, TokenRollout)
+    tokens_T1, ids_TK = request.rollout.tokens_T[:, None], _listed(request)
+    return tokens_T1 if ids_TK is None else np.concatenate([tokens_T1, ids_TK], axis=1)

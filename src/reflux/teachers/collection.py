@@ -1,0 +1,139 @@
+"""All teachers of a run: contexts are built, what is missing is asked of all tables at once, and the answers are put on the attempts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from reflux.contexts.base import View
+from reflux.errors import DataError
+from reflux.gather import Gather
+from reflux.teachers.base import OpenTeacher, Teacher, TeacherRequest, spoken_name
+from reflux.together import together
+from reflux.types import Attempt, Group, Moment, Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from reflux.rundir import Run
+
+Tables = Mapping[str, tuple[Teacher, OpenTeacher]]
+
+
+class Teachers:
+    """All open teachers, by table. Scoring is idempotent: an attempt is asked about again only where its target is missing or its context
+    has changed since.
+
+    heard: the names that objectives listen to. DataError for a prompt of a route that none of them serves: no objective has a word on it.
+    (`checks` finds it beforehand where a task knows its routes.)
+    """
+
+    def __init__(self, opened: Tables, run: Run, heard: Collection[str] = ()):
+        self.opened, self.run = opened, run
+        self._served_routes = _routes([teacher for table, (teacher, _) in opened.items() if spoken_name(table, teacher) in heard])
+        self._batched = {table: pair for table, pair in opened.items() if pair[0].in_process}
+        self._served = {table: pair for table, pair in opened.items() if not pair[0].in_process}
+        self._gather: Gather[tuple[Group, Moment], None] = Gather(self._score_cohort)
+
+    async def score(self, groups: Sequence[Group], moment: Moment, cohort: int = 0) -> None:
+        """Ask every teacher about what it has not answered yet, or was asked in another context; all tables at once.
+
+        cohort: this call holds one of so many groups of `moment.step`; models in this process wait for the others and answer all of them in
+        one call, servers do not wait.
+        """
+        for prompt in (group[0].rollout.prompt for group in groups if group):
+            _refuse_unserved(prompt, self._served_routes)
+        here = self._score_in_cohort(groups, moment, cohort) if cohort > 1 else self._score(self._batched, groups, moment)
+        await together([self._score(self._served, groups, moment), here])
+
+    async def _score_in_cohort(self, groups: Sequence[Group], moment: Moment, cohort: int) -> None:
+        (group,) = groups
+        await self._gather.ask(moment.step, cohort, group[0].rollout.prompt.id, (group, moment))
+
+    async def _score_cohort(self, items: list[tuple[Group, Moment]]) -> list[None]:
+        await self._score(self._batched, [group for group, _ in items], items[0][1])
+        return [None] * len(items)
+
+    async def _score(self, tables: Tables, groups: Sequence[Group], moment: Moment) -> None:
+        await together(self._ask(table, *pair, groups, moment) for table, pair in tables.items())
+
+    async def _ask(self, table: str, teacher: Teacher, opened: OpenTeacher, groups: Sequence[Group], moment: Moment) -> None:
+        name = spoken_name(table, teacher)
+        asked = [pair for group in groups for pair in _missing(name, teacher, group, moment)]
+        if not asked:
+            return
+        answers = await opened.score([TeacherRequest(attempt.rollout, view, self.run.wants) for attempt, view in asked])
+        self.run.clock.add("teach", sum(answer.seconds for answer in answers))
+        for (attempt, view), answer in zip(asked, answers, strict=True):
+            asked_in = {"table": table, "context_hash": _hash(view), "context_notes": view.notes, "previous": _previous(attempt, name)}
+            attempt.answers = dict(sorted({**attempt.answers, name: replace(answer, **asked_in)}.items()))
+
+    async def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        for _, opened in self.opened.values():
+            await opened.publish(weights, version)
+
+    def spoken(self, table: str) -> str:
+        """The name a table answers under."""
+        return spoken_name(table, self.opened[table][0])
+
+    @property
+    def names(self) -> list[str]:
+        """The names teachers answer under, each once."""
+        return sorted({self.spoken(table) for table in self.opened})
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates a position costs all teachers together, for FLOP accounting: routed tables count by their mean."""
+        names: dict[str, list[int]] = {}
+        for table, (teacher, opened) in self.opened.items():
+            names.setdefault(spoken_name(table, teacher), []).append(opened.macs)
+        return sum(sum(counts) // len(counts) for counts in names.values())
+
+    def state(self) -> dict[str, Any]:
+        return {f"{table}/{key}": value for table, (_, opened) in self.opened.items() for key, value in opened.state().items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        for table, (_, opened) in self.opened.items():
+            prefix = f"{table}/"
+            opened.load({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+
+
+def _missing(name: str, teacher: Teacher, group: Group, moment: Moment) -> list[tuple[Attempt, View]]:
+    """Attempts of a group that a teacher has to be asked about, and what it is to see."""
+    if not group or (teacher.routes and group[0].rollout.prompt.route not in teacher.routes):
+        return []
+    asked = []
+    for attempt, view in zip(group, teacher.context(group, moment), strict=True):
+        if view is None or attempt.rollout.finish == "error" or not attempt.rollout.length:
+            continue
+        if attempt.target(name) is None or attempt.answers[name].context_hash != _hash(view):
+            asked.append((attempt, view))
+    return asked
+
+
+def _previous(attempt: Attempt, name: str) -> Any:
+    """The last target that this name gave: an answer without one does not make it forgotten."""
+    old = attempt.answers.get(name)
+    return None if old is None else old.target or old.previous
+
+
+def _routes(teachers: Sequence[Teacher]) -> frozenset[str] | None:
+    """What these serve together; None: every prompt (also where there are none: others than teachers teach then)."""
+    if not teachers or any(not teacher.routes for teacher in teachers):
+        return None
+    return frozenset(route for teacher in teachers for route in teacher.routes)
+
+
+def _refuse_unserved(prompt: Prompt, served: frozenset[str] | None) -> None:
+    if served is not None and prompt.route not in served:
+        raise DataError(
+            f"prompt {prompt.id} has {f'the route {prompt.route!r}' if prompt.route else 'no route'}, but the teachers that objectives "
+            f"listen to serve only {', '.join(sorted(served))}. Add that route to a table, or take `routes` away from one: it then answers "
+            f"every prompt."
+        )
+
+
+def _hash(view: View) -> str:
+    return hashlib.blake2b(repr((view.messages, sorted(view.spans.items()))).encode(), digest_size=8).hexdigest()

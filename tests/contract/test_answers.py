@@ -1,0 +1,302 @@
+"""What every teacher of the registry promises: one answer per request, in order, and nothing that it was given changes.
+
+And what `Teachers` makes of the answers: all tables are asked at once, and an attempt is asked about again only where it has to be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import pickle
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+import tiny_flow
+from reflux.assets.tokenizer import character_tokenizer
+from reflux.contexts.base import View
+from reflux.errors import ModelError
+from reflux.models import as_model
+from reflux.teachers import TEACHERS
+from reflux.teachers.base import TeacherRequest
+from reflux.teachers.collection import Teachers
+from reflux.teachers.flow import Flow
+from reflux.teachers.flow_engine import FlowTeacher
+from reflux.teachers.local import Local
+from reflux.teachers.local_engine import LocalTeacher
+from reflux.teachers.own import Own
+from reflux.teachers.own_engine import OwnTeacher
+from reflux.together import together
+from reflux.types import Attempt, Moment, Rollout, SampledTarget, TeacherAnswer, TopKTarget, Wants
+
+NOW = Moment(0, 0)
+WANTS = Wants(logp=True, candidates=2, said=2)
+
+
+def of_text(part: Any, opened: Any, *more: Any) -> Any:
+    model = as_model(tiny.net(2), character_tokenizer())
+    return opened(part, tiny.Stub(wants=WANTS), "main", model, *(made(model) for made in more))
+
+
+def of_pictures() -> FlowTeacher:
+    run: Any = tiny.Stub(SimpleNamespace(sampler=None), WANTS)
+    return FlowTeacher(Flow("m"), run, "main", tiny_flow.model(2))
+
+
+OPENED: dict[str, Callable[[], Any]] = {
+    "local": lambda: of_text(Local("m"), LocalTeacher),
+    "own": lambda: of_text(Own(), OwnTeacher, lambda model: model.renderer(None, {})),
+    "flow": of_pictures,
+}
+
+
+def listed(length: int) -> TopKTarget:
+    ids_TK = np.random.default_rng(length).integers(0, 102, (length, 2))
+    return TopKTarget(teacher="said", ids_TK=ids_TK, logp_TK=np.zeros((length, 2), np.float32), logp_T=np.zeros(length, np.float32))
+
+
+def rollouts(table: str) -> list[Rollout]:
+    """Of several lengths, the longest in the middle: a teacher that batches reorders them."""
+    if table == "flow":
+        return [tiny_flow.rollout(n, seed=n, guidance=1.0 + n % 2) for n in (2, 5, 3)]
+    return [dataclasses.replace(tiny.rollout(n, seed=n), said=listed(n) if n != 3 else None) for n in (2, 9, 3)]  # type: ignore[misc]
+
+
+def requests(table: str) -> list[TeacherRequest]:
+    return [TeacherRequest(rollout, View(rollout.prompt.messages, notes={"shown": 1.0}), WANTS) for rollout in rollouts(table)]
+
+
+def plain(value: Any) -> Any:
+    """Everything in a value as nested tuples of bytes and plain values, for comparison to the bit."""
+    if dataclasses.is_dataclass(value):
+        return (type(value).__name__, *(plain(getattr(value, field.name)) for field in dataclasses.fields(value)))
+    if isinstance(value, np.ndarray):
+        return (value.dtype.str, value.shape, value.tobytes())
+    if isinstance(value, torch.Tensor):
+        return plain(value.numpy())
+    if isinstance(value, dict):
+        return tuple((key, plain(one)) for key, one in sorted(value.items()))
+    return tuple(map(plain, value)) if isinstance(value, list | tuple) else value
+
+
+def untimed(answers: list[TeacherAnswer]) -> Any:
+    return plain([dataclasses.replace(answer, seconds=0.0) for answer in answers])
+
+
+@pytest.mark.parametrize("table", sorted(TEACHERS))
+def test_every_teacher_gives_one_answer_per_request_in_order_and_changes_nothing(table: str) -> None:
+    teacher, asked = OPENED[table](), requests(table)
+    before = plain(asked)
+    answers = asyncio.run(teacher.score(asked))
+    assert plain(asked) == before
+    assert len(answers) == len(asked)
+    for request, answer in zip(asked, answers, strict=True):
+        assert answer.target is not None
+        assert answer.target.teacher == "main"
+        assert answer.error is None
+        assert answer.positions_read > 0
+        assert answer.seconds > 0
+        (alone,) = asyncio.run(teacher.score([request]))
+        for name in ("h_TH", "v_TD", "logp_T"):
+            found, expected = (getattr(one.target, name, None) for one in (answer, alone))
+            assert (found is None) == (expected is None)
+            if found is not None:
+                np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=1e-4, atol=1e-4)
+        assert (answer.candidates is None) == (not isinstance(request.rollout.said, TopKTarget))
+
+
+@pytest.mark.parametrize("table", sorted(TEACHERS))
+def test_asked_twice_every_teacher_answers_the_same_to_the_bit(table: str) -> None:
+    teacher = OPENED[table]()
+    assert untimed(asyncio.run(teacher.score(requests(table)))) == untimed(asyncio.run(teacher.score(requests(table))))
+
+
+@pytest.mark.parametrize("table", sorted(TEACHERS))
+def test_attempts_get_their_answers_once(table: str) -> None:
+    """Asked again only where the context changed; what was shown, by whom and what came before are in the answer."""
+    teacher, told = OPENED[table](), [1.0]
+    calls: list[int] = []
+    score = teacher.score
+
+    async def counted(asked: Any) -> list[TeacherAnswer]:
+        calls.append(len(asked))
+        return await score(asked)
+
+    teacher.score = counted
+
+    def context(group: Any, moment: Moment) -> list[View]:
+        text = tiny_flow.TEXTS[int(told[0])]
+        return [View(({"role": "user", "content": text},), notes={"shown": told[0]}) for _ in group]
+
+    part = SimpleNamespace(context=context, routes=(), as_="main", in_process=True)
+    teachers = Teachers({"one": (part, teacher)}, teacher.run)  # type: ignore[dict-item]
+    groups = [[Attempt(rollout)] for rollout in rollouts(table)]
+    before = [plain(group[0].rollout) for group in groups]
+    asyncio.run(teachers.score(groups, NOW))
+    first = [group[0].answers["main"] for group in groups]
+    asyncio.run(teachers.score(groups, NOW))
+    assert [group[0].answers["main"] is answer for group, answer in zip(groups, first, strict=True)] == [True] * 3
+    told[0] = 2.0
+    asyncio.run(teachers.score(groups, NOW))
+    assert calls == [3, 3]
+    for group, old in zip(groups, first, strict=True):
+        new = group[0].answers["main"]
+        assert (old.table, old.context_notes, old.previous) == ("one", {"shown": 1.0}, None)
+        assert (new.table, new.context_notes) == ("one", {"shown": 2.0})
+        assert new.previous is old.target
+        assert new.context_hash != old.context_hash
+    assert [plain(group[0].rollout) for group in groups] == before
+
+
+# --- those that are elsewhere
+
+
+class Elsewhere:
+    """A teacher of another process: `meet` is awaited within each call."""
+
+    macs = 1
+
+    def __init__(self, meet: Callable[[], Any], answer: Callable[[Rollout], TeacherAnswer] | None = None):
+        self.meet, self.asked, self.answer = meet, 0, answer or self.sampled
+
+    def sampled(self, rollout: Rollout) -> TeacherAnswer:
+        return TeacherAnswer(target=SampledTarget(teacher="x", logp_T=rollout.logp_T - 1), positions_read=7, seconds=0.25)
+
+    async def score(self, asked: Any) -> list[TeacherAnswer]:
+        self.asked += len(asked)
+        await self.meet()
+        return [self.answer(request.rollout) for request in asked]
+
+
+def part(in_process: bool = False, as_: str | None = None) -> Any:
+    from reflux.contexts.same import Same
+
+    return SimpleNamespace(context=Same(), routes=(), as_=as_, in_process=in_process)
+
+
+def attempts(count: int = 2) -> list[list[Attempt]]:
+    return [[Attempt(tiny.rollout(3, seed=seed))] for seed in range(count)]
+
+
+@pytest.mark.parametrize("kinds", [(False, False), (True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("cohort", [0, 2])
+def test_tables_are_asked_at_once(kinds: tuple[bool, bool], cohort: int) -> None:
+    """Each waits for the other to have begun: asked one after the other, neither would ever answer."""
+
+    async def act() -> list[list[Attempt]]:
+        both = asyncio.Barrier(2)
+        first, second = Elsewhere(both.wait), Elsewhere(both.wait)
+        run: Any = tiny.Stub()
+        teachers = Teachers({"b": (part(kinds[0]), first), "a": (part(kinds[1]), second)}, run)  # type: ignore[dict-item]
+        groups = attempts()
+        async with asyncio.timeout(20):
+            if not cohort:
+                await teachers.score(groups, NOW)
+            elif kinds == (True, True):  # servers answer each group by itself, and a barrier of two would let two groups pass
+                await asyncio.gather(*(teachers.score([group], NOW, cohort) for group in groups))
+            else:
+                await teachers.score(groups[:1], NOW)
+                groups = groups[:1]
+        assert run.clock.take()["teach"] == 0.5 * len(groups)
+        return groups
+
+    for group in asyncio.run(act()):
+        assert list(group[0].answers) == ["a", "b"]
+
+
+def test_a_table_that_raises_ends_the_others_and_its_error_is_raised_as_it_is() -> None:
+    ended: list[str] = []
+
+    async def forever() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("forever")
+
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise ModelError("broken weights")
+
+    run: Any = tiny.Stub()
+    for kinds in ((False, False), (True, False), (False, True)):
+        tables = {"one": (part(kinds[0]), Elsewhere(forever)), "two": (part(kinds[1]), Elsewhere(fails))}
+
+        async def act(tables: Any = tables) -> None:
+            async with asyncio.timeout(20):
+                await Teachers(tables, run).score(attempts(), NOW)
+
+        with pytest.raises(ModelError, match="broken weights"):
+            asyncio.run(act())
+    assert ended == ["forever"] * 3
+
+
+def test_coroutines_together_keep_their_order_and_end_together() -> None:
+    async def later(value: int) -> int:
+        for _ in range(5 - value):
+            await asyncio.sleep(0)
+        return value
+
+    async def cancelled() -> int:
+        raise asyncio.CancelledError
+
+    async def act() -> None:
+        assert await together([later(1), later(4), later(2)]) == [1, 4, 2]
+        assert await together([]) == []
+        assert await together([later(3)]) == [3]
+        for work in ([cancelled(), asyncio.sleep(60, 0)], [asyncio.sleep(60, 0), cancelled()]):
+            with pytest.raises(asyncio.CancelledError):
+                async with asyncio.timeout(20):
+                    await together(work)
+
+    asyncio.run(act())
+
+
+def test_who_cannot_answer_says_why_is_counted_and_is_asked_again() -> None:
+    """No target: nothing is learnt from it. The target of before is not forgotten."""
+    from reflux.step_metrics import _answer_errors, _asked, _silent
+
+    async def at_once() -> None: ...
+
+    sentences = iter(["the server was busy", "the server was busy"])
+    teacher = Elsewhere(at_once)
+    teacher.answer = lambda rollout: (
+        TeacherAnswer(error=sentence) if rollout.prompt.id == "p1" and (sentence := next(sentences, "")) else teacher.sampled(rollout)
+    )
+    run: Any = tiny.Stub()
+    teachers = Teachers({"table": (part(as_="main"), teacher)}, run)  # type: ignore[dict-item]
+    groups = attempts()
+    made = [group[0] for group in groups]
+    asyncio.run(teachers.score(groups, NOW))
+    answer = made[1].answers["main"]
+    assert (answer.target, answer.error, answer.table) == (None, "the server was busy", "table")
+    assert made[1].target("main") is None
+    assert (_silent(made, teachers), _answer_errors(made, teachers)) == ({"main": 1}, {"table": 1})
+    assert {name: len(found) for name, found in _asked(made, teachers).items()} == {"table": 2}
+    asyncio.run(teachers.score(groups, NOW))
+    assert teacher.asked == 3
+    asyncio.run(teachers.score(groups, NOW))
+    assert teacher.asked == 4
+    assert made[1].target("main") is not None
+    assert (_silent(made, teachers), _answer_errors(made, teachers)) == ({"main": 0}, {"table": 0})
+    # it knew, then failed in another context, then knew again: freshness still has the first to compare with
+    known = made[1].answers["main"]
+    made[1].answers["main"] = TeacherAnswer(error="gone", previous=known.target)
+    asyncio.run(teachers.score(groups, NOW))
+    assert made[1].answers["main"].previous is known.target
+
+
+def test_answers_survive_a_pickle() -> None:
+    """Whoever answers in another process sends this."""
+    for table in ("flow",):
+        answers = asyncio.run(OPENED[table]().score(requests(table)))
+        assert plain(pickle.loads(pickle.dumps(answers))) == plain(answers)
+
+
+def test_the_metrics_of_a_run_count_answers_that_failed(tiny_run: Callable[..., Any]) -> None:
+    done = tiny_run("opd", steps=1)
+    assert done.rows("metrics")[0]["answer_errors"] == {"main": 0}
