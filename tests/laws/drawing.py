@@ -17,7 +17,7 @@ from reflux.batch import micro_batches, plan
 from reflux.kernels.head import Head
 from reflux.objectives.outcome import Outcome
 from reflux.token_loss import MicroBatch, backward
-from reflux.types import Attempt, Group, HiddenTarget, Prompt, Share, TokenRollout
+from reflux.types import Attempt, Group, HiddenTarget, Prompt, Share, TeacherAnswer, TokenRollout
 
 
 def drawn_from(logits: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -65,9 +65,8 @@ class Drawing:
             messages=(),
         )
         logp_T = self.world.teacher.log_softmax(-1)[places, sequence].numpy()
-        made = Attempt(
-            rollout, targets={"main": HiddenTarget(teacher="main", h_TH=self.world.teacher[places], head=self.head, logp_T=logp_T)}
-        )
+        target = HiddenTarget(teacher="main", h_TH=self.world.teacher[places], head=self.head, logp_T=logp_T)
+        made = Attempt(rollout, answers={"main": TeacherAnswer(target=target)})
         made.shares["drawn"] = Share(factor_T=weight, shift_T=shift)
         return made
 
