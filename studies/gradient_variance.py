@@ -32,11 +32,12 @@ from reflux.config import RunConfig, differences, from_table, merge, to_table
 from reflux.credit.base import share_credit
 from reflux.errors import ConfigError, RunError, Stopped
 from reflux.files import write_text
+from reflux.learning import observe
 from reflux.loop import Parts, open_parts
-from reflux.objectives.base import Objective
 from reflux.quiet import quiet_libraries
 from reflux.rundir import Options, Run
-from reflux.types import Group, Moment, Prompt, seed_of
+from reflux.step import StepRequest
+from reflux.types import Group, Prompt, seed_of
 
 UNCLIPPED = 1e30
 SEED = seed_of("gradient variance") % (1 << 31)  # dice and prompts that no run of a study has
@@ -78,7 +79,8 @@ async def draw_gradients(cfgs: Mapping[str, RunConfig], draws: int, weights: Map
             for m in range(draws):
                 groups = await attempts(run, parts, prompts, m)
                 for arm, cfg in cfgs.items():
-                    found[arm].append(await gradient(learner, groups, cfg.objectives, run.moment(m)))
+                    request = StepRequest(groups, cfg.objectives, run.moment(m), cfg.normalise)
+                    found[arm].append(await gradient(learner, request))
                 if run.stopping:
                     raise Stopped(f"stopped after draw {m + 1} of {draws}")
     return {arm: np.stack(gradients) for arm, gradients in found.items()}
@@ -91,15 +93,15 @@ async def attempts(run: Run, parts: Parts, prompts: Sequence[Prompt], m: int) ->
     groups = list(await asyncio.gather(*(sampler.sample(prompt, run.cfg.group_size, draw) for prompt in prompts)))
     await asyncio.gather(*(reward.score(group) for group in groups))
     await teachers.score(groups, run.moment(m))
-    await learner.observe(groups)
+    await observe(learner, groups)
     share_credit(groups, run.cfg.credit, run.moment(m))
     return groups
 
 
-async def gradient(learner: Any, groups: list[Group], objectives: Sequence[Objective], moment: Moment) -> np.ndarray:
+async def gradient(learner: Any, request: StepRequest) -> np.ndarray:
     """The gradient of all trained weights in one row, float32."""
     learner.optimiser.zero_grad(set_to_none=True)  # a batch with nothing to learn from leaves no gradient, not an old one
-    await learner.step(groups, objectives, moment)
+    await learner.step(request)
     gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in learner.trained.values()]
     return np.concatenate([part.detach().float().cpu().numpy().ravel() for part in gradients])
 

@@ -111,23 +111,19 @@ class OpenJump:
         self.cfg, self.run = cfg, run
         self.calls, self.first = 0, 0.0
 
-    def start(self, learner: Any) -> None:
-        self.first = float(sum(value.double().sum() for value in learner.weights.values()))
+    def start(self, access: Any) -> None:
+        self.first = float(sum(value.double().sum() for value in access.read(access.names).values()))
         HEARD.append(("start", self.first))
 
     def fires(self, completed_steps: int) -> bool:
         return completed_steps == self.cfg.at
 
-    async def after_step(self, learner: Any, score: Any, completed_steps: int) -> bool:
-        import torch
-
+    async def after_step(self, access: Any, score: Any, completed_steps: int) -> bool:
         self.calls += 1
         if not self.fires(completed_steps):
             return False
         before = await score()
-        with torch.no_grad():
-            for parameter in learner.trained.values():
-                parameter.mul_(1 + self.cfg.by)
+        access.write({name: value * (1 + self.cfg.by) for name, value in access.base(access.names).items()})
         HEARD.append(("jump", completed_steps, before, await score()))
         return True
 

@@ -22,6 +22,7 @@ from reflux.config import config_hash
 from reflux.errors import ConfigError, RunError
 from reflux.loop import train
 from reflux.rundir import Options
+from reflux.step import StepRequest
 from reflux.types import Attempt, Moment, TeacherAnswer
 
 STUDIES = Path(__file__).parents[1] / "studies"
@@ -362,7 +363,9 @@ def test_a_batch_with_nothing_to_learn_from_has_a_gradient_of_zero(still: Callab
     learner, objectives = tiny.learner(AutoModelForCausalLM.from_pretrained(student)), still(["exact"])["exact"].objectives
     word = tiny.as_model(AutoModelForCausalLM.from_pretrained(teacher), learner.run.tokenizer)
     groups = [[tiny.attempt(tiny.rollout(4), word)], [tiny.attempt(tiny.rollout(4, finish="error"), word)]]
-    something, nothing = (asyncio.run(gradient_variance.gradient(learner, [group], objectives, Moment(0, 0))) for group in groups)
+    something, nothing = (
+        asyncio.run(gradient_variance.gradient(learner, StepRequest([group], objectives, Moment(0, 0)))) for group in groups
+    )
     assert something.shape == nothing.shape == (learner.macs,)
     assert something.any()
     assert not nothing.any()
@@ -375,9 +378,9 @@ def test_the_variance_of_one_token_answers_is_that_of_the_enumeration(
     seen: list[Attempt] = []
     gradient = gradient_variance.gradient
 
-    async def watched(learner: Any, groups: Any, objectives: Any, moment: Any) -> np.ndarray:
-        seen.append(groups[0][0])
-        return await gradient(learner, groups, objectives, moment)
+    async def watched(learner: Any, request: StepRequest) -> np.ndarray:
+        seen.append(request.attempts[0])
+        return await gradient(learner, request)
 
     monkeypatch.setattr(gradient_variance, "gradient", watched)
     cfgs = still(["plain", "exact"], "prompts_per_step=1", "sampler.max_tokens=1")

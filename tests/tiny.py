@@ -18,8 +18,11 @@ from reflux.config import RunConfig, load_recipe
 from reflux.contexts.base import View
 from reflux.learners.hf import HF as HFLearnerPart
 from reflux.learners.hf_engine import HFLearner
+from reflux.learning import learn
+from reflux.metrics import Stats
 from reflux.models import Model, as_model
 from reflux.objectives.nll import NLL
+from reflux.step import StepRequest
 from reflux.teachers.base import TeacherRequest
 from reflux.teachers.local import Local
 from reflux.types import Attempt, Group, HiddenTarget, Moment, Prompt, Share, TeacherAnswer, TokenRollout, Wants
@@ -89,23 +92,25 @@ class Stub:
     def tokenizer(self) -> Any:
         return character_tokenizer()
 
-    def keep_refused(self, groups: Any, why: str) -> Path:
-        return Path("refused.jsonl")
-
 
 def learner(model: Any, **fields: Any) -> HFLearner:
     """An open learner without a run directory; its optimiser does not move, and gradients stay unclipped."""
     table = {"model": "tiny", "lr": 0.0, "clip": 1e12} | fields
-    normalise = table.pop("normalise", "kept")
     part = HFLearnerPart(**table)
-    cfg = RunConfig(task=None, sampler=None, learner=part, objectives=(NLL(),), normalise=normalise)
+    cfg = RunConfig(task=None, sampler=None, learner=part, objectives=(NLL(),))
     run: Any = Stub(cfg)
     return HFLearner(part, run, as_model(model, character_tokenizer()))
 
 
-def gradients(opened: HFLearner, groups: Sequence[Group], objectives: Sequence[Any]) -> dict[str, Tensor]:
+def move(opened: Any, groups: Sequence[Group], objectives: Sequence[Any], step: int = 0, normalise: str = "kept") -> Stats:
+    """One optimiser step as the loop makes it: what the learner found out is stored on the attempts."""
+    request = StepRequest(groups, objectives, Moment(step, 0), normalise)
+    return asyncio.run(learn(opened, request, lambda groups, why: Path("refused.jsonl"))).stats
+
+
+def gradients(opened: Any, groups: Sequence[Group], objectives: Sequence[Any], normalise: str = "kept") -> dict[str, Tensor]:
     """What one step leaves on the parameters."""
-    asyncio.run(opened.step(groups, objectives, Moment(0, 0)))
+    move(opened, groups, objectives, normalise=normalise)
     return {name: p.grad.clone() for name, p in opened.trained.items() if p.grad is not None}
 
 

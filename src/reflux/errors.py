@@ -1,5 +1,13 @@
 """The few exceptions of the library; each is also the standard exception it specialises."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from reflux.step import StepRecord
+
 
 class RefluxError(Exception):
     """Anything the user can act on. Its text says what to do."""
@@ -22,7 +30,15 @@ class RunError(RefluxError, FileExistsError):
 
 
 class StepRefused(RefluxError, ArithmeticError):
-    """A step whose loss or gradient is not finite. Nothing was changed; the batch is on disk for inspection."""
+    """A step whose loss or gradient is not finite. Nothing was changed.
+
+    why: the numbers, in a few words. records: what the step computed along each attempt (`step.StepRecord`), in order. The loop writes the
+    batch to a file and adds its path to the text.
+    """
+
+    def __init__(self, text: str, why: str = "", records: Sequence[StepRecord | None] = ()):
+        super().__init__(text)
+        self.why, self.records = why, records
 
 
 class Stopped(RefluxError):

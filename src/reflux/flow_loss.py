@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reflux.batch import Item
 from reflux.kernels.columns import Columns
-from reflux.loss import Packed
+from reflux.loss import Packed, Result, result_of
 from reflux.objectives.base import Objective
 from reflux.objectives.flow_says import VelocitySays
 from reflux.samplers.flow import prompt_text
@@ -52,20 +52,15 @@ class StepBatch(Packed):
         return VelocitySays(v_ND, self.x_ND, self.next_ND, self.t_N, self.dt_N, self.noise_level_N)
 
 
-def backward(batch: StepBatch, v_ND: Tensor, columns: Columns, rows: slice) -> Tensor:
-    """Costs of every objective where the student says v_ND, times their coefficients, driven backward; the loss, detached.
-
-    The batch's rows are `rows` of the columns.
-    """
-    own = Columns(len(v_ND))
+def backward(batch: StepBatch, v_ND: Tensor) -> Result:
+    """Costs of every objective where the student says v_ND, times their coefficients, driven backward."""
+    columns = Columns(len(v_ND))
     student = batch.says(v_ND)
-    loss = batch.costs(slice(None), student, batch.teachers, own)
+    loss = batch.costs(slice(None), student, batch.teachers, columns)
     if "main" in batch.teachers and batch.has_logp:
-        own.put("kl", slice(None), student.kl(batch.teachers["main"]))
+        columns.put("kl", slice(None), student.kl(batch.teachers["main"]))
     loss.backward()
-    for name, column_N in own.items():
-        columns.put(name, rows, column_N)
-    return loss.detach()
+    return result_of(loss.detach(), columns)
 
 
 def pieces(items: Sequence[Item], size: int) -> Iterator[list[Item]]:

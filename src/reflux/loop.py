@@ -11,12 +11,14 @@ from reflux.accelerators import base as accelerators
 from reflux.config import RunConfig
 from reflux.credit.base import share_credit
 from reflux.learners.base import OpenLearner
+from reflux.learning import learn, observe
 from reflux.models import prepare_torch
 from reflux.pipeline import Pipeline
 from reflux.rewards.base import NoReward, OpenReward
 from reflux.rundir import Options, Run
 from reflux.samplers.base import OpenSampler
 from reflux.signals import stopping_on_signals
+from reflux.step import StepRequest
 from reflux.teachers.collection import Teachers
 from reflux.types import Group, Prompt
 
@@ -61,16 +63,17 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
         async for groups in stream:
             moment = run.moment()
             await teachers.score(groups, moment)  # only what is missing, or whose context changed
-            await learner.observe(groups)  # what would the student say now? (only if wanted)
+            await observe(learner, groups)  # what would the student say now? (only if wanted)
             share_credit(groups, cfg.credit, moment)  # how much does each position count?
             if accelerator.fires(run.step + 1):
                 await stream.settle()  # in-flight attempts finish, none start
-            stats = await learner.step(groups, cfg.objectives, moment)  # the student moves
-            jumped = await accelerator.after_step(learner, score, run.step + 1)  # and may jump ahead along its path
+            request = StepRequest(groups, cfg.objectives, moment, cfg.normalise, cfg.log_variance)
+            result = await learn(learner, request, run.keep_refused)  # the student moves
+            jumped = await accelerator.after_step(learner.access, score, run.step + 1)  # and may jump ahead along its path
             await publish()  # everyone learns of it
             if jumped:
                 stream.refresh()  # ask again what is in flight
-            run.advance(stats, groups, learner, teachers)  # step += 1; metrics, lag, shares, costs
+            run.advance(result, groups, learner, teachers)  # step += 1; metrics, lag, shares, costs
             if run.due("eval"):
                 await stream.settle()  # an evaluation may lend the sampler averaged weights: no attempt is drawn with those
                 await run.evaluate(learner, sampler, teachers)

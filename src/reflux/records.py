@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from reflux import pictures
+from reflux.step import StepRecord
 from reflux.types import Attempt, FlowRollout, Message, Prompt, Reward, Rollout, TokenRollout
 
 _DIGITS = 5  # of a log-prob: far below any parity bound, a third of the file
@@ -43,12 +44,12 @@ def learned(attempt: Attempt, step: int) -> Line:
     """The line after the step: what the teachers gave what was chosen, and what each position counted."""
     rollout = attempt.rollout
     line: Line = {"kind": "learned", "step": step + 1, "prompt": rollout.prompt.id, "sample": rollout.sample}
-    logp = attempt.notes.get("logp", {})
-    line["teacher_logp"] = {name: _rounded(values) for name, values in logp.items() if name != "student"}
-    if "student" in logp:
-        line["student_logp"] = _rounded(logp["student"])
-    if "kl" in attempt.notes:
-        line["kl"] = _rounded(attempt.notes["kl"])
+    record = attempt.learned or StepRecord()
+    line["teacher_logp"] = {name: _rounded(values) for name, values in record.logp.items() if name != "student"}
+    if "student" in record.logp:
+        line["student_logp"] = _rounded(record.logp["student"])
+    if record.kl_T is not None:
+        line["kl"] = _rounded(record.kl_T)
     line["weight"] = _rounded(attempt.weight_T)
     if attempt.shift_T.any():
         line["shift"] = _rounded(attempt.shift_T)

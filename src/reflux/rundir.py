@@ -22,10 +22,10 @@ from reflux import checkpoints, checks, files, records, refused
 from reflux.clock import Clock
 from reflux.config import RunConfig, differences, to_table, to_toml
 from reflux.errors import RunError, Stopped
-from reflux.metrics import Metric
 from reflux.model_card import model_card
 from reflux.models import share_cores
 from reflux.once import Once
+from reflux.step import StepResult
 from reflux.step_metrics import Acted, step_metrics
 from reflux.tracking import Tracker, open_tracker
 from reflux.types import Group, Moment, Prompt, Wants
@@ -164,7 +164,7 @@ class Run:
     def restore(self, learner: OpenLearner, teachers: Teachers, accelerator: OpenAccelerator) -> None:
         """Every part takes up its state; on a fresh run the accelerator takes the start weights instead."""
         if not self.step:
-            accelerator.start(learner)
+            accelerator.start(learner.access)
             return
         states = checkpoints.load(self.dir / "checkpoints", self.step)
         learner.load(states["learner"])
@@ -176,9 +176,9 @@ class Run:
         self.landed[step] = self.landed.get(step, Acted()) + Acted.of(group)
         files.append_lines(self.dir / "attempts.jsonl", [records.arrived(attempt, step) for attempt in group])
 
-    def advance(self, stats: dict[str, Metric], groups: Sequence[Group], learner: OpenLearner, teachers: Teachers) -> None:
+    def advance(self, result: StepResult, groups: Sequence[Group], learner: OpenLearner, teachers: Teachers) -> None:
         """The step is done: count it, write its metrics and the attempts' second lines."""
-        metrics = step_metrics(self, stats, groups, learner, teachers)
+        metrics = step_metrics(self, result.stats, groups, learner, teachers)
         files.append_lines(self.dir / "attempts.jsonl", [records.learned(a, self.step) for group in groups for a in group])
         self.step += 1
         self.totals["tokens_sampled"] += metrics["tokens_sampled"]

@@ -117,7 +117,7 @@ def _answer_errors(attempts: list[Attempt], teachers: Teachers) -> dict[str, int
 
 def _kl(attempts: list[Attempt], name: str) -> Mean:
     """Mean of log p - log q over the positions learnt from, by the student of now: the sampled reverse KL, nats per token."""
-    known = [attempt.notes["logp"] for attempt in attempts if name in attempt.notes.get("logp", {})]
+    known = [attempt.learned.logp for attempt in attempts if attempt.learned and name in attempt.learned.logp]
     gaps = [logp["student"] - logp[name] for logp in known]
     return Mean.of(np.concatenate([gap[np.isfinite(gap)] for gap in gaps]) if gaps else [])
 

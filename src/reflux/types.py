@@ -25,6 +25,7 @@ from reflux.targets import HiddenTarget, SampledTarget, TopKTarget, VelocityTarg
 
 if TYPE_CHECKING:
     from reflux.metrics import Metric
+    from reflux.step import StepRecord
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant" | "tool", "content": text}
 Purpose = Literal["train", "eval", "score"]
@@ -209,6 +210,7 @@ class Attempt:
     reward: Reward | None = None
     answers: dict[str, TeacherAnswer] = field(default_factory=dict)  # by teacher name, in the order of names
     now: Target | None = None  # what the student would say now, along these tokens
+    learned: StepRecord | None = None  # what the step computed along it; None before the step, and where nothing was trained on
     shares: dict[str, Share] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 

@@ -196,11 +196,11 @@ def test_no_training_attempt_comes_from_a_candidate(
 
     def noted_go(self: Any, multiple: int) -> None:
         go(self, multiple)
-        tried.append(mark(self.learner.weights[name]))
+        tried.append(mark(self.access.read([name])[name]))
 
-    async def noted_after(self: Any, learner: Any, *rest: Any) -> bool:
-        jumped = await after(self, learner, *rest)
-        ended.append(mark(learner.weights[name]))
+    async def noted_after(self: Any, access: Any, *rest: Any) -> bool:
+        jumped = await after(self, access, *rest)
+        ended.append(mark(access.read([name])[name]))
         return jumped
 
     def noted_sample(self: Any, requests: Any) -> Any:

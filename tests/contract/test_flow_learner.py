@@ -29,16 +29,16 @@ from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.velocity_kl import VelocityKL, kl_weight
 from reflux.types import Attempt, Moment, Reward, TeacherAnswer, VelocityTarget, Wants
-from tiny import close, same
+from tiny import close, gradients, move, same
 
 MAIN, ANCHOR = VelocityKL(), VelocityKL(teacher="anchor", coef=0.25)
 TEACHER, OTHER = tiny_flow.model(2), tiny_flow.model(3)
 
 
-def opened(seed: int = 1, normalise: str = "kept", wants: Wants | None = None, **fields: Any) -> FlowLearner:
+def opened(seed: int = 1, wants: Wants | None = None, **fields: Any) -> FlowLearner:
     """A learner that stands still unless it is told otherwise; gradients stay unclipped."""
     part = Flow(**{"model": "tiny", "lr": 0.0, "clip": 1e12, "weight_decay": 0.0, **fields})
-    cfg = RunConfig(task=None, sampler=None, learner=part, objectives=(NLL(),), normalise=normalise)
+    cfg = RunConfig(task=None, sampler=None, learner=part, objectives=(NLL(),))
     run: Any = tiny.Stub(cfg, wants)
     return FlowLearner(part, run, tiny_flow.model(seed))
 
@@ -52,15 +52,6 @@ def batch(lengths: Sequence[int] = (4, 7, 5), drawn_by: Any = None, **fields: An
         attempt.answers["anchor"] = TeacherAnswer(target=tiny_flow.velocities(OTHER, attempt.rollout, "anchor"))
         groups.append([attempt])
     return groups
-
-
-def move(learner: FlowLearner, groups: Any, objectives: Sequence[Any], step: int = 0) -> Any:
-    return asyncio.run(learner.step(groups, objectives, Moment(step, 0)))
-
-
-def gradients(learner: FlowLearner, groups: Any, objectives: Sequence[Any]) -> dict[str, Tensor]:
-    move(learner, groups, objectives)
-    return {name: p.grad.clone() for name, p in learner.trained.items() if p.grad is not None}
 
 
 def by_definition(groups: list[list[Attempt]], coefs: dict[str, float], seed: int = 1) -> tuple[float, dict[str, Tensor]]:
@@ -102,7 +93,7 @@ def test_no_cut_of_the_batch_changes_the_gradient(size: int) -> None:
 def test_denominators_are_those_of_texts(normalise: str) -> None:
     groups = batch((4, 7))
     share_credit(groups, {"prefix": Prefix(length=3)}, Moment(0, 0))
-    found = gradients(opened(normalise=normalise), groups, [MAIN])
+    found = gradients(opened(), groups, [MAIN], normalise)
     parts = [by_definition([group], {"main": 1.0})[1] for group in groups]  # means over 3 steps each
     shares = [3 / 9, 3 / 9] if normalise == "chosen" else [3 / (2 * 3), 3 / (2 * 6)]
     close(found, {name: sum(share * part[name] for share, part in zip(shares, parts, strict=True)) for name in parts[0]}, 2e-4)
@@ -140,11 +131,11 @@ def test_rows_of_one_route_do_not_feel_the_teacher_of_another() -> None:
     learner = opened()
     groups = batch()
     move(learner, groups, [MAIN])
-    before = [attempt.notes["kl"] for (attempt,) in groups]
+    before = [attempt.learned.kl_T for (attempt,) in groups if attempt.learned]
     groups = batch()
     groups[1][0].target("main").v_TD[:] += 3.0  # type: ignore[union-attr]
     move(learner, groups, [MAIN])
-    after = [attempt.notes["kl"] for (attempt,) in groups]
+    after = [attempt.learned.kl_T for (attempt,) in groups if attempt.learned]
     assert [np.allclose(a, b, rtol=1e-5, equal_nan=True) for a, b in zip(before, after, strict=True)] == [True, False, True]
 
 
@@ -175,7 +166,7 @@ def test_the_verdicts_policy_gradient_is_that_of_the_drawn_steps() -> None:
             total = total - advantage * -((next_D - mean_D).square() / (2 * sigma**2 * -dt)).sum()
     (total / 9).backward()
     close(found, {name: p.grad for name, p in student.net.named_parameters() if p.grad is not None}, 1e-3)
-    gaps = [attempt.notes["logp"]["student"][:3] - attempt.rollout.logp_T[:3] for attempt in attempts]
+    gaps = [attempt.learned.logp["student"][:3] - attempt.rollout.logp_T[:3] for attempt in attempts]
     assert np.abs(gaps).max() < 1e-3  # law 11: the learner gives the drawn steps the sampler's log-densities
 
 
@@ -193,15 +184,14 @@ def test_a_step_that_is_not_finite_is_refused_and_nothing_has_changed(bad: float
 
 def test_the_student_of_now_is_observed_where_it_is_wanted() -> None:
     learner, groups = opened(wants=Wants(now_at_said=True)), batch()
-    asyncio.run(learner.observe(groups))
-    for (attempt,) in groups:
+    found = asyncio.run(learner.observe(groups))
+    for (attempt,), now in zip(groups, found, strict=True):
         expected = tiny_flow.velocities(tiny_flow.model(1), attempt.rollout, "now").v_TD
-        assert isinstance(attempt.now, VelocityTarget)
-        assert np.allclose(attempt.now.v_TD, expected, atol=1e-5, equal_nan=True)
-        assert np.isnan(attempt.now.v_TD[-1]).all()
-    silent, groups = opened(), batch()
-    asyncio.run(silent.observe(groups))
-    assert groups[0][0].now is None
+        assert isinstance(now, VelocityTarget)
+        assert np.allclose(now.v_TD, expected, atol=1e-5, equal_nan=True)
+        assert np.isnan(now.v_TD[-1]).all()
+        assert attempt.now is None
+    assert asyncio.run(opened().observe(groups)) == [None] * 3
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -266,12 +256,12 @@ def test_under_lora_adapters_alone_are_trained_and_the_export_is_merged(tmp_path
 
 def test_jumps_are_exact_and_undone_bit_for_bit() -> None:
     learner = opened()
-    names = [name for name in learner.names if "attn" in name]
-    places = learner.places(names)
-    learner.write({name: value + 0.5 for name, value in places.items()})
-    assert all(torch.equal(learner.read([name])[name], value + 0.5) for name, value in places.items())
-    learner.write(places)
-    assert same(learner.read(names), places)
+    names = [name for name in learner.access.names if "attn" in name]
+    base = learner.access.base(names)
+    learner.access.write({name: value + 0.5 for name, value in base.items()})
+    assert all(torch.equal(learner.access.read([name])[name], value + 0.5) for name, value in base.items())
+    learner.access.write(base)
+    assert same(learner.access.read(names), base)
 
 
 def test_plain_flow_matching_needs_no_density() -> None:

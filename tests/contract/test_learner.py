@@ -22,8 +22,7 @@ from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.schedules import Steps
-from reflux.types import Moment
-from tiny import attempt, close, gradients, rollout, same
+from tiny import attempt, close, gradients, move, rollout, same
 
 CHAT = {"kind": "outside:Chat"}
 
@@ -31,10 +30,6 @@ CHAT = {"kind": "outside:Chat"}
 def batch(lengths: tuple[int, ...] = (3, 8, 5)) -> list[list[Any]]:
     teacher = as_model(tiny.net(2), character_tokenizer())
     return [[attempt(rollout(n, seed=n), teacher)] for n in lengths]
-
-
-def move(learner: Any, groups: Any, objectives: Any, step: int = 0) -> Any:
-    return asyncio.run(learner.step(groups, objectives, Moment(step, 0)))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -217,16 +212,16 @@ def test_names_are_those_of_the_model_without_buffers() -> None:
     """Two names of one shared matrix are both there; adapters are not."""
     plain = list(dict(tiny.net(1).named_parameters(remove_duplicate=False)))
     assert "lm_head.weight" in plain
-    assert tiny.learner(tiny.net(1)).names == plain
-    assert tiny.learner(tiny.net(1), lora=Lora(rank=2)).names == plain
+    assert tiny.learner(tiny.net(1)).access.names == plain
+    assert tiny.learner(tiny.net(1), lora=Lora(rank=2)).access.names == plain
 
 
 @pytest.mark.parametrize("lora", [None, Lora(rank=2, alpha=8)])
 def test_what_is_read_is_a_copy_of_the_merged_weights(lora: Any) -> None:
     learner = tiny.learner(tiny.net(1), lr=0.05, lora=lora)
     move(learner, batch(), [Divergence()])
-    found, held = learner.read(learner.names), learner.places(learner.names)
-    assert same(found, {name: learner.weights[name] for name in learner.names})
+    found, held = learner.access.read(learner.access.names), learner.access.base(learner.access.names)
+    assert same(found, {name: learner.weights[name] for name in learner.access.names})
     assert all(value.dtype == torch.float32 and value.device.type == "cpu" for value in [*found.values(), *held.values()])
     before = {name: value.clone() for name, value in learner.weights.items()}
     for value in [*found.values(), *held.values()]:
@@ -235,19 +230,19 @@ def test_what_is_read_is_a_copy_of_the_merged_weights(lora: Any) -> None:
 
 
 @pytest.mark.parametrize("lora", [None, Lora(rank=2, alpha=8)])
-def test_places_go_back_bit_for_bit_and_plus_d_moves_the_full_weights_by_d(lora: Any) -> None:
+def test_bases_go_back_bit_for_bit_and_plus_d_moves_the_full_weights_by_d(lora: Any) -> None:
     learner = tiny.learner(tiny.net(1), lr=0.05, lora=lora)
     for step in range(2):
         move(learner, batch(), [Divergence()], step)
-    names = [name for name in learner.names if "mlp" in name or "embed" in name]
+    names = [name for name in learner.access.names if "mlp" in name or "embed" in name]
     before = {name: torch.as_tensor(value).clone() for name, value in learner.state().items()}
     weights = {name: value.clone() for name, value in learner.weights.items()}
-    places = learner.places(names)
-    learner.write({name: value + 0.5 for name, value in places.items()})
+    base = learner.access.base(names)
+    learner.access.write({name: value + 0.5 for name, value in base.items()})
     for name, value in learner.weights.items():
         torch.testing.assert_close(value, weights[name] + 0.5 * (name in (*names, "lm_head.weight")), rtol=1e-6, atol=1e-6)
     assert [name for name in learner.state() if name.startswith("base/")] == ([f"base/{name}" for name in sorted(names)] if lora else [])
-    learner.write(places)
+    learner.access.write(base)
     assert same(weights, dict(learner.weights))
     assert same(before, {name: value for name, value in learner.state().items() if not name.startswith("base/")})
     assert learner.version == 2
@@ -260,10 +255,11 @@ def test_weights_kept_too_narrow_are_neither_read_nor_written(dtype: torch.dtype
     del home._parameters["weight"]
     home.weight = torch.nn.Parameter(torch.zeros(48, 32, dtype=dtype), requires_grad=False)
     name = "model.layers.0.mlp.up_proj.weight"
-    for ask in (lambda: learner.read([name]), lambda: learner.places([name]), lambda: learner.write({name: torch.zeros(48, 32)})):
+    access = learner.access
+    for ask in (lambda: access.read([name]), lambda: access.base([name]), lambda: access.write({name: torch.zeros(48, 32)})):
         with pytest.raises(ModelError, match=f"{name} is kept in {str(dtype).split('.')[1]}.*float32 master weights"):
             ask()
-    assert learner.read(["model.norm.weight"]).keys() == {"model.norm.weight"}
+    assert access.read(["model.norm.weight"]).keys() == {"model.norm.weight"}
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4.0}])
@@ -310,11 +306,11 @@ def test_observe_gives_the_student_of_now(student: str, teacher: str) -> None:
     for wants, ids_TK in ((Wants(now_topk=3), logp_TV.topk(3).indices), (Wants(now_at_said=True, said=4), torch.from_numpy(listed))):
         made = attempt(replace(spoken, said=said) if wants.now_at_said else spoken)
         learner.run.wants = wants
-        asyncio.run(learner.observe([[made]]))
-        np.testing.assert_array_equal(made.now.ids_TK, ids_TK)
-        np.testing.assert_allclose(made.now.logp_TK, logp_TV.gather(-1, ids_TK), atol=1e-4)
-        np.testing.assert_allclose(made.now.logp_T, logp_TV[range(6), spoken.tokens_T], atol=1e-4)
+        failed, empty = attempt(rollout(3, finish="error")), attempt(rollout(0))
+        nothing, now, none = asyncio.run(learner.observe([[failed], [made, empty]]))
+        assert (nothing, none, made.now) == (None, None, None)
+        np.testing.assert_array_equal(now.ids_TK, ids_TK)
+        np.testing.assert_allclose(now.logp_TK, logp_TV.gather(-1, ids_TK), atol=1e-4)
+        np.testing.assert_allclose(now.logp_T, logp_TV[range(6), spoken.tokens_T], atol=1e-4)
     learner.run.wants = Wants()
-    silent = attempt(spoken)
-    asyncio.run(learner.observe([[silent]]))
-    assert silent.now is None
+    assert asyncio.run(learner.observe([[attempt(spoken)], [attempt(spoken)]])) == [None, None]

@@ -305,7 +305,7 @@ def test_an_empty_wrapper_costs_nothing(objective: Any) -> None:
         attempts = [Attempt(rollout(n, seed=n)) for n in (1, 8, 5)]
         views = [View(a.rollout.prompt.messages if name == "same" else ({"role": "user", "content": "the answer is 7"},)) for a in attempts]
         asyncio.run(ask(teacher, *zip(attempts, views, strict=True)))
-        stats = asyncio.run(learner.step([attempts], [objective], NOW))
+        stats = tiny.move(learner, [attempts], [objective])
         largest = max(float(p.grad.abs().max()) for p in learner.trained.values() if p.grad is not None)
         found[name] = (abs(float(stats["loss"].value or 0)), largest)
     assert max(found["same"]) < 2e-6
@@ -318,7 +318,7 @@ def test_no_gradient_reaches_the_teacher() -> None:
     made = Attempt(rollout(5, seed=1))
     asyncio.run(ask(teacher, (made, View(({"role": "user", "content": "told"},)))))
     before = phi(teacher)
-    asyncio.run(learner.step([[made]], [Divergence(divergence="jsd", support="student", k=3)], NOW))
+    tiny.move(learner, [[made]], [Divergence(divergence="jsd", support="student", k=3)])
     assert all(p.grad is None and not p.requires_grad for p in teacher.model.net.parameters())
     assert same(before, phi(teacher))
 

@@ -233,5 +233,5 @@ def test_padding_is_never_learnt(tmp_path: Path) -> None:
     from reflux.objectives.nll import NLL
 
     learner = tiny.learner(net, lr=0.1)
-    asyncio.run(learner.step([[attempt(rollout(5))]], [NLL()], NOW))
+    tiny.move(learner, [[attempt(rollout(5))]], [NLL()])
     assert same({"rows": before}, {"rows": net.get_input_embeddings().weight[102:].detach()})

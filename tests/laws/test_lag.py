@@ -21,6 +21,7 @@ from reflux.learners.hf_engine import HFLearner
 from reflux.models import load_model
 from reflux.samplers.decode import Ask, decode
 from reflux.samplers.noise import row_key
+from reflux.step import StepRequest
 from reflux.teachers.local_engine import LocalTeacher
 from reflux.types import Attempt, Moment, Prompt, TokenRollout
 from tiny import Stub, ask, plainly, same
@@ -72,7 +73,7 @@ async def synchronous(cfg: RunConfig) -> dict[str, Any]:
             by_id = sorted(groups, key=lambda group: group[0].rollout.prompt.id)  # in-process parts answer in the order of ids
             await ask(teacher, *plainly(attempt for group in by_id for attempt in group))
             share_credit(groups, cfg.credit, Moment(step, 0))
-            await learner.step(groups, cfg.objectives, Moment(step, 0))
+            await learner.step(StepRequest(groups, cfg.objectives, Moment(step, 0), cfg.normalise))
         return {name: value.clone() if hasattr(value, "clone") else value for name, value in learner.state().items()}
 
 

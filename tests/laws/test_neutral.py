@@ -77,8 +77,8 @@ def test_a_mask_is_a_cut_where_kept_positions_are_counted(objective: Any, length
     share_credit(whole, {"prefix": Prefix(length)}, Moment(0, 0))
     kept, chosen = sum(min(n, length) for n in (2, 7, 9)), 2 + 7 + 9
     for normalise, scale in (("kept", 1.0), ("chosen", kept / chosen)):
-        learner = tiny.learner(tiny.net(1).double(), normalise=normalise)
-        masked, short = gradients(learner, whole, [objective]), gradients(learner, cut, [objective])
+        learner = tiny.learner(tiny.net(1).double())
+        masked, short = (gradients(learner, groups, [objective], normalise) for groups in (whole, cut))
         close({name: gradient * scale for name, gradient in short.items()}, masked, rtol=1e-6)
 
 

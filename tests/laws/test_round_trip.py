@@ -20,6 +20,7 @@ from reflux.files import append_lines, read_lines
 from reflux.parts import GROUPS, build, kinds, part, table_of
 from reflux.records import learned, read_attempt
 from reflux.schedules import SCHEDULES
+from reflux.step import StepRecord
 from reflux.types import Attempt, FlowRollout, Prompt, Reward, Rollout, Share, TeacherAnswer, TokenRollout, VelocityTarget
 from tiny import rollout
 
@@ -291,12 +292,12 @@ def test_the_second_line_holds_teacher_weight_shift_and_notes(tiny_run: Callable
 def test_what_was_never_computed_is_null_and_not_a_number(tmp_path: Path) -> None:
     made = Attempt(rollout(3))
     made.shares["x"] = Share(factor_T=np.asarray([1.0, 0.0, 1.0], dtype=np.float32))
-    made.notes["logp"] = {"main": np.asarray([-1.0, np.nan, -2.0], dtype=np.float32)}
+    made.learned = StepRecord(logp={"main": np.asarray([-1.0, np.nan, -2.0], dtype=np.float32)})
     append_lines(tmp_path / "attempts.jsonl", [learned(made, 0)])
     (line,) = read_lines(tmp_path / "attempts.jsonl")
     assert line["teacher_logp"] == {"main": [-1.0, None, -2.0]}
     assert "kl" not in line
-    made.notes["kl"] = np.asarray([0.25, np.nan, 0.123456789], dtype=np.float32)
+    made.learned = StepRecord(kl_T=np.asarray([0.25, np.nan, 0.123456789], dtype=np.float32))
     assert learned(made, 0)["kl"].tolist() == pytest.approx([0.25, np.nan, 0.12346], nan_ok=True)
     assert line["weight"] == [1.0, 0.0, 1.0]
 

@@ -88,9 +88,9 @@ def test_a_missing_target_is_silent(normalise: str) -> None:
     """Under `kept` the silent attempt is not counted; under `rollout_means` it is one of R."""
     teacher = as_model(tiny.net(2), character_tokenizer())
     spoken = [attempt(rollout(n, seed=n), teacher) for n in (3, 5, 7)]
-    learner = tiny.learner(tiny.net(1), normalise=normalise)
-    alone = gradients(learner, [spoken], [Divergence()])
-    with_silent = gradients(learner, [spoken, [attempt(rollout(9, seed=9))]], [Divergence()])
+    learner = tiny.learner(tiny.net(1))
+    alone = gradients(learner, [spoken], [Divergence()], normalise)
+    with_silent = gradients(learner, [spoken, [attempt(rollout(9, seed=9))]], [Divergence()], normalise)
     scale = 1.0 if normalise == "kept" else 3 / 4
     for name, gradient in alone.items():
         torch.testing.assert_close(with_silent[name], gradient * scale, rtol=0, atol=1e-6 if scale != 1 else 0)
@@ -158,8 +158,8 @@ def test_empty_replies_and_errors_count_nowhere(normalise: str, finish: str) -> 
     teacher = as_model(tiny.net(2), character_tokenizer())
     spoken = [attempt(rollout(n, seed=n), teacher) for n in (3, 6)]
     nothing = attempt(rollout(0, seed=8)) if finish == "stop" else attempt(rollout(7, seed=8, finish="error"), teacher)
-    learner = tiny.learner(tiny.net(1), normalise=normalise)
-    assert same(*(gradients(learner, [spoken, extra], [Divergence(), NLL()]) for extra in ([], [nothing])))
+    learner = tiny.learner(tiny.net(1))
+    assert same(*(gradients(learner, [spoken, extra], [Divergence(), NLL()], normalise) for extra in ([], [nothing])))
 
 
 def test_an_attempt_that_chose_nothing_counts_nowhere() -> None:
@@ -167,8 +167,8 @@ def test_an_attempt_that_chose_nothing_counts_nowhere() -> None:
     spoken = [attempt(rollout(n, seed=n), teacher) for n in (3, 6)]
     heard = attempt(rollout(5, seed=3, mask=[False] * 5), teacher)
     for normalise in ("kept", "chosen", "rollout_means"):
-        learner = tiny.learner(tiny.net(1), normalise=normalise)
-        assert same(*(gradients(learner, [spoken, extra], [Divergence()]) for extra in ([], [heard])))
+        learner = tiny.learner(tiny.net(1))
+        assert same(*(gradients(learner, [spoken, extra], [Divergence()], normalise) for extra in ([], [heard])))
 
 
 @pytest.mark.parametrize("kind", sorted(kinds("credit")))

@@ -83,7 +83,7 @@ def nets() -> tuple[Any, Model]:
 
 
 def gradient(nets: tuple[Any, Model], objectives: list[Any], groups: list[Group], normalise: str, budget: int) -> dict[str, torch.Tensor]:
-    return gradients(tiny.learner(nets[0], normalise=normalise, micro_batch_tokens=budget), groups, objectives)
+    return gradients(tiny.learner(nets[0], micro_batch_tokens=budget), groups, objectives, normalise)
 
 
 @pytest.mark.parametrize("normalise", ["kept", "chosen", "rollout_means"])
@@ -148,14 +148,10 @@ def test_several_teachers_and_what_was_said_add_up(nets: tuple[Any, Model], monk
 
 
 def test_the_loss_that_is_reported_is_the_sum_over_micro_batches(nets: tuple[Any, Model]) -> None:
-    import asyncio
-
-    from reflux.types import Moment
-
     losses = []
     for tokens in (1, 1 << 20):
         learner = tiny.learner(nets[0], micro_batch_tokens=tokens)
-        stats = asyncio.run(learner.step(batch(nets[1]), SETS["together"], Moment(0, 0)))
+        stats = tiny.move(learner, batch(nets[1]), SETS["together"])
         losses.append([stats["loss"].value, stats["kl_nats"].value, stats["grad_norm"].value, stats["tokens_trained"].value])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
 

@@ -167,7 +167,7 @@ def test_left_out_attempts_give_exactly_no_gradient_and_stay_in_the_denominator(
             one.reward = Reward(value)
         return made
 
-    learner = tiny.learner(tiny.net(1), normalise="rollout_means")
+    learner = tiny.learner(tiny.net(1))
     balanced = group()
     share_credit([balanced], {"balance": Balance()}, NOW)
     out = [i for i, one in enumerate(balanced) if not one.weight_T.any()]
@@ -175,9 +175,9 @@ def test_left_out_attempts_give_exactly_no_gradient_and_stay_in_the_denominator(
     muted, whole = group(), group()
     for i in out:
         muted[i].answers.clear()  # they say nothing, and are counted
-    found = gradients(learner, [balanced], [SampledKL()])
-    assert same(found, gradients(learner, [muted], [SampledKL()]))
-    assert not same(found, gradients(learner, [whole], [SampledKL()]))
+    found = gradients(learner, [balanced], [SampledKL()], "rollout_means")
+    assert same(found, gradients(learner, [muted], [SampledKL()], "rollout_means"))
+    assert not same(found, gradients(learner, [whole], [SampledKL()], "rollout_means"))
 
 
 def test_a_run_balances_and_says_so(tiny_run: Callable[..., Any]) -> None:

@@ -26,7 +26,6 @@ from reflux.accelerators.score import Spent
 from reflux.errors import ConfigError, RefluxError, RunError
 from reflux.learners.hf import Lora
 from reflux.objectives.divergence import Divergence
-from reflux.types import Moment
 from tiny import same
 
 # --- when, and how far
@@ -82,10 +81,10 @@ class Line:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: self.values[name].clone() for name in names}
 
-    places = read
+    base = read
 
-    def write(self, places: Mapping[str, Tensor]) -> None:
-        for name, value in places.items():
+    def write(self, base: Mapping[str, Tensor]) -> None:
+        for name, value in base.items():
             self.values[name] = value.clone()
 
 
@@ -121,10 +120,10 @@ def scripted(learner: Line, scores: list[float]) -> tuple[Callable[..., Any], li
 def one_search(folder: Path, scores: list[float], **fields: Any) -> tuple[Line, list[tuple[float, int]], bool]:
     """One update from 1 to 1.25, then the search: candidates lie at 1.25 + m / 4."""
     learner, accelerator = Line(mlp__w=[1.0], other=[5.0]), opened(folder, **fields)
-    accelerator.start(learner)  # type: ignore[arg-type]
+    accelerator.start(learner)
     learner.write({"mlp.w": torch.tensor([1.25], dtype=torch.float64), "other": torch.tensor([6.0], dtype=torch.float64)})
     score, asked = scripted(learner, scores)
-    jumped = asyncio.run(accelerator.after_step(learner, score, 1))  # type: ignore[arg-type]
+    jumped = asyncio.run(accelerator.after_step(learner, score, 1))
     return learner, asked, jumped
 
 
@@ -157,10 +156,10 @@ def test_the_last_candidate_that_scored_better_is_kept(tmp_path: Path, scores: l
 
 def test_a_rejection_gives_back_every_bit_even_a_signed_zero(tmp_path: Path) -> None:
     accelerator, learner = opened(tmp_path), Line(mlp__w=[-1.0, 1.0])
-    accelerator.start(learner)  # type: ignore[arg-type]
+    accelerator.start(learner)
     learner.write({"mlp.w": torch.tensor([-0.0, 1.1], dtype=torch.float64)})
     before = learner.values["mlp.w"].numpy().tobytes()
-    assert not asyncio.run(accelerator.after_step(learner, scripted(learner, [0.5, 0.1])[0], 1))  # type: ignore[arg-type]
+    assert not asyncio.run(accelerator.after_step(learner, scripted(learner, [0.5, 0.1])[0], 1))
     assert learner.values["mlp.w"].numpy().tobytes() == before
 
 
@@ -171,9 +170,9 @@ def test_ties_pass_where_not_worse_is_enough(tmp_path: Path) -> None:
 
 def test_a_score_that_is_not_finite_rejects_a_candidate_and_is_reported(tmp_path: Path) -> None:
     accelerator, learner = opened(tmp_path, accept="not_worse"), Line(mlp__w=[1.0])
-    accelerator.start(learner)  # type: ignore[arg-type]
+    accelerator.start(learner)
     learner.values["mlp.w"] += 1
-    asyncio.run(accelerator.after_step(learner, scripted(learner, [0.5, 0.6, math.nan])[0], 2))  # type: ignore[arg-type]
+    asyncio.run(accelerator.after_step(learner, scripted(learner, [0.5, 0.6, math.nan])[0], 2))
     assert accelerator.run.watch.texts == ["step 2: the jump by 4 displacements was rejected, its score is nan"]  # type: ignore[attr-defined]
     assert searches(tmp_path)[0]["tried"][1]["score"] is None
 
@@ -186,18 +185,18 @@ def test_weights_of_now_without_a_finite_score_are_an_error(tmp_path: Path, bad:
 
 def test_no_displacement_no_search(tmp_path: Path) -> None:
     accelerator, learner = opened(tmp_path), Line(mlp__w=[1.0])
-    accelerator.start(learner)  # type: ignore[arg-type]
-    assert not asyncio.run(accelerator.after_step(learner, scripted(learner, [])[0], 1))  # type: ignore[arg-type]
+    accelerator.start(learner)
+    assert not asyncio.run(accelerator.after_step(learner, scripted(learner, [])[0], 1))
     assert [(row["delta_norm"], row["here"], row["tried"]) for row in searches(tmp_path)] == [(0.0, None, [])]
 
 
 def test_between_its_steps_nothing_is_read_scored_or_written(tmp_path: Path) -> None:
     accelerator, learner = opened(tmp_path), Line(mlp__w=[1.0])
-    accelerator.start(learner)  # type: ignore[arg-type]
+    accelerator.start(learner)
     learner.read = None  # type: ignore[assignment,method-assign]
     for step in (0, 3, 5, 6, 7, 9):
         assert not accelerator.fires(step)
-        assert not asyncio.run(accelerator.after_step(learner, None, step))  # type: ignore[arg-type]
+        assert not asyncio.run(accelerator.after_step(learner, None, step))
     assert not any(opened(tmp_path, tries=0).fires(step) for step in range(20))
     assert list(tmp_path.iterdir()) == []
 
@@ -248,9 +247,9 @@ def test_with_one_eigenvalue_candidate_k_is_accepted_iff_eta_lambda_is_below_one
     """pull = eta lambda: all five below 0.1, none from 0.5 up."""
     a, b, eta = np.eye(3) * 4.0, np.asarray([1.0, -2.0, 0.5]), pull / 4.0
     learner, accelerator = Line(mlp__w=[0.0, 0.0, 0.0]), opened(tmp_path)
-    accelerator.start(learner)  # type: ignore[arg-type]
+    accelerator.start(learner)
     descend(learner, a, b, eta)
-    asyncio.run(accelerator.after_step(learner, exact_score(learner, a, b), 1))  # type: ignore[arg-type]
+    asyncio.run(accelerator.after_step(learner, exact_score(learner, a, b), 1))
     accepted = 2 * sum(pull < 1 / (2 * k) for k in range(1, 6))
     assert searches(tmp_path)[0]["accepted"] == accepted
     np.testing.assert_allclose(learner.values["mlp.w"].numpy(), (1 + accepted) * eta * b, rtol=1e-12)
@@ -263,7 +262,7 @@ def test_displacements_are_trainings_alone(tmp_path: Path) -> None:
     lam, b, eta = np.asarray([0.2, 1.0, 3.0, 7.0]), dice.normal(size=4), 0.02
     a = u @ np.diag(lam) @ u.T
     learner, accelerator = Line(mlp__w=[0.0] * 4), opened(tmp_path)
-    accelerator.start(learner)  # type: ignore[arg-type]
+    accelerator.start(learner)
     start, since = np.zeros(4), 0  # where the last search ended, and the steps since
     for step in range(1, 9):
         descend(learner, a, b, eta)
@@ -271,7 +270,7 @@ def test_displacements_are_trainings_alone(tmp_path: Path) -> None:
         # from any point d0: d_s = d0 + sum_i [1 - (1 - eta lam_i)^s] / lam_i <b - A d0, u_i> u_i
         delta = u @ ((1 - (1 - eta * lam) ** since) / lam * (u.T @ (b - a @ start)))
         np.testing.assert_allclose(learner.values["mlp.w"].numpy(), start + delta, rtol=1e-9)
-        asyncio.run(accelerator.after_step(learner, exact_score(learner, a, b), step))  # type: ignore[arg-type]
+        asyncio.run(accelerator.after_step(learner, exact_score(learner, a, b), step))
         if fires(step):
             row = searches(tmp_path)[-1]
             assert row["delta_norm"] == pytest.approx(float(np.linalg.norm(delta)), rel=1e-9)
@@ -296,8 +295,8 @@ def batch() -> list[list[Any]]:
 def stepped(folder: Path, scores: list[float], lora: Lora | None = None) -> tuple[Any, OpenExtrapolate, dict[str, Any], dict[str, Tensor]]:
     """(learner, accelerator, its state, its weights) after one optimiser step; then the search is run with these scores."""
     learner, accelerator = tiny.learner(tiny.net(1), lr=0.05, lora=lora), opened(folder)
-    accelerator.start(learner)
-    asyncio.run(learner.step(batch(), [Divergence()], Moment(0, 0)))
+    accelerator.start(learner.access)
+    tiny.move(learner, batch(), [Divergence()])
     state = {name: torch.as_tensor(value).clone() for name, value in learner.state().items()}
     weights = {name: value.clone() for name, value in learner.weights.items()}
     given = iter(scores)
@@ -305,7 +304,7 @@ def stepped(folder: Path, scores: list[float], lora: Lora | None = None) -> tupl
     async def score(dice: int = 0) -> float:
         return next(given)
 
-    asyncio.run(accelerator.after_step(learner, score, 1))
+    asyncio.run(accelerator.after_step(learner.access, score, 1))
     return learner, accelerator, state, weights
 
 
@@ -321,7 +320,7 @@ def test_a_jump_adds_a_multiple_of_the_full_weights_displacement(tmp_path: Path,
     """With adapters by product: their factors stay, the frozen base takes it. Nothing else moves, not even the optimiser."""
     learner, accelerator, state, weights = stepped(tmp_path, [0.5, 0.6, 0.7, 0.1], lora)
     start, after = tiny.net(1).state_dict(), dict(learner.weights)
-    names = set(moved(learner.names, Extrapolate().include))
+    names = set(moved(learner.access.names, Extrapolate().include))
     assert len(names) == 7
     far = 0.0
     for name, here in weights.items():
@@ -349,21 +348,21 @@ def test_a_learner_takes_up_moved_bases_and_exports_them(tmp_path: Path) -> None
     assert same(again.state(), learner.state())
     for groups in (batch(),):
         for one in (learner, again):
-            asyncio.run(one.step(groups, [Divergence()], Moment(1, 0)))
+            tiny.move(one, groups, [Divergence()], step=1)
     assert same(dict(again.weights), dict(learner.weights))
     learner.export(tmp_path / "student")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student").state_dict()
-    assert same({name: loaded[name] for name in learner.names}, {name: learner.weights[name] for name in learner.names})
+    assert same({name: loaded[name] for name in learner.access.names}, {name: learner.weights[name] for name in learner.access.names})
 
 
 def test_names_that_match_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"include = \['attnn'\] matches no parameter of tiny.*model\.embed_tokens\.weight"):
-        opened(tmp_path, include=("attnn",)).start(tiny.learner(tiny.net(1)))
+        opened(tmp_path, include=("attnn",)).start(tiny.learner(tiny.net(1)).access)
 
 
 def test_the_anchor_is_state_and_a_checkpoint_without_it_is_refused(tmp_path: Path) -> None:
     accelerator = opened(tmp_path)
-    accelerator.start(Line(mlp__w=[1.0, 2.0], other=[3.0]))  # type: ignore[arg-type]
+    accelerator.start(Line(mlp__w=[1.0, 2.0], other=[3.0]))
     again = opened(tmp_path)
     again.load(accelerator.state())
     assert same(accelerator.state(), again.state())

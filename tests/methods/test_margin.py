@@ -427,8 +427,8 @@ def test_the_cut_into_micro_batches_changes_nothing() -> None:
         batch = whole_groups()
         share_credit(batch, {"margin": Margin(delta=3.0), "balance": Balance(0.5)}, NOW)
         assert any(one.shift_T.any() for group in batch for one in group)
-        learner = tiny.learner(tiny.net(1).double(), normalise="rollout_means", micro_batch_tokens=budget)
-        found.append(gradients(learner, batch, [SampledKL(max_gap_nats=10)]))
+        learner = tiny.learner(tiny.net(1).double(), micro_batch_tokens=budget)
+        found.append(gradients(learner, batch, [SampledKL(max_gap_nats=10)], "rollout_means"))
     close(*found)
 
 
@@ -439,8 +439,8 @@ def test_a_batch_of_groups_that_are_all_right_or_all_wrong_is_plain_opd() -> Non
             for one in group:
                 one.reward = Reward(value)
     share_credit(shared, {"margin": Margin(), "balance": Balance()}, NOW)
-    learner = tiny.learner(tiny.net(1).double(), normalise="rollout_means")
-    assert same(*(gradients(learner, batch, [SampledKL()]) for batch in (plain, shared)))
+    learner = tiny.learner(tiny.net(1).double())
+    assert same(*(gradients(learner, batch, [SampledKL()], "rollout_means") for batch in (plain, shared)))
 
 
 @pytest.mark.parametrize("side", ["behaviour", "now"])

@@ -408,7 +408,7 @@ def test_a_list_of_the_whole_vocabulary_says_what_hidden_states_say() -> None:
 def test_released_positions_give_exactly_no_gradient(objective: Any) -> None:
     """Identity 9: what is written and said there is never read; what is kept learns as under a prefix, times the scale."""
     results = []
-    learner = tiny.learner(tiny.net(1), normalise="chosen")
+    learner = tiny.learner(tiny.net(1))
     for changed in (False, True):
         made, _, _ = spoken(20)
         candidates = made.answers["main"].candidates.logp_TK
@@ -420,10 +420,10 @@ def test_released_positions_give_exactly_no_gradient(objective: Any) -> None:
             made.target("main").h_TH[6:] = other.h_TH[6:]  # type: ignore[union-attr]
         share_credit([[made]], {"release": Release(segments=2)}, NOW)
         assert np.flatnonzero(made.weight_T).tolist() == list(range(6))
-        results.append(gradients(learner, [[made]], [objective]))
+        results.append(gradients(learner, [[made]], [objective], "chosen"))
     assert same(*results)
     made.shares = {"prefix": Prefix(6)([made], NOW)[0]}
-    plain = gradients(learner, [[made]], [objective])
+    plain = gradients(learner, [[made]], [objective], "chosen")
     tiny.close({name: value * (20 / 6) for name, value in plain.items()}, results[1], rtol=1e-4)
 
 

@@ -1,6 +1,5 @@
 """The sampled objectives at one position: ratio forms, dropped outliers, shifts, refusals."""
 
-import asyncio
 import dataclasses
 import math
 
@@ -19,7 +18,7 @@ from reflux.objectives.outcome import Outcome
 from reflux.objectives.ratio import above_cap, outside, score_cost, truncated_ratio
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL, advantage
 from reflux.objectives.says import FullSays, ListedSays, SampledSays
-from reflux.types import HiddenTarget, Moment, SampledTarget, TopKTarget, Wants
+from reflux.types import HiddenTarget, SampledTarget, TopKTarget, Wants
 
 N, V = 6, 5
 
@@ -230,8 +229,8 @@ def test_the_share_of_ratios_outside_their_bound_is_a_metric(tiny_run):
 def test_the_share_counts_the_rows_beyond_the_cap():
     teacher = as_model(tiny.net(2), character_tokenizer())
     attempts = [tiny.attempt(tiny.rollout(n, seed=n), teacher) for n in (9, 4)]  # behaviour log-probs made up, far from the student's
-    stats = asyncio.run(tiny.learner(tiny.net(1)).step([attempts], [SampledKL(ratio_cap=1.5)], Moment(0, 0)))
-    log_ratio = np.concatenate([entry.notes["logp"]["student"] - entry.rollout.logp_T for entry in attempts])
+    stats = tiny.move(tiny.learner(tiny.net(1)), [attempts], [SampledKL(ratio_cap=1.5)])
+    log_ratio = np.concatenate([entry.learned.logp["student"] - entry.rollout.logp_T for entry in attempts])
     expected = float((log_ratio > np.log(1.5)).mean())
     assert 0 < expected < 1
     assert stats["ratio_outside_share"].value == pytest.approx(expected)
@@ -241,11 +240,11 @@ def test_the_share_of_a_clip_is_of_the_side_that_the_advantage_pushes_to():
     """A lift where the ratio is above the range, and where it is below: only one of them is held back."""
     learner, spoken = tiny.learner(tiny.net(1)), tiny.rollout(8)
     first = tiny.attempt(spoken, None, shift=1.0)
-    asyncio.run(learner.step([[first]], [Outcome()], Moment(0, 0)))
-    now_T = first.notes["logp"]["student"]
+    tiny.move(learner, [[first]], [Outcome()])
+    now_T = first.learned.logp["student"]
     spoken = dataclasses.replace(spoken, logp_T=now_T - np.log([0.5, 0.5, 0.5, 1.0, 1.1, 2.0, 2.0, 3.0]).astype(np.float32))
     for shift, expected in ((1.0, 3 / 8), (-1.0, 3 / 8), ([1, 1, 1, 1, 1, -1, -1, 1], 1 / 8)):
-        stats = asyncio.run(learner.step([[tiny.attempt(spoken, None, shift=shift)]], [Outcome()], Moment(0, 0)))
+        stats = tiny.move(learner, [[tiny.attempt(spoken, None, shift=shift)]], [Outcome()])
         assert stats["ratio_outside_share"].value == pytest.approx(expected)
 
 

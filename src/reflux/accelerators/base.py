@@ -2,7 +2,7 @@
 
 `fires(completed_steps)` says when; the loop then lets in-flight attempts finish first. `after_step` may try weights by `await score()`
 (a number, higher is better, on fixed prompts with dice of their own, see `score`) and returns True where the student ended elsewhere than
-the step left it. It moves the student by the learner's `read`, `places` and `write`.
+the step left it. It moves the student by the learner's `WeightAccess`, which is None where it offers none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from reflux.accelerators.score import Scorer, Scoring
 
 if TYPE_CHECKING:
-    from reflux.learners.base import OpenLearner
+    from reflux.learners.access import WeightAccess
     from reflux.rundir import Run
 
 
@@ -25,13 +25,13 @@ class Score(Protocol):
 
 
 class OpenAccelerator(Protocol):
-    def start(self, learner: OpenLearner) -> None:
+    def start(self, access: WeightAccess | None) -> None:
         """Called once on a fresh run, before the first step: these are the start weights."""
         ...
 
     def fires(self, completed_steps: int) -> bool: ...
 
-    async def after_step(self, learner: OpenLearner, score: Score, completed_steps: int) -> bool: ...
+    async def after_step(self, access: WeightAccess | None, score: Score, completed_steps: int) -> bool: ...
 
     def state(self) -> dict[str, Any]: ...
 
@@ -48,12 +48,12 @@ class Accelerator(Protocol):
 class Never:
     """No accelerator: nothing fires."""
 
-    def start(self, learner: OpenLearner) -> None: ...
+    def start(self, access: WeightAccess | None) -> None: ...
 
     def fires(self, completed_steps: int) -> bool:
         return False
 
-    async def after_step(self, learner: OpenLearner, score: Score, completed_steps: int) -> bool:
+    async def after_step(self, access: WeightAccess | None, score: Score, completed_steps: int) -> bool:
         return False
 
     def state(self) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from torch import Tensor
 from reflux import files
 from reflux.accelerators import extrapolate
 from reflux.errors import ConfigError, RefluxError, RunError
+from reflux.learners.access import WeightAccess, required
 
 if TYPE_CHECKING:
     from reflux.accelerators.base import Score
     from reflux.accelerators.extrapolate import Extrapolate
-    from reflux.learners.base import OpenLearner
     from reflux.rundir import Run
 
 Weights = dict[str, Tensor]  # by the model's own names
@@ -41,38 +41,39 @@ class OpenExtrapolate:
         self.cfg, self.run = cfg, run
         self._anchor: Weights = {}
 
-    def start(self, learner: OpenLearner) -> None:
+    def start(self, access: WeightAccess | None) -> None:
         """ConfigError where `include` matches no parameter, ModelError where the learner keeps no float32 weights."""
-        names = extrapolate.moved(learner.names, self.cfg.include)
+        access = required(access, "accelerator")
+        names = extrapolate.moved(access.names, self.cfg.include)
         if not names:
             raise ConfigError(
                 f"accelerator.include = {list(self.cfg.include)} matches no parameter of {self.run.cfg.learner.model}, so nothing would "
-                f"move. Its parameters have names such as {', '.join(list(learner.names)[:4])}."
+                f"move. Its parameters have names such as {', '.join(list(access.names)[:4])}."
             )
-        self._anchor = learner.read(names)
+        self._anchor = access.read(names)
 
     def fires(self, completed_steps: int) -> bool:
         return bool(self.cfg.tries) and extrapolate.fires(completed_steps)
 
-    async def after_step(self, learner: OpenLearner, score: Score, completed_steps: int) -> bool:
+    async def after_step(self, access: WeightAccess | None, score: Score, completed_steps: int) -> bool:
         """Search, where the step is one to search after. RefluxError where the weights of now have no finite score."""
         if not self.fires(completed_steps):
             return False
-        started = time.perf_counter()
-        delta = self._displacement(learner)
+        started, access = time.perf_counter(), required(access, "accelerator")
+        delta = self._displacement(access)
         norm = math.sqrt(sum(float(value.double().square().sum()) for value in delta.values()))
-        path = _Path(learner, learner.places(delta), delta)
+        path = _Path(access, access.base(delta), delta)
         trials = await self._trials(path, score, completed_steps) if norm else []
         accepted = max((trial.multiple for trial in trials if self._beats(trial)), default=0)
         if trials:
             path.go(accepted)
-        self._anchor = learner.read(delta)
+        self._anchor = access.read(delta)
         self._report(completed_steps, trials, accepted, norm, time.perf_counter() - started)
         return accepted > 0
 
-    def _displacement(self, learner: OpenLearner) -> Weights:
+    def _displacement(self, access: WeightAccess) -> Weights:
         """W - anchor. The anchor goes, tensor by tensor: a new one follows the search, and two copies at a time are enough."""
-        return {name: value - self._anchor.pop(name) for name, value in learner.read(list(self._anchor)).items()}
+        return {name: value - self._anchor.pop(name) for name, value in access.read(list(self._anchor)).items()}
 
     async def _trials(self, path: _Path, score: Score, completed_steps: int) -> list[Trial]:
         """Candidates in order, the first that was not accepted last."""
@@ -129,14 +130,14 @@ class OpenExtrapolate:
 class _Path:
     """The line through the weights of now along their displacement."""
 
-    learner: OpenLearner
-    places: Weights
+    access: WeightAccess
+    base: Weights
     delta: Weights
 
     def go(self, multiple: int) -> None:
         """Weights of now plus so many displacements; at 0 their very bits."""
-        moved = {name: torch.add(value, self.delta[name], alpha=multiple) for name, value in self.places.items()}
-        self.learner.write(moved if multiple else self.places)
+        moved = {name: torch.add(value, self.delta[name], alpha=multiple) for name, value in self.base.items()}
+        self.access.write(moved if multiple else self.base)
 
 
 def _finite(score: float, best: int, step: int) -> float:

@@ -26,6 +26,7 @@ from reflux.evals.spectra import (
     top_norm_ratio,
     top_norm_ratio_of,
 )
+from reflux.learners.access import WeightAccess, required
 from reflux.parts import STRICT
 
 if TYPE_CHECKING:
@@ -67,11 +68,11 @@ class Foresight:
 
     async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
         """The table. ConfigError where `include` matches no matrix, RunError where the start weights are not there."""
-        return await run.off_loop(self._measure, run, learner)
+        return await run.off_loop(self._measure, run, required(learner.access, "evals.foresight"))
 
-    def _measure(self, run: Run, learner: OpenLearner) -> dict[str, Any]:
+    def _measure(self, run: Run, access: WeightAccess) -> dict[str, Any]:
         folder = run.dir / "foresight"
-        weights = {name: value for name, value in learner.read(moved(learner.names, self.include)).items() if value.ndim == 2}
+        weights = {name: value for name, value in access.read(moved(access.names, self.include)).items() if value.ndim == 2}
         if not weights:
             raise ConfigError(f"evals.foresight: include = {list(self.include)} matches no matrix of the student")
         if not run.step:

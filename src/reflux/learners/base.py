@@ -2,23 +2,23 @@
 
 `open(run)` gives an object with the training state. `step` turns groups whose targets and shares are known into one optimiser step
 (`run.off_loop`). Where every weight is 0 there is no optimiser step (moments and decay would move weights on no evidence): the
-version stays.
+version stays. A learner returns what it found out and writes to no attempt; `learning.py` stores it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from reflux.metrics import Stats
-from reflux.objectives.base import Objective
-from reflux.types import Group, Moment, Rollout
+from reflux.step import StepRequest, StepResult
+from reflux.types import Group, Rollout, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from reflux.learners.access import WeightAccess
     from reflux.models import Model
     from reflux.rundir import Run
 
@@ -37,23 +37,8 @@ class OpenLearner(Protocol):
         ...
 
     @property
-    def names(self) -> Sequence[str]:
-        """The student's parameters by the model's own names: the keys of `weights` without buffers and adapters."""
-        ...
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies of these full weights on the CPU, float32, adapters merged. ModelError where they are kept in a narrower type."""
-        ...
-
-    def places(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies on the CPU of what holds these weights: the parameter itself, or the frozen base under its adapters. See `write`."""
-        ...
-
-    def write(self, places: Mapping[str, Tensor]) -> None:
-        """Put values into the places of these names: what `places` gave goes back bit for bit, and `places` plus d moves a full weight by d
-        whether or not there are adapters (their factors stay). Optimiser moments and version stay. A frozen base that was written to is in
-        `state`, and in what is exported.
-        """
+    def access(self) -> WeightAccess | None:
+        """Its weights by name, to read and to move; None for a learner that does not offer them."""
         ...
 
     @property
@@ -61,11 +46,11 @@ class OpenLearner(Protocol):
         """Multiply-accumulates of one position, for FLOP accounting: of a language model, its active parameters."""
         ...
 
-    async def observe(self, groups: Sequence[Group]) -> None:
-        """Fill `attempt.now` as `run.wants` asks; nothing wanted, nothing done."""
+    async def observe(self, groups: Sequence[Group]) -> list[Target | None]:
+        """What the student of now says along each attempt, one per attempt, in order; None where nothing is wanted or known."""
         ...
 
-    async def step(self, groups: Sequence[Group], objectives: Sequence[Objective], moment: Moment) -> Stats:
+    async def step(self, request: StepRequest) -> StepResult:
         """Raises StepRefused, with nothing changed, where loss or gradient norm is not finite."""
         ...
 

@@ -20,14 +20,13 @@ from reflux.flows.adapters import taken
 from reflux.flows.load import load_flow
 from reflux.flows.model import FlowModel
 from reflux.flows.start import start
-from reflux.kernels.columns import Columns
 from reflux.learners import adapters
-from reflux.learners.moving import Moving, fill_records, unpacked
-from reflux.loss import result_of
-from reflux.metrics import Mean, Stats, Sum
+from reflux.learners.moving import Moving
+from reflux.learners.tally import unpacked
+from reflux.loss import Result
 from reflux.objectives.base import Objective
 from reflux.samplers.drawn import flow_sampler
-from reflux.types import Attempt, Group, VelocityTarget, seed_of
+from reflux.types import Attempt, Group, Target, VelocityTarget, seed_of
 
 if TYPE_CHECKING:
     from reflux.learners.flow import Flow
@@ -54,13 +53,12 @@ class FlowLearner(Moving):
         load = partial(load_flow, cfg.model, "learner.model", dtype="float32", device=cfg.device, once=run.once)
         yield cls(cfg, run, await run.off_loop(load))
 
-    async def observe(self, groups: Sequence[Group]) -> None:
-        if self.run.wants.now_at_said:
-            await self.run.off_loop(self._observe, groups)
+    @property
+    def observes(self) -> bool:
+        return self.run.wants.now_at_said
 
-    def _observe(self, groups: Sequence[Group]) -> None:
-        for attempt, v_TD in self.velocities(groups):
-            attempt.now = VelocityTarget(teacher="now", v_TD=v_TD)
+    def observed(self, groups: Sequence[Group]) -> Iterator[tuple[Attempt, Target]]:
+        return ((attempt, VelocityTarget(teacher="now", v_TD=v_TD)) for attempt, v_TD in self.velocities(groups))
 
     def velocities(self, groups: Sequence[Group]) -> Iterator[tuple[Attempt, np.ndarray]]:
         """(attempt, v_TD) of the student of now at every chosen position, NaN at the others; no gradient."""
@@ -71,25 +69,13 @@ class FlowLearner(Moving):
                 v_ND = torch.cat([self._velocity(batch) for batch in batches])
             yield from ((item.attempt, v_TD) for item, v_TD in unpacked(alike, v_ND))
 
-    def gradients(self, items: list[Item], objectives: Sequence[Objective]) -> Stats:
-        total, kl, outside = Sum(0.0), Mean(), Mean()
+    def micro_batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
         for alike in _alike(items):
-            columns, at = Columns(sum(len(item.rows_N) for item in alike)), 0
-            for piece in flow_loss.pieces(alike, self.cfg.micro_batch):
-                batch = StepBatch(piece, objectives, self.model.device)
-                rows = slice(at, at + len(batch.texts))
-                total = total + Sum(float(flow_loss.backward(batch, self._velocity(batch), columns, rows)))
-                at = rows.stop
-            found = result_of(torch.zeros(()), columns)
-            kl = kl if found.kl_N is None else kl + Mean.of(found.kl_N.double().cpu().numpy())
-            outside = sum((Mean.of(rows_N.double().cpu().numpy()) for rows_N in found.outside), outside)
-            fill_records(alike, found.logp)
-            for item, kl_T in unpacked(alike, found.kl_N) if found.kl_N is not None else ():
-                item.attempt.notes["kl"] = kl_T
-        stats: Stats = {"loss": total, "kl_nats": kl}
-        if outside.count:
-            stats["ratio_outside_share"] = outside
-        return stats
+            yield from flow_loss.pieces(alike, self.cfg.micro_batch)
+
+    def backward(self, part: list[Item], objectives: Sequence[Objective], log_variance: bool) -> Result:
+        batch = StepBatch(part, objectives, self.model.device)
+        return flow_loss.backward(batch, self._velocity(batch))
 
     def _velocity(self, batch: StepBatch) -> Tensor:
         with self._autocast():
@@ -106,7 +92,7 @@ class FlowLearner(Moving):
         """
         with self.at_mean():
             self.model.save(folder, weights=adapters.merged(self.net))
-            if self._on_the_base and not self._bases:  # a jump may have moved the base
+            if self._on_the_base and not self.access.written:  # a jump may have moved the base
                 write_adapter(taken(self.model.net.transformer), folder)
 
 

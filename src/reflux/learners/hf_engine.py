@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from reflux import token_loss
 from reflux.batch import Item, micro_batches
 from reflux.learners import adapters
-from reflux.learners.moving import Moving, fill_records
-from reflux.metrics import Mean, Stats, Sum
+from reflux.learners.moving import Moving
+from reflux.loss import Result
 from reflux.models import Model, load_model, parameter_count
 from reflux.objectives.base import Objective
-from reflux.types import Group, seed_of
+from reflux.types import Attempt, Group, Target, seed_of
 
 if TYPE_CHECKING:
     from reflux.learners.hf import HF
@@ -65,32 +65,22 @@ class HFLearner(Moving):
             elif "attention_dropout" in vars(module):
                 module.attention_dropout = 0.0
 
-    async def observe(self, groups: Sequence[Group]) -> None:
-        if self.run.wants.now_at_said or self.run.wants.now_topk:
-            from reflux.learners.observe import observe
+    @property
+    def observes(self) -> bool:
+        return self.run.wants.now_at_said or bool(self.run.wants.now_topk)
 
-            await self.run.off_loop(observe, self, groups)
+    def observed(self, groups: Sequence[Group]) -> Iterator[tuple[Attempt, Target]]:
+        from reflux.learners.observe import observed
 
-    def gradients(self, items: list[Item], objectives: Sequence[Objective]) -> Stats:
-        total, kl, outside, variance = Sum(0.0), Mean(), Mean(), Mean()
-        for part in micro_batches(items, self.cfg.micro_batch_tokens):
-            batch = token_loss.MicroBatch(part, objectives, self.model.device)
-            with self.autocast():
-                h_NH = self.hidden_rows(batch)
-                result = token_loss.backward(batch, h_NH, self.model.head, self.run.cfg.log_variance)
-            total = total + Sum(float(result.loss))
-            if result.kl_N is not None:
-                kl = kl + Mean.of(result.kl_N.double().cpu().numpy())
-            outside = sum((Mean.of(rows_N.double().cpu().numpy()) for rows_N in result.outside), outside)
-            if result.variance:
-                variance = variance + Mean(*(float(part) for part in result.variance))
-            fill_records(part, result.logp)
-        stats: Stats = {"loss": total, "kl_nats": kl}
-        if outside.count:
-            stats["ratio_outside_share"] = outside
-        if self.run.cfg.log_variance:
-            stats["gradient_variance_ratio"] = variance if variance.count else Mean(1.0, 1.0)
-        return stats
+        return observed(self, groups)
+
+    def micro_batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
+        return micro_batches(items, self.cfg.micro_batch_tokens)
+
+    def backward(self, part: list[Item], objectives: Sequence[Objective], log_variance: bool) -> Result:
+        batch = token_loss.MicroBatch(part, objectives, self.model.device)
+        with self.autocast():
+            return token_loss.backward(batch, self.hidden_rows(batch), self.model.head, log_variance)
 
     def hidden_rows(self, batch: token_loss.MicroBatch) -> Tensor:
         """h_NH: the trunk's states that predict the kept positions. Right padding lies in the causal future: no mask is needed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from reflux.batch import Item, plan
 from reflux.errors import StepRefused
 from reflux.learners import adapters
+from reflux.learners.net_access import NetAccess
+from reflux.learners.tally import Tally
+from reflux.loss import Result
 from reflux.metrics import Max, Stats, Sum
 from reflux.objectives.base import Objective
 from reflux.schedules import Number, at
-from reflux.types import Group, Moment
+from reflux.step import StepRecord, StepRequest, StepResult
+from reflux.types import Attempt, Group, Target
 
 if TYPE_CHECKING:
     from reflux.learners.flow import Average
@@ -48,7 +52,7 @@ class Optimised(Protocol):
 
 
 class Moving(ABC):
-    """Owns the float32 master weights and the optimiser. A subclass makes the gradients."""
+    """Owns the float32 master weights and the optimiser. A subclass says how a batch is cut, and makes the gradient of one part."""
 
     refusal: str  # usual reasons why a loss is not finite, in a sentence
 
@@ -58,14 +62,27 @@ class Moving(ABC):
         self.version = 0
         self.trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
         self.mean = {name: p.detach().clone() for name, p in self.trained.items()} if average else {}
-        self._bases: set[str] = set()  # names of untrained parameters that were written to
+        self.access = NetAccess(net, self.trained.values())
         self.optimiser = torch.optim.AdamW(
             list(self.trained.values()), lr=0.0, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
         )
 
+    @property
     @abstractmethod
-    def gradients(self, items: list[Item], objectives: Sequence[Objective]) -> Stats:
-        """Accumulate the gradient of the whole batch, with its `loss` among the stats; fill records with what the pass found out."""
+    def observes(self) -> bool:
+        """True if a part wants to know what the student of now says."""
+
+    @abstractmethod
+    def observed(self, groups: Sequence[Group]) -> Iterator[tuple[Attempt, Target]]:
+        """What the student of now says along each attempt, without a gradient. Attempts that it says nothing about are left out."""
+
+    @abstractmethod
+    def micro_batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
+        """The items in parts that fit one pass. An item may be cut, its rows in several parts."""
+
+    @abstractmethod
+    def backward(self, part: list[Item], objectives: Sequence[Objective], log_variance: bool) -> Result:
+        """The loss of one micro-batch, driven backward: gradients are added to the parameters'."""
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
@@ -85,53 +102,41 @@ class Moving(ABC):
         for name, value in values.items():
             self.trained[name].copy_(value)
 
-    @property
-    def names(self) -> Sequence[str]:
-        return list(adapters.homes(self.net))
+    async def observe(self, groups: Sequence[Group]) -> list[Target | None]:
+        attempts = [attempt for group in groups for attempt in group]
+        found = await self.run.off_loop(self._observe, groups) if self.observes else {}
+        return [found.get(id(attempt)) for attempt in attempts]
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        homes, names = adapters.homes(self.net), list(names)
-        for name in names:
-            adapters.refuse_narrow(name, homes[name])
-        return {name: _copy(value) for name, value in adapters.merged(self.net, frozenset(names)).items()}
+    def _observe(self, groups: Sequence[Group]) -> dict[int, Target]:
+        return {id(attempt): target for attempt, target in self.observed(groups)}
 
-    def places(self, names: Iterable[str]) -> dict[str, Tensor]:
-        homes = adapters.homes(self.net)
-        return {name: _copy(adapters.refuse_narrow(name, homes[name])) for name in names}
+    async def step(self, request: StepRequest) -> StepResult:
+        return await self.run.off_loop(self._step, request)
 
-    @torch.no_grad()
-    def write(self, places: Mapping[str, Tensor]) -> None:
-        homes, trained = adapters.homes(self.net), {id(parameter) for parameter in self.trained.values()}
-        for name, value in places.items():
-            home = adapters.refuse_narrow(name, homes[name])
-            home.copy_(value)
-            if id(home) not in trained:
-                self._bases.add(name)
-
-    async def step(self, groups: Sequence[Group], objectives: Sequence[Objective], moment: Moment) -> Stats:
-        return await self.run.off_loop(self._step, groups, objectives, moment)
-
-    def _step(self, groups: Sequence[Group], objectives: Sequence[Objective], moment: Moment) -> Stats:
+    def _step(self, request: StepRequest) -> StepResult:
         started = time.perf_counter()
-        items = plan(groups, objectives, self.run.cfg.normalise)
+        items = plan(request.groups, request.objectives, request.normalise)
         stats: Stats = {"tokens_trained": Sum(sum(item.trained for item in items))}
+        records: list[StepRecord | None] = [None] * len(request.attempts)
         if items:
-            stats |= self._move(groups, items, objectives, moment)
+            moved, records = self._move(request, items)
+            stats |= moved
         self.run.clock.add("learn", time.perf_counter() - started)
-        return stats
+        return StepResult(stats, records)
 
-    def _move(self, groups: Sequence[Group], items: list[Item], objectives: Sequence[Objective], moment: Moment) -> Stats:
-        lr = at(self.settings.lr, moment.step)
+    def _move(self, request: StepRequest, items: list[Item]) -> tuple[Stats, list[StepRecord | None]]:
+        lr = at(self.settings.lr, request.moment.step)
         self.optimiser.zero_grad(set_to_none=True)
-        stats = self.gradients(items, objectives)
+        tally = self.gradients(items, request.objectives, request.log_variance)
         norm = float(nn.utils.clip_grad_norm_(list(self.trained.values()), self.settings.clip))
-        total = float(stats["loss"].value or 0.0)
-        if not (np.isfinite(norm) and np.isfinite(total)):
+        records = tally.records(request.attempts)
+        if not (np.isfinite(norm) and np.isfinite(tally.loss)):
             self.optimiser.zero_grad(set_to_none=True)
-            kept = self.run.keep_refused(groups, f"loss {total}, gradient norm {norm}")
             raise StepRefused(
-                f"step {moment.step + 1}: the loss is {total} and its gradient norm {norm}; the step was refused, no weight has changed. "
-                f"The batch is in {kept}. Usual reasons: a learning rate too high (now {lr:g}), or {self.refusal}."
+                f"step {request.moment.step + 1}: the loss is {tally.loss} and its gradient norm {norm}; the step was refused, no weight "
+                f"has changed. Usual reasons: a learning rate too high (now {lr:g}), or {self.refusal}.",
+                f"loss {tally.loss}, gradient norm {norm}",
+                records,
             )
         moves = norm > self.settings.noise_floor
         if moves:
@@ -140,7 +145,15 @@ class Moving(ABC):
             self.optimiser.step()
             self.version += 1
             self._follow()
-        return stats | {"grad_norm": Max(norm), "lr": Max(lr), "updates": Sum(float(moves))}
+        stats = tally.stats(request.log_variance) | {"grad_norm": Max(norm), "lr": Max(lr), "updates": Sum(float(moves))}
+        return stats, records
+
+    def gradients(self, items: list[Item], objectives: Sequence[Objective], log_variance: bool = False) -> Tally:
+        """Accumulate the gradient of the whole batch, micro-batch by micro-batch."""
+        tally = Tally()
+        for part in self.micro_batches(items):
+            tally.add(part, self.backward(part, objectives, log_variance))
+        return tally
 
     @torch.no_grad()
     def _follow(self) -> None:
@@ -152,7 +165,7 @@ class Moving(ABC):
     def state(self) -> dict[str, Any]:
         """Trained weights, their average and Adam's moments by parameter name, and the frozen weights that `write` was given."""
         homes = adapters.homes(self.net)
-        state: dict[str, Any] = {"version": self.version} | {f"base/{name}": homes[name].detach() for name in sorted(self._bases)}
+        state: dict[str, Any] = {"version": self.version} | {f"base/{name}": homes[name].detach() for name in sorted(self.access.written)}
         state |= {f"mean/{name}": value for name, value in self.mean.items()}
         for name, parameter in self.trained.items():
             state[f"weight/{name}"] = parameter.detach()
@@ -162,7 +175,7 @@ class Moving(ABC):
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.version = state["version"]
-        self.write({key.removeprefix("base/"): value for key, value in state.items() if key.startswith("base/")})
+        self.access.write({key.removeprefix("base/"): value for key, value in state.items() if key.startswith("base/")})
         with torch.no_grad():
             for name, mean in self.mean.items():
                 mean.copy_(state[f"mean/{name}"])
@@ -174,25 +187,3 @@ class Moving(ABC):
                     self.optimiser.state[parameter] = {
                         key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
                     }
-
-
-def _copy(value: Tensor) -> Tensor:
-    """On the CPU, in memory of its own."""
-    return value.detach().to("cpu", copy=True)
-
-
-def fill_records(items: Sequence[Item], logp: Mapping[str, Tensor]) -> None:
-    """What the teachers and the student of now gave what was chosen goes onto the attempts."""
-    for name, column_N in logp.items():
-        for item, logp_T in unpacked(items, column_N):
-            item.attempt.notes.setdefault("logp", {})[name] = logp_T
-
-
-def unpacked(items: Sequence[Item], column_N: Tensor) -> Iterator[tuple[Item, np.ndarray]]:
-    """A column of the items' rows, position by position of each item, float32; NaN where there is no row."""
-    values_N = column_N.float().cpu().numpy()
-    ends = np.cumsum([len(item.rows_N) for item in items])[:-1]
-    for item, values in zip(items, np.split(values_N, ends), strict=True):
-        values_T = np.full((item.rollout.length, *values.shape[1:]), np.nan, dtype=np.float32)
-        values_T[item.rows_N] = values
-        yield item, values_T

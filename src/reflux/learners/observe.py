@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from reflux.learners.hf_engine import HFLearner
 
 
-def observe(learner: HFLearner, groups: Sequence[Group]) -> None:
-    """Fill `attempt.now`: at the ids of `said` where the run wants that, else the student's own top-k of now."""
+def observed(learner: HFLearner, groups: Sequence[Group]) -> Iterator[tuple[Attempt, TopKTarget]]:
+    """The student of now along each attempt: at the ids of `said` where the run wants that, else its own top-k."""
     wants = learner.run.wants
     for attempt, h_TH, tokens_T in states(learner, groups):
         said = attempt.rollout.said
         k = 0 if wants.now_at_said and isinstance(said, TopKTarget) else wants.now_topk
         ids_TK = torch.from_numpy(said.ids_TK).to(h_TH.device) if isinstance(said, TopKTarget) and not k else None
         if k or ids_TK is not None:
-            attempt.now = _listed(learner, h_TH, tokens_T, ids_TK, k)
+            yield attempt, _listed(learner, h_TH, tokens_T, ids_TK, k)
 
 
 def logp(learner: HFLearner, groups: Sequence[Group]) -> list[np.ndarray]:

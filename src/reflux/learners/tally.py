@@ -1,0 +1,78 @@
+"""What the micro-batches of one step add up to: numbers for the metrics, and a record for each attempt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from reflux.batch import Item
+from reflux.loss import Result
+from reflux.metrics import Mean, Stats, Sum
+from reflux.step import StepRecord
+from reflux.types import Attempt
+
+_KL = ""  # the column of kl_T among those of log-probs, which have names
+
+
+class Tally:
+    """One for each step. An attempt's rows may come in several micro-batches."""
+
+    def __init__(self) -> None:
+        self._loss, self._kl, self._outside, self._variance = Sum(0.0), Mean(), Mean(), Mean()
+        self._columns: dict[int, dict[str, np.ndarray]] = {}  # by the attempt's id()
+
+    @property
+    def loss(self) -> float:
+        return self._loss.value
+
+    def add(self, items: Sequence[Item], result: Result) -> None:
+        """One micro-batch: `result` holds its rows in item order."""
+        self._loss = self._loss + Sum(float(result.loss))
+        self._outside = sum((Mean.of(rows_N.double().cpu().numpy()) for rows_N in result.outside), self._outside)
+        if result.variance:
+            self._variance = self._variance + Mean(*(float(part) for part in result.variance))
+        if result.kl_N is not None:
+            self._kl = self._kl + Mean.of(result.kl_N.double().cpu().numpy())
+            self._put(items, _KL, result.kl_N)
+        for name, logp_N in result.logp.items():
+            self._put(items, name, logp_N)
+
+    def _put(self, items: Sequence[Item], name: str, column_N: Tensor) -> None:
+        for item, values in zip(items, _split(items, column_N), strict=True):
+            columns = self._columns.setdefault(id(item.attempt), {})
+            values_T = columns.setdefault(name, np.full(item.rollout.length, np.nan, dtype=np.float32))
+            values_T[item.rows_N] = values
+
+    def stats(self, log_variance: bool) -> Stats:
+        stats: Stats = {"loss": self._loss, "kl_nats": self._kl}
+        if self._outside.count:
+            stats["ratio_outside_share"] = self._outside
+        if log_variance:
+            stats["gradient_variance_ratio"] = self._variance if self._variance.count else Mean(1.0, 1.0)
+        return stats
+
+    def records(self, attempts: Sequence[Attempt]) -> list[StepRecord | None]:
+        """One per attempt, in order; None where none of its positions was in a micro-batch."""
+        return [_record(self._columns.get(id(attempt))) for attempt in attempts]
+
+
+def _record(columns: dict[str, np.ndarray] | None) -> StepRecord | None:
+    if columns is None:
+        return None
+    return StepRecord(logp={name: values_T for name, values_T in columns.items() if name != _KL}, kl_T=columns.get(_KL))
+
+
+def unpacked(items: Sequence[Item], column_N: Tensor) -> Iterator[tuple[Item, np.ndarray]]:
+    """A column of the items' rows, position by position of each item, float32; NaN where there is no row."""
+    for item, values in zip(items, _split(items, column_N), strict=True):
+        values_T = np.full((item.rollout.length, *values.shape[1:]), np.nan, dtype=np.float32)
+        values_T[item.rows_N] = values
+        yield item, values_T
+
+
+def _split(items: Sequence[Item], column_N: Tensor) -> list[np.ndarray]:
+    """The values of each item's rows, float32."""
+    ends = np.cumsum([len(item.rows_N) for item in items])[:-1]
+    return np.split(column_N.float().cpu().numpy(), ends)

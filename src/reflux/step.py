@@ -1,0 +1,55 @@
+"""What a learner is asked for one optimiser step, and what it gives back: values that nobody writes to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from reflux.metrics import Stats
+
+if TYPE_CHECKING:
+    from reflux.objectives.base import Objective
+    from reflux.types import Attempt, Group, Moment
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """The batch of one optimiser step, with all that its loss depends on: a learner knows no run.
+
+    groups: targets and shares are known. normalise: what the loss divides by (`RunConfig.normalise`). log_variance: also compute the
+    closed-form variance of the sampled gradient.
+    """
+
+    groups: Sequence[Group]
+    objectives: Sequence[Objective]
+    moment: Moment
+    normalise: str = "kept"
+    log_variance: bool = False
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """All attempts, in the order in which results are given."""
+        return [attempt for group in self.groups for attempt in group]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """What a step computed along one attempt. Every array is float32 [T], nats, NaN at the positions that the step did not compute.
+
+    logp: log-probs of what was chosen, by who gives them: "student" (at this step), and each teacher by its name. kl_T: reverse KL to
+    teacher "main" at each position, exact where both distributions are known, else log p - log q of what was chosen; None without "main".
+    """
+
+    logp: Mapping[str, np.ndarray] = field(default_factory=dict)
+    kl_T: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """records: one per attempt of the request, in order; None for an attempt that no objective trained on."""
+
+    stats: Stats
+    records: Sequence[StepRecord | None]
