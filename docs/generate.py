@@ -26,12 +26,13 @@ sys.path[:0] = [str(DOCS.parent / "src"), str(DOCS.parent / "tests")]
 
 from laws import bias  # noqa: E402
 from reflux import parts  # noqa: E402
-from reflux.cite import PAPERS, papers  # noqa: E402
+from reflux.cite import GKD, papers  # noqa: E402
 from reflux.config import RECIPES, RunConfig, Track, load_recipe, recipe_names  # noqa: E402
 from reflux.credit.outcome import group_advantages  # noqa: E402
 from reflux.learners.flow import Average, FlowLora, Merge  # noqa: E402
 from reflux.learners.hf import Lora  # noqa: E402
 from reflux.metrics import step_flops  # noqa: E402
+from reflux.papers import Paper  # noqa: E402
 from reflux.parts import PartOf  # noqa: E402
 from reflux.summary import method_of  # noqa: E402
 
@@ -118,7 +119,14 @@ def methods() -> Iterator[str]:
     yield from (_function(f, f.__module__) for f in (group_advantages, step_flops))
     yield "## Papers\n"
     yield "`reflux cite RECIPE` prints the BibTeX of those a recipe uses.\n"
-    yield from (f"- [{paper.title}](https://arxiv.org/abs/{paper.arxiv}) ({paper.year}; `{paper.key}`)" for paper in PAPERS)
+    yield from (f"- [{paper.title}](https://arxiv.org/abs/{paper.arxiv}) ({paper.year}; `{paper.key}`)" for paper in known_papers())
+
+
+def known_papers() -> list[Paper]:
+    """Every paper that a shipped part may name, in the order of the groups."""
+    modules = [dotted.partition(":")[0] for group in parts.GROUPS for dotted in parts.kinds(group).values()]
+    found = [value for module in (*modules, "reflux.objectives.ratio_rules") for value in vars(importlib.import_module(module)).values()]
+    return list({paper.key: paper for paper in (*found, GKD) if isinstance(paper, Paper)}.values())
 
 
 def _public_function(value: object, module: str) -> bool:

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic.dataclasses import dataclass
 
+from reflux.credit.base import CreditPart
 from reflux.learners.hf import HF
 from reflux.parts import STRICT
 from reflux.teachers.base import TeacherRequest
@@ -79,7 +80,7 @@ def cut(mask_T: np.ndarray, end: int) -> np.ndarray:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Oracle:
+class Oracle(CreditPart):
     """Released exactly where the teacher goes flat."""
 
     shifts: ClassVar[bool] = False

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from reflux.objectives.base import Rows
+from reflux.objectives.base import ObjectivePart, Rows
 from reflux.objectives.ratio import score_cost
 from reflux.parts import STRICT
 from reflux.types import Target, VelocityTarget, Wants
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Detached:
+class Detached(ObjectivePart):
     """Reward r = -KL(student's step || teacher's step), detached; cost = -min(rho r, clip(rho) r) with rho the ratio of the drawn step.
 
     r depends on the state a step starts from, not on the step that was drawn there, and E[grad log pi] = 0: so is its product with r.

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from reflux.contexts.base import View, retold
+from reflux.contexts.base import ContextPart, View, retold
 from reflux.contexts.peers import Peers
 from reflux.contexts.wording import with_attempts
 from reflux.parts import STRICT
@@ -17,7 +17,7 @@ from reflux.types import Group, Moment, TokenRollout, Wants
 
 
 @dataclass(frozen=True, config=STRICT)
-class RandomPeers:
+class RandomPeers(ContextPart):
     """Each attempt is shown as many others under each heading as `Peers` would show it, drawn at random without a look at their verdicts,
     itself left out. The dice depend on (run seed, prompt, policy version, sample)."""
 

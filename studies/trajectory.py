@@ -10,13 +10,14 @@ from typing import ClassVar
 import numpy as np
 from pydantic.dataclasses import dataclass
 
+from reflux.credit.base import CreditPart
 from reflux.objectives.velocity_kl import kl_weight
 from reflux.parts import STRICT
 from reflux.types import Attempt, FlowRollout, Group, Moment, Share, VelocityTarget, Wants
 
 
 @dataclass(frozen=True, config=STRICT)
-class Later:
+class Later(CreditPart):
     """Shift of step t = -sum of KL(student || teacher) over the LATER counted steps, nats, against the mean of the group's OTHER attempts.
 
     No factor.

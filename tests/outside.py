@@ -9,17 +9,23 @@ from typing import Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
+from reflux.accelerators.base import AcceleratorPart
 from reflux.accelerators.score import Scoring
 from reflux.contexts.same import Same
+from reflux.credit.base import CreditPart
+from reflux.evals.base import EvalPart
 from reflux.learners.hf import HF as Learner
 from reflux.parts import STRICT
+from reflux.rewards.base import RewardPart
+from reflux.tasks.base import TaskPart
+from reflux.teachers.base import TeacherPart
 from reflux.types import Group, Message, Moment, Prompt, Reward, Rollout, SampledTarget, Share, TokenRollout, TopKTarget, Wants
 
 HEARD: list[tuple[Any, ...]] = []  # what the parts below saw, in order; a test empties it
 
 
 @dataclass(frozen=True, config=STRICT)
-class Half:
+class Half(CreditPart):
     """Every position weighs `factor`."""
 
     factor: float = 0.5
@@ -36,7 +42,7 @@ class Half:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Chat:
+class Chat(TaskPart):
     """Prompts of unequal length; after each of the student's first `replies` turns a user says something. verify: 1.0 for every answer."""
 
     replies: int = 0
@@ -89,7 +95,7 @@ class SlowLearner(Learner):
 
 
 @dataclass(frozen=True, config=STRICT)
-class Jump:
+class Jump(AcceleratorPart):
     """After step `at` moves every weight by `by` of itself; counts its calls, and remembers its start weights' sum."""
 
     at: int = 2
@@ -138,7 +144,7 @@ class OpenJump:
 
 
 @dataclass(frozen=True, config=STRICT)
-class ListTeacher:
+class ListTeacher(TeacherPart):
     """A teacher elsewhere that answers with a list of its own; it is only checked, never opened."""
 
     rollouts: ClassVar[type[Rollout]] = TokenRollout
@@ -158,12 +164,12 @@ def brightness(prompt: Prompt, picture: Any) -> Reward:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Dark:
+class Dark(RewardPart):
     """A reward that asks no task; it is only checked, never opened."""
 
 
 @dataclass(frozen=True, config=STRICT)
-class Peek:
+class Peek(EvalPart):
     """An evaluation that tells one weight of the model that the sampler holds."""
 
     once: ClassVar[bool] = False

@@ -7,12 +7,13 @@ from typing import ClassVar
 import numpy as np
 from pydantic.dataclasses import dataclass
 
+from reflux.credit.base import CreditPart
 from reflux.parts import STRICT
 from reflux.types import Attempt, Group, Moment, Share, Wants
 
 
 @dataclass(frozen=True, config=STRICT)
-class Surprise:
+class Surprise(CreditPart):
     """Factor 1 where the sampled token surprises the teacher, -log q(a) >= `least_nats`; `elsewhere` at the other chosen positions.
 
     An attempt the teacher did not score keeps factor 1. Neutral: elsewhere = 1. Note `surprising`: the share of chosen positions.

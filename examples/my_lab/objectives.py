@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from reflux.objectives.base import Rows
+from reflux.objectives.base import ObjectivePart, Rows
 from reflux.parts import STRICT
 from reflux.types import HiddenTarget, Target, Wants
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Jeffreys:
+class Jeffreys(ObjectivePart):
     """(KL(student || teacher) + KL(teacher || student)) / 2 over the whole vocabulary, nats; 0 where they agree, never below."""
 
     teacher: str = "main"

@@ -9,12 +9,12 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 
 from reflux.parts import STRICT
-from reflux.tasks.base import Split
+from reflux.tasks.base import Split, TaskPart
 from reflux.types import Message, Prompt, Rollout, TokenRollout, seed_of
 
 
 @dataclass(frozen=True, config=STRICT)
-class Backwards:
+class Backwards(TaskPart):
     """A word of `letters` random letters is to be written backwards. A word is in one split only, whatever the seed."""
 
     letters: int = 6

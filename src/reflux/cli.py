@@ -69,11 +69,14 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> Non
 
 
 @app.command("list")
-def list_(group: Annotated[str, typer.Argument(help="recipes, tasks, samplers, teachers, credit, ...")] = "") -> None:
+def list_(
+    group: Annotated[str, typer.Argument(help="recipes, tasks, samplers, teachers, credit, ...")] = "",
+    module: Annotated[str, typer.Option("--module", help="A package of your own: its parts, in place of those that ship.")] = "",
+) -> None:
     """Recipes and parts, one line each."""
     from reflux.commands.show import list_parts
 
-    list_parts(group)
+    list_parts(group, module)
 
 
 @app.command()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from reflux.batch import Item
 from reflux.kernels.columns import Columns
-from reflux.objectives.base import Bounded, Objective, Rows
+from reflux.objectives.base import Objective, Rows
 from reflux.objectives.baselines import gradient_variance
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.objectives.says import FullSays
@@ -104,7 +104,7 @@ def _variance(columns: Columns, rows: slice, name: str, objective: SampledKL, vi
 @torch.no_grad()
 def _outside(columns: Columns, rows: slice, name: str, objective: Objective, view: Rows[Any]) -> None:
     """Where the bound of an importance ratio binds."""
-    outside_N = objective.outside(view) if isinstance(objective, Bounded) else None
+    outside_N = objective.outside(view)
     if outside_N is not None:
         columns.put(f"outside {name}", rows, outside_N)
 

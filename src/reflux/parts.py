@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import importlib
 import keyword
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, ValidationError
@@ -31,6 +31,18 @@ GROUPS = {
     "tasks": "reflux.tasks:TASKS",
     "evals": "reflux.evals:EVALS",
     "schedules": "reflux.schedules:SCHEDULES",
+}
+BASES = {  # what every part of a group inherits
+    "samplers": "reflux.samplers.base:SamplerPart",
+    "teachers": "reflux.teachers.base:TeacherPart",
+    "contexts": "reflux.contexts.base:ContextPart",
+    "objectives": "reflux.objectives.base:ObjectivePart",
+    "credit": "reflux.credit.base:CreditPart",
+    "rewards": "reflux.rewards.base:RewardPart",
+    "learners": "reflux.learners.base:LearnerPart",
+    "accelerators": "reflux.accelerators.base:AcceleratorPart",
+    "tasks": "reflux.tasks.base:TaskPart",
+    "evals": "reflux.evals.base:EvalPart",
 }
 
 
@@ -71,9 +83,36 @@ def part(group: str, kind: str, path: str = "") -> type:
             f'A part of your own is named "my_package.module:Class".'
         )
     try:
-        return load(kind)
+        found = load(kind)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{where}cannot import '{kind}': {error}. Is the package installed, or its folder on PYTHONPATH?") from error
+    if not belongs(found, group):
+        inherits = f" that inherits {BASES[group].replace(':', '.')}" if group in BASES else ""
+        raise ConfigError(f"{where}'{kind}' is no part of the group {group}, which is a frozen dataclass{inherits}.")
+    return found
+
+
+def belongs(value: object, group: str) -> bool:
+    """True for a class that a recipe may name in this group: a dataclass that inherits the group's base. Schedules inherit nothing."""
+    return isinstance(value, type) and dataclasses.is_dataclass(value) and (group not in BASES or load(BASES[group]) in value.__mro__)
+
+
+def within(value: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
+    """(where, group, part) of every part in a config or in another part, each before those inside it; schedules are not among them."""
+    for name, marker in markers(type(value)).items():
+        if not isinstance(marker, PartOf) or marker.group not in BASES:
+            continue
+        for where, entry in _entries(marker, f"{path}.{name}" if path else name, getattr(value, name)):
+            yield where, marker.group, entry
+            yield from within(entry, where)
+
+
+def _entries(marker: PartOf, where: str, value: Any) -> Iterable[tuple[str, Any]]:
+    if marker.many == "table":
+        return ((f"{where}.{name}", entry) for name, entry in value.items())
+    if marker.many == "list":
+        return ((f"{where}[{index}]", entry) for index, entry in enumerate(value))
+    return () if value is None else ((where, value),)
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:

@@ -10,7 +10,7 @@ import torch
 import tiny
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.models import as_model
-from reflux.objectives.base import Bounded, Rows
+from reflux.objectives.base import Rows
 from reflux.objectives.baselines import kl_value, minimum_variance_value, topk_kl_value
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
@@ -216,7 +216,7 @@ def test_a_cap_is_counted_where_it_holds_a_ratio_back_but_not_where_nothing_is_l
     least = float(gap_N[above_N].min())
     assert SampledKL(ratio_cap=1.2, max_gap_nats=least).outside(at).tolist() == (above_N & (gap_N < least)).tolist() != above_N.tolist()
     assert Divergence().outside(at) is None
-    assert not isinstance(NLL(), Bounded)
+    assert NLL().outside(at) is None
 
 
 def test_the_share_of_ratios_outside_their_bound_is_a_metric(tiny_run):

@@ -12,6 +12,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from reflux.accelerators.score import Scorer, Scoring
+from reflux.part import Part
 
 if TYPE_CHECKING:
     from reflux.learners.access import WeightAccess
@@ -38,7 +39,11 @@ class OpenAccelerator(Protocol):
     def load(self, state: Mapping[str, Any]) -> None: ...
 
 
-class Accelerator(Protocol):
+class AcceleratorPart(Part, Protocol):
+    """What an accelerator inherits."""
+
+
+class Accelerator(AcceleratorPart, Protocol):
     @property
     def scoring(self) -> Scoring: ...
 

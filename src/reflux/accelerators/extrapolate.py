@@ -9,19 +9,24 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from reflux.accelerators.base import AcceleratorPart
 from reflux.accelerators.score import Scoring
+from reflux.papers import Paper
 from reflux.parts import STRICT
 
 if TYPE_CHECKING:
     from reflux.accelerators.extrapolate_engine import OpenExtrapolate
+    from reflux.config import RunConfig
     from reflux.rundir import Run
 
 INCLUDE = ("attn", "attention", "mlp", "ffn", ".ff", "feed_forward")  # what common architectures call these modules
 Count = Annotated[int, Field(ge=1)]
 
+EFFOPD = Paper("effopd", "Learning to Foresee: Unveiling the Unlocking Efficiency of On-Policy Distillation", "2605.11739", 2026)
+
 
 @dataclass(frozen=True, config=STRICT)
-class Extrapolate:
+class Extrapolate(AcceleratorPart):
     """After optimiser steps 1, 2, 4, 8, ... try W + m (W - anchor) for m = 2, 4, ..., 2 `tries`; stay at the last one that scored better.
 
     anchor: the weights the search before ended with, its jump included; at first, those the run began with. So the displacement W - anchor
@@ -57,6 +62,9 @@ class Extrapolate:
     def __post_init__(self) -> None:
         if not self.include or not all(self.include):
             raise ValueError('include names the modules that move by parts of their names, for example ["attn", "mlp"]; none may be empty')
+
+    def papers(self, cfg: RunConfig) -> Iterable[Paper]:
+        return (EFFOPD,)
 
     @property
     def scoring(self) -> Scoring:

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from reflux.contexts.wording import with_attempts
-from reflux.tasks.base import Split
+from reflux.tasks.base import Split, TaskPart
 from reflux.tasks.word_problems import SIGNS, Operation, WordProblems, apply
 from reflux.types import Message, Prompt, Reward, Rollout, TokenRollout, seed_of
 
@@ -24,7 +24,7 @@ CUT, GARBLED = 0.1, 0.1  # shares of the failures that stop early, and that end 
 
 
 @dataclass(frozen=True)
-class Shown:
+class Shown(TaskPart):
     """The stories of `task` with `successes` right and `failures` wrong attempts in the question; asked for and graded as before.
 
     foreign: the attempts are at the next problem of the stream, so that they say nothing about the one asked; a held-out split then has one

@@ -11,6 +11,7 @@ from rich.table import Table
 from reflux import parts
 from reflux.cite import papers
 from reflux.config import RECIPES, load_recipe, recipe_names
+from reflux.discovery import parts_of
 from reflux.errors import ConfigError, RunError
 from reflux.planning import Plan, Size, plan
 
@@ -59,18 +60,31 @@ def _memory(count: int | None, position: str) -> str:
     return f"{size} for weights and optimiser; activations{' and the key-value cache' if position == 'token' else ''} come on top"
 
 
-def list_parts(group: str) -> None:
-    """One line per recipe or part: the first line of its file or docstring."""
+def list_parts(group: str, module: str = "") -> None:
+    """One line per recipe or part: the first line of its file or docstring. module: the parts that it defines, in place of those that ship.
+
+    ConfigError for an unknown group, and for a module that cannot be imported or defines no part.
+    """
     known = ["recipes", *parts.GROUPS]
     if group and group not in known:
         raise ConfigError(f"there is no group '{group}'{parts.did_you_mean(group, known, '.')} Groups: {', '.join(known)}")
-    for name in [group] if group else known:
-        lines = recipe_lines() if name == "recipes" else part_lines(name)
+    shown = _lines_of(module) if module else {name: recipe_lines() if name == "recipes" else part_lines(name) for name in known}
+    for name in [group] if group else shown:
+        lines = shown.get(name, {})
         console.print(name if lines else f"{name}: none yet", style="bold")
         for kind, line in lines.items():
             console.print(f"  {kind:18} {line}", markup=False, highlight=False, soft_wrap=True)
-        if name == "objectives":
+        if name == "objectives" and not module:
             console.print(_MORE, style="dim", soft_wrap=True)
+
+
+def _lines_of(module: str) -> dict[str, dict[str, str]]:
+    found = {group: {kind: _first_line(cls) for kind, cls in classes.items()} for group, classes in parts_of(module).items()}
+    if not found:
+        raise ConfigError(
+            f"'{module}' defines no part: a part is a frozen dataclass that inherits the base of its group (docs/extending.md)"
+        )
+    return found
 
 
 def recipe_lines() -> dict[str, str]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+from reflux.part import Part
 from reflux.types import Group, Message, Moment, Wants
 
 
@@ -33,7 +34,17 @@ def retold(messages: tuple[Message, ...], tell: Callable[[str], str]) -> tuple[M
     return tuple({**message, "content": tell(message["content"])} if place == last else message for place, message in enumerate(messages))
 
 
-class Context(Protocol):
+class ContextPart(Part, Protocol):
+    """What a context inherits: the defaults of what it may leave unsaid."""
+
+    adds_words: ClassVar[bool] = False  # True where it tells the teacher more than the student was told
+
+    def most_added(self, longest: int, count: Callable[[str], int]) -> int | None:
+        """Tokens it adds to a prompt at most: `longest` tokens an attempt, `count` of a text's tokens. None: not known beforehand."""
+        return None
+
+
+class Context(ContextPart, Protocol):
     min_group: int
 
     @property

@@ -6,22 +6,35 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic.dataclasses import dataclass
 
-from reflux.contexts.base import View, retold
+from reflux.contexts.base import ContextPart, View, retold
 from reflux.contexts.wording import with_attempts
+from reflux.papers import Paper
 from reflux.parts import STRICT
 from reflux.types import Attempt, Group, Moment, TokenRollout, Wants, seed_of
 
+if TYPE_CHECKING:
+    from reflux.config import RunConfig
+
 THINKING = re.compile(r"<(/?)think>")
+
+PEERS = Paper("peers", "Multi-Rollout On-Policy Distillation via Peer Successes and Failures", "2605.12652", 2026)
+SDPO = Paper(
+    "sdpo",
+    "Reinforcement Learning via Self-Distillation",
+    "2601.20802",
+    2026,
+    'H{\\"u}botter, Jonas and L{\\"u}beck, Frederike and Behric, Lejs and Baumann, Anton and others',
+)
 
 
 @dataclass(frozen=True, config=STRICT)
-class Peers:
+class Peers(ContextPart):
     """The last user message becomes: the problem; the first `successes` correct attempts of the group in order, then `failures` failed
     ones drawn at random, each under its heading, the attempt itself always left out; feedback on it; a line that asks for a correct
     solution. All other messages stay. Fewer available: fewer shown. Nothing to show: the teacher is not asked.
@@ -61,6 +74,9 @@ class Peers:
             raise ValueError(f"peer_tokens must be at least 1, got {self.peer_tokens}")
         if not math.isfinite(self.threshold):
             raise ValueError(f"threshold must be a finite number, got {self.threshold}")
+
+    def papers(self, cfg: RunConfig) -> Iterable[Paper]:
+        return (PEERS, SDPO) if (self.successes, self.failures) == (1, 0) else (PEERS,)
 
     @property
     def wants(self) -> Wants:

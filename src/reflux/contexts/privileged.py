@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from reflux.contexts.base import View, retold
+from reflux.contexts.base import ContextPart, View, retold
 from reflux.contexts.wording import ANSWER, SUCCESS, with_answer
+from reflux.papers import Paper
 from reflux.parts import STRICT
 from reflux.types import Group, Moment, Prompt, Wants
 
+if TYPE_CHECKING:
+    from reflux.config import RunConfig
+
+OPSD = Paper(
+    "opsd",
+    "Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models",
+    "2601.18734",
+    2026,
+    "Zhao, Siyan and Xie, Zhihui and Liu, Mengchen and Huang, Jing and Pang, Guan and others",
+)
+SDFT = Paper(
+    "sdft",
+    "Self-Distillation Enables Continual Learning",
+    "2601.19897",
+    2026,
+    'Shenfeld, Idan and Damani, Mehul and H{\\"u}botter, Jonas and Agrawal, Pulkit',
+)
+
 
 @dataclass(frozen=True, config=STRICT)
-class Privileged:
+class Privileged(ContextPart):
     """The last user message goes on with `Prompt.answer` (show = "answer") or with the first of `Prompt.references` (show =
     "demonstration"), and a line that asks for a solution of the original question; all other messages stay. The student never sees it.
 
@@ -26,6 +46,9 @@ class Privileged:
     show: Literal["answer", "demonstration"] = "answer"
 
     min_group: ClassVar[int] = 1
+
+    def papers(self, cfg: RunConfig) -> Iterable[Paper]:
+        return (OPSD, SDFT) if self.show == "demonstration" else (OPSD,)
 
     @property
     def wants(self) -> Wants:

@@ -6,13 +6,13 @@ from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from reflux.contexts.base import View
+from reflux.contexts.base import ContextPart, View
 from reflux.parts import STRICT
 from reflux.types import Group, Moment, Wants
 
 
 @dataclass(frozen=True, config=STRICT)
-class Same:
+class Same(ContextPart):
     """The student's own prompt, nothing added (plain on-policy distillation)."""
 
     min_group: ClassVar[int] = 1

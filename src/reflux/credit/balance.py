@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
+from reflux.credit.base import CreditPart
+from reflux.credit.margin import UNI_OPD
+from reflux.papers import Paper
 from reflux.parts import STRICT
 from reflux.types import Group, Moment, Share, Wants
+
+if TYPE_CHECKING:
+    from reflux.config import RunConfig
 
 
 def _named(ratio: object) -> object:
@@ -19,7 +26,7 @@ def _named(ratio: object) -> object:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Balance:
+class Balance(CreditPart):
     """Factor 0 on a random excess of one class of a group, factor 1 on the rest, until correct : wrong is `ratio`. No shift.
 
     Correct is reward >= `threshold`; `keep` says exactly who stays. ratio 0 keeps the wrong attempts only, inf the correct ones only,
@@ -41,6 +48,9 @@ class Balance:
             _check(self.ratio)
         if not math.isfinite(self.threshold):
             raise ValueError(f"threshold must be a finite reward, got {self.threshold}")
+
+    def papers(self, cfg: RunConfig) -> Iterable[Paper]:
+        return (UNI_OPD,)
 
     @property
     def wants(self) -> Wants:

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from typing import ClassVar, Protocol
 
+from reflux.part import Part
 from reflux.types import Group, Moment, Share, Wants
 
 
-class Credit(Protocol):
+class CreditPart(Part, Protocol):
+    """What a credit rule inherits."""
+
+
+class Credit(CreditPart, Protocol):
     min_group: ClassVar[int]  # attempts per prompt it needs to say anything
 
     @property

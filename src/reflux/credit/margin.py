@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass as plain
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic.dataclasses import dataclass
 
+from reflux.credit.base import CreditPart
 from reflux.credit.log_ratio import Side, log_ratio_T
+from reflux.papers import Paper
 from reflux.parts import STRICT
 from reflux.types import Attempt, Group, Moment, Share, Wants
+
+if TYPE_CHECKING:
+    from reflux.config import RunConfig
 
 MODES = ("mean", "minmax")
 DIRECTIONS = ("spread", "lift", "down")
 
+UNI_OPD = Paper("uni_opd", "Uni-OPD", "2605.03677", 2026)
+
 
 @dataclass(frozen=True, config=STRICT)
-class Margin:
+class Margin(CreditPart):
     """Per group, over attempts with a verdict and a return: if margin m < delta, a constant per attempt closes the gap delta - m.
 
     Return G of an attempt: the mean of r = log q(a) - log p(a) over its chosen positions, nats per token. m: mean G of the correct minus
@@ -61,6 +68,9 @@ class Margin:
             raise ValueError(f"threshold must be a finite reward, got {self.threshold}")
         if self.action == "mask" and self.level == "attempt":
             raise ValueError('action = "mask" drops attempts and shifts nothing, so level = "attempt" has no meaning beside it')
+
+    def papers(self, cfg: RunConfig) -> Iterable[Paper]:
+        return (UNI_OPD,)
 
     @property
     def shifts(self) -> bool:

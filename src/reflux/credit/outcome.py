@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic.dataclasses import dataclass
 
+from reflux.credit.base import CreditPart
+from reflux.papers import Paper
 from reflux.parts import STRICT
 from reflux.schedules import Number, at, number
 from reflux.types import Group, Moment, Share, Wants
 
+if TYPE_CHECKING:
+    from reflux.config import RunConfig
+
+GRPO = Paper(
+    "grpo",
+    "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+    "2402.03300",
+    2024,
+    "Shao, Zhihong and others",
+)
+
 
 @dataclass(frozen=True, config=STRICT)
-class Outcome:
+class Outcome(CreditPart):
     """Shift = nats * (reward - mean reward of the group), the same at every position; no factor.
 
     With objective `outcome` this is group-relative policy gradient; with `sampled_kl` the verdict is added to the teacher's word.
@@ -36,6 +49,9 @@ class Outcome:
         number(self.nats, "nats")
         if not self.std_floor > 0:
             raise ValueError(f"std_floor must be positive, got {self.std_floor}")
+
+    def papers(self, cfg: RunConfig) -> Iterable[Paper]:
+        return (GRPO,)
 
     @property
     def wants(self) -> Wants:

@@ -7,13 +7,14 @@ from typing import ClassVar
 import numpy as np
 from pydantic.dataclasses import dataclass
 
+from reflux.credit.base import CreditPart
 from reflux.parts import STRICT
 from reflux.schedules import PositionNumber, at, needs_horizon, number
 from reflux.types import Group, Moment, Share, Wants
 
 
 @dataclass(frozen=True, config=STRICT)
-class Position:
+class Position(CreditPart):
     """Factor `factor(i)` at the i-th chosen position, i = 0, 1, 2, ...; positions where the student did not choose keep factor 1.
 
     `factor` is a number or a schedule read over positions instead of optimiser steps, so state its `horizon`, in positions:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from pydantic.dataclasses import dataclass
 
+from reflux.credit.base import CreditPart
+from reflux.papers import Paper
 from reflux.parts import STRICT
 from reflux.schedules import Number, at, number
 from reflux.types import Attempt, Group, Moment, Share, Wants
 
+if TYPE_CHECKING:
+    from reflux.config import RunConfig
+
+PREFIX_OPD = Paper("prefix_opd", "Fast and Effective On-policy Distillation from Reasoning Prefixes", "2602.15260", 2026)
+
 
 @dataclass(frozen=True, config=STRICT)
-class Prefix:
+class Prefix(CreditPart):
     """Factor 1 on the chosen positions [start, start + length) of each attempt, 0 on its other chosen ones; positions where the student
     did not choose are not counted and keep factor 1. No shift.
 
@@ -35,6 +43,9 @@ class Prefix:
             raise ValueError(f"length must be at least 1 position, got {self.length}")
         if self.start < 0:
             raise ValueError(f"start counts chosen positions from 0, got {self.start}")
+
+    def papers(self, cfg: RunConfig) -> Iterable[Paper]:
+        return (PREFIX_OPD,)
 
     @property
     def wants(self) -> Wants:

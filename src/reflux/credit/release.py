@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from reflux.credit.base import CreditPart
 from reflux.credit.change_point import Split, best_split, candidate_margin, change_point, segment_margins, segment_scores
 from reflux.credit.segments import Way, segments_of
 from reflux.metrics import Max, Quantiles
+from reflux.papers import Paper
 from reflux.parts import STRICT
 from reflux.types import Attempt, Group, HiddenTarget, Moment, Share, TokenRollout, TopKTarget, Wants
 
+if TYPE_CHECKING:
+    from reflux.config import RunConfig
+
 __all__ = ["Release", "candidate_margin", "change_point", "segment_scores"]
+
+RELEASE = Paper(
+    "release",
+    "Prefix Teach, Suffix Fade: Local Teachability Collapse in Strong-to-Weak On-Policy Distillation",
+    "2605.13643",
+    2026,
+)
 
 
 @dataclass(frozen=True, config=STRICT)
-class Release:
+class Release(CreditPart):
     """Factor 0 on what follows the one downward step of an attempt's segment scores, if it has one; what is kept is scaled up in its place.
 
     Per chosen position the margin is the gap between the teacher's best two of the student's `k` likeliest tokens (nats); per segment the
@@ -53,6 +66,9 @@ class Release:
     def __post_init__(self) -> None:
         if not math.isfinite(self.min_gain):
             raise ValueError(f"min_gain must be finite, got {self.min_gain}; to release nothing, raise min_segments")
+
+    def papers(self, cfg: RunConfig) -> Iterable[Paper]:
+        return (RELEASE,)
 
     @property
     def wants(self) -> Wants:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic.dataclasses import dataclass
 
 from reflux.errors import DataError
+from reflux.evals.base import EvalPart
 from reflux.evals.kinds import kind_of
 from reflux.parts import STRICT
 from reflux.statistics import mean_interval, pass_at_k, wilson
@@ -42,7 +43,7 @@ _OWN = {
 
 
 @dataclass(frozen=True, config=STRICT)
-class Accuracy:
+class Accuracy(EvalPart):
     """The first `problems` of a split: one greedy answer each, and `samples` more at `temperature` where that is above 0.
 
     Greedy: accuracy (the mean verdict of what could be judged) with the Wilson interval `low`, `high`; `accuracy.<part or route>` with

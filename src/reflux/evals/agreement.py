@@ -11,6 +11,7 @@ import numpy as np
 from pydantic.dataclasses import dataclass
 
 from reflux.evals.accuracy import HELD_OUT_SEED
+from reflux.evals.base import EvalPart
 from reflux.evals.kinds import kind_of
 from reflux.objectives.velocity_kl import kl_weight
 from reflux.parts import STRICT
@@ -28,7 +29,7 @@ Found = tuple[Attempt, np.ndarray]  # an attempt the teacher scored, and how far
 
 
 @dataclass(frozen=True, config=STRICT)
-class Agreement:
+class Agreement(EvalPart):
     """Reverse KL to the teacher on the student's own samples for the first `prompts` of a split, one attempt each.
 
     Of texts the mean of log p(a) - log q(a), which is unbiased; of pictures, drawn with the noise of training, the KL of each step in

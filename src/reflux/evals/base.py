@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from reflux.part import Part
 from reflux.tasks.base import Split
 
 if TYPE_CHECKING:
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
     from reflux.teachers.collection import Teachers
 
 
-class Eval(Protocol):
+class EvalPart(Part, Protocol):
+    """What an evaluation inherits."""
+
+
+class Eval(EvalPart, Protocol):
     once: ClassVar[bool]  # True where it speaks of the teacher: asked before the first step, never again
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -11,8 +11,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux import files
-from reflux.accelerators.extrapolate import INCLUDE, moved
+from reflux.accelerators.extrapolate import EFFOPD, INCLUDE, moved
 from reflux.errors import ConfigError, RunError
+from reflux.evals.base import EvalPart
 from reflux.evals.spectra import (
     K,
     alignment,
@@ -27,11 +28,13 @@ from reflux.evals.spectra import (
     top_norm_ratio_of,
 )
 from reflux.learners.access import WeightAccess, required
+from reflux.papers import Paper
 from reflux.parts import STRICT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from reflux.config import RunConfig
     from reflux.learners.base import OpenLearner
     from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
@@ -44,7 +47,7 @@ NAMES = ("spectral_norm", "rho", "effective_rank", "top_norm_ratio")
 
 
 @dataclass(frozen=True, config=STRICT)
-class Foresight:
+class Foresight(EvalPart):
     """The spectra of what training did to attention and MLP matrices so far, in float32, adapters merged; means over the matrices.
 
     `spectral_norm`, `rho`, `effective_rank`, `top_norm_ratio` (see evals.spectra), `matrices`, and how many of them are `unmoved` and left
@@ -65,6 +68,9 @@ class Foresight:
     percent: Annotated[float, Field(gt=0, le=100)] = 1.0
     k: Annotated[int, Field(ge=1)] = K
     include: tuple[str, ...] = INCLUDE
+
+    def papers(self, cfg: RunConfig) -> Iterable[Paper]:
+        return (EFFOPD,)
 
     async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
         """The table. ConfigError where `include` matches no matrix, RunError where the start weights are not there."""

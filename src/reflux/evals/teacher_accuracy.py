@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic.dataclasses import dataclass
 
 from reflux.evals.accuracy import Accuracy, Graded
+from reflux.evals.base import EvalPart
 from reflux.parts import STRICT
 from reflux.tasks.base import Split
 from reflux.teachers.base import Teacher, spoken_name
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, config=STRICT)
-class TeacherAccuracy:
+class TeacherAccuracy(EvalPart):
     """`accuracy` of the teacher's own model, before the first step.
 
     teacher: a name that several tables answer as: each problem goes to the table of its route, and together they are the routed ceiling

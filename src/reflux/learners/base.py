@@ -12,6 +12,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from reflux.part import Part
 from reflux.step import StepRequest, StepResult
 from reflux.types import Group, Rollout, Target
 
@@ -63,7 +64,21 @@ class OpenLearner(Protocol):
         ...
 
 
-class Learner(Protocol):
+class LearnerPart(Part, Protocol):
+    """What a learner inherits: the defaults of what it may leave unsaid."""
+
+    @property
+    def trains_all(self) -> bool:
+        """False where adapters are trained, and the model's own weights stay."""
+        return True
+
+    @property
+    def averages(self) -> bool:
+        """True where an average of the weights is kept, and that is what is evaluated and exported."""
+        return False
+
+
+class Learner(LearnerPart, Protocol):
     rollouts: ClassVar[type[Rollout]]  # what it learns from
     model: str
 

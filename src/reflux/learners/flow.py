@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from reflux.learners.hf import Positive
+from reflux.learners.base import LearnerPart
+from reflux.learners.hf import LORA, Positive
+from reflux.papers import Paper
 from reflux.parts import STRICT
 from reflux.schedules import Number, number
 from reflux.types import FlowRollout, Rollout
 
 if TYPE_CHECKING:
+    from reflux.config import RunConfig
     from reflux.rundir import Run
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+RECTIFIED_FLOW = Paper(
+    "rectified_flow",
+    "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis",
+    "2403.03206",
+    2024,
+    'Esser, Patrick and Kulal, Sumith and Blattmann, Andreas and Entezari, Rahim and M{\\"u}ller, Jonas and others',
+)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -56,7 +68,7 @@ class Merge:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Flow:
+class Flow(LearnerPart):
     """AdamW on float32 master weights of a diffusers transformer, bfloat16 autocast on GPU; guidance is that of each attempt.
 
     Every kept position is one pass of the network at the state stored there; no gradient flows through the sampler.
@@ -84,6 +96,9 @@ class Flow:
         number(self.lr, "lr")
         if self.adapter is not None and self.merge is not None:
             raise ValueError("adapter and merge both say where to begin; keep one of them")
+
+    def papers(self, cfg: RunConfig) -> Iterable[Paper]:
+        return (RECTIFIED_FLOW,) if self.lora is None else (LORA, RECTIFIED_FLOW)
 
     def open(self, run: Run) -> AbstractAsyncContextManager[Any]:
         from reflux.learners.flow_engine import FlowLearner

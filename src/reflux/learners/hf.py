@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from reflux.learners.base import LearnerPart
+from reflux.papers import Paper
 from reflux.parts import STRICT
 from reflux.schedules import Number, number
 from reflux.types import Rollout, TokenRollout
 
 if TYPE_CHECKING:
+    from reflux.config import RunConfig
     from reflux.rundir import Run
 
 Positive = Annotated[float, Field(gt=0)]
+
+LORA = Paper(
+    "lora",
+    "LoRA: Low-Rank Adaptation of Large Language Models",
+    "2106.09685",
+    2021,
+    "Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and others",
+)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -28,7 +40,7 @@ class Lora:
 
 
 @dataclass(frozen=True, config=STRICT)
-class HF:
+class HF(LearnerPart):
     """AdamW on float32 master weights, bfloat16 autocast on GPU, micro-batches cut by a token budget.
 
     Adam scales a gradient of any size up to a full step, rounding included: a student that has become its teacher would wander off.
@@ -54,6 +66,9 @@ class HF:
 
     def __post_init__(self) -> None:
         number(self.lr, "lr")
+
+    def papers(self, cfg: RunConfig) -> Iterable[Paper]:
+        return () if self.lora is None else (LORA,)
 
     def open(self, run: Run) -> AbstractAsyncContextManager[Any]:
         from reflux.learners.hf_engine import HFLearner

@@ -8,8 +8,9 @@ score-function objective takes shifts: it adds `rows.shift_N` to its advantage.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
+from reflux.part import Part
 from reflux.types import Target, Wants
 
 if TYPE_CHECKING:
@@ -34,7 +35,34 @@ class Rows(Generic[Student]):
     group_value_N: Tensor | None = None  # what a group baseline subtracts; made by batch.py before any split
 
 
-class Objective(Protocol):
+class ObjectivePart(Part, Protocol):
+    """What an objective inherits: the defaults of what it may leave unsaid."""
+
+    samples: ClassVar[bool] = False  # True where the gradient is estimated from sampled positions: then `variance` says how noisily
+    remedy: ClassVar[str] = (  # what to choose where no teacher offers what it accepts
+        'Use support = "teacher" where the teacher gives a list, kind = "sampled_kl" where it gives log-probs, or a local teacher'
+    )
+
+    @property
+    def setting(self) -> str:
+        """The key that decides what it needs of its teacher, as it is written in a recipe; "" where none does."""
+        return ""
+
+    @property
+    def group_baseline(self) -> Literal["all", "others"] | None:
+        """Whose mean log-ratio its advantage is measured from: all siblings', the others' alone; None: no siblings'."""
+        return None
+
+    def outside(self, rows: Rows[Any]) -> Tensor | None:
+        """True [N] at the rows where the bound of an importance ratio changes the gradient; None without a ratio or a bound."""
+        return None
+
+    def variance(self, rows: Rows[Any]) -> tuple[Tensor, Tensor] | None:
+        """The exact variance of the sampled logit gradient at each row [N], with the baseline and without; None: nothing is sampled."""
+        return None
+
+
+class Objective(ObjectivePart, Protocol):
     takes_shift: ClassVar[bool]
 
     @property
@@ -53,13 +81,4 @@ class Objective(Protocol):
 
     def __call__(self, rows: Rows[Any]) -> Tensor:
         """cost_N, nats."""
-        ...
-
-
-@runtime_checkable
-class Bounded(Protocol):
-    """An objective that weighs by an importance ratio with a bound. One without `outside` is not asked."""
-
-    def outside(self, rows: Rows[Any]) -> Tensor | None:
-        """True [N] at the rows where the bound changes the gradient; None where this setting has no bound."""
         ...

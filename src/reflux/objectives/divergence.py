@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from reflux.objectives.base import Rows
+from reflux.objectives.base import ObjectivePart, Rows
 from reflux.objectives.ratio import above_cap, check_ratio, truncated_ratio
+from reflux.objectives.ratio_rules import ratio_papers
 from reflux.objectives.sampled_kl import check_coef
+from reflux.papers import Paper
 from reflux.parts import STRICT
 from reflux.types import HiddenTarget, Target, TopKTarget, Wants
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from reflux.config import RunConfig
     from reflux.objectives.says import FullSays, ListedSays, Says
 
 MIXED = ("jsd", "skew_reverse", "skew_forward", "alpha")
 
+DISTILLM = Paper(
+    "distillm",
+    "DistiLLM: Towards Streamlined Distillation for Large Language Models",
+    "2402.03898",
+    2024,
+    "Ko, Jongwoo and Kim, Sungnyun and Chen, Tianyi and Yun, Se-Young",
+)
+FDISTILL = Paper(
+    "fdistill",
+    "f-Divergence Minimization for Sequence-Level Knowledge Distillation",
+    "2307.15190",
+    2023,
+    "Wen, Yuqiao and Li, Zichao and Du, Wenyu and Mou, Lili",
+)
+
 
 @dataclass(frozen=True, config=STRICT)
-class Divergence:
+class Divergence(ObjectivePart):
     """divergence(student, teacher) at each position: no sampling noise in the gradient, nats (`tv`: in [0, 1]), 0 at home.
 
     `divergence` names a function of `reflux.objectives.divergences`. `beta` is its mixing weight: jsd's beta (default 0.5; 0 is the
@@ -74,6 +93,13 @@ class Divergence:
         check_ratio(ratio_cap=self.ratio_cap)
         if not 0 < self.tail_floor < 1:
             raise ValueError(f"tail_floor is a probability mass between 0 and 1, got {self.tail_floor}")
+
+    def papers(self, cfg: RunConfig) -> Iterable[Paper]:
+        if self.divergence.startswith("skew"):
+            yield DISTILLM
+        if self.divergence == "tv":
+            yield FDISTILL
+        yield from ratio_papers(self.ratio, cfg.max_lag)
 
     @property
     def accepts(self) -> tuple[type[Target], ...]:

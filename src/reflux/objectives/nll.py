@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from reflux.objectives.base import Rows
+from reflux.objectives.base import ObjectivePart, Rows
 from reflux.objectives.sampled_kl import check_coef
 from reflux.parts import STRICT
 from reflux.types import Target, Wants
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, config=STRICT)
-class NLL:
+class NLL(ObjectivePart):
     """-log p(a) of the recorded token, nats: learns to repeat given answers (the `stored` sampler), as baseline and cold start.
 
     Over answers of a data distribution q its expected gradient is that of KL(q || p) at each prefix. Over the student's own attempts

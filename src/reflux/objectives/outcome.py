@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from reflux.objectives.base import Rows
+from reflux.objectives.base import ObjectivePart, Rows
 from reflux.objectives.ratio import check_ratio, outside, score_cost
+from reflux.objectives.ratio_rules import ratio_papers
 from reflux.objectives.sampled_kl import check_coef
+from reflux.papers import Paper
 from reflux.parts import STRICT
 from reflux.types import Target, Wants
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from reflux.config import RunConfig
+
 
 @dataclass(frozen=True, config=STRICT)
-class Outcome:
+class Outcome(ObjectivePart):
     """Score function whose advantage is what the credit rules shift: with credit `outcome`, group-relative policy gradient (GRPO-like).
 
     cost = -min(rho A, clip(rho, 1 - clip[0], 1 + clip[1]) A) with A = shift and rho = p(a) / behaviour(a) per token; ratio "none":
@@ -37,6 +42,9 @@ class Outcome:
     def __post_init__(self) -> None:
         check_coef(self.coef)
         check_ratio(self.clip)
+
+    def papers(self, cfg: RunConfig) -> Iterable[Paper]:
+        return ratio_papers(self.ratio, cfg.max_lag)
 
     @property
     def wants(self) -> Wants:

@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from reflux.objectives.base import Rows
+from reflux.credit.outcome import GRPO
+from reflux.objectives.base import ObjectivePart, Rows
 from reflux.objectives.ratio import Ratio, check_ratio, outside, score_cost
+from reflux.objectives.ratio_rules import ratio_papers
+from reflux.papers import Paper
 from reflux.parts import STRICT
 from reflux.types import HiddenTarget, SampledTarget, Target, TopKTarget, Wants
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from reflux.config import RunConfig
     from reflux.objectives.says import FullSays
 
 GROUP_BASELINES = ("group_mean", "leave_one_out")  # values made from sibling attempts by `batch.plan`
 
+VOPD = Paper("vopd", "KL for a KL: On-Policy Distillation with Control Variate Baseline", "2605.07865", 2026)
+OPTIMAL_BASELINE = Paper(
+    "optimal_baseline",
+    "The Optimal Reward Baseline for Gradient-Based Reinforcement Learning",
+    "1301.2315",
+    2013,
+    "Weaver, Lex and Tao, Nigel",
+)
+RLOO = Paper(
+    "rloo",
+    "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs",
+    "2402.14740",
+    2024,
+    "Ahmadian, Arash and Cremer, Chris and Gall{\\'e}, Matthias and Fadaee, Marzieh and Kreutzer, Julia and others",
+)
+
 
 @dataclass(frozen=True, config=STRICT)
-class SampledKL:
+class SampledKL(ObjectivePart):
     """Score-function estimate of the gradient of KL(student || teacher), one sampled token a position.
 
     A = log q(a) - log p(a) - value + shift, detached; cost = -A log p(a), times the ratio p(a) / behaviour(a) (see `score_cost`). p and q
@@ -70,6 +91,12 @@ class SampledKL:
             raise ValueError(f"baseline_k must be at least 1, got {self.baseline_k}")
         if self.max_gap_nats is not None and not self.max_gap_nats > 0:
             raise ValueError(f"max_gap_nats must be positive, or absent to drop nothing, got {self.max_gap_nats}")
+
+    def papers(self, cfg: RunConfig) -> Iterable[Paper]:
+        of_baseline = {"kl": VOPD, "topk_kl": VOPD, "minimum_variance": OPTIMAL_BASELINE, "leave_one_out": RLOO, "group_mean": GRPO}
+        if self.baseline in of_baseline:
+            yield of_baseline[self.baseline]
+        yield from ratio_papers(self.ratio, cfg.max_lag)
 
     @property
     def accepts(self) -> tuple[type[Target], ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from reflux.objectives.base import Rows
+from reflux.objectives.base import ObjectivePart, Rows
 from reflux.objectives.sampled_kl import check_coef
+from reflux.papers import Paper
 from reflux.parts import STRICT
 from reflux.samplers.flow import step_factors
 from reflux.types import Target, VelocityTarget, Wants
@@ -15,11 +17,20 @@ from reflux.types import Target, VelocityTarget, Wants
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from reflux.config import RunConfig
     from reflux.objectives.flow_says import VelocitySays
+
+FLOW_OPD = Paper(
+    "flow_opd",
+    "Flow-OPD: On-Policy Distillation for Flow Matching Models",
+    "2605.08063",
+    2026,
+    "Fang, Zhen and Huang, Wenxuan and Zeng, Yu and Zhao, Yiming and Chen, Shuang and others",
+)
 
 
 @dataclass(frozen=True, config=STRICT)
-class VelocityKL:
+class VelocityKL(ObjectivePart):
     """KL(student's step || teacher's step) at the states the student visited, differentiated through the student's velocity there.
 
     At one state both steps are Gaussians of one width, so the KL is cost = w |v_student - v_teacher|^2, nats, summed over the D latent
@@ -48,6 +59,9 @@ class VelocityKL:
         check_coef(self.coef)
         if self.scale == "released" and self.weight == "mse":
             raise ValueError("scale = 'released' scales the KL, and weight = 'mse' has none: leave scale out")
+
+    def papers(self, cfg: RunConfig) -> Iterable[Paper]:
+        return (FLOW_OPD,) if cfg.sampler.on_policy else ()
 
     @property
     def wants(self) -> Wants:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Protocol
 
+from reflux.part import Part
 from reflux.types import Group
 
 if TYPE_CHECKING:
@@ -18,7 +19,11 @@ class OpenReward(Protocol):
     async def score(self, group: Group) -> None: ...
 
 
-class RewardFn(Protocol):
+class RewardPart(Part, Protocol):
+    """What a reward inherits."""
+
+
+class RewardFn(RewardPart, Protocol):
     def open(self, run: Run) -> AbstractAsyncContextManager[OpenReward]: ...
 
 

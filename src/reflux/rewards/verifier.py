@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic.dataclasses import dataclass
 
 from reflux.parts import STRICT
+from reflux.rewards.base import RewardPart
 from reflux.types import Group, Reward
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Verifier:
+class Verifier(RewardPart):
     """Reward(value = task.verify(prompt, made)) for each attempt.
 
     timeout_s: how long a verdict may take; then its process is killed. workers: how many judge side by side. An attempt that cannot be

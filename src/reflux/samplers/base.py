@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from reflux.part import Part
 from reflux.types import Draw, Group, Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -25,7 +26,11 @@ class OpenSampler(Protocol):
     async def publish(self, weights: Mapping[str, Tensor], version: int) -> None: ...
 
 
-class Sampler(Protocol):
+class SamplerPart(Part, Protocol):
+    """What a sampler inherits."""
+
+
+class Sampler(SamplerPart, Protocol):
     on_policy: ClassVar[bool]  # False where the attempts were not written by the student of now
     rollouts: ClassVar[type[Rollout]]  # what its attempts are
     allow_biased: bool  # may a temperature or top-p other than 1 be asked for?

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from reflux.papers import Paper
 from reflux.parts import STRICT, PartOf
+from reflux.samplers.base import SamplerPart
 from reflux.samplers.flow import Flow
 from reflux.teachers.flow import Flow as FlowTeacher
 from reflux.types import Draw, FlowRollout, Rollout
@@ -19,9 +21,17 @@ if TYPE_CHECKING:
     from reflux.config import RunConfig
     from reflux.rundir import Run
 
+FLOW_MATCHING = Paper(
+    "flow_matching",
+    "Flow Matching for Generative Modeling",
+    "2210.02747",
+    2022,
+    "Lipman, Yaron and Chen, Ricky T. Q. and Ben-Hamu, Heli and Nickel, Maximilian and Le, Matt",
+)
+
 
 @dataclass(frozen=True, config=STRICT)
-class Drawn:
+class Drawn(SamplerPart):
     """Flow matching (arXiv 2210.02747) on pictures x_0 that the teachers draw when asked for; evaluation really samples, by `generate`.
 
     The teachers are the run's own tables of kind flow: a prompt goes to the table that names its route, else to the one without routes.
@@ -46,6 +56,9 @@ class Drawn:
     def __post_init__(self) -> None:
         if not isinstance(self.generate, Flow):
             raise ValueError("generate draws pictures, so its kind is 'flow'")
+
+    def papers(self, cfg: RunConfig) -> Iterable[Paper]:
+        return (FLOW_MATCHING,)
 
     def draw(self, step: int) -> Draw:
         return replace(self.generate.draw(step), length=self.times)

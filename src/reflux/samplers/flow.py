@@ -10,6 +10,7 @@ x_t = (1 - t) x_0 + t x_1 with x_1 standard normal, and a velocity v that estima
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from numbers import Real
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -19,19 +20,31 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux.errors import DataError
+from reflux.papers import Paper
 from reflux.parts import STRICT
+from reflux.samplers.base import SamplerPart
 from reflux.schedules import Number, at, number
 from reflux.types import Draw, FlowRollout, Prompt, Rollout
 
 if TYPE_CHECKING:
+    from reflux.config import RunConfig
     from reflux.rundir import Run
 
 Value = Any  # a float, a numpy array or a torch tensor
 _ROUNDING = 1e-6  # of times, which are kept in float32
 
+FLOW_GRPO = Paper(
+    "flow_grpo",
+    "Flow-GRPO: Training Flow Matching Models via Online RL",
+    "2505.05470",
+    2025,
+    "Liu, Jie and Liu, Gongye and Liang, Jiajun and Li, Yangguang and Liu, Jiaheng and others",
+)
+GUIDANCE = Paper("guidance", "Classifier-Free Diffusion Guidance", "2207.12598", 2022, "Ho, Jonathan and Salimans, Tim")
+
 
 @dataclass(frozen=True, config=STRICT)
-class Flow:
+class Flow(SamplerPart):
     """A flow model in this process, in batches; every image has its own dice.
 
     The noise depends on (run seed, purpose, step, prompt, sample, denoising step) alone: neighbours in a batch never change a draw's dice.
@@ -60,6 +73,12 @@ class Flow:
     def __post_init__(self) -> None:
         if self.length is not None:
             number(self.length, "length")
+
+    def papers(self, cfg: RunConfig) -> Iterable[Paper]:
+        if cfg.sampler.on_policy:
+            yield FLOW_GRPO
+        if self.guidance != 1:
+            yield GUIDANCE
 
     def draw(self, step: int) -> Draw:
         """How the attempts of optimiser step `step` (from 0) are drawn."""

@@ -9,6 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux.parts import STRICT
+from reflux.samplers.base import SamplerPart
 from reflux.schedules import Number, at, number
 from reflux.types import Draw, Rollout, TokenRollout
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, config=STRICT)
-class HF:
+class HF(SamplerPart):
     """transformers in this process, in batches; every row has its own dice.
 
     The noise depends on (run seed, purpose, step, prompt, sample, turn, position) alone, so a batch never changes a draw's dice.

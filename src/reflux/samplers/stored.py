@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.errors import DataError
 from reflux.parts import STRICT, PartOf
+from reflux.samplers.base import SamplerPart
 from reflux.samplers.hf import HF
 from reflux.tokens import CharacterSpans, Renderer, end_ids
 from reflux.types import Attempt, Draw, Group, Prompt, Rollout, TokenRollout
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Stored:
+class Stored(SamplerPart):
     """Training attempts are the prompts' own `references`, as if the student had written them; evaluation really samples, by `generate`.
 
     Nothing here was drawn from the student, so only objectives that do not weigh by its probabilities fit (`nll`, `divergence`).

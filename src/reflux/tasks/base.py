@@ -8,14 +8,52 @@ worker process that is killed when it takes too long: it may be called on anythi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
+from reflux.part import Part
 from reflux.types import Message, Prompt, Reward, Rollout
 
 Split = Literal["train", "validation", "test"]
+PATIENCE = 2000  # two blocks of a mix
 
 
-class Task(Protocol):
+class TaskPart(Part, Protocol):
+    """What a task inherits: the defaults of what it may leave unsaid."""
+
+    mixes: ClassVar[bool] = False  # True where it asks other tasks by turns
+
+    @property
+    def judges(self) -> bool:
+        """False where `verify` never has a verdict."""
+        return True
+
+    @property
+    def local(self) -> bool:
+        """False where its prompts may have to be downloaded: a plan then does not ask for one."""
+        return True
+
+    @property
+    def ends(self) -> bool | None:
+        """True where its training prompts come again, False where there are always new ones; None: not known."""
+        return None
+
+    @property
+    def patience(self) -> int:
+        """So many training prompts in a row that were there before, and a pass over them is over."""
+        return 1 if self.ends else PATIENCE
+
+    @property
+    def judge(self) -> str | None:
+        """The grader with which the task `jsonl` judges these prompts as this task does; None: it has none. A subclass that judges
+        otherwise says so here."""
+        return None
+
+    def part_of(self, prompt: Prompt) -> str | None:
+        """The name of the mixed task that the prompt came from; None where none is mixed."""
+        return None
+
+
+class Task(TaskPart, Protocol):
     @property
     def weight(self) -> float:
         """Its share where several tasks are mixed."""

@@ -13,13 +13,13 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 
 from reflux.parts import STRICT
-from reflux.tasks.base import Split
+from reflux.tasks.base import Split, TaskPart
 from reflux.tasks.glyph_drawing import CELLS, DOMAINS, NUMBERS, Domain, asked
 from reflux.types import FlowRollout, Message, Prompt, Reward, Rollout, seed_of
 
 
 @dataclass(frozen=True, config=STRICT)
-class Glyphs:
+class Glyphs(TaskPart):
     """Prompts of `domains` by turns; within a domain every number once, in an order drawn from the seed, before any comes again.
 
     digits: "the digit 0" to "the digit 9". Right if the picture's nearest drawing of any digit at any of its 9 places is one of the asked

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic.dataclasses import dataclass
 
 from reflux.errors import DataError
+from reflux.papers import Paper
 from reflux.parts import STRICT
-from reflux.tasks.base import Split
+from reflux.tasks.base import Split, TaskPart
 from reflux.tasks.lines import endless, held_out, hub_lines, make_prompts, read_lines
 from reflux.types import Message, Prompt, Rollout, TokenRollout
 
+if TYPE_CHECKING:
+    from reflux.config import RunConfig
+
 DATASET, CONFIG = "openai/gsm8k", "main"
+
+GSM8K = Paper("gsm8k", "Training Verifiers to Solve Math Word Problems", "2110.14168", 2021, "Cobbe, Karl and others")
 
 
 @dataclass(frozen=True, config=STRICT)
-class Gsm8k:
+class Gsm8k(TaskPart):
     """One user message: the question, a blank line, the `instruction`. The answer is what follows "####"; all of it is a reference.
 
     path: a folder with train.jsonl and test.jsonl of {"question", "answer"}; without it the hub dataset openai/gsm8k.
@@ -41,6 +47,9 @@ class Gsm8k:
             raise ValueError("validation is the share of the training problems held out, so 0 <= validation < 1")
         if not self.weight > 0:
             raise ValueError("weight must be above 0")
+
+    def papers(self, cfg: RunConfig) -> Iterable[Paper]:
+        return (GSM8K,)
 
     @property
     def rollouts(self) -> type[Rollout]:

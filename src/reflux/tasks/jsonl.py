@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.errors import DataError
 from reflux.parts import STRICT, did_you_mean, load
-from reflux.tasks.base import Split
+from reflux.tasks.base import Split, TaskPart
 from reflux.tasks.lines import endless, held_out, hub_lines, make_prompts, read_lines
 from reflux.types import FlowRollout, Message, Prompt, Reward, Rollout, TokenRollout
 
@@ -19,7 +19,7 @@ GRADERS = ("math", "exact", "none")
 
 
 @dataclass(frozen=True, config=STRICT)
-class Jsonl:
+class Jsonl(TaskPart):
     """Lines of {"prompt" or "messages", "answer", "references", "route", "id"}: one of the first two, the rest where you have it.
 
     prompt: one user message. messages: a chat, [{"role", "content"}, ...], ending before the turn that the student shall write. answer:

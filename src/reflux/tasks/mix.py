@@ -12,14 +12,14 @@ from typing import Annotated, Any
 from pydantic.dataclasses import dataclass
 
 from reflux.parts import STRICT, PartOf
-from reflux.tasks.base import Split, Task
+from reflux.tasks.base import Split, Task, TaskPart
 from reflux.types import Message, Prompt, Reward, Rollout, seed_of
 
 BLOCK = 1000  # in so many prompts, every part has exactly its share
 
 
 @dataclass(frozen=True, config=STRICT)
-class Mix:
+class Mix(TaskPart):
     """`parts` by name, each asked in proportion to its `weight`. Ids are "name/id of the part".
 
     "train": every block of 1,000 prompts holds each part exactly by its share (largest remainders), in an order drawn from (seed, block),

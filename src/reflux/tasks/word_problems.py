@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic.dataclasses import dataclass
 
 from reflux.parts import STRICT
-from reflux.tasks.base import Split
+from reflux.tasks.base import Split, TaskPart
 from reflux.types import Message, Prompt, Rollout, TokenRollout, seed_of
 
 Operation = Literal["add", "sub", "mul"]
@@ -39,7 +39,7 @@ ANSWER = re.compile(r"\s*(-?[0-9]+)(?![0-9]|[.,][0-9])")
 
 
 @dataclass(frozen=True, config=STRICT)
-class WordProblems:
+class WordProblems(TaskPart):
     """Stories of `min_steps` to `max_steps` operations in which no number exceeds `largest` and none is negative.
 
     operations: what may happen in a story. `Prompt.route` is "mul" where at least half of the steps multiply, else "add", so that teachers

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from reflux.contexts.base import Context, View
+from reflux.part import Part
 from reflux.types import Rollout, Target, TeacherAnswer, Wants
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from reflux.model_files import Size
     from reflux.rundir import Run
 
 
@@ -46,7 +48,23 @@ class OpenTeacher(Protocol):
     def load(self, state: Mapping[str, Any]) -> None: ...
 
 
-class Teacher(Protocol):
+class TeacherPart(Part, Protocol):
+    """What a teacher inherits: the defaults of what it may leave unsaid."""
+
+    is_student: ClassVar[bool] = False  # True where it is the student itself, now or at some time before
+    shares_weights: ClassVar[bool] = False  # True where tables of one model hold its weights once
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The models and adapters it is loaded from, by their names; of a teacher elsewhere, none."""
+        return ()
+
+    def size(self, where: str, student: Size, pixels: int) -> Size | None:
+        """How large its model is, from file headers alone; None where it holds none in this process. pixels: a side of its pictures."""
+        return None
+
+
+class Teacher(TeacherPart, Protocol):
     rollouts: ClassVar[type[Rollout]]  # what it can be asked about
     offers: ClassVar[tuple[type[Target], ...]]
     in_process: ClassVar[bool]  # True where batched calls are the fast ones

@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.contexts.same import Same
 from reflux.parts import STRICT, PartOf
+from reflux.teachers.base import TeacherPart
 from reflux.types import FlowRollout, Rollout, VelocityTarget
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Flow:
+class Flow(TeacherPart):
     """A frozen flow model, whole or as an adapter on one (arXiv 2605.08063): v_TD at every counted state of an attempt.
 
     Tables with the same model, dtype and device share one copy of it, each with its own adapter on; one without adapter is then the base,

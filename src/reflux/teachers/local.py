@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.contexts.same import Same
 from reflux.parts import STRICT, PartOf
+from reflux.teachers.base import TeacherPart
 from reflux.types import HiddenTarget, Rollout, TokenRollout
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Local:
+class Local(TeacherPart):
     """A frozen model of the student's token map. It reads the student's very tokens, and offers the full distribution as hidden states.
 
     routes: only prompts with one of these routes are asked; as_: the name several routed tables share.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -9,15 +10,26 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux.contexts.same import Same
+from reflux.papers import Paper
 from reflux.parts import STRICT, PartOf
+from reflux.teachers.base import TeacherPart
 from reflux.types import HiddenTarget, Rollout, TokenRollout
 
 if TYPE_CHECKING:
+    from reflux.config import RunConfig
     from reflux.rundir import Run
+
+MEAN_TEACHER = Paper(
+    "mean_teacher",
+    "Mean teachers are better role models: Weight-averaged consistency targets improve semi-supervised deep learning results",
+    "1703.01780",
+    2017,
+    "Tarvainen, Antti and Valpola, Harri",
+)
 
 
 @dataclass(frozen=True, config=STRICT)
-class Own:
+class Own(TeacherPart):
     """A float32 copy phi of the student's weights theta that answers with hidden states. It teaches through what its context adds.
 
     follow ema: phi <- (1 - `ema`) phi + `ema` theta after each optimiser step that moved theta, from the starting student on; 1 keeps phi
@@ -49,6 +61,9 @@ class Own:
     def __post_init__(self) -> None:
         if self.step and self.follow != "frozen":
             raise ValueError(f'step = {self.step} says when a frozen copy is taken, and follow is "{self.follow}". Use follow = "frozen"')
+
+    def papers(self, cfg: RunConfig) -> Iterable[Paper]:
+        return (MEAN_TEACHER,) if self.follow == "ema" else ()
 
     @property
     def follows(self) -> bool:

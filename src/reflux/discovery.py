@@ -1,0 +1,39 @@
+"""The parts that a package outside the library defines."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from importlib.util import find_spec
+
+from reflux.errors import ConfigError
+from reflux.parts import BASES, belongs
+
+
+def parts_of(module: str) -> dict[str, dict[str, type]]:
+    """The parts that a module or package defines, by group and by the dotted kind under which a recipe names them. It is imported whole.
+
+    ConfigError where it, or a module inside it, cannot be imported.
+    """
+    found: dict[str, dict[str, type]] = {group: {} for group in BASES}
+    for name in _modules(module):
+        for value in vars(_imported(name)).values():
+            for group in BASES:
+                if belongs(value, group) and value.__module__ == name:
+                    found[group][f"{name}:{value.__qualname__}"] = value
+    return {group: classes for group, classes in found.items() if classes}
+
+
+def _modules(module: str) -> list[str]:
+    """The module, and those inside it where it is a package."""
+    _imported(module)
+    spec = find_spec(module)
+    inside = pkgutil.walk_packages(spec.submodule_search_locations or (), f"{module}.", onerror=_imported) if spec else ()
+    return [module, *sorted(entry.name for entry in inside if not entry.name.endswith(".__main__"))]
+
+
+def _imported(module: str) -> object:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"cannot import '{module}': {error}. Is the package installed, or its folder on PYTHONPATH?") from error

@@ -1,0 +1,30 @@
+"""A paper, and its BibTeX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Paper:
+    """One paper on arXiv. author: in BibTeX's form; None where the paper names none that are known here."""
+
+    key: str
+    title: str
+    arxiv: str
+    year: int
+    author: str | None = None
+
+    @property
+    def bibtex(self) -> str:
+        """The entry of type misc."""
+        fields = {
+            "title": f"{{{self.title}}}",
+            "author": self.author,
+            "year": str(self.year),
+            "eprint": self.arxiv,
+            "archivePrefix": "arXiv",
+            "url": f"https://arxiv.org/abs/{self.arxiv}",
+        }
+        body = "".join(f"  {name} = {{{value}}},\n" for name, value in fields.items() if value)
+        return f"@misc{{{self.key},\n{body}}}"
