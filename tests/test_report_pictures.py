@@ -385,4 +385,4 @@ def dump(browser: str, page: Path, scratch: Path) -> str:
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
     flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={scratch / 'profile'}", "--virtual-time-budget=8000"]
     command = [browser, *flags, "--dump-dom", page.as_uri()]
-    return subprocess.run(command, capture_output=True, timeout=120, encoding="utf-8", check=True).stdout
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout

@@ -99,7 +99,11 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     start = f"import sys; sys.path[:0] = {paths}; from laws.test_ranks import rank_main; "
     commands = [[sys.executable, "-c", f"{start}rank_main({rank}, {port}, {str(folder)!r})"] for rank in range(2)]
     ranks = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    errors = [process.communicate(timeout=300)[1] for process in ranks]
+    try:
+        errors = [process.communicate()[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
     assert not any(process.returncode for process in ranks), "\n".join(errors)
     return torch.load(folder / "sums.pt")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reflux import records, refused
@@ -134,6 +134,7 @@ def test_a_run_holds_its_resolved_config(tiny_run: Callable[..., Any]) -> None:
     assert there_and_back(cfg) == cfg
 
 
+@settings(max_examples=100)
 @given(
     length=st.integers(0, 6),
     text=st.text(max_size=20),
@@ -190,6 +191,7 @@ def first_line(made: Attempt, step: int = 4) -> dict[str, Any]:
     return line
 
 
+@settings(max_examples=100)
 @given(
     steps=st.integers(1, 12),
     side=st.integers(1, 96),

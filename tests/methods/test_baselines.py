@@ -11,8 +11,6 @@ from scipy.special import rel_entr
 from reflux.objectives.baselines import gradient_variance, kl_value, minimum_variance_value, topk_kl_value, variance_ratio
 from reflux.objectives.sampled_kl import advantage
 
-settings.register_profile("numbers", deadline=None, max_examples=60)
-settings.load_profile("numbers")
 VALUES = ["zero", "kl", "top-1", "top-3", "top-all", "five", "minimum"]
 
 

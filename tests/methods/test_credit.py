@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reflux.credit import CREDIT
@@ -22,8 +22,6 @@ from reflux.parts import kind_of
 from reflux.schedules import Linear, Steps
 from reflux.types import Attempt, Finish, Group, Moment, Prompt, Reward, SampledTarget, TeacherAnswer, TokenRollout, TopKTarget
 
-settings.register_profile("numbers", deadline=None, max_examples=60)
-settings.load_profile("numbers")
 NOW = Moment(step=0, seed=0)
 
 

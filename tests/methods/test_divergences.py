@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import logsumexp, rel_entr
 
@@ -26,8 +26,6 @@ from reflux.objectives.divergences import (
     with_tail_listed,
 )
 
-settings.register_profile("numbers", deadline=None, max_examples=60)
-settings.load_profile("numbers")
 INF = math.inf
 WEIGHTS = (0.0, 0.03, 0.3, 0.5, 0.9, 1.0)
 
