@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -78,6 +80,17 @@ class Chat(TaskPart):
 
 
 @dataclass(frozen=True, config=STRICT)
+class Patchy(Chat):
+    """Prompt number `odd` has no references, and a route of its own."""
+
+    odd: int = 5
+
+    def prompts(self, split: str, seed: int, start: int = 0) -> Iterator[Prompt]:
+        for position, prompt in enumerate(Chat.prompts(self, split, seed, start), start):
+            yield replace(prompt, references=(), route="nowhere") if position == self.odd else prompt
+
+
+@dataclass(frozen=True, config=STRICT)
 class SlowLearner(Learner):
     """The default learner, but all attempts in flight land while it works."""
 
@@ -95,6 +108,31 @@ class SlowLearner(Learner):
 
 
 @dataclass(frozen=True, config=STRICT)
+class StuckLearner(Learner):
+    """The default learner, whose third step takes two minutes: in one model call, or without holding the event loop. It says so before."""
+
+    holds_the_loop: bool = True
+
+    @asynccontextmanager
+    async def open(self, run: Any) -> AsyncIterator[Any]:
+        async with Learner.open(self, run) as opened:
+            move = opened.step
+
+            async def step(*args: Any) -> Any:
+                if opened.version == 2:
+                    print("two minutes begin", flush=True)
+                    for _ in range(1200):
+                        if self.holds_the_loop:
+                            time.sleep(0.1)
+                        else:
+                            await asyncio.sleep(0.1)
+                return await move(*args)
+
+            opened.step = step
+            yield opened
+
+
+@dataclass(frozen=True, config=STRICT)
 class Jump(AcceleratorPart):
     """After step `at` moves every weight by `by` of itself; counts its calls, and remembers its start weights' sum."""
 
@@ -102,10 +140,11 @@ class Jump(AcceleratorPart):
     by: float = 0.01
     prompts: int = 2
     samples: int = 1
+    score: Literal["accuracy", "minus_kl"] = "accuracy"
 
     @property
     def scoring(self) -> Scoring:
-        return Scoring(self.prompts, self.samples)
+        return Scoring(self.prompts, self.samples, self.score)
 
     @asynccontextmanager
     async def open(self, run: Any) -> AsyncIterator[OpenJump]:

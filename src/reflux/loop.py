@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, closing
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, closing
 from typing import Any
 
 from reflux import checks
@@ -60,25 +60,26 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
         stream = Pipeline(
             run.prompts, attempt, first_step=run.step, steps=run.steps_left, per_step=cfg.prompts_per_step, max_lag=cfg.max_lag
         )
-        async for groups in stream:
-            moment = run.moment()
-            await teachers.score(groups, moment)  # only what is missing, or whose context changed
-            await observe(learner, groups)  # what would the student say now? (only if wanted)
-            share_credit(groups, cfg.credit, moment)  # how much does each position count?
-            if accelerator.fires(run.step + 1):
-                await stream.settle()  # in-flight attempts finish, none start
-            request = StepRequest(groups, cfg.objectives, moment, cfg.normalise, cfg.log_variance)
-            result = await learn(learner, request, run.keep_refused)  # the student moves
-            jumped = await accelerator.after_step(learner.access, score, run.step + 1)  # and may jump ahead along its path
-            await publish()  # everyone learns of it
-            if jumped:
-                stream.refresh()  # ask again what is in flight
-            run.advance(result, groups, learner, teachers)  # step += 1; metrics, lag, shares, costs
-            if run.due("eval"):
-                await stream.settle()  # an evaluation may lend the sampler averaged weights: no attempt is drawn with those
-                await run.evaluate(learner, sampler, teachers)
-            if run.due("save"):
-                run.save(learner, teachers, accelerator)
+        async with aclosing(stream):  # nothing is in flight once it is left, whatever happens
+            async for groups in stream:
+                moment = run.moment()
+                await teachers.score(groups, moment)  # only what is missing, or whose context changed
+                await observe(learner, groups)  # what would the student say now? (only if wanted)
+                share_credit(groups, cfg.credit, moment)  # how much does each position count?
+                if accelerator.fires(run.step + 1):
+                    await stream.settle()  # in-flight attempts finish, none start
+                request = StepRequest(groups, cfg.objectives, moment, cfg.normalise, cfg.log_variance)
+                result = await learn(learner, request, run.keep_refused)  # the student moves
+                jumped = await accelerator.after_step(learner.access, score, run.step + 1)  # and may jump ahead along its path
+                await publish()  # everyone learns of it
+                if jumped:
+                    stream.refresh()  # ask again what is in flight
+                run.advance(result, groups, learner, teachers)  # step += 1; metrics, lag, shares, costs
+                if run.due("eval"):
+                    await stream.settle()  # an evaluation may lend the sampler averaged weights: no attempt is drawn with those
+                    await run.evaluate(learner, sampler, teachers)
+                if run.due("save"):
+                    run.save(learner, teachers, accelerator)
         await run.evaluate(learner, sampler, teachers, unless_done=True)
         run.save(learner, teachers, accelerator)
     return run.summary()

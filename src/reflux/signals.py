@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,26 +17,27 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def stopping_on_signals(run: Run) -> Iterator[None]:
-    """Handlers for the length of the run. Outside the main thread there are no signals to handle."""
+    """Handlers for the length of the run. Outside the main thread there are no signals to handle.
+
+    They run between two bytecodes of whatever the main thread does, not as callbacks of the event loop: at max_lag = 0 a model call holds
+    the loop as long as it takes. The second signal is the system's own: KeyboardInterrupt, where `asyncio.run` has a handler that would
+    cancel the main task and so wait for the loop, too; and for SIGTERM the handler of before.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    loop = asyncio.get_running_loop()
     before = {number: signal.getsignal(number) for number in _SIGNALS}
 
-    def asked() -> None:
+    def asked(number: int, frame: FrameType | None) -> None:
         run.stopping = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, before[signal.SIGTERM])
         run.watch.noted("Stopping after this step; once more to end at once (the last checkpoint stays).")
-        restore()
-
-    def restore() -> None:
-        for number, handler in before.items():
-            loop.remove_signal_handler(number)
-            signal.signal(number, handler)
 
     for number in _SIGNALS:
-        loop.add_signal_handler(number, asked)
+        signal.signal(number, asked)
     try:
         yield
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)

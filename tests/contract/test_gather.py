@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from reflux.gather import Gather
 
 
@@ -83,6 +85,96 @@ def test_a_cohort_cancelled_before_its_turn_is_not_computed() -> None:
         assert scribe.calls == [["a"]]
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("rest", ["waiting", "later"])
+def test_a_request_that_leaves_takes_its_cohort_with_it(rest: str) -> None:
+    """By its own time limit, and its task lives on: the cohort will never be whole, so nobody waits for it."""
+
+    async def main() -> None:
+        scribe = Scribe()
+        gather = Gather(scribe)
+
+        async def impatient() -> str:
+            try:
+                async with asyncio.timeout(0.01):
+                    return await gather.ask(7, 3, "a", "a")
+            except TimeoutError:
+                await asyncio.sleep(0.2)
+                return "gave up"
+
+        first = asyncio.ensure_future(impatient())
+        await asyncio.sleep(0 if rest == "waiting" else 0.05)
+        others = [asyncio.ensure_future(gather.ask(7, 3, place, place)) for place in "bc"[: 1 if rest == "waiting" else 2]]
+        await asyncio.wait(others, timeout=5)
+        assert all(task.cancelled() for task in others)
+        assert await first == "gave up"
+        assert scribe.calls == []
+        assert await gather.ask(8, 1, "d", "d") == "D"  # no other cohort is touched
+
+    asyncio.run(main())
+
+
+def test_a_cohort_whose_requests_were_all_cancelled_can_be_asked_again_in_any_order() -> None:
+    async def main() -> None:
+        scribe = Scribe()
+        gather = Gather(scribe)
+        for _ in range(2):
+            waiting = [asyncio.ensure_future(gather.ask(7, 3, place, place)) for place in "ab"]
+            await asyncio.sleep(0)
+            for task in waiting:
+                task.cancel()
+            await asyncio.wait(waiting)
+        again = await asyncio.wait_for(asyncio.gather(*(gather.ask(7, 3, place, place) for place in "cba")), 1)
+        assert again == ["C", "B", "A"]
+        assert scribe.calls == [["a", "b", "c"]]
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_request_is_gone_when_its_call_is_over() -> None:
+    """However often it is cancelled; then no call is alive either, not even one that never began."""
+
+    async def main() -> None:
+        scribe = Scribe(delay_s=0.05)
+        gather = Gather(scribe)
+        asks = [asyncio.ensure_future(gather.ask(step, 2, place, place)) for step in (0, 1) for place in "ab"]
+        await asyncio.sleep(0.01)
+        for _ in range(3):
+            for task in asks:
+                task.cancel()
+            await asyncio.sleep(0.001)
+        assert scribe.running == 1
+        await asyncio.wait(asks)
+        assert scribe.calls == [["a", "b"]]
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_ends_the_process_is_no_answer(error: type[BaseException]) -> None:
+    """It passes the requests by: they are cancelled, and the loop stops with it once."""
+    ended: list[str] = []
+
+    async def call(items: list[str]) -> list[str]:
+        raise error
+
+    async def main() -> None:
+        gather = Gather(call)
+
+        async def ask(place: str) -> None:
+            try:
+                await gather.ask(0, 2, place, place)
+            except asyncio.CancelledError:
+                ended.append(place)
+                raise
+
+        await asyncio.gather(ask("a"), ask("b"))
+
+    with pytest.raises(error):
+        asyncio.run(main())
+    assert ended == ["a", "b"]
 
 
 def test_a_failing_call_fails_all_its_requests_and_no_other() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -90,8 +92,45 @@ def goes_on(recipe: Path, out: Path, step: int) -> None:
     assert same(resumed.state, whole.state)
 
 
-def test_a_second_signal_is_the_systems_own(tmp_path: Path) -> None:
-    """After the first one the handlers of before are back."""
+@pytest.mark.parametrize(("how", "holds"), [(signal.SIGINT, "true"), (signal.SIGTERM, "true"), (signal.SIGTERM, "false")])
+def test_a_second_signal_ends_a_run_at_once_where_the_first_one_waits(
+    student: str, teacher: str, tmp_path: Path, how: signal.Signals, holds: str
+) -> None:
+    """Inside a model call that holds the event loop for two minutes, and where the loop waits for what does not come."""
+    recipe, out = tmp_path / "stuck.toml", tmp_path / "run"
+    table = f'[learner]\nkind = "outside:StuckLearner"\nholds_the_loop = {holds}'
+    recipe.write_text(RECIPE.format(student=student, teacher=teacher, max_lag=0).replace("[learner]", table))
+    command = [sys.executable, "-m", "reflux.cli", "run", str(recipe), "save_every=1", "--out", str(out)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "400"}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        hears(process, "two minutes begin")
+        hang_guard = threading.Timer(100, process.kill)
+        hang_guard.start()
+        process.send_signal(how)
+        hears(process, "once more to end at once")
+        process.send_signal(how)
+        rest = process.communicate()[0]
+        hang_guard.cancel()
+    assert process.returncode == (-signal.SIGTERM if how == signal.SIGTERM else 130), rest
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert (out / "checkpoints" / "step-2").is_dir()
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def hears(process: subprocess.Popen[str], words: str) -> None:
+    """Read what it prints until it has said them."""
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if words in line:
+            return
+    raise AssertionError(f"it ended with {process.wait()} and never said {words!r}:\n{said}")
+
+
+def test_signals_do_not_wait_for_the_event_loop_and_the_second_is_the_systems_own() -> None:
+    """Nothing is awaited here between a signal and what it does. Afterwards the handlers of before are back."""
     import asyncio
     from types import SimpleNamespace
 
@@ -102,12 +141,16 @@ def test_a_second_signal_is_the_systems_own(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
 
     async def main() -> None:
+        of_asyncio = signal.getsignal(signal.SIGINT)
         with stopping_on_signals(run):
             os.kill(os.getpid(), signal.SIGTERM)
-            await asyncio.sleep(0.05)
             assert run.stopping
             assert signal.getsignal(signal.SIGTERM) == before
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == of_asyncio
 
     asyncio.run(main())
+    assert len(heard) == 1
     assert "once more to end at once" in heard[0]
     assert signal.getsignal(signal.SIGTERM) == before

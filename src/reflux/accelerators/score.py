@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import orjson
 from reflux import files
 from reflux.errors import DataError
 from reflux.evals.agreement import gap_T
+from reflux.together import together
 from reflux.types import Attempt, Draw, Group, Prompt, seed_of
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Scorer:
     async def _answers(self, sampler: OpenSampler, dice: int) -> list[Group]:
         limit = self.scoring.max_tokens or self.run.cfg.longest
         draw = Draw(self.run.step, "score", limit, stop=self.run.cfg.draw(self.run.step).stop, cohort=len(self.prompts), dice=dice)
-        return await asyncio.gather(*(sampler.sample(prompt, self.scoring.samples, draw) for prompt in self.prompts))
+        return await together(sampler.sample(prompt, self.scoring.samples, draw) for prompt in self.prompts)
 
     def _count(self, attempts: list[Attempt]) -> None:
         self.spent.sampled += sum(int(attempt.rollout.mask_T.sum()) for attempt in attempts)

@@ -5,7 +5,6 @@ The parity check is law 11: sampler and learner must give what was chosen the sa
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -21,6 +20,7 @@ from reflux.doctor.finding import Finding
 from reflux.loop import open_parts
 from reflux.models import parameter_count
 from reflux.rundir import Options, Run
+from reflux.together import together
 from reflux.types import Draw, FlowRollout, Group, Reward
 
 _MOST = 32  # positions of an answer
@@ -56,7 +56,7 @@ async def _attempts(run: Run, sampler: Any, prompts: int) -> list[Group]:
     """The student's own; a sampler that gives others' attempts in training acts itself for any other purpose."""
     chosen = list(islice(run.task.prompts("train", run.seed, 0), prompts))
     draw = Draw(0, "train" if run.cfg.sampler.on_policy else "score", min(_MOST, run.cfg.longest), cohort=prompts)
-    return list(await asyncio.gather(*(sampler.sample(prompt, run.cfg.group_size, draw) for prompt in chosen)))
+    return await together(sampler.sample(prompt, run.cfg.group_size, draw) for prompt in chosen)
 
 
 async def _judge(run: Run, groups: Sequence[Group]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
@@ -16,6 +15,7 @@ from reflux.evals.kinds import kind_of
 from reflux.parts import STRICT
 from reflux.statistics import mean_interval, pass_at_k, wilson
 from reflux.tasks.base import Split
+from reflux.together import together
 from reflux.types import Attempt, Draw, Prompt
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Accuracy(EvalPart):
         limit = self.max_tokens or run.cfg.longest
         step = run.step if temperature else 0  # greedy: what dice there are, a picture's first noise, do not change with the step
         draw = Draw(step, "eval", limit, temperature, stop=run.cfg.draw(run.step).stop, cohort=len(prompts))
-        groups = await asyncio.gather(*(sampler.sample(prompt, n, draw) for prompt in prompts))
+        groups = await together(sampler.sample(prompt, n, draw) for prompt in prompts)
         verdicts = iter(await run.graders.judge_attempts(run.task, [attempt for group in groups for attempt in group]))
         return [[(attempt, next(verdicts)) for attempt in group] for group in groups]
 

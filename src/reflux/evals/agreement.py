@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,6 +16,7 @@ from reflux.objectives.velocity_kl import kl_weight
 from reflux.parts import STRICT
 from reflux.statistics import clustered_mean
 from reflux.tasks.base import Split
+from reflux.together import together
 from reflux.types import Attempt, Draw, FlowRollout, HiddenTarget, Rollout, Target, TokenRollout, VelocityTarget
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Agreement(EvalPart):
     async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
         prompts = list(islice(run.task.prompts(self.split, HELD_OUT_SEED), self.prompts))
         draw = Draw(run.step, "eval", self.max_tokens or run.cfg.longest, cohort=len(prompts))
-        groups = await asyncio.gather(*(sampler.sample(prompt, 1, draw) for prompt in prompts))
+        groups = await together(sampler.sample(prompt, 1, draw) for prompt in prompts)
         await teachers.score(groups, run.moment())
         found = [(group[0], gap) for group in groups if (gap := gap_T(group[0], self.teacher)) is not None]
         gaps = [gap for _, gap in found]

@@ -6,7 +6,6 @@ difficulties, readable by the task `jsonl`. Uni-OPD, arXiv 2605.03677.
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from reflux.tasks.gsm8k import Gsm8k
 from reflux.tasks.jsonl import Jsonl
 from reflux.tasks.mix import BLOCK, Mix
 from reflux.tasks.word_problems import WordProblems
+from reflux.together import together
 from reflux.types import Draw, Prompt, Reward
 
 if TYPE_CHECKING:
@@ -148,8 +148,8 @@ async def measured(
     """Counts of `at_once` prompts at a time, in order. `draw.cohort` is set here; what is drawn depends on prompt and sample alone."""
     for start in range(0, len(prompts), at_once):
         chunk = prompts[start : start + at_once]
-        together = replace(draw, cohort=len(chunk))
-        groups = await asyncio.gather(*(sampler.sample(prompt, samples, together) for prompt in chunk))
+        asked = replace(draw, cohort=len(chunk))
+        groups = await together(sampler.sample(prompt, samples, asked) for prompt in chunk)
         verdicts = iter(await run.graders.judge_attempts(run.task, [attempt for group in groups for attempt in group]))
         yield [_counted(prompt, [next(verdicts).value for _ in range(samples)]) for prompt in chunk]
 

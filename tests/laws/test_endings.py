@@ -1,0 +1,223 @@
+"""Law 12. A run ends: an attempt that raises, is cancelled or times out ends it with that very exception, and nothing is left of it.
+
+At every stage of an attempt, at every lag, and whether or not the loop waits for what is in flight (for an evaluation, for a jump). The
+other attempts of its step wait for it in a cohort that will never be whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import gc
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from reflux import loop
+from reflux.errors import DataError
+from reflux.loop import train
+from reflux.rundir import Options, Run
+
+CHAT = {"kind": "outside:Chat"}
+HANGS_S = 30.0  # far more than a run here takes: it guards, it measures nothing
+SETTLES: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "an evaluation": {"eval_every": 1, "evals__peek": {"kind": "outside:Peek", "weight": "model.norm.weight"}},
+    "a jump": {"accelerator": {"kind": "outside:Jump", "at": 1, "score": "minus_kl"}},
+}
+
+
+class Broken(Exception):
+    """What a part raises."""
+
+
+class Fault:
+    """Ends the attempt at the first prompt of optimiser step `step`, at `stage`, in one way."""
+
+    def __init__(self, how: type[BaseException], stage: str, step: int):
+        self.how, self.stage, self.number, self.met = how, stage, f"train-{2 * step}", 0
+
+    def here(self, stage: str, prompt: str) -> bool:
+        found = stage == self.stage and prompt == self.number
+        self.met += found
+        return found
+
+    async def end(self) -> None:
+        if self.how is TimeoutError:
+            async with asyncio.timeout(0.01):
+                await asyncio.Event().wait()
+        self.end_at_once()
+        await asyncio.sleep(0)
+
+    def end_at_once(self) -> None:
+        if self.how is asyncio.CancelledError:
+            current = asyncio.current_task()
+            assert current is not None
+            current.cancel()
+        else:
+            raise self.how
+
+
+def break_parts(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
+    """The run's own parts, with the fault before each stage."""
+    plain_open, plain_write = loop.open_parts, Run.write
+
+    @asynccontextmanager
+    async def open_parts(*args: Any) -> AsyncIterator[Any]:
+        async with plain_open(*args) as parts:
+            _, sampler, reward, teachers, _ = parts
+            sample, judge, score = sampler.sample, reward.score, teachers.score
+
+            async def faulty_sample(prompt: Any, n: int, draw: Any) -> Any:
+                if draw.purpose == "train" and fault.here("sample", prompt.id):
+                    await fault.end()
+                return await sample(prompt, n, draw)
+
+            async def faulty_judge(group: Any) -> Any:
+                if fault.here("reward", group[0].rollout.prompt.id):
+                    await fault.end()
+                return await judge(group)
+
+            async def faulty_score(groups: Any, *more: Any, **named: Any) -> Any:
+                if len(groups) == 1 and fault.here("score", groups[0][0].rollout.prompt.id):
+                    await fault.end()
+                return await score(groups, *more, **named)
+
+            sampler.sample, reward.score, teachers.score = faulty_sample, faulty_judge, faulty_score
+            yield parts
+
+    def faulty_write(self: Run, group: Any, step: int) -> None:
+        if fault.here("write", group[0].rollout.prompt.id):
+            fault.end_at_once()
+        plain_write(self, group, step)
+
+    monkeypatch.setattr(loop, "open_parts", open_parts)
+    monkeypatch.setattr(Run, "write", faulty_write)
+
+
+def ending_of(run: Callable[[], Coroutine[Any, Any, Any]], folder: Path) -> BaseException:
+    """The exception a run ends with. It ends, no task is left, nothing was lost on the way, and its folder is free."""
+    told: list[Any] = []
+
+    async def main() -> BaseException:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        task = asyncio.ensure_future(run())
+        await asyncio.wait([task], timeout=HANGS_S)
+        assert task.done(), "the run hangs"
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        assert not left
+        with (folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            task.result()
+        except BaseException as error:
+            return error.with_traceback(None)
+        raise AssertionError("the run did not fail")
+
+    error = asyncio.run(main())
+    gc.collect()
+    assert told == []
+    return error
+
+
+@pytest.mark.parametrize("settle", SETTLES)
+@pytest.mark.parametrize("max_lag", [0, 1, 2])
+@pytest.mark.parametrize("stage", ["sample", "reward", "score", "write"])
+@pytest.mark.parametrize("how", [Broken, asyncio.CancelledError, TimeoutError], ids=lambda how: how.__name__)
+def test_an_attempt_that_ends_badly_ends_the_run_with_its_exception(
+    monkeypatch: pytest.MonkeyPatch,
+    student: str,
+    teacher: str,
+    tmp_path: Path,
+    how: type[BaseException],
+    stage: str,
+    max_lag: int,
+    settle: str,
+) -> None:
+    fault = Fault(how, stage, max(1, max_lag))  # in flight while the first step settles, where anything is
+    break_parts(monkeypatch, fault)
+    cfg = tiny.config("opd", student, teacher, task=CHAT, steps=4, prompts_per_step=2, max_lag=max_lag, **SETTLES[settle])
+    error = ending_of(lambda: train(cfg, Options(tmp_path / "run")), tmp_path / "run")
+    assert type(error) is how
+    assert fault.met == 1
+
+
+@pytest.mark.parametrize("max_lag", [0, 1])
+def test_an_attempt_that_leaves_its_cohort_by_its_own_limit_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, student: str, teacher: str, tmp_path: Path, max_lag: int
+) -> None:
+    """Its request has been made, and the sibling it waits for never asks."""
+    plain_open = loop.open_parts
+
+    @asynccontextmanager
+    async def open_parts(*args: Any) -> AsyncIterator[Any]:
+        async with plain_open(*args) as parts:
+            sampler = parts[1]
+            sample = sampler.sample
+
+            async def impatient(prompt: Any, n: int, draw: Any) -> Any:
+                if prompt.id == "train-3":
+                    await asyncio.Event().wait()
+                async with asyncio.timeout(0.05 if prompt.id == "train-2" else None):
+                    return await sample(prompt, n, draw)
+
+            sampler.sample = impatient
+            yield parts
+
+    monkeypatch.setattr(loop, "open_parts", open_parts)
+    settings = {"task": CHAT, "steps": 3, "prompts_per_step": 2, "max_lag": max_lag, **SETTLES["an evaluation"]}
+    cfg = tiny.config("opd", student, teacher, **settings)
+    assert isinstance(ending_of(lambda: train(cfg, Options(tmp_path / "run")), tmp_path / "run"), TimeoutError)
+
+
+@pytest.mark.parametrize("max_lag", [0, 1, 2])
+def test_a_prompt_without_references_ends_a_run_of_sft(student: str, teacher: str, tmp_path: Path, max_lag: int) -> None:
+    settings = {"steps": 4, "prompts_per_step": 2, "max_lag": max_lag, "eval_every": 1, "evals__accuracy": {"problems": 2}}
+    cfg = tiny.config("sft", student, teacher, task={"kind": "outside:Patchy", "odd": 3}, **settings)
+    error = ending_of(lambda: train(cfg, Options(tmp_path / "run")), tmp_path / "run")
+    assert isinstance(error, DataError)
+    assert "prompt train-3 has no stored answer" in str(error)
+
+
+@pytest.mark.parametrize("max_lag", [0, 1, 2])
+def test_a_prompt_that_no_teacher_serves_ends_a_run(student: str, teacher: str, tmp_path: Path, max_lag: int) -> None:
+    task = {"kind": "outside:Patchy", "odd": 3, "tells_routes": False}
+    settings = {"steps": 4, "prompts_per_step": 2, "max_lag": max_lag, "teachers__main__routes": ["even", "odd"]}
+    cfg = tiny.config("opd", student, teacher, task=task, **settings, **SETTLES["an evaluation"])
+    error = ending_of(lambda: train(cfg, Options(tmp_path / "run")), tmp_path / "run")
+    assert isinstance(error, DataError)
+    assert "prompt train-3 has the route 'nowhere'" in str(error)
+
+
+@pytest.mark.parametrize("max_lag", [0, 2])
+def test_a_stop_leaves_nothing_in_flight(monkeypatch: pytest.MonkeyPatch, student: str, teacher: str, tmp_path: Path, max_lag: int) -> None:
+    """Nor do the model calls that the attempts in flight had begun."""
+    from reflux.errors import Stopped
+
+    advance = Run.advance
+
+    def stop(self: Run, *args: Any) -> None:
+        advance(self, *args)
+        self.stopping = True
+
+    monkeypatch.setattr(Run, "advance", stop)
+    cfg = tiny.config("opd", student, teacher, task=CHAT, steps=9, prompts_per_step=3, max_lag=max_lag)
+    assert isinstance(ending_of(lambda: train(cfg, Options(tmp_path / "run")), tmp_path / "run"), Stopped)
+
+
+@pytest.mark.parametrize("max_lag", [0, 2])
+def test_a_run_that_is_cancelled_from_outside_leaves_nothing(student: str, teacher: str, tmp_path: Path, max_lag: int) -> None:
+    cfg = tiny.config("opd", student, teacher, task=CHAT, steps=500, prompts_per_step=3, max_lag=max_lag)
+
+    async def cancelled() -> None:
+        task = asyncio.ensure_future(train(cfg, Options(tmp_path / "run")))
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await task
+
+    assert isinstance(ending_of(cancelled, tmp_path / "run"), asyncio.CancelledError)
