@@ -13,6 +13,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from reflux.models import share_cores
 from reflux.once import Once
 from reflux.step import StepResult
 from reflux.step_metrics import Acted, step_metrics
-from reflux.tracking import Tracker, open_tracker
+from reflux.tracking import NoTracker, Tracker, open_tracker
 from reflux.types import Group, Moment, Prompt, Wants
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Run:
         if step:
             self.totals |= checkpoints.load_plain(self.dir / "checkpoints", step, "run")
         self._started = time.perf_counter()
-        self._tracker: Tracker = open_tracker(cfg.track, self.dir, to_table(cfg))
+        self._tracker: Tracker = NoTracker()  # until the lock is held
         self.scorer: Scorer | None = None  # of an accelerator
         self.landed: dict[int, Acted] = {}  # by the step (from 0) that attempts are meant for; more than it uses where a jump came between
         self._graders: Graders | None = None
@@ -106,9 +107,13 @@ class Run:
         checks.inputs(cfg)
         options.out.mkdir(parents=True, exist_ok=True)
         run = cls(cfg, wants, options, step, prompts)
-        run._take_lock()
-        files.write_text(run.dir / "config.toml", to_toml(cfg))
-        run._cut_back()
+        with ExitStack() as undo:
+            undo.callback(run.close)
+            run._take_lock()
+            run._tracker = open_tracker(cfg.track, run.dir, to_table(cfg))  # before config.toml: without its package there is no run
+            files.write_text(run.dir / "config.toml", to_toml(cfg))
+            run._cut_back()
+            undo.pop_all()
         return run
 
     def _take_lock(self) -> None:
@@ -203,20 +208,26 @@ class Run:
         return self.resumed is not None and self.resumed >= self.cfg.steps
 
     async def evaluate(self, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers, unless_done: bool = False) -> None:
-        """Ask every evaluation about the weights of now; those that speak of the teacher only once."""
+        """Ask every evaluation about the weights of now; those that speak of the teacher only once.
+
+        Where an average is kept, that is what they see in the sampler and in the learner, for as long as they run.
+        """
         done = list(files.read_lines(self.dir / "evals.jsonl"))
         if not self.cfg.evals or (unless_done and any(row["step"] == self.step for row in done)):
             return
         seen = {name for row in done for name in row}
         results: dict[str, Any] = {"step": self.step}
-        with learner.at_mean() as averaged:
-            if averaged:
+        averaged = False
+        try:
+            with learner.at_mean() as averaged:
+                if averaged:
+                    await sampler.publish(learner.weights, learner.version)
+                for name, evaluation in self.cfg.evals.items():
+                    if not (evaluation.once and name in seen):
+                        results[name] = await evaluation(self, learner, sampler, teachers)
+        finally:
+            if averaged:  # also where an evaluation raised: the sampler goes on with the student's own weights
                 await sampler.publish(learner.weights, learner.version)
-        for name, evaluation in self.cfg.evals.items():
-            if not (evaluation.once and name in seen):
-                results[name] = await evaluation(self, learner, sampler, teachers)
-        if averaged:
-            await sampler.publish(learner.weights, learner.version)
         files.append_lines(self.dir / "evals.jsonl", [results])
         self._tracker.log({key: value for key, value in results.items() if key != "step"}, self.step)
         self.watch.evaluated(self, results)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tiny
 from reflux.metrics import Max, Mean, Quantiles, Sum, jsonable, merge, step_flops
 
 numbers = st.lists(st.floats(-100, 100), min_size=1, max_size=20)
@@ -91,11 +95,43 @@ def test_tensorboard_gets_the_metrics(tiny_run: Callable[..., Any]) -> None:
     assert {"seconds/learn", "kl_nats", "accuracy/accuracy"} <= set(events.Tags()["scalars"])
 
 
-def test_a_tracker_that_is_not_installed_is_named(tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tracker_opens_in_a_folder_that_another_run_holds(
+    tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from reflux import rundir
+    from reflux.errors import RunError
+
+    opened: list[Any] = []
+    monkeypatch.setattr(rundir, "open_tracker", lambda *asked: opened.append(asked))
+    (tmp_path / "held").mkdir()
+    with (tmp_path / "held" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="being written by another process"):
+            tiny_run("opd", steps=1, out=tmp_path / "held", track={"kind": "tensorboard"})
+    assert opened == []
+
+
+def test_doctor_starts_no_tracker(student: str, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reflux import rundir
+    from reflux.doctor import examine
+    from reflux.tracking import open_tracker
+
+    kinds: list[str] = []
+    monkeypatch.setattr(rundir, "open_tracker", lambda track, *more: (kinds.append(track.kind), open_tracker(track, *more))[1])
+
+    async def findings() -> int:
+        return len([finding async for finding in examine(tiny.config("opd", student, teacher, track={"kind": "tensorboard"}), prompts=2)])
+
+    assert asyncio.run(findings()) > 3
+    assert kinds == ["none"]
+
+
+def test_a_tracker_that_is_not_installed_is_named(tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import sys
 
     from reflux.errors import ConfigError
 
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"track\.kind: 'wandb' is not installed .* pip install 'reflux\[track\]'"):
-        tiny_run("opd", steps=1, track={"kind": "wandb"})
+        tiny_run("opd", steps=1, out=tmp_path / "run", track={"kind": "wandb"})
+    tiny_run("opd", steps=1, out=tmp_path / "run")  # nothing of it is left in the way

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from reflux import checks
-from reflux.config import RunConfig
+from reflux.config import RunConfig, Track
 from reflux.doctor import flows, texts
 from reflux.doctor.finding import Finding
 from reflux.loop import open_parts
@@ -37,7 +37,7 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
         yield finding
     with tempfile.TemporaryDirectory() as scratch:
         group = max((teacher.context.min_group for teacher in cfg.teachers.values()), default=1)
-        cfg = replace(cfg, prompts_per_step=prompts, group_size=group, max_lag=0)
+        cfg = replace(cfg, prompts_per_step=prompts, group_size=group, max_lag=0, track=Track())
         run = Run.open(cfg, wants, Options(Path(scratch) / "doctor"))
         async with open_parts(replace(cfg, reward=None, accelerator=None), run) as (learner, sampler, _, teachers, _):
             await sampler.publish(learner.weights, learner.version)

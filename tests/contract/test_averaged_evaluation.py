@@ -1,0 +1,65 @@
+"""Evaluations see the averaged student, in the sampler and in the learner, from the first to the last; afterwards the live one is back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from reflux.rundir import Run
+
+
+class Student:
+    """Learner and sampler in one: which weights it has, and which were published last."""
+
+    version = 3
+
+    def __init__(self, average: bool):
+        self.average, self.weights, self.published = average, "live", "live"
+
+    @contextmanager
+    def at_mean(self) -> Iterator[bool]:
+        self.weights = "mean" if self.average else "live"
+        try:
+            yield self.average
+        finally:
+            self.weights = "live"
+
+    async def publish(self, weights: Any, version: int) -> None:
+        self.published = weights
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_average_is_held_while_evaluations_run_and_no_longer(tmp_path: Path, average: bool, fails: bool) -> None:
+    seen: list[tuple[str, str]] = []
+
+    class Looks:
+        once = False
+
+        def __init__(self, fails: bool):
+            self.fails = fails
+
+        async def __call__(self, run: Any, learner: Any, sampler: Any, teachers: Any) -> dict[str, Any]:
+            seen.append((learner.weights, sampler.published))
+            if self.fails:
+                raise OSError("the evaluation is broken")
+            return {}
+
+    evals = {"first": Looks(False), "second": Looks(fails)}
+    none = SimpleNamespace(log=lambda *_: None, evaluated=lambda *_: None)
+    run: Any = SimpleNamespace(dir=tmp_path, cfg=SimpleNamespace(evals=evals), step=3, _tracker=none, watch=none)
+    student: Any = Student(average)
+    evaluated = Run.evaluate(run, student, student, SimpleNamespace())  # type: ignore[arg-type]
+    if fails:
+        with pytest.raises(OSError, match="broken"):
+            asyncio.run(evaluated)
+    else:
+        asyncio.run(evaluated)
+    assert seen == [("mean", "mean") if average else ("live", "live")] * 2
+    assert (student.weights, student.published) == ("live", "live")
