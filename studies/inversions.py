@@ -97,7 +97,7 @@ async def graded(cfg: RunConfig, prompts: int, samples: int, split: Any) -> list
         async with open_parts(cfg, run) as (learner, sampler, reward, teachers, _):
             await sampler.publish(learner.weights, learner.version)
             asked = list(islice(cfg.task.prompts(split, 0), prompts))
-            draw = Draw(0, "eval", cfg.longest, stop=tuple(cfg.sampler.stop), cohort=len(asked))
+            draw = Draw(0, "eval", cfg.evaluation_positions, stop=tuple(cfg.sampler.stop), cohort=len(asked))
             groups = list(await asyncio.gather(*(sampler.sample(prompt, samples, draw) for prompt in asked)))
             await asyncio.gather(*map(reward.score, groups))
             await teachers.score(groups, run.moment())

@@ -67,7 +67,7 @@ class Asked:
 
 async def draw(asked: Asked, run: Run, sampler: Any) -> list[Group]:
     prompts = list(islice(run.task.prompts("train", asked.seed), asked.prompts))
-    how = Draw(0, "train", run.cfg.longest, cohort=len(prompts))
+    how = Draw(0, "train", run.cfg.training_positions, cohort=len(prompts))
     return list(await asyncio.gather(*(sampler.sample(prompt, asked.group, how) for prompt in prompts)))
 
 

@@ -213,6 +213,7 @@ class Peek(EvalPart):
 
     once: ClassVar[bool] = False
     split: ClassVar[None] = None
+    max_tokens: ClassVar[None] = None
 
     weight: str
 

@@ -61,7 +61,7 @@ def task(tmp_path: Path, n: int = 8, **fields: Any) -> Jsonl:
 
 
 def ask(accuracy: Accuracy, task: Any, graders: Graders, sampler: Scripted, **fields: Any) -> dict[str, Any]:
-    cfg = SimpleNamespace(longest=24, draw=lambda step: Draw(step, "train", 4 + step, stop=("\n\n",)))
+    cfg = SimpleNamespace(evaluation_positions=24, draw=lambda step: Draw(step, "train", 4 + step, stop=("\n\n",)))
     run: Any = SimpleNamespace(task=task, seed=1, step=5, cfg=cfg, graders=graders, **fields)
     return asyncio.run(accuracy.measure(run, sampler))  # pyright: ignore[reportArgumentType]
 

@@ -65,7 +65,7 @@ def glyph_model(seed: int) -> Any:
 
 def run_of(task: Any = GLYPHS, graders: Any = None, step: int = 0, teachers: dict[str, Any] | None = None, **sampler: Any) -> Any:
     acting = Flow(**{"steps": STEPS, "eval_steps": 2, "batch_images": 7, **sampler})
-    cfg = SimpleNamespace(longest=STEPS, draw=acting.draw, sampler=acting, teachers=teachers or {})
+    cfg = SimpleNamespace(evaluation_positions=STEPS, draw=acting.draw, sampler=acting, teachers=teachers or {})
     return SimpleNamespace(
         task=task, graders=graders, seed=0, step=step, cfg=cfg, wants=Wants(), clock=Clock(), once=Once(),
         off_loop=asyncio.to_thread, moment=lambda: Moment(step, 0),

@@ -34,8 +34,8 @@ FIELDS = """
 run                     task sampler learner objectives teachers={} credit={} reward=None accelerator=None evals={} track
                         recipe='unnamed' steps=200 prompts_per_step=64 group_size=1 max_lag=0 seed=0 normalise='kept' save_every=50
                         eval_every=50 keep_checkpoints=2 log_variance=False threads=0 deterministic=False
-samplers.hf             max_tokens=512 temperature=1.0 top_p=1.0 stop=() allow_biased=False max_prompt_tokens=0 long_prompts='refuse'
-                        batch_tokens=32768 system=None template={} dtype='auto' device='auto' attention=None
+samplers.hf             max_tokens=512 train_max_tokens=None temperature=1.0 top_p=1.0 stop=() allow_biased=False max_prompt_tokens=0
+                        long_prompts='refuse' batch_tokens=32768 system=None template={} dtype='auto' device='auto' attention=None
 samplers.stored         generate
 samplers.flow           steps=10 noise_level=0.7 guidance=1.0 eval_steps=40 length=None pixels=0 batch_images=64 dtype='auto'
                         device='auto'

@@ -1,7 +1,8 @@
 """A recipe (TOML) -> one tree of frozen, validated values. The config is the program: nothing is forwarded by hand.
 
 A recipe sets its own keys; the rest comes from its `base` (another recipe, a shipped base, or a file). Changing a table's kind drops
-the old kind's keys of that table. `key.path=value` overrides are merged last; the value is TOML, or else plain text.
+the old kind's keys of that table, but for a key whose value is "base": it takes the old table. What a shipped recipe needs on one scale
+only stands in that scale, under `[methods.RECIPE]`. `key.path=value` overrides are merged last; the value is TOML, or else plain text.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pydantic.dataclasses import dataclass
 from reflux import parts
 from reflux.errors import ConfigError
 from reflux.parts import STRICT, PartOf
+from reflux.shares import without_shares
 from reflux.types import Draw
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -70,9 +72,14 @@ class RunConfig:
             raise ValueError("objectives: at least one [[objectives]] table is needed, or nothing would be learnt")
 
     @property
-    def longest(self) -> int:
-        """The most positions an attempt of any step may have: what evaluation may write."""
+    def training_positions(self) -> int:
+        """The most positions an attempt of any optimiser step may have."""
         return max(self.sampler.draw(step).length for step in range(max(1, self.steps)))
+
+    @property
+    def evaluation_positions(self) -> int:
+        """The most positions an attempt of an evaluation, or of an accelerator's score, may have. No training cap changes it."""
+        return self.sampler.evaluation_positions
 
     def draw(self, step: int) -> Draw:
         """How the attempts of optimiser step `step` (from 0) are sampled."""
@@ -86,7 +93,7 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | Iterable[str] =
     """
     changes = overrides.items() if isinstance(overrides, Mapping) else map(split_override, overrides)
     values = {path: unpack(value) for path, value in changes}
-    table = resolve(read_recipe(name), values.pop("base", None))
+    table = resolve(read_recipe(name), values.pop("base", None), str(name))
     for path, value in sorted(values.items(), key=lambda change: not change[0].endswith("kind")):  # a new kind drops the old one's keys
         table = merge(table, nest(path.split("."), value, table))
     return from_table(table)
@@ -124,23 +131,58 @@ def bases() -> list[str]:
     return [*sorted(path.stem for path in (RECIPES / "base").glob("*.toml")), *recipe_names()]
 
 
-def resolve(table: dict[str, Any], scale: str | None = None) -> dict[str, Any]:
-    """A recipe merged over its bases, the nearest last. `scale` takes the place of the last base of the chain."""
-    if "base" not in table:
-        return table
-    base = read_recipe(table["base"], base=True)
-    if scale is not None and "base" not in base:
-        base = read_recipe(scale, base=True)
-    return merge(resolve(base, scale), {key: value for key, value in table.items() if key != "base"})
+def resolve(table: dict[str, Any], scale: str | None = None, name: str = "") -> dict[str, Any]:
+    """A recipe merged over its bases, the nearest last. `scale` takes the place of the last base of the chain.
+
+    `[methods.RECIPE]` of a base is merged over the shipped recipe of that name, wherever it stands in the chain. `name` is the recipe's.
+    """
+    layers = _chain(name, table)
+    if scale is not None and len(layers) > 1:
+        layers[-1:] = _chain(scale, read_recipe(scale, base=True))
+    methods: dict[str, Any] = {}
+    for where, layer in reversed(layers):
+        methods = merge(methods, _methods(where, layer))
+    resolved: dict[str, Any] = {}
+    for where, layer in reversed(layers):
+        resolved = merge(resolved, {key: value for key, value in layer.items() if key not in ("base", "methods")})
+        resolved = merge(resolved, methods.get(where, {}))
+    return resolved
+
+
+def _chain(name: str, table: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(name, raw table) of a recipe and of what it builds on, down to the scale. ConfigError where a base leads back to itself."""
+    layers = [(name, table)]
+    while "base" in layers[-1][1]:
+        below = str(layers[-1][1]["base"])
+        if below in [where for where, _ in layers]:
+            raise ConfigError(f'base: "{below}" builds on itself: {" -> ".join([*(where for where, _ in layers if where), below])}')
+        layers.append((below, read_recipe(below, base=True)))
+    return layers
+
+
+def _methods(where: str, layer: Mapping[str, Any]) -> dict[str, Any]:
+    """What a base says of recipes, by their names. ConfigError for a name that no shipped recipe has."""
+    methods = layer.get("methods", {})
+    if not isinstance(methods, Mapping):
+        raise ConfigError(f"{where}: methods: expected tables such as [methods.rl], got {methods!r}")
+    for recipe in methods:
+        if recipe not in recipe_names():
+            raise ConfigError(f"{where}: methods.{recipe}: no shipped recipe is named so{parts.did_you_mean(recipe, recipe_names(), '.')}")
+    return dict(methods)
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables merge key by key; everything else is replaced. A new kind drops the keys of the old one."""
+    """Tables merge key by key; everything else is replaced. A new kind drops the keys of the old one.
+
+    Beside a new kind a key whose value is "base" takes the old table: `generate = "base"` puts a sampler inside another one.
+    """
     merged = dict(under)
     for key, value in over.items():
         old = merged.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("kind", old.get("kind")) == old.get("kind"):
             merged[key] = merge(old, value)
+        elif isinstance(old, Mapping) and isinstance(value, Mapping):
+            merged[key] = {name: old if inner == "base" else inner for name, inner in value.items()}
         else:
             merged[key] = value
     return merged
@@ -184,6 +226,7 @@ def from_table(table: Mapping[str, Any]) -> RunConfig:
         if key not in table:
             raise ConfigError(f'{key}: this table is missing. Set base = "toy" or base = "hub", or write a [{key}] table.')
     steps = table.get("steps", 200)
+    table = without_shares(table)
     return parts.make(RunConfig, table, "", steps=steps if isinstance(steps, int) else 0)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from reflux import checks
+from reflux.checks import lengths
 from reflux.config import RunConfig, config_hash
 from reflux.metrics import step_flops
 from reflux.model_files import Size, size_of
@@ -46,7 +47,9 @@ class Plan:
     student: Size
     teachers: dict[str, Size]
     memory_bytes: int | None  # weights, optimiser, the sampler's copy and the teachers; activations come on top
-    positions_at_most: int  # that attempts may have, over all steps
+    training_positions: tuple[int, int]  # the shortest and the longest limit of a training attempt, over the steps
+    evaluation_positions: int  # the limit of an attempt of an evaluation or a score
+    positions_at_most: int  # that training attempts may have, over all steps
     position: str  # what one is called
     flops_at_most: float | None
     wants: list[str]
@@ -64,7 +67,8 @@ def plan(cfg: RunConfig) -> Plan:
     student = size_of(cfg.learner.model, "learner.model", pixels)
     teachers = {name: size for name, teacher in cfg.teachers.items() if (size := _teacher_size(name, teacher, student, pixels))}
     attempts = cfg.prompts_per_step * cfg.group_size
-    positions = sum(attempts * cfg.draw(step).length for step in range(cfg.steps))
+    limits = [cfg.draw(step).length for step in range(cfg.steps)]
+    positions = sum(attempts * limit for limit in limits)
     flows = cfg.task.rollouts is FlowRollout
     return Plan(
         recipe=cfg.recipe,
@@ -75,11 +79,13 @@ def plan(cfg: RunConfig) -> Plan:
         student=student,
         teachers=teachers,
         memory_bytes=_memory(student, _held(cfg, teachers), full=getattr(cfg.learner, "lora", None) is None),
+        training_positions=(min(limits, default=0), max(limits, default=0)),
+        evaluation_positions=cfg.evaluation_positions,
         positions_at_most=positions,
         position="denoising step" if flows else "token",
         flops_at_most=_flops(cfg, student, teachers, _computed(cfg, positions)),
         wants=wanted(wants, _WANTED_OF_FLOWS if flows else _WANTED),
-        warnings=checks.warnings(cfg),
+        warnings=[*checks.warnings(cfg), *lengths.cut_by_window(cfg, student.context_tokens)],
     )
 
 

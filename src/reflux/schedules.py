@@ -1,4 +1,7 @@
-"""step -> number. A field typed `Number` takes a plain number or one of these as an inline table."""
+"""step -> number. A field typed `Number` takes a plain number or one of these as an inline table.
+
+In a recipe a schedule may be written in shares of another number: `of = "sampler.max_tokens"`, see `reflux.shares`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ SCHEDULES = {
     "cosine": "reflux.schedules:Cosine",
     "steps": "reflux.schedules:Steps",
 }
+# The fields of each kind that are amounts of what is scheduled; the others count optimiser steps. `of` takes shares of these alone.
+AMOUNTS = {"constant": ("value",), "linear": ("start", "stop", "increment"), "cosine": ("peak", "floor"), "steps": ("values",)}
 
 
 @runtime_checkable

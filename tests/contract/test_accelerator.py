@@ -344,11 +344,11 @@ def test_minus_kl_is_minus_the_kl_to_the_teacher_on_own_samples(tiny_run: Callab
 
 
 def test_a_scored_answer_has_a_limit_of_its_own(tiny_run: Callable[..., Any], scores: Any) -> None:
-    """The longest that training reaches, or what is said; not that of the step."""
-    cap = {"kind": "linear", "start": 1, "increment": 4}
-    for limit, longest in ((None, 13), (20, 20)):
+    """That of the sampler's longest answer, or what is said; never a cap of training."""
+    cap = {"kind": "linear", "start": 1, "increment": 0.25}
+    for limit, longest in ((None, 12), (20, 20)):
         scores([0.5])
-        done = tiny_run("full", **PLAIN, sampler__max_tokens=cap, accelerator={**EXTRA, "prompts": 40, "max_tokens": limit})
+        done = tiny_run("full", **PLAIN, sampler__train_max_tokens=cap, accelerator={**EXTRA, "prompts": 40, "max_tokens": limit})
         (first, *_) = done.rows("searches")
         assert 40 * 2 * 1.5 < first["tokens"] <= 40 * 2 * longest
     assert max(len(row["tokens"]) for row in done.rows("attempts") if row["kind"] == "attempt" and row["step"] == 1) == 1

@@ -16,12 +16,12 @@ from reflux.types import Wants
 OUTCOME = {"credit.outcome": {}, "reward": {"kind": "verifier"}, "group_size": 2}
 SAID = {"teacher": "said"}  # a teacher that gives a list and no more
 ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
-    "max_tokens below 1": (
+    "train_max_tokens below 1": (
         "opd",
-        {"sampler.max_tokens": {"kind": "linear", "start": 6, "increment": -1}, "steps": 9},
+        {"sampler.train_max_tokens": {"kind": "linear", "start": 6, "increment": -1}, "steps": 9},
         "sampler: an attempt of step 6 may have no position at all; it needs at least 1",
     ),
-    "max_tokens 0": ("opd", {"sampler.max_tokens": 0}, "sampler: an attempt of step 0 may have no position at all"),
+    "train_max_tokens 0": ("opd", {"sampler.train_max_tokens": 0}, "sampler: an attempt of step 0 may have no position at all"),
     "no such teacher": ("opd", {"objectives.0.teacher": "other"}, "objectives[0].teacher: there is no teacher 'other'. Known: main"),
     "no teacher at all": ("opd", {"teachers.main": "none"}, "Add a [teachers.main] table."),
     "a divergence of what was said": (
@@ -101,7 +101,7 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
 
 def test_every_problem_is_told_at_once() -> None:
     with pytest.raises(ConfigError) as refused:
-        checks.join(load_recipe("rl", {"group_size": 1, "sampler.temperature": 0.5, "sampler.max_tokens": 0}))
+        checks.join(load_recipe("rl", {"group_size": 1, "sampler.temperature": 0.5, "sampler.train_max_tokens": 0}))
     assert all(words in str(refused.value) for words in ("group_size >= 2", "temperature", "no position at all"))
 
 
@@ -160,7 +160,7 @@ def test_a_field_that_does_nothing_is_named(recipe: str, changes: dict[str, Any]
 def test_warnings_name_what_is_seldom_meant() -> None:
     unheard = load_recipe("full", {"teachers.other": {"kind": "local", "model": "m"}})
     assert "teachers.other is asked, but no objective listens to it" in checks.warnings(unheard)[0]
-    cut = load_recipe("rl", {"sampler.max_tokens": {"kind": "linear", "start": 8, "increment": 1}})
+    cut = load_recipe("rl", {"sampler.train_max_tokens": {"kind": "linear", "start": 8, "increment": 1}})
     assert any("unfinished answers" in text for text in checks.warnings(cut))
     assert all(checks.warnings(load_recipe(name)) == [] for name in recipe_names() if name not in ("rl", "rl_opd", "prefix"))
 

@@ -64,7 +64,10 @@ def test_a_cap_at_or_above_the_longest_answer_is_no_cap(tiny_run: Callable[..., 
     longest = max(len(row["tokens"]) for row in whole.rows("attempts") if row["kind"] == "attempt")
     assert longest < 200
     for cap in (longest, {"kind": "linear", "start": longest, "increment": 5}):
-        assert same(whole.state, tiny_run("full", steps=2, task=PLAIN["task"], sampler__max_tokens=cap).state)
+        assert same(
+            whole.state, tiny_run("full", steps=2, task=PLAIN["task"], sampler__max_tokens=200, sampler__train_max_tokens=cap).state
+        )
+    assert same(whole.state, tiny_run("full", steps=2, task=PLAIN["task"], sampler__max_tokens=longest).state)
 
 
 @pytest.mark.parametrize("objective", [Divergence(), SampledKL(baseline="kl"), Divergence(support="student", k=3)])
@@ -109,7 +112,7 @@ def test_the_cap_is_of_the_step_the_attempt_is_meant_for(tiny_run: Callable[...,
     """Identity 5: lag does not change it, and what was sampled is what is counted."""
     cap = {"kind": "linear", "start": 2, "increment": 1.5}
     for max_lag in (0, 2):
-        settings = {"task": PLAIN["task"], "sampler__max_tokens": cap, "max_lag": max_lag, "prompts_per_step": 8, "learner__lr": 1e-6}
+        settings = {"task": PLAIN["task"], "sampler__train_max_tokens": cap, "max_lag": max_lag, "prompts_per_step": 8, "learner__lr": 1e-6}
         done = tiny_run("full", steps=4, **settings)
         attempts = [row for row in done.rows("attempts") if row["kind"] == "attempt"]
         cut = {(row["step"], len(row["tokens"])) for row in attempts if row["finish"] == "length"}

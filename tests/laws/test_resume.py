@@ -51,7 +51,7 @@ def told(done: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("recipe", ["vopd", "sft", "prefix", "peers"])
 @pytest.mark.parametrize("step", [1, 3, 4])
 def test_stopping_changes_nothing(tiny_run: Callable[..., Any], student: str, teacher: str, tmp_path: Path, recipe: str, step: int) -> None:
-    more = {"sampler__max_tokens": {"kind": "linear", "start": 3, "increment": 2}} if recipe == "prefix" else {}
+    more = {"sampler__train_max_tokens": {"kind": "linear", "start": 3, "increment": 2}} if recipe == "prefix" else {}
     settings = {**PLAIN, **more, "learner__lr": {"kind": "cosine", "peak": 1e-3, "warmup": 2}}
     whole = tiny_run(recipe, **settings)
     stop_after(step, tmp_path / "stopped", tiny.config(recipe, student, teacher, **settings))

@@ -64,7 +64,7 @@ def survives(cfg: RunConfig) -> None:
     assert to_toml(again) == to_toml(cfg)
 
 
-@pytest.mark.parametrize("field", ["learner.lr", "sampler.max_tokens", "credit.outcome.nats", "credit.prefix.length"])
+@pytest.mark.parametrize("field", ["learner.lr", "sampler.train_max_tokens", "credit.outcome.nats", "credit.prefix.length"])
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_every_schedule_survives_in_every_number(kind: str, field: str) -> None:
     assert sorted(SCHEDULED) == sorted(SCHEDULES)

@@ -56,7 +56,7 @@ class Extrapolate(AcceleratorPart):
     rescore_incumbent: bool = False
     score: Literal["accuracy", "minus_kl"] = "accuracy"
     teacher: str = "main"  # of minus_kl
-    max_tokens: Count | None = None  # of a scored answer; without it the longest that training reaches
+    max_tokens: Count | None = None  # of a scored answer; without it the sampler's max_tokens, never a cap of training
     include: tuple[str, ...] = INCLUDE  # parts of names that move; a name with "norm" only where the part has it too
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ class Scoring:
     samples: int = 1  # answers to each
     by: Literal["accuracy", "minus_kl"] = "accuracy"
     teacher: str = "main"  # of minus_kl
-    max_tokens: int | None = None  # of an answer; None: the longest that training reaches
+    max_tokens: int | None = None  # of an answer; None: the sampler's max_tokens, never a cap of training
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Scorer:
         return taken
 
     async def _answers(self, sampler: OpenSampler, dice: int) -> list[Group]:
-        limit = self.scoring.max_tokens or self.run.cfg.longest
+        limit = self.scoring.max_tokens or self.run.cfg.evaluation_positions
         draw = Draw(self.run.step, "score", limit, stop=self.run.cfg.draw(self.run.step).stop, cohort=len(self.prompts), dice=dice)
         return await together(sampler.sample(prompt, self.scoring.samples, draw) for prompt in self.prompts)
 

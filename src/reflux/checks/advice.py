@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from reflux.accelerators.extrapolate import Extrapolate
+from reflux.checks import lengths
 from reflux.checks.teachers import tables_of
 from reflux.config import RunConfig
 from reflux.contexts.same import Same
@@ -40,13 +41,7 @@ def warnings(cfg: RunConfig) -> list[str]:
     if isinstance(cfg.accelerator, Extrapolate) and not cfg.accelerator.tries:
         found.append("accelerator.tries = 0: it never jumps.")
     found += [text for index, objective in enumerate(cfg.objectives) for text in _seldom(cfg, f"objectives[{index}]", objective)]
-    found += [*_two_scales(cfg), *_heard_twice(cfg), *_left_to_others(cfg)]
-    shortest = min((cfg.draw(step).length for step in range(cfg.steps)), default=0)
-    if cfg.reward is not None and shortest < cfg.longest:
-        found.append(
-            f"a reward is given while training answers may be cut at {shortest} positions: the verifier will see unfinished answers."
-        )
-    return found
+    return [*found, *_two_scales(cfg), *_heard_twice(cfg), *_left_to_others(cfg), *lengths.warnings(cfg)]
 
 
 def _mute(where: str, teacher: Teacher) -> Iterator[str]:

@@ -48,11 +48,12 @@ def _too_narrow(cfg: RunConfig, table: str, teacher: Any) -> Iterator[str]:
     def needed(longest: int) -> int:
         return prompt + added(longest) + longest - 1  # nothing is asked about what follows the last token
 
-    if needed(cfg.longest) > window:
+    longest = cfg.training_positions
+    if needed(longest) > window:
         yield (
-            f"teachers.{table}.context: a prompt of {prompt} tokens ({whose}), up to {added(cfg.longest)} of other attempts and the words "
-            f"around them, and an answer of up to {cfg.longest} take {needed(cfg.longest)} tokens, but the teacher's model holds {window}. "
-            f"{_remedy(needed, cfg.longest, window)} teachers.{table}.context.peer_tokens, successes or failures"
+            f"teachers.{table}.context: a prompt of {prompt} tokens ({whose}), up to {added(longest)} of other attempts and the words "
+            f"around them, and an answer of up to {longest} take {needed(longest)} tokens, but the teacher's model holds {window}. "
+            f"{_remedy(needed, longest, window)} teachers.{table}.context.peer_tokens, successes or failures"
             f"{', or sampler.max_prompt_tokens' if limit else ', or shorten the prompts'}."
         )
 

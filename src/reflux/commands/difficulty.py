@@ -91,7 +91,7 @@ def _taken_up(path: Path, said: dict[str, Any]) -> dict[str, dict[str, Any]]:
 async def _count(
     cfg: RunConfig, asked: list[Prompt], known: dict[str, dict[str, Any]], samples: int, sampling: tuple[float, float], path: Path
 ) -> list[Counted]:
-    draw = Draw(0, "score", cfg.longest, *sampling, stop=cfg.sampler.draw(0).stop)
+    draw = Draw(0, "score", cfg.evaluation_positions, *sampling, stop=cfg.sampler.draw(0).stop)
     found = {id_: (row["correct"], row["ungraded"]) for id_, row in known.items()}
     missing = [prompt for prompt in asked if prompt.id not in found]
     if missing:

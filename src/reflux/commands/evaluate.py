@@ -37,7 +37,7 @@ def evaluate_model(model: str, task: str | None, problems: int, samples: int, ma
     else:
         load_tokenizer(model, "MODEL")
     cfg = from_table(table)
-    asked = Accuracy(problems=problems, samples=samples, max_tokens=max_tokens or cfg.longest, examples=0)
+    asked = Accuracy(problems=problems, samples=samples, max_tokens=max_tokens or cfg.evaluation_positions, examples=0)
     found = asyncio.run(_accuracy(cfg, asked))
     for name, value in found.items():
         if name != "examples":

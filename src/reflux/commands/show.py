@@ -27,6 +27,7 @@ def show_plan(recipe: str, overrides: list[str]) -> None:
         ("student", _size(found.student)),
         *((f"teacher {name}", _size(size)) for name, size in found.teachers.items()),
         ("steps", f"{found.steps} of {found.attempts_per_step} attempts"),
+        ("lengths", lengths_in_words(found)),
         ("memory", _memory(found.memory_bytes, found.position)),
         ("sampled", f"at most {found.positions_at_most:,} {found.position}s"),
         ("compute", _compute(found)),
@@ -45,6 +46,14 @@ def _size(size: Size) -> str:
         return f"{size.name} ({size.architecture})"
     reads = f"{size.patches or '?'} patches a picture" if size.architecture.endswith("2DModel") else f"context {size.context_tokens or '?'}"
     return f"{size.name} ({size.architecture}, {size.parameters / 1e6:,.2f} M parameters, {reads})"
+
+
+def lengths_in_words(found: Plan) -> str:
+    """The limits of one attempt, in training and in evaluations."""
+    least, most = found.training_positions
+    training = f"at most {most:,} {found.position}s in training" + (f" ({least:,} at the least)" if least < most else "")
+    pictures = found.position != "token"
+    return training + ("; evaluations finish their pictures" if pictures else f", {found.evaluation_positions:,} in evaluations")
 
 
 def _compute(found: Plan) -> str:

@@ -25,10 +25,10 @@ class Prefix(CreditPart):
     """Factor 1 on the chosen positions [start, start + length) of each attempt, 0 on its other chosen ones; positions where the student
     did not choose are not counted and keep factor 1. No shift.
 
-    For rollouts generated in full; a schedule as the sampler's `max_tokens` cuts the generation itself and gives the same gradient under
-    the denominator `kept`. `length` may be a schedule over optimiser steps, fractions floored; below 1: ValueError. `start` > 0 exists to
-    study later windows. Neutral: a length at or above the longest attempt. Note `kept`: the share of chosen positions that stay.
-    arXiv 2602.15260.
+    For rollouts generated in full; a schedule as the sampler's `train_max_tokens` cuts the generation itself and gives the same gradient
+    under the denominator `kept`. `length` may be a schedule over optimiser steps, fractions floored; below 1: ValueError. `start` > 0
+    exists to study later windows. Neutral: a length at or above the longest attempt. Note `kept`: the share of chosen positions that
+    stay. arXiv 2602.15260.
     """
 
     length: Number

@@ -55,7 +55,7 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
 async def _attempts(run: Run, sampler: Any, prompts: int) -> list[Group]:
     """The student's own; a sampler that gives others' attempts in training acts itself for any other purpose."""
     chosen = list(islice(run.task.prompts("train", run.seed, 0), prompts))
-    draw = Draw(0, "train" if run.cfg.sampler.on_policy else "score", min(_MOST, run.cfg.longest), cohort=prompts)
+    draw = Draw(0, "train" if run.cfg.sampler.on_policy else "score", min(_MOST, run.cfg.training_positions), cohort=prompts)
     return await together(sampler.sample(prompt, run.cfg.group_size, draw) for prompt in chosen)
 
 

@@ -56,9 +56,9 @@ class Accuracy(EvalPart):
     Samples: avg@n, the mean over problems of the mean verdict, and pass@k, unbiased, with 95% intervals by bootstrap over problems, and by
     Wilson where all problems are equal, such as 0 of 30; a verdict of 1 passes. `split` is where the problems come from.
 
-    max_tokens: the length limit; without it the longest that training reaches. Pictures are always finished. k: of pass@k (default:
-    samples). examples: so many problems are listed with the greedy answer (a picture as base64 of a PNG of at most 96 pixels a side),
-    always the same ones, so that before and after can be set side by side.
+    max_tokens: the length limit; without it the sampler's `max_tokens`, never a cap of training. Pictures are always finished. k: of
+    pass@k (default: samples). examples: so many problems are listed with the greedy answer (a picture as base64 of a PNG of at most 96
+    pixels a side), always the same ones, so that before and after can be set side by side.
     """
 
     once: ClassVar[bool] = False
@@ -116,7 +116,7 @@ class Accuracy(EvalPart):
         return {**table, **more, **listed, "examples": [_example(*graded[0]) for graded in greedy[: self.examples]]}
 
     async def _ask(self, run: Run, sampler: OpenSampler, prompts: Sequence[Prompt], n: int, temperature: float) -> list[Graded]:
-        limit = self.max_tokens or run.cfg.longest
+        limit = self.max_tokens or run.cfg.evaluation_positions
         step = run.step if temperature else 0  # greedy: what dice there are, a picture's first noise, do not change with the step
         draw = Draw(step, "eval", limit, temperature, stop=run.cfg.draw(run.step).stop, cohort=len(prompts))
         groups = await together(sampler.sample(prompt, n, draw) for prompt in prompts)

@@ -58,7 +58,7 @@ class Agreement(EvalPart):
 
     async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
         prompts = list(islice(run.task.prompts(self.split, HELD_OUT_SEED), self.prompts))
-        draw = Draw(run.step, "eval", self.max_tokens or run.cfg.longest, cohort=len(prompts))
+        draw = Draw(run.step, "eval", self.max_tokens or run.cfg.evaluation_positions, cohort=len(prompts))
         groups = await together(sampler.sample(prompt, 1, draw) for prompt in prompts)
         await teachers.score(groups, run.moment())
         found = [(group[0], gap) for group in groups if (gap := gap_T(group[0], self.teacher)) is not None]

@@ -30,6 +30,11 @@ class Eval(EvalPart, Protocol):
         """Where the prompts come from that it asks, None where it asks none; an empty split is refused before the run begins."""
         ...
 
+    @property
+    def max_tokens(self) -> int | None:
+        """The length limit of the answers it asks for; None: the run's `evaluation_positions`, or it asks for none."""
+        ...
+
     async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
         """A flat table of JSON values, e.g. {"accuracy": 0.42, "low": 0.38, "high": 0.46, "problems": 500, "split": "test"}."""
         ...

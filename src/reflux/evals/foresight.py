@@ -64,6 +64,7 @@ class Foresight(EvalPart):
 
     once: ClassVar[bool] = False
     split: ClassVar[None] = None
+    max_tokens: ClassVar[None] = None
 
     percent: Annotated[float, Field(gt=0, le=100)] = 1.0
     k: Annotated[int, Field(ge=1)] = K

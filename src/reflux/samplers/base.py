@@ -35,6 +35,11 @@ class Sampler(SamplerPart, Protocol):
     rollouts: ClassVar[type[Rollout]]  # what its attempts are
     allow_biased: bool  # may a temperature or top-p other than 1 be asked for?
 
+    @property
+    def evaluation_positions(self) -> int:
+        """The most positions an attempt may have that is not of training: a limit of its own, whatever cap training has."""
+        ...
+
     def draw(self, step: int) -> Draw:
         """How training attempts of optimiser step `step` (from 0) are sampled; the run adds how many are asked for together."""
         ...

@@ -64,6 +64,10 @@ class Drawn(SamplerPart):
         return replace(self.generate.draw(step), length=self.times)
 
     @property
+    def evaluation_positions(self) -> int:
+        return self.generate.evaluation_positions
+
+    @property
     def allow_biased(self) -> bool:
         return False
 

@@ -80,6 +80,11 @@ class Flow(SamplerPart):
         if self.guidance != 1:
             yield GUIDANCE
 
+    @property
+    def evaluation_positions(self) -> int:
+        """Pictures are finished, whatever `length` is; greedy ones take `eval_steps`."""
+        return self.steps
+
     def draw(self, step: int) -> Draw:
         """How the attempts of optimiser step `step` (from 0) are drawn."""
         return Draw(step, "train", self.steps if self.length is None else int(at(self.length, step)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from reflux.parts import STRICT
@@ -17,9 +17,18 @@ if TYPE_CHECKING:
     from reflux.rundir import Run
 
 
+def _one_number(value: Any) -> Any:
+    if isinstance(value, dict):
+        raise ValueError("max_tokens is one whole number, for evaluations too. Give the schedule to train_max_tokens, which caps training")
+    return value
+
+
 @dataclass(frozen=True, config=STRICT)
 class HF(SamplerPart):
     """transformers in this process, in batches; every row has its own dice.
+
+    `max_tokens` is the longest answer: evaluations and an accelerator's score are cut there and nowhere else. `train_max_tokens` is a cap
+    of training alone, where a schedule may begin with short answers; a schedule that goes above `max_tokens` stays at it.
 
     The noise depends on (run seed, purpose, step, prompt, sample, turn, position) alone, so a batch never changes a draw's dice.
     Temperature other than 1, or top_p below 1, makes on-policy estimators biased: refused unless allow_biased. What remains of the bias
@@ -31,7 +40,8 @@ class HF(SamplerPart):
     on_policy: ClassVar[bool] = True
     rollouts: ClassVar[type[Rollout]] = TokenRollout
 
-    max_tokens: Number = 512  # of the student, over all its turns
+    max_tokens: Annotated[int, Field(ge=1), BeforeValidator(_one_number)] = 512  # of the student, over all its turns
+    train_max_tokens: Number | None = None  # of an attempt of training; not set: max_tokens
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     stop: tuple[str, ...] = ()  # texts that end an answer, besides the model's end tokens
@@ -46,10 +56,21 @@ class HF(SamplerPart):
     attention: str | None = None
 
     def __post_init__(self) -> None:
-        number(self.max_tokens, "max_tokens")
+        if self.train_max_tokens is not None:
+            number(self.train_max_tokens, "train_max_tokens")
+        if isinstance(self.train_max_tokens, int | float) and self.train_max_tokens > self.max_tokens:
+            raise ValueError(
+                f"train_max_tokens = {self.train_max_tokens:g} is above max_tokens = {self.max_tokens}, the longest answer anywhere. "
+                f"Raise max_tokens, or leave train_max_tokens out"
+            )
+
+    @property
+    def evaluation_positions(self) -> int:
+        return self.max_tokens
 
     def draw(self, step: int) -> Draw:
-        return Draw(step, "train", int(at(self.max_tokens, step)), self.temperature, self.top_p, self.stop)
+        cap = self.max_tokens if self.train_max_tokens is None else int(at(self.train_max_tokens, step))
+        return Draw(step, "train", min(cap, self.max_tokens), self.temperature, self.top_p, self.stop)
 
     def open(self, run: Run) -> AbstractAsyncContextManager[Any]:
         from reflux.samplers.hf_engine import HFSampler

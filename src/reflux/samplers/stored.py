@@ -41,6 +41,10 @@ class Stored(SamplerPart):
         return replace(self.generate.draw(step), temperature=1.0, top_p=1.0)
 
     @property
+    def evaluation_positions(self) -> int:
+        return self.generate.evaluation_positions
+
+    @property
     def allow_biased(self) -> bool:
         return False
 
