@@ -23,6 +23,7 @@ import numpy as np
 from pydantic.dataclasses import dataclass
 
 from reflux.credit.base import CreditPart
+from reflux.heads import Heads
 from reflux.learners.hf import HF
 from reflux.parts import STRICT
 from reflux.teachers.base import TeacherRequest
@@ -50,26 +51,26 @@ class Collapsing(Local):
 
             async def score(requests: Sequence[TeacherRequest]) -> list[TeacherAnswer]:
                 answers, moment = await read(requests), run.moment()
-                return [flatten(request.rollout, answer, self.left, moment) for request, answer in zip(requests, answers, strict=True)]
+                pairs = zip(requests, answers, strict=True)
+                return [flatten(request.rollout, answer, self.left, moment, run.heads) for request, answer in pairs]
 
             opened.score = score
             yield opened
 
 
-def flatten(rollout: Rollout, answer: TeacherAnswer, left: float, moment: Moment) -> TeacherAnswer:
+def flatten(rollout: Rollout, answer: TeacherAnswer, left: float, moment: Moment, heads: Heads) -> TeacherAnswer:
     """Scale the last hidden states, and with them the logits of a head that is a matrix; what was read off them is read again."""
-    import torch
-
     target, listed = answer.target, answer.candidates
     assert isinstance(target, HiddenTarget)
     assert isinstance(rollout, TokenRollout)
     h_TH = target.h_TH.clone()
     h_TH[collapse(moment, rollout.prompt.id, rollout.sample, rollout.length) :] *= left
-    logp_T = None if target.logp_T is None else target.head.logp_of(h_TH, torch.from_numpy(rollout.tokens_T)).numpy()
+    flat = dataclasses.replace(target, h_TH=h_TH, logp_T=None)
+    if target.logp_T is not None:
+        flat = dataclasses.replace(flat, logp_T=flat.sampled_logp_T(rollout, heads))
     if listed is not None:
-        logp_TK = target.head.logp_at(h_TH, torch.from_numpy(listed.ids_TK)).numpy()
-        listed = dataclasses.replace(listed, logp_TK=logp_TK, logp_T=logp_T)
-    return dataclasses.replace(answer, target=dataclasses.replace(target, h_TH=h_TH, logp_T=logp_T), candidates=listed)
+        listed = dataclasses.replace(listed, logp_TK=flat.logp_at(listed.ids_TK, heads), logp_T=flat.logp_T)
+    return dataclasses.replace(answer, target=flat, candidates=listed)
 
 
 def cut(mask_T: np.ndarray, end: int) -> np.ndarray:

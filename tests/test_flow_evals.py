@@ -47,6 +47,7 @@ from reflux.types import (
     VelocityTarget,
     Wants,
 )
+from tiny import HEADS
 
 GLYPHS = Glyphs(held_out=20)
 STEPS = 3
@@ -67,7 +68,7 @@ def run_of(task: Any = GLYPHS, graders: Any = None, step: int = 0, teachers: dic
     acting = Flow(**{"steps": STEPS, "eval_steps": 2, "batch_images": 7, **sampler})
     cfg = SimpleNamespace(evaluation_positions=STEPS, draw=acting.draw, sampler=acting, teachers=teachers or {})
     return SimpleNamespace(
-        task=task, graders=graders, seed=0, step=step, cfg=cfg, wants=Wants(), clock=Clock(), once=Once(),
+        task=task, graders=graders, seed=0, step=step, cfg=cfg, wants=Wants(), clock=Clock(), once=Once(), heads=HEADS,
         off_loop=asyncio.to_thread, moment=lambda: Moment(step, 0),
     )  # fmt: skip
 
@@ -289,7 +290,7 @@ def scored(noise_level: float = 0.7, whole: bool = True, seed: int = 0, shift: f
 @pytest.mark.parametrize("whole", [True, False])
 def test_the_gap_of_a_step_is_the_kl_of_its_gaussians(noise_level: float, shift: float, whole: bool) -> None:
     made = scored(noise_level, whole, shift=shift)
-    found_T = gap_T(made, "main")
+    found_T = gap_T(made, "main", HEADS)
     assert found_T is not None
     assert np.isnan(found_T).tolist() == (~made.rollout.mask_T).tolist()
     said, told = made.rollout.said, made.target("main")
@@ -304,24 +305,24 @@ def test_a_student_is_at_home_with_itself() -> None:
     made = scored()
     assert isinstance(made.rollout.said, VelocityTarget)
     made.answers["main"] = TeacherAnswer(target=VelocityTarget(teacher="main", v_TD=made.rollout.said.v_TD))
-    found_T = gap_T(made, "main")
+    found_T = gap_T(made, "main", HEADS)
     assert found_T is not None
     assert (found_T[made.rollout.mask_T] == 0).all()
 
 
 def test_where_one_of_the_two_said_nothing_there_is_no_gap() -> None:
     made = scored()
-    assert gap_T(made, "anchor") is None
-    assert gap_T(Attempt(replace(made.rollout, said=None), answers=dict(made.answers)), "main") is None  # type: ignore[type-var]
+    assert gap_T(made, "anchor", HEADS) is None
+    assert gap_T(Attempt(replace(made.rollout, said=None), answers=dict(made.answers)), "main", HEADS) is None  # type: ignore[type-var]
     made.answers["main"] = TeacherAnswer(target=SampledTarget(teacher="main", logp_T=np.zeros(5, np.float32)))
-    assert gap_T(made, "main") is None
-    assert gap_T(scored(noise_level=0.0), "main") is None  # infinite
+    assert gap_T(made, "main", HEADS) is None
+    assert gap_T(scored(noise_level=0.0), "main", HEADS) is None  # infinite
     nothing = np.zeros(0, np.int64)
     text = TokenRollout(
         prompt=Prompt("p", ()), sample=0, version=0, finish="stop", mask_T=nothing == 1, logp_T=nothing, prompt_tokens=nothing,
         tokens_T=nothing, text="", messages=(),
     )  # fmt: skip
-    assert gap_T(Attempt(text, answers=dict(scored().answers)), "main") is None
+    assert gap_T(Attempt(text, answers=dict(scored().answers)), "main", HEADS) is None
 
 
 class Speaking:

@@ -16,6 +16,8 @@ from reflux.assets.tokenizer import character_tokenizer
 from reflux.clock import Clock
 from reflux.config import RunConfig, load_recipe
 from reflux.contexts.base import View
+from reflux.heads import Heads
+from reflux.kernels.head import Head
 from reflux.learners.hf import HF as HFLearnerPart
 from reflux.learners.hf_engine import HFLearner
 from reflux.learning import learn
@@ -80,13 +82,24 @@ def config(recipe: str, student: str, teacher: str, **overrides: Any) -> RunConf
     return load_recipe(recipe, changes | {key.replace("__", "."): value for key, value in overrides.items()})
 
 
+class AllHeads(Heads):
+    """Those of every model of the tests, so that any learner reads any hand-made target; a key may be given to another head."""
+
+    def add(self, key: str, head: Head) -> str:
+        self._heads[key] = head
+        return key
+
+
+HEADS = AllHeads()
+
+
 class Stub:
     """What open parts ask of a run, without a directory."""
 
     off_loop = staticmethod(asyncio.to_thread)
 
     def __init__(self, cfg: Any = None, wants: Wants | None = None):
-        self.cfg, self.wants, self.clock, self.seed = cfg, wants or Wants(), Clock(), 0
+        self.cfg, self.wants, self.clock, self.seed, self.heads = cfg, wants or Wants(), Clock(), 0, HEADS
 
     @property
     def tokenizer(self) -> Any:
@@ -137,7 +150,9 @@ def hidden(model: Model, spoken: TokenRollout, name: str = "main") -> HiddenTarg
     ids = np.concatenate([spoken.prompt_tokens, spoken.tokens_T[:-1]])
     with torch.inference_mode():
         h_LH = model.trunk(input_ids=torch.from_numpy(ids)[None], use_cache=False).last_hidden_state[0]
-    return HiddenTarget(teacher=name, h_TH=h_LH[len(spoken.prompt_tokens) - 1 :].clone(), head=model.head)
+    return HiddenTarget(
+        teacher=name, h_TH=h_LH[len(spoken.prompt_tokens) - 1 :].clone(), head=HEADS.add(f"head {id(model.head)}", model.head)
+    )
 
 
 def attempt(spoken: TokenRollout, teacher: Model | None = None, weight: Any = 1.0, shift: Any = 0.0) -> Attempt:

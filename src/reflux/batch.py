@@ -15,7 +15,7 @@ from reflux.credit.log_ratio import log_ratio_T
 from reflux.objectives.base import Objective
 from reflux.objectives.group_values import group_values
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL
-from reflux.types import Attempt, Group, HiddenTarget, Rollout, TopKTarget
+from reflux.types import Attempt, Group, Rollout
 
 Normalise = str  # "kept" | "chosen" | "rollout_means"
 OverRanks = Callable[[np.ndarray], np.ndarray]
@@ -124,13 +124,8 @@ def _scales(attempts: list[Attempt], count: int, normalise: Normalise) -> list[f
 
 def signature(item: Item) -> tuple[object, ...]:
     """Items of one micro-batch have targets of one kind from one head, so a row needs no case distinction."""
-    targets = {name: item.attempt.target(name) for name in (*item.attempt.answers, "said")}
-    kinds = []
-    for name in sorted(targets):
-        target = targets[name]
-        detail = id(target.head) if isinstance(target, HiddenTarget) else None
-        detail = target.ids_TK.shape[1] if isinstance(target, TopKTarget) else detail
-        kinds.append((name, type(target).__name__, detail))
+    targets = ((name, item.attempt.target(name)) for name in sorted((*item.attempt.answers, "said")))
+    kinds = ((name, None if target is None else target.signature) for name, target in targets)
     return (*kinds, *(coef_N is None for coef_N in item.coef_KN))
 
 

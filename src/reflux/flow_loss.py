@@ -16,7 +16,7 @@ from reflux.loss import Packed, Result, result_of
 from reflux.objectives.base import Objective
 from reflux.objectives.flow_says import VelocitySays
 from reflux.samplers.flow import prompt_text
-from reflux.types import FlowRollout, VelocityTarget
+from reflux.types import FlowRollout
 
 
 def flow_of(item: Item) -> FlowRollout:
@@ -38,15 +38,7 @@ class StepBatch(Packed):
         self.t_N = self.column(lambda item: flow_of(item).t_S[item.rows_N])
         self.dt_N = self.column(lambda item: np.diff(flow_of(item).t_S)[item.rows_N])
         self.noise_level_N = self.column(lambda item: np.full(len(item.rows_N), flow_of(item).noise_level, dtype=np.float32))
-        self.teachers = {name: self.says(self._velocities(name)) for name in sorted(self.heard())}
-
-    def _velocities(self, name: str) -> Tensor:
-        def of(item: Item) -> np.ndarray:
-            target = item.attempt.target(name)
-            assert isinstance(target, VelocityTarget)
-            return target.v_TD[item.rows_N]
-
-        return self.column(of)
+        self.teachers = {name: self.says(self.target_rows(name)[1]["v_ND"]) for name in sorted(self.heard())}
 
     def says(self, v_ND: Tensor) -> VelocitySays:
         return VelocitySays(v_ND, self.x_ND, self.next_ND, self.t_N, self.dt_N, self.noise_level_N)

@@ -65,6 +65,7 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
                 moment = run.moment()
                 await teachers.score(groups, moment)  # only what is missing, or whose context changed
                 await observe(learner, groups)  # what would the student say now? (only if wanted)
+                await teachers.follow_up(groups)  # and the teachers, where it would say it? (only if wanted)
                 share_credit(groups, cfg.credit, moment)  # how much does each position count?
                 if accelerator.fires(run.step + 1):
                     await stream.settle()  # in-flight attempts finish, none start

@@ -63,6 +63,12 @@ class Packed:
         """One array per item, joined, on the device."""
         return torch.from_numpy(np.concatenate([of(item) for item in self.items])).to(self.device)
 
+    def target_rows(self, name: str) -> tuple[Any, dict[str, Tensor]]:
+        """Of the first item the target by this name, and what all of them know at their rows, joined, on the device."""
+        targets = [item.attempt.target(name) for item in self.items]
+        rows = [target.rows(item.rows_N) for target, item in zip(targets, self.items, strict=True) if target is not None]
+        return targets[0], {column: torch.cat([row[column] for row in rows]).to(self.device) for column in rows[0]}
+
     def heard(self) -> set[str]:
         """Whose targets are looked at: an objective's that has a word here, and those of "main", for the records."""
         item = self.items[0]

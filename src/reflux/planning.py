@@ -27,6 +27,7 @@ _WANTED = {  # each field of Wants in words; {} is its number
     "now_topk": "the current student's top-{} tokens (one more pass of the student)",
     "logp": "the teacher's log-probs when attempts arrive (one more pass through its head)",
     "candidates": "the teacher's log-probs at the student's top-{} tokens",
+    "now_candidates": "the teacher's log-probs at the current student's top-{} tokens (one more pass through its head)",
     "spans": "which characters each token wrote",
     "reward": "a reward for every attempt",
 }

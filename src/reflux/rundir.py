@@ -23,6 +23,7 @@ from reflux import checkpoints, checks, files, records, refused
 from reflux.clock import Clock
 from reflux.config import RunConfig, differences, to_table, to_toml
 from reflux.errors import RunError, Stopped
+from reflux.heads import Heads
 from reflux.model_card import model_card
 from reflux.models import share_cores
 from reflux.once import Once
@@ -92,6 +93,7 @@ class Run:
         self._graders: Graders | None = None
         self._tokenizer: Any = None
         self.once = Once()  # what several parts share
+        self.heads = Heads()  # through which hidden states of teachers are read
         self._lock = (self.dir / ".lock").open("w")
 
     @classmethod

@@ -1,26 +1,85 @@
-"""What a model said along one attempt, as a sum type: what it does not know is not there. `types.py` gives these names on."""
+"""What a model said along one attempt, as a sum type: what it does not know is not there. `types.py` gives these names on.
+
+A target answers for itself, so nobody has to ask which kind it is. `heads` are the output heads of this process (`reflux.heads.Heads`);
+only hidden states need them. `logp_T` is what is known of the sampled tokens without a head, None where that is nothing.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+
+    from reflux.heads import Heads
+    from reflux.types import Rollout, Target
+
+
+class _Known:
+    """What every target can be asked, answered as one that knows the sampled tokens' log-probs alone does."""
+
+    __slots__ = ()
+
+    teacher: str
+    logp_T: Any
+
+    @property
+    def head_key(self) -> str | None:
+        """Of the head that makes logits of `rows`; None where no head is needed."""
+        return None
+
+    @property
+    def signature(self) -> tuple[str, str | int | None]:
+        """Targets of one signature may share a micro-batch."""
+        return (type(self).__name__, None)
+
+    def rows(self, rows_N: np.ndarray) -> dict[str, Tensor]:
+        """What is known at some positions, by name, on the host: what a micro-batch packs."""
+        return {"logp_N": _rows(self.logp_T, rows_N)}
+
+    def says(self, columns: Mapping[str, Tensor]) -> Any:
+        """What objectives make of such rows (`objectives.says`). ValueError where a head, or a state of a flow, has to come in first."""
+        raise ValueError(f"the rows of a {type(self).__name__} say nothing by themselves")
+
+    def sampled_logp_T(self, rollout: Rollout, heads: Heads) -> np.ndarray | None:
+        """Log-probs of the sampled tokens, nats; None where this target has none."""
+        return self.logp_T
+
+    def logp_at(self, ids_TK: np.ndarray, heads: Heads) -> np.ndarray:
+        """Log-probs at given ids, [T, K], nats. ValueError where one is not known: it is unknown then, not low."""
+        raise ValueError(f"a teacher's log-probs at given tokens are needed; a {type(self).__name__} holds none. Use a local teacher.")
+
+    def kl_T(self, other: Target, rollout: Rollout, heads: Heads) -> np.ndarray | None:
+        """KL(this || other) at each position, nats: exact where both are hidden states, or velocities of a rollout with noise; else its
+        sampled estimate log p - log q. None where one of the two has no log-probs."""
+        own_T, other_T = (target.sampled_logp_T(rollout, heads) for target in (self, other))
+        return None if own_T is None or other_T is None else own_T - other_T
+
+    def uniformity(self, heads: Heads) -> float | None:
+        """The mean entropy as a share of the largest possible, log V; None where it is not known."""
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SampledTarget:
+class SampledTarget(_Known):
     """Only the log-probs of the tokens that were sampled."""
 
     teacher: str
     logp_T: np.ndarray
 
+    def says(self, columns: Mapping[str, Tensor]) -> Any:
+        from reflux.objectives.says import SampledSays
+
+        return SampledSays(**columns)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TopKTarget:
+class TopKTarget(_Known):
     """Log-probs at K listed ids and at the sampled token. The unlisted mass is one tail bucket; K = V is the full distribution."""
 
     teacher: str
@@ -28,23 +87,104 @@ class TopKTarget:
     logp_TK: np.ndarray
     logp_T: np.ndarray
 
+    @property
+    def signature(self) -> tuple[str, str | int | None]:
+        return (type(self).__name__, self.ids_TK.shape[1])
+
+    def rows(self, rows_N: np.ndarray) -> dict[str, Tensor]:
+        columns = {"logp_N": self.logp_T, "ids_NK": self.ids_TK, "logp_NK": self.logp_TK}
+        return {name: _rows(column, rows_N) for name, column in columns.items()}
+
+    def says(self, columns: Mapping[str, Tensor]) -> Any:
+        from reflux.objectives.says import ListedSays
+
+        return ListedSays(**columns)
+
+    def logp_at(self, ids_TK: np.ndarray, heads: Heads) -> np.ndarray:
+        size = 1 + max(int(ids.max(initial=0)) for ids in (ids_TK, self.ids_TK))
+        full_TV = np.full((len(ids_TK), size), np.nan)
+        np.put_along_axis(full_TV, self.ids_TK, self.logp_TK, axis=1)
+        logp_TK = np.take_along_axis(full_TV, ids_TK, axis=1)
+        if np.isnan(logp_TK).any():
+            raise ValueError(
+                f"teacher '{self.teacher}' lists its own likeliest tokens, and some of the student's are not among them: their probability "
+                f"is unknown, not low. Use a teacher that answers at given ids, such as 'local'."
+            )
+        return logp_TK
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HiddenTarget:
-    """The last hidden states (on CPU) and the output head that turns them into the full distribution.
+class HiddenTarget(_Known):
+    """The last hidden states (on CPU), and the key of the output head that turns them into the full distribution.
 
     logp_T is None where nobody wanted it at scoring time; the learner fills the record in as it passes through the head.
     """
 
     teacher: str
     h_TH: torch.Tensor
-    head: Any  # kernels.head.Head
+    head: str  # a key of `Heads`
     logp_T: np.ndarray | None = None
+
+    @property
+    def head_key(self) -> str | None:
+        return self.head
+
+    @property
+    def signature(self) -> tuple[str, str | int | None]:
+        return (type(self).__name__, self.head)
+
+    def rows(self, rows_N: np.ndarray) -> dict[str, Tensor]:
+        return {"h_NH": _rows(self.h_TH, rows_N)}
+
+    def sampled_logp_T(self, rollout: Rollout, heads: Heads) -> np.ndarray | None:
+        from reflux.types import TokenRollout
+
+        if self.logp_T is not None or not isinstance(rollout, TokenRollout):
+            return self.logp_T
+        return self.logp_at(rollout.tokens_T[:, None], heads)[:, 0]
+
+    def logp_at(self, ids_TK: np.ndarray, heads: Heads) -> np.ndarray:
+        import torch
+
+        head = heads[self.head]
+        return head.logp_at(self.h_TH.to(head.device), torch.from_numpy(ids_TK).to(head.device)).cpu().numpy()
+
+    def kl_T(self, other: Target, rollout: Rollout, heads: Heads) -> np.ndarray | None:
+        if not isinstance(other, HiddenTarget):
+            return _Known.kl_T(self, other, rollout, heads)
+        from reflux.kernels.head import kl_of
+
+        return kl_of(heads[self.head], self.h_TH, heads[other.head], other.h_TH).cpu().numpy()
+
+    def uniformity(self, heads: Heads) -> float | None:
+        logp_TV = heads[self.head].logits(self.h_TH).float().log_softmax(-1)
+        return float(-(logp_TV.exp() * logp_TV).sum(-1).mean()) / float(np.log(logp_TV.shape[-1]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VelocityTarget:
+class VelocityTarget(_Known):
     """A flow's velocity at each step; NaN where the student did not choose."""
 
     teacher: str
     v_TD: np.ndarray  # float32
+
+    logp_T: ClassVar[None] = None  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def rows(self, rows_N: np.ndarray) -> dict[str, Tensor]:
+        return {"v_ND": _rows(self.v_TD, rows_N)}
+
+    def kl_T(self, other: Target, rollout: Rollout, heads: Heads) -> np.ndarray | None:
+        """w |v - v_other|^2 of each step, >= 0, with w of `objectives.velocity_kl.kl_weight`. None without noise, where it is infinite."""
+        from reflux.objectives.velocity_kl import kl_weight
+        from reflux.types import FlowRollout
+
+        if not isinstance(other, VelocityTarget) or not isinstance(rollout, FlowRollout) or not rollout.noise_level:
+            return None
+        weight_T = kl_weight(rollout.t_S[:-1].astype(np.float64), np.diff(rollout.t_S).astype(np.float64), rollout.noise_level)
+        return weight_T * ((self.v_TD.astype(np.float64) - other.v_TD) ** 2).sum(1)
+
+
+def _rows(column: Any, rows_N: np.ndarray) -> Tensor:
+    import torch
+
+    return column[torch.from_numpy(rows_N)] if isinstance(column, torch.Tensor) else torch.from_numpy(column[rows_N])

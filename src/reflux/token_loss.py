@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from reflux.batch import Item
+from reflux.heads import Heads
 from reflux.kernels.columns import Columns
 from reflux.kernels.head import Head
 from reflux.kernels.row_pass import Constant, row_pass
 from reflux.loss import Packed, Result, result_of
 from reflux.objectives.base import Objective
-from reflux.objectives.says import FullSays, ListedSays, SampledSays, Says
-from reflux.types import HiddenTarget, SampledTarget, TokenRollout, TopKTarget
+from reflux.objectives.says import FullSays, Says
+from reflux.types import TokenRollout
 
 
 def text_of(item: Item) -> TokenRollout:
@@ -28,11 +28,12 @@ def text_of(item: Item) -> TokenRollout:
 class MicroBatch(Packed):
     """Items on the device: the trunk's inputs, and every constant a row needs."""
 
-    def __init__(self, items: list[Item], objectives: Sequence[Objective], device: torch.device, pad_id: int = 0):
+    def __init__(self, items: list[Item], objectives: Sequence[Objective], device: torch.device, heads: Heads, pad_id: int = 0):
         super().__init__(items, objectives, device)
+        self.heads = heads
         self.ids_BL, self.rows_N = self._inputs(pad_id)
         self.tokens_N = self.column(lambda item: text_of(item).tokens_T[item.rows_N])
-        self.teachers = {name: self._constants(name) for name in sorted(self.heard())}
+        self.teachers = {name: self.target_rows(name) for name in sorted(self.heard())}
 
     def _inputs(self, pad_id: int) -> tuple[Tensor, Tensor]:
         """Right-padded ids [B, L] and the flat index of the state that predicts each kept position."""
@@ -46,31 +47,15 @@ class MicroBatch(Packed):
             rows.append(b * width + len(rollout.prompt_tokens) - 1 + item.rows_N)
         return torch.from_numpy(ids_BL).to(self.device), torch.from_numpy(np.concatenate(rows)).to(self.device)
 
-    def _constants(self, name: str) -> tuple[Any, ...]:
-        """The stored target's tensors at the kept rows."""
-        targets = [item.attempt.target(name) for item in self.items]
-        pairs = list(zip(targets, self.items, strict=True))
-        first = targets[0]
-        if isinstance(first, HiddenTarget):
-            h_NH = torch.cat([t.h_TH[torch.from_numpy(item.rows_N)] for t, item in pairs])  # type: ignore[union-attr]
-            return (first, h_NH.to(self.device))
-        columns = ["logp_T"] + (["ids_TK", "logp_TK"] if isinstance(first, TopKTarget) else [])
-        return (
-            first,
-            *(torch.from_numpy(np.concatenate([getattr(t, c)[item.rows_N] for t, item in pairs])).to(self.device) for c in columns),
-        )
-
     def constants(self) -> dict[str, Constant]:
         """The teachers that are known by hidden states, with their heads."""
-        return {name: (tensors[0], first.head) for name, (first, *tensors) in self.teachers.items() if isinstance(first, HiddenTarget)}
+        found = {name: (target.head_key, columns) for name, (target, columns) in self.teachers.items()}
+        return {name: (columns["h_NH"], self.heads[key]) for name, (key, columns) in found.items() if key is not None}
 
     def listed(self, name: str, rows: slice) -> Says:
         """What a teacher said at some rows, where that is all there is."""
-        target, *tensors = self.teachers[name]
-        if isinstance(target, SampledTarget):
-            return SampledSays(tensors[0][rows])
-        assert isinstance(target, TopKTarget)
-        return ListedSays(ids_NK=tensors[1][rows], logp_NK=tensors[2][rows], logp_N=tensors[0][rows])
+        target, columns = self.teachers[name]
+        return target.says({column: values[rows] for column, values in columns.items()})
 
 
 def backward(batch: MicroBatch, h_NH: Tensor, head: Head, log_variance: bool = False) -> Result:

@@ -192,7 +192,7 @@ class TeacherAnswer:
     """
 
     target: Target | None = None
-    candidates: TopKTarget | None = None  # at the ids of `rollout.said`, where that is required
+    candidates: TopKTarget | None = None  # its log-probs at the ids of `rollout.said`, where that is required
     positions_read: int = 0  # the student's and those before them, for FLOP accounting
     seconds: float = 0.0  # of the call, or of a batched call an equal part
     error: str | None = None
@@ -200,6 +200,7 @@ class TeacherAnswer:
     context_hash: str = ""  # of the view it was asked in: in another one it is asked again
     context_notes: dict[str, float] = field(default_factory=dict)  # `View.notes`: what the context showed, in numbers
     previous: Target | None = None  # what it answered before it was asked again; freshness compares the two
+    now_candidates: TopKTarget | None = None  # its log-probs at the student's likeliest tokens of now, where that is required
 
 
 @dataclass(slots=True)
@@ -258,6 +259,7 @@ class Wants:
     now_topk: int = 0
     logp: bool = False  # the teacher's log-probs of the sampled tokens, at scoring time
     candidates: int = 0  # the teacher's log-probs at the student's top-k ids
+    now_candidates: int = 0  # and at the student's top-k ids of now
     spans: bool = False  # which characters of its text each token wrote
     reward: bool = False
 
@@ -268,6 +270,7 @@ class Wants:
             now_topk=max(self.now_topk, other.now_topk),
             logp=self.logp or other.logp,
             candidates=max(self.candidates, other.candidates),
+            now_candidates=max(self.now_candidates, other.now_candidates),
             spans=self.spans or other.spans,
             reward=self.reward or other.reward,
         )

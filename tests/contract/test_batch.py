@@ -133,7 +133,7 @@ def test_every_target_that_knows_the_sampled_tokens_gives_a_value(kind: str) -> 
         target: Any = {
             "sampled": entry.target("main"),
             "listed": TopKTarget(teacher="main", ids_TK=ids_TK, logp_TK=logp_T[:, None], logp_T=logp_T),
-            "hidden": HiddenTarget(teacher="main", h_TH=torch.zeros(len(logp_T), 2), head=None, logp_T=logp_T),
+            "hidden": HiddenTarget(teacher="main", h_TH=torch.zeros(len(logp_T), 2), head="main", logp_T=logp_T),
         }[kind]
         entry.answers["main"] = TeacherAnswer(target=target)
     assert values([group], SampledKL(baseline="leave_one_out")) == {0: near(5.0), 1: near(1.5)}
@@ -148,7 +148,7 @@ def test_rewards_are_against_the_students_own_distribution_where_another_was_sam
 
 def test_a_target_without_the_sampled_log_probs_is_refused_for_groups_only() -> None:
     entry = attempt(rollout(2))
-    entry.answers["main"] = TeacherAnswer(target=HiddenTarget(teacher="main", h_TH=torch.zeros(2, 3), head=None))
+    entry.answers["main"] = TeacherAnswer(target=HiddenTarget(teacher="main", h_TH=torch.zeros(2, 3), head="main"))
     assert values([[entry]], SampledKL(), SampledKL(baseline="leave_one_out", coef=0.0)) == {0: (0.0, 0.0)}
     with pytest.raises(ValueError, match=r"holds no logp_T. Ask for it at scoring time"):
         plan([[entry]], [SampledKL(baseline="leave_one_out")], "kept")

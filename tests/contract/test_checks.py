@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,9 @@ def test_a_list_is_enough_for_what_says_so() -> None:
 
 
 def test_wants_join_and_the_largest_k_wins() -> None:
-    joined = Wants(said=4, logp=True) | Wants(said=9, now_topk=3) | Wants(candidates=2, now_at_said=True, reward=True)
-    assert joined == Wants(said=9, now_at_said=True, now_topk=3, logp=True, candidates=2, reward=True)
+    joined = Wants(said=4, logp=True) | Wants(said=9, now_topk=3) | Wants(candidates=2, now_candidates=5, now_at_said=True, reward=True)
+    assert joined == Wants(said=9, now_at_said=True, now_topk=3, logp=True, candidates=2, now_candidates=5, reward=True)
+    assert joined | Wants(now_candidates=6, now_topk=2) == dataclasses.replace(joined, now_candidates=6)
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def test_it_reads_the_response_at_its_own_offset(batch_tokens: int) -> None:
             logp_TV = net(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         assert target.logp_T is not None
         np.testing.assert_allclose(target.logp_T, logp_TV[range(spoken.length), spoken.tokens_T], atol=1e-4)
-        torch.testing.assert_close(target.head.logits(target.h_TH).log_softmax(-1), logp_TV, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(tiny.HEADS[target.head].logits(target.h_TH).log_softmax(-1), logp_TV, rtol=1e-4, atol=1e-4)
 
 
 def test_padding_of_the_teachers_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

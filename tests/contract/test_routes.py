@@ -19,7 +19,7 @@ from reflux.reports.metrics import Heard, read_metrics
 from reflux.reports.page import write_report
 from reflux.reports.teachers import teachers_table
 from reflux.teachers.collection import Teachers
-from reflux.types import Attempt, Draw, Group, Moment, Prompt, SampledTarget, TeacherAnswer
+from reflux.types import Attempt, Draw, Group, Moment, Prompt, Rollout, SampledTarget, TeacherAnswer
 
 CHAT = {"kind": "outside:Chat"}
 NOW = Moment(0, 0)
@@ -171,7 +171,7 @@ class Speaking:
 def ask(teachers: Teachers, routes: list[str | None]) -> dict[str, Any]:
     prompts = [Prompt(f"p{i}", ({"role": "user", "content": "x" * (i + 1)},), route=route) for i, route in enumerate(routes)]
     task = SimpleNamespace(prompts=lambda split, seed, start=0: iter(prompts))
-    run: Any = SimpleNamespace(task=task, step=3, moment=lambda: NOW, cfg=SimpleNamespace(evaluation_positions=9))
+    run: Any = SimpleNamespace(task=task, step=3, moment=lambda: NOW, cfg=SimpleNamespace(evaluation_positions=9), heads=tiny.HEADS)
     return asyncio.run(Agreement()(run, None, Speaking(), teachers))  # type: ignore[arg-type]
 
 
@@ -205,10 +205,12 @@ class Noisy:
     def __init__(self, dice: np.random.Generator, gap: float):
         self.dice, self.gap = dice, gap
 
-    async def score(self, asked: Any, moment: Moment) -> None:
-        for attempt, _ in asked:
-            gap_T = self.gap + self.dice.normal() + self.dice.normal(0, 1, attempt.rollout.length)
-            attempt.targets["main"] = SampledTarget(teacher="main", logp_T=attempt.rollout.logp_T - gap_T)
+    async def score(self, requests: Any) -> list[TeacherAnswer]:
+        return [self.answer(request.rollout) for request in requests]
+
+    def answer(self, rollout: Rollout) -> TeacherAnswer:
+        gap_T = self.gap + self.dice.normal() + self.dice.normal(0, 1, rollout.length)
+        return TeacherAnswer(target=SampledTarget(teacher="main", logp_T=rollout.logp_T - gap_T))
 
 
 @pytest.mark.parametrize("attempts", [2, 5, 20])
@@ -217,7 +219,7 @@ def test_the_interval_of_agreement_covers_the_kl_as_often_as_it_says(attempts: i
     dice, draws, hits = np.random.default_rng(attempts), 800, 0
     prompts = [Prompt(f"p{i}", ({"role": "user", "content": "x" * (6 + i % 3)},)) for i in range(attempts)]
     task = SimpleNamespace(prompts=lambda split, seed, start=0: iter(prompts))
-    run: Any = SimpleNamespace(task=task, step=3, moment=lambda: NOW, cfg=SimpleNamespace(evaluation_positions=9))
+    run: Any = SimpleNamespace(task=task, step=3, moment=lambda: NOW, cfg=SimpleNamespace(evaluation_positions=9), heads=tiny.HEADS)
     part: Any = SimpleNamespace(context=Same(), routes=(), as_="main", in_process=True)
 
     async def measure() -> dict[str, Any]:

@@ -49,7 +49,7 @@ def test_the_teacher_says_what_its_model_says_along_the_students_tokens(batch_to
         with torch.no_grad():
             logp_TV = net(input_ids=torch.from_numpy(ids)[None]).logits[0, len(spoken.prompt_tokens) - 1 : -1].log_softmax(-1)
             assert isinstance(target, HiddenTarget)
-            torch.testing.assert_close(target.head.logits(target.h_TH).log_softmax(-1), logp_TV, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(tiny.HEADS[target.head].logits(target.h_TH).log_softmax(-1), logp_TV, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(target.logp_T, logp_TV[range(spoken.length), spoken.tokens_T], atol=1e-4)
 
 
@@ -66,7 +66,7 @@ def test_log_probs_and_candidates_are_made_only_where_wanted() -> None:
     assert plain.answers["main"].candidates is None
     target = asked.target("main")
     with torch.no_grad():
-        logp_TV = target.head.logits(target.h_TH).log_softmax(-1)
+        logp_TV = tiny.HEADS[target.head].logits(target.h_TH).log_softmax(-1)
     np.testing.assert_allclose(asked.answers["main"].candidates.logp_TK, logp_TV.gather(-1, torch.from_numpy(listed)), atol=1e-5)
     np.testing.assert_allclose(asked.answers["main"].candidates.logp_T, asked.target("main").logp_T)
     mixed = [Attempt(spoken), Attempt(replace(spoken, said=said))]  # an evaluation's attempt comes without a list

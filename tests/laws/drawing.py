@@ -14,6 +14,7 @@ from torch import Tensor
 
 from laws.estimators import World, world_of
 from reflux.batch import micro_batches, plan
+from reflux.heads import Heads
 from reflux.kernels.head import Head
 from reflux.objectives.outcome import Outcome
 from reflux.token_loss import MicroBatch, backward
@@ -42,7 +43,8 @@ class Drawing:
         self.inside = torch.isfinite(self.behaviour)
         self.probability_S = self.world.log_probability(self.behaviour).exp().numpy()
         self.reach = np.exp([sum(self.behaviour[self.world.prefixes[y[:t]], y[t]] for t in range(len(y))) for y in self.world.prefixes])
-        self.head = Head.of(torch.eye(shape[0], dtype=torch.float64))
+        self.head, self.heads = Head.of(torch.eye(shape[0], dtype=torch.float64)), Heads()
+        self.key = self.heads.add("drawing", self.head)
 
     def prefixes(self, sequence: tuple[int, ...]) -> list[int]:
         return [self.world.prefixes[sequence[:t]] for t in range(len(sequence))]
@@ -65,7 +67,7 @@ class Drawing:
             messages=(),
         )
         logp_T = self.world.teacher.log_softmax(-1)[places, sequence].numpy()
-        target = HiddenTarget(teacher="main", h_TH=self.world.teacher[places], head=self.head, logp_T=logp_T)
+        target = HiddenTarget(teacher="main", h_TH=self.world.teacher[places], head=self.key, logp_T=logp_T)
         made = Attempt(rollout, answers={"main": TeacherAnswer(target=target)})
         made.shares["drawn"] = Share(factor_T=weight, shift_T=shift)
         return made
@@ -86,7 +88,7 @@ class Drawing:
         student = self.world.student.detach().clone().requires_grad_()
         for part in micro_batches(items, 1 << 20):
             places = [place for item in part for place in self.prefixes(tuple(item.rollout.tokens_T.tolist()))]
-            backward(MicroBatch(part, [objective], torch.device("cpu")), student[places], self.head)
+            backward(MicroBatch(part, [objective], torch.device("cpu"), self.heads), student[places], self.head)
         return rows * student.grad.numpy()
 
     def exact_gradient(self, cost: Any) -> np.ndarray:

@@ -44,7 +44,7 @@ def worlds() -> tuple[Any, list[Any]]:
         for name, target in [
             (name, answer.target) for name, answer in attempt.answers.items()
         ]:  # as a local teacher does where a baseline asks for it
-            logp_T = target.head.logp_of(target.h_TH, torch.from_numpy(attempt.rollout.tokens_T)).numpy()
+            logp_T = tiny.HEADS[target.head].logp_of(target.h_TH, torch.from_numpy(attempt.rollout.tokens_T)).numpy()
             attempt.answers[name] = TeacherAnswer(target=dataclasses.replace(target, logp_T=logp_T))
     return tiny.learner(student), groups
 

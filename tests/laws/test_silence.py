@@ -41,7 +41,7 @@ def logits_target(spoken: TokenRollout, at: dict[int, float]) -> HiddenTarget:
     logits_TV = torch.randn(spoken.length, TOKENS, generator=torch.Generator().manual_seed(5))
     for position, value in at.items():
         logits_TV[position, spoken.tokens_T[position]] = value
-    return HiddenTarget(teacher="main", h_TH=logits_TV, head=HEAD)
+    return HiddenTarget(teacher="main", h_TH=logits_TV, head=tiny.HEADS.add("logits", HEAD))
 
 
 HEAD = Head(nn.Identity, TOKENS)  # "hidden states" that are the logits: products would turn an infinite one into NaN

@@ -120,7 +120,7 @@ def test_no_split_changes_the_rest_of_the_menu(nets: tuple[Any, Model], name: st
         for key, target in [
             (name, answer.target) for name, answer in entry.answers.items()
         ]:  # as a local teacher does where a group baseline asks for it
-            logp_T = target.head.logp_of(target.h_TH, torch.from_numpy(entry.rollout.tokens_T)).numpy()
+            logp_T = tiny.HEADS[target.head].logp_of(target.h_TH, torch.from_numpy(entry.rollout.tokens_T)).numpy()
             entry.answers[key] = TeacherAnswer(target=dataclasses.replace(target, logp_T=logp_T))
     whole = gradient(nets, MENU[name], groups, "kept", 1 << 20)
     close(whole, gradient(nets, MENU[name], groups, "kept", 1))

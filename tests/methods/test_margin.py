@@ -414,7 +414,7 @@ def whole_groups() -> list[Group]:
                 target = one.target("main")
                 tokens_T = torch.from_numpy(one.rollout.tokens_T)  # type: ignore[attr-defined]
                 one.answers["main"] = TeacherAnswer(
-                    target=dataclasses.replace(target, logp_T=target.head.logp_of(target.h_TH, tokens_T).numpy())
+                    target=dataclasses.replace(target, logp_T=tiny.HEADS[target.head].logp_of(target.h_TH, tokens_T).numpy())
                 )  # type: ignore
         batch.append(group)
     return batch

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,12 @@ from reflux.assets.tokenizer import character_tokenizer
 from reflux.credit.base import share_credit
 from reflux.credit.change_point import best_split
 from reflux.credit.prefix import Prefix
-from reflux.credit.release import Release, candidate_margin, change_point, logp_at, segment_scores
+from reflux.credit.release import Release, candidate_margin, change_point, segment_scores
 from reflux.metrics import Quantiles
 from reflux.models import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
+from reflux.teachers.collection import Teachers
 from reflux.types import Attempt, HiddenTarget, Moment, Rollout, SampledTarget, Share, TeacherAnswer, TopKTarget, Wants
 from tiny import gradients, rollout, same
 
@@ -323,6 +326,9 @@ def test_what_cannot_be_read_is_refused_in_words() -> None:
         shared(made)
     with pytest.raises(ValueError, match="the student's list of now for prompt p0"):
         shared(made, candidates="now")
+    made.now = scored(6, 14).answers["main"].candidates
+    with pytest.raises(ValueError, match="prompt p0 came with its target alone"):
+        shared(made, candidates="now")
     plain = made.rollout
     flow = Attempt(Rollout(prompt=plain.prompt, sample=0, version=0, finish="stop", mask_T=plain.mask_T, logp_T=plain.logp_T))
     flow.answers["main"] = TeacherAnswer(target=made.target("main"))
@@ -345,7 +351,7 @@ def test_the_defaults_are_the_papers_and_ours() -> None:
 def test_what_it_wants_computed() -> None:
     assert Release().wants == Wants(said=4, candidates=4, spans=True)
     assert Release(k=7, segments=5).wants == Wants(said=7, candidates=7)
-    assert Release(candidates="now", segments="lines").wants == Wants(now_topk=4, spans=True)
+    assert Release(candidates="now", segments="lines").wants == Wants(now_topk=4, now_candidates=4, spans=True)
 
 
 def test_factors_multiply_with_a_prefixs_and_mass_is_kept_against_the_mask() -> None:
@@ -374,17 +380,42 @@ def spoken(length: int, k: int = 4) -> tuple[Attempt, Any, Any]:
     made.rollout = dataclasses.replace(made.rollout, said=listed)
     target = made.target("main")
     assert isinstance(target, HiddenTarget)
-    at = target.head.logp_at(target.h_TH, top.indices).numpy()
+    at = tiny.HEADS[target.head].logp_at(target.h_TH, top.indices).numpy()
     made.answers["main"] = dataclasses.replace(made.answers["main"], candidates=dataclasses.replace(listed, teacher="main", logp_TK=at))
     return made, student, teacher
 
 
+def follow_up(made: Attempt, k: int = 6) -> None:
+    """What the loop does after `observe`."""
+    run: Any = tiny.Stub(wants=Wants(now_topk=k, now_candidates=k))
+    made.answers["main"] = dataclasses.replace(made.answers["main"], table="local")
+    tables: Any = {"local": (SimpleNamespace(at_ids=True, in_process=True, routes=(), as_="main"), None)}
+    asyncio.run(Teachers(tables, run).follow_up([[made]]))
+
+
+def test_candidates_of_now_are_what_the_head_gives_there() -> None:
+    made, _, _ = spoken(9, k=6)
+    assert made.answers["main"].now_candidates is None
+    follow_up(made, k=4)
+    target, found = made.target("main"), made.answers["main"].now_candidates
+    assert isinstance(target, HiddenTarget)
+    assert found is not None
+    assert found.ids_TK.tolist() == made.now.ids_TK[:, :4].tolist()  # type: ignore[union-attr]
+    logp_TV = tiny.HEADS[target.head].logits(target.h_TH).log_softmax(-1).detach()
+    np.testing.assert_allclose(found.logp_TK, logp_TV.gather(-1, torch.from_numpy(found.ids_TK)), atol=1e-6)
+    tokens_T1 = torch.from_numpy(made.rollout.tokens_T[:, None])  # type: ignore[union-attr]
+    np.testing.assert_allclose(found.logp_T, logp_TV.gather(-1, tokens_T1)[:, 0], atol=1e-6)
+
+
 def test_candidates_of_now_are_those_of_then_where_nothing_has_changed() -> None:
     made, _, _ = spoken(24, k=6)
+    follow_up(made)
     said, now = (Release(segments=2, candidates=which)([made], NOW)[0] for which in ("said", "now"))
     assert said.detail == now.detail
     assert max(said.detail["margins"]) > 0
     made.now = dataclasses.replace(made.now, ids_TK=made.now.ids_TK[:, ::-1].copy())  # type: ignore[union-attr,type-var]
+    assert Release(segments=2, candidates="now")([made], NOW)[0].detail == now.detail  # a rule reads what is there, and asks nobody
+    follow_up(made)
     assert Release(segments=2, candidates="now")([made], NOW)[0].detail != said.detail
 
 
@@ -392,16 +423,16 @@ def test_a_list_of_the_whole_vocabulary_says_what_hidden_states_say() -> None:
     made, _, _ = spoken(9)
     target = made.target("main")
     assert isinstance(target, HiddenTarget)
-    logp_TV = target.head.logits(target.h_TH).log_softmax(-1).detach()
+    logp_TV = tiny.HEADS[target.head].logits(target.h_TH).log_softmax(-1).detach()
     order = torch.argsort(logp_TV, descending=True)
     full = TopKTarget(teacher="main", ids_TK=order.numpy(), logp_TK=logp_TV.gather(-1, order).numpy(), logp_T=np.zeros(9))
     ids_TK = made.now.ids_TK  # type: ignore[union-attr]
-    np.testing.assert_allclose(logp_at(full, ids_TK), logp_at(target, ids_TK), atol=1e-6)
+    np.testing.assert_allclose(full.logp_at(ids_TK, tiny.HEADS), target.logp_at(ids_TK, tiny.HEADS), atol=1e-6)
     cut = dataclasses.replace(full, ids_TK=full.ids_TK[:, :2], logp_TK=full.logp_TK[:, :2])
     with pytest.raises(ValueError, match=r"teacher 'main' lists its own likeliest tokens.*unknown, not low"):
-        logp_at(cut, ids_TK)
+        cut.logp_at(ids_TK, tiny.HEADS)
     with pytest.raises(ValueError, match="a SampledTarget holds none"):
-        logp_at(SampledTarget(teacher="main", logp_T=np.zeros(9)), ids_TK)
+        SampledTarget(teacher="main", logp_T=np.zeros(9)).logp_at(ids_TK, tiny.HEADS)
 
 
 @pytest.mark.parametrize("objective", [Divergence(), SampledKL(), SampledKL(baseline="kl")])

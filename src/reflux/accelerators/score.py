@@ -78,7 +78,7 @@ class Scorer:
             return _accuracy([verdict.value for verdict in verdicts])
         await teachers.score(groups, self.run.moment())
         self.spent.taught += sum(_positions(attempt) for attempt in attempts if attempt.answers)
-        gaps = [gap_T(attempt, self.scoring.teacher) for attempt in attempts]
+        gaps = [gap_T(attempt, self.scoring.teacher, self.run.heads) for attempt in attempts]
         return -_mean([value for gap in gaps if gap is not None for value in gap[~np.isnan(gap)]])
 
     def take(self) -> Spent:

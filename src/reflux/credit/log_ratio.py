@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from reflux.types import Attempt, VelocityTarget
+from reflux.types import Attempt
 
 Side = Literal["behaviour", "now"]
 
@@ -25,13 +25,13 @@ def log_ratio_T(attempt: Attempt, teacher: str, student: Side = "behaviour") -> 
     rollout, target = attempt.rollout, attempt.target(teacher)
     if target is None or rollout.finish == "error":
         return None
-    if isinstance(target, VelocityTarget) or target.logp_T is None:
+    if target.logp_T is None:
         raise ValueError(
             f"this needs what teacher '{teacher}' gave the sampled tokens of prompt {rollout.prompt.id}, but its target holds no logp_T. "
             f"Ask for it at scoring time: `Wants(logp=True)` in `wants`."
         )
     if student == "now":
-        if attempt.now is None or isinstance(attempt.now, VelocityTarget) or attempt.now.logp_T is None:
+        if attempt.now is None or attempt.now.logp_T is None:
             raise ValueError(
                 f"prompt {rollout.prompt.id} has no log-probs of the student of now: `Wants(now_topk=1)` in `wants` asks for them"
             )

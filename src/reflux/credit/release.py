@@ -16,7 +16,7 @@ from reflux.credit.segments import Way, segments_of
 from reflux.metrics import Max, Quantiles
 from reflux.papers import Paper
 from reflux.parts import STRICT
-from reflux.types import Attempt, Group, HiddenTarget, Moment, Share, TokenRollout, TopKTarget, Wants
+from reflux.types import Attempt, Group, Moment, Share, TokenRollout, TopKTarget, Wants
 
 if TYPE_CHECKING:
     from reflux.config import RunConfig
@@ -72,9 +72,10 @@ class Release(CreditPart):
 
     @property
     def wants(self) -> Wants:
-        said = self.candidates == "said"
         spans = not isinstance(self.segments, int)
-        return Wants(said=self.k if said else 0, candidates=self.k if said else 0, now_topk=0 if said else self.k, spans=spans)
+        if self.candidates == "said":
+            return Wants(said=self.k, candidates=self.k, spans=spans)
+        return Wants(now_topk=self.k, now_candidates=self.k, spans=spans)
 
     def __call__(self, group: Group, moment: Moment) -> list[Share]:
         return [self._share(attempt) for attempt in group]
@@ -113,45 +114,19 @@ class Release(CreditPart):
 
     def _listed(self, attempt: Attempt) -> np.ndarray:
         """The teacher's log-probs at the student's k likeliest tokens, [T, k]. Lists may be longer, where another part wants more."""
-        if self.candidates == "said":
-            answer = attempt.answers.get(self.teacher)
-            listed = None if answer is None else answer.candidates
-            if listed is None:
-                raise ValueError(
-                    f"release needs what teacher '{self.teacher}' gives the student's {self.k} likeliest tokens, but prompt "
-                    f"{attempt.rollout.prompt.id} came with its target alone. Use a teacher that answers at given ids, such as 'local'."
-                )
+        answer, prompt = attempt.answers.get(self.teacher), attempt.rollout.prompt.id
+        listed = None if answer is None else answer.candidates if self.candidates == "said" else answer.now_candidates
+        if listed is not None:
             return listed.logp_TK[:, : self.k]
-        if not isinstance(attempt.now, TopKTarget):
+        if self.candidates == "now" and not isinstance(attempt.now, TopKTarget):
             raise ValueError(
-                f'release with candidates = "now" needs the student\'s list of now for prompt {attempt.rollout.prompt.id}, and the learner '
-                f'gave none. Use candidates = "said".'
+                f'release with candidates = "now" needs the student\'s list of now for prompt {prompt}, and the learner gave none. Use '
+                f'candidates = "said".'
             )
-        return logp_at(attempt.target(self.teacher), attempt.now.ids_TK[:, : self.k])
-
-
-def logp_at(target: Any, ids_TK: np.ndarray) -> np.ndarray:
-    """A target's log-probs at given ids, [T, K], nats, from hidden states or from a list that holds every one of them.
-
-    ValueError where it does not: an id missing from a list has an unknown probability, not a low one.
-    """
-    if isinstance(target, HiddenTarget):
-        import torch
-
-        device = target.head.module.weight.device
-        return target.head.logp_at(target.h_TH.to(device), torch.from_numpy(ids_TK).to(device)).cpu().numpy()
-    if not isinstance(target, TopKTarget):
-        raise ValueError(f"release needs a teacher's log-probs at given tokens; a {type(target).__name__} holds none. Use a local teacher.")
-    size = 1 + max(int(ids.max(initial=0)) for ids in (ids_TK, target.ids_TK))
-    full_TV = np.full((len(ids_TK), size), np.nan)
-    np.put_along_axis(full_TV, target.ids_TK, target.logp_TK, axis=1)
-    logp_TK = np.take_along_axis(full_TV, ids_TK, axis=1)
-    if np.isnan(logp_TK).any():
         raise ValueError(
-            f"teacher '{target.teacher}' lists its own likeliest tokens, and some of the student's are not among them: their probability "
-            f"is unknown, not low. Use a teacher that answers at given ids, such as 'local'."
+            f"release needs what teacher '{self.teacher}' gives the student's {self.k} likeliest tokens, but prompt {prompt} came with its "
+            f"target alone. Use a teacher that answers at given ids, such as 'local'."
         )
-    return logp_TK
 
 
 def _gained(split: Split, lengths: list[int]) -> dict[str, Any]:

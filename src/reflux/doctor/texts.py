@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from reflux.rundir import Run
 from reflux.teachers.base import TeacherRequest
 from reflux.teachers.own import Own
 from reflux.tokens import check_same_tokens, end_ids
-from reflux.types import Group, HiddenTarget, TokenRollout, Wants
+from reflux.types import Group, Wants
 
 PARITY_NATS = {"cpu": 1e-3, "cuda": 0.1}  # float32 on both sides; bfloat16 autocast on one
 
@@ -84,17 +83,13 @@ def _endings(groups: Sequence[Group]) -> Finding:
 
 def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
     """A teacher that answers the same everywhere, or nothing at all, teaches nothing."""
-    spread, silent = [], 0
-    attempts = [attempt for group in groups for attempt in group]
-    for attempt in attempts:
-        target = attempt.target(name)
-        silent += target is None
-        if isinstance(target, HiddenTarget):
-            logp_NV = target.head.logits(target.h_TH).float().log_softmax(-1)
-            spread.append(float(-(logp_NV.exp() * logp_NV).sum(-1).mean()) / math.log(logp_NV.shape[-1]))
+    targets = [attempt.target(name) for group in groups for attempt in group]
+    silent = targets.count(None)
+    known = (target.uniformity(learner.run.heads) for target in targets if target is not None)
+    spread = [share for share in known if share is not None]
     if silent:
         return Finding(
-            "warning", "teacher", f"'{name}' said nothing about {silent} of {len(attempts)} attempts (routes, or a context that is None)"
+            "warning", "teacher", f"'{name}' said nothing about {silent} of {len(targets)} attempts (routes, or a context that is None)"
         )
     share = float(np.mean(spread)) if spread else 0.0
     if share > 0.98:
@@ -106,8 +101,6 @@ def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
 
 async def at_home(run: Run, learner: Any, groups: Sequence[Group]) -> Finding:
     """A teacher that is the student must be at distance zero from it."""
-    import torch
-
     from reflux.learners.observe import logp
     from reflux.teachers.local import Local
 
@@ -117,12 +110,8 @@ async def at_home(run: Run, learner: Any, groups: Sequence[Group]) -> Finding:
         rollouts = [attempt.rollout for group in groups for attempt in group if attempt.rollout.length]
         found = await answers.score([TeacherRequest(rollout, View(rollout.prompt.messages), Wants()) for rollout in rollouts])
         for rollout, answer, now_T in zip(rollouts, found, logp(learner, groups), strict=True):
-            target = answer.target
-            assert isinstance(target, HiddenTarget)
-            assert isinstance(rollout, TokenRollout)
-            device = answers.model.device
-            home_T = target.head.logp_of(target.h_TH.to(device), torch.from_numpy(rollout.tokens_T).to(device))
-            worst = max(worst, float(np.abs(home_T.cpu().numpy() - now_T).max()))
+            home_T = answer.target.sampled_logp_T(rollout, run.heads)
+            worst = max(worst, float(np.abs(home_T - now_T).max()))
     bound = PARITY_NATS.get(learner.model.device.type, 0.1)
     verdict = "ok" if worst <= bound else "failed"
     return Finding(verdict, "zero at home", f"the student as its own teacher is {worst:.1e} nats away from itself (bound {bound:g})")

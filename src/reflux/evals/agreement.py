@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,14 +11,14 @@ from pydantic.dataclasses import dataclass
 from reflux.evals.accuracy import HELD_OUT_SEED
 from reflux.evals.base import EvalPart
 from reflux.evals.kinds import kind_of
-from reflux.objectives.velocity_kl import kl_weight
 from reflux.parts import STRICT
 from reflux.statistics import clustered_mean
 from reflux.tasks.base import Split
 from reflux.together import together
-from reflux.types import Attempt, Draw, FlowRollout, HiddenTarget, Rollout, Target, TokenRollout, VelocityTarget
+from reflux.types import Attempt, Draw, Rollout, SampledTarget, TokenRollout
 
 if TYPE_CHECKING:
+    from reflux.heads import Heads
     from reflux.learners.base import OpenLearner
     from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
@@ -61,7 +60,7 @@ class Agreement(EvalPart):
         draw = Draw(run.step, "eval", self.max_tokens or run.cfg.evaluation_positions, cohort=len(prompts))
         groups = await together(sampler.sample(prompt, 1, draw) for prompt in prompts)
         await teachers.score(groups, run.moment())
-        found = [(group[0], gap) for group in groups if (gap := gap_T(group[0], self.teacher)) is not None]
+        found = [(group[0], gap) for group in groups if (gap := gap_T(group[0], self.teacher, run.heads)) is not None]
         gaps = [gap for _, gap in found]
         return {
             **_interval([_chosen(gap) for gap in gaps]),
@@ -80,34 +79,23 @@ class Agreement(EvalPart):
         return {"by_teacher": {table: {**_interval(gaps), "attempts": len(gaps)} for table, gaps in heard.items()}}
 
 
-def gap_T(attempt: Attempt, teacher: str) -> np.ndarray | None:
+def gap_T(attempt: Attempt, teacher: str, heads: Heads) -> np.ndarray | None:
     """The reverse KL at each position, nats; NaN where the student did not choose. None where the teacher said nothing of them.
 
     Of a text log p - log q of the sampled tokens, whose mean it is; unlike credit.log_ratio this needs no `Wants`: hidden states go through
     the teacher's head where they have not yet. Of a picture w |v_student - v_teacher|^2, >= 0, exact at the states that were drawn; None
     where its velocities were not recorded, or its noise level is 0.
     """
-    target = attempt.target(teacher)
-    return next((gap(attempt.rollout, target) for kind, gap in _GAPS.items() if isinstance(attempt.rollout, kind)), None)
-
-
-def _of_tokens(rollout: TokenRollout, target: Target | None) -> np.ndarray | None:
-    if target is None or isinstance(target, VelocityTarget):
+    target, rollout = attempt.target(teacher), attempt.rollout
+    student = SampledTarget(teacher="said", logp_T=_at_temperature_1(rollout)) if isinstance(rollout, TokenRollout) else rollout.said
+    if student is None or target is None:
         return None
-    teacher_T = _hidden_logp(target, rollout) if isinstance(target, HiddenTarget) else target.logp_T
-    student_T = rollout.policy_logp_T
-    return np.where(rollout.mask_T, student_T - teacher_T, np.nan)
+    gap_T = student.kl_T(target, rollout, heads)
+    return None if gap_T is None else np.where(rollout.mask_T, gap_T, np.nan)
 
 
-def _of_steps(rollout: FlowRollout, target: Target | None) -> np.ndarray | None:
-    if not isinstance(target, VelocityTarget) or not isinstance(rollout.said, VelocityTarget) or not rollout.noise_level:
-        return None
-    weight_T = kl_weight(rollout.t_S[:-1].astype(np.float64), np.diff(rollout.t_S).astype(np.float64), rollout.noise_level)
-    gap_TD = rollout.said.v_TD.astype(np.float64) - target.v_TD
-    return np.where(rollout.mask_T, weight_T * (gap_TD**2).sum(1), np.nan)
-
-
-_GAPS: dict[type[Rollout], Callable[[Any, Target | None], np.ndarray | None]] = {TokenRollout: _of_tokens, FlowRollout: _of_steps}
+def _at_temperature_1(rollout: Rollout) -> np.ndarray:
+    return rollout.logp_T if rollout.logp_raw_T is None else rollout.logp_raw_T
 
 
 def _chosen(gap: np.ndarray) -> np.ndarray:
@@ -127,16 +115,6 @@ def _by_route(found: list[Found]) -> dict[str, Any]:
         ends = {f"kl_nats.{route}.{end}": whole[end] for end in ("low", "high")}
         table |= {f"kl_nats.{route}": whole["kl_nats"], **ends, f"kl_nats.{route}.attempts": len(gaps[route])}
     return table
-
-
-def _hidden_logp(target: HiddenTarget, rollout: TokenRollout) -> np.ndarray:
-    if target.logp_T is not None:
-        return target.logp_T
-    import torch
-
-    head = target.head
-    h_TH = target.h_TH.to(head.module.weight.device)
-    return head.logp_of(h_TH, torch.from_numpy(rollout.tokens_T).to(h_TH.device)).cpu().numpy()
 
 
 def _interval(gaps: list[np.ndarray]) -> dict[str, float | None]:

@@ -55,6 +55,12 @@ class Head:
         bias_V = None if module.bias is None else module.bias[: self.vocabulary]
         return module.weight[: self.vocabulary], bias_V
 
+    @property
+    def device(self) -> torch.device:
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.device
+
     def raw(self, h_NH: Tensor) -> Tensor:
         """The product alone, in the head's own type; differentiable."""
         matrix = self.matrix
@@ -87,3 +93,15 @@ class Head:
         rows = chunk_rows(self.vocabulary, h_NH.device)
         pairs = zip(h_NH.split(rows), ids_NK.split(rows), strict=True)
         return torch.cat([self.logits(h).float().log_softmax(-1).gather(-1, ids) for h, ids in pairs])
+
+
+@torch.no_grad()
+def kl_of(head: Head, h_NH: Tensor, other: Head, g_NG: Tensor) -> Tensor:
+    """KL(softmax of the first logits || of the second), nats [N], float32, in row chunks; no gradient."""
+    rows, columns = chunk_rows(head.vocabulary, head.device), []
+    for h, g in zip(h_NH.split(rows), g_NG.split(rows), strict=True):
+        logp_NV = head.logits(h.to(head.device)).float().log_softmax(-1)
+        logq_NV = other.logits(g.to(other.device)).float().log_softmax(-1).to(logp_NV.device)
+        cost_NV = logp_NV.exp() * (logp_NV - logq_NV)
+        columns.append(cost_NV.where(logp_NV > -torch.inf, 0.0).sum(-1))  # what is never said costs nothing, also as 0 * inf
+    return torch.cat(columns)

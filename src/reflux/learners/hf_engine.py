@@ -78,7 +78,7 @@ class HFLearner(Moving):
         return micro_batches(items, self.cfg.micro_batch_tokens)
 
     def backward(self, part: list[Item], objectives: Sequence[Objective], log_variance: bool) -> Result:
-        batch = token_loss.MicroBatch(part, objectives, self.model.device)
+        batch = token_loss.MicroBatch(part, objectives, self.model.device, self.run.heads)
         with self.autocast():
             return token_loss.backward(batch, self.hidden_rows(batch), self.model.head, log_variance)
 

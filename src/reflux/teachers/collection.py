@@ -7,12 +7,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from reflux.contexts.base import View
 from reflux.errors import DataError
 from reflux.gather import Gather
 from reflux.teachers.base import OpenTeacher, Teacher, TeacherRequest, spoken_name
 from reflux.together import together
-from reflux.types import Attempt, Group, Moment, Prompt
+from reflux.types import Attempt, Group, Moment, Prompt, TokenRollout, TopKTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +71,23 @@ class Teachers:
         for (attempt, view), answer in zip(asked, answers, strict=True):
             asked_in = {"table": table, "context_hash": _hash(view), "context_notes": view.notes, "previous": _previous(attempt, name)}
             attempt.answers = dict(sorted({**attempt.answers, name: replace(answer, **asked_in)}.items()))
+
+    async def follow_up(self, groups: Sequence[Group]) -> None:
+        """Where it is required, every answer gets its teacher's log-probs at the student's likeliest tokens of now (`Attempt.now`)."""
+        if self.run.wants.now_candidates:
+            await self.run.off_loop(self._follow_up, groups)
+
+    def _follow_up(self, groups: Sequence[Group]) -> None:
+        for attempt in (attempt for group in groups for attempt in group):
+            rollout, now = attempt.rollout, attempt.now
+            if not (isinstance(rollout, TokenRollout) and isinstance(now, TopKTarget)):
+                continue
+            asked_TK = np.concatenate([rollout.tokens_T[:, None], now.ids_TK[:, : self.run.wants.now_candidates]], axis=1)
+            for name, answer in attempt.answers.items():
+                if answer.target is not None and self.opened[answer.table][0].at_ids:
+                    logp_TK = answer.target.logp_at(asked_TK, self.run.heads)
+                    listed = TopKTarget(teacher=name, ids_TK=asked_TK[:, 1:], logp_TK=logp_TK[:, 1:], logp_T=logp_TK[:, 0])
+                    attempt.answers[name] = replace(answer, now_candidates=listed)
 
     async def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         for _, opened in self.opened.values():

@@ -35,11 +35,16 @@ class InProcess:
     def __init__(self, cfg: Batched, run: Run, name: str, model: Model, renderer: Renderer):
         self.batch_tokens, self.run, self.name, self.model, self.renderer = cfg.batch_tokens, run, spoken_name(name, cfg), model, renderer
         self.macs = parameter_count(model.net)
+        self.head = run.heads.add(f"teachers.{name}", model.head)
         model.net.requires_grad_(False)
 
     def precision(self) -> AbstractContextManager[Any]:
         """What the passes run under."""
         return nullcontext()
+
+    def close(self) -> None:
+        """The head goes with the model: what was answered cannot be read from here on."""
+        self.run.heads.remove(self.head)
 
     async def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherAnswer]:
         return await self.run.off_loop(self._score, list(requests))
@@ -109,7 +114,7 @@ class InProcess:
 
     def _answer(self, request: TeacherRequest, h_TH: Tensor, logp_TK: np.ndarray | None) -> TeacherAnswer:
         logp_T = None if logp_TK is None else logp_TK[:, 0]
-        target = HiddenTarget(teacher=self.name, h_TH=h_TH.to("cpu", copy=True), head=self.model.head, logp_T=logp_T)
+        target = HiddenTarget(teacher=self.name, h_TH=h_TH.to("cpu", copy=True), head=self.head, logp_T=logp_T)
         ids_TK = _listed(request)
         if ids_TK is None or logp_TK is None or logp_T is None:
             return TeacherAnswer(target=target)

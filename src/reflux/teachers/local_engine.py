@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,8 @@ class LocalTeacher(InProcess):
                 device_map=cfg.device_map,
             )
         )
-        yield cls(cfg, run, name, model)
+        with closing(cls(cfg, run, name, model)) as teacher:
+            yield teacher
 
     async def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Frozen."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractContextManager, asynccontextmanager, closing, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,8 @@ class OwnTeacher(InProcess):
         )
         sampler = run.cfg.sampler.generate if isinstance(run.cfg.sampler, Stored) else run.cfg.sampler
         asks = sampler if isinstance(sampler, HF) else HF()
-        yield cls(cfg, run, name, model, model.renderer(asks.system, asks.template))
+        with closing(cls(cfg, run, name, model, model.renderer(asks.system, asks.template))) as teacher:
+            yield teacher
 
     def precision(self) -> AbstractContextManager[Any]:
         wanted = self.cfg.autocast == "auto" and self.model.device.type == "cuda"
