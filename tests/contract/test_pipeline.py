@@ -316,7 +316,7 @@ def test_a_sibling_is_cancelled_once_so_that_it_can_clean_up() -> None:
         try:
             await asyncio.Event().wait()
         finally:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01 * (1 + int(prompt.id)))  # the first is gone while the last still cleans up
             cleaned.append(prompt.id)
         return []
 
