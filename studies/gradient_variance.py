@@ -35,6 +35,7 @@ from reflux.files import write_text
 from reflux.learning import observe
 from reflux.loop import Parts, open_parts
 from reflux.quiet import quiet_libraries
+from reflux.rewards.base import judge
 from reflux.rundir import Options, Run
 from reflux.step import StepRequest
 from reflux.types import Group, Prompt, seed_of
@@ -91,7 +92,7 @@ async def attempts(run: Run, parts: Parts, prompts: Sequence[Prompt], m: int) ->
     learner, sampler, reward, teachers, _ = parts
     draw = replace(run.cfg.draw(0), step=m)
     groups = list(await asyncio.gather(*(sampler.sample(prompt, run.cfg.group_size, draw) for prompt in prompts)))
-    await asyncio.gather(*(reward.score(group) for group in groups))
+    await asyncio.gather(*(judge(reward, group) for group in groups))
     await teachers.score(groups, run.moment(m))
     await observe(learner, groups)
     share_credit(groups, run.cfg.credit, run.moment(m))

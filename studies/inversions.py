@@ -25,6 +25,7 @@ import numpy as np
 from reflux.config import RunConfig, load_recipe
 from reflux.credit.log_ratio import log_ratio_T
 from reflux.loop import open_parts
+from reflux.rewards.base import judge
 from reflux.rundir import Options, Run
 from reflux.types import Draw, Group, Wants
 
@@ -99,7 +100,7 @@ async def graded(cfg: RunConfig, prompts: int, samples: int, split: Any) -> list
             asked = list(islice(cfg.task.prompts(split, 0), prompts))
             draw = Draw(0, "eval", cfg.evaluation_positions, stop=tuple(cfg.sampler.stop), cohort=len(asked))
             groups = list(await asyncio.gather(*(sampler.sample(prompt, samples, draw) for prompt in asked)))
-            await asyncio.gather(*map(reward.score, groups))
+            await asyncio.gather(*(judge(reward, group) for group in groups))
             await teachers.score(groups, run.moment())
     return [ranked(group) for group in groups]
 

@@ -36,6 +36,7 @@ from reflux.contexts.same import Same
 from reflux.contexts.wording import with_attempts
 from reflux.files import write_text
 from reflux.loop import open_parts
+from reflux.rewards.base import judge
 from reflux.rundir import Options, Run
 from reflux.statistics import bootstrap_mean
 from reflux.summary import commit
@@ -147,7 +148,7 @@ async def signal(asked: Asked) -> dict[str, Any]:
         run = Run.open(cfg, Wants(logp=True, spans=True, reward=True), Options(Path(scratch) / "run"))
         async with open_parts(cfg, run) as (_, sampler, reward, teachers, _):
             groups = await draw(asked, run, sampler)
-            await asyncio.gather(*(reward.score(group) for group in groups))
+            await asyncio.gather(*(judge(reward, group) for group in groups))
             accuracy = float(np.mean([attempt.verdict or 0.0 for group in groups for attempt in group]))
             kept = [group for group in groups if mixed(group)]
             if len(kept) < 2:

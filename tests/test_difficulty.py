@@ -35,13 +35,12 @@ from reflux.tasks.difficulty import (
     repeated,
     training_prompts,
 )
-from reflux.tasks.grading import Verdict
 from reflux.tasks.gsm8k import Gsm8k
 from reflux.tasks.jsonl import Jsonl
 from reflux.tasks.lines import held_out
 from reflux.tasks.mix import Mix
 from reflux.tasks.word_problems import WordProblems
-from reflux.types import Attempt, Draw, Group, Prompt
+from reflux.types import Attempt, Draw, Group, Prompt, Reward
 
 # --- multiplicities
 
@@ -240,12 +239,14 @@ class Verdicts:
     def __init__(self, samples: int):
         self.samples, self.asked = samples, 0
 
-    async def judge_attempts(self, task: Any, attempts: Sequence[Attempt]) -> list[Verdict]:
+    async def judge_attempts(self, task: Any, attempts: Sequence[Attempt]) -> list[Reward]:
         found = []
         for _ in range(len(attempts) // self.samples):
             right = self.asked % (self.samples + 1)
             values = [1.0] * right + [0.0] * (self.samples - right)
-            found += [Verdict(None, "error") if self.asked == 2 and i == self.samples - 1 else Verdict(v) for i, v in enumerate(values)]
+            found += [
+                Reward(None, error="no idea") if self.asked == 2 and i == self.samples - 1 else Reward(v) for i, v in enumerate(values)
+            ]
             self.asked += 1
         return found
 

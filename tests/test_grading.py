@@ -18,17 +18,20 @@ import numpy as np
 import pytest
 
 from reflux.clock import Clock
+from reflux.contexts.peers import Peers
 from reflux.errors import ConfigError
 from reflux.parts import part
+from reflux.rewards.base import judge
 from reflux.rewards.verifier import Verifier
 from reflux.tasks import grading
-from reflux.tasks.grading import Graders, Verdict
+from reflux.tasks.grading import Graders
 from reflux.tasks.math import final_answer, grade
-from reflux.types import Attempt, Prompt, TokenRollout
+from reflux.types import Attempt, Group, Moment, Prompt, Reward, TokenRollout
 
-TASK = '''
+TASK = r'''
 import mmap, os, signal, sys, time
 from dataclasses import dataclass
+from reflux.types import Reward
 
 @dataclass(frozen=True)
 class Odd:
@@ -46,6 +49,12 @@ class Odd:
             case "exit": sys.exit(3)
             case "crash": os._exit(7)
             case "nan": return float("nan")
+            case "a part of nan": return Reward(1.0, {"style": float("nan")})
+            case "letters": return Reward("1.0?")
+            case "nothing": return Reward(None)
+            case "reason": return Reward(None, {"style": 0.5}, "no words", "there is no judge today")
+            case "told": return Reward(0.25, {"style": 0.5}, "Mind the sign.\nThen try again.")
+            case "half a character": return Reward(1.0, feedback="\ud83d")
             case "memory": bytearray(8 << 30)
             case "pid": return os.getpid()
             case "alarm":
@@ -68,12 +77,12 @@ def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     sys.modules.pop("odd_task")
 
 
-def verdicts(task: Any, *texts: str, timeout_s: float = 10.0, workers: int = 1) -> list[Verdict]:
+def verdicts(task: Any, *texts: str, timeout_s: float = 10.0, workers: int = 1) -> list[Reward]:
     with Graders(workers, timeout_s) as graders:
         return asyncio.run(graders.verify_many(task, [(PROMPT, text) for text in texts]))
 
 
-def values(found: list[Verdict]) -> list[float | None]:
+def values(found: list[Reward]) -> list[float | None]:
     return [verdict.value for verdict in found]
 
 
@@ -105,25 +114,29 @@ def test_no_jobs_no_verdicts(odd: Any) -> None:
 def test_an_answer_past_the_time_limit_costs_itself_only(odd: Any, text: str) -> None:
     found = verdicts(odd, "yes", text, "yes", "no", text, "yes", timeout_s=0.5)
     assert values(found) == [1.0, None, 1.0, 0.0, None, 1.0]
-    assert [verdict.problem for verdict in found] == ["", "timeout", "", "", "timeout", ""]
-    assert "0.5 s" in found[1].words
+    late = "the verifier gave no verdict within 0.5 s"
+    assert [reward.error for reward in found] == [None, late, None, None, late, None]
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("raise", "RuntimeError: no idea"),
-        ("exit", "SystemExit: 3"),
-        ("crash", "code 7"),
-        ("nan", "the verdict is nan"),
+        ("raise", "the verifier raised RuntimeError: no idea"),
+        ("exit", "the verifier raised SystemExit: 3"),
+        ("crash", "the verifier ended its process (code 7)"),
+        ("nan", "the verdict is nan, which is no number"),
+        ("a part of nan", "the verdict is nan, which is no number"),
+        ("letters", "the verifier raised"),
         ("memory", "MemoryError"),
+        ("nothing", "the verifier gave no verdict"),
+        ("reason", "there is no judge today"),
     ],
 )
 def test_a_failing_verifier_costs_its_own_attempt_only(odd: Any, text: str, words: str) -> None:
     found = verdicts(odd, "yes", text, "yes")
     assert values(found) == [1.0, None, 1.0]
-    assert found[1].problem == "error"
-    assert words in found[1].detail
+    assert words in (found[1].error or "")
+    assert found[1].error is not None
 
 
 def test_only_a_texts_verdict_has_a_bound_on_memory(odd: Any) -> None:
@@ -132,7 +145,7 @@ def test_only_a_texts_verdict_has_a_bound_on_memory(odd: Any) -> None:
     with Graders() as graders:
         found = asyncio.run(graders.verify_many(odd, jobs))
     assert values(found) == [None, 8.0, None, 1.0]
-    assert "MemoryError" in found[0].detail
+    assert "MemoryError" in (found[0].error or "")
 
 
 def test_problems_are_counted(odd: Any) -> None:
@@ -157,7 +170,7 @@ def test_each_message_is_judged_by_its_own_task(odd: Any) -> None:
 
 
 def test_many_small_questions_at_once_get_their_own_answers(odd: Any) -> None:
-    async def ask(graders: Graders) -> list[Verdict]:
+    async def ask(graders: Graders) -> list[Reward]:
         return await asyncio.gather(*(graders.verify(odd, PROMPT, "yes" if number % 2 else "no") for number in range(64)))
 
     with Graders(workers=2) as graders:
@@ -253,25 +266,57 @@ def attempt(text: str, finish: Any = "stop") -> Attempt:
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_the_verifier_reward_fills_the_group(odd: Any, own: bool) -> None:
-    async def score(graders: Graders) -> list[Attempt]:
+def test_the_verifier_says_what_it_found_of_each_attempt(odd: Any, own: bool) -> None:
+    async def score(graders: Graders) -> list[Reward]:
         run: Any = SimpleNamespace(task=odd, graders=graders, clock=Clock())
         group = [attempt("yes"), attempt("yes", "error"), attempt("no"), attempt("raise"), attempt("yes", "length")]
         async with Verifier(timeout_s=9.0 if own else 10.0).open(run) as reward:
-            await reward.score(group)
-        return group
+            rewards = await reward.score(group)
+        assert [(entry.reward, entry.notes) for entry in group] == [(None, {})] * 5  # asking changes nothing
+        return rewards
 
     with Graders() as graders:
-        group = asyncio.run(score(graders))
+        rewards = asyncio.run(score(graders))
         assert graders.errors == (0 if own else 1)
-    assert [entry.reward and entry.reward.value for entry in group] == [1.0, None, 0.0, None, 1.0]
-    assert [entry.notes.get("ungraded") for entry in group] == [
-        None,
-        "error: sampling ended in an error",
-        None,
-        "error: RuntimeError: no idea",
-        None,
-    ]
+    unfinished, failed = Reward(None, error="sampling ended in an error"), Reward(None, error="the verifier raised RuntimeError: no idea")
+    assert rewards == [Reward(1.0), unfinished, Reward(0.0), failed, Reward(1.0)]
+
+
+def test_the_whole_verdict_of_a_task_comes_back_from_the_worker(odd: Any) -> None:
+    told, without, half = verdicts(odd, "told", "reason", "half a character")
+    assert told == Reward(0.25, {"style": 0.5}, "Mind the sign.\nThen try again.")
+    assert without == Reward(None, {"style": 0.5}, "no words", "there is no judge today")
+    assert half == Reward(1.0, feedback="?")
+
+
+def test_feedback_of_a_task_reaches_the_context_that_shows_it(odd: Any) -> None:
+    async def show() -> list[Any]:
+        group = [attempt("told"), attempt("no")]
+        with Graders() as graders:
+            run: Any = SimpleNamespace(task=odd, graders=graders, clock=Clock())
+            async with Verifier().open(run) as reward:
+                await judge(reward, group)
+        return Peers(feedback="always")(group, Moment(0, 0))
+
+    told, without = asyncio.run(show())
+    assert "Mind the sign.\nThen try again." in told.messages[-1]["content"]
+    assert "Mind the sign" not in without.messages[-1]["content"]
+
+
+def test_the_loop_keeps_what_a_reward_returns() -> None:
+    class Words:
+        async def score(self, group: Group) -> list[Reward]:
+            return [Reward(float(place), feedback=f"words {place}") for place in range(len(group))]
+
+    group = [attempt("yes"), attempt("no")]
+    asyncio.run(judge(Words(), group))
+    assert [entry.reward for entry in group] == [Reward(0.0, feedback="words 0"), Reward(1.0, feedback="words 1")]
+    alone = [attempt("yes")]
+    asyncio.run(judge(None, alone))
+    assert alone[0].reward is None
+    Words.score = lambda self, group: asyncio.sleep(0, [])  # type: ignore[method-assign, assignment]
+    with pytest.raises(ValueError, match="shorter"):
+        asyncio.run(judge(Words(), group))
 
 
 def test_the_verifier_reward_is_registered_with_its_vetted_setting() -> None:

@@ -14,7 +14,7 @@ from reflux.learners.base import OpenLearner
 from reflux.learning import learn, observe
 from reflux.models import prepare_torch
 from reflux.pipeline import Pipeline
-from reflux.rewards.base import NoReward, OpenReward
+from reflux.rewards.base import OpenReward, judge
 from reflux.rundir import Options, Run
 from reflux.samplers.base import OpenSampler
 from reflux.signals import stopping_on_signals
@@ -22,7 +22,7 @@ from reflux.step import StepRequest
 from reflux.teachers.collection import Teachers
 from reflux.types import Group, Prompt
 
-Parts = tuple[OpenLearner, OpenSampler, OpenReward, Teachers, accelerators.OpenAccelerator]
+Parts = tuple[OpenLearner, OpenSampler, OpenReward | None, Teachers, accelerators.OpenAccelerator]
 
 
 async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
@@ -49,7 +49,7 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
 
         async def attempt(prompt: Prompt, step: int) -> Group:  # may run ahead of training, never by more than max_lag steps
             group = await sampler.sample(prompt, cfg.group_size, cfg.draw(step))  # the student acts
-            await reward.score(group)  # optional: verifier, rubric, judge
+            await judge(reward, group)  # optional: verifier, rubric, judge
             await teachers.score([group], run.moment(step), cohort=cfg.prompts_per_step)  # each in its own context
             run.write(group, step)  # on disk now, whatever happens next
             return group
@@ -95,7 +95,7 @@ async def open_parts(cfg: RunConfig, run: Run) -> AsyncIterator[Parts]:
         prepare_torch(cfg.threads, cfg.deterministic)
         learner = await stack.enter_async_context(cfg.learner.open(run))
         sampler = await stack.enter_async_context(cfg.sampler.open(run))
-        reward = await stack.enter_async_context(cfg.reward.open(run)) if cfg.reward else NoReward()
+        reward = await stack.enter_async_context(cfg.reward.open(run)) if cfg.reward else None
         opened = {name: (teacher, await stack.enter_async_context(teacher.open(run, name))) for name, teacher in cfg.teachers.items()}
         accelerator = await stack.enter_async_context(accelerators.opened(cfg.accelerator, run))
         heard = {objective.teacher for objective in cfg.objectives if objective.teacher}

@@ -22,7 +22,7 @@ Line = dict[str, Any]
 
 def arrived(attempt: Attempt, step: int) -> Line:
     """The line of a new attempt; `step` is the one it is meant for, from 0. TypeError for an attempt of a kind that is not known here."""
-    rollout, reward = attempt.rollout, attempt.reward
+    rollout = attempt.rollout
     kept = next((kept for kept in _KEPT if isinstance(rollout, kept.kind)), None)
     if kept is None:
         raise TypeError(f"attempts are texts or pictures, and {type(rollout).__name__} is neither: records.py does not know what to keep")
@@ -35,9 +35,8 @@ def arrived(attempt: Attempt, step: int) -> Line:
         "version": rollout.version,
         "finish": rollout.finish,
         **kept.fields(rollout),
-        "reward": reward.value if reward else None,
     }
-    return {**line, "parts": reward.parts} if reward and reward.parts else line
+    return {**line, **_judged(attempt.reward)}
 
 
 def learned(attempt: Attempt, step: int) -> Line:
@@ -79,8 +78,23 @@ def read_attempt(line: Line) -> Attempt:
         "mask_T": np.asarray(line["mask"], dtype=bool),
         "logp_T": np.asarray(line["logp"], dtype=np.float32),
     }
-    value, parts = line["reward"], line.get("parts", {})
-    return Attempt(kept.rollout(line, common), reward=None if value is None and not parts else Reward(value, parts))
+    return Attempt(kept.rollout(line, common), reward=_reward(line))
+
+
+def _judged(reward: Reward | None) -> Line:
+    """The value, and of the rest what there is. Without a value `error` is there, null or not: no reward at all has none."""
+    if reward is None:
+        return {"reward": None}
+    parts = {"parts": reward.parts} if reward.parts else {}
+    feedback = {"feedback": reward.feedback} if reward.feedback is not None else {}
+    error = {"error": reward.error} if reward.value is None or reward.error is not None else {}
+    return {"reward": reward.value, **parts, **feedback, **error}
+
+
+def _reward(line: Line) -> Reward | None:
+    if line["reward"] is None and "error" not in line:
+        return None
+    return Reward(line["reward"], line.get("parts", {}), line.get("feedback"), line.get("error"))
 
 
 @dataclass(frozen=True)

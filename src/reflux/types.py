@@ -163,11 +163,16 @@ class FlowRollout(Rollout):
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """A verdict. value None: not judged (timeout, no answer to compare with), which is not the same as wrong."""
+    """What was found of one attempt: by a task, by a reward, in the record. value None: not judged, which is not the same as wrong.
+
+    parts: numbers beside the value, by name, unweighted. feedback: words on the attempt, for contexts that show them. error: why there is
+    no value, in a sentence (no time left, the verifier failed, sampling ended in an error); None where there is one.
+    """
 
     value: float | None
-    parts: dict[str, float] = field(default_factory=dict)  # unweighted, by criterion
+    parts: dict[str, float] = field(default_factory=dict)
     feedback: str | None = None
+    error: str | None = None
 
     @classmethod
     def of(cls, verdict: float | Reward) -> Reward:

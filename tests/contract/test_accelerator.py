@@ -25,9 +25,8 @@ from reflux.errors import ConfigError, DataError, RunError
 from reflux.loop import train
 from reflux.rundir import Options, Silent
 from reflux.samplers.noise import row_key
-from reflux.tasks.grading import Verdict
 from reflux.tasks.word_problems import WordProblems
-from reflux.types import Prompt, seed_of
+from reflux.types import Prompt, Reward, seed_of
 from tiny import same
 
 PLAIN: dict[str, Any] = {"steps": 4, "task": {"kind": "outside:Chat"}}
@@ -305,8 +304,8 @@ def test_an_answer_that_could_not_be_judged_counts_as_wrong(
     said: list[float] = []
     real = Scorer.__call__
 
-    async def judge(self: Any, task: Any, attempts: Any) -> list[Verdict]:
-        return [Verdict(value) for value in values]
+    async def judge(self: Any, task: Any, attempts: Any) -> list[Reward]:
+        return [Reward(value) for value in values]
 
     async def heard(self: Scorer, *rest: Any) -> float:
         said.append(await real(self, *rest))

@@ -134,20 +134,29 @@ def test_a_run_holds_its_resolved_config(tiny_run: Callable[..., Any]) -> None:
     assert there_and_back(cfg) == cfg
 
 
+rewards = st.none() | st.builds(
+    Reward,
+    st.none() | st.floats(-5, 5),
+    st.dictionaries(st.text(max_size=5), st.floats(-5, 5), max_size=2),
+    st.none() | st.text(max_size=9),
+    st.none() | st.text(max_size=9),
+)
+
+
 @settings(max_examples=100)
 @given(
     length=st.integers(0, 6),
     text=st.text(max_size=20),
-    reward=st.none() | st.floats(-5, 5),
+    reward=rewards,
     finish=st.sampled_from(["stop", "length", "error"]),
     data=st.data(),
 )
-def test_every_attempt_survives_in_what_is_kept(length: int, text: str, reward: float | None, finish: Any, data: st.DataObject) -> None:
+def test_every_attempt_survives_in_what_is_kept(length: int, text: str, reward: Reward | None, finish: Any, data: st.DataObject) -> None:
     from dataclasses import replace
 
     mask = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
     spoken = replace(rollout(length, finish=finish, mask=mask), text=text, version=3, sample=2)
-    made = Attempt(spoken, reward=None if reward is None else Reward(reward))
+    made = Attempt(spoken, reward=reward)
     with TemporaryDirectory() as scratch:
         append_lines(Path(scratch) / "attempts.jsonl", [records.arrived(made, 4)])
         (line,) = read_lines(Path(scratch) / "attempts.jsonl")
@@ -159,7 +168,7 @@ def test_every_attempt_survives_in_what_is_kept(length: int, text: str, reward: 
     np.testing.assert_array_equal(again.rollout.tokens_T, spoken.tokens_T)
     np.testing.assert_array_equal(again.rollout.mask_T, spoken.mask_T)
     np.testing.assert_allclose(again.rollout.logp_T, spoken.logp_T, atol=1e-5)
-    assert (again.reward.value if again.reward else None) == reward
+    assert again.reward == reward
     assert line["step"] == 5
 
 
@@ -197,17 +206,16 @@ def first_line(made: Attempt, step: int = 4) -> dict[str, Any]:
     side=st.integers(1, 96),
     colour=st.booleans(),
     shift=st.floats(0.2, 5),
-    reward=st.none() | st.floats(-5, 5),
-    parts=st.dictionaries(st.text(max_size=5), st.floats(-5, 5), max_size=2),
+    reward=rewards,
     finish=st.sampled_from(["stop", "length", "error"]),
 )
 def test_every_picture_survives_in_what_is_kept(
-    steps: int, side: int, colour: bool, shift: float, reward: float | None, parts: dict[str, float], finish: Any
+    steps: int, side: int, colour: bool, shift: float, reward: Reward | None, finish: Any
 ) -> None:
     t_S = np.linspace(1, 0, steps + 1)
     t_S = (shift * t_S / (1 + (shift - 1) * t_S)).astype(np.float32)
     drawn = flow_rollout(steps, side=side, colour=colour, t_S=t_S, finish=finish)
-    line = first_line(Attempt(drawn, reward=None if reward is None else Reward(reward, parts)))
+    line = first_line(Attempt(drawn, reward=reward))
     again = read_attempt(line)
     assert isinstance(again.rollout, FlowRollout)
     for name in ("sample", "version", "finish", "noise_level", "guidance"):
@@ -218,10 +226,9 @@ def test_every_picture_survives_in_what_is_kept(
     np.testing.assert_allclose(again.rollout.logp_T, drawn.logp_T, atol=1e-5)
     assert (again.rollout.length, again.rollout.x_SD.shape) == (steps, (steps + 1, 0))
     assert (again.rollout.prompt.id, again.rollout.prompt.messages) == ("p7", drawn.prompt.messages)
-    assert (again.reward.value if again.reward else None) == reward
-    assert (again.reward.parts if again.reward else {}) == ({} if reward is None else parts)
+    assert again.reward == reward
     assert (line["kind"], line["step"], line["question"]) == ("attempt", 5, "the digit 7")
-    assert ("parts" in line) == (reward is not None and bool(parts))
+    assert ("parts" in line) == (reward is not None and bool(reward.parts))
 
 
 def test_a_large_picture_is_kept_as_a_thumbnail() -> None:

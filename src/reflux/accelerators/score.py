@@ -73,9 +73,9 @@ class Scorer:
         attempts = [attempt for group in groups for attempt in group]
         self._count(attempts)
         if self.scoring.by == "accuracy":
-            verdicts = await self.run.graders.judge_attempts(self.run.task, attempts)
-            self.spent.ungraded += sum(verdict.value is None for verdict in verdicts)
-            return _accuracy([verdict.value for verdict in verdicts])
+            rewards = await self.run.graders.judge_attempts(self.run.task, attempts)
+            self.spent.ungraded += sum(reward.value is None for reward in rewards)
+            return _accuracy([reward.value for reward in rewards])
         await teachers.score(groups, self.run.moment())
         self.spent.taught += sum(_positions(attempt) for attempt in attempts if attempt.answers)
         gaps = [gap_T(attempt, self.scoring.teacher, self.run.heads) for attempt in attempts]

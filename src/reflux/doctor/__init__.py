@@ -21,7 +21,7 @@ from reflux.loop import open_parts
 from reflux.models import parameter_count
 from reflux.rundir import Options, Run
 from reflux.together import together
-from reflux.types import Draw, FlowRollout, Group, Reward
+from reflux.types import Draw, FlowRollout, Group
 
 _MOST = 32  # positions of an answer
 
@@ -63,8 +63,8 @@ async def _judge(run: Run, groups: Sequence[Group]) -> None:
     """By the task's own verifier: a context may sort attempts by their verdicts, and which it shows matters little here."""
     attempts = [attempt for group in groups for attempt in group]
     if run.wants.reward:
-        for attempt, verdict in zip(attempts, await run.graders.judge_attempts(run.task, attempts), strict=True):
-            attempt.reward = Reward(verdict.value)
+        for attempt, reward in zip(attempts, await run.graders.judge_attempts(run.task, attempts), strict=True):
+            attempt.reward = reward
 
 
 def _disk(cfg: RunConfig, parameters: int) -> Finding:

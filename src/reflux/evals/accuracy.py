@@ -16,17 +16,16 @@ from reflux.parts import STRICT
 from reflux.statistics import mean_interval, pass_at_k, wilson
 from reflux.tasks.base import Split
 from reflux.together import together
-from reflux.types import Attempt, Draw, Prompt
+from reflux.types import Attempt, Draw, Prompt, Reward
 
 if TYPE_CHECKING:
     from reflux.learners.base import OpenLearner
     from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
-    from reflux.tasks.grading import Verdict
     from reflux.teachers.collection import Teachers
 
 HELD_OUT_SEED = 0  # the same problems in every run, whatever its seed
-Graded = list[tuple[Attempt, "Verdict"]]  # the attempts at one problem
+Graded = list[tuple[Attempt, Reward]]  # the attempts at one problem
 # Names that no part of a verdict may take.
 _OWN = {
     "problems",
@@ -107,7 +106,7 @@ class Accuracy(EvalPart):
 
     def table(self, run: Run, greedy: list[Graded], more: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
         """The numbers of these greedy answers, `more` numbers, and the examples. No answers: no accuracy."""
-        parts = sorted({name for graded in greedy for _, verdict in graded for name in verdict.parts})
+        parts = sorted({name for graded in greedy for _, reward in graded for name in reward.parts})
         table = {"problems": len(greedy), "split": self.split, **_greedy(greedy), **_parts(parts, greedy, run.seed)}
         for kind, some in _by_kind(run, greedy):
             table |= {**_mean(f"accuracy.{kind}", some), f"accuracy.{kind}.problems": len(some)}
@@ -120,8 +119,8 @@ class Accuracy(EvalPart):
         step = run.step if temperature else 0  # greedy: what dice there are, a picture's first noise, do not change with the step
         draw = Draw(step, "eval", limit, temperature, stop=run.cfg.draw(run.step).stop, cohort=len(prompts))
         groups = await together(sampler.sample(prompt, n, draw) for prompt in prompts)
-        verdicts = iter(await run.graders.judge_attempts(run.task, [attempt for group in groups for attempt in group]))
-        return [[(attempt, next(verdicts)) for attempt in group] for group in groups]
+        rewards = iter(await run.graders.judge_attempts(run.task, [attempt for group in groups for attempt in group]))
+        return [[(attempt, next(rewards)) for attempt in group] for group in groups]
 
 
 def _greedy(problems: list[Graded]) -> dict[str, Any]:
@@ -130,7 +129,7 @@ def _greedy(problems: list[Graded]) -> dict[str, Any]:
         return _mean("accuracy", problems)
     return {
         **_mean("accuracy", problems),
-        "ungraded": sum(verdict.value is None for graded in problems for _, verdict in graded),
+        "ungraded": sum(reward.value is None for graded in problems for _, reward in graded),
         "truncated": sum(rollout.finish == "length" for rollout in attempts) / len(attempts),
         f"mean_{kind_of(attempts[0]).units}": sum(rollout.length for rollout in attempts) / len(attempts),
     }
@@ -138,7 +137,7 @@ def _greedy(problems: list[Graded]) -> dict[str, Any]:
 
 def _mean(name: str, problems: list[Graded]) -> dict[str, Any]:
     """The mean verdict under `name`, with its interval. Nothing judged: null."""
-    values = [verdict.value for graded in problems for _, verdict in graded if verdict.value is not None]
+    values = [reward.value for graded in problems for _, reward in graded if reward.value is not None]
     ends = ("low", "high") if name == "accuracy" else (f"{name}.low", f"{name}.high")
     if not values:
         return {name: None, ends[0]: None, ends[1]: None}
@@ -150,7 +149,7 @@ def _parts(names: Sequence[str], problems: list[Graded], seed: int, kind: str = 
     """The mean of each part of the verdicts, over the answers that have it, with its interval."""
     table: dict[str, Any] = {}
     for name in names:
-        values = [verdict.parts[name] for graded in problems for _, verdict in graded if name in verdict.parts]
+        values = [reward.parts[name] for graded in problems for _, reward in graded if name in reward.parts]
         table |= _averaged(f"{_free(name)}{kind}", values, seed)
     return table
 
@@ -184,7 +183,7 @@ def _by_kind(run: Run, problems: list[Graded]) -> Iterator[tuple[str, list[Grade
 
 def _sampled(problems: list[Graded], samples: int, k: int, seed: int) -> dict[str, Any]:
     """avg@n over problems with a judged sample; pass@k over problems with at least k of them."""
-    judged = [[verdict.value for _, verdict in graded if verdict.value is not None] for graded in problems]
+    judged = [[reward.value for _, reward in graded if reward.value is not None] for graded in problems]
     averages = [sum(values) / len(values) for values in judged if values]
     passes = [pass_at_k(len(values), sum(value >= 1 for value in values), k) for values in judged if len(values) >= k]
     return {
@@ -195,14 +194,15 @@ def _sampled(problems: list[Graded], samples: int, k: int, seed: int) -> dict[st
     }
 
 
-def _example(attempt: Attempt, verdict: Verdict) -> dict[str, Any]:
+def _example(attempt: Attempt, reward: Reward) -> dict[str, Any]:
     rollout, kind = attempt.rollout, kind_of(attempt.rollout)
     return {
         "id": rollout.prompt.id,
         "prompt": rollout.prompt.messages[-1]["content"],
         "answer": rollout.prompt.answer,
         kind.shown: kind.show(rollout.made),
-        "verdict": verdict.value,
-        **({"parts": verdict.parts} if verdict.parts else {}),
+        "verdict": reward.value,
+        **({"parts": reward.parts} if reward.parts else {}),
+        **({"error": reward.error} if reward.error is not None else {}),
         "finish": rollout.finish,
     }

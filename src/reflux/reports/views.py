@@ -13,6 +13,8 @@ from reflux.reports.reading import Row, items, number
 from reflux.reports.text import shortened
 from reflux.reports.tokens import EDGES_NATS, Token, shown_tokens
 
+ERROR_CHARACTERS = 120
+
 
 @dataclass(frozen=True)
 class AttemptView:
@@ -39,6 +41,7 @@ def view(shown: Shown, tokenizer: Tokenizer | None) -> AttemptView:
     facts = [
         f"{len(ids):,} tokens" if ids else "",
         "" if shown.reward is None else f"reward {shown.reward:.3g}",
+        unjudged(acted),
         f"finish: {words(finish)}" if finish else "",
         f"policy version {words(version)}" if version is not None else "",
     ]
@@ -58,6 +61,12 @@ def view(shown: Shown, tokenizer: Tokenizer | None) -> AttemptView:
 def title_of(acted: Row) -> str:
     """What an attempt is called, by its first line."""
     return f"Step {words(acted.get('step'))} · {words(acted.get('prompt'))} · attempt {words(acted.get('sample'))}"
+
+
+def unjudged(acted: Row) -> str:
+    """Why an attempt was not judged, shortened; empty where it was, or where nobody judged."""
+    error = words(acted.get("error"))
+    return f"not judged: {shortened(error, ERROR_CHARACTERS)[0]}" if error else ""
 
 
 def absent_because(shown: Shown, units: str) -> str:

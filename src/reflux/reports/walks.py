@@ -10,7 +10,7 @@ from reflux.reports.pictures import Picture, parts_of, picture_in
 from reflux.reports.reading import items, number
 from reflux.reports.tokens import level
 from reflux.reports.units import NONE, signed
-from reflux.reports.views import absent_because, title_of
+from reflux.reports.views import absent_because, title_of, unjudged
 
 RATIO = "log q − log p, nats"
 _MOST = 200  # steps that are shown
@@ -66,6 +66,7 @@ def _facts(shown: Shown) -> list[str]:
     facts = [
         f"{len(mask):,} denoising steps, {sum(number(value) == 1 for value in mask):,} to learn from" if mask else "",
         "" if shown.reward is None else f"reward {shown.reward:.3g}",
+        unjudged(acted),
         "" if noise is None else f"noise level {noise:g}",
         "" if guidance in (None, 1.0) else f"guidance {guidance:g}",
         f"finish: {words(acted['finish'])}" if acted.get("finish") else "",

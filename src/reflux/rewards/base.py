@@ -1,6 +1,6 @@
-"""A reward: `open(run)` gives an object whose `score(group)` fills `attempt.reward`.
+"""A reward: `open(run)` gives an object whose `score(group)` returns one `Reward` for each attempt, and mutates nothing.
 
-An attempt whose verdict could not be had (timeout, no stored answer) gets Reward(value=None): not judged, which is not wrong.
+An attempt that could not be judged (no time left, no stored answer) gets Reward(None, error=...): not judged, which is not wrong.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from reflux.part import Part
-from reflux.types import Group
+from reflux.types import Group, Reward
 
 if TYPE_CHECKING:
     from reflux.rundir import Run
 
 
 class OpenReward(Protocol):
-    async def score(self, group: Group) -> None: ...
+    async def score(self, group: Group) -> list[Reward]:
+        """One for each attempt of the group, in order."""
+        ...
 
 
 class RewardPart(Part, Protocol):
@@ -27,7 +29,8 @@ class RewardFn(RewardPart, Protocol):
     def open(self, run: Run) -> AbstractAsyncContextManager[OpenReward]: ...
 
 
-class NoReward:
-    """No verdict is given: rewards stay None."""
-
-    async def score(self, group: Group) -> None: ...
+async def judge(reward: OpenReward | None, group: Group) -> None:
+    """Ask, and keep what comes back on the attempts. Without a reward no verdict is given: they stay without one."""
+    if reward is not None:
+        for attempt, found in zip(group, await reward.score(group), strict=True):
+            attempt.reward = found

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class Verifier(RewardPart):
-    """Reward(value = task.verify(prompt, made)) for each attempt.
+    """What the task's `verify(prompt, made)` gives for each attempt: a value, parts and feedback.
 
     timeout_s: how long a verdict may take; then its process is killed. workers: how many judge side by side. An attempt that cannot be
-    judged (time over, the verifier failed, sampling ended in an error) has Reward(None), which is not the same as wrong, and
-    `notes["ungraded"]` says why.
+    judged (time over, the verifier failed, sampling ended in an error) has Reward(None), which is not the same as wrong, and its `error`
+    says why.
     """
 
     timeout_s: float = 10.0
@@ -56,11 +56,9 @@ class OpenVerifier:
     def __init__(self, task: Task, graders: Graders, clock: Clock):
         self._task, self._graders, self._clock = task, graders, clock
 
-    async def score(self, group: Group) -> None:
+    async def score(self, group: Group) -> list[Reward]:
         started = time.perf_counter()
-        verdicts = await self._graders.judge_attempts(self._task, group)
-        for attempt, verdict in zip(group, verdicts, strict=True):
-            attempt.reward = Reward(verdict.value, verdict.parts)
-            if verdict.value is None:
-                attempt.notes["ungraded"] = verdict.words
-        self._clock.add("reward", time.perf_counter() - started)  # of groups that wait together, each counts its own wait
+        rewards = await self._graders.judge_attempts(self._task, group)
+        # Of groups that wait together, each counts its own wait.
+        self._clock.add("reward", time.perf_counter() - started)
+        return rewards

@@ -150,8 +150,8 @@ async def measured(
         chunk = prompts[start : start + at_once]
         asked = replace(draw, cohort=len(chunk))
         groups = await together(sampler.sample(prompt, samples, asked) for prompt in chunk)
-        verdicts = iter(await run.graders.judge_attempts(run.task, [attempt for group in groups for attempt in group]))
-        yield [_counted(prompt, [next(verdicts).value for _ in range(samples)]) for prompt in chunk]
+        rewards = iter(await run.graders.judge_attempts(run.task, [attempt for group in groups for attempt in group]))
+        yield [_counted(prompt, [next(rewards).value for _ in range(samples)]) for prompt in chunk]
 
 
 def _counted(prompt: Prompt, values: Iterable[float | None]) -> Counted:

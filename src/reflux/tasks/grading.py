@@ -1,10 +1,10 @@
 """Verdicts from killable worker processes: whatever a model writes, and whatever a verifier does with it, costs that attempt only.
 
     graders = Graders(workers=1, timeout_s=10)
-    verdicts = await graders.verify_many(task, [(prompt, text), ...])  # [Verdict(1.0), Verdict(None, "timeout"), ...]
+    rewards = await graders.verify_many(task, [(prompt, text), ...])  # [Reward(1.0), Reward(None, error="..."), ...]
     graders.close()
 
-Consumes: (task, prompt, made). Produces: one Verdict each, in order. Waits for: a free worker, and at most `timeout_s` for each answer.
+Consumes: (task, prompt, made). Produces: one Reward each, in order. Waits for: a free worker, and at most `timeout_s` for each answer.
 Unblocked by: the verdict, the time limit, the end of the worker, `close`. Workers start with the first question and end with `close`, or
 with this process.
 """
@@ -20,16 +20,15 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from threading import Lock
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from reflux.errors import ConfigError
 from reflux.tasks.base import Task
-from reflux.types import Attempt, Prompt
+from reflux.types import Attempt, Prompt, Reward
 
 Job = tuple[Prompt, Any]  # the prompt, and the text or image that the student made
 START_S = 60.0  # for a new process to import this library and the task
@@ -38,58 +37,51 @@ AT_ONCE = 256  # jobs in one message
 CODE = "import sys; from reflux.tasks.worker import work; work(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))"
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """value None: not judged, for the reason in `problem`; `detail` has the words."""
-
-    value: float | None
-    problem: Literal["", "timeout", "error"] = ""
-    detail: str = ""
-    parts: dict[str, float] = field(default_factory=dict)  # what the verifier told besides
-
-    @property
-    def words(self) -> str:
-        return ": ".join(word for word in (self.problem, self.detail) if word)
-
-
 class Graders:
     """`workers` processes that judge. An answer that takes more than `timeout_s` ends its process; the answers after it go to the next one.
 
-    `timeouts` and `errors` count the attempts that were not judged. ValueError for fewer than 1 worker or a time limit of 0.
+    An attempt that is not judged has a Reward without a value, whose `error` says why.
+    ValueError for fewer than 1 worker or a time limit of 0.
     """
 
     def __init__(self, workers: int = 1, timeout_s: float = 10.0):
         if workers < 1 or not timeout_s > 0:
             raise ValueError(f"grading needs workers >= 1 and timeout_s > 0, got {workers} and {timeout_s}")
         self.workers, self.timeout_s = workers, timeout_s
-        self.timeouts = self.errors = 0
         self._all = [_Worker(timeout_s) for _ in range(workers)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in self._all:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="reflux-grading")  # each waits for one process
 
-    async def verify(self, task: Task, prompt: Prompt, made: Any) -> Verdict:
+    @property
+    def timeouts(self) -> int:
+        """Attempts that were not judged in time."""
+        return sum(worker.timeouts for worker in self._all)
+
+    @property
+    def errors(self) -> int:
+        """Attempts that were not judged for another reason."""
+        return sum(worker.errors for worker in self._all)
+
+    async def verify(self, task: Task, prompt: Prompt, made: Any) -> Reward:
         """One verdict."""
         return (await self.verify_many(task, [(prompt, made)]))[0]
 
-    async def verify_many(self, task: Task, jobs: Sequence[Job]) -> list[Verdict]:
-        """One verdict per job, in order. ConfigError where the task cannot be sent to another process."""
+    async def verify_many(self, task: Task, jobs: Sequence[Job]) -> list[Reward]:
+        """One reward per job, in order. ConfigError where the task cannot be sent to another process."""
         packed = _pack(task)
         size = min(AT_ONCE, -(-len(jobs) // self.workers)) or 1
         chunks = [list(jobs[start : start + size]) for start in range(0, len(jobs), size)]
         loop = asyncio.get_running_loop()
         parts = await asyncio.gather(*(loop.run_in_executor(self._threads, self._judge, packed, chunk) for chunk in chunks))
-        verdicts = [verdict for part in parts for verdict in part]
-        self.timeouts += sum(verdict.problem == "timeout" for verdict in verdicts)
-        self.errors += sum(verdict.problem == "error" for verdict in verdicts)
-        return verdicts
+        return [reward for part in parts for reward in part]
 
-    async def judge_attempts(self, task: Task, attempts: Sequence[Attempt]) -> list[Verdict]:
-        """One verdict per attempt, in order. What ended in an error while it was sampled is not judged, and not counted in `errors`."""
+    async def judge_attempts(self, task: Task, attempts: Sequence[Attempt]) -> list[Reward]:
+        """One reward per attempt, in order. What ended in an error while it was sampled is not judged, and not counted in `errors`."""
         whole = [attempt.rollout for attempt in attempts if attempt.rollout.finish != "error"]
         found = iter(await self.verify_many(task, [(rollout.prompt, rollout.made) for rollout in whole]))
-        unfinished = Verdict(None, "error", "sampling ended in an error")
+        unfinished = Reward(None, error="sampling ended in an error")
         return [unfinished if attempt.rollout.finish == "error" else next(found) for attempt in attempts]
 
     def close(self) -> None:
@@ -104,7 +96,7 @@ class Graders:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _judge(self, packed: bytes, jobs: list[Job]) -> list[Verdict]:
+    def _judge(self, packed: bytes, jobs: list[Job]) -> list[Reward]:
         worker = self._idle.get()
         try:
             return worker.judge(packed, jobs)
@@ -117,31 +109,35 @@ class _Worker:
 
     def __init__(self, timeout_s: float):
         self._timeout_s = timeout_s
+        self.timeouts = self.errors = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._packed = b""  # the task it holds
         self._closed = False
         self._lock = Lock()  # around the start and the end of a process
 
-    def judge(self, packed: bytes, jobs: list[Job]) -> list[Verdict]:
-        """A verdict for each job. The one that was in progress when the time was over, or when the process ended, is the one it costs."""
-        verdicts: list[Verdict] = []
-        while len(verdicts) < len(jobs):
+    def judge(self, packed: bytes, jobs: list[Job]) -> list[Reward]:
+        """A reward for each job. The one that was in progress when the time was over, or when the process ended, is the one it costs."""
+        rewards: list[Reward] = []
+        timeouts = 0
+        while len(rewards) < len(jobs):
             connection, extra_s = self._ready(packed)
             try:
-                connection.send_bytes(pickle.dumps(jobs[len(verdicts) :]))
-                while len(verdicts) < len(jobs):
-                    value, detail, parts = _receive(connection, self._timeout_s + extra_s)
-                    verdicts.append(Verdict(value, "error" if value is None else "", detail, parts))
+                connection.send_bytes(pickle.dumps(jobs[len(rewards) :]))
+                while len(rewards) < len(jobs):
+                    rewards.append(_receive(connection, self._timeout_s + extra_s))
                     extra_s = 0.0
             except TimeoutError:
                 self._end()
-                verdicts.append(Verdict(None, "timeout", f"no verdict within {self._timeout_s:g} s"))
+                timeouts += 1
+                rewards.append(Reward(None, error=f"the verifier gave no verdict within {self._timeout_s:g} s"))
             except (EOFError, OSError):
                 if self._closed:
                     raise RuntimeError("grading was closed while it judged") from None
-                verdicts.append(Verdict(None, "error", f"the verifier ended its process (code {self._end(1.0)})"))
-        return verdicts
+                rewards.append(Reward(None, error=f"the verifier ended its process (code {self._end(1.0)})"))
+        self.timeouts += timeouts
+        self.errors += sum(reward.value is None for reward in rewards) - timeouts
+        return rewards
 
     def close(self) -> None:
         with self._lock:
@@ -159,10 +155,10 @@ class _Worker:
         if packed != self._packed:
             try:
                 connection.send_bytes(pickle.dumps(packed))
-                _, problem, _ = _receive(connection, START_S)
+                problem = _receive(connection, START_S).error
             except (EOFError, OSError) as error:
                 raise RuntimeError(f"a grading process did not start (code {self._end(1.0)}); see its own words above") from error
-            if problem:
+            if problem is not None:
                 raise ConfigError(
                     f"the task cannot be loaded in a grading process ({problem}). Its class must live in a module that can be imported, "
                     f"not in the script that is being run."
@@ -202,11 +198,10 @@ class _Worker:
             return code
 
 
-def _receive(connection: Connection, limit_s: float) -> tuple[float | None, str, dict[str, float]]:
+def _receive(connection: Connection, limit_s: float) -> Reward:
     if not connection.poll(limit_s):
         raise TimeoutError
-    value, detail, parts = json.loads(connection.recv_bytes())
-    return value, detail, parts
+    return Reward(*json.loads(connection.recv_bytes()))
 
 
 def _pack(task: Task) -> bytes:

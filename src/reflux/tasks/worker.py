@@ -29,8 +29,8 @@ WATCH_S = 0.5
 def work(descriptor: int, parent: int, most_cpu_s: float) -> None:
     """Judge until the connection closes.
 
-    In, pickled: a packed task (bytes), answered by one JSON list [null, why it cannot be loaded here or "", {}]; or a list of
-    (prompt, made), answered by one list each, [value or null, what went wrong or "", parts], as soon as it is known.
+    In, pickled: a packed task (bytes), answered in JSON by a reward whose error says why it cannot be loaded here, or is null; or a list of
+    (prompt, made), answered by one reward each, as soon as it is known. A reward is the list [value, parts, feedback, error].
     """
     _be_a_good_child(parent)
     task = None
@@ -38,32 +38,45 @@ def work(descriptor: int, parent: int, most_cpu_s: float) -> None:
         while True:
             message = pickle.loads(theirs.recv_bytes())
             if isinstance(message, bytes):
-                task, problem = _unpack(message)
-                theirs.send_bytes(json.dumps([None, problem, {}]).encode())
+                task, error = _unpack(message)
+                theirs.send_bytes(packed(Reward(None, error=error)))
                 continue
             for prompt, made in message:
                 _limit_memory(made)
                 signal.setitimer(signal.ITIMER_PROF, most_cpu_s)  # ends an orphan whose watching thread is starved, too
-                theirs.send_bytes(json.dumps(judge(task, prompt, made)).encode())
+                theirs.send_bytes(packed(judge(task, prompt, made)))
             signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def judge(task: Any, prompt: Prompt, made: Any) -> tuple[float | None, str, dict[str, float]]:
-    """(value, "", parts) or (None, what went wrong, {}), whatever the verifier does short of hanging or crashing."""
+def judge(task: Any, prompt: Prompt, made: Any) -> Reward:
+    """The task's verdict with its parts and its feedback, or an error, whatever the verifier does short of hanging or crashing."""
     try:
         found = Reward.of(task.verify(prompt, made))
-        value, parts = found.value, {str(name): float(part) for name, part in found.parts.items()}
+        parts = {str(name): float(part) for name, part in found.parts.items()}
+        feedback = None if found.feedback is None else _sendable(found.feedback)
+        wrong = next((number for number in (found.value, *parts.values()) if number is not None and not math.isfinite(number)), None)
     except BaseException as error:  # some time limits and exit() are no Exceptions
-        return None, f"{type(error).__name__}: {error}"[:500], {}
-    if value is None:
-        return None, "the verifier gave no verdict", parts
-    wrong = next((number for number in (value, *parts.values()) if not math.isfinite(number)), None)
-    return (value, "", parts) if wrong is None else (None, f"the verdict is {wrong}, which is no number", {})
+        return Reward(None, error=f"the verifier raised {type(error).__name__}: {_sendable(error)}"[:500])
+    if wrong is not None:
+        return Reward(None, error=f"the verdict is {wrong}, which is no number")
+    if found.value is None:
+        return Reward(None, parts, feedback, "the verifier gave no verdict" if found.error is None else _sendable(found.error))
+    return Reward(float(found.value), parts, feedback)
 
 
-def _unpack(packed: bytes) -> tuple[Any, str]:
+def packed(reward: Reward) -> bytes:
+    """As it crosses the pipe."""
+    return json.dumps([reward.value, reward.parts, reward.feedback, reward.error]).encode()
+
+
+def _sendable(words: object) -> str:
+    """As text that a file can hold: half of a surrogate pair becomes a question mark."""
+    return str(words).encode("utf-8", "replace").decode()
+
+
+def _unpack(message: bytes) -> tuple[Any, str | None]:
     try:
-        return pickle.loads(packed), ""
+        return pickle.loads(message), None
     except Exception as error:  # whatever its module does on import
         return None, f"{type(error).__name__}: {error}"
 
