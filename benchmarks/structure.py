@@ -137,6 +137,8 @@ def _tested(node: ast.AST) -> list[ast.expr]:
         return node.args[1:]
     if isinstance(node, ast.Compare) and any(_is_type(side) for side in (node.left, *node.comparators)):
         return [node.left, *node.comparators]
+    if isinstance(node, ast.MatchClass):
+        return [node.cls]
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and any(_is_type(arg) for arg in node.args):
         return [key for inner in ast.walk(node.func.value) if isinstance(inner, ast.Dict) for key in inner.keys if key is not None]
     return []
@@ -155,7 +157,8 @@ def part_probes(source: Path) -> Iterator[tuple[str, str]]:
                 names = {part.id for part in ast.walk(node.args[0]) if isinstance(part, ast.Name)}
                 names |= {part.attr for part in ast.walk(node.args[0]) if isinstance(part, ast.Attribute)}
                 last = node.args[0].attr if isinstance(node.args[0], ast.Attribute) else ""
-                if names & HOLDERS and last not in ("net", "config", "wants"):
+                fixed = called == "vars" or (len(node.args) > 1 and isinstance(node.args[1], ast.Constant))
+                if fixed and names & HOLDERS and last not in ("net", "config"):
                     yield f"{name}:{node.lineno}", ast.unparse(node)
 
 

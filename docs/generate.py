@@ -76,6 +76,7 @@ MATHS = (
     "reflux.kernels.linear_divergence",
     "reflux.statistics",
 )
+METHOD = ("objectives", "credit", "contexts", "accelerators")  # the groups whose parts make a method
 MADE = "<!-- Written by docs/generate.py from the code. Do not edit: change the docstring, the comment or docs/notes.toml. -->\n"
 
 
@@ -105,6 +106,8 @@ def methods() -> Iterator[str]:
             yield f"### {group} `{kind}`\n"
             yield f"`{dotted}`\n"
             yield f"{inspect.getdoc(cls)}\n"
+            if group in METHOD and cls.when:  # type: ignore[attr-defined]
+                yield f"When: {cls.when}\n"  # type: ignore[attr-defined]
     yield "## Bias of each estimator, measured\n"
     yield NOTES["pages"]["bias"]
     yield from bias.tables()
@@ -159,12 +162,18 @@ def recipes() -> Iterator[str]:
     for name in recipe_names():
         path = RECIPES / f"{name}.toml"
         cited = ", ".join(f"[{paper.key}](https://arxiv.org/abs/{paper.arxiv})" for paper in papers(load_recipe(name)))
-        yield f"\n## {name}\n\n{_comment(path)}\n\nWhen: {NOTES['recipes'][name]}\n\n```toml\n{_body(path)}\n```"
+        yield f"\n## {name}\n\n{_comment(path)}\n\nWhen: {when(name)}\n\n```toml\n{_body(path)}\n```"
         yield f"\nDiffers from the paper: {NOTES['departures'][name]}" if name in NOTES["departures"] else ""
         yield f"\nPapers: {cited}." if cited else ""
     yield "\n# Bases: scale, apart from method\n"
     for path in sorted((RECIPES / "base").glob("*.toml")):
         yield f"## {path.stem}\n\n{_comment(path)}\n\n```toml\n{_body(path)}\n```\n"
+
+
+def when(recipe: str) -> str:
+    """When to use a recipe: its note, else what its method's part says of itself. KeyError without either."""
+    said = (part.when for _, group, part in parts.within(load_recipe(recipe)) if group in METHOD and part.when)
+    return NOTES["recipes"][recipe] if recipe in NOTES["recipes"] else next(said, "") or NOTES["recipes"][recipe]
 
 
 def _comment(path: Path) -> str:

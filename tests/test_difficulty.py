@@ -28,8 +28,6 @@ from reflux.tasks.difficulty import (
     Counted,
     as_line,
     copies_of,
-    ends,
-    grader_of,
     measured,
     multiplicities,
     repeated,
@@ -150,8 +148,7 @@ def test_a_mix_of_unequal_parts_is_read_to_the_end(tmp_path: Path) -> None:
 
 def test_a_mix_in_a_mix_is_read_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a block of blocks one prompt is of the smallest part: far more than two blocks in a row bring nothing new."""
-    for module in ("mix", "difficulty"):
-        monkeypatch.setattr(f"reflux.tasks.{module}.BLOCK", 50)
+    monkeypatch.setattr("reflux.tasks.mix.BLOCK", 50)
     inner = Mix({"few": lines(tmp_path / "few.jsonl", 2, weight=49.0), "many": lines(tmp_path / "many.jsonl", 5)}, weight=1 / 49)
     found, cut = training_prompts(Mix({"one": lines(tmp_path / "one.jsonl", 1), "rest": inner}), seed=0)
     assert (len(found), cut) == (8, False)
@@ -194,14 +191,14 @@ def test_who_ends_and_who_judges(tmp_path: Path) -> None:
         (Mix({"a": WordProblems(), "c": outside.Chat()}), False, None),
     ]
     for task, finite, grader in tasks:
-        assert (ends(task), grader_of(task)) == (finite, grader)
+        assert (task.ends, task.judge) == (finite, grader)
 
 
 @pytest.mark.parametrize("made", ["Answer: {}", "{}", "Answer: {}.5", "Answer: 0{}", "#### {}", "\\boxed{{{}}}", ""])
 def test_a_written_story_is_judged_as_the_task_judges_it(tmp_path: Path, made: str) -> None:
     asked = next(WordProblems().prompts("train", 0))
     (tmp_path / "p.jsonl").write_text(json.dumps(as_line(asked)) + "\n")
-    task = Jsonl(str(tmp_path / "p.jsonl"), validation=0.0, grader=grader_of(WordProblems()) or "")
+    task = Jsonl(str(tmp_path / "p.jsonl"), validation=0.0, grader=WordProblems().judge or "")
     text = made.format(asked.answer)
     assert task.verify(next(task.prompts("train", 0)), text) == WordProblems().verify(asked, text)
 

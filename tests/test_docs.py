@@ -88,7 +88,7 @@ def test_no_note_speaks_of_what_is_gone() -> None:
     notes = tomllib.loads((ROOT / "docs" / "notes.toml").read_text())
     known = {path: set(parts.field_names(cls)) for path, cls in generator().TABLES.items()}
     known |= {f"{g}.{k}": set(parts.field_names(parts.part(g, k))) for g in parts.GROUPS for k in parts.kinds(g)}
-    assert set(notes["recipes"]) == set(recipe_names())
+    assert set(notes["recipes"]) <= set(recipe_names())  # the others say when to use them on their parts; without either, the page fails
     for key in notes["fields"]:
         path, _, name = key.rpartition(".")
         assert name in known.get(path, ()), f"docs/notes.toml [fields] {key}: there is no such key"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -14,10 +15,18 @@ import torch
 
 import reflux
 import tiny
+from reflux import checks
+from reflux.cite import papers
+from reflux.commands.show import console, list_parts, show_plan
 from reflux.config import config_hash, from_table, load_recipe, to_table
 from reflux.credit.base import share_credit
+from reflux.errors import ConfigError
+from reflux.model_card import model_card
 from reflux.objectives.base import Rows
 from reflux.objectives.says import FullSays
+from reflux.reports.diagnostics import own_charts
+from reflux.reports.page import write_report
+from reflux.reports.recorded import Recorded
 from reflux.types import Attempt, Moment, SampledTarget, TeacherAnswer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -102,3 +111,88 @@ def test_all_of_them_run_together_from_the_recipe(tmp_path: Path) -> None:
     shares = [np.mean(np.array(row["teacher_logp"]["main"]) <= -0.5) for row in learned]
     assert metrics[0]["credit"]["surprise"]["surprising"] == pytest.approx(np.mean(shares))
     assert 0 < np.mean(shares) < 1
+
+
+# --- what the library knows of them from the recipe alone
+
+RECIPE = str(EXAMPLES / "my_lab" / "recipe.toml")
+
+
+def said(*arguments: str) -> str:
+    """What the command line prints, with nothing wrapped."""
+    with console.capture() as captured:
+        show_plan(RECIPE, list(arguments))
+    return captured.get()
+
+
+def test_list_shows_the_parts_of_a_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.capture() as captured:
+        list_parts("", "my_lab")
+    lines = captured.get().splitlines()
+    groups = [line for line in lines if not line.startswith(" ")]
+    assert groups == ["samplers", "objectives", "credit", "tasks"]
+    assert [line.split()[0] for line in lines if line.startswith(" ")] == [
+        "my_lab.samplers:Mixed",
+        "my_lab.objectives:Jeffreys",
+        "my_lab.credit:Surprise",
+        "my_lab.tasks:Backwards",
+    ]
+    assert "Factor 1 where the sampled token surprises the teacher" in captured.get()
+    with console.capture() as captured:
+        list_parts("tasks", "my_lab.tasks")
+    assert captured.get().splitlines()[0] == "tasks"
+
+
+def test_list_refuses_what_is_no_package_of_parts() -> None:
+    with pytest.raises(ConfigError, match=r"cannot import 'my_lag'.*PYTHONPATH"):
+        list_parts("", "my_lag")
+    with pytest.raises(ConfigError, match="'json' defines no part"):
+        list_parts("", "json")
+
+
+def test_a_kind_of_another_group_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"credit.mine: 'my_lab.tasks:Backwards' is no part of the group credit.*CreditPart"):
+        load_recipe(RECIPE, {"credit.mine": {"kind": "my_lab.tasks:Backwards"}})
+    with pytest.raises(ConfigError, match="is no part of the group credit"):
+        load_recipe(RECIPE, {"credit.mine": {"kind": "os:system"}})
+
+
+def test_its_problems_refuse_and_its_advice_is_printed() -> None:
+    assert checks.warnings(load_recipe(RECIPE)) == []
+    assert "without the rule" in said("credit.surprise.elsewhere=1.0")
+    with pytest.raises(ConfigError, match=r"credit.surprise.teacher: there is no teacher 'nobody'. Known: main"):
+        said("credit.surprise.teacher=nobody")
+
+
+def test_its_papers_are_cited() -> None:
+    found = {paper.key: paper.bibtex for paper in papers(load_recipe(RECIPE))}
+    assert "Not All Tokens Are What You Need" in found["rho_1"]
+    assert "rho_1" in model_card(load_recipe(RECIPE), 3)
+    assert "rho_1" not in {paper.key for paper in papers(load_recipe(RECIPE, {"credit.surprise": "none"}))}
+
+
+def test_the_report_draws_what_its_parts_show_and_the_notes_of_its_rule(tmp_path: Path) -> None:
+    off = {f"evals.{name}": "none" for name in load_recipe(RECIPE).evals}
+    reflux.run(RECIPE, {"steps": 3, "prompts_per_step": 2, "threads": 1, "sampler.share": 0.5, **off}, out=tmp_path / "run")
+    notes: list[str] = []
+    config = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    charts = {chart.title: chart for chart in own_charts(config, Recorded(tmp_path / "run"), notes)}
+    assert set(charts) == {"Answers that the student wrote itself, by step", "credit.surprise: its notes by step"}
+    assert notes == []
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    told = {name: [row["credit"]["surprise"][name] for row in metrics] for name in ("factor_mean", "surprising")}
+    expected = {(name, str(step), f"{value:.3g}") for name, values in told.items() for step, value in enumerate(values, 1)}
+    assert set(charts["credit.surprise: its notes by step"].rows) == expected
+    shares = {share for _, _, share in charts["Answers that the student wrote itself, by step"].rows}
+    assert shares == {"0", "1"}
+    page = write_report(tmp_path / "run").read_text()
+    assert "credit.surprise: its notes by step" in page
+
+
+def test_a_part_that_is_gone_costs_a_note_and_not_the_page(tmp_path: Path) -> None:
+    notes: list[str] = []
+    config = {"credit": {"mine": {"kind": "no_such_lab.credit:Rule"}, "surprise": {"kind": "my_lab.credit:Surprise"}}}
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "credit": {"surprise": {"surprising": 0.5}, "mine": {"kept": 1}}}\n')
+    (chart,) = own_charts(config, Recorded(tmp_path), notes)
+    assert chart.rows == [("surprising", "1", "0.5")]
+    assert [note.partition(":")[0] for note in notes] == ["credit.mine"]

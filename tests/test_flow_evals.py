@@ -21,7 +21,7 @@ from reflux.errors import DataError
 from reflux.evals import teacher_accuracy
 from reflux.evals.accuracy import HELD_OUT_SEED, Accuracy
 from reflux.evals.agreement import Agreement, gap_T
-from reflux.evals.teacher_accuracy import TeacherAccuracy, measured
+from reflux.evals.teacher_accuracy import TeacherAccuracy
 from reflux.once import Once
 from reflux.pictures import from_text
 from reflux.samplers.flow import Flow, step_moments
@@ -33,6 +33,7 @@ from reflux.tasks.grading import Graders
 from reflux.teachers.base import TeacherRequest
 from reflux.teachers.collection import Teachers
 from reflux.teachers.flow import Flow as FlowTeacherPart
+from reflux.teachers.names import measured
 from reflux.teachers.own import Own
 from reflux.types import (
     Attempt,
@@ -153,7 +154,7 @@ class Named:
 
 
 def part(as_: str | None = None, routes: Sequence[str] = ()) -> Any:
-    return SimpleNamespace(as_=as_, routes=tuple(routes), rollouts=FlowRollout, in_process=True)
+    return SimpleNamespace(as_=as_, routes=tuple(routes), rollouts=FlowRollout, in_process=True, is_student=False)
 
 
 @pytest.fixture

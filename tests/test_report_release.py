@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from reflux.reports.diagnostics import own_charts
+from reflux.reports.reading import rows
+from reflux.reports.recorded import Recorded
 from reflux.reports.release import read_judged, release_chart
 from synthetic_run import write_lines
-
-CONFIG = {"credit": {"release": {"kind": "release", "k": 4}}}
 
 
 def line(margins: list[Any], kept: int, *, rule: str = "release", **more: Any) -> dict[str, Any]:
@@ -21,8 +22,7 @@ def line(margins: list[Any], kept: int, *, rule: str = "release", **more: Any) -
 def test_the_chart_holds_the_means_and_the_shares(tmp_path: Path) -> None:
     path = tmp_path / "attempts.jsonl"
     write_lines(path, [line([4.0, 2.0, 0.0], 2), line([2.0, 1.0, 1.0, 0.5], 4), line([3.0, 0.0], 1)])
-    chart = release_chart(CONFIG, path)
-    assert chart is not None
+    chart = release_chart("release", rows(path, []))
     assert chart.rows == [
         ("1", "3.000", "3", "33.3%"),
         ("2", "1.000", "3", "33.3%"),
@@ -37,18 +37,16 @@ def test_the_chart_holds_the_means_and_the_shares(tmp_path: Path) -> None:
 
 
 def test_a_rule_of_another_name_is_found_by_its_kind(tmp_path: Path) -> None:
-    path = tmp_path / "attempts.jsonl"
-    write_lines(path, [line([1.0, 0.5], 2, rule="fade")])
-    chart = release_chart({"credit": {"prefix": {"length": 3}, "fade": {"kind": "release"}}}, path)
-    assert chart is not None
+    write_lines(tmp_path / "attempts.jsonl", [line([1.0, 0.5], 2, rule="fade")])
+    rules = {"prefix": {"length": 3}, "fade": {"kind": "release"}}
+    (chart,) = own_charts({"credit": rules}, Recorded(tmp_path), [])
     assert chart.rows[0] == ("1", "1.000", "1", "0.0%")
-    assert release_chart({"credit": {"prefix": {"kind": "prefix", "length": 3}}}, path) is None
-    assert release_chart({}, path) is None
+    assert own_charts({"credit": {"prefix": {"kind": "prefix", "length": 3}}}, Recorded(tmp_path), []) == []
+    assert own_charts({}, Recorded(tmp_path), []) == []
 
 
 def test_nothing_learned_yet_is_said(tmp_path: Path) -> None:
-    chart = release_chart(CONFIG, tmp_path / "attempts.jsonl")
-    assert chart is not None
+    chart = release_chart("release", rows(tmp_path / "attempts.jsonl", []))
     assert chart.figure is None
     assert "the student has not learned yet" in chart.absent
 
@@ -59,19 +57,18 @@ def test_nothing_learned_yet_is_said(tmp_path: Path) -> None:
 def test_what_is_damaged_is_left_out(tmp_path: Path, broken: dict[str, Any]) -> None:
     path = tmp_path / "attempts.jsonl"
     write_lines(path, [broken, line([1.0, 0.0], 1)])
-    assert [judged.margins for judged in read_judged(path, "release")] == [(1.0, 0.0)]
+    assert [judged.margins for judged in read_judged(rows(path, []), "release")] == [(1.0, 0.0)]
 
 
 def test_only_the_last_attempts_are_kept_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "attempts.jsonl"
     write_lines(path, [line([float(i)], 1) for i in range(2500)])
-    judged = read_judged(path, "release")
+    judged = read_judged(rows(path, []), "release")
     assert [judged[0].margins, judged[-1].margins, len(judged)] == [(500.0,), (2499.0,), 2000]
 
 
 def test_a_hostile_name_is_no_markup(tmp_path: Path) -> None:
     path = tmp_path / "attempts.jsonl"
     write_lines(path, [line([3.0, 0.0], 1, prompt="<b>x</b>")])
-    chart = release_chart(CONFIG, path)
-    assert chart is not None
+    chart = release_chart("release", rows(path, []))
     assert "<b>" not in str(chart.spec)

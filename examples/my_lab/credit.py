@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from pydantic.dataclasses import dataclass
 
 from reflux.credit.base import CreditPart
+from reflux.papers import Paper
 from reflux.parts import STRICT
+from reflux.teachers.names import unless_known
 from reflux.types import Attempt, Group, Moment, Share, Wants
+
+if TYPE_CHECKING:
+    from reflux.config import RunConfig
+
+RHO_1 = Paper("rho_1", "Rho-1: Not All Tokens Are What You Need", "2404.07965", 2024, "Lin, Zhenghao and others")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -17,20 +25,32 @@ class Surprise(CreditPart):
     """Factor 1 where the sampled token surprises the teacher, -log q(a) >= `least_nats`; `elsewhere` at the other chosen positions.
 
     An attempt the teacher did not score keeps factor 1. Neutral: elsewhere = 1. Note `surprising`: the share of chosen positions.
+    Learning from some tokens alone: arXiv 2404.07965, which picks them by another score.
     """
 
     least_nats: float = 1.0
     elsewhere: float = 0.0
     teacher: str = "main"
 
-    shifts: ClassVar[bool] = False
+    shifts = False
     min_group: ClassVar[int] = 1
+    when: ClassVar[str] = "The teacher agrees with most of an answer, and what it would hardly have said should count alone."
 
     def __post_init__(self) -> None:
         if not self.least_nats >= 0:
             raise ValueError(f"least_nats is a surprise, so it must be 0 or more, got {self.least_nats}")
         if not self.elsewhere >= 0:
             raise ValueError(f"elsewhere is a weight, so it must be 0 or more, got {self.elsewhere}")
+
+    def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        return unless_known(cfg, f"{where}.teacher", self.teacher)
+
+    def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        if self.elsewhere == 1:
+            yield f"{where}.elsewhere = 1 weighs every position alike: this is the run without the rule."
+
+    def papers(self, cfg: RunConfig) -> Iterable[Paper]:
+        return (RHO_1,)
 
     @property
     def wants(self) -> Wants:

@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.objectives.base import ObjectivePart, Rows
 from reflux.parts import STRICT
-from reflux.types import HiddenTarget, Target, Wants
+from reflux.types import HiddenTarget, Wants
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ class Jeffreys(ObjectivePart):
     coef: float = 1.0
 
     takes_shift: ClassVar[bool] = False
-    accepts: ClassVar[tuple[type[Target], ...]] = (HiddenTarget,)
+    accepts = (HiddenTarget,)
 
     @property
     def wants(self) -> Wants:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass as plain_dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,8 @@ from reflux.types import Draw, Group, Prompt, seed_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from reflux.reports.chart import Chart
+    from reflux.reports.recorded import Recorded
     from reflux.rundir import Run
 
 
@@ -37,6 +39,17 @@ class Mixed(Stored):
     async def _mixed(self, run: Run) -> AsyncIterator[OpenMixed]:
         async with self._opened(run) as stored:
             yield OpenMixed(stored, self.share, run.seed)
+
+    def diagnostics(self, name: str, recorded: Recorded) -> Iterable[Chart]:
+        """Whose answers each step had: nobody gave the tokens of a reference a probability, so their log-probs are 0."""
+        from reflux.reports.chart import step_chart
+
+        by_step: dict[float, list[bool]] = {}
+        for row in recorded.rows("attempts"):
+            if row.get("kind") == "attempt":
+                by_step.setdefault(float(row["step"]), []).append(any(row["logp"]))
+        own = [(step, sum(written) / len(written)) for step, written in sorted(by_step.items())]
+        yield step_chart("Answers that the student wrote itself, by step", "share of attempts", {"the student's own": own})
 
 
 @plain_dataclass

@@ -14,7 +14,6 @@ import numpy as np
 from reflux.credit.log_ratio import log_ratio_T
 from reflux.objectives.base import Objective
 from reflux.objectives.group_values import group_values
-from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL
 from reflux.types import Attempt, Group, Rollout
 
 Normalise = str  # "kept" | "chosen" | "rollout_means"
@@ -84,9 +83,9 @@ def plan(groups: Iterable[Group], objectives: Sequence[Objective], normalise: No
 
 def _values(groups: list[Group], objective: Objective) -> dict[int, float]:
     """What a group baseline subtracts, by the attempt's id(): from whole groups, hence the same however the batch is cut afterwards."""
-    if not isinstance(objective, SampledKL) or objective.baseline not in GROUP_BASELINES or objective.coef == 0:
+    if objective.group_baseline is None or objective.teacher is None or objective.coef == 0:
         return {}
-    others_only = objective.baseline == "leave_one_out"
+    others_only = objective.group_baseline == "others"
     found = {}
     for group in groups:
         values = group_values([_rewards(attempt, objective.teacher) for attempt in group], others_only)

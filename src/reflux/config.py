@@ -20,9 +20,18 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux import parts
+from reflux.accelerators.base import Accelerator
+from reflux.credit.base import Credit
 from reflux.errors import ConfigError
+from reflux.evals.base import Eval
+from reflux.learners.base import Learner
+from reflux.objectives.base import Objective
 from reflux.parts import STRICT, PartOf
+from reflux.rewards.base import RewardFn
+from reflux.samplers.base import Sampler
 from reflux.shares import without_shares
+from reflux.tasks.base import Task
+from reflux.teachers.base import Teacher
 from reflux.types import Draw
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -43,15 +52,15 @@ class Track:
 class RunConfig:
     """One run. Class defaults are the vetted setting."""
 
-    task: Annotated[Any, PartOf("tasks")]
-    sampler: Annotated[Any, PartOf("samplers", default="hf")]
-    learner: Annotated[Any, PartOf("learners", default="hf")]
-    objectives: Annotated[tuple[Any, ...], PartOf("objectives", many="list")]
-    teachers: Annotated[dict[str, Any], PartOf("teachers", many="table", default="local")] = Field(default_factory=dict)
-    credit: Annotated[dict[str, Any], PartOf("credit", many="table")] = Field(default_factory=dict)
-    reward: Annotated[Any, PartOf("rewards")] = None
-    accelerator: Annotated[Any, PartOf("accelerators")] = None
-    evals: Annotated[dict[str, Any], PartOf("evals", many="table")] = Field(default_factory=dict)
+    task: Annotated[Task, PartOf("tasks")]
+    sampler: Annotated[Sampler, PartOf("samplers", default="hf")]
+    learner: Annotated[Learner, PartOf("learners", default="hf")]
+    objectives: Annotated[tuple[Objective, ...], PartOf("objectives", many="list")]
+    teachers: Annotated[dict[str, Teacher], PartOf("teachers", many="table", default="local")] = Field(default_factory=dict)
+    credit: Annotated[dict[str, Credit], PartOf("credit", many="table")] = Field(default_factory=dict)
+    reward: Annotated[RewardFn | None, PartOf("rewards")] = None
+    accelerator: Annotated[Accelerator | None, PartOf("accelerators")] = None
+    evals: Annotated[dict[str, Eval], PartOf("evals", many="table")] = Field(default_factory=dict)
     track: Track = Track()
     recipe: str = "unnamed"
     steps: Annotated[int, Field(ge=0)] = 200

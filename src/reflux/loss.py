@@ -19,9 +19,6 @@ from torch import Tensor
 from reflux.batch import Item
 from reflux.kernels.columns import Columns
 from reflux.objectives.base import Objective, Rows
-from reflux.objectives.baselines import gradient_variance
-from reflux.objectives.sampled_kl import SampledKL
-from reflux.objectives.says import FullSays
 
 
 @dataclass
@@ -90,7 +87,7 @@ class Packed:
                 view = self.view(k, rows, student, teachers)
                 loss = loss + (coef_N[rows] * objective(view)).sum()
                 _outside(columns, rows, f"{k}", objective, view)
-                if log_variance and isinstance(objective, SampledKL):
+                if log_variance:
                     _variance(columns, rows, f"{k}", objective, view)
         heard = {"student": student, **{name: says for name, says in teachers.items() if name != "said"}}
         for name, says in heard.items() if self.has_logp else ():
@@ -99,12 +96,10 @@ class Packed:
 
 
 @torch.no_grad()
-def _variance(columns: Columns, rows: slice, name: str, objective: SampledKL, view: Rows[Any]) -> None:
+def _variance(columns: Columns, rows: slice, name: str, objective: Objective, view: Rows[Any]) -> None:
     """Closed-form variance of the sampled logit gradient at these rows, with the objective's baseline and without."""
-    teacher = view.teachers[objective.teacher]
-    assert isinstance(teacher, FullSays)  # checks.py refuses log_variance elsewhere
-    for which, value in (("with", objective.value(view)), ("without", 0.0)):
-        columns.put(f"variance {which} {name}", rows, gradient_variance(view.student.logp_NV, teacher.logp_NV, value))
+    for which, variance_N in zip(("with", "without"), objective.variance(view) or (), strict=False):
+        columns.put(f"variance {which} {name}", rows, variance_N)
 
 
 @torch.no_grad()

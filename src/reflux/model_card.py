@@ -5,15 +5,13 @@ from __future__ import annotations
 from reflux.cite import papers
 from reflux.config import RunConfig, config_hash
 from reflux.summary import commit, method_of
-from reflux.teachers.own import Own
 from reflux.types import FlowRollout
 
 
 def model_card(cfg: RunConfig, step: int) -> str:
     """In the hub's form: a YAML head, then Markdown. Names from the recipe are quoted as code, never as markup."""
-    teachers = [_code(teacher.model) for teacher in cfg.teachers.values() if "model" in vars(teacher)]
-    teachers += [_code(teacher.adapter) for teacher in cfg.teachers.values() if vars(teacher).get("adapter")]
-    teachers += ["itself"] * any(isinstance(teacher, Own) for teacher in cfg.teachers.values())
+    teachers = [_code(name) for teacher in cfg.teachers.values() for name in teacher.sources]
+    teachers += ["itself"] * any(teacher.is_student for teacher in cfg.teachers.values())
     draws = cfg.learner.rollouts is FlowRollout
     lines = [
         "---",

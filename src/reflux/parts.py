@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, ValidationError
+from pydantic_core import core_schema
 
 from reflux.errors import ConfigError
 
@@ -48,7 +49,7 @@ BASES = {  # what every part of a group inherits
 
 @dataclasses.dataclass(frozen=True)
 class PartOf:
-    """Marks a field that holds a part of `group`: `Annotated[Any, PartOf("contexts")]`.
+    """Marks a field that holds a part of `group`: `Annotated[Context, PartOf("contexts")]`.
 
     many: a list of parts, or a table of named ones. default: the kind where none is written; in a table, else, the name is the kind.
     horizon: False for a schedule that is not read over optimiser steps, and so states its own horizon.
@@ -58,6 +59,12 @@ class PartOf:
     many: Literal["", "list", "table"] = ""
     default: str | None = None
     horizon: bool = True
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        """Protocols that fields are typed with are for readers and type checkers: values come from `build`, and are taken as they are."""
+        held = core_schema.any_schema()
+        many = {"list": core_schema.tuple_variable_schema(held), "table": core_schema.dict_schema(core_schema.str_schema(), held)}
+        return many.get(self.many, held)
 
 
 def load(dotted: str) -> Any:

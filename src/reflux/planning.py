@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from reflux import checks
 from reflux.checks import lengths
 from reflux.config import RunConfig, config_hash
 from reflux.metrics import step_flops
 from reflux.model_files import Size, size_of
-from reflux.samplers.drawn import Drawn, flow_sampler
 from reflux.summary import method_of
-from reflux.tasks.mix import Mix
 from reflux.teachers.base import spoken_name
-from reflux.teachers.flow import Flow as FlowTeacher
-from reflux.teachers.own import Own
 from reflux.types import FlowRollout, Wants
 
 _ADAM_BYTES = 16  # a float32 master weight, its gradient and two moments
@@ -61,12 +56,12 @@ def plan(cfg: RunConfig) -> Plan:
     """Raises ConfigError or ModelError for what could not run."""
     wants = checks.join(cfg)
     checks.models(cfg)
-    if local_data(cfg.task):
+    if cfg.task.local:
         next(cfg.task.prompts("train", cfg.seed, 0))  # a missing or malformed file is found here
-    acting = flow_sampler(cfg)
-    pixels = acting.pixels if acting else 0
+    pixels = cfg.sampler.generation.pixels
     student = size_of(cfg.learner.model, "learner.model", pixels)
-    teachers = {name: size for name, teacher in cfg.teachers.items() if (size := _teacher_size(name, teacher, student, pixels))}
+    sizes = {name: teacher.size(f"teachers.{name}", student, pixels) for name, teacher in cfg.teachers.items()}
+    teachers = {name: size for name, size in sizes.items() if size is not None}
     attempts = cfg.prompts_per_step * cfg.group_size
     limits = [cfg.draw(step).length for step in range(cfg.steps)]
     positions = sum(attempts * limit for limit in limits)
@@ -79,22 +74,15 @@ def plan(cfg: RunConfig) -> Plan:
         attempts_per_step=attempts,
         student=student,
         teachers=teachers,
-        memory_bytes=_memory(student, _held(cfg, teachers), full=getattr(cfg.learner, "lora", None) is None),
+        memory_bytes=_memory(student, _held(cfg, teachers), full=cfg.learner.trains_all),
         training_positions=(min(limits, default=0), max(limits, default=0)),
         evaluation_positions=cfg.evaluation_positions,
         positions_at_most=positions,
         position="denoising step" if flows else "token",
-        flops_at_most=_flops(cfg, student, teachers, _computed(cfg, positions)),
+        flops_at_most=_flops(cfg, student, teachers, int(positions * cfg.sampler.computed_share)),
         wants=wanted(wants, _WANTED_OF_FLOWS if flows else _WANTED),
         warnings=[*checks.warnings(cfg), *lengths.cut_by_window(cfg, student.context_tokens)],
     )
-
-
-def _teacher_size(name: str, teacher: Any, student: Size, pixels: int) -> Size | None:
-    """None for a teacher of another process; one that is the student holds its weights once more, in float32."""
-    if isinstance(teacher, Own):
-        return replace(student, stored_bytes=None if student.parameters is None else student.parameters * _FROZEN_BYTES)
-    return size_of(teacher.model, f"teachers.{name}.model", pixels) if "model" in vars(teacher) else None
 
 
 def wanted(wants: Wants, words: Mapping[str, str] = _WANTED) -> list[str]:
@@ -103,17 +91,10 @@ def wanted(wants: Wants, words: Mapping[str, str] = _WANTED) -> list[str]:
     return [words[name].format(value) for name, value in values if value]
 
 
-def local_data(task: Any) -> bool:
-    """False where the prompts would come from the hub: a plan downloads nothing."""
-    if isinstance(task, Mix):
-        return all(local_data(part) for part in task.parts.values())
-    return vars(task).get("path", "") is not None
-
-
 def _held(cfg: RunConfig, teachers: dict[str, Size]) -> list[Size]:
-    """The weights that teachers hold: flow teachers of one model share it, as adapters on it do."""
-    shared = {size.name: size for table, size in teachers.items() if isinstance(cfg.teachers[table], FlowTeacher)}
-    return [*shared.values(), *(size for table, size in teachers.items() if not isinstance(cfg.teachers[table], FlowTeacher))]
+    """The weights that teachers hold; those that share a model hold it once."""
+    shared = {size.name: size for table, size in teachers.items() if cfg.teachers[table].shares_weights}
+    return [*shared.values(), *(size for table, size in teachers.items() if not cfg.teachers[table].shares_weights)]
 
 
 def _memory(student: Size, teachers: list[Size], full: bool) -> int | None:
@@ -123,14 +104,6 @@ def _memory(student: Size, teachers: list[Size], full: bool) -> int | None:
         return None
     weights = student.parameters * (_ADAM_BYTES if full else _FROZEN_BYTES) + sum(count for count in known if count)
     return weights + max(size.beside_bytes for size in (student, *teachers))
-
-
-def _computed(cfg: RunConfig, positions: int) -> int:
-    """Positions as they cost: guidance takes two passes, and a picture that a teacher draws may take more steps than are learnt of it."""
-    acting = flow_sampler(cfg)
-    passes = 2 if acting and acting.guidance != 1 else 1
-    more = max(acting.eval_steps, cfg.sampler.times) / cfg.sampler.times if acting and isinstance(cfg.sampler, Drawn) else 1
-    return int(positions * passes * more)
 
 
 def _flops(cfg: RunConfig, student: Size, teachers: dict[str, Size], positions: int) -> float | None:

@@ -144,7 +144,7 @@ class Run:
         if self._tokenizer is None:
             from reflux.models import load_tokenizer
 
-            self._tokenizer = load_tokenizer(self.cfg.learner.model, "learner.model", self.cfg.learner.trust_remote_code)
+            self._tokenizer = load_tokenizer(self.cfg.learner.model, "learner.model", self.cfg.learner.student.trust_remote_code)
         return self._tokenizer
 
     @property

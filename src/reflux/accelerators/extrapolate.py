@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -13,11 +13,17 @@ from reflux.accelerators.base import AcceleratorPart
 from reflux.accelerators.score import Scoring
 from reflux.papers import Paper
 from reflux.parts import STRICT
+from reflux.tasks.base import JUDGED
+from reflux.teachers.names import tables_of, unless_known
+from reflux.types import FlowRollout
 
 if TYPE_CHECKING:
     from reflux.accelerators.extrapolate_engine import OpenExtrapolate
     from reflux.config import RunConfig
+    from reflux.reports.chart import Chart
+    from reflux.reports.recorded import Recorded
     from reflux.rundir import Run
+    from reflux.teachers.base import Teacher
 
 INCLUDE = ("attn", "attention", "mlp", "ffn", ".ff", "feed_forward")  # what common architectures call these modules
 Count = Annotated[int, Field(ge=1)]
@@ -49,6 +55,12 @@ class Extrapolate(AcceleratorPart):
     holds "attention"; we move no norms, embeddings or head.
     """
 
+    when: ClassVar[str] = (
+        "The teacher's direction shows early and steps are dear. After steps 1, 2, 4, 8, ... the run tries to jump ahead; "
+        "searches are in `searches.jsonl` and in the report. Scoring costs tokens: compare runs by FLOP too, and with a larger "
+        "learning rate. Without labels: `accelerator.score=minus_kl`."
+    )
+
     tries: Annotated[int, Field(ge=0)] = 5  # 0: never
     prompts: Count = 50  # fixed ones of the training split
     samples: Count = 1  # answers to each
@@ -65,6 +77,51 @@ class Extrapolate(AcceleratorPart):
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return (EFFOPD,)
+
+    def diagnostics(self, name: str, recorded: Recorded) -> Iterable[Chart]:
+        from reflux.reports.searches import read_searches, search_charts
+
+        return search_charts(read_searches(recorded.rows("searches")))
+
+    def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        if self.score == "accuracy":
+            if not cfg.task.judges:
+                yield (
+                    f'{where}.score = "accuracy" compares weights by the task\'s verdicts, and with its grader "none" nothing is ever '
+                    f'judged. {JUDGED}, or use score = "minus_kl".'
+                )
+            return
+        yield from unless_known(cfg, f"{where}.teacher", self.teacher)
+        for table in tables_of(cfg, self.teacher):
+            yield from self._asked(where, table, cfg.teachers[table])
+        if cfg.task.rollouts is FlowRollout and cfg.sampler.generation.grids and not cfg.sampler.generation.noise_level:
+            sampler = "sampler" if cfg.sampler.on_policy else "sampler.generate"
+            yield (
+                f'{where}.score = "minus_kl" takes the KL of steps that were drawn, and {sampler}.noise_level = 0 draws none: it is '
+                f'infinite. Use a noise_level above 0, such as 0.7, or score = "accuracy".'
+            )
+
+    def _asked(self, where: str, table: str, teacher: Teacher) -> Iterator[str]:
+        """What a teacher that scores candidates must not need."""
+        if teacher.follows:
+            yield (
+                f'{where}.score = "minus_kl" compares candidates with teachers.{table}, which follows the student. Name a teacher that '
+                f'stays, or use score = "accuracy".'
+            )
+        if teacher.context.min_group > self.samples:
+            yield (
+                f'{where}.score = "minus_kl" asks teachers.{table} about {self.samples} answer(s) to a prompt, and its context '
+                f"needs {teacher.context.min_group}. Raise {where}.samples."
+            )
+        if teacher.context.wants.reward:
+            yield (
+                f'{where}.score = "minus_kl" asks teachers.{table} about answers without verdicts, and its context sorts attempts by '
+                f'their verdicts. Use score = "accuracy", or name another teacher.'
+            )
+
+    def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        if not self.tries:
+            yield f"{where}.tries = 0: it never jumps."
 
     @property
     def scoring(self) -> Scoring:

@@ -218,7 +218,7 @@ def measure(model: Any, tokenizer: Any, spec: Spec) -> list[str]:
     made = f"{spec.steps} steps of {spec.batch} problems, seed {spec.seed}, {torch.get_num_threads()} thread(s)"
     lines = [f"{model.num_parameters():,} parameters, {made}"]
     exams: dict[str, Task] = {"held-out problems": spec.exam, "held-out problems two steps longer": replace(spec.exam, longer=2)}
-    if isinstance(spec.task, WordProblems) and spec.task != spec.exam:
+    if type(spec.task) is type(spec.exam) and spec.task != spec.exam:
         exams[f"held-out problems of the kind it was trained on ({difference(spec.task, spec.exam)})"] = spec.task
     exams |= dict(spec.also)
     for title, task in exams.items():
@@ -228,7 +228,7 @@ def measure(model: Any, tokenizer: Any, spec: Spec) -> list[str]:
     return lines
 
 
-def difference(task: WordProblems, exam: WordProblems) -> str:
+def difference(task: Any, exam: Any) -> str:
     """The settings in which what a model was trained on differs from what it is measured by."""
     return ", ".join(f"{key} = {value}" for key, value in asdict(task).items() if value != asdict(exam)[key])
 

@@ -1,7 +1,7 @@
 """One function joins the parts: it refuses what does not fit, in sentences, before any weight is loaded.
 
-Teachers declare what they offer, objectives what they accept, credit rules and contexts what they want. Each check is a sentence a user
-can act on; the modules of this package hold them by what they are about, each as `problems(cfg)`.
+Each part says by itself what a run must be for it (`Part.refusals`, `Part.advice`). The modules here hold the rules that no single part can
+know, by what they are about, each as `problems(cfg)`; they read what the protocols of the groups promise, and name no part that ships.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import reduce
 
-from reflux.checks import accelerators, credit, domains, objectives, sampling, teachers, verdicts
+from reflux.checks import accelerators, credit, domains, objectives, sampling, teachers
 from reflux.checks.advice import warnings
 from reflux.checks.inputs import inputs, models
 from reflux.config import RunConfig
 from reflux.errors import ConfigError
+from reflux.parts import within
 from reflux.types import Wants
 
 __all__ = ["inputs", "join", "models", "warnings"]
@@ -29,5 +30,7 @@ def join(cfg: RunConfig) -> Wants:
 
 
 def _problems(cfg: RunConfig) -> Iterator[str]:
-    for about in (domains, sampling, teachers, objectives, credit, verdicts, accelerators):
+    for about in (domains, sampling, teachers, objectives, credit, accelerators):
         yield from about.problems(cfg)
+    for where, _, part in within(cfg):
+        yield from part.refusals(where, cfg)

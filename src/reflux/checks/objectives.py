@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from reflux.checks.teachers import heard, offered, unknown
 from reflux.config import RunConfig
 from reflux.objectives.base import Objective
-from reflux.objectives.divergence import Divergence
-from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL
-from reflux.objectives.velocity_kl import VelocityKL
 from reflux.parts import kind_of
+from reflux.teachers.names import heard, offered, unknown
 from reflux.types import FlowRollout, HiddenTarget, SampledTarget, TopKTarget, VelocityTarget
 
 _SAID = {
@@ -24,7 +21,6 @@ _SAID = {
 def problems(cfg: RunConfig) -> Iterator[str]:
     for index, objective in enumerate(cfg.objectives):
         yield from _objective(cfg, f"objectives[{index}]", objective)
-    yield from _groups(cfg)
     yield from _variance(cfg)
 
 
@@ -45,45 +41,26 @@ def _objective(cfg: RunConfig, where: str, objective: Objective) -> Iterator[str
 
 
 def _called(objective: Objective) -> str:
-    """An objective's kind, with the field that decides what it needs of its teacher."""
+    """An objective's kind, with the key that decides what it needs of its teacher."""
     kind = kind_of("objectives", objective)
-    if isinstance(objective, SampledKL) and objective.baseline != "none":
-        return f'{kind} with baseline = "{objective.baseline}"'
-    if isinstance(objective, Divergence) and objective.support != "full":
-        return f'{kind} with support = "{objective.support}"'
-    return kind
+    return f"{kind} with {objective.setting}" if objective.setting else kind
 
 
 def _remedy(cfg: RunConfig, objective: Objective) -> str:
-    if cfg.learner.rollouts is FlowRollout:
-        return 'For pictures use kind = "velocity_kl"'
-    if isinstance(objective, VelocityKL):
-        return 'It compares models that draw pictures; for texts use kind = "divergence" or "sampled_kl"'
-    if isinstance(objective, SampledKL):
-        return 'Use baseline = "none", or "leave_one_out" in groups, or a local teacher'
-    return 'Use support = "teacher" where the teacher gives a list, kind = "sampled_kl" where it gives log-probs, or a local teacher'
-
-
-def _groups(cfg: RunConfig) -> Iterator[str]:
-    for index, objective in enumerate(cfg.objectives):
-        if isinstance(objective, SampledKL) and objective.baseline in GROUP_BASELINES and cfg.group_size < 2:
-            yield (
-                f'objectives[{index}]: baseline = "{objective.baseline}" compares attempts at one prompt: it needs group_size >= 2, got '
-                f'{cfg.group_size}. Raise group_size, or use baseline = "kl", which needs no siblings.'
-            )
+    return 'For pictures use kind = "velocity_kl"' if cfg.learner.rollouts is FlowRollout else objective.remedy
 
 
 def _variance(cfg: RunConfig) -> Iterator[str]:
     if not cfg.log_variance:
         return
-    sampled = [(index, objective) for index, objective in enumerate(cfg.objectives) if isinstance(objective, SampledKL)]
+    sampled = [(index, objective) for index, objective in enumerate(cfg.objectives) if objective.samples]
     if not sampled:
         yield (
             'log_variance = true measures the noise of the sampled gradient, and no objective samples one. Use kind = "sampled_kl", or '
             "log_variance = false."
         )
     for index, objective in sampled:
-        offers = offered(cfg, objective.teacher)
+        offers = offered(cfg, objective.teacher) if objective.teacher else set()
         if offers and HiddenTarget not in offers:
             yield (
                 f"log_variance = true needs the whole distribution of every teacher a sampled_kl listens to, but objectives[{index}] "

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from reflux.config import RunConfig
-from reflux.objectives.divergence import Divergence
-from reflux.objectives.outcome import Outcome
-from reflux.objectives.sampled_kl import SampledKL
 from reflux.parts import kind_of
 from reflux.types import FlowRollout, TokenRollout
 
@@ -41,17 +38,5 @@ def _sampling(cfg: RunConfig) -> Iterator[str]:
                 f"{name} weighs what was chosen by the student's own probabilities, but sampler '{kind}' gives answers it did not draw. "
                 f"Use {'velocity_kl' if sampler.rollouts is FlowRollout else 'nll or divergence'}."
             )
-        if isinstance(objective, Divergence) and objective.ratio != "none" and not sampler.on_policy:
-            yield (
-                f"{name} with ratio = \"{objective.ratio}\" divides by the probability the sampler drew with, but sampler '{kind}' gives "
-                f'answers it did not draw. Use ratio = "none".'
-            )
-        if isinstance(objective, SampledKL | Outcome) and cfg.max_lag and objective.ratio == "none":
-            yield (
-                f'{name} with ratio = "none" is biased on attempts of an older student, and max_lag is {cfg.max_lag}. '
-                f'Use ratio = "{"clip" if isinstance(objective, Outcome) else "truncated"}".'
-            )
         if objective.teacher is None and not objective.takes_shift and sampler.on_policy and sampler.rollouts is TokenRollout:
             yield f"{name} on the student's own attempts has an expected gradient of zero. Use sampler 'stored', or another objective."
-    if not sampler.on_policy and sampler.rollouts is TokenRollout and "prefix" in {kind_of("credit", rule) for rule in cfg.credit.values()}:
-        yield "credit.prefix: cutting answers the student did not write teaches it never to end (arXiv 2602.15260). Use sampler 'hf'."

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from reflux.config import RunConfig
-from reflux.evals.agreement import Agreement
-from reflux.evals.teacher_accuracy import TeacherAccuracy, measured
 from reflux.teachers.base import spoken_name
-from reflux.types import FlowRollout, SampledTarget, Target, TopKTarget, VelocityTarget
+from reflux.teachers.names import heard, tables_of
 
 
 def problems(cfg: RunConfig) -> Iterator[str]:
@@ -20,7 +18,6 @@ def problems(cfg: RunConfig) -> Iterator[str]:
     for name, tables in names.items():
         yield from _shared(cfg, name, tables)
     yield from _unserved(cfg)
-    yield from _measured(cfg)
 
 
 def _context(cfg: RunConfig, table: str) -> Iterator[str]:
@@ -66,39 +63,3 @@ def _unserved(cfg: RunConfig) -> Iterator[str]:
                 f"route to a table, or take `routes` away from one: it then answers every prompt."
             )
             return
-
-
-def _measured(cfg: RunConfig) -> Iterator[str]:
-    """Evaluations that speak of a teacher find it."""
-    for name, evaluation in cfg.evals.items():
-        where = f"evals.{name}.teacher"
-        if isinstance(evaluation, Agreement) and cfg.teachers and evaluation.teacher not in heard(cfg):
-            yield unknown(cfg, where, evaluation.teacher)
-        if isinstance(evaluation, TeacherAccuracy) and cfg.teachers and not measured(cfg, evaluation.teacher):
-            known = ", ".join(sorted({*cfg.teachers, *heard(cfg)}))
-            yield f"{where} names one table, or what several answer as, and there is no '{evaluation.teacher}'. Known: {known}."
-
-
-def heard(cfg: RunConfig) -> set[str]:
-    """The names teachers answer under."""
-    return {spoken_name(table, teacher) for table, teacher in cfg.teachers.items()}
-
-
-def tables_of(cfg: RunConfig, name: str) -> list[str]:
-    """The tables that answer under a name."""
-    return [table for table, teacher in cfg.teachers.items() if spoken_name(table, teacher) == name]
-
-
-def unknown(cfg: RunConfig, where: str, name: str, or_said: bool = False) -> str:
-    """A sentence about a teacher that is not there; or_said: the student as it acted would do."""
-    said = ", and 'said' (the student as it acted)" if or_said else ""
-    known = f"Known: {', '.join(sorted(heard(cfg)))}{said}." if cfg.teachers else f"Add a [teachers.{name}] table."
-    return f"{where}: there is no teacher '{name}'. {known}"
-
-
-def offered(cfg: RunConfig, name: str) -> set[type[Target]]:
-    """What the tables behind a teacher name all offer; "said" is what the sampler recorded."""
-    if name == "said":
-        return {VelocityTarget} if cfg.sampler.rollouts is FlowRollout else {TopKTarget, SampledTarget}
-    tables = tables_of(cfg, name)
-    return set.intersection(*(set(cfg.teachers[table].offers) for table in tables)) if tables else set()

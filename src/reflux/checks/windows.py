@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any
 
 from reflux.config import RunConfig
-from reflux.contexts.peers import Peers
+from reflux.context import StudentSpec
+from reflux.contexts.base import Context
 from reflux.model_files import size_of
 from reflux.models import load_tokenizer
-from reflux.samplers.hf import HF
-from reflux.samplers.stored import Stored
-from reflux.teachers.local import Local
 from reflux.tokens import Renderer
 
 _PROMPTS = 64  # of the training prompts, asked for their length
@@ -26,24 +23,23 @@ def problems(cfg: RunConfig) -> Iterator[str]:
     files are not here yet is not checked. Imports transformers where a teacher is shown other attempts.
     """
     for table, teacher in cfg.teachers.items():
-        if isinstance(teacher.context, Peers):
-            yield from _too_narrow(cfg, table, teacher)
+        reader = teacher.reader(cfg.learner.student)
+        if reader is not None and teacher.context.min_group > 1:
+            path = "learner.model" if teacher.is_student else f"teachers.{table}.model"
+            yield from _too_narrow(cfg, table, teacher.context, reader, path)
 
 
-def _too_narrow(cfg: RunConfig, table: str, teacher: Any) -> Iterator[str]:
-    part, path = (teacher, f"teachers.{table}.model") if isinstance(teacher, Local) else (cfg.learner, "learner.model")
-    window = size_of(part.model, path).context_tokens
+def _too_narrow(cfg: RunConfig, table: str, context: Context, reader: StudentSpec, path: str) -> Iterator[str]:
+    window = size_of(reader.model, path).context_tokens
     if window is None:
         return
-    sampler = cfg.sampler.generate if isinstance(cfg.sampler, Stored) else cfg.sampler
-    asks = teacher if isinstance(teacher, Local) else sampler if isinstance(sampler, HF) else HF()
-    tokenizer = load_tokenizer(part.model, path, part.trust_remote_code)
-    limit = sampler.max_prompt_tokens if isinstance(sampler, HF) else 0
-    prompt = limit or _longest_prompt(cfg, Renderer(tokenizer, asks.system, asks.template))
+    tokenizer = load_tokenizer(reader.model, path, reader.trust_remote_code)
+    limit = cfg.sampler.generation.max_prompt_tokens
+    prompt = limit or _longest_prompt(cfg, Renderer(tokenizer, reader.system, reader.template))
     whose = "sampler.max_prompt_tokens" if limit else f"the longest of the first {_PROMPTS}"
 
     def added(longest: int) -> int:
-        return teacher.context.most_added(longest, lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))
+        return context.most_added(longest, lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))
 
     def needed(longest: int) -> int:
         return prompt + added(longest) + longest - 1  # nothing is asked about what follows the last token

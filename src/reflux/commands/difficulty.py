@@ -26,9 +26,8 @@ from reflux.evals.accuracy import HELD_OUT_SEED
 from reflux.files import append_lines, jsonable, keep_lines, read_lines, write_text
 from reflux.rundir import Options, Run
 from reflux.tasks.base import Split, Task
-from reflux.tasks.difficulty import FIRST, Counted, as_line, copies_of, grader_of, measured, repeated, training_prompts
+from reflux.tasks.difficulty import FIRST, Counted, as_line, copies_of, measured, repeated, training_prompts
 from reflux.tasks.jsonl import Jsonl
-from reflux.tasks.mix import Mix
 from reflux.types import Draw, FlowRollout, Prompt, Wants
 
 if TYPE_CHECKING:
@@ -121,7 +120,7 @@ async def _student(cfg: RunConfig, run: Run) -> AsyncIterator[OpenSampler]:
 def _balanced(folder: Path, task: Task) -> Jsonl:
     """The task `jsonl` on what was written; every key is set, so nothing of the old task is left. What changes is said."""
     held_out = {split: _held_out(folder / f"{split}.jsonl", task, split) for split in ("validation", "test")}
-    grader, pictures = grader_of(task), task.rollouts is FlowRollout
+    grader, pictures = task.judge, task.rollouts is FlowRollout
     otherwise = "none" if pictures else "math"
     where = f"note: {folder / 'recipe.toml'}"
     if grader is None:
@@ -130,7 +129,7 @@ def _balanced(folder: Path, task: Task) -> Jsonl:
             f'For another judge set task.grader="my_module:function"',
             **NOTE,
         )
-    if type(task) is Mix:
+    if task.mixes:
         console.print(f"{where} asks each line once an epoch; the weights of the mix are gone", **NOTE)
     return Jsonl(
         path=str(folder / "prompts.jsonl"),

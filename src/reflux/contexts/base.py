@@ -37,15 +37,15 @@ def retold(messages: tuple[Message, ...], tell: Callable[[str], str]) -> tuple[M
 class ContextPart(Part, Protocol):
     """What a context inherits: the defaults of what it may leave unsaid."""
 
-    adds_words: ClassVar[bool] = False  # True where it tells the teacher more than the student was told
+    adds_words: ClassVar[bool] = True  # False where the teacher is told no word more than the student was
 
-    def most_added(self, longest: int, count: Callable[[str], int]) -> int | None:
-        """Tokens it adds to a prompt at most: `longest` tokens an attempt, `count` of a text's tokens. None: not known beforehand."""
-        return None
+    def most_added(self, longest: int, count: Callable[[str], int]) -> int:
+        """Tokens that showing other attempts adds to a prompt at most: `longest` tokens an attempt, `count` of a text's tokens."""
+        return 0
 
 
 class Context(ContextPart, Protocol):
-    min_group: int
+    min_group: ClassVar[int]  # attempts per prompt it needs
 
     @property
     def wants(self) -> Wants: ...

@@ -55,6 +55,14 @@ class Peers(ContextPart):
     judged attempts of the group: it falls where students learn to copy). arXiv 2605.12652 (MR-OPD).
     """
 
+    when: ClassVar[str] = (
+        "There is a verifier, no better model, and a model that can use what it reads. A frozen reader may teach another "
+        'student instead: `learner.model=reflux:student` with `teachers.main={kind="local", model="reflux:reader", '
+        'context={kind="peers"}}`. Every prompt needs its group; where all attempts fail and none is shown, nothing is taught. '
+        "With models from the hub raise `sampler.max_prompt_tokens` or lower `teachers.main.context.peer_tokens` so that "
+        "problem, peers and answer fit the window."
+    )
+
     successes: int = 2
     failures: int = 1
     threshold: float = 0.5

@@ -16,6 +16,7 @@ class Same(ContextPart):
     """The student's own prompt, nothing added (plain on-policy distillation)."""
 
     min_group: ClassVar[int] = 1
+    adds_words: ClassVar[bool] = False
 
     @property
     def wants(self) -> Wants:

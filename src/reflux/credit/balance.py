@@ -40,7 +40,7 @@ class Balance(CreditPart):
     ratio: Annotated[float | Literal["none"], BeforeValidator(_named)] = 1.0
     threshold: float = 0.5
 
-    shifts: ClassVar[bool] = False
+    shifts = False
     min_group: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
@@ -51,6 +51,10 @@ class Balance(CreditPart):
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return (UNI_OPD,)
+
+    def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        if self.ratio != "none" and cfg.normalise == "kept":
+            yield f'{where} under normalise = "kept": the attempts that stay count for more; see "rollout_means".'
 
     @property
     def wants(self) -> Wants:

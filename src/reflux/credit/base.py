@@ -7,14 +7,28 @@ is pure: what it must draw, it draws from `moment.dice(...)`.
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from reflux.part import Part
 from reflux.types import Group, Moment, Share, Wants
 
+if TYPE_CHECKING:
+    from reflux.reports.chart import Chart
+    from reflux.reports.recorded import Recorded
+
 
 class CreditPart(Part, Protocol):
-    """What a credit rule inherits."""
+    """What a credit rule inherits: the defaults of what it may leave unsaid."""
+
+    def diagnostics(self, name: str, recorded: Recorded) -> Iterable[Chart]:
+        """What metrics.jsonl has of it, by step: its notes that are plain numbers, its mean factor, its mean shift where it gave one."""
+        from reflux.reports.chart import step_chart
+
+        found = recorded.metrics("credit", name)
+        notes = {key: points for key, points in found.items() if key != "shift_mean" or any(shift for _, shift in points)}
+        if notes:
+            yield step_chart(f"credit.{name}: its notes by step", "mean over attempts", notes)
 
 
 class Credit(CreditPart, Protocol):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from pydantic.dataclasses import dataclass
 
+from reflux.credit import margin_rules
 from reflux.credit.base import CreditPart
 from reflux.credit.log_ratio import Side, log_ratio_T
 from reflux.papers import Paper
@@ -49,6 +50,12 @@ class Margin(CreditPart):
     minmax and lift, whose runs are mean and spread; its failed teacher calls count as G = 0, here they count nowhere.
     """
 
+    when: ClassVar[str] = (
+        "There are a verifier, groups of attempts, and one teacher or one for each route of the prompts. `reflux difficulty` "
+        "balances the prompts beforehand. The metrics say how often a group is mixed and how often it is shifted "
+        "(`mixed_fraction`, `shifted_fraction`), and what each teacher was asked (`asked`)."
+    )
+
     delta: float = 0.4
     mode: Literal["mean", "minmax"] = "mean"
     direction: Literal["spread", "lift", "down"] = "spread"
@@ -71,6 +78,13 @@ class Margin(CreditPart):
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return (UNI_OPD,)
+
+    def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        return margin_rules.refusals(self, where, cfg)
+
+    def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        if self.student == "behaviour" and cfg.max_lag:
+            yield f'{where}: student = "behaviour" compares with the student as it was up to {cfg.max_lag} steps ago; see "now".'
 
     @property
     def shifts(self) -> bool:

@@ -42,7 +42,7 @@ class Outcome(CreditPart):
     normalise_std: bool = False
     std_floor: float = 1e-6
 
-    shifts: ClassVar[bool] = True
+    shifts = True
     min_group: ClassVar[int] = 2
 
     def __post_init__(self) -> None:

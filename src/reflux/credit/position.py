@@ -24,7 +24,7 @@ class Position(CreditPart):
 
     factor: PositionNumber
 
-    shifts: ClassVar[bool] = False
+    shifts = False
     min_group: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

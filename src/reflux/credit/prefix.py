@@ -12,7 +12,7 @@ from reflux.credit.base import CreditPart
 from reflux.papers import Paper
 from reflux.parts import STRICT
 from reflux.schedules import Number, at, number
-from reflux.types import Attempt, Group, Moment, Share, Wants
+from reflux.types import Attempt, Group, Moment, Share, TokenRollout, Wants
 
 if TYPE_CHECKING:
     from reflux.config import RunConfig
@@ -34,7 +34,7 @@ class Prefix(CreditPart):
     length: Number
     start: int = 0
 
-    shifts: ClassVar[bool] = False
+    shifts = False
     min_group: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -46,6 +46,10 @@ class Prefix(CreditPart):
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return (PREFIX_OPD,)
+
+    def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        if not cfg.sampler.on_policy and cfg.sampler.rollouts is TokenRollout:
+            yield f"{where}: cutting answers the student did not write teaches it never to end (arXiv 2602.15260). Use sampler 'hf'."
 
     @property
     def wants(self) -> Wants:

@@ -15,11 +15,14 @@ from reflux.credit.change_point import Split, best_split, candidate_margin, chan
 from reflux.credit.segments import Way, segments_of
 from reflux.metrics import Max, Quantiles
 from reflux.papers import Paper
-from reflux.parts import STRICT
+from reflux.parts import STRICT, kind_of
+from reflux.teachers.names import tables_of, unless_known
 from reflux.types import Attempt, Group, Moment, Share, TokenRollout, TopKTarget, Wants
 
 if TYPE_CHECKING:
     from reflux.config import RunConfig
+    from reflux.reports.chart import Chart
+    from reflux.reports.recorded import Recorded
 
 __all__ = ["Release", "candidate_margin", "change_point", "segment_scores"]
 
@@ -51,6 +54,12 @@ class Release(CreditPart):
     (here one attempt), what happens without a step (here plain distillation); `min_gain` 0 is the rule as written, its counts use 6.
     """
 
+    when: ClassVar[str] = (
+        "Answers are long and the teacher is much the stronger. Late tokens are released where it no longer tells the student's "
+        "candidates apart; the metrics say how often. With text of sentences (`base=hub`) set "
+        "`credit.release.segments=sentences`."
+    )
+
     k: Annotated[int, Field(ge=2)] = 4  # candidates: the student's likeliest tokens
     min_segments: Annotated[int, Field(ge=1)] = 8  # an attempt with fewer is never released
     min_side: Annotated[int, Field(ge=1)] = 3  # segments on either side of the step, at least
@@ -60,7 +69,7 @@ class Release(CreditPart):
     candidates: Literal["said", "now"] = "said"
     teacher: str = "main"
 
-    shifts: ClassVar[bool] = False
+    shifts = False
     min_group: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -69,6 +78,31 @@ class Release(CreditPart):
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return (RELEASE,)
+
+    def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        if self.rescale and cfg.normalise == "kept":
+            yield (
+                f'{where}: rescale gives every attempt the mass of its full length, and normalise = "kept" divides by the kept positions: '
+                f'the release would count twice. Use normalise = "chosen" or "rollout_means", or {where}.rescale = false.'
+            )
+        yield from unless_known(cfg, f"{where}.teacher", self.teacher)
+        for table in tables_of(cfg, self.teacher):
+            if not cfg.teachers[table].at_ids:
+                yield (
+                    f"{where} needs the teacher's log-probs at the student's {self.k} likeliest tokens, but teachers.{table} answers with "
+                    f"a list of its own: a token missing from it has an unknown probability, not a low one. Use a teacher that answers at "
+                    f"given ids, such as a local one."
+                )
+        if self.candidates == "said" and not cfg.sampler.on_policy:
+            yield (
+                f"{where} looks at the tokens the student was about to choose, and this sampler ('{kind_of('samplers', cfg.sampler)}') "
+                f"gives answers it did not write. Use candidates = \"now\", or sampler 'hf'."
+            )
+
+    def diagnostics(self, name: str, recorded: Recorded) -> Iterable[Chart]:
+        from reflux.reports.release import release_chart
+
+        return (release_chart(name, recorded.rows("attempts")),)
 
     @property
     def wants(self) -> Wants:

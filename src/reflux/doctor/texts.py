@@ -13,7 +13,6 @@ from reflux.doctor.finding import Finding
 from reflux.models import head_gap, load_tokenizer
 from reflux.rundir import Run
 from reflux.teachers.base import TeacherRequest
-from reflux.teachers.own import Own
 from reflux.tokens import check_same_tokens, end_ids
 from reflux.types import Group, Wants
 
@@ -28,9 +27,10 @@ def before(cfg: RunConfig) -> Iterator[Finding]:
     if student.chat_template is None:
         yield Finding("warning", "chat template", "the student's tokenizer has none: messages are joined by newlines, as for a base model")
     for name, teacher in cfg.teachers.items():
-        if isinstance(teacher, Own):
-            continue  # the student's own
-        tokenizer = load_tokenizer(teacher.model, f"teachers.{name}.model")
+        reader = None if teacher.is_student else teacher.reader(cfg.learner.student)
+        if reader is None:
+            continue  # the student's own, or one elsewhere
+        tokenizer = load_tokenizer(reader.model, f"teachers.{name}.model", reader.trust_remote_code)
         check_same_tokens(student, tokenizer, name)
         yield Finding("ok", "tokenizers", f"teacher '{name}' and the student share one map of {len(tokenizer)} tokens")
         ours, theirs = set(ends), set(end_ids(tokenizer))

@@ -166,11 +166,7 @@ def _averaged(name: str, values: Sequence[float], seed: int, *, share: bool = Fa
 
 def _by_kind(run: Run, problems: list[Graded]) -> Iterator[tuple[str, list[Graded]]]:
     """The problems by part of a mix and by route, each only where there are several."""
-    from reflux.tasks.mix import Mix
-
-    kinds: list[Callable[[Prompt], str | None]] = [lambda prompt: prompt.route]
-    if isinstance(run.task, Mix):
-        kinds.insert(0, run.task.part_of)
+    kinds: list[Callable[[Prompt], str | None]] = [run.task.part_of, lambda prompt: prompt.route]
     for kind in kinds:
         sorted_by: dict[str, list[Graded]] = {}
         for graded in problems:

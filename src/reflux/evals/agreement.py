@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,10 +15,12 @@ from reflux.evals.kinds import kind_of
 from reflux.parts import STRICT
 from reflux.statistics import clustered_mean
 from reflux.tasks.base import Split
+from reflux.teachers.names import unless_known
 from reflux.together import together
 from reflux.types import Attempt, Draw, Rollout, SampledTarget, TokenRollout
 
 if TYPE_CHECKING:
+    from reflux.config import RunConfig
     from reflux.heads import Heads
     from reflux.learners.base import OpenLearner
     from reflux.rundir import Run
@@ -54,6 +57,9 @@ class Agreement(EvalPart):
     def __post_init__(self) -> None:
         if min(self.prompts, self.bins, self.max_tokens or 1) < 1:
             raise ValueError("prompts, bins and max_tokens must be at least 1")
+
+    def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        return unless_known(cfg, f"{where}.teacher", self.teacher) if cfg.teachers else ()
 
     async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
         prompts = list(islice(run.task.prompts(self.split, HELD_OUT_SEED), self.prompts))

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from reflux.config import RunConfig
     from reflux.learners.base import OpenLearner
+    from reflux.reports.chart import Chart
+    from reflux.reports.recorded import Recorded
     from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
     from reflux.teachers.collection import Teachers
@@ -63,8 +65,8 @@ class Foresight(EvalPart):
     """
 
     once: ClassVar[bool] = False
-    split: ClassVar[None] = None
-    max_tokens: ClassVar[None] = None
+    split = None
+    max_tokens = None
 
     percent: Annotated[float, Field(gt=0, le=100)] = 1.0
     k: Annotated[int, Field(ge=1)] = K
@@ -72,6 +74,11 @@ class Foresight(EvalPart):
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return (EFFOPD,)
+
+    def diagnostics(self, name: str, recorded: Recorded) -> Iterable[Chart]:
+        from reflux.reports.foresight import foresight_charts, read_spectra
+
+        return foresight_charts(read_spectra(recorded.rows("evals")))
 
     async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
         """The table. ConfigError where `include` matches no matrix, RunError where the start weights are not there."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,8 +12,8 @@ from reflux.evals.accuracy import Accuracy, Graded
 from reflux.evals.base import EvalPart
 from reflux.parts import STRICT
 from reflux.tasks.base import Split
-from reflux.teachers.base import Teacher, spoken_name
-from reflux.teachers.own import Own
+from reflux.teachers.base import Teacher
+from reflux.teachers.names import heard, measured
 from reflux.types import FlowRollout, Prompt, Rollout, TokenRollout
 
 if TYPE_CHECKING:
@@ -45,12 +45,17 @@ class TeacherAccuracy(EvalPart):
     def __post_init__(self) -> None:
         self._accuracy()
 
+    def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        if cfg.teachers and not measured(cfg, self.teacher):
+            known = ", ".join(sorted({*cfg.teachers, *heard(cfg)}))
+            yield f"{where}.teacher names one table, or what several answer as, and there is no '{self.teacher}'. Known: {known}."
+
     async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
         """ValueError where there is no such teacher, or its table names no model."""
         asked, tables = self._accuracy(), measured(run.cfg, self.teacher)
         if not tables:
             raise _without_model(self.teacher)
-        if any(isinstance(run.cfg.teachers[table], Own) for table in tables):
+        if any(run.cfg.teachers[table].is_student for table in tables):
             return {"accuracy": None, "low": None, "high": None, "problems": 0, "split": self.split}
         found: dict[int, Graded] = {}  # by the place of the problem
         prompts = asked.prompts(run)
@@ -63,12 +68,6 @@ class TeacherAccuracy(EvalPart):
 
     def _accuracy(self) -> Accuracy:
         return Accuracy(problems=self.problems, max_tokens=self.max_tokens, split=self.split, examples=self.examples)
-
-
-def measured(cfg: RunConfig, teacher: str) -> list[str]:
-    """The tables that answer as `teacher`, where there are several; else the one table of that name or that answers so; else none."""
-    spoken = [table for table, part in cfg.teachers.items() if spoken_name(table, part) == teacher]
-    return [teacher] if teacher in cfg.teachers and len(spoken) < 2 else spoken
 
 
 def _serves(cfg: RunConfig, table: str, prompt: Prompt) -> bool:

@@ -19,6 +19,7 @@ from reflux.types import Group, Rollout, Target
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from reflux.context import StudentSpec
     from reflux.learners.access import WeightAccess
     from reflux.models import Model
     from reflux.rundir import Run
@@ -80,6 +81,15 @@ class LearnerPart(Part, Protocol):
 
 class Learner(LearnerPart, Protocol):
     rollouts: ClassVar[type[Rollout]]  # what it learns from
-    model: str
+
+    @property
+    def model(self) -> str:
+        """What the student begins as: a folder, a hub id, an earlier run directory."""
+        ...
+
+    @property
+    def student(self) -> StudentSpec:
+        """The student by name, and how it is spoken to."""
+        ...
 
     def open(self, run: Run) -> AbstractAsyncContextManager[OpenLearner]: ...

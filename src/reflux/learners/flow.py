@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from reflux.context import StudentSpec
+from reflux.flows.adapter_folders import adapter_file, adapter_folder, on_hub
 from reflux.learners.base import LearnerPart
 from reflux.learners.hf import LORA, Positive
+from reflux.model_folders import look_for_flow
 from reflux.papers import Paper
 from reflux.parts import STRICT
 from reflux.schedules import Number, number
@@ -99,6 +102,27 @@ class Flow(LearnerPart):
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return (RECTIFIED_FLOW,) if self.lora is None else (LORA, RECTIFIED_FLOW)
+
+    @property
+    def student(self) -> StudentSpec:
+        return StudentSpec(self.model)
+
+    def inputs(self, where: str) -> None:
+        look_for_flow(self.model, f"{where}.model", "hf")
+        if self.adapter is not None and not on_hub(self.adapter):
+            adapter_file(self.adapter, f"{where}.adapter")
+        for index, name in enumerate(self.merge.models if self.merge else ()):
+            place = f"{where}.merge.models[{index}]"
+            if on_hub(name) or adapter_folder(name, place) is None:
+                look_for_flow(name, place, "hf")
+
+    @property
+    def trains_all(self) -> bool:
+        return self.lora is None
+
+    @property
+    def averages(self) -> bool:
+        return self.average is not None
 
     def open(self, run: Run) -> AbstractAsyncContextManager[Any]:
         from reflux.learners.flow_engine import FlowLearner

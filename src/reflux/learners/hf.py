@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from reflux.context import StudentSpec
 from reflux.learners.base import LearnerPart
+from reflux.model_folders import look_for_text
 from reflux.papers import Paper
 from reflux.parts import STRICT
 from reflux.schedules import Number, number
@@ -69,6 +71,17 @@ class HF(LearnerPart):
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return () if self.lora is None else (LORA,)
+
+    @property
+    def student(self) -> StudentSpec:
+        return StudentSpec(self.model, trust_remote_code=self.trust_remote_code)
+
+    def inputs(self, where: str) -> None:
+        look_for_text(self.model, f"{where}.model")
+
+    @property
+    def trains_all(self) -> bool:
+        return self.lora is None
 
     def open(self, run: Run) -> AbstractAsyncContextManager[Any]:
         from reflux.learners.hf_engine import HFLearner

@@ -44,6 +44,11 @@ class ObjectivePart(Part, Protocol):
     )
 
     @property
+    def reverse_kl(self) -> bool:
+        """True where its gradient is that of the reverse KL to its teacher, so that shifts beside it may take the log-ratio out again."""
+        return False
+
+    @property
     def setting(self) -> str:
         """The key that decides what it needs of its teacher, as it is written in a recipe; "" where none does."""
         return ""

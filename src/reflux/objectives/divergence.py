@@ -9,10 +9,10 @@ from pydantic.dataclasses import dataclass
 
 from reflux.objectives.base import ObjectivePart, Rows
 from reflux.objectives.ratio import above_cap, check_ratio, truncated_ratio
-from reflux.objectives.ratio_rules import ratio_papers
+from reflux.objectives.ratio_rules import idle, ratio_papers
 from reflux.objectives.sampled_kl import check_coef
 from reflux.papers import Paper
-from reflux.parts import STRICT
+from reflux.parts import STRICT, kind_of
 from reflux.types import HiddenTarget, Target, TopKTarget, Wants
 
 if TYPE_CHECKING:
@@ -100,6 +100,29 @@ class Divergence(ObjectivePart):
         if self.divergence == "tv":
             yield FDISTILL
         yield from ratio_papers(self.ratio, cfg.max_lag)
+
+    def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        if self.ratio != "none" and not cfg.sampler.on_policy:
+            yield (
+                f'{where}: {kind_of("objectives", self)} with ratio = "{self.ratio}" divides by the probability the sampler drew with, '
+                f"but sampler '{kind_of('samplers', cfg.sampler)}' gives answers it did not draw. Use ratio = \"none\"."
+            )
+
+    def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        at_work = {"k": (self.support != "full", "support = 'full'"), "ratio_cap": (self.ratio == "truncated", "ratio = 'none'")}
+        yield from idle(self, where, at_work)
+        if self.tail == "renormalised":
+            yield f'{where}: tail = "renormalised" drops the mass outside the list, so the optimum moves; tail = "bucket" keeps it.'
+        if self.ratio != "none" and not cfg.max_lag:
+            yield f'{where}: ratio = "{self.ratio}" at max_lag = 0 is 1 up to rounding; ratio = "none" is the same for less.'
+
+    @property
+    def setting(self) -> str:
+        return "" if self.support == "full" else f'support = "{self.support}"'
+
+    @property
+    def reverse_kl(self) -> bool:
+        return self.divergence == "reverse"
 
     @property
     def accepts(self) -> tuple[type[Target], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
@@ -9,10 +10,12 @@ from pydantic.dataclasses import dataclass
 from reflux.objectives.base import ObjectivePart, Rows
 from reflux.objectives.sampled_kl import check_coef
 from reflux.parts import STRICT
-from reflux.types import Target, Wants
+from reflux.types import FlowRollout, Wants
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from reflux.config import RunConfig
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -25,12 +28,19 @@ class NLL(ObjectivePart):
 
     coef: float = 1.0
 
-    teacher: ClassVar[None] = None
+    teacher = None
     takes_shift: ClassVar[bool] = False
-    accepts: ClassVar[tuple[type[Target], ...]] = ()
+    accepts = ()
 
     def __post_init__(self) -> None:
         check_coef(self.coef)
+
+    def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        if cfg.task.rollouts is FlowRollout:
+            yield (
+                f"{where} ('nll') learns the tokens of given answers, and pictures have none. To learn from given pictures use kind = "
+                f'"velocity_kl" with teacher = "said" and weight = "mse", and sampler.kind = "drawn".'
+            )
 
     @property
     def wants(self) -> Wants:

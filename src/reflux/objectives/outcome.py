@@ -9,11 +9,11 @@ from pydantic.dataclasses import dataclass
 
 from reflux.objectives.base import ObjectivePart, Rows
 from reflux.objectives.ratio import check_ratio, outside, score_cost
-from reflux.objectives.ratio_rules import ratio_papers
+from reflux.objectives.ratio_rules import drawn_elsewhere, ratio_papers, under_lag
 from reflux.objectives.sampled_kl import check_coef
 from reflux.papers import Paper
-from reflux.parts import STRICT
-from reflux.types import Target, Wants
+from reflux.parts import STRICT, kind_of
+from reflux.types import Wants
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,9 +35,9 @@ class Outcome(ObjectivePart):
     ratio: Literal["clip", "none"] = "clip"
     clip: tuple[float, float] = (0.2, 0.2)
 
-    teacher: ClassVar[None] = None
+    teacher = None
     takes_shift: ClassVar[bool] = True
-    accepts: ClassVar[tuple[type[Target], ...]] = ()
+    accepts = ()
 
     def __post_init__(self) -> None:
         check_coef(self.coef)
@@ -45,6 +45,12 @@ class Outcome(ObjectivePart):
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return ratio_papers(self.ratio, cfg.max_lag)
+
+    def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        return under_lag(where, kind_of("objectives", self), self.ratio, "clip", cfg)
+
+    def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        return drawn_elsewhere(where, self.ratio, "clip", cfg)
 
     @property
     def wants(self) -> Wants:

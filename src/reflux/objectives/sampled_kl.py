@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
 from reflux.credit.outcome import GRPO
 from reflux.objectives.base import ObjectivePart, Rows
 from reflux.objectives.ratio import Ratio, check_ratio, outside, score_cost
-from reflux.objectives.ratio_rules import ratio_papers
+from reflux.objectives.ratio_rules import drawn_elsewhere, idle, ratio_papers, under_lag
 from reflux.papers import Paper
-from reflux.parts import STRICT
+from reflux.parts import STRICT, kind_of
 from reflux.types import HiddenTarget, SampledTarget, Target, TopKTarget, Wants
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ class SampledKL(ObjectivePart):
     max_gap_nats: float | None = None
 
     takes_shift: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
+    remedy: ClassVar[str] = 'Use baseline = "none", or "leave_one_out" in groups, or a local teacher'
 
     def __post_init__(self) -> None:
         check_coef(self.coef)
@@ -97,6 +99,44 @@ class SampledKL(ObjectivePart):
         if self.baseline in of_baseline:
             yield of_baseline[self.baseline]
         yield from ratio_papers(self.ratio, cfg.max_lag)
+
+    def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        yield from under_lag(where, kind_of("objectives", self), self.ratio, "truncated", cfg)
+        if self.group_baseline is not None and cfg.group_size < 2:
+            yield (
+                f'{where}: baseline = "{self.baseline}" compares attempts at one prompt: it needs group_size >= 2, got '
+                f'{cfg.group_size}. Raise group_size, or use baseline = "kl", which needs no siblings.'
+            )
+
+    def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        by_baseline, by_ratio = f"baseline = '{self.baseline}'", f"ratio = '{self.ratio}'"
+        at_work = {"baseline_k": (self.baseline == "topk_kl", by_baseline), "ratio_cap": (self.ratio == "truncated", by_ratio)}
+        yield from idle(self, where, {**at_work, "clip": (self.ratio == "clip", by_ratio)})
+        yield from drawn_elsewhere(where, self.ratio, "truncated", cfg)
+        if self.baseline == "group_mean":
+            yield (
+                f'{where}: baseline = "group_mean" counts the attempt itself, which shrinks and turns the gradient; "leave_one_out" does '
+                f"not."
+            )
+
+    @property
+    def reverse_kl(self) -> bool:
+        return True
+
+    @property
+    def setting(self) -> str:
+        return "" if self.baseline == "none" else f'baseline = "{self.baseline}"'
+
+    @property
+    def group_baseline(self) -> Literal["all", "others"] | None:
+        return {"group_mean": "all", "leave_one_out": "others"}.get(self.baseline)  # type: ignore[return-value]
+
+    def variance(self, rows: Rows[Any]) -> tuple[Tensor, Tensor] | None:
+        from reflux.objectives.baselines import gradient_variance
+
+        student, teacher = rows.student, rows.teachers[self.teacher]
+        with_N, without_N = (gradient_variance(student.logp_NV, teacher.logp_NV, value) for value in (self.value(rows), 0.0))
+        return with_N, without_N
 
     @property
     def accepts(self) -> tuple[type[Target], ...]:

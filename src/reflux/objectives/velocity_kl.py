@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
@@ -11,8 +11,9 @@ from reflux.objectives.base import ObjectivePart, Rows
 from reflux.objectives.sampled_kl import check_coef
 from reflux.papers import Paper
 from reflux.parts import STRICT
-from reflux.samplers.flow import step_factors
-from reflux.types import Target, VelocityTarget, Wants
+from reflux.samplers.flow import step_factors, without_noise
+from reflux.teachers.names import tables_of
+from reflux.types import FlowRollout, VelocityTarget, Wants
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +54,8 @@ class VelocityKL(ObjectivePart):
     weight: Literal["kl", "mse"] = "kl"
 
     takes_shift: ClassVar[bool] = False
-    accepts: ClassVar[tuple[type[Target], ...]] = (VelocityTarget,)
+    remedy: ClassVar[str] = 'It compares models that draw pictures; for texts use kind = "divergence" or "sampled_kl"'
+    accepts = (VelocityTarget,)
 
     def __post_init__(self) -> None:
         check_coef(self.coef)
@@ -62,6 +64,38 @@ class VelocityKL(ObjectivePart):
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return (FLOW_OPD,) if cfg.sampler.on_policy else ()
+
+    def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        why = without_noise(cfg)
+        if why and self.weight == "kl" and cfg.task.rollouts is FlowRollout:
+            remedy = ", or a noise_level above 0, such as 0.7" if cfg.sampler.on_policy else ""
+            yield f'{where}: {why}, so the KL is infinite. Use weight = "mse"{remedy}.'
+
+    def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        yield from self._two_scales(cfg)
+        yield from self._heard_twice(cfg)
+
+    def _two_scales(self, cfg: RunConfig) -> Iterator[str]:
+        """A KL times |dt| / D beside one in nats: their coefs do not compare. Told once, by the first that is released."""
+        released = [isinstance(objective, VelocityKL) and objective.scale == "released" for objective in cfg.objectives]
+        if any(released) and not all(released) and cfg.objectives[released.index(True)] is self:
+            yield (
+                f'objectives[{released.index(True)}]: scale = "released" is the KL times |dt| / D, and objectives[{released.index(False)}] '
+                f"beside it is not: their coefs do not compare. Use one scale for all."
+            )
+
+    def _heard_twice(self, cfg: RunConfig) -> Iterator[str]:
+        """An anchor that is also the teacher of a prompt counts twice there (allowed: it then weighs 1 + beta)."""
+        flows: list[VelocityKL] = [other for other in cfg.objectives if isinstance(other, VelocityKL) and other.coef]
+        later = flows[next((place for place, one in enumerate(flows) if one is self), len(flows)) + 1 :]
+        for second in later:
+            theirs = [cfg.teachers[table].sources for table in tables_of(cfg, second.teacher)]
+            for table in tables_of(cfg, self.teacher):
+                if cfg.teachers[table].sources in theirs:
+                    yield (
+                        f"teachers.{table} is the model of '{second.teacher}' too: on its prompts that teacher weighs {self.coef:g} + "
+                        f"{second.coef:g}."
+                    )
 
     @property
     def wants(self) -> Wants:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 # The Okabe-Ito colours: told apart by the colour-blind, and dark and light enough for a white and for a black page.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#858a93"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
 ROLE_COLOURS = {"sample": BLUE, "reward": PURPLE, "teach": ORANGE, "learn": GREEN, "rest": GREY}
 
 
@@ -67,6 +68,20 @@ def add_band(figure: Figure, points: Sequence[tuple[float, float | None, float |
     edge = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
     figure.add_scatter(x=x, y=low, **edge)
     figure.add_scatter(x=x, y=high, fill="tonexty", fillcolor=f"rgba({red},{green},{blue},0.18)", **edge)
+
+
+def step_chart(title: str, unit: str, lines: Mapping[str, Sequence[tuple[float, float]]], caption: str = "", digits: str = ".3g") -> Chart:
+    """Lines by name over optimiser steps, each of points (step, value), and their numbers as a table."""
+    if not any(lines.values()):
+        return Chart(title, absent="No step has reported this yet.")
+    figure = new_figure("step", unit, {})
+    numbers: list[tuple[str, ...]] = []
+    for place, (name, points) in enumerate(lines.items()):
+        shown = name.replace("<", "‹").replace(">", "›").replace("&", "+")[:40]  # plotly reads some markup in names
+        colour = COLOURS[place % len(COLOURS)]
+        add_line(figure, [step for step, _ in points], [value for _, value in points], shown, colour, f"%{{y:{digits}}}")
+        numbers += some([(shown, f"{step:.0f}", f"{value:{digits}}") for step, value in points])
+    return Chart(title, figure, caption=caption, header=("", "step", unit), rows=numbers)
 
 
 def some(rows: list[tuple[str, ...]], limit: int = 25) -> list[tuple[str, ...]]:

@@ -18,15 +18,14 @@ from reflux.reports.asked import sentence
 from reflux.reports.attempts import read_attempts
 from reflux.reports.costs import flops_chart, other_costs, roles_table, seconds_chart, tokens_chart
 from reflux.reports.curves import accuracy_chart, kl_chart, position_chart
+from reflux.reports.diagnostics import own_charts
 from reflux.reports.evals import read_evals
 from reflux.reports.examples import read_pairs
-from reflux.reports.foresight import foresight_charts, read_spectra
 from reflux.reports.metrics import read_metrics
 from reflux.reports.overview import overview
 from reflux.reports.pictures import read_strips
 from reflux.reports.reading import json_table, rows, toml_table
-from reflux.reports.release import release_chart
-from reflux.reports.searches import read_searches, search_charts
+from reflux.reports.recorded import Recorded
 from reflux.reports.splits import split_charts
 from reflux.reports.steps import outside_chart, variance_chart
 from reflux.reports.teachers import HEADER, teachers_table
@@ -74,9 +73,7 @@ def _page(run_dir: Path) -> dict[str, Any]:
             position_chart(moments, words),
             *split_charts(moments),
             *(chart for chart in (variance_chart(metrics), outside_chart(metrics)) if chart is not None),
-            *(chart for chart in (release_chart(config, run_dir / "attempts.jsonl"),) if chart is not None),
-            *search_charts(read_searches(rows(run_dir / "searches.jsonl", notes))),
-            *foresight_charts(read_spectra(rows(run_dir / "evals.jsonl", []))),
+            *own_charts(config, Recorded(run_dir), notes),
         ],
         "teachers": teachers_table(config, metrics.teachers),
         "teachers_header": HEADER,

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reflux.reports.chart import BLUE, GREEN, GREY, ORANGE, PURPLE, Chart, add_line, new_figure, some
 from reflux.reports.curves import plain
-from reflux.reports.reading import Row, items, number, rows, table, whole
+from reflux.reports.reading import Row, items, number, table, whole
 from reflux.reports.units import count
 
 if TYPE_CHECKING:
@@ -33,14 +32,11 @@ class Judged:
         return self.kept < len(self.margins)
 
 
-def release_chart(config: Row, attempts: Path) -> Chart | None:
+def release_chart(name: str, attempts: Iterable[Row]) -> Chart:
     """The mean margin of each segment over the last attempts, single attempts with their release point, and the share of attempts released
-    after each segment. None where the run has no rule `release`."""
-    names = [name for name, rule in table(config.get("credit")).items() if table(rule).get("kind", name) == "release"]
-    if not names:
-        return None
+    after each segment. name: of the rule's table; attempts: the lines of attempts.jsonl."""
     title = "Margin by segment, and where answers are released"
-    found = read_judged(attempts, names[0])
+    found = read_judged(attempts, name)
     if not found:
         return Chart(title, absent="No attempt with a margin is on disk: the student has not learned yet, or no teacher answered.")
     released = sum(judged.released for judged in found)
@@ -59,9 +55,9 @@ def release_chart(config: Row, attempts: Path) -> Chart | None:
     )
 
 
-def read_judged(attempts: Path, rule: str) -> list[Judged]:
+def read_judged(attempts: Iterable[Row], rule: str) -> list[Judged]:
     """What the rule said of the last attempts on disk, in order. Damaged lines are left out."""
-    return list(deque(_judged(rows(attempts, []), rule), maxlen=_LAST))
+    return list(deque(_judged(attempts, rule), maxlen=_LAST))
 
 
 def _judged(lines: Iterable[Row], rule: str) -> Iterable[Judged]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -11,10 +11,12 @@ from pydantic.dataclasses import dataclass
 
 from reflux.parts import STRICT
 from reflux.rewards.base import RewardPart
+from reflux.tasks.base import JUDGED
 from reflux.types import Group, Reward
 
 if TYPE_CHECKING:
     from reflux.clock import Clock
+    from reflux.config import RunConfig
     from reflux.rundir import Run
     from reflux.tasks.base import Task
     from reflux.tasks.grading import Graders
@@ -37,6 +39,10 @@ class Verifier(RewardPart):
             raise ValueError("timeout_s must be above 0 seconds")
         if self.workers < 1:
             raise ValueError("workers must be at least 1")
+
+    def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        if not cfg.task.judges:
+            yield f'{where}: the verifier asks the task for verdicts, and with its grader "none" nothing is ever judged. {JUDGED}.'
 
     @asynccontextmanager
     async def open(self, run: Run) -> AsyncIterator[OpenVerifier]:

@@ -17,6 +17,7 @@ from reflux.types import Draw, Group, Prompt, Rollout
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from reflux.context import Generation
     from reflux.rundir import Run
 
 
@@ -27,13 +28,24 @@ class OpenSampler(Protocol):
 
 
 class SamplerPart(Part, Protocol):
-    """What a sampler inherits."""
+    """What a sampler inherits: the defaults of what it may leave unsaid."""
+
+    asks_teachers: ClassVar[bool] = False  # True where teachers make the attempts, and so are at work without an objective
+
+    @property
+    def computed_share(self) -> float:
+        """Positions that are computed for each position of an attempt: 2 under guidance, more where more is drawn than is learnt of."""
+        return 1.0
 
 
 class Sampler(SamplerPart, Protocol):
     on_policy: ClassVar[bool]  # False where the attempts were not written by the student of now
     rollouts: ClassVar[type[Rollout]]  # what its attempts are
-    allow_biased: bool  # may a temperature or top-p other than 1 be asked for?
+
+    @property
+    def allow_biased(self) -> bool:
+        """True where a temperature or top-p other than 1 may be asked for."""
+        ...
 
     @property
     def evaluation_positions(self) -> int:
@@ -42,6 +54,11 @@ class Sampler(SamplerPart, Protocol):
 
     def draw(self, step: int) -> Draw:
         """How training attempts of optimiser step `step` (from 0) are sampled; the run adds how many are asked for together."""
+        ...
+
+    @property
+    def generation(self) -> Generation:
+        """How the student's own attempts are sampled, in training or in evaluations alone."""
         ...
 
     def open(self, run: Run) -> AbstractAsyncContextManager[OpenSampler]: ...

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from reflux.context import Generation
 from reflux.papers import Paper
 from reflux.parts import STRICT, PartOf
 from reflux.samplers.base import SamplerPart
 from reflux.samplers.flow import Flow
-from reflux.teachers.flow import Flow as FlowTeacher
 from reflux.types import Draw, FlowRollout, Rollout
 
 if TYPE_CHECKING:
@@ -49,8 +49,9 @@ class Drawn(SamplerPart):
 
     on_policy: ClassVar[bool] = False
     rollouts: ClassVar[type[Rollout]] = FlowRollout
+    asks_teachers: ClassVar[bool] = True
 
-    generate: Annotated[Any, PartOf("samplers", default="flow")] = Flow()
+    generate: Annotated[Flow, PartOf("samplers", default="flow")] = Flow()
     times: Annotated[int, Field(ge=1)] = 10  # T of one picture
 
     def __post_init__(self) -> None:
@@ -60,12 +61,30 @@ class Drawn(SamplerPart):
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return (FLOW_MATCHING,)
 
+    def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        for route in sorted(cfg.task.routes or [], key=str):
+            tables = drawers(cfg.teachers, route)
+            if len(tables) != 1:
+                found = f"{' and '.join(tables)} could draw" if tables else "no teacher draws"
+                yield (
+                    f"sampler 'drawn' has each prompt's picture drawn by the teacher of its route, and for the route {route!r} {found}. "
+                    f"Give one table of kind flow that route, or leave the others out."
+                )
+
+    @property
+    def computed_share(self) -> float:
+        return self.generate.computed_share * max(self.generate.eval_steps, self.times) / self.times
+
     def draw(self, step: int) -> Draw:
         return replace(self.generate.draw(step), length=self.times)
 
     @property
     def evaluation_positions(self) -> int:
         return self.generate.evaluation_positions
+
+    @property
+    def generation(self) -> Generation:
+        return self.generate.generation
 
     @property
     def allow_biased(self) -> bool:
@@ -79,7 +98,7 @@ class Drawn(SamplerPart):
 
 def drawers(teachers: Mapping[str, Any], route: str | None) -> list[str]:
     """The tables that may draw for a route: those that name it, else those that serve every prompt. One is what a run needs."""
-    tables = {table: teacher for table, teacher in teachers.items() if isinstance(teacher, FlowTeacher)}
+    tables = {table: teacher for table, teacher in teachers.items() if teacher.draws}
     named = [table for table, teacher in tables.items() if route in teacher.routes]
     return named or [table for table, teacher in tables.items() if not teacher.routes]
 

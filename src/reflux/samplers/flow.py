@@ -19,9 +19,10 @@ import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from reflux.context import Generation
 from reflux.errors import DataError
 from reflux.papers import Paper
-from reflux.parts import STRICT
+from reflux.parts import STRICT, kind_of
 from reflux.samplers.base import SamplerPart
 from reflux.schedules import Number, at, number
 from reflux.types import Draw, FlowRollout, Prompt, Rollout
@@ -58,7 +59,7 @@ class Flow(SamplerPart):
 
     on_policy: ClassVar[bool] = True
     rollouts: ClassVar[type[Rollout]] = FlowRollout
-    allow_biased: ClassVar[bool] = False  # there is no temperature to set
+    allow_biased = False  # there is no temperature to set
 
     steps: Annotated[int, Field(ge=1)] = 10  # of the grid, in training
     noise_level: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.7  # a
@@ -85,14 +86,31 @@ class Flow(SamplerPart):
         """Pictures are finished, whatever `length` is; greedy ones take `eval_steps`."""
         return self.steps
 
+    @property
+    def computed_share(self) -> float:
+        return 2.0 if self.guidance != 1 else 1.0
+
     def draw(self, step: int) -> Draw:
         """How the attempts of optimiser step `step` (from 0) are drawn."""
         return Draw(step, "train", self.steps if self.length is None else int(at(self.length, step)))
+
+    @property
+    def generation(self) -> Generation:
+        grids = (self.steps, self.eval_steps)
+        return Generation(grids=grids, noise_level=self.noise_level, guidance=self.guidance, pixels=self.pixels)
 
     def open(self, run: Run) -> AbstractAsyncContextManager[Any]:
         from reflux.samplers.flow_engine import FlowSampler
 
         return FlowSampler.opened(self, run)
+
+
+def without_noise(cfg: RunConfig) -> str:
+    """Why the steps of a run's attempts have no density, in words; "" where they have one, and where the sampler draws no steps."""
+    if not cfg.sampler.on_policy:
+        return f"sampler '{kind_of('samplers', cfg.sampler)}' gives states without noise"
+    generation = cfg.sampler.generation
+    return "sampler.noise_level = 0 draws no step" if generation.grids and not generation.noise_level else ""
 
 
 def prompt_text(prompt: Prompt) -> str:

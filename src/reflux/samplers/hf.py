@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
+from reflux.context import Generation
 from reflux.parts import STRICT
 from reflux.samplers.base import SamplerPart
 from reflux.schedules import Number, at, number
@@ -71,6 +72,10 @@ class HF(SamplerPart):
     def draw(self, step: int) -> Draw:
         cap = self.max_tokens if self.train_max_tokens is None else int(at(self.train_max_tokens, step))
         return Draw(step, "train", min(cap, self.max_tokens), self.temperature, self.top_p, self.stop)
+
+    @property
+    def generation(self) -> Generation:
+        return Generation(self.temperature, self.top_p, self.stop, self.max_prompt_tokens)
 
     def open(self, run: Run) -> AbstractAsyncContextManager[Any]:
         from reflux.samplers.hf_engine import HFSampler

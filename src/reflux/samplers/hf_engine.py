@@ -61,7 +61,7 @@ class HFSampler(InProcess):
                 dtype=cfg.dtype,
                 device=cfg.device,
                 attention=cfg.attention,
-                trust_remote_code=run.cfg.learner.trust_remote_code,
+                trust_remote_code=run.cfg.learner.student.trust_remote_code,
             )
         )
         loaded.net.requires_grad_(False)

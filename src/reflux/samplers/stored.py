@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import numpy as np
 from pydantic.dataclasses import dataclass
 
+from reflux.context import Generation
 from reflux.errors import DataError
 from reflux.parts import STRICT, PartOf
-from reflux.samplers.base import SamplerPart
+from reflux.samplers.base import Sampler, SamplerPart
 from reflux.samplers.hf import HF
 from reflux.tokens import CharacterSpans, Renderer, end_ids
 from reflux.types import Attempt, Draw, Group, Prompt, Rollout, TokenRollout
@@ -35,7 +36,7 @@ class Stored(SamplerPart):
     on_policy: ClassVar[bool] = False
     rollouts: ClassVar[type[Rollout]] = TokenRollout
 
-    generate: Annotated[Any, PartOf("samplers", default="hf")] = HF()
+    generate: Annotated[Sampler, PartOf("samplers", default="hf")] = HF()
 
     def draw(self, step: int) -> Draw:
         return replace(self.generate.draw(step), temperature=1.0, top_p=1.0)
@@ -43,6 +44,10 @@ class Stored(SamplerPart):
     @property
     def evaluation_positions(self) -> int:
         return self.generate.evaluation_positions
+
+    @property
+    def generation(self) -> Generation:
+        return self.generate.generation
 
     @property
     def allow_biased(self) -> bool:

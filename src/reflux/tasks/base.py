@@ -15,6 +15,7 @@ from reflux.types import Message, Prompt, Reward, Rollout
 
 Split = Literal["train", "validation", "test"]
 PATIENCE = 2000  # two blocks of a mix
+JUDGED = 'Name one that judges, such as task.grader = "my_module:function"'  # a remedy where nothing is judged
 
 
 class TaskPart(Part, Protocol):

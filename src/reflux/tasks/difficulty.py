@@ -15,9 +15,6 @@ from typing import TYPE_CHECKING, Any
 from reflux.errors import DataError
 from reflux.tasks.base import Task
 from reflux.tasks.glyphs import Glyphs
-from reflux.tasks.gsm8k import Gsm8k
-from reflux.tasks.jsonl import Jsonl
-from reflux.tasks.mix import BLOCK, Mix
 from reflux.tasks.word_problems import WordProblems
 from reflux.together import together
 from reflux.types import Draw, Prompt, Reward
@@ -85,9 +82,9 @@ def training_prompts(task: Task, seed: int, limit: int = 0) -> tuple[list[Prompt
     A training split never ends; a pass over data of any size is over when ids come again. An endless task gives its FIRST.
     DataError where no limit is asked for, and a task of a user's own came to no end in UNKNOWN different prompts.
     """
-    finite = ends(task)
+    finite = task.ends
     most = limit or (FIRST if finite is False else 0)
-    patience = _patience(task)
+    patience = task.patience
     found: dict[str, Prompt] = {}
     old = 0
     for prompt in task.prompts("train", seed):
@@ -100,36 +97,6 @@ def training_prompts(task: Task, seed: int, limit: int = 0) -> tuple[list[Prompt
         if not most and finite is None and len(found) > UNKNOWN:
             raise DataError(f"the task gave more than {UNKNOWN:,} different training prompts; say how many to take with --prompts N")
     return list(found.values()), False
-
-
-def ends(task: Task) -> bool | None:
-    """Do its training prompts come again? None: a task of a user's own does not say."""
-    if type(task) is Mix:
-        parts = [ends(part) for part in task.parts.values()]
-        return False if False in parts else None if None in parts else True
-    return {Jsonl: True, Gsm8k: True, WordProblems: False, Glyphs: False}.get(type(task))
-
-
-def _patience(task: Task) -> int:
-    """So many prompts in a row that were there before, and a pass is over: lines come again only after all of them; so many blocks of a mix
-    hold the patience of each of its parts, wherever they begin."""
-    if type(task) is Mix:
-        return BLOCK * (1 + max(_patience(part) for part in task.parts.values()))
-    return 1 if ends(task) else 2 * BLOCK
-
-
-def grader_of(task: Task) -> str | None:
-    """The grader with which the task `jsonl` judges these prompts as `task` does. None: a task of a user's own, or a mix of graders.
-
-    A function of a user's own meets the ids of prompts.jsonl there: those of copies, and in a mix with the name of the part.
-    """
-    if type(task) is Jsonl:
-        return task.grader
-    if type(task) is Mix:
-        found = {grader_of(part) for part in task.parts.values()}
-        return found.pop() if len(found) == 1 else None
-    own = {WordProblems: "reflux.tasks.difficulty:as_word_problem", Glyphs: "reflux.tasks.difficulty:as_glyph"}
-    return {Gsm8k: "math", **own}.get(type(task))
 
 
 def as_word_problem(prompt: Prompt, text: str) -> float:

@@ -47,6 +47,14 @@ class Glyphs(TaskPart):
             raise ValueError("held_out must not be negative, and weight must be above 0")
 
     @property
+    def ends(self) -> bool | None:
+        return False
+
+    @property
+    def judge(self) -> str | None:
+        return "reflux.tasks.difficulty:as_glyph"
+
+    @property
     def routes(self) -> frozenset[str | None]:
         return frozenset(self.domains)
 

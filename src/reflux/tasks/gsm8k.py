@@ -52,6 +52,18 @@ class Gsm8k(TaskPart):
         return (GSM8K,)
 
     @property
+    def local(self) -> bool:
+        return self.path is not None
+
+    @property
+    def ends(self) -> bool | None:
+        return True
+
+    @property
+    def judge(self) -> str | None:
+        return "math"
+
+    @property
     def rollouts(self) -> type[Rollout]:
         return TokenRollout
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
 from reflux.errors import DataError
+from reflux.importable import importable
 from reflux.parts import STRICT, did_you_mean, load
 from reflux.tasks.base import Split, TaskPart
 from reflux.tasks.lines import endless, held_out, hub_lines, make_prompts, read_lines
 from reflux.types import FlowRollout, Message, Prompt, Reward, Rollout, TokenRollout
+
+if TYPE_CHECKING:
+    from reflux.config import RunConfig
 
 KEYS = ("prompt", "messages", "answer", "references", "route", "id")
 GRADERS = ("math", "exact", "none")
@@ -66,6 +70,27 @@ class Jsonl(TaskPart):
             raise ValueError(f'grader "{self.grader}" judges texts; for pictures give "my_module:function", or "none"')
         if not self.weight > 0:
             raise ValueError("weight must be above 0")
+
+    def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        module = self.grader.partition(":")[0]
+        if self.grader not in GRADERS and not importable(module):
+            yield f"{where}.grader: there is no module '{module}' for it. Is it installed, or its folder on PYTHONPATH?"
+
+    @property
+    def judges(self) -> bool:
+        return self.grader != "none"
+
+    @property
+    def local(self) -> bool:
+        return self.path is not None
+
+    @property
+    def ends(self) -> bool | None:
+        return True
+
+    @property
+    def judge(self) -> str | None:
+        return self.grader
 
     @property
     def rollouts(self) -> type[Rollout]:

@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
@@ -27,8 +27,10 @@ class Mix(TaskPart):
     are a fair mix. ValueError for names with a slash, or a part whose share of 1,000 rounds to nothing.
     """
 
-    parts: Annotated[dict[str, Any], PartOf("tasks", many="table")]
+    parts: Annotated[dict[str, Task], PartOf("tasks", many="table")]
     weight: float = 1.0
+
+    mixes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -42,6 +44,29 @@ class Mix(TaskPart):
                 raise ValueError(f"the part name '{name}' holds a slash, which divides names from ids; rename it")
             if not share:
                 raise ValueError(f"the weight of part '{name}' is less than 1 in {BLOCK} prompts; raise it, or leave the part out")
+
+    @property
+    def judges(self) -> bool:
+        return any(part.judges for part in self.parts.values())
+
+    @property
+    def local(self) -> bool:
+        return all(part.local for part in self.parts.values())
+
+    @property
+    def ends(self) -> bool | None:
+        parts = [part.ends for part in self.parts.values()]
+        return False if False in parts else None if None in parts else True
+
+    @property
+    def patience(self) -> int:
+        """So many blocks hold the patience of each part, wherever they begin."""
+        return BLOCK * (1 + max(part.patience for part in self.parts.values()))
+
+    @property
+    def judge(self) -> str | None:
+        found = {part.judge for part in self.parts.values()}
+        return found.pop() if len(found) == 1 else None
 
     @property
     def rollouts(self) -> type[Rollout]:

@@ -72,6 +72,14 @@ class WordProblems(TaskPart):
             raise ValueError(f"no story of {most} steps stays within largest = {self.largest}; raise largest, or allow other operations")
 
     @property
+    def ends(self) -> bool | None:
+        return False
+
+    @property
+    def judge(self) -> str | None:
+        return "reflux.tasks.difficulty:as_word_problem"
+
+    @property
     def rollouts(self) -> type[Rollout]:
         return TokenRollout
 

@@ -18,6 +18,7 @@ from reflux.types import Rollout, Target, TeacherAnswer, Wants
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from reflux.context import StudentSpec
     from reflux.model_files import Size
     from reflux.rundir import Run
 
@@ -53,11 +54,16 @@ class TeacherPart(Part, Protocol):
 
     is_student: ClassVar[bool] = False  # True where it is the student itself, now or at some time before
     shares_weights: ClassVar[bool] = False  # True where tables of one model hold its weights once
+    draws: ClassVar[bool] = False  # True where its model can draw what it is asked about, as the sampler `drawn` has it do
 
     @property
     def sources(self) -> tuple[str, ...]:
         """The models and adapters it is loaded from, by their names; of a teacher elsewhere, none."""
         return ()
+
+    def reader(self, student: StudentSpec) -> StudentSpec | None:
+        """The model of texts that reads what is shown to it, and how it is spoken to; None: of pictures, or elsewhere."""
+        return None
 
     def size(self, where: str, student: Size, pixels: int) -> Size | None:
         """How large its model is, from file headers alone; None where it holds none in this process. pixels: a side of its pictures."""

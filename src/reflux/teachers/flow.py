@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from reflux.contexts.base import Context
 from reflux.contexts.same import Same
+from reflux.flows.adapter_folders import adapter_file, on_hub
+from reflux.model_files import Size, size_of
+from reflux.model_folders import look_for_flow
 from reflux.parts import STRICT, PartOf
 from reflux.teachers.base import TeacherPart
 from reflux.types import FlowRollout, Rollout, VelocityTarget
 
 if TYPE_CHECKING:
+    from reflux.config import RunConfig
     from reflux.rundir import Run
 
 
@@ -33,16 +39,38 @@ class Flow(TeacherPart):
     offers: ClassVar[tuple[type, ...]] = (VelocityTarget,)
     in_process: ClassVar[bool] = True
     at_ids: ClassVar[bool] = False
+    shares_weights: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
 
     model: str
     adapter: str | None = None  # a folder or hub id of LoRA factors on it, in peft's or diffusers' format
-    context: Annotated[Any, PartOf("contexts")] = Same()
+    context: Annotated[Context, PartOf("contexts")] = Same()
     as_: str | None = None
     routes: tuple[str, ...] = ()
     guidance: Annotated[float, Field(allow_inf_nan=False)] | None = None  # None: the student's; a stated one has to be that
     batch_positions: Annotated[int, Field(ge=1)] = 64  # states in one call; guidance doubles its rows
     dtype: str = "auto"  # auto: as stored on a GPU, float32 on a CPU
     device: str = "auto"
+
+    def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        of_student = cfg.sampler.generation
+        if self.guidance is not None and of_student.grids and self.guidance != of_student.guidance:
+            yield (
+                f"{where}.guidance is {self.guidance:g}, but the student is sampled with guidance {of_student.guidance:g}: one "
+                f"guidance holds for student and teachers, in sampling and in the loss. Leave it out, or set both alike."
+            )
+
+    def inputs(self, where: str) -> None:
+        look_for_flow(self.model, f"{where}.model", "local")
+        if self.adapter is not None and not on_hub(self.adapter):
+            adapter_file(self.adapter, f"{where}.adapter")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.model,) if self.adapter is None else (self.model, self.adapter)
+
+    def size(self, where: str, student: Size, pixels: int) -> Size | None:
+        return size_of(self.model, f"{where}.model", pixels)
 
     @property
     def follows(self) -> bool:

@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from reflux.context import StudentSpec
+from reflux.contexts.base import Context
 from reflux.contexts.same import Same
+from reflux.model_files import Size, size_of
+from reflux.model_folders import look_for_text
 from reflux.parts import STRICT, PartOf
 from reflux.teachers.base import TeacherPart
 from reflux.types import HiddenTarget, Rollout, TokenRollout
@@ -30,7 +34,7 @@ class Local(TeacherPart):
     at_ids: ClassVar[bool] = True
 
     model: str
-    context: Annotated[Any, PartOf("contexts")] = Same()
+    context: Annotated[Context, PartOf("contexts")] = Same()
     as_: str | None = None
     routes: tuple[str, ...] = ()
     batch_tokens: Annotated[int, Field(ge=1)] = 32768  # padding included, per forward pass
@@ -41,6 +45,19 @@ class Local(TeacherPart):
     trust_remote_code: bool = False
     system: str | None = None  # only for contexts that rewrite the conversation
     template: dict[str, Any] = Field(default_factory=dict)
+
+    def inputs(self, where: str) -> None:
+        look_for_text(self.model, f"{where}.model")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.model,)
+
+    def reader(self, student: StudentSpec) -> StudentSpec | None:
+        return StudentSpec(self.model, self.system, self.template, self.trust_remote_code)
+
+    def size(self, where: str, student: Size, pixels: int) -> Size | None:
+        return size_of(self.model, f"{where}.model", pixels)
 
     @property
     def follows(self) -> bool:

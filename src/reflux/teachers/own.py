@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from reflux.contexts.base import Context
 from reflux.contexts.same import Same
 from reflux.papers import Paper
 from reflux.parts import STRICT, PartOf
@@ -17,6 +19,8 @@ from reflux.types import HiddenTarget, Rollout, TokenRollout
 
 if TYPE_CHECKING:
     from reflux.config import RunConfig
+    from reflux.context import StudentSpec
+    from reflux.model_files import Size
     from reflux.rundir import Run
 
 MEAN_TEACHER = Paper(
@@ -46,11 +50,12 @@ class Own(TeacherPart):
     offers: ClassVar[tuple[type, ...]] = (HiddenTarget,)
     in_process: ClassVar[bool] = True
     at_ids: ClassVar[bool] = True
+    is_student: ClassVar[bool] = True
 
     follow: Literal["ema", "live", "frozen"] = "ema"
     ema: Annotated[float, Field(ge=0, le=1)] = 0.05  # the student's share in each move, under ema
     step: Annotated[int, Field(ge=0)] = 0  # of frozen: the optimiser step after which it stays
-    context: Annotated[Any, PartOf("contexts")] = Same()
+    context: Annotated[Context, PartOf("contexts")] = Same()
     as_: str | None = None
     routes: tuple[str, ...] = ()
     batch_tokens: Annotated[int, Field(ge=1)] = 32768  # padding included, per forward pass
@@ -64,6 +69,17 @@ class Own(TeacherPart):
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return (MEAN_TEACHER,) if self.follow == "ema" else ()
+
+    def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        if self.follows and not self.context.adds_words:
+            yield f"{where} follows the student and is shown nothing more: where the student begins, nothing ever moves. Give it a context."
+
+    def reader(self, student: StudentSpec) -> StudentSpec | None:
+        return student
+
+    def size(self, where: str, student: Size, pixels: int) -> Size | None:
+        """The student's weights once more, in float32."""
+        return replace(student, stored_bytes=None if student.parameters is None else student.parameters * 4)
 
     @property
     def follows(self) -> bool:

@@ -43,7 +43,7 @@ class OwnTeacher(InProcess):
                 dtype="float32",
                 device=cfg.device,
                 attention=cfg.attention,
-                trust_remote_code=learner.trust_remote_code,
+                trust_remote_code=learner.student.trust_remote_code,
             )
         )
         sampler = run.cfg.sampler.generate if isinstance(run.cfg.sampler, Stored) else run.cfg.sampler

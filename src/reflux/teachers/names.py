@@ -1,0 +1,49 @@
+"""The names that teachers answer under, and what stands behind one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from reflux.teachers.base import spoken_name
+from reflux.types import FlowRollout, SampledTarget, Target, TopKTarget, VelocityTarget
+
+if TYPE_CHECKING:
+    from reflux.config import RunConfig
+
+
+def heard(cfg: RunConfig) -> set[str]:
+    """The names teachers answer under."""
+    return {spoken_name(table, teacher) for table, teacher in cfg.teachers.items()}
+
+
+def tables_of(cfg: RunConfig, name: str) -> list[str]:
+    """The tables that answer under a name."""
+    return [table for table, teacher in cfg.teachers.items() if spoken_name(table, teacher) == name]
+
+
+def measured(cfg: RunConfig, name: str) -> list[str]:
+    """The tables that answer as `name`, where there are several; else the one table of that name or that answers so; else none."""
+    spoken = tables_of(cfg, name)
+    return [name] if name in cfg.teachers and len(spoken) < 2 else spoken
+
+
+def unknown(cfg: RunConfig, where: str, name: str, or_said: bool = False) -> str:
+    """A sentence about a teacher that is not there; or_said: the student as it acted would do."""
+    said = ", and 'said' (the student as it acted)" if or_said else ""
+    known = f"Known: {', '.join(sorted(heard(cfg)))}{said}." if cfg.teachers else f"Add a [teachers.{name}] table."
+    return f"{where}: there is no teacher '{name}'. {known}"
+
+
+def unless_known(cfg: RunConfig, where: str, name: str) -> Iterator[str]:
+    """That sentence, where no teacher answers under the name."""
+    if name not in heard(cfg):
+        yield unknown(cfg, where, name)
+
+
+def offered(cfg: RunConfig, name: str) -> set[type[Target]]:
+    """What the tables behind a teacher name all offer; "said" is what the sampler recorded."""
+    if name == "said":
+        return {VelocityTarget} if cfg.sampler.rollouts is FlowRollout else {TopKTarget, SampledTarget}
+    tables = tables_of(cfg, name)
+    return set.intersection(*(set(cfg.teachers[table].offers) for table in tables)) if tables else set()

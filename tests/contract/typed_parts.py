@@ -1,0 +1,91 @@
+"""Every part that ships is what the protocol of its group says: read by pyright, which runs over this file (`make check`).
+
+`test_isolation.py` sees to it that no part is missing here.
+"""
+
+from __future__ import annotations
+
+from reflux.accelerators.base import Accelerator
+from reflux.accelerators.extrapolate import Extrapolate
+from reflux.contexts.base import Context
+from reflux.contexts.peers import Peers
+from reflux.contexts.privileged import Privileged
+from reflux.contexts.same import Same
+from reflux.credit.balance import Balance
+from reflux.credit.base import Credit
+from reflux.credit.margin import Margin
+from reflux.credit.outcome import Outcome as OutcomeCredit
+from reflux.credit.position import Position
+from reflux.credit.prefix import Prefix
+from reflux.credit.release import Release
+from reflux.evals.accuracy import Accuracy
+from reflux.evals.agreement import Agreement
+from reflux.evals.base import Eval
+from reflux.evals.foresight import Foresight
+from reflux.evals.teacher_accuracy import TeacherAccuracy
+from reflux.learners.base import Learner
+from reflux.learners.flow import Flow as FlowLearner
+from reflux.learners.hf import HF as HFLearner
+from reflux.objectives.base import Objective
+from reflux.objectives.divergence import Divergence
+from reflux.objectives.nll import NLL
+from reflux.objectives.outcome import Outcome
+from reflux.objectives.sampled_kl import SampledKL
+from reflux.objectives.velocity_kl import VelocityKL
+from reflux.rewards.base import RewardFn
+from reflux.rewards.verifier import Verifier
+from reflux.samplers.base import Sampler
+from reflux.samplers.drawn import Drawn
+from reflux.samplers.flow import Flow as FlowSampler
+from reflux.samplers.hf import HF as HFSampler
+from reflux.samplers.stored import Stored
+from reflux.tasks.base import Task
+from reflux.tasks.glyphs import Glyphs
+from reflux.tasks.gsm8k import Gsm8k
+from reflux.tasks.jsonl import Jsonl
+from reflux.tasks.mix import Mix
+from reflux.tasks.word_problems import WordProblems
+from reflux.teachers.base import Teacher
+from reflux.teachers.flow import Flow as FlowTeacher
+from reflux.teachers.local import Local
+from reflux.teachers.own import Own
+
+
+def samplers() -> list[Sampler]:
+    return [HFSampler(), Stored(), FlowSampler(), Drawn()]
+
+
+def teachers() -> list[Teacher]:
+    return [Local("m"), Own(), FlowTeacher("m")]
+
+
+def contexts() -> list[Context]:
+    return [Same(), Peers(), Privileged()]
+
+
+def objectives() -> list[Objective]:
+    return [SampledKL(), Divergence(), NLL(), Outcome(), VelocityKL()]
+
+
+def credit() -> list[Credit]:
+    return [Prefix(9), Position(1.0), OutcomeCredit(), Release(), Margin(), Balance()]
+
+
+def rewards() -> list[RewardFn]:
+    return [Verifier()]
+
+
+def learners() -> list[Learner]:
+    return [HFLearner("m"), FlowLearner("m")]
+
+
+def accelerators() -> list[Accelerator]:
+    return [Extrapolate()]
+
+
+def tasks() -> list[Task]:
+    return [WordProblems(), Gsm8k(), Jsonl("p.jsonl"), Mix({"a": WordProblems()}), Glyphs()]
+
+
+def evals() -> list[Eval]:
+    return [Accuracy(), Agreement(), Foresight(), TeacherAccuracy()]
