@@ -22,13 +22,16 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic.dataclasses import dataclass
 
+from reflux.context import PartContext
 from reflux.credit.base import CreditPart
 from reflux.heads import Heads
 from reflux.learners.hf import HF
 from reflux.parts import STRICT
+from reflux.services import Services
 from reflux.teachers.base import TeacherRequest
 from reflux.teachers.local import Local
 from reflux.types import Attempt, Group, HiddenTarget, Moment, Rollout, Share, TeacherAnswer, TokenRollout, Wants
+from reflux.weights import Weights
 
 FIRST, LAST = 0.2, 1.2  # a teacher goes flat between these shares of an attempt, uniformly; from 1 on it never does
 
@@ -45,16 +48,21 @@ class Collapsing(Local):
     left: float = 0.1
 
     @asynccontextmanager
-    async def open(self, run: Any, name: str) -> AsyncIterator[Any]:
-        async with Local.open(self, run, name) as opened:
-            read = opened.score
+    async def open(self, context: PartContext, services: Services) -> AsyncIterator[Any]:
+        async with Local.open(self, context, services) as opened:
+            read, follow, step = opened.score, opened.publish, 0
+
+            async def publish(weights: Weights, done: int) -> None:
+                nonlocal step
+                step = done
+                await follow(weights, done)
 
             async def score(requests: Sequence[TeacherRequest]) -> list[TeacherAnswer]:
-                answers, moment = await read(requests), run.moment()
+                answers, moment = await read(requests), Moment(step, context.seed)
                 pairs = zip(requests, answers, strict=True)
-                return [flatten(request.rollout, answer, self.left, moment, run.heads) for request, answer in pairs]
+                return [flatten(request.rollout, answer, self.left, moment, services.heads) for request, answer in pairs]
 
-            opened.score = score
+            opened.score, opened.publish = score, publish
             yield opened
 
 
@@ -108,8 +116,8 @@ class Shuffling(HF):
     rule: str = "release"  # whose points
 
     @asynccontextmanager
-    async def open(self, run: Any) -> AsyncIterator[Any]:
-        async with HF.open(self, run) as opened:
+    async def open(self, context: PartContext, services: Services) -> AsyncIterator[Any]:
+        async with HF.open(self, context, services) as opened:
             move = opened.step
 
             async def step(groups: Sequence[Group], objectives: Any, moment: Moment) -> Any:

@@ -76,7 +76,7 @@ async def draw_gradients(cfgs: Mapping[str, RunConfig], draws: int, weights: Map
             learner, sampler, _, _, _ = parts
             if weights is not None:
                 learner.load(weights)
-            await sampler.publish(learner.weights, learner.version)
+            await sampler.publish(learner.publish(), 0)
             for m in range(draws):
                 groups = await attempts(run, parts, prompts, m)
                 for arm, cfg in cfgs.items():

@@ -96,7 +96,7 @@ async def graded(cfg: RunConfig, prompts: int, samples: int, split: Any) -> list
     with tempfile.TemporaryDirectory() as scratch:
         run = Run.open(cfg, Wants(reward=True, logp=True), Options(Path(scratch) / "inversions"))
         async with open_parts(cfg, run) as (learner, sampler, reward, teachers, _):
-            await sampler.publish(learner.weights, learner.version)
+            await sampler.publish(learner.publish(), 0)
             asked = list(islice(cfg.task.prompts(split, 0), prompts))
             draw = Draw(0, "eval", cfg.evaluation_positions, stop=tuple(cfg.sampler.stop), cohort=len(asked))
             groups = list(await asyncio.gather(*(sampler.sample(prompt, samples, draw) for prompt in asked)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -19,6 +19,7 @@ from reflux.evals.base import EvalPart
 from reflux.learners.hf import HF as Learner
 from reflux.parts import STRICT
 from reflux.rewards.base import RewardPart
+from reflux.rollouts.environment import Observation
 from reflux.tasks.base import TaskPart
 from reflux.teachers.base import TeacherPart
 from reflux.types import Group, Message, Moment, Prompt, Reward, Rollout, SampledTarget, Share, TokenRollout, TopKTarget, Wants
@@ -74,9 +75,21 @@ class Chat(TaskPart):
     def verify(self, prompt: Prompt, made: Any) -> float:
         return float(len(made) % 2)
 
-    def reply(self, prompt: Prompt, messages: Sequence[Message], step: int) -> tuple[Message, ...] | None:
-        spoken = sum(message["role"] == "assistant" for message in messages)
-        return ({"role": "user", "content": self.word},) if spoken <= self.replies else None
+    def open_env(self, prompt: Prompt) -> Talkative | None:
+        return Talkative(self.word, self.replies) if self.replies else None
+
+
+class Talkative:
+    """Answers so many turns with one word."""
+
+    def __init__(self, word: str, replies: int):
+        self.word, self.replies = word, replies
+
+    async def step(self, message: Message) -> Observation:
+        self.replies -= 1
+        return Observation(({"role": "user", "content": self.word},)) if self.replies >= 0 else Observation(done=True)
+
+    async def close(self) -> None: ...
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -95,8 +108,8 @@ class SlowLearner(Learner):
     """The default learner, but all attempts in flight land while it works."""
 
     @asynccontextmanager
-    async def open(self, run: Any) -> AsyncIterator[Any]:
-        async with Learner.open(self, run) as opened:
+    async def open(self, context: Any, services: Any) -> AsyncIterator[Any]:
+        async with Learner.open(self, context, services) as opened:
             move = opened.step
 
             async def step(*args: Any) -> Any:
@@ -147,13 +160,13 @@ class Jump(AcceleratorPart):
         return Scoring(self.prompts, self.samples, self.score)
 
     @asynccontextmanager
-    async def open(self, run: Any) -> AsyncIterator[OpenJump]:
-        yield OpenJump(self, run)
+    async def open(self, context: Any, services: Any) -> AsyncIterator[OpenJump]:
+        yield OpenJump(self)
 
 
 class OpenJump:
-    def __init__(self, cfg: Jump, run: Any):
-        self.cfg, self.run = cfg, run
+    def __init__(self, cfg: Jump):
+        self.cfg = cfg
         self.calls, self.first = 0, 0.0
 
     def start(self, access: Any) -> None:

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import tiny
 import tiny_flow
 from reflux.clock import Clock
+from reflux.context import StudentSpec
 from reflux.errors import DataError
 from reflux.evals import teacher_accuracy
 from reflux.evals.accuracy import HELD_OUT_SEED, Accuracy
@@ -71,11 +73,12 @@ def run_of(task: Any = GLYPHS, graders: Any = None, step: int = 0, teachers: dic
     return SimpleNamespace(
         task=task, graders=graders, seed=0, step=step, cfg=cfg, wants=Wants(), clock=Clock(), once=Once(), heads=HEADS,
         off_loop=asyncio.to_thread, moment=lambda: Moment(step, 0),
+        context=lambda name: tiny.context(name=name, generation=acting.generation), services=tiny.services(),
     )  # fmt: skip
 
 
 def sampler_of(run: Any, model: Any) -> FlowSampler:
-    return FlowSampler(run.cfg.sampler, run, model)
+    return FlowSampler(run.cfg.sampler, run.context("sampler"), run.services, model)
 
 
 # --- accuracy
@@ -224,7 +227,7 @@ def test_a_teacher_without_a_model_is_null_or_refused(graders: Graders) -> None:
         with pytest.raises(ValueError, match="teacher 'main' has no model of its own"):
             ceiling(tables, graders)
     run = run_of(graders=graders, teachers={"main": part()})
-    opened: Any = Teachers({"main": (part(), SimpleNamespace())}, run)  # pyright: ignore[reportArgumentType]
+    opened: Any = Teachers({"main": (part(), SimpleNamespace())}, run.wants, run.clock)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="teacher 'main' has no model of its own"):
         asyncio.run(TeacherAccuracy()(run, None, None, opened))  # pyright: ignore[reportArgumentType]
 
@@ -246,8 +249,12 @@ def test_flow_teachers_draw_with_their_own_weights_and_the_students_dice(tmp_pat
 
     async def measure() -> dict[str, Any]:
         async with AsyncExitStack() as stack:
-            opened = {name: (part, await stack.enter_async_context(part.open(run, name))) for name, part in tables.items()}
-            return await TeacherAccuracy(problems=6)(run, None, None, Teachers(opened, run))  # type: ignore[arg-type]
+            digits = StudentSpec(str(tmp_path / "digits"))
+            contexts = {name: replace(run.context(name), student=digits) for name in tables}
+            opened = {
+                name: (part, await stack.enter_async_context(part.open(contexts[name], run.services))) for name, part in tables.items()
+            }
+            return await TeacherAccuracy(problems=6)(run, None, None, Teachers(opened, run.wants, run.clock))  # type: ignore[arg-type]
 
     table = asyncio.run(measure())
     assert (table["problems"], len(table["examples"]), table["parts"]) == (6, 6, ["quality"])
@@ -347,7 +354,7 @@ def speaking(**tables: tuple[Any, Sequence[str]]) -> tuple[Teachers, dict[str, A
         for name, (_, routes) in tables.items()
     }
     opened: Any = {name: (parts[name], Speaking(model, "main")) for name, (model, _) in tables.items()}
-    return Teachers(opened, run_of()), parts
+    return Teachers(opened, Wants(), tiny.services()), parts
 
 
 def test_agreement_is_the_mean_kl_of_the_steps_the_student_drew(monkeypatch: pytest.MonkeyPatch) -> None:

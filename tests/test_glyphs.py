@@ -150,7 +150,7 @@ def test_settings_that_make_no_sense_are_refused(settings, says):
 
 
 def test_a_prompt_is_answered_in_one_turn():
-    assert TASK.reply(PROMPTS[0], (), 0) is None
+    assert TASK.open_env(PROMPTS[0]) is None
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ pictures

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import tiny
 from reflux.clock import Clock
 from reflux.contexts.peers import Peers
 from reflux.errors import ConfigError
@@ -268,9 +269,10 @@ def attempt(text: str, finish: Any = "stop") -> Attempt:
 @pytest.mark.parametrize("own", [False, True])
 def test_the_verifier_says_what_it_found_of_each_attempt(odd: Any, own: bool) -> None:
     async def score(graders: Graders) -> list[Reward]:
-        run: Any = SimpleNamespace(task=odd, graders=graders, clock=Clock())
+        services = tiny.services()
+        services.graders = graders
         group = [attempt("yes"), attempt("yes", "error"), attempt("no"), attempt("raise"), attempt("yes", "length")]
-        async with Verifier(timeout_s=9.0 if own else 10.0).open(run) as reward:
+        async with Verifier(timeout_s=9.0 if own else 10.0).open(tiny.context(task=odd), services) as reward:
             rewards = await reward.score(group)
         assert [(entry.reward, entry.notes) for entry in group] == [(None, {})] * 5  # asking changes nothing
         return rewards

@@ -95,7 +95,7 @@ def test_the_stored_answer_is_right_another_wrong_and_the_reply_silence(tasks: d
     for prompt in prompts:
         assert tasks[kind].verify(prompt, f"I think. Answer: {prompt.answer}") == 1.0
         assert tasks[kind].verify(prompt, f"I think. Answer: {int(prompt.answer or 0) + 1}") == 0.0
-        assert tasks[kind].reply(prompt, prompt.messages, 0) is None
+        assert tasks[kind].open_env(prompt) is None
     unanswered = Prompt(id=prompts[0].id, messages=())
     with pytest.raises(ValueError, match="no answer"):
         tasks[kind].verify(unanswered, "5")

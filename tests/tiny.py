@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from reflux.assets.tokenizer import character_tokenizer
-from reflux.clock import Clock
 from reflux.config import RunConfig, load_recipe
+from reflux.context import Generation, Numbers, PartContext, StudentSpec
 from reflux.contexts.base import View
 from reflux.heads import Heads
 from reflux.kernels.head import Head
@@ -23,7 +23,7 @@ from reflux.learners.hf_engine import HFLearner
 from reflux.learning import learn
 from reflux.metrics import Stats
 from reflux.models import Model, as_model
-from reflux.objectives.nll import NLL
+from reflux.services import Services
 from reflux.step import StepRequest
 from reflux.teachers.base import TeacherRequest
 from reflux.teachers.local import Local
@@ -93,26 +93,29 @@ class AllHeads(Heads):
 HEADS = AllHeads()
 
 
-class Stub:
-    """What open parts ask of a run, without a directory."""
+def context(requirements: Wants = Wants(), *, name: str = "main", seed: int = 0, **fields: Any) -> PartContext:
+    """What a part is told, with nothing behind it; `model` and other fields of StudentSpec describe the student."""
+    told = {key: fields.pop(key) for key in ("model", "system", "template") if key in fields}
+    sizes = Numbers(steps=1, prompts_per_step=1, group_size=1, max_staleness=0, training_positions=12, evaluation_positions=12)
+    student = StudentSpec(**{"model": "tiny", **told})
+    common = {"task": None, "generation": Generation(), "numbers": sizes, "folder": Path("nowhere"), **fields}
+    return PartContext(name=name, seed=seed, requirements=requirements, student=student, **common)
 
-    off_loop = staticmethod(asyncio.to_thread)
 
-    def __init__(self, cfg: Any = None, wants: Wants | None = None):
-        self.cfg, self.wants, self.clock, self.seed, self.heads = cfg, wants or Wants(), Clock(), 0, HEADS
-
-    @property
-    def tokenizer(self) -> Any:
-        return character_tokenizer()
+def services(student: StudentSpec | None = None, **fields: Any) -> Services:
+    """Services of this process. Without a student of its own, it has the character tokenizer."""
+    made = Services(student or StudentSpec("tiny"), **fields)
+    made.heads = HEADS
+    if student is None:
+        made.tokenizer = character_tokenizer()  # the cached property's place
+    return made
 
 
 def learner(model: Any, **fields: Any) -> HFLearner:
     """An open learner without a run directory; its optimiser does not move, and gradients stay unclipped."""
     table = {"model": "tiny", "lr": 0.0, "clip": 1e12} | fields
     part = HFLearnerPart(**table)
-    cfg = RunConfig(task=None, sampler=None, learner=part, objectives=(NLL(),))
-    run: Any = Stub(cfg)
-    return HFLearner(part, run, as_model(model, character_tokenizer()))
+    return HFLearner(part, context(name="learner"), services(), as_model(model, character_tokenizer()))
 
 
 def move(opened: Any, groups: Sequence[Group], objectives: Sequence[Any], step: int = 0, normalise: str = "kept") -> Stats:
@@ -167,7 +170,7 @@ def attempt(spoken: TokenRollout, teacher: Model | None = None, weight: Any = 1.
 
 async def ask(teacher: Any, *asked: tuple[Attempt, View]) -> None:
     """As `Teachers` asks: what an open teacher answers is put on the attempts, under its name."""
-    answers = await teacher.score([TeacherRequest(attempt.rollout, view, teacher.run.wants) for attempt, view in asked])
+    answers = await teacher.score([TeacherRequest(attempt.rollout, view, teacher.context.requirements) for attempt, view in asked])
     for (made, _), answer in zip(asked, answers, strict=True):
         made.answers[teacher.name] = answer
 

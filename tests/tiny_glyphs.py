@@ -57,7 +57,7 @@ def drawn(cfg: RunConfig, folder: Path, prompts: Sequence[Prompt], n: int = 1, *
     async def act() -> list[Group]:
         run = Run.open(cfg, Wants(said=1), Options(folder))
         try:
-            async with cfg.sampler.open(run) as sampler:
+            async with cfg.sampler.open(run.context("sampler"), run.services) as sampler:
                 asked = replace(cfg.sampler.draw(0), cohort=len(prompts), **draw)
                 return list(await asyncio.gather(*(sampler.sample(prompt, n, asked) for prompt in prompts)))
         finally:

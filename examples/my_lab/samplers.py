@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass as plain_dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,11 +16,11 @@ from reflux.samplers.stored import OpenStored, Stored
 from reflux.types import Draw, Group, Prompt, seed_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from reflux.context import PartContext
     from reflux.reports.chart import Chart
     from reflux.reports.recorded import Recorded
-    from reflux.rundir import Run
+    from reflux.services import Services
+    from reflux.weights import Weights
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -32,13 +32,13 @@ class Mixed(Stored):
 
     share: Annotated[float, Field(ge=0, le=1)] = 0.5
 
-    def open(self, run: Run) -> AbstractAsyncContextManager[Any]:
-        return self._mixed(run)
+    def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
+        return self._mixed(context, services)
 
     @asynccontextmanager
-    async def _mixed(self, run: Run) -> AsyncIterator[OpenMixed]:
-        async with self._opened(run) as stored:
-            yield OpenMixed(stored, self.share, run.seed)
+    async def _mixed(self, context: PartContext, services: Services) -> AsyncIterator[OpenMixed]:
+        async with self._opened(context, services) as stored:
+            yield OpenMixed(stored, self.share, context.seed)
 
     def diagnostics(self, name: str, recorded: Recorded) -> Iterable[Chart]:
         """Whose answers each step had: nobody gave the tokens of a reference a probability, so their log-probs are 0."""
@@ -62,5 +62,5 @@ class OpenMixed:
         own = random.Random(seed_of(self.seed, "mixed", draw.step)).random() < self.share  # law 8: these dice hang on seed and step alone
         return await (self.stored.inner if own else self.stored).sample(prompt, n, draw)
 
-    async def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        await self.stored.publish(weights, version)
+    async def publish(self, weights: Weights, step: int) -> None:
+        await self.stored.publish(weights, step)

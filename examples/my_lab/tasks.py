@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic.dataclasses import dataclass
 
 from reflux.parts import STRICT
 from reflux.tasks.base import Split, TaskPart
-from reflux.types import Message, Prompt, Rollout, TokenRollout, seed_of
+from reflux.types import Prompt, Rollout, TokenRollout, seed_of
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -50,8 +50,8 @@ class Backwards(TaskPart):
             raise ValueError(f"prompt {prompt.id} has no answer to compare with")
         return float(made.split()[-1:] == [prompt.answer])
 
-    def reply(self, prompt: Prompt, messages: Sequence[Message], step: int) -> tuple[Message, ...] | None:
-        return None  # one turn
+    def open_env(self, prompt: Prompt) -> None:
+        """A word is answered in one turn."""
 
     def _word(self, dice: random.Random) -> str:
         return "".join(dice.choices("abcdefghijklmnopqrstuvwxyz", k=self.letters))

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reflux.types import Wants
+
+if TYPE_CHECKING:
+    from reflux.config import RunConfig
+    from reflux.tasks.base import Task
+    from reflux.teachers.base import Teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +38,55 @@ class Generation:
     noise_level: float = 0.0
     guidance: float = 1.0
     pixels: int = 0  # a side of the picture; 0: the size that the model was made for
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """The sizes of a run."""
+
+    steps: int
+    prompts_per_step: int
+    group_size: int
+    max_staleness: int  # optimiser steps between sampling and learning, at most
+    training_positions: int  # of an attempt, at most
+    evaluation_positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Settings of the process that a part is opened in."""
+
+    threads: int = 0  # CPU threads of torch; 0: as torch finds
+    deterministic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PartContext:
+    """All that a part is told of its run. What it shares with other parts of its process is in `Services`."""
+
+    name: str  # the table's: "main" for [teachers.main], "sampler" for [sampler]
+    seed: int
+    requirements: Wants  # joined by `checks`: what has to be computed for others
+    student: StudentSpec
+    task: Task
+    generation: Generation
+    numbers: Numbers
+    folder: Path  # of this part's own, inside the run directory; made by the part if it needs one
+    teachers: Mapping[str, Teacher] = field(default_factory=dict)  # the teacher tables as values, for a sampler that opens them
+    placement: Placement = Placement()
+
+
+def part_context(cfg: RunConfig, requirements: Wants, name: str, run_folder: Path) -> PartContext:
+    """The context of the part `name` of a run in `run_folder`."""
+    return PartContext(
+        name=name,
+        seed=cfg.seed,
+        requirements=requirements,
+        student=cfg.learner.student,
+        task=cfg.task,
+        generation=cfg.sampler.generation,
+        numbers=Numbers(cfg.steps, cfg.prompts_per_step, cfg.group_size, cfg.max_lag, cfg.training_positions, cfg.evaluation_positions),
+        folder=run_folder / "parts" / name,
+        teachers=cfg.teachers,
+        placement=Placement(cfg.threads, cfg.deterministic),
+    )

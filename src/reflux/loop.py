@@ -8,6 +8,7 @@ from typing import Any
 
 from reflux import checks
 from reflux.accelerators import base as accelerators
+from reflux.accelerators.score import CurrentScore
 from reflux.config import RunConfig
 from reflux.credit.base import share_credit
 from reflux.learners.base import OpenLearner
@@ -38,14 +39,11 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
     async with open_parts(cfg, run) as (learner, sampler, reward, teachers, accelerator):
         run.restore(learner, teachers, accelerator)  # every part with state; accelerator.start(learner) on a fresh run
 
-        async def publish() -> None:  # sampler and teachers learn of the new weights
-            await sampler.publish(learner.weights, learner.version)
-            await teachers.publish(learner.weights, learner.version)
+        async def publish(step: int) -> None:  # sampler and teachers learn of the new weights
+            await sampler.publish(learner.publish(), step)
+            await teachers.publish(learner.publish(), step)
 
-        async def score(dice: int = 0) -> float:  # these weights on fixed prompts: the sampler only, under the current version
-            await sampler.publish(learner.weights, learner.version)
-            assert run.scorer is not None  # there is one where an accelerator is open, and no one else asks
-            return await run.scorer(sampler, teachers, dice)
+        score = CurrentScore(run.scorer, learner, sampler, teachers)  # of these weights on fixed prompts
 
         async def attempt(prompt: Prompt, step: int) -> Group:  # may run ahead of training, never by more than max_lag steps
             group = await sampler.sample(prompt, cfg.group_size, cfg.draw(step))  # the student acts
@@ -54,7 +52,7 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
             run.write(group, step)  # on disk now, whatever happens next
             return group
 
-        await publish()
+        await publish(run.step)
         if not run.step:
             await run.evaluate(learner, sampler, teachers, unless_done=True)  # before the first step
         stream = Pipeline(
@@ -72,7 +70,7 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
                 request = StepRequest(groups, cfg.objectives, moment, cfg.normalise, cfg.log_variance)
                 result = await learn(learner, request, run.keep_refused)  # the student moves
                 jumped = await accelerator.after_step(learner.access, score, run.step + 1)  # and may jump ahead along its path
-                await publish()  # everyone learns of it
+                await publish(run.step + 1)  # everyone learns of it
                 if jumped:
                     stream.refresh()  # ask again what is in flight
                 run.advance(result, groups, learner, teachers)  # step += 1; metrics, lag, shares, costs
@@ -93,10 +91,13 @@ async def open_parts(cfg: RunConfig, run: Run) -> AsyncIterator[Parts]:
         stack.callback(run.close)
         stack.enter_context(stopping_on_signals(run))
         prepare_torch(cfg.threads, cfg.deterministic)
-        learner = await stack.enter_async_context(cfg.learner.open(run))
-        sampler = await stack.enter_async_context(cfg.sampler.open(run))
-        reward = await stack.enter_async_context(cfg.reward.open(run)) if cfg.reward else None
-        opened = {name: (teacher, await stack.enter_async_context(teacher.open(run, name))) for name, teacher in cfg.teachers.items()}
+        learner = await stack.enter_async_context(cfg.learner.open(run.context("learner"), run.services))
+        sampler = await stack.enter_async_context(cfg.sampler.open(run.context("sampler"), run.services))
+        reward = await stack.enter_async_context(cfg.reward.open(run.context("reward"), run.services)) if cfg.reward else None
+        opened = {
+            name: (teacher, await stack.enter_async_context(teacher.open(run.context(name), run.services)))
+            for name, teacher in cfg.teachers.items()
+        }
         accelerator = await stack.enter_async_context(accelerators.opened(cfg.accelerator, run))
         heard = {objective.teacher for objective in cfg.objectives if objective.teacher}
-        yield learner, sampler, reward, Teachers(opened, run, heard), accelerator
+        yield learner, sampler, reward, Teachers(opened, run.wants, run.services, heard), accelerator

@@ -5,6 +5,7 @@ Only safetensors are loaded, and a repository's own code is not run unless the r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,7 @@ class Model:
     def device(self) -> torch.device:
         return self.net.device
 
-    def renderer(self, system: str | None, template: dict[str, Any] | None) -> Renderer:
+    def renderer(self, system: str | None, template: Mapping[str, Any] | None) -> Renderer:
         return Renderer(self.tokenizer, system, template)
 
 

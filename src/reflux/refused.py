@@ -10,6 +10,8 @@ import numpy as np
 from reflux import files, records
 from reflux.types import Attempt, FlowRollout, Group, VelocityTarget
 
+NAME = "refused-step-"  # of the file; the step from 1 follows
+
 
 def keep(path: Path, groups: Sequence[Group], step: int, why: str) -> Path:
     """Write `path`, one line an attempt (both of its lines in one, and `why`), in place of what was there, and return it.

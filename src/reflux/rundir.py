@@ -6,13 +6,11 @@ searches.jsonl  score_prompts.jsonl  foresight/
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import resource
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -22,11 +20,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from reflux import checkpoints, checks, files, records, refused
 from reflux.clock import Clock
 from reflux.config import RunConfig, differences, to_table, to_toml
+from reflux.context import PartContext, part_context
 from reflux.errors import RunError, Stopped
 from reflux.heads import Heads
 from reflux.model_card import model_card
-from reflux.models import share_cores
 from reflux.once import Once
+from reflux.services import Services
 from reflux.step import StepResult
 from reflux.step_metrics import Acted, step_metrics
 from reflux.tracking import NoTracker, Tracker, open_tracker
@@ -81,8 +80,7 @@ class Run:
         self.seed, self.task, self.step = cfg.seed, cfg.task, step
         self.resumed = step if options.resume else None
         self.stopping = False
-        self.clock = Clock()
-        self._threads = ThreadPoolExecutor(2, "reflux-model", share_cores, (2,)) if cfg.max_lag else None
+        self.services = Services(cfg.learner.student, overlap=cfg.max_lag > 0, listener=options.watch, append=self._append)
         self.totals: dict[str, float] = {"tokens_sampled": 0, "flops": 0, "seconds": 0}
         if step:
             self.totals |= checkpoints.load_plain(self.dir / "checkpoints", step, "run")
@@ -90,10 +88,6 @@ class Run:
         self._tracker: Tracker = NoTracker()  # until the lock is held
         self.scorer: Scorer | None = None  # of an accelerator
         self.landed: dict[int, Acted] = {}  # by the step (from 0) that attempts are meant for; more than it uses where a jump came between
-        self._graders: Graders | None = None
-        self._tokenizer: Any = None
-        self.once = Once()  # what several parts share
-        self.heads = Heads()  # through which hidden states of teachers are read
         self._lock = (self.dir / ".lock").open("w")
 
     @classmethod
@@ -126,8 +120,12 @@ class Run:
 
     def _cut_back(self) -> None:
         """Everything on disk that came after the checkpoint goes: it will be done again."""
-        for name in ("metrics.jsonl", "evals.jsonl", "attempts.jsonl", "searches.jsonl"):
-            files.keep_lines(self.dir / name, lambda row: row["step"] <= self.step)
+        for path in self.dir.glob("*.jsonl"):
+            if not path.name.startswith(refused.NAME):
+                files.keep_lines(path, lambda row: row.get("step", 0) <= self.step)
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        files.append_lines(self.dir / name, [dict(row)])
 
     # --- what parts ask for
 
@@ -138,33 +136,28 @@ class Run:
     def moment(self, step: int | None = None) -> Moment:
         return Moment(self.step if step is None else step, self.seed)
 
-    @property
-    def tokenizer(self) -> Any:
-        """The student's."""
-        if self._tokenizer is None:
-            from reflux.models import load_tokenizer
+    def context(self, name: str) -> PartContext:
+        """What the part `name` may know of this run."""
+        return part_context(self.cfg, self.wants, name, self.dir)
 
-            self._tokenizer = load_tokenizer(self.cfg.learner.model, "learner.model", self.cfg.learner.student.trust_remote_code)
-        return self._tokenizer
+    @property
+    def clock(self) -> Clock:
+        return self.services.clock
+
+    @property
+    def once(self) -> Once:
+        return self.services.shared
+
+    @property
+    def heads(self) -> Heads:
+        return self.services.heads
 
     @property
     def graders(self) -> Graders:
-        """Worker processes for verdicts, shared by the reward and the evaluations."""
-        if self._graders is None:
-            from reflux.tasks.grading import Graders
-
-            self._graders = Graders()
-        return self._graders
+        return self.services.graders
 
     async def off_loop(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Run model work: beside the event loop where acting and learning overlap (max_lag > 0), else right here.
-
-        At lag 0 nothing could overlap, and a second thread would bring a second OpenMP team: on few cores both then sleep and wake at every
-        operation (measured on 2 cores: decoding takes 1.8 times as long).
-        """
-        if self._threads is None:
-            return work(*arguments)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+        return await self.services.run_model(work, *arguments)
 
     # --- the loop's verbs
 
@@ -223,13 +216,13 @@ class Run:
         try:
             with learner.at_mean() as averaged:
                 if averaged:
-                    await sampler.publish(learner.weights, learner.version)
+                    await sampler.publish(learner.publish(), self.step)
                 for name, evaluation in self.cfg.evals.items():
                     if not (evaluation.once and name in seen):
                         results[name] = await evaluation(self, learner, sampler, teachers)
         finally:
             if averaged:  # also where an evaluation raised: the sampler goes on with the student's own weights
-                await sampler.publish(learner.weights, learner.version)
+                await sampler.publish(learner.publish(), self.step)
         files.append_lines(self.dir / "evals.jsonl", [results])
         self._tracker.log({key: value for key, value in results.items() if key != "step"}, self.step)
         self.watch.evaluated(self, results)
@@ -253,17 +246,14 @@ class Run:
 
     def keep_refused(self, groups: Sequence[Group], why: str) -> Path:
         """Write the batch of a refused step for inspection."""
-        return refused.keep(self.dir / f"refused-step-{self.step + 1}.jsonl", groups, self.step, why)
+        return refused.keep(self.dir / f"{refused.NAME}{self.step + 1}.jsonl", groups, self.step, why)
 
     @property
     def seconds(self) -> float:
         return self.totals["seconds"] + time.perf_counter() - self._started
 
     def close(self) -> None:
-        if self._graders is not None:
-            self._graders.close()
-        if self._threads is not None:
-            self._threads.shutdown()
+        self.services.close()
         self._tracker.close()
         self._lock.close()
 

@@ -27,9 +27,12 @@ if TYPE_CHECKING:
     from reflux.metrics import Metric
     from reflux.step import StepRecord
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant" | "tool", "content": text}
+# {"role": "system" | "user" | "assistant" | "tool", "content": text}, and where tools are called also "tool_calls" or "tool_call_id".
+Message = dict[str, Any]
 Purpose = Literal["train", "eval", "score"]
-Finish = Literal["stop", "length", "error"]
+# "error": nothing was sampled. The last three come from an environment: its attempt is kept as far as it went.
+Finish = Literal["stop", "length", "error", "max_turns", "tool_error", "timeout"]
+UNJUDGED: tuple[Finish, ...] = ("error", "tool_error", "timeout")  # what is no fault of the student gets no verdict
 Target = SampledTarget | TopKTarget | HiddenTarget | VelocityTarget
 
 
@@ -130,6 +133,7 @@ class TokenRollout(Rollout):
     text: str  # what the student wrote, decoded without special tokens; several turns one line apart
     messages: tuple[Message, ...]  # the whole conversation, the student's turns included
     spans_T2: np.ndarray | None = None  # int64, where wanted: characters [start, end) of `text` that each token wrote; start = end for none
+    environment_reward: float | None = None  # the sum of what the environment gave its turns; None where it gave nothing
 
     @property
     def prompt_length(self) -> int:
@@ -230,7 +234,7 @@ class Attempt:
     @property
     def verdict(self) -> float | None:
         """The reward's value. None where it was not judged (also by a number that is not finite), or ended in an error."""
-        value = None if self.reward is None or self.rollout.finish == "error" else self.reward.value
+        value = None if self.reward is None or self.rollout.finish in UNJUDGED else self.reward.value
         return None if value is None or not math.isfinite(value) else float(value)
 
     @property

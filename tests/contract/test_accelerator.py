@@ -363,7 +363,7 @@ def test_fresh_dice_are_other_dice_of_the_same_prompts(student: str, teacher: st
     async def script() -> list[float]:
         run = Run.open(cfg, checks.join(cfg), Options(tmp_path / "run"))
         async with open_parts(cfg, run) as (learner, sampler, _, teachers, _):
-            await sampler.publish(learner.weights, 0)
+            await sampler.publish(learner.publish(), 0)
             assert run.scorer is not None
             return [await run.scorer(sampler, teachers, dice) for dice in (0, 0, 1, 1, 2)]
 

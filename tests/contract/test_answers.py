@@ -40,12 +40,11 @@ WANTS = Wants(logp=True, candidates=2, said=2)
 
 def of_text(part: Any, opened: Any, *more: Any) -> Any:
     model = as_model(tiny.net(2), character_tokenizer())
-    return opened(part, tiny.Stub(wants=WANTS), "main", model, *(made(model) for made in more))
+    return opened(part, tiny.context(WANTS), tiny.services(), model, *(made(model) for made in more))
 
 
 def of_pictures() -> FlowTeacher:
-    run: Any = tiny.Stub(SimpleNamespace(sampler=None), WANTS)
-    return FlowTeacher(Flow("m"), run, "main", tiny_flow.model(2))
+    return FlowTeacher(Flow("m"), tiny.context(WANTS), tiny.services(), tiny_flow.model(2))
 
 
 OPENED: dict[str, Callable[[], Any]] = {
@@ -134,7 +133,7 @@ def test_attempts_get_their_answers_once(table: str) -> None:
         return [View(({"role": "user", "content": text},), notes={"shown": told[0]}) for _ in group]
 
     part = SimpleNamespace(context=context, routes=(), as_="main", in_process=True)
-    teachers = Teachers({"one": (part, teacher)}, teacher.run)  # type: ignore[dict-item]
+    teachers = Teachers({"one": (part, teacher)}, Wants(), tiny.services())  # type: ignore[dict-item]
     groups = [[Attempt(rollout)] for rollout in rollouts(table)]
     before = [plain(group[0].rollout) for group in groups]
     asyncio.run(teachers.score(groups, NOW))
@@ -191,8 +190,8 @@ def test_tables_are_asked_at_once(kinds: tuple[bool, bool], cohort: int) -> None
     async def act() -> list[list[Attempt]]:
         both = asyncio.Barrier(2)
         first, second = Elsewhere(both.wait), Elsewhere(both.wait)
-        run: Any = tiny.Stub()
-        teachers = Teachers({"b": (part(kinds[0]), first), "a": (part(kinds[1]), second)}, run)  # type: ignore[dict-item]
+        services = tiny.services()
+        teachers = Teachers({"b": (part(kinds[0]), first), "a": (part(kinds[1]), second)}, Wants(), services)  # type: ignore[dict-item]
         groups = attempts()
         async with asyncio.timeout(20):
             if not cohort:
@@ -202,7 +201,7 @@ def test_tables_are_asked_at_once(kinds: tuple[bool, bool], cohort: int) -> None
             else:
                 await teachers.score(groups[:1], NOW)
                 groups = groups[:1]
-        assert run.clock.take()["teach"] == 0.5 * len(groups)
+        assert services.clock.take()["teach"] == 0.5 * len(groups)
         return groups
 
     for group in asyncio.run(act()):
@@ -222,13 +221,13 @@ def test_a_table_that_raises_ends_the_others_and_its_error_is_raised_as_it_is() 
         await asyncio.sleep(0)
         raise ModelError("broken weights")
 
-    run: Any = tiny.Stub()
+    services = tiny.services()
     for kinds in ((False, False), (True, False), (False, True)):
         tables = {"one": (part(kinds[0]), Elsewhere(forever)), "two": (part(kinds[1]), Elsewhere(fails))}
 
         async def act(tables: Any = tables) -> None:
             async with asyncio.timeout(20):
-                await Teachers(tables, run).score(attempts(), NOW)
+                await Teachers(tables, Wants(), services).score(attempts(), NOW)
 
         with pytest.raises(ModelError, match="broken weights"):
             asyncio.run(act())
@@ -267,8 +266,8 @@ def test_who_cannot_answer_says_why_is_counted_and_is_asked_again() -> None:
     teacher.answer = lambda rollout: (
         TeacherAnswer(error=sentence) if rollout.prompt.id == "p1" and (sentence := next(sentences, "")) else teacher.sampled(rollout)
     )
-    run: Any = tiny.Stub()
-    teachers = Teachers({"table": (part(as_="main"), teacher)}, run)  # type: ignore[dict-item]
+    services = tiny.services()
+    teachers = Teachers({"table": (part(as_="main"), teacher)}, Wants(), services)  # type: ignore[dict-item]
     groups = attempts()
     made = [group[0] for group in groups]
     asyncio.run(teachers.score(groups, NOW))

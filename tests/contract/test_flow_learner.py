@@ -16,7 +16,6 @@ from torch import Tensor
 
 import tiny
 import tiny_flow
-from reflux.config import RunConfig
 from reflux.credit.base import share_credit
 from reflux.credit.outcome import Outcome as OutcomeRule
 from reflux.credit.prefix import Prefix
@@ -25,7 +24,6 @@ from reflux.flows.load import load_flow
 from reflux.flows.start import start
 from reflux.learners.flow import Average, Flow, FlowLora
 from reflux.learners.flow_engine import FlowLearner
-from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.velocity_kl import VelocityKL, kl_weight
 from reflux.types import Attempt, Moment, Reward, TeacherAnswer, VelocityTarget, Wants
@@ -38,9 +36,7 @@ TEACHER, OTHER = tiny_flow.model(2), tiny_flow.model(3)
 def opened(seed: int = 1, wants: Wants | None = None, **fields: Any) -> FlowLearner:
     """A learner that stands still unless it is told otherwise; gradients stay unclipped."""
     part = Flow(**{"model": "tiny", "lr": 0.0, "clip": 1e12, "weight_decay": 0.0, **fields})
-    cfg = RunConfig(task=None, sampler=None, learner=part, objectives=(NLL(),))
-    run: Any = tiny.Stub(cfg, wants)
-    return FlowLearner(part, run, tiny_flow.model(seed))
+    return FlowLearner(part, tiny.context(wants or Wants()), tiny.services(), tiny_flow.model(seed))
 
 
 def batch(lengths: Sequence[int] = (4, 7, 5), drawn_by: Any = None, **fields: Any) -> list[list[Attempt]]:

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,11 @@ import tiny
 import tiny_flow
 from reflux.errors import DataError, ModelError
 from reflux.flows.library import library
-from reflux.once import Once
 from reflux.samplers.flow import Flow, prompt_text, sde_step
 from reflux.samplers.flow_engine import FlowSampler
 from reflux.samplers.noise import normal, row_key
 from reflux.types import Attempt, Draw, FlowRollout, Prompt, VelocityTarget, Wants
+from reflux.weights import InMemory
 
 TRAIN = Draw(0, "train", 6)
 GREEDY = Draw(0, "eval", 6, temperature=0.0)
@@ -64,9 +63,8 @@ def prompts(count: int = 3) -> list[Prompt]:
 
 
 def sampler(model: Any = None, wants: Wants | None = None, seed: int = 0, **fields: Any) -> FlowSampler:
-    run: Any = tiny.Stub(wants=wants)
-    run.seed = seed
-    return FlowSampler(Flow(**{"steps": 6, "eval_steps": 9, **fields}), run, model or tiny_flow.model(0))
+    context = tiny.context(wants or Wants(), seed=seed)
+    return FlowSampler(Flow(**{"steps": 6, "eval_steps": 9, **fields}), context, tiny.services(), model or tiny_flow.model(0))
 
 
 def ask(acting: FlowSampler, asked: Sequence[Prompt], n: int = 1, draw: Draw = TRAIN) -> list[FlowRollout]:
@@ -291,7 +289,7 @@ def test_the_length_follows_its_schedule_in_training_and_never_cuts_an_evaluatio
 def test_publish_copies_and_the_version_is_written_down() -> None:
     acting, other = sampler(tiny_flow.model(0)), tiny_flow.model(1)
     (before,) = ask(acting, prompts(1))
-    asyncio.run(acting.publish(other.net.state_dict(), 5))
+    asyncio.run(acting.publish(InMemory.of(other.net.state_dict(), 5), 5))
     (after,) = ask(acting, prompts(1))
     assert (before.version, after.version) == (0, 5)
     np.testing.assert_array_equal(after.x_SD, ask(sampler(other), prompts(1))[0].x_SD)
@@ -302,11 +300,10 @@ def test_publish_copies_and_the_version_is_written_down() -> None:
 
 
 def opened(folder: Path, **fields: Any) -> FlowSampler:
-    run: Any = tiny.Stub(SimpleNamespace(learner=SimpleNamespace(model=tiny_flow.save(folder, 3))))
-    run.once = Once()
+    context = tiny.context(model=tiny_flow.save(folder, 3))
 
     async def main() -> FlowSampler:
-        async with Flow(**{"steps": 6, **fields}).open(run) as acting:
+        async with Flow(**{"steps": 6, **fields}).open(context, tiny.services()) as acting:
             return acting
 
     return asyncio.run(main())
@@ -327,9 +324,9 @@ def test_a_size_that_does_not_fit_is_refused_as_it_opens(tmp_path: Path) -> None
 def test_seconds_go_to_sampling_or_to_the_evaluation() -> None:
     acting = sampler(Cloud())
     ask(acting, prompts(1))
-    assert set(acting.run.clock.take()) == {"sample", "total"}
+    assert set(acting.services.clock.take()) == {"sample", "total"}
     ask(acting, prompts(1), draw=DRAWN)
-    assert set(acting.run.clock.take()) == {"eval", "total"}
+    assert set(acting.services.clock.take()) == {"eval", "total"}
 
 
 # --- bad input

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny
 import tiny_flow
+from reflux.context import Generation, PartContext, StudentSpec
 from reflux.contexts.base import View
 from reflux.errors import ModelError
 from reflux.flows.adapter_files import PEFT
@@ -23,29 +24,28 @@ from reflux.flows.model import FlowModel
 from reflux.learners.flow import Flow as LearnerPart
 from reflux.learners.flow import FlowLora
 from reflux.learners.flow_engine import FlowLearner
-from reflux.once import Once
 from reflux.samplers.flow import Flow as Sampler
+from reflux.services import Services
 from reflux.teachers.collection import Teachers
 from reflux.teachers.flow import Flow
 from reflux.teachers.flow_engine import FlowTeacher
-from reflux.types import Attempt, FlowRollout, Moment, VelocityTarget
-from tiny import Stub, ask, plainly
+from reflux.types import Attempt, FlowRollout, Moment, VelocityTarget, Wants
+from reflux.weights import InMemory
+from tiny import ask, plainly
 from tiny_flow import save, save_adapter, velocities
 
 NOW = Moment(0, 0)
 
 
-def a_run(student: str, sampler: Any = Sampler()) -> Any:
-    run: Any = Stub(SimpleNamespace(learner=SimpleNamespace(model=student), sampler=sampler))
-    run.once = Once()
-    return run
+def a_run(student: str, generation: Generation = Sampler().generation) -> tuple[PartContext, Services]:
+    return tiny.context(model=student, generation=generation), tiny.services(StudentSpec(student))
 
 
-def opened(run: Any, **tables: Flow) -> dict[str, FlowTeacher]:
+def opened(run: tuple[PartContext, Services], **tables: Flow) -> dict[str, FlowTeacher]:
     """All of them, as a run opens them: one after the other."""
 
     async def one(table: str, cfg: Flow) -> FlowTeacher:
-        async with cfg.open(run, table) as teacher:
+        async with cfg.open(replace(run[0], name=table), run[1]) as teacher:
             return teacher
 
     return {table: asyncio.run(one(table, cfg)) for table, cfg in tables.items()}
@@ -147,7 +147,7 @@ def test_the_teacher_says_what_a_learner_of_its_weights_would(student: str, tmp_
     one, _ = adapters(tmp_path)
     for adapter, lora in ((None, None), (one, FlowLora(rank=2, alpha=4.0, targets=tiny_flow.ENDS))):
         run = a_run(student)
-        learner = FlowLearner(LearnerPart(student, adapter=adapter, lora=lora, micro_batch=3), run, load_flow(student, "here"))
+        learner = FlowLearner(LearnerPart(student, adapter=adapter, lora=lora, micro_batch=3), *run, load_flow(student, "here"))
         teacher = opened(run, main=Flow(student, adapter=adapter))["main"]
         attempts = some(guidance=2.0)
         found = score(teacher, attempts)
@@ -185,7 +185,7 @@ def test_a_route_does_not_feel_another_teacher(student: str, tmp_path: Path) -> 
             "one": Flow(save(tmp_path / "one", 2), as_="main", routes=("a",)),
             "two": Flow(of_b, as_="main", routes=("b",)),
         }
-        teachers = Teachers({name: (tables[name], teacher) for name, teacher in opened(run, **tables).items()}, run)
+        teachers = Teachers({name: (tables[name], teacher) for name, teacher in opened(run, **tables).items()}, Wants(), tiny.services())
         groups = [[tiny_flow.attempt(3, seed=i, text=texts[route], route=route)] for i, route in enumerate("abab")]
         asyncio.run(teachers.score(groups, NOW))
         assert [group[0].answers["main"].table for group in groups] == ["one", "two", "one", "two"]
@@ -205,7 +205,7 @@ def test_two_routed_copies_of_one_teacher_are_the_single_one(student: str, folde
             tables = {name: Flow(folder, as_="main", routes=(name,), batch_positions=batch) for name in "ab"}
             made = opened(a_run(student), **tables)
             assert made["a"].model.net is made["b"].model.net  # loaded once
-            teachers = Teachers({name: (tables[name], made[name]) for name in made}, made["a"].run)
+            teachers = Teachers({name: (tables[name], made[name]) for name in made}, Wants(), tiny.services())
             groups = [[tiny_flow.attempt(3, seed=i, route=route)] for i, route in enumerate(routes)]
             asyncio.run(teachers.score(groups, NOW))
             found = [said(group[0], "main") for group in groups]
@@ -291,7 +291,7 @@ def test_a_teacher_stays_as_it_is(student: str, tmp_path: Path) -> None:
     base = load_flow(student, "here").net.state_dict()
     for teacher in (*made.values(), made["one"]):
         score(teacher, some())
-        asyncio.run(teacher.publish(dict(tiny_flow.model(7).net.state_dict()), 3))
+        asyncio.run(teacher.publish(InMemory.of(tiny_flow.model(7).net.state_dict(), 3), 3))
         teacher.load({})
         assert teacher.state() == {}
     assert checksum(made["one"].model) == before
@@ -314,7 +314,7 @@ def test_macs_are_those_of_base_and_own_adapter(student: str, tmp_path: Path) ->
     again = opened(a_run(student), one=Flow(student, adapter=one))["one"]
     assert again.macs == (size + own["one"]) * 6
     assert made["two"].macs == (size + own["two"]) * 6
-    guided = opened(a_run(student, Sampler(guidance=2.0, pixels=8)), anchor=Flow(student))["anchor"]
+    guided = opened(a_run(student, Sampler(guidance=2.0, pixels=8).generation), anchor=Flow(student))["anchor"]
     assert guided.macs == 2 * size * (16 + 2)
 
 
@@ -350,8 +350,8 @@ def test_what_only_looks_different_is_welcome(student: str, tmp_path: Path) -> N
     """More prompts, in another order; more layers; another size of picture where the run says which size it draws."""
     texts = ("", "something else", *reversed(tiny_flow.TEXTS[1:]))
     opened(a_run(student), tutor=Flow(save(tmp_path / "deeper", 2, layers=3, texts=texts)))
-    opened(a_run(student, Sampler(pixels=8)), tutor=Flow(save(tmp_path / "larger", 2, side=8)))
-    opened(a_run(student, object()), tutor=Flow(save(tmp_path / "other", 2)))  # a sampler of a user's own
+    opened(a_run(student, Sampler(pixels=8).generation), tutor=Flow(save(tmp_path / "larger", 2, side=8)))
+    opened(a_run(student, Generation()), tutor=Flow(save(tmp_path / "other", 2)))  # a sampler of a user's own
 
 
 def test_another_scheduler_is_refused(student: str, folder: str) -> None:
@@ -404,7 +404,7 @@ def test_an_adapter_that_changes_nothing_is_noticed_beside_one_that_speaks(stude
 
 def test_a_guidance_that_is_not_the_attempts_is_refused(student: str) -> None:
     """The config's check says so before sampling; this one speaks where the sampler is a user's own."""
-    teacher = opened(a_run(student, object()), tutor=Flow(student, guidance=4.5))["tutor"]
+    teacher = opened(a_run(student, Generation()), tutor=Flow(student, guidance=4.5))["tutor"]
     with pytest.raises(ModelError, match=r"teachers.tutor.guidance is 4.5, and prompt p0 was drawn with guidance 1: .*Leave it out"):
         score(teacher, some(1))
     score(teacher, some(1, guidance=4.5))

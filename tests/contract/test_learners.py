@@ -32,20 +32,17 @@ LENGTHS = (4, 7, 5)
 
 def of_text(wants: Wants, **fields: Any) -> tuple[Any, list[Group], Any]:
     learner, teacher = tiny.learner(tiny.net(1), **fields), as_model(tiny.net(2), character_tokenizer())
-    learner.run.wants = wants
+    learner.context = tiny.context(wants)
     return learner, [[tiny.attempt(rollout(n, seed=n), teacher)] for n in LENGTHS], Divergence()
 
 
 def of_flow(wants: Wants, **fields: Any) -> tuple[Any, list[Group], Any]:
-    from reflux.config import RunConfig
     from reflux.learners.flow import Flow
     from reflux.learners.flow_engine import FlowLearner
-    from reflux.objectives.nll import NLL
 
     part = Flow(**{"model": "tiny", "lr": 0.0, "clip": 1e12, "weight_decay": 0.0, **fields})
-    run: Any = tiny.Stub(RunConfig(task=None, sampler=None, learner=part, objectives=(NLL(),)), wants)
     groups = [[tiny_flow.attempt(n, teacher=tiny_flow.model(2), seed=n)] for n in LENGTHS]
-    return FlowLearner(part, run, tiny_flow.model(1)), groups, VelocityKL()
+    return FlowLearner(part, tiny.context(wants), tiny.services(), tiny_flow.model(1)), groups, VelocityKL()
 
 
 WORLDS: dict[str, Callable[..., tuple[Any, list[Group], Any]]] = {"hf": of_text, "flow": of_flow}

@@ -30,7 +30,8 @@ from reflux.teachers.base import TeacherRequest
 from reflux.teachers.own import Own
 from reflux.teachers.own_engine import OwnTeacher, move
 from reflux.types import Attempt, HiddenTarget, Moment, Wants
-from tiny import Stub, ask, plainly, rollout, same
+from reflux.weights import InMemory
+from tiny import ask, plainly, rollout, same
 
 NOW = Moment(0, 0)
 CHAT = {"kind": "outside:Chat"}
@@ -38,10 +39,8 @@ SHOWN = {"kind": "peers", "successes": 1, "failures": 1}
 
 
 def own(net: Any = None, *, wants: Wants = Wants(), **fields: Any) -> OwnTeacher:
-    run: Any = Stub(wants=wants)
-    run.step = 0
     model = as_model(net or tiny.net(1), character_tokenizer())
-    return OwnTeacher(Own(**fields), run, "main", model, model.renderer(None, None))
+    return OwnTeacher(Own(**fields), tiny.context(wants), tiny.services(), model, model.renderer(None, None))
 
 
 def student(seed: int) -> dict[str, torch.Tensor]:
@@ -52,8 +51,8 @@ def phi(teacher: OwnTeacher) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in teacher.model.net.state_dict().items()}
 
 
-def publish(teacher: OwnTeacher, weights: dict[str, torch.Tensor], version: int) -> None:
-    asyncio.run(teacher.publish(weights, version))
+def publish(teacher: OwnTeacher, weights: dict[str, torch.Tensor], version: int, step: int | None = None) -> None:
+    asyncio.run(teacher.publish(InMemory.of(weights, version), version if step is None else step))
 
 
 # --- how it follows
@@ -149,12 +148,11 @@ def test_live_is_theta_and_has_no_state() -> None:
 
 @pytest.mark.parametrize("step", [0, 1, 2])
 def test_a_frozen_copy_stays_as_it_was_after_its_step(step: int) -> None:
-    """Until then it is the student. As the loop does it: one word before the first step, one after each, counted after the word."""
+    """Until then it is the student. As the loop does it: published before the first step, and after each."""
     teacher = own(follow="frozen", step=step)
     publish(teacher, student(10), 0)
     for done in (1, 2, 3):
         publish(teacher, student(10 + done), done)
-        teacher.run.step = done
         assert same(phi(teacher), student(10 + min(done, step)))
 
 
@@ -164,10 +162,8 @@ def test_a_frozen_copy_is_taken_up_again(saved_at: int, step: int) -> None:
     teacher = own(follow="frozen", step=step)
     for done in range(saved_at + 1):
         publish(teacher, student(10 + done), done)
-        teacher.run.step = done
     kept = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in teacher.state().items()}
     again = own(tiny.net(5), follow="frozen", step=step)
-    again.run.step = saved_at
     again.load(kept)
     publish(again, student(10 + saved_at), saved_at)
     publish(again, student(10 + saved_at + 1), saved_at + 1)
@@ -458,7 +454,7 @@ def test_it_renders_as_the_sampler_does(tiny_run: Callable[..., Any], monkeypatc
         return found
 
     monkeypatch.setattr(OwnTeacher, "_sequence", spy)
-    tiny_run("full", **run_settings(steps=1, teachers=table(context={"kind": "privileged"}), sampler__system="be brief"))
+    tiny_run("full", **run_settings(steps=1, teachers=table(context={"kind": "privileged"}), learner__system="be brief"))
     assert all(text.startswith("<system>be brief<user>") and text.endswith("correctly.<assistant>") for text in seen)
 
 

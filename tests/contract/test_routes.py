@@ -19,11 +19,10 @@ from reflux.reports.metrics import Heard, read_metrics
 from reflux.reports.page import write_report
 from reflux.reports.teachers import teachers_table
 from reflux.teachers.collection import Teachers
-from reflux.types import Attempt, Draw, Group, Moment, Prompt, Rollout, SampledTarget, TeacherAnswer
+from reflux.types import Attempt, Draw, Group, Moment, Prompt, Rollout, SampledTarget, TeacherAnswer, Wants
 
 CHAT = {"kind": "outside:Chat"}
 NOW = Moment(0, 0)
-STUB: Any = tiny.Stub()
 
 
 class Flat:
@@ -46,7 +45,7 @@ def tables(**gaps: tuple[float, tuple[str, ...]]) -> tuple[Teachers, dict[str, F
         name: (SimpleNamespace(context=Same(), routes=routes, as_="main", in_process=True), answers[name])
         for name, (_, routes) in gaps.items()
     }
-    return Teachers(opened, STUB), answers  # type: ignore[arg-type]
+    return Teachers(opened, Wants(), tiny.services()), answers  # type: ignore[arg-type]
 
 
 def group(route: str | None, number: int, size: int = 2) -> Group:
@@ -92,10 +91,10 @@ def test_a_prompt_that_none_of_those_who_teach_serves_is_refused_by_name() -> No
     """A task on the hub tells its routes only as its prompts come."""
     opened = tables(plus=(0.5, ("add",)), times=(2.0, ("mul",)))[0].opened
     assert "prompt div1 has the route 'div', but the teachers that objectives listen to serve only add, mul." in unserved(
-        Teachers(opened, STUB, {"main"}), group("add", 1), group("div", 1)
+        Teachers(opened, Wants(), tiny.services(), {"main"}), group("add", 1), group("div", 1)
     )
-    assert "prompt None2 has no route, but" in unserved(Teachers(opened, STUB, {"main"}), group(None, 2))
-    asyncio.run(Teachers(opened, STUB, {"main"}).score([group("add", 1), group("mul", 2), []], NOW))
+    assert "prompt None2 has no route, but" in unserved(Teachers(opened, Wants(), tiny.services(), {"main"}), group(None, 2))
+    asyncio.run(Teachers(opened, Wants(), tiny.services(), {"main"}).score([group("add", 1), group("mul", 2), []], NOW))
 
 
 def test_a_prompt_is_refused_only_where_nobody_teaches_it() -> None:
@@ -111,9 +110,9 @@ def test_a_prompt_is_refused_only_where_nobody_teaches_it() -> None:
         ({"main", "anchor"}, {"anchor": routed_other}),
         ({"anchor"}, {"anchor": other}),
     ):
-        asyncio.run(Teachers({"plus": plus, **others}, STUB, heard).score([div], NOW))  # type: ignore[dict-item]
+        asyncio.run(Teachers({"plus": plus, **others}, Wants(), tiny.services(), heard).score([div], NOW))  # type: ignore[dict-item]
     for heard in ({"main"}, {"main", "said"}):  # an anchor that no objective listens to teaches nobody
-        assert "serve only add." in unserved(Teachers({"plus": plus, "anchor": other}, STUB, heard), div)  # type: ignore[dict-item]
+        assert "serve only add." in unserved(Teachers({"plus": plus, "anchor": other}, Wants(), tiny.services(), heard), div)  # type: ignore[dict-item]
 
 
 def routed(teacher: str, student: str) -> dict[str, Any]:
@@ -223,7 +222,7 @@ def test_the_interval_of_agreement_covers_the_kl_as_often_as_it_says(attempts: i
     part: Any = SimpleNamespace(context=Same(), routes=(), as_="main", in_process=True)
 
     async def measure() -> dict[str, Any]:
-        return await Agreement()(run, None, Speaking(), Teachers({"main": (part, Noisy(dice, 2.5))}, STUB))  # type: ignore[arg-type]
+        return await Agreement()(run, None, Speaking(), Teachers({"main": (part, Noisy(dice, 2.5))}, Wants(), tiny.services()))  # type: ignore[arg-type]
 
     for _ in range(draws):
         found = asyncio.run(measure())

@@ -15,6 +15,7 @@ import tiny
 from laws.test_own_dice import PROMPTS, ask, sampled
 from reflux.errors import DataError, ModelError
 from reflux.types import Draw, Prompt, TopKTarget
+from reflux.weights import InMemory
 from tiny import END
 
 CHAT = {"kind": "outside:Chat"}
@@ -201,7 +202,7 @@ def test_publishing_waits_for_the_call_in_progress_and_then_counts(student: str,
     async def script(acting: Any) -> Any:
         asked = asyncio.ensure_future(ask(acting, PROMPTS, 2, Draw(0, "train", 25)))
         await asyncio.sleep(0.005)
-        await acting.publish(other, 7)
+        await acting.publish(InMemory.of(other, 7), 7)
         return await asked, await ask(acting, PROMPTS, 2, Draw(0, "train", 25))
 
     cfg = tiny.config("opd", student, teacher, task=CHAT)

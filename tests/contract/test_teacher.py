@@ -21,16 +21,14 @@ from reflux.teachers.collection import Teachers
 from reflux.teachers.local import Local
 from reflux.teachers.local_engine import LocalTeacher
 from reflux.types import Attempt, HiddenTarget, Moment, TeacherAnswer, TopKTarget, Wants
-from tiny import Stub, ask, attempt, rollout, same
+from tiny import ask, attempt, rollout, same
 
 CHAT = {"kind": "outside:Chat"}
 NOW = Moment(0, 0)
-STUB: Any = Stub()
 
 
 def local(net: Any, wants: Wants = Wants(), **fields: Any) -> LocalTeacher:
-    run: Any = Stub(wants=wants)
-    return LocalTeacher(Local("m", **fields), run, "main", as_model(net, character_tokenizer()))
+    return LocalTeacher(Local("m", **fields), tiny.context(wants), tiny.services(), as_model(net, character_tokenizer()))
 
 
 def score(teacher: LocalTeacher, attempts: list[Attempt], view: View | None = None) -> None:
@@ -139,7 +137,7 @@ def table(context: Any, **fields: Any) -> Any:
 
 def test_scoring_is_idempotent_and_asks_again_only_where_the_context_changed() -> None:
     context, answers = Saying(), Counting()
-    teachers = Teachers({"main": (table(context), answers)}, STUB)
+    teachers = Teachers({"main": (table(context), answers)}, Wants(), tiny.services())
     group = [attempt(rollout(3, seed=1, sample=s)) for s in range(2)]
     for word, calls in (("a", 2), ("a", 2), ("b", 4), (None, 4), ("b", 4), ("a", 6)):
         context.word = word
@@ -150,14 +148,14 @@ def test_scoring_is_idempotent_and_asks_again_only_where_the_context_changed() -
 
 def test_empty_and_failed_attempts_are_not_asked() -> None:
     answers = Counting()
-    teachers = Teachers({"main": (table(Saying()), answers)}, STUB)
+    teachers = Teachers({"main": (table(Saying()), answers)}, Wants(), tiny.services())
     asyncio.run(teachers.score([[attempt(rollout(0)), attempt(rollout(3, finish="error"))], [attempt(rollout(2))], []], NOW))
     assert len(answers.asked) == 1
 
 
 def test_a_teacher_with_state_is_in_the_checkpoint_under_its_table() -> None:
     one, other = Counting(), Counting()
-    teachers = Teachers({"main": (table(Saying()), one), "second": (table(Saying()), other)}, STUB)
+    teachers = Teachers({"main": (table(Saying()), one), "second": (table(Saying()), other)}, Wants(), tiny.services())
     one.asked.append(("x", 0))
     assert teachers.state() == {"main/asked": 1, "second/asked": 0}
     teachers.load({"main/asked": 5, "second/asked": 6})

@@ -24,7 +24,7 @@ from reflux.samplers.noise import row_key
 from reflux.step import StepRequest
 from reflux.teachers.local_engine import LocalTeacher
 from reflux.types import Attempt, Moment, Prompt, TokenRollout
-from tiny import Stub, ask, plainly, same
+from tiny import ask, plainly, same
 
 CHAT = {"kind": "outside:Chat"}
 SLOW = "outside:SlowLearner"
@@ -60,10 +60,10 @@ def test_without_lag_the_loop_is_the_handwritten_one(tiny_run: Callable[..., Any
 
 async def synchronous(cfg: RunConfig) -> dict[str, Any]:
     """Ask, answer, share, move: no pipeline, no gather, no loop of the library."""
-    run: Any = Stub(cfg, checks.join(cfg))
     acting = load_model(cfg.learner.model, "learner.model")
     stream = cfg.task.prompts("train", cfg.seed, 0)
-    async with cfg.learner.open(run) as learner, cfg.teachers["main"].open(run, "main") as teacher:
+    context, services = tiny.context(checks.join(cfg), model=cfg.learner.model), tiny.services()
+    async with cfg.learner.open(context, services) as learner, cfg.teachers["main"].open(context, services) as teacher:
         assert isinstance(learner, HFLearner)
         assert isinstance(teacher, LocalTeacher)
         for step in range(cfg.steps):

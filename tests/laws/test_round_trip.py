@@ -95,8 +95,8 @@ def test_everything_set_at_once_survives() -> None:
         "learner.lora": {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj"]},
         "learner.betas": [0.8, 0.95],
         "sampler.stop": ["\n\n", "Question:"],
-        "sampler.template": {"enable_thinking": False, "depth": 2},
-        "sampler.system": 'Say "hello" \\ world\n',
+        "learner.template": {"enable_thinking": False, "depth": 2},
+        "learner.system": 'Say "hello" \\ world\n',
         "teachers": {
             "main": "none",
             "plus": {"model": "a", "as": "main", "routes": ["add"]},

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tiny
+from reflux import files
 from reflux.accelerators.extrapolate import Extrapolate, fires, moved, multiples
 from reflux.accelerators.extrapolate_engine import OpenExtrapolate
-from reflux.accelerators.score import Spent
 from reflux.errors import ConfigError, RefluxError, RunError
 from reflux.learners.hf import Lora
 from reflux.objectives.divergence import Divergence
@@ -97,9 +96,8 @@ class Noted:
 
 
 def opened(folder: Path, **fields: Any) -> OpenExtrapolate:
-    model = SimpleNamespace(learner=SimpleNamespace(model="tiny"))
-    run: Any = SimpleNamespace(dir=folder, watch=Noted(), scorer=SimpleNamespace(spent=Spent(sampled=7)), cfg=model, step=2)
-    return OpenExtrapolate(Extrapolate(**fields), run)
+    services = tiny.services(listener=Noted(), append=lambda name, row: files.append_lines(folder / name, [dict(row)]))
+    return OpenExtrapolate(Extrapolate(**fields), tiny.context(name="accelerator"), services)
 
 
 def searches(folder: Path) -> list[dict[str, Any]]:
@@ -173,7 +171,7 @@ def test_a_score_that_is_not_finite_rejects_a_candidate_and_is_reported(tmp_path
     accelerator.start(learner)
     learner.values["mlp.w"] += 1
     asyncio.run(accelerator.after_step(learner, scripted(learner, [0.5, 0.6, math.nan])[0], 2))
-    assert accelerator.run.watch.texts == ["step 2: the jump by 4 displacements was rejected, its score is nan"]  # type: ignore[attr-defined]
+    assert accelerator.services.listener.texts == ["step 2: the jump by 4 displacements was rejected, its score is nan"]  # type: ignore[attr-defined]
     assert searches(tmp_path)[0]["tried"][1]["score"] is None
 
 
@@ -367,7 +365,7 @@ def test_the_anchor_is_state_and_a_checkpoint_without_it_is_refused(tmp_path: Pa
     again.load(accelerator.state())
     assert same(accelerator.state(), again.state())
     assert list(again.state()) == ["anchor/mlp.w"]
-    with pytest.raises(RunError, match="step 2 has no anchor"):
+    with pytest.raises(RunError, match="has no anchor"):
         opened(tmp_path).load({})
 
 

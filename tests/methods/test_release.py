@@ -387,10 +387,9 @@ def spoken(length: int, k: int = 4) -> tuple[Attempt, Any, Any]:
 
 def follow_up(made: Attempt, k: int = 6) -> None:
     """What the loop does after `observe`."""
-    run: Any = tiny.Stub(wants=Wants(now_topk=k, now_candidates=k))
     made.answers["main"] = dataclasses.replace(made.answers["main"], table="local")
     tables: Any = {"local": (SimpleNamespace(at_ids=True, in_process=True, routes=(), as_="main"), None)}
-    asyncio.run(Teachers(tables, run).follow_up([[made]]))
+    asyncio.run(Teachers(tables, Wants(now_topk=k, now_candidates=k), tiny.services()).follow_up([[made]]))
 
 
 def test_candidates_of_now_are_what_the_head_gives_there() -> None:

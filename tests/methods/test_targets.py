@@ -186,16 +186,16 @@ def test_a_closed_teacher_takes_its_head_back(teacher: str) -> None:
 
     from reflux.teachers.local import Local
 
-    run: Any = tiny.Stub()
-    run.heads = Heads()
+    services = tiny.services()
+    services.heads = heads = Heads()
 
     async def act() -> None:
-        async with Local(teacher, dtype="float32").open(run, "main") as opened:
-            assert run.heads["teachers.main"] is opened.model.head
+        async with Local(teacher, dtype="float32").open(tiny.context(), services) as opened:
+            assert heads["teachers.main"] is opened.model.head
 
     asyncio.run(act())
     with pytest.raises(ModelError, match="it has none"):
-        run.heads["teachers.main"]
+        heads["teachers.main"]
 
 
 def test_hidden_states_of_a_real_model_give_what_its_logits_give() -> None:

@@ -11,15 +11,22 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from reflux.accelerators.score import Scorer, Scoring
+from reflux.accelerators.score import Scorer, Scoring, Spent
 from reflux.part import Part
 
 if TYPE_CHECKING:
+    from reflux.context import PartContext
     from reflux.learners.access import WeightAccess
     from reflux.rundir import Run
+    from reflux.services import Services
 
 
 class Score(Protocol):
+    @property
+    def spent(self) -> Spent:
+        """What was spent on scoring since the last optimiser step."""
+        ...
+
     async def __call__(self, dice: int = 0) -> float:
         """The learner's weights on the fixed prompts. Calls with equal `dice` at one step meet the same; another number, fresh ones."""
         ...
@@ -47,7 +54,7 @@ class Accelerator(AcceleratorPart, Protocol):
     @property
     def scoring(self) -> Scoring: ...
 
-    def open(self, run: Run) -> AbstractAsyncContextManager[OpenAccelerator]: ...
+    def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenAccelerator]: ...
 
 
 class Never:
@@ -74,5 +81,5 @@ async def opened(accelerator: Accelerator | None, run: Run) -> AsyncIterator[Ope
         yield Never()
         return
     run.scorer = Scorer(run, accelerator.scoring)
-    async with accelerator.open(run) as found:
+    async with accelerator.open(run.context("accelerator"), run.services) as found:
         yield found

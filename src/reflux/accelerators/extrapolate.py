@@ -20,9 +20,10 @@ from reflux.types import FlowRollout
 if TYPE_CHECKING:
     from reflux.accelerators.extrapolate_engine import OpenExtrapolate
     from reflux.config import RunConfig
+    from reflux.context import PartContext
     from reflux.reports.chart import Chart
     from reflux.reports.recorded import Recorded
-    from reflux.rundir import Run
+    from reflux.services import Services
     from reflux.teachers.base import Teacher
 
 INCLUDE = ("attn", "attention", "mlp", "ffn", ".ff", "feed_forward")  # what common architectures call these modules
@@ -128,10 +129,10 @@ class Extrapolate(AcceleratorPart):
         return Scoring(self.prompts, self.samples, self.score, self.teacher, self.max_tokens)
 
     @asynccontextmanager
-    async def open(self, run: Run) -> AsyncIterator[OpenExtrapolate]:
+    async def open(self, context: PartContext, services: Services) -> AsyncIterator[OpenExtrapolate]:
         from reflux.accelerators.extrapolate_engine import OpenExtrapolate
 
-        yield OpenExtrapolate(self, run)
+        yield OpenExtrapolate(self, context, services)
 
 
 def fires(step: int) -> bool:

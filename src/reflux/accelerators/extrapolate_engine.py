@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reflux import files
 from reflux.accelerators import extrapolate
 from reflux.errors import ConfigError, RefluxError, RunError
 from reflux.learners.access import WeightAccess, required
@@ -19,7 +18,9 @@ from reflux.learners.access import WeightAccess, required
 if TYPE_CHECKING:
     from reflux.accelerators.base import Score
     from reflux.accelerators.extrapolate import Extrapolate
-    from reflux.rundir import Run
+    from reflux.accelerators.score import Spent
+    from reflux.context import PartContext
+    from reflux.services import Services
 
 Weights = dict[str, Tensor]  # by the model's own names
 ANCHOR = "anchor/"
@@ -37,8 +38,8 @@ class Trial:
 class OpenExtrapolate:
     """Holds the anchor: float32 copies on the CPU of what moves."""
 
-    def __init__(self, cfg: Extrapolate, run: Run):
-        self.cfg, self.run = cfg, run
+    def __init__(self, cfg: Extrapolate, context: PartContext, services: Services):
+        self.cfg, self.context, self.services = cfg, context, services
         self._anchor: Weights = {}
 
     def start(self, access: WeightAccess | None) -> None:
@@ -47,7 +48,7 @@ class OpenExtrapolate:
         names = extrapolate.moved(access.names, self.cfg.include)
         if not names:
             raise ConfigError(
-                f"accelerator.include = {list(self.cfg.include)} matches no parameter of {self.run.cfg.learner.model}, so nothing would "
+                f"accelerator.include = {list(self.cfg.include)} matches no parameter of {self.context.student.model}, so nothing would "
                 f"move. Its parameters have names such as {', '.join(list(access.names)[:4])}."
             )
         self._anchor = access.read(names)
@@ -68,7 +69,7 @@ class OpenExtrapolate:
         if trials:
             path.go(accepted)
         self._anchor = access.read(delta)
-        self._report(completed_steps, trials, accepted, norm, time.perf_counter() - started)
+        self._report(completed_steps, trials, accepted, norm, score.spent, time.perf_counter() - started)
         return accepted > 0
 
     def _displacement(self, access: WeightAccess) -> Weights:
@@ -96,10 +97,12 @@ class OpenExtrapolate:
             return False
         return trial.score > trial.against or (self.cfg.accept == "not_worse" and trial.score == trial.against)
 
-    def _report(self, step: int, trials: list[Trial], accepted: int, norm: float, seconds: float) -> None:
+    def _report(self, step: int, trials: list[Trial], accepted: int, norm: float, spent: Spent, seconds: float) -> None:
         for trial in trials:
             if not math.isfinite(trial.score):
-                self.run.watch.noted(f"step {step}: the jump by {trial.multiple} displacements was rejected, its score is {trial.score}")
+                self.services.listener.noted(
+                    f"step {step}: the jump by {trial.multiple} displacements was rejected, its score is {trial.score}"
+                )
         row = {
             "step": step,
             "score": self.cfg.score,
@@ -107,11 +110,11 @@ class OpenExtrapolate:
             "tried": [asdict(trial) for trial in trials],
             "accepted": accepted,
             "delta_norm": norm,
-            "tokens": self.run.scorer.spent.sampled if self.run.scorer else 0,
-            "ungraded": self.run.scorer.spent.ungraded if self.run.scorer else 0,
+            "tokens": spent.sampled,
+            "ungraded": spent.ungraded,
             "seconds": round(seconds, 3),
         }
-        files.append_lines(self.run.dir / "searches.jsonl", [row])
+        self.services.append("searches.jsonl", row)
 
     def state(self) -> dict[str, Any]:
         return {ANCHOR + name: value for name, value in self._anchor.items()}
@@ -121,8 +124,8 @@ class OpenExtrapolate:
         self._anchor = {key.removeprefix(ANCHOR): value for key, value in state.items() if key.startswith(ANCHOR)}
         if not self._anchor:
             raise RunError(
-                f"{self.run.dir}: the checkpoint of step {self.run.step} has no anchor, so the displacement since the last search is not "
-                f"known. It was made without the accelerator: resume it with accelerator=none, or start a new run."
+                "the checkpoint that this run resumes from has no anchor, so the displacement since the last search is not known. "
+                "It was made without the accelerator: resume it with accelerator=none, or start a new run."
             )
 
 

@@ -17,6 +17,7 @@ from reflux.together import together
 from reflux.types import Attempt, Draw, Group, Prompt, seed_of
 
 if TYPE_CHECKING:
+    from reflux.learners.base import OpenLearner
     from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
     from reflux.teachers.collection import Teachers
@@ -94,6 +95,25 @@ class Scorer:
     def _count(self, attempts: list[Attempt]) -> None:
         self.spent.sampled += sum(int(attempt.rollout.mask_T.sum()) for attempt in attempts)
         self.spent.read += sum(map(_positions, attempts))
+
+
+@dataclass(frozen=True)
+class CurrentScore:
+    """`await score(dice)`: the score of the learner's weights of now, which the sampler is given first."""
+
+    scorer: Scorer | None  # None where no accelerator is open, and then nobody asks
+    learner: OpenLearner
+    sampler: OpenSampler
+    teachers: Teachers
+
+    async def __call__(self, dice: int = 0) -> float:
+        assert self.scorer is not None
+        await self.sampler.publish(self.learner.publish(), self.scorer.run.step)
+        return await self.scorer(self.sampler, self.teachers, dice)
+
+    @property
+    def spent(self) -> Spent:
+        return self.scorer.spent if self.scorer else Spent()
 
 
 def different(stream: Iterable[Prompt], count: int) -> list[Prompt]:

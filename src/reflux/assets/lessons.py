@@ -10,12 +10,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reflux.contexts.wording import with_attempts
 from reflux.tasks.base import Split, TaskPart
 from reflux.tasks.word_problems import SIGNS, Operation, WordProblems, apply
-from reflux.types import Message, Prompt, Reward, Rollout, TokenRollout, seed_of
+from reflux.types import Prompt, Reward, Rollout, TokenRollout, seed_of
+
+if TYPE_CHECKING:
+    from reflux.rollouts.environment import Environment
 
 STEP = re.compile(r"[0-9]+([-+*])([0-9]+)=[0-9]+\.")
 KINDS: dict[str, Operation] = {sign: kind for kind, sign in SIGNS.items()}
@@ -54,8 +57,8 @@ class Shown(TaskPart):
     def verify(self, prompt: Prompt, made: Any) -> float | Reward:
         return self.task.verify(prompt, made)
 
-    def reply(self, prompt: Prompt, messages: Sequence[Message], step: int) -> tuple[Message, ...] | None:
-        return self.task.reply(prompt, messages, step)
+    def open_env(self, prompt: Prompt) -> Environment | None:
+        return self.task.open_env(prompt)
 
     def _ask(self, prompt: Prompt, other: Prompt) -> Prompt:
         dice = random.Random(seed_of("shown", other.id))

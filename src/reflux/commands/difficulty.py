@@ -110,10 +110,10 @@ async def _count(
 @asynccontextmanager
 async def _student(cfg: RunConfig, run: Run) -> AsyncIterator[OpenSampler]:
     """The sampler with the weights that training begins with: a flow learner may begin elsewhere than at its model."""
-    async with cfg.sampler.open(run) as sampler:
+    async with cfg.sampler.open(run.context("sampler"), run.services) as sampler:
         if cfg.learner.rollouts is FlowRollout:
-            async with cfg.learner.open(run) as learner:
-                await sampler.publish(learner.weights, learner.version)
+            async with cfg.learner.open(run.context("learner"), run.services) as learner:
+                await sampler.publish(learner.publish(), 0)
         yield sampler
 
 

@@ -50,18 +50,20 @@ def _table(model: str) -> dict[str, Any]:
     table: dict[str, Any] = {"task": {"kind": "word_problems"}, "sampler": {"kind": "hf", "max_tokens": 512}}
     if flow:
         table = {"task": {"kind": "glyphs"}, "sampler": {"kind": "flow"}}
+    chat: dict[str, Any] = {}  # how a run speaks to its student
     recipe = Path(model) / "config.toml"
     if recipe.is_file():
         own = tomllib.loads(recipe.read_text())
         table = {"steps": own["steps"], "task": own["task"], "sampler": own["sampler"].get("generate", own["sampler"])}
-    return {**table, "learner": {"model": model}, "objectives": [{"kind": "nll"}]}
+        chat = {key: own["learner"][key] for key in ("system", "template") if key in own["learner"]}
+    return {**table, "learner": {"model": model, **chat}, "objectives": [{"kind": "nll"}]}
 
 
 async def _accuracy(cfg: RunConfig, asked: Accuracy) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         run = Run.open(cfg, Wants(), Options(Path(scratch) / "eval"))
         try:
-            async with cfg.sampler.open(run) as sampler:
+            async with cfg.sampler.open(run.context("sampler"), run.services) as sampler:
                 return await asked.measure(run, sampler)
         finally:
             run.close()

@@ -121,7 +121,7 @@ async def at_home(run: Run, learner: Any, groups: Sequence[Group]) -> Finding:
     from reflux.teachers.flow_engine import FlowTeacher
 
     share = SHARES.get(learner.model.device.type, SHARES["cuda"])
-    answers = FlowTeacher(Flow(run.cfg.learner.model), run, HOME, learner.model)
+    answers = FlowTeacher(Flow(run.cfg.learner.model), run.context(HOME), run.services, learner.model)
     attempts = [attempt for group in groups for attempt in group]
     requests = [TeacherRequest(attempt.rollout, View(attempt.rollout.prompt.messages), Wants()) for attempt in attempts]
     found = {id(attempt): answer.target for attempt, answer in zip(attempts, await answers.score(requests), strict=True)}

@@ -106,7 +106,7 @@ async def at_home(run: Run, learner: Any, groups: Sequence[Group]) -> Finding:
 
     local = Local(run.cfg.learner.model, dtype="float32")
     worst = 0.0
-    async with local.open(run, "home") as answers:
+    async with local.open(run.context("home"), run.services) as answers:
         rollouts = [attempt.rollout for group in groups for attempt in group if attempt.rollout.length]
         found = await answers.score([TeacherRequest(rollout, View(rollout.prompt.messages), Wants()) for rollout in rollouts])
         for rollout, answer, now_T in zip(rollouts, found, logp(learner, groups), strict=True):

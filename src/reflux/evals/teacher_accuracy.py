@@ -84,7 +84,7 @@ async def _of_texts(run: Run, table: str, teachers: Teachers) -> AsyncIterator[O
     model = vars(run.cfg.teachers[table]).get("model")
     if model is None:
         raise _without_model(table)
-    async with HFSampler.opened(own if isinstance(own, HF) else HF(), run, model) as acting:
+    async with HFSampler.opened(own if isinstance(own, HF) else HF(), run.context("sampler"), run.services, model) as acting:
         yield acting
 
 
@@ -98,7 +98,9 @@ async def _of_pictures(run: Run, table: str, teachers: Teachers) -> AsyncIterato
     _, answers = teachers.opened[table]
     if not isinstance(answers, FlowTeacher):
         raise _without_model(table)
-    yield FlowSampler(flow_sampler(run.cfg) or Flow(), run, answers.model)  # the open teacher's model: nothing is loaded twice
+    yield FlowSampler(
+        flow_sampler(run.cfg) or Flow(), run.context("sampler"), run.services, answers.model
+    )  # the open teacher's model: nothing is loaded twice
 
 
 Opener = Callable[["Run", str, "Teachers"], AbstractAsyncContextManager["OpenSampler"]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,11 +65,15 @@ def refuse_narrow(name: str, home: Tensor) -> Tensor:
     return home
 
 
-@torch.no_grad()
 def merged(net: Any, only: Collection[str] | None = None) -> Mapping[str, Tensor]:
+    """`full_weights` by name, all at once."""
+    return dict(full_weights(net, only))
+
+
+@torch.no_grad()
+def full_weights(net: Any, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """All parameters and buffers (or `only` these) under the model's own names, each adapted weight plus its product B A."""
     layers = _layers(net)
-    weights = {}
     for name, value in net.state_dict().items():
         plain = name.replace(".base_layer", "")
         if ".lora_" in name or (only is not None and plain not in only):
@@ -77,8 +81,7 @@ def merged(net: Any, only: Collection[str] | None = None) -> Mapping[str, Tensor
         owner = plain.rsplit(".", 1)[0]
         if owner in layers and plain.endswith(".weight"):
             value = value + sum(layers[owner].get_delta_weight(adapter) for adapter in layers[owner].active_adapters)
-        weights[plain] = value
-    return weights
+        yield plain, value
 
 
 def export(model: Model, folder: Path) -> None:

@@ -1,8 +1,8 @@
 """A learner: the student moves.
 
-`open(run)` gives an object with the training state. `step` turns groups whose targets and shares are known into one optimiser step
-(`run.off_loop`). Where every weight is 0 there is no optimiser step (moments and decay would move weights on no evidence): the
-version stays. A learner returns what it found out and writes to no attempt; `learning.py` stores it.
+`open(context, services)` gives an object with the training state. `step` turns groups whose targets and shares are known into one
+optimiser step (`services.run_model`). Where every weight is 0 there is no optimiser step (moments and decay would move weights on no
+evidence): the version stays. A learner returns what it found out and writes to no attempt; `learning.py` stores it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,20 @@ from reflux.types import Group, Rollout, Target
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reflux.context import StudentSpec
+    from reflux.context import PartContext, StudentSpec
     from reflux.learners.access import WeightAccess
     from reflux.models import Model
-    from reflux.rundir import Run
+    from reflux.services import Services
+    from reflux.weights import Weights
 
 
 class OpenLearner(Protocol):
     version: int  # optimiser steps done
     model: Model  # transformers' view of it, for preflight
+
+    def publish(self) -> Weights:
+        """A handle on the weights of now."""
+        ...
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
@@ -92,4 +97,9 @@ class Learner(LearnerPart, Protocol):
         """The student by name, and how it is spoken to."""
         ...
 
-    def open(self, run: Run) -> AbstractAsyncContextManager[OpenLearner]: ...
+    @property
+    def student(self) -> StudentSpec:
+        """The model that is trained, and how it is spoken to."""
+        ...
+
+    def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenLearner]: ...

@@ -21,7 +21,8 @@ from reflux.types import FlowRollout, Rollout
 
 if TYPE_CHECKING:
     from reflux.config import RunConfig
-    from reflux.rundir import Run
+    from reflux.context import PartContext
+    from reflux.services import Services
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
@@ -124,7 +125,7 @@ class Flow(LearnerPart):
     def averages(self) -> bool:
         return self.average is not None
 
-    def open(self, run: Run) -> AbstractAsyncContextManager[Any]:
+    def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
         from reflux.learners.flow_engine import FlowLearner
 
-        return FlowLearner.opened(self, run)
+        return FlowLearner.opened(self, context, services)

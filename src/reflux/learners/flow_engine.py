@@ -25,12 +25,12 @@ from reflux.learners.moving import Moving
 from reflux.learners.tally import unpacked
 from reflux.loss import Result
 from reflux.objectives.base import Objective
-from reflux.samplers.drawn import flow_sampler
 from reflux.types import Attempt, Group, Target, VelocityTarget, seed_of
 
 if TYPE_CHECKING:
+    from reflux.context import PartContext
     from reflux.learners.flow import Flow
-    from reflux.rundir import Run
+    from reflux.services import Services
 
 
 class FlowLearner(Moving):
@@ -38,24 +38,24 @@ class FlowLearner(Moving):
 
     refusal = "a step near data (small t) whose KL in nats is huge: a larger sampler.noise_level, or scale = 'released'"
 
-    def __init__(self, cfg: Flow, run: Run, model: FlowModel):
+    def __init__(self, cfg: Flow, context: PartContext, services: Services, model: FlowModel):
         self.cfg, self.model = cfg, model
-        self._on_the_base = start(model, cfg.merge, cfg.adapter, cfg.lora, seed=seed_of(run.seed, "lora"))
+        self._on_the_base = start(model, cfg.merge, cfg.adapter, cfg.lora, seed=seed_of(context.seed, "lora"))
         if cfg.gradient_checkpointing:
             model.net.transformer.enable_gradient_checkpointing()
-        sampler = flow_sampler(run.cfg)
-        self.macs = model.macs(sampler.guidance, sampler.pixels) if sampler else model.macs()
-        super().__init__(cfg, run, model.net, cfg.average)
+        generation = context.generation
+        self.macs = model.macs(generation.guidance, generation.pixels)
+        super().__init__(cfg, context, services, model.net, cfg.average)
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, cfg: Flow, run: Run) -> AsyncIterator[FlowLearner]:
-        load = partial(load_flow, cfg.model, "learner.model", dtype="float32", device=cfg.device, once=run.once)
-        yield cls(cfg, run, await run.off_loop(load))
+    async def opened(cls, cfg: Flow, context: PartContext, services: Services) -> AsyncIterator[FlowLearner]:
+        load = partial(load_flow, cfg.model, "learner.model", dtype="float32", device=cfg.device, once=services.shared)
+        yield cls(cfg, context, services, await services.run_model(load))
 
     @property
     def observes(self) -> bool:
-        return self.run.wants.now_at_said
+        return self.context.requirements.now_at_said
 
     def observed(self, groups: Sequence[Group]) -> Iterator[tuple[Attempt, Target]]:
         return ((attempt, VelocityTarget(teacher="now", v_TD=v_TD)) for attempt, v_TD in self.velocities(groups))

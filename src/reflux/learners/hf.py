@@ -19,7 +19,8 @@ from reflux.types import Rollout, TokenRollout
 
 if TYPE_CHECKING:
     from reflux.config import RunConfig
-    from reflux.rundir import Run
+    from reflux.context import PartContext
+    from reflux.services import Services
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -52,6 +53,8 @@ class HF(LearnerPart):
     rollouts: ClassVar[type[Rollout]] = TokenRollout
 
     model: str
+    system: str | None = None  # a system prompt, put before conversations that have none
+    template: dict[str, Any] = Field(default_factory=dict)  # chat-template arguments, for example enable_thinking = false
     lr: Number = 1e-6
     betas: tuple[float, float] = (0.9, 0.999)
     eps: Positive = 1e-8
@@ -74,7 +77,7 @@ class HF(LearnerPart):
 
     @property
     def student(self) -> StudentSpec:
-        return StudentSpec(self.model, trust_remote_code=self.trust_remote_code)
+        return StudentSpec(self.model, self.system, self.template, self.trust_remote_code)
 
     def inputs(self, where: str) -> None:
         look_for_text(self.model, f"{where}.model")
@@ -83,7 +86,7 @@ class HF(LearnerPart):
     def trains_all(self) -> bool:
         return self.lora is None
 
-    def open(self, run: Run) -> AbstractAsyncContextManager[Any]:
+    def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
         from reflux.learners.hf_engine import HFLearner
 
-        return HFLearner.opened(self, run)
+        return HFLearner.opened(self, context, services)

@@ -21,8 +21,9 @@ from reflux.objectives.base import Objective
 from reflux.types import Attempt, Group, Target, seed_of
 
 if TYPE_CHECKING:
+    from reflux.context import PartContext
     from reflux.learners.hf import HF
-    from reflux.rundir import Run
+    from reflux.services import Services
 
 
 class HFLearner(Moving):
@@ -30,21 +31,21 @@ class HFLearner(Moving):
 
     refusal = "a teacher that rules out a token the student may say (forward and reverse KL are then infinite: use divergence = 'jsd')"
 
-    def __init__(self, cfg: HF, run: Run, model: Model):
+    def __init__(self, cfg: HF, context: PartContext, services: Services, model: Model):
         self.cfg, self.model = cfg, model
         self.macs = parameter_count(model.net)
         self._quiet_dropout()
         if cfg.lora:
-            adapters.attach(model, cfg.lora, seed=seed_of(run.seed, "lora"))
+            adapters.attach(model, cfg.lora, seed=seed_of(context.seed, "lora"))
         if cfg.gradient_checkpointing:
             model.net.gradient_checkpointing_enable()
             model.net.train()
-        super().__init__(cfg, run, model.net)
+        super().__init__(cfg, context, services, model.net)
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, cfg: HF, run: Run) -> AsyncIterator[HFLearner]:
-        model = await run.off_loop(
+    async def opened(cls, cfg: HF, context: PartContext, services: Services) -> AsyncIterator[HFLearner]:
+        model = await services.run_model(
             partial(
                 load_model,
                 cfg.model,
@@ -55,7 +56,7 @@ class HFLearner(Moving):
                 trust_remote_code=cfg.trust_remote_code,
             )
         )
-        yield cls(cfg, run, model)
+        yield cls(cfg, context, services, model)
 
     def _quiet_dropout(self) -> None:
         """The student that moves must be the student that acted, so nothing is dropped."""
@@ -67,7 +68,7 @@ class HFLearner(Moving):
 
     @property
     def observes(self) -> bool:
-        return self.run.wants.now_at_said or bool(self.run.wants.now_topk)
+        return self.context.requirements.now_at_said or bool(self.context.requirements.now_topk)
 
     def observed(self, groups: Sequence[Group]) -> Iterator[tuple[Attempt, Target]]:
         from reflux.learners.observe import observed
@@ -78,7 +79,7 @@ class HFLearner(Moving):
         return micro_batches(items, self.cfg.micro_batch_tokens)
 
     def backward(self, part: list[Item], objectives: Sequence[Objective], log_variance: bool) -> Result:
-        batch = token_loss.MicroBatch(part, objectives, self.model.device, self.run.heads)
+        batch = token_loss.MicroBatch(part, objectives, self.model.device, self.services.heads)
         with self.autocast():
             return token_loss.backward(batch, self.hidden_rows(batch), self.model.head, log_variance)
 

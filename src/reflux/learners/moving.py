@@ -23,10 +23,12 @@ from reflux.objectives.base import Objective
 from reflux.schedules import Number, at
 from reflux.step import StepRecord, StepRequest, StepResult
 from reflux.types import Attempt, Group, Target
+from reflux.weights import InMemory
 
 if TYPE_CHECKING:
+    from reflux.context import PartContext
     from reflux.learners.flow import Average
-    from reflux.rundir import Run
+    from reflux.services import Services
 
 
 class Optimised(Protocol):
@@ -56,9 +58,10 @@ class Moving(ABC):
 
     refusal: str  # usual reasons why a loss is not finite, in a sentence
 
-    def __init__(self, cfg: Optimised, run: Run, net: nn.Module, average: Average | None = None):
+    def __init__(self, cfg: Optimised, context: PartContext, services: Services, net: nn.Module, average: Average | None = None):
         """Trains the parameters of `net` that require a gradient."""
-        self.settings, self.run, self.net, self.average = cfg, run, net, average
+        self.settings, self.context, self.services = cfg, context, services
+        self.net, self.average = net, average
         self.version = 0
         self.trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
         self.mean = {name: p.detach().clone() for name, p in self.trained.items()} if average else {}
@@ -84,6 +87,9 @@ class Moving(ABC):
     def backward(self, part: list[Item], objectives: Sequence[Objective], log_variance: bool) -> Result:
         """The loss of one micro-batch, driven backward: gradients are added to the parameters'."""
 
+    def publish(self) -> InMemory:
+        return InMemory(self.version, lambda: adapters.full_weights(self.net))
+
     @property
     def weights(self) -> Mapping[str, Tensor]:
         return adapters.merged(self.net)
@@ -104,14 +110,14 @@ class Moving(ABC):
 
     async def observe(self, groups: Sequence[Group]) -> list[Target | None]:
         attempts = [attempt for group in groups for attempt in group]
-        found = await self.run.off_loop(self._observe, groups) if self.observes else {}
+        found = await self.services.run_model(self._observe, groups) if self.observes else {}
         return [found.get(id(attempt)) for attempt in attempts]
 
     def _observe(self, groups: Sequence[Group]) -> dict[int, Target]:
         return {id(attempt): target for attempt, target in self.observed(groups)}
 
     async def step(self, request: StepRequest) -> StepResult:
-        return await self.run.off_loop(self._step, request)
+        return await self.services.run_model(self._step, request)
 
     def _step(self, request: StepRequest) -> StepResult:
         started = time.perf_counter()
@@ -121,7 +127,7 @@ class Moving(ABC):
         if items:
             moved, records = self._move(request, items)
             stats |= moved
-        self.run.clock.add("learn", time.perf_counter() - started)
+        self.services.clock.add("learn", time.perf_counter() - started)
         return StepResult(stats, records)
 
     def _move(self, request: StepRequest, items: list[Item]) -> tuple[Stats, list[StepRecord | None]]:

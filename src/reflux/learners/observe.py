@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def observed(learner: HFLearner, groups: Sequence[Group]) -> Iterator[tuple[Attempt, TopKTarget]]:
     """The student of now along each attempt: at the ids of `said` where the run wants that, else its own top-k."""
-    wants = learner.run.wants
+    wants = learner.context.requirements
     for attempt, h_TH, tokens_T in states(learner, groups):
         said = attempt.rollout.said
         k = 0 if wants.now_at_said and isinstance(said, TopKTarget) else wants.now_topk
@@ -41,7 +41,7 @@ def states(learner: HFLearner, groups: Sequence[Group]) -> Iterator[tuple[Attemp
     """(attempt, h_TH, tokens_T) for every attempt with a position, in micro-batches."""
     items = [_whole(attempt) for group in groups for attempt in group if attempt.rollout.length and attempt.rollout.finish != "error"]
     for part in micro_batches(items, learner.cfg.micro_batch_tokens):
-        batch = MicroBatch(part, (), learner.model.device, learner.run.heads)
+        batch = MicroBatch(part, (), learner.model.device, learner.services.heads)
         with torch.no_grad(), learner.autocast():
             rows = learner.hidden_rows(batch).split([len(item.rows_N) for item in part])
         tokens = batch.tokens_N.split([len(item.rows_N) for item in part])

@@ -1,4 +1,4 @@
-"""A reward: `open(run)` gives an object whose `score(group)` returns one `Reward` for each attempt, and mutates nothing.
+"""A reward: `open(context, services)` gives an object whose `score(group)` returns one `Reward` for each attempt, and mutates nothing.
 
 An attempt that could not be judged (no time left, no stored answer) gets Reward(None, error=...): not judged, which is not wrong.
 """
@@ -12,7 +12,8 @@ from reflux.part import Part
 from reflux.types import Group, Reward
 
 if TYPE_CHECKING:
-    from reflux.rundir import Run
+    from reflux.context import PartContext
+    from reflux.services import Services
 
 
 class OpenReward(Protocol):
@@ -26,7 +27,7 @@ class RewardPart(Part, Protocol):
 
 
 class RewardFn(RewardPart, Protocol):
-    def open(self, run: Run) -> AbstractAsyncContextManager[OpenReward]: ...
+    def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenReward]: ...
 
 
 async def judge(reward: OpenReward | None, group: Group) -> None:

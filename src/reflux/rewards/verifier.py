@@ -17,7 +17,8 @@ from reflux.types import Group, Reward
 if TYPE_CHECKING:
     from reflux.clock import Clock
     from reflux.config import RunConfig
-    from reflux.rundir import Run
+    from reflux.context import PartContext
+    from reflux.services import Services
     from reflux.tasks.base import Task
     from reflux.tasks.grading import Graders
 
@@ -45,15 +46,16 @@ class Verifier(RewardPart):
             yield f'{where}: the verifier asks the task for verdicts, and with its grader "none" nothing is ever judged. {JUDGED}.'
 
     @asynccontextmanager
-    async def open(self, run: Run) -> AsyncIterator[OpenVerifier]:
-        """Shares the run's workers where they are set alike, else starts its own."""
+    async def open(self, context: PartContext, services: Services) -> AsyncIterator[OpenVerifier]:
+        """Shares the workers of this process where they are set alike, else starts its own."""
         from reflux.tasks.grading import Graders
 
-        if (run.graders.workers, run.graders.timeout_s) == (self.workers, self.timeout_s):
-            yield OpenVerifier(run.task, run.graders, run.clock)
+        shared = services.graders
+        if (shared.workers, shared.timeout_s) == (self.workers, self.timeout_s):
+            yield OpenVerifier(context.task, shared, services.clock)
             return
         with Graders(self.workers, self.timeout_s) as graders:
-            yield OpenVerifier(run.task, graders, run.clock)
+            yield OpenVerifier(context.task, graders, services.clock)
 
 
 class OpenVerifier:

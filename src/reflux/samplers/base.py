@@ -1,13 +1,12 @@
 """A sampler: the student acts.
 
-`open(run)` gives an object that holds its own copy of the weights. `sample` returns one group; `publish` puts new weights in place after
-the model call in progress. What a sampled token is depends on (run seed, purpose, step, prompt id, sample, turn, position) and
-`draw.dice` alone.
+`open(context, services)` gives an object that holds its own copy of the weights. `sample` returns one group; `publish` puts new weights in
+place after the model call in progress. What a sampled token is depends on (run seed, purpose, step, prompt id, sample, turn, position)
+and `draw.dice` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -15,16 +14,17 @@ from reflux.part import Part
 from reflux.types import Draw, Group, Prompt, Rollout
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from reflux.context import Generation
-    from reflux.rundir import Run
+    from reflux.context import Generation, PartContext
+    from reflux.services import Services
+    from reflux.weights import Weights
 
 
 class OpenSampler(Protocol):
     async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group: ...
 
-    async def publish(self, weights: Mapping[str, Tensor], version: int) -> None: ...
+    async def publish(self, weights: Weights, step: int) -> None:
+        """Sample with these from now on; `step` optimiser steps are done, also where the last one left the weights as they were."""
+        ...
 
 
 class SamplerPart(Part, Protocol):
@@ -57,8 +57,13 @@ class Sampler(SamplerPart, Protocol):
         ...
 
     @property
+    def exact_rng(self) -> bool:
+        """True where a run samples the same attempts bit for bit whenever it is repeated (law 8)."""
+        ...
+
+    @property
     def generation(self) -> Generation:
         """How the student's own attempts are sampled, in training or in evaluations alone."""
         ...
 
-    def open(self, run: Run) -> AbstractAsyncContextManager[OpenSampler]: ...
+    def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenSampler]: ...

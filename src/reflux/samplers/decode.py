@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from transformers import DynamicCache
 
 from reflux.kernels.cpu_decoder import CpuDecoder, Memory
 from reflux.models import Model
+from reflux.rollouts.turns import Turn, TurnRequest
 from reflux.samplers.cache import roomy_cache
 from reflux.samplers.noise import gumbel
 from reflux.types import Draw
@@ -20,32 +20,13 @@ _CROWDED = 0.85  # dropping finished rows copies the cache, so it is done once t
 _STOP_TOKENS = 64  # the last so many tokens are decoded to look for a stop string
 
 
-@dataclass
-class Turn:
-    """One assistant turn as it was sampled. The end token, where there is one, is the last of `tokens`."""
-
-    tokens: list[int]
-    logp_T: np.ndarray  # under the distribution sampled from
-    raw_T: np.ndarray  # at temperature 1
-    said_TK: tuple[np.ndarray, np.ndarray] | None  # ids and log-probs
-    ended: bool
-
-
-@dataclass
-class Ask:
-    """One row to decode."""
-
-    ids: list[int]
-    key: int  # noise.row_key
-    budget: int  # tokens it may write
-
-
 @torch.inference_mode()
-def decode(model: Model, asks: Sequence[Ask], draw: Draw, said_k: int, decoder: CpuDecoder | None = None) -> list[Turn]:
+def decode(model: Model, asks: Sequence[TurnRequest], version: int, decoder: CpuDecoder | None = None) -> list[Turn]:
     """Sample one turn per row. Left padding; a row stops when it ends, is cut by its budget, or its text ends with a stop string.
 
     decoder: the model's own short cut for one more token a row, where it has one.
     """
+    draw, said_k = asks[0].draw, asks[0].top_k
     rows, written = _Rows(model, asks, decoder), _Written(model, asks, draw)
     logits_BV = rows.read_prompts()
     position = 0
@@ -54,7 +35,7 @@ def decode(model: Model, asks: Sequence[Ask], draw: Draw, said_k: int, decoder: 
         going = written.add(rows.owners, picked)
         position += 1
         if not going:
-            return written.turns()
+            return written.turns(version)
         tokens_B = picked[0]
         if len(going) <= _CROWDED * len(rows.owners):
             tokens_B = tokens_B[rows.keep(going)]
@@ -64,9 +45,9 @@ def decode(model: Model, asks: Sequence[Ask], draw: Draw, said_k: int, decoder: 
 class _Written:
     """What the rows have said so far. Every row that goes on has written one token a step, so they differ in nothing but their budgets."""
 
-    def __init__(self, model: Model, asks: Sequence[Ask], draw: Draw):
+    def __init__(self, model: Model, asks: Sequence[TurnRequest], draw: Draw):
         self.model, self.stop = model, draw.stop
-        self.budgets, self.ends = np.asarray([ask.budget for ask in asks]), np.asarray(model.end_ids)
+        self.budgets, self.ends = np.asarray([ask.max_tokens for ask in asks]), np.asarray(model.end_ids)
         self.ended = np.zeros(len(asks), dtype=bool)
         self.over = np.zeros(len(asks), dtype=bool)
         self.recent: list[list[int]] = [[] for _ in asks]  # the last tokens, kept where stop strings have to be looked for
@@ -87,7 +68,7 @@ class _Written:
         recent[:] = [*recent[1 - _STOP_TOKENS :], token]
         return self.model.tokenizer.decode(recent, skip_special_tokens=True).endswith(self.stop)
 
-    def turns(self) -> list[Turn]:
+    def turns(self, version: int) -> list[Turn]:
         owners = np.concatenate([owners for _, owners, _ in self.steps])
         order = np.argsort(owners, kind="stable")
         cuts = np.cumsum(np.bincount(owners, minlength=len(self.over)))[:-1]
@@ -96,27 +77,30 @@ class _Written:
             for c in range(len(self.steps[0][2]))
         ]
         said = list(zip(columns[3], columns[4], strict=True)) if len(columns) > 3 else [None] * len(self.over)
-        tokens = [ids.tolist() for ids in columns[0]]
-        return [Turn(*fields) for fields in zip(tokens, columns[1], columns[2], said, self.ended.tolist(), strict=True)]
+        fields = zip(*columns[:3], said, self.ended.tolist(), strict=True)
+        return [
+            Turn(ids.tolist(), logp_T, raw_T, said_TK, np.full(len(ids), version), "stop" if ended else "length")
+            for ids, logp_T, raw_T, said_TK, ended in fields
+        ]
 
 
 class _Rows:
     """The rows still being written: cache, attention mask and noise keys."""
 
-    def __init__(self, model: Model, asks: Sequence[Ask], decoder: CpuDecoder | None):
+    def __init__(self, model: Model, asks: Sequence[TurnRequest], decoder: CpuDecoder | None):
         self.model, self.decoder = model, decoder
         self.memory: Memory | None = None  # the decoder's, once the prompts are read
         device = model.device
         self.owners = np.arange(len(asks))  # which ask each row of the batch answers
         self.width = max(len(ask.ids) for ask in asks)
-        self.room = max(ask.budget for ask in asks)
+        self.room = max(ask.max_tokens for ask in asks)
         self.ids_BP = torch.zeros(len(asks), self.width, dtype=torch.int64)
         self.mask_BL = torch.zeros(len(asks), self.width + self.room, dtype=torch.int64)
         for row, ask in enumerate(asks):
             self.ids_BP[row, self.width - len(ask.ids) :] = torch.tensor(ask.ids)
             self.mask_BL[row, self.width - len(ask.ids) :] = 1
         self.mask_BL = self.mask_BL.to(device)
-        self.keys_B = torch.tensor([ask.key for ask in asks], dtype=torch.int64, device=device)
+        self.keys_B = torch.tensor([ask.rng_key for ask in asks], dtype=torch.int64, device=device)
         self.place_B = torch.tensor([len(ask.ids) for ask in asks], device=device)
         self.cache = DynamicCache(config=model.net.config) if decoder else roomy_cache(model.net.config, self.room)
 

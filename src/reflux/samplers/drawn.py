@@ -19,7 +19,8 @@ from reflux.types import Draw, FlowRollout, Rollout
 
 if TYPE_CHECKING:
     from reflux.config import RunConfig
-    from reflux.rundir import Run
+    from reflux.context import Generation, PartContext
+    from reflux.services import Services
 
 FLOW_MATCHING = Paper(
     "flow_matching",
@@ -90,10 +91,18 @@ class Drawn(SamplerPart):
     def allow_biased(self) -> bool:
         return False
 
-    def open(self, run: Run) -> AbstractAsyncContextManager[Any]:
+    @property
+    def exact_rng(self) -> bool:
+        return self.generate.exact_rng
+
+    @property
+    def generation(self) -> Generation:
+        return self.generate.generation
+
+    def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
         from reflux.samplers.drawn_engine import OpenDrawn
 
-        return OpenDrawn.opened(self, run)
+        return OpenDrawn.opened(self, context, services)
 
 
 def drawers(teachers: Mapping[str, Any], route: str | None) -> list[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from reflux.errors import DataError, ModelError
 from reflux.gather import Gather
@@ -21,10 +21,12 @@ from reflux.teachers.flow import Flow as FlowTeacher
 from reflux.types import Attempt, Draw, FlowRollout, Group, Prompt, VelocityTarget
 
 if TYPE_CHECKING:
+    from reflux.context import PartContext
     from reflux.flows.model import FlowModel
-    from reflux.rundir import Run
     from reflux.samplers.base import OpenSampler
     from reflux.samplers.drawn import Drawn
+    from reflux.services import Services
+    from reflux.weights import Weights
 
 _TIMES = -2  # the place of the times' dice; -1 is the noise that a picture is drawn from, 0 to T - 1 that of the positions
 Row = tuple[Prompt, int]  # a prompt, and the number of the attempt
@@ -33,31 +35,34 @@ Row = tuple[Prompt, int]  # a prompt, and the number of the attempt
 class OpenDrawn:
     """Holds no weights: those that draw are the teachers', and `inner` acts for the student in evaluations."""
 
-    def __init__(self, cfg: Drawn, run: Run, inner: OpenSampler, models: Mapping[str, FlowModel]):
-        self.cfg, self.run, self.inner, self.models = cfg, run, inner, models
+    def __init__(self, cfg: Drawn, context: PartContext, services: Services, inner: OpenSampler, models: Mapping[str, FlowModel]):
+        self.cfg, self.context, self.services, self.inner, self.models = cfg, context, services, inner, models
         self.version = 0
         self._gather: Gather[tuple[Prompt, int, Draw], Group] = Gather(self._cohort)
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, cfg: Drawn, run: Run) -> AsyncIterator[OpenDrawn]:
+    async def opened(cls, cfg: Drawn, context: PartContext, services: Services) -> AsyncIterator[OpenDrawn]:
         async with AsyncExitStack() as stack:
-            inner = await stack.enter_async_context(cfg.generate.open(run))
-            tables = {table: teacher for table, teacher in run.cfg.teachers.items() if isinstance(teacher, FlowTeacher)}
-            answers = {table: await stack.enter_async_context(teacher.open(run, table)) for table, teacher in tables.items()}
-            yield cls(cfg, run, inner, {table: opened.model for table, opened in answers.items()})
+            inner = await stack.enter_async_context(cfg.generate.open(context, services))
+            tables = {table: teacher for table, teacher in context.teachers.items() if isinstance(teacher, FlowTeacher)}
+            answers = {
+                table: await stack.enter_async_context(teacher.open(replace(context, name=table), services))
+                for table, teacher in tables.items()
+            }
+            yield cls(cfg, context, services, inner, {table: opened.model for table, opened in answers.items()})
 
     async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
         if draw.purpose != "train":
             return await self.inner.sample(prompt, n, draw)
         return await self._gather.ask(draw.step, draw.cohort, prompt.id, (prompt, n, draw))
 
-    async def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        self.version = version
-        await self.inner.publish(weights, version)
+    async def publish(self, weights: Weights, step: int) -> None:
+        self.version = weights.version
+        await self.inner.publish(weights, step)
 
     async def _cohort(self, requests: list[tuple[Prompt, int, Draw]]) -> list[Group]:
-        return await self.run.off_loop(self._sample, requests)
+        return await self.services.run_model(self._sample, requests)
 
     def _sample(self, requests: list[tuple[Prompt, int, Draw]]) -> list[Group]:
         started = time.perf_counter()
@@ -70,11 +75,11 @@ class OpenDrawn:
                 some = rows[start : start + self.cfg.generate.batch_images]
                 rollouts = self._rollouts(table, some, requests[0][2])
                 found |= {(prompt.id, sample): Attempt(rollout) for (prompt, sample), rollout in zip(some, rollouts, strict=True)}
-        self.run.clock.add("sample", time.perf_counter() - started)
+        self.services.clock.add("sample", time.perf_counter() - started)
         return [[found[prompt.id, sample] for sample in range(n)] for prompt, n, _ in requests]
 
     def _drawer(self, prompt: Prompt) -> str:
-        tables = drawers(self.run.cfg.teachers, prompt.route)
+        tables = drawers(self.context.teachers, prompt.route)
         if len(tables) != 1:
             raise DataError(
                 f"prompt {prompt.id} has the route {prompt.route!r}, for which {' and '.join(tables) or 'no teacher'} would draw. Sampler "
@@ -87,7 +92,7 @@ class OpenDrawn:
         model, cfg = self.models[table], self.cfg.generate
         t_S = model.grid(cfg.eval_steps).astype(np.float32)
         walk = Walk(t_S=t_S, whole=True, noise_level=0.0, guidance=cfg.guidance, keeps_v=False, keeps_x=False)
-        keys = [row_key(self.run.seed, draw.purpose, draw.step, prompt.id, sample, dice=draw.dice) for prompt, sample in rows]
+        keys = [row_key(self.context.seed, draw.purpose, draw.step, prompt.id, sample, dice=draw.dice) for prompt, sample in rows]
         path = denoise(model, walk, [prompt_text(prompt) for prompt, _ in rows], keys, cfg.pixels)
         x_0_BD = path.x_BD
         for (prompt, _), x_0_D in zip(rows, x_0_BD, strict=True):

@@ -29,7 +29,8 @@ from reflux.types import Draw, FlowRollout, Prompt, Rollout
 
 if TYPE_CHECKING:
     from reflux.config import RunConfig
-    from reflux.rundir import Run
+    from reflux.context import PartContext
+    from reflux.services import Services
 
 Value = Any  # a float, a numpy array or a torch tensor
 _ROUNDING = 1e-6  # of times, which are kept in float32
@@ -60,6 +61,7 @@ class Flow(SamplerPart):
     on_policy: ClassVar[bool] = True
     rollouts: ClassVar[type[Rollout]] = FlowRollout
     allow_biased = False  # there is no temperature to set
+    exact_rng: ClassVar[bool] = True
 
     steps: Annotated[int, Field(ge=1)] = 10  # of the grid, in training
     noise_level: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.7  # a
@@ -99,10 +101,10 @@ class Flow(SamplerPart):
         grids = (self.steps, self.eval_steps)
         return Generation(grids=grids, noise_level=self.noise_level, guidance=self.guidance, pixels=self.pixels)
 
-    def open(self, run: Run) -> AbstractAsyncContextManager[Any]:
+    def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
         from reflux.samplers.flow_engine import FlowSampler
 
-        return FlowSampler.opened(self, run)
+        return FlowSampler.opened(self, context, services)
 
 
 def without_noise(cfg: RunConfig) -> str:

@@ -20,9 +20,10 @@ from reflux.samplers.noise import normal, row_key
 from reflux.types import Attempt, Draw, Finish, FlowRollout, Group, Prompt, VelocityTarget
 
 if TYPE_CHECKING:
+    from reflux.context import PartContext
     from reflux.flows.model import FlowModel
-    from reflux.rundir import Run
     from reflux.samplers.flow import Flow
+    from reflux.services import Services
 
 
 @dataclass
@@ -79,19 +80,23 @@ def denoise(model: FlowModel, walk: Walk, texts: Sequence[str], keys_B: Sequence
 class FlowSampler(InProcess):
     """A flow model: pictures denoised together."""
 
-    def __init__(self, cfg: Flow, run: Run, model: FlowModel):
-        super().__init__(run)
-        self.cfg, self.model = cfg, model
+    def __init__(self, cfg: Flow, context: PartContext, services: Services, model: FlowModel):
+        super().__init__(services)
+        self.cfg, self.context, self.model = cfg, context, model
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, cfg: Flow, run: Run) -> AsyncIterator[FlowSampler]:
-        name = run.cfg.learner.model
-        load = partial(load_flow, name, "learner.model", dtype=cfg.dtype, device=cfg.device, once=run.once)
-        model = await run.off_loop(load)
+    async def opened(cls, cfg: Flow, context: PartContext, services: Services) -> AsyncIterator[FlowSampler]:
+        name = context.student.model
+        load = partial(load_flow, name, "learner.model", dtype=cfg.dtype, device=cfg.device, once=services.shared)
+        model = await services.run_model(load)
         model.shape(cfg.pixels)  # refuses a size that does not fit, before anything is drawn
         model.net.requires_grad_(False).eval()
-        yield cls(cfg, run, model)
+        yield cls(cfg, context, services, model)
+
+    async def _groups(self, requests: list[Request]) -> list[Group]:
+        async with self.busy:
+            return await self.services.run_model(self._sample, requests)
 
     def _sample(self, requests: list[Request]) -> list[Group]:
         started = time.perf_counter()
@@ -102,7 +107,7 @@ class FlowSampler(InProcess):
         chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
         attempts = iter([Attempt(rollout) for chunk in chunks for rollout in self._denoise(chunk, walk, draw)])
         groups = [[next(attempts) for _ in range(n)] for _, n, _ in requests]
-        self.run.clock.add("sample" if draw.purpose == "train" else draw.purpose, time.perf_counter() - started)
+        self.services.clock.add("sample" if draw.purpose == "train" else draw.purpose, time.perf_counter() - started)
         return groups
 
     def _walk(self, draw: Draw) -> Walk:
@@ -116,12 +121,12 @@ class FlowSampler(InProcess):
             whole=steps == len(grid_S) - 1,
             noise_level=self.cfg.noise_level if noisy else 0.0,
             guidance=self.cfg.guidance,
-            keeps_v=self.run.wants.said > 0 if training else noisy,
+            keeps_v=self.context.requirements.said > 0 if training else noisy,
             keeps_x=noisy,
         )
 
     def _denoise(self, rows: Sequence[tuple[Prompt, int]], walk: Walk, draw: Draw) -> list[FlowRollout]:
-        keys = [row_key(self.run.seed, draw.purpose, draw.step, prompt.id, sample, dice=draw.dice) for prompt, sample in rows]
+        keys = [row_key(self.context.seed, draw.purpose, draw.step, prompt.id, sample, dice=draw.dice) for prompt, sample in rows]
         path = denoise(self.model, walk, [prompt_text(prompt) for prompt, _ in rows], keys, self.cfg.pixels)
         for (prompt, _), finite_S in zip(rows, path.finite_BS, strict=True):
             _check_finite(prompt, finite_S, walk)

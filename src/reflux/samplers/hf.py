@@ -15,7 +15,8 @@ from reflux.schedules import Number, at, number
 from reflux.types import Draw, Rollout, TokenRollout
 
 if TYPE_CHECKING:
-    from reflux.rundir import Run
+    from reflux.context import PartContext
+    from reflux.services import Services
 
 
 def _one_number(value: Any) -> Any:
@@ -32,6 +33,10 @@ class HF(SamplerPart):
     of training alone, where a schedule may begin with short answers; a schedule that goes above `max_tokens` stays at it.
 
     The noise depends on (run seed, purpose, step, prompt, sample, turn, position) alone, so a batch never changes a draw's dice.
+    Where a task has several turns, `turns` says whose next one is generated at once: "together", all attempts that go on, once the last
+    environment has answered, so that a run repeats bit for bit; "ready", those that are answered, so that a slow tool holds up its own
+    attempt alone, and the last digits of log-probs depend on timing.
+
     Temperature other than 1, or top_p below 1, makes on-policy estimators biased: refused unless allow_biased. What remains of the bias
     then: the ratio of `sampled_kl` and `outcome` divides by the probability that a token was drawn with, so the choice at each prefix is
     corrected while no bound binds; tokens that top_p leaves out are never learnt from; and which prefixes are visited stays another
@@ -50,8 +55,9 @@ class HF(SamplerPart):
     max_prompt_tokens: Annotated[int, Field(ge=0)] = 0  # 0: what the context window leaves
     long_prompts: Literal["refuse", "skip"] = "refuse"  # skip: counted and listed, never trained on
     batch_tokens: Annotated[int, Field(ge=1)] = 32768  # rows x (prompt + answer), padding included, decoded together
-    system: str | None = None
-    template: dict[str, Any] = Field(default_factory=dict)  # chat-template arguments, for example enable_thinking = false
+    turns: Literal["together", "ready"] = "together"  # whose next turn is generated at once, where a task has several
+    max_turns: Annotated[int, Field(ge=0)] = 0  # of an attempt; 0: no limit
+    environment_timeout_s: Annotated[float, Field(gt=0)] = 60.0  # of one answer of a task's environment
     dtype: str = "auto"  # auto: as stored
     device: str = "auto"
     attention: str | None = None
@@ -69,6 +75,10 @@ class HF(SamplerPart):
     def evaluation_positions(self) -> int:
         return self.max_tokens
 
+    @property
+    def exact_rng(self) -> bool:
+        return self.turns == "together"
+
     def draw(self, step: int) -> Draw:
         cap = self.max_tokens if self.train_max_tokens is None else int(at(self.train_max_tokens, step))
         return Draw(step, "train", min(cap, self.max_tokens), self.temperature, self.top_p, self.stop)
@@ -77,7 +87,11 @@ class HF(SamplerPart):
     def generation(self) -> Generation:
         return Generation(self.temperature, self.top_p, self.stop, self.max_prompt_tokens)
 
-    def open(self, run: Run) -> AbstractAsyncContextManager[Any]:
+    @property
+    def generation(self) -> Generation:
+        return Generation(self.temperature, self.top_p, self.stop, self.max_prompt_tokens)
+
+    def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
         from reflux.samplers.hf_engine import HFSampler
 
-        return HFSampler.opened(self, run)
+        return HFSampler.opened(self, context, services)

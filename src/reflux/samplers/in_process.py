@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from reflux.gather import Gather
 from reflux.types import Draw, Group, Prompt
 
 if TYPE_CHECKING:
-    from reflux.rundir import Run
+    from reflux.services import Services
+    from reflux.weights import Weights
 
 Request = tuple[Prompt, int, Draw]
 
@@ -24,27 +23,23 @@ class InProcess(ABC):
 
     model: Any  # its `net` holds the weights
 
-    def __init__(self, run: Run):
-        self.run = run
+    def __init__(self, services: Services):
+        self.services = services
         self.version = 0
-        self._busy = asyncio.Lock()
-        self._gather: Gather[Request, Group] = Gather(self._cohort)
+        self.busy = asyncio.Lock()  # held by a model call, and while weights are put in place
+        self._gather: Gather[Request, Group] = Gather(self._groups)
 
     async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
         return await self._gather.ask((draw.purpose, draw.step), draw.cohort, prompt.id, (prompt, n, draw))
 
-    async def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        async with self._busy:
+    async def publish(self, weights: Weights, step: int) -> None:
+        async with self.busy:
             own = self.model.net.state_dict()
             with torch.no_grad():
-                for name, value in weights.items():
+                for name, value in weights.tensors():
                     own[name].copy_(value)
-            self.version = version
-
-    async def _cohort(self, requests: list[Request]) -> list[Group]:
-        async with self._busy:
-            return await self.run.off_loop(self._sample, requests)
+            self.version = weights.version
 
     @abstractmethod
-    def _sample(self, requests: list[Request]) -> list[Group]:
+    async def _groups(self, requests: list[Request]) -> list[Group]:
         """The groups of one cohort, in order."""

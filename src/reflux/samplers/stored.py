@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 from pydantic.dataclasses import dataclass
@@ -20,10 +20,10 @@ from reflux.tokens import CharacterSpans, Renderer, end_ids
 from reflux.types import Attempt, Draw, Group, Prompt, Rollout, TokenRollout
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from reflux.rundir import Run
+    from reflux.context import Generation, PartContext
     from reflux.samplers.base import OpenSampler
+    from reflux.services import Services
+    from reflux.weights import Weights
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -53,21 +53,31 @@ class Stored(SamplerPart):
     def allow_biased(self) -> bool:
         return False
 
-    @asynccontextmanager
-    async def _opened(self, run: Run) -> AsyncIterator[OpenStored]:
-        async with self.generate.open(run) as inner:
-            yield OpenStored(run, inner, self.generate, CharacterSpans(run.tokenizer))
+    @property
+    def exact_rng(self) -> bool:
+        return self.generate.exact_rng
 
-    def open(self, run: Run) -> AbstractAsyncContextManager[OpenStored]:
-        return self._opened(run)
+    @property
+    def generation(self) -> Generation:
+        return self.generate.generation
+
+    @asynccontextmanager
+    async def _opened(self, context: PartContext, services: Services) -> AsyncIterator[OpenStored]:
+        async with self.generate.open(context, services) as inner:
+            tokenizer, student = services.tokenizer, context.student
+            renderer = Renderer(tokenizer, student.system, student.template)
+            yield OpenStored(inner, renderer, CharacterSpans(tokenizer), context.requirements.spans)
+
+    def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenStored]:
+        return self._opened(context, services)
 
 
 @plain_dataclass
 class OpenStored:
-    run: Run
     inner: OpenSampler
-    generate: Any
+    renderer: Renderer
     spans: CharacterSpans
+    wants_spans: bool
     version: int = 0
 
     async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
@@ -77,16 +87,14 @@ class OpenStored:
             raise DataError(f"prompt {prompt.id} has no stored answer to learn from: the task gives no 'references' for it")
         return [self._attempt(prompt, prompt.references[sample % len(prompt.references)], sample, draw) for sample in range(n)]
 
-    async def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        self.version = version
-        await self.inner.publish(weights, version)
+    async def publish(self, weights: Weights, step: int) -> None:
+        self.version = weights.version
+        await self.inner.publish(weights, step)
 
     def _attempt(self, prompt: Prompt, answer: str, sample: int, draw: Draw) -> Attempt:
-        tokenizer = self.run.tokenizer
-        renderer = Renderer(tokenizer, self.generate.system, self.generate.template)
-        tokens = renderer.answer_ids(prompt.messages, answer, end_ids(tokenizer))
+        tokens = self.renderer.answer_ids(prompt.messages, answer, end_ids(self.renderer.tokenizer))
         cut = tokens[: draw.length]
-        text = self.spans.decode(cut) if self.run.wants.spans else answer  # spans are of the text that these very tokens decode to
+        text = self.spans.decode(cut) if self.wants_spans else answer  # spans are of the text that these very tokens decode to
         rollout = TokenRollout(
             prompt=prompt,
             sample=sample,
@@ -94,10 +102,10 @@ class OpenStored:
             finish="stop" if len(cut) == len(tokens) else "length",
             mask_T=np.ones(len(cut), dtype=bool),
             logp_T=np.zeros(len(cut), dtype=np.float32),  # nobody drew these tokens; `checks` keeps ratios away from them
-            prompt_tokens=np.asarray(renderer.ids(prompt.messages), dtype=np.int64),
+            prompt_tokens=np.asarray(self.renderer.ids(prompt.messages), dtype=np.int64),
             tokens_T=np.asarray(cut, dtype=np.int64),
             text=text,
             messages=(*prompt.messages, {"role": "assistant", "content": answer}),
-            spans_T2=self.spans(cut, text) if self.run.wants.spans else None,
+            spans_T2=self.spans(cut, text) if self.wants_spans else None,
         )
         return Attempt(rollout)

@@ -7,11 +7,14 @@ worker process that is killed when it takes too long: it may be called on anythi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from reflux.part import Part
-from reflux.types import Message, Prompt, Reward, Rollout
+from reflux.types import Prompt, Reward, Rollout
+
+if TYPE_CHECKING:
+    from reflux.rollouts.environment import Environment
 
 Split = Literal["train", "validation", "test"]
 PATIENCE = 2000  # two blocks of a mix
@@ -81,6 +84,6 @@ class Task(TaskPart, Protocol):
         """
         ...
 
-    def reply(self, prompt: Prompt, messages: Sequence[Message], step: int) -> tuple[Message, ...] | None:
-        """What tools or a user say after the student's turn; None: the attempt is finished."""
+    def open_env(self, prompt: Prompt) -> Environment | None:
+        """Opens what answers the student's turns in one attempt; None where a prompt is answered in one turn."""
         ...

@@ -7,7 +7,7 @@ also says how often it was asked before: each time another picture is made.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic.dataclasses import dataclass
@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from reflux.parts import STRICT
 from reflux.tasks.base import Split, TaskPart
 from reflux.tasks.glyph_drawing import CELLS, DOMAINS, NUMBERS, Domain, asked
-from reflux.types import FlowRollout, Message, Prompt, Reward, Rollout, seed_of
+from reflux.types import FlowRollout, Prompt, Reward, Rollout, seed_of
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -77,9 +77,8 @@ class Glyphs(TaskPart):
         picture = checked(made)
         return Reward(float(is_right(picture, domain, number)), parts={"quality": quality(picture, domain)})
 
-    def reply(self, prompt: Prompt, messages: Sequence[Message], step: int) -> tuple[Message, ...] | None:
+    def open_env(self, prompt: Prompt) -> None:
         """A picture is made in one turn."""
-        return None
 
     def texts(self) -> list[str]:
         """Every prompt that can be asked, domain by domain."""

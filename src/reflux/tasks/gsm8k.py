@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from reflux.papers import Paper
 from reflux.parts import STRICT
 from reflux.tasks.base import Split, TaskPart
 from reflux.tasks.lines import endless, held_out, hub_lines, make_prompts, read_lines
-from reflux.types import Message, Prompt, Rollout, TokenRollout
+from reflux.types import Prompt, Rollout, TokenRollout
 
 if TYPE_CHECKING:
     from reflux.config import RunConfig
@@ -90,9 +90,8 @@ class Gsm8k(TaskPart):
             raise ValueError(f"prompt {prompt.id} has no answer to compare with")
         return grade(made, prompt.answer)
 
-    def reply(self, prompt: Prompt, messages: Sequence[Message], step: int) -> tuple[Message, ...] | None:
+    def open_env(self, prompt: Prompt) -> None:
         """A problem is answered in one turn."""
-        return None
 
     def _load(self, name: str) -> list[Prompt]:
         if self.path is None:

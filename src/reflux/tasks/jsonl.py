@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -135,9 +135,8 @@ class Jsonl(TaskPart):
             return grade(made, prompt.answer)
         return float(prompt.answer.split() in (made.split(), (final_answer(made) or "").split()))
 
-    def reply(self, prompt: Prompt, messages: Sequence[Message], step: int) -> tuple[Message, ...] | None:
+    def open_env(self, prompt: Prompt) -> None:
         """A line is answered in one turn."""
-        return None
 
     def _load(self, source: str, name: str) -> list[Prompt]:
         if self.dataset is None:

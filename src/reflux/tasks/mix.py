@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
 from reflux.parts import STRICT, PartOf
 from reflux.tasks.base import Split, Task, TaskPart
-from reflux.types import Message, Prompt, Reward, Rollout, seed_of
+from reflux.types import Prompt, Reward, Rollout, seed_of
+
+if TYPE_CHECKING:
+    from reflux.rollouts.environment import Environment
 
 BLOCK = 1000  # in so many prompts, every part has exactly its share
 
@@ -89,10 +92,10 @@ class Mix(TaskPart):
         part, inner = self._inner(prompt)
         return part.verify(inner, made)
 
-    def reply(self, prompt: Prompt, messages: Sequence[Message], step: int) -> tuple[Message, ...] | None:
-        """The reply of the part that the prompt came from."""
+    def open_env(self, prompt: Prompt) -> Environment | None:
+        """The environment of the part that the prompt came from."""
         part, inner = self._inner(prompt)
-        return part.reply(inner, messages, step)
+        return part.open_env(inner)
 
     def part_of(self, prompt: Prompt) -> str:
         """The name of the part that the prompt came from. ValueError for a prompt that is not of this mix."""

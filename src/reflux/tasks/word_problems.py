@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.parts import STRICT
 from reflux.tasks.base import Split, TaskPart
-from reflux.types import Message, Prompt, Rollout, TokenRollout, seed_of
+from reflux.types import Prompt, Rollout, TokenRollout, seed_of
 
 Operation = Literal["add", "sub", "mul"]
 Chain = tuple[int, tuple[tuple[Operation, int], ...]]  # the start, then (operation, number) step by step
@@ -104,9 +104,8 @@ class WordProblems(TaskPart):
         found = ANSWER.match(made.rpartition("Answer:")[2])
         return float(found is not None and found[1] == prompt.answer)
 
-    def reply(self, prompt: Prompt, messages: Sequence[Message], step: int) -> tuple[Message, ...] | None:
+    def open_env(self, prompt: Prompt) -> None:
         """A story is answered in one turn."""
-        return None
 
     def _prompt(self, split: Split, seed: int, position: int) -> Prompt:
         dice = random.Random(seed_of("word_problems", split, seed, position))

@@ -1,7 +1,7 @@
 """A teacher: how should the student have acted, position by position?
 
-`open(run)` gives an object that answers requests and writes to none of what it is given: `collection.Teachers` puts the answers on the
-attempts. Several tables may share one name by `as` and `routes`; each prompt then asks exactly one.
+`open(context, services)` gives an object that answers requests and writes to none of what it is given.
+`collection.Teachers` puts the answers on the attempts. Several tables may share one name by `as` and `routes`; each prompt then asks exactly one.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from reflux.part import Part
 from reflux.types import Rollout, Target, TeacherAnswer, Wants
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from reflux.context import StudentSpec
+    from reflux.context import PartContext, StudentSpec
     from reflux.model_files import Size
-    from reflux.rundir import Run
+    from reflux.services import Services
+    from reflux.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ class OpenTeacher(Protocol):
         answered with, such as broken weights, raises. The same request twice gives equal answers, and no request changes."""
         ...
 
-    async def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+    async def publish(self, weights: Weights, step: int) -> None:
         """A no-op unless this teacher follows the student."""
         ...
 
@@ -92,7 +91,7 @@ class Teacher(TeacherPart, Protocol):
         """The name it answers under; None: its table's."""
         ...
 
-    def open(self, run: Run, name: str) -> AbstractAsyncContextManager[OpenTeacher]: ...
+    def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenTeacher]: ...
 
 
 def spoken_name(table: str, teacher: Teacher) -> str:

@@ -14,12 +14,11 @@ from reflux.errors import DataError
 from reflux.gather import Gather
 from reflux.teachers.base import OpenTeacher, Teacher, TeacherRequest, spoken_name
 from reflux.together import together
-from reflux.types import Attempt, Group, Moment, Prompt, TokenRollout, TopKTarget
+from reflux.types import Attempt, Group, Moment, Prompt, TokenRollout, TopKTarget, Wants
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from reflux.rundir import Run
+    from reflux.services import Services
+    from reflux.weights import Weights
 
 Tables = Mapping[str, tuple[Teacher, OpenTeacher]]
 
@@ -32,8 +31,8 @@ class Teachers:
     (`checks` finds it beforehand where a task knows its routes.)
     """
 
-    def __init__(self, opened: Tables, run: Run, heard: Collection[str] = ()):
-        self.opened, self.run = opened, run
+    def __init__(self, opened: Tables, requirements: Wants, services: Services, heard: Collection[str] = ()):
+        self.opened, self.requirements, self.services = opened, requirements, services
         self._served_routes = _routes([teacher for table, (teacher, _) in opened.items() if spoken_name(table, teacher) in heard])
         self._batched = {table: pair for table, pair in opened.items() if pair[0].in_process}
         self._served = {table: pair for table, pair in opened.items() if not pair[0].in_process}
@@ -66,32 +65,32 @@ class Teachers:
         asked = [pair for group in groups for pair in _missing(name, teacher, group, moment)]
         if not asked:
             return
-        answers = await opened.score([TeacherRequest(attempt.rollout, view, self.run.wants) for attempt, view in asked])
-        self.run.clock.add("teach", sum(answer.seconds for answer in answers))
+        answers = await opened.score([TeacherRequest(attempt.rollout, view, self.requirements) for attempt, view in asked])
+        self.services.clock.add("teach", sum(answer.seconds for answer in answers))
         for (attempt, view), answer in zip(asked, answers, strict=True):
             asked_in = {"table": table, "context_hash": _hash(view), "context_notes": view.notes, "previous": _previous(attempt, name)}
             attempt.answers = dict(sorted({**attempt.answers, name: replace(answer, **asked_in)}.items()))
 
     async def follow_up(self, groups: Sequence[Group]) -> None:
         """Where it is required, every answer gets its teacher's log-probs at the student's likeliest tokens of now (`Attempt.now`)."""
-        if self.run.wants.now_candidates:
-            await self.run.off_loop(self._follow_up, groups)
+        if self.requirements.now_candidates:
+            await self.services.run_model(self._follow_up, groups)
 
     def _follow_up(self, groups: Sequence[Group]) -> None:
         for attempt in (attempt for group in groups for attempt in group):
             rollout, now = attempt.rollout, attempt.now
             if not (isinstance(rollout, TokenRollout) and isinstance(now, TopKTarget)):
                 continue
-            asked_TK = np.concatenate([rollout.tokens_T[:, None], now.ids_TK[:, : self.run.wants.now_candidates]], axis=1)
+            asked_TK = np.concatenate([rollout.tokens_T[:, None], now.ids_TK[:, : self.requirements.now_candidates]], axis=1)
             for name, answer in attempt.answers.items():
                 if answer.target is not None and self.opened[answer.table][0].at_ids:
-                    logp_TK = answer.target.logp_at(asked_TK, self.run.heads)
+                    logp_TK = answer.target.logp_at(asked_TK, self.services.heads)
                     listed = TopKTarget(teacher=name, ids_TK=asked_TK[:, 1:], logp_TK=logp_TK[:, 1:], logp_T=logp_TK[:, 0])
                     attempt.answers[name] = replace(answer, now_candidates=listed)
 
-    async def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+    async def publish(self, weights: Weights, step: int) -> None:
         for _, opened in self.opened.values():
-            await opened.publish(weights, version)
+            await opened.publish(weights, step)
 
     def spoken(self, table: str) -> str:
         """The name a table answers under."""

@@ -20,7 +20,8 @@ from reflux.types import FlowRollout, Rollout, VelocityTarget
 
 if TYPE_CHECKING:
     from reflux.config import RunConfig
-    from reflux.rundir import Run
+    from reflux.context import PartContext
+    from reflux.services import Services
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -76,7 +77,7 @@ class Flow(TeacherPart):
     def follows(self) -> bool:
         return False
 
-    def open(self, run: Run, name: str) -> AbstractAsyncContextManager[Any]:
+    def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
         from reflux.teachers.flow_engine import FlowTeacher
 
-        return FlowTeacher.opened(self, run, name)
+        return FlowTeacher.opened(self, context, services)

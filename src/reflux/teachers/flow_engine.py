@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from reflux.errors import ModelError
 from reflux.flows.shared import SharedBase
-from reflux.samplers.drawn import flow_sampler
 from reflux.samplers.flow import prompt_text
 from reflux.teachers.base import TeacherRequest, spoken_name
 from reflux.teachers.flow_fit import refuse_misfit
 from reflux.types import FlowRollout, TeacherAnswer, VelocityTarget
 
 if TYPE_CHECKING:
+    from reflux.context import PartContext
     from reflux.flows.model import FlowModel
-    from reflux.rundir import Run
+    from reflux.services import Services
     from reflux.teachers.flow import Flow
+    from reflux.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,19 @@ class Rows:
 class FlowTeacher:
     """Frozen: it follows nobody and has no state. `model` speaks as this table does, its adapter on."""
 
-    def __init__(self, cfg: Flow, run: Run, name: str, model: FlowModel):
-        self.cfg, self.run, self.name, self.table, self.model = cfg, run, spoken_name(name, cfg), name, model
-        sampler = flow_sampler(run.cfg)
-        self.macs = model.macs(sampler.guidance, sampler.pixels) if sampler else model.macs()
+    def __init__(self, cfg: Flow, context: PartContext, services: Services, model: FlowModel):
+        self.cfg, self.services, self.table, self.model = cfg, services, context.name, model
+        self.name = spoken_name(context.name, cfg)
+        self.macs = model.macs(context.generation.guidance, context.generation.pixels)
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, cfg: Flow, run: Run, name: str) -> AsyncIterator[FlowTeacher]:
-        await run.off_loop(refuse_misfit, cfg, run, name)
-        yield cls(cfg, run, name, await run.off_loop(_voice, cfg, run, name))
+    async def opened(cls, cfg: Flow, context: PartContext, services: Services) -> AsyncIterator[FlowTeacher]:
+        await services.run_model(refuse_misfit, cfg, context, services)
+        yield cls(cfg, context, services, await services.run_model(_voice, cfg, context.name, services))
 
     async def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherAnswer]:
-        return await self.run.off_loop(self._score, list(requests))
+        return await self.services.run_model(self._score, list(requests))
 
     def _score(self, requests: list[TeacherRequest]) -> list[TeacherAnswer]:
         started = time.perf_counter()
@@ -118,7 +118,7 @@ class FlowTeacher:
                 f"'bfloat16' or 'float32'. Else its weights are broken."
             )
 
-    async def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+    async def publish(self, weights: Weights, step: int) -> None:
         """Frozen."""
 
     def state(self) -> dict[str, Any]:
@@ -136,6 +136,6 @@ def _alike(asked: Sequence[Rows]) -> Iterator[list[Rows]]:
     yield from found.values()
 
 
-def _voice(cfg: Flow, run: Run, name: str) -> FlowModel:
-    base = SharedBase.of(cfg.model, f"teachers.{name}.model", dtype=cfg.dtype, device=cfg.device, once=run.once)
+def _voice(cfg: Flow, name: str, services: Services) -> FlowModel:
+    base = SharedBase.of(cfg.model, f"teachers.{name}.model", dtype=cfg.dtype, device=cfg.device, once=services.shared)
     return base.voice(cfg.adapter, f"teachers.{name}.adapter")

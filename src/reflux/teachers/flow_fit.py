@@ -10,28 +10,27 @@ import numpy as np
 from reflux.errors import ModelError
 from reflux.flows.load import outline_flow
 from reflux.models import locate
-from reflux.samplers.drawn import flow_sampler
 
 if TYPE_CHECKING:
+    from reflux.context import PartContext
     from reflux.flows.model import FlowModel
-    from reflux.rundir import Run
+    from reflux.services import Services
     from reflux.teachers.flow import Flow
 
 STEPS = 10  # of the grids that are compared, where the sampler does not say
 ROUNDING = 1e-6
 
 
-def refuse_misfit(cfg: Flow, run: Run, table: str) -> None:
+def refuse_misfit(cfg: Flow, context: PartContext, services: Services) -> None:
     """ModelError with the first thing that differs."""
-    student_name, path = run.cfg.learner.model, f"teachers.{table}.model"
+    student_name, path = context.student.model, f"teachers.{context.name}.model"
     where = locate(student_name, "learner.model")
     if locate(cfg.model, path) == where:
         return
-    student = run.once(("flow outline", where), lambda: outline_flow(student_name, "learner.model"))
-    teacher, sampler = outline_flow(cfg.model, path), flow_sampler(run.cfg)
-    grids = (sampler.steps, sampler.eval_steps) if sampler else (STEPS,)
-    pixels = sampler.pixels if sampler else 0
-    for difference in (*_times(teacher, student, grids), *_states(teacher, student, pixels), *_prompts(teacher, student)):
+    student = services.shared(("flow outline", where), lambda: outline_flow(student_name, "learner.model"))
+    teacher, generation = outline_flow(cfg.model, path), context.generation
+    grids = generation.grids or (STEPS,)
+    for difference in (*_times(teacher, student, grids), *_states(teacher, student, generation.pixels), *_prompts(teacher, student)):
         raise ModelError(f"{path}: {cfg.model} {difference}")
 
 

@@ -19,7 +19,8 @@ from reflux.tokens import Renderer
 from reflux.types import HiddenTarget, TeacherAnswer, TokenRollout, TopKTarget
 
 if TYPE_CHECKING:
-    from reflux.rundir import Run
+    from reflux.context import PartContext
+    from reflux.services import Services
 
 
 class Batched(Teacher, Protocol):
@@ -32,10 +33,11 @@ class Batched(Teacher, Protocol):
 class InProcess:
     """A model that answers with hidden states. It reads right-padded: padding lies in the causal future, so no mask is needed."""
 
-    def __init__(self, cfg: Batched, run: Run, name: str, model: Model, renderer: Renderer):
-        self.batch_tokens, self.run, self.name, self.model, self.renderer = cfg.batch_tokens, run, spoken_name(name, cfg), model, renderer
+    def __init__(self, cfg: Batched, context: PartContext, services: Services, model: Model, renderer: Renderer):
+        self.batch_tokens, self.context, self.services = cfg.batch_tokens, context, services
+        self.name, self.model, self.renderer = spoken_name(context.name, cfg), model, renderer
         self.macs = parameter_count(model.net)
-        self.head = run.heads.add(f"teachers.{name}", model.head)
+        self.head = services.heads.add(f"teachers.{context.name}", model.head)
         model.net.requires_grad_(False)
 
     def precision(self) -> AbstractContextManager[Any]:
@@ -44,10 +46,10 @@ class InProcess:
 
     def close(self) -> None:
         """The head goes with the model: what was answered cannot be read from here on."""
-        self.run.heads.remove(self.head)
+        self.services.heads.remove(self.head)
 
     async def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherAnswer]:
-        return await self.run.off_loop(self._score, list(requests))
+        return await self.services.run_model(self._score, list(requests))
 
     def _score(self, requests: list[TeacherRequest]) -> list[TeacherAnswer]:
         started = time.perf_counter()

@@ -18,7 +18,8 @@ from reflux.teachers.base import TeacherPart
 from reflux.types import HiddenTarget, Rollout, TokenRollout
 
 if TYPE_CHECKING:
-    from reflux.rundir import Run
+    from reflux.context import PartContext
+    from reflux.services import Services
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -63,7 +64,7 @@ class Local(TeacherPart):
     def follows(self) -> bool:
         return False
 
-    def open(self, run: Run, name: str) -> AbstractAsyncContextManager[Any]:
+    def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
         from reflux.teachers.local_engine import LocalTeacher
 
-        return LocalTeacher.opened(self, run, name)
+        return LocalTeacher.opened(self, context, services)

@@ -7,30 +7,30 @@ from contextlib import asynccontextmanager, closing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from reflux.models import Model, load_model, load_tokenizer
 from reflux.teachers.in_process import InProcess
 from reflux.tokens import check_same_tokens
 
 if TYPE_CHECKING:
-    from reflux.rundir import Run
+    from reflux.context import PartContext
+    from reflux.services import Services
     from reflux.teachers.local import Local
+    from reflux.weights import Weights
 
 
 class LocalTeacher(InProcess):
     """Frozen: it follows nobody and has no state."""
 
-    def __init__(self, cfg: Local, run: Run, name: str, model: Model):
-        super().__init__(cfg, run, name, model, model.renderer(cfg.system, cfg.template))
+    def __init__(self, cfg: Local, context: PartContext, services: Services, model: Model):
+        super().__init__(cfg, context, services, model, model.renderer(cfg.system, cfg.template))
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, cfg: Local, run: Run, name: str) -> AsyncIterator[LocalTeacher]:
-        where = f"teachers.{name}.model"
-        tokenizer = await run.off_loop(load_tokenizer, cfg.model, where, cfg.trust_remote_code)
-        check_same_tokens(run.tokenizer, tokenizer, name)
-        model = await run.off_loop(
+    async def opened(cls, cfg: Local, context: PartContext, services: Services) -> AsyncIterator[LocalTeacher]:
+        where = f"teachers.{context.name}.model"
+        tokenizer = await services.run_model(load_tokenizer, cfg.model, where, cfg.trust_remote_code)
+        check_same_tokens(services.tokenizer, tokenizer, context.name)
+        model = await services.run_model(
             partial(
                 load_model,
                 cfg.model,
@@ -42,10 +42,10 @@ class LocalTeacher(InProcess):
                 device_map=cfg.device_map,
             )
         )
-        with closing(cls(cfg, run, name, model)) as teacher:
+        with closing(cls(cfg, context, services, model)) as teacher:
             yield teacher
 
-    async def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+    async def publish(self, weights: Weights, step: int) -> None:
         """Frozen."""
 
     def state(self) -> dict[str, Any]:

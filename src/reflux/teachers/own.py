@@ -19,9 +19,9 @@ from reflux.types import HiddenTarget, Rollout, TokenRollout
 
 if TYPE_CHECKING:
     from reflux.config import RunConfig
-    from reflux.context import StudentSpec
+    from reflux.context import PartContext, StudentSpec
     from reflux.model_files import Size
-    from reflux.rundir import Run
+    from reflux.services import Services
 
 MEAN_TEACHER = Paper(
     "mean_teacher",
@@ -85,7 +85,7 @@ class Own(TeacherPart):
     def follows(self) -> bool:
         return self.follow != "frozen" or self.step > 0
 
-    def open(self, run: Run, name: str) -> AbstractAsyncContextManager[Any]:
+    def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
         from reflux.teachers.own_engine import OwnTeacher
 
-        return OwnTeacher.opened(self, run, name)
+        return OwnTeacher.opened(self, context, services)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from reflux.models import Model, load_model
-from reflux.samplers.hf import HF
-from reflux.samplers.stored import Stored
 from reflux.teachers.in_process import InProcess
 from reflux.tokens import Renderer
 
 if TYPE_CHECKING:
-    from reflux.rundir import Run
+    from reflux.context import PartContext
+    from reflux.services import Services
     from reflux.teachers.own import Own
+    from reflux.weights import Weights
 
 PHI = "phi/"
 
@@ -26,54 +26,53 @@ PHI = "phi/"
 class OwnTeacher(InProcess):
     """Holds phi, float32. `version` is that of the weights phi last learnt of; None before the first."""
 
-    def __init__(self, cfg: Own, run: Run, name: str, model: Model, renderer: Renderer):
-        super().__init__(cfg, run, name, model, renderer)
+    def __init__(self, cfg: Own, context: PartContext, services: Services, model: Model, renderer: Renderer):
+        super().__init__(cfg, context, services, model, renderer)
         self.cfg = cfg
         self.version: int | None = None
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, cfg: Own, run: Run, name: str) -> AsyncIterator[OwnTeacher]:
-        learner = run.cfg.learner
-        model = await run.off_loop(
+    async def opened(cls, cfg: Own, context: PartContext, services: Services) -> AsyncIterator[OwnTeacher]:
+        student = context.student
+        model = await services.run_model(
             partial(
                 load_model,
-                learner.model,
+                student.model,
                 "learner.model",
                 dtype="float32",
                 device=cfg.device,
                 attention=cfg.attention,
-                trust_remote_code=learner.student.trust_remote_code,
+                trust_remote_code=student.trust_remote_code,
             )
         )
-        sampler = run.cfg.sampler.generate if isinstance(run.cfg.sampler, Stored) else run.cfg.sampler
-        asks = sampler if isinstance(sampler, HF) else HF()
-        with closing(cls(cfg, run, name, model, model.renderer(asks.system, asks.template))) as teacher:
+        with closing(cls(cfg, context, services, model, model.renderer(student.system, student.template))) as teacher:
             yield teacher
 
     def precision(self) -> AbstractContextManager[Any]:
         wanted = self.cfg.autocast == "auto" and self.model.device.type == "cuda"
         return torch.autocast("cuda", dtype=torch.bfloat16) if wanted else nullcontext()
 
-    async def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+    async def publish(self, weights: Weights, step: int) -> None:
         """Move phi as `follow` says. Told of a version it knows, an average stays where it is."""
-        await self.run.off_loop(self._publish, weights, version)
+        await self.services.run_model(self._publish, weights, step)
 
-    def _publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        share = self._share(version)
-        self.version = version
+    def _publish(self, weights: Weights, step: int) -> None:
+        share = self._share(weights.version, step)
+        self.version = weights.version
+        parameters = dict(self._parameters())
         with torch.no_grad():
-            for name, own in self._parameters():
-                move(own, weights[name], share)
+            for name, value in weights.tensors():
+                if name in parameters:
+                    move(parameters[name], value, share)
 
-    def _share(self, version: int) -> float:
+    def _share(self, version: int, step: int) -> float:
         """How far phi goes towards the new weights: 1 copies them, 0 leaves it."""
         if self.cfg.follow == "live" or self.version is None:
             return 1.0
         if self.cfg.follow == "ema":
             return 0.0 if version == self.version else self.cfg.ema
-        done = self.run.step + 1  # a step is counted after its weights were published; a resumed run begins with what was kept
-        return float(done <= self.cfg.step)
+        return float(step <= self.cfg.step)
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Each tensor once, under the first of its names: a matrix that two layers share must not move twice."""

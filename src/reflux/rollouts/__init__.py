@@ -1,0 +1,1 @@
+"""How a text attempt comes about: turns are generated, an environment answers, until the attempt is finished."""

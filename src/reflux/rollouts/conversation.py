@@ -1,0 +1,83 @@
+"""One text attempt under way: what has been read and written over all its turns, and the record it becomes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from reflux.rollouts.environment import Environment
+from reflux.rollouts.turns import Turn
+from reflux.types import Finish, Message, Prompt, TokenRollout, TopKTarget
+
+
+@dataclass
+class Conversation:
+    """`replies[i]` are the ids that follow turn i: what the environment answered, and the opening of the next turn."""
+
+    prompt: Prompt
+    sample: int
+    prompt_ids: list[int]
+    messages: list[Message]
+    tokens_left: int  # that the student may still write
+    environment: Environment | None = None
+    turns: list[Turn] = field(default_factory=list)
+    replies: list[list[int]] = field(default_factory=list)
+    reward: float | None = None  # of the environment, summed
+    # "length" until a turn ends by itself.
+    finish: Finish = "length"
+
+    @property
+    def ids(self) -> list[int]:
+        """All tokens so far, in order."""
+        return self.prompt_ids + [i for turn, reply in self._pieces() for i in turn.tokens + reply]
+
+    @property
+    def texts(self) -> list[str]:
+        """What the student wrote, turn by turn."""
+        return [message["content"] for message in self.messages[len(self.prompt.messages) :] if message["role"] == "assistant"]
+
+    def turn_lengths(self) -> list[tuple[list[int], str, int]]:
+        """(ids, text, number of reply ids that follow) of each turn."""
+        return [(turn.tokens, text, len(reply)) for (turn, reply), text in zip(self._pieces(), self.texts, strict=True)]
+
+    def rollout(self, version: int, spans_T2: np.ndarray | None) -> TokenRollout:
+        """The finished attempt. `version` is that of an attempt without a turn."""
+        pieces = self._pieces()
+        logp_T, raw_T = self._column("logp_T"), self._column("raw_T")
+        mask = [chosen for turn, reply in pieces for chosen in [True] * len(turn.tokens) + [False] * len(reply)]
+        return TokenRollout(
+            prompt=self.prompt,
+            sample=self.sample,
+            version=int(self.turns[0].version_T[0]) if self.turns else version,
+            finish=self.finish,
+            mask_T=np.asarray(mask, dtype=bool),
+            logp_T=logp_T,
+            logp_raw_T=None if np.array_equal(raw_T, logp_T) else raw_T,
+            said=_listed(pieces, raw_T) if pieces and pieces[0][0].said_TK is not None else None,
+            prompt_tokens=np.asarray(self.prompt_ids, dtype=np.int64),
+            tokens_T=np.asarray([i for turn, reply in pieces for i in turn.tokens + reply], dtype=np.int64),
+            text="\n".join(self.texts),
+            messages=tuple(self.messages),
+            spans_T2=spans_T2,
+            environment_reward=self.reward,
+        )
+
+    def _pieces(self) -> list[tuple[Turn, list[int]]]:
+        """Each turn with the ids that follow it; the last one may have none yet."""
+        return list(zip(self.turns, [*self.replies, []], strict=False))
+
+    def _column(self, name: str) -> np.ndarray:
+        parts = [part for turn, reply in self._pieces() for part in (getattr(turn, name), np.zeros(len(reply)))]
+        return np.concatenate([np.zeros(0), *parts]).astype(np.float32)
+
+
+def _listed(pieces: list[tuple[Turn, list[int]]], raw_T: np.ndarray) -> TopKTarget:
+    """The student's own top-k where it acted; unchosen positions hold a uniform placeholder that no rule reads (mask_T is False)."""
+    ids, logp = [], []
+    for turn, reply in pieces:
+        assert turn.said_TK is not None
+        k = turn.said_TK[0].shape[1]
+        ids += [turn.said_TK[0], np.tile(np.arange(k), (len(reply), 1))]
+        logp += [turn.said_TK[1], np.full((len(reply), k), -np.log(k))]
+    return TopKTarget(teacher="said", ids_TK=np.concatenate(ids), logp_TK=np.concatenate(logp).astype(np.float32), logp_T=raw_T)
