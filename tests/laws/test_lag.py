@@ -19,7 +19,8 @@ from reflux.credit.base import share_credit
 from reflux.kernels.cpu_decoder import cpu_decoder
 from reflux.learners.hf_engine import HFLearner
 from reflux.models import load_model
-from reflux.samplers.decode import Ask, decode
+from reflux.rollouts.turns import TurnRequest
+from reflux.samplers.decode import decode
 from reflux.samplers.noise import row_key
 from reflux.step import StepRequest
 from reflux.teachers.local_engine import LocalTeacher
@@ -82,7 +83,7 @@ def act(cfg: RunConfig, model: Any, prompts: list[Prompt], step: int) -> list[li
     rows = [(prompt, sample) for prompt in sorted(prompts, key=lambda prompt: prompt.id) for sample in range(cfg.group_size)]
     rows.sort(key=lambda row: -len(render.ids(row[0].messages)))
     draw = cfg.draw(step)
-    asks = [Ask(render.ids(p.messages), row_key(cfg.seed, "train", step, p.id, s, 0), draw.length) for p, s in rows]
+    asks = [TurnRequest(render.ids(p.messages), draw.length, row_key(cfg.seed, "train", step, p.id, s, 0), draw) for p, s in rows]
     made = {}
     for (prompt, sample), one, turn in zip(rows, asks, decode(model, asks, draw, 0, cpu_decoder(model)), strict=True):
         made[prompt.id, sample] = Attempt(

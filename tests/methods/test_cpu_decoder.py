@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.kernels.cpu_decoder import CpuDecoder, cpu_decoder
 from reflux.models import Model, as_model
-from reflux.samplers.decode import Ask, decode
+from reflux.rollouts.turns import TurnRequest
+from reflux.samplers.decode import decode
 from reflux.types import Draw
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -147,13 +148,13 @@ def test_published_weights_count_from_the_next_step() -> None:
 def test_turns_are_those_of_the_long_way(kind: str) -> None:
     """Same tokens, same ends, same log-probs; unequal prompts and budgets, a stop text, and the student's own top-k."""
     loaded = model(**KINDS[kind])
-    asks = [Ask([5 + row, *range(6, 7 + row)], key=row * 7919, budget=4 + 3 * row) for row in range(9)]
     draw = Draw(0, "train", 40, temperature=0.8, stop=("e", "a"))
-    short, long = decode(loaded, asks, draw, 3, opened(loaded)), decode(loaded, asks, draw, 3)
+    asks = [TurnRequest([5 + row, *range(6, 7 + row)], 4 + 3 * row, row * 7919, draw, top_k=3) for row in range(9)]
+    short, long = decode(loaded, asks, 0, opened(loaded)), decode(loaded, asks, 0)
     assert len({len(turn.tokens) for turn in long}) > 3
-    assert {turn.ended for turn in long} == {True, False}
+    assert {turn.finish for turn in long} == {"stop", "length"}
     for one, other in zip(short, long, strict=True):
-        assert (one.tokens, one.ended) == (other.tokens, other.ended)
+        assert (one.tokens, one.finish) == (other.tokens, other.finish)
         torch.testing.assert_close(torch.from_numpy(one.logp_T), torch.from_numpy(other.logp_T), rtol=0, atol=2e-4)
         torch.testing.assert_close(torch.from_numpy(one.raw_T), torch.from_numpy(other.raw_T), rtol=0, atol=2e-4)
         assert one.said_TK is not None
