@@ -1,7 +1,7 @@
 """A teacher: how should the student have acted, position by position?
 
-`open(context, services)` gives an object that answers requests and writes to none of what it is given.
-`collection.Teachers` puts the answers on the attempts. Several tables may share one name by `as` and `routes`; each prompt then asks exactly one.
+`open(context, services)` gives an object that answers requests and writes to none of what it is given. `collection.Teachers` puts the
+answers on the attempts. Several tables may share one name by `as` and `routes`; each prompt then asks exactly one.
 """
 
 from __future__ import annotations
