@@ -97,9 +97,4 @@ class Learner(LearnerPart, Protocol):
         """The student by name, and how it is spoken to."""
         ...
 
-    @property
-    def student(self) -> StudentSpec:
-        """The model that is trained, and how it is spoken to."""
-        ...
-
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenLearner]: ...

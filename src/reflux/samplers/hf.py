@@ -87,10 +87,6 @@ class HF(SamplerPart):
     def generation(self) -> Generation:
         return Generation(self.temperature, self.top_p, self.stop, self.max_prompt_tokens)
 
-    @property
-    def generation(self) -> Generation:
-        return Generation(self.temperature, self.top_p, self.stop, self.max_prompt_tokens)
-
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
         from reflux.samplers.hf_engine import HFSampler
 
