@@ -95,10 +95,6 @@ class Drawn(SamplerPart):
     def exact_rng(self) -> bool:
         return self.generate.exact_rng
 
-    @property
-    def generation(self) -> Generation:
-        return self.generate.generation
-
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
         from reflux.samplers.drawn_engine import OpenDrawn
 

@@ -57,10 +57,6 @@ class Stored(SamplerPart):
     def exact_rng(self) -> bool:
         return self.generate.exact_rng
 
-    @property
-    def generation(self) -> Generation:
-        return self.generate.generation
-
     @asynccontextmanager
     async def _opened(self, context: PartContext, services: Services) -> AsyncIterator[OpenStored]:
         async with self.generate.open(context, services) as inner:
