@@ -127,8 +127,8 @@ class StuckLearner(Learner):
     holds_the_loop: bool = True
 
     @asynccontextmanager
-    async def open(self, run: Any) -> AsyncIterator[Any]:
-        async with Learner.open(self, run) as opened:
+    async def open(self, context: Any, services: Any) -> AsyncIterator[Any]:
+        async with Learner.open(self, context, services) as opened:
             move = opened.step
 
             async def step(*args: Any) -> Any:

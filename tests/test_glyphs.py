@@ -382,4 +382,4 @@ def test_judging_imports_no_torch_and_works_in_a_worker():
     finally:
         graders.close()
     assert [verdict.value for verdict in verdicts] == [1.0, 0.0, 1.0, None]
-    assert "glyphs judges pictures" in verdicts[3].detail
+    assert "glyphs judges pictures" in (verdicts[3].error or "")

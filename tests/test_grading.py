@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 import tiny
-from reflux.clock import Clock
 from reflux.contexts.peers import Peers
 from reflux.errors import ConfigError
 from reflux.parts import part
@@ -295,8 +294,9 @@ def test_feedback_of_a_task_reaches_the_context_that_shows_it(odd: Any) -> None:
     async def show() -> list[Any]:
         group = [attempt("told"), attempt("no")]
         with Graders() as graders:
-            run: Any = SimpleNamespace(task=odd, graders=graders, clock=Clock())
-            async with Verifier().open(run) as reward:
+            services = tiny.services()
+            services.graders = graders
+            async with Verifier().open(tiny.context(task=odd), services) as reward:
                 await judge(reward, group)
         return Peers(feedback="always")(group, Moment(0, 0))
 

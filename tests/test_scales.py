@@ -154,11 +154,11 @@ def test_a_base_that_leads_back_to_itself_is_refused(tmp_path: Path) -> None:
 
 
 def test_base_beside_a_new_kind_is_the_table_that_was_there() -> None:
-    under = {"sampler": {"kind": "hf", "max_tokens": 5, "template": {"a": 1}}}
+    under = {"sampler": {"kind": "hf", "max_tokens": 5, "stop": ["x"]}}
     over = {"sampler": {"kind": "stored", "generate": "base"}}
     assert merge(under, over) == {"sampler": {"kind": "stored", "generate": under["sampler"]}}
     hub = load_recipe("sft", {"base": "hub"}).sampler.generate
-    assert (hub.max_tokens, hub.max_prompt_tokens, hub.template) == (1024, 1024, {"enable_thinking": False})
+    assert (hub.max_tokens, hub.max_prompt_tokens) == (1024, 1024)
 
 
 # --- shares
@@ -215,13 +215,13 @@ def test_evaluations_and_scores_ask_with_their_own_limit(tiny_run: Callable[...,
     from reflux.samplers.hf_engine import HFSampler
 
     asked: set[tuple[str, int]] = set()
-    sample = HFSampler._sample
+    sample = HFSampler._groups
 
-    def listened(self: Any, requests: Any) -> Any:
+    async def listened(self: Any, requests: Any) -> Any:
         asked.update((draw.purpose, draw.length) for _, _, draw in requests)
-        return sample(self, requests)
+        return await sample(self, requests)
 
-    monkeypatch.setattr(HFSampler, "_sample", listened)
+    monkeypatch.setattr(HFSampler, "_groups", listened)
     tables = {"accuracy": {"problems": 2, "samples": 1}, "agreement": {"prompts": 2}, "teacher_accuracy": {"problems": 2}}
     more = {"sampler__train_max_tokens": CAPS[cap]} if CAPS[cap] is not None else {}
     tiny_run(

@@ -361,7 +361,7 @@ def test_arms_are_drawn_on_the_same_attempts_and_leave_no_trace(still: Callable[
 
 def test_a_batch_with_nothing_to_learn_from_has_a_gradient_of_zero(still: Callable[..., Any], student: str, teacher: str) -> None:
     learner, objectives = tiny.learner(AutoModelForCausalLM.from_pretrained(student)), still(["exact"])["exact"].objectives
-    word = tiny.as_model(AutoModelForCausalLM.from_pretrained(teacher), learner.run.tokenizer)
+    word = tiny.as_model(AutoModelForCausalLM.from_pretrained(teacher), learner.services.tokenizer)
     groups = [[tiny.attempt(tiny.rollout(4), word)], [tiny.attempt(tiny.rollout(4, finish="error"), word)]]
     something, nothing = (
         asyncio.run(gradient_variance.gradient(learner, StepRequest([group], objectives, Moment(0, 0)))) for group in groups

@@ -35,7 +35,8 @@ run                     task sampler learner objectives teachers={} credit={} re
                         recipe='unnamed' steps=200 prompts_per_step=64 group_size=1 max_lag=0 seed=0 normalise='kept' save_every=50
                         eval_every=50 keep_checkpoints=2 log_variance=False threads=0 deterministic=False
 samplers.hf             max_tokens=512 train_max_tokens=None temperature=1.0 top_p=1.0 stop=() allow_biased=False max_prompt_tokens=0
-                        long_prompts='refuse' batch_tokens=32768 system=None template={} dtype='auto' device='auto' attention=None
+                        long_prompts='refuse' batch_tokens=32768 turns='together' max_turns=0 environment_timeout_s=60.0
+                        dtype='auto' device='auto' attention=None
 samplers.stored         generate
 samplers.flow           steps=10 noise_level=0.7 guidance=1.0 eval_steps=40 length=None pixels=0 batch_images=64 dtype='auto'
                         device='auto'
@@ -67,7 +68,7 @@ rewards.verifier        timeout_s=10.0 workers=1
 accelerators.extrapolate
                         tries=5 prompts=50 samples=1 accept='better' rescore_incumbent=False score='accuracy' teacher='main'
                         max_tokens=None include=('attn','attention','mlp','ffn','.ff','feed_forward')
-learners.hf             model lr=1e-06 betas=(0.9,0.999) eps=1e-08 weight_decay=0.0 clip=1.0 noise_floor=1e-06
+learners.hf             model system=None template={} lr=1e-06 betas=(0.9,0.999) eps=1e-08 weight_decay=0.0 clip=1.0 noise_floor=1e-06
                         micro_batch_tokens=16384 lora=None gradient_checkpointing=False autocast='auto' device='auto'
                         attention=None trust_remote_code=False
 learners.flow           model lr=0.0003 betas=(0.9,0.999) eps=1e-08 weight_decay=0.0001 clip=1.0 noise_floor=0.001 micro_batch=64

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import json
 import math
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -191,7 +190,7 @@ def test_no_training_attempt_comes_from_a_candidate(
     from reflux.samplers.hf_engine import HFSampler
 
     name, tried, ended, sampled = "model.layers.0.mlp.up_proj.weight", [], [], []
-    go, after, sample = extrapolate_engine._Path.go, OpenExtrapolate.after_step, HFSampler._sample
+    go, after, sample = extrapolate_engine._Path.go, OpenExtrapolate.after_step, HFSampler._groups
 
     def noted_go(self: Any, multiple: int) -> None:
         go(self, multiple)
@@ -202,15 +201,15 @@ def test_no_training_attempt_comes_from_a_candidate(
         ended.append(mark(access.read([name])[name]))
         return jumped
 
-    def noted_sample(self: Any, requests: Any) -> Any:
+    async def noted_sample(self: Any, requests: Any) -> Any:
         if requests[0][2].purpose == "train":
             sampled.append((requests[0][2].step, mark(self.model.net.state_dict()[name])))
-            time.sleep(0.2 if max_lag else 0)  # the student has learnt before all that is in flight has landed
-        return sample(self, requests)
+            await asyncio.sleep(0.2 if max_lag else 0)  # the student has learnt before all that is in flight has landed
+        return await sample(self, requests)
 
     monkeypatch.setattr(extrapolate_engine._Path, "go", noted_go)
     monkeypatch.setattr(OpenExtrapolate, "after_step", noted_after)
-    monkeypatch.setattr(HFSampler, "_sample", noted_sample)
+    monkeypatch.setattr(HFSampler, "_groups", noted_sample)
     scores([0.5, 0.6, 0.1, 0.5, 0.4, 0.5, 0.7, 0.8, 0.1])
     done = tiny_run("full", **(PLAIN | {"steps": 6}), max_lag=max_lag, accelerator=EXTRA)
     assert [row["accepted"] for row in done.rows("searches")] == [2, 0, 4]
@@ -375,15 +374,15 @@ def test_fresh_dice_are_other_dice_of_the_same_prompts(student: str, teacher: st
 def test_fresh_dice_leave_the_prompts_as_the_task_knows_them(
     tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, scores: Any
 ) -> None:
-    """`reply` of a task may look its prompt up by id."""
+    """`open_env` of a task may look its prompt up by id."""
     asked: list[str] = []
-    reply = outside.Chat.reply
+    open_env = outside.Chat.open_env
 
     def heard(self: Any, prompt: Prompt, *rest: Any) -> Any:
         asked.append(prompt.id)
-        return reply(self, prompt, *rest)
+        return open_env(self, prompt, *rest)
 
-    monkeypatch.setattr(outside.Chat, "reply", heard)
+    monkeypatch.setattr(outside.Chat, "open_env", heard)
     scores([0.5, 0.6, 0.5, 0.4])  # accepted, so that a second comparison follows with dice of its own
     done = tiny_run("full", **(PLAIN | {"steps": 1}), accelerator={**EXTRA, "rescore_incumbent": True, "samples": 4})
     assert [len(row["tried"]) for row in done.rows("searches")] == [2]

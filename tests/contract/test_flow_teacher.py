@@ -323,7 +323,7 @@ def test_macs_are_those_of_base_and_own_adapter(student: str, tmp_path: Path) ->
 
 def refused(student: str, cfg: Flow, sampler: Any = Sampler()) -> str:
     with pytest.raises(ModelError) as error:
-        opened(a_run(student, sampler), tutor=cfg)
+        opened(a_run(student, sampler.generation), tutor=cfg)
     return str(error.value)
 
 

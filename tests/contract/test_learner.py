@@ -305,12 +305,12 @@ def test_observe_gives_the_student_of_now(student: str, teacher: str) -> None:
     said = TopKTarget(teacher="said", ids_TK=listed, logp_TK=np.zeros((6, 4), np.float32), logp_T=spoken.logp_T)
     for wants, ids_TK in ((Wants(now_topk=3), logp_TV.topk(3).indices), (Wants(now_at_said=True, said=4), torch.from_numpy(listed))):
         made = attempt(replace(spoken, said=said) if wants.now_at_said else spoken)
-        learner.run.wants = wants
+        learner.context = tiny.context(wants)
         failed, empty = attempt(rollout(3, finish="error")), attempt(rollout(0))
         nothing, now, none = asyncio.run(learner.observe([[failed], [made, empty]]))
         assert (nothing, none, made.now) == (None, None, None)
         np.testing.assert_array_equal(now.ids_TK, ids_TK)
         np.testing.assert_allclose(now.logp_TK, logp_TV.gather(-1, ids_TK), atol=1e-4)
         np.testing.assert_allclose(now.logp_T, logp_TV[range(6), spoken.tokens_T], atol=1e-4)
-    learner.run.wants = Wants()
+    learner.context = tiny.context()
     assert asyncio.run(learner.observe([[attempt(spoken)], [attempt(spoken)]])) == [None, None]

@@ -21,6 +21,7 @@ from reflux import loop
 from reflux.errors import DataError
 from reflux.loop import train
 from reflux.rundir import Options, Run
+from reflux.types import Reward
 
 CHAT = {"kind": "outside:Chat"}
 HANGS_S = 30.0  # far more than a run here takes: it guards, it measures nothing
@@ -62,14 +63,21 @@ class Fault:
             raise self.how
 
 
+class Unjudging:
+    """A reward that judges nothing."""
+
+    async def score(self, group: Any) -> list[Reward]:
+        return [Reward(None) for _ in group]
+
+
 def break_parts(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
     """The run's own parts, with the fault before each stage."""
     plain_open, plain_write = loop.open_parts, Run.write
 
     @asynccontextmanager
     async def open_parts(*args: Any) -> AsyncIterator[Any]:
-        async with plain_open(*args) as parts:
-            _, sampler, reward, teachers, _ = parts
+        async with plain_open(*args) as (learner, sampler, _, teachers, accelerator):
+            reward: Any = Unjudging()
             sample, judge, score = sampler.sample, reward.score, teachers.score
 
             async def faulty_sample(prompt: Any, n: int, draw: Any) -> Any:
@@ -88,7 +96,7 @@ def break_parts(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
                 return await score(groups, *more, **named)
 
             sampler.sample, reward.score, teachers.score = faulty_sample, faulty_judge, faulty_score
-            yield parts
+            yield learner, sampler, reward, teachers, accelerator
 
     def faulty_write(self: Run, group: Any, step: int) -> None:
         if fault.here("write", group[0].rollout.prompt.id):

@@ -85,10 +85,10 @@ def act(cfg: RunConfig, model: Any, prompts: list[Prompt], step: int) -> list[li
     draw = cfg.draw(step)
     asks = [TurnRequest(render.ids(p.messages), draw.length, row_key(cfg.seed, "train", step, p.id, s, 0), draw) for p, s in rows]
     made = {}
-    for (prompt, sample), one, turn in zip(rows, asks, decode(model, asks, draw, 0, cpu_decoder(model)), strict=True):
+    for (prompt, sample), one, turn in zip(rows, asks, decode(model, asks, step, cpu_decoder(model)), strict=True):
         made[prompt.id, sample] = Attempt(
             TokenRollout(
-                prompt=prompt, sample=sample, version=step, finish="stop" if turn.ended else "length",
+                prompt=prompt, sample=sample, version=step, finish=turn.finish,
                 mask_T=np.ones(len(turn.tokens), dtype=bool), logp_T=turn.logp_T, prompt_tokens=np.asarray(one.ids),
                 tokens_T=np.asarray(turn.tokens), text="", messages=prompt.messages,
             )

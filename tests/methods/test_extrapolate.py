@@ -22,6 +22,7 @@ import tiny
 from reflux import files
 from reflux.accelerators.extrapolate import Extrapolate, fires, moved, multiples
 from reflux.accelerators.extrapolate_engine import OpenExtrapolate
+from reflux.accelerators.score import Spent
 from reflux.errors import ConfigError, RefluxError, RunError
 from reflux.learners.hf import Lora
 from reflux.objectives.divergence import Divergence
@@ -111,6 +112,8 @@ def scripted(learner: Line, scores: list[float]) -> tuple[Callable[..., Any], li
     async def score(dice: int = 0) -> float:
         asked.append((float(learner.values["mlp.w"][0]), dice))
         return next(given)
+
+    score.spent = Spent(sampled=7)  # type: ignore[attr-defined]
 
     return score, asked
 
@@ -237,6 +240,8 @@ def exact_score(learner: Line, a: np.ndarray, b: np.ndarray) -> Callable[..., An
         d = learner.values["mlp.w"].numpy()
         return float(-(0.5 * d @ a @ d - b @ d))
 
+    score.spent = Spent(sampled=7)  # type: ignore[attr-defined]
+
     return score
 
 
@@ -301,6 +306,8 @@ def stepped(folder: Path, scores: list[float], lora: Lora | None = None) -> tupl
 
     async def score(dice: int = 0) -> float:
         return next(given)
+
+    score.spent = Spent(sampled=7)  # type: ignore[attr-defined]
 
     asyncio.run(accelerator.after_step(learner.access, score, 1))
     return learner, accelerator, state, weights

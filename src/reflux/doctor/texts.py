@@ -85,7 +85,7 @@ def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
     """A teacher that answers the same everywhere, or nothing at all, teaches nothing."""
     targets = [attempt.target(name) for group in groups for attempt in group]
     silent = targets.count(None)
-    known = (target.uniformity(learner.run.heads) for target in targets if target is not None)
+    known = (target.uniformity(learner.services.heads) for target in targets if target is not None)
     spread = [share for share in known if share is not None]
     if silent:
         return Finding(

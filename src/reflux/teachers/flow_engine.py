@@ -48,7 +48,8 @@ class FlowTeacher:
     """Frozen: it follows nobody and has no state. `model` speaks as this table does, its adapter on."""
 
     def __init__(self, cfg: Flow, context: PartContext, services: Services, model: FlowModel):
-        self.cfg, self.services, self.table, self.model = cfg, services, context.name, model
+        self.cfg, self.context, self.services, self.model = cfg, context, services, model
+        self.table = context.name
         self.name = spoken_name(context.name, cfg)
         self.macs = model.macs(context.generation.guidance, context.generation.pixels)
 
