@@ -1,0 +1,159 @@
+"""Every shipped part can leave its process: opened alone in a spawned one from pickled values, it gives the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import pickle
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import alone
+import tiny
+import tiny_flow
+from reflux.config import load_recipe, recipe_names
+from reflux.context import Generation, part_context
+from reflux.parts import build, kinds
+from reflux.samplers.flow import Flow as FlowSampler
+from reflux.tasks.word_problems import WordProblems
+from reflux.types import Attempt, Prompt, Wants
+
+WANTS = Wants(said=3, now_at_said=True, logp=True, candidates=3, spans=True, reward=True)
+FLOW = FlowSampler(steps=4, eval_steps=3)
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[ProcessPoolExecutor]:
+    """One spawned process: it inherits nothing but the path of modules."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def flows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("flows")
+    return {name: tiny_flow.save(folder / name, seed) for seed, name in enumerate(("student", "teacher"))}
+
+
+def same_bits(elsewhere: ProcessPoolExecutor, *packed: Any) -> Any:
+    """Done here and there, from the same bytes."""
+    data = pickle.dumps(packed)
+    here = alone.done_by(data)
+    assert elsewhere.submit(alone.done_by, data).result(timeout=100) == here
+    return here
+
+
+def texts(number: int = 2) -> list[Prompt]:
+    return list(islice(WordProblems().prompts("train", 0), number))
+
+
+def pictures(number: int = 2) -> list[Prompt]:
+    return [Prompt(f"p{i}", ({"role": "user", "content": tiny_flow.TEXTS[1 + i]},)) for i in range(number)]
+
+
+# Each shipped part with what it needs to be opened; a part that is added to a registry and not here fails the test of its group.
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "hf": {"max_tokens": 8},
+    "stored": {"generate": {"kind": "hf", "max_tokens": 8}},
+    "flow": {"steps": 4, "eval_steps": 3},
+    "drawn": {"generate": {"kind": "flow", "steps": 4, "eval_steps": 3}, "times": 3},
+}
+TEACHERS = {"local": "model", "own": "", "flow": "model"}
+LEARNERS: dict[str, dict[str, Any]] = {"hf": {"lr": 1e-3}, "flow": {"lr": 1e-3, "micro_batch": 3}}
+REWARDS: dict[str, dict[str, Any]] = {"verifier": {}}
+TASKS: dict[str, dict[str, Any]] = {
+    "word_problems": {},
+    "glyphs": {},
+    "mix": {"parts": {"a": {"kind": "word_problems"}, "b": {"kind": "word_problems", "largest": 20}}},
+    "gsm8k": {"path": "."},
+    "jsonl": {"path": "rows.jsonl", "validation": 0.5},
+}
+
+
+def told(kind: str, student: str, flows: dict[str, str], **fields: Any) -> Any:
+    """The context of a part of texts or pictures."""
+    common = {"generation": FLOW.generation, "model": flows["student"]} if kind in ("flow", "drawn") else {"model": student}
+    return tiny.context(WANTS, **{"task": WordProblems(), "generation": Generation(), **common, **fields})
+
+
+def test_no_shipped_part_is_forgotten() -> None:
+    tables = {"samplers": SAMPLERS, "teachers": TEACHERS, "learners": LEARNERS, "tasks": TASKS}
+    assert {group: sorted(table) for group, table in tables.items()} == {group: sorted(kinds(group)) for group in tables}
+    assert set(REWARDS) <= set(kinds("rewards"))
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_samplers(elsewhere: ProcessPoolExecutor, student: str, flows: dict[str, str], kind: str) -> None:
+    part = build("samplers", {"kind": kind, **SAMPLERS[kind]}, "sampler")
+    teachers = {"main": build("teachers", {"kind": "flow", "model": flows["teacher"]}, "teachers.main")} if kind == "drawn" else {}
+    flow = kind in ("flow", "drawn")
+    weights = (tiny_flow.model(5).net if flow else tiny.net(5, lift=1.5)).state_dict()
+    context = told(kind, student, flows, name="sampler", teachers=teachers)
+    before, after = same_bits(elsewhere, "sampler", part, context, {"prompts": pictures() if flow else texts(), "weights": dict(weights)})
+    if part.on_policy:
+        assert before[0] != after
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_teachers(elsewhere: ProcessPoolExecutor, student: str, teacher: str, flows: dict[str, str], kind: str) -> None:
+    model = {"model": flows["teacher"] if kind == "flow" else teacher} if TEACHERS[kind] else {"ema": 0.5}
+    part = build("teachers", {"kind": kind, **model}, "teachers.main")
+    flow = kind == "flow"
+    rollouts: list[Any] = [tiny_flow.rollout(4, seed=i) if flow else tiny.rollout(5 + i, seed=i) for i in range(2)]
+    nets = [(tiny_flow.model(seed).net if flow else tiny.net(seed, lift=1.5)) for seed in (5, 6)]
+    more = {"rollouts": rollouts, "weights": dict(nets[0].state_dict()), "later": dict(nets[1].state_dict())}
+    answers = same_bits(elsewhere, "teacher", part, told(kind, student, flows), more)
+    assert len(answers) == 2
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_learners(elsewhere: ProcessPoolExecutor, student: str, flows: dict[str, str], kind: str) -> None:
+    flow = kind == "flow"
+    part = build("learners", {"kind": kind, "model": flows["student"] if flow else student, **LEARNERS[kind]}, "learner")
+    rollouts: list[Any] = [tiny_flow.rollout(4, seed=i) if flow else tiny.rollout(5 + i, seed=i) for i in range(3)]
+    attempts, objectives = alone.with_targets(rollouts)
+    context = told(kind, student, flows, name="learner")
+    _, _, (version, _) = same_bits(elsewhere, "learner", part, context, {"attempts": attempts, "objectives": objectives})
+    assert version == "2"
+
+
+@pytest.mark.parametrize("kind", REWARDS)
+def test_rewards(elsewhere: ProcessPoolExecutor, student: str, kind: str) -> None:
+    part = build("rewards", {"kind": kind, **REWARDS[kind]}, "reward")
+    prompt = texts(1)[0]
+    made = [dataclasses.replace(tiny.rollout(3, seed=i), prompt=prompt, text=text) for i, text in enumerate(alone.as_texts(prompt))]
+    right, wrong = same_bits(elsewhere, "reward", part, told("hf", student, {}), {"group": [Attempt(rollout) for rollout in made]})
+    assert (right[1]["value"], wrong[1]["value"]) == ("1.0", "0.0")
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_tasks(elsewhere: ProcessPoolExecutor, tmp_path: Path, kind: str) -> None:
+    rows = [f'{{"question": "{n} + 1?", "prompt": "{n} + 1?", "answer": "#### {n + 1}"}}\n' for n in range(40)]
+    for name in ("rows", "train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    fields = {key: str(tmp_path / value) if key == "path" else value for key, value in TASKS[kind].items()}
+    part = build("tasks", {"kind": kind, **fields}, "task")
+    same_bits(elsewhere, "task", part, None, {"made": alone.as_pictures if kind == "glyphs" else alone.as_texts})
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_contexts_and_parts_of_shipped_recipes_are_pickled(recipe: str) -> None:
+    cfg = load_recipe(recipe)
+    contexts = [part_context(cfg, WANTS, name, Path("run")) for name in ("learner", "sampler", *cfg.teachers)]
+    assert pickle.loads(pickle.dumps(contexts)) == contexts
+    parts = [cfg.learner, cfg.sampler, cfg.task, *cfg.teachers.values()]
+    assert pickle.loads(pickle.dumps(parts)) == parts
+
+
+def test_what_differs_is_seen() -> None:
+    """The comparison is by bits: a value of another sign, type or place is another one."""
+    one, other = np.zeros(2, np.float32), np.asarray([0.0, -0.0], np.float32)
+    assert alone.plain(one) != alone.plain(other)
+    assert alone.plain(one) != alone.plain(one.astype(np.float64))
+    assert alone.plain({"a": 1}) != alone.plain({"b": 1})
