@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import tomllib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from reflux.cite import papers
 from reflux.commands.show import console, list_parts, show_plan
 from reflux.config import config_hash, from_table, load_recipe, to_table
 from reflux.credit.base import share_credit
+from reflux.doctor import examine
+from reflux.doctor.finding import Finding
 from reflux.errors import ConfigError
 from reflux.model_card import model_card
 from reflux.objectives.base import Rows
@@ -162,6 +165,17 @@ def test_its_problems_refuse_and_its_advice_is_printed() -> None:
     assert "without the rule" in said("credit.surprise.elsewhere=1.0")
     with pytest.raises(ConfigError, match=r"credit.surprise.teacher: there is no teacher 'nobody'. Known: main"):
         said("credit.surprise.teacher=nobody")
+
+
+def test_the_doctor_says_what_it_advises() -> None:
+    async def first(findings: AsyncIterator[Finding]) -> list[Finding]:
+        found = [await anext(findings), await anext(findings)]
+        await findings.aclose()  # type: ignore[attr-defined]
+        return found
+
+    fits, advice = asyncio.run(first(examine(load_recipe(RECIPE, {"credit.surprise.elsewhere": 1.0}))))
+    assert (fits.verdict, advice.verdict) == ("ok", "warning")
+    assert advice.text.startswith("credit.surprise.elsewhere = 1 weighs every position alike")
 
 
 def test_its_papers_are_cited() -> None:
