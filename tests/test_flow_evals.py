@@ -157,7 +157,9 @@ class Named:
 
 
 def part(as_: str | None = None, routes: Sequence[str] = ()) -> Any:
-    return SimpleNamespace(as_=as_, routes=tuple(routes), rollouts=FlowRollout, in_process=True, is_student=False)
+    """A table without a model that could draw."""
+    asked = {"is_student": False, "acts_with": lambda opened: None}
+    return SimpleNamespace(as_=as_, routes=tuple(routes), rollouts=FlowRollout, in_process=True, **asked)
 
 
 @pytest.fixture
@@ -173,7 +175,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str, int]]:
         yield Named(list(run.cfg.teachers).index(table), asked)
         opened.remove(table)
 
-    monkeypatch.setitem(teacher_accuracy._ACTING, FlowRollout, acting)
+    monkeypatch.setattr(teacher_accuracy, "_acting", acting)
     return asked
 
 

@@ -14,7 +14,7 @@ from reflux.config import load_recipe
 from reflux.errors import ConfigError, DataError, ModelError
 from reflux.planning import plan
 from reflux.rundir import Options, Run
-from reflux.samplers.drawn import drawers, flow_sampler
+from reflux.samplers.drawn import drawers
 from reflux.teachers.flow import Flow as FlowTeacher
 from reflux.types import FlowRollout, Wants
 
@@ -267,9 +267,9 @@ def test_a_flow_wants_what_velocities_can_give() -> None:
 
 
 def test_who_really_draws_the_students_pictures() -> None:
-    assert flow_sampler(load_recipe("opd")) is None
-    assert flow_sampler(load_recipe("flow", {"sampler.steps": 7})).steps == 7  # type: ignore[union-attr]
-    assert flow_sampler(load_recipe("flow_sft", {"sampler.generate.eval_steps": 9})).eval_steps == 9  # type: ignore[union-attr]
+    assert load_recipe("opd").sampler.generation.grids == ()
+    assert load_recipe("flow", {"sampler.steps": 7}).sampler.generation.grids[0] == 7
+    assert load_recipe("flow_sft", {"sampler.generate.eval_steps": 9}).sampler.generation.grids[1] == 9
 
 
 def test_a_route_is_drawn_by_the_table_that_names_it() -> None:

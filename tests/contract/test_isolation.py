@@ -29,6 +29,14 @@ def counting() -> ModuleType:
 structure = counting()
 
 
+def test_no_shipped_part_class_is_tested_for_outside_its_package() -> None:
+    assert list(structure.class_tests(SOURCE)) == []
+
+
+def test_no_part_is_probed() -> None:
+    assert list(structure.part_probes(SOURCE)) == []
+
+
 PROBES = {
     "isinstance": "from reflux.credit.margin import Margin\nisinstance(rule, Margin)",
     "isinstance of several": "from reflux.credit.margin import Margin as M\nisinstance(rule, str | M)",

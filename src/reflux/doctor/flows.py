@@ -17,7 +17,6 @@ from reflux.contexts.base import View
 from reflux.doctor.finding import Finding
 from reflux.objectives.velocity_kl import kl_weight
 from reflux.rundir import Run
-from reflux.samplers.drawn import flow_sampler
 from reflux.samplers.flow import step_logp, step_moments
 from reflux.teachers.base import TeacherRequest
 from reflux.types import Attempt, FlowRollout, Group, Rollout, Target, VelocityTarget, Wants
@@ -32,13 +31,13 @@ def before(cfg: RunConfig) -> Iterator[Finding]:
     """The grid that student and teachers share. ModelError where a model is none."""
     from reflux.flows.load import outline_flow
 
-    acting = flow_sampler(cfg)
-    if acting is None:
+    acting = cfg.sampler.generation
+    if not acting.grids:
         return
     outline = outline_flow(cfg.learner.model, "learner.model")
-    t_S = outline.grid(acting.steps)
+    t_S = outline.grid(acting.grids[0])
     steps = -np.diff(t_S)
-    text = f"{acting.steps} steps of {steps.min():.3g} to {steps.max():.3g} from t = 1 to {t_S[-1]:g}, guidance {acting.guidance:g}"
+    text = f"{acting.grids[0]} steps of {steps.min():.3g} to {steps.max():.3g} from t = 1 to {t_S[-1]:g}, guidance {acting.guidance:g}"
     yield Finding("ok", "grid", text)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
@@ -12,9 +12,8 @@ from reflux.evals.accuracy import Accuracy, Graded
 from reflux.evals.base import EvalPart
 from reflux.parts import STRICT
 from reflux.tasks.base import Split
-from reflux.teachers.base import Teacher
 from reflux.teachers.names import heard, measured
-from reflux.types import FlowRollout, Prompt, Rollout, TokenRollout
+from reflux.types import Prompt
 
 if TYPE_CHECKING:
     from reflux.config import RunConfig
@@ -62,7 +61,7 @@ class TeacherAccuracy(EvalPart):
         for table in tables:  # one at a time: where a model is loaded for this, there is room for one
             own = [place for place, prompt in enumerate(prompts) if len(tables) == 1 or _serves(run.cfg, table, prompt)]
             if own:
-                async with _opener(run.cfg.teachers[table])(run, table, teachers) as acting:
+                async with _acting(run, table, teachers) as acting:
                     found |= zip(own, await asked.greedy(run, acting, [prompts[place] for place in own]), strict=True)
         return asked.table(run, [found[place] for place in sorted(found)])
 
@@ -75,40 +74,13 @@ def _serves(cfg: RunConfig, table: str, prompt: Prompt) -> bool:
 
 
 @asynccontextmanager
-async def _of_texts(run: Run, table: str, teachers: Teachers) -> AsyncIterator[OpenSampler]:
-    from reflux.samplers.hf import HF
-    from reflux.samplers.hf_engine import HFSampler
-    from reflux.samplers.stored import Stored
-
-    own = run.cfg.sampler.generate if isinstance(run.cfg.sampler, Stored) else run.cfg.sampler
-    model = vars(run.cfg.teachers[table]).get("model")
+async def _acting(run: Run, table: str, teachers: Teachers) -> AsyncIterator[OpenSampler]:
+    teacher, opened = teachers.opened[table]
+    model = teacher.acts_with(opened)
     if model is None:
         raise _without_model(table)
-    async with HFSampler.opened(own if isinstance(own, HF) else HF(), run.context("sampler"), run.services, model) as acting:
+    async with run.cfg.sampler.open_with(model, run.context("sampler"), run.services) as acting:
         yield acting
-
-
-@asynccontextmanager
-async def _of_pictures(run: Run, table: str, teachers: Teachers) -> AsyncIterator[OpenSampler]:
-    from reflux.samplers.drawn import flow_sampler
-    from reflux.samplers.flow import Flow
-    from reflux.samplers.flow_engine import FlowSampler
-    from reflux.teachers.flow_engine import FlowTeacher
-
-    _, answers = teachers.opened[table]
-    if not isinstance(answers, FlowTeacher):
-        raise _without_model(table)
-    yield FlowSampler(
-        flow_sampler(run.cfg) or Flow(), run.context("sampler"), run.services, answers.model
-    )  # the open teacher's model: nothing is loaded twice
-
-
-Opener = Callable[["Run", str, "Teachers"], AbstractAsyncContextManager["OpenSampler"]]
-_ACTING: dict[type[Rollout], Opener] = {TokenRollout: _of_texts, FlowRollout: _of_pictures}
-
-
-def _opener(teacher: Teacher) -> Opener:
-    return next(opener for kind, opener in _ACTING.items() if issubclass(teacher.rollouts, kind))
 
 
 def _without_model(table: str) -> ValueError:

@@ -8,7 +8,7 @@ and `draw.dice` alone.
 from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from reflux.part import Part
 from reflux.types import Draw, Group, Prompt, Rollout
@@ -36,6 +36,16 @@ class SamplerPart(Part, Protocol):
     def computed_share(self) -> float:
         """Positions that are computed for each position of an attempt: 2 under guidance, more where more is drawn than is learnt of."""
         return 1.0
+
+    def open_with(self, model: Any, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenSampler]:
+        """The same sampler with a teacher's model in place of the student's: the name of a model of texts, or a flow that is open.
+
+        A sampler of a user's own leaves it to the default one of its kind.
+        """
+        from reflux.samplers.flow import Flow
+        from reflux.samplers.hf import HF
+
+        return (HF() if isinstance(model, str) else Flow()).open_with(model, context, services)
 
 
 class Sampler(SamplerPart, Protocol):

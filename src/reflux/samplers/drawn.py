@@ -100,15 +100,12 @@ class Drawn(SamplerPart):
 
         return OpenDrawn.opened(self, context, services)
 
+    def open_with(self, model: Any, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
+        return self.generate.open_with(model, context, services)
+
 
 def drawers(teachers: Mapping[str, Any], route: str | None) -> list[str]:
     """The tables that may draw for a route: those that name it, else those that serve every prompt. One is what a run needs."""
     tables = {table: teacher for table, teacher in teachers.items() if teacher.draws}
     named = [table for table, teacher in tables.items() if route in teacher.routes]
     return named or [table for table, teacher in tables.items() if not teacher.routes]
-
-
-def flow_sampler(cfg: RunConfig) -> Flow | None:
-    """The sampler that draws the student's pictures, in training or in evaluations alone; None for texts, and for one of a user's own."""
-    acting = cfg.sampler.generate if isinstance(cfg.sampler, Drawn) else cfg.sampler
-    return acting if isinstance(acting, Flow) else None

@@ -17,7 +17,6 @@ from reflux.samplers.drawn import drawers
 from reflux.samplers.flow import prompt_text
 from reflux.samplers.flow_engine import Walk, denoise
 from reflux.samplers.noise import normal, row_key
-from reflux.teachers.flow import Flow as FlowTeacher
 from reflux.types import Attempt, Draw, FlowRollout, Group, Prompt, VelocityTarget
 
 if TYPE_CHECKING:
@@ -45,12 +44,12 @@ class OpenDrawn:
     async def opened(cls, cfg: Drawn, context: PartContext, services: Services) -> AsyncIterator[OpenDrawn]:
         async with AsyncExitStack() as stack:
             inner = await stack.enter_async_context(cfg.generate.open(context, services))
-            tables = {table: teacher for table, teacher in context.teachers.items() if isinstance(teacher, FlowTeacher)}
+            tables = {table: teacher for table, teacher in context.teachers.items() if teacher.draws}
             answers = {
                 table: await stack.enter_async_context(teacher.open(replace(context, name=table), services))
                 for table, teacher in tables.items()
             }
-            yield cls(cfg, context, services, inner, {table: opened.model for table, opened in answers.items()})
+            yield cls(cfg, context, services, inner, {table: tables[table].acts_with(opened) for table, opened in answers.items()})
 
     async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
         if draw.purpose != "train":

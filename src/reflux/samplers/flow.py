@@ -10,8 +10,8 @@ x_t = (1 - t) x_0 + t x_1 with x_1 standard normal, and a velocity v that estima
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from numbers import Real
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -61,7 +61,7 @@ class Flow(SamplerPart):
     on_policy: ClassVar[bool] = True
     rollouts: ClassVar[type[Rollout]] = FlowRollout
     allow_biased = False  # there is no temperature to set
-    exact_rng: ClassVar[bool] = True
+    exact_rng = True
 
     steps: Annotated[int, Field(ge=1)] = 10  # of the grid, in training
     noise_level: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.7  # a
@@ -105,6 +105,13 @@ class Flow(SamplerPart):
         from reflux.samplers.flow_engine import FlowSampler
 
         return FlowSampler.opened(self, context, services)
+
+    @asynccontextmanager
+    async def open_with(self, model: Any, context: PartContext, services: Services) -> AsyncIterator[Any]:
+        """With a flow that is open already: nothing is loaded twice."""
+        from reflux.samplers.flow_engine import FlowSampler
+
+        yield FlowSampler(self, context, services, model)
 
 
 def without_noise(cfg: RunConfig) -> str:

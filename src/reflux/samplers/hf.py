@@ -91,3 +91,8 @@ class HF(SamplerPart):
         from reflux.samplers.hf_engine import HFSampler
 
         return HFSampler.opened(self, context, services)
+
+    def open_with(self, model: Any, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
+        from reflux.samplers.hf_engine import HFSampler
+
+        return HFSampler.opened(self, context, services, model)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 from pydantic.dataclasses import dataclass
@@ -66,6 +66,9 @@ class Stored(SamplerPart):
 
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenStored]:
         return self._opened(context, services)
+
+    def open_with(self, model: Any, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenSampler]:
+        return self.generate.open_with(model, context, services)
 
 
 @plain_dataclass

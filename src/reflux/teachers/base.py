@@ -60,6 +60,10 @@ class TeacherPart(Part, Protocol):
         """The models and adapters it is loaded from, by their names; of a teacher elsewhere, none."""
         return ()
 
+    def acts_with(self, opened: Any) -> Any:
+        """What `Sampler.open_with` takes to have this teacher act itself; None where it has no model here. opened: this teacher, open."""
+        return None
+
     def reader(self, student: StudentSpec) -> StudentSpec | None:
         """The model of texts that reads what is shown to it, and how it is spoken to; None: of pictures, or elsewhere."""
         return None

@@ -70,6 +70,9 @@ class Flow(TeacherPart):
     def sources(self) -> tuple[str, ...]:
         return (self.model,) if self.adapter is None else (self.model, self.adapter)
 
+    def acts_with(self, opened: Any) -> Any:
+        return opened.model
+
     def size(self, where: str, student: Size, pixels: int) -> Size | None:
         return size_of(self.model, f"{where}.model", pixels)
 

@@ -54,6 +54,9 @@ class Local(TeacherPart):
     def sources(self) -> tuple[str, ...]:
         return (self.model,)
 
+    def acts_with(self, opened: Any) -> Any:
+        return self.model
+
     def reader(self, student: StudentSpec) -> StudentSpec | None:
         return StudentSpec(self.model, self.system, self.template, self.trust_remote_code)
 
