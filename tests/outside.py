@@ -20,6 +20,7 @@ from reflux.learners.hf import HF as Learner
 from reflux.parts import STRICT
 from reflux.rewards.base import RewardPart
 from reflux.rollouts.environment import Observation
+from reflux.samplers.hf import HF as HFSampler
 from reflux.tasks.base import TaskPart
 from reflux.teachers.base import TeacherPart
 from reflux.types import Group, Message, Moment, Prompt, Reward, Rollout, SampledTarget, Share, TokenRollout, TopKTarget, Wants
@@ -232,3 +233,13 @@ class Peek(EvalPart):
 
     async def __call__(self, run: Any, learner: Any, sampler: Any, teachers: Any) -> dict[str, Any]:
         return {"first": float(sampler.model.net.state_dict()[self.weight].flatten()[0])}
+
+
+@dataclass(frozen=True, config=STRICT)
+class Showing(HFSampler):
+    """The default sampler, with a chart of its own."""
+
+    def diagnostics(self, name: str, recorded: Any) -> list[Any]:
+        from reflux.reports.chart import Chart
+
+        return [Chart(f"{name} shows itself", absent="nothing")]

@@ -1,0 +1,123 @@
+"""What parts say of themselves is asked of every one of them, said once, and read by plan, checks and report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reflux import checks
+from reflux.config import load_recipe
+from reflux.errors import ConfigError
+from reflux.parts import BASES, kinds, part, within
+from reflux.planning import plan
+from reflux.reports.diagnostics import own_charts
+from reflux.reports.recorded import Recorded
+from reflux.tasks.gsm8k import Gsm8k
+from reflux.tasks.jsonl import Jsonl
+from reflux.tasks.mix import Mix
+from reflux.tasks.word_problems import WordProblems
+from reflux.teachers.own import Own
+
+SHIPPED = [part(group, kind) for group in BASES for kind in kinds(group)]
+
+
+def test_every_part_of_a_run_is_found_with_its_place() -> None:
+    mix = {"kind": "mix", "parts": {"a": {"kind": "word_problems"}}}
+    stored = {"kind": "stored", "generate": {"kind": "hf", "max_tokens": 8}}
+    cfg = load_recipe("opd", {"task": mix, "sampler": stored, "credit.prefix": {"length": 3}})
+    places = [(where, group) for where, group, _ in within(cfg)]
+    assert places[:6] == [
+        ("task", "tasks"),
+        ("task.parts.a", "tasks"),
+        ("sampler", "samplers"),
+        ("sampler.generate", "samplers"),
+        ("learner", "learners"),
+        ("objectives[0]", "objectives"),
+    ]
+    assert {("teachers.main", "teachers"), ("teachers.main.context", "contexts"), ("credit.prefix", "credit")} <= set(places)
+    assert not [where for where, _ in places if where.endswith("length")]  # schedules are numbers
+
+
+@pytest.mark.parametrize("cls", SHIPPED, ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
+def test_every_shipped_part_may_be_asked_everything(cls: Any) -> None:
+    assert isinstance(cls.when, str)
+    for name in ("refusals", "advice", "papers", "inputs", "diagnostics"):
+        assert callable(getattr(cls, name)), f"{cls.__name__} has a key named {name}, which hides what a part says of itself"
+
+
+def refused(recipe: str, changes: dict[str, Any]) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        checks.join(load_recipe(recipe, changes))
+    return str(error.value).splitlines()
+
+
+def test_two_margins_at_odds_are_told_once() -> None:
+    said = refused("uni_opd", {"credit.margin.action": "mask", "credit.other": {"kind": "margin"}})
+    assert [line for line in said if "never by both" in line] == [
+        "credit.margin and credit.other: a margin is kept by shifts or by masks, never by both. Keep one of them."
+    ]
+
+
+def test_two_scales_are_told_once() -> None:
+    released = {"kind": "velocity_kl", "scale": "released"}
+    cfg = load_recipe("flow", {"objectives": [released, {**released, "coef": 0.5}, {"kind": "velocity_kl", "teacher": "anchor"}]})
+    assert [text.split(":")[0] for text in checks.warnings(cfg) if "their coefs do not compare" in text] == ["objectives[0]"]
+
+
+def test_teachers_of_one_flow_hold_it_once() -> None:
+    one = {"teachers.digits.model": "reflux:glyph_base", "teachers.counts.model": "reflux:glyph_base"}
+    together = plan(load_recipe("flow", {**one, "teachers.anchor.model": "reflux:glyph_base"})).memory_bytes
+    apart = plan(load_recipe("flow")).memory_bytes
+    assert together is not None
+    assert apart is not None
+    base = plan(load_recipe("flow")).student.stored_bytes
+    assert apart - together == 2 * (base or 0) > 0
+
+
+def flops(recipe: str, changes: dict[str, Any]) -> float:
+    found = plan(load_recipe(recipe, changes)).flops_at_most
+    assert found
+    return found
+
+
+def test_guidance_takes_two_passes_and_a_drawn_picture_all_its_steps() -> None:
+    assert flops("flow", {"sampler.guidance": 2.0}) == pytest.approx(2 * flops("flow", {}))
+    one = {"sampler.times": 10, "sampler.generate.eval_steps": 10}
+    assert flops("flow_sft", {**one, "sampler.generate.eval_steps": 40}) == pytest.approx(4 * flops("flow_sft", one))
+    assert flops("flow_sft", {**one, "sampler.generate.eval_steps": 5}) == pytest.approx(flops("flow_sft", one))
+    assert flops("flow_sft", {**one, "sampler.generate.guidance": 3.0}) == pytest.approx(2 * flops("flow_sft", one))
+
+
+@pytest.mark.parametrize("recipe", ["opd", "flow"])
+def test_adapters_take_less_than_all_weights(recipe: str) -> None:
+    whole, adapters = (plan(load_recipe(recipe, changes)) for changes in ({}, {"learner.lora": {"rank": 2}}))
+    assert whole.memory_bytes is not None
+    assert adapters.memory_bytes is not None
+    assert whole.memory_bytes - adapters.memory_bytes == 12 * (whole.student.parameters or 0)
+
+
+def test_a_plan_asks_no_prompt_of_what_lies_on_the_hub(tmp_path: Path) -> None:
+    here, there = Jsonl(str(tmp_path / "p.jsonl")), Jsonl(dataset="somebody/questions")
+    assert [task.local for task in (here, there, Gsm8k(), Gsm8k(str(tmp_path)), WordProblems())] == [True, False, False, True, True]
+    assert (Mix({"a": here, "b": WordProblems()}).local, Mix({"a": here, "b": there}).local) == (True, False)
+    plan(load_recipe("opd", {"task": {"kind": "gsm8k"}}))
+
+
+def test_a_mix_judges_where_one_of_its_tasks_does() -> None:
+    silent = Jsonl("p.jsonl", grader="none")
+    assert (silent.judges, Mix({"a": silent, "b": WordProblems()}).judges, Mix({"a": silent}).judges) == (False, True, False)
+
+
+def test_parts_inside_others_show_themselves_too(tmp_path: Path) -> None:
+    inner = {"kind": "outside:Showing", "max_tokens": 4}
+    charts = own_charts({"sampler": {"kind": "stored", "generate": inner}}, Recorded(tmp_path), [])
+    assert [chart.title for chart in charts] == ["generate shows itself"]
+
+
+def test_the_student_as_its_own_teacher_is_as_large_as_the_student_in_float32() -> None:
+    found = plan(load_recipe("peers"))
+    assert [size.parameters for size in found.teachers.values()] == [found.student.parameters]
+    assert [size.stored_bytes for size in found.teachers.values()] == [4 * (found.student.parameters or 0)]
+    assert Own().sources == ()
