@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from reflux.parts import BASES, kinds, part, within
 from reflux.planning import plan
 from reflux.reports.diagnostics import own_charts
 from reflux.reports.recorded import Recorded
+from reflux.samplers.base import SamplerPart
+from reflux.samplers.flow import Flow
+from reflux.samplers.hf import HF
+from reflux.samplers.stored import Stored
 from reflux.tasks.gsm8k import Gsm8k
 from reflux.tasks.jsonl import Jsonl
 from reflux.tasks.mix import Mix
@@ -121,3 +126,26 @@ def test_the_student_as_its_own_teacher_is_as_large_as_the_student_in_float32() 
     assert [size.parameters for size in found.teachers.values()] == [found.student.parameters]
     assert [size.stored_bytes for size in found.teachers.values()] == [4 * (found.student.parameters or 0)]
     assert Own().sources == ()
+
+
+def test_a_rules_notes_are_drawn_also_where_they_are_0_and_its_shift_where_it_gave_one(tmp_path: Path) -> None:
+    def drawn(shift: float) -> set[str]:
+        notes = {"factor_mean": 1.0, "shift_mean": shift, "mixed": 0.0, "spread": {"p50": 1.0}}
+        (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "credit": {"outcome": notes}}) + "\n")
+        (chart,) = own_charts({"credit": {"outcome": {}}}, Recorded(tmp_path), [])
+        return {name for name, _, _ in chart.rows}
+
+    assert drawn(0.0) == {"factor_mean", "mixed"}
+    assert drawn(0.5) == {"factor_mean", "mixed", "shift_mean"}
+
+
+def test_a_sampler_of_ones_own_leaves_a_teacher_to_the_default_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(SamplerPart):
+        pass
+
+    monkeypatch.setattr(HF, "open_with", lambda self, model, context, services: ("hf", model))
+    monkeypatch.setattr(Flow, "open_with", lambda self, model, context, services: ("flow", model))
+    nothing: Any = None
+    assert Mine().open_with("a/model", nothing, nothing) == ("hf", "a/model")
+    assert Mine().open_with(nothing, nothing, nothing) == ("flow", None)
+    assert Stored().open_with("a/model", nothing, nothing) == ("hf", "a/model")
