@@ -149,3 +149,10 @@ def test_a_sampler_of_ones_own_leaves_a_teacher_to_the_default_one(monkeypatch: 
     assert Mine().open_with("a/model", nothing, nothing) == ("hf", "a/model")
     assert Mine().open_with(nothing, nothing, nothing) == ("flow", None)
     assert Stored().open_with("a/model", nothing, nothing) == ("hf", "a/model")
+
+
+def test_an_evaluation_of_teachers_is_no_reason_to_refuse_a_run_without_any() -> None:
+    asked = {f"evals.{kind}": {"kind": kind, "teacher": "nobody"} for kind in ("teacher_accuracy", "agreement")}
+    checks.join(load_recipe("rl", asked))
+    said = refused("opd", asked)
+    assert [line.split(":")[0].split(" ")[0] for line in said] == ["evals.agreement.teacher", "evals.teacher_accuracy.teacher"]
