@@ -33,7 +33,7 @@ COMMON: dict[str, Any] = {
     "save_every": 10_000,
     "eval_every": 10_000,
     "learner.lr": 1e-7,
-    "reward": {"kind": "verifier"},
+    "rewards": {"verifier": {}},
     "evals": "none",
 }
 OWN = {"kind": "own", "ema": 0.05}

@@ -53,7 +53,7 @@ WHERE = {  # where a recipe names a part of each group
     "contexts": "`[teachers.NAME.context]`",
     "objectives": "`[[objectives]]`",
     "credit": "`[credit.NAME]`",
-    "rewards": "`[reward]`",
+    "rewards": "`[rewards.NAME]`",
     "accelerators": "`[accelerator]`",
     "evals": "`[evals.NAME]`",
     "schedules": "the value of any key that takes a schedule",

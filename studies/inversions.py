@@ -107,7 +107,7 @@ async def graded(cfg: RunConfig, prompts: int, samples: int, split: Any) -> list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="uni_opd", help="with a [reward] and a teacher called main (uni_opd)")
+    parser.add_argument("--recipe", default="uni_opd", help="with [rewards.NAME] and a teacher called main (uni_opd)")
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--split", default="test", choices=["test", "validation"])

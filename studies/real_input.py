@@ -83,7 +83,7 @@ def gsm8k(shared: Path, work: Path, steps: int) -> dict[str, Any]:
         "sampler": {"kind": "hf", "max_tokens": 48, "long_prompts": "skip"},
         "learner": {"kind": "hf", "model": str(work / "fresh"), "lr": 1e-3},
         "teachers": {"main": {"kind": "local", "model": str(shared / "stories260k")}},
-        "reward": {"kind": "verifier"},
+        "rewards": {"verifier": {}},
         "objectives": [{"kind": "divergence", "divergence": "jsd"}],
         "evals": {"accuracy": {"problems": 200, "max_tokens": 48}, "agreement": {"prompts": 64}},
         "save_every": 1000,

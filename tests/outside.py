@@ -23,7 +23,7 @@ from reflux.rollouts.environment import Observation
 from reflux.samplers.hf import HF as HFSampler
 from reflux.tasks.base import TaskPart
 from reflux.teachers.base import TeacherPart
-from reflux.types import Group, Message, Moment, Prompt, Reward, Rollout, SampledTarget, Share, TokenRollout, TopKTarget, Wants
+from reflux.types import Attempt, Group, Message, Moment, Prompt, Reward, Rollout, SampledTarget, Share, TokenRollout, TopKTarget, Wants
 
 HEARD: list[tuple[Any, ...]] = []  # what the parts below saw, in order; a test empties it
 
@@ -219,6 +219,29 @@ def brightness(prompt: Prompt, picture: Any) -> Reward:
 @dataclass(frozen=True, config=STRICT)
 class Dark(RewardPart):
     """A reward that asks no task; it is only checked, never opened."""
+
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, config=STRICT)
+class Brief(RewardPart):
+    """Minus the number of positions, with words on it; attempts at `silent` are not judged."""
+
+    weight: float = 1.0
+    silent: str = ""
+
+    @asynccontextmanager
+    async def open(self, *known: Any) -> Any:
+        yield self
+
+    async def score(self, group: Group) -> list[Reward]:
+        return [self._judged(attempt) for attempt in group]
+
+    def _judged(self, attempt: Attempt) -> Reward:
+        length = attempt.rollout.length
+        if attempt.rollout.prompt.id == self.silent:
+            return Reward(None, error="this prompt is not judged")
+        return Reward(-float(length), {"odd": float(length % 2)}, f"{length} positions")
 
 
 @dataclass(frozen=True, config=STRICT)

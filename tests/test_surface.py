@@ -31,7 +31,7 @@ schedules     constant linear cosine steps
 """
 
 FIELDS = """
-run                     task sampler learner objectives teachers={} credit={} reward=None accelerator=None evals={} track
+run                     task sampler learner objectives teachers={} credit={} rewards={} accelerator=None evals={} track
                         recipe='unnamed' steps=200 prompts_per_step=64 group_size=1 max_lag=0 seed=0 normalise='kept' save_every=50
                         eval_every=50 keep_checkpoints=2 log_variance=False threads=0 deterministic=False
 samplers.hf             max_tokens=512 train_max_tokens=None temperature=1.0 top_p=1.0 stop=() allow_biased=False max_prompt_tokens=0
@@ -64,7 +64,7 @@ credit.margin           delta=0.4 mode='mean' direction='spread' action='shift' 
                         retain=0.25 teacher='main'
 credit.balance          ratio=1.0 threshold=0.5
 credit.release          k=4 min_segments=8 min_side=3 min_gain=0.0 segments='sentences' rescale=True candidates='said' teacher='main'
-rewards.verifier        timeout_s=10.0 workers=1
+rewards.verifier        timeout_s=10.0 workers=1 weight=1.0
 accelerators.extrapolate
                         tries=5 prompts=50 samples=1 accept='better' rescore_incumbent=False score='accuracy' teacher='main'
                         max_tokens=None include=('attn','attention','mlp','ffn','.ff','feed_forward')

@@ -58,7 +58,7 @@ class RunConfig:
     objectives: Annotated[tuple[Objective, ...], PartOf("objectives", many="list")]
     teachers: Annotated[dict[str, Teacher], PartOf("teachers", many="table", default="local")] = Field(default_factory=dict)
     credit: Annotated[dict[str, Credit], PartOf("credit", many="table")] = Field(default_factory=dict)
-    reward: Annotated[RewardFn | None, PartOf("rewards")] = None
+    rewards: Annotated[dict[str, RewardFn], PartOf("rewards", many="table")] = Field(default_factory=dict)
     accelerator: Annotated[Accelerator | None, PartOf("accelerators")] = None
     evals: Annotated[dict[str, Eval], PartOf("evals", many="table")] = Field(default_factory=dict)
     track: Track = Track()
@@ -231,6 +231,8 @@ def nest(path: list[str], value: Any, table: Any) -> dict[str, Any]:
 
 def from_table(table: Mapping[str, Any]) -> RunConfig:
     """Validate a resolved table."""
+    if "reward" in table:
+        raise ConfigError('reward: rewards are named tables. Write [rewards.verifier] for the one of kind "verifier", and no key `reward`.')
     for key in ("task", "sampler", "learner", "objectives"):
         if key not in table:
             raise ConfigError(f'{key}: this table is missing. Set base = "toy" or base = "hub", or write a [{key}] table.')

@@ -16,6 +16,7 @@ from reflux.learning import learn, observe
 from reflux.models import prepare_torch
 from reflux.pipeline import Pipeline
 from reflux.rewards.base import OpenReward, judge
+from reflux.rewards.weighted import open_rewards
 from reflux.rundir import Options, Run
 from reflux.samplers.base import OpenSampler
 from reflux.signals import stopping_on_signals
@@ -93,7 +94,7 @@ async def open_parts(cfg: RunConfig, run: Run) -> AsyncIterator[Parts]:
         prepare_torch(cfg.threads, cfg.deterministic)
         learner = await stack.enter_async_context(cfg.learner.open(run.context("learner"), run.services))
         sampler = await stack.enter_async_context(cfg.sampler.open(run.context("sampler"), run.services))
-        reward = await stack.enter_async_context(cfg.reward.open(run.context("reward"), run.services)) if cfg.reward else None
+        reward = await stack.enter_async_context(open_rewards(cfg.rewards, run.context, run.services))
         opened = {
             name: (teacher, await stack.enter_async_context(teacher.open(run.context(name), run.services)))
             for name, teacher in cfg.teachers.items()

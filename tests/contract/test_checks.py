@@ -14,7 +14,7 @@ from reflux.errors import ConfigError, ModelError
 from reflux.rundir import Options, Run
 from reflux.types import Wants
 
-OUTCOME = {"credit.outcome": {}, "reward": {"kind": "verifier"}, "group_size": 2}
+OUTCOME = {"credit.outcome": {}, "rewards": {"verifier": {}}, "group_size": 2}
 SAID = {"teacher": "said"}  # a teacher that gives a list and no more
 ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "train_max_tokens below 1": (
@@ -33,7 +33,7 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "shifts nobody takes": ("full", OUTCOME, "credit.outcome shifts advantages, but no objective takes a shift: 'divergence'"),
     "outcome without shifts": ("opd", {"objectives": [{"kind": "outcome"}]}, "learns from shifts alone, and no credit rule gives any"),
     "a group of one": ("rl", {"group_size": 1}, "credit.outcome compares attempts at one prompt: it needs group_size >= 2, got 1"),
-    "no verdicts": ("rl", {"reward": "none"}, 'credit.outcome needs verdicts: add [reward] with kind = "verifier"'),
+    "no verdicts": ("rl", {"rewards": "none"}, "credit.outcome needs verdicts: add [rewards.verifier]"),
     "temperature": (
         "opd",
         {"sampler.temperature": 0.7},
@@ -196,7 +196,7 @@ def test_a_missing_model_folder_leaves_no_run_behind(where: str, tmp_path: Path)
 
 # --- the methods that weigh attempts and tokens
 
-REWARD = {"reward": {"kind": "verifier"}}
+REWARD = {"rewards": {"verifier": {}}}
 UNI = {"group_size": 4, **REWARD}
 JUMPS = {"kind": "extrapolate", "score": "minus_kl"}
 ILLEGAL |= {
@@ -225,7 +225,7 @@ ILLEGAL |= {
     "margin without verdicts": (
         "opd",
         {"credit.margin": {}, "group_size": 4},
-        'credit.margin needs verdicts: add [reward] with kind = "verifier"',
+        "credit.margin needs verdicts: add [rewards.verifier]",
     ),
     "margin nobody takes": ("full", {"credit.margin": {}, **UNI}, "credit.margin shifts advantages, but no objective takes a shift"),
     "margin of nobody": ("opd", {"credit.margin": {"teacher": "x"}, **UNI}, "credit.margin.teacher: there is no teacher 'x'. Known: main"),
@@ -241,7 +241,11 @@ ILLEGAL |= {
         {"group_size": 1},
         "teachers.main.context needs at least 2 attempts per prompt, but group_size is 1",
     ),
-    "peers without verdicts": ("peers", {"reward": "none"}, "teachers.main.context sorts attempts by their verdicts: add [reward]"),
+    "peers without verdicts": (
+        "peers",
+        {"rewards": "none"},
+        "teachers.main.context sorts attempts by their verdicts: add [rewards.verifier]",
+    ),
     "a moving teacher under lag": ("peers", {"max_lag": 1}, "teachers.main moves with the student"),
     "an unserved route": (
         "uni_opd",

@@ -103,8 +103,8 @@ def test_base_is_the_scale(tmp_path: Path) -> None:
 
 
 def test_none_takes_a_table_away() -> None:
-    cfg = load_recipe("rl_opd", {"evals": "none", "credit.outcome": "none", "reward": "none"})
-    assert (cfg.evals, cfg.credit, cfg.reward) == ({}, {}, None)
+    cfg = load_recipe("rl_opd", {"evals": "none", "credit.outcome": "none", "rewards": "none"})
+    assert (cfg.evals, cfg.credit, cfg.rewards) == ({}, {}, {})
 
 
 def test_the_hash_is_of_the_work() -> None:

@@ -21,7 +21,7 @@ from reflux.types import FlowRollout, Wants
 KL, MSE = {"kind": "velocity_kl"}, {"kind": "velocity_kl", "weight": "mse"}
 TEXT_TEACHER = {"kind": "local", "model": "m"}
 FLOW_TEACHER = {"kind": "flow", "model": "m"}
-VERDICTS = {"reward": {"kind": "verifier"}, "group_size": 4}
+VERDICTS = {"rewards": {"verifier": {}}, "group_size": 4}
 ODE_JUMPS = {"accelerator": {"kind": "extrapolate", "score": "minus_kl"}, "teachers": {"main": FLOW_TEACHER}}
 GIVEN = "sampler 'drawn' gives states without noise, so the KL is infinite"
 ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -371,7 +371,7 @@ def test_verdicts_that_nobody_gives_are_refused(tmp_path: Path) -> None:
     nobody = {"base": "sd3", "task.path": pictures(tmp_path)["path"], "learner.average": "none"}
     jumps = {"accelerator": {"kind": "extrapolate"}}
     for recipe, changes, words in (
-        ("flow_grpo", {}, 'reward: the verifier asks the task for verdicts, and with its grader "none" nothing is ever judged.'),
+        ("flow_grpo", {}, 'rewards.verifier: the verifier asks the task for verdicts, and with its grader "none" nothing is ever judged.'),
         ("flow", jumps, 'accelerator.score = "accuracy" compares weights by the task\'s verdicts, and with its grader "none" nothing is'),
     ):
         with pytest.raises(ConfigError) as refused:
@@ -380,7 +380,7 @@ def test_verdicts_that_nobody_gives_are_refused(tmp_path: Path) -> None:
         assert 'task.grader = "my_module:function"' in str(refused.value)
         checks.join(load_recipe(recipe, nobody | changes | {"task.grader": "outside:brightness"}))
     checks.join(load_recipe("flow", nobody | {"accelerator": {"kind": "extrapolate", "score": "minus_kl"}}))
-    checks.join(load_recipe("flow_grpo", nobody | {"reward": {"kind": "outside:Dark"}}))  # which judges by itself
+    checks.join(load_recipe("flow_grpo", nobody | {"rewards": {"verifier": {"kind": "outside:Dark"}}}))  # which judges by itself
     silent, judged = pictures(tmp_path), pictures(tmp_path, grader="outside:brightness")
     rewarded = {"task": {"kind": "mix", "parts": {"a": silent, "b": silent}}}
     with pytest.raises(ConfigError, match="nothing is ever judged"):

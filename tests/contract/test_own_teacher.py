@@ -323,7 +323,7 @@ def test_no_gradient_reaches_the_teacher() -> None:
 
 
 def run_settings(**more: Any) -> dict[str, Any]:
-    return {"steps": 4, "save_every": 1, "keep_checkpoints": 9, "task": CHAT, "group_size": 3, "reward": {"kind": "verifier"}, **more}
+    return {"steps": 4, "save_every": 1, "keep_checkpoints": 9, "task": CHAT, "group_size": 3, "rewards": {"verifier": {}}, **more}
 
 
 def table(**fields: Any) -> dict[str, Any]:

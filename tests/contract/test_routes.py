@@ -261,7 +261,7 @@ def test_attempts_that_could_not_be_judged_are_in_metrics_and_on_the_page(tiny_r
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     task = {"kind": "jsonl", "path": str(tmp_path / "data.jsonl"), "validation": 0.0, "grader": "judges:moody"}
     rules = {"margin": {}, "balance": {}}
-    done = tiny_run("opd", steps=2, task=task, group_size=3, reward={"kind": "verifier"}, credit=rules, normalise="rollout_means")
+    done = tiny_run("opd", steps=2, task=task, group_size=3, rewards={"verifier": {}}, credit=rules, normalise="rollout_means")
     assert [row["ungraded"] for row in done.rows("metrics")] == [3, 3]
     for row in (row for row in done.rows("attempts") if row["kind"] == "attempt"):
         assert (row["reward"] is None) == (row["prompt"] == "q3")

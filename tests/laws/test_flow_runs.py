@@ -160,7 +160,7 @@ def test_jumps_prefixes_and_verdicts_combine(run: Any) -> None:
     done = run(
         steps=4,
         group_size=2,
-        reward={"kind": "verifier"},
+        rewards={"verifier": {}},
         credit={"outcome": {}, "prefix": {"length": 2}},
         objectives=[{"kind": "velocity_kl"}, {"kind": "outcome"}],
         accelerator={"kind": "extrapolate", "prompts": 4, "include": ["attn", "ff"], "score": "minus_kl", "tries": 1},

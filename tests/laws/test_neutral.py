@@ -18,7 +18,7 @@ from reflux.parts import kinds
 from reflux.types import Moment
 from tiny import attempt, close, gradients, rollout, same
 
-PLAIN: dict[str, Any] = {"steps": 2, "task": {"kind": "outside:Chat"}, "group_size": 2, "reward": {"kind": "verifier"}}
+PLAIN: dict[str, Any] = {"steps": 2, "task": {"kind": "outside:Chat"}, "group_size": 2, "rewards": {"verifier": {}}}
 NEUTRAL: dict[str, dict[str, Any]] = {  # a newcomer to the registry adds its line
     "prefix": {"length": 12},
     "position": {"factor": 1.0},

@@ -69,7 +69,7 @@ def test_the_global_dice_are_neither_read_nor_needed(tiny_run: Callable[..., Any
 @asynccontextmanager
 async def sampler(cfg: Any, folder: Path) -> AsyncIterator[Any]:
     run = Run.open(cfg, Wants(), Options(folder))
-    async with open_parts(replace(cfg, reward=None, teachers={}), run) as (_, acting, *_):
+    async with open_parts(replace(cfg, rewards={}, teachers={}), run) as (_, acting, *_):
         yield acting
 
 

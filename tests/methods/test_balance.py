@@ -181,7 +181,7 @@ def test_left_out_attempts_give_exactly_no_gradient_and_stay_in_the_denominator(
 
 
 def test_a_run_balances_and_says_so(tiny_run: Callable[..., Any]) -> None:
-    settings = {"task": {"kind": "outside:Chat"}, "reward": {"kind": "verifier"}, "group_size": 6, "normalise": "rollout_means"}
+    settings = {"task": {"kind": "outside:Chat"}, "rewards": {"verifier": {}}, "group_size": 6, "normalise": "rollout_means"}
     done = tiny_run("opd", steps=2, **settings, credit={"balance": {}})
     assert all(row["credit"]["balance"]["kept"] < 1 for row in done.rows("metrics"))
     verdicts: dict[Any, list[float]] = {}

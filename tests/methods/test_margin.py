@@ -446,7 +446,7 @@ def test_a_batch_of_groups_that_are_all_right_or_all_wrong_is_plain_opd() -> Non
 @pytest.mark.parametrize("side", ["behaviour", "now"])
 def test_a_run_shifts_and_says_so(tiny_run: Callable[..., Any], side: str) -> None:
     rules = {"margin": {"delta": 5.0, "student": side}, "balance": {}}
-    settings = {"task": {"kind": "outside:Chat"}, "reward": {"kind": "verifier"}, "group_size": 4, "max_lag": 2 * (side == "now")}
+    settings = {"task": {"kind": "outside:Chat"}, "rewards": {"verifier": {}}, "group_size": 4, "max_lag": 2 * (side == "now")}
     done = tiny_run("opd", steps=3, **settings, normalise="rollout_means", credit=rules, objectives__0__max_gap_nats=10.0)
     rows = [row["credit"]["margin"] for row in done.rows("metrics")]
     assert all(row["mixed_fraction"] == row["shifted_fraction"] for row in rows)

@@ -26,7 +26,7 @@ def join(cfg: RunConfig) -> Wants:
     if problems:
         raise ConfigError("\n".join(problems))
     speakers = [*cfg.objectives, *cfg.credit.values(), *(teacher.context for teacher in cfg.teachers.values())]
-    return reduce(lambda joined, part: joined | part.wants, speakers, Wants(reward=cfg.reward is not None))
+    return reduce(lambda joined, part: joined | part.wants, speakers, Wants(reward=bool(cfg.rewards)))
 
 
 def _problems(cfg: RunConfig) -> Iterator[str]:

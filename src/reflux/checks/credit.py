@@ -14,8 +14,8 @@ def problems(cfg: RunConfig) -> Iterator[str]:
         where = f"credit.{name}"
         if rule.min_group > cfg.group_size:
             yield f"{where} compares attempts at one prompt: it needs group_size >= {rule.min_group}, got {cfg.group_size}."
-        if rule.wants.reward and cfg.reward is None:
-            yield f'{where} needs verdicts: add [reward] with kind = "verifier".'
+        if rule.wants.reward and not cfg.rewards:
+            yield f"{where} needs verdicts: add [rewards.verifier]."
 
 
 def _shifts(cfg: RunConfig) -> Iterator[str]:
@@ -31,5 +31,5 @@ def _shifts(cfg: RunConfig) -> Iterator[str]:
         if objective.takes_shift and objective.teacher is None and not rules:
             yield (
                 f"objectives[{index}]: {kind_of('objectives', objective)} learns from shifts alone, and no credit rule gives any. "
-                f"Add [credit.outcome] and a [reward]."
+                f"Add [credit.outcome] and [rewards.verifier]."
             )

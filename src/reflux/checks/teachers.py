@@ -27,8 +27,8 @@ def _context(cfg: RunConfig, table: str) -> Iterator[str]:
             f"teachers.{table}.context needs at least {context.min_group} attempts per prompt, but group_size is {cfg.group_size}. "
             f"Raise group_size."
         )
-    if context.wants.reward and cfg.reward is None:
-        yield f'teachers.{table}.context sorts attempts by their verdicts: add [reward] with kind = "verifier".'
+    if context.wants.reward and not cfg.rewards:
+        yield f"teachers.{table}.context sorts attempts by their verdicts: add [rewards.verifier]."
 
 
 def _moving(cfg: RunConfig, table: str) -> Iterator[str]:

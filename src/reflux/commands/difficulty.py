@@ -50,7 +50,7 @@ def balance_prompts(
     RunError for a folder that holds counts already, or some made with other settings.
     """
     whole = load_recipe(recipe, overrides)
-    cfg = replace(whole, teachers={}, credit={}, evals={}, reward=None, accelerator=None, track=Track())  # only the student acts
+    cfg = replace(whole, teachers={}, credit={}, evals={}, rewards={}, accelerator=None, track=Track())  # only the student acts
     folder = out or Path("runs") / f"{cfg.recipe}-difficulty"
     if (folder / "difficulty.jsonl").exists() and not (folder / PARTIAL).exists():
         raise RunError(f"{folder} holds counts already; choose another folder with --out")

@@ -39,7 +39,7 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
         group = max((teacher.context.min_group for teacher in cfg.teachers.values()), default=1)
         cfg = replace(cfg, prompts_per_step=prompts, group_size=group, max_lag=0, track=Track())
         run = Run.open(cfg, wants, Options(Path(scratch) / "doctor"))
-        async with open_parts(replace(cfg, reward=None, accelerator=None), run) as (learner, sampler, _, teachers, _):
+        async with open_parts(replace(cfg, rewards={}, accelerator=None), run) as (learner, sampler, _, teachers, _):
             await sampler.publish(learner.publish(), 0)
             groups = await _attempts(run, sampler, prompts)
             for finding in about.acted(learner, groups):

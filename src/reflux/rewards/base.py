@@ -5,6 +5,7 @@ An attempt that could not be judged (no time left, no stored answer) gets Reward
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,7 +28,21 @@ class RewardPart(Part, Protocol):
 
 
 class RewardFn(RewardPart, Protocol):
+    @property
+    def weight(self) -> float:
+        """What its value is multiplied by where the values of several rewards are added."""
+        ...
+
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenReward]: ...
+
+
+def weightless(where: str, weight: float) -> Iterable[str]:
+    """Advice of a reward at `where` whose weight is 0."""
+    if not weight:
+        yield (
+            f"{where}.weight = 0: this reward is asked and recorded, and its value counts nothing. An attempt that it cannot judge has no "
+            f"reward all the same."
+        )
 
 
 async def judge(reward: OpenReward | None, group: Group) -> None:

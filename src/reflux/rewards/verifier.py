@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux.parts import STRICT
-from reflux.rewards.base import RewardPart
+from reflux.rewards.base import RewardPart, weightless
 from reflux.tasks.base import JUDGED
 from reflux.types import Group, Reward
 
@@ -29,11 +30,12 @@ class Verifier(RewardPart):
 
     timeout_s: how long a verdict may take; then its process is killed. workers: how many judge side by side. An attempt that cannot be
     judged (time over, the verifier failed, sampling ended in an error) has Reward(None), which is not the same as wrong, and its `error`
-    says why.
+    says why. weight: what its values are multiplied by where several rewards are added.
     """
 
     timeout_s: float = 10.0
     workers: int = 1
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
 
     def __post_init__(self) -> None:
         if not self.timeout_s > 0:
@@ -44,6 +46,9 @@ class Verifier(RewardPart):
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if not cfg.task.judges:
             yield f'{where}: the verifier asks the task for verdicts, and with its grader "none" nothing is ever judged. {JUDGED}.'
+
+    def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        return weightless(where, self.weight)
 
     @asynccontextmanager
     async def open(self, context: PartContext, services: Services) -> AsyncIterator[OpenVerifier]:
