@@ -28,7 +28,7 @@ def write_picture_run(folder: Path, *, steps: int = 60, per_step: int = 2) -> Pa
     rows = [
         metrics_row(step, steps)
         | {"tokens_sampled": 288, "tokens_trained": 288}
-        | {"asked": {"digits": 16, "counts": 16, "anchor": 32}, "kl_nats_by_table": {"digits": 0.4, "counts": 0.3, "anchor": 0.1}}
+        | {"asked": {"digits": 16, "counts": 16, "anchor": 32}, "kl_nats_trained_by_table": {"digits": 0.4, "counts": 0.3, "anchor": 0.1}}
         for step in range(1, steps + 1)
     ]
     write_lines(folder / "metrics.jsonl", rows)

@@ -32,7 +32,7 @@ def run(out: Path, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def kl_by_step(out: Path) -> list[float]:
-    return [json.loads(line)["kl_nats"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line)["kl_nats_trained"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_student_is_the_smaller_one() -> None:

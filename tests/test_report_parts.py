@@ -275,3 +275,23 @@ def test_spectra_are_drawn_by_step_and_alignment_is_with_the_last():
     assert (shares.spec["data"][2]["x"], shares.spec["data"][2]["y"]) == ([10, 20], [0.7, 0.9])
     assert ("alignment with step 30", "20", "90.0 %") in shares.rows
     assert foresight_charts(read_spectra(lines[:1])) == []
+
+
+def test_the_two_distances_of_training_are_two_lines_that_say_what_they_are_of() -> None:
+    """One over all positions, one over those learnt from; a run that has one shows one."""
+    from reflux.reports.curves import kl_chart
+
+    both = read_metrics([{"step": step, "kl_nats": 2.0 / step, "kl_nats_trained": 1.0 / step} for step in (1, 2)])
+    one = read_metrics([{"step": step, "kl_nats_trained": 1.0 / step} for step in (1, 2)])
+    chart = kl_chart(both, [])
+    assert [(label, value) for label, _, value in chart.rows] == [
+        ("training attempts", "2.0000"),
+        ("training attempts", "1.0000"),
+        ("training attempts, where learnt from", "1.0000"),
+        ("training attempts, where learnt from", "0.5000"),
+    ]
+    assert "every generated position, by the sampled tokens" in chart.caption
+    assert "positions with a weight alone" in chart.caption
+    alone = kl_chart(one, [])
+    assert {label for label, _, _ in alone.rows} == {"training attempts, where learnt from"}
+    assert "every generated position" not in alone.caption

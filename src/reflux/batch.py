@@ -38,6 +38,11 @@ class Item:
         return self.rollout.computed(self.rows_N)
 
     @property
+    def positions(self) -> int:
+        """`trained`, and the prompt's: what one pass is billed for."""
+        return self.rollout.prompt_length + self.trained
+
+    @property
     def input_tokens(self) -> int:
         return self.rollout.prompt_length + self.trained - 1
 

@@ -93,28 +93,24 @@ def merge(parts: Iterable[Mapping[str, Metric]]) -> Stats:
 
 
 def step_flops(
-    student_params: float,
-    teacher_params: float,
-    prompt_tokens: float,
-    sampled_tokens: float,
-    trained_tokens: float,
-    scored: tuple[float, float] = (0.0, 0.0),
+    student_params: float, teacher_params: float, prompt_tokens: float, sampled_tokens: float, trained_tokens: float
 ) -> dict[str, float]:
-    """FLOP of one step by role: sample 2 S (P + n + s), teach 2 T (P + n + t), learn 6 S (P + m).
+    """FLOP of a plain step by role: sample 2 S (P + n), teach 2 T (P + n), learn 6 S (P + m).
 
     S and T are active parameters, embeddings included; P, n and m are prompt, sampled and trained tokens, totals over the batch, the prompt
-    counted once per rollout; (s, t) = `scored`, what student and teachers read, prompts included, while an accelerator scored weights.
-    Attention's quadratic term is left out (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+    counted once per rollout. Plain: one turn an attempt, a teacher that sees what the student saw, nothing observed or scored besides. A
+    run's metrics add up what was really computed (`accounting.flops`), which is this where the step is plain. Attention's quadratic term is
+    left out (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
 
     Raises ValueError for a negative count, or more trained than sampled tokens.
     """
-    counts = (student_params, teacher_params, prompt_tokens, sampled_tokens, trained_tokens, *scored)
+    counts = (student_params, teacher_params, prompt_tokens, sampled_tokens, trained_tokens)
     if min(counts) < 0 or trained_tokens > sampled_tokens:
         raise ValueError(f"counts must be >= 0 and trained tokens at most the sampled ones, got {counts}")
     read = prompt_tokens + sampled_tokens
     return {
-        "sample": 2.0 * student_params * (read + scored[0]),
-        "teach": 2.0 * teacher_params * (read + scored[1]),
+        "sample": 2.0 * student_params * read,
+        "teach": 2.0 * teacher_params * read,
         "learn": 6.0 * student_params * (prompt_tokens + trained_tokens),
     }
 

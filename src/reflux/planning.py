@@ -79,7 +79,9 @@ def plan(cfg: RunConfig) -> Plan:
         evaluation_positions=cfg.evaluation_positions,
         positions_at_most=positions,
         position="denoising step" if flows else "token",
-        flops_at_most=_flops(cfg, student, teachers, int(positions * cfg.sampler.computed_share)),
+        flops_at_most=_flops(
+            cfg, student, teachers, int(positions * cfg.sampler.computed_share), wants.now_at_said or bool(wants.now_topk)
+        ),
         wants=wanted(wants, _WANTED_OF_FLOWS if flows else _WANTED),
         warnings=[*checks.warnings(cfg), *lengths.cut_by_window(cfg, student.context_tokens)],
     )
@@ -106,8 +108,8 @@ def _memory(student: Size, teachers: list[Size], full: bool) -> int | None:
     return weights + max(size.beside_bytes for size in (student, *teachers))
 
 
-def _flops(cfg: RunConfig, student: Size, teachers: dict[str, Size], positions: int) -> float | None:
-    """Positions at full length: an upper bound, but for the prompts of texts."""
+def _flops(cfg: RunConfig, student: Size, teachers: dict[str, Size], positions: int, observed: bool) -> float | None:
+    """Positions at full length: an upper bound, but for the prompts of texts. observed: one more pass of the student runs over them."""
     by_name: dict[str, list[int]] = {}
     for table, size in teachers.items():
         if size.macs is not None:
@@ -115,4 +117,4 @@ def _flops(cfg: RunConfig, student: Size, teachers: dict[str, Size], positions: 
     if student.macs is None or len(teachers) != sum(map(len, by_name.values())):
         return None
     read_by = sum(sum(counts) // len(counts) for counts in by_name.values())
-    return sum(step_flops(student.macs, read_by, 0, positions, positions).values())
+    return sum(step_flops(student.macs, read_by, 0, positions, positions).values()) + 2.0 * student.macs * positions * observed

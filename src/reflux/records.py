@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from reflux import pictures
+from reflux.distance import teacher_logp_T
 from reflux.step import StepRecord
 from reflux.types import Attempt, FlowRollout, Message, Prompt, Reward, Rollout, TokenRollout
 
@@ -44,7 +45,9 @@ def learned(attempt: Attempt, step: int) -> Line:
     rollout = attempt.rollout
     line: Line = {"kind": "learned", "step": step + 1, "prompt": rollout.prompt.id, "sample": rollout.sample}
     record = attempt.learned or StepRecord()
-    line["teacher_logp"] = {name: _rounded(values) for name, values in record.logp.items() if name != "student"}
+    names = sorted({*attempt.answers, *record.logp} - {"student"})
+    known = {name: logp_T for name in names if (logp_T := teacher_logp_T(attempt, name)) is not None}
+    line["teacher_logp"] = {name: _rounded(logp_T) for name, logp_T in known.items()}
     if "student" in record.logp:
         line["student_logp"] = _rounded(record.logp["student"])
     if record.kl_T is not None:
@@ -77,6 +80,7 @@ def read_attempt(line: Line) -> Attempt:
         "finish": line["finish"],
         "mask_T": np.asarray(line["mask"], dtype=bool),
         "logp_T": np.asarray(line["logp"], dtype=np.float32),
+        "logp_raw_T": np.asarray(line["logp_raw"], dtype=np.float32) if "logp_raw" in line else None,
     }
     return Attempt(kept.rollout(line, common), reward=_reward(line))
 
@@ -134,7 +138,8 @@ def _painted(line: Line, common: Line) -> FlowRollout:
 
 
 def _choices(rollout: Rollout) -> Line:
-    return {"mask": rollout.mask_T.astype(np.int8), "logp": _rounded(rollout.logp_T)}
+    line = {"mask": rollout.mask_T.astype(np.int8), "logp": _rounded(rollout.logp_T)}
+    return line if rollout.logp_raw_T is None else {**line, "logp_raw": _rounded(rollout.logp_raw_T)}
 
 
 _KEPT = (_Kept(TokenRollout, "tokens", _said, _spoken), _Kept(FlowRollout, "image", _drawn, _painted))

@@ -7,7 +7,6 @@ searches.jsonl  score_prompts.jsonl  foresight/
 from __future__ import annotations
 
 import fcntl
-import resource
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from reflux import checkpoints, checks, files, records, refused
+from reflux.accounting import TOKENS, Landed, Work, add_up
 from reflux.clock import Clock
 from reflux.config import RunConfig, differences, to_table, to_toml
 from reflux.context import PartContext, part_context
@@ -27,7 +27,7 @@ from reflux.model_card import model_card
 from reflux.once import Once
 from reflux.services import Services
 from reflux.step import StepResult
-from reflux.step_metrics import Acted, step_metrics
+from reflux.step_metrics import step_metrics
 from reflux.tracking import NoTracker, Tracker, open_tracker
 from reflux.types import Group, Moment, Prompt, Wants
 
@@ -81,13 +81,13 @@ class Run:
         self.resumed = step if options.resume else None
         self.stopping = False
         self.services = Services(cfg.learner.student, overlap=cfg.max_lag > 0, listener=options.watch, append=self._append)
-        self.totals: dict[str, float] = {"tokens_sampled": 0, "flops": 0, "seconds": 0}
+        self.totals: dict[str, float] = dict.fromkeys((*TOKENS, "flops", "seconds"), 0)
         if step:
             self.totals |= checkpoints.load_plain(self.dir / "checkpoints", step, "run")
         self._started = time.perf_counter()
         self._tracker: Tracker = NoTracker()  # until the lock is held
         self.scorer: Scorer | None = None  # of an accelerator
-        self.landed: dict[int, Acted] = {}  # by the step (from 0) that attempts are meant for; more than it uses where a jump came between
+        self.landed: dict[int, Landed] = {}  # by the step (from 0) that attempts are meant for
         self._lock = (self.dir / ".lock").open("w")
 
     @classmethod
@@ -173,17 +173,16 @@ class Run:
 
     def write(self, group: Group, step: int) -> None:
         """An attempt is on disk before anything else can happen to it."""
-        self.landed[step] = self.landed.get(step, Acted()) + Acted.of(group)
+        self.landed.setdefault(step, Landed()).add(group[0].rollout.prompt.id, Work.of(group))
         files.append_lines(self.dir / "attempts.jsonl", [records.arrived(attempt, step) for attempt in group])
 
     def advance(self, result: StepResult, groups: Sequence[Group], learner: OpenLearner, teachers: Teachers) -> None:
         """The step is done: count it, write its metrics and the attempts' second lines."""
-        metrics = step_metrics(self, result.stats, groups, learner, teachers)
+        metrics = step_metrics(self, result, groups, learner, teachers)
         files.append_lines(self.dir / "attempts.jsonl", [records.learned(a, self.step) for group in groups for a in group])
         self.step += 1
-        self.totals["tokens_sampled"] += metrics["tokens_sampled"]
-        self.totals["flops"] += sum(metrics["flops"].values())
-        metrics = {"step": self.step, **metrics, "peak_memory_bytes": _peak_memory()}
+        add_up(self.totals, metrics)
+        metrics = {"step": self.step, **metrics}
         files.append_lines(self.dir / "metrics.jsonl", [metrics])
         self._tracker.log(metrics, self.step)
         self.watch.stepped(self, metrics)
@@ -286,12 +285,3 @@ def _check_same(cfg: RunConfig, out: Path) -> None:
     changed = [line for line in differences(old, new) if line.split(".")[0].split(":")[0] not in _MAY_DIFFER]
     if changed:
         raise RunError(f"{out} was started with another recipe, so it cannot be resumed with this one:\n  " + "\n  ".join(changed))
-
-
-def _peak_memory() -> int:
-    """Of this process, GPU memory instead where there is a GPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

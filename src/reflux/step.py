@@ -49,7 +49,13 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class StepResult:
-    """records: one per attempt of the request, in order; None for an attempt that no objective trained on."""
+    """records: one per attempt of the request, in order; None for an attempt that no objective trained on.
+
+    forward_positions, backward_positions: what the student ran, prompts included, for FLOP accounting. Forward counts `observe` since the
+    step before, and twice what is computed again for the backward pass.
+    """
 
     stats: Stats
     records: Sequence[StepRecord | None]
+    forward_positions: int = 0
+    backward_positions: int = 0

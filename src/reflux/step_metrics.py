@@ -2,101 +2,62 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reflux.metrics import Mean, Metric, Stats, merge, step_flops
+from reflux.accounting import Landed, Work, flops
+from reflux.distance import generated_kl, trained_kl
+from reflux.metrics import Mean, Stats, merge
+from reflux.step import StepResult
 from reflux.types import Attempt, Group, Share
 
 if TYPE_CHECKING:
-    from reflux.accelerators.score import Spent
     from reflux.learners.base import OpenLearner
     from reflux.rundir import Run
     from reflux.teachers.collection import Teachers
 
 
-@dataclass(frozen=True)
-class Acted:
-    """What attempts cost the student: tokens sampled, and tokens read, prompts included. It does not change once they have landed."""
-
-    sampled: int = 0
-    read: int = 0
-
-    @classmethod
-    def of(cls, attempts: Sequence[Attempt]) -> Acted:
-        rollouts = [attempt.rollout for attempt in attempts]
-        prompts = sum(rollout.prompt_length for rollout in rollouts)
-        return cls(sum(int(rollout.mask_T.sum()) for rollout in rollouts), prompts + sum(rollout.length for rollout in rollouts))
-
-    def __add__(self, other: Acted) -> Acted:
-        return Acted(self.sampled + other.sampled, self.read + other.read)
-
-    def __sub__(self, other: Acted) -> Acted:
-        """Never below 0: attempts that never were written (in a test of one part) are no refund."""
-        return Acted(max(0, self.sampled - other.sampled), max(0, self.read - other.read))
-
-
-def step_metrics(run: Run, stats: dict[str, Metric], groups: Sequence[Group], learner: OpenLearner, teachers: Teachers) -> dict[str, Any]:
-    """Everything one step has to say, as plain JSON values but for `step` and memory."""
+def step_metrics(run: Run, result: StepResult, groups: Sequence[Group], learner: OpenLearner, teachers: Teachers) -> dict[str, Any]:
+    """Everything one step has to say, as plain JSON values but for `step`."""
     attempts = [attempt for group in groups for attempt in group]
     live = [attempt for attempt in attempts if attempt.rollout.finish != "error"]
-    values = {name: metric.value for name, metric in stats.items()}
+    values = {name: metric.value for name, metric in result.stats.items()}
     updates = int(values.get("updates") or 0)
     before = learner.version - updates  # the version that consumed these attempts
     lags = [before - attempt.rollout.version for attempt in live]
-    sampled = sum(int(attempt.rollout.mask_T.sum()) for attempt in live)
-    prompt = sum(attempt.rollout.prompt_length for attempt in live)
-    trained = int(values.get("tokens_trained") or 0)
+    work, discarded = Work.of(attempts), run.landed.pop(run.step, Landed()).discarded
     by_table = _asked(live, teachers)
     spent = run.scorer.take() if run.scorer else None
-    discarded = run.landed.pop(run.step, Acted()) - Acted.of(attempts)
+    everything = work + discarded + (spent.work if spent else Work())
+    kl = generated_kl(live, "main").value if run.cfg.sampler.on_policy else None
     return {
         "loss": values.get("loss", 0.0),
+        **({} if kl is None else {"kl_nats": kl}),
         **{name: value for name, value in values.items() if name not in ("loss", "tokens_trained", "updates")},
         "updates": updates,
         "lag_mean": Mean.of(lags).value,
         "lag_max": max(lags, default=None),
-        "tokens_sampled": sampled,
-        "tokens_trained": trained,
+        "tokens_sampled": work.sampled,
+        "tokens_trained": int(values.get("tokens_trained") or 0),
         **({"tokens_scored": spent.sampled, "tokens_discarded": discarded.sampled} if spent else {}),
-        "response_tokens_mean": sampled / len(live) if live else None,
+        "response_tokens_mean": Mean.of([a.rollout.mask_T.sum() for a in live]).value,
         "truncated": Mean.of([a.rollout.finish == "length" for a in live]).value,
         "errors": len(attempts) - len(live),
         "silent": _silent(live, teachers),
         "asked": {table: len(heard) for table, heard in by_table.items()},
         "answer_errors": _answer_errors(live, teachers),
-        "kl_nats_by_table": {table: _kl(heard, teachers.spoken(table)).value for table, heard in by_table.items()},
+        "kl_nats_trained_by_table": {table: trained_kl(heard, teachers.spoken(table)).value for table, heard in by_table.items()},
         "reward_mean": Mean.of([a.verdict for a in live if a.verdict is not None]).value,
         "ungraded": sum(a.reward is not None and a.verdict is None for a in live),
         "seconds": run.clock.take(),
-        "flops": _flops(live, learner, teachers, prompt, max(sampled, trained), trained, spent, discarded.read),
+        "flops": flops(learner.macs, teachers.macs, everything, result.forward_positions, result.backward_positions),
         "credit": _credit(live),
         "context": _context(live),
+        "peak_memory_bytes": _peak_memory(),
     }
-
-
-def _flops(
-    attempts: list[Attempt],
-    learner: OpenLearner,
-    teachers: Teachers,
-    prompt: int,
-    sampled: int,
-    trained: int,
-    spent: Spent | None,
-    discarded: int,
-) -> dict[str, float]:
-    """`step_flops`, with what each teacher table really read: its context may be longer than the student's prompt.
-
-    discarded: what the student read and wrote in attempts that a jump threw away. What the teachers read of those is not counted.
-    """
-    scored = (spent.read, spent.taught) if spent else (0.0, 0.0)
-    flops = step_flops(learner.macs, teachers.macs, prompt, sampled, trained, (scored[0] + discarded, scored[1]))
-    answers = [answer for attempt in attempts for answer in attempt.answers.values()]
-    taught = sum(teachers.opened[answer.table][1].macs * answer.positions_read for answer in answers)
-    return {**flops, "teach": 2.0 * (taught + teachers.macs * scored[1])}
 
 
 def _silent(attempts: list[Attempt], teachers: Teachers) -> dict[str, int]:
@@ -113,13 +74,6 @@ def _answer_errors(attempts: list[Attempt], teachers: Teachers) -> dict[str, int
     """By table, the attempts it was asked about and could not answer."""
     failed = [answer.table for attempt in attempts for answer in attempt.answers.values() if answer.error is not None]
     return {table: failed.count(table) for table in teachers.opened}
-
-
-def _kl(attempts: list[Attempt], name: str) -> Mean:
-    """Mean of log p - log q over the positions learnt from, by the student of now: the sampled reverse KL, nats per token."""
-    known = [attempt.learned.logp for attempt in attempts if attempt.learned and name in attempt.learned.logp]
-    gaps = [logp["student"] - logp[name] for logp in known]
-    return Mean.of(np.concatenate([gap[np.isfinite(gap)] for gap in gaps]) if gaps else [])
 
 
 def _context(attempts: list[Attempt]) -> dict[str, dict[str, float | None]]:
@@ -148,3 +102,12 @@ def _share(share: Share, mask_T: np.ndarray) -> Stats:
         "shift_mean": Mean.of(np.broadcast_to(share.shift_T, mask_T.shape)[mask_T]),
         **{key: Mean(note, 1) if isinstance(note, float | int) else note for key, note in share.notes.items()},
     }
+
+
+def _peak_memory() -> int:
+    """Of this process, GPU memory instead where there is a GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

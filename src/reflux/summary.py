@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reflux import files
+from reflux.accounting import TOKENS
 from reflux.config import config_hash
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "accuracy_before": _score(evals[:1], "accuracy"),
         "accuracy_after": _score(evals[-1:], "accuracy"),
         "teacher_accuracy": _score(evals[:1], "teacher_accuracy"),
-        "tokens_sampled": int(run.totals["tokens_sampled"]),
+        "tokens_sampled_total": int(sum(run.totals[name] for name in TOKENS)),
+        **{name: int(run.totals[name]) for name in TOKENS},
         "flops_total": run.totals["flops"],
         "commit": commit(),
         "config_hash": config_hash(run.cfg),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -93,6 +94,15 @@ class Rollout:
     logp_T: np.ndarray  # float32, nats, under the distribution sampled from; 0 where the student did not choose
     logp_raw_T: np.ndarray | None = None  # at temperature 1 without top-p, where that differs
     said: TopKTarget | SampledTarget | VelocityTarget | None = None
+    sampled_positions: int | None = None  # that the student ran forward to make it; None: the prompt and every position once
+    drawn_positions: Mapping[str, int] = field(default_factory=dict)  # that teachers ran forward to draw it, by their table
+
+    @property
+    def positions_acted(self) -> int:
+        """Positions that the student ran forward to make this, prompts included; of an attempt that ended in an error, none by default."""
+        if self.sampled_positions is not None:
+            return self.sampled_positions
+        return 0 if self.finish == "error" else self.prompt_length + self.length
 
     @property
     def length(self) -> int:
@@ -202,7 +212,7 @@ class TeacherAnswer:
 
     target: Target | None = None
     candidates: TopKTarget | None = None  # its log-probs at the ids of `rollout.said`, where that is required
-    positions_read: int = 0  # the student's and those before them, for FLOP accounting
+    positions_read: int = 0  # the student's and those before them, over all times it was asked; for FLOP accounting
     seconds: float = 0.0  # of the call, or of a batched call an equal part
     error: str | None = None
     table: str = ""  # that was asked: several may share a name
@@ -222,7 +232,6 @@ class Attempt:
     now: Target | None = None  # what the student would say now, along these tokens
     learned: StepRecord | None = None  # what the step computed along it; None before the step, and where nothing was trained on
     shares: dict[str, Share] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
 
     def target(self, teacher: str) -> Target | None:
         """What `teacher` said about this attempt; "said" is the student as it acted."""

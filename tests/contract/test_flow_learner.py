@@ -74,7 +74,7 @@ def test_loss_and_gradient_are_the_definitions() -> None:
     assert stats["loss"].value == pytest.approx(loss, rel=1e-5)
     found = {name: p.grad for name, p in learner.trained.items() if p.grad is not None}
     close(found, expected, 2e-4)
-    assert stats["kl_nats"].value == pytest.approx(by_definition(batch(), {"main": 1.0})[0], rel=1e-5)
+    assert stats["kl_nats_trained"].value == pytest.approx(by_definition(batch(), {"main": 1.0})[0], rel=1e-5)
     assert stats["tokens_trained"].value == 3 + 6 + 4  # the last step of each grid is nobody's
 
 
@@ -274,4 +274,4 @@ def test_plain_flow_matching_needs_no_density() -> None:
         own = tiny_flow.velocities(model, attempt.rollout).v_TD
         total += float(np.nansum(((own - attempt.rollout.said.v_TD) ** 2).mean(-1)))  # type: ignore[union-attr]
     assert stats["loss"].value == pytest.approx(total / 13, rel=1e-4)
-    assert stats["kl_nats"].value is None
+    assert stats["kl_nats_trained"].value is None

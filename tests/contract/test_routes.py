@@ -130,8 +130,8 @@ def test_the_metrics_name_every_table_and_the_starved_one_has_nothing(tiny_run: 
     for row in done.rows("metrics"):
         assert row["asked"] == {"good": 6, "home": 6, "idle": 0}
         assert row["silent"] == {"main": 0}
-        assert row["kl_nats_by_table"]["idle"] is None
-    first = done.rows("metrics")[0]["kl_nats_by_table"]
+        assert row["kl_nats_trained_by_table"]["idle"] is None
+    first = done.rows("metrics")[0]["kl_nats_trained_by_table"]
     assert abs(first["home"]) < 1e-4
     gaps = []
     for row in (row for row in done.rows("attempts") if row["kind"] == "learned" and row["step"] == 1):
@@ -151,7 +151,7 @@ def test_the_metrics_name_every_table_and_the_starved_one_has_nothing(tiny_run: 
 def test_one_teacher_for_all_is_counted_too(tiny_run: Callable[..., Any]) -> None:
     done = tiny_run("opd", steps=1, task=CHAT, evals__agreement={"prompts": 2})
     assert done.rows("metrics")[0]["asked"] == {"main": 4}
-    assert done.rows("metrics")[0]["kl_nats_by_table"]["main"] == pytest.approx(done.rows("metrics")[0]["kl_nats"], abs=2.0)
+    assert done.rows("metrics")[0]["kl_nats_trained_by_table"]["main"] == pytest.approx(done.rows("metrics")[0]["kl_nats_trained"], abs=2.0)
     assert "by_teacher" not in done.rows("evals")[0]["agreement"]
 
 
@@ -236,7 +236,7 @@ def test_the_interval_of_agreement_covers_the_kl_as_often_as_it_says(attempts: i
 def test_the_table_of_the_page() -> None:
     config = {"teachers": {"main": {"routes": ["add"]}, "times": {"as": "main", "routes": ["mul", "div"]}, "<b>": {}}}
     rows = [
-        {"step": step, "asked": {"main": 6, "times": 2, "<b>": 0}, "kl_nats_by_table": {"main": 1.0 - 0.01 * step, "times": None}}
+        {"step": step, "asked": {"main": 6, "times": 2, "<b>": 0}, "kl_nats_trained_by_table": {"main": 1.0 - 0.01 * step, "times": None}}
         for step in range(1, 21)
     ]
     heard = read_metrics(rows).teachers

@@ -9,7 +9,7 @@ from typing import Any
 
 FILE = Path(__file__).with_name("quickstart.json")
 RECIPES = ("quickstart", "vopd", "topk", "rl_opd")
-KEPT = ("step", "loss", "kl_nats", "grad_norm", "tokens_sampled")
+KEPT = ("step", "loss", "kl_nats", "kl_nats_trained", "grad_norm", "tokens_sampled")
 SMALL = {"steps": 3, "prompts_per_step": 8, "threads": 1, "evals": "none", "learner.lr": 1e-3}
 
 
@@ -21,4 +21,4 @@ def curve(recipe: str, out: Path) -> list[dict[str, Any]]:
 
     asyncio.run(train(load_recipe(recipe, SMALL), Options(out)))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: row[name] for name in KEPT} for row in rows]
+    return [{name: row[name] for name in KEPT if name in row} for row in rows]

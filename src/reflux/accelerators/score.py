@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import orjson
 
 from reflux import files
+from reflux.accounting import Work
 from reflux.errors import DataError
 from reflux.evals.agreement import gap_T
 from reflux.together import together
-from reflux.types import Attempt, Draw, Group, Prompt, seed_of
+from reflux.types import Draw, Group, Prompt, seed_of
 
 if TYPE_CHECKING:
     from reflux.learners.base import OpenLearner
@@ -41,12 +42,15 @@ class Scoring:
 
 @dataclass
 class Spent:
-    """Tokens of one optimiser step's scorings: sampled, read by the student (prompts included), read by the teachers."""
+    """What one optimiser step's scorings cost."""
 
-    sampled: int = 0
-    read: int = 0
-    taught: int = 0
+    work: Work = field(default_factory=Work)
     ungraded: int = 0  # answers that could not be judged, of those sampled
+
+    @property
+    def sampled(self) -> int:
+        """Tokens that the student drew."""
+        return self.work.sampled
 
 
 class Scorer:
@@ -72,13 +76,13 @@ class Scorer:
         """NaN where nothing was judged. Dice depend on (run seed, "score", step, prompt, sample, `dice`) alone: candidates share them."""
         groups = await self._answers(sampler, dice)
         attempts = [attempt for group in groups for attempt in group]
-        self._count(attempts)
         if self.scoring.by == "accuracy":
+            self.spent.work += Work.of(attempts)
             rewards = await self.run.graders.judge_attempts(self.run.task, attempts)
             self.spent.ungraded += sum(reward.value is None for reward in rewards)
             return _accuracy([reward.value for reward in rewards])
         await teachers.score(groups, self.run.moment())
-        self.spent.taught += sum(_positions(attempt) for attempt in attempts if attempt.answers)
+        self.spent.work += Work.of(attempts)
         gaps = [gap_T(attempt, self.scoring.teacher, self.run.heads) for attempt in attempts]
         return -_mean([value for gap in gaps if gap is not None for value in gap[~np.isnan(gap)]])
 
@@ -91,10 +95,6 @@ class Scorer:
         limit = self.scoring.max_tokens or self.run.cfg.evaluation_positions
         draw = Draw(self.run.step, "score", limit, stop=self.run.cfg.draw(self.run.step).stop, cohort=len(self.prompts), dice=dice)
         return await together(sampler.sample(prompt, self.scoring.samples, draw) for prompt in self.prompts)
-
-    def _count(self, attempts: list[Attempt]) -> None:
-        self.spent.sampled += sum(int(attempt.rollout.mask_T.sum()) for attempt in attempts)
-        self.spent.read += sum(map(_positions, attempts))
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,6 @@ def _refuse_unanswered(prompts: list[Prompt]) -> None:
 
 def _line(prompt: Prompt) -> dict[str, Any]:
     return {"id": prompt.id, "messages": prompt.messages, "answer": prompt.answer, "route": prompt.route}
-
-
-def _positions(attempt: Attempt) -> int:
-    return attempt.rollout.prompt_length + attempt.rollout.length
 
 
 def _accuracy(values: list[float | None]) -> float:

@@ -15,6 +15,7 @@ from reflux.reports.asked import problems_of, split_of
 from reflux.rundir import Run
 
 _WINDOW = 20  # steps that speed and time left are measured over
+_KLS = {"kl_nats": "KL", "kl_nats_trained": "KL where learnt from"}  # the first that is known: over all positions, or over some
 _PLAIN_EVERY_S = 10.0  # where the output is no terminal
 
 
@@ -39,13 +40,15 @@ class Progress:
             self._live.stop()
 
     def stepped(self, run: Run, metrics: dict[str, Any]) -> None:
-        self._recent.append((metrics["seconds"]["total"], metrics["tokens_sampled"]))
+        self._recent.append((metrics["seconds"]["total"], max(metrics["tokens_sampled"], metrics["tokens_trained"])))
         seconds = sum(spent for spent, _ in self._recent)
         speed = sum(tokens for _, tokens in self._recent) / max(seconds, 1e-9)
         left_s = (self._steps - run.step) * seconds / len(self._recent)
         parts = [f"step {run.step}/{self._steps}"]
-        if metrics.get("kl_nats") is not None:
-            parts.append(f"KL {metrics['kl_nats']:.4f} nats")
+        for name, label in _KLS.items():
+            if metrics.get(name) is not None:
+                parts.append(f"{label} {metrics[name]:.4f} nats")
+                break
         if metrics.get("reward_mean") is not None:
             parts.append(f"reward {metrics['reward_mean']:.2f}")
         if self._accuracy is not None:

@@ -60,9 +60,14 @@ class FlowLearner(Moving):
     def observed(self, groups: Sequence[Group]) -> Iterator[tuple[Attempt, Target]]:
         return ((attempt, VelocityTarget(teacher="now", v_TD=v_TD)) for attempt, v_TD in self.velocities(groups))
 
+    def whole(self, attempt: Attempt) -> Item:
+        """All chosen positions."""
+        rows_N = np.flatnonzero(attempt.rollout.mask_T)
+        return Item(attempt, attempt.rollout, rows_N, np.zeros(len(rows_N), dtype=np.float32), (), ())
+
     def velocities(self, groups: Sequence[Group]) -> Iterator[tuple[Attempt, np.ndarray]]:
         """(attempt, v_TD) of the student of now at every chosen position, NaN at the others; no gradient."""
-        whole = [_whole(attempt) for group in groups for attempt in group if attempt.rollout.finish != "error"]
+        whole = [self.whole(attempt) for group in groups for attempt in group if attempt.rollout.finish != "error"]
         for alike in _alike([item for item in whole if len(item.rows_N)]):
             batches = (StepBatch(piece, (), self.model.device) for piece in flow_loss.pieces(alike, self.cfg.micro_batch))
             with torch.no_grad():
@@ -94,12 +99,6 @@ class FlowLearner(Moving):
             self.model.save(folder, weights=adapters.merged(self.net))
             if self._on_the_base and not self.access.written:  # a jump may have moved the base
                 write_adapter(taken(self.model.net.transformer), folder)
-
-
-def _whole(attempt: Attempt) -> Item:
-    """All chosen positions of an attempt, whatever they weigh."""
-    rows_N = np.flatnonzero(attempt.rollout.mask_T)
-    return Item(attempt, attempt.rollout, rows_N, np.zeros(len(rows_N), dtype=np.float32), (), ())
 
 
 def _alike(items: Sequence[Item]) -> Iterator[list[Item]]:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -74,6 +75,11 @@ class HFLearner(Moving):
         from reflux.learners.observe import observed
 
         return observed(self, groups)
+
+    def whole(self, attempt: Attempt) -> Item:
+        """Every position, chosen or not: each is read on the way to the last."""
+        rollout = attempt.rollout
+        return Item(attempt, rollout, np.arange(rollout.length), np.zeros(rollout.length, dtype=np.float32), (), ())
 
     def micro_batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
         return micro_batches(items, self.cfg.micro_batch_tokens)

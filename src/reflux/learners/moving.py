@@ -52,6 +52,9 @@ class Optimised(Protocol):
     @property
     def noise_floor(self) -> float: ...
 
+    @property
+    def gradient_checkpointing(self) -> bool: ...
+
 
 class Moving(ABC):
     """Owns the float32 master weights and the optimiser. A subclass says how a batch is cut, and makes the gradient of one part."""
@@ -65,6 +68,7 @@ class Moving(ABC):
         self.version = 0
         self.trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
         self.mean = {name: p.detach().clone() for name, p in self.trained.items()} if average else {}
+        self._observed = 0  # positions run forward by `observe` since the last step
         self.access = NetAccess(net, self.trained.values())
         self.optimiser = torch.optim.AdamW(
             list(self.trained.values()), lr=0.0, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
@@ -78,6 +82,10 @@ class Moving(ABC):
     @abstractmethod
     def observed(self, groups: Sequence[Group]) -> Iterator[tuple[Attempt, Target]]:
         """What the student of now says along each attempt, without a gradient. Attempts that it says nothing about are left out."""
+
+    @abstractmethod
+    def whole(self, attempt: Attempt) -> Item:
+        """All positions of an attempt that `observed` runs over, whatever they weigh."""
 
     @abstractmethod
     def micro_batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
@@ -114,7 +122,11 @@ class Moving(ABC):
         return [found.get(id(attempt)) for attempt in attempts]
 
     def _observe(self, groups: Sequence[Group]) -> dict[int, Target]:
-        return {id(attempt): target for attempt, target in self.observed(groups)}
+        found: dict[int, Target] = {}
+        for attempt, target in self.observed(groups):
+            found[id(attempt)] = target
+            self._observed += self.whole(attempt).positions
+        return found
 
     async def step(self, request: StepRequest) -> StepResult:
         return await self.services.run_model(self._step, request)
@@ -122,13 +134,15 @@ class Moving(ABC):
     def _step(self, request: StepRequest) -> StepResult:
         started = time.perf_counter()
         items = plan(request.groups, request.objectives, request.normalise)
-        stats: Stats = {"tokens_trained": Sum(sum(item.trained for item in items))}
+        stats: Stats = {"tokens_trained": Sum(sum(len(item.rows_N) for item in items))}
         records: list[StepRecord | None] = [None] * len(request.attempts)
         if items:
             moved, records = self._move(request, items)
             stats |= moved
         self.services.clock.add("learn", time.perf_counter() - started)
-        return StepResult(stats, records)
+        backward = sum(item.positions for item in items)
+        forward, self._observed = self._observed + backward * (2 if self.settings.gradient_checkpointing else 1), 0
+        return StepResult(stats, records, forward, backward)
 
     def _move(self, request: StepRequest, items: list[Item]) -> tuple[Stats, list[StepRecord | None]]:
         lr = at(self.settings.lr, request.moment.step)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reflux.batch import Item, micro_batches
+from reflux.batch import micro_batches
 from reflux.kernels.budget import chunk_rows
 from reflux.token_loss import MicroBatch
 from reflux.types import Attempt, Group, TopKTarget
@@ -39,19 +39,15 @@ def logp(learner: HFLearner, groups: Sequence[Group]) -> list[np.ndarray]:
 
 def states(learner: HFLearner, groups: Sequence[Group]) -> Iterator[tuple[Attempt, Tensor, Tensor]]:
     """(attempt, h_TH, tokens_T) for every attempt with a position, in micro-batches."""
-    items = [_whole(attempt) for group in groups for attempt in group if attempt.rollout.length and attempt.rollout.finish != "error"]
+    items = [
+        learner.whole(attempt) for group in groups for attempt in group if attempt.rollout.length and attempt.rollout.finish != "error"
+    ]
     for part in micro_batches(items, learner.cfg.micro_batch_tokens):
         batch = MicroBatch(part, (), learner.model.device, learner.services.heads)
         with torch.no_grad(), learner.autocast():
             rows = learner.hidden_rows(batch).split([len(item.rows_N) for item in part])
         tokens = batch.tokens_N.split([len(item.rows_N) for item in part])
         yield from zip((item.attempt for item in part), rows, tokens, strict=True)
-
-
-def _whole(attempt: Attempt) -> Item:
-    """All positions of an attempt, whatever they weigh."""
-    rollout = attempt.rollout
-    return Item(attempt, rollout, np.arange(rollout.length), np.zeros(rollout.length, dtype=np.float32), (), ())
 
 
 @torch.no_grad()

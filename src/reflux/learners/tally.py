@@ -46,7 +46,7 @@ class Tally:
             values_T[item.rows_N] = values
 
     def stats(self, log_variance: bool) -> Stats:
-        stats: Stats = {"loss": self._loss, "kl_nats": self._kl}
+        stats: Stats = {"loss": self._loss, "kl_nats_trained": self._kl}
         if self._outside.count:
             stats["ratio_outside_share"] = self._outside
         if log_variance:

@@ -71,6 +71,8 @@ def other_costs(metrics: Metrics, words: Words = TEXTS) -> list[tuple[str, str]]
     seconds, lags = total(metrics.seconds["total"]), known(metrics.lag_mean)
     found = [
         (f"{words.units} sampled", count(sampled)),
+        (f"{words.units} sampled to score weights", count(total(metrics.tokens_scored))),
+        (f"{words.units} sampled and thrown away after a jump", count(total(metrics.tokens_discarded) or None)),
         (f"{words.units} trained on", count(trained)),
         (f"{words.units} sampled a second", count(sampled / seconds) if sampled and seconds else NONE),
         ("peak memory", scaled(max(known(metrics.peak_memory_bytes), default=None), "B")),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from reflux.reports.asked import problems_of, sentence
 from reflux.reports.chart import BLUE, GREEN, GREY, ORANGE, PURPLE, Chart, add_band, add_line, new_figure, some
 from reflux.reports.evals import Agreement, Moment, main_name
-from reflux.reports.metrics import Metrics, known, thinned
+from reflux.reports.metrics import Column, Metrics, known, thinned
 from reflux.reports.scores import Score
 from reflux.reports.text import visible
 from reflux.reports.units import count
@@ -60,28 +60,41 @@ def kl_chart(metrics: Metrics, moments: list[Moment], words: Words = TEXTS) -> C
     """Reverse KL from student to teacher, nats per position: on the training attempts of each step, and on the problems of evaluations."""
     unit = f"nats per {words.unit}"
     title = "Distance to the teacher by step"
-    steps, values = thinned(metrics.step, metrics.kl_nats)
+    lines = [(label, colour, *thinned(metrics.step, column)) for label, colour, column in _trained(metrics)]
+    values = [value for _, _, _, column in lines for value in column]
     name = main_name((name for moment in moments for name in moment.agreements), "agreement")
     measured = [(moment.step, moment.agreements[name]) for moment in moments if name in moment.agreements] if name is not None else []
     held = [(step, found.kl_nats) for step, found in measured if found.kl_nats is not None]
     asked = problems_of(found.split for _, found in measured)
-    if not steps and not held:
+    if not values and not held:
         return Chart(title, absent="No step has reported a KL to the teacher (metrics.jsonl and evals.jsonl have none).")
     everything = values + [value for _, value in held]
     far = min(everything) > 0 and max(everything) / min(everything) > 20
     figure = new_figure("step", f"reverse KL, {unit}", {"yaxis_type": "log" if far else "linear"})
     if not far:
         figure.update_yaxes(rangemode="tozero")
-    if steps:
-        add_line(figure, steps, values, "training attempts", BLUE, "%{y:.4f} nats")
+    for label, colour, steps, column in lines:
+        add_line(figure, steps, column, label, colour, "%{y:.4f} nats")
     if held:
         add_line(figure, [step for step, _ in held], [value for _, value in held], asked, ORANGE, "%{y:.4f} nats", dots=True)
-    numbers = some([("training attempts", f"{step:.0f}", f"{value:.4f}") for step, value in zip(steps, values, strict=True)])
+    numbers: list[tuple[str, ...]] = []
+    for label, _, steps, column in lines:
+        numbers += some([(label, f"{step:.0f}", f"{value:.4f}") for step, value in zip(steps, column, strict=True)])
     numbers += some([(asked, count(step), f"{value:.4f}") for step, value in held])
     caption = f"Reverse KL from student to teacher, {unit}" + (", on a logarithmic scale." if far else ".")
-    if len(known(metrics.kl_nats)) > len(steps):
+    if known(metrics.kl_nats):
+        caption += f" Training attempts: every generated position, {'exact' if words.pictures else 'by the sampled tokens'}."
+    if known(metrics.kl_nats_trained):
+        caption += " Where learnt from: positions with a weight alone, exact where both distributions are known."
+    if any(len(known(column)) > len(steps) for (*_, column), (_, _, steps, _) in zip(_trained(metrics), lines, strict=True)):
         caption += " Each point is the mean of several steps."
     return Chart(title, figure, caption=caption, header=("", "step", unit), rows=numbers)
+
+
+def _trained(metrics: Metrics) -> list[tuple[str, str, Column]]:
+    """(label, colour, column) of the two curves on training attempts, as far as they are known."""
+    columns = [("training attempts", BLUE, metrics.kl_nats), ("training attempts, where learnt from", GREEN, metrics.kl_nats_trained)]
+    return [(label, colour, column) for label, colour, column in columns if known(column)]
 
 
 def position_chart(moments: list[Moment], words: Words = TEXTS) -> Chart:

@@ -10,10 +10,13 @@ from reflux.reports.reading import Row, number, table, whole
 ROLES = ("sample", "reward", "teach", "learn")
 _NUMBERS = (
     "kl_nats",
+    "kl_nats_trained",
     "lag_mean",
     "lag_max",
     "tokens_sampled",
     "tokens_trained",
+    "tokens_scored",
+    "tokens_discarded",
     "peak_memory_bytes",
     "gradient_variance_ratio",
     "ratio_outside_share",
@@ -27,7 +30,7 @@ class Heard:
     """What one step says of one teacher table."""
 
     asked: float | None  # attempts
-    kl_nats: float | None
+    kl_nats: float | None  # over the positions learnt from
 
 
 @dataclass
@@ -35,11 +38,14 @@ class Metrics:
     """Columns of equal length, one entry a step. A number that was missing or not finite is None."""
 
     step: list[int] = field(default_factory=list)
-    kl_nats: Column = field(default_factory=list)
+    kl_nats: Column = field(default_factory=list)  # over all generated positions, sampled; None where that was not known
+    kl_nats_trained: Column = field(default_factory=list)  # over the positions learnt from, exact where both distributions are known
     lag_mean: Column = field(default_factory=list)
     lag_max: Column = field(default_factory=list)
     tokens_sampled: Column = field(default_factory=list)
     tokens_trained: Column = field(default_factory=list)
+    tokens_scored: Column = field(default_factory=list)  # by an accelerator; None throughout without one
+    tokens_discarded: Column = field(default_factory=list)  # of attempts that a jump threw away
     peak_memory_bytes: Column = field(default_factory=list)
     gradient_variance_ratio: Column = field(default_factory=list)  # None throughout without log_variance
     ratio_outside_share: Column = field(default_factory=list)  # None throughout where no ratio has a bound
@@ -63,7 +69,7 @@ def read_metrics(lines: Iterable[Row]) -> Metrics:
         metrics.step.append(step)
         for name in _NUMBERS:
             getattr(metrics, name).append(number(row.get(name)))
-        kls = table(row.get("kl_nats_by_table"))
+        kls = table(row.get("kl_nats_trained_by_table"))
         for name, asked in table(row.get("asked")).items():
             metrics.teachers.setdefault(name, []).append(Heard(number(asked), number(kls.get(name))))
         for name, columns in (("seconds", metrics.seconds), ("flops", metrics.flops)):

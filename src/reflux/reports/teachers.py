@@ -8,14 +8,14 @@ from reflux.reports.text import visible
 from reflux.reports.units import NONE, count, percent
 
 PART = 10  # the first and the last tenth of the steps
-HEADER = ("teacher", "answers as", "routes", "attempts asked", "share", "KL at first, nats", "KL at last, nats")
+HEADER = ("teacher", "answers as", "routes", "attempts asked", "share", "KL where learnt from, at first, nats", "at last, nats")
 
 
 def teachers_table(config: Row, heard: dict[str, list[Heard]]) -> list[tuple[str, ...]]:
     """A row of `HEADER` per teacher table; empty where no step has reported.
 
-    KL: mean of log p - log q of the sampled tokens on the attempts this table was asked about, nats per token, over the first and the last
-    tenth of the steps, each step by its attempts.
+    KL: mean of log p - log q of the sampled tokens that were learnt from, on the attempts this table was asked about, nats per token, over
+    the first and the last tenth of the steps, each step by its attempts.
     """
     asked = {name: sum(step.asked or 0 for step in steps) for name, steps in heard.items()}
     everything = sum(asked.values())

@@ -108,6 +108,7 @@ def _token(shown: Shown, text: str, token: int, position: int) -> Token:
         lines.append("student log p " + _nats(student))
         lines.append("teacher log q " + _nats(teacher))
         lines.append("log q − log p " + ("not known" if ratio is None else f"{signed(ratio)} nats"))
+        lines += [f"KL(p, q) {kl:.3g} nats"] if (kl := _at(shown.learned.get("kl"), position)) is not None else []
         lines += [f"weight {weight:.3g}"] if weight is not None else []
         lines += [f"shift {signed(shift)} nats"] if shift is not None else []
     return Token(_shown_piece(text), None if ratio is None else level(ratio), "\n".join(lines), chosen)

@@ -37,6 +37,15 @@ class Conversation:
         """What the student wrote, turn by turn."""
         return [message["content"] for message in self.messages[len(self.prompt.messages) :] if message["role"] == "assistant"]
 
+    @property
+    def read(self) -> int:
+        """Positions run forward: every turn reads again all that came before it, and its last token counts although nothing runs after."""
+        before, read = len(self.prompt_ids), 0
+        for turn, reply in self._pieces():
+            read += before + len(turn.tokens)
+            before += len(turn.tokens) + len(reply)
+        return read
+
     def turn_lengths(self) -> list[tuple[list[int], str, int]]:
         """(ids, text, number of reply ids that follow) of each turn."""
         return [(turn.tokens, text, len(reply)) for (turn, reply), text in zip(self._pieces(), self.texts, strict=True)]
@@ -54,6 +63,7 @@ class Conversation:
             mask_T=np.asarray(mask, dtype=bool),
             logp_T=logp_T,
             logp_raw_T=None if np.array_equal(raw_T, logp_T) else raw_T,
+            sampled_positions=self.read,
             said=_listed(pieces, raw_T) if pieces and pieces[0][0].said_TK is not None else None,
             prompt_tokens=np.asarray(self.prompt_ids, dtype=np.int64),
             tokens_T=np.asarray([i for turn, reply in pieces for i in turn.tokens + reply], dtype=np.int64),

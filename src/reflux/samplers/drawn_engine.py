@@ -99,12 +99,19 @@ class OpenDrawn:
                 raise ModelError(f"teachers.{table}: what it draws for prompt {prompt.id} is not finite. Are its weights whole?")
         t_BT, noise_BTD = lines(keys, draw.length, x_0_BD.shape[1])
         return [
-            self._rollout(*row, x_0_D, t_T, noise_TD, image)
+            self._rollout(*row, x_0_D, t_T, noise_TD, image, {table: len(walk.t_S) - 1})
             for row, x_0_D, t_T, noise_TD, image in zip(rows, x_0_BD, t_BT, noise_BTD, path.images, strict=True)
         ]
 
     def _rollout(
-        self, prompt: Prompt, sample: int, x_0_D: np.ndarray, t_T: np.ndarray, noise_TD: np.ndarray, image: np.ndarray
+        self,
+        prompt: Prompt,
+        sample: int,
+        x_0_D: np.ndarray,
+        t_T: np.ndarray,
+        noise_TD: np.ndarray,
+        image: np.ndarray,
+        drawn: dict[str, int],
     ) -> FlowRollout:
         t_T, order = np.unique(t_T, return_index=True)  # rising, and no time twice
         t_T, noise_TD = t_T[::-1], noise_TD[order[::-1]]
@@ -117,6 +124,8 @@ class OpenDrawn:
             mask_T=np.ones(len(t_T), dtype=bool),
             logp_T=np.zeros(len(t_T), dtype=np.float32),  # nobody drew these steps; `checks` keeps ratios away from them
             said=VelocityTarget(teacher="said", v_TD=noise_TD - x_0_D),
+            sampled_positions=0,
+            drawn_positions=drawn,
             x_SD=np.concatenate([states_TD, x_0_D[None]]),
             t_S=np.append(t_T, np.float32(0)),
             noise_level=0.0,

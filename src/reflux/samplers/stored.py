@@ -100,6 +100,7 @@ class OpenStored:
             version=self.version,
             finish="stop" if len(cut) == len(tokens) else "length",
             mask_T=np.ones(len(cut), dtype=bool),
+            sampled_positions=0,
             logp_T=np.zeros(len(cut), dtype=np.float32),  # nobody drew these tokens; `checks` keeps ratios away from them
             prompt_tokens=np.asarray(self.renderer.ids(prompt.messages), dtype=np.int64),
             tokens_T=np.asarray(cut, dtype=np.int64),

@@ -69,6 +69,7 @@ class Teachers:
         self.services.clock.add("teach", sum(answer.seconds for answer in answers))
         for (attempt, view), answer in zip(asked, answers, strict=True):
             asked_in = {"table": table, "context_hash": _hash(view), "context_notes": view.notes, "previous": _previous(attempt, name)}
+            asked_in["positions_read"] = answer.positions_read + (attempt.answers[name].positions_read if name in attempt.answers else 0)
             attempt.answers = dict(sorted({**attempt.answers, name: replace(answer, **asked_in)}.items()))
 
     async def follow_up(self, groups: Sequence[Group]) -> None:
@@ -102,12 +103,9 @@ class Teachers:
         return sorted({self.spoken(table) for table in self.opened})
 
     @property
-    def macs(self) -> int:
-        """Multiply-accumulates a position costs all teachers together, for FLOP accounting: routed tables count by their mean."""
-        names: dict[str, list[int]] = {}
-        for table, (teacher, opened) in self.opened.items():
-            names.setdefault(spoken_name(table, teacher), []).append(opened.macs)
-        return sum(sum(counts) // len(counts) for counts in names.values())
+    def macs(self) -> dict[str, int]:
+        """Multiply-accumulates of one position by table, for FLOP accounting."""
+        return {table: opened.macs for table, (_, opened) in self.opened.items()}
 
     def state(self) -> dict[str, Any]:
         return {f"{table}/{key}": value for table, (_, opened) in self.opened.items() for key, value in opened.state().items()}
