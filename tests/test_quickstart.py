@@ -43,6 +43,7 @@ def test_the_student_is_the_smaller_one() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # trains the shipped models: a minute on a free core, many where the machine is busy
 def test_the_quickstart_keeps_its_promise(tmp_path: Path) -> None:
     summary = asyncio.run(train(load_recipe("quickstart", {"evals.agreement": "none", "eval_every": 1000}), Options(tmp_path / "run")))
     before, after, teacher = (summary[name] for name in ("accuracy_before", "accuracy_after", "teacher_accuracy"))
@@ -64,6 +65,7 @@ def test_control_its_own_twin_teaches_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # trains the shipped models: a minute on a free core, many where the machine is busy
 def test_control_an_untrained_teacher_makes_it_worse(tmp_path: Path) -> None:
     from reflux.assets.make import SPECS, blank
     from reflux.assets.tokenizer import character_tokenizer
