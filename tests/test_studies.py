@@ -388,6 +388,9 @@ def test_the_variance_of_one_token_answers_is_that_of_the_enumeration(
 
     learner = tiny.learner(AutoModelForCausalLM.from_pretrained(student))
     spoken, target = seen[0].rollout, seen[0].target("main")
+    taught = AutoModelForCausalLM.from_pretrained(cfgs["plain"].teachers["main"].model)
+    head = tiny.as_model(taught, tiny.character_tokenizer()).head
+    monkeypatch.setitem(tiny.HEADS._heads, "teachers.main", head)  # the study has closed its own
     logp_V = learner.model.head.logits(tiny.hidden(learner.model, spoken).h_TH)[0].log_softmax(-1)  # type: ignore[arg-type]
     p, rows = logp_V.exp().detach().numpy().astype(np.float64), []
     for a in range(len(p)):
