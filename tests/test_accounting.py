@@ -97,7 +97,7 @@ TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
     "peers": ("peers", {"steps": 1, "group_size": 3, "sampler__max_tokens": 1}),
     "told the answer": ("peers", {"steps": 1, "sampler__max_tokens": 1,
                                   "teachers__main": {"kind": "own", "context": {"kind": "privileged"}}}),
-    "observed": ("opd", {"steps": 2, "group_size": 2, "max_lag": 1, "sampler__max_tokens": 1, "reward": {"kind": "verifier"},
+    "observed": ("opd", {"steps": 2, "group_size": 2, "max_lag": 1, "sampler__max_tokens": 1, "rewards": {"verifier": {}},
                          "credit": {"margin": {"student": "now"}}}),
     "checkpointed": ("opd", {"steps": 1, "learner__gradient_checkpointing": True}),
     "tools": ("opd", {"steps": 2, "task": CHAT | {"replies": 2}, "sampler__max_tokens": 40}),
@@ -178,7 +178,7 @@ def prompts(count: int) -> list[list[int]]:
 
 
 def test_a_plan_counts_the_pass_that_observes(student: str, teacher: str) -> None:
-    margin = {"reward": {"kind": "verifier"}, "group_size": 2, "task": CHAT}
+    margin = {"rewards": {"verifier": {}}, "group_size": 2, "task": CHAT}
     acted, now = (
         plan(tiny.config("opd", student, teacher, **margin, credit={"margin": {"student": side}})) for side in ("behaviour", "now")
     )
@@ -188,7 +188,7 @@ def test_a_plan_counts_the_pass_that_observes(student: str, teacher: str) -> Non
 
 def test_prompts_nobody_learns_from_are_not_billed_to_learning(tiny_run: Callable[..., Any]) -> None:
     """Balancing leaves attempts out, with their prompts."""
-    settings: dict[str, Any] = {"steps": 1, "task": CHAT, "group_size": 4, "reward": {"kind": "verifier"}, "normalise": "rollout_means"}
+    settings: dict[str, Any] = {"steps": 1, "task": CHAT, "group_size": 4, "rewards": {"verifier": {}}, "normalise": "rollout_means"}
     done = tiny_run("opd", **settings, credit={"margin": {}, "balance": {}})
     kept = {(row["prompt"], row["sample"]) for row in done.rows("attempts") if row["kind"] == "learned" and any(row["weight"])}
     acted = {(row["prompt"], row["sample"]): row for row in done.rows("attempts") if row["kind"] == "attempt"}

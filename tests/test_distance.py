@@ -89,7 +89,7 @@ def test_of_pictures_it_is_exact_from_velocities_that_are_there() -> None:
 def test_a_prefix_moves_the_kl_where_learnt_from_and_not_the_generated_one(tiny_run: Callable[..., Any]) -> None:
     """The same attempts: the curve of one run is the curve of the other, where the teacher's log-probs are there (a margin needs them)."""
     margin = {"kind": "margin", "delta": 0.0}
-    settings: dict[str, Any] = {"steps": 1, "task": CHAT, "group_size": 2, "reward": {"kind": "verifier"}, "prompts_per_step": 6}
+    settings: dict[str, Any] = {"steps": 1, "task": CHAT, "group_size": 2, "rewards": {"verifier": {}}, "prompts_per_step": 6}
     whole = tiny_run("opd", **settings, credit={"margin": margin}).rows("metrics")[0]
     cut = tiny_run("opd", **settings, credit={"margin": margin, "prefix": {"length": 2}}).rows("metrics")[0]
     assert cut["kl_nats"] == whole["kl_nats"]
@@ -159,7 +159,7 @@ def test_the_line_of_a_running_run_says_of_which_positions_its_kl_is(metrics: di
 
 def test_attempts_that_balancing_left_out_have_their_teachers_log_probs_on_disk(tiny_run: Callable[..., Any]) -> None:
     """So the margin of every mixed group can be computed again from the file."""
-    settings: dict[str, Any] = {"steps": 2, "task": CHAT, "group_size": 4, "reward": {"kind": "verifier"}, "normalise": "rollout_means"}
+    settings: dict[str, Any] = {"steps": 2, "task": CHAT, "group_size": 4, "rewards": {"verifier": {}}, "normalise": "rollout_means"}
     done = tiny_run("opd", **settings, credit={"margin": {}, "balance": {}})
     lines = done.rows("attempts")
     acted = {(line["step"], line["prompt"], line["sample"]): line for line in lines if line["kind"] == "attempt"}
