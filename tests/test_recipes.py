@@ -52,7 +52,9 @@ def test_a_plan_says_in_words_what_is_computed_beyond_the_loss(student: str, tea
     assert plan(tiny.config("opd", student, teacher)).wants == []
     grouped = tiny.config("opd", student, teacher, objectives__0__baseline="leave_one_out", group_size=2)
     assert plan(grouped).wants == ["the teacher's log-probs when attempts arrive (one more pass through its head)"]
-    everything = wanted(Wants(said=1, now_at_said=True, now_topk=7, logp=True, candidates=9, now_candidates=8, spans=True, reward=True))
+    everything = wanted(
+        Wants(said=1, now_at_said=True, now_topk=7, logp=True, candidates=9, now_candidates=8, spans=True, specials=True, reward=True)
+    )
     assert len(everything) == len(dataclasses.fields(Wants))
     assert [number for number in "1789" if any(f"top-{number} tokens" in line for line in everything)] == ["1", "7", "8", "9"]
     assert not any("{" in line or "True" in line for line in everything)

@@ -57,7 +57,7 @@ objectives.divergence   teacher='main' coef=1.0 divergence='reverse' beta=None s
 objectives.nll          coef=1.0
 objectives.outcome      coef=1.0 ratio='clip' clip=(0.2,0.2)
 objectives.velocity_kl  teacher='main' coef=1.0 scale='nats' weight='kl'
-credit.prefix           length start=0
+credit.prefix           length start=0 special_tokens=True
 credit.position         factor
 credit.outcome          nats=1.0 normalise_std=False std_floor=1e-06
 credit.margin           delta=0.4 mode='mean' direction='spread' action='shift' level='token' threshold=0.5 student='behaviour'
@@ -68,7 +68,8 @@ rewards.verifier        timeout_s=10.0 workers=1 weight=1.0
 accelerators.extrapolate
                         tries=5 prompts=50 samples=1 accept='better' rescore_incumbent=False score='accuracy' teacher='main'
                         max_tokens=None include=('attn','attention','mlp','ffn','.ff','feed_forward')
-learners.hf             model system=None template={} lr=1e-06 betas=(0.9,0.999) eps=1e-08 weight_decay=0.0 clip=1.0 noise_floor=1e-06
+learners.hf             model system=None template={} prompt_suffix=None lr=1e-06 betas=(0.9,0.999) eps=1e-08 weight_decay=0.0
+                        clip=1.0 noise_floor=1e-06
                         micro_batch_tokens=16384 lora=None gradient_checkpointing=False autocast='auto' device='auto'
                         attention=None trust_remote_code=False
 learners.flow           model lr=0.0003 betas=(0.9,0.999) eps=1e-08 weight_decay=0.0001 clip=1.0 noise_floor=0.001 micro_batch=64

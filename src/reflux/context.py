@@ -22,6 +22,7 @@ class StudentSpec:
     model: str
     system: str | None = None  # a system prompt, put before conversations that have none
     template: Mapping[str, Any] = field(default_factory=dict)  # arguments of the chat template
+    prompt_suffix: str | None = None  # a text that ends every prompt, for the student and its teachers
     trust_remote_code: bool = False
     dtype: str = "float32"  # of the master weights
 

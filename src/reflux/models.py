@@ -86,8 +86,8 @@ class Model:
     def device(self) -> torch.device:
         return self.net.device
 
-    def renderer(self, system: str | None, template: Mapping[str, Any] | None) -> Renderer:
-        return Renderer(self.tokenizer, system, template)
+    def renderer(self, system: str | None, template: Mapping[str, Any] | None, suffix: str | None = None) -> Renderer:
+        return Renderer(self.tokenizer, system, template, suffix)
 
 
 def load_model(

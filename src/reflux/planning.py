@@ -24,6 +24,7 @@ _WANTED = {  # each field of Wants in words; {} is its number
     "candidates": "the teacher's log-probs at the student's top-{} tokens",
     "now_candidates": "the teacher's log-probs at the current student's top-{} tokens (one more pass through its head)",
     "spans": "which characters each token wrote",
+    "specials": "which tokens are special",
     "reward": "a reward for every attempt",
 }
 _WANTED_OF_FLOWS = {

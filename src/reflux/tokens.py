@@ -17,23 +17,47 @@ class Renderer:
     """A tokenizer with its chat template. Without a template the messages' texts are joined by newlines, after the begin token.
 
     system: put before the conversation where it has no system message. template: extra arguments of the chat template (for example
-    {"enable_thinking": False}).
+    {"enable_thinking": False}). suffix: the text that ends every prompt, after what the template writes to open the student's turn, such as
+    "<think>\n" for a base student whose teacher thinks; it belongs to the prompt, and the student begins after it. Where the template
+    itself ends with it (white space at the end aside), nothing is added.
 
     What messages say is data and never markup: where a content spells a control token (`control_tokens`), a space breaks it, "<end>" is
-    read as "< end>". Only the template, and `system`, which is the recipe's own text, give control tokens. All other contents stay as
-    they are, character for character. A space, because every tokenizer has one (a small vocabulary has no zero-width character: that
-    would be its unknown token, which is a special one), and in the text, because texts tokenised piece by piece have other tokens at
-    the borders, and templates trim and search what they are given. Role names are not contents: whoever makes prompts chooses them.
+    read as "< end>". Only the template, and `system` and `suffix`, which are the recipe's own texts, give control tokens. All other
+    contents stay as they are, character for character. A space, because every tokenizer has one (a small vocabulary has no zero-width
+    character: that would be its unknown token, which is a special one), and in the text, because texts tokenised piece by piece have other
+    tokens at the borders, and templates trim and search what they are given. Role names are not contents: whoever makes prompts chooses
+    them.
     """
 
-    def __init__(self, tokenizer: Any, system: str | None = None, template: Mapping[str, Any] | None = None):
+    def __init__(self, tokenizer: Any, system: str | None = None, template: Mapping[str, Any] | None = None, suffix: str | None = None):
         self.tokenizer = tokenizer
         self.system = system
+        self.suffix = suffix or ""
         self.template = dict(template or {})
 
     def text(self, messages: Sequence[Message], begin_turn: bool = True) -> str:
-        """The prompt as text, control tokens in the contents broken; `begin_turn` opens the assistant's turn."""
-        return self._framed([{**message, "content": self.data(message["content"])} for message in messages], begin_turn)
+        """The prompt as text, control tokens in the contents broken; `begin_turn` opens the assistant's turn, the suffix included."""
+        framed = self._framed([{**message, "content": self.data(message["content"])} for message in messages], begin_turn)
+        return framed + self._ending if begin_turn else framed
+
+    @functools.cached_property
+    def _ending(self) -> str:
+        """The suffix; empty where the template writes it. A template is asked, never a prompt: what a user says opens nothing.
+
+        ModelError for a suffix that the tokenizer has no token for.
+        """
+        if not self.suffix:
+            return ""
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and unknown in self.tokenizer(self.suffix, add_special_tokens=False)["input_ids"]:
+            raise ModelError(
+                f"prompt_suffix = {self.suffix!r} holds what the tokenizer has no token for. Choose a text that the student can read, or "
+                f"leave prompt_suffix out."
+            )
+        if self.tokenizer.chat_template is None:
+            return self.suffix
+        opened = self._framed([{"role": "user", "content": "a"}], True)
+        return "" if opened.endswith(self.suffix) or opened.rstrip().endswith(self.suffix.strip() or self.suffix) else self.suffix
 
     def data(self, content: str, but: Collection[str] = ()) -> str:
         """`content` with a space after the first character of every control token in it, except those in `but`; one character: a space."""
@@ -68,9 +92,11 @@ class Renderer:
     def answer_ids(self, messages: Sequence[Message], answer: str, ends: Sequence[int]) -> list[int]:
         """The ids of a given answer as the student would have written it, up to and with its end token.
 
-        An end token that the answer spells ends it; any other control token in it is data, as everywhere.
+        An answer that begins with the suffix is written from behind it, since the prompt ends with it. An end token that the answer spells
+        ends it; any other control token in it is data, as everywhere.
         """
-        answer = self.data(answer, but=self.tokenizer.convert_ids_to_tokens(list(ends)))
+        written = answer.removeprefix(self.suffix)
+        answer = self.data(written, but=self.tokenizer.convert_ids_to_tokens(list(ends)))
         start = self._framed(messages, True)  # only what comes after it is used
         whole = self._framed([*messages, {"role": "assistant", "content": answer}], False)
         rest = whole.removeprefix(start) if self.tokenizer.chat_template is not None and whole.startswith(start) else answer
@@ -134,6 +160,15 @@ def _template_end(tokenizer: Any) -> list[int]:
     _, found, after = tokenizer.apply_chat_template(turns, tokenize=False).partition(marker)
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
     return [i for i in ids[:1] if i in set(tokenizer.all_special_ids)]
+
+
+def special_ids(tokenizer: Any, ends: Collection[int]) -> frozenset[int]:
+    """The ids that the tokenizer declares special, which decoding leaves out of a text, without `ends`, the ids that end a turn.
+
+    Added tokens that are not declared special, such as <think> of some families, are text and not among them.
+    """
+    declared = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset((declared | set(tokenizer.all_special_ids)) - set(ends))
 
 
 def vocabulary_size(tokenizer: Any) -> int:

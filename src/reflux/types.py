@@ -144,6 +144,7 @@ class TokenRollout(Rollout):
     messages: tuple[Message, ...]  # the whole conversation, the student's turns included
     spans_T2: np.ndarray | None = None  # int64, where wanted: characters [start, end) of `text` that each token wrote; start = end for none
     environment_reward: float | None = None  # the sum of what the environment gave its turns; None where it gave nothing
+    special_T: np.ndarray | None = None  # bool, where wanted: True at special tokens that do not end a turn
 
     @property
     def prompt_length(self) -> int:
@@ -279,6 +280,7 @@ class Wants:
     candidates: int = 0  # the teacher's log-probs at the student's top-k ids
     now_candidates: int = 0  # and at the student's top-k ids of now
     spans: bool = False  # which characters of its text each token wrote
+    specials: bool = False  # which tokens are special and do not end a turn
     reward: bool = False
 
     def __or__(self, other: Wants) -> Wants:
@@ -290,5 +292,6 @@ class Wants:
             candidates=max(self.candidates, other.candidates),
             now_candidates=max(self.now_candidates, other.now_candidates),
             spans=self.spans or other.spans,
+            specials=self.specials or other.specials,
             reward=self.reward or other.reward,
         )

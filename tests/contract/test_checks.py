@@ -344,6 +344,14 @@ def test_the_words_around_attempts_and_the_prompt_are_counted() -> None:
     checks.inputs(load_recipe("peers", {"sampler.max_tokens": 100, "teachers.main": {"kind": "own", "context": {"kind": "same"}}}))
 
 
+def test_a_text_that_ends_every_prompt_takes_its_room_in_the_window() -> None:
+    def taken(changes: dict[str, Any]) -> int:
+        said = told_of_windows({"sampler.max_tokens": 500, **changes})
+        return int(said.partition(" tokens, but the teacher")[0].rpartition(" ")[2])
+
+    assert taken({"learner.prompt_suffix": "See: "}) == taken({}) + len("See: ")
+
+
 @pytest.mark.parametrize("peer_tokens", [9, 4096])
 def test_a_window_that_just_fits_is_exactly_what_a_teacher_reads(peer_tokens: int) -> None:
     """The longest question with attempts of the advised length, rendered: it takes as many tokens as were counted."""

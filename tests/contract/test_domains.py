@@ -109,6 +109,11 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
         {"credit.release": {"segments": 4}, "normalise": "chosen"},
         "credit.release ('release') needs the teacher's log-probs at tokens the student lists, and pictures have none.",
     ),
+    "special tokens left out": (
+        "flow",
+        {"credit.prefix": {"length": 4, "special_tokens": False}},
+        "credit.prefix ('prefix') needs the special tokens, and pictures have none. Leave it out.",
+    ),
     "release by sentences": (
         "flow",
         {"credit.release": {"segments": "sentences"}, "normalise": "chosen"},

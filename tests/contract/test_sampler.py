@@ -136,7 +136,7 @@ def test_what_the_student_said_is_recorded_where_it_is_wanted(student: str, teac
         np.testing.assert_allclose(r.said.logp_T, r.logp_raw_T, atol=0)
 
 
-def wanted(cfg: Any, folder: Path, draw: Draw, **wants: Any) -> list[Any]:
+def wanted(cfg: Any, folder: Path, draw: Draw, prompts: list[Prompt] = PROMPTS, **wants: Any) -> list[Any]:
     """Rollouts of a sampler of whom this is wanted."""
     import asyncio
     from dataclasses import replace
@@ -148,7 +148,7 @@ def wanted(cfg: Any, folder: Path, draw: Draw, **wants: Any) -> list[Any]:
     async def main() -> list[Any]:
         run = Run.open(cfg, Wants(**wants), Options(folder))
         async with open_parts(replace(cfg, teachers={}), run) as (_, acting, *_):
-            return [attempt.rollout for group in await ask(acting, PROMPTS, 2, draw) for attempt in group]
+            return [attempt.rollout for group in await ask(acting, prompts, 2, draw) for attempt in group]
 
     return asyncio.run(main())
 
@@ -172,6 +172,32 @@ def test_which_characters_each_token_wrote_is_recorded_where_it_is_wanted(studen
     assert [r.spans_T2 for r in plain] == [None] * len(plain)
     assert [r.text for r in plain] == [r.text for r in rollouts]
     assert all(r.spans_T2 is None for r in wanted(cfg, tmp_path / "eval", Draw(0, "eval", 60), spans=True))
+
+
+@pytest.mark.parametrize("replies", [0, 2])
+def test_special_tokens_are_recorded_where_it_is_wanted(student: str, teacher: str, tmp_path: Path, replies: int) -> None:
+    """The tiny student says any token: all that decoding leaves out is special, but for the end of a turn."""
+    cfg = tiny.config("opd", student, teacher, task={"kind": "outside:Chat", "replies": replies})
+    rollouts = wanted(cfg, tmp_path / "with", Draw(0, "train", 60), specials=True)
+    tokens_T, special_T = (np.concatenate([getattr(r, name) for r in rollouts]) for name in ("tokens_T", "special_T"))
+    assert special_T.dtype == bool
+    assert special_T.tolist() == [token < 6 and token != END for token in tokens_T]
+    assert 0 < special_T.sum() < len(special_T)
+    assert END in tokens_T
+    plain = wanted(cfg, tmp_path / "without", Draw(0, "train", 60))
+    assert [r.special_T for r in plain] == [None] * len(plain)
+    assert [r.tokens_T.tolist() for r in plain] == [r.tokens_T.tolist() for r in rollouts]
+    assert all(r.special_T is None for r in wanted(cfg, tmp_path / "eval", Draw(0, "eval", 60), specials=True))
+
+
+def test_special_tokens_of_given_answers_are_recorded_where_it_is_wanted(student: str, teacher: str, tmp_path: Path) -> None:
+    """The character tokenizer has no token for the accent: that is its unknown token, a special one. The end of the answer is none."""
+    cfg = tiny.config("sft", student, teacher, task=CHAT)
+    accent = [Prompt("p", ({"role": "user", "content": "x"},), "1", ("oké",))]
+    (r, *_) = wanted(cfg, tmp_path / "with", Draw(0, "train", 12), accent, specials=True)
+    assert (r.tokens_T[-1], r.special_T.tolist()) == (END, [False, False, True, False])
+    (r, *_) = wanted(cfg, tmp_path / "without", Draw(0, "train", 12), accent)
+    assert r.special_T is None
 
 
 def test_given_answers_have_spans_of_what_their_tokens_say(student: str, teacher: str, tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def test_everything_set_at_once_survives() -> None:
     overrides: dict[str, Any] = {
         "learner.lora": {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj"]},
         "learner.betas": [0.8, 0.95],
+        "learner.prompt_suffix": "<think>\n",
         "sampler.stop": ["\n\n", "Question:"],
         "learner.template": {"enable_thinking": False, "depth": 2},
         "learner.system": 'Say "hello" \\ world\n',

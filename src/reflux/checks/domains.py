@@ -21,6 +21,7 @@ _WORDS = {  # the fields of Wants that only a model of texts can give
     "now_candidates": "the teacher's log-probs at the tokens that the student finds likeliest now",
     "candidates": "the teacher's log-probs at tokens the student lists",
     "spans": "the characters that tokens wrote",
+    "specials": "the special tokens",
 }
 
 

@@ -35,7 +35,7 @@ def _too_narrow(cfg: RunConfig, table: str, context: Context, reader: StudentSpe
         return
     tokenizer = load_tokenizer(reader.model, path, reader.trust_remote_code)
     limit = cfg.sampler.generation.max_prompt_tokens
-    prompt = limit or _longest_prompt(cfg, Renderer(tokenizer, reader.system, reader.template))
+    prompt = limit or _longest_prompt(cfg, Renderer(tokenizer, reader.system, reader.template, reader.prompt_suffix))
     whose = "sampler.max_prompt_tokens" if limit else f"the longest of the first {_PROMPTS}"
 
     def added(longest: int) -> int:

@@ -27,12 +27,21 @@ class Prefix(CreditPart):
 
     For rollouts generated in full; a schedule as the sampler's `train_max_tokens` cuts the generation itself and gives the same gradient
     under the denominator `kept`. `length` may be a schedule over optimiser steps, fractions floored; below 1: ValueError. `start` > 0
-    exists to study later windows. Neutral: a length at or above the longest attempt. Note `kept`: the share of chosen positions that
-    stay. arXiv 2602.15260.
+    exists to study later windows. Note `kept`: the share of chosen positions that stay.
+
+    `special_tokens` false: special tokens inside the prefix have factor 0 too, so a teacher that thinks in tokens of its own does not teach
+    a base student those. They are the tokens that the student's tokenizer declares special, which decoding leaves out of the text; a token
+    that ends a turn keeps its weight, so that the student still learns to end. They count towards `length`, as they do in a sampled cap,
+    and in a denominator that counts chosen positions; `kept` leaves them out. Only attempts made of tokens have any. The opening token of
+    thinking belongs to the prompt: see `prompt_suffix` of the student.
+
+    Neutral: a length at or above the longest attempt, with `special_tokens` true. arXiv 2602.15260 does not teach special tokens and does
+    not say whether the end of the sequence is one of them.
     """
 
     length: Number
     start: int = 0
+    special_tokens: bool = True  # false: special tokens weigh nothing, but for the one that ends a turn
 
     shifts = False
     min_group: ClassVar[int] = 1
@@ -53,7 +62,7 @@ class Prefix(CreditPart):
 
     @property
     def wants(self) -> Wants:
-        return Wants()
+        return Wants(specials=not self.special_tokens)
 
     def __call__(self, group: Group, moment: Moment) -> list[Share]:
         length = int(at(self.length, moment.step) // 1)
@@ -67,4 +76,18 @@ class Prefix(CreditPart):
             return Share()
         order_T = np.cumsum(mask_T) - 1  # which chosen position this is
         inside_T = (order_T >= self.start) & (order_T < self.start + length)
+        if not self.special_tokens:
+            inside_T &= ~_special_T(attempt)
         return Share(factor_T=np.where(mask_T, inside_T, True).astype(np.float32), notes={"kept": float(inside_T[mask_T].mean())})
+
+
+def _special_T(attempt: Attempt) -> np.ndarray:
+    rollout = attempt.rollout
+    if not isinstance(rollout, TokenRollout):
+        raise ValueError("special_tokens = false leaves out tokens, and a flow rollout has none. Leave it at true.")
+    if rollout.special_T is None:
+        raise ValueError(
+            f"special_tokens = false needs to know which tokens are special, and prompt {rollout.prompt.id} came without that. Ask for it: "
+            f"`Wants(specials=True)`."
+        )
+    return rollout.special_T

@@ -48,6 +48,11 @@ class HF(LearnerPart):
 
     Adam scales a gradient of any size up to a full step, rounding included: a student that has become its teacher would wander off.
     Hence `noise_floor`.
+
+    `prompt_suffix` ends every prompt after what the chat template writes to open the student's turn; the student begins behind it, and so
+    does every teacher that is asked about its tokens, also under a context that changes the messages. It is for a base student whose
+    teacher thinks: "<think>\\n" opens the thinking for both (arXiv 2602.15260). A template that ends with it already is left as it is.
+    Evaluations use it too. ModelError for a text that the tokenizer has no token for.
     """
 
     rollouts: ClassVar[type[Rollout]] = TokenRollout
@@ -55,6 +60,7 @@ class HF(LearnerPart):
     model: str
     system: str | None = None  # a system prompt, put before conversations that have none
     template: dict[str, Any] = Field(default_factory=dict)  # chat-template arguments, for example enable_thinking = false
+    prompt_suffix: str | None = None  # a text that ends every prompt, for the student and its teachers, such as "<think>\n"
     lr: Number = 1e-6
     betas: tuple[float, float] = (0.9, 0.999)
     eps: Positive = 1e-8
@@ -77,7 +83,7 @@ class HF(LearnerPart):
 
     @property
     def student(self) -> StudentSpec:
-        return StudentSpec(self.model, self.system, self.template, self.trust_remote_code)
+        return StudentSpec(self.model, self.system, self.template, self.prompt_suffix, self.trust_remote_code)
 
     def inputs(self, where: str) -> None:
         look_for_text(self.model, f"{where}.model")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+import numpy as np
 
 from reflux.context import PartContext
 from reflux.errors import DataError
@@ -13,8 +15,8 @@ from reflux.rollouts.conversation import Conversation
 from reflux.rollouts.environment import Observation, ToolError
 from reflux.rollouts.turns import Generator, TurnRequest
 from reflux.samplers.noise import row_key
-from reflux.tokens import CharacterSpans, Renderer
-from reflux.types import Attempt, Draw, Group, Prompt, TokenRollout
+from reflux.tokens import CharacterSpans, Renderer, special_ids
+from reflux.types import Attempt, Draw, Group, Prompt, TokenRollout, Wants
 
 Asked = tuple[Prompt, int, Draw]  # a prompt, the number of attempts, and how they are sampled
 
@@ -39,11 +41,20 @@ class Driver:
     """
 
     def __init__(
-        self, generator: Generator, tokenizer: Any, context: PartContext, limits: Limits, turns: Literal["together", "ready"] = "together"
+        self,
+        generator: Generator,
+        tokenizer: Any,
+        end_ids: Collection[int],
+        context: PartContext,
+        limits: Limits,
+        turns: Literal["together", "ready"] = "together",
     ):
+        """`end_ids` are those that end a turn of the generator."""
         self.generator, self.tokenizer, self.context, self.limits = generator, tokenizer, context, limits
-        self.renderer = Renderer(tokenizer, context.student.system, context.student.template)
+        student = context.student
+        self.renderer = Renderer(tokenizer, student.system, student.template, student.prompt_suffix)
         self.spans = CharacterSpans(tokenizer)
+        self.special = sorted(special_ids(tokenizer, end_ids))
         self._until = asyncio.ALL_COMPLETED if turns == "together" else asyncio.FIRST_COMPLETED
 
     async def play(self, asked: Sequence[Asked], version: int) -> list[Group]:
@@ -140,5 +151,6 @@ class Driver:
         return True
 
     def _rollout(self, one: Conversation, draw: Draw, version: int) -> TokenRollout:
-        wanted = self.context.requirements.spans and draw.purpose == "train"
-        return one.rollout(version, self.spans.of_turns(one.turn_lengths()) if wanted else None)
+        wants = self.context.requirements if draw.purpose == "train" else Wants()
+        made = one.rollout(version, self.spans.of_turns(one.turn_lengths()) if wants.spans else None)
+        return replace(made, special_T=np.isin(made.tokens_T, self.special)) if wants.specials else made

@@ -16,8 +16,8 @@ from reflux.errors import DataError
 from reflux.parts import STRICT, PartOf
 from reflux.samplers.base import Sampler, SamplerPart
 from reflux.samplers.hf import HF
-from reflux.tokens import CharacterSpans, Renderer, end_ids
-from reflux.types import Attempt, Draw, Group, Prompt, Rollout, TokenRollout
+from reflux.tokens import CharacterSpans, Renderer, end_ids, special_ids
+from reflux.types import Attempt, Draw, Group, Prompt, Rollout, TokenRollout, Wants
 
 if TYPE_CHECKING:
     from reflux.context import Generation, PartContext
@@ -61,8 +61,8 @@ class Stored(SamplerPart):
     async def _opened(self, context: PartContext, services: Services) -> AsyncIterator[OpenStored]:
         async with self.generate.open(context, services) as inner:
             tokenizer, student = services.tokenizer, context.student
-            renderer = Renderer(tokenizer, student.system, student.template)
-            yield OpenStored(inner, renderer, CharacterSpans(tokenizer), context.requirements.spans)
+            renderer = Renderer(tokenizer, student.system, student.template, student.prompt_suffix)
+            yield OpenStored(inner, renderer, CharacterSpans(tokenizer), context.requirements)
 
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenStored]:
         return self._opened(context, services)
@@ -76,7 +76,7 @@ class OpenStored:
     inner: OpenSampler
     renderer: Renderer
     spans: CharacterSpans
-    wants_spans: bool
+    requirements: Wants
     version: int = 0
 
     async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
@@ -91,9 +91,10 @@ class OpenStored:
         await self.inner.publish(weights, step)
 
     def _attempt(self, prompt: Prompt, answer: str, sample: int, draw: Draw) -> Attempt:
-        tokens = self.renderer.answer_ids(prompt.messages, answer, end_ids(self.renderer.tokenizer))
+        ends = end_ids(self.renderer.tokenizer)
+        tokens = self.renderer.answer_ids(prompt.messages, answer, ends)
         cut = tokens[: draw.length]
-        text = self.spans.decode(cut) if self.wants_spans else answer  # spans are of the text that these very tokens decode to
+        text = self.spans.decode(cut) if self.requirements.spans else answer  # spans are of the text that these very tokens decode to
         rollout = TokenRollout(
             prompt=prompt,
             sample=sample,
@@ -106,6 +107,7 @@ class OpenStored:
             tokens_T=np.asarray(cut, dtype=np.int64),
             text=text,
             messages=(*prompt.messages, {"role": "assistant", "content": answer}),
-            spans_T2=self.spans(cut, text) if self.wants_spans else None,
+            spans_T2=self.spans(cut, text) if self.requirements.spans else None,
+            special_T=np.isin(cut, sorted(special_ids(self.renderer.tokenizer, ends))) if self.requirements.specials else None,
         )
         return Attempt(rollout)

@@ -58,7 +58,7 @@ class Local(TeacherPart):
         return self.model
 
     def reader(self, student: StudentSpec) -> StudentSpec | None:
-        return StudentSpec(self.model, self.system, self.template, self.trust_remote_code)
+        return StudentSpec(self.model, self.system, self.template, student.prompt_suffix, self.trust_remote_code)
 
     def size(self, where: str, student: Size, pixels: int) -> Size | None:
         return size_of(self.model, f"{where}.model", pixels)

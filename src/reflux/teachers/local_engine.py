@@ -22,7 +22,7 @@ class LocalTeacher(InProcess):
     """Frozen: it follows nobody and has no state."""
 
     def __init__(self, cfg: Local, context: PartContext, services: Services, model: Model):
-        super().__init__(cfg, context, services, model, model.renderer(cfg.system, cfg.template))
+        super().__init__(cfg, context, services, model, model.renderer(cfg.system, cfg.template, context.student.prompt_suffix))
 
     @classmethod
     @asynccontextmanager

@@ -46,7 +46,8 @@ class OwnTeacher(InProcess):
                 trust_remote_code=student.trust_remote_code,
             )
         )
-        with closing(cls(cfg, context, services, model, model.renderer(student.system, student.template))) as teacher:
+        renderer = model.renderer(student.system, student.template, student.prompt_suffix)
+        with closing(cls(cfg, context, services, model, renderer)) as teacher:
             yield teacher
 
     def precision(self) -> AbstractContextManager[Any]:
