@@ -145,7 +145,7 @@ def state_of(student: str, out: Path, seed: int) -> Mapping[str, Any] | None:
         raise RunError(
             f"no student '{student}': {arm} seed {seed} has checkpoints at steps: {kept}. Run the study first, or name one of them."
         )
-    return checkpoints.load(folder, int(step))["learner"]
+    return checkpoints.read(checkpoints.of_step(folder, int(step)) / "learner")
 
 
 @dataclass(frozen=True)

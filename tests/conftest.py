@@ -38,7 +38,8 @@ class Done:
         """Weights and moments of the last checkpoint."""
         from reflux import checkpoints
 
-        return checkpoints.load(self.dir / "checkpoints", checkpoints.steps(self.dir / "checkpoints")[-1])["learner"]
+        folder = self.dir / "checkpoints"
+        return checkpoints.read(checkpoints.of_step(folder, checkpoints.steps(folder)[-1]) / "learner")
 
     @property
     def weights(self) -> dict[str, Any]:

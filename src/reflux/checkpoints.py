@@ -1,34 +1,41 @@
-"""The state of every part in one folder per step: tensors as safetensors, the rest as JSON. The last k are kept.
+"""One folder per step, and in it one per part, which the part fills itself. The last k steps are kept.
 
-A checkpoint has its name only once it is complete and on disk, so a kill at any moment leaves the one before it.
+A checkpoint has its name only once it is complete and on disk, so a kill at any moment leaves the one before it. `write` and `read` are for
+parts whose state is a table: tensors as safetensors, the rest as JSON.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from reflux.files import write_folder
 
 State = Mapping[str, Any]
+Fill = Callable[[Path], None]  # writes a part into an empty folder of its own
 
 
-def save(folder: Path, step: int, states: Mapping[str, State], keep: int) -> Path:
+def save(folder: Path, step: int, parts: Mapping[str, Fill], keep: int) -> Path:
     """Write checkpoints/step-N and drop all but the last `keep`."""
 
     def fill(scratch: Path) -> None:
-        for part, state in states.items():
-            _write(scratch, part, state)
+        for part, write_part in parts.items():
+            (scratch / part).mkdir()
+            write_part(scratch / part)
 
-    path = folder / f"step-{step}"
+    path = of_step(folder, step)
     folder.mkdir(parents=True, exist_ok=True)
     write_folder(path, fill)
     for old in steps(folder)[:-keep]:
-        shutil.rmtree(folder / f"step-{old}")
+        shutil.rmtree(of_step(folder, old))
     return path
+
+
+def of_step(folder: Path, step: int) -> Path:
+    return folder / f"step-{step}"
 
 
 def steps(folder: Path) -> list[int]:
@@ -37,28 +44,27 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def load(folder: Path, step: int) -> dict[str, dict[str, Any]]:
-    """The states of a checkpoint, by part."""
+def read(folder: Path) -> dict[str, Any]:
+    """What `write` put into a folder."""
     from safetensors.torch import load_file
 
-    path = folder / f"step-{step}"
-    states = {file.stem: json.loads(file.read_text()) for file in path.glob("*.json")}
-    for file in path.glob("*.safetensors"):
-        states.setdefault(file.stem, {}).update(load_file(file))
-    return states
+    state, tensors = read_plain(folder), folder / "tensors.safetensors"
+    return {**state, **(load_file(tensors) if tensors.exists() else {})}
 
 
-def load_plain(folder: Path, step: int, part: str) -> dict[str, Any]:
-    """What a part saved besides tensors."""
-    return json.loads((folder / f"step-{step}" / f"{part}.json").read_text())
+def read_plain(folder: Path) -> dict[str, Any]:
+    """Of that what is no tensor; needs no torch."""
+    return json.loads((folder / "state.json").read_text())
 
 
-def _write(scratch: Path, part: str, state: State) -> None:
+def write(folder: Path, state: State) -> None:
+    """TypeError for a value that is neither a tensor nor plain JSON."""
     import torch
     from safetensors.torch import save_file
 
+    folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().contiguous().cpu() for key, value in state.items() if isinstance(value, torch.Tensor)}
     plain = {key: value for key, value in state.items() if key not in tensors}
-    (scratch / f"{part}.json").write_text(json.dumps(plain))
+    (folder / "state.json").write_text(json.dumps(plain))
     if tensors:
-        save_file(tensors, scratch / f"{part}.safetensors")
+        save_file(tensors, folder / "tensors.safetensors")

@@ -83,7 +83,7 @@ class Run:
         self.services = Services(cfg.learner.student, overlap=cfg.max_lag > 0, listener=options.watch, append=self._append)
         self.totals: dict[str, float] = dict.fromkeys((*TOKENS, "flops", "seconds"), 0)
         if step:
-            self.totals |= checkpoints.load_plain(self.dir / "checkpoints", step, "run")
+            self.totals |= checkpoints.read_plain(checkpoints.of_step(self.dir / "checkpoints", step) / "run")
         self._started = time.perf_counter()
         self._tracker: Tracker = NoTracker()  # until the lock is held
         self.scorer: Scorer | None = None  # of an accelerator
@@ -166,10 +166,10 @@ class Run:
         if not self.step:
             accelerator.start(learner.access)
             return
-        states = checkpoints.load(self.dir / "checkpoints", self.step)
-        learner.load(states["learner"])
-        teachers.load(states["teachers"])
-        accelerator.load(states["accelerator"])
+        kept = checkpoints.of_step(self.dir / "checkpoints", self.step)
+        learner.load(checkpoints.read(kept / "learner"))
+        teachers.load(kept / "teachers")
+        accelerator.load(checkpoints.read(kept / "accelerator"))
 
     def write(self, group: Group, step: int) -> None:
         """An attempt is on disk before anything else can happen to it."""
@@ -228,14 +228,14 @@ class Run:
 
     def save(self, learner: OpenLearner, teachers: Teachers, accelerator: OpenAccelerator) -> None:
         """Checkpoint every part, export the student; then stop, if someone asked for it."""
-        states = {
-            "learner": learner.state(),
-            "teachers": teachers.state(),
-            "accelerator": accelerator.state(),
-            "run": {**self.totals, "seconds": self.seconds},
+        parts: dict[str, checkpoints.Fill] = {
+            "learner": lambda folder: checkpoints.write(folder, learner.state()),
+            "teachers": teachers.save,
+            "accelerator": lambda folder: checkpoints.write(folder, accelerator.state()),
+            "run": lambda folder: checkpoints.write(folder, {**self.totals, "seconds": self.seconds}),
         }
         files.write_folder(self.dir / "student", partial(self._export, learner))  # first: no checkpoint has an older student
-        checkpoints.save(self.dir / "checkpoints", self.step, states, self.cfg.keep_checkpoints)
+        checkpoints.save(self.dir / "checkpoints", self.step, parts, self.cfg.keep_checkpoints)
         if self.stopping and self.step < self.cfg.steps:
             raise Stopped(f"stopped after step {self.step} of {self.cfg.steps}; everything is saved")
 

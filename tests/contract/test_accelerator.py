@@ -49,7 +49,7 @@ def test_it_is_told_of_the_start_and_asked_after_every_step(tiny_run: Callable[.
     assert (step, 0 <= before <= 1, 0 <= after <= 1) == (2, True, True)
     from reflux import checkpoints
 
-    state = checkpoints.load(done.dir / "checkpoints", 4)["accelerator"]
+    state = checkpoints.read(checkpoints.of_step(done.dir / "checkpoints", 4) / "accelerator")
     assert (state["calls"], state["trace"].tolist()) == (4, [4.0])
 
 

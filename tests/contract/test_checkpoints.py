@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +18,18 @@ STATES = {
 }
 
 
+def save(folder: Path, step: int, states: dict[str, dict[str, Any]], keep: int) -> None:
+    fills = {part: partial(checkpoints.write, state=state) for part, state in states.items()}
+    checkpoints.save(folder, step, fills, keep)
+
+
+def load(folder: Path, step: int) -> dict[str, dict[str, Any]]:
+    return {path.name: checkpoints.read(path) for path in checkpoints.of_step(folder, step).iterdir()}
+
+
 def test_states_come_back_bit_for_bit(tmp_path: Path) -> None:
-    checkpoints.save(tmp_path, 7, STATES, keep=1)
-    again = checkpoints.load(tmp_path, 7)
+    save(tmp_path, 7, STATES, keep=1)
+    again = load(tmp_path, 7)
     assert again.keys() == STATES.keys()
     for part, state in STATES.items():
         assert again[part].keys() == state.keys()
@@ -29,29 +40,29 @@ def test_states_come_back_bit_for_bit(tmp_path: Path) -> None:
 
 def test_a_slice_of_a_larger_tensor_is_saved_as_itself(tmp_path: Path) -> None:
     whole = torch.arange(12.0).reshape(3, 4)
-    checkpoints.save(tmp_path, 1, {"a": {"x": whole.t()[1:3], "y": whole[1]}}, keep=1)
-    assert torch.equal(checkpoints.load(tmp_path, 1)["a"]["x"], whole.t()[1:3])
+    save(tmp_path, 1, {"a": {"x": whole.t()[1:3], "y": whole[1]}}, keep=1)
+    assert torch.equal(load(tmp_path, 1)["a"]["x"], whole.t()[1:3])
 
 
 def test_the_last_ones_are_kept_in_order_of_steps(tmp_path: Path) -> None:
     for step in (2, 9, 10, 100):
-        checkpoints.save(tmp_path, step, STATES, keep=2)
+        save(tmp_path, step, STATES, keep=2)
     assert checkpoints.steps(tmp_path) == [10, 100]
     assert checkpoints.steps(tmp_path / "none") == []
 
 
 def test_what_is_incomplete_is_no_checkpoint(tmp_path: Path) -> None:
-    checkpoints.save(tmp_path, 1, STATES, keep=2)
+    save(tmp_path, 1, STATES, keep=2)
     with pytest.raises(TypeError):
-        checkpoints.save(tmp_path, 2, {"learner": STATES["learner"], "bad": {"x": object()}}, keep=2)
+        save(tmp_path, 2, {"learner": STATES["learner"], "bad": {"x": object()}}, keep=2)
     assert checkpoints.steps(tmp_path) == [1]
     (tmp_path / "step-x").mkdir()
     assert checkpoints.steps(tmp_path) == [1]
-    checkpoints.save(tmp_path, 2, STATES, keep=2)
+    save(tmp_path, 2, STATES, keep=2)
     assert checkpoints.steps(tmp_path) == [1, 2]
 
 
 def test_the_same_step_may_be_saved_again(tmp_path: Path) -> None:
-    checkpoints.save(tmp_path, 1, {"a": {"x": 1}}, keep=1)
-    checkpoints.save(tmp_path, 1, {"a": {"x": 2}}, keep=1)
-    assert checkpoints.load(tmp_path, 1) == {"a": {"x": 2}}
+    save(tmp_path, 1, {"a": {"x": 1}}, keep=1)
+    save(tmp_path, 1, {"a": {"x": 2}}, keep=1)
+    assert load(tmp_path, 1) == {"a": {"x": 2}}

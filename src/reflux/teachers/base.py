@@ -6,10 +6,11 @@ answers on the attempts. Several tables may share one name by `as` and `routes`;
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from reflux.contexts.base import Context, View
 from reflux.part import Part
@@ -43,9 +44,13 @@ class OpenTeacher(Protocol):
         """A no-op unless this teacher follows the student."""
         ...
 
-    def state(self) -> dict[str, Any]: ...
+    def save(self, folder: Path) -> None:
+        """What does not come from its model again, into an empty folder."""
+        ...
 
-    def load(self, state: Mapping[str, Any]) -> None: ...
+    def load(self, folder: Path) -> None:
+        """Take up what `save` put there."""
+        ...
 
 
 class TeacherPart(Part, Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,13 +108,15 @@ class Teachers:
         """Multiply-accumulates of one position by table, for FLOP accounting."""
         return {table: opened.macs for table, (_, opened) in self.opened.items()}
 
-    def state(self) -> dict[str, Any]:
-        return {f"{table}/{key}": value for table, (_, opened) in self.opened.items() for key, value in opened.state().items()}
-
-    def load(self, state: Mapping[str, Any]) -> None:
+    def save(self, folder: Path) -> None:
+        """Each table into a folder of its own."""
         for table, (_, opened) in self.opened.items():
-            prefix = f"{table}/"
-            opened.load({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+            (folder / table).mkdir()
+            opened.save(folder / table)
+
+    def load(self, folder: Path) -> None:
+        for table, (_, opened) in self.opened.items():
+            opened.load(folder / table)
 
 
 def _missing(name: str, teacher: Teacher, group: Group, moment: Moment) -> list[tuple[Attempt, View]]:

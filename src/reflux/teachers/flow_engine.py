@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -122,10 +123,10 @@ class FlowTeacher:
     async def publish(self, weights: Weights, step: int) -> None:
         """Frozen."""
 
-    def state(self) -> dict[str, Any]:
-        return {}
+    def save(self, folder: Path) -> None:
+        """Frozen: its model says all."""
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, folder: Path) -> None:
         """Frozen: nothing was saved."""
 
 

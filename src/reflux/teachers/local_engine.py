@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reflux.models import Model, load_model, load_tokenizer
 from reflux.teachers.in_process import InProcess
@@ -48,8 +49,8 @@ class LocalTeacher(InProcess):
     async def publish(self, weights: Weights, step: int) -> None:
         """Frozen."""
 
-    def state(self) -> dict[str, Any]:
-        return {}
+    def save(self, folder: Path) -> None:
+        """Frozen: its model says all."""
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, folder: Path) -> None:
         """Frozen: nothing was saved."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, closing, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from reflux import checkpoints
 from reflux.models import Model, load_model
 from reflux.teachers.in_process import InProcess
 from reflux.tokens import Renderer
@@ -83,15 +85,15 @@ class OwnTeacher(InProcess):
                 seen.add(own.data_ptr())
                 yield name, own
 
-    def state(self) -> dict[str, Any]:
+    def save(self, folder: Path) -> None:
         """phi by name, and the version it last learnt of. Live, nothing: the student says it again."""
-        if self.cfg.follow == "live":
-            return {}
-        return {"version": self.version, **{f"{PHI}{name}": own for name, own in self._parameters()}}
+        if self.cfg.follow != "live":
+            checkpoints.write(folder, {"version": self.version, **{f"{PHI}{name}": own for name, own in self._parameters()}})
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, folder: Path) -> None:
         if self.cfg.follow == "live":
             return
+        state = checkpoints.read(folder)
         self.version = state["version"]
         with torch.no_grad():
             for name, own in self._parameters():
