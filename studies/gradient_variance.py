@@ -75,7 +75,7 @@ async def draw_gradients(cfgs: Mapping[str, RunConfig], draws: int, weights: Map
         async with open_parts(first, run) as parts:
             learner, sampler, _, _, _ = parts
             if weights is not None:
-                learner.load(weights)
+                learner.take_up(weights)
             await sampler.publish(learner.publish(), 0)
             for m in range(draws):
                 groups = await attempts(run, parts, prompts, m)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import pickle
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -48,16 +49,22 @@ async def sampler(part: Any, context: PartContext, more: Any) -> Any:
     return before, after
 
 
-async def teacher(part: Any, context: PartContext, more: Any) -> list[TeacherAnswer]:
-    """Is told of weights, answers, and answers the same after its state was saved and taken up by another one."""
+async def teacher(part: Any, context: PartContext, more: Any) -> Any:
+    """Is told of weights, answers, is saved; another one takes that up and answers too."""
     services = Services(context.student)
     requests = [TeacherRequest(rollout, View(rollout.prompt.messages), context.requirements) for rollout in more["rollouts"]]
-    async with part.open(context, services) as opened:
-        await opened.publish(InMemory.of(more["weights"], 1), 1)
-        await opened.publish(InMemory.of(more["later"], 2), 2)
-        answers = await opened.score(requests)
+    with tempfile.TemporaryDirectory() as folder:
+        async with part.open(context, services) as opened:
+            await opened.publish(InMemory.of(more["weights"], 1), 1)
+            await opened.publish(InMemory.of(more["later"], 2), 2)
+            answers = await opened.score(requests)
+            opened.save(Path(folder))
+        async with part.open(context, services) as again:
+            again.load(Path(folder))
+            await again.publish(InMemory.of(more["later"], 2), 2)
+            later = await again.score(requests)
     services.close()
-    return [dataclasses.replace(answer, seconds=0.0) for answer in answers]
+    return [[dataclasses.replace(answer, seconds=0.0) for answer in some] for some in (answers, later)]
 
 
 async def learner(part: Any, context: PartContext, more: Any) -> Any:
@@ -70,8 +77,15 @@ async def learner(part: Any, context: PartContext, more: Any) -> Any:
         weights = opened.publish()
         found = [result.records for result in results], {name: stat.value for name, stat in results[-1].stats.items()}
         moved = weights.version, [(name, value.clone()) for name, value in weights.tensors()]
+        with tempfile.TemporaryDirectory() as folder:
+            opened.save(Path(folder) / "state")
+            opened.export(Path(folder) / "student")
+            async with part.open(context, services) as again:
+                again.load(Path(folder) / "state")
+                next_one = StepRequest(groups, more["objectives"], Moment(2, context.seed))
+                both = [(await one.step(next_one)).records for one in (opened, again)]
     services.close()
-    return found, seen, moved
+    return found, seen, moved, both
 
 
 async def reward(part: Any, context: PartContext, more: Any) -> Any:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
+from reflux import checkpoints
 from reflux.accelerators.base import AcceleratorPart
 from reflux.accelerators.score import Scoring
 from reflux.contexts.same import Same
@@ -186,12 +188,13 @@ class OpenJump:
         HEARD.append(("jump", completed_steps, before, await score()))
         return True
 
-    def state(self) -> dict[str, Any]:
+    def save(self, folder: Path) -> None:
         import torch
 
-        return {"calls": self.calls, "first": self.first, "trace": torch.tensor([float(self.calls)])}
+        checkpoints.write(folder, {"calls": self.calls, "first": self.first, "trace": torch.tensor([float(self.calls)])})
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, folder: Path) -> None:
+        state = checkpoints.read(folder)
         self.calls, self.first = state["calls"], state["first"]
         HEARD.append(("load", self.calls, self.first, state["trace"].tolist()))
 

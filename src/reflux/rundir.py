@@ -167,9 +167,9 @@ class Run:
             accelerator.start(learner.access)
             return
         kept = checkpoints.of_step(self.dir / "checkpoints", self.step)
-        learner.load(checkpoints.read(kept / "learner"))
+        learner.load(kept / "learner")
         teachers.load(kept / "teachers")
-        accelerator.load(checkpoints.read(kept / "accelerator"))
+        accelerator.load(kept / "accelerator")
 
     def write(self, group: Group, step: int) -> None:
         """An attempt is on disk before anything else can happen to it."""
@@ -229,9 +229,9 @@ class Run:
     def save(self, learner: OpenLearner, teachers: Teachers, accelerator: OpenAccelerator) -> None:
         """Checkpoint every part, export the student; then stop, if someone asked for it."""
         parts: dict[str, checkpoints.Fill] = {
-            "learner": lambda folder: checkpoints.write(folder, learner.state()),
+            "learner": learner.save,
             "teachers": teachers.save,
-            "accelerator": lambda folder: checkpoints.write(folder, accelerator.state()),
+            "accelerator": accelerator.save,
             "run": lambda folder: checkpoints.write(folder, {**self.totals, "seconds": self.seconds}),
         }
         files.write_folder(self.dir / "student", partial(self._export, learner))  # first: no checkpoint has an older student

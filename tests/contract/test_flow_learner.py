@@ -222,7 +222,7 @@ def test_a_learner_that_was_stopped_goes_on_bit_for_bit(fields: dict[str, Any]) 
     move(first, batch(), [MAIN])
     saved = {key: value.clone() if isinstance(value, Tensor) else value for key, value in first.state().items()}
     second = opened(lr=0.05, **fields)
-    second.load(saved)
+    second.take_up(saved)
     for step in range(1, 3):
         move(second, batch(), [MAIN], step)
     assert same({k: torch.as_tensor(v) for k, v in whole.state().items()}, {k: torch.as_tensor(v) for k, v in second.state().items()})

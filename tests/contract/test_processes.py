@@ -71,7 +71,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "word_problems": {},
     "glyphs": {},
     "mix": {"parts": {"a": {"kind": "word_problems"}, "b": {"kind": "word_problems", "largest": 20}}},
-    "gsm8k": {"path": "."},
+    "gsm8k": {"path": ".", "validation": 0.5},
     "jsonl": {"path": "rows.jsonl", "validation": 0.5},
 }
 
@@ -108,8 +108,9 @@ def test_teachers(elsewhere: ProcessPoolExecutor, student: str, teacher: str, fl
     rollouts: list[Any] = [tiny_flow.rollout(4, seed=i) if flow else tiny.rollout(5 + i, seed=i) for i in range(2)]
     nets = [(tiny_flow.model(seed).net if flow else tiny.net(seed, lift=1.5)) for seed in (5, 6)]
     more = {"rollouts": rollouts, "weights": dict(nets[0].state_dict()), "later": dict(nets[1].state_dict())}
-    answers = same_bits(elsewhere, "teacher", part, told(kind, student, flows), more)
+    answers, later = same_bits(elsewhere, "teacher", part, told(kind, student, flows), more)
     assert len(answers) == 2
+    assert answers == later
 
 
 @pytest.mark.parametrize("kind", LEARNERS)
@@ -119,8 +120,9 @@ def test_learners(elsewhere: ProcessPoolExecutor, student: str, flows: dict[str,
     rollouts: list[Any] = [tiny_flow.rollout(4, seed=i) if flow else tiny.rollout(5 + i, seed=i) for i in range(3)]
     attempts, objectives = alone.with_targets(rollouts)
     context = told(kind, student, flows, name="learner")
-    _, _, (version, _) = same_bits(elsewhere, "learner", part, context, {"attempts": attempts, "objectives": objectives})
+    _, _, (version, _), (one, again) = same_bits(elsewhere, "learner", part, context, {"attempts": attempts, "objectives": objectives})
     assert version == "2"
+    assert one == again
 
 
 @pytest.mark.parametrize("kind", REWARDS)

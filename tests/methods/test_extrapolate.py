@@ -23,6 +23,7 @@ from reflux import files
 from reflux.accelerators.extrapolate import Extrapolate, fires, moved, multiples
 from reflux.accelerators.extrapolate_engine import OpenExtrapolate
 from reflux.accelerators.score import Spent
+from reflux.accounting import Work
 from reflux.errors import ConfigError, RefluxError, RunError
 from reflux.learners.hf import Lora
 from reflux.objectives.divergence import Divergence
@@ -113,7 +114,7 @@ def scripted(learner: Line, scores: list[float]) -> tuple[Callable[..., Any], li
         asked.append((float(learner.values["mlp.w"][0]), dice))
         return next(given)
 
-    score.spent = Spent(sampled=7)  # type: ignore[attr-defined]
+    score.spent = Spent(Work(sampled=7))  # type: ignore[attr-defined]
 
     return score, asked
 
@@ -240,7 +241,7 @@ def exact_score(learner: Line, a: np.ndarray, b: np.ndarray) -> Callable[..., An
         d = learner.values["mlp.w"].numpy()
         return float(-(0.5 * d @ a @ d - b @ d))
 
-    score.spent = Spent(sampled=7)  # type: ignore[attr-defined]
+    score.spent = Spent(Work(sampled=7))  # type: ignore[attr-defined]
 
     return score
 
@@ -279,7 +280,7 @@ def test_displacements_are_trainings_alone(tmp_path: Path) -> None:
             assert row["delta_norm"] == pytest.approx(float(np.linalg.norm(delta)), rel=1e-9)
             start, since = start + (1 + row["accepted"]) * delta, 0
             np.testing.assert_allclose(learner.values["mlp.w"].numpy(), start, rtol=1e-9)
-            np.testing.assert_array_equal(accelerator.state()["anchor/mlp.w"].numpy(), learner.values["mlp.w"].numpy())
+            np.testing.assert_array_equal(accelerator._anchor["mlp.w"].numpy(), learner.values["mlp.w"].numpy())
     assert [row["step"] for row in searches(tmp_path)] == [1, 2, 4, 8]
     assert sum(row["accepted"] > 0 for row in searches(tmp_path)) >= 2
 
@@ -307,7 +308,7 @@ def stepped(folder: Path, scores: list[float], lora: Lora | None = None) -> tupl
     async def score(dice: int = 0) -> float:
         return next(given)
 
-    score.spent = Spent(sampled=7)  # type: ignore[attr-defined]
+    score.spent = Spent(Work(sampled=7))  # type: ignore[attr-defined]
 
     asyncio.run(accelerator.after_step(learner.access, score, 1))
     return learner, accelerator, state, weights
@@ -334,7 +335,7 @@ def test_a_jump_adds_a_multiple_of_the_full_weights_displacement(tmp_path: Path,
             continue
         delta = here - start[name]
         torch.testing.assert_close(after[name], here + 4 * delta, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(accelerator.state()[f"anchor/{name}"], after[name], rtol=0, atol=0)
+        torch.testing.assert_close(accelerator._anchor[f"{name}"], after[name], rtol=0, atol=0)
         far = max(far, float(delta.abs().max()))
     assert far > 0.01
     kept = {name: value for name, value in learner.state().items() if not name.startswith("base/")}
@@ -348,7 +349,7 @@ def test_a_learner_takes_up_moved_bases_and_exports_them(tmp_path: Path) -> None
 
     learner, *_ = stepped(tmp_path, [0.5, 0.6, 0.1], Lora(rank=2, alpha=8))
     again = tiny.learner(tiny.net(1), lr=0.05, lora=Lora(rank=2, alpha=8))
-    again.load({name: value.clone() if isinstance(value, Tensor) else value for name, value in learner.state().items()})
+    again.take_up({name: value.clone() if isinstance(value, Tensor) else value for name, value in learner.state().items()})
     assert same(dict(again.weights), dict(learner.weights))
     assert same(again.state(), learner.state())
     for groups in (batch(),):
@@ -365,15 +366,17 @@ def test_names_that_match_nothing_are_refused(tmp_path: Path) -> None:
         opened(tmp_path, include=("attnn",)).start(tiny.learner(tiny.net(1)).access)
 
 
-def test_the_anchor_is_state_and_a_checkpoint_without_it_is_refused(tmp_path: Path) -> None:
+def test_the_anchor_is_saved_and_a_checkpoint_without_it_is_refused(tmp_path: Path) -> None:
     accelerator = opened(tmp_path)
     accelerator.start(Line(mlp__w=[1.0, 2.0], other=[3.0]))
+    accelerator.save(tmp_path / "kept")
     again = opened(tmp_path)
-    again.load(accelerator.state())
-    assert same(accelerator.state(), again.state())
-    assert list(again.state()) == ["anchor/mlp.w"]
+    again.load(tmp_path / "kept")
+    assert same(accelerator._anchor, again._anchor)
+    assert list(again._anchor) == ["mlp.w"]
+    (tmp_path / "empty").mkdir()
     with pytest.raises(RunError, match="has no anchor"):
-        opened(tmp_path).load({})
+        opened(tmp_path).load(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("fields", [{"tries": -1}, {"prompts": 0}, {"samples": 0}, {"accept": "any"}, {"score": "loss"}, {"max_tokens": 0}])

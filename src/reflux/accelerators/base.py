@@ -7,9 +7,10 @@ the step left it. It moves the student by the learner's `WeightAccess`, which is
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from reflux.accelerators.score import Scorer, Scoring, Spent
 from reflux.part import Part
@@ -41,9 +42,13 @@ class OpenAccelerator(Protocol):
 
     async def after_step(self, access: WeightAccess | None, score: Score, completed_steps: int) -> bool: ...
 
-    def state(self) -> dict[str, Any]: ...
+    def save(self, folder: Path) -> None:
+        """What the searches to come depend on, into an empty folder."""
+        ...
 
-    def load(self, state: Mapping[str, Any]) -> None: ...
+    def load(self, folder: Path) -> None:
+        """Take up what `save` put there; the folder is empty where the checkpoint was made without an accelerator."""
+        ...
 
 
 class AcceleratorPart(Part, Protocol):
@@ -68,10 +73,9 @@ class Never:
     async def after_step(self, access: WeightAccess | None, score: Score, completed_steps: int) -> bool:
         return False
 
-    def state(self) -> dict[str, Any]:
-        return {}
+    def save(self, folder: Path) -> None: ...
 
-    def load(self, state: Mapping[str, Any]) -> None: ...
+    def load(self, folder: Path) -> None: ...
 
 
 @asynccontextmanager

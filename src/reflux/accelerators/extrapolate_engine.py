@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from reflux import checkpoints
 from reflux.accelerators import extrapolate
 from reflux.errors import ConfigError, RefluxError, RunError
 from reflux.learners.access import WeightAccess, required
@@ -116,11 +117,12 @@ class OpenExtrapolate:
         }
         self.services.append("searches.jsonl", row)
 
-    def state(self) -> dict[str, Any]:
-        return {ANCHOR + name: value for name, value in self._anchor.items()}
+    def save(self, folder: Path) -> None:
+        checkpoints.write(folder, {ANCHOR + name: value for name, value in self._anchor.items()})
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, folder: Path) -> None:
         """RunError for a checkpoint without an anchor."""
+        state = checkpoints.read(folder) if any(folder.iterdir()) else {}
         self._anchor = {key.removeprefix(ANCHOR): value for key, value in state.items() if key.startswith(ANCHOR)}
         if not self._anchor:
             raise RunError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from reflux.part import Part
 from reflux.step import StepRequest, StepResult
@@ -61,9 +61,13 @@ class OpenLearner(Protocol):
         """Raises StepRefused, with nothing changed, where loss or gradient norm is not finite."""
         ...
 
-    def state(self) -> dict[str, Any]: ...
+    def save(self, folder: Path) -> None:
+        """All that training has made, into an empty folder: weights, moments, counters."""
+        ...
 
-    def load(self, state: Mapping[str, Any]) -> None: ...
+    def load(self, folder: Path) -> None:
+        """Take up what `save` put there."""
+        ...
 
     def export(self, folder: Path) -> None:
         """The student in Hugging Face format, tokenizer included."""

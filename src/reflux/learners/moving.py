@@ -6,12 +6,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from reflux import checkpoints
 from reflux.batch import Item, plan
 from reflux.errors import StepRefused
 from reflux.learners import adapters
@@ -182,6 +184,12 @@ class Moving(ABC):
             for name, mean in self.mean.items():
                 mean.lerp_(self.trained[name], 1 - self.average.decay)
 
+    def save(self, folder: Path) -> None:
+        checkpoints.write(folder, self.state())
+
+    def load(self, folder: Path) -> None:
+        self.take_up(checkpoints.read(folder))
+
     def state(self) -> dict[str, Any]:
         """Trained weights, their average and Adam's moments by parameter name, and the frozen weights that `write` was given."""
         homes = adapters.homes(self.net)
@@ -193,7 +201,8 @@ class Moving(ABC):
                 state[f"adam.{key}/{name}"] = value
         return state
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def take_up(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`."""
         self.version = state["version"]
         self.access.write({key.removeprefix("base/"): value for key, value in state.items() if key.startswith("base/")})
         with torch.no_grad():
