@@ -46,7 +46,7 @@ class Spec:
     seed: int
     width: int = 96
     inner: int = 256
-    heads: int = 4
+    heads: int = 3
     batch: int = 64
     lr: float = 3e-3
     warmup: int = 50
