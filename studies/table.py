@@ -140,8 +140,15 @@ def markdown(table: Mapping[str, Any], baseline: str) -> str:
 
 
 def said(score: str) -> str:
-    """`accuracy.accuracy` is plainly accuracy, `agreement.kl_nats` the held-out KL in nats a token; a part or route comes after it."""
-    for name, word in (("accuracy.accuracy", "accuracy"), ("agreement.kl_nats", "held-out KL")):
+    """In words: `accuracy.accuracy` is plainly accuracy (of validation problems), `agreement.kl_nats` the held-out KL in nats a token.
+
+    A part or route comes after it.
+    """
+    for name, word in (
+        ("accuracy.accuracy", "accuracy"),
+        ("test_accuracy.accuracy", "test accuracy"),
+        ("agreement.kl_nats", "held-out KL"),
+    ):
         if score == name or score.startswith(f"{name}."):
             return word + score.removeprefix(name).replace(".", ", ", 1)
     return score

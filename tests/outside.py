@@ -17,7 +17,7 @@ from reflux.accelerators.base import AcceleratorPart
 from reflux.accelerators.score import Scoring
 from reflux.contexts.same import Same
 from reflux.credit.base import CreditPart
-from reflux.evals.base import EvalPart
+from reflux.evals.base import Asked, EvalPart
 from reflux.learners.hf import HF as Learner
 from reflux.parts import STRICT
 from reflux.rewards.base import RewardPart
@@ -251,7 +251,7 @@ class Brief(RewardPart):
 class Peek(EvalPart):
     """An evaluation that tells one weight of the model that the sampler holds."""
 
-    once: ClassVar[bool] = False
+    asked: ClassVar[Asked] = "always"
     split: ClassVar[None] = None
     max_tokens: ClassVar[None] = None
 

@@ -57,7 +57,7 @@ def task(tmp_path: Path, n: int = 8, **fields: Any) -> Jsonl:
     path = tmp_path / f"test{n}.jsonl"
     lines = [{"prompt": str(k), "answer": "right", "route": "even" if k % 2 == 0 else "odd", "id": f"q{k}"} for k in range(n)]
     path.write_text("\n".join(map(json.dumps, lines)))
-    return Jsonl(str(path), test=str(path), grader="exact", **fields)
+    return Jsonl(str(path), **{"validation": str(path), "test": str(path), "grader": "exact", **fields})
 
 
 def ask(accuracy: Accuracy, task: Any, graders: Graders, sampler: Scripted, **fields: Any) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def test_greedy_accuracy_with_its_interval_lengths_and_routes(tmp_path: Path, gr
     low, high = wilson(3, 8)
     expected = {
         "problems": 8,
-        "split": "test",
+        "split": "validation",
         "accuracy": 3 / 8,
         "low": low,
         "high": high,
@@ -90,7 +90,7 @@ def test_what_could_not_be_judged_is_counted_and_in_no_mean(tmp_path: Path, grad
     table = ask(Accuracy(), task(tmp_path), graders, Scripted(failing=(0, 7)))
     assert (table["problems"], table["ungraded"], table["accuracy"]) == (8, 2, 2 / 6)
     assert (table["low"], table["high"]) == wilson(2, 6)
-    nothing = ask(Accuracy(samples=2), Jsonl(task(tmp_path).path, test=task(tmp_path).path, grader="none"), graders, Scripted())
+    nothing = ask(Accuracy(samples=2), task(tmp_path, grader="none"), graders, Scripted())
     assert [nothing[key] for key in ("accuracy", "low", "high", "avg@2", "pass@2", "pass@2.low")] == [None] * 6
     assert (nothing["ungraded"], nothing["ungraded_samples"]) == (8, 16)
 
@@ -109,11 +109,11 @@ def test_problems_that_are_all_equal_have_the_interval_of_no_or_only_successes(t
     """Drawing 30 equal problems anew draws nothing new, and 0 of 30 is not known to be 0."""
     path = tmp_path / "zeros.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": "0", "answer": "right", "id": f"z{k}"}) for k in range(30)))
-    table = ask(Accuracy(samples=2), Jsonl(str(path), test=str(path), grader="exact"), graders, Scripted())
+    table = ask(Accuracy(samples=2), Jsonl(str(path), validation=str(path), grader="exact"), graders, Scripted())
     assert (table["pass@2"], table["pass@2.low"], table["pass@2.high"]) == (0, *wilson(0, 30))
     assert (table["avg@2"], table["avg@2.low"], table["avg@2.high"]) == (0, *wilson(0, 30))
     path.write_text("\n".join(json.dumps({"prompt": "9", "answer": "right", "id": f"n{k}"}) for k in range(30)))
-    table = ask(Accuracy(samples=2), Jsonl(str(path), test=str(path), grader="exact"), graders, Scripted())
+    table = ask(Accuracy(samples=2), Jsonl(str(path), validation=str(path), grader="exact"), graders, Scripted())
     assert (table["pass@2"], table["pass@2.low"], table["pass@2.high"]) == (1, *wilson(30, 30))
 
 
@@ -129,7 +129,7 @@ def test_a_problem_with_too_few_judged_samples_has_no_pass_at_k(tmp_path: Path, 
     monkeypatch.syspath_prepend(tmp_path)
     with Graders() as fresh:  # started after the path was extended
         path = task(tmp_path).path
-        table = ask(Accuracy(problems=4, samples=3, k=2), Jsonl(path, test=path, grader="picky_grader:picky"), fresh, Scripted())
+        table = ask(Accuracy(problems=4, samples=3, k=2), Jsonl(path, validation=path, grader="picky_grader:picky"), fresh, Scripted())
     assert (table["pass@2"], table["avg@3"], table["ungraded_samples"]) == (1.0, 1.0, 3 + 2 + 1)
 
 
@@ -174,7 +174,7 @@ def test_parts_of_verdicts_have_their_means_over_the_answers_that_have_them(tmp_
     monkeypatch.syspath_prepend(tmp_path)
     with Graders() as fresh:  # started after the path was extended
         path = task(tmp_path).path
-        table = ask(Accuracy(examples=6), Jsonl(path, test=path, grader="styled_grader:styled"), fresh, Scripted())
+        table = ask(Accuracy(examples=6), Jsonl(path, validation=path, grader="styled_grader:styled"), fresh, Scripted())
     style = [n / 10 for n in range(8) if n != 3]
     assert table["parts"] == ["part.low", "style"]
     assert table["style"] == pytest.approx(np.mean(style))
@@ -199,7 +199,7 @@ def test_partial_verdicts_count_in_part(tmp_path: Path, graders: Graders, monkey
     monkeypatch.syspath_prepend(tmp_path)
     with Graders() as fresh:  # started after the path was extended
         path = task(tmp_path).path
-        table = ask(Accuracy(samples=2, problems=2), Jsonl(path, test=path, grader="partial_grader:partial"), fresh, Scripted(1))
+        table = ask(Accuracy(samples=2, problems=2), Jsonl(path, validation=path, grader="partial_grader:partial"), fresh, Scripted(1))
     assert (table["accuracy"], table["avg@2"], table["pass@2"]) == (0.75, pytest.approx((0.5 + 0.75) / 2), 0.5)
 
 
@@ -242,5 +242,5 @@ def test_what_cannot_work_is_refused(fields: dict[str, Any], words: str) -> None
 
 def test_a_split_without_problems_is_explained(graders: Graders) -> None:
     empty = SimpleNamespace(prompts=lambda split, seed, start=0: iter(()))
-    with pytest.raises(ValueError, match="no problems in its split 'test'"):
+    with pytest.raises(ValueError, match="no problems in its split 'validation'"):
         ask(Accuracy(), empty, graders, Scripted())

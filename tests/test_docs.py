@@ -261,7 +261,9 @@ def test_the_readme_tells_what_the_quickstart_and_its_models_are() -> None:
     assert f"trains `{cfg.learner.model}` ({student} parameters)" in text
     assert f"`{cfg.teachers['main'].model}` ({teacher}) at its side" in text
     assert f"the exact {cfg.objectives[0].divergence} KL over the whole vocabulary, at every token" in text
-    assert f"accuracy on {cfg.evals['accuracy'].problems} held-out problems" in text
+    evals = cfg.evals
+    assert f"accuracy on {evals['accuracy'].problems} {evals['accuracy'].split} problems every {cfg.eval_every} steps" in text
+    assert f"teacher on {evals['test_accuracy'].problems} {evals['test_accuracy'].split} problems" in text
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("toml"))

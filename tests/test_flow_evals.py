@@ -21,8 +21,9 @@ from reflux.clock import Clock
 from reflux.context import StudentSpec
 from reflux.errors import DataError
 from reflux.evals import teacher_accuracy
-from reflux.evals.accuracy import HELD_OUT_SEED, Accuracy
+from reflux.evals.accuracy import Accuracy
 from reflux.evals.agreement import Agreement, gap_T
+from reflux.evals.problems import HELD_OUT_SEED
 from reflux.evals.teacher_accuracy import TeacherAccuracy
 from reflux.once import Once
 from reflux.pictures import from_text
@@ -101,7 +102,7 @@ class Draughtsman:
 def test_a_picture_is_judged_with_its_parts_and_shown_as_it_was_judged(graders: Graders) -> None:
     run = run_of(graders=graders)
     table = asyncio.run(Accuracy(problems=20, examples=20).measure(run, Draughtsman()))  # type: ignore[arg-type]
-    prompts = list(GLYPHS.prompts("test", HELD_OUT_SEED))
+    prompts = list(GLYPHS.prompts("validation", HELD_OUT_SEED))
     images = [from_text(example["image"]) for example in table["examples"]]
     verdicts = [GLYPHS.verify(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
     quality = [verdict.parts["quality"] for verdict in verdicts]
@@ -190,7 +191,7 @@ def ceiling(tables: dict[str, Any], graders: Any = None, teacher: str = "main", 
 
 def test_each_problem_goes_to_the_teacher_of_its_route(heard: list[Any], graders: Graders) -> None:
     table = ceiling(ROUTED, graders, examples=6)
-    prompts = list(GLYPHS.prompts("test", HELD_OUT_SEED))[:6]
+    prompts = list(GLYPHS.prompts("validation", HELD_OUT_SEED))[:6]
     assert [int(from_text(example["image"])[0, 0]) for example in table["examples"]] == [0, 1] * 3  # in the problems' own order
     assert [example["id"] for example in table["examples"]] == [prompt.id for prompt in prompts]
     assert heard == [(0, p.id, 3) for p in prompts[::2]] + [(1, p.id, 3) for p in prompts[1::2]]
@@ -224,7 +225,7 @@ def test_a_name_is_looked_up_among_tables_and_what_they_answer_as() -> None:
 
 
 def test_a_teacher_without_a_model_is_null_or_refused(graders: Graders) -> None:
-    assert ceiling({"main": Own()}, graders) == {"accuracy": None, "low": None, "high": None, "problems": 0, "split": "test"}
+    assert ceiling({"main": Own()}, graders) == {"accuracy": None, "low": None, "high": None, "problems": 0, "split": "validation"}
     for tables in ({}, {"other": part()}):
         with pytest.raises(ValueError, match="teacher 'main' has no model of its own"):
             ceiling(tables, graders)
@@ -235,7 +236,7 @@ def test_a_teacher_without_a_model_is_null_or_refused(graders: Graders) -> None:
 
 
 def test_an_empty_split_is_named(heard: list[Any]) -> None:
-    with pytest.raises(DataError, match="no problems in its split 'test'"):
+    with pytest.raises(DataError, match="no problems in its split 'validation'"):
         asyncio.run(TeacherAccuracy()(run_of(Glyphs(held_out=0), teachers=ROUTED), None, None, None))  # type: ignore[arg-type]
 
 
@@ -260,7 +261,7 @@ def test_flow_teachers_draw_with_their_own_weights_and_the_students_dice(tmp_pat
 
     table = asyncio.run(measure())
     assert (table["problems"], len(table["examples"]), table["parts"]) == (6, 6, ["quality"])
-    for example, prompt in zip(table["examples"], GLYPHS.prompts("test", HELD_OUT_SEED), strict=False):
+    for example, prompt in zip(table["examples"], GLYPHS.prompts("validation", HELD_OUT_SEED), strict=False):
         student = sampler_of(run_of(step=0), models[prompt.route or ""])
         (alone,) = asyncio.run(student.sample(prompt, 1, Draw(0, "eval", STEPS, temperature=0.0)))
         assert example["id"] == prompt.id

@@ -23,7 +23,8 @@ SHORT = {
     "threads": 1,
     "evals.agreement": "none",
     "evals.teacher_accuracy": "none",
-    "evals.accuracy.problems": 100,
+    "evals.accuracy": "none",
+    "evals.test_accuracy.problems": 100,
 }
 
 
@@ -45,9 +46,11 @@ def test_the_student_is_the_smaller_one() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)  # trains the shipped models: a minute on a free core, many where the machine is busy
 def test_the_quickstart_keeps_its_promise(tmp_path: Path) -> None:
-    summary = asyncio.run(train(load_recipe("quickstart", {"evals.agreement": "none", "eval_every": 1000}), Options(tmp_path / "run")))
+    summary = asyncio.run(
+        train(load_recipe("quickstart", {"evals.agreement": "none", "evals.accuracy": "none"}), Options(tmp_path / "run"))
+    )
     before, after, teacher = (summary[name] for name in ("accuracy_before", "accuracy_after", "teacher_accuracy"))
-    assert {score["problems"] for score in (before, after, teacher)} == {500}
+    assert {(score["problems"], score["split"]) for score in (before, after, teacher)} == {(500, "test")}
     assert before["accuracy"] < 0.35
     assert after["accuracy"] >= 0.75
     assert teacher["accuracy"] >= 0.96

@@ -110,6 +110,7 @@ def test_a_recipe_runs_with_the_evaluations_it_ships_with(tiny_run: Callable[...
     """What training wants of teachers and sampler must not be missed where an evaluation asks them."""
     evals = to_table(load_recipe(recipe))["evals"]
     sizes = {"accuracy": {"problems": 2, "examples": 0}, "agreement": {"prompts": 2}, "teacher_accuracy": {"problems": 2}}
+    sizes["test_accuracy"] = {"problems": 2}
     group: dict[str, Any] = {"teachers__main__routes": ["even"], "teachers__times__routes": ["odd"]} if recipe == "uni_opd" else {}
     group |= {f"evals__{name}": {**table, **sizes[name]} for name, table in evals.items()}
     done = tiny_run(recipe, steps=1, prompts_per_step=2, task={"kind": "outside:Chat"}, **group)

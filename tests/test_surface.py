@@ -26,7 +26,7 @@ rewards       verifier
 learners      flow hf
 accelerators  extrapolate
 tasks         word_problems gsm8k jsonl mix glyphs
-evals         accuracy agreement foresight teacher_accuracy
+evals         accuracy agreement foresight teacher_accuracy test_accuracy
 schedules     constant linear cosine steps
 """
 
@@ -78,10 +78,11 @@ tasks.glyphs            domains=('digits','counts') largest_count=6 held_out=480
 tasks.jsonl             path=None dataset=None dataset_config=None dataset_split='train' keys=None validation=0.05 test=None
                         instruction='' grader='math' makes='text' route=None weight=1.0
 tasks.word_problems     operations=('add','sub') min_steps=2 max_steps=3 largest=50 longer=0 held_out=500 weight=1.0
-evals.accuracy          problems=500 samples=0 k=None temperature=1.0 max_tokens=None split='test' examples=8
-evals.agreement         prompts=128 teacher='main' bins=24 max_tokens=None split='test'
+evals.accuracy          problems=500 samples=0 k=None temperature=1.0 max_tokens=None split='validation' examples=8
+evals.agreement         prompts=128 teacher='main' bins=24 max_tokens=None split='validation'
 evals.foresight         percent=1.0 k=20 include=('attn','attention','mlp','ffn','.ff','feed_forward')
-evals.teacher_accuracy  teacher='main' problems=500 max_tokens=None split='test' examples=8
+evals.teacher_accuracy  teacher='main' problems=500 max_tokens=None split='validation' examples=8
+evals.test_accuracy     problems=500 max_tokens=None teacher='main' examples=0
 schedules.constant      value
 schedules.linear        start stop=None increment=None warmup=0 horizon=0
 schedules.cosine        peak floor=0.0 warmup=0 horizon=0

@@ -40,6 +40,7 @@ SCALE = {  # what every tiny run sets, before its own overrides
     "evals.accuracy": "none",
     "evals.agreement": "none",
     "evals.teacher_accuracy": "none",
+    "evals.test_accuracy": "none",
 }
 
 

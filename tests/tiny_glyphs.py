@@ -20,6 +20,7 @@ from reflux.types import FlowRollout, Group, Prompt, VelocityTarget, Wants
 NAMES = ("student", "digits", "counts")
 RECIPES = ("flow", "flow_sft", "flow_grpo")
 SIZES = {"accuracy": {"problems": 4, "examples": 1}, "agreement": {"prompts": 4}, "teacher_accuracy": {"problems": 4, "examples": 1}}
+SIZES["test_accuracy"] = {"problems": 4}
 NO_EVALS = {f"evals__{name}": "none" for name in SIZES}
 STEPS, EVAL_STEPS, TIMES = 4, 3, 5
 D = 256  # of a picture

@@ -34,6 +34,7 @@ from reflux.types import Group, Moment, Prompt, Wants
 if TYPE_CHECKING:
     from reflux.accelerators.base import OpenAccelerator
     from reflux.accelerators.score import Scorer
+    from reflux.evals.base import Eval
     from reflux.learners.base import OpenLearner
     from reflux.samplers.base import OpenSampler
     from reflux.tasks.grading import Graders
@@ -217,7 +218,7 @@ class Run:
                 if averaged:
                     await sampler.publish(learner.publish(), self.step)
                 for name, evaluation in self.cfg.evals.items():
-                    if not (evaluation.once and name in seen):
+                    if _is_asked(self, evaluation, name in seen):
                         results[name] = await evaluation(self, learner, sampler, teachers)
         finally:
             if averaged:  # also where an evaluation raised: the sampler goes on with the student's own weights
@@ -274,6 +275,13 @@ def choose_folder(recipe: str, out: str | Path | None, resume: bool) -> Path:
         return taken[-1]
     number = 1 + max((int(path.name.removeprefix(f"{recipe}-")) if path.name != recipe else 1 for path in taken), default=0)
     return Path("runs") / (recipe if number == 1 else f"{recipe}-{number}")
+
+
+def _is_asked(run: Run, evaluation: Eval, seen: bool) -> bool:
+    """Is it a moment for this evaluation? `seen`: it was asked before."""
+    if evaluation.asked == "ends":
+        return run.step == 0 or run.step >= run.cfg.steps
+    return not (evaluation.asked == "start" and seen)
 
 
 def _check_same(cfg: RunConfig, out: Path) -> None:

@@ -28,9 +28,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "method": method_of(run.cfg),
         "steps": run.step,
         "seconds": round(run.seconds, 2),
-        "accuracy_before": _score(evals[:1], "accuracy"),
-        "accuracy_after": _score(evals[-1:], "accuracy"),
-        "teacher_accuracy": _score(evals[:1], "teacher_accuracy"),
+        **reported(evals),
         "tokens_sampled_total": int(sum(run.totals[name] for name in TOKENS)),
         **{name: int(run.totals[name]) for name in TOKENS},
         "flops_total": run.totals["flops"],
@@ -40,6 +38,15 @@ def summarise(run: Run) -> dict[str, Any]:
     }
     files.write_text(path, json.dumps(table, indent=2) + "\n")
     return table
+
+
+def reported(evals: list[dict[str, Any]]) -> dict[str, Any]:
+    """The accuracies of a run: on test problems where it asked them, else those of the evaluations on the way. Each says its split."""
+    first, last = (dict(next(iter(rows), {})) for rows in (evals[:1], evals[-1:]))
+    tests = "test_accuracy" in first or "test_accuracy" in last
+    name = "test_accuracy" if tests else "accuracy"
+    teacher = first.get("test_accuracy", {}).get("teacher") if tests else first.get("teacher_accuracy")
+    return {"accuracy_before": _score(first.get(name)), "accuracy_after": _score(last.get(name)), "teacher_accuracy": _score(teacher)}
 
 
 def method_of(cfg: Any) -> str:
@@ -62,6 +69,5 @@ def commit() -> str | None:
     return found.stdout.strip() or None if found.returncode == 0 and "site-packages" not in here.parts else None
 
 
-def _score(rows: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
-    found = rows[0].get(name) if rows else None
+def _score(found: dict[str, Any] | None) -> dict[str, Any] | None:
     return {key: found.get(key) for key in _SCORE} if found else None

@@ -44,7 +44,7 @@ def test_the_average_is_held_while_evaluations_run_and_no_longer(tmp_path: Path,
     seen: list[tuple[str, str]] = []
 
     class Looks:
-        once = False
+        asked = "always"
 
         def __init__(self, fails: bool):
             self.fails = fails

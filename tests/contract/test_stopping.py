@@ -38,6 +38,7 @@ kind = "divergence"
 accuracy = "none"
 agreement = "none"
 teacher_accuracy = "none"
+test_accuracy = "none"
 """
 
 

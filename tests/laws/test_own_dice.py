@@ -29,6 +29,7 @@ ONLOOKERS: dict[str, dict[str, Any]] = {
     "evaluation": {"evals__accuracy": {"problems": 3, "samples": 2}, "evals__agreement": {"prompts": 4}, "eval_every": 1},
     "foresight": {"evals__foresight": {"k": 3}, "eval_every": 1},
     "teacher_accuracy": {"evals__teacher_accuracy": {"problems": 3}},
+    "test_accuracy": {"evals__test_accuracy": {"problems": 3}},
     "saving": {"save_every": 1, "keep_checkpoints": 3},
     "variance": {"log_variance": True},
     "tracker": {"track": {"kind": "tensorboard"}},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from reflux.checks import windows
 from reflux.config import RunConfig
 from reflux.errors import ConfigError, DataError
+from reflux.evals.problems import problems
 from reflux.parts import within
 
 
@@ -17,7 +18,7 @@ def inputs(cfg: RunConfig) -> None:
     if narrow := list(windows.problems(cfg)):
         raise ConfigError("\n".join(narrow))
     for name, evaluation in cfg.evals.items():
-        if evaluation.split is not None and next(cfg.task.prompts(evaluation.split, 0), None) is None:
+        if evaluation.split is not None and next(problems(cfg.task, evaluation.split), None) is None:
             raise DataError(
                 f"evals.{name}: the task has no prompts in its split '{evaluation.split}'; choose another split, or evals.{name}=none"
             )

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from reflux.config import RunConfig, Track, config_hash, load_recipe, to_toml
 from reflux.errors import DataError, RunError
-from reflux.evals.accuracy import HELD_OUT_SEED
+from reflux.evals.problems import problems
 from reflux.files import append_lines, jsonable, keep_lines, read_lines, write_text
 from reflux.rundir import Options, Run
 from reflux.tasks.base import Split, Task
@@ -144,7 +144,7 @@ def _held_out(path: Path, task: Task, split: Split) -> str | None:
     """The file of a split's prompts; None, and a note, where the task has none: only an evaluation needs them."""
     why = ""
     try:
-        prompts = list(task.prompts(split, HELD_OUT_SEED))
+        prompts = list(problems(task, split))
     except DataError as error:
         prompts, why = [], f" ({error})"
     if prompts:

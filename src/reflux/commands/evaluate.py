@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import tomllib
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from rich.console import Console
 
 from reflux.config import RunConfig, from_table, merge, nest, split_override, unpack
 from reflux.evals.accuracy import Accuracy
+from reflux.evals.problems import problems as test_problems
+from reflux.evals.problems import seen, told
 from reflux.models import load_tokenizer, local_folder
 from reflux.rundir import Options, Run
 from reflux.types import Wants
@@ -37,8 +40,10 @@ def evaluate_model(model: str, task: str | None, problems: int, samples: int, ma
     else:
         load_tokenizer(model, "MODEL")
     cfg = from_table(table)
-    asked = Accuracy(problems=problems, samples=samples, max_tokens=max_tokens or cfg.evaluation_positions, examples=0)
+    asked = Accuracy(problems=problems, samples=samples, max_tokens=max_tokens or cfg.evaluation_positions, split="test", examples=0)
     found = asyncio.run(_accuracy(cfg, asked))
+    if again := seen(cfg.task, list(islice(test_problems(cfg.task, "test"), problems))):
+        console.print(told(again), style="yellow", markup=False, highlight=False)
     for name, value in found.items():
         if name != "examples":
             console.print(f"{name:16} {_shown(value)}", markup=False, highlight=False)

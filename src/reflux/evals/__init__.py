@@ -5,4 +5,5 @@ EVALS = {
     "agreement": "reflux.evals.agreement:Agreement",
     "foresight": "reflux.evals.foresight:Foresight",
     "teacher_accuracy": "reflux.evals.teacher_accuracy:TeacherAccuracy",
+    "test_accuracy": "reflux.evals.test_accuracy:ReportedAccuracy",
 }

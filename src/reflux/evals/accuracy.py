@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic.dataclasses import dataclass
 
 from reflux.errors import DataError
-from reflux.evals.base import EvalPart
+from reflux.evals.base import Asked, EvalPart
 from reflux.evals.kinds import kind_of
+from reflux.evals.problems import problems
 from reflux.parts import STRICT
 from reflux.statistics import mean_interval, pass_at_k, wilson
 from reflux.tasks.base import Split
@@ -24,9 +25,8 @@ if TYPE_CHECKING:
     from reflux.samplers.base import OpenSampler
     from reflux.teachers.collection import Teachers
 
-HELD_OUT_SEED = 0  # the same problems in every run, whatever its seed
 Graded = list[tuple[Attempt, Reward]]  # the attempts at one problem
-# Names that no part of a verdict may take.
+# Names that no part of a verdict may take: those of this table and of `test_accuracy`'s.
 _OWN = {
     "problems",
     "split",
@@ -38,7 +38,9 @@ _OWN = {
     "samples",
     "parts",
     "examples",
-}  # names that no part may take
+    "seen",
+    "teacher",
+}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -60,14 +62,14 @@ class Accuracy(EvalPart):
     pixels a side), always the same ones, so that before and after can be set side by side.
     """
 
-    once: ClassVar[bool] = False
+    asked: ClassVar[Asked] = "always"
 
     problems: int = 500
     samples: int = 0
     k: int | None = None
     temperature: float = 1.0
     max_tokens: int | None = None
-    split: Split = "test"
+    split: Split = "validation"
     examples: int = 8
 
     def __post_init__(self) -> None:
@@ -95,7 +97,7 @@ class Accuracy(EvalPart):
 
     def prompts(self, run: Run) -> list[Prompt]:
         """What is asked. DataError where the split has no problems."""
-        prompts = list(islice(run.task.prompts(self.split, HELD_OUT_SEED), self.problems))
+        prompts = list(islice(problems(run.task, self.split), self.problems))
         if not prompts:
             raise DataError(f"eval accuracy: the task has no problems in its split '{self.split}'; choose another split")
         return prompts

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic.dataclasses import dataclass
 
-from reflux.evals.accuracy import HELD_OUT_SEED
-from reflux.evals.base import EvalPart
+from reflux.evals.base import Asked, EvalPart
 from reflux.evals.kinds import kind_of
+from reflux.evals.problems import problems
 from reflux.parts import STRICT
 from reflux.statistics import clustered_mean
 from reflux.tasks.base import Split
@@ -46,13 +46,13 @@ class Agreement(EvalPart):
     are attempts), for positions of one attempt are not independent. One attempt alone, also in a bin, has none: its ends are null.
     """
 
-    once: ClassVar[bool] = False
+    asked: ClassVar[Asked] = "always"
 
     prompts: int = 128
     teacher: str = "main"
     bins: int = 24
     max_tokens: int | None = None
-    split: Split = "test"
+    split: Split = "validation"
 
     def __post_init__(self) -> None:
         if min(self.prompts, self.bins, self.max_tokens or 1) < 1:
@@ -62,7 +62,7 @@ class Agreement(EvalPart):
         return unless_known(cfg, f"{where}.teacher", self.teacher) if cfg.teachers else ()
 
     async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
-        prompts = list(islice(run.task.prompts(self.split, HELD_OUT_SEED), self.prompts))
+        prompts = list(islice(problems(run.task, self.split), self.prompts))
         draw = Draw(run.step, "eval", self.max_tokens or run.cfg.evaluation_positions, cohort=len(prompts))
         groups = await together(sampler.sample(prompt, 1, draw) for prompt in prompts)
         await teachers.score(groups, run.moment())

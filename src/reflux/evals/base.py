@@ -6,7 +6,7 @@ A frozen value called with the open learner, sampler and teachers; the sampler h
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from reflux.part import Part
 from reflux.tasks.base import Split
@@ -18,12 +18,17 @@ if TYPE_CHECKING:
     from reflux.teachers.collection import Teachers
 
 
+# always: before the first step, every `eval_every` steps and after the last. start: before the first step alone, for what speaks of the
+# teacher. ends: before the first step and after the last.
+Asked = Literal["always", "start", "ends"]
+
+
 class EvalPart(Part, Protocol):
     """What an evaluation inherits."""
 
 
 class Eval(EvalPart, Protocol):
-    once: ClassVar[bool]  # True where it speaks of the teacher: asked before the first step, never again
+    asked: ClassVar[Asked]  # at which moments of a run
 
     @property
     def split(self) -> Split | None:

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from reflux import files
 from reflux.accelerators.extrapolate import EFFOPD, INCLUDE, moved
 from reflux.errors import ConfigError, RunError
-from reflux.evals.base import EvalPart
+from reflux.evals.base import Asked, EvalPart
 from reflux.evals.spectra import (
     K,
     alignment,
@@ -64,7 +64,7 @@ class Foresight(EvalPart):
     Nothing here is read by training (law 8). arXiv 2605.11739.
     """
 
-    once: ClassVar[bool] = False
+    asked: ClassVar[Asked] = "always"
     split = None
     max_tokens = None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic.dataclasses import dataclass
 
 from reflux.evals.accuracy import Accuracy, Graded
-from reflux.evals.base import EvalPart
+from reflux.evals.base import Asked, EvalPart
 from reflux.parts import STRICT
 from reflux.tasks.base import Split
 from reflux.teachers.names import heard, measured
@@ -33,12 +33,12 @@ class TeacherAccuracy(EvalPart):
     for an `own` teacher: it is the student, measured anyway. `max_tokens`, `split` and `examples` as in `accuracy`.
     """
 
-    once: ClassVar[bool] = True
+    asked: ClassVar[Asked] = "start"
 
     teacher: str = "main"
     problems: int = 500
     max_tokens: int | None = None
-    split: Split = "test"
+    split: Split = "validation"
     examples: int = 8
 
     def __post_init__(self) -> None:

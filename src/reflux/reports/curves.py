@@ -20,8 +20,12 @@ _OTHERS = (GREEN, PURPLE, GREY)
 
 
 def accuracy_chart(moments: list[Moment], teacher: Score | None) -> Chart:
-    """Share of problems solved, by step, with its 95 % interval, and the teacher's line."""
+    """Share of problems solved, by step, with its 95 % interval, and the teacher's line.
+
+    That is of the problems on the way where it was asked them. teacher: what it is reported to solve, drawn where nothing else is known.
+    """
     title = "Accuracy by step"
+    teacher = next((moment.teacher for moment in moments if moment.teacher is not None), teacher)
     first = main_name((name for moment in moments for name in moment.scores), "accuracy")
     if first is None:
         return Chart(title, absent="No accuracy was measured in this run (evals.jsonl has none), so there is no curve.")

@@ -1,0 +1,63 @@
+"""What a run reports: how many test problems the student solves before and after training, and how many its teacher."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from reflux.evals.accuracy import Accuracy
+from reflux.evals.base import Asked, EvalPart
+from reflux.evals.problems import seen, told
+from reflux.evals.teacher_accuracy import TeacherAccuracy
+from reflux.parts import STRICT
+from reflux.tasks.base import Split
+from reflux.teachers.names import measured
+
+if TYPE_CHECKING:
+    from reflux.config import RunConfig
+    from reflux.learners.base import OpenLearner
+    from reflux.rundir import Run
+    from reflux.samplers.base import OpenSampler
+    from reflux.teachers.collection import Teachers
+
+
+@dataclass(frozen=True, config=STRICT)
+class ReportedAccuracy(EvalPart):
+    """`accuracy` on test problems, before the first step and after the last one: the numbers of a run that are reported.
+
+    Nobody sees a test problem on the way, so nothing can be chosen by it: that is what `accuracy` on validation problems is for. The
+    problems are drawn with a seed that is used for nothing else (`reflux.evals.problems.TEST_SEED`), the same in every run.
+
+    The fields are those of `accuracy`. `teacher`: before the first step the same problems are asked of it as `teacher_accuracy` asks, and
+    what it solves stands under "teacher"; left out where no such teacher has a model of its own, or where teacher is "". A task whose test
+    problems are validation problems too, such as `jsonl` without a file `test`, is asked all the same: the run says so, and `seen` counts
+    them.
+    """
+
+    asked: ClassVar[Asked] = "ends"
+    split: ClassVar[Split] = "test"
+
+    problems: Annotated[int, Field(ge=1)] = 500
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    teacher: str = "main"
+    examples: Annotated[int, Field(ge=0)] = 0
+
+    async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
+        exam = Accuracy(problems=self.problems, max_tokens=self.max_tokens, split=self.split, examples=self.examples)
+        table = {**await exam.measure(run, sampler), "seen": seen(run.task, exam.prompts(run))}
+        if run.step:
+            return table
+        if table["seen"]:
+            run.services.listener.noted(told(table["seen"]))
+        if not _acts(run.cfg, self.teacher, teachers):
+            return table
+        ceiling = TeacherAccuracy(self.teacher, self.problems, self.max_tokens, self.split, self.examples)
+        return {**table, "teacher": await ceiling(run, learner, sampler, teachers)}
+
+
+def _acts(cfg: RunConfig, teacher: str, teachers: Teachers) -> bool:
+    """Has this teacher a model of its own that can be asked?"""
+    tables = [teachers.opened[table] for table in measured(cfg, teacher)]
+    return bool(tables) and all(part.acts_with(opened) is not None and not part.is_student for part, opened in tables)
