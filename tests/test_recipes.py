@@ -66,7 +66,7 @@ def test_a_recipe_fits_at_every_scale_of_its_kind(recipe: str, base: str, tmp_pa
     """Text recipes with text models, flow recipes with flow models; of the others it is said that they do not fit."""
     changes = {"base": base} | ({"task.path": two_prompts(tmp_path)} if base == "sd3" else {})
     if recipe == "rl" or (recipe in TEXTS) == (SCALES[base] is TokenRollout):  # a policy gradient of verdicts knows no kind
-        if base == "sd3" and load_recipe(recipe, changes).reward is not None:
+        if base == "sd3" and load_recipe(recipe, changes).rewards:
             with pytest.raises(ConfigError, match="nothing is ever judged"):
                 checks.join(load_recipe(recipe, changes))
             changes["task.grader"] = "outside:brightness"
