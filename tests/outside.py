@@ -21,7 +21,7 @@ from reflux.evals.base import Asked, EvalPart
 from reflux.learners.hf import HF as Learner
 from reflux.parts import STRICT
 from reflux.rewards.base import RewardPart
-from reflux.rollouts.environment import Observation
+from reflux.rollouts.environment import Environment, Observation, ToolError
 from reflux.samplers.hf import HF as HFSampler
 from reflux.tasks.base import TaskPart
 from reflux.teachers.base import TeacherPart
@@ -78,7 +78,11 @@ class Chat(TaskPart):
     def verify(self, prompt: Prompt, made: Any) -> float:
         return float(len(made) % 2)
 
-    def open_env(self, prompt: Prompt) -> Talkative | None:
+    @property
+    def multi_turn(self) -> bool:
+        return self.replies > 0
+
+    def open_env(self, prompt: Prompt) -> Environment | None:
         return Talkative(self.word, self.replies) if self.replies else None
 
 
@@ -91,6 +95,32 @@ class Talkative:
     async def step(self, message: Message) -> Observation:
         self.replies -= 1
         return Observation(({"role": "user", "content": self.word},)) if self.replies >= 0 else Observation(done=True)
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, config=STRICT)
+class Unruly(Chat):
+    """Of four prompts, the environment of the first is done at once, that of the second never; then a tool fails, and one hangs."""
+
+    @property
+    def multi_turn(self) -> bool:
+        return True
+
+    def open_env(self, prompt: Prompt) -> Environment | None:
+        return Misbehaving(int(prompt.id.rpartition("-")[2]) % 4)
+
+
+class Misbehaving:
+    def __init__(self, manner: int):
+        self.manner = manner
+
+    async def step(self, message: Message) -> Observation:
+        if self.manner == 2:
+            raise ToolError("no such tool")
+        if self.manner == 3:
+            await asyncio.sleep(3600)
+        return Observation(({"role": "user", "content": "go on"},), done=self.manner == 0, reward=float(len(message["content"])))
 
     async def close(self) -> None: ...
 
@@ -234,7 +264,7 @@ class Brief(RewardPart):
     silent: str = ""
 
     @asynccontextmanager
-    async def open(self, *known: Any) -> Any:
+    async def open(self, *known: Any) -> AsyncIterator[Any]:
         yield self
 
     async def score(self, group: Group) -> list[Reward]:

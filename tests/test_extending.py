@@ -83,6 +83,43 @@ def test_backwards_grades_and_never_repeats_a_training_word_when_it_tests() -> N
     assert task.verify(prompt, "") == task.verify(prompt, prompt.answer[::-1] + "x") == 0.0
 
 
+def test_hints_answer_a_wrong_word_and_pay_less_for_each() -> None:
+    import asyncio
+
+    task = part("turns:Hinted", letters=3, hints=2)
+    prompt = next(task.prompts("train", 0))
+
+    async def played(*texts: str) -> list[tuple[str, bool, float | None]]:
+        environment = task.open_env(prompt)
+        found = [await environment.step({"role": "assistant", "content": text}) for text in texts]
+        await environment.close()
+        return [("".join(message["content"] for message in seen.messages), seen.done, seen.reward) for seen in found]
+
+    answer = prompt.answer or ""
+    hints = [(f"No. It begins with {answer[:count]}.", False, None) for count in (1, 2)]
+    assert asyncio.run(played(f"It is {answer}")) == [("", True, 1.0)]
+    assert asyncio.run(played("", answer)) == [hints[0], ("", True, 0.5)]
+    assert asyncio.run(played("no", "nor this", "nor that")) == [*hints, ("", True, 0.0)]
+    assert task.verify(prompt, f"no\n{answer}") == 1.0
+    with pytest.raises(ValueError, match="hints"):
+        part("turns:Hinted", hints=0)
+
+
+def test_a_task_with_turns_runs_from_its_recipe(tmp_path: Path) -> None:
+    changes = {"steps": 1, "prompts_per_step": 2, "group_size": 4, "threads": 1, "evals.accuracy": "none"}
+    reflux.run(EXAMPLES / "my_lab" / "hinted.toml", changes, out=tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "attempts.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["kind"] == "attempt"]
+    several = [row for row in rows if not all(row["mask"])]
+    assert several
+    for row in several:
+        assert row["text"].count("\n") >= 1
+        assert [logp != 0 for logp, chosen in zip(row["logp"], row["mask"], strict=True) if not chosen] == [False] * row["mask"].count(0)
+    for row in rows:
+        assert (row["reward"] is None) == (row["finish"] == "length")
+        assert row["reward"] in (None, 0.0, 1 / 3, 0.5, 1.0)
+
+
 @pytest.mark.parametrize(("share", "expected"), [(0.0, {True}), (1.0, {False}), (0.5, {True, False})])
 def test_mixed_takes_stored_answers_at_the_other_steps(tiny_run: Callable[..., Any], share: float, expected: set[bool]) -> None:
     """A step is stored or the student's own as a whole."""
@@ -139,6 +176,7 @@ def test_list_shows_the_parts_of_a_package(capsys: pytest.CaptureFixture[str]) -
         "my_lab.objectives:Jeffreys",
         "my_lab.credit:Surprise",
         "my_lab.tasks:Backwards",
+        "my_lab.turns:Hinted",
     ]
     assert "Factor 1 where the sampled token surprises the teacher" in captured.get()
     with console.capture() as captured:

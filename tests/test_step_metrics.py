@@ -39,3 +39,26 @@ def test_a_teacher_is_billed_for_what_it_read(tiny_run: Callable[..., Any]) -> N
     )
     assert same["teach"] == same["sample"]
     assert told["sample"] < told["teach"] < peers["teach"]
+
+
+def test_attempts_are_counted_by_how_they_ended(tiny_run: Callable[..., Any]) -> None:
+    """Those that a tool or a limit of time ended keep their weight, are read by the teacher, and are judged by nobody."""
+    limits = {"sampler__max_tokens": 60, "sampler__max_turns": 2, "sampler__environment_timeout_s": 0.05}
+    settings: dict[str, Any] = {"steps": 2, "group_size": 2, "task": {"kind": "outside:Unruly"}, "rewards__verifier": {"kind": "verifier"}}
+    done = tiny_run("opd", **settings, **limits)
+    arrived = [row for row in done.rows("attempts") if row["kind"] == "attempt"]
+    learned = [row for row in done.rows("attempts") if row["kind"] == "learned"]
+    unjudged = {"tool_error": "a tool of the environment failed", "timeout": "the environment took too long"}
+    assert {row["finish"] for row in arrived} >= {"stop", "max_turns", *unjudged}
+    for row, after in zip(arrived, learned, strict=True):
+        assert row.get("error") == unjudged.get(row["finish"])
+        assert (row["reward"] is None) == (row["finish"] in unjudged)
+        assert after["weight"] == row["mask"]
+        assert len(after["teacher_logp"]["main"]) == len(row["mask"])
+    for row in done.rows("metrics"):
+        ended = [each["finish"] for each in arrived if each["step"] == row["step"]]
+        counts = {finish: ended.count(finish) for finish in ("stop", "length", "error", "max_turns", "tool_error", "timeout")}
+        assert row["finishes"] == counts
+        assert row["truncated"] == counts["length"] / 8
+        assert row["ungraded"] == counts["tool_error"] + counts["timeout"]
+        assert row["errors"] == 0

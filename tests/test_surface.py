@@ -22,7 +22,7 @@ teachers      flow local own
 contexts      same peers privileged
 objectives    sampled_kl divergence nll outcome velocity_kl
 credit        prefix position outcome release margin balance
-rewards       verifier
+rewards       verifier environment
 learners      flow hf
 accelerators  extrapolate
 tasks         word_problems gsm8k jsonl mix glyphs
@@ -65,6 +65,7 @@ credit.margin           delta=0.4 mode='mean' direction='spread' action='shift' 
 credit.balance          ratio=1.0 threshold=0.5
 credit.release          k=4 min_segments=8 min_side=3 min_gain=0.0 segments='sentences' rescale=True candidates='said' teacher='main'
 rewards.verifier        timeout_s=10.0 workers=1 weight=1.0
+rewards.environment     weight=1.0
 accelerators.extrapolate
                         tries=5 prompts=50 samples=1 accept='better' rescore_incumbent=False score='accuracy' teacher='main'
                         max_tokens=None include=('attn','attention','mlp','ffn','.ff','feed_forward')

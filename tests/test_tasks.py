@@ -140,6 +140,17 @@ def test_jsonl_reads_all_fields(tmp_path: Path) -> None:
     assert second == Prompt(id="train/3", messages=(chat[0], {"role": "user", "content": "hi\n\nGo."}), route="b")
 
 
+def test_jsonl_keeps_tool_calls_and_their_answers(tmp_path: Path) -> None:
+    call = {"type": "function", "id": "c", "function": {"name": "add", "arguments": "{}"}}
+    chat = [
+        {"role": "user", "content": "2+3?", "other": 1},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "5", "tool_call_id": "c", "name": "add"},
+    ]
+    (prompt,) = take(Jsonl(write(tmp_path / "own.jsonl", {"messages": chat}), validation=0.0), "train", 1)
+    assert prompt.messages == ({"role": "user", "content": "2+3?"}, {"content": None, **chat[1]}, chat[2])
+
+
 def test_jsonl_takes_other_columns_and_files_of_their_own(tmp_path: Path) -> None:
     train, validation, test = (write(tmp_path / f"{name}.jsonl", {"question": name}) for name in ("train", "validation", "test"))
     task = Jsonl(train, keys={"prompt": "question"}, validation=validation, test=test)
@@ -175,6 +186,8 @@ BAD_LINES = [
     ({"messages": "a"}, "has no list of"),
     ({"messages": [{"role": "user"}]}, "has no list of"),
     ({"messages": [{"role": "user", "content": [1]}]}, "has no list of"),
+    ({"messages": [{"role": "user", "content": None, "tool_calls": [{}]}]}, "has no list of"),
+    ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}, {"role": "user", "content": "a"}]}, "has no list of"),
     ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "move it to 'references'"),
     ({"prompt": "a", "answer": ["1"]}, "field 'answer'"),
     ({"prompt": "a", "answer": " "}, "field 'answer'"),

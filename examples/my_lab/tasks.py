@@ -50,9 +50,6 @@ class Backwards(TaskPart):
             raise ValueError(f"prompt {prompt.id} has no answer to compare with")
         return float(made.split()[-1:] == [prompt.answer])
 
-    def open_env(self, prompt: Prompt) -> None:
-        """A word is answered in one turn."""
-
     def _word(self, dice: random.Random) -> str:
         return "".join(dice.choices("abcdefghijklmnopqrstuvwxyz", k=self.letters))
 

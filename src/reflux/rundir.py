@@ -81,7 +81,8 @@ class Run:
         self.seed, self.task, self.step = cfg.seed, cfg.task, step
         self.resumed = step if options.resume else None
         self.stopping = False
-        self.services = Services(cfg.learner.student, overlap=cfg.max_lag > 0, listener=options.watch, append=self._append)
+        overlap = cfg.max_lag > 0 or cfg.sampler.overlaps
+        self.services = Services(cfg.learner.student, overlap=overlap, listener=options.watch, append=self._append)
         self.totals: dict[str, float] = dict.fromkeys((*TOKENS, "flops", "seconds"), 0)
         if step:
             self.totals |= checkpoints.read_plain(checkpoints.of_step(self.dir / "checkpoints", step) / "run")

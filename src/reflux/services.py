@@ -40,7 +40,8 @@ def _unwritten(name: str, row: Mapping[str, Any]) -> None:
 class Services:
     """Timers, an executor for model work, things of which one is enough, graders, the student's tokenizer and the output heads.
 
-    overlap: sampling and learning overlap (staleness above 0), so model work leaves the event loop's thread. append(name, row): a line of
+    overlap: sampling overlaps with learning (staleness above 0) or with environments that answer meanwhile, so model work leaves the event
+    loop's thread. append(name, row): a line of
     the file `name` of the run directory; lines with a `step` after the checkpoint are cut off when the run is resumed.
     """
 
@@ -67,9 +68,9 @@ class Services:
         return self._closing.enter_context(Graders())
 
     async def run_model(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Run model work: beside the event loop where sampling and learning overlap, else right here.
+        """Run model work: beside the event loop where something overlaps with it, else right here.
 
-        Without staleness nothing could overlap, and a second thread would bring a second OpenMP team: on few cores both then sleep and wake
+        Elsewhere nothing could overlap, and a second thread would bring a second OpenMP team: on few cores both then sleep and wake
         at every operation (measured on 2 cores: decoding takes 1.8 times as long).
         """
         if self._threads is None:

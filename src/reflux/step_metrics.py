@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from reflux.accounting import Landed, Work, flops
 from reflux.distance import generated_kl, trained_kl
 from reflux.metrics import Mean, Stats, merge
 from reflux.step import StepResult
-from reflux.types import Attempt, Group, Share
+from reflux.types import Attempt, Finish, Group, Share
 
 if TYPE_CHECKING:
     from reflux.learners.base import OpenLearner
@@ -45,6 +45,7 @@ def step_metrics(run: Run, result: StepResult, groups: Sequence[Group], learner:
         **({"tokens_scored": spent.sampled, "tokens_discarded": discarded.sampled} if spent else {}),
         "response_tokens_mean": Mean.of([a.rollout.mask_T.sum() for a in live]).value,
         "truncated": Mean.of([a.rollout.finish == "length" for a in live]).value,
+        "finishes": {finish: sum(a.rollout.finish == finish for a in attempts) for finish in get_args(Finish)},
         "errors": len(attempts) - len(live),
         "silent": _silent(live, teachers),
         "asked": {table: len(heard) for table, heard in by_table.items()},

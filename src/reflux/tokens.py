@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from reflux.errors import ModelError
 from reflux.types import Message
@@ -37,7 +38,7 @@ class Renderer:
 
     def text(self, messages: Sequence[Message], begin_turn: bool = True) -> str:
         """The prompt as text, control tokens in the contents broken; `begin_turn` opens the assistant's turn, the suffix included."""
-        framed = self._framed([{**message, "content": self.data(message["content"])} for message in messages], begin_turn)
+        framed = self._framed([self._message(message) for message in messages], begin_turn)
         return framed + self._ending if begin_turn else framed
 
     @functools.cached_property
@@ -59,6 +60,17 @@ class Renderer:
         opened = self._framed([{"role": "user", "content": "a"}], True)
         return "" if opened.endswith(self.suffix) or opened.rstrip().endswith(self.suffix.strip() or self.suffix) else self.suffix
 
+    def _message(self, message: Message) -> Message:
+        return {key: value if key == "role" else self._plain(value) for key, value in message.items()}
+
+    def _plain(self, value: Any) -> Any:
+        """Control tokens broken in every text that `value` holds: names, ids and arguments of tool calls are data as contents are."""
+        if isinstance(value, str):
+            return self.data(value)
+        if isinstance(value, Mapping):
+            return {self._plain(key): self._plain(item) for key, item in value.items()}
+        return [self._plain(item) for item in value] if isinstance(value, list | tuple) else value
+
     def data(self, content: str, but: Collection[str] = ()) -> str:
         """`content` with a space after the first character of every control token in it, except those in `but`; one character: a space."""
         broken = self._control.sub(lambda found: found[0] if found[0] in but else _broken(found[0]), content)
@@ -66,15 +78,25 @@ class Renderer:
 
     @functools.cached_property
     def _control(self) -> re.Pattern[str]:
-        turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
-        tokens = control_tokens(self.tokenizer, self._framed(turns, False) if self.tokenizer.chat_template is not None else "")
-        return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+        return re.compile("|".join(map(re.escape, control_tokens(self.tokenizer, self._frames()))) or r"(?!)")
+
+    def _frames(self) -> str:
+        """What the template writes around turns, and around tool calls and their answers where it knows them."""
+        if self.tokenizer.chat_template is None:
+            return ""
+        frames = self._framed([{"role": role, "content": "a"} for role in ("user", "assistant", "user")], False)
+        try:
+            return frames + self._framed(_CALLED, False)
+        except (TemplateError, TypeError):
+            return frames
 
     def _framed(self, messages: Sequence[Message], begin_turn: bool) -> str:
         messages = list(messages)
         if self.system and not any(message["role"] == "system" for message in messages):
             messages = [{"role": "system", "content": self.system}, *messages]
         if self.tokenizer.chat_template is None:
+            if any(message.get("tool_calls") for message in messages):
+                raise ModelError("the model has no chat template, so tool calls cannot be shown to it: write them into the content")
             return "\n".join(message["content"] for message in messages)
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=begin_turn, **self.template)
 
@@ -104,10 +126,11 @@ class Renderer:
         stop = next((place for place, i in enumerate(ids) if i in ends), None)
         return [*ids, ends[0]] if stop is None else ids[: stop + 1]
 
-    def reply_ids(self, before: Sequence[Message], replies: Sequence[Message]) -> list[int]:
+    def reply_ids(self, before: Sequence[Message], replies: Sequence[Message], closed: bool = True) -> list[int]:
         """The ids that follow an ended assistant turn: what tools or users say, and the opening of the next turn.
 
-        `before` ends with the assistant's turn. Refused where the template rewrites earlier turns (the text would not continue).
+        `before` ends with the assistant's turn. closed: its tokens hold the end token; otherwise (a stop text ended it) the ids begin with
+        what the template writes there. Refused where the template rewrites earlier turns (the text would not continue).
         """
         start, whole = self.text(before, begin_turn=False), self.text([*before, *replies])
         if not whole.startswith(start.rstrip()):
@@ -116,7 +139,13 @@ class Renderer:
                 "that were sampled. Choose template arguments that keep them (for example thinking kept in the history)."
             )
         # Trailing white space after the end token belongs to what follows: the student stopped at the end token itself.
-        return self.tokenizer(whole[len(start.rstrip()) :], add_special_tokens=False)["input_ids"]
+        rest = whole[len(start.rstrip()) :]
+        return self.tokenizer(rest if closed else self._closing + rest, add_special_tokens=False)["input_ids"]
+
+    @functools.cached_property
+    def _closing(self) -> str:
+        """What the template writes after an assistant's text; white space at its end belongs to what follows."""
+        return self._framed(_ENDED, False).partition(_MARKER)[2].rstrip()
 
 
 def control_tokens(tokenizer: Any, frame: str) -> tuple[str, ...]:
@@ -137,6 +166,14 @@ def _broken(token: str) -> str:
 
 
 _ORDINARY = re.compile(r"\s+|\w+|.|</?\w+>")
+_MARKER = "reflux end of turn"
+_ENDED: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARKER}]
+_CALL = {"type": "function", "id": "a", "function": {"name": "a", "arguments": {"a": "a"}}}
+_CALLED: list[Message] = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "tool", "content": "a", "tool_call_id": "a", "name": "a"},
+]
 
 
 def end_ids(tokenizer: Any, generation: Any = None) -> tuple[int, ...]:
@@ -155,9 +192,7 @@ def end_ids(tokenizer: Any, generation: Any = None) -> tuple[int, ...]:
 
 def _template_end(tokenizer: Any) -> list[int]:
     """The first special token after an assistant's text in the template, if there is one."""
-    marker = "reflux end of turn"
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
-    _, found, after = tokenizer.apply_chat_template(turns, tokenize=False).partition(marker)
+    _, found, after = tokenizer.apply_chat_template(_ENDED, tokenize=False).partition(_MARKER)
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
     return [i for i in ids[:1] if i in set(tokenizer.all_special_ids)]
 

@@ -33,7 +33,8 @@ Message = dict[str, Any]
 Purpose = Literal["train", "eval", "score"]
 # "error": nothing was sampled. The last three come from an environment: its attempt is kept as far as it went.
 Finish = Literal["stop", "length", "error", "max_turns", "tool_error", "timeout"]
-UNJUDGED: tuple[Finish, ...] = ("error", "tool_error", "timeout")  # what is no fault of the student gets no verdict
+# What is no fault of the student gets no verdict. Its choices are real and keep their weight; an "error" has none.
+UNJUDGED: tuple[Finish, ...] = ("error", "tool_error", "timeout")
 Target = SampledTarget | TopKTarget | HiddenTarget | VelocityTarget
 
 

@@ -39,6 +39,11 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
         {"sampler.temperature": 0.7},
         "make on-policy estimators biased. Use 1 and 1, or say sampler.allow_biased = true",
     ),
+    "bit for bit as it comes": (
+        "opd",
+        {"deterministic": True, "sampler.turns": "ready"},
+        "deterministic = true asks for a run that repeats bit for bit, and sampler 'hf' as it is set depends on timing. Set sampler.turns",
+    ),
     "top_p": ("opd", {"sampler.top_p": 0.9}, "top_p = 0.9"),
     "policy gradient on given answers": ("sft", {"objectives": [{"kind": "outcome"}], **OUTCOME}, "gives answers it did not draw"),
     "no ratio with lag": ("opd", {"objectives.0.ratio": "none", "max_lag": 1}, 'ratio = "none" is biased on attempts of an older student'),

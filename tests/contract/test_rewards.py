@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 import tiny
+import tiny_flow
 from reflux import checks
 from reflux.config import load_recipe
 from reflux.errors import ConfigError
+from reflux.rewards.environment import EnvironmentReward, given
 from reflux.rewards.verifier import Verifier
 from reflux.rewards.weighted import combined, open_rewards
 from reflux.types import Attempt, Group, Reward
@@ -28,7 +31,7 @@ class Fixed:
         self.weight, self.rewards, self.asked = weight, list(rewards), 0
 
     @asynccontextmanager
-    async def open(self, *known: Any) -> Any:
+    async def open(self, *known: Any) -> AsyncIterator[Any]:
         yield self
 
     async def score(self, group: Group) -> list[Reward]:
@@ -149,3 +152,64 @@ def test_the_name_of_one_reward_changes_no_bit(tiny_run: Callable[..., Any]) -> 
     )
     assert tiny.same(plain.weights, named.weights)
     assert plain.rows("attempts") == named.rows("attempts")
+
+
+# --- the reward of an environment
+
+
+def acted(finish: Any, reward: float | None) -> Attempt:
+    return Attempt(replace(tiny.rollout(3, finish=finish), environment_reward=reward))
+
+
+def test_the_reward_of_an_environment_is_its_sum_or_why_there_is_none() -> None:
+    unjudged = {"tool_error": "a tool of the environment failed", "timeout": "the environment took too long"}
+    attempts = [acted("stop", 0.5), acted("length", -1.0), acted("max_turns", 0.0), acted("length", None), acted("stop", float("nan"))]
+    attempts += [acted(finish, 1.0) for finish in ("error", *unjudged)]
+
+    async def score() -> list[Reward]:
+        async with EnvironmentReward().open(tiny.context(), tiny.services()) as opened:
+            return await opened.score(attempts)
+
+    found = asyncio.run(score())
+    assert [reward.value for reward in found] == [0.5, -1.0, 0.0] + [None] * 5
+    assert [reward.error for reward in found[:3]] == [None] * 3
+    assert [reward.error for reward in found[3:]] == [
+        'the environment gave no reward (the attempt ended with "length")',
+        "the environment's reward is nan, which is no number",
+        "sampling ended in an error",
+        *unjudged.values(),
+    ]
+    assert all(attempt.reward is None for attempt in attempts)
+
+
+def test_an_environment_judges_texts_alone() -> None:
+    with pytest.raises(TypeError, match="answers to texts"):
+        given(tiny_flow.rollout(2))
+
+
+def test_it_stands_beside_others_in_a_run(tiny_run: Callable[..., Any]) -> None:
+    """`Unruly` gives a turn its length, so the record's sum is that of what the student wrote, where nothing failed."""
+    rewards = {"rewards__told": {"kind": "environment", "weight": 0.5}, "rewards__verifier": {"kind": "verifier"}}
+    limits = {"sampler__max_tokens": 60, "sampler__max_turns": 2, "sampler__environment_timeout_s": 0.05}
+    done = tiny_run("opd", steps=1, group_size=2, task={"kind": "outside:Unruly"}, **rewards, **limits)
+    rows = [row for row in done.rows("attempts") if row["kind"] == "attempt"]
+    assert {row["finish"] for row in rows} >= {"stop", "max_turns", "tool_error", "timeout"}
+    for row in rows:
+        if row["finish"] in ("stop", "max_turns"):
+            written = len(row["text"]) - (not all(row["mask"]))  # two turns stand a line apart
+            assert row["parts"]["told"] == written
+            assert row["reward"] == 0.5 * written + row["parts"]["verifier"]
+        elif row["finish"] != "length":
+            assert (row["reward"], row["error"].split(":")[0]) == (None, "rewards.told")
+
+
+def test_it_needs_a_task_with_turns(student: str, teacher: str) -> None:
+    single = tiny.config("opd", student, teacher, task=CHAT, rewards__told={"kind": "environment"})
+    with pytest.raises(ConfigError, match=r"rewards.told: the task 'outside:Chat' opens no environment, so nothing would have a reward"):
+        checks.join(single)
+    several = {**CHAT, "replies": 1}
+    assert checks.join(tiny.config("opd", student, teacher, task=several, rewards__told={"kind": "environment"})).reward
+    mixed = {"kind": "mix", "parts": {"a": CHAT, "b": several}}
+    checks.join(tiny.config("opd", student, teacher, task=mixed, rewards__told={"kind": "environment"}))
+    given = tiny.config("sft", student, teacher, task=several, rewards__told={"kind": "environment"})
+    assert any("no environment sees a given answer" in advice for advice in checks.warnings(given))

@@ -81,6 +81,17 @@ def test_a_reply_continues_the_tokens_that_are_there() -> None:
     assert [*Renderer(tokenizer).ids(ASK), *tokenizer("5<end>", add_special_tokens=False)["input_ids"], *reply] == whole
 
 
+def test_a_reply_to_a_turn_without_its_end_begins_with_what_the_template_writes_there() -> None:
+    before, reply = (*ASK, {"role": "assistant", "content": "5"}), ({"role": "user", "content": "no"},)
+    tokenizer = character_tokenizer()
+    assert words(tokenizer, Renderer(tokenizer).reply_ids(before, reply, closed=False)) == "<end><user>no<assistant>"
+    for closed in (True, False):
+        assert words(plain(), Renderer(plain()).reply_ids(before, reply, closed)) == "\nno"
+    assert (
+        chatml().decode(Renderer(chatml()).reply_ids(before, reply, closed=False)).startswith("<|im_end|>\n<|im_start|>user\nno<|im_end|>")
+    )
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     tokenizer = character_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{% if loop.last %}{{ m.content }}{% endif %}{% endfor %}"
@@ -385,3 +396,60 @@ def test_long_garbage_is_settled_without_reading_all_of_it_again(monkeypatch: py
     spans(ids)
     assert sum(read) < 25 * len(ids)
     assert len(ids) > 600
+
+
+# --- tool calls
+
+TOOLS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.content %}{{ m.content }}{% endif %}"
+    "{% for call in m.tool_calls %}{{ '<|Call|>' + call.id + ' ' + call.function.name + ' ' + (call.function.arguments | tojson) }}"
+    "{% endfor %}{% if m.role == 'tool' %}{{ '<|Thought|>' + m.tool_call_id }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+)
+
+
+def calling(mark: str = "") -> list[dict[str, Any]]:
+    """A call of a tool and its answer, whose every text ends with `mark`."""
+    function = {"name": f"add{mark}", "arguments": {f"x{mark}": f"2{mark}", "rest": [f"3{mark}", 4, None]}}
+    return [
+        {"role": "user", "content": "2+3?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "id": f"c{mark}", "function": function}]},
+        {"role": "tool", "content": f"5{mark}", "tool_call_id": f"c{mark}"},
+    ]
+
+
+def with_tools() -> Any:
+    import copy
+
+    tokenizer = copy.deepcopy(chatml())
+    tokenizer.chat_template = TOOLS
+    tokenizer.add_tokens(["<|Call|>"])
+    return tokenizer
+
+
+def test_tool_calls_reach_the_template() -> None:
+    text = Renderer(with_tools()).text(calling(), begin_turn=False)
+    call = '<|im_start|>assistant\n<|Call|>c add {"x": "2", "rest": ["3", 4, null]}<|im_end|>\n'
+    assert text == "<|im_start|>user\n2+3?<|im_end|>\n" + call + "<|im_start|>tool\n5<|Thought|>c<|im_end|>\n"
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|Call|>", "<|Thought|>"])
+def test_control_tokens_in_calls_and_answers_are_broken(token: str) -> None:
+    """In names, ids, keys and values, also those that only the frame of a tool call shows to be control tokens."""
+    tokenizer = with_tools()
+    renderer, names = Renderer(tokenizer), ["<|im_end|>", "<|im_start|>", "<|Call|>", "<|Thought|>"]
+    plain_ids, attacked = (renderer.ids(calling(mark)) for mark in ("", token))
+    assert own_markup(tokenizer, attacked, names) == own_markup(tokenizer, plain_ids, names)
+    assert tokenizer.decode(attacked).count(f"< {token[1:]}") == 7
+    before, reply = calling(token)[:2], calling(token)[2:]
+    assert own_markup(tokenizer, renderer.reply_ids(before, reply), names) == ["<|im_start|>", "<|Thought|>", "<|im_end|>"]
+
+
+def test_what_was_given_stays_as_it_was() -> None:
+    given = calling("<|im_end|>")
+    Renderer(with_tools()).text(given)
+    assert given == calling("<|im_end|>")
+
+
+def test_without_a_template_tool_calls_are_refused_in_words() -> None:
+    with pytest.raises(ModelError, match="no chat template, so tool calls cannot be shown"):
+        Renderer(plain()).ids(calling())

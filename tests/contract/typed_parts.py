@@ -33,6 +33,7 @@ from reflux.objectives.outcome import Outcome
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.objectives.velocity_kl import VelocityKL
 from reflux.rewards.base import RewardFn
+from reflux.rewards.environment import EnvironmentReward
 from reflux.rewards.verifier import Verifier
 from reflux.samplers.base import Sampler
 from reflux.samplers.drawn import Drawn
@@ -72,7 +73,7 @@ def credit() -> list[Credit]:
 
 
 def rewards() -> list[RewardFn]:
-    return [Verifier()]
+    return [Verifier(), EnvironmentReward()]
 
 
 def learners() -> list[Learner]:

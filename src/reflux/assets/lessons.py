@@ -57,6 +57,10 @@ class Shown(TaskPart):
     def verify(self, prompt: Prompt, made: Any) -> float | Reward:
         return self.task.verify(prompt, made)
 
+    @property
+    def multi_turn(self) -> bool:
+        return self.task.multi_turn
+
     def open_env(self, prompt: Prompt) -> Environment | None:
         return self.task.open_env(prompt)
 

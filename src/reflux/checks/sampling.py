@@ -12,6 +12,11 @@ from reflux.types import FlowRollout, TokenRollout
 def problems(cfg: RunConfig) -> Iterator[str]:
     yield from _lengths(cfg)
     yield from _sampling(cfg)
+    if cfg.deterministic and not cfg.sampler.exact_rng:
+        yield (
+            f"deterministic = true asks for a run that repeats bit for bit, and sampler '{kind_of('samplers', cfg.sampler)}' as it is set "
+            f'depends on timing. Set sampler.turns = "together", or leave deterministic out.'
+        )
 
 
 def _lengths(cfg: RunConfig) -> Iterator[str]:

@@ -1,3 +1,6 @@
 """Who says how good an attempt was."""
 
-REWARDS = {"verifier": "reflux.rewards.verifier:Verifier"}
+REWARDS = {
+    "verifier": "reflux.rewards.verifier:Verifier",
+    "environment": "reflux.rewards.environment:EnvironmentReward",
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,7 @@ class Conversation:
     tokens_left: int  # that the student may still write
     environment: Environment | None = None
     turns: list[Turn] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)  # what the student wrote, turn by turn
     replies: list[list[int]] = field(default_factory=list)
     reward: float | None = None  # of the environment, summed
     # "length" until a turn ends by itself.
@@ -32,10 +34,17 @@ class Conversation:
         """All tokens so far, in order."""
         return self.prompt_ids + [i for turn, reply in self._pieces() for i in turn.tokens + reply]
 
-    @property
-    def texts(self) -> list[str]:
-        """What the student wrote, turn by turn."""
-        return [message["content"] for message in self.messages[len(self.prompt.messages) :] if message["role"] == "assistant"]
+    def add_turn(self, turn: Turn, text: str) -> None:
+        self.turns.append(turn)
+        self.texts.append(text)
+        self.messages.append({"role": "assistant", "content": text})
+        self.tokens_left -= len(turn.tokens)
+        self.finish = turn.finish
+
+    def add_reply(self, ids: list[int], messages: Sequence[Message], tokens_left: int) -> None:
+        self.replies.append(ids)
+        self.messages += messages
+        self.tokens_left = tokens_left
 
     @property
     def read(self) -> int:
@@ -53,7 +62,7 @@ class Conversation:
     def rollout(self, version: int, spans_T2: np.ndarray | None) -> TokenRollout:
         """The finished attempt. `version` is that of an attempt without a turn."""
         pieces = self._pieces()
-        logp_T, raw_T = self._column("logp_T"), self._column("raw_T")
+        logp_T, raw_T = self._column(lambda turn: turn.logp_T), self._column(lambda turn: turn.raw_T)
         mask = [chosen for turn, reply in pieces for chosen in [True] * len(turn.tokens) + [False] * len(reply)]
         return TokenRollout(
             prompt=self.prompt,
@@ -77,8 +86,9 @@ class Conversation:
         """Each turn with the ids that follow it; the last one may have none yet."""
         return list(zip(self.turns, [*self.replies, []], strict=False))
 
-    def _column(self, name: str) -> np.ndarray:
-        parts = [part for turn, reply in self._pieces() for part in (getattr(turn, name), np.zeros(len(reply)))]
+    def _column(self, of: Callable[[Turn], np.ndarray]) -> np.ndarray:
+        """One number a position, float32; 0 where the student did not choose."""
+        parts = [part for turn, reply in self._pieces() for part in (of(turn), np.zeros(len(reply)))]
         return np.concatenate([np.zeros(0), *parts]).astype(np.float32)
 
 

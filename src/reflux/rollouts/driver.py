@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -11,10 +12,12 @@ import numpy as np
 
 from reflux.context import PartContext
 from reflux.errors import DataError
+from reflux.rollouts.calls import EnvironmentCalls, Open, ended
 from reflux.rollouts.conversation import Conversation
-from reflux.rollouts.environment import Observation, ToolError
+from reflux.rollouts.environment import Environment, Observation
 from reflux.rollouts.turns import Generator, TurnRequest
 from reflux.samplers.noise import row_key
+from reflux.services import Deaf, Listener
 from reflux.tokens import CharacterSpans, Renderer, special_ids
 from reflux.types import Attempt, Draw, Group, Prompt, TokenRollout, Wants
 
@@ -35,9 +38,13 @@ class Limits:
 class Driver:
     """`play` gives the groups of one cohort.
 
+    end_ids: those that end a turn of the generator. A turn that a stop text ended has none; what the template writes there is read before
+    the reply. listener: is told of the first failure of each kind.
+
     turns "together": a turn is generated for all attempts that go on at once, when the last environment has answered, so the composition of
     every batch is the same in every run. "ready": a turn is generated for those that are answered, and a slow tool holds up its own attempt
-    alone; batches then depend on timing, and with them the last digits of log-probs.
+    alone; batches then depend on timing, and with them the last digits of log-probs. In both, requests are in the order of prompts and
+    samples.
     """
 
     def __init__(
@@ -47,57 +54,69 @@ class Driver:
         end_ids: Collection[int],
         context: PartContext,
         limits: Limits,
+        *,
         turns: Literal["together", "ready"] = "together",
+        listener: Listener | None = None,
     ):
-        """`end_ids` are those that end a turn of the generator."""
-        self.generator, self.tokenizer, self.context, self.limits = generator, tokenizer, context, limits
+        self.generator, self.context, self.limits, self.end_ids = generator, context, limits, end_ids
         student = context.student
         self.renderer = Renderer(tokenizer, student.system, student.template, student.prompt_suffix)
         self.spans = CharacterSpans(tokenizer)
         self.special = sorted(special_ids(tokenizer, end_ids))
-        self._until = asyncio.ALL_COMPLETED if turns == "together" else asyncio.FIRST_COMPLETED
+        self.environments = EnvironmentCalls(context.task, limits.environment_timeout_s, listener or Deaf())
+        # Together: all of them, or the first exception, which ends the play.
+        self._until = asyncio.FIRST_EXCEPTION if turns == "together" else asyncio.FIRST_COMPLETED
 
     async def play(self, asked: Sequence[Asked], version: int) -> list[Group]:
-        """One group per prompt, in order; all of `asked` are sampled in one way. `version` is that of attempts without any turn."""
+        """One group per prompt, in order. `version` is that of attempts without any turn.
+
+        ValueError where the attempts are not all to be sampled in one way. What an environment raises, but for ToolError, ends the play.
+        """
         draw = asked[0][2]
-        groups = [[self._begin(prompt, sample, draw) for sample in range(n)] for prompt, n, _ in asked]
-        every = [one for group in groups for one in group]
-        try:
-            await self._play([one for one in every if one.finish != "error"], draw)
-        finally:
-            await asyncio.gather(*(one.environment.close() for one in every if one.environment is not None))
+        if any(other != draw for _, _, other in asked):
+            raise ValueError("the attempts of one cohort are sampled in one way, and these were asked for in several")
+        async with self.environments.opened() as open_env:
+            groups = [self._begin(prompt, n, draw, open_env) for prompt, n, _ in asked]
+            await self._play([one for group in groups for one in group if one.finish != "error"], draw)
         return [[Attempt(self._rollout(one, draw, version)) for one in group] for group in groups]
 
     async def _play(self, ready: list[Conversation], draw: Draw) -> None:
-        places = {id(one): place for place, one in enumerate(ready)}
+        order = {id(one): place for place, one in enumerate(ready)}
         waiting: dict[asyncio.Task[bool], Conversation] = {}  # for their environments
         try:
             while ready or waiting:
                 await self._generate(ready, draw)
-                asking = [one for one in ready if self._ended_its_turn(one) and one.environment is not None]
-                waiting |= {asyncio.ensure_future(self._answered(one)): one for one in asking}
-                answered, _ = await asyncio.wait(waiting, return_when=self._until) if waiting else (set(), set())
-                ready = [one for task, one in waiting.items() if task in answered and task.result()]
-                ready.sort(key=lambda one: places[id(one)])
-                waiting = {task: one for task, one in waiting.items() if task not in answered}
+                asking = [(one, one.environment) for one in ready if one.finish == "stop" and one.environment is not None]
+                waiting |= {asyncio.create_task(self._answered(one, environment)): one for one, environment in asking}
+                ready = sorted(await self._next(waiting), key=lambda one: order[id(one)])
         finally:
             for task in waiting:
                 task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
+            await ended(waiting)
 
-    def _begin(self, prompt: Prompt, sample: int, draw: Draw) -> Conversation:
+    async def _next(self, waiting: dict[asyncio.Task[bool], Conversation]) -> list[Conversation]:
+        """Those that go on, once they are answered; who is answered waits no longer."""
+        if not waiting:
+            return []
+        answered, _ = await asyncio.wait(waiting, return_when=self._until)
+        going = [one for task, one in waiting.items() if task in answered and task.result()]
+        for task in answered:
+            del waiting[task]
+        return going
+
+    def _begin(self, prompt: Prompt, n: int, draw: Draw, open_env: Open) -> list[Conversation]:
         ids = self.renderer.ids(prompt.messages)
         room = self.limits.context_tokens - len(ids)
         limit = self.limits.max_prompt_tokens or self.limits.context_tokens - 1
         if len(ids) <= limit and room >= 1:
-            environment = self.context.task.open_env(prompt)
-            return Conversation(prompt, sample, ids, list(prompt.messages), min(draw.length, room), environment)
+            length = min(draw.length, room)
+            return [Conversation(prompt, sample, ids, list(prompt.messages), length, open_env(prompt)) for sample in range(n)]
         if self.limits.long_prompts == "refuse":
             raise DataError(
                 f"prompt {prompt.id} has {len(ids)} tokens, more than the {limit} that fit (the student's context window is "
                 f"{self.limits.context_tokens}). Shorten it, or set sampler.long_prompts = 'skip' to leave such prompts out."
             )
-        return Conversation(prompt, sample, ids, [], 0, finish="error")
+        return [Conversation(prompt, sample, ids, [], 0, finish="error") for sample in range(n)]
 
     async def _generate(self, conversations: Sequence[Conversation], draw: Draw) -> None:
         """One more turn of each."""
@@ -105,30 +124,18 @@ class Driver:
             return
         turns = await self.generator.generate([self._request(one, draw) for one in conversations])
         for one, turn in zip(conversations, turns, strict=True):
-            one.turns.append(turn)
-            one.tokens_left -= len(turn.tokens)
-            one.messages.append({"role": "assistant", "content": self.spans.decode(turn.tokens)})
+            one.add_turn(turn, self.spans.decode(turn.tokens))
 
     def _request(self, one: Conversation, draw: Draw) -> TurnRequest:
         key = row_key(self.context.seed, draw.purpose, draw.step, one.prompt.id, one.sample, len(one.turns), draw.dice)
         top_k = self.context.requirements.said if draw.purpose == "train" else 0
         return TurnRequest(one.ids, one.tokens_left, key, draw, top_k)
 
-    def _ended_its_turn(self, one: Conversation) -> bool:
-        one.finish = one.turns[-1].finish
-        return one.finish == "stop"
-
-    async def _answered(self, one: Conversation) -> bool:
+    async def _answered(self, one: Conversation, environment: Environment) -> bool:
         """Whether the attempt goes on: its environment has answered, and there is room for one more turn."""
-        assert one.environment is not None
-        try:
-            async with asyncio.timeout(self.limits.environment_timeout_s):
-                observation = await one.environment.step(one.messages[-1])
-        except TimeoutError:
-            one.finish = "timeout"
-            return False
-        except ToolError:
-            one.finish = "tool_error"
+        observation = await self.environments.step(environment, one.prompt, dict(one.messages[-1]))
+        if isinstance(observation, str):
+            one.finish = observation
             return False
         if observation.reward is not None:
             one.reward = (one.reward or 0.0) + observation.reward
@@ -140,14 +147,13 @@ class Driver:
         if self.limits.max_turns and len(one.turns) >= self.limits.max_turns:
             one.finish = "max_turns"
             return False
-        reply = self.renderer.reply_ids(one.messages, observation.messages)
-        room = self.limits.context_tokens - len(one.ids) - len(reply)
-        one.tokens_left = min(one.tokens_left, room)
-        if one.tokens_left < 1:
+        reply = self.renderer.reply_ids(one.messages, observation.messages, closed=one.turns[-1].tokens[-1] in self.end_ids)
+        tokens_left = min(one.tokens_left, self.limits.context_tokens - len(one.ids) - len(reply))
+        if tokens_left < 1:
             one.finish = "length"
             return False
-        one.replies.append(reply)
-        one.messages += observation.messages
+        # A copy: the environment may go on using its own.
+        one.add_reply(reply, copy.deepcopy(observation.messages), tokens_left)
         return True
 
     def _rollout(self, one: Conversation, draw: Draw, version: int) -> TokenRollout:

@@ -24,14 +24,14 @@ class TurnRequest:
 
 @dataclass(slots=True)
 class Turn:
-    """One assistant turn as it was sampled. The end token, where there is one, is the last of `tokens`."""
+    """One assistant turn as it was sampled: one token or more. The end token, where there is one, is the last of `tokens`."""
 
     tokens: list[int]
     logp_T: np.ndarray  # under the distribution sampled from, nats
     raw_T: np.ndarray  # at temperature 1, nats
     said_TK: tuple[np.ndarray, np.ndarray] | None  # ids and log-probs of the likeliest tokens
     version_T: np.ndarray  # int64: the policy version that each token was drawn from
-    finish: Literal["stop", "length"]  # stop: it ended by itself
+    finish: Literal["stop", "length"]  # stop: an end token or a stop text ended it
 
 
 class Generator(Protocol):

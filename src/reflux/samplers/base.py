@@ -37,6 +37,11 @@ class SamplerPart(Part, Protocol):
         """Positions that are computed for each position of an attempt: 2 under guidance, more where more is drawn than is learnt of."""
         return 1.0
 
+    @property
+    def overlaps(self) -> bool:
+        """True where others are at work in the event loop during its model calls, which then leave the loop's thread."""
+        return False
+
     def open_with(self, model: Any, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenSampler]:
         """The same sampler with a teacher's model in place of the student's: the name of a model of texts, or a flow that is open.
 
@@ -68,7 +73,7 @@ class Sampler(SamplerPart, Protocol):
 
     @property
     def exact_rng(self) -> bool:
-        """True where a run samples the same attempts bit for bit whenever it is repeated (law 8)."""
+        """True where a run at staleness 0 samples the same attempts bit for bit whenever it is repeated (laws 7 and 8)."""
         ...
 
     @property

@@ -92,6 +92,10 @@ class Drawn(SamplerPart):
         return False
 
     @property
+    def overlaps(self) -> bool:
+        return self.generate.overlaps
+
+    @property
     def exact_rng(self) -> bool:
         return self.generate.exact_rng
 

@@ -79,6 +79,10 @@ class HF(SamplerPart):
     def exact_rng(self) -> bool:
         return self.turns == "together"
 
+    @property
+    def overlaps(self) -> bool:
+        return self.turns == "ready"
+
     def draw(self, step: int) -> Draw:
         cap = self.max_tokens if self.train_max_tokens is None else int(at(self.train_max_tokens, step))
         return Draw(step, "train", min(cap, self.max_tokens), self.temperature, self.top_p, self.stop)

@@ -30,7 +30,7 @@ class HFSampler(InProcess):
         self.cfg, self.model = cfg, model
         self.decoder = cpu_decoder(model)
         limits = Limits(model.context_tokens, cfg.max_prompt_tokens, cfg.long_prompts, cfg.max_turns, cfg.environment_timeout_s)
-        self.driver = Driver(self, model.tokenizer, model.end_ids, context, limits, cfg.turns)
+        self.driver = Driver(self, model.tokenizer, model.end_ids, context, limits, turns=cfg.turns, listener=services.listener)
 
     @classmethod
     @asynccontextmanager

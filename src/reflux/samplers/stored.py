@@ -54,6 +54,10 @@ class Stored(SamplerPart):
         return False
 
     @property
+    def overlaps(self) -> bool:
+        return self.generate.overlaps
+
+    @property
     def exact_rng(self) -> bool:
         return self.generate.exact_rng
 

@@ -11,12 +11,17 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from reflux.part import Part
-from reflux.types import Prompt, Reward, Rollout
+from reflux.types import Finish, Prompt, Reward, Rollout
 
 if TYPE_CHECKING:
     from reflux.rollouts.environment import Environment
 
 Split = Literal["train", "validation", "test"]
+WHY_UNJUDGED: dict[Finish, str] = {  # in words, for each of UNJUDGED
+    "error": "sampling ended in an error",
+    "tool_error": "a tool of the environment failed",
+    "timeout": "the environment took too long",
+}
 PATIENCE = 2000  # two blocks of a mix
 JUDGED = 'Name one that judges, such as task.grader = "my_module:function"'  # a remedy where nothing is judged
 
@@ -45,6 +50,15 @@ class TaskPart(Part, Protocol):
     def patience(self) -> int:
         """So many training prompts in a row that were there before, and a pass over them is over."""
         return 1 if self.ends else PATIENCE
+
+    @property
+    def multi_turn(self) -> bool:
+        """True where `open_env` opens environments, for some of its prompts at least."""
+        return False
+
+    def open_env(self, prompt: Prompt) -> Environment | None:
+        """Opens what answers the student's turns in one attempt; None where the prompt is answered in one turn."""
+        return None
 
     @property
     def judge(self) -> str | None:
@@ -82,8 +96,4 @@ class Task(TaskPart, Protocol):
 
         `made` is the text or the picture (uint8) that the student made. Raises ValueError without an answer.
         """
-        ...
-
-    def open_env(self, prompt: Prompt) -> Environment | None:
-        """Opens what answers the student's turns in one attempt; None where a prompt is answered in one turn."""
         ...

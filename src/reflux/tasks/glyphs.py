@@ -77,9 +77,6 @@ class Glyphs(TaskPart):
         picture = checked(made)
         return Reward(float(is_right(picture, domain, number)), parts={"quality": quality(picture, domain)})
 
-    def open_env(self, prompt: Prompt) -> None:
-        """A picture is made in one turn."""
-
     def texts(self) -> list[str]:
         """Every prompt that can be asked, domain by domain."""
         return [text_of(domain, number) for domain in self.domains for number in self._numbers(domain)]

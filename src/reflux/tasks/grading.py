@@ -27,8 +27,8 @@ from threading import Lock
 from typing import Any, Self
 
 from reflux.errors import ConfigError
-from reflux.tasks.base import Task
-from reflux.types import Attempt, Prompt, Reward
+from reflux.tasks.base import WHY_UNJUDGED, Task
+from reflux.types import UNJUDGED, Attempt, Prompt, Reward
 
 Job = tuple[Prompt, Any]  # the prompt, and the text or image that the student made
 START_S = 60.0  # for a new process to import this library and the task
@@ -78,11 +78,11 @@ class Graders:
         return [reward for part in parts for reward in part]
 
     async def judge_attempts(self, task: Task, attempts: Sequence[Attempt]) -> list[Reward]:
-        """One reward per attempt, in order. What ended in an error while it was sampled is not judged, and not counted in `errors`."""
-        whole = [attempt.rollout for attempt in attempts if attempt.rollout.finish != "error"]
+        """One reward per attempt, in order. What is no fault of the student (`UNJUDGED`) is not judged, and not counted in `errors`."""
+        whole = [attempt.rollout for attempt in attempts if attempt.rollout.finish not in UNJUDGED]
         found = iter(await self.verify_many(task, [(rollout.prompt, rollout.made) for rollout in whole]))
-        unfinished = Reward(None, error="sampling ended in an error")
-        return [unfinished if attempt.rollout.finish == "error" else next(found) for attempt in attempts]
+        why = [WHY_UNJUDGED.get(attempt.rollout.finish) for attempt in attempts]
+        return [Reward(None, error=error) if error else next(found) for error in why]
 
     def close(self) -> None:
         """End the workers now; what they were judging is lost. May be called twice."""

@@ -90,9 +90,6 @@ class Gsm8k(TaskPart):
             raise ValueError(f"prompt {prompt.id} has no answer to compare with")
         return grade(made, prompt.answer)
 
-    def open_env(self, prompt: Prompt) -> None:
-        """A problem is answered in one turn."""
-
     def _load(self, name: str) -> list[Prompt]:
         if self.path is None:
             lines, where = hub_lines(DATASET, CONFIG, name, "gsm8k"), f"task gsm8k: {DATASET} {name}"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from reflux.config import RunConfig
 
 KEYS = ("prompt", "messages", "answer", "references", "route", "id")
+_OF_MESSAGES = ("role", "content", "tool_calls", "tool_call_id", "name")  # what of a message is kept
 GRADERS = ("math", "exact", "none")
 
 
@@ -26,9 +27,10 @@ GRADERS = ("math", "exact", "none")
 class Jsonl(TaskPart):
     """Lines of {"prompt" or "messages", "answer", "references", "route", "id"}: one of the first two, the rest where you have it.
 
-    prompt: one user message. messages: a chat, [{"role", "content"}, ...], ending before the turn that the student shall write. answer:
-    text or a number. references: worked answers, for the `stored` sampler. route: which teacher answers (default: the field `route` of
-    this task). id: stable and unique (default: "train/17", the line it stands on).
+    prompt: one user message. messages: a chat, [{"role", "content"}, ...], ending before the turn that the student shall write; where
+    tools were called, with "tool_calls" (the content may then be null), "tool_call_id" and "name". answer: text or a number. references:
+    worked answers, for the `stored` sampler. route: which teacher answers (default: the field `route` of this task). id: stable and unique
+    (default: "train/17", the line it stands on).
 
     path: the file; or dataset (and dataset_config, dataset_split): on the hub. keys: other names for these columns, e.g. {prompt =
     "question"}; columns that are not named here are ignored.
@@ -135,9 +137,6 @@ class Jsonl(TaskPart):
             return grade(made, prompt.answer)
         return float(prompt.answer.split() in (made.split(), (final_answer(made) or "").split()))
 
-    def open_env(self, prompt: Prompt) -> None:
-        """A line is answered in one turn."""
-
     def _load(self, source: str, name: str) -> list[Prompt]:
         if self.dataset is None:
             lines, where = read_lines(name, "jsonl"), f"task jsonl: {name}"
@@ -174,11 +173,15 @@ def _messages(prompt: Any, messages: Any, columns: Mapping[str, str], fields: Ma
         raise ValueError(f'has no list of {{"role": text, "content": text}} in its field \'{names[1]}\'')
     if messages[-1]["role"] == "assistant":
         raise ValueError("ends with an assistant turn, which is the student's to write; move it to 'references' or 'answer'")
-    return tuple({"role": message["role"], "content": message["content"]} for message in messages)
+    return tuple({"content": None} | {key: message[key] for key in _OF_MESSAGES if key in message} for message in messages)
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+    """A role with a text; an assistant that calls tools may have no text."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    calls = message["role"] == "assistant" and isinstance(message.get("tool_calls"), list) and message["tool_calls"]
+    return isinstance(message.get("content"), str) or bool(calls and message.get("content") is None)
 
 
 def _references(value: Any) -> tuple[str, ...]:

@@ -53,6 +53,10 @@ class Mix(TaskPart):
         return any(part.judges for part in self.parts.values())
 
     @property
+    def multi_turn(self) -> bool:
+        return any(part.multi_turn for part in self.parts.values())
+
+    @property
     def local(self) -> bool:
         return all(part.local for part in self.parts.values())
 

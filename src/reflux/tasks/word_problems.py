@@ -104,9 +104,6 @@ class WordProblems(TaskPart):
         found = ANSWER.match(made.rpartition("Answer:")[2])
         return float(found is not None and found[1] == prompt.answer)
 
-    def open_env(self, prompt: Prompt) -> None:
-        """A story is answered in one turn."""
-
     def _prompt(self, split: Split, seed: int, position: int) -> Prompt:
         dice = random.Random(seed_of("word_problems", split, seed, position))
         for _ in range(TRIES):

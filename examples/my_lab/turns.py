@@ -1,0 +1,50 @@
+"""A task of several turns: `kind = "my_lab.turns:Hinted"`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from my_lab.tasks import Backwards
+from reflux.parts import STRICT
+from reflux.rollouts.environment import Environment, Observation
+from reflux.types import Message, Prompt
+
+
+@dataclass(frozen=True, config=STRICT)
+class Hinted(Backwards):
+    """As `Backwards`, but a wrong word is answered with a hint, one letter more each time, and the student may try again.
+
+    The environment gives 1 / (1 + hints that were given) for the right word, and 0 where the word after the last hint is wrong.
+    """
+
+    hints: Annotated[int, Field(ge=1)] = 2
+
+    @property
+    def multi_turn(self) -> bool:
+        return True
+
+    def open_env(self, prompt: Prompt) -> Environment:
+        if prompt.answer is None:
+            raise ValueError(f"prompt {prompt.id} has no answer to give hints of")
+        return Hints(prompt.answer, self.hints)
+
+
+class Hints:
+    """What the student hears in one attempt."""
+
+    def __init__(self, answer: str, most: int):
+        self.answer, self.most, self.given = answer, most, 0
+
+    async def step(self, message: Message) -> Observation:
+        if message["content"].split()[-1:] == [self.answer]:
+            return Observation(done=True, reward=1 / (1 + self.given))
+        if self.given == self.most:
+            return Observation(done=True, reward=0.0)
+        self.given += 1
+        return Observation(({"role": "user", "content": f"No. It begins with {self.answer[: self.given]}."},))
+
+    async def close(self) -> None:
+        """Nothing was opened: no process, no connection."""
