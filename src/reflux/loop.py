@@ -71,10 +71,11 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
                 request = StepRequest(groups, cfg.objectives, moment, cfg.normalise, cfg.log_variance)
                 result = await learn(learner, request, run.keep_refused)  # the student moves
                 jumped = await accelerator.after_step(learner.access, score, run.step + 1)  # and may jump ahead along its path
-                await publish(run.step + 1)  # everyone learns of it
                 if jumped:
+                    learner.version += 1  # other weights
                     stream.refresh()  # ask again what is in flight
-                run.advance(result, groups, learner, teachers)  # step += 1; metrics, lag, shares, costs
+                await publish(run.step + 1)  # everyone learns of it
+                run.advance(result, groups, learner, teachers, jumped)  # step += 1; metrics, lag, shares, costs
                 if run.due("eval"):
                     await stream.settle()  # an evaluation may lend the sampler averaged weights: no attempt is drawn with those
                     await run.evaluate(learner, sampler, teachers)

@@ -178,9 +178,9 @@ class Run:
         self.landed.setdefault(step, Landed()).add(group[0].rollout.prompt.id, Work.of(group))
         files.append_lines(self.dir / "attempts.jsonl", [records.arrived(attempt, step) for attempt in group])
 
-    def advance(self, result: StepResult, groups: Sequence[Group], learner: OpenLearner, teachers: Teachers) -> None:
+    def advance(self, result: StepResult, groups: Sequence[Group], learner: OpenLearner, teachers: Teachers, jumped: bool) -> None:
         """The step is done: count it, write its metrics and the attempts' second lines."""
-        metrics = step_metrics(self, result, groups, learner, teachers)
+        metrics = step_metrics(self, result, groups, learner, teachers, jumped)
         files.append_lines(self.dir / "attempts.jsonl", [records.learned(a, self.step) for group in groups for a in group])
         self.step += 1
         add_up(self.totals, metrics)

@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     from reflux.teachers.collection import Teachers
 
 
-def step_metrics(run: Run, result: StepResult, groups: Sequence[Group], learner: OpenLearner, teachers: Teachers) -> dict[str, Any]:
+def step_metrics(
+    run: Run, result: StepResult, groups: Sequence[Group], learner: OpenLearner, teachers: Teachers, jumped: bool
+) -> dict[str, Any]:
     """Everything one step has to say, as plain JSON values but for `step`."""
     attempts = [attempt for group in groups for attempt in group]
     live = [attempt for attempt in attempts if attempt.rollout.finish != "error"]
     values = {name: metric.value for name, metric in result.stats.items()}
     updates = int(values.get("updates") or 0)
-    before = learner.version - updates  # the version that consumed these attempts
+    before = learner.version - updates - jumped  # the version that consumed these attempts
     lags = [before - attempt.rollout.version for attempt in live]
     work, discarded = Work.of(attempts), run.landed.pop(run.step, Landed()).discarded
     by_table = _asked(live, teachers)

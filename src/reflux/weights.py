@@ -16,7 +16,7 @@ class Weights(Protocol):
 
     @property
     def version(self) -> int:
-        """Optimiser steps done."""
+        """Optimiser steps and jumps done."""
         ...
 
     @property

@@ -412,6 +412,20 @@ def test_a_step_that_was_not_made_leaves_phi_alone(tiny_run: Callable[..., Any],
     assert published == [0]
 
 
+def test_phi_learns_of_a_jump_after_a_step_that_was_not_made(tiny_run: Callable[..., Any], student: str) -> None:
+    """The weights moved, so they have another version; the step by itself moved nothing."""
+    jump = {"kind": "outside:Jump", "at": 2, "by": 0.5, "score": "minus_kl"}
+    done = tiny_run("full", **run_settings(teachers=table(ema=0.5), learner__noise_floor=1e9, accelerator=jump))
+    start = AutoModelForCausalLM.from_pretrained(student).state_dict()
+    before, *after = phis(done.dir)
+    assert same(before, {name: start[name] for name in before})
+    for found in after:  # half of the way to theta, which has 1.5 times its start
+        for name, value in found.items():
+            torch.testing.assert_close(value, 1.25 * start[name], rtol=1e-5, atol=1e-7)
+    assert [state["version"] for state in states(done.dir, "teachers/main")] == [0, 1, 1, 1]
+    assert [row["lag_max"] for row in done.rows("metrics")] == [0, 0, 0, 0]
+
+
 def test_several_teachers_at_once_by_name(tiny_run: Callable[..., Any], teacher: str) -> None:
     """A local teacher as it is, and the student itself in a context: each heard by its own objective, the loss their sum."""
     both = {

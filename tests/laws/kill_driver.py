@@ -101,7 +101,7 @@ def moving() -> None:
 
     def broken(self: Any, *args: Any) -> Any:
         found = gradients(self, *args)
-        if self.version == 3:
+        if self.updates == 3:
             die()
         return found
 

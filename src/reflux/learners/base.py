@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class OpenLearner(Protocol):
-    version: int  # optimiser steps done
+    version: int  # of the weights: optimiser steps that moved them, and jumps, which the loop counts
     model: Model  # transformers' view of it, for preflight
 
     def publish(self) -> Weights:

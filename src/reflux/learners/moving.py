@@ -67,7 +67,7 @@ class Moving(ABC):
         """Trains the parameters of `net` that require a gradient."""
         self.settings, self.context, self.services = cfg, context, services
         self.net, self.average = net, average
-        self.version = 0
+        self.version = self.updates = 0  # optimiser steps; a version counts jumps, too
         self.trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
         self.mean = {name: p.detach().clone() for name, p in self.trained.items()} if average else {}
         self._observed = 0  # positions run forward by `observe` since the last step
@@ -166,6 +166,7 @@ class Moving(ABC):
                 group["lr"] = lr
             self.optimiser.step()
             self.version += 1
+            self.updates += 1
             self._follow()
         stats = tally.stats(request.log_variance) | {"grad_norm": Max(norm), "lr": Max(lr), "updates": Sum(float(moves))}
         return stats, records
@@ -180,7 +181,7 @@ class Moving(ABC):
     @torch.no_grad()
     def _follow(self) -> None:
         """The average takes a step towards the weights, every so many optimiser steps."""
-        if self.average is not None and self.version % self.average.every == 0:
+        if self.average is not None and self.updates % self.average.every == 0:
             for name, mean in self.mean.items():
                 mean.lerp_(self.trained[name], 1 - self.average.decay)
 
@@ -193,7 +194,9 @@ class Moving(ABC):
     def state(self) -> dict[str, Any]:
         """Trained weights, their average and Adam's moments by parameter name, and the frozen weights that `write` was given."""
         homes = adapters.homes(self.net)
-        state: dict[str, Any] = {"version": self.version} | {f"base/{name}": homes[name].detach() for name in sorted(self.access.written)}
+        state: dict[str, Any] = {"version": self.version, "updates": self.updates} | {
+            f"base/{name}": homes[name].detach() for name in sorted(self.access.written)
+        }
         state |= {f"mean/{name}": value for name, value in self.mean.items()}
         for name, parameter in self.trained.items():
             state[f"weight/{name}"] = parameter.detach()
@@ -203,7 +206,7 @@ class Moving(ABC):
 
     def take_up(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state`."""
-        self.version = state["version"]
+        self.version, self.updates = state["version"], state["updates"]
         self.access.write({key.removeprefix("base/"): value for key, value in state.items() if key.startswith("base/")})
         with torch.no_grad():
             for name, mean in self.mean.items():

@@ -36,10 +36,10 @@ MEAN_TEACHER = Paper(
 class Own(TeacherPart):
     """A float32 copy phi of the student's weights theta that answers with hidden states. It teaches through what its context adds.
 
-    follow ema: phi <- (1 - `ema`) phi + `ema` theta after each optimiser step that moved theta, from the starting student on; 1 keeps phi
-    at theta and 0 at the start, to the bit. A step that was not made (refused, or without any evidence) leaves phi alone. live: phi is
-    theta. frozen: phi is theta up to optimiser step `step` and stays as it was then; 0 is the starting student. phi is in every checkpoint
-    (not under live, where the student's own weights say it).
+    follow ema: phi <- (1 - `ema`) phi + `ema` theta after each optimiser step that moved theta, by its gradient or by a jump, from the
+    starting student on; 1 keeps phi at theta and 0 at the start, to the bit. A step that moved nothing (refused, or without any evidence)
+    leaves phi alone. live: phi is theta. frozen: phi is theta up to optimiser step `step` and stays as it was then; 0 is the starting
+    student. phi is in every checkpoint (not under live, where the student's own weights say it).
 
     Its model is the learner's; adapters come merged. Where a context changes the messages they are rendered as the sampler's, its `system`
     and `template`. A teacher that moves needs max_lag = 0: its head would have moved before the attempt is used. Under context `same`,
