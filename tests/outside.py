@@ -26,6 +26,7 @@ from reflux.samplers.hf import HF as HFSampler
 from reflux.tasks.base import TaskPart
 from reflux.teachers.base import TeacherPart
 from reflux.types import Attempt, Group, Message, Moment, Prompt, Reward, Rollout, SampledTarget, Share, TokenRollout, TopKTarget, Wants
+from reflux.weights import InMemory, Weights
 
 HEARD: list[tuple[Any, ...]] = []  # what the parts below saw, in order; a test empties it
 
@@ -175,6 +176,26 @@ class StuckLearner(Learner):
                 return await move(*args)
 
             opened.step = step
+            yield opened
+
+
+@dataclass(frozen=True, config=STRICT)
+class KeepsVersions(HFSampler):
+    """The default sampler, but of a version that it has had before it takes the weights it had then, as a server may."""
+
+    @asynccontextmanager
+    async def open(self, context: Any, services: Any) -> AsyncIterator[Any]:
+        async with HFSampler.open(self, context, services) as opened:
+            kept: dict[int, dict[str, Any]] = {}
+            put = opened.publish
+
+            async def publish(weights: Weights, step: int) -> None:
+                if weights.version not in kept:
+                    kept[weights.version] = {name: value.clone() for name, value in weights.tensors()}
+                HEARD.append(("published", weights.version))
+                await put(InMemory.of(kept[weights.version], weights.version), step)
+
+            opened.publish = publish
             yield opened
 
 

@@ -217,7 +217,7 @@ class Run:
         try:
             with learner.at_mean() as averaged:
                 if averaged:
-                    await sampler.publish(learner.publish(), self.step)
+                    await sampler.publish(self.services.lend(learner.publish()), self.step)
                 for name, evaluation in self.cfg.evals.items():
                     if _is_asked(self, evaluation, name in seen):
                         results[name] = await evaluation(self, learner, sampler, teachers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -12,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from reflux.clock import Clock
 from reflux.heads import Heads
 from reflux.once import Once
+from reflux.weights import Lent
 
 if TYPE_CHECKING:
     from reflux.context import StudentSpec
     from reflux.tasks.grading import Graders
+    from reflux.weights import Weights
 
 Result = TypeVar("Result")
 Append = Callable[[str, Mapping[str, Any]], None]
@@ -50,6 +53,7 @@ class Services:
         self.clock = Clock()
         self.shared = Once()
         self.heads = Heads()  # output heads of the models in this process, by the key that hidden states name
+        self._lendings = itertools.count(1)
         self._closing = ExitStack()
         self._threads = self._closing.enter_context(_model_threads()) if overlap else None
 
@@ -76,6 +80,14 @@ class Services:
         if self._threads is None:
             return work(*arguments)
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+
+    def lend(self, weights: Weights) -> Weights:
+        """The same tensors under a version that no other weights have and no training attempt carries: -1, -2, ... in this process.
+
+        For weights that a sampler holds for a while without being trained from there: the candidates of a search, an average. They were
+        made without a step of the learner, so its own version is that of other weights.
+        """
+        return Lent(weights, -next(self._lendings))
 
     def close(self) -> None:
         self._closing.close()

@@ -16,7 +16,10 @@ class Weights(Protocol):
 
     @property
     def version(self) -> int:
-        """Optimiser steps and jumps done."""
+        """Optimiser steps and jumps done; below 0 for weights that are lent (`Services.lend`).
+
+        Weights of one version are the same, so who is told of them may keep them by it, from its opening to its closing.
+        """
         ...
 
     @property
@@ -43,3 +46,18 @@ class InMemory:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         return iter(self.read())
+
+
+@dataclass(frozen=True)
+class Lent:
+    """Weights under a version of their own."""
+
+    weights: Weights
+    version: int
+
+    @property
+    def path(self) -> Path | None:
+        return self.weights.path
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return self.weights.tensors()

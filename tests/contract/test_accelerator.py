@@ -120,6 +120,25 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], list[int]
     return script
 
 
+@pytest.mark.parametrize("accelerator", [{"kind": "outside:Jump", "by": 0.2, "score": "minus_kl"}, {**EXTRA, "score": "minus_kl"}])
+def test_a_sampler_may_keep_weights_by_their_version(tiny_run: Callable[..., Any], accelerator: dict[str, Any]) -> None:
+    """What a search tries has versions of its own, so nobody takes one candidate for another, or for the student."""
+    settings = {**PLAIN, "accelerator": accelerator}
+    plain = tiny_run("full", **settings)
+    said = [entry[2:] for entry in outside.HEARD if entry[0] == "jump"]
+    outside.HEARD.clear()
+    kept = tiny_run("full", **settings, sampler__kind="outside:KeepsVersions")
+    assert [entry[2:] for entry in outside.HEARD if entry[0] == "jump"] == said
+    assert [row["tried"] for row in kept.rows("searches")] == [row["tried"] for row in plain.rows("searches")]
+    assert same(kept.state, plain.state)
+    versions = [entry[1] for entry in outside.HEARD if entry[0] == "published"]
+    lent = [version for version in versions if version < 0]
+    assert lent == sorted(set(lent), reverse=True)
+    assert len(lent) >= 2
+    drawn = {row["version"] for row in kept.rows("attempts") if row["kind"] == "attempt"}
+    assert drawn <= set(versions) - set(lent)
+
+
 def test_without_tries_and_where_nothing_is_accepted_the_run_is_the_plain_one(tiny_run: Callable[..., Any], scores: Any) -> None:
     plain = tiny_run("full", **PLAIN)
     never = tiny_run("full", **PLAIN, accelerator={**EXTRA, "tries": 0})

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+import tiny
 from reflux.rundir import Run
+from reflux.weights import InMemory, Weights
 
 
 class Student:
@@ -21,6 +23,7 @@ class Student:
 
     def __init__(self, average: bool):
         self.average, self.weights, self.published = average, "live", "live"
+        self.versions: list[int] = []  # published
 
     @contextmanager
     def at_mean(self) -> Iterator[bool]:
@@ -32,10 +35,11 @@ class Student:
 
     def publish(self, *published: Any) -> Any:
         """Of a learner, the weights of now; of a sampler, those it is given."""
-        return self._follow(*published) if published else self.weights
+        return self._follow(*published) if published else InMemory(self.version, lambda: {"name": self.weights}.items())  # type: ignore
 
-    async def _follow(self, weights: Any, step: int) -> None:
-        self.published = weights
+    async def _follow(self, weights: Weights, step: int) -> None:
+        self.published = dict(weights.tensors())["name"]  # type: ignore[assignment]
+        self.versions.append(weights.version)
 
 
 @pytest.mark.parametrize("average", [True, False])
@@ -57,7 +61,7 @@ def test_the_average_is_held_while_evaluations_run_and_no_longer(tmp_path: Path,
 
     evals = {"first": Looks(False), "second": Looks(fails)}
     none = SimpleNamespace(log=lambda *_: None, evaluated=lambda *_: None)
-    run: Any = SimpleNamespace(dir=tmp_path, cfg=SimpleNamespace(evals=evals), step=3, _tracker=none, watch=none)
+    run: Any = SimpleNamespace(dir=tmp_path, cfg=SimpleNamespace(evals=evals), step=3, services=tiny.services(), _tracker=none, watch=none)
     student: Any = Student(average)
     evaluated = Run.evaluate(run, student, student, SimpleNamespace())  # type: ignore[arg-type]
     if fails:
@@ -67,3 +71,4 @@ def test_the_average_is_held_while_evaluations_run_and_no_longer(tmp_path: Path,
         asyncio.run(evaluated)
     assert seen == [("mean", "mean") if average else ("live", "live")] * 2
     assert (student.weights, student.published) == ("live", "live")
+    assert student.versions == ([-1, 3] if average else [])  # the average is lent, under a version of its own

@@ -99,7 +99,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class CurrentScore:
-    """`await score(dice)`: the score of the learner's weights of now, which the sampler is given first."""
+    """`await score(dice)`: the score of the learner's weights of now, which the sampler is lent first."""
 
     scorer: Scorer | None  # None where no accelerator is open, and then nobody asks
     learner: OpenLearner
@@ -108,7 +108,8 @@ class CurrentScore:
 
     async def __call__(self, dice: int = 0) -> float:
         assert self.scorer is not None
-        await self.sampler.publish(self.learner.publish(), self.scorer.run.step)
+        run = self.scorer.run
+        await self.sampler.publish(run.services.lend(self.learner.publish()), run.step)
         return await self.scorer(self.sampler, self.teachers, dice)
 
     @property

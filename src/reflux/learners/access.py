@@ -29,8 +29,8 @@ class WeightAccess(Protocol):
 
     def write(self, base: Mapping[str, Tensor]) -> None:
         """Put values where `base` read them: what `base` gave goes back bit for bit, and `base` plus d moves a full weight by d whether or
-        not there are adapters (their factors stay). Optimiser moments and version stay. A frozen base that was written to is part of the
-        learner's state, and of what is exported.
+        not there are adapters (their factors stay). Optimiser moments and version stay, so what is published meanwhile is lent
+        (`Services.lend`). A frozen base that was written to is part of the learner's state, and of what is exported.
         """
         ...
 
