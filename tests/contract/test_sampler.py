@@ -267,3 +267,19 @@ def test_stored_answers_are_cut_by_the_limit_and_turn_about(tiny_run: Callable[.
     done = tiny_run("sft", steps=1, task=task, prompts_per_step=1, group_size=3, sampler__generate__max_tokens=4)
     rows = [row for row in done.rows("attempts") if row["kind"] == "attempt"]
     assert [(len(row["tokens"]), row["finish"]) for row in rows] == [(4, "length"), (3, "stop"), (4, "length")]
+
+
+@pytest.mark.parametrize("recipe", ["opd", "sft"])
+@pytest.mark.parametrize(("turns", "inline"), [("together", True), ("ready", False)])
+def test_model_calls_leave_the_loop_free_where_environments_answer_meanwhile(
+    student: str, teacher: str, tmp_path: Path, recipe: str, turns: str, inline: bool
+) -> None:
+    """Also without staleness, and also where the sampler that plays the turns stands inside another one."""
+    import threading
+
+    async def script(acting: Any) -> bool:
+        services = (acting if recipe == "opd" else acting.inner).services
+        return await services.run_model(threading.get_ident) == threading.get_ident()
+
+    where = {"opd": "sampler__turns", "sft": "sampler__generate__turns"}[recipe]
+    assert sampled(tiny.config(recipe, student, teacher, task=CHAT, **{where: turns}), tmp_path / "run", script) == inline
