@@ -205,12 +205,13 @@ def moved(*by: dict[str, torch.Tensor]) -> FlowModel:
 
 def test_an_adapter_is_trained_on_under_lora_and_added_without(tmp_path: Path) -> None:
     folder = save_adapter(tmp_path / "a", tiny_flow.model(1), 3)
-    expected = says(moved(deltas(folder)))
+    expected = moved(deltas(folder))
+    weights = expected.net.state_dict()
     whole, under = begun(adapter=folder), begun(adapter=folder, lora=LORA)
     for model in (whole, under):
-        close(says(model), expected)
+        close(says(model), says(expected))
         for name, value in plain.merged(model.net).items():
-            torch.testing.assert_close(value, moved(deltas(folder)).net.state_dict()[name], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(value, weights[name], rtol=1e-6, atol=1e-6)
     assert trained(whole) == set(dict(whole.net.named_parameters()))
     assert len(trained(under)) == 2 * len(tiny_flow.modules(under))
     assert all(".lora_" in name for name in trained(under))
