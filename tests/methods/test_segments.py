@@ -82,12 +82,9 @@ def test_every_chosen_position_lies_in_exactly_one_segment(way: Any, data: st.Da
     turns = []
     for _ in range(data.draw(st.integers(1, 3))):
         start, stop = sorted(data.draw(st.tuples(*[st.integers(0, len(LATEX))] * 2)))
-        text, pieces = LATEX[start:stop], []
-        while text:
-            size = data.draw(st.integers(0, 6))
-            pieces.append(text[:size])
-            text = text[size:]
-        turns.append([*pieces, ""])  # an end token
+        cuts = data.draw(st.lists(st.integers(start, stop), min_size=(stop - start) // 6, max_size=stop - start))
+        places = [start, *sorted(cuts), stop]  # equal ones make empty pieces
+        turns.append([*(LATEX[a:b] for a, b in itertools.pairwise(places)), ""])  # an end token
     made = spelt(turns, heard=data.draw(st.integers(1, 3)))
     pieces = segments_of(made, way)
     assert_covering(made, pieces)
