@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from reflux.assets import folder
+from reflux.evals.problems import problems
 from reflux.files import write_folder
 from reflux.flows.library import library
 from reflux.flows.load import load_flow
@@ -161,17 +162,17 @@ def pictures_of(model: FlowModel, texts: Sequence[str], *, steps: int, guidance:
     return model.images(x_ND)
 
 
-def exam(model: FlowModel, domain: Domain, problems: int = 480, *, steps: int = 10, guidance: float = 1.0, batch: int = 60) -> Score:
-    """How a model does on the first held-out prompts of one domain, one picture each."""
-    task = Glyphs(domains=(domain,), held_out=problems)
-    prompts, rewards = list(task.prompts("test", 0)), []
-    for start in range(0, problems, batch):
+def exam(model: FlowModel, domain: Domain, asked: int = 480, *, steps: int = 10, guidance: float = 1.0, batch: int = 60) -> Score:
+    """How a model does on the test prompts of one domain, by which nothing was chosen: one picture each."""
+    task = Glyphs(domains=(domain,), held_out=asked)
+    prompts, rewards = list(problems(task, "test")), []
+    for start in range(0, asked, batch):
         some = prompts[start : start + batch]
         made = pictures_of(
             model, [prompt_text(prompt) for prompt in some], steps=steps, guidance=guidance, seed=seed_of("exam", domain, start)
         )
         rewards += [task.verify(prompt, picture) for prompt, picture in zip(some, made, strict=True)]
-    return Score(sum(reward.value == 1 for reward in rewards), problems, sum(reward.parts["quality"] for reward in rewards) / problems)
+    return Score(sum(reward.value == 1 for reward in rewards), asked, sum(reward.parts["quality"] for reward in rewards) / asked)
 
 
 def measure(model: FlowModel, spec: FlowSpec) -> list[str]:
