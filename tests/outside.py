@@ -308,8 +308,8 @@ class Peek(EvalPart):
 
     weight: str
 
-    async def __call__(self, run: Any, learner: Any, sampler: Any, teachers: Any) -> dict[str, Any]:
-        return {"first": float(sampler.model.net.state_dict()[self.weight].flatten()[0])}
+    async def __call__(self, evaluation: Any, source: Any) -> dict[str, Any]:
+        return {"first": float(evaluation.sampler.model.net.state_dict()[self.weight].flatten()[0])}
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import tiny
+from reflux.context import Generation
 from reflux.evals.accuracy import Accuracy
 from reflux.statistics import bootstrap_mean, wilson
 from reflux.tasks.grading import Graders
@@ -61,9 +63,8 @@ def task(tmp_path: Path, n: int = 8, **fields: Any) -> Jsonl:
 
 
 def ask(accuracy: Accuracy, task: Any, graders: Graders, sampler: Scripted, **fields: Any) -> dict[str, Any]:
-    cfg = SimpleNamespace(evaluation_positions=24, draw=lambda step: Draw(step, "train", 4 + step, stop=("\n\n",)))
-    run: Any = SimpleNamespace(task=task, seed=1, step=5, cfg=cfg, graders=graders, **fields)
-    return asyncio.run(accuracy.measure(run, sampler))  # pyright: ignore[reportArgumentType]
+    told = {"task": task, "seed": 1, "generation": Generation(stop=("\n\n",)), **fields}
+    return asyncio.run(accuracy.measure(tiny.evaluation(sampler, graders=graders, positions=24, step=5, **told)))
 
 
 def test_greedy_accuracy_with_its_interval_lengths_and_routes(tmp_path: Path, graders: Graders) -> None:

@@ -7,10 +7,10 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +22,8 @@ import tiny
 from reflux import checks
 from reflux.commands.difficulty import PARTIAL, balance_prompts
 from reflux.config import load_recipe, to_table
-from reflux.errors import DataError, RunError
+from reflux.errors import DataError, ModelError, RunError
+from reflux.evals.problems import problems
 from reflux.tasks.difficulty import (
     FIRST,
     Counted,
@@ -249,11 +250,12 @@ class Verdicts:
 
 
 def test_counts_come_in_order_a_few_prompts_at_a_time() -> None:
-    sampler, run = Scripted(), SimpleNamespace(task=None, graders=Verdicts(3))
+    sampler = Scripted()
+    asked = tiny.evaluation(sampler, graders=Verdicts(3))
 
     async def collect() -> list[list[Counted]]:
         prompts = [prompt(f"{i}") for i in range(5)]
-        return [chunk async for chunk in measured(run, sampler, prompts, 3, Draw(0, "score", 9), at_once=2)]  # type: ignore[arg-type]
+        return [chunk async for chunk in measured(asked, prompts, 3, Draw(0, "score", 9), at_once=2)]
 
     chunks = asyncio.run(collect())
     assert [[entry.prompt.id for entry in chunk] for chunk in chunks] == [["0", "1"], ["2", "3"], ["4"]]
@@ -309,9 +311,9 @@ def test_a_killed_call_goes_on_to_the_same_files(recipe: Any, tmp_path: Path, mo
 
     real, seen = difficulty.measured, []
 
-    async def interrupted(run: Any, sampler: Any, prompts: Any, samples: int, draw: Draw) -> Any:
+    async def interrupted(evaluation: Any, prompts: Any, samples: int, draw: Draw) -> Any:
         seen.append(len(prompts))
-        async for chunk in real(run, sampler, prompts, samples, draw, at_once=4):
+        async for chunk in real(evaluation, prompts, samples, draw, at_once=4):
             yield chunk
             if len(seen) == 1:
                 raise KeyboardInterrupt
@@ -332,8 +334,8 @@ def test_lines_cut_short_by_kills_do_not_spoil_the_counts(recipe: Any, tmp_path:
 
     real = difficulty.measured
 
-    async def one_chunk(run: Any, sampler: Any, prompts: Any, samples: int, draw: Draw) -> Any:
-        async for chunk in real(run, sampler, prompts, samples, draw, at_once=2):
+    async def one_chunk(evaluation: Any, prompts: Any, samples: int, draw: Draw) -> Any:
+        async for chunk in real(evaluation, prompts, samples, draw, at_once=2):
             yield chunk
             raise KeyboardInterrupt
 
@@ -347,6 +349,12 @@ def test_lines_cut_short_by_kills_do_not_spoil_the_counts(recipe: Any, tmp_path:
     assert recipe("killed") == whole
 
 
+def test_a_missing_student_is_refused_before_the_folder_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"learner\.model"):
+        balance_prompts("opd", [f"learner.model={tmp_path / 'nowhere'}"], 1, 2, (1.0, 0.95), 8, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # --- training on what was written
 
 
@@ -354,7 +362,7 @@ def test_lines_cut_short_by_kills_do_not_spoil_the_counts(recipe: Any, tmp_path:
 def balanced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, student: str) -> Any:
     """`balanced(overrides)`: the config that recipe.toml gives. Nothing is sampled: every prompt has 2 of 4 right."""
 
-    async def counted(run: Any, sampler: Any, prompts: Any, samples: int, draw: Draw) -> Any:
+    async def counted(evaluation: Any, prompts: Any, samples: int, draw: Draw) -> Any:
         yield [Counted(one, k % 2 + 1, samples) for k, one in enumerate(prompts)]
 
     monkeypatch.setattr("reflux.commands.difficulty.measured", counted)
@@ -386,7 +394,7 @@ def test_the_recipe_that_is_written_trains_on_what_was_written(
     assert "no validation prompts" in said
     assert "no test prompts" not in said
     checks.join(found)
-    checks.inputs(found)
+    checks.inputs(replace(found, evals={}))  # which would ask validation prompts
 
 
 def test_a_mix_of_stories_keeps_its_judge_its_routes_and_its_held_out_prompts(balanced: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -396,7 +404,7 @@ def test_a_mix_of_stories_keeps_its_judge_its_routes_and_its_held_out_prompts(ba
     found, old = balanced(overrides), load_recipe("opd", overrides)
     assert found.task.routes == frozenset(["add", "mul"])
     for split in ("validation", "test"):
-        assert list(found.task.prompts(split, 0)) == list(old.task.prompts(split, 0))
+        assert list(found.task.prompts(split, 0)) == list(problems(old.task, split))
     for one in found.task.prompts("test", 0):
         for text in (f"Answer: {one.answer}", f"#### {one.answer}"):
             assert found.task.verify(one, text) == old.task.verify(one, text)

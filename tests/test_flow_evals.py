@@ -25,6 +25,7 @@ from reflux.evals.accuracy import Accuracy
 from reflux.evals.agreement import Agreement, gap_T
 from reflux.evals.problems import HELD_OUT_SEED
 from reflux.evals.teacher_accuracy import TeacherAccuracy
+from reflux.evaluation import Evaluation
 from reflux.once import Once
 from reflux.pictures import from_text
 from reflux.samplers.flow import Flow, step_moments
@@ -74,8 +75,15 @@ def run_of(task: Any = GLYPHS, graders: Any = None, step: int = 0, teachers: dic
     return SimpleNamespace(
         task=task, graders=graders, seed=0, step=step, cfg=cfg, wants=Wants(), clock=Clock(), once=Once(), heads=HEADS,
         off_loop=asyncio.to_thread, moment=lambda: Moment(step, 0),
-        context=lambda name: tiny.context(name=name, generation=acting.generation), services=tiny.services(),
+        context=lambda name: tiny.context(name=name, generation=acting.generation), services=tiny.services(), part=acting,
     )  # fmt: skip
+
+
+def asked_of(run: Any, sampler: Any, teachers: Any = None) -> Evaluation:
+    """The same without a run."""
+    told = {"task": run.task, "generation": run.part.generation}
+    asked = tiny.evaluation(sampler, teachers, graders=run.graders, positions=STEPS, step=run.step, **told)
+    return replace(asked, part=run.part, context=replace(asked.context, teachers=run.cfg.teachers))
 
 
 def sampler_of(run: Any, model: Any) -> FlowSampler:
@@ -101,7 +109,7 @@ class Draughtsman:
 
 def test_a_picture_is_judged_with_its_parts_and_shown_as_it_was_judged(graders: Graders) -> None:
     run = run_of(graders=graders)
-    table = asyncio.run(Accuracy(problems=20, examples=20).measure(run, Draughtsman()))  # type: ignore[arg-type]
+    table = asyncio.run(Accuracy(problems=20, examples=20).measure(asked_of(run, Draughtsman())))
     prompts = list(GLYPHS.prompts("validation", HELD_OUT_SEED))
     images = [from_text(example["image"]) for example in table["examples"]]
     verdicts = [GLYPHS.verify(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
@@ -128,10 +136,11 @@ def test_a_picture_is_judged_with_its_parts_and_shown_as_it_was_judged(graders: 
 def test_greedy_pictures_begin_with_the_same_noise_at_every_evaluation(graders: Graders) -> None:
     """Else before and after differ by luck; drawn ones have other dice each time."""
     asked = Accuracy(problems=3, examples=3)
-    tables = [asyncio.run(asked.measure(run, sampler_of(run, glyph_model(1)))) for run in (run_of(graders=graders, step=s) for s in (0, 9))]
+    runs = [run_of(graders=graders, step=step) for step in (0, 9)]
+    tables = [asyncio.run(asked.measure(asked_of(run, sampler_of(run, glyph_model(1))))) for run in runs]
     assert tables[0] == tables[1]
     other = run_of(graders=graders)
-    assert asyncio.run(asked.measure(other, sampler_of(other, glyph_model(2))))["examples"] != tables[0]["examples"]
+    assert asyncio.run(asked.measure(asked_of(other, sampler_of(other, glyph_model(2)))))["examples"] != tables[0]["examples"]
 
 
 def test_a_picture_larger_than_a_thumbnail_is_listed_small() -> None:
@@ -170,10 +179,10 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str, int]]:
     opened: list[str] = []
 
     @asynccontextmanager
-    async def acting(run: Any, table: str, teachers: Any) -> AsyncIterator[Named]:
+    async def acting(evaluation: Any, table: str) -> AsyncIterator[Named]:
         assert not opened, "one teacher at a time"
         opened.append(table)
-        yield Named(list(run.cfg.teachers).index(table), asked)
+        yield Named(list(evaluation.context.teachers).index(table), asked)
         opened.remove(table)
 
     monkeypatch.setattr(teacher_accuracy, "_acting", acting)
@@ -186,7 +195,7 @@ ROUTED = {"one": part("main", ["digits"]), "two": part("main", ["counts"]), "fro
 def ceiling(tables: dict[str, Any], graders: Any = None, teacher: str = "main", **fields: Any) -> dict[str, Any]:
     asked: Any = TeacherAccuracy(**{"teacher": teacher, "problems": 6, **fields})
     run = run_of(graders=graders, teachers=tables)
-    return asyncio.run(asked(run, None, None, None))
+    return asyncio.run(asked(asked_of(run, None, SimpleNamespace()), None))
 
 
 def test_each_problem_goes_to_the_teacher_of_its_route(heard: list[Any], graders: Graders) -> None:
@@ -232,12 +241,12 @@ def test_a_teacher_without_a_model_is_null_or_refused(graders: Graders) -> None:
     run = run_of(graders=graders, teachers={"main": part()})
     opened: Any = Teachers({"main": (part(), SimpleNamespace())}, run.wants, run.clock)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="teacher 'main' has no model of its own"):
-        asyncio.run(TeacherAccuracy()(run, None, None, opened))  # pyright: ignore[reportArgumentType]
+        asyncio.run(TeacherAccuracy()(asked_of(run, None, opened), None))  # pyright: ignore[reportArgumentType]
 
 
 def test_an_empty_split_is_named(heard: list[Any]) -> None:
     with pytest.raises(DataError, match="no problems in its split 'validation'"):
-        asyncio.run(TeacherAccuracy()(run_of(Glyphs(held_out=0), teachers=ROUTED), None, None, None))  # type: ignore[arg-type]
+        asyncio.run(TeacherAccuracy()(asked_of(run_of(Glyphs(held_out=0), teachers=ROUTED), None), None))  # type: ignore[arg-type]
 
 
 def test_flow_teachers_draw_with_their_own_weights_and_the_students_dice(tmp_path: Path, graders: Graders) -> None:
@@ -257,7 +266,8 @@ def test_flow_teachers_draw_with_their_own_weights_and_the_students_dice(tmp_pat
             opened = {
                 name: (part, await stack.enter_async_context(part.open(contexts[name], run.services))) for name, part in tables.items()
             }
-            return await TeacherAccuracy(problems=6)(run, None, None, Teachers(opened, run.wants, run.clock))  # type: ignore[arg-type]
+            teachers = Teachers(opened, run.wants, run.clock)  # type: ignore[arg-type]
+            return await TeacherAccuracy(problems=6)(asked_of(run, None, teachers), None)  # type: ignore[arg-type]
 
     table = asyncio.run(measure())
     assert (table["problems"], len(table["examples"]), table["parts"]) == (6, 6, ["quality"])
@@ -374,7 +384,7 @@ def test_agreement_is_the_mean_kl_of_the_steps_the_student_drew(monkeypatch: pyt
         return group
 
     monkeypatch.setattr(FlowSampler, "sample", spy)
-    table = asyncio.run(Agreement(prompts=6)(run, None, sampler_of(run, student), teachers))  # type: ignore[arg-type]
+    table = asyncio.run(Agreement(prompts=6)(asked_of(run, sampler_of(run, student), teachers), None))  # type: ignore[arg-type]
     expected: dict[str, list[np.ndarray]] = {"digits": [], "counts": []}
     for made in kept:
         route = made.rollout.prompt.route
@@ -400,5 +410,5 @@ def test_agreement_is_the_mean_kl_of_the_steps_the_student_drew(monkeypatch: pyt
 def test_agreement_without_noise_is_null() -> None:
     teachers, parts = speaking(one=(glyph_model(2), ()))
     run = run_of(teachers=parts, noise_level=0.0)
-    table = asyncio.run(Agreement(prompts=2)(run, None, sampler_of(run, glyph_model(1)), teachers))  # type: ignore[arg-type]
+    table = asyncio.run(Agreement(prompts=2)(asked_of(run, sampler_of(run, glyph_model(1)), teachers), None))  # type: ignore[arg-type]
     assert (table["kl_nats"], table["low"], table["attempts"], table["by_position"]) == (None, None, 0, [])

@@ -19,9 +19,9 @@ from reflux.config import RunConfig, load_recipe
 from reflux.doctor import examine
 from reflux.errors import ModelError
 from reflux.loop import train
-from reflux.rundir import Options, Run
+from reflux.rundir import Options
 from reflux.tasks.glyphs import Glyphs
-from reflux.types import Draw, Wants
+from reflux.types import Draw
 from tiny_glyphs import EVAL_STEPS, NO_EVALS, STEPS, glyphs, said
 
 Config = Callable[..., RunConfig]
@@ -175,6 +175,14 @@ def test_a_folder_without_a_flow_model_is_a_sentence(tmp_path: Path) -> None:
         evaluate_model(str(tmp_path), None, 4, 0, None, [])
 
 
+def test_eval_refuses_files_that_are_not_there(models: tiny_glyphs.Models, tmp_path: Path) -> None:
+    """Also those that the sampler does not read."""
+    from reflux.commands.evaluate import evaluate_model
+
+    with pytest.raises(ModelError, match=r"learner\.adapter"):
+        evaluate_model(models["student"], None, 4, 0, None, [f"learner.adapter={tmp_path / 'nowhere'}"])
+
+
 def test_difficulty_counts_pictures_and_writes_a_recipe_of_pictures(
     config: Config, models: tiny_glyphs.Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,13 +216,9 @@ def test_difficulty_is_that_of_the_student_training_begins_with(config: Config, 
         cfg = replace(config("flow", **changes), teachers={}, evals={})
 
         async def act(cfg: RunConfig = cfg, name: str = name) -> np.ndarray:
-            run = Run.open(cfg, Wants(), Options(tmp_path / name))
-            try:
-                async with _student(cfg, run) as sampler:
-                    (attempt,) = await sampler.sample(glyphs(1)[0], 1, Draw(0, "score", STEPS))
-                    return attempt.rollout.x_SD  # type: ignore[attr-defined]
-            finally:
-                run.close()
+            async with _student(cfg, tmp_path / name) as student:
+                (attempt,) = await student.sampler.sample(glyphs(1)[0], 1, Draw(0, "score", STEPS))
+                return attempt.rollout.x_SD  # type: ignore[attr-defined]
 
         pictures[name] = asyncio.run(act())
     assert np.array_equal(pictures["merged"][0], pictures["plain"][0])  # the first noise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from reflux.assets.tokenizer import character_tokenizer
 from reflux.config import RunConfig, load_recipe
 from reflux.context import Generation, Numbers, PartContext, StudentSpec
 from reflux.contexts.base import View
+from reflux.evaluation import Evaluation
 from reflux.heads import Heads
 from reflux.kernels.head import Head
 from reflux.learners.hf import HF as HFLearnerPart
@@ -110,6 +112,16 @@ def services(student: StudentSpec | None = None, **fields: Any) -> Services:
     if student is None:
         made.tokenizer = character_tokenizer()  # the cached property's place
     return made
+
+
+def evaluation(sampler: Any, teachers: Any = None, *, graders: Any = None, positions: int = 12, step: int = 0, **told: Any) -> Evaluation:
+    """Answers of `sampler`, judged by `graders`; `told` are fields of the context: task, seed, generation, teachers."""
+    known = context(name="sampler", **told)
+    made = services()
+    if graders is not None:
+        made.graders = graders  # the cached property's place
+    limits = replace(known.numbers, evaluation_positions=positions)
+    return Evaluation(replace(known, numbers=limits), made, None, sampler, teachers, step)  # type: ignore[arg-type]
 
 
 def learner(model: Any, **fields: Any) -> HFLearner:

@@ -22,6 +22,8 @@ from reflux.clock import Clock
 from reflux.config import RunConfig, differences, to_table, to_toml
 from reflux.context import PartContext, part_context
 from reflux.errors import RunError, Stopped
+from reflux.evals.base import Source
+from reflux.evaluation import Evaluation
 from reflux.heads import Heads
 from reflux.model_card import model_card
 from reflux.once import Once
@@ -203,6 +205,10 @@ class Run:
         """Was there nothing left to do when the directory was opened? Then nothing is done."""
         return self.resumed is not None and self.resumed >= self.cfg.steps
 
+    def evaluation(self, sampler: OpenSampler, teachers: Teachers) -> Evaluation:
+        """What evaluations may know of this run, and whom they may ask."""
+        return Evaluation(self.context("sampler"), self.services, self.cfg.sampler, sampler, teachers, self.step)
+
     async def evaluate(self, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers, unless_done: bool = False) -> None:
         """Ask every evaluation about the weights of now; those that speak of the teacher only once.
 
@@ -218,9 +224,10 @@ class Run:
             with learner.at_mean() as averaged:
                 if averaged:
                     await sampler.publish(self.services.lend(learner.publish()), self.step)
-                for name, evaluation in self.cfg.evals.items():
-                    if _is_asked(self, evaluation, name in seen):
-                        results[name] = await evaluation(self, learner, sampler, teachers)
+                asked = self.evaluation(sampler, teachers)
+                for name, part in self.cfg.evals.items():
+                    if _is_asked(self, part, name in seen):
+                        results[name] = await part(asked, Source(learner.access, self.dir / name))
         finally:
             if averaged:  # also where an evaluation raised: the sampler goes on with the student's own weights
                 await sampler.publish(learner.publish(), self.step)

@@ -25,6 +25,10 @@ class Student:
         self.average, self.weights, self.published = average, "live", "live"
         self.versions: list[int] = []  # published
 
+    @property
+    def access(self) -> Student:
+        return self
+
     @contextmanager
     def at_mean(self) -> Iterator[bool]:
         self.weights = "mean" if self.average else "live"
@@ -53,8 +57,8 @@ def test_the_average_is_held_while_evaluations_run_and_no_longer(tmp_path: Path,
         def __init__(self, fails: bool):
             self.fails = fails
 
-        async def __call__(self, run: Any, learner: Any, sampler: Any, teachers: Any) -> dict[str, Any]:
-            seen.append((learner.weights, sampler.published))
+        async def __call__(self, evaluation: Any, source: Any) -> dict[str, Any]:
+            seen.append((source.access.weights, evaluation.sampler.published))
             if self.fails:
                 raise OSError("the evaluation is broken")
             return {}
@@ -62,6 +66,7 @@ def test_the_average_is_held_while_evaluations_run_and_no_longer(tmp_path: Path,
     evals = {"first": Looks(False), "second": Looks(fails)}
     none = SimpleNamespace(log=lambda *_: None, evaluated=lambda *_: None)
     run: Any = SimpleNamespace(dir=tmp_path, cfg=SimpleNamespace(evals=evals), step=3, services=tiny.services(), _tracker=none, watch=none)
+    run.evaluation = lambda sampler, teachers: SimpleNamespace(sampler=sampler)
     student: Any = Student(average)
     evaluated = Run.evaluate(run, student, student, SimpleNamespace())  # type: ignore[arg-type]
     if fails:

@@ -170,8 +170,8 @@ class Speaking:
 def ask(teachers: Teachers, routes: list[str | None]) -> dict[str, Any]:
     prompts = [Prompt(f"p{i}", ({"role": "user", "content": "x" * (i + 1)},), route=route) for i, route in enumerate(routes)]
     task = SimpleNamespace(prompts=lambda split, seed, start=0: iter(prompts))
-    run: Any = SimpleNamespace(task=task, step=3, moment=lambda: NOW, cfg=SimpleNamespace(evaluation_positions=9), heads=tiny.HEADS)
-    return asyncio.run(Agreement()(run, None, Speaking(), teachers))  # type: ignore[arg-type]
+    asked = tiny.evaluation(Speaking(), teachers, task=task, step=3, positions=9)
+    return asyncio.run(Agreement()(asked, None))  # type: ignore[arg-type]
 
 
 def test_agreement_by_route_and_by_table() -> None:
@@ -218,11 +218,11 @@ def test_the_interval_of_agreement_covers_the_kl_as_often_as_it_says(attempts: i
     dice, draws, hits = np.random.default_rng(attempts), 800, 0
     prompts = [Prompt(f"p{i}", ({"role": "user", "content": "x" * (6 + i % 3)},)) for i in range(attempts)]
     task = SimpleNamespace(prompts=lambda split, seed, start=0: iter(prompts))
-    run: Any = SimpleNamespace(task=task, step=3, moment=lambda: NOW, cfg=SimpleNamespace(evaluation_positions=9), heads=tiny.HEADS)
     part: Any = SimpleNamespace(context=Same(), routes=(), as_="main", in_process=True)
 
     async def measure() -> dict[str, Any]:
-        return await Agreement()(run, None, Speaking(), Teachers({"main": (part, Noisy(dice, 2.5))}, Wants(), tiny.services()))  # type: ignore[arg-type]
+        teachers = Teachers({"main": (part, Noisy(dice, 2.5))}, Wants(), tiny.services())  # type: ignore[arg-type]
+        return await Agreement()(tiny.evaluation(Speaking(), teachers, task=task, step=3, positions=9), None)  # type: ignore[arg-type]
 
     for _ in range(draws):
         found = asyncio.run(measure())

@@ -14,8 +14,7 @@ from reflux import files
 from reflux.accounting import Work
 from reflux.errors import DataError
 from reflux.evals.agreement import gap_T
-from reflux.together import together
-from reflux.types import Draw, Group, Prompt, seed_of
+from reflux.types import Prompt, seed_of
 
 if TYPE_CHECKING:
     from reflux.learners.base import OpenLearner
@@ -74,27 +73,24 @@ class Scorer:
 
     async def __call__(self, sampler: OpenSampler, teachers: Teachers, dice: int = 0) -> float:
         """NaN where nothing was judged. Dice depend on (run seed, "score", step, prompt, sample, `dice`) alone: candidates share them."""
-        groups = await self._answers(sampler, dice)
+        asked = self.run.evaluation(sampler, teachers)
+        draw = asked.draw("score", limit=self.scoring.max_tokens, dice=dice)
+        groups = await asked.groups(self.prompts, self.scoring.samples, draw)
         attempts = [attempt for group in groups for attempt in group]
         if self.scoring.by == "accuracy":
             self.spent.work += Work.of(attempts)
-            rewards = await self.run.graders.judge_attempts(self.run.task, attempts)
+            rewards = await asked.judged(attempts)
             self.spent.ungraded += sum(reward.value is None for reward in rewards)
             return _accuracy([reward.value for reward in rewards])
-        await teachers.score(groups, self.run.moment())
+        await teachers.score(groups, asked.moment)
         self.spent.work += Work.of(attempts)
-        gaps = [gap_T(attempt, self.scoring.teacher, self.run.heads) for attempt in attempts]
+        gaps = [gap_T(attempt, self.scoring.teacher, asked.services.heads) for attempt in attempts]
         return -_mean([value for gap in gaps if gap is not None for value in gap[~np.isnan(gap)]])
 
     def take(self) -> Spent:
         """What was spent since the last call."""
         taken, self.spent = self.spent, Spent()
         return taken
-
-    async def _answers(self, sampler: OpenSampler, dice: int) -> list[Group]:
-        limit = self.scoring.max_tokens or self.run.cfg.evaluation_positions
-        draw = Draw(self.run.step, "score", limit, stop=self.run.cfg.draw(self.run.step).stop, cohort=len(self.prompts), dice=dice)
-        return await together(sampler.sample(prompt, self.scoring.samples, draw) for prompt in self.prompts)
 
 
 @dataclass(frozen=True)

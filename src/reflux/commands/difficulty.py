@@ -12,26 +12,26 @@ import shlex
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from reflux import checks
 from reflux.config import RunConfig, Track, config_hash, load_recipe, to_toml
+from reflux.context import part_context
 from reflux.errors import DataError, RunError
 from reflux.evals.problems import problems
+from reflux.evaluation import Evaluation
 from reflux.files import append_lines, jsonable, keep_lines, read_lines, write_text
-from reflux.rundir import Options, Run
+from reflux.services import Services
 from reflux.tasks.base import Split, Task
 from reflux.tasks.difficulty import FIRST, Counted, as_line, copies_of, measured, repeated, training_prompts
 from reflux.tasks.jsonl import Jsonl
 from reflux.types import Draw, FlowRollout, Prompt, Wants
-
-if TYPE_CHECKING:
-    from reflux.samplers.base import OpenSampler
 
 console = Console()
 PARTIAL = "difficulty.partial.jsonl"
@@ -57,6 +57,7 @@ def balance_prompts(
     asked, cut = training_prompts(cfg.task, cfg.seed, prompts)
     if not asked:
         raise DataError("the task has no training prompts, so there is nothing to balance")
+    checks.inputs(cfg)
     if cut and not prompts:
         console.print(f"note: this task has no end; these are its first {FIRST} training prompts (--prompts N for more)", style="yellow")
     from reflux.quiet import quiet_libraries
@@ -95,26 +96,24 @@ async def _count(
     missing = [prompt for prompt in asked if prompt.id not in found]
     if missing:
         with tempfile.TemporaryDirectory() as scratch, console.status("loading the student ...") as status:
-            run = Run.open(cfg, Wants(), Options(Path(scratch) / "difficulty"))
-            try:
-                async with _student(cfg, run) as sampler:
-                    async for chunk in measured(run, sampler, missing, samples, draw):
-                        append_lines(path, [entry.line(0) for entry in chunk])
-                        found |= {entry.prompt.id: (entry.correct, entry.ungraded) for entry in chunk}
-                        status.update(f"{len(found)} of {len(asked)} prompts")
-            finally:
-                run.close()
+            async with _student(cfg, Path(scratch)) as student:
+                async for chunk in measured(student, missing, samples, draw):
+                    append_lines(path, [entry.line(0) for entry in chunk])
+                    found |= {entry.prompt.id: (entry.correct, entry.ungraded) for entry in chunk}
+                    status.update(f"{len(found)} of {len(asked)} prompts")
     return [Counted(prompt, found[prompt.id][0], samples, found[prompt.id][1]) for prompt in asked]
 
 
 @asynccontextmanager
-async def _student(cfg: RunConfig, run: Run) -> AsyncIterator[OpenSampler]:
+async def _student(cfg: RunConfig, scratch: Path) -> AsyncIterator[Evaluation]:
     """The sampler with the weights that training begins with: a flow learner may begin elsewhere than at its model."""
-    async with cfg.sampler.open(run.context("sampler"), run.services) as sampler:
-        if cfg.learner.rollouts is FlowRollout:
-            async with cfg.learner.open(run.context("learner"), run.services) as learner:
-                await sampler.publish(learner.publish(), 0)
-        yield sampler
+    with closing(Services(cfg.learner.student, overlap=cfg.sampler.overlaps)) as services:
+        context = part_context(cfg, Wants(), "sampler", scratch)
+        async with cfg.sampler.open(context, services) as sampler:
+            if cfg.learner.rollouts is FlowRollout:
+                async with cfg.learner.open(part_context(cfg, Wants(), "learner", scratch), services) as learner:
+                    await sampler.publish(learner.publish(), 0)
+            yield Evaluation(context, services, cfg.sampler, sampler)
 
 
 def _balanced(folder: Path, task: Task) -> Jsonl:

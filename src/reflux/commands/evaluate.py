@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import tomllib
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from reflux import checks
 from reflux.config import RunConfig, from_table, merge, nest, split_override, unpack
+from reflux.context import part_context
 from reflux.evals.accuracy import Accuracy
 from reflux.evals.problems import problems as test_problems
 from reflux.evals.problems import seen, told
+from reflux.evaluation import Evaluation
 from reflux.models import load_tokenizer, local_folder
-from reflux.rundir import Options, Run
+from reflux.services import Services
 from reflux.types import Wants
 
 console = Console()
@@ -40,6 +44,7 @@ def evaluate_model(model: str, task: str | None, problems: int, samples: int, ma
     else:
         load_tokenizer(model, "MODEL")
     cfg = from_table(table)
+    checks.inputs(cfg)
     asked = Accuracy(problems=problems, samples=samples, max_tokens=max_tokens or cfg.evaluation_positions, split="test", examples=0)
     found = asyncio.run(_accuracy(cfg, asked))
     if again := seen(cfg.task, list(islice(test_problems(cfg.task, "test"), problems))):
@@ -65,13 +70,10 @@ def _table(model: str) -> dict[str, Any]:
 
 
 async def _accuracy(cfg: RunConfig, asked: Accuracy) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as scratch:
-        run = Run.open(cfg, Wants(), Options(Path(scratch) / "eval"))
-        try:
-            async with cfg.sampler.open(run.context("sampler"), run.services) as sampler:
-                return await asked.measure(run, sampler)
-        finally:
-            run.close()
+    with tempfile.TemporaryDirectory() as scratch, closing(Services(cfg.learner.student, overlap=cfg.sampler.overlaps)) as services:
+        context = part_context(cfg, Wants(), "sampler", Path(scratch))
+        async with cfg.sampler.open(context, services) as sampler:
+            return await asked.measure(Evaluation(context, services, cfg.sampler, sampler))
 
 
 def _shown(value: object) -> str:

@@ -16,14 +16,13 @@ from reflux.evals.problems import problems
 from reflux.parts import STRICT
 from reflux.statistics import mean_interval, pass_at_k, wilson
 from reflux.tasks.base import Split
-from reflux.together import together
-from reflux.types import Attempt, Draw, Prompt, Reward
+from reflux.types import Attempt, Prompt, Reward
 
 if TYPE_CHECKING:
-    from reflux.learners.base import OpenLearner
-    from reflux.rundir import Run
+    from reflux.evals.base import Source
+    from reflux.evaluation import Evaluation
     from reflux.samplers.base import OpenSampler
-    from reflux.teachers.collection import Teachers
+    from reflux.tasks.base import Task
 
 Graded = list[tuple[Attempt, Reward]]  # the attempts at one problem
 # Names that no part of a verdict may take: those of this table and of `test_accuracy`'s.
@@ -82,46 +81,46 @@ class Accuracy(EvalPart):
         if not self.temperature > 0:
             raise ValueError("temperature must be above 0; the greedy answer is always asked for, and needs no samples")
 
-    async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
-        return await self.measure(run, sampler)
+    async def __call__(self, evaluation: Evaluation, source: Source) -> dict[str, Any]:
+        return await self.measure(evaluation)
 
-    async def measure(self, run: Run, sampler: OpenSampler) -> dict[str, Any]:
+    async def measure(self, evaluation: Evaluation) -> dict[str, Any]:
         """The table, of whatever model the sampler holds. DataError where the split has no problems."""
-        prompts = self.prompts(run)
-        greedy = await self.greedy(run, sampler, prompts)
+        prompts = self.prompts(evaluation)
+        greedy = await self.greedy(evaluation, prompts)
         sampled: dict[str, Any] = {}
         if self.samples:  # after the greedy answers, never among them: one batch holds one temperature
-            drawn = await self._ask(run, sampler, prompts, self.samples, self.temperature)
-            sampled = _sampled(drawn, self.samples, self.k or self.samples, run.seed)
-        return self.table(run, greedy, sampled)
+            drawn = await self._ask(evaluation, prompts, self.samples, self.temperature)
+            sampled = _sampled(drawn, self.samples, self.k or self.samples, evaluation.seed)
+        return self.table(evaluation, greedy, sampled)
 
-    def prompts(self, run: Run) -> list[Prompt]:
+    def prompts(self, evaluation: Evaluation) -> list[Prompt]:
         """What is asked. DataError where the split has no problems."""
-        prompts = list(islice(problems(run.task, self.split), self.problems))
+        prompts = list(islice(problems(evaluation.task, self.split), self.problems))
         if not prompts:
             raise DataError(f"eval accuracy: the task has no problems in its split '{self.split}'; choose another split")
         return prompts
 
-    async def greedy(self, run: Run, sampler: OpenSampler, prompts: Sequence[Prompt]) -> list[Graded]:
-        """One judged answer to each prompt, in order."""
-        return await self._ask(run, sampler, prompts, 1, 0.0)
+    async def greedy(self, evaluation: Evaluation, prompts: Sequence[Prompt], sampler: OpenSampler | None = None) -> list[Graded]:
+        """One judged answer to each prompt, in order; of another sampler where one is given."""
+        return await self._ask(evaluation, prompts, 1, 0.0, sampler)
 
-    def table(self, run: Run, greedy: list[Graded], more: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    def table(self, evaluation: Evaluation, greedy: list[Graded], more: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
         """The numbers of these greedy answers, `more` numbers, and the examples. No answers: no accuracy."""
         parts = sorted({name for graded in greedy for _, reward in graded for name in reward.parts})
-        table = {"problems": len(greedy), "split": self.split, **_greedy(greedy), **_parts(parts, greedy, run.seed)}
-        for kind, some in _by_kind(run, greedy):
+        table = {"problems": len(greedy), "split": self.split, **_greedy(greedy), **_parts(parts, greedy, evaluation.seed)}
+        for kind, some in _by_kind(evaluation.task, greedy):
             table |= {**_mean(f"accuracy.{kind}", some), f"accuracy.{kind}.problems": len(some)}
-            table |= _parts(parts, some, run.seed, f".{kind}")
+            table |= _parts(parts, some, evaluation.seed, f".{kind}")
         listed = {"parts": [_free(name) for name in parts]} if parts else {}
         return {**table, **more, **listed, "examples": [_example(*graded[0]) for graded in greedy[: self.examples]]}
 
-    async def _ask(self, run: Run, sampler: OpenSampler, prompts: Sequence[Prompt], n: int, temperature: float) -> list[Graded]:
-        limit = self.max_tokens or run.cfg.evaluation_positions
-        step = run.step if temperature else 0  # greedy: what dice there are, a picture's first noise, do not change with the step
-        draw = Draw(step, "eval", limit, temperature, stop=run.cfg.draw(run.step).stop, cohort=len(prompts))
-        groups = await together(sampler.sample(prompt, n, draw) for prompt in prompts)
-        rewards = iter(await run.graders.judge_attempts(run.task, [attempt for group in groups for attempt in group]))
+    async def _ask(
+        self, evaluation: Evaluation, prompts: Sequence[Prompt], n: int, temperature: float, sampler: OpenSampler | None = None
+    ) -> list[Graded]:
+        draw = evaluation.draw("eval", limit=self.max_tokens, temperature=temperature)
+        groups = await evaluation.groups(prompts, n, draw, sampler)
+        rewards = iter(await evaluation.judged([attempt for group in groups for attempt in group]))
         return [[(attempt, next(rewards)) for attempt in group] for group in groups]
 
 
@@ -166,9 +165,9 @@ def _averaged(name: str, values: Sequence[float], seed: int, *, share: bool = Fa
     return {name: sum(values) / len(values) if values else None, f"{name}.low": low, f"{name}.high": high}
 
 
-def _by_kind(run: Run, problems: list[Graded]) -> Iterator[tuple[str, list[Graded]]]:
+def _by_kind(task: Task, problems: list[Graded]) -> Iterator[tuple[str, list[Graded]]]:
     """The problems by part of a mix and by route, each only where there are several."""
-    kinds: list[Callable[[Prompt], str | None]] = [run.task.part_of, lambda prompt: prompt.route]
+    kinds: list[Callable[[Prompt], str | None]] = [task.part_of, lambda prompt: prompt.route]
     for kind in kinds:
         sorted_by: dict[str, list[Graded]] = {}
         for graded in problems:

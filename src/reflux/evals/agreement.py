@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,15 +17,13 @@ from reflux.parts import STRICT
 from reflux.statistics import clustered_mean
 from reflux.tasks.base import Split
 from reflux.teachers.names import unless_known
-from reflux.together import together
-from reflux.types import Attempt, Draw, Rollout, SampledTarget, TokenRollout
+from reflux.types import Attempt, Rollout, SampledTarget, TokenRollout
 
 if TYPE_CHECKING:
     from reflux.config import RunConfig
+    from reflux.evals.base import Source
+    from reflux.evaluation import Evaluation
     from reflux.heads import Heads
-    from reflux.learners.base import OpenLearner
-    from reflux.rundir import Run
-    from reflux.samplers.base import OpenSampler
     from reflux.teachers.collection import Teachers
 
 Found = tuple[Attempt, np.ndarray]  # an attempt the teacher scored, and how far apart they were at each position
@@ -61,12 +60,14 @@ class Agreement(EvalPart):
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         return unless_known(cfg, f"{where}.teacher", self.teacher) if cfg.teachers else ()
 
-    async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
-        prompts = list(islice(problems(run.task, self.split), self.prompts))
-        draw = Draw(run.step, "eval", self.max_tokens or run.cfg.evaluation_positions, cohort=len(prompts))
-        groups = await together(sampler.sample(prompt, 1, draw) for prompt in prompts)
-        await teachers.score(groups, run.moment())
-        found = [(group[0], gap) for group in groups if (gap := gap_T(group[0], self.teacher, run.heads)) is not None]
+    async def __call__(self, evaluation: Evaluation, source: Source) -> dict[str, Any]:
+        prompts = list(islice(problems(evaluation.task, self.split), self.prompts))
+        teachers = evaluation.teachers
+        assert teachers is not None  # refused beforehand
+        draw = replace(evaluation.draw("eval", limit=self.max_tokens), stop=())
+        groups = await evaluation.groups(prompts, 1, draw)
+        await teachers.score(groups, evaluation.moment)
+        found = [(group[0], gap) for group in groups if (gap := gap_T(group[0], self.teacher, evaluation.services.heads)) is not None]
         gaps = [gap for _, gap in found]
         return {
             **_interval([_chosen(gap) for gap in gaps]),

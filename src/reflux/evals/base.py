@@ -1,21 +1,29 @@
 """An evaluation: numbers about the student of now, written to evals.jsonl.
 
-A frozen value called with the open learner, sampler and teachers; the sampler holds the learner's weights. It has its own dice (purpose
-"eval") and its own length limit, so switching it on or off leaves the training run bit-identical (law 8).
+A frozen value called with an `Evaluation`, whose sampler holds the weights of now, and their `Source`. It has its own dice (purpose "eval")
+and its own length limit, so switching it on or off leaves the training run bit-identical (law 8).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from reflux.part import Part
 from reflux.tasks.base import Split
 
 if TYPE_CHECKING:
-    from reflux.learners.base import OpenLearner
-    from reflux.rundir import Run
-    from reflux.samplers.base import OpenSampler
-    from reflux.teachers.collection import Teachers
+    from reflux.evaluation import Evaluation
+    from reflux.learners.access import WeightAccess
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights come from: for an evaluation that reads them, their access (None: the learner has none) and a folder of its own."""
+
+    access: WeightAccess | None
+    folder: Path
 
 
 # always: before the first step, every `eval_every` steps and after the last. start: before the first step alone, for what speaks of the
@@ -40,6 +48,6 @@ class Eval(EvalPart, Protocol):
         """The length limit of the answers it asks for; None: the run's `evaluation_positions`, or it asks for none."""
         ...
 
-    async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
+    async def __call__(self, evaluation: Evaluation, source: Source) -> dict[str, Any]:
         """A flat table of JSON values, e.g. {"accuracy": 0.42, "low": 0.38, "high": 0.46, "problems": 500, "split": "test"}."""
         ...

@@ -35,12 +35,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from reflux.config import RunConfig
-    from reflux.learners.base import OpenLearner
+    from reflux.evals.base import Source
+    from reflux.evaluation import Evaluation
     from reflux.reports.chart import Chart
     from reflux.reports.recorded import Recorded
-    from reflux.rundir import Run
-    from reflux.samplers.base import OpenSampler
-    from reflux.teachers.collection import Teachers
 
 __all__ = ["Foresight", "alignment", "effective_rank", "foresight", "rho", "spectral_norm", "top_norm_ratio"]
 
@@ -80,16 +78,16 @@ class Foresight(EvalPart):
 
         return foresight_charts(read_spectra(recorded.rows("evals")))
 
-    async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
+    async def __call__(self, evaluation: Evaluation, source: Source) -> dict[str, Any]:
         """The table. ConfigError where `include` matches no matrix, RunError where the start weights are not there."""
-        return await run.off_loop(self._measure, run, required(learner.access, "evals.foresight"))
+        access = required(source.access, "evals.foresight")
+        return await evaluation.services.run_model(self._measure, access, source.folder, evaluation.step)
 
-    def _measure(self, run: Run, access: WeightAccess) -> dict[str, Any]:
-        folder = run.dir / "foresight"
+    def _measure(self, access: WeightAccess, folder: Path, step: int) -> dict[str, Any]:
         weights = {name: value for name, value in access.read(moved(access.names, self.include)).items() if value.ndim == 2}
         if not weights:
             raise ConfigError(f"evals.foresight: include = {list(self.include)} matches no matrix of the student")
-        if not run.step:
+        if not step:
             _write(folder / "start", weights)
         start = _read(folder / "start")
         if not start:
@@ -98,9 +96,9 @@ class Foresight(EvalPart):
                 "step. Use evals.foresight=none, or start a new run."
             )
         means, vectors = _spectra(weights, start, self.percent, self.k)
-        _write(folder / f"step-{run.step}", vectors)
+        _write(folder / f"step-{step}", vectors)
         earlier = sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
-        return {**means, "alignment": {str(step): _aligned(folder, step, vectors) for step in earlier if 0 < step < run.step}}
+        return {**means, "alignment": {str(then): _aligned(folder, then, vectors) for then in earlier if 0 < then < step}}
 
 
 def foresight(weights: Mapping[str, Tensor], start: Mapping[str, Tensor], percent: float = 1.0) -> dict[str, float | int | None]:

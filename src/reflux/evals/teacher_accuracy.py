@@ -13,14 +13,12 @@ from reflux.evals.base import Asked, EvalPart
 from reflux.parts import STRICT
 from reflux.tasks.base import Split
 from reflux.teachers.names import heard, measured
-from reflux.types import Prompt
 
 if TYPE_CHECKING:
     from reflux.config import RunConfig
-    from reflux.learners.base import OpenLearner
-    from reflux.rundir import Run
+    from reflux.evals.base import Source
+    from reflux.evaluation import Evaluation
     from reflux.samplers.base import OpenSampler
-    from reflux.teachers.collection import Teachers
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -49,37 +47,35 @@ class TeacherAccuracy(EvalPart):
             known = ", ".join(sorted({*cfg.teachers, *heard(cfg)}))
             yield f"{where}.teacher names one table, or what several answer as, and there is no '{self.teacher}'. Known: {known}."
 
-    async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
+    async def __call__(self, evaluation: Evaluation, source: Source) -> dict[str, Any]:
         """ValueError where there is no such teacher, or its table names no model."""
-        asked, tables = self._accuracy(), measured(run.cfg, self.teacher)
+        asked, tables = self._accuracy(), measured(evaluation.context, self.teacher)
+        tables_by_name = evaluation.context.teachers
         if not tables:
             raise _without_model(self.teacher)
-        if any(run.cfg.teachers[table].is_student for table in tables):
+        if any(tables_by_name[table].is_student for table in tables):
             return {"accuracy": None, "low": None, "high": None, "problems": 0, "split": self.split}
         found: dict[int, Graded] = {}  # by the place of the problem
-        prompts = asked.prompts(run)
+        prompts = asked.prompts(evaluation)
         for table in tables:  # one at a time: where a model is loaded for this, there is room for one
-            own = [place for place, prompt in enumerate(prompts) if len(tables) == 1 or _serves(run.cfg, table, prompt)]
+            own = [place for place, prompt in enumerate(prompts) if len(tables) == 1 or prompt.route in tables_by_name[table].routes]
             if own:
-                async with _acting(run, table, teachers) as acting:
-                    found |= zip(own, await asked.greedy(run, acting, [prompts[place] for place in own]), strict=True)
-        return asked.table(run, [found[place] for place in sorted(found)])
+                async with _acting(evaluation, table) as acting:
+                    found |= zip(own, await asked.greedy(evaluation, [prompts[place] for place in own], acting), strict=True)
+        return asked.table(evaluation, [found[place] for place in sorted(found)])
 
     def _accuracy(self) -> Accuracy:
         return Accuracy(problems=self.problems, max_tokens=self.max_tokens, split=self.split, examples=self.examples)
 
 
-def _serves(cfg: RunConfig, table: str, prompt: Prompt) -> bool:
-    return prompt.route in cfg.teachers[table].routes
-
-
 @asynccontextmanager
-async def _acting(run: Run, table: str, teachers: Teachers) -> AsyncIterator[OpenSampler]:
-    teacher, opened = teachers.opened[table]
+async def _acting(evaluation: Evaluation, table: str) -> AsyncIterator[OpenSampler]:
+    assert evaluation.teachers is not None  # refused beforehand
+    teacher, opened = evaluation.teachers.opened[table]
     model = teacher.acts_with(opened)
     if model is None:
         raise _without_model(table)
-    async with run.cfg.sampler.open_with(model, run.context("sampler"), run.services) as acting:
+    async with evaluation.part.open_with(model, evaluation.context, evaluation.services) as acting:
         yield acting
 
 

@@ -16,11 +16,8 @@ from reflux.tasks.base import Split
 from reflux.teachers.names import measured
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
-    from reflux.learners.base import OpenLearner
-    from reflux.rundir import Run
-    from reflux.samplers.base import OpenSampler
-    from reflux.teachers.collection import Teachers
+    from reflux.evals.base import Source
+    from reflux.evaluation import Evaluation
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -44,20 +41,21 @@ class ReportedAccuracy(EvalPart):
     teacher: str = "main"
     examples: Annotated[int, Field(ge=0)] = 0
 
-    async def __call__(self, run: Run, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
+    async def __call__(self, evaluation: Evaluation, source: Source) -> dict[str, Any]:
         exam = Accuracy(problems=self.problems, max_tokens=self.max_tokens, split=self.split, examples=self.examples)
-        table = {**await exam.measure(run, sampler), "seen": seen(run.task, exam.prompts(run))}
-        if run.step:
+        table = {**await exam.measure(evaluation), "seen": seen(evaluation.task, exam.prompts(evaluation))}
+        if evaluation.step:
             return table
         if table["seen"]:
-            run.services.listener.noted(told(table["seen"]))
-        if not _acts(run.cfg, self.teacher, teachers):
+            evaluation.services.listener.noted(told(table["seen"]))
+        if not _acts(evaluation, self.teacher):
             return table
         ceiling = TeacherAccuracy(self.teacher, self.problems, self.max_tokens, self.split, self.examples)
-        return {**table, "teacher": await ceiling(run, learner, sampler, teachers)}
+        return {**table, "teacher": await ceiling(evaluation, source)}
 
 
-def _acts(cfg: RunConfig, teacher: str, teachers: Teachers) -> bool:
+def _acts(evaluation: Evaluation, teacher: str) -> bool:
     """Has this teacher a model of its own that can be asked?"""
-    tables = [teachers.opened[table] for table in measured(cfg, teacher)]
+    assert evaluation.teachers is not None  # refused beforehand
+    tables = [evaluation.teachers.opened[table] for table in measured(evaluation.context, teacher)]
     return bool(tables) and all(part.acts_with(opened) is not None and not part.is_student for part, opened in tables)

@@ -16,12 +16,10 @@ from reflux.errors import DataError
 from reflux.tasks.base import Task
 from reflux.tasks.glyphs import Glyphs
 from reflux.tasks.word_problems import WordProblems
-from reflux.together import together
 from reflux.types import Draw, Prompt, Reward
 
 if TYPE_CHECKING:
-    from reflux.rundir import Run
-    from reflux.samplers.base import OpenSampler
+    from reflux.evaluation import Evaluation
 
 FIRST = 512  # of an endless task, where no number is asked for
 UNKNOWN = 100_000  # so many different prompts of a task of a user's own are read in search of its end
@@ -110,14 +108,13 @@ def as_glyph(prompt: Prompt, made: Any) -> Reward:
 
 
 async def measured(
-    run: Run, sampler: OpenSampler, prompts: Sequence[Prompt], samples: int, draw: Draw, at_once: int = 64
+    evaluation: Evaluation, prompts: Sequence[Prompt], samples: int, draw: Draw, at_once: int = 64
 ) -> AsyncIterator[list[Counted]]:
-    """Counts of `at_once` prompts at a time, in order. `draw.cohort` is set here; what is drawn depends on prompt and sample alone."""
+    """Counts of `at_once` prompts at a time, in order. What is drawn depends on prompt and sample alone."""
     for start in range(0, len(prompts), at_once):
         chunk = prompts[start : start + at_once]
-        asked = replace(draw, cohort=len(chunk))
-        groups = await together(sampler.sample(prompt, samples, asked) for prompt in chunk)
-        rewards = iter(await run.graders.judge_attempts(run.task, [attempt for group in groups for attempt in group]))
+        groups = await evaluation.groups(chunk, samples, draw)
+        rewards = iter(await evaluation.judged([attempt for group in groups for attempt in group]))
         yield [_counted(prompt, [next(rewards).value for _ in range(samples)]) for prompt in chunk]
 
 

@@ -10,6 +10,7 @@ from reflux.types import FlowRollout, SampledTarget, Target, TopKTarget, Velocit
 
 if TYPE_CHECKING:
     from reflux.config import RunConfig
+    from reflux.context import PartContext
 
 
 def heard(cfg: RunConfig) -> set[str]:
@@ -17,12 +18,12 @@ def heard(cfg: RunConfig) -> set[str]:
     return {spoken_name(table, teacher) for table, teacher in cfg.teachers.items()}
 
 
-def tables_of(cfg: RunConfig, name: str) -> list[str]:
+def tables_of(cfg: RunConfig | PartContext, name: str) -> list[str]:
     """The tables that answer under a name."""
     return [table for table, teacher in cfg.teachers.items() if spoken_name(table, teacher) == name]
 
 
-def measured(cfg: RunConfig, name: str) -> list[str]:
+def measured(cfg: RunConfig | PartContext, name: str) -> list[str]:
     """The tables that answer as `name`, where there are several; else the one table of that name or that answers so; else none."""
     spoken = tables_of(cfg, name)
     return [name] if name in cfg.teachers and len(spoken) < 2 else spoken
