@@ -33,7 +33,7 @@ from reflux.credit.base import share_credit
 from reflux.errors import ConfigError, RunError, Stopped
 from reflux.files import write_text
 from reflux.learning import observe
-from reflux.loop import Parts, open_parts
+from reflux.loop import Parts, lasting, open_parts
 from reflux.quiet import quiet_libraries
 from reflux.rewards.base import judge
 from reflux.rundir import Options, Run
@@ -72,7 +72,7 @@ async def draw_gradients(cfgs: Mapping[str, RunConfig], draws: int, weights: Map
     with tempfile.TemporaryDirectory() as scratch:
         run = Run.open(first, checks.join(every), Options(Path(scratch) / "draws"))
         prompts = list(islice(run.prompts, first.prompts_per_step))
-        async with open_parts(first, run) as parts:
+        async with lasting(run), open_parts(first, run.context, run.services) as parts:
             learner, sampler, _, _, _ = parts
             if weights is not None:
                 learner.take_up(weights)

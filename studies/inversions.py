@@ -24,7 +24,7 @@ import numpy as np
 
 from reflux.config import RunConfig, load_recipe
 from reflux.credit.log_ratio import log_ratio_T
-from reflux.loop import open_parts
+from reflux.loop import lasting, open_parts
 from reflux.rewards.base import judge
 from reflux.rundir import Options, Run
 from reflux.types import Draw, Group, Wants
@@ -95,7 +95,7 @@ async def graded(cfg: RunConfig, prompts: int, samples: int, split: Any) -> list
     cfg = replace(cfg, prompts_per_step=prompts, group_size=samples, max_lag=0, evals={}, accelerator=None)
     with tempfile.TemporaryDirectory() as scratch:
         run = Run.open(cfg, Wants(reward=True, logp=True), Options(Path(scratch) / "inversions"))
-        async with open_parts(cfg, run) as (learner, sampler, reward, teachers, _):
+        async with lasting(run), open_parts(cfg, run.context, run.services) as (learner, sampler, reward, teachers, _):
             await sampler.publish(learner.publish(), 0)
             asked = list(islice(cfg.task.prompts(split, 0), prompts))
             draw = Draw(0, "eval", cfg.evaluation_positions, stop=tuple(cfg.sampler.stop), cohort=len(asked))

@@ -35,7 +35,7 @@ from reflux.contexts.peers import Peers
 from reflux.contexts.same import Same
 from reflux.contexts.wording import with_attempts
 from reflux.files import write_text
-from reflux.loop import open_parts
+from reflux.loop import lasting, open_parts
 from reflux.rewards.base import judge
 from reflux.rundir import Options, Run
 from reflux.statistics import bootstrap_mean
@@ -146,7 +146,7 @@ async def signal(asked: Asked) -> dict[str, Any]:
     cfg = load_recipe("peers", {**changes, "prompts_per_step": asked.prompts, "threads": asked.threads})
     with tempfile.TemporaryDirectory() as scratch:
         run = Run.open(cfg, Wants(logp=True, spans=True, reward=True), Options(Path(scratch) / "run"))
-        async with open_parts(cfg, run) as (_, sampler, reward, teachers, _):
+        async with lasting(run), open_parts(cfg, run.context, run.services) as (_, sampler, reward, teachers, _):
             groups = await draw(asked, run, sampler)
             await asyncio.gather(*(judge(reward, group) for group in groups))
             accuracy = float(np.mean([attempt.verdict or 0.0 for group in groups for attempt in group]))

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -150,7 +149,7 @@ def test_the_line_of_a_running_run_says_of_which_positions_its_kl_is(metrics: di
     printed = io.StringIO()
     progress = Progress(Console(file=printed, width=200), tiny.config("opd", "reflux:student", "reflux:teacher"))
     progress._printed = -math.inf  # elsewhere than on a terminal a line comes now and then
-    progress.stepped(SimpleNamespace(step=1), {"seconds": {"total": 2.0}, "tokens_sampled": 0, "tokens_trained": 8, **metrics})  # type: ignore
+    progress.stepped({"step": 1, "seconds": {"total": 2.0}, "tokens_sampled": 0, "tokens_trained": 8, **metrics})  # type: ignore
     assert printed.getvalue().split("  ")[1] == (shown or "4 tokens/s")
 
 

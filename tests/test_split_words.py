@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,7 +80,7 @@ def test_the_terminal_calls_problems_by_their_split(tmp_path: Path, split: str, 
     printed = io.StringIO()
     console = Console(file=printed, width=200)
     shown = Progress(console, tiny.config("opd", "reflux:student", "reflux:teacher"))
-    shown.evaluated(SimpleNamespace(step=0), {"accuracy": score})  # type: ignore[arg-type]
+    shown.evaluated({"step": 0, "accuracy": score})  # type: ignore[arg-type]
     assert printed.getvalue() == f"step    0  accuracy  25.0%  (10.0% to 40.0%, 12 {WORDS[split]} problems)\n"
     monkeypatch.setattr(command, "console", console)
     example = {"prompt": "2+3?", "answer": "5", "text": "5", "verdict": 1.0}

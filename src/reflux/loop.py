@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, closing
+from functools import partial
 from typing import Any
 
 from reflux import checks
 from reflux.accelerators import base as accelerators
 from reflux.accelerators.score import CurrentScore
 from reflux.config import RunConfig
+from reflux.context import PartContext
 from reflux.credit.base import share_credit
 from reflux.learners.base import OpenLearner
 from reflux.learning import learn, observe
@@ -19,6 +21,7 @@ from reflux.rewards.base import OpenReward, judge
 from reflux.rewards.weighted import open_rewards
 from reflux.rundir import Options, Run
 from reflux.samplers.base import OpenSampler
+from reflux.services import Services
 from reflux.signals import stopping_on_signals
 from reflux.step import StepRequest
 from reflux.teachers.collection import Teachers
@@ -37,14 +40,15 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
         with closing(run):
             return run.summary()
 
-    async with open_parts(cfg, run) as (learner, sampler, reward, teachers, accelerator):
+    async with lasting(run), open_parts(cfg, run.context, run.services) as (learner, sampler, reward, teachers, accelerator):
         run.restore(learner, teachers, accelerator)  # every part with state; accelerator.start(learner) on a fresh run
 
         async def publish(step: int) -> None:  # sampler and teachers learn of the new weights
             await sampler.publish(learner.publish(), step)
             await teachers.publish(learner.publish(), step)
 
-        score = CurrentScore(run.scorer, learner, sampler, teachers)  # of these weights on fixed prompts
+        scorer = accelerators.scorer(cfg.accelerator, run.context, run.services)
+        score = CurrentScore(scorer, learner, partial(run.evaluation, sampler, teachers))  # of these weights on fixed prompts
 
         async def attempt(prompt: Prompt, step: int) -> Group:  # may run ahead of training, never by more than max_lag steps
             group = await sampler.sample(prompt, cfg.group_size, cfg.draw(step))  # the student acts
@@ -75,7 +79,7 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
                     learner.version += 1  # other weights
                     stream.refresh()  # ask again what is in flight
                 await publish(run.step + 1)  # everyone learns of it
-                run.advance(result, groups, learner, teachers, jumped)  # step += 1; metrics, lag, shares, costs
+                run.advance(result, groups, learner, teachers, jumped, score.take())  # step += 1; metrics, lag, shares, costs
                 if run.due("eval"):
                     await stream.settle()  # an evaluation may lend the sampler averaged weights: no attempt is drawn with those
                     await run.evaluate(learner, sampler, teachers)
@@ -87,19 +91,24 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def open_parts(cfg: RunConfig, run: Run) -> AsyncIterator[Parts]:
+async def lasting(run: Run) -> AsyncIterator[None]:
+    """Signals ask the run to stop for as long as it lasts; it is closed, whatever happens."""
+    with closing(run), stopping_on_signals(run):
+        yield
+
+
+@asynccontextmanager
+async def open_parts(cfg: RunConfig, context: Callable[[str], PartContext], services: Services) -> AsyncIterator[Parts]:
     """Open every part, the learner first; close them in reverse, whatever happens."""
     async with AsyncExitStack() as stack:
-        stack.callback(run.close)
-        stack.enter_context(stopping_on_signals(run))
         prepare_torch(cfg.threads, cfg.deterministic)
-        learner = await stack.enter_async_context(cfg.learner.open(run.context("learner"), run.services))
-        sampler = await stack.enter_async_context(cfg.sampler.open(run.context("sampler"), run.services))
-        reward = await stack.enter_async_context(open_rewards(cfg.rewards, run.context, run.services))
+        learner = await stack.enter_async_context(cfg.learner.open(context("learner"), services))
+        sampler = await stack.enter_async_context(cfg.sampler.open(context("sampler"), services))
+        reward = await stack.enter_async_context(open_rewards(cfg.rewards, context, services))
         opened = {
-            name: (teacher, await stack.enter_async_context(teacher.open(run.context(name), run.services)))
+            name: (teacher, await stack.enter_async_context(teacher.open(context(name), services)))
             for name, teacher in cfg.teachers.items()
         }
-        accelerator = await stack.enter_async_context(accelerators.opened(cfg.accelerator, run))
+        accelerator = await stack.enter_async_context(accelerators.opened(cfg.accelerator, context, services))
         heard = {objective.teacher for objective in cfg.objectives if objective.teacher}
-        yield learner, sampler, reward, Teachers(opened, run.wants, run.services, heard), accelerator
+        yield learner, sampler, reward, Teachers(opened, context("learner").requirements, services, heard), accelerator

@@ -1,7 +1,7 @@
 """The run directory: seeds, resolved config, attempts, metrics, checkpoints, resume.
 
 config.toml  metrics.jsonl  evals.jsonl  attempts.jsonl  checkpoints/step-N/  student/  summary.json  report.html; of some parts
-searches.jsonl  score_prompts.jsonl  foresight/
+searches.jsonl  parts/NAME/
 """
 
 from __future__ import annotations
@@ -9,24 +9,21 @@ from __future__ import annotations
 import fcntl
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from reflux import checkpoints, checks, files, records, refused
 from reflux.accounting import TOKENS, Landed, Work, add_up
-from reflux.clock import Clock
 from reflux.config import RunConfig, differences, to_table, to_toml
 from reflux.context import PartContext, part_context
 from reflux.errors import RunError, Stopped
 from reflux.evals.base import Source
 from reflux.evaluation import Evaluation
-from reflux.heads import Heads
 from reflux.model_card import model_card
-from reflux.once import Once
 from reflux.services import Services
 from reflux.step import StepResult
 from reflux.step_metrics import step_metrics
@@ -35,14 +32,11 @@ from reflux.types import Group, Moment, Prompt, Wants
 
 if TYPE_CHECKING:
     from reflux.accelerators.base import OpenAccelerator
-    from reflux.accelerators.score import Scorer
+    from reflux.accelerators.score import Spent
     from reflux.evals.base import Eval
     from reflux.learners.base import OpenLearner
     from reflux.samplers.base import OpenSampler
-    from reflux.tasks.grading import Graders
     from reflux.teachers.collection import Teachers
-
-Result = TypeVar("Result")
 
 _MAY_DIFFER = ("steps", "save_every", "eval_every", "keep_checkpoints", "track", "threads", "evals")  # on resume: they touch no gradient
 
@@ -50,17 +44,17 @@ _MAY_DIFFER = ("steps", "save_every", "eval_every", "keep_checkpoints", "track",
 class Watch(Protocol):
     """Someone who looks on; what they do changes nothing in the run."""
 
-    def stepped(self, run: Run, metrics: dict[str, Any]) -> None: ...
+    def stepped(self, metrics: dict[str, Any]) -> None: ...
 
-    def evaluated(self, run: Run, results: dict[str, Any]) -> None: ...
+    def evaluated(self, results: dict[str, Any]) -> None: ...
 
     def noted(self, text: str) -> None: ...
 
 
 class Silent:
-    def stepped(self, run: Run, metrics: dict[str, Any]) -> None: ...
+    def stepped(self, metrics: dict[str, Any]) -> None: ...
 
-    def evaluated(self, run: Run, results: dict[str, Any]) -> None: ...
+    def evaluated(self, results: dict[str, Any]) -> None: ...
 
     def noted(self, text: str) -> None: ...
 
@@ -90,7 +84,6 @@ class Run:
             self.totals |= checkpoints.read_plain(checkpoints.of_step(self.dir / "checkpoints", step) / "run")
         self._started = time.perf_counter()
         self._tracker: Tracker = NoTracker()  # until the lock is held
-        self.scorer: Scorer | None = None  # of an accelerator
         self.landed: dict[int, Landed] = {}  # by the step (from 0) that attempts are meant for
         self._lock = (self.dir / ".lock").open("w")
 
@@ -144,25 +137,6 @@ class Run:
         """What the part `name` may know of this run."""
         return part_context(self.cfg, self.wants, name, self.dir)
 
-    @property
-    def clock(self) -> Clock:
-        return self.services.clock
-
-    @property
-    def once(self) -> Once:
-        return self.services.shared
-
-    @property
-    def heads(self) -> Heads:
-        return self.services.heads
-
-    @property
-    def graders(self) -> Graders:
-        return self.services.graders
-
-    async def off_loop(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        return await self.services.run_model(work, *arguments)
-
     # --- the loop's verbs
 
     def restore(self, learner: OpenLearner, teachers: Teachers, accelerator: OpenAccelerator) -> None:
@@ -180,16 +154,19 @@ class Run:
         self.landed.setdefault(step, Landed()).add(group[0].rollout.prompt.id, Work.of(group))
         files.append_lines(self.dir / "attempts.jsonl", [records.arrived(attempt, step) for attempt in group])
 
-    def advance(self, result: StepResult, groups: Sequence[Group], learner: OpenLearner, teachers: Teachers, jumped: bool) -> None:
+    def advance(
+        self, result: StepResult, groups: Sequence[Group], learner: OpenLearner, teachers: Teachers, jumped: bool, scored: Spent | None
+    ) -> None:
         """The step is done: count it, write its metrics and the attempts' second lines."""
-        metrics = step_metrics(self, result, groups, learner, teachers, jumped)
+        discarded, on_policy = self.landed.pop(self.step, Landed()).discarded, self.cfg.sampler.on_policy
+        metrics = step_metrics(result, groups, learner, teachers, jumped, self.services.clock, discarded, scored, on_policy)
         files.append_lines(self.dir / "attempts.jsonl", [records.learned(a, self.step) for group in groups for a in group])
         self.step += 1
         add_up(self.totals, metrics)
         metrics = {"step": self.step, **metrics}
         files.append_lines(self.dir / "metrics.jsonl", [metrics])
         self._tracker.log(metrics, self.step)
-        self.watch.stepped(self, metrics)
+        self.watch.stepped(metrics)
         if not metrics["tokens_trained"]:
             self.watch.noted(f"step {self.step}: no attempt has both a weight and a word to learn from, so the weights stay as they are")
 
@@ -227,13 +204,13 @@ class Run:
                 asked = self.evaluation(sampler, teachers)
                 for name, part in self.cfg.evals.items():
                     if _is_asked(self, part, name in seen):
-                        results[name] = await part(asked, Source(learner.access, self.dir / name))
+                        results[name] = await part(asked, Source(learner.access, self.context(f"evals.{name}").folder))
         finally:
             if averaged:  # also where an evaluation raised: the sampler goes on with the student's own weights
                 await sampler.publish(learner.publish(), self.step)
         files.append_lines(self.dir / "evals.jsonl", [results])
         self._tracker.log({key: value for key, value in results.items() if key != "step"}, self.step)
-        self.watch.evaluated(self, results)
+        self.watch.evaluated(results)
 
     def save(self, learner: OpenLearner, teachers: Teachers, accelerator: OpenAccelerator) -> None:
         """Checkpoint every part, export the student; then stop, if someone asked for it."""

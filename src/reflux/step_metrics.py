@@ -8,33 +8,45 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from reflux.accounting import Landed, Work, flops
+from reflux.accounting import Work, flops
+from reflux.clock import Clock
 from reflux.distance import generated_kl, trained_kl
 from reflux.metrics import Mean, Stats, merge
 from reflux.step import StepResult
 from reflux.types import Attempt, Finish, Group, Share
 
 if TYPE_CHECKING:
+    from reflux.accelerators.score import Spent
     from reflux.learners.base import OpenLearner
-    from reflux.rundir import Run
     from reflux.teachers.collection import Teachers
 
 
 def step_metrics(
-    run: Run, result: StepResult, groups: Sequence[Group], learner: OpenLearner, teachers: Teachers, jumped: bool
+    result: StepResult,
+    groups: Sequence[Group],
+    learner: OpenLearner,
+    teachers: Teachers,
+    jumped: bool,
+    clock: Clock,
+    discarded: Work,
+    scored: Spent | None,
+    on_policy: bool,
 ) -> dict[str, Any]:
-    """Everything one step has to say, as plain JSON values but for `step`."""
+    """Everything one step has to say, as plain JSON values but for `step`.
+
+    jumped: the accelerator moved the weights after the step. discarded: what was computed for attempts of this step that were drawn again.
+    scored: what an accelerator's scorings cost since the last step, None without one. on_policy: the student sampled the attempts itself.
+    """
     attempts = [attempt for group in groups for attempt in group]
     live = [attempt for attempt in attempts if attempt.rollout.finish != "error"]
     values = {name: metric.value for name, metric in result.stats.items()}
     updates = int(values.get("updates") or 0)
     before = learner.version - updates - jumped  # the version that consumed these attempts
     lags = [before - attempt.rollout.version for attempt in live]
-    work, discarded = Work.of(attempts), run.landed.pop(run.step, Landed()).discarded
+    work = Work.of(attempts)
     by_table = _asked(live, teachers)
-    spent = run.scorer.take() if run.scorer else None
-    everything = work + discarded + (spent.work if spent else Work())
-    kl = generated_kl(live, "main").value if run.cfg.sampler.on_policy else None
+    everything = work + discarded + (scored.work if scored else Work())
+    kl = generated_kl(live, "main").value if on_policy else None
     return {
         "loss": values.get("loss", 0.0),
         **({} if kl is None else {"kl_nats": kl}),
@@ -44,7 +56,7 @@ def step_metrics(
         "lag_max": max(lags, default=None),
         "tokens_sampled": work.sampled,
         "tokens_trained": int(values.get("tokens_trained") or 0),
-        **({"tokens_scored": spent.sampled, "tokens_discarded": discarded.sampled} if spent else {}),
+        **({"tokens_scored": scored.sampled, "tokens_discarded": discarded.sampled} if scored else {}),
         "response_tokens_mean": Mean.of([a.rollout.mask_T.sum() for a in live]).value,
         "truncated": Mean.of([a.rollout.finish == "length" for a in live]).value,
         "finishes": {finish: sum(a.rollout.finish == finish for a in attempts) for finish in get_args(Finish)},
@@ -55,7 +67,7 @@ def step_metrics(
         "kl_nats_trained_by_table": {table: trained_kl(heard, teachers.spoken(table)).value for table, heard in by_table.items()},
         "reward_mean": Mean.of([a.verdict for a in live if a.verdict is not None]).value,
         "ungraded": sum(a.reward is not None and a.verdict is None for a in live),
-        "seconds": run.clock.take(),
+        "seconds": clock.take(),
         "flops": flops(learner.macs, teachers.macs, everything, result.forward_positions, result.backward_positions),
         "credit": _credit(live),
         "context": _context(live),

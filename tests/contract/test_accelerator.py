@@ -109,9 +109,9 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], list[int]
         asked: list[int] = []
         real = Scorer.__call__
 
-        async def said(self: Scorer, sampler: Any, teachers: Any, dice: int = 0) -> float:
-            await real(self, sampler, teachers, dice)
-            asked.append(self.run.step)
+        async def said(self: Scorer, evaluation: Any, dice: int = 0) -> float:
+            await real(self, evaluation, dice)
+            asked.append(evaluation.step)
             return values[min(len(asked), len(values)) - 1]
 
         monkeypatch.setattr(Scorer, "__call__", said)
@@ -166,7 +166,7 @@ def test_searches_are_told_counted_and_on_disk(tiny_run: Callable[..., Any], sco
     assert "tokens_scored" not in plain.rows("metrics")[0]
     first, alone = metrics[0]["flops"], plain.rows("metrics")[0]["flops"]  # the same attempts: the jump comes after them
     assert (first["learn"], first["teach"]) == (alone["learn"], alone["teach"])
-    listed = done.rows("score_prompts")
+    listed = done.rows("parts/accelerator/score_prompts")
     read = rows[0]["tokens"] + 4 * 3 * sum(len(done_prompt(prompt)) for prompt in listed)
     parameters = alone["learn"] / 6 / (alone["teach"] / 2 / teacher_parameters(done)) if alone["teach"] else 0
     assert first["sample"] - alone["sample"] == pytest.approx(2 * parameters * read, rel=1e-6)
@@ -281,11 +281,11 @@ def test_names_that_match_nothing_are_refused_before_training(tiny_run: Callable
 
 def test_the_prompts_are_different_ones_of_the_training_split_and_listed(tiny_run: Callable[..., Any]) -> None:
     done, again = (tiny_run("full", steps=1, accelerator={**EXTRA, "prompts": 30}) for _ in range(2))
-    rows = done.rows("score_prompts")
-    assert rows == again.rows("score_prompts")
+    rows = done.rows("parts/accelerator/score_prompts")
+    assert rows == again.rows("parts/accelerator/score_prompts")
     assert len({row["id"] for row in rows}) == 30
     assert all(row["id"].startswith("train-") and row["answer"] is not None for row in rows)
-    assert rows != tiny_run("full", steps=1, seed=1, accelerator={**EXTRA, "prompts": 30}).rows("score_prompts")
+    assert rows != tiny_run("full", steps=1, seed=1, accelerator={**EXTRA, "prompts": 30}).rows("parts/accelerator/score_prompts")
     held_out = {prompt.messages[0]["content"] for prompt in WordProblems().prompts("test", 0)}
     assert not held_out & {row["messages"][0]["content"] for row in rows}
 
@@ -295,7 +295,8 @@ def test_fewer_prompts_than_asked_for_are_all_used_and_that_is_said(student: str
     said = Noted()
     cfg = tiny.config("full", student, teacher, **(PLAIN | {"steps": 2, "task": task}), accelerator={**EXTRA, "prompts": 50})
     asyncio.run(train(cfg, Options(tmp_path / "run", watch=said)))
-    listed = [json.loads(line)["id"] for line in (tmp_path / "run" / "score_prompts.jsonl").read_text().splitlines()]
+    path = tmp_path / "run" / "parts" / "accelerator" / "score_prompts.jsonl"
+    listed = [json.loads(line)["id"] for line in path.read_text().splitlines()]
     assert sorted(listed) == [f"l{i}" for i in range(7)]
     assert "the accelerator scores on all 7 training prompts; 50 were asked for" in said.texts
 
@@ -377,18 +378,27 @@ def test_a_scored_answer_has_a_limit_of_its_own(tiny_run: Callable[..., Any], sc
 
 
 def test_fresh_dice_are_other_dice_of_the_same_prompts(student: str, teacher: str, tmp_path: Path) -> None:
+    from contextlib import closing
+    from functools import partial
+
     from reflux import checks
+    from reflux.accelerators.base import scorer
+    from reflux.context import part_context
+    from reflux.evaluation import Evaluation
     from reflux.loop import open_parts
-    from reflux.rundir import Run
+    from reflux.services import Services
 
     cfg = tiny.config("full", student, teacher, **PLAIN, accelerator={**EXTRA, "prompts": 12, "samples": 4})
 
     async def script() -> list[float]:
-        run = Run.open(cfg, checks.join(cfg), Options(tmp_path / "run"))
-        async with open_parts(cfg, run) as (learner, sampler, _, teachers, _):
-            await sampler.publish(learner.publish(), 0)
-            assert run.scorer is not None
-            return [await run.scorer(sampler, teachers, dice) for dice in (0, 0, 1, 1, 2)]
+        context = partial(part_context, cfg, checks.join(cfg), run_folder=tmp_path / "run")
+        with closing(Services(cfg.learner.student)) as services:
+            async with open_parts(cfg, context, services) as (learner, sampler, _, teachers, _):
+                await sampler.publish(learner.publish(), 0)
+                asked = Evaluation(context("sampler"), services, cfg.sampler, sampler, teachers)
+                found = scorer(cfg.accelerator, context, services)
+                assert found is not None
+                return [await found(asked, dice) for dice in (0, 0, 1, 1, 2)]
 
     one, again, fresh, fresh_again, third = asyncio.run(script())
     assert (one, fresh) == (again, fresh_again)

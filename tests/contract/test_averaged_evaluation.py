@@ -67,6 +67,7 @@ def test_the_average_is_held_while_evaluations_run_and_no_longer(tmp_path: Path,
     none = SimpleNamespace(log=lambda *_: None, evaluated=lambda *_: None)
     run: Any = SimpleNamespace(dir=tmp_path, cfg=SimpleNamespace(evals=evals), step=3, services=tiny.services(), _tracker=none, watch=none)
     run.evaluation = lambda sampler, teachers: SimpleNamespace(sampler=sampler)
+    run.context = lambda name: tiny.context(name=name)
     student: Any = Student(average)
     evaluated = Run.evaluate(run, student, student, SimpleNamespace())  # type: ignore[arg-type]
     if fails:

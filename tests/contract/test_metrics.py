@@ -109,19 +109,19 @@ def test_no_tracker_opens_in_a_folder_that_another_run_holds(
     assert opened == []
 
 
-def test_doctor_starts_no_tracker(student: str, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from reflux import rundir
+def test_doctor_opens_no_run(student: str, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it starts no tracker, takes no lock and writes no file of a run."""
     from reflux.doctor import examine
-    from reflux.tracking import open_tracker
+    from reflux.rundir import Run
 
-    kinds: list[str] = []
-    monkeypatch.setattr(rundir, "open_tracker", lambda track, *more: (kinds.append(track.kind), open_tracker(track, *more))[1])
+    opened: list[Any] = []
+    monkeypatch.setattr(Run, "__init__", lambda self, *known: opened.append(known))
 
     async def findings() -> int:
         return len([finding async for finding in examine(tiny.config("opd", student, teacher, track={"kind": "tensorboard"}), prompts=2)])
 
     assert asyncio.run(findings()) > 3
-    assert kinds == ["none"]
+    assert opened == []
 
 
 def test_a_tracker_that_is_not_installed_is_named(tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -112,9 +112,9 @@ def searching() -> None:
     """In the search after step 4, with a candidate's weights in the learner and in the sampler."""
     call, asked = score.Scorer.__call__, []
 
-    async def broken(self: Any, *args: Any) -> float:
-        asked.append(self.run.step)
-        found = await call(self, *args)
+    async def broken(self: Any, evaluation: Any, dice: int = 0) -> float:
+        asked.append(evaluation.step)
+        found = await call(self, evaluation, dice)
         if asked.count(3) == 3:
             die()
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_the_global_dice_are_neither_read_nor_needed(tiny_run: Callable[..., Any
 @asynccontextmanager
 async def sampler(cfg: Any, folder: Path) -> AsyncIterator[Any]:
     run = Run.open(cfg, Wants(), Options(folder))
-    async with open_parts(replace(cfg, rewards={}, teachers={}), run) as (_, acting, *_):
+    async with closing(run), open_parts(replace(cfg, rewards={}, teachers={}), run.context, run.services) as (_, acting, *_):
         yield acting
 
 

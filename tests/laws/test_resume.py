@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,8 +32,9 @@ class StopAfter(Silent):
     def __init__(self, step: int):
         self.step = step
 
-    def stepped(self, run: Any, metrics: dict[str, Any]) -> None:
-        run.stopping = run.step == self.step
+    def stepped(self, metrics: dict[str, Any]) -> None:
+        if metrics["step"] == self.step:
+            signal.raise_signal(signal.SIGINT)
 
 
 def stop_after(step: int, folder: Path, cfg: Any) -> None:

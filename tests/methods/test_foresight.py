@@ -188,6 +188,15 @@ def test_a_run_reports_what_its_weights_did(tiny_run: Callable[..., Any], studen
     assert rows[2]["alignment"] == {}
 
 
+def test_a_table_writes_into_a_folder_of_its_own(tiny_run: Callable[..., Any]) -> None:
+    """Whatever its name: one called `student` leaves the exported student alone, and finds its start weights again."""
+    done = tiny_run("opd", steps=2, **CHAT, eval_every=1, evals__student={"kind": "foresight"})
+    assert [row["student"]["unmoved"] for row in done.rows("evals")] == [7, 0, 0]
+    folder = done.dir / "parts" / "evals.student"
+    assert sorted(path.name for path in folder.iterdir()) == ["start", "step-0", "step-1", "step-2"]
+    assert not (done.dir / "student" / "start").exists()
+
+
 def test_looking_ahead_changes_nothing(tiny_run: Callable[..., Any]) -> None:
     plain = tiny_run("opd", steps=3, **CHAT)
     assert same(plain.state, tiny_run("opd", steps=3, **CHAT, eval_every=1, evals__foresight={}).state)

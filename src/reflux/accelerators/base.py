@@ -7,7 +7,7 @@ the step left it. It moves the student by the learner's `WeightAccess`, which is
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -18,8 +18,9 @@ from reflux.part import Part
 if TYPE_CHECKING:
     from reflux.context import PartContext
     from reflux.learners.access import WeightAccess
-    from reflux.rundir import Run
     from reflux.services import Services
+
+NAME = "accelerator"
 
 
 class Score(Protocol):
@@ -79,11 +80,17 @@ class Never:
 
 
 @asynccontextmanager
-async def opened(accelerator: Accelerator | None, run: Run) -> AsyncIterator[OpenAccelerator]:
+async def opened(
+    accelerator: Accelerator | None, context: Callable[[str], PartContext], services: Services
+) -> AsyncIterator[OpenAccelerator]:
     """The open accelerator of a config, or `Never`."""
     if accelerator is None:
         yield Never()
         return
-    run.scorer = Scorer(run, accelerator.scoring)
-    async with accelerator.open(run.context("accelerator"), run.services) as found:
+    async with accelerator.open(context(NAME), services) as found:
         yield found
+
+
+def scorer(accelerator: Accelerator | None, context: Callable[[str], PartContext], services: Services) -> Scorer | None:
+    """What an accelerator compares weights by; None where there is none."""
+    return Scorer(accelerator.scoring, context(NAME), services) if accelerator is not None else None

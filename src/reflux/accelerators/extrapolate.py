@@ -41,9 +41,10 @@ class Extrapolate(AcceleratorPart):
     accepted: W gets its own bits back. Optimiser moments, schedule and step counter do not move. Low-rank adapters: their product's
     displacement is added to the frozen base (the factors stay), never A and B one by one.
 
-    score: of W and of every candidate, on `prompts` prompts drawn once from the training prompts (listed in score_prompts.jsonl) with
-    `samples` answers each. "accuracy": the mean verdict of the task's verifier. "minus_kl": minus the reverse KL to `teacher` on those
-    answers, nats per token; no labels needed, and ours, not the paper's. All weights of one search meet the same dice.
+    score: of W and of every candidate, on `prompts` prompts drawn once from the training prompts (listed in
+    parts/accelerator/score_prompts.jsonl) with `samples` answers each. "accuracy": the mean verdict of the task's verifier. "minus_kl":
+    minus the reverse KL to `teacher` on those answers, nats per token; no labels needed, and ours, not the paper's. All weights of one
+    search meet the same dice.
     rescore_incumbent: each comparison has fresh dice, and the better one so far is scored again with them: a lucky score does not stay for
     the next comparison. Costs up to 2 `tries` scorings a search instead of `tries` + 1.
 

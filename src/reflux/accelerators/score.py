@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,10 +17,10 @@ from reflux.evals.agreement import gap_T
 from reflux.types import Prompt, seed_of
 
 if TYPE_CHECKING:
+    from reflux.context import PartContext
+    from reflux.evaluation import Evaluation
     from reflux.learners.base import OpenLearner
-    from reflux.rundir import Run
-    from reflux.samplers.base import OpenSampler
-    from reflux.teachers.collection import Teachers
+    from reflux.services import Services
 
 
 @dataclass(frozen=True)
@@ -53,27 +53,28 @@ class Spent:
 
 
 class Scorer:
-    """`await scorer(sampler, teachers)`: the score of the weights that the sampler holds.
+    """`await scorer(evaluation)`: the score of the weights that its sampler holds.
 
-    The prompts are drawn once, from a stream of their own (run seed, "score"), and listed in score_prompts.jsonl. Fewer different ones than
-    asked for: all are used, and that is said. DataError where they are to be judged and have no answers.
+    The prompts are drawn once, from a stream of their own (run seed, "score"), and listed in score_prompts.jsonl of the
+    accelerator's folder. Fewer different ones than asked for: all are used, and that is said. DataError where they are to be judged and
+    have no answers.
     """
 
-    def __init__(self, run: Run, scoring: Scoring):
-        self.run, self.scoring = run, scoring
+    def __init__(self, scoring: Scoring, context: PartContext, services: Services):
+        self.scoring = scoring
         self.spent = Spent()
-        stream = run.task.prompts("train", seed_of(run.seed, "score"), 0)
+        stream = context.task.prompts("train", seed_of(context.seed, "score"), 0)
         self.prompts = different(stream, scoring.prompts)
         if scoring.by == "accuracy":
             _refuse_unanswered(self.prompts)
         if len(self.prompts) < scoring.prompts:
-            run.watch.noted(f"the accelerator scores on all {len(self.prompts)} training prompts; {scoring.prompts} were asked for")
+            services.listener.noted(f"the accelerator scores on all {len(self.prompts)} training prompts; {scoring.prompts} were asked for")
         lines = [orjson.dumps(_line(prompt)).decode() + "\n" for prompt in self.prompts]
-        files.write_text(run.dir / "score_prompts.jsonl", "".join(lines))
+        context.folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(context.folder / "score_prompts.jsonl", "".join(lines))
 
-    async def __call__(self, sampler: OpenSampler, teachers: Teachers, dice: int = 0) -> float:
+    async def __call__(self, asked: Evaluation, dice: int = 0) -> float:
         """NaN where nothing was judged. Dice depend on (run seed, "score", step, prompt, sample, `dice`) alone: candidates share them."""
-        asked = self.run.evaluation(sampler, teachers)
         draw = asked.draw("score", limit=self.scoring.max_tokens, dice=dice)
         groups = await asked.groups(self.prompts, self.scoring.samples, draw)
         attempts = [attempt for group in groups for attempt in group]
@@ -82,7 +83,8 @@ class Scorer:
             rewards = await asked.judged(attempts)
             self.spent.ungraded += sum(reward.value is None for reward in rewards)
             return _accuracy([reward.value for reward in rewards])
-        await teachers.score(groups, asked.moment)
+        assert asked.teachers is not None  # refused beforehand
+        await asked.teachers.score(groups, asked.moment)
         self.spent.work += Work.of(attempts)
         gaps = [gap_T(attempt, self.scoring.teacher, asked.services.heads) for attempt in attempts]
         return -_mean([value for gap in gaps if gap is not None for value in gap[~np.isnan(gap)]])
@@ -99,18 +101,21 @@ class CurrentScore:
 
     scorer: Scorer | None  # None where no accelerator is open, and then nobody asks
     learner: OpenLearner
-    sampler: OpenSampler
-    teachers: Teachers
+    evaluation: Callable[[], Evaluation]  # at the step of now
 
     async def __call__(self, dice: int = 0) -> float:
         assert self.scorer is not None
-        run = self.scorer.run
-        await self.sampler.publish(run.services.lend(self.learner.publish()), run.step)
-        return await self.scorer(self.sampler, self.teachers, dice)
+        asked = self.evaluation()
+        await asked.sampler.publish(asked.services.lend(self.learner.publish()), asked.step)
+        return await self.scorer(asked, dice)
 
     @property
     def spent(self) -> Spent:
         return self.scorer.spent if self.scorer else Spent()
+
+    def take(self) -> Spent | None:
+        """What was spent since the last call; None where no accelerator is open."""
+        return self.scorer.take() if self.scorer else None
 
 
 def different(stream: Iterable[Prompt], count: int) -> list[Prompt]:

@@ -12,7 +12,6 @@ from rich.text import Text
 
 from reflux.config import RunConfig
 from reflux.reports.asked import problems_of, split_of
-from reflux.rundir import Run
 
 _WINDOW = 20  # steps that speed and time left are measured over
 _KLS = {"kl_nats": "KL", "kl_nats_trained": "KL where learnt from"}  # the first that is known: over all positions, or over some
@@ -39,12 +38,12 @@ class Progress:
         if self._live:
             self._live.stop()
 
-    def stepped(self, run: Run, metrics: dict[str, Any]) -> None:
+    def stepped(self, metrics: dict[str, Any]) -> None:
         self._recent.append((metrics["seconds"]["total"], max(metrics["tokens_sampled"], metrics["tokens_trained"])))
         seconds = sum(spent for spent, _ in self._recent)
         speed = sum(tokens for _, tokens in self._recent) / max(seconds, 1e-9)
-        left_s = (self._steps - run.step) * seconds / len(self._recent)
-        parts = [f"step {run.step}/{self._steps}"]
+        left_s = (self._steps - metrics["step"]) * seconds / len(self._recent)
+        parts = [f"step {metrics['step']}/{self._steps}"]
         for name, label in _KLS.items():
             if metrics.get(name) is not None:
                 parts.append(f"{label} {metrics[name]:.4f} nats")
@@ -56,7 +55,7 @@ class Progress:
         parts += [f"{speed:,.0f} {self._unit}/s", f"{_clock(left_s)} left"]
         self._show("  ".join(parts))
 
-    def evaluated(self, run: Run, results: dict[str, Any]) -> None:
+    def evaluated(self, results: dict[str, Any]) -> None:
         accuracy = results.get("accuracy", {}).get("accuracy")
         if accuracy is None:
             return
@@ -66,7 +65,7 @@ class Progress:
         parts = [f"({table['low']:.1%} to {table['high']:.1%}, {table['problems']} {asked})"]
         parts += [f"{name} {table[f'accuracy.{name}']:.1%}" for name in _routes(table) if table[f"accuracy.{name}"] is not None]
         parts += [f"{name} {table[name]:.3f}" for name in table.get("parts", []) if table[name] is not None]
-        self._console.print(f"step {run.step:>4}  accuracy {accuracy:6.1%}  {'  '.join(parts)}", highlight=False, markup=False)
+        self._console.print(f"step {results['step']:>4}  accuracy {accuracy:6.1%}  {'  '.join(parts)}", highlight=False, markup=False)
 
     def noted(self, text: str) -> None:
         self._console.print(text, style="yellow", markup=False)

@@ -8,19 +8,21 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from reflux import checks
-from reflux.config import RunConfig, Track
+from reflux.config import RunConfig
+from reflux.context import part_context
 from reflux.doctor import flows, texts
 from reflux.doctor.finding import Finding
+from reflux.evaluation import Evaluation
 from reflux.loop import open_parts
 from reflux.models import parameter_count
-from reflux.rundir import Options, Run
-from reflux.together import together
+from reflux.services import Services
 from reflux.types import Draw, FlowRollout, Group
 
 _MOST = 32  # positions of an answer
@@ -35,35 +37,39 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
     about = flows if cfg.learner.rollouts is FlowRollout else texts
     for finding in about.before(cfg):
         yield finding
-    with tempfile.TemporaryDirectory() as scratch:
-        group = max((teacher.context.min_group for teacher in cfg.teachers.values()), default=1)
-        cfg = replace(cfg, prompts_per_step=prompts, group_size=group, max_lag=0, track=Track())
-        run = Run.open(cfg, wants, Options(Path(scratch) / "doctor"))
-        async with open_parts(replace(cfg, rewards={}, accelerator=None), run) as (learner, sampler, _, teachers, _):
+    group = max((teacher.context.min_group for teacher in cfg.teachers.values()), default=1)
+    cfg = replace(cfg, prompts_per_step=prompts, group_size=group, max_lag=0)
+    checks.inputs(cfg)
+    with tempfile.TemporaryDirectory() as scratch, closing(Services(cfg.learner.student, overlap=cfg.sampler.overlaps)) as services:
+        context = partial(part_context, cfg, wants, run_folder=Path(scratch))
+        parts = open_parts(replace(cfg, rewards={}, accelerator=None), context, services)
+        async with parts as (learner, sampler, _, teachers, _):
             await sampler.publish(learner.publish(), 0)
-            groups = await _attempts(run, sampler, prompts)
+            asked = Evaluation(context("sampler"), services, cfg.sampler, sampler, teachers)
+            groups = await _attempts(asked, prompts)
             for finding in about.acted(learner, groups):
                 yield finding
-            await _judge(run, groups)
-            await teachers.score(groups, run.moment())
+            await _judge(asked, groups)
+            await teachers.score(groups, asked.moment)
             for name in teachers.names:
                 yield about.alive(name, learner, groups)
-            yield await about.at_home(run, learner, groups)
+            yield await about.at_home(context("home"), services, learner, groups)
     yield _disk(cfg, parameter_count(learner.model.net))
 
 
-async def _attempts(run: Run, sampler: Any, prompts: int) -> list[Group]:
+async def _attempts(asked: Evaluation, prompts: int) -> list[Group]:
     """The student's own; a sampler that gives others' attempts in training acts itself for any other purpose."""
-    chosen = list(islice(run.task.prompts("train", run.seed, 0), prompts))
-    draw = Draw(0, "train" if run.cfg.sampler.on_policy else "score", min(_MOST, run.cfg.training_positions), cohort=prompts)
-    return await together(sampler.sample(prompt, run.cfg.group_size, draw) for prompt in chosen)
+    chosen = list(islice(asked.task.prompts("train", asked.seed, 0), prompts))
+    sizes = asked.context.numbers
+    draw = Draw(0, "train" if asked.part.on_policy else "score", min(_MOST, sizes.training_positions))
+    return await asked.groups(chosen, sizes.group_size, draw)
 
 
-async def _judge(run: Run, groups: Sequence[Group]) -> None:
+async def _judge(asked: Evaluation, groups: Sequence[Group]) -> None:
     """By the task's own verifier: a context may sort attempts by their verdicts, and which it shows matters little here."""
     attempts = [attempt for group in groups for attempt in group]
-    if run.wants.reward:
-        for attempt, reward in zip(attempts, await run.graders.judge_attempts(run.task, attempts), strict=True):
+    if asked.context.requirements.reward:
+        for attempt, reward in zip(attempts, await asked.judged(attempts), strict=True):
             attempt.reward = reward
 
 

@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 
 from reflux.config import RunConfig
+from reflux.context import PartContext
 from reflux.contexts.base import View
 from reflux.doctor.finding import Finding
 from reflux.objectives.velocity_kl import kl_weight
-from reflux.rundir import Run
 from reflux.samplers.flow import step_logp, step_moments
+from reflux.services import Services
 from reflux.teachers.base import TeacherRequest
 from reflux.types import Attempt, FlowRollout, Group, Rollout, Target, VelocityTarget, Wants
 
 SHARES = {"cpu": 1e-4, "cuda": 0.02}  # s: float32 on both sides; float16 against bfloat16 autocast
 SIGMAS = 5.0
 ROUNDING = 2.0**-22  # of a float32 log-prob, which is a sum over D: relative, and for each value's distance in widths
-HOME = "home"
 
 
 def before(cfg: RunConfig) -> Iterator[Finding]:
@@ -114,13 +114,13 @@ def _distance(rollout: Rollout, target: Target | None, v_TD: np.ndarray) -> floa
     return float((np.linalg.norm(target.v_TD - v_TD, axis=1) / np.linalg.norm(v_TD, axis=1))[rows_T].mean())
 
 
-async def at_home(run: Run, learner: Any, groups: Sequence[Group]) -> Finding:
+async def at_home(context: PartContext, services: Services, learner: Any, groups: Sequence[Group]) -> Finding:
     """A teacher that is the student must be at distance zero from it."""
     from reflux.teachers.flow import Flow
     from reflux.teachers.flow_engine import FlowTeacher
 
     share = SHARES.get(learner.model.device.type, SHARES["cuda"])
-    answers = FlowTeacher(Flow(run.cfg.learner.model), run.context(HOME), run.services, learner.model)
+    answers = FlowTeacher(Flow(context.student.model), context, services, learner.model)
     attempts = [attempt for group in groups for attempt in group]
     requests = [TeacherRequest(attempt.rollout, View(attempt.rollout.prompt.messages), Wants()) for attempt in attempts]
     found = {id(attempt): answer.target for attempt, answer in zip(attempts, await answers.score(requests), strict=True)}

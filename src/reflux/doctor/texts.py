@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from reflux.config import RunConfig
+from reflux.context import PartContext
 from reflux.contexts.base import View
 from reflux.doctor.finding import Finding
 from reflux.models import head_gap, load_tokenizer
-from reflux.rundir import Run
+from reflux.services import Services
 from reflux.teachers.base import TeacherRequest
 from reflux.tokens import check_same_tokens, end_ids
 from reflux.types import Group, Wants
@@ -99,18 +100,18 @@ def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
     return Finding("ok", "teacher", f"'{name}' answers, entropy {share:.0%} of the largest possible")
 
 
-async def at_home(run: Run, learner: Any, groups: Sequence[Group]) -> Finding:
+async def at_home(context: PartContext, services: Services, learner: Any, groups: Sequence[Group]) -> Finding:
     """A teacher that is the student must be at distance zero from it."""
     from reflux.learners.observe import logp
     from reflux.teachers.local import Local
 
-    local = Local(run.cfg.learner.model, dtype="float32")
+    local = Local(context.student.model, dtype="float32")
     worst = 0.0
-    async with local.open(run.context("home"), run.services) as answers:
+    async with local.open(context, services) as answers:
         rollouts = [attempt.rollout for group in groups for attempt in group if attempt.rollout.length]
         found = await answers.score([TeacherRequest(rollout, View(rollout.prompt.messages), Wants()) for rollout in rollouts])
         for rollout, answer, now_T in zip(rollouts, found, logp(learner, groups), strict=True):
-            home_T = answer.target.sampled_logp_T(rollout, run.heads)
+            home_T = answer.target.sampled_logp_T(rollout, services.heads)
             worst = max(worst, float(np.abs(home_T - now_T).max()))
     bound = PARITY_NATS.get(learner.model.device.type, 0.1)
     verdict = "ok" if worst <= bound else "failed"
