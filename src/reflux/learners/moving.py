@@ -139,25 +139,25 @@ class Moving(ABC):
         stats: Stats = {"tokens_trained": Sum(sum(len(item.rows_N) for item in items))}
         records: list[StepRecord | None] = [None] * len(request.attempts)
         if items:
-            moved, records = self._move(request, items)
-            stats |= moved
+            self.optimiser.zero_grad(set_to_none=True)
+            tally = self.gradients(items, request.objectives, request.log_variance)
+            records = tally.records(request.attempts)
+            stats |= tally.stats(request.log_variance) | self._move(request.moment.step, tally.loss, records)
         self.services.clock.add("learn", time.perf_counter() - started)
         backward = sum(item.positions for item in items)
         forward, self._observed = self._observed + backward * (2 if self.settings.gradient_checkpointing else 1), 0
         return StepResult(stats, records, forward, backward)
 
-    def _move(self, request: StepRequest, items: list[Item]) -> tuple[Stats, list[StepRecord | None]]:
-        lr = at(self.settings.lr, request.moment.step)
-        self.optimiser.zero_grad(set_to_none=True)
-        tally = self.gradients(items, request.objectives, request.log_variance)
+    def _move(self, step: int, loss: float, records: list[StepRecord | None]) -> Stats:
+        """The optimiser step along the accumulated gradient. StepRefused, with the records, where loss or gradient is not finite."""
+        lr = at(self.settings.lr, step)
         norm = float(nn.utils.clip_grad_norm_(list(self.trained.values()), self.settings.clip))
-        records = tally.records(request.attempts)
-        if not (np.isfinite(norm) and np.isfinite(tally.loss)):
+        if not (np.isfinite(norm) and np.isfinite(loss)):
             self.optimiser.zero_grad(set_to_none=True)
             raise StepRefused(
-                f"step {request.moment.step + 1}: the loss is {tally.loss} and its gradient norm {norm}; the step was refused, no weight "
-                f"has changed. Usual reasons: a learning rate too high (now {lr:g}), or {self.refusal}.",
-                f"loss {tally.loss}, gradient norm {norm}",
+                f"step {step + 1}: the loss is {loss} and its gradient norm {norm}; the step was refused, no weight has changed. Usual "
+                f"reasons: a learning rate too high (now {lr:g}), or {self.refusal}.",
+                f"loss {loss}, gradient norm {norm}",
                 records,
             )
         moves = norm > self.settings.noise_floor
@@ -168,8 +168,7 @@ class Moving(ABC):
             self.version += 1
             self.updates += 1
             self._follow()
-        stats = tally.stats(request.log_variance) | {"grad_norm": Max(norm), "lr": Max(lr), "updates": Sum(float(moves))}
-        return stats, records
+        return {"grad_norm": Max(norm), "lr": Max(lr), "updates": Sum(float(moves))}
 
     def gradients(self, items: list[Item], objectives: Sequence[Objective], log_variance: bool = False) -> Tally:
         """Accumulate the gradient of the whole batch, micro-batch by micro-batch."""
