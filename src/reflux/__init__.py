@@ -18,7 +18,7 @@ def run(
     >>> reflux.run("opd", {"base": "hub", "learner.model": "Qwen/Qwen3-0.6B", "teachers.main.model": "Qwen/Qwen3-8B"})  # doctest: +SKIP
 
     out: the run directory (default runs/<recipe>, numbered where taken). Raises ConfigError before any weight is loaded.
-    Inside a running event loop (a notebook) use `await reflux.loop.train(...)`.
+    Inside a running event loop (a notebook) await `train` of `reflux.loop` instead, as README.md shows.
     """
     import asyncio
 

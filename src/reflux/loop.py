@@ -41,7 +41,7 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
             return run.summary()
 
     async with lasting(run), open_parts(cfg, run.context, run.services) as (learner, sampler, reward, teachers, accelerator):
-        run.restore(learner, teachers, accelerator)  # every part with state; accelerator.start(learner) on a fresh run
+        run.restore(learner, teachers, accelerator)  # every part with state; accelerator.start(learner.access) on a fresh run
 
         async def publish(step: int) -> None:  # sampler and teachers learn of the new weights
             await sampler.publish(learner.publish(), step)
@@ -52,7 +52,7 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
 
         async def attempt(prompt: Prompt, step: int) -> Group:  # may run ahead of training, never by more than max_lag steps
             group = await sampler.sample(prompt, cfg.group_size, cfg.draw(step))  # the student acts
-            await judge(reward, group)  # optional: verifier, rubric, judge
+            await judge(reward, group)  # optional: verifier, environment, or one of your own
             await teachers.score([group], run.moment(step), cohort=cfg.prompts_per_step)  # each in its own context
             run.write(group, step)  # on disk now, whatever happens next
             return group

@@ -1,4 +1,4 @@
-"""Every shipped part can leave its process: opened alone in a spawned one from pickled values, it gives the same bits."""
+"""Shipped samplers, teachers, learners and the verifier, opened in a spawned process from pickled values, give the same bits."""
 
 from __future__ import annotations
 

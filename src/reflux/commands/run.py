@@ -43,7 +43,7 @@ def run_recipe(recipe: str, overrides: list[str], out: Path | None, resume: bool
         if (folder / "checkpoints").is_dir():
             _say(f"The last checkpoint is kept; once the cause below is mended, continue with:\n  {again}")
         raise
-    _finish(folder, cfg, summary)
+    _finish(folder, cfg, recipe, summary)
 
 
 def _train(cfg: RunConfig, options: Options, console: Console) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def _train(cfg: RunConfig, options: Options, console: Console) -> dict[str, Any]
         return asyncio.run(train(cfg, Options(options.out, options.resume, progress)))
 
 
-def _finish(folder: Path, cfg: RunConfig, summary: dict[str, Any]) -> None:
+def _finish(folder: Path, cfg: RunConfig, recipe: str, summary: dict[str, Any]) -> None:
     from reflux.reports.page import write_report
     from reflux.reports.tables import before_after
 
@@ -63,7 +63,7 @@ def _finish(folder: Path, cfg: RunConfig, summary: dict[str, Any]) -> None:
     page = write_report(folder)
     _say(f"\nRun directory  {folder}\nReport         {page}\nStudent        {folder / 'student'}")
     console.print("\nNext:", style="bold")
-    lines = _next(folder, cfg)
+    lines = _next(folder, cfg, shlex.quote(recipe))
     width = max(len(command) for command, _ in lines)
     for command, what in lines:
         _say(f"  {command:{width}}   {what}")
@@ -74,19 +74,19 @@ def _say(text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _next(folder: Path, cfg: RunConfig) -> list[tuple[str, str]]:
+def _next(folder: Path, cfg: RunConfig, recipe: str) -> list[tuple[str, str]]:
     if cfg.learner.rollouts is FlowRollout:
         other = "flow_grpo" if cfg.recipe != "flow_grpo" else "flow"
         return [
             (f"reflux eval {folder} --samples 8", "accuracy, of noisy samples too"),
             (f"reflux run {other}", "another method on the same models (all: reflux list recipes)"),
-            (f"reflux plan {cfg.recipe} base=sd3", "the same method on Stable Diffusion 3.5"),
+            (f"reflux plan {recipe} base=sd3", "the same method on Stable Diffusion 3.5"),
         ]
     other = "vopd" if cfg.recipe != "vopd" else "gkd"
     return [
         (f"reflux eval {folder} --samples 8", "accuracy, of sampled answers too"),
         (f"reflux run {other}", "another method on the same models (all: reflux list recipes)"),
-        (f"reflux plan {cfg.recipe} base=hub", "the same method on Hugging Face models"),
+        (f"reflux plan {recipe} base=hub", "the same method on Hugging Face models"),
     ]
 
 
