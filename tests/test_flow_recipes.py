@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -22,7 +21,7 @@ import tiny_flow
 import tiny_glyphs
 from conftest import Done
 from reflux.config import RunConfig, load_recipe
-from reflux.loop import open_parts, train
+from reflux.loop import lasting, open_parts, train
 from reflux.planning import plan
 from reflux.rundir import Options, Run
 from reflux.types import Wants
@@ -79,7 +78,7 @@ def test_the_student_begins_at_the_mean_of_its_teachers(config: Config, tmp_path
 
     async def begin() -> dict[str, Any]:
         run = Run.open(cfg, Wants(), Options(tmp_path / "run"))
-        async with closing(run), open_parts(cfg, run.context, run.services) as (learner, *_):
+        async with lasting(run), open_parts(cfg, run.context, run.services) as (learner, *_):
             return {name: value.clone() for name, value in learner.weights.items()}
 
     digits, counts = (load_net(models[name], "m").state_dict() for name in ("digits", "counts"))

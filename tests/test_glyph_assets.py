@@ -16,6 +16,7 @@ from safetensors import safe_open
 from reflux.assets import folder, glyphs
 from reflux.assets.glyphs import FLOW_SPECS, blank, cold_start, drawings, exam, first, flow_matching, pictures_of
 from reflux.assets.make import main
+from reflux.evals.problems import problems
 from reflux.flows.load import load_flow
 from reflux.flows.model import FlowModel
 from reflux.samplers.flow import prompt_text
@@ -235,7 +236,7 @@ def test_the_seed_sets_the_noise_that_is_learned_from(monkeypatch):
 
 def test_an_exam_asks_for_a_picture_of_each_prompt_and_judges_it_by_that_prompt(monkeypatch):
     asked, dice = [], random.Random(0)
-    tasks = {domain: list(Glyphs(domains=(domain,)).prompts("test", 0)) for domain in DOMAINS}
+    tasks = {domain: list(problems(Glyphs(domains=(domain,)), "test")) for domain in DOMAINS}
     by_text = {prompt_text(prompt): prompt for prompts in tasks.values() for prompt in prompts}
 
     def artist(model, texts, *, steps, guidance, seed):

@@ -113,7 +113,7 @@ def test_what_the_student_said_is_recorded_where_it_is_wanted(student: str, teac
     import asyncio
     from dataclasses import replace
 
-    from reflux.loop import open_parts
+    from reflux.loop import lasting, open_parts
     from reflux.rundir import Options, Run
     from reflux.types import Wants
 
@@ -121,7 +121,7 @@ def test_what_the_student_said_is_recorded_where_it_is_wanted(student: str, teac
 
     async def main() -> Any:
         run = Run.open(cfg, Wants(said=4), Options(tmp_path / "run"))
-        async with open_parts(replace(cfg, teachers={}), run) as (learner, acting, *_):
+        async with lasting(run), open_parts(replace(cfg, teachers={}), run.context, run.services) as (learner, acting, *_):
             groups = await ask(acting, PROMPTS, 1, Draw(0, "train", 25, temperature=0.8))
             return [group[0].rollout for group in groups], learner.model.net
 
@@ -141,13 +141,13 @@ def wanted(cfg: Any, folder: Path, draw: Draw, prompts: list[Prompt] = PROMPTS, 
     import asyncio
     from dataclasses import replace
 
-    from reflux.loop import open_parts
+    from reflux.loop import lasting, open_parts
     from reflux.rundir import Options, Run
     from reflux.types import Wants
 
     async def main() -> list[Any]:
         run = Run.open(cfg, Wants(**wants), Options(folder))
-        async with open_parts(replace(cfg, teachers={}), run) as (_, acting, *_):
+        async with lasting(run), open_parts(replace(cfg, teachers={}), run.context, run.services) as (_, acting, *_):
             return [attempt.rollout for group in await ask(acting, prompts, 2, draw) for attempt in group]
 
     return asyncio.run(main())

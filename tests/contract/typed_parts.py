@@ -23,6 +23,7 @@ from reflux.evals.agreement import Agreement
 from reflux.evals.base import Eval
 from reflux.evals.foresight import Foresight
 from reflux.evals.teacher_accuracy import TeacherAccuracy
+from reflux.evals.test_accuracy import ReportedAccuracy
 from reflux.learners.base import Learner
 from reflux.learners.flow import Flow as FlowLearner
 from reflux.learners.hf import HF as HFLearner
@@ -89,4 +90,4 @@ def tasks() -> list[Task]:
 
 
 def evals() -> list[Eval]:
-    return [Accuracy(), Agreement(), Foresight(), TeacherAccuracy()]
+    return [Accuracy(), Agreement(), Foresight(), ReportedAccuracy(), TeacherAccuracy()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from scipy import stats
 
 import outside
 import tiny
-from reflux.loop import open_parts
+from reflux.loop import lasting, open_parts
 from reflux.rundir import Options, Run
 from reflux.samplers.noise import gumbel, row_key
 from reflux.types import Attempt, Draw, Moment, Prompt, Wants
@@ -70,7 +70,7 @@ def test_the_global_dice_are_neither_read_nor_needed(tiny_run: Callable[..., Any
 @asynccontextmanager
 async def sampler(cfg: Any, folder: Path) -> AsyncIterator[Any]:
     run = Run.open(cfg, Wants(), Options(folder))
-    async with closing(run), open_parts(replace(cfg, rewards={}, teachers={}), run.context, run.services) as (_, acting, *_):
+    async with lasting(run), open_parts(replace(cfg, rewards={}, teachers={}), run.context, run.services) as (_, acting, *_):
         yield acting
 
 

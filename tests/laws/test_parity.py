@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,7 +18,7 @@ from scipy import stats
 import outside
 import tiny
 from reflux.learners.observe import logp
-from reflux.loop import open_parts
+from reflux.loop import lasting, open_parts
 from reflux.rundir import Options, Run
 from reflux.types import Attempt, Draw, Prompt, Wants
 from tiny import END
@@ -35,7 +34,7 @@ def act(
 
     async def main() -> tuple[list[Attempt], list[np.ndarray], Any]:
         run = Run.open(cfg, Wants(), Options(folder))
-        async with closing(run), open_parts(replace(cfg, rewards={}, teachers={}), run.context, run.services) as (learner, sampler, *_):
+        async with lasting(run), open_parts(replace(cfg, rewards={}, teachers={}), run.context, run.services) as (learner, sampler, *_):
             asked = prompts or list(islice(cfg.task.prompts("train", 0), 6))
             how = replace(Draw(0, "train", 30, cohort=len(asked)), **draw)
             groups = await asyncio.gather(*(sampler.sample(prompt, n, how) for prompt in asked))

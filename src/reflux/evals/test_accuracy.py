@@ -34,12 +34,14 @@ class ReportedAccuracy(EvalPart):
     """
 
     asked: ClassVar[Asked] = "ends"
-    split: ClassVar[Split] = "test"
-
     problems: Annotated[int, Field(ge=1)] = 500
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     teacher: str = "main"
     examples: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def split(self) -> Split:
+        return "test"
 
     async def __call__(self, evaluation: Evaluation, source: Source) -> dict[str, Any]:
         exam = Accuracy(problems=self.problems, max_tokens=self.max_tokens, split=self.split, examples=self.examples)
