@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from reflux.errors import RunError
 from reflux.files import write_folder
 
 State = Mapping[str, Any]
@@ -46,15 +47,30 @@ def steps(folder: Path) -> list[int]:
 
 def read(folder: Path) -> dict[str, Any]:
     """What `write` put into a folder."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     state, tensors = read_plain(folder), folder / "tensors.safetensors"
-    return {**state, **(load_file(tensors) if tensors.exists() else {})}
+    if not tensors.exists():
+        return state
+    try:
+        return {**state, **load_file(tensors)}
+    except SafetensorError as error:
+        raise _damaged(folder, error) from error
 
 
 def read_plain(folder: Path) -> dict[str, Any]:
     """Of that what is no tensor; needs no torch."""
-    return json.loads((folder / "state.json").read_text())
+    try:
+        return json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> RunError:
+    return RunError(
+        f"{folder} is damaged: {error}. Remove {folder.parent}; --resume then goes on from the checkpoint before it, if there is one."
+    )
 
 
 def write(folder: Path, state: State) -> None:

@@ -124,7 +124,7 @@ def read_recipe(name: str | Path, base: bool = False) -> dict[str, Any]:
             f"no {'base' if base else 'recipe'} '{name}'{parts.did_you_mean(str(name), known, '.')} Shipped: {', '.join(known)}. "
             f"A recipe of your own: give its path, ending in .toml."
         ) from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     if not base:
         table.setdefault("recipe", path.stem)
@@ -221,6 +221,8 @@ def nest(path: list[str], value: Any, table: Any) -> dict[str, Any]:
         return {path[0]: value}
     head, inner = path[0], table.get(path[0], {}) if isinstance(table, Mapping) else {}
     if isinstance(inner, list) and path[1].isdigit():
+        if not all(isinstance(item, Mapping) for item in inner):
+            raise ConfigError(f"{head} is a list of plain values; set it whole: {head}=[...]")
         index, items = int(path[1]), [dict(item) for item in inner]
         if index >= len(items):
             raise ConfigError(f"{head}.{index}: there are only {len(items)} {head}, counted from 0")

@@ -193,6 +193,8 @@ def share_cores(parties: int) -> None:
 def pick_device(device: str) -> str:
     import torch
 
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f'device = "{device}", but this torch finds no GPU. Leave device out, or install a torch built for CUDA.')
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"

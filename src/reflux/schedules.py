@@ -38,6 +38,11 @@ def at(value: float | Schedule, step: int) -> float:
     return value(step) if isinstance(value, Schedule) else float(value)
 
 
+def first_below(value: float | Schedule, bound: float, steps: int) -> int | None:
+    """The first of so many steps at which a `Number` is below a bound; None where it never is."""
+    return next((step for step in range(steps) if at(value, step) < bound), None)
+
+
 def number(value: Any, name: str) -> Any:
     """Refuse what is neither a finite number nor a schedule."""
     plain = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from reflux import checkpoints
+from reflux.errors import RunError
 
 STATES = {
     "learner": {"version": 3, "weight/a.b": torch.randn(3, 2), "half": torch.randn(4).bfloat16(), "step": torch.tensor(5.0)},
@@ -66,3 +67,12 @@ def test_the_same_step_may_be_saved_again(tmp_path: Path) -> None:
     save(tmp_path, 1, {"a": {"x": 1}}, keep=1)
     save(tmp_path, 1, {"a": {"x": 2}}, keep=1)
     assert load(tmp_path, 1) == {"a": {"x": 2}}
+
+
+@pytest.mark.parametrize("name", ["state.json", "tensors.safetensors"])
+@pytest.mark.parametrize("content", [b"", b'{"a'])
+def test_a_damaged_folder_is_refused_with_the_remedy(name: str, content: bytes, tmp_path: Path) -> None:
+    save(tmp_path, 4, STATES, keep=2)
+    (checkpoints.of_step(tmp_path, 4) / "learner" / name).write_bytes(content)
+    with pytest.raises(RunError, match=r"learner is damaged: .*Remove .*step-4; --resume then goes on from the checkpoint before it"):
+        load(tmp_path, 4)

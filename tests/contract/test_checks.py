@@ -22,6 +22,18 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
         {"sampler.train_max_tokens": {"kind": "linear", "start": 6, "increment": -1}, "steps": 9},
         "sampler: an attempt of step 6 may have no position at all; it needs at least 1",
     ),
+    "a prefix that runs out": (
+        "opd",
+        {"credit.prefix": {"length": {"kind": "linear", "start": 2, "increment": -1}}, "steps": 3},
+        "credit.prefix.length falls below 1 position at step 2. End the schedule at 1 or more",
+    ),
+    "a weight below 0": (
+        "opd",
+        {"credit.position": {"factor": {"kind": "linear", "start": 1, "increment": -0.5}}},
+        "credit.position.factor is -0.5 at position 3; a weight must be >= 0. Set stop = 0.",
+    ),
+    "a negative rate": ("opd", {"learner.lr": -1.0}, "learner.lr is -1 at step 0: it would move the student away from its teacher."),
+    "a negative rate of a flow": ("flow", {"learner.lr": -1.0}, "learner.lr is -1 at step 0"),
     "train_max_tokens 0": ("opd", {"sampler.train_max_tokens": 0}, "sampler: an attempt of step 0 may have no position at all"),
     "no such teacher": ("opd", {"objectives.0.teacher": "other"}, "objectives[0].teacher: there is no teacher 'other'. Known: main"),
     "no teacher at all": ("opd", {"teachers.main": "none"}, "Add a [teachers.main] table."),

@@ -157,3 +157,15 @@ def test_a_value_of_the_wrong_kind_is_refused_in_one_sentence(recipe: str, chang
         load_recipe(recipe, changes)
     assert words in str(refused.value)
     assert len(str(refused.value).split("\n")) == 1
+
+
+def test_a_list_of_plain_values_is_set_whole() -> None:
+    with pytest.raises(ConfigError, match=r"betas is a list of plain values; set it whole: betas=\[...\]"):
+        load_recipe("opd", ["learner.betas=[0.9,0.95]", "learner.betas.0=0.5"])
+
+
+def test_bytes_that_are_no_text_are_refused_with_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"recipe.toml: not valid TOML"):
+        load_recipe(str(path))

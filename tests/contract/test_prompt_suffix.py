@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 import tiny
 from laws.test_own_dice import PROMPTS, ask, sampled
@@ -200,3 +201,14 @@ def test_what_is_special_is_what_decoding_leaves_out() -> None:
         declared = special_ids(tokenizer, ())
         for index in range(len(tokenizer)):
             assert (tokenizer.decode([index], skip_special_tokens=True) == "") == (index in declared)
+
+
+def test_reflux_eval_asks_a_run_as_the_run_did(tmp_path: Path) -> None:
+    from reflux.commands.evaluate import _table
+
+    said = {"system": "Be brief.", "template": {"think": True}, "prompt_suffix": "<think>"}
+    own = {"steps": 1, "task": {"kind": "word_problems"}, "sampler": {"kind": "hf"}, "learner": {"kind": "hf", "lr": 1e-3, **said}}
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(own))
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "config.json").write_text("{}")
+    assert _table(str(tmp_path))["learner"] == {"model": str(tmp_path), **said}

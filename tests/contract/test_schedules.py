@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from reflux.config import load_recipe
 from reflux.errors import ConfigError
-from reflux.schedules import Constant, Cosine, Linear, Steps, at, number
+from reflux.schedules import Constant, Cosine, Linear, Steps, at, first_below, number
 
 
 def test_values_by_hand() -> None:
@@ -67,3 +67,11 @@ def test_bad_schedules_are_refused_with_their_path(table: dict[str, object], wor
     import re
 
     assert re.search(words, str(refused.value))
+
+
+def test_first_below_finds_the_step_at_which_a_schedule_leaves_its_bound() -> None:
+    falling = Linear(start=2, increment=-1)
+    assert [at(falling, step) for step in range(3)] == [2, 1, 0]
+    assert [first_below(falling, bound, 3) for bound in (1, 2, 0)] == [2, 1, None]
+    assert first_below(falling, 1, 2) is None
+    assert first_below(-1.0, 0, 5) == 0

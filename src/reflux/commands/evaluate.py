@@ -65,7 +65,7 @@ def _table(model: str) -> dict[str, Any]:
     if recipe.is_file():
         own = tomllib.loads(recipe.read_text())
         table = {"steps": own["steps"], "task": own["task"], "sampler": own["sampler"].get("generate", own["sampler"])}
-        chat = {key: own["learner"][key] for key in ("system", "template") if key in own["learner"]}
+        chat = {key: own["learner"][key] for key in ("system", "template", "prompt_suffix") if key in own["learner"]}
     return {**table, "learner": {"model": model, **chat}, "objectives": [{"kind": "nll"}]}
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from pydantic.dataclasses import dataclass
 
 from reflux.credit.base import CreditPart
 from reflux.parts import STRICT
-from reflux.schedules import PositionNumber, at, needs_horizon, number
+from reflux.schedules import PositionNumber, at, first_below, needs_horizon, number
 from reflux.types import Group, Moment, Share, Wants
+
+if TYPE_CHECKING:
+    from reflux.config import RunConfig
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -33,6 +37,10 @@ class Position(CreditPart):
             raise ValueError(f"factor must be >= 0, got {self.factor}")
         if needs_horizon(self.factor):
             raise ValueError("factor is a schedule over positions: say how many it spans, for example horizon = 64")
+
+    def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        if (position := first_below(self.factor, 0, cfg.training_positions)) is not None:
+            yield f"{where}.factor is {at(self.factor, position):g} at position {position}; a weight must be >= 0. Set stop = 0."
 
     @property
     def wants(self) -> Wants:

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from reflux.credit.base import CreditPart
 from reflux.papers import Paper
 from reflux.parts import STRICT
-from reflux.schedules import Number, at, number
+from reflux.schedules import Number, at, first_below, number
 from reflux.types import Attempt, Group, Moment, Share, TokenRollout, Wants
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ class Prefix(CreditPart):
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if not cfg.sampler.on_policy and cfg.sampler.rollouts is TokenRollout:
             yield f"{where}: cutting answers the student did not write teaches it never to end (arXiv 2602.15260). Use sampler 'hf'."
+        if (step := first_below(self.length, 1, cfg.steps)) is not None:
+            yield f"{where}.length falls below 1 position at step {step}. End the schedule at 1 or more (stop = 1)."
 
     @property
     def wants(self) -> Wants:

@@ -7,12 +7,13 @@ evidence): the version stays. A learner returns what it found out and writes to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from reflux.part import Part
+from reflux.schedules import Number, at, first_below
 from reflux.step import StepRequest, StepResult
 from reflux.types import Group, Rollout, Target
 
@@ -86,6 +87,12 @@ class LearnerPart(Part, Protocol):
     def averages(self) -> bool:
         """True where an average of the weights is kept, and that is what is evaluated and exported."""
         return False
+
+
+def negative_rate(where: str, rate: Number, steps: int) -> Iterable[str]:
+    """The refusal of a learning rate that is below 0 at one of so many steps."""
+    if (step := first_below(rate, 0, steps)) is not None:
+        yield f"{where} is {at(rate, step):g} at step {step}: it would move the student away from its teacher. Keep it at 0 or more."
 
 
 class Learner(LearnerPart, Protocol):

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.context import StudentSpec
 from reflux.flows.adapter_folders import adapter_file, adapter_folder, on_hub
-from reflux.learners.base import LearnerPart
+from reflux.learners.base import LearnerPart, negative_rate
 from reflux.learners.hf import LORA, Positive
 from reflux.model_folders import look_for_flow
 from reflux.papers import Paper
@@ -100,6 +100,9 @@ class Flow(LearnerPart):
         number(self.lr, "lr")
         if self.adapter is not None and self.merge is not None:
             raise ValueError("adapter and merge both say where to begin; keep one of them")
+
+    def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        return negative_rate(f"{where}.lr", self.lr, cfg.steps)
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return (RECTIFIED_FLOW,) if self.lora is None else (LORA, RECTIFIED_FLOW)

@@ -10,7 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux.context import StudentSpec
-from reflux.learners.base import LearnerPart
+from reflux.learners.base import LearnerPart, negative_rate
 from reflux.model_folders import look_for_text
 from reflux.papers import Paper
 from reflux.parts import STRICT
@@ -77,6 +77,9 @@ class HF(LearnerPart):
 
     def __post_init__(self) -> None:
         number(self.lr, "lr")
+
+    def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        return negative_rate(f"{where}.lr", self.lr, cfg.steps)
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return () if self.lora is None else (LORA,)
