@@ -94,6 +94,8 @@ class Run:
         step = saved[-1] if options.resume and saved else 0
         if options.resume:
             _check_same(cfg, options.out)
+        elif options.out.is_file():
+            raise RunError(f"{options.out} is a file. Choose a folder with --out.")
         elif (options.out / "config.toml").exists():
             raise RunError(f"{options.out} holds a run already. Continue it with --resume, or choose another folder with --out.")
         prompts = cfg.task.prompts("train", cfg.seed, step * cfg.prompts_per_step)  # bad data is refused before anything is written

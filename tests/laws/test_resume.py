@@ -18,9 +18,11 @@ import pytest
 import tiny
 from laws.kill_driver import POINTS, SETTINGS
 from reflux import checkpoints
+from reflux.config import load_recipe
 from reflux.errors import RunError, Stopped
 from reflux.loop import train
-from reflux.rundir import Options, Silent
+from reflux.rundir import Options, Run, Silent
+from reflux.types import Wants
 from tiny import same
 
 HERE = Path(__file__).parent
@@ -203,3 +205,10 @@ def test_lora_and_gradient_checkpointing_resume(tiny_run: Callable[..., Any], st
     resumed = tiny_run("full", **settings, out=tmp_path / "lora", resume=True)
     assert same(whole.state, resumed.state)
     assert exported(whole.dir) == exported(resumed.dir)
+
+
+def test_a_file_is_no_folder_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(RunError, match=r"run is a file\. Choose a folder with --out\."):
+        Run.open(load_recipe("opd", {"steps": 1}), Wants(), Options(tmp_path / "run"))
+    assert (tmp_path / "run").read_text() == "mine"
