@@ -11,7 +11,7 @@ from reflux.types import TokenRollout
 def warnings(cfg: RunConfig) -> Iterator[str]:
     shortest = min((cfg.draw(step).length for step in range(cfg.steps)), default=cfg.evaluation_positions)
     if cfg.rewards and cfg.sampler.on_policy and shortest < cfg.evaluation_positions:
-        yield f"a reward is given while training answers may be cut at {shortest} positions: the verifier will see unfinished answers."
+        yield f"a reward is given while training answers may be cut at {shortest} positions: what rewards them meets unfinished answers."
     if cfg.sampler.rollouts is not TokenRollout:
         return
     for name, evaluation in cfg.evals.items():

@@ -78,8 +78,9 @@ def _parity(learner: Any, groups: Sequence[Group]) -> Finding:
 
 def _endings(groups: Sequence[Group]) -> Finding:
     rollouts = [attempt.rollout for group in groups for attempt in group]
-    cut, longest = [rollout.finish == "length" for rollout in rollouts], max(rollout.length for rollout in rollouts)
-    return Finding("ok", "answers", f"{len(cut)} short answers sampled, {np.mean(cut):.0%} of them longer than {longest} tokens")
+    cut = np.mean([rollout.finish == "length" for rollout in rollouts])
+    longest = max(int(rollout.mask_T.sum()) for rollout in rollouts)
+    return Finding("ok", "answers", f"{len(rollouts)} short answers sampled, {cut:.0%} cut at the limit; the longest has {longest} tokens")
 
 
 def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
