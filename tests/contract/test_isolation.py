@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import gc
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +16,15 @@ from reflux.parts import BASES, belongs, kinds, load, part
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "reflux"
+
+
+@pytest.fixture(autouse=True)
+def no_finalizers_while_sources_are_parsed() -> Iterator[None]:
+    # CPython 3.11 raises SystemError where a finalizer that runs during ast.parse parses as well, as the printing of a warning may.
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def counting() -> ModuleType:
