@@ -17,8 +17,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux import checks
-from reflux.config import RunConfig, from_table, merge, nest, resolve, split_override, to_table, unpack
+from reflux.config import RunConfig, from_table, resolve, to_table
 from reflux.errors import ConfigError
+from reflux.overrides import merge, nest, split_override, unpack
 from reflux.parts import STRICT, make
 
 Table = dict[str, Any]

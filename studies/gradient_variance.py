@@ -28,12 +28,14 @@ from intervals import Estimate, jackknife
 from table import cell, decimals, grid, plain
 
 from reflux import checkpoints, checks
-from reflux.config import RunConfig, differences, from_table, merge, to_table
+from reflux.config import RunConfig, differences, from_table, to_table
 from reflux.credit.base import share_credit
 from reflux.errors import ConfigError, RunError, Stopped
 from reflux.files import write_text
+from reflux.learners.moving import Moving
 from reflux.learning import observe
 from reflux.loop import Parts, lasting, open_parts
+from reflux.overrides import merge
 from reflux.quiet import quiet_libraries
 from reflux.rewards.base import judge
 from reflux.rundir import Options, Run
@@ -74,6 +76,8 @@ async def draw_gradients(cfgs: Mapping[str, RunConfig], draws: int, weights: Map
         prompts = list(islice(run.prompts, first.prompts_per_step))
         async with lasting(run), open_parts(first, run.context, run.services) as parts:
             learner, sampler, _, _, _ = parts
+            if not isinstance(learner, Moving):
+                raise ConfigError("learner: this study reads the gradients of a learner of the library; choose kind = hf or flow.")
             if weights is not None:
                 learner.take_up(weights)
             await sampler.publish(learner.publish(), 0)
@@ -99,7 +103,7 @@ async def attempts(run: Run, parts: Parts, prompts: Sequence[Prompt], m: int) ->
     return groups
 
 
-async def gradient(learner: Any, request: StepRequest) -> np.ndarray:
+async def gradient(learner: Moving, request: StepRequest) -> np.ndarray:
     """The gradient of all trained weights in one row, float32."""
     learner.optimiser.zero_grad(set_to_none=True)  # a batch with nothing to learn from leaves no gradient, not an old one
     await learner.step(request)

@@ -98,7 +98,7 @@ async def graded(cfg: RunConfig, prompts: int, samples: int, split: Any) -> list
         async with lasting(run), open_parts(cfg, run.context, run.services) as (learner, sampler, reward, teachers, _):
             await sampler.publish(learner.publish(), 0)
             asked = list(islice(cfg.task.prompts(split, 0), prompts))
-            draw = Draw(0, "eval", cfg.evaluation_positions, stop=tuple(cfg.sampler.stop), cohort=len(asked))
+            draw = Draw(0, "eval", cfg.evaluation_positions, stop=cfg.sampler.generation.stop, cohort=len(asked))
             groups = list(await asyncio.gather(*(sampler.sample(prompt, samples, draw) for prompt in asked)))
             await asyncio.gather(*(judge(reward, group) for group in groups))
             await teachers.score(groups, run.moment())

@@ -313,6 +313,30 @@ class Peek(EvalPart):
 
 
 @dataclass(frozen=True, config=STRICT)
+class Breaks(EvalPart):
+    """An evaluation that raises at one step."""
+
+    asked: ClassVar[Asked] = "always"
+    split: ClassVar[None] = None
+    max_tokens: ClassVar[None] = None
+
+    at: int
+
+    async def __call__(self, evaluation: Any, source: Any) -> dict[str, Any]:
+        if evaluation.step == self.at:
+            raise OSError("the evaluation is broken")
+        return {"step": evaluation.step}
+
+
+@dataclass(frozen=True, config=STRICT)
+class Weightless(RewardPart):
+    """A reward that leaves out what every reward has."""
+
+    def open(self, context: Any, services: Any) -> Any:
+        raise AssertionError("it is refused before it is opened")
+
+
+@dataclass(frozen=True, config=STRICT)
 class Showing(HFSampler):
     """The default sampler, with a chart of its own."""
 

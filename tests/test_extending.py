@@ -220,6 +220,11 @@ def test_its_papers_are_cited() -> None:
     found = {paper.key: paper.bibtex for paper in papers(load_recipe(RECIPE))}
     assert "Not All Tokens Are What You Need" in found["rho_1"]
     assert "rho_1" in model_card(load_recipe(RECIPE), 3)
+
+
+def test_a_model_card_tells_what_ends_every_prompt() -> None:
+    assert "every prompt ends with" not in model_card(load_recipe("opd"), 3)
+    assert "- every prompt ends with: `'<think>\\n'`\n" in model_card(load_recipe("opd", {"learner.prompt_suffix": "<think>\n"}), 3)
     assert "rho_1" not in {paper.key for paper in papers(load_recipe(RECIPE, {"credit.surprise": "none"}))}
 
 

@@ -22,10 +22,11 @@ from pydantic.dataclasses import dataclass
 from reflux import parts
 from reflux.accelerators.base import Accelerator
 from reflux.credit.base import Credit
-from reflux.errors import ConfigError
+from reflux.errors import ConfigError, RunError
 from reflux.evals.base import Eval
 from reflux.learners.base import Learner
 from reflux.objectives.base import Objective
+from reflux.overrides import merge, nest, split_override, unpack
 from reflux.parts import STRICT, PartOf
 from reflux.rewards.base import RewardFn
 from reflux.samplers.base import Sampler
@@ -102,7 +103,7 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | Iterable[str] =
     """
     changes = overrides.items() if isinstance(overrides, Mapping) else map(split_override, overrides)
     values = {path: unpack(value) for path, value in changes}
-    table = resolve(read_recipe(name), values.pop("base", None), str(name))
+    table = resolve(read_recipe(name), values.pop("base", None), name)
     for path, value in sorted(values.items(), key=lambda change: not change[0].endswith("kind")):  # a new kind drops the old one's keys
         table = merge(table, nest(path.split("."), value, table))
     return from_table(table)
@@ -140,95 +141,71 @@ def bases() -> list[str]:
     return [*sorted(path.stem for path in (RECIPES / "base").glob("*.toml")), *recipe_names()]
 
 
-def resolve(table: dict[str, Any], scale: str | None = None, name: str = "") -> dict[str, Any]:
+def resolve(table: dict[str, Any], scale: object = None, name: str | Path = "") -> dict[str, Any]:
     """A recipe merged over its bases, the nearest last. `scale` takes the place of the last base of the chain.
 
-    `[methods.RECIPE]` of a base is merged over the shipped recipe of that name, wherever it stands in the chain. `name` is the recipe's.
+    `[methods.RECIPE]` of a base is merged over the shipped recipe of that name, wherever it stands in the chain. `name` is the recipe's
+    name or path; a `base` that is a path is looked up from the folder of the file that names it. ConfigError where a table or a scale
+    would change nothing.
     """
-    layers = _chain(name, table)
-    if scale is not None and len(layers) > 1:
-        layers[-1:] = _chain(scale, read_recipe(scale, base=True))
+    layers = _chain(str(name), table)
+    if scale is not None and len(layers) == 1:
+        raise ConfigError(f'base: this recipe builds on no base that "{scale}" could replace. Every key is its own; set those that differ.')
+    if scale is not None:
+        below = _named(scale, "base")
+        layers[-1:] = _chain(below, read_recipe(below, base=True))
+    for other in _methods(*layers[0]).keys() - {shipped_name(where) for where, _ in layers}:  # a base's are for other recipes, too
+        raise ConfigError(
+            f'methods.{other}: this recipe does not build on "{other}", so nothing reads that table. Write the keys themselves.'
+        )
     methods: dict[str, Any] = {}
     for where, layer in reversed(layers):
         methods = merge(methods, _methods(where, layer))
     resolved: dict[str, Any] = {}
     for where, layer in reversed(layers):
         resolved = merge(resolved, {key: value for key, value in layer.items() if key not in ("base", "methods")})
-        resolved = merge(resolved, methods.get(where, {}))
+        resolved = merge(resolved, methods.get(shipped_name(where), {}))
     return resolved
+
+
+def shipped_name(recipe: str) -> str:
+    """The name of a shipped recipe or base that `recipe` is the path of, else `recipe` as it is."""
+    path = Path(recipe)
+    shipped = path.suffix and path.resolve().parent in (RECIPES.resolve(), (RECIPES / "base").resolve())
+    return path.stem if shipped else recipe
 
 
 def _chain(name: str, table: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(name, raw table) of a recipe and of what it builds on, down to the scale. ConfigError where a base leads back to itself."""
     layers = [(name, table)]
     while "base" in layers[-1][1]:
-        below = str(layers[-1][1]["base"])
-        if below in [where for where, _ in layers]:
+        where, layer = layers[-1]
+        below = _named(layer["base"], f"{where}: base" if where else "base")
+        if Path(below).suffix and Path(where).suffix:
+            below = str(Path(where).parent / below)
+        if shipped_name(below) in [shipped_name(known) for known, _ in layers]:
             raise ConfigError(f'base: "{below}" builds on itself: {" -> ".join([*(where for where, _ in layers if where), below])}')
         layers.append((below, read_recipe(below, base=True)))
     return layers
 
 
+def _named(base: object, where: str) -> str:
+    if not isinstance(base, str):
+        raise ConfigError(f"{where}: expected the name of a recipe or a base, or the path of a file, got {base!r}")
+    return base
+
+
 def _methods(where: str, layer: Mapping[str, Any]) -> dict[str, Any]:
-    """What a base says of recipes, by their names. ConfigError for a name that no shipped recipe has."""
+    """What a base says of recipes, by their names. ConfigError for a name that no shipped recipe has, and for what is no table."""
     methods = layer.get("methods", {})
     if not isinstance(methods, Mapping):
         raise ConfigError(f"{where}: methods: expected tables such as [methods.rl], got {methods!r}")
-    for recipe in methods:
+    for recipe, table in methods.items():
         if recipe not in recipe_names():
             raise ConfigError(f"{where}: methods.{recipe}: no shipped recipe is named so{parts.did_you_mean(recipe, recipe_names(), '.')}")
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"{where}: methods.{recipe}: expected a table [methods.{recipe}], got {table!r}")
     return dict(methods)
-
-
-def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables merge key by key; everything else is replaced. A new kind drops the keys of the old one.
-
-    Beside a new kind a key whose value is "base" takes the old table: `generate = "base"` puts a sampler inside another one.
-    """
-    merged = dict(under)
-    for key, value in over.items():
-        old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("kind", old.get("kind")) == old.get("kind"):
-            merged[key] = merge(old, value)
-        elif isinstance(old, Mapping) and isinstance(value, Mapping):
-            merged[key] = {name: old if inner == "base" else inner for name, inner in value.items()}
-        else:
-            merged[key] = value
-    return merged
-
-
-def split_override(text: str) -> tuple[str, Any]:
-    """ "a.b=3" -> ("a.b", 3)."""
-    path, sign, value = text.partition("=")
-    if not sign or not path.strip():
-        raise ConfigError(f"'{text}' is not an override; write key.path=value, for example learner.lr=1e-3")
-    return path.strip(), value.strip()
-
-
-def unpack(value: Any) -> Any:
-    """TOML where it parses, else the text itself: steps=10 is a number, learner.model=my/model a string."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return value
-
-
-def nest(path: list[str], value: Any, table: Any) -> dict[str, Any]:
-    """The smallest table that sets `path`; a number as a key edits a copy of the list that is there."""
-    if len(path) == 1:
-        return {path[0]: value}
-    head, inner = path[0], table.get(path[0], {}) if isinstance(table, Mapping) else {}
-    if isinstance(inner, list) and path[1].isdigit():
-        if not all(isinstance(item, Mapping) for item in inner):
-            raise ConfigError(f"{head} is a list of plain values; set it whole: {head}=[...]")
-        index, items = int(path[1]), [dict(item) for item in inner]
-        if index >= len(items):
-            raise ConfigError(f"{head}.{index}: there are only {len(items)} {head}, counted from 0")
-        items[index] = merge({"item": items[index]}, nest(["item", *path[2:]], value, {}))["item"]
-        return {head: items}
-    return {head: nest(path[1:], value, inner)}
 
 
 def from_table(table: Mapping[str, Any]) -> RunConfig:
@@ -241,6 +218,18 @@ def from_table(table: Mapping[str, Any]) -> RunConfig:
     steps = table.get("steps", 200)
     table = without_shares(table)
     return parts.make(RunConfig, table, "", steps=steps if isinstance(steps, int) else 0)
+
+
+def saved_table(folder: Path) -> dict[str, Any]:
+    """The resolved table in a run's config.toml. RunError where it is damaged."""
+    path = folder / "config.toml"
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}. Restore it, or begin a new run.") from error
+    if missing := [name for name in ("task", "sampler", "learner", "steps") if name not in table]:
+        raise RunError(f"{path} is damaged: it has no {' and no '.join(missing)}. Restore it, or begin a new run.")
+    return table
 
 
 def to_table(cfg: RunConfig) -> dict[str, Any]:

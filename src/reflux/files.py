@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 
+from reflux.errors import RunError
 from reflux.metrics import jsonable
 
 _LINE = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
@@ -78,13 +79,24 @@ def _line(row: dict[str, Any]) -> bytes:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file. A last line cut short by a kill is passed over."""
+    """The objects of a JSON-lines file. A last line cut short by a kill is passed over. RunError for another that is none."""
     if not path.exists():
         return
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):
-                yield json.loads(line)
+                yield _object(path, number, line)
+
+
+def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """RunError where the line holds something else."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise RunError(f"{path}, line {number} is damaged: it holds no JSON object. Remove that line, or begin a new run.")
+    return found
 
 
 def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
@@ -93,8 +105,8 @@ def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
         return
     scratch = path.with_name(f".{path.name}.tmp")
     with scratch.open("wb") as file, path.open("rb") as old:
-        for line in old:
-            if line.endswith(b"\n") and wanted(json.loads(line)):
+        for number, line in enumerate(old, 1):
+            if line.endswith(b"\n") and wanted(_object(path, number, line)):
                 file.write(line)
         file.flush()
         os.fsync(file.fileno())

@@ -58,8 +58,8 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
             return group
 
         await publish(run.step)
-        if not run.step:
-            await run.evaluate(learner, sampler, teachers, unless_done=True)  # before the first step
+        if run.due("eval"):  # before the first step, or where a run ended before this was done
+            await run.evaluate(learner, sampler, teachers, accelerator)
         stream = Pipeline(
             run.prompts, attempt, first_step=run.step, steps=run.steps_left, per_step=cfg.prompts_per_step, max_lag=cfg.max_lag
         )
@@ -82,10 +82,11 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
                 run.advance(result, groups, learner, teachers, jumped, score.take())  # step += 1; metrics, lag, shares, costs
                 if run.due("eval"):
                     await stream.settle()  # an evaluation may lend the sampler averaged weights: no attempt is drawn with those
-                    await run.evaluate(learner, sampler, teachers)
+                    await run.evaluate(learner, sampler, teachers, accelerator)
                 if run.due("save"):
                     run.save(learner, teachers, accelerator)
-        await run.evaluate(learner, sampler, teachers, unless_done=True)
+                run.stop_if_asked()
+        await run.evaluate(learner, sampler, teachers, accelerator)
         run.save(learner, teachers, accelerator)
     return run.summary()
 

@@ -24,6 +24,7 @@ def model_card(cfg: RunConfig, step: int) -> str:
         f"- method: {_code(method_of(cfg))}, after {step} of {cfg.steps} optimiser steps",
         f"- started from: {_code(cfg.learner.model)}",
         f"- taught by: {', '.join(teachers) or 'no teacher'}",
+        *([f"- every prompt ends with: {_code(repr(suffix))}"] if (suffix := cfg.learner.student.prompt_suffix) else []),
         f"- config {config_hash(cfg)}, seed {cfg.seed}, library commit {commit() or 'of an installed package'}",
         "",
         "The licences of the models it started from and was taught by apply to it.",

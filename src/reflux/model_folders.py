@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from reflux.errors import ModelError
 from reflux.models import locate
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]  # how weights are loaded
 
 _MODEL_INDEX, _CONFIG = "model_index.json", "config.json"
 

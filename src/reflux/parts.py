@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, ValidationError
 from pydantic_core import core_schema
+from typing_extensions import get_protocol_members
 
 from reflux.errors import ConfigError
 
@@ -44,6 +45,20 @@ BASES = {  # what every part of a group inherits
     "accelerators": "reflux.accelerators.base:AcceleratorPart",
     "tasks": "reflux.tasks.base:TaskPart",
     "evals": "reflux.evals.base:EvalPart",
+}
+
+
+PROTOCOLS = {  # and what it has
+    "samplers": "reflux.samplers.base:Sampler",
+    "teachers": "reflux.teachers.base:Teacher",
+    "contexts": "reflux.contexts.base:Context",
+    "objectives": "reflux.objectives.base:Objective",
+    "credit": "reflux.credit.base:Credit",
+    "rewards": "reflux.rewards.base:RewardFn",
+    "learners": "reflux.learners.base:Learner",
+    "accelerators": "reflux.accelerators.base:Accelerator",
+    "tasks": "reflux.tasks.base:Task",
+    "evals": "reflux.evals.base:Eval",
 }
 
 
@@ -84,6 +99,8 @@ def part(group: str, kind: str, path: str = "") -> type:
     if kind in known:
         return load(known[kind])
     where = f"{path}: " if path else ""
+    if kind == "none" and path:
+        raise ConfigError(f"{path}: no kind is called none. To take the whole table away: {path}=none")
     if ":" not in kind:
         raise ConfigError(
             f"{where}unknown {group} kind '{kind}'{did_you_mean(kind, known, '.')} Known: {', '.join(sorted(known)) or 'none yet'}. "
@@ -96,7 +113,18 @@ def part(group: str, kind: str, path: str = "") -> type:
     if not belongs(found, group):
         inherits = f" that inherits {BASES[group].replace(':', '.')}" if group in BASES else ""
         raise ConfigError(f"{where}'{kind}' is no part of the group {group}, which is a frozen dataclass{inherits}.")
+    if lacking := _lacking(found, group):
+        raise ConfigError(
+            f"{where}'{kind}' lacks what every part of the group {group} has: {', '.join(lacking)}. docs/extending.md says what each is."
+        )
     return found
+
+
+def _lacking(cls: type, group: str) -> list[str]:
+    """The members of the group's protocol that a class neither has nor inherits."""
+    if group not in PROTOCOLS:
+        return []
+    return sorted(get_protocol_members(load(PROTOCOLS[group])) - {*dir(cls), *field_names(cls)})
 
 
 def belongs(value: object, group: str) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import time
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from reflux import checkpoints, checks, files, records, refused
 from reflux.accounting import TOKENS, Landed, Work, add_up
-from reflux.config import RunConfig, differences, to_table, to_toml
+from reflux.config import RunConfig, differences, saved_table, to_table, to_toml
 from reflux.context import PartContext, part_context
 from reflux.errors import RunError, Stopped
 from reflux.evals.base import Source
@@ -182,40 +181,54 @@ class Run:
     @property
     def finished(self) -> bool:
         """Was there nothing left to do when the directory was opened? Then nothing is done."""
-        return self.resumed is not None and self.resumed >= self.cfg.steps
+        return self.resumed is not None and self.resumed >= self.cfg.steps and self.evaluated
 
     def evaluation(self, sampler: OpenSampler, teachers: Teachers) -> Evaluation:
         """What evaluations may know of this run, and whom they may ask."""
         return Evaluation(self.context("sampler"), self.services, self.cfg.sampler, sampler, teachers, self.step)
 
-    async def evaluate(self, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers, unless_done: bool = False) -> None:
-        """Ask every evaluation about the weights of now; those that speak of the teacher only once.
+    @property
+    def evaluated(self) -> bool:
+        """Is there nothing left to ask about the weights of now?"""
+        return not self.cfg.evals or any(row["step"] == self.step for row in files.read_lines(self.dir / "evals.jsonl"))
+
+    async def evaluate(self, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers, accelerator: OpenAccelerator) -> None:
+        """Ask every evaluation about the weights of now, unless it is done. Where one raises, what training has made is saved first."""
+        if self.evaluated:
+            return
+        try:
+            results = {"step": self.step, **await self._results(learner, sampler, teachers)}
+        except Exception:
+            if self.step:
+                self.save(learner, teachers, accelerator)
+            raise
+        files.append_lines(self.dir / "evals.jsonl", [results])
+        self._tracker.log({key: value for key, value in results.items() if key != "step"}, self.step)
+        self.watch.evaluated(results)
+
+    async def _results(self, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
+        """The table of each evaluation; those that speak of the teacher are asked only once.
 
         Where an average is kept, that is what they see in the sampler and in the learner, for as long as they run.
         """
-        done = list(files.read_lines(self.dir / "evals.jsonl"))
-        if not self.cfg.evals or (unless_done and any(row["step"] == self.step for row in done)):
-            return
-        seen = {name for row in done for name in row}
-        results: dict[str, Any] = {"step": self.step}
+        seen = {name for row in files.read_lines(self.dir / "evals.jsonl") for name in row}
         averaged = False
         try:
             with learner.at_mean() as averaged:
                 if averaged:
                     await sampler.publish(self.services.lend(learner.publish()), self.step)
                 asked = self.evaluation(sampler, teachers)
-                for name, part in self.cfg.evals.items():
-                    if _is_asked(self, part, name in seen):
-                        results[name] = await part(asked, Source(learner.access, self.context(f"evals.{name}").folder))
+                return {
+                    name: await part(asked, Source(learner.access, self.context(f"evals.{name}").folder))
+                    for name, part in self.cfg.evals.items()
+                    if _is_asked(self, part, name in seen)
+                }
         finally:
             if averaged:  # also where an evaluation raised: the sampler goes on with the student's own weights
                 await sampler.publish(learner.publish(), self.step)
-        files.append_lines(self.dir / "evals.jsonl", [results])
-        self._tracker.log({key: value for key, value in results.items() if key != "step"}, self.step)
-        self.watch.evaluated(results)
 
     def save(self, learner: OpenLearner, teachers: Teachers, accelerator: OpenAccelerator) -> None:
-        """Checkpoint every part, export the student; then stop, if someone asked for it."""
+        """Checkpoint every part, export the student."""
         parts: dict[str, checkpoints.Fill] = {
             "learner": learner.save,
             "teachers": teachers.save,
@@ -224,6 +237,9 @@ class Run:
         }
         files.write_folder(self.dir / "student", partial(self._export, learner))  # first: no checkpoint has an older student
         checkpoints.save(self.dir / "checkpoints", self.step, parts, self.cfg.keep_checkpoints)
+
+    def stop_if_asked(self) -> None:
+        """End the run, if someone asked for it and it is not at its end anyway. Everything is saved by then: `due` saw to it."""
         if self.stopping and self.step < self.cfg.steps:
             raise Stopped(f"stopped after step {self.step} of {self.cfg.steps}; everything is saved")
 
@@ -273,10 +289,9 @@ def _is_asked(run: Run, evaluation: Eval, seen: bool) -> bool:
 
 def _check_same(cfg: RunConfig, out: Path) -> None:
     """A run is resumed with the recipe it was started with, but for what touches no gradient."""
-    path = out / "config.toml"
-    if not path.exists():
+    if not (out / "config.toml").exists():
         raise RunError(f"there is no run to resume in {out}: it has no config.toml. Start one without --resume.")
-    old, new = tomllib.loads(path.read_text()), to_table(cfg)
+    old, new = saved_table(out), to_table(cfg)
     changed = [line for line in differences(old, new) if line.split(".")[0].split(":")[0] not in _MAY_DIFFER]
     if changed:
         raise RunError(f"{out} was started with another recipe, so it cannot be resumed with this one:\n  " + "\n  ".join(changed))

@@ -64,12 +64,11 @@ def test_the_average_is_held_while_evaluations_run_and_no_longer(tmp_path: Path,
             return {}
 
     evals = {"first": Looks(False), "second": Looks(fails)}
-    none = SimpleNamespace(log=lambda *_: None, evaluated=lambda *_: None)
-    run: Any = SimpleNamespace(dir=tmp_path, cfg=SimpleNamespace(evals=evals), step=3, services=tiny.services(), _tracker=none, watch=none)
+    run: Any = SimpleNamespace(dir=tmp_path, cfg=SimpleNamespace(evals=evals), step=3, services=tiny.services())
     run.evaluation = lambda sampler, teachers: SimpleNamespace(sampler=sampler)
     run.context = lambda name: tiny.context(name=name)
     student: Any = Student(average)
-    evaluated = Run.evaluate(run, student, student, SimpleNamespace())  # type: ignore[arg-type]
+    evaluated = Run._results(run, student, student, SimpleNamespace())  # type: ignore[arg-type]
     if fails:
         with pytest.raises(OSError, match="broken"):
             asyncio.run(evaluated)

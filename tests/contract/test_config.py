@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from reflux.config import config_hash, differences, load_recipe, merge, nest, split_override, to_table, unpack
+from reflux.config import RECIPES, config_hash, differences, load_recipe, recipe_names, to_table
 from reflux.errors import ConfigError
+from reflux.overrides import merge, nest, split_override, unpack
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"stepss": 3}, "stepss: unexpected field; did you mean 'steps'"),
@@ -28,6 +29,12 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "index": ({"objectives.3.coef": 2}, "there are only 1 objectives"),
     "outside, no module": ({"credit.mine": {"kind": "no_such_package.x:Y"}}, "cannot import 'no_such_package.x:Y'"),
     "outside, no class": ({"credit.mine": {"kind": "outside:Nothing"}}, "cannot import 'outside:Nothing'"),
+    "outside, half a part": ({"rewards.mine": {"kind": "outside:Weightless"}}, "rewards.mine: 'outside:Weightless' lacks what every part"),
+    "no kind": ({"evals.accuracy.kind": "none"}, "To take the whole table away: evals.accuracy=none"),
+    "dtype": ({"sampler.dtype": "foo"}, "sampler.dtype: input should be 'auto', 'float32', 'bfloat16' or 'float16', got 'foo'"),
+    "no end": ({"rewards.verifier": {"timeout_s": float("inf")}}, "rewards.verifier.timeout_s: input should be a finite number"),
+    "beta": ({"learner.betas": [0.9, 1.0]}, "learner.betas.1: input should be less than 1"),
+    "base of another type": ({"base": 3}, "base: expected the name of a recipe or a base"),
     "missing field": ({"credit.prefix": {}}, "credit.prefix.length"),
     "bad value": ({"credit.prefix": {"length": 0}}, "credit.prefix: length must be at least 1 position"),
     "number": ({"learner.lr": "fast"}, "learner: lr must be a number or a schedule"),
@@ -100,6 +107,36 @@ def test_base_is_the_scale(tmp_path: Path) -> None:
     assert mine.learner.model == hub.learner.model
     with pytest.raises(ConfigError, match="no base 'hubb'; did you mean 'hub'"):
         load_recipe("gkd", {"base": "hubb"})
+
+
+def test_a_base_that_is_a_path_is_looked_up_beside_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "scale.toml").write_text('base = "toy"\nsteps = 7\n')
+    (tmp_path / "mine" / "top.toml").write_text('base = "gkd"\nseed = 5\n')
+    (tmp_path / "mine" / "low.toml").write_text('base = "scale.toml"\n[[objectives]]\nkind = "nll"\n')
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("mine/low.toml").steps == 7
+    assert load_recipe("mine/top.toml", {"base": "mine/scale.toml"}).steps == 7  # on the command line: from where one is
+
+
+def test_what_a_base_says_of_a_recipe_holds_by_path_too() -> None:
+    for name in recipe_names():
+        assert to_table(load_recipe(RECIPES / f"{name}.toml")) == to_table(load_recipe(name))
+
+
+@pytest.mark.parametrize(
+    ("text", "base", "words"),
+    [
+        ('base = "gkd"\n[methods.rl]\nsteps = 3\n', None, r'methods\.rl: this recipe does not build on "rl"'),
+        ('base = "rl"\n[methods]\nrl = 3\n', None, r"methods\.rl: expected a table \[methods\.rl\], got 3"),
+        ("steps = 3\n", "hub", r'base: this recipe builds on no base that "hub" could replace'),
+        ("base = 3\n", None, r"base: expected the name of a recipe or a base, or the path of a file, got 3"),
+    ],
+)
+def test_what_would_change_nothing_is_refused(tmp_path: Path, text: str, base: str | None, words: str) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_recipe(tmp_path / "mine.toml", {"base": base} if base else {})
 
 
 def test_none_takes_a_table_away() -> None:

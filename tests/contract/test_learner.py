@@ -197,6 +197,8 @@ def test_an_adapter_on_a_matrix_shared_by_embeddings_and_head_is_refused(targets
     with pytest.raises(ModelError, match="shares one matrix"):
         tiny.learner(tiny.net(1), lora=Lora(rank=2, targets=targets))
     tiny.learner(tiny.net(1), lora=Lora(rank=2, targets=("q_proj",)))
+    with pytest.raises(ModelError, match=r"learner\.lora\.targets: .*Its linear modules are called .*k_proj"):
+        tiny.learner(tiny.net(1), lora=Lora(rank=2, targets=("no_such",)))
 
 
 def test_adapters_learn() -> None:

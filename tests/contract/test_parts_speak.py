@@ -58,11 +58,26 @@ def refused(recipe: str, changes: dict[str, Any]) -> list[str]:
     return str(error.value).splitlines()
 
 
+@pytest.mark.parametrize(("group", "kind"), [(group, kind) for group in BASES for kind in kinds(group)])
+def test_every_shipped_part_is_whole_by_its_dotted_name(group: str, kind: str) -> None:
+    """As one from outside it would be refused if it lacked a member of its protocol."""
+    assert part(group, kinds(group)[kind]) is part(group, kind)
+
+
 def test_two_margins_at_odds_are_told_once() -> None:
     said = refused("uni_opd", {"credit.margin.action": "mask", "credit.other": {"kind": "margin"}})
     assert [line for line in said if "never by both" in line] == [
         "credit.margin and credit.other: a margin is kept by shifts or by masks, never by both. Keep one of them."
     ]
+
+
+def test_turns_of_a_task_without_any_are_told() -> None:
+    told = "sampler: max_turns and turns change nothing"
+    for turns in ({"sampler.max_turns": 3}, {"sampler.turns": "ready"}):
+        assert [line for line in checks.warnings(load_recipe("opd", turns)) if line.startswith(told)]
+    chat = {"task": {"kind": "outside:Chat", "replies": 1}, "sampler.max_turns": 3}
+    for quiet in ({}, chat):
+        assert not [line for line in checks.warnings(load_recipe("opd", quiet)) if line.startswith(told)]
 
 
 def test_two_scales_are_told_once() -> None:
@@ -156,3 +171,16 @@ def test_an_evaluation_of_teachers_is_no_reason_to_refuse_a_run_without_any() ->
     checks.join(load_recipe("rl", asked))
     said = refused("opd", asked)
     assert [line.split(":")[0].split(" ")[0] for line in said] == ["evals.agreement.teacher", "evals.teacher_accuracy.teacher"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "where"), [("everything", "credit.margin"), ("everything", "credit.balance"), ("peers", "teachers.main.context")]
+)
+def test_a_threshold_of_summed_rewards_is_told(recipe: str, where: str) -> None:
+    alone = load_recipe(recipe)
+    assert not [line for line in checks.warnings(alone) if "threshold" in line]
+    summed = load_recipe(recipe, {"rewards.again": {"kind": "verifier", "weight": 3.0}})
+    told = [line for line in checks.warnings(summed) if line.startswith(f"{where}.threshold")]
+    assert told == [
+        f"{where}.threshold = 0.5 is compared with the sum 1 x verifier + 3 x again. Set it to the least sum that counts as success."
+    ]

@@ -143,6 +143,37 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in kept}
 
 
+@pytest.mark.parametrize("at", [2, 3])
+def test_an_evaluation_that_raises_costs_no_step(tiny_run: Callable[..., Any], tmp_path: Path, at: int) -> None:
+    """On the way and at the end: what was trained is saved, and the evaluation is asked again."""
+    settings, broken = {"steps": 3, "eval_every": 1, "save_every": 100}, {"evals__mine": {"kind": "outside:Breaks", "at": at}}
+    with pytest.raises(OSError, match="the evaluation is broken"):
+        tiny_run("opd", **settings, **broken, out=tmp_path / "run")
+    assert checkpoints.steps(tmp_path / "run" / "checkpoints") == [at]
+    with pytest.raises(OSError, match="the evaluation is broken"):
+        tiny_run("opd", **settings, **broken, out=tmp_path / "run", resume=True)
+    mended = {"evals__mine": {"kind": "outside:Breaks", "at": 9}}
+    done = tiny_run("opd", **settings, **mended, out=tmp_path / "run", resume=True)
+    whole = tiny_run("opd", **settings, **mended)
+    assert same(done.state, whole.state)
+    assert done.rows("evals") == whole.rows("evals")
+    assert [row["step"] for row in done.rows("evals")] == [0, 1, 2, 3]
+
+
+def test_a_damaged_line_or_recipe_is_named(tiny_run: Callable[..., Any]) -> None:
+    done = tiny_run("opd", steps=1)
+    lines = (done.dir / "attempts.jsonl").read_text()
+    (done.dir / "attempts.jsonl").write_text("null\n" + lines)
+    with pytest.raises(RunError, match=r"attempts\.jsonl, line 1 is damaged: it holds no JSON object"):
+        tiny_run("opd", steps=2, out=done.dir, resume=True)
+    (done.dir / "attempts.jsonl").write_text(lines)
+    recipe = (done.dir / "config.toml").read_text()
+    for text, why in ((f"{recipe}\n= 3", "Invalid statement"), ("steps = 1\n", "it has no task and no sampler and no learner")):
+        (done.dir / "config.toml").write_text(text)
+        with pytest.raises(RunError, match=rf"config\.toml is damaged: {why}"):
+            tiny_run("opd", steps=2, out=done.dir, resume=True)
+
+
 def test_another_recipe_is_refused_and_told_apart(tiny_run: Callable[..., Any]) -> None:
     done = tiny_run("opd", steps=1)
     before = snapshot(done.dir)

@@ -52,6 +52,8 @@ def balance_prompts(
     whole = load_recipe(recipe, overrides)
     cfg = replace(whole, teachers={}, credit={}, evals={}, rewards={}, accelerator=None, track=Track())  # only the student acts
     folder = out or Path("runs") / f"{cfg.recipe}-difficulty"
+    if folder.is_file():
+        raise RunError(f"{folder} is a file; choose a folder with --out")
     if (folder / "difficulty.jsonl").exists() and not (folder / PARTIAL).exists():
         raise RunError(f"{folder} holds counts already; choose another folder with --out")
     asked, cut = training_prompts(cfg.task, cfg.seed, prompts)

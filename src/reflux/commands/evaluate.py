@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-import tomllib
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -13,13 +12,14 @@ from typing import Any
 from rich.console import Console
 
 from reflux import checks
-from reflux.config import RunConfig, from_table, merge, nest, split_override, unpack
+from reflux.config import RunConfig, from_table, saved_table
 from reflux.context import part_context
 from reflux.evals.accuracy import Accuracy
 from reflux.evals.problems import problems as test_problems
 from reflux.evals.problems import seen, told
 from reflux.evaluation import Evaluation
 from reflux.models import load_tokenizer, local_folder
+from reflux.overrides import merge, nest, split_override, unpack
 from reflux.services import Services
 from reflux.types import Wants
 
@@ -61,9 +61,8 @@ def _table(model: str) -> dict[str, Any]:
     if flow:
         table = {"task": {"kind": "glyphs"}, "sampler": {"kind": "flow"}}
     chat: dict[str, Any] = {}  # how a run speaks to its student
-    recipe = Path(model) / "config.toml"
-    if recipe.is_file():
-        own = tomllib.loads(recipe.read_text())
+    if (Path(model) / "config.toml").is_file():
+        own = saved_table(Path(model))
         table = {"steps": own["steps"], "task": own["task"], "sampler": own["sampler"].get("generate", own["sampler"])}
         chat = {key: own["learner"][key] for key in ("system", "template", "prompt_suffix") if key in own["learner"]}
     return {**table, "learner": {"model": model, **chat}, "objectives": [{"kind": "nll"}]}

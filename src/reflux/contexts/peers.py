@@ -16,6 +16,7 @@ from reflux.contexts.base import ContextPart, View, retold
 from reflux.contexts.wording import with_attempts
 from reflux.papers import Paper
 from reflux.parts import STRICT
+from reflux.rewards.base import unlike_threshold
 from reflux.types import Attempt, Group, Moment, TokenRollout, Wants, seed_of
 
 if TYPE_CHECKING:
@@ -85,6 +86,9 @@ class Peers(ContextPart):
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return (PEERS, SDPO) if (self.successes, self.failures) == (1, 0) else (PEERS,)
+
+    def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        return unlike_threshold(where, self.threshold, cfg.rewards)
 
     @property
     def wants(self) -> Wants:

@@ -14,6 +14,7 @@ from reflux.credit.base import CreditPart
 from reflux.credit.margin import UNI_OPD
 from reflux.papers import Paper
 from reflux.parts import STRICT
+from reflux.rewards.base import unlike_threshold
 from reflux.types import Group, Moment, Share, Wants
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Balance(CreditPart):
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if self.ratio != "none" and cfg.normalise == "kept":
             yield f'{where} under normalise = "kept": the attempts that stay count for more; see "rollout_means".'
+        yield from unlike_threshold(where, self.threshold, cfg.rewards)
 
     @property
     def wants(self) -> Wants:

@@ -15,6 +15,7 @@ from reflux.credit.base import CreditPart
 from reflux.credit.log_ratio import Side, log_ratio_T
 from reflux.papers import Paper
 from reflux.parts import STRICT
+from reflux.rewards.base import unlike_threshold
 from reflux.types import Attempt, Group, Moment, Share, Wants
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Margin(CreditPart):
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if self.student == "behaviour" and cfg.max_lag:
             yield f'{where}: student = "behaviour" compares with the student as it was up to {cfg.max_lag} steps ago; see "now".'
+        yield from unlike_threshold(where, self.threshold, cfg.rewards)
 
     @property
     def shifts(self) -> bool:

@@ -92,8 +92,8 @@ class Foresight(EvalPart):
         start = _read(folder / "start")
         if not start:
             raise RunError(
-                "evals.foresight compares with the weights the run began with, and this run kept none: it was switched on after the first "
-                "step. Use evals.foresight=none, or start a new run."
+                f"evals.foresight compares with the weights the run began with, and {folder / 'start'} does not hold them: it was switched "
+                "on after the first step, or its folder was removed. Use evals.foresight=none, or start a new run."
             )
         means, vectors = _spectra(weights, start, self.percent, self.k)
         _write(folder / f"step-{step}", vectors)

@@ -26,7 +26,11 @@ def attach(model: Model, lora: Lora, seed: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed % (1 << 63))
         settings = LoraConfig(r=lora.rank, lora_alpha=int(lora.alpha), target_modules=targets, task_type="CAUSAL_LM")
-        inject_adapter_in_model(settings, model.net)
+        try:
+            inject_adapter_in_model(settings, model.net)
+        except ValueError as error:
+            known = sorted({name.rpartition(".")[2] for name, module in model.net.named_modules() if isinstance(module, torch.nn.Linear)})
+            raise ModelError(f"learner.lora.targets: {error} Its linear modules are called {', '.join(known)}.") from error
     _refuse_tied(model.net)
 
 

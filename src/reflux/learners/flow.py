@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from reflux.context import StudentSpec
 from reflux.flows.adapter_folders import adapter_file, adapter_folder, on_hub
 from reflux.learners.base import LearnerPart, negative_rate
-from reflux.learners.hf import LORA, Positive
+from reflux.learners.hf import LORA, Decay, Positive
 from reflux.model_folders import look_for_flow
 from reflux.papers import Paper
 from reflux.parts import STRICT
@@ -82,7 +82,7 @@ class Flow(LearnerPart):
 
     model: str
     lr: Number = 3e-4
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     clip: Positive = 1.0  # gradient norm; gradients of a KL in nats are large

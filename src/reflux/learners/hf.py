@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from reflux.services import Services
 
 Positive = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 LORA = Paper(
     "lora",
@@ -62,7 +63,7 @@ class HF(LearnerPart):
     template: dict[str, Any] = Field(default_factory=dict)  # chat-template arguments, for example enable_thinking = false
     prompt_suffix: str | None = None  # a text that ends every prompt, for the student and its teachers, such as "<think>\n"
     lr: Number = 1e-6
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Positive = 1.0  # gradient norm

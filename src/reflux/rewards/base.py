@@ -5,7 +5,7 @@ An attempt that could not be judged (no time left, no stored answer) gets Reward
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Protocol
 
@@ -43,6 +43,14 @@ def weightless(where: str, weight: float) -> Iterable[str]:
             f"{where}.weight = 0: this reward is asked and recorded, and its value counts nothing. An attempt that it cannot judge has no "
             f"reward all the same."
         )
+
+
+def unlike_threshold(where: str, threshold: float, rewards: Mapping[str, RewardFn]) -> Iterable[str]:
+    """Advice of a part that takes a reward of at least `threshold` for success, where rewards are summed or scaled."""
+    weights = {name: reward.weight for name, reward in rewards.items()}
+    if weights and list(weights.values()) != [1.0]:
+        terms = " + ".join(f"{weight:g} x {name}" for name, weight in weights.items())
+        yield f"{where}.threshold = {threshold:g} is compared with the sum {terms}. Set it to the least sum that counts as success."
 
 
 async def judge(reward: OpenReward | None, group: Group) -> None:

@@ -33,15 +33,9 @@ class Verifier(RewardPart):
     says why. weight: what its values are multiplied by where several rewards are added.
     """
 
-    timeout_s: float = 10.0
-    workers: int = 1
+    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
+    workers: Annotated[int, Field(ge=1)] = 1
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.timeout_s > 0:
-            raise ValueError("timeout_s must be above 0 seconds")
-        if self.workers < 1:
-            raise ValueError("workers must be at least 1")
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if not cfg.task.judges:

@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.context import Generation
 from reflux.errors import DataError
+from reflux.model_folders import Dtype
 from reflux.papers import Paper
 from reflux.parts import STRICT, kind_of
 from reflux.samplers.base import SamplerPart
@@ -70,7 +71,7 @@ class Flow(SamplerPart):
     length: Number | None = None  # None: all steps
     pixels: Annotated[int, Field(ge=0)] = 0  # a side of the picture; 0: the size the model was made for
     batch_images: Annotated[int, Field(ge=1)] = 64  # denoised together; guidance doubles the rows of a call
-    dtype: str = "auto"  # auto: as stored on a GPU, float32 on a CPU; steps are computed in float32 whatever it is
+    dtype: Dtype = "auto"  # auto: as stored on a GPU, float32 on a CPU; steps are computed in float32 whatever it is
     device: str = "auto"
 
     def __post_init__(self) -> None:

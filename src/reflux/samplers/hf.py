@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -9,12 +10,14 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from reflux.context import Generation
+from reflux.model_folders import Dtype
 from reflux.parts import STRICT
 from reflux.samplers.base import SamplerPart
 from reflux.schedules import Number, at, number
 from reflux.types import Draw, Rollout, TokenRollout
 
 if TYPE_CHECKING:
+    from reflux.config import RunConfig
     from reflux.context import PartContext
     from reflux.services import Services
 
@@ -57,8 +60,8 @@ class HF(SamplerPart):
     batch_tokens: Annotated[int, Field(ge=1)] = 32768  # rows x (prompt + answer), padding included, decoded together
     turns: Literal["together", "ready"] = "together"  # whose next turn is generated at once, where a task has several
     max_turns: Annotated[int, Field(ge=0)] = 0  # of an attempt; 0: no limit
-    environment_timeout_s: Annotated[float, Field(gt=0)] = 60.0  # of one answer of a task's environment
-    dtype: str = "auto"  # auto: as stored
+    environment_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0  # of one answer of a task's environment
+    dtype: Dtype = "auto"  # auto: as stored
     device: str = "auto"
     attention: str | None = None
 
@@ -70,6 +73,10 @@ class HF(SamplerPart):
                 f"train_max_tokens = {self.train_max_tokens:g} is above max_tokens = {self.max_tokens}, the longest answer anywhere. "
                 f"Raise max_tokens, or leave train_max_tokens out"
             )
+
+    def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        if not cfg.task.multi_turn and (self.max_turns or self.turns != "together"):
+            yield f"{where}: max_turns and turns change nothing: the prompts of this task are answered in one turn."
 
     @property
     def evaluation_positions(self) -> int:

@@ -13,7 +13,7 @@ from reflux.contexts.base import Context
 from reflux.contexts.same import Same
 from reflux.flows.adapter_folders import adapter_file, on_hub
 from reflux.model_files import Size, size_of
-from reflux.model_folders import look_for_flow
+from reflux.model_folders import Dtype, look_for_flow
 from reflux.parts import STRICT, PartOf
 from reflux.teachers.base import TeacherPart
 from reflux.types import FlowRollout, Rollout, VelocityTarget
@@ -50,7 +50,7 @@ class Flow(TeacherPart):
     routes: tuple[str, ...] = ()
     guidance: Annotated[float, Field(allow_inf_nan=False)] | None = None  # None: the student's; a stated one has to be that
     batch_positions: Annotated[int, Field(ge=1)] = 64  # states in one call; guidance doubles its rows
-    dtype: str = "auto"  # auto: as stored on a GPU, float32 on a CPU
+    dtype: Dtype = "auto"  # auto: as stored on a GPU, float32 on a CPU
     device: str = "auto"
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:

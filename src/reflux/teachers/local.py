@@ -12,7 +12,7 @@ from reflux.context import StudentSpec
 from reflux.contexts.base import Context
 from reflux.contexts.same import Same
 from reflux.model_files import Size, size_of
-from reflux.model_folders import look_for_text
+from reflux.model_folders import Dtype, look_for_text
 from reflux.parts import STRICT, PartOf
 from reflux.teachers.base import TeacherPart
 from reflux.types import HiddenTarget, Rollout, TokenRollout
@@ -39,7 +39,7 @@ class Local(TeacherPart):
     as_: str | None = None
     routes: tuple[str, ...] = ()
     batch_tokens: Annotated[int, Field(ge=1)] = 32768  # padding included, per forward pass
-    dtype: str = "auto"  # as stored, else float32, bfloat16 or float16
+    dtype: Dtype = "auto"  # as stored, else float32, bfloat16 or float16
     device: str = "auto"
     device_map: str | None = None  # accelerate's placement, for example "auto" to offload to the CPU
     attention: str | None = None

@@ -1,0 +1,60 @@
+"""Raw tables of a recipe: how one is merged over another, and what `key.path=value` on the command line changes."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from typing import Any
+
+from reflux.errors import ConfigError
+
+
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables merge key by key; everything else is replaced. A new kind drops the keys of the old one.
+
+    Beside a new kind a key whose value is "base" takes the old table: `generate = "base"` puts a sampler inside another one.
+    """
+    merged = dict(under)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("kind", old.get("kind")) == old.get("kind"):
+            merged[key] = merge(old, value)
+        elif isinstance(old, Mapping) and isinstance(value, Mapping):
+            merged[key] = {name: old if inner == "base" else inner for name, inner in value.items()}
+        else:
+            merged[key] = value
+    return merged
+
+
+def split_override(text: str) -> tuple[str, Any]:
+    """ "a.b=3" -> ("a.b", 3)."""
+    path, sign, value = text.partition("=")
+    if not sign or not path.strip():
+        raise ConfigError(f"'{text}' is not an override; write key.path=value, for example learner.lr=1e-3")
+    return path.strip(), value.strip()
+
+
+def unpack(value: Any) -> Any:
+    """TOML where it parses, else the text itself: steps=10 is a number, learner.model=my/model a string."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return value
+
+
+def nest(path: list[str], value: Any, table: Any) -> dict[str, Any]:
+    """The smallest table that sets `path`; a number as a key edits a copy of the list that is there."""
+    if len(path) == 1:
+        return {path[0]: value}
+    head, inner = path[0], table.get(path[0], {}) if isinstance(table, Mapping) else {}
+    if isinstance(inner, list) and path[1].isdigit():
+        if not all(isinstance(item, Mapping) for item in inner):
+            raise ConfigError(f"{head} is a list of plain values; set it whole: {head}=[...]")
+        index, items = int(path[1]), [dict(item) for item in inner]
+        if index >= len(items):
+            raise ConfigError(f"{head}.{index}: there are only {len(items)} {head}, counted from 0")
+        items[index] = merge({"item": items[index]}, nest(["item", *path[2:]], value, {}))["item"]
+        return {head: items}
+    return {head: nest(path[1:], value, inner)}
