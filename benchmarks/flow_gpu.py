@@ -85,8 +85,7 @@ def one_step(asked: argparse.Namespace, student: Any, frozen: Any, group: int, d
     import torch
 
     from reflux.flows import adapters
-    from reflux.objectives.velocity_kl import kl_weight
-    from reflux.samplers.flow import sde_step
+    from reflux.flows.sde import kl_weight, sde_step
 
     cuda = device == "cuda"
     seconds: dict[str, float] = {}
@@ -142,7 +141,7 @@ def main() -> None:
     import torch
 
     from reflux.flows import adapters
-    from reflux.learners.flow import FlowLora
+    from reflux.model_settings import FlowLora
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not asked.tiny:

@@ -92,8 +92,8 @@ def measure(asked: argparse.Namespace, scratch: Path) -> None:
 
     from reflux import checks
     from reflux.config import load_recipe
-    from reflux.rundir import Options, Run
     from reflux.samplers.flow_engine import FlowSampler
+    from reflux.training import Options, Run
 
     torch.set_num_threads(asked.threads)
     sampling = {"steps": asked.steps, "eval_steps": asked.steps, "guidance": asked.guidance, "batch_images": asked.images}

@@ -72,7 +72,7 @@ def run_arm(arm: str, steps: int, threads: int, out: Path) -> None:
 
     from reflux.config import load_recipe
     from reflux.loop import train
-    from reflux.rundir import Options
+    from reflux.training import Options
 
     changes = {**COMMON, **ARMS[arm][1], "steps": steps + WARM, "threads": threads}
     changes.pop("base")

@@ -83,7 +83,7 @@ def side_reflux(folder: Path, shape: Shape) -> None:
 
     from reflux.config import from_table
     from reflux.loop import train
-    from reflux.rundir import Options
+    from reflux.training import Options
 
     table = {
         "recipe": "step_time",

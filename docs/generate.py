@@ -29,9 +29,13 @@ from reflux import parts  # noqa: E402
 from reflux.cite import GKD, papers  # noqa: E402
 from reflux.config import RECIPES, RunConfig, Track, load_recipe, recipe_names  # noqa: E402
 from reflux.credit.outcome import group_advantages  # noqa: E402
-from reflux.learners.flow import Average, FlowLora, Merge  # noqa: E402
-from reflux.learners.hf import Lora  # noqa: E402
 from reflux.metrics import step_flops  # noqa: E402
+from reflux.model_settings import (  # noqa: E402
+    Average,
+    FlowLora,
+    Lora,
+    Merge,
+)
 from reflux.papers import Paper  # noqa: E402
 from reflux.parts import PartOf  # noqa: E402
 from reflux.summary import method_of  # noqa: E402

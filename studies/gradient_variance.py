@@ -38,8 +38,8 @@ from reflux.loop import Parts, lasting, open_parts
 from reflux.overrides import merge
 from reflux.quiet import quiet_libraries
 from reflux.rewards.base import judge
-from reflux.rundir import Options, Run
 from reflux.step import StepRequest
+from reflux.training import Options, Run
 from reflux.types import Group, Prompt, seed_of
 
 UNCLIPPED = 1e30

@@ -26,7 +26,7 @@ from reflux.config import RunConfig, load_recipe
 from reflux.credit.log_ratio import log_ratio_T
 from reflux.loop import lasting, open_parts
 from reflux.rewards.base import judge
-from reflux.rundir import Options, Run
+from reflux.training import Options, Run
 from reflux.types import Draw, Group, Wants
 
 RESAMPLES = 2000

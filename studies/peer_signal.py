@@ -37,10 +37,10 @@ from reflux.contexts.wording import with_attempts
 from reflux.files import write_text
 from reflux.loop import lasting, open_parts
 from reflux.rewards.base import judge
-from reflux.rundir import Options, Run
 from reflux.statistics import bootstrap_mean
 from reflux.summary import commit
 from reflux.teachers.base import TeacherRequest
+from reflux.training import Options, Run
 from reflux.types import Attempt, Draw, Group, HiddenTarget, Moment, Rollout, TeacherAnswer, TokenRollout, Wants
 
 Context = Callable[[Group, Moment], list[View | None]]

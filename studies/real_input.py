@@ -19,7 +19,7 @@ from typing import Any
 
 from reflux.config import from_table
 from reflux.loop import train
-from reflux.rundir import Options
+from reflux.training import Options
 
 NAMES = ("Lily", "Tom", "Mia", "Ben", "Sara", "Max", "Anna", "Tim", "Lucy", "Sam", "Jack", "Emma")
 WHO = ("little girl", "little boy", "small dog", "happy cat", "big bear", "kind bird", "tiny mouse", "brave rabbit")

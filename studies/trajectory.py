@@ -11,7 +11,7 @@ import numpy as np
 from pydantic.dataclasses import dataclass
 
 from reflux.credit.base import CreditPart
-from reflux.objectives.velocity_kl import kl_weight
+from reflux.flows.sde import kl_weight
 from reflux.parts import STRICT
 from reflux.types import Attempt, FlowRollout, Group, Moment, Share, VelocityTarget, Wants
 

@@ -77,7 +77,7 @@ def tiny_run(student: str, teacher: str, tmp_path: Path) -> Callable[..., Done]:
     """`tiny_run("opd", steps=2, sampler__max_tokens=5)` trains a shipped recipe at tiny scale in a new folder (or in `out`)."""
     import tiny
     from reflux.loop import train
-    from reflux.rundir import Options
+    from reflux.training import Options
 
     numbers = count()
 

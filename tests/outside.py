@@ -13,8 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic.dataclasses import dataclass
 
 from reflux import checkpoints
-from reflux.accelerators.base import AcceleratorPart
-from reflux.accelerators.score import Scoring
+from reflux.accelerators.base import AcceleratorPart, Scoring
 from reflux.contexts.same import Same
 from reflux.credit.base import CreditPart
 from reflux.evals.base import Asked, EvalPart

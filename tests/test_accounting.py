@@ -20,7 +20,7 @@ import outside
 import tiny
 import tiny_flow
 import tiny_glyphs
-from reflux.accounting import Landed, Work, flops
+from reflux.accounting import Landed, Ran, Work, flops
 from reflux.flows.model import FlowModel
 from reflux.kernels.cpu_decoder import CpuDecoder
 from reflux.learners.flow_engine import FlowLearner
@@ -29,11 +29,11 @@ from reflux.loop import train
 from reflux.metrics import step_flops
 from reflux.models import parameter_count
 from reflux.planning import plan
-from reflux.rundir import Options
 from reflux.samplers import hf_engine
 from reflux.samplers.flow_engine import FlowSampler
 from reflux.teachers.flow_engine import FlowTeacher
 from reflux.teachers.in_process import InProcess
+from reflux.training import Options
 from reflux.types import Attempt, TeacherAnswer
 from tiny import rollout
 
@@ -273,7 +273,7 @@ def test_work_is_what_attempts_say_of_themselves() -> None:
     assert Work.of([asked]) == Work(3, 9, {}, {"one": 11})
     assert Work.of([given, failed]) == Work()
     assert Work.of([drawn, asked]) + Work.of([asked, drawn]) == Work(6, 18, {"one": 60, "two": 4}, {"one": 22})
-    assert flops(7, {"one": 3, "two": 5}, Work.of([drawn, asked]), 10, 8) == {
+    assert flops(Ran(7, 10, 8), {"one": 3, "two": 5}, Work.of([drawn, asked])) == {
         "sample": 2.0 * (7 * 9 + 3 * 30 + 5 * 2),
         "teach": 2.0 * 3 * 11,
         "learn": 7 * (2.0 * 10 + 4.0 * 8),

@@ -20,13 +20,13 @@ import tiny_flow
 import tiny_glyphs
 from reflux.commands.progress import Progress
 from reflux.distance import generated_kl, teacher_logp_T, trained_kl
+from reflux.flows.sde import kl_weight
 from reflux.kernels.head import Head
 from reflux.loop import train
 from reflux.metrics import Mean
-from reflux.objectives.velocity_kl import kl_weight
 from reflux.records import arrived, read_attempt
-from reflux.rundir import Options
-from reflux.step import StepRecord
+from reflux.targets import StepRecord
+from reflux.training import Options
 from reflux.types import Attempt, SampledTarget, Share, TeacherAnswer, VelocityTarget
 from tiny import rollout
 

@@ -39,7 +39,7 @@ def test_the_library_gives_the_examples_curve(tmp_path: Path) -> None:
     from reflux.config import load_recipe
     from reflux.loop import train
     from reflux.models import ASSETS
-    from reflux.rundir import Options
+    from reflux.training import Options
 
     changes = {
         "steps": STEPS,

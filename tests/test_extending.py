@@ -24,8 +24,8 @@ from reflux.credit.base import share_credit
 from reflux.doctor import examine
 from reflux.doctor.finding import Finding
 from reflux.errors import ConfigError
+from reflux.loss_term import Rows
 from reflux.model_card import model_card
-from reflux.objectives.base import Rows
 from reflux.objectives.says import FullSays
 from reflux.reports.diagnostics import own_charts
 from reflux.reports.page import write_report
@@ -219,12 +219,12 @@ def test_the_doctor_says_what_it_advises() -> None:
 def test_its_papers_are_cited() -> None:
     found = {paper.key: paper.bibtex for paper in papers(load_recipe(RECIPE))}
     assert "Not All Tokens Are What You Need" in found["rho_1"]
-    assert "rho_1" in model_card(load_recipe(RECIPE), 3)
+    assert "rho_1" in model_card(cfg := load_recipe(RECIPE), 3, papers(cfg))
 
 
 def test_a_model_card_tells_what_ends_every_prompt() -> None:
-    assert "every prompt ends with" not in model_card(load_recipe("opd"), 3)
-    assert "- every prompt ends with: `'<think>\\n'`\n" in model_card(load_recipe("opd", {"learner.prompt_suffix": "<think>\n"}), 3)
+    assert "every prompt ends with" not in model_card(load_recipe("opd"), 3, [])
+    assert "- every prompt ends with: `'<think>\\n'`\n" in model_card(load_recipe("opd", {"learner.prompt_suffix": "<think>\n"}), 3, [])
     assert "rho_1" not in {paper.key for paper in papers(load_recipe(RECIPE, {"credit.surprise": "none"}))}
 
 

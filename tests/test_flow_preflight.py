@@ -19,8 +19,8 @@ from reflux.config import RunConfig, load_recipe
 from reflux.doctor import examine
 from reflux.errors import ModelError
 from reflux.loop import train
-from reflux.rundir import Options
 from reflux.tasks.glyphs import Glyphs
+from reflux.training import Options
 from reflux.types import Draw
 from tiny_glyphs import EVAL_STEPS, NO_EVALS, STEPS, glyphs, said
 
@@ -93,7 +93,7 @@ def test_preflight_sees_a_learner_that_is_not_its_sampler(
 def test_the_parity_bound_is_what_a_share_of_the_velocity_moves() -> None:
     """Velocities off by the share in a random direction stay inside the bound, ten times as far do not; over all noise levels."""
     from reflux.doctor.flows import _log_prob_gap, _step_gap
-    from reflux.samplers.flow import step_logp, step_moments
+    from reflux.flows.sde import step_logp, step_moments
 
     dice, share = np.random.default_rng(0), 1e-3
     model = tiny_flow.model(1)

@@ -23,7 +23,7 @@ from conftest import Done
 from reflux.config import RunConfig, load_recipe
 from reflux.loop import lasting, open_parts, train
 from reflux.planning import plan
-from reflux.rundir import Options, Run
+from reflux.training import Options, Run
 from reflux.types import Wants
 from tiny_glyphs import NO_EVALS, RECIPES, STEPS, TIMES
 
@@ -226,7 +226,7 @@ def test_the_papers_of_a_flow_are_cited() -> None:
 
 
 def test_an_accelerator_moves_the_attention_and_the_feed_forward_of_diffusers() -> None:
-    from reflux.accelerators.extrapolate import INCLUDE, moved
+    from reflux.learners.access import INCLUDE, moved
 
     names = [name for name, _ in tiny_flow.model(1).net.named_parameters()]
     found = moved(names, INCLUDE)

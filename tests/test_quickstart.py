@@ -15,7 +15,7 @@ from reflux.config import load_recipe
 from reflux.loop import train
 from reflux.model_files import size_of
 from reflux.models import ASSETS
-from reflux.rundir import Options
+from reflux.training import Options
 
 SHORT = {
     "steps": 24,

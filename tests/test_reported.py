@@ -20,11 +20,11 @@ from reflux.evals.teacher_accuracy import TeacherAccuracy
 from reflux.reports.curves import accuracy_chart
 from reflux.reports.evals import read_evals
 from reflux.reports.scores import Score
-from reflux.rundir import Silent
 from reflux.summary import reported
 from reflux.tasks.glyphs import Glyphs
 from reflux.tasks.jsonl import Jsonl
 from reflux.tasks.word_problems import WordProblems
+from reflux.training import Silent
 
 SMALL: dict[str, Any] = {
     "evals__accuracy": {"problems": 3, "examples": 0},

@@ -21,8 +21,8 @@ import tiny
 from reflux.config import config_hash
 from reflux.errors import ConfigError, RunError
 from reflux.loop import train
-from reflux.rundir import Options
 from reflux.step import StepRequest
+from reflux.training import Options
 from reflux.types import Attempt, Moment, TeacherAnswer
 
 STUDIES = Path(__file__).parents[1] / "studies"

@@ -15,7 +15,7 @@ from torch import Tensor
 from reflux.flows.library import library
 from reflux.flows.model import FlowModel
 from reflux.flows.net import FlowNet, PromptTable
-from reflux.samplers.flow import step_logp, step_moments
+from reflux.flows.sde import step_logp, step_moments
 from reflux.types import Attempt, FlowRollout, Prompt, TeacherAnswer, VelocityTarget
 
 TEXTS = ("", *(f"draw {number}" for number in range(5)))  # what a tiny model has learned; "" is the unconditional prompt

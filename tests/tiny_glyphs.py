@@ -13,8 +13,8 @@ import numpy as np
 
 import tiny_flow
 from reflux.config import RunConfig, load_recipe
-from reflux.rundir import Options, Run
 from reflux.tasks.glyphs import Glyphs
+from reflux.training import Options, Run
 from reflux.types import FlowRollout, Group, Prompt, VelocityTarget, Wants
 
 NAMES = ("student", "digits", "counts")

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from reflux.objectives.base import ObjectivePart, Rows
+from reflux.loss_term import Rows
+from reflux.objectives.base import ObjectivePart
 from reflux.parts import STRICT
 from reflux.types import HiddenTarget, Wants
 

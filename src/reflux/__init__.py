@@ -24,7 +24,8 @@ def run(
 
     from reflux.config import load_recipe
     from reflux.loop import train
-    from reflux.rundir import Options, choose_folder
+    from reflux.run_dir import choose_folder
+    from reflux.training import Options
 
     cfg = load_recipe(recipe, overrides)
     return asyncio.run(train(cfg, Options(choose_folder(cfg.recipe, out, resume), resume)))

@@ -44,6 +44,15 @@ class Work:
         return Work(self.sampled + other.sampled, self.acted + other.acted, drawn, taught)
 
 
+@dataclass(frozen=True)
+class Ran:
+    """What a learner ran for one step: positions forward and backward, of `macs` multiply-accumulates each."""
+
+    macs: int
+    forward: int
+    backward: int
+
+
 class Landed:
     """The attempts of one step as they land. A prompt that is asked again after a jump replaces what it gave before, which is discarded."""
 
@@ -63,18 +72,31 @@ def add_up(totals: dict[str, float], metrics: Mapping[str, Any]) -> None:
     totals["flops"] += sum(metrics["flops"].values())
 
 
-def flops(student_macs: int, teacher_macs: Mapping[str, int], work: Work, forward: int, backward: int) -> dict[str, float]:
+def flops(learner: Ran, teacher_macs: Mapping[str, int], work: Work) -> dict[str, float]:
     """FLOP by role: 2 for each multiply-accumulate forward, 4 backward (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
 
     sample: 2 (S acted + sum over tables of T drawn), teach: 2 sum of T taught, learn: S (2 forward + 4 backward), where S and T are
     multiply-accumulates of one position of the student and of each teacher table. Adapters are billed as if all weights had gradients.
     """
     return {
-        "sample": 2.0 * (student_macs * work.acted + _macs(teacher_macs, work.drawn)),
+        "sample": 2.0 * (learner.macs * work.acted + _macs(teacher_macs, work.drawn)),
         "teach": 2.0 * _macs(teacher_macs, work.taught),
-        "learn": student_macs * (2.0 * forward + 4.0 * backward),
+        "learn": learner.macs * (2.0 * learner.forward + 4.0 * learner.backward),
     }
 
 
 def _macs(by_table: Mapping[str, int], positions: Mapping[str, int]) -> int:
     return sum(by_table[table] * count for table, count in positions.items())
+
+
+@dataclass
+class Spent:
+    """What one optimiser step's scorings cost."""
+
+    work: Work = field(default_factory=Work)
+    ungraded: int = 0  # answers that could not be judged, of those sampled
+
+    @property
+    def sampled(self) -> int:
+        """Tokens that the student drew."""
+        return self.work.sampled

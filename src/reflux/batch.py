@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from reflux.credit.log_ratio import log_ratio_T
-from reflux.objectives.base import Objective
+from reflux.loss_term import LossTerm
 from reflux.objectives.group_values import group_values
 from reflux.types import Attempt, Group, Rollout
 
@@ -47,7 +47,7 @@ class Item:
         return self.rollout.prompt_length + self.trained - 1
 
 
-def present(attempt: Attempt, objective: Objective) -> bool:
+def present(attempt: Attempt, objective: LossTerm) -> bool:
     """Has this objective a word on this attempt: its teacher's target, or, where it lives on shifts alone, a shift that is not 0?"""
     if objective.coef == 0:
         return False  # 0 times an infinite cost is no number
@@ -61,7 +61,7 @@ def one_rank(counts_C: np.ndarray) -> np.ndarray:
     return counts_C
 
 
-def plan(groups: Iterable[Group], objectives: Sequence[Objective], normalise: Normalise, over_ranks: OverRanks = one_rank) -> list[Item]:
+def plan(groups: Iterable[Group], objectives: Sequence[LossTerm], normalise: Normalise, over_ranks: OverRanks = one_rank) -> list[Item]:
     """Items of all attempts with something to learn from, their coefficients coef * w_n * c_n and group values filled in.
 
     Where several ranks share a batch, whole groups each, `over_ranks` adds up an array of counts over them (an all-reduce; every rank calls
@@ -86,7 +86,7 @@ def plan(groups: Iterable[Group], objectives: Sequence[Objective], normalise: No
     return items
 
 
-def _values(groups: list[Group], objective: Objective) -> dict[int, float]:
+def _values(groups: list[Group], objective: LossTerm) -> dict[int, float]:
     """What a group baseline subtracts, by the attempt's id(): from whole groups, hence the same however the batch is cut afterwards."""
     if objective.group_baseline is None or objective.teacher is None or objective.coef == 0:
         return {}
@@ -108,7 +108,7 @@ def _rewards(attempt: Attempt, teacher: str) -> np.ndarray | None:
     return None if ratio_T is None else ratio_T[attempt.rollout.mask_T]
 
 
-def _count(attempts: list[Attempt], weights: list[np.ndarray], objective: Objective, normalise: Normalise) -> int:
+def _count(attempts: list[Attempt], weights: list[np.ndarray], objective: LossTerm, normalise: Normalise) -> int:
     """What the denominator counts: positions kept or chosen; under rollout_means, attempts with a chosen position."""
     chosen = [int(attempt.rollout.mask_T.sum()) for attempt in attempts]
     if normalise == "rollout_means":

@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux import parts
 from reflux.accelerators.base import Accelerator
+from reflux.context import Numbers, PartContext, Placement
 from reflux.credit.base import Credit
 from reflux.errors import ConfigError, RunError
 from reflux.evals.base import Eval
@@ -33,7 +34,7 @@ from reflux.samplers.base import Sampler
 from reflux.shares import without_shares
 from reflux.tasks.base import Task
 from reflux.teachers.base import Teacher
-from reflux.types import Draw
+from reflux.types import Draw, Wants
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -257,3 +258,19 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
         elif before != after:
             lines.append(f"{where}: was {before!r}, is {after!r}")
     return lines
+
+
+def part_context(cfg: RunConfig, requirements: Wants, name: str, run_folder: Path) -> PartContext:
+    """The context of the part `name` of a run in `run_folder`."""
+    return PartContext(
+        name=name,
+        seed=cfg.seed,
+        requirements=requirements,
+        student=cfg.learner.student,
+        task=cfg.task,
+        generation=cfg.sampler.generation,
+        numbers=Numbers(cfg.steps, cfg.prompts_per_step, cfg.group_size, cfg.max_lag, cfg.training_positions, cfg.evaluation_positions),
+        folder=run_folder / "parts" / name,
+        teachers=cfg.teachers,
+        placement=Placement(cfg.threads, cfg.deterministic),
+    )

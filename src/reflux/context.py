@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from reflux.types import Wants
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
     from reflux.tasks.base import Task
     from reflux.teachers.base import Teacher
 
@@ -75,19 +74,3 @@ class PartContext:
     folder: Path  # of this part's own, inside the run directory; made by the part if it needs one
     teachers: Mapping[str, Teacher] = field(default_factory=dict)  # the teacher tables as values, for a sampler that opens them
     placement: Placement = Placement()
-
-
-def part_context(cfg: RunConfig, requirements: Wants, name: str, run_folder: Path) -> PartContext:
-    """The context of the part `name` of a run in `run_folder`."""
-    return PartContext(
-        name=name,
-        seed=cfg.seed,
-        requirements=requirements,
-        student=cfg.learner.student,
-        task=cfg.task,
-        generation=cfg.sampler.generation,
-        numbers=Numbers(cfg.steps, cfg.prompts_per_step, cfg.group_size, cfg.max_lag, cfg.training_positions, cfg.evaluation_positions),
-        folder=run_folder / "parts" / name,
-        teachers=cfg.teachers,
-        placement=Placement(cfg.threads, cfg.deterministic),
-    )

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from reflux.step import StepRecord
+from typing import Any
 
 
 class RefluxError(Exception):
@@ -32,11 +29,11 @@ class RunError(RefluxError, FileExistsError):
 class StepRefused(RefluxError, ArithmeticError):
     """A step whose loss or gradient is not finite. Nothing was changed.
 
-    why: the numbers, in a few words. records: what the step computed along each attempt (`step.StepRecord`), in order. The loop writes the
-    batch to a file and adds its path to the text.
+    why: the numbers, in a few words. records: what the step computed along each attempt (`StepRecord`, or None), in order. The loop
+    writes the batch to a file and adds its path to the text.
     """
 
-    def __init__(self, text: str, why: str = "", records: Sequence[StepRecord | None] = ()):
+    def __init__(self, text: str, why: str = "", records: Sequence[Any] = ()):
         super().__init__(text)
         self.why, self.records = why, records
 

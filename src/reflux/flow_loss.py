@@ -13,7 +13,7 @@ from torch import Tensor
 from reflux.batch import Item
 from reflux.kernels.columns import Columns
 from reflux.loss import Packed, Result, result_of
-from reflux.objectives.base import Objective
+from reflux.loss_term import LossTerm
 from reflux.objectives.flow_says import VelocitySays
 from reflux.samplers.flow import prompt_text
 from reflux.types import FlowRollout
@@ -28,7 +28,7 @@ def flow_of(item: Item) -> FlowRollout:
 class StepBatch(Packed):
     """N denoising steps on the device, with every constant they need. All have the same guidance; all were drawn, or none."""
 
-    def __init__(self, items: list[Item], objectives: Sequence[Objective], device: torch.device):
+    def __init__(self, items: list[Item], objectives: Sequence[LossTerm], device: torch.device):
         super().__init__(items, objectives, device)
         self.texts = [text for item in items for text in [prompt_text(item.rollout.prompt)] * len(item.rows_N)]
         self.guidance = flow_of(items[0]).guidance

@@ -9,7 +9,7 @@ from typing import Any
 
 from reflux import checks
 from reflux.accelerators import base as accelerators
-from reflux.accelerators.score import CurrentScore
+from reflux.accelerators.score import CurrentScore, scorer
 from reflux.config import RunConfig
 from reflux.context import PartContext
 from reflux.credit.base import share_credit
@@ -19,12 +19,12 @@ from reflux.models import prepare_torch
 from reflux.pipeline import Pipeline
 from reflux.rewards.base import OpenReward, judge
 from reflux.rewards.weighted import open_rewards
-from reflux.rundir import Options, Run
 from reflux.samplers.base import OpenSampler
 from reflux.services import Services
 from reflux.signals import stopping_on_signals
 from reflux.step import StepRequest
 from reflux.teachers.collection import Teachers
+from reflux.training import Options, Run
 from reflux.types import Group, Prompt
 
 Parts = tuple[OpenLearner, OpenSampler, OpenReward | None, Teachers, accelerators.OpenAccelerator]
@@ -47,8 +47,8 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
             await sampler.publish(learner.publish(), step)
             await teachers.publish(learner.publish(), step)
 
-        scorer = accelerators.scorer(cfg.accelerator, run.context, run.services)
-        score = CurrentScore(scorer, learner, partial(run.evaluation, sampler, teachers))  # of these weights on fixed prompts
+        compared_by = scorer(cfg.accelerator, run.context, run.services)
+        score = CurrentScore(compared_by, learner, partial(run.evaluation, sampler, teachers))  # of these weights on fixed prompts
 
         async def attempt(prompt: Prompt, step: int) -> Group:  # may run ahead of training, never by more than max_lag steps
             group = await sampler.sample(prompt, cfg.group_size, cfg.draw(step))  # the student acts

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from reflux.batch import Item
 from reflux.kernels.columns import Columns
-from reflux.objectives.base import Objective, Rows
+from reflux.loss_term import LossTerm, Rows
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Result:
     variance: tuple[Tensor, Tensor] | None  # closed form of the sampled gradient's, with the baseline and without, where asked for
 
 
-def shift_taker(objectives: Sequence[Objective]) -> int | None:
+def shift_taker(objectives: Sequence[LossTerm]) -> int | None:
     """The one objective that receives the shifts: an outcome-like one (no teacher) if there is one, else the first that takes them."""
     takers = [k for k, objective in enumerate(objectives) if objective.takes_shift]
     without_teacher = [k for k in takers if objectives[k].teacher is None]
@@ -44,7 +44,7 @@ class Packed:
 
     has_logp = True  # False where what was chosen has no density, as the steps of an ODE
 
-    def __init__(self, items: list[Item], objectives: Sequence[Objective], device: torch.device):
+    def __init__(self, items: list[Item], objectives: Sequence[LossTerm], device: torch.device):
         self.items, self.objectives, self.device = items, objectives, device
         self.behaviour_logp_N = self.column(lambda item: item.rollout.logp_T[item.rows_N])
         self.shift_N = self.column(lambda item: item.shift_N)
@@ -96,14 +96,14 @@ class Packed:
 
 
 @torch.no_grad()
-def _variance(columns: Columns, rows: slice, name: str, objective: Objective, view: Rows[Any]) -> None:
+def _variance(columns: Columns, rows: slice, name: str, objective: LossTerm, view: Rows[Any]) -> None:
     """Closed-form variance of the sampled logit gradient at these rows, with the objective's baseline and without."""
     for which, variance_N in zip(("with", "without"), objective.variance(view) or (), strict=False):
         columns.put(f"variance {which} {name}", rows, variance_N)
 
 
 @torch.no_grad()
-def _outside(columns: Columns, rows: slice, name: str, objective: Objective, view: Rows[Any]) -> None:
+def _outside(columns: Columns, rows: slice, name: str, objective: LossTerm, view: Rows[Any]) -> None:
     """Where the bound of an importance ratio binds."""
     outside_N = objective.outside(view)
     if outside_N is not None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from reflux.cite import papers
+from collections.abc import Iterable
+
 from reflux.config import RunConfig, config_hash
+from reflux.papers import Paper
 from reflux.summary import commit, method_of
 from reflux.types import FlowRollout
 
 
-def model_card(cfg: RunConfig, step: int) -> str:
+def model_card(cfg: RunConfig, step: int, papers: Iterable[Paper]) -> str:
     """In the hub's form: a YAML head, then Markdown. Names from the recipe are quoted as code, never as markup."""
     teachers = [_code(name) for teacher in cfg.teachers.values() for name in teacher.sources]
     teachers += ["itself"] * any(teacher.is_student for teacher in cfg.teachers.values())
@@ -30,7 +32,7 @@ def model_card(cfg: RunConfig, step: int) -> str:
         "The licences of the models it started from and was taught by apply to it.",
         "",
         "```bibtex",
-        *(paper.bibtex for paper in papers(cfg)),
+        *(paper.bibtex for paper in papers),
         "```",
     ]
     return "\n".join(lines) + "\n"

@@ -28,3 +28,6 @@ class Paper:
         }
         body = "".join(f"  {name} = {{{value}}},\n" for name, value in fields.items() if value)
         return f"@misc{{{self.key},\n{body}}}"
+
+
+EFFOPD = Paper("effopd", "Learning to Foresee: Unveiling the Unlocking Efficiency of On-Policy Distillation", "2605.11739", 2026)

@@ -14,7 +14,7 @@ import numpy as np
 
 from reflux import pictures
 from reflux.distance import teacher_logp_T
-from reflux.step import StepRecord
+from reflux.targets import StepRecord
 from reflux.types import Attempt, FlowRollout, Message, Prompt, Reward, Rollout, TokenRollout
 
 _DIGITS = 5  # of a log-prob: far below any parity bound, a third of the file

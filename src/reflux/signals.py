@@ -7,16 +7,24 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from reflux.rundir import Run
+from reflux.services import Listener
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Stoppable(Protocol):
+    """A run that can be asked to stop."""
+
+    stopping: bool
+
+    @property
+    def watch(self) -> Listener: ...
+
+
 @contextmanager
-def stopping_on_signals(run: Run) -> Iterator[None]:
+def stopping_on_signals(run: Stoppable) -> Iterator[None]:
     """Handlers for the length of the run. Outside the main thread there are no signals to handle.
 
     They run between two bytecodes of whatever the main thread does, not as callbacks of the event loop: at max_lag = 0 a model call holds

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from reflux.metrics import Stats
 
 if TYPE_CHECKING:
-    from reflux.objectives.base import Objective
+    from reflux.loss_term import LossTerm
+    from reflux.targets import StepRecord
     from reflux.types import Attempt, Group, Moment
 
 
@@ -24,7 +23,7 @@ class StepRequest:
     """
 
     groups: Sequence[Group]
-    objectives: Sequence[Objective]
+    objectives: Sequence[LossTerm]
     moment: Moment
     normalise: str = "kept"
     log_variance: bool = False
@@ -33,18 +32,6 @@ class StepRequest:
     def attempts(self) -> list[Attempt]:
         """All attempts, in the order in which results are given."""
         return [attempt for group in self.groups for attempt in group]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRecord:
-    """What a step computed along one attempt. Every array is float32 [T], nats, NaN at the positions that the step did not compute.
-
-    logp: log-probs of what was chosen, by who gives them: "student" (at this step), and each teacher by its name. kl_T: reverse KL to
-    teacher "main" at each position, exact where both distributions are known, else log p - log q of what was chosen; None without "main".
-    """
-
-    logp: Mapping[str, np.ndarray] = field(default_factory=dict)
-    kl_T: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -8,25 +8,23 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from reflux.accounting import Work, flops
+from reflux.accounting import Ran, Work, flops
 from reflux.clock import Clock
 from reflux.distance import generated_kl, trained_kl
 from reflux.metrics import Mean, Stats, merge
-from reflux.step import StepResult
 from reflux.types import Attempt, Finish, Group, Share
 
 if TYPE_CHECKING:
-    from reflux.accelerators.score import Spent
-    from reflux.learners.base import OpenLearner
+    from reflux.accounting import Spent
     from reflux.teachers.collection import Teachers
 
 
 def step_metrics(
-    result: StepResult,
+    stats: Stats,
+    ran: Ran,
     groups: Sequence[Group],
-    learner: OpenLearner,
+    version: int,
     teachers: Teachers,
-    jumped: bool,
     clock: Clock,
     discarded: Work,
     scored: Spent | None,
@@ -34,15 +32,14 @@ def step_metrics(
 ) -> dict[str, Any]:
     """Everything one step has to say, as plain JSON values but for `step`.
 
-    jumped: the accelerator moved the weights after the step. discarded: what was computed for attempts of this step that were drawn again.
-    scored: what an accelerator's scorings cost since the last step, None without one. on_policy: the student sampled the attempts itself.
+    stats, ran: the learner's numbers and positions. version: of the policy that consumed these attempts. discarded: what was computed for
+    attempts of this step that were drawn again. scored: what an accelerator's scorings cost since the last step, None without one.
+    on_policy: the student sampled the attempts itself.
     """
     attempts = [attempt for group in groups for attempt in group]
     live = [attempt for attempt in attempts if attempt.rollout.finish != "error"]
-    values = {name: metric.value for name, metric in result.stats.items()}
-    updates = int(values.get("updates") or 0)
-    before = learner.version - updates - jumped  # the version that consumed these attempts
-    lags = [before - attempt.rollout.version for attempt in live]
+    values = {name: metric.value for name, metric in stats.items()}
+    lags = [version - attempt.rollout.version for attempt in live]
     work = Work.of(attempts)
     by_table = _asked(live, teachers)
     everything = work + discarded + (scored.work if scored else Work())
@@ -51,7 +48,7 @@ def step_metrics(
         "loss": values.get("loss", 0.0),
         **({} if kl is None else {"kl_nats": kl}),
         **{name: value for name, value in values.items() if name not in ("loss", "tokens_trained", "updates")},
-        "updates": updates,
+        "updates": int(values.get("updates") or 0),
         "lag_mean": Mean.of(lags).value,
         "lag_max": max(lags, default=None),
         "tokens_sampled": work.sampled,
@@ -68,7 +65,7 @@ def step_metrics(
         "reward_mean": Mean.of([a.verdict for a in live if a.verdict is not None]).value,
         "ungraded": sum(a.reward is not None and a.verdict is None for a in live),
         "seconds": clock.take(),
-        "flops": flops(learner.macs, teachers.macs, everything, result.forward_positions, result.backward_positions),
+        "flops": flops(ran, teachers.macs, everything),
         "credit": _credit(live),
         "context": _context(live),
         "peak_memory_bytes": _peak_memory(),

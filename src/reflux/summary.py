@@ -4,40 +4,50 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reflux import files
 from reflux.accounting import TOKENS
 from reflux.config import config_hash
+from reflux.errors import RunError
 
 if TYPE_CHECKING:
-    from reflux.rundir import Run
+    from reflux.config import RunConfig
 
 _SCORE = ("accuracy", "low", "high", "problems", "split")
 
 
-def summarise(run: Run) -> dict[str, Any]:
-    """Write summary.json and return its content. A run that did nothing new keeps the summary it had."""
-    path = run.dir / "summary.json"
-    if path.exists() and run.finished:
-        return json.loads(path.read_text())
-    evals = list(files.read_lines(run.dir / "evals.jsonl"))
+def summarise(folder: Path, cfg: RunConfig, step: int, totals: Mapping[str, float], seconds: float) -> dict[str, Any]:
+    """Write summary.json into a run's folder and return its content. totals: of the tokens and FLOP of all steps."""
+    evals = list(files.read_lines(folder / "evals.jsonl"))
     table = {
-        "recipe": run.cfg.recipe,
-        "method": method_of(run.cfg),
-        "steps": run.step,
-        "seconds": round(run.seconds, 2),
+        "recipe": cfg.recipe,
+        "method": method_of(cfg),
+        "steps": step,
+        "seconds": round(seconds, 2),
         **reported(evals),
-        "tokens_sampled_total": int(sum(run.totals[name] for name in TOKENS)),
-        **{name: int(run.totals[name]) for name in TOKENS},
-        "flops_total": run.totals["flops"],
+        "tokens_sampled_total": int(sum(totals[name] for name in TOKENS)),
+        **{name: int(totals[name]) for name in TOKENS},
+        "flops_total": totals["flops"],
         "commit": commit(),
-        "config_hash": config_hash(run.cfg),
-        "seed": run.seed,
+        "config_hash": config_hash(cfg),
+        "seed": cfg.seed,
     }
-    files.write_text(path, json.dumps(table, indent=2) + "\n")
+    files.write_text(folder / "summary.json", json.dumps(table, indent=2) + "\n")
     return table
+
+
+def saved_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary that a run wrote at its end; None where it has not ended. RunError where it is damaged."""
+    path = folder / "summary.json"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}. Remove it: a run that is resumed writes it again.") from error
 
 
 def reported(evals: list[dict[str, Any]]) -> dict[str, Any]:

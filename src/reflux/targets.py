@@ -7,7 +7,7 @@ only hidden states need them. `logp_T` is what is known of the sampled tokens wi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -174,8 +174,8 @@ class VelocityTarget(_Known):
         return {"v_ND": _rows(self.v_TD, rows_N)}
 
     def kl_T(self, other: Target, rollout: Rollout, heads: Heads) -> np.ndarray | None:
-        """w |v - v_other|^2 of each step, >= 0, with w of `objectives.velocity_kl.kl_weight`. None without noise, where it is infinite."""
-        from reflux.objectives.velocity_kl import kl_weight
+        """w |v - v_other|^2 of each step, >= 0, with w of `flows.sde.kl_weight`. None without noise, where it is infinite."""
+        from reflux.flows.sde import kl_weight
         from reflux.types import FlowRollout
 
         if not isinstance(other, VelocityTarget) or not isinstance(rollout, FlowRollout) or not rollout.noise_level:
@@ -188,3 +188,15 @@ def _rows(column: Any, rows_N: np.ndarray) -> Tensor:
     import torch
 
     return column[torch.from_numpy(rows_N)] if isinstance(column, torch.Tensor) else torch.from_numpy(column[rows_N])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """What a step computed along one attempt. Every array is float32 [T], nats, NaN at the positions that the step did not compute.
+
+    logp: log-probs of what was chosen, by who gives them: "student" (at this step), and each teacher by its name. kl_T: reverse KL to
+    teacher "main" at each position, exact where both distributions are known, else log p - log q of what was chosen; None without "main".
+    """
+
+    logp: Mapping[str, np.ndarray] = field(default_factory=dict)
+    kl_T: np.ndarray | None = None

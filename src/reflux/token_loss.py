@@ -14,7 +14,7 @@ from reflux.kernels.columns import Columns
 from reflux.kernels.head import Head
 from reflux.kernels.row_pass import Constant, row_pass
 from reflux.loss import Packed, Result, result_of
-from reflux.objectives.base import Objective
+from reflux.loss_term import LossTerm
 from reflux.objectives.says import FullSays, Says
 from reflux.types import TokenRollout
 
@@ -28,7 +28,7 @@ def text_of(item: Item) -> TokenRollout:
 class MicroBatch(Packed):
     """Items on the device: the trunk's inputs, and every constant a row needs."""
 
-    def __init__(self, items: list[Item], objectives: Sequence[Objective], device: torch.device, heads: Heads, pad_id: int = 0):
+    def __init__(self, items: list[Item], objectives: Sequence[LossTerm], device: torch.device, heads: Heads, pad_id: int = 0):
         super().__init__(items, objectives, device)
         self.heads = heads
         self.ids_BL, self.rows_N = self._inputs(pad_id)

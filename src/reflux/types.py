@@ -25,8 +25,7 @@ import numpy as np
 from reflux.targets import HiddenTarget, SampledTarget, TopKTarget, VelocityTarget
 
 if TYPE_CHECKING:
-    from reflux.metrics import Metric
-    from reflux.step import StepRecord
+    from reflux.targets import StepRecord
 
 # {"role": "system" | "user" | "assistant" | "tool", "content": text}, and where tools are called also "tool_calls" or "tool_call_id".
 Message = dict[str, Any]
@@ -201,7 +200,7 @@ class Share:
 
     factor_T: np.ndarray | float = 1.0  # multiplies the weight; finite and >= 0
     shift_T: np.ndarray | float = 0.0  # nats added to the advantage
-    notes: dict[str, float | Metric] = field(default_factory=dict)  # a plain number is averaged over the attempts that have it
+    notes: dict[str, Any] = field(default_factory=dict)  # a plain number is averaged over the attempts that have it; or a `metrics.Metric`
     detail: dict[str, Any] = field(default_factory=dict)  # plain JSON values, written beside the attempt and never averaged
 
 

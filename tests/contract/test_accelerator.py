@@ -22,9 +22,9 @@ from reflux.accelerators.extrapolate_engine import OpenExtrapolate
 from reflux.accelerators.score import Scorer, different
 from reflux.errors import ConfigError, DataError, RunError
 from reflux.loop import train
-from reflux.rundir import Options, Silent
 from reflux.samplers.noise import row_key
 from reflux.tasks.word_problems import WordProblems
+from reflux.training import Options, Silent
 from reflux.types import Prompt, Reward, seed_of
 from tiny import same
 
@@ -382,8 +382,8 @@ def test_fresh_dice_are_other_dice_of_the_same_prompts(student: str, teacher: st
     from functools import partial
 
     from reflux import checks
-    from reflux.accelerators.base import scorer
-    from reflux.context import part_context
+    from reflux.accelerators.score import scorer
+    from reflux.config import part_context
     from reflux.evaluation import Evaluation
     from reflux.loop import open_parts
     from reflux.services import Services

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import tiny
-from reflux.rundir import Run
+from reflux.training import Run
 from reflux.weights import InMemory, Weights
 
 

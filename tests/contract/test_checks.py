@@ -11,7 +11,7 @@ import pytest
 from reflux import checks
 from reflux.config import load_recipe, recipe_names
 from reflux.errors import ConfigError, ModelError
-from reflux.rundir import Options, Run
+from reflux.training import Options, Run
 from reflux.types import Wants
 
 OUTCOME = {"credit.outcome": {}, "rewards": {"verifier": {}}, "group_size": 2}

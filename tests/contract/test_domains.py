@@ -13,9 +13,9 @@ from reflux import checks
 from reflux.config import load_recipe
 from reflux.errors import ConfigError, DataError, ModelError
 from reflux.planning import plan
-from reflux.rundir import Options, Run
 from reflux.samplers.drawn import drawers
 from reflux.teachers.flow import Flow as FlowTeacher
+from reflux.training import Options, Run
 from reflux.types import FlowRollout, Wants
 
 KL, MSE = {"kind": "velocity_kl"}, {"kind": "velocity_kl", "weight": "mse"}

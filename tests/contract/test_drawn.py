@@ -18,7 +18,7 @@ from conftest import Done
 from reflux.config import RunConfig
 from reflux.errors import DataError
 from reflux.loop import train
-from reflux.rundir import Options
+from reflux.training import Options
 from tiny_glyphs import EVAL_STEPS, NO_EVALS, TIMES, D, drawn, glyphs, rollouts, said
 
 Config = Callable[..., RunConfig]

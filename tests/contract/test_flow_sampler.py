@@ -17,7 +17,8 @@ import tiny
 import tiny_flow
 from reflux.errors import DataError, ModelError
 from reflux.flows.library import library
-from reflux.samplers.flow import Flow, prompt_text, sde_step
+from reflux.flows.sde import sde_step
+from reflux.samplers.flow import Flow, prompt_text
 from reflux.samplers.flow_engine import FlowSampler
 from reflux.samplers.noise import normal, row_key
 from reflux.types import Attempt, Draw, FlowRollout, Prompt, VelocityTarget, Wants

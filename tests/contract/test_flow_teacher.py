@@ -22,8 +22,8 @@ from reflux.flows.adapter_files import PEFT
 from reflux.flows.load import load_flow
 from reflux.flows.model import FlowModel
 from reflux.learners.flow import Flow as LearnerPart
-from reflux.learners.flow import FlowLora
 from reflux.learners.flow_engine import FlowLearner
+from reflux.model_settings import FlowLora
 from reflux.samplers.flow import Flow as Sampler
 from reflux.services import Services
 from reflux.teachers.collection import Teachers

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.errors import ModelError, StepRefused
-from reflux.learners.hf import Lora
+from reflux.model_settings import Lora
 from reflux.models import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL

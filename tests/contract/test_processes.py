@@ -17,8 +17,8 @@ import pytest
 import alone
 import tiny
 import tiny_flow
-from reflux.config import load_recipe, recipe_names
-from reflux.context import Generation, part_context
+from reflux.config import load_recipe, part_context, recipe_names
+from reflux.context import Generation
 from reflux.parts import build, kinds
 from reflux.samplers.flow import Flow as FlowSampler
 from reflux.tasks.word_problems import WordProblems

@@ -114,7 +114,7 @@ def test_what_the_student_said_is_recorded_where_it_is_wanted(student: str, teac
     from dataclasses import replace
 
     from reflux.loop import lasting, open_parts
-    from reflux.rundir import Options, Run
+    from reflux.training import Options, Run
     from reflux.types import Wants
 
     cfg = tiny.config("opd", student, teacher, task={"kind": "outside:Chat", "replies": 1})
@@ -142,7 +142,7 @@ def wanted(cfg: Any, folder: Path, draw: Draw, prompts: list[Prompt] = PROMPTS, 
     from dataclasses import replace
 
     from reflux.loop import lasting, open_parts
-    from reflux.rundir import Options, Run
+    from reflux.training import Options, Run
     from reflux.types import Wants
 
     async def main() -> list[Any]:

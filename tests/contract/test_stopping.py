@@ -84,7 +84,7 @@ def goes_on(recipe: Path, out: Path, step: int) -> None:
     from conftest import Done
     from reflux.config import load_recipe
     from reflux.loop import train
-    from reflux.rundir import Options
+    from reflux.training import Options
 
     cfg = load_recipe(recipe, {"steps": step})
     resumed = Done(out, asyncio.run(train(cfg, Options(out, resume=True))))

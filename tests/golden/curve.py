@@ -17,7 +17,7 @@ def curve(recipe: str, out: Path) -> list[dict[str, Any]]:
     """The metrics of a small run that do not depend on the machine's speed."""
     from reflux.config import load_recipe
     from reflux.loop import train
-    from reflux.rundir import Options
+    from reflux.training import Options
 
     asyncio.run(train(load_recipe(recipe, SMALL), Options(out)))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from reflux.objectives.base import Rows
+from reflux.loss_term import Rows
 from reflux.objectives.divergence import MIXED, Divergence
 from reflux.objectives.group_values import group_values
 from reflux.objectives.nll import NLL

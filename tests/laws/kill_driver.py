@@ -25,7 +25,7 @@ from reflux import checkpoints, files
 from reflux.accelerators import score
 from reflux.learners import hf_engine
 from reflux.loop import train
-from reflux.rundir import Options
+from reflux.training import Options
 
 SETTINGS: dict[str, Any] = {
     "steps": 5, "save_every": 2, "eval_every": 2, "group_size": 2, "prompts_per_step": 3, "keep_checkpoints": 1,

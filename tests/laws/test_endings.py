@@ -20,7 +20,7 @@ import tiny
 from reflux import loop
 from reflux.errors import DataError
 from reflux.loop import train
-from reflux.rundir import Options, Run
+from reflux.training import Options, Run
 from reflux.types import Reward
 
 CHAT = {"kind": "outside:Chat"}

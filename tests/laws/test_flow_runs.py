@@ -20,9 +20,9 @@ from reflux.config import load_recipe
 from reflux.errors import ConfigError
 from reflux.flows.load import load_flow
 from reflux.loop import train
-from reflux.rundir import Options, Run
 from reflux.samplers.flow_engine import FlowSampler
 from reflux.tasks.glyphs import Glyphs
+from reflux.training import Options, Run
 from tiny import same
 
 TEXTS = ("", *sorted({prompt.messages[-1]["content"] for prompt in islice(Glyphs().prompts("train", 0), 400)}))

@@ -19,8 +19,8 @@ from scipy import stats
 import outside
 import tiny
 from reflux.loop import lasting, open_parts
-from reflux.rundir import Options, Run
 from reflux.samplers.noise import gumbel, row_key
+from reflux.training import Options, Run
 from reflux.types import Attempt, Draw, Moment, Prompt, Wants
 from tiny import same
 

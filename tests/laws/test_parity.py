@@ -19,7 +19,7 @@ import outside
 import tiny
 from reflux.learners.observe import logp
 from reflux.loop import lasting, open_parts
-from reflux.rundir import Options, Run
+from reflux.training import Options, Run
 from reflux.types import Attempt, Draw, Prompt, Wants
 from tiny import END
 

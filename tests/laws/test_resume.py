@@ -21,7 +21,7 @@ from reflux import checkpoints
 from reflux.config import load_recipe
 from reflux.errors import RunError, Stopped
 from reflux.loop import train
-from reflux.rundir import Options, Run, Silent
+from reflux.training import Options, Run, Silent
 from reflux.types import Wants
 from tiny import same
 
@@ -109,7 +109,7 @@ def exported(folder: Path) -> bytes:
 def test_files_are_cut_back_to_the_checkpoint_before_anything_else(tiny_run: Callable[..., Any], killed: Path, tmp_path: Path) -> None:
     """Seen by a resumed run that is killed at once: nothing of step 3 and later is left."""
     from reflux import checks
-    from reflux.rundir import Run
+    from reflux.training import Run
 
     folder = shutil.copytree(killed / "moving", tmp_path / "moving")
     last = checkpoints.steps(folder / "checkpoints")[-1]

@@ -20,7 +20,7 @@ from reflux.files import append_lines, read_lines
 from reflux.parts import GROUPS, build, kinds, part, table_of
 from reflux.records import learned, read_attempt
 from reflux.schedules import SCHEDULES
-from reflux.step import StepRecord
+from reflux.targets import StepRecord
 from reflux.types import Attempt, FlowRollout, Prompt, Reward, Rollout, Share, TeacherAnswer, TokenRollout, VelocityTarget
 from tiny import rollout
 

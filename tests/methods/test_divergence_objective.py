@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from laws.estimators import choices, np_divergence
-from reflux.objectives.base import Rows
+from reflux.loss_term import Rows
 from reflux.objectives.divergence import MIXED, Divergence
 from reflux.objectives.divergences import DIVERGENCES, with_tail
 from reflux.objectives.says import FullSays, ListedSays, SampledSays

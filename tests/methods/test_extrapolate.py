@@ -20,12 +20,12 @@ from torch import Tensor
 
 import tiny
 from reflux import files
-from reflux.accelerators.extrapolate import Extrapolate, fires, moved, multiples
+from reflux.accelerators.extrapolate import Extrapolate, fires, multiples
 from reflux.accelerators.extrapolate_engine import OpenExtrapolate
-from reflux.accelerators.score import Spent
-from reflux.accounting import Work
+from reflux.accounting import Spent, Work
 from reflux.errors import ConfigError, RefluxError, RunError
-from reflux.learners.hf import Lora
+from reflux.learners.access import moved
+from reflux.model_settings import Lora
 from reflux.objectives.divergence import Divergence
 from tiny import same
 

@@ -19,7 +19,7 @@ from reflux.errors import ModelError
 from reflux.flows.encoders import TextEncoders
 from reflux.flows.load import load_flow
 from reflux.flows.model import FlowModel
-from reflux.samplers.flow import step_factors
+from reflux.flows.sde import step_factors
 
 MODEL = tiny_flow.model(0)
 

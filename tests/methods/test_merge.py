@@ -17,7 +17,7 @@ from reflux.flows.merge import mean_factors, mean_products, mean_weights
 from reflux.flows.model import FlowModel
 from reflux.flows.start import start
 from reflux.learners import adapters as plain
-from reflux.learners.flow import FlowLora, Merge
+from reflux.model_settings import FlowLora, Merge
 from tiny_flow import TEXTS, save, save_adapter
 
 LORA = FlowLora(rank=2, alpha=4.0, targets=tiny_flow.ENDS)  # what tiny adapters are saved with

@@ -521,7 +521,7 @@ def test_nothing_to_show_anywhere_makes_no_step(tiny_run: Callable[..., Any], st
 
     import tiny
     from reflux.loop import train
-    from reflux.rundir import Options, Silent
+    from reflux.training import Options, Silent
 
     class Heard(Silent):
         def __init__(self) -> None:

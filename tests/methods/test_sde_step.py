@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from reflux.flows.library import library
-from reflux.samplers.flow import Flow, sde_step, step_logp
+from reflux.flows.sde import sde_step, step_logp
+from reflux.samplers.flow import Flow
 from reflux.types import FlowRollout
 
 few = settings(max_examples=80, deadline=None, derandomize=True)

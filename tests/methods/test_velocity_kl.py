@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 
-from reflux.objectives.base import Rows
+from reflux.flows.sde import kl_weight, sde_step, step_logp
+from reflux.loss_term import Rows
 from reflux.objectives.flow_says import VelocitySays
 from reflux.objectives.outcome import Outcome
-from reflux.objectives.velocity_kl import VelocityKL, kl_weight
-from reflux.samplers.flow import sde_step, step_logp
+from reflux.objectives.velocity_kl import VelocityKL
 from reflux.types import SampledTarget, VelocityTarget
 
 few = settings(max_examples=80, deadline=None, derandomize=True)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from reflux.accelerators.score import Scorer, Scoring, Spent
+from reflux.accounting import Spent
 from reflux.part import Part
 
 if TYPE_CHECKING:
@@ -21,6 +22,22 @@ if TYPE_CHECKING:
     from reflux.services import Services
 
 NAME = "accelerator"
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What an accelerator wants its candidates compared by. Higher is better.
+
+    by: "accuracy", the mean verdict, 0 for an answer that could not be judged (or weights whose answers time out would win); or
+    "minus_kl", minus the reverse KL to `teacher` on the student's own answers, the mean over their tokens of log q(a) - log p(a) in
+    nats, which is unbiased (that of evals.agreement).
+    """
+
+    prompts: int = 50  # fixed ones, drawn once from the training prompts
+    samples: int = 1  # answers to each
+    by: Literal["accuracy", "minus_kl"] = "accuracy"
+    teacher: str = "main"  # of minus_kl
+    max_tokens: int | None = None  # of an answer; None: the sampler's max_tokens, never a cap of training
 
 
 class Score(Protocol):
@@ -89,8 +106,3 @@ async def opened(
         return
     async with accelerator.open(context(NAME), services) as found:
         yield found
-
-
-def scorer(accelerator: Accelerator | None, context: Callable[[str], PartContext], services: Services) -> Scorer | None:
-    """What an accelerator compares weights by; None where there is none."""
-    return Scorer(accelerator.scoring, context(NAME), services) if accelerator is not None else None

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from reflux.accelerators.base import AcceleratorPart
-from reflux.accelerators.score import Scoring
-from reflux.papers import Paper
+from reflux.accelerators.base import AcceleratorPart, Scoring
+from reflux.learners.access import INCLUDE
+from reflux.papers import EFFOPD, Paper
 from reflux.parts import STRICT
 from reflux.tasks.base import JUDGED
 from reflux.teachers.names import tables_of, unless_known
@@ -26,10 +26,7 @@ if TYPE_CHECKING:
     from reflux.services import Services
     from reflux.teachers.base import Teacher
 
-INCLUDE = ("attn", "attention", "mlp", "ffn", ".ff", "feed_forward")  # what common architectures call these modules
 Count = Annotated[int, Field(ge=1)]
-
-EFFOPD = Paper("effopd", "Learning to Foresee: Unveiling the Unlocking Efficiency of On-Policy Distillation", "2605.11739", 2026)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -152,9 +149,3 @@ def multiples(tries: int = 5) -> list[int]:
     if tries < 0:
         raise ValueError(f"tries must be at least 0, got {tries}")
     return [2 * k for k in range(1, tries + 1)]
-
-
-def moved(names: Iterable[str], include: Iterable[str]) -> list[str]:
-    """The parameter names in which a part of `include` occurs. A name with "norm" counts only for a part that has "norm" itself."""
-    parts = tuple(include)
-    return [name for name in names if any(part in name and ("norm" in part or "norm" not in name) for part in parts)]

@@ -14,12 +14,12 @@ from torch import Tensor
 from reflux import checkpoints
 from reflux.accelerators import extrapolate
 from reflux.errors import ConfigError, RefluxError, RunError
-from reflux.learners.access import WeightAccess, required
+from reflux.learners.access import WeightAccess, moved, required
 
 if TYPE_CHECKING:
     from reflux.accelerators.base import Score
     from reflux.accelerators.extrapolate import Extrapolate
-    from reflux.accelerators.score import Spent
+    from reflux.accounting import Spent
     from reflux.context import PartContext
     from reflux.services import Services
 
@@ -46,7 +46,7 @@ class OpenExtrapolate:
     def start(self, access: WeightAccess | None) -> None:
         """ConfigError where `include` matches no parameter, ModelError where the learner keeps no float32 weights."""
         access = required(access, "accelerator")
-        names = extrapolate.moved(access.names, self.cfg.include)
+        names = moved(access.names, self.cfg.include)
         if not names:
             raise ConfigError(
                 f"accelerator.include = {list(self.cfg.include)} matches no parameter of {self.context.student.model}, so nothing would "

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
 
 from reflux import files
-from reflux.accounting import Work
+from reflux.accelerators.base import NAME, Accelerator, Scoring
+from reflux.accounting import Spent, Work
 from reflux.errors import DataError
 from reflux.evals.agreement import gap_T
 from reflux.types import Prompt, seed_of
@@ -21,35 +22,6 @@ if TYPE_CHECKING:
     from reflux.evaluation import Evaluation
     from reflux.learners.base import OpenLearner
     from reflux.services import Services
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """What an accelerator wants its candidates compared by. Higher is better.
-
-    by: "accuracy", the mean verdict, 0 for an answer that could not be judged (or weights whose answers time out would win); or
-    "minus_kl", minus the reverse KL to `teacher` on the student's own answers, the mean over their tokens of log q(a) - log p(a) in
-    nats, which is unbiased (that of evals.agreement).
-    """
-
-    prompts: int = 50  # fixed ones, drawn once from the training prompts
-    samples: int = 1  # answers to each
-    by: Literal["accuracy", "minus_kl"] = "accuracy"
-    teacher: str = "main"  # of minus_kl
-    max_tokens: int | None = None  # of an answer; None: the sampler's max_tokens, never a cap of training
-
-
-@dataclass
-class Spent:
-    """What one optimiser step's scorings cost."""
-
-    work: Work = field(default_factory=Work)
-    ungraded: int = 0  # answers that could not be judged, of those sampled
-
-    @property
-    def sampled(self) -> int:
-        """Tokens that the student drew."""
-        return self.work.sampled
 
 
 class Scorer:
@@ -155,3 +127,8 @@ def _accuracy(values: list[float | None]) -> float:
 
 def _mean(values: list[float]) -> float:
     return float(np.mean(values)) if values else math.nan
+
+
+def scorer(accelerator: Accelerator | None, context: Callable[[str], PartContext], services: Services) -> Scorer | None:
+    """What an accelerator compares weights by; None where there is none."""
+    return Scorer(accelerator.scoring, context(NAME), services) if accelerator is not None else None

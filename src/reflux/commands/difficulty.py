@@ -21,8 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from reflux import checks
-from reflux.config import RunConfig, Track, config_hash, load_recipe, to_toml
-from reflux.context import part_context
+from reflux.config import RunConfig, Track, config_hash, load_recipe, part_context, to_toml
 from reflux.errors import DataError, RunError
 from reflux.evals.problems import problems
 from reflux.evaluation import Evaluation

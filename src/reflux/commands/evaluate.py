@@ -12,8 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from reflux import checks
-from reflux.config import RunConfig, from_table, saved_table
-from reflux.context import part_context
+from reflux.config import RunConfig, from_table, part_context, saved_table
 from reflux.evals.accuracy import Accuracy
 from reflux.evals.problems import problems as test_problems
 from reflux.evals.problems import seen, told

@@ -15,7 +15,8 @@ from reflux.errors import RunError, StepRefused, Stopped
 from reflux.files import read_lines
 from reflux.quiet import quiet_libraries
 from reflux.reports.asked import problems_of, split_of
-from reflux.rundir import Options, choose_folder
+from reflux.run_dir import choose_folder
+from reflux.training import Options
 from reflux.types import FlowRollout
 
 console = Console()

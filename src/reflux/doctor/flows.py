@@ -16,8 +16,7 @@ from reflux.config import RunConfig
 from reflux.context import PartContext
 from reflux.contexts.base import View
 from reflux.doctor.finding import Finding
-from reflux.objectives.velocity_kl import kl_weight
-from reflux.samplers.flow import step_logp, step_moments
+from reflux.flows.sde import kl_weight, step_logp, step_moments
 from reflux.services import Services
 from reflux.teachers.base import TeacherRequest
 from reflux.types import Attempt, FlowRollout, Group, Rollout, Target, VelocityTarget, Wants

@@ -11,7 +11,6 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux import files
-from reflux.accelerators.extrapolate import EFFOPD, INCLUDE, moved
 from reflux.errors import ConfigError, RunError
 from reflux.evals.base import Asked, EvalPart
 from reflux.evals.spectra import (
@@ -27,8 +26,8 @@ from reflux.evals.spectra import (
     top_norm_ratio,
     top_norm_ratio_of,
 )
-from reflux.learners.access import WeightAccess, required
-from reflux.papers import Paper
+from reflux.learners.access import INCLUDE, WeightAccess, moved, required
+from reflux.papers import EFFOPD, Paper
 from reflux.parts import STRICT
 
 if TYPE_CHECKING:

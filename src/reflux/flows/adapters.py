@@ -18,7 +18,7 @@ from torch import Tensor
 from reflux.errors import ModelError
 
 if TYPE_CHECKING:
-    from reflux.learners.flow import FlowLora
+    from reflux.model_settings import FlowLora
 
 TRAINED = "default"  # the name of the adapter that a learner trains
 

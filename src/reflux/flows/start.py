@@ -14,7 +14,7 @@ from reflux.flows.merge import mean_factors, mean_products, mean_weights
 
 if TYPE_CHECKING:
     from reflux.flows.model import FlowModel
-    from reflux.learners.flow import FlowLora, Merge
+    from reflux.model_settings import FlowLora, Merge
 
 
 def start(model: FlowModel, merge: Merge | None, adapter: str | None, lora: FlowLora | None, seed: int) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reflux.kernels.head import Head
-from reflux.objectives.base import Objective
+from reflux.loss_term import LossTerm
 
 
 def check_call(
@@ -17,7 +17,7 @@ def check_call(
     teacher_NG: Tensor,
     teacher_head: Head,
     by_row: Mapping[str, Tensor | None],
-    objective: Objective | None,
+    objective: LossTerm | None,
     top_k: int,
 ) -> None:
     """Raises ValueError. by_row: what has one number a row, by its name; None where it was not given."""

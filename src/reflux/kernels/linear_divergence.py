@@ -14,7 +14,7 @@ from reflux.kernels.call import check_call
 from reflux.kernels.columns import Columns
 from reflux.kernels.head import Head
 from reflux.kernels.row_pass import row_pass
-from reflux.objectives.base import Objective, Rows
+from reflux.loss_term import LossTerm, Rows
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.says import FullSays
 
@@ -40,7 +40,7 @@ def linear_divergence(
     teacher_head: Head,
     ids_N: Tensor,
     coef_N: Tensor,
-    objective: Objective | None = None,
+    objective: LossTerm | None = None,
     *,
     behaviour_logp_N: Tensor | None = None,
     shift_N: Tensor | None = None,
@@ -81,7 +81,7 @@ def linear_divergence(
     return Answer(loss, **columns)
 
 
-def _loud(objective: Objective, rows: Rows[FullSays], coef_N: Tensor) -> Tensor:
+def _loud(objective: LossTerm, rows: Rows[FullSays], coef_N: Tensor) -> Tensor:
     """cost_N, exactly 0 with no gradient where the coefficient is 0: an infinite cost must stay silent there (0 * inf is no number)."""
     if bool((coef_N != 0).all()):
         return objective(rows)

@@ -40,3 +40,12 @@ def required(access: WeightAccess | None, part: str) -> WeightAccess:
     if access is None:
         raise ConfigError(f"{part} reads the student's weights by name, and this learner does not offer them. Leave {part} out.")
     return access
+
+
+INCLUDE = ("attn", "attention", "mlp", "ffn", ".ff", "feed_forward")  # what common architectures call these modules
+
+
+def moved(names: Iterable[str], include: Iterable[str]) -> list[str]:
+    """The parameter names in which a part of `include` occurs. A name with "norm" counts only for a part that has "norm" itself."""
+    parts = tuple(include)
+    return [name for name in names if any(part in name and ("norm" in part or "norm" not in name) for part in parts)]

@@ -14,7 +14,7 @@ from reflux.errors import ModelError
 from reflux.models import Model
 
 if TYPE_CHECKING:
-    from reflux.learners.hf import Lora
+    from reflux.model_settings import Lora
 
 
 def attach(model: Model, lora: Lora, seed: int) -> None:

@@ -24,7 +24,7 @@ from reflux.learners import adapters
 from reflux.learners.moving import Moving
 from reflux.learners.tally import unpacked
 from reflux.loss import Result
-from reflux.objectives.base import Objective
+from reflux.loss_term import LossTerm
 from reflux.types import Attempt, Group, Target, VelocityTarget, seed_of
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class FlowLearner(Moving):
         for alike in _alike(items):
             yield from flow_loss.pieces(alike, self.cfg.micro_batch)
 
-    def backward(self, part: list[Item], objectives: Sequence[Objective], log_variance: bool) -> Result:
+    def backward(self, part: list[Item], objectives: Sequence[LossTerm], log_variance: bool) -> Result:
         batch = StepBatch(part, objectives, self.model.device)
         return flow_loss.backward(batch, self._velocity(batch))
 

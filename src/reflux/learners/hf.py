@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from reflux.context import StudentSpec
 from reflux.learners.base import LearnerPart, negative_rate
 from reflux.model_folders import look_for_text
+from reflux.model_settings import Decay, Lora, Positive
 from reflux.papers import Paper
 from reflux.parts import STRICT
 from reflux.schedules import Number, number
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from reflux.context import PartContext
     from reflux.services import Services
 
-Positive = Annotated[float, Field(gt=0)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
 
 LORA = Paper(
     "lora",
@@ -32,15 +31,6 @@ LORA = Paper(
     2021,
     "Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and others",
 )
-
-
-@dataclass(frozen=True, config=STRICT)
-class Lora:
-    """Low-rank adapters by peft (arXiv 2106.09685). targets: module names, or "all-linear"."""
-
-    rank: Annotated[int, Field(ge=1)] = 32
-    alpha: Positive = 64.0
-    targets: str | tuple[str, ...] = "all-linear"
 
 
 @dataclass(frozen=True, config=STRICT)

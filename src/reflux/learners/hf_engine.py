@@ -17,8 +17,8 @@ from reflux.batch import Item, micro_batches
 from reflux.learners import adapters
 from reflux.learners.moving import Moving
 from reflux.loss import Result
+from reflux.loss_term import LossTerm
 from reflux.models import Model, load_model, parameter_count
-from reflux.objectives.base import Objective
 from reflux.types import Attempt, Group, Target, seed_of
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class HFLearner(Moving):
     def micro_batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
         return micro_batches(items, self.cfg.micro_batch_tokens)
 
-    def backward(self, part: list[Item], objectives: Sequence[Objective], log_variance: bool) -> Result:
+    def backward(self, part: list[Item], objectives: Sequence[LossTerm], log_variance: bool) -> Result:
         batch = token_loss.MicroBatch(part, objectives, self.model.device, self.services.heads)
         with self.autocast():
             return token_loss.backward(batch, self.hidden_rows(batch), self.model.head, log_variance)

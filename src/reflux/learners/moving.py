@@ -20,16 +20,17 @@ from reflux.learners import adapters
 from reflux.learners.net_access import NetAccess
 from reflux.learners.tally import Tally
 from reflux.loss import Result
+from reflux.loss_term import LossTerm
 from reflux.metrics import Max, Stats, Sum
-from reflux.objectives.base import Objective
 from reflux.schedules import Number, at
-from reflux.step import StepRecord, StepRequest, StepResult
+from reflux.step import StepRequest, StepResult
+from reflux.targets import StepRecord
 from reflux.types import Attempt, Group, Target
 from reflux.weights import InMemory
 
 if TYPE_CHECKING:
     from reflux.context import PartContext
-    from reflux.learners.flow import Average
+    from reflux.model_settings import Average
     from reflux.services import Services
 
 
@@ -94,7 +95,7 @@ class Moving(ABC):
         """The items in parts that fit one pass. An item may be cut, its rows in several parts."""
 
     @abstractmethod
-    def backward(self, part: list[Item], objectives: Sequence[Objective], log_variance: bool) -> Result:
+    def backward(self, part: list[Item], objectives: Sequence[LossTerm], log_variance: bool) -> Result:
         """The loss of one micro-batch, driven backward: gradients are added to the parameters'."""
 
     def publish(self) -> InMemory:
@@ -170,7 +171,7 @@ class Moving(ABC):
             self._follow()
         return {"grad_norm": Max(norm), "lr": Max(lr), "updates": Sum(float(moves))}
 
-    def gradients(self, items: list[Item], objectives: Sequence[Objective], log_variance: bool = False) -> Tally:
+    def gradients(self, items: list[Item], objectives: Sequence[LossTerm], log_variance: bool = False) -> Tally:
         """Accumulate the gradient of the whole batch, micro-batch by micro-batch."""
         tally = Tally()
         for part in self.micro_batches(items):

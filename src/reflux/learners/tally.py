@@ -10,7 +10,7 @@ from torch import Tensor
 from reflux.batch import Item
 from reflux.loss import Result
 from reflux.metrics import Mean, Stats, Sum
-from reflux.step import StepRecord
+from reflux.targets import StepRecord
 from reflux.types import Attempt
 
 _KL = ""  # the column of kl_T among those of log-probs, which have names

@@ -7,32 +7,14 @@ score-function objective takes shifts: it adds `rows.shift_N` to its advantage.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from reflux.loss_term import LossTerm, Rows
 from reflux.part import Part
 from reflux.types import Target, Wants
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-Student = TypeVar("Student")
-
-
-@dataclass
-class Rows(Generic[Student]):
-    """N packed positions of one chunk. Everything but `student` is a constant; gradients flow through `student` alone.
-
-    Of texts, models say one of the three classes in `says.py`, and the student FullSays; of flows, `flow_says.VelocitySays`.
-    """
-
-    student: Student
-    teachers: dict[str, Any]  # by teacher name; "said" is the student as it acted
-    # Recorded when sampled, under the distribution that was sampled from: its temperature and top-p are in it.
-    behaviour_logp_N: Tensor
-    shift_N: Tensor
-    group_value_N: Tensor | None = None  # what a group baseline subtracts; made by batch.py before any split
 
 
 class ObjectivePart(Part, Protocol):
@@ -67,23 +49,9 @@ class ObjectivePart(Part, Protocol):
         return None
 
 
-class Objective(ObjectivePart, Protocol):
-    takes_shift: ClassVar[bool]
-
-    @property
-    def teacher(self) -> str | None:
-        """Whose word it needs: "main", another name, "said", or None."""
-        ...
-
-    @property
-    def coef(self) -> float: ...
-
+class Objective(ObjectivePart, LossTerm, Protocol):
     @property
     def accepts(self) -> tuple[type[Target], ...]: ...
 
     @property
     def wants(self) -> Wants: ...
-
-    def __call__(self, rows: Rows[Any]) -> Tensor:
-        """cost_N, nats."""
-        ...

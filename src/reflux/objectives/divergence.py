@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from reflux.objectives.base import ObjectivePart, Rows
+from reflux.loss_term import Rows
+from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import above_cap, check_ratio, truncated_ratio
 from reflux.objectives.ratio_rules import idle, ratio_papers
 from reflux.objectives.sampled_kl import check_coef

@@ -8,8 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from reflux.objectives.velocity_kl import kl_weight
-from reflux.samplers.flow import step_logp, step_moments, wide
+from reflux.flows.sde import kl_weight, step_logp, step_moments, wide
 
 
 @dataclass

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from reflux.objectives.base import ObjectivePart, Rows
+from reflux.loss_term import Rows
+from reflux.objectives.base import ObjectivePart
 from reflux.objectives.sampled_kl import check_coef
 from reflux.parts import STRICT
 from reflux.types import FlowRollout, Wants

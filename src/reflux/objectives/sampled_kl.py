@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic.dataclasses import dataclass
 
 from reflux.credit.outcome import GRPO
-from reflux.objectives.base import ObjectivePart, Rows
+from reflux.loss_term import Rows
+from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import Ratio, check_ratio, outside, score_cost
 from reflux.objectives.ratio_rules import drawn_elsewhere, idle, ratio_papers, under_lag
 from reflux.papers import Paper

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from reflux.objectives.base import ObjectivePart, Rows
+from reflux.flows.sde import kl_weight
+from reflux.loss_term import Rows
+from reflux.objectives.base import ObjectivePart
 from reflux.objectives.sampled_kl import check_coef
 from reflux.papers import Paper
 from reflux.parts import STRICT
-from reflux.samplers.flow import step_factors, without_noise
+from reflux.samplers.flow import without_noise
 from reflux.teachers.names import tables_of
 from reflux.types import FlowRollout, VelocityTarget, Wants
 
@@ -108,22 +110,3 @@ class VelocityKL(ObjectivePart):
             return square_ND.mean(-1)
         cost_N = kl_weight(student.t_N, student.dt_N, student.noise_level_N) * square_ND.sum(-1)
         return cost_N if self.scale == "nats" else cost_N * student.dt_N.abs() / square_ND.shape[-1]
-
-
-def kl_weight(t: Any, dt: Any, noise_level: Any) -> Any:
-    """Nats per squared velocity, w of KL = w |v_s - v_T|^2, like t; floats, numpy arrays or torch tensors.
-
-        w = |dt|/2 (sigma (1-t)/(2t) + 1/sigma)^2 = |dt|/2 (1-t)/t (a/2 + 1/a)^2     for t < 1
-          = dt^2 / (2 a^2)                                                           at t = 1
-
-    Small near noise, growing like 1/t towards data; over a it is least at sqrt 2 and grows without bound towards 0. ValueError at
-    noise level 0, and for what `sde_step` refuses.
-    """
-    _, of_v, std = step_factors(t, dt, noise_level)
-    smallest = std if isinstance(std, float) else std.min()
-    if not smallest > 0:
-        raise ValueError(
-            "a step at noise level 0 has no density, so its KL is infinite: use weight = 'mse' in this velocity_kl, "
-            "or draw with a noise_level above 0"
-        )
-    return of_v**2 / (2 * std**2)

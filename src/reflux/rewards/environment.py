@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.parts import STRICT, kind_of
 from reflux.rewards.base import RewardPart, weightless
-from reflux.tasks.base import WHY_UNJUDGED
+from reflux.tasks.grading import WHY_UNJUDGED
 from reflux.types import Group, Reward, Rollout, TokenRollout
 
 if TYPE_CHECKING:

@@ -8,9 +8,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from reflux.errors import ConfigError
-from reflux.rollouts.environment import Environment, Observation, ToolError
+from reflux.rollouts.environment import Environment, Observation, Opens, ToolError
 from reflux.services import Listener
-from reflux.tasks.base import Task
 from reflux.types import Finish, Message, Prompt
 
 _LONGEST = 500  # characters of a tool's own words
@@ -21,7 +20,7 @@ Open = Callable[[Prompt], Environment | None]
 class EnvironmentCalls:
     """Those of one sampler. timeout_s: of one `step`, and of one `close`."""
 
-    def __init__(self, task: Task, timeout_s: float, listener: Listener):
+    def __init__(self, task: Opens, timeout_s: float, listener: Listener):
         self.task, self.timeout_s, self.listener = task, timeout_s, listener
         self._told: set[str] = set()
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from reflux.errors import RefluxError
-from reflux.types import Message
+from reflux.types import Message, Prompt
 
 
 class ToolError(RefluxError):
@@ -29,6 +29,15 @@ class Observation:
     done: bool = False
     # The environment's own verdict on the turn; those of an attempt are added up.
     reward: float | None = None
+
+
+class Opens(Protocol):
+    """The members of a task that open environments."""
+
+    @property
+    def multi_turn(self) -> bool: ...
+
+    def open_env(self, prompt: Prompt) -> Environment | None: ...
 
 
 class Environment(Protocol):

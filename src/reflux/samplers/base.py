@@ -10,6 +10,7 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from reflux import parts as registry
 from reflux.part import Part
 from reflux.types import Draw, Group, Prompt, Rollout
 
@@ -47,10 +48,8 @@ class SamplerPart(Part, Protocol):
 
         A sampler of a user's own leaves it to the default one of its kind.
         """
-        from reflux.samplers.flow import Flow
-        from reflux.samplers.hf import HF
-
-        return (HF() if isinstance(model, str) else Flow()).open_with(model, context, services)
+        default = registry.part("samplers", "hf" if isinstance(model, str) else "flow")
+        return default().open_with(model, context, services)
 
 
 class Sampler(SamplerPart, Protocol):

@@ -9,13 +9,10 @@ x_t = (1 - t) x_0 + t x_1 with x_1 standard normal, and a velocity v that estima
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from numbers import Real
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -33,8 +30,6 @@ if TYPE_CHECKING:
     from reflux.context import PartContext
     from reflux.services import Services
 
-Value = Any  # a float, a numpy array or a torch tensor
-_ROUNDING = 1e-6  # of times, which are kept in float32
 
 FLOW_GRPO = Paper(
     "flow_grpo",
@@ -129,89 +124,3 @@ def prompt_text(prompt: Prompt) -> str:
     if not texts:
         raise DataError(f"prompt {prompt.id} has no user message, which is what an image is drawn from")
     return texts[-1]
-
-
-def sde_step(x: Value, v: Value, t: Value, dt: Value, noise_level: Value, noise: Value) -> tuple[Value, Value, Value]:
-    """One Gaussian step from time t to t + dt: (x_next, mean, std).
-
-        mean = x (1 + sigma^2/(2t) dt) + v (1 + sigma^2 (1-t)/(2t)) dt,     std = sigma sqrt(-dt),     x_next = mean + std noise
-
-    At t = 1, where sigma has a pole, the 1 - t inside it is replaced by -dt: sigma = a / sqrt(-dt), mean = x (1 - a^2/2) + v dt, std = a.
-    noise_level a = 0: x_next = mean = x + v dt, std = 0 (Euler's step).
-
-    x, v, noise: one shape; t, dt, noise_level: floats, or broadcastable to it; std is like t. 16 bits would overflow, so they are widened
-    to float32 first. ValueError: t outside (0, 1], dt >= 0, a step beyond t = 0, a negative noise level, unequal shapes.
-    """
-    shapes = [np.shape(x), np.shape(v), np.shape(noise)]
-    if len(set(shapes)) > 1:
-        raise ValueError(f"x, v and noise must have one shape, got {', '.join(str(tuple(shape)) for shape in shapes)}")
-    mean, std = step_moments(x, v, t, dt, noise_level)
-    return mean + std * wide(noise), mean, std
-
-
-def step_moments(x: Value, v: Value, t: Value, dt: Value, noise_level: Value) -> tuple[Value, Value]:
-    """(mean, std) of `sde_step`."""
-    x, v = wide(x), wide(v)
-    shapes = {"x": x, "v": v, "t": t, "dt": dt, "noise_level": noise_level}
-    shapes = {name: tuple(np.shape(value)) for name, value in shapes.items()}
-    if shapes["x"] != shapes["v"] or not all(_fits(shape, shapes["x"]) for shape in shapes.values()):
-        raise ValueError(
-            f"x and v must have one shape, and t, dt and noise_level be numbers or broadcast to it (t[:, None] for rows), got {shapes}"
-        )
-    of_x, of_v, std = step_factors(t, dt, noise_level)
-    return x * of_x + v * of_v, std
-
-
-def step_factors(t: Value, dt: Value, noise_level: Value) -> tuple[Value, Value, Value]:
-    """(A, B, std) of the step with mean A x + B v: all that is not the state's or the model's."""
-    t, dt, noise_level = wide(t), wide(dt), wide(noise_level)
-    _check(t, dt, noise_level)
-    gap = (1 - t) + (t == 1) * -dt  # 1 - t, and -dt at t = 1 exactly
-    pull = noise_level**2 / (2 * gap)  # sigma^2 / (2t)
-    return 1 + pull * dt, (1 + pull * (1 - t)) * dt, noise_level * (-dt * t / gap) ** 0.5
-
-
-def step_logp(x_next: Value, mean: Value, std: Value) -> Value:
-    """log N(x_next; mean, std^2), summed over the last axis: nats of a whole state. ValueError where std is 0 (the ODE has no density)."""
-    x_next, mean, std = wide(x_next), wide(mean), wide(std)
-    if not _all(std > 0):
-        raise ValueError("a step of the ODE has no density: its std is 0. Draw with noise_level > 0.")
-    z = (x_next - mean) / std
-    return -(z * z / 2 + (_log(std) + 0.5 * math.log(2 * math.pi))).sum(-1)
-
-
-def wide(value: Value) -> Value:
-    """16-bit arrays and tensors as float32, wider ones as they are, plain numbers as floats."""
-    if isinstance(value, Real):
-        return float(value)
-    if isinstance(value, np.ndarray):
-        return value.astype(np.promote_types(value.dtype, np.float32), copy=False)
-    import torch
-
-    return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
-def _fits(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
-    """Does an array of this shape broadcast to one of shape `whole`?"""
-    return len(shape) <= len(whole) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(whole), strict=False))
-
-
-def _check(t: Value, dt: Value, noise_level: Value) -> None:
-    if not _all((t > 0) & (t <= 1)):
-        raise ValueError(f"t must lie in (0, 1], 1 being noise and 0 data, got {t}")
-    if not _all(dt < 0):
-        raise ValueError(f"dt must be negative, for time runs from noise (t = 1) down to data (t = 0), got {dt}")
-    if not _all(t + dt >= -_ROUNDING):
-        raise ValueError(f"a step must end at t = 0 or before, got t = {t} with dt = {dt}")
-    if not _all((noise_level >= 0) & (noise_level < math.inf)):
-        raise ValueError(f"noise_level must be 0 (the ODE) or a positive number, got {noise_level}")
-
-
-def _all(condition: Value) -> bool:
-    return condition if isinstance(condition, bool) else bool(condition.all())
-
-
-def _log(value: Value) -> Value:
-    if isinstance(value, float):
-        return math.log(value)
-    return np.log(value) if isinstance(value, np.ndarray) else value.log()

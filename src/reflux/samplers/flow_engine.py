@@ -14,7 +14,8 @@ import torch
 
 from reflux.errors import ModelError
 from reflux.flows.load import load_flow
-from reflux.samplers.flow import prompt_text, sde_step, step_logp
+from reflux.flows.sde import sde_step, step_logp
+from reflux.samplers.flow import prompt_text
 from reflux.samplers.in_process import InProcess, Request
 from reflux.samplers.noise import normal, row_key
 from reflux.types import Attempt, Draw, Finish, FlowRollout, Group, Prompt, VelocityTarget

@@ -11,17 +11,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from reflux.part import Part
-from reflux.types import Finish, Prompt, Reward, Rollout
+from reflux.types import Prompt, Reward, Rollout
 
 if TYPE_CHECKING:
     from reflux.rollouts.environment import Environment
 
 Split = Literal["train", "validation", "test"]
-WHY_UNJUDGED: dict[Finish, str] = {  # in words, for each of UNJUDGED
-    "error": "sampling ended in an error",
-    "tool_error": "a tool of the environment failed",
-    "timeout": "the environment took too long",
-}
 PATIENCE = 2000  # two blocks of a mix
 JUDGED = 'Name one that judges, such as task.grader = "my_module:function"'  # a remedy where nothing is judged
 

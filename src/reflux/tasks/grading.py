@@ -24,17 +24,29 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from threading import Lock
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from reflux.errors import ConfigError
-from reflux.tasks.base import WHY_UNJUDGED, Task
-from reflux.types import UNJUDGED, Attempt, Prompt, Reward
+from reflux.types import UNJUDGED, Attempt, Finish, Prompt, Reward
 
 Job = tuple[Prompt, Any]  # the prompt, and the text or image that the student made
 START_S = 60.0  # for a new process to import this library and the task
 FIRST_S = 5.0  # more time for the first answer of a new worker, which imports what the verifier needs
 AT_ONCE = 256  # jobs in one message
 CODE = "import sys; from reflux.tasks.worker import work; work(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))"
+
+
+WHY_UNJUDGED: dict[Finish, str] = {  # in words, for each of UNJUDGED
+    "error": "sampling ended in an error",
+    "tool_error": "a tool of the environment failed",
+    "timeout": "the environment took too long",
+}
+
+
+class Judge(Protocol):
+    """The member of a task that judges. It is called in another process, so the task is pickled."""
+
+    def verify(self, prompt: Prompt, made: Any) -> float | Reward: ...
 
 
 class Graders:
@@ -64,11 +76,11 @@ class Graders:
         """Attempts that were not judged for another reason."""
         return sum(worker.errors for worker in self._all)
 
-    async def verify(self, task: Task, prompt: Prompt, made: Any) -> Reward:
+    async def verify(self, task: Judge, prompt: Prompt, made: Any) -> Reward:
         """One verdict."""
         return (await self.verify_many(task, [(prompt, made)]))[0]
 
-    async def verify_many(self, task: Task, jobs: Sequence[Job]) -> list[Reward]:
+    async def verify_many(self, task: Judge, jobs: Sequence[Job]) -> list[Reward]:
         """One reward per job, in order. ConfigError where the task cannot be sent to another process."""
         packed = _pack(task)
         size = min(AT_ONCE, -(-len(jobs) // self.workers)) or 1
@@ -77,7 +89,7 @@ class Graders:
         parts = await asyncio.gather(*(loop.run_in_executor(self._threads, self._judge, packed, chunk) for chunk in chunks))
         return [reward for part in parts for reward in part]
 
-    async def judge_attempts(self, task: Task, attempts: Sequence[Attempt]) -> list[Reward]:
+    async def judge_attempts(self, task: Judge, attempts: Sequence[Attempt]) -> list[Reward]:
         """One reward per attempt, in order. What is no fault of the student (`UNJUDGED`) is not judged, and not counted in `errors`."""
         whole = [attempt.rollout for attempt in attempts if attempt.rollout.finish not in UNJUDGED]
         found = iter(await self.verify_many(task, [(rollout.prompt, rollout.made) for rollout in whole]))
@@ -204,7 +216,7 @@ def _receive(connection: Connection, limit_s: float) -> Reward:
     return Reward(*json.loads(connection.recv_bytes()))
 
 
-def _pack(task: Task) -> bytes:
+def _pack(task: Judge) -> bytes:
     try:
         return pickle.dumps(task)
     except (pickle.PicklingError, AttributeError, TypeError) as error:

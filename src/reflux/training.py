@@ -1,4 +1,4 @@
-"""The run directory: seeds, resolved config, attempts, metrics, checkpoints, resume.
+"""A run: its counters, what is due, evaluations, checkpoints, resume. `loop.train` drives it.
 
 config.toml  metrics.jsonl  evals.jsonl  attempts.jsonl  checkpoints/step-N/  student/  summary.json  report.html; of some parts
 searches.jsonl  parts/NAME/
@@ -6,7 +6,6 @@ searches.jsonl  parts/NAME/
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,10 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from reflux import checkpoints, checks, files, records, refused
-from reflux.accounting import TOKENS, Landed, Work, add_up
-from reflux.config import RunConfig, differences, saved_table, to_table, to_toml
-from reflux.context import PartContext, part_context
+from reflux import checkpoints, checks, files, records, refused, run_dir
+from reflux.accounting import TOKENS, Landed, Ran, Work, add_up
+from reflux.cite import papers
+from reflux.config import RunConfig, part_context, to_table, to_toml
+from reflux.context import PartContext
 from reflux.errors import RunError, Stopped
 from reflux.evals.base import Source
 from reflux.evaluation import Evaluation
@@ -26,18 +26,17 @@ from reflux.model_card import model_card
 from reflux.services import Services
 from reflux.step import StepResult
 from reflux.step_metrics import step_metrics
+from reflux.summary import saved_summary, summarise
 from reflux.tracking import NoTracker, Tracker, open_tracker
 from reflux.types import Group, Moment, Prompt, Wants
 
 if TYPE_CHECKING:
     from reflux.accelerators.base import OpenAccelerator
-    from reflux.accelerators.score import Spent
+    from reflux.accounting import Spent
     from reflux.evals.base import Eval
     from reflux.learners.base import OpenLearner
     from reflux.samplers.base import OpenSampler
     from reflux.teachers.collection import Teachers
-
-_MAY_DIFFER = ("steps", "save_every", "eval_every", "keep_checkpoints", "track", "threads", "evals")  # on resume: they touch no gradient
 
 
 class Watch(Protocol):
@@ -92,7 +91,7 @@ class Run:
         saved = checkpoints.steps(options.out / "checkpoints")
         step = saved[-1] if options.resume and saved else 0
         if options.resume:
-            _check_same(cfg, options.out)
+            run_dir.check_same(cfg, options.out)
         elif options.out.is_file():
             raise RunError(f"{options.out} is a file. Choose a folder with --out.")
         elif (options.out / "config.toml").exists():
@@ -103,24 +102,12 @@ class Run:
         run = cls(cfg, wants, options, step, prompts)
         with ExitStack() as undo:
             undo.callback(run.close)
-            run._take_lock()
+            run_dir.take_lock(run._lock, run.dir)
             run._tracker = open_tracker(cfg.track, run.dir, to_table(cfg))  # before config.toml: without its package there is no run
             files.write_text(run.dir / "config.toml", to_toml(cfg))
-            run._cut_back()
+            run_dir.cut_back(run.dir, step)
             undo.pop_all()
         return run
-
-    def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"{self.dir} is being written by another process. Wait for it, or choose another folder with --out.") from None
-
-    def _cut_back(self) -> None:
-        """Everything on disk that came after the checkpoint goes: it will be done again."""
-        for path in self.dir.glob("*.jsonl"):
-            if not path.name.startswith(refused.NAME):
-                files.keep_lines(path, lambda row: row.get("step", 0) <= self.step)
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         files.append_lines(self.dir / name, [dict(row)])
@@ -160,7 +147,10 @@ class Run:
     ) -> None:
         """The step is done: count it, write its metrics and the attempts' second lines."""
         discarded, on_policy = self.landed.pop(self.step, Landed()).discarded, self.cfg.sampler.on_policy
-        metrics = step_metrics(result, groups, learner, teachers, jumped, self.services.clock, discarded, scored, on_policy)
+        updates = result.stats["updates"].value if "updates" in result.stats else 0
+        version = learner.version - int(updates or 0) - jumped  # that consumed these attempts
+        ran = Ran(learner.macs, result.forward_positions, result.backward_positions)
+        metrics = step_metrics(result.stats, ran, groups, version, teachers, self.services.clock, discarded, scored, on_policy)
         files.append_lines(self.dir / "attempts.jsonl", [records.learned(a, self.step) for group in groups for a in group])
         self.step += 1
         add_up(self.totals, metrics)
@@ -245,7 +235,7 @@ class Run:
 
     def _export(self, learner: OpenLearner, folder: Path) -> None:
         learner.export(folder)
-        (folder / "README.md").write_text(model_card(self.cfg, self.step), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(self.cfg, self.step, papers(self.cfg)), encoding="utf-8")
 
     def keep_refused(self, groups: Sequence[Group], why: str) -> Path:
         """Write the batch of a refused step for inspection."""
@@ -261,23 +251,9 @@ class Run:
         self._lock.close()
 
     def summary(self) -> dict[str, Any]:
-        from reflux.summary import summarise
-
-        return summarise(self)
-
-
-def choose_folder(recipe: str, out: str | Path | None, resume: bool) -> Path:
-    """The given folder, or runs/<recipe>, numbered where taken; on resume the newest of those."""
-    if out is not None:
-        return Path(out)
-    taken = sorted(Path("runs").glob(f"{recipe}*/config.toml"), key=lambda path: path.stat().st_mtime)
-    taken = [path.parent for path in taken if path.parent.name == recipe or path.parent.name.removeprefix(f"{recipe}-").isdigit()]
-    if resume:
-        if not taken:
-            raise RunError(f"there is no run of '{recipe}' under runs/ to resume; give its folder with --out.")
-        return taken[-1]
-    number = 1 + max((int(path.name.removeprefix(f"{recipe}-")) if path.name != recipe else 1 for path in taken), default=0)
-    return Path("runs") / (recipe if number == 1 else f"{recipe}-{number}")
+        """What summary.json says. A run that did nothing new keeps the summary it had."""
+        kept = saved_summary(self.dir) if self.finished else None
+        return kept or summarise(self.dir, self.cfg, self.step, self.totals, self.seconds)
 
 
 def _is_asked(run: Run, evaluation: Eval, seen: bool) -> bool:
@@ -285,13 +261,3 @@ def _is_asked(run: Run, evaluation: Eval, seen: bool) -> bool:
     if evaluation.asked == "ends":
         return run.step == 0 or run.step >= run.cfg.steps
     return not (evaluation.asked == "start" and seen)
-
-
-def _check_same(cfg: RunConfig, out: Path) -> None:
-    """A run is resumed with the recipe it was started with, but for what touches no gradient."""
-    if not (out / "config.toml").exists():
-        raise RunError(f"there is no run to resume in {out}: it has no config.toml. Start one without --resume.")
-    old, new = saved_table(out), to_table(cfg)
-    changed = [line for line in differences(old, new) if line.split(".")[0].split(":")[0] not in _MAY_DIFFER]
-    if changed:
-        raise RunError(f"{out} was started with another recipe, so it cannot be resumed with this one:\n  " + "\n  ".join(changed))

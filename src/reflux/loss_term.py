@@ -1,0 +1,58 @@
+"""A term of the loss: what `loss` knows of an objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Student = TypeVar("Student")
+
+
+@dataclass
+class Rows(Generic[Student]):
+    """N packed positions of one chunk. Everything but `student` is a constant; gradients flow through `student` alone.
+
+    Of texts, models say one of the three classes in `says.py`, and the student FullSays; of flows, `flow_says.VelocitySays`.
+    """
+
+    student: Student
+    teachers: dict[str, Any]  # by teacher name; "said" is the student as it acted
+    # Recorded when sampled, under the distribution that was sampled from: its temperature and top-p are in it.
+    behaviour_logp_N: Tensor
+    shift_N: Tensor
+    group_value_N: Tensor | None = None  # what a group baseline subtracts; made by batch.py before any split
+
+
+class LossTerm(Protocol):
+    """The members of an objective that the loss uses. `objectives.base.Objective` adds what a recipe says and what checks ask."""
+
+    takes_shift: ClassVar[bool]
+
+    @property
+    def teacher(self) -> str | None:
+        """Whose word it needs: "main", another name, "said", or None."""
+        ...
+
+    @property
+    def coef(self) -> float: ...
+
+    @property
+    def group_baseline(self) -> Literal["all", "others"] | None:
+        """Whose mean log-ratio its advantage is measured from: all siblings', the others' alone; None: no siblings'."""
+        ...
+
+    def outside(self, rows: Rows[Any]) -> Tensor | None:
+        """True [N] at the rows where the bound of an importance ratio changes the gradient; None without a ratio or a bound."""
+        ...
+
+    def variance(self, rows: Rows[Any]) -> tuple[Tensor, Tensor] | None:
+        """The exact variance of the sampled logit gradient at each row [N], with the baseline and without; None: nothing is sampled."""
+        ...
+
+    def __call__(self, rows: Rows[Any]) -> Tensor:
+        """cost_N, nats."""
+        ...

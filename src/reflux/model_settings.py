@@ -1,0 +1,63 @@
+"""Settings that learners hand down to their models: adapters, a merge, an average."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from reflux.parts import STRICT
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Lora:
+    """Low-rank adapters by peft (arXiv 2106.09685). targets: module names, or "all-linear"."""
+
+    rank: Annotated[int, Field(ge=1)] = 32
+    alpha: Positive = 64.0
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Average:
+    """An exponential average of the trained weights: mean = decay * mean + (1 - decay) * weights, every so many optimiser steps.
+
+    It is what is evaluated and exported; attempts are sampled with the weights themselves.
+    """
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    every: Annotated[int, Field(ge=1)] = 8
+
+
+@dataclass(frozen=True, config=STRICT)
+class FlowLora:
+    """Low-rank adapters by peft (arXiv 2106.09685) on the transformer. targets: ends of module names; all attention layers."""
+
+    rank: Annotated[int, Field(ge=1)] = 32
+    alpha: Positive = 64.0
+    targets: tuple[str, ...] = ATTENTION
+
+
+@dataclass(frozen=True, config=STRICT)
+class Merge:
+    """A start at the mean of the teachers: models of the student's shape, or adapters on it.
+
+    by weights: the mean of the full weights; of adapters the mean of their products B A, exact, as one adapter of the sum of their ranks.
+    by factors: the mean of A and the mean of B apart, as the released code does, which is not the mean of the products.
+    """
+
+    models: tuple[str, ...]
+    by: Literal["weights", "factors"] = "weights"
+
+    def __post_init__(self) -> None:
+        if len(self.models) < 2:
+            raise ValueError("models: a merge takes two or more; to start from one, give it as learner.model or as adapter")
