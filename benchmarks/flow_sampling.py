@@ -91,7 +91,7 @@ def measure(asked: argparse.Namespace, scratch: Path) -> None:
     import torch
 
     from reflux import checks
-    from reflux.config import load_recipe
+    from reflux.config.recipe import load_recipe
     from reflux.samplers.flow_engine import FlowSampler
     from reflux.training import Options, Run
 

@@ -70,7 +70,7 @@ def __getattr__(name: str) -> Any:
 def run_arm(arm: str, steps: int, threads: int, out: Path) -> None:
     import asyncio
 
-    from reflux.config import load_recipe
+    from reflux.config.recipe import load_recipe
     from reflux.loop import train
     from reflux.training import Options
 

@@ -81,7 +81,7 @@ def prepare(folder: Path, batch: int, length: int) -> None:
 def side_reflux(folder: Path, shape: Shape) -> None:
     import asyncio
 
-    from reflux.config import from_table
+    from reflux.config.recipe import from_table
     from reflux.loop import train
     from reflux.training import Options
 

@@ -25,9 +25,11 @@ DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS.parent / "src"), str(DOCS.parent / "tests")]
 
 from laws import bias  # noqa: E402
-from reflux import parts  # noqa: E402
 from reflux.cite import GKD, papers  # noqa: E402
-from reflux.config import RECIPES, RunConfig, Track, load_recipe, recipe_names  # noqa: E402
+from reflux.config import registry  # noqa: E402
+from reflux.config.papers import Paper  # noqa: E402
+from reflux.config.recipe import RECIPES, RunConfig, Track, load_recipe, recipe_names  # noqa: E402
+from reflux.config.registry import PartOf  # noqa: E402
 from reflux.credit.outcome import group_advantages  # noqa: E402
 from reflux.metrics import step_flops  # noqa: E402
 from reflux.model_settings import (  # noqa: E402
@@ -36,8 +38,6 @@ from reflux.model_settings import (  # noqa: E402
     Lora,
     Merge,
 )
-from reflux.papers import Paper  # noqa: E402
-from reflux.parts import PartOf  # noqa: E402
 from reflux.summary import method_of  # noqa: E402
 
 NOTES: dict[str, Any] = tomllib.loads((DOCS / "notes.toml").read_text())
@@ -100,13 +100,13 @@ def pages() -> dict[str, str]:
 def methods() -> Iterator[str]:
     yield "# Methods: what each part does\n"
     yield NOTES["pages"]["methods"]
-    for group in parts.GROUPS:
-        kinds = parts.kinds(group)
+    for group in registry.GROUPS:
+        kinds = registry.kinds(group)
         if not kinds:
             continue
         yield f"## {group}\n\nWritten as {WHERE[group]}.\n"
         for kind, dotted in kinds.items():
-            cls = parts.part(group, kind)
+            cls = registry.part(group, kind)
             yield f"### {group} `{kind}`\n"
             yield f"`{dotted}`\n"
             yield f"{inspect.getdoc(cls)}\n"
@@ -131,7 +131,7 @@ def methods() -> Iterator[str]:
 
 def known_papers() -> list[Paper]:
     """Every paper that a shipped part may name, in the order of the groups."""
-    modules = [dotted.partition(":")[0] for group in parts.GROUPS for dotted in parts.kinds(group).values()]
+    modules = [dotted.partition(":")[0] for group in registry.GROUPS for dotted in registry.kinds(group).values()]
     found = [value for module in (*modules, "reflux.objectives.ratio_rules") for value in vars(importlib.import_module(module)).values()]
     return list({paper.key: paper for paper in (*found, GKD) if isinstance(paper, Paper)}.values())
 
@@ -176,7 +176,7 @@ def recipes() -> Iterator[str]:
 
 def when(recipe: str) -> str:
     """When to use a recipe: its note, else what its method's part says of itself. KeyError without either."""
-    said = (part.when for _, group, part in parts.within(load_recipe(recipe)) if group in METHOD and part.when)
+    said = (part.when for _, group, part in registry.within(load_recipe(recipe)) if group in METHOD and part.when)
     return NOTES["recipes"][recipe] if recipe in NOTES["recipes"] else next(said, "") or NOTES["recipes"][recipe]
 
 
@@ -205,15 +205,15 @@ def configuration() -> Iterator[str]:
     yield "## `[track]`\n"
     yield f"{inspect.getdoc(Track)}\n"
     yield from _table("track", Track)
-    for group in parts.GROUPS:
-        yield f"## {group}\n\nWritten as {WHERE[group]}." + ("" if parts.kinds(group) else " None ships yet.") + "\n"
-        for kind in parts.kinds(group):
-            cls = parts.part(group, kind)
+    for group in registry.GROUPS:
+        yield f"## {group}\n\nWritten as {WHERE[group]}." + ("" if registry.kinds(group) else " None ships yet.") + "\n"
+        for kind in registry.kinds(group):
+            cls = registry.part(group, kind)
             yield f"### {group} `{kind}`\n"
             yield f"{inspect.getdoc(cls)}\n"
             yield from _table(f"{group}.{kind}", cls)
-            for name, inner in parts.markers(cls).items():
-                if isinstance(inner, type) and name in parts.field_names(cls):
+            for name, inner in registry.markers(cls).items():
+                if isinstance(inner, type) and name in registry.field_names(cls):
                     yield f"#### {WHERE[group].replace(']', f'.{name}]')}\n"
                     yield f"{inspect.getdoc(inner)}\n"
                     yield from _table(next(path for path, table in TABLES.items() if table is inner), inner)

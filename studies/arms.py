@@ -17,10 +17,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux import checks
-from reflux.config import RunConfig, from_table, resolve, to_table
+from reflux.config.overrides import merge, nest, split_override, unpack
+from reflux.config.recipe import RunConfig, from_table, resolve, to_table
+from reflux.config.registry import STRICT, make
 from reflux.errors import ConfigError
-from reflux.overrides import merge, nest, split_override, unpack
-from reflux.parts import STRICT, make
 
 Table = dict[str, Any]
 

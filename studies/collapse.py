@@ -22,11 +22,11 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic.dataclasses import dataclass
 
-from reflux.context import PartContext
+from reflux.config.context import PartContext
+from reflux.config.registry import STRICT
 from reflux.credit.base import CreditPart
 from reflux.heads import Heads
 from reflux.learners.hf import HF
-from reflux.parts import STRICT
 from reflux.services import Services
 from reflux.teachers.base import TeacherRequest
 from reflux.teachers.local import Local

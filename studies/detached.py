@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic.dataclasses import dataclass
 
+from reflux.config.registry import STRICT
 from reflux.loss_term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import score_cost
-from reflux.parts import STRICT
 from reflux.types import Target, VelocityTarget, Wants
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from reflux.config import RunConfig, load_recipe
+from reflux.config.recipe import RunConfig, load_recipe
 from reflux.credit.log_ratio import log_ratio_T
 from reflux.loop import lasting, open_parts
 from reflux.rewards.base import judge

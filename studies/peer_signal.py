@@ -29,7 +29,7 @@ from random_peers import RandomPeers
 from scipy.stats import rankdata
 from table import grid
 
-from reflux.config import config_hash, load_recipe
+from reflux.config.recipe import config_hash, load_recipe
 from reflux.contexts.base import View, retold
 from reflux.contexts.peers import Peers
 from reflux.contexts.same import Same

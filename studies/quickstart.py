@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import reflux
-from reflux.config import RunConfig, load_recipe
+from reflux.config.recipe import RunConfig, load_recipe
 from reflux.errors import RunError
 from reflux.files import write_text
 from reflux.models import locate

@@ -9,10 +9,10 @@ from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
+from reflux.config.registry import STRICT
 from reflux.contexts.base import ContextPart, View, retold
 from reflux.contexts.peers import Peers
 from reflux.contexts.wording import with_attempts
-from reflux.parts import STRICT
 from reflux.types import Group, Moment, TokenRollout, Wants
 
 

@@ -17,7 +17,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from reflux.config import from_table
+from reflux.config.recipe import from_table
 from reflux.loop import train
 from reflux.training import Options
 

@@ -27,10 +27,10 @@ from typing import Any
 from arms import Study, Variance, load_study
 from table import Measures, compare, markdown, measures, plain
 
-from reflux.config import RunConfig, differences, from_table, to_table, to_toml
+from reflux.config.overrides import split_override, unpack
+from reflux.config.recipe import RunConfig, differences, from_table, to_table, to_toml
 from reflux.errors import ConfigError, RefluxError, RunError
 from reflux.files import write_text
-from reflux.overrides import split_override, unpack
 from reflux.summary import commit
 
 VARIANCE_HELP = (

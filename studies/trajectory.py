@@ -10,9 +10,9 @@ from typing import ClassVar
 import numpy as np
 from pydantic.dataclasses import dataclass
 
+from reflux.config.registry import STRICT
 from reflux.credit.base import CreditPart
 from reflux.flows.sde import kl_weight
-from reflux.parts import STRICT
 from reflux.types import Attempt, FlowRollout, Group, Moment, Share, VelocityTarget, Wants
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from reflux.context import PartContext
+from reflux.config.context import PartContext
 from reflux.contexts.base import View
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.objectives.velocity_kl import VelocityKL

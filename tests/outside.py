@@ -14,11 +14,11 @@ from pydantic.dataclasses import dataclass
 
 from reflux import checkpoints
 from reflux.accelerators.base import AcceleratorPart, Scoring
+from reflux.config.registry import STRICT
 from reflux.contexts.same import Same
 from reflux.credit.base import CreditPart
 from reflux.evals.base import Asked, EvalPart
 from reflux.learners.hf import HF as Learner
-from reflux.parts import STRICT
 from reflux.rewards.base import RewardPart
 from reflux.rollouts.environment import Environment, Observation, ToolError
 from reflux.samplers.hf import HF as HFSampler

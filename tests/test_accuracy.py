@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import tiny
-from reflux.context import Generation
+from reflux.config.context import Generation
 from reflux.evals.accuracy import Accuracy
 from reflux.statistics import bootstrap_mean, wilson
 from reflux.tasks.grading import Graders

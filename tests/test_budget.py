@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from reflux.parts import GROUPS, kinds, part
+from reflux.config.registry import GROUPS, kinds, part
 
 SOURCE = Path(__file__).parent.parent / "src" / "reflux"
 FILE_LINES, FUNCTION_LINES = 300, 60
@@ -110,7 +110,7 @@ def test_the_count_sees_a_copy() -> None:
 
 
 def parts() -> list[type]:
-    from reflux.config import RunConfig, Track
+    from reflux.config.recipe import RunConfig, Track
     from reflux.model_settings import Lora
 
     return [RunConfig, Track, Lora, *(part(group, kind) for group in GROUPS for kind in kinds(group))]

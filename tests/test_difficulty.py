@@ -21,7 +21,7 @@ import outside
 import tiny
 from reflux import checks
 from reflux.commands.difficulty import PARTIAL, balance_prompts
-from reflux.config import load_recipe, to_table
+from reflux.config.recipe import load_recipe, to_table
 from reflux.errors import DataError, ModelError, RunError
 from reflux.evals.problems import problems
 from reflux.tasks.difficulty import (

@@ -17,9 +17,10 @@ from types import ModuleType
 import pytest
 import typer
 
-from reflux import checks, parts
+from reflux import checks
 from reflux.cli import app
-from reflux.config import RECIPES, from_table, load_recipe, recipe_names, resolve
+from reflux.config import registry
+from reflux.config.recipe import RECIPES, from_table, load_recipe, recipe_names, resolve
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -63,8 +64,8 @@ def test_generated_pages_are_up_to_date() -> None:
 def test_every_recipe_and_part_has_its_place_in_the_pages() -> None:
     made = generator().pages()
     assert all(f"\n## {name}\n" in made["recipes.md"] for name in recipe_names())
-    for group in parts.GROUPS:
-        for kind, dotted in parts.kinds(group).items():
+    for group in registry.GROUPS:
+        for kind, dotted in registry.kinds(group).items():
             assert f"\n### {group} `{kind}`\n\n`{dotted}`" in made["methods.md"]
             assert f"\n### {group} `{kind}`\n" in made["configuration.md"]
 
@@ -86,8 +87,8 @@ def test_a_field_without_a_word_is_refused() -> None:
 
 def test_no_note_speaks_of_what_is_gone() -> None:
     notes = tomllib.loads((ROOT / "docs" / "notes.toml").read_text())
-    known = {path: set(parts.field_names(cls)) for path, cls in generator().TABLES.items()}
-    known |= {f"{g}.{k}": set(parts.field_names(parts.part(g, k))) for g in parts.GROUPS for k in parts.kinds(g)}
+    known = {path: set(registry.field_names(cls)) for path, cls in generator().TABLES.items()}
+    known |= {f"{g}.{k}": set(registry.field_names(registry.part(g, k))) for g in registry.GROUPS for k in registry.kinds(g)}
     assert set(notes["recipes"]) <= set(recipe_names())  # the others say when to use them on their parts; without either, the page fails
     for key in notes["fields"]:
         path, _, name = key.rpartition(".")
@@ -105,11 +106,11 @@ def test_a_recipe_that_departs_from_its_paper_says_so_and_the_sentence_is_true_o
         if name in exact:
             assert "exact reverse KL" in sentence
             assert "exact reverse KL" in recipe
-            assert (parts.kind_of("objectives", first), first.divergence, first.support) == ("divergence", "reverse", "full")
+            assert (registry.kind_of("objectives", first), first.divergence, first.support) == ("divergence", "reverse", "full")
         if name == "uni_opd":
             assert "0.28" in sentence
             assert "0.28" in recipe
-            assert [parts.kind_of("objectives", other) for other in others] == ["outcome"]
+            assert [registry.kind_of("objectives", other) for other in others] == ["outcome"]
             assert others[0].clip == (0.2, 0.2)
         if name == "peers":
             assert "Jensen-Shannon" in sentence
@@ -124,7 +125,7 @@ def test_what_the_notes_choose_is_an_objective_and_the_recipes_they_name_ship() 
         assert from_table(resolve({"base": "toy", "objectives": [table]})).objectives
         assert set(re.findall(r"[Rr]ecipe `(\w+)`", row["why"])) <= set(recipe_names())
     chosen = {tomllib.loads(f"x = {row['set']}")["x"]["kind"] for row in rows}
-    assert chosen == set(parts.kinds("objectives")), "docs/notes.toml [[choose]] has a row for every objective"
+    assert chosen == set(registry.kinds("objectives")), "docs/notes.toml [[choose]] has a row for every objective"
 
 
 def test_every_recipe_begins_with_one_comment_that_says_what_it_is() -> None:

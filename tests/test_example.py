@@ -36,7 +36,7 @@ def test_the_example_imports_nothing_of_the_library() -> None:
 def test_the_library_gives_the_examples_curve(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from reflux.config import load_recipe
+    from reflux.config.recipe import load_recipe
     from reflux.loop import train
     from reflux.models import ASSETS
     from reflux.training import Options

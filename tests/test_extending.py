@@ -19,7 +19,7 @@ import tiny
 from reflux import checks
 from reflux.cite import papers
 from reflux.commands.show import console, list_parts, show_plan
-from reflux.config import config_hash, from_table, load_recipe, to_table
+from reflux.config.recipe import config_hash, from_table, load_recipe, to_table
 from reflux.credit.base import share_credit
 from reflux.doctor import examine
 from reflux.doctor.finding import Finding
@@ -42,7 +42,7 @@ def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def part(dotted: str, **fields: Any) -> Any:
-    from reflux.parts import load
+    from reflux.config.registry import load
 
     return load(f"my_lab.{dotted}")(**fields)
 

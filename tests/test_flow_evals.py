@@ -18,7 +18,7 @@ import pytest
 import tiny
 import tiny_flow
 from reflux.clock import Clock
-from reflux.context import StudentSpec
+from reflux.config.context import StudentSpec
 from reflux.errors import DataError
 from reflux.evals import teacher_accuracy
 from reflux.evals.accuracy import Accuracy

@@ -15,7 +15,7 @@ import pytest
 
 import tiny_flow
 import tiny_glyphs
-from reflux.config import RunConfig, load_recipe
+from reflux.config.recipe import RunConfig, load_recipe
 from reflux.doctor import examine
 from reflux.errors import ModelError
 from reflux.loop import train
@@ -190,7 +190,7 @@ def test_difficulty_counts_pictures_and_writes_a_recipe_of_pictures(
 
     from reflux import checks
     from reflux.commands.difficulty import balance_prompts
-    from reflux.config import to_table
+    from reflux.config.recipe import to_table
 
     (tmp_path / "mine.toml").write_text(tomli_w.dumps(to_table(config("flow", task__held_out=4))))
     balance_prompts(str(tmp_path / "mine.toml"), [], 3, 6, (1.0, 0.95), 8, tmp_path / "out")

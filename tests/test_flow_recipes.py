@@ -20,7 +20,7 @@ import torch
 import tiny_flow
 import tiny_glyphs
 from conftest import Done
-from reflux.config import RunConfig, load_recipe
+from reflux.config.recipe import RunConfig, load_recipe
 from reflux.loop import lasting, open_parts, train
 from reflux.planning import plan
 from reflux.training import Options, Run
@@ -141,7 +141,7 @@ def test_a_plan_of_flows_speaks_of_steps_and_patches(config: Config, capsys: pyt
     import tomli_w
 
     from reflux.commands.show import show_plan
-    from reflux.config import to_table
+    from reflux.config.recipe import to_table
 
     (tmp_path / "mine.toml").write_text(tomli_w.dumps(to_table(config("flow_sft"))))
     show_plan(str(tmp_path / "mine.toml"), [])
@@ -192,7 +192,7 @@ def test_a_model_of_the_hub_with_encoders_and_decoder_is_sized_from_its_files(tm
 def test_planning_the_flow_recipes_imports_nothing_heavy(models: tiny_glyphs.Models) -> None:
     code = (
         "import sys\n"
-        "from reflux.config import load_recipe\n"
+        "from reflux.config.recipe import load_recipe\n"
         "from reflux.planning import plan\n"
         f"for name in {RECIPES!r}:\n"
         f"    changes = {{'learner.model': {models['student']!r}}}\n"

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
+from reflux.config.registry import make, part
 from reflux.errors import ConfigError
-from reflux.parts import make, part
 from reflux.tasks.base import Split
 from reflux.tasks.glyph_drawing import DOMAINS, FONT, asked, digit, draw, ideals, squares
 from reflux.tasks.glyph_reading import digit_in, ink, quality, spots

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 import tiny
+from reflux.config.registry import part
 from reflux.contexts.peers import Peers
 from reflux.errors import ConfigError
-from reflux.parts import part
 from reflux.rewards.base import judge
 from reflux.rewards.verifier import Verifier
 from reflux.tasks import grading

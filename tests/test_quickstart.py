@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reflux.config import load_recipe
+from reflux.config.recipe import load_recipe
 from reflux.loop import train
 from reflux.model_files import size_of
 from reflux.models import ASSETS

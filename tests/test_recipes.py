@@ -15,7 +15,7 @@ import pytest
 
 import tiny
 from reflux import checks
-from reflux.config import RECIPES, bases, load_recipe, recipe_names, to_table
+from reflux.config.recipe import RECIPES, bases, load_recipe, recipe_names, to_table
 from reflux.errors import ConfigError
 from reflux.planning import plan, wanted
 from reflux.types import FlowRollout, TokenRollout, Wants
@@ -132,7 +132,7 @@ def test_a_recipe_learns(tiny_run: Callable[..., Any], recipe: str) -> None:
 def test_planning_all_recipes_imports_neither_torch_nor_transformers(student: str, teacher: str) -> None:
     code = (
         "import sys\n"
-        "from reflux.config import load_recipe\n"
+        "from reflux.config.recipe import load_recipe\n"
         "from reflux.planning import plan\n"
         f"for name in {TEXTS!r}:\n"
         "    tables = [name for name, table in load_recipe(name).teachers.items() if 'model' in vars(table)]\n"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import outside
-from reflux.config import RECIPES, load_recipe, recipe_names
+from reflux.config.recipe import RECIPES, load_recipe, recipe_names
 from reflux.evals.accuracy import Accuracy
 from reflux.evals.agreement import Agreement
 from reflux.evals.problems import HELD_OUT_SEED, TEST_SEED, problems, seen, told

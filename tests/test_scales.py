@@ -12,9 +12,9 @@ import pytest
 import tomli_w
 
 from reflux import checks
-from reflux.config import RECIPES, from_table, load_recipe, recipe_names, resolve, to_table
+from reflux.config.overrides import merge
+from reflux.config.recipe import RECIPES, from_table, load_recipe, recipe_names, resolve, to_table
 from reflux.errors import ConfigError
-from reflux.overrides import merge
 from reflux.planning import plan
 from reflux.types import FlowRollout, TokenRollout
 

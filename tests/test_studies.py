@@ -18,7 +18,7 @@ from scipy import stats
 from transformers import AutoModelForCausalLM
 
 import tiny
-from reflux.config import config_hash
+from reflux.config.recipe import config_hash
 from reflux.errors import ConfigError, RunError
 from reflux.loop import train
 from reflux.step import StepRequest

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import reflux
-from reflux.config import RunConfig
-from reflux.parts import GROUPS, kinds, part
+from reflux.config.recipe import RunConfig
+from reflux.config.registry import GROUPS, kinds, part
 
 VERBS = "run plan eval report difficulty list cite doctor"
 
@@ -158,8 +158,9 @@ def test_every_part_can_be_imported_without_torch() -> None:
     """Values are values: `reflux plan` and the graders' worker processes never pay for what only a run needs."""
     code = (
         "import sys\n"
-        "from reflux.parts import GROUPS, kinds, part\n"
-        "import reflux.checks, reflux.config, reflux.planning, reflux.cli, reflux.files, reflux.records, reflux.pipeline, reflux.gather\n"
+        "from reflux.config.registry import GROUPS, kinds, part\n"
+        "import reflux.checks, reflux.config.recipe, reflux.planning, reflux.cli, reflux.files\n"
+        "import reflux.records, reflux.pipeline, reflux.gather\n"
         "for group in GROUPS:\n    for kind in kinds(group):\n        part(group, kind)\n"
         "heavy = {'torch', 'transformers', 'diffusers', 'scipy', 'PIL', 'datasets', 'peft', 'plotly', 'math_verify'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from reflux.config.registry import part
 from reflux.errors import DataError
-from reflux.parts import part
 from reflux.tasks import TASKS
 from reflux.tasks.glyphs import Glyphs
 from reflux.tasks.gsm8k import Gsm8k

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reflux.parts import make, part
+from reflux.config.registry import make, part
 from reflux.tasks.base import Split
 from reflux.tasks.word_problems import SIGNS, WORDS, Operation, WordProblems
 from reflux.types import Prompt

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from reflux.assets.tokenizer import character_tokenizer
-from reflux.config import RunConfig, load_recipe
-from reflux.context import Generation, Numbers, PartContext, StudentSpec
+from reflux.config.context import Generation, Numbers, PartContext, StudentSpec
+from reflux.config.recipe import RunConfig, load_recipe
 from reflux.contexts.base import View
 from reflux.evaluation import Evaluation
 from reflux.heads import Heads

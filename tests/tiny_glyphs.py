@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import tiny_flow
-from reflux.config import RunConfig, load_recipe
+from reflux.config.recipe import RunConfig, load_recipe
 from reflux.tasks.glyphs import Glyphs
 from reflux.training import Options, Run
 from reflux.types import FlowRollout, Group, Prompt, VelocityTarget, Wants

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic.dataclasses import dataclass
 
+from reflux.config.papers import Paper
+from reflux.config.registry import STRICT
 from reflux.credit.base import CreditPart
-from reflux.papers import Paper
-from reflux.parts import STRICT
 from reflux.teachers.names import unless_known
 from reflux.types import Attempt, Group, Moment, Share, Wants
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
+    from reflux.config.recipe import RunConfig
 
 RHO_1 = Paper("rho_1", "Rho-1: Not All Tokens Are What You Need", "2404.07965", 2024, "Lin, Zhenghao and others")
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic.dataclasses import dataclass
 
+from reflux.config.registry import STRICT
 from reflux.loss_term import Rows
 from reflux.objectives.base import ObjectivePart
-from reflux.parts import STRICT
 from reflux.types import HiddenTarget, Wants
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from reflux.parts import STRICT
+from reflux.config.registry import STRICT
 from reflux.samplers.stored import OpenStored, Stored
 from reflux.types import Draw, Group, Prompt, seed_of
 
 if TYPE_CHECKING:
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
     from reflux.reports.chart import Chart
     from reflux.reports.recorded import Recorded
     from reflux.services import Services

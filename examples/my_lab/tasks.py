@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from reflux.parts import STRICT
+from reflux.config.registry import STRICT
 from reflux.tasks.base import Split, TaskPart
 from reflux.types import Prompt, Rollout, TokenRollout, seed_of
 

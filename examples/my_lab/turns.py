@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from my_lab.tasks import Backwards
-from reflux.parts import STRICT
+from reflux.config.registry import STRICT
 from reflux.rollouts.environment import Environment, Observation
 from reflux.types import Message, Prompt
 

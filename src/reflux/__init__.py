@@ -22,7 +22,7 @@ def run(
     """
     import asyncio
 
-    from reflux.config import load_recipe
+    from reflux.config.recipe import load_recipe
     from reflux.loop import train
     from reflux.run_dir import choose_folder
     from reflux.training import Options

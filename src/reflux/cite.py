@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from reflux.config import RunConfig
+from reflux.config.papers import Paper
+from reflux.config.recipe import RunConfig
+from reflux.config.registry import within
 from reflux.credit.prefix import PREFIX_OPD
-from reflux.papers import Paper
-from reflux.parts import within
 
 GKD = Paper(
     "gkd",

@@ -14,7 +14,7 @@ from reflux.together import together
 from reflux.types import Attempt, Draw, Group, Moment, Prompt, Purpose, Reward
 
 if TYPE_CHECKING:
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
     from reflux.samplers.base import OpenSampler, Sampler
     from reflux.services import Services
     from reflux.tasks.base import Task

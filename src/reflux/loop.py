@@ -10,8 +10,8 @@ from typing import Any
 from reflux import checks
 from reflux.accelerators import base as accelerators
 from reflux.accelerators.score import CurrentScore, scorer
-from reflux.config import RunConfig
-from reflux.context import PartContext
+from reflux.config.context import PartContext
+from reflux.config.recipe import RunConfig
 from reflux.credit.base import share_credit
 from reflux.learners.base import OpenLearner
 from reflux.learning import learn, observe

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from reflux.config import RunConfig, config_hash
-from reflux.papers import Paper
+from reflux.config.papers import Paper
+from reflux.config.recipe import RunConfig, config_hash
 from reflux.summary import commit, method_of
 from reflux.types import FlowRollout
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from reflux import checks
 from reflux.checks import lengths
-from reflux.config import RunConfig, config_hash
+from reflux.config.recipe import RunConfig, config_hash
 from reflux.metrics import step_flops
 from reflux.model_files import Size, size_of
 from reflux.summary import method_of

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO
 
 from reflux import files, refused
-from reflux.config import RunConfig, differences, saved_table, to_table
+from reflux.config.recipe import RunConfig, differences, saved_table, to_table
 from reflux.errors import RunError
 
 _MAY_DIFFER = ("steps", "save_every", "eval_every", "keep_checkpoints", "track", "threads", "evals")  # on resume: they touch no gradient

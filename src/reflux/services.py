@@ -16,7 +16,7 @@ from reflux.once import Once
 from reflux.weights import Lent
 
 if TYPE_CHECKING:
-    from reflux.context import StudentSpec
+    from reflux.config.context import StudentSpec
     from reflux.tasks.grading import Graders
     from reflux.weights import Weights
 

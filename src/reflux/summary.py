@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from reflux import files
 from reflux.accounting import TOKENS
-from reflux.config import config_hash
+from reflux.config.recipe import config_hash
 from reflux.errors import RunError
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
+    from reflux.config.recipe import RunConfig
 
 _SCORE = ("accuracy", "low", "high", "problems", "split")
 
@@ -61,7 +61,7 @@ def reported(evals: list[dict[str, Any]]) -> dict[str, Any]:
 
 def method_of(cfg: Any) -> str:
     """The parts that make the method, in words: objectives, credit rules, accelerator."""
-    from reflux.parts import kind_of
+    from reflux.config.registry import kind_of
 
     words = [kind_of("objectives", objective) for objective in cfg.objectives]
     words += [kind_of("credit", rule) for rule in cfg.credit.values()]

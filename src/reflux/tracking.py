@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from reflux.config import Track
+from reflux.config.recipe import Track
 from reflux.errors import ConfigError
 from reflux.metrics import jsonable
 

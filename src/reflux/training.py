@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from reflux import checkpoints, checks, files, records, refused, run_dir
 from reflux.accounting import TOKENS, Landed, Ran, Work, add_up
 from reflux.cite import papers
-from reflux.config import RunConfig, part_context, to_table, to_toml
-from reflux.context import PartContext
+from reflux.config.context import PartContext
+from reflux.config.recipe import RunConfig, part_context, to_table, to_toml
 from reflux.errors import RunError, Stopped
 from reflux.evals.base import Source
 from reflux.evaluation import Evaluation

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from reflux import checks
-from reflux.config import load_recipe, recipe_names
+from reflux.config.recipe import load_recipe, recipe_names
 from reflux.errors import ConfigError, ModelError
 from reflux.training import Options, Run
 from reflux.types import Wants

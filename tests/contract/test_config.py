@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from reflux.config import RECIPES, config_hash, differences, load_recipe, recipe_names, to_table
+from reflux.config.overrides import merge, nest, split_override, unpack
+from reflux.config.recipe import RECIPES, config_hash, differences, load_recipe, recipe_names, to_table
 from reflux.errors import ConfigError
-from reflux.overrides import merge, nest, split_override, unpack
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"stepss": 3}, "stepss: unexpected field; did you mean 'steps'"),
@@ -148,7 +148,7 @@ def test_the_hash_is_of_the_work() -> None:
     plain = config_hash(load_recipe("opd"))
     assert config_hash(load_recipe("opd", {"track": {"kind": "tensorboard"}})) == plain
     assert config_hash(load_recipe("opd", {"learner.lr": 1e-4})) != plain
-    code = "from reflux.config import *; print(config_hash(load_recipe('opd')))"
+    code = "from reflux.config.recipe import *; print(config_hash(load_recipe('opd')))"
     env = {"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "7"}
     assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip() == plain
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from reflux import checks
-from reflux.config import load_recipe
+from reflux.config.recipe import load_recipe
 from reflux.errors import ConfigError, DataError, ModelError
 from reflux.planning import plan
 from reflux.samplers.drawn import drawers

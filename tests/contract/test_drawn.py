@@ -15,7 +15,7 @@ import torch
 
 import tiny_glyphs
 from conftest import Done
-from reflux.config import RunConfig
+from reflux.config.recipe import RunConfig
 from reflux.errors import DataError
 from reflux.loop import train
 from reflux.training import Options

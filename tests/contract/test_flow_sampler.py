@@ -275,7 +275,7 @@ def test_a_length_beyond_the_grid_is_the_whole_walk(length: int) -> None:
 
 
 def test_the_length_follows_its_schedule_in_training_and_never_cuts_an_evaluation() -> None:
-    from reflux.schedules import Linear
+    from reflux.config.schedules import Linear
 
     part = Flow(steps=6, length=Linear(start=2, increment=1.5))
     assert [part.draw(step).length for step in range(4)] == [2, 3, 5, 6]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 import tiny_flow
-from reflux.context import Generation, PartContext, StudentSpec
+from reflux.config.context import Generation, PartContext, StudentSpec
 from reflux.contexts.base import View
 from reflux.errors import ModelError
 from reflux.flows.adapter_files import PEFT

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from contract import typed_parts
-from reflux.parts import BASES, belongs, kinds, load, part
+from reflux.config.registry import BASES, belongs, kinds, load, part
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "reflux"

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from reflux.assets.tokenizer import character_tokenizer
+from reflux.config.schedules import Steps
 from reflux.errors import ModelError, StepRefused
 from reflux.model_settings import Lora
 from reflux.models import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.schedules import Steps
 from tiny import attempt, close, gradients, move, rollout, same
 
 CHAT = {"kind": "outside:Chat"}

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from reflux import checks
-from reflux.config import load_recipe
+from reflux.config.recipe import load_recipe
+from reflux.config.registry import BASES, kinds, part, within
 from reflux.errors import ConfigError
-from reflux.parts import BASES, kinds, part, within
 from reflux.planning import plan
 from reflux.reports.diagnostics import own_charts
 from reflux.reports.recorded import Recorded

@@ -17,9 +17,9 @@ import pytest
 import alone
 import tiny
 import tiny_flow
-from reflux.config import load_recipe, part_context, recipe_names
-from reflux.context import Generation
-from reflux.parts import build, kinds
+from reflux.config.context import Generation
+from reflux.config.recipe import load_recipe, part_context, recipe_names
+from reflux.config.registry import build, kinds
 from reflux.samplers.flow import Flow as FlowSampler
 from reflux.tasks.word_problems import WordProblems
 from reflux.types import Attempt, Prompt, Wants

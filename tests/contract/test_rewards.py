@@ -13,7 +13,7 @@ import pytest
 import tiny
 import tiny_flow
 from reflux import checks
-from reflux.config import load_recipe
+from reflux.config.recipe import load_recipe
 from reflux.errors import ConfigError
 from reflux.rewards.environment import EnvironmentReward, given
 from reflux.rewards.verifier import Verifier

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reflux.config import load_recipe
+from reflux.config.recipe import load_recipe
+from reflux.config.schedules import Constant, Cosine, Linear, Steps, at, first_below, number
 from reflux.errors import ConfigError
-from reflux.schedules import Constant, Cosine, Linear, Steps, at, first_below, number
 
 
 def test_values_by_hand() -> None:

@@ -82,7 +82,7 @@ def goes_on(recipe: Path, out: Path, step: int) -> None:
     import asyncio
 
     from conftest import Done
-    from reflux.config import load_recipe
+    from reflux.config.recipe import load_recipe
     from reflux.loop import train
     from reflux.training import Options
 

@@ -15,7 +15,7 @@ SMALL = {"steps": 3, "prompts_per_step": 8, "threads": 1, "evals": "none", "lear
 
 def curve(recipe: str, out: Path) -> list[dict[str, Any]]:
     """The metrics of a small run that do not depend on the machine's speed."""
-    from reflux.config import load_recipe
+    from reflux.config.recipe import load_recipe
     from reflux.loop import train
     from reflux.training import Options
 

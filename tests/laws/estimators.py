@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from reflux.config.registry import part
 from reflux.loss_term import Rows
 from reflux.objectives.divergence import MIXED, Divergence
 from reflux.objectives.group_values import group_values
@@ -22,7 +23,6 @@ from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL
 from reflux.objectives.says import FullSays, ListedSays, SampledSays
-from reflux.parts import part
 from reflux.types import VelocityTarget
 
 

@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from laws.estimators import SETTINGS, Setting, World, assert_alive, choices, compare, expected_and_exact, np_kl, settings_of, world_of
+from reflux.config.registry import kind_of
 from reflux.credit.outcome import group_advantages
 from reflux.objectives import OBJECTIVES
 from reflux.objectives.baselines import kl_value
@@ -17,7 +18,6 @@ from reflux.objectives.divergence import MIXED, Divergence
 from reflux.objectives.divergences import kl
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL
-from reflux.parts import kind_of
 
 CASES = settings_of(OBJECTIVES)
 WORLDS = [(5, 3, 0), (7, 2, 1), (8, 2, 2), (4, 3, 3), (6, 2, 4)]  # vocabulary, horizon, seed

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from reflux import checks
-from reflux.config import load_recipe
-from reflux.parts import kind_of
+from reflux.config.recipe import load_recipe
+from reflux.config.registry import kind_of
 
 CHAT = {"kind": "outside:Chat"}
 RULES: dict[str, dict[str, Any]] = {"margin": {"delta": 0.4}, "balance": {"ratio": 1.0}, "prefix": {"length": 7}}

@@ -16,7 +16,7 @@ import torch
 import tiny_flow
 from conftest import Done
 from reflux import checkpoints
-from reflux.config import load_recipe
+from reflux.config.recipe import load_recipe
 from reflux.errors import ConfigError
 from reflux.flows.load import load_flow
 from reflux.loop import train

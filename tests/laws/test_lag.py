@@ -14,7 +14,7 @@ import pytest
 import outside
 import tiny
 from reflux import checks
-from reflux.config import RunConfig
+from reflux.config.recipe import RunConfig
 from reflux.credit.base import share_credit
 from reflux.kernels.cpu_decoder import cpu_decoder
 from reflux.learners.hf_engine import HFLearner

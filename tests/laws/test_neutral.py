@@ -9,12 +9,12 @@ import pytest
 
 import tiny
 from reflux.assets.tokenizer import character_tokenizer
+from reflux.config.registry import kinds
 from reflux.credit.base import share_credit
 from reflux.credit.prefix import Prefix
 from reflux.models import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.parts import kinds
 from reflux.types import Moment
 from tiny import attempt, close, gradients, rollout, same
 

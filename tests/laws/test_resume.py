@@ -18,7 +18,7 @@ import pytest
 import tiny
 from laws.kill_driver import POINTS, SETTINGS
 from reflux import checkpoints
-from reflux.config import load_recipe
+from reflux.config.recipe import load_recipe
 from reflux.errors import RunError, Stopped
 from reflux.loop import train
 from reflux.training import Options, Run, Silent

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reflux import records, refused
-from reflux.config import RunConfig, config_hash, differences, from_table, load_recipe, recipe_names, to_table, to_toml
+from reflux.config.recipe import RunConfig, config_hash, differences, from_table, load_recipe, recipe_names, to_table, to_toml
+from reflux.config.registry import GROUPS, build, kinds, part, table_of
+from reflux.config.schedules import SCHEDULES
 from reflux.files import append_lines, read_lines
-from reflux.parts import GROUPS, build, kinds, part, table_of
 from reflux.records import learned, read_attempt
-from reflux.schedules import SCHEDULES
 from reflux.targets import StepRecord
 from reflux.types import Attempt, FlowRollout, Prompt, Reward, Rollout, Share, TeacherAnswer, TokenRollout, VelocityTarget
 from tiny import rollout

@@ -16,6 +16,7 @@ import tiny
 from reflux import token_loss
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.batch import plan
+from reflux.config.registry import kinds, part
 from reflux.credit.base import share_credit
 from reflux.kernels.head import Head
 from reflux.models import as_model
@@ -23,7 +24,6 @@ from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.parts import kinds, part
 from reflux.types import Attempt, HiddenTarget, Moment, Reward, TeacherAnswer, TokenRollout
 from tiny import attempt, gradients, rollout, same
 

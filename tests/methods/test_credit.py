@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reflux.config.registry import kind_of
+from reflux.config.schedules import Linear, Steps
 from reflux.credit import CREDIT
 from reflux.credit.balance import Balance
 from reflux.credit.base import share_credit
@@ -18,8 +20,6 @@ from reflux.credit.outcome import Outcome, group_advantages
 from reflux.credit.position import Position
 from reflux.credit.prefix import Prefix
 from reflux.credit.release import Release
-from reflux.parts import kind_of
-from reflux.schedules import Linear, Steps
 from reflux.types import Attempt, Finish, Group, Moment, Prompt, Reward, SampledTarget, TeacherAnswer, TokenRollout, TopKTarget
 
 NOW = Moment(step=0, seed=0)

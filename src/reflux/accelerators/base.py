@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from reflux.accounting import Spent
-from reflux.part import Part
+from reflux.config.part import Part
 
 if TYPE_CHECKING:
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
     from reflux.learners.access import WeightAccess
     from reflux.services import Services
 

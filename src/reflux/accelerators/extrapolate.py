@@ -10,17 +10,17 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux.accelerators.base import AcceleratorPart, Scoring
+from reflux.config.papers import EFFOPD, Paper
+from reflux.config.registry import STRICT
 from reflux.learners.access import INCLUDE
-from reflux.papers import EFFOPD, Paper
-from reflux.parts import STRICT
 from reflux.tasks.base import JUDGED
 from reflux.teachers.names import tables_of, unless_known
 from reflux.types import FlowRollout
 
 if TYPE_CHECKING:
     from reflux.accelerators.extrapolate_engine import OpenExtrapolate
-    from reflux.config import RunConfig
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
+    from reflux.config.recipe import RunConfig
     from reflux.reports.chart import Chart
     from reflux.reports.recorded import Recorded
     from reflux.services import Services

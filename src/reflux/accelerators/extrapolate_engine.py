@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from reflux.accelerators.base import Score
     from reflux.accelerators.extrapolate import Extrapolate
     from reflux.accounting import Spent
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
     from reflux.services import Services
 
 Weights = dict[str, Tensor]  # by the model's own names

@@ -18,7 +18,7 @@ from reflux.evals.agreement import gap_T
 from reflux.types import Prompt, seed_of
 
 if TYPE_CHECKING:
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
     from reflux.evaluation import Evaluation
     from reflux.learners.base import OpenLearner
     from reflux.services import Services

@@ -12,9 +12,9 @@ from functools import reduce
 from reflux.checks import accelerators, credit, domains, objectives, sampling, teachers
 from reflux.checks.advice import warnings
 from reflux.checks.inputs import inputs, models
-from reflux.config import RunConfig
+from reflux.config.recipe import RunConfig
+from reflux.config.registry import within
 from reflux.errors import ConfigError
-from reflux.parts import within
 from reflux.types import Wants
 
 __all__ = ["inputs", "join", "models", "warnings"]

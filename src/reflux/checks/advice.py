@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from reflux.checks import lengths
-from reflux.config import RunConfig
-from reflux.parts import within
+from reflux.config.recipe import RunConfig
+from reflux.config.registry import within
 from reflux.teachers.base import spoken_name
 from reflux.teachers.names import tables_of
 

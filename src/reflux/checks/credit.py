@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from reflux.config import RunConfig
-from reflux.parts import kind_of
+from reflux.config.recipe import RunConfig
+from reflux.config.registry import kind_of
 
 
 def problems(cfg: RunConfig) -> Iterator[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from reflux.config import RunConfig
-from reflux.parts import kind_of
+from reflux.config.recipe import RunConfig
+from reflux.config.registry import kind_of
 from reflux.samplers.flow import without_noise
 from reflux.types import FlowRollout, Rollout, TokenRollout
 

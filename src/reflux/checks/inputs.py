@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from reflux.checks import windows
-from reflux.config import RunConfig
+from reflux.config.recipe import RunConfig
+from reflux.config.registry import within
 from reflux.errors import ConfigError, DataError
 from reflux.evals.problems import problems
-from reflux.parts import within
 
 
 def inputs(cfg: RunConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from reflux.config import RunConfig
+from reflux.config.recipe import RunConfig
 from reflux.types import TokenRollout
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from reflux.config import RunConfig
+from reflux.config.recipe import RunConfig
+from reflux.config.registry import kind_of
 from reflux.objectives.base import Objective
-from reflux.parts import kind_of
 from reflux.teachers.names import heard, offered, unknown
 from reflux.types import FlowRollout, HiddenTarget, SampledTarget, TopKTarget, VelocityTarget
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-from reflux.config import RunConfig
-from reflux.context import StudentSpec
+from reflux.config.context import StudentSpec
+from reflux.config.recipe import RunConfig
 from reflux.contexts.base import Context
 from reflux.model_files import size_of
 from reflux.models import load_tokenizer

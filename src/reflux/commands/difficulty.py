@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from reflux import checks
-from reflux.config import RunConfig, Track, config_hash, load_recipe, part_context, to_toml
+from reflux.config.recipe import RunConfig, Track, config_hash, load_recipe, part_context, to_toml
 from reflux.errors import DataError, RunError
 from reflux.evals.problems import problems
 from reflux.evaluation import Evaluation

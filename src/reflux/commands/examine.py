@@ -6,7 +6,7 @@ import asyncio
 
 from rich.console import Console
 
-from reflux.config import load_recipe
+from reflux.config.recipe import load_recipe
 
 console = Console()
 _STYLE = {"ok": "green", "warning": "yellow", "failed": "red"}

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from reflux.config import RunConfig
+from reflux.config.recipe import RunConfig
 from reflux.reports.asked import problems_of, split_of
 
 _WINDOW = 20  # steps that speed and time left are measured over

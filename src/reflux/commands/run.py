@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from reflux.commands.progress import Progress
-from reflux.config import RunConfig, load_recipe
+from reflux.config.recipe import RunConfig, load_recipe
 from reflux.errors import RunError, StepRefused, Stopped
 from reflux.files import read_lines
 from reflux.quiet import quiet_libraries

@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from reflux import parts
 from reflux.cite import papers
-from reflux.config import RECIPES, load_recipe, recipe_names
-from reflux.discovery import parts_of
+from reflux.config import registry
+from reflux.config.discovery import parts_of
+from reflux.config.recipe import RECIPES, load_recipe, recipe_names
 from reflux.errors import ConfigError, RunError
 from reflux.planning import Plan, Size, plan
 
@@ -74,9 +74,9 @@ def list_parts(group: str, module: str = "") -> None:
 
     ConfigError for an unknown group, and for a module that cannot be imported or defines no part.
     """
-    known = ["recipes", *parts.GROUPS]
+    known = ["recipes", *registry.GROUPS]
     if group and group not in known:
-        raise ConfigError(f"there is no group '{group}'{parts.did_you_mean(group, known, '.')} Groups: {', '.join(known)}")
+        raise ConfigError(f"there is no group '{group}'{registry.did_you_mean(group, known, '.')} Groups: {', '.join(known)}")
     shown = _lines_of(module) if module else {name: recipe_lines() if name == "recipes" else part_lines(name) for name in known}
     for name in [group] if group else shown:
         lines = shown.get(name, {})
@@ -101,7 +101,7 @@ def recipe_lines() -> dict[str, str]:
 
 
 def part_lines(group: str) -> dict[str, str]:
-    return {kind: _first_line(parts.part(group, kind)) for kind in sorted(parts.kinds(group))}
+    return {kind: _first_line(registry.part(group, kind)) for kind in sorted(registry.kinds(group))}
 
 
 def _first_line(cls: type) -> str:

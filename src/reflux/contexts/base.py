@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
-from reflux.part import Part
+from reflux.config.part import Part
 from reflux.types import Group, Message, Moment, Wants
 
 

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from pydantic.dataclasses import dataclass
 
+from reflux.config.papers import Paper
+from reflux.config.registry import STRICT
 from reflux.contexts.base import ContextPart, View, retold
 from reflux.contexts.wording import with_attempts
-from reflux.papers import Paper
-from reflux.parts import STRICT
 from reflux.rewards.base import unlike_threshold
 from reflux.types import Attempt, Group, Moment, TokenRollout, Wants, seed_of
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
+    from reflux.config.recipe import RunConfig
 
 THINKING = re.compile(r"<(/?)think>")
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
+from reflux.config.papers import Paper
+from reflux.config.registry import STRICT
 from reflux.contexts.base import ContextPart, View, retold
 from reflux.contexts.wording import ANSWER, SUCCESS, with_answer
-from reflux.papers import Paper
-from reflux.parts import STRICT
 from reflux.types import Group, Moment, Prompt, Wants
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
+    from reflux.config.recipe import RunConfig
 
 OPSD = Paper(
     "opsd",

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
+from reflux.config.registry import STRICT
 from reflux.contexts.base import ContextPart, View
-from reflux.parts import STRICT
 from reflux.types import Group, Moment, Wants
 
 

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
+from reflux.config.papers import Paper
+from reflux.config.registry import STRICT
 from reflux.credit.base import CreditPart
 from reflux.credit.margin import UNI_OPD
-from reflux.papers import Paper
-from reflux.parts import STRICT
 from reflux.rewards.base import unlike_threshold
 from reflux.types import Group, Moment, Share, Wants
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
+    from reflux.config.recipe import RunConfig
 
 
 def _named(ratio: object) -> object:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from reflux.part import Part
+from reflux.config.part import Part
 from reflux.types import Group, Moment, Share, Wants
 
 if TYPE_CHECKING:

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from pydantic.dataclasses import dataclass
 
+from reflux.config.papers import Paper
+from reflux.config.registry import STRICT
 from reflux.credit import margin_rules
 from reflux.credit.base import CreditPart
 from reflux.credit.log_ratio import Side, log_ratio_T
-from reflux.papers import Paper
-from reflux.parts import STRICT
 from reflux.rewards.base import unlike_threshold
 from reflux.types import Attempt, Group, Moment, Share, Wants
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
+    from reflux.config.recipe import RunConfig
 
 MODES = ("mean", "minmax")
 DIRECTIONS = ("spread", "lift", "down")

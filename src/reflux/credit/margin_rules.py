@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from reflux.parts import kind_of
+from reflux.config.registry import kind_of
 from reflux.teachers.names import unless_known
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
+    from reflux.config.recipe import RunConfig
     from reflux.credit.margin import Margin
 
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic.dataclasses import dataclass
 
+from reflux.config.papers import Paper
+from reflux.config.registry import STRICT
+from reflux.config.schedules import Number, at, number
 from reflux.credit.base import CreditPart
-from reflux.papers import Paper
-from reflux.parts import STRICT
-from reflux.schedules import Number, at, number
 from reflux.types import Group, Moment, Share, Wants
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
+    from reflux.config.recipe import RunConfig
 
 GRPO = Paper(
     "grpo",

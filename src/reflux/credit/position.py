@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic.dataclasses import dataclass
 
+from reflux.config.registry import STRICT
+from reflux.config.schedules import PositionNumber, at, first_below, needs_horizon, number
 from reflux.credit.base import CreditPart
-from reflux.parts import STRICT
-from reflux.schedules import PositionNumber, at, first_below, needs_horizon, number
 from reflux.types import Group, Moment, Share, Wants
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
+    from reflux.config.recipe import RunConfig
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -10,17 +10,17 @@ import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from reflux.config.papers import Paper
+from reflux.config.registry import STRICT, kind_of
 from reflux.credit.base import CreditPart
 from reflux.credit.change_point import Split, best_split, candidate_margin, change_point, segment_margins, segment_scores
 from reflux.credit.segments import Way, segments_of
 from reflux.metrics import Max, Quantiles
-from reflux.papers import Paper
-from reflux.parts import STRICT, kind_of
 from reflux.teachers.names import tables_of, unless_known
 from reflux.types import Attempt, Group, Moment, Share, TokenRollout, TopKTarget, Wants
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
+    from reflux.config.recipe import RunConfig
     from reflux.reports.chart import Chart
     from reflux.reports.recorded import Recorded
 

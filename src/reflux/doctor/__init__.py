@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from reflux import checks
-from reflux.config import RunConfig, part_context
+from reflux.config.recipe import RunConfig, part_context
 from reflux.doctor import flows, texts
 from reflux.doctor.finding import Finding
 from reflux.evaluation import Evaluation

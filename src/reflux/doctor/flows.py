@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from reflux.config import RunConfig
-from reflux.context import PartContext
+from reflux.config.context import PartContext
+from reflux.config.recipe import RunConfig
 from reflux.contexts.base import View
 from reflux.doctor.finding import Finding
 from reflux.flows.sde import kl_weight, step_logp, step_moments

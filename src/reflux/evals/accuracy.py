@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
+from reflux.config.registry import STRICT
 from reflux.errors import DataError
 from reflux.evals.base import Asked, EvalPart
 from reflux.evals.kinds import kind_of
 from reflux.evals.problems import problems
-from reflux.parts import STRICT
 from reflux.statistics import mean_interval, pass_at_k, wilson
 from reflux.tasks.base import Split
 from reflux.types import Attempt, Prompt, Reward

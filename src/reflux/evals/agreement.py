@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic.dataclasses import dataclass
 
+from reflux.config.registry import STRICT
 from reflux.evals.base import Asked, EvalPart
 from reflux.evals.kinds import kind_of
 from reflux.evals.problems import problems
-from reflux.parts import STRICT
 from reflux.statistics import clustered_mean
 from reflux.tasks.base import Split
 from reflux.teachers.names import unless_known
 from reflux.types import Attempt, Rollout, SampledTarget, TokenRollout
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
+    from reflux.config.recipe import RunConfig
     from reflux.evals.base import Source
     from reflux.evaluation import Evaluation
     from reflux.heads import Heads

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from reflux.part import Part
+from reflux.config.part import Part
 from reflux.tasks.base import Split
 
 if TYPE_CHECKING:

@@ -11,6 +11,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux import files
+from reflux.config.papers import EFFOPD, Paper
+from reflux.config.registry import STRICT
 from reflux.errors import ConfigError, RunError
 from reflux.evals.base import Asked, EvalPart
 from reflux.evals.spectra import (
@@ -27,13 +29,11 @@ from reflux.evals.spectra import (
     top_norm_ratio_of,
 )
 from reflux.learners.access import INCLUDE, WeightAccess, moved, required
-from reflux.papers import EFFOPD, Paper
-from reflux.parts import STRICT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reflux.config import RunConfig
+    from reflux.config.recipe import RunConfig
     from reflux.evals.base import Source
     from reflux.evaluation import Evaluation
     from reflux.reports.chart import Chart

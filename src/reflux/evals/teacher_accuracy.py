@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
+from reflux.config.registry import STRICT
 from reflux.evals.accuracy import Accuracy, Graded
 from reflux.evals.base import Asked, EvalPart
-from reflux.parts import STRICT
 from reflux.tasks.base import Split
 from reflux.teachers.names import heard, measured
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
+    from reflux.config.recipe import RunConfig
     from reflux.evals.base import Source
     from reflux.evaluation import Evaluation
     from reflux.samplers.base import OpenSampler

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from reflux.config.registry import STRICT
 from reflux.evals.accuracy import Accuracy
 from reflux.evals.base import Asked, EvalPart
 from reflux.evals.problems import seen, told
 from reflux.evals.teacher_accuracy import TeacherAccuracy
-from reflux.parts import STRICT
 from reflux.tasks.base import Split
 from reflux.teachers.names import measured
 

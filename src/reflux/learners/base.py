@@ -12,15 +12,15 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from reflux.part import Part
-from reflux.schedules import Number, at, first_below
+from reflux.config.part import Part
+from reflux.config.schedules import Number, at, first_below
 from reflux.step import StepRequest, StepResult
 from reflux.types import Group, Rollout, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reflux.context import PartContext, StudentSpec
+    from reflux.config.context import PartContext, StudentSpec
     from reflux.learners.access import WeightAccess
     from reflux.models import Model
     from reflux.services import Services

@@ -28,7 +28,7 @@ from reflux.loss_term import LossTerm
 from reflux.types import Attempt, Group, Target, VelocityTarget, seed_of
 
 if TYPE_CHECKING:
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
     from reflux.learners.flow import Flow
     from reflux.services import Services
 

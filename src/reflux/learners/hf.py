@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from reflux.context import StudentSpec
+from reflux.config.context import StudentSpec
+from reflux.config.papers import Paper
+from reflux.config.registry import STRICT
+from reflux.config.schedules import Number, number
 from reflux.learners.base import LearnerPart, negative_rate
 from reflux.model_folders import look_for_text
 from reflux.model_settings import Decay, Lora, Positive
-from reflux.papers import Paper
-from reflux.parts import STRICT
-from reflux.schedules import Number, number
 from reflux.types import Rollout, TokenRollout
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
+    from reflux.config.recipe import RunConfig
     from reflux.services import Services
 
 

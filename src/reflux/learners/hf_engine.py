@@ -22,7 +22,7 @@ from reflux.models import Model, load_model, parameter_count
 from reflux.types import Attempt, Group, Target, seed_of
 
 if TYPE_CHECKING:
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
     from reflux.learners.hf import HF
     from reflux.services import Services
 

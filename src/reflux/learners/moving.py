@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from reflux import checkpoints
 from reflux.batch import Item, plan
+from reflux.config.schedules import Number, at
 from reflux.errors import StepRefused
 from reflux.learners import adapters
 from reflux.learners.net_access import NetAccess
@@ -22,14 +23,13 @@ from reflux.learners.tally import Tally
 from reflux.loss import Result
 from reflux.loss_term import LossTerm
 from reflux.metrics import Max, Stats, Sum
-from reflux.schedules import Number, at
 from reflux.step import StepRequest, StepResult
 from reflux.targets import StepRecord
 from reflux.types import Attempt, Group, Target
 from reflux.weights import InMemory
 
 if TYPE_CHECKING:
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
     from reflux.model_settings import Average
     from reflux.services import Services
 

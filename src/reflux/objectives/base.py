@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from reflux.config.part import Part
 from reflux.loss_term import LossTerm, Rows
-from reflux.part import Part
 from reflux.types import Target, Wants
 
 if TYPE_CHECKING:

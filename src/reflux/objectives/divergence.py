@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
+from reflux.config.papers import Paper
+from reflux.config.registry import STRICT, kind_of
 from reflux.loss_term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import above_cap, check_ratio, truncated_ratio
 from reflux.objectives.ratio_rules import idle, ratio_papers
 from reflux.objectives.sampled_kl import check_coef
-from reflux.papers import Paper
-from reflux.parts import STRICT, kind_of
 from reflux.types import HiddenTarget, Target, TopKTarget, Wants
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reflux.config import RunConfig
+    from reflux.config.recipe import RunConfig
     from reflux.objectives.says import FullSays, ListedSays, Says
 
 MIXED = ("jsd", "skew_reverse", "skew_forward", "alpha")

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
+from reflux.config.registry import STRICT
 from reflux.loss_term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.sampled_kl import check_coef
-from reflux.parts import STRICT
 from reflux.types import FlowRollout, Wants
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reflux.config import RunConfig
+    from reflux.config.recipe import RunConfig
 
 
 @dataclass(frozen=True, config=STRICT)

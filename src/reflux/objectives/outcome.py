@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
+from reflux.config.papers import Paper
+from reflux.config.registry import STRICT, kind_of
 from reflux.loss_term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import check_ratio, outside, score_cost
 from reflux.objectives.ratio_rules import drawn_elsewhere, ratio_papers, under_lag
 from reflux.objectives.sampled_kl import check_coef
-from reflux.papers import Paper
-from reflux.parts import STRICT, kind_of
 from reflux.types import Wants
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reflux.config import RunConfig
+    from reflux.config.recipe import RunConfig
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from reflux.config.papers import Paper
 from reflux.objectives.ratio import Ratio
-from reflux.papers import Paper
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
+    from reflux.config.recipe import RunConfig
 
 PPO = Paper(
     "ppo",

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
+from reflux.config.papers import Paper
+from reflux.config.registry import STRICT, kind_of
 from reflux.credit.outcome import GRPO
 from reflux.loss_term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import Ratio, check_ratio, outside, score_cost
 from reflux.objectives.ratio_rules import drawn_elsewhere, idle, ratio_papers, under_lag
-from reflux.papers import Paper
-from reflux.parts import STRICT, kind_of
 from reflux.types import HiddenTarget, SampledTarget, Target, TopKTarget, Wants
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reflux.config import RunConfig
+    from reflux.config.recipe import RunConfig
     from reflux.objectives.says import FullSays
 
 GROUP_BASELINES = ("group_mean", "leave_one_out")  # values made from sibling attempts by `batch.plan`

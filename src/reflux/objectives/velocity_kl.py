@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
+from reflux.config.papers import Paper
+from reflux.config.registry import STRICT
 from reflux.flows.sde import kl_weight
 from reflux.loss_term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.sampled_kl import check_coef
-from reflux.papers import Paper
-from reflux.parts import STRICT
 from reflux.samplers.flow import without_noise
 from reflux.teachers.names import tables_of
 from reflux.types import FlowRollout, VelocityTarget, Wants
@@ -20,7 +20,7 @@ from reflux.types import FlowRollout, VelocityTarget, Wants
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reflux.config import RunConfig
+    from reflux.config.recipe import RunConfig
     from reflux.objectives.flow_says import VelocitySays
 
 FLOW_OPD = Paper(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from reflux import parts
-from reflux.config import RunConfig
+from reflux.config import registry
+from reflux.config.recipe import RunConfig
 from reflux.errors import ConfigError
 from reflux.reports.chart import Chart
 from reflux.reports.reading import Row, items, table, whole
@@ -21,20 +21,20 @@ def own_charts(config: Row, recorded: Recorded, notes: list[str]) -> list[Chart]
 
 def _parts(config: Row, notes: list[str]) -> Iterator[tuple[str, Any]]:
     steps = whole(config.get("steps")) or 0
-    for name, marker in parts.markers(RunConfig).items():
-        if not isinstance(marker, parts.PartOf):
+    for name, marker in registry.markers(RunConfig).items():
+        if not isinstance(marker, registry.PartOf):
             continue
         for where, kind, value in _tables(marker, name, config.get(name)):
             try:
-                part = parts.build(marker.group, value, where, default_kind=kind, steps=steps)
+                part = registry.build(marker.group, value, where, default_kind=kind, steps=steps)
             except ConfigError as error:
                 notes.append(f"{where}: this part cannot be made here, so what it shows of itself is left out ({error}).")
                 continue
             yield where, part
-            yield from ((inside, inner) for inside, _, inner in parts.within(part, where))
+            yield from ((inside, inner) for inside, _, inner in registry.within(part, where))
 
 
-def _tables(marker: parts.PartOf, name: str, value: object) -> Iterator[tuple[str, str | None, Row]]:
+def _tables(marker: registry.PartOf, name: str, value: object) -> Iterator[tuple[str, str | None, Row]]:
     """(where, the kind where none is written, the part's table)."""
     if marker.many == "table":
         yield from ((f"{name}.{key}", marker.default or key, entry) for key, entry in table(value).items() if isinstance(entry, dict))

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Protocol
 
-from reflux.part import Part
+from reflux.config.part import Part
 from reflux.types import Group, Reward
 
 if TYPE_CHECKING:
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
     from reflux.services import Services
 
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from reflux.parts import STRICT, kind_of
+from reflux.config.registry import STRICT, kind_of
 from reflux.rewards.base import RewardPart, weightless
 from reflux.tasks.grading import WHY_UNJUDGED
 from reflux.types import Group, Reward, Rollout, TokenRollout
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
+    from reflux.config.recipe import RunConfig
     from reflux.services import Services
 
 

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from reflux.parts import STRICT
+from reflux.config.registry import STRICT
 from reflux.rewards.base import RewardPart, weightless
 from reflux.tasks.base import JUDGED
 from reflux.types import Group, Reward
 
 if TYPE_CHECKING:
     from reflux.clock import Clock
-    from reflux.config import RunConfig
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
+    from reflux.config.recipe import RunConfig
     from reflux.services import Services
     from reflux.tasks.base import Task
     from reflux.tasks.grading import Graders

@@ -12,7 +12,7 @@ from reflux.together import together
 from reflux.types import Group, Reward
 
 if TYPE_CHECKING:
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
     from reflux.services import Services
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from reflux.context import PartContext
+from reflux.config.context import PartContext
 from reflux.errors import DataError
 from reflux.rollouts.calls import EnvironmentCalls, Open, ended
 from reflux.rollouts.conversation import Conversation

@@ -10,12 +10,12 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from reflux import parts as registry
-from reflux.part import Part
+from reflux.config import registry
+from reflux.config.part import Part
 from reflux.types import Draw, Group, Prompt, Rollout
 
 if TYPE_CHECKING:
-    from reflux.context import Generation, PartContext
+    from reflux.config.context import Generation, PartContext
     from reflux.services import Services
     from reflux.weights import Weights
 

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from reflux.context import Generation
-from reflux.papers import Paper
-from reflux.parts import STRICT, PartOf
+from reflux.config.context import Generation
+from reflux.config.papers import Paper
+from reflux.config.registry import STRICT, PartOf
 from reflux.samplers.base import SamplerPart
 from reflux.samplers.flow import Flow
 from reflux.types import Draw, FlowRollout, Rollout
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
-    from reflux.context import Generation, PartContext
+    from reflux.config.context import Generation, PartContext
+    from reflux.config.recipe import RunConfig
     from reflux.services import Services
 
 FLOW_MATCHING = Paper(

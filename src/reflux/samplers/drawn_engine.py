@@ -20,7 +20,7 @@ from reflux.samplers.noise import normal, row_key
 from reflux.types import Attempt, Draw, FlowRollout, Group, Prompt, VelocityTarget
 
 if TYPE_CHECKING:
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
     from reflux.flows.model import FlowModel
     from reflux.samplers.base import OpenSampler
     from reflux.samplers.drawn import Drawn

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from reflux.context import Generation
+from reflux.config.context import Generation
+from reflux.config.papers import Paper
+from reflux.config.registry import STRICT, kind_of
+from reflux.config.schedules import Number, at, number
 from reflux.errors import DataError
 from reflux.model_folders import Dtype
-from reflux.papers import Paper
-from reflux.parts import STRICT, kind_of
 from reflux.samplers.base import SamplerPart
-from reflux.schedules import Number, at, number
 from reflux.types import Draw, FlowRollout, Prompt, Rollout
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
+    from reflux.config.recipe import RunConfig
     from reflux.services import Services
 
 

@@ -21,7 +21,7 @@ from reflux.samplers.noise import normal, row_key
 from reflux.types import Attempt, Draw, Finish, FlowRollout, Group, Prompt, VelocityTarget
 
 if TYPE_CHECKING:
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
     from reflux.flows.model import FlowModel
     from reflux.samplers.flow import Flow
     from reflux.services import Services

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from reflux.context import Generation
+from reflux.config.context import Generation
+from reflux.config.registry import STRICT
+from reflux.config.schedules import Number, at, number
 from reflux.model_folders import Dtype
-from reflux.parts import STRICT
 from reflux.samplers.base import SamplerPart
-from reflux.schedules import Number, at, number
 from reflux.types import Draw, Rollout, TokenRollout
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
+    from reflux.config.recipe import RunConfig
     from reflux.services import Services
 
 

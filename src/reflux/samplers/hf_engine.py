@@ -17,7 +17,7 @@ from reflux.samplers.in_process import InProcess, Request
 from reflux.types import Group
 
 if TYPE_CHECKING:
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
     from reflux.samplers.hf import HF
     from reflux.services import Services
 

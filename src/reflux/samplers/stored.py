@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import numpy as np
 from pydantic.dataclasses import dataclass
 
-from reflux.context import Generation
+from reflux.config.context import Generation
+from reflux.config.registry import STRICT, PartOf
 from reflux.errors import DataError
-from reflux.parts import STRICT, PartOf
 from reflux.samplers.base import Sampler, SamplerPart
 from reflux.samplers.hf import HF
 from reflux.tokens import CharacterSpans, Renderer, end_ids, special_ids
 from reflux.types import Attempt, Draw, Group, Prompt, Rollout, TokenRollout, Wants
 
 if TYPE_CHECKING:
-    from reflux.context import Generation, PartContext
+    from reflux.config.context import Generation, PartContext
     from reflux.samplers.base import OpenSampler
     from reflux.services import Services
     from reflux.weights import Weights

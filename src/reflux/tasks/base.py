@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from reflux.part import Part
+from reflux.config.part import Part
 from reflux.types import Prompt, Reward, Rollout
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from reflux.parts import STRICT
+from reflux.config.registry import STRICT
 from reflux.tasks.base import Split, TaskPart
 from reflux.tasks.glyph_drawing import CELLS, DOMAINS, NUMBERS, Domain, asked
 from reflux.types import FlowRollout, Prompt, Reward, Rollout, seed_of

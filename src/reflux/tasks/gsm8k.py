@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic.dataclasses import dataclass
 
+from reflux.config.papers import Paper
+from reflux.config.registry import STRICT
 from reflux.errors import DataError
-from reflux.papers import Paper
-from reflux.parts import STRICT
 from reflux.tasks.base import Split, TaskPart
 from reflux.tasks.lines import endless, held_out, hub_lines, make_prompts, read_lines
 from reflux.types import Prompt, Rollout, TokenRollout
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
+    from reflux.config.recipe import RunConfig
 
 DATASET, CONFIG = "openai/gsm8k", "main"
 

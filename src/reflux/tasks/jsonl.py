@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
+from reflux.config.importable import importable
+from reflux.config.registry import STRICT, did_you_mean, load
 from reflux.errors import DataError
-from reflux.importable import importable
-from reflux.parts import STRICT, did_you_mean, load
 from reflux.tasks.base import Split, TaskPart
 from reflux.tasks.lines import endless, held_out, hub_lines, make_prompts, read_lines
 from reflux.types import FlowRollout, Message, Prompt, Reward, Rollout, TokenRollout
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
+    from reflux.config.recipe import RunConfig
 
 KEYS = ("prompt", "messages", "answer", "references", "route", "id")
 _OF_MESSAGES = ("role", "content", "tool_calls", "tool_call_id", "name")  # what of a message is kept

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from reflux.parts import STRICT, PartOf
+from reflux.config.registry import STRICT, PartOf
 from reflux.tasks.base import Split, Task, TaskPart
 from reflux.types import Prompt, Reward, Rollout, seed_of
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from reflux.parts import STRICT
+from reflux.config.registry import STRICT
 from reflux.tasks.base import Split, TaskPart
 from reflux.types import Prompt, Rollout, TokenRollout, seed_of
 

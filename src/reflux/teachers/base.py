@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from reflux.config.part import Part
 from reflux.contexts.base import Context, View
-from reflux.part import Part
 from reflux.types import Rollout, Target, TeacherAnswer, Wants
 
 if TYPE_CHECKING:
-    from reflux.context import PartContext, StudentSpec
+    from reflux.config.context import PartContext, StudentSpec
     from reflux.model_files import Size
     from reflux.services import Services
     from reflux.weights import Weights

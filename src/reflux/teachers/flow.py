@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from reflux.config.registry import STRICT, PartOf
 from reflux.contexts.base import Context
 from reflux.contexts.same import Same
 from reflux.flows.adapter_folders import adapter_file, on_hub
 from reflux.model_files import Size, size_of
 from reflux.model_folders import Dtype, look_for_flow
-from reflux.parts import STRICT, PartOf
 from reflux.teachers.base import TeacherPart
 from reflux.types import FlowRollout, Rollout, VelocityTarget
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
+    from reflux.config.recipe import RunConfig
     from reflux.services import Services
 
 

@@ -20,7 +20,7 @@ from reflux.teachers.flow_fit import refuse_misfit
 from reflux.types import FlowRollout, TeacherAnswer, VelocityTarget
 
 if TYPE_CHECKING:
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
     from reflux.flows.model import FlowModel
     from reflux.services import Services
     from reflux.teachers.flow import Flow

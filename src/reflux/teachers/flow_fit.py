@@ -12,7 +12,7 @@ from reflux.flows.load import outline_flow
 from reflux.models import locate
 
 if TYPE_CHECKING:
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
     from reflux.flows.model import FlowModel
     from reflux.services import Services
     from reflux.teachers.flow import Flow

@@ -19,7 +19,7 @@ from reflux.tokens import Renderer
 from reflux.types import HiddenTarget, TeacherAnswer, TokenRollout, TopKTarget
 
 if TYPE_CHECKING:
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
     from reflux.services import Services
 
 

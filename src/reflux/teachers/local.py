@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from reflux.context import StudentSpec
+from reflux.config.context import StudentSpec
+from reflux.config.registry import STRICT, PartOf
 from reflux.contexts.base import Context
 from reflux.contexts.same import Same
 from reflux.model_files import Size, size_of
 from reflux.model_folders import Dtype, look_for_text
-from reflux.parts import STRICT, PartOf
 from reflux.teachers.base import TeacherPart
 from reflux.types import HiddenTarget, Rollout, TokenRollout
 
 if TYPE_CHECKING:
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
     from reflux.services import Services
 
 

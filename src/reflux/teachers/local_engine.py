@@ -13,7 +13,7 @@ from reflux.teachers.in_process import InProcess
 from reflux.tokens import check_same_tokens
 
 if TYPE_CHECKING:
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
     from reflux.services import Services
     from reflux.teachers.local import Local
     from reflux.weights import Weights

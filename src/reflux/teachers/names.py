@@ -9,8 +9,8 @@ from reflux.teachers.base import spoken_name
 from reflux.types import FlowRollout, SampledTarget, Target, TopKTarget, VelocityTarget
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
+    from reflux.config.recipe import RunConfig
 
 
 def heard(cfg: RunConfig) -> set[str]:

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from reflux.config.papers import Paper
+from reflux.config.registry import STRICT, PartOf
 from reflux.contexts.base import Context
 from reflux.contexts.same import Same
-from reflux.papers import Paper
-from reflux.parts import STRICT, PartOf
 from reflux.teachers.base import TeacherPart
 from reflux.types import HiddenTarget, Rollout, TokenRollout
 
 if TYPE_CHECKING:
-    from reflux.config import RunConfig
-    from reflux.context import PartContext, StudentSpec
+    from reflux.config.context import PartContext, StudentSpec
+    from reflux.config.recipe import RunConfig
     from reflux.model_files import Size
     from reflux.services import Services
 

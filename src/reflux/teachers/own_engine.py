@@ -17,7 +17,7 @@ from reflux.teachers.in_process import InProcess
 from reflux.tokens import Renderer
 
 if TYPE_CHECKING:
-    from reflux.context import PartContext
+    from reflux.config.context import PartContext
     from reflux.services import Services
     from reflux.teachers.own import Own
     from reflux.weights import Weights

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from reflux.config.schedules import AMOUNTS
 from reflux.errors import ConfigError
-from reflux.schedules import AMOUNTS
 
 
 def without_shares(table: Mapping[str, Any]) -> dict[str, Any]:

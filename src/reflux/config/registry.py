@@ -32,7 +32,7 @@ GROUPS = {
     "accelerators": "reflux.accelerators:ACCELERATORS",
     "tasks": "reflux.tasks:TASKS",
     "evals": "reflux.evals:EVALS",
-    "schedules": "reflux.schedules:SCHEDULES",
+    "schedules": "reflux.config.schedules:SCHEDULES",
 }
 BASES = {  # what every part of a group inherits
     "samplers": "reflux.samplers.base:SamplerPart",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar, Protocol
 
-from reflux.papers import Paper
+from reflux.config.papers import Paper
 
 
 class Part(Protocol):

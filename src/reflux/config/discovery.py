@@ -6,8 +6,8 @@ import importlib
 import pkgutil
 from importlib.util import find_spec
 
+from reflux.config.registry import BASES, belongs
 from reflux.errors import ConfigError
-from reflux.parts import BASES, belongs
 
 
 def parts_of(module: str) -> dict[str, dict[str, type]]:

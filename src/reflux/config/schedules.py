@@ -1,6 +1,6 @@
 """step -> number. A field typed `Number` takes a plain number or one of these as an inline table.
 
-In a recipe a schedule may be written in shares of another number: `of = "sampler.max_tokens"`, see `reflux.shares`.
+In a recipe a schedule may be written in shares of another number: `of = "sampler.max_tokens"`, see `reflux.config.shares`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 
 from pydantic.dataclasses import dataclass
 
-from reflux.parts import STRICT, PartOf
+from reflux.config.registry import STRICT, PartOf
 
 SCHEDULES = {
-    "constant": "reflux.schedules:Constant",
-    "linear": "reflux.schedules:Linear",
-    "cosine": "reflux.schedules:Cosine",
-    "steps": "reflux.schedules:Steps",
+    "constant": "reflux.config.schedules:Constant",
+    "linear": "reflux.config.schedules:Linear",
+    "cosine": "reflux.config.schedules:Cosine",
+    "steps": "reflux.config.schedules:Steps",
 }
 # The fields of each kind that are amounts of what is scheduled; the others count optimiser steps. `of` takes shares of these alone.
 AMOUNTS = {"constant": ("value",), "linear": ("start", "stop", "increment"), "cosine": ("peak", "floor"), "steps": ("values",)}

@@ -19,24 +19,24 @@ import tomli_w
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from reflux import parts
 from reflux.accelerators.base import Accelerator
-from reflux.context import Numbers, PartContext, Placement
+from reflux.config import registry
+from reflux.config.context import Numbers, PartContext, Placement
+from reflux.config.overrides import merge, nest, split_override, unpack
+from reflux.config.registry import STRICT, PartOf
+from reflux.config.shares import without_shares
 from reflux.credit.base import Credit
 from reflux.errors import ConfigError, RunError
 from reflux.evals.base import Eval
 from reflux.learners.base import Learner
 from reflux.objectives.base import Objective
-from reflux.overrides import merge, nest, split_override, unpack
-from reflux.parts import STRICT, PartOf
 from reflux.rewards.base import RewardFn
 from reflux.samplers.base import Sampler
-from reflux.shares import without_shares
 from reflux.tasks.base import Task
 from reflux.teachers.base import Teacher
 from reflux.types import Draw, Wants
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -123,7 +123,7 @@ def read_recipe(name: str | Path, base: bool = False) -> dict[str, Any]:
         if path.parent != RECIPES:
             raise ConfigError(f"there is no file {path}. Shipped recipes go by their names: {', '.join(known)}.") from None
         raise ConfigError(
-            f"no {'base' if base else 'recipe'} '{name}'{parts.did_you_mean(str(name), known, '.')} Shipped: {', '.join(known)}. "
+            f"no {'base' if base else 'recipe'} '{name}'{registry.did_you_mean(str(name), known, '.')} Shipped: {', '.join(known)}. "
             f"A recipe of your own: give its path, ending in .toml."
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -203,7 +203,9 @@ def _methods(where: str, layer: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{where}: methods: expected tables such as [methods.rl], got {methods!r}")
     for recipe, table in methods.items():
         if recipe not in recipe_names():
-            raise ConfigError(f"{where}: methods.{recipe}: no shipped recipe is named so{parts.did_you_mean(recipe, recipe_names(), '.')}")
+            raise ConfigError(
+                f"{where}: methods.{recipe}: no shipped recipe is named so{registry.did_you_mean(recipe, recipe_names(), '.')}"
+            )
         if not isinstance(table, Mapping):
             raise ConfigError(f"{where}: methods.{recipe}: expected a table [methods.{recipe}], got {table!r}")
     return dict(methods)
@@ -218,7 +220,7 @@ def from_table(table: Mapping[str, Any]) -> RunConfig:
             raise ConfigError(f'{key}: this table is missing. Set base = "toy" or base = "hub", or write a [{key}] table.')
     steps = table.get("steps", 200)
     table = without_shares(table)
-    return parts.make(RunConfig, table, "", steps=steps if isinstance(steps, int) else 0)
+    return registry.make(RunConfig, table, "", steps=steps if isinstance(steps, int) else 0)
 
 
 def saved_table(folder: Path) -> dict[str, Any]:
@@ -235,7 +237,7 @@ def saved_table(folder: Path) -> dict[str, Any]:
 
 def to_table(cfg: RunConfig) -> dict[str, Any]:
     """The table that gives this config again (law 10), every default written out."""
-    return parts.fields_of(cfg)
+    return registry.fields_of(cfg)
 
 
 def to_toml(cfg: RunConfig) -> str:
