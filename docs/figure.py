@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from reflux.files import read_lines, write_text
+from reflux.storage.files import read_lines, write_text
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 640, 260, 56, 16, 40, 110
 GREY, BLUE, ORANGE = "#6b7280", "#2563eb", "#c2410c"

@@ -38,7 +38,7 @@ from reflux.model_settings import (  # noqa: E402
     Lora,
     Merge,
 )
-from reflux.summary import method_of  # noqa: E402
+from reflux.storage.summary import method_of  # noqa: E402
 
 NOTES: dict[str, Any] = tomllib.loads((DOCS / "notes.toml").read_text())
 TABLES = {  # what is no part, by the path of its notes

@@ -27,18 +27,19 @@ from gram import at, cosine, inner, of_means, total_variance
 from intervals import Estimate, jackknife
 from table import cell, decimals, grid, plain
 
-from reflux import checkpoints, checks
+from reflux import checks
 from reflux.config.overrides import merge
 from reflux.config.recipe import RunConfig, differences, from_table, to_table
 from reflux.credit.base import share_credit
 from reflux.errors import ConfigError, RunError, Stopped
-from reflux.files import write_text
 from reflux.learners.moving import Moving
 from reflux.learning import observe
 from reflux.loop import Parts, lasting, open_parts
 from reflux.quiet import quiet_libraries
 from reflux.rewards.base import judge
 from reflux.step import StepRequest
+from reflux.storage import checkpoints
+from reflux.storage.files import write_text
 from reflux.training import Options, Run
 from reflux.types import Group, Prompt, seed_of
 

@@ -34,11 +34,11 @@ from reflux.contexts.base import View, retold
 from reflux.contexts.peers import Peers
 from reflux.contexts.same import Same
 from reflux.contexts.wording import with_attempts
-from reflux.files import write_text
 from reflux.loop import lasting, open_parts
 from reflux.rewards.base import judge
 from reflux.statistics import bootstrap_mean
-from reflux.summary import commit
+from reflux.storage.files import write_text
+from reflux.storage.summary import commit
 from reflux.teachers.base import TeacherRequest
 from reflux.training import Options, Run
 from reflux.types import Attempt, Draw, Group, HiddenTarget, Moment, Rollout, TeacherAnswer, TokenRollout, Wants

@@ -22,8 +22,8 @@ from typing import Any
 import reflux
 from reflux.config.recipe import RunConfig, load_recipe
 from reflux.errors import RunError
-from reflux.files import write_text
 from reflux.models import locate
+from reflux.storage.files import write_text
 
 SEEDS = (0, 1, 2)
 FIGURE = Path(__file__).parents[1] / "docs" / "figure.py"

@@ -30,8 +30,8 @@ from table import Measures, compare, markdown, measures, plain
 from reflux.config.overrides import split_override, unpack
 from reflux.config.recipe import RunConfig, differences, from_table, to_table, to_toml
 from reflux.errors import ConfigError, RefluxError, RunError
-from reflux.files import write_text
-from reflux.summary import commit
+from reflux.storage.files import write_text
+from reflux.storage.summary import commit
 
 VARIANCE_HELP = (
     "draw whole gradients instead of running the arms. It costs a batch of attempts and a gradient per arm for each draw and student, and "

@@ -16,7 +16,7 @@ from along import along, course
 from intervals import Estimate, over_seeds
 from rules import noted, rules_table
 
-from reflux.files import read_lines
+from reflux.storage.files import read_lines
 
 Measures = dict[str, float]
 Format = Callable[[float], str]

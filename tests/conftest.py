@@ -36,7 +36,7 @@ class Done:
     @property
     def state(self) -> dict[str, Any]:
         """Weights and moments of the last checkpoint."""
-        from reflux import checkpoints
+        from reflux.storage import checkpoints
 
         folder = self.dir / "checkpoints"
         return checkpoints.read(checkpoints.of_step(folder, checkpoints.steps(folder)[-1]) / "learner")

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from reflux import checkpoints
 from reflux.accelerators.base import AcceleratorPart, Scoring
 from reflux.config.registry import STRICT
 from reflux.contexts.same import Same
@@ -22,6 +21,7 @@ from reflux.learners.hf import HF as Learner
 from reflux.rewards.base import RewardPart
 from reflux.rollouts.environment import Environment, Observation, ToolError
 from reflux.samplers.hf import HF as HFSampler
+from reflux.storage import checkpoints
 from reflux.tasks.base import TaskPart
 from reflux.teachers.base import TeacherPart
 from reflux.types import Attempt, Group, Message, Moment, Prompt, Reward, Rollout, SampledTarget, Share, TokenRollout, TopKTarget, Wants

@@ -24,7 +24,7 @@ from reflux.flows.sde import kl_weight
 from reflux.kernels.head import Head
 from reflux.loop import train
 from reflux.metrics import Mean
-from reflux.records import arrived, read_attempt
+from reflux.storage.attempt_log import arrived, read_attempt
 from reflux.targets import StepRecord
 from reflux.training import Options
 from reflux.types import Attempt, SampledTarget, Share, TeacherAnswer, VelocityTarget

@@ -25,11 +25,11 @@ from reflux.doctor import examine
 from reflux.doctor.finding import Finding
 from reflux.errors import ConfigError
 from reflux.loss_term import Rows
-from reflux.model_card import model_card
 from reflux.objectives.says import FullSays
 from reflux.reports.diagnostics import own_charts
 from reflux.reports.page import write_report
 from reflux.reports.recorded import Recorded
+from reflux.storage.model_card import model_card
 from reflux.types import Attempt, Moment, SampledTarget, TeacherAnswer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

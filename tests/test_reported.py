@@ -20,7 +20,7 @@ from reflux.evals.teacher_accuracy import TeacherAccuracy
 from reflux.reports.curves import accuracy_chart
 from reflux.reports.evals import read_evals
 from reflux.reports.scores import Score
-from reflux.summary import reported
+from reflux.storage.summary import reported
 from reflux.tasks.glyphs import Glyphs
 from reflux.tasks.jsonl import Jsonl
 from reflux.tasks.word_problems import WordProblems

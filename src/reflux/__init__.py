@@ -24,7 +24,7 @@ def run(
 
     from reflux.config.recipe import load_recipe
     from reflux.loop import train
-    from reflux.run_dir import choose_folder
+    from reflux.storage.run_dir import choose_folder
     from reflux.training import Options
 
     cfg = load_recipe(recipe, overrides)

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from reflux import checkpoints, checks, files, records, refused, run_dir
+from reflux import checks
 from reflux.accounting import TOKENS, Landed, Ran, Work, add_up
 from reflux.cite import papers
 from reflux.config.context import PartContext
@@ -22,11 +22,12 @@ from reflux.config.recipe import RunConfig, part_context, to_table, to_toml
 from reflux.errors import RunError, Stopped
 from reflux.evals.base import Source
 from reflux.evaluation import Evaluation
-from reflux.model_card import model_card
 from reflux.services import Services
 from reflux.step import StepResult
 from reflux.step_metrics import step_metrics
-from reflux.summary import saved_summary, summarise
+from reflux.storage import attempt_log, checkpoints, failed_batch, files, run_dir
+from reflux.storage.model_card import model_card
+from reflux.storage.summary import saved_summary, summarise
 from reflux.tracking import NoTracker, Tracker, open_tracker
 from reflux.types import Group, Moment, Prompt, Wants
 
@@ -140,7 +141,7 @@ class Run:
     def write(self, group: Group, step: int) -> None:
         """An attempt is on disk before anything else can happen to it."""
         self.landed.setdefault(step, Landed()).add(group[0].rollout.prompt.id, Work.of(group))
-        files.append_lines(self.dir / "attempts.jsonl", [records.arrived(attempt, step) for attempt in group])
+        files.append_lines(self.dir / "attempts.jsonl", [attempt_log.arrived(attempt, step) for attempt in group])
 
     def advance(
         self, result: StepResult, groups: Sequence[Group], learner: OpenLearner, teachers: Teachers, jumped: bool, scored: Spent | None
@@ -151,7 +152,7 @@ class Run:
         version = learner.version - int(updates or 0) - jumped  # that consumed these attempts
         ran = Ran(learner.macs, result.forward_positions, result.backward_positions)
         metrics = step_metrics(result.stats, ran, groups, version, teachers, self.services.clock, discarded, scored, on_policy)
-        files.append_lines(self.dir / "attempts.jsonl", [records.learned(a, self.step) for group in groups for a in group])
+        files.append_lines(self.dir / "attempts.jsonl", [attempt_log.learned(a, self.step) for group in groups for a in group])
         self.step += 1
         add_up(self.totals, metrics)
         metrics = {"step": self.step, **metrics}
@@ -239,7 +240,7 @@ class Run:
 
     def keep_refused(self, groups: Sequence[Group], why: str) -> Path:
         """Write the batch of a refused step for inspection."""
-        return refused.keep(self.dir / f"{refused.NAME}{self.step + 1}.jsonl", groups, self.step, why)
+        return failed_batch.keep(self.dir / f"{failed_batch.NAME}{self.step + 1}.jsonl", groups, self.step, why)
 
     @property
     def seconds(self) -> float:

@@ -47,7 +47,7 @@ def test_it_is_told_of_the_start_and_asked_after_every_step(tiny_run: Callable[.
     assert outside.HEARD[0][1] == pytest.approx(sum(float(value.double().sum()) for value in weights.values()), rel=1e-6)
     _, step, before, after = outside.HEARD[1]
     assert (step, 0 <= before <= 1, 0 <= after <= 1) == (2, True, True)
-    from reflux import checkpoints
+    from reflux.storage import checkpoints
 
     state = checkpoints.read(checkpoints.of_step(done.dir / "checkpoints", 4) / "accelerator")
     assert (state["calls"], state["trace"].tolist()) == (4, [4.0])

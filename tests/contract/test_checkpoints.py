@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from reflux import checkpoints
 from reflux.errors import RunError
+from reflux.storage import checkpoints
 
 STATES = {
     "learner": {"version": 3, "weight/a.b": torch.randn(3, 2), "half": torch.randn(4).bfloat16(), "step": torch.tensor(5.0)},

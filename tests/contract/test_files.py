@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reflux import files
+from reflux.storage import files
 
 
 def test_text_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

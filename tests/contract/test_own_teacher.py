@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from laws.test_resume import stop_after, told
-from reflux import checkpoints, checks
+from reflux import checks
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.contexts.base import View
 from reflux.contexts.wording import with_attempts
 from reflux.errors import ConfigError, ModelError
 from reflux.models import as_model
 from reflux.objectives.divergence import Divergence
+from reflux.storage import checkpoints
 from reflux.teachers.base import TeacherRequest
 from reflux.teachers.own import Own
 from reflux.teachers.own_engine import OwnTeacher, move

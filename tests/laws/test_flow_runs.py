@@ -15,12 +15,12 @@ import torch
 
 import tiny_flow
 from conftest import Done
-from reflux import checkpoints
 from reflux.config.recipe import load_recipe
 from reflux.errors import ConfigError
 from reflux.flows.load import load_flow
 from reflux.loop import train
 from reflux.samplers.flow_engine import FlowSampler
+from reflux.storage import checkpoints
 from reflux.tasks.glyphs import Glyphs
 from reflux.training import Options, Run
 from tiny import same

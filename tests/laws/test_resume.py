@@ -17,10 +17,10 @@ import pytest
 
 import tiny
 from laws.kill_driver import POINTS, SETTINGS
-from reflux import checkpoints
 from reflux.config.recipe import load_recipe
 from reflux.errors import RunError, Stopped
 from reflux.loop import train
+from reflux.storage import checkpoints
 from reflux.training import Options, Run, Silent
 from reflux.types import Wants
 from tiny import same

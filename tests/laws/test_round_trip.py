@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reflux import records, refused
 from reflux.config.recipe import RunConfig, config_hash, differences, from_table, load_recipe, recipe_names, to_table, to_toml
 from reflux.config.registry import GROUPS, build, kinds, part, table_of
 from reflux.config.schedules import SCHEDULES
-from reflux.files import append_lines, read_lines
-from reflux.records import learned, read_attempt
+from reflux.storage import attempt_log, failed_batch
+from reflux.storage.attempt_log import learned, read_attempt
+from reflux.storage.files import append_lines, read_lines
 from reflux.targets import StepRecord
 from reflux.types import Attempt, FlowRollout, Prompt, Reward, Rollout, Share, TeacherAnswer, TokenRollout, VelocityTarget
 from tiny import rollout
@@ -159,7 +159,7 @@ def test_every_attempt_survives_in_what_is_kept(length: int, text: str, reward: 
     spoken = replace(rollout(length, finish=finish, mask=mask), text=text, version=3, sample=2)
     made = Attempt(spoken, reward=reward)
     with TemporaryDirectory() as scratch:
-        append_lines(Path(scratch) / "attempts.jsonl", [records.arrived(made, 4)])
+        append_lines(Path(scratch) / "attempts.jsonl", [attempt_log.arrived(made, 4)])
         (line,) = read_lines(Path(scratch) / "attempts.jsonl")
     again = read_attempt(line)
     assert isinstance(again.rollout, TokenRollout)
@@ -196,7 +196,7 @@ def flow_rollout(steps: int = 3, *, side: int = 4, colour: bool = False, **field
 def first_line(made: Attempt, step: int = 4) -> dict[str, Any]:
     """As it comes back from the file."""
     with TemporaryDirectory() as scratch:
-        append_lines(Path(scratch) / "attempts.jsonl", [records.arrived(made, step)])
+        append_lines(Path(scratch) / "attempts.jsonl", [attempt_log.arrived(made, step)])
         (line,) = read_lines(Path(scratch) / "attempts.jsonl")
     return line
 
@@ -248,7 +248,9 @@ def test_the_line_of_a_text_is_the_same_as_ever() -> None:
     )
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "a.jsonl"
-        append_lines(path, [records.arrived(Attempt(spoken, reward=reward), 0) for reward in (Reward(1.0), Reward(1.0, {"style": 0.5}))])
+        append_lines(
+            path, [attempt_log.arrived(Attempt(spoken, reward=reward), 0) for reward in (Reward(1.0), Reward(1.0, {"style": 0.5}))]
+        )
         assert path.read_text() == expected + expected.replace("1.0}", '1.0,"parts":{"style":0.5}}')
 
 
@@ -256,7 +258,7 @@ def test_an_attempt_of_no_known_kind_is_refused_in_words() -> None:
     nothing = np.zeros(0)
     other = Rollout(prompt=Prompt("p", ()), sample=0, version=0, finish="stop", mask_T=nothing, logp_T=nothing)
     with pytest.raises(TypeError, match="Rollout is neither"):
-        records.arrived(Attempt(other), 0)
+        attempt_log.arrived(Attempt(other), 0)
     with pytest.raises(ValueError, match="has one of tokens, image"):
         read_attempt({"kind": "attempt", "step": 1})
 
@@ -270,7 +272,7 @@ def test_a_refused_step_keeps_the_states_and_every_velocity(tmp_path: Path) -> N
     drawn[1].now = VelocityTarget(teacher="now", v_TD=-v_TD)
     path = tmp_path / "refused-step-1.jsonl"
     path.with_suffix(".npz").write_text("older")
-    assert refused.keep(path, [[Attempt(rollout(2))], drawn], 0, "loss nan") == path
+    assert failed_batch.keep(path, [[Attempt(rollout(2))], drawn], 0, "loss nan") == path
     lines = list(read_lines(path))
     assert [line["why"] for line in lines] == ["loss nan"] * 3
     assert all(len(line["weight"]) == len(line["mask"]) for line in lines)
@@ -279,7 +281,7 @@ def test_a_refused_step_keeps_the_states_and_every_velocity(tmp_path: Path) -> N
     assert sorted(kept) == ["1/image", "1/x_SD", "2/image", "2/v_TD/main", "2/v_TD/now", "2/x_SD"]
     np.testing.assert_array_equal(kept["1/x_SD"], drawn[0].rollout.x_SD)  # type: ignore[attr-defined]
     np.testing.assert_array_equal(kept["2/v_TD/now"], -v_TD)
-    refused.keep(path, [[Attempt(rollout(2))]], 0, "again")
+    failed_batch.keep(path, [[Attempt(rollout(2))]], 0, "again")
     assert [line["why"] for line in read_lines(path)] == ["again"]
     assert not path.with_suffix(".npz").exists()
 

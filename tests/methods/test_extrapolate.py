@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tiny
-from reflux import files
 from reflux.accelerators.extrapolate import Extrapolate, fires, multiples
 from reflux.accelerators.extrapolate_engine import OpenExtrapolate
 from reflux.accounting import Spent, Work
@@ -27,6 +26,7 @@ from reflux.errors import ConfigError, RefluxError, RunError
 from reflux.learners.access import moved
 from reflux.model_settings import Lora
 from reflux.objectives.divergence import Divergence
+from reflux.storage import files
 from tiny import same
 
 # --- when, and how far

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reflux import checkpoints
 from reflux.accelerators import extrapolate
 from reflux.errors import ConfigError, RefluxError, RunError
 from reflux.learners.access import WeightAccess, moved, required
+from reflux.storage import checkpoints
 
 if TYPE_CHECKING:
     from reflux.accelerators.base import Score

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import orjson
 
-from reflux import files
 from reflux.accelerators.base import NAME, Accelerator, Scoring
 from reflux.accounting import Spent, Work
 from reflux.errors import DataError
 from reflux.evals.agreement import gap_T
+from reflux.storage import files
 from reflux.types import Prompt, seed_of
 
 if TYPE_CHECKING:

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from reflux.assets import folder
 from reflux.evals.problems import problems
-from reflux.files import write_folder
 from reflux.flows.library import library
 from reflux.flows.load import load_flow
 from reflux.flows.model import FlowModel
 from reflux.flows.net import UNCONDITIONAL, FlowNet, PromptTable
 from reflux.samplers.flow import prompt_text
 from reflux.statistics import wilson
+from reflux.storage.files import write_folder
 from reflux.tasks.glyph_drawing import DOMAINS, SIDE, WHITE, Domain, draw
 from reflux.tasks.glyphs import Glyphs
 from reflux.types import Prompt, seed_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from reflux.files import write_folder
+from reflux.storage.files import write_folder
 
 CARD = """---
 library_name: transformers

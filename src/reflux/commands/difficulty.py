@@ -25,8 +25,8 @@ from reflux.config.recipe import RunConfig, Track, config_hash, load_recipe, par
 from reflux.errors import DataError, RunError
 from reflux.evals.problems import problems
 from reflux.evaluation import Evaluation
-from reflux.files import append_lines, jsonable, keep_lines, read_lines, write_text
 from reflux.services import Services
+from reflux.storage.files import append_lines, jsonable, keep_lines, read_lines, write_text
 from reflux.tasks.base import Split, Task
 from reflux.tasks.difficulty import FIRST, Counted, as_line, copies_of, measured, repeated, training_prompts
 from reflux.tasks.jsonl import Jsonl

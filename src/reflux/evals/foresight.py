@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from reflux import files
 from reflux.config.papers import EFFOPD, Paper
 from reflux.config.registry import STRICT
 from reflux.errors import ConfigError, RunError
@@ -29,6 +28,7 @@ from reflux.evals.spectra import (
     top_norm_ratio_of,
 )
 from reflux.learners.access import INCLUDE, WeightAccess, moved, required
+from reflux.storage import files
 
 if TYPE_CHECKING:
     from torch import Tensor

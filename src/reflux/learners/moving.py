@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from reflux import checkpoints
 from reflux.batch import Item, plan
 from reflux.config.schedules import Number, at
 from reflux.errors import StepRefused
@@ -24,6 +23,7 @@ from reflux.loss import Result
 from reflux.loss_term import LossTerm
 from reflux.metrics import Max, Stats, Sum
 from reflux.step import StepRequest, StepResult
+from reflux.storage import checkpoints
 from reflux.targets import StepRecord
 from reflux.types import Attempt, Group, Target
 from reflux.weights import InMemory

@@ -13,7 +13,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from reflux import files
 from reflux.reports.asked import sentence
 from reflux.reports.attempts import read_attempts
 from reflux.reports.costs import flops_chart, other_costs, roles_table, seconds_chart, tokens_chart
@@ -34,6 +33,7 @@ from reflux.reports.tokens import open_tokenizer
 from reflux.reports.views import legend, view
 from reflux.reports.walks import RATIO, walk
 from reflux.reports.words import words_for
+from reflux.storage import files
 
 
 def write_report(run_dir: Path) -> Path:

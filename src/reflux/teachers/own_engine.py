@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reflux import checkpoints
 from reflux.models import Model, load_model
+from reflux.storage import checkpoints
 from reflux.teachers.in_process import InProcess
 from reflux.tokens import Renderer
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reflux import files
 from reflux.accounting import TOKENS
 from reflux.config.recipe import config_hash
 from reflux.errors import RunError
+from reflux.storage import files
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reflux.errors import RunError
-from reflux.files import write_folder
+from reflux.storage.files import write_folder
 
 State = Mapping[str, Any]
 Fill = Callable[[Path], None]  # writes a part into an empty folder of its own

@@ -6,9 +6,9 @@ import fcntl
 from pathlib import Path
 from typing import IO
 
-from reflux import files, refused
 from reflux.config.recipe import RunConfig, differences, saved_table, to_table
 from reflux.errors import RunError
+from reflux.storage import failed_batch, files
 
 _MAY_DIFFER = ("steps", "save_every", "eval_every", "keep_checkpoints", "track", "threads", "evals")  # on resume: they touch no gradient
 
@@ -48,5 +48,5 @@ def take_lock(lock: IO[str], folder: Path) -> None:
 def cut_back(folder: Path, step: int) -> None:
     """Everything on disk that came after the checkpoint goes: it will be done again."""
     for path in folder.glob("*.jsonl"):
-        if not path.name.startswith(refused.NAME):
+        if not path.name.startswith(failed_batch.NAME):
             files.keep_lines(path, lambda row: row.get("step", 0) <= step)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from reflux.config.papers import Paper
 from reflux.config.recipe import RunConfig, config_hash
-from reflux.summary import commit, method_of
+from reflux.storage.summary import commit, method_of
 from reflux.types import FlowRollout
 
 

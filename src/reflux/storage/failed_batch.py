@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reflux import files, records
+from reflux.storage import attempt_log, files
 from reflux.types import Attempt, FlowRollout, Group, VelocityTarget
 
 NAME = "refused-step-"  # of the file; the step from 1 follows
@@ -26,7 +26,7 @@ def keep(path: Path, groups: Sequence[Group], step: int, why: str) -> Path:
         old.unlink(missing_ok=True)
     if arrays:
         np.savez(beside, **arrays)  # type: ignore[arg-type]
-    files.append_lines(path, [{**records.arrived(a, step), **records.learned(a, step), "why": why} for a in attempts])
+    files.append_lines(path, [{**attempt_log.arrived(a, step), **attempt_log.learned(a, step), "why": why} for a in attempts])
     return path
 
 
