@@ -31,7 +31,7 @@ from reflux.config.papers import Paper  # noqa: E402
 from reflux.config.recipe import RECIPES, RunConfig, Track, load_recipe, recipe_names  # noqa: E402
 from reflux.config.registry import PartOf  # noqa: E402
 from reflux.credit.outcome import group_advantages  # noqa: E402
-from reflux.metrics import step_flops  # noqa: E402
+from reflux.metrics.values import step_flops  # noqa: E402
 from reflux.model_settings import (  # noqa: E402
     Average,
     FlowLora,
@@ -78,7 +78,7 @@ MATHS = (
     "reflux.evals.spectra",
     "reflux.tasks.difficulty",
     "reflux.kernels.linear_divergence",
-    "reflux.statistics",
+    "reflux.metrics.intervals",
 )
 METHOD = ("objectives", "credit", "contexts", "accelerators")  # the groups whose parts make a method
 MADE = "<!-- Written by docs/generate.py from the code. Do not edit: change the docstring, the comment or docs/notes.toml. -->\n"

@@ -35,8 +35,8 @@ from reflux.contexts.peers import Peers
 from reflux.contexts.same import Same
 from reflux.contexts.wording import with_attempts
 from reflux.loop import lasting, open_parts
+from reflux.metrics.intervals import bootstrap_mean
 from reflux.rewards.base import judge
-from reflux.statistics import bootstrap_mean
 from reflux.storage.files import write_text
 from reflux.storage.summary import commit
 from reflux.teachers.base import TeacherRequest

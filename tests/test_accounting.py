@@ -20,13 +20,13 @@ import outside
 import tiny
 import tiny_flow
 import tiny_glyphs
-from reflux.accounting import Landed, Ran, Work, flops
 from reflux.flows.model import FlowModel
 from reflux.kernels.cpu_decoder import CpuDecoder
 from reflux.learners.flow_engine import FlowLearner
 from reflux.learners.hf_engine import HFLearner
 from reflux.loop import train
-from reflux.metrics import step_flops
+from reflux.metrics.flops import Landed, Ran, Work, flops
+from reflux.metrics.values import step_flops
 from reflux.models import parameter_count
 from reflux.planning import plan
 from reflux.samplers import hf_engine

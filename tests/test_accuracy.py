@@ -15,7 +15,7 @@ import pytest
 import tiny
 from reflux.config.context import Generation
 from reflux.evals.accuracy import Accuracy
-from reflux.statistics import bootstrap_mean, wilson
+from reflux.metrics.intervals import bootstrap_mean, wilson
 from reflux.tasks.grading import Graders
 from reflux.tasks.jsonl import Jsonl
 from reflux.tasks.mix import Mix

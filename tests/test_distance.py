@@ -19,11 +19,11 @@ import tiny
 import tiny_flow
 import tiny_glyphs
 from reflux.commands.progress import Progress
-from reflux.distance import generated_kl, teacher_logp_T, trained_kl
 from reflux.flows.sde import kl_weight
 from reflux.kernels.head import Head
 from reflux.loop import train
-from reflux.metrics import Mean
+from reflux.metrics.teacher_distance import generated_kl, teacher_logp_T, trained_kl
+from reflux.metrics.values import Mean
 from reflux.storage.attempt_log import arrived, read_attempt
 from reflux.targets import StepRecord
 from reflux.training import Options
@@ -106,7 +106,7 @@ def test_it_is_omitted_where_it_would_cost_a_row(tiny_run: Callable[..., Any], m
     computed = sum(heads)
     assert "kl_nats" not in cut
     assert cut["kl_nats_trained"] > 0
-    monkeypatch.setattr("reflux.step_metrics.generated_kl", lambda *_: Mean())
+    monkeypatch.setattr("reflux.metrics.step_metrics.generated_kl", lambda *_: Mean())
     heads.clear()
     tiny_run("opd", **settings)
     assert sum(heads) == computed

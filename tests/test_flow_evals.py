@@ -27,11 +27,11 @@ from reflux.evals.problems import HELD_OUT_SEED
 from reflux.evals.teacher_accuracy import TeacherAccuracy
 from reflux.evaluation import Evaluation
 from reflux.flows.sde import step_moments
+from reflux.metrics.intervals import bootstrap_mean, wilson
 from reflux.once import Once
 from reflux.pictures import from_text
 from reflux.samplers.flow import Flow
 from reflux.samplers.flow_engine import FlowSampler
-from reflux.statistics import bootstrap_mean, wilson
 from reflux.tasks import glyph_drawing
 from reflux.tasks.glyphs import Glyphs
 from reflux.tasks.grading import Graders

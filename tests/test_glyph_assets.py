@@ -19,8 +19,8 @@ from reflux.assets.make import main
 from reflux.evals.problems import problems
 from reflux.flows.load import load_flow
 from reflux.flows.model import FlowModel
+from reflux.metrics.intervals import wilson
 from reflux.samplers.flow import prompt_text
-from reflux.statistics import wilson
 from reflux.tasks.glyph_drawing import DOMAINS, draw
 from reflux.tasks.glyph_reading import quality
 from reflux.tasks.glyphs import Glyphs

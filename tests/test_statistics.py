@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import beta, binomtest, t
 
-from reflux.statistics import bootstrap_mean, clustered_mean, mean_interval, pass_at_k, wilson
+from reflux.metrics.intervals import bootstrap_mean, clustered_mean, mean_interval, pass_at_k, wilson
 
 
 @pytest.mark.parametrize("n", [1, 7, 500])

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from reflux.metrics import Quantiles
-from reflux.step_metrics import _credit
+from reflux.metrics.step_metrics import _credit
+from reflux.metrics.values import Quantiles
 from reflux.types import Attempt, Share
 from tiny import rollout
 

@@ -23,7 +23,7 @@ from reflux.kernels.head import Head
 from reflux.learners.hf import HF as HFLearnerPart
 from reflux.learners.hf_engine import HFLearner
 from reflux.learning import learn
-from reflux.metrics import Stats
+from reflux.metrics.values import Stats
 from reflux.models import Model, as_model
 from reflux.services import Services
 from reflux.step import StepRequest

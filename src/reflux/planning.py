@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from reflux import checks
 from reflux.checks import lengths
 from reflux.config.recipe import RunConfig, config_hash
-from reflux.metrics import step_flops
+from reflux.metrics.values import step_flops
 from reflux.model_files import Size, size_of
 from reflux.storage.summary import method_of
 from reflux.teachers.base import spoken_name

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reflux.metrics import Stats
+from reflux.metrics.values import Stats
 
 if TYPE_CHECKING:
     from reflux.loss_term import LossTerm

@@ -15,27 +15,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from reflux import checks
-from reflux.accounting import TOKENS, Landed, Ran, Work, add_up
 from reflux.cite import papers
 from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig, part_context, to_table, to_toml
 from reflux.errors import RunError, Stopped
 from reflux.evals.base import Source
 from reflux.evaluation import Evaluation
+from reflux.metrics.flops import TOKENS, Landed, Ran, Work, add_up
+from reflux.metrics.step_metrics import step_metrics
+from reflux.metrics.trackers import NoTracker, Tracker, open_tracker
 from reflux.services import Services
 from reflux.step import StepResult
-from reflux.step_metrics import step_metrics
 from reflux.storage import attempt_log, checkpoints, failed_batch, files, run_dir
 from reflux.storage.model_card import model_card
 from reflux.storage.summary import saved_summary, summarise
-from reflux.tracking import NoTracker, Tracker, open_tracker
 from reflux.types import Group, Moment, Prompt, Wants
 
 if TYPE_CHECKING:
     from reflux.accelerators.base import OpenAccelerator
-    from reflux.accounting import Spent
     from reflux.evals.base import Eval
     from reflux.learners.base import OpenLearner
+    from reflux.metrics.flops import Spent
     from reflux.samplers.base import OpenSampler
     from reflux.teachers.collection import Teachers
 

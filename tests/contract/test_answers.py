@@ -257,7 +257,7 @@ def test_coroutines_together_keep_their_order_and_end_together() -> None:
 
 def test_who_cannot_answer_says_why_is_counted_and_is_asked_again() -> None:
     """No target: nothing is learnt from it. The target of before is not forgotten."""
-    from reflux.step_metrics import _answer_errors, _asked, _silent
+    from reflux.metrics.step_metrics import _answer_errors, _asked, _silent
 
     async def at_once() -> None: ...
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from reflux.metrics import Max, Mean, Quantiles, Sum, jsonable, merge, step_flops
+from reflux.metrics.values import Max, Mean, Quantiles, Sum, jsonable, merge, step_flops
 
 numbers = st.lists(st.floats(-100, 100), min_size=1, max_size=20)
 

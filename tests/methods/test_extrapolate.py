@@ -21,9 +21,9 @@ from torch import Tensor
 import tiny
 from reflux.accelerators.extrapolate import Extrapolate, fires, multiples
 from reflux.accelerators.extrapolate_engine import OpenExtrapolate
-from reflux.accounting import Spent, Work
 from reflux.errors import ConfigError, RefluxError, RunError
 from reflux.learners.access import moved
+from reflux.metrics.flops import Spent, Work
 from reflux.model_settings import Lora
 from reflux.objectives.divergence import Divergence
 from reflux.storage import files

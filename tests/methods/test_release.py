@@ -21,7 +21,7 @@ from reflux.credit.base import share_credit
 from reflux.credit.change_point import best_split
 from reflux.credit.prefix import Prefix
 from reflux.credit.release import Release, candidate_margin, change_point, segment_scores
-from reflux.metrics import Quantiles
+from reflux.metrics.values import Quantiles
 from reflux.models import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from reflux.accounting import Spent
 from reflux.config.part import Part
+from reflux.metrics.flops import Spent
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext

@@ -19,8 +19,8 @@ from reflux.storage import checkpoints
 if TYPE_CHECKING:
     from reflux.accelerators.base import Score
     from reflux.accelerators.extrapolate import Extrapolate
-    from reflux.accounting import Spent
     from reflux.config.context import PartContext
+    from reflux.metrics.flops import Spent
     from reflux.services import Services
 
 Weights = dict[str, Tensor]  # by the model's own names

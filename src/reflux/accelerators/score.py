@@ -11,9 +11,9 @@ import numpy as np
 import orjson
 
 from reflux.accelerators.base import NAME, Accelerator, Scoring
-from reflux.accounting import Spent, Work
 from reflux.errors import DataError
 from reflux.evals.agreement import gap_T
+from reflux.metrics.flops import Spent, Work
 from reflux.storage import files
 from reflux.types import Prompt, seed_of
 

@@ -28,8 +28,8 @@ from reflux.flows.library import library
 from reflux.flows.load import load_flow
 from reflux.flows.model import FlowModel
 from reflux.flows.net import UNCONDITIONAL, FlowNet, PromptTable
+from reflux.metrics.intervals import wilson
 from reflux.samplers.flow import prompt_text
-from reflux.statistics import wilson
 from reflux.storage.files import write_folder
 from reflux.tasks.glyph_drawing import DOMAINS, SIDE, WHITE, Domain, draw
 from reflux.tasks.glyphs import Glyphs

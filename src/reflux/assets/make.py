@@ -25,7 +25,7 @@ from reflux.assets.lessons import Shown
 from reflux.assets.store import save
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.evals.problems import problems
-from reflux.statistics import wilson
+from reflux.metrics.intervals import wilson
 from reflux.tasks.base import Task
 from reflux.tasks.mix import Mix
 from reflux.tasks.word_problems import WordProblems

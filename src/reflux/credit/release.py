@@ -15,7 +15,7 @@ from reflux.config.registry import STRICT, kind_of
 from reflux.credit.base import CreditPart
 from reflux.credit.change_point import Split, best_split, candidate_margin, change_point, segment_margins, segment_scores
 from reflux.credit.segments import Way, segments_of
-from reflux.metrics import Max, Quantiles
+from reflux.metrics.values import Max, Quantiles
 from reflux.teachers.names import tables_of, unless_known
 from reflux.types import Attempt, Group, Moment, Share, TokenRollout, TopKTarget, Wants
 

@@ -14,7 +14,7 @@ from reflux.errors import DataError
 from reflux.evals.base import Asked, EvalPart
 from reflux.evals.kinds import kind_of
 from reflux.evals.problems import problems
-from reflux.statistics import mean_interval, pass_at_k, wilson
+from reflux.metrics.intervals import mean_interval, pass_at_k, wilson
 from reflux.tasks.base import Split
 from reflux.types import Attempt, Prompt, Reward
 

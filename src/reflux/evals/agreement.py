@@ -14,7 +14,7 @@ from reflux.config.registry import STRICT
 from reflux.evals.base import Asked, EvalPart
 from reflux.evals.kinds import kind_of
 from reflux.evals.problems import problems
-from reflux.statistics import clustered_mean
+from reflux.metrics.intervals import clustered_mean
 from reflux.tasks.base import Split
 from reflux.teachers.names import unless_known
 from reflux.types import Attempt, Rollout, SampledTarget, TokenRollout

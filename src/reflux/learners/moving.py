@@ -21,7 +21,7 @@ from reflux.learners.net_access import NetAccess
 from reflux.learners.tally import Tally
 from reflux.loss import Result
 from reflux.loss_term import LossTerm
-from reflux.metrics import Max, Stats, Sum
+from reflux.metrics.values import Max, Stats, Sum
 from reflux.step import StepRequest, StepResult
 from reflux.storage import checkpoints
 from reflux.targets import StepRecord

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reflux.batch import Item
 from reflux.loss import Result
-from reflux.metrics import Mean, Stats, Sum
+from reflux.metrics.values import Mean, Stats, Sum
 from reflux.targets import StepRecord
 from reflux.types import Attempt
 

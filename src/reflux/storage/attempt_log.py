@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from reflux import pictures
-from reflux.distance import teacher_logp_T
+from reflux.metrics.teacher_distance import teacher_logp_T
 from reflux.targets import StepRecord
 from reflux.types import Attempt, FlowRollout, Message, Prompt, Reward, Rollout, TokenRollout
 

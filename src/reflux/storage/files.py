@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from reflux.errors import RunError
-from reflux.metrics import jsonable
+from reflux.metrics.values import jsonable
 
 _LINE = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
 

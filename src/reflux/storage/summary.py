@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reflux.accounting import TOKENS
 from reflux.config.recipe import config_hash
 from reflux.errors import RunError
+from reflux.metrics.flops import TOKENS
 from reflux.storage import files
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from reflux.config.recipe import Track
 from reflux.errors import ConfigError
-from reflux.metrics import jsonable
+from reflux.metrics.values import jsonable
 
 
 class Tracker(Protocol):

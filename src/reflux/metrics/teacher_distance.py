@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from reflux.heads import Heads
-from reflux.metrics import Mean
+from reflux.metrics.values import Mean
 from reflux.types import Attempt, VelocityTarget
 
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from reflux.accounting import Ran, Work, flops
 from reflux.clock import Clock
-from reflux.distance import generated_kl, trained_kl
-from reflux.metrics import Mean, Stats, merge
+from reflux.metrics.flops import Ran, Work, flops
+from reflux.metrics.teacher_distance import generated_kl, trained_kl
+from reflux.metrics.values import Mean, Stats, merge
 from reflux.types import Attempt, Finish, Group, Share
 
 if TYPE_CHECKING:
-    from reflux.accounting import Spent
+    from reflux.metrics.flops import Spent
     from reflux.teachers.collection import Teachers
 
 

@@ -1,0 +1,1 @@
+"""Numbers: values that merge, costs, intervals, the line of a step, trackers."""
