@@ -64,9 +64,9 @@ class Constants:
 def model(asked: argparse.Namespace, device: str, dtype: Any) -> Any:
     import torch
 
-    from reflux.flows.library import library
-    from reflux.flows.model import FlowModel
-    from reflux.flows.net import FlowNet
+    from reflux.models.flow.diffusers_library import library
+    from reflux.models.flow.flow_model import FlowModel
+    from reflux.models.flow.net import FlowNet
 
     shape = TINY if asked.tiny else SD35_MEDIUM
     torch.manual_seed(0)
@@ -84,8 +84,8 @@ def one_step(asked: argparse.Namespace, student: Any, frozen: Any, group: int, d
     """Seconds of sampling, of both teachers and of learning, one pass of `micro_batch` states at a time."""
     import torch
 
-    from reflux.flows import adapters
-    from reflux.flows.sde import kl_weight, sde_step
+    from reflux.models.flow import adapters
+    from reflux.models.flow.sde import kl_weight, sde_step
 
     cuda = device == "cuda"
     seconds: dict[str, float] = {}
@@ -140,8 +140,8 @@ def main() -> None:
     asked = parser.parse_args()
     import torch
 
-    from reflux.flows import adapters
-    from reflux.model_settings import FlowLora
+    from reflux.models.flow import adapters
+    from reflux.models.settings import FlowLora
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not asked.tiny:
@@ -174,7 +174,7 @@ def random_adapter(of: Any, lora: Any) -> Any:
     """Factors from dice at every module that lora names."""
     import torch
 
-    from reflux.flows import adapters
+    from reflux.models.flow import adapters
 
     dice = torch.Generator().manual_seed(1)
     shapes = adapters.linear_shapes(of.net.transformer)

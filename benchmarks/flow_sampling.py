@@ -23,7 +23,7 @@ def plain(model: Any, transformer: Any, texts: list[str], steps: int, guidance: 
     """What a diffusers pipeline does between prompt and picture."""
     import torch
 
-    from reflux.flows.library import library
+    from reflux.models.flow.diffusers_library import library
 
     with torch.inference_mode():
         scheduler = library().FlowMatchEulerDiscreteScheduler.from_config(dict(model.scheduler))
@@ -52,8 +52,8 @@ def contestants(asked: argparse.Namespace, run: Any, sampler: Any) -> dict[str, 
 
     import torch
 
-    from reflux.flows.library import library
-    from reflux.models import locate
+    from reflux.models.flow.diffusers_library import library
+    from reflux.models.text import locate
 
     prompts = list(islice(run.task.prompts("train", 0), asked.images))
     texts = [prompt.messages[-1]["content"] for prompt in prompts]

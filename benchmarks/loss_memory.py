@@ -89,7 +89,7 @@ def plain(case: str) -> Callable[..., Any]:
     import torch
     from torch.nn import functional as F
 
-    from reflux.kernels.cpu_linear import linear
+    from reflux.models.cpu.linear import linear
 
     product = linear if "fast" in case else F.linear
 

@@ -88,9 +88,9 @@ def run_arm(arm: str, steps: int, threads: int, out: Path) -> None:
 def watch_added_work() -> list[tuple[int, float]]:
     """(step it was in, seconds) of every call of what rules add to a step, from here on; a step begins when its attempts are sampled."""
     from reflux import loop
+    from reflux.models.tokenizer import CharacterSpans
     from reflux.teachers import collection
     from reflux.teachers.in_process import InProcess
-    from reflux.tokens import CharacterSpans
 
     spent: list[tuple[int, float]] = []
     shared = [0]

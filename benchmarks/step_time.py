@@ -68,7 +68,7 @@ def never_ending(source: Path, target: Path, tokens: int) -> None:
 
 def prepare(folder: Path, batch: int, length: int) -> None:
     """Models and prompts that both sides read."""
-    from reflux.models import ASSETS
+    from reflux.models.text import ASSETS
     from reflux.tasks.word_problems import WordProblems
 
     for name in ("student", "teacher"):

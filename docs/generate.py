@@ -32,7 +32,7 @@ from reflux.config.recipe import RECIPES, RunConfig, Track, load_recipe, recipe_
 from reflux.config.registry import PartOf  # noqa: E402
 from reflux.credit.outcome import group_advantages  # noqa: E402
 from reflux.metrics.values import step_flops  # noqa: E402
-from reflux.model_settings import (  # noqa: E402
+from reflux.models.settings import (  # noqa: E402
     Average,
     FlowLora,
     Lora,

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reflux.kernels.head import Head
 from reflux.kernels.linear_divergence import linear_divergence
-from reflux.models import ASSETS
+from reflux.models.text import ASSETS
 from reflux.objectives.divergence import Divergence
 
 TEXTS = ["Tom has 12 apples and buys 7. How many?", "Mia had 30 pens and lost 4 of them."]

@@ -25,8 +25,8 @@ from pydantic.dataclasses import dataclass
 from reflux.config.context import PartContext
 from reflux.config.registry import STRICT
 from reflux.credit.base import CreditPart
-from reflux.heads import Heads
 from reflux.learners.hf import HF
+from reflux.models.heads import Heads
 from reflux.services import Services
 from reflux.teachers.base import TeacherRequest
 from reflux.teachers.local import Local

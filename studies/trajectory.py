@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
 from reflux.credit.base import CreditPart
-from reflux.flows.sde import kl_weight
+from reflux.models.flow.sde import kl_weight
 from reflux.types import Attempt, FlowRollout, Group, Moment, Share, VelocityTarget, Wants
 
 

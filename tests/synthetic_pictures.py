@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from reflux.pictures import to_text
+from reflux.models.images import to_text
 from reflux.tasks.glyph_drawing import draw
 from reflux.tasks.glyphs import Glyphs
 from reflux.types import Prompt

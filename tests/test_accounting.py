@@ -20,14 +20,14 @@ import outside
 import tiny
 import tiny_flow
 import tiny_glyphs
-from reflux.flows.model import FlowModel
-from reflux.kernels.cpu_decoder import CpuDecoder
 from reflux.learners.flow_engine import FlowLearner
 from reflux.learners.hf_engine import HFLearner
 from reflux.loop import train
 from reflux.metrics.flops import Landed, Ran, Work, flops
 from reflux.metrics.values import step_flops
-from reflux.models import parameter_count
+from reflux.models.cpu.decoder import CpuDecoder
+from reflux.models.flow.flow_model import FlowModel
+from reflux.models.text import parameter_count
 from reflux.planning import plan
 from reflux.samplers import hf_engine
 from reflux.samplers.flow_engine import FlowSampler
@@ -171,7 +171,7 @@ def test_a_plain_step_costs_what_the_formula_says(tiny_run: Callable[..., Any], 
 
 def prompts(count: int) -> list[list[int]]:
     from reflux.assets.tokenizer import character_tokenizer
-    from reflux.tokens import Renderer
+    from reflux.models.tokenizer import Renderer
 
     render = Renderer(character_tokenizer(), None, {})
     return [render.ids(prompt.messages) for prompt in islice(outside.Chat().prompts("train", 0), count)]
@@ -257,7 +257,7 @@ def test_pictures_are_billed_for_every_call_of_a_network(
 
 
 def flow_macs(folder: str, guidance: float) -> int:
-    from reflux.flows.load import load_flow
+    from reflux.models.flow.load import load_flow
 
     return load_flow(folder, "m", device="cpu").macs(guidance, 0)
 

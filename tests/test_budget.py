@@ -111,7 +111,7 @@ def test_the_count_sees_a_copy() -> None:
 
 def parts() -> list[type]:
     from reflux.config.recipe import RunConfig, Track
-    from reflux.model_settings import Lora
+    from reflux.models.settings import Lora
 
     return [RunConfig, Track, Lora, *(part(group, kind) for group in GROUPS for kind in kinds(group))]
 

@@ -14,7 +14,7 @@ import pytest
 import tiny
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.credit.release import Release
-from reflux.models import as_model
+from reflux.models.text import as_model
 from reflux.types import Moment, Share
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))  # scripts import their neighbours

@@ -26,10 +26,10 @@ from reflux.evals.agreement import Agreement, gap_T
 from reflux.evals.problems import HELD_OUT_SEED
 from reflux.evals.teacher_accuracy import TeacherAccuracy
 from reflux.evaluation import Evaluation
-from reflux.flows.sde import step_moments
 from reflux.metrics.intervals import bootstrap_mean, wilson
-from reflux.once import Once
-from reflux.pictures import from_text
+from reflux.models.flow.sde import step_moments
+from reflux.models.images import from_text
+from reflux.models.shared_cache import Once
 from reflux.samplers.flow import Flow
 from reflux.samplers.flow_engine import FlowSampler
 from reflux.tasks import glyph_drawing

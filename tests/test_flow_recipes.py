@@ -72,7 +72,7 @@ def test_a_flow_recipe_runs_with_its_evaluations(flow_run: Callable[..., Done], 
 
 
 def test_the_student_begins_at_the_mean_of_its_teachers(config: Config, tmp_path: Path, models: tiny_glyphs.Models) -> None:
-    from reflux.flows.load import load_net
+    from reflux.models.flow.load import load_net
 
     cfg = config("flow")
 
@@ -99,7 +99,7 @@ def test_a_flow_recipe_learns(flow_run: Callable[..., Done], recipe: str) -> Non
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_flow_recipe_plans(config: Config, models: tiny_glyphs.Models, recipe: str) -> None:
-    from reflux.flows.load import load_flow
+    from reflux.models.flow.load import load_flow
 
     cfg, model = config(recipe), load_flow(models["student"], "m", device="cpu")
     found = plan(cfg)
@@ -155,7 +155,7 @@ def test_a_model_of_the_hub_with_encoders_and_decoder_is_sized_from_its_files(tm
     """Stable Diffusion's layout: two copies of a part in other precisions count once, encoders and decoder beside what is trained."""
     from safetensors.torch import save_file
 
-    from reflux.model_files import size_of
+    from reflux.models.sizes import size_of
 
     folder = tmp_path / "sd"
     tiny_flow.model(1, side=8).save(folder, torch.float16)

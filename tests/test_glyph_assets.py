@@ -17,9 +17,9 @@ from reflux.assets import folder, glyphs
 from reflux.assets.glyphs import FLOW_SPECS, blank, cold_start, drawings, exam, first, flow_matching, pictures_of
 from reflux.assets.make import main
 from reflux.evals.problems import problems
-from reflux.flows.load import load_flow
-from reflux.flows.model import FlowModel
 from reflux.metrics.intervals import wilson
+from reflux.models.flow.flow_model import FlowModel
+from reflux.models.flow.load import load_flow
 from reflux.samplers.flow import prompt_text
 from reflux.tasks.glyph_drawing import DOMAINS, draw
 from reflux.tasks.glyph_reading import quality

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from reflux.pictures import SIDE, from_text, picture_of, png, thumbnail, to_text
+from reflux.models.images import SIDE, from_text, picture_of, png, thumbnail, to_text
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12)) | st.tuples(st.integers(1, 12), st.integers(1, 12), st.just(3))
 

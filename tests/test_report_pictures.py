@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reflux.pictures import picture_of, png, to_text
+from reflux.models.images import picture_of, png, to_text
 from reflux.reports.attempts import Shown, read_attempts
 from reflux.reports.curves import kl_chart, position_chart
 from reflux.reports.evals import read_evals

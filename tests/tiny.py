@@ -18,13 +18,13 @@ from reflux.config.context import Generation, Numbers, PartContext, StudentSpec
 from reflux.config.recipe import RunConfig, load_recipe
 from reflux.contexts.base import View
 from reflux.evaluation import Evaluation
-from reflux.heads import Heads
 from reflux.kernels.head import Head
 from reflux.learners.hf import HF as HFLearnerPart
 from reflux.learners.hf_engine import HFLearner
 from reflux.learning import learn
 from reflux.metrics.values import Stats
-from reflux.models import Model, as_model
+from reflux.models.heads import Heads
+from reflux.models.text import Model, as_model
 from reflux.services import Services
 from reflux.step import StepRequest
 from reflux.teachers.base import TeacherRequest

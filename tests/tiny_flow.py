@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reflux.flows.library import library
-from reflux.flows.model import FlowModel
-from reflux.flows.net import FlowNet, PromptTable
-from reflux.flows.sde import step_logp, step_moments
+from reflux.models.flow.diffusers_library import library
+from reflux.models.flow.flow_model import FlowModel
+from reflux.models.flow.net import FlowNet, PromptTable
+from reflux.models.flow.sde import step_logp, step_moments
 from reflux.types import Attempt, FlowRollout, Prompt, TeacherAnswer, VelocityTarget
 
 TEXTS = ("", *(f"draw {number}" for number in range(5)))  # what a tiny model has learned; "" is the unconditional prompt

@@ -15,7 +15,7 @@ from reflux.config.recipe import RunConfig
 from reflux.credit.base import share_credit
 from reflux.learners.base import OpenLearner
 from reflux.learning import learn, observe
-from reflux.models import prepare_torch
+from reflux.models.text import prepare_torch
 from reflux.pipeline import Pipeline
 from reflux.rewards.base import OpenReward, judge
 from reflux.rewards.weighted import open_rewards

@@ -9,7 +9,7 @@ from reflux import checks
 from reflux.checks import lengths
 from reflux.config.recipe import RunConfig, config_hash
 from reflux.metrics.values import step_flops
-from reflux.model_files import Size, size_of
+from reflux.models.sizes import Size, size_of
 from reflux.storage.summary import method_of
 from reflux.teachers.base import spoken_name
 from reflux.types import FlowRollout, Wants

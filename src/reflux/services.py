@@ -11,8 +11,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from reflux.clock import Clock
-from reflux.heads import Heads
-from reflux.once import Once
+from reflux.models.heads import Heads
+from reflux.models.shared_cache import Once
 from reflux.weights import Lent
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Services:
     @cached_property
     def tokenizer(self) -> Any:
         """The student's."""
-        from reflux.models import load_tokenizer
+        from reflux.models.text import load_tokenizer
 
         return load_tokenizer(self.student.model, "learner.model", self.student.trust_remote_code)
 
@@ -95,6 +95,6 @@ class Services:
 
 def _model_threads() -> ThreadPoolExecutor:
     """Two threads, each with half of the cores."""
-    from reflux.models import share_cores
+    from reflux.models.text import share_cores
 
     return ThreadPoolExecutor(2, "reflux-model", share_cores, (2,))

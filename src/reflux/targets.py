@@ -1,6 +1,6 @@
 """What a model said along one attempt, as a sum type: what it does not know is not there. `types.py` gives these names on.
 
-A target answers for itself, so nobody has to ask which kind it is. `heads` are the output heads of this process (`reflux.heads.Heads`);
+A target answers for itself, so nobody has to ask which kind it is. `heads` are the output heads of this process (`reflux.models.heads.Heads`);
 only hidden states need them. `logp_T` is what is known of the sampled tokens without a head, None where that is nothing.
 """
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from reflux.heads import Heads
+    from reflux.models.heads import Heads
     from reflux.types import Rollout, Target
 
 
@@ -175,7 +175,7 @@ class VelocityTarget(_Known):
 
     def kl_T(self, other: Target, rollout: Rollout, heads: Heads) -> np.ndarray | None:
         """w |v - v_other|^2 of each step, >= 0, with w of `flows.sde.kl_weight`. None without noise, where it is infinite."""
-        from reflux.flows.sde import kl_weight
+        from reflux.models.flow.sde import kl_weight
         from reflux.types import FlowRollout
 
         if not isinstance(other, VelocityTarget) or not isinstance(rollout, FlowRollout) or not rollout.noise_level:

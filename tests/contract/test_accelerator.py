@@ -22,7 +22,7 @@ from reflux.accelerators.extrapolate_engine import OpenExtrapolate
 from reflux.accelerators.score import Scorer, different
 from reflux.errors import ConfigError, DataError, RunError
 from reflux.loop import train
-from reflux.samplers.noise import row_key
+from reflux.models.rng import row_key
 from reflux.tasks.word_problems import WordProblems
 from reflux.training import Options, Silent
 from reflux.types import Prompt, Reward, seed_of
@@ -175,7 +175,7 @@ def test_searches_are_told_counted_and_on_disk(tiny_run: Callable[..., Any], sco
 def done_prompt(listed: dict[str, Any]) -> list[int]:
     """A listed prompt as the student reads it."""
     from reflux.assets.tokenizer import character_tokenizer
-    from reflux.tokens import Renderer
+    from reflux.models.tokenizer import Renderer
 
     return Renderer(character_tokenizer(), None, {}).ids(listed["messages"])
 
@@ -183,7 +183,7 @@ def done_prompt(listed: dict[str, Any]) -> list[int]:
 def teacher_parameters(done: Any) -> int:
     import tomllib
 
-    from reflux.models import parameter_count
+    from reflux.models.text import parameter_count
 
     table = tomllib.loads((done.dir / "config.toml").read_text())
     return parameter_count(AutoModelForCausalLM.from_pretrained(table["teachers"]["main"]["model"]))
@@ -450,7 +450,7 @@ def test_attempts_that_a_jump_throws_away_are_counted(tiny_run: Callable[..., An
 
 
 def student_parameters(done: Any) -> int:
-    from reflux.models import parameter_count
+    from reflux.models.text import parameter_count
 
     return parameter_count(AutoModelForCausalLM.from_pretrained(done.dir / "student"))
 

@@ -21,7 +21,7 @@ import tiny_flow
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.contexts.base import View
 from reflux.errors import ModelError
-from reflux.models import as_model
+from reflux.models.text import as_model
 from reflux.teachers import TEACHERS
 from reflux.teachers.base import TeacherRequest
 from reflux.teachers.collection import Teachers

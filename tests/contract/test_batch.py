@@ -178,7 +178,7 @@ def test_micro_batches_hold_every_item_once_within_the_budget(lengths: list[int]
 
 def test_rows_of_one_micro_batch_share_head_and_width() -> None:
     from reflux.assets.tokenizer import character_tokenizer
-    from reflux.models import as_model
+    from reflux.models.text import as_model
 
     one, other = (as_model(tiny.net(seed), character_tokenizer()) for seed in (2, 3))
     items: list[Item] = plan([[attempt(rollout(3, seed=1), one)], [attempt(rollout(3, seed=2), other)]], [Divergence()], "kept")

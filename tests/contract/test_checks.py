@@ -374,8 +374,8 @@ def test_a_window_that_just_fits_is_exactly_what_a_teacher_reads(peer_tokens: in
     """The longest question with attempts of the advised length, rendered: it takes as many tokens as were counted."""
     from reflux.contexts.base import retold
     from reflux.contexts.wording import with_attempts
-    from reflux.models import load_tokenizer
-    from reflux.tokens import Renderer
+    from reflux.models.text import load_tokenizer
+    from reflux.models.tokenizer import Renderer
 
     cfg = load_recipe("peers")
     said = told_of_windows({"sampler.max_tokens": 500, "teachers.main.context.peer_tokens": peer_tokens})

@@ -66,8 +66,8 @@ def test_noise_and_times_have_the_distributions_that_are_stated(config: Config, 
 
 def test_a_prompts_picture_is_drawn_by_the_teacher_of_its_route(config: Config, tmp_path: Path, models: tiny_glyphs.Models) -> None:
     """Each equals the ODE of that table's model from the same first noise; the steps are those of evaluations."""
-    from reflux.flows.load import load_flow
-    from reflux.samplers.noise import normal, row_key
+    from reflux.models.flow.load import load_flow
+    from reflux.models.rng import normal, row_key
 
     cfg = config("flow_sft")
     for rollout in rollouts(drawn(cfg, tmp_path / "run", glyphs(4))):
@@ -128,7 +128,7 @@ def test_evaluations_are_the_students_own(config: Config, tmp_path: Path) -> Non
 
 def test_the_loss_of_drawn_pictures_is_that_of_flow_matching(config: Config, tmp_path: Path, models: tiny_glyphs.Models) -> None:
     """Mean over pixels, positions and pictures of (v - (x_1 - x_0))^2, by the model itself."""
-    from reflux.flows.load import load_flow
+    from reflux.models.flow.load import load_flow
 
     cfg = config("flow_sft", steps=1, **NO_EVALS)
     folder = tmp_path / "train"

@@ -13,10 +13,10 @@ import pytest
 import tiny
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.errors import ConfigError, DataError
+from reflux.models.rng import row_key
+from reflux.models.turns import Turn, TurnRequest
 from reflux.rollouts.driver import Driver, Limits
 from reflux.rollouts.environment import Environment, Observation, ToolError
-from reflux.rollouts.turns import Turn, TurnRequest
-from reflux.samplers.noise import row_key
 from reflux.tasks.base import TaskPart
 from reflux.types import Attempt, Draw, Message, Prompt, TokenRollout, Wants
 

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import tiny_flow
 from reflux.errors import ModelError
-from reflux.flows.adapter_files import read_adapter, write_adapter
-from reflux.flows.adapter_folders import DIFFUSERS, PEFT, adapter_folder
-from reflux.flows.adapters import Adapter, Factors, add, attach, layers_of, taken, use
-from reflux.flows.library import library
-from reflux.flows.model import FlowModel
-from reflux.learners import adapters as plain
+from reflux.models import lora as plain
+from reflux.models.flow.adapter_files import read_adapter, write_adapter
+from reflux.models.flow.adapter_folders import DIFFUSERS, PEFT, adapter_folder
+from reflux.models.flow.diffusers_library import library
+from reflux.models.flow.flow_adapters import Adapter, Factors, add, attach, layers_of, taken, use
+from reflux.models.flow.flow_model import FlowModel
 from tiny_flow import TEXTS, factors, modules, save_adapter
 
 

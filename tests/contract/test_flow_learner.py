@@ -20,12 +20,12 @@ from reflux.credit.base import share_credit
 from reflux.credit.outcome import Outcome as OutcomeRule
 from reflux.credit.prefix import Prefix
 from reflux.errors import StepRefused
-from reflux.flows.load import load_flow
-from reflux.flows.sde import kl_weight
-from reflux.flows.start import start
 from reflux.learners.flow import Flow
 from reflux.learners.flow_engine import FlowLearner
-from reflux.model_settings import Average, FlowLora
+from reflux.models.flow.load import load_flow
+from reflux.models.flow.sde import kl_weight
+from reflux.models.flow.start import start
+from reflux.models.settings import Average, FlowLora
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.velocity_kl import VelocityKL
 from reflux.types import Attempt, Moment, Reward, TeacherAnswer, VelocityTarget, Wants

@@ -15,9 +15,9 @@ import torch
 
 import tiny_flow
 from reflux.errors import ModelError
-from reflux.flows import load
-from reflux.flows.library import library
-from reflux.flows.load import load_flow, load_net, outline_flow
+from reflux.models.flow import load
+from reflux.models.flow.diffusers_library import library
+from reflux.models.flow.load import load_flow, load_net, outline_flow
 
 PROMPTS = ["a red cube", "two cats"]
 HUB_ID = "someone/tiny-flow"

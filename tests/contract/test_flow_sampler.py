@@ -16,11 +16,11 @@ from scipy import stats
 import tiny
 import tiny_flow
 from reflux.errors import DataError, ModelError
-from reflux.flows.library import library
-from reflux.flows.sde import sde_step
+from reflux.models.flow.diffusers_library import library
+from reflux.models.flow.sde import sde_step
+from reflux.models.rng import normal, row_key
 from reflux.samplers.flow import Flow, prompt_text
 from reflux.samplers.flow_engine import FlowSampler
-from reflux.samplers.noise import normal, row_key
 from reflux.types import Attempt, Draw, FlowRollout, Prompt, VelocityTarget, Wants
 from reflux.weights import InMemory
 

@@ -18,12 +18,12 @@ import tiny_flow
 from reflux.config.context import Generation, PartContext, StudentSpec
 from reflux.contexts.base import View
 from reflux.errors import ModelError
-from reflux.flows.adapter_files import PEFT
-from reflux.flows.load import load_flow
-from reflux.flows.model import FlowModel
 from reflux.learners.flow import Flow as LearnerPart
 from reflux.learners.flow_engine import FlowLearner
-from reflux.model_settings import FlowLora
+from reflux.models.flow.adapter_files import PEFT
+from reflux.models.flow.flow_model import FlowModel
+from reflux.models.flow.load import load_flow
+from reflux.models.settings import FlowLora
 from reflux.samplers.flow import Flow as Sampler
 from reflux.services import Services
 from reflux.teachers.collection import Teachers

@@ -17,8 +17,8 @@ import tiny
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.config.schedules import Steps
 from reflux.errors import ModelError, StepRefused
-from reflux.model_settings import Lora
-from reflux.models import as_model
+from reflux.models.settings import Lora
+from reflux.models.text import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
 from reflux.objectives.sampled_kl import SampledKL

@@ -19,7 +19,7 @@ from reflux.credit.prefix import Prefix
 from reflux.errors import StepRefused
 from reflux.learners import LEARNERS
 from reflux.learning import learn, observe
-from reflux.models import as_model
+from reflux.models.text import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.velocity_kl import VelocityKL
 from reflux.step import StepRequest

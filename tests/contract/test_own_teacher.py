@@ -24,7 +24,7 @@ from reflux.assets.tokenizer import character_tokenizer
 from reflux.contexts.base import View
 from reflux.contexts.wording import with_attempts
 from reflux.errors import ConfigError, ModelError
-from reflux.models import as_model
+from reflux.models.text import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.storage import checkpoints
 from reflux.teachers.base import TeacherRequest

@@ -14,8 +14,8 @@ import tiny
 from laws.test_own_dice import PROMPTS, ask, sampled
 from reflux.assets.tokenizer import TEMPLATE, character_tokenizer
 from reflux.errors import ModelError
+from reflux.models.tokenizer import Renderer, end_ids, special_ids
 from reflux.teachers.in_process import InProcess
-from reflux.tokens import Renderer, end_ids, special_ids
 from reflux.types import Draw
 
 CHAT = {"kind": "outside:Chat"}

@@ -16,7 +16,7 @@ import tiny
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.contexts.base import View
 from reflux.errors import DataError, ModelError
-from reflux.models import as_model
+from reflux.models.text import as_model
 from reflux.teachers.collection import Teachers
 from reflux.teachers.local import Local
 from reflux.teachers.local_engine import LocalTeacher
@@ -201,7 +201,7 @@ def test_another_token_map_is_refused_with_the_first_ids_that_differ(tiny_run: C
 
 
 def test_two_tokens_swapped_at_equal_size_are_noticed() -> None:
-    from reflux.tokens import check_same_tokens
+    from reflux.models.tokenizer import check_same_tokens
 
     map_ = character_tokenizer().get_vocab()
     map_["a"], map_["b"] = map_["b"], map_["a"]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.errors import ModelError
-from reflux.tokens import CharacterSpans, Renderer, end_ids, vocabulary_size
+from reflux.models.tokenizer import CharacterSpans, Renderer, end_ids, vocabulary_size
 
 ASK = ({"role": "user", "content": "2+3?"},)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from laws.estimators import World, world_of
 from reflux.batch import micro_batches, plan
-from reflux.heads import Heads
 from reflux.kernels.head import Head
+from reflux.models.heads import Heads
 from reflux.objectives.outcome import Outcome
 from reflux.token_loss import MicroBatch, backward
 from reflux.types import Attempt, Group, HiddenTarget, Prompt, Share, TeacherAnswer, TokenRollout

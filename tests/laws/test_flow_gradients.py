@@ -18,8 +18,8 @@ from torch import Tensor
 
 from laws.estimators import assert_alive
 from reflux.config.registry import kinds, part
-from reflux.flows.sde import kl_weight, sde_step, step_logp
 from reflux.loss_term import Rows
+from reflux.models.flow.sde import kl_weight, sde_step, step_logp
 from reflux.objectives.flow_says import VelocitySays
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.ratio import score_cost

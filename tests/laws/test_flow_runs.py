@@ -17,8 +17,8 @@ import tiny_flow
 from conftest import Done
 from reflux.config.recipe import load_recipe
 from reflux.errors import ConfigError
-from reflux.flows.load import load_flow
 from reflux.loop import train
+from reflux.models.flow.load import load_flow
 from reflux.samplers.flow_engine import FlowSampler
 from reflux.storage import checkpoints
 from reflux.tasks.glyphs import Glyphs

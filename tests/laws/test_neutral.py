@@ -12,7 +12,7 @@ from reflux.assets.tokenizer import character_tokenizer
 from reflux.config.registry import kinds
 from reflux.credit.base import share_credit
 from reflux.credit.prefix import Prefix
-from reflux.models import as_model
+from reflux.models.text import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.types import Moment

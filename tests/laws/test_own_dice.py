@@ -19,7 +19,7 @@ from scipy import stats
 import outside
 import tiny
 from reflux.loop import lasting, open_parts
-from reflux.samplers.noise import gumbel, row_key
+from reflux.models.rng import gumbel, row_key
 from reflux.training import Options, Run
 from reflux.types import Attempt, Draw, Moment, Prompt, Wants
 from tiny import same

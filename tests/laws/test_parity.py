@@ -150,7 +150,7 @@ def test_turns_are_learnt_from_where_the_student_chose(tiny_run: Callable[..., A
 
 
 def test_stored_answers_are_the_tokens_the_student_would_have_written(tiny_run: Callable[..., Any], student: str) -> None:
-    from reflux.models import load_tokenizer
+    from reflux.models.text import load_tokenizer
 
     done = tiny_run("sft", steps=1, sampler__generate__max_tokens=200)
     tokenizer = load_tokenizer(student)
@@ -163,7 +163,7 @@ def test_stored_answers_are_the_tokens_the_student_would_have_written(tiny_run: 
 def test_the_loss_of_stored_answers_is_that_of_transformers(tiny_run: Callable[..., Any], student: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    from reflux.models import load_tokenizer
+    from reflux.models.text import load_tokenizer
     from reflux.tasks.word_problems import WordProblems
 
     done = tiny_run("sft", steps=1, sampler__generate__max_tokens=200)

@@ -22,7 +22,7 @@ import tiny
 from laws.test_split import SETS, batch
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.batch import plan
-from reflux.models import as_model
+from reflux.models.text import as_model
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.types import TeacherAnswer
 from tiny import close

@@ -19,7 +19,7 @@ from reflux.batch import plan
 from reflux.config.registry import kinds, part
 from reflux.credit.base import share_credit
 from reflux.kernels.head import Head
-from reflux.models import as_model
+from reflux.models.text import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome

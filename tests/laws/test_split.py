@@ -16,7 +16,7 @@ import torch
 import tiny
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.kernels import budget, row_pass
-from reflux.models import Model, as_model
+from reflux.models.text import Model, as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome

@@ -19,7 +19,7 @@ import tiny
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.credit.balance import Balance, keep
 from reflux.credit.base import share_credit
-from reflux.models import as_model
+from reflux.models.text import as_model
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.types import Attempt, Finish, Group, Moment, Prompt, Reward, Rollout
 from tiny import gradients, rollout, same

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from reflux.assets.tokenizer import character_tokenizer
-from reflux.kernels.cpu_decoder import CpuDecoder, cpu_decoder
-from reflux.models import Model, as_model
-from reflux.rollouts.turns import TurnRequest
-from reflux.samplers.decode import decode
+from reflux.models.cpu.decoder import CpuDecoder, cpu_decoder
+from reflux.models.generate import decode
+from reflux.models.text import Model, as_model
+from reflux.models.turns import TurnRequest
 from reflux.types import Draw
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

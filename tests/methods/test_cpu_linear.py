@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from reflux.kernels.cpu_linear import linear, speed_up
+from reflux.models.cpu.linear import linear, speed_up
 
 
 @pytest.mark.parametrize("rows", [3, 511, 512, 4000])  # few rows stay with torch; the largest goes through oneDNN

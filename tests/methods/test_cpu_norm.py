@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import tiny
-from reflux.kernels.cpu_norm import fuse_norms, rms_norm
+from reflux.models.cpu.norm import fuse_norms, rms_norm
 
 EPS = 0.03  # large enough to be seen
 

@@ -24,7 +24,7 @@ from reflux.accelerators.extrapolate_engine import OpenExtrapolate
 from reflux.errors import ConfigError, RefluxError, RunError
 from reflux.learners.access import moved
 from reflux.metrics.flops import Spent, Work
-from reflux.model_settings import Lora
+from reflux.models.settings import Lora
 from reflux.objectives.divergence import Divergence
 from reflux.storage import files
 from tiny import same
@@ -290,7 +290,7 @@ def test_displacements_are_trainings_alone(tmp_path: Path) -> None:
 
 def batch() -> list[list[Any]]:
     from reflux.assets.tokenizer import character_tokenizer
-    from reflux.models import as_model
+    from reflux.models.text import as_model
 
     teacher = as_model(tiny.net(2), character_tokenizer())
     return [[tiny.attempt(tiny.rollout(n, seed=n), teacher)] for n in (3, 8, 5)]

@@ -16,10 +16,10 @@ import torch
 
 import tiny_flow
 from reflux.errors import ModelError
-from reflux.flows.encoders import TextEncoders
-from reflux.flows.load import load_flow
-from reflux.flows.model import FlowModel
-from reflux.flows.sde import step_factors
+from reflux.models.flow.encoders import TextEncoders
+from reflux.models.flow.flow_model import FlowModel
+from reflux.models.flow.load import load_flow
+from reflux.models.flow.sde import step_factors
 
 MODEL = tiny_flow.model(0)
 
@@ -149,7 +149,7 @@ def test_threads_are_answered_one_at_a_time() -> None:
 
 
 def test_a_decoder_without_a_shift_only_scales() -> None:
-    from reflux.flows.encoders import LatentDecoder
+    from reflux.models.flow.encoders import LatentDecoder
 
     config = SimpleNamespace(block_out_channels=(4, 4, 4), scaling_factor=0.5, shift_factor=None)
     vae: Any = SimpleNamespace(config=config, dtype=torch.float32, requires_grad_=lambda _: vae, decode=lambda x, return_dict: (x,))

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 import tiny_flow
 from reflux.errors import ModelError
-from reflux.flows.adapters import Adapter, Factors, taken
-from reflux.flows.merge import mean_factors, mean_products, mean_weights
-from reflux.flows.model import FlowModel
-from reflux.flows.start import start
-from reflux.learners import adapters as plain
-from reflux.model_settings import FlowLora, Merge
+from reflux.models import lora as plain
+from reflux.models.flow.flow_adapters import Adapter, Factors, taken
+from reflux.models.flow.flow_model import FlowModel
+from reflux.models.flow.merge import mean_factors, mean_products, mean_weights
+from reflux.models.flow.start import start
+from reflux.models.settings import FlowLora, Merge
 from tiny_flow import TEXTS, save, save_adapter
 
 LORA = FlowLora(rank=2, alpha=4.0, targets=tiny_flow.ENDS)  # what tiny adapters are saved with
@@ -189,7 +189,7 @@ def frozen(model: FlowModel) -> FlowModel:
 
 
 def deltas(folder: str) -> dict[str, torch.Tensor]:
-    from reflux.flows.adapter_files import read_adapter
+    from reflux.models.flow.adapter_files import read_adapter
 
     return read_adapter(folder, tiny_flow.model(1).net.transformer, "here").deltas()
 

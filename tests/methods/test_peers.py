@@ -19,7 +19,7 @@ from reflux.contexts.base import View
 from reflux.contexts.peers import Peers, choose, shown_text, thinking
 from reflux.contexts.privileged import Privileged
 from reflux.contexts.wording import ANOTHER, ANSWER, CLOSING, FAILURE, FEEDBACK, SUCCESS
-from reflux.tokens import Renderer
+from reflux.models.tokenizer import Renderer
 from reflux.types import Attempt, FlowRollout, Group, Moment, Prompt, Reward
 from tiny import rollout
 

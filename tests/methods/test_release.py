@@ -22,7 +22,7 @@ from reflux.credit.change_point import best_split
 from reflux.credit.prefix import Prefix
 from reflux.credit.release import Release, candidate_margin, change_point, segment_scores
 from reflux.metrics.values import Quantiles
-from reflux.models import as_model
+from reflux.models.text import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.teachers.collection import Teachers

@@ -10,7 +10,7 @@ import torch
 import tiny
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.loss_term import Rows
-from reflux.models import as_model
+from reflux.models.text import as_model
 from reflux.objectives.baselines import kl_value, minimum_variance_value, topk_kl_value
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from reflux.flows.library import library
-from reflux.flows.sde import sde_step, step_logp
+from reflux.models.flow.diffusers_library import library
+from reflux.models.flow.sde import sde_step, step_logp
 from reflux.samplers.flow import Flow
 from reflux.types import FlowRollout
 

@@ -16,10 +16,10 @@ from reflux.assets.tokenizer import character_tokenizer
 from reflux.batch import plan
 from reflux.credit.base import share_credit
 from reflux.credit.prefix import Prefix
-from reflux.models import as_model
+from reflux.models.text import as_model
+from reflux.models.tokenizer import special_ids
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.tokens import special_ids
 from reflux.types import Attempt, FlowRollout, Moment, Prompt, TokenRollout, Wants
 from tiny import END, close, gradients, same
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 
-from reflux.flows.sde import kl_weight, sde_step, step_logp
 from reflux.loss_term import Rows
+from reflux.models.flow.sde import kl_weight, sde_step, step_logp
 from reflux.objectives.flow_says import VelocitySays
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.velocity_kl import VelocityKL

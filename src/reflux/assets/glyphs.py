@@ -24,11 +24,11 @@ from torch import Tensor
 
 from reflux.assets import folder
 from reflux.evals.problems import problems
-from reflux.flows.library import library
-from reflux.flows.load import load_flow
-from reflux.flows.model import FlowModel
-from reflux.flows.net import UNCONDITIONAL, FlowNet, PromptTable
 from reflux.metrics.intervals import wilson
+from reflux.models.flow.diffusers_library import library
+from reflux.models.flow.flow_model import FlowModel
+from reflux.models.flow.load import load_flow
+from reflux.models.flow.net import UNCONDITIONAL, FlowNet, PromptTable
 from reflux.samplers.flow import prompt_text
 from reflux.storage.files import write_folder
 from reflux.tasks.glyph_drawing import DOMAINS, SIDE, WHITE, Domain, draw

@@ -8,9 +8,9 @@ from itertools import islice
 from reflux.config.context import StudentSpec
 from reflux.config.recipe import RunConfig
 from reflux.contexts.base import Context
-from reflux.model_files import size_of
-from reflux.models import load_tokenizer
-from reflux.tokens import Renderer
+from reflux.models.sizes import size_of
+from reflux.models.text import load_tokenizer
+from reflux.models.tokenizer import Renderer
 
 _PROMPTS = 64  # of the training prompts, asked for their length
 

@@ -18,7 +18,7 @@ from reflux.evals.accuracy import Accuracy
 from reflux.evals.problems import problems as test_problems
 from reflux.evals.problems import seen, told
 from reflux.evaluation import Evaluation
-from reflux.models import load_tokenizer, local_folder
+from reflux.models.text import load_tokenizer, local_folder
 from reflux.services import Services
 from reflux.types import Wants
 

@@ -2,7 +2,7 @@
 
 Only printable ASCII and short headings, so that the smallest tokenizers can say them. The texts themselves are data: they are put in
 between the headings as they are and are never interpreted: what they spell of control tokens is broken where messages become tokens
-(`reflux.tokens.Renderer`).
+(`reflux.models.tokenizer.Renderer`).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from reflux.doctor import flows, texts
 from reflux.doctor.finding import Finding
 from reflux.evaluation import Evaluation
 from reflux.loop import open_parts
-from reflux.models import parameter_count
+from reflux.models.text import parameter_count
 from reflux.services import Services
 from reflux.types import Draw, FlowRollout, Group
 

@@ -16,7 +16,7 @@ from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig
 from reflux.contexts.base import View
 from reflux.doctor.finding import Finding
-from reflux.flows.sde import kl_weight, step_logp, step_moments
+from reflux.models.flow.sde import kl_weight, step_logp, step_moments
 from reflux.services import Services
 from reflux.teachers.base import TeacherRequest
 from reflux.types import Attempt, FlowRollout, Group, Rollout, Target, VelocityTarget, Wants
@@ -28,7 +28,7 @@ ROUNDING = 2.0**-22  # of a float32 log-prob, which is a sum over D: relative, a
 
 def before(cfg: RunConfig) -> Iterator[Finding]:
     """The grid that student and teachers share. ModelError where a model is none."""
-    from reflux.flows.load import outline_flow
+    from reflux.models.flow.load import outline_flow
 
     acting = cfg.sampler.generation
     if not acting.grids:

@@ -11,10 +11,10 @@ from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig
 from reflux.contexts.base import View
 from reflux.doctor.finding import Finding
-from reflux.models import head_gap, load_tokenizer
+from reflux.models.text import head_gap, load_tokenizer
+from reflux.models.tokenizer import check_same_tokens, end_ids
 from reflux.services import Services
 from reflux.teachers.base import TeacherRequest
-from reflux.tokens import check_same_tokens, end_ids
 from reflux.types import Group, Wants
 
 PARITY_NATS = {"cpu": 1e-3, "cuda": 0.1}  # float32 on both sides; bfloat16 autocast on one

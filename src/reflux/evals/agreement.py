@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
     from reflux.evals.base import Source
     from reflux.evaluation import Evaluation
-    from reflux.heads import Heads
+    from reflux.models.heads import Heads
     from reflux.teachers.collection import Teachers
 
 Found = tuple[Attempt, np.ndarray]  # an attempt the teacher scored, and how far apart they were at each position

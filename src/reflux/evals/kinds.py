@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from reflux import pictures
+from reflux.models import images
 from reflux.types import FlowRollout, Rollout, TokenRollout
 
 
@@ -21,7 +21,7 @@ class Kind:
 
 KINDS = {
     TokenRollout: Kind("tokens", "text", str),
-    FlowRollout: Kind("steps", "image", pictures.to_text),  # base64 of a PNG, a thumbnail where it is large
+    FlowRollout: Kind("steps", "image", images.to_text),  # base64 of a PNG, a thumbnail where it is large
     Rollout: Kind("positions", "text", repr),  # of a user's own
 }
 

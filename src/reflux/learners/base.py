@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from reflux.config.context import PartContext, StudentSpec
     from reflux.learners.access import WeightAccess
-    from reflux.models import Model
+    from reflux.models.text import Model
     from reflux.services import Services
     from reflux.weights import Weights
 

@@ -13,11 +13,11 @@ from reflux.config.context import StudentSpec
 from reflux.config.papers import Paper
 from reflux.config.registry import STRICT
 from reflux.config.schedules import Number, number
-from reflux.flows.adapter_folders import adapter_file, adapter_folder, on_hub
 from reflux.learners.base import LearnerPart, negative_rate
 from reflux.learners.hf import LORA
-from reflux.model_folders import look_for_flow
-from reflux.model_settings import Average, Decay, FlowLora, Merge, Positive
+from reflux.models.flow.adapter_folders import adapter_file, adapter_folder, on_hub
+from reflux.models.folders import look_for_flow
+from reflux.models.settings import Average, Decay, FlowLora, Merge, Positive
 from reflux.types import FlowRollout, Rollout
 
 if TYPE_CHECKING:

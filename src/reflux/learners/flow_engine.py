@@ -15,16 +15,16 @@ from torch import Tensor
 from reflux import flow_loss
 from reflux.batch import Item, signature
 from reflux.flow_loss import StepBatch
-from reflux.flows.adapter_files import write_adapter
-from reflux.flows.adapters import taken
-from reflux.flows.load import load_flow
-from reflux.flows.model import FlowModel
-from reflux.flows.start import start
-from reflux.learners import adapters
 from reflux.learners.moving import Moving
 from reflux.learners.tally import unpacked
 from reflux.loss import Result
 from reflux.loss_term import LossTerm
+from reflux.models import lora
+from reflux.models.flow.adapter_files import write_adapter
+from reflux.models.flow.flow_adapters import taken
+from reflux.models.flow.flow_model import FlowModel
+from reflux.models.flow.load import load_flow
+from reflux.models.flow.start import start
 from reflux.types import Attempt, Group, Target, VelocityTarget, seed_of
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class FlowLearner(Moving):
         What was trained as an adapter on the model as it came is there besides, as diffusers' `load_lora_weights` reads it.
         """
         with self.at_mean():
-            self.model.save(folder, weights=adapters.merged(self.net))
+            self.model.save(folder, weights=lora.merged(self.net))
             if self._on_the_base and not self.access.written:  # a jump may have moved the base
                 write_adapter(taken(self.model.net.transformer), folder)
 

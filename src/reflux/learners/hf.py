@@ -14,8 +14,8 @@ from reflux.config.papers import Paper
 from reflux.config.registry import STRICT
 from reflux.config.schedules import Number, number
 from reflux.learners.base import LearnerPart, negative_rate
-from reflux.model_folders import look_for_text
-from reflux.model_settings import Decay, Lora, Positive
+from reflux.models.folders import look_for_text
+from reflux.models.settings import Decay, Lora, Positive
 from reflux.types import Rollout, TokenRollout
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from reflux import token_loss
 from reflux.batch import Item, micro_batches
-from reflux.learners import adapters
 from reflux.learners.moving import Moving
 from reflux.loss import Result
 from reflux.loss_term import LossTerm
-from reflux.models import Model, load_model, parameter_count
+from reflux.models import lora
+from reflux.models.text import Model, load_model, parameter_count
 from reflux.types import Attempt, Group, Target, seed_of
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class HFLearner(Moving):
         self.macs = parameter_count(model.net)
         self._quiet_dropout()
         if cfg.lora:
-            adapters.attach(model, cfg.lora, seed=seed_of(context.seed, "lora"))
+            lora.attach(model, cfg.lora, seed=seed_of(context.seed, "lora"))
         if cfg.gradient_checkpointing:
             model.net.gradient_checkpointing_enable()
             model.net.train()
@@ -99,4 +99,4 @@ class HFLearner(Moving):
         return torch.autocast("cuda", dtype=torch.bfloat16) if wanted else nullcontext()
 
     def export(self, folder: Path) -> None:
-        adapters.export(self.model, folder)
+        lora.export(self.model, folder)

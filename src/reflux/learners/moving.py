@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from reflux.batch import Item, plan
 from reflux.config.schedules import Number, at
 from reflux.errors import StepRefused
-from reflux.learners import adapters
-from reflux.learners.net_access import NetAccess
 from reflux.learners.tally import Tally
 from reflux.loss import Result
 from reflux.loss_term import LossTerm
 from reflux.metrics.values import Max, Stats, Sum
+from reflux.models import lora
+from reflux.models.net_access import NetAccess
 from reflux.step import StepRequest, StepResult
 from reflux.storage import checkpoints
 from reflux.targets import StepRecord
@@ -30,7 +30,7 @@ from reflux.weights import InMemory
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
-    from reflux.model_settings import Average
+    from reflux.models.settings import Average
     from reflux.services import Services
 
 
@@ -99,11 +99,11 @@ class Moving(ABC):
         """The loss of one micro-batch, driven backward: gradients are added to the parameters'."""
 
     def publish(self) -> InMemory:
-        return InMemory(self.version, lambda: adapters.full_weights(self.net))
+        return InMemory(self.version, lambda: lora.full_weights(self.net))
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
-        return adapters.merged(self.net)
+        return lora.merged(self.net)
 
     @contextmanager
     def at_mean(self) -> Iterator[bool]:
@@ -193,7 +193,7 @@ class Moving(ABC):
 
     def state(self) -> dict[str, Any]:
         """Trained weights, their average and Adam's moments by parameter name, and the frozen weights that `write` was given."""
-        homes = adapters.homes(self.net)
+        homes = lora.homes(self.net)
         state: dict[str, Any] = {"version": self.version, "updates": self.updates} | {
             f"base/{name}": homes[name].detach() for name in sorted(self.access.written)
         }

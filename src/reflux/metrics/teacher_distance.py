@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from reflux.heads import Heads
 from reflux.metrics.values import Mean
+from reflux.models.heads import Heads
 from reflux.types import Attempt, VelocityTarget
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from reflux.flows.sde import kl_weight, step_logp, step_moments, wide
+from reflux.models.flow.sde import kl_weight, step_logp, step_moments, wide
 
 
 @dataclass

@@ -9,8 +9,8 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.papers import Paper
 from reflux.config.registry import STRICT
-from reflux.flows.sde import kl_weight
 from reflux.loss_term import Rows
+from reflux.models.flow.sde import kl_weight
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.sampled_kl import check_coef
 from reflux.samplers.flow import without_noise

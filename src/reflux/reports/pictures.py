@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 from dataclasses import dataclass
 
-from reflux import pictures
+from reflux.models import images
 from reflux.reports.evals import Moment, main_name
 from reflux.reports.examples import id_of, verdict, words
 from reflux.reports.reading import Row, number, table
@@ -55,12 +55,12 @@ def picture_in(value: object) -> Picture | None:
     if not isinstance(value, str):
         return None
     try:
-        pixels = pictures.thumbnail(pictures.from_text(value))
+        pixels = images.thumbnail(images.from_text(value))
     except ValueError:
         return None
     height, width = pixels.shape[:2]
     scale = max(1, _SHOWN // max(height, width))
-    source = "data:image/png;base64," + base64.b64encode(pictures.png(pixels)).decode()
+    source = "data:image/png;base64," + base64.b64encode(images.png(pixels)).decode()
     return Picture(source, width * scale, height * scale, scale > 1)
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from reflux.models.turns import Turn
 from reflux.rollouts.environment import Environment
-from reflux.rollouts.turns import Turn
 from reflux.types import Finish, Message, Prompt, TokenRollout, TopKTarget
 
 

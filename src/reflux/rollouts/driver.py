@@ -12,13 +12,13 @@ import numpy as np
 
 from reflux.config.context import PartContext
 from reflux.errors import DataError
+from reflux.models.rng import row_key
+from reflux.models.tokenizer import CharacterSpans, Renderer, special_ids
+from reflux.models.turns import Generator, TurnRequest
 from reflux.rollouts.calls import EnvironmentCalls, Open, ended
 from reflux.rollouts.conversation import Conversation
 from reflux.rollouts.environment import Environment, Observation
-from reflux.rollouts.turns import Generator, TurnRequest
-from reflux.samplers.noise import row_key
 from reflux.services import Deaf, Listener
-from reflux.tokens import CharacterSpans, Renderer, special_ids
 from reflux.types import Attempt, Draw, Group, Prompt, TokenRollout, Wants
 
 Asked = tuple[Prompt, int, Draw]  # a prompt, the number of attempts, and how they are sampled

@@ -13,15 +13,15 @@ import torch
 
 from reflux.errors import DataError, ModelError
 from reflux.gather import Gather
+from reflux.models.rng import normal, row_key
 from reflux.samplers.drawn import drawers
 from reflux.samplers.flow import prompt_text
 from reflux.samplers.flow_engine import Walk, denoise
-from reflux.samplers.noise import normal, row_key
 from reflux.types import Attempt, Draw, FlowRollout, Group, Prompt, VelocityTarget
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
-    from reflux.flows.model import FlowModel
+    from reflux.models.flow.flow_model import FlowModel
     from reflux.samplers.base import OpenSampler
     from reflux.samplers.drawn import Drawn
     from reflux.services import Services

@@ -21,7 +21,7 @@ from reflux.config.papers import Paper
 from reflux.config.registry import STRICT, kind_of
 from reflux.config.schedules import Number, at, number
 from reflux.errors import DataError
-from reflux.model_folders import Dtype
+from reflux.models.folders import Dtype
 from reflux.samplers.base import SamplerPart
 from reflux.types import Draw, FlowRollout, Prompt, Rollout
 

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 
 from reflux.errors import ModelError
-from reflux.flows.load import load_flow
-from reflux.flows.sde import sde_step, step_logp
+from reflux.models.flow.load import load_flow
+from reflux.models.flow.sde import sde_step, step_logp
+from reflux.models.rng import normal, row_key
 from reflux.samplers.flow import prompt_text
 from reflux.samplers.in_process import InProcess, Request
-from reflux.samplers.noise import normal, row_key
 from reflux.types import Attempt, Draw, Finish, FlowRollout, Group, Prompt, VelocityTarget
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
-    from reflux.flows.model import FlowModel
+    from reflux.models.flow.flow_model import FlowModel
     from reflux.samplers.flow import Flow
     from reflux.services import Services
 

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from reflux.config.context import Generation
 from reflux.config.registry import STRICT
 from reflux.config.schedules import Number, at, number
-from reflux.model_folders import Dtype
+from reflux.models.folders import Dtype
 from reflux.samplers.base import SamplerPart
 from reflux.types import Draw, Rollout, TokenRollout
 

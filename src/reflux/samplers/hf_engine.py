@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from reflux.kernels.cpu_decoder import cpu_decoder
-from reflux.models import Model, load_model
+from reflux.models.cpu.decoder import cpu_decoder
+from reflux.models.generate import decode
+from reflux.models.text import Model, load_model
+from reflux.models.turns import Turn, TurnRequest
 from reflux.rollouts.driver import Driver, Limits
-from reflux.rollouts.turns import Turn, TurnRequest
-from reflux.samplers.decode import decode
 from reflux.samplers.in_process import InProcess, Request
 from reflux.types import Group
 

@@ -14,9 +14,9 @@ from pydantic.dataclasses import dataclass
 from reflux.config.context import Generation
 from reflux.config.registry import STRICT, PartOf
 from reflux.errors import DataError
+from reflux.models.tokenizer import CharacterSpans, Renderer, end_ids, special_ids
 from reflux.samplers.base import Sampler, SamplerPart
 from reflux.samplers.hf import HF
-from reflux.tokens import CharacterSpans, Renderer, end_ids, special_ids
 from reflux.types import Attempt, Draw, Group, Prompt, Rollout, TokenRollout, Wants
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from reflux import pictures
 from reflux.metrics.teacher_distance import teacher_logp_T
+from reflux.models import images
 from reflux.targets import StepRecord
 from reflux.types import Attempt, FlowRollout, Message, Prompt, Reward, Rollout, TokenRollout
 
@@ -122,7 +122,7 @@ def _spoken(line: Line, common: Line) -> TokenRollout:
 
 def _drawn(rollout: FlowRollout) -> Line:
     times = {"t": rollout.t_S, "noise_level": rollout.noise_level, "guidance": rollout.guidance}
-    return {**_choices(rollout), **times, "image": pictures.to_text(rollout.image)}
+    return {**_choices(rollout), **times, "image": images.to_text(rollout.image)}
 
 
 def _painted(line: Line, common: Line) -> FlowRollout:
@@ -133,7 +133,7 @@ def _painted(line: Line, common: Line) -> FlowRollout:
         t_S=t_S,
         noise_level=line["noise_level"],
         guidance=line["guidance"],
-        image=pictures.from_text(line["image"]),
+        image=images.from_text(line["image"]),
     )
 
 

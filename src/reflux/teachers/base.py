@@ -18,7 +18,7 @@ from reflux.types import Rollout, Target, TeacherAnswer, Wants
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext, StudentSpec
-    from reflux.model_files import Size
+    from reflux.models.sizes import Size
     from reflux.services import Services
     from reflux.weights import Weights
 

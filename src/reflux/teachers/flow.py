@@ -12,9 +12,9 @@ from pydantic.dataclasses import dataclass
 from reflux.config.registry import STRICT, PartOf
 from reflux.contexts.base import Context
 from reflux.contexts.same import Same
-from reflux.flows.adapter_folders import adapter_file, on_hub
-from reflux.model_files import Size, size_of
-from reflux.model_folders import Dtype, look_for_flow
+from reflux.models.flow.adapter_folders import adapter_file, on_hub
+from reflux.models.folders import Dtype, look_for_flow
+from reflux.models.sizes import Size, size_of
 from reflux.teachers.base import TeacherPart
 from reflux.types import FlowRollout, Rollout, VelocityTarget
 

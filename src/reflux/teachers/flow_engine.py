@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from reflux.errors import ModelError
-from reflux.flows.shared import SharedBase
+from reflux.models.flow.shared_base import SharedBase
 from reflux.samplers.flow import prompt_text
 from reflux.teachers.base import TeacherRequest, spoken_name
 from reflux.teachers.flow_fit import refuse_misfit
@@ -21,7 +21,7 @@ from reflux.types import FlowRollout, TeacherAnswer, VelocityTarget
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
-    from reflux.flows.model import FlowModel
+    from reflux.models.flow.flow_model import FlowModel
     from reflux.services import Services
     from reflux.teachers.flow import Flow
     from reflux.weights import Weights

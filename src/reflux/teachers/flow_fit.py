@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reflux.errors import ModelError
-from reflux.flows.load import outline_flow
-from reflux.models import locate
+from reflux.models.flow.load import outline_flow
+from reflux.models.text import locate
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
-    from reflux.flows.model import FlowModel
+    from reflux.models.flow.flow_model import FlowModel
     from reflux.services import Services
     from reflux.teachers.flow import Flow
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from reflux.errors import ModelError
-from reflux.models import Model, parameter_count
+from reflux.models.text import Model, parameter_count
+from reflux.models.tokenizer import Renderer
 from reflux.teachers.base import Teacher, TeacherRequest, spoken_name
-from reflux.tokens import Renderer
 from reflux.types import HiddenTarget, TeacherAnswer, TokenRollout, TopKTarget
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from reflux.config.context import StudentSpec
 from reflux.config.registry import STRICT, PartOf
 from reflux.contexts.base import Context
 from reflux.contexts.same import Same
-from reflux.model_files import Size, size_of
-from reflux.model_folders import Dtype, look_for_text
+from reflux.models.folders import Dtype, look_for_text
+from reflux.models.sizes import Size, size_of
 from reflux.teachers.base import TeacherPart
 from reflux.types import HiddenTarget, Rollout, TokenRollout
 

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reflux.models import Model, load_model, load_tokenizer
+from reflux.models.text import Model, load_model, load_tokenizer
+from reflux.models.tokenizer import check_same_tokens
 from reflux.teachers.in_process import InProcess
-from reflux.tokens import check_same_tokens
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext

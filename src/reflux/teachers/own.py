@@ -20,7 +20,7 @@ from reflux.types import HiddenTarget, Rollout, TokenRollout
 if TYPE_CHECKING:
     from reflux.config.context import PartContext, StudentSpec
     from reflux.config.recipe import RunConfig
-    from reflux.model_files import Size
+    from reflux.models.sizes import Size
     from reflux.services import Services
 
 MEAN_TEACHER = Paper(

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reflux.models import Model, load_model
+from reflux.models.text import Model, load_model
+from reflux.models.tokenizer import Renderer
 from reflux.storage import checkpoints
 from reflux.teachers.in_process import InProcess
-from reflux.tokens import Renderer
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from reflux.kernels.cpu_decoder import CpuDecoder, Memory
-from reflux.models import Model
-from reflux.rollouts.turns import Turn, TurnRequest
-from reflux.samplers.cache import roomy_cache
-from reflux.samplers.noise import gumbel
+from reflux.models.cpu.decoder import CpuDecoder, Memory
+from reflux.models.kv_cache import roomy_cache
+from reflux.models.rng import gumbel
+from reflux.models.text import Model
+from reflux.models.turns import Turn, TurnRequest
 from reflux.types import Draw
 
 _CROWDED = 0.85  # dropping finished rows copies the cache, so it is done once this share or less still writes

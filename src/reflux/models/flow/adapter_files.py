@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from reflux.errors import ModelError
-from reflux.flows.adapter_folders import CONFIG, DIFFUSERS, PEFT, adapter_file
-from reflux.flows.adapters import Adapter, Factors, layers_of, linear_shapes, lora_config, missed
-from reflux.flows.library import library
-from reflux.models import first_line
+from reflux.models.flow.adapter_folders import CONFIG, DIFFUSERS, PEFT, adapter_file
+from reflux.models.flow.diffusers_library import library
+from reflux.models.flow.flow_adapters import Adapter, Factors, layers_of, linear_shapes, lora_config, missed
+from reflux.models.text import first_line
 
 HEADER = "lora_adapter_metadata"  # where diffusers keeps peft's config
 PREFIXES = {PEFT: "base_model.model.", DIFFUSERS: "transformer."}

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from reflux.errors import ModelError
-from reflux.flows.library import library
-from reflux.flows.model import TABLE
-from reflux.models import first_line, locate
+from reflux.models.flow.diffusers_library import library
+from reflux.models.flow.flow_model import TABLE
+from reflux.models.text import first_line, locate
 
 PLAN = ("model_index.json", "scheduler/*.json", "transformer/*.json", f"{TABLE}/*")  # all that is no weight of a transformer
 MODEL = (*PLAN, "transformer/*.safetensors")

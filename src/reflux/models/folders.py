@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from reflux.errors import ModelError
-from reflux.models import locate
+from reflux.models.text import locate
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]  # how weights are loaded
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from reflux.errors import ModelError
-from reflux.flows import adapters
-from reflux.flows.adapter_files import read_adapter
-from reflux.flows.adapter_folders import adapter_folder
-from reflux.flows.adapters import Adapter
-from reflux.flows.load import load_net
-from reflux.flows.merge import mean_factors, mean_products, mean_weights
+from reflux.models.flow import adapters
+from reflux.models.flow.adapter_files import read_adapter
+from reflux.models.flow.adapter_folders import adapter_folder
+from reflux.models.flow.flow_adapters import Adapter
+from reflux.models.flow.load import load_net
+from reflux.models.flow.merge import mean_factors, mean_products, mean_weights
 
 if TYPE_CHECKING:
-    from reflux.flows.model import FlowModel
-    from reflux.model_settings import FlowLora, Merge
+    from reflux.models.flow.flow_model import FlowModel
+    from reflux.models.settings import FlowLora, Merge
 
 
 def start(model: FlowModel, merge: Merge | None, adapter: str | None, lora: FlowLora | None, seed: int) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reflux.models import local_folder
+from reflux.models.text import local_folder
 
 _BESIDE = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae")  # folders of a Stable Diffusion 3 model that are never trained
 _PLACES = "pos_embed.pos_embed"  # a diffusers transformer's table of sines: stored and held, but no parameter

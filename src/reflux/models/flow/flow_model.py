@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from reflux.errors import ModelError
-from reflux.flows.library import library
-from reflux.flows.net import UNCONDITIONAL, FlowNet
+from reflux.models.flow.diffusers_library import library
+from reflux.models.flow.net import UNCONDITIONAL, FlowNet
 
 TABLE = "prompts"  # the folder of a prompt table
 START = 1e-5  # how far from 1 a grid's first time may be for a rounding

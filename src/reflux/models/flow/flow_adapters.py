@@ -18,7 +18,7 @@ from torch import Tensor
 from reflux.errors import ModelError
 
 if TYPE_CHECKING:
-    from reflux.model_settings import FlowLora
+    from reflux.models.settings import FlowLora
 
 TRAINED = "default"  # the name of the adapter that a learner trains
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from reflux.errors import ModelError
-from reflux.flows.adapter_files import read_adapter
-from reflux.flows.adapters import attach, use
-from reflux.flows.load import load_flow
-from reflux.flows.model import FlowModel
-from reflux.flows.net import UNCONDITIONAL
-from reflux.models import locate, pick_device
-from reflux.once import Once
+from reflux.models.flow.adapter_files import read_adapter
+from reflux.models.flow.flow_adapters import attach, use
+from reflux.models.flow.flow_model import FlowModel
+from reflux.models.flow.load import load_flow
+from reflux.models.flow.net import UNCONDITIONAL
+from reflux.models.shared_cache import Once
+from reflux.models.text import locate, pick_device
 
 PROBE_T = (1.0, 0.75, 0.5, 0.25)  # times of the states that an adapter is tried on
 PROBE_PATCHES = 8  # a side of such a state at most

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from reflux.errors import ModelError
-from reflux.models import Model
+from reflux.models.text import Model
 
 if TYPE_CHECKING:
-    from reflux.model_settings import Lora
+    from reflux.models.settings import Lora
 
 
 def attach(model: Model, lora: Lora, seed: int) -> None:

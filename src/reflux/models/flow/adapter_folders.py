@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from reflux.errors import ModelError
-from reflux.models import INDEXES, SHIPPED, first_line
+from reflux.models.text import INDEXES, SHIPPED, first_line
 
 CONFIG, PEFT, DIFFUSERS = "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
 

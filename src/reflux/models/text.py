@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reflux.errors import ModelError
-from reflux.tokens import Renderer, end_ids, vocabulary_size
+from reflux.models.tokenizer import Renderer, end_ids, vocabulary_size
 
 if TYPE_CHECKING:
     import torch
 
     from reflux.kernels.head import Head
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 HEAD_SHARE = 1e-3  # of the largest logit: rounding in float32
 INDEXES = ("config.json", "model_index.json")  # of transformers' models, and of diffusers' pipelines
 SHIPPED = "reflux:"  # "reflux:student" is the embedded model of that name
@@ -104,8 +104,8 @@ def load_model(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from reflux.kernels.cpu_linear import speed_up
-    from reflux.kernels.cpu_norm import fuse_norms
+    from reflux.models.cpu.linear import speed_up
+    from reflux.models.cpu.norm import fuse_norms
 
     where = locate(name, path)
     tokenizer = load_tokenizer(name, path, trust_remote_code)

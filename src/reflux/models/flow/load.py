@@ -9,14 +9,25 @@ from typing import Any
 import torch
 
 from reflux.errors import ModelError
-from reflux.flows.encoders import LatentDecoder, TextEncoders
-from reflux.flows.folder import BESIDE, MODEL, PLAN, chosen_dtype, fetch, known_dtype, read_index, read_scheduler, source_of, stored_dtype
-from reflux.flows.library import library
-from reflux.flows.model import TABLE, Decoder, Encoder, FlowModel
-from reflux.flows.net import FlowNet, PromptTable
-from reflux.kernels.cpu_linear import speed_up
-from reflux.models import first_line, pick_device
-from reflux.once import Once
+from reflux.models.cpu.linear import speed_up
+from reflux.models.flow.diffusers_library import library
+from reflux.models.flow.encoders import LatentDecoder, TextEncoders
+from reflux.models.flow.flow_folder import (
+    BESIDE,
+    MODEL,
+    PLAN,
+    chosen_dtype,
+    fetch,
+    known_dtype,
+    read_index,
+    read_scheduler,
+    source_of,
+    stored_dtype,
+)
+from reflux.models.flow.flow_model import TABLE, Decoder, Encoder, FlowModel
+from reflux.models.flow.net import FlowNet, PromptTable
+from reflux.models.shared_cache import Once
+from reflux.models.text import first_line, pick_device
 
 
 def load_flow(name: str, path: str, *, dtype: str = "auto", device: str = "auto", once: Once | None = None) -> FlowModel:

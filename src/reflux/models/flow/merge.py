@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from reflux.errors import ModelError
-from reflux.flows.adapters import Adapter, Factors
-from reflux.flows.net import FlowNet
+from reflux.models.flow.flow_adapters import Adapter, Factors
+from reflux.models.flow.net import FlowNet
 
 
 def mean_products(adapters: Sequence[Adapter]) -> Adapter:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reflux.models import Model
+from reflux.models.text import Model
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _NORMED = ("qwen3",)  # queries and keys have norms of their own

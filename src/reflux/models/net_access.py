@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from reflux.learners import adapters
+from reflux.models import lora
 
 
 class NetAccess:
@@ -20,23 +20,23 @@ class NetAccess:
 
     @property
     def names(self) -> Sequence[str]:
-        return list(adapters.homes(self._net))
+        return list(lora.homes(self._net))
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        homes, names = adapters.homes(self._net), list(names)
+        homes, names = lora.homes(self._net), list(names)
         for name in names:
-            adapters.refuse_narrow(name, homes[name])
-        return {name: _copy(value) for name, value in adapters.merged(self._net, frozenset(names)).items()}
+            lora.refuse_narrow(name, homes[name])
+        return {name: _copy(value) for name, value in lora.merged(self._net, frozenset(names)).items()}
 
     def base(self, names: Iterable[str]) -> dict[str, Tensor]:
-        homes = adapters.homes(self._net)
-        return {name: _copy(adapters.refuse_narrow(name, homes[name])) for name in names}
+        homes = lora.homes(self._net)
+        return {name: _copy(lora.refuse_narrow(name, homes[name])) for name in names}
 
     @torch.no_grad()
     def write(self, base: Mapping[str, Tensor]) -> None:
-        homes = adapters.homes(self._net)
+        homes = lora.homes(self._net)
         for name, value in base.items():
-            home = adapters.refuse_narrow(name, homes[name])
+            home = lora.refuse_narrow(name, homes[name])
             home.copy_(value)
             if id(home) not in self._trained:
                 self.written.add(name)

@@ -1,0 +1,1 @@
+"""Models as the library sees them, and how text models generate."""

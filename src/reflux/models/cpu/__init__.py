@@ -1,0 +1,1 @@
+"""Faster modules of text models on a CPU."""
