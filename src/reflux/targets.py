@@ -1,7 +1,8 @@
 """What a model said along one attempt, as a sum type: what it does not know is not there. `types.py` gives these names on.
 
-A target answers for itself, so nobody has to ask which kind it is. `heads` are the output heads of this process (`reflux.models.heads.Heads`);
-only hidden states need them. `logp_T` is what is known of the sampled tokens without a head, None where that is nothing.
+A target answers for itself, so nobody has to ask which kind it is. `heads` are the output heads of this process
+(`reflux.models.heads.Heads`); only hidden states need them. `logp_T` is what is known of the sampled tokens without a head, None where that
+is nothing.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from reflux.errors import ModelError
-from reflux.models.flow import adapters
+from reflux.models.flow import flow_adapters
 from reflux.models.flow.adapter_files import read_adapter
 from reflux.models.flow.adapter_folders import adapter_folder
 from reflux.models.flow.flow_adapters import Adapter
@@ -28,15 +28,15 @@ def start(model: FlowModel, merge: Merge | None, adapter: str | None, lora: Flow
     begin = _adapter(model, merge, adapter)
     if lora is None:
         if begin is not None:
-            adapters.add(net.transformer, begin)
+            flow_adapters.add(net.transformer, begin)
         net.requires_grad_(True)
         return False
     net.requires_grad_(False)
     if begin is None:
-        adapters.attach_fresh(net.transformer, lora, seed)
+        flow_adapters.attach_fresh(net.transformer, lora, seed)
     else:
         _refuse_other(begin, lora, net.transformer)
-        adapters.attach(net.transformer, begin, adapters.TRAINED)
+        flow_adapters.attach(net.transformer, begin, flow_adapters.TRAINED)
     return merge is None or begin is not None
 
 
@@ -69,7 +69,7 @@ def _refuse_other(begin: Adapter, lora: FlowLora, transformer: Any) -> None:
                 f"({begin.source}) has rank {factors.rank} and alpha {factors.scale * factors.rank:g} at {name}. Say the same, or leave "
                 f"lora out: the adapter is then added to the weights."
             )
-    asked, moved = set(adapters.selected(lora.targets, adapters.linear_shapes(transformer))), set(begin.factors)
+    asked, moved = set(flow_adapters.selected(lora.targets, flow_adapters.linear_shapes(transformer))), set(begin.factors)
     for names, what in ((moved - asked, "leaves out {}, which that adapter moves"), (asked - moved, "asks for {}, which it leaves")):
         if names:
             raise ModelError(
