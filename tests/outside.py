@@ -263,6 +263,9 @@ class ListTeacher(TeacherPart):
     as_: str | None = None
     routes: tuple[str, ...] = ()
 
+    def open(self, context: Any, services: Any) -> Any:
+        raise AssertionError("it is never opened")
+
 
 def brightness(prompt: Prompt, picture: Any) -> Reward:
     """A judge of pictures for the task `jsonl`: every one is right, and this bright."""
@@ -274,6 +277,9 @@ class Dark(RewardPart):
     """A reward that asks no task; it is only checked, never opened."""
 
     weight: float = 1.0
+
+    def open(self, context: Any, services: Any) -> Any:
+        raise AssertionError("it is never opened")
 
 
 @dataclass(frozen=True, config=STRICT)
