@@ -44,7 +44,7 @@ def side_reflux(beta: float, tiny: bool) -> Loss:
     import torch
 
     from reflux.kernels.head import Head
-    from reflux.kernels.linear_divergence import linear_divergence
+    from reflux.loss.linear_divergence import linear_divergence
     from reflux.objectives.divergence import Divergence
 
     objective = Divergence(divergence="jsd", beta=beta)

@@ -70,7 +70,7 @@ def side(case: str) -> Callable[..., Any]:
     if case.startswith("plain"):
         return plain(case)
     from reflux.kernels.head import Head
-    from reflux.kernels.linear_divergence import linear_divergence
+    from reflux.loss.linear_divergence import linear_divergence
     from reflux.objectives.divergence import Divergence
     from reflux.objectives.sampled_kl import SampledKL
 

@@ -77,7 +77,7 @@ MATHS = (
     "reflux.accelerators.extrapolate",
     "reflux.evals.spectra",
     "reflux.tasks.difficulty",
-    "reflux.kernels.linear_divergence",
+    "reflux.loss.linear_divergence",
     "reflux.metrics.intervals",
 )
 METHOD = ("objectives", "credit", "contexts", "accelerators")  # the groups whose parts make a method

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reflux.kernels.head import Head
-from reflux.kernels.linear_divergence import linear_divergence
+from reflux.loss.linear_divergence import linear_divergence
 from reflux.models.text import ASSETS
 from reflux.objectives.divergence import Divergence
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
-from reflux.loss_term import Rows
+from reflux.loss.term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import score_cost
 from reflux.types import Target, VelocityTarget, Wants
@@ -18,7 +18,7 @@ from reflux.types import Target, VelocityTarget, Wants
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reflux.objectives.flow_says import VelocitySays
+    from reflux.loss.flow_outputs import VelocitySays
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -16,10 +16,10 @@ import torch
 
 from reflux.config.context import PartContext
 from reflux.contexts.base import View
+from reflux.loss.step import StepRequest
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.objectives.velocity_kl import VelocityKL
 from reflux.services import Services
-from reflux.step import StepRequest
 from reflux.teachers.base import TeacherRequest
 from reflux.types import Attempt, FlowRollout, Moment, Prompt, SampledTarget, TeacherAnswer, TokenRollout, VelocityTarget
 from reflux.weights import InMemory

@@ -21,11 +21,11 @@ import tiny_glyphs
 from reflux.commands.progress import Progress
 from reflux.kernels.head import Head
 from reflux.loop import train
+from reflux.loss.targets import StepRecord
 from reflux.metrics.teacher_distance import generated_kl, teacher_logp_T, trained_kl
 from reflux.metrics.values import Mean
 from reflux.models.flow.sde import kl_weight
 from reflux.storage.attempt_log import arrived, read_attempt
-from reflux.targets import StepRecord
 from reflux.training import Options
 from reflux.types import Attempt, SampledTarget, Share, TeacherAnswer, VelocityTarget
 from tiny import rollout

@@ -24,8 +24,8 @@ from reflux.credit.base import share_credit
 from reflux.doctor import examine
 from reflux.doctor.finding import Finding
 from reflux.errors import ConfigError
-from reflux.loss_term import Rows
-from reflux.objectives.says import FullSays
+from reflux.loss.outputs import FullSays
+from reflux.loss.term import Rows
 from reflux.reports.diagnostics import own_charts
 from reflux.reports.page import write_report
 from reflux.reports.recorded import Recorded

@@ -73,8 +73,8 @@ def test_preflight_lets_the_other_flow_recipes_through(config: Config, recipe: s
 def test_preflight_sees_a_learner_that_is_not_its_sampler(
     config: Config, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], fault: str
 ) -> None:
-    from reflux.flow_loss import StepBatch
     from reflux.learners.flow_engine import FlowLearner
+    from reflux.loss.flow_loss import StepBatch
 
     real = FlowLearner._velocity
 

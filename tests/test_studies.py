@@ -21,7 +21,7 @@ import tiny
 from reflux.config.recipe import config_hash
 from reflux.errors import ConfigError, RunError
 from reflux.loop import train
-from reflux.step import StepRequest
+from reflux.loss.step import StepRequest
 from reflux.training import Options
 from reflux.types import Attempt, Moment, TeacherAnswer
 

@@ -22,11 +22,11 @@ from reflux.kernels.head import Head
 from reflux.learners.hf import HF as HFLearnerPart
 from reflux.learners.hf_engine import HFLearner
 from reflux.learning import learn
+from reflux.loss.step import StepRequest
 from reflux.metrics.values import Stats
 from reflux.models.heads import Heads
 from reflux.models.text import Model, as_model
 from reflux.services import Services
-from reflux.step import StepRequest
 from reflux.teachers.base import TeacherRequest
 from reflux.teachers.local import Local
 from reflux.types import Attempt, Group, HiddenTarget, Moment, Prompt, Share, TeacherAnswer, TokenRollout, Wants

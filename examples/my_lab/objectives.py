@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
-from reflux.loss_term import Rows
+from reflux.loss.term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.types import HiddenTarget, Wants
 
@@ -30,7 +30,7 @@ class Jeffreys(ObjectivePart):
         return Wants()
 
     def __call__(self, rows: Rows) -> Tensor:
-        from reflux.objectives.says import FullSays
+        from reflux.loss.outputs import FullSays
 
         student, teacher = rows.student, rows.teachers[self.teacher]
         assert isinstance(teacher, FullSays)  # `accepts` says so

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from reflux.errors import StepRefused
 from reflux.learners.base import OpenLearner
-from reflux.step import StepRequest, StepResult
-from reflux.targets import StepRecord
+from reflux.loss.step import StepRequest, StepResult
+from reflux.loss.targets import StepRecord
 from reflux.types import Attempt, Group
 
 Keep = Callable[[Sequence[Group], str], Path]

@@ -15,6 +15,7 @@ from reflux.config.recipe import RunConfig
 from reflux.credit.base import share_credit
 from reflux.learners.base import OpenLearner
 from reflux.learning import learn, observe
+from reflux.loss.step import StepRequest
 from reflux.models.text import prepare_torch
 from reflux.pipeline import Pipeline
 from reflux.rewards.base import OpenReward, judge
@@ -22,7 +23,6 @@ from reflux.rewards.weighted import open_rewards
 from reflux.samplers.base import OpenSampler
 from reflux.services import Services
 from reflux.signals import stopping_on_signals
-from reflux.step import StepRequest
 from reflux.teachers.collection import Teachers
 from reflux.training import Options, Run
 from reflux.types import Group, Prompt

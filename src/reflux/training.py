@@ -21,11 +21,11 @@ from reflux.config.recipe import RunConfig, part_context, to_table, to_toml
 from reflux.errors import RunError, Stopped
 from reflux.evals.base import Source
 from reflux.evaluation import Evaluation
+from reflux.loss.step import StepResult
 from reflux.metrics.flops import TOKENS, Landed, Ran, Work, add_up
 from reflux.metrics.step_metrics import step_metrics
 from reflux.metrics.trackers import NoTracker, Tracker, open_tracker
 from reflux.services import Services
-from reflux.step import StepResult
 from reflux.storage import attempt_log, checkpoints, failed_batch, files, run_dir
 from reflux.storage.model_card import model_card
 from reflux.storage.summary import saved_summary, summarise

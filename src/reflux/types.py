@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from reflux.targets import HiddenTarget, SampledTarget, TopKTarget, VelocityTarget
+from reflux.loss.targets import HiddenTarget, SampledTarget, TopKTarget, VelocityTarget
 
 if TYPE_CHECKING:
-    from reflux.targets import StepRecord
+    from reflux.loss.targets import StepRecord
 
 # {"role": "system" | "user" | "assistant" | "tool", "content": text}, and where tools are called also "tool_calls" or "tool_call_id".
 Message = dict[str, Any]

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from reflux.batch import Item, micro_batches, plan
-from reflux.loss import shift_taker
+from reflux.loss.aggregate import shift_taker
+from reflux.loss.batch import Item, micro_batches, plan
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome

@@ -19,10 +19,10 @@ from reflux.credit.prefix import Prefix
 from reflux.errors import StepRefused
 from reflux.learners import LEARNERS
 from reflux.learning import learn, observe
+from reflux.loss.step import StepRequest
 from reflux.models.text import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.velocity_kl import VelocityKL
-from reflux.step import StepRequest
 from reflux.types import Attempt, Group, Moment, Wants
 from tiny import rollout
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from laws.estimators import World, world_of
-from reflux.batch import micro_batches, plan
 from reflux.kernels.head import Head
+from reflux.loss.batch import micro_batches, plan
+from reflux.loss.token_loss import MicroBatch, backward
 from reflux.models.heads import Heads
 from reflux.objectives.outcome import Outcome
-from reflux.token_loss import MicroBatch, backward
 from reflux.types import Attempt, Group, HiddenTarget, Prompt, Share, TeacherAnswer, TokenRollout
 
 

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from reflux.config.registry import part
-from reflux.loss_term import Rows
+from reflux.loss.group_values import group_values
+from reflux.loss.outputs import FullSays, ListedSays, SampledSays
+from reflux.loss.term import Rows
 from reflux.objectives.divergence import MIXED, Divergence
-from reflux.objectives.group_values import group_values
 from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL
-from reflux.objectives.says import FullSays, ListedSays, SampledSays
 from reflux.types import VelocityTarget
 
 

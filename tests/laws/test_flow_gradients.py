@@ -18,9 +18,9 @@ from torch import Tensor
 
 from laws.estimators import assert_alive
 from reflux.config.registry import kinds, part
-from reflux.loss_term import Rows
+from reflux.loss.flow_outputs import VelocitySays
+from reflux.loss.term import Rows
 from reflux.models.flow.sde import kl_weight, sde_step, step_logp
-from reflux.objectives.flow_says import VelocitySays
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.ratio import score_cost
 from reflux.objectives.velocity_kl import VelocityKL

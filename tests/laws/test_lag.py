@@ -17,12 +17,12 @@ from reflux import checks
 from reflux.config.recipe import RunConfig
 from reflux.credit.base import share_credit
 from reflux.learners.hf_engine import HFLearner
+from reflux.loss.step import StepRequest
 from reflux.models.cpu.decoder import cpu_decoder
 from reflux.models.generate import decode
 from reflux.models.rng import row_key
 from reflux.models.text import load_model
 from reflux.models.turns import TurnRequest
-from reflux.step import StepRequest
 from reflux.teachers.local_engine import LocalTeacher
 from reflux.types import Attempt, Moment, Prompt, TokenRollout
 from tiny import ask, plainly, same

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 import tiny
-from reflux import token_loss
 from reflux.assets.tokenizer import character_tokenizer
-from reflux.batch import plan
 from reflux.config.registry import kinds, part
 from reflux.credit.base import share_credit
 from reflux.kernels.head import Head
+from reflux.loss import token_loss
+from reflux.loss.batch import plan
 from reflux.models.text import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from laws.estimators import Setting, World, settings_of
+from reflux.loss.group_values import group_values
 from reflux.objectives import OBJECTIVES
-from reflux.objectives.group_values import group_values
 
 CASES = settings_of(OBJECTIVES)
 IDS = [f"{kind}-{index}" for index, (kind, _) in enumerate(CASES)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reflux.kernels.head import Head
-from reflux.kernels.linear_divergence import linear_divergence
+from reflux.loss.linear_divergence import linear_divergence
 from reflux.objectives.sampled_kl import SampledKL
 
 N, V = 6, 11

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reflux.objectives.group_values import group_values
+from reflux.loss.group_values import group_values
 
 odd = st.sampled_from([math.inf, -math.inf, math.nan])
 attempts = st.none() | st.lists(st.floats(-50, 50) | odd, max_size=6).map(lambda own: np.array(own, dtype=np.float64))

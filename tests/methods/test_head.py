@@ -14,7 +14,7 @@ import tiny
 from reflux.kernels import head as head_module
 from reflux.kernels import row_pass
 from reflux.kernels.head import Bare, Head
-from reflux.kernels.linear_divergence import linear_divergence
+from reflux.loss.linear_divergence import linear_divergence
 
 close = torch.testing.assert_close
 V, PAD = 40, 5

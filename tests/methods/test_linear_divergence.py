@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reflux.kernels import products, row_pass
 from reflux.kernels.head import Bare, Head
-from reflux.kernels.linear_divergence import Answer, linear_divergence
+from reflux.loss.linear_divergence import Answer, linear_divergence
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
 

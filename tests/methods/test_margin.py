@@ -20,7 +20,7 @@ from reflux.assets.tokenizer import character_tokenizer
 from reflux.credit.balance import Balance
 from reflux.credit.base import share_credit
 from reflux.credit.margin import DIRECTIONS, MODES, Margin, margin, margin_keep, margin_shifts
-from reflux.loss_term import Rows
+from reflux.loss.term import Rows
 from reflux.models.text import as_model
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.types import Attempt, Finish, Group, Moment, Prompt, Reward, Rollout, SampledTarget, TeacherAnswer, Wants

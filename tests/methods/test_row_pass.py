@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reflux.kernels import budget, products, row_pass
 from reflux.kernels.head import Head
-from reflux.kernels.linear_divergence import linear_divergence
+from reflux.loss.linear_divergence import linear_divergence
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
 

@@ -9,7 +9,8 @@ import torch
 
 import tiny
 from reflux.assets.tokenizer import character_tokenizer
-from reflux.loss_term import Rows
+from reflux.loss.outputs import FullSays, ListedSays, SampledSays
+from reflux.loss.term import Rows
 from reflux.models.text import as_model
 from reflux.objectives.baselines import kl_value, minimum_variance_value, topk_kl_value
 from reflux.objectives.divergence import Divergence
@@ -17,7 +18,6 @@ from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.ratio import above_cap, outside, score_cost, truncated_ratio
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL, advantage
-from reflux.objectives.says import FullSays, ListedSays, SampledSays
 from reflux.types import HiddenTarget, SampledTarget, TopKTarget, Wants
 
 N, V = 6, 5

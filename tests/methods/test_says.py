@@ -11,11 +11,11 @@ import torch
 
 from interpreted import interpreted
 from reflux.kernels.head import Head
-from reflux.kernels.linear_divergence import Answer, linear_divergence
+from reflux.loss.linear_divergence import Answer, linear_divergence
+from reflux.loss.outputs import FullSays
 from reflux.objectives.baselines import kl_value
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.objectives.says import FullSays
 
 if find_spec("triton") is None:
     pytest.skip("Triton is not installed: pip install triton, and these tests run without a GPU", allow_module_level=True)

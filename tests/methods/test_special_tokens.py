@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import tiny
 from reflux.assets.tokenizer import character_tokenizer
-from reflux.batch import plan
 from reflux.credit.base import share_credit
 from reflux.credit.prefix import Prefix
+from reflux.loss.batch import plan
 from reflux.models.text import as_model
 from reflux.models.tokenizer import special_ids
 from reflux.objectives.divergence import Divergence

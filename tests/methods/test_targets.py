@@ -14,9 +14,9 @@ import tiny_flow
 from reflux.assets.tokenizer import character_tokenizer
 from reflux.errors import ModelError
 from reflux.kernels.head import Head
+from reflux.loss.outputs import ListedSays, SampledSays
 from reflux.models.heads import Heads
 from reflux.models.text import as_model
-from reflux.objectives.says import ListedSays, SampledSays
 from reflux.types import HiddenTarget, SampledTarget, TopKTarget, VelocityTarget
 from tiny_flow import velocities
 

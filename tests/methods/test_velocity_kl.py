@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 
-from reflux.loss_term import Rows
+from reflux.loss.flow_outputs import VelocitySays
+from reflux.loss.term import Rows
 from reflux.models.flow.sde import kl_weight, sde_step, step_logp
-from reflux.objectives.flow_says import VelocitySays
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.velocity_kl import VelocityKL
 from reflux.types import SampledTarget, VelocityTarget

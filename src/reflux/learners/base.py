@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from reflux.config.part import Part
 from reflux.config.schedules import Number, at, first_below
-from reflux.step import StepRequest, StepResult
+from reflux.loss.step import StepRequest, StepResult
 from reflux.types import Group, Rollout, Target
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reflux import flow_loss
-from reflux.batch import Item, signature
-from reflux.flow_loss import StepBatch
 from reflux.learners.moving import Moving
 from reflux.learners.tally import unpacked
-from reflux.loss import Result
-from reflux.loss_term import LossTerm
+from reflux.loss import flow_loss
+from reflux.loss.aggregate import Result
+from reflux.loss.batch import Item, signature
+from reflux.loss.flow_loss import StepBatch
+from reflux.loss.term import LossTerm
 from reflux.models import lora
 from reflux.models.flow.adapter_files import write_adapter
 from reflux.models.flow.flow_adapters import taken

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from reflux import token_loss
-from reflux.batch import Item, micro_batches
 from reflux.learners.moving import Moving
-from reflux.loss import Result
-from reflux.loss_term import LossTerm
+from reflux.loss import token_loss
+from reflux.loss.aggregate import Result
+from reflux.loss.batch import Item, micro_batches
+from reflux.loss.term import LossTerm
 from reflux.models import lora
 from reflux.models.text import Model, load_model, parameter_count
 from reflux.types import Attempt, Group, Target, seed_of

@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from reflux.batch import Item, plan
 from reflux.config.schedules import Number, at
 from reflux.errors import StepRefused
 from reflux.learners.tally import Tally
-from reflux.loss import Result
-from reflux.loss_term import LossTerm
+from reflux.loss.aggregate import Result
+from reflux.loss.batch import Item, plan
+from reflux.loss.step import StepRequest, StepResult
+from reflux.loss.targets import StepRecord
+from reflux.loss.term import LossTerm
 from reflux.metrics.values import Max, Stats, Sum
 from reflux.models import lora
 from reflux.models.net_access import NetAccess
-from reflux.step import StepRequest, StepResult
 from reflux.storage import checkpoints
-from reflux.targets import StepRecord
 from reflux.types import Attempt, Group, Target
 from reflux.weights import InMemory
 

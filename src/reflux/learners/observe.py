@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reflux.batch import micro_batches
 from reflux.kernels.budget import chunk_rows
-from reflux.token_loss import MicroBatch
+from reflux.loss.batch import micro_batches
+from reflux.loss.token_loss import MicroBatch
 from reflux.types import Attempt, Group, TopKTarget
 
 if TYPE_CHECKING:

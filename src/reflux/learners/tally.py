@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch import Tensor
 
-from reflux.batch import Item
-from reflux.loss import Result
+from reflux.loss.aggregate import Result
+from reflux.loss.batch import Item
+from reflux.loss.targets import StepRecord
 from reflux.metrics.values import Mean, Stats, Sum
-from reflux.targets import StepRecord
 from reflux.types import Attempt
 
 _KL = ""  # the column of kl_T among those of log-probs, which have names

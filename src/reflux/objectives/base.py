@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from reflux.config.part import Part
-from reflux.loss_term import LossTerm, Rows
+from reflux.loss.term import LossTerm, Rows
 from reflux.types import Target, Wants
 
 if TYPE_CHECKING:

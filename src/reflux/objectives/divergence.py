@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.papers import Paper
 from reflux.config.registry import STRICT, kind_of
-from reflux.loss_term import Rows
+from reflux.loss.term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import above_cap, check_ratio, truncated_ratio
 from reflux.objectives.ratio_rules import idle, ratio_papers
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from reflux.config.recipe import RunConfig
-    from reflux.objectives.says import FullSays, ListedSays, Says
+    from reflux.loss.outputs import FullSays, ListedSays, Says
 
 MIXED = ("jsd", "skew_reverse", "skew_forward", "alpha")
 
@@ -144,8 +144,8 @@ class Divergence(ObjectivePart):
         return None if self.ratio == "none" else above_cap(rows.student.logp_N, rows.behaviour_logp_N, self.ratio_cap)
 
     def _cost(self, student: FullSays, teacher: Says) -> Tensor:
+        from reflux.loss.outputs import FullSays, ListedSays
         from reflux.objectives.divergences import DIVERGENCES
-        from reflux.objectives.says import FullSays, ListedSays
 
         weight = () if self.beta is None else (self.beta,)
         if self.support == "teacher" and isinstance(teacher, ListedSays):

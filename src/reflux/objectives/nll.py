@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
-from reflux.loss_term import Rows
+from reflux.loss.term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.sampled_kl import check_coef
 from reflux.types import FlowRollout, Wants

@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.papers import Paper
 from reflux.config.registry import STRICT, kind_of
-from reflux.loss_term import Rows
+from reflux.loss.term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import check_ratio, outside, score_cost
 from reflux.objectives.ratio_rules import drawn_elsewhere, ratio_papers, under_lag

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from reflux.config.papers import Paper
 from reflux.config.registry import STRICT, kind_of
 from reflux.credit.outcome import GRPO
-from reflux.loss_term import Rows
+from reflux.loss.term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import Ratio, check_ratio, outside, score_cost
 from reflux.objectives.ratio_rules import drawn_elsewhere, idle, ratio_papers, under_lag
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from reflux.config.recipe import RunConfig
-    from reflux.objectives.says import FullSays
+    from reflux.loss.outputs import FullSays
 
 GROUP_BASELINES = ("group_mean", "leave_one_out")  # values made from sibling attempts by `batch.plan`
 
@@ -183,8 +183,8 @@ class SampledKL(ObjectivePart):
                     f"Outside the loop use baseline = 'none' with shift_N = -value."
                 )
             return rows.group_value_N
+        from reflux.loss.outputs import FullSays
         from reflux.objectives.baselines import minimum_variance_value, topk_kl_value
-        from reflux.objectives.says import FullSays
 
         teacher = rows.teachers[self.teacher]
         if not isinstance(teacher, FullSays):

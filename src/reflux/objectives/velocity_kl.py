@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.papers import Paper
 from reflux.config.registry import STRICT
-from reflux.loss_term import Rows
+from reflux.loss.term import Rows
 from reflux.models.flow.sde import kl_weight
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.sampled_kl import check_coef
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from reflux.config.recipe import RunConfig
-    from reflux.objectives.flow_says import VelocitySays
+    from reflux.loss.flow_outputs import VelocitySays
 
 FLOW_OPD = Paper(
     "flow_opd",

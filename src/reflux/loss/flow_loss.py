@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reflux.batch import Item
-from reflux.kernels.columns import Columns
-from reflux.loss import Packed, Result, result_of
-from reflux.loss_term import LossTerm
-from reflux.objectives.flow_says import VelocitySays
+from reflux.loss.aggregate import Packed, Result, result_of
+from reflux.loss.batch import Item
+from reflux.loss.columns import Columns
+from reflux.loss.flow_outputs import VelocitySays
+from reflux.loss.term import LossTerm
 from reflux.samplers.flow import prompt_text
 from reflux.types import FlowRollout
 

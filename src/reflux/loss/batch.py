@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from reflux.credit.log_ratio import log_ratio_T
-from reflux.loss_term import LossTerm
-from reflux.objectives.group_values import group_values
+from reflux.loss.group_values import group_values
+from reflux.loss.term import LossTerm
 from reflux.types import Attempt, Group, Rollout
 
 Normalise = str  # "kept" | "chosen" | "rollout_means"

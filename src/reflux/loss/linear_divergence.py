@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reflux.kernels.call import check_call
-from reflux.kernels.columns import Columns
 from reflux.kernels.head import Head
 from reflux.kernels.row_pass import row_pass
-from reflux.loss_term import LossTerm, Rows
+from reflux.loss.call import check_call
+from reflux.loss.columns import Columns
+from reflux.loss.outputs import FullSays
+from reflux.loss.term import LossTerm, Rows
 from reflux.objectives.divergence import Divergence
-from reflux.objectives.says import FullSays
 
 
 @dataclass

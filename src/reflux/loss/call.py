@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reflux.kernels.head import Head
-from reflux.loss_term import LossTerm
+from reflux.loss.term import LossTerm
 
 
 def check_call(

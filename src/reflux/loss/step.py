@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from reflux.metrics.values import Stats
 
 if TYPE_CHECKING:
-    from reflux.loss_term import LossTerm
-    from reflux.targets import StepRecord
+    from reflux.loss.targets import StepRecord
+    from reflux.loss.term import LossTerm
     from reflux.types import Attempt, Group, Moment
 
 

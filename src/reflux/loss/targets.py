@@ -74,7 +74,7 @@ class SampledTarget(_Known):
     logp_T: np.ndarray
 
     def says(self, columns: Mapping[str, Tensor]) -> Any:
-        from reflux.objectives.says import SampledSays
+        from reflux.loss.outputs import SampledSays
 
         return SampledSays(**columns)
 
@@ -97,7 +97,7 @@ class TopKTarget(_Known):
         return {name: _rows(column, rows_N) for name, column in columns.items()}
 
     def says(self, columns: Mapping[str, Tensor]) -> Any:
-        from reflux.objectives.says import ListedSays
+        from reflux.loss.outputs import ListedSays
 
         return ListedSays(**columns)
 

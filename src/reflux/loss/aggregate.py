@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reflux.batch import Item
-from reflux.kernels.columns import Columns
-from reflux.loss_term import LossTerm, Rows
+from reflux.loss.batch import Item
+from reflux.loss.columns import Columns
+from reflux.loss.term import LossTerm, Rows
 
 
 @dataclass

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reflux.batch import Item
-from reflux.kernels.columns import Columns
 from reflux.kernels.head import Head
 from reflux.kernels.row_pass import Constant, row_pass
-from reflux.loss import Packed, Result, result_of
-from reflux.loss_term import LossTerm
+from reflux.loss.aggregate import Packed, Result, result_of
+from reflux.loss.batch import Item
+from reflux.loss.columns import Columns
+from reflux.loss.outputs import FullSays, Says
+from reflux.loss.term import LossTerm
 from reflux.models.heads import Heads
-from reflux.objectives.says import FullSays, Says
 from reflux.types import TokenRollout
 
 

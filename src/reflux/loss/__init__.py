@@ -1,0 +1,1 @@
+"""From attempts and targets to the loss of a micro-batch."""
