@@ -27,11 +27,11 @@ from reflux.config.registry import STRICT
 from reflux.credit.base import CreditPart
 from reflux.learners.hf import HF
 from reflux.models.heads import Heads
-from reflux.services import Services
+from reflux.runtime.services import Services
+from reflux.runtime.weights import Weights
 from reflux.teachers.base import TeacherRequest
 from reflux.teachers.local import Local
 from reflux.types import Attempt, Group, HiddenTarget, Moment, Rollout, Share, TeacherAnswer, TokenRollout, Wants
-from reflux.weights import Weights
 
 FIRST, LAST = 0.2, 1.2  # a teacher goes flat between these shares of an attempt, uniformly; from 1 on it never does
 

@@ -36,8 +36,8 @@ from reflux.learners.moving import Moving
 from reflux.learning import observe
 from reflux.loop import Parts, lasting, open_parts
 from reflux.loss.step import StepRequest
-from reflux.quiet import quiet_libraries
 from reflux.rewards.base import judge
+from reflux.runtime.library_logging import quiet_libraries
 from reflux.storage import checkpoints
 from reflux.storage.files import write_text
 from reflux.training import Options, Run

@@ -19,10 +19,10 @@ from reflux.contexts.base import View
 from reflux.loss.step import StepRequest
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.objectives.velocity_kl import VelocityKL
-from reflux.services import Services
+from reflux.runtime.services import Services
+from reflux.runtime.weights import InMemory
 from reflux.teachers.base import TeacherRequest
 from reflux.types import Attempt, FlowRollout, Moment, Prompt, SampledTarget, TeacherAnswer, TokenRollout, VelocityTarget
-from reflux.weights import InMemory
 
 
 def done_by(packed: bytes) -> Any:

@@ -20,12 +20,12 @@ from reflux.evals.base import Asked, EvalPart
 from reflux.learners.hf import HF as Learner
 from reflux.rewards.base import RewardPart
 from reflux.rollouts.environment import Environment, Observation, ToolError
+from reflux.runtime.weights import InMemory, Weights
 from reflux.samplers.hf import HF as HFSampler
 from reflux.storage import checkpoints
 from reflux.tasks.base import TaskPart
 from reflux.teachers.base import TeacherPart
 from reflux.types import Attempt, Group, Message, Moment, Prompt, Reward, Rollout, SampledTarget, Share, TokenRollout, TopKTarget, Wants
-from reflux.weights import InMemory, Weights
 
 HEARD: list[tuple[Any, ...]] = []  # what the parts below saw, in order; a test empties it
 

@@ -17,7 +17,6 @@ import pytest
 
 import tiny
 import tiny_flow
-from reflux.clock import Clock
 from reflux.config.context import StudentSpec
 from reflux.errors import DataError
 from reflux.evals import teacher_accuracy
@@ -30,6 +29,7 @@ from reflux.metrics.intervals import bootstrap_mean, wilson
 from reflux.models.flow.sde import step_moments
 from reflux.models.images import from_text
 from reflux.models.shared_cache import Once
+from reflux.runtime.timers import Clock
 from reflux.samplers.flow import Flow
 from reflux.samplers.flow_engine import FlowSampler
 from reflux.tasks import glyph_drawing

@@ -26,7 +26,7 @@ from reflux.loss.step import StepRequest
 from reflux.metrics.values import Stats
 from reflux.models.heads import Heads
 from reflux.models.text import Model, as_model
-from reflux.services import Services
+from reflux.runtime.services import Services
 from reflux.teachers.base import TeacherRequest
 from reflux.teachers.local import Local
 from reflux.types import Attempt, Group, HiddenTarget, Moment, Prompt, Share, TeacherAnswer, TokenRollout, Wants

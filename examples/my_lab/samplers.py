@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from reflux.config.context import PartContext
     from reflux.reports.chart import Chart
     from reflux.reports.recorded import Recorded
-    from reflux.services import Services
-    from reflux.weights import Weights
+    from reflux.runtime.services import Services
+    from reflux.runtime.weights import Weights
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from reflux.together import together
+from reflux.runtime.together import together
 from reflux.types import Attempt, Draw, Group, Moment, Prompt, Purpose, Reward
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
+    from reflux.runtime.services import Services
     from reflux.samplers.base import OpenSampler, Sampler
-    from reflux.services import Services
     from reflux.tasks.base import Task
     from reflux.teachers.collection import Teachers
 

@@ -17,12 +17,12 @@ from reflux.learners.base import OpenLearner
 from reflux.learning import learn, observe
 from reflux.loss.step import StepRequest
 from reflux.models.text import prepare_torch
-from reflux.pipeline import Pipeline
 from reflux.rewards.base import OpenReward, judge
 from reflux.rewards.weighted import open_rewards
+from reflux.runtime.pipeline import Pipeline
+from reflux.runtime.services import Services
+from reflux.runtime.signals import stopping_on_signals
 from reflux.samplers.base import OpenSampler
-from reflux.services import Services
-from reflux.signals import stopping_on_signals
 from reflux.teachers.collection import Teachers
 from reflux.training import Options, Run
 from reflux.types import Group, Prompt

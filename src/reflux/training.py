@@ -25,7 +25,7 @@ from reflux.loss.step import StepResult
 from reflux.metrics.flops import TOKENS, Landed, Ran, Work, add_up
 from reflux.metrics.step_metrics import step_metrics
 from reflux.metrics.trackers import NoTracker, Tracker, open_tracker
-from reflux.services import Services
+from reflux.runtime.services import Services
 from reflux.storage import attempt_log, checkpoints, failed_batch, files, run_dir
 from reflux.storage.model_card import model_card
 from reflux.storage.summary import saved_summary, summarise

@@ -386,7 +386,7 @@ def test_fresh_dice_are_other_dice_of_the_same_prompts(student: str, teacher: st
     from reflux.config.recipe import part_context
     from reflux.evaluation import Evaluation
     from reflux.loop import open_parts
-    from reflux.services import Services
+    from reflux.runtime.services import Services
 
     cfg = tiny.config("full", student, teacher, **PLAIN, accelerator={**EXTRA, "prompts": 12, "samples": 4})
 

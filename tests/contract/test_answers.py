@@ -22,6 +22,7 @@ from reflux.assets.tokenizer import character_tokenizer
 from reflux.contexts.base import View
 from reflux.errors import ModelError
 from reflux.models.text import as_model
+from reflux.runtime.together import together
 from reflux.teachers import TEACHERS
 from reflux.teachers.base import TeacherRequest
 from reflux.teachers.collection import Teachers
@@ -31,7 +32,6 @@ from reflux.teachers.local import Local
 from reflux.teachers.local_engine import LocalTeacher
 from reflux.teachers.own import Own
 from reflux.teachers.own_engine import OwnTeacher
-from reflux.together import together
 from reflux.types import Attempt, Moment, Rollout, SampledTarget, TeacherAnswer, TopKTarget, Wants
 
 NOW = Moment(0, 0)

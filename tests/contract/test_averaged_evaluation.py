@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import tiny
+from reflux.runtime.weights import InMemory, Weights
 from reflux.training import Run
-from reflux.weights import InMemory, Weights
 
 
 class Student:

@@ -19,10 +19,10 @@ from reflux.errors import DataError, ModelError
 from reflux.models.flow.diffusers_library import library
 from reflux.models.flow.sde import sde_step
 from reflux.models.rng import normal, row_key
+from reflux.runtime.weights import InMemory
 from reflux.samplers.flow import Flow, prompt_text
 from reflux.samplers.flow_engine import FlowSampler
 from reflux.types import Attempt, Draw, FlowRollout, Prompt, VelocityTarget, Wants
-from reflux.weights import InMemory
 
 TRAIN = Draw(0, "train", 6)
 GREEDY = Draw(0, "eval", 6, temperature=0.0)

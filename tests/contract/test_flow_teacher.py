@@ -24,13 +24,13 @@ from reflux.models.flow.adapter_files import PEFT
 from reflux.models.flow.flow_model import FlowModel
 from reflux.models.flow.load import load_flow
 from reflux.models.settings import FlowLora
+from reflux.runtime.services import Services
+from reflux.runtime.weights import InMemory
 from reflux.samplers.flow import Flow as Sampler
-from reflux.services import Services
 from reflux.teachers.collection import Teachers
 from reflux.teachers.flow import Flow
 from reflux.teachers.flow_engine import FlowTeacher
 from reflux.types import Attempt, FlowRollout, Moment, VelocityTarget, Wants
-from reflux.weights import InMemory
 from tiny import ask, plainly
 from tiny_flow import save, save_adapter, velocities
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from reflux.gather import Gather
+from reflux.runtime.cohorts import Gather
 
 
 class Scribe:

@@ -26,12 +26,12 @@ from reflux.contexts.wording import with_attempts
 from reflux.errors import ConfigError, ModelError
 from reflux.models.text import as_model
 from reflux.objectives.divergence import Divergence
+from reflux.runtime.weights import InMemory
 from reflux.storage import checkpoints
 from reflux.teachers.base import TeacherRequest
 from reflux.teachers.own import Own
 from reflux.teachers.own_engine import OwnTeacher, move
 from reflux.types import Attempt, HiddenTarget, Moment, Wants
-from reflux.weights import InMemory
 from tiny import ask, plainly, rollout, same
 
 NOW = Moment(0, 0)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from reflux.pipeline import Pipeline
-from reflux.together import together
+from reflux.runtime.pipeline import Pipeline
+from reflux.runtime.together import together
 from reflux.types import Group, Prompt
 
 

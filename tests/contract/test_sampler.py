@@ -14,8 +14,8 @@ import torch
 import tiny
 from laws.test_own_dice import PROMPTS, ask, sampled
 from reflux.errors import DataError, ModelError
+from reflux.runtime.weights import InMemory
 from reflux.types import Draw, Prompt, TopKTarget
-from reflux.weights import InMemory
 from tiny import END
 
 CHAT = {"kind": "outside:Chat"}

@@ -134,7 +134,7 @@ def test_signals_do_not_wait_for_the_event_loop_and_the_second_is_the_systems_ow
     import asyncio
     from types import SimpleNamespace
 
-    from reflux.signals import stopping_on_signals
+    from reflux.runtime.signals import stopping_on_signals
 
     heard: list[str] = []
     run: Any = SimpleNamespace(stopping=False, watch=SimpleNamespace(noted=heard.append))

@@ -19,7 +19,7 @@ from reflux.metrics.flops import Spent
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
     from reflux.learners.access import WeightAccess
-    from reflux.services import Services
+    from reflux.runtime.services import Services
 
 NAME = "accelerator"
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
     from reflux.reports.chart import Chart
     from reflux.reports.recorded import Recorded
-    from reflux.services import Services
+    from reflux.runtime.services import Services
     from reflux.teachers.base import Teacher
 
 Count = Annotated[int, Field(ge=1)]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from reflux.accelerators.extrapolate import Extrapolate
     from reflux.config.context import PartContext
     from reflux.metrics.flops import Spent
-    from reflux.services import Services
+    from reflux.runtime.services import Services
 
 Weights = dict[str, Tensor]  # by the model's own names
 ANCHOR = "anchor/"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from reflux.config.context import PartContext
     from reflux.evaluation import Evaluation
     from reflux.learners.base import OpenLearner
-    from reflux.services import Services
+    from reflux.runtime.services import Services
 
 
 class Scorer:

@@ -25,7 +25,7 @@ from reflux.config.recipe import RunConfig, Track, config_hash, load_recipe, par
 from reflux.errors import DataError, RunError
 from reflux.evals.problems import problems
 from reflux.evaluation import Evaluation
-from reflux.services import Services
+from reflux.runtime.services import Services
 from reflux.storage.files import append_lines, jsonable, keep_lines, read_lines, write_text
 from reflux.tasks.base import Split, Task
 from reflux.tasks.difficulty import FIRST, Counted, as_line, copies_of, measured, repeated, training_prompts
@@ -61,7 +61,7 @@ def balance_prompts(
     checks.inputs(cfg)
     if cut and not prompts:
         console.print(f"note: this task has no end; these are its first {FIRST} training prompts (--prompts N for more)", style="yellow")
-    from reflux.quiet import quiet_libraries
+    from reflux.runtime.library_logging import quiet_libraries
 
     quiet_libraries()
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from reflux.evals.problems import problems as test_problems
 from reflux.evals.problems import seen, told
 from reflux.evaluation import Evaluation
 from reflux.models.text import load_tokenizer, local_folder
-from reflux.services import Services
+from reflux.runtime.services import Services
 from reflux.types import Wants
 
 console = Console()
@@ -35,7 +35,7 @@ def evaluate_model(model: str, task: str | None, problems: int, samples: int, ma
         table["task"] = {"kind": task}
     for path, value in map(split_override, overrides):
         table = merge(table, nest(path.split("."), unpack(value), table))
-    from reflux.quiet import quiet_libraries
+    from reflux.runtime.library_logging import quiet_libraries
 
     quiet_libraries()
     if table["sampler"]["kind"] == "flow":

@@ -16,7 +16,7 @@ def show_findings(recipe: str, overrides: list[str]) -> None:
     """Exit code 1 where a check failed."""
     cfg = load_recipe(recipe, overrides)
     from reflux.doctor import examine
-    from reflux.quiet import quiet_libraries
+    from reflux.runtime.library_logging import quiet_libraries
 
     quiet_libraries()
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from reflux.commands.progress import Progress
 from reflux.config.recipe import RunConfig, load_recipe
 from reflux.errors import RunError, StepRefused, Stopped
-from reflux.quiet import quiet_libraries
 from reflux.reports.asked import problems_of, split_of
+from reflux.runtime.library_logging import quiet_libraries
 from reflux.storage.files import read_lines
 from reflux.storage.run_dir import choose_folder
 from reflux.training import Options

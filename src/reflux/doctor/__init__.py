@@ -21,7 +21,7 @@ from reflux.doctor.finding import Finding
 from reflux.evaluation import Evaluation
 from reflux.loop import open_parts
 from reflux.models.text import parameter_count
-from reflux.services import Services
+from reflux.runtime.services import Services
 from reflux.types import Draw, FlowRollout, Group
 
 _MOST = 32  # positions of an answer

@@ -17,7 +17,7 @@ from reflux.config.recipe import RunConfig
 from reflux.contexts.base import View
 from reflux.doctor.finding import Finding
 from reflux.models.flow.sde import kl_weight, step_logp, step_moments
-from reflux.services import Services
+from reflux.runtime.services import Services
 from reflux.teachers.base import TeacherRequest
 from reflux.types import Attempt, FlowRollout, Group, Rollout, Target, VelocityTarget, Wants
 

@@ -13,7 +13,7 @@ from reflux.contexts.base import View
 from reflux.doctor.finding import Finding
 from reflux.models.text import head_gap, load_tokenizer
 from reflux.models.tokenizer import check_same_tokens, end_ids
-from reflux.services import Services
+from reflux.runtime.services import Services
 from reflux.teachers.base import TeacherRequest
 from reflux.types import Group, Wants
 

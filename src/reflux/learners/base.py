@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from reflux.config.context import PartContext, StudentSpec
     from reflux.learners.access import WeightAccess
     from reflux.models.text import Model
-    from reflux.services import Services
-    from reflux.weights import Weights
+    from reflux.runtime.services import Services
+    from reflux.runtime.weights import Weights
 
 
 class OpenLearner(Protocol):

@@ -23,7 +23,7 @@ from reflux.types import FlowRollout, Rollout
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
     from reflux.config.recipe import RunConfig
-    from reflux.services import Services
+    from reflux.runtime.services import Services
 
 
 RECTIFIED_FLOW = Paper(

@@ -30,7 +30,7 @@ from reflux.types import Attempt, Group, Target, VelocityTarget, seed_of
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
     from reflux.learners.flow import Flow
-    from reflux.services import Services
+    from reflux.runtime.services import Services
 
 
 class FlowLearner(Moving):

@@ -24,7 +24,7 @@ from reflux.types import Attempt, Group, Target, seed_of
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
     from reflux.learners.hf import HF
-    from reflux.services import Services
+    from reflux.runtime.services import Services
 
 
 class HFLearner(Moving):

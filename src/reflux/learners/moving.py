@@ -24,14 +24,14 @@ from reflux.loss.term import LossTerm
 from reflux.metrics.values import Max, Stats, Sum
 from reflux.models import lora
 from reflux.models.net_access import NetAccess
+from reflux.runtime.weights import InMemory
 from reflux.storage import checkpoints
 from reflux.types import Attempt, Group, Target
-from reflux.weights import InMemory
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
     from reflux.models.settings import Average
-    from reflux.services import Services
+    from reflux.runtime.services import Services
 
 
 class Optimised(Protocol):

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from reflux.clock import Clock
 from reflux.metrics.flops import Ran, Work, flops
 from reflux.metrics.teacher_distance import generated_kl, trained_kl
 from reflux.metrics.values import Mean, Stats, merge
+from reflux.runtime.timers import Clock
 from reflux.types import Attempt, Finish, Group, Share
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from reflux.types import Group, Reward
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
-    from reflux.services import Services
+    from reflux.runtime.services import Services
 
 
 class OpenReward(Protocol):

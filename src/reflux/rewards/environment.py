@@ -18,7 +18,7 @@ from reflux.types import Group, Reward, Rollout, TokenRollout
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
     from reflux.config.recipe import RunConfig
-    from reflux.services import Services
+    from reflux.runtime.services import Services
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -16,10 +16,10 @@ from reflux.tasks.base import JUDGED
 from reflux.types import Group, Reward
 
 if TYPE_CHECKING:
-    from reflux.clock import Clock
     from reflux.config.context import PartContext
     from reflux.config.recipe import RunConfig
-    from reflux.services import Services
+    from reflux.runtime.services import Services
+    from reflux.runtime.timers import Clock
     from reflux.tasks.base import Task
     from reflux.tasks.grading import Graders
 

@@ -8,12 +8,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from reflux.rewards.base import OpenReward, RewardFn
-from reflux.together import together
+from reflux.runtime.together import together
 from reflux.types import Group, Reward
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
-    from reflux.services import Services
+    from reflux.runtime.services import Services
 
 
 @asynccontextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 from reflux.errors import ConfigError
 from reflux.rollouts.environment import Environment, Observation, Opens, ToolError
-from reflux.services import Listener
+from reflux.runtime.services import Listener
 from reflux.types import Finish, Message, Prompt
 
 _LONGEST = 500  # characters of a tool's own words

@@ -18,7 +18,7 @@ from reflux.models.turns import Generator, TurnRequest
 from reflux.rollouts.calls import EnvironmentCalls, Open, ended
 from reflux.rollouts.conversation import Conversation
 from reflux.rollouts.environment import Environment, Observation
-from reflux.services import Deaf, Listener
+from reflux.runtime.services import Deaf, Listener
 from reflux.types import Attempt, Draw, Group, Prompt, TokenRollout, Wants
 
 Asked = tuple[Prompt, int, Draw]  # a prompt, the number of attempts, and how they are sampled

@@ -16,8 +16,8 @@ from reflux.types import Draw, Group, Prompt, Rollout
 
 if TYPE_CHECKING:
     from reflux.config.context import Generation, PartContext
-    from reflux.services import Services
-    from reflux.weights import Weights
+    from reflux.runtime.services import Services
+    from reflux.runtime.weights import Weights
 
 
 class OpenSampler(Protocol):

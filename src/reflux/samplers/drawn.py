@@ -20,7 +20,7 @@ from reflux.types import Draw, FlowRollout, Rollout
 if TYPE_CHECKING:
     from reflux.config.context import Generation, PartContext
     from reflux.config.recipe import RunConfig
-    from reflux.services import Services
+    from reflux.runtime.services import Services
 
 FLOW_MATCHING = Paper(
     "flow_matching",

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from reflux.errors import DataError, ModelError
-from reflux.gather import Gather
 from reflux.models.rng import normal, row_key
+from reflux.runtime.cohorts import Gather
 from reflux.samplers.drawn import drawers
 from reflux.samplers.flow import prompt_text
 from reflux.samplers.flow_engine import Walk, denoise
@@ -22,10 +22,10 @@ from reflux.types import Attempt, Draw, FlowRollout, Group, Prompt, VelocityTarg
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
     from reflux.models.flow.flow_model import FlowModel
+    from reflux.runtime.services import Services
+    from reflux.runtime.weights import Weights
     from reflux.samplers.base import OpenSampler
     from reflux.samplers.drawn import Drawn
-    from reflux.services import Services
-    from reflux.weights import Weights
 
 _TIMES = -2  # the place of the times' dice; -1 is the noise that a picture is drawn from, 0 to T - 1 that of the positions
 Row = tuple[Prompt, int]  # a prompt, and the number of the attempt

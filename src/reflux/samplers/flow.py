@@ -28,7 +28,7 @@ from reflux.types import Draw, FlowRollout, Prompt, Rollout
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
     from reflux.config.recipe import RunConfig
-    from reflux.services import Services
+    from reflux.runtime.services import Services
 
 
 FLOW_GRPO = Paper(

@@ -23,8 +23,8 @@ from reflux.types import Attempt, Draw, Finish, FlowRollout, Group, Prompt, Velo
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
     from reflux.models.flow.flow_model import FlowModel
+    from reflux.runtime.services import Services
     from reflux.samplers.flow import Flow
-    from reflux.services import Services
 
 
 @dataclass

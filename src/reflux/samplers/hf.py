@@ -19,7 +19,7 @@ from reflux.types import Draw, Rollout, TokenRollout
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
     from reflux.config.recipe import RunConfig
-    from reflux.services import Services
+    from reflux.runtime.services import Services
 
 
 def _one_number(value: Any) -> Any:

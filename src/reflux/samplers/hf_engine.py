@@ -18,8 +18,8 @@ from reflux.types import Group
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
+    from reflux.runtime.services import Services
     from reflux.samplers.hf import HF
-    from reflux.services import Services
 
 
 class HFSampler(InProcess):

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reflux.gather import Gather
+from reflux.runtime.cohorts import Gather
 from reflux.types import Draw, Group, Prompt
 
 if TYPE_CHECKING:
-    from reflux.services import Services
-    from reflux.weights import Weights
+    from reflux.runtime.services import Services
+    from reflux.runtime.weights import Weights
 
 Request = tuple[Prompt, int, Draw]
 

@@ -21,9 +21,9 @@ from reflux.types import Attempt, Draw, Group, Prompt, Rollout, TokenRollout, Wa
 
 if TYPE_CHECKING:
     from reflux.config.context import Generation, PartContext
+    from reflux.runtime.services import Services
+    from reflux.runtime.weights import Weights
     from reflux.samplers.base import OpenSampler
-    from reflux.services import Services
-    from reflux.weights import Weights
 
 
 @dataclass(frozen=True, config=STRICT)

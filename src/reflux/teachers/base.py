@@ -19,8 +19,8 @@ from reflux.types import Rollout, Target, TeacherAnswer, Wants
 if TYPE_CHECKING:
     from reflux.config.context import PartContext, StudentSpec
     from reflux.models.sizes import Size
-    from reflux.services import Services
-    from reflux.weights import Weights
+    from reflux.runtime.services import Services
+    from reflux.runtime.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,14 @@ import numpy as np
 
 from reflux.contexts.base import View
 from reflux.errors import DataError
-from reflux.gather import Gather
+from reflux.runtime.cohorts import Gather
+from reflux.runtime.together import together
 from reflux.teachers.base import OpenTeacher, Teacher, TeacherRequest, spoken_name
-from reflux.together import together
 from reflux.types import Attempt, Group, Moment, Prompt, TokenRollout, TopKTarget, Wants
 
 if TYPE_CHECKING:
-    from reflux.services import Services
-    from reflux.weights import Weights
+    from reflux.runtime.services import Services
+    from reflux.runtime.weights import Weights
 
 Tables = Mapping[str, tuple[Teacher, OpenTeacher]]
 

@@ -21,7 +21,7 @@ from reflux.types import FlowRollout, Rollout, VelocityTarget
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
     from reflux.config.recipe import RunConfig
-    from reflux.services import Services
+    from reflux.runtime.services import Services
 
 
 @dataclass(frozen=True, config=STRICT)

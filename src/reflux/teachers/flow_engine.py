@@ -22,9 +22,9 @@ from reflux.types import FlowRollout, TeacherAnswer, VelocityTarget
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
     from reflux.models.flow.flow_model import FlowModel
-    from reflux.services import Services
+    from reflux.runtime.services import Services
+    from reflux.runtime.weights import Weights
     from reflux.teachers.flow import Flow
-    from reflux.weights import Weights
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from reflux.models.text import locate
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
     from reflux.models.flow.flow_model import FlowModel
-    from reflux.services import Services
+    from reflux.runtime.services import Services
     from reflux.teachers.flow import Flow
 
 STEPS = 10  # of the grids that are compared, where the sampler does not say

@@ -20,7 +20,7 @@ from reflux.types import HiddenTarget, TeacherAnswer, TokenRollout, TopKTarget
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
-    from reflux.services import Services
+    from reflux.runtime.services import Services
 
 
 class Batched(Teacher, Protocol):

@@ -19,7 +19,7 @@ from reflux.types import HiddenTarget, Rollout, TokenRollout
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
-    from reflux.services import Services
+    from reflux.runtime.services import Services
 
 
 @dataclass(frozen=True, config=STRICT)

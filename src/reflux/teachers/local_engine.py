@@ -14,9 +14,9 @@ from reflux.teachers.in_process import InProcess
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
-    from reflux.services import Services
+    from reflux.runtime.services import Services
+    from reflux.runtime.weights import Weights
     from reflux.teachers.local import Local
-    from reflux.weights import Weights
 
 
 class LocalTeacher(InProcess):

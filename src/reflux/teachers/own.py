@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from reflux.config.context import PartContext, StudentSpec
     from reflux.config.recipe import RunConfig
     from reflux.models.sizes import Size
-    from reflux.services import Services
+    from reflux.runtime.services import Services
 
 MEAN_TEACHER = Paper(
     "mean_teacher",

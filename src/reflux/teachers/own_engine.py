@@ -18,9 +18,9 @@ from reflux.teachers.in_process import InProcess
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
-    from reflux.services import Services
+    from reflux.runtime.services import Services
+    from reflux.runtime.weights import Weights
     from reflux.teachers.own import Own
-    from reflux.weights import Weights
 
 PHI = "phi/"
 

@@ -10,15 +10,15 @@ from contextlib import ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from reflux.clock import Clock
 from reflux.models.heads import Heads
 from reflux.models.shared_cache import Once
-from reflux.weights import Lent
+from reflux.runtime.timers import Clock
+from reflux.runtime.weights import Lent
 
 if TYPE_CHECKING:
     from reflux.config.context import StudentSpec
+    from reflux.runtime.weights import Weights
     from reflux.tasks.grading import Graders
-    from reflux.weights import Weights
 
 Result = TypeVar("Result")
 Append = Callable[[str, Mapping[str, Any]], None]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Protocol
 
-from reflux.services import Listener
+from reflux.runtime.services import Listener
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

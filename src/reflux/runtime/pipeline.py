@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from itertools import islice
 from typing import Any, Self
 
-from reflux.together import Siblings
+from reflux.runtime.together import Siblings
 from reflux.types import Group, Prompt
 
 Attempting = Callable[[Prompt, int], Coroutine[Any, Any, Group]]
