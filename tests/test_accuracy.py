@@ -15,8 +15,8 @@ import pytest
 import tiny
 from reflux.config.context import Generation
 from reflux.evals.accuracy import Accuracy
+from reflux.grading.graders import Graders
 from reflux.metrics.intervals import bootstrap_mean, wilson
-from reflux.tasks.grading import Graders
 from reflux.tasks.jsonl import Jsonl
 from reflux.tasks.mix import Mix
 from reflux.types import Attempt, Draw, Group, Prompt, TokenRollout

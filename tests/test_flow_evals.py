@@ -25,6 +25,7 @@ from reflux.evals.agreement import Agreement, gap_T
 from reflux.evals.problems import HELD_OUT_SEED
 from reflux.evals.teacher_accuracy import TeacherAccuracy
 from reflux.evaluation import Evaluation
+from reflux.grading.graders import Graders
 from reflux.metrics.intervals import bootstrap_mean, wilson
 from reflux.models.flow.sde import step_moments
 from reflux.models.images import from_text
@@ -34,7 +35,6 @@ from reflux.samplers.flow import Flow
 from reflux.samplers.flow_engine import FlowSampler
 from reflux.tasks import glyph_drawing
 from reflux.tasks.glyphs import Glyphs
-from reflux.tasks.grading import Graders
 from reflux.teachers.base import TeacherRequest
 from reflux.teachers.collection import Teachers
 from reflux.teachers.flow import Flow as FlowTeacherPart

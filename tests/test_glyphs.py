@@ -19,11 +19,11 @@ from scipy import ndimage
 
 from reflux.config.registry import make, part
 from reflux.errors import ConfigError
+from reflux.grading.graders import Graders
 from reflux.tasks.base import Split
 from reflux.tasks.glyph_drawing import DOMAINS, FONT, asked, digit, draw, ideals, squares
 from reflux.tasks.glyph_reading import digit_in, ink, quality, spots
 from reflux.tasks.glyphs import Glyphs, text_of
-from reflux.tasks.grading import Graders
 from reflux.types import Prompt
 
 TASK = Glyphs(largest_count=9)

@@ -21,11 +21,11 @@ import tiny
 from reflux.config.registry import part
 from reflux.contexts.peers import Peers
 from reflux.errors import ConfigError
+from reflux.grading import graders
+from reflux.grading.graders import Graders
+from reflux.grading.math import final_answer, grade
 from reflux.rewards.base import judge
 from reflux.rewards.verifier import Verifier
-from reflux.tasks import grading
-from reflux.tasks.grading import Graders
-from reflux.tasks.math import final_answer, grade
 from reflux.types import Attempt, Group, Moment, Prompt, Reward, TokenRollout
 
 TASK = r'''
@@ -72,7 +72,7 @@ PROMPT = Prompt(id="p", messages=({"role": "user", "content": "say yes"},), answ
 def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     (tmp_path / "odd_task.py").write_text(TASK)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(grading, "FIRST_S", 0.5)
+    monkeypatch.setattr(graders, "FIRST_S", 0.5)
     yield __import__("odd_task").Odd()
     sys.modules.pop("odd_task")
 
@@ -231,7 +231,7 @@ def test_no_worker_outlives_a_killed_parent(odd: Any, tmp_path: Path, doing: str
 def test_a_script_without_a_main_guard_is_not_run_again(odd: Any, tmp_path: Path) -> None:
     script = tmp_path / "unguarded.py"
     script.write_text(
-        "import asyncio\nfrom odd_task import Odd\nfrom reflux.tasks.grading import Graders\nfrom reflux.types import Prompt\n"
+        "import asyncio\nfrom odd_task import Odd\nfrom reflux.grading.graders import Graders\nfrom reflux.types import Prompt\n"
         'print("once")\ngraders = Graders()\nprompt = Prompt(id="p", messages=(), answer="yes")\n'
         'print(asyncio.run(graders.verify(Odd(), prompt, "yes")).value)\n'  # and never closed
     )

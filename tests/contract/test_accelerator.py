@@ -335,7 +335,7 @@ def test_an_answer_that_could_not_be_judged_counts_as_wrong(
         said.append(await real(self, *rest))
         return said[-1] if math.isfinite(said[-1]) else 0.0
 
-    monkeypatch.setattr("reflux.tasks.grading.Graders.judge_attempts", judge)
+    monkeypatch.setattr("reflux.grading.graders.Graders.judge_attempts", judge)
     monkeypatch.setattr(Scorer, "__call__", heard)
     done = tiny_run("full", **(PLAIN | {"steps": 1}), accelerator=EXTRA)
     assert said == pytest.approx([score, score], nan_ok=True)

@@ -579,7 +579,7 @@ def test_a_task_that_opens_what_it_denies_is_refused() -> None:
 
 
 def test_an_attempt_that_ended_in_a_tool_has_weight_and_no_verdict() -> None:
-    from reflux.tasks.grading import WHY_UNJUDGED
+    from reflux.grading.graders import WHY_UNJUDGED
     from reflux.types import UNJUDGED, Reward
 
     assert set(UNJUDGED) == set(WHY_UNJUDGED) == {"error", "tool_error", "timeout"}

@@ -11,8 +11,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT, kind_of
+from reflux.grading.graders import WHY_UNJUDGED
 from reflux.rewards.base import RewardPart, weightless
-from reflux.tasks.grading import WHY_UNJUDGED
 from reflux.types import Group, Reward, Rollout, TokenRollout
 
 if TYPE_CHECKING:

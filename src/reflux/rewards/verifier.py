@@ -18,10 +18,10 @@ from reflux.types import Group, Reward
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
     from reflux.config.recipe import RunConfig
+    from reflux.grading.graders import Graders
     from reflux.runtime.services import Services
     from reflux.runtime.timers import Clock
     from reflux.tasks.base import Task
-    from reflux.tasks.grading import Graders
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -47,7 +47,7 @@ class Verifier(RewardPart):
     @asynccontextmanager
     async def open(self, context: PartContext, services: Services) -> AsyncIterator[OpenVerifier]:
         """Shares the workers of this process where they are set alike, else starts its own."""
-        from reflux.tasks.grading import Graders
+        from reflux.grading.graders import Graders
 
         shared = services.graders
         if (shared.workers, shared.timeout_s) == (self.workers, self.timeout_s):

@@ -17,8 +17,8 @@ from reflux.runtime.weights import Lent
 
 if TYPE_CHECKING:
     from reflux.config.context import StudentSpec
+    from reflux.grading.graders import Graders
     from reflux.runtime.weights import Weights
-    from reflux.tasks.grading import Graders
 
 Result = TypeVar("Result")
 Append = Callable[[str, Mapping[str, Any]], None]
@@ -67,7 +67,7 @@ class Services:
     @cached_property
     def graders(self) -> Graders:
         """Worker processes for verdicts, shared by rewards and evaluations."""
-        from reflux.tasks.grading import Graders
+        from reflux.grading.graders import Graders
 
         return self._closing.enter_context(Graders())
 

@@ -31,7 +31,7 @@ class Gsm8k(TaskPart):
     path: a folder with train.jsonl and test.jsonl of {"question", "answer"}; without it the hub dataset openai/gsm8k.
     validation: the share of the training problems held out for it, chosen by a hash of the id. Ids are "gsm8k/train/17" (line or row from
     1).
-    route: which teacher answers, where several share a name. Answers are graded as `reflux.tasks.math` says.
+    route: which teacher answers, where several share a name. Answers are graded as `reflux.grading.math` says.
 
     "train" never ends: a new order each epoch. DataError, with file and line, for data that cannot be used.
     """
@@ -84,7 +84,7 @@ class Gsm8k(TaskPart):
 
     def verify(self, prompt: Prompt, made: Any) -> float:
         """1.0 where the final answer of the text equals the stored one. ValueError for a prompt without an answer."""
-        from reflux.tasks.math import grade
+        from reflux.grading.math import grade
 
         if prompt.answer is None:
             raise ValueError(f"prompt {prompt.id} has no answer to compare with")

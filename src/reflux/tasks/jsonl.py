@@ -38,7 +38,7 @@ class Jsonl(TaskPart):
     set.
     test: the file (the hub's split) of test lines; without it, "test" is the validation set.
     instruction: appended to the last message after a blank line.
-    grader: "math" (see `reflux.tasks.math`), "exact" (text or final answer, white space folded), "none", or "my_module:function", called
+    grader: "math" (see `reflux.grading.math`), "exact" (text or final answer, white space folded), "none", or "my_module:function", called
     with (prompt, what the student made) and returning a number from 0 to 1, or a Reward.
     makes: "text", or "picture" for flow models; a picture is judged by a grader of your own, which meets uint8 [height, width(, 3)].
 
@@ -129,7 +129,7 @@ class Jsonl(TaskPart):
             raise ValueError("the task has grader = none, so nothing can be judged")
         if self.grader not in GRADERS:
             return load(self.grader)(prompt, made)
-        from reflux.tasks.math import final_answer, grade
+        from reflux.grading.math import final_answer, grade
 
         if prompt.answer is None:
             raise ValueError(f"prompt {prompt.id} has no answer to compare with")

@@ -33,7 +33,7 @@ Job = tuple[Prompt, Any]  # the prompt, and the text or image that the student m
 START_S = 60.0  # for a new process to import this library and the task
 FIRST_S = 5.0  # more time for the first answer of a new worker, which imports what the verifier needs
 AT_ONCE = 256  # jobs in one message
-CODE = "import sys; from reflux.tasks.worker import work; work(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))"
+CODE = "import sys; from reflux.grading.worker import work; work(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))"
 
 
 WHY_UNJUDGED: dict[Finish, str] = {  # in words, for each of UNJUDGED

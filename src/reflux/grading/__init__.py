@@ -1,0 +1,1 @@
+"""Verdicts of tasks in worker processes, and whether an answer is right."""
