@@ -76,7 +76,7 @@ MATHS = (
     "reflux.contexts.peers",
     "reflux.accelerators.extrapolate",
     "reflux.evals.spectra",
-    "reflux.tasks.difficulty",
+    "reflux.evals.prompt_difficulty",
     "reflux.loss.linear_divergence",
     "reflux.metrics.intervals",
 )

@@ -24,7 +24,7 @@ from reflux.commands.difficulty import PARTIAL, balance_prompts
 from reflux.config.recipe import load_recipe, to_table
 from reflux.errors import DataError, ModelError, RunError
 from reflux.evals.problems import problems
-from reflux.tasks.difficulty import (
+from reflux.evals.prompt_difficulty import (
     FIRST,
     Counted,
     as_line,
@@ -169,7 +169,7 @@ def test_data_of_any_size_is_read_to_the_end(tmp_path: Path) -> None:
 
 
 def test_a_task_of_ones_own_that_comes_to_no_end_is_asked_for_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reflux.tasks.difficulty.UNKNOWN", 600)
+    monkeypatch.setattr("reflux.evals.prompt_difficulty.UNKNOWN", 600)
     with pytest.raises(DataError, match=r"more than 600 different training prompts.*--prompts N"):
         training_prompts(outside.Chat(), seed=0)
     found, cut = training_prompts(outside.Chat(), seed=0, limit=900)
@@ -178,7 +178,7 @@ def test_a_task_of_ones_own_that_comes_to_no_end_is_asked_for_a_number(monkeypat
 
 def test_who_ends_and_who_judges(tmp_path: Path) -> None:
     own, moody = lines(tmp_path / "a.jsonl", 3), lines(tmp_path / "b.jsonl", 3, grader="judges:moody")
-    stories = "reflux.tasks.difficulty:as_word_problem"
+    stories = "reflux.evals.prompt_difficulty:as_word_problem"
     tasks: list[tuple[Any, bool | None, str | None]] = [
         (own, True, "math"),
         (moody, True, "judges:moody"),
@@ -307,9 +307,9 @@ def test_the_command_writes_counts_and_a_balanced_file(recipe: Any, tmp_path: Pa
 
 def test_a_killed_call_goes_on_to_the_same_files(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = recipe("whole")
-    from reflux.tasks import difficulty
+    from reflux.evals import prompt_difficulty
 
-    real, seen = difficulty.measured, []
+    real, seen = prompt_difficulty.measured, []
 
     async def interrupted(evaluation: Any, prompts: Any, samples: int, draw: Draw) -> Any:
         seen.append(len(prompts))
@@ -330,9 +330,9 @@ def test_a_killed_call_goes_on_to_the_same_files(recipe: Any, tmp_path: Path, mo
 
 def test_lines_cut_short_by_kills_do_not_spoil_the_counts(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = recipe("whole")
-    from reflux.tasks import difficulty
+    from reflux.evals import prompt_difficulty
 
-    real = difficulty.measured
+    real = prompt_difficulty.measured
 
     async def one_chunk(evaluation: Any, prompts: Any, samples: int, draw: Draw) -> Any:
         async for chunk in real(evaluation, prompts, samples, draw, at_once=2):

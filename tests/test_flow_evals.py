@@ -22,9 +22,9 @@ from reflux.errors import DataError
 from reflux.evals import teacher_accuracy
 from reflux.evals.accuracy import Accuracy
 from reflux.evals.agreement import Agreement, gap_T
+from reflux.evals.evaluation import Evaluation
 from reflux.evals.problems import HELD_OUT_SEED
 from reflux.evals.teacher_accuracy import TeacherAccuracy
-from reflux.evaluation import Evaluation
 from reflux.grading.graders import Graders
 from reflux.metrics.intervals import bootstrap_mean, wilson
 from reflux.models.flow.sde import step_moments

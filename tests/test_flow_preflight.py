@@ -199,7 +199,7 @@ def test_difficulty_counts_pictures_and_writes_a_recipe_of_pictures(
     assert all(row["ungraded"] == 0 and 0 <= row["correct"] <= 3 for row in counts)
     found = load_recipe(tmp_path / "out" / "recipe.toml")
     checks.join(found)
-    assert (found.task.makes, found.task.grader) == ("picture", "reflux.tasks.difficulty:as_glyph")
+    assert (found.task.makes, found.task.grader) == ("picture", "reflux.evals.prompt_difficulty:as_glyph")
     assert found.task.routes == {"digits", "counts"}
     prompt = next(iter(found.task.prompts("test", 0)))
     black = np.zeros((16, 16), dtype=np.uint8)

@@ -17,7 +17,7 @@ from reflux.assets.tokenizer import character_tokenizer
 from reflux.config.context import Generation, Numbers, PartContext, StudentSpec
 from reflux.config.recipe import RunConfig, load_recipe
 from reflux.contexts.base import View
-from reflux.evaluation import Evaluation
+from reflux.evals.evaluation import Evaluation
 from reflux.kernels.head import Head
 from reflux.learners.hf import HF as HFLearnerPart
 from reflux.learners.hf_engine import HFLearner

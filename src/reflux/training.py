@@ -20,7 +20,7 @@ from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig, part_context, to_table, to_toml
 from reflux.errors import RunError, Stopped
 from reflux.evals.base import Source
-from reflux.evaluation import Evaluation
+from reflux.evals.evaluation import Evaluation
 from reflux.loss.step import StepResult
 from reflux.metrics.flops import TOKENS, Landed, Ran, Work, add_up
 from reflux.metrics.step_metrics import step_metrics

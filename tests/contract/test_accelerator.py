@@ -384,7 +384,7 @@ def test_fresh_dice_are_other_dice_of_the_same_prompts(student: str, teacher: st
     from reflux import checks
     from reflux.accelerators.score import scorer
     from reflux.config.recipe import part_context
-    from reflux.evaluation import Evaluation
+    from reflux.evals.evaluation import Evaluation
     from reflux.loop import open_parts
     from reflux.runtime.services import Services
 

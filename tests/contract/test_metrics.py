@@ -96,11 +96,11 @@ def test_tensorboard_gets_the_metrics(tiny_run: Callable[..., Any]) -> None:
 def test_no_tracker_opens_in_a_folder_that_another_run_holds(
     tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from reflux import rundir
+    from reflux import training
     from reflux.errors import RunError
 
     opened: list[Any] = []
-    monkeypatch.setattr(rundir, "open_tracker", lambda *asked: opened.append(asked))
+    monkeypatch.setattr(training, "open_tracker", lambda *asked: opened.append(asked))
     (tmp_path / "held").mkdir()
     with (tmp_path / "held" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -19,7 +19,7 @@ from reflux.types import Prompt, seed_of
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
-    from reflux.evaluation import Evaluation
+    from reflux.evals.evaluation import Evaluation
     from reflux.learners.base import OpenLearner
     from reflux.runtime.services import Services
 

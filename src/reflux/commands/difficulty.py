@@ -23,12 +23,12 @@ from rich.table import Table
 from reflux import checks
 from reflux.config.recipe import RunConfig, Track, config_hash, load_recipe, part_context, to_toml
 from reflux.errors import DataError, RunError
+from reflux.evals.evaluation import Evaluation
 from reflux.evals.problems import problems
-from reflux.evaluation import Evaluation
+from reflux.evals.prompt_difficulty import FIRST, Counted, as_line, copies_of, measured, repeated, training_prompts
 from reflux.runtime.services import Services
 from reflux.storage.files import append_lines, jsonable, keep_lines, read_lines, write_text
 from reflux.tasks.base import Split, Task
-from reflux.tasks.difficulty import FIRST, Counted, as_line, copies_of, measured, repeated, training_prompts
 from reflux.tasks.jsonl import Jsonl
 from reflux.types import Draw, FlowRollout, Prompt, Wants
 

@@ -15,9 +15,9 @@ from reflux import checks
 from reflux.config.overrides import merge, nest, split_override, unpack
 from reflux.config.recipe import RunConfig, from_table, part_context, saved_table
 from reflux.evals.accuracy import Accuracy
+from reflux.evals.evaluation import Evaluation
 from reflux.evals.problems import problems as test_problems
 from reflux.evals.problems import seen, told
-from reflux.evaluation import Evaluation
 from reflux.models.text import load_tokenizer, local_folder
 from reflux.runtime.services import Services
 from reflux.types import Wants

@@ -18,7 +18,7 @@ from reflux import checks
 from reflux.config.recipe import RunConfig, part_context
 from reflux.doctor import flows, texts
 from reflux.doctor.finding import Finding
-from reflux.evaluation import Evaluation
+from reflux.evals.evaluation import Evaluation
 from reflux.loop import open_parts
 from reflux.models.text import parameter_count
 from reflux.runtime.services import Services

@@ -20,7 +20,7 @@ from reflux.types import Attempt, Prompt, Reward
 
 if TYPE_CHECKING:
     from reflux.evals.base import Source
-    from reflux.evaluation import Evaluation
+    from reflux.evals.evaluation import Evaluation
     from reflux.samplers.base import OpenSampler
     from reflux.tasks.base import Task
 

@@ -22,7 +22,7 @@ from reflux.types import Attempt, Rollout, SampledTarget, TokenRollout
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
     from reflux.evals.base import Source
-    from reflux.evaluation import Evaluation
+    from reflux.evals.evaluation import Evaluation
     from reflux.models.heads import Heads
     from reflux.teachers.collection import Teachers
 

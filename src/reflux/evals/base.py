@@ -14,7 +14,7 @@ from reflux.config.part import Part
 from reflux.tasks.base import Split
 
 if TYPE_CHECKING:
-    from reflux.evaluation import Evaluation
+    from reflux.evals.evaluation import Evaluation
     from reflux.learners.access import WeightAccess
 
 

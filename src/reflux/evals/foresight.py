@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from reflux.config.recipe import RunConfig
     from reflux.evals.base import Source
-    from reflux.evaluation import Evaluation
+    from reflux.evals.evaluation import Evaluation
     from reflux.reports.chart import Chart
     from reflux.reports.recorded import Recorded
 

@@ -17,7 +17,7 @@ from reflux.teachers.names import heard, measured
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
     from reflux.evals.base import Source
-    from reflux.evaluation import Evaluation
+    from reflux.evals.evaluation import Evaluation
     from reflux.samplers.base import OpenSampler
 
 

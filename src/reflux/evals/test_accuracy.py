@@ -17,7 +17,7 @@ from reflux.teachers.names import measured
 
 if TYPE_CHECKING:
     from reflux.evals.base import Source
-    from reflux.evaluation import Evaluation
+    from reflux.evals.evaluation import Evaluation
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -52,7 +52,7 @@ class Glyphs(TaskPart):
 
     @property
     def judge(self) -> str | None:
-        return "reflux.tasks.difficulty:as_glyph"
+        return "reflux.evals.prompt_difficulty:as_glyph"
 
     @property
     def routes(self) -> frozenset[str | None]:

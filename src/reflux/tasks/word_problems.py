@@ -77,7 +77,7 @@ class WordProblems(TaskPart):
 
     @property
     def judge(self) -> str | None:
-        return "reflux.tasks.difficulty:as_word_problem"
+        return "reflux.evals.prompt_difficulty:as_word_problem"
 
     @property
     def rollouts(self) -> type[Rollout]:

@@ -19,7 +19,7 @@ from reflux.tasks.word_problems import WordProblems
 from reflux.types import Draw, Prompt, Reward
 
 if TYPE_CHECKING:
-    from reflux.evaluation import Evaluation
+    from reflux.evals.evaluation import Evaluation
 
 FIRST = 512  # of an endless task, where no number is asked for
 UNKNOWN = 100_000  # so many different prompts of a task of a user's own are read in search of its end
