@@ -21,7 +21,7 @@ from reflux.evals.evaluation import Evaluation
 from reflux.kernels.head import Head
 from reflux.learners.hf import HF as HFLearnerPart
 from reflux.learners.hf_engine import HFLearner
-from reflux.learning import learn
+from reflux.learners.learning import learn
 from reflux.loss.step import StepRequest
 from reflux.metrics.values import Stats
 from reflux.models.heads import Heads

@@ -14,7 +14,7 @@ from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig
 from reflux.credit.base import share_credit
 from reflux.learners.base import OpenLearner
-from reflux.learning import learn, observe
+from reflux.learners.learning import learn, observe
 from reflux.loss.step import StepRequest
 from reflux.models.text import prepare_torch
 from reflux.rewards.base import OpenReward, judge

@@ -18,7 +18,7 @@ from reflux.credit.base import share_credit
 from reflux.credit.prefix import Prefix
 from reflux.errors import StepRefused
 from reflux.learners import LEARNERS
-from reflux.learning import learn, observe
+from reflux.learners.learning import learn, observe
 from reflux.loss.step import StepRequest
 from reflux.models.text import as_model
 from reflux.objectives.divergence import Divergence
