@@ -26,7 +26,7 @@ METHODS = {  # a part that came as a method of its own, and the recipe that came
     "reflux.credit.release:Release": "release",
     "reflux.credit.margin:Margin": "uni_opd",
     "reflux.contexts.peers:Peers": "peers",
-    "reflux.accelerators.extrapolate:Extrapolate": "effopd",
+    "reflux.extrapolation.extrapolate:Extrapolate": "effopd",
     "reflux.objectives.velocity_kl:VelocityKL": "flow",
     "reflux.samplers.drawn:Drawn": "flow_sft",
 }

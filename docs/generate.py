@@ -74,7 +74,7 @@ MATHS = (
     "reflux.credit.margin",
     "reflux.credit.balance",
     "reflux.contexts.peers",
-    "reflux.accelerators.extrapolate",
+    "reflux.extrapolation.extrapolate",
     "reflux.evals.spectra",
     "reflux.evals.prompt_difficulty",
     "reflux.loss.linear_divergence",

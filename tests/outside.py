@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from reflux.accelerators.base import AcceleratorPart, Scoring
 from reflux.config.registry import STRICT
 from reflux.contexts.same import Same
 from reflux.credit.base import CreditPart
 from reflux.evals.base import Asked, EvalPart
+from reflux.extrapolation.base import AcceleratorPart, Scoring
 from reflux.learners.hf import HF as Learner
 from reflux.rewards.base import RewardPart
 from reflux.rollouts.environment import Environment, Observation, ToolError

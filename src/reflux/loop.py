@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 from reflux import checks
-from reflux.accelerators import base as accelerators
-from reflux.accelerators.score import CurrentScore, scorer
 from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig
 from reflux.credit.base import share_credit
+from reflux.extrapolation import base as accelerators
+from reflux.extrapolation.score import CurrentScore, scorer
 from reflux.learners.base import OpenLearner
 from reflux.learners.learning import learn, observe
 from reflux.loss.step import StepRequest

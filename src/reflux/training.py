@@ -32,8 +32,8 @@ from reflux.storage.summary import saved_summary, summarise
 from reflux.types import Group, Moment, Prompt, Wants
 
 if TYPE_CHECKING:
-    from reflux.accelerators.base import OpenAccelerator
     from reflux.evals.base import Eval
+    from reflux.extrapolation.base import OpenAccelerator
     from reflux.learners.base import OpenLearner
     from reflux.metrics.flops import Spent
     from reflux.samplers.base import OpenSampler

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 import outside
 import tiny
 from laws.test_resume import stop_after, told
-from reflux.accelerators.extrapolate_engine import OpenExtrapolate
-from reflux.accelerators.score import Scorer, different
 from reflux.errors import ConfigError, DataError, RunError
+from reflux.extrapolation.extrapolate_engine import OpenExtrapolate
+from reflux.extrapolation.score import Scorer, different
 from reflux.loop import train
 from reflux.models.rng import row_key
 from reflux.tasks.word_problems import WordProblems
@@ -210,7 +210,7 @@ def test_no_training_attempt_comes_from_a_candidate(
     tiny_run: Callable[..., Any], scores: Any, monkeypatch: pytest.MonkeyPatch, max_lag: int
 ) -> None:
     """Weights attempts were sampled from, against those that were tried and rejected; the next ones come from where the search ended."""
-    from reflux.accelerators import extrapolate_engine
+    from reflux.extrapolation import extrapolate_engine
     from reflux.samplers.hf_engine import HFSampler
 
     name, tried, ended, sampled = "model.layers.0.mlp.up_proj.weight", [], [], []
@@ -382,9 +382,9 @@ def test_fresh_dice_are_other_dice_of_the_same_prompts(student: str, teacher: st
     from functools import partial
 
     from reflux import checks
-    from reflux.accelerators.score import scorer
     from reflux.config.recipe import part_context
     from reflux.evals.evaluation import Evaluation
+    from reflux.extrapolation.score import scorer
     from reflux.loop import open_parts
     from reflux.runtime.services import Services
 

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from reflux.accelerators.base import Accelerator
-from reflux.accelerators.extrapolate import Extrapolate
 from reflux.contexts.base import Context
 from reflux.contexts.peers import Peers
 from reflux.contexts.privileged import Privileged
@@ -24,6 +22,8 @@ from reflux.evals.base import Eval
 from reflux.evals.foresight import Foresight
 from reflux.evals.teacher_accuracy import TeacherAccuracy
 from reflux.evals.test_accuracy import ReportedAccuracy
+from reflux.extrapolation.base import Accelerator
+from reflux.extrapolation.extrapolate import Extrapolate
 from reflux.learners.base import Learner
 from reflux.learners.flow import Flow as FlowLearner
 from reflux.learners.hf import HF as HFLearner

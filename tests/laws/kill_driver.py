@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: F401  resolved before the forks
 
 import tiny
-from reflux.accelerators import score
+from reflux.extrapolation import score
 from reflux.learners import hf_engine
 from reflux.loop import train
 from reflux.storage import checkpoints, files

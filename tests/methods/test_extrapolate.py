@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tiny
-from reflux.accelerators.extrapolate import Extrapolate, fires, multiples
-from reflux.accelerators.extrapolate_engine import OpenExtrapolate
 from reflux.errors import ConfigError, RefluxError, RunError
+from reflux.extrapolation.extrapolate import Extrapolate, fires, multiples
+from reflux.extrapolation.extrapolate_engine import OpenExtrapolate
 from reflux.learners.access import moved
 from reflux.metrics.flops import Spent, Work
 from reflux.models.settings import Lora

@@ -19,7 +19,6 @@ import tomli_w
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from reflux.accelerators.base import Accelerator
 from reflux.config import registry
 from reflux.config.context import Numbers, PartContext, Placement
 from reflux.config.overrides import merge, nest, split_override, unpack
@@ -28,6 +27,7 @@ from reflux.config.shares import without_shares
 from reflux.credit.base import Credit
 from reflux.errors import ConfigError, RunError
 from reflux.evals.base import Eval
+from reflux.extrapolation.base import Accelerator
 from reflux.learners.base import Learner
 from reflux.objectives.base import Objective
 from reflux.rewards.base import RewardFn

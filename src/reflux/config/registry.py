@@ -29,7 +29,7 @@ GROUPS = {
     "credit": "reflux.credit:CREDIT",
     "rewards": "reflux.rewards:REWARDS",
     "learners": "reflux.learners:LEARNERS",
-    "accelerators": "reflux.accelerators:ACCELERATORS",
+    "accelerators": "reflux.extrapolation:ACCELERATORS",
     "tasks": "reflux.tasks:TASKS",
     "evals": "reflux.evals:EVALS",
     "schedules": "reflux.config.schedules:SCHEDULES",
@@ -42,7 +42,7 @@ BASES = {  # what every part of a group inherits
     "credit": "reflux.credit.base:CreditPart",
     "rewards": "reflux.rewards.base:RewardPart",
     "learners": "reflux.learners.base:LearnerPart",
-    "accelerators": "reflux.accelerators.base:AcceleratorPart",
+    "accelerators": "reflux.extrapolation.base:AcceleratorPart",
     "tasks": "reflux.tasks.base:TaskPart",
     "evals": "reflux.evals.base:EvalPart",
 }
@@ -56,7 +56,7 @@ PROTOCOLS = {  # and what it has
     "credit": "reflux.credit.base:Credit",
     "rewards": "reflux.rewards.base:RewardFn",
     "learners": "reflux.learners.base:Learner",
-    "accelerators": "reflux.accelerators.base:Accelerator",
+    "accelerators": "reflux.extrapolation.base:Accelerator",
     "tasks": "reflux.tasks.base:Task",
     "evals": "reflux.evals.base:Eval",
 }

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from reflux.accelerators.base import AcceleratorPart, Scoring
 from reflux.config.papers import EFFOPD, Paper
 from reflux.config.registry import STRICT
+from reflux.extrapolation.base import AcceleratorPart, Scoring
 from reflux.learners.access import INCLUDE
 from reflux.tasks.base import JUDGED
 from reflux.teachers.names import tables_of, unless_known
 from reflux.types import FlowRollout
 
 if TYPE_CHECKING:
-    from reflux.accelerators.extrapolate_engine import OpenExtrapolate
     from reflux.config.context import PartContext
     from reflux.config.recipe import RunConfig
+    from reflux.extrapolation.extrapolate_engine import OpenExtrapolate
     from reflux.reports.chart import Chart
     from reflux.reports.recorded import Recorded
     from reflux.runtime.services import Services
@@ -128,7 +128,7 @@ class Extrapolate(AcceleratorPart):
 
     @asynccontextmanager
     async def open(self, context: PartContext, services: Services) -> AsyncIterator[OpenExtrapolate]:
-        from reflux.accelerators.extrapolate_engine import OpenExtrapolate
+        from reflux.extrapolation.extrapolate_engine import OpenExtrapolate
 
         yield OpenExtrapolate(self, context, services)
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import orjson
 
-from reflux.accelerators.base import NAME, Accelerator, Scoring
 from reflux.errors import DataError
 from reflux.evals.agreement import gap_T
+from reflux.extrapolation.base import NAME, Accelerator, Scoring
 from reflux.metrics.flops import Spent, Work
 from reflux.storage import files
 from reflux.types import Prompt, seed_of

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reflux.accelerators import extrapolate
 from reflux.errors import ConfigError, RefluxError, RunError
+from reflux.extrapolation import extrapolate
 from reflux.learners.access import WeightAccess, moved, required
 from reflux.storage import checkpoints
 
 if TYPE_CHECKING:
-    from reflux.accelerators.base import Score
-    from reflux.accelerators.extrapolate import Extrapolate
     from reflux.config.context import PartContext
+    from reflux.extrapolation.base import Score
+    from reflux.extrapolation.extrapolate import Extrapolate
     from reflux.metrics.flops import Spent
     from reflux.runtime.services import Services
 

@@ -1,3 +1,0 @@
-"""Jumps along the student's path."""
-
-ACCELERATORS = {"extrapolate": "reflux.accelerators.extrapolate:Extrapolate"}
