@@ -25,12 +25,12 @@ DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS.parent / "src"), str(DOCS.parent / "tests")]
 
 from laws import bias  # noqa: E402
-from reflux.cite import GKD, papers  # noqa: E402
 from reflux.config import registry  # noqa: E402
 from reflux.config.papers import Paper  # noqa: E402
 from reflux.config.recipe import RECIPES, RunConfig, Track, load_recipe, recipe_names  # noqa: E402
 from reflux.config.registry import PartOf  # noqa: E402
 from reflux.credit.outcome import group_advantages  # noqa: E402
+from reflux.inspection.cite import GKD, papers  # noqa: E402
 from reflux.metrics.values import step_flops  # noqa: E402
 from reflux.models.settings import (  # noqa: E402
     Average,

@@ -20,6 +20,7 @@ import outside
 import tiny
 import tiny_flow
 import tiny_glyphs
+from reflux.inspection.plan import plan
 from reflux.learners.flow_engine import FlowLearner
 from reflux.learners.hf_engine import HFLearner
 from reflux.loop import train
@@ -28,7 +29,6 @@ from reflux.metrics.values import step_flops
 from reflux.models.cpu.decoder import CpuDecoder
 from reflux.models.flow.flow_model import FlowModel
 from reflux.models.text import parameter_count
-from reflux.planning import plan
 from reflux.samplers import hf_engine
 from reflux.samplers.flow_engine import FlowSampler
 from reflux.teachers.flow_engine import FlowTeacher

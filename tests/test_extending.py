@@ -17,13 +17,13 @@ import torch
 import reflux
 import tiny
 from reflux import checks
-from reflux.cite import papers
 from reflux.commands.show import console, list_parts, show_plan
 from reflux.config.recipe import config_hash, from_table, load_recipe, to_table
 from reflux.credit.base import share_credit
-from reflux.doctor import examine
-from reflux.doctor.finding import Finding
 from reflux.errors import ConfigError
+from reflux.inspection.cite import papers
+from reflux.inspection.doctor import examine
+from reflux.inspection.finding import Finding
 from reflux.loss.outputs import FullSays
 from reflux.loss.term import Rows
 from reflux.reports.diagnostics import own_charts

@@ -16,8 +16,8 @@ import pytest
 import tiny_flow
 import tiny_glyphs
 from reflux.config.recipe import RunConfig, load_recipe
-from reflux.doctor import examine
 from reflux.errors import ModelError
+from reflux.inspection.doctor import examine
 from reflux.loop import train
 from reflux.tasks.glyphs import Glyphs
 from reflux.training import Options
@@ -92,7 +92,7 @@ def test_preflight_sees_a_learner_that_is_not_its_sampler(
 
 def test_the_parity_bound_is_what_a_share_of_the_velocity_moves() -> None:
     """Velocities off by the share in a random direction stay inside the bound, ten times as far do not; over all noise levels."""
-    from reflux.doctor.flows import _log_prob_gap, _step_gap
+    from reflux.inspection.doctor_flow import _log_prob_gap, _step_gap
     from reflux.models.flow.sde import step_logp, step_moments
 
     dice, share = np.random.default_rng(0), 1e-3

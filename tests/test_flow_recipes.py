@@ -21,8 +21,8 @@ import tiny_flow
 import tiny_glyphs
 from conftest import Done
 from reflux.config.recipe import RunConfig, load_recipe
+from reflux.inspection.plan import plan
 from reflux.loop import lasting, open_parts, train
-from reflux.planning import plan
 from reflux.training import Options, Run
 from reflux.types import Wants
 from tiny_glyphs import NO_EVALS, RECIPES, STEPS, TIMES
@@ -193,7 +193,7 @@ def test_planning_the_flow_recipes_imports_nothing_heavy(models: tiny_glyphs.Mod
     code = (
         "import sys\n"
         "from reflux.config.recipe import load_recipe\n"
-        "from reflux.planning import plan\n"
+        "from reflux.inspection.plan import plan\n"
         f"for name in {RECIPES!r}:\n"
         f"    changes = {{'learner.model': {models['student']!r}}}\n"
         f"    changes |= {{f'teachers.{{table}}.model': {models['digits']!r} for table in load_recipe(name).teachers}}\n"
@@ -209,7 +209,7 @@ def test_planning_the_flow_recipes_imports_nothing_heavy(models: tiny_glyphs.Mod
 
 
 def test_the_papers_of_a_flow_are_cited() -> None:
-    from reflux.cite import papers
+    from reflux.inspection.cite import papers
 
     def keys(recipe: str, **changes: Any) -> set[str]:
         return {paper.key for paper in papers(load_recipe(recipe, changes))}

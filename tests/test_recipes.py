@@ -17,7 +17,7 @@ import tiny
 from reflux import checks
 from reflux.config.recipe import RECIPES, bases, load_recipe, recipe_names, to_table
 from reflux.errors import ConfigError
-from reflux.planning import plan, wanted
+from reflux.inspection.plan import plan, wanted
 from reflux.types import FlowRollout, TokenRollout, Wants
 
 WANTED = {"quickstart", "opd", "full", "topk", "gkd", "vopd", "prefix", "sft", "rl", "flow", "flow_sft", "flow_grpo"}
@@ -133,7 +133,7 @@ def test_planning_all_recipes_imports_neither_torch_nor_transformers(student: st
     code = (
         "import sys\n"
         "from reflux.config.recipe import load_recipe\n"
-        "from reflux.planning import plan\n"
+        "from reflux.inspection.plan import plan\n"
         f"for name in {TEXTS!r}:\n"
         "    tables = [name for name, table in load_recipe(name).teachers.items() if 'model' in vars(table)]\n"
         f"    changes = {{'learner.model': {student!r}}} | {{f'teachers.{{table}}.model': {teacher!r} for table in tables}}\n"

@@ -15,7 +15,7 @@ from reflux import checks
 from reflux.config.overrides import merge
 from reflux.config.recipe import RECIPES, from_table, load_recipe, recipe_names, resolve, to_table
 from reflux.errors import ConfigError
-from reflux.planning import plan
+from reflux.inspection.plan import plan
 from reflux.types import FlowRollout, TokenRollout
 
 SCALE_KEYS = {

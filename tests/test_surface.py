@@ -159,7 +159,7 @@ def test_every_part_can_be_imported_without_torch() -> None:
     code = (
         "import sys\n"
         "from reflux.config.registry import GROUPS, kinds, part\n"
-        "import reflux.checks, reflux.config.recipe, reflux.planning, reflux.cli, reflux.storage.files\n"
+        "import reflux.checks, reflux.config.recipe, reflux.inspection.plan, reflux.cli, reflux.storage.files\n"
         "import reflux.storage.attempt_log, reflux.runtime.pipeline, reflux.runtime.cohorts\n"
         "for group in GROUPS:\n    for kind in kinds(group):\n        part(group, kind)\n"
         "heavy = {'torch', 'transformers', 'diffusers', 'scipy', 'PIL', 'datasets', 'peft', 'plotly', 'math_verify'}\n"

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from reflux import checks
-from reflux.cite import papers
 from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig, part_context, to_table, to_toml
 from reflux.errors import RunError, Stopped
 from reflux.evals.base import Source
 from reflux.evals.evaluation import Evaluation
+from reflux.inspection.cite import papers
 from reflux.loss.step import StepResult
 from reflux.metrics.flops import TOKENS, Landed, Ran, Work, add_up
 from reflux.metrics.step_metrics import step_metrics

@@ -12,7 +12,7 @@ import pytest
 from reflux import checks
 from reflux.config.recipe import load_recipe
 from reflux.errors import ConfigError, DataError, ModelError
-from reflux.planning import plan
+from reflux.inspection.plan import plan
 from reflux.samplers.drawn import drawers
 from reflux.teachers.flow import Flow as FlowTeacher
 from reflux.training import Options, Run

@@ -111,7 +111,7 @@ def test_no_tracker_opens_in_a_folder_that_another_run_holds(
 
 def test_doctor_opens_no_run(student: str, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So it starts no tracker, takes no lock and writes no file of a run."""
-    from reflux.doctor import examine
+    from reflux.inspection.doctor import examine
     from reflux.training import Run
 
     opened: list[Any] = []

@@ -12,7 +12,7 @@ from reflux import checks
 from reflux.config.recipe import load_recipe
 from reflux.config.registry import BASES, kinds, part, within
 from reflux.errors import ConfigError
-from reflux.planning import plan
+from reflux.inspection.plan import plan
 from reflux.reports.diagnostics import own_charts
 from reflux.reports.recorded import Recorded
 from reflux.samplers.base import SamplerPart

@@ -15,7 +15,7 @@ _STYLE = {"ok": "green", "warning": "yellow", "failed": "red"}
 def show_findings(recipe: str, overrides: list[str]) -> None:
     """Exit code 1 where a check failed."""
     cfg = load_recipe(recipe, overrides)
-    from reflux.doctor import examine
+    from reflux.inspection.doctor import examine
     from reflux.runtime.library_logging import quiet_libraries
 
     quiet_libraries()

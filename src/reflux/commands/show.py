@@ -8,12 +8,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from reflux.cite import papers
 from reflux.config import registry
 from reflux.config.discovery import parts_of
 from reflux.config.recipe import RECIPES, load_recipe, recipe_names
 from reflux.errors import ConfigError, RunError
-from reflux.planning import Plan, Size, plan
+from reflux.inspection.cite import papers
+from reflux.inspection.plan import Plan, Size, plan
 
 console = Console()
 _MORE = "  What each computes: docs/methods.md. Its settings: docs/configuration.md. Which to choose: docs/recipes.md."

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from reflux import checks
 from reflux.config.recipe import RunConfig, part_context
-from reflux.doctor import flows, texts
-from reflux.doctor.finding import Finding
 from reflux.evals.evaluation import Evaluation
+from reflux.inspection import doctor_flow, doctor_text
+from reflux.inspection.finding import Finding
 from reflux.loop import open_parts
 from reflux.models.text import parameter_count
 from reflux.runtime.services import Services
@@ -33,7 +33,7 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
     yield Finding("ok", "recipe", "all parts fit together")
     for text in checks.warnings(cfg):
         yield Finding("warning", "recipe", text)
-    about = flows if cfg.learner.rollouts is FlowRollout else texts
+    about = doctor_flow if cfg.learner.rollouts is FlowRollout else doctor_text
     for finding in about.before(cfg):
         yield finding
     group = max((teacher.context.min_group for teacher in cfg.teachers.values()), default=1)

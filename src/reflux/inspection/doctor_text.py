@@ -10,7 +10,7 @@ import numpy as np
 from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig
 from reflux.contexts.base import View
-from reflux.doctor.finding import Finding
+from reflux.inspection.finding import Finding
 from reflux.models.text import head_gap, load_tokenizer
 from reflux.models.tokenizer import check_same_tokens, end_ids
 from reflux.runtime.services import Services

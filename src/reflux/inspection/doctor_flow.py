@@ -15,7 +15,7 @@ import numpy as np
 from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig
 from reflux.contexts.base import View
-from reflux.doctor.finding import Finding
+from reflux.inspection.finding import Finding
 from reflux.models.flow.sde import kl_weight, step_logp, step_moments
 from reflux.runtime.services import Services
 from reflux.teachers.base import TeacherRequest

@@ -1,0 +1,1 @@
+"""What a recipe would run, whether its models fit, and whom to cite."""
