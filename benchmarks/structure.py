@@ -59,7 +59,7 @@ def first(*arguments, **named):
 
 torch.autograd.grad = lambda *arguments, **named: first()
 torch.Tensor.backward = lambda *arguments, **named: first()
-from reflux.cli import main
+from reflux.cli.main import main
 sys.argv = ["reflux", "run", "full", "steps=1", "prompts_per_step=1", "sampler.max_tokens=4", "threads=1", *OFF, "--out", OUT]
 sys.setprofile(profiled)
 threading.setprofile(profiled)

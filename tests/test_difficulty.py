@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import outside
 import tiny
 from reflux import checks
-from reflux.commands.difficulty import PARTIAL, balance_prompts
+from reflux.cli.difficulty import PARTIAL, balance_prompts
 from reflux.config.recipe import load_recipe, to_table
 from reflux.errors import DataError, ModelError, RunError
 from reflux.evals.problems import problems
@@ -318,7 +318,7 @@ def test_a_killed_call_goes_on_to_the_same_files(recipe: Any, tmp_path: Path, mo
             if len(seen) == 1:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr("reflux.commands.difficulty.measured", interrupted)
+    monkeypatch.setattr("reflux.cli.difficulty.measured", interrupted)
     with pytest.raises(KeyboardInterrupt):
         recipe("killed")
     assert not (tmp_path / "killed" / "prompts.jsonl").exists()
@@ -340,7 +340,7 @@ def test_lines_cut_short_by_kills_do_not_spoil_the_counts(recipe: Any, tmp_path:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("reflux.commands.difficulty.measured", one_chunk)
+        patch.setattr("reflux.cli.difficulty.measured", one_chunk)
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 recipe("killed")
@@ -365,7 +365,7 @@ def balanced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, student: str) -> A
     async def counted(evaluation: Any, prompts: Any, samples: int, draw: Draw) -> Any:
         yield [Counted(one, k % 2 + 1, samples) for k, one in enumerate(prompts)]
 
-    monkeypatch.setattr("reflux.commands.difficulty.measured", counted)
+    monkeypatch.setattr("reflux.cli.difficulty.measured", counted)
 
     def run(overrides: list[str], name: str = "opd") -> Any:
         balance_prompts(name, [f"learner.model={student}", *overrides], 4, 6, (1.0, 0.95), 8, tmp_path / "out")
@@ -430,6 +430,6 @@ def test_a_limit_takes_the_first_prompts(recipe: Any) -> None:
 
 
 def test_no_prompts_is_said(monkeypatch: pytest.MonkeyPatch, recipe: Any) -> None:
-    monkeypatch.setattr("reflux.commands.difficulty.training_prompts", lambda *_: ([], False))
+    monkeypatch.setattr("reflux.cli.difficulty.training_prompts", lambda *_: ([], False))
     with pytest.raises(DataError, match="no training prompts"):
         recipe()

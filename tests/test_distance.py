@@ -18,7 +18,7 @@ from rich.console import Console
 import tiny
 import tiny_flow
 import tiny_glyphs
-from reflux.commands.progress import Progress
+from reflux.cli.progress import Progress
 from reflux.kernels.head import Head
 from reflux.loop import train
 from reflux.loss.targets import StepRecord

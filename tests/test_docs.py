@@ -18,7 +18,7 @@ import pytest
 import typer
 
 from reflux import checks
-from reflux.cli import app
+from reflux.cli.main import app
 from reflux.config import registry
 from reflux.config.recipe import RECIPES, from_table, load_recipe, recipe_names, resolve
 

@@ -17,7 +17,7 @@ import torch
 import reflux
 import tiny
 from reflux import checks
-from reflux.commands.show import console, list_parts, show_plan
+from reflux.cli.show import console, list_parts, show_plan
 from reflux.config.recipe import config_hash, from_table, load_recipe, to_table
 from reflux.credit.base import share_credit
 from reflux.errors import ConfigError

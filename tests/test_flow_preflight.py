@@ -148,7 +148,7 @@ def test_preflight_works_on_the_text_recipes_whose_attempts_are_not_the_students
 
 
 def test_a_flow_model_is_evaluated_by_its_folder(models: tiny_glyphs.Models, capsys: pytest.CaptureFixture[str]) -> None:
-    from reflux.commands.evaluate import evaluate_model
+    from reflux.cli.evaluate import evaluate_model
 
     evaluate_model(models["student"], None, 4, 1, None, [f"sampler.eval_steps={EVAL_STEPS}", f"sampler.steps={STEPS}"])
     said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
@@ -158,7 +158,7 @@ def test_a_flow_model_is_evaluated_by_its_folder(models: tiny_glyphs.Models, cap
 
 
 def test_a_flow_run_is_evaluated_by_its_own_sampler(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from reflux.commands.evaluate import evaluate_model
+    from reflux.cli.evaluate import evaluate_model
 
     cfg = config("flow_sft", steps=1, task={"kind": "glyphs", "domains": ["digits"]}, **NO_EVALS)
     asyncio.run(train(cfg, Options(tmp_path / "run")))
@@ -169,7 +169,7 @@ def test_a_flow_run_is_evaluated_by_its_own_sampler(config: Config, tmp_path: Pa
 
 
 def test_a_folder_without_a_flow_model_is_a_sentence(tmp_path: Path) -> None:
-    from reflux.commands.evaluate import evaluate_model
+    from reflux.cli.evaluate import evaluate_model
 
     with pytest.raises(ModelError, match=r"MODEL: the folder .* holds no config\.json and no model_index\.json"):
         evaluate_model(str(tmp_path), None, 4, 0, None, [])
@@ -177,7 +177,7 @@ def test_a_folder_without_a_flow_model_is_a_sentence(tmp_path: Path) -> None:
 
 def test_eval_refuses_files_that_are_not_there(models: tiny_glyphs.Models, tmp_path: Path) -> None:
     """Also those that the sampler does not read."""
-    from reflux.commands.evaluate import evaluate_model
+    from reflux.cli.evaluate import evaluate_model
 
     with pytest.raises(ModelError, match=r"learner\.adapter"):
         evaluate_model(models["student"], None, 4, 0, None, [f"learner.adapter={tmp_path / 'nowhere'}"])
@@ -189,7 +189,7 @@ def test_difficulty_counts_pictures_and_writes_a_recipe_of_pictures(
     import tomli_w
 
     from reflux import checks
-    from reflux.commands.difficulty import balance_prompts
+    from reflux.cli.difficulty import balance_prompts
     from reflux.config.recipe import to_table
 
     (tmp_path / "mine.toml").write_text(tomli_w.dumps(to_table(config("flow", task__held_out=4))))
@@ -209,7 +209,7 @@ def test_difficulty_counts_pictures_and_writes_a_recipe_of_pictures(
 
 def test_difficulty_is_that_of_the_student_training_begins_with(config: Config, tmp_path: Path, models: tiny_glyphs.Models) -> None:
     """A merged student's pictures: those of a sampler that was given the mean of its teachers."""
-    from reflux.commands.difficulty import _student
+    from reflux.cli.difficulty import _student
 
     pictures = {}
     for name, changes in {"merged": {}, "plain": {"learner__merge": "none"}}.items():

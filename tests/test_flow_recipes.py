@@ -140,7 +140,7 @@ def test_adapters_on_one_model_share_it(config: Config, models: tiny_glyphs.Mode
 def test_a_plan_of_flows_speaks_of_steps_and_patches(config: Config, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     import tomli_w
 
-    from reflux.commands.show import show_plan
+    from reflux.cli.show import show_plan
     from reflux.config.recipe import to_table
 
     (tmp_path / "mine.toml").write_text(tomli_w.dumps(to_table(config("flow_sft"))))

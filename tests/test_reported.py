@@ -183,7 +183,7 @@ def test_test_problems_are_new_ones() -> None:
 def test_reflux_eval_asks_test_problems_and_says_where_they_are_validation_problems(
     student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from reflux.commands import evaluate
+    from reflux.cli import evaluate
 
     heard: list[Accuracy] = []
 

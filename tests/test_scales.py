@@ -276,7 +276,7 @@ def test_a_plan_tells_both_limits_and_a_window_too_small() -> None:
     ("flow", "at most 10 denoising steps in training; evaluations finish their pictures"),
 ])  # fmt: skip
 def test_the_plan_is_printed_with_both_limits(recipe: str, line: str) -> None:
-    from reflux.commands.show import lengths_in_words
+    from reflux.cli.show import lengths_in_words
 
     assert lengths_in_words(plan(load_recipe(recipe))) == line
 

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 import tiny
-from reflux.commands import run as command
-from reflux.commands.progress import Progress
+from reflux.cli import run as command
+from reflux.cli.progress import Progress
 from reflux.reports.asked import problems_of, sentence, split_of
 from reflux.reports.curves import kl_chart, position_chart
 from reflux.reports.evals import read_evals

@@ -138,7 +138,7 @@ def test_run_stays_a_function_whatever_is_imported() -> None:
 
 
 def test_the_command_line_has_these_verbs() -> None:
-    said = python("import sys; sys.argv = ['reflux', '--help']; from reflux.cli import main; main()")
+    said = python("import sys; sys.argv = ['reflux', '--help']; from reflux.cli.main import main; main()")
     listed = [line.split()[0] for line in said[said.index("Commands") :].splitlines()[1:] if line.strip()]
     assert sorted(listed) == sorted(VERBS.split())
 
@@ -147,7 +147,7 @@ def test_the_command_line_has_these_verbs() -> None:
 def test_words_come_without_torch(arguments: str) -> None:
     code = (
         f"import sys; sys.argv = ['reflux', *{arguments.split()!r}]\n"
-        "from reflux.cli import main\n"
+        "from reflux.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit as ended:\n    assert not ended.code, ended.code\n"
         "print('HEAVY', sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))\n"
     )
@@ -159,7 +159,7 @@ def test_every_part_can_be_imported_without_torch() -> None:
     code = (
         "import sys\n"
         "from reflux.config.registry import GROUPS, kinds, part\n"
-        "import reflux.checks, reflux.config.recipe, reflux.inspection.plan, reflux.cli, reflux.storage.files\n"
+        "import reflux.checks, reflux.config.recipe, reflux.inspection.plan, reflux.cli.main, reflux.storage.files\n"
         "import reflux.storage.attempt_log, reflux.runtime.pipeline, reflux.runtime.cohorts\n"
         "for group in GROUPS:\n    for kind in kinds(group):\n        part(group, kind)\n"
         "heavy = {'torch', 'transformers', 'diffusers', 'scipy', 'PIL', 'datasets', 'peft', 'plotly', 'math_verify'}\n"
@@ -180,7 +180,7 @@ def test_every_part_can_be_imported_without_torch() -> None:
     ],
 )
 def test_mistakes_end_in_a_sentence_and_code_2(arguments: str, words: str) -> None:
-    code = f"import sys; sys.argv = ['reflux', *{arguments.split()!r}]\nfrom reflux.cli import main\nmain()"
+    code = f"import sys; sys.argv = ['reflux', *{arguments.split()!r}]\nfrom reflux.cli.main import main\nmain()"
     ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert (ended.returncode, "Traceback" in ended.stderr) == (2, False), ended.stderr
     assert words in " ".join(ended.stderr.split())

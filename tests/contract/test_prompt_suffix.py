@@ -204,7 +204,7 @@ def test_what_is_special_is_what_decoding_leaves_out() -> None:
 
 
 def test_reflux_eval_asks_a_run_as_the_run_did(tmp_path: Path) -> None:
-    from reflux.commands.evaluate import _table
+    from reflux.cli.evaluate import _table
 
     said = {"system": "Be brief.", "template": {"think": True}, "prompt_suffix": "<think>"}
     own = {"steps": 1, "task": {"kind": "word_problems"}, "sampler": {"kind": "hf"}, "learner": {"kind": "hf", "lr": 1e-3, **said}}

@@ -48,7 +48,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
 ) -> None:
     recipe, out = tmp_path / "slow.toml", tmp_path / "run dir"
     recipe.write_text(RECIPE.format(student=student, teacher=teacher, max_lag=max_lag))
-    command = [sys.executable, "-m", "reflux.cli", "run", str(recipe), "--out", str(out)]
+    command = [sys.executable, "-m", "reflux.cli.main", "run", str(recipe), "--out", str(out)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "400"}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -100,7 +100,7 @@ def test_a_second_signal_ends_a_run_at_once_where_the_first_one_waits(
     recipe, out = tmp_path / "stuck.toml", tmp_path / "run"
     table = f'[learner]\nkind = "outside:StuckLearner"\nholds_the_loop = {holds}'
     recipe.write_text(RECIPE.format(student=student, teacher=teacher, max_lag=0).replace("[learner]", table))
-    command = [sys.executable, "-m", "reflux.cli", "run", str(recipe), "save_every=1", "--out", str(out)]
+    command = [sys.executable, "-m", "reflux.cli.main", "run", str(recipe), "save_every=1", "--out", str(out)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "400"}
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         hears(process, "two minutes begin")

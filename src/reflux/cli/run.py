@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from reflux.commands.progress import Progress
+from reflux.cli.progress import Progress
 from reflux.config.recipe import RunConfig, load_recipe
 from reflux.errors import RunError, StepRefused, Stopped
 from reflux.reports.asked import problems_of, split_of

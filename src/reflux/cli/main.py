@@ -30,7 +30,7 @@ def run_(
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run from its last checkpoint.")] = False,
 ) -> None:
     """Train a student by a recipe."""
-    from reflux.commands.run import run_recipe
+    from reflux.cli.run import run_recipe
 
     run_recipe(recipe, overrides or [], out, resume)
 
@@ -38,7 +38,7 @@ def run_(
 @app.command()
 def plan(recipe: Recipe, overrides: Overrides = None) -> None:
     """Resolve and check a recipe, and print what would run, without loading a weight."""
-    from reflux.commands.show import show_plan
+    from reflux.cli.show import show_plan
 
     show_plan(recipe, overrides or [])
 
@@ -55,7 +55,7 @@ def eval_(
     ] = None,
 ) -> None:
     """Accuracy of a model on a task, with intervals."""
-    from reflux.commands.evaluate import evaluate_model
+    from reflux.cli.evaluate import evaluate_model
 
     evaluate_model(model, task, problems, samples, max_tokens, overrides or [])
 
@@ -63,7 +63,7 @@ def eval_(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
     """Write report.html for a run: one self-contained page."""
-    from reflux.commands.show import write_report
+    from reflux.cli.show import write_report
 
     write_report(run)
 
@@ -74,7 +74,7 @@ def list_(
     module: Annotated[str, typer.Option("--module", help="A package of your own: its parts, in place of those that ship.")] = "",
 ) -> None:
     """Recipes and parts, one line each."""
-    from reflux.commands.show import list_parts
+    from reflux.cli.show import list_parts
 
     list_parts(group, module)
 
@@ -82,7 +82,7 @@ def list_(
 @app.command()
 def cite(recipe: Recipe, overrides: Overrides = None) -> None:
     """BibTeX of the methods a recipe uses."""
-    from reflux.commands.show import show_citations
+    from reflux.cli.show import show_citations
 
     show_citations(recipe, overrides or [])
 
@@ -90,7 +90,7 @@ def cite(recipe: Recipe, overrides: Overrides = None) -> None:
 @app.command()
 def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
     """Preflight: tokenizers, end tokens, sampler and learner agreement, teacher alive, disk."""
-    from reflux.commands.examine import show_findings
+    from reflux.cli.examine import show_findings
 
     show_findings(recipe, overrides or [])
 
@@ -107,7 +107,7 @@ def difficulty(
     out: Annotated[Path | None, typer.Option("--out", help="Where the files go; by default runs/RECIPE-difficulty.")] = None,
 ) -> None:
     """How hard the training prompts are for the student, and a prompt file balanced by it."""
-    from reflux.commands.difficulty import balance_prompts
+    from reflux.cli.difficulty import balance_prompts
 
     balance_prompts(recipe, overrides or [], samples, prompts, (temperature, top_p), cap, out)
 
