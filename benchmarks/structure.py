@@ -187,9 +187,9 @@ def places(checkout: Path, dotted: str, recipe: str) -> list[str]:
     notes = checkout / "docs" / "notes.toml"
     if notes.is_file() and any(line.startswith(f"{recipe} = ") for line in notes.read_text().splitlines()):
         found.add("docs/notes.toml")
-    cite = checkout / "src/reflux/inspection/cite.py"
+    cite = checkout / "src/reflux/config/citations.py"
     if f'kind_of("{module.split(".")[1]}"' in cite.read_text() or f'"{module.rpartition(".")[2]}"' in cite.read_text():
-        found.add("src/reflux/inspection/cite.py")
+        found.add("src/reflux/config/citations.py")
     return sorted(found)
 
 

@@ -26,11 +26,11 @@ sys.path[:0] = [str(DOCS.parent / "src"), str(DOCS.parent / "tests")]
 
 from laws import bias  # noqa: E402
 from reflux.config import registry  # noqa: E402
-from reflux.config.papers import Paper  # noqa: E402
+from reflux.config.citations import papers  # noqa: E402
+from reflux.config.papers import GKD, Paper  # noqa: E402
 from reflux.config.recipe import RECIPES, RunConfig, Track, load_recipe, recipe_names  # noqa: E402
 from reflux.config.registry import PartOf  # noqa: E402
 from reflux.credit.outcome import group_advantages  # noqa: E402
-from reflux.inspection.cite import GKD, papers  # noqa: E402
 from reflux.metrics.values import step_flops  # noqa: E402
 from reflux.models.settings import (  # noqa: E402
     Average,
@@ -63,8 +63,8 @@ WHERE = {  # where a recipe names a part of each group
     "schedules": "the value of any key that takes a schedule",
 }
 MATHS = (
-    "reflux.objectives.divergences",
-    "reflux.objectives.baselines",
+    "reflux.loss.divergences",
+    "reflux.loss.baselines",
     "reflux.objectives.sampled_kl",
     "reflux.objectives.ratio",
     "reflux.objectives.velocity_kl",

@@ -21,13 +21,12 @@ import tiny_glyphs
 from reflux.cli.progress import Progress
 from reflux.kernels.head import Head
 from reflux.loop import train
-from reflux.loss.targets import StepRecord
 from reflux.metrics.teacher_distance import generated_kl, teacher_logp_T, trained_kl
 from reflux.metrics.values import Mean
 from reflux.models.flow.sde import kl_weight
 from reflux.storage.attempt_log import arrived, read_attempt
 from reflux.training import Options
-from reflux.types import Attempt, SampledTarget, Share, TeacherAnswer, VelocityTarget
+from reflux.types import Attempt, SampledTarget, Share, StepRecord, TeacherAnswer, VelocityTarget
 from tiny import rollout
 
 CHAT = {"kind": "outside:Chat"}

@@ -18,10 +18,10 @@ import reflux
 import tiny
 from reflux import checks
 from reflux.cli.show import console, list_parts, show_plan
+from reflux.config.citations import papers
 from reflux.config.recipe import config_hash, from_table, load_recipe, to_table
 from reflux.credit.base import share_credit
 from reflux.errors import ConfigError
-from reflux.inspection.cite import papers
 from reflux.inspection.doctor import examine
 from reflux.inspection.finding import Finding
 from reflux.loss.outputs import FullSays

@@ -209,7 +209,7 @@ def test_planning_the_flow_recipes_imports_nothing_heavy(models: tiny_glyphs.Mod
 
 
 def test_the_papers_of_a_flow_are_cited() -> None:
-    from reflux.inspection.cite import papers
+    from reflux.config.citations import papers
 
     def keys(recipe: str, **changes: Any) -> set[str]:
         return {paper.key for paper in papers(load_recipe(recipe, changes))}

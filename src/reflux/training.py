@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from reflux import checks
+from reflux.config.citations import papers
 from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig, part_context, to_table, to_toml
 from reflux.errors import RunError, Stopped
 from reflux.evals.base import Source
 from reflux.evals.evaluation import Evaluation
-from reflux.inspection.cite import papers
 from reflux.loss.step import StepResult
 from reflux.metrics.flops import TOKENS, Landed, Ran, Work, add_up
 from reflux.metrics.step_metrics import step_metrics
@@ -151,7 +151,8 @@ class Run:
         updates = result.stats["updates"].value if "updates" in result.stats else 0
         version = learner.version - int(updates or 0) - jumped  # that consumed these attempts
         ran = Ran(learner.macs, result.forward_positions, result.backward_positions)
-        metrics = step_metrics(result.stats, ran, groups, version, teachers, self.services.clock, discarded, scored, on_policy)
+        tables, macs, clock = teachers.tables, teachers.macs, self.services.clock
+        metrics = step_metrics(result.stats, ran, groups, version, tables, macs, clock, discarded, scored, on_policy)
         files.append_lines(self.dir / "attempts.jsonl", [attempt_log.learned(a, self.step) for group in groups for a in group])
         self.step += 1
         add_up(self.totals, metrics)

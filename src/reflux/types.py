@@ -18,14 +18,11 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from reflux.loss.targets import HiddenTarget, SampledTarget, TopKTarget, VelocityTarget
-
-if TYPE_CHECKING:
-    from reflux.loss.targets import StepRecord
+from reflux.loss.targets import HiddenTarget, SampledTarget, StepRecord, TopKTarget, VelocityTarget
 
 # {"role": "system" | "user" | "assistant" | "tool", "content": text}, and where tools are called also "tool_calls" or "tool_call_id".
 Message = dict[str, Any]

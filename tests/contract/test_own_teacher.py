@@ -479,7 +479,7 @@ def test_it_renders_as_the_sampler_does(tiny_run: Callable[..., Any], monkeypatc
 
 def test_the_whole_program_knows_a_teacher_without_a_model(tiny_run: Callable[..., Any], student: str, teacher: str) -> None:
     """plan, doctor, report, evaluations, model card, citations."""
-    from reflux.inspection.cite import papers
+    from reflux.config.citations import papers
     from reflux.inspection.doctor import examine
     from reflux.inspection.plan import plan
     from reflux.reports.page import write_report

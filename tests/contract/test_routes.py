@@ -69,8 +69,7 @@ def test_each_prompt_asks_exactly_the_table_of_its_route() -> None:
             table = attempt.answers["main"].table
             gap = attempt.rollout.logp_T - attempt.target("main").logp_T  # type: ignore[union-attr]
             assert gap == pytest.approx({"plus": 0.5, "times": 2.0}[table])
-    assert teachers.names == ["main"]
-    assert [teachers.spoken(table) for table in ("plus", "times", "idle")] == ["main"] * 3
+    assert teachers.tables == dict.fromkeys(("plus", "times", "idle"), "main")
 
 
 def test_a_prompt_of_a_route_that_nobody_serves_is_asked_of_nobody() -> None:

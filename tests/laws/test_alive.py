@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from laws.estimators import SETTINGS, Setting, World, assert_alive, choices, compare, expected_and_exact, np_kl, settings_of, world_of
 from reflux.config.registry import kind_of
 from reflux.credit.outcome import group_advantages
+from reflux.loss.baselines import kl_value
+from reflux.loss.divergences import kl
 from reflux.objectives import OBJECTIVES
-from reflux.objectives.baselines import kl_value
 from reflux.objectives.divergence import MIXED, Divergence
-from reflux.objectives.divergences import kl
 from reflux.objectives.outcome import Outcome
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL
 

@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 from reflux.config.recipe import RunConfig, config_hash, differences, from_table, load_recipe, recipe_names, to_table, to_toml
 from reflux.config.registry import GROUPS, build, kinds, part, table_of
 from reflux.config.schedules import SCHEDULES
-from reflux.loss.targets import StepRecord
 from reflux.storage import attempt_log, failed_batch
 from reflux.storage.attempt_log import learned, read_attempt
 from reflux.storage.files import append_lines, read_lines
-from reflux.types import Attempt, FlowRollout, Prompt, Reward, Rollout, Share, TeacherAnswer, TokenRollout, VelocityTarget
+from reflux.types import Attempt, FlowRollout, Prompt, Reward, Rollout, Share, StepRecord, TeacherAnswer, TokenRollout, VelocityTarget
 from tiny import rollout
 
 SCHEDULED: dict[str, dict[str, Any]] = {

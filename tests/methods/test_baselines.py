@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.special import rel_entr
 
-from reflux.objectives.baselines import gradient_variance, kl_value, minimum_variance_value, topk_kl_value, variance_ratio
+from reflux.loss.baselines import gradient_variance, kl_value, minimum_variance_value, topk_kl_value, variance_ratio
 from reflux.objectives.sampled_kl import advantage
 
 VALUES = ["zero", "kl", "top-1", "top-3", "top-all", "five", "minimum"]

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from laws.estimators import choices, np_divergence
+from reflux.loss.divergences import DIVERGENCES, with_tail
 from reflux.loss.outputs import FullSays, ListedSays, SampledSays
 from reflux.loss.term import Rows
 from reflux.objectives.divergence import MIXED, Divergence
-from reflux.objectives.divergences import DIVERGENCES, with_tail
 
 
 def table(n: int, v: int, seed: int, spread: float) -> torch.Tensor:

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import logsumexp, rel_entr
 
-from reflux.objectives.divergence import MIXED
-from reflux.objectives.divergences import (
+from reflux.loss.divergences import (
     DIVERGENCES,
     alpha_divergence,
     forward_kl,
@@ -25,6 +24,7 @@ from reflux.objectives.divergences import (
     with_tail,
     with_tail_listed,
 )
+from reflux.objectives.divergence import MIXED
 
 INF = math.inf
 WEIGHTS = (0.0, 0.03, 0.3, 0.5, 0.9, 1.0)

@@ -9,10 +9,10 @@ import torch
 
 import tiny
 from reflux.assets.tokenizer import character_tokenizer
+from reflux.loss.baselines import kl_value, minimum_variance_value, topk_kl_value
 from reflux.loss.outputs import FullSays, ListedSays, SampledSays
 from reflux.loss.term import Rows
 from reflux.models.text import as_model
-from reflux.objectives.baselines import kl_value, minimum_variance_value, topk_kl_value
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
 from reflux.objectives.outcome import Outcome

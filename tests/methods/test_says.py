@@ -11,9 +11,9 @@ import torch
 
 from interpreted import interpreted
 from reflux.kernels.head import Head
+from reflux.loss.baselines import kl_value
 from reflux.loss.linear_divergence import Answer, linear_divergence
 from reflux.loss.outputs import FullSays
-from reflux.objectives.baselines import kl_value
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from interpreted import interpreted
 from reflux.kernels import triton_divergence as fused
+from reflux.loss.divergences import DIVERGENCES, with_tail
 from reflux.objectives.divergence import MIXED
-from reflux.objectives.divergences import DIVERGENCES, with_tail
 
 if find_spec("triton") is None:
     pytest.skip("Triton is not installed: pip install triton, and these tests run without a GPU", allow_module_level=True)

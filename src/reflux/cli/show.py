@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from reflux.config import registry
+from reflux.config.citations import papers
 from reflux.config.discovery import parts_of
 from reflux.config.recipe import RECIPES, load_recipe, recipe_names
 from reflux.errors import ConfigError, RunError
-from reflux.inspection.cite import papers
 from reflux.inspection.plan import Plan, Size, plan
 
 console = Console()

@@ -31,3 +31,15 @@ class Paper:
 
 
 EFFOPD = Paper("effopd", "Learning to Foresee: Unveiling the Unlocking Efficiency of On-Policy Distillation", "2605.11739", 2026)
+
+
+PREFIX_OPD = Paper("prefix_opd", "Fast and Effective On-policy Distillation from Reasoning Prefixes", "2602.15260", 2026)
+
+
+GKD = Paper(
+    "gkd",
+    "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
+    "2306.13649",
+    2023,
+    "Agarwal, Rishabh and Vieillard, Nino and Zhou, Yongchao and Stanczyk, Piotr and others",
+)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic.dataclasses import dataclass
 
-from reflux.config.papers import Paper
+from reflux.config.papers import PREFIX_OPD, Paper
 from reflux.config.registry import STRICT
 from reflux.config.schedules import Number, at, first_below, number
 from reflux.credit.base import CreditPart
@@ -16,8 +16,6 @@ from reflux.types import Attempt, Group, Moment, Share, TokenRollout, Wants
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
-
-PREFIX_OPD = Paper("prefix_opd", "Fast and Effective On-policy Distillation from Reasoning Prefixes", "2602.15260", 2026)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -79,7 +79,7 @@ class Agreement(EvalPart):
         }
 
     def _by_teacher(self, teachers: Teachers, found: list[Found]) -> dict[str, Any]:
-        tables = [table for table in teachers.opened if teachers.spoken(table) == self.teacher]
+        tables = [table for table, name in teachers.tables.items() if name == self.teacher]
         if len(tables) < 2:
             return {}
         heard = {table: [_chosen(gap) for attempt, gap in found if attempt.answers[self.teacher].table == table] for table in tables}

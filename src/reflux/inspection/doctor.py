@@ -50,7 +50,7 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
                 yield finding
             await _judge(asked, groups)
             await teachers.score(groups, asked.moment)
-            for name in teachers.names:
+            for name in sorted(set(teachers.tables.values())):
                 yield about.alive(name, learner, groups)
             yield await about.at_home(context("home"), services, learner, groups)
     yield _disk(cfg, parameter_count(learner.model.net))

@@ -3,7 +3,7 @@
 Heads are matrix products and stay with the vendor's library; everything after them is memory traffic, and each function here reads its
 tables once or twice and keeps nothing [N, V] wide but the gradient. Logits may be of any float type and are read into float32; results are
 float32, gradients have the logits' type. Rows may be slices of a wider, padded table. Same meaning, defaults and special cases as
-`reflux.objectives.divergences`, which is the reference. ValueError for shapes that do not fit, an unknown kind, a weight outside [0, 1].
+`reflux.loss.divergences`, which is the reference. ValueError for shapes that do not fit, an unknown kind, a weight outside [0, 1].
 
 On CUDA tensors, or on CPU tensors through Triton's interpreter (TRITON_INTERPRET=1, for tests). Triton is imported at the first call.
 """

@@ -8,8 +8,7 @@ from pathlib import Path
 from reflux.errors import StepRefused
 from reflux.learners.base import OpenLearner
 from reflux.loss.step import StepRequest, StepResult
-from reflux.loss.targets import StepRecord
-from reflux.types import Attempt, Group
+from reflux.types import Attempt, Group, StepRecord
 
 Keep = Callable[[Sequence[Group], str], Path]
 

@@ -19,14 +19,13 @@ from reflux.learners.tally import Tally
 from reflux.loss.aggregate import Result
 from reflux.loss.batch import Item, plan
 from reflux.loss.step import StepRequest, StepResult
-from reflux.loss.targets import StepRecord
 from reflux.loss.term import LossTerm
 from reflux.metrics.values import Max, Stats, Sum
 from reflux.models import lora
 from reflux.models.net_access import NetAccess
 from reflux.runtime.weights import InMemory
 from reflux.storage import checkpoints
-from reflux.types import Attempt, Group, Target
+from reflux.types import Attempt, Group, StepRecord, Target
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext

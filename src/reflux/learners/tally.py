@@ -9,9 +9,8 @@ from torch import Tensor
 
 from reflux.loss.aggregate import Result
 from reflux.loss.batch import Item
-from reflux.loss.targets import StepRecord
 from reflux.metrics.values import Mean, Stats, Sum
-from reflux.types import Attempt
+from reflux.types import Attempt, StepRecord
 
 _KL = ""  # the column of kl_T among those of log-probs, which have names
 

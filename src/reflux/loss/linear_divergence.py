@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reflux.config.registry import part
 from reflux.kernels.head import Head
 from reflux.kernels.row_pass import row_pass
 from reflux.loss.call import check_call
 from reflux.loss.columns import Columns
 from reflux.loss.outputs import FullSays
 from reflux.loss.term import LossTerm, Rows
-from reflux.objectives.divergence import Divergence
 
 
 @dataclass
@@ -62,15 +62,15 @@ def linear_divergence(
     """
     by_row = {"ids_N": ids_N, "coef_N": coef_N, "behaviour_logp_N": behaviour_logp_N, "shift_N": shift_N}
     check_call(student_NH, student_head, teacher_NG, teacher_head, by_row, objective, top_k)
-    objective = Divergence() if objective is None else objective
+    term: LossTerm = part("objectives", "divergence")() if objective is None else objective
     columns, top_k = Columns(len(ids_N)), min(top_k, student_head.vocabulary)
     pushed_N = torch.zeros_like(coef_N) if shift_N is None else shift_N
 
     def row_loss(rows: slice, logits_NV: Tensor, constants: list[Tensor]) -> Tensor:
         student, teacher = FullSays(logits_NV, ids_N[rows]), FullSays(constants[0], ids_N[rows])
         behaviour_N = student.logp_N.detach() if behaviour_logp_N is None else behaviour_logp_N[rows]
-        view = Rows(student, {objective.teacher or "main": teacher}, behaviour_N, pushed_N[rows])
-        cost_N = _loud(objective, view, coef_N[rows])
+        view = Rows(student, {term.teacher or "main": teacher}, behaviour_N, pushed_N[rows])
+        cost_N = _loud(term, view, coef_N[rows])
         _note(columns, rows, cost_N, student, teacher, top_k)
         return (coef_N[rows] * cost_N).sum()
 

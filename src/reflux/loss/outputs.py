@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from reflux.kernels import triton_divergence as fused
-from reflux.objectives.baselines import kl_value
-from reflux.objectives.divergences import DIVERGENCES, with_tail
-from reflux.objectives.gradients import TokenLogp
+from reflux.loss.baselines import kl_value
+from reflux.loss.divergences import DIVERGENCES, with_tail
+from reflux.loss.gradients import TokenLogp
 
 _FAR = -1e4  # log-prob of what is never said, where its product with a probability of 0 must be 0
 

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 from reflux.metrics.values import Stats
 
 if TYPE_CHECKING:
-    from reflux.loss.targets import StepRecord
     from reflux.loss.term import LossTerm
-    from reflux.types import Attempt, Group, Moment
+    from reflux.types import Attempt, Group, Moment, StepRecord
 
 
 @dataclass(frozen=True)

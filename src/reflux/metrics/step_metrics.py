@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -16,7 +16,6 @@ from reflux.types import Attempt, Finish, Group, Share
 
 if TYPE_CHECKING:
     from reflux.metrics.flops import Spent
-    from reflux.teachers.collection import Teachers
 
 
 def step_metrics(
@@ -24,7 +23,8 @@ def step_metrics(
     ran: Ran,
     groups: Sequence[Group],
     version: int,
-    teachers: Teachers,
+    tables: Mapping[str, str],
+    teacher_macs: Mapping[str, int],
     clock: Clock,
     discarded: Work,
     scored: Spent | None,
@@ -32,7 +32,8 @@ def step_metrics(
 ) -> dict[str, Any]:
     """Everything one step has to say, as plain JSON values but for `step`.
 
-    stats, ran: the learner's numbers and positions. version: of the policy that consumed these attempts. discarded: what was computed for
+    stats, ran: the learner's numbers and positions. version: of the policy that consumed these attempts. tables: of teachers,
+    and the name each answers by. teacher_macs: multiply-accumulates of a position, by table. discarded: what was computed for
     attempts of this step that were drawn again. scored: what an accelerator's scorings cost since the last step, None without one.
     on_policy: the student sampled the attempts itself.
     """
@@ -41,7 +42,7 @@ def step_metrics(
     values = {name: metric.value for name, metric in stats.items()}
     lags = [version - attempt.rollout.version for attempt in live]
     work = Work.of(attempts)
-    by_table = _asked(live, teachers)
+    by_table = _asked(live, tables)
     everything = work + discarded + (scored.work if scored else Work())
     kl = generated_kl(live, "main").value if on_policy else None
     return {
@@ -58,34 +59,34 @@ def step_metrics(
         "truncated": Mean.of([a.rollout.finish == "length" for a in live]).value,
         "finishes": {finish: sum(a.rollout.finish == finish for a in attempts) for finish in get_args(Finish)},
         "errors": len(attempts) - len(live),
-        "silent": _silent(live, teachers),
+        "silent": _silent(live, tables),
         "asked": {table: len(heard) for table, heard in by_table.items()},
-        "answer_errors": _answer_errors(live, teachers),
-        "kl_nats_trained_by_table": {table: trained_kl(heard, teachers.spoken(table)).value for table, heard in by_table.items()},
+        "answer_errors": _answer_errors(live, tables),
+        "kl_nats_trained_by_table": {table: trained_kl(heard, tables[table]).value for table, heard in by_table.items()},
         "reward_mean": Mean.of([a.verdict for a in live if a.verdict is not None]).value,
         "ungraded": sum(a.reward is not None and a.verdict is None for a in live),
         "seconds": clock.take(),
-        "flops": flops(ran, teachers.macs, everything),
+        "flops": flops(ran, teacher_macs, everything),
         "credit": _credit(live),
         "context": _context(live),
         "peak_memory_bytes": _peak_memory(),
     }
 
 
-def _silent(attempts: list[Attempt], teachers: Teachers) -> dict[str, int]:
+def _silent(attempts: list[Attempt], tables: Mapping[str, str]) -> dict[str, int]:
     """Attempts each teacher name said nothing about."""
-    return {name: sum(attempt.target(name) is None for attempt in attempts) for name in teachers.names}
+    return {name: sum(attempt.target(name) is None for attempt in attempts) for name in sorted(set(tables.values()))}
 
 
-def _asked(attempts: list[Attempt], teachers: Teachers) -> dict[str, list[Attempt]]:
+def _asked(attempts: list[Attempt], tables: Mapping[str, str]) -> dict[str, list[Attempt]]:
     """By table, the attempts it was asked about: one that shares a name and is starved of its routes shows here."""
-    return {table: [a for a in attempts if table in (answer.table for answer in a.answers.values())] for table in teachers.opened}
+    return {table: [a for a in attempts if table in (answer.table for answer in a.answers.values())] for table in tables}
 
 
-def _answer_errors(attempts: list[Attempt], teachers: Teachers) -> dict[str, int]:
+def _answer_errors(attempts: list[Attempt], tables: Mapping[str, str]) -> dict[str, int]:
     """By table, the attempts it was asked about and could not answer."""
     failed = [answer.table for attempt in attempts for answer in attempt.answers.values() if answer.error is not None]
-    return {table: failed.count(table) for table in teachers.opened}
+    return {table: failed.count(table) for table in tables}
 
 
 def _context(attempts: list[Attempt]) -> dict[str, dict[str, float | None]]:

@@ -44,7 +44,7 @@ FDISTILL = Paper(
 class Divergence(ObjectivePart):
     """divergence(student, teacher) at each position: no sampling noise in the gradient, nats (`tv`: in [0, 1]), 0 at home.
 
-    `divergence` names a function of `reflux.objectives.divergences`. `beta` is its mixing weight: jsd's beta (default 0.5; 0 is the
+    `divergence` names a function of `reflux.loss.divergences`. `beta` is its mixing weight: jsd's beta (default 0.5; 0 is the
     forward KL, 1 the reverse, as in GKD, arXiv 2306.13649), the skew's alpha (0.1, DistiLLM, arXiv 2402.03898), alpha's alpha (0.5, Amari's
     family); the others have none and refuse it. `tv` as a loss: arXiv 2307.15190.
 
@@ -144,8 +144,8 @@ class Divergence(ObjectivePart):
         return None if self.ratio == "none" else above_cap(rows.student.logp_N, rows.behaviour_logp_N, self.ratio_cap)
 
     def _cost(self, student: FullSays, teacher: Says) -> Tensor:
+        from reflux.loss.divergences import DIVERGENCES
         from reflux.loss.outputs import FullSays, ListedSays
-        from reflux.objectives.divergences import DIVERGENCES
 
         weight = () if self.beta is None else (self.beta,)
         if self.support == "teacher" and isinstance(teacher, ListedSays):
@@ -164,7 +164,7 @@ class Divergence(ObjectivePart):
 
     def _listed(self, student: FullSays, teacher: FullSays) -> tuple[Tensor, Tensor]:
         """Log-probs of both on one list, whose probabilities sum to 1."""
-        from reflux.objectives.divergences import renormalised, union, with_tail
+        from reflux.loss.divergences import renormalised, union, with_tail
 
         models = {"student": (student,), "teacher": (teacher,), "union": (student, teacher)}[self.support]
         ids = [model.logits_NV.detach().topk(self.k, dim=-1, sorted=False).indices for model in models]
@@ -175,7 +175,7 @@ class Divergence(ObjectivePart):
         return close(student.logp_NV, ids_NK, False, repeated_NK), close(teacher.logp_NV, ids_NK, False, repeated_NK)
 
     def _at_list(self, student: FullSays, teacher: ListedSays) -> tuple[Tensor, Tensor]:
-        from reflux.objectives.divergences import renormalised, with_tail, with_tail_listed
+        from reflux.loss.divergences import renormalised, with_tail, with_tail_listed
 
         logp_NK, ids_NK = teacher.logp_NK, teacher.ids_NK
         if self.k < logp_NK.shape[1]:  # another part may have asked for a longer list

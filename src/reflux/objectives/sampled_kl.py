@@ -133,7 +133,7 @@ class SampledKL(ObjectivePart):
         return {"group_mean": "all", "leave_one_out": "others"}.get(self.baseline)  # type: ignore[return-value]
 
     def variance(self, rows: Rows[Any]) -> tuple[Tensor, Tensor] | None:
-        from reflux.objectives.baselines import gradient_variance
+        from reflux.loss.baselines import gradient_variance
 
         student, teacher = rows.student, rows.teachers[self.teacher]
         with_N, without_N = (gradient_variance(student.logp_NV, teacher.logp_NV, value) for value in (self.value(rows), 0.0))
@@ -183,8 +183,8 @@ class SampledKL(ObjectivePart):
                     f"Outside the loop use baseline = 'none' with shift_N = -value."
                 )
             return rows.group_value_N
+        from reflux.loss.baselines import minimum_variance_value, topk_kl_value
         from reflux.loss.outputs import FullSays
-        from reflux.objectives.baselines import minimum_variance_value, topk_kl_value
 
         teacher = rows.teachers[self.teacher]
         if not isinstance(teacher, FullSays):

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from reflux.loss.targets import StepRecord
 from reflux.metrics.teacher_distance import teacher_logp_T
 from reflux.models import images
-from reflux.types import Attempt, FlowRollout, Message, Prompt, Reward, Rollout, TokenRollout
+from reflux.types import Attempt, FlowRollout, Message, Prompt, Reward, Rollout, StepRecord, TokenRollout
 
 _DIGITS = 5  # of a log-prob: far below any parity bound, a third of the file
 Line = dict[str, Any]

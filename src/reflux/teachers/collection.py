@@ -94,14 +94,10 @@ class Teachers:
         for _, opened in self.opened.values():
             await opened.publish(weights, step)
 
-    def spoken(self, table: str) -> str:
-        """The name a table answers under."""
-        return spoken_name(table, self.opened[table][0])
-
     @property
-    def names(self) -> list[str]:
-        """The names teachers answer under, each once."""
-        return sorted({self.spoken(table) for table in self.opened})
+    def tables(self) -> dict[str, str]:
+        """Each table, and the name it answers under."""
+        return {table: spoken_name(table, teacher) for table, (teacher, _) in self.opened.items()}
 
     @property
     def macs(self) -> dict[str, int]:

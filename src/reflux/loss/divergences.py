@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from reflux.objectives.gradients import KL, Mix, Tail
+from reflux.loss.gradients import KL, Mix, Tail
 
 
 def kl(p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:

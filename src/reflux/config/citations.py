@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from reflux.config.papers import Paper
+from reflux.config.papers import GKD, PREFIX_OPD, Paper
 from reflux.config.recipe import RunConfig
 from reflux.config.registry import within
-from reflux.credit.prefix import PREFIX_OPD
 
-GKD = Paper(
-    "gkd",
-    "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
-    "2306.13649",
-    2023,
-    "Agarwal, Rishabh and Vieillard, Nino and Zhou, Yongchao and Stanczyk, Piotr and others",
-)
 _FIRST = ("objectives", "credit", "contexts", "teachers", "accelerators")  # what makes the method comes first
 
 

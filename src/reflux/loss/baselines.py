@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reflux.objectives.divergences import kl
+from reflux.loss.divergences import kl
 
 
 @torch.no_grad()
