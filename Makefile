@@ -22,6 +22,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
 
 golden: $(VENV)/.installed-test        # writes the golden curves again; look at the difference before you commit it
 	$(BIN)/python tests/golden/write.py
