@@ -90,7 +90,7 @@ def watch_added_work() -> list[tuple[int, float]]:
     from reflux import loop
     from reflux.models.tokenizer import CharacterSpans
     from reflux.teachers import collection
-    from reflux.teachers.in_process import InProcess
+    from reflux.teachers.in_process_teacher import InProcess
 
     spent: list[tuple[int, float]] = []
     shared = [0]

@@ -28,7 +28,7 @@ METHODS = {  # a part that came as a method of its own, and the recipe that came
     "reflux.contexts.peers:Peers": "peers",
     "reflux.extrapolation.extrapolate:Extrapolate": "effopd",
     "reflux.objectives.velocity_kl:VelocityKL": "flow",
-    "reflux.samplers.drawn:Drawn": "flow_sft",
+    "reflux.samplers.teacher_samples:Drawn": "flow_sft",
 }
 HOLDERS = {"cfg", "part", "task", "sampler", "learner", "teacher", "objective", "rule", "context", "reward", "accelerator", "evaluation"}
 PROBE = """

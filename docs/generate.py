@@ -30,7 +30,7 @@ from reflux.config.citations import papers  # noqa: E402
 from reflux.config.papers import GKD, Paper  # noqa: E402
 from reflux.config.recipe import RECIPES, RunConfig, Track, load_recipe, recipe_names  # noqa: E402
 from reflux.config.registry import PartOf  # noqa: E402
-from reflux.credit.outcome import group_advantages  # noqa: E402
+from reflux.credit.group_advantage import group_advantages  # noqa: E402
 from reflux.metrics.values import step_flops  # noqa: E402
 from reflux.models.settings import (  # noqa: E402
     Average,

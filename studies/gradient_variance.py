@@ -32,8 +32,8 @@ from reflux.config.overrides import merge
 from reflux.config.recipe import RunConfig, differences, from_table, to_table
 from reflux.credit.base import share_credit
 from reflux.errors import ConfigError, RunError, Stopped
+from reflux.learners.gradient_learner import Moving
 from reflux.learners.learning import observe
-from reflux.learners.moving import Moving
 from reflux.loop import Parts, lasting, open_parts
 from reflux.loss.step import StepRequest
 from reflux.rewards.base import judge

@@ -1,4 +1,4 @@
-"""The exact gradient of the whole trajectory's KL, in studies/flow.toml: what the direct form leaves out, as shifts for `outcome`.
+"""The exact gradient of the whole trajectory's KL, in studies/flow.toml: what the direct form leaves out, as shifts for `policy_gradient`.
 
 As a credit rule: kind = "trajectory:Later", with this folder on PYTHONPATH.
 """
@@ -22,7 +22,7 @@ class Later(CreditPart):
 
     No factor.
 
-    With velocity_kl and objective `outcome` at one coef: sum_t [ grad KL_t + grad log pi_t * sum_(s > t) KL_s ], the gradient of the
+    With velocity_kl and objective `policy_gradient` at one coef: sum_t [ grad KL_t + grad log pi_t * sum_(s > t) KL_s ], the gradient of the
     expected sum of KL along the student's own trajectories. Alone in its group: no mean is taken off.
     """
 

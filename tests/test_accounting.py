@@ -32,7 +32,7 @@ from reflux.models.text import parameter_count
 from reflux.samplers import hf_engine
 from reflux.samplers.flow_engine import FlowSampler
 from reflux.teachers.flow_engine import FlowTeacher
-from reflux.teachers.in_process import InProcess
+from reflux.teachers.in_process_teacher import InProcess
 from reflux.training import Options
 from reflux.types import Attempt, TeacherAnswer
 from tiny import rollout
@@ -170,7 +170,7 @@ def test_a_plain_step_costs_what_the_formula_says(tiny_run: Callable[..., Any], 
 
 
 def prompts(count: int) -> list[list[int]]:
-    from reflux.assets.tokenizer import character_tokenizer
+    from reflux.assets.characters import character_tokenizer
     from reflux.models.tokenizer import Renderer
 
     render = Renderer(character_tokenizer(), None, {})

@@ -8,8 +8,8 @@ import pytest
 from safetensors import safe_open
 
 from reflux.assets import folder
+from reflux.assets.characters import CHARACTERS, SPECIALS, character_tokenizer
 from reflux.assets.make import SHOWN, SPECS, Spec, accuracy, blank, cold_start, encode, first, main
-from reflux.assets.tokenizer import CHARACTERS, SPECIALS, character_tokenizer
 from reflux.tasks.word_problems import WordProblems
 
 NAMES = ("student", "teacher", "mul_teacher", "novice", "reader")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import tiny
-from reflux.assets.tokenizer import character_tokenizer
+from reflux.assets.characters import character_tokenizer
 from reflux.credit.release import Release
 from reflux.models.text import as_model
 from reflux.types import Moment, Share

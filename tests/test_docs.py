@@ -110,7 +110,7 @@ def test_a_recipe_that_departs_from_its_paper_says_so_and_the_sentence_is_true_o
         if name == "uni_opd":
             assert "0.28" in sentence
             assert "0.28" in recipe
-            assert [registry.kind_of("objectives", other) for other in others] == ["outcome"]
+            assert [registry.kind_of("objectives", other) for other in others] == ["policy_gradient"]
             assert others[0].clip == (0.2, 0.2)
         if name == "peers":
             assert "Jensen-Shannon" in sentence

@@ -39,7 +39,7 @@ from reflux.teachers.base import TeacherRequest
 from reflux.teachers.collection import Teachers
 from reflux.teachers.flow import Flow as FlowTeacherPart
 from reflux.teachers.names import measured
-from reflux.teachers.own import Own
+from reflux.teachers.self_teacher import Own
 from reflux.types import (
     Attempt,
     Draw,

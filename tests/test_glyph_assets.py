@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from reflux.assets import folder, glyphs
-from reflux.assets.glyphs import FLOW_SPECS, blank, cold_start, drawings, exam, first, flow_matching, pictures_of
+from reflux.assets import folder, glyph_models
+from reflux.assets.glyph_models import FLOW_SPECS, blank, cold_start, drawings, exam, first, flow_matching, pictures_of
 from reflux.assets.make import main
 from reflux.evals.problems import problems
 from reflux.metrics.intervals import wilson
@@ -228,7 +228,7 @@ def test_the_seed_sets_the_noise_that_is_learned_from(monkeypatch):
         seen.append(dice.initial_seed())
         return model.net.prompts.rows.weight.sum()
 
-    monkeypatch.setattr(glyphs, "flow_matching", record)
+    monkeypatch.setattr(glyph_models, "flow_matching", record)
     for seed in (3, 4):
         cold_start(replace(TINY, seed=seed, steps=1))
     assert seen == [3, 4]
@@ -243,7 +243,7 @@ def test_an_exam_asks_for_a_picture_of_each_prompt_and_judges_it_by_that_prompt(
         asked.append((list(texts), steps, guidance, seed))
         return [draw(by_text[text], dice) // (1 if index else 2) for index, text in enumerate(texts)]  # the first of each batch is too dim
 
-    monkeypatch.setattr(glyphs, "pictures_of", artist)
+    monkeypatch.setattr(glyph_models, "pictures_of", artist)
     for domain in DOMAINS:
         score = exam(blank(TINY), domain, 50, steps=7, guidance=3.0, batch=20)
         assert score.pictures == 50

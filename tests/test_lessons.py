@@ -7,9 +7,9 @@ from itertools import islice
 
 import pytest
 
-from reflux.assets.lessons import Shown, failed, read, slip
+from reflux.assets.characters import character_tokenizer
+from reflux.assets.lessons import ShownProblem, failed, read, slip
 from reflux.assets.make import READING, SPECS, encode
-from reflux.assets.tokenizer import character_tokenizer
 from reflux.contexts.wording import with_attempts
 from reflux.tasks.word_problems import WordProblems
 
@@ -75,7 +75,7 @@ def test_a_solution_is_read_back_as_it_was_told():
 def test_shown_attempts_stand_in_the_question_as_a_context_would_put_them(successes, failures, foreign):
     task = WordProblems(held_out=20)
     bare = list(task.prompts("test", 3))
-    asked = list(Shown(task, successes, failures, foreign=foreign).prompts("test", 3))
+    asked = list(ShownProblem(task, successes, failures, foreign=foreign).prompts("test", 3))
     assert len(asked) == len(bare) - foreign
     for prompt, plain, other in zip(asked, bare, bare[foreign:], strict=False):
         text = prompt.messages[0]["content"]

@@ -70,8 +70,8 @@ def test_control_its_own_twin_teaches_nothing(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)  # trains the shipped models: a minute on a free core, many where the machine is busy
 def test_control_an_untrained_teacher_makes_it_worse(tmp_path: Path) -> None:
+    from reflux.assets.characters import character_tokenizer
     from reflux.assets.make import SPECS, blank
-    from reflux.assets.tokenizer import character_tokenizer
 
     tokenizer = character_tokenizer()
     blank(SPECS["teacher"], tokenizer).save_pretrained(tmp_path / "untrained")

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from reflux.reports.attempts import Shown, read_attempts, spread
+from reflux.reports.attempts import ShownAttempt, read_attempts, spread
 from reflux.reports.costs import roles_table
 from reflux.reports.evals import read_evals
 from reflux.reports.examples import read_pairs
-from reflux.reports.foresight import foresight_charts, read_spectra
+from reflux.reports.foresight_charts import foresight_charts, read_spectra
+from reflux.reports.formatting import visible
 from reflux.reports.metrics import read_metrics, thinned
 from reflux.reports.reading import number, rows
 from reflux.reports.searches import read_searches, search_charts
 from reflux.reports.tables import before_after, before_after_text
-from reflux.reports.text import visible
 from reflux.reports.tokens import EDGES_NATS, level, pieces, shown_tokens
 from synthetic_run import attempt_rows, summary, write_lines
 
@@ -134,7 +134,7 @@ def test_the_colour_is_teacher_minus_student():
     ids = tokenizer.encode("abcde").ids
     acted = {"tokens": ids, "mask": [1, 1, 1, True, 0], "logp": [-2.0, -0.5, -1.0, -1.0, 0.0]}
     learned = {"teacher_logp": {"main": [-0.5, -2.0, -1.05, None, -9.0]}, "weight": [1.0, 0.5], "shift": [-0.25]}
-    tokens, tail, between = shown_tokens(Shown(acted, learned), tokenizer)
+    tokens, tail, between = shown_tokens(ShownAttempt(acted, learned), tokenizer)
     assert [token.css for token in tokens] == ["p3", "n3", "p0", "unknown", "given"]
     assert (tail, between) == ([], 0)
     assert "student log p −2.000 nats (13.5 %)" in tokens[0].words
@@ -150,7 +150,7 @@ def test_the_colour_is_teacher_minus_student():
 
 def test_what_the_student_said_when_it_learned_goes_before_what_it_said_when_it_acted():
     acted = {"tokens": [0], "mask": [1], "logp": [-2.0]}
-    (token,), _, _ = shown_tokens(Shown(acted, {"teacher_logp": {"other": [-1.0]}, "student_logp": [-1.0]}), byte_level())
+    (token,), _, _ = shown_tokens(ShownAttempt(acted, {"teacher_logp": {"other": [-1.0]}, "student_logp": [-1.0]}), byte_level())
     assert token.css == "p0"
 
 
@@ -162,7 +162,7 @@ def test_the_scale_is_symmetric_and_deepens_at_its_edges():
 
 def test_of_a_long_attempt_the_two_ends_are_shown_at_their_own_positions():
     acted = {"tokens": [5] * 3000, "mask": [1] * 3000, "logp": [-0.001 * index for index in range(3000)]}
-    head, tail, between = shown_tokens(Shown(acted), byte_level())
+    head, tail, between = shown_tokens(ShownAttempt(acted), byte_level())
     assert len(head) + len(tail) + between == 3000
     assert len(head) + len(tail) <= 1000
     assert "position 2999" in tail[-1].words

@@ -10,7 +10,7 @@ import pytest
 from reflux.reports.diagnostics import own_charts
 from reflux.reports.reading import rows
 from reflux.reports.recorded import Recorded
-from reflux.reports.release import read_judged, release_chart
+from reflux.reports.release_charts import read_judged, release_chart
 from synthetic_run import write_lines
 
 

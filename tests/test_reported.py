@@ -14,12 +14,12 @@ import pytest
 import outside
 from reflux.config.recipe import RECIPES, load_recipe, recipe_names
 from reflux.evals.accuracy import Accuracy
-from reflux.evals.agreement import Agreement
+from reflux.evals.agreement import AgreementPoint
 from reflux.evals.problems import HELD_OUT_SEED, TEST_SEED, problems, seen, told
 from reflux.evals.teacher_accuracy import TeacherAccuracy
 from reflux.reports.curves import accuracy_chart
 from reflux.reports.evals import read_evals
-from reflux.reports.scores import Score
+from reflux.reports.scores import SearchScore
 from reflux.storage.summary import reported
 from reflux.tasks.glyphs import Glyphs
 from reflux.tasks.jsonl import Jsonl
@@ -104,9 +104,9 @@ def test_without_test_problems_the_summary_says_that_it_has_validation() -> None
 def test_the_curve_is_compared_with_the_teacher_on_the_same_problems() -> None:
     row = {"accuracy": 0.5, "problems": 3, "split": "validation"}
     test = {"accuracy": 0.4, "problems": 4, "split": "test", "teacher": {"accuracy": 0.8, "problems": 4, "split": "test"}}
-    reported_teacher = Score(0.8, problems=4, split="test")
+    reported_teacher = SearchScore(0.8, problems=4, split="test")
     both = read_evals([{"step": 0, "accuracy": row, "test_accuracy": test, "teacher_accuracy": {**row, "accuracy": 0.9}}])
-    assert accuracy_chart(both, reported_teacher).rows[-1] == ("teacher", "", *Score(0.9, problems=3, split="validation").cells)
+    assert accuracy_chart(both, reported_teacher).rows[-1] == ("teacher", "", *SearchScore(0.9, problems=3, split="validation").cells)
     alone = read_evals([{"step": 0, "test_accuracy": test}])
     assert accuracy_chart(alone, reported_teacher).rows[-1] == ("teacher", "", *reported_teacher.cells)
 
@@ -142,7 +142,7 @@ def test_test_problems_that_are_validation_problems_are_told(
     assert not any("test problems" in text for text in noted)
 
 
-@pytest.mark.parametrize("evaluation", [Accuracy(), Agreement(), TeacherAccuracy()])
+@pytest.mark.parametrize("evaluation", [Accuracy(), AgreementPoint(), TeacherAccuracy()])
 def test_on_the_way_validation_problems_are_asked(evaluation: Any) -> None:
     assert evaluation.split == "validation"
 

@@ -19,7 +19,7 @@ from reflux.reports.evals import read_evals
 from reflux.reports.metrics import read_metrics
 from reflux.reports.page import write_report
 from reflux.reports.tables import before_after_text
-from synthetic_pictures import write_picture_run
+from synthetic_images import write_picture_run
 from synthetic_run import write_lines, write_run
 
 WORDS = {"train": "training", "validation": "validation", "test": "test"}

@@ -20,8 +20,8 @@ REGISTERED = """
 samplers      hf stored flow drawn
 teachers      flow local own
 contexts      same peers privileged
-objectives    sampled_kl divergence nll outcome velocity_kl
-credit        prefix position outcome release margin balance
+objectives    sampled_kl divergence nll policy_gradient velocity_kl
+credit        prefix position group_advantage release margin balance
 rewards       verifier environment
 learners      flow hf
 accelerators  extrapolate
@@ -55,11 +55,11 @@ objectives.sampled_kl   teacher='main' coef=1.0 baseline='none' baseline_k=20 ra
 objectives.divergence   teacher='main' coef=1.0 divergence='reverse' beta=None support='full' k=100 tail='bucket' tail_floor=1e-07
                         ratio='none' ratio_cap=5.0
 objectives.nll          coef=1.0
-objectives.outcome      coef=1.0 ratio='clip' clip=(0.2,0.2)
+objectives.policy_gradient      coef=1.0 ratio='clip' clip=(0.2,0.2)
 objectives.velocity_kl  teacher='main' coef=1.0 scale='nats' weight='kl'
 credit.prefix           length start=0 special_tokens=True
 credit.position         factor
-credit.outcome          nats=1.0 normalise_std=False std_floor=1e-06
+credit.group_advantage          nats=1.0 normalise_std=False std_floor=1e-06
 credit.margin           delta=0.4 mode='mean' direction='spread' action='shift' level='token' threshold=0.5 student='behaviour'
                         retain=0.25 teacher='main'
 credit.balance          ratio=1.0 threshold=0.5

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-from reflux.assets.tokenizer import character_tokenizer
+from reflux.assets.characters import character_tokenizer
 from reflux.config.context import Generation, Numbers, PartContext, StudentSpec
 from reflux.config.recipe import RunConfig, load_recipe
 from reflux.contexts.base import View

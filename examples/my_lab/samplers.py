@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
-from reflux.samplers.stored import OpenStored, Stored
+from reflux.samplers.references import OpenStored, Stored
 from reflux.types import Draw, Group, Prompt, seed_of
 
 if TYPE_CHECKING:

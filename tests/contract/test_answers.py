@@ -18,7 +18,7 @@ import torch
 
 import tiny
 import tiny_flow
-from reflux.assets.tokenizer import character_tokenizer
+from reflux.assets.characters import character_tokenizer
 from reflux.contexts.base import View
 from reflux.errors import ModelError
 from reflux.models.text import as_model
@@ -30,8 +30,8 @@ from reflux.teachers.flow import Flow
 from reflux.teachers.flow_engine import FlowTeacher
 from reflux.teachers.local import Local
 from reflux.teachers.local_engine import LocalTeacher
-from reflux.teachers.own import Own
-from reflux.teachers.own_engine import OwnTeacher
+from reflux.teachers.self_teacher import Own
+from reflux.teachers.self_teacher_engine import OwnTeacher
 from reflux.types import Attempt, Moment, Rollout, SampledTarget, TeacherAnswer, TopKTarget, Wants
 
 NOW = Moment(0, 0)

@@ -16,7 +16,7 @@ from reflux.loss.aggregate import shift_taker
 from reflux.loss.batch import Item, micro_batches, plan
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
-from reflux.objectives.outcome import Outcome
+from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.types import Attempt, Group, HiddenTarget, SampledTarget, Share, TeacherAnswer, TopKTarget
 from tiny import attempt, rollout
@@ -48,7 +48,7 @@ def test_the_three_denominators_by_hand() -> None:
 def test_positions_kept_are_counted_per_objective() -> None:
     silent = attempt(rollout(4, seed=2))
     pushed = heard(3, seed=1, shift=[0.0, 1.0, 0.0])
-    items = plan([[heard(5)], [silent], [pushed]], [SampledKL(), NLL(), Outcome()], "kept")
+    items = plan([[heard(5)], [silent], [pushed]], [SampledKL(), NLL(), PolicyGradient()], "kept")
     found = {item.rollout.length: [None if c is None else float(c[0]) for c in item.coef_KN] for item in items}
     eighth, twelfth, third = (pytest.approx(1 / n) for n in (8, 12, 3))
     assert found == {5: [eighth, twelfth, None], 4: [None, twelfth, None], 3: [eighth, twelfth, third]}
@@ -65,7 +65,7 @@ def test_an_objective_of_coefficient_zero_says_nothing() -> None:
 
 def test_shifts_go_to_exactly_one_objective() -> None:
     for objectives, taker in (
-        ([Divergence(), SampledKL(), Outcome()], 2),
+        ([Divergence(), SampledKL(), PolicyGradient()], 2),
         ([SampledKL(), SampledKL()], 0),
         ([Divergence(), SampledKL()], 1),
         ([Divergence(), NLL()], None),
@@ -177,7 +177,7 @@ def test_micro_batches_hold_every_item_once_within_the_budget(lengths: list[int]
 
 
 def test_rows_of_one_micro_batch_share_head_and_width() -> None:
-    from reflux.assets.tokenizer import character_tokenizer
+    from reflux.assets.characters import character_tokenizer
     from reflux.models.text import as_model
 
     one, other = (as_model(tiny.net(seed), character_tokenizer()) for seed in (2, 3))

@@ -14,7 +14,7 @@ from reflux.errors import ConfigError, ModelError
 from reflux.training import Options, Run
 from reflux.types import Wants
 
-OUTCOME = {"credit.outcome": {}, "rewards": {"verifier": {}}, "group_size": 2}
+OUTCOME = {"credit.group_advantage": {}, "rewards": {"verifier": {}}, "group_size": 2}
 SAID = {"teacher": "said"}  # a teacher that gives a list and no more
 ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "train_max_tokens below 1": (
@@ -42,10 +42,14 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
         {"objectives.0.teacher": "said"},
         "objectives[0]: divergence needs hidden states (the full distribution), but teacher 'said' offers",
     ),
-    "shifts nobody takes": ("full", OUTCOME, "credit.outcome shifts advantages, but no objective takes a shift: 'divergence'"),
-    "outcome without shifts": ("opd", {"objectives": [{"kind": "outcome"}]}, "learns from shifts alone, and no credit rule gives any"),
-    "a group of one": ("rl", {"group_size": 1}, "credit.outcome compares attempts at one prompt: it needs group_size >= 2, got 1"),
-    "no verdicts": ("rl", {"rewards": "none"}, "credit.outcome needs verdicts: add [rewards.verifier]"),
+    "shifts nobody takes": ("full", OUTCOME, "credit.group_advantage shifts advantages, but no objective takes a shift: 'divergence'"),
+    "outcome without shifts": (
+        "opd",
+        {"objectives": [{"kind": "policy_gradient"}]},
+        "learns from shifts alone, and no credit rule gives any",
+    ),
+    "a group of one": ("rl", {"group_size": 1}, "credit.group_advantage compares attempts at one prompt: it needs group_size >= 2, got 1"),
+    "no verdicts": ("rl", {"rewards": "none"}, "credit.group_advantage needs verdicts: add [rewards.verifier]"),
     "temperature": (
         "opd",
         {"sampler.temperature": 0.7},
@@ -57,7 +61,7 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
         "deterministic = true asks for a run that repeats bit for bit, and sampler 'hf' as it is set depends on timing. Set sampler.turns",
     ),
     "top_p": ("opd", {"sampler.top_p": 0.9}, "top_p = 0.9"),
-    "policy gradient on given answers": ("sft", {"objectives": [{"kind": "outcome"}], **OUTCOME}, "gives answers it did not draw"),
+    "policy gradient on given answers": ("sft", {"objectives": [{"kind": "policy_gradient"}], **OUTCOME}, "gives answers it did not draw"),
     "no ratio with lag": ("opd", {"objectives.0.ratio": "none", "max_lag": 1}, 'ratio = "none" is biased on attempts of an older student'),
     "nll on own attempts": ("opd", {"objectives": [{"kind": "nll"}]}, "has an expected gradient of zero. Use sampler 'stored'"),
     "prefix on given answers": ("sft", {"credit.prefix": {"length": 5}}, "cutting answers the student did not write"),

@@ -82,8 +82,8 @@ def test_overrides_are_toml_or_text() -> None:
 
 
 def test_a_number_in_a_path_edits_one_entry_of_a_list() -> None:
-    table = {"objectives": [{"kind": "nll"}, {"kind": "outcome", "coef": 1}]}
-    assert nest(["objectives", "1", "coef"], 2, table) == {"objectives": [{"kind": "nll"}, {"kind": "outcome", "coef": 2}]}
+    table = {"objectives": [{"kind": "nll"}, {"kind": "policy_gradient", "coef": 1}]}
+    assert nest(["objectives", "1", "coef"], 2, table) == {"objectives": [{"kind": "nll"}, {"kind": "policy_gradient", "coef": 2}]}
     assert table["objectives"][1]["coef"] == 1
     assert load_recipe("opd", ["objectives.0.coef=0.5"]).objectives[0].coef == 0.5
 
@@ -140,7 +140,7 @@ def test_what_would_change_nothing_is_refused(tmp_path: Path, text: str, base: s
 
 
 def test_none_takes_a_table_away() -> None:
-    cfg = load_recipe("rl_opd", {"evals": "none", "credit.outcome": "none", "rewards": "none"})
+    cfg = load_recipe("rl_opd", {"evals": "none", "credit.group_advantage": "none", "rewards": "none"})
     assert (cfg.evals, cfg.credit, cfg.rewards) == ({}, {}, {})
 
 

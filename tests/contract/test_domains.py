@@ -13,7 +13,7 @@ from reflux import checks
 from reflux.config.recipe import load_recipe
 from reflux.errors import ConfigError, DataError, ModelError
 from reflux.inspection.plan import plan
-from reflux.samplers.drawn import drawers
+from reflux.samplers.teacher_samples import drawers
 from reflux.teachers.flow import Flow as FlowTeacher
 from reflux.training import Options, Run
 from reflux.types import FlowRollout, Wants
@@ -140,13 +140,13 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "outcome of the ODE": (
         "flow_grpo",
         {"sampler.noise_level": 0},
-        "sampler.noise_level = 0 draws no step, so outcome has no log-prob to weigh. Use a noise_level above 0, such as 0.7.",
+        "sampler.noise_level = 0 draws no step, so policy_gradient has no log-prob to weigh. Use a noise_level above 0, such as 0.7.",
     ),
     "the KL of drawn pictures": ("flow_sft", {"objectives.0.weight": "kl"}, f'{GIVEN}. Use weight = "mse".'),
     "the KL of drawn pictures to a teacher": ("flow_sft", {"objectives": [{**KL, "teacher": "main"}]}, GIVEN),
     "outcome of drawn pictures": (
         "flow_sft",
-        {"objectives": [{"kind": "outcome"}], "credit.outcome": {}, **VERDICTS},
+        {"objectives": [{"kind": "policy_gradient"}], "credit.group_advantage": {}, **VERDICTS},
         "weighs what was chosen by the student's own probabilities, but sampler 'drawn' gives answers it did not draw. Use velocity_kl.",
     ),
     "jumps by the KL of the ODE": (
@@ -213,7 +213,7 @@ LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
     "the student of then as anchor": ("flow", {"objectives.1.teacher": "said", "max_lag": 1}),
     "a verifier and teachers": (
         "flow",
-        {"objectives": [KL, {"kind": "outcome"}], "credit.outcome": {}, **VERDICTS},
+        {"objectives": [KL, {"kind": "policy_gradient"}], "credit.group_advantage": {}, **VERDICTS},
     ),
     "balance": ("flow", {"credit.balance": {}, "normalise": "rollout_means", **VERDICTS}),
     "jumps": ("flow", {"accelerator": {"kind": "extrapolate"}}),

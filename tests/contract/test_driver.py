@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tiny
-from reflux.assets.tokenizer import character_tokenizer
+from reflux.assets.characters import character_tokenizer
 from reflux.errors import ConfigError, DataError
 from reflux.models.rng import row_key
 from reflux.models.turns import Turn, TurnRequest

@@ -17,7 +17,7 @@ from torch import Tensor
 import tiny
 import tiny_flow
 from reflux.credit.base import share_credit
-from reflux.credit.outcome import Outcome as OutcomeRule
+from reflux.credit.group_advantage import GroupAdvantage
 from reflux.credit.prefix import Prefix
 from reflux.errors import StepRefused
 from reflux.learners.flow import Flow
@@ -26,7 +26,7 @@ from reflux.models.flow.load import load_flow
 from reflux.models.flow.sde import kl_weight
 from reflux.models.flow.start import start
 from reflux.models.settings import Average, FlowLora
-from reflux.objectives.outcome import Outcome
+from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.objectives.velocity_kl import VelocityKL
 from reflux.types import Attempt, Moment, Reward, TeacherAnswer, VelocityTarget, Wants
 from tiny import close, gradients, move, same
@@ -149,9 +149,9 @@ def test_the_verdicts_policy_gradient_is_that_of_the_drawn_steps() -> None:
     """Flow-GRPO by the parts of texts: advantage times the gradient of each step's log-density, at ratio 1."""
     student = tiny_flow.model(1)
     attempts = [Attempt(tiny_flow.rollout(4, seed=4, sample=s, drawn_by=student), Reward(float(s == 0))) for s in range(3)]
-    share_credit([attempts], {"outcome": OutcomeRule()}, Moment(0, 0))
+    share_credit([attempts], {"group_advantage": GroupAdvantage()}, Moment(0, 0))
     learner = opened()
-    found = gradients(learner, [attempts], [Outcome()])
+    found = gradients(learner, [attempts], [PolicyGradient()])
     total = torch.zeros(())
     for attempt, advantage in zip(attempts, (2 / 3, -1 / 3, -1 / 3), strict=True):
         rollout: Any = attempt.rollout

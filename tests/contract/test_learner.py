@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
-from reflux.assets.tokenizer import character_tokenizer
+from reflux.assets.characters import character_tokenizer
 from reflux.config.schedules import Steps
 from reflux.errors import ModelError, StepRefused
 from reflux.models.settings import Lora

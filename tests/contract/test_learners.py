@@ -13,7 +13,7 @@ import pytest
 
 import tiny
 import tiny_flow
-from reflux.assets.tokenizer import character_tokenizer
+from reflux.assets.characters import character_tokenizer
 from reflux.credit.base import share_credit
 from reflux.credit.prefix import Prefix
 from reflux.errors import StepRefused

@@ -18,12 +18,12 @@ from reflux.reports.recorded import Recorded
 from reflux.samplers.base import SamplerPart
 from reflux.samplers.flow import Flow
 from reflux.samplers.hf import HF
-from reflux.samplers.stored import Stored
+from reflux.samplers.references import Stored
 from reflux.tasks.gsm8k import Gsm8k
 from reflux.tasks.jsonl import Jsonl
 from reflux.tasks.mix import Mix
 from reflux.tasks.word_problems import WordProblems
-from reflux.teachers.own import Own
+from reflux.teachers.self_teacher import Own
 
 SHIPPED = [part(group, kind) for group in BASES for kind in kinds(group)]
 
@@ -146,8 +146,8 @@ def test_the_student_as_its_own_teacher_is_as_large_as_the_student_in_float32() 
 def test_a_rules_notes_are_drawn_also_where_they_are_0_and_its_shift_where_it_gave_one(tmp_path: Path) -> None:
     def drawn(shift: float) -> set[str]:
         notes = {"factor_mean": 1.0, "shift_mean": shift, "mixed": 0.0, "spread": {"p50": 1.0}}
-        (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "credit": {"outcome": notes}}) + "\n")
-        (chart,) = own_charts({"credit": {"outcome": {}}}, Recorded(tmp_path), [])
+        (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "credit": {"group_advantage": notes}}) + "\n")
+        (chart,) = own_charts({"credit": {"group_advantage": {}}}, Recorded(tmp_path), [])
         return {name for name, _, _ in chart.rows}
 
     assert drawn(0.0) == {"factor_mean", "mixed"}

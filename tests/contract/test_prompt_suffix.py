@@ -11,11 +11,11 @@ import pytest
 import tomli_w
 
 import tiny
-from laws.test_own_dice import PROMPTS, ask, sampled
-from reflux.assets.tokenizer import TEMPLATE, character_tokenizer
+from laws.test_own_rng import PROMPTS, ask, sampled
+from reflux.assets.characters import TEMPLATE, character_tokenizer
 from reflux.errors import ModelError
 from reflux.models.tokenizer import Renderer, end_ids, special_ids
-from reflux.teachers.in_process import InProcess
+from reflux.teachers.in_process_teacher import InProcess
 from reflux.types import Draw
 
 CHAT = {"kind": "outside:Chat"}

@@ -15,7 +15,7 @@ import tiny_flow
 from reflux import checks
 from reflux.config.recipe import load_recipe
 from reflux.errors import ConfigError
-from reflux.rewards.environment import EnvironmentReward, given
+from reflux.rewards.environment_reward import EnvironmentReward, given
 from reflux.rewards.verifier import Verifier
 from reflux.rewards.weighted import combined, open_rewards
 from reflux.types import Attempt, Group, Reward

@@ -17,7 +17,7 @@ from reflux.errors import DataError
 from reflux.evals.agreement import Agreement
 from reflux.reports.metrics import Heard, read_metrics
 from reflux.reports.page import write_report
-from reflux.reports.teachers import teachers_table
+from reflux.reports.teacher_tables import teachers_table
 from reflux.teachers.collection import Teachers
 from reflux.types import Attempt, Draw, Group, Moment, Prompt, Rollout, SampledTarget, TeacherAnswer, Wants
 

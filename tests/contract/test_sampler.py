@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tiny
-from laws.test_own_dice import PROMPTS, ask, sampled
+from laws.test_own_rng import PROMPTS, ask, sampled
 from reflux.errors import DataError, ModelError
 from reflux.runtime.weights import InMemory
 from reflux.types import Draw, Prompt, TopKTarget
@@ -46,7 +46,7 @@ def test_an_answer_stops_at_the_end_token_or_at_its_limit(run_sampler: Callable[
 
 
 def chr_of(tokens_T: np.ndarray) -> list[str]:
-    from reflux.assets.tokenizer import character_tokenizer
+    from reflux.assets.characters import character_tokenizer
 
     tokenizer = character_tokenizer()
     return [token for token in tokenizer.convert_ids_to_tokens(tokens_T.tolist()) if token not in tokenizer.all_special_tokens]
@@ -156,7 +156,7 @@ def wanted(cfg: Any, folder: Path, draw: Draw, prompts: list[Prompt] = PROMPTS, 
 @pytest.mark.parametrize("replies", [0, 2])
 def test_which_characters_each_token_wrote_is_recorded_where_it_is_wanted(student: str, teacher: str, tmp_path: Path, replies: int) -> None:
     """The shipped tokenizer has one character a token: that one, in the turns' texts one line apart; heard and special tokens none."""
-    from reflux.assets.tokenizer import character_tokenizer
+    from reflux.assets.characters import character_tokenizer
 
     tokenizer = character_tokenizer()
     cfg = tiny.config("opd", student, teacher, task={"kind": "outside:Chat", "replies": replies})

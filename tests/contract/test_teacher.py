@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tiny
-from reflux.assets.tokenizer import character_tokenizer
+from reflux.assets.characters import character_tokenizer
 from reflux.contexts.base import View
 from reflux.errors import DataError, ModelError
 from reflux.models.text import as_model

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reflux.assets.tokenizer import character_tokenizer
+from reflux.assets.characters import character_tokenizer
 from reflux.errors import ModelError
 from reflux.models.tokenizer import CharacterSpans, Renderer, end_ids, vocabulary_size
 

@@ -11,8 +11,8 @@ from reflux.contexts.privileged import Privileged
 from reflux.contexts.same import Same
 from reflux.credit.balance import Balance
 from reflux.credit.base import Credit
+from reflux.credit.group_advantage import GroupAdvantage
 from reflux.credit.margin import Margin
-from reflux.credit.outcome import Outcome as OutcomeCredit
 from reflux.credit.position import Position
 from reflux.credit.prefix import Prefix
 from reflux.credit.release import Release
@@ -30,17 +30,17 @@ from reflux.learners.hf import HF as HFLearner
 from reflux.objectives.base import Objective
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
-from reflux.objectives.outcome import Outcome
+from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.objectives.velocity_kl import VelocityKL
 from reflux.rewards.base import RewardFn
-from reflux.rewards.environment import EnvironmentReward
+from reflux.rewards.environment_reward import EnvironmentReward
 from reflux.rewards.verifier import Verifier
 from reflux.samplers.base import Sampler
-from reflux.samplers.drawn import Drawn
 from reflux.samplers.flow import Flow as FlowSampler
 from reflux.samplers.hf import HF as HFSampler
-from reflux.samplers.stored import Stored
+from reflux.samplers.references import Stored
+from reflux.samplers.teacher_samples import Drawn
 from reflux.tasks.base import Task
 from reflux.tasks.glyphs import Glyphs
 from reflux.tasks.gsm8k import Gsm8k
@@ -50,7 +50,7 @@ from reflux.tasks.word_problems import WordProblems
 from reflux.teachers.base import Teacher
 from reflux.teachers.flow import Flow as FlowTeacher
 from reflux.teachers.local import Local
-from reflux.teachers.own import Own
+from reflux.teachers.self_teacher import Own
 
 
 def samplers() -> list[Sampler]:
@@ -66,11 +66,11 @@ def contexts() -> list[Context]:
 
 
 def objectives() -> list[Objective]:
-    return [SampledKL(), Divergence(), NLL(), Outcome(), VelocityKL()]
+    return [SampledKL(), Divergence(), NLL(), PolicyGradient(), VelocityKL()]
 
 
 def credit() -> list[Credit]:
-    return [Prefix(9), Position(1.0), OutcomeCredit(), Release(), Margin(), Balance()]
+    return [Prefix(9), Position(1.0), GroupAdvantage(), Release(), Margin(), Balance()]
 
 
 def rewards() -> list[RewardFn]:

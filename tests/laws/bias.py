@@ -63,7 +63,7 @@ def exact_ones() -> Iterator[str]:
     yield "Unbiased: cosine 1.000 and norm 1.000 in every world, for every ratio, divergence and weight.\n"
     yield _exact_line("sampled_kl", lambda objective: f'`baseline = "{objective.baseline}"`')
     yield _exact_line("divergence", lambda objective: f'`support = "{objective.support}"`' + _whole(objective))
-    yield _exact_line("outcome", lambda objective: f'the gradient under `ratio = "{objective.ratio}"` of the expected reward')
+    yield _exact_line("policy_gradient", lambda objective: f'the gradient under `ratio = "{objective.ratio}"` of the expected reward')
     yield _exact_line("nll", lambda objective: "the forward KL, over answers of the teacher")
     yield ""
 

@@ -17,7 +17,7 @@ from reflux.kernels.head import Head
 from reflux.loss.batch import micro_batches, plan
 from reflux.loss.token_loss import MicroBatch, backward
 from reflux.models.heads import Heads
-from reflux.objectives.outcome import Outcome
+from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.types import Attempt, Group, HiddenTarget, Prompt, Share, TeacherAnswer, TokenRollout
 
 
@@ -82,7 +82,7 @@ class Drawing:
 
     def expected_gradient(self, objective: Any, size: int = 1) -> np.ndarray:
         """What the library's loss gives, summed over all answers."""
-        groups = self.groups(size, reward=isinstance(objective, Outcome))
+        groups = self.groups(size, reward=isinstance(objective, PolicyGradient))
         items = plan(groups, [objective], "kept")
         rows = sum(len(item.rows_N) for item in items)  # the denominator, taken out again
         student = self.world.student.detach().clone().requires_grad_()

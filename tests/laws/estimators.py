@@ -21,7 +21,7 @@ from reflux.loss.outputs import FullSays, ListedSays, SampledSays
 from reflux.loss.term import Rows
 from reflux.objectives.divergence import MIXED, Divergence
 from reflux.objectives.nll import NLL
-from reflux.objectives.outcome import Outcome
+from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL
 from reflux.types import VelocityTarget
 
@@ -226,7 +226,7 @@ SETTINGS: dict[str, list[Setting]] = {
     ],
     "divergence": _divergences(),
     "nll": [Setting(NLL(), "forward", home="exempt", policy="teacher")],
-    "outcome": [Setting(Outcome(ratio=ratio), "reward", home="exempt") for ratio in choices(Outcome, "ratio")],
+    "policy_gradient": [Setting(PolicyGradient(ratio=ratio), "reward", home="exempt") for ratio in choices(PolicyGradient, "ratio")],
 }
 
 

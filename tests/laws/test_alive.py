@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from laws.estimators import SETTINGS, Setting, World, assert_alive, choices, compare, expected_and_exact, np_kl, settings_of, world_of
 from reflux.config.registry import kind_of
-from reflux.credit.outcome import group_advantages
+from reflux.credit.group_advantage import group_advantages
 from reflux.loss.baselines import kl_value
 from reflux.loss.divergences import kl
 from reflux.objectives import OBJECTIVES
 from reflux.objectives.divergence import MIXED, Divergence
-from reflux.objectives.outcome import Outcome
+from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL
 
 CASES = settings_of(OBJECTIVES)
@@ -198,7 +198,7 @@ def test_group_advantage_with_oneself_in_the_mean_shrinks_the_gradient_by_one_ov
         siblings = float(probability[list(group[1:])].prod())
         shift_S[group[0]] += siblings * group_advantages([float(world.reward[index]) for index in group])[0]
     rows = world.rows(world.student, world.teacher, shift_N=shift_S[world.sequence_N])
-    cosine, norm = compare(world.expected_gradient(Outcome(), world.student, rows), world.policy_gradient())
+    cosine, norm = compare(world.expected_gradient(PolicyGradient(), world.student, rows), world.policy_gradient())
     assert cosine == pytest.approx(1, abs=1e-9)
     assert norm == pytest.approx(1 - 1 / size, abs=1e-9)
 

@@ -19,9 +19,9 @@ RULES = {  # three factors and three shifts at one position: two would commute i
     "half": {"kind": "outside:Half", "factor": 0.7},
     "third": {"kind": "outside:Half", "factor": 0.3},
     "release": {"kind": "release", "segments": 1, "min_segments": 2, "min_side": 1, "min_gain": -9.0, "rescale": False},
-    "outcome": {"kind": "outcome", "nats": 0.3},
-    "more": {"kind": "outcome", "nats": 0.11},
-    "again": {"kind": "outcome", "nats": 0.37, "normalise_std": True},
+    "group_advantage": {"kind": "group_advantage", "nats": 0.3},
+    "more": {"kind": "group_advantage", "nats": 0.11},
+    "again": {"kind": "group_advantage", "nats": 0.37, "normalise_std": True},
     "margin": {"kind": "margin", "delta": 0.7},
     "balance": {"kind": "balance", "ratio": 0.5},
 }
@@ -33,7 +33,7 @@ def test_any_order_of_the_rules_gives_the_same_bits(tiny_run: Callable[..., Any]
     orders = [rules, rules[::-1], *(dice.sample(rules, len(rules)) for _ in range(3))]
     runs = [tiny_run("rl_opd", **settings, credit=dict(order)) for order in orders]
     assert all(same(runs[0].state, other.state) for other in runs[1:])
-    plain = tiny_run("rl_opd", **settings, credit={"outcome": RULES["outcome"]})
+    plain = tiny_run("rl_opd", **settings, credit={"group_advantage": RULES["group_advantage"]})
     assert not same(runs[0].weights, plain.weights)  # the rules do count
 
 

@@ -21,7 +21,7 @@ from reflux.config.registry import kinds, part
 from reflux.loss.flow_outputs import VelocitySays
 from reflux.loss.term import Rows
 from reflux.models.flow.sde import kl_weight, sde_step, step_logp
-from reflux.objectives.outcome import Outcome
+from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.objectives.ratio import score_cost
 from reflux.objectives.velocity_kl import VelocityKL
 from reflux.types import VelocityTarget
@@ -165,7 +165,7 @@ def test_an_outcome_of_the_drawn_step_has_the_expected_rewards_gradient(ratio, p
 
     def outcome(at: Rows[VelocitySays]) -> Tensor:
         at.shift_N = at.student.next_ND[:, 0] + at.student.next_ND.square().sum(1)
-        return Outcome(ratio=ratio)(at)
+        return PolicyGradient(ratio=ratio)(at)
 
     def loss(v: np.ndarray, v_T: np.ndarray, mean: np.ndarray, mean_T: np.ndarray, std: np.ndarray, dt: np.ndarray) -> np.ndarray:
         return -(mean[:, 0] + (mean**2).sum(1))

@@ -161,8 +161,8 @@ def test_jumps_prefixes_and_verdicts_combine(run: Any) -> None:
         steps=4,
         group_size=2,
         rewards={"verifier": {}},
-        credit={"outcome": {}, "prefix": {"length": 2}},
-        objectives=[{"kind": "velocity_kl"}, {"kind": "outcome"}],
+        credit={"group_advantage": {}, "prefix": {"length": 2}},
+        objectives=[{"kind": "velocity_kl"}, {"kind": "policy_gradient"}],
         accelerator={"kind": "extrapolate", "prompts": 4, "include": ["attn", "ff"], "score": "minus_kl", "tries": 1},
     )
     rows = done.rows("metrics")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import tiny
-from reflux.assets.tokenizer import character_tokenizer
+from reflux.assets.characters import character_tokenizer
 from reflux.config.registry import kinds
 from reflux.credit.base import share_credit
 from reflux.credit.prefix import Prefix
@@ -22,7 +22,7 @@ PLAIN: dict[str, Any] = {"steps": 2, "task": {"kind": "outside:Chat"}, "group_si
 NEUTRAL: dict[str, dict[str, Any]] = {  # a newcomer to the registry adds its line
     "prefix": {"length": 12},
     "position": {"factor": 1.0},
-    "outcome": {"nats": 0.0},
+    "group_advantage": {"nats": 0.0},
     "margin": {"delta": float("-inf")},
     "balance": {"ratio": "none"},
     "release": {"segments": 1, "min_segments": 100, "rescale": False},
@@ -45,7 +45,7 @@ def test_a_neutral_rule_is_no_rule(tiny_run: Callable[..., Any], kind: str, norm
 ACTING: dict[str, dict[str, Any]] = {
     "prefix": {"length": 3},
     "position": {"factor": 0.5},
-    "outcome": {"nats": 1.0},
+    "group_advantage": {"nats": 1.0},
     "margin": {"delta": 0.4},
     "balance": {"ratio": 0.0},
     "release": RELEASE,

@@ -15,7 +15,7 @@ from torch import Tensor
 from laws.drawing import Drawing, reverse_kl_inside
 from laws.estimators import assert_alive, choices, compare
 from reflux.objectives.divergence import Divergence
-from reflux.objectives.outcome import Outcome
+from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL
 
 WORLDS = [(5, 2, 0), (4, 3, 1), (6, 2, 2)]  # vocabulary, longest answer, seed
@@ -68,7 +68,7 @@ def test_rewards_are_corrected_too(temperature, top_p) -> None:
         drawing = Drawing(shape, temperature, top_p)
         reward = drawing.onward_reward()
         exact = drawing.exact_gradient(lambda p, q, inside, reward=reward: -(p.exp() * reward).where(inside, 0.0).sum(-1))
-        assert_alive(drawing.expected_gradient(Outcome(clip=WIDE)), exact, unbiased=True)
+        assert_alive(drawing.expected_gradient(PolicyGradient(clip=WIDE)), exact, unbiased=True)
         if shape[1] == 1 and top_p == 1:
             assert_alive(exact, drawing.world.policy_gradient(), unbiased=True)
 

@@ -20,7 +20,7 @@ import torch
 
 import tiny
 from laws.test_split import SETS, batch
-from reflux.assets.tokenizer import character_tokenizer
+from reflux.assets.characters import character_tokenizer
 from reflux.loss.batch import plan
 from reflux.models.text import as_model
 from reflux.objectives.sampled_kl import SampledKL

@@ -63,7 +63,7 @@ def survives(cfg: RunConfig) -> None:
     assert to_toml(again) == to_toml(cfg)
 
 
-@pytest.mark.parametrize("field", ["learner.lr", "sampler.train_max_tokens", "credit.outcome.nats", "credit.prefix.length"])
+@pytest.mark.parametrize("field", ["learner.lr", "sampler.train_max_tokens", "credit.group_advantage.nats", "credit.prefix.length"])
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_every_schedule_survives_in_every_number(kind: str, field: str) -> None:
     assert sorted(SCHEDULED) == sorted(SCHEDULES)
@@ -286,7 +286,7 @@ def test_a_refused_step_keeps_the_states_and_every_velocity(tmp_path: Path) -> N
 
 
 def test_the_second_line_holds_teacher_weight_shift_and_notes(tiny_run: Callable[..., Any]) -> None:
-    done = tiny_run("rl_opd", steps=1, group_size=2, credit={"prefix": {"length": 3}, "outcome": {}})
+    done = tiny_run("rl_opd", steps=1, group_size=2, credit={"prefix": {"length": 3}, "group_advantage": {}})
     arrived, second = (
         {(r["prompt"], r["sample"]): r for r in done.rows("attempts") if r["kind"] == kind} for kind in ("attempt", "learned")
     )
@@ -295,7 +295,7 @@ def test_the_second_line_holds_teacher_weight_shift_and_notes(tiny_run: Callable
         length = len(arrived[key]["tokens"])
         assert len(line["weight"]) == len(line["teacher_logp"]["main"]) == len(line["student_logp"]) == length
         assert line["weight"] == [1.0] * min(3, length) + [0.0] * max(0, length - 3)
-        assert {"prefix.kept", "outcome.mixed"} <= line["notes"].keys()
+        assert {"prefix.kept", "group_advantage.mixed"} <= line["notes"].keys()
         for now, then in zip(line["student_logp"][:3], arrived[key]["logp"][:3], strict=True):
             assert now == pytest.approx(then, abs=1e-3)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import tiny
-from reflux.assets.tokenizer import character_tokenizer
+from reflux.assets.characters import character_tokenizer
 from reflux.config.registry import kinds, part
 from reflux.credit.base import share_credit
 from reflux.kernels.head import Head
@@ -22,7 +22,7 @@ from reflux.loss.batch import plan
 from reflux.models.text import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
-from reflux.objectives.outcome import Outcome
+from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.types import Attempt, HiddenTarget, Moment, Reward, TeacherAnswer, TokenRollout
 from tiny import attempt, gradients, rollout, same
@@ -72,7 +72,7 @@ def test_the_same_infinity_at_a_position_with_weight_is_refused() -> None:
         gradients(tiny.learner(tiny.net(1)), groups(1.0, -torch.inf), [SampledKL(ratio="none")])
 
 
-@pytest.mark.parametrize("objective", [*OBJECTIVES, NLL(), Outcome()], ids=[*IDS, "NLL", "Outcome"])
+@pytest.mark.parametrize("objective", [*OBJECTIVES, NLL(), PolicyGradient()], ids=[*IDS, "NLL", "PolicyGradient"])
 def test_only_zero_weights_no_step(objective: Any) -> None:
     learner = tiny.learner(tiny.net(1), lr=1.0)
     before = {name: value.clone() for name, value in learner.trained.items()}
@@ -124,22 +124,22 @@ def test_siblings_that_failed_or_were_not_scored_leave_the_value_of_the_others(b
 
 def test_a_missing_reward_is_silent() -> None:
     """Not judged is not wrong: the siblings' mean is theirs alone, and the attempt gives no gradient."""
-    from reflux.credit.outcome import Outcome as OutcomeCredit
+    from reflux.credit.group_advantage import GroupAdvantage
 
     judged = [attempt(rollout(4, seed=1, sample=0)), attempt(rollout(5, seed=1, sample=1)), attempt(rollout(6, seed=1, sample=2))]
     judged[0].reward, judged[1].reward, judged[2].reward = Reward(1.0), Reward(0.0), Reward(None)
     learner = tiny.learner(tiny.net(1))
     results = []
     for group in (judged, judged[:2]):
-        share_credit([group], {"outcome": OutcomeCredit()}, Moment(0, 0))
-        results.append(gradients(learner, [group], [Outcome()]))
+        share_credit([group], {"group_advantage": GroupAdvantage()}, Moment(0, 0))
+        results.append(gradients(learner, [group], [PolicyGradient()]))
     assert same(*results)
     assert any(gradient.abs().sum() > 0 for gradient in results[0].values())
 
 
 def test_a_group_without_any_reward_makes_no_step() -> None:
     learner = tiny.learner(tiny.net(1))
-    assert gradients(learner, [[attempt(rollout(4, seed=1)), attempt(rollout(5, seed=1, sample=1))]], [Outcome()]) == {}
+    assert gradients(learner, [[attempt(rollout(4, seed=1)), attempt(rollout(5, seed=1, sample=1))]], [PolicyGradient()]) == {}
     assert learner.version == 0
 
 

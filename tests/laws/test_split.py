@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import tiny
-from reflux.assets.tokenizer import character_tokenizer
+from reflux.assets.characters import character_tokenizer
 from reflux.kernels import budget, row_pass
 from reflux.models.text import Model, as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
-from reflux.objectives.outcome import Outcome
+from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.types import Attempt, Group, TeacherAnswer, TopKTarget
 from tiny import attempt, close, gradients, rollout
@@ -30,9 +30,9 @@ SETS: dict[str, list[Any]] = {
     "jsd": [Divergence(divergence="jsd", beta=0.3, coef=2.0)],
     "student_topk": [Divergence(support="student", k=5)],
     "sampled_kl": [SampledKL(baseline="kl", coef=0.7)],
-    "outcome": [Outcome()],
+    "policy_gradient": [PolicyGradient()],
     "nll": [NLL()],
-    "together": [Divergence(coef=0.5), SampledKL(baseline="none", ratio="none"), Outcome(coef=2.0, ratio="none"), NLL(coef=0.1)],
+    "together": [Divergence(coef=0.5), SampledKL(baseline="none", ratio="none"), PolicyGradient(coef=2.0, ratio="none"), NLL(coef=0.1)],
 }
 
 
@@ -190,7 +190,7 @@ def by_hand(nets: tuple[Any, Model], objectives: list[Any], groups: list[Group],
 def heard(objective: Any, entry: Attempt, objectives: list[Any]) -> bool:
     if isinstance(objective, NLL):
         return True
-    return bool(entry.shift_T.any()) if isinstance(objective, Outcome) else entry.target("main") is not None
+    return bool(entry.shift_T.any()) if isinstance(objective, PolicyGradient) else entry.target("main") is not None
 
 
 def logp(model: Any, entry: Attempt) -> torch.Tensor:
@@ -207,14 +207,14 @@ def costs(objective: Any, p: torch.Tensor, q: torch.Tensor, entry: Attempt, obje
         return [-p[t, tokens[t]] for t in rows]
     behaviour = entry.rollout.logp_T.astype(np.float64)
     ratio = [(p[t, tokens[t]] - behaviour[t]).exp() for t in rows]
-    if isinstance(objective, Outcome):
+    if isinstance(objective, PolicyGradient):
         shift = entry.shift_T
         if objective.ratio == "none":
             return [-float(shift[t]) * p[t, tokens[t]] for t in rows]
         return [-torch.minimum(ratio[t] * float(shift[t]), ratio[t].clamp(0.8, 1.2) * float(shift[t])) for t in rows]
     if isinstance(objective, SampledKL):
         value = [(p[t].exp() * (p[t] - q[t])).sum() if objective.baseline == "kl" else 0.0 for t in rows]
-        takes = not any(isinstance(other, Outcome) for other in objectives)  # shifts go to exactly one objective
+        takes = not any(isinstance(other, PolicyGradient) for other in objectives)  # shifts go to exactly one objective
         pushed = [float(entry.shift_T[t]) if takes else 0.0 for t in rows]
         advantage = [(q[t, tokens[t]] - p[t, tokens[t]] + value[t] + pushed[t]).detach() for t in rows]
         weight = [ratio[t].detach().clamp(max=5.0) if objective.ratio == "truncated" else 1.0 for t in rows]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 import tiny
-from reflux.assets.tokenizer import character_tokenizer
+from reflux.assets.characters import character_tokenizer
 from reflux.credit.balance import Balance, keep
 from reflux.credit.base import share_credit
 from reflux.models.text import as_model

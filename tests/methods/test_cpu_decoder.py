@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from reflux.assets.tokenizer import character_tokenizer
+from reflux.assets.characters import character_tokenizer
 from reflux.models.cpu.decoder import CpuDecoder, cpu_decoder
 from reflux.models.generate import decode
 from reflux.models.text import Model, as_model

@@ -15,8 +15,8 @@ from reflux.config.schedules import Linear, Steps
 from reflux.credit import CREDIT
 from reflux.credit.balance import Balance
 from reflux.credit.base import share_credit
+from reflux.credit.group_advantage import GroupAdvantage, group_advantages
 from reflux.credit.margin import Margin
-from reflux.credit.outcome import Outcome, group_advantages
 from reflux.credit.position import Position
 from reflux.credit.prefix import Prefix
 from reflux.credit.release import Release
@@ -36,7 +36,7 @@ class Setting:
 SETTINGS = {
     "prefix": Setting(Prefix(2), Prefix(1000)),
     "position": Setting(Position(Linear(start=1.0, stop=0.0, horizon=3)), Position(1.0)),
-    "outcome": Setting(Outcome(), Outcome(nats=0.0)),
+    "group_advantage": Setting(GroupAdvantage(), GroupAdvantage(nats=0.0)),
     "margin": Setting(Margin(), Margin(delta=-math.inf)),
     "balance": Setting(Balance(0.0), Balance("none")),
     "release": Setting(Release(segments=1, min_segments=2, min_side=1, min_gain=-9.0), Release(segments=1)),
@@ -249,24 +249,24 @@ def test_group_advantages_are_centred_shift_free_and_with_std_scale_free(rewards
 
 
 def test_outcome_shifts_every_position_alike_and_ignores_errors_and_the_unjudged():
-    shares = Outcome()(group(), NOW)  # judged: 1, 0, 0, 1; the error's reward of 1 and the missing one stay out
+    shares = GroupAdvantage()(group(), NOW)  # judged: 1, 0, 0, 1; the error's reward of 1 and the missing one stay out
     assert [share.shift_T for share in shares] == [0.5, -0.5, -0.5, 0.5, 0.0, 0.0]
     assert all(share.factor_T == 1.0 and share.notes == {"mixed": 1.0} for share in shares)
-    alike = Outcome(normalise_std=True)([attempt([True], 1.0), attempt([True], 1.0)], NOW)
+    alike = GroupAdvantage(normalise_std=True)([attempt([True], 1.0), attempt([True], 1.0)], NOW)
     assert [(share.shift_T, share.notes["mixed"]) for share in alike] == [(0.0, 0.0)] * 2
 
 
 def test_outcome_worth_follows_its_schedule():
-    shares = Outcome(nats=Linear(start=1.0, increment=1.0))([attempt([True], 1.0), attempt([True], 0.0)], Moment(step=2, seed=0))
+    shares = GroupAdvantage(nats=Linear(start=1.0, increment=1.0))([attempt([True], 1.0), attempt([True], 0.0)], Moment(step=2, seed=0))
     assert [share.shift_T for share in shares] == [1.5, -1.5]
 
 
 def test_rules_declare_what_they_want():
-    assert Outcome().wants.reward
-    assert Outcome().min_group == 2
-    assert Outcome().shifts
+    assert GroupAdvantage().wants.reward
+    assert GroupAdvantage().min_group == 2
+    assert GroupAdvantage().shifts
     assert not Prefix(4).wants.reward
     assert not Prefix(4).shifts
     assert not Position(1.0).shifts
     with pytest.raises(ValueError, match="std_floor"):
-        Outcome(std_floor=0.0)
+        GroupAdvantage(std_floor=0.0)

@@ -289,7 +289,7 @@ def test_displacements_are_trainings_alone(tmp_path: Path) -> None:
 
 
 def batch() -> list[list[Any]]:
-    from reflux.assets.tokenizer import character_tokenizer
+    from reflux.assets.characters import character_tokenizer
     from reflux.models.text import as_model
 
     teacher = as_model(tiny.net(2), character_tokenizer())

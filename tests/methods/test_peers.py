@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reflux.assets.tokenizer import character_tokenizer
+from reflux.assets.characters import character_tokenizer
 from reflux.contexts.base import View
 from reflux.contexts.peers import Peers, choose, shown_text, thinking
 from reflux.contexts.privileged import Privileged
@@ -508,10 +508,10 @@ def test_another_model_may_be_shown_the_same_at_a_lag(tiny_run: Callable[..., An
 
 def test_it_composes_with_factors_shifts_and_baselines(tiny_run: Callable[..., Any]) -> None:
     objectives = [{"kind": "sampled_kl", "baseline": "kl"}]
-    done = tiny_run("peers", **run_settings(objectives=objectives, credit={"prefix": {"length": 4}, "outcome": {}}, steps=1))
+    done = tiny_run("peers", **run_settings(objectives=objectives, credit={"prefix": {"length": 4}, "group_advantage": {}}, steps=1))
     (row,) = done.rows("metrics")
     assert row["updates"] == 1
-    assert set(row["credit"]) == {"prefix", "outcome"}
+    assert set(row["credit"]) == {"prefix", "group_advantage"}
     assert row["context"]["main"]["failures"] > 0
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import tiny
 from laws.estimators import World
-from reflux.assets.tokenizer import character_tokenizer
+from reflux.assets.characters import character_tokenizer
 from reflux.credit.base import share_credit
 from reflux.credit.change_point import best_split
 from reflux.credit.prefix import Prefix

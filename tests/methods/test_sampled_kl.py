@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import tiny
-from reflux.assets.tokenizer import character_tokenizer
+from reflux.assets.characters import character_tokenizer
 from reflux.loss.baselines import kl_value, minimum_variance_value, topk_kl_value
 from reflux.loss.outputs import FullSays, ListedSays, SampledSays
 from reflux.loss.term import Rows
 from reflux.models.text import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
-from reflux.objectives.outcome import Outcome
+from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.objectives.ratio import above_cap, outside, score_cost, truncated_ratio
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL, advantage
 from reflux.types import HiddenTarget, SampledTarget, TopKTarget, Wants
@@ -44,7 +44,7 @@ def test_advantage_is_teacher_minus_student_minus_value_detached():
     assert advantage(student, student).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("make", [lambda ratio: SampledKL(ratio=ratio), lambda ratio: Outcome(ratio=ratio)])
+@pytest.mark.parametrize("make", [lambda ratio: SampledKL(ratio=ratio), lambda ratio: PolicyGradient(ratio=ratio)])
 def test_all_ratio_forms_have_one_gradient_on_policy(make):
     at = rows(shift=0.7)
     torch.testing.assert_close(gradient(make("clip"), at), gradient(make("none"), at), rtol=1e-12, atol=1e-14)
@@ -86,7 +86,7 @@ def test_shift_and_value_enter_the_advantage():
     kl = (at.student.logp_NV.exp() * (at.student.logp_NV - at.teachers["main"].logp_NV)).sum(-1)
     for objective, extra in ((SampledKL(ratio="none"), 0.0), (SampledKL(ratio="none", baseline="kl"), kl)):
         torch.testing.assert_close(objective(at), -(r + extra + 0.4) * logp)
-    torch.testing.assert_close(Outcome(ratio="none")(at), -0.4 * logp)
+    torch.testing.assert_close(PolicyGradient(ratio="none")(at), -0.4 * logp)
 
 
 def test_each_baseline_is_the_function_of_its_name():
@@ -189,7 +189,9 @@ def test_a_ratio_is_outside_where_its_bound_binds_and_nowhere_else():
     assert above_cap(logp, behaviour, 1.0).tolist() == [False] * 4 + [True] * 3
 
 
-@pytest.mark.parametrize("make", [lambda: SampledKL(ratio="clip", clip=(0.2, 0.3), max_gap_nats=2.0), lambda: Outcome(clip=(0.2, 0.3))])
+@pytest.mark.parametrize(
+    "make", [lambda: SampledKL(ratio="clip", clip=(0.2, 0.3), max_gap_nats=2.0), lambda: PolicyGradient(clip=(0.2, 0.3))]
+)
 def test_the_clip_is_counted_exactly_where_it_takes_the_gradient_away(make):
     """From the definition: where the gradient is 0, and without the clip it is not."""
     objective, found = make(), []
@@ -240,11 +242,11 @@ def test_the_share_of_a_clip_is_of_the_side_that_the_advantage_pushes_to():
     """A lift where the ratio is above the range, and where it is below: only one of them is held back."""
     learner, spoken = tiny.learner(tiny.net(1)), tiny.rollout(8)
     first = tiny.attempt(spoken, None, shift=1.0)
-    tiny.move(learner, [[first]], [Outcome()])
+    tiny.move(learner, [[first]], [PolicyGradient()])
     now_T = first.learned.logp["student"]
     spoken = dataclasses.replace(spoken, logp_T=now_T - np.log([0.5, 0.5, 0.5, 1.0, 1.1, 2.0, 2.0, 3.0]).astype(np.float32))
     for shift, expected in ((1.0, 3 / 8), (-1.0, 3 / 8), ([1, 1, 1, 1, 1, -1, -1, 1], 1 / 8)):
-        stats = tiny.move(learner, [[tiny.attempt(spoken, None, shift=shift)]], [Outcome()])
+        stats = tiny.move(learner, [[tiny.attempt(spoken, None, shift=shift)]], [PolicyGradient()])
         assert stats["ratio_outside_share"].value == pytest.approx(expected)
 
 
@@ -266,7 +268,12 @@ def test_defaults_are_the_vetted_setting():
     assert sampled.clip == (0.2, 0.2)
     assert sampled.max_gap_nats is None
     assert sampled.takes_shift
-    assert (Outcome().ratio, Outcome().clip, Outcome().takes_shift, NLL().takes_shift) == ("clip", (0.2, 0.2), True, False)
+    assert (PolicyGradient().ratio, PolicyGradient().clip, PolicyGradient().takes_shift, NLL().takes_shift) == (
+        "clip",
+        (0.2, 0.2),
+        True,
+        False,
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from reflux.assets.tokenizer import character_tokenizer
+from reflux.assets.characters import character_tokenizer
 from reflux.credit.base import share_credit
 from reflux.credit.prefix import Prefix
 from reflux.loss.batch import plan

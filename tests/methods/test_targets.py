@@ -11,7 +11,7 @@ import torch
 
 import tiny
 import tiny_flow
-from reflux.assets.tokenizer import character_tokenizer
+from reflux.assets.characters import character_tokenizer
 from reflux.errors import ModelError
 from reflux.kernels.head import Head
 from reflux.loss.outputs import ListedSays, SampledSays

@@ -12,7 +12,7 @@ from scipy import integrate, optimize, stats
 from reflux.loss.flow_outputs import VelocitySays
 from reflux.loss.term import Rows
 from reflux.models.flow.sde import kl_weight, sde_step, step_logp
-from reflux.objectives.outcome import Outcome
+from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.objectives.velocity_kl import VelocityKL
 from reflux.types import SampledTarget, VelocityTarget
 
@@ -164,7 +164,7 @@ def test_an_outcome_on_a_step_is_a_policy_gradient_on_its_density() -> None:
     at.shift_N = torch.tensor([1.0, -0.5, 0.0, 2.0, -3.0], dtype=torch.float64)
     expected = torch.autograd.grad((-at.shift_N * at.student.logp_N).sum(), at.student.v_ND, retain_graph=True)[0]
     for ratio in ("clip", "none"):
-        made = torch.autograd.grad(Outcome(ratio=ratio)(at).sum(), at.student.v_ND, retain_graph=True)[0]
+        made = torch.autograd.grad(PolicyGradient(ratio=ratio)(at).sum(), at.student.v_ND, retain_graph=True)[0]
         torch.testing.assert_close(made, expected, rtol=1e-9, atol=1e-12)
 
 

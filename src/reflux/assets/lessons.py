@@ -27,7 +27,7 @@ CUT, GARBLED = 0.1, 0.1  # shares of the failures that stop early, and that end 
 
 
 @dataclass(frozen=True)
-class Shown(TaskPart):
+class ShownProblem(TaskPart):
     """The stories of `task` with `successes` right and `failures` wrong attempts in the question; asked for and graded as before.
 
     foreign: the attempts are at the next problem of the stream, so that they say nothing about the one asked; a held-out split then has one

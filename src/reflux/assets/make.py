@@ -1,4 +1,4 @@
-"""Makes the small models by supervised learning on worked solutions, and the flow models on drawings (`reflux.assets.glyphs`); a model
+"""Makes the small models by supervised learning on worked solutions, and the flow models on drawings (`reflux.assets.glyph_models`); a model
 made from another one is made after it.
 
 `python -m reflux.assets.make [--only NAME] [--out DIR]`: the teachers in about 10 minutes each on a free core, the reader in about 10, the
@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reflux.assets import folder, glyphs
-from reflux.assets.lessons import Shown
+from reflux.assets import folder, glyph_models
+from reflux.assets.characters import character_tokenizer
+from reflux.assets.lessons import ShownProblem
 from reflux.assets.store import save
-from reflux.assets.tokenizer import character_tokenizer
 from reflux.evals.problems import problems
 from reflux.metrics.intervals import wilson
 from reflux.tasks.base import Task
@@ -67,24 +67,24 @@ FAR = WordProblems(largest=999)
 READING = Mix(
     parts={
         "plain": replace(SMALL, weight=0.25),
-        "wrong": Shown(SMALL, 0, 1, weight=0.15),
-        "one": Shown(WordProblems(), 1, 0, weight=0.08),
-        "two": Shown(WordProblems(), 2, 0, weight=0.05),
-        "one_wrong": Shown(WordProblems(), 1, 1, weight=0.06),
-        "two_wrong": Shown(WordProblems(), 2, 1, weight=0.06),
-        "one_": Shown(FAR, 1, 0, weight=0.12),
-        "two_": Shown(FAR, 2, 0, weight=0.06),
-        "one_wrong_": Shown(FAR, 1, 1, weight=0.08),
-        "two_wrong_": Shown(FAR, 2, 1, weight=0.09),
+        "wrong": ShownProblem(SMALL, 0, 1, weight=0.15),
+        "one": ShownProblem(WordProblems(), 1, 0, weight=0.08),
+        "two": ShownProblem(WordProblems(), 2, 0, weight=0.05),
+        "one_wrong": ShownProblem(WordProblems(), 1, 1, weight=0.06),
+        "two_wrong": ShownProblem(WordProblems(), 2, 1, weight=0.06),
+        "one_": ShownProblem(FAR, 1, 0, weight=0.12),
+        "two_": ShownProblem(FAR, 2, 0, weight=0.06),
+        "one_wrong_": ShownProblem(FAR, 1, 1, weight=0.08),
+        "two_wrong_": ShownProblem(FAR, 2, 1, weight=0.09),
     }
 )
 
 SHOWN = {
-    "a correct attempt": Shown(WordProblems(), 1, 0),
-    "two correct attempts": Shown(WordProblems(), 2, 0),
-    "two correct attempts and a wrong one": Shown(WordProblems(), 2, 1),
-    "a wrong attempt": Shown(WordProblems(), 0, 1),
-    "two correct attempts and a wrong one at another problem": Shown(WordProblems(), 2, 1, foreign=True),
+    "a correct attempt": ShownProblem(WordProblems(), 1, 0),
+    "two correct attempts": ShownProblem(WordProblems(), 2, 0),
+    "two correct attempts and a wrong one": ShownProblem(WordProblems(), 2, 1),
+    "a wrong attempt": ShownProblem(WordProblems(), 0, 1),
+    "two correct attempts and a wrong one at another problem": ShownProblem(WordProblems(), 2, 1, foreign=True),
 }
 
 # The teachers know more than they are asked; the student is good at small numbers and lost above them. So is the reader, unless shown how,
@@ -236,16 +236,16 @@ def difference(task: Any, exam: Any) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=[*SPECS, *glyphs.FLOW_SPECS], help="make this one (default: all)")
+    parser.add_argument("--only", choices=[*SPECS, *glyph_models.FLOW_SPECS], help="make this one (default: all)")
     parser.add_argument("--out", type=Path, help="folder for the models (default: beside this file)")
     parser.add_argument("--threads", type=int, default=1, help="the shipped models were made with 1")
     asked = parser.parse_args(arguments)
     torch.set_num_threads(asked.threads)
     tokenizer = character_tokenizer()
-    for name in [asked.only] if asked.only else [*SPECS, *glyphs.FLOW_SPECS]:
+    for name in [asked.only] if asked.only else [*SPECS, *glyph_models.FLOW_SPECS]:
         out = asked.out / name if asked.out else folder(name)
-        if name in glyphs.FLOW_SPECS:
-            report = glyphs.make(glyphs.FLOW_SPECS[name], out)
+        if name in glyph_models.FLOW_SPECS:
+            report = glyph_models.make(glyph_models.FLOW_SPECS[name], out)
         else:
             model = cold_start(SPECS[name], tokenizer)
             report = measure(model, tokenizer, SPECS[name])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import reduce
 
-from reflux.checks import accelerators, credit, domains, objectives, sampling, teachers
+from reflux.checks import credit, domains, extrapolation, objectives, sampling, teacher_rules
 from reflux.checks.advice import warnings
 from reflux.checks.inputs import inputs, models
 from reflux.config.recipe import RunConfig
@@ -30,7 +30,7 @@ def join(cfg: RunConfig) -> Wants:
 
 
 def _problems(cfg: RunConfig) -> Iterator[str]:
-    for about in (domains, sampling, teachers, objectives, credit, accelerators):
+    for about in (domains, sampling, teacher_rules, objectives, credit, extrapolation):
         yield from about.problems(cfg)
     for where, _, part in within(cfg):
         yield from part.refusals(where, cfg)

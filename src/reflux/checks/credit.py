@@ -25,11 +25,11 @@ def _shifts(cfg: RunConfig) -> Iterator[str]:
         kinds = ", ".join(f"'{kind_of('objectives', objective)}'" for objective in cfg.objectives)
         yield (
             f"credit.{rules[0]} shifts advantages, but no objective takes a shift: {kinds} differentiates its cost itself.\n"
-            f'    Use kind = "sampled_kl", or add a second [[objectives]] with kind = "outcome".'
+            f'    Use kind = "sampled_kl", or add a second [[objectives]] with kind = "policy_gradient".'
         )
     for index, objective in enumerate(cfg.objectives):
         if objective.takes_shift and objective.teacher is None and not rules:
             yield (
                 f"objectives[{index}]: {kind_of('objectives', objective)} learns from shifts alone, and no credit rule gives any. "
-                f"Add [credit.outcome] and [rewards.verifier]."
+                f"Add [credit.group_advantage] and [rewards.verifier]."
             )

@@ -3,7 +3,7 @@
 CREDIT = {
     "prefix": "reflux.credit.prefix:Prefix",
     "position": "reflux.credit.position:Position",
-    "outcome": "reflux.credit.outcome:Outcome",
+    "group_advantage": "reflux.credit.group_advantage:GroupAdvantage",
     "release": "reflux.credit.release:Release",
     "margin": "reflux.credit.margin:Margin",
     "balance": "reflux.credit.balance:Balance",

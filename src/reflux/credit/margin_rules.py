@@ -42,5 +42,5 @@ def _levelled(rule: Margin, where: str, cfg: RunConfig) -> Iterator[str]:
     if not (taker.reverse_kl or any(other.coef == taker.coef for other in exact)):
         yield (
             f'{where}: level = "attempt" takes each token\'s own log-ratio out again, so it must be in the loss. Use kind = "sampled_kl", '
-            f"or a divergence = \"reverse\" to '{rule.teacher}' of the same coef beside `outcome`."
+            f"or a divergence = \"reverse\" to '{rule.teacher}' of the same coef beside `policy_gradient`."
         )

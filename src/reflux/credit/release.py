@@ -100,7 +100,7 @@ class Release(CreditPart):
             )
 
     def diagnostics(self, name: str, recorded: Recorded) -> Iterable[Chart]:
-        from reflux.reports.release import release_chart
+        from reflux.reports.release_charts import release_chart
 
         return (release_chart(name, recorded.rows("attempts")),)
 

@@ -73,7 +73,7 @@ class Foresight(EvalPart):
         return (EFFOPD,)
 
     def diagnostics(self, name: str, recorded: Recorded) -> Iterable[Chart]:
-        from reflux.reports.foresight import foresight_charts, read_spectra
+        from reflux.reports.foresight_charts import foresight_charts, read_spectra
 
         return foresight_charts(read_spectra(recorded.rows("evals")))
 

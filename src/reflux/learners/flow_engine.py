@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reflux.learners.moving import Moving
+from reflux.learners.gradient_learner import Moving
 from reflux.learners.tally import unpacked
 from reflux.loss import flow_loss
 from reflux.loss.aggregate import Result

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from reflux.learners.moving import Moving
+from reflux.learners.gradient_learner import Moving
 from reflux.loss import token_loss
 from reflux.loss.aggregate import Result
 from reflux.loss.batch import Item, micro_batches

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from reflux.loss.gradients import KL, Mix, Tail
+from reflux.loss.gradients import KL, Mixture, Tail
 
 
 def kl(p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
     _check_share("beta", beta)
     if beta in (0.0, 1.0):
         return reverse_kl(student, teacher) if beta else forward_kl(student, teacher)
-    m = Mix.apply(student, teacher, beta)
+    m = Mixture.apply(student, teacher, beta)
     return beta * kl(teacher, m) + (1 - beta) * kl(student, m)
 
 
@@ -153,7 +153,7 @@ def _mix(a: Tensor, b: Tensor, name: str, share: float) -> Tensor:
     _check_share(name, share)
     if share in (0.0, 1.0):
         return b if share else a
-    return Mix.apply(a, b, share)
+    return Mixture.apply(a, b, share)
 
 
 def _check(student: Tensor, teacher: Tensor) -> None:

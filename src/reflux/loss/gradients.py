@@ -56,7 +56,7 @@ class TokenLogp(Function):
         return grad_NV.to(ctx.dtype), None, None
 
 
-class Mix(Function):
+class Mixture(Function):
     """log((1 - share) exp(a) + share exp(b)) for 0 < share < 1, equal to a to the bit where a = b; zero gradient where both are -inf."""
 
     @staticmethod

@@ -4,6 +4,6 @@ OBJECTIVES = {
     "sampled_kl": "reflux.objectives.sampled_kl:SampledKL",
     "divergence": "reflux.objectives.divergence:Divergence",
     "nll": "reflux.objectives.nll:NLL",
-    "outcome": "reflux.objectives.outcome:Outcome",
+    "policy_gradient": "reflux.objectives.policy_gradient:PolicyGradient",
     "velocity_kl": "reflux.objectives.velocity_kl:VelocityKL",
 }

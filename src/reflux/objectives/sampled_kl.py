@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.papers import Paper
 from reflux.config.registry import STRICT, kind_of
-from reflux.credit.outcome import GRPO
+from reflux.credit.group_advantage import GRPO
 from reflux.loss.term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import Ratio, check_ratio, outside, score_cost

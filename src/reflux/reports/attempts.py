@@ -16,7 +16,7 @@ Key = tuple[int, str, int]
 
 
 @dataclass
-class Shown:
+class ShownAttempt:
     """One attempt as it is shown: its first line, and its second where there is one."""
 
     acted: Row
@@ -38,7 +38,7 @@ class Shown:
         return number(self.acted.get("reward"))
 
 
-def read_attempts(path: Path, notes: list[str], limit: int = 10) -> list[Shown]:
+def read_attempts(path: Path, notes: list[str], limit: int = 10) -> list[ShownAttempt]:
     """At most `limit` attempts: the first and the last learned step, steps evenly between, and the first attempts of each.
 
     Steps that were only acted out (a killed run, work in flight) are shown where nothing was learned yet.
@@ -55,8 +55,8 @@ def read_attempts(path: Path, notes: list[str], limit: int = 10) -> list[Shown]:
     return _collect(path, spread(pool, limit))
 
 
-def _collect(path: Path, wanted: dict[int, int]) -> list[Shown]:
-    chosen: dict[Key, Shown] = {}
+def _collect(path: Path, wanted: dict[int, int]) -> list[ShownAttempt]:
+    chosen: dict[Key, ShownAttempt] = {}
     taken: Counter[int] = Counter()
     for row in rows(path, []) if wanted else ():
         key = _key(row)
@@ -66,7 +66,7 @@ def _collect(path: Path, wanted: dict[int, int]) -> list[Shown]:
             chosen[key].learned = row
         elif row.get("kind") == "attempt" and (key in chosen or taken[key[0]] < wanted[key[0]]):
             taken[key[0]] += key not in chosen
-            chosen[key] = Shown(row)
+            chosen[key] = ShownAttempt(row)
     return [chosen[key] for key in sorted(chosen, key=lambda key: key[0])]
 
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from reflux.reports.asked import problems_of, sentence
 from reflux.reports.chart import BLUE, GREEN, GREY, ORANGE, PURPLE, Chart, add_band, add_line, new_figure, some
-from reflux.reports.evals import Agreement, Moment, main_name
+from reflux.reports.evals import AgreementPoint, EvalPoint, main_name
+from reflux.reports.formatting import visible
 from reflux.reports.metrics import Column, Metrics, known, thinned
-from reflux.reports.scores import Score
-from reflux.reports.text import visible
+from reflux.reports.scores import SearchScore
 from reflux.reports.units import count
 from reflux.reports.words import TEXTS, Words
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _OTHERS = (GREEN, PURPLE, GREY)
 
 
-def accuracy_chart(moments: list[Moment], teacher: Score | None) -> Chart:
+def accuracy_chart(moments: list[EvalPoint], teacher: SearchScore | None) -> Chart:
     """Share of problems solved, by step, with its 95 % interval, and the teacher's line.
 
     That is of the problems on the way where it was asked them. teacher: what it is reported to solve, drawn where nothing else is known.
@@ -53,14 +53,14 @@ def ends_of(steps: list[int]) -> list[float]:
     return [min(steps), max(steps)] if max(steps) > min(steps) else [min(steps) - 0.5, max(steps) + 0.5]
 
 
-def _add_teacher(figure: Figure, teacher: Score, steps: list[int]) -> None:
+def _add_teacher(figure: Figure, teacher: SearchScore, steps: list[int]) -> None:
     ends = ends_of(steps)
     add_band(figure, [(step, teacher.low, teacher.high) for step in ends], ORANGE)
     add_line(figure, ends, [teacher.accuracy] * 2, "teacher", ORANGE, "%{y:.1%}")
     figure.data[-1].update(mode="lines", line={"dash": "dash", "color": ORANGE, "width": 2})
 
 
-def kl_chart(metrics: Metrics, moments: list[Moment], words: Words = TEXTS) -> Chart:
+def kl_chart(metrics: Metrics, moments: list[EvalPoint], words: Words = TEXTS) -> Chart:
     """Reverse KL from student to teacher, nats per position: on the training attempts of each step, and on the problems of evaluations."""
     unit = f"nats per {words.unit}"
     title = "Distance to the teacher by step"
@@ -101,7 +101,7 @@ def _trained(metrics: Metrics) -> list[tuple[str, str, Column]]:
     return [(label, colour, column) for label, colour, column in columns if known(column)]
 
 
-def position_chart(moments: list[Moment], words: Words = TEXTS) -> Chart:
+def position_chart(moments: list[EvalPoint], words: Words = TEXTS) -> Chart:
     """Reverse KL by position on the problems of an evaluation, at the first and at the last moment that measured it."""
     title = f"Distance to the teacher by {words.position}"
     measured = [(moment.step, found) for moment in moments for found in moment.agreements.values() if found.bins]
@@ -118,7 +118,7 @@ def position_chart(moments: list[Moment], words: Words = TEXTS) -> Chart:
     return Chart(title, figure, caption=caption, header=("", words.position, "nats", "95 % interval", words.units), rows=numbers)
 
 
-def _add_positions(figure: Figure, step: int, found: Agreement, colour: str) -> list[tuple[str, ...]]:
+def _add_positions(figure: Figure, step: int, found: AgreementPoint, colour: str) -> list[tuple[str, ...]]:
     bins = sorted(found.bins, key=lambda entry: entry.position)
     add_band(figure, [(entry.middle, entry.low, entry.high) for entry in bins], colour)
     name = "before (step 0)" if step == 0 else f"after step {step}"

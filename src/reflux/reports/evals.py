@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from reflux.reports.asked import split_of
 from reflux.reports.reading import Row, items, number, table, whole
-from reflux.reports.scores import Score, score
+from reflux.reports.scores import SearchScore, score
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Bin:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class AgreementPoint:
     """How far student and teacher are apart on the problems of a split."""
 
     kl_nats: float | None
@@ -49,30 +49,30 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Split:
+class ProblemSplit:
     """An accuracy by route (or part of a mix), and the means of the verdicts' parts: by name, over everything (None) and by route."""
 
-    routes: dict[str, Score] = field(default_factory=dict)
+    routes: dict[str, SearchScore] = field(default_factory=dict)
     parts: dict[str, dict[str | None, Level]] = field(default_factory=dict)
 
 
 @dataclass
-class Moment:
+class EvalPoint:
     """One evaluation moment: what was measured of the student, by the name of the evaluation, and of its teacher."""
 
     step: int
-    teacher: Score | None = None
-    teacher_split: Split = field(default_factory=Split)
+    teacher: SearchScore | None = None
+    teacher_split: ProblemSplit = field(default_factory=ProblemSplit)
     teacher_examples: list[Row] = field(default_factory=list)
-    scores: dict[str, Score] = field(default_factory=dict)
-    splits: dict[str, Split] = field(default_factory=dict)
-    agreements: dict[str, Agreement] = field(default_factory=dict)
+    scores: dict[str, SearchScore] = field(default_factory=dict)
+    splits: dict[str, ProblemSplit] = field(default_factory=dict)
+    agreements: dict[str, AgreementPoint] = field(default_factory=dict)
     examples: dict[str, list[Row]] = field(default_factory=dict)
 
 
-def read_evals(lines: Iterable[Row]) -> list[Moment]:
+def read_evals(lines: Iterable[Row]) -> list[EvalPoint]:
     """The moments in order of step; a line without a step is skipped."""
-    moments: list[Moment] = []
+    moments: list[EvalPoint] = []
     for row in lines:
         step = whole(row.get("step"))
         if step is None:
@@ -83,8 +83,8 @@ def read_evals(lines: Iterable[Row]) -> list[Moment]:
     return sorted(moments, key=lambda moment: moment.step)
 
 
-def _moment(step: int, row: Row) -> Moment:
-    moment = Moment(step)
+def _moment(step: int, row: Row) -> EvalPoint:
+    moment = EvalPoint(step)
     for name, value in row.items():
         found, agreement = score(value), _agreement(value)
         examples = [entry for entry in items(table(value).get("examples")) if isinstance(entry, dict)]
@@ -100,7 +100,7 @@ def _moment(step: int, row: Row) -> Moment:
     return moment
 
 
-def split(entry: Row) -> Split:
+def split(entry: Row) -> ProblemSplit:
     """What one evaluation says by route and of the parts of its verdicts."""
     routes = {}
     for key in entry:
@@ -111,10 +111,10 @@ def split(entry: Row) -> Split:
     for part in map(str, items(entry.get("parts"))):
         known = {route: _level(entry, part if route is None else f"{part}.{route}") for route in (None, *routes)}
         parts[part] = {route: level for route, level in known.items() if level is not None}
-    return Split(routes, {part: levels for part, levels in parts.items() if levels})
+    return ProblemSplit(routes, {part: levels for part, levels in parts.items() if levels})
 
 
-def _score(entry: Row, key: str) -> Score | None:
+def _score(entry: Row, key: str) -> SearchScore | None:
     ends = {end: entry.get(f"{key}.{end}") for end in ("low", "high", "problems")}
     return score({"accuracy": entry.get(key), **ends})
 
@@ -124,11 +124,11 @@ def _level(entry: Row, key: str) -> Level | None:
     return None if value is None else Level(value, number(entry.get(f"{key}.low")), number(entry.get(f"{key}.high")))
 
 
-def _agreement(value: object) -> Agreement | None:
+def _agreement(value: object) -> AgreementPoint | None:
     entry = table(value)
     bins = tuple(found for raw in items(entry.get("by_position")) if (found := _bin(table(raw))) is not None)
     kl_nats = number(entry.get("kl_nats"))
-    return None if kl_nats is None and not bins else Agreement(kl_nats, bins, split_of(entry.get("split")))
+    return None if kl_nats is None and not bins else AgreementPoint(kl_nats, bins, split_of(entry.get("split")))
 
 
 def _bin(raw: Row) -> Bin | None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reflux.reports.evals import Moment, main_name
+from reflux.reports.evals import EvalPoint, main_name
+from reflux.reports.formatting import shortened, visible
 from reflux.reports.reading import Row, number
-from reflux.reports.text import shortened, visible
 
 CHARACTERS = 4000
 
 
 @dataclass(frozen=True)
-class Answer:
+class ExampleAnswer:
     """What the student wrote, shortened, and the verdict: right, wrong, or not graded."""
 
     text: str
@@ -27,11 +27,11 @@ class Pair:
     prompt: str
     question: str
     gold: str
-    before: Answer
-    after: Answer
+    before: ExampleAnswer
+    after: ExampleAnswer
 
 
-def read_pairs(moments: list[Moment], limit: int = 6) -> tuple[list[Pair], int, int]:
+def read_pairs(moments: list[EvalPoint], limit: int = 6) -> tuple[list[Pair], int, int]:
     """The first problems that both the first and the last moment keep an answer to, in order, and the two steps."""
     kept = [moment for moment in moments if any(moment.examples.values())]
     if len(kept) < 2:
@@ -58,9 +58,9 @@ def _pair(before: Row, after: Row) -> Pair:
     )
 
 
-def _answer(entry: Row) -> Answer:
+def _answer(entry: Row) -> ExampleAnswer:
     text, left_out = shortened(words(entry.get("text")), CHARACTERS)
-    return Answer(text, left_out, verdict(entry.get("right", entry.get("verdict"))))
+    return ExampleAnswer(text, left_out, verdict(entry.get("right", entry.get("verdict"))))
 
 
 def verdict(value: object) -> str:

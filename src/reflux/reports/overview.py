@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reflux.reports.evals import Moment, main_name
+from reflux.reports.evals import EvalPoint, main_name
+from reflux.reports.formatting import visible
 from reflux.reports.metrics import Metrics
 from reflux.reports.reading import Row, items, table, whole
-from reflux.reports.scores import Score, before_after_teacher
-from reflux.reports.text import visible
+from reflux.reports.scores import SearchScore, before_after_teacher
 from reflux.reports.units import count, duration, percent
 
 
@@ -20,11 +20,11 @@ class Overview:
     state: str
     sentence: str
     facts: list[tuple[str, str]]
-    scores: list[tuple[str, Score | None]]
+    scores: list[tuple[str, SearchScore | None]]
     health: list[str]
 
 
-def overview(config: Row, summary: Row | None, metrics: Metrics, moments: list[Moment], name: str) -> Overview:
+def overview(config: Row, summary: Row | None, metrics: Metrics, moments: list[EvalPoint], name: str) -> Overview:
     """What the files say of the run as a whole. `name` (of the folder) stands in for a recipe without a name."""
     planned, done = whole(config.get("steps")), metrics.steps_done
     finished = summary or {}
@@ -44,7 +44,7 @@ def _state(done: int, planned: int | None) -> str:
     return f"This run is unfinished: {reached}. It has no summary.json; what follows is what was on disk when this page was written."
 
 
-def _so_far(moments: list[Moment]) -> list[tuple[str, Score | None]]:
+def _so_far(moments: list[EvalPoint]) -> list[tuple[str, SearchScore | None]]:
     name = main_name((name for moment in moments for name in moment.scores), "accuracy")
     measured = [(moment.step, moment.scores[name]) for moment in moments if name in moment.scores] if name else []
     before = measured[0][1] if measured and measured[0][0] == 0 else None
@@ -56,7 +56,7 @@ def _so_far(moments: list[Moment]) -> list[tuple[str, Score | None]]:
     ]
 
 
-def _sentence(scores: list[tuple[str, Score | None]], steps: int, seconds: object) -> str:
+def _sentence(scores: list[tuple[str, SearchScore | None]], steps: int, seconds: object) -> str:
     (_, before), (_, after), (_, teacher) = scores
     if before is None or after is None:
         return ""

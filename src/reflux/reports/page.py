@@ -20,18 +20,18 @@ from reflux.reports.curves import accuracy_chart, kl_chart, position_chart
 from reflux.reports.diagnostics import own_charts
 from reflux.reports.evals import read_evals
 from reflux.reports.examples import read_pairs
+from reflux.reports.formatting import visible
 from reflux.reports.metrics import read_metrics
 from reflux.reports.overview import overview
-from reflux.reports.pictures import read_strips
 from reflux.reports.reading import json_table, rows, toml_table
 from reflux.reports.recorded import Recorded
 from reflux.reports.splits import split_charts
 from reflux.reports.steps import outside_chart, variance_chart
-from reflux.reports.teachers import HEADER, teachers_table
-from reflux.reports.text import visible
+from reflux.reports.strips import read_strips
+from reflux.reports.teacher_tables import HEADER, teachers_table
 from reflux.reports.tokens import open_tokenizer
+from reflux.reports.trajectories import RATIO, walk
 from reflux.reports.views import legend, view
-from reflux.reports.walks import RATIO, walk
 from reflux.reports.words import words_for
 from reflux.storage import files
 

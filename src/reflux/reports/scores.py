@@ -10,7 +10,7 @@ from reflux.reports.units import count, interval, percent
 
 
 @dataclass(frozen=True)
-class Score:
+class SearchScore:
     """A share of problems solved, in [0, 1], with its 95 % interval, the number of problems and the split they come from."""
 
     accuracy: float
@@ -25,7 +25,7 @@ class Score:
         return percent(self.accuracy), interval(self.low, self.high), problems
 
 
-def score(value: object) -> Score | None:
+def score(value: object) -> SearchScore | None:
     """A score from its table; None where there is no number."""
     if not isinstance(value, dict):
         return None
@@ -33,10 +33,10 @@ def score(value: object) -> Score | None:
     if accuracy is None:
         return None
     split = split_of(value.get("split"))
-    return Score(accuracy, number(value.get("low")), number(value.get("high")), whole(value.get("problems")), split)
+    return SearchScore(accuracy, number(value.get("low")), number(value.get("high")), whole(value.get("problems")), split)
 
 
-def before_after_teacher(summary: Row) -> list[tuple[str, Score | None]]:
+def before_after_teacher(summary: Row) -> list[tuple[str, SearchScore | None]]:
     """The three rows of the table at the end of a run."""
     return [
         ("student before", score(summary.get("accuracy_before"))),

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from reflux.reports.asked import sentence
 from reflux.reports.chart import BLUE, GREEN, GREY, ORANGE, PURPLE, Chart, add_band, add_line, new_figure, some
 from reflux.reports.curves import ends_of, plain
-from reflux.reports.evals import Level, Moment, main_name
-from reflux.reports.scores import Score
+from reflux.reports.evals import EvalPoint, Level, main_name
+from reflux.reports.scores import SearchScore
 from reflux.reports.units import count, interval, percent
 
 _BY_ROUTE = (BLUE, GREEN, PURPLE, ORANGE, GREY)  # of everything together: the last
@@ -24,7 +24,7 @@ class Line:
     teacher: Level | None
 
 
-def split_charts(moments: list[Moment]) -> list[Chart]:
+def split_charts(moments: list[EvalPoint]) -> list[Chart]:
     """Accuracy by route where prompts have several, and each part of the verdicts where they have parts; most runs have none."""
     name = main_name((name for moment in moments for name in moment.splits), "accuracy")
     if name is None:
@@ -32,7 +32,7 @@ def split_charts(moments: list[Moment]) -> list[Chart]:
     return [*_accuracy(moments, name), *(_part(moments, name, part) for part in _parts(moments, name))]
 
 
-def _accuracy(moments: list[Moment], name: str) -> list[Chart]:
+def _accuracy(moments: list[EvalPoint], name: str) -> list[Chart]:
     routes = sorted({route for moment in moments if name in moment.splits for route in moment.splits[name].routes})
     lines = []
     for route, colour in zip(routes, _cycle(len(routes)), strict=True):
@@ -42,24 +42,24 @@ def _accuracy(moments: list[Moment], name: str) -> list[Chart]:
     return [_drawn("Accuracy by route", "problems solved", _asked(moments, name), lines, shares=True)] if lines else []
 
 
-def _asked(moments: list[Moment], name: str) -> str:
+def _asked(moments: list[EvalPoint], name: str) -> str:
     """The problems of the student's curves, as the captions begin with them."""
     return sentence(moment.scores[name].split for moment in moments if name in moment.scores)
 
 
-def _has(moment: Moment, name: str, route: str) -> bool:
+def _has(moment: EvalPoint, name: str, route: str) -> bool:
     return name in moment.splits and route in moment.splits[name].routes
 
 
-def _as_level(score: Score) -> Level:
+def _as_level(score: SearchScore) -> Level:
     return Level(score.accuracy, score.low, score.high)
 
 
-def _parts(moments: list[Moment], name: str) -> list[str]:
+def _parts(moments: list[EvalPoint], name: str) -> list[str]:
     return sorted({part for moment in moments if name in moment.splits for part in moment.splits[name].parts})
 
 
-def _part(moments: list[Moment], name: str, part: str) -> Chart:
+def _part(moments: list[EvalPoint], name: str, part: str) -> Chart:
     measured = [(moment.step, moment.splits[name].parts.get(part, {})) for moment in moments if name in moment.splits]
     told = next((moment.teacher_split.parts[part] for moment in moments if part in moment.teacher_split.parts), {})
     routes = sorted({route for _, levels in measured for route in levels if route is not None})

@@ -9,9 +9,9 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from reflux.reports.attempts import Shown
+from reflux.reports.attempts import ShownAttempt
+from reflux.reports.formatting import visible
 from reflux.reports.reading import items, number, whole
-from reflux.reports.text import visible
 from reflux.reports.units import chance, signed
 
 EDGES_NATS = (0.1, 0.3, 1.0, 3.0)  # |log q - log p| at which the colour deepens; ratios have heavy tails, so edges grow threefold
@@ -46,7 +46,7 @@ def open_tokenizer(path: Path, notes: list[str]) -> Tokenizer | None:
         return None
 
 
-def shown_tokens(shown: Shown, tokenizer: Tokenizer) -> tuple[list[Token], list[Token], int]:
+def shown_tokens(shown: ShownAttempt, tokenizer: Tokenizer) -> tuple[list[Token], list[Token], int]:
     """The tokens at the head and at the tail of an attempt, and how many lie between and are not shown."""
     ids = [-1 if (found := whole(value)) is None else found for value in items(shown.acted.get("tokens"))]
     if len(ids) <= HEAD_TOKENS + TAIL_TOKENS:
@@ -91,11 +91,11 @@ def level(ratio_nats: float) -> int:
     return depth if ratio_nats >= 0 else -depth
 
 
-def _tokens(shown: Shown, texts: list[str], ids: list[int], first: int) -> list[Token]:
+def _tokens(shown: ShownAttempt, texts: list[str], ids: list[int], first: int) -> list[Token]:
     return [_token(shown, text, token, first + index) for index, (text, token) in enumerate(zip(texts, ids, strict=True))]
 
 
-def _token(shown: Shown, text: str, token: int, position: int) -> Token:
+def _token(shown: ShownAttempt, text: str, token: int, position: int) -> Token:
     student, teacher = _at(shown.student_logp, position), _at(shown.teacher_logp, position)
     weight, shift = _at(shown.learned.get("weight"), position), _at(shown.learned.get("shift"), position)
     chosen = _at(shown.acted.get("mask"), position) != 0

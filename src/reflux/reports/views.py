@@ -7,10 +7,10 @@ from itertools import pairwise
 
 from tokenizers import Tokenizer
 
-from reflux.reports.attempts import Shown
+from reflux.reports.attempts import ShownAttempt
 from reflux.reports.examples import CHARACTERS, words
+from reflux.reports.formatting import shortened
 from reflux.reports.reading import Row, items, number
-from reflux.reports.text import shortened
 from reflux.reports.tokens import EDGES_NATS, Token, shown_tokens
 
 ERROR_CHARACTERS = 120
@@ -31,7 +31,7 @@ class AttemptView:
     missing: str
 
 
-def view(shown: Shown, tokenizer: Tokenizer | None) -> AttemptView:
+def view(shown: ShownAttempt, tokenizer: Tokenizer | None) -> AttemptView:
     """The attempt with its tokens where there is a tokenizer, else with its text."""
     acted = shown.acted
     ids = items(acted.get("tokens"))
@@ -69,7 +69,7 @@ def unjudged(acted: Row) -> str:
     return f"not judged: {shortened(error, ERROR_CHARACTERS)[0]}" if error else ""
 
 
-def absent_because(shown: Shown, units: str) -> str:
+def absent_because(shown: ShownAttempt, units: str) -> str:
     """Why an attempt has no colours, in a sentence; empty where it has."""
     if not shown.learned:
         return "The student has not learned from this attempt yet, so the teacher's numbers are not on disk."

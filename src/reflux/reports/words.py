@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from reflux.reports.evals import Moment
+from reflux.reports.evals import EvalPoint
 from reflux.reports.reading import Row, table
 
 
@@ -24,7 +24,7 @@ TEXTS = Words(False, "token", "tokens", "position", "position in the answer (tok
 PICTURES = Words(True, "denoising step", "denoising steps", "denoising step", "denoising step, from noise (0) on")
 
 
-def words_for(config: Row, attempts: Sequence[Row], moments: Iterable[Moment]) -> Words:
+def words_for(config: Row, attempts: Sequence[Row], moments: Iterable[EvalPoint]) -> Words:
     """By what is on disk: a first line or an example with an image; where there is nothing yet, by the learner's kind."""
     examples = [entry for moment in moments for entries in (*moment.examples.values(), moment.teacher_examples) for entry in entries]
     lines = [*attempts, *examples]

@@ -2,5 +2,5 @@
 
 REWARDS = {
     "verifier": "reflux.rewards.verifier:Verifier",
-    "environment": "reflux.rewards.environment:EnvironmentReward",
+    "environment": "reflux.rewards.environment_reward:EnvironmentReward",
 }

@@ -2,7 +2,7 @@
 
 SAMPLERS = {
     "hf": "reflux.samplers.hf:HF",
-    "stored": "reflux.samplers.stored:Stored",
+    "stored": "reflux.samplers.references:Stored",
     "flow": "reflux.samplers.flow:Flow",
-    "drawn": "reflux.samplers.drawn:Drawn",
+    "drawn": "reflux.samplers.teacher_samples:Drawn",
 }

@@ -17,7 +17,7 @@ from reflux.models.flow.load import load_flow
 from reflux.models.flow.sde import sde_step, step_logp
 from reflux.models.rng import normal, row_key
 from reflux.samplers.flow import prompt_text
-from reflux.samplers.in_process import InProcess, Request
+from reflux.samplers.in_process_sampler import InProcessSampler, Request
 from reflux.types import Attempt, Draw, Finish, FlowRollout, Group, Prompt, VelocityTarget
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def denoise(model: FlowModel, walk: Walk, texts: Sequence[str], keys_B: Sequence
     return Path(x_BSD, x_BD.cpu().numpy(), finite_BS, logp_BT, None if v_BTD is None else v_BTD.cpu().numpy(), model.images(x_BD))
 
 
-class FlowSampler(InProcess):
+class FlowSampler(InProcessSampler):
     """A flow model: pictures denoised together."""
 
     def __init__(self, cfg: Flow, context: PartContext, services: Services, model: FlowModel):

@@ -41,7 +41,7 @@ class HF(SamplerPart):
     attempt alone, and the last digits of log-probs depend on timing.
 
     Temperature other than 1, or top_p below 1, makes on-policy estimators biased: refused unless allow_biased. What remains of the bias
-    then: the ratio of `sampled_kl` and `outcome` divides by the probability that a token was drawn with, so the choice at each prefix is
+    then: the ratio of `sampled_kl` and `policy_gradient` divides by the probability that a token was drawn with, so the choice at each prefix is
     corrected while no bound binds; tokens that top_p leaves out are never learnt from; and which prefixes are visited stays another
     distribution's.
     """

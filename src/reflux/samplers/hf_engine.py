@@ -13,7 +13,7 @@ from reflux.models.generate import decode
 from reflux.models.text import Model, load_model
 from reflux.models.turns import Turn, TurnRequest
 from reflux.rollouts.driver import Driver, Limits
-from reflux.samplers.in_process import InProcess, Request
+from reflux.samplers.in_process_sampler import InProcessSampler, Request
 from reflux.types import Group
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from reflux.samplers.hf import HF
 
 
-class HFSampler(InProcess):
+class HFSampler(InProcessSampler):
     """A language model in this process; as a generator it continues tokens, and a driver makes attempts of its turns."""
 
     def __init__(self, cfg: HF, context: PartContext, services: Services, model: Model):

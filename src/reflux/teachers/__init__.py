@@ -3,5 +3,5 @@
 TEACHERS = {
     "flow": "reflux.teachers.flow:Flow",
     "local": "reflux.teachers.local:Local",
-    "own": "reflux.teachers.own:Own",
+    "own": "reflux.teachers.self_teacher:Own",
 }

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Rows:
+class FlowRows:
     """The counted states of one attempt, and what it was told to draw."""
 
     place: int  # of its request
@@ -71,7 +71,7 @@ class FlowTeacher:
         seconds = (time.perf_counter() - started) / max(1, len(requests))
         return [replace(answers[place], seconds=seconds) for place in range(len(requests))]
 
-    def _rows(self, place: int, request: TeacherRequest) -> Rows:
+    def _rows(self, place: int, request: TeacherRequest) -> FlowRows:
         rollout, view = request.rollout, request.view
         assert isinstance(rollout, FlowRollout)
         if view.spans:
@@ -82,9 +82,9 @@ class FlowTeacher:
                 f"{rollout.guidance:g}: one guidance holds for student and teachers. Leave it out, or set both alike."
             )
         text = prompt_text(replace(rollout.prompt, messages=view.messages))
-        return Rows(place, rollout, text, np.flatnonzero(rollout.mask_T))
+        return FlowRows(place, rollout, text, np.flatnonzero(rollout.mask_T))
 
-    def _answers(self, alike: list[Rows]) -> dict[int, TeacherAnswer]:
+    def _answers(self, alike: list[FlowRows]) -> dict[int, TeacherAnswer]:
         """All counted states of attempts with one guidance and one size, in calls of `batch_positions`; the answers by place."""
         x_ND, t_N = (np.concatenate([getattr(rows, name) for rows in alike]) for name in ("x_ND", "t_N"))
         texts = [text for rows in alike for text in [rows.text] * len(rows.rows_N)]
@@ -110,7 +110,7 @@ class FlowTeacher:
             v_ND[rows] = self.model.velocity(x_BD, t_B, texts[rows], guidance).cpu().numpy()
         return v_ND
 
-    def _refuse_nan(self, rows: Rows, v_RD: np.ndarray) -> None:
+    def _refuse_nan(self, rows: FlowRows, v_RD: np.ndarray) -> None:
         bad_N = ~np.isfinite(v_RD).all(1)
         if bad_N.any():
             rollout, i = rows.rollout, int(rows.rows_N[bad_N.argmax()])
@@ -130,9 +130,9 @@ class FlowTeacher:
         """Frozen: nothing was saved."""
 
 
-def _alike(asked: Sequence[Rows]) -> Iterator[list[Rows]]:
+def _alike(asked: Sequence[FlowRows]) -> Iterator[list[FlowRows]]:
     """Attempts whose states may share a call."""
-    found: dict[tuple[float, int], list[Rows]] = {}
+    found: dict[tuple[float, int], list[FlowRows]] = {}
     for rows in asked:
         found.setdefault((rows.rollout.guidance, rows.rollout.x_SD.shape[1]), []).append(rows)
     yield from found.values()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from reflux.models.text import Model, load_model, load_tokenizer
 from reflux.models.tokenizer import check_same_tokens
-from reflux.teachers.in_process import InProcess
+from reflux.teachers.in_process_teacher import InProcessTeacher
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from reflux.teachers.local import Local
 
 
-class LocalTeacher(InProcess):
+class LocalTeacher(InProcessTeacher):
     """Frozen: it follows nobody and has no state."""
 
     def __init__(self, cfg: Local, context: PartContext, services: Services, model: Model):

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from laws.test_resume import stop_after, told
 from reflux import checks
-from reflux.assets.tokenizer import character_tokenizer
+from reflux.assets.characters import character_tokenizer
 from reflux.contexts.base import View
 from reflux.contexts.wording import with_attempts
 from reflux.errors import ConfigError, ModelError
@@ -28,9 +28,10 @@ from reflux.models.text import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.runtime.weights import InMemory
 from reflux.storage import checkpoints
+from reflux.teachers import in_process_teacher
 from reflux.teachers.base import TeacherRequest
-from reflux.teachers.own import Own
-from reflux.teachers.own_engine import OwnTeacher, move
+from reflux.teachers.self_teacher import Own
+from reflux.teachers.self_teacher_engine import OwnTeacher, move
 from reflux.types import Attempt, HiddenTarget, Moment, Wants
 from tiny import ask, plainly, rollout, same
 
@@ -239,7 +240,6 @@ def test_it_reads_the_response_at_its_own_offset(batch_tokens: int) -> None:
 
 def test_padding_of_the_teachers_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Identity 5: other ids in the padding, the same states to the bit."""
-    from reflux.teachers import in_process
 
     states = []
     for pad in (0, 77):
@@ -247,7 +247,7 @@ def test_padding_of_the_teachers_batch_changes_nothing(monkeypatch: pytest.Monke
         def filled(shape: Any, dtype: Any = None, pad: int = pad) -> np.ndarray:
             return np.full(shape, pad, dtype=dtype)
 
-        monkeypatch.setattr(in_process, "np", SimpleNamespace(zeros=filled, int64=np.int64, concatenate=np.concatenate))
+        monkeypatch.setattr(in_process_teacher, "np", SimpleNamespace(zeros=filled, int64=np.int64, concatenate=np.concatenate))
         attempts = [Attempt(rollout(n, seed=n)) for n in (2, 9, 5)]
         asyncio.run(ask(own(), *plainly(attempts)))
         states.append({str(i): heard(a).h_TH for i, a in enumerate(attempts)})

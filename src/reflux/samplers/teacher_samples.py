@@ -100,7 +100,7 @@ class Drawn(SamplerPart):
         return self.generate.exact_rng
 
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
-        from reflux.samplers.drawn_engine import OpenDrawn
+        from reflux.samplers.teacher_samples_engine import OpenDrawn
 
         return OpenDrawn.opened(self, context, services)
 

@@ -14,18 +14,18 @@ from torch import Tensor
 from reflux.models.text import Model, load_model
 from reflux.models.tokenizer import Renderer
 from reflux.storage import checkpoints
-from reflux.teachers.in_process import InProcess
+from reflux.teachers.in_process_teacher import InProcessTeacher
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
     from reflux.runtime.services import Services
     from reflux.runtime.weights import Weights
-    from reflux.teachers.own import Own
+    from reflux.teachers.self_teacher import Own
 
 PHI = "phi/"
 
 
-class OwnTeacher(InProcess):
+class OwnTeacher(InProcessTeacher):
     """Holds phi, float32. `version` is that of the weights phi last learnt of; None before the first."""
 
     def __init__(self, cfg: Own, context: PartContext, services: Services, model: Model, renderer: Renderer):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Request = tuple[Prompt, int, Draw]
 
 
-class InProcess(ABC):
+class InProcessSampler(ABC):
     """`publish` waits for the model call in progress."""
 
     model: Any  # its `net` holds the weights

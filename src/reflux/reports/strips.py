@@ -10,7 +10,7 @@ import base64
 from dataclasses import dataclass
 
 from reflux.models import images
-from reflux.reports.evals import Moment, main_name
+from reflux.reports.evals import EvalPoint, main_name
 from reflux.reports.examples import id_of, verdict, words
 from reflux.reports.reading import Row, number, table
 from reflux.reports.units import count
@@ -30,7 +30,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnImage:
     """One picture of a row: who drew it and when, the verdict and its parts in words. picture None: there is none that can be read."""
 
     who: str
@@ -47,7 +47,7 @@ class Strip:
 
     prompt: str
     gold: str
-    drawn: list[Drawn]
+    drawn: list[DrawnImage]
 
 
 def picture_in(value: object) -> Picture | None:
@@ -64,7 +64,7 @@ def picture_in(value: object) -> Picture | None:
     return Picture(source, width * scale, height * scale, scale > 1)
 
 
-def read_strips(moments: list[Moment]) -> list[Strip]:
+def read_strips(moments: list[EvalPoint]) -> list[Strip]:
     """One for each prompt that was shown, in order, with what the first and the last moment and the teacher drew, as far as they did."""
     name = main_name((name for moment in moments for name, entries in moment.examples.items() if entries), "accuracy")
     kept = [moment for moment in moments if moment.examples.get(name or "")]
@@ -76,7 +76,7 @@ def read_strips(moments: list[Moment]) -> list[Strip]:
     return [_strip([(who, when, entries[prompt]) for who, when, entries in by_id if prompt in entries]) for prompt in order]
 
 
-def _named(kept: list[Moment]) -> list[tuple[str, Moment]]:
+def _named(kept: list[EvalPoint]) -> list[tuple[str, EvalPoint]]:
     """The first and the last moment; before is only what came before the first step."""
     ends = [kept[0], kept[-1]] if len(kept) > 1 else kept
     return [("Before" if moment.step == 0 else "After", moment) for moment in ends]
@@ -88,10 +88,10 @@ def _strip(entries: list[tuple[str, str, Row]]) -> Strip:
     return Strip(asked, words(first.get("answer")), [_drawn(asked, who, when, entry) for who, when, entry in entries])
 
 
-def _drawn(asked: str, who: str, when: str, entry: Row) -> Drawn:
+def _drawn(asked: str, who: str, when: str, entry: Row) -> DrawnImage:
     judged = verdict(entry.get("right", entry.get("verdict")))
     told = f"{who.lower()}, {when}" if when else who.lower()
-    return Drawn(who, when, f"{asked}: {told}, {judged}", picture_in(entry.get("image")), judged, parts_of(entry))
+    return DrawnImage(who, when, f"{asked}: {told}, {judged}", picture_in(entry.get("image")), judged, parts_of(entry))
 
 
 def parts_of(entry: Row) -> list[str]:

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 
 from reflux.models.images import picture_of, png, to_text
-from reflux.reports.attempts import Shown, read_attempts
+from reflux.reports.attempts import ShownAttempt, read_attempts
 from reflux.reports.curves import kl_chart, position_chart
 from reflux.reports.evals import read_evals
 from reflux.reports.metrics import read_metrics
 from reflux.reports.page import write_report
-from reflux.reports.pictures import picture_in, read_strips
 from reflux.reports.reading import rows
 from reflux.reports.splits import split_charts
-from reflux.reports.walks import RATIO, walk
+from reflux.reports.strips import picture_in, read_strips
+from reflux.reports.trajectories import RATIO, walk
 from reflux.reports.words import PICTURES, TEXTS, words_for
-from synthetic_pictures import PROMPTS, attempt_rows, evals_row, write_picture_run
+from synthetic_images import PROMPTS, attempt_rows, evals_row, write_picture_run
 from synthetic_run import evals_row as text_evals
 from synthetic_run import summary, write_lines, write_run
 from test_report import HOSTILE, SEEN, Page
@@ -215,7 +215,7 @@ def test_positions_of_pictures_are_denoising_steps_and_those_of_texts_tokens() -
 
 def test_every_step_of_an_attempt_has_its_numbers() -> None:
     acted, learned = attempt_rows(30, 0, 30)
-    found = walk(Shown(acted, learned))
+    found = walk(ShownAttempt(acted, learned))
     assert found.header == ["step", "time", RATIO, "KL, nats", "weight"]
     assert len(found.steps) == 10
     for place, step in enumerate(found.steps[:-1]):
@@ -233,21 +233,24 @@ def test_every_step_of_an_attempt_has_its_numbers() -> None:
 
 def test_what_is_not_known_of_an_attempt_is_left_out_and_why() -> None:
     acted, learned = attempt_rows(1, 0, 30)
-    fresh = walk(Shown(acted))
+    fresh = walk(ShownAttempt(acted))
     assert "has not learned from this attempt yet" in fresh.missing
     assert fresh.header == ["step", "time", RATIO]
     assert {step.css for step in fresh.steps} == {"unknown", "given"}
-    unheard = walk(Shown({**acted, "reward": None, "guidance": 4.5}, {**learned, "teacher_logp": {}}))
+    unheard = walk(ShownAttempt({**acted, "reward": None, "guidance": 4.5}, {**learned, "teacher_logp": {}}))
     assert "No teacher was asked about this attempt, or it weighed nothing, so its steps" in unheard.missing
     assert unheard.verdict == ""
     assert "guidance 4.5" in unheard.facts
-    shifted = walk(Shown(acted, {**learned, "shift": [0.25] * 10}))
+    shifted = walk(ShownAttempt(acted, {**learned, "shift": [0.25] * 10}))
     assert shifted.steps[0].cells["shift, nats"] == "+0.250"
     whole = {**learned, "teacher_logp": {"main": [0.0] * 10}, "student_logp": [-9.0] * 10}  # numbers at the last step, too
-    assert (walk(Shown(acted, whole)).steps[9].css, walk(Shown(acted, whole)).steps[9].cells[RATIO]) == ("given", "not learnt from")
-    long = walk(Shown({**acted, "mask": [1] * 500}, learned))
+    assert (walk(ShownAttempt(acted, whole)).steps[9].css, walk(ShownAttempt(acted, whole)).steps[9].cells[RATIO]) == (
+        "given",
+        "not learnt from",
+    )
+    long = walk(ShownAttempt({**acted, "mask": [1] * 500}, learned))
     assert (len(long.steps), long.left_out) == (200, 300)
-    assert walk(Shown({"image": "x"})).steps == []
+    assert walk(ShownAttempt({"image": "x"})).steps == []
 
 
 # --- the page

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Outcome(ObjectivePart):
-    """Score function whose advantage is what the credit rules shift: with credit `outcome`, group-relative policy gradient (GRPO-like).
+class PolicyGradient(ObjectivePart):
+    """Score function whose advantage is what the credit rules shift: with credit `group_advantage`, group-relative policy gradient (GRPO-like).
 
     cost = -min(rho A, clip(rho, 1 - clip[0], 1 + clip[1]) A) with A = shift and rho = p(a) / behaviour(a) per token; ratio "none":
     -A log p(a). behaviour(a) is the probability that the token was drawn with: temperature and top-p are in it, so at a temperature

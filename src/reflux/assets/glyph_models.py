@@ -75,7 +75,7 @@ FLOW_SPECS = {
 }
 
 
-class Score(NamedTuple):
+class GlyphScore(NamedTuple):
     right: int
     pictures: int
     quality: float  # mean over the pictures
@@ -162,7 +162,7 @@ def pictures_of(model: FlowModel, texts: Sequence[str], *, steps: int, guidance:
     return model.images(x_ND)
 
 
-def exam(model: FlowModel, domain: Domain, asked: int = 480, *, steps: int = 10, guidance: float = 1.0, batch: int = 60) -> Score:
+def exam(model: FlowModel, domain: Domain, asked: int = 480, *, steps: int = 10, guidance: float = 1.0, batch: int = 60) -> GlyphScore:
     """How a model does on the test prompts of one domain, by which nothing was chosen: one picture each."""
     task = Glyphs(domains=(domain,), held_out=asked)
     prompts, rewards = list(problems(task, "test")), []
@@ -172,7 +172,7 @@ def exam(model: FlowModel, domain: Domain, asked: int = 480, *, steps: int = 10,
             model, [prompt_text(prompt) for prompt in some], steps=steps, guidance=guidance, seed=seed_of("exam", domain, start)
         )
         rewards += [task.verify(prompt, picture) for prompt, picture in zip(some, made, strict=True)]
-    return Score(sum(reward.value == 1 for reward in rewards), asked, sum(reward.parts["quality"] for reward in rewards) / asked)
+    return GlyphScore(sum(reward.value == 1 for reward in rewards), asked, sum(reward.parts["quality"] for reward in rewards) / asked)
 
 
 def measure(model: FlowModel, spec: FlowSpec) -> list[str]:

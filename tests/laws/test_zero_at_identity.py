@@ -14,7 +14,7 @@ IDS = [f"{kind}-{index}" for index, (kind, _) in enumerate(CASES)]
 
 @pytest.mark.parametrize(("kind", "setting"), CASES, ids=IDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_zero_at_home(kind: str, setting: Setting | None, dtype: torch.dtype) -> None:
+def test_zero_at_identity(kind: str, setting: Setting | None, dtype: torch.dtype) -> None:
     assert setting, f"'{kind}' is registered but has no setting in tests/laws/estimators.py"
     if setting.home == "exempt":
         assert "xempt from law 2" in (type(setting.objective).__doc__ or ""), f"'{kind}' must say in its docstring why it is exempt"

@@ -86,6 +86,6 @@ class Own(TeacherPart):
         return self.follow != "frozen" or self.step > 0
 
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
-        from reflux.teachers.own_engine import OwnTeacher
+        from reflux.teachers.self_teacher_engine import OwnTeacher
 
         return OwnTeacher.opened(self, context, services)

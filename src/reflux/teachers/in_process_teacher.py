@@ -30,7 +30,7 @@ class Batched(Teacher, Protocol):
     def batch_tokens(self) -> int: ...
 
 
-class InProcess:
+class InProcessTeacher:
     """A model that answers with hidden states. It reads right-padded: padding lies in the causal future, so no mask is needed."""
 
     def __init__(self, cfg: Batched, context: PartContext, services: Services, model: Model, renderer: Renderer):

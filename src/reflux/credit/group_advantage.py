@@ -27,10 +27,10 @@ GRPO = Paper(
 
 
 @dataclass(frozen=True, config=STRICT)
-class Outcome(CreditPart):
+class GroupAdvantage(CreditPart):
     """Shift = nats * (reward - mean reward of the group), the same at every position; no factor.
 
-    With objective `outcome` this is group-relative policy gradient; with `sampled_kl` the verdict is added to the teacher's word.
+    With objective `policy_gradient` this is group-relative policy gradient; with `sampled_kl` the verdict is added to the teacher's word.
     `normalise_std` divides by the group's standard deviation plus `std_floor` (GRPO); the default does not, since it weighs up prompts
     that are nearly always solved or failed. `nats` is the advantage one unit of reward is worth. Attempts that ended in an error or were
     not judged stay out of the statistics and get shift 0. Neutral: nats = 0. The mean includes the attempt itself, so the expected

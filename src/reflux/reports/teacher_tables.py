@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from reflux.reports.formatting import visible
 from reflux.reports.metrics import Heard
 from reflux.reports.reading import Row, items, table
-from reflux.reports.text import visible
 from reflux.reports.units import NONE, count, percent
 
 PART = 10  # the first and the last tenth of the steps

@@ -14,9 +14,9 @@ import torch
 from reflux.errors import DataError, ModelError
 from reflux.models.rng import normal, row_key
 from reflux.runtime.cohorts import Gather
-from reflux.samplers.drawn import drawers
 from reflux.samplers.flow import prompt_text
 from reflux.samplers.flow_engine import Walk, denoise
+from reflux.samplers.teacher_samples import drawers
 from reflux.types import Attempt, Draw, FlowRollout, Group, Prompt, VelocityTarget
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from reflux.runtime.services import Services
     from reflux.runtime.weights import Weights
     from reflux.samplers.base import OpenSampler
-    from reflux.samplers.drawn import Drawn
+    from reflux.samplers.teacher_samples import Drawn
 
 _TIMES = -2  # the place of the times' dice; -1 is the noise that a picture is drawn from, 0 to T - 1 that of the positions
 Row = tuple[Prompt, int]  # a prompt, and the number of the attempt

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reflux.reports.attempts import Shown
+from reflux.reports.attempts import ShownAttempt
 from reflux.reports.examples import verdict, words
-from reflux.reports.pictures import Picture, parts_of, picture_in
 from reflux.reports.reading import items, number
+from reflux.reports.strips import Picture, parts_of, picture_in
 from reflux.reports.tokens import level
 from reflux.reports.units import NONE, signed
 from reflux.reports.views import absent_because, title_of, unjudged
@@ -40,7 +40,7 @@ class WalkView:
     missing: str
 
 
-def walk(shown: Shown) -> WalkView:
+def walk(shown: ShownAttempt) -> WalkView:
     """The attempt with what is known of its steps; a column that nobody filled is left out."""
     acted = shown.acted
     steps = [_step(shown, place) for place in range(len(items(acted.get("mask"))))]
@@ -59,7 +59,7 @@ def walk(shown: Shown) -> WalkView:
     )
 
 
-def _facts(shown: Shown) -> list[str]:
+def _facts(shown: ShownAttempt) -> list[str]:
     acted = shown.acted
     mask = items(acted.get("mask"))
     noise, guidance = number(acted.get("noise_level")), number(acted.get("guidance"))
@@ -75,7 +75,7 @@ def _facts(shown: Shown) -> list[str]:
     return [fact for fact in facts if fact]
 
 
-def _step(shown: Shown, place: int) -> Step:
+def _step(shown: ShownAttempt, place: int) -> Step:
     """A step that the student did not choose (the last one of a whole grid) has no ratio."""
     acted, learned = shown.acted, shown.learned
     chosen = _at(acted.get("mask"), place) == 1
