@@ -2,8 +2,8 @@
 
     python benchmarks/flow_gpu.py [--groups 1,4,16,64] [--steps 10] [--side 64] [--rank 32] [--guidance 4.5] [--tiny]
 
-The transformer has the published shape (24 layers of 24 heads of 64, 2.2 billion weights) and random weights, so pictures mean nothing and
-times and memory do. Latents of side 64 are pictures of 512 pixels. One optimiser step of the recipe: a prompt's group is drawn by the SDE,
+The transformer has the published shape (24 layers of 24 heads of 64, 2.2 billion weights) and random weights, so images mean nothing and
+times and memory do. Latents of side 64 are images of 512 pixels. One optimiser step of the recipe: a prompt's group is drawn by the SDE,
 a teacher (an adapter on the shared base) and the anchor (the base) are asked about every counted state, the student (LoRA) learns. Prompt
 encodings are random constants: text encoders run once and are not measured. Per group size: seconds of each part, peak memory; the first
 size that does not fit ends the table. `--tiny` runs a toy size on any device: it checks this script.
@@ -53,9 +53,9 @@ class Constants:
     def __init__(self, shape: dict[str, Any], tokens: int, device: str, dtype: Any):
         import torch
 
-        dice = torch.Generator().manual_seed(0)
-        self.tokens = torch.randn(1, tokens, shape["joint_attention_dim"], generator=dice).to(device, dtype)
-        self.pooled = torch.randn(1, shape["pooled_projection_dim"], generator=dice).to(device, dtype)
+        rng = torch.Generator().manual_seed(0)
+        self.tokens = torch.randn(1, tokens, shape["joint_attention_dim"], generator=rng).to(device, dtype)
+        self.pooled = torch.randn(1, shape["pooled_projection_dim"], generator=rng).to(device, dtype)
 
     def __call__(self, texts: Any) -> tuple[Any, Any]:
         return self.tokens.expand(len(texts), -1, -1), self.pooled.expand(len(texts), -1)
@@ -111,18 +111,18 @@ def one_step(asked: argparse.Namespace, student: Any, frozen: Any, group: int, d
         clock = timed("sample", clock)
         rows = torch.cat(states[: asked.steps - 1]).cpu()
         times = t_S[: asked.steps - 1].repeat_interleave(group)
-        said = []
+        behaviour = []
         for name in ("teacher", None):
             adapters.use(frozen.net.transformer, name)
             pairs = zip(rows.split(asked.micro_batch), times.split(asked.micro_batch), strict=True)
-            said.append(torch.cat([velocity(frozen, x.to(device), t).cpu() for x, t in pairs]))
+            behaviour.append(torch.cat([velocity(frozen, x.to(device), t).cpu() for x, t in pairs]))
         clock = timed("teach", clock)
     dt = (t_S[1:] - t_S[:-1])[: asked.steps - 1].repeat_interleave(group)
     for start in range(0, len(rows), asked.micro_batch):
         part = slice(start, start + asked.micro_batch)
         v = velocity(student, rows[part].to(device), times[part])
         w = kl_weight(times[part], dt[part], 0.7)
-        gaps = [(v - target[part].to(device)).square().sum(-1) for target in said]
+        gaps = [(v - target[part].to(device)).square().sum(-1) for target in behaviour]
         (w * (gaps[0] + 0.04 * gaps[1])).sum().div(len(rows)).backward()
     timed("learn", clock)
     return {name: value for name, value in seconds.items() if name != "start"}
@@ -171,17 +171,17 @@ def main() -> None:
 
 
 def random_adapter(of: Any, lora: Any) -> Any:
-    """Factors from dice at every module that lora names."""
+    """Factors from random numbers at every module that lora names."""
     import torch
 
     from reflux.models.flow import adapters
 
-    dice = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     shapes = adapters.linear_shapes(of.net.transformer)
     factors = {
         name: adapters.Factors(
-            torch.randn(lora.rank, shapes[name][1], generator=dice) * 0.02,
-            torch.randn(shapes[name][0], lora.rank, generator=dice) * 0.02,
+            torch.randn(lora.rank, shapes[name][1], generator=rng) * 0.02,
+            torch.randn(shapes[name][0], lora.rank, generator=rng) * 0.02,
             lora.alpha / lora.rank,
         )
         for name in adapters.selected(lora.targets, shapes)

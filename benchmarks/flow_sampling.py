@@ -20,7 +20,7 @@ from typing import Any
 
 
 def plain(model: Any, transformer: Any, texts: list[str], steps: int, guidance: float) -> None:
-    """What a diffusers pipeline does between prompt and picture."""
+    """What a diffusers pipeline does between prompt and image."""
     import torch
 
     from reflux.models.flow.diffusers_library import library
@@ -116,7 +116,7 @@ def measure(asked: argparse.Namespace, scratch: Path) -> None:
             work()
             seconds[name].append(time.perf_counter() - started)
     run.close()
-    print(f"{asked.images} pictures of {asked.steps} steps, {asked.rounds} rounds, {asked.threads} threads, guidance {asked.guidance:g}")
+    print(f"{asked.images} images of {asked.steps} steps, {asked.rounds} rounds, {asked.threads} threads, guidance {asked.guidance:g}")
     for name, spent in seconds.items():
         ratios = sorted(one / other for one, other in zip(spent, seconds["plain diffusers"], strict=True))
         micros = statistics.median(spent) / asked.images / asked.steps * 1e6

@@ -29,24 +29,24 @@ COMMON: dict[str, Any] = {
     "base": "toy",
     "prompts_per_step": 8,
     "group_size": 8,
-    "normalise": "rollout_means",
+    "loss_aggregation": "seq-mean-token-mean",
     "save_every": 10_000,
     "eval_every": 10_000,
     "learner.lr": 1e-7,
     "rewards": {"verifier": {}},
     "evals": "none",
 }
-OWN = {"kind": "own", "ema": 0.05}
+OWN = {"kind": "self", "ema": 0.05}
 ARMS: dict[str, tuple[str | None, dict[str, Any]]] = {  # the arm it is compared with, and what it changes
     "plain": (None, {}),
     "release": ("plain", {"credit.release": {"segments": 4, "min_segments": 4, "min_side": 1}}),
     "release_sentences": ("plain", {"credit.release": {"segments": "sentences", "min_segments": 4, "min_side": 1}}),
     "margin": ("plain", {"credit.margin": {}}),
     "balance": ("plain", {"credit.balance": {}}),
-    "extrapolate": ("plain", {"accelerator": {"kind": "extrapolate", "tries": 0}}),
-    "own": (None, {"teachers.main": OWN}),
-    "peers_words": ("own", {"teachers.main": {**OWN, "context": {"kind": "rule_cost:Unsaid"}}}),
-    "peers": ("own", {"teachers.main": {**OWN, "context": {"kind": "peers"}}}),
+    "extrapolate": ("plain", {"extrapolation": {"kind": "extrapolate", "tries": 0}}),
+    "self": (None, {"teachers.main": OWN}),
+    "peers_words": ("self", {"teachers.main": {**OWN, "context": {"kind": "rule_cost:Unsaid"}}}),
+    "peers": ("self", {"teachers.main": {**OWN, "context": {"kind": "peers"}}}),
 }
 
 
@@ -54,15 +54,15 @@ def __getattr__(name: str) -> Any:
     """`rule_cost:Unsaid`, made on first use: the rest of this script starts without the library."""
     if name != "Unsaid":
         raise AttributeError(name)
-    from reflux.contexts.base import View
+    from reflux.contexts.base import TeacherPrompt
     from reflux.contexts.peers import Peers
 
     class Unsaid(Peers):
         """Builds the contexts of `peers` and asks in the plain one."""
 
-        def __call__(self, group: Any, moment: Any) -> list[View | None]:
-            super().__call__(group, moment)
-            return [View(attempt.rollout.prompt.messages) for attempt in group]
+        def __call__(self, group: Any, step_context: Any) -> list[TeacherPrompt | None]:
+            super().__call__(group, step_context)
+            return [TeacherPrompt(attempt.rollout.prompt.messages) for attempt in group]
 
     return Unsaid
 

@@ -30,7 +30,7 @@ METHODS = {  # a part that came as a method of its own, and the recipe that came
     "reflux.objectives.velocity_kl:VelocityKL": "flow",
     "reflux.samplers.teacher_samples:Drawn": "flow_sft",
 }
-HOLDERS = {"cfg", "part", "task", "sampler", "learner", "teacher", "objective", "rule", "context", "reward", "accelerator", "evaluation"}
+HOLDERS = {"cfg", "part", "task", "sampler", "learner", "teacher", "objective", "rule", "context", "reward", "extrapolation", "evaluation"}
 PROBE = """
 import asyncio, json, os, sys, threading
 import torch, torch._dynamo

@@ -58,7 +58,7 @@ WHERE = {  # where a recipe names a part of each group
     "objectives": "`[[objectives]]`",
     "credit": "`[credit.NAME]`",
     "rewards": "`[rewards.NAME]`",
-    "accelerators": "`[accelerator]`",
+    "extrapolation": "`[extrapolation]`",
     "evals": "`[evals.NAME]`",
     "schedules": "the value of any key that takes a schedule",
 }
@@ -67,8 +67,7 @@ MATHS = (
     "reflux.loss.baselines",
     "reflux.objectives.sampled_kl",
     "reflux.objectives.ratio",
-    "reflux.objectives.velocity_kl",
-    "reflux.samplers.flow",
+    "reflux.models.flow.sde",
     "reflux.credit.log_ratio",
     "reflux.credit.change_point",
     "reflux.credit.margin",
@@ -80,7 +79,7 @@ MATHS = (
     "reflux.loss.linear_divergence",
     "reflux.metrics.intervals",
 )
-METHOD = ("objectives", "credit", "contexts", "accelerators")  # the groups whose parts make a method
+METHOD = ("objectives", "credit", "contexts", "extrapolation")  # the groups whose parts make a method
 MADE = "<!-- Written by docs/generate.py from the code. Do not edit: change the docstring, the comment or docs/notes.toml. -->\n"
 
 
@@ -176,8 +175,8 @@ def recipes() -> Iterator[str]:
 
 def when(recipe: str) -> str:
     """When to use a recipe: its note, else what its method's part says of itself. KeyError without either."""
-    said = (part.when for _, group, part in registry.within(load_recipe(recipe)) if group in METHOD and part.when)
-    return NOTES["recipes"][recipe] if recipe in NOTES["recipes"] else next(said, "") or NOTES["recipes"][recipe]
+    behaviour = (part.when for _, group, part in registry.within(load_recipe(recipe)) if group in METHOD and part.when)
+    return NOTES["recipes"][recipe] if recipe in NOTES["recipes"] else next(behaviour, "") or NOTES["recipes"][recipe]
 
 
 def _comment(path: Path) -> str:
@@ -235,9 +234,9 @@ def _table(path: str, cls: type) -> Iterator[str]:
 def word(path: str, cls: type, name: str) -> str:
     """What a field means: its comment in the source, else its note, else the class docstring that names it. KeyError without any."""
     note = NOTES["fields"].get(f"{path}.{name}".lstrip("."))
-    said = comments(cls).get(name) or note
-    if said:
-        return said
+    behaviour = comments(cls).get(name) or note
+    if behaviour:
+        return behaviour
     if re.search(rf"\b{name.removesuffix('_')}\b", inspect.getdoc(cls) or ""):
         return "see above"
     raise KeyError(f"{cls.__module__}.{cls.__name__}.{name} has no comment, no word in the docstring and no note in docs/notes.toml")

@@ -31,14 +31,14 @@ from reflux.runtime.services import Services
 from reflux.runtime.weights import Weights
 from reflux.teachers.base import TeacherRequest
 from reflux.teachers.local import Local
-from reflux.types import Attempt, Group, HiddenTarget, Moment, Rollout, Share, TeacherAnswer, TokenRollout, Wants
+from reflux.types import Attempt, Credit, Group, HiddenTarget, Requirements, Rollout, StepContext, TeacherAnswer, TokenRollout
 
 FIRST, LAST = 0.2, 1.2  # a teacher goes flat between these shares of an attempt, uniformly; from 1 on it never does
 
 
-def collapse(moment: Moment, prompt: str, sample: int, length: int) -> int:
+def collapse(step_context: StepContext, prompt: str, sample: int, length: int) -> int:
     """The first position at which the teacher is flat; `length` where it stays as it is."""
-    return min(length, round(moment.dice("collapse", prompt, sample).uniform(FIRST, LAST) * length))
+    return min(length, round(step_context.rng("collapse", prompt, sample).uniform(FIRST, LAST) * length))
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -58,21 +58,21 @@ class Collapsing(Local):
                 await follow(weights, done)
 
             async def score(requests: Sequence[TeacherRequest]) -> list[TeacherAnswer]:
-                answers, moment = await read(requests), Moment(step, context.seed)
+                answers, step_context = await read(requests), StepContext(step, context.seed)
                 pairs = zip(requests, answers, strict=True)
-                return [flatten(request.rollout, answer, self.left, moment, services.heads) for request, answer in pairs]
+                return [flatten(request.rollout, answer, self.left, step_context, services.heads) for request, answer in pairs]
 
             opened.score, opened.publish = score, publish
             yield opened
 
 
-def flatten(rollout: Rollout, answer: TeacherAnswer, left: float, moment: Moment, heads: Heads) -> TeacherAnswer:
+def flatten(rollout: Rollout, answer: TeacherAnswer, left: float, step_context: StepContext, heads: Heads) -> TeacherAnswer:
     """Scale the last hidden states, and with them the logits of a head that is a matrix; what was read off them is read again."""
     target, listed = answer.target, answer.candidates
     assert isinstance(target, HiddenTarget)
     assert isinstance(rollout, TokenRollout)
     h_TH = target.h_TH.clone()
-    h_TH[collapse(moment, rollout.prompt.id, rollout.sample, rollout.length) :] *= left
+    h_TH[collapse(step_context, rollout.prompt.id, rollout.sample, rollout.length) :] *= left
     flat = dataclasses.replace(target, h_TH=h_TH, logp_T=None)
     if target.logp_T is not None:
         flat = dataclasses.replace(flat, logp_T=flat.sampled_logp_T(rollout, heads))
@@ -96,17 +96,17 @@ class Oracle(CreditPart):
     min_group: ClassVar[int] = 1
 
     @property
-    def wants(self) -> Wants:
-        return Wants()
+    def requirements(self) -> Requirements:
+        return Requirements()
 
-    def __call__(self, group: Group, moment: Moment) -> list[Share]:
-        return [self._share(attempt, moment) for attempt in group]
+    def __call__(self, group: Group, step_context: StepContext) -> list[Credit]:
+        return [self._share(attempt, step_context) for attempt in group]
 
-    def _share(self, attempt: Attempt, moment: Moment) -> Share:
+    def _share(self, attempt: Attempt, step_context: StepContext) -> Credit:
         rollout = attempt.rollout
         if not rollout.mask_T.any():
-            return Share()
-        return Share(factor_T=cut(rollout.mask_T, collapse(moment, rollout.prompt.id, rollout.sample, rollout.length)))
+            return Credit()
+        return Credit(weight_T=cut(rollout.mask_T, collapse(step_context, rollout.prompt.id, rollout.sample, rollout.length)))
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -120,23 +120,23 @@ class Shuffling(HF):
         async with HF.open(self, context, services) as opened:
             move = opened.step
 
-            async def step(groups: Sequence[Group], objectives: Any, moment: Moment) -> Any:
-                shuffle(groups, self.rule, moment)
-                return await move(groups, objectives, moment)
+            async def step(groups: Sequence[Group], objectives: Any, step_context: StepContext) -> Any:
+                shuffle(groups, self.rule, step_context)
+                return await move(groups, objectives, step_context)
 
             opened.step = step
             yield opened
 
 
-def shuffle(groups: Sequence[Group], rule: str, moment: Moment) -> None:
+def shuffle(groups: Sequence[Group], rule: str, step_context: StepContext) -> None:
     """Give each attempt the share that another one keeps (1 where that one is not released)."""
     attempts = [attempt for group in groups for attempt in group if attempt.rollout.mask_T.any()]
-    shares = [float((np.broadcast_to(a.shares[rule].factor_T, a.rollout.length)[a.rollout.mask_T] > 0).mean()) for a in attempts]
-    moment.dice("shuffle").shuffle(shares)
+    shares = [float((np.broadcast_to(a.credits[rule].weight_T, a.rollout.length)[a.rollout.mask_T] > 0).mean()) for a in attempts]
+    step_context.rng("shuffle").shuffle(shares)
     for attempt, kept in zip(attempts, shares, strict=True):
         mask_T = attempt.rollout.mask_T
         last = np.flatnonzero(mask_T)[max(1, round(kept * int(mask_T.sum()))) - 1]
-        attempt.shares[rule] = dataclasses.replace(attempt.shares[rule], factor_T=cut(mask_T, int(last) + 1))
+        attempt.credits[rule] = dataclasses.replace(attempt.credits[rule], weight_T=cut(mask_T, int(last) + 1))
 
 
 # --- found against true
@@ -163,7 +163,9 @@ def points(run_dir: Path) -> Iterator[Point]:
             elif "release" in line.get("detail", {}):
                 said = line["detail"]["release"]
                 found = said["starts"][said["kept"]] if said["kept"] < len(said["starts"]) else None
-                yield Point(lengths[key], collapse(Moment(line["step"] - 1, seed), line["prompt"], line["sample"], lengths[key]), found)
+                yield Point(
+                    lengths[key], collapse(StepContext(line["step"] - 1, seed), line["prompt"], line["sample"], lengths[key]), found
+                )
 
 
 def row(name: str, found: list[Point]) -> str:

@@ -13,12 +13,12 @@ from reflux.config.registry import STRICT
 from reflux.loss.term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import score_cost
-from reflux.types import Target, VelocityTarget, Wants
+from reflux.types import Requirements, Target, VelocityTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reflux.loss.flow_outputs import VelocitySays
+    from reflux.loss.flow_outputs import VelocityOutputs
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -32,13 +32,13 @@ class Detached(ObjectivePart):
     coef: float = 1.0
     clip: tuple[float, float] = (0.2, 0.2)
 
-    takes_shift: ClassVar[bool] = False
+    takes_advantage_offset: ClassVar[bool] = False
     accepts: ClassVar[tuple[type[Target], ...]] = (VelocityTarget,)
 
     @property
-    def wants(self) -> Wants:
-        return Wants()
+    def requirements(self) -> Requirements:
+        return Requirements()
 
-    def __call__(self, rows: Rows[VelocitySays]) -> Tensor:
+    def __call__(self, rows: Rows[VelocityOutputs]) -> Tensor:
         reward_N = -rows.student.kl(rows.teachers[self.teacher])
         return score_cost(reward_N, rows.student.logp_N, rows.behaviour_logp_N, "clip", self.clip, ratio_cap=1.0)

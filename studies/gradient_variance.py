@@ -1,6 +1,6 @@
 """Repeated draws of whole gradients: how noisy is each arm's step, and does it point where the exact one does?
 
-At a fixed student, M batches of attempts are drawn at the same prompts with other dice; on each, every arm's gradient of the whole model is
+At a fixed student, M batches of attempts are drawn at the same prompts with other random numbers; on each, every arm's gradient of the whole model is
 made by the library's own learner (a step of size 0, never clipped). So arms see the same attempts and only the sampling noise counts.
 Reported per arm: the total variance mean |g|^2 - |mean g|^2 in its unbiased form, its ratio to the baseline arm's, the squared norm of the
 expected gradient, and the cosine of the expected gradient with the reference arm's, each with a jackknife interval over draws. Even the
@@ -32,7 +32,7 @@ from reflux.config.overrides import merge
 from reflux.config.recipe import RunConfig, differences, from_table, to_table
 from reflux.credit.base import share_credit
 from reflux.errors import ConfigError, RunError, Stopped
-from reflux.learners.gradient_learner import Moving
+from reflux.learners.gradient_learner import GradientLearner
 from reflux.learners.learning import observe
 from reflux.loop import Parts, lasting, open_parts
 from reflux.loss.step import StepRequest
@@ -44,12 +44,12 @@ from reflux.training import Options, Run
 from reflux.types import Group, Prompt, seed_of
 
 UNCLIPPED = 1e30
-SEED = seed_of("gradient variance") % (1 << 31)  # dice and prompts that no run of a study has
+SEED = seed_of("gradient variance") % (1 << 31)  # random numbers and prompts that no run of a study has
 NOTE = "95 % jackknife intervals over draws; the same attempts for every arm. Cosine: between expected gradients, noise removed."
 
 
 def still(cfg: RunConfig) -> RunConfig:
-    """The arm with a learner that does not move, and dice of its own."""
+    """The arm with a learner that does not move, and random numbers of its own."""
     return from_table(merge(to_table(cfg), {"learner": {"lr": 0.0, "clip": UNCLIPPED}, "seed": SEED, "log_variance": False}))
 
 
@@ -77,7 +77,7 @@ async def draw_gradients(cfgs: Mapping[str, RunConfig], draws: int, weights: Map
         prompts = list(islice(run.prompts, first.prompts_per_step))
         async with lasting(run), open_parts(first, run.context, run.services) as parts:
             learner, sampler, _, _, _ = parts
-            if not isinstance(learner, Moving):
+            if not isinstance(learner, GradientLearner):
                 raise ConfigError("learner: this study reads the gradients of a learner of the library; choose kind = hf or flow.")
             if weights is not None:
                 learner.take_up(weights)
@@ -85,7 +85,7 @@ async def draw_gradients(cfgs: Mapping[str, RunConfig], draws: int, weights: Map
             for m in range(draws):
                 groups = await attempts(run, parts, prompts, m)
                 for arm, cfg in cfgs.items():
-                    request = StepRequest(groups, cfg.objectives, run.moment(m), cfg.normalise)
+                    request = StepRequest(groups, cfg.objectives, run.step_context(m), cfg.loss_aggregation)
                     found[arm].append(await gradient(learner, request))
                 if run.stopping:
                     raise Stopped(f"stopped after draw {m + 1} of {draws}")
@@ -93,18 +93,18 @@ async def draw_gradients(cfgs: Mapping[str, RunConfig], draws: int, weights: Map
 
 
 async def attempts(run: Run, parts: Parts, prompts: Sequence[Prompt], m: int) -> list[Group]:
-    """Draw m at the prompts, as the loop makes a step's batch. Lengths are those of the recipe's first step."""
+    """SamplingParams m at the prompts, as the loop makes a step's batch. Lengths are those of the recipe's first step."""
     learner, sampler, reward, teachers, _ = parts
     draw = replace(run.cfg.draw(0), step=m)
     groups = list(await asyncio.gather(*(sampler.sample(prompt, run.cfg.group_size, draw) for prompt in prompts)))
     await asyncio.gather(*(judge(reward, group) for group in groups))
-    await teachers.score(groups, run.moment(m))
+    await teachers.score(groups, run.step_context(m))
     await observe(learner, groups)
-    share_credit(groups, run.cfg.credit, run.moment(m))
+    share_credit(groups, run.cfg.credit, run.step_context(m))
     return groups
 
 
-async def gradient(learner: Moving, request: StepRequest) -> np.ndarray:
+async def gradient(learner: GradientLearner, request: StepRequest) -> np.ndarray:
     """The gradient of all trained weights in one row, float32."""
     learner.optimiser.zero_grad(set_to_none=True)  # a batch with nothing to learn from leaves no gradient, not an old one
     await learner.step(request)
@@ -168,7 +168,7 @@ class Drawing:
 
 
 def write_variance(study: Study, drawing: Drawing, out: Path, overrides: Sequence[str], born: dict[str, Any]) -> str:
-    """Draw at every student and write variance.json and variance.md; returns the latter. A student already drawn at is not drawn again.
+    """SamplingParams at every student and write variance.json and variance.md; returns the latter. A student already drawn at is not drawn again.
 
     born: where the numbers come from, for the files. ConfigError where the study has no [variance] table.
     """

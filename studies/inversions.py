@@ -27,7 +27,7 @@ from reflux.credit.log_ratio import log_ratio_T
 from reflux.loop import lasting, open_parts
 from reflux.rewards.base import judge
 from reflux.training import Options, Run
-from reflux.types import Draw, Group, Wants
+from reflux.types import Group, Requirements, SamplingParams
 
 RESAMPLES = 2000
 TEACHER = "main"
@@ -67,8 +67,8 @@ def ranked(group: Group, threshold: float = 0.5) -> Ranked:
 
 def table(prompts: Sequence[Ranked], seed: int) -> dict[str, Any]:
     """Each number with its interval over prompts: [value, low, high]; null where nothing was seen."""
-    dice = np.random.default_rng(seed)
-    draws = [dice.integers(len(prompts), size=len(prompts)) for _ in range(RESAMPLES)]
+    rng = np.random.default_rng(seed)
+    draws = [rng.integers(len(prompts), size=len(prompts)) for _ in range(RESAMPLES)]
 
     def share(top: Callable[[Ranked], float], below: Callable[[Ranked], float]) -> list[float] | None:
         above, under = (np.array([count(one) for one in prompts], dtype=float) for count in (top, below))
@@ -92,16 +92,16 @@ def table(prompts: Sequence[Ranked], seed: int) -> dict[str, Any]:
 
 async def graded(cfg: RunConfig, prompts: int, samples: int, split: Any) -> list[Ranked]:
     """Attempts of the recipe's student at the first held-out prompts, graded by its teachers."""
-    cfg = replace(cfg, prompts_per_step=prompts, group_size=samples, max_lag=0, evals={}, accelerator=None)
+    cfg = replace(cfg, prompts_per_step=prompts, group_size=samples, max_staleness=0, evals={}, extrapolation=None)
     with tempfile.TemporaryDirectory() as scratch:
-        run = Run.open(cfg, Wants(reward=True, logp=True), Options(Path(scratch) / "inversions"))
+        run = Run.open(cfg, Requirements(reward=True, logp=True), Options(Path(scratch) / "inversions"))
         async with lasting(run), open_parts(cfg, run.context, run.services) as (learner, sampler, reward, teachers, _):
             await sampler.publish(learner.publish(), 0)
             asked = list(islice(cfg.task.prompts(split, 0), prompts))
-            draw = Draw(0, "eval", cfg.evaluation_positions, stop=cfg.sampler.generation.stop, cohort=len(asked))
+            draw = SamplingParams(0, "eval", cfg.evaluation_positions, stop=cfg.sampler.generation.stop, cohort=len(asked))
             groups = list(await asyncio.gather(*(sampler.sample(prompt, samples, draw) for prompt in asked)))
             await asyncio.gather(*(judge(reward, group) for group in groups))
-            await teachers.score(groups, run.moment())
+            await teachers.score(groups, run.step_context())
     return [ranked(group) for group in groups]
 
 

@@ -30,7 +30,7 @@ from scipy.stats import rankdata
 from table import grid
 
 from reflux.config.recipe import config_hash, load_recipe
-from reflux.contexts.base import View, retold
+from reflux.contexts.base import TeacherPrompt, retold
 from reflux.contexts.peers import Peers
 from reflux.contexts.same import Same
 from reflux.contexts.wording import with_attempts
@@ -41,9 +41,9 @@ from reflux.storage.files import write_text
 from reflux.storage.summary import commit
 from reflux.teachers.base import TeacherRequest
 from reflux.training import Options, Run
-from reflux.types import Attempt, Draw, Group, HiddenTarget, Moment, Rollout, TeacherAnswer, TokenRollout, Wants
+from reflux.types import Attempt, Group, HiddenTarget, Requirements, Rollout, SamplingParams, StepContext, TeacherAnswer, TokenRollout
 
-Context = Callable[[Group, Moment], list[View | None]]
+Context = Callable[[Group, StepContext], list[TeacherPrompt | None]]
 CONTEXTS: dict[str, Context] = {
     "plain": Same(),
     "1S": Peers(1, 0),
@@ -68,7 +68,7 @@ class Asked:
 
 async def draw(asked: Asked, run: Run, sampler: Any) -> list[Group]:
     prompts = list(islice(run.task.prompts("train", asked.seed), asked.prompts))
-    how = Draw(0, "train", run.cfg.training_positions, cohort=len(prompts))
+    how = SamplingParams(0, "train", run.cfg.training_positions, cohort=len(prompts))
     return list(await asyncio.gather(*(sampler.sample(prompt, asked.group, how) for prompt in prompts)))
 
 
@@ -78,13 +78,13 @@ def mixed(group: Group) -> bool:
     return 2 <= sum(right) <= len(right) - 2
 
 
-def foreign(groups: Sequence[Group]) -> list[list[View | None]]:
+def foreign(groups: Sequence[Group]) -> list[list[TeacherPrompt | None]]:
     """For every group, two right attempts at the next group's problem."""
-    views: list[list[View | None]] = []
+    views: list[list[TeacherPrompt | None]] = []
     for group, other in zip(groups, [*groups[1:], groups[0]], strict=True):
         shown = [spoken(attempt).text for attempt in other if (attempt.verdict or 0) >= 0.5][:2]
         messages = retold(group[0].rollout.prompt.messages, lambda problem, shown=shown: with_attempts(problem, shown, []))
-        views.append([View(messages, notes={"twin_fraction": 0.0})] * len(group))
+        views.append([TeacherPrompt(messages, notes={"twin_fraction": 0.0})] * len(group))
     return views
 
 
@@ -93,7 +93,9 @@ def spoken(attempt: Attempt) -> TokenRollout:
     return attempt.rollout
 
 
-async def scores(teacher: Any, groups: Sequence[Group], views: list[list[View | None]], requirements: Wants) -> list[np.ndarray]:
+async def scores(
+    teacher: Any, groups: Sequence[Group], views: list[list[TeacherPrompt | None]], requirements: Requirements
+) -> list[np.ndarray]:
     """Mean log-prob per token of each attempt, nats; NaN where it was not asked about."""
     pairs = [(a, view) for group, some in zip(groups, views, strict=True) for a, view in zip(group, some, strict=True) if view]
     answers = await teacher.score([TeacherRequest(attempt.rollout, view, requirements) for attempt, view in pairs])
@@ -145,7 +147,7 @@ async def signal(asked: Asked) -> dict[str, Any]:
     changes = {"learner.model": asked.student, "teachers.main": teacher, "seed": asked.seed, "group_size": asked.group}
     cfg = load_recipe("peers", {**changes, "prompts_per_step": asked.prompts, "threads": asked.threads})
     with tempfile.TemporaryDirectory() as scratch:
-        run = Run.open(cfg, Wants(logp=True, spans=True, reward=True), Options(Path(scratch) / "run"))
+        run = Run.open(cfg, Requirements(logp=True, spans=True, reward=True), Options(Path(scratch) / "run"))
         async with lasting(run), open_parts(cfg, run.context, run.services) as (_, sampler, reward, teachers, _):
             groups = await draw(asked, run, sampler)
             await asyncio.gather(*(judge(reward, group) for group in groups))
@@ -153,9 +155,11 @@ async def signal(asked: Asked) -> dict[str, Any]:
             kept = [group for group in groups if mixed(group)]
             if len(kept) < 2:
                 raise SystemExit(f"peer_signal: only {len(kept)} problems have two right and two wrong attempts; ask for more --prompts")
-            teacher, moment = teachers.opened["main"][1], run.moment()
-            views = {name: [context(group, moment) for group in kept] for name, context in CONTEXTS.items()} | {FOREIGN: foreign(kept)}
-            table = {name: measured(kept, some, await scores(teacher, kept, some, run.wants)) for name, some in views.items()}
+            teacher, step_context = teachers.opened["main"][1], run.step_context()
+            views = {name: [context(group, step_context) for group in kept] for name, context in CONTEXTS.items()} | {
+                FOREIGN: foreign(kept)
+            }
+            table = {name: measured(kept, some, await scores(teacher, kept, some, run.requirements)) for name, some in views.items()}
     distinct = float(np.mean([len({spoken(a).text for a in group}) / len(group) for group in groups]))
     return {
         **provenance(asked, config_hash(cfg)),
@@ -167,7 +171,7 @@ async def signal(asked: Asked) -> dict[str, Any]:
     }
 
 
-def measured(groups: Sequence[Group], views: list[list[View | None]], score: list[np.ndarray]) -> list[dict[str, float]]:
+def measured(groups: Sequence[Group], views: list[list[TeacherPrompt | None]], score: list[np.ndarray]) -> list[dict[str, float]]:
     rows = []
     for group, some, score_G in zip(groups, views, score, strict=True):
         right_G = np.array([(attempt.verdict or 0.0) >= 0.5 for attempt in group])

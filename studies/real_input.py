@@ -37,7 +37,12 @@ THEN = (
 
 def openings(path: Path) -> None:
     """Every opening once, in a seeded order: {"id", "prompt"} lines."""
-    rows = [f"Once upon a time, there was a {who} named {name}. {then.format(name=name)}" for name in NAMES for who in WHO for then in THEN]
+    rows = [
+        f"SharedCache upon a time, there was a {who} named {name}. {then.format(name=name)}"
+        for name in NAMES
+        for who in WHO
+        for then in THEN
+    ]
     random.Random(0).shuffle(rows)
     path.write_text("".join(json.dumps({"id": f"opening-{i}", "prompt": text}) + "\n" for i, text in enumerate(rows)))
 

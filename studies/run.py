@@ -235,9 +235,9 @@ def run_study(arguments: Sequence[str] | None = None) -> None:
 def draw_variance(study: Study, asked: argparse.Namespace) -> str:
     from gradient_variance import Drawing, write_variance
 
-    said = study.variance or Variance()
-    arms = named(asked.arms) or said.arms or tuple(study.arms)
-    drawing = Drawing(arms, named(asked.students) or said.students, asked.draws or said.draws, seeds_of(study, asked)[0])
+    behaviour = study.variance or Variance()
+    arms = named(asked.arms) or behaviour.arms or tuple(study.arms)
+    drawing = Drawing(arms, named(asked.students) or behaviour.students, asked.draws or behaviour.draws, seeds_of(study, asked)[0])
     return write_variance(study, drawing, asked.out, overrides_of(asked), provenance(study, asked))
 
 

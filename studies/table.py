@@ -126,7 +126,9 @@ def markdown(table: Mapping[str, Any], baseline: str) -> str:
     scores = list(
         dict.fromkeys(n.rsplit(".", 1)[0] for row in table.values() for n in row["measures"] if n.endswith((".before", ".after")))
     )
-    learnt: list[list[str]] = [["arm", "runs"] + [title for s in scores for title in (f"{said(s)} before", "after", f"minus {baseline}")]]
+    learnt: list[list[str]] = [
+        ["arm", "runs"] + [title for s in scores for title in (f"{behaviour(s)} before", "after", f"minus {baseline}")]
+    ]
     cost: list[list[str]] = [["arm", *(title for title, _ in COSTS.values())]]
     for arm, row in table.items():
         cells = [arm, str(len(row["seeds"]))]
@@ -139,7 +141,7 @@ def markdown(table: Mapping[str, Any], baseline: str) -> str:
     return f"{grid(learnt)}\n\n{grid(cost)}\n{course(table, grid, cell)}{rules_table(table, grid, cell)}"
 
 
-def said(score: str) -> str:
+def behaviour(score: str) -> str:
     """In words: `accuracy.accuracy` is plainly accuracy (of validation problems), `agreement.kl_nats` the held-out KL in nats a token.
 
     A part or route comes after it.

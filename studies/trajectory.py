@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from reflux.config.registry import STRICT
 from reflux.credit.base import CreditPart
 from reflux.models.flow.sde import kl_weight
-from reflux.types import Attempt, FlowRollout, Group, Moment, Share, VelocityTarget, Wants
+from reflux.types import Attempt, Credit, FlowRollout, Group, Requirements, StepContext, VelocityTarget
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -32,20 +32,20 @@ class Later(CreditPart):
     min_group: ClassVar[int] = 1
 
     @property
-    def wants(self) -> Wants:
-        return Wants(said=1)
+    def requirements(self) -> Requirements:
+        return Requirements(behaviour=1)
 
-    def __call__(self, group: Group, moment: Moment) -> list[Share]:
+    def __call__(self, group: Group, step_context: StepContext) -> list[Credit]:
         later = [self._later(attempt) for attempt in group]
         known = [later_T for later_T in later if later_T is not None]
         others = max(1, len(known) - 1)
-        return [Share() if own_T is None else Share(shift_T=(sum(known) - own_T) / others - own_T) for own_T in later]
+        return [Credit() if own_T is None else Credit(advantage_offset_T=(sum(known) - own_T) / others - own_T) for own_T in later]
 
     def _later(self, attempt: Attempt) -> np.ndarray | None:
         rollout, target = attempt.rollout, attempt.target(self.teacher)
-        if not (isinstance(rollout, FlowRollout) and isinstance(rollout.said, VelocityTarget) and isinstance(target, VelocityTarget)):
+        if not (isinstance(rollout, FlowRollout) and isinstance(rollout.behaviour, VelocityTarget) and isinstance(target, VelocityTarget)):
             return None
-        gap_T = ((rollout.said.v_TD - target.v_TD).astype(np.float64) ** 2).sum(-1)
+        gap_T = ((rollout.behaviour.v_TD - target.v_TD).astype(np.float64) ** 2).sum(-1)
         t_T, dt_T = rollout.t_S[:-1].astype(np.float64), np.diff(rollout.t_S.astype(np.float64))
         kl_T = np.where(rollout.mask_T, kl_weight(t_T, dt_T, rollout.noise_level) * gap_T, 0.0)
         return kl_T[::-1].cumsum()[::-1] - kl_T

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from reflux.config.context import PartContext
-from reflux.contexts.base import View
+from reflux.contexts.base import TeacherPrompt
 from reflux.loss.step import StepRequest
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.objectives.velocity_kl import VelocityKL
 from reflux.runtime.services import Services
 from reflux.runtime.weights import InMemory
 from reflux.teachers.base import TeacherRequest
-from reflux.types import Attempt, FlowRollout, Moment, Prompt, SampledTarget, TeacherAnswer, TokenRollout, VelocityTarget
+from reflux.types import Attempt, FlowRollout, Prompt, SampledTarget, StepContext, TeacherAnswer, TokenRollout, VelocityTarget
 
 
 def done_by(packed: bytes) -> Any:
@@ -52,7 +52,7 @@ async def sampler(part: Any, context: PartContext, more: Any) -> Any:
 async def teacher(part: Any, context: PartContext, more: Any) -> Any:
     """Is told of weights, answers, is saved; another one takes that up and answers too."""
     services = Services(context.student)
-    requests = [TeacherRequest(rollout, View(rollout.prompt.messages), context.requirements) for rollout in more["rollouts"]]
+    requests = [TeacherRequest(rollout, TeacherPrompt(rollout.prompt.messages), context.requirements) for rollout in more["rollouts"]]
     with tempfile.TemporaryDirectory() as folder:
         async with part.open(context, services) as opened:
             await opened.publish(InMemory.of(more["weights"], 1), 1)
@@ -72,7 +72,7 @@ async def learner(part: Any, context: PartContext, more: Any) -> Any:
     services = Services(context.student)
     async with part.open(context, services) as opened:
         groups = [[attempt] for attempt in more["attempts"]]
-        results = [await opened.step(StepRequest(groups, more["objectives"], Moment(step, context.seed))) for step in range(2)]
+        results = [await opened.step(StepRequest(groups, more["objectives"], StepContext(step, context.seed))) for step in range(2)]
         seen = await opened.observe(groups)
         weights = opened.publish()
         found = [result.records for result in results], {name: stat.value for name, stat in results[-1].stats.items()}
@@ -82,7 +82,7 @@ async def learner(part: Any, context: PartContext, more: Any) -> Any:
             opened.export(Path(folder) / "student")
             async with part.open(context, services) as again:
                 again.load(Path(folder) / "state")
-                next_one = StepRequest(groups, more["objectives"], Moment(2, context.seed))
+                next_one = StepRequest(groups, more["objectives"], StepContext(2, context.seed))
                 both = [(await one.step(next_one)).records for one in (opened, again)]
     services.close()
     return found, seen, moved, both

@@ -16,7 +16,7 @@ from reflux.config.registry import STRICT
 from reflux.contexts.same import Same
 from reflux.credit.base import CreditPart
 from reflux.evals.base import Asked, EvalPart
-from reflux.extrapolation.base import AcceleratorPart, Scoring
+from reflux.extrapolation.base import ExtrapolationPart, Scoring
 from reflux.learners.hf import HF as Learner
 from reflux.rewards.base import RewardPart
 from reflux.rollouts.environment import Environment, Observation, ToolError
@@ -25,7 +25,20 @@ from reflux.samplers.hf import HF as HFSampler
 from reflux.storage import checkpoints
 from reflux.tasks.base import TaskPart
 from reflux.teachers.base import TeacherPart
-from reflux.types import Attempt, Group, Message, Moment, Prompt, Reward, Rollout, SampledTarget, Share, TokenRollout, TopKTarget, Wants
+from reflux.types import (
+    Attempt,
+    Credit,
+    Group,
+    Message,
+    Prompt,
+    Requirements,
+    Reward,
+    Rollout,
+    SampledTarget,
+    StepContext,
+    TokenRollout,
+    TopKTarget,
+)
 
 HEARD: list[tuple[Any, ...]] = []  # what the parts below saw, in order; a test empties it
 
@@ -40,11 +53,11 @@ class Half(CreditPart):
     min_group: ClassVar[int] = 1
 
     @property
-    def wants(self) -> Wants:
-        return Wants()
+    def requirements(self) -> Requirements:
+        return Requirements()
 
-    def __call__(self, group: Group, moment: Moment) -> list[Share]:
-        return [Share(factor_T=self.factor) for _ in group]
+    def __call__(self, group: Group, step_context: StepContext) -> list[Credit]:
+        return [Credit(weight_T=self.factor) for _ in group]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -199,7 +212,7 @@ class KeepsVersions(HFSampler):
 
 
 @dataclass(frozen=True, config=STRICT)
-class Jump(AcceleratorPart):
+class Jump(ExtrapolationPart):
     """After step `at` moves every weight by `by` of itself; counts its calls, and remembers its start weights' sum."""
 
     at: int = 2
@@ -260,16 +273,16 @@ class ListTeacher(TeacherPart):
     follows: ClassVar[bool] = False
 
     context: Any = Same()
-    as_: str | None = None
+    alias: str | None = None
     routes: tuple[str, ...] = ()
 
     def open(self, context: Any, services: Any) -> Any:
         raise AssertionError("it is never opened")
 
 
-def brightness(prompt: Prompt, picture: Any) -> Reward:
-    """A judge of pictures for the task `jsonl`: every one is right, and this bright."""
-    return Reward(1.0, {"brightness": float(picture.mean()) / 255})
+def brightness(prompt: Prompt, image: Any) -> Reward:
+    """A judge of images for the task `jsonl`: every one is right, and this bright."""
+    return Reward(1.0, {"brightness": float(image.mean()) / 255})
 
 
 @dataclass(frozen=True, config=STRICT)

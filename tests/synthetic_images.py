@@ -1,4 +1,4 @@
-"""A made-up run directory of pictures in the format of the library, small, seeded, for tests of what reads one."""
+"""A made-up run directory of images in the format of the library, small, seeded, for tests of what reads one."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def evals_row(step: int, steps: int) -> dict[str, Any]:
 
 
 def table_of(accuracy: float, noise: float, who: int) -> dict[str, Any]:
-    """What evals.accuracy gives of someone who is right this often, and whose pictures are this noisy."""
+    """What evals.accuracy gives of someone who is right this often, and whose images are this noisy."""
     quality = 1 - noise / 2
     table: dict[str, Any] = {"problems": 320, "split": "test", "accuracy": accuracy, "low": accuracy - 0.04, "high": accuracy + 0.04}
     table |= {"parts": ["quality"]}
@@ -83,18 +83,18 @@ def example(prompt: Prompt, noise: float, who: int) -> dict[str, Any]:
 
 
 def noisy(prompt: Prompt, noise: float, seed: int) -> np.ndarray:
-    picture = draw(prompt, random.Random(prompt.id)).astype(np.float64)
-    dice = np.random.default_rng((seed, len(prompt.id)))
-    return (picture * (1 - noise) + noise * dice.uniform(0, 255, picture.shape)).clip(0, 255).astype(np.uint8)
+    image = draw(prompt, random.Random(prompt.id)).astype(np.float64)
+    rng = np.random.default_rng((seed, len(prompt.id)))
+    return (image * (1 - noise) + noise * rng.uniform(0, 255, image.shape)).clip(0, 255).astype(np.uint8)
 
 
 def attempt_rows(step: int, sample: int, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    dice = random.Random(f"{step}-{sample}")
+    rng = random.Random(f"{step}-{sample}")
     prompt = PROMPTS[(step + sample) % len(PROMPTS)]
     spread = 2.5 * math.exp(-2.2 * step / steps)
-    logp = [round(dice.gauss(-80, 4), 5) for _ in range(STEPS)]
+    logp = [round(rng.gauss(-80, 4), 5) for _ in range(STEPS)]
     kl = [0.1 * spread * (1 + at) for at in range(STEPS)]
-    teacher = [p - k + math.sqrt(2 * k) * dice.gauss(0, 1) for p, k in zip(logp, kl, strict=True)]
+    teacher = [p - k + math.sqrt(2 * k) * rng.gauss(0, 1) for p, k in zip(logp, kl, strict=True)]
     key = {"step": step, "prompt": f"train-{prompt.id}", "sample": sample}
     acted = {
         "kind": "attempt",

@@ -40,19 +40,19 @@ def character_tokenizer() -> Tokenizer:
 
 
 def metrics_row(step: int, steps: int) -> dict[str, Any]:
-    dice = random.Random(step)
-    seconds = {role: size * dice.uniform(0.85, 1.15) for role, size in ROLES.items()}
+    rng = random.Random(step)
+    seconds = {role: size * rng.uniform(0.85, 1.15) for role, size in ROLES.items()}
     return {
         "step": step,
         "loss": 0.5,
-        "kl_nats": 0.9 * math.exp(-3.2 * step / steps) * dice.uniform(0.85, 1.15) + 0.03,
+        "kl_nats": 0.9 * math.exp(-3.2 * step / steps) * rng.uniform(0.85, 1.15) + 0.03,
         "kl_nats_trained": 0.8 * math.exp(-3.2 * step / steps) + 0.03,
         "grad_norm": 1.0,
         "lr": 1e-3,
-        "lag_mean": 0.0,
-        "lag_max": 0,
-        "tokens_sampled": 3000 + int(500 * dice.random()),
-        "tokens_trained": 2900 + int(400 * dice.random()),
+        "staleness_mean": 0.0,
+        "staleness_max": 0,
+        "tokens_sampled": 3000 + int(500 * rng.random()),
+        "tokens_trained": 2900 + int(400 * rng.random()),
         "seconds": seconds | {"total": sum(seconds.values()) + 0.03},
         "flops": {"sample": 2.1e9, "teach": 1.1e9, "learn": 5.2e9},
         "peak_memory_bytes": 8.1e8,
@@ -88,12 +88,12 @@ def score(step: int, steps: int) -> dict[str, Any]:
 
 
 def attempt_rows(step: int, sample: int, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    dice = random.Random(f"{step}-{sample}")
+    rng = random.Random(f"{step}-{sample}")
     text = f"Start: {12 + sample}. {12 + sample}+7={19 + sample}. {19 + sample}-3={16 + sample}.\nAnswer: {16 + sample}"
     tokens = [CHARS.index(char) for char in text] + [0]
     spread = 2.2 * math.exp(-2.2 * step / steps)
-    logp = [-abs(dice.gauss(0, 0.6)) for _ in tokens]
-    teacher = [min(-1e-4, value + dice.gauss(0, spread) * (dice.random() < 0.5)) for value in logp]
+    logp = [-abs(rng.gauss(0, 0.6)) for _ in tokens]
+    teacher = [min(-1e-4, value + rng.gauss(0, spread) * (rng.random() < 0.5)) for value in logp]
     key = {"step": step, "prompt": f"train-{step}-{sample}", "sample": sample}
     acted = {
         "kind": "attempt",

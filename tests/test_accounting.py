@@ -32,14 +32,14 @@ from reflux.models.text import parameter_count
 from reflux.samplers import hf_engine
 from reflux.samplers.flow_engine import FlowSampler
 from reflux.teachers.flow_engine import FlowTeacher
-from reflux.teachers.in_process_teacher import InProcess
+from reflux.teachers.in_process_teacher import InProcessTeacher
 from reflux.training import Options
 from reflux.types import Attempt, TeacherAnswer
 from tiny import rollout
 
 CHAT = {"kind": "outside:Chat"}
 ALONE = {"prompts_per_step": 1, "task": CHAT}  # a row that has ended stays in its batch for a while, unless it is alone
-ROLES = {HFLearner: "learner", hf_engine.HFSampler: "sampler", InProcess: "teacher"}
+ROLES = {HFLearner: "learner", hf_engine.HFSampler: "sampler", InProcessTeacher: "teacher"}
 
 
 class Counted:
@@ -96,16 +96,16 @@ TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
     "a window": ("opd", {"steps": 2, "credit": {"prefix": {"length": 2, "start": 2}}}),
     "peers": ("peers", {"steps": 1, "group_size": 3, "sampler__max_tokens": 1}),
     "told the answer": ("peers", {"steps": 1, "sampler__max_tokens": 1,
-                                  "teachers__main": {"kind": "own", "context": {"kind": "privileged"}}}),
-    "observed": ("opd", {"steps": 2, "group_size": 2, "max_lag": 1, "sampler__max_tokens": 1, "rewards": {"verifier": {}},
+                                  "teachers__main": {"kind": "self", "context": {"kind": "privileged"}}}),
+    "observed": ("opd", {"steps": 2, "group_size": 2, "max_staleness": 1, "sampler__max_tokens": 1, "rewards": {"verifier": {}},
                          "credit": {"margin": {"student": "now"}}}),
     "checkpointed": ("opd", {"steps": 1, "learner__gradient_checkpointing": True}),
     "tools": ("opd", {"steps": 2, "task": CHAT | {"replies": 2}, "sampler__max_tokens": 40}),
     "half is masked": ("opd", {"steps": 2, "task": CHAT | {"replies": 1}, "sampler__max_tokens": 40, "credit": {"prefix": {"length": 1}}}),
     "too long to read": ("opd", {"steps": 6, "sampler__max_prompt_tokens": 16, "sampler__long_prompts": "skip"}),
-    "scored": ("full", {"steps": 2, "accelerator": {"kind": "extrapolate", "prompts": 1, "tries": 2}}),
-    "scored by a teacher": ("full", {"steps": 2, "accelerator": {"kind": "extrapolate", "prompts": 1, "tries": 2, "score": "minus_kl"}}),
-    "thrown away": ("full", {"steps": 4, "max_lag": 1, "accelerator": {"kind": "outside:Jump", "at": 2, "prompts": 1}}),
+    "scored": ("full", {"steps": 2, "extrapolation": {"kind": "extrapolate", "prompts": 1, "tries": 2}}),
+    "scored by a teacher": ("full", {"steps": 2, "extrapolation": {"kind": "extrapolate", "prompts": 1, "tries": 2, "score": "minus_kl"}}),
+    "thrown away": ("full", {"steps": 4, "max_staleness": 1, "extrapolation": {"kind": "outside:Jump", "at": 2, "prompts": 1}}),
 }  # fmt: skip
 
 
@@ -145,8 +145,8 @@ def test_each_case_is_what_its_name_says(tiny_run: Callable[..., Any]) -> None:
     assert [row["tokens_discarded"] > 0 for row in thrown.rows("metrics")] == [False, False, True, False]
     assert thrown.summary["tokens_scored"] > 0
     tools = tiny_run("opd", **ALONE | TEXTS["tools"][1])
-    heard = [row for row in tools.rows("attempts") if row["kind"] == "attempt" and 0 in row["mask"]]
-    assert heard
+    objective_teachers = [row for row in tools.rows("attempts") if row["kind"] == "attempt" and 0 in row["mask"]]
+    assert objective_teachers
 
 
 def test_where_tools_reply_tokens_are_those_of_the_student(tiny_run: Callable[..., Any]) -> None:
@@ -188,7 +188,13 @@ def test_a_plan_counts_the_pass_that_observes(student: str, teacher: str) -> Non
 
 def test_prompts_nobody_learns_from_are_not_billed_to_learning(tiny_run: Callable[..., Any]) -> None:
     """Balancing leaves attempts out, with their prompts."""
-    settings: dict[str, Any] = {"steps": 1, "task": CHAT, "group_size": 4, "rewards": {"verifier": {}}, "normalise": "rollout_means"}
+    settings: dict[str, Any] = {
+        "steps": 1,
+        "task": CHAT,
+        "group_size": 4,
+        "rewards": {"verifier": {}},
+        "loss_aggregation": "seq-mean-token-mean",
+    }
     done = tiny_run("opd", **settings, credit={"margin": {}, "balance": {}})
     kept = {(row["prompt"], row["sample"]) for row in done.rows("attempts") if row["kind"] == "learned" and any(row["weight"])}
     acted = {(row["prompt"], row["sample"]): row for row in done.rows("attempts") if row["kind"] == "attempt"}
@@ -200,7 +206,7 @@ def test_prompts_nobody_learns_from_are_not_billed_to_learning(tiny_run: Callabl
     assert metrics["flops"]["learn"] / metrics["flops"]["sample"] == pytest.approx(6 * read / (2 * everything))
 
 
-# --- pictures
+# --- images
 
 
 @pytest.fixture(scope="module")
@@ -213,10 +219,10 @@ def flows(tmp_path_factory: pytest.TempPathFactory) -> tiny_glyphs.Models:
     [
         ("flow", {}),
         ("flow", {"sampler__guidance": 2.0}),
-        ("flow", {"sampler__length": 2}),
+        ("flow", {"sampler__max_denoising_steps": 2}),
         ("flow_sft", {}),
         ("flow_grpo", {}),
-        ("flow", {"accelerator": {"kind": "extrapolate", "prompts": 2, "include": ["attn"], "tries": 1, "score": "minus_kl"}}),
+        ("flow", {"extrapolation": {"kind": "extrapolate", "prompts": 2, "include": ["attn"], "tries": 1, "score": "minus_kl"}}),
     ],
 )  # fmt: skip
 def test_pictures_are_billed_for_every_call_of_a_network(

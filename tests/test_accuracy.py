@@ -19,7 +19,7 @@ from reflux.grading.graders import Graders
 from reflux.metrics.intervals import bootstrap_mean, wilson
 from reflux.tasks.jsonl import Jsonl
 from reflux.tasks.mix import Mix
-from reflux.types import Attempt, Draw, Group, Prompt, TokenRollout
+from reflux.types import Attempt, Group, Prompt, SamplingParams, TokenRollout
 
 
 class Scripted:
@@ -27,9 +27,9 @@ class Scripted:
 
     def __init__(self, greedy: int = 3, failing: tuple[int, ...] = (), length: int = 4):
         self.greedy, self.failing, self.length = greedy, failing, length
-        self.asked: list[tuple[Prompt, int, Draw]] = []
+        self.asked: list[tuple[Prompt, int, SamplingParams]] = []
 
-    async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
+    async def sample(self, prompt: Prompt, n: int, draw: SamplingParams) -> Group:
         self.asked.append((prompt, n, draw))
         await asyncio.sleep(0)
         number = int(prompt.messages[0]["content"])
@@ -138,8 +138,8 @@ def test_its_draws_are_its_own_and_asked_together(tmp_path: Path, graders: Grade
     sampler = Scripted()
     ask(Accuracy(problems=5, samples=2, temperature=0.7), task(tmp_path), graders, sampler)
     draws = [(n, draw) for _, n, draw in sampler.asked]
-    greedy = Draw(step=0, purpose="eval", length=24, temperature=0.0, stop=("\n\n",), cohort=5)  # the same at every step
-    drawn = Draw(step=5, purpose="eval", length=24, temperature=0.7, stop=("\n\n",), cohort=5)
+    greedy = SamplingParams(step=0, purpose="eval", max_positions=24, temperature=0.0, stop=("\n\n",), cohort=5)  # the same at every step
+    drawn = SamplingParams(step=5, purpose="eval", max_positions=24, temperature=0.7, stop=("\n\n",), cohort=5)
     assert draws == [(1, greedy)] * 5 + [(2, drawn)] * 5
     assert [prompt.id for prompt, _, _ in sampler.asked] == [f"q{k}" for k in range(5)] * 2
 
@@ -147,7 +147,7 @@ def test_its_draws_are_its_own_and_asked_together(tmp_path: Path, graders: Grade
 def test_its_length_limit_is_its_own_where_it_has_one(tmp_path: Path, graders: Graders) -> None:
     sampler = Scripted()
     ask(Accuracy(max_tokens=99), task(tmp_path), graders, sampler)
-    assert {draw.length for _, _, draw in sampler.asked} == {99}
+    assert {draw.max_positions for _, _, draw in sampler.asked} == {99}
 
 
 def test_the_same_problems_are_the_examples(tmp_path: Path, graders: Graders) -> None:
@@ -207,7 +207,7 @@ def test_partial_verdicts_count_in_part(tmp_path: Path, graders: Graders, monkey
 def test_the_routed_ceiling_of_texts_is_that_of_each_teacher_on_its_own_problems(tiny_run: Any, teacher: str, student: str) -> None:
     tables = {"one": teacher, "two": student}
     teachers = {
-        name: {"model": model, "as": "main", "routes": [route]}
+        name: {"model": model, "alias": "main", "routes": [route]}
         for (name, model), route in zip(tables.items(), ("even", "odd"), strict=True)
     }
     asked = {name: {"kind": "teacher_accuracy", "teacher": name, "problems": 6} for name in ("main", "one", "two")}

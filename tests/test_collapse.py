@@ -15,13 +15,13 @@ import tiny
 from reflux.assets.characters import character_tokenizer
 from reflux.credit.release import Release
 from reflux.models.text import as_model
-from reflux.types import Moment, Share
+from reflux.types import Credit, StepContext
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))  # scripts import their neighbours
 
 import collapse
 
-NOW = Moment(3, 7)
+NOW = StepContext(3, 7)
 
 
 def test_the_teacher_is_flat_from_the_drawn_position_on_and_as_it_was_before() -> None:
@@ -55,12 +55,12 @@ def test_shuffling_moves_the_points_and_keeps_how_many_there_are() -> None:
     kept = list(range(2, 12))
     groups = [[tiny.attempt(tiny.rollout(20, seed=i))] for i in kept]
     for (made,), count in zip(groups, kept, strict=True):
-        made.shares = {"release": Share(factor_T=collapse.cut(made.rollout.mask_T, count))}
+        made.credits = {"release": Credit(weight_T=collapse.cut(made.rollout.mask_T, count))}
     collapse.shuffle(groups, "release", NOW)
-    found = [int((np.asarray(made.shares["release"].factor_T) > 0).sum()) for (made,) in groups]
+    found = [int((np.asarray(made.credits["release"].weight_T) > 0).sum()) for (made,) in groups]
     assert sorted(found) == kept
     assert found != kept
-    assert all(np.asarray(made.shares["release"].factor_T).sum() == pytest.approx(20) for (made,) in groups)
+    assert all(np.asarray(made.credits["release"].weight_T).sum() == pytest.approx(20) for (made,) in groups)
 
 
 def test_found_and_true_points_are_read_from_a_run(tiny_run: Callable[..., Any], teacher: str) -> None:
@@ -70,7 +70,7 @@ def test_found_and_true_points_are_read_from_a_run(tiny_run: Callable[..., Any],
         "teachers": {"main": {"kind": "collapse:Collapsing", "model": teacher, "left": 0.0}},
         "credit": {"release": {"segments": 1, "min_segments": 6, "min_side": 1}},
         "prompts_per_step": 12,
-        "normalise": "chosen",
+        "loss_aggregation": "token-mean",
         "steps": 1,
     }
     done = tiny_run("opd", **settings)
@@ -78,10 +78,10 @@ def test_found_and_true_points_are_read_from_a_run(tiny_run: Callable[..., Any],
     assert len(points) == 12
     learned = {row["prompt"]: row for row in done.rows("attempts") if row["kind"] == "learned"}
     for point, row in zip(points, learned.values(), strict=True):
-        said = row["detail"]["release"]
-        flat = [margin for start, margin in zip(said["starts"], said["margins"], strict=True) if start >= point.true]
+        behaviour = row["detail"]["release"]
+        flat = [margin for start, margin in zip(behaviour["starts"], behaviour["margins"], strict=True) if start >= point.true]
         assert all(margin < 1e-3 for margin in flat)  # uniform: no margin at all, so the position is the true one
-        assert (point.found is None) == (said["kept"] == len(said["starts"]))
+        assert (point.found is None) == (behaviour["kept"] == len(behaviour["starts"]))
     assert f"| {len(points)} |" in collapse.row("x", points)
     assert any(point.found is not None and abs(point.found - point.true) <= 1 for point in points)
 
@@ -101,6 +101,6 @@ def test_the_oracle_releases_where_the_teacher_goes_flat() -> None:
     group = [tiny.attempt(tiny.rollout(30, seed=1, sample=i)) for i in range(6)] + [tiny.attempt(tiny.rollout(0, seed=1, sample=6))]
     for made, share in zip(group, collapse.Oracle()(group, NOW), strict=True):
         start = collapse.collapse(NOW, "p1", made.rollout.sample, made.rollout.length)
-        factor_T = np.broadcast_to(share.factor_T, made.rollout.length)
-        assert np.flatnonzero(factor_T).tolist() == list(range(start))
-        assert factor_T.sum() == pytest.approx(made.rollout.length)
+        weight_T = np.broadcast_to(share.weight_T, made.rollout.length)
+        assert np.flatnonzero(weight_T).tolist() == list(range(start))
+        assert weight_T.sum() == pytest.approx(made.rollout.length)

@@ -39,7 +39,7 @@ from reflux.tasks.jsonl import Jsonl
 from reflux.tasks.lines import held_out
 from reflux.tasks.mix import Mix
 from reflux.tasks.word_problems import WordProblems
-from reflux.types import Attempt, Draw, Group, Prompt, Reward
+from reflux.types import Attempt, Group, Prompt, Reward, SamplingParams
 
 # --- multiplicities
 
@@ -226,7 +226,7 @@ class Scripted:
     def __init__(self) -> None:
         self.cohorts: list[int] = []
 
-    async def sample(self, asked: Prompt, n: int, draw: Draw) -> Group:
+    async def sample(self, asked: Prompt, n: int, draw: SamplingParams) -> Group:
         self.cohorts.append(draw.cohort)
         return [Attempt(tiny.rollout(2, sample=sample)) for sample in range(n)]
 
@@ -255,7 +255,7 @@ def test_counts_come_in_order_a_few_prompts_at_a_time() -> None:
 
     async def collect() -> list[list[Counted]]:
         prompts = [prompt(f"{i}") for i in range(5)]
-        return [chunk async for chunk in measured(asked, prompts, 3, Draw(0, "score", 9), at_once=2)]
+        return [chunk async for chunk in measured(asked, prompts, 3, SamplingParams(0, "score", 9), at_once=2)]
 
     chunks = asyncio.run(collect())
     assert [[entry.prompt.id for entry in chunk] for chunk in chunks] == [["0", "1"], ["2", "3"], ["4"]]
@@ -299,9 +299,9 @@ def test_the_command_writes_counts_and_a_balanced_file(recipe: Any, tmp_path: Pa
     assert Counter(row["id"].split("#")[0] for row in prompts) == {row["id"]: row["copies"] for row in counts}
     again = Jsonl(str(tmp_path / "out" / "prompts.jsonl"), validation=0.0)
     assert {one.id for one in islice(again.prompts("train", 0), len(prompts))} == {row["id"] for row in prompts}
-    said = " ".join(capsys.readouterr().out.split())
-    assert "1 prompt(s) have answers that could not be judged; each is kept once" in said
-    assert "correct of 4" in said
+    behaviour = " ".join(capsys.readouterr().out.split())
+    assert "1 prompt(s) have answers that could not be judged; each is kept once" in behaviour
+    assert "correct of 4" in behaviour
     assert not (tmp_path / "out" / PARTIAL).exists()
 
 
@@ -311,7 +311,7 @@ def test_a_killed_call_goes_on_to_the_same_files(recipe: Any, tmp_path: Path, mo
 
     real, seen = prompt_difficulty.measured, []
 
-    async def interrupted(evaluation: Any, prompts: Any, samples: int, draw: Draw) -> Any:
+    async def interrupted(evaluation: Any, prompts: Any, samples: int, draw: SamplingParams) -> Any:
         seen.append(len(prompts))
         async for chunk in real(evaluation, prompts, samples, draw, at_once=4):
             yield chunk
@@ -334,7 +334,7 @@ def test_lines_cut_short_by_kills_do_not_spoil_the_counts(recipe: Any, tmp_path:
 
     real = prompt_difficulty.measured
 
-    async def one_chunk(evaluation: Any, prompts: Any, samples: int, draw: Draw) -> Any:
+    async def one_chunk(evaluation: Any, prompts: Any, samples: int, draw: SamplingParams) -> Any:
         async for chunk in real(evaluation, prompts, samples, draw, at_once=2):
             yield chunk
             raise KeyboardInterrupt
@@ -362,7 +362,7 @@ def test_a_missing_student_is_refused_before_the_folder_is_made(tmp_path: Path) 
 def balanced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, student: str) -> Any:
     """`balanced(overrides)`: the config that recipe.toml gives. Nothing is sampled: every prompt has 2 of 4 right."""
 
-    async def counted(evaluation: Any, prompts: Any, samples: int, draw: Draw) -> Any:
+    async def counted(evaluation: Any, prompts: Any, samples: int, draw: SamplingParams) -> Any:
         yield [Counted(one, k % 2 + 1, samples) for k, one in enumerate(prompts)]
 
     monkeypatch.setattr("reflux.cli.difficulty.measured", counted)
@@ -389,10 +389,10 @@ def test_the_recipe_that_is_written_trains_on_what_was_written(
     assert [one.messages[0]["content"] for one in found.task.prompts("test", 0)] == ["and 9?\n\nThink."]
     assert found.task.grader == "exact"
     assert {key for key, value in to_table(found).items() if value != to_table(old)[key]} == {"task"}
-    said = capsys.readouterr().out
-    assert f"reflux run {tmp_path / 'out' / 'recipe.toml'}" in said
-    assert "no validation prompts" in said
-    assert "no test prompts" not in said
+    behaviour = capsys.readouterr().out
+    assert f"reflux run {tmp_path / 'out' / 'recipe.toml'}" in behaviour
+    assert "no validation prompts" in behaviour
+    assert "no test prompts" not in behaviour
     checks.join(found)
     checks.inputs(replace(found, evals={}))  # which would ask validation prompts
 
@@ -408,9 +408,9 @@ def test_a_mix_of_stories_keeps_its_judge_its_routes_and_its_held_out_prompts(ba
     for one in found.task.prompts("test", 0):
         for text in (f"Answer: {one.answer}", f"#### {one.answer}"):
             assert found.task.verify(one, text) == old.task.verify(one, text)
-    said = capsys.readouterr().out
-    assert "the weights of the mix are gone" in said
-    assert "judges answers by" not in said
+    behaviour = capsys.readouterr().out
+    assert "the weights of the mix are gone" in behaviour
+    assert "judges answers by" not in behaviour
 
 
 def test_a_judge_that_jsonl_does_not_know_is_said(balanced: Any, capsys: pytest.CaptureFixture[str]) -> None:

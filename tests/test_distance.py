@@ -26,7 +26,7 @@ from reflux.metrics.values import Mean
 from reflux.models.flow.sde import kl_weight
 from reflux.storage.attempt_log import arrived, read_attempt
 from reflux.training import Options
-from reflux.types import Attempt, SampledTarget, Share, StepRecord, TeacherAnswer, VelocityTarget
+from reflux.types import Attempt, Credit, SampledTarget, StepRecord, TeacherAnswer, VelocityTarget
 from tiny import rollout
 
 CHAT = {"kind": "outside:Chat"}
@@ -43,7 +43,7 @@ def answered(length: int, logp: Any = None, **fields: Any) -> Attempt:
 def test_the_generated_kl_is_the_mean_of_the_sampled_log_ratio_over_chosen_positions() -> None:
     """Weights do not matter, and neither does an attempt that the teacher was not asked about."""
     one, other = answered(3, [-1, -2, -3], mask=[1, 0, 1]), answered(2, [-4, -5])
-    other.shares["prefix"] = Share(factor_T=0.0)
+    other.credits["prefix"] = Credit(weight_T=0.0)
     by_hand = [one.rollout.logp_T[0] + 1, one.rollout.logp_T[2] + 3, other.rollout.logp_T[0] + 4, other.rollout.logp_T[1] + 5]
     found = generated_kl([one, other, answered(4)], "main")
     assert found.count == 4
@@ -72,7 +72,7 @@ def test_of_pictures_it_is_exact_from_velocities_that_are_there() -> None:
     exact = []
     for i in range(4):
         t, dt = float(drawn.t_S[i]), float(drawn.t_S[i + 1] - drawn.t_S[i])
-        v_TD, said_TD = (target.v_TD for target in (made.target("main"), drawn.said))  # type: ignore[union-attr]
+        v_TD, said_TD = (target.v_TD for target in (made.target("main"), drawn.behaviour))  # type: ignore[union-attr]
         exact.append(kl_weight(t, dt, drawn.noise_level) * float(((v_TD[i] - said_TD[i]) ** 2).sum()))
     assert generated_kl([made], "main").value == pytest.approx(np.mean(exact), rel=1e-5)
     plain = tiny_flow.attempt(5, teacher=teacher)  # nothing recorded
@@ -157,7 +157,13 @@ def test_the_line_of_a_running_run_says_of_which_positions_its_kl_is(metrics: di
 
 def test_attempts_that_balancing_left_out_have_their_teachers_log_probs_on_disk(tiny_run: Callable[..., Any]) -> None:
     """So the margin of every mixed group can be computed again from the file."""
-    settings: dict[str, Any] = {"steps": 2, "task": CHAT, "group_size": 4, "rewards": {"verifier": {}}, "normalise": "rollout_means"}
+    settings: dict[str, Any] = {
+        "steps": 2,
+        "task": CHAT,
+        "group_size": 4,
+        "rewards": {"verifier": {}},
+        "loss_aggregation": "seq-mean-token-mean",
+    }
     done = tiny_run("opd", **settings, credit={"margin": {}, "balance": {}})
     lines = done.rows("attempts")
     acted = {(line["step"], line["prompt"], line["sample"]): line for line in lines if line["kind"] == "attempt"}

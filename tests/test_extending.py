@@ -24,13 +24,13 @@ from reflux.credit.base import share_credit
 from reflux.errors import ConfigError
 from reflux.inspection.doctor import examine
 from reflux.inspection.finding import Finding
-from reflux.loss.outputs import FullSays
+from reflux.loss.outputs import FullLogits
 from reflux.loss.term import Rows
 from reflux.reports.diagnostics import own_charts
 from reflux.reports.page import write_report
 from reflux.reports.recorded import Recorded
 from reflux.storage.model_card import model_card
-from reflux.types import Attempt, Moment, SampledTarget, TeacherAnswer
+from reflux.types import Attempt, SampledTarget, StepContext, TeacherAnswer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -49,25 +49,27 @@ def part(dotted: str, **fields: Any) -> Any:
 
 def test_surprise_keeps_what_the_teacher_would_hardly_say() -> None:
     rule = part("credit:Surprise", least_nats=1.0, elsewhere=0.25)
-    heard, silent = Attempt(tiny.rollout(4, mask=[True, True, False, True])), Attempt(tiny.rollout(4, sample=1))
-    heard.answers["main"] = TeacherAnswer(target=SampledTarget(teacher="main", logp_T=np.array([-0.1, -1.0, -0.1, -5.0], dtype=np.float32)))
-    share_credit([[heard, silent]], {"surprise": rule}, Moment(0, 0))
-    assert heard.weight_T.tolist() == [0.25, 1.0, 0.0, 1.0]
-    assert np.asarray(heard.shares["surprise"].factor_T).tolist() == [0.25, 1.0, 1.0, 1.0]
-    assert heard.shares["surprise"].notes == {"surprising": pytest.approx(2 / 3)}
+    objective_teachers, silent = Attempt(tiny.rollout(4, mask=[True, True, False, True])), Attempt(tiny.rollout(4, sample=1))
+    objective_teachers.answers["main"] = TeacherAnswer(
+        target=SampledTarget(teacher="main", logp_T=np.array([-0.1, -1.0, -0.1, -5.0], dtype=np.float32))
+    )
+    share_credit([[objective_teachers, silent]], {"surprise": rule}, StepContext(0, 0))
+    assert objective_teachers.weight_T.tolist() == [0.25, 1.0, 0.0, 1.0]
+    assert np.asarray(objective_teachers.credits["surprise"].weight_T).tolist() == [0.25, 1.0, 1.0, 1.0]
+    assert objective_teachers.credits["surprise"].notes == {"surprising": pytest.approx(2 / 3)}
     assert silent.weight_T.tolist() == [1.0] * 4
     with pytest.raises(ValueError, match="elsewhere"):
         part("credit:Surprise", elsewhere=-1.0)
 
 
 def test_jeffreys_is_half_the_sum_of_both_kls() -> None:
-    dice = np.random.default_rng(0)
-    student, teacher = dice.normal(size=(2, 5, 7))
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 5, 7))
     p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (student, teacher))
     expected = 0.5 * ((p - q) * (np.log(p) - np.log(q))).sum(-1)
     ids_N = torch.zeros(5, dtype=torch.int64)
-    says = {name: FullSays(torch.from_numpy(logits), ids_N) for name, logits in (("student", student), ("main", teacher))}
-    rows = Rows(says["student"], {"main": says["main"]}, torch.zeros(5), torch.zeros(5))
+    outputs = {name: FullLogits(torch.from_numpy(logits), ids_N) for name, logits in (("student", student), ("main", teacher))}
+    rows = Rows(outputs["student"], {"main": outputs["main"]}, torch.zeros(5), torch.zeros(5))
     np.testing.assert_allclose(part("objectives:Jeffreys")(rows).numpy(), expected, rtol=1e-12)
 
 
@@ -158,7 +160,7 @@ def test_all_of_them_run_together_from_the_recipe(tmp_path: Path) -> None:
 RECIPE = str(EXAMPLES / "my_lab" / "recipe.toml")
 
 
-def said(*arguments: str) -> str:
+def behaviour(*arguments: str) -> str:
     """What the command line prints, with nothing wrapped."""
     with console.capture() as captured:
         show_plan(RECIPE, list(arguments))
@@ -200,9 +202,9 @@ def test_a_kind_of_another_group_is_refused() -> None:
 
 def test_its_problems_refuse_and_its_advice_is_printed() -> None:
     assert checks.warnings(load_recipe(RECIPE)) == []
-    assert "without the rule" in said("credit.surprise.elsewhere=1.0")
+    assert "without the rule" in behaviour("credit.surprise.elsewhere=1.0")
     with pytest.raises(ConfigError, match=r"credit.surprise.teacher: there is no teacher 'nobody'. Known: main"):
-        said("credit.surprise.teacher=nobody")
+        behaviour("credit.surprise.teacher=nobody")
 
 
 def test_the_doctor_says_what_it_advises() -> None:
@@ -238,7 +240,7 @@ def test_the_report_draws_what_its_parts_show_and_the_notes_of_its_rule(tmp_path
     assert set(charts) == {"Answers that the student wrote itself, by step", "credit.surprise: its notes by step"}
     assert notes == []
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    told = {name: [row["credit"]["surprise"][name] for row in metrics] for name in ("factor_mean", "surprising")}
+    told = {name: [row["credit"]["surprise"][name] for row in metrics] for name in ("weight_mean", "surprising")}
     expected = {(name, str(step), f"{value:.3g}") for name, values in told.items() for step, value in enumerate(values, 1)}
     assert set(charts["credit.surprise: its notes by step"].rows) == expected
     shares = {share for _, _, share in charts["Answers that the student wrote itself, by step"].rows}

@@ -1,4 +1,4 @@
-"""Evaluations of pictures: verdicts with parts, the teachers' pictures from the same noise, the KL of every step in closed form."""
+"""Evaluations of images: verdicts with parts, the teachers' images from the same noise, the KL of every step in closed form."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from reflux.grading.graders import Graders
 from reflux.metrics.intervals import bootstrap_mean, wilson
 from reflux.models.flow.sde import step_moments
 from reflux.models.images import from_text
-from reflux.models.shared_cache import Once
+from reflux.models.shared_cache import SharedCache
 from reflux.runtime.timers import Clock
 from reflux.samplers.flow import Flow
 from reflux.samplers.flow_engine import FlowSampler
@@ -39,19 +39,19 @@ from reflux.teachers.base import TeacherRequest
 from reflux.teachers.collection import Teachers
 from reflux.teachers.flow import Flow as FlowTeacherPart
 from reflux.teachers.names import measured
-from reflux.teachers.self_teacher import Own
+from reflux.teachers.self_teacher import SelfTeacher
 from reflux.types import (
     Attempt,
-    Draw,
     FlowRollout,
     Group,
-    Moment,
     Prompt,
+    Requirements,
     SampledTarget,
+    SamplingParams,
+    StepContext,
     TeacherAnswer,
     TokenRollout,
     VelocityTarget,
-    Wants,
 )
 from tiny import HEADS
 
@@ -74,8 +74,8 @@ def run_of(task: Any = GLYPHS, graders: Any = None, step: int = 0, teachers: dic
     acting = Flow(**{"steps": STEPS, "eval_steps": 2, "batch_images": 7, **sampler})
     cfg = SimpleNamespace(evaluation_positions=STEPS, draw=acting.draw, sampler=acting, teachers=teachers or {})
     return SimpleNamespace(
-        task=task, graders=graders, seed=0, step=step, cfg=cfg, wants=Wants(), clock=Clock(), once=Once(), heads=HEADS,
-        off_loop=asyncio.to_thread, moment=lambda: Moment(step, 0),
+        task=task, graders=graders, seed=0, step=step, cfg=cfg, requirements=Requirements(), clock=Clock(), shared_cache=SharedCache(), heads=HEADS,
+        off_loop=asyncio.to_thread, step_context=lambda: StepContext(step, 0),
         context=lambda name: tiny.context(name=name, generation=acting.generation), services=tiny.services(), part=acting,
     )  # fmt: skip
 
@@ -100,11 +100,11 @@ class Draughtsman:
     def __init__(self) -> None:
         self.drawn = 0
 
-    async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
+    async def sample(self, prompt: Prompt, n: int, draw: SamplingParams) -> Group:
         self.drawn += 1
-        dice = np.random.default_rng(self.drawn)
+        rng = np.random.default_rng(self.drawn)
         image = glyph_drawing.draw(prompt, random.Random(self.drawn)) if self.drawn % 3 else np.zeros((16, 16), np.uint8)
-        flawed = (image * 0.9 + dice.uniform(0, self.drawn, image.shape)).astype(np.uint8)
+        flawed = (image * 0.9 + rng.uniform(0, self.drawn, image.shape)).astype(np.uint8)
         return [Attempt(tiny_flow.rollout(2, prompt=prompt, image=flawed))]
 
 
@@ -135,7 +135,7 @@ def test_a_picture_is_judged_with_its_parts_and_shown_as_it_was_judged(graders: 
 
 
 def test_greedy_pictures_begin_with_the_same_noise_at_every_evaluation(graders: Graders) -> None:
-    """Else before and after differ by luck; drawn ones have other dice each time."""
+    """Else before and after differ by luck; drawn ones have other random numbers each time."""
     asked = Accuracy(problems=3, examples=3)
     runs = [run_of(graders=graders, step=step) for step in (0, 9)]
     tables = [asyncio.run(asked.measure(asked_of(run, sampler_of(run, glyph_model(1))))) for run in runs]
@@ -156,25 +156,25 @@ def test_a_picture_larger_than_a_thumbnail_is_listed_small() -> None:
 
 
 class Named:
-    """A sampler whose picture says who drew it: one grey, the number of the table."""
+    """A sampler whose image says who drew it: one grey, the number of the table."""
 
-    def __init__(self, grey: int, heard: list[tuple[int, str, int]]):
-        self.grey, self.heard = grey, heard
+    def __init__(self, grey: int, objective_teachers: list[tuple[int, str, int]]):
+        self.grey, self.objective_teachers = grey, objective_teachers
 
-    async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
-        self.heard.append((self.grey, prompt.id, draw.cohort))
+    async def sample(self, prompt: Prompt, n: int, draw: SamplingParams) -> Group:
+        self.objective_teachers.append((self.grey, prompt.id, draw.cohort))
         await asyncio.sleep(0)
         return [Attempt(tiny_flow.rollout(2, prompt=prompt, image=np.full((16, 16), self.grey, np.uint8)))]
 
 
-def part(as_: str | None = None, routes: Sequence[str] = ()) -> Any:
+def part(alias: str | None = None, routes: Sequence[str] = ()) -> Any:
     """A table without a model that could draw."""
     asked = {"is_student": False, "acts_with": lambda opened: None}
-    return SimpleNamespace(as_=as_, routes=tuple(routes), rollouts=FlowRollout, in_process=True, **asked)
+    return SimpleNamespace(alias=alias, routes=tuple(routes), rollouts=FlowRollout, in_process=True, **asked)
 
 
 @pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str, int]]:
+def objective_teachers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str, int]]:
     """What tables were asked by the evaluation: (its place, prompt, cohort)."""
     asked: list[tuple[int, str, int]] = []
     opened: list[str] = []
@@ -199,29 +199,29 @@ def ceiling(tables: dict[str, Any], graders: Any = None, teacher: str = "main", 
     return asyncio.run(asked(asked_of(run, None, SimpleNamespace()), None))
 
 
-def test_each_problem_goes_to_the_teacher_of_its_route(heard: list[Any], graders: Graders) -> None:
+def test_each_problem_goes_to_the_teacher_of_its_route(objective_teachers: list[Any], graders: Graders) -> None:
     table = ceiling(ROUTED, graders, examples=6)
     prompts = list(GLYPHS.prompts("validation", HELD_OUT_SEED))[:6]
     assert [int(from_text(example["image"])[0, 0]) for example in table["examples"]] == [0, 1] * 3  # in the problems' own order
     assert [example["id"] for example in table["examples"]] == [prompt.id for prompt in prompts]
-    assert heard == [(0, p.id, 3) for p in prompts[::2]] + [(1, p.id, 3) for p in prompts[1::2]]
+    assert objective_teachers == [(0, p.id, 3) for p in prompts[::2]] + [(1, p.id, 3) for p in prompts[1::2]]
     assert table["problems"] == 6
     assert table["accuracy.digits.problems"] == table["accuracy.counts.problems"] == 3
 
 
-def test_one_table_is_asked_everything_whatever_its_routes(heard: list[Any], graders: Graders) -> None:
+def test_one_table_is_asked_everything_whatever_its_routes(objective_teachers: list[Any], graders: Graders) -> None:
     assert ceiling(ROUTED, graders, teacher="two")["problems"] == 6
-    assert {who for who, _, cohort in heard} == {1}
-    assert {cohort for _, _, cohort in heard} == {6}
-    heard.clear()
+    assert {who for who, _, cohort in objective_teachers} == {1}
+    assert {cohort for _, _, cohort in objective_teachers} == {6}
+    objective_teachers.clear()
     assert ceiling({"main": part(None, ["digits"])}, graders)["problems"] == 6  # alone under its name
 
 
-def test_what_no_table_serves_is_left_out_and_counted(heard: list[Any], graders: Graders) -> None:
+def test_what_no_table_serves_is_left_out_and_counted(objective_teachers: list[Any], graders: Graders) -> None:
     tables = {"one": part("main", ["digits"]), "two": part("main", ["letters"])}
     table = ceiling(tables, graders)
     assert table["problems"] == 3
-    assert {who for who, _, _ in heard} == {0}
+    assert {who for who, _, _ in objective_teachers} == {0}
     nobody = ceiling({"one": part("main", ["a"]), "two": part("main", ["b"])}, graders)
     assert (nobody["accuracy"], nobody["low"], nobody["problems"], nobody["examples"]) == (None, None, 0, [])
 
@@ -235,28 +235,28 @@ def test_a_name_is_looked_up_among_tables_and_what_they_answer_as() -> None:
 
 
 def test_a_teacher_without_a_model_is_null_or_refused(graders: Graders) -> None:
-    assert ceiling({"main": Own()}, graders) == {"accuracy": None, "low": None, "high": None, "problems": 0, "split": "validation"}
+    assert ceiling({"main": SelfTeacher()}, graders) == {"accuracy": None, "low": None, "high": None, "problems": 0, "split": "validation"}
     for tables in ({}, {"other": part()}):
         with pytest.raises(ValueError, match="teacher 'main' has no model of its own"):
             ceiling(tables, graders)
     run = run_of(graders=graders, teachers={"main": part()})
-    opened: Any = Teachers({"main": (part(), SimpleNamespace())}, run.wants, run.clock)  # pyright: ignore[reportArgumentType]
+    opened: Any = Teachers({"main": (part(), SimpleNamespace())}, run.requirements, run.clock)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="teacher 'main' has no model of its own"):
         asyncio.run(TeacherAccuracy()(asked_of(run, None, opened), None))  # pyright: ignore[reportArgumentType]
 
 
-def test_an_empty_split_is_named(heard: list[Any]) -> None:
+def test_an_empty_split_is_named(objective_teachers: list[Any]) -> None:
     with pytest.raises(DataError, match="no problems in its split 'validation'"):
         asyncio.run(TeacherAccuracy()(asked_of(run_of(Glyphs(held_out=0), teachers=ROUTED), None), None))  # type: ignore[arg-type]
 
 
 def test_flow_teachers_draw_with_their_own_weights_and_the_students_dice(tmp_path: Path, graders: Graders) -> None:
-    """Routed, two models on disk: each picture is the one that its route's model draws of the noise that the student gets."""
+    """Routed, two models on disk: each image is the one that its route's model draws of the noise that the student gets."""
     models = {"digits": glyph_model(5), "counts": glyph_model(6)}
     tables = {}
     for route, model in models.items():
         model.save(tmp_path / route)
-        tables[route] = FlowTeacherPart(model=str(tmp_path / route), as_="main", routes=(route,))
+        tables[route] = FlowTeacherPart(model=str(tmp_path / route), alias="main", routes=(route,))
     run = run_of(graders=graders, teachers=tables)
     run.cfg.learner = SimpleNamespace(model=str(tmp_path / "digits"), adapter=None)
 
@@ -267,14 +267,14 @@ def test_flow_teachers_draw_with_their_own_weights_and_the_students_dice(tmp_pat
             opened = {
                 name: (part, await stack.enter_async_context(part.open(contexts[name], run.services))) for name, part in tables.items()
             }
-            teachers = Teachers(opened, run.wants, run.clock)  # type: ignore[arg-type]
+            teachers = Teachers(opened, run.requirements, run.clock)  # type: ignore[arg-type]
             return await TeacherAccuracy(problems=6)(asked_of(run, None, teachers), None)  # type: ignore[arg-type]
 
     table = asyncio.run(measure())
     assert (table["problems"], len(table["examples"]), table["parts"]) == (6, 6, ["quality"])
     for example, prompt in zip(table["examples"], GLYPHS.prompts("validation", HELD_OUT_SEED), strict=False):
         student = sampler_of(run_of(step=0), models[prompt.route or ""])
-        (alone,) = asyncio.run(student.sample(prompt, 1, Draw(0, "eval", STEPS, temperature=0.0)))
+        (alone,) = asyncio.run(student.sample(prompt, 1, SamplingParams(0, "eval", STEPS, temperature=0.0)))
         assert example["id"] == prompt.id
         np.testing.assert_allclose(from_text(example["image"]).astype(int), alone.rollout.made, atol=1)  # rounding, in another batch
 
@@ -298,12 +298,12 @@ def kl_by_means(drawn: FlowRollout, student_TD: np.ndarray, teacher_TD: np.ndarr
 def scored(noise_level: float = 0.7, whole: bool = True, seed: int = 0, shift: float = 1.0) -> Attempt:
     """An attempt along which both have spoken, in random velocities."""
     drawn = tiny_flow.rollout(5, seed=seed, noise_level=noise_level, whole=whole, shift=shift)
-    dice = np.random.default_rng(seed)
-    says = [dice.normal(size=(5, drawn.x_SD.shape[1])).astype(np.float32) for _ in range(2)]
-    for v_TD in says:
+    rng = np.random.default_rng(seed)
+    outputs = [rng.normal(size=(5, drawn.x_SD.shape[1])).astype(np.float32) for _ in range(2)]
+    for v_TD in outputs:
         v_TD[~drawn.mask_T] = np.nan
-    made = Attempt(replace(drawn, said=VelocityTarget(teacher="said", v_TD=says[0])))
-    made.answers["main"] = TeacherAnswer(target=VelocityTarget(teacher="main", v_TD=says[1]))
+    made = Attempt(replace(drawn, behaviour=VelocityTarget(teacher="behaviour", v_TD=outputs[0])))
+    made.answers["main"] = TeacherAnswer(target=VelocityTarget(teacher="main", v_TD=outputs[1]))
     return made
 
 
@@ -315,18 +315,18 @@ def test_the_gap_of_a_step_is_the_kl_of_its_gaussians(noise_level: float, shift:
     found_T = gap_T(made, "main", HEADS)
     assert found_T is not None
     assert np.isnan(found_T).tolist() == (~made.rollout.mask_T).tolist()
-    said, told = made.rollout.said, made.target("main")
-    assert isinstance(said, VelocityTarget)
+    behaviour, told = made.rollout.behaviour, made.target("main")
+    assert isinstance(behaviour, VelocityTarget)
     assert isinstance(told, VelocityTarget)
-    expected = kl_by_means(made.rollout, said.v_TD, told.v_TD)  # type: ignore[arg-type]
+    expected = kl_by_means(made.rollout, behaviour.v_TD, told.v_TD)  # type: ignore[arg-type]
     np.testing.assert_allclose(found_T[made.rollout.mask_T], expected, rtol=1e-6)
     assert len(expected) == 5 - whole
 
 
 def test_a_student_is_at_home_with_itself() -> None:
     made = scored()
-    assert isinstance(made.rollout.said, VelocityTarget)
-    made.answers["main"] = TeacherAnswer(target=VelocityTarget(teacher="main", v_TD=made.rollout.said.v_TD))
+    assert isinstance(made.rollout.behaviour, VelocityTarget)
+    made.answers["main"] = TeacherAnswer(target=VelocityTarget(teacher="main", v_TD=made.rollout.behaviour.v_TD))
     found_T = gap_T(made, "main", HEADS)
     assert found_T is not None
     assert (found_T[made.rollout.mask_T] == 0).all()
@@ -335,7 +335,7 @@ def test_a_student_is_at_home_with_itself() -> None:
 def test_where_one_of_the_two_said_nothing_there_is_no_gap() -> None:
     made = scored()
     assert gap_T(made, "anchor", HEADS) is None
-    assert gap_T(Attempt(replace(made.rollout, said=None), answers=dict(made.answers)), "main", HEADS) is None  # type: ignore[type-var]
+    assert gap_T(Attempt(replace(made.rollout, behaviour=None), answers=dict(made.answers)), "main", HEADS) is None  # type: ignore[type-var]
     made.answers["main"] = TeacherAnswer(target=SampledTarget(teacher="main", logp_T=np.zeros(5, np.float32)))
     assert gap_T(made, "main", HEADS) is None
     assert gap_T(scored(noise_level=0.0), "main", HEADS) is None  # infinite
@@ -364,11 +364,11 @@ def speaking(**tables: tuple[Any, Sequence[str]]) -> tuple[Teachers, dict[str, A
     from reflux.contexts.same import Same
 
     parts = {
-        name: SimpleNamespace(as_="main", routes=tuple(routes), in_process=True, context=Same(), rollouts=FlowRollout)
+        name: SimpleNamespace(alias="main", routes=tuple(routes), in_process=True, context=Same(), rollouts=FlowRollout)
         for name, (_, routes) in tables.items()
     }
     opened: Any = {name: (parts[name], Speaking(model, "main")) for name, (model, _) in tables.items()}
-    return Teachers(opened, Wants(), tiny.services()), parts
+    return Teachers(opened, Requirements(), tiny.services()), parts
 
 
 def test_agreement_is_the_mean_kl_of_the_steps_the_student_drew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,7 +379,7 @@ def test_agreement_is_the_mean_kl_of_the_steps_the_student_drew(monkeypatch: pyt
     kept: list[Attempt] = []
     sample = FlowSampler.sample
 
-    async def spy(self: FlowSampler, prompt: Prompt, n: int, draw: Draw) -> Group:
+    async def spy(self: FlowSampler, prompt: Prompt, n: int, draw: SamplingParams) -> Group:
         group = await sample(self, prompt, n, draw)
         kept.extend(group)
         return group

@@ -1,4 +1,4 @@
-"""Preflight, eval and difficulty know pictures."""
+"""Preflight, eval and difficulty know images."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from reflux.inspection.doctor import examine
 from reflux.loop import train
 from reflux.tasks.glyphs import Glyphs
 from reflux.training import Options
-from reflux.types import Draw
-from tiny_glyphs import EVAL_STEPS, NO_EVALS, STEPS, glyphs, said
+from reflux.types import SamplingParams
+from tiny_glyphs import EVAL_STEPS, NO_EVALS, STEPS, behaviour, glyphs
 
 Config = Callable[..., RunConfig]
 
@@ -55,17 +55,17 @@ def findings(cfg: RunConfig) -> dict[str, Any]:
 )
 def test_preflight_measures_a_flow(config: Config, changes: dict[str, Any]) -> None:
     found = findings(config("flow", **changes))
-    assert {"grid", "pictures", "parity", "teacher 'main'", "teacher 'anchor'", "zero at home"} <= set(found)
+    assert {"grid", "images", "parity", "teacher 'main'", "teacher 'anchor'", "zero at identity"} <= set(found)
     assert {finding.verdict for check, finding in found.items() if check not in ("disk", "recipe")} == {"ok"}
     assert f"{STEPS} steps of" in found["grid"].text
-    assert "16 x 16 pixels" in found["pictures"].text
-    assert "0.0e+00" in found["zero at home"].text or float(found["zero at home"].text.split(" is ")[1].split()[0]) < 1e-5
+    assert "16 x 16 pixels" in found["images"].text
+    assert "0.0e+00" in found["zero at identity"].text or float(found["zero at identity"].text.split(" is ")[1].split()[0]) < 1e-5
 
 
 @pytest.mark.parametrize("recipe", ["flow_sft", "flow_grpo"])
 def test_preflight_lets_the_other_flow_recipes_through(config: Config, recipe: str) -> None:
     found = findings(config(recipe))
-    assert found["parity"].verdict == found["zero at home"].verdict == "ok"
+    assert found["parity"].verdict == found["zero at identity"].verdict == "ok"
 
 
 @pytest.mark.parametrize("changes", [{}, {"sampler__noise_level": 0.0, "objectives": [{"kind": "velocity_kl", "weight": "mse"}]}])
@@ -74,11 +74,11 @@ def test_preflight_sees_a_learner_that_is_not_its_sampler(
     config: Config, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], fault: str
 ) -> None:
     from reflux.learners.flow_engine import FlowLearner
-    from reflux.loss.flow_loss import StepBatch
+    from reflux.loss.flow_loss import FlowMicroBatch
 
     real = FlowLearner._velocity
 
-    def wrong(self: Any, batch: StepBatch) -> Any:
+    def wrong(self: Any, batch: FlowMicroBatch) -> Any:
         if fault == "time":
             batch.t_N = batch.t_N * 0.999
         if fault == "guidance":
@@ -95,20 +95,20 @@ def test_the_parity_bound_is_what_a_share_of_the_velocity_moves() -> None:
     from reflux.inspection.doctor_flow import _log_prob_gap, _step_gap
     from reflux.models.flow.sde import step_logp, step_moments
 
-    dice, share = np.random.default_rng(0), 1e-3
+    rng, share = np.random.default_rng(0), 1e-3
     model = tiny_flow.model(1)
     for noise_level in (0.1, 0.7, 3.0, 0.0):
         ratios: dict[float, list[float]] = {1.0: [], 10.0: []}
         for sample in range(8):
             made = tiny_flow.rollout(6, sample=sample, noise_level=noise_level or 0.7, drawn_by=model)
-            v_TD = np.where(made.mask_T[:, None], said(made), 1.0).astype(np.float64)
+            v_TD = np.where(made.mask_T[:, None], behaviour(made), 1.0).astype(np.float64)
             t_T1, dt_T1 = made.t_S[:-1, None].astype(np.float64), np.diff(made.t_S)[:, None].astype(np.float64)
-            noise_TD = dice.standard_normal(v_TD.shape)
+            noise_TD = rng.standard_normal(v_TD.shape)
             x_SD = made.x_SD.astype(np.float64)
             mean_TD, std_T1 = step_moments(x_SD[:-1], v_TD, t_T1, dt_T1, noise_level)
             next_TD = mean_TD + std_T1 * noise_TD
             for factor, found in ratios.items():
-                push_TD = dice.standard_normal(v_TD.shape)
+                push_TD = rng.standard_normal(v_TD.shape)
                 push_TD *= factor * share * np.linalg.norm(v_TD, axis=1, keepdims=True) / np.linalg.norm(push_TD, axis=1, keepdims=True)
                 for i in np.flatnonzero(made.mask_T):  # a rollout of one step each: the states here need not be a chain
                     x_2D = np.stack([x_SD[i], next_TD[i]])
@@ -151,10 +151,10 @@ def test_a_flow_model_is_evaluated_by_its_folder(models: tiny_glyphs.Models, cap
     from reflux.cli.evaluate import evaluate_model
 
     evaluate_model(models["student"], None, 4, 1, None, [f"sampler.eval_steps={EVAL_STEPS}", f"sampler.steps={STEPS}"])
-    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert said["problems"] == "4"
-    assert said["mean_steps"] == f"{EVAL_STEPS:.4f}"
-    assert {"accuracy", "quality", "avg@1", "accuracy.digits"} <= set(said)
+    behaviour = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert behaviour["problems"] == "4"
+    assert behaviour["mean_steps"] == f"{EVAL_STEPS:.4f}"
+    assert {"accuracy", "quality", "avg@1", "accuracy.digits"} <= set(behaviour)
 
 
 def test_a_flow_run_is_evaluated_by_its_own_sampler(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,9 +163,9 @@ def test_a_flow_run_is_evaluated_by_its_own_sampler(config: Config, tmp_path: Pa
     cfg = config("flow_sft", steps=1, task={"kind": "glyphs", "domains": ["digits"]}, **NO_EVALS)
     asyncio.run(train(cfg, Options(tmp_path / "run")))
     evaluate_model(str(tmp_path / "run"), None, 4, 0, None, [])
-    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert said["mean_steps"] == f"{EVAL_STEPS:.4f}"
-    assert "accuracy.counts" not in said
+    behaviour = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert behaviour["mean_steps"] == f"{EVAL_STEPS:.4f}"
+    assert "accuracy.counts" not in behaviour
 
 
 def test_a_folder_without_a_flow_model_is_a_sentence(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_difficulty_counts_pictures_and_writes_a_recipe_of_pictures(
     assert all(row["ungraded"] == 0 and 0 <= row["correct"] <= 3 for row in counts)
     found = load_recipe(tmp_path / "out" / "recipe.toml")
     checks.join(found)
-    assert (found.task.makes, found.task.grader) == ("picture", "reflux.evals.prompt_difficulty:as_glyph")
+    assert (found.task.makes, found.task.grader) == ("image", "reflux.evals.prompt_difficulty:as_glyph")
     assert found.task.routes == {"digits", "counts"}
     prompt = next(iter(found.task.prompts("test", 0)))
     black = np.zeros((16, 16), dtype=np.uint8)
@@ -208,18 +208,18 @@ def test_difficulty_counts_pictures_and_writes_a_recipe_of_pictures(
 
 
 def test_difficulty_is_that_of_the_student_training_begins_with(config: Config, tmp_path: Path, models: tiny_glyphs.Models) -> None:
-    """A merged student's pictures: those of a sampler that was given the mean of its teachers."""
+    """A merged student's images: those of a sampler that was given the mean of its teachers."""
     from reflux.cli.difficulty import _student
 
-    pictures = {}
+    images = {}
     for name, changes in {"merged": {}, "plain": {"learner__merge": "none"}}.items():
         cfg = replace(config("flow", **changes), teachers={}, evals={})
 
         async def act(cfg: RunConfig = cfg, name: str = name) -> np.ndarray:
             async with _student(cfg, tmp_path / name) as student:
-                (attempt,) = await student.sampler.sample(glyphs(1)[0], 1, Draw(0, "score", STEPS))
+                (attempt,) = await student.sampler.sample(glyphs(1)[0], 1, SamplingParams(0, "score", STEPS))
                 return attempt.rollout.x_SD  # type: ignore[attr-defined]
 
-        pictures[name] = asyncio.run(act())
-    assert np.array_equal(pictures["merged"][0], pictures["plain"][0])  # the first noise
-    assert abs(pictures["merged"][-1] - pictures["plain"][-1]).max() > 0.05
+        images[name] = asyncio.run(act())
+    assert np.array_equal(images["merged"][0], images["plain"][0])  # the first noise
+    assert abs(images["merged"][-1] - images["plain"][-1]).max() > 0.05

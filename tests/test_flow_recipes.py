@@ -24,7 +24,7 @@ from reflux.config.recipe import RunConfig, load_recipe
 from reflux.inspection.plan import plan
 from reflux.loop import lasting, open_parts, train
 from reflux.training import Options, Run
-from reflux.types import Wants
+from reflux.types import Requirements
 from tiny_glyphs import NO_EVALS, RECIPES, STEPS, TIMES
 
 Config = Callable[..., RunConfig]
@@ -54,17 +54,17 @@ def flow_run(config: Config, tmp_path: Path) -> Callable[..., Done]:
 # --- they run
 
 
-@pytest.mark.parametrize("max_lag", [0, 1])
+@pytest.mark.parametrize("max_staleness", [0, 1])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_flow_recipe_runs_with_its_evaluations(flow_run: Callable[..., Done], recipe: str, max_lag: int) -> None:
-    ratio = {"objectives__0__ratio": "clip"} if recipe == "flow_grpo" and max_lag else {}
-    done = flow_run(recipe, steps=3, max_lag=max_lag, **ratio)
+def test_a_flow_recipe_runs_with_its_evaluations(flow_run: Callable[..., Done], recipe: str, max_staleness: int) -> None:
+    ratio = {"objectives__0__ratio": "clip"} if recipe == "flow_grpo" and max_staleness else {}
+    done = flow_run(recipe, steps=3, max_staleness=max_staleness, **ratio)
     rows, (before, after) = done.rows("metrics"), done.rows("evals")
     assert [row["step"] for row in rows] == [1, 2, 3]
     moved = [row for row in rows if row["updates"]]
     assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in moved)
     assert len(moved) == 3 or recipe == "flow_grpo"  # where all verdicts of a step agree there is nothing to learn
-    assert max(row["lag_max"] for row in rows) <= max_lag
+    assert max(row["staleness_max"] for row in rows) <= max_staleness
     assert set(before) == {"step", *load_recipe(recipe).evals}
     assert {"accuracy.digits", "accuracy.counts", "quality"} <= set(after["accuracy"])
     assert recipe == "flow_grpo" or before["agreement"]["kl_nats"] > 0
@@ -77,7 +77,7 @@ def test_the_student_begins_at_the_mean_of_its_teachers(config: Config, tmp_path
     cfg = config("flow")
 
     async def begin() -> dict[str, Any]:
-        run = Run.open(cfg, Wants(), Options(tmp_path / "run"))
+        run = Run.open(cfg, Requirements(), Options(tmp_path / "run"))
         async with lasting(run), open_parts(cfg, run.context, run.services) as (learner, *_):
             return {name: value.clone() for name, value in learner.weights.items()}
 
@@ -123,7 +123,7 @@ def test_guidance_doubles_the_work(config: Config) -> None:
 
 
 def test_drawing_may_cost_more_than_learning(config: Config) -> None:
-    """30 steps of a picture of which 5 positions are learnt: six times the steps."""
+    """30 steps of an image of which 5 positions are learnt: six times the steps."""
     assert plan(config("flow_sft", sampler__generate__eval_steps=30)).flops_at_most == 6 * (plan(config("flow_sft")).flops_at_most or 0)
 
 
@@ -145,10 +145,10 @@ def test_a_plan_of_flows_speaks_of_steps_and_patches(config: Config, capsys: pyt
 
     (tmp_path / "mine.toml").write_text(tomli_w.dumps(to_table(config("flow_sft"))))
     show_plan(str(tmp_path / "mine.toml"), [])
-    said = " ".join(capsys.readouterr().out.split())
-    for words in ("denoising steps", "64 patches a picture", "the student's velocity where it acts", "activations come on top"):
-        assert words in said
-    assert not any(word in said for word in ("token", "context", "key-value", "prompts not counted"))
+    behaviour = " ".join(capsys.readouterr().out.split())
+    for words in ("denoising steps", "64 patches an image", "the student's velocity where it acts", "activations come on top"):
+        assert words in behaviour
+    assert not any(word in behaviour for word in ("token", "context", "key-value", "prompts not counted"))
 
 
 def test_a_model_of_the_hub_with_encoders_and_decoder_is_sized_from_its_files(tmp_path: Path) -> None:

@@ -50,9 +50,9 @@ def files(where):
 
 
 def stated(name):
-    """The results in a model's card: (right, pictures, quality) by domain and how it was asked."""
+    """The results in a model's card: (right, images, quality) by domain and how it was asked."""
     found = STATED.findall((folder(name) / "README.md").read_text())
-    return {(domain, how): (int(right), int(pictures), float(clean)) for domain, how, right, pictures, _, _, _, clean in found}
+    return {(domain, how): (int(right), int(images), float(clean)) for domain, how, right, images, _, _, _, clean in found}
 
 
 # ------------------------------------------------------------------------------------------------------------------------ what they are
@@ -118,9 +118,9 @@ def test_a_card_states_what_was_measured_and_how_the_model_was_made(name):
     assert f"{spec.steps} steps of {spec.batch} drawings, lr {spec.lr:g}, seed {spec.seed}, 1 thread(s)" in card
     assert f"python -m reflux.assets.make --only {name}`" in card
     assert (f"`reflux:{spec.start}`" if spec.start else "Trained from nothing") in card
-    for _, _, right, pictures, share, low, high, clean in STATED.findall(card):
-        bounds = wilson(int(right), int(pictures))
-        assert int(pictures) == 480
+    for _, _, right, images, share, low, high, clean in STATED.findall(card):
+        bounds = wilson(int(right), int(images))
+        assert int(images) == 480
         assert (share, low, high) == tuple(f"{100 * value:.1f}" for value in (int(right) / 480, *bounds))
         assert 0 <= float(clean) <= 1
 
@@ -147,9 +147,9 @@ def test_each_specialist_is_far_better_at_its_domain_than_the_other_and_than_the
 def test_the_cards_are_true(scores):
     for name, found in scores.items():
         for domain, score in found.items():
-            right, pictures, clean = stated(name)[domain, "10 Euler steps"]
-            assert score.pictures == 60
-            assert abs(score.right / 60 - right / pictures) < 0.15  # an eighth of the card's own pictures
+            right, images, clean = stated(name)[domain, "10 Euler steps"]
+            assert score.images == 60
+            assert abs(score.right / 60 - right / images) < 0.15  # an eighth of the card's own images
             assert abs(score.quality - clean) < 0.06
 
 
@@ -157,8 +157,8 @@ def test_asked_for_nothing_a_model_draws_something_of_what_it_was_taught():
     """The empty prompt was learned too, without which guidance would push away from noise."""
     for own in DOMAINS:
         made = pictures_of(shipped(f"glyph_{own}"), [""] * 40, steps=10)
-        assert np.mean([quality(picture, own) for picture in made]) > 0.5
-        assert len({picture.tobytes() for picture in made}) > 30
+        assert np.mean([quality(image, own) for image in made]) > 0.5
+        assert len({image.tobytes() for image in made}) > 30
 
 
 # ---------------------------------------------------------------------------------------------------------------------- how they are made
@@ -171,9 +171,9 @@ def test_drawings_are_what_was_asked_for_in_black_and_white():
     assert clean_ND.shape == (24, 256)
     assert clean_ND.dtype == torch.float32
     assert set(clean_ND.unique().tolist()) == {-1.0, 1.0}
-    pictures = blank(TINY).images(clean_ND)
-    assert all(task.verify(prompt, picture).value == 1.0 for prompt, picture in zip(prompts, pictures, strict=True))
-    assert all(task.verify(prompt, picture).parts == {"quality": 1.0} for prompt, picture in zip(prompts, pictures, strict=True))
+    images = blank(TINY).images(clean_ND)
+    assert all(task.verify(prompt, image).value == 1.0 for prompt, image in zip(prompts, images, strict=True))
+    assert all(task.verify(prompt, image).parts == {"quality": 1.0} for prompt, image in zip(prompts, images, strict=True))
 
 
 def test_flow_matching_costs_nothing_where_the_velocity_is_exact_and_its_square_elsewhere(monkeypatch):
@@ -224,8 +224,8 @@ def test_training_may_go_on_from_a_shipped_model_and_the_same_seed_makes_the_sam
 def test_the_seed_sets_the_noise_that_is_learned_from(monkeypatch):
     seen = []
 
-    def record(model, clean_ND, texts, dice):
-        seen.append(dice.initial_seed())
+    def record(model, clean_ND, texts, rng):
+        seen.append(rng.initial_seed())
         return model.net.prompts.rows.weight.sum()
 
     monkeypatch.setattr(glyph_models, "flow_matching", record)
@@ -235,18 +235,18 @@ def test_the_seed_sets_the_noise_that_is_learned_from(monkeypatch):
 
 
 def test_an_exam_asks_for_a_picture_of_each_prompt_and_judges_it_by_that_prompt(monkeypatch):
-    asked, dice = [], random.Random(0)
+    asked, rng = [], random.Random(0)
     tasks = {domain: list(problems(Glyphs(domains=(domain,)), "test")) for domain in DOMAINS}
     by_text = {prompt_text(prompt): prompt for prompts in tasks.values() for prompt in prompts}
 
     def artist(model, texts, *, steps, guidance, seed):
         asked.append((list(texts), steps, guidance, seed))
-        return [draw(by_text[text], dice) // (1 if index else 2) for index, text in enumerate(texts)]  # the first of each batch is too dim
+        return [draw(by_text[text], rng) // (1 if index else 2) for index, text in enumerate(texts)]  # the first of each batch is too dim
 
     monkeypatch.setattr(glyph_models, "pictures_of", artist)
     for domain in DOMAINS:
         score = exam(blank(TINY), domain, 50, steps=7, guidance=3.0, batch=20)
-        assert score.pictures == 50
+        assert score.images == 50
         assert score.right == 47
         assert score.quality == pytest.approx((47 + 3 * 127 / 255) / 50)
         assert [text for texts, *_ in asked for text in texts] == [prompt_text(prompt) for prompt in tasks[domain][:50]]
@@ -271,7 +271,7 @@ def test_pictures_are_euler_steps_along_the_model_s_own_grid(monkeypatch):
     monkeypatch.setattr(FlowModel, "velocity", towards_grey)
     made = pictures_of(model, ["1 square", "the digit 3"], steps=5, guidance=1.5)
     assert times == [(pytest.approx(t), 1.5) for t in model.grid(5)[:-1]]
-    assert all(abs(picture.astype(int) - 127.5).max() <= 1 for picture in made)  # x = t x_1 ends at 0
+    assert all(abs(image.astype(int) - 127.5).max() <= 1 for image in made)  # x = t x_1 ends at 0
 
 
 def test_making_writes_whole_folders_that_load_and_replaces_them(tmp_path, monkeypatch, capsys):

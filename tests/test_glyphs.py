@@ -1,4 +1,4 @@
-"""Glyphs: prompts that can be taken up anywhere, pictures that are what was asked for, and verdicts and quality from their definitions."""
+"""Glyphs: prompts that can be taken up anywhere, images that are what was asked for, and verdicts and quality from their definitions."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ LEVELS = np.array([0, 127, 128, 255], np.uint8)
 
 def noise(seed: int, share: float) -> np.ndarray:
     """Pixels of which about so many are ink."""
-    dice = np.random.default_rng(seed)
-    return LEVELS[dice.integers(2, size=(16, 16)) + 2 * (dice.random((16, 16)) < share)]
+    rng = np.random.default_rng(seed)
+    return LEVELS[rng.integers(2, size=(16, 16)) + 2 * (rng.random((16, 16)) < share)]
 
 
 PICTURES = st.one_of(
@@ -132,7 +132,7 @@ def test_routes_are_those_of_the_prompts():
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "outputs"),
     [
         ({"domains": []}, "at least one of digits, counts"),
         ({"domains": ["digits", "digits"]}, "each once"),
@@ -144,8 +144,8 @@ def test_routes_are_those_of_the_prompts():
         ({"sizes": 3}, "sizes"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings, says):
-    with pytest.raises((ConfigError, ValueError), match=says):
+def test_settings_that_make_no_sense_are_refused(settings, outputs):
+    with pytest.raises((ConfigError, ValueError), match=outputs):
         make(part("tasks", "glyphs"), settings, "task")
 
 
@@ -153,7 +153,7 @@ def test_a_prompt_is_answered_in_one_turn():
     assert TASK.open_env(PROMPTS[0]) is None
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------------------------------------ images
 
 
 def test_a_digit_is_its_dots_doubled_within_one_pixel_of_the_centre():
@@ -182,7 +182,7 @@ def test_the_dice_choose_every_place_and_every_set_of_places_and_nothing_else():
         drawn = {draw(prompt, random.Random(seed)).tobytes() for seed in range(3000)}
         domain, number = asked(prompt)
         drawings = ideals(domain)
-        owned = {picture.tobytes() for picture in drawings if (digit_in(picture) if domain == "digits" else spots(picture)) == number}
+        owned = {image.tobytes() for image in drawings if (digit_in(image) if domain == "digits" else spots(image)) == number}
         assert drawn == owned
         assert np.array_equal(draw(prompt, random.Random(5)), draw(prompt, random.Random(5)))
 
@@ -206,30 +206,30 @@ def test_there_are_90_digits_and_511_sets_of_squares_all_different_and_far_apart
 @pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: prompt.id)
 def test_what_is_drawn_is_right_clean_and_right_for_that_prompt_alone(prompt):
     for seed in range(40):
-        picture = draw(prompt, random.Random(seed))
-        verdicts = {other.id: TASK.verify(other, picture) for other in PROMPTS if other.route == prompt.route}
+        image = draw(prompt, random.Random(seed))
+        verdicts = {other.id: TASK.verify(other, image) for other in PROMPTS if other.route == prompt.route}
         assert {name for name, reward in verdicts.items() if reward.value == 1.0} == {prompt.id}
         assert {reward.value for reward in verdicts.values()} == {0.0, 1.0}
         assert all(reward.parts == {"quality": 1.0} for reward in verdicts.values())
 
 
-def nearest(picture: np.ndarray) -> dict[int, int]:
-    """Pixels between a picture and the nearest drawing of each digit, one drawing at a time."""
-    return {n: min(int(((digit(n, x, y) > 127) != (picture > 127)).sum()) for x in (-1, 0, 1) for y in (-1, 0, 1)) for n in range(10)}
+def nearest(image: np.ndarray) -> dict[int, int]:
+    """Pixels between an image and the nearest drawing of each digit, one drawing at a time."""
+    return {n: min(int(((digit(n, x, y) > 127) != (image > 127)).sum()) for x in (-1, 0, 1) for y in (-1, 0, 1)) for n in range(10)}
 
 
 @untimed
 @given(st.integers(0, 9), st.integers(0, 2**32), st.integers(0, 12))
 def test_a_digit_is_right_if_it_alone_is_nearest_and_at_most_six_pixels_off(n, seed, flips):
-    dice = random.Random(seed)
-    picture = draw(Prompt(id="", messages=(), answer=str(n), route="digits"), dice)
-    for place in dice.sample(range(256), flips):
-        picture[divmod(place, 16)] ^= 255
-    off = nearest(picture)
+    rng = random.Random(seed)
+    image = draw(Prompt(id="", messages=(), answer=str(n), route="digits"), rng)
+    for place in rng.sample(range(256), flips):
+        image[divmod(place, 16)] ^= 255
+    off = nearest(image)
     for prompt in PROMPTS[:10]:
         asked_for = int(prompt.answer or "")
         others = min(off[other] for other in off if other != asked_for)
-        assert TASK.verify(prompt, picture).value == float(off[asked_for] <= 6 and off[asked_for] < others)
+        assert TASK.verify(prompt, image).value == float(off[asked_for] <= 6 and off[asked_for] < others)
 
 
 def test_six_pixels_off_is_right_seven_is_wrong_and_between_two_digits_is_neither():
@@ -252,13 +252,13 @@ def test_six_pixels_off_is_right_seven_is_wrong_and_between_two_digits_is_neithe
 
 @untimed
 @given(PICTURES)
-def test_spots_are_the_4_connected_components_of_four_pixels_or_more(picture):
+def test_spots_are_the_4_connected_components_of_four_pixels_or_more(image):
     labels = np.zeros((16, 16), int)
-    ndimage.label(picture > 127, output=labels)  # its default: joined by sides
+    ndimage.label(image > 127, output=labels)  # its default: joined by sides
     counted = int((np.bincount(labels[labels > 0]) >= 4).sum())
-    assert spots(picture) == counted
+    assert spots(image) == counted
     for prompt in PROMPTS[10:]:
-        assert TASK.verify(prompt, picture).value == float(counted == int(prompt.answer or ""))
+        assert TASK.verify(prompt, image).value == float(counted == int(prompt.answer or ""))
 
 
 def test_a_speck_does_not_count_and_a_bridge_makes_one_of_two():
@@ -291,10 +291,10 @@ def test_ink_is_what_is_brighter_than_half():
 
 @pytest.mark.parametrize("domain", DOMAINS)
 @untimed
-@given(picture=arrays(np.uint8, (16, 16)))
-def test_quality_is_one_less_the_smallest_error_per_ink_of_a_drawing(domain, picture):
-    errors = [np.abs(one.astype(float) - picture).sum() / one.sum(dtype=float) for one in ideals(domain)]
-    assert quality(picture, domain) == pytest.approx(max(0.0, 1 - min(errors)), abs=1e-12)
+@given(image=arrays(np.uint8, (16, 16)))
+def test_quality_is_one_less_the_smallest_error_per_ink_of_a_drawing(domain, image):
+    errors = [np.abs(one.astype(float) - image).sum() / one.sum(dtype=float) for one in ideals(domain)]
+    assert quality(image, domain) == pytest.approx(max(0.0, 1 - min(errors)), abs=1e-12)
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -315,8 +315,8 @@ def test_quality_falls_from_one_to_nothing_with_every_further_flaw(domain):
 @given(st.sampled_from(PROMPTS), st.sampled_from(PROMPTS), st.integers(0, 99))
 def test_quality_does_not_ask_what_was_asked_for(prompt, other, seed):
     if prompt.route == other.route:
-        picture = draw(prompt, random.Random(seed)) // 2
-        assert TASK.verify(prompt, picture).parts == TASK.verify(other, picture).parts
+        image = draw(prompt, random.Random(seed)) // 2
+        assert TASK.verify(prompt, image).parts == TASK.verify(other, image).parts
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- bad input
@@ -342,7 +342,7 @@ def test_quality_does_not_ask_what_was_asked_for(prompt, other, seed):
 )
 def test_what_is_no_picture_is_refused_in_a_sentence(made):
     for prompt in (PROMPTS[0], PROMPTS[-1]):
-        with pytest.raises(ValueError, match=r"glyphs judges pictures of uint8 \[16, 16\], got .+; use a flow model"):
+        with pytest.raises(ValueError, match=r"glyphs judges images of uint8 \[16, 16\], got .+; use a flow model"):
             TASK.verify(prompt, made)
 
 
@@ -377,9 +377,9 @@ def test_judging_imports_no_torch_and_works_in_a_worker():
     subprocess.run([sys.executable, "-c", code], check=True)
     graders = Graders(workers=1, timeout_s=60)
     try:
-        jobs = [(PROMPTS[7], digit(7)), (PROMPTS[7], digit(1)), (PROMPTS[12], squares([0, 4, 8])), (PROMPTS[12], "no picture")]
+        jobs = [(PROMPTS[7], digit(7)), (PROMPTS[7], digit(1)), (PROMPTS[12], squares([0, 4, 8])), (PROMPTS[12], "no image")]
         verdicts = asyncio.run(graders.verify_many(TASK, jobs))
     finally:
         graders.close()
     assert [verdict.value for verdict in verdicts] == [1.0, 0.0, 1.0, None]
-    assert "glyphs judges pictures" in (verdicts[3].error or "")
+    assert "glyphs judges images" in (verdicts[3].error or "")

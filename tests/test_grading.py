@@ -26,7 +26,7 @@ from reflux.grading.graders import Graders
 from reflux.grading.math import final_answer, grade
 from reflux.rewards.base import judge
 from reflux.rewards.verifier import Verifier
-from reflux.types import Attempt, Group, Moment, Prompt, Reward, TokenRollout
+from reflux.types import Attempt, Group, Prompt, Reward, StepContext, TokenRollout
 
 TASK = r'''
 import mmap, os, signal, sys, time
@@ -140,7 +140,7 @@ def test_a_failing_verifier_costs_its_own_attempt_only(odd: Any, text: str, word
 
 
 def test_only_a_texts_verdict_has_a_bound_on_memory(odd: Any) -> None:
-    """What judges pictures may be a model on a GPU, whose driver reserves more addresses than there is memory."""
+    """What judges images may be a model on a GPU, whose driver reserves more addresses than there is memory."""
     jobs = [(PROMPT, made) for made in ("memory", np.zeros((2, 2), np.uint8), "memory", "yes")]
     with Graders() as graders:
         found = asyncio.run(graders.verify_many(odd, jobs))
@@ -205,15 +205,15 @@ def test_no_worker_outlives_a_killed_parent(odd: Any, tmp_path: Path, doing: str
     script = f"""
         import asyncio
         from odd_task import Odd
-        from reflux.tasks import grading
+        from reflux.grading import graders
         from reflux.types import Prompt
 
-        grading.FIRST_S = 0.5
+        graders.FIRST_S = 0.5
         prompt = Prompt(id="p", messages=())
         async def main():
-            graders = grading.Graders(timeout_s=30 if {doing!r} == "hang" else 0.5)
-            print(int((await graders.verify(Odd(), prompt, "pid")).value), flush=True)
-            await graders.verify(Odd(), prompt, {doing!r})
+            judges = graders.Graders(timeout_s=30 if {doing!r} == "hang" else 0.5)
+            print(int((await judges.verify(Odd(), prompt, "pid")).value), flush=True)
+            await judges.verify(Odd(), prompt, {doing!r})
             await asyncio.sleep(60)
         asyncio.run(main())
     """
@@ -237,7 +237,7 @@ def test_a_script_without_a_main_guard_is_not_run_again(odd: Any, tmp_path: Path
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
-    assert (done.stdout.split(), done.returncode) == (["once", "1.0"], 0)
+    assert (done.stdout.split(), done.returncode) == (["shared_cache", "1.0"], 0)
 
 
 def test_a_task_that_cannot_be_sent_or_loaded_is_explained(odd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +298,7 @@ def test_feedback_of_a_task_reaches_the_context_that_shows_it(odd: Any) -> None:
             services.graders = graders
             async with Verifier().open(tiny.context(task=odd), services) as reward:
                 await judge(reward, group)
-        return Peers(feedback="always")(group, Moment(0, 0))
+        return Peers(feedback="always")(group, StepContext(0, 0))
 
     told, without = asyncio.run(show())
     assert "Mind the sign.\nThen try again." in told.messages[-1]["content"]
@@ -323,9 +323,9 @@ def test_the_loop_keeps_what_a_reward_returns() -> None:
 
 def test_the_verifier_reward_is_registered_with_its_vetted_setting() -> None:
     assert part("rewards", "verifier")() == Verifier(timeout_s=10.0, workers=1)
-    with pytest.raises(ValueError, match="timeout_s must be above 0"):
+    with pytest.raises(ValueError, match="timeout_s\n  Input should be greater than 0"):
         Verifier(timeout_s=0.0)
-    with pytest.raises(ValueError, match="workers must be at least 1"):
+    with pytest.raises(ValueError, match="workers\n  Input should be greater than or equal to 1"):
         Verifier(workers=0)
 
 

@@ -1,4 +1,4 @@
-"""Pictures survive as PNG, bit for bit where they are small; what is no picture is refused."""
+"""Images survive as PNG, bit for bit where they are small; what is no image is refused."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12)) | st.tuples(st.intege
 
 
 @given(arrays(np.uint8, SHAPES))
-def test_a_small_picture_comes_back_bit_for_bit(picture: np.ndarray) -> None:
-    for again in (picture_of(png(picture)), from_text(to_text(picture))):
+def test_a_small_picture_comes_back_bit_for_bit(image: np.ndarray) -> None:
+    for again in (picture_of(png(image)), from_text(to_text(image))):
         assert again.dtype == np.uint8
-        np.testing.assert_array_equal(again, picture)
+        np.testing.assert_array_equal(again, image)
 
 
 def test_any_png_reader_sees_the_same_pixels() -> None:
@@ -38,8 +38,8 @@ def test_any_png_reader_sees_the_same_pixels() -> None:
 
 @pytest.mark.parametrize("shape", [(SIDE, SIDE), (1, SIDE), (SIDE, 7, 3), (70, 60)])
 def test_what_fits_is_its_own_thumbnail(shape: tuple[int, ...]) -> None:
-    picture = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    np.testing.assert_array_equal(from_text(to_text(picture)), picture)
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    np.testing.assert_array_equal(from_text(to_text(image)), image)
 
 
 @pytest.mark.parametrize(
@@ -48,19 +48,19 @@ def test_what_fits_is_its_own_thumbnail(shape: tuple[int, ...]) -> None:
 )
 def test_a_large_picture_is_kept_small_and_in_proportion(shape: tuple[int, ...], small: tuple[int, ...]) -> None:
     """A plane of one colour stays that colour; halves stay where they were."""
-    picture = np.full(shape, 77, np.uint8)
-    again = from_text(to_text(picture))
+    image = np.full(shape, 77, np.uint8)
+    again = from_text(to_text(image))
     assert again.shape == small
     assert (again == 77).all()
-    picture[: shape[0] // 2] = 255
-    again = thumbnail(picture)
+    image[: shape[0] // 2] = 255
+    again = thumbnail(image)
     assert (again[: small[0] // 4] == 255).all()
     assert (again[-(small[0] // 4) :] == 77).all()
 
 
 def test_strided_pictures_are_pictures() -> None:
-    picture = np.random.default_rng(1).integers(0, 256, (8, 6, 3), np.uint8)
-    for view in (picture[::-1], picture[:, :, 1], picture.transpose(1, 0, 2)):
+    image = np.random.default_rng(1).integers(0, 256, (8, 6, 3), np.uint8)
+    for view in (image[::-1], image[:, :, 1], image.transpose(1, 0, 2)):
         np.testing.assert_array_equal(picture_of(png(view)), view)
 
 
@@ -71,7 +71,7 @@ def test_strided_pictures_are_pictures() -> None:
 )  # fmt: skip
 def test_what_is_no_picture_is_refused_with_its_shape(value: np.ndarray) -> None:
     for act in (png, thumbnail, to_text):
-        with pytest.raises(ValueError, match=r"a picture is uint8.*got " + str(value.dtype)):
+        with pytest.raises(ValueError, match=r"an image is uint8.*got " + str(value.dtype)):
             act(value)
 
 

@@ -58,9 +58,9 @@ def test_a_wrong_attempt_may_stop_early_or_end_in_a_scramble_and_its_dice_are_it
 
 
 def test_a_slip_is_another_number_and_never_below_none():
-    dice = random.Random(0)
+    rng = random.Random(0)
     for number in [*range(100), 100, 305]:
-        slips = {slip(number, dice) for _ in range(50)}
+        slips = {slip(number, rng) for _ in range(50)}
         assert number not in slips
         assert min(slips) >= 0
         assert len(slips) >= 4

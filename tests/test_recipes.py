@@ -18,10 +18,10 @@ from reflux import checks
 from reflux.config.recipe import RECIPES, bases, load_recipe, recipe_names, to_table
 from reflux.errors import ConfigError
 from reflux.inspection.plan import plan, wanted
-from reflux.types import FlowRollout, TokenRollout, Wants
+from reflux.types import FlowRollout, Requirements, TokenRollout
 
 WANTED = {"quickstart", "opd", "full", "topk", "gkd", "vopd", "prefix", "sft", "rl", "flow", "flow_sft", "flow_grpo"}
-TEXTS = [name for name in recipe_names() if load_recipe(name).learner.rollouts is TokenRollout]  # pictures: test_flow_recipes.py
+TEXTS = [name for name in recipe_names() if load_recipe(name).learner.rollouts is TokenRollout]  # images: test_flow_recipes.py
 SCALES = {"toy": TokenRollout, "hub": TokenRollout, "glyphs": FlowRollout, "sd3": FlowRollout}
 
 
@@ -49,13 +49,23 @@ def test_a_recipe_plans(student: str, teacher: str, recipe: str) -> None:
 
 
 def test_a_plan_says_in_words_what_is_computed_beyond_the_loss(student: str, teacher: str) -> None:
-    assert plan(tiny.config("opd", student, teacher)).wants == []
+    assert plan(tiny.config("opd", student, teacher)).requirements == []
     grouped = tiny.config("opd", student, teacher, objectives__0__baseline="leave_one_out", group_size=2)
-    assert plan(grouped).wants == ["the teacher's log-probs when attempts arrive (one more pass through its head)"]
+    assert plan(grouped).requirements == ["the teacher's log-probs when attempts arrive (one more pass through its head)"]
     everything = wanted(
-        Wants(said=1, now_at_said=True, now_topk=7, logp=True, candidates=9, now_candidates=8, spans=True, specials=True, reward=True)
+        Requirements(
+            behaviour=1,
+            now_at_behaviour=True,
+            now_topk=7,
+            logp=True,
+            candidates=9,
+            now_candidates=8,
+            spans=True,
+            specials=True,
+            reward=True,
+        )
     )
-    assert len(everything) == len(dataclasses.fields(Wants))
+    assert len(everything) == len(dataclasses.fields(Requirements))
     assert [number for number in "1789" if any(f"top-{number} tokens" in line for line in everything)] == ["1", "7", "8", "9"]
     assert not any("{" in line or "True" in line for line in everything)
 
@@ -85,22 +95,22 @@ def two_prompts(folder: Path) -> str:
     return str(folder / "prompts.jsonl")
 
 
-@pytest.mark.parametrize("max_lag", [0, 2])
+@pytest.mark.parametrize("max_staleness", [0, 2])
 @pytest.mark.parametrize("recipe", TEXTS)
-def test_a_recipe_runs(tiny_run: Callable[..., Any], recipe: str, max_lag: int) -> None:
-    if max_lag and any(teacher.follows for teacher in load_recipe(recipe).teachers.values()):
+def test_a_recipe_runs(tiny_run: Callable[..., Any], recipe: str, max_staleness: int) -> None:
+    if max_staleness and any(teacher.follows for teacher in load_recipe(recipe).teachers.values()):
         with pytest.raises(ConfigError, match="moves with the student"):
-            tiny_run(recipe, max_lag=max_lag)
+            tiny_run(recipe, max_staleness=max_staleness)
         return
     group: dict[str, Any] = {"group_size": 3} if recipe in ("rl", "rl_opd") else {}
     if recipe == "uni_opd":  # its teachers serve the routes of its own task
         group = {"teachers__main__routes": ["even"], "teachers__times__routes": ["odd"]}
-    done = tiny_run(recipe, steps=3, max_lag=max_lag, task={"kind": "outside:Chat"}, **group)
+    done = tiny_run(recipe, steps=3, max_staleness=max_staleness, task={"kind": "outside:Chat"}, **group)
     assert [row["step"] for row in done.rows("metrics")] == [1, 2, 3]
     moved = [row for row in done.rows("metrics") if "grad_norm" in row]
     assert all(row["loss"] is not None and row["grad_norm"] > 0 for row in moved)
     assert len(moved) == 3 or (recipe == "rl" and moved)  # where all verdicts of a step agree there is nothing to learn
-    assert max(row["lag_max"] for row in done.rows("metrics")) <= max_lag
+    assert max(row["staleness_max"] for row in done.rows("metrics")) <= max_staleness
     assert (done.dir / "student" / "model.safetensors").exists()
     assert json.loads((done.dir / "summary.json").read_text()) == done.summary
 

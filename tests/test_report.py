@@ -73,9 +73,9 @@ def hostile_run(folder: Path) -> Path:
     tokens = {"tokens": [60, 61] * 5}
     write_lines(folder / "attempts.jsonl", [{**acted, **attack, **tokens}, {**learned, "prompt": HOSTILE}])
     moments = [evals_row(step, 6) for step in (0, 6)]
-    for moment in moments:
-        moment["accuracy"]["examples"] = [{"prompt": HOSTILE, "question": HOSTILE, "answer": HOSTILE, "text": HOSTILE, "right": 0.0}]
-        moment[HOSTILE] = {"accuracy": 0.5}
+    for step_context in moments:
+        step_context["accuracy"]["examples"] = [{"prompt": HOSTILE, "question": HOSTILE, "answer": HOSTILE, "text": HOSTILE, "right": 0.0}]
+        step_context[HOSTILE] = {"accuracy": 0.5}
     write_lines(folder / "evals.jsonl", moments)
     table = summary(6) | dict.fromkeys(("recipe", "method", "commit", "config_hash", "seed"), HOSTILE) | {"health": [HOSTILE]}
     (folder / "summary.json").write_text(json.dumps(table))

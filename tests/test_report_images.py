@@ -1,4 +1,4 @@
-"""The report of a run of pictures: what was drawn before, after and by the teacher, step by step, and nothing that a file smuggles in."""
+"""The report of a run of images: what was drawn before, after and by the teacher, step by step, and nothing that a file smuggles in."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from reflux.reports.page import write_report
 from reflux.reports.reading import rows
 from reflux.reports.splits import split_charts
 from reflux.reports.strips import picture_in, read_strips
-from reflux.reports.trajectories import RATIO, walk
+from reflux.reports.trajectories import RATIO, trajectory
 from reflux.reports.words import PICTURES, TEXTS, words_for
 from synthetic_images import PROMPTS, attempt_rows, evals_row, write_picture_run
 from synthetic_run import evals_row as text_evals
@@ -59,7 +59,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
     return gallery(write_picture_run(tmp_path_factory.mktemp("run") / "r", steps=30))
 
 
-# --- one picture
+# --- one image
 
 
 def test_a_small_picture_is_enlarged_by_a_whole_number_and_keeps_its_pixels() -> None:
@@ -119,8 +119,8 @@ def test_each_prompt_has_its_pictures_side_by_side_with_verdicts() -> None:
     told = [evals_row(0, 30)["accuracy"], evals_row(30, 30)["accuracy"], evals_row(0, 30)["teacher_accuracy"]]
     for place in range(8):
         for drawn, row in zip(strips[place].drawn, told, strict=True):
-            assert drawn.picture is not None
-            np.testing.assert_array_equal(pixels(drawn.picture.source), picture_of(base64.b64decode(row["examples"][place]["image"])))
+            assert drawn.image is not None
+            np.testing.assert_array_equal(pixels(drawn.image.source), picture_of(base64.b64decode(row["examples"][place]["image"])))
 
 
 def test_what_is_there_is_shown_without_what_is_not() -> None:
@@ -188,13 +188,13 @@ def test_runs_without_routes_or_parts_have_no_such_chart() -> None:
 
 
 def test_the_splits_of_an_evaluation_are_read_by_name() -> None:
-    (moment,) = read_evals([evals_row(0, 30)])
-    split = moment.splits["accuracy"]
+    (step_context,) = read_evals([evals_row(0, 30)])
+    split = step_context.splits["accuracy"]
     assert astuple(split.routes["digits"])[:4] == pytest.approx((0.58, 0.53, 0.63, 160))
     assert astuple(split.parts["quality"][None]) == pytest.approx((0.55, 0.53, 0.57))
     assert sorted(map(str, split.parts["quality"])) == ["None", "counts", "digits"]
-    assert moment.teacher_split.routes["counts"].accuracy == pytest.approx(0.92)
-    assert len(moment.teacher_examples) == 8
+    assert step_context.teacher_split.routes["counts"].accuracy == pytest.approx(0.92)
+    assert len(step_context.teacher_examples) == 8
 
 
 def test_positions_of_pictures_are_denoising_steps_and_those_of_texts_tokens() -> None:
@@ -215,7 +215,7 @@ def test_positions_of_pictures_are_denoising_steps_and_those_of_texts_tokens() -
 
 def test_every_step_of_an_attempt_has_its_numbers() -> None:
     acted, learned = attempt_rows(30, 0, 30)
-    found = walk(ShownAttempt(acted, learned))
+    found = trajectory(ShownAttempt(acted, learned))
     assert found.header == ["step", "time", RATIO, "KL, nats", "weight"]
     assert len(found.steps) == 10
     for place, step in enumerate(found.steps[:-1]):
@@ -233,24 +233,24 @@ def test_every_step_of_an_attempt_has_its_numbers() -> None:
 
 def test_what_is_not_known_of_an_attempt_is_left_out_and_why() -> None:
     acted, learned = attempt_rows(1, 0, 30)
-    fresh = walk(ShownAttempt(acted))
+    fresh = trajectory(ShownAttempt(acted))
     assert "has not learned from this attempt yet" in fresh.missing
     assert fresh.header == ["step", "time", RATIO]
     assert {step.css for step in fresh.steps} == {"unknown", "given"}
-    unheard = walk(ShownAttempt({**acted, "reward": None, "guidance": 4.5}, {**learned, "teacher_logp": {}}))
+    unheard = trajectory(ShownAttempt({**acted, "reward": None, "guidance": 4.5}, {**learned, "teacher_logp": {}}))
     assert "No teacher was asked about this attempt, or it weighed nothing, so its steps" in unheard.missing
     assert unheard.verdict == ""
     assert "guidance 4.5" in unheard.facts
-    shifted = walk(ShownAttempt(acted, {**learned, "shift": [0.25] * 10}))
+    shifted = trajectory(ShownAttempt(acted, {**learned, "shift": [0.25] * 10}))
     assert shifted.steps[0].cells["shift, nats"] == "+0.250"
     whole = {**learned, "teacher_logp": {"main": [0.0] * 10}, "student_logp": [-9.0] * 10}  # numbers at the last step, too
-    assert (walk(ShownAttempt(acted, whole)).steps[9].css, walk(ShownAttempt(acted, whole)).steps[9].cells[RATIO]) == (
+    assert (trajectory(ShownAttempt(acted, whole)).steps[9].css, trajectory(ShownAttempt(acted, whole)).steps[9].cells[RATIO]) == (
         "given",
         "not learnt from",
     )
-    long = walk(ShownAttempt({**acted, "mask": [1] * 500}, learned))
+    long = trajectory(ShownAttempt({**acted, "mask": [1] * 500}, learned))
     assert (len(long.steps), long.left_out) == (200, 300)
-    assert walk(ShownAttempt({"image": "x"})).steps == []
+    assert trajectory(ShownAttempt({"image": "x"})).steps == []
 
 
 # --- the page
@@ -269,10 +269,10 @@ def test_the_page_shows_every_picture_with_words_for_those_who_cannot_see(page: 
 
 
 def test_words_of_texts_are_nowhere_in_a_run_of_pictures(page: Gallery) -> None:
-    said = page.words.split("Configuration")[0]
-    assert not re.search("token|the answer|Problem", said)
+    behaviour = page.words.split("Configuration")[0]
+    assert not re.search("token|the answer|Problem", behaviour)
     for words in ("What the teacher thought of each denoising step", "denoising steps sampled", "of the states the student drew"):
-        assert words in said
+        assert words in behaviour
     charts = "".join(text for attributes, text in page.scripts if attributes.get("type") == "application/json")
     assert "nats per denoising step" in charts
     assert "token" not in charts
@@ -288,7 +288,7 @@ def test_images_may_come_from_the_page_alone(page: Gallery) -> None:
 
 
 def hostile_pictures(folder: Path) -> Path:
-    """Every text of a run of pictures is an attack, and half of its pictures are."""
+    """Every text of a run of images is an attack, and half of its images are."""
     write_picture_run(folder, steps=4)
     acted, learned = attempt_rows(1, 0, 4)
     attack = {"prompt": HOSTILE, "question": HOSTILE, "finish": HOSTILE, "version": HOSTILE, "parts": {HOSTILE: 0.5}}
@@ -315,7 +315,7 @@ def test_nothing_a_model_made_becomes_markup(tmp_path: Path) -> None:
     assert not [name for name, _ in found.attributes if name.startswith("on")]
     assert len(found.shown) == 3 + 1
     assert all((image["src"] or "").startswith("data:image/png;base64,") for image in found.shown)
-    assert found.words.count("No picture that can be read.") == 3 + 1
+    assert found.words.count("No image that can be read.") == 3 + 1
     assert found.words.count(SEEN) >= 8
     assert any(SEEN in (image["alt"] or "") for image in found.shown)
     assert not set(found.source) & set("\u202e\u2066\u0007")
@@ -330,7 +330,7 @@ def test_fields_of_another_type_cost_themselves_alone(tmp_path: Path, value: obj
     """All at once on the page, and one by one in what the page is made of."""
     folder = write_picture_run(tmp_path / "r", steps=2, per_step=1)
     damage(folder, DAMAGED, value)
-    assert "Pictures of the same prompts" in gallery(folder).words
+    assert "Images of the same prompts" in gallery(folder).words
     for key in DAMAGED:
         alone = write_picture_run(tmp_path / key, steps=1, per_step=1)
         damage(alone, (key,), value)
@@ -338,7 +338,7 @@ def test_fields_of_another_type_cost_themselves_alone(tmp_path: Path, value: obj
         (shown,) = read_attempts(alone / "attempts.jsonl", [])
         assert read_strips(moments) is not None
         assert split_charts(moments) is not None
-        assert walk(shown).title
+        assert trajectory(shown).title
 
 
 def damage(folder: Path, keys: tuple[str, ...], value: object) -> None:
@@ -369,7 +369,7 @@ def test_a_run_says_pictures_before_it_has_drawn_any(tmp_path: Path) -> None:
 def test_a_run_of_texts_has_no_pictures(tmp_path: Path) -> None:
     found = gallery(write_run(tmp_path / "r", steps=6))
     assert not found.tags["img"]
-    assert "Pictures" not in found.words
+    assert "Images" not in found.words
     assert "The same problems, before and after" in found.words
 
 

@@ -200,7 +200,7 @@ def test_costs_by_role_add_up_and_what_no_role_explains_is_rest():
 
 def test_only_the_first_and_the_last_evaluation_keep_their_texts():
     moments = read_evals({"step": step, "acc": {"accuracy": 0.5, "examples": [{"text": "x"}]}} for step in range(5))
-    assert [bool(moment.examples) for moment in moments] == [True, False, False, False, True]
+    assert [bool(step_context.examples) for step_context in moments] == [True, False, False, False, True]
 
 
 def test_the_table_at_the_end_of_a_run_has_every_number_in_both_forms():
@@ -213,10 +213,10 @@ def test_the_table_at_the_end_of_a_run_has_every_number_in_both_forms():
 
 
 def test_what_is_measured_of_the_teacher_is_not_a_curve_of_the_student():
-    (moment,) = read_evals([{"step": 0, "accuracy": {"accuracy": 0.2}, "teacher_accuracy": {"accuracy": 0.9}}])
-    assert moment.teacher is not None
-    assert moment.teacher.accuracy == 0.9
-    assert list(moment.scores) == ["accuracy"]
+    (step_context,) = read_evals([{"step": 0, "accuracy": {"accuracy": 0.2}, "teacher_accuracy": {"accuracy": 0.9}}])
+    assert step_context.teacher is not None
+    assert step_context.teacher.accuracy == 0.9
+    assert list(step_context.scores) == ["accuracy"]
 
 
 @pytest.mark.parametrize(
@@ -232,8 +232,8 @@ def test_examples_are_paired_by_problem(names: dict[str, object]):
 
 
 def test_a_bin_lies_in_the_middle_of_its_positions():
-    (moment,) = read_evals([{"step": 0, "agreement": {"kl_nats": 0.5, "by_position": [{"position": 8, "width": 4, "kl_nats": 0.5}]}}])
-    (found,) = moment.agreements["agreement"].bins
+    (step_context,) = read_evals([{"step": 0, "agreement": {"kl_nats": 0.5, "by_position": [{"position": 8, "width": 4, "kl_nats": 0.5}]}}])
+    (found,) = step_context.agreements["agreement"].bins
     assert (found.middle, found.positions) == (9.5, "8 to 11")
 
 

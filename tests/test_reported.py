@@ -14,7 +14,7 @@ import pytest
 import outside
 from reflux.config.recipe import RECIPES, load_recipe, recipe_names
 from reflux.evals.accuracy import Accuracy
-from reflux.evals.agreement import AgreementPoint
+from reflux.evals.agreement import Agreement
 from reflux.evals.problems import HELD_OUT_SEED, TEST_SEED, problems, seen, told
 from reflux.evals.teacher_accuracy import TeacherAccuracy
 from reflux.reports.curves import accuracy_chart
@@ -38,15 +38,15 @@ EMBEDDED = ("toy", "hub", "reader", "two_domains", "glyphs")
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """(split, seed) of all that is asked of the task, in order."""
-    heard: list[tuple[str, int]] = []
+    objective_teachers: list[tuple[str, int]] = []
     prompts = outside.Chat.prompts
 
     def listened(self: Any, split: str, seed: int, start: int = 0) -> Any:
-        heard.append((split, seed))
+        objective_teachers.append((split, seed))
         return prompts(self, split, seed, start)
 
     monkeypatch.setattr(outside.Chat, "prompts", listened)
-    return heard
+    return objective_teachers
 
 
 def run(tiny_run: Callable[..., Any], recipe: str = "full", **changes: Any) -> Any:
@@ -142,7 +142,7 @@ def test_test_problems_that_are_validation_problems_are_told(
     assert not any("test problems" in text for text in noted)
 
 
-@pytest.mark.parametrize("evaluation", [Accuracy(), AgreementPoint(), TeacherAccuracy()])
+@pytest.mark.parametrize("evaluation", [Accuracy(), Agreement(), TeacherAccuracy()])
 def test_on_the_way_validation_problems_are_asked(evaluation: Any) -> None:
     assert evaluation.split == "validation"
 
@@ -185,15 +185,15 @@ def test_reflux_eval_asks_test_problems_and_says_where_they_are_validation_probl
 ) -> None:
     from reflux.cli import evaluate
 
-    heard: list[Accuracy] = []
+    objective_teachers: list[Accuracy] = []
 
     async def listened(cfg: Any, asked: Accuracy) -> dict[str, Any]:
-        heard.append(asked)
+        objective_teachers.append(asked)
         return {}
 
     monkeypatch.setattr(evaluate, "_accuracy", listened)
     evaluate.evaluate_model(student, None, 7, 0, None, [])
-    assert heard == [replace(heard[0], split="test", problems=7, max_tokens=512)]
+    assert objective_teachers == [replace(objective_teachers[0], split="test", problems=7, max_tokens=512)]
     assert "validation" not in capsys.readouterr().out
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"say {n}", "answer": str(n)}) for n in range(40)))

@@ -67,8 +67,8 @@ def on(recipe: str, base: str, folder: Path) -> Any:
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_a_method_says_no_number_of_a_scale(recipe: str) -> None:
-    said = {path.split(".")[-1] for path, _ in leaves(raw(recipe))}
-    assert not said & SCALE_KEYS
+    behaviour = {path.split(".")[-1] for path, _ in leaves(raw(recipe))}
+    assert not behaviour & SCALE_KEYS
 
 
 @pytest.mark.parametrize(("recipe", "base"), HERE)
@@ -99,15 +99,15 @@ def test_what_a_scale_says_holds_under_every_method(recipe: str, base: str, tmp_
 OWN_SCALE = {  # what each recipe trained with when methods still held these numbers
     "prefix": {"prompts_per_step": 64, "group_size": 1, "sampler.max_tokens": 64},
     "release": {"credit.release.segments": 4, "prompts_per_step": 64, "sampler.max_tokens": 64},
-    "effopd": {"accelerator.prompts": 200, "accelerator.tries": 5, "prompts_per_step": 64},
+    "effopd": {"extrapolation.prompts": 200, "extrapolation.tries": 5, "prompts_per_step": 64},
     "rl": {"prompts_per_step": 16, "group_size": 8, "learner.lr.peak": 2e-3},
     "rl_opd": {"prompts_per_step": 16, "group_size": 4, "learner.lr.peak": 2e-3},
     "sft": {"sampler.generate.max_tokens": 64, "sampler.generate.max_prompt_tokens": 0, "prompts_per_step": 64},
     "peers": {"prompts_per_step": 8, "group_size": 8, "learner.lr.peak": 2e-4, "sampler.max_tokens": 64},
-    "everything": {"prompts_per_step": 8, "group_size": 8, "sampler.max_tokens": 64, "accelerator.prompts": 50},
+    "everything": {"prompts_per_step": 8, "group_size": 8, "sampler.max_tokens": 64, "extrapolation.prompts": 50},
     "uni_opd": {"prompts_per_step": 8, "group_size": 8, "learner.lr.peak": 1e-3},
     "flow_grpo": {"prompts_per_step": 8, "group_size": 8, "learner.lr": 3e-5, "learner.weight_decay": 1e-4},
-    "flow_sft": {"prompts_per_step": 32, "learner.lr": 3e-4, "sampler.generate.eval_steps": 20, "sampler.times": 10},
+    "flow_sft": {"prompts_per_step": 32, "learner.lr": 3e-4, "sampler.generate.eval_steps": 20, "sampler.positions": 10},
     "flow": {"prompts_per_step": 32, "learner.lr": 3e-4, "sampler.eval_steps": 20},
 }
 
@@ -156,8 +156,8 @@ def test_a_base_that_leads_back_to_itself_is_refused(tmp_path: Path) -> None:
 
 def test_base_beside_a_new_kind_is_the_table_that_was_there() -> None:
     under = {"sampler": {"kind": "hf", "max_tokens": 5, "stop": ["x"]}}
-    over = {"sampler": {"kind": "stored", "generate": "base"}}
-    assert merge(under, over) == {"sampler": {"kind": "stored", "generate": under["sampler"]}}
+    over = {"sampler": {"kind": "references", "generate": "base"}}
+    assert merge(under, over) == {"sampler": {"kind": "references", "generate": under["sampler"]}}
     hub = load_recipe("sft", {"base": "hub"}).sampler.generate
     assert (hub.max_tokens, hub.max_prompt_tokens) == (1024, 1024)
 
@@ -197,7 +197,7 @@ def test_no_training_cap_is_a_limit_of_evaluations(base: str, cap: str) -> None:
     cfg = load_recipe("full", changes)
     longest = {"toy": 64, "hub": 1024}[base]
     assert cfg.evaluation_positions == longest
-    lengths = [cfg.draw(step).length for step in range(cfg.steps)]
+    lengths = [cfg.draw(step).max_positions for step in range(cfg.steps)]
     assert cfg.training_positions == max(lengths) <= longest
     assert cap == "none" or min(lengths) < longest
 
@@ -206,7 +206,7 @@ def test_no_training_cap_is_a_limit_of_evaluations(base: str, cap: str) -> None:
 def test_prefix_evaluates_whole_answers(base: str) -> None:
     cfg = load_recipe("prefix", {"base": base, "steps": 3})
     longest = {"toy": 64, "hub": 1024}[base]
-    assert [cfg.draw(step).length for step in range(3)] == [longest // 4 + step * longest // 128 for step in range(3)]
+    assert [cfg.draw(step).max_positions for step in range(3)] == [longest // 4 + step * longest // 128 for step in range(3)]
     assert (cfg.training_positions, cfg.evaluation_positions) == (longest // 4 + 2 * longest // 128, longest)
 
 
@@ -219,7 +219,7 @@ def test_evaluations_and_scores_ask_with_their_own_limit(tiny_run: Callable[...,
     sample = HFSampler._groups
 
     async def listened(self: Any, requests: Any) -> Any:
-        asked.update((draw.purpose, draw.length) for _, _, draw in requests)
+        asked.update((draw.purpose, draw.max_positions) for _, _, draw in requests)
         return await sample(self, requests)
 
     monkeypatch.setattr(HFSampler, "_groups", listened)
@@ -227,7 +227,7 @@ def test_evaluations_and_scores_ask_with_their_own_limit(tiny_run: Callable[...,
     more = {"sampler__train_max_tokens": CAPS[cap]} if CAPS[cap] is not None else {}
     tiny_run(
         "full", steps=1, prompts_per_step=2, sampler__max_tokens=9, task={"kind": "outside:Chat"}, **more,
-        accelerator={"kind": "extrapolate", "prompts": 2, "tries": 1, "include": ["proj"]},
+        extrapolation={"kind": "extrapolate", "prompts": 2, "tries": 1, "include": ["proj"]},
         **{f"evals__{name}": table for name, table in tables.items()},
     )  # fmt: skip
     assert {length for purpose, length in asked if purpose == "eval"} == {9}
@@ -235,9 +235,9 @@ def test_evaluations_and_scores_ask_with_their_own_limit(tiny_run: Callable[...,
 
 
 def test_pictures_are_finished_in_evaluations_whatever_training_walks() -> None:
-    cfg = load_recipe("flow", {"sampler.length": {"kind": "linear", "start": 2, "increment": 0.01}})
+    cfg = load_recipe("flow", {"sampler.max_denoising_steps": {"kind": "linear", "start": 2, "increment": 0.01}})
     assert (cfg.training_positions, cfg.evaluation_positions) == (2, 10)
-    assert load_recipe("flow_sft", {"sampler.times": 3}).evaluation_positions == 10
+    assert load_recipe("flow_sft", {"sampler.positions": 3}).evaluation_positions == 10
 
 
 def test_a_schedule_of_the_longest_answer_is_sent_to_the_training_cap() -> None:
@@ -250,15 +250,15 @@ def test_an_evaluation_shorter_than_training_is_told(name: str) -> None:
     (warning,) = checks.warnings(load_recipe("full", {f"evals.{name}.max_tokens": 32}))
     assert warning.startswith(f"evals.{name}.max_tokens = 32 cuts answers that training lets run to 64 tokens")
     assert not checks.warnings(load_recipe("prefix", {f"evals.{name}.max_tokens": 32, "steps": 30}))  # training reaches 30 there
-    (warning,) = checks.warnings(load_recipe("effopd", {"accelerator.max_tokens": 32}))
-    assert warning.startswith("accelerator.max_tokens = 32 cuts")
+    (warning,) = checks.warnings(load_recipe("effopd", {"extrapolation.max_tokens": 32}))
+    assert warning.startswith("extrapolation.max_tokens = 32 cuts")
 
 
 def test_a_cap_above_the_longest_answer_is_refused_and_a_schedule_stays_at_it() -> None:
     with pytest.raises(ConfigError, match="train_max_tokens = 65 is above max_tokens = 64"):
         load_recipe("full", {"sampler.train_max_tokens": 65})
     rising = load_recipe("full", {"sampler.train_max_tokens": {"kind": "linear", "start": 60, "increment": 3}})
-    assert [rising.draw(step).length for step in range(3)] == [60, 63, 64]
+    assert [rising.draw(step).max_positions for step in range(3)] == [60, 63, 64]
 
 
 def test_a_plan_tells_both_limits_and_a_window_too_small() -> None:
@@ -273,7 +273,7 @@ def test_a_plan_tells_both_limits_and_a_window_too_small() -> None:
 @pytest.mark.parametrize(("recipe", "line"), [
     ("prefix", "at most 64 tokens in training (16 at the least), 64 in evaluations"),
     ("full", "at most 64 tokens in training, 64 in evaluations"),
-    ("flow", "at most 10 denoising steps in training; evaluations finish their pictures"),
+    ("flow", "at most 10 denoising steps in training; evaluations finish their images"),
 ])  # fmt: skip
 def test_the_plan_is_printed_with_both_limits(recipe: str, line: str) -> None:
     from reflux.cli.show import lengths_in_words

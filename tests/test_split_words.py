@@ -46,7 +46,7 @@ def words_of(page: Path) -> str:
 
 
 @pytest.mark.parametrize("split", WORDS)
-@pytest.mark.parametrize("write", [write_run, write_picture_run], ids=["texts", "pictures"])
+@pytest.mark.parametrize("write", [write_run, write_picture_run], ids=["texts", "images"])
 def test_the_page_calls_problems_by_their_split(tmp_path: Path, split: str, write: Any) -> None:
     words = words_of(write_report(of_split(write(tmp_path / "run"), split)))
     assert f"{WORDS[split].capitalize()} problems; the band" in words

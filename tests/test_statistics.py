@@ -65,10 +65,10 @@ def test_bootstrap_equals_the_enumerated_distribution_of_resampled_means() -> No
 
 
 def test_bootstrap_covers_the_mean_about_as_often_as_it_says() -> None:
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     hits = 0
     for seed in range(300):
-        low, high = bootstrap_mean(dice.beta(2, 3, size=60), seed, resamples=300, confidence=0.9)
+        low, high = bootstrap_mean(rng.beta(2, 3, size=60), seed, resamples=300, confidence=0.9)
         hits += low <= 0.4 <= high
     assert binomtest(hits, 300, 0.9).pvalue > 1e-3
 
@@ -143,9 +143,9 @@ def test_one_cluster_has_a_mean_and_no_interval_and_none_has_neither() -> None:
 @pytest.mark.parametrize("m", [2, 5, 20])
 def test_the_interval_over_clusters_covers_the_mean_as_often_as_it_says(m: int) -> None:
     """Clusters of 4 to 12 numbers, whose common part has half the spread of the rest. A normal quantile gives 69 % at two clusters."""
-    dice, draws, hits = np.random.default_rng(m), 2000, 0
+    rng, draws, hits = np.random.default_rng(m), 2000, 0
     for _ in range(draws):
-        clusters = [3 + dice.normal(0, 0.5) + dice.normal(0, 1, dice.integers(4, 13)) for _ in range(m)]
+        clusters = [3 + rng.normal(0, 0.5) + rng.normal(0, 1, rng.integers(4, 13)) for _ in range(m)]
         _, low, high = clustered_mean(clusters)
         assert low is not None
         assert high is not None

@@ -9,7 +9,7 @@ import pytest
 
 from reflux.metrics.step_metrics import _credit
 from reflux.metrics.values import Quantiles
-from reflux.types import Attempt, Share
+from reflux.types import Attempt, Credit
 from tiny import rollout
 
 
@@ -17,24 +17,24 @@ def test_a_note_counts_the_attempts_that_have_it_wherever_they_stand() -> None:
     """Before, between and after attempts without it."""
     attempts = [Attempt(rollout(2, sample=s)) for s in range(5)]
     for place, attempt in enumerate(attempts):
-        attempt.shares["rule"] = Share(notes={"of_some": float(place), "spread": Quantiles((float(place),))} if place in (1, 3) else {})
-    attempts[4].shares["late"] = Share(shift_T=0.5, notes={"only_here": 2.0})
+        attempt.credits["rule"] = Credit(notes={"of_some": float(place), "spread": Quantiles((float(place),))} if place in (1, 3) else {})
+    attempts[4].credits["late"] = Credit(advantage_offset_T=0.5, notes={"only_here": 2.0})
     found = _credit(attempts)
-    assert found["rule"] == {"factor_mean": 1.0, "shift_mean": 0.0, "of_some": 2.0, "spread": 2.0}
-    assert found["late"] == {"factor_mean": 1.0, "shift_mean": 0.5, "only_here": 2.0}
+    assert found["rule"] == {"weight_mean": 1.0, "advantage_offset_mean": 0.0, "of_some": 2.0, "spread": 2.0}
+    assert found["late"] == {"weight_mean": 1.0, "advantage_offset_mean": 0.5, "only_here": 2.0}
 
 
 def test_means_are_over_chosen_positions() -> None:
     first, second = (Attempt(rollout(length, seed=length, mask=[True] * 2 + [False] * (length - 2))) for length in (2, 6))
-    first.shares["rule"], second.shares["rule"] = Share(factor_T=2.0), Share(factor_T=0.0)
-    assert _credit([first, second])["rule"]["factor_mean"] == pytest.approx(1.0)
+    first.credits["rule"], second.credits["rule"] = Credit(weight_T=2.0), Credit(weight_T=0.0)
+    assert _credit([first, second])["rule"]["weight_mean"] == pytest.approx(1.0)
 
 
 def test_a_teacher_is_billed_for_what_it_read(tiny_run: Callable[..., Any]) -> None:
     """The student as its own teacher reads as much as it sampled; told the answer, a little more; shown other attempts, much more."""
     settings: dict[str, Any] = {"steps": 1, "group_size": 4, "task": {"kind": "outside:Chat"}}
     same, told, peers = (
-        tiny_run("peers", **settings, teachers__main={"kind": "own", "context": {"kind": context}}).rows("metrics")[0]["flops"]
+        tiny_run("peers", **settings, teachers__main={"kind": "self", "context": {"kind": context}}).rows("metrics")[0]["flops"]
         for context in ("same", "privileged", "peers")
     )
     assert same["teach"] == same["sample"]

@@ -23,7 +23,7 @@ from reflux.errors import ConfigError, RunError
 from reflux.loop import train
 from reflux.loss.step import StepRequest
 from reflux.training import Options
-from reflux.types import Attempt, Moment, TeacherAnswer
+from reflux.types import Attempt, StepContext, TeacherAnswer
 
 STUDIES = Path(__file__).parents[1] / "studies"
 sys.path.insert(0, str(STUDIES))  # scripts import their neighbours
@@ -107,7 +107,7 @@ def test_the_vopd_study_has_what_the_issue_names_and_one_learning_rate() -> None
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "words"),
     [
         ('baseline = "plian"', "no arm plian"),
         ('default = ["other"]', "no arm other"),
@@ -115,11 +115,11 @@ def test_the_vopd_study_has_what_the_issue_names_and_one_learning_rate() -> None
         ('variance = { reference = "x" }', "no arm x"),
     ],
 )
-def test_a_wrong_study_is_refused_in_words(tmp_path: Path, line: str, says: str) -> None:
+def test_a_wrong_study_is_refused_in_words(tmp_path: Path, line: str, words: str) -> None:
     path = tmp_path / "small.toml"
     head = "" if line.startswith("baseline") else 'baseline = "plain"\n'
     path.write_text(f'name = "small"\nseeds = [0]\n{head}{line}\n[arms.plain]\nbase = "opd"\n')
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=words):
         load_study(path)
 
 
@@ -248,7 +248,7 @@ def test_measures_are_those_of_the_files(tmp_path: Path) -> None:
 
 def test_what_margin_and_balance_did_is_a_table_of_its_own() -> None:
     steps = [
-        {"credit": {"margin": {"mixed_fraction": m, "return_cut": c, "factor_mean": 1.0}, "other": {"kept": 1.0}}}
+        {"credit": {"margin": {"mixed_fraction": m, "return_cut": c, "weight_mean": 1.0}, "other": {"kept": 1.0}}}
         for m, c in ((0.5, None), (0.25, -1.0), (0.0, -3.0))
     ]
     assert rules.noted(steps) == {"rule.margin.mixed_fraction": 0.25, "rule.margin.return_cut": -2.0}
@@ -261,9 +261,9 @@ def test_what_margin_and_balance_did_is_a_table_of_its_own() -> None:
 
 
 def test_scores_by_route_are_named_after_their_score() -> None:
-    assert table.said("accuracy.accuracy.add") == "accuracy, add"
-    assert table.said("agreement.kl_nats.mul") == "held-out KL, mul"
-    assert table.said("accuracy.avg@8") == "accuracy.avg@8"
+    assert table.behaviour("accuracy.accuracy.add") == "accuracy, add"
+    assert table.behaviour("agreement.kl_nats.mul") == "held-out KL, mul"
+    assert table.behaviour("accuracy.avg@8") == "accuracy.avg@8"
     row = {"agreement": {"kl_nats": 1.0, "kl_nats.mul": 2.0, "kl_nats.mul.low": 1.5, "kl_nats.mul.attempts": 64, "by_teacher": {}}}
     assert table.evaluated(row) == {"agreement.kl_nats": 1.0, "agreement.kl_nats.mul": 2.0}
     text = table.markdown(table.compare({"a": {0: {"agreement.kl_nats.mul.after": 2.0}}}, "a"), "a")
@@ -293,8 +293,8 @@ def test_arms_are_compared_seed_by_seed() -> None:
 
 def test_variance_and_means_are_unbiased_by_enumeration() -> None:
     """Over all ways to draw M = 3 times from four correlated pairs (g, h), each estimate's mean is the exact moment."""
-    dice = np.random.default_rng(0)
-    g, h, p = dice.normal(size=(4, 5)) + 1, dice.normal(size=(4, 5)), np.array([0.1, 0.2, 0.3, 0.4])
+    rng = np.random.default_rng(0)
+    g, h, p = rng.normal(size=(4, 5)) + 1, rng.normal(size=(4, 5)), np.array([0.1, 0.2, 0.3, 0.4])
     variance = one = both = 0.0
     for drawn in map(list, itertools.product(range(4), repeat=3)):
         K = gram.inner(g[drawn], g[drawn])
@@ -308,10 +308,10 @@ def test_variance_and_means_are_unbiased_by_enumeration() -> None:
 
 def test_statistics_of_gradients_with_a_known_covariance() -> None:
     """Gaussian draws around a common mean m: h has 4 times g's covariance, and points elsewhere by 60 degrees."""
-    dice, M, D = np.random.default_rng(1), 200, 6
+    rng, M, D = np.random.default_rng(1), 200, 6
     root = np.linalg.cholesky(np.diag([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) + 0.5)
     m, turned = np.eye(D)[0] * 9, np.eye(D)[0] * 4.5 + np.eye(D)[1] * 9 * np.sqrt(0.75)
-    drawn = {"g": m + dice.normal(size=(M, D)) @ root.T, "h": turned + 2 * dice.normal(size=(M, D)) @ root.T}
+    drawn = {"g": m + rng.normal(size=(M, D)) @ root.T, "h": turned + 2 * rng.normal(size=(M, D)) @ root.T}
     found = gradient_variance.statistics({arm: values.astype(np.float32) for arm, values in drawn.items()}, "g", "g")
     truth = {"total_variance": 96.0, "squared_mean": 81.0, "ratio_to_g": 4.0, "cosine_to_g": 0.5}
     for name, exact in truth.items():
@@ -352,7 +352,7 @@ def test_arms_are_drawn_on_the_same_attempts_and_leave_no_trace(still: Callable[
     alone = asyncio.run(draw(still(["exact"]), 3))
     assert np.array_equal(found["exact"], alone["exact"])  # neither moved, clipped nor added to by the arms before
     assert not np.array_equal(found["exact"][0], found["exact"][1])
-    assert still(["exact"])["exact"].seed not in range(100)  # a run's own dice and prompts
+    assert still(["exact"])["exact"].seed not in range(100)  # a run's own random numbers and prompts
     doubled = asyncio.run(draw(still(["exact"], "objectives.0.coef=2.0", "learner.lr=0.5", "learner.clip=1e-3"), 1))["exact"]
     np.testing.assert_allclose(doubled[0], 2 * alone["exact"][0], rtol=1e-4, atol=1e-6)
     with pytest.raises(ConfigError, match=r"do not learn from the same attempts.*\n.*group_size"):
@@ -364,7 +364,7 @@ def test_a_batch_with_nothing_to_learn_from_has_a_gradient_of_zero(still: Callab
     word = tiny.as_model(AutoModelForCausalLM.from_pretrained(teacher), learner.services.tokenizer)
     groups = [[tiny.attempt(tiny.rollout(4), word)], [tiny.attempt(tiny.rollout(4, finish="error"), word)]]
     something, nothing = (
-        asyncio.run(gradient_variance.gradient(learner, StepRequest([group], objectives, Moment(0, 0)))) for group in groups
+        asyncio.run(gradient_variance.gradient(learner, StepRequest([group], objectives, StepContext(0, 0)))) for group in groups
     )
     assert something.shape == nothing.shape == (learner.macs,)
     assert something.any()

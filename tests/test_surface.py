@@ -24,15 +24,15 @@ objectives    sampled_kl divergence nll policy_gradient velocity_kl
 credit        prefix position group_advantage release margin balance
 rewards       verifier environment
 learners      flow hf
-accelerators  extrapolate
+extrapolation  extrapolate
 tasks         word_problems gsm8k jsonl mix glyphs
 evals         accuracy agreement foresight teacher_accuracy test_accuracy
 schedules     constant linear cosine steps
 """
 
 FIELDS = """
-run                     task sampler learner objectives teachers={} credit={} rewards={} accelerator=None evals={} track
-                        recipe='unnamed' steps=200 prompts_per_step=64 group_size=1 max_lag=0 seed=0 normalise='kept' save_every=50
+run                     task sampler learner objectives teachers={} credit={} rewards={} extrapolation=None evals={} track
+                        recipe='unnamed' steps=200 prompts_per_step=64 group_size=1 max_staleness=0 seed=0 loss_aggregation='token-mean-weighted' save_every=50
                         eval_every=50 keep_checkpoints=2 log_variance=False threads=0 deterministic=False
 samplers.hf             max_tokens=512 train_max_tokens=None temperature=1.0 top_p=1.0 stop=() allow_biased=False max_prompt_tokens=0
                         long_prompts='refuse' batch_tokens=32768 turns='together' max_turns=0 environment_timeout_s=60.0
@@ -41,11 +41,11 @@ samplers.stored         generate
 samplers.flow           steps=10 noise_level=0.7 guidance=1.0 eval_steps=40 length=None pixels=0 batch_images=64 dtype='auto'
                         device='auto'
 samplers.drawn          generate times=10
-teachers.local          model context as_=None routes=() batch_tokens=32768 dtype='auto' device='auto' device_map=None attention=None
+teachers.local          model context alias=None routes=() batch_tokens=32768 dtype='auto' device='auto' device_map=None attention=None
                         trust_remote_code=False system=None template={}
-teachers.own            follow='ema' ema=0.05 step=0 context as_=None routes=() batch_tokens=32768 autocast='auto' device='auto'
+teachers.own            follow='ema' ema=0.05 step=0 context alias=None routes=() batch_tokens=32768 autocast='auto' device='auto'
                         attention=None
-teachers.flow           model adapter=None context as_=None routes=() guidance=None batch_positions=64 dtype='auto' device='auto'
+teachers.flow           model adapter=None context alias=None routes=() guidance=None batch_positions=64 dtype='auto' device='auto'
 contexts.same
 contexts.peers          successes=2 failures=1 threshold=0.5 failures_when='always' feedback='no_success' peer_tokens=4096
                         strip_thinking=False
@@ -63,17 +63,17 @@ credit.group_advantage          nats=1.0 normalise_std=False std_floor=1e-06
 credit.margin           delta=0.4 mode='mean' direction='spread' action='shift' level='token' threshold=0.5 student='behaviour'
                         retain=0.25 teacher='main'
 credit.balance          ratio=1.0 threshold=0.5
-credit.release          k=4 min_segments=8 min_side=3 min_gain=0.0 segments='sentences' rescale=True candidates='said' teacher='main'
+credit.release          k=4 min_segments=8 min_side=3 min_gain=0.0 segments='sentences' rescale=True candidates='behaviour' teacher='main'
 rewards.verifier        timeout_s=10.0 workers=1 weight=1.0
 rewards.environment     weight=1.0
-accelerators.extrapolate
+extrapolation.extrapolate
                         tries=5 prompts=50 samples=1 accept='better' rescore_incumbent=False score='accuracy' teacher='main'
                         max_tokens=None include=('attn','attention','mlp','ffn','.ff','feed_forward')
 learners.hf             model system=None template={} prompt_suffix=None lr=1e-06 betas=(0.9,0.999) eps=1e-08 weight_decay=0.0
-                        clip=1.0 noise_floor=1e-06
+                        clip=1.0 min_grad_norm=1e-06
                         micro_batch_tokens=16384 lora=None gradient_checkpointing=False autocast='auto' device='auto'
                         attention=None trust_remote_code=False
-learners.flow           model lr=0.0003 betas=(0.9,0.999) eps=1e-08 weight_decay=0.0001 clip=1.0 noise_floor=0.001 micro_batch=64
+learners.flow           model lr=0.0003 betas=(0.9,0.999) eps=1e-08 weight_decay=0.0001 clip=1.0 min_grad_norm=0.001 micro_batch=64
                         adapter=None merge=None lora=None average=None gradient_checkpointing=False autocast='auto' device='auto'
 tasks.glyphs            domains=('digits','counts') largest_count=6 held_out=480 weight=1.0
 tasks.jsonl             path=None dataset=None dataset_config=None dataset_split='train' keys=None validation=0.05 test=None
@@ -138,8 +138,8 @@ def test_run_stays_a_function_whatever_is_imported() -> None:
 
 
 def test_the_command_line_has_these_verbs() -> None:
-    said = python("import sys; sys.argv = ['reflux', '--help']; from reflux.cli.main import main; main()")
-    listed = [line.split()[0] for line in said[said.index("Commands") :].splitlines()[1:] if line.strip()]
+    behaviour = python("import sys; sys.argv = ['reflux', '--help']; from reflux.cli.main import main; main()")
+    listed = [line.split()[0] for line in behaviour[behaviour.index("Commands") :].splitlines()[1:] if line.strip()]
     assert sorted(listed) == sorted(VERBS.split())
 
 

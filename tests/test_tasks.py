@@ -54,7 +54,7 @@ def tasks(folder: Path) -> dict[str, Any]:
     return {**small, "mix": mix}
 
 
-TEXTS = [kind for kind in TASKS if kind != "glyphs"]  # pictures: test_glyphs.py; all splits ask the same few questions
+TEXTS = [kind for kind in TASKS if kind != "glyphs"]  # images: test_glyphs.py; all splits ask the same few questions
 
 
 def take(task: Any, split: Any, n: int, start: int = 0, seed: int = 0) -> list[Prompt]:

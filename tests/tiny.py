@@ -16,7 +16,7 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from reflux.assets.characters import character_tokenizer
 from reflux.config.context import Generation, Numbers, PartContext, StudentSpec
 from reflux.config.recipe import RunConfig, load_recipe
-from reflux.contexts.base import View
+from reflux.contexts.base import TeacherPrompt
 from reflux.evals.evaluation import Evaluation
 from reflux.kernels.head import Head
 from reflux.learners.hf import HF as HFLearnerPart
@@ -29,7 +29,7 @@ from reflux.models.text import Model, as_model
 from reflux.runtime.services import Services
 from reflux.teachers.base import TeacherRequest
 from reflux.teachers.local import Local
-from reflux.types import Attempt, Group, HiddenTarget, Moment, Prompt, Share, TeacherAnswer, TokenRollout, Wants
+from reflux.types import Attempt, Credit, Group, HiddenTarget, Prompt, Requirements, StepContext, TeacherAnswer, TokenRollout
 
 END = 1  # the character tokenizer's <end>
 SCALE = {  # what every tiny run sets, before its own overrides
@@ -47,7 +47,7 @@ SCALE = {  # what every tiny run sets, before its own overrides
 
 
 def net(seed: int, *, layers: int = 1, width: int = 32, padded_rows: int = 0, lift: float = 2.0) -> Any:
-    """Qwen3 from dice, with some 2.5 nats of entropy. padded_rows: output rows beyond the tokens.
+    """Qwen3 from random numbers, with some 2.5 nats of entropy. padded_rows: output rows beyond the tokens.
 
     lift: of the end token; 2 is one position in nine, 1 one in fifty.
     """
@@ -58,11 +58,11 @@ def net(seed: int, *, layers: int = 1, width: int = 32, padded_rows: int = 0, li
     cfg = Qwen3Config(vocab_size=tokens + padded_rows, max_position_embeddings=512, dtype="float32", **shape, **heads, **ends)
     model = Qwen3ForCausalLM(cfg)
     model.generation_config = GenerationConfig(do_sample=True, **ends)
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in model.named_parameters():
             if value.ndim == 2:
-                value.normal_(0, 0.35 if "embed" in name else value.shape[1] ** -0.5, generator=dice)
+                value.normal_(0, 0.35 if "embed" in name else value.shape[1] ** -0.5, generator=rng)
         embedding = model.get_input_embeddings().weight
         embedding[:, 0] = 1.0
         embedding[END, 0] += lift
@@ -96,7 +96,7 @@ class AllHeads(Heads):
 HEADS = AllHeads()
 
 
-def context(requirements: Wants = Wants(), *, name: str = "main", seed: int = 0, **fields: Any) -> PartContext:
+def context(requirements: Requirements = Requirements(), *, name: str = "main", seed: int = 0, **fields: Any) -> PartContext:
     """What a part is told, with nothing behind it; `model` and other fields of StudentSpec describe the student."""
     told = {key: fields.pop(key) for key in ("model", "system", "template") if key in fields}
     sizes = Numbers(steps=1, prompts_per_step=1, group_size=1, max_staleness=0, training_positions=12, evaluation_positions=12)
@@ -131,21 +131,25 @@ def learner(model: Any, **fields: Any) -> HFLearner:
     return HFLearner(part, context(name="learner"), services(), as_model(model, character_tokenizer()))
 
 
-def move(opened: Any, groups: Sequence[Group], objectives: Sequence[Any], step: int = 0, normalise: str = "kept") -> Stats:
+def move(
+    opened: Any, groups: Sequence[Group], objectives: Sequence[Any], step: int = 0, loss_aggregation: str = "token-mean-weighted"
+) -> Stats:
     """One optimiser step as the loop makes it: what the learner found out is stored on the attempts."""
-    request = StepRequest(groups, objectives, Moment(step, 0), normalise)
+    request = StepRequest(groups, objectives, StepContext(step, 0), loss_aggregation)
     return asyncio.run(learn(opened, request, lambda groups, why: Path("refused.jsonl"))).stats
 
 
-def gradients(opened: Any, groups: Sequence[Group], objectives: Sequence[Any], normalise: str = "kept") -> dict[str, Tensor]:
+def gradients(
+    opened: Any, groups: Sequence[Group], objectives: Sequence[Any], loss_aggregation: str = "token-mean-weighted"
+) -> dict[str, Tensor]:
     """What one step leaves on the parameters."""
-    move(opened, groups, objectives, normalise=normalise)
+    move(opened, groups, objectives, loss_aggregation=loss_aggregation)
     return {name: p.grad.clone() for name, p in opened.trained.items() if p.grad is not None}
 
 
 def rollout(length: int, *, seed: int = 0, prompt_tokens: int = 5, sample: int = 0, finish: Any = "stop", mask: Any = None) -> TokenRollout:
     """Random tokens under random behaviour log-probs."""
-    dice = np.random.default_rng((seed, length, prompt_tokens, sample))
+    rng = np.random.default_rng((seed, length, prompt_tokens, sample))
     prompt = Prompt(f"p{seed}", ({"role": "user", "content": f"question {seed}"},))
     return TokenRollout(
         prompt=prompt,
@@ -153,9 +157,9 @@ def rollout(length: int, *, seed: int = 0, prompt_tokens: int = 5, sample: int =
         version=0,
         finish=finish,
         mask_T=np.ones(length, dtype=bool) if mask is None else np.asarray(mask, dtype=bool),
-        logp_T=dice.uniform(-6, -2, length).astype(np.float32),
-        prompt_tokens=dice.integers(6, 100, prompt_tokens),
-        tokens_T=dice.integers(1, 102, length),
+        logp_T=rng.uniform(-6, -2, length).astype(np.float32),
+        prompt_tokens=rng.integers(6, 100, prompt_tokens),
+        tokens_T=rng.integers(1, 102, length),
         text="",
         messages=prompt.messages,
     )
@@ -176,21 +180,21 @@ def attempt(spoken: TokenRollout, teacher: Model | None = None, weight: Any = 1.
     made = Attempt(spoken)
     if teacher is not None and spoken.length:
         made.answers["main"] = TeacherAnswer(target=hidden(teacher, spoken))
-    made.shares["weigh"] = Share(factor_T=np.asarray(weight, dtype=np.float32) if np.ndim(weight) else weight)
-    made.shares["push"] = Share(shift_T=np.asarray(shift, dtype=np.float32) if np.ndim(shift) else shift)
+    made.credits["weigh"] = Credit(weight_T=np.asarray(weight, dtype=np.float32) if np.ndim(weight) else weight)
+    made.credits["push"] = Credit(advantage_offset_T=np.asarray(shift, dtype=np.float32) if np.ndim(shift) else shift)
     return made
 
 
-async def ask(teacher: Any, *asked: tuple[Attempt, View]) -> None:
+async def ask(teacher: Any, *asked: tuple[Attempt, TeacherPrompt]) -> None:
     """As `Teachers` asks: what an open teacher answers is put on the attempts, under its name."""
     answers = await teacher.score([TeacherRequest(attempt.rollout, view, teacher.context.requirements) for attempt, view in asked])
     for (made, _), answer in zip(asked, answers, strict=True):
         made.answers[teacher.name] = answer
 
 
-def plainly(attempts: Iterable[Attempt]) -> list[tuple[Attempt, View]]:
+def plainly(attempts: Iterable[Attempt]) -> list[tuple[Attempt, TeacherPrompt]]:
     """Each attempt in the context `same`."""
-    return [(attempt, View(attempt.rollout.prompt.messages)) for attempt in attempts]
+    return [(attempt, TeacherPrompt(attempt.rollout.prompt.messages)) for attempt in attempts]
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:

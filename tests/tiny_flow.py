@@ -33,7 +33,7 @@ def model(
     scale: float = 1.0,
     **scheduler: Any,
 ) -> FlowModel:
-    """SD3Transformer2DModel from dice with a prompt table, float32, on the CPU. `scheduler`: fields of its config, such as shift=3.0.
+    """SD3Transformer2DModel from random numbers with a prompt table, float32, on the CPU. `scheduler`: fields of its config, such as shift=3.0.
 
     Velocities are of size 1 and depend on state, time and prompt. scale: of the output layer.
     """
@@ -52,13 +52,13 @@ def model(
     )
     table = PromptTable(texts, length=2, width=8, pooled=8)
     net = FlowNet(transformer, table)
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in net.named_parameters():
             if value.ndim == 1:
-                value.normal_(0, 0.1, generator=dice)
+                value.normal_(0, 0.1, generator=rng)
             else:
-                value.normal_(0, 1.0 if "prompts" in name else value[0].numel() ** -0.5, generator=dice)
+                value.normal_(0, 1.0 if "prompts" in name else value[0].numel() ** -0.5, generator=rng)
         transformer.proj_out.weight.mul_(scale)
     config = dict(library().FlowMatchEulerDiscreteScheduler(**{"shift": 1.0, **scheduler}).config)
     return FlowModel(net.eval(), config, table, None, "tiny", torch.float32)
@@ -81,9 +81,9 @@ def modules(of: FlowModel, ends: Sequence[str] = ENDS) -> dict[str, tuple[int, i
 
 def factors(of: FlowModel, seed: int, *, rank: int = 2, ends: Sequence[str] = ENDS, size: float = 0.5) -> dict[str, tuple[Tensor, Tensor]]:
     """Random (A, B) of every adapted module: [rank, inputs] and [outputs, rank]. size 0: an untouched adapter, whose B is 0."""
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     return {
-        name: (torch.randn(rank, inputs, generator=dice) * inputs**-0.5, size * torch.randn(outputs, rank, generator=dice))
+        name: (torch.randn(rank, inputs, generator=rng) * inputs**-0.5, size * torch.randn(outputs, rank, generator=rng))
         for name, (outputs, inputs) in modules(of, ends).items()
     }
 
@@ -136,15 +136,15 @@ def rollout(
     whole: the grid ends at t = 0, and the last step is masked out; else it is the first part of a grid twice as long. `fields`: of
     FlowRollout, in place of what is made here.
     """
-    dice = np.random.default_rng((seed, sample))
+    rng = np.random.default_rng((seed, sample))
     t_S = grid(steps if whole else 2 * steps, shift)[: steps + 1]
     mask_T = np.arange(steps) < steps - whole
-    x_SD = dice.standard_normal((steps + 1, int(np.prod(shape)))).astype(np.float32)
-    logp_T = dice.uniform(-9, -3, steps).astype(np.float32)
-    said = None
+    x_SD = rng.standard_normal((steps + 1, int(np.prod(shape)))).astype(np.float32)
+    logp_T = rng.uniform(-9, -3, steps).astype(np.float32)
+    behaviour = None
     if drawn_by is not None:
-        x_SD, logp_T, v_TD = _walk(drawn_by, x_SD, t_S, text, noise_level, guidance)
-        said = VelocityTarget(teacher="said", v_TD=np.where(mask_T[:, None], v_TD, np.float32(np.nan)))
+        x_SD, logp_T, v_TD = _trajectory(drawn_by, x_SD, t_S, text, noise_level, guidance)
+        behaviour = VelocityTarget(teacher="behaviour", v_TD=np.where(mask_T[:, None], v_TD, np.float32(np.nan)))
     made: dict[str, Any] = {
         "prompt": Prompt(f"p{seed}", ({"role": "user", "content": text},), route=route),
         "sample": sample,
@@ -152,7 +152,7 @@ def rollout(
         "finish": "stop" if whole else "length",
         "mask_T": mask_T,
         "logp_T": np.where(mask_T, logp_T, np.float32(0)),
-        "said": said,
+        "behaviour": behaviour,
         "x_SD": x_SD,
         "t_S": t_S,
         "noise_level": noise_level,
@@ -163,10 +163,10 @@ def rollout(
 
 
 @torch.no_grad()
-def _walk(
+def _trajectory(
     drawn_by: FlowModel, noise_SD: np.ndarray, t_S: np.ndarray, text: str, noise_level: float, guidance: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """States, log-densities and velocities of one walk whose first state and dice are `noise_SD`."""
+    """States, log-densities and velocities of one walk whose first state and random numbers are `noise_SD`."""
     x_SD, logp_T, v_TD = noise_SD.copy(), np.zeros(len(t_S) - 1, np.float32), np.zeros_like(noise_SD[1:])
     for i, (t, dt) in enumerate(zip(t_S[:-1].tolist(), np.diff(t_S).tolist(), strict=True)):
         v_TD[i] = drawn_by.velocity(torch.from_numpy(x_SD[i : i + 1]), torch.tensor([t]), [text], guidance)[0].numpy()

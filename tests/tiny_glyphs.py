@@ -15,7 +15,7 @@ import tiny_flow
 from reflux.config.recipe import RunConfig, load_recipe
 from reflux.tasks.glyphs import Glyphs
 from reflux.training import Options, Run
-from reflux.types import FlowRollout, Group, Prompt, VelocityTarget, Wants
+from reflux.types import FlowRollout, Group, Prompt, Requirements, VelocityTarget
 
 NAMES = ("student", "digits", "counts")
 RECIPES = ("flow", "flow_sft", "flow_grpo")
@@ -23,7 +23,7 @@ SIZES = {"accuracy": {"problems": 4, "examples": 1}, "agreement": {"prompts": 4}
 SIZES["test_accuracy"] = {"problems": 4}
 NO_EVALS = {f"evals__{name}": "none" for name in SIZES}
 STEPS, EVAL_STEPS, TIMES = 4, 3, 5
-D = 256  # of a picture
+D = 256  # of an image
 
 Models = dict[str, str]
 
@@ -39,7 +39,7 @@ def config(recipe: str, known: Models, **overrides: Any) -> RunConfig:
     drawn = "sampler.generate" if recipe == "flow_sft" else "sampler"
     changes: dict[str, Any] = {"learner.model": known["student"], f"{drawn}.steps": STEPS, f"{drawn}.eval_steps": EVAL_STEPS}
     changes |= {"steps": 2, "prompts_per_step": 4, "save_every": 1000, "eval_every": 1000, "threads": 1}
-    changes |= {"sampler.times": TIMES} if recipe == "flow_sft" else {"group_size": 3} if recipe == "flow_grpo" else {}
+    changes |= {"sampler.positions": TIMES} if recipe == "flow_sft" else {"group_size": 3} if recipe == "flow_grpo" else {}
     shipped = load_recipe(recipe)
     changes |= {f"teachers.{name}.model": known.get(name, known["student"]) for name in shipped.teachers}
     changes |= {f"evals.{name}": SIZES[name] for name in shipped.evals}
@@ -56,7 +56,7 @@ def drawn(cfg: RunConfig, folder: Path, prompts: Sequence[Prompt], n: int = 1, *
     """Attempts of a config's sampler, asked for in one cohort."""
 
     async def act() -> list[Group]:
-        run = Run.open(cfg, Wants(said=1), Options(folder))
+        run = Run.open(cfg, Requirements(behaviour=1), Options(folder))
         try:
             async with cfg.sampler.open(run.context("sampler"), run.services) as sampler:
                 asked = replace(cfg.sampler.draw(0), cohort=len(prompts), **draw)
@@ -73,6 +73,6 @@ def rollouts(groups: Sequence[Group]) -> list[FlowRollout]:
     return found  # type: ignore[return-value]
 
 
-def said(rollout: FlowRollout) -> np.ndarray:
-    assert isinstance(rollout.said, VelocityTarget)
-    return rollout.said.v_TD
+def behaviour(rollout: FlowRollout) -> np.ndarray:
+    assert isinstance(rollout.behaviour, VelocityTarget)
+    return rollout.behaviour.v_TD

@@ -12,7 +12,7 @@ from reflux.config.papers import Paper
 from reflux.config.registry import STRICT
 from reflux.credit.base import CreditPart
 from reflux.teachers.names import unless_known
-from reflux.types import Attempt, Group, Moment, Share, Wants
+from reflux.types import Attempt, Credit, Group, Requirements, StepContext
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
@@ -53,17 +53,17 @@ class Surprise(CreditPart):
         return (RHO_1,)
 
     @property
-    def wants(self) -> Wants:
-        return Wants(logp=True)
+    def requirements(self) -> Requirements:
+        return Requirements(logp=True)
 
-    def __call__(self, group: Group, moment: Moment) -> list[Share]:
+    def __call__(self, group: Group, step_context: StepContext) -> list[Credit]:
         return [self._share(attempt) for attempt in group]
 
-    def _share(self, attempt: Attempt) -> Share:
+    def _share(self, attempt: Attempt) -> Credit:
         target, rollout = attempt.target(self.teacher), attempt.rollout
         teacher_T = getattr(target, "logp_T", None)
         if teacher_T is None or not rollout.mask_T.any():
-            return Share()
+            return Credit()
         surprising_T = -teacher_T >= self.least_nats
-        factor_T = np.where(surprising_T | ~rollout.mask_T, 1.0, self.elsewhere).astype(np.float32)
-        return Share(factor_T=factor_T, notes={"surprising": float(surprising_T[rollout.mask_T].mean())})
+        weight_T = np.where(surprising_T | ~rollout.mask_T, 1.0, self.elsewhere).astype(np.float32)
+        return Credit(weight_T=weight_T, notes={"surprising": float(surprising_T[rollout.mask_T].mean())})

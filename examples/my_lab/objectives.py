@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from reflux.config.registry import STRICT
 from reflux.loss.term import Rows
 from reflux.objectives.base import ObjectivePart
-from reflux.types import HiddenTarget, Wants
+from reflux.types import HiddenTarget, Requirements
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,16 +22,16 @@ class Jeffreys(ObjectivePart):
     teacher: str = "main"
     coef: float = 1.0
 
-    takes_shift: ClassVar[bool] = False
+    takes_advantage_offset: ClassVar[bool] = False
     accepts = (HiddenTarget,)
 
     @property
-    def wants(self) -> Wants:
-        return Wants()
+    def requirements(self) -> Requirements:
+        return Requirements()
 
     def __call__(self, rows: Rows) -> Tensor:
-        from reflux.loss.outputs import FullSays
+        from reflux.loss.outputs import FullLogits
 
         student, teacher = rows.student, rows.teachers[self.teacher]
-        assert isinstance(teacher, FullSays)  # `accepts` says so
+        assert isinstance(teacher, FullLogits)  # `accepts` says so
         return (student.divergence(teacher, "reverse") + student.divergence(teacher, "forward")) / 2

@@ -12,8 +12,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
-from reflux.samplers.references import OpenStored, Stored
-from reflux.types import Draw, Group, Prompt, seed_of
+from reflux.samplers.references import OpenStored, References
+from reflux.types import Group, Prompt, SamplingParams, seed_of
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Mixed(Stored):
+class Mixed(References):
     """The student's own answers at a `share` of the steps, the task's `references` at the others (GKD's lambda, arXiv 2306.13649).
 
     One coin a step, not one a prompt: parts in this process answer a step's prompts in one batch, and wait until all of them are asked.
@@ -58,8 +58,10 @@ class OpenMixed:
     share: float
     seed: int
 
-    async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
-        own = random.Random(seed_of(self.seed, "mixed", draw.step)).random() < self.share  # law 8: these dice hang on seed and step alone
+    async def sample(self, prompt: Prompt, n: int, draw: SamplingParams) -> Group:
+        own = (
+            random.Random(seed_of(self.seed, "mixed", draw.step)).random() < self.share
+        )  # law 8: these random numbers hang on seed and step alone
         return await (self.stored.inner if own else self.stored).sample(prompt, n, draw)
 
     async def publish(self, weights: Weights, step: int) -> None:

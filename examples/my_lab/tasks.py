@@ -37,10 +37,10 @@ class Backwards(TaskPart):
         """Prompt number p depends on (split, seed, p) alone; "train" never ends."""
         position = start
         while split == "train" or position < self.held_out:
-            dice = random.Random(seed_of("backwards", split, seed, position))
-            word = self._word(dice)
+            rng = random.Random(seed_of("backwards", split, seed, position))
+            word = self._word(rng)
             while _split_of(word) != split:
-                word = self._word(dice)
+                word = self._word(rng)
             message = {"role": "user", "content": f"Write {word} backwards."}
             yield Prompt(f"{split}-{position}", (message,), answer=word[::-1], references=(word[::-1],))
             position += 1
@@ -50,8 +50,8 @@ class Backwards(TaskPart):
             raise ValueError(f"prompt {prompt.id} has no answer to compare with")
         return float(made.split()[-1:] == [prompt.answer])
 
-    def _word(self, dice: random.Random) -> str:
-        return "".join(dice.choices("abcdefghijklmnopqrstuvwxyz", k=self.letters))
+    def _word(self, rng: random.Random) -> str:
+        return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=self.letters))
 
 
 def _split_of(word: str) -> Split:

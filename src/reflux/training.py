@@ -29,11 +29,11 @@ from reflux.runtime.services import Services
 from reflux.storage import attempt_log, checkpoints, failed_batch, files, run_dir
 from reflux.storage.model_card import model_card
 from reflux.storage.summary import saved_summary, summarise
-from reflux.types import Group, Moment, Prompt, Wants
+from reflux.types import Group, Prompt, Requirements, StepContext
 
 if TYPE_CHECKING:
     from reflux.evals.base import Eval
-    from reflux.extrapolation.base import OpenAccelerator
+    from reflux.extrapolation.base import OpenExtrapolation
     from reflux.learners.base import OpenLearner
     from reflux.metrics.flops import Spent
     from reflux.samplers.base import OpenSampler
@@ -70,13 +70,13 @@ class Options:
 class Run:
     """One run on disk and its counters. `step` counts completed optimiser steps."""
 
-    def __init__(self, cfg: RunConfig, wants: Wants, options: Options, step: int, prompts: Iterator[Prompt]):
-        self.cfg, self.wants, self.dir, self.watch = cfg, wants, options.out, options.watch
+    def __init__(self, cfg: RunConfig, requirements: Requirements, options: Options, step: int, prompts: Iterator[Prompt]):
+        self.cfg, self.requirements, self.dir, self.watch = cfg, requirements, options.out, options.watch
         self.prompts = prompts  # the training prompts from here on
         self.seed, self.task, self.step = cfg.seed, cfg.task, step
         self.resumed = step if options.resume else None
         self.stopping = False
-        overlap = cfg.max_lag > 0 or cfg.sampler.overlaps
+        overlap = cfg.max_staleness > 0 or cfg.sampler.overlaps
         self.services = Services(cfg.learner.student, overlap=overlap, listener=options.watch, append=self._append)
         self.totals: dict[str, float] = dict.fromkeys((*TOKENS, "flops", "seconds"), 0)
         if step:
@@ -87,7 +87,7 @@ class Run:
         self._lock = (self.dir / ".lock").open("w")
 
     @classmethod
-    def open(cls, cfg: RunConfig, wants: Wants, options: Options) -> Run:
+    def open(cls, cfg: RunConfig, requirements: Requirements, options: Options) -> Run:
         """Make the directory, or take up the one of this very recipe. Raises RunError where it belongs to another run."""
         saved = checkpoints.steps(options.out / "checkpoints")
         step = saved[-1] if options.resume and saved else 0
@@ -100,7 +100,7 @@ class Run:
         prompts = cfg.task.prompts("train", cfg.seed, step * cfg.prompts_per_step)  # bad data is refused before anything is written
         checks.inputs(cfg)
         options.out.mkdir(parents=True, exist_ok=True)
-        run = cls(cfg, wants, options, step, prompts)
+        run = cls(cfg, requirements, options, step, prompts)
         with ExitStack() as undo:
             undo.callback(run.close)
             run_dir.take_lock(run._lock, run.dir)
@@ -119,24 +119,24 @@ class Run:
     def steps_left(self) -> int:
         return max(0, self.cfg.steps - self.step)
 
-    def moment(self, step: int | None = None) -> Moment:
-        return Moment(self.step if step is None else step, self.seed)
+    def step_context(self, step: int | None = None) -> StepContext:
+        return StepContext(self.step if step is None else step, self.seed)
 
     def context(self, name: str) -> PartContext:
         """What the part `name` may know of this run."""
-        return part_context(self.cfg, self.wants, name, self.dir)
+        return part_context(self.cfg, self.requirements, name, self.dir)
 
     # --- the loop's verbs
 
-    def restore(self, learner: OpenLearner, teachers: Teachers, accelerator: OpenAccelerator) -> None:
-        """Every part takes up its state; on a fresh run the accelerator takes the start weights instead."""
+    def restore(self, learner: OpenLearner, teachers: Teachers, extrapolation: OpenExtrapolation) -> None:
+        """Every part takes up its state; on a fresh run extrapolation takes the start weights instead."""
         if not self.step:
-            accelerator.start(learner.access)
+            extrapolation.start(learner.access)
             return
         kept = checkpoints.of_step(self.dir / "checkpoints", self.step)
         learner.load(kept / "learner")
         teachers.load(kept / "teachers")
-        accelerator.load(kept / "accelerator")
+        extrapolation.load(kept / "extrapolation")
 
     def write(self, group: Group, step: int) -> None:
         """An attempt is on disk before anything else can happen to it."""
@@ -184,7 +184,7 @@ class Run:
         """Is there nothing left to ask about the weights of now?"""
         return not self.cfg.evals or any(row["step"] == self.step for row in files.read_lines(self.dir / "evals.jsonl"))
 
-    async def evaluate(self, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers, accelerator: OpenAccelerator) -> None:
+    async def evaluate(self, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers, extrapolation: OpenExtrapolation) -> None:
         """Ask every evaluation about the weights of now, unless it is done. Where one raises, what training has made is saved first."""
         if self.evaluated:
             return
@@ -192,7 +192,7 @@ class Run:
             results = {"step": self.step, **await self._results(learner, sampler, teachers)}
         except Exception:
             if self.step:
-                self.save(learner, teachers, accelerator)
+                self.save(learner, teachers, extrapolation)
             raise
         files.append_lines(self.dir / "evals.jsonl", [results])
         self._tracker.log({key: value for key, value in results.items() if key != "step"}, self.step)
@@ -219,12 +219,12 @@ class Run:
             if averaged:  # also where an evaluation raised: the sampler goes on with the student's own weights
                 await sampler.publish(learner.publish(), self.step)
 
-    def save(self, learner: OpenLearner, teachers: Teachers, accelerator: OpenAccelerator) -> None:
+    def save(self, learner: OpenLearner, teachers: Teachers, extrapolation: OpenExtrapolation) -> None:
         """Checkpoint every part, export the student."""
         parts: dict[str, checkpoints.Fill] = {
             "learner": learner.save,
             "teachers": teachers.save,
-            "accelerator": accelerator.save,
+            "extrapolation": extrapolation.save,
             "run": lambda folder: checkpoints.write(folder, {**self.totals, "seconds": self.seconds}),
         }
         files.write_folder(self.dir / "student", partial(self._export, learner))  # first: no checkpoint has an older student
@@ -239,7 +239,7 @@ class Run:
         learner.export(folder)
         (folder / "README.md").write_text(model_card(self.cfg, self.step, papers(self.cfg)), encoding="utf-8")
 
-    def keep_refused(self, groups: Sequence[Group], why: str) -> Path:
+    def keep_failed_batch(self, groups: Sequence[Group], why: str) -> Path:
         """Write the batch of a refused step for inspection."""
         return failed_batch.keep(self.dir / f"{failed_batch.NAME}{self.step + 1}.jsonl", groups, self.step, why)
 

@@ -41,32 +41,32 @@ class Prompt:
     id: str
     messages: tuple[Message, ...]
     answer: str | None = None
-    references: tuple[str, ...] = ()  # answers written by a teacher or a person, for the `stored` sampler
+    references: tuple[str, ...] = ()  # answers written by a teacher or a person, for the `references` sampler
     route: str | None = None  # which teacher table answers, where several share a name
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class SamplingParams:
     """How an attempt is to be sampled. `cohort` groups are asked for together: in-process parts wait for all of them."""
 
     step: int  # the optimiser step the attempt is meant for, from 0
     purpose: Purpose
-    length: int  # positions at most
+    max_positions: int  # of the attempt
     temperature: float = 1.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     cohort: int = 1
-    dice: int = 0  # another number: other dice for the same prompts at the same step
+    rng: int = 0  # another number: other random numbers for the same prompts at the same step
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
-    """What pure parts may know of now: the optimiser step (from 0) and dice of their own."""
+class StepContext:
+    """What pure parts may know of now: the optimiser step (from 0) and random numbers of their own."""
 
     step: int
     seed: int
 
-    def dice(self, *key: object) -> random.Random:
+    def rng(self, *key: object) -> random.Random:
         """A generator that depends on (run seed, step, key) and nothing else (law 8)."""
         return random.Random(seed_of(self.seed, self.step, *key))
 
@@ -90,7 +90,7 @@ class Rollout:
     mask_T: np.ndarray  # bool
     logp_T: np.ndarray  # float32, nats, under the distribution sampled from; 0 where the student did not choose
     logp_raw_T: np.ndarray | None = None  # at temperature 1 without top-p, where that differs
-    said: TopKTarget | SampledTarget | VelocityTarget | None = None
+    behaviour: TopKTarget | SampledTarget | VelocityTarget | None = None
     sampled_positions: int | None = None  # that the student ran forward to make it; None: the prompt and every position once
     drawn_positions: Mapping[str, int] = field(default_factory=dict)  # that teachers ran forward to draw it, by their table
 
@@ -158,7 +158,7 @@ class TokenRollout(Rollout):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowRollout(Rollout):
-    """A picture drawn by a flow: S = T + 1 states along times t_S (1 noise, 0 data). The last step of a whole grid is masked out."""
+    """An image drawn by a flow: S = T + 1 states along times t_S (1 noise, 0 data). The last step of a whole grid is masked out."""
 
     unit: ClassVar[str] = "steps"
 
@@ -166,7 +166,7 @@ class FlowRollout(Rollout):
     t_S: np.ndarray  # float32, falling
     noise_level: float  # 0: no step was drawn, each is its mean
     guidance: float
-    image: np.ndarray  # uint8, [height, width] or [height, width, 3]: the last state as a picture
+    image: np.ndarray  # uint8, [height, width] or [height, width, 3]: the last state as an image
 
     @property
     def made(self) -> np.ndarray:
@@ -192,11 +192,11 @@ class Reward:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Credit:
     """One credit rule's word on one attempt. A scalar or an array [T]; notes are merged into the metrics under the rule's name."""
 
-    factor_T: np.ndarray | float = 1.0  # multiplies the weight; finite and >= 0
-    shift_T: np.ndarray | float = 0.0  # nats added to the advantage
+    weight_T: np.ndarray | float = 1.0  # multiplies the weight; finite and >= 0
+    advantage_offset_T: np.ndarray | float = 0.0  # nats added to the advantage
     notes: dict[str, Any] = field(default_factory=dict)  # a plain number is averaged over the attempts that have it; or a `metrics.Metric`
     detail: dict[str, Any] = field(default_factory=dict)  # plain JSON values, written beside the attempt and never averaged
 
@@ -229,12 +229,12 @@ class Attempt:
     answers: dict[str, TeacherAnswer] = field(default_factory=dict)  # by teacher name, in the order of names
     now: Target | None = None  # what the student would say now, along these tokens
     learned: StepRecord | None = None  # what the step computed along it; None before the step, and where nothing was trained on
-    shares: dict[str, Share] = field(default_factory=dict)
+    credits: dict[str, Credit] = field(default_factory=dict)
 
     def target(self, teacher: str) -> Target | None:
         """What `teacher` said about this attempt; "said" is the student as it acted."""
-        if teacher == "said":
-            return self.rollout.said
+        if teacher == "behaviour":
+            return self.rollout.behaviour
         answer = self.answers.get(teacher)
         return None if answer is None else answer.target
 
@@ -250,28 +250,28 @@ class Attempt:
         weight_T = self.rollout.mask_T.astype(np.float32)
         if self.rollout.finish == "error":
             return np.zeros_like(weight_T)
-        for name in sorted(self.shares):  # a fixed order of multiplication: permuting the rules changes no bit (law 5)
-            weight_T = weight_T * np.asarray(self.shares[name].factor_T, dtype=np.float32)
+        for name in sorted(self.credits):  # a fixed order of multiplication: permuting the rules changes no bit (law 5)
+            weight_T = weight_T * np.asarray(self.credits[name].weight_T, dtype=np.float32)
         return weight_T
 
     @property
-    def shift_T(self) -> np.ndarray:
+    def advantage_offset_T(self) -> np.ndarray:
         """Sum of shifts, nats, float32."""
-        shift_T = np.zeros(self.rollout.length, dtype=np.float32)
-        for name in sorted(self.shares):
-            shift_T = shift_T + np.asarray(self.shares[name].shift_T, dtype=np.float32)
-        return shift_T
+        advantage_offset_T = np.zeros(self.rollout.length, dtype=np.float32)
+        for name in sorted(self.credits):
+            advantage_offset_T = advantage_offset_T + np.asarray(self.credits[name].advantage_offset_T, dtype=np.float32)
+        return advantage_offset_T
 
 
 Group = list[Attempt]  # siblings of one prompt, in order of `sample`
 
 
 @dataclass(frozen=True, slots=True)
-class Wants:
+class Requirements:
     """What the assembled parts want computed. Work nobody wants is not done; the largest k wins. Joined by `|`."""
 
-    said: int = 0  # the student's own top-k where it acted
-    now_at_said: bool = False  # the student's log-probs of now at the ids of `said`
+    behaviour: int = 0  # the student's own top-k where it acted
+    now_at_behaviour: bool = False  # the student's log-probs of now at the ids of `behaviour`
     now_topk: int = 0
     logp: bool = False  # the teacher's log-probs of the sampled tokens, at scoring time
     candidates: int = 0  # the teacher's log-probs at the student's top-k ids
@@ -280,10 +280,10 @@ class Wants:
     specials: bool = False  # which tokens are special and do not end a turn
     reward: bool = False
 
-    def __or__(self, other: Wants) -> Wants:
-        return Wants(
-            said=max(self.said, other.said),
-            now_at_said=self.now_at_said or other.now_at_said,
+    def __or__(self, other: Requirements) -> Requirements:
+        return Requirements(
+            behaviour=max(self.behaviour, other.behaviour),
+            now_at_behaviour=self.now_at_behaviour or other.now_at_behaviour,
             now_topk=max(self.now_topk, other.now_topk),
             logp=self.logp or other.logp,
             candidates=max(self.candidates, other.candidates),

@@ -19,7 +19,7 @@ import torch
 import tiny
 import tiny_flow
 from reflux.assets.characters import character_tokenizer
-from reflux.contexts.base import View
+from reflux.contexts.base import TeacherPrompt
 from reflux.errors import ModelError
 from reflux.models.text import as_model
 from reflux.runtime.together import together
@@ -30,12 +30,12 @@ from reflux.teachers.flow import Flow
 from reflux.teachers.flow_engine import FlowTeacher
 from reflux.teachers.local import Local
 from reflux.teachers.local_engine import LocalTeacher
-from reflux.teachers.self_teacher import Own
-from reflux.teachers.self_teacher_engine import OwnTeacher
-from reflux.types import Attempt, Moment, Rollout, SampledTarget, TeacherAnswer, TopKTarget, Wants
+from reflux.teachers.self_teacher import SelfTeacher
+from reflux.teachers.self_teacher_engine import SelfTeacherEngine
+from reflux.types import Attempt, Requirements, Rollout, SampledTarget, StepContext, TeacherAnswer, TopKTarget
 
-NOW = Moment(0, 0)
-WANTS = Wants(logp=True, candidates=2, said=2)
+NOW = StepContext(0, 0)
+WANTS = Requirements(logp=True, candidates=2, behaviour=2)
 
 
 def of_text(part: Any, opened: Any, *more: Any) -> Any:
@@ -49,25 +49,25 @@ def of_pictures() -> FlowTeacher:
 
 OPENED: dict[str, Callable[[], Any]] = {
     "local": lambda: of_text(Local("m"), LocalTeacher),
-    "own": lambda: of_text(Own(), OwnTeacher, lambda model: model.renderer(None, {})),
+    "self": lambda: of_text(SelfTeacher(), SelfTeacherEngine, lambda model: model.renderer(None, {})),
     "flow": of_pictures,
 }
 
 
 def listed(length: int) -> TopKTarget:
     ids_TK = np.random.default_rng(length).integers(0, 102, (length, 2))
-    return TopKTarget(teacher="said", ids_TK=ids_TK, logp_TK=np.zeros((length, 2), np.float32), logp_T=np.zeros(length, np.float32))
+    return TopKTarget(teacher="behaviour", ids_TK=ids_TK, logp_TK=np.zeros((length, 2), np.float32), logp_T=np.zeros(length, np.float32))
 
 
 def rollouts(table: str) -> list[Rollout]:
     """Of several lengths, the longest in the middle: a teacher that batches reorders them."""
     if table == "flow":
         return [tiny_flow.rollout(n, seed=n, guidance=1.0 + n % 2) for n in (2, 5, 4)]
-    return [dataclasses.replace(tiny.rollout(n, seed=n), said=listed(n) if n != 3 else None) for n in (2, 9, 3)]  # type: ignore[misc]
+    return [dataclasses.replace(tiny.rollout(n, seed=n), behaviour=listed(n) if n != 3 else None) for n in (2, 9, 3)]  # type: ignore[misc]
 
 
 def requests(table: str) -> list[TeacherRequest]:
-    return [TeacherRequest(rollout, View(rollout.prompt.messages, notes={"shown": 1.0}), WANTS) for rollout in rollouts(table)]
+    return [TeacherRequest(rollout, TeacherPrompt(rollout.prompt.messages, notes={"shown": 1.0}), WANTS) for rollout in rollouts(table)]
 
 
 def plain(value: Any) -> Any:
@@ -106,7 +106,7 @@ def test_every_teacher_gives_one_answer_per_request_in_order_and_changes_nothing
             assert (found is None) == (expected is None)
             if found is not None:
                 np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=1e-4, atol=1e-4)
-        assert (answer.candidates is None) == (not isinstance(request.rollout.said, TopKTarget))
+        assert (answer.candidates is None) == (not isinstance(request.rollout.behaviour, TopKTarget))
 
 
 @pytest.mark.parametrize("table", sorted(TEACHERS))
@@ -128,12 +128,12 @@ def test_attempts_get_their_answers_once(table: str) -> None:
 
     teacher.score = counted
 
-    def context(group: Any, moment: Moment) -> list[View]:
+    def context(group: Any, step_context: StepContext) -> list[TeacherPrompt]:
         text = tiny_flow.TEXTS[int(told[0])]
-        return [View(({"role": "user", "content": text},), notes={"shown": told[0]}) for _ in group]
+        return [TeacherPrompt(({"role": "user", "content": text},), notes={"shown": told[0]}) for _ in group]
 
-    part = SimpleNamespace(context=context, routes=(), as_="main", in_process=True)
-    teachers = Teachers({"one": (part, teacher)}, Wants(), tiny.services())  # type: ignore[dict-item]
+    part = SimpleNamespace(context=context, routes=(), alias="main", in_process=True)
+    teachers = Teachers({"one": (part, teacher)}, Requirements(), tiny.services())  # type: ignore[dict-item]
     groups = [[Attempt(rollout)] for rollout in rollouts(table)]
     before = [plain(group[0].rollout) for group in groups]
     asyncio.run(teachers.score(groups, NOW))
@@ -172,10 +172,10 @@ class Elsewhere:
         return [self.answer(request.rollout) for request in asked]
 
 
-def part(in_process: bool = False, as_: str | None = None) -> Any:
+def part(in_process: bool = False, alias: str | None = None) -> Any:
     from reflux.contexts.same import Same
 
-    return SimpleNamespace(context=Same(), routes=(), as_=as_, in_process=in_process)
+    return SimpleNamespace(context=Same(), routes=(), alias=alias, in_process=in_process)
 
 
 def attempts(count: int = 2) -> list[list[Attempt]]:
@@ -191,7 +191,7 @@ def test_tables_are_asked_at_once(kinds: tuple[bool, bool], cohort: int) -> None
         both = asyncio.Barrier(2)
         first, second = Elsewhere(both.wait), Elsewhere(both.wait)
         services = tiny.services()
-        teachers = Teachers({"b": (part(kinds[0]), first), "a": (part(kinds[1]), second)}, Wants(), services)  # type: ignore[dict-item]
+        teachers = Teachers({"b": (part(kinds[0]), first), "a": (part(kinds[1]), second)}, Requirements(), services)  # type: ignore[dict-item]
         groups = attempts()
         async with asyncio.timeout(20):
             if not cohort:
@@ -227,7 +227,7 @@ def test_a_table_that_raises_ends_the_others_and_its_error_is_raised_as_it_is() 
 
         async def act(tables: Any = tables) -> None:
             async with asyncio.timeout(20):
-                await Teachers(tables, Wants(), services).score(attempts(), NOW)
+                await Teachers(tables, Requirements(), services).score(attempts(), NOW)
 
         with pytest.raises(ModelError, match="broken weights"):
             asyncio.run(act())
@@ -257,7 +257,7 @@ def test_coroutines_together_keep_their_order_and_end_together() -> None:
 
 def test_who_cannot_answer_says_why_is_counted_and_is_asked_again() -> None:
     """No target: nothing is learnt from it. The target of before is not forgotten."""
-    from reflux.metrics.step_metrics import _answer_errors, _asked, _silent
+    from reflux.metrics.step_metrics import _answer_errors, _asked, _without_target
 
     async def at_once() -> None: ...
 
@@ -267,21 +267,21 @@ def test_who_cannot_answer_says_why_is_counted_and_is_asked_again() -> None:
         TeacherAnswer(error=sentence) if rollout.prompt.id == "p1" and (sentence := next(sentences, "")) else teacher.sampled(rollout)
     )
     services = tiny.services()
-    teachers = Teachers({"table": (part(as_="main"), teacher)}, Wants(), services)  # type: ignore[dict-item]
+    teachers = Teachers({"table": (part(alias="main"), teacher)}, Requirements(), services)  # type: ignore[dict-item]
     groups = attempts()
     made = [group[0] for group in groups]
     asyncio.run(teachers.score(groups, NOW))
     answer = made[1].answers["main"]
     assert (answer.target, answer.error, answer.table) == (None, "the server was busy", "table")
     assert made[1].target("main") is None
-    assert (_silent(made, teachers), _answer_errors(made, teachers)) == ({"main": 1}, {"table": 1})
-    assert {name: len(found) for name, found in _asked(made, teachers).items()} == {"table": 2}
+    assert (_without_target(made, teachers.tables), _answer_errors(made, teachers.tables)) == ({"main": 1}, {"table": 1})
+    assert {name: len(found) for name, found in _asked(made, teachers.tables).items()} == {"table": 2}
     asyncio.run(teachers.score(groups, NOW))
     assert teacher.asked == 3
     asyncio.run(teachers.score(groups, NOW))
     assert teacher.asked == 4
     assert made[1].target("main") is not None
-    assert (_silent(made, teachers), _answer_errors(made, teachers)) == ({"main": 0}, {"table": 0})
+    assert (_without_target(made, teachers.tables), _answer_errors(made, teachers.tables)) == ({"main": 0}, {"table": 0})
     # it knew, then failed in another context, then knew again: freshness still has the first to compare with
     known = made[1].answers["main"]
     made[1].answers["main"] = TeacherAnswer(error="gone", previous=known.target)

@@ -18,49 +18,49 @@ from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
 from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.types import Attempt, Group, HiddenTarget, SampledTarget, Share, TeacherAnswer, TopKTarget
+from reflux.types import Attempt, Credit, Group, HiddenTarget, SampledTarget, TeacherAnswer, TopKTarget
 from tiny import attempt, rollout
 
 
-def heard(n: int, seed: int = 0, **fields: Any) -> Any:
+def objective_teachers(n: int, seed: int = 0, **fields: Any) -> Any:
     made = attempt(rollout(n, seed=seed, **{k: fields.pop(k) for k in ("mask", "finish") if k in fields}), **fields)
     made.answers["main"] = TeacherAnswer(target=SampledTarget(teacher="main", logp_T=np.zeros(n, dtype=np.float32)))
     return made
 
 
-def coefficients(groups: Any, objective: Any, normalise: str) -> list[list[float]]:
-    return [item.coef_KN[0].tolist() for item in plan(groups, [objective], normalise)]  # type: ignore[union-attr]
+def coefficients(groups: Any, objective: Any, loss_aggregation: str) -> list[list[float]]:
+    return [item.coef_KN[0].tolist() for item in plan(groups, [objective], loss_aggregation)]  # type: ignore[union-attr]
 
 
 def test_the_three_denominators_by_hand() -> None:
     """4 chosen of which 2 kept, and 3 chosen, all kept, one of weight 2: kept = 5, chosen = 7, R = 2."""
-    groups = [[heard(5, mask=[1, 1, 0, 1, 1], weight=[1, 0, 1, 0.5, 0])], [heard(3, seed=1, weight=[2, 1, 1])]]
+    groups = [[objective_teachers(5, mask=[1, 1, 0, 1, 1], weight=[1, 0, 1, 0.5, 0])], [objective_teachers(3, seed=1, weight=[2, 1, 1])]]
     kl = SampledKL(coef=3.0)
-    for normalise, wanted in {
-        "kept": [[3 / 5, 1.5 / 5], [6 / 5, 3 / 5, 3 / 5]],
-        "chosen": [[3 / 7, 1.5 / 7], [6 / 7, 3 / 7, 3 / 7]],
-        "rollout_means": [[3 / 8, 1.5 / 8], [6 / 6, 3 / 6, 3 / 6]],
+    for loss_aggregation, wanted in {
+        "token-mean-weighted": [[3 / 5, 1.5 / 5], [6 / 5, 3 / 5, 3 / 5]],
+        "token-mean": [[3 / 7, 1.5 / 7], [6 / 7, 3 / 7, 3 / 7]],
+        "seq-mean-token-mean": [[3 / 8, 1.5 / 8], [6 / 6, 3 / 6, 3 / 6]],
     }.items():
-        for found, expected in zip(coefficients(groups, kl, normalise), wanted, strict=True):
+        for found, expected in zip(coefficients(groups, kl, loss_aggregation), wanted, strict=True):
             assert found == pytest.approx(expected)
 
 
 def test_positions_kept_are_counted_per_objective() -> None:
     silent = attempt(rollout(4, seed=2))
-    pushed = heard(3, seed=1, shift=[0.0, 1.0, 0.0])
-    items = plan([[heard(5)], [silent], [pushed]], [SampledKL(), NLL(), PolicyGradient()], "kept")
+    pushed = objective_teachers(3, seed=1, shift=[0.0, 1.0, 0.0])
+    items = plan([[objective_teachers(5)], [silent], [pushed]], [SampledKL(), NLL(), PolicyGradient()], "token-mean-weighted")
     found = {item.rollout.length: [None if c is None else float(c[0]) for c in item.coef_KN] for item in items}
     eighth, twelfth, third = (pytest.approx(1 / n) for n in (8, 12, 3))
     assert found == {5: [eighth, twelfth, None], 4: [None, twelfth, None], 3: [eighth, twelfth, third]}
 
 
 def test_what_follows_the_last_kept_position_is_never_run() -> None:
-    (item,) = plan([[heard(9, weight=[0, 1, 1, 0, 1, 0, 0, 0, 0])]], [SampledKL()], "kept")
+    (item,) = plan([[objective_teachers(9, weight=[0, 1, 1, 0, 1, 0, 0, 0, 0])]], [SampledKL()], "token-mean-weighted")
     assert (item.rows_N.tolist(), item.trained, item.input_tokens) == ([1, 2, 4], 5, 5 + 4)
 
 
 def test_an_objective_of_coefficient_zero_says_nothing() -> None:
-    assert plan([[heard(3)]], [SampledKL(coef=0.0)], "kept") == []
+    assert plan([[objective_teachers(3)]], [SampledKL(coef=0.0)], "token-mean-weighted") == []
 
 
 def test_shifts_go_to_exactly_one_objective() -> None:
@@ -88,7 +88,7 @@ def rewarded(reward_T: list[float], seed: int = 0, sample: int = 0, **fields: An
 
 def values(groups: list[Group], *objectives: Any) -> dict[int, tuple[float, ...]]:
     """By attempt, in order of asking."""
-    items = {id(item.attempt): item.value_K for item in plan(groups, objectives, "kept")}
+    items = {id(item.attempt): item.value_K for item in plan(groups, objectives, "token-mean-weighted")}
     return {i: items[id(entry)] for i, entry in enumerate(entry for group in groups for entry in group) if id(entry) in items}
 
 
@@ -109,9 +109,9 @@ def test_group_values_are_means_over_whole_groups_one_per_objective() -> None:
 
 def test_who_has_no_say_in_the_mean_of_the_group() -> None:
     """Failed, not scored, nothing chosen, not finite; and what the student did not choose."""
-    heard = rewarded([4.0, 100.0, 2.0], sample=1, mask=[1, 0, 1])
+    objective_teachers = rewarded([4.0, 100.0, 2.0], sample=1, mask=[1, 0, 1])
     group = [
-        rewarded([1.0]), heard, rewarded([50.0], sample=3, finish="error"), attempt(rollout(3, sample=4)),
+        rewarded([1.0]), objective_teachers, rewarded([50.0], sample=3, finish="error"), attempt(rollout(3, sample=4)),
         rewarded([70.0], sample=5, mask=[0]), rewarded([-np.inf, np.nan, 6.0], sample=6),
     ]  # fmt: skip
     assert values([group], SampledKL(baseline="leave_one_out")) == {0: near(4.0), 1: near(3.5), 5: near(7 / 3)}
@@ -120,7 +120,7 @@ def test_who_has_no_say_in_the_mean_of_the_group() -> None:
 
 def test_weights_do_not_enter_the_value() -> None:
     group = [rewarded([1.0, 5.0]), rewarded([2.0], sample=1)]
-    group[0].shares["weigh"] = Share(factor_T=np.array([0.0, 2.0], dtype=np.float32))
+    group[0].credits["weigh"] = Credit(weight_T=np.array([0.0, 2.0], dtype=np.float32))
     assert values([group], SampledKL(baseline="leave_one_out")) == {0: near(2.0), 1: near(3.0)}
 
 
@@ -151,12 +151,12 @@ def test_a_target_without_the_sampled_log_probs_is_refused_for_groups_only() -> 
     entry.answers["main"] = TeacherAnswer(target=HiddenTarget(teacher="main", h_TH=torch.zeros(2, 3), head="main"))
     assert values([[entry]], SampledKL(), SampledKL(baseline="leave_one_out", coef=0.0)) == {0: (0.0, 0.0)}
     with pytest.raises(ValueError, match=r"holds no logp_T. Ask for it at scoring time"):
-        plan([[entry]], [SampledKL(baseline="leave_one_out")], "kept")
+        plan([[entry]], [SampledKL(baseline="leave_one_out")], "token-mean-weighted")
 
 
 def test_values_are_those_of_the_batch_whatever_the_micro_batch() -> None:
     groups = [[rewarded([float(i), 2.0], seed=i), rewarded([1.0] * (i + 1), seed=i, sample=1)] for i in range(4)]
-    items = plan((group for group in groups), [SampledKL(baseline="leave_one_out")], "kept")
+    items = plan((group for group in groups), [SampledKL(baseline="leave_one_out")], "token-mean-weighted")
     assert len(items) == 8
     for budget in (1, 30, 1 << 20):
         assert {id(item): item.value_K for part in micro_batches(items, budget) for item in part} == {
@@ -167,8 +167,8 @@ def test_values_are_those_of_the_batch_whatever_the_micro_batch() -> None:
 @given(st.lists(st.integers(0, 12), max_size=12), st.integers(1, 60))
 @settings(max_examples=60, deadline=None)
 def test_micro_batches_hold_every_item_once_within_the_budget(lengths: list[int], budget: int) -> None:
-    groups = [[heard(n, seed=i) if i % 3 else attempt(rollout(n, seed=i))] for i, n in enumerate(lengths)]
-    items = plan(groups, [SampledKL(), NLL()], "kept")
+    groups = [[objective_teachers(n, seed=i) if i % 3 else attempt(rollout(n, seed=i))] for i, n in enumerate(lengths)]
+    items = plan(groups, [SampledKL(), NLL()], "token-mean-weighted")
     parts = list(micro_batches(items, budget))
     assert sorted(id(item) for part in parts for item in part) == sorted(map(id, items))
     for part in parts:
@@ -181,5 +181,7 @@ def test_rows_of_one_micro_batch_share_head_and_width() -> None:
     from reflux.models.text import as_model
 
     one, other = (as_model(tiny.net(seed), character_tokenizer()) for seed in (2, 3))
-    items: list[Item] = plan([[attempt(rollout(3, seed=1), one)], [attempt(rollout(3, seed=2), other)]], [Divergence()], "kept")
+    items: list[Item] = plan(
+        [[attempt(rollout(3, seed=1), one)], [attempt(rollout(3, seed=2), other)]], [Divergence()], "token-mean-weighted"
+    )
     assert [len(part) for part in micro_batches(items, 10_000)] == [1, 1]

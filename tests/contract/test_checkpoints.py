@@ -15,7 +15,7 @@ from reflux.storage import checkpoints
 STATES = {
     "learner": {"version": 3, "weight/a.b": torch.randn(3, 2), "half": torch.randn(4).bfloat16(), "step": torch.tensor(5.0)},
     "teachers": {},
-    "accelerator": {"path": [1.5, None, "x"], "trace": torch.arange(4)},
+    "extrapolation": {"path": [1.5, None, "x"], "trace": torch.arange(4)},
 }
 
 

@@ -12,10 +12,10 @@ from reflux import checks
 from reflux.config.recipe import load_recipe, recipe_names
 from reflux.errors import ConfigError, ModelError
 from reflux.training import Options, Run
-from reflux.types import Wants
+from reflux.types import Requirements
 
 OUTCOME = {"credit.group_advantage": {}, "rewards": {"verifier": {}}, "group_size": 2}
-SAID = {"teacher": "said"}  # a teacher that gives a list and no more
+SAID = {"teacher": "behaviour"}  # a teacher that gives a list and no more
 ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "train_max_tokens below 1": (
         "opd",
@@ -39,8 +39,8 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "no teacher at all": ("opd", {"teachers.main": "none"}, "Add a [teachers.main] table."),
     "a divergence of what was said": (
         "full",
-        {"objectives.0.teacher": "said"},
-        "objectives[0]: divergence needs hidden states (the full distribution), but teacher 'said' offers",
+        {"objectives.0.teacher": "behaviour"},
+        "objectives[0]: divergence needs hidden states (the full distribution), but teacher 'behaviour' offers",
     ),
     "shifts nobody takes": ("full", OUTCOME, "credit.group_advantage shifts advantages, but no objective takes a shift: 'divergence'"),
     "outcome without shifts": (
@@ -62,13 +62,17 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "top_p": ("opd", {"sampler.top_p": 0.9}, "top_p = 0.9"),
     "policy gradient on given answers": ("sft", {"objectives": [{"kind": "policy_gradient"}], **OUTCOME}, "gives answers it did not draw"),
-    "no ratio with lag": ("opd", {"objectives.0.ratio": "none", "max_lag": 1}, 'ratio = "none" is biased on attempts of an older student'),
-    "nll on own attempts": ("opd", {"objectives": [{"kind": "nll"}]}, "has an expected gradient of zero. Use sampler 'stored'"),
+    "no ratio with staleness": (
+        "opd",
+        {"objectives.0.ratio": "none", "max_staleness": 1},
+        'ratio = "none" is biased on attempts of an older student',
+    ),
+    "nll on own attempts": ("opd", {"objectives": [{"kind": "nll"}]}, "has an expected gradient of zero. Use sampler 'references'"),
     "prefix on given answers": ("sft", {"credit.prefix": {"length": 5}}, "cutting answers the student did not write"),
     "a ratio of a divergence on given answers": (
         "sft",
         {"objectives": [{"kind": "divergence", "ratio": "truncated"}], "teachers.main": {"kind": "local", "model": "m"}},
-        "divides by the probability the sampler drew with, but sampler 'stored' gives answers it did not draw",
+        "divides by the probability the sampler drew with, but sampler 'references' gives answers it did not draw",
     ),
     "siblings of an only child": (
         "opd",
@@ -80,7 +84,7 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
         f"support {support} of a list": (
             "full",
             {"objectives": [{"kind": "divergence", "support": support, **SAID}]},
-            f"divergence with support = \"{support}\" needs hidden states (the full distribution), but teacher 'said' offers",
+            f"divergence with support = \"{support}\" needs hidden states (the full distribution), but teacher 'behaviour' offers",
         )
         for support in ("student", "union")
     },
@@ -93,7 +97,7 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
         f"baseline {baseline} of a list": (
             "opd",
             {"objectives": [{"kind": "sampled_kl", "baseline": baseline, **SAID}]},
-            f"sampled_kl with baseline = \"{baseline}\" needs hidden states (the full distribution), but teacher 'said' offers",
+            f"sampled_kl with baseline = \"{baseline}\" needs hidden states (the full distribution), but teacher 'behaviour' offers",
         )
         for baseline in ("kl", "topk_kl", "minimum_variance")
     },
@@ -106,16 +110,16 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "variance against a list": (
         "opd",
         {"log_variance": True, "objectives": [{"kind": "sampled_kl"}, {"kind": "sampled_kl", **SAID}]},
-        "objectives[1] listens to 'said', which does not offer it. Use a local teacher, or log_variance = false",
+        "objectives[1] listens to 'behaviour', which does not offer it. Use a local teacher, or log_variance = false",
     ),
     "two teachers of one name": (
         "opd",
-        {"teachers.other": {"kind": "local", "model": "m", "as": "main", "routes": ["a"]}},
+        {"teachers.other": {"kind": "local", "model": "m", "alias": "main", "routes": ["a"]}},
         "all answer as 'main', so each needs routes of its own",
     ),
     "one route twice": (
         "opd",
-        {"teachers.main.routes": ["a"], "teachers.other": {"kind": "local", "model": "m", "as": "main", "routes": ["a"]}},
+        {"teachers.main.routes": ["a"], "teachers.other": {"kind": "local", "model": "m", "alias": "main", "routes": ["a"]}},
         "none of them shared",
     ),
 }
@@ -129,8 +133,8 @@ def test_every_problem_is_told_at_once() -> None:
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_the_shipped_recipes_fit(recipe: str) -> None:
-    wants = checks.join(load_recipe(recipe))
-    assert wants.reward == (recipe in ("rl", "rl_opd", "uni_opd", "peers", "everything", "flow_grpo"))
+    requirements = checks.join(load_recipe(recipe))
+    assert requirements.reward == (recipe in ("rl", "rl_opd", "uni_opd", "peers", "everything", "flow_grpo"))
 
 
 def test_biased_sampling_may_be_asked_for() -> None:
@@ -150,19 +154,25 @@ def test_biased_sampling_may_be_asked_for() -> None:
 
 @pytest.mark.parametrize("baseline", ["none", "kl", "topk_kl", "minimum_variance", "group_mean", "leave_one_out"])
 def test_every_baseline_fits_a_local_teacher_and_groups_ask_for_log_probs(baseline: str) -> None:
-    wants = checks.join(load_recipe("opd", {"objectives.0.baseline": baseline, "group_size": 2, "log_variance": True}))
-    assert wants.logp == (baseline in ("group_mean", "leave_one_out"))
+    requirements = checks.join(load_recipe("opd", {"objectives.0.baseline": baseline, "group_size": 2, "log_variance": True}))
+    assert requirements.logp == (baseline in ("group_mean", "leave_one_out"))
 
 
 def test_a_list_is_enough_for_what_says_so() -> None:
     listed = [{"kind": "divergence", "support": "teacher", "k": 7, **SAID}, {"kind": "sampled_kl", "baseline": "leave_one_out", **SAID}]
-    assert checks.join(load_recipe("opd", {"objectives": listed, "group_size": 2, "max_lag": 1})) == Wants(said=7, logp=True)
+    assert checks.join(load_recipe("opd", {"objectives": listed, "group_size": 2, "max_staleness": 1})) == Requirements(
+        behaviour=7, logp=True
+    )
 
 
 def test_wants_join_and_the_largest_k_wins() -> None:
-    joined = Wants(said=4, logp=True) | Wants(said=9, now_topk=3) | Wants(candidates=2, now_candidates=5, now_at_said=True, reward=True)
-    assert joined == Wants(said=9, now_at_said=True, now_topk=3, logp=True, candidates=2, now_candidates=5, reward=True)
-    assert joined | Wants(now_candidates=6, now_topk=2) == dataclasses.replace(joined, now_candidates=6)
+    joined = (
+        Requirements(behaviour=4, logp=True)
+        | Requirements(behaviour=9, now_topk=3)
+        | Requirements(candidates=2, now_candidates=5, now_at_behaviour=True, reward=True)
+    )
+    assert joined == Requirements(behaviour=9, now_at_behaviour=True, now_topk=3, logp=True, candidates=2, now_candidates=5, reward=True)
+    assert joined | Requirements(now_candidates=6, now_topk=2) == dataclasses.replace(joined, now_candidates=6)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +214,7 @@ def test_what_the_menu_offers_but_is_seldom_meant_is_a_warning(changes: dict[str
     assert warning.startswith("objectives[")
     assert words in warning
     if "teaches nothing" in words or "rounding" in words:
-        assert checks.warnings(load_recipe("full", changes | {"max_lag": 1})) == []
+        assert checks.warnings(load_recipe("full", changes | {"max_staleness": 1})) == []
 
 
 @pytest.mark.parametrize("where", ["learner.model", "teachers.main.model"])
@@ -221,9 +231,17 @@ REWARD = {"rewards": {"verifier": {}}}
 UNI = {"group_size": 4, **REWARD}
 JUMPS = {"kind": "extrapolate", "score": "minus_kl"}
 ILLEGAL |= {
-    "release under kept": ("release", {"normalise": "kept"}, 'the release would count twice. Use normalise = "chosen" or "rollout_means"'),
+    "release under kept": (
+        "release",
+        {"loss_aggregation": "token-mean-weighted"},
+        'the release would count twice. Use loss_aggregation = "token-mean" or "seq-mean-token-mean"',
+    ),
     "release of nobody": ("release", {"credit.release.teacher": "mian"}, "credit.release.teacher: there is no teacher 'mian'. Known: main"),
-    "release against oneself": ("release", {"credit.release.teacher": "said"}, "credit.release.teacher: there is no teacher 'said'"),
+    "release against oneself": (
+        "release",
+        {"credit.release.teacher": "behaviour"},
+        "credit.release.teacher: there is no teacher 'behaviour'",
+    ),
     "release without ids": (
         "release",
         {"teachers.main": {"kind": "outside:ListTeacher"}},
@@ -234,7 +252,7 @@ ILLEGAL |= {
         {
             "credit.release": {"segments": 4, "teacher": "main"},
             "teachers": {"main": {"kind": "local", "model": "m"}},
-            "normalise": "chosen",
+            "loss_aggregation": "token-mean",
         },
         "answers it did not write. Use candidates = \"now\", or sampler 'hf'",
     ),
@@ -267,7 +285,7 @@ ILLEGAL |= {
         {"rewards": "none"},
         "teachers.main.context sorts attempts by their verdicts: add [rewards.verifier]",
     ),
-    "a moving teacher under lag": ("peers", {"max_lag": 1}, "teachers.main moves with the student"),
+    "a moving teacher under staleness": ("peers", {"max_staleness": 1}, "teachers.main moves with the student"),
     "an unserved route": (
         "uni_opd",
         {"task.parts.mul": {"kind": "gsm8k", "route": "maths"}},
@@ -280,7 +298,7 @@ ILLEGAL |= {
     ),
     "a route of a teacher nobody hears": (
         "uni_opd",
-        {"teachers.times.as": "unheard"},
+        {"teachers.times.alias": "unheard"},
         "prompts of the route 'mul', but the teachers that objectives listen to serve only add",
     ),
     "agreement with nobody": (
@@ -290,10 +308,14 @@ ILLEGAL |= {
     ),
     "the accuracy of nobody": (
         "uni_opd",
-        {"teachers.times.as": "both", "objectives.0.teacher": "both", "evals.teacher_accuracy": {"teacher": "plus"}},
+        {"teachers.times.alias": "both", "objectives.0.teacher": "both", "evals.teacher_accuracy": {"teacher": "plus"}},
         "names one table, or what several answer as, and there is no 'plus'. Known: both, main, times.",
     ),
-    "a margin against oneself": ("opd", {"credit.margin": {"teacher": "said"}, **UNI}, "there is no teacher 'said'. Known: main."),
+    "a margin against oneself": (
+        "opd",
+        {"credit.margin": {"teacher": "behaviour"}, **UNI},
+        "there is no teacher 'behaviour'. Known: main.",
+    ),
     "a level away from the teacher": (
         "uni_opd",
         {"credit.margin.level": "attempt", "objectives.1.coef": 0.5},
@@ -304,13 +326,13 @@ ILLEGAL |= {
         {"credit.margin": {"level": "attempt"}, "teachers": {"main": {"kind": "local", "model": "m"}}},
         "so it must be in the loss",
     ),
-    "jumps scored by nobody": ("effopd", {"accelerator": {**JUMPS, "teacher": "x"}}, "accelerator.teacher: there is no teacher 'x'"),
+    "jumps scored by nobody": ("effopd", {"extrapolation": {**JUMPS, "teacher": "x"}}, "extrapolation.teacher: there is no teacher 'x'"),
     "jumps scored by a mover": (
         "peers",
-        {"teachers.main": {"kind": "own"}, "accelerator": JUMPS},
+        {"teachers.main": {"kind": "self"}, "extrapolation": JUMPS},
         "compares candidates with teachers.main, which follows the student. Name a teacher that stays",
     ),
-    "jumps scored without verdicts": ("peers", {"accelerator": JUMPS}, "asks teachers.main about answers without verdicts"),
+    "jumps scored without verdicts": ("peers", {"extrapolation": JUMPS}, "asks teachers.main about answers without verdicts"),
 }
 
 
@@ -324,11 +346,11 @@ def test_an_illegal_combination_is_refused_with_its_remedy(case: str) -> None:
 
 def test_what_the_same_rules_can_do_is_let_through() -> None:
     for recipe, overrides in (
-        ("release", {"normalise": "kept", "credit.release.rescale": False}),
+        ("release", {"loss_aggregation": "token-mean-weighted", "credit.release.rescale": False}),
         ("opd", {"credit.margin": {"action": "mask"}, **UNI}),
         ("full", {"credit.margin": {"action": "mask"}, **UNI}),
-        ("peers", {"max_lag": 1, "teachers.main": {"kind": "own", "follow": "frozen", "context": {"kind": "peers"}}}),
-        ("effopd", {"accelerator": JUMPS}),
+        ("peers", {"max_staleness": 1, "teachers.main": {"kind": "self", "follow": "frozen", "context": {"kind": "peers"}}}),
+        ("effopd", {"extrapolation": JUMPS}),
         ("uni_opd", {"credit.margin.level": "attempt"}),
         ("opd", {"credit.margin": {"level": "attempt"}, **UNI}),
     ):
@@ -351,24 +373,26 @@ def told_of_windows(changes: dict[str, Any]) -> str:
 
 def test_the_words_around_attempts_and_the_prompt_are_counted() -> None:
     """Three attempts of 100 and an answer are 400 of 512 tokens: too many with headings and question. The advised length just fits."""
-    said = told_of_windows({"sampler.max_tokens": 100})
-    assert "(the longest of the first 64), up to 442 of other attempts and the words around them, and an answer of up to 100 take" in said
-    fits = int(said.split("Lower sampler.max_tokens to ")[1].split(",")[0])
+    behaviour = told_of_windows({"sampler.max_tokens": 100})
+    assert (
+        "(the longest of the first 64), up to 442 of other attempts and the words around them, and an answer of up to 100 take" in behaviour
+    )
+    fits = int(behaviour.split("Lower sampler.max_tokens to ")[1].split(",")[0])
     checks.inputs(load_recipe("peers", {"sampler.max_tokens": fits}))
     assert f"Lower sampler.max_tokens to {fits}," in told_of_windows({"sampler.max_tokens": fits + 1})
     assert f"Lower sampler.max_tokens to {fits}," in told_of_windows({"sampler.max_tokens": 128})
-    said = told_of_windows({"sampler.max_tokens": 100, "sampler.max_prompt_tokens": 300})  # a limit is what prompts may take
-    assert "a prompt of 300 tokens (sampler.max_prompt_tokens), up to 442 " in said
-    assert "take 841 tokens" in said  # the last token of an answer is not read
-    assert said.endswith("teachers.main.context.peer_tokens, successes or failures, or sampler.max_prompt_tokens.")
+    behaviour = told_of_windows({"sampler.max_tokens": 100, "sampler.max_prompt_tokens": 300})  # a limit is what prompts may take
+    assert "a prompt of 300 tokens (sampler.max_prompt_tokens), up to 442 " in behaviour
+    assert "take 841 tokens" in behaviour  # the last token of an answer is not read
+    assert behaviour.endswith("teachers.main.context.peer_tokens, successes or failures, or sampler.max_prompt_tokens.")
     assert "Not even answers of 1 token fit: lower" in told_of_windows({"sampler.max_prompt_tokens": 400})
-    checks.inputs(load_recipe("peers", {"sampler.max_tokens": 100, "teachers.main": {"kind": "own", "context": {"kind": "same"}}}))
+    checks.inputs(load_recipe("peers", {"sampler.max_tokens": 100, "teachers.main": {"kind": "self", "context": {"kind": "same"}}}))
 
 
 def test_a_text_that_ends_every_prompt_takes_its_room_in_the_window() -> None:
     def taken(changes: dict[str, Any]) -> int:
-        said = told_of_windows({"sampler.max_tokens": 500, **changes})
-        return int(said.partition(" tokens, but the teacher")[0].rpartition(" ")[2])
+        behaviour = told_of_windows({"sampler.max_tokens": 500, **changes})
+        return int(behaviour.partition(" tokens, but the teacher")[0].rpartition(" ")[2])
 
     assert taken({"learner.prompt_suffix": "See: "}) == taken({}) + len("See: ")
 
@@ -382,19 +406,19 @@ def test_a_window_that_just_fits_is_exactly_what_a_teacher_reads(peer_tokens: in
     from reflux.models.tokenizer import Renderer
 
     cfg = load_recipe("peers")
-    said = told_of_windows({"sampler.max_tokens": 500, "teachers.main.context.peer_tokens": peer_tokens})
+    behaviour = told_of_windows({"sampler.max_tokens": 500, "teachers.main.context.peer_tokens": peer_tokens})
     text = "7" * min(peer_tokens, 500)
     stream = cfg.task.prompts("train", cfg.seed)
     asked = [retold(next(stream).messages, lambda problem: with_attempts(problem, [text] * 2, [text])) for _ in range(64)]
     renderer = Renderer(load_tokenizer("reflux:reader"))
-    assert f"take {max(len(renderer.ids(messages)) for messages in asked) + 500 - 1} tokens" in said
+    assert f"take {max(len(renderer.ids(messages)) for messages in asked) + 500 - 1} tokens" in behaviour
 
 
 @pytest.mark.parametrize(
     ("recipe", "changes", "words"),
     [
-        ("uni_opd", {"normalise": "kept"}, 'credit.balance under normalise = "kept"'),
-        ("uni_opd", {"max_lag": 1}, 'credit.margin: student = "behaviour" compares with the student as it was up to 1 steps ago'),
+        ("uni_opd", {"loss_aggregation": "token-mean-weighted"}, 'credit.balance under loss_aggregation = "token-mean-weighted"'),
+        ("uni_opd", {"max_staleness": 1}, 'credit.margin: student = "behaviour" compares with the student as it was up to 1 steps ago'),
         ("peers", {"teachers.main.context": {"kind": "same"}}, "teachers.main follows the student and is shown nothing more"),
     ],
 )

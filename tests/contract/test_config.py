@@ -20,8 +20,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "unknown rule": ({"credit.prefiks": {"length": 3}}, "credit.prefiks: unknown credit kind 'prefiks'; did you mean 'prefix'"),
     "wrong type": ({"steps": "many"}, "steps"),
     "out of range": ({"sampler.top_p": 1.5}, "sampler.top_p"),
-    "negative": ({"max_lag": -1}, "max_lag"),
-    "not in the list": ({"normalise": "keept"}, "normalise"),
+    "negative": ({"max_staleness": -1}, "max_staleness"),
+    "not in the list": ({"loss_aggregation": "keept"}, "loss_aggregation"),
     "no table": ({"sampler": 3}, "sampler"),
     "lora": ({"learner.lora": {"rank": 0}}, "learner.lora.rank"),
     "objective": ({"objectives.0.coeff": 2}, "objectives[0].coeff: unexpected field; did you mean 'coef'"),
@@ -90,7 +90,7 @@ def test_a_number_in_a_path_edits_one_entry_of_a_list() -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_the_order_of_overrides_does_not_matter(order: int) -> None:
-    changes = ["sampler.kind=stored", "sampler.generate.max_tokens=7", "objectives.0.kind=nll", "objectives.0.coef=2", "learner.lr=1"][
+    changes = ["sampler.kind=references", "sampler.generate.max_tokens=7", "objectives.0.kind=nll", "objectives.0.coef=2", "learner.lr=1"][
         ::order
     ]
     cfg = load_recipe("opd", changes)
@@ -161,6 +161,34 @@ def test_differences_are_one_line_each() -> None:
     assert differences(old, old) == []
 
 
+@pytest.mark.parametrize(
+    ("recipe", "changes", "words"),
+    [
+        ("opd", {"max_lag": 1}, "max_lag: unexpected field; it is called 'max_staleness' now."),
+        ("opd", {"normalise": "kept"}, "normalise: unexpected field; it is called 'loss_aggregation' now."),
+        ("opd", {"loss_aggregation": "kept"}, "loss_aggregation: the value 'kept' is called 'token-mean-weighted' now."),
+        ("opd", {"loss_aggregation": "chosen"}, "the value 'chosen' is called 'token-mean' now."),
+        ("opd", {"loss_aggregation": "rollout_means"}, "the value 'rollout_means' is called 'seq-mean-token-mean' now."),
+        ("opd", {"learner.noise_floor": 0}, "learner.noise_floor: unexpected field; it is called 'min_grad_norm' now."),
+        ("opd", {"accelerator": {"kind": "extrapolate"}}, "accelerator: unexpected field; it is called 'extrapolation' now."),
+        ("opd", {"teachers.main.as": "x"}, "teachers.main.as: unexpected field; it is called 'alias' now."),
+        ("opd", {"teachers.main.kind": "own"}, "unknown teachers kind 'own'; it is called 'self' now."),
+        ("opd", {"sampler.kind": "stored"}, "unknown samplers kind 'stored'; it is called 'references' now."),
+        ("flow_sft", {"sampler.kind": "drawn"}, "unknown samplers kind 'drawn'; it is called 'teacher_samples' now."),
+        ("flow_sft", {"sampler.positions": 3}, "sampler.positions: unexpected field; it is called 'positions' now."),
+        ("flow", {"sampler.length": 3}, "sampler.length: unexpected field; it is called 'max_denoising_steps' now."),
+        ("opd", {"credit.outcome": {}}, "credit.outcome: unknown credit kind 'outcome'; it is called 'group_advantage' now."),
+        ("opd", {"objectives": [{"kind": "outcome"}]}, "unknown objectives kind 'outcome'; it is called 'policy_gradient' now."),
+        ("opd", {"objectives.0.teacher": "said"}, "objectives[0].teacher: the value 'said' is called 'behaviour' now."),
+        ("release", {"credit.release.candidates": "said"}, "credit.release.candidates: the value 'said' is called 'behaviour' now."),
+    ],
+)
+def test_an_old_name_is_refused_with_the_new_one(recipe: str, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_recipe(recipe, changes)
+    assert words in str(refused.value)
+
+
 def test_values_are_frozen() -> None:
     from dataclasses import FrozenInstanceError
 
@@ -184,8 +212,8 @@ def test_values_are_frozen() -> None:
             "segments: input should be 'sentences', 'lines' or 'steps', or input should be a valid",
         ),
         ("opd", {"teachers.main.routes": "add"}, 'teachers.main.routes: input should be a list, such as ["a", "b"], got \'add\''),
-        ("effopd", {"accelerator.include": []}, "include names the modules that move by parts of their names"),
-        ("effopd", {"accelerator.include": [""]}, "none may be empty"),
+        ("effopd", {"extrapolation.include": []}, "include names the modules that move by parts of their names"),
+        ("effopd", {"extrapolation.include": [""]}, "none may be empty"),
         ("opd", {"learner.betas": [0.9]}, "learner.betas.1: field required"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Texts and pictures do not mix; what needs words, noise or one guidance is refused before anything is loaded, with its remedy."""
+"""Texts and images do not mix; what needs words, noise or one guidance is refused before anything is loaded, with its remedy."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from reflux.inspection.plan import plan
 from reflux.samplers.teacher_samples import drawers
 from reflux.teachers.flow import Flow as FlowTeacher
 from reflux.training import Options, Run
-from reflux.types import FlowRollout, Wants
+from reflux.types import FlowRollout, Requirements
 
 KL, MSE = {"kind": "velocity_kl"}, {"kind": "velocity_kl", "weight": "mse"}
 TEXT_TEACHER = {"kind": "local", "model": "m"}
 FLOW_TEACHER = {"kind": "flow", "model": "m"}
 VERDICTS = {"rewards": {"verifier": {}}, "group_size": 4}
-ODE_JUMPS = {"accelerator": {"kind": "extrapolate", "score": "minus_kl"}, "teachers": {"main": FLOW_TEACHER}}
-GIVEN = "sampler 'drawn' gives states without noise, so the KL is infinite"
+ODE_JUMPS = {"extrapolation": {"kind": "extrapolate", "score": "minus_kl"}, "teachers": {"main": FLOW_TEACHER}}
+GIVEN = "sampler 'teacher_samples' gives states without noise, so the KL is infinite"
 ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     # parts of both kinds
     "a sampler of texts": (
         "flow",
         {"sampler": {"kind": "hf"}},
-        "task 'glyphs' asks for pictures, which sampler ('hf') cannot deal with. Use sampler.kind = \"flow\".",
+        "task 'glyphs' asks for images, which sampler ('hf') cannot deal with. Use sampler.kind = \"flow\".",
     ),
     "a learner of texts": (
         "flow",
@@ -38,91 +38,91 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "one teacher of texts": (
         "flow",
-        {"teachers.digits": {**TEXT_TEACHER, "as": "main", "routes": ["digits"]}},
+        {"teachers.digits": {**TEXT_TEACHER, "alias": "main", "routes": ["digits"]}},
         "which teachers.digits ('local') cannot deal with. Use teachers.digits.kind = \"flow\".",
     ),
-    "itself as teacher": ("flow", {"teachers.anchor": {"kind": "own"}}, "teachers.anchor ('own') cannot deal with."),
-    "pictures of a text task": ("full", {"task": {"kind": "glyphs"}}, "no other part deals with those: sampler ('hf'), learner ('hf'), "),
-    "texts of a picture task": (
+    "itself as teacher": ("flow", {"teachers.anchor": {"kind": "self"}}, "teachers.anchor ('self') cannot deal with."),
+    "images of a text task": ("full", {"task": {"kind": "glyphs"}}, "no other part deals with those: sampler ('hf'), learner ('hf'), "),
+    "texts of an image task": (
         "flow",
         {"task": {"kind": "word_problems"}},
         "task 'word_problems' asks for texts, and no other part deals with those: sampler ('flow'), learner ('flow'), teachers.",
     ),
-    "a teacher of pictures": (
+    "a teacher of images": (
         "full",
         {"teachers.main": FLOW_TEACHER},
         "task 'word_problems' asks for texts, which teachers.main ('flow') cannot deal with. Use teachers.main.kind = \"local\".",
     ),
-    "a sampler of pictures": ("full", {"sampler": {"kind": "flow"}}, "sampler ('flow') cannot deal with. Use sampler.kind = \"hf\"."),
+    "a sampler of images": ("full", {"sampler": {"kind": "flow"}}, "sampler ('flow') cannot deal with. Use sampler.kind = \"hf\"."),
     "two at once": (
         "full",
         {"sampler": {"kind": "flow"}, "learner": {"kind": "flow", "model": "m"}},
         "sampler ('flow'), learner ('flow') cannot deal with. Use sampler.kind = \"hf\", learner.kind = \"hf\".",
     ),
-    # words of a picture
+    # words of an image
     "a divergence of velocities": (
         "flow",
         {"objectives": [{"kind": "divergence"}]},
         "divergence needs hidden states (the full distribution), but teacher 'main' offers the velocity at each denoising step. "
-        'For pictures use kind = "velocity_kl".',
+        'For images use kind = "velocity_kl".',
     ),
     "a sampled KL of velocities": (
         "flow",
         {"objectives": [{"kind": "sampled_kl"}]},
-        "but teacher 'main' offers the velocity at each denoising step. For pictures use",
+        "but teacher 'main' offers the velocity at each denoising step. For images use",
     ),
     "a sampled KL of what was said": (
         "flow",
-        {"objectives": [{"kind": "sampled_kl", "teacher": "said"}], "max_lag": 1},
-        "but teacher 'said' offers the velocity at each denoising step",
+        {"objectives": [{"kind": "sampled_kl", "teacher": "behaviour"}], "max_staleness": 1},
+        "but teacher 'behaviour' offers the velocity at each denoising step",
     ),
     "velocities of a text model": (
         "full",
         {"objectives": [KL]},
         "velocity_kl needs the velocity at each denoising step, but teacher 'main' offers hidden states (the full distribution). "
-        'It compares models that draw pictures; for texts use kind = "divergence" or "sampled_kl".',
+        'It compares models that draw images; for texts use kind = "divergence" or "sampled_kl".',
     ),
     "velocities of texts said": (
         "opd",
-        {"objectives": [{**KL, "teacher": "said"}], "max_lag": 1},
-        "but teacher 'said' offers the sampled token's log-prob, a top-k list. It",
+        {"objectives": [{**KL, "teacher": "behaviour"}], "max_staleness": 1},
+        "but teacher 'behaviour' offers the sampled token's log-prob, a top-k list. It",
     ),
     "a baseline of siblings' words": (
         "flow",
         {"objectives": [{"kind": "sampled_kl", "baseline": "leave_one_out"}], "group_size": 2},
-        "objectives[0] ('sampled_kl') needs the teacher's log-probs of tokens, and pictures have none. Leave it out.",
+        "objectives[0] ('sampled_kl') needs the teacher's log-probs of tokens, and images have none. Leave it out.",
     ),
-    "nll": ("flow", {"objectives": [{"kind": "nll"}]}, "objectives[0] ('nll') learns the tokens of given answers, and pictures have none."),
-    "nll of drawn pictures": ("flow_sft", {"objectives": [{"kind": "nll"}]}, "learns the tokens of given answers, and pictures have none."),
+    "nll": ("flow", {"objectives": [{"kind": "nll"}]}, "objectives[0] ('nll') learns the tokens of given answers, and images have none."),
+    "nll of drawn images": ("flow_sft", {"objectives": [{"kind": "nll"}]}, "learns the tokens of given answers, and images have none."),
     "margin": (
         "flow_grpo",
         {"credit.margin": {"teacher": "main"}, "teachers": {"main": FLOW_TEACHER}},
-        "credit.margin ('margin') needs the teacher's log-probs of tokens, and pictures have none.",
+        "credit.margin ('margin') needs the teacher's log-probs of tokens, and images have none.",
     ),
     "margin of now": (
         "flow_grpo",
         {"credit.margin": {"teacher": "main", "student": "now"}, "teachers": {"main": FLOW_TEACHER}},
-        "needs the student's likeliest tokens and the teacher's log-probs of tokens, and pictures have none.",
+        "needs the student's likeliest tokens and the teacher's log-probs of tokens, and images have none.",
     ),
     "release": (
         "flow",
-        {"credit.release": {"segments": 4}, "normalise": "chosen"},
-        "credit.release ('release') needs the teacher's log-probs at tokens the student lists, and pictures have none.",
+        {"credit.release": {"segments": 4}, "loss_aggregation": "token-mean"},
+        "credit.release ('release') needs the teacher's log-probs at tokens the student lists, and images have none.",
     ),
     "special tokens left out": (
         "flow",
         {"credit.prefix": {"length": 4, "special_tokens": False}},
-        "credit.prefix ('prefix') needs the special tokens, and pictures have none. Leave it out.",
+        "credit.prefix ('prefix') needs the special tokens, and images have none. Leave it out.",
     ),
     "release by sentences": (
         "flow",
-        {"credit.release": {"segments": "sentences"}, "normalise": "chosen"},
-        "at tokens the student lists and the characters that tokens wrote, and pictures have none.",
+        {"credit.release": {"segments": "sentences"}, "loss_aggregation": "token-mean"},
+        "at tokens the student lists and the characters that tokens wrote, and images have none.",
     ),
     "peers": (
         "flow",
         {"teachers.anchor.context": {"kind": "peers"}, **VERDICTS},
-        "teachers.anchor.context ('peers') tells a teacher in words what others wrote, and pictures have none. Use 'same'.",
+        "teachers.anchor.context ('peers') tells a teacher in words what others wrote, and images have none. Use 'same'.",
     ),
     "privileged": ("flow", {"teachers.anchor.context": {"kind": "privileged"}}, "teachers.anchor.context ('privileged') tells a teacher"),
     "variance": ("flow", {"log_variance": True}, "log_variance = true measures the noise of the sampled gradient"),
@@ -142,21 +142,21 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
         {"sampler.noise_level": 0},
         "sampler.noise_level = 0 draws no step, so policy_gradient has no log-prob to weigh. Use a noise_level above 0, such as 0.7.",
     ),
-    "the KL of drawn pictures": ("flow_sft", {"objectives.0.weight": "kl"}, f'{GIVEN}. Use weight = "mse".'),
-    "the KL of drawn pictures to a teacher": ("flow_sft", {"objectives": [{**KL, "teacher": "main"}]}, GIVEN),
-    "outcome of drawn pictures": (
+    "the KL of drawn images": ("flow_sft", {"objectives.0.weight": "kl"}, f'{GIVEN}. Use weight = "mse".'),
+    "the KL of drawn images to a teacher": ("flow_sft", {"objectives": [{**KL, "teacher": "main"}]}, GIVEN),
+    "outcome of drawn images": (
         "flow_sft",
         {"objectives": [{"kind": "policy_gradient"}], "credit.group_advantage": {}, **VERDICTS},
-        "weighs what was chosen by the student's own probabilities, but sampler 'drawn' gives answers it did not draw. Use velocity_kl.",
+        "weighs what was chosen by the student's own probabilities, but sampler 'teacher_samples' gives answers it did not draw. Use velocity_kl.",
     ),
     "jumps by the KL of the ODE": (
         "flow_grpo",
         {**ODE_JUMPS, "sampler.noise_level": 0},
-        'accelerator.score = "minus_kl" takes the KL of steps that were drawn, and sampler.noise_level = 0 draws none: it is infinite.',
+        'extrapolation.score = "minus_kl" takes the KL of steps that were drawn, and sampler.noise_level = 0 draws none: it is infinite.',
     ),
     "jumps by the KL of an inner ODE": (
         "flow_sft",
-        {"accelerator": ODE_JUMPS["accelerator"], "sampler.generate.noise_level": 0},
+        {"extrapolation": ODE_JUMPS["extrapolation"], "sampler.generate.noise_level": 0},
         "and sampler.generate.noise_level = 0 draws none: it is infinite. Use a noise_level above 0, such as 0.7",
     ),
     # one guidance
@@ -205,32 +205,32 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
 LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
     "a student without noise": ("flow", {"sampler.noise_level": 0, "objectives.0.weight": "mse", "objectives.1.weight": "mse"}),
     "the same guidance, said": ("flow", {"sampler.guidance": 4.5, "teachers.digits.guidance": 4.5}),
-    "prefixes": ("flow", {"sampler.length": {"kind": "linear", "start": 2, "increment": 0.1, "stop": 10}}),
+    "prefixes": ("flow", {"sampler.max_denoising_steps": {"kind": "linear", "start": 2, "increment": 0.1, "stop": 10}}),
     "prefixes by weight": ("flow", {"credit.prefix": {"length": 4}}),
-    "early times of drawn pictures": ("flow_sft", {"credit.prefix": {"length": 4}}),
+    "early times of drawn images": ("flow_sft", {"credit.prefix": {"length": 4}}),
     "positions": ("flow", {"credit.position": {"factor": {"kind": "constant", "value": 0.5}}}),
-    "lag": ("flow", {"max_lag": 2}),
-    "the student of then as anchor": ("flow", {"objectives.1.teacher": "said", "max_lag": 1}),
+    "staleness": ("flow", {"max_staleness": 2}),
+    "the student of then as anchor": ("flow", {"objectives.1.teacher": "behaviour", "max_staleness": 1}),
     "a verifier and teachers": (
         "flow",
         {"objectives": [KL, {"kind": "policy_gradient"}], "credit.group_advantage": {}, **VERDICTS},
     ),
-    "balance": ("flow", {"credit.balance": {}, "normalise": "rollout_means", **VERDICTS}),
-    "jumps": ("flow", {"accelerator": {"kind": "extrapolate"}}),
-    "jumps by the KL": ("flow", {"accelerator": {"kind": "extrapolate", "score": "minus_kl"}}),
-    "jumps by the KL over drawn pictures": ("flow_sft", {"accelerator": {"kind": "extrapolate", "score": "minus_kl"}}),
+    "balance": ("flow", {"credit.balance": {}, "loss_aggregation": "seq-mean-token-mean", **VERDICTS}),
+    "jumps": ("flow", {"extrapolation": {"kind": "extrapolate"}}),
+    "jumps by the KL": ("flow", {"extrapolation": {"kind": "extrapolate", "score": "minus_kl"}}),
+    "jumps by the KL over drawn images": ("flow_sft", {"extrapolation": {"kind": "extrapolate", "score": "minus_kl"}}),
     "jumps of the ODE by accuracy": (
         "flow",
         {
-            "accelerator": {"kind": "extrapolate"},
+            "extrapolation": {"kind": "extrapolate"},
             "sampler.noise_level": 0,
             "objectives.0.weight": "mse",
             "objectives.1.weight": "mse",
         },
     ),
     "foresight": ("flow", {"evals.foresight": {}}),
-    "a teacher's velocities at drawn pictures": ("flow_sft", {"objectives.0.teacher": "main"}),
-    "one specialist and an anchor": ("flow", {"teachers.counts": "none", "teachers.digits.as": "digits", "objectives.0.teacher": "digits",
+    "a teacher's velocities at drawn images": ("flow_sft", {"objectives.0.teacher": "main"}),
+    "one specialist and an anchor": ("flow", {"teachers.counts": "none", "teachers.digits.alias": "digits", "objectives.0.teacher": "digits",
                                               "evals.agreement.teacher": "digits", "evals.teacher_accuracy.teacher": "digits"}),
     "everyone draws with one": ("flow_sft", {"teachers.digits": "none", "teachers.counts": {**FLOW_TEACHER, "routes": []}}),
 }  # fmt: skip
@@ -257,18 +257,18 @@ def test_parts_of_another_kind_are_one_sentence() -> None:
 
 
 def test_every_want_is_of_texts_or_of_both() -> None:
-    """A new field of Wants has to be sorted: a picture has what its student said, and a verdict; all else is made of words."""
+    """A new field of Requirements has to be sorted: an image has what its student said, and a verdict; all else is made of words."""
     from reflux.checks.domains import _WORDS
 
-    both = {"said", "now_at_said", "reward"}
-    assert {field.name for field in dataclasses.fields(Wants)} == both | set(_WORDS)
+    both = {"behaviour", "now_at_behaviour", "reward"}
+    assert {field.name for field in dataclasses.fields(Requirements)} == both | set(_WORDS)
     assert not both & set(_WORDS)
 
 
 def test_a_flow_wants_what_velocities_can_give() -> None:
-    assert checks.join(load_recipe("flow")) == Wants()
-    assert checks.join(load_recipe("flow_sft")) == Wants(said=1)
-    assert checks.join(load_recipe("flow_grpo")) == Wants(reward=True)
+    assert checks.join(load_recipe("flow")) == Requirements()
+    assert checks.join(load_recipe("flow_sft")) == Requirements(behaviour=1)
+    assert checks.join(load_recipe("flow_grpo")) == Requirements(reward=True)
 
 
 def test_who_really_draws_the_students_pictures() -> None:
@@ -308,7 +308,7 @@ def test_a_route_is_drawn_by_the_table_that_names_it() -> None:
             {"objectives.0.scale": "released"},
             'objectives[0]: scale = "released" is the KL times |dt| / D, and objectives[1] beside it is not',
         ),
-        ({"objectives.1.teacher": "said", "teachers.anchor": "none"}, "objectives[1] listens to 'said' at max_lag = 0"),
+        ({"objectives.1.teacher": "behaviour", "teachers.anchor": "none"}, "objectives[1] listens to 'behaviour' at max_staleness = 0"),
         (
             {"teachers.counts": "none"},
             "objectives[0]: no table of 'main' serves the route 'counts', so others alone teach those prompts.",
@@ -331,33 +331,33 @@ def test_an_adapter_is_another_model_than_its_base_and_a_silent_anchor_adds_noth
 
 def test_teachers_that_draw_are_asked_for_a_reason() -> None:
     assert checks.warnings(load_recipe("flow_sft")) == []
-    assert checks.warnings(load_recipe("flow_sft", {"max_lag": 1})) == []
+    assert checks.warnings(load_recipe("flow_sft", {"max_staleness": 1})) == []
 
 
-# --- pictures of a user's own prompts
+# --- images of a user's own prompts
 
 
-def pictures(folder: Path, **fields: Any) -> dict[str, Any]:
+def images(folder: Path, **fields: Any) -> dict[str, Any]:
     lines = [{"prompt": "a sign that says go", "route": "text"}, {"prompt": "two cats", "route": "objects"}]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return {"kind": "jsonl", "path": str(folder / "prompts.jsonl"), "makes": "picture", "grader": "none", "validation": 0.0, **fields}
+    return {"kind": "jsonl", "path": str(folder / "prompts.jsonl"), "makes": "image", "grader": "none", "validation": 0.0, **fields}
 
 
 def test_lines_of_prompts_may_ask_for_pictures(tmp_path: Path) -> None:
-    cfg = load_recipe("flow", {"base": "sd3", "task.path": pictures(tmp_path)["path"]})
+    cfg = load_recipe("flow", {"base": "sd3", "task.path": images(tmp_path)["path"]})
     checks.join(cfg)
     assert cfg.task.rollouts is FlowRollout
     assert cfg.task.routes == {"text", "objects"}
     with pytest.raises(ConfigError, match="prompts of the route 'text', but the teachers that answer as 'main' serve only objects, texts"):
-        checks.join(load_recipe("flow", {"base": "sd3", "task.path": pictures(tmp_path)["path"], "teachers.text.routes": ["texts"]}))
+        checks.join(load_recipe("flow", {"base": "sd3", "task.path": images(tmp_path)["path"], "teachers.text.routes": ["texts"]}))
     with pytest.raises(ConfigError, match=r"task 'jsonl' asks for texts, and no other part deals with those"):
-        checks.join(load_recipe("flow", {"task": pictures(tmp_path, makes="text")}))
+        checks.join(load_recipe("flow", {"task": images(tmp_path, makes="text")}))
 
 
 @pytest.mark.parametrize("grader", ["math", "exact"])
 def test_a_grader_of_texts_judges_no_picture(tmp_path: Path, grader: str) -> None:
-    with pytest.raises(ConfigError, match=f'grader "{grader}" judges texts; for pictures give "my_module:function", or "none"'):
-        load_recipe("flow", {"task": pictures(tmp_path, grader=grader)})
+    with pytest.raises(ConfigError, match=f'grader "{grader}" judges texts; for images give "my_module:function", or "none"'):
+        load_recipe("flow", {"task": images(tmp_path, grader=grader)})
 
 
 def test_a_judge_of_ones_own_meets_the_picture(tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_a_judge_of_ones_own_meets_the_picture(tmp_path: Path) -> None:
 
     from reflux.tasks.jsonl import Jsonl
 
-    task = Jsonl(**{key: value for key, value in pictures(tmp_path, grader="outside:brightness").items() if key != "kind"})
+    task = Jsonl(**{key: value for key, value in images(tmp_path, grader="outside:brightness").items() if key != "kind"})
     (first, *_) = task._load("train", str(tmp_path / "prompts.jsonl"))
     verdict = task.verify(first, np.full((4, 4), 51, dtype=np.uint8))
     assert (verdict.value, verdict.parts) == (1.0, {"brightness": 0.2})  # type: ignore[union-attr]
@@ -373,20 +373,20 @@ def test_a_judge_of_ones_own_meets_the_picture(tmp_path: Path) -> None:
 
 def test_verdicts_that_nobody_gives_are_refused(tmp_path: Path) -> None:
     """Hours of sampling, and nothing to learn from."""
-    nobody = {"base": "sd3", "task.path": pictures(tmp_path)["path"], "learner.average": "none"}
-    jumps = {"accelerator": {"kind": "extrapolate"}}
+    nobody = {"base": "sd3", "task.path": images(tmp_path)["path"], "learner.average": "none"}
+    jumps = {"extrapolation": {"kind": "extrapolate"}}
     for recipe, changes, words in (
         ("flow_grpo", {}, 'rewards.verifier: the verifier asks the task for verdicts, and with its grader "none" nothing is ever judged.'),
-        ("flow", jumps, 'accelerator.score = "accuracy" compares weights by the task\'s verdicts, and with its grader "none" nothing is'),
+        ("flow", jumps, 'extrapolation.score = "accuracy" compares weights by the task\'s verdicts, and with its grader "none" nothing is'),
     ):
         with pytest.raises(ConfigError) as refused:
             checks.join(load_recipe(recipe, nobody | changes))
         assert words in str(refused.value)
         assert 'task.grader = "my_module:function"' in str(refused.value)
         checks.join(load_recipe(recipe, nobody | changes | {"task.grader": "outside:brightness"}))
-    checks.join(load_recipe("flow", nobody | {"accelerator": {"kind": "extrapolate", "score": "minus_kl"}}))
+    checks.join(load_recipe("flow", nobody | {"extrapolation": {"kind": "extrapolate", "score": "minus_kl"}}))
     checks.join(load_recipe("flow_grpo", nobody | {"rewards": {"verifier": {"kind": "outside:Dark"}}}))  # which judges by itself
-    silent, judged = pictures(tmp_path), pictures(tmp_path, grader="outside:brightness")
+    silent, judged = images(tmp_path), images(tmp_path, grader="outside:brightness")
     rewarded = {"task": {"kind": "mix", "parts": {"a": silent, "b": silent}}}
     with pytest.raises(ConfigError, match="nothing is ever judged"):
         checks.join(load_recipe("flow_grpo", rewarded))
@@ -396,8 +396,8 @@ def test_verdicts_that_nobody_gives_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("module", ["nosuch", "outside.inner", "reflux.tasks.nosuch", "reflux.nosuch.tasks", "__main__.x", ""])
 def test_a_grader_that_is_nowhere_is_refused(tmp_path: Path, module: str) -> None:
     with pytest.raises(ConfigError, match=rf"task\.grader: there is no module \'{module}\' for it\."):
-        checks.join(load_recipe("flow_grpo", {"task": pictures(tmp_path, grader=f"{module}:judge")}))
-    mixed = {"kind": "mix", "parts": {"a": {"kind": "glyphs"}, "b": pictures(tmp_path, grader=f"{module}:judge")}}
+        checks.join(load_recipe("flow_grpo", {"task": images(tmp_path, grader=f"{module}:judge")}))
+    mixed = {"kind": "mix", "parts": {"a": {"kind": "glyphs"}, "b": images(tmp_path, grader=f"{module}:judge")}}
     with pytest.raises(ConfigError, match=r"task\.parts\.b\.grader: there is no module"):
         checks.join(load_recipe("flow_grpo", {"task": mixed}))
 
@@ -408,9 +408,9 @@ def test_a_grader_is_found_and_not_imported(tmp_path: Path, monkeypatch: pytest.
         (tmp_path / "my_judges" / file).write_text("raise RuntimeError('this loads for minutes')\n")
     monkeypatch.syspath_prepend(tmp_path)
     for module in ("my_judges", "my_judges.inner", "my_judges.inner.heavy"):
-        checks.join(load_recipe("flow_grpo", {"task": pictures(tmp_path, grader=f"{module}:judge")}))
+        checks.join(load_recipe("flow_grpo", {"task": images(tmp_path, grader=f"{module}:judge")}))
     with pytest.raises(ConfigError, match=r"no module 'my_judges\.inner\.light'"):
-        checks.join(load_recipe("flow_grpo", {"task": pictures(tmp_path, grader="my_judges.inner.light:judge")}))
+        checks.join(load_recipe("flow_grpo", {"task": images(tmp_path, grader="my_judges.inner.light:judge")}))
 
 
 # --- models and adapters that are not there, or of the other kind: before a directory is made, and in a plan

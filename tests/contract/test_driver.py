@@ -18,11 +18,11 @@ from reflux.models.turns import Turn, TurnRequest
 from reflux.rollouts.driver import Driver, Limits
 from reflux.rollouts.environment import Environment, Observation, ToolError
 from reflux.tasks.base import TaskPart
-from reflux.types import Attempt, Draw, Message, Prompt, TokenRollout, Wants
+from reflux.types import Attempt, Message, Prompt, Requirements, SamplingParams, TokenRollout
 
 TOKENIZER = character_tokenizer()
 END = 1
-DRAW = Draw(3, "train", 40)
+DRAW = SamplingParams(3, "train", 40)
 TIMEOUT = 20.0  # far above what any step here takes, so a test that meets it fails by its result
 
 
@@ -41,9 +41,9 @@ def prompt(name: str) -> Prompt:
 def say(text: str, finish: Any = "stop", version: int = 0, k: int = 0) -> Turn:
     """A turn of these characters, with the end token where it ended by itself. Its log-probs tell token by token which turn they are of."""
     tokens = ids(text) + ([END] if finish == "stop" else [])
-    said = (np.tile(np.arange(k), (len(tokens), 1)), np.full((len(tokens), k), -3.0, dtype=np.float32)) if k else None
+    behaviour = (np.tile(np.arange(k), (len(tokens), 1)), np.full((len(tokens), k), -3.0, dtype=np.float32)) if k else None
     logp_T = -np.arange(1, len(tokens) + 1, dtype=np.float32)
-    return Turn(tokens, logp_T, logp_T / 2, said, np.full(len(tokens), version), finish)
+    return Turn(tokens, logp_T, logp_T / 2, behaviour, np.full(len(tokens), version), finish)
 
 
 @dataclass
@@ -110,10 +110,10 @@ class Table(TaskPart):
 
 class Ear:
     def __init__(self) -> None:
-        self.heard: list[str] = []
+        self.objective_teachers: list[str] = []
 
     def noted(self, text: str) -> None:
-        self.heard.append(text)
+        self.objective_teachers.append(text)
 
 
 def user(text: str, **more: Any) -> Observation:
@@ -124,21 +124,27 @@ DONE = Observation(done=True)
 
 
 def driver(
-    script: Script, table: Table, limits: Limits | None = None, *, wants: Wants = Wants(), ear: Ear | None = None, **more: Any
+    script: Script,
+    table: Table,
+    limits: Limits | None = None,
+    *,
+    requirements: Requirements = Requirements(),
+    ear: Ear | None = None,
+    **more: Any,
 ) -> Driver:
-    context = tiny.context(wants, seed=7, task=table)
+    context = tiny.context(requirements, seed=7, task=table)
     return Driver(script, TOKENIZER, [END], context, limits or Limits(512, environment_timeout_s=TIMEOUT), listener=ear, **more)
 
 
 def play(
-    script: Script, table: Table, names: str = "a", n: int = 1, draw: Draw = DRAW, limits: Limits | None = None, **more: Any
+    script: Script, table: Table, names: str = "a", n: int = 1, draw: SamplingParams = DRAW, limits: Limits | None = None, **more: Any
 ) -> list[Any]:
     """The rollouts of the prompts, each named by one letter."""
     groups = asyncio.run(driver(script, table, limits, **more).play([(prompt(name), n, draw) for name in names], 5))
     return [attempt.rollout for group in groups for attempt in group]
 
 
-def said(rollouts: Sequence[TokenRollout]) -> list[str]:
+def behaviour(rollouts: Sequence[TokenRollout]) -> list[str]:
     return [words(r.tokens_T) for r in rollouts]
 
 
@@ -187,7 +193,7 @@ def test_each_turn_has_a_key_of_its_own() -> None:
         Table(lambda name: Tool(lambda step, message: user("on") if step < 3 else DONE)),
         "ab",
         n=2,
-        draw=Draw(3, "train", 40, dice=2),
+        draw=SamplingParams(3, "train", 40, rng=2),
     )
     found = [[request.rng_key for request in call] for call in script.calls]
     assert found == [[row_key(7, "train", 3, name, sample, turn, 2) for name in "ab" for sample in (0, 1)] for turn in range(3)]
@@ -197,12 +203,12 @@ def test_each_turn_has_a_key_of_its_own() -> None:
 @pytest.mark.parametrize(("purpose", "expected"), [("train", 4), ("eval", 0)])
 def test_the_likeliest_tokens_are_asked_for_in_training(purpose: Any, expected: int) -> None:
     script = Script()
-    play(script, Table(), draw=Draw(0, purpose, 9), wants=Wants(said=4))
+    play(script, Table(), draw=SamplingParams(0, purpose, 9), requirements=Requirements(behaviour=4))
     assert [request.top_k for call in script.calls for request in call] == [expected]
 
 
 def test_one_cohort_is_sampled_in_one_way() -> None:
-    asked = [(prompt("a"), 1, DRAW), (prompt("b"), 1, Draw(3, "train", 40, temperature=0.5))]
+    asked = [(prompt("a"), 1, DRAW), (prompt("b"), 1, SamplingParams(3, "train", 40, temperature=0.5))]
     with pytest.raises(ValueError, match="sampled in one way"):
         asyncio.run(driver(Script(), Table()).play(asked, 0))
 
@@ -224,17 +230,17 @@ def test_replies_are_masked_out_and_have_no_log_prob() -> None:
     assert (r.version, r.finish, r.text) == (1, "stop", "abc\nd")
     turns = [("user", "a"), ("assistant", "abc"), ("user", "hm"), ("assistant", "d")]
     assert [(m["role"], m["content"]) for m in r.messages] == turns
-    assert r.said is None
+    assert r.behaviour is None
 
 
 def test_listed_tokens_and_spans_know_which_positions_are_the_students() -> None:
     script = Script(lambda text, number: say("ab" if number == 1 else "c", k=3))
     table = Table(lambda name: Tool(lambda step, message: user("hm") if step == 1 else DONE))
-    (r,) = play(script, table, wants=Wants(said=3, spans=True))
-    assert r.said.ids_TK.shape == (r.length, 3)
-    assert set(r.said.logp_TK[r.mask_T].ravel().tolist()) == {-3.0}
-    np.testing.assert_allclose(np.exp(r.said.logp_TK[~r.mask_T]).sum(1), 1, rtol=1e-6)
-    np.testing.assert_array_equal(r.said.logp_T, r.logp_raw_T)
+    (r,) = play(script, table, requirements=Requirements(behaviour=3, spans=True))
+    assert r.behaviour.ids_TK.shape == (r.length, 3)
+    assert set(r.behaviour.logp_TK[r.mask_T].ravel().tolist()) == {-3.0}
+    np.testing.assert_allclose(np.exp(r.behaviour.logp_TK[~r.mask_T]).sum(1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(r.behaviour.logp_T, r.logp_raw_T)
     assert [r.text[start:end] for start, end in r.spans_T2] == ["a", "b", "", "", "", "", "", "c", ""]
 
 
@@ -282,7 +288,7 @@ def endless(name: str) -> Tool:
 def test_the_limit_counts_the_students_tokens_over_all_turns() -> None:
     """Each turn takes 3 of 8, replies take none; the third has 2 left."""
     script = Script(lambda text, number: say("ab") if number < 3 else say("ab", "length"))
-    (r,) = play(script, Table(endless), draw=Draw(0, "train", 8))
+    (r,) = play(script, Table(endless), draw=SamplingParams(0, "train", 8))
     assert [call[0].max_tokens for call in script.calls] == [8, 5, 2]
     assert (r.finish, int(r.mask_T.sum())) == ("length", 8)
 
@@ -290,14 +296,14 @@ def test_the_limit_counts_the_students_tokens_over_all_turns() -> None:
 def test_a_turn_that_takes_the_last_token_is_still_answered() -> None:
     """The environment sees every turn that ended by itself; then nothing is left to write, and the reply is not read."""
     table = Table(lambda name: Tool(lambda step, message: user("hm", reward=2.0)))
-    (r,) = play(Script(), table, draw=Draw(0, "train", 3))
+    (r,) = play(Script(), table, draw=SamplingParams(0, "train", 3))
     assert (r.finish, r.environment_reward, words(r.tokens_T)) == ("length", 2.0, "ab<end>")
     assert len(r.messages) == 2
 
 
 def test_a_cut_turn_is_not_shown_to_the_environment() -> None:
     table = Table(endless)
-    (r,) = play(Script(lambda text, number: say("ab", "length")), table, draw=Draw(0, "train", 2))
+    (r,) = play(Script(lambda text, number: say("ab", "length")), table, draw=SamplingParams(0, "train", 2))
     assert (r.finish, table.opened[0].steps, table.opened[0].closed) == ("length", 0, 1)
 
 
@@ -358,7 +364,7 @@ def test_a_tool_that_fails_ends_its_attempt_alone_and_is_told_once() -> None:
     assert [(r.finish, r.environment_reward) for r in rollouts] == [("tool_error", 0.5), ("stop", None), ("tool_error", 0.5)]
     assert [len(call) for call in script.calls] == [3, 3, 1, 1]
     assert words(rollouts[0].tokens_T) == "ab<end><user>hm<assistant>ab<end>"
-    (told,) = ear.heard
+    (told,) = ear.objective_teachers
     assert told.startswith("A tool failed at prompt a: the sandbox is  [31mgone. The attempt ends there and gets no verdict")
     assert "tool_error" in told
 
@@ -376,7 +382,7 @@ def test_a_step_that_takes_too_long_is_cancelled(turns: Any) -> None:
     assert [r.finish for r in rollouts] == ["timeout", "timeout", "stop"]
     assert [tool.cancelled for tool in table.opened] == [1, 1, 0]
     assert [tool.closed for tool in table.opened] == [1, 1, 1]
-    (told,) = ear.heard
+    (told,) = ear.objective_teachers
     assert "gave no answer within 0.05 s" in told
 
 
@@ -471,7 +477,7 @@ def test_another_exception_ends_the_play_at_once(turns: Any, error: Exception) -
         play(Script(), table, "abc", turns=turns, ear=ear, limits=Limits(512, environment_timeout_s=3600))
     assert closed(table) == [1, 1, 1]
     assert [tool.cancelled for tool in table.opened] == [1, 0, 1]
-    assert ear.heard == []
+    assert ear.objective_teachers == []
 
 
 def test_a_call_of_the_generator_that_fails() -> None:
@@ -566,7 +572,7 @@ def test_a_tool_that_does_not_close_is_told_and_costs_nothing(hangs: bool, words
     table = Table(lambda name: Sticky(lambda step, message: DONE, error=ToolError("gone"), hangs=hangs))
     rollouts = play(Script(), table, "ab", ear=ear, limits=Limits(512, environment_timeout_s=0.05))
     assert [r.finish for r in rollouts] == ["stop", "stop"]
-    (told,) = ear.heard
+    (told,) = ear.objective_teachers
     assert words in told
 
 

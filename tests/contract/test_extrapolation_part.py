@@ -37,7 +37,7 @@ def empty() -> None:
 
 
 def jump(**fields: Any) -> dict[str, Any]:
-    return {"accelerator": {"kind": "outside:Jump", **fields}}
+    return {"extrapolation": {"kind": "outside:Jump", **fields}}
 
 
 def test_it_is_told_of_the_start_and_asked_after_every_step(tiny_run: Callable[..., Any], student: str) -> None:
@@ -49,7 +49,7 @@ def test_it_is_told_of_the_start_and_asked_after_every_step(tiny_run: Callable[.
     assert (step, 0 <= before <= 1, 0 <= after <= 1) == (2, True, True)
     from reflux.storage import checkpoints
 
-    state = checkpoints.read(checkpoints.of_step(done.dir / "checkpoints", 4) / "accelerator")
+    state = checkpoints.read(checkpoints.of_step(done.dir / "checkpoints", 4) / "extrapolation")
     assert (state["calls"], state["trace"].tolist()) == (4, [4.0])
 
 
@@ -62,7 +62,7 @@ def test_a_jump_moves_the_student_and_everyone_learns_of_it(tiny_run: Callable[.
         pairs.setdefault((row["step"], row["prompt"]), {}).update(row)
     gaps = [abs(now - then) for row in pairs.values() for now, then in zip(row["student_logp"], row["logp"], strict=True)]
     assert max(gaps) < 1e-3
-    assert [row["lag_max"] for row in done.rows("metrics")] == [0, 0, 0, 0]
+    assert [row["staleness_max"] for row in done.rows("metrics")] == [0, 0, 0, 0]
 
 
 def test_a_jump_is_no_optimiser_step(tiny_run: Callable[..., Any]) -> None:
@@ -88,9 +88,9 @@ def test_its_state_is_restored_and_the_run_goes_on_bit_for_bit(
 
 
 def test_scores_use_the_weights_of_the_moment(student: str, teacher: str, tmp_path: Path) -> None:
-    """The score's prompts are fixed; two candidates meet the same dice, so equal weights have equal scores."""
+    """The score's prompts are fixed; two candidates meet the same random numbers, so equal weights have equal scores."""
     cfg = tiny.config(
-        "opd", student, teacher, **PLAIN, accelerator={"kind": "outside:Jump", "at": 2, "by": 0.0, "prompts": 5, "samples": 3}
+        "opd", student, teacher, **PLAIN, extrapolation={"kind": "outside:Jump", "at": 2, "by": 0.0, "prompts": 5, "samples": 3}
     )
     asyncio.run(train(cfg, Options(tmp_path / "run")))
     assert outside.HEARD[1][2] == outside.HEARD[1][3]
@@ -109,26 +109,26 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], list[int]
         asked: list[int] = []
         real = Scorer.__call__
 
-        async def said(self: Scorer, evaluation: Any, dice: int = 0) -> float:
-            await real(self, evaluation, dice)
+        async def behaviour(self: Scorer, evaluation: Any, rng: int = 0) -> float:
+            await real(self, evaluation, rng)
             asked.append(evaluation.step)
             return values[min(len(asked), len(values)) - 1]
 
-        monkeypatch.setattr(Scorer, "__call__", said)
+        monkeypatch.setattr(Scorer, "__call__", behaviour)
         return asked
 
     return script
 
 
-@pytest.mark.parametrize("accelerator", [{"kind": "outside:Jump", "by": 0.2, "score": "minus_kl"}, {**EXTRA, "score": "minus_kl"}])
-def test_a_sampler_may_keep_weights_by_their_version(tiny_run: Callable[..., Any], accelerator: dict[str, Any]) -> None:
+@pytest.mark.parametrize("extrapolation", [{"kind": "outside:Jump", "by": 0.2, "score": "minus_kl"}, {**EXTRA, "score": "minus_kl"}])
+def test_a_sampler_may_keep_weights_by_their_version(tiny_run: Callable[..., Any], extrapolation: dict[str, Any]) -> None:
     """What a search tries has versions of its own, so nobody takes one candidate for another, or for the student."""
-    settings = {**PLAIN, "accelerator": accelerator}
+    settings = {**PLAIN, "extrapolation": extrapolation}
     plain = tiny_run("full", **settings)
-    said = [entry[2:] for entry in outside.HEARD if entry[0] == "jump"]
+    behaviour = [entry[2:] for entry in outside.HEARD if entry[0] == "jump"]
     outside.HEARD.clear()
     kept = tiny_run("full", **settings, sampler__kind="outside:KeepsVersions")
-    assert [entry[2:] for entry in outside.HEARD if entry[0] == "jump"] == said
+    assert [entry[2:] for entry in outside.HEARD if entry[0] == "jump"] == behaviour
     assert [row["tried"] for row in kept.rows("searches")] == [row["tried"] for row in plain.rows("searches")]
     assert same(kept.state, plain.state)
     versions = [entry[1] for entry in outside.HEARD if entry[0] == "published"]
@@ -141,11 +141,11 @@ def test_a_sampler_may_keep_weights_by_their_version(tiny_run: Callable[..., Any
 
 def test_without_tries_and_where_nothing_is_accepted_the_run_is_the_plain_one(tiny_run: Callable[..., Any], scores: Any) -> None:
     plain = tiny_run("full", **PLAIN)
-    never = tiny_run("full", **PLAIN, accelerator={**EXTRA, "tries": 0})
+    never = tiny_run("full", **PLAIN, extrapolation={**EXTRA, "tries": 0})
     assert same(plain.state, never.state)
     assert never.rows("searches") == []
     asked = scores([0.5])
-    shut = tiny_run("full", **PLAIN, accelerator=EXTRA)
+    shut = tiny_run("full", **PLAIN, extrapolation=EXTRA)
     assert asked == [0, 0, 1, 1, 3, 3]  # W and one candidate after steps 1, 2 and 4
     assert same(plain.state, shut.state)
     told_of = [[row for row in done.rows("attempts") if row["kind"] == "attempt"] for done in (plain, shut)]
@@ -155,7 +155,7 @@ def test_without_tries_and_where_nothing_is_accepted_the_run_is_the_plain_one(ti
 def test_searches_are_told_counted_and_on_disk(tiny_run: Callable[..., Any], scores: Any) -> None:
     plain = tiny_run("full", **PLAIN)
     scores([0.5, 0.6, 0.7, 0.1, 0.5, 0.4, 0.5, 0.4])
-    done = tiny_run("full", **PLAIN, accelerator={**EXTRA, "samples": 3})
+    done = tiny_run("full", **PLAIN, extrapolation={**EXTRA, "samples": 3})
     rows = done.rows("searches")
     assert [(row["step"], row["accepted"], len(row["tried"])) for row in rows] == [(1, 4, 3), (2, 0, 1), (4, 0, 1)]
     assert not same(done.weights, plain.weights)
@@ -166,7 +166,7 @@ def test_searches_are_told_counted_and_on_disk(tiny_run: Callable[..., Any], sco
     assert "tokens_scored" not in plain.rows("metrics")[0]
     first, alone = metrics[0]["flops"], plain.rows("metrics")[0]["flops"]  # the same attempts: the jump comes after them
     assert (first["learn"], first["teach"]) == (alone["learn"], alone["teach"])
-    listed = done.rows("parts/accelerator/score_prompts")
+    listed = done.rows("parts/extrapolation/score_prompts")
     read = rows[0]["tokens"] + 4 * 3 * sum(len(done_prompt(prompt)) for prompt in listed)
     parameters = alone["learn"] / 6 / (alone["teach"] / 2 / teacher_parameters(done)) if alone["teach"] else 0
     assert first["sample"] - alone["sample"] == pytest.approx(2 * parameters * read, rel=1e-6)
@@ -193,7 +193,7 @@ def test_moments_schedule_and_counter_know_nothing_of_a_jump(tiny_run: Callable[
     settings = {**PLAIN, "steps": 1, "learner__lr": {"kind": "linear", "start": 1e-3, "stop": 0.0}}
     plain = tiny_run("full", **settings)
     scores([0.5, 0.6, 0.1])
-    done = tiny_run("full", **settings, accelerator=EXTRA)
+    done = tiny_run("full", **settings, extrapolation=EXTRA)
     assert (done.state["version"], plain.state["version"]) == (2, 1)
     names = {
         name
@@ -205,9 +205,9 @@ def test_moments_schedule_and_counter_know_nothing_of_a_jump(tiny_run: Callable[
     assert done.rows("metrics")[0]["lr"] == plain.rows("metrics")[0]["lr"]
 
 
-@pytest.mark.parametrize("max_lag", [0, 2])
+@pytest.mark.parametrize("max_staleness", [0, 2])
 def test_no_training_attempt_comes_from_a_candidate(
-    tiny_run: Callable[..., Any], scores: Any, monkeypatch: pytest.MonkeyPatch, max_lag: int
+    tiny_run: Callable[..., Any], scores: Any, monkeypatch: pytest.MonkeyPatch, max_staleness: int
 ) -> None:
     """Weights attempts were sampled from, against those that were tried and rejected; the next ones come from where the search ended."""
     from reflux.extrapolation import extrapolate_engine
@@ -228,21 +228,21 @@ def test_no_training_attempt_comes_from_a_candidate(
     async def noted_sample(self: Any, requests: Any) -> Any:
         if requests[0][2].purpose == "train":
             sampled.append((requests[0][2].step, mark(self.model.net.state_dict()[name])))
-            await asyncio.sleep(0.2 if max_lag else 0)  # the student has learnt before all that is in flight has landed
+            await asyncio.sleep(0.2 if max_staleness else 0)  # the student has learnt before all that is in flight has landed
         return await sample(self, requests)
 
     monkeypatch.setattr(extrapolate_engine._Path, "go", noted_go)
     monkeypatch.setattr(OpenExtrapolate, "after_step", noted_after)
     monkeypatch.setattr(HFSampler, "_groups", noted_sample)
     scores([0.5, 0.6, 0.1, 0.5, 0.4, 0.5, 0.7, 0.8, 0.1])
-    done = tiny_run("full", **(PLAIN | {"steps": 6}), max_lag=max_lag, accelerator=EXTRA)
+    done = tiny_run("full", **(PLAIN | {"steps": 6}), max_staleness=max_staleness, extrapolation=EXTRA)
     assert [row["accepted"] for row in done.rows("searches")] == [2, 0, 4]
     assert len(set(tried) - set(ended)) >= 4
     assert not {weights for _, weights in sampled} & (set(tried) - set(ended))
-    if not max_lag:
+    if not max_staleness:
         assert [weights for _, weights in sampled][1:] == ended[:-1]
     assert [row["step"] for row in done.rows("metrics")] == [1, 2, 3, 4, 5, 6]
-    assert done.rows("metrics")[4]["lag_max"] == 0  # a jump throws away what is in flight: after that of step 4 all are asked again
+    assert done.rows("metrics")[4]["staleness_max"] == 0  # a jump throws away what is in flight: after that of step 4 all are asked again
 
 
 def mark(weights: torch.Tensor) -> bytes:
@@ -254,7 +254,7 @@ def mark(weights: torch.Tensor) -> bytes:
 def test_a_run_with_searches_resumes_bit_for_bit(
     tiny_run: Callable[..., Any], student: str, teacher: str, tmp_path: Path, step: int, lora: Any
 ) -> None:
-    settings = {**PLAIN, "learner__lora": lora, "learner__lr": 0.003, "accelerator": {**EXTRA, "score": "minus_kl", "samples": 8}}
+    settings = {**PLAIN, "learner__lora": lora, "learner__lr": 0.003, "extrapolation": {**EXTRA, "score": "minus_kl", "samples": 8}}
     whole = tiny_run("full", **settings)
     assert any(row["accepted"] for row in whole.rows("searches"))
     stop_after(step, tmp_path / "stopped", tiny.config("full", student, teacher, **settings))
@@ -266,13 +266,13 @@ def test_a_run_with_searches_resumes_bit_for_bit(
 
 def test_an_accelerator_cannot_be_switched_on_half_way(tiny_run: Callable[..., Any]) -> None:
     done = tiny_run("full", **PLAIN)
-    with pytest.raises(RunError, match="accelerator: was None"):
-        tiny_run("full", **(PLAIN | {"steps": 6}), accelerator=EXTRA, out=done.dir, resume=True)
+    with pytest.raises(RunError, match="extrapolation: was None"):
+        tiny_run("full", **(PLAIN | {"steps": 6}), extrapolation=EXTRA, out=done.dir, resume=True)
 
 
 def test_names_that_match_nothing_are_refused_before_training(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="matches no parameter"):
-        tiny_run("full", **PLAIN, accelerator={**EXTRA, "include": ["attnn"]}, out=tmp_path / "run")
+        tiny_run("full", **PLAIN, extrapolation={**EXTRA, "include": ["attnn"]}, out=tmp_path / "run")
     assert not (tmp_path / "run" / "attempts.jsonl").exists()
 
 
@@ -280,25 +280,25 @@ def test_names_that_match_nothing_are_refused_before_training(tiny_run: Callable
 
 
 def test_the_prompts_are_different_ones_of_the_training_split_and_listed(tiny_run: Callable[..., Any]) -> None:
-    done, again = (tiny_run("full", steps=1, accelerator={**EXTRA, "prompts": 30}) for _ in range(2))
-    rows = done.rows("parts/accelerator/score_prompts")
-    assert rows == again.rows("parts/accelerator/score_prompts")
+    done, again = (tiny_run("full", steps=1, extrapolation={**EXTRA, "prompts": 30}) for _ in range(2))
+    rows = done.rows("parts/extrapolation/score_prompts")
+    assert rows == again.rows("parts/extrapolation/score_prompts")
     assert len({row["id"] for row in rows}) == 30
     assert all(row["id"].startswith("train-") and row["answer"] is not None for row in rows)
-    assert rows != tiny_run("full", steps=1, seed=1, accelerator={**EXTRA, "prompts": 30}).rows("parts/accelerator/score_prompts")
+    assert rows != tiny_run("full", steps=1, seed=1, extrapolation={**EXTRA, "prompts": 30}).rows("parts/extrapolation/score_prompts")
     held_out = {prompt.messages[0]["content"] for prompt in WordProblems().prompts("test", 0)}
     assert not held_out & {row["messages"][0]["content"] for row in rows}
 
 
 def test_fewer_prompts_than_asked_for_are_all_used_and_that_is_said(student: str, teacher: str, tmp_path: Path) -> None:
     task = lines(tmp_path, [{"id": f"l{i}", "prompt": f"what is {i}?", "answer": str(i)} for i in range(7)])
-    said = Noted()
-    cfg = tiny.config("full", student, teacher, **(PLAIN | {"steps": 2, "task": task}), accelerator={**EXTRA, "prompts": 50})
-    asyncio.run(train(cfg, Options(tmp_path / "run", watch=said)))
-    path = tmp_path / "run" / "parts" / "accelerator" / "score_prompts.jsonl"
+    behaviour = Noted()
+    cfg = tiny.config("full", student, teacher, **(PLAIN | {"steps": 2, "task": task}), extrapolation={**EXTRA, "prompts": 50})
+    asyncio.run(train(cfg, Options(tmp_path / "run", watch=behaviour)))
+    path = tmp_path / "run" / "parts" / "extrapolation" / "score_prompts.jsonl"
     listed = [json.loads(line)["id"] for line in path.read_text().splitlines()]
     assert sorted(listed) == [f"l{i}" for i in range(7)]
-    assert "the accelerator scores on all 7 training prompts; 50 were asked for" in said.texts
+    assert "extrapolation scores on all 7 training prompts; 50 were asked for" in behaviour.texts
 
 
 def test_a_stream_that_recurs_is_read_until_nothing_new_comes() -> None:
@@ -325,20 +325,20 @@ def test_an_answer_that_could_not_be_judged_counts_as_wrong(
     tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, values: list[float | None], score: float, ungraded: int
 ) -> None:
     """Else weights whose answers time out would win. Where nothing was judged there is no score."""
-    said: list[float] = []
+    behaviour: list[float] = []
     real = Scorer.__call__
 
     async def judge(self: Any, task: Any, attempts: Any) -> list[Reward]:
         return [Reward(value) for value in values]
 
-    async def heard(self: Scorer, *rest: Any) -> float:
-        said.append(await real(self, *rest))
-        return said[-1] if math.isfinite(said[-1]) else 0.0
+    async def objective_teachers(self: Scorer, *rest: Any) -> float:
+        behaviour.append(await real(self, *rest))
+        return behaviour[-1] if math.isfinite(behaviour[-1]) else 0.0
 
     monkeypatch.setattr("reflux.grading.graders.Graders.judge_attempts", judge)
-    monkeypatch.setattr(Scorer, "__call__", heard)
-    done = tiny_run("full", **(PLAIN | {"steps": 1}), accelerator=EXTRA)
-    assert said == pytest.approx([score, score], nan_ok=True)
+    monkeypatch.setattr(Scorer, "__call__", objective_teachers)
+    done = tiny_run("full", **(PLAIN | {"steps": 1}), extrapolation=EXTRA)
+    assert behaviour == pytest.approx([score, score], nan_ok=True)
     assert [row["ungraded"] for row in done.rows("searches")] == [2 * ungraded]
 
 
@@ -346,8 +346,8 @@ def test_accuracy_without_answers_is_refused_and_minus_kl_needs_none(tiny_run: C
     task = lines(tmp_path, [{"id": f"l{i}", "prompt": f"what is {i}?"} for i in range(9)])
     settings = PLAIN | {"steps": 2, "task": task}
     with pytest.raises(DataError, match=r"judges answers, but 4 of its 4 training prompts have none.*minus_kl"):
-        tiny_run("full", **settings, accelerator=EXTRA)
-    done = tiny_run("full", **settings, accelerator={**EXTRA, "score": "minus_kl"})
+        tiny_run("full", **settings, extrapolation=EXTRA)
+    done = tiny_run("full", **settings, extrapolation={**EXTRA, "score": "minus_kl"})
     assert [row["score"] for row in done.rows("searches")] == ["minus_kl"] * 2
     assert all(row["here"] < 0 for row in done.rows("searches"))
 
@@ -356,7 +356,7 @@ def test_minus_kl_is_minus_the_kl_to_the_teacher_on_own_samples(tiny_run: Callab
     """Many samples against the exact KL of student and teacher along them; its teacher's reading is counted."""
     settings = {"steps": 1, "learner__lr": 1e-7, "prompts_per_step": 100}
     table = {**EXTRA, "score": "minus_kl", "prompts": 100, "samples": 4, "tries": 1}
-    done = tiny_run("full", **settings, accelerator=table)
+    done = tiny_run("full", **settings, extrapolation=table)
     (row,) = done.rows("searches")
     exact = done.rows("metrics")[0]["kl_nats_trained"]  # of the step's own attempts, the whole vocabulary
     assert row["here"] == pytest.approx(-exact, rel=0.1)
@@ -371,7 +371,7 @@ def test_a_scored_answer_has_a_limit_of_its_own(tiny_run: Callable[..., Any], sc
     cap = {"kind": "linear", "start": 1, "increment": 0.25}
     for limit, longest in ((None, 12), (20, 20)):
         scores([0.5])
-        done = tiny_run("full", **PLAIN, sampler__train_max_tokens=cap, accelerator={**EXTRA, "prompts": 40, "max_tokens": limit})
+        done = tiny_run("full", **PLAIN, sampler__train_max_tokens=cap, extrapolation={**EXTRA, "prompts": 40, "max_tokens": limit})
         (first, *_) = done.rows("searches")
         assert 40 * 2 * 1.5 < first["tokens"] <= 40 * 2 * longest
     assert max(len(row["tokens"]) for row in done.rows("attempts") if row["kind"] == "attempt" and row["step"] == 1) == 1
@@ -388,7 +388,7 @@ def test_fresh_dice_are_other_dice_of_the_same_prompts(student: str, teacher: st
     from reflux.loop import open_parts
     from reflux.runtime.services import Services
 
-    cfg = tiny.config("full", student, teacher, **PLAIN, accelerator={**EXTRA, "prompts": 12, "samples": 4})
+    cfg = tiny.config("full", student, teacher, **PLAIN, extrapolation={**EXTRA, "prompts": 12, "samples": 4})
 
     async def script() -> list[float]:
         context = partial(part_context, cfg, checks.join(cfg), run_folder=tmp_path / "run")
@@ -396,9 +396,9 @@ def test_fresh_dice_are_other_dice_of_the_same_prompts(student: str, teacher: st
             async with open_parts(cfg, context, services) as (learner, sampler, _, teachers, _):
                 await sampler.publish(learner.publish(), 0)
                 asked = Evaluation(context("sampler"), services, cfg.sampler, sampler, teachers)
-                found = scorer(cfg.accelerator, context, services)
+                found = scorer(cfg.extrapolation, context, services)
                 assert found is not None
-                return [await found(asked, dice) for dice in (0, 0, 1, 1, 2)]
+                return [await found(asked, rng) for rng in (0, 0, 1, 1, 2)]
 
     one, again, fresh, fresh_again, third = asyncio.run(script())
     assert (one, fresh) == (again, fresh_again)
@@ -412,34 +412,34 @@ def test_fresh_dice_leave_the_prompts_as_the_task_knows_them(
     asked: list[str] = []
     open_env = outside.Chat.open_env
 
-    def heard(self: Any, prompt: Prompt, *rest: Any) -> Any:
+    def objective_teachers(self: Any, prompt: Prompt, *rest: Any) -> Any:
         asked.append(prompt.id)
         return open_env(self, prompt, *rest)
 
-    monkeypatch.setattr(outside.Chat, "open_env", heard)
-    scores([0.5, 0.6, 0.5, 0.4])  # accepted, so that a second comparison follows with dice of its own
-    done = tiny_run("full", **(PLAIN | {"steps": 1}), accelerator={**EXTRA, "rescore_incumbent": True, "samples": 4})
+    monkeypatch.setattr(outside.Chat, "open_env", objective_teachers)
+    scores([0.5, 0.6, 0.5, 0.4])  # accepted, so that a second comparison follows with random numbers of its own
+    done = tiny_run("full", **(PLAIN | {"steps": 1}), extrapolation={**EXTRA, "rescore_incumbent": True, "samples": 4})
     assert [len(row["tried"]) for row in done.rows("searches")] == [2]
     assert asked
     assert all(name.removeprefix("train-").isdigit() for name in asked)
 
 
 def test_dice_of_0_add_nothing_to_the_key() -> None:
-    """Runs without an accelerator draw what they would draw if there were none."""
+    """Runs without extrapolation draw what they would draw if there were none."""
     assert row_key(1, "train", 2, "p", 3, 4) == row_key(1, "train", 2, "p", 3, 4, 0) == seed_of(1, "train", 2, "p", 3, 4)
-    assert len({row_key(1, "score", 2, "p", 3, 4, dice) for dice in range(5)}) == 5
+    assert len({row_key(1, "score", 2, "p", 3, 4, rng) for rng in range(5)}) == 5
 
 
 def test_attempts_that_a_jump_throws_away_are_counted(tiny_run: Callable[..., Any], scores: Any) -> None:
     """Their lines stay in attempts.jsonl, and the step that asked again says what they cost."""
     scores([0.5, 0.6, 0.1, 0.5, 0.4, 0.5, 0.7, 0.8, 0.1])
-    done = tiny_run("full", **(PLAIN | {"steps": 6}), max_lag=2, accelerator=EXTRA)
+    done = tiny_run("full", **(PLAIN | {"steps": 6}), max_staleness=2, extrapolation=EXTRA)
     metrics = {row["step"]: row for row in done.rows("metrics")}
     written = Counter(row["step"] for row in done.rows("attempts") if row["kind"] == "attempt" for _ in row["tokens"])
     assert {step: row["tokens_sampled"] + row["tokens_discarded"] for step, row in metrics.items()} == written
     assert [row["accepted"] for row in done.rows("searches")] == [2, 0, 4]
     assert {step for step, row in metrics.items() if row["tokens_discarded"]} == {2, 3, 5, 6}
-    plain = tiny_run("full", **(PLAIN | {"steps": 6}), max_lag=2)
+    plain = tiny_run("full", **(PLAIN | {"steps": 6}), max_staleness=2)
     assert "tokens_discarded" not in plain.rows("metrics")[0]
     prompts = itertools.islice(outside.Chat().prompts("train", 0), 40)
     asked = {prompt.id: len(done_prompt({"messages": prompt.messages})) for prompt in prompts}

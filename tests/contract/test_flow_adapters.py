@@ -25,9 +25,9 @@ def adapter(of: FlowModel, seed: int, scale: float = 2.0, **fields: Any) -> Adap
     return Adapter({name: Factors(A, B, scale) for name, (A, B) in factors(of, seed, **fields).items()}, f"seed {seed}")
 
 
-def says(model: FlowModel) -> torch.Tensor:
-    dice = torch.Generator().manual_seed(9)
-    x_ND = torch.randn(4, 16, generator=dice)
+def outputs(model: FlowModel) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(9)
+    x_ND = torch.randn(4, 16, generator=rng)
     with torch.no_grad():
         return model.velocity(x_ND, torch.tensor([1.0, 0.7, 0.4, 0.1]), TEXTS[:4])
 
@@ -63,8 +63,8 @@ def test_what_is_on_disk_is_the_formula(tmp_path: Path, format: str) -> None:
     for name, delta in read.deltas().items():
         torch.testing.assert_close(delta, expected[name], rtol=1e-12, atol=1e-15)
     attach(model.net.transformer, read, "one")
-    close(says(model), says(by_hand(tiny_flow.model(1), expected)))
-    assert (says(model) - says(tiny_flow.model(1))).abs().max() > 0.1
+    close(outputs(model), outputs(by_hand(tiny_flow.model(1), expected)))
+    assert (outputs(model) - outputs(tiny_flow.model(1))).abs().max() > 0.1
 
 
 def test_without_an_alpha_diffusers_scale_is_one(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_what_peft_saves_is_read_as_peft_means_it(tmp_path: Path, special: dict[
     wrapped.save_pretrained(str(tmp_path))
     model = tiny_flow.model(1)
     attach(model.net.transformer, read_adapter(str(tmp_path), model.net.transformer, "here"), "read")
-    close(says(model), says(saved))
+    close(outputs(model), outputs(saved))
     assert len(list(layers_of(model.net.transformer))) == len(list(layers_of(saved.net.transformer)))
 
 
@@ -123,7 +123,7 @@ def test_what_is_written_is_read_again_and_by_diffusers(tmp_path: Path, scale: f
     pipeline = library().StableDiffusion3Pipeline(theirs.net.transformer, scheduler, **dict.fromkeys(parts))
     pipeline.load_lora_weights(str(tmp_path))
     attach(model.net.transformer, back, "ours")
-    close(says(model), says(theirs))
+    close(outputs(model), outputs(theirs))
 
 
 # --- what is lost, or does not belong
@@ -251,18 +251,18 @@ def test_the_adapter_of_an_earlier_run_is_its_students(tmp_path: Path) -> None:
 
 def test_one_of_several_speaks_as_it_does_alone() -> None:
     """Bit for bit, in any order; without any, the base does. All frozen: torch multiplies otherwise by weights that are trained."""
-    model, base = tiny_flow.model(1), says(frozen(tiny_flow.model(1)))
+    model, base = tiny_flow.model(1), outputs(frozen(tiny_flow.model(1)))
     frozen(model)
     alone = {}
     for seed in (3, 4):
         fresh = tiny_flow.model(1)
         attach(fresh.net.transformer, adapter(fresh, seed), "only")
-        alone[f"a{seed}"] = says(frozen(fresh))
+        alone[f"a{seed}"] = outputs(frozen(fresh))
         attach(model.net.transformer, adapter(model, seed), f"a{seed}")
     assert not torch.equal(alone["a3"], alone["a4"])
     for name in ("a3", "a4", None, "a3", None, "a4", "a4"):
         use(model.net.transformer, name)
-        assert torch.equal(says(model), base if name is None else alone[name]), name
+        assert torch.equal(outputs(model), base if name is None else alone[name]), name
         assert not any(p.requires_grad for n, p in model.net.named_parameters() if ".lora_" in n)
 
 
@@ -272,7 +272,7 @@ def test_adapters_of_other_modules_stay_silent() -> None:
     attach(model.net.transformer, adapter(model, 4, ends=["to_k", "proj_out"]), "two")
     attach(alone.net.transformer, adapter(alone, 4, ends=["to_k", "proj_out"]), "two")
     use(model.net.transformer, "two")
-    assert torch.equal(says(frozen(model)), says(frozen(alone)))
+    assert torch.equal(outputs(frozen(model)), outputs(frozen(alone)))
 
 
 def test_taken_factors_are_those_that_were_attached() -> None:
@@ -292,10 +292,10 @@ def test_an_added_adapter_is_the_attached_one() -> None:
     made = adapter(attached, 3)
     attach(attached.net.transformer, made, "default")
     add(added.net.transformer, made)
-    close(says(attached), says(added))
+    close(outputs(attached), outputs(added))
     merged = plain.merged(attached.net)
     state = added.net.state_dict()
     assert merged.keys() == state.keys()
     for name, value in merged.items():
         torch.testing.assert_close(value, state[name], rtol=1e-6, atol=1e-6)
-    assert plain.homes(attached.net).keys() == dict(added.net.named_parameters()).keys()
+    assert plain.base_parameters(attached.net).keys() == dict(added.net.named_parameters()).keys()

@@ -28,17 +28,17 @@ from reflux.models.flow.start import start
 from reflux.models.settings import Average, FlowLora
 from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.objectives.velocity_kl import VelocityKL
-from reflux.types import Attempt, Moment, Reward, TeacherAnswer, VelocityTarget, Wants
+from reflux.types import Attempt, Requirements, Reward, StepContext, TeacherAnswer, VelocityTarget
 from tiny import close, gradients, move, same
 
 MAIN, ANCHOR = VelocityKL(), VelocityKL(teacher="anchor", coef=0.25)
 TEACHER, OTHER = tiny_flow.model(2), tiny_flow.model(3)
 
 
-def opened(seed: int = 1, wants: Wants | None = None, **fields: Any) -> FlowLearner:
+def opened(seed: int = 1, requirements: Requirements | None = None, **fields: Any) -> FlowLearner:
     """A learner that stands still unless it is told otherwise; gradients stay unclipped."""
     part = Flow(**{"model": "tiny", "lr": 0.0, "clip": 1e12, "weight_decay": 0.0, **fields})
-    return FlowLearner(part, tiny.context(wants or Wants()), tiny.services(), tiny_flow.model(seed))
+    return FlowLearner(part, tiny.context(requirements or Requirements()), tiny.services(), tiny_flow.model(seed))
 
 
 def batch(lengths: Sequence[int] = (4, 7, 5), drawn_by: Any = None, **fields: Any) -> list[list[Attempt]]:
@@ -87,19 +87,19 @@ def test_no_cut_of_the_batch_changes_the_gradient(size: int) -> None:
     close(cut, whole, 2e-4)
 
 
-@pytest.mark.parametrize("normalise", ["chosen", "rollout_means"])
-def test_denominators_are_those_of_texts(normalise: str) -> None:
+@pytest.mark.parametrize("loss_aggregation", ["token-mean", "seq-mean-token-mean"])
+def test_denominators_are_those_of_texts(loss_aggregation: str) -> None:
     groups = batch((4, 7))
-    share_credit(groups, {"prefix": Prefix(length=3)}, Moment(0, 0))
-    found = gradients(opened(), groups, [MAIN], normalise)
+    share_credit(groups, {"prefix": Prefix(length=3)}, StepContext(0, 0))
+    found = gradients(opened(), groups, [MAIN], loss_aggregation)
     parts = [by_definition([group], {"main": 1.0})[1] for group in groups]  # means over 3 steps each
-    shares = [3 / 9, 3 / 9] if normalise == "chosen" else [3 / (2 * 3), 3 / (2 * 6)]
+    shares = [3 / 9, 3 / 9] if loss_aggregation == "token-mean" else [3 / (2 * 3), 3 / (2 * 6)]
     close(found, {name: sum(share * part[name] for share, part in zip(shares, parts, strict=True)) for name in parts[0]}, 2e-4)
 
 
 def test_a_prefix_trains_on_the_first_steps_alone_and_computes_no_other() -> None:
     groups = batch()
-    share_credit(groups, {"prefix": Prefix(length=2)}, Moment(0, 0))
+    share_credit(groups, {"prefix": Prefix(length=2)}, StepContext(0, 0))
     learner = opened()
     stats = move(learner, groups, [MAIN])
     assert stats["tokens_trained"].value == 2 * 3
@@ -149,7 +149,7 @@ def test_the_verdicts_policy_gradient_is_that_of_the_drawn_steps() -> None:
     """Flow-GRPO by the parts of texts: advantage times the gradient of each step's log-density, at ratio 1."""
     student = tiny_flow.model(1)
     attempts = [Attempt(tiny_flow.rollout(4, seed=4, sample=s, drawn_by=student), Reward(float(s == 0))) for s in range(3)]
-    share_credit([attempts], {"group_advantage": GroupAdvantage()}, Moment(0, 0))
+    share_credit([attempts], {"group_advantage": GroupAdvantage()}, StepContext(0, 0))
     learner = opened()
     found = gradients(learner, [attempts], [PolicyGradient()])
     total = torch.zeros(())
@@ -181,7 +181,7 @@ def test_a_step_that_is_not_finite_is_refused_and_nothing_has_changed(bad: float
 
 
 def test_the_student_of_now_is_observed_where_it_is_wanted() -> None:
-    learner, groups = opened(wants=Wants(now_at_said=True)), batch()
+    learner, groups = opened(requirements=Requirements(now_at_behaviour=True)), batch()
     found = asyncio.run(learner.observe(groups))
     for (attempt,), now in zip(groups, found, strict=True):
         expected = tiny_flow.velocities(tiny_flow.model(1), attempt.rollout, "now").v_TD
@@ -267,14 +267,14 @@ def test_plain_flow_matching_needs_no_density() -> None:
     """What `flow_sft` does: the mean squared velocity to what was said, at noise level 0."""
     groups = batch(noise_level=0.0)
     for (attempt,) in groups:
-        said = tiny_flow.velocities(TEACHER, attempt.rollout, "said")
-        attempt.rollout = replace(attempt.rollout, said=said)
+        behaviour = tiny_flow.velocities(TEACHER, attempt.rollout, "behaviour")
+        attempt.rollout = replace(attempt.rollout, behaviour=behaviour)
         attempt.answers.clear()
     learner = opened()
-    stats = move(learner, groups, [VelocityKL(teacher="said", weight="mse")])
+    stats = move(learner, groups, [VelocityKL(teacher="behaviour", weight="mse")])
     model, total = tiny_flow.model(1), 0.0
     for (attempt,) in groups:
         own = tiny_flow.velocities(model, attempt.rollout).v_TD
-        total += float(np.nansum(((own - attempt.rollout.said.v_TD) ** 2).mean(-1)))  # type: ignore[union-attr]
+        total += float(np.nansum(((own - attempt.rollout.behaviour.v_TD) ** 2).mean(-1)))  # type: ignore[union-attr]
     assert stats["loss"].value == pytest.approx(total / 13, rel=1e-4)
     assert stats["kl_nats_trained"].value is None

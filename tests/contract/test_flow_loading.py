@@ -1,4 +1,4 @@
-"""Loading a flow model: Stable Diffusion 3 from dice beside diffusers' own pipeline, types, the hub's cache, and refusals."""
+"""Loading a flow model: Stable Diffusion 3 from random numbers beside diffusers' own pipeline, types, the hub's cache, and refusals."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def t5() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion 3 of dice, saved by diffusers: the transformer in float16, its encoders in bfloat16, its decoder in float32."""
+    """A Stable Diffusion 3 of random numbers, saved by diffusers: the transformer in float16, its encoders in bfloat16, its decoder in float32."""
     torch.manual_seed(0)
     transformer = library().SD3Transformer2DModel(
         sample_size=4,

@@ -1,4 +1,4 @@
-"""The flow sampler: what it records, whose dice it uses, where it stops, and what it refuses."""
+"""The flow sampler: what it records, whose random numbers it uses, where it stops, and what it refuses."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from reflux.models.rng import normal, row_key
 from reflux.runtime.weights import InMemory
 from reflux.samplers.flow import Flow, prompt_text
 from reflux.samplers.flow_engine import FlowSampler
-from reflux.types import Attempt, Draw, FlowRollout, Prompt, VelocityTarget, Wants
+from reflux.types import Attempt, FlowRollout, Prompt, Requirements, SamplingParams, VelocityTarget
 
-TRAIN = Draw(0, "train", 6)
-GREEDY = Draw(0, "eval", 6, temperature=0.0)
-DRAWN = Draw(0, "eval", 6, temperature=1.0)
+TRAIN = SamplingParams(0, "train", 6)
+GREEDY = SamplingParams(0, "eval", 6, temperature=0.0)
+DRAWN = SamplingParams(0, "eval", 6, temperature=1.0)
 MU, SPREAD = 0.8, 0.4
 
 
@@ -63,12 +63,12 @@ def prompts(count: int = 3) -> list[Prompt]:
     return [Prompt(f"p{i}", ({"role": "user", "content": tiny_flow.TEXTS[1 + i % 5]},)) for i in range(count)]
 
 
-def sampler(model: Any = None, wants: Wants | None = None, seed: int = 0, **fields: Any) -> FlowSampler:
-    context = tiny.context(wants or Wants(), seed=seed)
+def sampler(model: Any = None, requirements: Requirements | None = None, seed: int = 0, **fields: Any) -> FlowSampler:
+    context = tiny.context(requirements or Requirements(), seed=seed)
     return FlowSampler(Flow(**{"steps": 6, "eval_steps": 9, **fields}), context, tiny.services(), model or tiny_flow.model(0))
 
 
-def ask(acting: FlowSampler, asked: Sequence[Prompt], n: int = 1, draw: Draw = TRAIN) -> list[FlowRollout]:
+def ask(acting: FlowSampler, asked: Sequence[Prompt], n: int = 1, draw: SamplingParams = TRAIN) -> list[FlowRollout]:
     async def main() -> list[list[Attempt]]:
         cohort = replace(draw, cohort=len(asked))
         return await asyncio.gather(*(acting.sample(prompt, n, cohort) for prompt in asked))
@@ -78,9 +78,9 @@ def ask(acting: FlowSampler, asked: Sequence[Prompt], n: int = 1, draw: Draw = T
     return rollouts  # type: ignore[return-value]
 
 
-def said(rollout: FlowRollout) -> np.ndarray:
-    assert isinstance(rollout.said, VelocityTarget)
-    return rollout.said.v_TD
+def behaviour(rollout: FlowRollout) -> np.ndarray:
+    assert isinstance(rollout.behaviour, VelocityTarget)
+    return rollout.behaviour.v_TD
 
 
 # --- what is recorded
@@ -90,7 +90,7 @@ def said(rollout: FlowRollout) -> np.ndarray:
 def test_every_step_is_recorded_as_it_was_drawn(guidance: float, noise_level: float) -> None:
     """By hand in numpy float64, from the recorded state, the model's velocity there and the row's own noise."""
     model = tiny_flow.model(0, shift=3.0)
-    rollouts = ask(sampler(model, Wants(said=1), guidance=guidance, noise_level=noise_level), prompts(), n=2)
+    rollouts = ask(sampler(model, Requirements(behaviour=1), guidance=guidance, noise_level=noise_level), prompts(), n=2)
     assert [(r.prompt.id, r.sample) for r in rollouts] == [(f"p{i}", s) for i in range(3) for s in range(2)]
     for r in rollouts:
         key = torch.tensor([row_key(0, "train", 0, r.prompt.id, r.sample)])
@@ -105,29 +105,29 @@ def test_every_step_is_recorded_as_it_was_drawn(guidance: float, noise_level: fl
             std = sigma * (-dt) ** 0.5
             np.testing.assert_allclose(r.x_SD[i + 1], mean_D + std * normal(key, i, 16)[0].numpy(), rtol=1e-4, atol=2e-5)
             if i < 5:
-                np.testing.assert_allclose(said(r)[i], v_D.numpy(), rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(behaviour(r)[i], v_D.numpy(), rtol=1e-4, atol=1e-5)
                 assert r.logp_T[i] == pytest.approx(stats.norm.logpdf(r.x_SD[i + 1], mean_D, std).sum(), abs=1e-3 / std)
         np.testing.assert_array_equal(r.image, model.images(torch.from_numpy(r.x_SD[-1:]))[0])
         assert r.made is r.image
 
 
 def test_the_last_step_of_a_grid_is_not_trained() -> None:
-    for r in ask(sampler(wants=Wants(said=1)), prompts()):
+    for r in ask(sampler(requirements=Requirements(behaviour=1)), prompts()):
         assert r.mask_T.tolist() == [True] * 5 + [False]
         assert (r.finish, r.noise_level, r.guidance, r.length) == ("stop", 0.7, 1.0, 6)
         assert r.logp_T[-1] == 0
         assert (r.logp_T[:-1] != 0).all()
-        assert np.isnan(said(r)[-1]).all()
-        assert np.isfinite(said(r)[:-1]).all()
-        assert {array.dtype for array in (r.x_SD, r.t_S, r.logp_T, said(r))} == {np.dtype(np.float32)}
+        assert np.isnan(behaviour(r)[-1]).all()
+        assert np.isfinite(behaviour(r)[:-1]).all()
+        assert {array.dtype for array in (r.x_SD, r.t_S, r.logp_T, behaviour(r))} == {np.dtype(np.float32)}
         assert (r.t_S[0], r.t_S[-1]) == (1, 0)
 
 
 def test_velocities_are_recorded_where_they_are_wanted_or_a_judge_will_ask() -> None:
-    assert [r.said for r in ask(sampler(), prompts())] == [None] * 3
-    assert all(said(r).shape == (6, 16) for r in ask(sampler(wants=Wants(said=1)), prompts()))
-    assert all(said(r).shape == (6, 16) for r in ask(sampler(), prompts(), draw=DRAWN))
-    assert [r.said for r in ask(sampler(wants=Wants(said=1)), prompts(), draw=GREEDY)] == [None] * 3
+    assert [r.behaviour for r in ask(sampler(), prompts())] == [None] * 3
+    assert all(behaviour(r).shape == (6, 16) for r in ask(sampler(requirements=Requirements(behaviour=1)), prompts()))
+    assert all(behaviour(r).shape == (6, 16) for r in ask(sampler(), prompts(), draw=DRAWN))
+    assert [r.behaviour for r in ask(sampler(requirements=Requirements(behaviour=1)), prompts(), draw=GREEDY)] == [None] * 3
 
 
 def test_one_call_a_step_for_all_rows_of_a_cohort_in_chunks() -> None:
@@ -138,23 +138,23 @@ def test_one_call_a_step_for_all_rows_of_a_cohort_in_chunks() -> None:
 
 
 def test_16_bit_velocities_move_a_float32_state() -> None:
-    wide, narrow = (ask(sampler(Cloud(dtype=dtype), Wants(said=1)), prompts()) for dtype in (torch.float32, torch.float16))
+    wide, narrow = (ask(sampler(Cloud(dtype=dtype), Requirements(behaviour=1)), prompts()) for dtype in (torch.float32, torch.float16))
     for one, other in zip(wide, narrow, strict=True):
         assert other.x_SD.dtype == np.float32
-        assert said(other).dtype == np.float32
+        assert behaviour(other).dtype == np.float32
         np.testing.assert_allclose(one.x_SD, other.x_SD, atol=0.01)
         assert not np.array_equal(other.x_SD, other.x_SD.astype(np.float16))
 
 
 def test_images_of_known_data_have_its_mean_and_spread() -> None:
-    """The whole engine on an exact velocity: grid, dice and steps together."""
-    rollouts = ask(sampler(Cloud(8), steps=80, batch_images=500), prompts(5), 100, replace(TRAIN, length=80))
+    """The whole engine on an exact velocity: grid, random numbers and steps together."""
+    rollouts = ask(sampler(Cloud(8), steps=80, batch_images=500), prompts(5), 100, replace(TRAIN, max_positions=80))
     last = np.array([r.x_SD[-1] for r in rollouts]).ravel()
     assert last.mean() == pytest.approx(MU, abs=4 * SPREAD / len(last) ** 0.5)
     assert last.std() == pytest.approx(SPREAD, rel=0.02)
 
 
-# --- dice
+# --- random numbers
 
 
 def test_an_image_does_not_depend_on_its_neighbours() -> None:
@@ -169,12 +169,12 @@ def test_an_image_does_not_depend_on_its_neighbours() -> None:
 def test_it_depends_on_seed_purpose_step_prompt_sample_and_dice() -> None:
     model = Cloud()
 
-    def starts(asked: list[Prompt] = prompts(1), draw: Draw = TRAIN, seed: int = 0, n: int = 1) -> list[bytes]:
+    def starts(asked: list[Prompt] = prompts(1), draw: SamplingParams = TRAIN, seed: int = 0, n: int = 1) -> list[bytes]:
         return [r.x_SD.tobytes() for r in ask(sampler(model, seed=seed), asked, n, draw)]
 
     assert starts() == starts()
     found = starts(n=2) + starts(prompts(2)[1:]) + starts(seed=1)
-    found += [image for draw in (replace(TRAIN, step=1), replace(TRAIN, dice=1), DRAWN) for image in starts(draw=draw)]
+    found += [image for draw in (replace(TRAIN, step=1), replace(TRAIN, rng=1), DRAWN) for image in starts(draw=draw)]
     assert len(set(found)) == len(found) == 7
 
 
@@ -232,10 +232,10 @@ def test_a_greedy_image_is_the_odes_from_the_first_noise() -> None:
 def test_what_is_only_looked_at_keeps_its_picture_and_no_state(purpose: Any) -> None:
     """It still tells its times, its length and that no position counts: so no teacher is asked about states that are gone."""
     model = tiny_flow.model(0)
-    everyone = ask(sampler(model, noise_level=0.0, steps=9), prompts(), draw=Draw(0, purpose, 6, temperature=1.0))
+    everyone = ask(sampler(model, noise_level=0.0, steps=9), prompts(), draw=SamplingParams(0, purpose, 6, temperature=1.0))
     for r, kept in zip(ask(sampler(model), prompts(), draw=replace(GREEDY, purpose=purpose)), everyone, strict=True):
         assert r.x_SD.shape == (10, 0)
-        assert (r.length, len(r.t_S), len(r.logp_T), r.finish, r.said) == (9, 10, 9, "stop", None)
+        assert (r.length, len(r.t_S), len(r.logp_T), r.finish, r.behaviour) == (9, 10, 9, "stop", None)
         assert not r.mask_T.any()
         np.testing.assert_array_equal(r.image, kept.image)
         assert kept.x_SD.shape == (10, 16)
@@ -245,21 +245,23 @@ def test_what_is_only_looked_at_keeps_its_picture_and_no_state(purpose: Any) -> 
 
 
 def test_a_drawn_evaluation_is_noisy_and_walks_the_training_grid() -> None:
-    for r in ask(sampler(length=2), prompts(), draw=DRAWN):
+    for r in ask(sampler(max_denoising_steps=2), prompts(), draw=DRAWN):
         assert (r.noise_level, r.finish, r.length) == (0.7, "stop", 6)
 
 
 def test_training_without_noise_is_eulers_and_has_no_density() -> None:
-    for r in ask(sampler(Cloud(), Wants(said=1), noise_level=0.0), prompts()):
+    for r in ask(sampler(Cloud(), Requirements(behaviour=1), noise_level=0.0), prompts()):
         assert r.noise_level == 0
         assert not r.logp_T.any()
-        np.testing.assert_allclose(np.diff(r.x_SD, axis=0)[:-1], said(r)[:-1] * np.diff(r.t_S)[:-1, None], atol=1e-6)
+        np.testing.assert_allclose(np.diff(r.x_SD, axis=0)[:-1], behaviour(r)[:-1] * np.diff(r.t_S)[:-1, None], atol=1e-6)
 
 
 @pytest.mark.parametrize("length", [1, 3, 5])
 def test_a_prefix_is_the_first_steps_of_the_same_walk(length: int) -> None:
     model = tiny_flow.model(0)
-    for cut, whole in zip(ask(sampler(model), prompts(), draw=replace(TRAIN, length=length)), ask(sampler(model), prompts()), strict=True):
+    for cut, whole in zip(
+        ask(sampler(model), prompts(), draw=replace(TRAIN, max_positions=length)), ask(sampler(model), prompts()), strict=True
+    ):
         np.testing.assert_array_equal(cut.x_SD, whole.x_SD[: length + 1])
         np.testing.assert_array_equal(cut.t_S, whole.t_S[: length + 1])
         np.testing.assert_array_equal(cut.logp_T, whole.logp_T[:length])
@@ -270,17 +272,17 @@ def test_a_prefix_is_the_first_steps_of_the_same_walk(length: int) -> None:
 
 @pytest.mark.parametrize("length", [6, 100])
 def test_a_length_beyond_the_grid_is_the_whole_walk(length: int) -> None:
-    for r in ask(sampler(), prompts(), draw=replace(TRAIN, length=length)):
+    for r in ask(sampler(), prompts(), draw=replace(TRAIN, max_positions=length)):
         assert (r.finish, r.length, r.mask_T[-1]) == ("stop", 6, False)
 
 
 def test_the_length_follows_its_schedule_in_training_and_never_cuts_an_evaluation() -> None:
     from reflux.config.schedules import Linear
 
-    part = Flow(steps=6, length=Linear(start=2, increment=1.5))
-    assert [part.draw(step).length for step in range(4)] == [2, 3, 5, 6]
+    part = Flow(steps=6, max_denoising_steps=Linear(start=2, increment=1.5))
+    assert [part.draw(step).max_positions for step in range(4)] == [2, 3, 5, 6]
     for purpose in ("eval", "score"):
-        draws = [Draw(0, purpose, 2, temperature) for temperature in (0.0, 1.0)]
+        draws = [SamplingParams(0, purpose, 2, temperature) for temperature in (0.0, 1.0)]
         assert [ask(sampler(), prompts(1), draw=draw)[0].finish for draw in draws] == ["stop", "stop"]
 
 
@@ -336,7 +338,7 @@ def test_seconds_go_to_sampling_or_to_the_evaluation() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("step", [0, 4, 5])
 @pytest.mark.parametrize("draw", [TRAIN, GREEDY])
-def test_a_velocity_that_is_not_finite_is_refused_by_name(value: float, step: int, draw: Draw) -> None:
+def test_a_velocity_that_is_not_finite_is_refused_by_name(value: float, step: int, draw: SamplingParams) -> None:
     model = Cloud(broken={(tiny_flow.TEXTS[2], step): value})
     with pytest.raises(ModelError, match=rf"prompt p1: at denoising step {step} \(from 0, of 6; t = .*not finite"):
         ask(sampler(model, eval_steps=6), prompts(3), draw=draw)
@@ -365,7 +367,7 @@ def test_the_text_of_a_prompt_is_its_last_user_message() -> None:
 
 def test_a_stored_step_can_be_taken_again() -> None:
     """What a learner reads, `np.diff(t_S)` as dt, gives the drawn state its recorded density."""
-    for r in ask(sampler(Cloud(), Wants(said=1)), prompts()):
+    for r in ask(sampler(Cloud(), Requirements(behaviour=1)), prompts()):
         for i in np.flatnonzero(r.mask_T):
-            _, mean_D, std = sde_step(r.x_SD[i], said(r)[i], r.t_S[i], np.diff(r.t_S)[i], r.noise_level, r.x_SD[i])
+            _, mean_D, std = sde_step(r.x_SD[i], behaviour(r)[i], r.t_S[i], np.diff(r.t_S)[i], r.noise_level, r.x_SD[i])
             assert r.logp_T[i] == pytest.approx(stats.norm.logpdf(r.x_SD[i + 1], mean_D, std).sum(), abs=1e-3)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 import tiny_flow
 from reflux.config.context import Generation, PartContext, StudentSpec
-from reflux.contexts.base import View
+from reflux.contexts.base import TeacherPrompt
 from reflux.errors import ModelError
 from reflux.learners.flow import Flow as LearnerPart
 from reflux.learners.flow_engine import FlowLearner
@@ -30,11 +30,11 @@ from reflux.samplers.flow import Flow as Sampler
 from reflux.teachers.collection import Teachers
 from reflux.teachers.flow import Flow
 from reflux.teachers.flow_engine import FlowTeacher
-from reflux.types import Attempt, FlowRollout, Moment, VelocityTarget, Wants
+from reflux.types import Attempt, FlowRollout, Requirements, StepContext, VelocityTarget
 from tiny import ask, plainly
 from tiny_flow import save, save_adapter, velocities
 
-NOW = Moment(0, 0)
+NOW = StepContext(0, 0)
 
 
 def a_run(student: str, generation: Generation = Sampler().generation) -> tuple[PartContext, Services]:
@@ -54,10 +54,10 @@ def opened(run: tuple[PartContext, Services], **tables: Flow) -> dict[str, FlowT
 def score(teacher: FlowTeacher, attempts: list[Attempt]) -> list[np.ndarray]:
     """What it says, by attempt."""
     asyncio.run(ask(teacher, *plainly(attempts)))
-    return [said(a, teacher.name) for a in attempts]
+    return [behaviour(a, teacher.name) for a in attempts]
 
 
-def said(attempt: Attempt, name: str) -> np.ndarray:
+def behaviour(attempt: Attempt, name: str) -> np.ndarray:
     target = attempt.target(name)
     assert isinstance(target, VelocityTarget)
     return target.v_TD
@@ -134,12 +134,12 @@ def test_states_times_and_targets_do_not_change_what_is_stored(student: str, fol
 
 
 def test_the_student_as_teacher_says_what_the_student_said(student: str) -> None:
-    """Identity 3: at home there is nothing to learn. `said` was computed state by state while drawing."""
+    """Identity 3: at identity there is nothing to learn. `behaviour` was computed state by state while drawing."""
     attempts = some(drawn_by=tiny_flow.model(1), guidance=2.0)
     teacher = opened(a_run(student), main=Flow(student))["main"]
     for made, v_TD in zip(attempts, score(teacher, attempts), strict=True):
-        assert isinstance(made.rollout.said, VelocityTarget)
-        np.testing.assert_allclose(v_TD, made.rollout.said.v_TD, rtol=1e-5, atol=1e-5)
+        assert isinstance(made.rollout.behaviour, VelocityTarget)
+        np.testing.assert_allclose(v_TD, made.rollout.behaviour.v_TD, rtol=1e-5, atol=1e-5)
 
 
 def test_the_teacher_says_what_a_learner_of_its_weights_would(student: str, tmp_path: Path) -> None:
@@ -166,10 +166,10 @@ def test_attempts_of_other_guidance_or_size_are_never_mixed(student: str, folder
 def test_another_view_is_another_prompt(student: str, folder: str) -> None:
     teacher = opened(a_run(student), main=Flow(folder))["main"]
     made, other = tiny_flow.attempt(3, text="draw 1"), tiny_flow.attempt(3, text="draw 2")
-    asyncio.run(ask(teacher, (made, View(other.rollout.prompt.messages))))
-    assert same([said(made, "main")], score(teacher, [other]))
+    asyncio.run(ask(teacher, (made, TeacherPrompt(other.rollout.prompt.messages))))
+    assert same([behaviour(made, "main")], score(teacher, [other]))
     with pytest.raises(ModelError, match="replaces text inside an answer"):
-        asyncio.run(ask(teacher, (made, View((), {0: "x"}))))
+        asyncio.run(ask(teacher, (made, TeacherPrompt((), {0: "x"}))))
 
 
 # --- routes
@@ -182,14 +182,16 @@ def test_a_route_does_not_feel_another_teacher(student: str, tmp_path: Path) -> 
     def told(of_b: str) -> dict[str, list[np.ndarray]]:
         run = a_run(student)
         tables = {
-            "one": Flow(save(tmp_path / "one", 2), as_="main", routes=("a",)),
-            "two": Flow(of_b, as_="main", routes=("b",)),
+            "one": Flow(save(tmp_path / "one", 2), alias="main", routes=("a",)),
+            "two": Flow(of_b, alias="main", routes=("b",)),
         }
-        teachers = Teachers({name: (tables[name], teacher) for name, teacher in opened(run, **tables).items()}, Wants(), tiny.services())
+        teachers = Teachers(
+            {name: (tables[name], teacher) for name, teacher in opened(run, **tables).items()}, Requirements(), tiny.services()
+        )
         groups = [[tiny_flow.attempt(3, seed=i, text=texts[route], route=route)] for i, route in enumerate("abab")]
         asyncio.run(teachers.score(groups, NOW))
         assert [group[0].answers["main"].table for group in groups] == ["one", "two", "one", "two"]
-        return {route: [said(g[0], "main") for g in groups if g[0].rollout.prompt.route == route] for route in "ab"}
+        return {route: [behaviour(g[0], "main") for g in groups if g[0].rollout.prompt.route == route] for route in "ab"}
 
     first, second = told(save(tmp_path / "two", 3)), told(save(tmp_path / "three", 4))
     assert same(first["a"], second["a"])
@@ -202,13 +204,13 @@ def test_two_routed_copies_of_one_teacher_are_the_single_one(student: str, folde
         single = opened(a_run(student), main=Flow(folder, batch_positions=batch))["main"]
         expected = score(single, [tiny_flow.attempt(3, seed=i) for i in range(6)])
         for routes in ("ababab", "bbabaa"):
-            tables = {name: Flow(folder, as_="main", routes=(name,), batch_positions=batch) for name in "ab"}
+            tables = {name: Flow(folder, alias="main", routes=(name,), batch_positions=batch) for name in "ab"}
             made = opened(a_run(student), **tables)
             assert made["a"].model.net is made["b"].model.net  # loaded once
-            teachers = Teachers({name: (tables[name], made[name]) for name in made}, Wants(), tiny.services())
+            teachers = Teachers({name: (tables[name], made[name]) for name in made}, Requirements(), tiny.services())
             groups = [[tiny_flow.attempt(3, seed=i, route=route)] for i, route in enumerate(routes)]
             asyncio.run(teachers.score(groups, NOW))
-            found = [said(group[0], "main") for group in groups]
+            found = [behaviour(group[0], "main") for group in groups]
             if exact:
                 assert same(found, expected)
             for one, other in zip(found, expected, strict=True):
@@ -348,7 +350,7 @@ def test_a_teacher_of_other_times_states_or_prompts_is_refused(student: str, tmp
 
 
 def test_what_only_looks_different_is_welcome(student: str, tmp_path: Path) -> None:
-    """More prompts, in another order; more layers; another size of picture where the run says which size it draws."""
+    """More prompts, in another order; more layers; another size of image where the run says which size it draws."""
     texts = ("", "something else", *reversed(tiny_flow.TEXTS[1:]))
     opened(a_run(student), tutor=Flow(save(tmp_path / "deeper", 2, layers=3, texts=texts)))
     opened(a_run(student, Sampler(pixels=8).generation), tutor=Flow(save(tmp_path / "larger", 2, side=8)))

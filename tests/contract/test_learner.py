@@ -49,9 +49,9 @@ def test_a_step_that_is_not_finite_is_refused_and_nothing_has_changed(bad: float
 
 def test_a_refused_step_leaves_the_batch_on_disk_and_stops_the_run(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
     folder = tmp_path / "hot"
-    with pytest.raises(StepRefused, match="refused-step-"):
+    with pytest.raises(StepRefused, match="failed-batch-step-"):
         tiny_run("opd", out=folder, steps=6, task=CHAT, learner__lr=1e30, save_every=1)
-    (path,) = folder.glob("refused-step-*.jsonl")
+    (path,) = folder.glob("failed-batch-step-*.jsonl")
     number = int(path.stem.split("-")[-1])
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 4
@@ -72,7 +72,7 @@ def test_versions_count_optimiser_steps_only(tiny_run: Callable[..., Any]) -> No
 def test_rounding_alone_is_no_step(floor: float, moved: int) -> None:
     """A teacher that is the student: the gradient is rounding, which Adam would scale up to a full step."""
     home = as_model(tiny.net(1), character_tokenizer())
-    learner = tiny.learner(tiny.net(1), lr=0.1, noise_floor=floor)
+    learner = tiny.learner(tiny.net(1), lr=0.1, min_grad_norm=floor)
     stats = move(learner, [[attempt(rollout(n, seed=n), home)] for n in (3, 8)], [Divergence()])
     assert 0 < stats["grad_norm"].value < 1e-5
     assert (learner.version, stats["updates"].value) == (moved, moved)
@@ -83,7 +83,7 @@ def test_a_gradient_norm_of_exactly_the_floor_is_no_step() -> None:
     """The floor belongs to what is rounding; the next number above it does not."""
     norm = move(tiny.learner(tiny.net(1)), batch(), [Divergence()])["grad_norm"].value
     for floor, moved in ((norm, 0), (np.nextafter(norm, 0.0), 1)):
-        learner = tiny.learner(tiny.net(1), lr=0.1, noise_floor=float(floor))
+        learner = tiny.learner(tiny.net(1), lr=0.1, min_grad_norm=float(floor))
         stats = move(learner, batch(), [Divergence()])
         assert stats["grad_norm"].value == norm
         assert (learner.version, stats["updates"].value) == (moved, moved)
@@ -295,7 +295,7 @@ def test_observe_gives_the_student_of_now(student: str, teacher: str) -> None:
     """Top-k of now, and the log-probs of now at what was said then; nothing where nothing is wanted."""
     from dataclasses import replace
 
-    from reflux.types import TopKTarget, Wants
+    from reflux.types import Requirements, TopKTarget
 
     net = tiny.net(1)
     learner = tiny.learner(net)
@@ -304,10 +304,13 @@ def test_observe_gives_the_student_of_now(student: str, teacher: str) -> None:
     with torch.no_grad():
         logp_TV = net(input_ids=torch.from_numpy(ids)[None]).logits[0, len(spoken.prompt_tokens) - 1 : -1].log_softmax(-1)
     listed = np.random.default_rng(0).integers(0, 102, (6, 4))
-    said = TopKTarget(teacher="said", ids_TK=listed, logp_TK=np.zeros((6, 4), np.float32), logp_T=spoken.logp_T)
-    for wants, ids_TK in ((Wants(now_topk=3), logp_TV.topk(3).indices), (Wants(now_at_said=True, said=4), torch.from_numpy(listed))):
-        made = attempt(replace(spoken, said=said) if wants.now_at_said else spoken)
-        learner.context = tiny.context(wants)
+    behaviour = TopKTarget(teacher="behaviour", ids_TK=listed, logp_TK=np.zeros((6, 4), np.float32), logp_T=spoken.logp_T)
+    for requirements, ids_TK in (
+        (Requirements(now_topk=3), logp_TV.topk(3).indices),
+        (Requirements(now_at_behaviour=True, behaviour=4), torch.from_numpy(listed)),
+    ):
+        made = attempt(replace(spoken, behaviour=behaviour) if requirements.now_at_behaviour else spoken)
+        learner.context = tiny.context(requirements)
         failed, empty = attempt(rollout(3, finish="error")), attempt(rollout(0))
         nothing, now, none = asyncio.run(learner.observe([[failed], [made, empty]]))
         assert (nothing, none, made.now) == (None, None, None)

@@ -23,30 +23,30 @@ from reflux.loss.step import StepRequest
 from reflux.models.text import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.velocity_kl import VelocityKL
-from reflux.types import Attempt, Group, Moment, Wants
+from reflux.types import Attempt, Group, Requirements, StepContext
 from tiny import rollout
 
-NOW = Moment(3, 0)
+NOW = StepContext(3, 0)
 LENGTHS = (4, 7, 5)
 
 
-def of_text(wants: Wants, **fields: Any) -> tuple[Any, list[Group], Any]:
+def of_text(requirements: Requirements, **fields: Any) -> tuple[Any, list[Group], Any]:
     learner, teacher = tiny.learner(tiny.net(1), **fields), as_model(tiny.net(2), character_tokenizer())
-    learner.context = tiny.context(wants)
+    learner.context = tiny.context(requirements)
     return learner, [[tiny.attempt(rollout(n, seed=n), teacher)] for n in LENGTHS], Divergence()
 
 
-def of_flow(wants: Wants, **fields: Any) -> tuple[Any, list[Group], Any]:
+def of_flow(requirements: Requirements, **fields: Any) -> tuple[Any, list[Group], Any]:
     from reflux.learners.flow import Flow
     from reflux.learners.flow_engine import FlowLearner
 
     part = Flow(**{"model": "tiny", "lr": 0.0, "clip": 1e12, "weight_decay": 0.0, **fields})
     groups = [[tiny_flow.attempt(n, teacher=tiny_flow.model(2), seed=n)] for n in LENGTHS]
-    return FlowLearner(part, tiny.context(wants), tiny.services(), tiny_flow.model(1)), groups, VelocityKL()
+    return FlowLearner(part, tiny.context(requirements), tiny.services(), tiny_flow.model(1)), groups, VelocityKL()
 
 
 WORLDS: dict[str, Callable[..., tuple[Any, list[Group], Any]]] = {"hf": of_text, "flow": of_flow}
-WANTED = {"hf": Wants(now_topk=3), "flow": Wants(now_at_said=True)}
+WANTED = {"hf": Requirements(now_topk=3), "flow": Requirements(now_at_behaviour=True)}
 every_learner = pytest.mark.parametrize("kind", sorted(LEARNERS))
 
 
@@ -92,14 +92,14 @@ def test_observe_returns_one_target_per_attempt_in_order(kind: str) -> None:
 
 @every_learner
 def test_observe_returns_nothing_where_nothing_is_wanted(kind: str) -> None:
-    learner, groups, _ = WORLDS[kind](Wants())
+    learner, groups, _ = WORLDS[kind](Requirements())
     assert asyncio.run(learner.observe(groups)) == [None] * 3
 
 
 @every_learner
 def test_step_returns_one_record_per_attempt_in_order(kind: str) -> None:
     """NaN where the step computed nothing: beyond a prefix, and where the student did not choose; None where nobody had a say."""
-    learner, groups, objective = WORLDS[kind](Wants())
+    learner, groups, objective = WORLDS[kind](Requirements())
     groups = with_a_silent_one(kind, groups)
     share_credit(groups, {"prefix": Prefix(2)}, NOW)
     result = asyncio.run(learner.step(StepRequest(groups, [objective], NOW)))
@@ -119,7 +119,7 @@ def test_kl_by_position_adds_up_to_the_metric_however_the_batch_is_cut(kind: str
     size = {"hf": "micro_batch_tokens", "flow": "micro_batch"}[kind]
     found = []
     for room in (1, 1 << 20):
-        learner, groups, objective = WORLDS[kind](Wants(), **{size: room})
+        learner, groups, objective = WORLDS[kind](Requirements(), **{size: room})
         result = asyncio.run(learner.step(StepRequest(groups, [objective], NOW)))
         kls = np.concatenate([record.kl_T for record in result.records])
         assert np.nanmean(kls) == pytest.approx(result.stats["kl_nats_trained"].value, rel=1e-5)
@@ -130,17 +130,17 @@ def test_kl_by_position_adds_up_to_the_metric_however_the_batch_is_cut(kind: str
 @every_learner
 def test_a_learner_reads_the_denominator_from_its_request(kind: str) -> None:
     losses = {}
-    for normalise in ("kept", "chosen"):
-        learner, groups, objective = WORLDS[kind](Wants())
+    for loss_aggregation in ("token-mean-weighted", "token-mean"):
+        learner, groups, objective = WORLDS[kind](Requirements())
         share_credit(groups, {"prefix": Prefix(2)}, NOW)
-        losses[normalise] = asyncio.run(learner.step(StepRequest(groups, [objective], NOW, normalise))).stats["loss"].value
+        losses[loss_aggregation] = asyncio.run(learner.step(StepRequest(groups, [objective], NOW, loss_aggregation))).stats["loss"].value
         chosen = sum(int(attempt.rollout.mask_T.sum()) for group in groups for attempt in group)
-    assert losses["chosen"] == pytest.approx(losses["kept"] * (2 * 3) / chosen, rel=1e-5)
+    assert losses["token-mean"] == pytest.approx(losses["token-mean-weighted"] * (2 * 3) / chosen, rel=1e-5)
 
 
 @every_learner
 def test_a_refused_step_gives_reason_and_records_and_the_loop_names_the_file(kind: str) -> None:
-    learner, groups, objective = WORLDS[kind](Wants(), lr=0.1)
+    learner, groups, objective = WORLDS[kind](Requirements(), lr=0.1)
     array = columns(groups[1][0].target("main"))[0]
     array[0] = np.nan
     with pytest.raises(StepRefused, match="no weight has changed") as caught:
@@ -170,5 +170,5 @@ def test_the_loop_stores_what_a_learner_returns(kind: str) -> None:
 
 @every_learner
 def test_every_learner_here_offers_its_weights(kind: str) -> None:
-    learner, *_ = WORLDS[kind](Wants())
+    learner, *_ = WORLDS[kind](Requirements())
     assert list(learner.access.names) == [name for name, _ in learner.net.named_parameters(remove_duplicate=False)]

@@ -59,7 +59,9 @@ def test_impossible_counts_are_refused(counts: tuple[float, ...]) -> None:
 def test_a_step_says_what_the_design_promises(tiny_run: Callable[..., Any]) -> None:
     done = tiny_run("rl_opd", steps=2, group_size=2, evals__accuracy={"problems": 2}, log_variance=True)
     first = done.rows("metrics")[0]
-    promised = "step loss kl_nats kl_nats_trained grad_norm lag_mean lag_max tokens_sampled tokens_trained seconds flops reward_mean"
+    promised = (
+        "step loss kl_nats kl_nats_trained grad_norm staleness_mean staleness_max tokens_sampled tokens_trained seconds flops reward_mean"
+    )
     assert set(promised.split()) <= first.keys()
     assert {"sample", "reward", "teach", "learn"} <= first["seconds"].keys()
     assert first["flops"].keys() == {"sample", "teach", "learn"}

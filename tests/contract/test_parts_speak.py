@@ -18,19 +18,19 @@ from reflux.reports.recorded import Recorded
 from reflux.samplers.base import SamplerPart
 from reflux.samplers.flow import Flow
 from reflux.samplers.hf import HF
-from reflux.samplers.references import Stored
+from reflux.samplers.references import References
 from reflux.tasks.gsm8k import Gsm8k
 from reflux.tasks.jsonl import Jsonl
 from reflux.tasks.mix import Mix
 from reflux.tasks.word_problems import WordProblems
-from reflux.teachers.self_teacher import Own
+from reflux.teachers.self_teacher import SelfTeacher
 
 SHIPPED = [part(group, kind) for group in BASES for kind in kinds(group)]
 
 
 def test_every_part_of_a_run_is_found_with_its_place() -> None:
     mix = {"kind": "mix", "parts": {"a": {"kind": "word_problems"}}}
-    stored = {"kind": "stored", "generate": {"kind": "hf", "max_tokens": 8}}
+    stored = {"kind": "references", "generate": {"kind": "hf", "max_tokens": 8}}
     cfg = load_recipe("opd", {"task": mix, "sampler": stored, "credit.prefix": {"length": 3}})
     places = [(where, group) for where, group, _ in within(cfg)]
     assert places[:6] == [
@@ -65,8 +65,8 @@ def test_every_shipped_part_is_whole_by_its_dotted_name(group: str, kind: str) -
 
 
 def test_two_margins_at_odds_are_told_once() -> None:
-    said = refused("uni_opd", {"credit.margin.action": "mask", "credit.other": {"kind": "margin"}})
-    assert [line for line in said if "never by both" in line] == [
+    behaviour = refused("uni_opd", {"credit.margin.action": "mask", "credit.other": {"kind": "margin"}})
+    assert [line for line in behaviour if "never by both" in line] == [
         "credit.margin and credit.other: a margin is kept by shifts or by masks, never by both. Keep one of them."
     ]
 
@@ -104,7 +104,7 @@ def flops(recipe: str, changes: dict[str, Any]) -> float:
 
 def test_guidance_takes_two_passes_and_a_drawn_picture_all_its_steps() -> None:
     assert flops("flow", {"sampler.guidance": 2.0}) == pytest.approx(2 * flops("flow", {}))
-    one = {"sampler.times": 10, "sampler.generate.eval_steps": 10}
+    one = {"sampler.positions": 10, "sampler.generate.eval_steps": 10}
     assert flops("flow_sft", {**one, "sampler.generate.eval_steps": 40}) == pytest.approx(4 * flops("flow_sft", one))
     assert flops("flow_sft", {**one, "sampler.generate.eval_steps": 5}) == pytest.approx(flops("flow_sft", one))
     assert flops("flow_sft", {**one, "sampler.generate.guidance": 3.0}) == pytest.approx(2 * flops("flow_sft", one))
@@ -132,7 +132,7 @@ def test_a_mix_judges_where_one_of_its_tasks_does() -> None:
 
 def test_parts_inside_others_show_themselves_too(tmp_path: Path) -> None:
     inner = {"kind": "outside:Showing", "max_tokens": 4}
-    charts = own_charts({"sampler": {"kind": "stored", "generate": inner}}, Recorded(tmp_path), [])
+    charts = own_charts({"sampler": {"kind": "references", "generate": inner}}, Recorded(tmp_path), [])
     assert [chart.title for chart in charts] == ["generate shows itself"]
 
 
@@ -140,18 +140,18 @@ def test_the_student_as_its_own_teacher_is_as_large_as_the_student_in_float32() 
     found = plan(load_recipe("peers"))
     assert [size.parameters for size in found.teachers.values()] == [found.student.parameters]
     assert [size.stored_bytes for size in found.teachers.values()] == [4 * (found.student.parameters or 0)]
-    assert Own().sources == ()
+    assert SelfTeacher().sources == ()
 
 
 def test_a_rules_notes_are_drawn_also_where_they_are_0_and_its_shift_where_it_gave_one(tmp_path: Path) -> None:
     def drawn(shift: float) -> set[str]:
-        notes = {"factor_mean": 1.0, "shift_mean": shift, "mixed": 0.0, "spread": {"p50": 1.0}}
+        notes = {"weight_mean": 1.0, "advantage_offset_mean": shift, "mixed": 0.0, "spread": {"p50": 1.0}}
         (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "credit": {"group_advantage": notes}}) + "\n")
         (chart,) = own_charts({"credit": {"group_advantage": {}}}, Recorded(tmp_path), [])
         return {name for name, _, _ in chart.rows}
 
-    assert drawn(0.0) == {"factor_mean", "mixed"}
-    assert drawn(0.5) == {"factor_mean", "mixed", "shift_mean"}
+    assert drawn(0.0) == {"weight_mean", "mixed"}
+    assert drawn(0.5) == {"weight_mean", "mixed", "advantage_offset_mean"}
 
 
 def test_a_sampler_of_ones_own_leaves_a_teacher_to_the_default_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,14 +163,14 @@ def test_a_sampler_of_ones_own_leaves_a_teacher_to_the_default_one(monkeypatch: 
     nothing: Any = None
     assert Mine().open_with("a/model", nothing, nothing) == ("hf", "a/model")
     assert Mine().open_with(nothing, nothing, nothing) == ("flow", None)
-    assert Stored().open_with("a/model", nothing, nothing) == ("hf", "a/model")
+    assert References().open_with("a/model", nothing, nothing) == ("hf", "a/model")
 
 
 def test_an_evaluation_of_teachers_is_no_reason_to_refuse_a_run_without_any() -> None:
     asked = {f"evals.{kind}": {"kind": kind, "teacher": "nobody"} for kind in ("teacher_accuracy", "agreement")}
     checks.join(load_recipe("rl", asked))
-    said = refused("opd", asked)
-    assert [line.split(":")[0].split(" ")[0] for line in said] == ["evals.agreement.teacher", "evals.teacher_accuracy.teacher"]
+    behaviour = refused("opd", asked)
+    assert [line.split(":")[0].split(" ")[0] for line in behaviour] == ["evals.agreement.teacher", "evals.teacher_accuracy.teacher"]
 
 
 @pytest.mark.parametrize(

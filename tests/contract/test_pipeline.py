@@ -50,8 +50,10 @@ class Script:
             self.gate(key).set_result(None)
 
 
-def stream(script: Script, *, steps: int = 4, per_step: int = 2, max_lag: int = 0, first_step: int = 0, end: int | None = None) -> Pipeline:
-    return Pipeline(prompts(end), script, first_step=first_step, steps=steps, per_step=per_step, max_lag=max_lag)
+def stream(
+    script: Script, *, steps: int = 4, per_step: int = 2, max_staleness: int = 0, first_step: int = 0, end: int | None = None
+) -> Pipeline:
+    return Pipeline(prompts(end), script, first_step=first_step, steps=steps, per_step=per_step, max_staleness=max_staleness)
 
 
 async def consume(pipe: Pipeline, script: Script, then: Callable[[int], Awaitable[None]] | None = None) -> list[list[Any]]:
@@ -66,16 +68,16 @@ async def consume(pipe: Pipeline, script: Script, then: Callable[[int], Awaitabl
     return found
 
 
-@pytest.mark.parametrize("max_lag", [0, 1, 2, 5])
-def test_steps_and_prompts_come_in_order_and_lag_is_bounded_and_reached(max_lag: int) -> None:
+@pytest.mark.parametrize("max_staleness", [0, 1, 2, 5])
+def test_steps_and_prompts_come_in_order_and_lag_is_bounded_and_reached(max_staleness: int) -> None:
     script = Script()
-    found = asyncio.run(consume(stream(script, steps=8, max_lag=max_lag), script, lambda done: asyncio.sleep(0.001)))
+    found = asyncio.run(consume(stream(script, steps=8, max_staleness=max_staleness), script, lambda done: asyncio.sleep(0.001)))
     assert [[(step, prompt) for step, prompt, _ in groups] for groups in found] == [
         [(s, str(2 * s)), (s, str(2 * s + 1))] for s in range(8)
     ]
-    lags = [step - version for groups in found for step, _, version in groups]
-    assert min(lags) >= 0
-    assert max(lags) == max_lag
+    stalenesses = [step - version for groups in found for step, _, version in groups]
+    assert min(stalenesses) >= 0
+    assert max(stalenesses) == max_staleness
 
 
 def test_first_step_names_the_steps() -> None:
@@ -87,14 +89,14 @@ def test_first_step_names_the_steps() -> None:
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_nothing_is_started_for_steps_that_will_not_run(steps: int) -> None:
     script = Script()
-    asyncio.run(consume(stream(script, steps=steps, max_lag=4), script))
+    asyncio.run(consume(stream(script, steps=steps, max_staleness=4), script))
     assert len(script.started) == 2 * steps
 
 
 def test_never_more_in_flight_than_the_bound() -> None:
     async def main() -> None:
         script = Script(instant=False)
-        pipe = stream(script, steps=6, max_lag=2)
+        pipe = stream(script, steps=6, max_staleness=2)
         ahead = pipe.__aiter__()
         first = asyncio.ensure_future(anext(ahead))
         await asyncio.sleep(0.01)
@@ -129,7 +131,7 @@ def test_refresh_asks_the_same_prompts_again_under_the_weights_of_now(landed: bo
 
     async def main() -> None:
         script = Script(instant=landed)
-        pipe = stream(script, steps=5, max_lag=2)
+        pipe = stream(script, steps=5, max_staleness=2)
         if not landed:
             asyncio.get_running_loop().call_later(0.01, script.land, (0, "0"), (0, "1"))
 
@@ -168,7 +170,7 @@ def test_a_dropped_attempt_is_gone_before_its_prompt_is_asked_again() -> None:
         return []
 
     async def main() -> None:
-        pipe = Pipeline(prompts(), stubborn, first_step=0, steps=4, per_step=1, max_lag=1)
+        pipe = Pipeline(prompts(), stubborn, first_step=0, steps=4, per_step=1, max_staleness=1)
         ahead = pipe.__aiter__()
         await anext(ahead)
         pipe._start(upto=2)  # in flight and not landed, as behind a slow model
@@ -183,7 +185,7 @@ def test_a_dropped_attempt_is_gone_before_its_prompt_is_asked_again() -> None:
 def test_settle_lets_attempts_finish_and_starts_none() -> None:
     async def main() -> None:
         script = Script()
-        pipe = stream(script, steps=6, max_lag=2)
+        pipe = stream(script, steps=6, max_staleness=2)
 
         async def then(done: int) -> None:
             before = len(script.started)
@@ -207,7 +209,7 @@ def test_an_exception_surfaces_at_the_yield_of_its_step() -> None:
         await asyncio.sleep(0.01)  # the failing attempt has long ended
 
     with pytest.raises(KeyError, match=r"attempt \(2, '5'\)"):
-        asyncio.run(consume(stream(script, steps=6, max_lag=3), script, then))
+        asyncio.run(consume(stream(script, steps=6, max_staleness=3), script, then))
     assert seen == [1, 2]
 
 
@@ -215,7 +217,7 @@ def test_an_exception_does_not_wait_for_its_siblings() -> None:
     async def main() -> None:
         script = Script(instant=False)
         script.fails = {(0, "1")}
-        async with aclosing(stream(script, steps=3, per_step=3, max_lag=1)) as pipe:
+        async with aclosing(stream(script, steps=3, per_step=3, max_staleness=1)) as pipe:
             step = asyncio.ensure_future(anext(pipe))
             await asyncio.sleep(0.01)
             script.land((0, "1"))
@@ -250,14 +252,14 @@ ENDINGS = [KeyError("broken"), TimeoutError(), asyncio.CancelledError()]
 
 
 @pytest.mark.parametrize("then", ["nothing", "settle", "settle and refresh", "refresh"])
-@pytest.mark.parametrize("max_lag", [0, 1, 2])
+@pytest.mark.parametrize("max_staleness", [0, 1, 2])
 @pytest.mark.parametrize("ending", ENDINGS, ids=lambda ending: type(ending).__name__)
-def test_a_cohort_that_is_never_whole_ends_with_the_error(ending: BaseException, max_lag: int, then: str) -> None:
+def test_a_cohort_that_is_never_whole_ends_with_the_error(ending: BaseException, max_staleness: int, then: str) -> None:
     """Where its siblings would wait for ever, at the yield of its step, whatever the consumer does before."""
 
     async def main() -> list[int]:
         script = Deadlock({(2, "5"): ending})
-        pipe = stream(script, steps=5, max_lag=max_lag)
+        pipe = stream(script, steps=5, max_staleness=max_staleness)
         seen: list[int] = []
 
         async def after(done: int) -> None:
@@ -300,7 +302,7 @@ def test_no_error_is_left_for_the_garbage_collector_to_tell() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
         script = Deadlock({(step, str(2 * step + i)): KeyError(step) for step in (0, 1) for i in (0, 1)})
         with pytest.raises(KeyError):
-            await consume(stream(script, max_lag=1), script)
+            await consume(stream(script, max_staleness=1), script)
 
     asyncio.run(main())
     gc.collect()
@@ -321,7 +323,7 @@ def test_a_sibling_is_cancelled_once_so_that_it_can_clean_up() -> None:
         return []
 
     async def main() -> None:
-        async with aclosing(Pipeline(prompts(), attempt, first_step=0, steps=1, per_step=4, max_lag=0)) as pipe:
+        async with aclosing(Pipeline(prompts(), attempt, first_step=0, steps=1, per_step=4, max_staleness=0)) as pipe:
             with pytest.raises(KeyError, match="1"):
                 await anext(pipe)
 
@@ -340,7 +342,7 @@ def test_an_error_of_an_attempt_that_is_being_dropped_is_not_lost() -> None:
         return []
 
     async def main() -> None:
-        async with aclosing(Pipeline(prompts(), attempt, first_step=0, steps=3, per_step=1, max_lag=1)) as pipe:
+        async with aclosing(Pipeline(prompts(), attempt, first_step=0, steps=3, per_step=1, max_staleness=1)) as pipe:
             await anext(pipe)
             await asyncio.sleep(0)
             pipe.refresh()
@@ -356,7 +358,7 @@ def test_closing_cancels_what_is_in_flight(failing: bool) -> None:
 
     async def main() -> None:
         script = Script(instant=False)
-        pipe = stream(script, steps=4, max_lag=2)
+        pipe = stream(script, steps=4, max_staleness=2)
         with pytest.raises(ZeroDivisionError) if failing else nullcontext():
             async with aclosing(pipe):
                 first = asyncio.ensure_future(anext(pipe))
@@ -384,7 +386,7 @@ def test_closing_waits_for_what_was_dropped() -> None:
                 gone.append(prompt.id)
             return []
 
-        async with aclosing(Pipeline(prompts(), stubborn, first_step=0, steps=4, per_step=1, max_lag=1)) as pipe:
+        async with aclosing(Pipeline(prompts(), stubborn, first_step=0, steps=4, per_step=1, max_staleness=1)) as pipe:
             await anext(pipe)
             pipe.refresh()
         assert gone == ["0", "1"]

@@ -22,9 +22,9 @@ from reflux.config.recipe import load_recipe, part_context, recipe_names
 from reflux.config.registry import build, kinds
 from reflux.samplers.flow import Flow as FlowSampler
 from reflux.tasks.word_problems import WordProblems
-from reflux.types import Attempt, Prompt, Wants
+from reflux.types import Attempt, Prompt, Requirements
 
-WANTS = Wants(said=3, now_at_said=True, logp=True, candidates=3, spans=True, reward=True)
+WANTS = Requirements(behaviour=3, now_at_behaviour=True, logp=True, candidates=3, spans=True, reward=True)
 FLOW = FlowSampler(steps=4, eval_steps=3)
 
 
@@ -53,18 +53,18 @@ def texts(number: int = 2) -> list[Prompt]:
     return list(islice(WordProblems().prompts("train", 0), number))
 
 
-def pictures(number: int = 2) -> list[Prompt]:
+def images(number: int = 2) -> list[Prompt]:
     return [Prompt(f"p{i}", ({"role": "user", "content": tiny_flow.TEXTS[1 + i]},)) for i in range(number)]
 
 
 # Each shipped part with what it needs to be opened; a part that is added to a registry and not here fails the test of its group.
 SAMPLERS: dict[str, dict[str, Any]] = {
     "hf": {"max_tokens": 8},
-    "stored": {"generate": {"kind": "hf", "max_tokens": 8}},
+    "references": {"generate": {"kind": "hf", "max_tokens": 8}},
     "flow": {"steps": 4, "eval_steps": 3},
-    "drawn": {"generate": {"kind": "flow", "steps": 4, "eval_steps": 3}, "times": 3},
+    "teacher_samples": {"generate": {"kind": "flow", "steps": 4, "eval_steps": 3}, "positions": 3},
 }
-TEACHERS = {"local": "model", "own": "", "flow": "model"}
+TEACHERS = {"local": "model", "self": "", "flow": "model"}
 LEARNERS: dict[str, dict[str, Any]] = {"hf": {"lr": 1e-3}, "flow": {"lr": 1e-3, "micro_batch": 3}}
 REWARDS: dict[str, dict[str, Any]] = {"verifier": {}}
 TASKS: dict[str, dict[str, Any]] = {
@@ -77,8 +77,8 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 def told(kind: str, student: str, flows: dict[str, str], **fields: Any) -> Any:
-    """The context of a part of texts or pictures."""
-    common = {"generation": FLOW.generation, "model": flows["student"]} if kind in ("flow", "drawn") else {"model": student}
+    """The context of a part of texts or images."""
+    common = {"generation": FLOW.generation, "model": flows["student"]} if kind in ("flow", "teacher_samples") else {"model": student}
     return tiny.context(WANTS, **{"task": WordProblems(), "generation": Generation(), **common, **fields})
 
 
@@ -91,11 +91,13 @@ def test_no_shipped_part_is_forgotten() -> None:
 @pytest.mark.parametrize("kind", SAMPLERS)
 def test_samplers(elsewhere: ProcessPoolExecutor, student: str, flows: dict[str, str], kind: str) -> None:
     part = build("samplers", {"kind": kind, **SAMPLERS[kind]}, "sampler")
-    teachers = {"main": build("teachers", {"kind": "flow", "model": flows["teacher"]}, "teachers.main")} if kind == "drawn" else {}
-    flow = kind in ("flow", "drawn")
+    teachers = (
+        {"main": build("teachers", {"kind": "flow", "model": flows["teacher"]}, "teachers.main")} if kind == "teacher_samples" else {}
+    )
+    flow = kind in ("flow", "teacher_samples")
     weights = (tiny_flow.model(5).net if flow else tiny.net(5, lift=1.5)).state_dict()
     context = told(kind, student, flows, name="sampler", teachers=teachers)
-    before, after = same_bits(elsewhere, "sampler", part, context, {"prompts": pictures() if flow else texts(), "weights": dict(weights)})
+    before, after = same_bits(elsewhere, "sampler", part, context, {"prompts": images() if flow else texts(), "weights": dict(weights)})
     if part.on_policy:
         assert before[0] != after
 

@@ -15,8 +15,8 @@ from laws.test_own_rng import PROMPTS, ask, sampled
 from reflux.assets.characters import TEMPLATE, character_tokenizer
 from reflux.errors import ModelError
 from reflux.models.tokenizer import Renderer, end_ids, special_ids
-from reflux.teachers.in_process_teacher import InProcess
-from reflux.types import Draw
+from reflux.teachers.in_process_teacher import InProcessTeacher
+from reflux.types import SamplingParams
 
 CHAT = {"kind": "outside:Chat"}
 ASK = ({"role": "user", "content": "2+3?"},)
@@ -126,7 +126,7 @@ def test_the_sampler_begins_behind_it(student: str, teacher: str, tmp_path: Path
             for group in sampled(
                 tiny.config("opd", student, teacher, task=CHAT, **more),
                 tmp_path / name,
-                lambda acting: ask(acting, PROMPTS, 1, Draw(0, purpose, 9)),
+                lambda acting: ask(acting, PROMPTS, 1, SamplingParams(0, purpose, 9)),
             )
             for attempt in group
         ]
@@ -139,7 +139,7 @@ def test_the_sampler_begins_behind_it(student: str, teacher: str, tmp_path: Path
 
 
 CONTEXTS = {"same": {"kind": "same"}, "another": {"kind": "privileged"}}
-TEACHERS = {"local": {"kind": "local", "model": "", "system": "be brief"}, "own": {"kind": "own"}}
+TEACHERS = {"local": {"kind": "local", "model": "", "system": "be brief"}, "self": {"kind": "self"}}
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -149,14 +149,14 @@ def test_the_teacher_reads_the_same_end_of_the_prompt(
 ) -> None:
     """Whether it reads the student's own prompt, or renders another one from other messages: once, right before the answer."""
     seen = []
-    sequence = InProcess._sequence
+    sequence = InProcessTeacher._sequence
 
     def spy(self: Any, request: Any) -> Any:
         ids, start = sequence(self, request)
         seen.append((request.rollout, ids[:start].tolist(), ids[start:].tolist()))
         return ids, start
 
-    monkeypatch.setattr(InProcess, "_sequence", spy)
+    monkeypatch.setattr(InProcessTeacher, "_sequence", spy)
     table = {**TEACHERS[kind], "context": CONTEXTS[context]} | ({"model": teacher} if kind == "local" else {})
     tiny_run("full", steps=1, task=CHAT, learner__prompt_suffix=SEE, teachers={"main": table})
     assert seen
@@ -173,7 +173,7 @@ def test_given_answers_follow_it(student: str, teacher: str, tmp_path: Path) -> 
     """A reference that begins with it is not told twice."""
     cfg = tiny.config("sft", student, teacher, task=CHAT, learner__prompt_suffix=SEE)
     prompts = [replace(PROMPTS[0], references=(answer,)) for answer in ("ok", f"{SEE}ok")]
-    groups = sampled(cfg, tmp_path / "run", lambda acting: ask(acting, prompts, 1, Draw(0, "train", 9)))
+    groups = sampled(cfg, tmp_path / "run", lambda acting: ask(acting, prompts, 1, SamplingParams(0, "train", 9)))
     for (attempt,) in groups:
         assert attempt.rollout.prompt_tokens.tolist()[-5:] == ids_of(SEE)
         assert attempt.rollout.tokens_T.tolist() == [*ids_of("ok"), character_tokenizer().eos_token_id]
@@ -206,9 +206,9 @@ def test_what_is_special_is_what_decoding_leaves_out() -> None:
 def test_reflux_eval_asks_a_run_as_the_run_did(tmp_path: Path) -> None:
     from reflux.cli.evaluate import _table
 
-    said = {"system": "Be brief.", "template": {"think": True}, "prompt_suffix": "<think>"}
-    own = {"steps": 1, "task": {"kind": "word_problems"}, "sampler": {"kind": "hf"}, "learner": {"kind": "hf", "lr": 1e-3, **said}}
+    behaviour = {"system": "Be brief.", "template": {"think": True}, "prompt_suffix": "<think>"}
+    own = {"steps": 1, "task": {"kind": "word_problems"}, "sampler": {"kind": "hf"}, "learner": {"kind": "hf", "lr": 1e-3, **behaviour}}
     (tmp_path / "config.toml").write_text(tomli_w.dumps(own))
     (tmp_path / "student").mkdir()
     (tmp_path / "student" / "config.json").write_text("{}")
-    assert _table(str(tmp_path))["learner"] == {"model": str(tmp_path), **said}
+    assert _table(str(tmp_path))["learner"] == {"model": str(tmp_path), **behaviour}

@@ -124,9 +124,11 @@ def test_a_weight_is_a_finite_number(weight: str) -> None:
 
 
 def test_a_weight_of_0_is_said() -> None:
-    said = [text for text in checks.warnings(load_recipe("rl", {"rewards.other": {"kind": "verifier", "weight": 0}})) if "rewards" in text]
-    assert len(said) == 1
-    assert said[0].startswith("rewards.other.weight = 0: this reward is asked and recorded, and its value counts nothing.")
+    behaviour = [
+        text for text in checks.warnings(load_recipe("rl", {"rewards.other": {"kind": "verifier", "weight": 0}})) if "rewards" in text
+    ]
+    assert len(behaviour) == 1
+    assert behaviour[0].startswith("rewards.other.weight = 0: this reward is asked and recorded, and its value counts nothing.")
 
 
 def test_a_run_with_two_rewards_records_both_and_learns_from_their_sum(tiny_run: Callable[..., Any]) -> None:

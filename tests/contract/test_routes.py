@@ -19,10 +19,10 @@ from reflux.reports.metrics import Heard, read_metrics
 from reflux.reports.page import write_report
 from reflux.reports.teacher_tables import teachers_table
 from reflux.teachers.collection import Teachers
-from reflux.types import Attempt, Draw, Group, Moment, Prompt, Rollout, SampledTarget, TeacherAnswer, Wants
+from reflux.types import Attempt, Group, Prompt, Requirements, Rollout, SampledTarget, SamplingParams, StepContext, TeacherAnswer
 
 CHAT = {"kind": "outside:Chat"}
-NOW = Moment(0, 0)
+NOW = StepContext(0, 0)
 
 
 class Flat:
@@ -42,10 +42,10 @@ class Flat:
 def tables(**gaps: tuple[float, tuple[str, ...]]) -> tuple[Teachers, dict[str, Flat]]:
     answers = {name: Flat(gap) for name, (gap, _) in gaps.items()}
     opened = {
-        name: (SimpleNamespace(context=Same(), routes=routes, as_="main", in_process=True), answers[name])
+        name: (SimpleNamespace(context=Same(), routes=routes, alias="main", in_process=True), answers[name])
         for name, (_, routes) in gaps.items()
     }
-    return Teachers(opened, Wants(), tiny.services()), answers  # type: ignore[arg-type]
+    return Teachers(opened, Requirements(), tiny.services()), answers  # type: ignore[arg-type]
 
 
 def group(route: str | None, number: int, size: int = 2) -> Group:
@@ -90,36 +90,38 @@ def test_a_prompt_that_none_of_those_who_teach_serves_is_refused_by_name() -> No
     """A task on the hub tells its routes only as its prompts come."""
     opened = tables(plus=(0.5, ("add",)), times=(2.0, ("mul",)))[0].opened
     assert "prompt div1 has the route 'div', but the teachers that objectives listen to serve only add, mul." in unserved(
-        Teachers(opened, Wants(), tiny.services(), {"main"}), group("add", 1), group("div", 1)
+        Teachers(opened, Requirements(), tiny.services(), {"main"}), group("add", 1), group("div", 1)
     )
-    assert "prompt None2 has no route, but" in unserved(Teachers(opened, Wants(), tiny.services(), {"main"}), group(None, 2))
-    asyncio.run(Teachers(opened, Wants(), tiny.services(), {"main"}).score([group("add", 1), group("mul", 2), []], NOW))
+    assert "prompt None2 has no route, but" in unserved(Teachers(opened, Requirements(), tiny.services(), {"main"}), group(None, 2))
+    asyncio.run(Teachers(opened, Requirements(), tiny.services(), {"main"}).score([group("add", 1), group("mul", 2), []], NOW))
 
 
 def test_a_prompt_is_refused_only_where_nobody_teaches_it() -> None:
     """Another name may serve it, with or without routes; a teacher that is asked for metrics alone does not have to."""
     (plus,) = tables(plus=(0.5, ("add",)))[0].opened.values()
-    other = (SimpleNamespace(context=Same(), routes=(), as_=None, in_process=True), Flat(1.0))
-    routed_other = (SimpleNamespace(context=Same(), routes=("div",), as_=None, in_process=True), Flat(1.0))
+    other = (SimpleNamespace(context=Same(), routes=(), alias=None, in_process=True), Flat(1.0))
+    routed_other = (SimpleNamespace(context=Same(), routes=("div",), alias=None, in_process=True), Flat(1.0))
     div = group("div", 1)
-    for heard, others in (
+    for objective_teachers, others in (
         ((), {}),
-        ({"said"}, {}),
+        ({"behaviour"}, {}),
         ({"main", "anchor"}, {"anchor": other}),
         ({"main", "anchor"}, {"anchor": routed_other}),
         ({"anchor"}, {"anchor": other}),
     ):
-        asyncio.run(Teachers({"plus": plus, **others}, Wants(), tiny.services(), heard).score([div], NOW))  # type: ignore[dict-item]
-    for heard in ({"main"}, {"main", "said"}):  # an anchor that no objective listens to teaches nobody
-        assert "serve only add." in unserved(Teachers({"plus": plus, "anchor": other}, Wants(), tiny.services(), heard), div)  # type: ignore[dict-item]
+        asyncio.run(Teachers({"plus": plus, **others}, Requirements(), tiny.services(), objective_teachers).score([div], NOW))  # type: ignore[dict-item]
+    for objective_teachers in ({"main"}, {"main", "behaviour"}):  # an anchor that no objective listens to teaches nobody
+        assert "serve only add." in unserved(
+            Teachers({"plus": plus, "anchor": other}, Requirements(), tiny.services(), objective_teachers), div
+        )  # type: ignore[dict-item]
 
 
 def routed(teacher: str, student: str) -> dict[str, Any]:
     return {
         "main": "none",
-        "good": {"kind": "local", "model": teacher, "as": "main", "routes": ["even"]},
-        "home": {"kind": "local", "model": student, "as": "main", "routes": ["odd"]},
-        "idle": {"kind": "local", "model": student, "as": "main", "routes": ["never"]},
+        "good": {"kind": "local", "model": teacher, "alias": "main", "routes": ["even"]},
+        "home": {"kind": "local", "model": student, "alias": "main", "routes": ["odd"]},
+        "idle": {"kind": "local", "model": student, "alias": "main", "routes": ["never"]},
     }
 
 
@@ -128,7 +130,7 @@ def test_the_metrics_name_every_table_and_the_starved_one_has_nothing(tiny_run: 
     done = tiny_run("opd", **settings, task=CHAT, teachers=routed(teacher, student))
     for row in done.rows("metrics"):
         assert row["asked"] == {"good": 6, "home": 6, "idle": 0}
-        assert row["silent"] == {"main": 0}
+        assert row["without_target"] == {"main": 0}
         assert row["kl_nats_trained_by_table"]["idle"] is None
     first = done.rows("metrics")[0]["kl_nats_trained_by_table"]
     assert abs(first["home"]) < 1e-4
@@ -160,7 +162,7 @@ def test_one_teacher_for_all_is_counted_too(tiny_run: Callable[..., Any]) -> Non
 class Speaking:
     """Gives each prompt one attempt of as many tokens as its text is long."""
 
-    async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
+    async def sample(self, prompt: Prompt, n: int, draw: SamplingParams) -> Group:
         from dataclasses import replace
 
         return [Attempt(replace(tiny.rollout(len(prompt.messages[0]["content"]), seed=1), prompt=prompt))]
@@ -200,27 +202,27 @@ class Noisy:
 
     parameters = 1
 
-    def __init__(self, dice: np.random.Generator, gap: float):
-        self.dice, self.gap = dice, gap
+    def __init__(self, rng: np.random.Generator, gap: float):
+        self.rng, self.gap = rng, gap
 
     async def score(self, requests: Any) -> list[TeacherAnswer]:
         return [self.answer(request.rollout) for request in requests]
 
     def answer(self, rollout: Rollout) -> TeacherAnswer:
-        gap_T = self.gap + self.dice.normal() + self.dice.normal(0, 1, rollout.length)
+        gap_T = self.gap + self.rng.normal() + self.rng.normal(0, 1, rollout.length)
         return TeacherAnswer(target=SampledTarget(teacher="main", logp_T=rollout.logp_T - gap_T))
 
 
 @pytest.mark.parametrize("attempts", [2, 5, 20])
 def test_the_interval_of_agreement_covers_the_kl_as_often_as_it_says(attempts: int) -> None:
     """Not where it is halved, nor where positions of one attempt are taken as independent of each other."""
-    dice, draws, hits = np.random.default_rng(attempts), 800, 0
+    rng, draws, hits = np.random.default_rng(attempts), 800, 0
     prompts = [Prompt(f"p{i}", ({"role": "user", "content": "x" * (6 + i % 3)},)) for i in range(attempts)]
     task = SimpleNamespace(prompts=lambda split, seed, start=0: iter(prompts))
-    part: Any = SimpleNamespace(context=Same(), routes=(), as_="main", in_process=True)
+    part: Any = SimpleNamespace(context=Same(), routes=(), alias="main", in_process=True)
 
     async def measure() -> dict[str, Any]:
-        teachers = Teachers({"main": (part, Noisy(dice, 2.5))}, Wants(), tiny.services())  # type: ignore[arg-type]
+        teachers = Teachers({"main": (part, Noisy(rng, 2.5))}, Requirements(), tiny.services())  # type: ignore[arg-type]
         return await Agreement()(tiny.evaluation(Speaking(), teachers, task=task, step=3, positions=9), None)  # type: ignore[arg-type]
 
     for _ in range(draws):
@@ -233,14 +235,14 @@ def test_the_interval_of_agreement_covers_the_kl_as_often_as_it_says(attempts: i
 
 
 def test_the_table_of_the_page() -> None:
-    config = {"teachers": {"main": {"routes": ["add"]}, "times": {"as": "main", "routes": ["mul", "div"]}, "<b>": {}}}
+    config = {"teachers": {"main": {"routes": ["add"]}, "times": {"alias": "main", "routes": ["mul", "div"]}, "<b>": {}}}
     rows = [
         {"step": step, "asked": {"main": 6, "times": 2, "<b>": 0}, "kl_nats_trained_by_table": {"main": 1.0 - 0.01 * step, "times": None}}
         for step in range(1, 21)
     ]
-    heard = read_metrics(rows).teachers
-    assert heard["main"][0] == Heard(6, 0.99)
-    assert teachers_table(config, heard) == [
+    objective_teachers = read_metrics(rows).teachers
+    assert objective_teachers["main"][0] == Heard(6, 0.99)
+    assert teachers_table(config, objective_teachers) == [
         ("main", "main", "add", "120", "75 %", "0.9850", "0.8050"),
         ("times", "main", "mul, div", "40", "25 %", "–", "–"),
         ("<b>", "<b>", "all", "never asked", "0 %", "–", "–"),
@@ -250,8 +252,8 @@ def test_the_table_of_the_page() -> None:
 
 
 def test_the_first_and_last_tenth_weigh_steps_by_their_attempts() -> None:
-    heard = {"main": [Heard(1, 4.0), Heard(3, 0.0), *[Heard(5, 9.0)] * 16, Heard(0, None), Heard(2, 0.25)]}
-    assert teachers_table({}, heard)[0][-2:] == ("1.0000", "0.2500")
+    objective_teachers = {"main": [Heard(1, 4.0), Heard(3, 0.0), *[Heard(5, 9.0)] * 16, Heard(0, None), Heard(2, 0.25)]}
+    assert teachers_table({}, objective_teachers)[0][-2:] == ("1.0000", "0.2500")
 
 
 def test_attempts_that_could_not_be_judged_are_in_metrics_and_on_the_page(tiny_run: Callable[..., Any], tmp_path: Any) -> None:
@@ -260,7 +262,7 @@ def test_attempts_that_could_not_be_judged_are_in_metrics_and_on_the_page(tiny_r
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     task = {"kind": "jsonl", "path": str(tmp_path / "data.jsonl"), "validation": 0.0, "grader": "judges:moody"}
     rules = {"margin": {}, "balance": {}}
-    done = tiny_run("opd", steps=2, task=task, group_size=3, rewards={"verifier": {}}, credit=rules, normalise="rollout_means")
+    done = tiny_run("opd", steps=2, task=task, group_size=3, rewards={"verifier": {}}, credit=rules, loss_aggregation="seq-mean-token-mean")
     assert [row["ungraded"] for row in done.rows("metrics")] == [3, 3]
     for row in (row for row in done.rows("attempts") if row["kind"] == "attempt"):
         assert (row["reward"] is None) == (row["prompt"] == "q3")

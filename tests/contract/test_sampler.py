@@ -15,7 +15,7 @@ import tiny
 from laws.test_own_rng import PROMPTS, ask, sampled
 from reflux.errors import DataError, ModelError
 from reflux.runtime.weights import InMemory
-from reflux.types import Draw, Prompt, TopKTarget
+from reflux.types import Prompt, SamplingParams, TopKTarget
 from tiny import END
 
 CHAT = {"kind": "outside:Chat"}
@@ -25,7 +25,7 @@ CHAT = {"kind": "outside:Chat"}
 def run_sampler(student: str, teacher: str, tmp_path: Path) -> Callable[..., Any]:
     numbers = count()
 
-    def act(prompts: list[Prompt] = PROMPTS, n: int = 2, draw: Draw = Draw(0, "train", 25), **more: Any) -> list[Any]:
+    def act(prompts: list[Prompt] = PROMPTS, n: int = 2, draw: SamplingParams = SamplingParams(0, "train", 25), **more: Any) -> list[Any]:
         cfg = tiny.config("opd", student, teacher, task=CHAT, **more)
         groups = sampled(cfg, tmp_path / f"run{next(numbers)}", lambda acting: ask(acting, prompts, n, draw))
         return [attempt.rollout for group in groups for attempt in group]
@@ -59,7 +59,7 @@ def test_samples_are_numbered_in_their_group(run_sampler: Callable[..., Any]) ->
 
 def test_a_stop_text_ends_an_answer_and_is_part_of_it(run_sampler: Callable[..., Any]) -> None:
     free = run_sampler()
-    stopped = run_sampler(draw=Draw(0, "train", 25, stop=("e", "P")))
+    stopped = run_sampler(draw=SamplingParams(0, "train", 25, stop=("e", "P")))
     seen = 0
     for whole, cut in zip(free, stopped, strict=True):
         first = min((whole.text.find(word) for word in "eP" if word in whole.text), default=None)
@@ -76,7 +76,7 @@ def test_a_stop_text_may_be_several_tokens_long(run_sampler: Callable[..., Any])
     text = max((r.text for r in free), key=len)
     for size in (3, 10):
         word = text[5 : 5 + size]
-        for whole, cut in zip(free, run_sampler(draw=Draw(0, "train", 25, stop=(word,))), strict=True):
+        for whole, cut in zip(free, run_sampler(draw=SamplingParams(0, "train", 25, stop=(word,))), strict=True):
             found = whole.text.find(word)
             assert cut.text == (whole.text if found < 0 else whole.text[: found + size])
 
@@ -84,7 +84,7 @@ def test_a_stop_text_may_be_several_tokens_long(run_sampler: Callable[..., Any])
 def test_the_window_bounds_the_answer(run_sampler: Callable[..., Any]) -> None:
     """512 positions: a prompt of 505 tokens leaves 7."""
     prompt = Prompt("long", ({"role": "user", "content": "x" * 503},))
-    for r in run_sampler(prompts=[prompt], n=6, draw=Draw(0, "train", 100)):
+    for r in run_sampler(prompts=[prompt], n=6, draw=SamplingParams(0, "train", 100)):
         assert len(r.prompt_tokens) == 505
         assert r.length <= 7
 
@@ -115,38 +115,38 @@ def test_what_the_student_said_is_recorded_where_it_is_wanted(student: str, teac
 
     from reflux.loop import lasting, open_parts
     from reflux.training import Options, Run
-    from reflux.types import Wants
+    from reflux.types import Requirements
 
     cfg = tiny.config("opd", student, teacher, task={"kind": "outside:Chat", "replies": 1})
 
     async def main() -> Any:
-        run = Run.open(cfg, Wants(said=4), Options(tmp_path / "run"))
+        run = Run.open(cfg, Requirements(behaviour=4), Options(tmp_path / "run"))
         async with lasting(run), open_parts(replace(cfg, teachers={}), run.context, run.services) as (learner, acting, *_):
-            groups = await ask(acting, PROMPTS, 1, Draw(0, "train", 25, temperature=0.8))
+            groups = await ask(acting, PROMPTS, 1, SamplingParams(0, "train", 25, temperature=0.8))
             return [group[0].rollout for group in groups], learner.model.net
 
     rollouts, net = asyncio.run(main())
     for r in rollouts:
-        assert isinstance(r.said, TopKTarget)
+        assert isinstance(r.behaviour, TopKTarget)
         ids = torch.from_numpy(np.concatenate([r.prompt_tokens, r.tokens_T]))[None]
         with torch.no_grad():
             top = net(input_ids=ids).logits[0, len(r.prompt_tokens) - 1 : -1].log_softmax(-1).topk(4)
-        np.testing.assert_array_equal(r.said.ids_TK[r.mask_T], top.indices[r.mask_T])
-        np.testing.assert_allclose(r.said.logp_TK[r.mask_T], top.values[r.mask_T], atol=1e-4)
-        np.testing.assert_allclose(r.said.logp_T, r.logp_raw_T, atol=0)
+        np.testing.assert_array_equal(r.behaviour.ids_TK[r.mask_T], top.indices[r.mask_T])
+        np.testing.assert_allclose(r.behaviour.logp_TK[r.mask_T], top.values[r.mask_T], atol=1e-4)
+        np.testing.assert_allclose(r.behaviour.logp_T, r.logp_raw_T, atol=0)
 
 
-def wanted(cfg: Any, folder: Path, draw: Draw, prompts: list[Prompt] = PROMPTS, **wants: Any) -> list[Any]:
+def wanted(cfg: Any, folder: Path, draw: SamplingParams, prompts: list[Prompt] = PROMPTS, **requirements: Any) -> list[Any]:
     """Rollouts of a sampler of whom this is wanted."""
     import asyncio
     from dataclasses import replace
 
     from reflux.loop import lasting, open_parts
     from reflux.training import Options, Run
-    from reflux.types import Wants
+    from reflux.types import Requirements
 
     async def main() -> list[Any]:
-        run = Run.open(cfg, Wants(**wants), Options(folder))
+        run = Run.open(cfg, Requirements(**requirements), Options(folder))
         async with lasting(run), open_parts(replace(cfg, teachers={}), run.context, run.services) as (_, acting, *_):
             return [attempt.rollout for group in await ask(acting, prompts, 2, draw) for attempt in group]
 
@@ -160,43 +160,43 @@ def test_which_characters_each_token_wrote_is_recorded_where_it_is_wanted(studen
 
     tokenizer = character_tokenizer()
     cfg = tiny.config("opd", student, teacher, task={"kind": "outside:Chat", "replies": replies})
-    rollouts = wanted(cfg, tmp_path / "with", Draw(0, "train", 60), spans=True)
+    rollouts = wanted(cfg, tmp_path / "with", SamplingParams(0, "train", 60), spans=True)
     assert max(len(r.messages) for r in rollouts) == 2 + 2 * replies
     for r in rollouts:
         assert r.spans_T2.shape == (r.length, 2)
         pairs = zip(r.tokens_T, r.mask_T, strict=True)
-        said = [tokenizer.decode([token], skip_special_tokens=True) if chosen else "" for token, chosen in pairs]
-        assert [r.text[start:end] for start, end in r.spans_T2] == said
+        behaviour = [tokenizer.decode([token], skip_special_tokens=True) if chosen else "" for token, chosen in pairs]
+        assert [r.text[start:end] for start, end in r.spans_T2] == behaviour
         assert (np.diff(r.spans_T2.ravel()) >= 0).all()
-    plain = wanted(cfg, tmp_path / "without", Draw(0, "train", 60))
+    plain = wanted(cfg, tmp_path / "without", SamplingParams(0, "train", 60))
     assert [r.spans_T2 for r in plain] == [None] * len(plain)
     assert [r.text for r in plain] == [r.text for r in rollouts]
-    assert all(r.spans_T2 is None for r in wanted(cfg, tmp_path / "eval", Draw(0, "eval", 60), spans=True))
+    assert all(r.spans_T2 is None for r in wanted(cfg, tmp_path / "eval", SamplingParams(0, "eval", 60), spans=True))
 
 
 @pytest.mark.parametrize("replies", [0, 2])
 def test_special_tokens_are_recorded_where_it_is_wanted(student: str, teacher: str, tmp_path: Path, replies: int) -> None:
     """The tiny student says any token: all that decoding leaves out is special, but for the end of a turn."""
     cfg = tiny.config("opd", student, teacher, task={"kind": "outside:Chat", "replies": replies})
-    rollouts = wanted(cfg, tmp_path / "with", Draw(0, "train", 60), specials=True)
+    rollouts = wanted(cfg, tmp_path / "with", SamplingParams(0, "train", 60), specials=True)
     tokens_T, special_T = (np.concatenate([getattr(r, name) for r in rollouts]) for name in ("tokens_T", "special_T"))
     assert special_T.dtype == bool
     assert special_T.tolist() == [token < 6 and token != END for token in tokens_T]
     assert 0 < special_T.sum() < len(special_T)
     assert END in tokens_T
-    plain = wanted(cfg, tmp_path / "without", Draw(0, "train", 60))
+    plain = wanted(cfg, tmp_path / "without", SamplingParams(0, "train", 60))
     assert [r.special_T for r in plain] == [None] * len(plain)
     assert [r.tokens_T.tolist() for r in plain] == [r.tokens_T.tolist() for r in rollouts]
-    assert all(r.special_T is None for r in wanted(cfg, tmp_path / "eval", Draw(0, "eval", 60), specials=True))
+    assert all(r.special_T is None for r in wanted(cfg, tmp_path / "eval", SamplingParams(0, "eval", 60), specials=True))
 
 
 def test_special_tokens_of_given_answers_are_recorded_where_it_is_wanted(student: str, teacher: str, tmp_path: Path) -> None:
     """The character tokenizer has no token for the accent: that is its unknown token, a special one. The end of the answer is none."""
     cfg = tiny.config("sft", student, teacher, task=CHAT)
     accent = [Prompt("p", ({"role": "user", "content": "x"},), "1", ("oké",))]
-    (r, *_) = wanted(cfg, tmp_path / "with", Draw(0, "train", 12), accent, specials=True)
+    (r, *_) = wanted(cfg, tmp_path / "with", SamplingParams(0, "train", 12), accent, specials=True)
     assert (r.tokens_T[-1], r.special_T.tolist()) == (END, [False, False, True, False])
-    (r, *_) = wanted(cfg, tmp_path / "without", Draw(0, "train", 12), accent)
+    (r, *_) = wanted(cfg, tmp_path / "without", SamplingParams(0, "train", 12), accent)
     assert r.special_T is None
 
 
@@ -204,9 +204,9 @@ def test_given_answers_have_spans_of_what_their_tokens_say(student: str, teacher
     """Of the cut text, which is what the student is taught; without the wish the whole answer stays in the record."""
     cfg = tiny.config("sft", student, teacher, task=CHAT)
     for limit, text in ((12, "ok"), (1, "o")):
-        (r, *_) = wanted(cfg, tmp_path / f"with{limit}", Draw(0, "train", limit), spans=True)
+        (r, *_) = wanted(cfg, tmp_path / f"with{limit}", SamplingParams(0, "train", limit), spans=True)
         assert (r.text, r.spans_T2.tolist()) == (text, [[0, 1], [1, 2], [2, 2]][:limit])
-        (r, *_) = wanted(cfg, tmp_path / f"without{limit}", Draw(0, "train", limit))
+        (r, *_) = wanted(cfg, tmp_path / f"without{limit}", SamplingParams(0, "train", limit))
         assert (r.text, r.spans_T2) == ("ok", None)
 
 
@@ -226,10 +226,10 @@ def test_publishing_waits_for_the_call_in_progress_and_then_counts(student: str,
     other = tiny.net(9).state_dict()
 
     async def script(acting: Any) -> Any:
-        asked = asyncio.ensure_future(ask(acting, PROMPTS, 2, Draw(0, "train", 25)))
+        asked = asyncio.ensure_future(ask(acting, PROMPTS, 2, SamplingParams(0, "train", 25)))
         await asyncio.sleep(0.005)
         await acting.publish(InMemory.of(other, 7), 7)
-        return await asked, await ask(acting, PROMPTS, 2, Draw(0, "train", 25))
+        return await asked, await ask(acting, PROMPTS, 2, SamplingParams(0, "train", 25))
 
     cfg = tiny.config("opd", student, teacher, task=CHAT)
     before, after = sampled(cfg, tmp_path / "run", script)

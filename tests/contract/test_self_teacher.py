@@ -21,7 +21,7 @@ import tiny
 from laws.test_resume import stop_after, told
 from reflux import checks
 from reflux.assets.characters import character_tokenizer
-from reflux.contexts.base import View
+from reflux.contexts.base import TeacherPrompt
 from reflux.contexts.wording import with_attempts
 from reflux.errors import ConfigError, ModelError
 from reflux.models.text import as_model
@@ -30,30 +30,30 @@ from reflux.runtime.weights import InMemory
 from reflux.storage import checkpoints
 from reflux.teachers import in_process_teacher
 from reflux.teachers.base import TeacherRequest
-from reflux.teachers.self_teacher import Own
-from reflux.teachers.self_teacher_engine import OwnTeacher, move
-from reflux.types import Attempt, HiddenTarget, Moment, Wants
+from reflux.teachers.self_teacher import SelfTeacher
+from reflux.teachers.self_teacher_engine import SelfTeacherEngine, move
+from reflux.types import Attempt, HiddenTarget, Requirements, StepContext
 from tiny import ask, plainly, rollout, same
 
-NOW = Moment(0, 0)
+NOW = StepContext(0, 0)
 CHAT = {"kind": "outside:Chat"}
 SHOWN = {"kind": "peers", "successes": 1, "failures": 1}
 
 
-def own(net: Any = None, *, wants: Wants = Wants(), **fields: Any) -> OwnTeacher:
+def own(net: Any = None, *, requirements: Requirements = Requirements(), **fields: Any) -> SelfTeacherEngine:
     model = as_model(net or tiny.net(1), character_tokenizer())
-    return OwnTeacher(Own(**fields), tiny.context(wants), tiny.services(), model, model.renderer(None, None))
+    return SelfTeacherEngine(SelfTeacher(**fields), tiny.context(requirements), tiny.services(), model, model.renderer(None, None))
 
 
 def student(seed: int) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in tiny.net(seed).state_dict().items()}
 
 
-def phi(teacher: OwnTeacher) -> dict[str, torch.Tensor]:
+def phi(teacher: SelfTeacherEngine) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in teacher.model.net.state_dict().items()}
 
 
-def publish(teacher: OwnTeacher, weights: dict[str, torch.Tensor], version: int, step: int | None = None) -> None:
+def publish(teacher: SelfTeacherEngine, weights: dict[str, torch.Tensor], version: int, step: int | None = None) -> None:
     asyncio.run(teacher.publish(InMemory.of(weights, version), version if step is None else step))
 
 
@@ -175,17 +175,17 @@ def test_a_frozen_copy_is_taken_up_again(saved_at: int, step: int, tmp_path: Pat
 
 @pytest.mark.parametrize(("fields", "follows"), [({}, True), ({"follow": "live"}, True), ({"follow": "frozen"}, False)])
 def test_who_moves_says_so(fields: dict[str, Any], follows: bool) -> None:
-    assert Own(**fields).follows == follows
-    assert Own(follow="frozen", step=3).follows
-    assert Own().ema == 0.05
-    assert Own.at_ids
-    assert Own.offers == (HiddenTarget,)
+    assert SelfTeacher(**fields).follows == follows
+    assert SelfTeacher(follow="frozen", step=3).follows
+    assert SelfTeacher().ema == 0.05
+    assert SelfTeacher.at_ids
+    assert SelfTeacher.offers == (HiddenTarget,)
 
 
 @pytest.mark.parametrize("fields", [{"ema": 1.1}, {"ema": -0.1}, {"step": -1}, {"follow": "x"}, {"step": 2}, {"model": "m"}])
 def test_settings_that_mean_nothing_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        Own(**fields)
+        SelfTeacher(**fields)
 
 
 def test_state_holds_each_matrix_once_and_restores_to_the_bit(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_state_holds_each_matrix_once_and_restores_to_the_bit(tmp_path: Path) ->
 # --- what it says
 
 
-def heard(made: Attempt) -> HiddenTarget:
+def objective_teachers(made: Attempt) -> HiddenTarget:
     target = made.target("main")
     assert isinstance(target, HiddenTarget)
     return target
@@ -217,16 +217,16 @@ def heard(made: Attempt) -> HiddenTarget:
 def test_it_reads_the_response_at_its_own_offset(batch_tokens: int) -> None:
     """A longer prompt than the student's: the log-probs are those of the rendered text by hand, whatever else is in the batch."""
     net = tiny.net(3, layers=2)
-    teacher = own(net, wants=Wants(logp=True), batch_tokens=batch_tokens)
+    teacher = own(net, requirements=Requirements(logp=True), batch_tokens=batch_tokens)
     tokenizer, asked = character_tokenizer(), []
     for n in (1, 7, 4, 9):
         made = Attempt(rollout(n, seed=n))
         problem = made.rollout.prompt.messages[0]["content"]
         content = with_attempts(problem, ["2+2=4"] * (n % 3), ["2+2=5"])
-        asked.append((made, View(({"role": "system", "content": "x" * n}, {"role": "user", "content": content}))))
+        asked.append((made, TeacherPrompt(({"role": "system", "content": "x" * n}, {"role": "user", "content": content}))))
     asyncio.run(ask(teacher, *asked))
     for made, view in asked:
-        spoken, target = made.rollout, heard(made)
+        spoken, target = made.rollout, objective_teachers(made)
         text = tokenizer.apply_chat_template(list(view.messages), tokenize=False, add_generation_prompt=True)
         assert text.endswith("Now solve the original question correctly.<assistant>")
         prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -250,7 +250,7 @@ def test_padding_of_the_teachers_batch_changes_nothing(monkeypatch: pytest.Monke
         monkeypatch.setattr(in_process_teacher, "np", SimpleNamespace(zeros=filled, int64=np.int64, concatenate=np.concatenate))
         attempts = [Attempt(rollout(n, seed=n)) for n in (2, 9, 5)]
         asyncio.run(ask(own(), *plainly(attempts)))
-        states.append({str(i): heard(a).h_TH for i, a in enumerate(attempts)})
+        states.append({str(i): objective_teachers(a).h_TH for i, a in enumerate(attempts)})
     assert same(*states)
 
 
@@ -284,13 +284,13 @@ def test_a_state_that_is_no_number_after_the_first_is_found_too() -> None:
     states = [torch.zeros(3, 32), torch.zeros(3, 32)]
     states[1][2, 5] = torch.inf
     with pytest.raises(ModelError, match="prompt p2, sample 0 are not numbers"):
-        own()._refuse_nan([TeacherRequest(a.rollout, View(()), Wants()) for a in attempts], states)
+        own()._refuse_nan([TeacherRequest(a.rollout, TeacherPrompt(()), Requirements()) for a in attempts], states)
 
 
 def test_a_context_too_long_is_refused_in_words() -> None:
     made = Attempt(rollout(100, seed=1))
     with pytest.raises(ModelError, match=r"take \d+ tokens, but its context holds 512.*shorten the teacher's context"):
-        asyncio.run(ask(own(), (made, View(({"role": "user", "content": "x" * 450},)))))
+        asyncio.run(ask(own(), (made, TeacherPrompt(({"role": "user", "content": "x" * 450},)))))
 
 
 @pytest.mark.parametrize("objective", [Divergence(divergence="jsd", support="student", k=100), Divergence(divergence="jsd"), Divergence()])
@@ -302,7 +302,10 @@ def test_an_empty_wrapper_costs_nothing(objective: Any) -> None:
     found = {}
     for name in ("same", "told"):
         attempts = [Attempt(rollout(n, seed=n)) for n in (1, 8, 5)]
-        views = [View(a.rollout.prompt.messages if name == "same" else ({"role": "user", "content": "the answer is 7"},)) for a in attempts]
+        views = [
+            TeacherPrompt(a.rollout.prompt.messages if name == "same" else ({"role": "user", "content": "the answer is 7"},))
+            for a in attempts
+        ]
         asyncio.run(ask(teacher, *zip(attempts, views, strict=True)))
         stats = tiny.move(learner, [attempts], [objective])
         largest = max(float(p.grad.abs().max()) for p in learner.trained.values() if p.grad is not None)
@@ -315,7 +318,7 @@ def test_no_gradient_reaches_the_teacher() -> None:
     """Identity 5: not even where the loss runs through its head."""
     learner, teacher = tiny.learner(tiny.net(4)), own(tiny.net(1))
     made = Attempt(rollout(5, seed=1))
-    asyncio.run(ask(teacher, (made, View(({"role": "user", "content": "told"},)))))
+    asyncio.run(ask(teacher, (made, TeacherPrompt(({"role": "user", "content": "told"},)))))
     before = phi(teacher)
     tiny.move(learner, [[made]], [Divergence(divergence="jsd", support="student", k=3)])
     assert all(p.grad is None and not p.requires_grad for p in teacher.model.net.parameters())
@@ -330,7 +333,7 @@ def run_settings(**more: Any) -> dict[str, Any]:
 
 
 def table(**fields: Any) -> dict[str, Any]:
-    return {"main": {"kind": "own", "context": SHOWN, **fields}}
+    return {"main": {"kind": "self", "context": SHOWN, **fields}}
 
 
 def states(folder: Path, part: str) -> list[dict[str, Any]]:
@@ -405,8 +408,10 @@ def test_a_step_that_was_not_made_leaves_phi_alone(tiny_run: Callable[..., Any],
     assert same(*phis(done.dir)[:2])
     assert states(done.dir, "teachers/main")[-1]["version"] == 0
     published = []
-    publish = OwnTeacher._publish
-    monkeypatch.setattr(OwnTeacher, "_publish", lambda self, weights, version: (published.append(version), publish(self, weights, version)))
+    publish = SelfTeacherEngine._publish
+    monkeypatch.setattr(
+        SelfTeacherEngine, "_publish", lambda self, weights, version: (published.append(version), publish(self, weights, version))
+    )
     monkeypatch.setattr(hf_engine.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(torch.nan))
     with pytest.raises(StepRefused):
         tiny_run("full", **run_settings(teachers=table(ema=0.5)))
@@ -416,7 +421,7 @@ def test_a_step_that_was_not_made_leaves_phi_alone(tiny_run: Callable[..., Any],
 def test_phi_learns_of_a_jump_after_a_step_that_was_not_made(tiny_run: Callable[..., Any], student: str) -> None:
     """The weights moved, so they have another version; the step by itself moved nothing."""
     jump = {"kind": "outside:Jump", "at": 2, "by": 0.5, "score": "minus_kl"}
-    done = tiny_run("full", **run_settings(teachers=table(ema=0.5), learner__noise_floor=1e9, accelerator=jump))
+    done = tiny_run("full", **run_settings(teachers=table(ema=0.5), learner__noise_floor=1e9, extrapolation=jump))
     start = AutoModelForCausalLM.from_pretrained(student).state_dict()
     before, *after = phis(done.dir)
     assert same(before, {name: start[name] for name in before})
@@ -424,22 +429,22 @@ def test_phi_learns_of_a_jump_after_a_step_that_was_not_made(tiny_run: Callable[
         for name, value in found.items():
             torch.testing.assert_close(value, 1.25 * start[name], rtol=1e-5, atol=1e-7)
     assert [state["version"] for state in states(done.dir, "teachers/main")] == [0, 1, 1, 1]
-    assert [row["lag_max"] for row in done.rows("metrics")] == [0, 0, 0, 0]
+    assert [row["staleness_max"] for row in done.rows("metrics")] == [0, 0, 0, 0]
 
 
 def test_several_teachers_at_once_by_name(tiny_run: Callable[..., Any], teacher: str) -> None:
     """A local teacher as it is, and the student itself in a context: each heard by its own objective, the loss their sum."""
     both = {
         "main": {"kind": "local", "model": teacher},
-        "self": {"kind": "own", "context": {"kind": "privileged"}},
+        "self": {"kind": "self", "context": {"kind": "privileged"}},
     }
     objectives = [{"kind": "divergence"}, {"kind": "divergence", "teacher": "self", "divergence": "jsd", "coef": 0.5}]
 
-    def losses(heard: list[Any]) -> float:
-        done = tiny_run("full", **run_settings(steps=1, teachers=both, objectives=heard))
+    def losses(objective_teachers: list[Any]) -> float:
+        done = tiny_run("full", **run_settings(steps=1, teachers=both, objectives=objective_teachers))
         row = next(row for row in done.rows("attempts") if row["kind"] == "learned")
-        assert set(row["teacher_logp"]) >= {objective.get("teacher", "main") for objective in heard}
-        assert done.rows("metrics")[0]["silent"] == {"main": 0, "self": 0}
+        assert set(row["teacher_logp"]) >= {objective.get("teacher", "main") for objective in objective_teachers}
+        assert done.rows("metrics")[0]["without_target"] == {"main": 0, "self": 0}
         return done.rows("metrics")[0]["loss"]
 
     one, other, together = losses(objectives[:1]), losses(objectives[1:]), losses(objectives)
@@ -450,7 +455,7 @@ def test_several_teachers_at_once_by_name(tiny_run: Callable[..., Any], teacher:
 
 def test_a_teacher_that_moves_needs_lag_nought(student: str, teacher: str) -> None:
     for fields, fine in (({"follow": "frozen"}, True), ({}, False), ({"follow": "live"}, False), ({"follow": "frozen", "step": 1}, False)):
-        cfg = tiny.config("full", student, teacher, **run_settings(teachers=table(**fields), max_lag=1))
+        cfg = tiny.config("full", student, teacher, **run_settings(teachers=table(**fields), max_staleness=1))
         if fine:
             checks.join(cfg)
         else:
@@ -459,20 +464,20 @@ def test_a_teacher_that_moves_needs_lag_nought(student: str, teacher: str) -> No
 
 
 def test_a_frozen_copy_teaches_at_a_lag(tiny_run: Callable[..., Any]) -> None:
-    done = tiny_run("full", **run_settings(teachers=table(follow="frozen"), max_lag=2))
+    done = tiny_run("full", **run_settings(teachers=table(follow="frozen"), max_staleness=2))
     assert [row["step"] for row in done.rows("metrics")] == [1, 2, 3, 4]
 
 
 def test_it_renders_as_the_sampler_does(tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    sequence = OwnTeacher._sequence
+    sequence = SelfTeacherEngine._sequence
 
     def spy(self: Any, request: Any) -> Any:
         found = sequence(self, request)
         seen.append(character_tokenizer().decode(found[0][: found[1]]))
         return found
 
-    monkeypatch.setattr(OwnTeacher, "_sequence", spy)
+    monkeypatch.setattr(SelfTeacherEngine, "_sequence", spy)
     tiny_run("full", **run_settings(steps=1, teachers=table(context={"kind": "privileged"}), learner__system="be brief"))
     assert all(text.startswith("<system>be brief<user>") and text.endswith("correctly.<assistant>") for text in seen)
 

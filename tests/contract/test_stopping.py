@@ -21,7 +21,7 @@ RECIPE = """
 base = "toy"
 steps = 5000
 prompts_per_step = 4
-max_lag = {max_lag}
+max_staleness = {max_staleness}
 save_every = 1000
 eval_every = 1000
 threads = 1
@@ -42,19 +42,19 @@ test_accuracy = "none"
 """
 
 
-@pytest.mark.parametrize(("how", "max_lag"), [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize(("how", "max_staleness"), [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
-    student: str, teacher: str, tmp_path: Path, how: signal.Signals, max_lag: int
+    student: str, teacher: str, tmp_path: Path, how: signal.Signals, max_staleness: int
 ) -> None:
     recipe, out = tmp_path / "slow.toml", tmp_path / "run dir"
-    recipe.write_text(RECIPE.format(student=student, teacher=teacher, max_lag=max_lag))
+    recipe.write_text(RECIPE.format(student=student, teacher=teacher, max_staleness=max_staleness))
     command = [sys.executable, "-m", "reflux.cli.main", "run", str(recipe), "--out", str(out)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "400"}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         wait_for(process, out / "metrics.jsonl")
         process.send_signal(how)
-        said, noise = process.communicate()
+        behaviour, noise = process.communicate()
     finally:
         process.kill()  # where it hangs, the suite's timeout ends the test
     assert process.returncode == 130, noise
@@ -62,11 +62,11 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     assert rows == list(range(1, rows[-1] + 1))
     assert (out / "checkpoints" / f"step-{rows[-1]}").is_dir()
     assert (out / "student" / "model.safetensors").exists()
-    assert f"stopped after step {rows[-1]} of 5000; everything is saved" in said
-    assert f"reflux run {recipe} --out '{out}' --resume" in said
+    assert f"stopped after step {rows[-1]} of 5000; everything is saved" in behaviour
+    assert f"reflux run {recipe} --out '{out}' --resume" in behaviour
     for words in ("Traceback", "was never retrieved", "was destroyed"):
-        assert words not in said + noise
-    if max_lag == 0:
+        assert words not in behaviour + noise
+    if max_staleness == 0:
         goes_on(recipe, out, rows[-1] + 1)
 
 
@@ -99,7 +99,7 @@ def test_a_second_signal_ends_a_run_at_once_where_the_first_one_waits(
     """Inside a model call that holds the event loop for two minutes, and where the loop waits for what does not come."""
     recipe, out = tmp_path / "stuck.toml", tmp_path / "run"
     table = f'[learner]\nkind = "outside:StuckLearner"\nholds_the_loop = {holds}'
-    recipe.write_text(RECIPE.format(student=student, teacher=teacher, max_lag=0).replace("[learner]", table))
+    recipe.write_text(RECIPE.format(student=student, teacher=teacher, max_staleness=0).replace("[learner]", table))
     command = [sys.executable, "-m", "reflux.cli.main", "run", str(recipe), "save_every=1", "--out", str(out)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "400"}
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -121,12 +121,12 @@ def test_a_second_signal_ends_a_run_at_once_where_the_first_one_waits(
 def hears(process: subprocess.Popen[str], words: str) -> None:
     """Read what it prints until it has said them."""
     assert process.stdout is not None
-    said = ""
+    behaviour = ""
     for line in process.stdout:
-        said += line
+        behaviour += line
         if words in line:
             return
-    raise AssertionError(f"it ended with {process.wait()} and never said {words!r}:\n{said}")
+    raise AssertionError(f"it ended with {process.wait()} and never said {words!r}:\n{behaviour}")
 
 
 def test_signals_do_not_wait_for_the_event_loop_and_the_second_is_the_systems_own() -> None:
@@ -136,8 +136,8 @@ def test_signals_do_not_wait_for_the_event_loop_and_the_second_is_the_systems_ow
 
     from reflux.runtime.signals import stopping_on_signals
 
-    heard: list[str] = []
-    run: Any = SimpleNamespace(stopping=False, watch=SimpleNamespace(noted=heard.append))
+    objective_teachers: list[str] = []
+    run: Any = SimpleNamespace(stopping=False, watch=SimpleNamespace(noted=objective_teachers.append))
     before = signal.getsignal(signal.SIGTERM)
 
     async def main() -> None:
@@ -151,6 +151,6 @@ def test_signals_do_not_wait_for_the_event_loop_and_the_second_is_the_systems_ow
         assert signal.getsignal(signal.SIGINT) == of_asyncio
 
     asyncio.run(main())
-    assert len(heard) == 1
-    assert "once more to end at once" in heard[0]
+    assert len(objective_teachers) == 1
+    assert "once more to end at once" in objective_teachers[0]
     assert signal.getsignal(signal.SIGTERM) == before

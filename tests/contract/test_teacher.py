@@ -14,32 +14,32 @@ import torch
 
 import tiny
 from reflux.assets.characters import character_tokenizer
-from reflux.contexts.base import View
+from reflux.contexts.base import TeacherPrompt
 from reflux.errors import DataError, ModelError
 from reflux.models.text import as_model
 from reflux.teachers.collection import Teachers
 from reflux.teachers.local import Local
 from reflux.teachers.local_engine import LocalTeacher
-from reflux.types import Attempt, HiddenTarget, Moment, TeacherAnswer, TopKTarget, Wants
+from reflux.types import Attempt, HiddenTarget, Requirements, StepContext, TeacherAnswer, TopKTarget
 from tiny import ask, attempt, rollout, same
 
 CHAT = {"kind": "outside:Chat"}
-NOW = Moment(0, 0)
+NOW = StepContext(0, 0)
 
 
-def local(net: Any, wants: Wants = Wants(), **fields: Any) -> LocalTeacher:
-    return LocalTeacher(Local("m", **fields), tiny.context(wants), tiny.services(), as_model(net, character_tokenizer()))
+def local(net: Any, requirements: Requirements = Requirements(), **fields: Any) -> LocalTeacher:
+    return LocalTeacher(Local("m", **fields), tiny.context(requirements), tiny.services(), as_model(net, character_tokenizer()))
 
 
-def score(teacher: LocalTeacher, attempts: list[Attempt], view: View | None = None) -> None:
-    asyncio.run(ask(teacher, *((a, view or View(a.rollout.prompt.messages)) for a in attempts)))
+def score(teacher: LocalTeacher, attempts: list[Attempt], view: TeacherPrompt | None = None) -> None:
+    asyncio.run(ask(teacher, *((a, view or TeacherPrompt(a.rollout.prompt.messages)) for a in attempts)))
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 30, 10_000])
 def test_the_teacher_says_what_its_model_says_along_the_students_tokens(batch_tokens: int) -> None:
     net = tiny.net(2, layers=2)
     attempts = [Attempt(rollout(n, seed=n, prompt_tokens=3 + n % 4)) for n in (1, 9, 4, 6)]
-    teacher = local(net, Wants(logp=True), batch_tokens=batch_tokens)
+    teacher = local(net, Requirements(logp=True), batch_tokens=batch_tokens)
     score(teacher, attempts)
     for made in attempts:
         spoken, target = made.rollout, made.target("main")
@@ -56,10 +56,10 @@ def test_log_probs_and_candidates_are_made_only_where_wanted() -> None:
 
     spoken = rollout(5, seed=1)
     listed = np.random.default_rng(0).integers(0, 102, (5, 3))
-    said = TopKTarget(teacher="said", ids_TK=listed, logp_TK=np.zeros((5, 3), np.float32), logp_T=spoken.logp_T)
-    plain, asked = Attempt(replace(spoken, said=said)), Attempt(replace(spoken, said=said))
+    behaviour = TopKTarget(teacher="behaviour", ids_TK=listed, logp_TK=np.zeros((5, 3), np.float32), logp_T=spoken.logp_T)
+    plain, asked = Attempt(replace(spoken, behaviour=behaviour)), Attempt(replace(spoken, behaviour=behaviour))
     score(local(tiny.net(2)), [plain])
-    score(local(tiny.net(2), Wants(candidates=3, said=3)), [asked])
+    score(local(tiny.net(2), Requirements(candidates=3, behaviour=3)), [asked])
     assert plain.target("main").logp_T is None
     assert plain.answers["main"].candidates is None
     target = asked.target("main")
@@ -67,8 +67,8 @@ def test_log_probs_and_candidates_are_made_only_where_wanted() -> None:
         logp_TV = tiny.HEADS[target.head].logits(target.h_TH).log_softmax(-1)
     np.testing.assert_allclose(asked.answers["main"].candidates.logp_TK, logp_TV.gather(-1, torch.from_numpy(listed)), atol=1e-5)
     np.testing.assert_allclose(asked.answers["main"].candidates.logp_T, asked.target("main").logp_T)
-    mixed = [Attempt(spoken), Attempt(replace(spoken, said=said))]  # an evaluation's attempt comes without a list
-    score(local(tiny.net(2), Wants(candidates=3)), mixed)
+    mixed = [Attempt(spoken), Attempt(replace(spoken, behaviour=behaviour))]  # an evaluation's attempt comes without a list
+    score(local(tiny.net(2), Requirements(candidates=3)), mixed)
     assert mixed[0].answers["main"].candidates is None
     np.testing.assert_allclose(mixed[1].answers["main"].candidates.logp_TK, asked.answers["main"].candidates.logp_TK, atol=1e-5)
     np.testing.assert_allclose(mixed[0].target("main").logp_T, asked.target("main").logp_T, rtol=1e-6, atol=1e-5)
@@ -78,7 +78,7 @@ def test_another_view_changes_the_prompt_and_never_the_answer() -> None:
     net = tiny.net(2)
     made, spoken = Attempt(rollout(4, seed=1)), rollout(4, seed=1)
     messages = ({"role": "system", "content": "the answer is 7"}, {"role": "user", "content": "q"})
-    score(local(net, Wants(logp=True)), [made], View(messages))
+    score(local(net, Requirements(logp=True)), [made], TeacherPrompt(messages))
     prompt = character_tokenizer().apply_chat_template(list(messages), add_generation_prompt=True)["input_ids"]
     ids = np.concatenate([prompt, spoken.tokens_T])
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_what_does_not_fit_the_teacher_is_refused_in_words() -> None:
     with pytest.raises(ModelError, match=r"takes? .* tokens|take 604 tokens, but its context holds 512"):
         score(local(tiny.net(2)), [Attempt(rollout(600, seed=1))])
     with pytest.raises(ModelError, match="replaces text inside the response"):
-        score(local(tiny.net(2)), [Attempt(rollout(3))], View((), {1: "x"}))
+        score(local(tiny.net(2)), [Attempt(rollout(3))], TeacherPrompt((), {1: "x"}))
 
 
 # --- all of them
@@ -120,24 +120,24 @@ class Saying:
     """A context that can be told what to show."""
 
     min_group = 1
-    wants = Wants()
+    requirements = Requirements()
 
     def __init__(self) -> None:
         self.word: str | None = "a"
 
-    def __call__(self, group: Any, moment: Moment) -> list[View | None]:
-        return [None if self.word is None else View(({"role": "user", "content": self.word},)) for _ in group]
+    def __call__(self, group: Any, step_context: StepContext) -> list[TeacherPrompt | None]:
+        return [None if self.word is None else TeacherPrompt(({"role": "user", "content": self.word},)) for _ in group]
 
 
 def table(context: Any, **fields: Any) -> Any:
     return SimpleNamespace(
-        context=context, routes=fields.get("routes", ()), as_=fields.get("as_"), in_process=fields.get("in_process", False)
+        context=context, routes=fields.get("routes", ()), alias=fields.get("alias"), in_process=fields.get("in_process", False)
     )
 
 
 def test_scoring_is_idempotent_and_asks_again_only_where_the_context_changed() -> None:
     context, answers = Saying(), Counting()
-    teachers = Teachers({"main": (table(context), answers)}, Wants(), tiny.services())
+    teachers = Teachers({"main": (table(context), answers)}, Requirements(), tiny.services())
     group = [attempt(rollout(3, seed=1, sample=s)) for s in range(2)]
     for word, calls in (("a", 2), ("a", 2), ("b", 4), (None, 4), ("b", 4), ("a", 6)):
         context.word = word
@@ -148,14 +148,14 @@ def test_scoring_is_idempotent_and_asks_again_only_where_the_context_changed() -
 
 def test_empty_and_failed_attempts_are_not_asked() -> None:
     answers = Counting()
-    teachers = Teachers({"main": (table(Saying()), answers)}, Wants(), tiny.services())
+    teachers = Teachers({"main": (table(Saying()), answers)}, Requirements(), tiny.services())
     asyncio.run(teachers.score([[attempt(rollout(0)), attempt(rollout(3, finish="error"))], [attempt(rollout(2))], []], NOW))
     assert len(answers.asked) == 1
 
 
 def test_a_teacher_with_state_is_in_the_checkpoint_under_its_table(tmp_path: Path) -> None:
     one, other = Counting(), Counting()
-    teachers = Teachers({"main": (table(Saying()), one), "second": (table(Saying()), other)}, Wants(), tiny.services())
+    teachers = Teachers({"main": (table(Saying()), one), "second": (table(Saying()), other)}, Requirements(), tiny.services())
     one.asked.append(("x", 0))
     teachers.save(tmp_path)
     assert {path.name: (path / "asked").read_text() for path in tmp_path.iterdir()} == {"main": "1", "second": "0"}
@@ -167,8 +167,8 @@ def test_two_tables_are_one_teacher_by_route(tiny_run: Callable[..., Any], teach
     """Each prompt asks exactly one of them; the student is its own teacher for the odd ones, so those cost nothing."""
     routed = {
         "main": "none",
-        "good": {"kind": "local", "model": teacher, "as": "main", "routes": ["even"]},
-        "home": {"kind": "local", "model": student, "as": "main", "routes": ["odd"]},
+        "good": {"kind": "local", "model": teacher, "alias": "main", "routes": ["even"]},
+        "home": {"kind": "local", "model": student, "alias": "main", "routes": ["odd"]},
     }
     done = tiny_run("full", steps=1, task=CHAT, teachers=routed, learner__micro_batch_tokens=1)
     gaps = {}
@@ -177,7 +177,7 @@ def test_two_tables_are_one_teacher_by_route(tiny_run: Callable[..., Any], teach
         gaps.setdefault(int(row["prompt"].split("-")[1]) % 2, []).append(gap.max())
     assert max(gaps[1]) < 1e-4
     assert min(gaps[0]) > 0.1
-    assert done.rows("metrics")[0]["silent"] == {"main": 0}
+    assert done.rows("metrics")[0]["without_target"] == {"main": 0}
 
 
 def test_a_route_that_nobody_serves_is_refused_also_where_the_task_did_not_tell_it(tiny_run: Callable[..., Any]) -> None:
@@ -212,7 +212,7 @@ def test_two_tokens_swapped_at_equal_size_are_noticed() -> None:
 
 @pytest.mark.parametrize("recipe", ["full", "topk", "vopd"])
 def test_padded_output_rows_are_cut_on_either_side(tiny_run: Callable[..., Any], student: str, tmp_path: Path, recipe: str) -> None:
-    """They would be chosen nearly always, were they not cut. A student with padding is exact against one without, at home."""
+    """They would be chosen nearly always, were they not cut. A student with padding is exact against one without, at identity."""
     wide = tiny.save(tiny.net(1, padded_rows=5), tmp_path / "wide")
     done = tiny_run(recipe, steps=1, task=CHAT, learner__model=wide)
     tokens = [token for row in done.rows("attempts") if row["kind"] == "attempt" for token in row["tokens"]]

@@ -1,4 +1,4 @@
-"""Sampler `drawn`: pictures that the teachers drew, and states on straight lines to them."""
+"""Sampler `teacher_samples`: images that the teachers drew, and states on straight lines to them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from reflux.config.recipe import RunConfig
 from reflux.errors import DataError
 from reflux.loop import train
 from reflux.training import Options
-from tiny_glyphs import EVAL_STEPS, NO_EVALS, TIMES, D, drawn, glyphs, rollouts, said
+from tiny_glyphs import EVAL_STEPS, NO_EVALS, TIMES, D, behaviour, drawn, glyphs, rollouts
 
 Config = Callable[..., RunConfig]
 
@@ -36,7 +36,7 @@ def config(models: tiny_glyphs.Models) -> Config:
 
 def test_each_state_lies_on_a_line_from_noise_to_the_picture(config: Config, tmp_path: Path) -> None:
     for rollout in rollouts(drawn(config("flow_sft"), tmp_path / "run", glyphs(4), n=2)):
-        x_TD, t_T, v_TD = rollout.x_SD[:-1], rollout.t_S[:-1], said(rollout)
+        x_TD, t_T, v_TD = rollout.x_SD[:-1], rollout.t_S[:-1], behaviour(rollout)
         assert rollout.x_SD.shape == (TIMES + 1, D)
         assert rollout.length == TIMES == len(v_TD)
         assert rollout.mask_T.all()
@@ -55,8 +55,8 @@ def test_noise_and_times_have_the_distributions_that_are_stated(config: Config, 
     """Noise: 80 x 256 standard normals, independent over times; times: the sigmoid of a standard normal."""
     from scipy import stats
 
-    found = rollouts(drawn(config("flow_sft", sampler__times=40), tmp_path / "run", glyphs(20)))
-    noise_RTD = np.stack([said(rollout) + rollout.x_SD[-1] for rollout in found])
+    found = rollouts(drawn(config("flow_sft", sampler__positions=40), tmp_path / "run", glyphs(20)))
+    noise_RTD = np.stack([behaviour(rollout) + rollout.x_SD[-1] for rollout in found])
     assert stats.kstest(noise_RTD[:, ::8].ravel(), "norm").pvalue > 1e-3
     neighbours = np.corrcoef(noise_RTD.reshape(-1, D))[np.triu_indices(800, 1)]
     assert abs(neighbours).max() < 0.45  # 1 / sqrt(256) each; the same noise would give 1
@@ -81,7 +81,7 @@ def test_a_prompts_picture_is_drawn_by_the_teacher_of_its_route(config: Config, 
 
 
 def test_what_is_drawn_depends_on_no_neighbour(config: Config, tmp_path: Path) -> None:
-    """Alone, among others, in another order, in other chunks: the same times and noise to the bit, the same picture up to rounding."""
+    """Alone, among others, in another order, in other chunks: the same times and noise to the bit, the same image up to rounding."""
     prompts = glyphs(6)
     together = {r.prompt.id: r for r in rollouts(drawn(config("flow_sft"), tmp_path / "a", prompts))}
     others = [
@@ -115,7 +115,7 @@ def test_a_prompt_that_no_table_may_draw_is_an_error(config: Config, tmp_path: P
 
 
 def test_evaluations_are_the_students_own(config: Config, tmp_path: Path) -> None:
-    """Greedy: the same picture as the plain flow sampler's."""
+    """Greedy: the same image as the plain flow sampler's."""
     cfgs = {kind: config(kind) for kind in ("flow_sft", "flow_grpo")}
     found = [
         rollouts(drawn(replace(cfg, prompts_per_step=2), tmp_path / kind, glyphs(2), purpose="eval", temperature=0.0))
@@ -127,7 +127,7 @@ def test_evaluations_are_the_students_own(config: Config, tmp_path: Path) -> Non
 
 
 def test_the_loss_of_drawn_pictures_is_that_of_flow_matching(config: Config, tmp_path: Path, models: tiny_glyphs.Models) -> None:
-    """Mean over pixels, positions and pictures of (v - (x_1 - x_0))^2, by the model itself."""
+    """Mean over pixels, positions and images of (v - (x_1 - x_0))^2, by the model itself."""
     from reflux.models.flow.load import load_flow
 
     cfg = config("flow_sft", steps=1, **NO_EVALS)
@@ -138,5 +138,5 @@ def test_the_loss_of_drawn_pictures_is_that_of_flow_matching(config: Config, tmp
         texts = [rollout.prompt.messages[-1]["content"]] * TIMES
         with torch.no_grad():
             v_TD = model.velocity(torch.from_numpy(rollout.x_SD[:-1]), torch.from_numpy(rollout.t_S[:-1].copy()), texts)
-        errors.append(((v_TD.numpy() - said(rollout)) ** 2).mean())
+        errors.append(((v_TD.numpy() - behaviour(rollout)) ** 2).mean())
     assert done.rows("metrics")[0]["loss"] == pytest.approx(float(np.mean(errors)), rel=1e-4)

@@ -10,7 +10,7 @@ from reflux.contexts.peers import Peers
 from reflux.contexts.privileged import Privileged
 from reflux.contexts.same import Same
 from reflux.credit.balance import Balance
-from reflux.credit.base import Credit
+from reflux.credit.base import CreditRule
 from reflux.credit.group_advantage import GroupAdvantage
 from reflux.credit.margin import Margin
 from reflux.credit.position import Position
@@ -22,7 +22,7 @@ from reflux.evals.base import Eval
 from reflux.evals.foresight import Foresight
 from reflux.evals.teacher_accuracy import TeacherAccuracy
 from reflux.evals.test_accuracy import ReportedAccuracy
-from reflux.extrapolation.base import Accelerator
+from reflux.extrapolation.base import Extrapolation
 from reflux.extrapolation.extrapolate import Extrapolate
 from reflux.learners.base import Learner
 from reflux.learners.flow import Flow as FlowLearner
@@ -39,8 +39,8 @@ from reflux.rewards.verifier import Verifier
 from reflux.samplers.base import Sampler
 from reflux.samplers.flow import Flow as FlowSampler
 from reflux.samplers.hf import HF as HFSampler
-from reflux.samplers.references import Stored
-from reflux.samplers.teacher_samples import Drawn
+from reflux.samplers.references import References
+from reflux.samplers.teacher_samples import TeacherSamples
 from reflux.tasks.base import Task
 from reflux.tasks.glyphs import Glyphs
 from reflux.tasks.gsm8k import Gsm8k
@@ -50,15 +50,15 @@ from reflux.tasks.word_problems import WordProblems
 from reflux.teachers.base import Teacher
 from reflux.teachers.flow import Flow as FlowTeacher
 from reflux.teachers.local import Local
-from reflux.teachers.self_teacher import Own
+from reflux.teachers.self_teacher import SelfTeacher
 
 
 def samplers() -> list[Sampler]:
-    return [HFSampler(), Stored(), FlowSampler(), Drawn()]
+    return [HFSampler(), References(), FlowSampler(), TeacherSamples()]
 
 
 def teachers() -> list[Teacher]:
-    return [Local("m"), Own(), FlowTeacher("m")]
+    return [Local("m"), SelfTeacher(), FlowTeacher("m")]
 
 
 def contexts() -> list[Context]:
@@ -69,7 +69,7 @@ def objectives() -> list[Objective]:
     return [SampledKL(), Divergence(), NLL(), PolicyGradient(), VelocityKL()]
 
 
-def credit() -> list[Credit]:
+def credit() -> list[CreditRule]:
     return [Prefix(9), Position(1.0), GroupAdvantage(), Release(), Margin(), Balance()]
 
 
@@ -81,7 +81,7 @@ def learners() -> list[Learner]:
     return [HFLearner("m"), FlowLearner("m")]
 
 
-def accelerators() -> list[Accelerator]:
+def extrapolations() -> list[Extrapolation]:
     return [Extrapolate()]
 
 

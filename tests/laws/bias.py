@@ -50,7 +50,7 @@ def in_words(values: np.ndarray) -> str:
 
 
 def tables() -> Iterator[str]:
-    """Markdown: what is exact, what is not, and what lag does."""
+    """Markdown: what is exact, what is not, and what staleness does."""
     yield from exact_ones()
     yield from bounded_supports()
     yield from other_biased_ones()
@@ -103,7 +103,9 @@ def bounded(kind: str, tail: str, support: str) -> Setting:
     (found,) = (
         s
         for s in SETTINGS["divergence"]
-        if not s.unbiased and s.says == "full" and (s.objective.divergence, s.objective.tail, s.objective.support) == (kind, tail, support)
+        if not s.unbiased
+        and s.outputs == "full"
+        and (s.objective.divergence, s.objective.tail, s.objective.support) == (kind, tail, support)
     )
     assert found.objective.k == K
     return found
@@ -120,7 +122,7 @@ def _range(column: tuple[str, str], kinds: tuple[str, ...]) -> str:
 
 def check_stored_lists() -> None:
     """A teacher that stored its K likeliest tokens gives the column "teacher": it needs none of its own."""
-    for setting in (s for s in SETTINGS["divergence"] if s.says == "listed"):
+    for setting in (s for s in SETTINGS["divergence"] if s.outputs == "listed"):
         whole = measured(bounded(setting.objective.divergence, setting.objective.tail, "teacher"))
         assert all(np.abs(one - other).max() < 5e-4 for one, other in zip(measured(setting), whole, strict=True))
 

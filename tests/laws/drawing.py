@@ -15,10 +15,10 @@ from torch import Tensor
 from laws.estimators import World, world_of
 from reflux.kernels.head import Head
 from reflux.loss.batch import micro_batches, plan
-from reflux.loss.token_loss import MicroBatch, backward
+from reflux.loss.token_loss import TokenMicroBatch, backward
 from reflux.models.heads import Heads
 from reflux.objectives.policy_gradient import PolicyGradient
-from reflux.types import Attempt, Group, HiddenTarget, Prompt, Share, TeacherAnswer, TokenRollout
+from reflux.types import Attempt, Credit, Group, HiddenTarget, Prompt, TeacherAnswer, TokenRollout
 
 
 def drawn_from(logits: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -69,7 +69,7 @@ class Drawing:
         logp_T = self.world.teacher.log_softmax(-1)[places, sequence].numpy()
         target = HiddenTarget(teacher="main", h_TH=self.world.teacher[places], head=self.key, logp_T=logp_T)
         made = Attempt(rollout, answers={"main": TeacherAnswer(target=target)})
-        made.shares["drawn"] = Share(factor_T=weight, shift_T=shift)
+        made.credits["drawn"] = Credit(weight_T=weight, advantage_offset_T=shift)
         return made
 
     def groups(self, size: int, reward: bool = False) -> list[Group]:
@@ -83,12 +83,12 @@ class Drawing:
     def expected_gradient(self, objective: Any, size: int = 1) -> np.ndarray:
         """What the library's loss gives, summed over all answers."""
         groups = self.groups(size, reward=isinstance(objective, PolicyGradient))
-        items = plan(groups, [objective], "kept")
+        items = plan(groups, [objective], "token-mean-weighted")
         rows = sum(len(item.rows_N) for item in items)  # the denominator, taken out again
         student = self.world.student.detach().clone().requires_grad_()
         for part in micro_batches(items, 1 << 20):
             places = [place for item in part for place in self.prefixes(tuple(item.rollout.tokens_T.tolist()))]
-            backward(MicroBatch(part, [objective], torch.device("cpu"), self.heads), student[places], self.head)
+            backward(TokenMicroBatch(part, [objective], torch.device("cpu"), self.heads), student[places], self.head)
         return rows * student.grad.numpy()
 
     def exact_gradient(self, cost: Any) -> np.ndarray:

@@ -17,7 +17,7 @@ import torch
 
 from reflux.config.registry import part
 from reflux.loss.group_values import group_values
-from reflux.loss.outputs import FullSays, ListedSays, SampledSays
+from reflux.loss.outputs import FullLogits, SampledLogprobs, TopKLogprobs
 from reflux.loss.term import Rows
 from reflux.objectives.divergence import MIXED, Divergence
 from reflux.objectives.nll import NLL
@@ -33,12 +33,12 @@ class World:
         self.prefixes: dict[tuple[int, ...], int] = {}
         self.sequences: list[tuple[int, ...]] = []
         self._grow((), vocabulary, horizon)
-        dice = np.random.default_rng(seed)
+        rng = np.random.default_rng(seed)
         shape = (len(self.prefixes), vocabulary)
-        self.student = torch.tensor(spread * dice.standard_normal(shape)).requires_grad_()
-        self.teacher = torch.tensor(spread * dice.standard_normal(shape))
-        self.lagged = self.student.detach() + torch.tensor(0.3 * dice.standard_normal(shape))
-        self.reward = torch.tensor(dice.standard_normal(len(self.sequences)))
+        self.student = torch.tensor(spread * rng.standard_normal(shape)).requires_grad_()
+        self.teacher = torch.tensor(spread * rng.standard_normal(shape))
+        self.lagged = self.student.detach() + torch.tensor(0.3 * rng.standard_normal(shape))
+        self.reward = torch.tensor(rng.standard_normal(len(self.sequences)))
         rows = [(s, self.prefixes[y[:t]], y[t]) for s, y in enumerate(self.sequences) for t in range(len(y))]
         self.sequence_N, self.prefix_N, self.ids_N = (torch.tensor(column) for column in zip(*rows, strict=True))
 
@@ -61,21 +61,26 @@ class World:
         return torch.zeros(len(self.sequences), dtype=logp_N.dtype).index_add(0, self.sequence_N, logp_N)
 
     def rows(
-        self, behaviour: torch.Tensor, teacher: torch.Tensor, says: str = "full", shift_N: torch.Tensor | None = None, copies: int = 1
+        self,
+        behaviour: torch.Tensor,
+        teacher: torch.Tensor,
+        outputs: str = "full",
+        advantage_offset_N: torch.Tensor | None = None,
+        copies: int = 1,
     ) -> Rows:
         """All rows, `copies` times over."""
         prefix_N, ids_N = self.prefix_N.repeat(copies), self.ids_N.repeat(copies)
-        teacher_says = FullSays(teacher[prefix_N], ids_N)
-        if says == "sampled":
-            teacher_says = SampledSays(teacher_says.logp_N)
-        elif says == "listed":
+        teacher_says = FullLogits(teacher[prefix_N], ids_N)
+        if outputs == "sampled":
+            teacher_says = SampledLogprobs(teacher_says.logp_N)
+        elif outputs == "listed":
             top = teacher_says.logp_NV.topk(3, dim=-1)
-            teacher_says = ListedSays(top.indices, top.values, teacher_says.logp_N)
+            teacher_says = TopKLogprobs(top.indices, top.values, teacher_says.logp_N)
         return Rows(
-            student=FullSays(self.student[prefix_N], ids_N),
+            student=FullLogits(self.student[prefix_N], ids_N),
             teachers={"main": teacher_says},
             behaviour_logp_N=behaviour.detach().log_softmax(-1)[prefix_N, ids_N],
-            shift_N=torch.zeros(len(ids_N), dtype=torch.float64) if shift_N is None else shift_N,
+            advantage_offset_N=torch.zeros(len(ids_N), dtype=torch.float64) if advantage_offset_N is None else advantage_offset_N,
         )
 
     def expected_gradient(self, objective: Callable[[Rows], torch.Tensor], behaviour: torch.Tensor, rows: Rows) -> np.ndarray:
@@ -86,12 +91,12 @@ class World:
         (gradient,) = torch.autograd.grad((weight_N * cost_N).sum(), self.student, retain_graph=True)
         return gradient.numpy()
 
-    def group_gradient(self, objective: SampledKL, behaviour: torch.Tensor, size: int, says: str = "full") -> np.ndarray:
+    def group_gradient(self, objective: SampledKL, behaviour: torch.Tensor, size: int, outputs: str = "full") -> np.ndarray:
         """The same over whole groups of `size` independent attempts: every sequence beside every choice of siblings.
 
         All members of a group are alike, so one member's gradient is followed. One copy of all rows per choice of siblings.
         """
-        one = self.rows(behaviour, self.teacher, says)
+        one = self.rows(behaviour, self.teacher, outputs)
         reward_N = (one.teachers[objective.teacher].logp_N - one.behaviour_logp_N).detach().numpy()
         rewards = [reward_N[self.sequence_N.numpy() == s] for s in range(len(self.sequences))]
         probability = self.log_probability(behaviour.detach()).exp().numpy()
@@ -99,7 +104,7 @@ class World:
         alone = objective.baseline == "leave_one_out"
         value_CS = [[group_values([own, *(rewards[s] for s in siblings)], alone)[0] for own in rewards] for siblings in choices]
         weight_CS = [np.prod(probability[list(siblings)]) * probability for siblings in choices]
-        rows = self.rows(behaviour, self.teacher, says, copies=len(choices))
+        rows = self.rows(behaviour, self.teacher, outputs, copies=len(choices))
         rows.group_value_N, weight_N = (torch.tensor(np.array(table))[:, self.sequence_N].flatten() for table in (value_CS, weight_CS))
         return torch.autograd.grad((weight_N * objective(rows)).sum(), self.student)[0].numpy()
 
@@ -161,14 +166,14 @@ def np_divergence(name: str, beta: float | None = None) -> Callable[[np.ndarray,
 
 @dataclass(frozen=True)
 class Setting:
-    """One objective as the laws run it: what it must estimate, whether exactly, and what it is at home."""
+    """One objective as the laws run it: what it must estimate, whether exactly, and what it is at identity."""
 
     objective: typing.Any
     target: str  # a divergence of np_divergence, or "reward"
     unbiased: bool = True
     points: bool = True  # False: known to point away from the exact gradient in some worlds; then only its life is a law
     home: typing.Literal["divergence", "score", "exempt"] = "divergence"
-    says: str = "full"
+    outputs: str = "full"
     policy: typing.Literal["student", "teacher"] = "student"  # who wrote the sequences
     group: int = 0  # attempts per prompt, where siblings matter
 
@@ -195,7 +200,7 @@ def _divergences() -> list[Setting]:
         settings.append(Setting(Divergence(divergence=kind, support=support, tail=tail, k=3), kind, False, tail == "bucket"))
         settings.append(Setting(Divergence(divergence=kind, support=support, tail=tail, k=99), kind))
     for kind, tail in itertools.product(kinds, tails):
-        settings.append(Setting(Divergence(divergence=kind, support="teacher", tail=tail), kind, False, tail == "bucket", says="listed"))
+        settings.append(Setting(Divergence(divergence=kind, support="teacher", tail=tail), kind, False, tail == "bucket", outputs="listed"))
     return settings
 
 
@@ -208,7 +213,7 @@ def _sampled() -> list[Setting]:
             unbiased=baseline != "group_mean",
             home="score",
             group=group,
-            says="sampled" if group else "full",
+            outputs="sampled" if group else "full",
         )
         for baseline in choices(SampledKL, "baseline")
         for k in ((1, 3, 99) if baseline == "topk_kl" else (20,))
@@ -220,8 +225,8 @@ def _sampled() -> list[Setting]:
 SETTINGS: dict[str, list[Setting]] = {
     "sampled_kl": [
         *_sampled(),
-        Setting(SampledKL(), "reverse", home="score", says="sampled"),
-        Setting(SampledKL(), "reverse", home="score", says="listed"),
+        Setting(SampledKL(), "reverse", home="score", outputs="sampled"),
+        Setting(SampledKL(), "reverse", home="score", outputs="listed"),
         Setting(SampledKL(max_gap_nats=1.0), "reverse", unbiased=False, points=False, home="score"),
     ],
     "divergence": _divergences(),
@@ -255,12 +260,12 @@ def expected_and_exact(world: World, setting: Setting, policy: str | None = None
     who = policy or setting.policy
     behaviour, beta = world.policy(who), setting.objective.beta if isinstance(setting.objective, Divergence) else None
     if setting.target == "reward":
-        rows = world.rows(behaviour, world.teacher, setting.says, shift_N=world.reward[world.sequence_N] - 0.7)
+        rows = world.rows(behaviour, world.teacher, setting.outputs, advantage_offset_N=world.reward[world.sequence_N] - 0.7)
         return world.expected_gradient(setting.objective, behaviour, rows), world.policy_gradient()
     exact = _exact(world, setting.target, beta, who)
     if setting.group:
-        return world.group_gradient(setting.objective, behaviour, setting.group, setting.says), exact
-    return world.expected_gradient(setting.objective, behaviour, world.rows(behaviour, world.teacher, setting.says)), exact
+        return world.group_gradient(setting.objective, behaviour, setting.group, setting.outputs), exact
+    return world.expected_gradient(setting.objective, behaviour, world.rows(behaviour, world.teacher, setting.outputs)), exact
 
 
 def compare(expected: np.ndarray, exact: np.ndarray) -> tuple[float, float]:

@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = {
     "steps": 5, "save_every": 2, "eval_every": 2, "group_size": 2, "prompts_per_step": 3, "keep_checkpoints": 1,
     "evals__accuracy": {"problems": 3}, "rewards": {"verifier": {}}, "credit": {"group_advantage": {}, "prefix": {"length": 6}},
     "learner__lr": {"kind": "cosine", "peak": 1e-3, "warmup": 1}, "evals__foresight": {},
-    "accelerator": {"kind": "extrapolate", "prompts": 4, "accept": "not_worse"},
+    "extrapolation": {"kind": "extrapolate", "prompts": 4, "accept": "not_worse"},
 }  # fmt: skip
 
 
@@ -112,9 +112,9 @@ def searching() -> None:
     """In the search after step 4, with a candidate's weights in the learner and in the sampler."""
     call, asked = score.Scorer.__call__, []
 
-    async def broken(self: Any, evaluation: Any, dice: int = 0) -> float:
+    async def broken(self: Any, evaluation: Any, rng: int = 0) -> float:
         asked.append(evaluation.step)
-        found = await call(self, evaluation, dice)
+        found = await call(self, evaluation, rng)
         if asked.count(3) == 3:
             die()
         return found

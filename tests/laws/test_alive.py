@@ -68,7 +68,7 @@ def test_every_value_of_the_prefix_is_unbiased_in_any_world(vocabulary, horizon,
 @few
 @given(vocabulary=st.integers(2, 3), horizon=st.integers(1, 3), seed=shapes["seed"], spread=shapes["spread"], group=st.integers(2, 3))
 def test_leaving_oneself_out_is_unbiased_in_any_world(vocabulary, horizon, seed, spread, group) -> None:
-    setting = Setting(SampledKL(baseline="leave_one_out"), "reverse", says="sampled", group=2 if horizon == 3 else group)
+    setting = Setting(SampledKL(baseline="leave_one_out"), "reverse", outputs="sampled", group=2 if horizon == 3 else group)
     assert_alive(*something_to_learn(World(vocabulary, horizon, seed, spread), setting), unbiased=True)
 
 
@@ -139,7 +139,7 @@ def test_truncated_ratio_corrects_lag_exactly_when_nothing_is_capped(baseline) -
 
 @pytest.mark.parametrize("shape", GROUP_WORLDS)
 def test_leaving_oneself_out_stays_exact_under_lag_with_the_ratio(shape) -> None:
-    setting = Setting(SampledKL(baseline="leave_one_out", ratio_cap=1e6), "reverse", says="sampled", group=2)
+    setting = Setting(SampledKL(baseline="leave_one_out", ratio_cap=1e6), "reverse", outputs="sampled", group=2)
     assert_alive(*expected_and_exact(world_of(*shape), setting, "lagged"), unbiased=True)
 
 
@@ -183,7 +183,7 @@ def test_wide_clip_corrects_lag_exactly() -> None:
 @pytest.mark.parametrize("baseline", PREFIX_BASELINES)
 def test_a_shift_adds_the_policy_gradient_of_the_reward(baseline) -> None:
     world = World()
-    rows = world.rows(world.student, world.teacher, shift_N=world.reward[world.sequence_N])
+    rows = world.rows(world.student, world.teacher, advantage_offset_N=world.reward[world.sequence_N])
     expected = world.expected_gradient(SampledKL(baseline=baseline), world.student, rows)
     assert_alive(expected, world.exact_gradient(np_kl, world.student) + world.policy_gradient(), unbiased=True)
 
@@ -197,7 +197,7 @@ def test_group_advantage_with_oneself_in_the_mean_shrinks_the_gradient_by_one_ov
     for group in itertools.product(range(len(world.sequences)), repeat=size):
         siblings = float(probability[list(group[1:])].prod())
         shift_S[group[0]] += siblings * group_advantages([float(world.reward[index]) for index in group])[0]
-    rows = world.rows(world.student, world.teacher, shift_N=shift_S[world.sequence_N])
+    rows = world.rows(world.student, world.teacher, advantage_offset_N=shift_S[world.sequence_N])
     cosine, norm = compare(world.expected_gradient(PolicyGradient(), world.student, rows), world.policy_gradient())
     assert cosine == pytest.approx(1, abs=1e-9)
     assert norm == pytest.approx(1 - 1 / size, abs=1e-9)
@@ -207,7 +207,7 @@ def test_group_advantage_with_oneself_in_the_mean_shrinks_the_gradient_by_one_ov
 @pytest.mark.parametrize("seed", range(5))
 def test_group_mean_shrinks_the_gradient_of_one_token_answers_by_one_over_g(size, seed) -> None:
     for vocabulary in (2, 5):
-        setting = Setting(SampledKL(baseline="group_mean"), "reverse", says="sampled", group=size)
+        setting = Setting(SampledKL(baseline="group_mean"), "reverse", outputs="sampled", group=size)
         cosine, norm = compare(*expected_and_exact(world_of(vocabulary, 1, seed), setting))
         assert cosine == pytest.approx(1, abs=1e-9)
         assert norm == pytest.approx(1 - 1 / size, abs=1e-8)
@@ -215,7 +215,7 @@ def test_group_mean_shrinks_the_gradient_of_one_token_answers_by_one_over_g(size
 
 @pytest.mark.parametrize("seed", range(5))
 def test_group_mean_of_longer_answers_shrinks_less_and_turns(seed) -> None:
-    setting = Setting(SampledKL(baseline="group_mean"), "reverse", says="sampled", group=2)
+    setting = Setting(SampledKL(baseline="group_mean"), "reverse", outputs="sampled", group=2)
     cosine, norm = compare(*expected_and_exact(world_of(3, 2, seed), setting))
     assert 0.95 < cosine < 1 - 1e-6
     assert 0.5 < norm < 0.9

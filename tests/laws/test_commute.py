@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from reflux.credit.base import share_credit
-from reflux.types import Attempt, Moment, Share
+from reflux.types import Attempt, Credit, StepContext
 from tiny import same
 
 RULES = {  # three factors and three shifts at one position: two would commute in any order of rounding
@@ -29,8 +29,8 @@ RULES = {  # three factors and three shifts at one position: two would commute i
 
 def test_any_order_of_the_rules_gives_the_same_bits(tiny_run: Callable[..., Any]) -> None:
     settings = {"steps": 2, "group_size": 3, "task": {"kind": "outside:Chat"}}
-    dice, rules = random.Random(0), list(RULES.items())
-    orders = [rules, rules[::-1], *(dice.sample(rules, len(rules)) for _ in range(3))]
+    rng, rules = random.Random(0), list(RULES.items())
+    orders = [rules, rules[::-1], *(rng.sample(rules, len(rules)) for _ in range(3))]
     runs = [tiny_run("rl_opd", **settings, credit=dict(order)) for order in orders]
     assert all(same(runs[0].state, other.state) for other in runs[1:])
     plain = tiny_run("rl_opd", **settings, credit={"group_advantage": RULES["group_advantage"]})
@@ -40,19 +40,21 @@ def test_any_order_of_the_rules_gives_the_same_bits(tiny_run: Callable[..., Any]
 def test_each_rule_is_logged_under_its_name(tiny_run: Callable[..., Any]) -> None:
     done = tiny_run("rl_opd", steps=1, group_size=2, task={"kind": "outside:Chat"}, credit=RULES)
     assert set(done.rows("metrics")[0]["credit"]) == set(RULES)
-    assert done.rows("metrics")[0]["credit"]["half"]["factor_mean"] == pytest.approx(0.7)
+    assert done.rows("metrics")[0]["credit"]["half"]["weight_mean"] == pytest.approx(0.7)
 
 
-@pytest.mark.parametrize("share", [Share(factor_T=-0.1), Share(factor_T=float("inf")), Share(factor_T=float("nan")), Share(shift_T=np.inf)])
-def test_a_factor_that_is_negative_or_not_finite_is_refused(share: Share) -> None:
+@pytest.mark.parametrize(
+    "share", [Credit(weight_T=-0.1), Credit(weight_T=float("inf")), Credit(weight_T=float("nan")), Credit(advantage_offset_T=np.inf)]
+)
+def test_a_factor_that_is_negative_or_not_finite_is_refused(share: Credit) -> None:
     from tiny import rollout
 
     with pytest.raises(ValueError, match=r"credit\.bad gave prompt p0"):
-        share_credit([[Attempt(rollout(3))]], {"bad": lambda group, moment: [share]}, Moment(0, 0))  # type: ignore[dict-item]
+        share_credit([[Attempt(rollout(3))]], {"bad": lambda group, step_context: [share]}, StepContext(0, 0))  # type: ignore[dict-item]
 
 
 def test_one_share_per_attempt_or_it_is_refused() -> None:
     from tiny import rollout
 
     with pytest.raises(ValueError, match="1 shares for a group of 2"):
-        share_credit([[Attempt(rollout(3)), Attempt(rollout(2))]], {"bad": lambda group, moment: [Share()]}, Moment(0, 0))  # type: ignore[dict-item]
+        share_credit([[Attempt(rollout(3)), Attempt(rollout(2))]], {"bad": lambda group, step_context: [Credit()]}, StepContext(0, 0))  # type: ignore[dict-item]

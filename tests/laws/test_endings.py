@@ -1,6 +1,6 @@
 """Law 12. A run ends: an attempt that raises, is cancelled or times out ends it with that very exception, and nothing is left of it.
 
-At every stage of an attempt, at every lag, and whether or not the loop waits for what is in flight (for an evaluation, for a jump). The
+At every stage of an attempt, at every staleness, and whether or not the loop waits for what is in flight (for an evaluation, for a jump). The
 other attempts of its step wait for it in a cohort that will never be whole.
 """
 
@@ -28,7 +28,7 @@ HANGS_S = 30.0  # far more than a run here takes: it guards, it measures nothing
 SETTLES: dict[str, dict[str, Any]] = {
     "nothing": {},
     "an evaluation": {"eval_every": 1, "evals__peek": {"kind": "outside:Peek", "weight": "model.norm.weight"}},
-    "a jump": {"accelerator": {"kind": "outside:Jump", "at": 1, "score": "minus_kl"}},
+    "a jump": {"extrapolation": {"kind": "outside:Jump", "at": 1, "score": "minus_kl"}},
 }
 
 
@@ -76,7 +76,7 @@ def break_parts(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
 
     @asynccontextmanager
     async def open_parts(*args: Any) -> AsyncIterator[Any]:
-        async with plain_open(*args) as (learner, sampler, _, teachers, accelerator):
+        async with plain_open(*args) as (learner, sampler, _, teachers, extrapolation):
             reward: Any = Unjudging()
             sample, judge, score = sampler.sample, reward.score, teachers.score
 
@@ -96,7 +96,7 @@ def break_parts(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
                 return await score(groups, *more, **named)
 
             sampler.sample, reward.score, teachers.score = faulty_sample, faulty_judge, faulty_score
-            yield learner, sampler, reward, teachers, accelerator
+            yield learner, sampler, reward, teachers, extrapolation
 
     def faulty_write(self: Run, group: Any, step: int) -> None:
         if fault.here("write", group[0].rollout.prompt.id):
@@ -133,7 +133,7 @@ def ending_of(run: Callable[[], Coroutine[Any, Any, Any]], folder: Path) -> Base
 
 
 @pytest.mark.parametrize("settle", SETTLES)
-@pytest.mark.parametrize("max_lag", [0, 1, 2])
+@pytest.mark.parametrize("max_staleness", [0, 1, 2])
 @pytest.mark.parametrize("stage", ["sample", "reward", "score", "write"])
 @pytest.mark.parametrize("how", [Broken, asyncio.CancelledError, TimeoutError], ids=lambda how: how.__name__)
 def test_an_attempt_that_ends_badly_ends_the_run_with_its_exception(
@@ -143,20 +143,20 @@ def test_an_attempt_that_ends_badly_ends_the_run_with_its_exception(
     tmp_path: Path,
     how: type[BaseException],
     stage: str,
-    max_lag: int,
+    max_staleness: int,
     settle: str,
 ) -> None:
-    fault = Fault(how, stage, max(1, max_lag))  # in flight while the first step settles, where anything is
+    fault = Fault(how, stage, max(1, max_staleness))  # in flight while the first step settles, where anything is
     break_parts(monkeypatch, fault)
-    cfg = tiny.config("opd", student, teacher, task=CHAT, steps=4, prompts_per_step=2, max_lag=max_lag, **SETTLES[settle])
+    cfg = tiny.config("opd", student, teacher, task=CHAT, steps=4, prompts_per_step=2, max_staleness=max_staleness, **SETTLES[settle])
     error = ending_of(lambda: train(cfg, Options(tmp_path / "run")), tmp_path / "run")
     assert type(error) is how
     assert fault.met == 1
 
 
-@pytest.mark.parametrize("max_lag", [0, 1])
+@pytest.mark.parametrize("max_staleness", [0, 1])
 def test_an_attempt_that_leaves_its_cohort_by_its_own_limit_ends_the_run(
-    monkeypatch: pytest.MonkeyPatch, student: str, teacher: str, tmp_path: Path, max_lag: int
+    monkeypatch: pytest.MonkeyPatch, student: str, teacher: str, tmp_path: Path, max_staleness: int
 ) -> None:
     """Its request has been made, and the sibling it waits for never asks."""
     plain_open = loop.open_parts
@@ -177,32 +177,34 @@ def test_an_attempt_that_leaves_its_cohort_by_its_own_limit_ends_the_run(
             yield parts
 
     monkeypatch.setattr(loop, "open_parts", open_parts)
-    settings = {"task": CHAT, "steps": 3, "prompts_per_step": 2, "max_lag": max_lag, **SETTLES["an evaluation"]}
+    settings = {"task": CHAT, "steps": 3, "prompts_per_step": 2, "max_staleness": max_staleness, **SETTLES["an evaluation"]}
     cfg = tiny.config("opd", student, teacher, **settings)
     assert isinstance(ending_of(lambda: train(cfg, Options(tmp_path / "run")), tmp_path / "run"), TimeoutError)
 
 
-@pytest.mark.parametrize("max_lag", [0, 1, 2])
-def test_a_prompt_without_references_ends_a_run_of_sft(student: str, teacher: str, tmp_path: Path, max_lag: int) -> None:
-    settings = {"steps": 4, "prompts_per_step": 2, "max_lag": max_lag, "eval_every": 1, "evals__accuracy": {"problems": 2}}
+@pytest.mark.parametrize("max_staleness", [0, 1, 2])
+def test_a_prompt_without_references_ends_a_run_of_sft(student: str, teacher: str, tmp_path: Path, max_staleness: int) -> None:
+    settings = {"steps": 4, "prompts_per_step": 2, "max_staleness": max_staleness, "eval_every": 1, "evals__accuracy": {"problems": 2}}
     cfg = tiny.config("sft", student, teacher, task={"kind": "outside:Patchy", "odd": 3}, **settings)
     error = ending_of(lambda: train(cfg, Options(tmp_path / "run")), tmp_path / "run")
     assert isinstance(error, DataError)
     assert "prompt train-3 has no stored answer" in str(error)
 
 
-@pytest.mark.parametrize("max_lag", [0, 1, 2])
-def test_a_prompt_that_no_teacher_serves_ends_a_run(student: str, teacher: str, tmp_path: Path, max_lag: int) -> None:
+@pytest.mark.parametrize("max_staleness", [0, 1, 2])
+def test_a_prompt_that_no_teacher_serves_ends_a_run(student: str, teacher: str, tmp_path: Path, max_staleness: int) -> None:
     task = {"kind": "outside:Patchy", "odd": 3, "tells_routes": False}
-    settings = {"steps": 4, "prompts_per_step": 2, "max_lag": max_lag, "teachers__main__routes": ["even", "odd"]}
+    settings = {"steps": 4, "prompts_per_step": 2, "max_staleness": max_staleness, "teachers__main__routes": ["even", "odd"]}
     cfg = tiny.config("opd", student, teacher, task=task, **settings, **SETTLES["an evaluation"])
     error = ending_of(lambda: train(cfg, Options(tmp_path / "run")), tmp_path / "run")
     assert isinstance(error, DataError)
     assert "prompt train-3 has the route 'nowhere'" in str(error)
 
 
-@pytest.mark.parametrize("max_lag", [0, 2])
-def test_a_stop_leaves_nothing_in_flight(monkeypatch: pytest.MonkeyPatch, student: str, teacher: str, tmp_path: Path, max_lag: int) -> None:
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_a_stop_leaves_nothing_in_flight(
+    monkeypatch: pytest.MonkeyPatch, student: str, teacher: str, tmp_path: Path, max_staleness: int
+) -> None:
     """Nor do the model calls that the attempts in flight had begun."""
     from reflux.errors import Stopped
 
@@ -213,13 +215,13 @@ def test_a_stop_leaves_nothing_in_flight(monkeypatch: pytest.MonkeyPatch, studen
         self.stopping = True
 
     monkeypatch.setattr(Run, "advance", stop)
-    cfg = tiny.config("opd", student, teacher, task=CHAT, steps=9, prompts_per_step=3, max_lag=max_lag)
+    cfg = tiny.config("opd", student, teacher, task=CHAT, steps=9, prompts_per_step=3, max_staleness=max_staleness)
     assert isinstance(ending_of(lambda: train(cfg, Options(tmp_path / "run")), tmp_path / "run"), Stopped)
 
 
-@pytest.mark.parametrize("max_lag", [0, 2])
-def test_a_run_that_is_cancelled_from_outside_leaves_nothing(student: str, teacher: str, tmp_path: Path, max_lag: int) -> None:
-    cfg = tiny.config("opd", student, teacher, task=CHAT, steps=500, prompts_per_step=3, max_lag=max_lag)
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_a_run_that_is_cancelled_from_outside_leaves_nothing(student: str, teacher: str, tmp_path: Path, max_staleness: int) -> None:
+    cfg = tiny.config("opd", student, teacher, task=CHAT, steps=500, prompts_per_step=3, max_staleness=max_staleness)
 
     async def cancelled() -> None:
         task = asyncio.ensure_future(train(cfg, Options(tmp_path / "run")))

@@ -28,7 +28,7 @@ def everything(tiny_run: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*rules: str, **overrides: Any) -> Any:
         credit = {name: RULES[name] if name in rules else "none" for name in RULES}
-        return tiny_run("everything", **{**SETTINGS, "credit": credit, "accelerator": "none", **overrides})
+        return tiny_run("everything", **{**SETTINGS, "credit": credit, "extrapolation": "none", **overrides})
 
     return run
 
@@ -40,8 +40,8 @@ def test_the_recipe_holds_all_six() -> None:
     assert (kind_of("objectives", objective), objective.baseline) == ("sampled_kl", "kl")
     assert {kind_of("credit", rule) for rule in cfg.credit.values()} == {"margin", "balance", "prefix"}
     assert [kind_of("contexts", teacher.context) for teacher in cfg.teachers.values()] == ["peers"]
-    assert kind_of("accelerators", cfg.accelerator) == "extrapolate"
-    assert cfg.normalise == "rollout_means"
+    assert kind_of("extrapolation", cfg.extrapolation) == "extrapolate"
+    assert cfg.loss_aggregation == "seq-mean-token-mean"
     assert checks.warnings(cfg) == []
 
 
@@ -49,21 +49,21 @@ def test_factors_multiply_and_shifts_add_as_each_rule_alone_gave_them(everything
     together = lines(everything(*RULES))
     alone = {name: lines(everything(name)) for name in RULES}
     plain = lines(everything())
-    said = dict.fromkeys(RULES, 0)
+    behaviour = dict.fromkeys(RULES, 0)
     for key, line in together.items():
         if key[0] > 1:
             continue  # the students differ from here on
         weight_T = np.asarray(plain[key]["weight"])
-        shift_T = np.zeros(len(weight_T))
+        advantage_offset_T = np.zeros(len(weight_T))
         for name, found in alone.items():
-            factor_T, own_T = np.asarray(found[key]["weight"]), np.asarray(found[key].get("shift", np.zeros(len(weight_T))))
-            said[name] += int((factor_T != weight_T).any() or own_T.any())
-            shift_T = shift_T + own_T
+            weight_T, own_T = np.asarray(found[key]["weight"]), np.asarray(found[key].get("shift", np.zeros(len(weight_T))))
+            behaviour[name] += int((weight_T != weight_T).any() or own_T.any())
+            advantage_offset_T = advantage_offset_T + own_T
         for found in alone.values():
             weight_T = weight_T * np.asarray(found[key]["weight"])  # weights without rules are masks: 0 or 1
         assert np.array_equal(line["weight"], weight_T)
-        assert np.allclose(line.get("shift", np.zeros(len(weight_T))), shift_T, atol=1e-5)
-    assert all(said.values()), said  # each rule had something to say, or this would test nothing
+        assert np.allclose(line.get("shift", np.zeros(len(weight_T))), advantage_offset_T, atol=1e-5)
+    assert all(behaviour.values()), behaviour  # each rule had something to say, or this would test nothing
 
 
 def test_the_order_in_which_rules_are_written_changes_no_bit(everything: Callable[..., Any]) -> None:
@@ -85,7 +85,7 @@ def test_each_of_the_six_changes_the_run(everything: Callable[..., Any]) -> None
     assert not same(everything(*RULES, objectives=[{"kind": "sampled_kl", "max_gap_nats": 10}]))
     assert not same(everything(*RULES, teachers__main__context={"kind": "same"}))
     jumping = {"kind": "extrapolate", "tries": 1, "accept": "not_worse", "prompts": 2}
-    assert not same(everything(*RULES, accelerator=jumping, task={**CHAT, "replies": 0}))
+    assert not same(everything(*RULES, extrapolation=jumping, task={**CHAT, "replies": 0}))
 
 
 def test_group_statistics_do_not_see_how_the_batch_is_cut(everything: Callable[..., Any]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from laws.estimators import assert_alive
 from reflux.config.registry import kinds, part
-from reflux.loss.flow_outputs import VelocitySays
+from reflux.loss.flow_outputs import VelocityOutputs
 from reflux.loss.term import Rows
 from reflux.models.flow.sde import kl_weight, sde_step, step_logp
 from reflux.objectives.policy_gradient import PolicyGradient
@@ -57,31 +57,31 @@ def nodes(dimensions: int, each: int = 4) -> tuple[Tensor, Tensor]:
     return torch.tensor(noise), torch.tensor(weight)
 
 
-def rows(student: Linear, teacher: Linear, x_ND: Tensor, step_N: Tensor, noise_ND: Tensor) -> Rows[VelocitySays]:
+def rows(student: Linear, teacher: Linear, x_ND: Tensor, step_N: Tensor, noise_ND: Tensor) -> Rows[VelocityOutputs]:
     """Steps drawn by the student from given states; all but its velocity is constant."""
     grid = torch.tensor(GRID)
     x_ND, columns = x_ND.detach(), (grid[step_N], grid[step_N + 1] - grid[step_N], torch.full((len(x_ND),), LEVEL, dtype=torch.float64))
     v_ND, v_T_ND = student(x_ND, columns[0]), teacher(x_ND, columns[0]).detach()
     made = sde_step(x_ND, v_ND.detach(), *(column[:, None] for column in columns), noise_ND)[0]
-    says = [VelocitySays(v, x_ND, made, *columns) for v in (v_ND, v_T_ND)]
-    return Rows(says[0], {"main": says[1]}, says[0].logp_N.detach(), torch.zeros(len(x_ND), dtype=torch.float64))
+    outputs = [VelocityOutputs(v, x_ND, made, *columns) for v in (v_ND, v_T_ND)]
+    return Rows(outputs[0], {"main": outputs[1]}, outputs[0].logp_N.detach(), torch.zeros(len(x_ND), dtype=torch.float64))
 
 
-def kl_N(at: Rows[VelocitySays]) -> Tensor:
+def kl_N(at: Rows[VelocityOutputs]) -> Tensor:
     return VelocityKL()(at)
 
 
-def score_function(at: Rows[VelocitySays]) -> Tensor:
+def score_function(at: Rows[VelocityOutputs]) -> Tensor:
     """Its gradient ascends log pi_T(x') - log pi_s(x') by the student's log-density."""
     return (at.student.logp_N - at.teachers["main"].logp_N).detach() * at.student.logp_N
 
 
-def printed(at: Rows[VelocitySays]) -> Tensor:
+def printed(at: Rows[VelocityOutputs]) -> Tensor:
     """The paper: reward -w |sg(v_s) - v_T|^2, clipped importance weighting, gradient through the ratio alone."""
     return score_cost(-kl_N(at), at.student.logp_N, at.behaviour_logp_N, "clip", (1e-4, 1e-4), 1.0)
 
 
-def released(at: Rows[VelocitySays]) -> Tensor:
+def released(at: Rows[VelocityOutputs]) -> Tensor:
     """The paper's code: the same, but the advantage -KL keeps its graph."""
     return kl_N(at) * (at.student.logp_N - at.behaviour_logp_N).exp()
 
@@ -163,8 +163,8 @@ def test_expected_gradient_is_alive_and_exact(objective: Objective, loss: Loss, 
 def test_an_outcome_of_the_drawn_step_has_the_expected_rewards_gradient(ratio, pair) -> None:
     """Flow-GRPO: reward x'_0 + |x'|^2 of the drawn state x', whose expectation is mean_0 + |mean|^2 + D std^2."""
 
-    def outcome(at: Rows[VelocitySays]) -> Tensor:
-        at.shift_N = at.student.next_ND[:, 0] + at.student.next_ND.square().sum(1)
+    def outcome(at: Rows[VelocityOutputs]) -> Tensor:
+        at.advantage_offset_N = at.student.next_ND[:, 0] + at.student.next_ND.square().sum(1)
         return PolicyGradient(ratio=ratio)(at)
 
     def loss(v: np.ndarray, v_T: np.ndarray, mean: np.ndarray, mean_T: np.ndarray, std: np.ndarray, dt: np.ndarray) -> np.ndarray:
@@ -188,7 +188,7 @@ def test_law_1_flags_the_printed_form_as_dead(pair) -> None:
 def test_detaching_the_direct_form_would_stop_learning_altogether(pair) -> None:
     """What a misplaced detach() does to our own loss: no graph, which law 1 cannot miss."""
 
-    def detached(at: Rows[VelocitySays]) -> Tensor:
+    def detached(at: Rows[VelocityOutputs]) -> Tensor:
         return kl_N(at).detach() + 0 * at.student.logp_N
 
     with pytest.raises(AssertionError, match="dead"):
@@ -207,9 +207,9 @@ def test_at_home_the_direct_form_has_no_gradient_and_the_score_function_none_in_
 
 def drawn_gradients(objective: Objective, student: Linear, teacher: Linear, count: int = 40_000) -> np.ndarray:
     """One gradient per drawn (state, step): [count, parameters]. A linear student's is (d cost / d v) times its features."""
-    dice = np.random.default_rng(3)
-    x_ND, noise_ND = (torch.tensor(dice.standard_normal((count, 2))) for _ in range(2))
-    at = rows(student, teacher, x_ND, torch.tensor(dice.integers(0, 4, count)), noise_ND)
+    rng = np.random.default_rng(3)
+    x_ND, noise_ND = (torch.tensor(rng.standard_normal((count, 2))) for _ in range(2))
+    at = rows(student, teacher, x_ND, torch.tensor(rng.integers(0, 4, count)), noise_ND)
     (slope_ND,) = torch.autograd.grad(objective(at).sum(), at.student.v_ND)
     return (slope_ND[:, :, None] * features(x_ND, at.student.t_N)[:, None, :]).flatten(1).numpy()
 
@@ -245,7 +245,7 @@ def trajectory_kl(parameters: np.ndarray, teacher: np.ndarray) -> float:
     return float(total)
 
 
-def walk(student: Linear, teacher: Linear, noise_MS: Tensor, through_states: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def trajectory(student: Linear, teacher: Linear, noise_MS: Tensor, through_states: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """KL and log-density of every step along walks with given noise, [M] each, and the states they start from [M, 1]."""
     teacher = Linear(teacher.parameters.detach())
     x_M1 = noise_MS[:, :1]
@@ -271,8 +271,8 @@ def test_the_whole_trajectorys_gradient_is_the_direct_one_and_the_cost_of_later_
     def gradient(loss_M: Any) -> np.ndarray:
         return torch.autograd.grad((weight_M * loss_M).sum(), student.parameters, retain_graph=True)[0].numpy()
 
-    pathwise = gradient(sum(walk(student, teacher, noise_MS, through_states=True)[0]))
-    kl, logp, starts = walk(student, teacher, noise_MS, through_states=False)
+    pathwise = gradient(sum(trajectory(student, teacher, noise_MS, through_states=True)[0]))
+    kl, logp, starts = trajectory(student, teacher, noise_MS, through_states=False)
     direct = gradient(sum(kl))
     later = gradient(sum(logp[t] * sum(kl[t + 1 :], torch.zeros(())).detach() for t in range(len(kl))))
 

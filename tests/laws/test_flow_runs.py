@@ -32,7 +32,7 @@ SMALL: dict[str, Any] = {
     "sampler.steps": 4,
     "sampler.eval_steps": 4,
     "learner.lr": 1e-2,
-    "learner.noise_floor": 0.0,
+    "learner.min_grad_norm": 0.0,
     "save_every": 1000,
     "eval_every": 1000,
     "threads": 1,
@@ -64,7 +64,7 @@ def run(models: dict[str, str], tmp_path: Path) -> Any:
     return start
 
 
-def pictures(done: Done) -> list[tuple[Any, ...]]:
+def images(done: Done) -> list[tuple[Any, ...]]:
     return [(row["step"], row["prompt"], row["sample"], row["image"]) for row in done.rows("attempts") if row["kind"] == "attempt"]
 
 
@@ -75,7 +75,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(run: Any, recipe: str) -> No
     run(recipe, "halves", steps=2, **group)
     halves = run(recipe, "halves", resume=True, steps=4, **group)
     assert same(whole.weights, halves.weights)
-    assert pictures(whole) == pictures(halves)
+    assert images(whole) == images(halves)
     assert whole.state["version"] == halves.state["version"]
 
 
@@ -90,7 +90,7 @@ def test_evaluations_leave_the_run_as_it_is(run: Any) -> None:
     asked = {"accuracy": {"problems": 4}, "agreement": {"prompts": 4}, "teacher_accuracy": {"problems": 4}}
     silent, watched = run(name="silent"), run(name="watched", evals=asked, eval_every=1)
     assert same(silent.weights, watched.weights)
-    assert pictures(silent) == pictures(watched)
+    assert images(silent) == images(watched)
     assert [row["step"] for row in watched.rows("evals")] == [0, 1, 2, 3]
 
 
@@ -99,7 +99,7 @@ def test_an_average_is_evaluated_and_leaves_the_run_as_it_is(run: Any) -> None:
     average = {"decay": 0.5, "every": 1}
     asked = {"peek": {"kind": "outside:Peek", "weight": "transformer.proj_out.bias"}}
     averaged = run(name="averaged", learner__average=average, evals=asked, eval_every=1)
-    assert pictures(plain) == pictures(averaged)  # attempts are those of the weights themselves
+    assert images(plain) == images(averaged)  # attempts are those of the weights themselves
     assert same(plain.weights, averaged.weights)
     shown, state = load_flow(str(averaged.dir), "student").net.state_dict(), averaged.state
     assert all(torch.equal(shown[name.removeprefix("mean/")], value) for name, value in state.items() if name.startswith("mean/"))
@@ -124,7 +124,7 @@ def test_no_attempt_is_drawn_with_the_average_however_far_sampling_runs_ahead(ru
 
     monkeypatch.setattr(FlowSampler, "_sample", slow)
     monkeypatch.setattr(Run, "evaluate", lending)
-    run(steps=5, max_lag=2, eval_every=1, evals={"accuracy": {"problems": 4}}, learner__average={"decay": 0.5, "every": 1})
+    run(steps=5, max_staleness=2, eval_every=1, evals={"accuracy": {"problems": 4}}, learner__average={"decay": 0.5, "every": 1})
     assert len(drawn_meanwhile) > 5
     assert not any(drawn_meanwhile)
 
@@ -141,17 +141,17 @@ def test_frozen_teachers_stay_as_they_are_and_are_not_in_the_student(run: Any, m
 def test_two_routed_copies_of_one_teacher_are_the_single_one(run: Any, models: dict[str, str]) -> None:
     copies = run(name="copies", teachers__counts__model=models["digits"])
     single = run(name="single", teachers__digits__routes=[], teachers__counts="none")
-    assert pictures(copies)[:4] == pictures(single)[:4]
+    assert images(copies)[:4] == images(single)[:4]
     first, second = copies.rows("metrics")[0], single.rows("metrics")[0]
     assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
     assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-4)
 
 
 def test_a_run_may_lag_behind_and_says_so(run: Any) -> None:
-    done = run(steps=5, max_lag=2)
-    lags = [row["lag_max"] for row in done.rows("metrics")]
-    assert lags[0] == 0
-    assert max(lags) == 2
+    done = run(steps=5, max_staleness=2)
+    stalenesses = [row["staleness_max"] for row in done.rows("metrics")]
+    assert stalenesses[0] == 0
+    assert max(stalenesses) == 2
     assert all(math.isfinite(row["loss"]) for row in done.rows("metrics"))
 
 
@@ -163,7 +163,7 @@ def test_jumps_prefixes_and_verdicts_combine(run: Any) -> None:
         rewards={"verifier": {}},
         credit={"group_advantage": {}, "prefix": {"length": 2}},
         objectives=[{"kind": "velocity_kl"}, {"kind": "policy_gradient"}],
-        accelerator={"kind": "extrapolate", "prompts": 4, "include": ["attn", "ff"], "score": "minus_kl", "tries": 1},
+        extrapolation={"kind": "extrapolate", "prompts": 4, "include": ["attn", "ff"], "score": "minus_kl", "tries": 1},
     )
     rows = done.rows("metrics")
     assert [row["step"] for row in done.rows("searches")] == [1, 2, 4]
@@ -175,7 +175,7 @@ def test_jumps_prefixes_and_verdicts_combine(run: Any) -> None:
 
 def test_the_first_steps_alone_may_be_drawn(run: Any) -> None:
     """A prefix by generation gives the gradient of one by credit, for less."""
-    cut = run(name="cut", steps=1, sampler__length=2)
+    cut = run(name="cut", steps=1, sampler__max_denoising_steps=2)
     masked = run(name="masked", steps=1, credit={"prefix": {"length": 2}})
     (one,), (other,) = cut.rows("metrics"), masked.rows("metrics")
     assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)

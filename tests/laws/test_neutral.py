@@ -15,7 +15,7 @@ from reflux.credit.prefix import Prefix
 from reflux.models.text import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.types import Moment
+from reflux.types import StepContext
 from tiny import attempt, close, gradients, rollout, same
 
 PLAIN: dict[str, Any] = {"steps": 2, "task": {"kind": "outside:Chat"}, "group_size": 2, "rewards": {"verifier": {}}}
@@ -35,10 +35,10 @@ def test_every_rule_has_a_neutral_setting() -> None:
     assert sorted(NEUTRAL) == sorted(kinds("credit"))
 
 
-@pytest.mark.parametrize("normalise", ["kept", "chosen", "rollout_means"])
+@pytest.mark.parametrize("loss_aggregation", ["token-mean-weighted", "token-mean", "seq-mean-token-mean"])
 @pytest.mark.parametrize("kind", sorted(NEUTRAL))
-def test_a_neutral_rule_is_no_rule(tiny_run: Callable[..., Any], kind: str, normalise: str) -> None:
-    settings = {**PLAIN, "normalise": normalise}
+def test_a_neutral_rule_is_no_rule(tiny_run: Callable[..., Any], kind: str, loss_aggregation: str) -> None:
+    settings = {**PLAIN, "loss_aggregation": loss_aggregation}
     assert same(tiny_run("opd", **settings).state, tiny_run("opd", **settings, credit={kind: NEUTRAL[kind]}).state)
 
 
@@ -54,7 +54,7 @@ ACTING: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(("kind", "table"), ACTING.items())
 def test_elsewhere_it_does_something(tiny_run: Callable[..., Any], kind: str, table: dict[str, Any]) -> None:
-    settings = {**PLAIN, "normalise": "chosen"}
+    settings = {**PLAIN, "loss_aggregation": "token-mean"}
     assert not same(tiny_run("opd", **settings).weights, tiny_run("opd", **settings, credit={kind: table}).weights)
 
 
@@ -77,11 +77,11 @@ def test_a_mask_is_a_cut_where_kept_positions_are_counted(objective: Any, length
     teacher = as_model(tiny.net(2).double(), character_tokenizer())
     whole = [[attempt(rollout(n, seed=n), teacher)] for n in (2, 7, 9)]
     cut = [[attempt(shorter(group[0].rollout, length), teacher)] for group in whole]
-    share_credit(whole, {"prefix": Prefix(length)}, Moment(0, 0))
+    share_credit(whole, {"prefix": Prefix(length)}, StepContext(0, 0))
     kept, chosen = sum(min(n, length) for n in (2, 7, 9)), 2 + 7 + 9
-    for normalise, scale in (("kept", 1.0), ("chosen", kept / chosen)):
+    for loss_aggregation, scale in (("token-mean-weighted", 1.0), ("token-mean", kept / chosen)):
         learner = tiny.learner(tiny.net(1).double())
-        masked, short = (gradients(learner, groups, [objective], normalise) for groups in (whole, cut))
+        masked, short = (gradients(learner, groups, [objective], loss_aggregation) for groups in (whole, cut))
         close({name: gradient * scale for name, gradient in short.items()}, masked, rtol=1e-6)
 
 
@@ -103,16 +103,22 @@ def test_what_comes_after_the_prefix_changes_no_gradient() -> None:
     learner = tiny.learner(tiny.net(1))
     results = []
     for entry in (one, changed):
-        share_credit([[entry]], {"prefix": Prefix(4)}, Moment(0, 0))
+        share_credit([[entry]], {"prefix": Prefix(4)}, StepContext(0, 0))
         results.append(gradients(learner, [[entry]], [Divergence(), SampledKL()]))
     assert same(*results)
 
 
 def test_the_cap_is_of_the_step_the_attempt_is_meant_for(tiny_run: Callable[..., Any]) -> None:
-    """Identity 5: lag does not change it, and what was sampled is what is counted."""
+    """Identity 5: staleness does not change it, and what was sampled is what is counted."""
     cap = {"kind": "linear", "start": 2, "increment": 1.5}
-    for max_lag in (0, 2):
-        settings = {"task": PLAIN["task"], "sampler__train_max_tokens": cap, "max_lag": max_lag, "prompts_per_step": 8, "learner__lr": 1e-6}
+    for max_staleness in (0, 2):
+        settings = {
+            "task": PLAIN["task"],
+            "sampler__train_max_tokens": cap,
+            "max_staleness": max_staleness,
+            "prompts_per_step": 8,
+            "learner__lr": 1e-6,
+        }
         done = tiny_run("full", steps=4, **settings)
         attempts = [row for row in done.rows("attempts") if row["kind"] == "attempt"]
         cut = {(row["step"], len(row["tokens"])) for row in attempts if row["finish"] == "length"}

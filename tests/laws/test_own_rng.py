@@ -21,7 +21,7 @@ import tiny
 from reflux.loop import lasting, open_parts
 from reflux.models.rng import gumbel, row_key
 from reflux.training import Options, Run
-from reflux.types import Attempt, Draw, Moment, Prompt, Wants
+from reflux.types import Attempt, Prompt, Requirements, SamplingParams, StepContext
 from tiny import same
 
 PLAIN = {"steps": 3, "task": {"kind": "outside:Chat"}}
@@ -33,8 +33,8 @@ ONLOOKERS: dict[str, dict[str, Any]] = {
     "saving": {"save_every": 1, "keep_checkpoints": 3},
     "variance": {"log_variance": True},
     "tracker": {"track": {"kind": "tensorboard"}},
-    "shut accelerator": {"accelerator": {"kind": "outside:Jump", "at": 99}},
-    "the student as a teacher that nobody hears": {"teachers__self": {"kind": "own", "context": {"kind": "privileged"}}},
+    "shut extrapolation": {"extrapolation": {"kind": "outside:Jump", "at": 99}},
+    "the student as a teacher that nobody hears": {"teachers__self": {"kind": "self", "context": {"kind": "privileged"}}},
     "a second teacher that nobody hears": {"teachers__other": {"kind": "local", "model": "reflux-student"}},
 }
 
@@ -69,12 +69,12 @@ def test_the_global_dice_are_neither_read_nor_needed(tiny_run: Callable[..., Any
 
 @asynccontextmanager
 async def sampler(cfg: Any, folder: Path) -> AsyncIterator[Any]:
-    run = Run.open(cfg, Wants(), Options(folder))
+    run = Run.open(cfg, Requirements(), Options(folder))
     async with lasting(run), open_parts(replace(cfg, rewards={}, teachers={}), run.context, run.services) as (_, acting, *_):
         yield acting
 
 
-async def ask(acting: Any, prompts: Iterable[Prompt], n: int, draw: Draw) -> list[list[Attempt]]:
+async def ask(acting: Any, prompts: Iterable[Prompt], n: int, draw: SamplingParams) -> list[list[Attempt]]:
     prompts = list(prompts)
     draw = replace(draw, cohort=len(prompts))
     return await asyncio.gather(*(acting.sample(prompt, n, draw) for prompt in prompts))
@@ -94,7 +94,7 @@ def cfg(student: str, teacher: str) -> Any:
 
 
 PROMPTS = list(islice(outside.Chat().prompts("train", 0), 6))
-DRAW = Draw(3, "train", 12)
+DRAW = SamplingParams(3, "train", 12)
 
 
 def tokens(group: list[Attempt]) -> list[list[int]]:
@@ -131,7 +131,9 @@ def test_capped_is_the_beginning_of_uncapped(cfg: Any, tmp_path: Path, cap: int)
     """prefix.md, identity 2."""
 
     async def script(acting: Any) -> Any:
-        return await ask(acting, PROMPTS, 2, replace(DRAW, length=40)), await ask(acting, PROMPTS, 2, replace(DRAW, length=cap))
+        return await ask(acting, PROMPTS, 2, replace(DRAW, max_positions=40)), await ask(
+            acting, PROMPTS, 2, replace(DRAW, max_positions=cap)
+        )
 
     whole, cut = sampled(cfg, tmp_path / "run", script)
     for long, short in zip((a for g in whole for a in g), (a for g in cut for a in g), strict=True):
@@ -182,7 +184,7 @@ def test_every_bit_of_a_key_stirs_every_bit_of_the_noise() -> None:
 
 
 def test_parts_have_dice_of_their_own() -> None:
-    moment = Moment(3, seed=7)
-    assert moment.dice("a").random() == moment.dice("a").random()
-    others = [moment.dice("b"), Moment(4, 7).dice("a"), Moment(3, 8).dice("a"), moment.dice("a", 1)]
-    assert moment.dice("a").random() not in [dice.random() for dice in others]
+    step_context = StepContext(3, seed=7)
+    assert step_context.rng("a").random() == step_context.rng("a").random()
+    others = [step_context.rng("b"), StepContext(4, 7).rng("a"), StepContext(3, 8).rng("a"), step_context.rng("a", 1)]
+    assert step_context.rng("a").random() not in [rng.random() for rng in others]

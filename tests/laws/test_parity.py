@@ -20,7 +20,7 @@ import tiny
 from reflux.learners.observe import logp
 from reflux.loop import lasting, open_parts
 from reflux.training import Options, Run
-from reflux.types import Attempt, Draw, Prompt, Wants
+from reflux.types import Attempt, Prompt, Requirements, SamplingParams
 from tiny import END
 
 BOUND_NATS = 1e-4
@@ -33,10 +33,10 @@ def act(
     """Attempts of a sampler, the learner's log-probs of their tokens, and the learner's model."""
 
     async def main() -> tuple[list[Attempt], list[np.ndarray], Any]:
-        run = Run.open(cfg, Wants(), Options(folder))
+        run = Run.open(cfg, Requirements(), Options(folder))
         async with lasting(run), open_parts(replace(cfg, rewards={}, teachers={}), run.context, run.services) as (learner, sampler, *_):
             asked = prompts or list(islice(cfg.task.prompts("train", 0), 6))
-            how = replace(Draw(0, "train", 30, cohort=len(asked)), **draw)
+            how = replace(SamplingParams(0, "train", 30, cohort=len(asked)), **draw)
             groups = await asyncio.gather(*(sampler.sample(prompt, n, how) for prompt in asked))
             return [attempt for group in groups for attempt in group], logp(learner, groups), learner.model
 
@@ -101,7 +101,7 @@ def tempered(model: Any, spoken: Any, temperature: float, top_p: float) -> np.nd
 
 
 def test_frequencies_are_the_models_probabilities(student: str, teacher: str, tmp_path: Path) -> None:
-    """Chi-square over 6,000 first tokens of one prompt; each sample has its own dice."""
+    """Chi-square over 6,000 first tokens of one prompt; each sample has its own random numbers."""
     cfg = config(student, teacher)
     attempts, _, model = act(cfg, tmp_path / "run", n=6000, prompts=list(islice(outside.Chat().prompts("train", 0), 1)), length=1)
     counts = Counter(int(a.rollout.tokens_T[0]) for a in attempts)  # type: ignore[attr-defined]
@@ -119,23 +119,23 @@ def test_several_turns_are_one_unbroken_row_of_tokens(student: str, teacher: str
     """What a user says in between is there and not chosen; end tokens are chosen; nothing is tokenised again."""
     cfg = config(student, teacher, task={"kind": "outside:Chat", "replies": 2})
     attempts, now, model = act(cfg, tmp_path / "run")
-    said = model.tokenizer("<user>go on<assistant>", add_special_tokens=False)["input_ids"]
+    behaviour = model.tokenizer("<user>go on<assistant>", add_special_tokens=False)["input_ids"]
     turns = Counter()
     for attempt, now_T in zip(attempts, now, strict=True):
         spoken = attempt.rollout
         mask_T, tokens_T = spoken.mask_T, spoken.tokens_T  # type: ignore[attr-defined]
         np.testing.assert_allclose(spoken.logp_T[mask_T], now_T[mask_T], atol=BOUND_NATS)
         assert not spoken.logp_T[~mask_T].any()
-        heard = int((~mask_T).sum()) // len(said)
-        assert tokens_T[~mask_T].tolist() == said * heard
+        objective_teachers = int((~mask_T).sum()) // len(behaviour)
+        assert tokens_T[~mask_T].tolist() == behaviour * objective_teachers
         assert mask_T.sum() <= 30  # the limit is the student's, over all its turns
         ends = np.flatnonzero(tokens_T == END)
         assert mask_T[ends].all()
-        assert len(ends) == heard + (spoken.finish == "stop")
-        assert all(not mask_T[place + 1] for place in ends[:heard])  # a reply follows an end token at once
+        assert len(ends) == objective_teachers + (spoken.finish == "stop")
+        assert all(not mask_T[place + 1] for place in ends[:objective_teachers])  # a reply follows an end token at once
         roles = [message["role"] for message in spoken.messages]  # type: ignore[attr-defined]
-        assert roles == ["user", "assistant"] * (heard + 1)
-        turns[heard] += 1
+        assert roles == ["user", "assistant"] * (objective_teachers + 1)
+        turns[objective_teachers] += 1
     assert turns[2] > 0
     assert turns[0] + turns[1] > 0
 

@@ -32,7 +32,7 @@ SHARES = {
     "one_holds_nothing": [[0, 1, 2], []],
 }  # groups by rank: a group is never cut, its baseline needs it whole
 CASES = {**SETS, "leave_one_out": [SampledKL(baseline="leave_one_out")]}
-NORMALISE = ("kept", "chosen", "rollout_means")
+NORMALISE = ("token-mean-weighted", "token-mean", "seq-mean-token-mean")
 TESTS = Path(__file__).parent.parent
 
 
@@ -49,9 +49,9 @@ def worlds() -> tuple[Any, list[Any]]:
     return tiny.learner(student), groups
 
 
-def whole(normalise: str, name: str) -> dict[str, torch.Tensor]:
+def whole(loss_aggregation: str, name: str) -> dict[str, torch.Tensor]:
     learner, groups = worlds()
-    learner.gradients(plan(groups, CASES[name], normalise), CASES[name])
+    learner.gradients(plan(groups, CASES[name], loss_aggregation), CASES[name])
     return {key: value.grad.clone() for key, value in learner.trained.items()}
 
 
@@ -69,24 +69,24 @@ def rank_main(rank: int, port: int, folder: str) -> None:
 
     learner, groups = worlds()
     sums = {}
-    for share, name, normalise, counted in cases():
+    for share, name, loss_aggregation, counted in cases():
         mine = [groups[index] for index in SHARES[share][rank]]
         learner.optimiser.zero_grad()
-        items = plan(mine, CASES[name], normalise, over_ranks) if counted == "global" else plan(mine, CASES[name], normalise)
+        items = plan(mine, CASES[name], loss_aggregation, over_ranks) if counted == "global" else plan(mine, CASES[name], loss_aggregation)
         learner.gradients(items, CASES[name])
         for key, value in learner.trained.items():
             grad = torch.zeros_like(value) if value.grad is None else value.grad
             dist.all_reduce(grad)
-            sums[f"{share}/{name}/{normalise}/{counted}/{key}"] = grad
+            sums[f"{share}/{name}/{loss_aggregation}/{counted}/{key}"] = grad
     if rank == 0:
         torch.save(sums, Path(folder) / "sums.pt")
     dist.destroy_process_group()
 
 
 def cases() -> list[tuple[str, str, str, str]]:
-    found = [("unequal", name, normalise, "global") for name in CASES for normalise in NORMALISE]
-    found += [("one_holds_nothing", name, "kept", "global") for name in CASES]
-    return found + [("unequal", "full", normalise, "local") for normalise in NORMALISE]
+    found = [("unequal", name, loss_aggregation, "global") for name in CASES for loss_aggregation in NORMALISE]
+    found += [("one_holds_nothing", name, "token-mean-weighted", "global") for name in CASES]
+    return found + [("unequal", "full", loss_aggregation, "local") for loss_aggregation in NORMALISE]
 
 
 @pytest.fixture(scope="module")
@@ -112,19 +112,19 @@ def summed(sums: dict[str, torch.Tensor], case: str) -> dict[str, torch.Tensor]:
     return {key.removeprefix(f"{case}/"): value for key, value in sums.items() if key.startswith(f"{case}/")}
 
 
-@pytest.mark.parametrize("normalise", NORMALISE)
+@pytest.mark.parametrize("loss_aggregation", NORMALISE)
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_add_up_to_the_whole_batch(sums: dict[str, torch.Tensor], name: str, normalise: str) -> None:
-    close(whole(normalise, name), summed(sums, f"unequal/{name}/{normalise}/global"))
+def test_ranks_add_up_to_the_whole_batch(sums: dict[str, torch.Tensor], name: str, loss_aggregation: str) -> None:
+    close(whole(loss_aggregation, name), summed(sums, f"unequal/{name}/{loss_aggregation}/global"))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_rank_that_holds_nothing_still_counts_along(sums: dict[str, torch.Tensor], name: str) -> None:
-    close(whole("kept", name), summed(sums, f"one_holds_nothing/{name}/kept/global"))
+    close(whole("token-mean-weighted", name), summed(sums, f"one_holds_nothing/{name}/kept/global"))
 
 
-@pytest.mark.parametrize("normalise", NORMALISE)
-def test_local_counts_would_be_another_gradient(sums: dict[str, torch.Tensor], normalise: str) -> None:
+@pytest.mark.parametrize("loss_aggregation", NORMALISE)
+def test_local_counts_would_be_another_gradient(sums: dict[str, torch.Tensor], loss_aggregation: str) -> None:
     """The control: without counts over ranks the sums differ, so the fixture can tell."""
     with pytest.raises(AssertionError):
-        close(whole(normalise, "full"), summed(sums, f"unequal/full/{normalise}/local"))
+        close(whole(loss_aggregation, "full"), summed(sums, f"unequal/full/{loss_aggregation}/local"))

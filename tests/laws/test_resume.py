@@ -22,7 +22,7 @@ from reflux.errors import RunError, Stopped
 from reflux.loop import train
 from reflux.storage import checkpoints
 from reflux.training import Options, Run, Silent
-from reflux.types import Wants
+from reflux.types import Requirements
 from tiny import same
 
 HERE = Path(__file__).parent
@@ -220,11 +220,11 @@ def test_a_folder_in_use_is_refused(tiny_run: Callable[..., Any], tmp_path: Path
 
 def test_a_run_with_lag_resumes(tiny_run: Callable[..., Any], student: str, teacher: str, tmp_path: Path) -> None:
     """Not bit for bit (who sampled under which version depends on timing), but whole, in order and within its bound."""
-    settings = {**PLAIN, "max_lag": 2, "task": {"kind": "outside:Chat"}}
-    stop_after(2, tmp_path / "lag", tiny.config("opd", student, teacher, **settings))
-    done = tiny_run("opd", **settings, out=tmp_path / "lag", resume=True)
+    settings = {**PLAIN, "max_staleness": 2, "task": {"kind": "outside:Chat"}}
+    stop_after(2, tmp_path / "staleness", tiny.config("opd", student, teacher, **settings))
+    done = tiny_run("opd", **settings, out=tmp_path / "staleness", resume=True)
     assert [row["step"] for row in done.rows("metrics")] == [1, 2, 3, 4, 5]
-    assert all(0 <= row["lag_max"] <= 2 for row in done.rows("metrics"))
+    assert all(0 <= row["staleness_max"] <= 2 for row in done.rows("metrics"))
     asked = [(row["step"], row["prompt"]) for row in done.rows("attempts") if row["kind"] == "attempt"]
     assert sorted(asked) == sorted((1 + i // 4, f"train-{i}") for i in range(20))
 
@@ -241,5 +241,5 @@ def test_lora_and_gradient_checkpointing_resume(tiny_run: Callable[..., Any], st
 def test_a_file_is_no_folder_for_a_run(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
     with pytest.raises(RunError, match=r"run is a file\. Choose a folder with --out\."):
-        Run.open(load_recipe("opd", {"steps": 1}), Wants(), Options(tmp_path / "run"))
+        Run.open(load_recipe("opd", {"steps": 1}), Requirements(), Options(tmp_path / "run"))
     assert (tmp_path / "run").read_text() == "mine"

@@ -20,7 +20,7 @@ from reflux.config.schedules import SCHEDULES
 from reflux.storage import attempt_log, failed_batch
 from reflux.storage.attempt_log import learned, read_attempt
 from reflux.storage.files import append_lines, read_lines
-from reflux.types import Attempt, FlowRollout, Prompt, Reward, Rollout, Share, StepRecord, TeacherAnswer, TokenRollout, VelocityTarget
+from reflux.types import Attempt, Credit, FlowRollout, Prompt, Reward, Rollout, StepRecord, TeacherAnswer, TokenRollout, VelocityTarget
 from tiny import rollout
 
 SCHEDULED: dict[str, dict[str, Any]] = {
@@ -99,32 +99,32 @@ def test_everything_set_at_once_survives() -> None:
         "learner.system": 'Say "hello" \\ world\n',
         "teachers": {
             "main": "none",
-            "plus": {"model": "a", "as": "main", "routes": ["add"]},
-            "times": {"model": "b", "as": "main", "routes": ["mul"], "context": {"kind": "same"}},
-            "self": {"kind": "own", "follow": "frozen", "step": 3, "context": {"kind": "peers", "failures": 0, "threshold": 0.25}},
+            "plus": {"model": "a", "alias": "main", "routes": ["add"]},
+            "times": {"model": "b", "alias": "main", "routes": ["mul"], "context": {"kind": "same"}},
+            "self": {"kind": "self", "follow": "frozen", "step": 3, "context": {"kind": "peers", "failures": 0, "threshold": 0.25}},
         },
         "credit": {
             "half": {"kind": "outside:Half", "factor": 0.25},
             "prefix": {"length": {"kind": "linear", "start": 1, "increment": 0.5}},
         },
-        "accelerator": {"kind": "outside:Jump", "at": 4},
+        "extrapolation": {"kind": "outside:Jump", "at": 4},
         "track": {"kind": "tensorboard", "project": "p", "name": "n"},
         "evals.accuracy": {"problems": 7, "samples": 4, "k": 2},
-        "max_lag": 2,
+        "max_staleness": 2,
     }
     cfg = load_recipe("opd", overrides)
     again = there_and_back(cfg)
     assert again == cfg
     assert again.learner.lora.targets == ("q_proj", "v_proj")
     assert to_table(cfg)["teachers"]["plus"]["as"] == "main"  # as it is written, not as Python must call it
-    assert [teacher.as_ for teacher in again.teachers.values()] == ["main", "main", None]
+    assert [teacher.alias for teacher in again.teachers.values()] == ["main", "main", None]
     assert differences(to_table(cfg), tomllib.loads(to_toml(cfg))) == []
 
 
 def test_the_written_config_names_every_field_of_the_run() -> None:
     table = tomllib.loads(to_toml(load_recipe("rl_opd")))
     absent = {name for name in (entry.name for entry in fields(RunConfig)) if name not in table}
-    assert absent == {"accelerator"}  # TOML has no null
+    assert absent == {"extrapolation"}  # TOML has no null
 
 
 def test_a_run_holds_its_resolved_config(tiny_run: Callable[..., Any]) -> None:
@@ -173,8 +173,8 @@ def test_every_attempt_survives_in_what_is_kept(length: int, text: str, reward: 
 
 
 def flow_rollout(steps: int = 3, *, side: int = 4, colour: bool = False, **fields: Any) -> FlowRollout:
-    """A picture of random pixels after random states."""
-    dice = np.random.default_rng((steps, side))
+    """An image of random pixels after random states."""
+    rng = np.random.default_rng((steps, side))
     t_S = np.linspace(1, 0, steps + 1).astype(np.float32)
     made: dict[str, Any] = {
         "prompt": Prompt("p7", ({"role": "user", "content": "the digit 7"},), route="digits"),
@@ -182,12 +182,12 @@ def flow_rollout(steps: int = 3, *, side: int = 4, colour: bool = False, **field
         "version": 3,
         "finish": "stop",
         "mask_T": np.arange(steps) < steps - 1,
-        "logp_T": dice.normal(-80, 5, steps).astype(np.float32),
-        "x_SD": dice.normal(size=(steps + 1, side * side)).astype(np.float32),
+        "logp_T": rng.normal(-80, 5, steps).astype(np.float32),
+        "x_SD": rng.normal(size=(steps + 1, side * side)).astype(np.float32),
         "t_S": t_S,
         "noise_level": 0.7,
         "guidance": 4.5,
-        "image": dice.integers(0, 256, (side, side, 3) if colour else (side, side), np.uint8),
+        "image": rng.integers(0, 256, (side, side, 3) if colour else (side, side), np.uint8),
     }
     return FlowRollout(**{**made, **fields})
 
@@ -269,7 +269,7 @@ def test_a_refused_step_keeps_the_states_and_every_velocity(tmp_path: Path) -> N
     v_TD[-1] = np.nan
     drawn[1].answers["main"] = TeacherAnswer(target=VelocityTarget(teacher="main", v_TD=v_TD))
     drawn[1].now = VelocityTarget(teacher="now", v_TD=-v_TD)
-    path = tmp_path / "refused-step-1.jsonl"
+    path = tmp_path / "failed-batch-step-1.jsonl"
     path.with_suffix(".npz").write_text("older")
     assert failed_batch.keep(path, [[Attempt(rollout(2))], drawn], 0, "loss nan") == path
     lines = list(read_lines(path))
@@ -302,7 +302,7 @@ def test_the_second_line_holds_teacher_weight_shift_and_notes(tiny_run: Callable
 
 def test_what_was_never_computed_is_null_and_not_a_number(tmp_path: Path) -> None:
     made = Attempt(rollout(3))
-    made.shares["x"] = Share(factor_T=np.asarray([1.0, 0.0, 1.0], dtype=np.float32))
+    made.credits["x"] = Credit(weight_T=np.asarray([1.0, 0.0, 1.0], dtype=np.float32))
     made.learned = StepRecord(logp={"main": np.asarray([-1.0, np.nan, -2.0], dtype=np.float32)})
     append_lines(tmp_path / "attempts.jsonl", [learned(made, 0)])
     (line,) = read_lines(tmp_path / "attempts.jsonl")

@@ -24,7 +24,7 @@ from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
 from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.types import Attempt, HiddenTarget, Moment, Reward, TeacherAnswer, TokenRollout
+from reflux.types import Attempt, HiddenTarget, Reward, StepContext, TeacherAnswer, TokenRollout
 from tiny import attempt, gradients, rollout, same
 
 TOKENS = 102
@@ -83,15 +83,15 @@ def test_only_zero_weights_no_step(objective: Any) -> None:
     assert same(before, dict(learner.trained))
 
 
-@pytest.mark.parametrize("normalise", ["kept", "rollout_means"])
-def test_a_missing_target_is_silent(normalise: str) -> None:
-    """Under `kept` the silent attempt is not counted; under `rollout_means` it is one of R."""
+@pytest.mark.parametrize("loss_aggregation", ["token-mean-weighted", "seq-mean-token-mean"])
+def test_a_missing_target_is_silent(loss_aggregation: str) -> None:
+    """Under `kept` the silent attempt is not counted; under `seq-mean-token-mean` it is one of R."""
     teacher = as_model(tiny.net(2), character_tokenizer())
     spoken = [attempt(rollout(n, seed=n), teacher) for n in (3, 5, 7)]
     learner = tiny.learner(tiny.net(1))
-    alone = gradients(learner, [spoken], [Divergence()], normalise)
-    with_silent = gradients(learner, [spoken, [attempt(rollout(9, seed=9))]], [Divergence()], normalise)
-    scale = 1.0 if normalise == "kept" else 3 / 4
+    alone = gradients(learner, [spoken], [Divergence()], loss_aggregation)
+    with_silent = gradients(learner, [spoken, [attempt(rollout(9, seed=9))]], [Divergence()], loss_aggregation)
+    scale = 1.0 if loss_aggregation == "token-mean-weighted" else 3 / 4
     for name, gradient in alone.items():
         torch.testing.assert_close(with_silent[name], gradient * scale, rtol=0, atol=1e-6 if scale != 1 else 0)
 
@@ -131,7 +131,7 @@ def test_a_missing_reward_is_silent() -> None:
     learner = tiny.learner(tiny.net(1))
     results = []
     for group in (judged, judged[:2]):
-        share_credit([group], {"group_advantage": GroupAdvantage()}, Moment(0, 0))
+        share_credit([group], {"group_advantage": GroupAdvantage()}, StepContext(0, 0))
         results.append(gradients(learner, [group], [PolicyGradient()]))
     assert same(*results)
     assert any(gradient.abs().sum() > 0 for gradient in results[0].values())
@@ -148,27 +148,27 @@ def test_padding_is_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = [[attempt(rollout(n, seed=n, prompt_tokens=2 + n), teacher)] for n in (2, 9, 5)]
     learner = tiny.learner(tiny.net(1))
     zeros = gradients(learner, batch, [Divergence()])
-    monkeypatch.setattr(token_loss, "MicroBatch", functools.partial(token_loss.MicroBatch, pad_id=77))
+    monkeypatch.setattr(token_loss, "TokenMicroBatch", functools.partial(token_loss.TokenMicroBatch, pad_id=77))
     assert same(zeros, gradients(learner, batch, [Divergence()]))
 
 
-@pytest.mark.parametrize("normalise", ["kept", "chosen", "rollout_means"])
+@pytest.mark.parametrize("loss_aggregation", ["token-mean-weighted", "token-mean", "seq-mean-token-mean"])
 @pytest.mark.parametrize("finish", ["stop", "error"])
-def test_empty_replies_and_errors_count_nowhere(normalise: str, finish: str) -> None:
+def test_empty_replies_and_errors_count_nowhere(loss_aggregation: str, finish: str) -> None:
     teacher = as_model(tiny.net(2), character_tokenizer())
     spoken = [attempt(rollout(n, seed=n), teacher) for n in (3, 6)]
     nothing = attempt(rollout(0, seed=8)) if finish == "stop" else attempt(rollout(7, seed=8, finish="error"), teacher)
     learner = tiny.learner(tiny.net(1))
-    assert same(*(gradients(learner, [spoken, extra], [Divergence(), NLL()], normalise) for extra in ([], [nothing])))
+    assert same(*(gradients(learner, [spoken, extra], [Divergence(), NLL()], loss_aggregation) for extra in ([], [nothing])))
 
 
 def test_an_attempt_that_chose_nothing_counts_nowhere() -> None:
     teacher = as_model(tiny.net(2), character_tokenizer())
     spoken = [attempt(rollout(n, seed=n), teacher) for n in (3, 6)]
-    heard = attempt(rollout(5, seed=3, mask=[False] * 5), teacher)
-    for normalise in ("kept", "chosen", "rollout_means"):
+    objective_teachers = attempt(rollout(5, seed=3, mask=[False] * 5), teacher)
+    for loss_aggregation in ("token-mean-weighted", "token-mean", "seq-mean-token-mean"):
         learner = tiny.learner(tiny.net(1))
-        assert same(*(gradients(learner, [spoken, extra], [Divergence()], normalise) for extra in ([], [heard])))
+        assert same(*(gradients(learner, [spoken, extra], [Divergence()], loss_aggregation) for extra in ([], [objective_teachers])))
 
 
 @pytest.mark.parametrize("kind", sorted(kinds("credit")))
@@ -178,10 +178,10 @@ def test_every_credit_rule_bears_empty_and_failed_attempts(kind: str) -> None:
     group = [attempt(rollout(0, seed=1)), attempt(rollout(4, seed=1, sample=1, finish="error")), attempt(rollout(3, seed=1, sample=2))]
     for entry, value in zip(group, (0.0, None, 1.0), strict=True):
         entry.reward = Reward(value)
-    share_credit([group], {kind: rule}, Moment(0, 0))
+    share_credit([group], {kind: rule}, StepContext(0, 0))
     assert [len(entry.weight_T) for entry in group] == [0, 4, 3]
     assert not group[1].weight_T.any()
-    assert np.isfinite(group[2].shift_T).all()
+    assert np.isfinite(group[2].advantage_offset_T).all()
 
 
 def test_a_whole_run_of_failed_attempts_changes_nothing(tiny_run: Callable[..., Any]) -> None:
@@ -192,4 +192,4 @@ def test_a_whole_run_of_failed_attempts_changes_nothing(tiny_run: Callable[..., 
     assert [row["tokens_sampled"] for row in done.rows("metrics")] == [0, 0]
     assert {row["finish"] for row in done.rows("attempts") if row["kind"] == "attempt"} == {"error"}
     assert done.state["version"] == 0
-    assert plan([], [Divergence()], "kept") == []
+    assert plan([], [Divergence()], "token-mean-weighted") == []

@@ -60,16 +60,16 @@ MENU: dict[str, list[Any]] = {  # the rest of the menu, for what needs no formul
 
 def crowd(teacher: Model, other: Model) -> list[Group]:
     """Two teachers of different width, one heard on every second attempt, and the student's own list of when it acted."""
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     groups = []
     for g in range(3):
         group = []
         for s in range(2):
             spoken = rollout(4 + 3 * g + s, seed=g, sample=s)
-            ids_TK = np.stack([dice.permutation(TOKENS)[:5] for _ in range(spoken.length)])
-            logp_TK = np.log(dice.dirichlet(np.ones(6), spoken.length)[:, :5]).astype(np.float32)
-            said = TopKTarget(teacher="said", ids_TK=ids_TK, logp_TK=logp_TK, logp_T=spoken.logp_T)
-            entry = attempt(dataclasses.replace(spoken, said=said), teacher)
+            ids_TK = np.stack([rng.permutation(TOKENS)[:5] for _ in range(spoken.length)])
+            logp_TK = np.log(rng.dirichlet(np.ones(6), spoken.length)[:, :5]).astype(np.float32)
+            behaviour = TopKTarget(teacher="behaviour", ids_TK=ids_TK, logp_TK=logp_TK, logp_T=spoken.logp_T)
+            entry = attempt(dataclasses.replace(spoken, behaviour=behaviour), teacher)
             if (g + s) % 2:
                 entry.answers["b"] = TeacherAnswer(target=tiny.hidden(other, spoken, "b"))
             group.append(entry)
@@ -82,35 +82,37 @@ def nets() -> tuple[Any, Model]:
     return tiny.net(1, layers=2).double(), as_model(tiny.net(2).double(), character_tokenizer())
 
 
-def gradient(nets: tuple[Any, Model], objectives: list[Any], groups: list[Group], normalise: str, budget: int) -> dict[str, torch.Tensor]:
-    return gradients(tiny.learner(nets[0], micro_batch_tokens=budget), groups, objectives, normalise)
+def gradient(
+    nets: tuple[Any, Model], objectives: list[Any], groups: list[Group], loss_aggregation: str, budget: int
+) -> dict[str, torch.Tensor]:
+    return gradients(tiny.learner(nets[0], micro_batch_tokens=budget), groups, objectives, loss_aggregation)
 
 
-@pytest.mark.parametrize("normalise", ["kept", "chosen", "rollout_means"])
+@pytest.mark.parametrize("loss_aggregation", ["token-mean-weighted", "token-mean", "seq-mean-token-mean"])
 @pytest.mark.parametrize("name", SETS)
-def test_the_gradient_is_that_of_the_formula(nets: tuple[Any, Model], name: str, normalise: str) -> None:
+def test_the_gradient_is_that_of_the_formula(nets: tuple[Any, Model], name: str, loss_aggregation: str) -> None:
     """Bound 1e-6: coefficients and shifts are float32 in the library."""
     groups = batch(nets[1])
-    close(by_hand(nets, SETS[name], groups, normalise), gradient(nets, SETS[name], groups, normalise, 1 << 20), rtol=1e-6)
+    close(by_hand(nets, SETS[name], groups, loss_aggregation), gradient(nets, SETS[name], groups, loss_aggregation, 1 << 20), rtol=1e-6)
 
 
-@pytest.mark.parametrize("normalise", ["kept", "chosen", "rollout_means"])
+@pytest.mark.parametrize("loss_aggregation", ["token-mean-weighted", "token-mean", "seq-mean-token-mean"])
 @pytest.mark.parametrize("name", SETS)
-def test_micro_batches_and_order_change_nothing(nets: tuple[Any, Model], name: str, normalise: str) -> None:
+def test_micro_batches_and_order_change_nothing(nets: tuple[Any, Model], name: str, loss_aggregation: str) -> None:
     groups = batch(nets[1])
-    whole = gradient(nets, SETS[name], groups, normalise, 1 << 20)
+    whole = gradient(nets, SETS[name], groups, loss_aggregation, 1 << 20)
     for tokens in (1, 20):
-        close(whole, gradient(nets, SETS[name], groups, normalise, tokens))
-    close(whole, gradient(nets, SETS[name], [group[::-1] for group in groups[::-1]], normalise, 1 << 20))
+        close(whole, gradient(nets, SETS[name], groups, loss_aggregation, tokens))
+    close(whole, gradient(nets, SETS[name], [group[::-1] for group in groups[::-1]], loss_aggregation, 1 << 20))
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_chunks_of_rows_change_nothing(nets: tuple[Any, Model], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = batch(nets[1])
-    whole = gradient(nets, SETS[name], groups, "kept", 1 << 20)
+    whole = gradient(nets, SETS[name], groups, "token-mean-weighted", 1 << 20)
     monkeypatch.setattr(row_pass, "chunk_rows", lambda vocabulary, device, tables: 3)
     monkeypatch.setattr(row_pass, "block_rows", lambda vocabulary, device: 2)
-    close(whole, gradient(nets, SETS[name], groups, "kept", 1 << 20))
+    close(whole, gradient(nets, SETS[name], groups, "token-mean-weighted", 1 << 20))
 
 
 @pytest.mark.parametrize("name", MENU)
@@ -122,29 +124,29 @@ def test_no_split_changes_the_rest_of_the_menu(nets: tuple[Any, Model], name: st
         ]:  # as a local teacher does where a group baseline asks for it
             logp_T = tiny.HEADS[target.head].logp_of(target.h_TH, torch.from_numpy(entry.rollout.tokens_T)).numpy()
             entry.answers[key] = TeacherAnswer(target=dataclasses.replace(target, logp_T=logp_T))
-    whole = gradient(nets, MENU[name], groups, "kept", 1 << 20)
-    close(whole, gradient(nets, MENU[name], groups, "kept", 1))
+    whole = gradient(nets, MENU[name], groups, "token-mean-weighted", 1 << 20)
+    close(whole, gradient(nets, MENU[name], groups, "token-mean-weighted", 1))
     monkeypatch.setattr(row_pass, "chunk_rows", lambda vocabulary, device, tables: 3)
     monkeypatch.setattr(row_pass, "block_rows", lambda vocabulary, device: 2)
-    close(whole, gradient(nets, MENU[name], groups, "kept", 20))
+    close(whole, gradient(nets, MENU[name], groups, "token-mean-weighted", 20))
 
 
 def test_several_teachers_and_what_was_said_add_up(nets: tuple[Any, Model], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each objective hears its own teacher: together they give the sum of what each gives alone, in any split."""
     other = as_model(tiny.net(3, width=24).double(), character_tokenizer())
     objectives = [
-        Divergence(support="teacher", teacher="said", k=3, coef=0.5),
-        SampledKL(teacher="said", coef=2.0),
+        Divergence(support="teacher", teacher="behaviour", k=3, coef=0.5),
+        SampledKL(teacher="behaviour", coef=2.0),
         Divergence(teacher="b", divergence="jsd"),
         SampledKL(baseline="kl"),
         NLL(coef=0.0),
     ]
-    whole = gradient(nets, objectives, crowd(nets[1], other), "kept", 1 << 20)
-    parts = [gradient(nets, [objective], crowd(nets[1], other), "kept", 1 << 20) for objective in objectives[:-1]]
+    whole = gradient(nets, objectives, crowd(nets[1], other), "token-mean-weighted", 1 << 20)
+    parts = [gradient(nets, [objective], crowd(nets[1], other), "token-mean-weighted", 1 << 20) for objective in objectives[:-1]]
     close(whole, {name: sum((part[name] for part in parts), torch.zeros(())) for name in whole}, rtol=1e-6)
     assert all(max(float(value.abs().max()) for value in part.values()) > 0 for part in parts)
     monkeypatch.setattr(row_pass, "block_rows", lambda vocabulary, device: 2)
-    close(whole, gradient(nets, objectives, crowd(nets[1], other), "kept", 1))
+    close(whole, gradient(nets, objectives, crowd(nets[1], other), "token-mean-weighted", 1))
 
 
 def test_the_loss_that_is_reported_is_the_sum_over_micro_batches(nets: tuple[Any, Model]) -> None:
@@ -167,30 +169,34 @@ def test_a_chunk_holds_at_least_sixteen_rows_and_fits_the_budget() -> None:
 # --- the formula, without the library
 
 
-def by_hand(nets: tuple[Any, Model], objectives: list[Any], groups: list[Group], normalise: str) -> dict[str, torch.Tensor]:
+def by_hand(nets: tuple[Any, Model], objectives: list[Any], groups: list[Group], loss_aggregation: str) -> dict[str, torch.Tensor]:
     """loss = sum_k coef_k sum_n w_n cost_k,n c_n, attempt by attempt, from the models' own logits."""
     student, teacher = nets[0], nets[1].net
     attempts = [entry for group in groups for entry in group]
     student.zero_grad()
     loss = torch.zeros((), dtype=torch.float64)
     for objective in objectives:
-        kept = sum(int((entry.weight_T > 0).sum()) for entry in attempts if heard(objective, entry, objectives))
+        kept = sum(int((entry.weight_T > 0).sum()) for entry in attempts if objective_teachers(objective, entry, objectives))
         chosen = sum(int(entry.rollout.mask_T.sum()) for entry in attempts)
         for entry in attempts:
-            if not heard(objective, entry, objectives):
+            if not objective_teachers(objective, entry, objectives):
                 continue
-            scale = {"kept": 1 / kept, "chosen": 1 / chosen, "rollout_means": 1 / (len(attempts) * int(entry.rollout.mask_T.sum()))}
+            scale = {
+                "token-mean-weighted": 1 / kept,
+                "token-mean": 1 / chosen,
+                "seq-mean-token-mean": 1 / (len(attempts) * int(entry.rollout.mask_T.sum())),
+            }
             cost_T = costs(objective, logp(student, entry), logp(teacher, entry).detach(), entry, objectives)
             for t in np.flatnonzero(entry.weight_T):
-                loss = loss + objective.coef * float(entry.weight_T[t]) * cost_T[t] * scale[normalise]
+                loss = loss + objective.coef * float(entry.weight_T[t]) * cost_T[t] * scale[loss_aggregation]
     loss.backward()
     return {name: p.grad.clone() for name, p in student.named_parameters()}
 
 
-def heard(objective: Any, entry: Attempt, objectives: list[Any]) -> bool:
+def objective_teachers(objective: Any, entry: Attempt, objectives: list[Any]) -> bool:
     if isinstance(objective, NLL):
         return True
-    return bool(entry.shift_T.any()) if isinstance(objective, PolicyGradient) else entry.target("main") is not None
+    return bool(entry.advantage_offset_T.any()) if isinstance(objective, PolicyGradient) else entry.target("main") is not None
 
 
 def logp(model: Any, entry: Attempt) -> torch.Tensor:
@@ -208,14 +214,14 @@ def costs(objective: Any, p: torch.Tensor, q: torch.Tensor, entry: Attempt, obje
     behaviour = entry.rollout.logp_T.astype(np.float64)
     ratio = [(p[t, tokens[t]] - behaviour[t]).exp() for t in rows]
     if isinstance(objective, PolicyGradient):
-        shift = entry.shift_T
+        shift = entry.advantage_offset_T
         if objective.ratio == "none":
             return [-float(shift[t]) * p[t, tokens[t]] for t in rows]
         return [-torch.minimum(ratio[t] * float(shift[t]), ratio[t].clamp(0.8, 1.2) * float(shift[t])) for t in rows]
     if isinstance(objective, SampledKL):
         value = [(p[t].exp() * (p[t] - q[t])).sum() if objective.baseline == "kl" else 0.0 for t in rows]
         takes = not any(isinstance(other, PolicyGradient) for other in objectives)  # shifts go to exactly one objective
-        pushed = [float(entry.shift_T[t]) if takes else 0.0 for t in rows]
+        pushed = [float(entry.advantage_offset_T[t]) if takes else 0.0 for t in rows]
         advantage = [(q[t, tokens[t]] - p[t, tokens[t]] + value[t] + pushed[t]).detach() for t in rows]
         weight = [ratio[t].detach().clamp(max=5.0) if objective.ratio == "truncated" else 1.0 for t in rows]
         return [-advantage[t] * weight[t] * p[t, tokens[t]] for t in rows]

@@ -1,4 +1,4 @@
-"""Law 6. Lag is bounded, reached and measured; without lag the loop is the plain synchronous one, bit for bit."""
+"""Law 6. Staleness is bounded, reached and measured; without staleness the loop is the plain synchronous one, bit for bit."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from reflux.models.rng import row_key
 from reflux.models.text import load_model
 from reflux.models.turns import TurnRequest
 from reflux.teachers.local_engine import LocalTeacher
-from reflux.types import Attempt, Moment, Prompt, TokenRollout
+from reflux.types import Attempt, Prompt, StepContext, TokenRollout
 from tiny import ask, plainly, same
 
 CHAT = {"kind": "outside:Chat"}
 SLOW = "outside:SlowLearner"
 
 
-@pytest.mark.parametrize("max_lag", [1, 2])
-def test_consumed_lag_is_bounded_and_reached(tiny_run: Callable[..., Any], student: str, max_lag: int) -> None:
+@pytest.mark.parametrize("max_staleness", [1, 2])
+def test_consumed_lag_is_bounded_and_reached(tiny_run: Callable[..., Any], student: str, max_staleness: int) -> None:
     slow = {"kind": SLOW, "model": student, "lr": 1e-3}
-    done = tiny_run("opd", steps=6, max_lag=max_lag, task=CHAT, learner=slow, prompts_per_step=2)
-    lags = [row["lag_max"] for row in done.rows("metrics")]
-    assert lags[0] == 0
-    assert max(lags) == max_lag
-    assert [row["lag_mean"] for row in done.rows("metrics")] == [float(lag) for lag in lags]
+    done = tiny_run("opd", steps=6, max_staleness=max_staleness, task=CHAT, learner=slow, prompts_per_step=2)
+    stalenesses = [row["staleness_max"] for row in done.rows("metrics")]
+    assert stalenesses[0] == 0
+    assert max(stalenesses) == max_staleness
+    assert [row["staleness_mean"] for row in done.rows("metrics")] == [float(staleness) for staleness in stalenesses]
     asked = Counter((row["step"], row["prompt"]) for row in done.rows("attempts") if row["kind"] == "attempt")
     assert set(asked) == {(1 + i // 2, f"train-{i}") for i in range(12)}
     assert set(asked.values()) == {1}
@@ -46,7 +46,7 @@ def test_consumed_lag_is_bounded_and_reached(tiny_run: Callable[..., Any], stude
 
 def test_without_lag_every_attempt_is_of_the_student_of_now(tiny_run: Callable[..., Any]) -> None:
     done = tiny_run("opd", steps=3, task=CHAT)
-    assert [(row["lag_max"], row["lag_mean"]) for row in done.rows("metrics")] == [(0, 0.0)] * 3
+    assert [(row["staleness_max"], row["staleness_mean"]) for row in done.rows("metrics")] == [(0, 0.0)] * 3
     assert {(row["step"], row["version"]) for row in done.rows("attempts") if row["kind"] == "attempt"} == {(1, 0), (2, 1), (3, 2)}
 
 
@@ -73,8 +73,8 @@ async def synchronous(cfg: RunConfig) -> dict[str, Any]:
             groups = act(cfg, acting, prompts, step)
             by_id = sorted(groups, key=lambda group: group[0].rollout.prompt.id)  # in-process parts answer in the order of ids
             await ask(teacher, *plainly(attempt for group in by_id for attempt in group))
-            share_credit(groups, cfg.credit, Moment(step, 0))
-            await learner.step(StepRequest(groups, cfg.objectives, Moment(step, 0), cfg.normalise))
+            share_credit(groups, cfg.credit, StepContext(step, 0))
+            await learner.step(StepRequest(groups, cfg.objectives, StepContext(step, 0), cfg.loss_aggregation))
         return {name: value.clone() if hasattr(value, "clone") else value for name, value in learner.state().items()}
 
 
@@ -83,7 +83,7 @@ def act(cfg: RunConfig, model: Any, prompts: list[Prompt], step: int) -> list[li
     rows = [(prompt, sample) for prompt in sorted(prompts, key=lambda prompt: prompt.id) for sample in range(cfg.group_size)]
     rows.sort(key=lambda row: -len(render.ids(row[0].messages)))
     draw = cfg.draw(step)
-    asks = [TurnRequest(render.ids(p.messages), draw.length, row_key(cfg.seed, "train", step, p.id, s, 0), draw) for p, s in rows]
+    asks = [TurnRequest(render.ids(p.messages), draw.max_positions, row_key(cfg.seed, "train", step, p.id, s, 0), draw) for p, s in rows]
     made = {}
     for (prompt, sample), one, turn in zip(rows, asks, decode(model, asks, step, cpu_decoder(model)), strict=True):
         made[prompt.id, sample] = Attempt(
@@ -99,11 +99,11 @@ def act(cfg: RunConfig, model: Any, prompts: list[Prompt], step: int) -> list[li
 def test_a_jump_refreshes_what_is_in_flight_and_lag_starts_again(tiny_run: Callable[..., Any], student: str) -> None:
     outside.HEARD.clear()
     slow = {"kind": SLOW, "model": student, "lr": 1e-3}
-    settings = {"steps": 5, "max_lag": 2, "task": CHAT, "learner": slow, "prompts_per_step": 2}
-    done = tiny_run("opd", **settings, accelerator={"kind": "outside:Jump", "at": 3})
-    lags = [row["lag_max"] for row in done.rows("metrics")]
-    assert lags[2] == 2
-    assert lags[3] == 0  # asked again, by the student after the jump
+    settings = {"steps": 5, "max_staleness": 2, "task": CHAT, "learner": slow, "prompts_per_step": 2}
+    done = tiny_run("opd", **settings, extrapolation={"kind": "outside:Jump", "at": 3})
+    stalenesses = [row["staleness_max"] for row in done.rows("metrics")]
+    assert stalenesses[2] == 2
+    assert stalenesses[3] == 0  # asked again, by the student after the jump
     attempts = [row for row in done.rows("attempts") if row["kind"] == "attempt"]
     assert {row["prompt"] for row in attempts} == {f"train-{i}" for i in range(10)}
     learnt = [row["prompt"] for row in done.rows("attempts") if row["kind"] == "learned"]
@@ -113,7 +113,7 @@ def test_a_jump_refreshes_what_is_in_flight_and_lag_starts_again(tiny_run: Calla
 def test_a_run_with_lag_still_moves_with_a_ratio(tiny_run: Callable[..., Any], student: str) -> None:
     """Attempts of an older student are weighed: the recorded log-probs are the older student's, the loss uses the difference."""
     slow = {"kind": SLOW, "model": student, "lr": 3e-2}
-    done = tiny_run("opd", steps=3, max_lag=1, task=CHAT, learner=slow, prompts_per_step=2)
+    done = tiny_run("opd", steps=3, max_staleness=1, task=CHAT, learner=slow, prompts_per_step=2)
     pairs = {}
     for row in done.rows("attempts"):
         pairs.setdefault((row["step"], row["prompt"]), {}).update(row)

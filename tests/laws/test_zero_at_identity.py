@@ -1,4 +1,4 @@
-"""Law 2, zero at home: student = teacher costs a divergence nothing, and gives a score function no expected gradient."""
+"""Law 2, zero at identity: student = teacher costs a divergence nothing, and gives a score function no expected gradient."""
 
 import numpy as np
 import pytest
@@ -20,15 +20,15 @@ def test_zero_at_identity(kind: str, setting: Setting | None, dtype: torch.dtype
         assert "xempt from law 2" in (type(setting.objective).__doc__ or ""), f"'{kind}' must say in its docstring why it is exempt"
         return
     world = World()
-    rows = world.rows(world.student.to(dtype), world.student.detach().to(dtype), setting.says)
+    rows = world.rows(world.student.to(dtype), world.student.detach().to(dtype), setting.outputs)
     rows.student.logits_NV = rows.student.logits_NV.to(dtype)
-    rows.behaviour_logp_N, rows.shift_N = rows.behaviour_logp_N.to(dtype), rows.shift_N.to(dtype)
-    if setting.group:  # at home every sibling's reward is 0
-        rows.group_value_N = torch.full_like(rows.shift_N, group_values([np.zeros(2)] * setting.group, leave_one_out=True)[0])
+    rows.behaviour_logp_N, rows.advantage_offset_N = rows.behaviour_logp_N.to(dtype), rows.advantage_offset_N.to(dtype)
+    if setting.group:  # at identity every sibling's reward is 0
+        rows.group_value_N = torch.full_like(rows.advantage_offset_N, group_values([np.zeros(2)] * setting.group, leave_one_out=True)[0])
     tolerance = 1e-12 if dtype == torch.float64 else 3e-7
     cost_N = setting.objective(rows)
     assert cost_N.detach().abs().max() < tolerance
-    if setting.target == "tv" and setting.says == "listed" and setting.objective.tail == "bucket":
+    if setting.target == "tv" and setting.outputs == "listed" and setting.objective.tail == "bucket":
         return  # a kink: the tail of a list is 1 - sum, off by a rounding, and the sign of that is a gradient
     gradient_NV = torch.autograd.grad(cost_N.sum(), rows.student.logits_NV)[0]  # before any average: no row has a gradient
     assert gradient_NV.abs().max() < tolerance
@@ -41,7 +41,7 @@ def test_divergence_costs_are_never_negative(kind: str, setting: Setting | None)
         return
     for seed, spread in ((0, 0.001), (1, 1.0), (2, 20.0)):
         world = World(seed=seed, spread=spread)
-        cost_N = setting.objective(world.rows(world.student, world.teacher, setting.says)).detach().numpy()
+        cost_N = setting.objective(world.rows(world.student, world.teacher, setting.outputs)).detach().numpy()
         assert np.isfinite(cost_N).all()
         assert cost_N.min() > -1e-12
         assert cost_N.max() > 0

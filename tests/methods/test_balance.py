@@ -1,4 +1,4 @@
-"""Uni-OPD's online balance: who stays, from the page's words; dice of its own; silence."""
+"""Uni-OPD's online balance: who stays, from the page's words; random numbers of its own; silence."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from reflux.credit.balance import Balance, keep
 from reflux.credit.base import share_credit
 from reflux.models.text import as_model
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.types import Attempt, Finish, Group, Moment, Prompt, Reward, Rollout
+from reflux.types import Attempt, Finish, Group, Prompt, Reward, Rollout, StepContext
 from tiny import gradients, rollout, same
 
-NOW = Moment(0, 0)
+NOW = StepContext(0, 0)
 INF = math.inf
 classes = st.lists(st.booleans(), max_size=16)
 ratios = st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0, 4.0])  # exact in binary, so that a floor has one meaning
@@ -41,8 +41,8 @@ def attempt(reward: float | None, finish: Finish = "stop", prompt: str = "p", le
     )
 
 
-def factors(rule: Balance, group: Group, moment: Moment = NOW) -> list[Any]:
-    return [share.factor_T for share in rule(group, moment)]
+def factors(rule: Balance, group: Group, step_context: StepContext = NOW) -> list[Any]:
+    return [share.weight_T for share in rule(group, step_context)]
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,8 @@ def test_the_counts_are_those_of_the_page(correct: list[bool], ratio: float, see
 
 
 def test_every_member_of_the_larger_class_is_as_likely_to_stay() -> None:
-    dice = random.Random(1)
-    kept = Counter(i for _ in range(3000) for i, k in enumerate(keep([True] * 5 + [False] * 2, 1.0, dice)) if k and i < 5)
+    rng = random.Random(1)
+    kept = Counter(i for _ in range(3000) for i, k in enumerate(keep([True] * 5 + [False] * 2, 1.0, rng)) if k and i < 5)
     assert chisquare([kept[i] for i in range(5)]).pvalue > 1e-3
     assert sum(kept.values()) == 6000
 
@@ -113,9 +113,9 @@ def test_a_threshold_must_be_a_number() -> None:
 def test_factors_are_0_or_1_and_nothing_is_shifted() -> None:
     group = [attempt(1.0), attempt(1.0), attempt(1.0), attempt(0.0)]
     shares = Balance()(group, NOW)
-    assert sorted(share.factor_T for share in shares[:3]) == [0.0, 0.0, 1.0]
-    assert shares[3].factor_T == 1.0
-    assert all(share.shift_T == 0.0 and share.notes == {"kept": share.factor_T} for share in shares)
+    assert sorted(share.weight_T for share in shares[:3]) == [0.0, 0.0, 1.0]
+    assert shares[3].weight_T == 1.0
+    assert all(share.advantage_offset_T == 0.0 and share.notes == {"kept": share.weight_T} for share in shares)
     assert not Balance().shifts
 
 
@@ -143,13 +143,13 @@ def test_classes_by_threshold() -> None:
 def test_none_is_the_identity() -> None:
     group = [attempt(1.0), attempt(1.0), attempt(0.0)]
     assert Balance(ratio=None) == Balance(ratio="none")  # type: ignore[arg-type]
-    assert all(share.factor_T == 1.0 and not share.notes for share in Balance(ratio="none")(group, NOW))
+    assert all(share.weight_T == 1.0 and not share.notes for share in Balance(ratio="none")(group, NOW))
 
 
 def test_its_dice_are_those_of_run_step_and_prompt() -> None:
     def drawn(seed: int, step: int, prompt: str) -> tuple[float, ...]:
         return tuple(
-            factors(Balance(), [attempt(1.0, prompt=prompt) for _ in range(9)] + [attempt(0.0, prompt=prompt)], Moment(step, seed))
+            factors(Balance(), [attempt(1.0, prompt=prompt) for _ in range(9)] + [attempt(0.0, prompt=prompt)], StepContext(step, seed))
         )
 
     places = [(0, 0, "p"), (1, 0, "p"), (0, 1, "p"), (0, 0, "q"), (0, 2, "p"), (0, 0, "r"), (2, 0, "p")]
@@ -158,7 +158,7 @@ def test_its_dice_are_those_of_run_step_and_prompt() -> None:
 
 
 def test_left_out_attempts_give_exactly_no_gradient_and_stay_in_the_denominator() -> None:
-    """rollout_means counts them: leaving out half of a group does not raise what the others weigh."""
+    """seq-mean-token-mean counts them: leaving out half of a group does not raise what the others weigh."""
     teacher = as_model(tiny.net(2), character_tokenizer())
 
     def group() -> Group:
@@ -175,13 +175,13 @@ def test_left_out_attempts_give_exactly_no_gradient_and_stay_in_the_denominator(
     muted, whole = group(), group()
     for i in out:
         muted[i].answers.clear()  # they say nothing, and are counted
-    found = gradients(learner, [balanced], [SampledKL()], "rollout_means")
-    assert same(found, gradients(learner, [muted], [SampledKL()], "rollout_means"))
-    assert not same(found, gradients(learner, [whole], [SampledKL()], "rollout_means"))
+    found = gradients(learner, [balanced], [SampledKL()], "seq-mean-token-mean")
+    assert same(found, gradients(learner, [muted], [SampledKL()], "seq-mean-token-mean"))
+    assert not same(found, gradients(learner, [whole], [SampledKL()], "seq-mean-token-mean"))
 
 
 def test_a_run_balances_and_says_so(tiny_run: Callable[..., Any]) -> None:
-    settings = {"task": {"kind": "outside:Chat"}, "rewards": {"verifier": {}}, "group_size": 6, "normalise": "rollout_means"}
+    settings = {"task": {"kind": "outside:Chat"}, "rewards": {"verifier": {}}, "group_size": 6, "loss_aggregation": "seq-mean-token-mean"}
     done = tiny_run("opd", steps=2, **settings, credit={"balance": {}})
     assert all(row["credit"]["balance"]["kept"] < 1 for row in done.rows("metrics"))
     verdicts: dict[Any, list[float]] = {}
@@ -197,4 +197,4 @@ def test_a_run_balances_and_says_so(tiny_run: Callable[..., Any]) -> None:
 def test_verdicts_of_numpy_are_verdicts() -> None:
     assert keep([np.True_, np.True_, np.False_], 1.0, random.Random(0)).count(True) == 2  # pyright: ignore[reportArgumentType]
     group = [Attempt(rollout(2, sample=s), reward=Reward(np.float32(right))) for s, right in enumerate((1, 1, 1, 0))]  # pyright: ignore[reportArgumentType]
-    assert sum(float(share.factor_T) for share in Balance()(group, Moment(0, 0))) == 2
+    assert sum(float(share.weight_T) for share in Balance()(group, StepContext(0, 0))) == 2

@@ -24,7 +24,7 @@ GOOD: dict[str, Any] = {
 
 def test_the_good_call_is_good() -> None:
     assert linear_divergence(**GOOD).loss.isfinite()
-    assert linear_divergence(**GOOD, shift_N=torch.ones(N), objective=SampledKL()).loss.isfinite()
+    assert linear_divergence(**GOOD, advantage_offset_N=torch.ones(N), objective=SampledKL()).loss.isfinite()
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,9 @@ def test_the_good_call_is_good() -> None:
         ({"coef_N": torch.ones(N, 1)}, r"coef_N must be a tensor \[N\]"),
         ({"coef_N": torch.ones(N, requires_grad=True)}, r"pass coef_N\.detach\(\)"),
         ({"coef_N": 1 / N}, "coef_N must be a tensor .* got float"),
-        ({"shift_N": torch.ones(N, 1)}, "shift_N must be"),
+        ({"advantage_offset_N": torch.ones(N, 1)}, "advantage_offset_N must be"),
         ({"behaviour_logp_N": torch.ones(1, N)}, "behaviour_logp_N must be"),
-        ({"shift_N": torch.ones(N + 1)}, "same positions"),
+        ({"advantage_offset_N": torch.ones(N + 1)}, "same positions"),
         ({"student_NH": torch.randn(2, 3, 4)}, r"Flatten them: h\[mask\]"),
         ({"teacher_NG": torch.randn(N - 1, 5)}, "same positions"),
         ({"student_NH": torch.randn(N, 3)}, "the student's hidden states are 3 wide, but its head takes 4"),

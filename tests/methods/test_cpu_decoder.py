@@ -15,7 +15,7 @@ from reflux.models.cpu.decoder import CpuDecoder, cpu_decoder
 from reflux.models.generate import decode
 from reflux.models.text import Model, as_model
 from reflux.models.turns import TurnRequest
-from reflux.types import Draw
+from reflux.types import SamplingParams
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 KINDS: dict[str, dict[str, Any]] = {
@@ -45,10 +45,10 @@ def model(model_type: str, seed: int = 0, **more: Any) -> Model:
     ends = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None, "vocab_size": len(character_tokenizer())}
     config = AutoConfig.for_model(model_type, **(shape | ends | {"max_position_embeddings": 256} | more))
     net = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=dice) * (0.3 if parameter.ndim > 1 else 0.5) + (parameter.ndim == 1))
+            parameter.copy_(torch.randn(parameter.shape, generator=rng) * (0.3 if parameter.ndim > 1 else 0.5) + (parameter.ndim == 1))
     return as_model(net, character_tokenizer())
 
 
@@ -80,15 +80,15 @@ def begun(loaded: Model, decoder: CpuDecoder, ids: list[list[int]], room: int) -
 def test_steps_give_the_models_own_states_with_padding_and_rows_dropped(kind: str) -> None:
     loaded = model(**KINDS[kind])
     decoder = opened(loaded)
-    dice = torch.Generator().manual_seed(1)
-    ids = [torch.randint(2, 102, (length,), generator=dice).tolist() for length in (9, 1, 5, 7)]
+    rng = torch.Generator().manual_seed(1)
+    ids = [torch.randint(2, 102, (length,), generator=rng).tolist() for length in (9, 1, 5, 7)]
     memory, place_B = begun(loaded, decoder, ids, room=8)
     for step in range(8):
         if step in (3, 6):
             kept = torch.tensor([0, 1, 3] if step == 3 else [2, 1])
             memory.keep(kept)
             ids, place_B = [ids[row] for row in kept.tolist()], place_B[kept]
-        tokens_B = torch.randint(2, 102, (len(ids),), generator=dice)
+        tokens_B = torch.randint(2, 102, (len(ids),), generator=rng)
         ids = [[*row, token] for row, token in zip(ids, tokens_B.tolist(), strict=True)]
         with torch.no_grad():
             made_BH = decoder.step(memory, tokens_B, place_B)
@@ -148,7 +148,7 @@ def test_published_weights_count_from_the_next_step() -> None:
 def test_turns_are_those_of_the_long_way(kind: str) -> None:
     """Same tokens, same ends, same log-probs; unequal prompts and budgets, a stop text, and the student's own top-k."""
     loaded = model(**KINDS[kind])
-    draw = Draw(0, "train", 40, temperature=0.8, stop=("e", "a"))
+    draw = SamplingParams(0, "train", 40, temperature=0.8, stop=("e", "a"))
     asks = [TurnRequest([5 + row, *range(6, 7 + row)], 4 + 3 * row, row * 7919, draw, top_k=3) for row in range(9)]
     short, long = decode(loaded, asks, 0, opened(loaded)), decode(loaded, asks, 0)
     assert len({len(turn.tokens) for turn in long}) > 3
@@ -157,6 +157,6 @@ def test_turns_are_those_of_the_long_way(kind: str) -> None:
         assert (one.tokens, one.finish) == (other.tokens, other.finish)
         torch.testing.assert_close(torch.from_numpy(one.logp_T), torch.from_numpy(other.logp_T), rtol=0, atol=2e-4)
         torch.testing.assert_close(torch.from_numpy(one.raw_T), torch.from_numpy(other.raw_T), rtol=0, atol=2e-4)
-        assert one.said_TK is not None
-        assert other.said_TK is not None
-        assert one.said_TK[0].tolist() == other.said_TK[0].tolist()
+        assert one.behaviour_TK is not None
+        assert other.behaviour_TK is not None
+        assert one.behaviour_TK[0].tolist() == other.behaviour_TK[0].tolist()

@@ -13,11 +13,11 @@ from reflux.models.cpu.linear import linear, speed_up
 @pytest.mark.parametrize("rows", [3, 511, 512, 4000])  # few rows stay with torch; the largest goes through oneDNN
 @pytest.mark.parametrize("biased", [True, False])
 def test_value_and_gradients(rows: int, biased: bool) -> None:
-    dice = torch.Generator().manual_seed(rows)
+    rng = torch.Generator().manual_seed(rows)
     layer = nn.Linear(64, 80, bias=biased)
     speed_up(layer)
-    x = torch.randn(1, rows, 64, generator=dice, requires_grad=True)
-    grad = torch.randn(1, rows, 80, generator=dice)
+    x = torch.randn(1, rows, 64, generator=rng, requires_grad=True)
+    grad = torch.randn(1, rows, 80, generator=rng)
     layer(x).backward(grad)
     x_NI, g_NO, w_OI = (t.detach().double().numpy() for t in (x[0], grad[0], layer.weight))
     assert x.grad is not None

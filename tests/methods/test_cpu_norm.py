@@ -18,9 +18,9 @@ EPS = 0.03  # large enough to be seen
 
 def case(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """x far from zero mean, a weight far from one, and a gradient."""
-    dice = torch.Generator().manual_seed(seed)
-    x, grad = torch.randn(shape, generator=dice) * 0.5 + 0.7, torch.randn(shape, generator=dice) + 0.4
-    return x, torch.randn(shape[-1], generator=dice) + 0.5, grad
+    rng = torch.Generator().manual_seed(seed)
+    x, grad = torch.randn(shape, generator=rng) * 0.5 + 0.7, torch.randn(shape, generator=rng) + 0.4
+    return x, torch.randn(shape[-1], generator=rng) + 0.5, grad
 
 
 def expected(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -102,7 +102,7 @@ def test_a_published_weight_is_read() -> None:
     norm = LlamaRMSNorm(8)
     fuse_norms(norm)
     x = torch.randn(3, 8)
-    once = norm(x)
+    shared_cache = norm(x)
     with torch.no_grad():
         norm.weight.copy_(torch.full((8,), 3.0))
-    torch.testing.assert_close(norm(x), 3 * once)
+    torch.testing.assert_close(norm(x), 3 * shared_cache)

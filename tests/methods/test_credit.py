@@ -20,9 +20,9 @@ from reflux.credit.margin import Margin
 from reflux.credit.position import Position
 from reflux.credit.prefix import Prefix
 from reflux.credit.release import Release
-from reflux.types import Attempt, Finish, Group, Moment, Prompt, Reward, SampledTarget, TeacherAnswer, TokenRollout, TopKTarget
+from reflux.types import Attempt, Finish, Group, Prompt, Reward, SampledTarget, StepContext, TeacherAnswer, TokenRollout, TopKTarget
 
-NOW = Moment(step=0, seed=0)
+NOW = StepContext(step=0, seed=0)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def attempt(mask: list[bool], reward: float | None = None, finish: Finish = "sto
     return Attempt(rollout, reward=Reward(reward))
 
 
-def heard(one: Attempt) -> Attempt:
+def objective_teachers(one: Attempt) -> Attempt:
     """With a teacher's word, which tells the student's candidates apart at the first position only."""
     length = one.rollout.length
     logp_TK = np.full((length, 4), -1.4, dtype=np.float32)
@@ -70,7 +70,7 @@ def number(note: Any) -> float:
 
 def group() -> Group:
     """Tool text in the middle, a plain one, nothing chosen, an empty one, an error, one not judged."""
-    return [heard(one) for one in _group()]
+    return [objective_teachers(one) for one in _group()]
 
 
 def _group() -> Group:
@@ -86,8 +86,8 @@ def _group() -> Group:
 
 def weights(credit: dict[str, Any], step: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
     attempts = group()
-    share_credit([attempts], credit, Moment(step=step, seed=0))
-    return [(one.weight_T, one.shift_T) for one in attempts]
+    share_credit([attempts], credit, StepContext(step=step, seed=0))
+    return [(one.weight_T, one.advantage_offset_T) for one in attempts]
 
 
 def same(a: list[tuple[np.ndarray, np.ndarray]], b: list[tuple[np.ndarray, np.ndarray]]) -> bool:
@@ -109,20 +109,20 @@ def test_every_rule_keeps_shape_sign_and_silence(kind):
     for _ in range(2):  # pure: asking twice says the same
         share_credit([attempts], {kind: rule}, NOW)
     for one in attempts:
-        weight_T, shift_T = one.weight_T, one.shift_T
-        assert weight_T.dtype == shift_T.dtype == np.float32
-        assert weight_T.shape == shift_T.shape == one.rollout.mask_T.shape
+        weight_T, advantage_offset_T = one.weight_T, one.advantage_offset_T
+        assert weight_T.dtype == advantage_offset_T.dtype == np.float32
+        assert weight_T.shape == advantage_offset_T.shape == one.rollout.mask_T.shape
         assert (weight_T >= 0).all()
         assert np.isfinite(weight_T).all()
-        assert np.isfinite(shift_T).all()
+        assert np.isfinite(advantage_offset_T).all()
         assert (weight_T[~one.rollout.mask_T] == 0).all()
-        assert all(math.isfinite(note) for note in map(number, one.shares[kind].notes.values()))
+        assert all(math.isfinite(note) for note in map(number, one.credits[kind].notes.values()))
     assert not attempts[4].weight_T.any()  # ended in an error
     if rule.shifts:
-        assert not attempts[4].shift_T.any()
-        assert not attempts[5].shift_T.any()
+        assert not attempts[4].advantage_offset_T.any()
+        assert not attempts[5].advantage_offset_T.any()
     else:
-        assert all(not one.shift_T.any() for one in attempts)
+        assert all(not one.advantage_offset_T.any() for one in attempts)
     assert rule([], NOW) == []
 
 
@@ -139,12 +139,12 @@ def test_rules_commute_to_the_bit():
 def test_prefix_counts_chosen_positions_only():
     mask = [False, True, True, False, True, True]
     (share,) = Prefix(2)([attempt(mask)], NOW)
-    assert share.factor_T.tolist() == [1, 1, 1, 1, 0, 0]
+    assert share.weight_T.tolist() == [1, 1, 1, 1, 0, 0]
     assert share.notes == {"kept": 0.5}
-    assert not np.any(share.shift_T)
+    assert not np.any(share.advantage_offset_T)
     assert Prefix(1)([attempt([True, False, False, True])], NOW)[0].notes == {"kept": 0.5}
     (window,) = Prefix(2, start=1)([attempt(mask)], NOW)
-    assert (window.factor_T * mask).tolist() == [0, 0, 1, 0, 1, 0]
+    assert (window.weight_T * mask).tolist() == [0, 0, 1, 0, 1, 0]
 
 
 @given(mask=st.lists(st.booleans(), max_size=12), length=st.integers(1, 6), start=st.integers(0, 4))
@@ -155,8 +155,8 @@ def test_prefix_keeps_min_of_length_and_what_is_there(mask, length, start):
     kept = np.flatnonzero(one.weight_T)
     assert kept.tolist() == np.flatnonzero(mask)[start : start + length].tolist()
     if any(mask):
-        assert one.shares["prefix"].notes["kept"] == pytest.approx(len(kept) / sum(mask))
-        windows = [Prefix(length, length * w)([attempt(mask)], NOW)[0].factor_T for w in range(13)]
+        assert one.credits["prefix"].notes["kept"] == pytest.approx(len(kept) / sum(mask))
+        windows = [Prefix(length, length * w)([attempt(mask)], NOW)[0].weight_T for w in range(13)]
         assert (sum(windows)[np.array(mask)] == 1).all()  # windows tile the attempt
 
 
@@ -169,9 +169,9 @@ def test_prefix_of_a_rollout_is_the_weight_of_the_cut_rollout():
 
 def test_prefix_length_follows_its_schedule_by_step_and_floors():
     rule = Prefix(Linear(start=1, increment=0.75))
-    kept = [float(rule([attempt([True] * 8)], Moment(step=step, seed=0))[0].factor_T.sum()) for step in range(6)]
+    kept = [float(rule([attempt([True] * 8)], StepContext(step=step, seed=0))[0].weight_T.sum()) for step in range(6)]
     assert kept == [1, 1, 2, 3, 4, 4]
-    assert Prefix(2.9)([attempt([True] * 8)], NOW)[0].factor_T.sum() == 2
+    assert Prefix(2.9)([attempt([True] * 8)], NOW)[0].weight_T.sum() == 2
 
 
 def test_prefix_refuses_what_is_below_one_position():
@@ -181,7 +181,7 @@ def test_prefix_refuses_what_is_below_one_position():
     with pytest.raises(ValueError, match="start"):
         Prefix(4, start=-1)
     with pytest.raises(ValueError, match="step 3"):
-        Prefix(Linear(start=3, increment=-1))([attempt([True])], Moment(step=3, seed=0))
+        Prefix(Linear(start=3, increment=-1))([attempt([True])], StepContext(step=3, seed=0))
 
 
 # -------------------------------------------------------------------------------------------------------------------- position
@@ -190,8 +190,8 @@ def test_prefix_refuses_what_is_below_one_position():
 def test_position_reads_its_schedule_over_chosen_positions_not_steps():
     one = attempt([True, False, True, True])
     for step in (0, 7):
-        (share,) = Position(Linear(start=1.0, stop=0.0, horizon=2))([one], Moment(step=step, seed=0))
-        assert share.factor_T.tolist() == [1.0, 1.0, 0.5, 0.0]
+        (share,) = Position(Linear(start=1.0, stop=0.0, horizon=2))([one], StepContext(step=step, seed=0))
+        assert share.weight_T.tolist() == [1.0, 1.0, 0.5, 0.0]
         assert share.notes == {"factor": 0.5}
 
 
@@ -250,22 +250,24 @@ def test_group_advantages_are_centred_shift_free_and_with_std_scale_free(rewards
 
 def test_outcome_shifts_every_position_alike_and_ignores_errors_and_the_unjudged():
     shares = GroupAdvantage()(group(), NOW)  # judged: 1, 0, 0, 1; the error's reward of 1 and the missing one stay out
-    assert [share.shift_T for share in shares] == [0.5, -0.5, -0.5, 0.5, 0.0, 0.0]
-    assert all(share.factor_T == 1.0 and share.notes == {"mixed": 1.0} for share in shares)
+    assert [share.advantage_offset_T for share in shares] == [0.5, -0.5, -0.5, 0.5, 0.0, 0.0]
+    assert all(share.weight_T == 1.0 and share.notes == {"mixed": 1.0} for share in shares)
     alike = GroupAdvantage(normalise_std=True)([attempt([True], 1.0), attempt([True], 1.0)], NOW)
-    assert [(share.shift_T, share.notes["mixed"]) for share in alike] == [(0.0, 0.0)] * 2
+    assert [(share.advantage_offset_T, share.notes["mixed"]) for share in alike] == [(0.0, 0.0)] * 2
 
 
 def test_outcome_worth_follows_its_schedule():
-    shares = GroupAdvantage(nats=Linear(start=1.0, increment=1.0))([attempt([True], 1.0), attempt([True], 0.0)], Moment(step=2, seed=0))
-    assert [share.shift_T for share in shares] == [1.5, -1.5]
+    shares = GroupAdvantage(nats=Linear(start=1.0, increment=1.0))(
+        [attempt([True], 1.0), attempt([True], 0.0)], StepContext(step=2, seed=0)
+    )
+    assert [share.advantage_offset_T for share in shares] == [1.5, -1.5]
 
 
 def test_rules_declare_what_they_want():
-    assert GroupAdvantage().wants.reward
+    assert GroupAdvantage().requirements.reward
     assert GroupAdvantage().min_group == 2
     assert GroupAdvantage().shifts
-    assert not Prefix(4).wants.reward
+    assert not Prefix(4).requirements.reward
     assert not Prefix(4).shifts
     assert not Position(1.0).shifts
     with pytest.raises(ValueError, match="std_floor"):

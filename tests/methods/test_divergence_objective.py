@@ -9,7 +9,7 @@ import torch
 
 from laws.estimators import choices, np_divergence
 from reflux.loss.divergences import DIVERGENCES, with_tail
-from reflux.loss.outputs import FullSays, ListedSays, SampledSays
+from reflux.loss.outputs import FullLogits, SampledLogprobs, TopKLogprobs
 from reflux.loss.term import Rows
 from reflux.objectives.divergence import MIXED, Divergence
 
@@ -19,19 +19,19 @@ def table(n: int, v: int, seed: int, spread: float) -> torch.Tensor:
     return (spread * torch.randn(n, v, dtype=torch.float64, generator=torch.manual_seed(seed))).log_softmax(-1)
 
 
-def rows_of(student: torch.Tensor, teacher: FullSays | ListedSays | SampledSays) -> Rows:
+def rows_of(student: torch.Tensor, teacher: FullLogits | TopKLogprobs | SampledLogprobs) -> Rows:
     ids, zero = torch.zeros(len(student), dtype=torch.int64), torch.zeros(len(student), dtype=student.dtype)
-    return Rows(FullSays(student, ids), {"main": teacher}, zero, zero)
+    return Rows(FullLogits(student, ids), {"main": teacher}, zero, zero)
 
 
-def listed(teacher: torch.Tensor, k: int) -> ListedSays:
+def listed(teacher: torch.Tensor, k: int) -> TopKLogprobs:
     top = teacher.topk(k, dim=-1)
-    return ListedSays(top.indices, top.values, teacher[:, 0])
+    return TopKLogprobs(top.indices, top.values, teacher[:, 0])
 
 
 def test_each_support_compares_what_it_says():
     s, t = table(6, 9, 0, 1.5), table(6, 9, 1, 1.5)
-    full = FullSays(t, torch.zeros(6, dtype=torch.int64))
+    full = FullLogits(t, torch.zeros(6, dtype=torch.int64))
     for name in DIVERGENCES:
         function = DIVERGENCES[name]
         for support, ids in (("student", s.topk(3).indices), ("teacher", t.topk(3).indices)):
@@ -63,7 +63,7 @@ def by_definition(kind: str, support: str, tail: str, k: int, p: np.ndarray, q: 
 def test_every_list_follows_its_definition(kind, support, tail):
     for seed, k in itertools.product(range(3), (2, 3, 5)):
         s, t = table(6, 9, seed, 1.5), table(6, 9, seed + 10, 1.5)
-        made = Divergence(divergence=kind, support=support, tail=tail, k=k)(rows_of(s, FullSays(t, torch.zeros(6, dtype=torch.int64))))
+        made = Divergence(divergence=kind, support=support, tail=tail, k=k)(rows_of(s, FullLogits(t, torch.zeros(6, dtype=torch.int64))))
         expected = [by_definition(kind, support, tail, k, *row) for row in zip(s.exp().numpy(), t.exp().numpy(), strict=True)]
         np.testing.assert_allclose(made.numpy(), expected, rtol=1e-9, atol=1e-12)
         if support == "teacher":
@@ -77,13 +77,13 @@ def test_every_list_has_the_gradient_of_finite_differences(kind, support, tail):
     """Also where both models list the same tokens, the student alone rules some out, and nothing is left over."""
     t = table(4, 6, 1, 1.5)
     logits = torch.randn(4, 6, dtype=torch.float64, generator=torch.manual_seed(3), requires_grad=True)
-    full = FullSays(t, torch.zeros(4, dtype=torch.int64))
+    full = FullLogits(t, torch.zeros(4, dtype=torch.int64))
     for k in (2, 4):
         objective = Divergence(divergence=kind, support=support, tail=tail, k=k)
         assert torch.autograd.gradcheck(lambda x, o=objective: o(rows_of(x.log_softmax(-1), full)), logits)
     ruled_out = torch.tensor([[0.0, 1.0, -math.inf, 2.0]], dtype=torch.float64, requires_grad=True)
     for teacher in (torch.tensor([[3.0, 0.0, 1.0, 2.0]]), torch.tensor([[0.0, 1.0, -math.inf, 2.0]])):
-        one = rows_of(ruled_out.log_softmax(-1), FullSays(teacher.double(), torch.zeros(1, dtype=torch.int64)))
+        one = rows_of(ruled_out.log_softmax(-1), FullLogits(teacher.double(), torch.zeros(1, dtype=torch.int64)))
         cost = Divergence(divergence=kind, support=support, tail=tail, k=3)(one).sum()
         if cost.isfinite():
             (gradient,) = torch.autograd.grad(cost, ruled_out)
@@ -92,7 +92,7 @@ def test_every_list_has_the_gradient_of_finite_differences(kind, support, tail):
 
 
 def test_top_k_of_the_whole_vocabulary_is_the_full_divergence_to_the_bit():
-    s, t = table(4, 5, 0, 1.0), FullSays(table(4, 5, 1, 1.0), torch.zeros(4, dtype=torch.int64))
+    s, t = table(4, 5, 0, 1.0), FullLogits(table(4, 5, 1, 1.0), torch.zeros(4, dtype=torch.int64))
     for kind in KINDS:
         full = Divergence(divergence=kind)(rows_of(s, t))
         for (support, tail), k in itertools.product(LISTS, (5, 100)):
@@ -113,9 +113,9 @@ def test_union_counts_a_token_that_both_list_once():
     other_order = torch.tensor([[0.05, 0.05, 0.4, 0.4, 0.1]], dtype=torch.float64).log()
     id_1 = torch.zeros(1, dtype=torch.int64)
     student, union = (Divergence(support=support, k=2) for support in ("student", "union"))
-    at = rows_of(s, FullSays(same_order, id_1))
+    at = rows_of(s, FullLogits(same_order, id_1))
     torch.testing.assert_close(union(at), student(at), rtol=1e-14, atol=0)
-    at = rows_of(s, FullSays(other_order, id_1))
+    at = rows_of(s, FullLogits(other_order, id_1))
     torch.testing.assert_close(union(at), Divergence()(at), rtol=1e-12, atol=0)  # the bucket holds one token: nothing is merged
     assert (union(at) > student(at)).all()
 
@@ -123,7 +123,7 @@ def test_union_counts_a_token_that_both_list_once():
 def test_renormalised_is_blind_to_mass_outside_the_list_and_the_bucket_is_not():
     """Its optimum moves: the student is right on the list up to a factor, wrong everywhere else, and nothing pulls it back."""
     logits = torch.tensor([[0.5, 0.3, 0.1, 0.1]], dtype=torch.float64).log().requires_grad_()
-    teacher = FullSays(torch.tensor([[0.25, 0.15, 0.5, 0.1]], dtype=torch.float64).log(), torch.zeros(1, dtype=torch.int64))
+    teacher = FullLogits(torch.tensor([[0.25, 0.15, 0.5, 0.1]], dtype=torch.float64).log(), torch.zeros(1, dtype=torch.int64))
     for kind in KINDS:
         blind, seeing = (Divergence(divergence=kind, support="student", k=2, tail=tail) for tail in ("renormalised", "bucket"))
         cost = blind(rows_of(logits, teacher))
@@ -139,7 +139,7 @@ def test_the_ratio_multiplies_by_a_capped_constant():
     logits = torch.randn(5, 4, dtype=torch.float64, generator=torch.manual_seed(0), requires_grad=True)
     teacher, ids = table(5, 4, 1, 1.0), torch.tensor([0, 3, 1, 2, 2])
     behaviour = logits.detach().log_softmax(-1).gather(-1, ids[:, None])[:, 0] - torch.tensor([0.0, 0.4, -0.7, 3.0, -30.0]).double()
-    at = Rows(FullSays(logits, ids), {"main": FullSays(teacher, ids)}, behaviour, torch.zeros(5, dtype=torch.float64))
+    at = Rows(FullLogits(logits, ids), {"main": FullLogits(teacher, ids)}, behaviour, torch.zeros(5, dtype=torch.float64))
     factor = np.minimum(np.exp([0.0, 0.4, -0.7, 3.0, -30.0]), 5.0)
     plain, weighed = Divergence()(at), Divergence(ratio="truncated")(at)
     np.testing.assert_allclose(weighed.detach().numpy(), plain.detach().numpy() * factor, rtol=1e-6)
@@ -153,7 +153,7 @@ def test_no_gradient_reaches_the_teacher():
     for support, tail in [("full", "bucket"), *LISTS]:
         student = table(4, 5, 0, 1.0).requires_grad_()
         Divergence(support=support, tail=tail, k=2, ratio="truncated")(
-            rows_of(student, FullSays(logits, torch.zeros(4, dtype=torch.int64)))
+            rows_of(student, FullLogits(logits, torch.zeros(4, dtype=torch.int64)))
         ).sum().backward()
         assert logits.grad is None
         assert student.grad is not None
@@ -161,7 +161,7 @@ def test_no_gradient_reaches_the_teacher():
 
 def test_beta_reaches_the_mixture():
     """Up to rounding in float64: the objective normalises the rows itself, which moves a last digit where processors sum differently."""
-    s, t = table(4, 5, 0, 1.0), FullSays(table(4, 5, 1, 1.0), torch.zeros(4, dtype=torch.int64))
+    s, t = table(4, 5, 0, 1.0), FullLogits(table(4, 5, 1, 1.0), torch.zeros(4, dtype=torch.int64))
     for name in MIXED:
         made, expected = Divergence(divergence=name, beta=0.25)(rows_of(s, t)), DIVERGENCES[name](s, t.logp_NV, 0.25)
         torch.testing.assert_close(made, expected, rtol=1e-12, atol=1e-14)
@@ -190,9 +190,14 @@ def test_bad_fields_are_refused(fields, sentence):
 
 def test_a_teacher_that_cannot_answer_is_refused_with_the_remedy():
     t = table(4, 5, 1, 1.0)
-    for support, says in (("full", listed(t, 2)), ("student", listed(t, 2)), ("union", listed(t, 2)), ("teacher", SampledSays(t[:, 0]))):
+    for support, outputs in (
+        ("full", listed(t, 2)),
+        ("student", listed(t, 2)),
+        ("union", listed(t, 2)),
+        ("teacher", SampledLogprobs(t[:, 0])),
+    ):
         with pytest.raises(ValueError, match="local teacher"):
-            Divergence(support=support)(rows_of(table(4, 5, 0, 1.0), says))
+            Divergence(support=support)(rows_of(table(4, 5, 0, 1.0), outputs))
     with pytest.raises(ValueError, match="cannot answer at the student's ids"):
         Divergence(support="union")(rows_of(table(4, 5, 0, 1.0), listed(t, 2)))
     with pytest.raises(ValueError, match="lists one token"):

@@ -99,7 +99,7 @@ class Noted:
 
 def opened(folder: Path, **fields: Any) -> OpenExtrapolate:
     services = tiny.services(listener=Noted(), append=lambda name, row: files.append_lines(folder / name, [dict(row)]))
-    return OpenExtrapolate(Extrapolate(**fields), tiny.context(name="accelerator"), services)
+    return OpenExtrapolate(Extrapolate(**fields), tiny.context(name="extrapolation"), services)
 
 
 def searches(folder: Path) -> list[dict[str, Any]]:
@@ -107,11 +107,11 @@ def searches(folder: Path) -> list[dict[str, Any]]:
 
 
 def scripted(learner: Line, scores: list[float]) -> tuple[Callable[..., Any], list[tuple[float, int]]]:
-    """Scores in order of being asked, and (first weight, dice) of each question."""
+    """Scores in order of being asked, and (first weight, random numbers) of each question."""
     given, asked = iter(scores), []
 
-    async def score(dice: int = 0) -> float:
-        asked.append((float(learner.values["mlp.w"][0]), dice))
+    async def score(rng: int = 0) -> float:
+        asked.append((float(learner.values["mlp.w"][0]), rng))
         return next(given)
 
     score.spent = Spent(Work(sampled=7))  # type: ignore[attr-defined]
@@ -121,11 +121,11 @@ def scripted(learner: Line, scores: list[float]) -> tuple[Callable[..., Any], li
 
 def one_search(folder: Path, scores: list[float], **fields: Any) -> tuple[Line, list[tuple[float, int]], bool]:
     """One update from 1 to 1.25, then the search: candidates lie at 1.25 + m / 4."""
-    learner, accelerator = Line(mlp__w=[1.0], other=[5.0]), opened(folder, **fields)
-    accelerator.start(learner)
+    learner, extrapolation = Line(mlp__w=[1.0], other=[5.0]), opened(folder, **fields)
+    extrapolation.start(learner)
     learner.write({"mlp.w": torch.tensor([1.25], dtype=torch.float64), "other": torch.tensor([6.0], dtype=torch.float64)})
     score, asked = scripted(learner, scores)
-    jumped = asyncio.run(accelerator.after_step(learner, score, 1))
+    jumped = asyncio.run(extrapolation.after_step(learner, score, 1))
     return learner, asked, jumped
 
 
@@ -148,7 +148,7 @@ def test_the_last_candidate_that_scored_better_is_kept(tmp_path: Path, scores: l
     assert learner.values["mlp.w"].tolist() == [1.25 + accepted * 0.25]
     assert learner.values["other"].tolist() == [6.0]
     assert jumped == (accepted > 0)
-    assert asked == [(1.25 + m * 0.25, 0) for m in [0, 2, 4, 6, 8, 10][: len(scores)]]  # candidates share their dice
+    assert asked == [(1.25 + m * 0.25, 0) for m in [0, 2, 4, 6, 8, 10][: len(scores)]]  # candidates share their random numbers
     (row,) = searches(tmp_path)
     plain = [None if not math.isfinite(score) else score for score in scores]
     assert (row["step"], row["here"], row["accepted"], row["tokens"], row["delta_norm"]) == (1, scores[0], accepted, 7, 0.25)
@@ -157,11 +157,11 @@ def test_the_last_candidate_that_scored_better_is_kept(tmp_path: Path, scores: l
 
 
 def test_a_rejection_gives_back_every_bit_even_a_signed_zero(tmp_path: Path) -> None:
-    accelerator, learner = opened(tmp_path), Line(mlp__w=[-1.0, 1.0])
-    accelerator.start(learner)
+    extrapolation, learner = opened(tmp_path), Line(mlp__w=[-1.0, 1.0])
+    extrapolation.start(learner)
     learner.write({"mlp.w": torch.tensor([-0.0, 1.1], dtype=torch.float64)})
     before = learner.values["mlp.w"].numpy().tobytes()
-    assert not asyncio.run(accelerator.after_step(learner, scripted(learner, [0.5, 0.1])[0], 1))
+    assert not asyncio.run(extrapolation.after_step(learner, scripted(learner, [0.5, 0.1])[0], 1))
     assert learner.values["mlp.w"].numpy().tobytes() == before
 
 
@@ -171,40 +171,40 @@ def test_ties_pass_where_not_worse_is_enough(tmp_path: Path) -> None:
 
 
 def test_a_score_that_is_not_finite_rejects_a_candidate_and_is_reported(tmp_path: Path) -> None:
-    accelerator, learner = opened(tmp_path, accept="not_worse"), Line(mlp__w=[1.0])
-    accelerator.start(learner)
+    extrapolation, learner = opened(tmp_path, accept="not_worse"), Line(mlp__w=[1.0])
+    extrapolation.start(learner)
     learner.values["mlp.w"] += 1
-    asyncio.run(accelerator.after_step(learner, scripted(learner, [0.5, 0.6, math.nan])[0], 2))
-    assert accelerator.services.listener.texts == ["step 2: the jump by 4 displacements was rejected, its score is nan"]  # type: ignore[attr-defined]
+    asyncio.run(extrapolation.after_step(learner, scripted(learner, [0.5, 0.6, math.nan])[0], 2))
+    assert extrapolation.services.listener.texts == ["step 2: the jump by 4 displacements was rejected, its score is nan"]  # type: ignore[attr-defined]
     assert searches(tmp_path)[0]["tried"][1]["score"] is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_weights_of_now_without_a_finite_score_are_an_error(tmp_path: Path, bad: float) -> None:
-    with pytest.raises(RefluxError, match=r"step 1: the accelerator's score of the student of now is .*nothing can be compared"):
+    with pytest.raises(RefluxError, match=r"step 1: extrapolation's score of the student of now is .*nothing can be compared"):
         one_search(tmp_path, [bad])
 
 
 def test_no_displacement_no_search(tmp_path: Path) -> None:
-    accelerator, learner = opened(tmp_path), Line(mlp__w=[1.0])
-    accelerator.start(learner)
-    assert not asyncio.run(accelerator.after_step(learner, scripted(learner, [])[0], 1))
+    extrapolation, learner = opened(tmp_path), Line(mlp__w=[1.0])
+    extrapolation.start(learner)
+    assert not asyncio.run(extrapolation.after_step(learner, scripted(learner, [])[0], 1))
     assert [(row["delta_norm"], row["here"], row["tried"]) for row in searches(tmp_path)] == [(0.0, None, [])]
 
 
 def test_between_its_steps_nothing_is_read_scored_or_written(tmp_path: Path) -> None:
-    accelerator, learner = opened(tmp_path), Line(mlp__w=[1.0])
-    accelerator.start(learner)
+    extrapolation, learner = opened(tmp_path), Line(mlp__w=[1.0])
+    extrapolation.start(learner)
     learner.read = None  # type: ignore[assignment,method-assign]
     for step in (0, 3, 5, 6, 7, 9):
-        assert not accelerator.fires(step)
-        assert not asyncio.run(accelerator.after_step(learner, None, step))
+        assert not extrapolation.fires(step)
+        assert not asyncio.run(extrapolation.after_step(learner, None, step))
     assert not any(opened(tmp_path, tries=0).fires(step) for step in range(20))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_rescored_incumbent_has_the_dice_of_its_comparison(tmp_path: Path) -> None:
-    """2.25 is lucky once; scored again with the next dice it must still be beaten by what comes after it."""
+    """2.25 is lucky once; scored again with the next random numbers it must still be beaten by what comes after it."""
     learner, asked, _ = one_search(tmp_path, [0.5, 0.9, 0.6, 0.7, 0.65, 0.65], rescore_incumbent=True)
     assert asked == [(1.25, 0), (1.75, 0), (1.75, 1), (2.25, 1), (2.25, 2), (2.75, 2)]
     assert learner.values["mlp.w"].tolist() == [2.25]
@@ -237,7 +237,7 @@ def descend(learner: Line, a: np.ndarray, b: np.ndarray, eta: float) -> None:
 
 
 def exact_score(learner: Line, a: np.ndarray, b: np.ndarray) -> Callable[..., Any]:
-    async def score(dice: int = 0) -> float:
+    async def score(rng: int = 0) -> float:
         d = learner.values["mlp.w"].numpy()
         return float(-(0.5 * d @ a @ d - b @ d))
 
@@ -250,10 +250,10 @@ def exact_score(learner: Line, a: np.ndarray, b: np.ndarray) -> Callable[..., An
 def test_with_one_eigenvalue_candidate_k_is_accepted_iff_eta_lambda_is_below_one_over_2k(tmp_path: Path, pull: float) -> None:
     """pull = eta lambda: all five below 0.1, none from 0.5 up."""
     a, b, eta = np.eye(3) * 4.0, np.asarray([1.0, -2.0, 0.5]), pull / 4.0
-    learner, accelerator = Line(mlp__w=[0.0, 0.0, 0.0]), opened(tmp_path)
-    accelerator.start(learner)
+    learner, extrapolation = Line(mlp__w=[0.0, 0.0, 0.0]), opened(tmp_path)
+    extrapolation.start(learner)
     descend(learner, a, b, eta)
-    asyncio.run(accelerator.after_step(learner, exact_score(learner, a, b), 1))
+    asyncio.run(extrapolation.after_step(learner, exact_score(learner, a, b), 1))
     accepted = 2 * sum(pull < 1 / (2 * k) for k in range(1, 6))
     assert searches(tmp_path)[0]["accepted"] == accepted
     np.testing.assert_allclose(learner.values["mlp.w"].numpy(), (1 + accepted) * eta * b, rtol=1e-12)
@@ -261,12 +261,12 @@ def test_with_one_eigenvalue_candidate_k_is_accepted_iff_eta_lambda_is_below_one
 
 def test_displacements_are_trainings_alone(tmp_path: Path) -> None:
     """Eight steps with several eigenvalues against the formula: after a jump the next displacement starts where it landed."""
-    dice = np.random.default_rng(0)
-    u = np.linalg.qr(dice.normal(size=(4, 4)))[0]
-    lam, b, eta = np.asarray([0.2, 1.0, 3.0, 7.0]), dice.normal(size=4), 0.02
+    rng = np.random.default_rng(0)
+    u = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    lam, b, eta = np.asarray([0.2, 1.0, 3.0, 7.0]), rng.normal(size=4), 0.02
     a = u @ np.diag(lam) @ u.T
-    learner, accelerator = Line(mlp__w=[0.0] * 4), opened(tmp_path)
-    accelerator.start(learner)
+    learner, extrapolation = Line(mlp__w=[0.0] * 4), opened(tmp_path)
+    extrapolation.start(learner)
     start, since = np.zeros(4), 0  # where the last search ended, and the steps since
     for step in range(1, 9):
         descend(learner, a, b, eta)
@@ -274,13 +274,13 @@ def test_displacements_are_trainings_alone(tmp_path: Path) -> None:
         # from any point d0: d_s = d0 + sum_i [1 - (1 - eta lam_i)^s] / lam_i <b - A d0, u_i> u_i
         delta = u @ ((1 - (1 - eta * lam) ** since) / lam * (u.T @ (b - a @ start)))
         np.testing.assert_allclose(learner.values["mlp.w"].numpy(), start + delta, rtol=1e-9)
-        asyncio.run(accelerator.after_step(learner, exact_score(learner, a, b), step))
+        asyncio.run(extrapolation.after_step(learner, exact_score(learner, a, b), step))
         if fires(step):
             row = searches(tmp_path)[-1]
             assert row["delta_norm"] == pytest.approx(float(np.linalg.norm(delta)), rel=1e-9)
             start, since = start + (1 + row["accepted"]) * delta, 0
             np.testing.assert_allclose(learner.values["mlp.w"].numpy(), start, rtol=1e-9)
-            np.testing.assert_array_equal(accelerator._anchor["mlp.w"].numpy(), learner.values["mlp.w"].numpy())
+            np.testing.assert_array_equal(extrapolation._anchor["mlp.w"].numpy(), learner.values["mlp.w"].numpy())
     assert [row["step"] for row in searches(tmp_path)] == [1, 2, 4, 8]
     assert sum(row["accepted"] > 0 for row in searches(tmp_path)) >= 2
 
@@ -297,21 +297,21 @@ def batch() -> list[list[Any]]:
 
 
 def stepped(folder: Path, scores: list[float], lora: Lora | None = None) -> tuple[Any, OpenExtrapolate, dict[str, Any], dict[str, Tensor]]:
-    """(learner, accelerator, its state, its weights) after one optimiser step; then the search is run with these scores."""
-    learner, accelerator = tiny.learner(tiny.net(1), lr=0.05, lora=lora), opened(folder)
-    accelerator.start(learner.access)
+    """(learner, extrapolation, its state, its weights) after one optimiser step; then the search is run with these scores."""
+    learner, extrapolation = tiny.learner(tiny.net(1), lr=0.05, lora=lora), opened(folder)
+    extrapolation.start(learner.access)
     tiny.move(learner, batch(), [Divergence()])
     state = {name: torch.as_tensor(value).clone() for name, value in learner.state().items()}
     weights = {name: value.clone() for name, value in learner.weights.items()}
     given = iter(scores)
 
-    async def score(dice: int = 0) -> float:
+    async def score(rng: int = 0) -> float:
         return next(given)
 
     score.spent = Spent(Work(sampled=7))  # type: ignore[attr-defined]
 
-    asyncio.run(accelerator.after_step(learner.access, score, 1))
-    return learner, accelerator, state, weights
+    asyncio.run(extrapolation.after_step(learner.access, score, 1))
+    return learner, extrapolation, state, weights
 
 
 @pytest.mark.parametrize("lora", [None, Lora(rank=2, alpha=8)])
@@ -324,7 +324,7 @@ def test_after_a_first_rejection_every_bit_is_that_of_before(tmp_path: Path, lor
 @pytest.mark.parametrize("lora", [None, Lora(rank=2, alpha=8)])
 def test_a_jump_adds_a_multiple_of_the_full_weights_displacement(tmp_path: Path, lora: Any) -> None:
     """With adapters by product: their factors stay, the frozen base takes it. Nothing else moves, not even the optimiser."""
-    learner, accelerator, state, weights = stepped(tmp_path, [0.5, 0.6, 0.7, 0.1], lora)
+    learner, extrapolation, state, weights = stepped(tmp_path, [0.5, 0.6, 0.7, 0.1], lora)
     start, after = tiny.net(1).state_dict(), dict(learner.weights)
     names = set(moved(learner.access.names, Extrapolate().include))
     assert len(names) == 7
@@ -335,7 +335,7 @@ def test_a_jump_adds_a_multiple_of_the_full_weights_displacement(tmp_path: Path,
             continue
         delta = here - start[name]
         torch.testing.assert_close(after[name], here + 4 * delta, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(accelerator._anchor[f"{name}"], after[name], rtol=0, atol=0)
+        torch.testing.assert_close(extrapolation._anchor[f"{name}"], after[name], rtol=0, atol=0)
         far = max(far, float(delta.abs().max()))
     assert far > 0.01
     kept = {name: value for name, value in learner.state().items() if not name.startswith("base/")}
@@ -367,12 +367,12 @@ def test_names_that_match_nothing_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_anchor_is_saved_and_a_checkpoint_without_it_is_refused(tmp_path: Path) -> None:
-    accelerator = opened(tmp_path)
-    accelerator.start(Line(mlp__w=[1.0, 2.0], other=[3.0]))
-    accelerator.save(tmp_path / "kept")
+    extrapolation = opened(tmp_path)
+    extrapolation.start(Line(mlp__w=[1.0, 2.0], other=[3.0]))
+    extrapolation.save(tmp_path / "kept")
     again = opened(tmp_path)
     again.load(tmp_path / "kept")
-    assert same(accelerator._anchor, again._anchor)
+    assert same(extrapolation._anchor, again._anchor)
     assert list(again._anchor) == ["mlp.w"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunError, match="has no anchor"):

@@ -27,10 +27,10 @@ def matrix(rows: int, columns: int, seed: int, dtype: Any = torch.float64) -> Te
 
 
 def with_values(values: list[float], rows: int, columns: int, seed: int = 0) -> Tensor:
-    """A matrix with these singular values, in directions from dice."""
-    dice = np.random.default_rng(seed)
-    u = np.linalg.qr(dice.normal(size=(rows, len(values))))[0]
-    v = np.linalg.qr(dice.normal(size=(columns, len(values))))[0]
+    """A matrix with these singular values, in directions from random numbers."""
+    rng = np.random.default_rng(seed)
+    u = np.linalg.qr(rng.normal(size=(rows, len(values))))[0]
+    v = np.linalg.qr(rng.normal(size=(columns, len(values))))[0]
     return torch.from_numpy(u @ np.diag(values) @ v.T)
 
 

@@ -33,11 +33,11 @@ def test_tokens_count_alike_so_a_long_attempt_weighs_more():
 
 
 def test_nothing_of_oneself_is_in_the_value_of_the_others_not_even_a_rounding():
-    dice = np.random.default_rng(0)
-    siblings = [dice.standard_normal(5), dice.standard_normal(9)]
-    values = {group_values([dice.standard_normal(7) * 10.0**size, *siblings], True)[0] for size in range(-12, 12)}
+    rng = np.random.default_rng(0)
+    siblings = [rng.standard_normal(5), rng.standard_normal(9)]
+    values = {group_values([rng.standard_normal(7) * 10.0**size, *siblings], True)[0] for size in range(-12, 12)}
     assert len(values) == 1
-    assert len({group_values([dice.standard_normal(7), *siblings], False)[0] for _ in range(3)}) == 3
+    assert len({group_values([rng.standard_normal(7), *siblings], False)[0] for _ in range(3)}) == 3
 
 
 @pytest.mark.parametrize("leave_one_out", [True, False])

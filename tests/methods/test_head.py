@@ -30,7 +30,7 @@ SCALED = {
 
 
 def net(name: str) -> Any:
-    """From dice, in float64, with rows of padding."""
+    """From random numbers, in float64, with rows of padding."""
     config = getattr(transformers, f"{name}Config")(vocab_size=V + PAD, pad_token_id=0, **SHAPE, **SCALED[name])
     torch.manual_seed(0)
     model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).double().eval()
@@ -49,11 +49,11 @@ class Words:
     """Two sequences through a model, and a teacher's word on them."""
 
     def __init__(self, model: Any, dtype: torch.dtype = torch.float64):
-        dice = torch.Generator().manual_seed(3)
+        rng = torch.Generator().manual_seed(3)
         self.model, self.head = model, Head.of_net(model, V)
-        self.ids_BL = torch.randint(V, (2, 9), generator=dice)
-        self.teacher = [torch.randn(*shape, generator=dice, dtype=torch.float64).to(dtype) for shape in ((18, 6), (V, 6))]
-        self.coef_N = torch.rand(18, generator=dice, dtype=torch.float64).to(dtype) - 0.3
+        self.ids_BL = torch.randint(V, (2, 9), generator=rng)
+        self.teacher = [torch.randn(*shape, generator=rng, dtype=torch.float64).to(dtype) for shape in ((18, 6), (V, 6))]
+        self.coef_N = torch.rand(18, generator=rng, dtype=torch.float64).to(dtype) - 0.3
 
     def hidden(self) -> Tensor:
         return self.model.base_model(input_ids=self.ids_BL, use_cache=False).last_hidden_state.flatten(0, 1)
@@ -111,7 +111,7 @@ ADAPTERS = {
 
 
 def adapted(model: Any, **settings: Any) -> Any:
-    """By peft, with adapters that are not at home."""
+    """By peft, with adapters that are not at identity."""
     peft = pytest.importorskip("peft")
     made = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=5, **settings))
     for name, parameter in made.named_parameters():
@@ -183,10 +183,10 @@ def test_under_autocast_gradients_are_as_exact_as_plain_autograd_gives_them(adap
 
 
 def test_logp_at_ids_is_cut_scaled_and_capped_in_any_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    dice = torch.Generator().manual_seed(0)
-    h_NH, weight_VH, bias_V = (torch.randn(*shape, generator=dice) for shape in ((11, 4), (V + PAD, 4), (V + PAD,)))
+    rng = torch.Generator().manual_seed(0)
+    h_NH, weight_VH, bias_V = (torch.randn(*shape, generator=rng) for shape in ((11, 4), (V + PAD, 4), (V + PAD,)))
     weight_VH.requires_grad_()
-    ids_NK = torch.randint(V, (11, 3), generator=dice)
+    ids_NK = torch.randint(V, (11, 3), generator=rng)
     head = Head(lambda: Bare(weight_VH, bias_V), V, scale=0.5, cap=1.2)
     logits_NV = 1.2 * torch.tanh((h_NH @ weight_VH.T + bias_V)[:, :V] * 0.5 / 1.2)
     expected_NK = logits_NV.log_softmax(-1).gather(-1, ids_NK)

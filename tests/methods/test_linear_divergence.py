@@ -40,16 +40,16 @@ class Case:
     constants: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        dice = torch.Generator().manual_seed(self.seed)
+        rng = torch.Generator().manual_seed(self.seed)
 
         def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=dice, dtype=torch.float64).to(self.dtype).requires_grad_()
+            return torch.randn(*shape, generator=rng, dtype=torch.float64).to(self.dtype).requires_grad_()
 
         rows = self.v + self.pad
         self.leaves = {"hidden": random(self.n, 5), "weight": random(rows, 5)} | ({"bias": random(rows)} if self.bias else {})
         self.constants = [random(self.n, 3), random(rows + 2, 3), random(rows + 2)]
-        self.ids_N = torch.randint(self.v, (self.n,), generator=dice)
-        self.coef_N = torch.tensor(self.coefs, dtype=self.dtype)[torch.randint(len(self.coefs), (self.n,), generator=dice)]
+        self.ids_N = torch.randint(self.v, (self.n,), generator=rng)
+        self.coef_N = torch.tensor(self.coefs, dtype=self.dtype)[torch.randint(len(self.coefs), (self.n,), generator=rng)]
 
     @property
     def heads(self) -> tuple[Head, Head]:
@@ -168,10 +168,10 @@ def test_everything_is_as_defined(name: str, case: Case, chunk: int, block: int,
 
 def test_tokens_that_cannot_be_said_count_nothing() -> None:
     """Whether the student or both rule them out: KL, entropy and gradients stay finite, and equal the definition."""
-    said = [i for i in range(12) if not 3 <= i < 6]
+    behaviour = [i for i in range(12) if not 3 <= i < 6]
 
     def said_only(s: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        return kl(s[:, said], t[:, said])
+        return kl(s[:, behaviour], t[:, behaviour])
 
     for both in (False, True):
         case = Case(30, 12)
@@ -186,7 +186,7 @@ def test_tokens_that_cannot_be_said_count_nothing() -> None:
         close(answer.kl_N, kl(s, t.masked_fill(s == -torch.inf, 0)).detach(), rtol=1e-10, atol=0)
         expected = case.gradients(case.loss(said_only))
         for leaf, gradient in case.gradients(answer.loss).items():
-            rows = slice(None) if leaf == "hidden" else said
+            rows = slice(None) if leaf == "hidden" else behaviour
             close(gradient[rows], expected[leaf][rows], rtol=1e-9, atol=1e-12)
             assert gradient.isfinite().all()
             assert leaf == "hidden" or (gradient[3:6] == 0).all()

@@ -23,10 +23,10 @@ from reflux.credit.margin import DIRECTIONS, MODES, Margin, margin, margin_keep,
 from reflux.loss.term import Rows
 from reflux.models.text import as_model
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.types import Attempt, Finish, Group, Moment, Prompt, Reward, Rollout, SampledTarget, TeacherAnswer, Wants
+from reflux.types import Attempt, Finish, Group, Prompt, Requirements, Reward, Rollout, SampledTarget, StepContext, TeacherAnswer
 from tiny import close, gradients, same
 
-NOW = Moment(0, 0)
+NOW = StepContext(0, 0)
 INF, NAN = math.inf, math.nan
 values = st.floats(-3, 3, allow_nan=False).map(lambda x: round(x, 3))
 groups = st.lists(st.tuples(values, st.booleans()), max_size=8).map(lambda pairs: ([g for g, _ in pairs], [c for _, c in pairs]))
@@ -71,7 +71,7 @@ def attempt(
 
 
 def shifts(rule: Margin, group: Group) -> list[Any]:
-    return [np.asarray(share.shift_T).round(6).tolist() for share in rule(group, NOW)]
+    return [np.asarray(share.advantage_offset_T).round(6).tolist() for share in rule(group, NOW)]
 
 
 # --- margins and shifts
@@ -251,20 +251,20 @@ def test_the_return_is_the_raw_length_mean_over_chosen_positions_with_a_value() 
         attempt([-0.2], 0.0, sample=1),
     ]
     for one in group:
-        one.shares["other"] = Balance(0.0)(group, NOW)[0]
+        one.credits["other"] = Balance(0.0)(group, NOW)[0]
     first, second = Margin(delta=2.0)(group, NOW)
     assert first.notes == pytest.approx({"margin": 0.5, "mixed_fraction": 1.0, "shifted_fraction": 1.0, "return_correct": 0.3})
     assert second.notes["return_wrong"] == pytest.approx(-0.2)
-    assert (first.shift_T, second.shift_T) == pytest.approx((0.75, -0.75))
-    assert first.factor_T == second.factor_T == 1.0
+    assert (first.advantage_offset_T, second.advantage_offset_T) == pytest.approx((0.75, -0.75))
+    assert first.weight_T == second.weight_T == 1.0
 
 
 @given(times=st.integers(1, 4))
 def test_repeating_an_attempts_tokens_changes_no_shift(times: int) -> None:
     """Identity 3."""
     ratio: list[float | None] = [0.4, -0.6, 0.3]
-    once = shifts(Margin(), [attempt(ratio, 1.0), attempt([0.2, 0.1], 0.0)])
-    assert shifts(Margin(), [attempt(ratio * times, 1.0), attempt([0.2, 0.1] * (5 - times), 0.0)]) == once
+    shared_cache = shifts(Margin(), [attempt(ratio, 1.0), attempt([0.2, 0.1], 0.0)])
+    assert shifts(Margin(), [attempt(ratio * times, 1.0), attempt([0.2, 0.1] * (5 - times), 0.0)]) == shared_cache
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -274,15 +274,15 @@ def test_both_levels_give_the_mean_advantage_g_plus_s(direction: Any) -> None:
     token, flat = (Margin(delta=1.0, direction=direction, level=level)(group, NOW) for level in ("token", "attempt"))
     for one, a, b in zip(group, token, flat, strict=True):
         ratio_T = one.target("main").logp_T - one.rollout.logp_T  # type: ignore[union-attr]
-        with_a, with_b = ratio_T + a.shift_T, ratio_T + b.shift_T
+        with_a, with_b = ratio_T + a.advantage_offset_T, ratio_T + b.advantage_offset_T
         assert with_b == pytest.approx(np.full(len(ratio_T), with_a.mean()), abs=1e-6)
         assert np.diff(with_a) == pytest.approx(np.diff(ratio_T), abs=1e-6)
-        assert with_a.mean() == pytest.approx(ratio_T.mean() + float(a.shift_T), abs=1e-6)
+        assert with_a.mean() == pytest.approx(ratio_T.mean() + float(a.advantage_offset_T), abs=1e-6)
 
 
 def test_level_attempt_is_finite_where_the_teacher_has_no_value() -> None:
     share = Margin(level="attempt")([attempt([0.5, None, 0.1], 1.0), attempt([0.0], 0.0)], NOW)[0]
-    assert np.isfinite(share.shift_T).all()
+    assert np.isfinite(share.advantage_offset_T).all()
 
 
 def test_a_teacher_that_is_the_student_leaves_pure_reinforcement() -> None:
@@ -307,9 +307,9 @@ def test_who_has_no_verdict_or_no_return_stays_outside() -> None:
     for rule in (Margin(), Margin(level="attempt"), Margin(action="mask"), Margin(mode="minmax", direction="lift")):
         alone, beside = rule(inside, NOW), rule([*inside, *outside], NOW)
         for one, other in zip(alone, beside, strict=False):
-            assert np.array_equal(one.shift_T, other.shift_T)
-            assert one.factor_T == other.factor_T
-        assert all(share.factor_T == 1.0 and not np.any(share.shift_T) for share in beside[len(inside) :])
+            assert np.array_equal(one.advantage_offset_T, other.advantage_offset_T)
+            assert one.weight_T == other.weight_T
+        assert all(share.weight_T == 1.0 and not np.any(share.advantage_offset_T) for share in beside[len(inside) :])
         assert all("return_wrong" not in share.notes for share in beside[len(inside) :])
     assert shifts(Margin(), outside) == [0.0] * len(outside)
 
@@ -335,15 +335,15 @@ def test_notes_tell_mixed_from_shifted_and_returns_by_class_and_finish() -> None
 def test_the_mask_gives_factors_and_no_shift() -> None:
     group = [attempt([g], float(c)) for g, c in ((-0.6, True), (0.0, True), (0.3, False), (-0.1, False), (-0.1, False))]
     rule = Margin(delta=0.0, action="mask")
-    assert [(share.factor_T, share.shift_T, share.notes["kept"]) for share in rule(group, NOW)] == [
+    assert [(share.weight_T, share.advantage_offset_T, share.notes["kept"]) for share in rule(group, NOW)] == [
         (float(kept), 0.0, float(kept)) for kept in (False, True, False, True, True)
     ]
     assert (rule.shifts, Margin().shifts) == (False, True)
 
 
 def test_what_it_asks_for() -> None:
-    assert Margin().wants == Wants(reward=True, logp=True)
-    assert Margin(student="now").wants == Wants(reward=True, logp=True, now_topk=1)
+    assert Margin().requirements == Requirements(reward=True, logp=True)
+    assert Margin(student="now").requirements == Requirements(reward=True, logp=True, now_topk=1)
     assert Margin().min_group == 2
 
 
@@ -426,9 +426,9 @@ def test_the_cut_into_micro_batches_changes_nothing() -> None:
     for budget in (1, 10_000):
         batch = whole_groups()
         share_credit(batch, {"margin": Margin(delta=3.0), "balance": Balance(0.5)}, NOW)
-        assert any(one.shift_T.any() for group in batch for one in group)
+        assert any(one.advantage_offset_T.any() for group in batch for one in group)
         learner = tiny.learner(tiny.net(1).double(), micro_batch_tokens=budget)
-        found.append(gradients(learner, batch, [SampledKL(max_gap_nats=10)], "rollout_means"))
+        found.append(gradients(learner, batch, [SampledKL(max_gap_nats=10)], "seq-mean-token-mean"))
     close(*found)
 
 
@@ -440,14 +440,14 @@ def test_a_batch_of_groups_that_are_all_right_or_all_wrong_is_plain_opd() -> Non
                 one.reward = Reward(value)
     share_credit(shared, {"margin": Margin(), "balance": Balance()}, NOW)
     learner = tiny.learner(tiny.net(1).double())
-    assert same(*(gradients(learner, batch, [SampledKL()], "rollout_means") for batch in (plain, shared)))
+    assert same(*(gradients(learner, batch, [SampledKL()], "seq-mean-token-mean") for batch in (plain, shared)))
 
 
 @pytest.mark.parametrize("side", ["behaviour", "now"])
 def test_a_run_shifts_and_says_so(tiny_run: Callable[..., Any], side: str) -> None:
     rules = {"margin": {"delta": 5.0, "student": side}, "balance": {}}
-    settings = {"task": {"kind": "outside:Chat"}, "rewards": {"verifier": {}}, "group_size": 4, "max_lag": 2 * (side == "now")}
-    done = tiny_run("opd", steps=3, **settings, normalise="rollout_means", credit=rules, objectives__0__max_gap_nats=10.0)
+    settings = {"task": {"kind": "outside:Chat"}, "rewards": {"verifier": {}}, "group_size": 4, "max_staleness": 2 * (side == "now")}
+    done = tiny_run("opd", steps=3, **settings, loss_aggregation="seq-mean-token-mean", credit=rules, objectives__0__max_gap_nats=10.0)
     rows = [row["credit"]["margin"] for row in done.rows("metrics")]
     assert all(row["mixed_fraction"] == row["shifted_fraction"] for row in rows)
     assert any(row["mixed_fraction"] > 0 for row in rows)
@@ -461,6 +461,6 @@ def test_every_group_of_rewards_is_borne() -> None:
     choices = [attempt([0.3, -0.2], 1.0), attempt([0.1], 0.0), attempt([0.2], None), attempt(None, 1.0), attempt([], 0.0)]
     for group in itertools.product(choices, repeat=3):
         for rule in (Margin(), Margin(action="mask", mode="minmax"), Margin(level="attempt", direction="down")):
-            once, again = rule(list(group), NOW), rule(list(group), NOW)
-            assert all(np.isfinite(share.shift_T).all() and share.factor_T in (0.0, 1.0) for share in once)
-            assert all(np.array_equal(a.shift_T, b.shift_T) for a, b in zip(once, again, strict=True))
+            shared_cache, again = rule(list(group), NOW), rule(list(group), NOW)
+            assert all(np.isfinite(share.advantage_offset_T).all() and share.weight_T in (0.0, 1.0) for share in shared_cache)
+            assert all(np.array_equal(a.advantage_offset_T, b.advantage_offset_T) for a, b in zip(shared_cache, again, strict=True))

@@ -25,11 +25,11 @@ SHAPES = {"first": (3, 5), "second": (4, 4), "third": (2, 6)}
 
 
 def adapter(seed: int, ranks: dict[str, int], scales: dict[str, float]) -> Adapter:
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     made = {}
     for name, rank in ranks.items():
         outputs, inputs = SHAPES[name]
-        A, B = (torch.randn(*shape, generator=dice, dtype=torch.float64) for shape in ((rank, inputs), (outputs, rank)))
+        A, B = (torch.randn(*shape, generator=rng, dtype=torch.float64) for shape in ((rank, inputs), (outputs, rank)))
         made[name] = Factors(A, B, scales[name])
     return Adapter(made, f"a{seed}")
 
@@ -38,7 +38,7 @@ def alike(seed: int, scale: float = 2.0) -> Adapter:
     return adapter(seed, dict.fromkeys(SHAPES, 2), dict.fromkeys(SHAPES, scale))
 
 
-def says(model: FlowModel) -> torch.Tensor:
+def outputs(model: FlowModel) -> torch.Tensor:
     x_ND = torch.randn(4, 16, generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
         return model.velocity(x_ND, torch.tensor([1.0, 0.7, 0.4, 0.1]), TEXTS[:4])
@@ -157,21 +157,21 @@ def begun(merge: Merge | None = None, adapter: str | None = None, lora: FlowLora
 
 def test_a_student_as_it_is_trains_all_its_weights() -> None:
     model = begun()
-    close(says(model), says(tiny_flow.model(1)))
+    close(outputs(model), outputs(tiny_flow.model(1)))
     assert trained(model) == set(dict(model.net.named_parameters()))
     assert "prompts.rows.weight" in trained(model)
 
 
 def test_a_fresh_adapter_changes_nothing_and_alone_is_trained() -> None:
-    """Its A comes from the seed alone, whatever torch's dice did before, and they go on as if nothing had been drawn."""
+    """Its A comes from the seed alone, whatever torch's random numbers did before, and they go on as if nothing had been drawn."""
     models = [tiny_flow.model(1) for _ in range(3)]
     for model, seed in zip(models, (7, 7, 8), strict=True):
-        dice = torch.get_rng_state()
+        rng = torch.get_rng_state()
         start(model, None, None, LORA, seed=seed)
-        assert torch.equal(torch.get_rng_state(), dice)
+        assert torch.equal(torch.get_rng_state(), rng)
         torch.rand(3)
     for model in models:
-        assert torch.equal(says(model), says(frozen(tiny_flow.model(1))))
+        assert torch.equal(outputs(model), outputs(frozen(tiny_flow.model(1))))
         assert all(".lora_" in name for name in trained(model))
         assert len(trained(model)) == 2 * len(tiny_flow.modules(model))
     first, again, other = (taken(model.net.transformer).factors for model in models)
@@ -209,7 +209,7 @@ def test_an_adapter_is_trained_on_under_lora_and_added_without(tmp_path: Path) -
     weights = expected.net.state_dict()
     whole, under = begun(adapter=folder), begun(adapter=folder, lora=LORA)
     for model in (whole, under):
-        close(says(model), says(expected))
+        close(outputs(model), outputs(expected))
         for name, value in plain.merged(model.net).items():
             torch.testing.assert_close(value, weights[name], rtol=1e-6, atol=1e-6)
     assert trained(whole) == set(dict(whole.net.named_parameters()))
@@ -242,7 +242,7 @@ def test_a_merge_of_models_is_the_base_with_and_without_lora(tmp_path: Path) -> 
         model = begun(merge=merge, lora=lora)
         for name, value in plain.merged(model.net).items():
             torch.testing.assert_close(value, expected.net.state_dict()[name], rtol=0, atol=1e-7)
-        close(says(model), says(expected))
+        close(outputs(model), outputs(expected))
         assert all(".lora_" in name for name in trained(model)) == (lora is not None)
 
 
@@ -250,12 +250,12 @@ def test_a_merge_of_models_is_the_base_with_and_without_lora(tmp_path: Path) -> 
 def test_a_merge_of_adapters_is_one_adapter(tmp_path: Path, by: Any) -> None:
     base = tiny_flow.model(1)
     names = [save_adapter(tmp_path / f"a{seed}", base, seed) for seed in (3, 4)]
-    products = says(moved(*(deltas(name) for name in names)))
+    products = outputs(moved(*(deltas(name) for name in names)))
     merge, rank = Merge(models=tuple(names), by=by), 4 if by == "weights" else 2
     whole = begun(merge=merge)
     under = begun(merge=merge, lora=FlowLora(rank=rank, alpha=2.0 * rank, targets=tiny_flow.ENDS))
-    close(says(whole), says(under))
-    far = float((says(whole) - products).abs().max())
+    close(outputs(whole), outputs(under))
+    far = float((outputs(whole) - products).abs().max())
     assert far < 1e-5 if by == "weights" else far > 0.1
     assert {factors.rank for factors in taken(under.net.transformer).factors.values()} == {rank}
     assert all(".lora_" in name for name in trained(under))

@@ -1,4 +1,4 @@
-"""`FullSays` by fused kernels says what `FullSays` by tables says, through every objective: values, gradients, by-products."""
+"""`FullLogits` by fused kernels says what `FullLogits` by tables says, through every objective: values, gradients, by-products."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from interpreted import interpreted
 from reflux.kernels.head import Head
 from reflux.loss.baselines import kl_value
 from reflux.loss.linear_divergence import Answer, linear_divergence
-from reflux.loss.outputs import FullSays
+from reflux.loss.outputs import FullLogits
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
 
@@ -41,12 +41,12 @@ OBJECTIVES = [
 
 def answer(objective: Any, dtype: torch.dtype, cap: float | None) -> tuple[Answer, list[torch.Tensor]]:
     """A loss of 9 rows over 70 tokens, and the gradients of hidden states and head."""
-    dice = torch.Generator().manual_seed(0)
-    student_NH, teacher_NG = torch.randn(9, 6, generator=dice), torch.randn(9, 10, generator=dice)
-    weight_VH, weight_VG = torch.randn(70, 6, generator=dice), torch.randn(70, 10, generator=dice)
+    rng = torch.Generator().manual_seed(0)
+    student_NH, teacher_NG = torch.randn(9, 6, generator=rng), torch.randn(9, 10, generator=rng)
+    weight_VH, weight_VG = torch.randn(70, 6, generator=rng), torch.randn(70, 10, generator=rng)
     student_NH, weight_VH = (tensor.to(DEVICE, dtype).requires_grad_() for tensor in (student_NH, weight_VH))
     teacher_NG, weight_VG = (tensor.to(DEVICE, dtype) for tensor in (teacher_NG, weight_VG))
-    ids_N, coef_N = torch.randint(0, 70, (9,), generator=dice).to(DEVICE), torch.rand(9, generator=dice).to(DEVICE)
+    ids_N, coef_N = torch.randint(0, 70, (9,), generator=rng).to(DEVICE), torch.rand(9, generator=rng).to(DEVICE)
     coef_N[4] = 0
     behaviour_N = torch.full((9,), -4.0, device=DEVICE)
     heads = Head.of(weight_VH, cap=cap), Head.of(weight_VG, scale=0.5)
@@ -73,15 +73,15 @@ def test_fused_needs_no_table_for_what_the_loop_asks() -> None:
     with interpreted():
         logits_NV, others_NV = torch.randn(3, 40, device=DEVICE).requires_grad_(), torch.randn(3, 40, device=DEVICE)
         ids_N = torch.tensor([0, 7, 39], device=DEVICE)
-        student, teacher = FullSays(logits_NV, ids_N), FullSays(others_NV, ids_N)
-        said = [
+        student, teacher = FullLogits(logits_NV, ids_N), FullLogits(others_NV, ids_N)
+        behaviour = [
             student.divergence(teacher, "jsd"),
             student.logp_N,
             student.with_tail(ids_N[:, None])[:, 1],
             student.kl(teacher),
             student.entropy(),
         ]
-        assert all(value.shape == (3,) for value in said)
+        assert all(value.shape == (3,) for value in behaviour)
         assert not {"logp_NV"} & (vars(student).keys() | vars(teacher).keys())
         torch.testing.assert_close(
             student.kl(teacher), -kl_value(logits_NV.log_softmax(-1), others_NV.log_softmax(-1)), rtol=1e-4, atol=1e-5
@@ -92,7 +92,7 @@ def test_fused_needs_no_table_for_what_the_loop_asks() -> None:
 def test_who_asks_first_without_a_graph_takes_it_from_nobody(kernels: Any) -> None:
     with kernels():
         logits_NV = torch.randn(3, 40, device=DEVICE).requires_grad_()
-        student = FullSays(logits_NV, torch.tensor([0, 7, 39], device=DEVICE))
+        student = FullLogits(logits_NV, torch.tensor([0, 7, 39], device=DEVICE))
         with torch.no_grad():
             student.logp_N, student.logp_NV, student.entropy()
         gradients = [torch.autograd.grad(value.sum(), logits_NV)[0] for value in (student.logp_N, student.logp_NV.square())]
@@ -102,4 +102,4 @@ def test_who_asks_first_without_a_graph_takes_it_from_nobody(kernels: Any) -> No
 def test_the_interpreter_is_left_as_it_was_found() -> None:
     with interpreted():
         pass
-    assert FullSays(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)).fused == torch.cuda.is_available()
+    assert FullLogits(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)).fused == torch.cuda.is_available()

@@ -19,7 +19,7 @@ from random_peers import RandomPeers
 
 from methods.test_peers import NOW, group_of, shown, told
 from reflux.contexts.peers import Peers
-from reflux.types import Moment
+from reflux.types import StepContext
 
 
 @given(st.lists(st.tuples(st.integers(0, 4) | st.none(), st.booleans()), min_size=1, max_size=8))
@@ -49,7 +49,7 @@ def test_measures_by_hand() -> None:
 @given(correct=st.lists(st.booleans(), min_size=2, max_size=8), seed=st.integers(0, 5))
 def test_random_peers_fill_the_same_slots_without_a_look_at_who_is_right(correct: list[bool], seed: int) -> None:
     group = group_of(correct)
-    plain, dealt = (context(group, Moment(0, seed)) for context in (Peers(feedback="never"), RandomPeers()))
+    plain, dealt = (context(group, StepContext(0, seed)) for context in (Peers(feedback="never"), RandomPeers()))
     for i, (one, other) in enumerate(zip(plain, dealt, strict=True)):
         assert (one is None) == (other is None)
         assert i not in shown(other)
@@ -57,14 +57,14 @@ def test_random_peers_fill_the_same_slots_without_a_look_at_who_is_right(correct
         if one is not None and other is not None:
             assert told(one).count("solution:\n") == told(other).count("solution:\n")
             assert len(shown(one)) == len(shown(other))
-    assert RandomPeers()(group, Moment(4, seed)) == dealt
+    assert RandomPeers()(group, StepContext(4, seed)) == dealt
     assert [attempt.verdict for attempt in group] == [float(right) for right in correct]  # the verdicts themselves stay
 
 
 def test_random_peers_show_each_as_often() -> None:
     group, counts = group_of([True, True, False, False, False]), np.zeros(5)
     for seed in range(600):
-        counts[shown(RandomPeers(1, 0)(group, Moment(0, seed))[2])] += 1
+        counts[shown(RandomPeers(1, 0)(group, StepContext(0, seed))[2])] += 1
     assert counts[2] == 0
     assert abs(counts[[0, 1, 3, 4]] - 150).max() < 5 * math.sqrt(600 * 0.25 * 0.75)
 

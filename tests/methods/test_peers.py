@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reflux.assets.characters import character_tokenizer
-from reflux.contexts.base import View
+from reflux.contexts.base import TeacherPrompt
 from reflux.contexts.peers import Peers, choose, shown_text, thinking
 from reflux.contexts.privileged import Privileged
 from reflux.contexts.wording import ANOTHER, ANSWER, CLOSING, FAILURE, FEEDBACK, SUCCESS
 from reflux.models.tokenizer import Renderer
-from reflux.types import Attempt, FlowRollout, Group, Moment, Prompt, Reward
+from reflux.types import Attempt, FlowRollout, Group, Prompt, Reward, StepContext
 from tiny import rollout
 
-NOW = Moment(0, 0)
+NOW = StepContext(0, 0)
 PROMPT = Prompt(
     "p",
     (
@@ -48,12 +48,12 @@ def group_of(correct: list[bool], version: int = 0) -> Group:
     return [made(f"attempt {i}", float(right), i, version=version) for i, right in enumerate(correct)]
 
 
-def told(view: View | None) -> str:
+def told(view: TeacherPrompt | None) -> str:
     assert view is not None
     return view.messages[-1]["content"]
 
 
-def shown(view: View | None) -> list[int]:
+def shown(view: TeacherPrompt | None) -> list[int]:
     """Which attempts of `group_of` a view holds, in order."""
     return [] if view is None else [int(line.removeprefix("attempt ")) for line in told(view).split("\n") if line.startswith("attempt ")]
 
@@ -104,7 +104,7 @@ class Unused(random.Random):
         return []
 
     def random(self) -> float:
-        raise AssertionError("the dice serve failures only")
+        raise AssertionError("the random numbers serve failures only")
 
 
 def test_dice_serve_failures_only() -> None:
@@ -139,26 +139,26 @@ def test_nobody_is_shown_to_itself(correct: list[bool], seed: int, successes: in
     """Identity 1, by index; and asked twice the context is the same."""
     group = group_of(correct)
     context = Peers(successes, failures)
-    views = context(group, Moment(3, seed))
+    views = context(group, StepContext(3, seed))
     for i, view in enumerate(views):
         assert i not in shown(view)
         assert [correct[j] for j in shown(view)] == sorted((correct[j] for j in shown(view)), reverse=True)
-    assert context(group, Moment(7, seed)) == views  # nor does the step it is asked at matter
+    assert context(group, StepContext(7, seed)) == views  # nor does the step it is asked at matter
 
 
 def test_what_the_dice_depend_on() -> None:
     """Run seed, prompt, policy version and sample; not the other attempts' texts, not the step."""
 
-    def drawn(moment: Moment = NOW, version: int = 0, prompt: str = "p") -> list[list[int]]:
+    def drawn(step_context: StepContext = NOW, version: int = 0, prompt: str = "p") -> list[list[int]]:
         group = group_of([False] * 8, version)
         for attempt in group:
             attempt.rollout = replace(attempt.rollout, prompt=replace(PROMPT, id=prompt))
-        return [shown(view) for view in Peers(0, 2)(group, moment)]
+        return [shown(view) for view in Peers(0, 2)(group, step_context)]
 
     plain = drawn()
-    assert drawn() == drawn(Moment(5, 0)) == plain
+    assert drawn() == drawn(StepContext(5, 0)) == plain
     assert len({tuple(some) for some in plain}) > 4
-    assert plain not in (drawn(Moment(0, 1)), drawn(version=1), drawn(prompt="q"))
+    assert plain not in (drawn(StepContext(0, 1)), drawn(version=1), drawn(prompt="q"))
 
 
 def test_one_success_and_no_failure_is_the_single_peer_baseline() -> None:
@@ -213,12 +213,16 @@ def test_feedback_is_on_the_attempt_itself() -> None:
     for i, attempt in enumerate(group):
         assert attempt.reward is not None
         attempt.reward = replace(attempt.reward, feedback=f"said of {i}")
-    heard = {when: [view and told(view) for view in Peers(1, 0, feedback=when)(group, NOW)] for when in ("no_success", "always", "never")}
-    assert heard["never"][1] is None
-    assert heard["no_success"][1] == f"What is 2+3?\n\n{FEEDBACK}\nsaid of 1\n\n{CLOSING}"  # it has no peer, and is asked all the same
-    assert FEEDBACK not in str(heard["no_success"][0])
-    assert heard["always"][0] == f"What is 2+3?\n\n{SUCCESS}\nattempt 1\n\n{FEEDBACK}\nsaid of 0\n\n{CLOSING}"
-    assert "said of 2" in str(heard["always"][2])
+    objective_teachers = {
+        when: [view and told(view) for view in Peers(1, 0, feedback=when)(group, NOW)] for when in ("no_success", "always", "never")
+    }
+    assert objective_teachers["never"][1] is None
+    assert (
+        objective_teachers["no_success"][1] == f"What is 2+3?\n\n{FEEDBACK}\nsaid of 1\n\n{CLOSING}"
+    )  # it has no peer, and is asked all the same
+    assert FEEDBACK not in str(objective_teachers["no_success"][0])
+    assert objective_teachers["always"][0] == f"What is 2+3?\n\n{SUCCESS}\nattempt 1\n\n{FEEDBACK}\nsaid of 0\n\n{CLOSING}"
+    assert "said of 2" in str(objective_teachers["always"][2])
 
 
 def test_a_twin_may_be_shown_and_is_counted() -> None:
@@ -247,10 +251,10 @@ def test_text_is_data() -> None:
 @given(length=st.integers(1, 30), limit=st.integers(1, 40), closed=st.integers(0, 3))
 def test_a_long_peer_is_cut_to_its_first_tokens(length: int, limit: int, closed: int) -> None:
     """Tokens of 0 to 3 characters, then `closed` that wrote nothing: the text of the first `limit` that wrote something."""
-    dice = random.Random(length)
-    widths = [dice.randrange(4) for _ in range(length)] + [0] * closed
+    rng = random.Random(length)
+    widths = [rng.randrange(4) for _ in range(length)] + [0] * closed
     ends = np.cumsum(widths)
-    text = "".join(dice.choices("abc \n", k=int(ends[-1])))
+    text = "".join(rng.choices("abc \n", k=int(ends[-1])))
     spans = np.stack([ends - widths, ends], axis=1).astype(np.int64)
     attempt = Attempt(replace(rollout(len(widths)), text=text, spans_T2=spans))
     pieces = [text[start:end] for start, end in spans if end > start]
@@ -372,8 +376,8 @@ def test_thinking_does_not_use_up_a_peers_tokens() -> None:
 def test_defaults_are_those_of_the_page() -> None:
     assert Peers() == Peers(2, 1, 0.5, "always", "no_success", 4096, False)
     assert Peers.min_group == 2
-    assert Peers().wants.reward
-    assert Peers().wants.spans
+    assert Peers().requirements.reward
+    assert Peers().requirements.spans
 
 
 @pytest.mark.parametrize(
@@ -456,16 +460,16 @@ def test_no_attempt_is_graded_by_a_reader_of_it(tiny_run: Callable[..., Any], mo
     """Law: what the teacher is asked about attempt i is the same whatever attempt i says. And what was shown is in the records."""
     from reflux.teachers import collection
 
-    asked: list[View] = []
+    asked: list[TeacherPrompt] = []
     missing = collection._missing
 
-    def spy(name: str, teacher: Any, group: Group, moment: Moment) -> Any:
-        found = missing(name, teacher, group, moment)
+    def spy(name: str, teacher: Any, group: Group, step_context: StepContext) -> Any:
+        found = missing(name, teacher, group, step_context)
         for attempt, view in found:
             index = group.index(attempt)
             others = [*group]
             others[index] = replace(attempt, rollout=replace(attempt.rollout, text="MARK"))
-            again = teacher.context(others, moment)[index]
+            again = teacher.context(others, step_context)[index]
             assert again.messages == view.messages
             assert told(view).startswith(attempt.rollout.prompt.messages[-1]["content"])
             assert told(view).endswith(CLOSING)
@@ -480,7 +484,7 @@ def test_no_attempt_is_graded_by_a_reader_of_it(tiny_run: Callable[..., Any], mo
     seconds = [row for row in done.rows("attempts") if row["kind"] == "learned" and row["step"] == 1]
     known = [row["context"]["main"] for row in seconds if "context" in row]
     assert metrics["context"]["main"]["failures"] == pytest.approx(np.mean([notes["failures"] for notes in known]))
-    assert metrics["silent"]["main"] == len(seconds) - len(known)
+    assert metrics["without_target"]["main"] == len(seconds) - len(known)
 
 
 def test_other_groups_change_no_context(tiny_run: Callable[..., Any]) -> None:
@@ -498,11 +502,11 @@ def test_another_model_may_be_shown_the_same_at_a_lag(tiny_run: Callable[..., An
     """The external form: a frozen teacher in this context, attempts of an older student, one truncated ratio."""
     shown = {"main": {"kind": "local", "model": teacher, "context": {"kind": "peers"}}}
     divergence = {"kind": "divergence", "divergence": "jsd", "support": "student", "k": 9, "ratio": "truncated", "ratio_cap": 2.0}
-    done = tiny_run("peers", **run_settings(teachers=shown, objectives=[divergence], max_lag=1, steps=3))
+    done = tiny_run("peers", **run_settings(teachers=shown, objectives=[divergence], max_staleness=1, steps=3))
     rows = done.rows("metrics")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["context"]["main"]["failures"] + row["context"]["main"]["successes"] >= 1 for row in rows)
-    assert [row["lag_max"] for row in rows] == [0, 1, 1]
+    assert [row["staleness_max"] for row in rows] == [0, 1, 1]
     assert all(0 < row["loss"] < 2 * math.log(2) for row in rows), [row["loss"] for row in rows]  # at most the cap times log 2
 
 
@@ -541,4 +545,4 @@ def test_nothing_to_show_anywhere_makes_no_step(tiny_run: Callable[..., Any], st
     assert not any(name.startswith("adam") for name in done.state)
     assert len(watch.words) == 2
     assert "the weights stay" in watch.words[0]
-    assert done.rows("metrics")[0]["silent"] == {"main": 12}
+    assert done.rows("metrics")[0]["without_target"] == {"main": 12}

@@ -33,9 +33,9 @@ class Path:
         patch.setattr(products, "_by_onednn", counted)
 
 
-def matrix(rows: int, columns: int, layout: str, dtype: torch.dtype, dice: torch.Generator) -> Tensor:
+def matrix(rows: int, columns: int, layout: str, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
     """Random numbers, next to each other in memory, by columns, or in the middle of a larger table."""
-    table = torch.randn(rows + 3, columns + 5, generator=dice, dtype=torch.float64).to(dtype)
+    table = torch.randn(rows + 3, columns + 5, generator=rng, dtype=torch.float64).to(dtype)
     if layout == "sliced":
         return table[2 : 2 + rows, 3 : 3 + columns]
     dense = table[:rows, :columns].contiguous()
@@ -59,8 +59,8 @@ def check(made: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, start: Tensor 
     seed=st.integers(0, 99),
 )
 def test_each_product_is_the_float64_one(sizes: Any, layouts: Any, dtype: torch.dtype, fast: bool, block: int, seed: int) -> None:
-    (n, v, h), dice = sizes, torch.Generator().manual_seed(seed)
-    weight, states, d = (matrix(*shape, layouts[i], dtype, dice) for i, shape in ((0, (v, h)), (1, (n, h)), (1, (n, v))))
+    (n, v, h), rng = sizes, torch.Generator().manual_seed(seed)
+    weight, states, d = (matrix(*shape, layouts[i], dtype, rng) for i, shape in ((0, (v, h)), (1, (n, h)), (1, (n, v))))
     before = [tensor.clone() for tensor in (weight, states, d)]
     with pytest.MonkeyPatch.context() as patch:
         path = Path(patch, fast, block)
@@ -68,7 +68,7 @@ def test_each_product_is_the_float64_one(sizes: Any, layouts: Any, dtype: torch.
         check(products.pull_back(d, weight), d, weight, dtype)
         check(products.outer(d, states), d.t(), states, dtype)
         for wide in {dtype, torch.promote_types(dtype, torch.float32), torch.float64}:
-            start = torch.randn(v + 2, h, generator=dice, dtype=torch.float64).to(wide)
+            start = torch.randn(v + 2, h, generator=rng, dtype=torch.float64).to(wide)
             total = start.clone()
             products.add_outer(total[:v], d, states)
             check(total[:v], d.t(), states, dtype, start[:v].double())
@@ -80,9 +80,9 @@ def test_each_product_is_the_float64_one(sizes: Any, layouts: Any, dtype: torch.
 def test_large_matrices_take_the_fast_path_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     path = Path(monkeypatch, fast=True, block=4096)
     monkeypatch.setattr(products, "_WORTH_FLOPS", 1 << 25)
-    dice = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     for v, blocks in ((8191, 0), (8192, 2), (9000, 3)):  # 2 * 64 * 32 * 8192 is the threshold
-        weight, states, d = (matrix(*shape, "dense", torch.float32, dice) for shape in ((v, 32), (64, 32), (64, v)))
+        weight, states, d = (matrix(*shape, "dense", torch.float32, rng) for shape in ((v, 32), (64, 32), (64, v)))
         total, before = torch.zeros(v, 32), path.calls
         check(products.scores(states, weight), states, weight.t(), torch.float32)
         check(products.pull_back(d, weight), d, weight, torch.float32)

@@ -26,10 +26,10 @@ from reflux.models.text import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.teachers.collection import Teachers
-from reflux.types import Attempt, HiddenTarget, Moment, Rollout, SampledTarget, Share, TeacherAnswer, TopKTarget, Wants
+from reflux.types import Attempt, Credit, HiddenTarget, Requirements, Rollout, SampledTarget, StepContext, TeacherAnswer, TopKTarget
 from tiny import gradients, rollout, same
 
-NOW = Moment(0, 0)
+NOW = StepContext(0, 0)
 logps = st.floats(-50, 0) | st.just(-math.inf)
 tables = st.integers(2, 5).flatmap(lambda K: st.lists(st.lists(logps, min_size=K, max_size=K), max_size=6))
 
@@ -240,14 +240,14 @@ def scored(high: int, low: int, *, mask: Any = None, name: str = "main", k: int 
     return made
 
 
-def shared(made: Attempt, **fields: Any) -> Share:
+def shared(made: Attempt, **fields: Any) -> Credit:
     return Release(**{"segments": 2, **fields})([made], NOW)[0]
 
 
 def test_what_follows_the_step_is_released_and_the_mass_is_kept() -> None:
     """Identity 2: 6 of 20 kept, each 20 / 6 times."""
     share = shared(scored(6, 14))
-    np.testing.assert_allclose(share.factor_T, [20 / 6] * 6 + [0.0] * 14, rtol=1e-6)
+    np.testing.assert_allclose(share.weight_T, [20 / 6] * 6 + [0.0] * 14, rtol=1e-6)
     assert share.notes["released"] == 1.0
     assert share.notes["kept"] == Quantiles((0.3,))
     assert isinstance(share.notes["gain"], float)
@@ -257,7 +257,7 @@ def test_what_follows_the_step_is_released_and_the_mass_is_kept() -> None:
     assert share.detail["starts"] == list(range(0, 20, 2))
     assert share.detail["margins"] == [5.99] * 3 + [0.0] * 7
     assert share.detail["kept"] == 3
-    assert shared(scored(6, 14), rescale=False).factor_T.tolist() == [1.0] * 6 + [0.0] * 14  # type: ignore[union-attr]
+    assert shared(scored(6, 14), rescale=False).weight_T.tolist() == [1.0] * 6 + [0.0] * 14  # type: ignore[union-attr]
 
 
 def test_only_the_rules_own_k_candidates_count() -> None:
@@ -272,12 +272,12 @@ def test_every_attempt_keeps_its_mass(mask: list[bool], high: int, size: int, si
     """Identities 2 and 9: finite, not negative, the same sum, and 0 after a kept beginning."""
     made = scored(min(high, len(mask)), len(mask) - min(high, len(mask)), mask=mask)
     share = shared(made, segments=size, min_side=side, min_segments=2)
-    factor_T = np.broadcast_to(share.factor_T, len(mask))
-    assert np.isfinite(factor_T).all()
-    assert (factor_T >= 0).all()
-    assert (factor_T[~np.asarray(mask)] == 1).all()
-    assert factor_T[mask].sum() == pytest.approx(sum(mask), rel=1e-5)
-    kept = factor_T[mask] > 0
+    weight_T = np.broadcast_to(share.weight_T, len(mask))
+    assert np.isfinite(weight_T).all()
+    assert (weight_T >= 0).all()
+    assert (weight_T[~np.asarray(mask)] == 1).all()
+    assert weight_T[mask].sum() == pytest.approx(sum(mask), rel=1e-5)
+    kept = weight_T[mask] > 0
     assert (np.diff(kept.astype(int)) <= 0).all()
     assert not len(kept) or kept[0]
 
@@ -285,15 +285,15 @@ def test_every_attempt_keeps_its_mass(mask: list[bool], high: int, size: int, si
 def test_no_step_is_plain_distillation() -> None:
     for made in (scored(20, 0), scored(0, 20), scored(3, 3), scored(1, 19)):
         share = shared(made)
-        assert np.all(np.asarray(share.factor_T) == 1)
+        assert np.all(np.asarray(share.weight_T) == 1)
         assert share.notes["released"] == 0.0
         assert "kept" not in share.notes
         assert share.detail["kept"] == len(share.detail["starts"])
     rising = scored(6, 14)
     rising.answers["main"].candidates.logp_TK[:] = rising.answers["main"].candidates.logp_TK[::-1].copy()
-    assert shared(rising).factor_T == 1.0
-    assert shared(scored(6, 14), min_gain=1e6).factor_T == 1.0
-    assert shared(scored(6, 14), min_segments=11).factor_T == 1.0
+    assert shared(rising).weight_T == 1.0
+    assert shared(scored(6, 14), min_gain=1e6).weight_T == 1.0
+    assert shared(scored(6, 14), min_segments=11).weight_T == 1.0
 
 
 @pytest.mark.parametrize("why", ["not scored", "error", "nothing chosen", "empty", "another teacher", "no tokens"])
@@ -312,7 +312,7 @@ def test_an_attempt_without_a_score_has_factor_one_and_stays_out_of_the_statisti
     else:
         plain = made.rollout
         made = Attempt(Rollout(prompt=plain.prompt, sample=0, version=0, finish="stop", mask_T=plain.mask_T, logp_T=plain.logp_T))
-    assert shared(made) == Share()
+    assert shared(made) == Credit()
 
 
 def test_another_teacher_by_name() -> None:
@@ -345,13 +345,13 @@ def test_fields_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_the_defaults_are_the_papers_and_ours() -> None:
-    assert Release() == Release(4, 8, 3, 0.0, "sentences", True, "said", "main")
+    assert Release() == Release(4, 8, 3, 0.0, "sentences", True, "behaviour", "main")
 
 
 def test_what_it_wants_computed() -> None:
-    assert Release().wants == Wants(said=4, candidates=4, spans=True)
-    assert Release(k=7, segments=5).wants == Wants(said=7, candidates=7)
-    assert Release(candidates="now", segments="lines").wants == Wants(now_topk=4, now_candidates=4, spans=True)
+    assert Release().requirements == Requirements(behaviour=4, candidates=4, spans=True)
+    assert Release(k=7, segments=5).requirements == Requirements(behaviour=7, candidates=7)
+    assert Release(candidates="now", segments="lines").requirements == Requirements(now_topk=4, now_candidates=4, spans=True)
 
 
 def test_factors_multiply_with_a_prefixs_and_mass_is_kept_against_the_mask() -> None:
@@ -377,7 +377,7 @@ def spoken(length: int, k: int = 4) -> tuple[Attempt, Any, Any]:
     top = logp_TV.topk(k)
     listed = TopKTarget(teacher="now", ids_TK=top.indices.numpy(), logp_TK=top.values.numpy(), logp_T=np.zeros(length))
     made.now = listed
-    made.rollout = dataclasses.replace(made.rollout, said=listed)
+    made.rollout = dataclasses.replace(made.rollout, behaviour=listed)
     target = made.target("main")
     assert isinstance(target, HiddenTarget)
     at = tiny.HEADS[target.head].logp_at(target.h_TH, top.indices).numpy()
@@ -388,8 +388,8 @@ def spoken(length: int, k: int = 4) -> tuple[Attempt, Any, Any]:
 def follow_up(made: Attempt, k: int = 6) -> None:
     """What the loop does after `observe`."""
     made.answers["main"] = dataclasses.replace(made.answers["main"], table="local")
-    tables: Any = {"local": (SimpleNamespace(at_ids=True, in_process=True, routes=(), as_="main"), None)}
-    asyncio.run(Teachers(tables, Wants(now_topk=k, now_candidates=k), tiny.services()).follow_up([[made]]))
+    tables: Any = {"local": (SimpleNamespace(at_ids=True, in_process=True, routes=(), alias="main"), None)}
+    asyncio.run(Teachers(tables, Requirements(now_topk=k, now_candidates=k), tiny.services()).follow_up([[made]]))
 
 
 def test_candidates_of_now_are_what_the_head_gives_there() -> None:
@@ -409,13 +409,13 @@ def test_candidates_of_now_are_what_the_head_gives_there() -> None:
 def test_candidates_of_now_are_those_of_then_where_nothing_has_changed() -> None:
     made, _, _ = spoken(24, k=6)
     follow_up(made)
-    said, now = (Release(segments=2, candidates=which)([made], NOW)[0] for which in ("said", "now"))
-    assert said.detail == now.detail
-    assert max(said.detail["margins"]) > 0
+    behaviour, now = (Release(segments=2, candidates=which)([made], NOW)[0] for which in ("behaviour", "now"))
+    assert behaviour.detail == now.detail
+    assert max(behaviour.detail["margins"]) > 0
     made.now = dataclasses.replace(made.now, ids_TK=made.now.ids_TK[:, ::-1].copy())  # type: ignore[union-attr,type-var]
     assert Release(segments=2, candidates="now")([made], NOW)[0].detail == now.detail  # a rule reads what is there, and asks nobody
     follow_up(made)
-    assert Release(segments=2, candidates="now")([made], NOW)[0].detail != said.detail
+    assert Release(segments=2, candidates="now")([made], NOW)[0].detail != behaviour.detail
 
 
 def test_a_list_of_the_whole_vocabulary_says_what_hidden_states_say() -> None:
@@ -450,21 +450,21 @@ def test_released_positions_give_exactly_no_gradient(objective: Any) -> None:
             made.target("main").h_TH[6:] = other.h_TH[6:]  # type: ignore[union-attr]
         share_credit([[made]], {"release": Release(segments=2)}, NOW)
         assert np.flatnonzero(made.weight_T).tolist() == list(range(6))
-        results.append(gradients(learner, [[made]], [objective], "chosen"))
+        results.append(gradients(learner, [[made]], [objective], "token-mean"))
     assert same(*results)
-    made.shares = {"prefix": Prefix(6)([made], NOW)[0]}
-    plain = gradients(learner, [[made]], [objective], "chosen")
+    made.credits = {"prefix": Prefix(6)([made], NOW)[0]}
+    plain = gradients(learner, [[made]], [objective], "token-mean")
     tiny.close({name: value * (20 / 6) for name, value in plain.items()}, results[1], rtol=1e-4)
 
 
 def test_a_constant_advantage_teaches_nothing_whatever_is_released() -> None:
     """Identity 10: the expected update at a prefix is a covariance. Every answer of a small world, a factor for each prefix."""
     world = World(4, 3, seed=0)
-    dice = torch.Generator().manual_seed(1)
-    factor_P = torch.rand(int(world.prefix_N.max()) + 1, generator=dice, dtype=torch.float64)
+    rng = torch.Generator().manual_seed(1)
+    factor_P = torch.rand(int(world.prefix_N.max()) + 1, generator=rng, dtype=torch.float64)
 
-    def update(shift_N: torch.Tensor) -> float:
-        rows = world.rows(world.student, world.student.detach(), shift_N=shift_N)
+    def update(advantage_offset_N: torch.Tensor) -> float:
+        rows = world.rows(world.student, world.student.detach(), advantage_offset_N=advantage_offset_N)
         weighed = world.expected_gradient(lambda rows: factor_P[world.prefix_N] * SampledKL()(rows), world.student, rows)
         return float(np.abs(weighed).max())
 
@@ -477,24 +477,24 @@ def test_a_constant_advantage_teaches_nothing_whatever_is_released() -> None:
 
 
 def test_a_run_reads_the_same_margins_from_then_and_from_now(tiny_run: Any) -> None:
-    """At lag 0 the student of now is the student that acted; every attempt carries what the report draws, and the metrics their medians."""
-    common = {"steps": 1, "task": {"kind": "outside:Chat", "replies": 1}, "sampler__max_tokens": 60, "normalise": "chosen"}
+    """At staleness 0 the student of now is the student that acted; every attempt carries what the report draws, and the metrics their medians."""
+    common = {"steps": 1, "task": {"kind": "outside:Chat", "replies": 1}, "sampler__max_tokens": 60, "loss_aggregation": "token-mean"}
     rule = {"min_segments": 2, "min_side": 1, "min_gain": -9.0}
     lines, metrics = [], []
-    for candidates, way in (("said", "lines"), ("now", "lines"), ("said", 4), ("now", 4)):
+    for candidates, way in (("behaviour", "lines"), ("now", "lines"), ("behaviour", 4), ("now", 4)):
         done = tiny_run("opd", **common, credit={"release": {**rule, "candidates": candidates, "segments": way}})
         rows = [row for row in done.rows("attempts") if row["kind"] == "learned"]
         lines.append({(row["prompt"], row["sample"]): row["detail"]["release"] for row in rows})
         metrics.append(done.rows("metrics")[0]["credit"]["release"])
-    for said, now in ((lines[0], lines[1]), (lines[2], lines[3])):
-        assert said.keys() == now.keys()
-        assert len(said) == 4
-        for key, detail in said.items():
+    for behaviour, now in ((lines[0], lines[1]), (lines[2], lines[3])):
+        assert behaviour.keys() == now.keys()
+        assert len(behaviour) == 4
+        for key, detail in behaviour.items():
             assert detail["starts"] == now[key]["starts"]
             assert detail["margins"] == pytest.approx(now[key]["margins"], abs=2e-3)
     assert any(len(detail["starts"]) > 1 for detail in lines[0].values())  # two turns are two segments at least
     blocks = metrics[2]
     kept = [detail for detail in lines[2].values() if detail["kept"] < len(detail["starts"])]
     assert blocks["released"] == pytest.approx(len(kept) / 4)
-    assert blocks["factor_mean"] == pytest.approx(1.0, abs=1e-5)
+    assert blocks["weight_mean"] == pytest.approx(1.0, abs=1e-5)
     assert blocks["segments"] == pytest.approx(np.mean([len(detail["starts"]) for detail in lines[2].values()]))

@@ -21,8 +21,8 @@ close = torch.testing.assert_close
 
 
 def random(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    dice = torch.Generator().manual_seed(seed)
-    return [torch.randn(*shape, generator=dice, dtype=dtype) for shape in shapes]
+    rng = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=rng, dtype=dtype) for shape in shapes]
 
 
 @pytest.fixture
@@ -95,8 +95,8 @@ def test_no_rows_cost_nothing_and_give_zero_gradients() -> None:
 def test_a_bfloat16_heads_gradient_is_rounded_once_however_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Positive terms, a chunk each. A term is rounded to bfloat16 and so is the sum: at most 2^-8 relative. Adding in bfloat16 stalls."""
     monkeypatch.setattr(row_pass, "chunk_rows", lambda vocabulary, device, tables: 1)
-    dice = torch.Generator().manual_seed(0)
-    h_NH, weight_VH, d_NV, bias_V = (torch.rand(*shape, generator=dice).bfloat16() for shape in ((600, 4), (7, 4), (600, 7), (7,)))
+    rng = torch.Generator().manual_seed(0)
+    h_NH, weight_VH, d_NV, bias_V = (torch.rand(*shape, generator=rng).bfloat16() for shape in ((600, 4), (7, 4), (600, 7), (7,)))
     leaves = [h_NH.requires_grad_(), weight_VH.requires_grad_(), bias_V.requires_grad_()]
     loss = row_pass.row_pass(h_NH, Head.of(weight_VH, bias_V), [], lambda rows, logits_NV, _: (d_NV[rows] * logits_NV).sum())
     made_NH, made_VH, made_V = torch.autograd.grad(loss, leaves)

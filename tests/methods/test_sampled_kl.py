@@ -10,7 +10,7 @@ import torch
 import tiny
 from reflux.assets.characters import character_tokenizer
 from reflux.loss.baselines import kl_value, minimum_variance_value, topk_kl_value
-from reflux.loss.outputs import FullSays, ListedSays, SampledSays
+from reflux.loss.outputs import FullLogits, SampledLogprobs, TopKLogprobs
 from reflux.loss.term import Rows
 from reflux.models.text import as_model
 from reflux.objectives.divergence import Divergence
@@ -18,17 +18,17 @@ from reflux.objectives.nll import NLL
 from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.objectives.ratio import above_cap, outside, score_cost, truncated_ratio
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL, advantage
-from reflux.types import HiddenTarget, SampledTarget, TopKTarget, Wants
+from reflux.types import HiddenTarget, Requirements, SampledTarget, TopKTarget
 
 N, V = 6, 5
 
 
-def rows(lag: float = 0.0, shift: float = 0.0) -> Rows:
+def rows(staleness: float = 0.0, shift: float = 0.0) -> Rows:
     torch.manual_seed(0)
     logits, ids = torch.randn(N, V, dtype=torch.float64, requires_grad=True), torch.arange(N) % V
-    student = FullSays(logits, ids)
-    behaviour = student.logp_N.detach() + lag * torch.randn(N, dtype=torch.float64)
-    teacher = FullSays(torch.randn(N, V, dtype=torch.float64), ids)
+    student = FullLogits(logits, ids)
+    behaviour = student.logp_N.detach() + staleness * torch.randn(N, dtype=torch.float64)
+    teacher = FullLogits(torch.randn(N, V, dtype=torch.float64), ids)
     return Rows(student, {"main": teacher}, behaviour, torch.full((N,), shift, dtype=torch.float64))
 
 
@@ -53,7 +53,7 @@ def test_all_ratio_forms_have_one_gradient_on_policy(make):
 
 
 def test_truncated_ratio_scales_the_gradient_by_the_capped_detached_ratio():
-    at = rows(lag=1.5)
+    at = rows(staleness=1.5)
     rho = (at.student.logp_N - at.behaviour_logp_N).detach().exp()
     assert (rho > 2).any()
     assert (rho < 2).any()
@@ -101,10 +101,10 @@ def test_each_baseline_is_the_function_of_its_name():
 
 @pytest.mark.parametrize("ratio", ["truncated", "clip", "none"])
 def test_outliers_cost_exactly_zero_whatever_their_shift_also_where_infinite(ratio):
-    at = rows(lag=0.1, shift=3.0)
+    at = rows(staleness=0.1, shift=3.0)
     teacher = at.teachers["main"].logp_N.clone()
     teacher[0], teacher[1], teacher[2] = -math.inf, at.student.logp_N[1].item() - 1.0, at.student.logp_N[2].item() + 0.999
-    at.teachers["main"] = SampledSays(teacher)
+    at.teachers["main"] = SampledLogprobs(teacher)
     gap = (at.student.logp_N - teacher).detach().abs()
     objective = SampledKL(ratio=ratio, max_gap_nats=1.0)
     cost, grads = objective(at), gradient(objective, at)
@@ -116,8 +116,8 @@ def test_outliers_cost_exactly_zero_whatever_their_shift_also_where_infinite(rat
 
 def test_a_dropped_token_that_the_student_never_says_gives_no_nan():
     ids = torch.tensor([0])
-    student = FullSays(torch.tensor([[-math.inf, 0.0, 1.0]], requires_grad=True), ids)
-    at = Rows(student, {"main": SampledSays(torch.tensor([-1.0]))}, torch.tensor([-1.0]), torch.tensor([0.0]))
+    student = FullLogits(torch.tensor([[-math.inf, 0.0, 1.0]], requires_grad=True), ids)
+    at = Rows(student, {"main": SampledLogprobs(torch.tensor([-1.0]))}, torch.tensor([-1.0]), torch.tensor([0.0]))
     objective = SampledKL(max_gap_nats=10.0)
     assert objective(at).item() == 0
     assert not gradient(objective, at).any()
@@ -126,7 +126,7 @@ def test_a_dropped_token_that_the_student_never_says_gives_no_nan():
 def test_no_gradient_reaches_teacher_or_value():
     at = rows()
     teacher = torch.randn(N, V, dtype=torch.float64, requires_grad=True)
-    at.teachers["main"] = FullSays(teacher, at.student.ids_N)
+    at.teachers["main"] = FullLogits(teacher, at.student.ids_N)
     for baseline in ("none", "kl", "topk_kl", "minimum_variance"):
         SampledKL(baseline=baseline)(at).sum().backward(retain_graph=True)
     assert teacher.grad is None
@@ -141,8 +141,8 @@ def test_no_gradient_reaches_teacher_or_value():
 
 def test_baselines_refuse_what_cannot_answer_everywhere():
     at = rows()
-    for says in (SampledSays(torch.zeros(N)), ListedSays(torch.zeros(N, 1, dtype=torch.int64), torch.zeros(N, 1), torch.zeros(N))):
-        at.teachers["main"] = says
+    for outputs in (SampledLogprobs(torch.zeros(N)), TopKLogprobs(torch.zeros(N, 1, dtype=torch.int64), torch.zeros(N, 1), torch.zeros(N))):
+        at.teachers["main"] = outputs
         assert SampledKL()(at).shape == (N,)
         for baseline in ("kl", "topk_kl", "minimum_variance"):
             with pytest.raises(ValueError, match="baseline = 'none'"):
@@ -159,13 +159,13 @@ def test_a_group_value_is_subtracted_and_asked_for(baseline):
     at.group_value_N = torch.linspace(-2, 2, N, dtype=torch.float64)
     r = (at.teachers["main"].logp_N - at.student.logp_N).detach()
     expected = -(r - at.group_value_N + 0.3) * at.student.logp_N
-    for says in (at.teachers["main"], SampledSays(at.teachers["main"].logp_N)):
-        at.teachers["main"] = says
+    for outputs in (at.teachers["main"], SampledLogprobs(at.teachers["main"].logp_N)):
+        at.teachers["main"] = outputs
         torch.testing.assert_close(SampledKL(baseline=baseline, ratio="none")(at), expected)
     assert SampledKL(baseline=baseline).accepts == (SampledTarget, TopKTarget, HiddenTarget)
-    assert SampledKL(baseline=baseline).wants == Wants(logp=True)
-    assert SampledKL().wants == SampledKL(baseline="kl").wants == Wants()
-    assert SampledKL(teacher="said").wants == Wants(said=1)
+    assert SampledKL(baseline=baseline).requirements == Requirements(logp=True)
+    assert SampledKL().requirements == SampledKL(baseline="kl").requirements == Requirements()
+    assert SampledKL(teacher="behaviour").requirements == Requirements(behaviour=1)
 
 
 RATIOS = [0.5, 0.79, 0.81, 1.0, 1.29, 1.31, 3.01]
@@ -196,7 +196,7 @@ def test_the_clip_is_counted_exactly_where_it_takes_the_gradient_away(make):
     """From the definition: where the gradient is 0, and without the clip it is not."""
     objective, found = make(), []
     for shift in (-2.0, 0.5, 2.0):
-        at = rows(lag=0.5, shift=shift)
+        at = rows(staleness=0.5, shift=shift)
         quiet_N = (gradient(objective, at) == 0).all(-1)
         alive_N = (gradient(dataclasses.replace(objective, clip=(1 - 1e-9, 1e9)), at) != 0).any(-1)
         found.append(objective.outside(at))
@@ -204,11 +204,11 @@ def test_the_clip_is_counted_exactly_where_it_takes_the_gradient_away(make):
     share = torch.cat(found).double().mean()
     assert 0.1 < share < 0.9
     free = dataclasses.replace(objective, ratio="none")
-    assert free.outside(rows(lag=0.5, shift=2.0)) is None
+    assert free.outside(rows(staleness=0.5, shift=2.0)) is None
 
 
 def test_a_cap_is_counted_where_it_holds_a_ratio_back_but_not_where_nothing_is_learnt():
-    at = rows(lag=1.5)
+    at = rows(staleness=1.5)
     ratio_N = (at.student.logp_N - at.behaviour_logp_N).detach().exp()
     above_N = ratio_N > 1.2
     assert 0 < above_N.sum() < N
@@ -267,8 +267,8 @@ def test_defaults_are_the_vetted_setting():
     assert (sampled.baseline, sampled.baseline_k, sampled.ratio, sampled.ratio_cap) == ("none", 20, "truncated", 5.0)
     assert sampled.clip == (0.2, 0.2)
     assert sampled.max_gap_nats is None
-    assert sampled.takes_shift
-    assert (PolicyGradient().ratio, PolicyGradient().clip, PolicyGradient().takes_shift, NLL().takes_shift) == (
+    assert sampled.takes_advantage_offset
+    assert (PolicyGradient().ratio, PolicyGradient().clip, PolicyGradient().takes_advantage_offset, NLL().takes_advantage_offset) == (
         "clip",
         (0.2, 0.2),
         True,

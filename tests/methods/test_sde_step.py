@@ -69,8 +69,8 @@ def test_without_noise_a_walk_is_that_of_diffusers() -> None:
 
 
 def test_floats_arrays_and_tensors_agree_and_each_row_has_its_own_time() -> None:
-    dice = np.random.default_rng(0)
-    x, v, noise = dice.standard_normal((3, 4, 5))
+    rng = np.random.default_rng(0)
+    x, v, noise = rng.standard_normal((3, 4, 5))
     t, dt, a = np.array([1.0, 0.8, 0.31, 0.05]), np.array([-0.2, -0.3, -0.01, -0.05]), np.array([0.7, 0.2, 0.0, 2.0])
     columns = [column[:, None] for column in (t, dt, a)]
     arrays = sde_step(x, v, *columns, noise)
@@ -145,8 +145,8 @@ def test_a_grid_in_float32_may_end_a_rounding_below_zero() -> None:
 
 
 def test_the_log_density_is_the_normal_one_summed_over_a_state() -> None:
-    dice = np.random.default_rng(1)
-    made, mean = dice.standard_normal((2, 4, 7))
+    rng = np.random.default_rng(1)
+    made, mean = rng.standard_normal((2, 4, 7))
     std = np.array([0.05, 0.5, 1.0, 3.0])[:, None]
     expected = stats.norm.logpdf(made, mean, std).sum(-1)
     np.testing.assert_allclose(step_logp(made, mean, std), expected, rtol=1e-12)
@@ -209,10 +209,10 @@ def test_the_marginals_of_gaussian_data_are_kept_at_every_noise_level(mu: float,
 
 def test_drawn_images_have_the_datas_mean_and_spread() -> None:
     mu, s, a, steps, count = 1.5, 0.5, 0.7, 60, 40_000
-    dice = np.random.default_rng(3)
-    x = dice.standard_normal(count)
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal(count)
     for t, stop in itertools.pairwise(np.linspace(1, 0, steps + 1)):
-        x = sde_step(x, exact_velocity(x, t, mu, s), t, stop - t, a, dice.standard_normal(count))[0]
+        x = sde_step(x, exact_velocity(x, t, mu, s), t, stop - t, a, rng.standard_normal(count))[0]
     mean, std = moments(mu, s, a, steps)[-1]
     assert x.mean() == pytest.approx(mean, abs=4 * s / math.sqrt(count))
     assert x.std() == pytest.approx(std, abs=4 * s / math.sqrt(2 * count))
@@ -225,7 +225,7 @@ def test_drawn_images_have_the_datas_mean_and_spread() -> None:
 def test_defaults_are_the_vetted_setting() -> None:
     part = Flow()
     assert (part.steps, part.noise_level, part.guidance, part.eval_steps) == (10, 0.7, 1.0, 40)
-    assert (part.draw(3).step, part.draw(3).purpose, part.draw(3).length, part.draw(3).temperature) == (3, "train", 10, 1.0)
+    assert (part.draw(3).step, part.draw(3).purpose, part.draw(3).max_positions, part.draw(3).temperature) == (3, "train", 10, 1.0)
     assert Flow.rollouts is FlowRollout
 
 

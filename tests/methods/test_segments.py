@@ -19,7 +19,7 @@ WAYS = ["sentences", "lines", "steps"]
 LATEX = "We have $x = \\frac{3.5}{2}$. Then\n\\[ y = 1.75 \\]\nSo $y=1.75$! Is it? 你好。世界 😀 wie schön. \n\n  It is"
 
 
-def spelt(turns: list[list[str]], heard: int = 0) -> TokenRollout:
+def spelt(turns: list[list[str]], objective_teachers: int = 0) -> TokenRollout:
     """A rollout whose turns are these pieces of text, one a token, with `heard` unchosen positions after each turn but the last."""
     mask: list[bool] = []
     spans: list[tuple[int, int]] = []
@@ -28,7 +28,7 @@ def spelt(turns: list[list[str]], heard: int = 0) -> TokenRollout:
         for piece in pieces:
             spans.append((at, at + len(piece)))
             at += len(piece)
-        unchosen = heard if index + 1 < len(turns) else 0
+        unchosen = objective_teachers if index + 1 < len(turns) else 0
         mask += [True] * len(pieces) + [False] * unchosen
         spans += [(at, at)] * unchosen
     text = "\n".join("".join(turn) for turn in turns)
@@ -85,7 +85,7 @@ def test_every_chosen_position_lies_in_exactly_one_segment(way: Any, data: st.Da
         cuts = data.draw(st.lists(st.integers(start, stop), min_size=(stop - start) // 6, max_size=stop - start))
         places = [start, *sorted(cuts), stop]  # equal ones make empty pieces
         turns.append([*(LATEX[a:b] for a, b in itertools.pairwise(places)), ""])  # an end token
-    made = spelt(turns, heard=data.draw(st.integers(1, 3)))
+    made = spelt(turns, objective_teachers=data.draw(st.integers(1, 3)))
     pieces = segments_of(made, way)
     assert_covering(made, pieces)
     if isinstance(way, str):
@@ -124,7 +124,7 @@ def test_a_character_of_several_tokens_is_not_torn_apart() -> None:
 
 def test_a_segment_never_crosses_a_turn() -> None:
     """One line over two turns is two segments, and what was said between belongs to neither."""
-    made = spelt([["one", " and"], ["more", "\n", "end"]], heard=2)
+    made = spelt([["one", " and"], ["more", "\n", "end"]], objective_teachers=2)
     assert segments_of(made, "lines") == [slice(0, 2), slice(4, 6), slice(6, 7)]
     assert segments_of(made, "sentences") == [slice(0, 2), slice(4, 7)]
     assert segments_of(made, 2) == [slice(0, 2), slice(4, 6), slice(6, 7)]
@@ -160,6 +160,6 @@ def test_sentences_are_those_of_punkt() -> None:
 
 
 def test_text_without_spans_is_refused_in_words() -> None:
-    with pytest.raises(ValueError, match=r"prompt p0 came without them\. Ask for them: `Wants\(spans=True\)`"):
+    with pytest.raises(ValueError, match=r"prompt p0 came without them\. Ask for them: `Requirements\(spans=True\)`"):
         segments_of(rollout(3), "lines")
     assert segments_of(rollout(3), 2) == [slice(0, 2), slice(2, 3)]

@@ -20,10 +20,10 @@ from reflux.models.text import as_model
 from reflux.models.tokenizer import special_ids
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.types import Attempt, FlowRollout, Moment, Prompt, TokenRollout, Wants
+from reflux.types import Attempt, FlowRollout, Prompt, Requirements, StepContext, TokenRollout
 from tiny import END, close, gradients, same
 
-NOW = Moment(step=0, seed=0)
+NOW = StepContext(step=0, seed=0)
 END_AT, PAD, USER = END, 0, 4  # ids of the character tokenizer
 
 
@@ -53,7 +53,7 @@ def drawn() -> FlowRollout:
 
 def factors(rule: Prefix, tokens: list[int], mask: list[bool] | None = None) -> list[float]:
     (share,) = rule([Attempt(spoken(tokens, mask))], NOW)
-    return share.factor_T.tolist()
+    return share.weight_T.tolist()
 
 
 def test_special_tokens_weigh_nothing_and_the_end_keeps_its_weight() -> None:
@@ -85,7 +85,7 @@ def test_the_weight_is_the_product_of_prefix_and_not_special(tokens: list[int], 
     assert attempt.weight_T.tolist() == expected
     assert attempt.rollout.mask_T.tolist() == mask
     if any(mask):
-        assert attempt.shares["prefix"].notes["kept"] == pytest.approx(sum(expected) / sum(mask))
+        assert attempt.credits["prefix"].notes["kept"] == pytest.approx(sum(expected) / sum(mask))
 
 
 @pytest.mark.parametrize("objective", [Divergence(), SampledKL(baseline="kl")])
@@ -97,9 +97,9 @@ def test_the_gradient_is_that_of_the_other_positions_alone(objective: Any) -> No
     share_credit(ruled, {"prefix": Prefix(100, special_tokens=False)}, NOW)
     by_hand = [[tiny.attempt(r, teacher, weight=w)] for r, w in zip(rollouts, ([1, 0, 1, 1], [0, 1, 1, 1, 1]), strict=True)]
     learner = tiny.learner(tiny.net(1).double())
-    for normalise, rows in (("kept", 7), ("chosen", 9)):
-        assert same(*(gradients(learner, groups, [objective], normalise) for groups in (ruled, by_hand)))
-        assert [float(item.coef_KN[0][0]) for item in plan(ruled, [objective], normalise)] == pytest.approx([1 / rows] * 2)
+    for loss_aggregation, rows in (("token-mean-weighted", 7), ("token-mean", 9)):
+        assert same(*(gradients(learner, groups, [objective], loss_aggregation) for groups in (ruled, by_hand)))
+        assert [float(item.coef_KN[0][0]) for item in plan(ruled, [objective], loss_aggregation)] == pytest.approx([1 / rows] * 2)
     whole = gradients(learner, [[tiny.attempt(rollout, teacher)] for rollout in rollouts], [objective])
     with pytest.raises(AssertionError):
         close(whole, gradients(learner, ruled, [objective]), rtol=1e-3)
@@ -126,19 +126,19 @@ def test_a_special_tokens_own_target_changes_nothing() -> None:
 
 
 def test_only_who_leaves_them_out_wants_to_know_them() -> None:
-    assert Prefix(4).wants == Wants()
-    assert Prefix(4, special_tokens=False).wants == Wants(specials=True)
-    assert (Wants(specials=True) | Wants()).specials
-    assert (Wants() | Wants(specials=True)).specials
+    assert Prefix(4).requirements == Requirements()
+    assert Prefix(4, special_tokens=False).requirements == Requirements(specials=True)
+    assert (Requirements(specials=True) | Requirements()).specials
+    assert (Requirements() | Requirements(specials=True)).specials
 
 
 def test_attempts_that_do_not_say_which_are_special_are_refused_in_words() -> None:
     rule = Prefix(4, special_tokens=False)
-    with pytest.raises(ValueError, match=r"which tokens are special, and prompt p0 came without that. .* `Wants\(specials=True\)`"):
+    with pytest.raises(ValueError, match=r"which tokens are special, and prompt p0 came without that. .* `Requirements\(specials=True\)`"):
         rule([Attempt(tiny.rollout(3))], NOW)
     with pytest.raises(ValueError, match="a flow rollout has none"):
         rule([Attempt(drawn())], NOW)
-    assert Prefix(4)([Attempt(tiny.rollout(3))], NOW)[0].factor_T.tolist() == [1, 1, 1]
+    assert Prefix(4)([Attempt(tiny.rollout(3))], NOW)[0].weight_T.tolist() == [1, 1, 1]
 
 
 def test_in_a_run_no_special_token_has_weight_and_the_ends_have(tiny_run: Callable[..., Any]) -> None:

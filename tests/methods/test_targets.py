@@ -14,7 +14,7 @@ import tiny_flow
 from reflux.assets.characters import character_tokenizer
 from reflux.errors import ModelError
 from reflux.kernels.head import Head
-from reflux.loss.outputs import ListedSays, SampledSays
+from reflux.loss.outputs import SampledLogprobs, TopKLogprobs
 from reflux.models.heads import Heads
 from reflux.models.text import as_model
 from reflux.types import HiddenTarget, SampledTarget, TopKTarget, VelocityTarget
@@ -122,15 +122,15 @@ def test_rows_are_what_is_known_at_the_kept_positions() -> None:
     assert {name: column.shape for name, column in TWO.targets[0].rows(rows_N).items()} == {"h_NH": (3, H)}
     assert torch.equal(TWO.targets[0].rows(rows_N)["h_NH"], TWO.targets[0].h_TH[[0, 2, 4]])
     listed = TWO.listed(0)
-    says = listed.says(listed.rows(rows_N))
-    assert isinstance(says, ListedSays)
-    assert says.ids_NK.tolist() == listed.ids_TK[rows_N].tolist()
-    assert says.logp_NK.tolist() == listed.logp_TK[rows_N].tolist()
-    assert says.logp_N.tolist() == listed.logp_T[rows_N].tolist()
+    outputs = listed.outputs(listed.rows(rows_N))
+    assert isinstance(outputs, TopKLogprobs)
+    assert outputs.ids_NK.tolist() == listed.ids_TK[rows_N].tolist()
+    assert outputs.logp_NK.tolist() == listed.logp_TK[rows_N].tolist()
+    assert outputs.logp_N.tolist() == listed.logp_T[rows_N].tolist()
     sampled = TWO.sampled(0)
-    assert isinstance(sampled.says(sampled.rows(rows_N)), SampledSays)
+    assert isinstance(sampled.outputs(sampled.rows(rows_N)), SampledLogprobs)
     with pytest.raises(ValueError, match="the rows of a HiddenTarget say nothing by themselves"):
-        TWO.targets[0].says(TWO.targets[0].rows(rows_N))
+        TWO.targets[0].outputs(TWO.targets[0].rows(rows_N))
 
 
 def test_only_targets_of_one_kind_one_head_and_one_width_share_a_micro_batch() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 
-from reflux.loss.flow_outputs import VelocitySays
+from reflux.loss.flow_outputs import VelocityOutputs
 from reflux.loss.term import Rows
 from reflux.models.flow.sde import kl_weight, sde_step, step_logp
 from reflux.objectives.policy_gradient import PolicyGradient
@@ -105,11 +105,11 @@ def test_kl_by_velocities_is_the_integral_over_both_densities(n) -> None:
 @pytest.mark.parametrize("n", range(N))
 def test_kl_by_velocities_is_the_mean_log_ratio_of_drawn_steps(n) -> None:
     t, dt, a = TIMES[n], STEPS[n], NOISE[n]
-    dice = np.random.default_rng(n)
+    rng = np.random.default_rng(n)
     draws = 20_000
-    x, v, v_T = dice.standard_normal((3, D))
+    x, v, v_T = rng.standard_normal((3, D))
     rows = [np.tile(row, (draws, 1)) for row in (x, v, v_T)]
-    made, mean, std = sde_step(rows[0], rows[1], t, dt, a, dice.standard_normal((draws, D)))
+    made, mean, std = sde_step(rows[0], rows[1], t, dt, a, rng.standard_normal((draws, D)))
     _, mean_T, _ = sde_step(rows[0], rows[2], t, dt, a, made)
     ratio = step_logp(made, mean, std) - step_logp(made, mean_T, std)
     expected = kl_weight(t, dt, a) * ((v - v_T) ** 2).sum()
@@ -120,13 +120,13 @@ def test_kl_by_velocities_is_the_mean_log_ratio_of_drawn_steps(n) -> None:
 # --- what a model says
 
 
-def rows(seed: int = 0, dtype: torch.dtype = torch.float64, level: np.ndarray = NOISE) -> Rows[VelocitySays]:
-    dice = np.random.default_rng(seed)
-    x, v, v_T, noise = (torch.tensor(dice.standard_normal((N, D)), dtype=dtype) for _ in range(4))
+def rows(seed: int = 0, dtype: torch.dtype = torch.float64, level: np.ndarray = NOISE) -> Rows[VelocityOutputs]:
+    rng = np.random.default_rng(seed)
+    x, v, v_T, noise = (torch.tensor(rng.standard_normal((N, D)), dtype=dtype) for _ in range(4))
     columns = [torch.tensor(column, dtype=torch.float64 if dtype == torch.float64 else torch.float32) for column in (TIMES, STEPS, level)]
     made = sde_step(x, v, *(column[:, None] for column in columns), noise)[0]
-    student = VelocitySays(v.clone().requires_grad_(), x, made, *columns)
-    teacher = VelocitySays(v_T, x, made, *columns)
+    student = VelocityOutputs(v.clone().requires_grad_(), x, made, *columns)
+    teacher = VelocityOutputs(v_T, x, made, *columns)
     return Rows(student, {"main": teacher}, student.logp_N.detach() if level.all() else torch.zeros(N), torch.zeros(N, dtype=dtype))
 
 
@@ -147,7 +147,7 @@ def test_logp_is_the_density_of_the_drawn_state_and_its_gradient_the_score() -> 
 
 def test_logp_keeps_its_graph_for_those_who_come_later() -> None:
     student = rows().student
-    student = VelocitySays(student.v_ND, student.x_ND, student.next_ND, student.t_N, student.dt_N, student.noise_level_N)
+    student = VelocityOutputs(student.v_ND, student.x_ND, student.next_ND, student.t_N, student.dt_N, student.noise_level_N)
     with torch.no_grad():
         _ = student.logp_N
     assert student.logp_N.requires_grad
@@ -161,8 +161,8 @@ def test_logp_without_noise_is_refused() -> None:
 def test_an_outcome_on_a_step_is_a_policy_gradient_on_its_density() -> None:
     """Flow-GRPO with no code of its own: at the student's own draws the gradient is -A times that of the log-density."""
     at = rows()
-    at.shift_N = torch.tensor([1.0, -0.5, 0.0, 2.0, -3.0], dtype=torch.float64)
-    expected = torch.autograd.grad((-at.shift_N * at.student.logp_N).sum(), at.student.v_ND, retain_graph=True)[0]
+    at.advantage_offset_N = torch.tensor([1.0, -0.5, 0.0, 2.0, -3.0], dtype=torch.float64)
+    expected = torch.autograd.grad((-at.advantage_offset_N * at.student.logp_N).sum(), at.student.v_ND, retain_graph=True)[0]
     for ratio in ("clip", "none"):
         made = torch.autograd.grad(PolicyGradient(ratio=ratio)(at).sum(), at.student.v_ND, retain_graph=True)[0]
         torch.testing.assert_close(made, expected, rtol=1e-9, atol=1e-12)
@@ -171,11 +171,11 @@ def test_an_outcome_on_a_step_is_a_policy_gradient_on_its_density() -> None:
 # --- the objective
 
 
-def squares(at: Rows[VelocitySays]) -> np.ndarray:
+def squares(at: Rows[VelocityOutputs]) -> np.ndarray:
     return (at.student.v_ND.detach().numpy() - at.teachers["main"].v_ND.numpy()) ** 2
 
 
-def costs(at: Rows[VelocitySays], **settings: str) -> np.ndarray:
+def costs(at: Rows[VelocityOutputs], **settings: str) -> np.ndarray:
     return VelocityKL(**settings)(at).detach().numpy()  # type: ignore[arg-type]
 
 
@@ -241,8 +241,8 @@ def test_16_bit_velocities_are_compared_in_32() -> None:
     """300 squared is beyond float16; so is the sum of 4,096 squares of 10."""
     v_ND = torch.full((1, 4096), 10.0, dtype=torch.float16)
     one = torch.ones(1)
-    student = VelocitySays((v_ND * 30).requires_grad_(), v_ND, v_ND, one * 0.5, one * -0.1, one * 0.7)
-    teacher = VelocitySays(-v_ND, v_ND, v_ND, one * 0.5, one * -0.1, one * 0.7)
+    student = VelocityOutputs((v_ND * 30).requires_grad_(), v_ND, v_ND, one * 0.5, one * -0.1, one * 0.7)
+    teacher = VelocityOutputs(-v_ND, v_ND, v_ND, one * 0.5, one * -0.1, one * 0.7)
     (cost,) = VelocityKL()(Rows(student, {"main": teacher}, one, one))
     assert cost.dtype == torch.float32
     assert cost.item() == pytest.approx(by_hand(0.5, -0.1, 0.7) * 4096 * 310**2, rel=1e-5)
@@ -251,9 +251,9 @@ def test_16_bit_velocities_are_compared_in_32() -> None:
 def test_what_it_hears_and_what_it_refuses() -> None:
     assert VelocityKL().accepts == (VelocityTarget,)
     assert SampledTarget not in VelocityKL().accepts
-    assert not VelocityKL.takes_shift
-    assert VelocityKL().wants.said == 0
-    assert VelocityKL(teacher="said").wants.said == 1
+    assert not VelocityKL.takes_advantage_offset
+    assert VelocityKL().requirements.behaviour == 0
+    assert VelocityKL(teacher="behaviour").requirements.behaviour == 1
     assert (VelocityKL().teacher, VelocityKL().coef, VelocityKL().scale, VelocityKL().weight) == ("main", 1.0, "nats", "kl")
     with pytest.raises(ValueError, match="coef must be a finite number"):
         VelocityKL(coef=math.inf)

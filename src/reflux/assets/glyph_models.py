@@ -77,13 +77,13 @@ FLOW_SPECS = {
 
 class GlyphScore(NamedTuple):
     right: int
-    pictures: int
-    quality: float  # mean over the pictures
+    images: int
+    quality: float  # mean over the images
 
     def __str__(self) -> str:
-        low, high = wilson(self.right, self.pictures)
-        share = f"{self.right / self.pictures:.1%}, 95 % interval {low:.1%} to {high:.1%}"
-        return f"{self.right}/{self.pictures} right ({share}), quality {self.quality:.3f}"
+        low, high = wilson(self.right, self.images)
+        share = f"{self.right / self.images:.1%}, 95 % interval {low:.1%} to {high:.1%}"
+        return f"{self.right}/{self.images} right ({share}), quality {self.quality:.3f}"
 
 
 def blank(spec: FlowSpec) -> FlowModel:
@@ -112,10 +112,10 @@ def first(spec: FlowSpec) -> FlowModel:
     return load_flow(str(folder(spec.start)), "start", dtype="float32", device="cpu") if spec.start else blank(spec)
 
 
-def drawings(prompts: Sequence[Prompt], dice: random.Random) -> Tensor:
+def drawings(prompts: Sequence[Prompt], rng: random.Random) -> Tensor:
     """A drawing for each prompt, flattened, black -1 and white 1. float32 [N, D]."""
-    pictures = np.stack([draw(prompt, dice) for prompt in prompts])
-    return torch.from_numpy(pictures).flatten(1).float() * (2 / WHITE) - 1
+    images = np.stack([draw(prompt, rng) for prompt in prompts])
+    return torch.from_numpy(images).flatten(1).float() * (2 / WHITE) - 1
 
 
 def cold_start(spec: FlowSpec) -> FlowModel:
@@ -124,14 +124,14 @@ def cold_start(spec: FlowSpec) -> FlowModel:
     weights = list(model.net.train().parameters())
     optimiser = torch.optim.AdamW(weights, lr=spec.lr, weight_decay=0.01)
     stream, begun = Glyphs(domains=spec.domains).prompts("train", spec.seed), time.monotonic()
-    dice, noise = random.Random(spec.seed), torch.Generator().manual_seed(spec.seed)
+    rng, noise = random.Random(spec.seed), torch.Generator().manual_seed(spec.seed)
     for step in range(spec.steps):
         rate = spec.lr * min(1.0, (step + 1) / spec.warmup) * 0.5 * (1 + math.cos(math.pi * step / spec.steps))
         for group in optimiser.param_groups:
             group["lr"] = rate
         prompts = list(islice(stream, spec.batch))
-        texts = [UNCONDITIONAL if dice.random() < spec.blank else prompt_text(prompt) for prompt in prompts]
-        loss = flow_matching(model, drawings(prompts, dice), texts, noise)
+        texts = [UNCONDITIONAL if rng.random() < spec.blank else prompt_text(prompt) for prompt in prompts]
+        loss = flow_matching(model, drawings(prompts, rng), texts, noise)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -142,17 +142,17 @@ def cold_start(spec: FlowSpec) -> FlowModel:
     return model
 
 
-def flow_matching(model: FlowModel, clean_ND: Tensor, texts: Sequence[str], dice: torch.Generator) -> Tensor:
-    """The loss at one time and noise for each row, drawn from the dice."""
-    noise_ND = torch.randn(clean_ND.shape, generator=dice)
-    t_N = torch.randn(len(clean_ND), generator=dice).sigmoid()
+def flow_matching(model: FlowModel, clean_ND: Tensor, texts: Sequence[str], rng: torch.Generator) -> Tensor:
+    """The loss at one time and noise for each row, drawn from the random numbers."""
+    noise_ND = torch.randn(clean_ND.shape, generator=rng)
+    t_N = torch.randn(len(clean_ND), generator=rng).sigmoid()
     v_ND = model.velocity(clean_ND.lerp(noise_ND, t_N[:, None]), t_N, texts)
     return (v_ND - (noise_ND - clean_ND)).square().mean()
 
 
 @torch.no_grad()
 def pictures_of(model: FlowModel, texts: Sequence[str], *, steps: int, guidance: float = 1.0, seed: int = 0) -> list[np.ndarray]:
-    """A picture for each text, by so many Euler steps from noise of this seed."""
+    """An image for each text, by so many Euler steps from noise of this seed."""
     channels, height, width = model.shape()
     x_ND = torch.randn((len(texts), channels * height * width), generator=torch.Generator().manual_seed(seed))
     t_S = model.grid(steps)
@@ -163,7 +163,7 @@ def pictures_of(model: FlowModel, texts: Sequence[str], *, steps: int, guidance:
 
 
 def exam(model: FlowModel, domain: Domain, asked: int = 480, *, steps: int = 10, guidance: float = 1.0, batch: int = 60) -> GlyphScore:
-    """How a model does on the test prompts of one domain, by which nothing was chosen: one picture each."""
+    """How a model does on the test prompts of one domain, by which nothing was chosen: one image each."""
     task = Glyphs(domains=(domain,), held_out=asked)
     prompts, rewards = list(problems(task, "test")), []
     for start in range(0, asked, batch):
@@ -171,7 +171,7 @@ def exam(model: FlowModel, domain: Domain, asked: int = 480, *, steps: int = 10,
         made = pictures_of(
             model, [prompt_text(prompt) for prompt in some], steps=steps, guidance=guidance, seed=seed_of("exam", domain, start)
         )
-        rewards += [task.verify(prompt, picture) for prompt, picture in zip(some, made, strict=True)]
+        rewards += [task.verify(prompt, image) for prompt, image in zip(some, made, strict=True)]
     return GlyphScore(sum(reward.value == 1 for reward in rewards), asked, sum(reward.parts["quality"] for reward in rewards) / asked)
 
 

@@ -31,7 +31,7 @@ class ShownProblem(TaskPart):
     """The stories of `task` with `successes` right and `failures` wrong attempts in the question; asked for and graded as before.
 
     foreign: the attempts are at the next problem of the stream, so that they say nothing about the one asked; a held-out split then has one
-    problem less. The dice of a wrong attempt depend on its problem's id alone.
+    problem less. The random numbers of a wrong attempt depend on its problem's id alone.
     """
 
     task: WordProblems
@@ -65,14 +65,14 @@ class ShownProblem(TaskPart):
         return self.task.open_env(prompt)
 
     def _ask(self, prompt: Prompt, other: Prompt) -> Prompt:
-        dice = random.Random(seed_of("shown", other.id))
+        rng = random.Random(seed_of("shown", other.id))
         right = [other.references[0]] * self.successes
-        wrong = [failed(other.references[0], dice) for _ in range(self.failures)]
+        wrong = [failed(other.references[0], rng) for _ in range(self.failures)]
         asked = with_attempts(prompt.messages[0]["content"], right, wrong)
         return replace(prompt, messages=({"role": "user", "content": asked},))
 
 
-def failed(solution: str, dice: random.Random) -> str:
+def failed(solution: str, rng: random.Random) -> str:
     """A wrong attempt made of a worked solution: one number is wrong, and all that follows from it; a few stop early or end in a scramble.
 
     The wrong number is the start or the result of a step: some other number nearby, or the number less a digit. What the attempt ends with
@@ -80,15 +80,15 @@ def failed(solution: str, dice: random.Random) -> str:
     """
     start, steps = read(solution)
     while True:
-        text = _worked(start, steps, dice.randrange(len(steps) + 1), dice)
+        text = _worked(start, steps, rng.randrange(len(steps) + 1), rng)
         if text:
             break
-    ending = dice.random()
+    ending = rng.random()
     if ending < CUT:
-        return text[: dice.randrange(len("Start: "), text.index("Answer:"))]
+        return text[: rng.randrange(len("Start: "), text.index("Answer:"))]
     if ending < CUT + GARBLED:
         body, _, tail = text.partition(" Answer:")
-        return f"{body} {''.join(dice.sample(tail + ' Asr:', dice.randrange(2, 6)))}"
+        return f"{body} {''.join(rng.sample(tail + ' Asr:', rng.randrange(2, 6)))}"
     return text
 
 
@@ -100,14 +100,14 @@ def read(solution: str) -> tuple[int, tuple[tuple[Operation, int], ...]]:
     return int(head[1]), tuple((KINDS[sign], int(number)) for sign, number in STEP.findall(solution))
 
 
-def _worked(start: int, steps: Sequence[tuple[Operation, int]], mistake: int, dice: random.Random) -> str:
+def _worked(start: int, steps: Sequence[tuple[Operation, int]], mistake: int, rng: random.Random) -> str:
     """The text with a wrong number at `mistake`, 0 the start, k the result of step k; "" where it would fall below 0."""
-    value = slip(start, dice) if mistake == 0 else start
+    value = slip(start, rng) if mistake == 0 else start
     parts = [f"Start: {value}."]
     for position, (kind, number) in enumerate(steps, 1):
         after = apply(kind, value, number)
         if position == mistake:
-            after = slip(after, dice)
+            after = slip(after, rng)
         if after < 0:
             return ""
         parts.append(f"{value}{SIGNS[kind]}{number}={after}.")
@@ -115,10 +115,10 @@ def _worked(start: int, steps: Sequence[tuple[Operation, int]], mistake: int, di
     return " ".join([*parts, f"Answer: {value}"])
 
 
-def slip(number: int, dice: random.Random) -> int:
+def slip(number: int, rng: random.Random) -> int:
     """Another number than this one, both not below 0, as one gets by a slip: near it, ten or twenty off, or with a digit lost."""
     digits = str(number)
-    if len(digits) > 1 and dice.random() < 0.3:
-        lost = dice.randrange(len(digits))
+    if len(digits) > 1 and rng.random() < 0.3:
+        lost = rng.randrange(len(digits))
         return int(digits[:lost] + digits[lost + 1 :])
-    return dice.choice([number + off for off in SLIPS if number + off >= 0])
+    return rng.choice([number + off for off in SLIPS if number + off >= 0])

@@ -15,18 +15,18 @@ from reflux.checks.inputs import inputs, models
 from reflux.config.recipe import RunConfig
 from reflux.config.registry import within
 from reflux.errors import ConfigError
-from reflux.types import Wants
+from reflux.types import Requirements
 
 __all__ = ["inputs", "join", "models", "warnings"]
 
 
-def join(cfg: RunConfig) -> Wants:
+def join(cfg: RunConfig) -> Requirements:
     """What the assembled parts want computed. Raises ConfigError with every problem found, one a line."""
     problems = list(_problems(cfg))
     if problems:
         raise ConfigError("\n".join(problems))
     speakers = [*cfg.objectives, *cfg.credit.values(), *(teacher.context for teacher in cfg.teachers.values())]
-    return reduce(lambda joined, part: joined | part.wants, speakers, Wants(reward=bool(cfg.rewards)))
+    return reduce(lambda joined, part: joined | part.requirements, speakers, Requirements(reward=bool(cfg.rewards)))
 
 
 def _problems(cfg: RunConfig) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from reflux.checks import lengths
 from reflux.config.recipe import RunConfig
 from reflux.config.registry import within
-from reflux.teachers.base import spoken_name
+from reflux.teachers.base import alias_of
 from reflux.teachers.names import tables_of
 
 
@@ -20,16 +20,16 @@ def warnings(cfg: RunConfig) -> list[str]:
 def _unheard(cfg: RunConfig) -> Iterator[str]:
     used = {objective.teacher for objective in cfg.objectives}
     for table, teacher in cfg.teachers.items():
-        if spoken_name(table, teacher) not in used and not cfg.sampler.asks_teachers:
+        if alias_of(table, teacher) not in used and not cfg.sampler.asks_teachers:
             yield f"teachers.{table} is asked, but no objective listens to it; only metrics will."
 
 
 def _as_it_acted(cfg: RunConfig) -> Iterator[str]:
     for index, objective in enumerate(cfg.objectives):
-        shifted = objective.takes_shift and any(rule.shifts for rule in cfg.credit.values())
-        if objective.teacher == "said" and cfg.sampler.on_policy and not cfg.max_lag and not shifted:
+        shifted = objective.takes_advantage_offset and any(rule.shifts for rule in cfg.credit.values())
+        if objective.teacher == "behaviour" and cfg.sampler.on_policy and not cfg.max_staleness and not shifted:
             yield (
-                f"objectives[{index}] listens to 'said' at max_lag = 0: the student as it acted is the student of now, so it teaches "
+                f"objectives[{index}] listens to 'behaviour' at max_staleness = 0: the student as it acted is the student of now, so it teaches "
                 f"nothing."
             )
 

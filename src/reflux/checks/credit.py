@@ -14,12 +14,12 @@ def problems(cfg: RunConfig) -> Iterator[str]:
         where = f"credit.{name}"
         if rule.min_group > cfg.group_size:
             yield f"{where} compares attempts at one prompt: it needs group_size >= {rule.min_group}, got {cfg.group_size}."
-        if rule.wants.reward and not cfg.rewards:
+        if rule.requirements.reward and not cfg.rewards:
             yield f"{where} needs verdicts: add [rewards.verifier]."
 
 
 def _shifts(cfg: RunConfig) -> Iterator[str]:
-    takers = [objective for objective in cfg.objectives if objective.takes_shift]
+    takers = [objective for objective in cfg.objectives if objective.takes_advantage_offset]
     rules = [name for name, rule in cfg.credit.items() if rule.shifts]
     if rules and not takers:
         kinds = ", ".join(f"'{kind_of('objectives', objective)}'" for objective in cfg.objectives)
@@ -28,7 +28,7 @@ def _shifts(cfg: RunConfig) -> Iterator[str]:
             f'    Use kind = "sampled_kl", or add a second [[objectives]] with kind = "policy_gradient".'
         )
     for index, objective in enumerate(cfg.objectives):
-        if objective.takes_shift and objective.teacher is None and not rules:
+        if objective.takes_advantage_offset and objective.teacher is None and not rules:
             yield (
                 f"objectives[{index}]: {kind_of('objectives', objective)} learns from shifts alone, and no credit rule gives any. "
                 f"Add [credit.group_advantage] and [rewards.verifier]."

@@ -1,4 +1,4 @@
-"""Texts and pictures: the parts of a run deal with attempts of one kind, and a picture has no words."""
+"""Texts and images: the parts of a run deal with attempts of one kind, and an image has no words."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from reflux.config.registry import kind_of
 from reflux.samplers.flow import without_noise
 from reflux.types import FlowRollout, Rollout, TokenRollout
 
-_MADE: dict[type[Rollout], str] = {TokenRollout: "texts", FlowRollout: "pictures"}
+_MADE: dict[type[Rollout], str] = {TokenRollout: "texts", FlowRollout: "images"}
 _USUAL: dict[type[Rollout], dict[str, str]] = {
     TokenRollout: {"samplers": "hf", "learners": "hf", "teachers": "local"},
     FlowRollout: {"samplers": "flow", "learners": "flow", "teachers": "flow"},
 }
-_WORDS = {  # the fields of Wants that only a model of texts can give
+_WORDS = {  # the fields of Requirements that only a model of texts can give
     "now_topk": "the student's likeliest tokens",
     "logp": "the teacher's log-probs of tokens",
     "now_candidates": "the teacher's log-probs at the tokens that the student finds likeliest now",
@@ -56,18 +56,18 @@ def _of_texts(cfg: RunConfig) -> Iterator[str]:
     speakers |= {f"credit.{name}": ("credit", rule) for name, rule in cfg.credit.items()}
     speakers |= {f"teachers.{table}.context": ("contexts", teacher.context) for table, teacher in cfg.teachers.items()}
     for where, (group, part) in speakers.items():
-        needed = [words for name, words in _WORDS.items() if getattr(part.wants, name)]
+        needed = [words for name, words in _WORDS.items() if getattr(part.requirements, name)]
         if group == "contexts" and part.adds_words:
-            yield f"{where} ('{kind_of(group, part)}') tells a teacher in words what others wrote, and pictures have none. Use 'same'."
+            yield f"{where} ('{kind_of(group, part)}') tells a teacher in words what others wrote, and images have none. Use 'same'."
         elif needed:
-            yield f"{where} ('{kind_of(group, part)}') needs {' and '.join(needed)}, and pictures have none. Leave it out."
+            yield f"{where} ('{kind_of(group, part)}') needs {' and '.join(needed)}, and images have none. Leave it out."
 
 
 def _without_noise(cfg: RunConfig) -> Iterator[str]:
-    """Steps that were not drawn have no density, and no ratio of them is defined. Of a given picture `sampling` says so."""
+    """Steps that were not drawn have no density, and no ratio of them is defined. Of a given image `sampling` says so."""
     why = without_noise(cfg) if cfg.sampler.on_policy else ""
     for index, objective in enumerate(cfg.objectives):
-        if why and objective.takes_shift:
+        if why and objective.takes_advantage_offset:
             yield (
                 f"objectives[{index}]: {why}, so {kind_of('objectives', objective)} has no log-prob to weigh. Use a noise_level above 0, "
                 f"such as 0.7."

@@ -1,4 +1,4 @@
-"""Accelerators: the weights that they move are those that are looked at."""
+"""Extrapolation: the weights that they move are those that are looked at."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from reflux.config.recipe import RunConfig
 
 
 def problems(cfg: RunConfig) -> Iterator[str]:
-    if cfg.accelerator is not None and cfg.learner.averages:
+    if cfg.extrapolation is not None and cfg.learner.averages:
         yield (
             "learner.average is what would be evaluated and exported, and a jump moves the weights but not their average: the jump would "
-            "hardly be seen. Leave out learner.average, or the accelerator."
+            "hardly be seen. Leave out learner.average, or the extrapolation."
         )

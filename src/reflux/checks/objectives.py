@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from reflux.config.recipe import RunConfig
 from reflux.config.registry import kind_of
 from reflux.objectives.base import Objective
-from reflux.teachers.names import heard, offered, unknown
+from reflux.teachers.names import objective_teachers, offered, unknown
 from reflux.types import FlowRollout, HiddenTarget, SampledTarget, TopKTarget, VelocityTarget
 
-_SAID = {
+_OFFERED = {
     HiddenTarget: "hidden states (the full distribution)",
     TopKTarget: "a top-k list",
     SampledTarget: "the sampled token's log-prob",
@@ -27,13 +27,13 @@ def problems(cfg: RunConfig) -> Iterator[str]:
 def _objective(cfg: RunConfig, where: str, objective: Objective) -> Iterator[str]:
     if objective.teacher is None:
         return
-    if objective.teacher != "said" and objective.teacher not in heard(cfg):
+    if objective.teacher != "behaviour" and objective.teacher not in objective_teachers(cfg):
         yield unknown(cfg, f"{where}.teacher", objective.teacher, or_said=True)
         return
     offers = offered(cfg, objective.teacher)
     if not offers & set(objective.accepts):
-        kinds = ", ".join(_SAID[kind] for kind in objective.accepts if kind in _SAID)
-        said = ", ".join(_SAID[kind] for kind in sorted(offers, key=str) if kind in _SAID)
+        kinds = ", ".join(_OFFERED[kind] for kind in objective.accepts if kind in _OFFERED)
+        said = ", ".join(_OFFERED[kind] for kind in sorted(offers, key=str) if kind in _OFFERED)
         yield (
             f"{where}: {_called(objective)} needs {kinds}, but teacher '{objective.teacher}' offers {said or 'nothing'}. "
             f"{_remedy(cfg, objective)}."
@@ -47,7 +47,7 @@ def _called(objective: Objective) -> str:
 
 
 def _remedy(cfg: RunConfig, objective: Objective) -> str:
-    return 'For pictures use kind = "velocity_kl"' if cfg.learner.rollouts is FlowRollout else objective.remedy
+    return 'For images use kind = "velocity_kl"' if cfg.learner.rollouts is FlowRollout else objective.remedy
 
 
 def _variance(cfg: RunConfig) -> Iterator[str]:

@@ -21,7 +21,7 @@ def problems(cfg: RunConfig) -> Iterator[str]:
 
 def _lengths(cfg: RunConfig) -> Iterator[str]:
     for step in range(cfg.steps):
-        if cfg.sampler.draw(step).length < 1:
+        if cfg.sampler.draw(step).max_positions < 1:
             yield f"sampler: an attempt of step {step} may have no position at all; it needs at least 1. Start the schedule at 1 or more."
             return
 
@@ -38,10 +38,10 @@ def _sampling(cfg: RunConfig) -> Iterator[str]:
         )
     for index, objective in enumerate(cfg.objectives):
         name = f"objectives[{index}]: {kind_of('objectives', objective)}"
-        if objective.takes_shift and not sampler.on_policy:
+        if objective.takes_advantage_offset and not sampler.on_policy:
             yield (
                 f"{name} weighs what was chosen by the student's own probabilities, but sampler '{kind}' gives answers it did not draw. "
                 f"Use {'velocity_kl' if sampler.rollouts is FlowRollout else 'nll or divergence'}."
             )
-        if objective.teacher is None and not objective.takes_shift and sampler.on_policy and sampler.rollouts is TokenRollout:
-            yield f"{name} on the student's own attempts has an expected gradient of zero. Use sampler 'stored', or another objective."
+        if objective.teacher is None and not objective.takes_advantage_offset and sampler.on_policy and sampler.rollouts is TokenRollout:
+            yield f"{name} on the student's own attempts has an expected gradient of zero. Use sampler 'references', or another objective."

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from reflux.config.recipe import RunConfig
-from reflux.teachers.base import spoken_name
-from reflux.teachers.names import heard, tables_of
+from reflux.teachers.base import alias_of
+from reflux.teachers.names import objective_teachers, tables_of
 
 
 def problems(cfg: RunConfig) -> Iterator[str]:
     names: dict[str, list[str]] = {}
     for table, teacher in cfg.teachers.items():
-        names.setdefault(spoken_name(table, teacher), []).append(table)
+        names.setdefault(alias_of(table, teacher), []).append(table)
         yield from _context(cfg, table)
         yield from _moving(cfg, table)
     for name, tables in names.items():
@@ -27,15 +27,15 @@ def _context(cfg: RunConfig, table: str) -> Iterator[str]:
             f"teachers.{table}.context needs at least {context.min_group} attempts per prompt, but group_size is {cfg.group_size}. "
             f"Raise group_size."
         )
-    if context.wants.reward and not cfg.rewards:
+    if context.requirements.reward and not cfg.rewards:
         yield f"teachers.{table}.context sorts attempts by their verdicts: add [rewards.verifier]."
 
 
 def _moving(cfg: RunConfig, table: str) -> Iterator[str]:
-    if cfg.max_lag and cfg.teachers[table].follows:
+    if cfg.max_staleness and cfg.teachers[table].follows:
         yield (
             f"teachers.{table} moves with the student, so what it said of an attempt is read through another head by the time the attempt "
-            f"is used; max_lag is {cfg.max_lag}. Use max_lag = 0, or a frozen teacher."
+            f"is used; max_staleness is {cfg.max_staleness}. Use max_staleness = 0, or a frozen teacher."
         )
 
 
@@ -48,7 +48,7 @@ def _shared(cfg: RunConfig, name: str, tables: list[str]) -> Iterator[str]:
 
 def _unserved(cfg: RunConfig) -> Iterator[str]:
     """Every route a prompt may carry is some teacher's: of those that share a name, and of all where each has routes."""
-    spoken = sorted({objective.teacher for objective in cfg.objectives if objective.teacher} & heard(cfg))
+    spoken = sorted({objective.teacher for objective in cfg.objectives if objective.teacher} & objective_teachers(cfg))
     by_name = {name: [cfg.teachers[table].routes for table in tables_of(cfg, name)] for name in spoken}
     told = {"the teachers that objectives listen to": [routes for served in by_name.values() for routes in served]}
     told |= {f"the teachers that answer as '{name}'": served for name, served in by_name.items() if len(served) > 1}

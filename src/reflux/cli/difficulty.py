@@ -1,6 +1,6 @@
 """reflux difficulty: how hard the training prompts are for a recipe's student, and a prompt file balanced by it.
 
-Uni-OPD samples with temperature 1, top-p 0.95 and top-k 50; these samplers have no top-k, so it is left out. Pictures have neither
+Uni-OPD samples with temperature 1, top-p 0.95 and top-k 50; these samplers have no top-k, so it is left out. Images have neither
 temperature nor top-p: they are drawn by the noisy steps of training.
 """
 
@@ -30,7 +30,7 @@ from reflux.runtime.services import Services
 from reflux.storage.files import append_lines, jsonable, keep_lines, read_lines, write_text
 from reflux.tasks.base import Split, Task
 from reflux.tasks.jsonl import Jsonl
-from reflux.types import Draw, FlowRollout, Prompt, Wants
+from reflux.types import FlowRollout, Prompt, Requirements, SamplingParams
 
 console = Console()
 PARTIAL = "difficulty.partial.jsonl"
@@ -49,7 +49,7 @@ def balance_prompts(
     RunError for a folder that holds counts already, or some made with other settings.
     """
     whole = load_recipe(recipe, overrides)
-    cfg = replace(whole, teachers={}, credit={}, evals={}, rewards={}, accelerator=None, track=Track())  # only the student acts
+    cfg = replace(whole, teachers={}, credit={}, evals={}, rewards={}, extrapolation=None, track=Track())  # only the student acts
     folder = out or Path("runs") / f"{cfg.recipe}-difficulty"
     if folder.is_file():
         raise RunError(f"{folder} is a file; choose a folder with --out")
@@ -92,7 +92,7 @@ def _taken_up(path: Path, said: dict[str, Any]) -> dict[str, dict[str, Any]]:
 async def _count(
     cfg: RunConfig, asked: list[Prompt], known: dict[str, dict[str, Any]], samples: int, sampling: tuple[float, float], path: Path
 ) -> list[Counted]:
-    draw = Draw(0, "score", cfg.evaluation_positions, *sampling, stop=cfg.sampler.draw(0).stop)
+    draw = SamplingParams(0, "score", cfg.evaluation_positions, *sampling, stop=cfg.sampler.draw(0).stop)
     found = {id_: (row["correct"], row["ungraded"]) for id_, row in known.items()}
     missing = [prompt for prompt in asked if prompt.id not in found]
     if missing:
@@ -109,10 +109,10 @@ async def _count(
 async def _student(cfg: RunConfig, scratch: Path) -> AsyncIterator[Evaluation]:
     """The sampler with the weights that training begins with: a flow learner may begin elsewhere than at its model."""
     with closing(Services(cfg.learner.student, overlap=cfg.sampler.overlaps)) as services:
-        context = part_context(cfg, Wants(), "sampler", scratch)
+        context = part_context(cfg, Requirements(), "sampler", scratch)
         async with cfg.sampler.open(context, services) as sampler:
             if cfg.learner.rollouts is FlowRollout:
-                async with cfg.learner.open(part_context(cfg, Wants(), "learner", scratch), services) as learner:
+                async with cfg.learner.open(part_context(cfg, Requirements(), "learner", scratch), services) as learner:
                     await sampler.publish(learner.publish(), 0)
             yield Evaluation(context, services, cfg.sampler, sampler)
 
@@ -120,8 +120,8 @@ async def _student(cfg: RunConfig, scratch: Path) -> AsyncIterator[Evaluation]:
 def _balanced(folder: Path, task: Task) -> Jsonl:
     """The task `jsonl` on what was written; every key is set, so nothing of the old task is left. What changes is said."""
     held_out = {split: _held_out(folder / f"{split}.jsonl", task, split) for split in ("validation", "test")}
-    grader, pictures = task.judge, task.rollouts is FlowRollout
-    otherwise = "none" if pictures else "math"
+    grader, images = task.judge, task.rollouts is FlowRollout
+    otherwise = "none" if images else "math"
     where = f"note: {folder / 'recipe.toml'}"
     if grader is None:
         console.print(
@@ -136,7 +136,7 @@ def _balanced(folder: Path, task: Task) -> Jsonl:
         validation=held_out["validation"] or 0.0,
         test=held_out["test"],
         grader=grader or otherwise,
-        makes="picture" if pictures else "text",
+        makes="image" if images else "text",
     )
 
 

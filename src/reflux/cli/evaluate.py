@@ -20,7 +20,7 @@ from reflux.evals.problems import problems as test_problems
 from reflux.evals.problems import seen, told
 from reflux.models.text import load_tokenizer, local_folder
 from reflux.runtime.services import Services
-from reflux.types import Wants
+from reflux.types import Requirements
 
 console = Console()
 
@@ -69,7 +69,7 @@ def _table(model: str) -> dict[str, Any]:
 
 async def _accuracy(cfg: RunConfig, asked: Accuracy) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch, closing(Services(cfg.learner.student, overlap=cfg.sampler.overlaps)) as services:
-        context = part_context(cfg, Wants(), "sampler", Path(scratch))
+        context = part_context(cfg, Requirements(), "sampler", Path(scratch))
         async with cfg.sampler.open(context, services) as sampler:
             return await asked.measure(Evaluation(context, services, cfg.sampler, sampler))
 

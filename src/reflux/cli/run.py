@@ -109,7 +109,7 @@ def _show_problem(folder: Path) -> None:
 
 
 def _side_by_side(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Two pictures, the words between them on the middle line."""
+    """Two images, the words between them on the middle line."""
     from reflux.models.images import as_letters, from_text
 
     left, right = (as_letters(from_text(example["image"])) for example in (before, after))

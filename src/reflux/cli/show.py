@@ -31,7 +31,7 @@ def show_plan(recipe: str, overrides: list[str]) -> None:
         ("memory", _memory(found.memory_bytes, found.position)),
         ("sampled", f"at most {found.positions_at_most:,} {found.position}s"),
         ("compute", _compute(found)),
-        ("also computed", "; ".join(found.wants) or "nothing beyond the loss"),
+        ("also computed", "; ".join(found.requirements) or "nothing beyond the loss"),
     ]
     for name, text in rows:
         table.add_row(name, text)
@@ -44,7 +44,7 @@ def show_plan(recipe: str, overrides: list[str]) -> None:
 def _size(size: Size) -> str:
     if size.parameters is None:
         return f"{size.name} ({size.architecture})"
-    reads = f"{size.patches or '?'} patches a picture" if size.architecture.endswith("2DModel") else f"context {size.context_tokens or '?'}"
+    reads = f"{size.patches or '?'} patches an image" if size.architecture.endswith("2DModel") else f"context {size.context_tokens or '?'}"
     return f"{size.name} ({size.architecture}, {size.parameters / 1e6:,.2f} M parameters, {reads})"
 
 
@@ -52,8 +52,8 @@ def lengths_in_words(found: Plan) -> str:
     """The limits of one attempt, in training and in evaluations."""
     least, most = found.training_positions
     training = f"at most {most:,} {found.position}s in training" + (f" ({least:,} at the least)" if least < most else "")
-    pictures = found.position != "token"
-    return training + ("; evaluations finish their pictures" if pictures else f", {found.evaluation_positions:,} in evaluations")
+    images = found.position != "token"
+    return training + ("; evaluations finish their images" if images else f", {found.evaluation_positions:,} in evaluations")
 
 
 def _compute(found: Plan) -> str:

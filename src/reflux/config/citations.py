@@ -8,7 +8,7 @@ from reflux.config.papers import GKD, PREFIX_OPD, Paper
 from reflux.config.recipe import RunConfig
 from reflux.config.registry import within
 
-_FIRST = ("objectives", "credit", "contexts", "teachers", "accelerators")  # what makes the method comes first
+_FIRST = ("objectives", "credit", "contexts", "teachers", "extrapolation")  # what makes the method comes first
 
 
 def papers(cfg: RunConfig) -> list[Paper]:
@@ -20,7 +20,7 @@ def papers(cfg: RunConfig) -> list[Paper]:
 
 
 def _whole(cfg: RunConfig) -> Iterator[Paper]:
-    if len({cfg.draw(step).length for step in range(cfg.steps)}) > 1:
+    if len({cfg.draw(step).max_positions for step in range(cfg.steps)}) > 1:
         yield PREFIX_OPD
     if cfg.sampler.on_policy and cfg.teachers:
         yield GKD

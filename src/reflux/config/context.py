@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reflux.types import Wants
+from reflux.types import Requirements
 
 if TYPE_CHECKING:
     from reflux.tasks.base import Task
@@ -28,16 +28,16 @@ class StudentSpec:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """How the student's attempts are sampled: of texts the first four, of pictures the rest."""
+    """How the student's attempts are sampled: of texts the first four, of images the rest."""
 
     temperature: float = 1.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     max_prompt_tokens: int = 0  # 0: what the context window leaves
-    grids: tuple[int, ...] = ()  # numbers of denoising steps that pictures are drawn in, in training and in evaluation
+    grids: tuple[int, ...] = ()  # numbers of denoising steps that images are drawn in, in training and in evaluation
     noise_level: float = 0.0
     guidance: float = 1.0
-    pixels: int = 0  # a side of the picture; 0: the size that the model was made for
+    pixels: int = 0  # a side of the image; 0: the size that the model was made for
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class PartContext:
 
     name: str  # the table's: "main" for [teachers.main], "sampler" for [sampler]
     seed: int
-    requirements: Wants  # joined by `checks`: what has to be computed for others
+    requirements: Requirements  # joined by `checks`: what has to be computed for others
     student: StudentSpec
     task: Task
     generation: Generation

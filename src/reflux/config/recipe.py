@@ -24,17 +24,17 @@ from reflux.config.context import Numbers, PartContext, Placement
 from reflux.config.overrides import merge, nest, split_override, unpack
 from reflux.config.registry import STRICT, PartOf
 from reflux.config.shares import without_shares
-from reflux.credit.base import Credit
+from reflux.credit.base import CreditRule
 from reflux.errors import ConfigError, RunError
 from reflux.evals.base import Eval
-from reflux.extrapolation.base import Accelerator
+from reflux.extrapolation.base import Extrapolation
 from reflux.learners.base import Learner
 from reflux.objectives.base import Objective
 from reflux.rewards.base import RewardFn
 from reflux.samplers.base import Sampler
 from reflux.tasks.base import Task
 from reflux.teachers.base import Teacher
-from reflux.types import Draw, Wants
+from reflux.types import Requirements, SamplingParams
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -59,18 +59,18 @@ class RunConfig:
     learner: Annotated[Learner, PartOf("learners", default="hf")]
     objectives: Annotated[tuple[Objective, ...], PartOf("objectives", many="list")]
     teachers: Annotated[dict[str, Teacher], PartOf("teachers", many="table", default="local")] = Field(default_factory=dict)
-    credit: Annotated[dict[str, Credit], PartOf("credit", many="table")] = Field(default_factory=dict)
+    credit: Annotated[dict[str, CreditRule], PartOf("credit", many="table")] = Field(default_factory=dict)
     rewards: Annotated[dict[str, RewardFn], PartOf("rewards", many="table")] = Field(default_factory=dict)
-    accelerator: Annotated[Accelerator | None, PartOf("accelerators")] = None
+    extrapolation: Annotated[Extrapolation | None, PartOf("extrapolation")] = None
     evals: Annotated[dict[str, Eval], PartOf("evals", many="table")] = Field(default_factory=dict)
     track: Track = Track()
     recipe: str = "unnamed"
     steps: Annotated[int, Field(ge=0)] = 200
     prompts_per_step: Count = 64
     group_size: Count = 1
-    max_lag: Annotated[int, Field(ge=0)] = 0
+    max_staleness: Annotated[int, Field(ge=0)] = 0
     seed: int = 0
-    normalise: Literal["kept", "chosen", "rollout_means"] = "kept"
+    loss_aggregation: Literal["token-mean-weighted", "token-mean", "seq-mean-token-mean"] = "token-mean-weighted"
     save_every: Count = 50
     eval_every: Count = 50
     keep_checkpoints: Count = 2
@@ -85,14 +85,14 @@ class RunConfig:
     @property
     def training_positions(self) -> int:
         """The most positions an attempt of any optimiser step may have."""
-        return max(self.sampler.draw(step).length for step in range(max(1, self.steps)))
+        return max(self.sampler.draw(step).max_positions for step in range(max(1, self.steps)))
 
     @property
     def evaluation_positions(self) -> int:
-        """The most positions an attempt of an evaluation, or of an accelerator's score, may have. No training cap changes it."""
+        """The most positions an attempt of an evaluation, or of extrapolation's score, may have. No training cap changes it."""
         return self.sampler.evaluation_positions
 
-    def draw(self, step: int) -> Draw:
+    def draw(self, step: int) -> SamplingParams:
         """How the attempts of optimiser step `step` (from 0) are sampled."""
         return dataclasses.replace(self.sampler.draw(step), cohort=self.prompts_per_step)
 
@@ -262,7 +262,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
     return lines
 
 
-def part_context(cfg: RunConfig, requirements: Wants, name: str, run_folder: Path) -> PartContext:
+def part_context(cfg: RunConfig, requirements: Requirements, name: str, run_folder: Path) -> PartContext:
     """The context of the part `name` of a run in `run_folder`."""
     return PartContext(
         name=name,
@@ -271,7 +271,9 @@ def part_context(cfg: RunConfig, requirements: Wants, name: str, run_folder: Pat
         student=cfg.learner.student,
         task=cfg.task,
         generation=cfg.sampler.generation,
-        numbers=Numbers(cfg.steps, cfg.prompts_per_step, cfg.group_size, cfg.max_lag, cfg.training_positions, cfg.evaluation_positions),
+        numbers=Numbers(
+            cfg.steps, cfg.prompts_per_step, cfg.group_size, cfg.max_staleness, cfg.training_positions, cfg.evaluation_positions
+        ),
         folder=run_folder / "parts" / name,
         teachers=cfg.teachers,
         placement=Placement(cfg.threads, cfg.deterministic),

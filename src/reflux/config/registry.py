@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-import keyword
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -17,6 +16,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic_core import core_schema
 from typing_extensions import get_protocol_members
 
+from reflux.config.renamed import new_key, new_kind, new_value
 from reflux.errors import ConfigError
 
 STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -29,7 +29,7 @@ GROUPS = {
     "credit": "reflux.credit:CREDIT",
     "rewards": "reflux.rewards:REWARDS",
     "learners": "reflux.learners:LEARNERS",
-    "accelerators": "reflux.extrapolation:ACCELERATORS",
+    "extrapolation": "reflux.extrapolation:EXTRAPOLATIONS",
     "tasks": "reflux.tasks:TASKS",
     "evals": "reflux.evals:EVALS",
     "schedules": "reflux.config.schedules:SCHEDULES",
@@ -42,7 +42,7 @@ BASES = {  # what every part of a group inherits
     "credit": "reflux.credit.base:CreditPart",
     "rewards": "reflux.rewards.base:RewardPart",
     "learners": "reflux.learners.base:LearnerPart",
-    "accelerators": "reflux.extrapolation.base:AcceleratorPart",
+    "extrapolation": "reflux.extrapolation.base:ExtrapolationPart",
     "tasks": "reflux.tasks.base:TaskPart",
     "evals": "reflux.evals.base:EvalPart",
 }
@@ -53,10 +53,10 @@ PROTOCOLS = {  # and what it has
     "teachers": "reflux.teachers.base:Teacher",
     "contexts": "reflux.contexts.base:Context",
     "objectives": "reflux.objectives.base:Objective",
-    "credit": "reflux.credit.base:Credit",
+    "credit": "reflux.credit.base:CreditRule",
     "rewards": "reflux.rewards.base:RewardFn",
     "learners": "reflux.learners.base:Learner",
-    "accelerators": "reflux.extrapolation.base:Accelerator",
+    "extrapolation": "reflux.extrapolation.base:Extrapolation",
     "tasks": "reflux.tasks.base:Task",
     "evals": "reflux.evals.base:Eval",
 }
@@ -103,7 +103,7 @@ def part(group: str, kind: str, path: str = "") -> type:
         raise ConfigError(f"{path}: no kind is called none. To take the whole table away: {path}=none")
     if ":" not in kind:
         raise ConfigError(
-            f"{where}unknown {group} kind '{kind}'{did_you_mean(kind, known, '.')} Known: {', '.join(sorted(known)) or 'none yet'}. "
+            f"{where}unknown {group} kind '{kind}'{new_kind(group, kind) or did_you_mean(kind, known, '.')} Known: {', '.join(sorted(known)) or 'none yet'}. "
             f'A part of your own is named "my_package.module:Class".'
         )
     try:
@@ -197,9 +197,10 @@ def make(cls: type, table: Mapping[str, Any], path: str, *, steps: int = 0) -> A
     values: dict[str, Any] = {}
     for key, value in table.items():
         where = f"{path}.{key}" if path else key
-        key = f"{key}_" if keyword.iskeyword(key) else key  # a table's `as` is the field `as_`
         if key not in names:
-            raise ConfigError(f"{where}: unexpected field{did_you_mean(key, names)}")
+            raise ConfigError(f"{where}: unexpected field{new_key(key, names) or did_you_mean(key, names)}")
+        if (new := new_value(key, value)) is not None:
+            raise ConfigError(f"{where}: the value '{value}' is called '{new}' now.")
         values[key] = _inner(inner[key], value, where, steps) if key in inner else value
     try:
         return cls(**values)
@@ -276,7 +277,7 @@ def table_of(group: str, value: object) -> dict[str, Any]:
 
 def fields_of(value: Any) -> dict[str, Any]:
     inner = markers(type(value))
-    table = {name.removesuffix("_"): _plain(inner.get(name), getattr(value, name)) for name in field_names(type(value))}
+    table = {name: _plain(inner.get(name), getattr(value, name)) for name in field_names(type(value))}
     return {name: entry for name, entry in table.items() if entry is not None}
 
 

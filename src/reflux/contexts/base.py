@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 from reflux.config.part import Part
-from reflux.types import Group, Message, Moment, Wants
+from reflux.types import Group, Message, Requirements, StepContext
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class TeacherPrompt:
     """The messages before the first student token, and new text for the unchosen spans after it, by their start position.
 
     `notes` say in numbers what is shown; they are averaged into the metrics, and a teacher is not asked again because they change.
@@ -48,6 +48,6 @@ class Context(ContextPart, Protocol):
     min_group: ClassVar[int]  # attempts per prompt it needs
 
     @property
-    def wants(self) -> Wants: ...
+    def requirements(self) -> Requirements: ...
 
-    def __call__(self, group: Group, moment: Moment) -> list[View | None]: ...
+    def __call__(self, group: Group, step_context: StepContext) -> list[TeacherPrompt | None]: ...

@@ -14,10 +14,10 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.papers import Paper
 from reflux.config.registry import STRICT
-from reflux.contexts.base import ContextPart, View, retold
+from reflux.contexts.base import ContextPart, TeacherPrompt, retold
 from reflux.contexts.wording import with_attempts
 from reflux.rewards.base import unlike_threshold
-from reflux.types import Attempt, Group, Moment, TokenRollout, Wants, seed_of
+from reflux.types import Attempt, Group, Requirements, StepContext, TokenRollout, seed_of
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
@@ -48,7 +48,7 @@ class Peers(ContextPart):
     what stands between <think> and </think> is not shown; an unclosed <think> hides the rest, an unopened </think> what is before it.
     What is shown of an attempt with several turns is all that the student wrote in them, a line apart, without the replies.
 
-    The failures' dice depend on (run seed, prompt id, policy version, sample) alone, so asking twice gives the same context. With
+    The failures' random numbers depend on (run seed, prompt id, policy version, sample) alone, so asking twice gives the same context. With
     successes = 1 and failures = 0 it is the context of SDPO (arXiv 2601.20802). Everybody's first success is the same attempt, so targets
     are correlated. An attempt with the very text of this one is another attempt and may be shown: the teacher then reads what it grades.
     Notes: `successes` and `failures` shown, `twin_fraction` (1 where a twin is among them), `cut_failures` (failures shown that the
@@ -91,18 +91,18 @@ class Peers(ContextPart):
         return unlike_threshold(where, self.threshold, cfg.rewards)
 
     @property
-    def wants(self) -> Wants:
-        return Wants(reward=True, spans=True)
+    def requirements(self) -> Requirements:
+        return Requirements(reward=True, spans=True)
 
-    def __call__(self, group: Group, moment: Moment) -> list[View | None]:
+    def __call__(self, group: Group, step_context: StepContext) -> list[TeacherPrompt | None]:
         judged = [(place, reward) for place, reward in enumerate(attempt.verdict for attempt in group) if reward is not None]
         peers = [group[place] for place, _ in judged]
         correct = [reward >= self.threshold for _, reward in judged]
         distinct = len({_spoken(peer).text for peer in peers}) / max(1, len(peers))
         texts = [shown_text(peer, self.peer_tokens, self.strip_thinking) for peer in peers]
-        views: list[View | None] = [None] * len(group)
+        views: list[TeacherPrompt | None] = [None] * len(group)
         for index, (place, _) in enumerate(judged):
-            right, wrong = choose(correct, index, self.successes, self.failures, _dice(peers[index], moment))
+            right, wrong = choose(correct, index, self.successes, self.failures, _rng(peers[index], step_context))
             if right and self.failures_when == "no_success":
                 wrong = []
             views[place] = self._view(peers, texts, index, right, wrong, distinct)
@@ -110,7 +110,7 @@ class Peers(ContextPart):
 
     def _view(
         self, peers: Group, texts: list[tuple[str, bool]], index: int, right: list[int], wrong: list[int], distinct: float
-    ) -> View | None:
+    ) -> TeacherPrompt | None:
         attempt, shown = peers[index], [*right, *wrong]
         feedback = self._feedback(attempt, bool(right))
         if not (shown or feedback):
@@ -126,7 +126,7 @@ class Peers(ContextPart):
         }
         successes, failures = ([texts[i][0] for i in some] for some in (right, wrong))
         messages = retold(attempt.rollout.prompt.messages, lambda problem: with_attempts(problem, successes, failures, feedback))
-        return View(messages, notes={key: float(value) for key, value in notes.items()})
+        return TeacherPrompt(messages, notes={key: float(value) for key, value in notes.items()})
 
     def _feedback(self, attempt: Attempt, has_success: bool) -> str | None:
         wanted = self.feedback == "always" or (self.feedback == "no_success" and not has_success)
@@ -203,9 +203,9 @@ def thinking(text: str) -> np.ndarray:
     return inside_C
 
 
-def _dice(attempt: Attempt, moment: Moment) -> random.Random:
+def _rng(attempt: Attempt, step_context: StepContext) -> random.Random:
     rollout = attempt.rollout
-    return random.Random(seed_of(moment.seed, "peers", rollout.prompt.id, rollout.version, rollout.sample))
+    return random.Random(seed_of(step_context.seed, "peers", rollout.prompt.id, rollout.version, rollout.sample))
 
 
 def _spoken(attempt: Attempt) -> TokenRollout:

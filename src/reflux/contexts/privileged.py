@@ -9,9 +9,9 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.papers import Paper
 from reflux.config.registry import STRICT
-from reflux.contexts.base import ContextPart, View, retold
+from reflux.contexts.base import ContextPart, TeacherPrompt, retold
 from reflux.contexts.wording import ANSWER, SUCCESS, with_answer
-from reflux.types import Group, Moment, Prompt, Wants
+from reflux.types import Group, Prompt, Requirements, StepContext
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
@@ -40,7 +40,7 @@ class Privileged(ContextPart):
     A prompt that has none, or an empty one, is not asked about: it is counted in the metric `silent` of the teacher's name and teaches
     nothing. A teacher that copies what it is shown only scores the student's own words against it. A demonstration is headed as a correct
     solution of another attempt is under `peers`. Papers: arXiv 2601.18734 (OPSD), 2601.19897 (SDFT, demonstrations); both have the
-    student itself as teacher (`own`), and any other may be told as well.
+    student itself as teacher (`self`), and any other may be told as well.
     """
 
     show: Literal["answer", "demonstration"] = "answer"
@@ -51,13 +51,13 @@ class Privileged(ContextPart):
         return (OPSD, SDFT) if self.show == "demonstration" else (OPSD,)
 
     @property
-    def wants(self) -> Wants:
-        return Wants()
+    def requirements(self) -> Requirements:
+        return Requirements()
 
-    def __call__(self, group: Group, moment: Moment) -> list[View | None]:
+    def __call__(self, group: Group, step_context: StepContext) -> list[TeacherPrompt | None]:
         return [self._view(attempt.rollout.prompt) for attempt in group]
 
-    def _view(self, prompt: Prompt) -> View | None:
+    def _view(self, prompt: Prompt) -> TeacherPrompt | None:
         if self.show == "answer":
             heading, text = ANSWER, prompt.answer
         else:
@@ -65,4 +65,4 @@ class Privileged(ContextPart):
         if not text:
             return None
         known = text
-        return View(retold(prompt.messages, lambda problem: with_answer(problem, heading, known)))
+        return TeacherPrompt(retold(prompt.messages, lambda problem: with_answer(problem, heading, known)))

@@ -7,8 +7,8 @@ from typing import ClassVar
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
-from reflux.contexts.base import ContextPart, View
-from reflux.types import Group, Moment, Wants
+from reflux.contexts.base import ContextPart, TeacherPrompt
+from reflux.types import Group, Requirements, StepContext
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -19,8 +19,8 @@ class Same(ContextPart):
     adds_words: ClassVar[bool] = False
 
     @property
-    def wants(self) -> Wants:
-        return Wants()
+    def requirements(self) -> Requirements:
+        return Requirements()
 
-    def __call__(self, group: Group, moment: Moment) -> list[View | None]:
-        return [View(attempt.rollout.prompt.messages) for attempt in group]
+    def __call__(self, group: Group, step_context: StepContext) -> list[TeacherPrompt | None]:
+        return [TeacherPrompt(attempt.rollout.prompt.messages) for attempt in group]

@@ -15,7 +15,7 @@ from reflux.config.registry import STRICT
 from reflux.credit.base import CreditPart
 from reflux.credit.margin import UNI_OPD
 from reflux.rewards.base import unlike_threshold
-from reflux.types import Group, Moment, Share, Wants
+from reflux.types import Credit, Group, Requirements, StepContext
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
@@ -33,7 +33,7 @@ class Balance(CreditPart):
     Correct is reward >= `threshold`; `keep` says exactly who stays. ratio 0 keeps the wrong attempts only, inf the correct ones only,
     "none" all of them (neutral). One class always stays whole under a finite ratio above 0; groups all right or all wrong stay whole.
     Attempts that ended in an error or were not judged are not counted and keep factor 1. Left-out attempts stay in the margins of
-    `margin`, and in the denominators "chosen" and "rollout_means"; under "kept" the others count for more. Note `kept`: the share of
+    `margin`, and in the denominators "token-mean" and "seq-mean-token-mean"; under "token-mean-weighted" the others count for more. Note `kept`: the share of
     judged attempts that stay. arXiv 2605.03677 (Uni-OPD), whose tolerance is not printed (here none), and whose code counts an attempt
     without a verdict as wrong.
     """
@@ -54,21 +54,21 @@ class Balance(CreditPart):
         return (UNI_OPD,)
 
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
-        if self.ratio != "none" and cfg.normalise == "kept":
-            yield f'{where} under normalise = "kept": the attempts that stay count for more; see "rollout_means".'
+        if self.ratio != "none" and cfg.loss_aggregation == "token-mean-weighted":
+            yield f'{where} under loss_aggregation = "token-mean-weighted": the attempts that stay count for more; see "seq-mean-token-mean".'
         yield from unlike_threshold(where, self.threshold, cfg.rewards)
 
     @property
-    def wants(self) -> Wants:
-        return Wants(reward=True)
+    def requirements(self) -> Requirements:
+        return Requirements(reward=True)
 
-    def __call__(self, group: Group, moment: Moment) -> list[Share]:
+    def __call__(self, group: Group, step_context: StepContext) -> list[Credit]:
         verdicts = [attempt.verdict for attempt in group]
         correct = [verdict >= self.threshold for verdict in verdicts if verdict is not None]
         if self.ratio == "none" or not correct:
-            return [Share() for _ in group]
-        kept = iter(keep(correct, self.ratio, moment.dice("balance", group[0].rollout.prompt.id)))
-        return [Share() if verdict is None else _share(next(kept)) for verdict in verdicts]
+            return [Credit() for _ in group]
+        kept = iter(keep(correct, self.ratio, step_context.rng("balance", group[0].rollout.prompt.id)))
+        return [Credit() if verdict is None else _share(next(kept)) for verdict in verdicts]
 
 
 def keep(correct: list[bool], ratio: float, rng: random.Random) -> list[bool]:
@@ -96,8 +96,8 @@ def keep(correct: list[bool], ratio: float, rng: random.Random) -> list[bool]:
     return [i in staying for i in range(len(correct))]
 
 
-def _share(kept: bool) -> Share:
-    return Share(factor_T=float(kept), notes={"kept": float(kept)})
+def _share(kept: bool) -> Credit:
+    return Credit(weight_T=float(kept), notes={"kept": float(kept)})
 
 
 def _check(ratio: float) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from reflux.config.part import Part
-from reflux.types import Group, Moment, Share, Wants
+from reflux.types import Credit, Group, Requirements, StepContext
 
 if TYPE_CHECKING:
     from reflux.reports.chart import Chart
@@ -26,12 +26,12 @@ class CreditPart(Part, Protocol):
         from reflux.reports.chart import step_chart
 
         found = recorded.metrics("credit", name)
-        notes = {key: points for key, points in found.items() if key != "shift_mean" or any(shift for _, shift in points)}
+        notes = {key: points for key, points in found.items() if key != "advantage_offset_mean" or any(shift for _, shift in points)}
         if notes:
             yield step_chart(f"credit.{name}: its notes by step", "mean over attempts", notes)
 
 
-class Credit(CreditPart, Protocol):
+class CreditRule(CreditPart, Protocol):
     min_group: ClassVar[int]  # attempts per prompt it needs to say anything
 
     @property
@@ -40,12 +40,12 @@ class Credit(CreditPart, Protocol):
         ...
 
     @property
-    def wants(self) -> Wants: ...
+    def requirements(self) -> Requirements: ...
 
-    def __call__(self, group: Group, moment: Moment) -> list[Share]: ...
+    def __call__(self, group: Group, step_context: StepContext) -> list[Credit]: ...
 
 
-def share_credit(groups: list[Group], rules: dict[str, Credit], moment: Moment) -> None:
+def share_credit(groups: list[Group], rules: dict[str, CreditRule], step_context: StepContext) -> None:
     """Ask each rule about each group and write its word on the attempts, under the rule's name.
 
     Raises ValueError where a rule returns a wrong number of shares, or a factor that is negative or not finite.
@@ -54,14 +54,14 @@ def share_credit(groups: list[Group], rules: dict[str, Credit], moment: Moment) 
 
     for name, rule in rules.items():
         for group in groups:
-            shares = rule(group, moment)
+            shares = rule(group, step_context)
             if len(shares) != len(group):
                 raise ValueError(f"credit.{name} returned {len(shares)} shares for a group of {len(group)}")
             for attempt, share in zip(group, shares, strict=True):
-                factor_T = np.asarray(share.factor_T)
-                if not (np.isfinite(factor_T).all() and (factor_T >= 0).all() and np.isfinite(share.shift_T).all()):
+                weight_T = np.asarray(share.weight_T)
+                if not (np.isfinite(weight_T).all() and (weight_T >= 0).all() and np.isfinite(share.advantage_offset_T).all()):
                     raise ValueError(
                         f"credit.{name} gave prompt {attempt.rollout.prompt.id} a factor that is negative or not finite, "
                         f"or a shift that is not finite"
                     )
-                attempt.shares[name] = share
+                attempt.credits[name] = share

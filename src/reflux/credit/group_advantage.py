@@ -12,7 +12,7 @@ from reflux.config.papers import Paper
 from reflux.config.registry import STRICT
 from reflux.config.schedules import Number, at, number
 from reflux.credit.base import CreditPart
-from reflux.types import Group, Moment, Share, Wants
+from reflux.types import Credit, Group, Requirements, StepContext
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
@@ -54,15 +54,15 @@ class GroupAdvantage(CreditPart):
         return (GRPO,)
 
     @property
-    def wants(self) -> Wants:
-        return Wants(reward=True)
+    def requirements(self) -> Requirements:
+        return Requirements(reward=True)
 
-    def __call__(self, group: Group, moment: Moment) -> list[Share]:
+    def __call__(self, group: Group, step_context: StepContext) -> list[Credit]:
         rewards = [attempt.verdict for attempt in group]
         mixed = float(len({reward for reward in rewards if reward is not None}) > 1)
-        nats = at(self.nats, moment.step)
+        nats = at(self.nats, step_context.step)
         advantages = group_advantages(rewards, self.normalise_std, self.std_floor)
-        return [Share(shift_T=nats * advantage, notes={"mixed": mixed}) for advantage in advantages]
+        return [Credit(advantage_offset_T=nats * advantage, notes={"mixed": mixed}) for advantage in advantages]
 
 
 def group_advantages(rewards: Sequence[float | None], normalise_std: bool = False, std_floor: float = 1e-6) -> list[float]:

@@ -18,9 +18,9 @@ def log_ratio_T(attempt: Attempt, teacher: str, student: Side = "behaviour") -> 
     Both sides are at temperature 1, also where attempts were sampled at another temperature or with top-p: r compares the two policies,
     whatever was drawn from. Only an importance ratio divides by the probability that a token was drawn with (`objectives.ratio`).
 
-    student: "behaviour" as it stood when it acted (no extra pass; equal to now at lag 0 up to numerics), "now" the student of this step.
-    Raises ValueError where the teacher's log-probs of the sampled tokens were not asked for at scoring time (`Wants(logp=True)`), or those
-    of the student of now (`Wants(now_topk=1)`).
+    student: "behaviour" as it stood when it acted (no extra pass; equal to now at staleness 0 up to numerics), "now" the student of this step.
+    Raises ValueError where the teacher's log-probs of the sampled tokens were not asked for at scoring time (`Requirements(logp=True)`), or those
+    of the student of now (`Requirements(now_topk=1)`).
     """
     rollout, target = attempt.rollout, attempt.target(teacher)
     if target is None or rollout.finish == "error":
@@ -28,12 +28,12 @@ def log_ratio_T(attempt: Attempt, teacher: str, student: Side = "behaviour") -> 
     if target.logp_T is None:
         raise ValueError(
             f"this needs what teacher '{teacher}' gave the sampled tokens of prompt {rollout.prompt.id}, but its target holds no logp_T. "
-            f"Ask for it at scoring time: `Wants(logp=True)` in `wants`."
+            f"Ask for it at scoring time: `Requirements(logp=True)` in `wants`."
         )
     if student == "now":
         if attempt.now is None or attempt.now.logp_T is None:
             raise ValueError(
-                f"prompt {rollout.prompt.id} has no log-probs of the student of now: `Wants(now_topk=1)` in `wants` asks for them"
+                f"prompt {rollout.prompt.id} has no log-probs of the student of now: `Requirements(now_topk=1)` in `wants` asks for them"
             )
         own_T = attempt.now.logp_T
     else:

@@ -16,7 +16,7 @@ from reflux.credit import margin_rules
 from reflux.credit.base import CreditPart
 from reflux.credit.log_ratio import Side, log_ratio_T
 from reflux.rewards.base import unlike_threshold
-from reflux.types import Attempt, Group, Moment, Share, Wants
+from reflux.types import Attempt, Credit, Group, Requirements, StepContext
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
@@ -39,7 +39,7 @@ class Margin(CreditPart):
     `level`: "token" adds the constant s to every position (A_t = r_t + s, the released code: differences between tokens survive);
     "attempt" gives every token of an attempt G + s, also where s = 0, by the shift G + s - r_t. `action = "mask"` (an ablation) shifts
     nothing: `margin_keep` drops attempts (factor 0) instead, each class down to the share `retain` of itself at most. `student`: whose
-    log-probs r is made of, "behaviour" as it acted, "now" one more pass under lag. `teacher`: by the name objectives use.
+    log-probs r is made of, "behaviour" as it acted, "now" one more pass under staleness. `teacher`: by the name objectives use.
 
     Attempts that ended in an error, were not judged, or about which the teacher said nothing stay outside: factor 1, shift 0. A position
     whose r is not finite is left out of G. The shift depends on the outcome, so it is no baseline: it moves the optimum, and is part
@@ -84,8 +84,8 @@ class Margin(CreditPart):
         return margin_rules.refusals(self, where, cfg)
 
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
-        if self.student == "behaviour" and cfg.max_lag:
-            yield f'{where}: student = "behaviour" compares with the student as it was up to {cfg.max_lag} steps ago; see "now".'
+        if self.student == "behaviour" and cfg.max_staleness:
+            yield f'{where}: student = "behaviour" compares with the student as it was up to {cfg.max_staleness} steps ago; see "now".'
         yield from unlike_threshold(where, self.threshold, cfg.rewards)
 
     @property
@@ -93,22 +93,24 @@ class Margin(CreditPart):
         return self.action == "shift"
 
     @property
-    def wants(self) -> Wants:
-        return Wants(reward=True, logp=True, now_topk=int(self.student == "now"))
+    def requirements(self) -> Requirements:
+        return Requirements(reward=True, logp=True, now_topk=int(self.student == "now"))
 
-    def __call__(self, group: Group, moment: Moment) -> list[Share]:
+    def __call__(self, group: Group, step_context: StepContext) -> list[Credit]:
         known = [scored for scored in (self._scored(index, attempt) for index, attempt in enumerate(group)) if scored is not None]
         returns, correct = [one.value for one in known], [one.correct for one in known]
         found = margin(returns, correct, self.mode)
         notes = {"mixed_fraction": float(found is not None), "shifted_fraction": float(found is not None and found < self.delta)}
         notes |= {} if found is None else {"margin": found}
-        shares = [Share(notes=dict(notes)) for _ in group]
+        shares = [Credit(notes=dict(notes)) for _ in group]
         if self.action == "mask":
             for one, kept in zip(known, margin_keep(returns, correct, self.delta, self.mode, self.retain), strict=True):
-                shares[one.index] = Share(factor_T=float(kept), notes={**notes, **one.notes, "kept": float(kept)})
+                shares[one.index] = Credit(weight_T=float(kept), notes={**notes, **one.notes, "kept": float(kept)})
             return shares
         for one, shift in zip(known, margin_shifts(returns, correct, self.delta, self.mode, self.direction), strict=True):
-            shares[one.index] = Share(shift_T=one.shift_T(shift) if self.level == "attempt" else shift, notes={**notes, **one.notes})
+            shares[one.index] = Credit(
+                advantage_offset_T=one.advantage_offset_T(shift) if self.level == "attempt" else shift, notes={**notes, **one.notes}
+            )
         return shares
 
     def _scored(self, index: int, attempt: Attempt) -> Scored | None:
@@ -137,7 +139,7 @@ class Scored:
         found = {"return_correct" if self.correct else "return_wrong": self.value}
         return {**found, "return_cut": self.value} if self.cut else found
 
-    def shift_T(self, shift: float) -> np.ndarray:
+    def advantage_offset_T(self, shift: float) -> np.ndarray:
         """What makes every token's advantage the return plus `shift`; positions without a ratio get `shift` alone."""
         flat_T = self.value + shift - self.ratio_T
         return np.where(np.isfinite(flat_T), flat_T, shift)

@@ -34,7 +34,7 @@ def _one_margin(rule: Margin, cfg: RunConfig) -> Iterator[str]:
 
 def _levelled(rule: Margin, where: str, cfg: RunConfig) -> Iterator[str]:
     """The level of an attempt is G + s - r per token, made to be added to r: alone it points away from the teacher."""
-    takers = [objective for objective in cfg.objectives if objective.takes_shift]
+    takers = [objective for objective in cfg.objectives if objective.takes_advantage_offset]
     if rule.level != "attempt" or rule.action != "shift" or not takers:
         return
     taker = next((objective for objective in takers if objective.teacher is None), takers[0])

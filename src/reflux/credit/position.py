@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from reflux.config.registry import STRICT
 from reflux.config.schedules import PositionNumber, at, first_below, needs_horizon, number
 from reflux.credit.base import CreditPart
-from reflux.types import Group, Moment, Share, Wants
+from reflux.types import Credit, Group, Requirements, StepContext
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
@@ -43,10 +43,10 @@ class Position(CreditPart):
             yield f"{where}.factor is {at(self.factor, position):g} at position {position}; a weight must be >= 0. Set stop = 0."
 
     @property
-    def wants(self) -> Wants:
-        return Wants()
+    def requirements(self) -> Requirements:
+        return Requirements()
 
-    def __call__(self, group: Group, moment: Moment) -> list[Share]:
+    def __call__(self, group: Group, step_context: StepContext) -> list[Credit]:
         masks = [attempt.rollout.mask_T for attempt in group]
         longest = max((int(mask_T.sum()) for mask_T in masks), default=0)
         factor_L = np.array([at(self.factor, position) for position in range(longest)], dtype=np.float32)
@@ -55,10 +55,10 @@ class Position(CreditPart):
         return [_share(mask_T, factor_L) for mask_T in masks]
 
 
-def _share(mask_T: np.ndarray, factor_L: np.ndarray) -> Share:
+def _share(mask_T: np.ndarray, factor_L: np.ndarray) -> Credit:
     chosen = int(mask_T.sum())
     if not chosen:
-        return Share()
-    factor_T = np.ones(len(mask_T), dtype=np.float32)
-    factor_T[mask_T] = factor_L[:chosen]
-    return Share(factor_T=factor_T, notes={"factor": float(factor_L[:chosen].mean())})
+        return Credit()
+    weight_T = np.ones(len(mask_T), dtype=np.float32)
+    weight_T[mask_T] = factor_L[:chosen]
+    return Credit(weight_T=weight_T, notes={"factor": float(factor_L[:chosen].mean())})

@@ -12,7 +12,7 @@ from reflux.config.papers import PREFIX_OPD, Paper
 from reflux.config.registry import STRICT
 from reflux.config.schedules import Number, at, first_below, number
 from reflux.credit.base import CreditPart
-from reflux.types import Attempt, Group, Moment, Share, TokenRollout, Wants
+from reflux.types import Attempt, Credit, Group, Requirements, StepContext, TokenRollout
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
@@ -61,24 +61,24 @@ class Prefix(CreditPart):
             yield f"{where}.length falls below 1 position at step {step}. End the schedule at 1 or more (stop = 1)."
 
     @property
-    def wants(self) -> Wants:
-        return Wants(specials=not self.special_tokens)
+    def requirements(self) -> Requirements:
+        return Requirements(specials=not self.special_tokens)
 
-    def __call__(self, group: Group, moment: Moment) -> list[Share]:
-        length = int(at(self.length, moment.step) // 1)
+    def __call__(self, group: Group, step_context: StepContext) -> list[Credit]:
+        length = int(at(self.length, step_context.step) // 1)
         if length < 1:
-            raise ValueError(f"the length of a prefix falls below 1 position at step {moment.step}; end the schedule at 1 or more")
+            raise ValueError(f"the length of a prefix falls below 1 position at step {step_context.step}; end the schedule at 1 or more")
         return [self._share(attempt, length) for attempt in group]
 
-    def _share(self, attempt: Attempt, length: int) -> Share:
+    def _share(self, attempt: Attempt, length: int) -> Credit:
         mask_T = attempt.rollout.mask_T
         if not mask_T.any():
-            return Share()
+            return Credit()
         order_T = np.cumsum(mask_T) - 1  # which chosen position this is
         inside_T = (order_T >= self.start) & (order_T < self.start + length)
         if not self.special_tokens:
             inside_T &= ~_special_T(attempt)
-        return Share(factor_T=np.where(mask_T, inside_T, True).astype(np.float32), notes={"kept": float(inside_T[mask_T].mean())})
+        return Credit(weight_T=np.where(mask_T, inside_T, True).astype(np.float32), notes={"kept": float(inside_T[mask_T].mean())})
 
 
 def _special_T(attempt: Attempt) -> np.ndarray:
@@ -88,6 +88,6 @@ def _special_T(attempt: Attempt) -> np.ndarray:
     if rollout.special_T is None:
         raise ValueError(
             f"special_tokens = false needs to know which tokens are special, and prompt {rollout.prompt.id} came without that. Ask for it: "
-            f"`Wants(specials=True)`."
+            f"`Requirements(specials=True)`."
         )
     return rollout.special_T

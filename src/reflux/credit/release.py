@@ -17,7 +17,7 @@ from reflux.credit.change_point import Split, best_split, candidate_margin, chan
 from reflux.credit.segments import Way, segments_of
 from reflux.metrics.values import Max, Quantiles
 from reflux.teachers.names import tables_of, unless_known
-from reflux.types import Attempt, Group, Moment, Share, TokenRollout, TopKTarget, Wants
+from reflux.types import Attempt, Credit, Group, Requirements, StepContext, TokenRollout, TopKTarget
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
@@ -66,7 +66,7 @@ class Release(CreditPart):
     min_gain: float = 0.0  # of BIC, to be exceeded
     segments: Way | Annotated[int, Field(ge=1, strict=True)] = "sentences"  # or "lines", "steps", or a number of tokens
     rescale: bool = True
-    candidates: Literal["said", "now"] = "said"
+    candidates: Literal["behaviour", "now"] = "behaviour"
     teacher: str = "main"
 
     shifts = False
@@ -80,10 +80,10 @@ class Release(CreditPart):
         return (RELEASE,)
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
-        if self.rescale and cfg.normalise == "kept":
+        if self.rescale and cfg.loss_aggregation == "token-mean-weighted":
             yield (
-                f'{where}: rescale gives every attempt the mass of its full length, and normalise = "kept" divides by the kept positions: '
-                f'the release would count twice. Use normalise = "chosen" or "rollout_means", or {where}.rescale = false.'
+                f'{where}: rescale gives every attempt the mass of its full length, and loss_aggregation = "token-mean-weighted" divides by the kept positions: '
+                f'the release would count twice. Use loss_aggregation = "token-mean" or "seq-mean-token-mean", or {where}.rescale = false.'
             )
         yield from unless_known(cfg, f"{where}.teacher", self.teacher)
         for table in tables_of(cfg, self.teacher):
@@ -93,7 +93,7 @@ class Release(CreditPart):
                     f"a list of its own: a token missing from it has an unknown probability, not a low one. Use a teacher that answers at "
                     f"given ids, such as a local one."
                 )
-        if self.candidates == "said" and not cfg.sampler.on_policy:
+        if self.candidates == "behaviour" and not cfg.sampler.on_policy:
             yield (
                 f"{where} looks at the tokens the student was about to choose, and this sampler ('{kind_of('samplers', cfg.sampler)}') "
                 f"gives answers it did not write. Use candidates = \"now\", or sampler 'hf'."
@@ -105,19 +105,19 @@ class Release(CreditPart):
         return (release_chart(name, recorded.rows("attempts")),)
 
     @property
-    def wants(self) -> Wants:
+    def requirements(self) -> Requirements:
         spans = not isinstance(self.segments, int)
-        if self.candidates == "said":
-            return Wants(said=self.k, candidates=self.k, spans=spans)
-        return Wants(now_topk=self.k, now_candidates=self.k, spans=spans)
+        if self.candidates == "behaviour":
+            return Requirements(behaviour=self.k, candidates=self.k, spans=spans)
+        return Requirements(now_topk=self.k, now_candidates=self.k, spans=spans)
 
-    def __call__(self, group: Group, moment: Moment) -> list[Share]:
+    def __call__(self, group: Group, step_context: StepContext) -> list[Credit]:
         return [self._share(attempt) for attempt in group]
 
-    def _share(self, attempt: Attempt) -> Share:
+    def _share(self, attempt: Attempt) -> Credit:
         rollout = attempt.rollout
         if attempt.target(self.teacher) is None or rollout.finish == "error" or not rollout.mask_T.any():
-            return Share()
+            return Credit()
         if not isinstance(rollout, TokenRollout):
             raise ValueError("release reads sentences of tokens; a flow rollout has none. Take this rule away.")
         margin_T = np.zeros(rollout.length)
@@ -127,8 +127,8 @@ class Release(CreditPart):
         split = best_split([math.log1p(margin) for margin in margins], self.min_segments, self.min_side)
         released = split is not None and split.gain > self.min_gain
         lengths = [segment.stop - segment.start for segment in segments]
-        return Share(
-            factor_T=self._factor(rollout.mask_T, segments[split.kept].start) if split is not None and released else 1.0,
+        return Credit(
+            weight_T=self._factor(rollout.mask_T, segments[split.kept].start) if split is not None and released else 1.0,
             notes={
                 "released": float(released),
                 "segments": float(len(segments)),
@@ -142,20 +142,20 @@ class Release(CreditPart):
     def _factor(self, mask_T: np.ndarray, end: int) -> np.ndarray:
         """On chosen positions: 1 before `end`, or more where the mass is kept, and 0 from there on. Elsewhere 1."""
         scale = mask_T.sum() / mask_T[:end].sum() if self.rescale else 1.0
-        factor_T = np.where(mask_T, scale, 1.0).astype(np.float32)
-        factor_T[end:][mask_T[end:]] = 0.0
-        return factor_T
+        weight_T = np.where(mask_T, scale, 1.0).astype(np.float32)
+        weight_T[end:][mask_T[end:]] = 0.0
+        return weight_T
 
     def _listed(self, attempt: Attempt) -> np.ndarray:
         """The teacher's log-probs at the student's k likeliest tokens, [T, k]. Lists may be longer, where another part wants more."""
         answer, prompt = attempt.answers.get(self.teacher), attempt.rollout.prompt.id
-        listed = None if answer is None else answer.candidates if self.candidates == "said" else answer.now_candidates
+        listed = None if answer is None else answer.candidates if self.candidates == "behaviour" else answer.now_candidates
         if listed is not None:
             return listed.logp_TK[:, : self.k]
         if self.candidates == "now" and not isinstance(attempt.now, TopKTarget):
             raise ValueError(
                 f'release with candidates = "now" needs the student\'s list of now for prompt {prompt}, and the learner gave none. Use '
-                f'candidates = "said".'
+                f'candidates = "behaviour".'
             )
         raise ValueError(
             f"release needs what teacher '{self.teacher}' gives the student's {self.k} likeliest tokens, but prompt {prompt} came with its "

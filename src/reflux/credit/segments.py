@@ -37,7 +37,7 @@ def segments_of(rollout: TokenRollout, way: Way | int) -> list[slice]:
     if rollout.spans_T2 is None:
         raise ValueError(
             f"segments = '{way}' needs the characters that each token wrote, and prompt {rollout.prompt.id} came without them. "
-            f"Ask for them: `Wants(spans=True)`; or cut by tokens, segments = 8."
+            f"Ask for them: `Requirements(spans=True)`; or cut by tokens, segments = 8."
         )
     return [piece for first, stop in _turns(rollout.mask_T) for piece in _pieces(rollout, rollout.spans_T2, first, stop, _STARTS[way])]
 

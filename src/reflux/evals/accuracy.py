@@ -47,8 +47,8 @@ class Accuracy(EvalPart):
     """The first `problems` of a split: one greedy answer each, and `samples` more at `temperature` where that is above 0.
 
     Greedy: accuracy (the mean verdict of what could be judged) with the Wilson interval `low`, `high`; `accuracy.<part or route>` with
-    the same where there are several. A greedy picture is the ODE's, from a first noise that is the same at every evaluation. `ungraded`
-    counts answers without a verdict, which are in no mean. `truncated` is the share that hit the length limit, `mean_tokens` (of pictures
+    the same where there are several. A greedy image is the ODE's, from a first noise that is the same at every evaluation. `ungraded`
+    counts answers without a verdict, which are in no mean. `truncated` is the share that hit the length limit, `mean_tokens` (of images
     `mean_steps`) the mean length. Verdicts may have parts, such as quality: `parts` lists them, and each has its mean over the answers that
     have it under its own name, with `.low` and `.high` by bootstrap over problems, and the same for each part of a mix or route as
     `<name>.<route>`; one named like a number of the table itself is `part.<name>`. A part that is the same for every problem has null for
@@ -56,8 +56,8 @@ class Accuracy(EvalPart):
     Samples: avg@n, the mean over problems of the mean verdict, and pass@k, unbiased, with 95% intervals by bootstrap over problems, and by
     Wilson where all problems are equal, such as 0 of 30; a verdict of 1 passes. `split` is where the problems come from.
 
-    max_tokens: the length limit; without it the sampler's `max_tokens`, never a cap of training. Pictures are always finished. k: of
-    pass@k (default: samples). examples: so many problems are listed with the greedy answer (a picture as base64 of a PNG of at most 96
+    max_tokens: the length limit; without it the sampler's `max_tokens`, never a cap of training. Images are always finished. k: of
+    pass@k (default: samples). examples: so many problems are listed with the greedy answer (an image as base64 of a PNG of at most 96
     pixels a side), always the same ones, so that before and after can be set side by side.
     """
 

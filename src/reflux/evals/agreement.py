@@ -33,13 +33,13 @@ Found = tuple[Attempt, np.ndarray]  # an attempt the teacher scored, and how far
 class Agreement(EvalPart):
     """Reverse KL to the teacher on the student's own samples for the first `prompts` of a split, one attempt each.
 
-    Of texts the mean of log p(a) - log q(a), which is unbiased; of pictures, drawn with the noise of training, the KL of each step in
+    Of texts the mean of log p(a) - log q(a), which is unbiased; of images, drawn with the noise of training, the KL of each step in
     closed form (`objectives.velocity_kl`).
 
-    `kl_nats` with its 95% interval `low`, `high`, nats per token or per step; `by_position` the same in `bins` of equal width, of pictures
+    `kl_nats` with its 95% interval `low`, `high`, nats per token or per step; `by_position` the same in `bins` of equal width, of images
     the steps; `kl_nats.<route>` where prompts have several routes, `by_teacher` the same for each table that answers under this name, where
     there are several: one that was asked nothing has null. `split` is where the prompts come from. An attempt the teacher did not score is
-    left out, and so is a picture drawn without noise, whose KL is infinite; none left: kl_nats is null.
+    left out, and so is an image drawn without noise, whose KL is infinite; none left: kl_nats is null.
 
     The interval comes from the spread between attempts (`statistics.clustered_mean`: Student's t with one degree of freedom less than there
     are attempts), for positions of one attempt are not independent. One attempt alone, also in a bin, has none: its ends are null.
@@ -66,7 +66,7 @@ class Agreement(EvalPart):
         assert teachers is not None  # refused beforehand
         draw = replace(evaluation.draw("eval", limit=self.max_tokens), stop=())
         groups = await evaluation.groups(prompts, 1, draw)
-        await teachers.score(groups, evaluation.moment)
+        await teachers.score(groups, evaluation.step_context)
         found = [(group[0], gap) for group in groups if (gap := gap_T(group[0], self.teacher, evaluation.services.heads)) is not None]
         gaps = [gap for _, gap in found]
         return {
@@ -82,19 +82,23 @@ class Agreement(EvalPart):
         tables = [table for table, name in teachers.tables.items() if name == self.teacher]
         if len(tables) < 2:
             return {}
-        heard = {table: [_chosen(gap) for attempt, gap in found if attempt.answers[self.teacher].table == table] for table in tables}
-        return {"by_teacher": {table: {**_interval(gaps), "attempts": len(gaps)} for table, gaps in heard.items()}}
+        objective_teachers = {
+            table: [_chosen(gap) for attempt, gap in found if attempt.answers[self.teacher].table == table] for table in tables
+        }
+        return {"by_teacher": {table: {**_interval(gaps), "attempts": len(gaps)} for table, gaps in objective_teachers.items()}}
 
 
 def gap_T(attempt: Attempt, teacher: str, heads: Heads) -> np.ndarray | None:
     """The reverse KL at each position, nats; NaN where the student did not choose. None where the teacher said nothing of them.
 
-    Of a text log p - log q of the sampled tokens, whose mean it is; unlike credit.log_ratio this needs no `Wants`: hidden states go through
-    the teacher's head where they have not yet. Of a picture w |v_student - v_teacher|^2, >= 0, exact at the states that were drawn; None
+    Of a text log p - log q of the sampled tokens, whose mean it is; unlike credit.log_ratio this needs no `Requirements`: hidden states go through
+    the teacher's head where they have not yet. Of an image w |v_student - v_teacher|^2, >= 0, exact at the states that were drawn; None
     where its velocities were not recorded, or its noise level is 0.
     """
     target, rollout = attempt.target(teacher), attempt.rollout
-    student = SampledTarget(teacher="said", logp_T=_at_temperature_1(rollout)) if isinstance(rollout, TokenRollout) else rollout.said
+    student = (
+        SampledTarget(teacher="behaviour", logp_T=_at_temperature_1(rollout)) if isinstance(rollout, TokenRollout) else rollout.behaviour
+    )
     if student is None or target is None:
         return None
     gap_T = student.kl_T(target, rollout, heads)

@@ -1,6 +1,6 @@
 """An evaluation: numbers about the student of now, written to evals.jsonl.
 
-A frozen value called with an `Evaluation`, whose sampler holds the weights of now, and their `Source`. It has its own dice (purpose "eval")
+A frozen value called with an `Evaluation`, whose sampler holds the weights of now, and their `Source`. It has its own random numbers (purpose "eval")
 and its own length limit, so switching it on or off leaves the training run bit-identical (law 8).
 """
 

@@ -1,6 +1,6 @@
 """One way to evaluate: what a measurement asks and by whom it is answered. It needs no run.
 
-The loop's evaluations, `reflux eval`, `reflux difficulty` and extrapolation's scoring all use it; each has its own dice (a purpose of its
+The loop's evaluations, `reflux eval`, `reflux difficulty` and extrapolation's scoring all use it; each has its own random numbers (a purpose of its
 own) and the length limit of evaluations, so none of them changes training (law 8).
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from reflux.runtime.together import together
-from reflux.types import Attempt, Draw, Group, Moment, Prompt, Purpose, Reward
+from reflux.types import Attempt, Group, Prompt, Purpose, Reward, SamplingParams, StepContext
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Evaluation:
     """A sampler that holds the weights to be measured, the teachers that may be asked, and what the context says of task and limits.
 
-    part: the sampler's table, for a measurement that opens one with another model. step: the optimiser step of now, on which dice hang.
+    part: the sampler's table, for a measurement that opens one with another model. step: the optimiser step of now, on which random numbers hang.
     """
 
     context: PartContext
@@ -44,18 +44,18 @@ class Evaluation:
         return self.context.seed
 
     @property
-    def moment(self) -> Moment:
-        return Moment(self.step, self.seed)
+    def step_context(self) -> StepContext:
+        return StepContext(self.step, self.seed)
 
-    def draw(self, purpose: Purpose, *, limit: int | None = None, temperature: float = 1.0, dice: int = 0) -> Draw:
+    def draw(self, purpose: Purpose, *, limit: int | None = None, temperature: float = 1.0, rng: int = 0) -> SamplingParams:
         """How answers are drawn: at most `limit` positions, else as many as evaluations may have; ended where training's are.
 
-        At temperature 0 the draw is that of step 0: what dice there are, a picture's first noise, do not change with the step.
+        At temperature 0 the draw is that of step 0: what random numbers there are, an image's first noise, do not change with the step.
         """
         positions = limit or self.context.numbers.evaluation_positions
-        return Draw(self.step if temperature else 0, purpose, positions, temperature, stop=self.context.generation.stop, dice=dice)
+        return SamplingParams(self.step if temperature else 0, purpose, positions, temperature, stop=self.context.generation.stop, rng=rng)
 
-    async def groups(self, prompts: Sequence[Prompt], n: int, draw: Draw, sampler: OpenSampler | None = None) -> list[Group]:
+    async def groups(self, prompts: Sequence[Prompt], n: int, draw: SamplingParams, sampler: OpenSampler | None = None) -> list[Group]:
         """`n` answers to each prompt, in order, asked together; of another sampler where one is given."""
         asked, acting = replace(draw, cohort=len(prompts)), sampler or self.sampler
         return await together(acting.sample(prompt, n, asked) for prompt in prompts)

@@ -54,7 +54,7 @@ class Foresight(EvalPart):
     step; in the last evaluation that is alignment with the end.
 
     percent: of top_norm_ratio; 1 is the paper's, and where min(rows, columns) is at most 100 that is rho: take 10 there. include: parts of
-    parameter names, as accelerators.extrapolate has them. The start weights and the leading left singular vectors of every evaluation are
+    parameter names, as extrapolation.extrapolate has them. The start weights and the leading left singular vectors of every evaluation are
     kept in the run directory, under parts/evals.NAME/. Cost: an exact singular value decomposition of every matrix (CPU): nothing beside a
     step for matrices up to a few hundred, seconds each for a few thousand. RunError where it is switched on after the first step.
 

@@ -16,7 +16,7 @@ from reflux.errors import DataError
 from reflux.tasks.base import Task
 from reflux.tasks.glyphs import Glyphs
 from reflux.tasks.word_problems import WordProblems
-from reflux.types import Draw, Prompt, Reward
+from reflux.types import Prompt, Reward, SamplingParams
 
 if TYPE_CHECKING:
     from reflux.evals.evaluation import Evaluation
@@ -108,7 +108,7 @@ def as_glyph(prompt: Prompt, made: Any) -> Reward:
 
 
 async def measured(
-    evaluation: Evaluation, prompts: Sequence[Prompt], samples: int, draw: Draw, at_once: int = 64
+    evaluation: Evaluation, prompts: Sequence[Prompt], samples: int, draw: SamplingParams, at_once: int = 64
 ) -> AsyncIterator[list[Counted]]:
     """Counts of `at_once` prompts at a time, in order. What is drawn depends on prompt and sample alone."""
     for start in range(0, len(prompts), at_once):

@@ -12,7 +12,7 @@ from reflux.config.registry import STRICT
 from reflux.evals.accuracy import Accuracy, Graded
 from reflux.evals.base import Asked, EvalPart
 from reflux.tasks.base import Split
-from reflux.teachers.names import heard, measured
+from reflux.teachers.names import measured, objective_teachers
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
@@ -27,8 +27,8 @@ class TeacherAccuracy(EvalPart):
 
     teacher: a name that several tables answer as: each problem goes to the table of its route, and together they are the routed ceiling
     (a problem of a route that none serves is left out); or one table, which is then asked every problem, whatever its routes. Only for
-    teachers that have a model: a sampler of the run's own kind acts with it, from the same dice as the greedy answers of `accuracy`. Null
-    for an `own` teacher: it is the student, measured anyway. `max_tokens`, `split` and `examples` as in `accuracy`.
+    teachers that have a model: a sampler of the run's own kind acts with it, from the same random numbers as the greedy answers of `accuracy`. Null
+    for an `self` teacher: it is the student, measured anyway. `max_tokens`, `split` and `examples` as in `accuracy`.
     """
 
     asked: ClassVar[Asked] = "start"
@@ -44,7 +44,7 @@ class TeacherAccuracy(EvalPart):
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if cfg.teachers and not measured(cfg, self.teacher):
-            known = ", ".join(sorted({*cfg.teachers, *heard(cfg)}))
+            known = ", ".join(sorted({*cfg.teachers, *objective_teachers(cfg)}))
             yield f"{where}.teacher names one table, or what several answer as, and there is no '{self.teacher}'. Known: {known}."
 
     async def __call__(self, evaluation: Evaluation, source: Source) -> dict[str, Any]:

@@ -1,3 +1,3 @@
 """Jumps along the student's path."""
 
-ACCELERATORS = {"extrapolate": "reflux.extrapolation.extrapolate:Extrapolate"}
+EXTRAPOLATIONS = {"extrapolate": "reflux.extrapolation.extrapolate:Extrapolate"}

@@ -1,7 +1,7 @@
-"""An accelerator: may move the student further along its own path after an optimiser step.
+"""Extrapolation: may move the student further along its own path after an optimiser step.
 
 `fires(completed_steps)` says when; the loop then lets in-flight attempts finish first. `after_step` may try weights by `await score()`
-(a number, higher is better, on fixed prompts with dice of their own, see `score`) and returns True where the student ended elsewhere than
+(a number, higher is better, on fixed prompts with random numbers of their own, see `score`) and returns True where the student ended elsewhere than
 the step left it. It moves the student by the learner's `WeightAccess`, which is None where it offers none.
 """
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from reflux.learners.access import WeightAccess
     from reflux.runtime.services import Services
 
-NAME = "accelerator"
+NAME = "extrapolation"
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What an accelerator wants its candidates compared by. Higher is better.
+    """What extrapolation wants its candidates compared by. Higher is better.
 
     by: "accuracy", the mean verdict, 0 for an answer that could not be judged (or weights whose answers time out would win); or
     "minus_kl", minus the reverse KL to `teacher` on the student's own answers, the mean over their tokens of log q(a) - log p(a) in
@@ -46,12 +46,12 @@ class Score(Protocol):
         """What was spent on scoring since the last optimiser step."""
         ...
 
-    async def __call__(self, dice: int = 0) -> float:
-        """The learner's weights on the fixed prompts. Calls with equal `dice` at one step meet the same; another number, fresh ones."""
+    async def __call__(self, rng: int = 0) -> float:
+        """The learner's weights on the fixed prompts. Calls with equal `random numbers` at one step meet the same; another number, fresh ones."""
         ...
 
 
-class OpenAccelerator(Protocol):
+class OpenExtrapolation(Protocol):
     def start(self, access: WeightAccess | None) -> None:
         """Called once on a fresh run, before the first step: these are the start weights."""
         ...
@@ -65,23 +65,23 @@ class OpenAccelerator(Protocol):
         ...
 
     def load(self, folder: Path) -> None:
-        """Take up what `save` put there; the folder is empty where the checkpoint was made without an accelerator."""
+        """Take up what `save` put there; the folder is empty where the checkpoint was made without an extrapolation."""
         ...
 
 
-class AcceleratorPart(Part, Protocol):
-    """What an accelerator inherits."""
+class ExtrapolationPart(Part, Protocol):
+    """What extrapolation inherits."""
 
 
-class Accelerator(AcceleratorPart, Protocol):
+class Extrapolation(ExtrapolationPart, Protocol):
     @property
     def scoring(self) -> Scoring: ...
 
-    def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenAccelerator]: ...
+    def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenExtrapolation]: ...
 
 
 class Never:
-    """No accelerator: nothing fires."""
+    """No extrapolation: nothing fires."""
 
     def start(self, access: WeightAccess | None) -> None: ...
 
@@ -98,11 +98,11 @@ class Never:
 
 @asynccontextmanager
 async def opened(
-    accelerator: Accelerator | None, context: Callable[[str], PartContext], services: Services
-) -> AsyncIterator[OpenAccelerator]:
-    """The open accelerator of a config, or `Never`."""
-    if accelerator is None:
+    extrapolation: Extrapolation | None, context: Callable[[str], PartContext], services: Services
+) -> AsyncIterator[OpenExtrapolation]:
+    """The open extrapolation of a config, or `Never`."""
+    if extrapolation is None:
         yield Never()
         return
-    async with accelerator.open(context(NAME), services) as found:
+    async with extrapolation.open(context(NAME), services) as found:
         yield found

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.papers import EFFOPD, Paper
 from reflux.config.registry import STRICT
-from reflux.extrapolation.base import AcceleratorPart, Scoring
+from reflux.extrapolation.base import ExtrapolationPart, Scoring
 from reflux.learners.access import INCLUDE
 from reflux.tasks.base import JUDGED
 from reflux.teachers.names import tables_of, unless_known
@@ -30,7 +30,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, config=STRICT)
-class Extrapolate(AcceleratorPart):
+class Extrapolate(ExtrapolationPart):
     """After optimiser steps 1, 2, 4, 8, ... try W + m (W - anchor) for m = 2, 4, ..., 2 `tries`; stay at the last one that scored better.
 
     anchor: the weights the search before ended with, its jump included; at first, those the run began with. So the displacement W - anchor
@@ -39,10 +39,10 @@ class Extrapolate(AcceleratorPart):
     displacement is added to the frozen base (the factors stay), never A and B one by one.
 
     score: of W and of every candidate, on `prompts` prompts drawn once from the training prompts (listed in
-    parts/accelerator/score_prompts.jsonl) with `samples` answers each. "accuracy": the mean verdict of the task's verifier. "minus_kl":
+    parts/extrapolation/score_prompts.jsonl) with `samples` answers each. "accuracy": the mean verdict of the task's verifier. "minus_kl":
     minus the reverse KL to `teacher` on those answers, nats per token; no labels needed, and ours, not the paper's. All weights of one
-    search meet the same dice.
-    rescore_incumbent: each comparison has fresh dice, and the better one so far is scored again with them: a lucky score does not stay for
+    search meet the same random numbers.
+    rescore_incumbent: each comparison has fresh random numbers, and the better one so far is scored again with them: a lucky score does not stay for
     the next comparison. Costs up to 2 `tries` scorings a search instead of `tries` + 1.
 
     Each search is a line of searches.jsonl. Memory: two float32 copies of the moved weights, on the CPU; the anchor is in every checkpoint.
@@ -57,7 +57,7 @@ class Extrapolate(AcceleratorPart):
     when: ClassVar[str] = (
         "The teacher's direction shows early and steps are dear. After steps 1, 2, 4, 8, ... the run tries to jump ahead; "
         "searches are in `searches.jsonl` and in the report. Scoring costs tokens: compare runs by FLOP too, and with a larger "
-        "learning rate. Without labels: `accelerator.score=minus_kl`."
+        "learning rate. Without labels: `extrapolation.score=minus_kl`."
     )
 
     tries: Annotated[int, Field(ge=0)] = 5  # 0: never
@@ -112,7 +112,7 @@ class Extrapolate(AcceleratorPart):
                 f'{where}.score = "minus_kl" asks teachers.{table} about {self.samples} answer(s) to a prompt, and its context '
                 f"needs {teacher.context.min_group}. Raise {where}.samples."
             )
-        if teacher.context.wants.reward:
+        if teacher.context.requirements.reward:
             yield (
                 f'{where}.score = "minus_kl" asks teachers.{table} about answers without verdicts, and its context sorts attempts by '
                 f'their verdicts. Use score = "accuracy", or name another teacher.'

@@ -1,4 +1,4 @@
-"""The searches behind `accelerators.extrapolate`."""
+"""The searches behind `extrapolation.extrapolate`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ANCHOR = "anchor/"
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate, its score, and the score it had to beat under the same dice."""
+    """A candidate, its score, and the score it had to beat under the same random numbers."""
 
     multiple: int
     score: float
@@ -45,11 +45,11 @@ class OpenExtrapolate:
 
     def start(self, access: WeightAccess | None) -> None:
         """ConfigError where `include` matches no parameter, ModelError where the learner keeps no float32 weights."""
-        access = required(access, "accelerator")
+        access = required(access, "extrapolation")
         names = moved(access.names, self.cfg.include)
         if not names:
             raise ConfigError(
-                f"accelerator.include = {list(self.cfg.include)} matches no parameter of {self.context.student.model}, so nothing would "
+                f"extrapolation.include = {list(self.cfg.include)} matches no parameter of {self.context.student.model}, so nothing would "
                 f"move. Its parameters have names such as {', '.join(list(access.names)[:4])}."
             )
         self._anchor = access.read(names)
@@ -61,7 +61,7 @@ class OpenExtrapolate:
         """Search, where the step is one to search after. RefluxError where the weights of now have no finite score."""
         if not self.fires(completed_steps):
             return False
-        started, access = time.perf_counter(), required(access, "accelerator")
+        started, access = time.perf_counter(), required(access, "extrapolation")
         delta = self._displacement(access)
         norm = math.sqrt(sum(float(value.double().square().sum()) for value in delta.values()))
         path = _Path(access, access.base(delta), delta)
@@ -82,12 +82,12 @@ class OpenExtrapolate:
         trials: list[Trial] = []
         best, incumbent = 0, math.nan
         for number, multiple in enumerate(extrapolate.multiples(self.cfg.tries)):
-            dice = number if self.cfg.rescore_incumbent else 0
+            rng = number if self.cfg.rescore_incumbent else 0
             if not number or self.cfg.rescore_incumbent:
                 path.go(best)
-                incumbent = _finite(await score(dice), best, completed_steps)
+                incumbent = _finite(await score(rng), best, completed_steps)
             path.go(multiple)
-            trials.append(Trial(multiple, await score(dice), incumbent))
+            trials.append(Trial(multiple, await score(rng), incumbent))
             if not self._beats(trials[-1]):
                 break
             best, incumbent = multiple, trials[-1].score
@@ -127,7 +127,7 @@ class OpenExtrapolate:
         if not self._anchor:
             raise RunError(
                 "the checkpoint that this run resumes from has no anchor, so the displacement since the last search is not known. "
-                "It was made without the accelerator: resume it with accelerator=none, or start a new run."
+                "It was made without extrapolation: resume it with extrapolation=none, or start a new run."
             )
 
 
@@ -149,8 +149,8 @@ def _finite(score: float, best: int, step: int) -> float:
     if not math.isfinite(score):
         where = f"at the accepted jump by {best}" if best else "of now"
         raise RefluxError(
-            f"step {step}: the accelerator's score of the student {where} is {score}, so nothing can be compared with it. Usual reasons: "
+            f"step {step}: extrapolation's score of the student {where} is {score}, so nothing can be compared with it. Usual reasons: "
             f"the verifier judged none of the answers (accuracy), or the teacher rules out a token the student says (minus_kl). Use the "
-            f"other score, or start a run without the accelerator."
+            f"other score, or start a run without the extrapolation."
         )
     return score

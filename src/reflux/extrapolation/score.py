@@ -1,4 +1,4 @@
-"""The number an accelerator compares weights by, and what it costs."""
+"""The number extrapolation compares weights by, and what it costs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import orjson
 
 from reflux.errors import DataError
 from reflux.evals.agreement import gap_T
-from reflux.extrapolation.base import NAME, Accelerator, Scoring
+from reflux.extrapolation.base import NAME, Extrapolation, Scoring
 from reflux.metrics.flops import Spent, Work
 from reflux.storage import files
 from reflux.types import Prompt, seed_of
@@ -28,7 +28,7 @@ class Scorer:
     """`await scorer(evaluation)`: the score of the weights that its sampler holds.
 
     The prompts are drawn once, from a stream of their own (run seed, "score"), and listed in score_prompts.jsonl of the
-    accelerator's folder. Fewer different ones than asked for: all are used, and that is said. DataError where they are to be judged and
+    extrapolation's folder. Fewer different ones than asked for: all are used, and that is said. DataError where they are to be judged and
     have no answers.
     """
 
@@ -40,14 +40,14 @@ class Scorer:
         if scoring.by == "accuracy":
             _refuse_unanswered(self.prompts)
         if len(self.prompts) < scoring.prompts:
-            services.listener.noted(f"the accelerator scores on all {len(self.prompts)} training prompts; {scoring.prompts} were asked for")
+            services.listener.noted(f"extrapolation scores on all {len(self.prompts)} training prompts; {scoring.prompts} were asked for")
         lines = [orjson.dumps(_line(prompt)).decode() + "\n" for prompt in self.prompts]
         context.folder.mkdir(parents=True, exist_ok=True)
         files.write_text(context.folder / "score_prompts.jsonl", "".join(lines))
 
-    async def __call__(self, asked: Evaluation, dice: int = 0) -> float:
-        """NaN where nothing was judged. Dice depend on (run seed, "score", step, prompt, sample, `dice`) alone: candidates share them."""
-        draw = asked.draw("score", limit=self.scoring.max_tokens, dice=dice)
+    async def __call__(self, asked: Evaluation, rng: int = 0) -> float:
+        """NaN where nothing was judged. Random numbers depend on (run seed, "score", step, prompt, sample, `random numbers`) alone: candidates share them."""
+        draw = asked.draw("score", limit=self.scoring.max_tokens, rng=rng)
         groups = await asked.groups(self.prompts, self.scoring.samples, draw)
         attempts = [attempt for group in groups for attempt in group]
         if self.scoring.by == "accuracy":
@@ -56,7 +56,7 @@ class Scorer:
             self.spent.ungraded += sum(reward.value is None for reward in rewards)
             return _accuracy([reward.value for reward in rewards])
         assert asked.teachers is not None  # refused beforehand
-        await asked.teachers.score(groups, asked.moment)
+        await asked.teachers.score(groups, asked.step_context)
         self.spent.work += Work.of(attempts)
         gaps = [gap_T(attempt, self.scoring.teacher, asked.services.heads) for attempt in attempts]
         return -_mean([value for gap in gaps if gap is not None for value in gap[~np.isnan(gap)]])
@@ -69,24 +69,24 @@ class Scorer:
 
 @dataclass(frozen=True)
 class CurrentScore:
-    """`await score(dice)`: the score of the learner's weights of now, which the sampler is lent first."""
+    """`await score(random numbers)`: the score of the learner's weights of now, which the sampler is lent first."""
 
-    scorer: Scorer | None  # None where no accelerator is open, and then nobody asks
+    scorer: Scorer | None  # None where no extrapolation is open, and then nobody asks
     learner: OpenLearner
     evaluation: Callable[[], Evaluation]  # at the step of now
 
-    async def __call__(self, dice: int = 0) -> float:
+    async def __call__(self, rng: int = 0) -> float:
         assert self.scorer is not None
         asked = self.evaluation()
         await asked.sampler.publish(asked.services.lend(self.learner.publish()), asked.step)
-        return await self.scorer(asked, dice)
+        return await self.scorer(asked, rng)
 
     @property
     def spent(self) -> Spent:
         return self.scorer.spent if self.scorer else Spent()
 
     def take(self) -> Spent | None:
-        """What was spent since the last call; None where no accelerator is open."""
+        """What was spent since the last call; None where no extrapolation is open."""
         return self.scorer.take() if self.scorer else None
 
 
@@ -111,7 +111,7 @@ def _refuse_unanswered(prompts: list[Prompt]) -> None:
     without = [prompt.id for prompt in prompts if prompt.answer is None]
     if without:
         raise DataError(
-            f'accelerator.score = "accuracy" judges answers, but {len(without)} of its {len(prompts)} training prompts have none to '
+            f'extrapolation.score = "accuracy" judges answers, but {len(without)} of its {len(prompts)} training prompts have none to '
             f'compare with (the first is {without[0]}). Give them answers, or use score = "minus_kl", which needs a teacher and no labels.'
         )
 
@@ -129,6 +129,6 @@ def _mean(values: list[float]) -> float:
     return float(np.mean(values)) if values else math.nan
 
 
-def scorer(accelerator: Accelerator | None, context: Callable[[str], PartContext], services: Services) -> Scorer | None:
-    """What an accelerator compares weights by; None where there is none."""
-    return Scorer(accelerator.scoring, context(NAME), services) if accelerator is not None else None
+def scorer(extrapolation: Extrapolation | None, context: Callable[[str], PartContext], services: Services) -> Scorer | None:
+    """What extrapolation compares weights by; None where there is none."""
+    return Scorer(extrapolation.scoring, context(NAME), services) if extrapolation is not None else None

@@ -89,7 +89,7 @@ def _be_a_good_child(parent: int) -> None:
 
 
 def _limit_memory(made: Any) -> None:
-    """A text can ask a verifier for any amount of work. A picture cannot, and what judges it may be a model on a GPU, whose driver reserves
+    """A text can ask a verifier for any amount of work. An image cannot, and what judges it may be a model on a GPU, whose driver reserves
     far more addresses than the machine has memory: it has the limits that this process came with.
     """
     _, most = resource.getrlimit(resource.RLIMIT_AS)

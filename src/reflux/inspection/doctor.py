@@ -22,14 +22,14 @@ from reflux.inspection.finding import Finding
 from reflux.loop import open_parts
 from reflux.models.text import parameter_count
 from reflux.runtime.services import Services
-from reflux.types import Draw, FlowRollout, Group
+from reflux.types import FlowRollout, Group, SamplingParams
 
 _MOST = 32  # positions of an answer
 
 
 async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
     """Findings as they are made. A check that cannot run raises, with the reason."""
-    wants = checks.join(cfg)
+    requirements = checks.join(cfg)
     yield Finding("ok", "recipe", "all parts fit together")
     for text in checks.warnings(cfg):
         yield Finding("warning", "recipe", text)
@@ -37,11 +37,11 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
     for finding in about.before(cfg):
         yield finding
     group = max((teacher.context.min_group for teacher in cfg.teachers.values()), default=1)
-    cfg = replace(cfg, prompts_per_step=prompts, group_size=group, max_lag=0)
+    cfg = replace(cfg, prompts_per_step=prompts, group_size=group, max_staleness=0)
     checks.inputs(cfg)
     with tempfile.TemporaryDirectory() as scratch, closing(Services(cfg.learner.student, overlap=cfg.sampler.overlaps)) as services:
-        context = partial(part_context, cfg, wants, run_folder=Path(scratch))
-        parts = open_parts(replace(cfg, rewards={}, accelerator=None), context, services)
+        context = partial(part_context, cfg, requirements, run_folder=Path(scratch))
+        parts = open_parts(replace(cfg, rewards={}, extrapolation=None), context, services)
         async with parts as (learner, sampler, _, teachers, _):
             await sampler.publish(learner.publish(), 0)
             asked = Evaluation(context("sampler"), services, cfg.sampler, sampler, teachers)
@@ -49,10 +49,10 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
             for finding in about.acted(learner, groups):
                 yield finding
             await _judge(asked, groups)
-            await teachers.score(groups, asked.moment)
+            await teachers.score(groups, asked.step_context)
             for name in sorted(set(teachers.tables.values())):
                 yield about.alive(name, learner, groups)
-            yield await about.at_home(context("home"), services, learner, groups)
+            yield await about.at_identity(context("home"), services, learner, groups)
     yield _disk(cfg, parameter_count(learner.model.net))
 
 
@@ -60,7 +60,7 @@ async def _attempts(asked: Evaluation, prompts: int) -> list[Group]:
     """The student's own; a sampler that gives others' attempts in training acts itself for any other purpose."""
     chosen = list(islice(asked.task.prompts("train", asked.seed, 0), prompts))
     sizes = asked.context.numbers
-    draw = Draw(0, "train" if asked.part.on_policy else "score", min(_MOST, sizes.training_positions))
+    draw = SamplingParams(0, "train" if asked.part.on_policy else "score", min(_MOST, sizes.training_positions))
     return await asked.groups(chosen, sizes.group_size, draw)
 
 

@@ -2,7 +2,7 @@
 
 A velocity off by a share s of itself, in a direction that knows nothing of the noise, moves the log-prob of the step that was drawn by
 s sqrt(2 w) |v| z - s^2 w |v|^2, z standard normal and w the KL's weight (`kl_weight`): the mean moves by sqrt(2 w) s |v| widths. So both
-parity and zero at home are bounds on s, whatever the step.
+parity and zero at identity are bounds on s, whatever the step.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 
 from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig
-from reflux.contexts.base import View
+from reflux.contexts.base import TeacherPrompt
 from reflux.inspection.finding import Finding
 from reflux.models.flow.sde import kl_weight, step_logp, step_moments
 from reflux.runtime.services import Services
 from reflux.teachers.base import TeacherRequest
-from reflux.types import Attempt, FlowRollout, Group, Rollout, Target, VelocityTarget, Wants
+from reflux.types import Attempt, FlowRollout, Group, Requirements, Rollout, Target, VelocityTarget
 
 SHARES = {"cpu": 1e-4, "cuda": 0.02}  # s: float32 on both sides; float16 against bfloat16 autocast
 SIGMAS = 5.0
@@ -45,7 +45,7 @@ def acted(learner: Any, groups: Sequence[Group]) -> Iterator[Finding]:
     rollouts = [_rollout(attempt) for group in groups for attempt in group]
     first = rollouts[0]
     shape = " x ".join(map(str, first.image.shape))
-    yield Finding("ok", "pictures", f"{len(rollouts)} of {shape} pixels drawn in {first.length} steps, {first.x_SD.shape[1]} latent values")
+    yield Finding("ok", "images", f"{len(rollouts)} of {shape} pixels drawn in {first.length} steps, {first.x_SD.shape[1]} latent values")
     yield _parity(learner, groups)
 
 
@@ -113,7 +113,7 @@ def _distance(rollout: Rollout, target: Target | None, v_TD: np.ndarray) -> floa
     return float((np.linalg.norm(target.v_TD - v_TD, axis=1) / np.linalg.norm(v_TD, axis=1))[rows_T].mean())
 
 
-async def at_home(context: PartContext, services: Services, learner: Any, groups: Sequence[Group]) -> Finding:
+async def at_identity(context: PartContext, services: Services, learner: Any, groups: Sequence[Group]) -> Finding:
     """A teacher that is the student must be at distance zero from it."""
     from reflux.teachers.flow import Flow
     from reflux.teachers.flow_engine import FlowTeacher
@@ -121,11 +121,11 @@ async def at_home(context: PartContext, services: Services, learner: Any, groups
     share = SHARES.get(learner.model.device.type, SHARES["cuda"])
     answers = FlowTeacher(Flow(context.student.model), context, services, learner.model)
     attempts = [attempt for group in groups for attempt in group]
-    requests = [TeacherRequest(attempt.rollout, View(attempt.rollout.prompt.messages), Wants()) for attempt in attempts]
+    requests = [TeacherRequest(attempt.rollout, TeacherPrompt(attempt.rollout.prompt.messages), Requirements()) for attempt in attempts]
     found = {id(attempt): answer.target for attempt, answer in zip(attempts, await answers.score(requests), strict=True)}
     worst = max(_distance(attempt.rollout, found[id(attempt)], v_TD) for attempt, v_TD in learner.velocities(groups))
     text = f"the student as its own teacher is {worst:.1e} of its velocities away from itself (bound {share:g})"
-    return Finding("ok" if worst <= share else "failed", "zero at home", text)
+    return Finding("ok" if worst <= share else "failed", "zero at identity", text)
 
 
 def _rollout(attempt: Attempt) -> FlowRollout:

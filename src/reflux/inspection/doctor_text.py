@@ -9,13 +9,13 @@ import numpy as np
 
 from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig
-from reflux.contexts.base import View
+from reflux.contexts.base import TeacherPrompt
 from reflux.inspection.finding import Finding
 from reflux.models.text import head_gap, load_tokenizer
 from reflux.models.tokenizer import check_same_tokens, end_ids
 from reflux.runtime.services import Services
 from reflux.teachers.base import TeacherRequest
-from reflux.types import Group, Wants
+from reflux.types import Group, Requirements
 
 PARITY_NATS = {"cpu": 1e-3, "cuda": 0.1}  # float32 on both sides; bfloat16 autocast on one
 
@@ -101,7 +101,7 @@ def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
     return Finding("ok", "teacher", f"'{name}' answers, entropy {share:.0%} of the largest possible")
 
 
-async def at_home(context: PartContext, services: Services, learner: Any, groups: Sequence[Group]) -> Finding:
+async def at_identity(context: PartContext, services: Services, learner: Any, groups: Sequence[Group]) -> Finding:
     """A teacher that is the student must be at distance zero from it."""
     from reflux.learners.observe import logp
     from reflux.teachers.local import Local
@@ -110,10 +110,12 @@ async def at_home(context: PartContext, services: Services, learner: Any, groups
     worst = 0.0
     async with local.open(context, services) as answers:
         rollouts = [attempt.rollout for group in groups for attempt in group if attempt.rollout.length]
-        found = await answers.score([TeacherRequest(rollout, View(rollout.prompt.messages), Wants()) for rollout in rollouts])
+        found = await answers.score(
+            [TeacherRequest(rollout, TeacherPrompt(rollout.prompt.messages), Requirements()) for rollout in rollouts]
+        )
         for rollout, answer, now_T in zip(rollouts, found, logp(learner, groups), strict=True):
             home_T = answer.target.sampled_logp_T(rollout, services.heads)
             worst = max(worst, float(np.abs(home_T - now_T).max()))
     bound = PARITY_NATS.get(learner.model.device.type, 0.1)
     verdict = "ok" if worst <= bound else "failed"
-    return Finding(verdict, "zero at home", f"the student as its own teacher is {worst:.1e} nats away from itself (bound {bound:g})")
+    return Finding(verdict, "zero at identity", f"the student as its own teacher is {worst:.1e} nats away from itself (bound {bound:g})")

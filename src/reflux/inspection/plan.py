@@ -11,14 +11,14 @@ from reflux.config.recipe import RunConfig, config_hash
 from reflux.metrics.values import step_flops
 from reflux.models.sizes import Size, size_of
 from reflux.storage.summary import method_of
-from reflux.teachers.base import spoken_name
-from reflux.types import FlowRollout, Wants
+from reflux.teachers.base import alias_of
+from reflux.types import FlowRollout, Requirements
 
 _ADAM_BYTES = 16  # a float32 master weight, its gradient and two moments
 _FROZEN_BYTES = 4
-_WANTED = {  # each field of Wants in words; {} is its number
-    "said": "the student's own top-{} tokens where it acts",
-    "now_at_said": "the current student's log-probs at the tokens it listed when it acted (one more pass of the student)",
+_WANTED = {  # each field of Requirements in words; {} is its number
+    "behaviour": "the student's own top-{} tokens where it acts",
+    "now_at_behaviour": "the current student's log-probs at the tokens it listed when it acted (one more pass of the student)",
     "now_topk": "the current student's top-{} tokens (one more pass of the student)",
     "logp": "the teacher's log-probs when attempts arrive (one more pass through its head)",
     "candidates": "the teacher's log-probs at the student's top-{} tokens",
@@ -28,8 +28,8 @@ _WANTED = {  # each field of Wants in words; {} is its number
     "reward": "a reward for every attempt",
 }
 _WANTED_OF_FLOWS = {
-    "said": "the student's velocity where it acts",
-    "now_at_said": "the current student's velocity there (one more pass of the student)",
+    "behaviour": "the student's velocity where it acts",
+    "now_at_behaviour": "the current student's velocity there (one more pass of the student)",
     "reward": "a reward for every attempt",
 }
 
@@ -49,13 +49,13 @@ class Plan:
     positions_at_most: int  # that training attempts may have, over all steps
     position: str  # what one is called
     flops_at_most: float | None
-    wants: list[str]
+    requirements: list[str]
     warnings: list[str]
 
 
 def plan(cfg: RunConfig) -> Plan:
     """Raises ConfigError or ModelError for what could not run."""
-    wants = checks.join(cfg)
+    requirements = checks.join(cfg)
     checks.models(cfg)
     if cfg.task.local:
         next(cfg.task.prompts("train", cfg.seed, 0))  # a missing or malformed file is found here
@@ -64,7 +64,7 @@ def plan(cfg: RunConfig) -> Plan:
     sizes = {name: teacher.size(f"teachers.{name}", student, pixels) for name, teacher in cfg.teachers.items()}
     teachers = {name: size for name, size in sizes.items() if size is not None}
     attempts = cfg.prompts_per_step * cfg.group_size
-    limits = [cfg.draw(step).length for step in range(cfg.steps)]
+    limits = [cfg.draw(step).max_positions for step in range(cfg.steps)]
     positions = sum(attempts * limit for limit in limits)
     flows = cfg.task.rollouts is FlowRollout
     return Plan(
@@ -81,16 +81,20 @@ def plan(cfg: RunConfig) -> Plan:
         positions_at_most=positions,
         position="denoising step" if flows else "token",
         flops_at_most=_flops(
-            cfg, student, teachers, int(positions * cfg.sampler.computed_share), wants.now_at_said or bool(wants.now_topk)
+            cfg,
+            student,
+            teachers,
+            int(positions * cfg.sampler.computed_share),
+            requirements.now_at_behaviour or bool(requirements.now_topk),
         ),
-        wants=wanted(wants, _WANTED_OF_FLOWS if flows else _WANTED),
+        requirements=wanted(requirements, _WANTED_OF_FLOWS if flows else _WANTED),
         warnings=[*checks.warnings(cfg), *lengths.cut_by_window(cfg, student.context_tokens)],
     )
 
 
-def wanted(wants: Wants, words: Mapping[str, str] = _WANTED) -> list[str]:
+def wanted(requirements: Requirements, words: Mapping[str, str] = _WANTED) -> list[str]:
     """What is computed beyond the loss, in words."""
-    values = ((name, getattr(wants, name)) for name in wants.__slots__)
+    values = ((name, getattr(requirements, name)) for name in requirements.__slots__)
     return [words[name].format(value) for name, value in values if value]
 
 
@@ -114,7 +118,7 @@ def _flops(cfg: RunConfig, student: Size, teachers: dict[str, Size], positions: 
     by_name: dict[str, list[int]] = {}
     for table, size in teachers.items():
         if size.macs is not None:
-            by_name.setdefault(spoken_name(table, cfg.teachers[table]), []).append(size.macs)
+            by_name.setdefault(alias_of(table, cfg.teachers[table]), []).append(size.macs)
     if student.macs is None or len(teachers) != sum(map(len, by_name.values())):
         return None
     read_by = sum(sum(counts) // len(counts) for counts in by_name.values())

@@ -50,7 +50,7 @@ class Flow(LearnerPart):
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     clip: Positive = 1.0  # gradient norm; gradients of a KL in nats are large
-    noise_floor: Annotated[float, Field(ge=0)] = 1e-3  # a gradient norm up to this is rounding, and no step is made
+    min_grad_norm: Annotated[float, Field(ge=0)] = 1e-3  # a gradient norm up to this is rounding, and no step is made
     micro_batch: Annotated[int, Field(ge=1)] = 64  # positions in one pass
     adapter: str | None = None  # a folder of adapters to begin with; they go on being trained under lora, else they are merged
     merge: Merge | None = None

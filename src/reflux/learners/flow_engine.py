@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reflux.learners.gradient_learner import Moving
+from reflux.learners.gradient_learner import GradientLearner
 from reflux.learners.tally import unpacked
 from reflux.loss import flow_loss
 from reflux.loss.aggregate import Result
 from reflux.loss.batch import Item, signature
-from reflux.loss.flow_loss import StepBatch
+from reflux.loss.flow_loss import FlowMicroBatch
 from reflux.loss.term import LossTerm
 from reflux.models import lora
 from reflux.models.flow.adapter_files import write_adapter
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from reflux.runtime.services import Services
 
 
-class FlowLearner(Moving):
+class FlowLearner(GradientLearner):
     """A flow model: its velocities at the stored states, which are constants."""
 
     refusal = "a step near data (small t) whose KL in nats is huge: a larger sampler.noise_level, or scale = 'released'"
@@ -50,12 +50,12 @@ class FlowLearner(Moving):
     @classmethod
     @asynccontextmanager
     async def opened(cls, cfg: Flow, context: PartContext, services: Services) -> AsyncIterator[FlowLearner]:
-        load = partial(load_flow, cfg.model, "learner.model", dtype="float32", device=cfg.device, once=services.shared)
+        load = partial(load_flow, cfg.model, "learner.model", dtype="float32", device=cfg.device, shared_cache=services.shared)
         yield cls(cfg, context, services, await services.run_model(load))
 
     @property
     def observes(self) -> bool:
-        return self.context.requirements.now_at_said
+        return self.context.requirements.now_at_behaviour
 
     def observed(self, groups: Sequence[Group]) -> Iterator[tuple[Attempt, Target]]:
         return ((attempt, VelocityTarget(teacher="now", v_TD=v_TD)) for attempt, v_TD in self.velocities(groups))
@@ -69,7 +69,7 @@ class FlowLearner(Moving):
         """(attempt, v_TD) of the student of now at every chosen position, NaN at the others; no gradient."""
         whole = [self.whole(attempt) for group in groups for attempt in group if attempt.rollout.finish != "error"]
         for alike in _alike([item for item in whole if len(item.rows_N)]):
-            batches = (StepBatch(piece, (), self.model.device) for piece in flow_loss.pieces(alike, self.cfg.micro_batch))
+            batches = (FlowMicroBatch(piece, (), self.model.device) for piece in flow_loss.pieces(alike, self.cfg.micro_batch))
             with torch.no_grad():
                 v_ND = torch.cat([self._velocity(batch) for batch in batches])
             yield from ((item.attempt, v_TD) for item, v_TD in unpacked(alike, v_ND))
@@ -79,10 +79,10 @@ class FlowLearner(Moving):
             yield from flow_loss.pieces(alike, self.cfg.micro_batch)
 
     def backward(self, part: list[Item], objectives: Sequence[LossTerm], log_variance: bool) -> Result:
-        batch = StepBatch(part, objectives, self.model.device)
+        batch = FlowMicroBatch(part, objectives, self.model.device)
         return flow_loss.backward(batch, self._velocity(batch))
 
-    def _velocity(self, batch: StepBatch) -> Tensor:
+    def _velocity(self, batch: FlowMicroBatch) -> Tensor:
         with self._autocast():
             return self.model.velocity(batch.x_ND, batch.t_N, batch.texts, batch.guidance)
 

@@ -52,13 +52,13 @@ class Optimised(Protocol):
     def clip(self) -> float: ...
 
     @property
-    def noise_floor(self) -> float: ...
+    def min_grad_norm(self) -> float: ...
 
     @property
     def gradient_checkpointing(self) -> bool: ...
 
 
-class Moving(ABC):
+class GradientLearner(ABC):
     """Owns the float32 master weights and the optimiser. A subclass says how a batch is cut, and makes the gradient of one part."""
 
     refusal: str  # usual reasons why a loss is not finite, in a sentence
@@ -135,14 +135,14 @@ class Moving(ABC):
 
     def _step(self, request: StepRequest) -> StepResult:
         started = time.perf_counter()
-        items = plan(request.groups, request.objectives, request.normalise)
+        items = plan(request.groups, request.objectives, request.loss_aggregation)
         stats: Stats = {"tokens_trained": Sum(sum(len(item.rows_N) for item in items))}
         records: list[StepRecord | None] = [None] * len(request.attempts)
         if items:
             self.optimiser.zero_grad(set_to_none=True)
             tally = self.gradients(items, request.objectives, request.log_variance)
             records = tally.records(request.attempts)
-            stats |= tally.stats(request.log_variance) | self._move(request.moment.step, tally.loss, records)
+            stats |= tally.stats(request.log_variance) | self._move(request.step_context.step, tally.loss, records)
         self.services.clock.add("learn", time.perf_counter() - started)
         backward = sum(item.positions for item in items)
         forward, self._observed = self._observed + backward * (2 if self.settings.gradient_checkpointing else 1), 0
@@ -160,7 +160,7 @@ class Moving(ABC):
                 f"loss {loss}, gradient norm {norm}",
                 records,
             )
-        moves = norm > self.settings.noise_floor
+        moves = norm > self.settings.min_grad_norm
         if moves:
             for group in self.optimiser.param_groups:
                 group["lr"] = lr
@@ -192,9 +192,9 @@ class Moving(ABC):
 
     def state(self) -> dict[str, Any]:
         """Trained weights, their average and Adam's moments by parameter name, and the frozen weights that `write` was given."""
-        homes = lora.homes(self.net)
+        base_parameters = lora.base_parameters(self.net)
         state: dict[str, Any] = {"version": self.version, "updates": self.updates} | {
-            f"base/{name}": homes[name].detach() for name in sorted(self.access.written)
+            f"base/{name}": base_parameters[name].detach() for name in sorted(self.access.written)
         }
         state |= {f"mean/{name}": value for name, value in self.mean.items()}
         for name, parameter in self.trained.items():

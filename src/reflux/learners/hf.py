@@ -38,7 +38,7 @@ class HF(LearnerPart):
     """AdamW on float32 master weights, bfloat16 autocast on GPU, micro-batches cut by a token budget.
 
     Adam scales a gradient of any size up to a full step, rounding included: a student that has become its teacher would wander off.
-    Hence `noise_floor`.
+    Hence `min_grad_norm`.
 
     `prompt_suffix` ends every prompt after what the chat template writes to open the student's turn; the student begins behind it, and so
     does every teacher that is asked about its tokens, also under a context that changes the messages. It is for a base student whose
@@ -57,7 +57,7 @@ class HF(LearnerPart):
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Positive = 1.0  # gradient norm
-    noise_floor: Annotated[float, Field(ge=0)] = 1e-6  # a gradient norm up to this is rounding, and no step is made
+    min_grad_norm: Annotated[float, Field(ge=0)] = 1e-6  # a gradient norm up to this is rounding, and no step is made
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 16384  # prompt and response, padding included
     lora: Lora | None = None
     gradient_checkpointing: bool = False

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from reflux.learners.gradient_learner import Moving
+from reflux.learners.gradient_learner import GradientLearner
 from reflux.loss import token_loss
 from reflux.loss.aggregate import Result
 from reflux.loss.batch import Item, micro_batches
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from reflux.runtime.services import Services
 
 
-class HFLearner(Moving):
+class HFLearner(GradientLearner):
     """A language model: its trunk's states at the kept positions, and the loss through its head."""
 
     refusal = "a teacher that rules out a token the student may say (forward and reverse KL are then infinite: use divergence = 'jsd')"
@@ -69,7 +69,7 @@ class HFLearner(Moving):
 
     @property
     def observes(self) -> bool:
-        return self.context.requirements.now_at_said or bool(self.context.requirements.now_topk)
+        return self.context.requirements.now_at_behaviour or bool(self.context.requirements.now_topk)
 
     def observed(self, groups: Sequence[Group]) -> Iterator[tuple[Attempt, Target]]:
         from reflux.learners.observe import observed
@@ -85,11 +85,11 @@ class HFLearner(Moving):
         return micro_batches(items, self.cfg.micro_batch_tokens)
 
     def backward(self, part: list[Item], objectives: Sequence[LossTerm], log_variance: bool) -> Result:
-        batch = token_loss.MicroBatch(part, objectives, self.model.device, self.services.heads)
+        batch = token_loss.TokenMicroBatch(part, objectives, self.model.device, self.services.heads)
         with self.autocast():
             return token_loss.backward(batch, self.hidden_rows(batch), self.model.head, log_variance)
 
-    def hidden_rows(self, batch: token_loss.MicroBatch) -> Tensor:
+    def hidden_rows(self, batch: token_loss.TokenMicroBatch) -> Tensor:
         """h_NH: the trunk's states that predict the kept positions. Right padding lies in the causal future: no mask is needed."""
         h_BLH = self.model.trunk(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
         return h_BLH.flatten(0, 1)[batch.rows_N]

@@ -20,16 +20,16 @@ async def observe(learner: OpenLearner, groups: Sequence[Group]) -> None:
         attempt.now = now
 
 
-async def learn(learner: OpenLearner, request: StepRequest, keep_refused: Keep) -> StepResult:
+async def learn(learner: OpenLearner, request: StepRequest, keep_failed_batch: Keep) -> StepResult:
     """One optimiser step, its records stored on the attempts.
 
-    keep_refused: writes the batch of a step that is not finite, and gives the file. Raises StepRefused with the path of that file.
+    keep_failed_batch: writes the batch of a step that is not finite, and gives the file. Raises StepRefused with the path of that file.
     """
     try:
         result = await learner.step(request)
     except StepRefused as refused:
         _store(request.attempts, refused.records)
-        path = keep_refused(request.groups, refused.why)
+        path = keep_failed_batch(request.groups, refused.why)
         raise StepRefused(f"{refused} The batch is in {path}.", refused.why, refused.records) from refused
     _store(request.attempts, result.records)
     return result

@@ -1,4 +1,4 @@
-"""What would the student say now, along tokens it wrote earlier? No gradient, no dice."""
+"""What would the student say now, along tokens it wrote earlier? No gradient, no random numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reflux.kernels.budget import chunk_rows
 from reflux.loss.batch import micro_batches
-from reflux.loss.token_loss import MicroBatch
+from reflux.loss.token_loss import TokenMicroBatch
 from reflux.types import Attempt, Group, TopKTarget
 
 if TYPE_CHECKING:
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def observed(learner: HFLearner, groups: Sequence[Group]) -> Iterator[tuple[Attempt, TopKTarget]]:
-    """The student of now along each attempt: at the ids of `said` where the run wants that, else its own top-k."""
-    wants = learner.context.requirements
+    """The student of now along each attempt: at the ids of `behaviour` where the run wants that, else its own top-k."""
+    requirements = learner.context.requirements
     for attempt, h_TH, tokens_T in states(learner, groups):
-        said = attempt.rollout.said
-        k = 0 if wants.now_at_said and isinstance(said, TopKTarget) else wants.now_topk
-        ids_TK = torch.from_numpy(said.ids_TK).to(h_TH.device) if isinstance(said, TopKTarget) and not k else None
+        behaviour = attempt.rollout.behaviour
+        k = 0 if requirements.now_at_behaviour and isinstance(behaviour, TopKTarget) else requirements.now_topk
+        ids_TK = torch.from_numpy(behaviour.ids_TK).to(h_TH.device) if isinstance(behaviour, TopKTarget) and not k else None
         if k or ids_TK is not None:
             yield attempt, _listed(learner, h_TH, tokens_T, ids_TK, k)
 
@@ -43,7 +43,7 @@ def states(learner: HFLearner, groups: Sequence[Group]) -> Iterator[tuple[Attemp
         learner.whole(attempt) for group in groups for attempt in group if attempt.rollout.length and attempt.rollout.finish != "error"
     ]
     for part in micro_batches(items, learner.cfg.micro_batch_tokens):
-        batch = MicroBatch(part, (), learner.model.device, learner.services.heads)
+        batch = TokenMicroBatch(part, (), learner.model.device, learner.services.heads)
         with torch.no_grad(), learner.autocast():
             rows = learner.hidden_rows(batch).split([len(item.rows_N) for item in part])
         tokens = batch.tokens_N.split([len(item.rows_N) for item in part])

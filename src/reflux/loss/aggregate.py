@@ -34,12 +34,12 @@ class Result:
 
 def shift_taker(objectives: Sequence[LossTerm]) -> int | None:
     """The one objective that receives the shifts: an outcome-like one (no teacher) if there is one, else the first that takes them."""
-    takers = [k for k, objective in enumerate(objectives) if objective.takes_shift]
+    takers = [k for k, objective in enumerate(objectives) if objective.takes_advantage_offset]
     without_teacher = [k for k in takers if objectives[k].teacher is None]
     return next(iter(without_teacher + takers), None)
 
 
-class Packed:
+class MicroBatch:
     """Items of one micro-batch on the device: every constant that their rows need, whatever the rows are."""
 
     has_logp = True  # False where what was chosen has no density, as the steps of an ODE
@@ -47,7 +47,7 @@ class Packed:
     def __init__(self, items: list[Item], objectives: Sequence[LossTerm], device: torch.device):
         self.items, self.objectives, self.device = items, objectives, device
         self.behaviour_logp_N = self.column(lambda item: item.rollout.logp_T[item.rows_N])
-        self.shift_N = self.column(lambda item: item.shift_N)
+        self.advantage_offset_N = self.column(lambda item: item.advantage_offset_N)
         self.coef_KN = [
             None if coef_N is None else self.column(lambda item, k=k: item.coef_KN[k]) for k, coef_N in enumerate(items[0].coef_KN)
         ]
@@ -66,21 +66,21 @@ class Packed:
         rows = [target.rows(item.rows_N) for target, item in zip(targets, self.items, strict=True) if target is not None]
         return targets[0], {column: torch.cat([row[column] for row in rows]).to(self.device) for column in rows[0]}
 
-    def heard(self) -> set[str]:
+    def objective_teachers(self) -> set[str]:
         """Whose targets are looked at: an objective's that has a word here, and those of "main", for the records."""
         item = self.items[0]
-        known = {name for name in (*item.attempt.answers, "said") if item.attempt.target(name) is not None}
+        known = {name for name in (*item.attempt.answers, "behaviour") if item.attempt.target(name) is not None}
         asked = {objective.teacher for objective, coef_N in zip(self.objectives, item.coef_KN, strict=True) if coef_N is not None}
         return known & (asked | {"main"}) if self.objectives else set()
 
     def view(self, k: int, rows: slice, student: Any, teachers: dict[str, Any]) -> Rows[Any]:
         """Some rows as objective k sees them: only the taker of shifts gets any."""
-        shift_N = self.shift_N[rows] if k == self.taker else torch.zeros_like(self.shift_N[rows])
-        return Rows(student, teachers, self.behaviour_logp_N[rows], shift_N, self.value_KN[k][rows])
+        advantage_offset_N = self.advantage_offset_N[rows] if k == self.taker else torch.zeros_like(self.advantage_offset_N[rows])
+        return Rows(student, teachers, self.behaviour_logp_N[rows], advantage_offset_N, self.value_KN[k][rows])
 
     def costs(self, rows: slice, student: Any, teachers: dict[str, Any], columns: Columns, log_variance: bool = False) -> Tensor:
         """The loss of some rows, with every objective's word; by-products go into the columns."""
-        loss = self.shift_N.new_zeros((), dtype=torch.float32)
+        loss = self.advantage_offset_N.new_zeros((), dtype=torch.float32)
         for k, objective in enumerate(self.objectives):
             coef_N = self.coef_KN[k]
             if coef_N is not None:
@@ -89,9 +89,9 @@ class Packed:
                 _outside(columns, rows, f"{k}", objective, view)
                 if log_variance:
                     _variance(columns, rows, f"{k}", objective, view)
-        heard = {"student": student, **{name: says for name, says in teachers.items() if name != "said"}}
-        for name, says in heard.items() if self.has_logp else ():
-            columns.put(f"logp {name}", rows, says.logp_N)
+        models = {"student": student, **{name: outputs for name, outputs in teachers.items() if name != "behaviour"}}
+        for name, outputs in models.items() if self.has_logp else ():
+            columns.put(f"logp {name}", rows, outputs.logp_N)
         return loss
 
 

@@ -16,7 +16,7 @@ from reflux.loss.group_values import group_values
 from reflux.loss.term import LossTerm
 from reflux.types import Attempt, Group, Rollout
 
-Normalise = str  # "kept" | "chosen" | "rollout_means"
+LossAggregation = str  # "token-mean-weighted" | "token-mean" | "seq-mean-token-mean"
 OverRanks = Callable[[np.ndarray], np.ndarray]
 
 
@@ -28,7 +28,7 @@ class Item:
     attempt: Attempt
     rollout: Rollout
     rows_N: np.ndarray  # kept positions, rising
-    shift_N: np.ndarray
+    advantage_offset_N: np.ndarray
     coef_KN: tuple[np.ndarray | None, ...]
     value_K: tuple[float, ...]
 
@@ -52,7 +52,7 @@ def present(attempt: Attempt, objective: LossTerm) -> bool:
     if objective.coef == 0:
         return False  # 0 times an infinite cost is no number
     if objective.teacher is None:
-        return not objective.takes_shift or bool(attempt.shift_T.any())
+        return not objective.takes_advantage_offset or bool(attempt.advantage_offset_T.any())
     return attempt.target(objective.teacher) is not None
 
 
@@ -61,7 +61,9 @@ def one_rank(counts_C: np.ndarray) -> np.ndarray:
     return counts_C
 
 
-def plan(groups: Iterable[Group], objectives: Sequence[LossTerm], normalise: Normalise, over_ranks: OverRanks = one_rank) -> list[Item]:
+def plan(
+    groups: Iterable[Group], objectives: Sequence[LossTerm], loss_aggregation: LossAggregation, over_ranks: OverRanks = one_rank
+) -> list[Item]:
     """Items of all attempts with something to learn from, their coefficients coef * w_n * c_n and group values filled in.
 
     Where several ranks share a batch, whole groups each, `over_ranks` adds up an array of counts over them (an all-reduce; every rank calls
@@ -71,8 +73,8 @@ def plan(groups: Iterable[Group], objectives: Sequence[LossTerm], normalise: Nor
     values = [_values(groups, objective) for objective in objectives]
     attempts = [attempt for group in groups for attempt in group if attempt.rollout.finish != "error"]
     weights = [attempt.weight_T for attempt in attempts]
-    counts_C = over_ranks(np.array([_count(attempts, weights, objective, normalise) for objective in objectives], dtype=np.int64))
-    scales = [_scales(attempts, int(count), normalise) for count in counts_C]
+    counts_C = over_ranks(np.array([_count(attempts, weights, objective, loss_aggregation) for objective in objectives], dtype=np.int64))
+    scales = [_scales(attempts, int(count), loss_aggregation) for count in counts_C]
     items = []
     for i, (attempt, weight_T) in enumerate(zip(attempts, weights, strict=True)):
         rows_N = np.flatnonzero(weight_T)
@@ -82,7 +84,7 @@ def plan(groups: Iterable[Group], objectives: Sequence[LossTerm], normalise: Nor
         )
         if len(rows_N) and any(coef_N is not None for coef_N in coef_KN):
             value_K = tuple(found.get(id(attempt), 0.0) for found in values)
-            items.append(Item(attempt, attempt.rollout, rows_N, attempt.shift_T[rows_N], coef_KN, value_K))
+            items.append(Item(attempt, attempt.rollout, rows_N, attempt.advantage_offset_T[rows_N], coef_KN, value_K))
     return items
 
 
@@ -108,19 +110,19 @@ def _rewards(attempt: Attempt, teacher: str) -> np.ndarray | None:
     return None if ratio_T is None else ratio_T[attempt.rollout.mask_T]
 
 
-def _count(attempts: list[Attempt], weights: list[np.ndarray], objective: LossTerm, normalise: Normalise) -> int:
-    """What the denominator counts: positions kept or chosen; under rollout_means, attempts with a chosen position."""
+def _count(attempts: list[Attempt], weights: list[np.ndarray], objective: LossTerm, loss_aggregation: LossAggregation) -> int:
+    """What the denominator counts: positions kept or chosen; under seq-mean-token-mean, attempts with a chosen position."""
     chosen = [int(attempt.rollout.mask_T.sum()) for attempt in attempts]
-    if normalise == "rollout_means":
+    if loss_aggregation == "seq-mean-token-mean":
         return sum(count > 0 for count in chosen)
-    if normalise == "chosen":
+    if loss_aggregation == "token-mean":
         return sum(chosen)
     return sum(int(np.count_nonzero(w)) for attempt, w in zip(attempts, weights, strict=True) if present(attempt, objective))
 
 
-def _scales(attempts: list[Attempt], count: int, normalise: Normalise) -> list[float]:
-    """c per attempt: 1 / N, N = positions kept or chosen in the whole batch; or 1 / (R * T_i) under rollout_means."""
-    if normalise != "rollout_means":
+def _scales(attempts: list[Attempt], count: int, loss_aggregation: LossAggregation) -> list[float]:
+    """c per attempt: 1 / N, N = positions kept or chosen in the whole batch; or 1 / (R * T_i) under seq-mean-token-mean."""
+    if loss_aggregation != "seq-mean-token-mean":
         return [1.0 / count if count else 0.0] * len(attempts)
     chosen = [int(attempt.rollout.mask_T.sum()) for attempt in attempts]
     return [1.0 / (count * own) if own else 0.0 for own in chosen]
@@ -128,7 +130,7 @@ def _scales(attempts: list[Attempt], count: int, normalise: Normalise) -> list[f
 
 def signature(item: Item) -> tuple[object, ...]:
     """Items of one micro-batch have targets of one kind from one head, so a row needs no case distinction."""
-    targets = ((name, item.attempt.target(name)) for name in sorted((*item.attempt.answers, "said")))
+    targets = ((name, item.attempt.target(name)) for name in sorted((*item.attempt.answers, "behaviour")))
     kinds = ((name, None if target is None else target.signature) for name, target in targets)
     return (*kinds, *(coef_N is None for coef_N in item.coef_KN))
 

@@ -177,7 +177,7 @@ def _check_ids(ids_NK: Tensor, vocabulary: int, repeated_NK: Tensor | None) -> N
     if outside | twice | lost:  # one synchronisation
         what = f"lie in 0..{vocabulary - 1}" if outside else "not repeat within a row without a mark: the mass would count twice"
         raise ValueError(
-            f"the listed ids must {what if outside | twice else 'stand in the row once without a mark: the mass would be lost'}"
+            f"the listed ids must {what if outside | twice else 'stand in the row shared_cache without a mark: the mass would be lost'}"
         )
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reflux.loss.aggregate import Packed, Result, result_of
+from reflux.loss.aggregate import MicroBatch, Result, result_of
 from reflux.loss.batch import Item
 from reflux.loss.columns import Columns
-from reflux.loss.flow_outputs import VelocitySays
+from reflux.loss.flow_outputs import VelocityOutputs
 from reflux.loss.term import LossTerm
 from reflux.samplers.flow import prompt_text
 from reflux.types import FlowRollout
@@ -25,7 +25,7 @@ def flow_of(item: Item) -> FlowRollout:
     return item.rollout
 
 
-class StepBatch(Packed):
+class FlowMicroBatch(MicroBatch):
     """N denoising steps on the device, with every constant they need. All have the same guidance; all were drawn, or none."""
 
     def __init__(self, items: list[Item], objectives: Sequence[LossTerm], device: torch.device):
@@ -38,16 +38,16 @@ class StepBatch(Packed):
         self.t_N = self.column(lambda item: flow_of(item).t_S[item.rows_N])
         self.dt_N = self.column(lambda item: np.diff(flow_of(item).t_S)[item.rows_N])
         self.noise_level_N = self.column(lambda item: np.full(len(item.rows_N), flow_of(item).noise_level, dtype=np.float32))
-        self.teachers = {name: self.says(self.target_rows(name)[1]["v_ND"]) for name in sorted(self.heard())}
+        self.teachers = {name: self.outputs(self.target_rows(name)[1]["v_ND"]) for name in sorted(self.objective_teachers())}
 
-    def says(self, v_ND: Tensor) -> VelocitySays:
-        return VelocitySays(v_ND, self.x_ND, self.next_ND, self.t_N, self.dt_N, self.noise_level_N)
+    def outputs(self, v_ND: Tensor) -> VelocityOutputs:
+        return VelocityOutputs(v_ND, self.x_ND, self.next_ND, self.t_N, self.dt_N, self.noise_level_N)
 
 
-def backward(batch: StepBatch, v_ND: Tensor) -> Result:
+def backward(batch: FlowMicroBatch, v_ND: Tensor) -> Result:
     """Costs of every objective where the student says v_ND, times their coefficients, driven backward."""
     columns = Columns(len(v_ND))
-    student = batch.says(v_ND)
+    student = batch.outputs(v_ND)
     loss = batch.costs(slice(None), student, batch.teachers, columns)
     if "main" in batch.teachers and batch.has_logp:
         columns.put("kl", slice(None), student.kl(batch.teachers["main"]))
@@ -75,4 +75,4 @@ def pieces(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
 
 def _cut(item: Item, rows: slice) -> Item:
     coef_KN: tuple[Any, ...] = tuple(None if coef_N is None else coef_N[rows] for coef_N in item.coef_KN)
-    return replace(item, rows_N=item.rows_N[rows], shift_N=item.shift_N[rows], coef_KN=coef_KN)
+    return replace(item, rows_N=item.rows_N[rows], advantage_offset_N=item.advantage_offset_N[rows], coef_KN=coef_KN)

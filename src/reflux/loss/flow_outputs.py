@@ -1,4 +1,4 @@
-"""What a flow model says at N denoising steps; the counterpart of `says.py`."""
+"""What a flow model says at N denoising steps; the counterpart of `outputs.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reflux.models.flow.sde import kl_weight, step_logp, step_moments, wide
 
 
 @dataclass
-class VelocitySays:
+class VelocityOutputs:
     """A model's velocity at the states of N denoising steps that were drawn. Everything but the velocity is a constant."""
 
     v_ND: Tensor
@@ -32,12 +32,12 @@ class VelocitySays:
             mean_ND, std_N1 = step_moments(self.x_ND, self.v_ND, *(column_N[:, None] for column_N in self._step()))
             return step_logp(self.next_ND, mean_ND, std_N1)
 
-    def gap(self, teacher: VelocitySays) -> Tensor:
+    def gap(self, teacher: VelocityOutputs) -> Tensor:
         """v - v_teacher, [N, D], differentiable in this model only; in float32 or wider."""
         return wide(self.v_ND) - wide(teacher.v_ND.detach())
 
     @torch.no_grad()
-    def kl(self, teacher: VelocitySays) -> Tensor:
+    def kl(self, teacher: VelocityOutputs) -> Tensor:
         """KL(this || teacher), nats [N], >= 0, detached; what `velocity_kl` costs, for records."""
         return kl_weight(*self._step()) * self.gap(teacher).square().sum(-1)
 

@@ -15,7 +15,7 @@ from reflux.kernels.head import Head
 from reflux.kernels.row_pass import row_pass
 from reflux.loss.call import check_call
 from reflux.loss.columns import Columns
-from reflux.loss.outputs import FullSays
+from reflux.loss.outputs import FullLogits
 from reflux.loss.term import LossTerm, Rows
 
 
@@ -43,7 +43,7 @@ def linear_divergence(
     objective: LossTerm | None = None,
     *,
     behaviour_logp_N: Tensor | None = None,
-    shift_N: Tensor | None = None,
+    advantage_offset_N: Tensor | None = None,
     top_k: int = 0,
 ) -> Answer:
     """sum_n coef_n cost_n of an objective (default: the exact reverse KL) over N positions, and what the same pass knows besides.
@@ -52,25 +52,25 @@ def linear_divergence(
     left out); the sizes H and G may differ. ids_N: the token sampled NEXT at each row, in 0..V-1, for sampled objectives and by-products.
     Heads: `Head.of_net(model, len(tokenizer))` for a transformers model (its scaling and soft cap included), or
     `Head.of(weight_VH)` for a matrix; both must speak of the same V tokens. coef_N: weights and 1 / N. behaviour_logp_N (default:
-    the student's own of now) and shift_N (default 0) are for objectives that use them. top_k: how many of the student's likeliest tokens
+    the student's own of now) and advantage_offset_N (default 0) are for objectives that use them. top_k: how many of the student's likeliest tokens
     the answer lists.
 
     Gradients go to student_NH and the student's head, in the types of both, and are made in the pass that makes the loss: backward works
     once, and a factor on `loss` is applied too. A row of coefficient 0 gives exactly zero gradient. Group baselines want whole groups:
-    pass shift_N = -value with baseline "none" instead. Memory above inputs and gradients is bounded by `kernels.budget`, whatever N and V.
+    pass advantage_offset_N = -value with baseline "none" instead. Memory above inputs and gradients is bounded by `kernels.budget`, whatever N and V.
     ValueError where shapes, ids or vocabularies do not match.
     """
-    by_row = {"ids_N": ids_N, "coef_N": coef_N, "behaviour_logp_N": behaviour_logp_N, "shift_N": shift_N}
+    by_row = {"ids_N": ids_N, "coef_N": coef_N, "behaviour_logp_N": behaviour_logp_N, "advantage_offset_N": advantage_offset_N}
     check_call(student_NH, student_head, teacher_NG, teacher_head, by_row, objective, top_k)
     term: LossTerm = part("objectives", "divergence")() if objective is None else objective
     columns, top_k = Columns(len(ids_N)), min(top_k, student_head.vocabulary)
-    pushed_N = torch.zeros_like(coef_N) if shift_N is None else shift_N
+    pushed_N = torch.zeros_like(coef_N) if advantage_offset_N is None else advantage_offset_N
 
     def row_loss(rows: slice, logits_NV: Tensor, constants: list[Tensor]) -> Tensor:
-        student, teacher = FullSays(logits_NV, ids_N[rows]), FullSays(constants[0], ids_N[rows])
+        student, teacher = FullLogits(logits_NV, ids_N[rows]), FullLogits(constants[0], ids_N[rows])
         behaviour_N = student.logp_N.detach() if behaviour_logp_N is None else behaviour_logp_N[rows]
         view = Rows(student, {term.teacher or "main": teacher}, behaviour_N, pushed_N[rows])
-        cost_N = _loud(term, view, coef_N[rows])
+        cost_N = _nonzero(term, view, coef_N[rows])
         _note(columns, rows, cost_N, student, teacher, top_k)
         return (coef_N[rows] * cost_N).sum()
 
@@ -81,21 +81,23 @@ def linear_divergence(
     return Answer(loss, **columns)
 
 
-def _loud(objective: LossTerm, rows: Rows[FullSays], coef_N: Tensor) -> Tensor:
+def _nonzero(objective: LossTerm, rows: Rows[FullLogits], coef_N: Tensor) -> Tensor:
     """cost_N, exactly 0 with no gradient where the coefficient is 0: an infinite cost must stay silent there (0 * inf is no number)."""
     if bool((coef_N != 0).all()):
         return objective(rows)
-    loud_M = coef_N.nonzero()[:, 0]
-    ids_M = rows.student.ids_N[loud_M]
-    said = {name: FullSays(says.logits_NV[loud_M], ids_M) for name, says in rows.teachers.items() if isinstance(says, FullSays)}
-    student = FullSays(rows.student.logits_NV[loud_M], ids_M)
-    view = Rows(student, {**said}, rows.behaviour_logp_N[loud_M], rows.shift_N[loud_M])
+    nonzero_M = coef_N.nonzero()[:, 0]
+    ids_M = rows.student.ids_N[nonzero_M]
+    said = {
+        name: FullLogits(outputs.logits_NV[nonzero_M], ids_M) for name, outputs in rows.teachers.items() if isinstance(outputs, FullLogits)
+    }
+    student = FullLogits(rows.student.logits_NV[nonzero_M], ids_M)
+    view = Rows(student, {**said}, rows.behaviour_logp_N[nonzero_M], rows.advantage_offset_N[nonzero_M])
     cost_M = objective(view)
-    return torch.zeros_like(coef_N, dtype=cost_M.dtype).index_put((loud_M,), cost_M)
+    return torch.zeros_like(coef_N, dtype=cost_M.dtype).index_put((nonzero_M,), cost_M)
 
 
 @torch.no_grad()
-def _note(columns: Columns, rows: slice, cost_N: Tensor, student: FullSays, teacher: FullSays, top_k: int) -> None:
+def _note(columns: Columns, rows: slice, cost_N: Tensor, student: FullLogits, teacher: FullLogits, top_k: int) -> None:
     ids_NK = student.logits_NV.topk(top_k, dim=-1).indices
     said = {"cost_N": cost_N, "logp_N": student.logp_N, "teacher_logp_N": teacher.logp_N, "kl_N": student.kl(teacher)}
     said |= {"entropy_N": student.entropy(), "top_ids_NK": ids_NK, "top_logp_NK": student.at(ids_NK)}

@@ -1,8 +1,8 @@
 """What a model says at N rows, in one of three classes that match the targets of `types.py`; each answers what it can:
 
 logp_N            log-prob of the sampled token                         all three
-ids_NK, logp_NK   listed ids and their log-probs                        ListedSays
-everything else   see there                                             FullSays
+ids_NK, logp_NK   listed ids and their log-probs                        TopKLogprobs
+everything else   see there                                             FullLogits
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _FAR = -1e4  # log-prob of what is never said, where its product with a probabil
 
 
 @dataclass
-class SampledSays:
+class SampledLogprobs:
     """Only the sampled token's log-prob is known."""
 
     logp_N: Tensor
 
 
 @dataclass
-class ListedSays:
+class TopKLogprobs:
     """K listed ids per row, the sampled token's log-prob, and one tail bucket for the rest."""
 
     ids_NK: Tensor
@@ -38,7 +38,7 @@ class ListedSays:
     logp_N: Tensor
 
 
-class FullSays:
+class FullLogits:
     """The whole distribution, from logits of any float type; log-probs are at least float32, made once and shared by all objectives.
 
     On a GPU the sums over the vocabulary are fused passes over the logits (`kernels.triton_divergence`), and the table `logp_NV` is made
@@ -49,7 +49,7 @@ class FullSays:
         self.logits_NV = logits_NV
         self.ids_N = ids_N
         self.fused = fused.usable(logits_NV)
-        self._kl: dict[int, tuple[FullSays, Tensor]] = {}  # by the other's id; with the other, so that no id is given twice
+        self._kl: dict[int, tuple[FullLogits, Tensor]] = {}  # by the other's id; with the other, so that no id is given twice
 
     @cached_property
     def logp_NV(self) -> Tensor:
@@ -84,7 +84,7 @@ class FullSays:
             return fused.with_tail(self.logits_NV, ids_NK, self.lse_N)
         return with_tail(self.logp_NV, ids_NK, check=False)
 
-    def divergence(self, teacher: FullSays, kind: str, weight: float | None = None) -> Tensor:
+    def divergence(self, teacher: FullLogits, kind: str, weight: float | None = None) -> Tensor:
         """A function of `DIVERGENCES` over the whole vocabulary, nats [N], differentiable in this model only. weight: its beta or alpha."""
         if self.fused:
             return fused.divergence(self.logits_NV, teacher.logits_NV, kind, weight, self.lse_N, teacher.lse_N)
@@ -92,13 +92,13 @@ class FullSays:
         return DIVERGENCES[kind](self.logp_NV, teacher.logp_NV.detach(), *given)
 
     @torch.no_grad()
-    def kl(self, teacher: FullSays) -> Tensor:
+    def kl(self, teacher: FullLogits) -> Tensor:
         """KL(this || teacher), nats [N], >= 0, detached; made once for a baseline, its variance and the records."""
         if id(teacher) not in self._kl:
             self._kl[id(teacher)] = (teacher, self._make_kl(teacher))
         return self._kl[id(teacher)][1]
 
-    def _make_kl(self, teacher: FullSays) -> Tensor:
+    def _make_kl(self, teacher: FullLogits) -> Tensor:
         if self.fused:
             kl_N, _ = fused.summary(self.logits_NV, teacher.logits_NV, self.lse_N, teacher.lse_N)
             assert kl_N is not None
@@ -113,4 +113,4 @@ class FullSays:
         return -torch.linalg.vecdot(self.logp_NV.exp(), self.logp_NV.clamp_min(_FAR))
 
 
-Says = SampledSays | ListedSays | FullSays
+Outputs = SampledLogprobs | TopKLogprobs | FullLogits

@@ -10,21 +10,21 @@ from reflux.metrics.values import Stats
 
 if TYPE_CHECKING:
     from reflux.loss.term import LossTerm
-    from reflux.types import Attempt, Group, Moment, StepRecord
+    from reflux.types import Attempt, Group, StepContext, StepRecord
 
 
 @dataclass(frozen=True)
 class StepRequest:
     """The batch of one optimiser step, with all that its loss depends on: a learner knows no run.
 
-    groups: targets and shares are known. normalise: what the loss divides by (`RunConfig.normalise`). log_variance: also compute the
+    groups: targets and shares are known. loss_aggregation: what the loss divides by (`RunConfig.loss_aggregation`). log_variance: also compute the
     closed-form variance of the sampled gradient.
     """
 
     groups: Sequence[Group]
     objectives: Sequence[LossTerm]
-    moment: Moment
-    normalise: str = "kept"
+    step_context: StepContext
+    loss_aggregation: str = "token-mean-weighted"
     log_variance: bool = False
 
     @property

@@ -43,8 +43,8 @@ class _Known:
         """What is known at some positions, by name, on the host: what a micro-batch packs."""
         return {"logp_N": _rows(self.logp_T, rows_N)}
 
-    def says(self, columns: Mapping[str, Tensor]) -> Any:
-        """What objectives make of such rows (`objectives.says`). ValueError where a head, or a state of a flow, has to come in first."""
+    def outputs(self, columns: Mapping[str, Tensor]) -> Any:
+        """What objectives make of such rows (`loss.outputs`). ValueError where a head, or a state of a flow, has to come in first."""
         raise ValueError(f"the rows of a {type(self).__name__} say nothing by themselves")
 
     def sampled_logp_T(self, rollout: Rollout, heads: Heads) -> np.ndarray | None:
@@ -73,10 +73,10 @@ class SampledTarget(_Known):
     teacher: str
     logp_T: np.ndarray
 
-    def says(self, columns: Mapping[str, Tensor]) -> Any:
-        from reflux.loss.outputs import SampledSays
+    def outputs(self, columns: Mapping[str, Tensor]) -> Any:
+        from reflux.loss.outputs import SampledLogprobs
 
-        return SampledSays(**columns)
+        return SampledLogprobs(**columns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,10 +96,10 @@ class TopKTarget(_Known):
         columns = {"logp_N": self.logp_T, "ids_NK": self.ids_TK, "logp_NK": self.logp_TK}
         return {name: _rows(column, rows_N) for name, column in columns.items()}
 
-    def says(self, columns: Mapping[str, Tensor]) -> Any:
-        from reflux.loss.outputs import ListedSays
+    def outputs(self, columns: Mapping[str, Tensor]) -> Any:
+        from reflux.loss.outputs import TopKLogprobs
 
-        return ListedSays(**columns)
+        return TopKLogprobs(**columns)
 
     def logp_at(self, ids_TK: np.ndarray, heads: Heads) -> np.ndarray:
         size = 1 + max(int(ids.max(initial=0)) for ids in (ids_TK, self.ids_TK))

@@ -16,21 +16,21 @@ Student = TypeVar("Student")
 class Rows(Generic[Student]):
     """N packed positions of one chunk. Everything but `student` is a constant; gradients flow through `student` alone.
 
-    Of texts, models say one of the three classes in `says.py`, and the student FullSays; of flows, `flow_says.VelocitySays`.
+    Of texts, models say one of the three classes in `outputs.py`, and the student FullLogits; of flows, `loss/flow_outputs.VelocityOutputs`.
     """
 
     student: Student
     teachers: dict[str, Any]  # by teacher name; "said" is the student as it acted
     # Recorded when sampled, under the distribution that was sampled from: its temperature and top-p are in it.
     behaviour_logp_N: Tensor
-    shift_N: Tensor
+    advantage_offset_N: Tensor
     group_value_N: Tensor | None = None  # what a group baseline subtracts; made by batch.py before any split
 
 
 class LossTerm(Protocol):
     """The members of an objective that the loss uses. `objectives.base.Objective` adds what a recipe says and what checks ask."""
 
-    takes_shift: ClassVar[bool]
+    takes_advantage_offset: ClassVar[bool]
 
     @property
     def teacher(self) -> str | None:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from reflux.kernels.head import Head
 from reflux.kernels.row_pass import Constant, row_pass
-from reflux.loss.aggregate import Packed, Result, result_of
+from reflux.loss.aggregate import MicroBatch, Result, result_of
 from reflux.loss.batch import Item
 from reflux.loss.columns import Columns
-from reflux.loss.outputs import FullSays, Says
+from reflux.loss.outputs import FullLogits, Outputs
 from reflux.loss.term import LossTerm
 from reflux.models.heads import Heads
 from reflux.types import TokenRollout
@@ -25,7 +25,7 @@ def text_of(item: Item) -> TokenRollout:
     return item.rollout
 
 
-class MicroBatch(Packed):
+class TokenMicroBatch(MicroBatch):
     """Items on the device: the trunk's inputs, and every constant a row needs."""
 
     def __init__(self, items: list[Item], objectives: Sequence[LossTerm], device: torch.device, heads: Heads, pad_id: int = 0):
@@ -33,7 +33,7 @@ class MicroBatch(Packed):
         self.heads = heads
         self.ids_BL, self.rows_N = self._inputs(pad_id)
         self.tokens_N = self.column(lambda item: text_of(item).tokens_T[item.rows_N])
-        self.teachers = {name: self.target_rows(name) for name in sorted(self.heard())}
+        self.teachers = {name: self.target_rows(name) for name in sorted(self.objective_teachers())}
 
     def _inputs(self, pad_id: int) -> tuple[Tensor, Tensor]:
         """Right-padded ids [B, L] and the flat index of the state that predicts each kept position."""
@@ -52,13 +52,13 @@ class MicroBatch(Packed):
         found = {name: (target.head_key, columns) for name, (target, columns) in self.teachers.items()}
         return {name: (columns["h_NH"], self.heads[key]) for name, (key, columns) in found.items() if key is not None}
 
-    def listed(self, name: str, rows: slice) -> Says:
+    def listed(self, name: str, rows: slice) -> Outputs:
         """What a teacher said at some rows, where that is all there is."""
         target, columns = self.teachers[name]
-        return target.says({column: values[rows] for column, values in columns.items()})
+        return target.outputs({column: values[rows] for column, values in columns.items()})
 
 
-def backward(batch: MicroBatch, h_NH: Tensor, head: Head, log_variance: bool = False) -> Result:
+def backward(batch: TokenMicroBatch, h_NH: Tensor, head: Head, log_variance: bool = False) -> Result:
     """Costs of every objective at the rows h_NH, times their coefficients, driven backward."""
     constants = batch.constants()
     columns = Columns(len(h_NH))
@@ -66,8 +66,8 @@ def backward(batch: MicroBatch, h_NH: Tensor, head: Head, log_variance: bool = F
     def row_loss(rows: slice, logits_NV: Tensor, tables: list[Tensor]) -> Tensor:
         full = dict(zip(constants, tables, strict=True))
         tokens_N = batch.tokens_N[rows]
-        teachers = {name: FullSays(full[name], tokens_N) if name in full else batch.listed(name, rows) for name in batch.teachers}
-        student = FullSays(logits_NV, tokens_N)
+        teachers = {name: FullLogits(full[name], tokens_N) if name in full else batch.listed(name, rows) for name in batch.teachers}
+        student = FullLogits(logits_NV, tokens_N)
         loss = batch.costs(rows, student, teachers, columns, log_variance)
         _record_kl(columns, rows, student, teachers.get("main"))
         return loss
@@ -78,7 +78,7 @@ def backward(batch: MicroBatch, h_NH: Tensor, head: Head, log_variance: bool = F
 
 
 @torch.no_grad()
-def _record_kl(columns: Columns, rows: slice, student: FullSays, main: Says | None) -> None:
+def _record_kl(columns: Columns, rows: slice, student: FullLogits, main: Outputs | None) -> None:
     """Exact where both distributions are known, else the log-ratio of the sampled token."""
     if main is not None:
-        columns.put("kl", rows, student.kl(main) if isinstance(main, FullSays) else student.logp_N - main.logp_N)
+        columns.put("kl", rows, student.kl(main) if isinstance(main, FullLogits) else student.logp_N - main.logp_N)

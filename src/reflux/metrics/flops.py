@@ -19,7 +19,7 @@ TOKENS = ("tokens_sampled", "tokens_scored", "tokens_discarded")  # in metrics.j
 
 @dataclass(frozen=True)
 class Work:
-    """What attempts cost until a learner gets them. `drawn` and `taught` are positions by teacher table."""
+    """What attempts cost until a learner gets them. `teacher_samples` and `taught` are positions by teacher table."""
 
     sampled: int = 0  # positions that the student chose
     acted: int = 0  # positions that the student ran forward to choose them

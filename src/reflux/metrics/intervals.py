@@ -40,8 +40,8 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int, resamples: i
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.ndim != 1 or not len(numbers):
         raise ValueError(f"bootstrap_mean needs one number per problem, got shape {numbers.shape}")
-    dice = np.random.default_rng(seed)
-    means = [numbers[dice.integers(len(numbers), size=len(numbers))].mean() for _ in range(resamples)]
+    rng = np.random.default_rng(seed)
+    means = [numbers[rng.integers(len(numbers), size=len(numbers))].mean() for _ in range(resamples)]
     low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(low), float(high)
 

@@ -12,7 +12,7 @@ from reflux.metrics.flops import Ran, Work, flops
 from reflux.metrics.teacher_distance import generated_kl, trained_kl
 from reflux.metrics.values import Mean, Stats, merge
 from reflux.runtime.timers import Clock
-from reflux.types import Attempt, Finish, Group, Share
+from reflux.types import Attempt, Credit, Finish, Group
 
 if TYPE_CHECKING:
     from reflux.metrics.flops import Spent
@@ -34,13 +34,13 @@ def step_metrics(
 
     stats, ran: the learner's numbers and positions. version: of the policy that consumed these attempts. tables: of teachers,
     and the name each answers by. teacher_macs: multiply-accumulates of a position, by table. discarded: what was computed for
-    attempts of this step that were drawn again. scored: what an accelerator's scorings cost since the last step, None without one.
+    attempts of this step that were drawn again. scored: what extrapolation's scorings cost since the last step, None without one.
     on_policy: the student sampled the attempts itself.
     """
     attempts = [attempt for group in groups for attempt in group]
     live = [attempt for attempt in attempts if attempt.rollout.finish != "error"]
     values = {name: metric.value for name, metric in stats.items()}
-    lags = [version - attempt.rollout.version for attempt in live]
+    stalenesses = [version - attempt.rollout.version for attempt in live]
     work = Work.of(attempts)
     by_table = _asked(live, tables)
     everything = work + discarded + (scored.work if scored else Work())
@@ -50,8 +50,8 @@ def step_metrics(
         **({} if kl is None else {"kl_nats": kl}),
         **{name: value for name, value in values.items() if name not in ("loss", "tokens_trained", "updates")},
         "updates": int(values.get("updates") or 0),
-        "lag_mean": Mean.of(lags).value,
-        "lag_max": max(lags, default=None),
+        "staleness_mean": Mean.of(stalenesses).value,
+        "staleness_max": max(stalenesses, default=None),
         "tokens_sampled": work.sampled,
         "tokens_trained": int(values.get("tokens_trained") or 0),
         **({"tokens_scored": scored.sampled, "tokens_discarded": discarded.sampled} if scored else {}),
@@ -59,7 +59,7 @@ def step_metrics(
         "truncated": Mean.of([a.rollout.finish == "length" for a in live]).value,
         "finishes": {finish: sum(a.rollout.finish == finish for a in attempts) for finish in get_args(Finish)},
         "errors": len(attempts) - len(live),
-        "silent": _silent(live, tables),
+        "without_target": _without_target(live, tables),
         "asked": {table: len(heard) for table, heard in by_table.items()},
         "answer_errors": _answer_errors(live, tables),
         "kl_nats_trained_by_table": {table: trained_kl(heard, tables[table]).value for table, heard in by_table.items()},
@@ -73,7 +73,7 @@ def step_metrics(
     }
 
 
-def _silent(attempts: list[Attempt], tables: Mapping[str, str]) -> dict[str, int]:
+def _without_target(attempts: list[Attempt], tables: Mapping[str, str]) -> dict[str, int]:
     """Attempts each teacher name said nothing about."""
     return {name: sum(attempt.target(name) is None for attempt in attempts) for name in sorted(set(tables.values()))}
 
@@ -104,15 +104,15 @@ def _credit(attempts: list[Attempt]) -> dict[str, dict[str, float | None]]:
     """Per rule: mean factor and shift over chosen positions, and its notes merged over the attempts that have them."""
     said: dict[str, list[Stats]] = {}
     for attempt in attempts:
-        for name, share in attempt.shares.items():
+        for name, share in attempt.credits.items():
             said.setdefault(name, []).append(_share(share, attempt.rollout.mask_T))
     return {name: {key: metric.value for key, metric in sorted(merge(found).items())} for name, found in said.items()}
 
 
-def _share(share: Share, mask_T: np.ndarray) -> Stats:
+def _share(share: Credit, mask_T: np.ndarray) -> Stats:
     return {
-        "factor_mean": Mean.of(np.broadcast_to(share.factor_T, mask_T.shape)[mask_T]),
-        "shift_mean": Mean.of(np.broadcast_to(share.shift_T, mask_T.shape)[mask_T]),
+        "weight_mean": Mean.of(np.broadcast_to(share.weight_T, mask_T.shape)[mask_T]),
+        "advantage_offset_mean": Mean.of(np.broadcast_to(share.advantage_offset_T, mask_T.shape)[mask_T]),
         **{key: Mean(note, 1) if isinstance(note, float | int) else note for key, note in share.notes.items()},
     }
 

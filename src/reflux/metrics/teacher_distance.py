@@ -15,7 +15,7 @@ def generated_kl(attempts: Sequence[Attempt], teacher: str) -> Mean:
     """Reverse KL of the student that acted to `teacher`, nats, over all positions that it generated, whatever they weigh.
 
     Of a text the mean of log p(a) - log q(a) over the sampled tokens, p being the distribution that was sampled from: unbiased, and noisy
-    where the exact one is not. Of a picture exact, step by step. Attempts the teacher did not answer are left out. Nothing is counted
+    where the exact one is not. Of an image exact, step by step. Attempts the teacher did not answer are left out. Nothing is counted
     (value None) where a position of an answered attempt has no such number yet: a mean of the others would be one of other positions.
     """
     gaps: list[np.ndarray] = []
@@ -40,8 +40,8 @@ def _known_gap_T(attempt: Attempt, teacher: str) -> np.ndarray | None:
     """KL at each position, float64; None where a position that the student chose has none."""
     target = attempt.target(teacher)
     if isinstance(target, VelocityTarget):
-        said = attempt.rollout.said
-        gap = None if said is None else said.kl_T(target, attempt.rollout, Heads())
+        behaviour = attempt.rollout.behaviour
+        gap = None if behaviour is None else behaviour.kl_T(target, attempt.rollout, Heads())
         return gap if gap is not None else _recorded_kl_T(attempt, teacher)
     teacher_T = teacher_logp_T(attempt, teacher)
     if teacher_T is None or np.isnan(teacher_T[attempt.rollout.mask_T]).any():
@@ -58,7 +58,7 @@ def _recorded_kl_T(attempt: Attempt, teacher: str) -> np.ndarray | None:
 def teacher_logp_T(attempt: Attempt, teacher: str) -> np.ndarray | None:
     """The teacher's log-probs of what was chosen, nats: what its answer holds, else what the step computed, NaN where neither does.
 
-    None where there are none at all, as of a picture whose answer holds velocities.
+    None where there are none at all, as of an image whose answer holds velocities.
     """
     target = attempt.target(teacher)
     recorded_T = attempt.learned.logp.get(teacher) if attempt.learned else None

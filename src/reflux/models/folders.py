@@ -14,12 +14,12 @@ _MODEL_INDEX, _CONFIG = "model_index.json", "config.json"
 
 
 def look_for_text(model: str, where: str) -> None:
-    """ModelError where there is no such folder, or a model of pictures in it."""
+    """ModelError where there is no such folder, or a model of images in it."""
     folder = Path(locate(model, where))
     if folder.is_dir() and not (folder / _CONFIG).is_file():
         raise ModelError(
             f"{where}: {model} is no model of texts: its folder has a {_MODEL_INDEX} and no {_CONFIG}. Give a folder in Hugging Face "
-            f'format, or, to draw pictures, kind = "flow".'
+            f'format, or, to draw images, kind = "flow".'
         )
 
 

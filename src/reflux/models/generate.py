@@ -14,7 +14,7 @@ from reflux.models.kv_cache import roomy_cache
 from reflux.models.rng import gumbel
 from reflux.models.text import Model
 from reflux.models.turns import Turn, TurnRequest
-from reflux.types import Draw
+from reflux.types import SamplingParams
 
 _CROWDED = 0.85  # dropping finished rows copies the cache, so it is done once this share or less still writes
 _STOP_TOKENS = 64  # the last so many tokens are decoded to look for a stop string
@@ -26,12 +26,12 @@ def decode(model: Model, asks: Sequence[TurnRequest], version: int, decoder: Cpu
 
     decoder: the model's own short cut for one more token a row, where it has one.
     """
-    draw, said_k = asks[0].draw, asks[0].top_k
+    draw, behaviour_k = asks[0].draw, asks[0].top_k
     rows, written = _Rows(model, asks, decoder), _Written(model, asks, draw)
     logits_BV = rows.read_prompts()
     position = 0
     while True:
-        picked = _pick(logits_BV, rows.keys_B, position, draw, said_k)
+        picked = _pick(logits_BV, rows.keys_B, position, draw, behaviour_k)
         going = written.add(rows.owners, picked)
         position += 1
         if not going:
@@ -45,7 +45,7 @@ def decode(model: Model, asks: Sequence[TurnRequest], version: int, decoder: Cpu
 class _Written:
     """What the rows have said so far. Every row that goes on has written one token a step, so they differ in nothing but their budgets."""
 
-    def __init__(self, model: Model, asks: Sequence[TurnRequest], draw: Draw):
+    def __init__(self, model: Model, asks: Sequence[TurnRequest], draw: SamplingParams):
         self.model, self.stop = model, draw.stop
         self.budgets, self.ends = np.asarray([ask.max_tokens for ask in asks]), np.asarray(model.end_ids)
         self.ended = np.zeros(len(asks), dtype=bool)
@@ -76,11 +76,11 @@ class _Written:
             np.split(torch.cat([picked[c][rows] for rows, _, picked in self.steps]).cpu().numpy()[order], cuts)
             for c in range(len(self.steps[0][2]))
         ]
-        said = list(zip(columns[3], columns[4], strict=True)) if len(columns) > 3 else [None] * len(self.over)
-        fields = zip(*columns[:3], said, self.ended.tolist(), strict=True)
+        behaviour = list(zip(columns[3], columns[4], strict=True)) if len(columns) > 3 else [None] * len(self.over)
+        fields = zip(*columns[:3], behaviour, self.ended.tolist(), strict=True)
         return [
-            Turn(ids.tolist(), logp_T, raw_T, said_TK, np.full(len(ids), version), "stop" if ended else "length")
-            for ids, logp_T, raw_T, said_TK, ended in fields
+            Turn(ids.tolist(), logp_T, raw_T, behaviour_TK, np.full(len(ids), version), "stop" if ended else "length")
+            for ids, logp_T, raw_T, behaviour_TK, ended in fields
         ]
 
 
@@ -143,7 +143,7 @@ class _Rows:
         return index
 
 
-def _pick(logits_BV: Tensor, keys_B: Tensor, position: int, draw: Draw, said_k: int) -> tuple[Tensor, ...]:
+def _pick(logits_BV: Tensor, keys_B: Tensor, position: int, draw: SamplingParams, behaviour_k: int) -> tuple[Tensor, ...]:
     """(tokens_B, logp_B, raw_B[, said ids_BK, said logp_BK]). Temperature 0 takes the likeliest token, and its logp is the raw one."""
     raw_BV = logits_BV.float().log_softmax(-1)
     logp_BV = _tempered(raw_BV, draw)
@@ -154,13 +154,13 @@ def _pick(logits_BV: Tensor, keys_B: Tensor, position: int, draw: Draw, said_k: 
         tokens_B = (logp_BV + gumbel(keys_B, position_B, raw_BV.shape[-1])).argmax(-1)
     chosen = tokens_B[:, None]
     picked = (tokens_B, logp_BV.gather(-1, chosen)[:, 0], raw_BV.gather(-1, chosen)[:, 0])
-    if said_k:
-        said = raw_BV.topk(min(said_k, raw_BV.shape[-1]))
-        picked += (said.indices, said.values)
+    if behaviour_k:
+        behaviour = raw_BV.topk(min(behaviour_k, raw_BV.shape[-1]))
+        picked += (behaviour.indices, behaviour.values)
     return picked
 
 
-def _tempered(raw_BV: Tensor, draw: Draw) -> Tensor:
+def _tempered(raw_BV: Tensor, draw: SamplingParams) -> Tensor:
     """Log-probs at the draw's temperature, cut to the smallest set that holds top_p, renormalised."""
     if draw.temperature in (0, 1) and draw.top_p == 1:
         return raw_BV

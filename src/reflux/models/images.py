@@ -1,4 +1,4 @@
-"""Pictures as they are kept and shown: uint8 arrays, [height, width] or [height, width, 3], to PNG and back."""
+"""Images as they are kept and shown: uint8 arrays, [height, width] or [height, width, 3], to PNG and back."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import io
 
 import numpy as np
 
-SIDE = 96  # pixels; a larger picture is kept as a thumbnail
-_LARGEST = 4096  # pixels a side that are read back: a small file may hold a picture that fills the memory
+SIDE = 96  # pixels; a larger image is kept as a thumbnail
+_LARGEST = 4096  # pixels a side that are read back: a small file may hold an image that fills the memory
 
 
-def png(picture: np.ndarray) -> bytes:
-    """The picture as a PNG file, without loss. ValueError for what is no picture: see the module."""
+def png(image: np.ndarray) -> bytes:
+    """The image as a PNG file, without loss. ValueError for what is no image: see the module."""
     from PIL import Image
 
-    _check(picture)
+    _check(image)
     file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(picture)).save(file, format="PNG")
+    Image.fromarray(np.ascontiguousarray(image)).save(file, format="PNG")
     return file.getvalue()
 
 
 def picture_of(data: bytes) -> np.ndarray:
-    """The picture in a PNG file, grey where it has one channel, else in colour (transparency is dropped).
+    """The image in a PNG file, grey where it has one channel, else in colour (transparency is dropped).
 
     ValueError for anything but a whole PNG of at most 4096 pixels a side.
     """
@@ -32,37 +32,37 @@ def picture_of(data: bytes) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             if max(image.size) > _LARGEST:
-                raise ValueError(f"a picture of {image.width} x {image.height} pixels is more than the {_LARGEST} a side that are read")
+                raise ValueError(f"an image of {image.width} x {image.height} pixels is more than the {_LARGEST} a side that are read")
             return np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"no PNG picture: {error}") from error
+        raise ValueError(f"no PNG image: {error}") from error
 
 
-def thumbnail(picture: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """At most `side` pixels a side, in the picture's proportions; a picture that fits stays as it is, bit for bit.
+def thumbnail(image: np.ndarray, side: int = SIDE) -> np.ndarray:
+    """At most `side` pixels a side, in the image's proportions; an image that fits stays as it is, bit for bit.
 
-    ValueError for what is no picture, or a side below 1.
+    ValueError for what is no image, or a side below 1.
     """
     from PIL import Image
 
-    _check(picture)
+    _check(image)
     if side < 1:
         raise ValueError(f"a thumbnail needs a side of at least 1 pixel, got {side}")
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     scale = side / max(height, width)
     if scale >= 1:
-        return picture
+        return image
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    return np.array(Image.fromarray(np.ascontiguousarray(picture)).resize(size, Image.Resampling.LANCZOS))
+    return np.array(Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.LANCZOS))
 
 
-def to_text(picture: np.ndarray, side: int = SIDE) -> str:
-    """The picture, or its thumbnail, as base64 of a PNG file: what a line of JSON can hold."""
-    return base64.b64encode(png(thumbnail(picture, side))).decode()
+def to_text(image: np.ndarray, side: int = SIDE) -> str:
+    """The image, or its thumbnail, as base64 of a PNG file: what a line of JSON can hold."""
+    return base64.b64encode(png(thumbnail(image, side))).decode()
 
 
 def from_text(text: str) -> np.ndarray:
-    """The picture of `to_text`. ValueError for what is not base64 of a PNG file."""
+    """The image of `to_text`. ValueError for what is not base64 of a PNG file."""
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -70,16 +70,14 @@ def from_text(text: str) -> np.ndarray:
     return picture_of(data)
 
 
-def as_letters(picture: np.ndarray, side: int = 32) -> list[str]:
-    """Lines of text that look like the picture on a dark terminal: two rows of pixels a line, a pixel lit where it is lighter than grey."""
-    small = thumbnail(picture, side)
+def as_letters(image: np.ndarray, side: int = 32) -> list[str]:
+    """Lines of text that look like the image on a dark terminal: two rows of pixels a line, a pixel lit where it is lighter than grey."""
+    small = thumbnail(image, side)
     lit = (small if small.ndim == 2 else small.mean(-1)) > 127
     lit = np.pad(lit, ((0, len(lit) % 2), (0, 0)))
     return ["".join(" ▄▀█"[2 * top + bottom] for top, bottom in zip(*pair, strict=True)) for pair in zip(lit[::2], lit[1::2], strict=True)]
 
 
-def _check(picture: np.ndarray) -> None:
-    if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)) or not picture.size:
-        raise ValueError(
-            f"a picture is uint8, [height, width] or [height, width, 3], and has pixels; got {picture.dtype} {list(picture.shape)}"
-        )
+def _check(image: np.ndarray) -> None:
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
+        raise ValueError(f"an image is uint8, [height, width] or [height, width, 3], and has pixels; got {image.dtype} {list(image.shape)}")

@@ -54,19 +54,19 @@ def _layers(net: Any) -> dict[str, Any]:
     return {name: module for name, module in net.named_modules() if isinstance(module, LoraLayer)}
 
 
-def homes(net: Any) -> dict[str, Tensor]:
+def base_parameters(net: Any) -> dict[str, Tensor]:
     """The parameters by the model's own names, adapters left out (under one, the frozen base). A shared one has all its names."""
     named = net.named_parameters(remove_duplicate=False)
     return {name.replace(".base_layer", ""): parameter for name, parameter in named if ".lora_" not in name}
 
 
-def refuse_narrow(name: str, home: Tensor) -> Tensor:
+def refuse_narrow(name: str, base_parameter: Tensor) -> Tensor:
     """The parameter itself. ModelError where it is quantised or narrower than float32: its rounding would swallow what it is moved by."""
-    if home.dtype not in (torch.float32, torch.float64):
-        kind = str(home.dtype).removeprefix("torch.")
-        why = "quantised" if not home.dtype.is_floating_point else "too coarse for updates of training's size"
+    if base_parameter.dtype not in (torch.float32, torch.float64):
+        kind = str(base_parameter.dtype).removeprefix("torch.")
+        why = "quantised" if not base_parameter.dtype.is_floating_point else "too coarse for updates of training's size"
         raise ModelError(f"{name} is kept in {kind}, which is {why}. Reading and moving weights needs float32 master weights.")
-    return home
+    return base_parameter
 
 
 def merged(net: Any, only: Collection[str] | None = None) -> Mapping[str, Tensor]:

@@ -20,25 +20,25 @@ class NetAccess:
 
     @property
     def names(self) -> Sequence[str]:
-        return list(lora.homes(self._net))
+        return list(lora.base_parameters(self._net))
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        homes, names = lora.homes(self._net), list(names)
+        base_parameters, names = lora.base_parameters(self._net), list(names)
         for name in names:
-            lora.refuse_narrow(name, homes[name])
+            lora.refuse_narrow(name, base_parameters[name])
         return {name: _copy(value) for name, value in lora.merged(self._net, frozenset(names)).items()}
 
     def base(self, names: Iterable[str]) -> dict[str, Tensor]:
-        homes = lora.homes(self._net)
-        return {name: _copy(lora.refuse_narrow(name, homes[name])) for name in names}
+        base_parameters = lora.base_parameters(self._net)
+        return {name: _copy(lora.refuse_narrow(name, base_parameters[name])) for name in names}
 
     @torch.no_grad()
     def write(self, base: Mapping[str, Tensor]) -> None:
-        homes = lora.homes(self._net)
+        base_parameters = lora.base_parameters(self._net)
         for name, value in base.items():
-            home = lora.refuse_narrow(name, homes[name])
-            home.copy_(value)
-            if id(home) not in self._trained:
+            base_parameter = lora.refuse_narrow(name, base_parameters[name])
+            base_parameter.copy_(value)
+            if id(base_parameter) not in self._trained:
                 self.written.add(name)
 
 

@@ -17,9 +17,9 @@ _STEP_T, _STEP_V = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def row_key(seed: int, purpose: str, step: int, prompt_id: str, sample: int, turn: int = 0, dice: int = 0) -> int:
-    """The key of one attempt's dice (law 8); `dice` is that of the draw, and 0 adds nothing to the key."""
-    return seed_of(seed, purpose, step, prompt_id, sample, turn, *([dice] if dice else []))
+def row_key(seed: int, purpose: str, step: int, prompt_id: str, sample: int, turn: int = 0, rng: int = 0) -> int:
+    """The key of one attempt's random numbers (law 8); `random numbers` is that of the draw, and 0 adds nothing to the key."""
+    return seed_of(seed, purpose, step, prompt_id, sample, turn, *([rng] if rng else []))
 
 
 def gumbel(keys_B: Tensor, position_B: Tensor, vocabulary: int) -> Tensor:

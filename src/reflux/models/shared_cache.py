@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 Thing = TypeVar("Thing")
 
 
-class Once:
+class SharedCache:
     """`once(key, make)`: what `make()` gave the first time that this key was asked for. It is kept as long as this object."""
 
     def __init__(self) -> None:

@@ -25,14 +25,14 @@ class Size:
     stored_bytes: int | None = None  # of those
     context_tokens: int | None = None
     macs: int | None = None  # multiply-accumulates of one position, without guidance
-    patches: int | None = None  # of a flow model's picture
+    patches: int | None = None  # of a flow model's image
     beside_bytes: int = 0  # text encoders and decoder, of which a run holds one copy
 
 
 def size_of(model: str, path: str, pixels: int = 0) -> Size:
     """From config.json and the safetensors headers. A hub model that is not in the cache has no sizes yet.
 
-    pixels: a side of a flow model's pictures; 0 is the size it was made for.
+    pixels: a side of a flow model's images; 0 is the size it was made for.
     """
     folder = local_folder(model, path)
     if folder is None:

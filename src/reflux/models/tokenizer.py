@@ -252,8 +252,8 @@ class CharacterSpans:
     def of_turns(self, turns: Sequence[tuple[Sequence[int], str, int]]) -> np.ndarray:
         """Those of several turns (ids, text, how many heard ids follow) in their texts one line apart. Heard ids wrote nothing."""
         offset, parts = 0, [np.zeros((0, 2), dtype=np.int64)]
-        for ids, text, heard in turns:
-            parts += [self(ids, text) + offset, np.full((heard, 2), offset + len(text), dtype=np.int64)]
+        for ids, text, objective_teachers in turns:
+            parts += [self(ids, text) + offset, np.full((objective_teachers, 2), offset + len(text), dtype=np.int64)]
             offset += len(text) + 1
         return np.concatenate(parts)
 

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from reflux.types import Draw
+from reflux.types import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class TurnRequest:
     ids: list[int]  # all tokens before it
     max_tokens: int
     rng_key: int  # what the turn's draws depend on, besides the position
-    draw: Draw  # temperature, top-p, stop texts; those of one call are alike
+    draw: SamplingParams  # temperature, top-p, stop texts; those of one call are alike
     top_k: int = 0  # so many of the student's likeliest tokens are recorded at each position
 
 
@@ -29,7 +29,7 @@ class Turn:
     tokens: list[int]
     logp_T: np.ndarray  # under the distribution sampled from, nats
     raw_T: np.ndarray  # at temperature 1, nats
-    said_TK: tuple[np.ndarray, np.ndarray] | None  # ids and log-probs of the likeliest tokens
+    behaviour_TK: tuple[np.ndarray, np.ndarray] | None  # ids and log-probs of the likeliest tokens
     version_T: np.ndarray  # int64: the policy version that each token was drawn from
     finish: Literal["stop", "length"]  # stop: an end token or a stop text ended it
 

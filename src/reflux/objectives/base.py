@@ -2,7 +2,7 @@
 
 A frozen value called with `Rows` (N packed positions, what the student and each teacher say there) that returns cost_N in nats.
 Position-local: row n's cost depends on row n alone. It never divides, weights or masks: that is `loss.py`'s work, and only its. A
-score-function objective takes shifts: it adds `rows.shift_N` to its advantage.
+score-function objective takes shifts: it adds `rows.advantage_offset_N` to its advantage.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from reflux.config.part import Part
 from reflux.loss.term import LossTerm, Rows
-from reflux.types import Target, Wants
+from reflux.types import Requirements, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,4 +54,4 @@ class Objective(ObjectivePart, LossTerm, Protocol):
     def accepts(self) -> tuple[type[Target], ...]: ...
 
     @property
-    def wants(self) -> Wants: ...
+    def requirements(self) -> Requirements: ...

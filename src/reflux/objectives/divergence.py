@@ -14,13 +14,13 @@ from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import above_cap, check_ratio, truncated_ratio
 from reflux.objectives.ratio_rules import idle, ratio_papers
 from reflux.objectives.sampled_kl import check_coef
-from reflux.types import HiddenTarget, Target, TopKTarget, Wants
+from reflux.types import HiddenTarget, Requirements, Target, TopKTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from reflux.config.recipe import RunConfig
-    from reflux.loss.outputs import FullSays, ListedSays, Says
+    from reflux.loss.outputs import FullLogits, Outputs, TopKLogprobs
 
 MIXED = ("jsd", "skew_reverse", "skew_forward", "alpha")
 
@@ -42,7 +42,7 @@ FDISTILL = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class Divergence(ObjectivePart):
-    """divergence(student, teacher) at each position: no sampling noise in the gradient, nats (`tv`: in [0, 1]), 0 at home.
+    """divergence(student, teacher) at each position: no sampling noise in the gradient, nats (`tv`: in [0, 1]), 0 at identity.
 
     `divergence` names a function of `reflux.loss.divergences`. `beta` is its mixing weight: jsd's beta (default 0.5; 0 is the
     forward KL, 1 the reverse, as in GKD, arXiv 2306.13649), the skew's alpha (0.1, DistiLLM, arXiv 2402.03898), alpha's alpha (0.5, Amari's
@@ -75,7 +75,7 @@ class Divergence(ObjectivePart):
     ratio: Literal["none", "truncated"] = "none"
     ratio_cap: float = 5.0
 
-    takes_shift: ClassVar[bool] = False
+    takes_advantage_offset: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_coef(self.coef)
@@ -100,7 +100,7 @@ class Divergence(ObjectivePart):
             yield DISTILLM
         if self.divergence == "tv":
             yield FDISTILL
-        yield from ratio_papers(self.ratio, cfg.max_lag)
+        yield from ratio_papers(self.ratio, cfg.max_staleness)
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if self.ratio != "none" and not cfg.sampler.on_policy:
@@ -114,8 +114,8 @@ class Divergence(ObjectivePart):
         yield from idle(self, where, at_work)
         if self.tail == "renormalised":
             yield f'{where}: tail = "renormalised" drops the mass outside the list, so the optimum moves; tail = "bucket" keeps it.'
-        if self.ratio != "none" and not cfg.max_lag:
-            yield f'{where}: ratio = "{self.ratio}" at max_lag = 0 is 1 up to rounding; ratio = "none" is the same for less.'
+        if self.ratio != "none" and not cfg.max_staleness:
+            yield f'{where}: ratio = "{self.ratio}" at max_staleness = 0 is 1 up to rounding; ratio = "none" is the same for less.'
 
     @property
     def setting(self) -> str:
@@ -130,28 +130,28 @@ class Divergence(ObjectivePart):
         return (HiddenTarget, TopKTarget) if self.support == "teacher" else (HiddenTarget,)
 
     @property
-    def wants(self) -> Wants:
-        return Wants(said=self.k) if self.teacher == "said" else Wants()
+    def requirements(self) -> Requirements:
+        return Requirements(behaviour=self.k) if self.teacher == "behaviour" else Requirements()
 
-    def __call__(self, rows: Rows[FullSays]) -> Tensor:
+    def __call__(self, rows: Rows[FullLogits]) -> Tensor:
         cost_N = self._cost(rows.student, rows.teachers[self.teacher])
         if self.ratio == "none":
             return cost_N
         return cost_N * truncated_ratio(rows.student.logp_N, rows.behaviour_logp_N, self.ratio_cap)
 
-    def outside(self, rows: Rows[FullSays]) -> Tensor | None:
+    def outside(self, rows: Rows[FullLogits]) -> Tensor | None:
         """Where the ratio is above its cap, [N]; None for ratio "none"."""
         return None if self.ratio == "none" else above_cap(rows.student.logp_N, rows.behaviour_logp_N, self.ratio_cap)
 
-    def _cost(self, student: FullSays, teacher: Says) -> Tensor:
+    def _cost(self, student: FullLogits, teacher: Outputs) -> Tensor:
         from reflux.loss.divergences import DIVERGENCES
-        from reflux.loss.outputs import FullSays, ListedSays
+        from reflux.loss.outputs import FullLogits, TopKLogprobs
 
         weight = () if self.beta is None else (self.beta,)
-        if self.support == "teacher" and isinstance(teacher, ListedSays):
+        if self.support == "teacher" and isinstance(teacher, TopKLogprobs):
             one, other = self._at_list(student, teacher)
             return DIVERGENCES[self.divergence](one, other, *weight)
-        if not isinstance(teacher, FullSays):
+        if not isinstance(teacher, FullLogits):
             raise ValueError(
                 f"support = '{self.support}' needs teacher '{self.teacher}' at any token, but it gave a list or the sampled token alone; "
                 f"a stored list cannot answer at the student's ids. Use support = 'teacher' for a list, kind = 'sampled_kl' for sampled "
@@ -162,7 +162,7 @@ class Divergence(ObjectivePart):
         one, other = self._listed(student, teacher)
         return DIVERGENCES[self.divergence](one, other.detach(), *weight)
 
-    def _listed(self, student: FullSays, teacher: FullSays) -> tuple[Tensor, Tensor]:
+    def _listed(self, student: FullLogits, teacher: FullLogits) -> tuple[Tensor, Tensor]:
         """Log-probs of both on one list, whose probabilities sum to 1."""
         from reflux.loss.divergences import renormalised, union, with_tail
 
@@ -174,7 +174,7 @@ class Divergence(ObjectivePart):
         close = with_tail if self.tail == "bucket" else renormalised
         return close(student.logp_NV, ids_NK, False, repeated_NK), close(teacher.logp_NV, ids_NK, False, repeated_NK)
 
-    def _at_list(self, student: FullSays, teacher: ListedSays) -> tuple[Tensor, Tensor]:
+    def _at_list(self, student: FullLogits, teacher: TopKLogprobs) -> tuple[Tensor, Tensor]:
         from reflux.loss.divergences import renormalised, with_tail, with_tail_listed
 
         logp_NK, ids_NK = teacher.logp_NK, teacher.ids_NK

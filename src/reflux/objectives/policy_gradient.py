@@ -14,7 +14,7 @@ from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import check_ratio, outside, score_cost
 from reflux.objectives.ratio_rules import drawn_elsewhere, ratio_papers, under_lag
 from reflux.objectives.sampled_kl import check_coef
-from reflux.types import Wants
+from reflux.types import Requirements
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ class PolicyGradient(ObjectivePart):
     cost = -min(rho A, clip(rho, 1 - clip[0], 1 + clip[1]) A) with A = shift and rho = p(a) / behaviour(a) per token; ratio "none":
     -A log p(a). behaviour(a) is the probability that the token was drawn with: temperature and top-p are in it, so at a temperature
     other than 1 the ratio is not 1 at the first step already, and the clip binds more often. A position without shift costs exactly 0.
-    There is no teacher, hence exempt from law 2 (zero at home).
+    There is no teacher, hence exempt from law 2 (zero at identity).
     """
 
     coef: float = 1.0
@@ -37,7 +37,7 @@ class PolicyGradient(ObjectivePart):
     clip: tuple[float, float] = (0.2, 0.2)
 
     teacher = None
-    takes_shift: ClassVar[bool] = True
+    takes_advantage_offset: ClassVar[bool] = True
     accepts = ()
 
     def __post_init__(self) -> None:
@@ -45,7 +45,7 @@ class PolicyGradient(ObjectivePart):
         check_ratio(self.clip)
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
-        return ratio_papers(self.ratio, cfg.max_lag)
+        return ratio_papers(self.ratio, cfg.max_staleness)
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         return under_lag(where, kind_of("objectives", self), self.ratio, "clip", cfg)
@@ -54,12 +54,12 @@ class PolicyGradient(ObjectivePart):
         return drawn_elsewhere(where, self.ratio, "clip", cfg)
 
     @property
-    def wants(self) -> Wants:
-        return Wants()
+    def requirements(self) -> Requirements:
+        return Requirements()
 
     def __call__(self, rows: Rows[Any]) -> Tensor:
-        return score_cost(rows.shift_N, rows.student.logp_N, rows.behaviour_logp_N, self.ratio, self.clip, ratio_cap=1.0)
+        return score_cost(rows.advantage_offset_N, rows.student.logp_N, rows.behaviour_logp_N, self.ratio, self.clip, ratio_cap=1.0)
 
     def outside(self, rows: Rows[Any]) -> Tensor | None:
         """Where the clip binds, [N]; None for ratio "none"."""
-        return outside(rows.shift_N, rows.student.logp_N, rows.behaviour_logp_N, self.ratio, self.clip, ratio_cap=1.0)
+        return outside(rows.advantage_offset_N, rows.student.logp_N, rows.behaviour_logp_N, self.ratio, self.clip, ratio_cap=1.0)

@@ -28,19 +28,19 @@ IMPALA = Paper(
 )
 
 
-def ratio_papers(ratio: Ratio, max_lag: int) -> Iterator[Paper]:
-    """Clipping at any lag; truncation under lag alone, for elsewhere nothing is truncated."""
+def ratio_papers(ratio: Ratio, max_staleness: int) -> Iterator[Paper]:
+    """Clipping at any staleness; truncation under staleness alone, for elsewhere nothing is truncated."""
     if ratio == "clip":
         yield PPO
-    if ratio == "truncated" and max_lag:
+    if ratio == "truncated" and max_staleness:
         yield IMPALA
 
 
 def under_lag(where: str, kind: str, ratio: Ratio, usual: Ratio, cfg: RunConfig) -> Iterator[str]:
-    """Why a sampled objective may not do without its ratio under lag."""
-    if cfg.max_lag and ratio == "none":
+    """Why a sampled objective may not do without its ratio under staleness."""
+    if cfg.max_staleness and ratio == "none":
         yield (
-            f'{where}: {kind} with ratio = "none" is biased on attempts of an older student, and max_lag is {cfg.max_lag}. '
+            f'{where}: {kind} with ratio = "none" is biased on attempts of an older student, and max_staleness is {cfg.max_staleness}. '
             f'Use ratio = "{usual}".'
         )
 

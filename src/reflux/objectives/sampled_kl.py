@@ -15,13 +15,13 @@ from reflux.loss.term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import Ratio, check_ratio, outside, score_cost
 from reflux.objectives.ratio_rules import drawn_elsewhere, idle, ratio_papers, under_lag
-from reflux.types import HiddenTarget, SampledTarget, Target, TopKTarget, Wants
+from reflux.types import HiddenTarget, Requirements, SampledTarget, Target, TopKTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from reflux.config.recipe import RunConfig
-    from reflux.loss.outputs import FullSays
+    from reflux.loss.outputs import FullLogits
 
 GROUP_BASELINES = ("group_mean", "leave_one_out")  # values made from sibling attempts by `batch.plan`
 
@@ -83,7 +83,7 @@ class SampledKL(ObjectivePart):
     clip: tuple[float, float] = (0.2, 0.2)
     max_gap_nats: float | None = None
 
-    takes_shift: ClassVar[bool] = True
+    takes_advantage_offset: ClassVar[bool] = True
     samples: ClassVar[bool] = True
     remedy: ClassVar[str] = 'Use baseline = "none", or "leave_one_out" in groups, or a local teacher'
 
@@ -99,7 +99,7 @@ class SampledKL(ObjectivePart):
         of_baseline = {"kl": VOPD, "topk_kl": VOPD, "minimum_variance": OPTIMAL_BASELINE, "leave_one_out": RLOO, "group_mean": GRPO}
         if self.baseline in of_baseline:
             yield of_baseline[self.baseline]
-        yield from ratio_papers(self.ratio, cfg.max_lag)
+        yield from ratio_papers(self.ratio, cfg.max_staleness)
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         yield from under_lag(where, kind_of("objectives", self), self.ratio, "truncated", cfg)
@@ -145,34 +145,34 @@ class SampledKL(ObjectivePart):
         return (SampledTarget, TopKTarget, HiddenTarget) if anywhere else (HiddenTarget,)
 
     @property
-    def wants(self) -> Wants:
-        """A teacher that offers no hidden states gives the sampled log-prob with every target; `said` comes as a list or not at all."""
-        return Wants(said=int(self.teacher == "said"), logp=self.baseline in GROUP_BASELINES)
+    def requirements(self) -> Requirements:
+        """A teacher that offers no hidden states gives the sampled log-prob with every target; `behaviour` comes as a list or not at all."""
+        return Requirements(behaviour=int(self.teacher == "behaviour"), logp=self.baseline in GROUP_BASELINES)
 
-    def __call__(self, rows: Rows[FullSays]) -> Tensor:
+    def __call__(self, rows: Rows[FullLogits]) -> Tensor:
         logp_N, dropped_N = rows.student.logp_N, self._dropped(rows)
         cost_N = score_cost(self._advantage(rows, dropped_N), logp_N, rows.behaviour_logp_N, self.ratio, self.clip, self.ratio_cap)
         return cost_N if dropped_N is None else cost_N.masked_fill(dropped_N, 0)
 
-    def outside(self, rows: Rows[FullSays]) -> Tensor | None:
+    def outside(self, rows: Rows[FullLogits]) -> Tensor | None:
         """Where the ratio's bound binds, [N], dropped positions excepted; None for ratio "none"."""
         dropped_N = self._dropped(rows)
         # Only the clip looks at the advantage, and a baseline over the vocabulary is not made again without need.
-        advantage_N = self._advantage(rows, dropped_N) if self.ratio == "clip" else rows.shift_N
+        advantage_N = self._advantage(rows, dropped_N) if self.ratio == "clip" else rows.advantage_offset_N
         outside_N = outside(advantage_N, rows.student.logp_N, rows.behaviour_logp_N, self.ratio, self.clip, self.ratio_cap)
         return outside_N if outside_N is None or dropped_N is None else outside_N & ~dropped_N
 
-    def _advantage(self, rows: Rows[FullSays], dropped_N: Tensor | None) -> Tensor:
-        advantage_N = advantage(rows.student.logp_N, rows.teachers[self.teacher].logp_N, self.value(rows)) + rows.shift_N
+    def _advantage(self, rows: Rows[FullLogits], dropped_N: Tensor | None) -> Tensor:
+        advantage_N = advantage(rows.student.logp_N, rows.teachers[self.teacher].logp_N, self.value(rows)) + rows.advantage_offset_N
         return advantage_N if dropped_N is None else advantage_N.masked_fill(dropped_N, 0)
 
-    def _dropped(self, rows: Rows[FullSays]) -> Tensor | None:
+    def _dropped(self, rows: Rows[FullLogits]) -> Tensor | None:
         """Where student and teacher are too far apart to be learnt from, [N]; None where nothing is dropped."""
         if self.max_gap_nats is None:
             return None
         return (rows.student.logp_N - rows.teachers[self.teacher].logp_N).detach().abs() >= self.max_gap_nats
 
-    def value(self, rows: Rows[FullSays]) -> Tensor | float:
+    def value(self, rows: Rows[FullLogits]) -> Tensor | float:
         """What this baseline subtracts, nats [N]; 0 without one."""
         if self.baseline == "none":
             return 0.0
@@ -180,14 +180,14 @@ class SampledKL(ObjectivePart):
             if rows.group_value_N is None:
                 raise ValueError(
                     f"baseline = '{self.baseline}' needs rows.group_value_N, which `batch.plan` makes from whole groups. "
-                    f"Outside the loop use baseline = 'none' with shift_N = -value."
+                    f"Outside the loop use baseline = 'none' with advantage_offset_N = -value."
                 )
             return rows.group_value_N
         from reflux.loss.baselines import minimum_variance_value, topk_kl_value
-        from reflux.loss.outputs import FullSays
+        from reflux.loss.outputs import FullLogits
 
         teacher = rows.teachers[self.teacher]
-        if not isinstance(teacher, FullSays):
+        if not isinstance(teacher, FullLogits):
             raise ValueError(
                 f"baseline = '{self.baseline}' needs teacher '{self.teacher}' at every token the student may say, but it gave a list or "
                 f"the sampled token alone. Use baseline = 'none' or 'leave_one_out', or a local teacher."

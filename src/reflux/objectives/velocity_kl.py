@@ -15,13 +15,13 @@ from reflux.objectives.base import ObjectivePart
 from reflux.objectives.sampled_kl import check_coef
 from reflux.samplers.flow import without_noise
 from reflux.teachers.names import tables_of
-from reflux.types import FlowRollout, VelocityTarget, Wants
+from reflux.types import FlowRollout, Requirements, VelocityTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from reflux.config.recipe import RunConfig
-    from reflux.loss.flow_outputs import VelocitySays
+    from reflux.loss.flow_outputs import VelocityOutputs
 
 FLOW_OPD = Paper(
     "flow_opd",
@@ -37,7 +37,7 @@ class VelocityKL(ObjectivePart):
     """KL(student's step || teacher's step) at the states the student visited, differentiated through the student's velocity there.
 
     At one state both steps are Gaussians of one width, so the KL is cost = w |v_student - v_teacher|^2, nats, summed over the D latent
-    values, with w = `kl_weight(t, dt, noise_level)`; 0 at home. States are constants: how a step moves the later ones is left out (the
+    values, with w = `kl_weight(t, dt, noise_level)`; 0 at identity. States are constants: how a step moves the later ones is left out (the
     gradient of discount 0). Two of these with teachers `main` and `anchor` are Flow-OPD with its anchor (MAR, arXiv 2605.08063).
 
     The paper prints another form: reward -w |sg(v_student) - v_teacher|^2 at each step, gradient through the importance ratio alone. That
@@ -55,8 +55,8 @@ class VelocityKL(ObjectivePart):
     scale: Literal["nats", "released"] = "nats"
     weight: Literal["kl", "mse"] = "kl"
 
-    takes_shift: ClassVar[bool] = False
-    remedy: ClassVar[str] = 'It compares models that draw pictures; for texts use kind = "divergence" or "sampled_kl"'
+    takes_advantage_offset: ClassVar[bool] = False
+    remedy: ClassVar[str] = 'It compares models that draw images; for texts use kind = "divergence" or "sampled_kl"'
     accepts = (VelocityTarget,)
 
     def __post_init__(self) -> None:
@@ -100,10 +100,10 @@ class VelocityKL(ObjectivePart):
                     )
 
     @property
-    def wants(self) -> Wants:
-        return Wants(said=int(self.teacher == "said"))
+    def requirements(self) -> Requirements:
+        return Requirements(behaviour=int(self.teacher == "behaviour"))
 
-    def __call__(self, rows: Rows[VelocitySays]) -> Tensor:
+    def __call__(self, rows: Rows[VelocityOutputs]) -> Tensor:
         student = rows.student
         square_ND = student.gap(rows.teachers[self.teacher]).square()
         if self.weight == "mse":

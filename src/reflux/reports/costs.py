@@ -1,4 +1,4 @@
-"""What the run cost: seconds and FLOPs by role, tokens, memory, lag."""
+"""What the run cost: seconds and FLOPs by role, tokens, memory, staleness."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _stacked(title: str, unit: str, columns: dict[str, Column], step: list[int],
 
 def tokens_chart(metrics: Metrics, words: Words = TEXTS) -> Chart:
     """Tokens, or denoising steps, sampled and trained on, by optimiser step."""
-    title = f"{words.units.capitalize()} {'by optimiser step' if words.pictures else 'a step'}"
+    title = f"{words.units.capitalize()} {'by optimiser step' if words.images else 'a step'}"
     figure = new_figure("step", title.lower(), {"yaxis_rangemode": "tozero", "yaxis_tickformat": "~s"})
     numbers: list[tuple[str, ...]] = []
     for name, column, colour in (("sampled", metrics.tokens_sampled, BLUE), ("trained on", metrics.tokens_trained, GREEN)):
@@ -66,9 +66,9 @@ def roles_table(metrics: Metrics) -> list[tuple[str, str, str, str, str]]:
 
 
 def other_costs(metrics: Metrics, words: Words = TEXTS) -> list[tuple[str, str]]:
-    """(what, how much) of positions, memory and lag, as far as they are known."""
+    """(what, how much) of positions, memory and staleness, as far as they are known."""
     sampled, trained = total(metrics.tokens_sampled), total(metrics.tokens_trained)
-    seconds, lags = total(metrics.seconds["total"]), known(metrics.lag_mean)
+    seconds, stalenesses = total(metrics.seconds["total"]), known(metrics.staleness_mean)
     found = [
         (f"{words.units} sampled", count(sampled)),
         (f"{words.units} sampled to score weights", count(total(metrics.tokens_scored))),
@@ -76,9 +76,9 @@ def other_costs(metrics: Metrics, words: Words = TEXTS) -> list[tuple[str, str]]
         (f"{words.units} trained on", count(trained)),
         (f"{words.units} sampled a second", count(sampled / seconds) if sampled and seconds else NONE),
         ("peak memory", scaled(max(known(metrics.peak_memory_bytes), default=None), "B")),
-        ("lag, mean", f"{sum(lags) / len(lags):.2f} steps" if lags else NONE),
+        ("staleness, mean", f"{sum(stalenesses) / len(stalenesses):.2f} steps" if stalenesses else NONE),
         ("attempts that could not be judged", count(total(metrics.ungraded) or None)),
-        ("lag, largest", f"{max(known(metrics.lag_max)):.0f} steps" if known(metrics.lag_max) else NONE),
+        ("staleness, largest", f"{max(known(metrics.staleness_max)):.0f} steps" if known(metrics.staleness_max) else NONE),
     ]
     return [entry for entry in found if entry[1] != NONE]
 

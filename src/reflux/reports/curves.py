@@ -87,7 +87,7 @@ def kl_chart(metrics: Metrics, moments: list[EvalPoint], words: Words = TEXTS) -
     numbers += some([(asked, count(step), f"{value:.4f}") for step, value in held])
     caption = f"Reverse KL from student to teacher, {unit}" + (", on a logarithmic scale." if far else ".")
     if known(metrics.kl_nats):
-        caption += f" Training attempts: every generated position, {'exact' if words.pictures else 'by the sampled tokens'}."
+        caption += f" Training attempts: every generated position, {'exact' if words.images else 'by the sampled tokens'}."
     if known(metrics.kl_nats_trained):
         caption += " Where learnt from: positions with a weight alone, exact where both distributions are known."
     if any(len(known(column)) > len(steps) for (*_, column), (_, _, steps, _) in zip(_trained(metrics), lines, strict=True)):

@@ -1,4 +1,4 @@
-"""evals.jsonl as scores, agreements and examples. Texts and pictures are kept of the first and the last moment only."""
+"""evals.jsonl as scores, agreements and examples. Texts and images are kept of the first and the last moment only."""
 
 from __future__ import annotations
 

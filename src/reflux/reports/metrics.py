@@ -11,8 +11,8 @@ ROLES = ("sample", "reward", "teach", "learn")
 _NUMBERS = (
     "kl_nats",
     "kl_nats_trained",
-    "lag_mean",
-    "lag_max",
+    "staleness_mean",
+    "staleness_max",
     "tokens_sampled",
     "tokens_trained",
     "tokens_scored",
@@ -40,11 +40,11 @@ class Metrics:
     step: list[int] = field(default_factory=list)
     kl_nats: Column = field(default_factory=list)  # over all generated positions, sampled; None where that was not known
     kl_nats_trained: Column = field(default_factory=list)  # over the positions learnt from, exact where both distributions are known
-    lag_mean: Column = field(default_factory=list)
-    lag_max: Column = field(default_factory=list)
+    staleness_mean: Column = field(default_factory=list)
+    staleness_max: Column = field(default_factory=list)
     tokens_sampled: Column = field(default_factory=list)
     tokens_trained: Column = field(default_factory=list)
-    tokens_scored: Column = field(default_factory=list)  # by an accelerator; None throughout without one
+    tokens_scored: Column = field(default_factory=list)  # by extrapolation; None throughout without one
     tokens_discarded: Column = field(default_factory=list)  # of attempts that a jump threw away
     peak_memory_bytes: Column = field(default_factory=list)
     gradient_variance_ratio: Column = field(default_factory=list)  # None throughout without log_variance

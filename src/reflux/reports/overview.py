@@ -68,7 +68,7 @@ def _sentence(scores: list[tuple[str, SearchScore | None]], steps: int, seconds:
 
 def _facts(config: Row, summary: Row, done: int, planned: int | None) -> list[tuple[str, str]]:
     told = {name: table(entry) for name, entry in table(config.get("teachers")).items()}
-    teachers = {name: "the student itself" if entry.get("kind") == "own" else entry.get("model") for name, entry in told.items()}
+    teachers = {name: "the student itself" if entry.get("kind") == "self" else entry.get("model") for name, entry in told.items()}
     one = len(teachers) == 1
     found: list[tuple[str, object]] = [
         ("method", summary.get("method") or _method(config)),

@@ -1,7 +1,7 @@
 """report.html: everything one run has to say, on one page that opens offline, from its directory alone.
 
 The page carries its own scripts and forbids every other: a content security policy names the two scripts by their hashes, and
-nothing is fetched. What models, prompts and names say is escaped by the template and stays text; pictures are written anew into it.
+nothing is fetched. What models, prompts and names say is escaped by the template and stays text; images are written anew into it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from reflux.reports.steps import outside_chart, variance_chart
 from reflux.reports.strips import read_strips
 from reflux.reports.teacher_tables import HEADER, teachers_table
 from reflux.reports.tokens import open_tokenizer
-from reflux.reports.trajectories import RATIO, walk
+from reflux.reports.trajectories import RATIO, trajectory
 from reflux.reports.views import legend, view
 from reflux.reports.words import words_for
 from reflux.storage import files
@@ -59,14 +59,14 @@ def _page(run_dir: Path) -> dict[str, Any]:
     moments = read_evals(rows(run_dir / "evals.jsonl", notes))
     attempts = read_attempts(run_dir / "attempts.jsonl", notes)
     words = words_for(config, [shown.acted for shown in attempts], moments)
-    tokenizer = open_tokenizer(run_dir / "student" / "tokenizer.json", notes) if attempts and not words.pictures else None
+    tokenizer = open_tokenizer(run_dir / "student" / "tokenizer.json", notes) if attempts and not words.images else None
     head = overview(config, summary, metrics, moments, run_dir.resolve().name)
     pairs, first_step, last_step = read_pairs(moments)
     return {
         "head": head,
         "words": words,
         "asked": sentence((score.split for moment in moments for score in moment.scores.values()), "prompts"),
-        "strips": read_strips(moments) if words.pictures else [],
+        "strips": read_strips(moments) if words.images else [],
         "progress": [
             accuracy_chart(moments, head.scores[-1][1]),
             kl_chart(metrics, moments, words),
@@ -80,7 +80,7 @@ def _page(run_dir: Path) -> dict[str, Any]:
         "costs": [seconds_chart(metrics), flops_chart(metrics), tokens_chart(metrics, words)],
         "roles": roles_table(metrics),
         "other_costs": other_costs(metrics, words),
-        "attempts": [walk(shown) if words.pictures else view(shown, tokenizer) for shown in attempts],
+        "attempts": [trajectory(shown) if words.images else view(shown, tokenizer) for shown in attempts],
         "ratio": RATIO,
         "pairs": pairs,
         "pair_steps": (first_step, last_step),

@@ -41,15 +41,15 @@ def release_chart(name: str, attempts: Iterable[Row]) -> Chart:
         return Chart(title, absent="No attempt with a margin is on disk: the student has not learned yet, or no teacher answered.")
     released = sum(judged.released for judged in found)
     segments = range(max(len(judged.margins) for judged in found))
-    heard = [[judged.margins[i] for judged in found if i < len(judged.margins)] for i in segments]
-    means = [sum(margins) / len(margins) for margins in heard]
+    objective_teachers = [[judged.margins[i] for judged in found if i < len(judged.margins)] for i in segments]
+    means = [sum(margins) / len(margins) for margins in objective_teachers]
     ends = [sum(judged.released and judged.kept == i + 1 for judged in found) / len(found) for i in segments]
     figure = _drawn(means, ends, _examples(found))
     caption = (
         f"The gap between the teacher's best two of the student's candidates, mean over the last {count(len(found))} attempts; "
         f"{released / len(found):.0%} of them are released. A diamond is the last segment that one attempt keeps."
     )
-    numbers = [(str(i + 1), f"{means[i]:.3f}", count(len(heard[i])), f"{ends[i]:.1%}") for i in segments]
+    numbers = [(str(i + 1), f"{means[i]:.3f}", count(len(objective_teachers[i])), f"{ends[i]:.1%}") for i in segments]
     return Chart(
         title, figure, caption=caption, header=("segment", "mean margin, nats", "attempts", "released after it"), rows=some(numbers)
     )
@@ -62,8 +62,8 @@ def read_judged(attempts: Iterable[Row], rule: str) -> list[Judged]:
 
 def _judged(lines: Iterable[Row], rule: str) -> Iterable[Judged]:
     for row in lines:
-        said = table(table(row.get("detail")).get(rule))
-        margins, kept = [number(margin) for margin in items(said.get("margins"))], whole(said.get("kept"))
+        behaviour = table(table(row.get("detail")).get(rule))
+        margins, kept = [number(margin) for margin in items(behaviour.get("margins"))], whole(behaviour.get("kept"))
         known = tuple(margin for margin in margins if margin is not None)
         if row.get("kind") == "learned" and known and len(known) == len(margins) and kept is not None:
             yield Judged(f"step {row.get('step')} · {row.get('prompt')}", known, kept)

@@ -1,4 +1,4 @@
-"""searches.jsonl: how far an accelerator jumped, and what the fixed prompts said. Runs without one have no chart."""
+"""searches.jsonl: how far extrapolation jumped, and what the fixed prompts said. Runs without one have no chart."""
 
 from __future__ import annotations
 

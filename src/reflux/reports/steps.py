@@ -26,7 +26,9 @@ def outside_chart(metrics: Metrics) -> Chart | None:
     if not any(value > 0 for value in known(column)):
         return None
     chart = _line("Ratios beyond their bound by step", "share of positions", metrics, column, "%{y:.2%}", ".2%")
-    caption = "Share of positions where student and sampler differ by more than the ratio's bound: there lag may not be fully corrected."
+    caption = (
+        "Share of positions where student and sampler differ by more than the ratio's bound: there staleness may not be fully corrected."
+    )
     chart.caption = caption + chart.caption
     assert chart.figure is not None
     chart.figure.update_yaxes(rangemode="tozero", tickformat="~%")

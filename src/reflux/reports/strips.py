@@ -1,6 +1,6 @@
-"""The same prompts drawn before and after, and by the teacher: one row a prompt, every picture with its verdict.
+"""The same prompts drawn before and after, and by the teacher: one row a prompt, every image with its verdict.
 
-A picture comes from a file as base64 text. It is decoded and written anew, so that what stands in the page is a PNG of this program's own
+An image comes from a file as base64 text. It is decoded and written anew, so that what stands in the page is a PNG of this program's own
 and nothing else, whatever the file said.
 """
 
@@ -15,12 +15,12 @@ from reflux.reports.examples import id_of, verdict, words
 from reflux.reports.reading import Row, number, table
 from reflux.reports.units import count
 
-_SHOWN = 144  # pixels a side on the page, at most, of a picture that is enlarged
+_SHOWN = 144  # pixels a side on the page, at most, of an image that is enlarged
 _ROWS = 24
 
 
 @dataclass(frozen=True)
-class Picture:
+class Image:
     """What an img element needs. enlarged: by a whole number, so its pixels are to stay sharp."""
 
     source: str  # a data: URI
@@ -31,27 +31,27 @@ class Picture:
 
 @dataclass(frozen=True)
 class DrawnImage:
-    """One picture of a row: who drew it and when, the verdict and its parts in words. picture None: there is none that can be read."""
+    """One image of a row: who drew it and when, the verdict and its parts in words. image None: there is none that can be read."""
 
     who: str
     when: str
     alt: str
-    picture: Picture | None
+    image: Image | None
     verdict: str
     parts: list[str]
 
 
 @dataclass(frozen=True)
 class Strip:
-    """One prompt and its pictures."""
+    """One prompt and its images."""
 
     prompt: str
     gold: str
     drawn: list[DrawnImage]
 
 
-def picture_in(value: object) -> Picture | None:
-    """The picture in a field of a file; None where it holds none that can be read."""
+def picture_in(value: object) -> Image | None:
+    """The image in a field of a file; None where it holds none that can be read."""
     if not isinstance(value, str):
         return None
     try:
@@ -61,7 +61,7 @@ def picture_in(value: object) -> Picture | None:
     height, width = pixels.shape[:2]
     scale = max(1, _SHOWN // max(height, width))
     source = "data:image/png;base64," + base64.b64encode(images.png(pixels)).decode()
-    return Picture(source, width * scale, height * scale, scale > 1)
+    return Image(source, width * scale, height * scale, scale > 1)
 
 
 def read_strips(moments: list[EvalPoint]) -> list[Strip]:

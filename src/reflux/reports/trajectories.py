@@ -1,4 +1,4 @@
-"""One attempt at a picture as the page shows it: the picture, its verdict, and its denoising steps one by one."""
+"""One attempt at an image as the page shows it: the image, its verdict, and its denoising steps one by one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from reflux.reports.attempts import ShownAttempt
 from reflux.reports.examples import verdict, words
 from reflux.reports.reading import items, number
-from reflux.reports.strips import Picture, parts_of, picture_in
+from reflux.reports.strips import Image, parts_of, picture_in
 from reflux.reports.tokens import level
 from reflux.reports.units import NONE, signed
 from reflux.reports.views import absent_because, title_of, unjudged
@@ -25,13 +25,13 @@ class Step:
 
 
 @dataclass(frozen=True)
-class WalkView:
+class TrajectoryView:
     """One attempt as the template shows it. verdict: empty where nobody judged."""
 
     title: str
     facts: list[str]
     question: str
-    picture: Picture | None
+    image: Image | None
     verdict: str
     parts: list[str]
     header: list[str]
@@ -40,16 +40,16 @@ class WalkView:
     missing: str
 
 
-def walk(shown: ShownAttempt) -> WalkView:
+def trajectory(shown: ShownAttempt) -> TrajectoryView:
     """The attempt with what is known of its steps; a column that nobody filled is left out."""
     acted = shown.acted
     steps = [_step(shown, place) for place in range(len(items(acted.get("mask"))))]
     header = [name for name in (steps[0].cells if steps else ()) if name == RATIO or any(step.cells[name] != NONE for step in steps)]
-    return WalkView(
+    return TrajectoryView(
         title=title_of(acted),
         facts=_facts(shown),
         question=words(acted.get("question")),
-        picture=picture_in(acted.get("image")),
+        image=picture_in(acted.get("image")),
         verdict="" if shown.reward is None else verdict(shown.reward),
         parts=parts_of(acted),
         header=header,

@@ -1,4 +1,4 @@
-"""What a page calls things: the positions of texts are tokens, those of pictures denoising steps."""
+"""What a page calls things: the positions of texts are tokens, those of images denoising steps."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from reflux.reports.reading import Row, table
 
 @dataclass(frozen=True)
 class Words:
-    """`pictures` says which of the two; a position is one `unit`, many are `units`; `position` heads their numbers, and `axis` a chart."""
+    """`images` says which of the two; a position is one `unit`, many are `units`; `position` heads their numbers, and `axis` a chart."""
 
-    pictures: bool
+    images: bool
     unit: str
     units: str
     position: str

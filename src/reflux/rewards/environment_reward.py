@@ -58,7 +58,7 @@ class OpenEnvironmentReward:
 
 
 def given(rollout: Rollout) -> Reward:
-    """What the environment of this attempt gave it. TypeError for a picture, which has no turns."""
+    """What the environment of this attempt gave it. TypeError for an image, which has no turns."""
     if not isinstance(rollout, TokenRollout):
         raise TypeError(f"an environment answers to texts, and this is a {type(rollout).__name__}")
     value = rollout.environment_reward

@@ -73,7 +73,7 @@ class Conversation:
             logp_T=logp_T,
             logp_raw_T=None if np.array_equal(raw_T, logp_T) else raw_T,
             sampled_positions=self.read,
-            said=_listed(pieces, raw_T) if pieces and pieces[0][0].said_TK is not None else None,
+            behaviour=_listed(pieces, raw_T) if pieces and pieces[0][0].behaviour_TK is not None else None,
             prompt_tokens=np.asarray(self.prompt_ids, dtype=np.int64),
             tokens_T=np.asarray([i for turn, reply in pieces for i in turn.tokens + reply], dtype=np.int64),
             text="\n".join(self.texts),
@@ -96,8 +96,8 @@ def _listed(pieces: list[tuple[Turn, list[int]]], raw_T: np.ndarray) -> TopKTarg
     """The student's own top-k where it acted; unchosen positions hold a uniform placeholder that no rule reads (mask_T is False)."""
     ids, logp = [], []
     for turn, reply in pieces:
-        assert turn.said_TK is not None
-        k = turn.said_TK[0].shape[1]
-        ids += [turn.said_TK[0], np.tile(np.arange(k), (len(reply), 1))]
-        logp += [turn.said_TK[1], np.full((len(reply), k), -np.log(k))]
-    return TopKTarget(teacher="said", ids_TK=np.concatenate(ids), logp_TK=np.concatenate(logp).astype(np.float32), logp_T=raw_T)
+        assert turn.behaviour_TK is not None
+        k = turn.behaviour_TK[0].shape[1]
+        ids += [turn.behaviour_TK[0], np.tile(np.arange(k), (len(reply), 1))]
+        logp += [turn.behaviour_TK[1], np.full((len(reply), k), -np.log(k))]
+    return TopKTarget(teacher="behaviour", ids_TK=np.concatenate(ids), logp_TK=np.concatenate(logp).astype(np.float32), logp_T=raw_T)

@@ -19,9 +19,9 @@ from reflux.rollouts.calls import EnvironmentCalls, Open, ended
 from reflux.rollouts.conversation import Conversation
 from reflux.rollouts.environment import Environment, Observation
 from reflux.runtime.services import Deaf, Listener
-from reflux.types import Attempt, Draw, Group, Prompt, TokenRollout, Wants
+from reflux.types import Attempt, Group, Prompt, Requirements, SamplingParams, TokenRollout
 
-Asked = tuple[Prompt, int, Draw]  # a prompt, the number of attempts, and how they are sampled
+Asked = tuple[Prompt, int, SamplingParams]  # a prompt, the number of attempts, and how they are sampled
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Driver:
             await self._play([one for group in groups for one in group if one.finish != "error"], draw)
         return [[Attempt(self._rollout(one, draw, version)) for one in group] for group in groups]
 
-    async def _play(self, ready: list[Conversation], draw: Draw) -> None:
+    async def _play(self, ready: list[Conversation], draw: SamplingParams) -> None:
         order = {id(one): place for place, one in enumerate(ready)}
         waiting: dict[asyncio.Task[bool], Conversation] = {}  # for their environments
         try:
@@ -104,12 +104,12 @@ class Driver:
             del waiting[task]
         return going
 
-    def _begin(self, prompt: Prompt, n: int, draw: Draw, open_env: Open) -> list[Conversation]:
+    def _begin(self, prompt: Prompt, n: int, draw: SamplingParams, open_env: Open) -> list[Conversation]:
         ids = self.renderer.ids(prompt.messages)
         room = self.limits.context_tokens - len(ids)
         limit = self.limits.max_prompt_tokens or self.limits.context_tokens - 1
         if len(ids) <= limit and room >= 1:
-            length = min(draw.length, room)
+            length = min(draw.max_positions, room)
             return [Conversation(prompt, sample, ids, list(prompt.messages), length, open_env(prompt)) for sample in range(n)]
         if self.limits.long_prompts == "refuse":
             raise DataError(
@@ -118,7 +118,7 @@ class Driver:
             )
         return [Conversation(prompt, sample, ids, [], 0, finish="error") for sample in range(n)]
 
-    async def _generate(self, conversations: Sequence[Conversation], draw: Draw) -> None:
+    async def _generate(self, conversations: Sequence[Conversation], draw: SamplingParams) -> None:
         """One more turn of each."""
         if not conversations:
             return
@@ -126,9 +126,9 @@ class Driver:
         for one, turn in zip(conversations, turns, strict=True):
             one.add_turn(turn, self.spans.decode(turn.tokens))
 
-    def _request(self, one: Conversation, draw: Draw) -> TurnRequest:
-        key = row_key(self.context.seed, draw.purpose, draw.step, one.prompt.id, one.sample, len(one.turns), draw.dice)
-        top_k = self.context.requirements.said if draw.purpose == "train" else 0
+    def _request(self, one: Conversation, draw: SamplingParams) -> TurnRequest:
+        key = row_key(self.context.seed, draw.purpose, draw.step, one.prompt.id, one.sample, len(one.turns), draw.rng)
+        top_k = self.context.requirements.behaviour if draw.purpose == "train" else 0
         return TurnRequest(one.ids, one.tokens_left, key, draw, top_k)
 
     async def _answered(self, one: Conversation, environment: Environment) -> bool:
@@ -156,7 +156,7 @@ class Driver:
         one.add_reply(reply, copy.deepcopy(observation.messages), tokens_left)
         return True
 
-    def _rollout(self, one: Conversation, draw: Draw, version: int) -> TokenRollout:
-        wants = self.context.requirements if draw.purpose == "train" else Wants()
-        made = one.rollout(version, self.spans.of_turns(one.turn_lengths()) if wants.spans else None)
-        return replace(made, special_T=np.isin(made.tokens_T, self.special)) if wants.specials else made
+    def _rollout(self, one: Conversation, draw: SamplingParams, version: int) -> TokenRollout:
+        requirements = self.context.requirements if draw.purpose == "train" else Requirements()
+        made = one.rollout(version, self.spans.of_turns(one.turn_lengths()) if requirements.spans else None)
+        return replace(made, special_T=np.isin(made.tokens_T, self.special)) if requirements.specials else made

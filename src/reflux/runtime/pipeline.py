@@ -1,4 +1,4 @@
-"""Bounded-lag production of groups. max_lag = 0 is the synchronous loop.
+"""Bounded-staleness production of groups. max_staleness = 0 is the synchronous loop.
 
 Consumes: prompts, in order. Produces: for each optimiser step, its groups in prompt order. Waits for: every attempt of that step. Unblocked
 by: its consumer coming back for the next step, which is exactly when new weights are out, so back-pressure needs no lock and no queue.
@@ -7,7 +7,7 @@ Shutdown: `aclose` cancels what is in flight and waits until it is gone.
 An attempt that raises or is cancelled cancels the others of its step. Its error surfaces where that step would have been produced, also
 where the consumer settles or refreshes in between. Of several errors of one step the first in prompt order is raised.
 
-At the moment step s is produced, attempts meant for steps up to s + max_lag have been started: their lag when consumed is at most max_lag.
+At the moment step s is produced, attempts meant for steps up to s + max_staleness have been started: their staleness when consumed is at most max_staleness.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Pipeline:
         async for groups in stream: ...
     """
 
-    def __init__(self, prompts: Iterator[Prompt], attempt: Attempting, *, first_step: int, steps: int, per_step: int, max_lag: int):
+    def __init__(self, prompts: Iterator[Prompt], attempt: Attempting, *, first_step: int, steps: int, per_step: int, max_staleness: int):
         self._prompts, self._attempt = prompts, attempt
         self._next, self._last = first_step, first_step + steps
-        self._per_step, self._max_lag = per_step, max_lag
+        self._per_step, self._max_lag = per_step, max_staleness
         self._asked: dict[int, list[Prompt]] = {}  # prompts by step, kept until the step is consumed
         self._flying: dict[int, Siblings[Group]] = {}
         self._dropped: list[Siblings[Group]] = []

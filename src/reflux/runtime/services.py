@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from reflux.models.heads import Heads
-from reflux.models.shared_cache import Once
+from reflux.models.shared_cache import SharedCache
 from reflux.runtime.timers import Clock
 from reflux.runtime.weights import Lent
 
@@ -51,7 +51,7 @@ class Services:
     def __init__(self, student: StudentSpec, *, overlap: bool = False, listener: Listener | None = None, append: Append = _unwritten):
         self.student, self.listener, self.append = student, listener or Deaf(), append
         self.clock = Clock()
-        self.shared = Once()
+        self.shared = SharedCache()
         self.heads = Heads()  # output heads of the models in this process, by the key that hidden states name
         self._lendings = itertools.count(1)
         self._closing = ExitStack()

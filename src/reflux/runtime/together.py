@@ -27,7 +27,7 @@ class Siblings(Generic[Result]):
             self.cancel()
 
     def cancel(self) -> None:
-        """Once: a second time would interrupt a sibling that is cleaning up."""
+        """SharedCache: a second time would interrupt a sibling that is cleaning up."""
         if not self._cancelled:
             self._cancelled = True
             for task in self.tasks:

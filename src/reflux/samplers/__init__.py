@@ -2,7 +2,7 @@
 
 SAMPLERS = {
     "hf": "reflux.samplers.hf:HF",
-    "stored": "reflux.samplers.references:Stored",
+    "references": "reflux.samplers.references:References",
     "flow": "reflux.samplers.flow:Flow",
-    "drawn": "reflux.samplers.teacher_samples:Drawn",
+    "teacher_samples": "reflux.samplers.teacher_samples:TeacherSamples",
 }

@@ -2,7 +2,7 @@
 
 `open(context, services)` gives an object that holds its own copy of the weights. `sample` returns one group; `publish` puts new weights in
 place after the model call in progress. What a sampled token is depends on (run seed, purpose, step, prompt id, sample, turn, position)
-and `draw.dice` alone.
+and `draw.random numbers` alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from reflux.config import registry
 from reflux.config.part import Part
-from reflux.types import Draw, Group, Prompt, Rollout
+from reflux.types import Group, Prompt, Rollout, SamplingParams
 
 if TYPE_CHECKING:
     from reflux.config.context import Generation, PartContext
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class OpenSampler(Protocol):
-    async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group: ...
+    async def sample(self, prompt: Prompt, n: int, draw: SamplingParams) -> Group: ...
 
     async def publish(self, weights: Weights, step: int) -> None:
         """Sample with these from now on; `step` optimiser steps are done, also where the last one left the weights as they were."""
@@ -66,7 +66,7 @@ class Sampler(SamplerPart, Protocol):
         """The most positions an attempt may have that is not of training: a limit of its own, whatever cap training has."""
         ...
 
-    def draw(self, step: int) -> Draw:
+    def draw(self, step: int) -> SamplingParams:
         """How training attempts of optimiser step `step` (from 0) are sampled; the run adds how many are asked for together."""
         ...
 

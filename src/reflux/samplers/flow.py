@@ -23,7 +23,7 @@ from reflux.config.schedules import Number, at, number
 from reflux.errors import DataError
 from reflux.models.folders import Dtype
 from reflux.samplers.base import SamplerPart
-from reflux.types import Draw, FlowRollout, Prompt, Rollout
+from reflux.types import FlowRollout, Prompt, Rollout, SamplingParams
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -43,14 +43,14 @@ GUIDANCE = Paper("guidance", "Classifier-Free Diffusion Guidance", "2207.12598",
 
 @dataclass(frozen=True, config=STRICT)
 class Flow(SamplerPart):
-    """A flow model in this process, in batches; every image has its own dice.
+    """A flow model in this process, in batches; every image has its own random numbers.
 
     The noise depends on (run seed, purpose, step, prompt, sample, denoising step) alone: neighbours in a batch never change a draw's dice.
     Attempts of training, and all others at a temperature above 0, are drawn by the SDE at `noise_level` in `steps` steps; greedy
-    ones (temperature 0) by the ODE in `eval_steps` steps, where the first noise is all that is drawn. Of those only the picture is kept, no
+    ones (temperature 0) by the ODE in `eval_steps` steps, where the first noise is all that is drawn. Of those only the image is kept, no
     state: what is only looked at is large, and nobody learns from it.
 
-    `length`: only so many steps of the grid are walked in training (prefix by generation), and the image is the state reached. Evaluations
+    `max_denoising_steps`: only so many steps of the grid are walked in training (prefix by generation), and the image is the state reached. Evaluations
     walk to the end. The velocity's guidance g is v_uncond + g (v_cond - v_uncond); teachers and learner use the same.
     """
 
@@ -63,15 +63,15 @@ class Flow(SamplerPart):
     noise_level: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.7  # a
     guidance: Annotated[float, Field(allow_inf_nan=False)] = 1.0  # 1: none, and half the work
     eval_steps: Annotated[int, Field(ge=1)] = 40  # of a greedy evaluation
-    length: Number | None = None  # None: all steps
-    pixels: Annotated[int, Field(ge=0)] = 0  # a side of the picture; 0: the size the model was made for
+    max_denoising_steps: Number | None = None  # None: all steps
+    pixels: Annotated[int, Field(ge=0)] = 0  # a side of the image; 0: the size the model was made for
     batch_images: Annotated[int, Field(ge=1)] = 64  # denoised together; guidance doubles the rows of a call
     dtype: Dtype = "auto"  # auto: as stored on a GPU, float32 on a CPU; steps are computed in float32 whatever it is
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.length is not None:
-            number(self.length, "length")
+        if self.max_denoising_steps is not None:
+            number(self.max_denoising_steps, "max_denoising_steps")
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         if cfg.sampler.on_policy:
@@ -81,16 +81,16 @@ class Flow(SamplerPart):
 
     @property
     def evaluation_positions(self) -> int:
-        """Pictures are finished, whatever `length` is; greedy ones take `eval_steps`."""
+        """Images are finished, whatever `max_denoising_steps` is; greedy ones take `eval_steps`."""
         return self.steps
 
     @property
     def computed_share(self) -> float:
         return 2.0 if self.guidance != 1 else 1.0
 
-    def draw(self, step: int) -> Draw:
+    def draw(self, step: int) -> SamplingParams:
         """How the attempts of optimiser step `step` (from 0) are drawn."""
-        return Draw(step, "train", self.steps if self.length is None else int(at(self.length, step)))
+        return SamplingParams(step, "train", self.steps if self.max_denoising_steps is None else int(at(self.max_denoising_steps, step)))
 
     @property
     def generation(self) -> Generation:

@@ -18,7 +18,7 @@ from reflux.models.flow.sde import sde_step, step_logp
 from reflux.models.rng import normal, row_key
 from reflux.samplers.flow import prompt_text
 from reflux.samplers.in_process_sampler import InProcessSampler, Request
-from reflux.types import Attempt, Draw, Finish, FlowRollout, Group, Prompt, VelocityTarget
+from reflux.types import Attempt, Finish, FlowRollout, Group, Prompt, SamplingParams, VelocityTarget
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Walk:
+class Trajectory:
     """How images are walked from noise to data: along which times, T of the S' steps of a grid, and how noisily."""
 
     t_S: np.ndarray  # float32
@@ -52,25 +52,25 @@ class Path:
 
 
 @torch.inference_mode()
-def denoise(model: FlowModel, walk: Walk, texts: Sequence[str], keys_B: Sequence[int], pixels: int = 0) -> Path:
-    """One image per text, from the dice of its key. Records stay on the device until the end, and are copied once."""
-    T, B, D = len(walk.t_S) - 1, len(texts), int(np.prod(model.shape(pixels)))
-    kept = D if walk.keeps_x else 0
+def denoise(model: FlowModel, trajectory: Trajectory, texts: Sequence[str], keys_B: Sequence[int], pixels: int = 0) -> Path:
+    """One image per text, from the random numbers of its key. Records stay on the device until the end, and are copied once."""
+    T, B, D = len(trajectory.t_S) - 1, len(texts), int(np.prod(model.shape(pixels)))
+    kept = D if trajectory.keeps_x else 0
     device = model.device  # asked for once: diffusers looks through all modules for it
     keys = torch.tensor(keys_B, dtype=torch.int64, device=device)
     x_BSD = torch.empty(B, T + 1, kept, device=device)
     finite_BS = torch.ones(B, T + 1, dtype=torch.bool, device=device)
-    v_BTD = torch.empty(B, T, D, device=device) if walk.keeps_v else None
+    v_BTD = torch.empty(B, T, D, device=device) if trajectory.keeps_v else None
     logp_BT = torch.zeros(B, T, device=device)
     x_BD = normal(keys, -1, D)
     x_BSD[:, 0] = x_BD[:, :kept]
-    for i, (t, dt) in enumerate(zip(walk.t_S[:-1].tolist(), np.diff(walk.t_S).tolist(), strict=True)):
-        v_BD = model.velocity(x_BD, torch.full((B,), t, device=device), texts, walk.guidance).float()
-        noise_BD = normal(keys, i, D) if walk.noise_level else torch.zeros_like(x_BD)
-        x_BD, mean_BD, std = sde_step(x_BD, v_BD, t, dt, walk.noise_level, noise_BD)
+    for i, (t, dt) in enumerate(zip(trajectory.t_S[:-1].tolist(), np.diff(trajectory.t_S).tolist(), strict=True)):
+        v_BD = model.velocity(x_BD, torch.full((B,), t, device=device), texts, trajectory.guidance).float()
+        noise_BD = normal(keys, i, D) if trajectory.noise_level else torch.zeros_like(x_BD)
+        x_BD, mean_BD, std = sde_step(x_BD, v_BD, t, dt, trajectory.noise_level, noise_BD)
         x_BSD[:, i + 1] = x_BD[:, :kept]
         finite_BS[:, i + 1] = x_BD.isfinite().all(1)
-        if walk.noise_level:
+        if trajectory.noise_level:
             logp_BT[:, i] = step_logp(x_BD, mean_BD, std)
         if v_BTD is not None:
             v_BTD[:, i] = v_BD
@@ -79,7 +79,7 @@ def denoise(model: FlowModel, walk: Walk, texts: Sequence[str], keys_B: Sequence
 
 
 class FlowSampler(InProcessSampler):
-    """A flow model: pictures denoised together."""
+    """A flow model: images denoised together."""
 
     def __init__(self, cfg: Flow, context: PartContext, services: Services, model: FlowModel):
         super().__init__(services)
@@ -89,7 +89,7 @@ class FlowSampler(InProcessSampler):
     @asynccontextmanager
     async def opened(cls, cfg: Flow, context: PartContext, services: Services) -> AsyncIterator[FlowSampler]:
         name = context.student.model
-        load = partial(load_flow, name, "learner.model", dtype=cfg.dtype, device=cfg.device, once=services.shared)
+        load = partial(load_flow, name, "learner.model", dtype=cfg.dtype, device=cfg.device, shared_cache=services.shared)
         model = await services.run_model(load)
         model.shape(cfg.pixels)  # refuses a size that does not fit, before anything is drawn
         model.net.requires_grad_(False).eval()
@@ -102,44 +102,44 @@ class FlowSampler(InProcessSampler):
     def _sample(self, requests: list[Request]) -> list[Group]:
         started = time.perf_counter()
         draw = requests[0][2]
-        walk = self._walk(draw)
+        trajectory = self._trajectory(draw)
         rows = [(prompt, sample) for prompt, n, _ in requests for sample in range(n)]
         size = self.cfg.batch_images
         chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-        attempts = iter([Attempt(rollout) for chunk in chunks for rollout in self._denoise(chunk, walk, draw)])
+        attempts = iter([Attempt(rollout) for chunk in chunks for rollout in self._denoise(chunk, trajectory, draw)])
         groups = [[next(attempts) for _ in range(n)] for _, n, _ in requests]
         self.services.clock.add("sample" if draw.purpose == "train" else draw.purpose, time.perf_counter() - started)
         return groups
 
-    def _walk(self, draw: Draw) -> Walk:
+    def _trajectory(self, draw: SamplingParams) -> Trajectory:
         """Training is noisy and may stop early; of the rest, what is drawn at a temperature above 0 is noisy, and all is finished."""
         training = draw.purpose == "train"
         noisy = training or draw.temperature > 0
         grid_S = self.model.grid(self.cfg.steps if noisy else self.cfg.eval_steps).astype(np.float32)
-        steps = min(max(1, draw.length), len(grid_S) - 1) if training else len(grid_S) - 1
-        return Walk(
+        steps = min(max(1, draw.max_positions), len(grid_S) - 1) if training else len(grid_S) - 1
+        return Trajectory(
             t_S=grid_S[: steps + 1],
             whole=steps == len(grid_S) - 1,
             noise_level=self.cfg.noise_level if noisy else 0.0,
             guidance=self.cfg.guidance,
-            keeps_v=self.context.requirements.said > 0 if training else noisy,
+            keeps_v=self.context.requirements.behaviour > 0 if training else noisy,
             keeps_x=noisy,
         )
 
-    def _denoise(self, rows: Sequence[tuple[Prompt, int]], walk: Walk, draw: Draw) -> list[FlowRollout]:
-        keys = [row_key(self.context.seed, draw.purpose, draw.step, prompt.id, sample, dice=draw.dice) for prompt, sample in rows]
-        path = denoise(self.model, walk, [prompt_text(prompt) for prompt, _ in rows], keys, self.cfg.pixels)
+    def _denoise(self, rows: Sequence[tuple[Prompt, int]], trajectory: Trajectory, draw: SamplingParams) -> list[FlowRollout]:
+        keys = [row_key(self.context.seed, draw.purpose, draw.step, prompt.id, sample, rng=draw.rng) for prompt, sample in rows]
+        path = denoise(self.model, trajectory, [prompt_text(prompt) for prompt, _ in rows], keys, self.cfg.pixels)
         for (prompt, _), finite_S in zip(rows, path.finite_BS, strict=True):
-            _check_finite(prompt, finite_S, walk)
-        return [self._rollout(prompt, sample, row, path, walk) for row, (prompt, sample) in enumerate(rows)]
+            _check_finite(prompt, finite_S, trajectory)
+        return [self._rollout(prompt, sample, row, path, trajectory) for row, (prompt, sample) in enumerate(rows)]
 
-    def _rollout(self, prompt: Prompt, sample: int, row: int, path: Path, walk: Walk) -> FlowRollout:
-        finish: Finish = "stop" if walk.whole else "length"
-        mask_T = np.full(len(walk.t_S) - 1, walk.keeps_x)  # nobody can be asked about a state that is gone
-        mask_T[-1] &= not walk.whole  # the last step of a grid is never trained
-        said = None
+    def _rollout(self, prompt: Prompt, sample: int, row: int, path: Path, trajectory: Trajectory) -> FlowRollout:
+        finish: Finish = "stop" if trajectory.whole else "length"
+        mask_T = np.full(len(trajectory.t_S) - 1, trajectory.keeps_x)  # nobody can be asked about a state that is gone
+        mask_T[-1] &= not trajectory.whole  # the last step of a grid is never trained
+        behaviour = None
         if path.v_BTD is not None:
-            said = VelocityTarget(teacher="said", v_TD=np.where(mask_T[:, None], path.v_BTD[row], np.float32(np.nan)))
+            behaviour = VelocityTarget(teacher="behaviour", v_TD=np.where(mask_T[:, None], path.v_BTD[row], np.float32(np.nan)))
         return FlowRollout(
             prompt=prompt,
             sample=sample,
@@ -147,21 +147,21 @@ class FlowSampler(InProcessSampler):
             finish=finish,
             mask_T=mask_T,
             logp_T=np.where(mask_T, path.logp_BT[row], np.float32(0)),
-            said=said,
+            behaviour=behaviour,
             x_SD=path.x_BSD[row],
-            t_S=walk.t_S,
-            noise_level=walk.noise_level,
-            guidance=walk.guidance,
+            t_S=trajectory.t_S,
+            noise_level=trajectory.noise_level,
+            guidance=trajectory.guidance,
             image=path.images[row],
         )
 
 
-def _check_finite(prompt: Prompt, finite_S: np.ndarray, walk: Walk) -> None:
+def _check_finite(prompt: Prompt, finite_S: np.ndarray, trajectory: Trajectory) -> None:
     """A velocity that is not finite makes the state it leads to not finite: the states tell of both, and no step has to wait."""
     if not finite_S.all():
         i = int(finite_S.argmin()) - 1
         raise ModelError(
-            f"prompt {prompt.id}: at denoising step {i} (from 0, of {len(walk.t_S) - 1}; t = {walk.t_S[i]:.4g}) the velocity, or the state "
+            f"prompt {prompt.id}: at denoising step {i} (from 0, of {len(trajectory.t_S) - 1}; t = {trajectory.t_S[i]:.4g}) the velocity, or the state "
             f"it leads to, is not finite. In 16 bits it may be an overflow: try sampler.dtype = 'bfloat16' or 'float32'. Else the weights "
             f"are broken, by a learning rate that is too high or from the start."
         )

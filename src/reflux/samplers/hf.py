@@ -14,7 +14,7 @@ from reflux.config.registry import STRICT
 from reflux.config.schedules import Number, at, number
 from reflux.models.folders import Dtype
 from reflux.samplers.base import SamplerPart
-from reflux.types import Draw, Rollout, TokenRollout
+from reflux.types import Rollout, SamplingParams, TokenRollout
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -30,9 +30,9 @@ def _one_number(value: Any) -> Any:
 
 @dataclass(frozen=True, config=STRICT)
 class HF(SamplerPart):
-    """transformers in this process, in batches; every row has its own dice.
+    """transformers in this process, in batches; every row has its own random numbers.
 
-    `max_tokens` is the longest answer: evaluations and an accelerator's score are cut there and nowhere else. `train_max_tokens` is a cap
+    `max_tokens` is the longest answer: evaluations and extrapolation's score are cut there and nowhere else. `train_max_tokens` is a cap
     of training alone, where a schedule may begin with short answers; a schedule that goes above `max_tokens` stays at it.
 
     The noise depends on (run seed, purpose, step, prompt, sample, turn, position) alone, so a batch never changes a draw's dice.
@@ -90,9 +90,9 @@ class HF(SamplerPart):
     def overlaps(self) -> bool:
         return self.turns == "ready"
 
-    def draw(self, step: int) -> Draw:
+    def draw(self, step: int) -> SamplingParams:
         cap = self.max_tokens if self.train_max_tokens is None else int(at(self.train_max_tokens, step))
-        return Draw(step, "train", min(cap, self.max_tokens), self.temperature, self.top_p, self.stop)
+        return SamplingParams(step, "train", min(cap, self.max_tokens), self.temperature, self.top_p, self.stop)
 
     @property
     def generation(self) -> Generation:

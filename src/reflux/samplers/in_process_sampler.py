@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reflux.runtime.cohorts import Gather
-from reflux.types import Draw, Group, Prompt
+from reflux.types import Group, Prompt, SamplingParams
 
 if TYPE_CHECKING:
     from reflux.runtime.services import Services
     from reflux.runtime.weights import Weights
 
-Request = tuple[Prompt, int, Draw]
+Request = tuple[Prompt, int, SamplingParams]
 
 
 class InProcessSampler(ABC):
@@ -29,7 +29,7 @@ class InProcessSampler(ABC):
         self.busy = asyncio.Lock()  # held by a model call, and while weights are put in place
         self._gather: Gather[Request, Group] = Gather(self._groups)
 
-    async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
+    async def sample(self, prompt: Prompt, n: int, draw: SamplingParams) -> Group:
         return await self._gather.ask((draw.purpose, draw.step), draw.cohort, prompt.id, (prompt, n, draw))
 
     async def publish(self, weights: Weights, step: int) -> None:

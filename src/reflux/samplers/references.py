@@ -17,7 +17,7 @@ from reflux.errors import DataError
 from reflux.models.tokenizer import CharacterSpans, Renderer, end_ids, special_ids
 from reflux.samplers.base import Sampler, SamplerPart
 from reflux.samplers.hf import HF
-from reflux.types import Attempt, Draw, Group, Prompt, Rollout, TokenRollout, Wants
+from reflux.types import Attempt, Group, Prompt, Requirements, Rollout, SamplingParams, TokenRollout
 
 if TYPE_CHECKING:
     from reflux.config.context import Generation, PartContext
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Stored(SamplerPart):
+class References(SamplerPart):
     """Training attempts are the prompts' own `references`, as if the student had written them; evaluation really samples, by `generate`.
 
     Nothing here was drawn from the student, so only objectives that do not weigh by its probabilities fit (`nll`, `divergence`).
@@ -38,7 +38,7 @@ class Stored(SamplerPart):
 
     generate: Annotated[Sampler, PartOf("samplers", default="hf")] = HF()
 
-    def draw(self, step: int) -> Draw:
+    def draw(self, step: int) -> SamplingParams:
         return replace(self.generate.draw(step), temperature=1.0, top_p=1.0)
 
     @property
@@ -80,10 +80,10 @@ class OpenStored:
     inner: OpenSampler
     renderer: Renderer
     spans: CharacterSpans
-    requirements: Wants
+    requirements: Requirements
     version: int = 0
 
-    async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
+    async def sample(self, prompt: Prompt, n: int, draw: SamplingParams) -> Group:
         if draw.purpose != "train":
             return await self.inner.sample(prompt, n, draw)
         if not prompt.references:
@@ -94,10 +94,10 @@ class OpenStored:
         self.version = weights.version
         await self.inner.publish(weights, step)
 
-    def _attempt(self, prompt: Prompt, answer: str, sample: int, draw: Draw) -> Attempt:
+    def _attempt(self, prompt: Prompt, answer: str, sample: int, draw: SamplingParams) -> Attempt:
         ends = end_ids(self.renderer.tokenizer)
         tokens = self.renderer.answer_ids(prompt.messages, answer, ends)
-        cut = tokens[: draw.length]
+        cut = tokens[: draw.max_positions]
         text = self.spans.decode(cut) if self.requirements.spans else answer  # spans are of the text that these very tokens decode to
         rollout = TokenRollout(
             prompt=prompt,

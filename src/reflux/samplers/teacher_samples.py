@@ -1,4 +1,4 @@
-"""Pictures that the teachers drew in place of the student's own: plain flow matching, as a baseline and a cold start."""
+"""Images that the teachers drew in place of the student's own: plain flow matching, as a baseline and a cold start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reflux.config.papers import Paper
 from reflux.config.registry import STRICT, PartOf
 from reflux.samplers.base import SamplerPart
 from reflux.samplers.flow import Flow
-from reflux.types import Draw, FlowRollout, Rollout
+from reflux.types import FlowRollout, Rollout, SamplingParams
 
 if TYPE_CHECKING:
     from reflux.config.context import Generation, PartContext
@@ -32,18 +32,18 @@ FLOW_MATCHING = Paper(
 
 
 @dataclass(frozen=True, config=STRICT)
-class Drawn(SamplerPart):
-    """Flow matching (arXiv 2210.02747) on pictures x_0 that the teachers draw when asked for; evaluation really samples, by `generate`.
+class TeacherSamples(SamplerPart):
+    """Flow matching (arXiv 2210.02747) on images x_0 that the teachers draw when asked for; evaluation really samples, by `generate`.
 
     The teachers are the run's own tables of kind flow: a prompt goes to the table that names its route, else to the one without routes.
-    It draws by the ODE, in `generate.eval_steps` steps. What is learnt of a picture is T = `times` positions, each with noise x_1 of its
+    It draws by the ODE, in `generate.eval_steps` steps. What is learnt of an image is T = `positions` positions, each with noise x_1 of its
     own, at a time t that is the sigmoid of a standard normal (arXiv 2403.03206): the state is (1 - t) x_0 + t x_1, and what was "said"
-    there is x_1 - x_0, for `velocity_kl` with teacher = "said" and weight = "mse". With teacher = "main" the teacher's own velocity at
+    there is x_1 - x_0, for `velocity_kl` with teacher = "behaviour" and weight = "mse". With teacher = "main" the teacher's own velocity at
     these states is learnt instead.
 
-    An attempt's states are not a chain, as none leads to the next: each lies on a straight line of its own from noise to the picture, and a
-    step of -t along what was said ends at the picture, the last state, at t = 0. Times fall, as everywhere; all positions count. The
-    guidance is `generate`'s, in drawing and in learning: the student's guided velocity is fitted to guided pictures, and sampled so.
+    An attempt's states are not a chain, as none leads to the next: each lies on a straight line of its own from noise to the image, and a
+    step of -t along what was said ends at the image, the last state, at t = 0. Times fall, as everywhere; all positions count. The
+    guidance is `generate`'s, in drawing and in learning: the student's guided velocity is fitted to guided images, and sampled so.
 
     Nothing here was drawn from the student, so nothing that weighs by its probabilities fits.
     """
@@ -53,11 +53,11 @@ class Drawn(SamplerPart):
     asks_teachers: ClassVar[bool] = True
 
     generate: Annotated[Flow, PartOf("samplers", default="flow")] = Flow()
-    times: Annotated[int, Field(ge=1)] = 10  # T of one picture
+    positions: Annotated[int, Field(ge=1)] = 10  # T of one image
 
     def __post_init__(self) -> None:
         if not isinstance(self.generate, Flow):
-            raise ValueError("generate draws pictures, so its kind is 'flow'")
+            raise ValueError("generate draws images, so its kind is 'flow'")
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return (FLOW_MATCHING,)
@@ -68,16 +68,16 @@ class Drawn(SamplerPart):
             if len(tables) != 1:
                 found = f"{' and '.join(tables)} could draw" if tables else "no teacher draws"
                 yield (
-                    f"sampler 'drawn' has each prompt's picture drawn by the teacher of its route, and for the route {route!r} {found}. "
+                    f"sampler 'teacher_samples' has each prompt's image drawn by the teacher of its route, and for the route {route!r} {found}. "
                     f"Give one table of kind flow that route, or leave the others out."
                 )
 
     @property
     def computed_share(self) -> float:
-        return self.generate.computed_share * max(self.generate.eval_steps, self.times) / self.times
+        return self.generate.computed_share * max(self.generate.eval_steps, self.positions) / self.positions
 
-    def draw(self, step: int) -> Draw:
-        return replace(self.generate.draw(step), length=self.times)
+    def draw(self, step: int) -> SamplingParams:
+        return replace(self.generate.draw(step), max_positions=self.positions)
 
     @property
     def evaluation_positions(self) -> int:

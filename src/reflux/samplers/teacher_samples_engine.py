@@ -1,4 +1,4 @@
-"""The models behind `samplers.drawn`: the teachers draw, and each picture becomes states on straight lines to it."""
+"""The models behind `samplers.drawn`: the teachers draw, and each image becomes states on straight lines to it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from reflux.errors import DataError, ModelError
 from reflux.models.rng import normal, row_key
 from reflux.runtime.cohorts import Gather
 from reflux.samplers.flow import prompt_text
-from reflux.samplers.flow_engine import Walk, denoise
+from reflux.samplers.flow_engine import Trajectory, denoise
 from reflux.samplers.teacher_samples import drawers
-from reflux.types import Attempt, Draw, FlowRollout, Group, Prompt, VelocityTarget
+from reflux.types import Attempt, FlowRollout, Group, Prompt, SamplingParams, VelocityTarget
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
     from reflux.runtime.services import Services
     from reflux.runtime.weights import Weights
     from reflux.samplers.base import OpenSampler
-    from reflux.samplers.teacher_samples import Drawn
+    from reflux.samplers.teacher_samples import TeacherSamples
 
-_TIMES = -2  # the place of the times' dice; -1 is the noise that a picture is drawn from, 0 to T - 1 that of the positions
+_TIMES = -2  # the place of the times' random numbers; -1 is the noise that an image is drawn from, 0 to T - 1 that of the positions
 Row = tuple[Prompt, int]  # a prompt, and the number of the attempt
 
 
 class OpenDrawn:
     """Holds no weights: those that draw are the teachers', and `inner` acts for the student in evaluations."""
 
-    def __init__(self, cfg: Drawn, context: PartContext, services: Services, inner: OpenSampler, models: Mapping[str, FlowModel]):
+    def __init__(self, cfg: TeacherSamples, context: PartContext, services: Services, inner: OpenSampler, models: Mapping[str, FlowModel]):
         self.cfg, self.context, self.services, self.inner, self.models = cfg, context, services, inner, models
         self.version = 0
-        self._gather: Gather[tuple[Prompt, int, Draw], Group] = Gather(self._cohort)
+        self._gather: Gather[tuple[Prompt, int, SamplingParams], Group] = Gather(self._cohort)
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, cfg: Drawn, context: PartContext, services: Services) -> AsyncIterator[OpenDrawn]:
+    async def opened(cls, cfg: TeacherSamples, context: PartContext, services: Services) -> AsyncIterator[OpenDrawn]:
         async with AsyncExitStack() as stack:
             inner = await stack.enter_async_context(cfg.generate.open(context, services))
             tables = {table: teacher for table, teacher in context.teachers.items() if teacher.draws}
@@ -51,7 +51,7 @@ class OpenDrawn:
             }
             yield cls(cfg, context, services, inner, {table: tables[table].acts_with(opened) for table, opened in answers.items()})
 
-    async def sample(self, prompt: Prompt, n: int, draw: Draw) -> Group:
+    async def sample(self, prompt: Prompt, n: int, draw: SamplingParams) -> Group:
         if draw.purpose != "train":
             return await self.inner.sample(prompt, n, draw)
         return await self._gather.ask(draw.step, draw.cohort, prompt.id, (prompt, n, draw))
@@ -60,10 +60,10 @@ class OpenDrawn:
         self.version = weights.version
         await self.inner.publish(weights, step)
 
-    async def _cohort(self, requests: list[tuple[Prompt, int, Draw]]) -> list[Group]:
+    async def _cohort(self, requests: list[tuple[Prompt, int, SamplingParams]]) -> list[Group]:
         return await self.services.run_model(self._sample, requests)
 
-    def _sample(self, requests: list[tuple[Prompt, int, Draw]]) -> list[Group]:
+    def _sample(self, requests: list[tuple[Prompt, int, SamplingParams]]) -> list[Group]:
         started = time.perf_counter()
         by_table: dict[str, list[Row]] = {}
         for prompt, n, _ in requests:
@@ -82,24 +82,24 @@ class OpenDrawn:
         if len(tables) != 1:
             raise DataError(
                 f"prompt {prompt.id} has the route {prompt.route!r}, for which {' and '.join(tables) or 'no teacher'} would draw. Sampler "
-                f"'drawn' needs one table of kind flow for it: give that table the route, or leave the others out."
+                f"'teacher_samples' needs one table of kind flow for it: give that table the route, or leave the others out."
             )
         return tables[0]
 
-    def _rollouts(self, table: str, rows: Sequence[Row], draw: Draw) -> list[FlowRollout]:
-        """Draw, by the ODE, and put states between noise and what was drawn."""
+    def _rollouts(self, table: str, rows: Sequence[Row], draw: SamplingParams) -> list[FlowRollout]:
+        """SamplingParams, by the ODE, and put states between noise and what was drawn."""
         model, cfg = self.models[table], self.cfg.generate
         t_S = model.grid(cfg.eval_steps).astype(np.float32)
-        walk = Walk(t_S=t_S, whole=True, noise_level=0.0, guidance=cfg.guidance, keeps_v=False, keeps_x=False)
-        keys = [row_key(self.context.seed, draw.purpose, draw.step, prompt.id, sample, dice=draw.dice) for prompt, sample in rows]
-        path = denoise(model, walk, [prompt_text(prompt) for prompt, _ in rows], keys, cfg.pixels)
+        trajectory = Trajectory(t_S=t_S, whole=True, noise_level=0.0, guidance=cfg.guidance, keeps_v=False, keeps_x=False)
+        keys = [row_key(self.context.seed, draw.purpose, draw.step, prompt.id, sample, rng=draw.rng) for prompt, sample in rows]
+        path = denoise(model, trajectory, [prompt_text(prompt) for prompt, _ in rows], keys, cfg.pixels)
         x_0_BD = path.x_BD
         for (prompt, _), x_0_D in zip(rows, x_0_BD, strict=True):
             if not np.isfinite(x_0_D).all():
                 raise ModelError(f"teachers.{table}: what it draws for prompt {prompt.id} is not finite. Are its weights whole?")
-        t_BT, noise_BTD = lines(keys, draw.length, x_0_BD.shape[1])
+        t_BT, noise_BTD = lines(keys, draw.max_positions, x_0_BD.shape[1])
         return [
-            self._rollout(*row, x_0_D, t_T, noise_TD, image, {table: len(walk.t_S) - 1})
+            self._rollout(*row, x_0_D, t_T, noise_TD, image, {table: len(trajectory.t_S) - 1})
             for row, x_0_D, t_T, noise_TD, image in zip(rows, x_0_BD, t_BT, noise_BTD, path.images, strict=True)
         ]
 
@@ -123,7 +123,7 @@ class OpenDrawn:
             finish="stop",
             mask_T=np.ones(len(t_T), dtype=bool),
             logp_T=np.zeros(len(t_T), dtype=np.float32),  # nobody drew these steps; `checks` keeps ratios away from them
-            said=VelocityTarget(teacher="said", v_TD=noise_TD - x_0_D),
+            behaviour=VelocityTarget(teacher="behaviour", v_TD=noise_TD - x_0_D),
             sampled_positions=0,
             drawn_positions=drawn,
             x_SD=np.concatenate([states_TD, x_0_D[None]]),

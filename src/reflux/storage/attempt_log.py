@@ -1,7 +1,7 @@
 """What is kept of an attempt on disk: one line when it arrives, a second one, for the same attempt, after the step that used it.
 
 Both carry `step` as metrics.jsonl counts it: the optimiser step, from 1, that the attempt is for. Of a flow, the states are not kept: they
-are large, and come again from the same weights and dice; the batch of a refused step has them (`refused.py`).
+are large, and come again from the same weights and random numbers; the batch of a refused step has them (`refused.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def arrived(attempt: Attempt, step: int) -> Line:
     rollout = attempt.rollout
     kept = next((kept for kept in _KEPT if isinstance(rollout, kept.kind)), None)
     if kept is None:
-        raise TypeError(f"attempts are texts or pictures, and {type(rollout).__name__} is neither: records.py does not know what to keep")
+        raise TypeError(f"attempts are texts or images, and {type(rollout).__name__} is neither: records.py does not know what to keep")
     line = {
         "kind": "attempt",
         "step": step + 1,
@@ -52,13 +52,13 @@ def learned(attempt: Attempt, step: int) -> Line:
     if record.kl_T is not None:
         line["kl"] = _rounded(record.kl_T)
     line["weight"] = _rounded(attempt.weight_T)
-    if attempt.shift_T.any():
-        line["shift"] = _rounded(attempt.shift_T)
-    line["notes"] = {f"{name}.{key}": value for name, share in attempt.shares.items() for key, value in share.notes.items()}
+    if attempt.advantage_offset_T.any():
+        line["shift"] = _rounded(attempt.advantage_offset_T)
+    line["notes"] = {f"{name}.{key}": value for name, share in attempt.credits.items() for key, value in share.notes.items()}
     shown = {name: answer.context_notes for name, answer in attempt.answers.items() if answer.context_notes}
     if shown:
         line["context"] = shown
-    detail = {name: share.detail for name, share in attempt.shares.items() if share.detail}
+    detail = {name: share.detail for name, share in attempt.credits.items() if share.detail}
     return {**line, "detail": detail} if detail else line
 
 

@@ -60,12 +60,12 @@ def reported(evals: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def method_of(cfg: Any) -> str:
-    """The parts that make the method, in words: objectives, credit rules, accelerator."""
+    """The parts that make the method, in words: objectives, credit rules, extrapolation."""
     from reflux.config.registry import kind_of
 
     words = [kind_of("objectives", objective) for objective in cfg.objectives]
     words += [kind_of("credit", rule) for rule in cfg.credit.values()]
-    words += [kind_of("accelerators", cfg.accelerator)] if cfg.accelerator else []
+    words += [kind_of("extrapolation", cfg.extrapolation)] if cfg.extrapolation else []
     return " + ".join(words)
 
 

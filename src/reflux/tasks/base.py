@@ -79,7 +79,7 @@ class Task(TaskPart, Protocol):
 
     @property
     def rollouts(self) -> type[Rollout]:
-        """What it can judge: texts (TokenRollout) or pictures (FlowRollout)."""
+        """What it can judge: texts (TokenRollout) or images (FlowRollout)."""
         ...
 
     def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
@@ -89,6 +89,6 @@ class Task(TaskPart, Protocol):
     def verify(self, prompt: Prompt, made: Any) -> float | Reward:
         """1.0 right, 0.0 wrong, or between; a Reward where there are parts to tell besides, such as {"quality": 0.9}.
 
-        `made` is the text or the picture (uint8) that the student made. Raises ValueError without an answer.
+        `made` is the text or the image (uint8) that the student made. Raises ValueError without an answer.
         """
         ...

@@ -1,4 +1,4 @@
-"""Glyphs, drawn by Pillow: a digit near the centre, or squares on a lattice. Pictures are uint8 [16, 16], 0 black and 255 white.
+"""Glyphs, drawn by Pillow: a digit near the centre, or squares on a lattice. Images are uint8 [16, 16], 0 black and 255 white.
 
 . . # # # # # # . .       a digit is 3 x 5 dots of 2 x 2 pixels,           # # # . . # # # . .      a square is 3 x 3 pixels,
 . . # # # # # # . .       at most one pixel off the centre                 # # # . . # # # . .      2 apart, on a lattice of
@@ -56,12 +56,12 @@ def asked(prompt: Prompt) -> tuple[Domain, int]:
     )
 
 
-def draw(prompt: Prompt, dice: random.Random) -> np.ndarray:
-    """A picture of what the prompt asks for, without a flaw; the dice choose the place, or the places. uint8 [16, 16]."""
+def draw(prompt: Prompt, rng: random.Random) -> np.ndarray:
+    """An image of what the prompt asks for, without a flaw; the random numbers choose the place, or the places. uint8 [16, 16]."""
     domain, number = asked(prompt)
     if domain == "digits":
-        return digit(number, dice.choice(SHIFTS), dice.choice(SHIFTS))
-    return squares(dice.sample(range(CELLS), number))
+        return digit(number, rng.choice(SHIFTS), rng.choice(SHIFTS))
+    return squares(rng.sample(range(CELLS), number))
 
 
 def digit(value: int, right: int = 0, down: int = 0) -> np.ndarray:
@@ -78,12 +78,12 @@ def squares(cells: Collection[int]) -> np.ndarray:
 
 @cache
 def ideals(domain: Domain) -> np.ndarray:
-    """Every picture that can be drawn in a domain, in the order of `owners`. uint8 [pictures, 16, 16]: 90 digits, 511 sets of squares."""
+    """Every image that can be drawn in a domain, in the order of `owners`. uint8 [images, 16, 16]: 90 digits, 511 sets of squares."""
     if domain == "digits":
-        pictures = [digit(value, right, down) for value in NUMBERS["digits"] for right in SHIFTS for down in SHIFTS]
+        images = [digit(value, right, down) for value in NUMBERS["digits"] for right in SHIFTS for down in SHIFTS]
     else:
-        pictures = [squares(cells) for number in NUMBERS["counts"] for cells in itertools.combinations(range(CELLS), number)]
-    whole = np.stack(pictures)
+        images = [squares(cells) for number in NUMBERS["counts"] for cells in itertools.combinations(range(CELLS), number)]
+    whole = np.stack(images)
     whole.setflags(write=False)  # kept for the next caller
     return whole
 
@@ -92,8 +92,8 @@ def _boxes(corners: Collection[tuple[int, int]], side: int) -> np.ndarray:
     """White boxes on black, by their upper left corners (x, y)."""
     from PIL import Image, ImageDraw
 
-    picture = Image.new("L", (SIDE, SIDE))
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("L", (SIDE, SIDE))
+    pen = ImageDraw.Draw(image)
     for x, y in corners:
         pen.rectangle((x, y, x + side - 1, y + side - 1), fill=WHITE)
-    return np.array(picture, dtype=np.uint8)
+    return np.array(image, dtype=np.uint8)

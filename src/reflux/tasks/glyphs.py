@@ -1,7 +1,7 @@
-"""Small pictures on demand, which a program can judge: "the digit 7", or "4 squares". The embedded default of flow models.
+"""Small images on demand, which a program can judge: "the digit 7", or "4 squares". The embedded default of flow models.
 
-A picture is 16 x 16 pixels in one channel. There are only a few different prompts, so a prompt's id, on which a sampler's dice depend,
-also says how often it was asked before: each time another picture is made.
+An image is 16 x 16 pixels in one channel. There are only a few different prompts, so a prompt's id, on which a sampler's random numbers depend,
+also says how often it was asked before: each time another image is made.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from reflux.types import FlowRollout, Prompt, Reward, Rollout, seed_of
 class Glyphs(TaskPart):
     """Prompts of `domains` by turns; within a domain every number once, in an order drawn from the seed, before any comes again.
 
-    digits: "the digit 0" to "the digit 9". Right if the picture's nearest drawing of any digit at any of its 9 places is one of the asked
+    digits: "the digit 0" to "the digit 9". Right if the image's nearest drawing of any digit at any of its 9 places is one of the asked
     digit, and of no other, at most 6 pixels off. counts: "1 square" to "`largest_count` squares", at most 9. Right if exactly so many
     pieces of ink (pixels brighter than half), joined by their sides, have at least 4 pixels; their shape and place do not matter.
     `Prompt.route` is the domain, so that teachers can specialise. held_out: how many prompts "validation" and "test" hold each; "train"
-    never ends. The verdict's part `quality` says how clean the picture is, whatever was asked (`glyph_reading.quality`).
+    never ends. The verdict's part `quality` says how clean the image is, whatever was asked (`glyph_reading.quality`).
 
     Prompt number p of a split depends on (split, seed, p) alone, so `start` costs nothing; its id and text on the split, the number asked
     for and how often it came before. ValueError for domains that repeat or are none, a largest_count outside 1..9, a negative held_out, a
@@ -70,12 +70,12 @@ class Glyphs(TaskPart):
             position += 1
 
     def verify(self, prompt: Prompt, made: Any) -> Reward:
-        """1.0 or 0.0, and the picture's quality. ValueError for a prompt of another task, and for what is no uint8 [16, 16]."""
+        """1.0 or 0.0, and the image's quality. ValueError for a prompt of another task, and for what is no uint8 [16, 16]."""
         from reflux.tasks.glyph_reading import checked, is_right, quality
 
         domain, number = asked(prompt)
-        picture = checked(made)
-        return Reward(float(is_right(picture, domain, number)), parts={"quality": quality(picture, domain)})
+        image = checked(made)
+        return Reward(float(is_right(image, domain, number)), parts={"quality": quality(image, domain)})
 
     def texts(self) -> list[str]:
         """Every prompt that can be asked, domain by domain."""

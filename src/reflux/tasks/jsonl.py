@@ -29,7 +29,7 @@ class Jsonl(TaskPart):
 
     prompt: one user message. messages: a chat, [{"role", "content"}, ...], ending before the turn that the student shall write; where
     tools were called, with "tool_calls" (the content may then be null), "tool_call_id" and "name". answer: text or a number. references:
-    worked answers, for the `stored` sampler. route: which teacher answers (default: the field `route` of this task). id: stable and unique
+    worked answers, for the `references` sampler. route: which teacher answers (default: the field `route` of this task). id: stable and unique
     (default: "train/17", the line it stands on).
 
     path: the file; or dataset (and dataset_config, dataset_split): on the hub. keys: other names for these columns, e.g. {prompt =
@@ -40,7 +40,7 @@ class Jsonl(TaskPart):
     instruction: appended to the last message after a blank line.
     grader: "math" (see `reflux.grading.math`), "exact" (text or final answer, white space folded), "none", or "my_module:function", called
     with (prompt, what the student made) and returning a number from 0 to 1, or a Reward.
-    makes: "text", or "picture" for flow models; a picture is judged by a grader of your own, which meets uint8 [height, width(, 3)].
+    makes: "text", or "image" for flow models; an image is judged by a grader of your own, which meets uint8 [height, width(, 3)].
 
     "train" never ends: a new order each epoch. DataError, with file and line, for data that cannot be used.
     """
@@ -54,7 +54,7 @@ class Jsonl(TaskPart):
     test: str | None = None
     instruction: str = ""
     grader: str = "math"
-    makes: Literal["text", "picture"] = "text"
+    makes: Literal["text", "image"] = "text"
     route: str | None = None
     weight: float = 1.0
 
@@ -68,8 +68,8 @@ class Jsonl(TaskPart):
             raise ValueError("validation is a share of the lines (0 <= validation < 1), or the name of a file of its own")
         if self.grader not in GRADERS and ":" not in self.grader:
             raise ValueError(f'grader must be one of {", ".join(GRADERS)}, or "my_module:function"{did_you_mean(self.grader, GRADERS)}')
-        if self.makes == "picture" and self.grader in ("math", "exact"):
-            raise ValueError(f'grader "{self.grader}" judges texts; for pictures give "my_module:function", or "none"')
+        if self.makes == "image" and self.grader in ("math", "exact"):
+            raise ValueError(f'grader "{self.grader}" judges texts; for images give "my_module:function", or "none"')
         if not self.weight > 0:
             raise ValueError("weight must be above 0")
 
@@ -96,7 +96,7 @@ class Jsonl(TaskPart):
 
     @property
     def rollouts(self) -> type[Rollout]:
-        return FlowRollout if self.makes == "picture" else TokenRollout
+        return FlowRollout if self.makes == "image" else TokenRollout
 
     @property
     def routes(self) -> frozenset[str | None] | None:

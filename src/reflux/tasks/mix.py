@@ -41,7 +41,7 @@ class Mix(TaskPart):
         if not self.weight > 0:
             raise ValueError("weight must be above 0")
         if len({part.rollouts for part in self.parts.values()}) > 1:
-            raise ValueError("the parts of a mix must be all of texts, or all of pictures")
+            raise ValueError("the parts of a mix must be all of texts, or all of images")
         for name, share in self._shares().items():
             if "/" in name:
                 raise ValueError(f"the part name '{name}' holds a slash, which divides names from ids; rename it")

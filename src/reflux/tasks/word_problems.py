@@ -105,14 +105,14 @@ class WordProblems(TaskPart):
         return float(found is not None and found[1] == prompt.answer)
 
     def _prompt(self, split: Split, seed: int, position: int) -> Prompt:
-        dice = random.Random(seed_of("word_problems", split, seed, position))
+        rng = random.Random(seed_of("word_problems", split, seed, position))
         for _ in range(TRIES):
-            chain = self._chain(dice, split)
+            chain = self._chain(rng, split)
             if chain is not None and split_of(chain) == split:
                 break
         else:
             raise ValueError(f"word_problems: too few different stories to hold some out for '{split}'; raise largest or max_steps")
-        story, solution, answer = tell(chain, dice)
+        story, solution, answer = tell(chain, rng)
         muls = sum(kind == "mul" for kind, _ in chain[1])
         return Prompt(
             id=f"{split}-{position}-{seed_of(story) & 0xFFFFFFFF:08x}",
@@ -122,21 +122,21 @@ class WordProblems(TaskPart):
             route="mul" if 2 * muls >= len(chain[1]) else "add",
         )
 
-    def _chain(self, dice: random.Random, split: Split) -> Chain | None:
+    def _chain(self, rng: random.Random, split: Split) -> Chain | None:
         """One draw; None where these operations in this order cannot stay within the range."""
         longer = self.longer and split != "train"
-        steps = self.max_steps + self.longer if longer else dice.randint(self.min_steps, self.max_steps)
-        kinds: tuple[Operation, ...] = tuple(dice.choice(self.operations) for _ in range(steps))
+        steps = self.max_steps + self.longer if longer else rng.randint(self.min_steps, self.max_steps)
+        kinds: tuple[Operation, ...] = tuple(rng.choice(self.operations) for _ in range(steps))
         ranges = _ranges(kinds, self.largest)
         if not ranges:
             return None
-        value = first = dice.randint(max(2, ranges[0][0]), ranges[0][1])
+        value = first = rng.randint(max(2, ranges[0][0]), ranges[0][1])
         story: list[tuple[Operation, int]] = []
         for kind, (low, high) in zip(kinds, ranges[1:], strict=True):
             least, most = _numbers(kind, value, low, high)
             if least > most:
                 return None
-            story.append((kind, dice.randint(least, most)))
+            story.append((kind, rng.randint(least, most)))
             value = apply(kind, value, story[-1][1])
         return first, tuple(story)
 
@@ -159,14 +159,14 @@ def split_of(chain: Chain) -> Split:
     return "validation" if tenth == 0 else "test" if tenth == 1 else "train"
 
 
-def tell(chain: Chain, dice: random.Random) -> tuple[str, str, int]:
-    """(story, worked solution, answer) of a chain, dressed by the dice."""
+def tell(chain: Chain, rng: random.Random) -> tuple[str, str, int]:
+    """(story, worked solution, answer) of a chain, dressed by the random numbers."""
     value, steps = chain
-    story = [f"{dice.choice(NAMES)} has {value} {dice.choice(THINGS)}."]
+    story = [f"{rng.choice(NAMES)} has {value} {rng.choice(THINGS)}."]
     solution = [f"Start: {value}."]
     for kind, number in steps:
         after = apply(kind, value, number)
-        story.append(dice.choice(WORDS[kind]).format(number))
+        story.append(rng.choice(WORDS[kind]).format(number))
         solution.append(f"{value}{SIGNS[kind]}{number}={after}.")
         value = after
     return " ".join([*story, "How many?"]), " ".join([*solution, f"Answer: {value}"]), value

@@ -3,5 +3,5 @@
 TEACHERS = {
     "flow": "reflux.teachers.flow:Flow",
     "local": "reflux.teachers.local:Local",
-    "own": "reflux.teachers.self_teacher:Own",
+    "self": "reflux.teachers.self_teacher:SelfTeacher",
 }

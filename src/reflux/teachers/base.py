@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from reflux.config.part import Part
-from reflux.contexts.base import Context, View
-from reflux.types import Rollout, Target, TeacherAnswer, Wants
+from reflux.contexts.base import Context, TeacherPrompt
+from reflux.types import Requirements, Rollout, Target, TeacherAnswer
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext, StudentSpec
@@ -28,8 +28,8 @@ class TeacherRequest:
     """One attempt that a teacher is asked about: what the student did, what the teacher is to see, and what else it has to give."""
 
     rollout: Rollout
-    view: View
-    requirements: Wants  # `logp` and `candidates` are the teacher's
+    view: TeacherPrompt
+    requirements: Requirements  # `logp` and `candidates` are the teacher's
 
 
 class OpenTeacher(Protocol):
@@ -58,7 +58,7 @@ class TeacherPart(Part, Protocol):
 
     is_student: ClassVar[bool] = False  # True where it is the student itself, now or at some time before
     shares_weights: ClassVar[bool] = False  # True where tables of one model hold its weights once
-    draws: ClassVar[bool] = False  # True where its model can draw what it is asked about, as the sampler `drawn` has it do
+    draws: ClassVar[bool] = False  # True where its model can draw what it is asked about, as the sampler `teacher_samples` has it do
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -70,11 +70,11 @@ class TeacherPart(Part, Protocol):
         return None
 
     def reader(self, student: StudentSpec) -> StudentSpec | None:
-        """The model of texts that reads what is shown to it, and how it is spoken to; None: of pictures, or elsewhere."""
+        """The model of texts that reads what is shown to it, and how it is spoken to; None: of images, or elsewhere."""
         return None
 
     def size(self, where: str, student: Size, pixels: int) -> Size | None:
-        """How large its model is, from file headers alone; None where it holds none in this process. pixels: a side of its pictures."""
+        """How large its model is, from file headers alone; None where it holds none in this process. pixels: a side of its images."""
         return None
 
 
@@ -96,13 +96,13 @@ class Teacher(TeacherPart, Protocol):
     def routes(self) -> tuple[str, ...]: ...
 
     @property
-    def as_(self) -> str | None:
+    def alias(self) -> str | None:
         """The name it answers under; None: its table's."""
         ...
 
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenTeacher]: ...
 
 
-def spoken_name(table: str, teacher: Teacher) -> str:
+def alias_of(table: str, teacher: Teacher) -> str:
     """The name objectives and credit rules know this table by."""
-    return teacher.as_ or table
+    return teacher.alias or table

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reflux.contexts.base import View
+from reflux.contexts.base import TeacherPrompt
 from reflux.errors import DataError
 from reflux.runtime.cohorts import Gather
 from reflux.runtime.together import together
-from reflux.teachers.base import OpenTeacher, Teacher, TeacherRequest, spoken_name
-from reflux.types import Attempt, Group, Moment, Prompt, TokenRollout, TopKTarget, Wants
+from reflux.teachers.base import OpenTeacher, Teacher, TeacherRequest, alias_of
+from reflux.types import Attempt, Group, Prompt, Requirements, StepContext, TokenRollout, TopKTarget
 
 if TYPE_CHECKING:
     from reflux.runtime.services import Services
@@ -32,14 +32,14 @@ class Teachers:
     (`checks` finds it beforehand where a task knows its routes.)
     """
 
-    def __init__(self, opened: Tables, requirements: Wants, services: Services, heard: Collection[str] = ()):
+    def __init__(self, opened: Tables, requirements: Requirements, services: Services, objective_teachers: Collection[str] = ()):
         self.opened, self.requirements, self.services = opened, requirements, services
-        self._served_routes = _routes([teacher for table, (teacher, _) in opened.items() if spoken_name(table, teacher) in heard])
+        self._served_routes = _routes([teacher for table, (teacher, _) in opened.items() if alias_of(table, teacher) in objective_teachers])
         self._batched = {table: pair for table, pair in opened.items() if pair[0].in_process}
         self._served = {table: pair for table, pair in opened.items() if not pair[0].in_process}
-        self._gather: Gather[tuple[Group, Moment], None] = Gather(self._score_cohort)
+        self._gather: Gather[tuple[Group, StepContext], None] = Gather(self._score_cohort)
 
-    async def score(self, groups: Sequence[Group], moment: Moment, cohort: int = 0) -> None:
+    async def score(self, groups: Sequence[Group], step_context: StepContext, cohort: int = 0) -> None:
         """Ask every teacher about what it has not answered yet, or was asked in another context; all tables at once.
 
         cohort: this call holds one of so many groups of `moment.step`; models in this process wait for the others and answer all of them in
@@ -47,23 +47,23 @@ class Teachers:
         """
         for prompt in (group[0].rollout.prompt for group in groups if group):
             _refuse_unserved(prompt, self._served_routes)
-        here = self._score_in_cohort(groups, moment, cohort) if cohort > 1 else self._score(self._batched, groups, moment)
-        await together([self._score(self._served, groups, moment), here])
+        here = self._score_in_cohort(groups, step_context, cohort) if cohort > 1 else self._score(self._batched, groups, step_context)
+        await together([self._score(self._served, groups, step_context), here])
 
-    async def _score_in_cohort(self, groups: Sequence[Group], moment: Moment, cohort: int) -> None:
+    async def _score_in_cohort(self, groups: Sequence[Group], step_context: StepContext, cohort: int) -> None:
         (group,) = groups
-        await self._gather.ask(moment.step, cohort, group[0].rollout.prompt.id, (group, moment))
+        await self._gather.ask(step_context.step, cohort, group[0].rollout.prompt.id, (group, step_context))
 
-    async def _score_cohort(self, items: list[tuple[Group, Moment]]) -> list[None]:
+    async def _score_cohort(self, items: list[tuple[Group, StepContext]]) -> list[None]:
         await self._score(self._batched, [group for group, _ in items], items[0][1])
         return [None] * len(items)
 
-    async def _score(self, tables: Tables, groups: Sequence[Group], moment: Moment) -> None:
-        await together(self._ask(table, *pair, groups, moment) for table, pair in tables.items())
+    async def _score(self, tables: Tables, groups: Sequence[Group], step_context: StepContext) -> None:
+        await together(self._ask(table, *pair, groups, step_context) for table, pair in tables.items())
 
-    async def _ask(self, table: str, teacher: Teacher, opened: OpenTeacher, groups: Sequence[Group], moment: Moment) -> None:
-        name = spoken_name(table, teacher)
-        asked = [pair for group in groups for pair in _missing(name, teacher, group, moment)]
+    async def _ask(self, table: str, teacher: Teacher, opened: OpenTeacher, groups: Sequence[Group], step_context: StepContext) -> None:
+        name = alias_of(table, teacher)
+        asked = [pair for group in groups for pair in _missing(name, teacher, group, step_context)]
         if not asked:
             return
         answers = await opened.score([TeacherRequest(attempt.rollout, view, self.requirements) for attempt, view in asked])
@@ -97,7 +97,7 @@ class Teachers:
     @property
     def tables(self) -> dict[str, str]:
         """Each table, and the name it answers under."""
-        return {table: spoken_name(table, teacher) for table, (teacher, _) in self.opened.items()}
+        return {table: alias_of(table, teacher) for table, (teacher, _) in self.opened.items()}
 
     @property
     def macs(self) -> dict[str, int]:
@@ -115,12 +115,12 @@ class Teachers:
             opened.load(folder / table)
 
 
-def _missing(name: str, teacher: Teacher, group: Group, moment: Moment) -> list[tuple[Attempt, View]]:
+def _missing(name: str, teacher: Teacher, group: Group, step_context: StepContext) -> list[tuple[Attempt, TeacherPrompt]]:
     """Attempts of a group that a teacher has to be asked about, and what it is to see."""
     if not group or (teacher.routes and group[0].rollout.prompt.route not in teacher.routes):
         return []
     asked = []
-    for attempt, view in zip(group, teacher.context(group, moment), strict=True):
+    for attempt, view in zip(group, teacher.context(group, step_context), strict=True):
         if view is None or attempt.rollout.finish == "error" or not attempt.rollout.length:
             continue
         if attempt.target(name) is None or attempt.answers[name].context_hash != _hash(view):
@@ -150,5 +150,5 @@ def _refuse_unserved(prompt: Prompt, served: frozenset[str] | None) -> None:
         )
 
 
-def _hash(view: View) -> str:
+def _hash(view: TeacherPrompt) -> str:
     return hashlib.blake2b(repr((view.messages, sorted(view.spans.items()))).encode(), digest_size=8).hexdigest()

@@ -33,7 +33,7 @@ class Flow(TeacherPart):
 
     A model whose grid of times, states or prompts are not the student's is refused before anything is sampled, and so is an adapter that
     lacks keys or leaves every velocity as it was: in the released code both become the base model in silence.
-    routes: only prompts with one of these routes are asked; as_: the name several routed tables share.
+    routes: only prompts with one of these routes are asked; alias: the name several routed tables share.
     """
 
     rollouts: ClassVar[type[Rollout]] = FlowRollout
@@ -46,7 +46,7 @@ class Flow(TeacherPart):
     model: str
     adapter: str | None = None  # a folder or hub id of LoRA factors on it, in peft's or diffusers' format
     context: Annotated[Context, PartOf("contexts")] = Same()
-    as_: str | None = None
+    alias: str | None = None
     routes: tuple[str, ...] = ()
     guidance: Annotated[float, Field(allow_inf_nan=False)] | None = None  # None: the student's; a stated one has to be that
     batch_positions: Annotated[int, Field(ge=1)] = 64  # states in one call; guidance doubles its rows

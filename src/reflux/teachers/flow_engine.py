@@ -15,7 +15,7 @@ import torch
 from reflux.errors import ModelError
 from reflux.models.flow.shared_base import SharedBase
 from reflux.samplers.flow import prompt_text
-from reflux.teachers.base import TeacherRequest, spoken_name
+from reflux.teachers.base import TeacherRequest, alias_of
 from reflux.teachers.flow_fit import refuse_misfit
 from reflux.types import FlowRollout, TeacherAnswer, VelocityTarget
 
@@ -51,7 +51,7 @@ class FlowTeacher:
     def __init__(self, cfg: Flow, context: PartContext, services: Services, model: FlowModel):
         self.cfg, self.context, self.services, self.model = cfg, context, services, model
         self.table = context.name
-        self.name = spoken_name(context.name, cfg)
+        self.name = alias_of(context.name, cfg)
         self.macs = model.macs(context.generation.guidance, context.generation.pixels)
 
     @classmethod
@@ -139,5 +139,5 @@ def _alike(asked: Sequence[FlowRows]) -> Iterator[list[FlowRows]]:
 
 
 def _voice(cfg: Flow, name: str, services: Services) -> FlowModel:
-    base = SharedBase.of(cfg.model, f"teachers.{name}.model", dtype=cfg.dtype, device=cfg.device, once=services.shared)
+    base = SharedBase.of(cfg.model, f"teachers.{name}.model", dtype=cfg.dtype, device=cfg.device, shared_cache=services.shared)
     return base.voice(cfg.adapter, f"teachers.{name}.adapter")

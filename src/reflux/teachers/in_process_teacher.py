@@ -15,7 +15,7 @@ from torch import Tensor
 from reflux.errors import ModelError
 from reflux.models.text import Model, parameter_count
 from reflux.models.tokenizer import Renderer
-from reflux.teachers.base import Teacher, TeacherRequest, spoken_name
+from reflux.teachers.base import Teacher, TeacherRequest, alias_of
 from reflux.types import HiddenTarget, TeacherAnswer, TokenRollout, TopKTarget
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class InProcessTeacher:
 
     def __init__(self, cfg: Batched, context: PartContext, services: Services, model: Model, renderer: Renderer):
         self.batch_tokens, self.context, self.services = cfg.batch_tokens, context, services
-        self.name, self.model, self.renderer = spoken_name(context.name, cfg), model, renderer
+        self.name, self.model, self.renderer = alias_of(context.name, cfg), model, renderer
         self.macs = parameter_count(model.net)
         self.head = services.heads.add(f"teachers.{context.name}", model.head)
         model.net.requires_grad_(False)
@@ -135,8 +135,8 @@ class InProcessTeacher:
 
 def _listed(request: TeacherRequest) -> np.ndarray | None:
     """What the student listed when it acted, [T, K], where the teacher is to answer at that."""
-    said = request.rollout.said
-    return said.ids_TK if request.requirements.candidates and isinstance(said, TopKTarget) else None
+    behaviour = request.rollout.behaviour
+    return behaviour.ids_TK if request.requirements.candidates and isinstance(behaviour, TopKTarget) else None
 
 
 def _asked_ids(request: TeacherRequest) -> np.ndarray:

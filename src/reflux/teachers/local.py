@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Local(TeacherPart):
     """A frozen model of the student's token map. It reads the student's very tokens, and offers the full distribution as hidden states.
 
-    routes: only prompts with one of these routes are asked; as_: the name several routed tables share.
+    routes: only prompts with one of these routes are asked; alias: the name several routed tables share.
     """
 
     rollouts: ClassVar[type[Rollout]] = TokenRollout
@@ -36,7 +36,7 @@ class Local(TeacherPart):
 
     model: str
     context: Annotated[Context, PartOf("contexts")] = Same()
-    as_: str | None = None
+    alias: str | None = None
     routes: tuple[str, ...] = ()
     batch_tokens: Annotated[int, Field(ge=1)] = 32768  # padding included, per forward pass
     dtype: Dtype = "auto"  # as stored, else float32, bfloat16 or float16

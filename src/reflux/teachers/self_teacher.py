@@ -33,7 +33,7 @@ MEAN_TEACHER = Paper(
 
 
 @dataclass(frozen=True, config=STRICT)
-class Own(TeacherPart):
+class SelfTeacher(TeacherPart):
     """A float32 copy phi of the student's weights theta that answers with hidden states. It teaches through what its context adds.
 
     follow ema: phi <- (1 - `ema`) phi + `ema` theta after each optimiser step that moved theta, by its gradient or by a jump, from the
@@ -42,7 +42,7 @@ class Own(TeacherPart):
     student. phi is in every checkpoint (not under live, where the student's own weights say it).
 
     Its model is the learner's; adapters come merged. Where a context changes the messages they are rendered as the sampler's, its `system`
-    and `template`. A teacher that moves needs max_lag = 0: its head would have moved before the attempt is used. Under context `same`,
+    and `template`. A teacher that moves needs max_staleness = 0: its head would have moved before the attempt is used. Under context `same`,
     live and 1 cost 0 everywhere, as do all of them before the first step. An average of the path as teacher: arXiv 1703.01780.
     """
 
@@ -56,7 +56,7 @@ class Own(TeacherPart):
     ema: Annotated[float, Field(ge=0, le=1)] = 0.05  # the student's share in each move, under ema
     step: Annotated[int, Field(ge=0)] = 0  # of frozen: the optimiser step after which it stays
     context: Annotated[Context, PartOf("contexts")] = Same()
-    as_: str | None = None
+    alias: str | None = None
     routes: tuple[str, ...] = ()
     batch_tokens: Annotated[int, Field(ge=1)] = 32768  # padding included, per forward pass
     autocast: Literal["auto", "off"] = "auto"  # auto: bfloat16 passes on a GPU, as the learner's
@@ -86,6 +86,6 @@ class Own(TeacherPart):
         return self.follow != "frozen" or self.step > 0
 
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
-        from reflux.teachers.self_teacher_engine import OwnTeacher
+        from reflux.teachers.self_teacher_engine import SelfTeacherEngine
 
-        return OwnTeacher.opened(self, context, services)
+        return SelfTeacherEngine.opened(self, context, services)

@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from reflux.config.context import PartContext
     from reflux.runtime.services import Services
     from reflux.runtime.weights import Weights
-    from reflux.teachers.self_teacher import Own
+    from reflux.teachers.self_teacher import SelfTeacher
 
 PHI = "phi/"
 
 
-class OwnTeacher(InProcessTeacher):
+class SelfTeacherEngine(InProcessTeacher):
     """Holds phi, float32. `version` is that of the weights phi last learnt of; None before the first."""
 
-    def __init__(self, cfg: Own, context: PartContext, services: Services, model: Model, renderer: Renderer):
+    def __init__(self, cfg: SelfTeacher, context: PartContext, services: Services, model: Model, renderer: Renderer):
         super().__init__(cfg, context, services, model, renderer)
         self.cfg = cfg
         self.version: int | None = None
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, cfg: Own, context: PartContext, services: Services) -> AsyncIterator[OwnTeacher]:
+    async def opened(cls, cfg: SelfTeacher, context: PartContext, services: Services) -> AsyncIterator[SelfTeacherEngine]:
         student = context.student
         model = await services.run_model(
             partial(

@@ -37,10 +37,10 @@ def fuse_norms(net: Any) -> None:
 
 @torch.no_grad()
 def _on_trial(module: Any) -> bool:
-    """Does a copy with random weights give what `rms_norm` gives? Dice of its own: a model's loading must not move anyone else's."""
-    copy, dice = deepcopy(module), torch.Generator().manual_seed(0)
-    copy.weight.normal_(generator=dice)
-    x = torch.randn(2, 3, *copy.weight.shape, generator=dice)
+    """Does a copy with random weights give what `rms_norm` gives? Random numbers of its own: a model's loading must not move anyone else's."""
+    copy, rng = deepcopy(module), torch.Generator().manual_seed(0)
+    copy.weight.normal_(generator=rng)
+    x = torch.randn(2, 3, *copy.weight.shape, generator=rng)
     return torch.allclose(copy(x), rms_norm(x, copy.weight, copy.variance_epsilon), rtol=_CLOSE, atol=_CLOSE)
 
 

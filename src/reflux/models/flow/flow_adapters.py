@@ -85,7 +85,7 @@ def attach(transformer: Any, adapter: Adapter, name: str) -> None:
 
 
 def attach_fresh(transformer: Any, lora: FlowLora, seed: int) -> None:
-    """A new adapter to be trained: A from seeded dice, B = 0, so the model says what it said. ModelError where a target is no module."""
+    """A new adapter to be trained: A from seeded random numbers, B = 0, so the model says what it said. ModelError where a target is no module."""
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets))  # pyright: ignore[reportArgumentType]

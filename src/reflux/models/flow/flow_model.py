@@ -1,4 +1,4 @@
-"""A loaded flow model: its velocity, its grid of times, its pictures."""
+"""A loaded flow model: its velocity, its grid of times, its images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Encoder(Protocol):
 
 
 class Decoder(Protocol):
-    """Latent states to pictures, `factor` times as wide."""
+    """Latent states to images, `factor` times as wide."""
 
     factor: int
 
@@ -44,7 +44,7 @@ class FlowModel:
     net: FlowNet
     scheduler: Mapping[str, Any]  # the config of diffusers' FlowMatchEulerDiscreteScheduler
     encode: Encoder  # of prompts; the net's own table, or text encoders whose answers are kept
-    decode: Decoder | None  # None: the state is the picture
+    decode: Decoder | None  # None: the state is the image
     source: str  # where text encoders and decoder are: an absolute folder or a hub id
     stored_dtype: torch.dtype
 
@@ -57,14 +57,14 @@ class FlowModel:
         return self.net.transformer.config.in_channels
 
     def shape(self, pixels: int = 0) -> tuple[int, int, int]:
-        """(channels, height, width) of a state whose picture has `pixels` a side, 0: the size the model was made for. D is their product.
+        """(channels, height, width) of a state whose image has `pixels` a side, 0: the size the model was made for. D is their product.
 
         ModelError for a size that is no whole number of patches, or of more patches than the transformer has places for.
         """
         config = self.net.transformer.config
         unit = config.patch_size * (self.decode.factor if self.decode else 1)
         if pixels % unit:
-            raise ModelError(f"sampler.pixels = {pixels}: so wide a picture is no whole number of patches. Choose a multiple of {unit}.")
+            raise ModelError(f"sampler.pixels = {pixels}: so wide an image is no whole number of patches. Choose a multiple of {unit}.")
         most = config.pos_embed_max_size  # patches a side; None: places for any number are computed
         if most and pixels > most * unit:
             raise ModelError(f"sampler.pixels = {pixels}: the model has places for {most} patches a side. Choose at most {most * unit}.")
@@ -113,10 +113,10 @@ class FlowModel:
 
     @torch.no_grad()
     def images(self, x_ND: Tensor) -> list[np.ndarray]:
-        """Pictures, uint8, [height, width] where there is one channel, else [height, width, 3]. -1 is black and 1 is white."""
+        """Images, uint8, [height, width] where there is one channel, else [height, width, 3]. -1 is black and 1 is white."""
         x_NCHW = self._square(x_ND)
-        pictures = x_NCHW if self.decode is None else self.decode(x_NCHW)
-        levels = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+        images = x_NCHW if self.decode is None else self.decode(x_NCHW)
+        levels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
         return [level[0] if len(level) == 1 else level.transpose(1, 2, 0) for level in levels]
 
     def _square(self, x_ND: Tensor) -> Tensor:

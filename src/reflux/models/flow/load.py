@@ -26,11 +26,11 @@ from reflux.models.flow.flow_folder import (
 )
 from reflux.models.flow.flow_model import TABLE, Decoder, Encoder, FlowModel
 from reflux.models.flow.net import FlowNet, PromptTable
-from reflux.models.shared_cache import Once
+from reflux.models.shared_cache import SharedCache
 from reflux.models.text import first_line, pick_device
 
 
-def load_flow(name: str, path: str, *, dtype: str = "auto", device: str = "auto", once: Once | None = None) -> FlowModel:
+def load_flow(name: str, path: str, *, dtype: str = "auto", device: str = "auto", shared_cache: SharedCache | None = None) -> FlowModel:
     """A diffusers folder, an earlier run directory, a shipped model or a hub id. dtype "auto": as stored on a GPU, float32 on a CPU.
 
     Text encoders and decoder have a type of their own, the stored one on a GPU and float32 on a CPU, whatever `dtype` is. `once` holds
@@ -41,7 +41,7 @@ def load_flow(name: str, path: str, *, dtype: str = "auto", device: str = "auto"
     index, scheduler, stored = read_index(folder, name, path), read_scheduler(folder, name, path), stored_dtype(folder / "transformer")
     net = _net(folder, name, path, chosen_dtype(dtype, place, stored), place)
     source = source_of(name, path, folder, index)
-    encode, decode = (net.prompts, None) if net.prompts is not None else _frozen(source, path, place, once or Once())
+    encode, decode = (net.prompts, None) if net.prompts is not None else _frozen(source, path, place, shared_cache or SharedCache())
     return FlowModel(net, scheduler, encode, decode, source, stored or net.dtype)
 
 
@@ -90,10 +90,10 @@ def _table(folder: Path) -> PromptTable | None:
     return PromptTable.load(folder / TABLE) if (folder / TABLE).is_dir() else None
 
 
-def _frozen(source: str, path: str, device: str, once: Once) -> tuple[Encoder, Decoder]:
+def _frozen(source: str, path: str, device: str, shared_cache: SharedCache) -> tuple[Encoder, Decoder]:
     """Text encoders and decoder of a Stable Diffusion 3 model: one copy a run, so of a type that no caller chooses."""
-    encoders = once(("text encoders", source, device), lambda: _encoders(source, path, device))
-    decoder = once(("decoder", source, device), lambda: _decoder(source, path, device))
+    encoders = shared_cache(("text encoders", source, device), lambda: _encoders(source, path, device))
+    decoder = shared_cache(("decoder", source, device), lambda: _decoder(source, path, device))
     return encoders, decoder
 
 

@@ -65,7 +65,7 @@ def step_logp(x_next: Value, mean: Value, std: Value) -> Value:
     """log N(x_next; mean, std^2), summed over the last axis: nats of a whole state. ValueError where std is 0 (the ODE has no density)."""
     x_next, mean, std = wide(x_next), wide(mean), wide(std)
     if not _all(std > 0):
-        raise ValueError("a step of the ODE has no density: its std is 0. Draw with noise_level > 0.")
+        raise ValueError("a step of the ODE has no density: its std is 0. SamplingParams with noise_level > 0.")
     z = (x_next - mean) / std
     return -(z * z / 2 + (_log(std) + 0.5 * math.log(2 * math.pi))).sum(-1)
 

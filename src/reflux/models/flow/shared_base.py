@@ -17,7 +17,7 @@ from reflux.models.flow.flow_adapters import attach, use
 from reflux.models.flow.flow_model import FlowModel
 from reflux.models.flow.load import load_flow
 from reflux.models.flow.net import UNCONDITIONAL
-from reflux.models.shared_cache import Once
+from reflux.models.shared_cache import SharedCache
 from reflux.models.text import locate, pick_device
 
 PROBE_T = (1.0, 0.75, 0.5, 0.25)  # times of the states that an adapter is tried on
@@ -37,10 +37,10 @@ class SharedBase:
         self._turn = threading.Lock()
 
     @classmethod
-    def of(cls, name: str, path: str, *, dtype: str, device: str, once: Once) -> SharedBase:
+    def of(cls, name: str, path: str, *, dtype: str, device: str, shared_cache: SharedCache) -> SharedBase:
         """The run's one copy of this model in this type on this device."""
         key = ("flow base", locate(name, path), dtype, pick_device(device))
-        return once(key, lambda: cls(load_flow(name, path, dtype=dtype, device=device, once=once)))
+        return shared_cache(key, lambda: cls(load_flow(name, path, dtype=dtype, device=device, shared_cache=shared_cache)))
 
     def voice(self, adapter: str | None, path: str) -> Voice:
         """The model as it speaks with this adapter, or without any. ModelError for one that does not fit, or that changes nothing."""
@@ -68,8 +68,8 @@ class SharedBase:
         """Velocities at a few seeded states."""
         config = self.model.net.transformer.config
         side = min(config.sample_size, PROBE_PATCHES * config.patch_size)
-        dice = torch.Generator().manual_seed(0)
-        x_ND = torch.randn(len(PROBE_T), self.model.channels * side**2, generator=dice)
+        rng = torch.Generator().manual_seed(0)
+        x_ND = torch.randn(len(PROBE_T), self.model.channels * side**2, generator=rng)
         table = self.model.net.prompts
         texts = list(islice(cycle(PROBE_TEXTS if table is None else table.texts), len(PROBE_T)))
         with self.speaking(name):

@@ -1,0 +1,43 @@
+"""Keys, kinds and values of recipes that have another name now: an old one is refused, and its refusal tells the new one."""
+
+from __future__ import annotations
+
+KEYS = {
+    "accelerator": "extrapolation",
+    "as": "alias",
+    "length": "max_denoising_steps",
+    "max_lag": "max_staleness",
+    "noise_floor": "min_grad_norm",
+    "normalise": "loss_aggregation",
+    "times": "positions",
+}
+KINDS = {
+    ("credit", "outcome"): "group_advantage",
+    ("objectives", "outcome"): "policy_gradient",
+    ("samplers", "drawn"): "teacher_samples",
+    ("samplers", "stored"): "references",
+    ("teachers", "own"): "self",
+}
+VALUES = {
+    ("loss_aggregation", "kept"): "token-mean-weighted",
+    ("loss_aggregation", "chosen"): "token-mean",
+    ("loss_aggregation", "rollout_means"): "seq-mean-token-mean",
+    ("teacher", "said"): "behaviour",
+    ("candidates", "said"): "behaviour",
+    ("makes", "picture"): "image",
+}
+
+
+def new_key(key: str, known: list[str]) -> str:
+    """The hint for a key that its table does not have; "" where no key of the table took its place."""
+    return f"; it is called '{KEYS[key]}' now." if KEYS.get(key) in known else ""
+
+
+def new_kind(group: str, kind: str) -> str:
+    """The hint for a kind that its group does not have; "" where none took its place."""
+    return f"; it is called '{KINDS[group, kind]}' now." if (group, kind) in KINDS else ""
+
+
+def new_value(key: str, value: object) -> str | None:
+    """What an old value of a key is called now; None for any other value."""
+    return VALUES.get((key, value)) if isinstance(value, str) else None
