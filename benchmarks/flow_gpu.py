@@ -1,12 +1,14 @@
-"""Flow-OPD at the size of Stable Diffusion 3.5 Medium with random weights on a GPU: memory, seconds, the largest group that fits.
+"""Flow-OPD at the size of Stable Diffusion 3.5 Medium with random weights on a GPU: memory, seconds, the
+largest group that fits.
 
     python benchmarks/flow_gpu.py [--groups 1,4,16,64] [--steps 10] [--side 64] [--rank 32] [--guidance 4.5] [--tiny]
 
-The transformer has the published shape (24 layers of 24 heads of 64, 2.2 billion weights) and random weights, so images mean nothing and
-times and memory do. Latents of side 64 are images of 512 pixels. One optimiser step of the recipe: a prompt's group is drawn by the SDE,
-a teacher (an adapter on the shared base) and the anchor (the base) are asked about every counted state, the student (LoRA) learns. Prompt
-encodings are random constants: text encoders run once and are not measured. Per group size: seconds of each part, peak memory; the first
-size that does not fit ends the table. `--tiny` runs a toy size on any device: it checks this script.
+The transformer has the published shape (24 layers of 24 heads of 64, 2.2 billion weights) and random weights,
+so images mean nothing and times and memory do. Latents of side 64 are images of 512 pixels. One optimiser
+step of the recipe: a prompt's group is drawn by the SDE, a teacher (an adapter on the shared base) and the
+anchor (the base) are asked about every counted state, the student (LoRA) learns. Prompt encodings are random
+constants: text encoders run once and are not measured. Per group size: seconds of each part, peak memory; the
+first size that does not fit ends the table. `--tiny` runs a toy size on any device: it checks this script.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ TINY = {
     "pos_embed_max_size": 8,
     "dual_attention_layers": (0,),
 }
-PROMPT_TOKENS = 333  # 77 of CLIP and 256 of T5
+# 77 of CLIP and 256 of T5
+PROMPT_TOKENS = 333
 
 
 class Constants:
@@ -80,7 +83,9 @@ def model(asked: argparse.Namespace, device: str, dtype: Any) -> Any:
     return FlowModel(FlowNet(transformer.eval()), config, encode, None, "random", dtype)
 
 
-def one_step(asked: argparse.Namespace, student: Any, frozen: Any, group: int, device: str) -> dict[str, float]:
+def one_step(
+    asked: argparse.Namespace, student: Any, frozen: Any, group: int, device: str
+) -> dict[str, float]:
     """Seconds of sampling, of both teachers and of learning, one pass of `micro_batch` states at a time."""
     import torch
 
@@ -106,8 +111,14 @@ def one_step(asked: argparse.Namespace, student: Any, frozen: Any, group: int, d
     clock = timed("start", time.perf_counter())
     with torch.inference_mode():
         for i in range(asked.steps):
-            v = torch.cat([velocity(student, x, t_S[i].expand(len(x))) for x in states[-1].split(asked.micro_batch)])
-            states.append(sde_step(states[-1], v, float(t_S[i]), float(t_S[i + 1] - t_S[i]), 0.7, torch.randn_like(v))[0])
+            v = torch.cat(
+                [velocity(student, x, t_S[i].expand(len(x))) for x in states[-1].split(asked.micro_batch)]
+            )
+            states.append(
+                sde_step(states[-1], v, float(t_S[i]), float(t_S[i + 1] - t_S[i]), 0.7, torch.randn_like(v))[
+                    0
+                ]
+            )
         clock = timed("sample", clock)
         rows = torch.cat(states[: asked.steps - 1]).cpu()
         times = t_S[: asked.steps - 1].repeat_interleave(group)
@@ -129,7 +140,9 @@ def one_step(asked: argparse.Namespace, student: Any, frozen: Any, group: int, d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--groups", default="1,4,16,64")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--side", type=int, default=64)
@@ -148,17 +161,23 @@ def main() -> None:
         parser.error("there is no GPU here; --tiny checks this script on a CPU")
     asked.side = 8 if asked.tiny else asked.side
     lora = FlowLora(rank=asked.rank, alpha=2.0 * asked.rank)
-    student, frozen = (model(asked, device, torch.bfloat16 if device == "cuda" else torch.float32) for _ in range(2))
+    student, frozen = (
+        model(asked, device, torch.bfloat16 if device == "cuda" else torch.float32) for _ in range(2)
+    )
     student.net.requires_grad_(False)
     frozen.net.requires_grad_(False)
     adapters.attach_fresh(student.net.transformer, lora, seed=0)
     adapters.attach(frozen.net.transformer, random_adapter(frozen, lora), "teacher")
     if device == "cuda":
         student.net.transformer.enable_gradient_checkpointing()
-    print(f"{sum(p.numel() for p in frozen.net.parameters()):,} weights on {device}, {asked.steps} steps, latents of side {asked.side}")
+    print(
+        f"{sum(p.numel() for p in frozen.net.parameters()):,} weights on {device}, {asked.steps} steps, "
+        f"latents of side {asked.side}"
+    )
     for group in map(int, asked.groups.split(",")):
         try:
-            one_step(asked, student, frozen, group, device)  # warms up
+            # warms up
+            one_step(asked, student, frozen, group, device)
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             seconds = one_step(asked, student, frozen, group, device)

@@ -1,10 +1,12 @@
-"""Seconds per image-step: this library's flow sampler, which records states, times and log-densities, beside plain diffusers sampling.
+"""Seconds per image-step: this library's flow sampler, which records states, times and log-densities, beside
+plain diffusers sampling.
 
     python benchmarks/flow_sampling.py [--model reflux:glyph_base] [--images 64] [--steps 10] [--rounds 12] [--threads 2] [--guidance 1]
 
 Both in one process, by turns, with the same weights and prompts: a transformer as diffusers loads it and its
-FlowMatchEulerDiscreteScheduler.step in a loop, without records; ours by the SDE with all that a training step records, and by the ODE as in
-an evaluation. Printed: the median of each, and the median ratio to the plain loop of the same round with its lowest and highest.
+FlowMatchEulerDiscreteScheduler.step in a loop, without records; ours by the SDE with all that a training step
+records, and by the ODE as in an evaluation. Printed: the median of each, and the median ratio to the plain
+loop of the same round with its lowest and highest.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ def contestants(asked: argparse.Namespace, run: Any, sampler: Any) -> dict[str, 
 
         return asyncio.get_event_loop().run_until_complete(ask())
 
-    transformer = library().SD3Transformer2DModel.from_pretrained(locate(asked.model), subfolder="transformer", torch_dtype=torch.float32)
+    transformer = library().SD3Transformer2DModel.from_pretrained(
+        locate(asked.model), subfolder="transformer", torch_dtype=torch.float32
+    )
     return {
         "plain diffusers": lambda: plain(sampler.model, transformer, texts, asked.steps, asked.guidance),
         "ours, SDE recorded": lambda: ours(drawn),
@@ -75,7 +79,9 @@ def contestants(asked: argparse.Namespace, run: Any, sampler: Any) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="reflux:glyph_base")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--steps", type=int, default=10)
@@ -96,8 +102,16 @@ def measure(asked: argparse.Namespace, scratch: Path) -> None:
     from reflux.training import Options, Run
 
     torch.set_num_threads(asked.threads)
-    sampling = {"steps": asked.steps, "eval_steps": asked.steps, "guidance": asked.guidance, "batch_images": asked.images}
-    changes = {f"sampler.{name}": value for name, value in sampling.items()} | {"learner.model": asked.model, "evals": "none"}
+    sampling = {
+        "steps": asked.steps,
+        "eval_steps": asked.steps,
+        "guidance": asked.guidance,
+        "batch_images": asked.images,
+    }
+    changes = {f"sampler.{name}": value for name, value in sampling.items()} | {
+        "learner.model": asked.model,
+        "evals": "none",
+    }
     cfg = load_recipe("flow", changes)
     run = Run.open(cfg, checks.join(cfg), Options(scratch / "run"))
     asyncio.set_event_loop(asyncio.new_event_loop())
@@ -116,11 +130,17 @@ def measure(asked: argparse.Namespace, scratch: Path) -> None:
             work()
             seconds[name].append(time.perf_counter() - started)
     run.close()
-    print(f"{asked.images} images of {asked.steps} steps, {asked.rounds} rounds, {asked.threads} threads, guidance {asked.guidance:g}")
+    print(
+        f"{asked.images} images of {asked.steps} steps, {asked.rounds} rounds, {asked.threads} threads, "
+        f"guidance {asked.guidance:g}"
+    )
     for name, spent in seconds.items():
         ratios = sorted(one / other for one, other in zip(spent, seconds["plain diffusers"], strict=True))
         micros = statistics.median(spent) / asked.images / asked.steps * 1e6
-        print(f"{name:20} {micros:8.1f} us per image-step   ratio {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})")
+        print(
+            f"{name:20} {micros:8.1f} us per image-step   ratio {statistics.median(ratios):.3f} "
+            f"({ratios[0]:.3f} to {ratios[-1]:.3f})"
+        )
 
 
 if __name__ == "__main__":

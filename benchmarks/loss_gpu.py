@@ -1,10 +1,11 @@
-"""Time and memory of one distillation loss with its gradients on a GPU: ours, its peers and the matrix products alone, by turns.
+"""Time and memory of one distillation loss with its gradients on a GPU: ours, its peers and the matrix
+products alone, by turns.
 
     python benchmarks/loss_gpu.py [--rows 1024,8192,32768] [--vocabularies 32000,151936] [--student 2048] [--teacher 4096]
                                   [--beta 0.5] [--rounds 5] [--repeats 7] [--sides reflux,...] [--peer-python PATH] [--tiny]
 
-From hidden states and heads in bfloat16 to the loss and the gradients of the student's hidden states and head: generalised JSD, the one
-loss that all sides have (beta 1 is the reverse KL, 0 the forward KL). Sides:
+From hidden states and heads in bfloat16 to the loss and the gradients of the student's hidden states and
+head: generalised JSD, the one loss that all sides have (beta 1 is the reverse KL, 0 the forward KL). Sides:
 
     matmul         the four products alone: both heads forward, both gradients of the student's. No loss: this is the floor
     reflux         `linear_divergence`
@@ -12,13 +13,14 @@ loss that all sides have (beta 1 is the reverse KL, 0 the forward KL). Sides:
     liger_chunked  Liger-Kernel 0.8.5, LigerFusedLinearJSDLoss (chunks of 1,024 rows under torch.compile), the soft loss alone
     trl            TRL 1.16, ChunkedDivergenceFunction (tiles of rows and vocabulary)
 
-Every measurement is a process of its own: three calls that warm up, then the median of `repeats`. One round is one process of each side,
-the order alternating; a ratio is taken within a round and printed as median (lowest to highest). Memory is the highest allocated during a
-call above what its inputs hold, gradients included. `error` is the relative error of the gradient of the student's hidden states over the
-first 64 rows, against plain torch in float32 on the same bfloat16 inputs: how exact each side is at that speed.
+Every measurement is a process of its own: three calls that warm up, then the median of `repeats`. One round
+is one process of each side, the order alternating; a ratio is taken within a round and printed as median
+(lowest to highest). Memory is the highest allocated during a call above what its inputs hold, gradients
+included. `error` is the relative error of the gradient of the student's hidden states over the first 64 rows,
+against plain torch in float32 on the same bfloat16 inputs: how exact each side is at that speed.
 
-Peers may live in another environment: give its interpreter. `--tiny` runs on a CPU at toy size, where timings mean nothing: it checks this
-script.
+Peers may live in another environment: give its interpreter. `--tiny` runs on a CPU at toy size, where timings
+mean nothing: it checks this script.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from typing import Any
 SIDES = ("matmul", "reflux", "liger_triton", "liger_chunked", "trl")
 PEERS = ("liger_triton", "liger_chunked", "trl")
 WARM, CHECK_ROWS, FLOOR_ROWS = 3, 64, 8192
-Loss = Callable[..., Any]  # (student_NH, weight_VH, teacher_NG, weight_VG) -> mean loss over the rows
+# (student_NH, weight_VH, teacher_NG, weight_VG) -> mean loss over the rows
+Loss = Callable[..., Any]
 
 
 def side_reflux(beta: float, tiny: bool) -> Loss:
@@ -52,7 +55,9 @@ def side_reflux(beta: float, tiny: bool) -> Loss:
     def loss(h_NH: Any, weight_VH: Any, t_NG: Any, weight_VG: Any) -> Any:
         ids_N = torch.zeros(len(h_NH), dtype=torch.long, device=h_NH.device)
         coef_N = torch.full((len(h_NH),), 1 / len(h_NH), device=h_NH.device)
-        return linear_divergence(h_NH, Head.of(weight_VH), t_NG, Head.of(weight_VG), ids_N, coef_N, objective).loss
+        return linear_divergence(
+            h_NH, Head.of(weight_VH), t_NG, Head.of(weight_VG), ids_N, coef_N, objective
+        ).loss
 
     return loss
 
@@ -71,7 +76,9 @@ def side_liger_chunked(beta: float, tiny: bool) -> Loss:
     module = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=not tiny)
 
     def loss(h_NH: Any, weight_VH: Any, t_NG: Any, weight_VG: Any) -> Any:
-        return module(h_NH, weight_VH, t_NG, weight_VG, torch.zeros(len(h_NH), dtype=torch.long, device=h_NH.device))
+        return module(
+            h_NH, weight_VH, t_NG, weight_VG, torch.zeros(len(h_NH), dtype=torch.long, device=h_NH.device)
+        )
 
     return loss
 
@@ -132,17 +139,25 @@ def measure(side: str, args: argparse.Namespace) -> dict[str, float]:
     make = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int, scale: float = 1.0) -> Any:
-        return (torch.randn(*shape, generator=make, device=device) * scale).to(torch.float32 if args.tiny else torch.bfloat16)
+        return (torch.randn(*shape, generator=make, device=device) * scale).to(
+            torch.float32 if args.tiny else torch.bfloat16
+        )
 
     inputs = [draw(args.rows, args.student), draw(args.vocabulary, args.student, scale=2 / args.student**0.5)]
-    inputs += [draw(args.rows, args.teacher), draw(args.vocabulary, args.teacher, scale=2 / args.teacher**0.5)]
+    inputs += [
+        draw(args.rows, args.teacher),
+        draw(args.vocabulary, args.teacher, scale=2 / args.teacher**0.5),
+    ]
     if side == "matmul":
         with torch.no_grad():
             return clock(floor(*inputs), args, device)
     leaves = [leaf.requires_grad_() for leaf in inputs[:2]]
-    loss = {"reflux": side_reflux, "liger_triton": side_liger_triton, "liger_chunked": side_liger_chunked, "trl": side_trl}[side](
-        args.beta, args.tiny
-    )
+    loss = {
+        "reflux": side_reflux,
+        "liger_triton": side_liger_triton,
+        "liger_chunked": side_liger_chunked,
+        "trl": side_trl,
+    }[side](args.beta, args.tiny)
 
     def step() -> Any:
         for leaf in leaves:
@@ -172,7 +187,10 @@ def clock(step: Callable[[], Any], args: argparse.Namespace, device: Any) -> dic
         if on_gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return {"seconds": statistics.median(seconds), "bytes": torch.cuda.max_memory_allocated() - before if on_gpu else 0}
+    return {
+        "seconds": statistics.median(seconds),
+        "bytes": torch.cuda.max_memory_allocated() - before if on_gpu else 0,
+    }
 
 
 def error(loss: Loss, inputs: list[Any], beta: float) -> float:
@@ -191,9 +209,21 @@ def child(side: str, rows: int, vocabulary: int, args: argparse.Namespace) -> di
     """One process; {} and a line of text where it cannot run."""
     source = str(Path(__file__).parents[1] / "src")
     python = args.peer_python if side in PEERS else sys.executable
-    command = [python, __file__, "--measure", side, f"--rows={rows}", f"--vocabularies={vocabulary}", f"--repeats={args.repeats}"]
-    command += [f"--student={args.student}", f"--teacher={args.teacher}", f"--beta={args.beta}"] + ["--tiny"] * args.tiny
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))}
+    command = [
+        python,
+        __file__,
+        "--measure",
+        side,
+        f"--rows={rows}",
+        f"--vocabularies={vocabulary}",
+        f"--repeats={args.repeats}",
+    ]
+    command += [f"--student={args.student}", f"--teacher={args.teacher}", f"--beta={args.beta}"] + [
+        "--tiny"
+    ] * args.tiny
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if lines:
@@ -209,7 +239,10 @@ def compare(rows: int, vocabulary: int, args: argparse.Namespace) -> None:
     for turn in range(args.rounds):
         for side in sides[:: -1 if turn % 2 else 1]:
             found[side].append(child(side, rows, vocabulary, args))
-    print(f"\nN = {rows:,}, V = {vocabulary:,}, H = {args.student} / {args.teacher}, beta = {args.beta}, {args.rounds} rounds")
+    print(
+        f"\nN = {rows:,}, V = {vocabulary:,}, H = {args.student} / {args.teacher}, beta = {args.beta}, "
+        f"{args.rounds} rounds"
+    )
     print(f"{'side':<14} {'milliseconds':>28} {'of floor':>9} {'peak GB':>8} {'error':>9} {'loss':>9}")
     seconds = {side: [run["seconds"] for run in runs if run] for side, runs in found.items()}
     floor_seconds = statistics.median(seconds["matmul"]) if seconds.get("matmul") else float("nan")
@@ -226,26 +259,46 @@ def compare(rows: int, vocabulary: int, args: argparse.Namespace) -> None:
 def ratios(found: dict[str, list[dict[str, float]]]) -> None:
     """Theirs over ours, round by round: above 1 ours is faster."""
     for peer in PEERS:
-        pairs = [(ours, theirs) for ours, theirs in zip(found.get("reflux", []), found.get(peer, []), strict=False) if ours and theirs]
+        pairs = [
+            (ours, theirs)
+            for ours, theirs in zip(found.get("reflux", []), found.get(peer, []), strict=False)
+            if ours and theirs
+        ]
         if pairs:
             times = [theirs["seconds"] / ours["seconds"] for ours, theirs in pairs]
-            ours_bytes, their_bytes = max(ours["bytes"] for ours, _ in pairs), max(theirs["bytes"] for _, theirs in pairs)
+            ours_bytes, their_bytes = (
+                max(ours["bytes"] for ours, _ in pairs),
+                max(theirs["bytes"] for _, theirs in pairs),
+            )
             memory = f", memory {their_bytes / ours_bytes:.2f}" if ours_bytes else ""
-            print(f"{peer} / reflux: time {statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f}){memory}")
+            print(
+                f"{peer} / reflux: time {statistics.median(times):.2f} ({min(times):.2f} to "
+                f"{max(times):.2f}){memory}"
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", default="1024,8192,32768", help="positions N, with commas between")
     parser.add_argument("--vocabularies", default="32000,151936", help="tokens V, with commas between")
     parser.add_argument("--student", type=int, default=2048, help="hidden size")
     parser.add_argument("--teacher", type=int, default=4096, help="hidden size")
-    parser.add_argument("--beta", type=float, default=0.5, help="of the JSD: 1 is the reverse KL, 0 the forward KL")
+    parser.add_argument(
+        "--beta", type=float, default=0.5, help="of the JSD: 1 is the reverse KL, 0 the forward KL"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="processes of each side")
     parser.add_argument("--repeats", type=int, default=7, help="timed calls of a process")
     parser.add_argument("--sides", default=",".join(SIDES), help="some of them, with commas between")
-    parser.add_argument("--peer-python", default=sys.executable, help="the interpreter of an environment with liger-kernel and trl")
-    parser.add_argument("--tiny", action="store_true", help="on a CPU at toy size: checks this script, measures nothing")
+    parser.add_argument(
+        "--peer-python",
+        default=sys.executable,
+        help="the interpreter of an environment with liger-kernel and trl",
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="on a CPU at toy size: checks this script, measures nothing"
+    )
     parser.add_argument("--measure", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     unknown = [name for name in args.sides.split(",") if name not in SIDES]
@@ -253,7 +306,11 @@ def main() -> None:
         parser.error(f"--sides: there is no side {', '.join(map(repr, unknown))}. Sides: {', '.join(SIDES)}.")
     if args.tiny and not args.measure:
         args.rows, args.vocabularies, args.student, args.teacher = "5,40", "300", 16, 32
-    sizes = [(int(rows), int(vocabulary)) for vocabulary in args.vocabularies.split(",") for rows in args.rows.split(",")]
+    sizes = [
+        (int(rows), int(vocabulary))
+        for vocabulary in args.vocabularies.split(",")
+        for rows in args.rows.split(",")
+    ]
     if args.measure:
         ((args.rows, args.vocabulary),) = sizes
         print("RESULT " + json.dumps(measure(args.measure, args)))
@@ -271,7 +328,8 @@ def describe(args: argparse.Namespace) -> None:
         return
     if not torch.cuda.is_available():
         raise SystemExit(
-            "There is no CUDA device here, so nothing was measured. Run this on a machine with a GPU, or check it with --tiny."
+            "There is no CUDA device here, so nothing was measured. Run this on a machine with a GPU, or "
+            "check it with --tiny."
         )
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, bfloat16")
 

@@ -1,12 +1,14 @@
-"""Memory and time of one loss with its gradients, from hidden states: ours against plain torch, each case in a process of its own.
+"""Memory and time of one loss with its gradients, from hidden states: ours against plain torch, each case in
+a process of its own.
 
     python benchmarks/loss_memory.py [--rows 4096] [--vocabulary 151936] [--student 1024] [--teacher 2048] [--rounds 3] [--threads 2]
                                      [--cases full,plain_full,...]
 
-float32 on the CPU. Sides of one round run one after the other, the order alternating from round to round. "GB above" is the highest
-resident memory during the call, less what was resident before it (inputs) and less the gradients it leaves behind (of the student's
-hidden states and head). Ratios are by round: median, lowest, highest. `plain_*` is what one writes by hand: logits, log-softmax, the sum,
-backward. `plain_fast_full` is the same with the head's products by oneDNN: what is left is the method and not the matrix library.
+float32 on the CPU. Sides of one round run one after the other, the order alternating from round to round. "GB
+above" is the highest resident memory during the call, less what was resident before it (inputs) and less the
+gradients it leaves behind (of the student's hidden states and head). Ratios are by round: median, lowest,
+highest. `plain_*` is what one writes by hand: logits, log-softmax, the sum, backward. `plain_fast_full` is
+the same with the head's products by oneDNN: what is left is the method and not the matrix library.
 """
 
 from __future__ import annotations
@@ -23,7 +25,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-CASES = ("full", "plain_full", "plain_fast_full", "jsd", "topk", "sampled", "vopd", "vopd_topk", "plain_sampled")
+CASES = (
+    "full",
+    "plain_full",
+    "plain_fast_full",
+    "jsd",
+    "topk",
+    "sampled",
+    "vopd",
+    "vopd_topk",
+    "plain_sampled",
+)
 USUAL = "full,plain_full,plain_fast_full,sampled,plain_sampled,vopd,vopd_topk"
 HELP = {
     "rows": "positions N",
@@ -33,7 +45,13 @@ HELP = {
     "rounds": "processes of each case",
     "threads": "of each process",
 }
-PAIRS = (("full", "plain_full"), ("full", "plain_fast_full"), ("sampled", "plain_sampled"), ("vopd", "sampled"), ("vopd_topk", "sampled"))
+PAIRS = (
+    ("full", "plain_full"),
+    ("full", "plain_fast_full"),
+    ("sampled", "plain_sampled"),
+    ("vopd", "sampled"),
+    ("vopd_topk", "sampled"),
+)
 
 
 def resident_bytes(key: str) -> int:
@@ -43,7 +61,9 @@ def resident_bytes(key: str) -> int:
     return int(found[1]) * 1024
 
 
-def measure(case: str, rows: int, vocabulary: int, student: int, teacher: int, threads: int) -> dict[str, float]:
+def measure(
+    case: str, rows: int, vocabulary: int, student: int, teacher: int, threads: int
+) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(threads)
@@ -53,7 +73,8 @@ def measure(case: str, rows: int, vocabulary: int, student: int, teacher: int, t
     t_NG, weight_VG = torch.randn(rows, teacher), torch.randn(vocabulary, teacher).mul_(2 / teacher**0.5)
     ids_N, coef_N = torch.randint(0, vocabulary, (rows,)), torch.full((rows,), 1 / rows)
     run = side(case)
-    run(h_NH[:8], weight_VH, t_NG[:8], weight_VG, ids_N[:8], coef_N[:8]).backward()  # libraries load their kernels
+    # libraries load their kernels
+    run(h_NH[:8], weight_VH, t_NG[:8], weight_VG, ids_N[:8], coef_N[:8]).backward()
     h_NH.grad = weight_VH.grad = None
     before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
@@ -62,7 +83,11 @@ def measure(case: str, rows: int, vocabulary: int, student: int, teacher: int, t
     loss.backward()
     seconds = time.perf_counter() - started
     gradients = sum(t.grad.numel() * 4 for t in (h_NH, weight_VH) if t.grad is not None)
-    return {"seconds": seconds, "bytes": resident_bytes("VmHWM") - before - gradients, "loss": float(loss.detach())}
+    return {
+        "seconds": seconds,
+        "bytes": resident_bytes("VmHWM") - before - gradients,
+        "loss": float(loss.detach()),
+    }
 
 
 def side(case: str) -> Callable[..., Any]:
@@ -82,7 +107,9 @@ def side(case: str) -> Callable[..., Any]:
         "vopd": SampledKL(baseline="kl"),
         "vopd_topk": SampledKL(baseline="topk_kl"),
     }[case]
-    return lambda h, w, t, wt, ids, coef: linear_divergence(h, Head.of(w), t, Head.of(wt), ids, coef, objective).loss
+    return lambda h, w, t, wt, ids, coef: (
+        linear_divergence(h, Head.of(w), t, Head.of(wt), ids, coef, objective).loss
+    )
 
 
 def plain(case: str) -> Callable[..., Any]:
@@ -107,25 +134,50 @@ def plain(case: str) -> Callable[..., Any]:
 
 def child(case: str, args: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, __file__, "--measure", case]
-    command += [f"--{key}={getattr(args, key)}" for key in ("rows", "vocabulary", "student", "teacher", "threads")]
+    command += [
+        f"--{key}={getattr(args, key)}" for key in ("rows", "vocabulary", "student", "teacher", "threads")
+    ]
     env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
-        reason = "killed, most likely out of memory" if done.returncode < 0 else done.stderr.strip().split("\n")[-1]
+        reason = (
+            "killed, most likely out of memory"
+            if done.returncode < 0
+            else done.stderr.strip().split("\n")[-1]
+        )
         print(f"  {case}: did not finish ({reason})")
         return {}
     return json.loads(done.stdout.strip().split("\n")[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for key, default in (("rows", 4096), ("vocabulary", 151_936), ("student", 1024), ("teacher", 2048), ("rounds", 3), ("threads", 2)):
-        parser.add_argument(f"--{key}", type=int, default=default, help=f"{HELP[key]}; {default} where not given")
-    parser.add_argument("--cases", default=USUAL, help=f"some of {', '.join(CASES)}, with commas between; {USUAL} where not given")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for key, default in (
+        ("rows", 4096),
+        ("vocabulary", 151_936),
+        ("student", 1024),
+        ("teacher", 2048),
+        ("rounds", 3),
+        ("threads", 2),
+    ):
+        parser.add_argument(
+            f"--{key}", type=int, default=default, help=f"{HELP[key]}; {default} where not given"
+        )
+    parser.add_argument(
+        "--cases",
+        default=USUAL,
+        help=f"some of {', '.join(CASES)}, with commas between; {USUAL} where not given",
+    )
     parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(args.measure, args.rows, args.vocabulary, args.student, args.teacher, args.threads)))
+        print(
+            json.dumps(
+                measure(args.measure, args.rows, args.vocabulary, args.student, args.teacher, args.threads)
+            )
+        )
         return
     cases = args.cases.split(",")
     unknown = [case for case in cases if case not in CASES]
@@ -149,12 +201,18 @@ def report(found: dict[str, list[dict[str, float]]], args: argparse.Namespace) -
         if seconds:
             middle = statistics.median(seconds)
             spread = f"{middle:.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
-            print(f"{case:<16} {spread:>26} {max(run['bytes'] for run in runs if run) / 1e9:>9.2f} {flops / middle / 1e9:>8.0f}")
+            print(
+                f"{case:<16} {spread:>26} {max(run['bytes'] for run in runs if run) / 1e9:>9.2f} "
+                f"{flops / middle / 1e9:>8.0f}"
+            )
     for case, peer in PAIRS:
         pairs = zip(found.get(case, []), found.get(peer, []), strict=False)
         ratios = [ours["seconds"] / theirs["seconds"] for ours, theirs in pairs if ours and theirs]
         if ratios:
-            print(f"{case} / {peer}: {statistics.median(ratios):.2f} (rounds {min(ratios):.2f} to {max(ratios):.2f})")
+            print(
+                f"{case} / {peer}: {statistics.median(ratios):.2f} (rounds {min(ratios):.2f} to "
+                f"{max(ratios):.2f})"
+            )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""What each rule adds to a step: the same run with and without it by turns, on the quickstart's models, prompts and lengths.
+"""What each rule adds to a step: the same run with and without it by turns, on the quickstart's models,
+prompts and lengths.
 
     python benchmarks/rule_cost.py [--rounds 5] [--steps 20] [--threads 2] [--arms margin,release]
 
-8 prompts x 8 attempts a step, sampled reverse KL, answers judged, a learning rate so small that every arm sees the same answers. One
-process is one arm; a round is one of each, the order turning. Printed: the median seconds a step of each round and the ratio to the
-round's plain run, with its spread; and, measured inside each process and so free of the machine's mood, the share of a step that is
-spent in what the rules add: the rules themselves, the pass through the teacher's head that they ask for, contexts, characters of tokens.
+8 prompts x 8 attempts a step, sampled reverse KL, answers judged, a learning rate so small that every arm
+sees the same answers. One process is one arm; a round is one of each, the order turning. Printed: the median
+seconds a step of each round and the ratio to the round's plain run, with its spread; and, measured inside
+each process and so free of the machine's mood, the share of a step that is spent in what the rules add: the
+rules themselves, the pass through the teacher's head that they ask for, contexts, characters of tokens.
 
-`peers` is compared with the same own teacher that is shown nothing, and reads three more attempts per answer: that is what the method
-costs; `peers_words` builds the same contexts and then asks in the plain one, which is what the rule costs.
+`peers` is compared with the same own teacher that is shown nothing, and reads three more attempts per answer:
+that is what the method costs; `peers_words` builds the same contexts and then asks in the plain one, which is
+what the rule costs.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-WARM = 3  # steps of each process that are not counted
+# steps of each process that are not counted
+WARM = 3
 COMMON: dict[str, Any] = {
     "base": "toy",
     "prompts_per_step": 8,
@@ -37,10 +41,14 @@ COMMON: dict[str, Any] = {
     "evals": "none",
 }
 OWN = {"kind": "self", "ema": 0.05}
-ARMS: dict[str, tuple[str | None, dict[str, Any]]] = {  # the arm it is compared with, and what it changes
+# the arm it is compared with, and what it changes
+ARMS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "plain": (None, {}),
     "release": ("plain", {"credit.release": {"segments": 4, "min_segments": 4, "min_side": 1}}),
-    "release_sentences": ("plain", {"credit.release": {"segments": "sentences", "min_segments": 4, "min_side": 1}}),
+    "release_sentences": (
+        "plain",
+        {"credit.release": {"segments": "sentences", "min_segments": 4, "min_side": 1}},
+    ),
     "margin": ("plain", {"credit.margin": {}}),
     "balance": ("plain", {"credit.balance": {}}),
     "extrapolate": ("plain", {"extrapolation": {"kind": "extrapolate", "tries": 0}}),
@@ -86,9 +94,11 @@ def run_arm(arm: str, steps: int, threads: int, out: Path) -> None:
 
 
 def watch_added_work() -> list[tuple[int, float]]:
-    """(step it was in, seconds) of every call of what rules add to a step, from here on; a step begins when its attempts are sampled."""
+    """(step it was in, seconds) of every call of what rules add to a step, from here on; a step begins when
+    its attempts are sampled.
+    """
     from reflux import loop
-    from reflux.models.tokenizer import CharacterSpans
+    from reflux.models.spans import CharacterSpans
     from reflux.teachers import collection
     from reflux.teachers.in_process_teacher import InProcess
 
@@ -116,10 +126,23 @@ def watch_added_work() -> list[tuple[int, float]]:
 def measure(arm: str, steps: int, threads: int, folder: Path) -> tuple[float, float]:
     """(median seconds a step, share of a step in what the rules add) of one process."""
     here = Path(__file__).parent
-    paths = os.pathsep.join(filter(None, [str(here.parent / "src"), str(here), os.environ.get("PYTHONPATH", "")]))
+    paths = os.pathsep.join(
+        filter(None, [str(here.parent / "src"), str(here), os.environ.get("PYTHONPATH", "")])
+    )
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
     out = Path(tempfile.mkdtemp(dir=folder)) / "run"
-    command = [sys.executable, __file__, "--one", arm, "--out", str(out), "--steps", str(steps), "--threads", str(threads)]
+    command = [
+        sys.executable,
+        __file__,
+        "--one",
+        arm,
+        "--out",
+        str(out),
+        "--steps",
+        str(steps),
+        "--threads",
+        str(threads),
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
@@ -136,16 +159,28 @@ def compare(arms: list[str], rounds: int, steps: int, threads: int) -> dict[str,
             turn = arms[number % len(arms) :] + arms[: number % len(arms)]
             for arm in turn:
                 rows[arm].append(measure(arm, steps, threads, Path(scratch)))
-                print(f"round {number + 1}: {arm} {rows[arm][-1][0]:.4f} s a step, {rows[arm][-1][1]:.2%} added", flush=True)
+                print(
+                    f"round {number + 1}: {arm} {rows[arm][-1][0]:.4f} s a step, {rows[arm][-1][1]:.2%} "
+                    "added",
+                    flush=True,
+                )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20, help="measured steps per process, after three that warm up")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="measured steps per process, after three that warm up"
+    )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--arms", default=",".join(ARMS), help="rules, with commas between; what they are compared with is added")
+    parser.add_argument(
+        "--arms",
+        default=",".join(ARMS),
+        help="rules, with commas between; what they are compared with is added",
+    )
     parser.add_argument("--one", choices=list(ARMS), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -155,7 +190,10 @@ def main() -> None:
     wanted = asked.arms.split(",")
     arms = [arm for arm in ARMS if arm in wanted or any(ARMS[name][0] == arm for name in wanted)]
     print_table(compare(arms, asked.rounds, asked.steps, asked.threads))
-    print(f"medians over {asked.rounds} rounds of the median of {asked.steps} steps (lowest to highest round), {asked.threads} threads")
+    print(
+        f"medians over {asked.rounds} rounds of the median of {asked.steps} steps (lowest to highest round), "
+        f"{asked.threads} threads"
+    )
 
 
 def print_table(rows: dict[str, list[tuple[float, float]]]) -> None:
@@ -164,7 +202,10 @@ def print_table(rows: dict[str, list[tuple[float, float]]]) -> None:
         plain = ARMS[arm][0]
         ratios = [a / b for (a, _), (b, _) in zip(own, rows[plain], strict=True)] if plain else []
         share = _spread([100 * added for _, added in own], 2)
-        print(f"{arm:18} {_spread([s for s, _ in own], 4):26} {plain or '':8} {_spread(ratios, 3) if ratios else '':24} {share} %")
+        print(
+            f"{arm:18} {_spread([s for s, _ in own], 4):26} {plain or '':8} "
+            f"{_spread(ratios, 3) if ratios else '':24} {share} %"
+        )
 
 
 def _spread(values: list[float], digits: int) -> str:

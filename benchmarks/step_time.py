@@ -1,13 +1,15 @@
-"""Seconds a step: Reflux and TRL's DistillationTrainer by turns, on the same models, prompts, batch and lengths.
+"""Seconds a step: Reflux and TRL's DistillationTrainer by turns, on the same models, prompts, batch and
+lengths.
 
     python benchmarks/step_time.py [--rounds 5] [--steps 8] [--threads 2] [--trl-python PATH]
     python benchmarks/step_time.py --lengths 64,256,1024 --batches 16,64      # how both grow: every pair, one table
 
-Exact reverse KL on the student's own answers, 64 prompts a step, 80 new tokens each, on the CPU in float32. Answers cannot end early: the
-models are copied with an end token that is hardly ever written, so both sides handle the same number of tokens, and with a context window
-that holds the longest answer. Each side runs in a process of its own; one round is one process of each, the order alternating. Printed: the
-median seconds a step of each round, the ratio with its spread over rounds, and peak resident memory. TRL (1.16) may live in another
-environment: give its interpreter.
+Exact reverse KL on the student's own answers, 64 prompts a step, 80 new tokens each, on the CPU in float32.
+Answers cannot end early: the models are copied with an end token that is hardly ever written, so both sides
+handle the same number of tokens, and with a context window that holds the longest answer. Each side runs in a
+process of its own; one round is one process of each, the order alternating. Printed: the median seconds a
+step of each round, the ratio with its spread over rounds, and peak resident memory. TRL (1.16) may live in
+another environment: give its interpreter.
 """
 
 from __future__ import annotations
@@ -24,14 +26,19 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-WARM = 3  # steps of each process that are not counted
-PROMPT_TOKENS = 256  # none of the prompts is longer
-NEVER = "<system>"  # a token the models never write; it takes the place of the end token
+# steps of each process that are not counted
+WARM = 3
+# none of the prompts is longer
+PROMPT_TOKENS = 256
+# a token the models never write; it takes the place of the end token
+NEVER = "<system>"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a step is: `batch` prompts, an answer of `length` tokens to each; `steps` are counted, on `threads` threads."""
+    """What a step is: `batch` prompts, an answer of `length` tokens to each; `steps` are counted, on
+    `threads` threads.
+    """
 
     batch: int
     length: int
@@ -48,11 +55,15 @@ class Found:
 
     @property
     def ratios(self) -> list[float]:
-        return [ours / theirs for ours, theirs in zip(self.seconds["reflux"], self.seconds["trl"], strict=True)]
+        return [
+            ours / theirs for ours, theirs in zip(self.seconds["reflux"], self.seconds["trl"], strict=True)
+        ]
 
 
 def never_ending(source: Path, target: Path, tokens: int) -> None:
-    """A copy of a shipped model that cannot end an answer, has no chat template, and a context window of `tokens` at least."""
+    """A copy of a shipped model that cannot end an answer, has no chat template, and a context window of
+    `tokens` at least.
+    """
     shutil.copytree(source, target)
     (target / "chat_template.jinja").unlink(missing_ok=True)
     vocabulary = json.loads((target / "tokenizer.json").read_text())["model"]["vocab"]
@@ -101,7 +112,9 @@ def side_reflux(folder: Path, shape: Shape) -> None:
     asyncio.run(train(from_table(table), Options(out)))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     share = sum(row["tokens_sampled"] for row in rows) / (len(rows) * shape.batch * shape.length)
-    assert share > 0.98, f"{1 - share:.1%} of the tokens are missing, answers ended early: the comparison would not be fair"
+    assert share > 0.98, (
+        f"{1 - share:.1%} of the tokens are missing, answers ended early: the comparison would not be fair"
+    )
     _report([row["seconds"]["total"] for row in rows][WARM:])
 
 
@@ -144,7 +157,9 @@ def side_trl(folder: Path, shape: Shape) -> None:
         disable_tqdm=True,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder / "student", padding_side="left")
-    data = load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train", cache_dir=str(folder / "cache"))
+    data = load_dataset(
+        "json", data_files=str(folder / "prompts.jsonl"), split="train", cache_dir=str(folder / "cache")
+    )
     trainer = DistillationTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder / "student"),
         teacher_model=AutoModelForCausalLM.from_pretrained(folder / "teacher"),
@@ -160,7 +175,12 @@ def side_trl(folder: Path, shape: Shape) -> None:
 def _report(seconds: list[float]) -> None:
     import resource
 
-    print("RESULT " + json.dumps({"seconds": seconds, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    print(
+        "RESULT "
+        + json.dumps(
+            {"seconds": seconds, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        )
+    )
 
 
 def measure(side: str, python: str, folder: Path, shape: Shape) -> tuple[float, int]:
@@ -168,7 +188,16 @@ def measure(side: str, python: str, folder: Path, shape: Shape) -> tuple[float, 
     source = str(Path(__file__).parents[1] / "src")
     paths = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
     env = {**os.environ, "OMP_NUM_THREADS": str(shape.threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
-    sizes = ["--batches", shape.batch, "--lengths", shape.length, "--steps", shape.steps, "--threads", shape.threads]
+    sizes = [
+        "--batches",
+        shape.batch,
+        "--lengths",
+        shape.length,
+        "--steps",
+        shape.steps,
+        "--threads",
+        shape.threads,
+    ]
     command = [python, __file__, "--side", side, "--folder", str(folder), *map(str, sizes)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -187,7 +216,11 @@ def compare(pythons: dict[str, str], folder: Path, shape: Shape, rounds: int) ->
             found.seconds[side].append(seconds)
             found.peak_bytes[side] = max(found.peak_bytes[side], peak)
         ours, theirs = (found.seconds[side][-1] for side in ("reflux", "trl"))
-        print(f"{shape.batch} x {shape.length}, round {number + 1}: reflux {ours:.3f} s, trl {theirs:.3f} s a step", flush=True)
+        print(
+            f"{shape.batch} x {shape.length}, round {number + 1}: reflux {ours:.3f} s, trl {theirs:.3f} s a "
+            "step",
+            flush=True,
+        )
     return found
 
 
@@ -196,17 +229,29 @@ def numbers(text: str) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=8, help="measured steps per process, after three that warm up")
+    parser.add_argument(
+        "--steps", type=int, default=8, help="measured steps per process, after three that warm up"
+    )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--lengths", type=numbers, default=[80], help="new tokens a prompt, as in 64,256,1024")
+    parser.add_argument(
+        "--lengths", type=numbers, default=[80], help="new tokens a prompt, as in 64,256,1024"
+    )
     parser.add_argument("--batches", type=numbers, default=[64], help="prompts a step, as in 16,64")
-    parser.add_argument("--trl-python", default=sys.executable, help="the interpreter of an environment with trl 1.16")
+    parser.add_argument(
+        "--trl-python", default=sys.executable, help="the interpreter of an environment with trl 1.16"
+    )
     parser.add_argument("--side", choices=("reflux", "trl"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    shapes = [Shape(batch, length, asked.steps, asked.threads) for batch in asked.batches for length in asked.lengths]
+    shapes = [
+        Shape(batch, length, asked.steps, asked.threads)
+        for batch in asked.batches
+        for length in asked.lengths
+    ]
     if asked.side:
         {"reflux": side_reflux, "trl": side_trl}[asked.side](asked.folder, shapes[0])
         return
@@ -215,15 +260,24 @@ def main() -> None:
         folder = Path(scratch)
         prepare(folder, max(asked.batches), max(asked.lengths))
         print_table({shape: compare(pythons, folder, shape, asked.rounds) for shape in shapes})
-    print(f"medians over {asked.rounds} rounds of the median of {asked.steps} steps (lowest to highest round), {asked.threads} threads")
+    print(
+        f"medians over {asked.rounds} rounds of the median of {asked.steps} steps (lowest to highest round), "
+        f"{asked.threads} threads"
+    )
 
 
 def print_table(table: dict[Shape, Found]) -> None:
-    print(f"\n{'batch':>5} {'length':>6}   {'reflux s/step':24} {'trl s/step':24} {'reflux / trl':20} {'peak MB':>14}")
+    print(
+        f"\n{'batch':>5} {'length':>6}   {'reflux s/step':24} {'trl s/step':24} {'reflux / trl':20} "
+        f"{'peak MB':>14}"
+    )
     for shape, found in table.items():
         ours, theirs = (_spread(found.seconds[side], 3) for side in ("reflux", "trl"))
         peaks = " / ".join(f"{found.peak_bytes[side] / 1e6:,.0f}" for side in ("reflux", "trl"))
-        print(f"{shape.batch:5} {shape.length:6}   {ours:24} {theirs:24} {_spread(found.ratios, 2):20} {peaks:>14}")
+        print(
+            f"{shape.batch:5} {shape.length:6}   {ours:24} {theirs:24} {_spread(found.ratios, 2):20} "
+            f"{peaks:>14}"
+        )
 
 
 def _spread(values: list[float], digits: int) -> str:

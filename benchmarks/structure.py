@@ -1,11 +1,14 @@
 """How tightly the parts of a checkout hang together, counted: python benchmarks/structure.py [CHECKOUT].
 
 - files that take the run: source files with a parameter or a field of type `Run`;
-- part classes in isinstance outside their package: names of shipped part classes (those of the registries) in isinstance or issubclass, in
+- part classes in isinstance outside their package: names of shipped part classes (those of the registries) in
+  isinstance or issubclass, in
   `type(x) is C` and as keys of a table that is asked for `type(x)`; and vars() or getattr() on a part of the config;
-- frames from the command line: frames of the library on the stack where `reflux run` asks torch for its first gradient, on one prompt of
+- frames from the command line: frames of the library on the stack where `reflux run` asks torch for its first
+  gradient, on one prompt of
   the embedded models, and at the deepest place of that step before it (the mathematics of the objective);
-- places a method touches: files that name its class or that a recipe of its own needs, for the methods that ship.
+- places a method touches: files that name its class or that a recipe of its own needs, for the methods that
+  ship.
 
 Nothing of the checkout is changed. The numbers go to NOTEBOOK.md, before and after.
 """
@@ -22,7 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
-METHODS = {  # a part that came as a method of its own, and the recipe that came with it
+# a part that came as a method of its own, and the recipe that came with it
+METHODS = {
     "reflux.credit.release:Release": "release",
     "reflux.credit.margin:Margin": "uni_opd",
     "reflux.contexts.peers:Peers": "peers",
@@ -30,7 +34,20 @@ METHODS = {  # a part that came as a method of its own, and the recipe that came
     "reflux.objectives.velocity_kl:VelocityKL": "flow",
     "reflux.samplers.teacher_samples:Drawn": "flow_sft",
 }
-HOLDERS = {"cfg", "part", "task", "sampler", "learner", "teacher", "objective", "rule", "context", "reward", "extrapolation", "evaluation"}
+HOLDERS = {
+    "cfg",
+    "part",
+    "task",
+    "sampler",
+    "learner",
+    "teacher",
+    "objective",
+    "rule",
+    "context",
+    "reward",
+    "extrapolation",
+    "evaluation",
+}
 PROBE = """
 import asyncio, json, os, sys, threading
 import torch, torch._dynamo
@@ -77,7 +94,10 @@ def main(checkout: Path) -> None:
     print(f"part classes in isinstance          {len(tests)}, in {len(naming)} files outside their package")
     print(f"vars() or getattr() on a part       {len(probes)}")
     stack, deepest = frames_to_gradient(checkout)
-    print(f"frames from the command line        {len(stack)} to the gradient, {len(deepest)} at the deepest place of the step")
+    print(
+        f"frames from the command line        {len(stack)} to the gradient, {len(deepest)} at the deepest "
+        "place of the step"
+    )
     for which, places_of in (("gradient", stack), ("deepest", deepest)):
         print(f"    {which}: {' > '.join(reversed(places_of))}")
     for dotted, recipe in METHODS.items():
@@ -94,17 +114,27 @@ def trees(source: Path) -> Iterator[tuple[str, ast.Module]]:
 
 def takes_the_run(tree: ast.Module) -> bool:
     """A parameter or a field whose type is `Run`, also as `Run | None`."""
-    hints = [node.annotation for node in ast.walk(tree) if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None]
+    hints = [
+        node.annotation
+        for node in ast.walk(tree)
+        if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None
+    ]
     return any(isinstance(name, ast.Name) and name.id == "Run" for hint in hints for name in ast.walk(hint))
 
 
 def part_classes(source: Path) -> dict[str, str]:
-    """The dotted names of the shipped parts, and the package of each, read from the registries; schedules are numbers."""
+    """The dotted names of the shipped parts, and the package of each, read from the registries; schedules are
+    numbers.
+    """
     found = {}
     for path in sorted(source.glob("*/__init__.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             values = node.values if isinstance(node, ast.Dict) else []
-            dotted = [v.value for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str) and ":" in v.value]
+            dotted = [
+                v.value
+                for v in values
+                if isinstance(v, ast.Constant) and isinstance(v.value, str) and ":" in v.value
+            ]
             found |= {name.replace(":", "."): path.parent.name for name in dotted}
     return found
 
@@ -123,7 +153,11 @@ def class_tests(source: Path) -> Iterator[tuple[str, str]]:
     """(file, class) for each part class that a test of types names outside the package of that class."""
     parts = part_classes(source)
     for name, tree in trees(source):
-        known = {local: dotted for local, dotted in imported(tree).items() if dotted in parts and parts[dotted] != name.split("/")[0]}
+        known = {
+            local: dotted
+            for local, dotted in imported(tree).items()
+            if dotted in parts and parts[dotted] != name.split("/")[0]
+        }
         for node in ast.walk(tree):
             for tested in _tested(node):
                 for inner in ast.walk(tested):
@@ -133,14 +167,28 @@ def class_tests(source: Path) -> Iterator[tuple[str, str]]:
 
 def _tested(node: ast.AST) -> list[ast.expr]:
     """The classes that this expression tests a value against."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass"):
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("isinstance", "issubclass")
+    ):
         return node.args[1:]
     if isinstance(node, ast.Compare) and any(_is_type(side) for side in (node.left, *node.comparators)):
         return [node.left, *node.comparators]
     if isinstance(node, ast.MatchClass):
         return [node.cls]
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and any(_is_type(arg) for arg in node.args):
-        return [key for inner in ast.walk(node.func.value) if isinstance(inner, ast.Dict) for key in inner.keys if key is not None]
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and any(_is_type(arg) for arg in node.args)
+    ):
+        return [
+            key
+            for inner in ast.walk(node.func.value)
+            if isinstance(inner, ast.Dict)
+            for key in inner.keys
+            if key is not None
+        ]
     return []
 
 
@@ -163,12 +211,25 @@ def part_probes(source: Path) -> Iterator[tuple[str, str]]:
 
 
 def frames_to_gradient(checkout: Path) -> tuple[list[str], list[str]]:
-    """The library's frames where the first gradient is asked for, and at the deepest place on the way; innermost first."""
+    """The library's frames where the first gradient is asked for, and at the deepest place on the way;
+    innermost first.
+    """
     off = [f"evals.{name}=none" for name in ("accuracy", "agreement", "teacher_accuracy")]
     with tempfile.TemporaryDirectory() as scratch:
         values = f"SOURCE, OUT, OFF = {str((checkout / 'src' / 'reflux').resolve())!r}, {scratch + '/run'!r}, {off!r}\n"
-        environment = {**os.environ, "PYTHONPATH": str((checkout / "src").resolve()), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-c", values + PROBE], capture_output=True, text=True, env=environment, cwd=scratch)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str((checkout / "src").resolve()),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", values + PROBE],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=scratch,
+        )
     lines = [line for line in done.stdout.splitlines() if line.startswith("FRAMES ")]
     if not lines:
         raise SystemExit(f"the run came to no gradient:\n{done.stdout}{done.stderr}")
@@ -176,7 +237,9 @@ def frames_to_gradient(checkout: Path) -> tuple[list[str], list[str]]:
 
 
 def places(checkout: Path, dotted: str, recipe: str) -> list[str]:
-    """Files that a method's part and recipe take up: its own, those of the library that import it, and those that stand beside it."""
+    """Files that a method's part and recipe take up: its own, those of the library that import it, and those
+    that stand beside it.
+    """
     module, _, cls = dotted.partition(":")
     own = module.replace(".", "/") + ".py"
     found = {f"src/{own}"}
@@ -188,13 +251,20 @@ def places(checkout: Path, dotted: str, recipe: str) -> list[str]:
     if notes.is_file() and any(line.startswith(f"{recipe} = ") for line in notes.read_text().splitlines()):
         found.add("docs/notes.toml")
     cite = checkout / "src/reflux/config/citations.py"
-    if f'kind_of("{module.split(".")[1]}"' in cite.read_text() or f'"{module.rpartition(".")[2]}"' in cite.read_text():
+    if (
+        f'kind_of("{module.split(".")[1]}"' in cite.read_text()
+        or f'"{module.rpartition(".")[2]}"' in cite.read_text()
+    ):
         found.add("src/reflux/config/citations.py")
     return sorted(found)
 
 
 def _texts(tree: ast.Module) -> set[str]:
-    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
 
 
 if __name__ == "__main__":

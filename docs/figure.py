@@ -1,6 +1,8 @@
-"""The README's figure from a run directory: `python docs/figure.py runs/quickstart` writes docs/quickstart.svg.
+"""The README's figure from a run directory: `python docs/figure.py runs/quickstart` writes
+docs/quickstart.svg.
 
-A second argument is another file to write. The curve is of the problems of `evals.accuracy`, and so is the teacher's line.
+A second argument is another file to write. The curve is of the problems of `evals.accuracy`, and so is the
+teacher's line.
 """
 
 from __future__ import annotations
@@ -30,13 +32,16 @@ def figure(run: Path) -> str:
 
     def words(step: float, share: float, text: str, colour: str, anchor: str, dx: int, dy: int) -> str:
         x, y = place(step, share).split(",")
-        return f'<text x="{x}" y="{y}" dx="{dx}" dy="{dy}" fill="{colour}" text-anchor="{anchor}">{text}</text>'
+        return (
+            f'<text x="{x}" y="{y}" dx="{dx}" dy="{dy}" fill="{colour}" text-anchor="{anchor}">{text}</text>'
+        )
 
     band = [place(row["step"], row["accuracy"]["high"]) for row in rows]
     band += [place(row["step"], row["accuracy"]["low"]) for row in reversed(rows)]
     after = rows[-1]["accuracy"]["accuracy"]
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="13">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
+        'font-size="13">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         *(line([place(0, share), place(last, share)], "#e5e7eb") for share in (0, 0.25, 0.5, 0.75, 1)),
         *(words(0, share, f"{share:.0%}", GREY, "end", -8, 4) for share in (0, 0.25, 0.5, 0.75, 1)),

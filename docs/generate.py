@@ -1,9 +1,11 @@
-"""Writes docs/methods.md, docs/recipes.md and docs/configuration.md from the code: docstrings, fields, comments, recipes, citations.
+"""Writes docs/methods.md, docs/recipes.md and docs/configuration.md from the code: docstrings, fields,
+comments, recipes, citations.
 
     python docs/generate.py
 
-What the code does not say (when to use a recipe, what a field without a comment means) stands in docs/notes.toml.
-`tests/test_docs.py` fails where a page is not what this script writes, or where a field has no word at all.
+What the code does not say (when to use a recipe, what a field without a comment means) stands in
+docs/notes.toml. `tests/test_docs.py` fails where a page is not what this script writes, or where a field has
+no word at all.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ sys.path[:0] = [str(DOCS.parent / "src"), str(DOCS.parent / "tests")]
 
 from laws import bias  # noqa: E402
 from reflux.config import registry  # noqa: E402
+from reflux.config.bases import RECIPES, recipe_names  # noqa: E402
 from reflux.config.citations import papers  # noqa: E402
 from reflux.config.papers import GKD, Paper  # noqa: E402
-from reflux.config.recipe import RECIPES, RunConfig, Track, load_recipe, recipe_names  # noqa: E402
+from reflux.config.recipe import RunConfig, Track, load_recipe  # noqa: E402
 from reflux.config.registry import PartOf  # noqa: E402
 from reflux.credit.group_advantage import group_advantages  # noqa: E402
 from reflux.metrics.values import step_flops  # noqa: E402
@@ -41,7 +44,8 @@ from reflux.models.settings import (  # noqa: E402
 from reflux.storage.summary import method_of  # noqa: E402
 
 NOTES: dict[str, Any] = tomllib.loads((DOCS / "notes.toml").read_text())
-TABLES = {  # what is no part, by the path of its notes
+# what is no part, by the path of its notes
+TABLES = {
     "": RunConfig,
     "track": Track,
     "learner.lora": Lora,
@@ -49,7 +53,8 @@ TABLES = {  # what is no part, by the path of its notes
     "learners.flow.merge": Merge,
     "learners.flow.average": Average,
 }
-WHERE = {  # where a recipe names a part of each group
+# where a recipe names a part of each group
+WHERE = {
     "tasks": "`[task]`",
     "samplers": "`[sampler]`",
     "learners": "`[learner]`",
@@ -79,7 +84,8 @@ MATHS = (
     "reflux.loss.linear_divergence",
     "reflux.metrics.intervals",
 )
-METHOD = ("objectives", "credit", "contexts", "extrapolation")  # the groups whose parts make a method
+# the groups whose parts make a method
+METHOD = ("objectives", "credit", "contexts", "extrapolation")
 MADE = "<!-- Written by docs/generate.py from the code. Do not edit: change the docstring, the comment or docs/notes.toml. -->\n"
 
 
@@ -125,18 +131,32 @@ def methods() -> Iterator[str]:
     yield from (_function(f, f.__module__) for f in (group_advantages, step_flops))
     yield "## Papers\n"
     yield "`reflux cite RECIPE` prints the BibTeX of those a recipe uses.\n"
-    yield from (f"- [{paper.title}](https://arxiv.org/abs/{paper.arxiv}) ({paper.year}; `{paper.key}`)" for paper in known_papers())
+    yield from (
+        f"- [{paper.title}](https://arxiv.org/abs/{paper.arxiv}) ({paper.year}; `{paper.key}`)"
+        for paper in known_papers()
+    )
 
 
 def known_papers() -> list[Paper]:
     """Every paper that a shipped part may name, in the order of the groups."""
-    modules = [dotted.partition(":")[0] for group in registry.GROUPS for dotted in registry.kinds(group).values()]
-    found = [value for module in (*modules, "reflux.objectives.ratio_rules") for value in vars(importlib.import_module(module)).values()]
+    modules = [
+        dotted.partition(":")[0] for group in registry.GROUPS for dotted in registry.kinds(group).values()
+    ]
+    found = [
+        value
+        for module in (*modules, "reflux.objectives.ratio_rules")
+        for value in vars(importlib.import_module(module)).values()
+    ]
     return list({paper.key: paper for paper in (*found, GKD) if isinstance(paper, Paper)}.values())
 
 
 def _public_function(value: object, module: str) -> bool:
-    return inspect.isfunction(value) and value.__module__ == module and not value.__name__.startswith("_") and bool(value.__doc__)
+    return (
+        inspect.isfunction(value)
+        and value.__module__ == module
+        and not value.__name__.startswith("_")
+        and bool(value.__doc__)
+    )
 
 
 def _function(function: Callable[..., Any], module: str = "") -> str:
@@ -146,7 +166,11 @@ def _function(function: Callable[..., Any], module: str = "") -> str:
 
 
 def _parameter(parameter: inspect.Parameter) -> str:
-    return parameter.name if parameter.default is inspect.Parameter.empty else f"{parameter.name}={parameter.default!r}"
+    return (
+        parameter.name
+        if parameter.default is inspect.Parameter.empty
+        else f"{parameter.name}={parameter.default!r}"
+    )
 
 
 # --- recipes.md
@@ -161,10 +185,16 @@ def recipes() -> Iterator[str]:
     yield "\n## Which objective\n"
     yield NOTES["pages"]["choose"]
     yield "| if | choose | because |\n|---|---|---|"
-    yield from (f"| {row['if']} | `{shown}` | {row['why']} |" for row in NOTES["choose"] for shown in [row["set"].replace("'", '"')])
+    yield from (
+        f"| {row['if']} | `{shown}` | {row['why']} |"
+        for row in NOTES["choose"]
+        for shown in [row["set"].replace("'", '"')]
+    )
     for name in recipe_names():
         path = RECIPES / f"{name}.toml"
-        cited = ", ".join(f"[{paper.key}](https://arxiv.org/abs/{paper.arxiv})" for paper in papers(load_recipe(name)))
+        cited = ", ".join(
+            f"[{paper.key}](https://arxiv.org/abs/{paper.arxiv})" for paper in papers(load_recipe(name))
+        )
         yield f"\n## {name}\n\n{_comment(path)}\n\nWhen: {when(name)}\n\n```toml\n{_body(path)}\n```"
         yield f"\nDiffers from the paper: {NOTES['departures'][name]}" if name in NOTES["departures"] else ""
         yield f"\nPapers: {cited}." if cited else ""
@@ -175,8 +205,14 @@ def recipes() -> Iterator[str]:
 
 def when(recipe: str) -> str:
     """When to use a recipe: its note, else what its method's part says of itself. KeyError without either."""
-    behaviour = (part.when for _, group, part in registry.within(load_recipe(recipe)) if group in METHOD and part.when)
-    return NOTES["recipes"][recipe] if recipe in NOTES["recipes"] else next(behaviour, "") or NOTES["recipes"][recipe]
+    behaviour = (
+        part.when for _, group, part in registry.within(load_recipe(recipe)) if group in METHOD and part.when
+    )
+    return (
+        NOTES["recipes"][recipe]
+        if recipe in NOTES["recipes"]
+        else next(behaviour, "") or NOTES["recipes"][recipe]
+    )
 
 
 def _comment(path: Path) -> str:
@@ -205,7 +241,11 @@ def configuration() -> Iterator[str]:
     yield f"{inspect.getdoc(Track)}\n"
     yield from _table("track", Track)
     for group in registry.GROUPS:
-        yield f"## {group}\n\nWritten as {WHERE[group]}." + ("" if registry.kinds(group) else " None ships yet.") + "\n"
+        yield (
+            f"## {group}\n\nWritten as {WHERE[group]}."
+            + ("" if registry.kinds(group) else " None ships yet.")
+            + "\n"
+        )
         for kind in registry.kinds(group):
             cls = registry.part(group, kind)
             yield f"### {group} `{kind}`\n"
@@ -226,30 +266,42 @@ def _table(path: str, cls: type) -> Iterator[str]:
     hints = typing.get_type_hints(cls, include_extras=True)
     yield "| key | type | default | |\n|---|---|---|---|"
     for field in fields:
-        cells = (f"`{field.name.removesuffix('_')}`", in_words(hints[field.name]), _default(field), word(path, cls, field.name))
+        cells = (
+            f"`{field.name.removesuffix('_')}`",
+            in_words(hints[field.name]),
+            _default(field),
+            word(path, cls, field.name),
+        )
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
     yield ""
 
 
 def word(path: str, cls: type, name: str) -> str:
-    """What a field means: its comment in the source, else its note, else the class docstring that names it. KeyError without any."""
+    """What a field means: its comment in the source, else its note, else the class docstring that names it.
+    KeyError without any.
+    """
     note = NOTES["fields"].get(f"{path}.{name}".lstrip("."))
     behaviour = comments(cls).get(name) or note
     if behaviour:
         return behaviour
     if re.search(rf"\b{name.removesuffix('_')}\b", inspect.getdoc(cls) or ""):
         return "see above"
-    raise KeyError(f"{cls.__module__}.{cls.__name__}.{name} has no comment, no word in the docstring and no note in docs/notes.toml")
+    raise KeyError(
+        f"{cls.__module__}.{cls.__name__}.{name} has no comment, no word in the docstring and no note in "
+        "docs/notes.toml"
+    )
 
 
 def comments(cls: type) -> dict[str, str]:
-    """Field -> the comment on its line, of the class and of what it inherits."""
+    """Field -> the comment right above it, of the class and of what it inherits."""
     found: dict[str, str] = {}
     for owner in reversed([c for c in cls.__mro__ if dataclasses.is_dataclass(c)]):
+        above: list[str] = []
         for line in textwrap.dedent(inspect.getsource(owner)).split("\n"):
-            match = re.match(r"    (\w+): .*?  # (.+)$", line)
-            if match:
-                found[match[1]] = match[2]
+            if field := re.match(r"    (\w+): ", line):
+                if above:
+                    found[field[1]] = " ".join(above)
+            above = [*above, line[6:]] if line.startswith("    # ") else []
     return found
 
 
@@ -263,7 +315,11 @@ def in_words(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(in_words(choice) for choice in inner if choice is not type(None))
     if origin is tuple:
-        return f"list of {in_words(inner[0])}" if inner[-1] is ... else "[" + ", ".join(map(in_words, inner)) + "]"
+        return (
+            f"list of {in_words(inner[0])}"
+            if inner[-1] is ...
+            else "[" + ", ".join(map(in_words, inner)) + "]"
+        )
     if origin is dict:
         return "table"
     if dataclasses.is_dataclass(hint):
@@ -292,7 +348,8 @@ def _part_in_words(marker: PartOf) -> str:
 
 def _default(field: dataclasses.Field[Any]) -> str:
     default: Any = field.default
-    if type(default).__name__ == "FieldInfo":  # pydantic's
+    if type(default).__name__ == "FieldInfo":
+        # pydantic's
         made = default.default_factory() if getattr(default, "default_factory", None) else default.default
         return _value(made)
     if field.default_factory is not dataclasses.MISSING:

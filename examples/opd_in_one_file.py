@@ -1,15 +1,18 @@
-"""On-policy distillation in one file: the student acts, the teacher says what it would have done at every step, the student moves.
+"""On-policy distillation in one file: the student acts, the teacher says what it would have done at every
+step, the student moves.
 
     python -m reflux.tasks.word_problems train 12800 > train.jsonl      # or your own lines {"id": ..., "prompt": ..., "answer": ...}
     python -m reflux.tasks.word_problems test 500 > test.jsonl
     python examples/opd_in_one_file.py --student src/reflux/assets/student --teacher src/reflux/assets/teacher
 
-For a prompt x the student writes y ~ student(. | x), and with state s_t = (x, y_<t) it then descends, states held fixed,
+For a prompt x the student writes y ~ student(. | x), and with state s_t = (x, y_<t) it then descends, states
+held fixed,
 
     loss = 1/N sum over all chosen positions t of  KL(student(. | s_t) || teacher(. | s_t))        (reverse KL, in nats)
 
-This is the whole algorithm of the library at its plainest setting, with nothing but torch and transformers (Agarwal et al. 2024,
-arXiv:2306.13649; Lu & Thinking Machines Lab 2025). Suffixes: B rows, T new tokens, V vocabulary. Rows are padded on the left.
+This is the whole algorithm of the library at its plainest setting, with nothing but torch and transformers
+(Agarwal et al. 2024, arXiv:2306.13649; Lu & Thinking Machines Lab 2025). Suffixes: B rows, T new tokens, V
+vocabulary. Rows are padded on the left.
 """
 
 import argparse
@@ -29,7 +32,9 @@ MASK64 = (1 << 64) - 1
 
 def row_key(seed, purpose, step, prompt_id, sample=0, turn=0):
     """What a row draws depends on these, never on its neighbours: 63 bits of a hash."""
-    digest = hashlib.blake2b(repr((seed, purpose, step, prompt_id, sample, turn)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(
+        repr((seed, purpose, step, prompt_id, sample, turn)).encode(), digest_size=8
+    ).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -43,9 +48,13 @@ def shift(z, bits):
 
 
 def gumbel(keys_B, t, vocabulary):
-    """Standard Gumbel noise [B, V] for new token t, from a splitmix64 hash of (key, t, token id). argmax(logp + noise) is a draw."""
+    """Standard Gumbel noise [B, V] for new token t, from a splitmix64 hash of (key, t, token id). argmax(logp
+    + noise) is a draw.
+    """
     ids_V = torch.arange(1, vocabulary + 1)
-    z = (keys_B + torch.tensor(t + 1) * signed(0x9E3779B97F4A7C15))[:, None] + ids_V * signed(0xD1B54A32D192ED03)
+    z = (keys_B + torch.tensor(t + 1) * signed(0x9E3779B97F4A7C15))[:, None] + ids_V * signed(
+        0xD1B54A32D192ED03
+    )
     z = (z ^ shift(z, 30)) * signed(0xBF58476D1CE4E5B9)
     z = (z ^ shift(z, 27)) * signed(0x94D049BB133111EB)
     uniform_BV = (shift(z ^ shift(z, 31), 41).float() + 0.5) / 2**23
@@ -55,25 +64,41 @@ def gumbel(keys_B, t, vocabulary):
 def ask(tokenizer, prompts):
     """Questions as token ids, each followed by the mark that it is the assistant's turn: (ids, mask)."""
     chats = [[{"role": "user", "content": prompt["prompt"]}] for prompt in prompts]
-    asked = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, return_tensors="pt")
+    asked = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt"
+    )
     return asked["input_ids"], asked["attention_mask"]
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_tokens, keys=None):
-    """The model answers; greedily without keys. -> ids of question and answer, their mask, and mask_BT: which answer tokens it chose."""
+    """The model answers; greedily without keys. -> ids of question and answer, their mask, and mask_BT: which
+    answer tokens it chose.
+    """
     ids, mask = ask(tokenizer, prompts)
-    width, cache, alive_B = ids.shape[1], DynamicCache(config=model.config), torch.ones(len(ids), dtype=torch.bool)
+    width, cache, alive_B = (
+        ids.shape[1],
+        DynamicCache(config=model.config),
+        torch.ones(len(ids), dtype=torch.bool),
+    )
     keys_B = None if keys is None else torch.tensor(keys)
     new, position = ids, (mask.cumsum(1) - 1).clamp(min=0)
     for t in range(max_tokens):
-        made = model(new, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        made = model(
+            new,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         scores_BV = made.logits[:, -1].float().log_softmax(-1)
         if keys_B is not None:
             scores_BV = scores_BV + gumbel(keys_B, t, scores_BV.shape[1])
         token_B = torch.where(alive_B, scores_BV.argmax(-1), tokenizer.pad_token_id)
         ids, mask = torch.cat([ids, token_B[:, None]], 1), torch.cat([mask, alive_B[:, None].long()], 1)
-        alive_B = alive_B & (token_B != tokenizer.eos_token_id)  # the end token is a choice like any other, the last
+        # the end token is a choice like any other, the last
+        alive_B = alive_B & (token_B != tokenizer.eos_token_id)
         if not alive_B.any():
             break
         new, position = token_B[:, None], mask.sum(1, keepdim=True) - 1
@@ -83,8 +108,11 @@ def sample(model, tokenizer, prompts, max_tokens, keys=None):
 def speak(model, ids, mask, tokens):
     """logp_BTV: what the model would say at each of the last `tokens` positions, given all before."""
     position = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(ids, attention_mask=mask, position_ids=position, use_cache=False, logits_to_keep=tokens + 1).logits
-    return logits[:, :-1].float().log_softmax(-1)  # position t is predicted by the state before it
+    logits = model(
+        ids, attention_mask=mask, position_ids=position, use_cache=False, logits_to_keep=tokens + 1
+    ).logits
+    # position t is predicted by the state before it
+    return logits[:, :-1].float().log_softmax(-1)
 
 
 @torch.no_grad()
@@ -110,8 +138,24 @@ def learning_rate(step, steps, peak, warmup):
     return min(1.0, (step + 1) / (warmup + 1)) * peak * 0.5 * (1 + math.cos(math.pi * along))
 
 
-def distil(student, teacher, tokenizer, prompts, *, steps, per_step, lr, warmup, max_tokens, seed, eps=1e-8, report=print):
-    """Train `student` in place on consecutive slices of `prompts` (again from the start when used up). -> the loss of every step."""
+def distil(
+    student,
+    teacher,
+    tokenizer,
+    prompts,
+    *,
+    steps,
+    per_step,
+    lr,
+    warmup,
+    max_tokens,
+    seed,
+    eps=1e-8,
+    report=print,
+):
+    """Train `student` in place on consecutive slices of `prompts` (again from the start when used up). -> the
+    loss of every step.
+    """
     optimiser = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
     losses = []
     for step in range(steps):
@@ -119,9 +163,12 @@ def distil(student, teacher, tokenizer, prompts, *, steps, per_step, lr, warmup,
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, lr, warmup)
         keys = [row_key(seed, "train", step, prompt["id"]) for prompt in asked]
-        ids, mask, mask_BT = sample(student, tokenizer, asked, max_tokens, keys)  # the student acts
-        teacher_BTV = teach(teacher, ids, mask, mask_BT.shape[1])  # the teacher says what it would have done
-        losses.append(learn(student, optimiser, ids, mask, mask_BT, teacher_BTV))  # the student moves
+        # the student acts
+        ids, mask, mask_BT = sample(student, tokenizer, asked, max_tokens, keys)
+        # the teacher says what it would have done
+        teacher_BTV = teach(teacher, ids, mask, mask_BT.shape[1])
+        # the student moves
+        losses.append(learn(student, optimiser, ids, mask, mask_BT, teacher_BTV))
         report(f"step {step + 1:4d}/{steps}  KL {losses[-1]:.4f} nats  {int(mask_BT.sum())} tokens")
     return losses
 
@@ -132,8 +179,14 @@ def accuracy(model, tokenizer, prompts, max_tokens, batch=250):
     for first in range(0, len(prompts), batch):
         some = prompts[first : first + batch]
         ids, _, mask_BT = sample(model, tokenizer, some, max_tokens)
-        for prompt, text in zip(some, tokenizer.batch_decode(ids[:, -mask_BT.shape[1] :], skip_special_tokens=True), strict=True):
-            found = re.match(r"\s*(-?[0-9]+)(?![0-9]|[.,][0-9])", text.rpartition("Answer:")[2]) if "Answer:" in text else None
+        for prompt, text in zip(
+            some, tokenizer.batch_decode(ids[:, -mask_BT.shape[1] :], skip_special_tokens=True), strict=True
+        ):
+            found = (
+                re.match(r"\s*(-?[0-9]+)(?![0-9]|[.,][0-9])", text.rpartition("Answer:")[2])
+                if "Answer:" in text
+                else None
+            )
             right += found is not None and found[1] == prompt["answer"]
     return right / len(prompts)
 
@@ -145,7 +198,9 @@ def read(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--student", default="src/reflux/assets/student")
     parser.add_argument("--teacher", default="src/reflux/assets/teacher")
     parser.add_argument("--prompts", default="train.jsonl")
@@ -158,7 +213,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(given.teacher)
-    student, teacher = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (given.student, given.teacher))
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(path).eval() for path in (given.student, given.teacher)
+    )
     before, held_out = deepcopy(student), read(given.held_out)
     begun = time.monotonic()
     distil(
@@ -167,7 +224,10 @@ def main():
     )  # fmt: skip
     print(f"{(time.monotonic() - begun) / given.steps:.3f} s a step")
     for name, model in (("student before", before), ("student after", student), ("teacher", teacher)):
-        print(f"{name:15s} {accuracy(model, tokenizer, held_out, given.max_tokens):.1%} of {len(held_out)} held-out problems")
+        print(
+            f"{name:15s} {accuracy(model, tokenizer, held_out, given.max_tokens):.1%} of {len(held_out)} "
+            "held-out problems"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The course of a study: what its evaluations on the way found, with the FLOP spent by then, searches included.
+"""The course of a study: what its evaluations on the way found, with the FLOP spent by then, searches
+included.
 
 No command of its own: studies/table.py adds it where the runs were evaluated between start and end.
 """
@@ -12,7 +13,8 @@ from intervals import Estimate
 
 Measures = dict[str, float]
 AT = "@step "
-DRAWN = {  # of an evaluation's table: title and whether it is a share
+# of an evaluation's table: title and whether it is a share
+DRAWN = {
     "accuracy.accuracy": ("Accuracy by step", True),
     "flops": ("TFLOP spent by step", False),
     "foresight.spectral_norm": ("Spectral norm by step", False),
@@ -24,13 +26,20 @@ DRAWN = {  # of an evaluation's table: title and whether it is a share
 
 
 def along(evals: list[dict[str, Any]], steps: list[dict[str, Any]]) -> Measures:
-    """`NAME@step N` of what DRAWN lists, at every evaluation after the start; nothing where there is only an end."""
+    """`NAME@step N` of what DRAWN lists, at every evaluation after the start; nothing where there is only an
+    end.
+    """
     rows = [row for row in evals if row["step"] > 0]
     found: Measures = {}
     for row in rows if len(rows) > 1 else ():
         at = f"{AT}{row['step']}"
-        spent = [sum(line["flops"].values()) for line in steps if line["step"] <= row["step"] and "flops" in line]
-        values = {"flops": sum(spent) / 1e12 if spent else None, "foresight.alignment": _aligned(rows[-1], row["step"])}
+        spent = [
+            sum(line["flops"].values()) for line in steps if line["step"] <= row["step"] and "flops" in line
+        ]
+        values = {
+            "flops": sum(spent) / 1e12 if spent else None,
+            "foresight.alignment": _aligned(rows[-1], row["step"]),
+        }
         for name in DRAWN.keys() - values.keys():
             evaluation, key = name.split(".")
             values[name] = (row.get(evaluation) or {}).get(key)
@@ -46,11 +55,21 @@ def course(table: Mapping[str, Any], grid: Callable[[list[list[str]]], str], cel
     """A table for each of DRAWN that was measured: arms down, steps across."""
     parts = []
     for name, (title, share) in DRAWN.items():
-        steps = sorted({int(key.split(AT)[1]) for row in table.values() for key in row["measures"] if key.startswith(name + AT)})
+        steps = sorted(
+            {
+                int(key.split(AT)[1])
+                for row in table.values()
+                for key in row["measures"]
+                if key.startswith(name + AT)
+            }
+        )
         if steps:
             rows = [["arm", *(f"step {step}" for step in steps)]]
             shown = _percent if share else _three
-            rows += [[arm, *(cell(_estimate(row, f"{name}{AT}{step}"), shown) for step in steps)] for arm, row in table.items()]
+            rows += [
+                [arm, *(cell(_estimate(row, f"{name}{AT}{step}"), shown) for step in steps)]
+                for arm, row in table.items()
+            ]
             parts.append(f"\n{title}\n\n{grid(rows)}\n")
     return "".join(parts)
 

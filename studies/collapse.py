@@ -1,10 +1,12 @@
-"""Release where the collapse is known: a teacher that goes flat after a random position, and what else the study compares.
+"""Release where the collapse is known: a teacher that goes flat after a random position, and what else the
+study compares.
 
     python studies/run.py studies/release.toml --out runs/release       every arm on every seed, then the table of accuracies
     python studies/collapse.py runs/release                             found release points against the true positions
 
-The parts below are named in studies/release.toml by their dotted kinds. Where a teacher goes flat depends on (seed, step, prompt, sample,
-length) alone, so the second command draws the true positions again and needs the run directories only.
+The parts below are named in studies/release.toml by their dotted kinds. Where a teacher goes flat depends on
+(seed, step, prompt, sample, length) alone, so the second command draws the true positions again and needs the
+run directories only.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.context import PartContext
 from reflux.config.registry import STRICT
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import StepContext
 from reflux.credit.base import CreditPart
 from reflux.learners.hf import HF
 from reflux.models.heads import Heads
@@ -31,9 +35,10 @@ from reflux.runtime.services import Services
 from reflux.runtime.weights import Weights
 from reflux.teachers.base import TeacherRequest
 from reflux.teachers.local import Local
-from reflux.types import Attempt, Credit, Group, HiddenTarget, Requirements, Rollout, StepContext, TeacherAnswer, TokenRollout
+from reflux.types import Attempt, Credit, Group, HiddenTarget, Rollout, TeacherAnswer, TokenRollout
 
-FIRST, LAST = 0.2, 1.2  # a teacher goes flat between these shares of an attempt, uniformly; from 1 on it never does
+# a teacher goes flat between these shares of an attempt, uniformly; from 1 on it never does
+FIRST, LAST = 0.2, 1.2
 
 
 def collapse(step_context: StepContext, prompt: str, sample: int, length: int) -> int:
@@ -43,7 +48,9 @@ def collapse(step_context: StepContext, prompt: str, sample: int, length: int) -
 
 @dataclass(frozen=True, config=STRICT)
 class Collapsing(Local):
-    """A local teacher whose logits are multiplied by `left` from a random position on: 0 is a uniform distribution, 1 no collapse."""
+    """A local teacher whose logits are multiplied by `left` from a random position on: 0 is a uniform
+    distribution, 1 no collapse.
+    """
 
     left: float = 0.1
 
@@ -60,14 +67,21 @@ class Collapsing(Local):
             async def score(requests: Sequence[TeacherRequest]) -> list[TeacherAnswer]:
                 answers, step_context = await read(requests), StepContext(step, context.seed)
                 pairs = zip(requests, answers, strict=True)
-                return [flatten(request.rollout, answer, self.left, step_context, services.heads) for request, answer in pairs]
+                return [
+                    flatten(request.rollout, answer, self.left, step_context, services.heads)
+                    for request, answer in pairs
+                ]
 
             opened.score, opened.publish = score, publish
             yield opened
 
 
-def flatten(rollout: Rollout, answer: TeacherAnswer, left: float, step_context: StepContext, heads: Heads) -> TeacherAnswer:
-    """Scale the last hidden states, and with them the logits of a head that is a matrix; what was read off them is read again."""
+def flatten(
+    rollout: Rollout, answer: TeacherAnswer, left: float, step_context: StepContext, heads: Heads
+) -> TeacherAnswer:
+    """Scale the last hidden states, and with them the logits of a head that is a matrix; what was read off
+    them is read again.
+    """
     target, listed = answer.target, answer.candidates
     assert isinstance(target, HiddenTarget)
     assert isinstance(rollout, TokenRollout)
@@ -106,14 +120,21 @@ class Oracle(CreditPart):
         rollout = attempt.rollout
         if not rollout.mask_T.any():
             return Credit()
-        return Credit(weight_T=cut(rollout.mask_T, collapse(step_context, rollout.prompt.id, rollout.sample, rollout.length)))
+        return Credit(
+            weight_T=cut(
+                rollout.mask_T, collapse(step_context, rollout.prompt.id, rollout.sample, rollout.length)
+            )
+        )
 
 
 @dataclass(frozen=True, config=STRICT)
 class Shuffling(HF):
-    """The default learner, but the release points, as shares of an attempt's length, go to other attempts of the batch."""
+    """The default learner, but the release points, as shares of an attempt's length, go to other attempts of
+    the batch.
+    """
 
-    rule: str = "release"  # whose points
+    # whose points
+    rule: str = "release"
 
     @asynccontextmanager
     async def open(self, context: PartContext, services: Services) -> AsyncIterator[Any]:
@@ -131,12 +152,17 @@ class Shuffling(HF):
 def shuffle(groups: Sequence[Group], rule: str, step_context: StepContext) -> None:
     """Give each attempt the share that another one keeps (1 where that one is not released)."""
     attempts = [attempt for group in groups for attempt in group if attempt.rollout.mask_T.any()]
-    shares = [float((np.broadcast_to(a.credits[rule].weight_T, a.rollout.length)[a.rollout.mask_T] > 0).mean()) for a in attempts]
+    shares = [
+        float((np.broadcast_to(a.credits[rule].weight_T, a.rollout.length)[a.rollout.mask_T] > 0).mean())
+        for a in attempts
+    ]
     step_context.rng("shuffle").shuffle(shares)
     for attempt, kept in zip(attempts, shares, strict=True):
         mask_T = attempt.rollout.mask_T
         last = np.flatnonzero(mask_T)[max(1, round(kept * int(mask_T.sum()))) - 1]
-        attempt.credits[rule] = dataclasses.replace(attempt.credits[rule], weight_T=cut(mask_T, int(last) + 1))
+        attempt.credits[rule] = dataclasses.replace(
+            attempt.credits[rule], weight_T=cut(mask_T, int(last) + 1)
+        )
 
 
 # --- found against true
@@ -144,7 +170,9 @@ def shuffle(groups: Sequence[Group], rule: str, step_context: StepContext) -> No
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One attempt: its length, where the teacher went flat, and where it was released (None: nowhere), in positions."""
+    """One attempt: its length, where the teacher went flat, and where it was released (None: nowhere), in
+    positions.
+    """
 
     length: int
     true: int
@@ -164,24 +192,35 @@ def points(run_dir: Path) -> Iterator[Point]:
                 said = line["detail"]["release"]
                 found = said["starts"][said["kept"]] if said["kept"] < len(said["starts"]) else None
                 yield Point(
-                    lengths[key], collapse(StepContext(line["step"] - 1, seed), line["prompt"], line["sample"], lengths[key]), found
+                    lengths[key],
+                    collapse(
+                        StepContext(line["step"] - 1, seed), line["prompt"], line["sample"], lengths[key]
+                    ),
+                    found,
                 )
 
 
 def row(name: str, found: list[Point]) -> str:
-    """One line of the table. Misses are in tokens, over released attempts whose teacher went flat; `constant` is what always guessing the
-    mean true position would miss by."""
+    """One line of the table. Misses are in tokens, over released attempts whose teacher went flat; `constant`
+    is what always guessing the mean true position would miss by."""
     flat, sound = ([p for p in found if (p.true < p.length) == fell] for fell in (True, False))
     cells = [
         name,
         f"{len(found):,}",
-        *(f"{sum(p.found is not None for p in part) / max(1, len(part)):.1%}" for part in (found, flat, sound)),
+        *(
+            f"{sum(p.found is not None for p in part) / max(1, len(part)):.1%}"
+            for part in (found, flat, sound)
+        ),
     ]
     released = [point for point in flat if point.found is not None]
     if len(released) > 2:
         misses = [point.found - point.true for point in released if point.found is not None]
         middle = statistics.mean(point.true for point in released)
-        pairs = [(point.found / point.length, point.true / point.length) for point in released if point.found is not None]
+        pairs = [
+            (point.found / point.length, point.true / point.length)
+            for point in released
+            if point.found is not None
+        ]
         cells += [
             f"{statistics.median(found / length for found, length in ((p.found or 0, p.length) for p in released)):.0%}",
             f"{statistics.median(map(abs, misses)):.1f}",
@@ -193,10 +232,16 @@ def row(name: str, found: list[Point]) -> str:
 
 
 def table(out: Path) -> str:
-    """Markdown: arms in which the rule spoke, all their seeds together. Of a natural teacher only `released` means something."""
+    """Markdown: arms in which the rule spoke, all their seeds together. Of a natural teacher only `released`
+    means something.
+    """
     names = "arm, attempts, released, of those flattened, of others, median share kept, median miss, constant, mean miss, correlation"
     head = f"| {' | '.join(names.split(', '))} |\n|{'---|' * 10}\n"
-    arms = {arm: [p for run in sorted(arm.glob("seed-*/")) for p in points(run)] for arm in sorted(out.iterdir()) if arm.is_dir()}
+    arms = {
+        arm: [p for run in sorted(arm.glob("seed-*/")) for p in points(run)]
+        for arm in sorted(out.iterdir())
+        if arm.is_dir()
+    }
     return head + "".join(f"{row(arm.name, found)}\n" for arm, found in arms.items() if found)
 
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
+from reflux.config.requirements import Requirements
 from reflux.loss.term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import score_cost
-from reflux.types import Requirements, Target, VelocityTarget
+from reflux.types import Target, VelocityTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class Detached(ObjectivePart):
-    """Reward r = -KL(student's step || teacher's step), detached; cost = -min(rho r, clip(rho) r) with rho the ratio of the drawn step.
+    """Reward r = -KL(student's step || teacher's step), detached; cost = -min(rho r, clip(rho) r) with rho
+    the ratio of the drawn step.
 
-    r depends on the state a step starts from, not on the step that was drawn there, and E[grad log pi] = 0: so is its product with r.
+    r depends on the state a step starts from, not on the step that was drawn there, and E[grad log pi] = 0:
+    so is its product with r.
     """
 
     teacher: str = "main"
@@ -41,4 +44,6 @@ class Detached(ObjectivePart):
 
     def __call__(self, rows: Rows[VelocityOutputs]) -> Tensor:
         reward_N = -rows.student.kl(rows.teachers[self.teacher])
-        return score_cost(reward_N, rows.student.logp_N, rows.behaviour_logp_N, "clip", self.clip, ratio_cap=1.0)
+        return score_cost(
+            reward_N, rows.student.logp_N, rows.behaviour_logp_N, "clip", self.clip, ratio_cap=1.0
+        )

@@ -1,10 +1,13 @@
-"""Repeated draws of whole gradients: how noisy is each arm's step, and does it point where the exact one does?
+"""Repeated draws of whole gradients: how noisy is each arm's step, and does it point where the exact one
+does?
 
-At a fixed student, M batches of attempts are drawn at the same prompts with other random numbers; on each, every arm's gradient of the whole model is
-made by the library's own learner (a step of size 0, never clipped). So arms see the same attempts and only the sampling noise counts.
-Reported per arm: the total variance mean |g|^2 - |mean g|^2 in its unbiased form, its ratio to the baseline arm's, the squared norm of the
-expected gradient, and the cosine of the expected gradient with the reference arm's, each with a jackknife interval over draws. Even the
-exact objective varies, for the prefixes it is evaluated at are sampled: its variance is the floor of the others'.
+At a fixed student, M batches of attempts are drawn at the same prompts with other random numbers; on each,
+every arm's gradient of the whole model is made by the library's own learner (a step of size 0, never
+clipped). So arms see the same attempts and only the sampling noise counts. Reported per arm: the total
+variance mean |g|^2 - |mean g|^2 in its unbiased form, its ratio to the baseline arm's, the squared norm of
+the expected gradient, and the cosine of the expected gradient with the reference arm's, each with a jackknife
+interval over draws. Even the exact objective varies, for the prefixes it is evaluated at are sampled: its
+variance is the floor of the others'.
 
 No command of its own: `python studies/run.py STUDY --out OUT --variance` is the entry.
 """
@@ -30,6 +33,7 @@ from table import cell, decimals, grid, plain
 from reflux import checks
 from reflux.config.overrides import merge
 from reflux.config.recipe import RunConfig, differences, from_table, to_table
+from reflux.config.step_context import seed_of
 from reflux.credit.base import share_credit
 from reflux.errors import ConfigError, RunError, Stopped
 from reflux.learners.gradient_learner import GradientLearner
@@ -41,36 +45,48 @@ from reflux.runtime.library_logging import quiet_libraries
 from reflux.storage import checkpoints
 from reflux.storage.files import write_text
 from reflux.training import Options, Run
-from reflux.types import Group, Prompt, seed_of
+from reflux.types import Group, Prompt
 
 UNCLIPPED = 1e30
-SEED = seed_of("gradient variance") % (1 << 31)  # random numbers and prompts that no run of a study has
+# random numbers and prompts that no run of a study has
+SEED = seed_of("gradient variance") % (1 << 31)
 NOTE = "95 % jackknife intervals over draws; the same attempts for every arm. Cosine: between expected gradients, noise removed."
 
 
 def still(cfg: RunConfig) -> RunConfig:
     """The arm with a learner that does not move, and random numbers of its own."""
-    return from_table(merge(to_table(cfg), {"learner": {"lr": 0.0, "clip": UNCLIPPED}, "seed": SEED, "log_variance": False}))
+    return from_table(
+        merge(to_table(cfg), {"learner": {"lr": 0.0, "clip": UNCLIPPED}, "seed": SEED, "log_variance": False})
+    )
 
 
 def same_but_for_objectives(cfgs: Mapping[str, RunConfig]) -> None:
     """Raises ConfigError where two arms could not learn from the same attempts."""
-    tables = {arm: {key: value for key, value in to_table(cfg).items() if key not in ("objectives", "recipe")} for arm, cfg in cfgs.items()}
+    tables = {
+        arm: {key: value for key, value in to_table(cfg).items() if key not in ("objectives", "recipe")}
+        for arm, cfg in cfgs.items()
+    }
     first = next(iter(tables))
     for arm, table in tables.items():
         changed = differences(tables[first], table)
         if changed:
             raise ConfigError(
-                f"arms {first} and {arm} do not learn from the same attempts; set what differs in [variance.common]:\n  "
-                + "\n  ".join(changed)
+                f"arms {first} and {arm} do not learn from the same attempts; set what differs in "
+                "[variance.common]:\n  " + "\n  ".join(changed)
             )
 
 
-async def draw_gradients(cfgs: Mapping[str, RunConfig], draws: int, weights: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
-    """g_MD of every arm, float32: M draws of the gradient of all D trained weights. weights: a learner's state; None: as loaded."""
+async def draw_gradients(
+    cfgs: Mapping[str, RunConfig], draws: int, weights: Mapping[str, Any] | None = None
+) -> dict[str, np.ndarray]:
+    """g_MD of every arm, float32: M draws of the gradient of all D trained weights. weights: a learner's
+    state; None: as loaded.
+    """
     same_but_for_objectives(cfgs)
     first = next(iter(cfgs.values()))
-    every = replace(first, objectives=tuple(objective for cfg in cfgs.values() for objective in cfg.objectives))
+    every = replace(
+        first, objectives=tuple(objective for cfg in cfgs.values() for objective in cfg.objectives)
+    )
     found: dict[str, list[np.ndarray]] = {arm: [] for arm in cfgs}
     with tempfile.TemporaryDirectory() as scratch:
         run = Run.open(first, checks.join(every), Options(Path(scratch) / "draws"))
@@ -78,7 +94,10 @@ async def draw_gradients(cfgs: Mapping[str, RunConfig], draws: int, weights: Map
         async with lasting(run), open_parts(first, run.context, run.services) as parts:
             learner, sampler, _, _, _ = parts
             if not isinstance(learner, GradientLearner):
-                raise ConfigError("learner: this study reads the gradients of a learner of the library; choose kind = hf or flow.")
+                raise ConfigError(
+                    "learner: this study reads the gradients of a learner of the library; choose kind = hf "
+                    "or flow."
+                )
             if weights is not None:
                 learner.take_up(weights)
             await sampler.publish(learner.publish(), 0)
@@ -93,10 +112,14 @@ async def draw_gradients(cfgs: Mapping[str, RunConfig], draws: int, weights: Map
 
 
 async def attempts(run: Run, parts: Parts, prompts: Sequence[Prompt], m: int) -> list[Group]:
-    """SamplingParams m at the prompts, as the loop makes a step's batch. Lengths are those of the recipe's first step."""
+    """SamplingParams m at the prompts, as the loop makes a step's batch. Lengths are those of the recipe's
+    first step.
+    """
     learner, sampler, reward, teachers, _ = parts
     draw = replace(run.cfg.draw(0), step=m)
-    groups = list(await asyncio.gather(*(sampler.sample(prompt, run.cfg.group_size, draw) for prompt in prompts)))
+    groups = list(
+        await asyncio.gather(*(sampler.sample(prompt, run.cfg.group_size, draw) for prompt in prompts))
+    )
     await asyncio.gather(*(judge(reward, group) for group in groups))
     await teachers.score(groups, run.step_context(m))
     await observe(learner, groups)
@@ -106,7 +129,8 @@ async def attempts(run: Run, parts: Parts, prompts: Sequence[Prompt], m: int) ->
 
 async def gradient(learner: GradientLearner, request: StepRequest) -> np.ndarray:
     """The gradient of all trained weights in one row, float32."""
-    learner.optimiser.zero_grad(set_to_none=True)  # a batch with nothing to learn from leaves no gradient, not an old one
+    # a batch with nothing to learn from leaves no gradient, not an old one
+    learner.optimiser.zero_grad(set_to_none=True)
     await learner.step(request)
     gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in learner.trained.values()]
     return np.concatenate([part.detach().float().cpu().numpy().ravel() for part in gradients])
@@ -123,12 +147,17 @@ def statistics(g_MD: Mapping[str, np.ndarray], baseline: str, reference: str | N
         }
         if baseline in own and arm != baseline:
             found[f"ratio_to_{baseline}"] = jackknife(
-                lambda kept, K=K: _ratio(total_variance(at(K, kept)), total_variance(at(own[baseline], kept))), len(K), log=True
+                lambda kept, K=K: _ratio(
+                    total_variance(at(K, kept)), total_variance(at(own[baseline], kept))
+                ),
+                len(K),
+                log=True,
             )
         if reference in own and arm != reference:
             cross = inner(g_MD[arm], g_MD[reference])
             found[f"cosine_to_{reference}"] = jackknife(
-                lambda kept, K=K, cross=cross: cosine(at(K, kept), at(cross, kept), at(own[reference], kept)), len(K)
+                lambda kept, K=K, cross=cross: cosine(at(K, kept), at(cross, kept), at(own[reference], kept)),
+                len(K),
             )
         table[arm] = found
     return table
@@ -139,7 +168,9 @@ def _ratio(one: float, other: float) -> float:
 
 
 def state_of(student: str, out: Path, seed: int) -> Mapping[str, Any] | None:
-    """The learner's state for "start" (None: as the recipe loads it) or "ARM@STEP". Raises RunError where that checkpoint is not there."""
+    """The learner's state for "start" (None: as the recipe loads it) or "ARM@STEP". Raises RunError where
+    that checkpoint is not there.
+    """
     if student == "start":
         return None
     arm, _, step = student.partition("@")
@@ -148,36 +179,46 @@ def state_of(student: str, out: Path, seed: int) -> Mapping[str, Any] | None:
     if not step.isdigit() or int(step) not in known:
         kept = ", ".join(map(str, known)) or "none"
         raise RunError(
-            f"no student '{student}': {arm} seed {seed} has checkpoints at steps: {kept}. Run the study first, or name one of them."
+            f"no student '{student}': {arm} seed {seed} has checkpoints at steps: {kept}. Run the study "
+            "first, or name one of them."
         )
     return checkpoints.read(checkpoints.of_step(folder, int(step)) / "learner")
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is drawn: arms on the same attempts, at each student, M = draws times. ConfigError for fewer than 3 draws."""
+    """What is drawn: arms on the same attempts, at each student, M = draws times. ConfigError for fewer than
+    3 draws.
+    """
 
     arms: tuple[str, ...]
     students: tuple[str, ...]
     draws: int
-    seed: int  # of the runs whose checkpoints are the students
+    # of the runs whose checkpoints are the students
+    seed: int
 
     def __post_init__(self) -> None:
         if self.draws < 3:
             raise ConfigError(f"an interval over draws needs at least 3 of them, got {self.draws}")
 
 
-def write_variance(study: Study, drawing: Drawing, out: Path, overrides: Sequence[str], born: dict[str, Any]) -> str:
-    """SamplingParams at every student and write variance.json and variance.md; returns the latter. A student already drawn at is not drawn again.
+def write_variance(
+    study: Study, drawing: Drawing, out: Path, overrides: Sequence[str], born: dict[str, Any]
+) -> str:
+    """SamplingParams at every student and write variance.json and variance.md; returns the latter. A student
+    already drawn at is not drawn again.
 
     born: where the numbers come from, for the files. ConfigError where the study has no [variance] table.
     """
     if study.variance is None:
-        raise ConfigError(f"study {study.name} has no [variance] table, so it draws no gradients; studies/vopd.toml has one")
+        raise ConfigError(
+            f"study {study.name} has no [variance] table, so it draws no gradients; studies/vopd.toml has one"
+        )
     quiet_libraries()
     cfgs = {arm: still(study.config(arm, overrides, study.variance.common)) for arm in drawing.arms}
     done = {**plain(asdict(drawing)), **{key: born[key] for key in ("study_hash", "table_made_at_commit")}}
-    students = {student: state_of(student, out, drawing.seed) for student in drawing.students}  # all are there before the first draw
+    # all are there before the first draw
+    students = {student: state_of(student, out, drawing.seed) for student in drawing.students}
     tables = {}
     for student, weights in students.items():
         path, key = out / f"variance-{student}.json", {**done, "students": [student]}
@@ -187,7 +228,9 @@ def write_variance(study: Study, drawing: Drawing, out: Path, overrides: Sequenc
             before = {**key, "estimates": plain(statistics(g_MD, study.baseline, study.variance.reference))}
             write_text(path, json.dumps(before, indent=2) + "\n")
         tables[student] = before["estimates"]
-    text = f"# {study.name}: whole gradients\n\n" + "\n".join(_shown(student, table) for student, table in tables.items())
+    text = f"# {study.name}: whole gradients\n\n" + "\n".join(
+        _shown(student, table) for student, table in tables.items()
+    )
     text += f"\n{NOTE}\n\nCommand: `{born['command']}`  \nCommit {born['table_made_at_commit']}; study {born['study_hash']}; "
     text += f"{drawing.draws} draws; students of seed {drawing.seed}; threads {born['threads']}\n"
     write_text(out / "variance.json", json.dumps({**born, **done, "estimates": tables}, indent=2) + "\n")

@@ -1,7 +1,8 @@
 """What M draws of a gradient say about its noise and its mean, from inner products alone.
 
-K_MM[i, j] = g_i . h_j for draws i of one gradient and j of another (or the same). Draws i and j are independent for i != j, so the mean of
-the entries off the diagonal is an unbiased estimate of E[g] . E[h]; those on the diagonal carry the noise that both share.
+K_MM[i, j] = g_i . h_j for draws i of one gradient and j of another (or the same). Draws i and j are
+independent for i != j, so the mean of the entries off the diagonal is an unbiased estimate of E[g] . E[h];
+those on the diagonal carry the noise that both share.
 
 No command of its own: `python studies/run.py STUDY --out OUT --variance` is the entry.
 """
@@ -25,7 +26,9 @@ def total_variance(K_MM: np.ndarray) -> float:
 
 
 def of_means(K_MM: np.ndarray) -> float:
-    """E[g] . E[h], unbiased; with itself |E[g]|^2, which noise can make negative. |mean g|^2 would be larger by the variance / M."""
+    """E[g] . E[h], unbiased; with itself |E[g]|^2, which noise can make negative. |mean g|^2 would be larger
+    by the variance / M.
+    """
     draws = len(K_MM)
     return float((K_MM.sum() - K_MM.trace()) / (draws * (draws - 1)))
 

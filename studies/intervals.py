@@ -43,8 +43,9 @@ def over_seeds(values: Sequence[float]) -> Estimate | None:
 def jackknife(statistic: Callable[[np.ndarray], float], draws: int, log: bool = False) -> Estimate:
     """`statistic(kept)` of the kept draws' indices, with a t interval from leaving out one draw at a time.
 
-    se^2 = (M - 1)/M sum_i (s_i - mean s)^2 (Tukey 1958). log: the interval is made for log s, as fits a ratio of positive numbers.
-    A statistic that is not finite (or, under log, not positive) with some draw left out has no interval.
+    se^2 = (M - 1)/M sum_i (s_i - mean s)^2 (Tukey 1958). log: the interval is made for log s, as fits a ratio
+    of positive numbers. A statistic that is not finite (or, under log, not positive) with some draw left out
+    has no interval.
     """
     everything = np.arange(draws)
     value = statistic(everything)

@@ -1,11 +1,13 @@
-"""Does the teacher rank a student's attempts? Mean return G by verdict, and how often a wrong attempt looks better than a correct one.
+"""Does the teacher rank a student's attempts? Mean return G by verdict, and how often a wrong attempt looks
+better than a correct one.
 
     python studies/inversions.py [--recipe uni_opd] [--prompts 512] [--samples 8] [--split test] [--seed 0] [--set key.path=value]
 
-No training: the recipe's student answers held-out prompts, its teachers grade the tokens. Prints one JSON object; also by route. G is
-nats per token (see reflux.credit.margin). Pairs: of a correct and a wrong attempt at one prompt; an inversion is G wrong >= G correct.
-Prompts: the share with at least one inversion, and the share that is mixed without any, of all prompts. 95 % intervals by bootstrap over
-prompts; arXiv 2605.03677, figure of section 3.
+No training: the recipe's student answers held-out prompts, its teachers grade the tokens. Prints one JSON
+object; also by route. G is nats per token (see reflux.credit.margin). Pairs: of a correct and a wrong attempt
+at one prompt; an inversion is G wrong >= G correct. Prompts: the share with at least one inversion, and the
+share that is mixed without any, of all prompts. 95 % intervals by bootstrap over prompts; arXiv 2605.03677,
+figure of section 3.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ from typing import Any
 import numpy as np
 
 from reflux.config.recipe import RunConfig, load_recipe
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import SamplingParams
 from reflux.credit.log_ratio import log_ratio_T
 from reflux.loop import lasting, open_parts
 from reflux.rewards.base import judge
 from reflux.training import Options, Run
-from reflux.types import Group, Requirements, SamplingParams
+from reflux.types import Group
 
 RESAMPLES = 2000
 TEACHER = "main"
@@ -75,7 +79,10 @@ def table(prompts: Sequence[Ranked], seed: int) -> dict[str, Any]:
         if not under.sum():
             return None
         drawn = [above[rows].sum() / under[rows].sum() for rows in draws if under[rows].sum()]
-        return [round(float(value), 4) for value in (above.sum() / under.sum(), *np.quantile(drawn, [0.025, 0.975]))]
+        return [
+            round(float(value), 4)
+            for value in (above.sum() / under.sum(), *np.quantile(drawn, [0.025, 0.975]))
+        ]
 
     return {
         "prompts": len(prompts),
@@ -92,13 +99,20 @@ def table(prompts: Sequence[Ranked], seed: int) -> dict[str, Any]:
 
 async def graded(cfg: RunConfig, prompts: int, samples: int, split: Any) -> list[Ranked]:
     """Attempts of the recipe's student at the first held-out prompts, graded by its teachers."""
-    cfg = replace(cfg, prompts_per_step=prompts, group_size=samples, max_staleness=0, evals={}, extrapolation=None)
+    cfg = replace(
+        cfg, prompts_per_step=prompts, group_size=samples, max_staleness=0, evals={}, extrapolation=None
+    )
     with tempfile.TemporaryDirectory() as scratch:
         run = Run.open(cfg, Requirements(reward=True, logp=True), Options(Path(scratch) / "inversions"))
-        async with lasting(run), open_parts(cfg, run.context, run.services) as (learner, sampler, reward, teachers, _):
+        async with (
+            lasting(run),
+            open_parts(cfg, run.context, run.services) as (learner, sampler, reward, teachers, _),
+        ):
             await sampler.publish(learner.publish(), 0)
             asked = list(islice(cfg.task.prompts(split, 0), prompts))
-            draw = SamplingParams(0, "eval", cfg.evaluation_positions, stop=cfg.sampler.generation.stop, cohort=len(asked))
+            draw = SamplingParams(
+                0, "eval", cfg.evaluation_positions, stop=cfg.sampler.generation.stop, cohort=len(asked)
+            )
             groups = list(await asyncio.gather(*(sampler.sample(prompt, samples, draw) for prompt in asked)))
             await asyncio.gather(*(judge(reward, group) for group in groups))
             await teachers.score(groups, run.step_context())
@@ -106,13 +120,23 @@ async def graded(cfg: RunConfig, prompts: int, samples: int, split: Any) -> list
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="uni_opd", help="with [rewards.NAME] and a teacher called main (uni_opd)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--recipe", default="uni_opd", help="with [rewards.NAME] and a teacher called main (uni_opd)"
+    )
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--split", default="test", choices=["test", "validation"])
     parser.add_argument("--seed", type=int, default=0, help="of the sampling and of the bootstrap (0)")
-    parser.add_argument("--set", action="append", default=[], metavar="key.path=value", help="change the recipe; may be repeated")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="key.path=value",
+        help="change the recipe; may be repeated",
+    )
     asked = parser.parse_args()
     cfg = load_recipe(asked.recipe, [f"seed={asked.seed}", *asked.set])
     found = asyncio.run(graded(cfg, asked.prompts, asked.samples, asked.split))
@@ -120,7 +144,18 @@ def main() -> None:
     tables = {"all": table(found, asked.seed)}
     if len(routes) > 1:
         tables |= {route: table([one for one in found if one.route == route], asked.seed) for route in routes}
-    print(json.dumps({"recipe": asked.recipe, "samples": asked.samples, "split": asked.split, "set": asked.set, **tables}, indent=2))
+    print(
+        json.dumps(
+            {
+                "recipe": asked.recipe,
+                "samples": asked.samples,
+                "split": asked.split,
+                "set": asked.set,
+                **tables,
+            },
+            indent=2,
+        )
+    )
 
 
 if __name__ == "__main__":

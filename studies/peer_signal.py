@@ -2,13 +2,15 @@
 
     python studies/peer_signal.py --out runs/peer_signal [--reader reflux:reader] [--student reflux:reader] [--prompts 400] [--group 8]
 
-The student answers each problem `group` times. The frozen reader gives every attempt its mean log-prob per token in each context; per
-problem, how well does that number sort right above wrong? auc: the chance that a right one is above a wrong one (ties half), 0.5 for no
-signal; rank: Spearman's correlation of number and verdict; top: is the highest one right? Only problems with at least two right and two
-wrong attempts count, so that nobody is left without a block. Intervals: 95 %, bootstrap over problems; `minus plain` is paired by problem.
+The student answers each problem `group` times. The frozen reader gives every attempt its mean log-prob per
+token in each context; per problem, how well does that number sort right above wrong? auc: the chance that a
+right one is above a wrong one (ties half), 0.5 for no signal; rank: Spearman's correlation of number and
+verdict; top: is the highest one right? Only problems with at least two right and two wrong attempts count, so
+that nobody is left without a block. Intervals: 95 %, bootstrap over problems; `minus plain` is paired by
+problem.
 
-twins: attempts that are shown their own text under another name. `auc, no twin` leaves those attempts out: what is left is not copying.
-Written to OUT: peer_signal.json and peer_signal.md; both are printed.
+twins: attempts that are shown their own text under another name. `auc, no twin` leaves those attempts out:
+what is left is not copying. Written to OUT: peer_signal.json and peer_signal.md; both are printed.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from scipy.stats import rankdata
 from table import grid
 
 from reflux.config.recipe import config_hash, load_recipe
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import SamplingParams, StepContext
 from reflux.contexts.base import TeacherPrompt, retold
 from reflux.contexts.peers import Peers
 from reflux.contexts.same import Same
@@ -41,7 +45,7 @@ from reflux.storage.files import write_text
 from reflux.storage.summary import commit
 from reflux.teachers.base import TeacherRequest
 from reflux.training import Options, Run
-from reflux.types import Attempt, Group, HiddenTarget, Requirements, Rollout, SamplingParams, StepContext, TeacherAnswer, TokenRollout
+from reflux.types import Attempt, Group, HiddenTarget, Rollout, TeacherAnswer, TokenRollout
 
 Context = Callable[[Group, StepContext], list[TeacherPrompt | None]]
 CONTEXTS: dict[str, Context] = {
@@ -83,7 +87,9 @@ def foreign(groups: Sequence[Group]) -> list[list[TeacherPrompt | None]]:
     views: list[list[TeacherPrompt | None]] = []
     for group, other in zip(groups, [*groups[1:], groups[0]], strict=True):
         shown = [spoken(attempt).text for attempt in other if (attempt.verdict or 0) >= 0.5][:2]
-        messages = retold(group[0].rollout.prompt.messages, lambda problem, shown=shown: with_attempts(problem, shown, []))
+        messages = retold(
+            group[0].rollout.prompt.messages, lambda problem, shown=shown: with_attempts(problem, shown, [])
+        )
         views.append([TeacherPrompt(messages, notes={"twin_fraction": 0.0})] * len(group))
     return views
 
@@ -97,9 +103,19 @@ async def scores(
     teacher: Any, groups: Sequence[Group], views: list[list[TeacherPrompt | None]], requirements: Requirements
 ) -> list[np.ndarray]:
     """Mean log-prob per token of each attempt, nats; NaN where it was not asked about."""
-    pairs = [(a, view) for group, some in zip(groups, views, strict=True) for a, view in zip(group, some, strict=True) if view]
-    answers = await teacher.score([TeacherRequest(attempt.rollout, view, requirements) for attempt, view in pairs])
-    found = {id(attempt): mean_logp(attempt.rollout, answer) for (attempt, _), answer in zip(pairs, answers, strict=True)}
+    pairs = [
+        (a, view)
+        for group, some in zip(groups, views, strict=True)
+        for a, view in zip(group, some, strict=True)
+        if view
+    ]
+    answers = await teacher.score(
+        [TeacherRequest(attempt.rollout, view, requirements) for attempt, view in pairs]
+    )
+    found = {
+        id(attempt): mean_logp(attempt.rollout, answer)
+        for (attempt, _), answer in zip(pairs, answers, strict=True)
+    }
     return [np.array([found.get(id(attempt), np.nan) for attempt in group]) for group in groups]
 
 
@@ -111,7 +127,9 @@ def mean_logp(rollout: Rollout, answer: TeacherAnswer) -> float:
 
 
 def auc(score_G: np.ndarray, right_G: np.ndarray) -> float:
-    """The chance that a right attempt's score is above a wrong one's, ties half; NaN where there is no such pair."""
+    """The chance that a right attempt's score is above a wrong one's, ties half; NaN where there is no such
+    pair.
+    """
     known = ~np.isnan(score_G)
     ranks, right = rankdata(score_G[known]), right_G[known]
     n, m = int(right.sum()), int((~right).sum())
@@ -138,28 +156,47 @@ def summed(rows: list[dict[str, float]], plain: list[dict[str, float]], seed: in
         for name, values in ((key, [row[key] for row in rows]), (f"{key}_minus_plain", gains)):
             known = [value for value in values if not np.isnan(value)]
             low, high = bootstrap_mean(known, seed) if known else (None, None)
-            found[name] = {"mean": float(np.mean(known)) if known else None, "low": low, "high": high, "problems": len(known)}
+            found[name] = {
+                "mean": float(np.mean(known)) if known else None,
+                "low": low,
+                "high": high,
+                "problems": len(known),
+            }
     return found
 
 
 async def signal(asked: Asked) -> dict[str, Any]:
     teacher = {"kind": "local", "model": asked.reader, "dtype": "float32"}
-    changes = {"learner.model": asked.student, "teachers.main": teacher, "seed": asked.seed, "group_size": asked.group}
+    changes = {
+        "learner.model": asked.student,
+        "teachers.main": teacher,
+        "seed": asked.seed,
+        "group_size": asked.group,
+    }
     cfg = load_recipe("peers", {**changes, "prompts_per_step": asked.prompts, "threads": asked.threads})
     with tempfile.TemporaryDirectory() as scratch:
         run = Run.open(cfg, Requirements(logp=True, spans=True, reward=True), Options(Path(scratch) / "run"))
-        async with lasting(run), open_parts(cfg, run.context, run.services) as (_, sampler, reward, teachers, _):
+        async with (
+            lasting(run),
+            open_parts(cfg, run.context, run.services) as (_, sampler, reward, teachers, _),
+        ):
             groups = await draw(asked, run, sampler)
             await asyncio.gather(*(judge(reward, group) for group in groups))
             accuracy = float(np.mean([attempt.verdict or 0.0 for group in groups for attempt in group]))
             kept = [group for group in groups if mixed(group)]
             if len(kept) < 2:
-                raise SystemExit(f"peer_signal: only {len(kept)} problems have two right and two wrong attempts; ask for more --prompts")
+                raise SystemExit(
+                    f"peer_signal: only {len(kept)} problems have two right and two wrong attempts; ask for "
+                    "more --prompts"
+                )
             teacher, step_context = teachers.opened["main"][1], run.step_context()
-            views = {name: [context(group, step_context) for group in kept] for name, context in CONTEXTS.items()} | {
-                FOREIGN: foreign(kept)
+            views = {
+                name: [context(group, step_context) for group in kept] for name, context in CONTEXTS.items()
+            } | {FOREIGN: foreign(kept)}
+            table = {
+                name: measured(kept, some, await scores(teacher, kept, some, run.requirements))
+                for name, some in views.items()
             }
-            table = {name: measured(kept, some, await scores(teacher, kept, some, run.requirements)) for name, some in views.items()}
     distinct = float(np.mean([len({spoken(a).text for a in group}) / len(group) for group in groups]))
     return {
         **provenance(asked, config_hash(cfg)),
@@ -171,7 +208,9 @@ async def signal(asked: Asked) -> dict[str, Any]:
     }
 
 
-def measured(groups: Sequence[Group], views: list[list[TeacherPrompt | None]], score: list[np.ndarray]) -> list[dict[str, float]]:
+def measured(
+    groups: Sequence[Group], views: list[list[TeacherPrompt | None]], score: list[np.ndarray]
+) -> list[dict[str, float]]:
     rows = []
     for group, some, score_G in zip(groups, views, score, strict=True):
         right_G = np.array([(attempt.verdict or 0.0) >= 0.5 for attempt in group])
@@ -182,9 +221,27 @@ def measured(groups: Sequence[Group], views: list[list[TeacherPrompt | None]], s
 
 def provenance(asked: Asked, config: str) -> dict[str, Any]:
     """What a stranger needs to repeat it, and nothing of this machine."""
-    words = {"--reader": asked.reader, "--student": asked.student, "--prompts": asked.prompts, "--group": asked.group, "--seed": asked.seed}
-    command = ["python", "studies/peer_signal.py", "--out", asked.out.name, *(str(w) for pair in words.items() for w in pair)]
-    return {"study": "peer_signal", "command": shlex.join(command), "config_hash": config, "threads": asked.threads, "commit": commit()}
+    words = {
+        "--reader": asked.reader,
+        "--student": asked.student,
+        "--prompts": asked.prompts,
+        "--group": asked.group,
+        "--seed": asked.seed,
+    }
+    command = [
+        "python",
+        "studies/peer_signal.py",
+        "--out",
+        asked.out.name,
+        *(str(w) for pair in words.items() for w in pair),
+    ]
+    return {
+        "study": "peer_signal",
+        "command": shlex.join(command),
+        "config_hash": config,
+        "threads": asked.threads,
+        "commit": commit(),
+    }
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -197,18 +254,27 @@ def markdown(found: dict[str, Any]) -> str:
     rows = [["context", "auc", "minus plain", "auc, no twin", "problems", "rank", "top", "twins"]]
     for name, row in found["contexts"].items():
         twins = f"{100 * row['twins']['mean']:.0f} %"
-        cells = [cell(row["auc"]), cell(row["auc_minus_plain"], True), cell(row["auc_no_twin"]), str(row["auc_no_twin"]["problems"])]
+        cells = [
+            cell(row["auc"]),
+            cell(row["auc_minus_plain"], True),
+            cell(row["auc_no_twin"]),
+            str(row["auc_no_twin"]["problems"]),
+        ]
         rows.append([name, *cells, cell(row["rank"]), cell(row["top"]), twins])
     note = (
-        f"{found['problems_kept']} of {found['problems']} problems have at least two right and two wrong attempts; the student solves "
-        f"{100 * found['student_accuracy']:.1f} %, {100 * found['distinct_answers']:.0f} % of a group's answers are different texts. "
+        f"{found['problems_kept']} of {found['problems']} problems have at least two right and two wrong "
+        "attempts; the student solves "
+        f"{100 * found['student_accuracy']:.1f} %, {100 * found['distinct_answers']:.0f} % of a group's "
+        "answers are different texts. "
         f"`problems` are those that still have both kinds without twins."
     )
     return f"# peer_signal\n\n{grid(rows)}\n\n{note}\n\nCommand: `{found['command']}`  \nCommit {found['commit']}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--reader", default="reflux:reader", help="the frozen model that is shown attempts")
     parser.add_argument("--student", default="reflux:reader", help="the model that makes them")

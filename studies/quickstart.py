@@ -2,10 +2,11 @@
 
     python studies/quickstart.py --out runs/quickstart_table
 
-Prints the table as it stands in README.md, and writes it to table.md in the folder of the runs, the summaries beside it and the figure of
-the first seed (`--figure docs/quickstart.svg` replaces the README's). All accuracies of the table are of test problems
-(`evals.test_accuracy`); the figure's curve and its teacher are of validation problems. Started again it goes on where it was, unless the
-embedded models are other ones by now: runs of two students make no table.
+Prints the table as it stands in README.md, and writes it to table.md in the folder of the runs, the summaries
+beside it and the figure of the first seed (`--figure docs/quickstart.svg` replaces the README's). All
+accuracies of the table are of test problems (`evals.test_accuracy`); the figure's curve and its teacher are
+of validation problems. Started again it goes on where it was, unless the embedded models are other ones by
+now: runs of two students make no table.
 """
 
 from __future__ import annotations
@@ -31,16 +32,24 @@ FIGURE = Path(__file__).parents[1] / "docs" / "figure.py"
 
 def models(cfg: RunConfig) -> dict[str, str]:
     """What the weights of the student and its teachers hash to, by the names of the models."""
-    names = {cfg.learner.student.model, *(name for teacher in cfg.teachers.values() for name in teacher.sources)}
+    names = {
+        cfg.learner.student.model,
+        *(name for teacher in cfg.teachers.values() for name in teacher.sources),
+    }
     files = {name: sorted(Path(locate(name, name)).glob("*.safetensors")) for name in sorted(names)}
-    return {name: hashlib.sha256(b"".join(path.read_bytes() for path in found)).hexdigest() for name, found in files.items()}
+    return {
+        name: hashlib.sha256(b"".join(path.read_bytes() for path in found)).hexdigest()
+        for name, found in files.items()
+    }
 
 
 def measured(out: Path, seeds: Sequence[int], overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The summary of one run for each seed. RunError where the folder holds runs of other models."""
     known, now = out / "models.json", models(load_recipe("quickstart", overrides))
     if known.exists() and json.loads(known.read_text()) != now:
-        raise RunError(f"{out} holds runs of other models than those of now. Choose another folder with --out.")
+        raise RunError(
+            f"{out} holds runs of other models than those of now. Choose another folder with --out."
+        )
     out.mkdir(parents=True, exist_ok=True)
     write_text(known, json.dumps(now, indent=2) + "\n")
     summaries = []
@@ -56,30 +65,47 @@ def table(summaries: Sequence[dict[str, Any]]) -> str:
     first, rest = summaries[0], len(summaries) - 1
     problems, split = first["accuracy_before"]["problems"], first["accuracy_before"]["split"]
     rows = [
-        [f"`make quickstart`, {problems} {split} problems, greedy", *(f"seed {summary['seed']}" for summary in summaries)],
+        [
+            f"`make quickstart`, {problems} {split} problems, greedy",
+            *(f"seed {summary['seed']}" for summary in summaries),
+        ],
         ["student before", shown(first["accuracy_before"]), *["the same model"] * rest],
-        [f"student after {first['steps']} steps", *(shown(summary["accuracy_after"]) for summary in summaries)],
+        [
+            f"student after {first['steps']} steps",
+            *(shown(summary["accuracy_after"]) for summary in summaries),
+        ],
         ["teacher", shown(first["teacher_accuracy"]), *[""] * rest],
     ]
     lines = [("| " + " | ".join(row) + " |").replace("|  |", "| |").replace("|  |", "| |") for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
     seconds = [summary["seconds"] for summary in summaries]
     made = f"commit {first['commit']}, config {first['config_hash']} at seed {first['seed']}"
-    lines.append(f"\n95 % intervals (Wilson); {made}. {min(seconds):.0f} to {max(seconds):.0f} seconds, start to finish.")
+    lines.append(
+        f"\n95 % intervals (Wilson); {made}. {min(seconds):.0f} to {max(seconds):.0f} seconds, start to "
+        "finish."
+    )
     return "\n".join(lines)
 
 
 def shown(score: dict[str, Any]) -> str:
     """`89.8 % (86.8 to 92.2)`"""
-    value, low, high = (f"{100 * score[name]:.1f}".replace("100.0", "100") for name in ("accuracy", "low", "high"))
+    value, low, high = (
+        f"{100 * score[name]:.1f}".replace("100.0", "100") for name in ("accuracy", "low", "high")
+    )
     return f"{value} % ({low} to {high})"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs, the table and the figure")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the runs, the table and the figure"
+    )
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="with commas between")
-    parser.add_argument("--figure", type=Path, help="file for the figure (default: quickstart.svg in the folder of the runs)")
+    parser.add_argument(
+        "--figure", type=Path, help="file for the figure (default: quickstart.svg in the folder of the runs)"
+    )
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE, as of `reflux run`")
     asked = parser.parse_args()
     seeds = [int(seed) for seed in asked.seeds.split(",")]
@@ -88,7 +114,9 @@ def main() -> None:
     write_text(asked.out / "table.md", table(summaries) + "\n")
     print(table(summaries))
     figure = asked.figure or asked.out / "quickstart.svg"
-    subprocess.run([sys.executable, str(FIGURE), str(asked.out / f"seed-{seeds[0]}"), str(figure)], check=True)
+    subprocess.run(
+        [sys.executable, str(FIGURE), str(asked.out / f"seed-{seeds[0]}"), str(figure)], check=True
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The control of studies/peers.toml and peer_signal.py: as many blocks under the same headings, but whoever comes, right or wrong.
+"""The control of studies/peers.toml and peer_signal.py: as many blocks under the same headings, but whoever
+comes, right or wrong.
 
 As a context: kind = "random_peers:RandomPeers", with this folder on PYTHONPATH.
 """
@@ -10,16 +11,19 @@ from typing import ClassVar
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import StepContext
 from reflux.contexts.base import ContextPart, TeacherPrompt, retold
 from reflux.contexts.peers import Peers
 from reflux.contexts.wording import with_attempts
-from reflux.types import Group, Requirements, StepContext, TokenRollout
+from reflux.types import Group, TokenRollout
 
 
 @dataclass(frozen=True, config=STRICT)
 class RandomPeers(ContextPart):
-    """Each attempt is shown as many others under each heading as `Peers` would show it, drawn at random without a look at their verdicts,
-    itself left out. The random numbers depend on (run seed, prompt, policy version, sample)."""
+    """Each attempt is shown as many others under each heading as `Peers` would show it, drawn at random
+    without a look at their verdicts, itself left out. The random numbers depend on (run seed, prompt, policy
+    version, sample)."""
 
     successes: int = 2
     failures: int = 1
@@ -34,12 +38,20 @@ class RandomPeers(ContextPart):
         views = Peers(self.successes, self.failures, feedback="never")(group, step_context)
         return [view and self._view(group, place, view, step_context) for place, view in enumerate(views)]
 
-    def _view(self, group: Group, place: int, view: TeacherPrompt, step_context: StepContext) -> TeacherPrompt:
+    def _view(
+        self, group: Group, place: int, view: TeacherPrompt, step_context: StepContext
+    ) -> TeacherPrompt:
         rollout = group[place].rollout
-        rng = StepContext(0, step_context.seed).rng("random_peers", rollout.prompt.id, rollout.version, rollout.sample)
-        texts = [attempt.rollout.text if isinstance(attempt.rollout, TokenRollout) else "" for attempt in group]
+        rng = StepContext(0, step_context.seed).rng(
+            "random_peers", rollout.prompt.id, rollout.version, rollout.sample
+        )
+        texts = [
+            attempt.rollout.text if isinstance(attempt.rollout, TokenRollout) else "" for attempt in group
+        ]
         others = [i for i, other in enumerate(group) if i != place and other.verdict is not None]
         right, wrong = int(view.notes["successes"]), int(view.notes["failures"])
         drawn = [texts[i] for i in rng.sample(others, right + wrong)]
-        messages = retold(rollout.prompt.messages, lambda problem: with_attempts(problem, drawn[:right], drawn[right:]))
+        messages = retold(
+            rollout.prompt.messages, lambda problem: with_attempts(problem, drawn[:right], drawn[right:])
+        )
         return TeacherPrompt(messages, notes={**view.notes, "twin_fraction": float(texts[place] in drawn)})

@@ -3,9 +3,10 @@
     python studies/real_input.py stories --shared ../shared/data --out runs/stories [--steps 300]
     python studies/real_input.py gsm8k   --shared ../shared/data --out runs/gsm8k   [--steps 10]
 
-stories: the 260K-parameter story model of the llama2.c project teaches a fresh, smaller Llama with its tokenizer, on story openings;
-reported is the held-out reverse KL by position before and after. gsm8k: GSM8K's questions through the `gsm8k` task, the story model as
-teacher of the same fresh student: nobody expects a right answer, but real prompts, grading and evaluation go through.
+stories: the 260K-parameter story model of the llama2.c project teaches a fresh, smaller Llama with its
+tokenizer, on story openings; reported is the held-out reverse KL by position before and after. gsm8k: GSM8K's
+questions through the `gsm8k` task, the story model as teacher of the same fresh student: nobody expects a
+right answer, but real prompts, grading and evaluation go through.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ from reflux.loop import train
 from reflux.training import Options
 
 NAMES = ("Lily", "Tom", "Mia", "Ben", "Sara", "Max", "Anna", "Tim", "Lucy", "Sam", "Jack", "Emma")
-WHO = ("little girl", "little boy", "small dog", "happy cat", "big bear", "kind bird", "tiny mouse", "brave rabbit")
+WHO = (
+    "little girl",
+    "little boy",
+    "small dog",
+    "happy cat",
+    "big bear",
+    "kind bird",
+    "tiny mouse",
+    "brave rabbit",
+)
 THEN = (
     "{name} liked to play in the park",
     "{name} had a red ball",
@@ -44,7 +54,9 @@ def openings(path: Path) -> None:
         for then in THEN
     ]
     random.Random(0).shuffle(rows)
-    path.write_text("".join(json.dumps({"id": f"opening-{i}", "prompt": text}) + "\n" for i, text in enumerate(rows)))
+    path.write_text(
+        "".join(json.dumps({"id": f"opening-{i}", "prompt": text}) + "\n" for i, text in enumerate(rows))
+    )
 
 
 def fresh_student(teacher: Path, folder: Path) -> None:
@@ -69,7 +81,11 @@ def stories(shared: Path, work: Path, steps: int) -> dict[str, Any]:
         "prompts_per_step": 32,
         "task": {"kind": "jsonl", "path": str(work / "openings.jsonl"), "validation": 0.2},
         "sampler": {"kind": "hf", "max_tokens": 96},
-        "learner": {"kind": "hf", "model": str(work / "fresh"), "lr": {"kind": "cosine", "peak": 4e-3, "warmup": 10}},
+        "learner": {
+            "kind": "hf",
+            "model": str(work / "fresh"),
+            "lr": {"kind": "cosine", "peak": 4e-3, "warmup": 10},
+        },
         "teachers": {"main": {"kind": "local", "model": str(shared / "stories260k")}},
         "objectives": [{"kind": "divergence", "divergence": "forward"}],
         "evals": {"agreement": {"prompts": 128, "split": "validation", "bins": 12}},
@@ -97,9 +113,13 @@ def gsm8k(shared: Path, work: Path, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("which", choices=("stories", "gsm8k"))
-    parser.add_argument("--shared", type=Path, required=True, help="the folder that holds stories260k and gsm8k")
+    parser.add_argument(
+        "--shared", type=Path, required=True, help="the folder that holds stories260k and gsm8k"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--threads", type=int, default=2)
@@ -107,16 +127,33 @@ def main() -> None:
     asked = parser.parse_args()
     work = asked.out.with_name(f"{asked.out.name}-inputs")
     work.mkdir(parents=True, exist_ok=True)
-    table = stories(asked.shared, work, asked.steps or 300) if asked.which == "stories" else gsm8k(asked.shared, work, asked.steps or 10)
-    summary = asyncio.run(train(from_table({**table, "threads": asked.threads, "seed": asked.seed}), Options(asked.out)))
+    table = (
+        stories(asked.shared, work, asked.steps or 300)
+        if asked.which == "stories"
+        else gsm8k(asked.shared, work, asked.steps or 10)
+    )
+    summary = asyncio.run(
+        train(from_table({**table, "threads": asked.threads, "seed": asked.seed}), Options(asked.out))
+    )
     rows = [json.loads(line) for line in (asked.out / "evals.jsonl").read_text().splitlines()]
     for name, row in (("before", rows[0]), ("after", rows[-1])):
         agreement = row["agreement"]
-        print(f"{name}: held-out KL {agreement['kl_nats']:.3f} nats a token ({agreement['low']:.3f} to {agreement['high']:.3f})")
-        print("  by position: " + "  ".join(f"{b['position']}:{b['kl_nats']:.2f}" for b in agreement["by_position"]))
+        print(
+            f"{name}: held-out KL {agreement['kl_nats']:.3f} nats a token ({agreement['low']:.3f} to "
+            f"{agreement['high']:.3f})"
+        )
+        print(
+            "  by position: "
+            + "  ".join(f"{b['position']}:{b['kl_nats']:.2f}" for b in agreement["by_position"])
+        )
         if "accuracy" in row:
-            print(f"  accuracy {row['accuracy']['accuracy']} of {row['accuracy']['problems']}, ungraded {row['accuracy']['ungraded']}")
-    print({key: summary[key] for key in ("steps", "seconds", "tokens_sampled", "commit", "config_hash", "seed")})
+            print(
+                f"  accuracy {row['accuracy']['accuracy']} of {row['accuracy']['problems']}, ungraded "
+                f"{row['accuracy']['ungraded']}"
+            )
+    print(
+        {key: summary[key] for key in ("steps", "seconds", "tokens_sampled", "commit", "config_hash", "seed")}
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from statistics import fmean
 from typing import Any
 
 Measures = dict[str, float]
-NOTES = {  # rule.note: title
+# rule.note: title
+NOTES = {
     "margin.mixed_fraction": "mixed groups",
     "margin.shifted_fraction": "groups below the margin",
     "margin.margin": "margin, nats",
@@ -27,17 +28,30 @@ def noted(steps: list[dict[str, Any]]) -> Measures:
     found: Measures = {}
     for name in NOTES:
         rule, note = name.split(".")
-        values = [row["credit"][rule][note] for row in steps if row.get("credit", {}).get(rule, {}).get(note) is not None]
+        values = [
+            row["credit"][rule][note]
+            for row in steps
+            if row.get("credit", {}).get(rule, {}).get(note) is not None
+        ]
         if values:
             found[f"rule.{name}"] = fmean(values)
     return found
 
 
-def rules_table(table: Mapping[str, Any], grid: Callable[[list[list[str]]], str], cell: Callable[..., str]) -> str:
+def rules_table(
+    table: Mapping[str, Any], grid: Callable[[list[list[str]]], str], cell: Callable[..., str]
+) -> str:
     """One row per arm with such a rule; empty where there is none."""
-    rows = [[arm, *(cell(row["measures"].get(f"rule.{name}"), _three) for name in NOTES)] for arm, row in table.items()]
+    rows = [
+        [arm, *(cell(row["measures"].get(f"rule.{name}"), _three) for name in NOTES)]
+        for arm, row in table.items()
+    ]
     rows = [row for row in rows if set(row[1:]) != {"-"}]
-    return f"\nMargin and balance, means over the steps\n\n{grid([['arm', *NOTES.values()], *rows])}\n" if rows else ""
+    return (
+        f"\nMargin and balance, means over the steps\n\n{grid([['arm', *NOTES.values()], *rows])}\n"
+        if rows
+        else ""
+    )
 
 
 def _three(value: float) -> str:

@@ -3,10 +3,10 @@
     python studies/run.py studies/vopd.toml --out runs/vopd [--arms a,b] [--seeds 0,1] [--jobs 1] [--threads 2] [--set key.path=value]
     python studies/run.py studies/vopd.toml --out runs/vopd --variance [--draws 64] [--students start,sampled@100]
 
-Killed and started again it goes on where it was: a run with a summary is finished, any other resumes from its checkpoint, and the table
-counts finished runs alone. Runs made with other settings are refused, never mixed in. Written to OUT: ARM/seed-N (run directories),
-table.md and table.json; with --variance instead variance.md and variance.json. With more
-than one job, or other work on the machine, the seconds are not worth reading.
+Killed and started again it goes on where it was: a run with a summary is finished, any other resumes from its
+checkpoint, and the table counts finished runs alone. Runs made with other settings are refused, never mixed
+in. Written to OUT: ARM/seed-N (run directories), table.md and table.json; with --variance instead variance.md
+and variance.json. With more than one job, or other work on the machine, the seconds are not worth reading.
 """
 
 from __future__ import annotations
@@ -34,16 +34,20 @@ from reflux.storage.files import write_text
 from reflux.storage.summary import commit
 
 VARIANCE_HELP = (
-    "draw whole gradients instead of running the arms. It costs a batch of attempts and a gradient per arm for each draw and student, and "
+    "draw whole gradients instead of running the arms. It costs a batch of attempts and a gradient per arm "
+    "for each draw and student, and "
     "holds draws x arms gradients of the whole model in memory"
 )
 STUDENTS_HELP = (
-    "of --variance: `start`, or ARM@STEP, a checkpoint of that arm's run on the first seed, with commas between; instead of the study's. "
+    "of --variance: `start`, or ARM@STEP, a checkpoint of that arm's run on the first seed, with commas "
+    "between; instead of the study's. "
     "Those of studies/vopd.toml need its arm `sampled` to have run into OUT; `start` needs no run"
 )
-RUN = "import sys, reflux; reflux.run(sys.argv[1], out=sys.argv[2], resume=len(sys.argv) > 3)"  # the command would write a report each time
+# the command would write a report each time
+RUN = "import sys, reflux; reflux.run(sys.argv[1], out=sys.argv[2], resume=len(sys.argv) > 3)"
 NOTE = (
-    "95 % t-intervals over seeds; the held-out problems are the same in every run. Differences are paired by seed. Peak memory is the "
+    "95 % t-intervals over seeds; the held-out problems are the same in every run. Differences are paired by "
+    "seed. Peak memory is the "
     "whole process's, evaluations included."
 )
 
@@ -86,7 +90,10 @@ class Task:
         made = to_table(from_table(tomllib.loads((self.folder / "config.toml").read_text())))
         changed = differences(made, to_table(self.config))
         if changed:
-            raise RunError(f"{self.folder} was made with other settings; choose another --out, or those:\n  " + "\n  ".join(changed))
+            raise RunError(
+                f"{self.folder} was made with other settings; choose another --out, or those:\n  "
+                + "\n  ".join(changed)
+            )
         return True
 
     def start(self) -> subprocess.Popen[bytes]:
@@ -97,11 +104,15 @@ class Task:
         command = [sys.executable, "-c", RUN, str(recipe), str(self.folder), *resume]
         with self.folder.with_suffix(".log").open("ab") as log:
             # a group of its own: a signal meant for this process reaches the run once, through it
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0)
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
+            )
 
 
 def run_all(tasks: Sequence[Task], jobs: int) -> list[Task]:
-    """Run what is not finished, `jobs` at a time; returns what failed. Stopped, it lets each run finish its step and save."""
+    """Run what is not finished, `jobs` at a time; returns what failed. Stopped, it lets each run finish its
+    step and save.
+    """
     waiting = [task for task in tasks if not task.finished]
     running: dict[subprocess.Popen[bytes], Task] = {}
     failed: list[Task] = []
@@ -110,7 +121,8 @@ def run_all(tasks: Sequence[Task], jobs: int) -> list[Task]:
         while waiting or running:
             ready = [task for task in waiting if task.ready] if len(running) < jobs else []
             if not running and not ready:
-                break  # what they begin with is not there, and nobody makes it
+                # what they begin with is not there, and nobody makes it
+                break
             for task in ready[: jobs - len(running)]:
                 waiting.remove(task)
                 running[task.start()] = task
@@ -119,7 +131,11 @@ def run_all(tasks: Sequence[Task], jobs: int) -> list[Task]:
                 task, done = running.pop(process), done + 1
                 failed += [] if process.returncode == 0 and task.finished else [task]
                 left = (time.monotonic() - started) / done * (total - done) / 60
-                print(f"[{done}/{total}] {task.arm} seed {task.seed}: {outcome(task, failed)}; about {left:.0f} min left", flush=True)
+                print(
+                    f"[{done}/{total}] {task.arm} seed {task.seed}: {outcome(task, failed)}; about "
+                    f"{left:.0f} min left",
+                    flush=True,
+                )
     finally:
         for process in running:
             process.terminate()
@@ -139,8 +155,12 @@ def outcome(task: Task, failed: list[Task]) -> str:
 def found(study: Study, out: Path, overrides: tuple[str, ...]) -> Iterator[Task]:
     """Every finished run of the study in `out`, arms in the file's order."""
     for arm in study.arms:
-        seeds = sorted(int(path.name.removeprefix("seed-")) for path in (out / arm).glob("seed-*") if path.is_dir())
-        yield from (task for task in (Task(study, arm, seed, out, overrides) for seed in seeds) if task.finished)
+        seeds = sorted(
+            int(path.name.removeprefix("seed-")) for path in (out / arm).glob("seed-*") if path.is_dir()
+        )
+        yield from (
+            task for task in (Task(study, arm, seed, out, overrides) for seed in seeds) if task.finished
+        )
 
 
 def provenance(study: Study, asked: argparse.Namespace) -> dict[str, Any]:
@@ -161,17 +181,29 @@ def write_table(study: Study, asked: argparse.Namespace) -> str:
     for task in found(study, asked.out, overrides_of(asked)):
         runs.setdefault(task.arm, {})[task.seed] = measures(task.folder)
         summary = json.loads((task.folder / "summary.json").read_text())
-        listed.append({"arm": task.arm, "seed": task.seed, **{key: summary[key] for key in ("commit", "config_hash", "steps")}})
+        listed.append(
+            {
+                "arm": task.arm,
+                "seed": task.seed,
+                **{key: summary[key] for key in ("commit", "config_hash", "steps")},
+            }
+        )
     born = provenance(study, asked)
     compared = compare(runs, study.baseline)
     commits = ", ".join(sorted({str(row["commit"]) for row in listed})) or "none"
-    text = f"# {study.name}\n\n{markdown(compared, study.baseline)}\n{NOTE}\n\nCommand: `{born['command']}`  \n" + (
-        f"Commit of the runs: {commits}; study {born['study_hash']}; threads {born['threads']}, jobs {born['jobs']}; seeds "
-        + "; ".join(f"{arm} {', '.join(map(str, row['seeds']))}" for arm, row in compared.items())
-        + "\n"
+    text = (
+        f"# {study.name}\n\n{markdown(compared, study.baseline)}\n{NOTE}\n\nCommand: `{born['command']}`  \n"
+        + (
+            f"Commit of the runs: {commits}; study {born['study_hash']}; threads {born['threads']}, jobs "
+            f"{born['jobs']}; seeds "
+            + "; ".join(f"{arm} {', '.join(map(str, row['seeds']))}" for arm, row in compared.items())
+            + "\n"
+        )
     )
     each = [{**row, "measures": runs[row["arm"]][row["seed"]]} for row in listed]
-    write_text(asked.out / "table.json", json.dumps({**born, "arms": plain(compared), "runs": each}, indent=2) + "\n")
+    write_text(
+        asked.out / "table.json", json.dumps({**born, "arms": plain(compared), "runs": each}, indent=2) + "\n"
+    )
     write_text(asked.out / "table.md", text)
     return text
 
@@ -186,29 +218,60 @@ def shown_command(asked: argparse.Namespace) -> str:
     def shown(path: Path | str) -> str:
         return Path(path).name if Path(path).is_absolute() else str(path)
 
-    options = {"--arms": asked.arms, "--seeds": asked.seeds, "--students": asked.students, "--draws": asked.draws}
+    options = {
+        "--arms": asked.arms,
+        "--seeds": asked.seeds,
+        "--students": asked.students,
+        "--draws": asked.draws,
+    }
     words = ["python", "studies/run.py", shown(asked.study), "--out", shown(asked.out)]
     words += [word for option, value in options.items() if value for word in (option, str(value))]
     words += ["--jobs", str(asked.jobs), "--threads", str(asked.threads)]
     changes = [(path, unpack(value)) for path, value in map(split_override, asked.set)]
-    words += [word for path, value in changes for word in ("--set", f"{path}={shown(value) if isinstance(value, str) else value}")]
+    words += [
+        word
+        for path, value in changes
+        for word in ("--set", f"{path}={shown(value) if isinstance(value, str) else value}")
+    ]
     words += ["--variance"] if asked.variance else []
     return shlex.join(words)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("study", type=Path, help="the study's file, such as studies/vopd.toml")
-    parser.add_argument("--out", type=Path, required=True, help="the folder of its runs and tables; made where it is not there")
-    parser.add_argument("--arms", default="", help="some of the study's arms, with commas between; else the study's default")
-    parser.add_argument("--seeds", default="", help="whole numbers with commas between, instead of the study's")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once (1); seconds are worth reading at 1 alone")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="the folder of its runs and tables; made where it is not there",
+    )
+    parser.add_argument(
+        "--arms", default="", help="some of the study's arms, with commas between; else the study's default"
+    )
+    parser.add_argument(
+        "--seeds", default="", help="whole numbers with commas between, instead of the study's"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at once (1); seconds are worth reading at 1 alone"
+    )
     parser.add_argument("--threads", type=int, default=2, help="of each run (2)")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="key.path=value", help="change the recipe of every arm; may be repeated"
+        "--set",
+        action="append",
+        default=[],
+        metavar="key.path=value",
+        help="change the recipe of every arm; may be repeated",
     )
     parser.add_argument("--variance", action="store_true", help=VARIANCE_HELP)
-    parser.add_argument("--draws", type=int, default=0, help="of --variance: batches at each student, 3 or more, instead of the study's")
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=0,
+        help="of --variance: batches at each student, 3 or more, instead of the study's",
+    )
     parser.add_argument("--students", default="", help=STUDENTS_HELP)
     asked = parser.parse_args(arguments)
     if asked.jobs < 1:
@@ -225,11 +288,20 @@ def run_study(arguments: Sequence[str] | None = None) -> None:
         return
     arms = named(asked.arms) or study.default or tuple(study.arms)
     failed = run_all(
-        [Task(study, arm, seed, asked.out, overrides_of(asked)) for seed in seeds_of(study, asked) for arm in arms], asked.jobs
+        [
+            Task(study, arm, seed, asked.out, overrides_of(asked))
+            for seed in seeds_of(study, asked)
+            for arm in arms
+        ],
+        asked.jobs,
     )
     print(write_table(study, asked))
     if failed:
-        raise RunError("failed: " + ", ".join(f"{task.arm} seed {task.seed}" for task in failed) + ". Their .log files say why.")
+        raise RunError(
+            "failed: "
+            + ", ".join(f"{task.arm} seed {task.seed}" for task in failed)
+            + ". Their .log files say why."
+        )
 
 
 def draw_variance(study: Study, asked: argparse.Namespace) -> str:
@@ -237,7 +309,12 @@ def draw_variance(study: Study, asked: argparse.Namespace) -> str:
 
     behaviour = study.variance or Variance()
     arms = named(asked.arms) or behaviour.arms or tuple(study.arms)
-    drawing = Drawing(arms, named(asked.students) or behaviour.students, asked.draws or behaviour.draws, seeds_of(study, asked)[0])
+    drawing = Drawing(
+        arms,
+        named(asked.students) or behaviour.students,
+        asked.draws or behaviour.draws,
+        seeds_of(study, asked)[0],
+    )
     return write_variance(study, drawing, asked.out, overrides_of(asked), provenance(study, asked))
 
 
@@ -248,14 +325,18 @@ def named(text: str) -> tuple[str, ...]:
 def seeds_of(study: Study, asked: argparse.Namespace) -> tuple[int, ...]:
     unknown = [seed for seed in named(asked.seeds) if not seed.strip().isdecimal()]
     if unknown:
-        raise ConfigError(f"--seeds takes whole numbers with commas between, such as 0,1; got {', '.join(map(repr, unknown))}")
+        raise ConfigError(
+            "--seeds takes whole numbers with commas between, such as 0,1; got "
+            f"{', '.join(map(repr, unknown))}"
+        )
     return tuple(map(int, named(asked.seeds))) or study.seeds
 
 
 if __name__ == "__main__":
     import signal
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running processes are asked to save
+    # so that running processes are asked to save
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         run_study()
     except RefluxError as error:

@@ -1,4 +1,5 @@
-"""The table of a study: what the runs measured, per arm over its seeds, and against the baseline arm on the same seeds.
+"""The table of a study: what the runs measured, per arm over its seeds, and against the baseline arm on the
+same seeds.
 
 No command of its own: `python studies/run.py STUDY --out OUT` writes it.
 """
@@ -20,7 +21,8 @@ from reflux.storage.files import read_lines
 
 Measures = dict[str, float]
 Format = Callable[[float], str]
-EVALUATED = ("accuracy", "quality", "kl_nats", "avg@", "pass@")  # of an evaluation's table, also by part or route: accuracy.NAME
+# of an evaluation's table, also by part or route: accuracy.NAME
+EVALUATED = ("accuracy", "quality", "kl_nats", "avg@", "pass@")
 ENDS = (".low", ".high", ".problems", ".attempts")
 
 
@@ -46,17 +48,25 @@ COSTS: dict[str, tuple[str, Format]] = {
 
 
 def measures(run: Path) -> Measures:
-    """The numbers of one finished run: evaluations before and after, and its steps' metrics. What was not measured is absent."""
+    """The numbers of one finished run: evaluations before and after, and its steps' metrics. What was not
+    measured is absent.
+    """
     evals, steps = list(read_lines(run / "evals.jsonl")), list(read_lines(run / "metrics.jsonl"))
     found: Measures = {}
-    for when, rows in (("before", [row for row in evals if row["step"] == 0]), ("after", [row for row in evals[-1:] if row["step"] > 0])):
+    for when, rows in (
+        ("before", [row for row in evals if row["step"] == 0]),
+        ("after", [row for row in evals[-1:] if row["step"] > 0]),
+    ):
         for name, value in (pair for row in rows for pair in evaluated(row).items()):
             found[f"{name}.{when}"] = value
     ratios = column(steps, "gradient_variance_ratio")
     if ratios:
         quarter = max(1, len(ratios) // 4)
         found["variance_ratio.mean"] = fmean(ratios)
-        found["variance_ratio.first_quarter"], found["variance_ratio.last_quarter"] = fmean(ratios[:quarter]), fmean(ratios[-quarter:])
+        found["variance_ratio.first_quarter"], found["variance_ratio.last_quarter"] = (
+            fmean(ratios[:quarter]),
+            fmean(ratios[-quarter:]),
+        )
     norms = column(steps, "grad_norm")
     if norms:
         clip = tomllib.loads((run / "config.toml").read_text())["learner"].get("clip")
@@ -83,7 +93,9 @@ def column(rows: list[dict[str, Any]], name: str) -> list[float]:
 
 
 def costs(steps: list[dict[str, Any]]) -> Measures:
-    """The first step loads and warms up, so the medians leave it out; an evaluation's seconds are in one step's total only."""
+    """The first step loads and warms up, so the medians leave it out; an evaluation's seconds are in one
+    step's total only.
+    """
     seconds = [row["seconds"] for row in steps[1:] or steps]
     return {
         "seconds_per_step": median(row["total"] for row in seconds),
@@ -102,7 +114,9 @@ def compare(runs: Mapping[str, Mapping[int, Measures]], baseline: str) -> dict[s
         others = runs.get(baseline, {})
         table[arm] = {
             "seeds": sorted(seeds),
-            "measures": {name: over_seeds([found[name] for found in seeds.values() if name in found]) for name in names},
+            "measures": {
+                name: over_seeds([found[name] for found in seeds.values() if name in found]) for name in names
+            },
             "minus_baseline": {
                 name: over_seeds([seeds[s][name] - others[s][name] for s in paired])
                 for name in names
@@ -117,17 +131,29 @@ def cell(estimate: Estimate | None, shown: Format, signed: bool = False) -> str:
     if estimate is None:
         return "-"
     plus = "+" if signed and estimate.value > 0 else ""
-    ends = "" if estimate.low is None or estimate.high is None else f" ({shown(estimate.low)} to {shown(estimate.high)})"
+    ends = (
+        ""
+        if estimate.low is None or estimate.high is None
+        else f" ({shown(estimate.low)} to {shown(estimate.high)})"
+    )
     return f"{plus}{shown(estimate.value)}{ends}"
 
 
 def markdown(table: Mapping[str, Any], baseline: str) -> str:
-    """Two tables: what was learnt, and what it cost and how noisy it was; then what was found on the way, where it was measured."""
+    """Two tables: what was learnt, and what it cost and how noisy it was; then what was found on the way,
+    where it was measured.
+    """
     scores = list(
-        dict.fromkeys(n.rsplit(".", 1)[0] for row in table.values() for n in row["measures"] if n.endswith((".before", ".after")))
+        dict.fromkeys(
+            n.rsplit(".", 1)[0]
+            for row in table.values()
+            for n in row["measures"]
+            if n.endswith((".before", ".after"))
+        )
     )
     learnt: list[list[str]] = [
-        ["arm", "runs"] + [title for s in scores for title in (f"{behaviour(s)} before", "after", f"minus {baseline}")]
+        ["arm", "runs"]
+        + [title for s in scores for title in (f"{behaviour(s)} before", "after", f"minus {baseline}")]
     ]
     cost: list[list[str]] = [["arm", *(title for title, _ in COSTS.values())]]
     for arm, row in table.items():
@@ -142,7 +168,8 @@ def markdown(table: Mapping[str, Any], baseline: str) -> str:
 
 
 def behaviour(score: str) -> str:
-    """In words: `accuracy.accuracy` is plainly accuracy (of validation problems), `agreement.kl_nats` the held-out KL in nats a token.
+    """In words: `accuracy.accuracy` is plainly accuracy (of validation problems), `agreement.kl_nats` the
+    held-out KL in nats a token.
 
     A part or route comes after it.
     """

@@ -1,4 +1,5 @@
-"""The exact gradient of the whole trajectory's KL, in studies/flow.toml: what the direct form leaves out, as shifts for `policy_gradient`.
+"""The exact gradient of the whole trajectory's KL, in studies/flow.toml: what the direct form leaves out, as
+shifts for `policy_gradient`.
 
 As a credit rule: kind = "trajectory:Later", with this folder on PYTHONPATH.
 """
@@ -11,19 +12,23 @@ import numpy as np
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import StepContext
 from reflux.credit.base import CreditPart
 from reflux.models.flow.sde import kl_weight
-from reflux.types import Attempt, Credit, FlowRollout, Group, Requirements, StepContext, VelocityTarget
+from reflux.types import Attempt, Credit, FlowRollout, Group, VelocityTarget
 
 
 @dataclass(frozen=True, config=STRICT)
 class Later(CreditPart):
-    """Shift of step t = -sum of KL(student || teacher) over the LATER counted steps, nats, against the mean of the group's OTHER attempts.
+    """Shift of step t = -sum of KL(student || teacher) over the LATER counted steps, nats, against the mean
+    of the group's OTHER attempts.
 
     No factor.
 
-    With velocity_kl and objective `policy_gradient` at one coef: sum_t [ grad KL_t + grad log pi_t * sum_(s > t) KL_s ], the gradient of the
-    expected sum of KL along the student's own trajectories. Alone in its group: no mean is taken off.
+    With velocity_kl and objective `policy_gradient` at one coef: sum_t [ grad KL_t + grad log pi_t * sum_(s >
+    t) KL_s ], the gradient of the expected sum of KL along the student's own trajectories. Alone in its
+    group: no mean is taken off.
     """
 
     teacher: str = "main"
@@ -39,11 +44,18 @@ class Later(CreditPart):
         later = [self._later(attempt) for attempt in group]
         known = [later_T for later_T in later if later_T is not None]
         others = max(1, len(known) - 1)
-        return [Credit() if own_T is None else Credit(advantage_offset_T=(sum(known) - own_T) / others - own_T) for own_T in later]
+        return [
+            Credit() if own_T is None else Credit(advantage_offset_T=(sum(known) - own_T) / others - own_T)
+            for own_T in later
+        ]
 
     def _later(self, attempt: Attempt) -> np.ndarray | None:
         rollout, target = attempt.rollout, attempt.target(self.teacher)
-        if not (isinstance(rollout, FlowRollout) and isinstance(rollout.behaviour, VelocityTarget) and isinstance(target, VelocityTarget)):
+        if not (
+            isinstance(rollout, FlowRollout)
+            and isinstance(rollout.behaviour, VelocityTarget)
+            and isinstance(target, VelocityTarget)
+        ):
             return None
         gap_T = ((rollout.behaviour.v_TD - target.v_TD).astype(np.float64) ** 2).sum(-1)
         t_T, dt_T = rollout.t_S[:-1].astype(np.float64), np.diff(rollout.t_S.astype(np.float64))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from reflux.config.context import PartContext
+from reflux.config.step_context import StepContext
 from reflux.contexts.base import TeacherPrompt
 from reflux.loss.step import StepRequest
 from reflux.objectives.sampled_kl import SampledKL
@@ -22,11 +23,21 @@ from reflux.objectives.velocity_kl import VelocityKL
 from reflux.runtime.services import Services
 from reflux.runtime.weights import InMemory
 from reflux.teachers.base import TeacherRequest
-from reflux.types import Attempt, FlowRollout, Prompt, SampledTarget, StepContext, TeacherAnswer, TokenRollout, VelocityTarget
+from reflux.types import (
+    Attempt,
+    FlowRollout,
+    Prompt,
+    SampledTarget,
+    TeacherAnswer,
+    TokenRollout,
+    VelocityTarget,
+)
 
 
 def done_by(packed: bytes) -> Any:
-    """What a pickled (kind, part, context, more) does when it is opened alone. Called in a process that holds nothing else."""
+    """What a pickled (kind, part, context, more) does when it is opened alone. Called in a process that holds
+    nothing else.
+    """
     torch.set_num_threads(1)
     kind, part, context, more = pickle.loads(packed)
     return plain(asyncio.run(_DOES[kind](part, context, more)))
@@ -40,7 +51,9 @@ async def sampler(part: Any, context: PartContext, more: Any) -> Any:
 
         async def sample(purpose: str) -> list[list[Attempt]]:
             asked = dataclasses.replace(draw, purpose=purpose)
-            return list(await asyncio.gather(*(opened.sample(prompt, 2, asked) for prompt in more["prompts"])))
+            return list(
+                await asyncio.gather(*(opened.sample(prompt, 2, asked) for prompt in more["prompts"]))
+            )
 
         before = [await sample("train"), await sample("eval")]
         await opened.publish(InMemory.of(more["weights"], 3), 4)
@@ -52,7 +65,10 @@ async def sampler(part: Any, context: PartContext, more: Any) -> Any:
 async def teacher(part: Any, context: PartContext, more: Any) -> Any:
     """Is told of weights, answers, is saved; another one takes that up and answers too."""
     services = Services(context.student)
-    requests = [TeacherRequest(rollout, TeacherPrompt(rollout.prompt.messages), context.requirements) for rollout in more["rollouts"]]
+    requests = [
+        TeacherRequest(rollout, TeacherPrompt(rollout.prompt.messages), context.requirements)
+        for rollout in more["rollouts"]
+    ]
     with tempfile.TemporaryDirectory() as folder:
         async with part.open(context, services) as opened:
             await opened.publish(InMemory.of(more["weights"], 1), 1)
@@ -72,10 +88,16 @@ async def learner(part: Any, context: PartContext, more: Any) -> Any:
     services = Services(context.student)
     async with part.open(context, services) as opened:
         groups = [[attempt] for attempt in more["attempts"]]
-        results = [await opened.step(StepRequest(groups, more["objectives"], StepContext(step, context.seed))) for step in range(2)]
+        results = [
+            await opened.step(StepRequest(groups, more["objectives"], StepContext(step, context.seed)))
+            for step in range(2)
+        ]
         seen = await opened.observe(groups)
         weights = opened.publish()
-        found = [result.records for result in results], {name: stat.value for name, stat in results[-1].stats.items()}
+        found = (
+            [result.records for result in results],
+            {name: stat.value for name, stat in results[-1].stats.items()},
+        )
         moved = weights.version, [(name, value.clone()) for name, value in weights.tensors()]
         with tempfile.TemporaryDirectory() as folder:
             opened.save(Path(folder) / "state")
@@ -103,7 +125,13 @@ async def task(part: Any, context: PartContext | None, more: Any) -> Any:
     return prompts, verdicts, [part.open_env(prompt) is None for prompt in prompts]
 
 
-_DOES: dict[str, Callable[..., Any]] = {"sampler": sampler, "teacher": teacher, "learner": learner, "reward": reward, "task": task}
+_DOES: dict[str, Callable[..., Any]] = {
+    "sampler": sampler,
+    "teacher": teacher,
+    "learner": learner,
+    "reward": reward,
+    "task": task,
+}
 
 
 def as_texts(prompt: Prompt) -> tuple[str, str]:
@@ -121,10 +149,14 @@ def with_targets(rollouts: Sequence[Any]) -> tuple[list[Attempt], tuple[Any, ...
     for attempt in attempts:
         rollout = attempt.rollout
         if isinstance(rollout, TokenRollout):
-            target: Any = SampledTarget(teacher="main", logp_T=rng.uniform(-5, -1, rollout.length).astype(np.float32))
+            target: Any = SampledTarget(
+                teacher="main", logp_T=rng.uniform(-5, -1, rollout.length).astype(np.float32)
+            )
         else:
             assert isinstance(rollout, FlowRollout)
-            target = VelocityTarget(teacher="main", v_TD=rng.normal(size=rollout.x_SD[1:].shape).astype(np.float32))
+            target = VelocityTarget(
+                teacher="main", v_TD=rng.normal(size=rollout.x_SD[1:].shape).astype(np.float32)
+            )
         attempt.answers["main"] = TeacherAnswer(target=target)
     flows = isinstance(rollouts[0], FlowRollout)
     return attempts, (VelocityKL(),) if flows else (SampledKL(),)
@@ -133,11 +165,19 @@ def with_targets(rollouts: Sequence[Any]) -> tuple[list[Attempt], tuple[Any, ...
 def plain(value: Any) -> Any:
     """Values that two processes can compare bit for bit."""
     if isinstance(value, torch.Tensor):
-        return ("tensor", str(value.dtype), tuple(value.shape), value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return (
+            "tensor",
+            str(value.dtype),
+            tuple(value.shape),
+            value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(),
+        )
     if isinstance(value, np.ndarray):
         return ("array", str(value.dtype), value.shape, value.tobytes())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return (type(value).__name__, {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)})
+        return (
+            type(value).__name__,
+            {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)},
+        )
     if isinstance(value, Mapping):
         return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

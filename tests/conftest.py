@@ -17,8 +17,11 @@ from hypothesis import HealthCheck, settings
 # Also in the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# No test asserts a time. Loaded here and nowhere else: a profile holds for every module that is imported after it.
-settings.register_profile("suite", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+# No test asserts a time. Loaded here and nowhere else: a profile holds for every module that is imported
+# after it.
+settings.register_profile(
+    "suite", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("suite")
 
 
@@ -68,13 +71,16 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> str:
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     import tiny
 
-    net = tiny.net(2, layers=2, lift=1.0)  # ends later than the student, so what is learnt is not to fall silent
+    # ends later than the student, so what is learnt is not to fall silent
+    net = tiny.net(2, layers=2, lift=1.0)
     return tiny.save(net, tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture
 def tiny_run(student: str, teacher: str, tmp_path: Path) -> Callable[..., Done]:
-    """`tiny_run("opd", steps=2, sampler__max_tokens=5)` trains a shipped recipe at tiny scale in a new folder (or in `out`)."""
+    """`tiny_run("opd", steps=2, sampler__max_tokens=5)` trains a shipped recipe at tiny scale in a new folder
+    (or in `out`).
+    """
     import tiny
     from reflux.loop import train
     from reflux.training import Options

@@ -14,7 +14,9 @@ from reflux.kernels import triton_divergence as fused
 
 @contextmanager
 def interpreted(block: int = 32) -> Iterator[None]:
-    """Blocks of few logits, so that small tables have several; without a GPU, kernels and Triton's own reductions are interpreted."""
+    """Blocks of few logits, so that small tables have several; without a GPU, kernels and Triton's own
+    reductions are interpreted.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "BLOCK", block)
         if not torch.cuda.is_available():
@@ -22,7 +24,8 @@ def interpreted(block: int = 32) -> Iterator[None]:
             import triton.language
             from triton.runtime.interpreter import InterpretedFunction
 
-            for name in ("sum", "max"):  # compiled ones, if something imported Triton earlier in this process
+            for name in ("sum", "max"):
+                # compiled ones, if something imported Triton earlier in this process
                 reduction = getattr(triton.language, name)
                 if not isinstance(reduction, InterpretedFunction):
                     patch.setattr(triton.language, name, InterpretedFunction(reduction.fn))

@@ -1,4 +1,6 @@
-"""Graders of a user's own for the task `jsonl`, in a module that imports nothing heavy: the worker processes import it."""
+"""Graders of a user's own for the task `jsonl`, in a module that imports nothing heavy: the worker processes
+import it.
+"""
 
 from reflux.types import Prompt
 

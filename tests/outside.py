@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import StepContext
 from reflux.contexts.same import Same
 from reflux.credit.base import CreditPart
 from reflux.evals.base import Asked, EvalPart
@@ -31,16 +33,15 @@ from reflux.types import (
     Group,
     Message,
     Prompt,
-    Requirements,
     Reward,
     Rollout,
     SampledTarget,
-    StepContext,
     TokenRollout,
     TopKTarget,
 )
 
-HEARD: list[tuple[Any, ...]] = []  # what the parts below saw, in order; a test empties it
+# what the parts below saw, in order; a test empties it
+HEARD: list[tuple[Any, ...]] = []
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -62,7 +63,9 @@ class Half(CreditPart):
 
 @dataclass(frozen=True, config=STRICT)
 class Chat(TaskPart):
-    """Prompts of unequal length; after each of the student's first `replies` turns a user says something. verify: 1.0 for every answer."""
+    """Prompts of unequal length; after each of the student's first `replies` turns a user says something.
+    verify: 1.0 for every answer.
+    """
 
     replies: int = 0
     word: str = "go on"
@@ -107,14 +110,20 @@ class Talkative:
 
     async def step(self, message: Message) -> Observation:
         self.replies -= 1
-        return Observation(({"role": "user", "content": self.word},)) if self.replies >= 0 else Observation(done=True)
+        return (
+            Observation(({"role": "user", "content": self.word},))
+            if self.replies >= 0
+            else Observation(done=True)
+        )
 
     async def close(self) -> None: ...
 
 
 @dataclass(frozen=True, config=STRICT)
 class Unruly(Chat):
-    """Of four prompts, the environment of the first is done at once, that of the second never; then a tool fails, and one hangs."""
+    """Of four prompts, the environment of the first is done at once, that of the second never; then a tool
+    fails, and one hangs.
+    """
 
     @property
     def multi_turn(self) -> bool:
@@ -133,7 +142,11 @@ class Misbehaving:
             raise ToolError("no such tool")
         if self.manner == 3:
             await asyncio.sleep(3600)
-        return Observation(({"role": "user", "content": "go on"},), done=self.manner == 0, reward=float(len(message["content"])))
+        return Observation(
+            ({"role": "user", "content": "go on"},),
+            done=self.manner == 0,
+            reward=float(len(message["content"])),
+        )
 
     async def close(self) -> None: ...
 
@@ -168,7 +181,9 @@ class SlowLearner(Learner):
 
 @dataclass(frozen=True, config=STRICT)
 class StuckLearner(Learner):
-    """The default learner, whose third step takes two minutes: in one model call, or without holding the event loop. It says so before."""
+    """The default learner, whose third step takes two minutes: in one model call, or without holding the
+    event loop. It says so before.
+    """
 
     holds_the_loop: bool = True
 
@@ -193,7 +208,9 @@ class StuckLearner(Learner):
 
 @dataclass(frozen=True, config=STRICT)
 class KeepsVersions(HFSampler):
-    """The default sampler, but of a version that it has had before it takes the weights it had then, as a server may."""
+    """The default sampler, but of a version that it has had before it takes the weights it had then, as a
+    server may.
+    """
 
     @asynccontextmanager
     async def open(self, context: Any, services: Any) -> AsyncIterator[Any]:
@@ -213,7 +230,9 @@ class KeepsVersions(HFSampler):
 
 @dataclass(frozen=True, config=STRICT)
 class Jump(ExtrapolationPart):
-    """After step `at` moves every weight by `by` of itself; counts its calls, and remembers its start weights' sum."""
+    """After step `at` moves every weight by `by` of itself; counts its calls, and remembers its start
+    weights' sum.
+    """
 
     at: int = 2
     by: float = 0.01
@@ -254,7 +273,9 @@ class OpenJump:
     def save(self, folder: Path) -> None:
         import torch
 
-        checkpoints.write(folder, {"calls": self.calls, "first": self.first, "trace": torch.tensor([float(self.calls)])})
+        checkpoints.write(
+            folder, {"calls": self.calls, "first": self.first, "trace": torch.tensor([float(self.calls)])}
+        )
 
     def load(self, folder: Path) -> None:
         state = checkpoints.read(folder)

@@ -17,7 +17,8 @@ from reflux.types import Prompt
 from synthetic_run import metrics_row, write_lines
 
 PROMPTS = list(Glyphs().prompts("test", 0))[:8]
-STEPS = 10  # denoising steps
+# denoising steps
+STEPS = 10
 ROUTES = ("digits", "counts")
 
 
@@ -28,12 +29,20 @@ def write_picture_run(folder: Path, *, steps: int = 60, per_step: int = 2) -> Pa
     rows = [
         metrics_row(step, steps)
         | {"tokens_sampled": 288, "tokens_trained": 288}
-        | {"asked": {"digits": 16, "counts": 16, "anchor": 32}, "kl_nats_trained_by_table": {"digits": 0.4, "counts": 0.3, "anchor": 0.1}}
+        | {
+            "asked": {"digits": 16, "counts": 16, "anchor": 32},
+            "kl_nats_trained_by_table": {"digits": 0.4, "counts": 0.3, "anchor": 0.1},
+        }
         for step in range(1, steps + 1)
     ]
     write_lines(folder / "metrics.jsonl", rows)
-    write_lines(folder / "evals.jsonl", [evals_row(step, steps) for step in sorted({round(part * steps / 4) for part in range(5)})])
-    attempts = [attempt_rows(step, sample, steps) for step in range(1, steps + 1) for sample in range(per_step)]
+    write_lines(
+        folder / "evals.jsonl",
+        [evals_row(step, steps) for step in sorted({round(part * steps / 4) for part in range(5)})],
+    )
+    attempts = [
+        attempt_rows(step, sample, steps) for step in range(1, steps + 1) for sample in range(per_step)
+    ]
     write_lines(folder / "attempts.jsonl", [row for pair in attempts for row in pair])
     scores = {name: {key: table[key] for key in ("accuracy", "low", "high", "problems", "split")} for name, table in [
         ("accuracy_before", table_of(0.1, 0.9, 0)), ("accuracy_after", table_of(0.9, 0.3, 1)), ("teacher_accuracy", table_of(0.95, 0.2, 2))
@@ -45,7 +54,10 @@ def write_picture_run(folder: Path, *, steps: int = 60, per_step: int = 2) -> Pa
 
 def evals_row(step: int, steps: int) -> dict[str, Any]:
     done = 1 - math.exp(-3 * step / steps)
-    kl = [{"position": at, "width": 1, "kl_nats": (1 - 0.8 * done) * (3 + at) / 3, "steps": 64} for at in range(STEPS - 1)]
+    kl = [
+        {"position": at, "width": 1, "kl_nats": (1 - 0.8 * done) * (3 + at) / 3, "steps": 64}
+        for at in range(STEPS - 1)
+    ]
     kl = [{**entry, "low": 0.9 * entry["kl_nats"], "high": 1.1 * entry["kl_nats"]} for entry in kl]
     row = {
         "step": step,
@@ -58,12 +70,28 @@ def evals_row(step: int, steps: int) -> dict[str, Any]:
 def table_of(accuracy: float, noise: float, who: int) -> dict[str, Any]:
     """What evals.accuracy gives of someone who is right this often, and whose images are this noisy."""
     quality = 1 - noise / 2
-    table: dict[str, Any] = {"problems": 320, "split": "test", "accuracy": accuracy, "low": accuracy - 0.04, "high": accuracy + 0.04}
+    table: dict[str, Any] = {
+        "problems": 320,
+        "split": "test",
+        "accuracy": accuracy,
+        "low": accuracy - 0.04,
+        "high": accuracy + 0.04,
+    }
     table |= {"parts": ["quality"]}
-    table |= {"quality": quality, "quality.low": quality - 0.02, "quality.high": quality + 0.02, "ungraded": 0, "mean_steps": 20}
+    table |= {
+        "quality": quality,
+        "quality.low": quality - 0.02,
+        "quality.high": quality + 0.02,
+        "ungraded": 0,
+        "mean_steps": 20,
+    }
     for sign, route in zip((1, -1), ROUTES, strict=True):
         own = accuracy + 0.03 * sign
-        table |= {f"accuracy.{route}": own, f"accuracy.{route}.low": own - 0.05, f"accuracy.{route}.high": own + 0.05}
+        table |= {
+            f"accuracy.{route}": own,
+            f"accuracy.{route}.low": own - 0.05,
+            f"accuracy.{route}.high": own + 0.05,
+        }
         table |= {f"accuracy.{route}.problems": 160, f"quality.{route}": quality + 0.01 * sign}
         table |= {f"quality.{route}.low": quality - 0.03, f"quality.{route}.high": quality + 0.03}
     return {**table, "examples": [example(prompt, noise, who) for prompt in PROMPTS]}

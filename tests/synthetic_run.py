@@ -20,8 +20,13 @@ def write_run(folder: Path, *, steps: int = 60, per_step: int = 4, planned: int 
     (folder / "config.toml").write_text(CONFIG.format(steps=planned or steps))
     character_tokenizer().save(str(folder / "student" / "tokenizer.json"))
     write_lines(folder / "metrics.jsonl", [metrics_row(step, steps) for step in range(1, steps + 1)])
-    write_lines(folder / "evals.jsonl", [evals_row(step, steps) for step in sorted({round(part * steps / 6) for part in range(7)})])
-    attempts = [attempt_rows(step, sample, steps) for step in range(1, steps + 1) for sample in range(per_step)]
+    write_lines(
+        folder / "evals.jsonl",
+        [evals_row(step, steps) for step in sorted({round(part * steps / 6) for part in range(7)})],
+    )
+    attempts = [
+        attempt_rows(step, sample, steps) for step in range(1, steps + 1) for sample in range(per_step)
+    ]
     write_lines(folder / "attempts.jsonl", [row for pair in attempts for row in pair])
     if planned is None:
         (folder / "summary.json").write_text(json.dumps(summary(steps)))
@@ -33,7 +38,9 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def character_tokenizer() -> Tokenizer:
-    tokenizer = Tokenizer(models.WordLevel({char: index for index, char in enumerate(CHARS)}, unk_token="<end>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({char: index for index, char in enumerate(CHARS)}, unk_token="<end>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return tokenizer
@@ -70,7 +77,9 @@ def evals_row(step: int, steps: int) -> dict[str, Any]:
             "prompt": f"held-{index}",
             "question": f"Tom has {12 + index} apples. Buys 7. Gives away {3 + index}. How many?",
             "answer": "16",
-            "text": "Start: 12. 12+7=19. 19-3=16. Answer: 16" if step and index != 1 else "Start: 12. 12+7=18.\nAnswer: 11",
+            "text": "Start: 12. 12+7=19. 19-3=16. Answer: 16"
+            if step and index != 1
+            else "Start: 12. 12+7=18.\nAnswer: 11",
             "right": None if index == 2 and not step else float(bool(step) and index != 1),
         }
         for index in range(4)
@@ -78,13 +87,24 @@ def evals_row(step: int, steps: int) -> dict[str, Any]:
     return {
         "step": step,
         "accuracy": score(step, steps) | {"examples": examples},
-        "agreement": {"kl_nats": 0.8 * math.exp(-2.5 * step / steps), "split": "test", "by_position": by_position, "top1": 0.8},
+        "agreement": {
+            "kl_nats": 0.8 * math.exp(-2.5 * step / steps),
+            "split": "test",
+            "by_position": by_position,
+            "top1": 0.8,
+        },
     }
 
 
 def score(step: int, steps: int) -> dict[str, Any]:
     accuracy = 0.19 + 0.66 * (1 - math.exp(-3 * step / steps))
-    return {"accuracy": accuracy, "low": accuracy - 0.034, "high": accuracy + 0.033, "problems": 500, "split": "test"}
+    return {
+        "accuracy": accuracy,
+        "low": accuracy - 0.034,
+        "high": accuracy + 0.033,
+        "problems": 500,
+        "split": "test",
+    }
 
 
 def attempt_rows(step: int, sample: int, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -107,7 +127,13 @@ def attempt_rows(step: int, sample: int, steps: int) -> tuple[dict[str, Any], di
         "text": text,
         "reward": float(step > 20),
     }
-    return acted, {"kind": "learned", **key, "teacher_logp": {"main": teacher}, "weight": [1.0] * len(tokens), "notes": {}}
+    return acted, {
+        "kind": "learned",
+        **key,
+        "teacher_logp": {"main": teacher},
+        "weight": [1.0] * len(tokens),
+        "notes": {},
+    }
 
 
 def summary(steps: int) -> dict[str, Any]:
@@ -118,7 +144,13 @@ def summary(steps: int) -> dict[str, Any]:
         "seconds": 87.4,
         "accuracy_before": score(0, steps),
         "accuracy_after": score(steps, steps),
-        "teacher_accuracy": {"accuracy": 0.986, "low": 0.971, "high": 0.993, "problems": 500, "split": "test"},
+        "teacher_accuracy": {
+            "accuracy": 0.986,
+            "low": 0.971,
+            "high": 0.993,
+            "problems": 500,
+            "split": "test",
+        },
         "tokens_sampled": 614400,
         "flops_total": 1.68e12,
         "commit": "4f1c2ab",

@@ -38,13 +38,14 @@ from reflux.types import Attempt, TeacherAnswer
 from tiny import rollout
 
 CHAT = {"kind": "outside:Chat"}
-ALONE = {"prompts_per_step": 1, "task": CHAT}  # a row that has ended stays in its batch for a while, unless it is alone
+# a row that has ended stays in its batch for a while, unless it is alone
+ALONE = {"prompts_per_step": 1, "task": CHAT}
 ROLES = {HFLearner: "learner", hf_engine.HFSampler: "sampler", InProcessTeacher: "teacher"}
 
 
 class Counted:
-    """Rows through the trunks by role, and tokens drawn. A text of n positions takes n - 1 rows (nothing runs after its last), so one is
-    added for every text, as everywhere in the library."""
+    """Rows through the trunks by role, and tokens drawn. A text of n positions takes n - 1 rows (nothing runs
+    after its last), so one is added for every text, as everywhere in the library."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.rows: Counter[str] = Counter()
@@ -55,7 +56,9 @@ class Counted:
             self._watch(owner, role)
         forward, step, decode = Qwen3Model.forward, CpuDecoder.step, hf_engine.decode
 
-        def counted(trunk: Any, *args: Any, input_ids: Any = None, attention_mask: Any = None, **rest: Any) -> Any:
+        def counted(
+            trunk: Any, *args: Any, input_ids: Any = None, attention_mask: Any = None, **rest: Any
+        ) -> Any:
             texts = input_ids.ne(0).sum() if attention_mask is None else attention_mask.sum()
             self._add(id(trunk), int(texts) + len(input_ids))
             return forward(trunk, *args, input_ids=input_ids, attention_mask=attention_mask, **rest)
@@ -84,7 +87,8 @@ class Counted:
 
     def _add(self, trunk: int, rows: int) -> None:
         role = self.roles.get(trunk)
-        if role is not None:  # checks of a model that is being loaded are nobody's
+        if role is not None:
+            # checks of a model that is being loaded are nobody's
             self.rows[role if role != "learner" or torch.is_grad_enabled() else "observe"] += rows
 
 
@@ -119,7 +123,8 @@ def test_a_run_is_billed_for_the_rows_that_were_computed(
     metrics, rows = done.rows("metrics"), counted.rows
     billed = {role: sum(row["flops"][role] for row in metrics) for role in ("sample", "teach", "learn")}
     S, T = parameters(student), parameters(student if recipe == "peers" else teacher)
-    again = 2 if settings.get("learner__gradient_checkpointing") else 1  # the hook lies above what is computed again
+    # the hook lies above what is computed again
+    again = 2 if settings.get("learner__gradient_checkpointing") else 1
     assert billed["sample"] == 2 * S * rows["sampler"]
     assert billed["teach"] == 2 * T * rows["teacher"]
     assert billed["learn"] == S * ((2 * again + 4) * rows["learner"] + 2 * rows["observe"])
@@ -128,7 +133,9 @@ def test_a_run_is_billed_for_the_rows_that_were_computed(
     for part in ("sampled", "scored", "discarded"):
         assert done.summary[f"tokens_{part}"] == sum(row.get(f"tokens_{part}", 0) for row in metrics)
     expected = {"sft": {"learner"}, "observed": {"sampler", "teacher", "learner", "observe"}}
-    assert {role for role, count in rows.items() if count} == expected.get(name, {"sampler", "teacher", "learner"})
+    assert {role for role, count in rows.items() if count} == expected.get(
+        name, {"sampler", "teacher", "learner"}
+    )
 
 
 def parameters(folder: str) -> int:
@@ -145,7 +152,9 @@ def test_each_case_is_what_its_name_says(tiny_run: Callable[..., Any]) -> None:
     assert [row["tokens_discarded"] > 0 for row in thrown.rows("metrics")] == [False, False, True, False]
     assert thrown.summary["tokens_scored"] > 0
     tools = tiny_run("opd", **ALONE | TEXTS["tools"][1])
-    objective_teachers = [row for row in tools.rows("attempts") if row["kind"] == "attempt" and 0 in row["mask"]]
+    objective_teachers = [
+        row for row in tools.rows("attempts") if row["kind"] == "attempt" and 0 in row["mask"]
+    ]
     assert objective_teachers
 
 
@@ -155,13 +164,24 @@ def test_where_tools_reply_tokens_are_those_of_the_student(tiny_run: Callable[..
     written = [row for row in done.rows("attempts") if row["kind"] == "attempt"]
     for metrics in done.rows("metrics"):
         masks = [row["mask"] for row in written if row["step"] == metrics["step"]]
-        assert metrics["tokens_sampled"] == metrics["tokens_trained"] == sum(map(sum, masks)) < sum(map(len, masks))
+        assert (
+            metrics["tokens_sampled"]
+            == metrics["tokens_trained"]
+            == sum(map(sum, masks))
+            < sum(map(len, masks))
+        )
 
 
-def test_a_plain_step_costs_what_the_formula_says(tiny_run: Callable[..., Any], student: str, teacher: str) -> None:
-    """Identity of methods/prefix: 2 S (P + n), 2 T (P + n), 6 S (P + m), with a prefix m < n; several rows in one batch, too."""
+def test_a_plain_step_costs_what_the_formula_says(
+    tiny_run: Callable[..., Any], student: str, teacher: str
+) -> None:
+    """Identity of methods/prefix: 2 S (P + n), 2 T (P + n), 6 S (P + m), with a prefix m < n; several rows in
+    one batch, too.
+    """
     for cut in (None, 3):
-        done = tiny_run("opd", steps=1, task=CHAT, prompts_per_step=4, credit={"prefix": {"length": cut}} if cut else {})
+        done = tiny_run(
+            "opd", steps=1, task=CHAT, prompts_per_step=4, credit={"prefix": {"length": cut}} if cut else {}
+        )
         asked = [len(ids) for ids in prompts(4)]
         lengths = [len(row["tokens"]) for row in done.rows("attempts") if row["kind"] == "attempt"]
         trained = sum(min(n, cut or n) for n in lengths)
@@ -180,7 +200,8 @@ def prompts(count: int) -> list[list[int]]:
 def test_a_plan_counts_the_pass_that_observes(student: str, teacher: str) -> None:
     margin = {"rewards": {"verifier": {}}, "group_size": 2, "task": CHAT}
     acted, now = (
-        plan(tiny.config("opd", student, teacher, **margin, credit={"margin": {"student": side}})) for side in ("behaviour", "now")
+        plan(tiny.config("opd", student, teacher, **margin, credit={"margin": {"student": side}}))
+        for side in ("behaviour", "now")
     )
     assert acted.positions_at_most == now.positions_at_most
     assert now.flops_at_most - acted.flops_at_most == 2 * parameters(student) * now.positions_at_most  # type: ignore[operator]
@@ -196,14 +217,20 @@ def test_prompts_nobody_learns_from_are_not_billed_to_learning(tiny_run: Callabl
         "loss_aggregation": "seq-mean-token-mean",
     }
     done = tiny_run("opd", **settings, credit={"margin": {}, "balance": {}})
-    kept = {(row["prompt"], row["sample"]) for row in done.rows("attempts") if row["kind"] == "learned" and any(row["weight"])}
+    kept = {
+        (row["prompt"], row["sample"])
+        for row in done.rows("attempts")
+        if row["kind"] == "learned" and any(row["weight"])
+    }
     acted = {(row["prompt"], row["sample"]): row for row in done.rows("attempts") if row["kind"] == "attempt"}
     assert 0 < len(kept) < len(acted)
     asked = {f"train-{i}": len(ids) for i, ids in enumerate(prompts(4))}
     read = sum(asked[key[0]] + len(acted[key]["tokens"]) for key in kept)
     everything = sum(asked[key[0]] + len(row["tokens"]) for key, row in acted.items())
     (metrics,) = done.rows("metrics")
-    assert metrics["flops"]["learn"] / metrics["flops"]["sample"] == pytest.approx(6 * read / (2 * everything))
+    assert metrics["flops"]["learn"] / metrics["flops"]["sample"] == pytest.approx(
+        6 * read / (2 * everything)
+    )
 
 
 # --- images
@@ -226,9 +253,15 @@ def flows(tmp_path_factory: pytest.TempPathFactory) -> tiny_glyphs.Models:
     ],
 )  # fmt: skip
 def test_pictures_are_billed_for_every_call_of_a_network(
-    flows: tiny_glyphs.Models, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recipe: str, settings: dict[str, Any]
+    flows: tiny_glyphs.Models,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    recipe: str,
+    settings: dict[str, Any],
 ) -> None:
-    """The last step of a grid is nobody's to learn from, and takes its call nevertheless; teachers that draw do so for each step."""
+    """The last step of a grid is nobody's to learn from, and takes its call nevertheless; teachers that draw
+    do so for each step.
+    """
     rows: Counter[str] = Counter()
     roles: dict[int, str] = {}
     for owner, role in ((FlowLearner, "learner"), (FlowSampler, "sampler"), (FlowTeacher, "teacher")):
@@ -253,7 +286,8 @@ def test_pictures_are_billed_for_every_call_of_a_network(
     for line in steps:
         billed.update(json.loads(line)["flops"])
     macs = flow_macs(flows["student"], settings.get("sampler__guidance", 1.0))
-    drawn = 2 * 4 * tiny_glyphs.EVAL_STEPS if recipe == "flow_sft" else 0  # by teachers, which are asked about what they drew besides
+    # by teachers, which are asked about what they drew besides
+    drawn = 2 * 4 * tiny_glyphs.EVAL_STEPS if recipe == "flow_sft" else 0
     assert billed["sample"] == 2 * macs * (rows["sampler"] + drawn)
     assert billed["teach"] == 2 * macs * (rows["teacher"] - drawn)
     assert billed["learn"] == macs * (6 * rows["learner"] + 2 * rows["observe"])
@@ -272,13 +306,18 @@ def flow_macs(folder: str, guidance: float) -> int:
 
 
 def test_work_is_what_attempts_say_of_themselves() -> None:
-    asked = Attempt(rollout(4, prompt_tokens=5, mask=[1, 1, 0, 1]), answers={"main": TeacherAnswer(table="one", positions_read=11)})
+    asked = Attempt(
+        rollout(4, prompt_tokens=5, mask=[1, 1, 0, 1]),
+        answers={"main": TeacherAnswer(table="one", positions_read=11)},
+    )
     given = Attempt(replace(rollout(3), sampled_positions=0))
     failed = Attempt(rollout(0, finish="error"))
     drawn = Attempt(tiny_flow.rollout(4, sampled_positions=0, drawn_positions={"one": 30, "two": 2}))
     assert Work.of([asked]) == Work(3, 9, {}, {"one": 11})
     assert Work.of([given, failed]) == Work()
-    assert Work.of([drawn, asked]) + Work.of([asked, drawn]) == Work(6, 18, {"one": 60, "two": 4}, {"one": 22})
+    assert Work.of([drawn, asked]) + Work.of([asked, drawn]) == Work(
+        6, 18, {"one": 60, "two": 4}, {"one": 22}
+    )
     assert flops(Ran(7, 10, 8), {"one": 3, "two": 5}, Work.of([drawn, asked])) == {
         "sample": 2.0 * (7 * 9 + 3 * 30 + 5 * 2),
         "teach": 2.0 * 3 * 11,
@@ -293,13 +332,16 @@ def test_what_a_prompt_gave_before_it_was_asked_again_is_discarded() -> None:
     assert landed.discarded == Work(8, 80)
 
 
-def test_a_teacher_that_is_asked_again_is_billed_twice(tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_that_is_asked_again_is_billed_twice(
+    tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A context that changed since: what it read before was read."""
     from reflux.teachers import collection
 
     counted = Counted(monkeypatch)
     times = iter(range(1000))
-    monkeypatch.setattr(collection, "_hash", lambda view: str(next(times)))  # every look is another context
+    # every look is another context
+    monkeypatch.setattr(collection, "_hash", lambda view: str(next(times)))
     done = tiny_run("opd", **ALONE, steps=2)
     plain = sum(row["flops"]["sample"] for row in done.rows("metrics")) / counted.rows["sampler"]
     teach = sum(row["flops"]["teach"] for row in done.rows("metrics"))

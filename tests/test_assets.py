@@ -9,7 +9,8 @@ from safetensors import safe_open
 
 from reflux.assets import folder
 from reflux.assets.characters import CHARACTERS, SPECIALS, character_tokenizer
-from reflux.assets.make import SHOWN, SPECS, Spec, accuracy, blank, cold_start, encode, first, main
+from reflux.assets.make import accuracy, blank, cold_start, encode, first, main
+from reflux.assets.specs import SHOWN, SPECS, Spec
 from reflux.tasks.word_problems import WordProblems
 
 NAMES = ("student", "teacher", "mul_teacher", "novice", "reader")
@@ -22,7 +23,18 @@ FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
-TINY = Spec("tiny", layers=1, steps=2, seed=0, width=16, inner=16, heads=2, batch=4, warmup=1, exam=WordProblems(held_out=6))
+TINY = Spec(
+    "tiny",
+    layers=1,
+    steps=2,
+    seed=0,
+    width=16,
+    inner=16,
+    heads=2,
+    batch=4,
+    warmup=1,
+    exam=WordProblems(held_out=6),
+)
 
 
 def shipped(name):
@@ -45,7 +57,11 @@ def test_the_shipped_tokenizers_are_one_and_the_one_the_code_makes():
         _, tokenizer = shipped(name)
         assert json.loads(tokenizer.backend_tokenizer.to_str())["model"] == made["model"]
         assert tokenizer.chat_template == character_tokenizer().chat_template
-        assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side) == ("<end>", "<pad>", "left")
+        assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side) == (
+            "<end>",
+            "<pad>",
+            "left",
+        )
 
 
 @pytest.mark.parametrize("text", [CHARACTERS, "Tom  has 1\n x .", " a , b . don't !", ""])
@@ -56,7 +72,9 @@ def test_known_text_comes_back_as_it_was_one_character_a_token(text):
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-@pytest.mark.parametrize("text", ["é", "日本", "\t", "👍", "\x00", "\ud800".encode("utf-8", "replace").decode()])
+@pytest.mark.parametrize(
+    "text", ["é", "日本", "\t", "👍", "\x00", "\ud800".encode("utf-8", "replace").decode()]
+)
 def test_unknown_characters_are_unk(text):
     tokenizer = character_tokenizer()
     ids = tokenizer("a" + text + "b")["input_ids"]
@@ -68,7 +86,10 @@ def test_unknown_characters_are_unk(text):
 
 def test_a_chat_is_roles_and_texts_and_an_answer_ends():
     tokenizer = character_tokenizer()
-    chat = [{"role": role, "content": text} for role, text in (("system", "s"), ("user", "u"), ("assistant", "a"), ("tool", "t"))]
+    chat = [
+        {"role": role, "content": text}
+        for role, text in (("system", "s"), ("user", "u"), ("assistant", "a"), ("tool", "t"))
+    ]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "<system>s<user>u<assistant>a<end><user>t"
     asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     assert asked[-1] == SPECIALS.index("<assistant>")
@@ -82,7 +103,10 @@ def test_training_text_is_the_chat_and_only_the_answer_is_learnt():
     for prompt, ids_T, labels_T in zip(prompts, ids_BT, labels_BT, strict=True):
         turns = [*prompt.messages, {"role": "assistant", "content": prompt.references[0]}]
         whole = tokenizer.apply_chat_template(turns, tokenize=False)
-        assert tokenizer.decode(ids_T).removesuffix("<pad>" * int((ids_T == tokenizer.pad_token_id).sum())) == whole
+        assert (
+            tokenizer.decode(ids_T).removesuffix("<pad>" * int((ids_T == tokenizer.pad_token_id).sum()))
+            == whole
+        )
         assert tokenizer.decode(labels_T[labels_T >= 0]) == prompt.references[0] + "<end>"
 
 
@@ -102,7 +126,9 @@ def test_the_shipped_models_are_what_their_specs_say(name):
     made = blank(SPECS[name], character_tokenizer())
     assert model.config.model_type == "qwen3"
     assert model.config.vocab_size == len(tokenizer) == len(SPECIALS) + len(CHARACTERS)
-    assert {key: value.shape for key, value in model.state_dict().items()} == {key: value.shape for key, value in made.state_dict().items()}
+    assert {key: value.shape for key, value in model.state_dict().items()} == {
+        key: value.shape for key, value in made.state_dict().items()
+    }
     assert model.num_parameters() == made.num_parameters()
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == model.config.eos_token_id
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id == model.config.pad_token_id
@@ -145,17 +171,25 @@ def test_each_teacher_knows_its_own_kind_of_story_and_the_novice_a_part_of_both(
 
 def test_the_reader_is_no_better_than_the_student_unless_it_is_shown_how_to():
     """Right attempts help, a wrong one does no harm, and another problem's are no help."""
-    shown = {title: accuracy(*shipped("reader"), replace(task, task=WordProblems(held_out=101)))[0] / 100 for title, task in SHOWN.items()}
+    shown = {
+        title: accuracy(*shipped("reader"), replace(task, task=WordProblems(held_out=101)))[0] / 100
+        for title, task in SHOWN.items()
+    }
     plain = share("reader", WordProblems())
     assert 0.1 <= plain <= 0.45
-    assert min(value for title, value in shown.items() if "correct" in title and "another problem" not in title) >= 0.85
+    assert (
+        min(value for title, value in shown.items() if "correct" in title and "another problem" not in title)
+        >= 0.85
+    )
     assert shown["a wrong attempt"] >= plain - 0.08
     assert shown["two correct attempts and a wrong one at another problem"] <= plain
 
 
 def stated(name):
     """The results in a model's card: (right, problems) by what it was asked."""
-    found = re.findall(r"^- (.+): ([0-9]+)/([0-9]+) right, greedy \(", (folder(name) / "README.md").read_text(), re.MULTILINE)
+    found = re.findall(
+        r"^- (.+): ([0-9]+)/([0-9]+) right, greedy \(", (folder(name) / "README.md").read_text(), re.MULTILINE
+    )
     return {title: (int(right), int(problems)) for title, right, problems in found}
 
 
@@ -183,7 +217,9 @@ def test_the_same_seed_makes_the_same_model_and_another_does_not():
 
 def test_the_seed_sets_the_first_weights():
     tokenizer = character_tokenizer()
-    first, same, other = (blank(replace(TINY, seed=seed), tokenizer).model.embed_tokens.weight for seed in (0, 0, 1))
+    first, same, other = (
+        blank(replace(TINY, seed=seed), tokenizer).model.embed_tokens.weight for seed in (0, 0, 1)
+    )
     assert first.equal(same)
     assert not first.equal(other)
 

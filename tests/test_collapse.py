@@ -1,4 +1,6 @@
-"""The parts of studies/release.toml: the teacher is flat from the drawn position on, and points go to other attempts."""
+"""The parts of studies/release.toml: the teacher is flat from the drawn position on, and points go to other
+attempts.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,13 @@ import pytest
 
 import tiny
 from reflux.assets.characters import character_tokenizer
+from reflux.config.step_context import StepContext
 from reflux.credit.release import Release
 from reflux.models.text import as_model
-from reflux.types import Credit, StepContext
+from reflux.types import Credit
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))  # scripts import their neighbours
+# scripts import their neighbours
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 
 import collapse
 
@@ -79,8 +83,13 @@ def test_found_and_true_points_are_read_from_a_run(tiny_run: Callable[..., Any],
     learned = {row["prompt"]: row for row in done.rows("attempts") if row["kind"] == "learned"}
     for point, row in zip(points, learned.values(), strict=True):
         behaviour = row["detail"]["release"]
-        flat = [margin for start, margin in zip(behaviour["starts"], behaviour["margins"], strict=True) if start >= point.true]
-        assert all(margin < 1e-3 for margin in flat)  # uniform: no margin at all, so the position is the true one
+        flat = [
+            margin
+            for start, margin in zip(behaviour["starts"], behaviour["margins"], strict=True)
+            if start >= point.true
+        ]
+        # uniform: no margin at all, so the position is the true one
+        assert all(margin < 1e-3 for margin in flat)
         assert (point.found is None) == (behaviour["kept"] == len(behaviour["starts"]))
     assert f"| {len(points)} |" in collapse.row("x", points)
     assert any(point.found is not None and abs(point.found - point.true) <= 1 for point in points)
@@ -93,12 +102,17 @@ def test_the_arms_differ_in_what_they_say() -> None:
     assert study.config("release").credit == {"release": Release(segments=2)}
     assert study.config("full").credit == {}
     assert set(study.config("shuffled").credit) == {"release"}
-    learners = [json.dumps(vars(study.config(arm).learner), default=str, sort_keys=True) for arm in ("release", "shuffled")]
+    learners = [
+        json.dumps(vars(study.config(arm).learner), default=str, sort_keys=True)
+        for arm in ("release", "shuffled")
+    ]
     assert learners[0] == learners[1].replace('"rule": "release", ', "")
 
 
 def test_the_oracle_releases_where_the_teacher_goes_flat() -> None:
-    group = [tiny.attempt(tiny.rollout(30, seed=1, sample=i)) for i in range(6)] + [tiny.attempt(tiny.rollout(0, seed=1, sample=6))]
+    group = [tiny.attempt(tiny.rollout(30, seed=1, sample=i)) for i in range(6)] + [
+        tiny.attempt(tiny.rollout(0, seed=1, sample=6))
+    ]
     for made, share in zip(group, collapse.Oracle()(group, NOW), strict=True):
         start = collapse.collapse(NOW, "p1", made.rollout.sample, made.rollout.length)
         weight_T = np.broadcast_to(share.weight_T, made.rollout.length)

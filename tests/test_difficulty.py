@@ -1,4 +1,6 @@
-"""`reflux difficulty`: multiplicities from their definition, prompts that are all kept, files that are whole, counts that go on."""
+"""`reflux difficulty`: multiplicities from their definition, prompts that are all kept, files that are whole,
+counts that go on.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +24,7 @@ import tiny
 from reflux import checks
 from reflux.cli.difficulty import PARTIAL, balance_prompts
 from reflux.config.recipe import load_recipe, to_table
+from reflux.config.step_context import SamplingParams
 from reflux.errors import DataError, ModelError, RunError
 from reflux.evals.problems import problems
 from reflux.evals.prompt_difficulty import (
@@ -39,17 +42,20 @@ from reflux.tasks.jsonl import Jsonl
 from reflux.tasks.lines import held_out
 from reflux.tasks.mix import Mix
 from reflux.tasks.word_problems import WordProblems
-from reflux.types import Attempt, Group, Prompt, Reward, SamplingParams
+from reflux.types import Attempt, Group, Prompt, Reward
 
 # --- multiplicities
 
 
 def test_multiplicities_by_hand() -> None:
-    """Bins of 8, 3, 1 and 6: 8/3 = 2.67 rounds to 3, 8/1 = 8, 8/6 = 1.33 to 1; unsolved ones stay as they are."""
+    """Bins of 8, 3, 1 and 6: 8/3 = 2.67 rounds to 3, 8/1 = 8, 8/6 = 1.33 to 1; unsolved ones stay as they
+    are.
+    """
     counts = [0] * 8 + [2] * 3 + [5] + [8] * 6
     assert multiplicities(counts, 8) == [1] * 8 + [3] * 3 + [8] + [1] * 6
     assert multiplicities(counts, 8, cap=2) == [1] * 8 + [2] * 3 + [2] + [1] * 6
-    assert multiplicities([4] * 2 + [3] * 3, 8) == [2] * 2 + [1] * 3  # 3/2 + 1/2 = 2 exactly
+    # 3/2 + 1/2 = 2 exactly
+    assert multiplicities([4] * 2 + [3] * 3, 8) == [2] * 2 + [1] * 3
     assert multiplicities([], 8) == []
     assert multiplicities([0, 0, 0], 8) == [1, 1, 1]
 
@@ -93,7 +99,9 @@ def prompt(name: str, **fields: Any) -> Prompt:
 def test_a_prompt_that_could_not_be_judged_is_kept_once_and_in_no_bin() -> None:
     """With it in the bin of 1 that bin would hold two, and they would be copied less."""
     verdicts = [(4, 0)] * 3 + [(1, 0), (1, 2), (0, 4)]
-    counted = [Counted(prompt(f"{i}"), correct, 4, ungraded) for i, (correct, ungraded) in enumerate(verdicts)]
+    counted = [
+        Counted(prompt(f"{i}"), correct, 4, ungraded) for i, (correct, ungraded) in enumerate(verdicts)
+    ]
     assert copies_of(counted) == [1, 1, 1, 3, 1, 1]
     assert copies_of(counted[4:]) == [1, 1]
     assert copies_of([]) == []
@@ -102,8 +110,11 @@ def test_a_prompt_that_could_not_be_judged_is_kept_once_and_in_no_bin() -> None:
 def test_every_prompt_stays_and_copies_have_ids_of_their_own() -> None:
     prompts = [prompt("a", answer="1"), prompt("b"), prompt("a#2")]
     found = list(repeated(prompts, [3, 1, 2]))
-    assert [one.id for one in found] == ["a", "a#3", "a#4", "b", "a#2", "a#2#2"]  # "a#2" is taken
-    assert [one.messages for one in found] == [one.messages for one, times in zip(prompts, (3, 1, 2), strict=True) for _ in range(times)]
+    # "a#2" is taken
+    assert [one.id for one in found] == ["a", "a#3", "a#4", "b", "a#2", "a#2#2"]
+    assert [one.messages for one in found] == [
+        one.messages for one, times in zip(prompts, (3, 1, 2), strict=True) for _ in range(times)
+    ]
     assert found[1].answer == "1"
     assert len({one.id for one in found}) == len(found)
 
@@ -115,7 +126,9 @@ def test_a_copy_is_on_the_same_side_of_the_split_as_its_original(share: float, n
 
 
 def lines(path: Path, count: int, **fields: Any) -> Jsonl:
-    rows = [{"prompt": f"{path.stem} {k}", "answer": f"{k % 2}", "id": f"{path.stem}{k}"} for k in range(count)]
+    rows = [
+        {"prompt": f"{path.stem} {k}", "answer": f"{k % 2}", "id": f"{path.stem}{k}"} for k in range(count)
+    ]
     path.write_text("\n".join(map(json.dumps, rows)))
     return Jsonl(str(path), **{"validation": 0.0, **fields})
 
@@ -134,7 +147,9 @@ def test_a_pass_over_finite_data_is_each_prompt_once(tmp_path: Path) -> None:
     task = lines(tmp_path / "a.jsonl", 37, validation=0.2)
     found, cut = training_prompts(task, seed=3)
     assert not cut
-    assert [one.id for one in found] == list(dict.fromkeys(one.id for one in islice(task.prompts("train", 3), 400)))
+    assert [one.id for one in found] == list(
+        dict.fromkeys(one.id for one in islice(task.prompts("train", 3), 400))
+    )
     assert all(not held_out(one, 0.2) for one in found)
     some, cut = training_prompts(task, seed=3, limit=5)
     assert (cut, some) == (True, found[:5])
@@ -142,15 +157,22 @@ def test_a_pass_over_finite_data_is_each_prompt_once(tmp_path: Path) -> None:
 
 def test_a_mix_of_unequal_parts_is_read_to_the_end(tmp_path: Path) -> None:
     """The small part repeats long before the large one is through."""
-    mix = Mix({"few": lines(tmp_path / "few.jsonl", 3), "many": lines(tmp_path / "many.jsonl", 1500, weight=0.05)})
+    mix = Mix(
+        {"few": lines(tmp_path / "few.jsonl", 3), "many": lines(tmp_path / "many.jsonl", 1500, weight=0.05)}
+    )
     found, cut = training_prompts(mix, seed=0)
     assert (len(found), cut) == (1503, False)
 
 
 def test_a_mix_in_a_mix_is_read_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a block of blocks one prompt is of the smallest part: far more than two blocks in a row bring nothing new."""
+    """Of a block of blocks one prompt is of the smallest part: far more than two blocks in a row bring
+    nothing new.
+    """
     monkeypatch.setattr("reflux.tasks.mix.BLOCK", 50)
-    inner = Mix({"few": lines(tmp_path / "few.jsonl", 2, weight=49.0), "many": lines(tmp_path / "many.jsonl", 5)}, weight=1 / 49)
+    inner = Mix(
+        {"few": lines(tmp_path / "few.jsonl", 2, weight=49.0), "many": lines(tmp_path / "many.jsonl", 5)},
+        weight=1 / 49,
+    )
     found, cut = training_prompts(Mix({"one": lines(tmp_path / "one.jsonl", 1), "rest": inner}), seed=0)
     assert (len(found), cut) == (8, False)
 
@@ -168,7 +190,9 @@ def test_data_of_any_size_is_read_to_the_end(tmp_path: Path) -> None:
     assert (len(found), cut) == (100_500, False)
 
 
-def test_a_task_of_ones_own_that_comes_to_no_end_is_asked_for_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_of_ones_own_that_comes_to_no_end_is_asked_for_a_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("reflux.evals.prompt_difficulty.UNKNOWN", 600)
     with pytest.raises(DataError, match=r"more than 600 different training prompts.*--prompts N"):
         training_prompts(outside.Chat(), seed=0)
@@ -195,7 +219,9 @@ def test_who_ends_and_who_judges(tmp_path: Path) -> None:
         assert (task.ends, task.judge) == (finite, grader)
 
 
-@pytest.mark.parametrize("made", ["Answer: {}", "{}", "Answer: {}.5", "Answer: 0{}", "#### {}", "\\boxed{{{}}}", ""])
+@pytest.mark.parametrize(
+    "made", ["Answer: {}", "{}", "Answer: {}.5", "Answer: 0{}", "#### {}", "\\boxed{{{}}}", ""]
+)
 def test_a_written_story_is_judged_as_the_task_judges_it(tmp_path: Path, made: str) -> None:
     asked = next(WordProblems().prompts("train", 0))
     (tmp_path / "p.jsonl").write_text(json.dumps(as_line(asked)) + "\n")
@@ -243,7 +269,8 @@ class Verdicts:
             right = self.asked % (self.samples + 1)
             values = [1.0] * right + [0.0] * (self.samples - right)
             found += [
-                Reward(None, error="no idea") if self.asked == 2 and i == self.samples - 1 else Reward(v) for i, v in enumerate(values)
+                Reward(None, error="no idea") if self.asked == 2 and i == self.samples - 1 else Reward(v)
+                for i, v in enumerate(values)
             ]
             self.asked += 1
         return found
@@ -255,7 +282,9 @@ def test_counts_come_in_order_a_few_prompts_at_a_time() -> None:
 
     async def collect() -> list[list[Counted]]:
         prompts = [prompt(f"{i}") for i in range(5)]
-        return [chunk async for chunk in measured(asked, prompts, 3, SamplingParams(0, "score", 9), at_once=2)]
+        return [
+            chunk async for chunk in measured(asked, prompts, 3, SamplingParams(0, "score", 9), at_once=2)
+        ]
 
     chunks = asyncio.run(collect())
     assert [[entry.prompt.id for entry in chunk] for chunk in chunks] == [["0", "1"], ["2", "3"], ["4"]]
@@ -276,18 +305,27 @@ def test_counts_come_in_order_a_few_prompts_at_a_time() -> None:
 def recipe(student: str, tmp_path: Path) -> Any:
     rows = [{"prompt": f"{k}" * (k % 3 + 1), "answer": "a", "id": f"q{k}"} for k in range(9)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    changes = [f"learner.model={student}", "sampler.max_tokens=6", "task.kind=jsonl", f"task.path={tmp_path / 'data.jsonl'}"]
+    changes = [
+        f"learner.model={student}",
+        "sampler.max_tokens=6",
+        "task.kind=jsonl",
+        f"task.path={tmp_path / 'data.jsonl'}",
+    ]
     changes += ["task.grader=judges:moody", "task.validation=0.0", "threads=1"]
 
     def run(out: str = "out", samples: int = 4, prompts: int = 0) -> tuple[list[Any], list[Any]]:
         balance_prompts("opd", changes, samples, prompts, (1.0, 0.95), 8, tmp_path / out)
-        counts, balanced = ((tmp_path / out / name).read_text().splitlines() for name in ("difficulty.jsonl", "prompts.jsonl"))
+        counts, balanced = (
+            (tmp_path / out / name).read_text().splitlines() for name in ("difficulty.jsonl", "prompts.jsonl")
+        )
         return list(map(json.loads, counts)), list(map(json.loads, balanced))
 
     return run
 
 
-def test_the_command_writes_counts_and_a_balanced_file(recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_counts_and_a_balanced_file(
+    recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     counts, prompts = recipe()
     assert sorted(row["id"] for row in counts) == [f"q{k}" for k in range(9)]
     assert all(0 <= row["correct"] <= row["samples"] == 4 for row in counts)
@@ -298,14 +336,18 @@ def test_the_command_writes_counts_and_a_balanced_file(recipe: Any, tmp_path: Pa
     assert [row["copies"] for row in counts if not row["ungraded"]] == multiplicities(judged, 4)
     assert Counter(row["id"].split("#")[0] for row in prompts) == {row["id"]: row["copies"] for row in counts}
     again = Jsonl(str(tmp_path / "out" / "prompts.jsonl"), validation=0.0)
-    assert {one.id for one in islice(again.prompts("train", 0), len(prompts))} == {row["id"] for row in prompts}
+    assert {one.id for one in islice(again.prompts("train", 0), len(prompts))} == {
+        row["id"] for row in prompts
+    }
     behaviour = " ".join(capsys.readouterr().out.split())
     assert "1 prompt(s) have answers that could not be judged; each is kept once" in behaviour
     assert "correct of 4" in behaviour
     assert not (tmp_path / "out" / PARTIAL).exists()
 
 
-def test_a_killed_call_goes_on_to_the_same_files(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_call_goes_on_to_the_same_files(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = recipe("whole")
     from reflux.evals import prompt_difficulty
 
@@ -328,7 +370,9 @@ def test_a_killed_call_goes_on_to_the_same_files(recipe: Any, tmp_path: Path, mo
     assert seen == [9, 5]
 
 
-def test_lines_cut_short_by_kills_do_not_spoil_the_counts(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_cut_short_by_kills_do_not_spoil_the_counts(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = recipe("whole")
     from reflux.evals import prompt_difficulty
 
@@ -351,7 +395,9 @@ def test_lines_cut_short_by_kills_do_not_spoil_the_counts(recipe: Any, tmp_path:
 
 def test_a_missing_student_is_refused_before_the_folder_is_made(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"learner\.model"):
-        balance_prompts("opd", [f"learner.model={tmp_path / 'nowhere'}"], 1, 2, (1.0, 0.95), 8, tmp_path / "out")
+        balance_prompts(
+            "opd", [f"learner.model={tmp_path / 'nowhere'}"], 1, 2, (1.0, 0.95), 8, tmp_path / "out"
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -360,7 +406,9 @@ def test_a_missing_student_is_refused_before_the_folder_is_made(tmp_path: Path) 
 
 @pytest.fixture
 def balanced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, student: str) -> Any:
-    """`balanced(overrides)`: the config that recipe.toml gives. Nothing is sampled: every prompt has 2 of 4 right."""
+    """`balanced(overrides)`: the config that recipe.toml gives. Nothing is sampled: every prompt has 2 of 4
+    right.
+    """
 
     async def counted(evaluation: Any, prompts: Any, samples: int, draw: SamplingParams) -> Any:
         yield [Counted(one, k % 2 + 1, samples) for k, one in enumerate(prompts)]
@@ -368,7 +416,9 @@ def balanced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, student: str) -> A
     monkeypatch.setattr("reflux.cli.difficulty.measured", counted)
 
     def run(overrides: list[str], name: str = "opd") -> Any:
-        balance_prompts(name, [f"learner.model={student}", *overrides], 4, 6, (1.0, 0.95), 8, tmp_path / "out")
+        balance_prompts(
+            name, [f"learner.model={student}", *overrides], 4, 6, (1.0, 0.95), 8, tmp_path / "out"
+        )
         return load_recipe(tmp_path / "out" / "recipe.toml")
 
     return run
@@ -377,12 +427,25 @@ def balanced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, student: str) -> A
 def test_the_recipe_that_is_written_trains_on_what_was_written(
     balanced: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], student: str
 ) -> None:
-    """A jsonl task with other columns and an instruction: none of it is left, so nothing is asked for twice or not found."""
+    """A jsonl task with other columns and an instruction: none of it is left, so nothing is asked for twice
+    or not found.
+    """
     rows = [{"question": f"how much is {k}?", "answer": f"{k}", "id": f"q{k}"} for k in range(6)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "test.jsonl").write_text(json.dumps({"question": "and 9?", "answer": "9"}))
-    data = ["task.kind=jsonl", f"task.path={tmp_path / 'data.jsonl'}", f"task.test={tmp_path / 'test.jsonl'}", "task.validation=0.0"]
-    changes = [*data, 'task.keys={prompt = "question"}', "task.instruction=Think.", "task.grader=exact", "steps=7"]
+    data = [
+        "task.kind=jsonl",
+        f"task.path={tmp_path / 'data.jsonl'}",
+        f"task.test={tmp_path / 'test.jsonl'}",
+        "task.validation=0.0",
+    ]
+    changes = [
+        *data,
+        'task.keys={prompt = "question"}',
+        "task.instruction=Think.",
+        "task.grader=exact",
+        "steps=7",
+    ]
     found, old = balanced(changes), load_recipe("opd", [f"learner.model={student}", *changes])
     asked = [one.messages[0]["content"] for one in first_of(found.task, 6)]
     assert sorted(asked) == [f"how much is {k}?\n\nThink." for k in range(6)]
@@ -394,11 +457,17 @@ def test_the_recipe_that_is_written_trains_on_what_was_written(
     assert "no validation prompts" in behaviour
     assert "no test prompts" not in behaviour
     checks.join(found)
-    checks.inputs(replace(found, evals={}))  # which would ask validation prompts
+    # which would ask validation prompts
+    checks.inputs(replace(found, evals={}))
 
 
-def test_a_mix_of_stories_keeps_its_judge_its_routes_and_its_held_out_prompts(balanced: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = ["task.parts.add.kind=word_problems", 'task.parts.mul={kind="word_problems", operations=["mul"], largest=99}']
+def test_a_mix_of_stories_keeps_its_judge_its_routes_and_its_held_out_prompts(
+    balanced: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [
+        "task.parts.add.kind=word_problems",
+        'task.parts.mul={kind="word_problems", operations=["mul"], largest=99}',
+    ]
     held_out = ["task.parts.add.held_out=3", "task.parts.mul.held_out=3"]
     overrides = ["task.kind=mix", *parts, *held_out]
     found, old = balanced(overrides), load_recipe("opd", overrides)

@@ -44,7 +44,12 @@ def test_the_generated_kl_is_the_mean_of_the_sampled_log_ratio_over_chosen_posit
     """Weights do not matter, and neither does an attempt that the teacher was not asked about."""
     one, other = answered(3, [-1, -2, -3], mask=[1, 0, 1]), answered(2, [-4, -5])
     other.credits["prefix"] = Credit(weight_T=0.0)
-    by_hand = [one.rollout.logp_T[0] + 1, one.rollout.logp_T[2] + 3, other.rollout.logp_T[0] + 4, other.rollout.logp_T[1] + 5]
+    by_hand = [
+        one.rollout.logp_T[0] + 1,
+        one.rollout.logp_T[2] + 3,
+        other.rollout.logp_T[0] + 4,
+        other.rollout.logp_T[1] + 5,
+    ]
     found = generated_kl([one, other, answered(4)], "main")
     assert found.count == 4
     assert found.value == pytest.approx(np.mean(by_hand), rel=1e-6)
@@ -54,12 +59,17 @@ def test_the_generated_kl_is_the_mean_of_the_sampled_log_ratio_over_chosen_posit
 def test_it_is_unknown_where_one_position_is_unknown() -> None:
     """A mean of the rest would be one of other positions."""
     known, partly = answered(3, [-1, -2, -3]), answered(3, [-1, -2, -3])
-    object.__setattr__(partly.answers["main"].target, "logp_T", None)  # hidden states: log-probs come with the step
+    # hidden states: log-probs come with the step
+    object.__setattr__(partly.answers["main"].target, "logp_T", None)
     assert generated_kl([known, partly], "main") == Mean()
-    partly.learned = StepRecord(logp={"main": np.asarray([-1, np.nan, np.nan], np.float32), "student": np.zeros(3, np.float32)})
+    partly.learned = StepRecord(
+        logp={"main": np.asarray([-1, np.nan, np.nan], np.float32), "student": np.zeros(3, np.float32)}
+    )
     assert generated_kl([known, partly], "main") == Mean()
     assert trained_kl([known, partly], "main") == Mean(1.0, 1)
-    partly.learned = StepRecord(logp={"main": np.asarray([-1, -2, -3], np.float32), "student": np.zeros(3, np.float32)})
+    partly.learned = StepRecord(
+        logp={"main": np.asarray([-1, -2, -3], np.float32), "student": np.zeros(3, np.float32)}
+    )
     assert generated_kl([known, partly], "main").count == 6
     assert trained_kl([known, partly], "main") == Mean(6.0, 3)
 
@@ -75,7 +85,8 @@ def test_of_pictures_it_is_exact_from_velocities_that_are_there() -> None:
         v_TD, said_TD = (target.v_TD for target in (made.target("main"), drawn.behaviour))  # type: ignore[union-attr]
         exact.append(kl_weight(t, dt, drawn.noise_level) * float(((v_TD[i] - said_TD[i]) ** 2).sum()))
     assert generated_kl([made], "main").value == pytest.approx(np.mean(exact), rel=1e-5)
-    plain = tiny_flow.attempt(5, teacher=teacher)  # nothing recorded
+    # nothing recorded
+    plain = tiny_flow.attempt(5, teacher=teacher)
     assert isinstance(plain.target("main"), VelocityTarget)
     assert generated_kl([plain], "main") == Mean()
     plain.learned = StepRecord(kl_T=np.asarray([1, 2, 3, 6, np.nan], np.float32))
@@ -84,22 +95,38 @@ def test_of_pictures_it_is_exact_from_velocities_that_are_there() -> None:
     assert generated_kl([plain], "main") == Mean()
 
 
-def test_a_prefix_moves_the_kl_where_learnt_from_and_not_the_generated_one(tiny_run: Callable[..., Any]) -> None:
-    """The same attempts: the curve of one run is the curve of the other, where the teacher's log-probs are there (a margin needs them)."""
+def test_a_prefix_moves_the_kl_where_learnt_from_and_not_the_generated_one(
+    tiny_run: Callable[..., Any],
+) -> None:
+    """The same attempts: the curve of one run is the curve of the other, where the teacher's log-probs are
+    there (a margin needs them).
+    """
     margin = {"kind": "margin", "delta": 0.0}
-    settings: dict[str, Any] = {"steps": 1, "task": CHAT, "group_size": 2, "rewards": {"verifier": {}}, "prompts_per_step": 6}
+    settings: dict[str, Any] = {
+        "steps": 1,
+        "task": CHAT,
+        "group_size": 2,
+        "rewards": {"verifier": {}},
+        "prompts_per_step": 6,
+    }
     whole = tiny_run("opd", **settings, credit={"margin": margin}).rows("metrics")[0]
     cut = tiny_run("opd", **settings, credit={"margin": margin, "prefix": {"length": 2}}).rows("metrics")[0]
     assert cut["kl_nats"] == whole["kl_nats"]
     assert abs(cut["kl_nats_trained"] - whole["kl_nats_trained"]) > 0.05
 
 
-def test_it_is_omitted_where_it_would_cost_a_row(tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_omitted_where_it_would_cost_a_row(
+    tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Behind a prefix a local teacher's states have not gone through its head, and they do not for a metric."""
     heads: list[int] = []
     for name in ("logp_of", "logp_at", "logits"):
         through = getattr(Head, name)
-        monkeypatch.setattr(Head, name, lambda self, h, *rest, through=through: (heads.append(len(h)), through(self, h, *rest))[1])
+        monkeypatch.setattr(
+            Head,
+            name,
+            lambda self, h, *rest, through=through: (heads.append(len(h)), through(self, h, *rest))[1],
+        )
     settings: dict[str, Any] = {"steps": 1, "task": CHAT, "credit": {"prefix": {"length": 2}}}
     cut = tiny_run("opd", **settings).rows("metrics")[0]
     computed = sum(heads)
@@ -109,11 +136,14 @@ def test_it_is_omitted_where_it_would_cost_a_row(tiny_run: Callable[..., Any], m
     heads.clear()
     tiny_run("opd", **settings)
     assert sum(heads) == computed
-    assert "kl_nats" not in tiny_run("sft", steps=1).rows("metrics")[0]  # nobody drew those tokens
+    # nobody drew those tokens
+    assert "kl_nats" not in tiny_run("sft", steps=1).rows("metrics")[0]
 
 
 def test_without_a_prefix_both_are_of_the_same_positions(tiny_run: Callable[..., Any]) -> None:
-    """The sampled one is its exact neighbour, up to the noise of a few hundred tokens; it is the log-ratio on disk."""
+    """The sampled one is its exact neighbour, up to the noise of a few hundred tokens; it is the log-ratio on
+    disk.
+    """
     done = tiny_run("full", steps=1, task=CHAT, prompts_per_step=60)
     (row,) = done.rows("metrics")
     assert row["kl_nats"] == pytest.approx(row["kl_nats_trained"], abs=0.25)
@@ -130,7 +160,9 @@ def test_without_a_prefix_both_are_of_the_same_positions(tiny_run: Callable[...,
 @pytest.mark.parametrize("settings", [{}, {"credit": {"prefix": {"length": 2}}}])
 def test_pictures_have_it_whole_or_not_at_all(tmp_path: Path, settings: dict[str, Any]) -> None:
     known = tiny_glyphs.models(tmp_path / "models")
-    asyncio.run(train(tiny_glyphs.config("flow", known, evals="none", steps=1, **settings), Options(tmp_path / "run")))
+    asyncio.run(
+        train(tiny_glyphs.config("flow", known, evals="none", steps=1, **settings), Options(tmp_path / "run"))
+    )
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert ("kl_nats" in row) == (not settings)
     assert row.get("kl_nats", row["kl_nats_trained"]) == pytest.approx(row["kl_nats_trained"], rel=1e-5)
@@ -144,18 +176,27 @@ def test_pictures_have_it_whole_or_not_at_all(tmp_path: Path, settings: dict[str
         ({}, ""),
     ],
 )
-def test_the_line_of_a_running_run_says_of_which_positions_its_kl_is(metrics: dict[str, float], shown: str) -> None:
+def test_the_line_of_a_running_run_says_of_which_positions_its_kl_is(
+    metrics: dict[str, float], shown: str
+) -> None:
     printed = io.StringIO()
-    progress = Progress(Console(file=printed, width=200), tiny.config("opd", "reflux:student", "reflux:teacher"))
-    progress._printed = -math.inf  # elsewhere than on a terminal a line comes now and then
-    progress.stepped({"step": 1, "seconds": {"total": 2.0}, "tokens_sampled": 0, "tokens_trained": 8, **metrics})  # type: ignore
+    progress = Progress(
+        Console(file=printed, width=200), tiny.config("opd", "reflux:student", "reflux:teacher")
+    )
+    # elsewhere than on a terminal a line comes now and then
+    progress._printed = -math.inf
+    progress.stepped(
+        {"step": 1, "seconds": {"total": 2.0}, "tokens_sampled": 0, "tokens_trained": 8, **metrics}
+    )  # type: ignore
     assert printed.getvalue().split("  ")[1] == (shown or "4 tokens/s")
 
 
 # --- on disk
 
 
-def test_attempts_that_balancing_left_out_have_their_teachers_log_probs_on_disk(tiny_run: Callable[..., Any]) -> None:
+def test_attempts_that_balancing_left_out_have_their_teachers_log_probs_on_disk(
+    tiny_run: Callable[..., Any],
+) -> None:
     """So the margin of every mixed group can be computed again from the file."""
     settings: dict[str, Any] = {
         "steps": 2,
@@ -166,7 +207,9 @@ def test_attempts_that_balancing_left_out_have_their_teachers_log_probs_on_disk(
     }
     done = tiny_run("opd", **settings, credit={"margin": {}, "balance": {}})
     lines = done.rows("attempts")
-    acted = {(line["step"], line["prompt"], line["sample"]): line for line in lines if line["kind"] == "attempt"}
+    acted = {
+        (line["step"], line["prompt"], line["sample"]): line for line in lines if line["kind"] == "attempt"
+    }
     left_out = [line for line in lines if line["kind"] == "learned" and not any(line["weight"])]
     assert left_out
     groups: dict[Any, list[Any]] = {}
@@ -180,7 +223,10 @@ def test_attempts_that_balancing_left_out_have_their_teachers_log_probs_on_disk(
     for group in mixed:
         right, wrong = ([mean for reward, mean, _ in group if reward == value] for value in (1.0, 0.0))
         noted = next(notes["margin.margin"] for _, _, notes in group if "margin.margin" in notes)
-        assert noted in (pytest.approx(min(right) - max(wrong), abs=1e-3), pytest.approx(np.mean(right) - np.mean(wrong), abs=1e-3))
+        assert noted in (
+            pytest.approx(min(right) - max(wrong), abs=1e-3),
+            pytest.approx(np.mean(right) - np.mean(wrong), abs=1e-3),
+        )
 
 
 def test_the_answer_fills_what_the_step_left_open() -> None:
@@ -193,8 +239,15 @@ def test_the_answer_fills_what_the_step_left_open() -> None:
 
 def test_log_probs_at_temperature_1_are_kept_where_they_differ() -> None:
     """What margins are made of."""
-    plain, warm = Attempt(rollout(3)), Attempt(replace(rollout(3), logp_raw_T=np.asarray([-1, -2, -3], np.float32)))
+    plain, warm = (
+        Attempt(rollout(3)),
+        Attempt(replace(rollout(3), logp_raw_T=np.asarray([-1, -2, -3], np.float32))),
+    )
     assert "logp_raw" not in arrived(plain, 0)
     line = arrived(warm, 0)
-    line = json.loads(json.dumps({key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in line.items()}))
+    line = json.loads(
+        json.dumps(
+            {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in line.items()}
+        )
+    )
     assert read_attempt(line).rollout.policy_logp_T.tolist() == [-1, -2, -3]

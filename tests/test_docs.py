@@ -20,18 +20,25 @@ import typer
 from reflux import checks
 from reflux.cli.main import app
 from reflux.config import registry
-from reflux.config.recipe import RECIPES, from_table, load_recipe, recipe_names, resolve
+from reflux.config.bases import RECIPES, recipe_names, resolve
+from reflux.config.recipe import from_table, load_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-HOSTS = {"arxiv.org"}  # no registry, no machine of ours
+# no registry, no machine of ours
+HOSTS = {"arxiv.org"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMANDS = ("reflux ", "make ", "python ", "python3 ", ".venv/bin/", "pip ")
 
 
 def blocks(*languages: str) -> list[tuple[str, str]]:
     """(page, text) of every fenced block in one of these languages."""
-    return [(page.name, text) for page in PAGES for language, text in FENCE.findall(page.read_text()) if language in languages]
+    return [
+        (page.name, text)
+        for page in PAGES
+        for language, text in FENCE.findall(page.read_text())
+        if language in languages
+    ]
 
 
 def shell_lines() -> Iterator[tuple[str, str]]:
@@ -39,8 +46,14 @@ def shell_lines() -> Iterator[tuple[str, str]]:
         yield from ((name, line) for line in text.splitlines() if line.strip())
     for page in PAGES:
         bare = FENCE.sub("", page.read_text())
-        yield from ((page.name, line.strip()) for line in re.findall(r"^    (\S.*)$", bare, re.MULTILINE) if line.startswith(COMMANDS))
-        yield from ((page.name, code) for code in re.findall(r"`([^`\n]+)`", bare) if code.startswith(COMMANDS))
+        yield from (
+            (page.name, line.strip())
+            for line in re.findall(r"^    (\S.*)$", bare, re.MULTILINE)
+            if line.startswith(COMMANDS)
+        )
+        yield from (
+            (page.name, code) for code in re.findall(r"`([^`\n]+)`", bare) if code.startswith(COMMANDS)
+        )
 
 
 @cache
@@ -58,7 +71,9 @@ def generator() -> ModuleType:
 
 def test_generated_pages_are_up_to_date() -> None:
     for name, text in generator().pages().items():
-        assert (ROOT / "docs" / name).read_text() == text, f"docs/{name} is out of date: run python docs/generate.py"
+        assert (ROOT / "docs" / name).read_text() == text, (
+            f"docs/{name} is out of date: run python docs/generate.py"
+        )
 
 
 def test_every_recipe_and_part_has_its_place_in_the_pages() -> None:
@@ -77,7 +92,8 @@ def test_a_field_without_a_word_is_refused() -> None:
     class Wordless:
         """It does something."""
 
-        spoken: int = 0  # said here
+        # said here
+        spoken: int = 0
         silent: int = 0
 
     assert generator().word("x", Wordless, "spoken") == "said here"
@@ -88,8 +104,13 @@ def test_a_field_without_a_word_is_refused() -> None:
 def test_no_note_speaks_of_what_is_gone() -> None:
     notes = tomllib.loads((ROOT / "docs" / "notes.toml").read_text())
     known = {path: set(registry.field_names(cls)) for path, cls in generator().TABLES.items()}
-    known |= {f"{g}.{k}": set(registry.field_names(registry.part(g, k))) for g in registry.GROUPS for k in registry.kinds(g)}
-    assert set(notes["recipes"]) <= set(recipe_names())  # the others say when to use them on their parts; without either, the page fails
+    known |= {
+        f"{g}.{k}": set(registry.field_names(registry.part(g, k)))
+        for g in registry.GROUPS
+        for k in registry.kinds(g)
+    }
+    # the others say when to use them on their parts; without either, the page fails
+    assert set(notes["recipes"]) <= set(recipe_names())
     for key in notes["fields"]:
         path, _, name = key.rpartition(".")
         assert name in known.get(path, ()), f"docs/notes.toml [fields] {key}: there is no such key"
@@ -102,11 +123,18 @@ def test_a_recipe_that_departs_from_its_paper_says_so_and_the_sentence_is_true_o
     assert set(notes) == {*exact, "peers"}
     for name, sentence in notes.items():
         recipe, (first, *others) = (RECIPES / f"{name}.toml").read_text(), load_recipe(name).objectives
-        assert f"\nDiffers from the paper: {sentence}\n" in page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        assert (
+            f"\nDiffers from the paper: {sentence}\n"
+            in page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        )
         if name in exact:
             assert "exact reverse KL" in sentence
             assert "exact reverse KL" in recipe
-            assert (registry.kind_of("objectives", first), first.divergence, first.support) == ("divergence", "reverse", "full")
+            assert (registry.kind_of("objectives", first), first.divergence, first.support) == (
+                "divergence",
+                "reverse",
+                "full",
+            )
         if name == "uni_opd":
             assert "0.28" in sentence
             assert "0.28" in recipe
@@ -125,7 +153,9 @@ def test_what_the_notes_choose_is_an_objective_and_the_recipes_they_name_ship() 
         assert from_table(resolve({"base": "toy", "objectives": [table]})).objectives
         assert set(re.findall(r"[Rr]ecipe `(\w+)`", row["why"])) <= set(recipe_names())
     chosen = {tomllib.loads(f"x = {row['set']}")["x"]["kind"] for row in rows}
-    assert chosen == set(registry.kinds("objectives")), "docs/notes.toml [[choose]] has a row for every objective"
+    assert chosen == set(registry.kinds("objectives")), (
+        "docs/notes.toml [[choose]] has a row for every objective"
+    )
 
 
 def test_every_recipe_begins_with_one_comment_that_says_what_it_is() -> None:
@@ -154,7 +184,9 @@ def test_every_command_parses(page: str, line: str, monkeypatch: pytest.MonkeyPa
     if tool == "reflux":
         check_reflux(given)
     elif tool == "make":
-        assert re.search(rf"^{given[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"no make target {given[0]}"
+        assert re.search(rf"^{given[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), (
+            f"no make target {given[0]}"
+        )
     elif tool in ("python", "python3"):
         check_python(given)
     else:
@@ -171,7 +203,8 @@ def check_reflux(words: list[str]) -> None:
     _, command, _ = click_group.resolve_command(context, words[:1])  # type: ignore[attr-defined]
     assert command is not None, f"no command {words[0]}"
     given = [word for word in words[1:] if word != "..."]
-    if not given:  # a command by its name alone
+    if not given:
+        # a command by its name alone
         return
     found = command.make_context(words[0], given).params
     recipe = found.get("recipe")
@@ -199,7 +232,8 @@ def test_a_benchmark_refuses_what_it_does_not_know_and_explains_itself(script: s
     refused = subprocess.run([*command, option, "trl,nonsense,full"], capture_output=True, text=True)
     assert refused.returncode == 2
     assert "'nonsense'" in refused.stderr
-    assert "reflux" in refused.stderr or "plain_full" in refused.stderr  # the choices
+    # the choices
+    assert "reflux" in refused.stderr or "plain_full" in refused.stderr
     told = subprocess.run([*command, "--help"], capture_output=True, text=True)
     first = ast.get_docstring(ast.parse(Path(command[1]).read_text()))
     assert first is not None
@@ -257,13 +291,19 @@ def test_the_readme_tells_what_the_quickstart_and_its_models_are() -> None:
 
     cfg = load_recipe("quickstart")
     text = " ".join((ROOT / "README.md").read_text().split())
-    sizes = [size_of(locate(model), "model").parameters for model in (cfg.learner.model, cfg.teachers["main"].model)]
+    sizes = [
+        size_of(locate(model), "model").parameters
+        for model in (cfg.learner.model, cfg.teachers["main"].model)
+    ]
     student, teacher = (f"{(count or 0) / 1e6:.2f} M" for count in sizes)
     assert f"trains `{cfg.learner.model}` ({student} parameters)" in text
     assert f"`{cfg.teachers['main'].model}` ({teacher}) at its side" in text
     assert f"the exact {cfg.objectives[0].divergence} KL over the whole vocabulary, at every token" in text
     evals = cfg.evals
-    assert f"accuracy on {evals['accuracy'].problems} {evals['accuracy'].split} problems every {cfg.eval_every} steps" in text
+    assert (
+        f"accuracy on {evals['accuracy'].problems} {evals['accuracy'].split} problems every {cfg.eval_every} "
+        "steps" in text
+    )
     assert f"teacher on {evals['test_accuracy'].problems} {evals['test_accuracy'].split} problems" in text
 
 
@@ -310,7 +350,9 @@ def test_links_resolve(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_are_named_are_there(page: Path) -> None:
-    for name in re.findall(r"`((?:src|tests|docs|examples|benchmarks|studies|\.ci)/[\w./*-]*)`", page.read_text()):
+    for name in re.findall(
+        r"`((?:src|tests|docs|examples|benchmarks|studies|\.ci)/[\w./*-]*)`", page.read_text()
+    ):
         assert list(ROOT.glob(name.rstrip("/"))), f"{page.name} names {name}, which is not there"
 
 

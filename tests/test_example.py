@@ -15,7 +15,8 @@ import torch
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "opd_in_one_file.py"
 STEPS, PER_STEP, TOKENS, LR, WARMUP, SEED = 4, 8, 64, 2e-3, 2, 3
-EPS = 1e-6  # at Adam's 1e-8 a gradient that is only rounding makes a full step, in any direction: nothing to compare
+# at Adam's 1e-8 a gradient that is only rounding makes a full step, in any direction: nothing to compare
+EPS = 1e-6
 
 
 def load(path: Path = EXAMPLE) -> ModuleType:
@@ -28,8 +29,14 @@ def load(path: Path = EXAMPLE) -> ModuleType:
 
 
 def test_the_example_imports_nothing_of_the_library() -> None:
-    imports = [node for node in ast.walk(ast.parse(EXAMPLE.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = {alias.name for node in imports for alias in node.names} | {getattr(node, "module", "") or "" for node in imports}
+    imports = [
+        node
+        for node in ast.walk(ast.parse(EXAMPLE.read_text()))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
+    names = {alias.name for node in imports for alias in node.names} | {
+        getattr(node, "module", "") or "" for node in imports
+    }
     assert not any(name.startswith("reflux") for name in names)
 
 
@@ -54,13 +61,17 @@ def test_the_library_gives_the_examples_curve(tmp_path: Path) -> None:
     }
     cfg = load_recipe("full", changes)
     asyncio.run(train(cfg, Options(tmp_path / "run")))
-    ours = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    ours = [
+        json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
 
     example = load()
     prompts = islice(cfg.task.prompts("train", SEED), STEPS * PER_STEP)
     lines = [{"id": prompt.id, "prompt": prompt.messages[-1]["content"]} for prompt in prompts]
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "teacher")
-    student, teacher = (AutoModelForCausalLM.from_pretrained(ASSETS / name).eval() for name in ("student", "teacher"))
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(ASSETS / name).eval() for name in ("student", "teacher")
+    )
     theirs = example.distil(
         student, teacher, tokenizer, lines, steps=STEPS, per_step=PER_STEP, lr=LR, warmup=WARMUP, max_tokens=TOKENS, seed=SEED, eps=EPS,
         report=lambda line: None,

@@ -1,4 +1,6 @@
-"""The parts of docs/extending.md, which live in examples/my_lab: each does what its page says, and all run together."""
+"""The parts of docs/extending.md, which live in examples/my_lab: each does what its page says, and all run
+together.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ from reflux import checks
 from reflux.cli.show import console, list_parts, show_plan
 from reflux.config.citations import papers
 from reflux.config.recipe import config_hash, from_table, load_recipe, to_table
+from reflux.config.step_context import StepContext
 from reflux.credit.base import share_credit
 from reflux.errors import ConfigError
 from reflux.inspection.doctor import examine
@@ -30,7 +33,7 @@ from reflux.reports.diagnostics import own_charts
 from reflux.reports.page import write_report
 from reflux.reports.recorded import Recorded
 from reflux.storage.model_card import model_card
-from reflux.types import Attempt, SampledTarget, StepContext, TeacherAnswer
+from reflux.types import Attempt, SampledTarget, TeacherAnswer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -49,7 +52,10 @@ def part(dotted: str, **fields: Any) -> Any:
 
 def test_surprise_keeps_what_the_teacher_would_hardly_say() -> None:
     rule = part("credit:Surprise", least_nats=1.0, elsewhere=0.25)
-    objective_teachers, silent = Attempt(tiny.rollout(4, mask=[True, True, False, True])), Attempt(tiny.rollout(4, sample=1))
+    objective_teachers, silent = (
+        Attempt(tiny.rollout(4, mask=[True, True, False, True])),
+        Attempt(tiny.rollout(4, sample=1)),
+    )
     objective_teachers.answers["main"] = TeacherAnswer(
         target=SampledTarget(teacher="main", logp_T=np.array([-0.1, -1.0, -0.1, -5.0], dtype=np.float32))
     )
@@ -68,7 +74,10 @@ def test_jeffreys_is_half_the_sum_of_both_kls() -> None:
     p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (student, teacher))
     expected = 0.5 * ((p - q) * (np.log(p) - np.log(q))).sum(-1)
     ids_N = torch.zeros(5, dtype=torch.int64)
-    outputs = {name: FullLogits(torch.from_numpy(logits), ids_N) for name, logits in (("student", student), ("main", teacher))}
+    outputs = {
+        name: FullLogits(torch.from_numpy(logits), ids_N)
+        for name, logits in (("student", student), ("main", teacher))
+    }
     rows = Rows(outputs["student"], {"main": outputs["main"]}, torch.zeros(5), torch.zeros(5))
     np.testing.assert_allclose(part("objectives:Jeffreys")(rows).numpy(), expected, rtol=1e-12)
 
@@ -95,7 +104,10 @@ def test_hints_answer_a_wrong_word_and_pay_less_for_each() -> None:
         environment = task.open_env(prompt)
         found = [await environment.step({"role": "assistant", "content": text}) for text in texts]
         await environment.close()
-        return [("".join(message["content"] for message in seen.messages), seen.done, seen.reward) for seen in found]
+        return [
+            ("".join(message["content"] for message in seen.messages), seen.done, seen.reward)
+            for seen in found
+        ]
 
     answer = prompt.answer or ""
     hints = [(f"No. It begins with {answer[:count]}.", False, None) for count in (1, 2)]
@@ -116,21 +128,26 @@ def test_a_task_with_turns_runs_from_its_recipe(tmp_path: Path) -> None:
     assert several
     for row in several:
         assert row["text"].count("\n") >= 1
-        assert [logp != 0 for logp, chosen in zip(row["logp"], row["mask"], strict=True) if not chosen] == [False] * row["mask"].count(0)
+        assert [logp != 0 for logp, chosen in zip(row["logp"], row["mask"], strict=True) if not chosen] == [
+            False
+        ] * row["mask"].count(0)
     for row in rows:
         assert (row["reward"] is None) == (row["finish"] == "length")
         assert row["reward"] in (None, 0.0, 1 / 3, 0.5, 1.0)
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, {True}), (1.0, {False}), (0.5, {True, False})])
-def test_mixed_takes_stored_answers_at_the_other_steps(tiny_run: Callable[..., Any], share: float, expected: set[bool]) -> None:
+def test_mixed_takes_stored_answers_at_the_other_steps(
+    tiny_run: Callable[..., Any], share: float, expected: set[bool]
+) -> None:
     """A step is stored or the student's own as a whole."""
     sampler = {"kind": "my_lab.samplers:Mixed", "share": share, "generate": {"kind": "hf", "max_tokens": 12}}
     done = tiny_run("full", sampler=sampler, task={"kind": "my_lab.tasks:Backwards"}, steps=5)
     seen = set()
     for step in range(1, 6):
         rows = [row for row in done.rows("attempts") if row["kind"] == "attempt" and row["step"] == step]
-        stored = {not any(row["logp"]) for row in rows}  # nobody drew these tokens, so nobody gave them a probability
+        # nobody drew these tokens, so nobody gave them a probability
+        stored = {not any(row["logp"]) for row in rows}
         assert len(rows) == 4
         assert len(stored) == 1
         if stored == {True}:
@@ -144,10 +161,15 @@ def test_all_of_them_run_together_from_the_recipe(tmp_path: Path) -> None:
     cfg = load_recipe(recipe)
     assert config_hash(from_table(to_table(cfg))) == config_hash(cfg)
     off = {f"evals.{name}": "none" for name in cfg.evals}
-    summary = reflux.run(recipe, {"steps": 2, "prompts_per_step": 4, "threads": 1, "sampler.share": 1.0, **off}, out=tmp_path / "run")
+    summary = reflux.run(
+        recipe,
+        {"steps": 2, "prompts_per_step": 4, "threads": 1, "sampler.share": 1.0, **off},
+        out=tmp_path / "run",
+    )
     assert summary["method"] == "my_lab.objectives:Jeffreys + my_lab.credit:Surprise"
     metrics, attempts = (
-        [json.loads(line) for line in (tmp_path / "run" / f"{name}.jsonl").read_text().splitlines()] for name in ("metrics", "attempts")
+        [json.loads(line) for line in (tmp_path / "run" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("metrics", "attempts")
     )
     learned = [row for row in attempts if row["kind"] == "learned" and row["step"] == 1]
     shares = [np.mean(np.array(row["teacher_logp"]["main"]) <= -0.5) for row in learned]
@@ -194,7 +216,9 @@ def test_list_refuses_what_is_no_package_of_parts() -> None:
 
 
 def test_a_kind_of_another_group_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"credit.mine: 'my_lab.tasks:Backwards' is no part of the group credit.*CreditPart"):
+    with pytest.raises(
+        ConfigError, match=r"credit.mine: 'my_lab.tasks:Backwards' is no part of the group credit.*CreditPart"
+    ):
         load_recipe(RECIPE, {"credit.mine": {"kind": "my_lab.tasks:Backwards"}})
     with pytest.raises(ConfigError, match="is no part of the group credit"):
         load_recipe(RECIPE, {"credit.mine": {"kind": "os:system"}})
@@ -203,7 +227,9 @@ def test_a_kind_of_another_group_is_refused() -> None:
 def test_its_problems_refuse_and_its_advice_is_printed() -> None:
     assert checks.warnings(load_recipe(RECIPE)) == []
     assert "without the rule" in behaviour("credit.surprise.elsewhere=1.0")
-    with pytest.raises(ConfigError, match=r"credit.surprise.teacher: there is no teacher 'nobody'. Known: main"):
+    with pytest.raises(
+        ConfigError, match=r"credit.surprise.teacher: there is no teacher 'nobody'. Known: main"
+    ):
         behaviour("credit.surprise.teacher=nobody")
 
 
@@ -228,20 +254,35 @@ def test_its_papers_are_cited() -> None:
 
 def test_a_model_card_tells_what_ends_every_prompt() -> None:
     assert "every prompt ends with" not in model_card(load_recipe("opd"), 3, [])
-    assert "- every prompt ends with: `'<think>\\n'`\n" in model_card(load_recipe("opd", {"learner.prompt_suffix": "<think>\n"}), 3, [])
+    assert "- every prompt ends with: `'<think>\\n'`\n" in model_card(
+        load_recipe("opd", {"learner.prompt_suffix": "<think>\n"}), 3, []
+    )
 
 
 def test_the_report_draws_what_its_parts_show_and_the_notes_of_its_rule(tmp_path: Path) -> None:
     off = {f"evals.{name}": "none" for name in load_recipe(RECIPE).evals}
-    reflux.run(RECIPE, {"steps": 3, "prompts_per_step": 2, "threads": 1, "sampler.share": 0.5, **off}, out=tmp_path / "run")
+    reflux.run(
+        RECIPE,
+        {"steps": 3, "prompts_per_step": 2, "threads": 1, "sampler.share": 0.5, **off},
+        out=tmp_path / "run",
+    )
     notes: list[str] = []
     config = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
     charts = {chart.title: chart for chart in own_charts(config, Recorded(tmp_path / "run"), notes)}
-    assert set(charts) == {"Answers that the student wrote itself, by step", "credit.surprise: its notes by step"}
+    assert set(charts) == {
+        "Answers that the student wrote itself, by step",
+        "credit.surprise: its notes by step",
+    }
     assert notes == []
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    told = {name: [row["credit"]["surprise"][name] for row in metrics] for name in ("weight_mean", "surprising")}
-    expected = {(name, str(step), f"{value:.3g}") for name, values in told.items() for step, value in enumerate(values, 1)}
+    told = {
+        name: [row["credit"]["surprise"][name] for row in metrics] for name in ("weight_mean", "surprising")
+    }
+    expected = {
+        (name, str(step), f"{value:.3g}")
+        for name, values in told.items()
+        for step, value in enumerate(values, 1)
+    }
     assert set(charts["credit.surprise: its notes by step"].rows) == expected
     shares = {share for _, _, share in charts["Answers that the student wrote itself, by step"].rows}
     assert shares == {"0", "1"}
@@ -251,8 +292,15 @@ def test_the_report_draws_what_its_parts_show_and_the_notes_of_its_rule(tmp_path
 
 def test_a_part_that_is_gone_costs_a_note_and_not_the_page(tmp_path: Path) -> None:
     notes: list[str] = []
-    config = {"credit": {"mine": {"kind": "no_such_lab.credit:Rule"}, "surprise": {"kind": "my_lab.credit:Surprise"}}}
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "credit": {"surprise": {"surprising": 0.5}, "mine": {"kept": 1}}}\n')
+    config = {
+        "credit": {
+            "mine": {"kind": "no_such_lab.credit:Rule"},
+            "surprise": {"kind": "my_lab.credit:Surprise"},
+        }
+    }
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "credit": {"surprise": {"surprising": 0.5}, "mine": {"kept": 1}}}\n'
+    )
     (chart,) = own_charts(config, Recorded(tmp_path), notes)
     assert chart.rows == [("surprising", "1", "0.5")]
     assert [note.partition(":")[0] for note in notes] == ["credit.mine"]

@@ -1,4 +1,6 @@
-"""Evaluations of images: verdicts with parts, the teachers' images from the same noise, the KL of every step in closed form."""
+"""Evaluations of images: verdicts with parts, the teachers' images from the same noise, the KL of every step
+in closed form.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,8 @@ import pytest
 import tiny
 import tiny_flow
 from reflux.config.context import StudentSpec
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import SamplingParams, StepContext
 from reflux.errors import DataError
 from reflux.evals import teacher_accuracy
 from reflux.evals.accuracy import Accuracy
@@ -45,10 +49,7 @@ from reflux.types import (
     FlowRollout,
     Group,
     Prompt,
-    Requirements,
     SampledTarget,
-    SamplingParams,
-    StepContext,
     TeacherAnswer,
     TokenRollout,
     VelocityTarget,
@@ -70,9 +71,17 @@ def glyph_model(seed: int) -> Any:
     return tiny_flow.model(seed, side=16, layers=1, texts=("", *GLYPHS.texts()))
 
 
-def run_of(task: Any = GLYPHS, graders: Any = None, step: int = 0, teachers: dict[str, Any] | None = None, **sampler: Any) -> Any:
+def run_of(
+    task: Any = GLYPHS,
+    graders: Any = None,
+    step: int = 0,
+    teachers: dict[str, Any] | None = None,
+    **sampler: Any,
+) -> Any:
     acting = Flow(**{"steps": STEPS, "eval_steps": 2, "batch_images": 7, **sampler})
-    cfg = SimpleNamespace(evaluation_positions=STEPS, draw=acting.draw, sampler=acting, teachers=teachers or {})
+    cfg = SimpleNamespace(
+        evaluation_positions=STEPS, draw=acting.draw, sampler=acting, teachers=teachers or {}
+    )
     return SimpleNamespace(
         task=task, graders=graders, seed=0, step=step, cfg=cfg, requirements=Requirements(), clock=Clock(), shared_cache=SharedCache(), heads=HEADS,
         off_loop=asyncio.to_thread, step_context=lambda: StepContext(step, 0),
@@ -103,7 +112,11 @@ class Draughtsman:
     async def sample(self, prompt: Prompt, n: int, draw: SamplingParams) -> Group:
         self.drawn += 1
         rng = np.random.default_rng(self.drawn)
-        image = glyph_drawing.draw(prompt, random.Random(self.drawn)) if self.drawn % 3 else np.zeros((16, 16), np.uint8)
+        image = (
+            glyph_drawing.draw(prompt, random.Random(self.drawn))
+            if self.drawn % 3
+            else np.zeros((16, 16), np.uint8)
+        )
         flawed = (image * 0.9 + rng.uniform(0, self.drawn, image.shape)).astype(np.uint8)
         return [Attempt(tiny_flow.rollout(2, prompt=prompt, image=flawed))]
 
@@ -128,7 +141,8 @@ def test_a_picture_is_judged_with_its_parts_and_shown_as_it_was_judged(graders: 
     assert (table["accuracy"], table["low"], table["high"]) == (right / 20, *wilson(right, 20))
     assert (table["mean_steps"], table["truncated"], "mean_tokens" in table) == (2, 0, False)
     assert [(e["id"], e["prompt"], e["parts"]["quality"]) for e in table["examples"]] == [
-        (prompt.id, prompt.messages[-1]["content"], value) for prompt, value in zip(prompts, quality, strict=True)
+        (prompt.id, prompt.messages[-1]["content"], value)
+        for prompt, value in zip(prompts, quality, strict=True)
     ]
     assert "text" not in table["examples"][0]
     assert json.loads(json.dumps(table)) == table
@@ -141,7 +155,10 @@ def test_greedy_pictures_begin_with_the_same_noise_at_every_evaluation(graders: 
     tables = [asyncio.run(asked.measure(asked_of(run, sampler_of(run, glyph_model(1))))) for run in runs]
     assert tables[0] == tables[1]
     other = run_of(graders=graders)
-    assert asyncio.run(asked.measure(asked_of(other, sampler_of(other, glyph_model(2)))))["examples"] != tables[0]["examples"]
+    assert (
+        asyncio.run(asked.measure(asked_of(other, sampler_of(other, glyph_model(2)))))["examples"]
+        != tables[0]["examples"]
+    )
 
 
 def test_a_picture_larger_than_a_thumbnail_is_listed_small() -> None:
@@ -193,31 +210,41 @@ def objective_teachers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str, 
 ROUTED = {"one": part("main", ["digits"]), "two": part("main", ["counts"]), "frozen": part()}
 
 
-def ceiling(tables: dict[str, Any], graders: Any = None, teacher: str = "main", **fields: Any) -> dict[str, Any]:
+def ceiling(
+    tables: dict[str, Any], graders: Any = None, teacher: str = "main", **fields: Any
+) -> dict[str, Any]:
     asked: Any = TeacherAccuracy(**{"teacher": teacher, "problems": 6, **fields})
     run = run_of(graders=graders, teachers=tables)
     return asyncio.run(asked(asked_of(run, None, SimpleNamespace()), None))
 
 
-def test_each_problem_goes_to_the_teacher_of_its_route(objective_teachers: list[Any], graders: Graders) -> None:
+def test_each_problem_goes_to_the_teacher_of_its_route(
+    objective_teachers: list[Any], graders: Graders
+) -> None:
     table = ceiling(ROUTED, graders, examples=6)
     prompts = list(GLYPHS.prompts("validation", HELD_OUT_SEED))[:6]
-    assert [int(from_text(example["image"])[0, 0]) for example in table["examples"]] == [0, 1] * 3  # in the problems' own order
+    # in the problems' own order
+    assert [int(from_text(example["image"])[0, 0]) for example in table["examples"]] == [0, 1] * 3
     assert [example["id"] for example in table["examples"]] == [prompt.id for prompt in prompts]
     assert objective_teachers == [(0, p.id, 3) for p in prompts[::2]] + [(1, p.id, 3) for p in prompts[1::2]]
     assert table["problems"] == 6
     assert table["accuracy.digits.problems"] == table["accuracy.counts.problems"] == 3
 
 
-def test_one_table_is_asked_everything_whatever_its_routes(objective_teachers: list[Any], graders: Graders) -> None:
+def test_one_table_is_asked_everything_whatever_its_routes(
+    objective_teachers: list[Any], graders: Graders
+) -> None:
     assert ceiling(ROUTED, graders, teacher="two")["problems"] == 6
     assert {who for who, _, cohort in objective_teachers} == {1}
     assert {cohort for _, _, cohort in objective_teachers} == {6}
     objective_teachers.clear()
-    assert ceiling({"main": part(None, ["digits"])}, graders)["problems"] == 6  # alone under its name
+    # alone under its name
+    assert ceiling({"main": part(None, ["digits"])}, graders)["problems"] == 6
 
 
-def test_what_no_table_serves_is_left_out_and_counted(objective_teachers: list[Any], graders: Graders) -> None:
+def test_what_no_table_serves_is_left_out_and_counted(
+    objective_teachers: list[Any], graders: Graders
+) -> None:
     tables = {"one": part("main", ["digits"]), "two": part("main", ["letters"])}
     table = ceiling(tables, graders)
     assert table["problems"] == 3
@@ -235,7 +262,13 @@ def test_a_name_is_looked_up_among_tables_and_what_they_answer_as() -> None:
 
 
 def test_a_teacher_without_a_model_is_null_or_refused(graders: Graders) -> None:
-    assert ceiling({"main": SelfTeacher()}, graders) == {"accuracy": None, "low": None, "high": None, "problems": 0, "split": "validation"}
+    assert ceiling({"main": SelfTeacher()}, graders) == {
+        "accuracy": None,
+        "low": None,
+        "high": None,
+        "problems": 0,
+        "split": "validation",
+    }
     for tables in ({}, {"other": part()}):
         with pytest.raises(ValueError, match="teacher 'main' has no model of its own"):
             ceiling(tables, graders)
@@ -250,8 +283,12 @@ def test_an_empty_split_is_named(objective_teachers: list[Any]) -> None:
         asyncio.run(TeacherAccuracy()(asked_of(run_of(Glyphs(held_out=0), teachers=ROUTED), None), None))  # type: ignore[arg-type]
 
 
-def test_flow_teachers_draw_with_their_own_weights_and_the_students_dice(tmp_path: Path, graders: Graders) -> None:
-    """Routed, two models on disk: each image is the one that its route's model draws of the noise that the student gets."""
+def test_flow_teachers_draw_with_their_own_weights_and_the_students_dice(
+    tmp_path: Path, graders: Graders
+) -> None:
+    """Routed, two models on disk: each image is the one that its route's model draws of the noise that the
+    student gets.
+    """
     models = {"digits": glyph_model(5), "counts": glyph_model(6)}
     tables = {}
     for route, model in models.items():
@@ -265,7 +302,8 @@ def test_flow_teachers_draw_with_their_own_weights_and_the_students_dice(tmp_pat
             digits = StudentSpec(str(tmp_path / "digits"))
             contexts = {name: replace(run.context(name), student=digits) for name in tables}
             opened = {
-                name: (part, await stack.enter_async_context(part.open(contexts[name], run.services))) for name, part in tables.items()
+                name: (part, await stack.enter_async_context(part.open(contexts[name], run.services)))
+                for name, part in tables.items()
             }
             teachers = Teachers(opened, run.requirements, run.clock)  # type: ignore[arg-type]
             return await TeacherAccuracy(problems=6)(asked_of(run, None, teachers), None)  # type: ignore[arg-type]
@@ -276,20 +314,24 @@ def test_flow_teachers_draw_with_their_own_weights_and_the_students_dice(tmp_pat
         student = sampler_of(run_of(step=0), models[prompt.route or ""])
         (alone,) = asyncio.run(student.sample(prompt, 1, SamplingParams(0, "eval", STEPS, temperature=0.0)))
         assert example["id"] == prompt.id
-        np.testing.assert_allclose(from_text(example["image"]).astype(int), alone.rollout.made, atol=1)  # rounding, in another batch
+        # rounding, in another batch
+        np.testing.assert_allclose(from_text(example["image"]).astype(int), alone.rollout.made, atol=1)
 
 
 # --- agreement
 
 
 def kl_by_means(drawn: FlowRollout, student_TD: np.ndarray, teacher_TD: np.ndarray) -> np.ndarray:
-    """KL between two Gaussians of one width, from the means of the two steps: |mean_s - mean_T|^2 / (2 std^2), float64."""
+    """KL between two Gaussians of one width, from the means of the two steps: |mean_s - mean_T|^2 / (2
+    std^2), float64.
+    """
     t_T, dt_T = drawn.t_S[:-1].astype(np.float64), np.diff(drawn.t_S).astype(np.float64)
     kl = []
     for i in np.flatnonzero(drawn.mask_T):
         x_D = drawn.x_SD[i].astype(np.float64)
         (mean_s, std), (mean_t, _) = (
-            step_moments(x_D, v_TD[i].astype(np.float64), t_T[i], dt_T[i], drawn.noise_level) for v_TD in (student_TD, teacher_TD)
+            step_moments(x_D, v_TD[i].astype(np.float64), t_T[i], dt_T[i], drawn.noise_level)
+            for v_TD in (student_TD, teacher_TD)
         )
         kl.append(((mean_s - mean_t) ** 2).sum() / (2 * std**2))
     return np.asarray(kl)
@@ -326,7 +368,9 @@ def test_the_gap_of_a_step_is_the_kl_of_its_gaussians(noise_level: float, shift:
 def test_a_student_is_at_home_with_itself() -> None:
     made = scored()
     assert isinstance(made.rollout.behaviour, VelocityTarget)
-    made.answers["main"] = TeacherAnswer(target=VelocityTarget(teacher="main", v_TD=made.rollout.behaviour.v_TD))
+    made.answers["main"] = TeacherAnswer(
+        target=VelocityTarget(teacher="main", v_TD=made.rollout.behaviour.v_TD)
+    )
     found_T = gap_T(made, "main", HEADS)
     assert found_T is not None
     assert (found_T[made.rollout.mask_T] == 0).all()
@@ -335,10 +379,14 @@ def test_a_student_is_at_home_with_itself() -> None:
 def test_where_one_of_the_two_said_nothing_there_is_no_gap() -> None:
     made = scored()
     assert gap_T(made, "anchor", HEADS) is None
-    assert gap_T(Attempt(replace(made.rollout, behaviour=None), answers=dict(made.answers)), "main", HEADS) is None  # type: ignore[type-var]
+    assert (
+        gap_T(Attempt(replace(made.rollout, behaviour=None), answers=dict(made.answers)), "main", HEADS)
+        is None
+    )  # type: ignore[type-var]
     made.answers["main"] = TeacherAnswer(target=SampledTarget(teacher="main", logp_T=np.zeros(5, np.float32)))
     assert gap_T(made, "main", HEADS) is None
-    assert gap_T(scored(noise_level=0.0), "main", HEADS) is None  # infinite
+    # infinite
+    assert gap_T(scored(noise_level=0.0), "main", HEADS) is None
     nothing = np.zeros(0, np.int64)
     text = TokenRollout(
         prompt=Prompt("p", ()), sample=0, version=0, finish="stop", mask_T=nothing == 1, logp_T=nothing, prompt_tokens=nothing,
@@ -357,14 +405,19 @@ class Speaking:
 
     async def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherAnswer]:
         self.asked += len(requests)
-        return [TeacherAnswer(target=tiny_flow.velocities(self.model, request.rollout, self.name)) for request in requests]
+        return [
+            TeacherAnswer(target=tiny_flow.velocities(self.model, request.rollout, self.name))
+            for request in requests
+        ]
 
 
 def speaking(**tables: tuple[Any, Sequence[str]]) -> tuple[Teachers, dict[str, Any]]:
     from reflux.contexts.same import Same
 
     parts = {
-        name: SimpleNamespace(alias="main", routes=tuple(routes), in_process=True, context=Same(), rollouts=FlowRollout)
+        name: SimpleNamespace(
+            alias="main", routes=tuple(routes), in_process=True, context=Same(), rollouts=FlowRollout
+        )
         for name, (_, routes) in tables.items()
     }
     opened: Any = {name: (parts[name], Speaking(model, "main")) for name, (model, _) in tables.items()}
@@ -390,14 +443,18 @@ def test_agreement_is_the_mean_kl_of_the_steps_the_student_drew(monkeypatch: pyt
     for made in kept:
         route = made.rollout.prompt.route
         said_TD, told_TD = (
-            tiny_flow.velocities(model, made.rollout).v_TD for model in (student, {"digits": digits, "counts": counts}[route or ""])
+            tiny_flow.velocities(model, made.rollout).v_TD
+            for model in (student, {"digits": digits, "counts": counts}[route or ""])
         )
         expected[route or ""].append(kl_by_means(made.rollout, said_TD, told_TD))  # type: ignore[arg-type]
     every = np.asarray([*expected["digits"], *expected["counts"]])
     assert every.shape == (6, STEPS - 1)
     assert table["kl_nats"] == pytest.approx(every.mean(), rel=1e-4)
     assert table["attempts"] == 6
-    assert [(row["position"], row["width"], row["steps"]) for row in table["by_position"]] == [(0, 1, 6), (1, 1, 6)]
+    assert [(row["position"], row["width"], row["steps"]) for row in table["by_position"]] == [
+        (0, 1, 6),
+        (1, 1, 6),
+    ]
     assert [row["kl_nats"] for row in table["by_position"]] == pytest.approx(every.mean(0), rel=1e-4)
     for route in ("digits", "counts"):
         assert table[f"kl_nats.{route}"] == pytest.approx(np.mean(expected[route]), rel=1e-4)

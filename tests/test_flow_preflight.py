@@ -16,12 +16,12 @@ import pytest
 import tiny_flow
 import tiny_glyphs
 from reflux.config.recipe import RunConfig, load_recipe
+from reflux.config.step_context import SamplingParams
 from reflux.errors import ModelError
 from reflux.inspection.doctor import examine
 from reflux.loop import train
 from reflux.tasks.glyphs import Glyphs
 from reflux.training import Options
-from reflux.types import SamplingParams
 from tiny_glyphs import EVAL_STEPS, NO_EVALS, STEPS, behaviour, glyphs
 
 Config = Callable[..., RunConfig]
@@ -51,15 +51,25 @@ def findings(cfg: RunConfig) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"sampler__guidance": 2.0}, {"sampler__noise_level": 0.0, "objectives": [{"kind": "velocity_kl", "weight": "mse"}]}]
+    "changes",
+    [
+        {},
+        {"sampler__guidance": 2.0},
+        {"sampler__noise_level": 0.0, "objectives": [{"kind": "velocity_kl", "weight": "mse"}]},
+    ],
 )
 def test_preflight_measures_a_flow(config: Config, changes: dict[str, Any]) -> None:
     found = findings(config("flow", **changes))
-    assert {"grid", "images", "parity", "teacher 'main'", "teacher 'anchor'", "zero at identity"} <= set(found)
+    assert {"grid", "images", "parity", "teacher 'main'", "teacher 'anchor'", "zero at identity"} <= set(
+        found
+    )
     assert {finding.verdict for check, finding in found.items() if check not in ("disk", "recipe")} == {"ok"}
     assert f"{STEPS} steps of" in found["grid"].text
     assert "16 x 16 pixels" in found["images"].text
-    assert "0.0e+00" in found["zero at identity"].text or float(found["zero at identity"].text.split(" is ")[1].split()[0]) < 1e-5
+    assert (
+        "0.0e+00" in found["zero at identity"].text
+        or float(found["zero at identity"].text.split(" is ")[1].split()[0]) < 1e-5
+    )
 
 
 @pytest.mark.parametrize("recipe", ["flow_sft", "flow_grpo"])
@@ -68,7 +78,9 @@ def test_preflight_lets_the_other_flow_recipes_through(config: Config, recipe: s
     assert found["parity"].verdict == found["zero at identity"].verdict == "ok"
 
 
-@pytest.mark.parametrize("changes", [{}, {"sampler__noise_level": 0.0, "objectives": [{"kind": "velocity_kl", "weight": "mse"}]}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"sampler__noise_level": 0.0, "objectives": [{"kind": "velocity_kl", "weight": "mse"}]}]
+)
 @pytest.mark.parametrize("fault", ["weights", "time", "guidance"])
 def test_preflight_sees_a_learner_that_is_not_its_sampler(
     config: Config, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], fault: str
@@ -91,7 +103,9 @@ def test_preflight_sees_a_learner_that_is_not_its_sampler(
 
 
 def test_the_parity_bound_is_what_a_share_of_the_velocity_moves() -> None:
-    """Velocities off by the share in a random direction stay inside the bound, ten times as far do not; over all noise levels."""
+    """Velocities off by the share in a random direction stay inside the bound, ten times as far do not; over
+    all noise levels.
+    """
     from reflux.inspection.doctor_flow import _log_prob_gap, _step_gap
     from reflux.models.flow.sde import step_logp, step_moments
 
@@ -102,23 +116,44 @@ def test_the_parity_bound_is_what_a_share_of_the_velocity_moves() -> None:
         for sample in range(8):
             made = tiny_flow.rollout(6, sample=sample, noise_level=noise_level or 0.7, drawn_by=model)
             v_TD = np.where(made.mask_T[:, None], behaviour(made), 1.0).astype(np.float64)
-            t_T1, dt_T1 = made.t_S[:-1, None].astype(np.float64), np.diff(made.t_S)[:, None].astype(np.float64)
+            t_T1, dt_T1 = (
+                made.t_S[:-1, None].astype(np.float64),
+                np.diff(made.t_S)[:, None].astype(np.float64),
+            )
             noise_TD = rng.standard_normal(v_TD.shape)
             x_SD = made.x_SD.astype(np.float64)
             mean_TD, std_T1 = step_moments(x_SD[:-1], v_TD, t_T1, dt_T1, noise_level)
             next_TD = mean_TD + std_T1 * noise_TD
             for factor, found in ratios.items():
                 push_TD = rng.standard_normal(v_TD.shape)
-                push_TD *= factor * share * np.linalg.norm(v_TD, axis=1, keepdims=True) / np.linalg.norm(push_TD, axis=1, keepdims=True)
-                for i in np.flatnonzero(made.mask_T):  # a rollout of one step each: the states here need not be a chain
+                push_TD *= (
+                    factor
+                    * share
+                    * np.linalg.norm(v_TD, axis=1, keepdims=True)
+                    / np.linalg.norm(push_TD, axis=1, keepdims=True)
+                )
+                for i in np.flatnonzero(made.mask_T):
+                    # a rollout of one step each: the states here need not be a chain
                     x_2D = np.stack([x_SD[i], next_TD[i]])
-                    logp_1 = np.zeros(1) if not noise_level else step_logp(next_TD[i], mean_TD[i], std_T1[i])[None]
-                    one = replace(made, x_SD=x_2D, t_S=made.t_S[i : i + 2], logp_T=logp_1, mask_T=np.ones(1, bool), noise_level=noise_level)
-                    gap_1, bound_1 = (_log_prob_gap if noise_level else _step_gap)(one, (v_TD + push_TD)[i : i + 1], share)
+                    logp_1 = (
+                        np.zeros(1) if not noise_level else step_logp(next_TD[i], mean_TD[i], std_T1[i])[None]
+                    )
+                    one = replace(
+                        made,
+                        x_SD=x_2D,
+                        t_S=made.t_S[i : i + 2],
+                        logp_T=logp_1,
+                        mask_T=np.ones(1, bool),
+                        noise_level=noise_level,
+                    )
+                    gap_1, bound_1 = (_log_prob_gap if noise_level else _step_gap)(
+                        one, (v_TD + push_TD)[i : i + 1], share
+                    )
                     found.append(float(gap_1[0] / bound_1[0]))
         assert max(ratios[1.0]) <= 1 + 1e-6
         assert max(ratios[10.0]) > 1
-        assert np.mean(ratios[1.0]) > (0.05 if noise_level else 0.9)  # and it is not far too wide; without noise it is no chance
+        # and it is not far too wide; without noise it is no chance
+        assert np.mean(ratios[1.0]) > (0.05 if noise_level else 0.9)
 
 
 def test_preflight_names_a_teacher_that_says_what_the_student_says(config: Config) -> None:
@@ -134,7 +169,9 @@ def test_preflight_counts_what_a_teacher_is_silent_about(config: Config) -> None
     assert "said nothing about 2 of 4 attempts" in found["teacher 'main'"].text
 
 
-def test_preflight_works_on_the_text_recipes_whose_attempts_are_not_the_students(student: str, teacher: str) -> None:
+def test_preflight_works_on_the_text_recipes_whose_attempts_are_not_the_students(
+    student: str, teacher: str
+) -> None:
     """Stored answers were never drawn: parity is measured where the student acts."""
     import tiny
 
@@ -147,17 +184,23 @@ def test_preflight_works_on_the_text_recipes_whose_attempts_are_not_the_students
 # --- eval and difficulty
 
 
-def test_a_flow_model_is_evaluated_by_its_folder(models: tiny_glyphs.Models, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flow_model_is_evaluated_by_its_folder(
+    models: tiny_glyphs.Models, capsys: pytest.CaptureFixture[str]
+) -> None:
     from reflux.cli.evaluate import evaluate_model
 
-    evaluate_model(models["student"], None, 4, 1, None, [f"sampler.eval_steps={EVAL_STEPS}", f"sampler.steps={STEPS}"])
+    evaluate_model(
+        models["student"], None, 4, 1, None, [f"sampler.eval_steps={EVAL_STEPS}", f"sampler.steps={STEPS}"]
+    )
     behaviour = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert behaviour["problems"] == "4"
     assert behaviour["mean_steps"] == f"{EVAL_STEPS:.4f}"
     assert {"accuracy", "quality", "avg@1", "accuracy.digits"} <= set(behaviour)
 
 
-def test_a_flow_run_is_evaluated_by_its_own_sampler(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flow_run_is_evaluated_by_its_own_sampler(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from reflux.cli.evaluate import evaluate_model
 
     cfg = config("flow_sft", steps=1, task={"kind": "glyphs", "domains": ["digits"]}, **NO_EVALS)
@@ -171,7 +214,9 @@ def test_a_flow_run_is_evaluated_by_its_own_sampler(config: Config, tmp_path: Pa
 def test_a_folder_without_a_flow_model_is_a_sentence(tmp_path: Path) -> None:
     from reflux.cli.evaluate import evaluate_model
 
-    with pytest.raises(ModelError, match=r"MODEL: the folder .* holds no config\.json and no model_index\.json"):
+    with pytest.raises(
+        ModelError, match=r"MODEL: the folder .* holds no config\.json and no model_index\.json"
+    ):
         evaluate_model(str(tmp_path), None, 4, 0, None, [])
 
 
@@ -207,7 +252,9 @@ def test_difficulty_counts_pictures_and_writes_a_recipe_of_pictures(
     assert "judges answers by" not in capsys.readouterr().out
 
 
-def test_difficulty_is_that_of_the_student_training_begins_with(config: Config, tmp_path: Path, models: tiny_glyphs.Models) -> None:
+def test_difficulty_is_that_of_the_student_training_begins_with(
+    config: Config, tmp_path: Path, models: tiny_glyphs.Models
+) -> None:
     """A merged student's images: those of a sampler that was given the mean of its teachers."""
     from reflux.cli.difficulty import _student
 
@@ -221,5 +268,6 @@ def test_difficulty_is_that_of_the_student_training_begins_with(config: Config, 
                 return attempt.rollout.x_SD  # type: ignore[attr-defined]
 
         images[name] = asyncio.run(act())
-    assert np.array_equal(images["merged"][0], images["plain"][0])  # the first noise
+    # the first noise
+    assert np.array_equal(images["merged"][0], images["plain"][0])
     assert abs(images["merged"][-1] - images["plain"][-1]).max() > 0.05

@@ -21,10 +21,10 @@ import tiny_flow
 import tiny_glyphs
 from conftest import Done
 from reflux.config.recipe import RunConfig, load_recipe
+from reflux.config.requirements import Requirements
 from reflux.inspection.plan import plan
 from reflux.loop import lasting, open_parts, train
 from reflux.training import Options, Run
-from reflux.types import Requirements
 from tiny_glyphs import NO_EVALS, RECIPES, STEPS, TIMES
 
 Config = Callable[..., RunConfig]
@@ -56,14 +56,17 @@ def flow_run(config: Config, tmp_path: Path) -> Callable[..., Done]:
 
 @pytest.mark.parametrize("max_staleness", [0, 1])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_flow_recipe_runs_with_its_evaluations(flow_run: Callable[..., Done], recipe: str, max_staleness: int) -> None:
+def test_a_flow_recipe_runs_with_its_evaluations(
+    flow_run: Callable[..., Done], recipe: str, max_staleness: int
+) -> None:
     ratio = {"objectives__0__ratio": "clip"} if recipe == "flow_grpo" and max_staleness else {}
     done = flow_run(recipe, steps=3, max_staleness=max_staleness, **ratio)
     rows, (before, after) = done.rows("metrics"), done.rows("evals")
     assert [row["step"] for row in rows] == [1, 2, 3]
     moved = [row for row in rows if row["updates"]]
     assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in moved)
-    assert len(moved) == 3 or recipe == "flow_grpo"  # where all verdicts of a step agree there is nothing to learn
+    # where all verdicts of a step agree there is nothing to learn
+    assert len(moved) == 3 or recipe == "flow_grpo"
     assert max(row["staleness_max"] for row in rows) <= max_staleness
     assert set(before) == {"step", *load_recipe(recipe).evals}
     assert {"accuracy.digits", "accuracy.counts", "quality"} <= set(after["accuracy"])
@@ -71,7 +74,9 @@ def test_a_flow_recipe_runs_with_its_evaluations(flow_run: Callable[..., Done], 
     assert (done.dir / "student" / "model_index.json").exists()
 
 
-def test_the_student_begins_at_the_mean_of_its_teachers(config: Config, tmp_path: Path, models: tiny_glyphs.Models) -> None:
+def test_the_student_begins_at_the_mean_of_its_teachers(
+    config: Config, tmp_path: Path, models: tiny_glyphs.Models
+) -> None:
     from reflux.models.flow.load import load_net
 
     cfg = config("flow")
@@ -113,18 +118,24 @@ def test_a_flow_recipe_plans(config: Config, models: tiny_glyphs.Models, recipe:
     )
     positions, teachers = found.positions_at_most, {"flow": 2, "flow_sft": 1, "flow_grpo": 0}[recipe]
     assert found.flops_at_most == pytest.approx((2 + 6 + 2 * teachers) * model.macs() * positions)
-    held = {"flow": 3, "flow_sft": 2, "flow_grpo": 0}[recipe]  # teachers' models; digits, counts and the anchor's
-    stored = sum(value.nbytes for value in model.net.state_dict().values())  # the table of places too
+    # teachers' models; digits, counts and the anchor's
+    held = {"flow": 3, "flow_sft": 2, "flow_grpo": 0}[recipe]
+    # the table of places too
+    stored = sum(value.nbytes for value in model.net.state_dict().values())
     assert found.memory_bytes == parameters * 16 + stored * (1 + held)
 
 
 def test_guidance_doubles_the_work(config: Config) -> None:
-    assert plan(config("flow", sampler__guidance=2.0)).flops_at_most == 2 * (plan(config("flow")).flops_at_most or 0)
+    assert plan(config("flow", sampler__guidance=2.0)).flops_at_most == 2 * (
+        plan(config("flow")).flops_at_most or 0
+    )
 
 
 def test_drawing_may_cost_more_than_learning(config: Config) -> None:
     """30 steps of an image of which 5 positions are learnt: six times the steps."""
-    assert plan(config("flow_sft", sampler__generate__eval_steps=30)).flops_at_most == 6 * (plan(config("flow_sft")).flops_at_most or 0)
+    assert plan(config("flow_sft", sampler__generate__eval_steps=30)).flops_at_most == 6 * (
+        plan(config("flow_sft")).flops_at_most or 0
+    )
 
 
 def test_adapters_on_one_model_share_it(config: Config, models: tiny_glyphs.Models) -> None:
@@ -134,10 +145,14 @@ def test_adapters_on_one_model_share_it(config: Config, models: tiny_glyphs.Mode
     student = plan(config("flow")).student
     parameters, stored = student.parameters or 0, student.stored_bytes or 0
     assert plan(config("flow", **changes)).memory_bytes == parameters * 16 + 2 * stored
-    assert plan(config("flow", learner__lora={"rank": 2}, **changes)).memory_bytes == parameters * 4 + 2 * stored
+    assert (
+        plan(config("flow", learner__lora={"rank": 2}, **changes)).memory_bytes == parameters * 4 + 2 * stored
+    )
 
 
-def test_a_plan_of_flows_speaks_of_steps_and_patches(config: Config, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_plan_of_flows_speaks_of_steps_and_patches(
+    config: Config, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     import tomli_w
 
     from reflux.cli.show import show_plan
@@ -146,13 +161,20 @@ def test_a_plan_of_flows_speaks_of_steps_and_patches(config: Config, capsys: pyt
     (tmp_path / "mine.toml").write_text(tomli_w.dumps(to_table(config("flow_sft"))))
     show_plan(str(tmp_path / "mine.toml"), [])
     behaviour = " ".join(capsys.readouterr().out.split())
-    for words in ("denoising steps", "64 patches an image", "the student's velocity where it acts", "activations come on top"):
+    for words in (
+        "denoising steps",
+        "64 patches an image",
+        "the student's velocity where it acts",
+        "activations come on top",
+    ):
         assert words in behaviour
     assert not any(word in behaviour for word in ("token", "context", "key-value", "prompts not counted"))
 
 
 def test_a_model_of_the_hub_with_encoders_and_decoder_is_sized_from_its_files(tmp_path: Path) -> None:
-    """Stable Diffusion's layout: two copies of a part in other precisions count once, encoders and decoder beside what is trained."""
+    """Stable Diffusion's layout: two copies of a part in other precisions count once, encoders and decoder
+    beside what is trained.
+    """
     from safetensors.torch import save_file
 
     from reflux.models.sizes import size_of
@@ -162,7 +184,11 @@ def test_a_model_of_the_hub_with_encoders_and_decoder_is_sized_from_its_files(tm
     for name in ("prompts.json", "prompts.safetensors"):
         (folder / "prompts" / name).unlink()
     (folder / "prompts").rmdir()
-    for part, names in {"text_encoder": ["model", "model.fp16"], "text_encoder_3": ["model"], "vae": ["diffusion_pytorch_model"]}.items():
+    for part, names in {
+        "text_encoder": ["model", "model.fp16"],
+        "text_encoder_3": ["model"],
+        "vae": ["diffusion_pytorch_model"],
+    }.items():
         (folder / part).mkdir()
         for name in names:
             save_file({"w": torch.zeros(10, dtype=torch.float16)}, folder / part / f"{name}.safetensors")
@@ -173,11 +199,18 @@ def test_a_model_of_the_hub_with_encoders_and_decoder_is_sized_from_its_files(tm
     own = sum(parameter.numel() for parameter in tiny_flow.model(1, side=8).net.transformer.parameters())
     found = size_of(str(folder), "m")
     held = own + tiny_flow.model(1, side=8).net.transformer.pos_embed.pos_embed.numel()
-    assert (found.parameters, found.stored_bytes, found.beside_bytes, found.patches) == (own, 2 * held, 60, 16)
+    assert (found.parameters, found.stored_bytes, found.beside_bytes, found.patches) == (
+        own,
+        2 * held,
+        60,
+        16,
+    )
     assert found.macs == own * (16 + 77 + 256)
-    wide = size_of(str(folder), "m", pixels=128)  # 128 / 8 latent values, 2 a patch
+    # 128 / 8 latent values, 2 a patch
+    wide = size_of(str(folder), "m", pixels=128)
     assert (wide.patches, wide.macs) == (64, own * (64 + 77 + 256))
-    student = tmp_path / "student"  # an export names where its encoders are
+    # an export names where its encoders are
+    student = tmp_path / "student"
     tiny_flow.model(1, side=8).save(student)
     (student / "model_index.json").write_text(json.dumps({**index, "_encoders": str(folder)}))
     for name in ("prompts.json", "prompts.safetensors"):
@@ -230,5 +263,11 @@ def test_an_accelerator_moves_the_attention_and_the_feed_forward_of_diffusers() 
 
     names = [name for name, _ in tiny_flow.model(1).net.named_parameters()]
     found = moved(names, INCLUDE)
-    assert {name.split("transformer_blocks.")[1].split(".")[1] for name in found} == {"attn", "ff", "ff_context"}
-    assert not [name for name in set(names) - set(found) if ".ff" in name or (".attn." in name and "norm" not in name)]
+    assert {name.split("transformer_blocks.")[1].split(".")[1] for name in found} == {
+        "attn",
+        "ff",
+        "ff_context",
+    }
+    assert not [
+        name for name in set(names) - set(found) if ".ff" in name or (".attn." in name and "norm" not in name)
+    ]

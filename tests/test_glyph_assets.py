@@ -14,7 +14,16 @@ import torch
 from safetensors import safe_open
 
 from reflux.assets import folder, glyph_models
-from reflux.assets.glyph_models import FLOW_SPECS, blank, cold_start, drawings, exam, first, flow_matching, pictures_of
+from reflux.assets.glyph_models import (
+    FLOW_SPECS,
+    blank,
+    cold_start,
+    drawings,
+    exam,
+    first,
+    flow_matching,
+    pictures_of,
+)
 from reflux.assets.make import main
 from reflux.evals.problems import problems
 from reflux.metrics.intervals import wilson
@@ -37,7 +46,9 @@ FILES = {
 }
 TINY = replace(FLOW_SPECS["glyph_base"], steps=2, batch=4, warmup=1, layers=1, problems=4)
 STATED = re.compile(
-    r"^- held-out (\w+), (.+): ([0-9]+)/([0-9]+) right \((.+)%, 95 % interval (.+)% to (.+)%\), quality ([0-9.]+)$", re.MULTILINE
+    r"^- held-out (\w+), (.+): ([0-9]+)/([0-9]+) right \((.+)%, 95 % interval (.+)% to (.+)%\), quality "
+    r"([0-9.]+)$",
+    re.MULTILINE,
 )
 
 
@@ -52,7 +63,10 @@ def files(where):
 def stated(name):
     """The results in a model's card: (right, images, quality) by domain and how it was asked."""
     found = STATED.findall((folder(name) / "README.md").read_text())
-    return {(domain, how): (int(right), int(images), float(clean)) for domain, how, right, images, _, _, _, clean in found}
+    return {
+        (domain, how): (int(right), int(images), float(clean))
+        for domain, how, right, images, _, _, _, clean in found
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------------------ what they are
@@ -72,13 +86,19 @@ def test_a_folder_holds_exactly_these_files_in_16_bits_and_is_small(name):
 def test_a_shipped_model_is_whole_and_what_its_spec_says(name):
     model, made = shipped(name), blank(FLOW_SPECS[name])
     found, expected = model.net.state_dict(), made.net.state_dict()
-    assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in expected.items()}
+    assert {key: value.shape for key, value in found.items()} == {
+        key: value.shape for key, value in expected.items()
+    }
     assert all(value.isfinite().all() for value in found.values())
     table = model.net.prompts
     assert table is not None
-    parts = ((model.net.transformer, "transformer/diffusion_pytorch_model.safetensors"), (table, "prompts/prompts.safetensors"))
+    parts = (
+        (model.net.transformer, "transformer/diffusion_pytorch_model.safetensors"),
+        (table, "prompts/prompts.safetensors"),
+    )
     for part, file in parts:
-        with safe_open(folder(name) / file, "pt") as weights:  # nothing left out, nothing left at its first value
+        with safe_open(folder(name) / file, "pt") as weights:
+            # nothing left out, nothing left at its first value
             stored = {key: weights.get_tensor(key) for key in weights.keys()}  # noqa: SIM118
         assert stored.keys() == part.state_dict().keys()
         assert all(stored[key].float().equal(value) for key, value in part.state_dict().items())
@@ -87,8 +107,11 @@ def test_a_shipped_model_is_whole_and_what_its_spec_says(name):
     assert model.scheduler["shift"] == 1.0
     assert model.shape() == (1, 16, 16)
     np.testing.assert_allclose(
-        model.grid(10), [*np.linspace(1, 1e-3, 10), 0], atol=1e-6
-    )  # as diffusers has it: the last step is a short one
+        model.grid(10),
+        [*np.linspace(1, 1e-3, 10), 0],
+        atol=1e-6,
+        # as diffusers has it: the last step is a short one
+    )
 
 
 def test_the_models_are_of_the_size_the_method_page_gives():
@@ -115,7 +138,9 @@ def test_a_card_states_what_was_measured_and_how_the_model_was_made(name):
     card, spec, results = (folder(name) / "README.md").read_text(), FLOW_SPECS[name], stated(name)
     ways = ("10 Euler steps", "40 Euler steps", "10 Euler steps, guidance 2")
     assert results.keys() == {(domain, how) for domain in DOMAINS for how in ways}
-    assert f"{spec.steps} steps of {spec.batch} drawings, lr {spec.lr:g}, seed {spec.seed}, 1 thread(s)" in card
+    assert (
+        f"{spec.steps} steps of {spec.batch} drawings, lr {spec.lr:g}, seed {spec.seed}, 1 thread(s)" in card
+    )
     assert f"python -m reflux.assets.make --only {name}`" in card
     assert (f"`reflux:{spec.start}`" if spec.start else "Trained from nothing") in card
     for _, _, right, images, share, low, high, clean in STATED.findall(card):
@@ -134,8 +159,12 @@ def scores():
     return {name: {domain: exam(shipped(name), domain, 60) for domain in DOMAINS} for name in NAMES}
 
 
-def test_each_specialist_is_far_better_at_its_domain_than_the_other_and_than_the_base_which_has_room_to_learn(scores):
-    right = {name: {domain: score.right / 60 for domain, score in found.items()} for name, found in scores.items()}
+def test_each_specialist_is_far_better_at_its_domain_than_the_other_and_than_the_base_which_has_room_to_learn(
+    scores,
+):
+    right = {
+        name: {domain: score.right / 60 for domain, score in found.items()} for name, found in scores.items()
+    }
     for own, other in (("digits", "counts"), ("counts", "digits")):
         assert right[f"glyph_{own}"][own] > 0.8
         assert right[f"glyph_{own}"][own] > right[f"glyph_{other}"][own] + 0.3
@@ -149,7 +178,8 @@ def test_the_cards_are_true(scores):
         for domain, score in found.items():
             right, images, clean = stated(name)[domain, "10 Euler steps"]
             assert score.images == 60
-            assert abs(score.right / 60 - right / images) < 0.15  # an eighth of the card's own images
+            # an eighth of the card's own images
+            assert abs(score.right / 60 - right / images) < 0.15
             assert abs(score.quality - clean) < 0.06
 
 
@@ -173,7 +203,10 @@ def test_drawings_are_what_was_asked_for_in_black_and_white():
     assert set(clean_ND.unique().tolist()) == {-1.0, 1.0}
     images = blank(TINY).images(clean_ND)
     assert all(task.verify(prompt, image).value == 1.0 for prompt, image in zip(prompts, images, strict=True))
-    assert all(task.verify(prompt, image).parts == {"quality": 1.0} for prompt, image in zip(prompts, images, strict=True))
+    assert all(
+        task.verify(prompt, image).parts == {"quality": 1.0}
+        for prompt, image in zip(prompts, images, strict=True)
+    )
 
 
 def test_flow_matching_costs_nothing_where_the_velocity_is_exact_and_its_square_elsewhere(monkeypatch):
@@ -182,7 +215,8 @@ def test_flow_matching_costs_nothing_where_the_velocity_is_exact_and_its_square_
 
     def exact(self, x_ND, t_N, asked, guidance=1.0):
         seen.append((x_ND, t_N, asked))
-        return (x_ND - clean_ND) / t_N[:, None]  # x_t - x_0 = t (x_1 - x_0)
+        # x_t - x_0 = t (x_1 - x_0)
+        return (x_ND - clean_ND) / t_N[:, None]
 
     monkeypatch.setattr(FlowModel, "velocity", exact)
     assert flow_matching(model, clean_ND, texts, torch.Generator().manual_seed(0)).item() < 1e-9
@@ -193,15 +227,22 @@ def test_flow_matching_costs_nothing_where_the_velocity_is_exact_and_its_square_
     assert noise_ND.std().item() == pytest.approx(1, abs=0.01)
     assert t_N.logit().mean().item() == pytest.approx(0, abs=0.1)
     assert t_N.logit().std().item() == pytest.approx(1, abs=0.1)
-    monkeypatch.setattr(FlowModel, "velocity", lambda self, x_ND, t_N, asked, guidance=1.0: torch.zeros_like(x_ND))
+    monkeypatch.setattr(
+        FlowModel, "velocity", lambda self, x_ND, t_N, asked, guidance=1.0: torch.zeros_like(x_ND)
+    )
     loss = flow_matching(model, clean_ND, texts, torch.Generator().manual_seed(0))
-    assert loss.item() == pytest.approx(2, abs=0.02)  # the squares of noise and drawing
+    # the squares of noise and drawing
+    assert loss.item() == pytest.approx(2, abs=0.02)
 
 
 def test_a_share_of_the_prompts_is_left_out(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        FlowModel, "velocity", lambda self, x_ND, t_N, texts, guidance=1.0: asked.extend(texts) or x_ND * self.net.prompts.rows.weight.sum()
+        FlowModel,
+        "velocity",
+        lambda self, x_ND, t_N, texts, guidance=1.0: (
+            asked.extend(texts) or x_ND * self.net.prompts.rows.weight.sum()
+        ),
     )
     cold_start(replace(TINY, steps=20, batch=100, domains=("digits",)))
     assert asked.count("") / len(asked) == pytest.approx(FLOW_SPECS["glyph_base"].blank, abs=0.03)
@@ -241,7 +282,8 @@ def test_an_exam_asks_for_a_picture_of_each_prompt_and_judges_it_by_that_prompt(
 
     def artist(model, texts, *, steps, guidance, seed):
         asked.append((list(texts), steps, guidance, seed))
-        return [draw(by_text[text], rng) // (1 if index else 2) for index, text in enumerate(texts)]  # the first of each batch is too dim
+        # the first of each batch is too dim
+        return [draw(by_text[text], rng) // (1 if index else 2) for index, text in enumerate(texts)]
 
     monkeypatch.setattr(glyph_models, "pictures_of", artist)
     for domain in DOMAINS:
@@ -249,7 +291,9 @@ def test_an_exam_asks_for_a_picture_of_each_prompt_and_judges_it_by_that_prompt(
         assert score.images == 50
         assert score.right == 47
         assert score.quality == pytest.approx((47 + 3 * 127 / 255) / 50)
-        assert [text for texts, *_ in asked for text in texts] == [prompt_text(prompt) for prompt in tasks[domain][:50]]
+        assert [text for texts, *_ in asked for text in texts] == [
+            prompt_text(prompt) for prompt in tasks[domain][:50]
+        ]
         assert {how for _, *how in asked for how in [tuple(how[:2])]} == {(7, 3.0)}
         assert len({seed for *_, seed in asked}) == 3
         asked.clear()
@@ -271,7 +315,8 @@ def test_pictures_are_euler_steps_along_the_model_s_own_grid(monkeypatch):
     monkeypatch.setattr(FlowModel, "velocity", towards_grey)
     made = pictures_of(model, ["1 square", "the digit 3"], steps=5, guidance=1.5)
     assert times == [(pytest.approx(t), 1.5) for t in model.grid(5)[:-1]]
-    assert all(abs(image.astype(int) - 127.5).max() <= 1 for image in made)  # x = t x_1 ends at 0
+    # x = t x_1 ends at 0
+    assert all(abs(image.astype(int) - 127.5).max() <= 1 for image in made)
 
 
 def test_making_writes_whole_folders_that_load_and_replaces_them(tmp_path, monkeypatch, capsys):

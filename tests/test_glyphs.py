@@ -1,4 +1,6 @@
-"""Glyphs: prompts that can be taken up anywhere, images that are what was asked for, and verdicts and quality from their definitions."""
+"""Glyphs: prompts that can be taken up anywhere, images that are what was asked for, and verdicts and quality
+from their definitions.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ def noise(seed: int, share: float) -> np.ndarray:
 
 
 PICTURES = st.one_of(
-    arrays(np.uint8, (16, 16), elements=st.sampled_from(LEVELS.tolist())), st.builds(noise, st.integers(0, 2**32), st.floats(0.05, 0.9))
+    arrays(np.uint8, (16, 16), elements=st.sampled_from(LEVELS.tolist())),
+    st.builds(noise, st.integers(0, 2**32), st.floats(0.05, 0.9)),
 )
 
 
@@ -72,7 +75,9 @@ def test_a_prompt_says_in_words_what_its_route_and_answer_say():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("task", [Glyphs(), Glyphs(domains=("counts", "digits"), largest_count=4), Glyphs(domains=("digits",))])
+@pytest.mark.parametrize(
+    "task", [Glyphs(), Glyphs(domains=("counts", "digits"), largest_count=4), Glyphs(domains=("digits",))]
+)
 def test_any_position_can_be_started_from(task, split):
     whole = take(task, split, 120, seed=3)
     for start in (1, 7, 32, 119):
@@ -93,7 +98,8 @@ def test_every_stretch_of_even_length_is_half_of_each_domain(seed, split):
     prompts = take(Glyphs(), split, 60, seed)
     assert all({one.route, other.route} == {"digits", "counts"} for one, other in itertools.pairwise(prompts))
     digits, counts = ([prompt.answer for prompt in prompts if prompt.route == route] for route in DOMAINS)
-    assert Counter(digits) == {str(n): 3 for n in range(10)}  # 30 of 10 different ones: every round holds each once
+    # 30 of 10 different ones: every round holds each once
+    assert Counter(digits) == {str(n): 3 for n in range(10)}
     assert Counter(counts) == {str(n): 5 for n in range(1, 7)}
     assert all(len(set(digits[first : first + 10])) == 10 for first in (0, 10, 20))
 
@@ -109,12 +115,15 @@ def test_the_order_of_a_round_is_drawn_anew_and_differs_between_seeds_and_splits
 
 def test_ids_never_repeat_and_say_the_same_whatever_the_seed_and_the_order():
     by_id = {}
-    for seed, split, task in itertools.product((0, 1), SPLITS, (Glyphs(), Glyphs(domains=("counts", "digits")))):
+    for seed, split, task in itertools.product(
+        (0, 1), SPLITS, (Glyphs(), Glyphs(domains=("counts", "digits")))
+    ):
         prompts = take(task, split, 480, seed)
         assert len({prompt.id for prompt in prompts}) == len(prompts)
         for prompt in prompts:
             assert by_id.setdefault((split, prompt.id), prompt) == prompt
-    assert len({key for _, key in by_id}) == len(by_id) == 3 * 480  # no split has an id of another, and both seeds have the same ones
+    # no split has an id of another, and both seeds have the same ones
+    assert len({key for _, key in by_id}) == len(by_id) == 3 * 480
 
 
 def test_held_out_splits_end_and_training_does_not():
@@ -123,7 +132,10 @@ def test_held_out_splits_end_and_training_does_not():
     assert list(task.prompts("test", 0, start=7)) == []
     assert len(take(task, count=5000)) == 5000
     whole = Counter(text(prompt) for prompt in Glyphs().prompts("test", 0))
-    assert whole == {**{text_of("digits", n): 24 for n in range(10)}, **{text_of("counts", n): 40 for n in range(1, 7)}}
+    assert whole == {
+        **{text_of("digits", n): 24 for n in range(10)},
+        **{text_of("counts", n): 40 for n in range(1, 7)},
+    }
 
 
 def test_routes_are_those_of_the_prompts():
@@ -182,7 +194,11 @@ def test_the_dice_choose_every_place_and_every_set_of_places_and_nothing_else():
         drawn = {draw(prompt, random.Random(seed)).tobytes() for seed in range(3000)}
         domain, number = asked(prompt)
         drawings = ideals(domain)
-        owned = {image.tobytes() for image in drawings if (digit_in(image) if domain == "digits" else spots(image)) == number}
+        owned = {
+            image.tobytes()
+            for image in drawings
+            if (digit_in(image) if domain == "digits" else spots(image)) == number
+        }
         assert drawn == owned
         assert np.array_equal(draw(prompt, random.Random(5)), draw(prompt, random.Random(5)))
 
@@ -215,7 +231,10 @@ def test_what_is_drawn_is_right_clean_and_right_for_that_prompt_alone(prompt):
 
 def nearest(image: np.ndarray) -> dict[int, int]:
     """Pixels between an image and the nearest drawing of each digit, one drawing at a time."""
-    return {n: min(int(((digit(n, x, y) > 127) != (image > 127)).sum()) for x in (-1, 0, 1) for y in (-1, 0, 1)) for n in range(10)}
+    return {
+        n: min(int(((digit(n, x, y) > 127) != (image > 127)).sum()) for x in (-1, 0, 1) for y in (-1, 0, 1))
+        for n in range(10)
+    }
 
 
 @untimed
@@ -234,7 +253,8 @@ def test_a_digit_is_right_if_it_alone_is_nearest_and_at_most_six_pixels_off(n, s
 
 def test_six_pixels_off_is_right_seven_is_wrong_and_between_two_digits_is_neither():
     one = digit(1)
-    corners = [(0, 0), (0, 15), (15, 0), (15, 15), (0, 7), (15, 7), (7, 0)]  # of no digit at any place
+    # of no digit at any place
+    corners = [(0, 0), (0, 15), (15, 0), (15, 15), (0, 7), (15, 7), (7, 0)]
     for count in (6, 7):
         spoilt = one.copy()
         for place in corners[:count]:
@@ -254,7 +274,8 @@ def test_six_pixels_off_is_right_seven_is_wrong_and_between_two_digits_is_neithe
 @given(PICTURES)
 def test_spots_are_the_4_connected_components_of_four_pixels_or_more(image):
     labels = np.zeros((16, 16), int)
-    ndimage.label(image > 127, output=labels)  # its default: joined by sides
+    # its default: joined by sides
+    ndimage.label(image > 127, output=labels)
     counted = int((np.bincount(labels[labels > 0]) >= 4).sum())
     assert spots(image) == counted
     for prompt in PROMPTS[10:]:
@@ -264,14 +285,17 @@ def test_spots_are_the_4_connected_components_of_four_pixels_or_more(image):
 def test_a_speck_does_not_count_and_a_bridge_makes_one_of_two():
     two = squares([0, 1])
     assert spots(two) == 2
-    two[15, 13:16] = 255  # three pixels
+    # three pixels
+    two[15, 13:16] = 255
     assert spots(two) == 2
-    two[14, 15] = 255  # and a fourth
+    # and a fourth
+    two[14, 15] = 255
     assert spots(two) == 3
     two[2, 4] = two[2, 5] = 255
     assert spots(two) == 2
     corner = np.zeros((16, 16), np.uint8)
-    corner[0:2, 0:2] = corner[2:4, 2:4] = 255  # they touch at a corner only
+    # they touch at a corner only
+    corner[0:2, 0:2] = corner[2:4, 2:4] = 255
     assert spots(corner) == 2
     snake = np.zeros((16, 16), np.uint8)
     snake[::2] = 255
@@ -308,7 +332,8 @@ def test_quality_falls_from_one_to_nothing_with_every_further_flaw(domain):
         before = quality(spoilt, domain)
     assert quality(np.zeros((16, 16), np.uint8), domain) == 0
     assert quality(255 - whole, domain) == 0
-    assert quality(np.where(whole > 0, 204, 0).astype(np.uint8), domain) == pytest.approx(0.8)  # a fifth of the ink is missing
+    # a fifth of the ink is missing
+    assert quality(np.where(whole > 0, 204, 0).astype(np.uint8), domain) == pytest.approx(0.8)
 
 
 @untimed
@@ -342,7 +367,9 @@ def test_quality_does_not_ask_what_was_asked_for(prompt, other, seed):
 )
 def test_what_is_no_picture_is_refused_in_a_sentence(made):
     for prompt in (PROMPTS[0], PROMPTS[-1]):
-        with pytest.raises(ValueError, match=r"glyphs judges images of uint8 \[16, 16\], got .+; use a flow model"):
+        with pytest.raises(
+            ValueError, match=r"glyphs judges images of uint8 \[16, 16\], got .+; use a flow model"
+        ):
             TASK.verify(prompt, made)
 
 
@@ -372,12 +399,18 @@ def test_judging_imports_no_torch_and_works_in_a_worker():
         "import sys; from reflux.tasks.glyphs import Glyphs; g = Glyphs(); p = next(g.prompts('test', 0));"
         "assert not {'torch', 'PIL', 'scipy', 'diffusers'} & set(sys.modules), 'too much for a value';"
         "import numpy as np; g.verify(p, np.zeros((16, 16), np.uint8));"
-        "assert not {'torch', 'scipy', 'diffusers', 'transformers'} & set(sys.modules), 'too much for a verdict'"
+        "assert not {'torch', 'scipy', 'diffusers', 'transformers'} & set(sys.modules), 'too much for a "
+        "verdict'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     graders = Graders(workers=1, timeout_s=60)
     try:
-        jobs = [(PROMPTS[7], digit(7)), (PROMPTS[7], digit(1)), (PROMPTS[12], squares([0, 4, 8])), (PROMPTS[12], "no image")]
+        jobs = [
+            (PROMPTS[7], digit(7)),
+            (PROMPTS[7], digit(1)),
+            (PROMPTS[12], squares([0, 4, 8])),
+            (PROMPTS[12], "no image"),
+        ]
         verdicts = asyncio.run(graders.verify_many(TASK, jobs))
     finally:
         graders.close()

@@ -19,6 +19,7 @@ import pytest
 
 import tiny
 from reflux.config.registry import part
+from reflux.config.step_context import StepContext
 from reflux.contexts.peers import Peers
 from reflux.errors import ConfigError
 from reflux.grading import graders
@@ -26,7 +27,7 @@ from reflux.grading.graders import Graders
 from reflux.grading.math import final_answer, grade
 from reflux.rewards.base import judge
 from reflux.rewards.verifier import Verifier
-from reflux.types import Attempt, Group, Prompt, Reward, StepContext, TokenRollout
+from reflux.types import Attempt, Group, Prompt, Reward, TokenRollout
 
 TASK = r'''
 import mmap, os, signal, sys, time
@@ -156,7 +157,8 @@ def test_problems_are_counted(odd: Any) -> None:
 
 def test_a_worker_imports_no_torch_and_not_the_script(odd: Any) -> None:
     assert values(verdicts(odd, "torch", "main")) == [0.0, 0.0]
-    assert (verdicts(odd, "modules")[0].value or 0) > 0  # the question sees the worker's modules at all
+    # the question sees the worker's modules at all
+    assert (verdicts(odd, "modules")[0].value or 0) > 0
 
 
 def test_a_verifier_runs_in_the_main_thread_of_its_process(odd: Any) -> None:
@@ -171,7 +173,9 @@ def test_each_message_is_judged_by_its_own_task(odd: Any) -> None:
 
 def test_many_small_questions_at_once_get_their_own_answers(odd: Any) -> None:
     async def ask(graders: Graders) -> list[Reward]:
-        return await asyncio.gather(*(graders.verify(odd, PROMPT, "yes" if number % 2 else "no") for number in range(64)))
+        return await asyncio.gather(
+            *(graders.verify(odd, PROMPT, "yes" if number % 2 else "no") for number in range(64))
+        )
 
     with Graders(workers=2) as graders:
         assert values(asyncio.run(ask(graders))) == [float(number % 2) for number in range(64)]
@@ -218,7 +222,9 @@ def test_no_worker_outlives_a_killed_parent(odd: Any, tmp_path: Path, doing: str
         asyncio.run(main())
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, env=environment)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, env=environment
+    )
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     time.sleep(0.3)
@@ -231,9 +237,11 @@ def test_no_worker_outlives_a_killed_parent(odd: Any, tmp_path: Path, doing: str
 def test_a_script_without_a_main_guard_is_not_run_again(odd: Any, tmp_path: Path) -> None:
     script = tmp_path / "unguarded.py"
     script.write_text(
-        "import asyncio\nfrom odd_task import Odd\nfrom reflux.grading.graders import Graders\nfrom reflux.types import Prompt\n"
+        "import asyncio\nfrom odd_task import Odd\nfrom reflux.grading.graders import Graders\nfrom "
+        "reflux.types import Prompt\n"
         'print("once")\ngraders = Graders()\nprompt = Prompt(id="p", messages=(), answer="yes")\n'
-        'print(asyncio.run(graders.verify(Odd(), prompt, "yes")).value)\n'  # and never closed
+        # and never closed
+        'print(asyncio.run(graders.verify(Odd(), prompt, "yes")).value)\n'
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
@@ -260,7 +268,15 @@ def attempt(text: str, finish: Any = "stop") -> Attempt:
     ids = np.zeros(2, dtype=np.int64)
     common = {"mask_T": np.ones(2, dtype=bool), "logp_T": np.zeros(2, dtype=np.float32)}
     rollout = TokenRollout(
-        prompt=PROMPT, sample=0, version=0, finish=finish, **common, prompt_tokens=ids, tokens_T=ids, text=text, messages=PROMPT.messages
+        prompt=PROMPT,
+        sample=0,
+        version=0,
+        finish=finish,
+        **common,
+        prompt_tokens=ids,
+        tokens_T=ids,
+        text=text,
+        messages=PROMPT.messages,
     )
     return Attempt(rollout)
 
@@ -270,16 +286,26 @@ def test_the_verifier_says_what_it_found_of_each_attempt(odd: Any, own: bool) ->
     async def score(graders: Graders) -> list[Reward]:
         services = tiny.services()
         services.graders = graders
-        group = [attempt("yes"), attempt("yes", "error"), attempt("no"), attempt("raise"), attempt("yes", "length")]
+        group = [
+            attempt("yes"),
+            attempt("yes", "error"),
+            attempt("no"),
+            attempt("raise"),
+            attempt("yes", "length"),
+        ]
         async with Verifier(timeout_s=9.0 if own else 10.0).open(tiny.context(task=odd), services) as reward:
             rewards = await reward.score(group)
-        assert [entry.reward for entry in group] == [None] * 5  # asking changes nothing
+        # asking changes nothing
+        assert [entry.reward for entry in group] == [None] * 5
         return rewards
 
     with Graders() as graders:
         rewards = asyncio.run(score(graders))
         assert graders.errors == (0 if own else 1)
-    unfinished, failed = Reward(None, error="sampling ended in an error"), Reward(None, error="the verifier raised RuntimeError: no idea")
+    unfinished, failed = (
+        Reward(None, error="sampling ended in an error"),
+        Reward(None, error="the verifier raised RuntimeError: no idea"),
+    )
     assert rewards == [Reward(1.0), unfinished, Reward(0.0), failed, Reward(1.0)]
 
 
@@ -312,7 +338,10 @@ def test_the_loop_keeps_what_a_reward_returns() -> None:
 
     group = [attempt("yes"), attempt("no")]
     asyncio.run(judge(Words(), group))
-    assert [entry.reward for entry in group] == [Reward(0.0, feedback="words 0"), Reward(1.0, feedback="words 1")]
+    assert [entry.reward for entry in group] == [
+        Reward(0.0, feedback="words 0"),
+        Reward(1.0, feedback="words 1"),
+    ]
     alone = [attempt("yes")]
     asyncio.run(judge(None, alone))
     assert alone[0].reward is None
@@ -334,7 +363,8 @@ def test_the_verifier_reward_is_registered_with_its_vetted_setting() -> None:
     [
         (r"so \boxed{18}", "18"),
         (r"\boxed{17} no, \boxed{18}", "18"),
-        (r"\boxed{18}. The answer is 17.", "18"),  # what is boxed comes first
+        # what is boxed comes first
+        (r"\boxed{18}. The answer is 17.", "18"),
         (r"\boxed{\$18}", "18"),
         (r"\boxed{18 \text{ dollars}}", "18"),
         ("#### 1,000.0", "1000"),
@@ -369,7 +399,8 @@ def test_a_right_answer_counts(text: str, answer: str) -> None:
         ("no number at all", "5"),
         ("Answer:", "5"),
         (r"\boxed{}", "5"),
-        (r"5, so \boxed{5", "5"),  # cut off: it might have become 57
+        # cut off: it might have become 57
+        (r"5, so \boxed{5", "5"),
         ("Answer: 26", "25"),
         ("Answer: -5", "5"),
         ("Answer: 12 or 13", "12"),

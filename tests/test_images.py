@@ -16,7 +16,9 @@ from PIL import Image
 
 from reflux.models.images import SIDE, from_text, picture_of, png, thumbnail, to_text
 
-SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12)) | st.tuples(st.integers(1, 12), st.integers(1, 12), st.just(3))
+SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12)) | st.tuples(
+    st.integers(1, 12), st.integers(1, 12), st.just(3)
+)
 
 
 @given(arrays(np.uint8, SHAPES))
@@ -30,7 +32,8 @@ def test_any_png_reader_sees_the_same_pixels() -> None:
     """Against the format's definition: chunks, zlib, filters undone by hand for a row of one pixel."""
     data = png(np.asarray([[200]], np.uint8))
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">IIBB", data[16:26]) == (1, 1, 8, 0)  # width, height, bits, grey
+    # width, height, bits, grey
+    assert struct.unpack(">IIBB", data[16:26]) == (1, 1, 8, 0)
     at = data.index(b"IDAT")
     (length,) = struct.unpack(">I", data[at - 4 : at])
     assert zlib.decompress(data[at + 4 : at + 4 + length])[1] == 200
@@ -44,9 +47,16 @@ def test_what_fits_is_its_own_thumbnail(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "small"),
-    [((SIDE + 1, SIDE + 1), (96, 96)), ((192, 96), (96, 48)), ((100, 400, 3), (24, 96, 3)), ((1000, 1, 3), (96, 1, 3))],
+    [
+        ((SIDE + 1, SIDE + 1), (96, 96)),
+        ((192, 96), (96, 48)),
+        ((100, 400, 3), (24, 96, 3)),
+        ((1000, 1, 3), (96, 1, 3)),
+    ],
 )
-def test_a_large_picture_is_kept_small_and_in_proportion(shape: tuple[int, ...], small: tuple[int, ...]) -> None:
+def test_a_large_picture_is_kept_small_and_in_proportion(
+    shape: tuple[int, ...], small: tuple[int, ...]
+) -> None:
     """A plane of one colour stays that colour; halves stay where they were."""
     image = np.full(shape, 77, np.uint8)
     again = from_text(to_text(image))
@@ -87,7 +97,9 @@ def as_file(image: Image.Image, format: str = "PNG") -> bytes:
 
 
 def test_other_kinds_of_png_become_grey_or_colour() -> None:
-    assert picture_of(as_file(Image.new("RGBA", (3, 2), (10, 20, 30, 0)))).tolist() == [[[10, 20, 30]] * 3] * 2
+    assert (
+        picture_of(as_file(Image.new("RGBA", (3, 2), (10, 20, 30, 0)))).tolist() == [[[10, 20, 30]] * 3] * 2
+    )
     assert picture_of(as_file(Image.new("1", (2, 1), 1))).tolist() == [[255, 255]]
     assert picture_of(as_file(Image.new("RGB", (2, 1), (1, 2, 3)).convert("P"))).shape == (1, 2, 3)
 
@@ -114,7 +126,9 @@ def test_what_is_no_whole_png_of_a_fair_size_is_refused(data: bytes) -> None:
         from_text(base64.b64encode(data).decode())
 
 
-@pytest.mark.parametrize("text", ['"><script>', "AAAA\nAAAA", "A", "é", to_text(np.zeros((1, 1), np.uint8)) + '"'])
+@pytest.mark.parametrize(
+    "text", ['"><script>', "AAAA\nAAAA", "A", "é", to_text(np.zeros((1, 1), np.uint8)) + '"']
+)
 def test_what_is_no_base64_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="base64"):
         from_text(text)

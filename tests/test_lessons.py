@@ -1,4 +1,6 @@
-"""What the reader of shown attempts is taught: right ones are right, wrong ones are wrong, and all stand as a context would put them."""
+"""What the reader of shown attempts is taught: right ones are right, wrong ones are wrong, and all stand as a
+context would put them.
+"""
 
 import random
 import re
@@ -9,16 +11,23 @@ import pytest
 
 from reflux.assets.characters import character_tokenizer
 from reflux.assets.lessons import ShownProblem, failed, read, slip
-from reflux.assets.make import READING, SPECS, encode
+from reflux.assets.make import encode
+from reflux.assets.specs import READING, SPECS
 from reflux.contexts.wording import with_attempts
 from reflux.tasks.word_problems import WordProblems
 
-STORIES = {"add_sub": WordProblems(), "all": WordProblems(operations=("add", "sub", "mul"), largest=99), "longer": WordProblems(longer=2)}
+STORIES = {
+    "add_sub": WordProblems(),
+    "all": WordProblems(operations=("add", "sub", "mul"), largest=99),
+    "longer": WordProblems(longer=2),
+}
 
 
 @pytest.mark.parametrize("name", list(STORIES))
 def test_a_wrong_attempt_is_a_worked_solution_with_one_mistake_that_is_carried_on(name):
-    """Every attempt that states an answer: its story is that of the solution but for one number, and all after it follows."""
+    """Every attempt that states an answer: its story is that of the solution but for one number, and all
+    after it follows.
+    """
     seen = {"stated": 0, "early": 0, "late": 0}
     for prompt in islice(STORIES[name].prompts("test", 0), 300):
         solution = prompt.references[0]
@@ -36,7 +45,10 @@ def test_a_wrong_attempt_is_a_worked_solution_with_one_mistake_that_is_carried_o
         assert lefts == [str(start), *results[:-1]]
         assert stated[2] == results[-1]
         values = {"add": int.__add__, "sub": int.__sub__, "mul": int.__mul__}
-        wrong = [values[kind](int(left), number) != int(got) for left, (kind, number), got in zip(lefts, steps, results, strict=True)]
+        wrong = [
+            values[kind](int(left), number) != int(got)
+            for left, (kind, number), got in zip(lefts, steps, results, strict=True)
+        ]
         assert sum([start != true_start, *wrong]) == 1
         seen["stated"] += 1
         seen["early" if start != true_start or wrong[0] else "late"] += 1
@@ -67,7 +79,10 @@ def test_a_slip_is_another_number_and_never_below_none():
 
 
 def test_a_solution_is_read_back_as_it_was_told():
-    assert read("Start: 12. 12*3=36. 36-5=31. 31+1=32. Answer: 32") == (12, (("mul", 3), ("sub", 5), ("add", 1)))
+    assert read("Start: 12. 12*3=36. 36-5=31. 31+1=32. Answer: 32") == (
+        12,
+        (("mul", 3), ("sub", 5), ("add", 1)),
+    )
 
 
 @pytest.mark.parametrize(("successes", "failures"), [(1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (0, 2)])

@@ -1,4 +1,6 @@
-"""The quickstart's promise, and its two controls: the teacher is what the student learns from, and nothing else is."""
+"""The quickstart's promise, and its two controls: the teacher is what the student learns from, and nothing
+else is.
+"""
 
 from __future__ import annotations
 
@@ -44,12 +46,18 @@ def test_the_student_is_the_smaller_one() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)  # trains the shipped models: a minute on a free core, many where the machine is busy
+# trains the shipped models: a minute on a free core, many where the machine is busy
+@pytest.mark.timeout(1500)
 def test_the_quickstart_keeps_its_promise(tmp_path: Path) -> None:
     summary = asyncio.run(
-        train(load_recipe("quickstart", {"evals.agreement": "none", "evals.accuracy": "none"}), Options(tmp_path / "run"))
+        train(
+            load_recipe("quickstart", {"evals.agreement": "none", "evals.accuracy": "none"}),
+            Options(tmp_path / "run"),
+        )
     )
-    before, after, teacher = (summary[name] for name in ("accuracy_before", "accuracy_after", "teacher_accuracy"))
+    before, after, teacher = (
+        summary[name] for name in ("accuracy_before", "accuracy_after", "teacher_accuracy")
+    )
     assert {(score["problems"], score["split"]) for score in (before, after, teacher)} == {(500, "test")}
     assert before["accuracy"] < 0.35
     assert after["accuracy"] >= 0.75
@@ -62,16 +70,21 @@ def test_the_quickstart_keeps_its_promise(tmp_path: Path) -> None:
 def test_control_its_own_twin_teaches_nothing(tmp_path: Path) -> None:
     """Rounding differs between reading and acting; Adam must not scale that up to a step."""
     run(tmp_path / "run", {"teachers.main.model": "reflux:student", "steps": 3, "evals": "none"})
-    before, after = load_file(ASSETS / "student" / "model.safetensors"), load_file(tmp_path / "run" / "student" / "model.safetensors")
+    before, after = (
+        load_file(ASSETS / "student" / "model.safetensors"),
+        load_file(tmp_path / "run" / "student" / "model.safetensors"),
+    )
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert max(map(abs, kl_by_step(tmp_path / "run"))) < 1e-6
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)  # trains the shipped models: a minute on a free core, many where the machine is busy
+# trains the shipped models: a minute on a free core, many where the machine is busy
+@pytest.mark.timeout(1500)
 def test_control_an_untrained_teacher_makes_it_worse(tmp_path: Path) -> None:
     from reflux.assets.characters import character_tokenizer
-    from reflux.assets.make import SPECS, blank
+    from reflux.assets.make import blank
+    from reflux.assets.specs import SPECS
 
     tokenizer = character_tokenizer()
     blank(SPECS["teacher"], tokenizer).save_pretrained(tmp_path / "untrained")

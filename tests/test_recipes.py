@@ -1,4 +1,6 @@
-"""Every shipped recipe parses, fits, plans, runs at tiny scale, and says in its first line what it is. No torch before a run."""
+"""Every shipped recipe parses, fits, plans, runs at tiny scale, and says in its first line what it is. No
+torch before a run.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,29 @@ import pytest
 
 import tiny
 from reflux import checks
-from reflux.config.recipe import RECIPES, bases, load_recipe, recipe_names, to_table
+from reflux.config.bases import RECIPES, bases, recipe_names
+from reflux.config.recipe import load_recipe, to_table
+from reflux.config.requirements import Requirements
 from reflux.errors import ConfigError
 from reflux.inspection.plan import plan, wanted
-from reflux.types import FlowRollout, Requirements, TokenRollout
+from reflux.types import FlowRollout, TokenRollout
 
-WANTED = {"quickstart", "opd", "full", "topk", "gkd", "vopd", "prefix", "sft", "rl", "flow", "flow_sft", "flow_grpo"}
-TEXTS = [name for name in recipe_names() if load_recipe(name).learner.rollouts is TokenRollout]  # images: test_flow_recipes.py
+WANTED = {
+    "quickstart",
+    "opd",
+    "full",
+    "topk",
+    "gkd",
+    "vopd",
+    "prefix",
+    "sft",
+    "rl",
+    "flow",
+    "flow_sft",
+    "flow_grpo",
+}
+# images: test_flow_recipes.py
+TEXTS = [name for name in recipe_names() if load_recipe(name).learner.rollouts is TokenRollout]
 SCALES = {"toy": TokenRollout, "hub": TokenRollout, "glyphs": FlowRollout, "sd3": FlowRollout}
 
 
@@ -35,7 +53,8 @@ def test_a_recipe_says_what_it_is_and_sets_only_its_own(recipe: str) -> None:
     assert text.startswith("# ")
     assert len(text.splitlines()[0]) > 20
     assert any(f'base = "{base}"' in text for base in bases())
-    assert "model =" not in text.replace('model = "reflux:', "")  # scale lives in the base, but for embedded models of a kind
+    # scale lives in the base, but for embedded models of a kind
+    assert "model =" not in text.replace('model = "reflux:', "")
 
 
 @pytest.mark.parametrize("recipe", TEXTS)
@@ -51,7 +70,9 @@ def test_a_recipe_plans(student: str, teacher: str, recipe: str) -> None:
 def test_a_plan_says_in_words_what_is_computed_beyond_the_loss(student: str, teacher: str) -> None:
     assert plan(tiny.config("opd", student, teacher)).requirements == []
     grouped = tiny.config("opd", student, teacher, objectives__0__baseline="leave_one_out", group_size=2)
-    assert plan(grouped).requirements == ["the teacher's log-probs when attempts arrive (one more pass through its head)"]
+    assert plan(grouped).requirements == [
+        "the teacher's log-probs when attempts arrive (one more pass through its head)"
+    ]
     everything = wanted(
         Requirements(
             behaviour=1,
@@ -66,16 +87,24 @@ def test_a_plan_says_in_words_what_is_computed_beyond_the_loss(student: str, tea
         )
     )
     assert len(everything) == len(dataclasses.fields(Requirements))
-    assert [number for number in "1789" if any(f"top-{number} tokens" in line for line in everything)] == ["1", "7", "8", "9"]
+    assert [number for number in "1789" if any(f"top-{number} tokens" in line for line in everything)] == [
+        "1",
+        "7",
+        "8",
+        "9",
+    ]
     assert not any("{" in line or "True" in line for line in everything)
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
 @pytest.mark.parametrize("base", SCALES)
 def test_a_recipe_fits_at_every_scale_of_its_kind(recipe: str, base: str, tmp_path: Path) -> None:
-    """Text recipes with text models, flow recipes with flow models; of the others it is said that they do not fit."""
+    """Text recipes with text models, flow recipes with flow models; of the others it is said that they do not
+    fit.
+    """
     changes = {"base": base} | ({"task.path": two_prompts(tmp_path)} if base == "sd3" else {})
-    if recipe == "rl" or (recipe in TEXTS) == (SCALES[base] is TokenRollout):  # a policy gradient of verdicts knows no kind
+    if recipe == "rl" or (recipe in TEXTS) == (SCALES[base] is TokenRollout):
+        # a policy gradient of verdicts knows no kind
         if base == "sd3" and load_recipe(recipe, changes).rewards:
             with pytest.raises(ConfigError, match="nothing is ever judged"):
                 checks.join(load_recipe(recipe, changes))
@@ -103,13 +132,15 @@ def test_a_recipe_runs(tiny_run: Callable[..., Any], recipe: str, max_staleness:
             tiny_run(recipe, max_staleness=max_staleness)
         return
     group: dict[str, Any] = {"group_size": 3} if recipe in ("rl", "rl_opd") else {}
-    if recipe == "uni_opd":  # its teachers serve the routes of its own task
+    if recipe == "uni_opd":
+        # its teachers serve the routes of its own task
         group = {"teachers__main__routes": ["even"], "teachers__times__routes": ["odd"]}
     done = tiny_run(recipe, steps=3, max_staleness=max_staleness, task={"kind": "outside:Chat"}, **group)
     assert [row["step"] for row in done.rows("metrics")] == [1, 2, 3]
     moved = [row for row in done.rows("metrics") if "grad_norm" in row]
     assert all(row["loss"] is not None and row["grad_norm"] > 0 for row in moved)
-    assert len(moved) == 3 or (recipe == "rl" and moved)  # where all verdicts of a step agree there is nothing to learn
+    # where all verdicts of a step agree there is nothing to learn
+    assert len(moved) == 3 or (recipe == "rl" and moved)
     assert max(row["staleness_max"] for row in done.rows("metrics")) <= max_staleness
     assert (done.dir / "student" / "model.safetensors").exists()
     assert json.loads((done.dir / "summary.json").read_text()) == done.summary
@@ -119,9 +150,17 @@ def test_a_recipe_runs(tiny_run: Callable[..., Any], recipe: str, max_staleness:
 def test_a_recipe_runs_with_the_evaluations_it_ships_with(tiny_run: Callable[..., Any], recipe: str) -> None:
     """What training wants of teachers and sampler must not be missed where an evaluation asks them."""
     evals = to_table(load_recipe(recipe))["evals"]
-    sizes = {"accuracy": {"problems": 2, "examples": 0}, "agreement": {"prompts": 2}, "teacher_accuracy": {"problems": 2}}
+    sizes = {
+        "accuracy": {"problems": 2, "examples": 0},
+        "agreement": {"prompts": 2},
+        "teacher_accuracy": {"problems": 2},
+    }
     sizes["test_accuracy"] = {"problems": 2}
-    group: dict[str, Any] = {"teachers__main__routes": ["even"], "teachers__times__routes": ["odd"]} if recipe == "uni_opd" else {}
+    group: dict[str, Any] = (
+        {"teachers__main__routes": ["even"], "teachers__times__routes": ["odd"]}
+        if recipe == "uni_opd"
+        else {}
+    )
     group |= {f"evals__{name}": {**table, **sizes[name]} for name, table in evals.items()}
     done = tiny_run(recipe, steps=1, prompts_per_step=2, task={"kind": "outside:Chat"}, **group)
     before, after = done.rows("evals")
@@ -145,10 +184,13 @@ def test_planning_all_recipes_imports_neither_torch_nor_transformers(student: st
         "from reflux.config.recipe import load_recipe\n"
         "from reflux.inspection.plan import plan\n"
         f"for name in {TEXTS!r}:\n"
-        "    tables = [name for name, table in load_recipe(name).teachers.items() if 'model' in vars(table)]\n"
-        f"    changes = {{'learner.model': {student!r}}} | {{f'teachers.{{table}}.model': {teacher!r} for table in tables}}\n"
+        "    tables = [name for name, table in load_recipe(name).teachers.items() if 'model' in "
+        "vars(table)]\n"
+        f"    changes = {{'learner.model': {student!r}}} | "
+        f"{{f'teachers.{{table}}.model': {teacher!r} for table in tables}}\n"
         "    plan(load_recipe(name, changes))\n"
-        "print(sorted({'torch', 'transformers', 'diffusers', 'datasets', 'peft', 'plotly', 'math_verify'} & set(sys.modules)))\n"
+        "print(sorted({'torch', 'transformers', 'diffusers', 'datasets', 'peft', 'plotly', 'math_verify'} & "
+        "set(sys.modules)))\n"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)

@@ -1,4 +1,6 @@
-"""report.html: complete, offline, and safe whatever the files of a run say. Its parts are in test_report_parts.py."""
+"""report.html: complete, offline, and safe whatever the files of a run say. Its parts are in
+test_report_parts.py.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,39 @@ import pytest
 from reflux.reports.page import write_report
 from synthetic_run import attempt_rows, evals_row, metrics_row, summary, write_lines, write_run
 
-KEYS = ("step", "kind", "prompt", "tokens", "mask", "seconds", "flops", "accuracy", "agreement", "accuracy_before", "health", "teachers")
-FILES = ("config.toml", "metrics.jsonl", "evals.jsonl", "attempts.jsonl", "summary.json", "student/tokenizer.json")
+KEYS = (
+    "step",
+    "kind",
+    "prompt",
+    "tokens",
+    "mask",
+    "seconds",
+    "flops",
+    "accuracy",
+    "agreement",
+    "accuracy_before",
+    "health",
+    "teachers",
+)
+FILES = (
+    "config.toml",
+    "metrics.jsonl",
+    "evals.jsonl",
+    "attempts.jsonl",
+    "summary.json",
+    "student/tokenizer.json",
+)
 HOSTILE = (
     "</script><script>document.documentElement.dataset.pwned=1</script>"
     '<img src=x onerror="document.documentElement.dataset.pwned=1">\'"`&amp;<!--]]></title></style>'
     "{{ 7 * 7 }}{% raw %}${7}\\u202e \u202e\u2066\u0007\ud800 end"
 )
-SEEN = HOSTILE.replace("\u202e", "⟨U+202E⟩").replace("\u2066", "⟨U+2066⟩").replace("\u0007", "⟨U+0007⟩").replace("\ud800", "⟨U+D800⟩")
+SEEN = (
+    HOSTILE.replace("\u202e", "⟨U+202E⟩")
+    .replace("\u2066", "⟨U+2066⟩")
+    .replace("\u0007", "⟨U+0007⟩")
+    .replace("\ud800", "⟨U+D800⟩")
+)
 
 
 class Page(HTMLParser):
@@ -74,13 +101,22 @@ def hostile_run(folder: Path) -> Path:
     write_lines(folder / "attempts.jsonl", [{**acted, **attack, **tokens}, {**learned, "prompt": HOSTILE}])
     moments = [evals_row(step, 6) for step in (0, 6)]
     for step_context in moments:
-        step_context["accuracy"]["examples"] = [{"prompt": HOSTILE, "question": HOSTILE, "answer": HOSTILE, "text": HOSTILE, "right": 0.0}]
+        step_context["accuracy"]["examples"] = [
+            {"prompt": HOSTILE, "question": HOSTILE, "answer": HOSTILE, "text": HOSTILE, "right": 0.0}
+        ]
         step_context[HOSTILE] = {"accuracy": 0.5}
     write_lines(folder / "evals.jsonl", moments)
-    table = summary(6) | dict.fromkeys(("recipe", "method", "commit", "config_hash", "seed"), HOSTILE) | {"health": [HOSTILE]}
+    table = (
+        summary(6)
+        | dict.fromkeys(("recipe", "method", "commit", "config_hash", "seed"), HOSTILE)
+        | {"health": [HOSTILE]}
+    )
     (folder / "summary.json").write_text(json.dumps(table))
-    written = json.dumps(HOSTILE.replace("\ud800", ""))  # TOML's basic strings are JSON's, but hold no lone surrogates
-    (folder / "config.toml").write_text(f"[learner]\nmodel = {written}\n[teachers.{written}]\nmodel = {written}\n")
+    # TOML's basic strings are JSON's, but hold no lone surrogates
+    written = json.dumps(HOSTILE.replace("\ud800", ""))
+    (folder / "config.toml").write_text(
+        f"[learner]\nmodel = {written}\n[teachers.{written}]\nmodel = {written}\n"
+    )
     tokenizer = json.loads((folder / "student" / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"][HOSTILE.replace("\ud800", "")] = 200
     (folder / "student" / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -94,7 +130,8 @@ def run_page(tmp_path_factory: pytest.TempPathFactory) -> Page:
 
 def test_a_finished_run_has_every_section(run_page: Page):
     for words in (
-        "In 60 steps (1 min 27 s) the student went from 19.0\u00a0% to 81.7\u00a0%; its teacher solves 98.6\u00a0%.",
+        "In 60 steps (1 min 27 s) the student went from 19.0\u00a0% to 81.7\u00a0%; its teacher solves "
+        "98.6\u00a0%.",
         "4f1c2ab",
         "9d0e7c",
     ):
@@ -113,7 +150,8 @@ def test_every_token_of_the_shown_attempts_has_a_colour_and_its_numbers(run_page
     titles = [value for name, value in run_page.attributes if name == "title"]
     assert len(titles) == 10 * 40
     assert all("log q − log p" in title and "nats" in title for title in titles if title)
-    assert run_page.classes["t"] == 10 * 40 + 9  # the legend has the nine colours
+    # the legend has the nine colours
+    assert run_page.classes["t"] == 10 * 40 + 9
 
 
 def test_the_page_asks_for_nothing_from_outside(run_page: Page):
@@ -124,11 +162,15 @@ def test_the_page_asks_for_nothing_from_outside(run_page: Page):
 
 
 def test_the_policy_admits_the_two_scripts_of_the_page_and_no_other(run_page: Page):
-    (policy,) = [value for name, value in run_page.attributes if name == "content" and value and "default-src" in value]
+    (policy,) = [
+        value for name, value in run_page.attributes if name == "content" and value and "default-src" in value
+    ]
     own = [text for attributes, text in run_page.scripts if "type" not in attributes]
     packed = [text for attributes, text in run_page.scripts if attributes.get("id") == "library"]
     allowed = [*own, *(gzip.decompress(base64.b64decode(text)).decode() for text in packed)]
-    hashes = {f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in allowed}
+    hashes = {
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in allowed
+    }
     (sources,) = [part.split()[1:] for part in policy.split(";") if part.split()[0] == "script-src"]
     assert len(hashes) == 2
     assert set(sources) == hashes
@@ -142,9 +184,12 @@ def test_hostile_text_stays_text(tmp_path: Path):
     assert page.tags["title"] == 1
     assert not page.tags["img"]
     assert not [name for name, _ in page.attributes if name.startswith("on")]
-    assert page.words.count(SEEN) >= 13  # recipe (twice), method, commit, hash, seed, health, attempt (5), example (4) and its pair
+    # recipe (twice), method, commit, hash, seed, health, attempt (5), example (4) and its pair
+    assert page.words.count(SEEN) >= 13
     assert not set(page.source) & set("\u202e\u2066\u0007")
-    assert all(json.loads(text) for attributes, text in page.scripts if attributes.get("type") == "application/json")
+    assert all(
+        json.loads(text) for attributes, text in page.scripts if attributes.get("type") == "application/json"
+    )
 
 
 def test_hostile_vocabulary_stays_text(tmp_path: Path):
@@ -170,7 +215,9 @@ def test_any_file_may_be_missing_or_damaged(tmp_path: Path, missing: str, how: s
 
 
 @pytest.mark.parametrize("value", [None, "x", [[]], -1e300])
-@pytest.mark.parametrize("key", ["seconds", "kl_nats", "tokens", "teacher_logp", "accuracy", "by_position", "examples", "reward"])
+@pytest.mark.parametrize(
+    "key", ["seconds", "kl_nats", "tokens", "teacher_logp", "accuracy", "by_position", "examples", "reward"]
+)
 def test_a_field_of_another_type_is_left_out(tmp_path: Path, key: str, value: object):
     folder = write_run(tmp_path / "r", steps=2, per_step=1)
     for name in ("metrics.jsonl", "evals.jsonl", "attempts.jsonl"):
@@ -215,7 +262,10 @@ def test_a_line_cut_by_a_kill_costs_one_line_and_is_told(tmp_path: Path):
 
 def test_numbers_that_are_not_finite_are_left_out_of_the_charts(tmp_path: Path):
     folder = write_run(tmp_path / "r", steps=4)
-    lines = [metrics_row(step, 4) | {"kl_nats": bad} for step, bad in enumerate([0.5, float("nan"), float("inf"), 0.2], 1)]
+    lines = [
+        metrics_row(step, 4) | {"kl_nats": bad}
+        for step, bad in enumerate([0.5, float("nan"), float("inf"), 0.2], 1)
+    ]
     write_lines(folder / "metrics.jsonl", lines)
     page = page_of(folder)
     charts = {
@@ -232,12 +282,19 @@ def test_what_only_some_runs_report_has_a_chart_where_it_was_reported(tmp_path: 
     folder = write_run(tmp_path / "r", steps=4)
 
     def drawn(**columns: list[float | None]) -> dict[str, Any]:
-        rows = [metrics_row(step, 4) | {name: column[step - 1] for name, column in columns.items()} for step in range(1, 5)]
+        rows = [
+            metrics_row(step, 4) | {name: column[step - 1] for name, column in columns.items()}
+            for step in range(1, 5)
+        ]
         write_lines(folder / "metrics.jsonl", rows)
         page = page_of(folder)
         assert ("below 1 the baseline helps" in page.words) == ("gradient_variance_ratio" in columns)
         charts = {attributes.get("id"): text for attributes, text in page.scripts}
-        return {name: json.loads(charts[name])["data"][0]["y"] for name in ("progress-4", "progress-5") if name in charts}
+        return {
+            name: json.loads(charts[name])["data"][0]["y"]
+            for name in ("progress-4", "progress-5")
+            if name in charts
+        }
 
     assert drawn() == drawn(ratio_outside_share=[0.0] * 4) == {}
     assert drawn(gradient_variance_ratio=[0.9, None, 0.5, 0.7]) == {"progress-4": [0.9, 0.5, 0.7]}
@@ -246,7 +303,9 @@ def test_what_only_some_runs_report_has_a_chart_where_it_was_reported(tmp_path: 
     assert both == {"progress-4": [1.0] * 4, "progress-5": [0.5] * 4}
 
 
-def test_the_old_page_stays_where_the_new_one_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_old_page_stays_where_the_new_one_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (write_run(tmp_path / "r", steps=2) / "report.html").write_text("old")
 
     def full(*_: object) -> None:
@@ -270,7 +329,10 @@ def test_kl_by_position_is_drawn_at_the_first_and_at_the_last_evaluation(tmp_pat
     (chart,) = [json.loads(text) for attributes, text in page.scripts if attributes.get("id") == "progress-3"]
     lines = {trace["name"]: trace["y"] for trace in chart["data"] if "name" in trace}
     expected = {"before (step 0)": evals_row(0, 12), "after step 12": evals_row(12, 12)}
-    assert lines == {name: [entry["kl_nats"] for entry in row["agreement"]["by_position"]] for name, row in expected.items()}
+    assert lines == {
+        name: [entry["kl_nats"] for entry in row["agreement"]["by_position"]]
+        for name, row in expected.items()
+    }
 
 
 def test_an_attempt_without_colours_says_why(tmp_path: Path):
@@ -294,19 +356,39 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path):
 def test_the_report_needs_no_torch(tmp_path: Path):
     write_run(tmp_path / "r", steps=2)
     code = (
-        "import sys, pathlib; from reflux.reports.page import write_report; write_report(pathlib.Path(sys.argv[1])); "
+        "import sys, pathlib; from reflux.reports.page import write_report; "
+        "write_report(pathlib.Path(sys.argv[1])); "
         "sys.exit(str({'torch', 'transformers'} & set(sys.modules) or ''))"
     )
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "r")], check=False, capture_output=True).stderr == b"\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "r")], check=False, capture_output=True
+        ).stderr
+        == b"\n"
+    )
 
 
 @pytest.mark.browser
 def test_in_a_real_browser_the_charts_are_drawn_and_nothing_hostile_runs(tmp_path: Path):
-    browser = next((found for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (found := shutil.which(name))), None)
+    browser = next(
+        (
+            found
+            for name in ("chromium", "chromium-browser", "google-chrome", "chrome")
+            if (found := shutil.which(name))
+        ),
+        None,
+    )
     if browser is None:
         pytest.skip("no Chromium or Chrome is installed")
     page = write_report(hostile_run(tmp_path / "r"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
     flags += [
         "--disable-component-update",
         "--disable-sync",
@@ -314,6 +396,8 @@ def test_in_a_real_browser_the_charts_are_drawn_and_nothing_hostile_runs(tmp_pat
         "--virtual-time-budget=8000",
         "--dump-dom",
     ]
-    dom = subprocess.run([browser, *flags, page.as_uri()], capture_output=True, encoding="utf-8", check=True).stdout
+    dom = subprocess.run(
+        [browser, *flags, page.as_uri()], capture_output=True, encoding="utf-8", check=True
+    ).stdout
     assert dom.count('class="main-svg"') >= 6
     assert " data-pwned" not in dom.split("<body")[0]

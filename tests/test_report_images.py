@@ -1,4 +1,6 @@
-"""The report of a run of images: what was drawn before, after and by the teacher, step by step, and nothing that a file smuggles in."""
+"""The report of a run of images: what was drawn before, after and by the teacher, step by step, and nothing
+that a file smuggles in.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,14 @@ def test_a_small_picture_is_enlarged_by_a_whole_number_and_keeps_its_pixels() ->
 
 
 @pytest.mark.parametrize(
-    ("shape", "size"), [((96, 48, 3), (48, 96)), ((80, 80), (80, 80)), ((72, 10), (20, 144)), ((1, 1), (144, 144)), ((300, 200), (64, 96))]
+    ("shape", "size"),
+    [
+        ((96, 48, 3), (48, 96)),
+        ((80, 80), (80, 80)),
+        ((72, 10), (20, 144)),
+        ((1, 1), (144, 144)),
+        ((300, 200), (64, 96)),
+    ],
 )
 def test_every_picture_has_a_fair_size_on_the_page(shape: tuple[int, ...], size: tuple[int, int]) -> None:
     found = picture_in(base64.b64encode(png(np.zeros(shape, np.uint8))).decode())
@@ -97,7 +106,10 @@ def test_a_picture_is_written_anew_so_nothing_else_in_its_file_gets_in() -> None
     np.testing.assert_array_equal(picture_of(again), GREY)
 
 
-@pytest.mark.parametrize("value", [None, 3, [], "", "x", '"><script>alert(1)</script>', "data:image/svg+xml;base64,AAAA", "AAAA", HOSTILE])
+@pytest.mark.parametrize(
+    "value",
+    [None, 3, [], "", "x", '"><script>alert(1)</script>', "data:image/svg+xml;base64,AAAA", "AAAA", HOSTILE],
+)
 def test_what_is_no_picture_is_none(value: object) -> None:
     assert picture_in(value) is None
 
@@ -120,7 +132,9 @@ def test_each_prompt_has_its_pictures_side_by_side_with_verdicts() -> None:
     for place in range(8):
         for drawn, row in zip(strips[place].drawn, told, strict=True):
             assert drawn.image is not None
-            np.testing.assert_array_equal(pixels(drawn.image.source), picture_of(base64.b64decode(row["examples"][place]["image"])))
+            np.testing.assert_array_equal(
+                pixels(drawn.image.source), picture_of(base64.b64decode(row["examples"][place]["image"]))
+            )
 
 
 def test_what_is_there_is_shown_without_what_is_not() -> None:
@@ -130,7 +144,8 @@ def test_what_is_there_is_shown_without_what_is_not() -> None:
     assert [drawn.who for drawn in read_strips(read_evals([last]))[0].drawn] == ["After"]
     assert [drawn.who for drawn in read_strips(read_evals([first]))[0].drawn] == ["Before", "Teacher"]
     assert read_strips(read_evals([])) == []
-    first["teacher_accuracy"]["examples"] = first["teacher_accuracy"]["examples"][2:3]  # the teacher knows one of them
+    # the teacher knows one of them
+    first["teacher_accuracy"]["examples"] = first["teacher_accuracy"]["examples"][2:3]
     whom = [[drawn.who for drawn in strip.drawn] for strip in read_strips(read_evals([first, last]))]
     assert whom == [["Before", "After"]] * 2 + [["Before", "After", "Teacher"]] + [["Before", "After"]] * 5
 
@@ -138,10 +153,17 @@ def test_what_is_there_is_shown_without_what_is_not() -> None:
 def test_pictures_that_nobody_could_judge_are_shown_all_the_same() -> None:
     rows = [evals_row(step, 30) for step in (0, 30)]
     for row in rows:
-        for example in (example for table in row.values() if isinstance(table, dict) for example in table.get("examples", [])):
+        for example in (
+            example
+            for table in row.values()
+            if isinstance(table, dict)
+            for example in table.get("examples", [])
+        ):
             example |= {"verdict": None, "parts": {}}
         for name in ("accuracy", "teacher_accuracy"):
-            row[name] = {"accuracy": None, "problems": 8, "examples": row[name]["examples"]} if name in row else None
+            row[name] = (
+                {"accuracy": None, "problems": 8, "examples": row[name]["examples"]} if name in row else None
+            )
     (strip, *others) = read_strips(read_evals(rows))
     assert [(drawn.who, drawn.verdict, drawn.parts) for drawn in strip.drawn] == [
         (w, "not graded", []) for w in ("Before", "After", "Teacher")
@@ -160,7 +182,11 @@ def test_routes_and_parts_have_curves_beside_their_teachers() -> None:
     expected = [evals_row(step, 30)["accuracy"]["accuracy.digits"] for step in (0, 15, 30)]
     assert (lines["digits"]["x"], lines["digits"]["y"]) == ([0, 15, 30], expected)
     assert lines["teacher: counts"]["y"] == [pytest.approx(0.92)] * 2
-    assert lines["digits"]["line"]["color"] == lines["teacher: digits"]["line"]["color"] != lines["counts"]["line"]["color"]
+    assert (
+        lines["digits"]["line"]["color"]
+        == lines["teacher: digits"]["line"]["color"]
+        != lines["counts"]["line"]["color"]
+    )
     lines = {line["name"]: line for line in quality.spec["data"] if "name" in line}
     assert lines["counts"]["y"] == [evals_row(step, 30)["accuracy"]["quality.counts"] for step in (0, 15, 30)]
     taught = evals_row(0, 30)["teacher_accuracy"]
@@ -172,7 +198,13 @@ def test_routes_and_parts_have_curves_beside_their_teachers() -> None:
 
 
 def test_a_part_of_any_size_is_no_share_and_has_one_line_without_routes() -> None:
-    lines = [{"step": s, "accuracy": {"accuracy": 0.5, "parts": ["pick", "gone", 3], "pick": 20.0 + s, "pick.low": None}} for s in (0, 5)]
+    lines = [
+        {
+            "step": s,
+            "accuracy": {"accuracy": 0.5, "parts": ["pick", "gone", 3], "pick": 20.0 + s, "pick.low": None},
+        }
+        for s in (0, 5)
+    ]
     (chart,) = split_charts(read_evals(lines))
     (line,) = [line for line in chart.spec["data"] if "name" in line]
     assert (line["name"], line["y"]) == ("student", [20.0, 25.0])
@@ -183,7 +215,13 @@ def test_a_part_of_any_size_is_no_share_and_has_one_line_without_routes() -> Non
 def test_runs_without_routes_or_parts_have_no_such_chart() -> None:
     assert split_charts(read_evals([text_evals(0, 9), text_evals(9, 9)])) == []
     assert split_charts([]) == []
-    strange = {"accuracy": 0.5, "parts": {"x": 1}, "accuracy.a": "x", "accuracy.a.problems": 3, "accuracy..problems": 1}
+    strange = {
+        "accuracy": 0.5,
+        "parts": {"x": 1},
+        "accuracy.a": "x",
+        "accuracy.a.problems": 3,
+        "accuracy..problems": 1,
+    }
     assert split_charts(read_evals([{"step": 0, "accuracy": strange}])) == []
 
 
@@ -227,7 +265,13 @@ def test_every_step_of_an_attempt_has_its_numbers() -> None:
         assert step.cells["KL, nats"] == f"{learned['kl'][place]:.3f}"
     assert (found.steps[-1].css, found.steps[-1].cells[RATIO]) == ("given", "not learnt from")
     assert (found.verdict, found.parts) == ("right", ["quality 0.80"])
-    assert found.facts == ["10 denoising steps, 9 to learn from", "reward 1", "noise level 0.7", "finish: stop", "policy version 29"]
+    assert found.facts == [
+        "10 denoising steps, 9 to learn from",
+        "reward 1",
+        "noise level 0.7",
+        "finish: stop",
+        "policy version 29",
+    ]
     assert found.missing == ""
 
 
@@ -237,14 +281,20 @@ def test_what_is_not_known_of_an_attempt_is_left_out_and_why() -> None:
     assert "has not learned from this attempt yet" in fresh.missing
     assert fresh.header == ["step", "time", RATIO]
     assert {step.css for step in fresh.steps} == {"unknown", "given"}
-    unheard = trajectory(ShownAttempt({**acted, "reward": None, "guidance": 4.5}, {**learned, "teacher_logp": {}}))
+    unheard = trajectory(
+        ShownAttempt({**acted, "reward": None, "guidance": 4.5}, {**learned, "teacher_logp": {}})
+    )
     assert "No teacher was asked about this attempt, or it weighed nothing, so its steps" in unheard.missing
     assert unheard.verdict == ""
     assert "guidance 4.5" in unheard.facts
     shifted = trajectory(ShownAttempt(acted, {**learned, "shift": [0.25] * 10}))
     assert shifted.steps[0].cells["shift, nats"] == "+0.250"
-    whole = {**learned, "teacher_logp": {"main": [0.0] * 10}, "student_logp": [-9.0] * 10}  # numbers at the last step, too
-    assert (trajectory(ShownAttempt(acted, whole)).steps[9].css, trajectory(ShownAttempt(acted, whole)).steps[9].cells[RATIO]) == (
+    # numbers at the last step, too
+    whole = {**learned, "teacher_logp": {"main": [0.0] * 10}, "student_logp": [-9.0] * 10}
+    assert (
+        trajectory(ShownAttempt(acted, whole)).steps[9].css,
+        trajectory(ShownAttempt(acted, whole)).steps[9].cells[RATIO],
+    ) == (
         "given",
         "not learnt from",
     )
@@ -258,7 +308,10 @@ def test_what_is_not_known_of_an_attempt_is_left_out_and_why() -> None:
 
 def test_the_page_shows_every_picture_with_words_for_those_who_cannot_see(page: Gallery) -> None:
     assert len(page.shown) == 8 * 3 + 10
-    assert all(image["class"] == "pixels" and image["alt"] and image["width"] == image["height"] == "144" for image in page.shown)
+    assert all(
+        image["class"] == "pixels" and image["alt"] and image["width"] == image["height"] == "144"
+        for image in page.shown
+    )
     assert page.shown[0]["alt"] == f"{PROMPTS[0].messages[0]['content']}: before, step 0, wrong"
     assert all(pixels(image["src"] or "").shape == (16, 16) for image in page.shown)
     assert page.classes["strip"] == 8
@@ -271,19 +324,29 @@ def test_the_page_shows_every_picture_with_words_for_those_who_cannot_see(page: 
 def test_words_of_texts_are_nowhere_in_a_run_of_pictures(page: Gallery) -> None:
     behaviour = page.words.split("Configuration")[0]
     assert not re.search("token|the answer|Problem", behaviour)
-    for words in ("What the teacher thought of each denoising step", "denoising steps sampled", "of the states the student drew"):
+    for words in (
+        "What the teacher thought of each denoising step",
+        "denoising steps sampled",
+        "of the states the student drew",
+    ):
         assert words in behaviour
-    charts = "".join(text for attributes, text in page.scripts if attributes.get("type") == "application/json")
+    charts = "".join(
+        text for attributes, text in page.scripts if attributes.get("type") == "application/json"
+    )
     assert "nats per denoising step" in charts
     assert "token" not in charts
 
 
 def test_images_may_come_from_the_page_alone(page: Gallery) -> None:
-    (policy,) = [value for name, value in page.attributes if name == "content" and value and "default-src" in value]
+    (policy,) = [
+        value for name, value in page.attributes if name == "content" and value and "default-src" in value
+    ]
     rules = {part.split()[0]: part.split()[1:] for part in policy.split(";")}
     assert rules["default-src"] == ["'none'"]
     assert rules["img-src"] == ["data:"]
-    assert all((value or "").startswith("data:image/png;base64,") for name, value in page.attributes if name == "src")
+    assert all(
+        (value or "").startswith("data:image/png;base64,") for name, value in page.attributes if name == "src"
+    )
     assert "url(" not in page.source.split("</style>")[0]
 
 
@@ -291,17 +354,35 @@ def hostile_pictures(folder: Path) -> Path:
     """Every text of a run of images is an attack, and half of its images are."""
     write_picture_run(folder, steps=4)
     acted, learned = attempt_rows(1, 0, 4)
-    attack = {"prompt": HOSTILE, "question": HOSTILE, "finish": HOSTILE, "version": HOSTILE, "parts": {HOSTILE: 0.5}}
-    lines = [{**acted, **attack}, {**learned, "prompt": HOSTILE}, {**acted, **attack, "sample": 1, "image": HOSTILE}]
+    attack = {
+        "prompt": HOSTILE,
+        "question": HOSTILE,
+        "finish": HOSTILE,
+        "version": HOSTILE,
+        "parts": {HOSTILE: 0.5},
+    }
+    lines = [
+        {**acted, **attack},
+        {**learned, "prompt": HOSTILE},
+        {**acted, **attack, "sample": 1, "image": HOSTILE},
+    ]
     write_lines(folder / "attempts.jsonl", lines)
     moments = [evals_row(0, 4), evals_row(4, 4)]
     for row in moments:
         for name, table in list(row.items()):
             if isinstance(table, dict) and "examples" in table:
-                some = [{**table["examples"][0], "id": f"{HOSTILE}{n}", "prompt": HOSTILE, "answer": HOSTILE} for n in range(2)]
+                some = [
+                    {**table["examples"][0], "id": f"{HOSTILE}{n}", "prompt": HOSTILE, "answer": HOSTILE}
+                    for n in range(2)
+                ]
                 some[1]["image"] = '" onerror="document.documentElement.dataset.pwned=1" src="x'
                 some[0]["parts"] = {HOSTILE: 0.5}
-                by = {f"accuracy.{HOSTILE}": 0.5, f"accuracy.{HOSTILE}.problems": 3, HOSTILE: 0.5, "parts": [HOSTILE]}
+                by = {
+                    f"accuracy.{HOSTILE}": 0.5,
+                    f"accuracy.{HOSTILE}.problems": 3,
+                    HOSTILE: 0.5,
+                    "parts": [HOSTILE],
+                }
                 row[name] = {**table, **by, "examples": some}
     write_lines(folder / "evals.jsonl", moments)
     (folder / "summary.json").write_text(json.dumps(summary(4) | {"recipe": HOSTILE, "health": [HOSTILE]}))
@@ -310,7 +391,8 @@ def hostile_pictures(folder: Path) -> Path:
 
 def test_nothing_a_model_made_becomes_markup(tmp_path: Path) -> None:
     found = gallery(hostile_pictures(tmp_path / "hostile"))
-    assert found.tags["script"] == 2 + found.classes["plot"]  # the page's own, the library, and the data of each chart
+    # the page's own, the library, and the data of each chart
+    assert found.tags["script"] == 2 + found.classes["plot"]
     assert (found.tags["style"], found.tags["title"]) == (1, 1)
     assert not [name for name, _ in found.attributes if name.startswith("on")]
     assert len(found.shown) == 3 + 1
@@ -319,10 +401,24 @@ def test_nothing_a_model_made_becomes_markup(tmp_path: Path) -> None:
     assert found.words.count(SEEN) >= 8
     assert any(SEEN in (image["alt"] or "") for image in found.shown)
     assert not set(found.source) & set("\u202e\u2066\u0007")
-    assert all(json.loads(text) for attributes, text in found.scripts if attributes.get("type") == "application/json")
+    assert all(
+        json.loads(text) for attributes, text in found.scripts if attributes.get("type") == "application/json"
+    )
 
 
-DAMAGED = ("image", "mask", "t", "parts", "kl", "weight", "teacher_logp", "examples", "verdict", "by_position", "noise_level")
+DAMAGED = (
+    "image",
+    "mask",
+    "t",
+    "parts",
+    "kl",
+    "weight",
+    "teacher_logp",
+    "examples",
+    "verdict",
+    "by_position",
+    "noise_level",
+)
 
 
 @pytest.mark.parametrize("value", [None, "x", [[]], -1e300, {"a": []}])
@@ -361,7 +457,8 @@ def test_a_run_says_pictures_before_it_has_drawn_any(tmp_path: Path) -> None:
     assert "evals.jsonl holds none" in words
     assert "each denoising step" in words
     assert words_for({}, [], []) == TEXTS
-    assert words_for({"learner": {"kind": "flow"}}, [{"tokens": [1]}], []) == TEXTS  # what is on disk goes before what was meant
+    # what is on disk goes before what was meant
+    assert words_for({"learner": {"kind": "flow"}}, [{"tokens": [1]}], []) == TEXTS
     assert words_for({}, [{"image": "x"}], []) == PICTURES
     assert words_for({}, [], read_evals([evals_row(0, 2)])) == PICTURES
 
@@ -375,7 +472,14 @@ def test_a_run_of_texts_has_no_pictures(tmp_path: Path) -> None:
 
 @pytest.mark.browser
 def test_in_a_real_browser_pictures_are_seen_and_nothing_hostile_runs(tmp_path: Path) -> None:
-    browser = next((found for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (found := shutil.which(name))), None)
+    browser = next(
+        (
+            found
+            for name in ("chromium", "chromium-browser", "google-chrome", "chrome")
+            if (found := shutil.which(name))
+        ),
+        None,
+    )
     if browser is None:
         pytest.skip("no Chromium or Chrome is installed")
     page = write_report(hostile_pictures(tmp_path / "r"))
@@ -385,7 +489,19 @@ def test_in_a_real_browser_pictures_are_seen_and_nothing_hostile_runs(tmp_path: 
 
 
 def dump(browser: str, page: Path, scratch: Path) -> str:
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-    flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={scratch / 'profile'}", "--virtual-time-budget=8000"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
+    flags += [
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={scratch / 'profile'}",
+        "--virtual-time-budget=8000",
+    ]
     command = [browser, *flags, "--dump-dom", page.as_uri()]
     return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout

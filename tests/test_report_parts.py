@@ -1,4 +1,6 @@
-"""What the report is made of: reading, joining, thinning, tokens, tables. The page itself is in test_report.py."""
+"""What the report is made of: reading, joining, thinning, tokens, tables. The page itself is in
+test_report.py.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,12 @@ def test_what_is_no_finite_number_is_none(value: object):
 
 
 def test_the_two_lines_of_an_attempt_are_joined_on_step_prompt_and_sample(tmp_path: Path):
-    acted = [{"kind": "attempt", "step": s, "prompt": p, "sample": n, "text": f"{s}{p}{n}"} for s in (0, 1) for p in "ab" for n in (0, 1)]
+    acted = [
+        {"kind": "attempt", "step": s, "prompt": p, "sample": n, "text": f"{s}{p}{n}"}
+        for s in (0, 1)
+        for p in "ab"
+        for n in (0, 1)
+    ]
     learned = [{**row, "kind": "learned", "teacher_logp": {"main": [row["text"]]}} for row in reversed(acted)]
     write_lines(tmp_path / "attempts.jsonl", [*acted[:6], *learned[4:], *acted[6:], *learned[:4]])
     found = read_attempts(tmp_path / "attempts.jsonl", [])
@@ -133,7 +140,11 @@ def test_the_colour_is_teacher_minus_student():
     tokenizer = byte_level()
     ids = tokenizer.encode("abcde").ids
     acted = {"tokens": ids, "mask": [1, 1, 1, True, 0], "logp": [-2.0, -0.5, -1.0, -1.0, 0.0]}
-    learned = {"teacher_logp": {"main": [-0.5, -2.0, -1.05, None, -9.0]}, "weight": [1.0, 0.5], "shift": [-0.25]}
+    learned = {
+        "teacher_logp": {"main": [-0.5, -2.0, -1.05, None, -9.0]},
+        "weight": [1.0, 0.5],
+        "shift": [-0.25],
+    }
     tokens, tail, between = shown_tokens(ShownAttempt(acted, learned), tokenizer)
     assert [token.css for token in tokens] == ["p3", "n3", "p0", "unknown", "given"]
     assert (tail, between) == ([], 0)
@@ -150,7 +161,9 @@ def test_the_colour_is_teacher_minus_student():
 
 def test_what_the_student_said_when_it_learned_goes_before_what_it_said_when_it_acted():
     acted = {"tokens": [0], "mask": [1], "logp": [-2.0]}
-    (token,), _, _ = shown_tokens(ShownAttempt(acted, {"teacher_logp": {"other": [-1.0]}, "student_logp": [-1.0]}), byte_level())
+    (token,), _, _ = shown_tokens(
+        ShownAttempt(acted, {"teacher_logp": {"other": [-1.0]}, "student_logp": [-1.0]}), byte_level()
+    )
     assert token.css == "p0"
 
 
@@ -171,7 +184,10 @@ def test_of_a_long_attempt_the_two_ends_are_shown_at_their_own_positions():
 
 
 def test_characters_that_act_are_made_visible_and_letters_are_left_alone():
-    assert visible("a\u202eb\u2066\x00\x1b\ud800\u200b\u2028") == "a⟨U+202E⟩b⟨U+2066⟩⟨U+0000⟩⟨U+001B⟩⟨U+D800⟩⟨U+200B⟩⟨U+2028⟩"
+    assert (
+        visible("a\u202eb\u2066\x00\x1b\ud800\u200b\u2028")
+        == "a⟨U+202E⟩b⟨U+2066⟩⟨U+0000⟩⟨U+001B⟩⟨U+D800⟩⟨U+200B⟩⟨U+2028⟩"
+    )
     for text in ("日本語\n\tعربي", "👩\u200d🔬", "क्\u200dष"):
         assert visible(text) == text
 
@@ -189,7 +205,12 @@ def test_thinning_keeps_the_mean_and_the_order():
 
 
 def test_costs_by_role_add_up_and_what_no_role_explains_is_rest():
-    metrics = read_metrics([{"step": s, "seconds": {"sample": 1, "learn": 2, "total": 4}, "flops": {"learn": 3e9}} for s in (1, 2)])
+    metrics = read_metrics(
+        [
+            {"step": s, "seconds": {"sample": 1, "learn": 2, "total": 4}, "flops": {"learn": 3e9}}
+            for s in (1, 2)
+        ]
+    )
     assert roles_table(metrics) == [
         ("sample", "2.0 s", "25 %", "–", "–"),
         ("learn", "4.0 s", "50 %", "6 GFLOP", "100 %"),
@@ -199,13 +220,20 @@ def test_costs_by_role_add_up_and_what_no_role_explains_is_rest():
 
 
 def test_only_the_first_and_the_last_evaluation_keep_their_texts():
-    moments = read_evals({"step": step, "acc": {"accuracy": 0.5, "examples": [{"text": "x"}]}} for step in range(5))
+    moments = read_evals(
+        {"step": step, "acc": {"accuracy": 0.5, "examples": [{"text": "x"}]}} for step in range(5)
+    )
     assert [bool(step_context.examples) for step_context in moments] == [True, False, False, False, True]
 
 
 def test_the_table_at_the_end_of_a_run_has_every_number_in_both_forms():
     table = before_after(summary(60))
-    assert [list(column.cells)[2] for column in table.columns] == ["teacher", "98.6 %", "97.1 to 99.3 %", "500 test"]
+    assert [list(column.cells)[2] for column in table.columns] == [
+        "teacher",
+        "98.6 %",
+        "97.1 to 99.3 %",
+        "500 test",
+    ]
     text = before_after_text(json.loads(json.dumps(summary(60))) | {"teacher_accuracy": None})
     assert "19.0 %  15.6 to 22.3 %  500 test" in text.splitlines()[1]
     assert text.splitlines()[3].split(maxsplit=1) == ["teacher", "not measured"]
@@ -213,26 +241,42 @@ def test_the_table_at_the_end_of_a_run_has_every_number_in_both_forms():
 
 
 def test_what_is_measured_of_the_teacher_is_not_a_curve_of_the_student():
-    (step_context,) = read_evals([{"step": 0, "accuracy": {"accuracy": 0.2}, "teacher_accuracy": {"accuracy": 0.9}}])
+    (step_context,) = read_evals(
+        [{"step": 0, "accuracy": {"accuracy": 0.2}, "teacher_accuracy": {"accuracy": 0.9}}]
+    )
     assert step_context.teacher is not None
     assert step_context.teacher.accuracy == 0.9
     assert list(step_context.scores) == ["accuracy"]
 
 
 @pytest.mark.parametrize(
-    "names", [{"id": "p7", "prompt": "How many?", "verdict": 1.0}, {"prompt": "p7", "question": "How many?", "right": 1.0}]
+    "names",
+    [
+        {"id": "p7", "prompt": "How many?", "verdict": 1.0},
+        {"prompt": "p7", "question": "How many?", "right": 1.0},
+    ],
 )
 def test_examples_are_paired_by_problem(names: dict[str, object]):
-    lines = [{"step": step, "accuracy": {"accuracy": 0.5, "examples": [{**names, "text": f"{step}"}]}} for step in (0, 9)]
-    pairs, first, last = read_pairs(read_evals(lines))
-    assert [(pair.prompt, pair.question, pair.before.text, pair.after.text, pair.after.verdict) for pair in pairs] == [
-        ("p7", "How many?", "0", "9", "right")
+    lines = [
+        {"step": step, "accuracy": {"accuracy": 0.5, "examples": [{**names, "text": f"{step}"}]}}
+        for step in (0, 9)
     ]
+    pairs, first, last = read_pairs(read_evals(lines))
+    assert [
+        (pair.prompt, pair.question, pair.before.text, pair.after.text, pair.after.verdict) for pair in pairs
+    ] == [("p7", "How many?", "0", "9", "right")]
     assert (first, last) == (0, 9)
 
 
 def test_a_bin_lies_in_the_middle_of_its_positions():
-    (step_context,) = read_evals([{"step": 0, "agreement": {"kl_nats": 0.5, "by_position": [{"position": 8, "width": 4, "kl_nats": 0.5}]}}])
+    (step_context,) = read_evals(
+        [
+            {
+                "step": 0,
+                "agreement": {"kl_nats": 0.5, "by_position": [{"position": 8, "width": 4, "kl_nats": 0.5}]},
+            }
+        ]
+    )
     (found,) = step_context.agreements["agreement"].bins
     assert (found.middle, found.positions) == (9.5, "8 to 11")
 
@@ -242,15 +286,33 @@ def test_a_bin_lies_in_the_middle_of_its_positions():
 
 def test_searches_show_what_was_tried_and_where_it_ended():
     lines = [
-        {"step": 2, "score": "accuracy", "here": 0.4, "tried": [{"multiple": 2, "score": 0.3}], "accepted": 0, "seconds": 2.0},
-        {"step": 1, "score": "accuracy", "here": 0.2, "accepted": 2, "delta_norm": 0.125, "tokens": 1234, "seconds": 1.5}
+        {
+            "step": 2,
+            "score": "accuracy",
+            "here": 0.4,
+            "tried": [{"multiple": 2, "score": 0.3}],
+            "accepted": 0,
+            "seconds": 2.0,
+        },
+        {
+            "step": 1,
+            "score": "accuracy",
+            "here": 0.2,
+            "accepted": 2,
+            "delta_norm": 0.125,
+            "tokens": 1234,
+            "seconds": 1.5,
+        }
         | {"tried": [{"multiple": 2, "score": 0.35}, {"multiple": 4, "score": None}]},
         {"no step": 1},
         {"step": 4, "here": None, "tried": "damaged", "accepted": 0},
     ]
     scores, jumps = search_charts(read_searches(lines))
     assert scores.rows[0] == ("1", "0.2", "2: 0.350, 4: –", "2", "0.125", "1,234", "1.5 s")
-    assert [row[:4] for row in scores.rows[1:]] == [("2", "0.4", "2: 0.300", "0"), ("4", "–", "nothing tried", "0")]
+    assert [row[:4] for row in scores.rows[1:]] == [
+        ("2", "0.4", "2: 0.300", "0"),
+        ("4", "–", "nothing tried", "0"),
+    ]
     before, ended = scores.spec["data"]
     assert (before["x"], before["y"]) == ([1, 2], [0.2, 0.4])
     assert (ended["x"], ended["y"]) == ([1, 2], [0.35, 0.4])
@@ -260,7 +322,11 @@ def test_searches_show_what_was_tried_and_where_it_ended():
 
 def test_spectra_are_drawn_by_step_and_alignment_is_with_the_last():
     def row(step: int, **more: object) -> dict[str, object]:
-        return {"step": step, "accuracy": {"accuracy": 0.5}, "foresight": {"rho": 0.3, "spectral_norm": 0.1 * step, **more}}
+        return {
+            "step": step,
+            "accuracy": {"accuracy": 0.5},
+            "foresight": {"rho": 0.3, "spectral_norm": 0.1 * step, **more},
+        }
 
     lines = [
         {"step": 0, "foresight": {"rho": None, "spectral_norm": None, "alignment": {}}},
@@ -281,7 +347,9 @@ def test_the_two_distances_of_training_are_two_lines_that_say_what_they_are_of()
     """One over all positions, one over those learnt from; a run that has one shows one."""
     from reflux.reports.curves import kl_chart
 
-    both = read_metrics([{"step": step, "kl_nats": 2.0 / step, "kl_nats_trained": 1.0 / step} for step in (1, 2)])
+    both = read_metrics(
+        [{"step": step, "kl_nats": 2.0 / step, "kl_nats_trained": 1.0 / step} for step in (1, 2)]
+    )
     one = read_metrics([{"step": step, "kl_nats_trained": 1.0 / step} for step in (1, 2)])
     chart = kl_chart(both, [])
     assert [(label, value) for label, _, value in chart.rows] == [

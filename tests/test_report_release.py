@@ -1,4 +1,6 @@
-"""The chart of margins and release points: its numbers are those on disk, and damage costs a line, not the page."""
+"""The chart of margins and release points: its numbers are those on disk, and damage costs a line, not the
+page.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from synthetic_run import write_lines
 
 
 def line(margins: list[Any], kept: int, *, rule: str = "release", **more: Any) -> dict[str, Any]:
-    detail = {rule: {"starts": [4 * i for i in range(len(margins))], "margins": margins, "kept": kept, "gain": 1.0}}
+    detail = {
+        rule: {"starts": [4 * i for i in range(len(margins))], "margins": margins, "kept": kept, "gain": 1.0}
+    }
     return {"kind": "learned", "step": 3, "prompt": "train-1", "sample": 0, "detail": detail, **more}
 
 
@@ -31,8 +35,11 @@ def test_the_chart_holds_the_means_and_the_shares(tmp_path: Path) -> None:
     ]
     assert "mean over the last 3 attempts; 67% of them are released" in chart.caption
     traces = chart.spec["data"]
-    diamonds = [(trace["x"], trace["y"]) for trace in traces if trace.get("marker", {}).get("symbol") == "diamond"]
-    assert sorted(diamonds) == [([1], [3.0]), ([2], [2.0])]  # the last segment that is kept, at its margin
+    diamonds = [
+        (trace["x"], trace["y"]) for trace in traces if trace.get("marker", {}).get("symbol") == "diamond"
+    ]
+    # the last segment that is kept, at its margin
+    assert sorted(diamonds) == [([1], [3.0]), ([2], [2.0])]
     assert (traces[-1]["name"], traces[-1]["y"]) == ("mean margin", [3.0, 1.0, 0.5, 0.5])
 
 
@@ -52,7 +59,14 @@ def test_nothing_learned_yet_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "broken", [line([1.0, None], 1), line([], 0), line(["x"], 1), line([1.0], 1, kind="attempt"), {"detail": {"release": 3}}]
+    "broken",
+    [
+        line([1.0, None], 1),
+        line([], 0),
+        line(["x"], 1),
+        line([1.0], 1, kind="attempt"),
+        {"detail": {"release": 3}},
+    ],
 )
 def test_what_is_damaged_is_left_out(tmp_path: Path, broken: dict[str, Any]) -> None:
     path = tmp_path / "attempts.jsonl"

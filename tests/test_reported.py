@@ -1,4 +1,6 @@
-"""What a run reports comes from test problems that nobody looked at on the way, drawn with a seed that is used for nothing else."""
+"""What a run reports comes from test problems that nobody looked at on the way, drawn with a seed that is
+used for nothing else.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from typing import Any
 import pytest
 
 import outside
-from reflux.config.recipe import RECIPES, load_recipe, recipe_names
+from reflux.config.bases import RECIPES, recipe_names
+from reflux.config.recipe import load_recipe
 from reflux.evals.accuracy import Accuracy
 from reflux.evals.agreement import Agreement
 from reflux.evals.problems import HELD_OUT_SEED, TEST_SEED, problems, seen, told
@@ -20,11 +23,11 @@ from reflux.evals.teacher_accuracy import TeacherAccuracy
 from reflux.reports.curves import accuracy_chart
 from reflux.reports.evals import read_evals
 from reflux.reports.scores import SearchScore
+from reflux.runtime.watch import Silent
 from reflux.storage.summary import reported
 from reflux.tasks.glyphs import Glyphs
 from reflux.tasks.jsonl import Jsonl
 from reflux.tasks.word_problems import WordProblems
-from reflux.training import Silent
 
 SMALL: dict[str, Any] = {
     "evals__accuracy": {"problems": 3, "examples": 0},
@@ -50,10 +53,22 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 
 def run(tiny_run: Callable[..., Any], recipe: str = "full", **changes: Any) -> Any:
-    return tiny_run(recipe, **{"steps": 3, "eval_every": 1, "prompts_per_step": 2, "task": {"kind": "outside:Chat"}, **SMALL, **changes})
+    return tiny_run(
+        recipe,
+        **{
+            "steps": 3,
+            "eval_every": 1,
+            "prompts_per_step": 2,
+            "task": {"kind": "outside:Chat"},
+            **SMALL,
+            **changes,
+        },
+    )
 
 
-def test_test_problems_are_asked_at_the_ends_and_never_between(tiny_run: Callable[..., Any], asked: list[tuple[str, int]]) -> None:
+def test_test_problems_are_asked_at_the_ends_and_never_between(
+    tiny_run: Callable[..., Any], asked: list[tuple[str, int]]
+) -> None:
     done = run(tiny_run)
     rows = done.rows("evals")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
@@ -87,14 +102,22 @@ def test_the_summary_is_of_test_problems_and_says_so(tiny_run: Callable[..., Any
         ("accuracy_before", first["test_accuracy"]), ("accuracy_after", last["test_accuracy"]),
         ("teacher_accuracy", first["test_accuracy"]["teacher"]),
     ):  # fmt: skip
-        assert done.summary[name] == {key: table[key] for key in ("accuracy", "low", "high", "problems", "split")}
+        assert done.summary[name] == {
+            key: table[key] for key in ("accuracy", "low", "high", "problems", "split")
+        }
         assert done.summary[name]["split"] == "test"
 
 
 def test_without_test_problems_the_summary_says_that_it_has_validation() -> None:
-    row = {"step": 0, "accuracy": {"accuracy": 0.5, "split": "validation"}, "teacher_accuracy": {"accuracy": 0.9, "split": "validation"}}
+    row = {
+        "step": 0,
+        "accuracy": {"accuracy": 0.5, "split": "validation"},
+        "teacher_accuracy": {"accuracy": 0.9, "split": "validation"},
+    }
     found = reported([row])
-    assert [found[name]["split"] for name in ("accuracy_before", "accuracy_after", "teacher_accuracy")] == ["validation"] * 3
+    assert [found[name]["split"] for name in ("accuracy_before", "accuracy_after", "teacher_accuracy")] == [
+        "validation"
+    ] * 3
     assert reported([]) == {"accuracy_before": None, "accuracy_after": None, "teacher_accuracy": None}
     mixed = reported([{**row, "test_accuracy": {"accuracy": 0.1, "split": "test"}}])
     assert mixed["accuracy_before"]["split"] == "test"
@@ -103,10 +126,21 @@ def test_without_test_problems_the_summary_says_that_it_has_validation() -> None
 
 def test_the_curve_is_compared_with_the_teacher_on_the_same_problems() -> None:
     row = {"accuracy": 0.5, "problems": 3, "split": "validation"}
-    test = {"accuracy": 0.4, "problems": 4, "split": "test", "teacher": {"accuracy": 0.8, "problems": 4, "split": "test"}}
+    test = {
+        "accuracy": 0.4,
+        "problems": 4,
+        "split": "test",
+        "teacher": {"accuracy": 0.8, "problems": 4, "split": "test"},
+    }
     reported_teacher = SearchScore(0.8, problems=4, split="test")
-    both = read_evals([{"step": 0, "accuracy": row, "test_accuracy": test, "teacher_accuracy": {**row, "accuracy": 0.9}}])
-    assert accuracy_chart(both, reported_teacher).rows[-1] == ("teacher", "", *SearchScore(0.9, problems=3, split="validation").cells)
+    both = read_evals(
+        [{"step": 0, "accuracy": row, "test_accuracy": test, "teacher_accuracy": {**row, "accuracy": 0.9}}]
+    )
+    assert accuracy_chart(both, reported_teacher).rows[-1] == (
+        "teacher",
+        "",
+        *SearchScore(0.9, problems=3, split="validation").cells,
+    )
     alone = read_evals([{"step": 0, "test_accuracy": test}])
     assert accuracy_chart(alone, reported_teacher).rows[-1] == ("teacher", "", *reported_teacher.cells)
 
@@ -119,7 +153,12 @@ def test_a_teacher_that_is_not_there_is_not_asked(tiny_run: Callable[..., Any], 
 
 
 def test_the_student_as_its_own_teacher_is_not_asked_twice(tiny_run: Callable[..., Any]) -> None:
-    done = run(tiny_run, steps=1, teachers__main={"kind": "own", "context": {"kind": "same"}}, evals__teacher_accuracy="none")
+    done = run(
+        tiny_run,
+        steps=1,
+        teachers__main={"kind": "own", "context": {"kind": "same"}},
+        evals__teacher_accuracy="none",
+    )
     assert "teacher" not in done.rows("evals")[0]["test_accuracy"]
 
 
@@ -156,18 +195,28 @@ def test_every_scale_with_test_problems_reports_them(base: str) -> None:
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_no_recipe_asks_test_problems_on_the_way(recipe: str) -> None:
-    assert all(evaluation.split != "test" for evaluation in load_recipe(recipe).evals.values() if evaluation.asked == "always")
+    assert all(
+        evaluation.split != "test"
+        for evaluation in load_recipe(recipe).evals.values()
+        if evaluation.asked == "always"
+    )
 
 
 def test_the_seed_of_test_problems_stands_in_one_place() -> None:
     package = RECIPES.parent
-    naming = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if "TEST_SEED" in path.read_text()}
+    naming = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if "TEST_SEED" in path.read_text()
+    }
     assert naming == {"evals/problems.py", "evals/test_accuracy.py"}, "the second one only speaks of it"
     assert not any(f"{TEST_SEED}" in path.read_text() for path in package.rglob("*.toml"))
 
 
 def test_test_problems_are_new_ones() -> None:
-    """Of the embedded task: hardly one in common with those that recipes were once tuned on, and none with training or validation."""
+    """Of the embedded task: hardly one in common with those that recipes were once tuned on, and none with
+    training or validation.
+    """
     task = WordProblems(held_out=500)
     fresh = {prompt.messages[0]["content"] for prompt in problems(task, "test")}
     once_tuned_on = {prompt.messages[0]["content"] for prompt in task.prompts("test", 0)}

@@ -1,4 +1,6 @@
-"""A recipe is right on every scale: methods hold no number of a scale, and evaluations have a limit that no training cap changes."""
+"""A recipe is right on every scale: methods hold no number of a scale, and evaluations have a limit that no
+training cap changes.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,9 @@ import pytest
 import tomli_w
 
 from reflux import checks
+from reflux.config.bases import RECIPES, recipe_names, resolve
 from reflux.config.overrides import merge
-from reflux.config.recipe import RECIPES, from_table, load_recipe, recipe_names, resolve, to_table
+from reflux.config.recipe import from_table, load_recipe, to_table
 from reflux.errors import ConfigError
 from reflux.inspection.plan import plan
 from reflux.types import FlowRollout, TokenRollout
@@ -24,7 +27,8 @@ SCALE_KEYS = {
 }  # fmt: skip
 SCALES = {TokenRollout: ("toy", "hub", "reader", "two_domains"), FlowRollout: ("glyphs", "sd3")}
 HERE = [(name, base) for name in recipe_names() for base in SCALES[load_recipe(name).learner.rollouts]]
-MOVED = {"sft": ("sampler", "sampler.generate"), "flow_sft": ("sampler", "sampler.generate")}  # tables that stand inside another one
+# tables that stand inside another one
+MOVED = {"sft": ("sampler", "sampler.generate"), "flow_sft": ("sampler", "sampler.generate")}
 CAPS: dict[str, Any] = {
     "none": None,
     "a number": 5,
@@ -59,7 +63,9 @@ def raw(name: str) -> dict[str, Any]:
 
 def on(recipe: str, base: str, folder: Path) -> Any:
     (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "a sign", "route": "text"}))
-    return load_recipe(recipe, {"base": base} | ({"task.path": str(folder / "prompts.jsonl")} if base == "sd3" else {}))
+    return load_recipe(
+        recipe, {"base": base} | ({"task.path": str(folder / "prompts.jsonl")} if base == "sd3" else {})
+    )
 
 
 # --- methods and scales
@@ -73,7 +79,9 @@ def test_a_method_says_no_number_of_a_scale(recipe: str) -> None:
 
 @pytest.mark.parametrize(("recipe", "base"), HERE)
 def test_what_a_scale_says_holds_under_every_method(recipe: str, base: str, tmp_path: Path) -> None:
-    """But for the size of groups, which is the method's, for tables that it takes away, and for what the scale says of this very recipe."""
+    """But for the size of groups, which is the method's, for tables that it takes away, and for what the
+    scale says of this very recipe.
+    """
     scale = raw(f"base/{base}")
     of_this = scale.pop("methods", {}).get(recipe, {})
     resolved = to_table(on(recipe, base, tmp_path))
@@ -83,11 +91,16 @@ def test_what_a_scale_says_holds_under_every_method(recipe: str, base: str, tmp_
     for path, value in leaves(merge(scale, of_this)):
         where = path.replace(old, new, 1) if old and path.startswith(old) and path != f"{old}.kind" else path
         found = at(resolved, where)
-        if path in ("group_size", "task.path") or any(path.startswith(gone) for gone in taken_away) or path.endswith(".kind"):
+        if (
+            path in ("group_size", "task.path")
+            or any(path.startswith(gone) for gone in taken_away)
+            or path.endswith(".kind")
+        ):
             continue
         table = ".".join(path.split(".")[:2])
         if path.startswith("teachers.") and at(resolved, f"{table}.kind") != at(scale, f"{table}.kind"):
-            continue  # another teacher stands there, or none
+            # another teacher stands there, or none
+            continue
         if path.startswith("evals.") and at(resolved, table) is None:
             continue
         expected = {"horizon": resolved["steps"], **value} if isinstance(value, dict) else value
@@ -96,18 +109,33 @@ def test_what_a_scale_says_holds_under_every_method(recipe: str, base: str, tmp_
     assert checked >= 8
 
 
-OWN_SCALE = {  # what each recipe trained with when methods still held these numbers
+# what each recipe trained with when methods still held these numbers
+OWN_SCALE = {
     "prefix": {"prompts_per_step": 64, "group_size": 1, "sampler.max_tokens": 64},
     "release": {"credit.release.segments": 4, "prompts_per_step": 64, "sampler.max_tokens": 64},
     "effopd": {"extrapolation.prompts": 200, "extrapolation.tries": 5, "prompts_per_step": 64},
     "rl": {"prompts_per_step": 16, "group_size": 8, "learner.lr.peak": 2e-3},
     "rl_opd": {"prompts_per_step": 16, "group_size": 4, "learner.lr.peak": 2e-3},
-    "sft": {"sampler.generate.max_tokens": 64, "sampler.generate.max_prompt_tokens": 0, "prompts_per_step": 64},
+    "sft": {
+        "sampler.generate.max_tokens": 64,
+        "sampler.generate.max_prompt_tokens": 0,
+        "prompts_per_step": 64,
+    },
     "peers": {"prompts_per_step": 8, "group_size": 8, "learner.lr.peak": 2e-4, "sampler.max_tokens": 64},
-    "everything": {"prompts_per_step": 8, "group_size": 8, "sampler.max_tokens": 64, "extrapolation.prompts": 50},
+    "everything": {
+        "prompts_per_step": 8,
+        "group_size": 8,
+        "sampler.max_tokens": 64,
+        "extrapolation.prompts": 50,
+    },
     "uni_opd": {"prompts_per_step": 8, "group_size": 8, "learner.lr.peak": 1e-3},
     "flow_grpo": {"prompts_per_step": 8, "group_size": 8, "learner.lr": 3e-5, "learner.weight_decay": 1e-4},
-    "flow_sft": {"prompts_per_step": 32, "learner.lr": 3e-4, "sampler.generate.eval_steps": 20, "sampler.positions": 10},
+    "flow_sft": {
+        "prompts_per_step": 32,
+        "learner.lr": 3e-4,
+        "sampler.generate.eval_steps": 20,
+        "sampler.positions": 10,
+    },
     "flow": {"prompts_per_step": 32, "learner.lr": 3e-4, "sampler.eval_steps": 20},
 }
 
@@ -118,18 +146,37 @@ def test_on_its_own_scale_a_recipe_is_what_it_was(recipe: str) -> None:
     assert {path: at(table, path) for path in OWN_SCALE[recipe]} == OWN_SCALE[recipe]
 
 
-@pytest.mark.parametrize(("recipe", "path"), [("prefix", "sampler.train_max_tokens"), ("everything", "credit.prefix.length")])
+@pytest.mark.parametrize(
+    ("recipe", "path"), [("prefix", "sampler.train_max_tokens"), ("everything", "credit.prefix.length")]
+)
 def test_prefixes_grow_with_the_scale(recipe: str, path: str) -> None:
-    """The embedded models' 16 + 0.5 a step up to 64, to the bit; on the hub the same shares of its longest answer."""
+    """The embedded models' 16 + 0.5 a step up to 64, to the bit; on the hub the same shares of its longest
+    answer.
+    """
     toy, hub = (at(to_table(load_recipe(recipe, {"base": base})), path) for base in ("toy", "hub"))
-    assert toy == {"kind": "linear", "start": 16.0, "increment": 0.5, "stop": 64.0, "warmup": 0, "horizon": 200}
-    assert hub == {"kind": "linear", "start": 256.0, "increment": 8.0, "stop": 1024.0, "warmup": 0, "horizon": 200}
+    assert toy == {
+        "kind": "linear",
+        "start": 16.0,
+        "increment": 0.5,
+        "stop": 64.0,
+        "warmup": 0,
+        "horizon": 200,
+    }
+    assert hub == {
+        "kind": "linear",
+        "start": 256.0,
+        "increment": 8.0,
+        "stop": 1024.0,
+        "warmup": 0,
+        "horizon": 200,
+    }
     longer = at(to_table(load_recipe(recipe, {"base": "hub", "sampler.max_tokens": 4096})), path)
     assert (longer["start"], longer["increment"], longer["stop"]) == (1024.0, 32.0, 4096.0)
 
 
 def test_a_scale_speaks_to_the_recipes_that_a_recipe_is_built_on(tmp_path: Path) -> None:
-    mine = tmp_path / "rl.toml"  # its own name is no shipped recipe's, though it looks like one
+    # its own name is no shipped recipe's, though it looks like one
+    mine = tmp_path / "rl.toml"
     mine.write_text('base = "release"\nseed = 3\n')
     assert load_recipe(mine).credit["release"].segments == 4
     assert load_recipe(mine).prompts_per_step == 64
@@ -137,12 +184,18 @@ def test_a_scale_speaks_to_the_recipes_that_a_recipe_is_built_on(tmp_path: Path)
     scale = tmp_path / "mine_scale.toml"
     scale.write_text('base = "hub"\nsteps = 7\n[methods.release.credit.release]\nsegments = "lines"\n')
     resolved = load_recipe("release", {"base": str(scale)})
-    assert (resolved.steps, resolved.credit["release"].segments, resolved.learner.model) == (7, "lines", "Qwen/Qwen3-0.6B")
+    assert (resolved.steps, resolved.credit["release"].segments, resolved.learner.model) == (
+        7,
+        "lines",
+        "Qwen/Qwen3-0.6B",
+    )
 
 
 def test_a_scale_that_speaks_to_nobody_is_refused(tmp_path: Path) -> None:
     (tmp_path / "scale.toml").write_text('base = "toy"\n[methods.releese]\nsteps = 3\n')
-    with pytest.raises(ConfigError, match=r"methods\.releese: no shipped recipe is named so; did you mean 'release'"):
+    with pytest.raises(
+        ConfigError, match=r"methods\.releese: no shipped recipe is named so; did you mean 'release'"
+    ):
         load_recipe("release", {"base": str(tmp_path / "scale.toml")})
 
 
@@ -151,7 +204,8 @@ def test_a_base_that_leads_back_to_itself_is_refused(tmp_path: Path) -> None:
     path.write_text(f'base = "{path}"\n')
     with pytest.raises(ConfigError, match="builds on itself"):
         load_recipe(path)
-    assert load_recipe("vopd", {"base": "gkd"}).learner.model == "reflux:student"  # a recipe in the place of a scale brings its own scale
+    # a recipe in the place of a scale brings its own scale
+    assert load_recipe("vopd", {"base": "gkd"}).learner.model == "reflux:student"
 
 
 def test_base_beside_a_new_kind_is_the_table_that_was_there() -> None:
@@ -169,8 +223,14 @@ def test_base_beside_a_new_kind_is_the_table_that_was_there() -> None:
     ("schedule", "expected"),
     [
         ({"kind": "constant", "value": 0.5}, {"value": 8.0}),
-        ({"kind": "linear", "start": 0.25, "increment": 0.125, "warmup": 3}, {"start": 4.0, "increment": 2.0, "warmup": 3}),
-        ({"kind": "cosine", "peak": 1.0, "floor": 0.25, "warmup": 2}, {"peak": 16.0, "floor": 4.0, "warmup": 2}),
+        (
+            {"kind": "linear", "start": 0.25, "increment": 0.125, "warmup": 3},
+            {"start": 4.0, "increment": 2.0, "warmup": 3},
+        ),
+        (
+            {"kind": "cosine", "peak": 1.0, "floor": 0.25, "warmup": 2},
+            {"peak": 16.0, "floor": 4.0, "warmup": 2},
+        ),
         ({"kind": "steps", "values": [0.25, 1], "boundaries": [7]}, {"values": [4.0, 16], "boundaries": [7]}),
     ],
 )
@@ -184,7 +244,9 @@ def test_shares_are_of_amounts_and_never_of_steps(schedule: dict[str, Any], expe
 @pytest.mark.parametrize("of", ["sampler.nothing", "learner.lr", "sampler", "task.kind", 3])
 def test_shares_of_no_number_are_refused_by_their_path(of: Any) -> None:
     with pytest.raises(ConfigError, match=r"credit.prefix.length.of: this recipe has no plain number at"):
-        load_recipe("opd", {"credit.prefix.length": {"kind": "linear", "of": of, "start": 0.5, "increment": 0.1}})
+        load_recipe(
+            "opd", {"credit.prefix.length": {"kind": "linear", "of": of, "start": 0.5, "increment": 0.1}}
+        )
 
 
 # --- limits
@@ -206,12 +268,16 @@ def test_no_training_cap_is_a_limit_of_evaluations(base: str, cap: str) -> None:
 def test_prefix_evaluates_whole_answers(base: str) -> None:
     cfg = load_recipe("prefix", {"base": base, "steps": 3})
     longest = {"toy": 64, "hub": 1024}[base]
-    assert [cfg.draw(step).max_positions for step in range(3)] == [longest // 4 + step * longest // 128 for step in range(3)]
+    assert [cfg.draw(step).max_positions for step in range(3)] == [
+        longest // 4 + step * longest // 128 for step in range(3)
+    ]
     assert (cfg.training_positions, cfg.evaluation_positions) == (longest // 4 + 2 * longest // 128, longest)
 
 
 @pytest.mark.parametrize("cap", CAPS)
-def test_evaluations_and_scores_ask_with_their_own_limit(tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, cap: str) -> None:
+def test_evaluations_and_scores_ask_with_their_own_limit(
+    tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, cap: str
+) -> None:
     """What really is asked of the sampler, training aside."""
     from reflux.samplers.hf_engine import HFSampler
 
@@ -223,7 +289,11 @@ def test_evaluations_and_scores_ask_with_their_own_limit(tiny_run: Callable[...,
         return await sample(self, requests)
 
     monkeypatch.setattr(HFSampler, "_groups", listened)
-    tables = {"accuracy": {"problems": 2, "samples": 1}, "agreement": {"prompts": 2}, "teacher_accuracy": {"problems": 2}}
+    tables = {
+        "accuracy": {"problems": 2, "samples": 1},
+        "agreement": {"prompts": 2},
+        "teacher_accuracy": {"problems": 2},
+    }
     more = {"sampler__train_max_tokens": CAPS[cap]} if CAPS[cap] is not None else {}
     tiny_run(
         "full", steps=1, prompts_per_step=2, sampler__max_tokens=9, task={"kind": "outside:Chat"}, **more,
@@ -235,7 +305,9 @@ def test_evaluations_and_scores_ask_with_their_own_limit(tiny_run: Callable[...,
 
 
 def test_pictures_are_finished_in_evaluations_whatever_training_walks() -> None:
-    cfg = load_recipe("flow", {"sampler.max_denoising_steps": {"kind": "linear", "start": 2, "increment": 0.01}})
+    cfg = load_recipe(
+        "flow", {"sampler.max_denoising_steps": {"kind": "linear", "start": 2, "increment": 0.01}}
+    )
     assert (cfg.training_positions, cfg.evaluation_positions) == (2, 10)
     assert load_recipe("flow_sft", {"sampler.positions": 3}).evaluation_positions == 10
 
@@ -248,8 +320,11 @@ def test_a_schedule_of_the_longest_answer_is_sent_to_the_training_cap() -> None:
 @pytest.mark.parametrize("name", ["accuracy", "agreement", "teacher_accuracy"])
 def test_an_evaluation_shorter_than_training_is_told(name: str) -> None:
     (warning,) = checks.warnings(load_recipe("full", {f"evals.{name}.max_tokens": 32}))
-    assert warning.startswith(f"evals.{name}.max_tokens = 32 cuts answers that training lets run to 64 tokens")
-    assert not checks.warnings(load_recipe("prefix", {f"evals.{name}.max_tokens": 32, "steps": 30}))  # training reaches 30 there
+    assert warning.startswith(
+        f"evals.{name}.max_tokens = 32 cuts answers that training lets run to 64 tokens"
+    )
+    # training reaches 30 there
+    assert not checks.warnings(load_recipe("prefix", {f"evals.{name}.max_tokens": 32, "steps": 30}))
     (warning,) = checks.warnings(load_recipe("effopd", {"extrapolation.max_tokens": 32}))
     assert warning.startswith("extrapolation.max_tokens = 32 cuts")
 
@@ -257,7 +332,9 @@ def test_an_evaluation_shorter_than_training_is_told(name: str) -> None:
 def test_a_cap_above_the_longest_answer_is_refused_and_a_schedule_stays_at_it() -> None:
     with pytest.raises(ConfigError, match="train_max_tokens = 65 is above max_tokens = 64"):
         load_recipe("full", {"sampler.train_max_tokens": 65})
-    rising = load_recipe("full", {"sampler.train_max_tokens": {"kind": "linear", "start": 60, "increment": 3}})
+    rising = load_recipe(
+        "full", {"sampler.train_max_tokens": {"kind": "linear", "start": 60, "increment": 3}}
+    )
     assert [rising.draw(step).max_positions for step in range(3)] == [60, 63, 64]
 
 

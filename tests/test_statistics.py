@@ -41,12 +41,17 @@ def test_pass_at_k_equals_the_share_of_subsets_with_a_right_one() -> None:
     for n in range(1, 7):
         for c, k in itertools.product(range(n + 1), range(1, n + 1)):
             subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
-            assert pass_at_k(n, c, k) == pytest.approx(np.mean([any(subset) for subset in subsets]), abs=1e-12)
+            assert pass_at_k(n, c, k) == pytest.approx(
+                np.mean([any(subset) for subset in subsets]), abs=1e-12
+            )
 
 
 def test_pass_at_k_is_unbiased_for_k_fresh_attempts() -> None:
     n, k, p = 6, 3, 0.3
-    chances = [np.prod([p if right else 1 - p for right in drawn]) for drawn in itertools.product([True, False], repeat=n)]
+    chances = [
+        np.prod([p if right else 1 - p for right in drawn])
+        for drawn in itertools.product([True, False], repeat=n)
+    ]
     estimates = [pass_at_k(n, sum(drawn), k) for drawn in itertools.product([True, False], repeat=n)]
     assert np.dot(chances, estimates) == pytest.approx(1 - (1 - p) ** k, abs=1e-12)
 
@@ -61,7 +66,9 @@ def test_bootstrap_equals_the_enumerated_distribution_of_resampled_means() -> No
     values = [0.0, 0.5, 3.0]
     means = [np.mean(drawn) for drawn in itertools.product(values, repeat=3)]
     expected = np.quantile(means, [0.1, 0.9], method="inverted_cdf")
-    assert bootstrap_mean(values, seed=0, resamples=20_000, confidence=0.8) == pytest.approx(expected, abs=1e-9)
+    assert bootstrap_mean(values, seed=0, resamples=20_000, confidence=0.8) == pytest.approx(
+        expected, abs=1e-9
+    )
 
 
 def test_bootstrap_covers_the_mean_about_as_often_as_it_says() -> None:
@@ -90,7 +97,9 @@ def test_bootstrap_refuses_no_problems_and_a_table() -> None:
 
 def test_numbers_that_differ_have_the_bootstrap_interval() -> None:
     for share in (False, True):
-        assert mean_interval([0.0, 0.25, 1.0, 0.5], 3, share=share) == bootstrap_mean([0.0, 0.25, 1.0, 0.5], 3)
+        assert mean_interval([0.0, 0.25, 1.0, 0.5], 3, share=share) == bootstrap_mean(
+            [0.0, 0.25, 1.0, 0.5], 3
+        )
     assert mean_interval([-3.0, 8.0], 3, share=True) == bootstrap_mean([-3.0, 8.0], 3)
 
 
@@ -101,7 +110,8 @@ def test_problems_that_are_all_equal_have_the_interval_of_no_or_only_successes(n
     low, high = mean_interval([0.0] * n, 0, share=True)
     assert low == 0.0
     assert high is not None
-    assert high > 0.8 * beta.ppf(0.95, 1, n)  # Clopper-Pearson's one-sided bound: 0 of 30 may well be 9 %
+    # Clopper-Pearson's one-sided bound: 0 of 30 may well be 9 %
+    assert high > 0.8 * beta.ppf(0.95, 1, n)
 
 
 def test_equal_shares_within_have_an_interval_that_is_wide_enough() -> None:
@@ -120,11 +130,14 @@ def test_equal_numbers_of_no_known_range_and_no_numbers_have_no_interval() -> No
 def test_the_interval_over_clusters_is_that_of_a_ratio_estimate() -> None:
     clusters = [np.array([1.0, 2.0]), np.array([4.0]), np.array([]), np.array([0.0, 0.0, 5.0])]
     mean, m, size = 2.0, 3, 6
-    residuals = [3 - mean * 2, 4 - mean, 5 - mean * 3]  # sum of a cluster minus what the mean says
+    # sum of a cluster minus what the mean says
+    residuals = [3 - mean * 2, 4 - mean, 5 - mean * 3]
     variance = m / (m - 1) * sum(r**2 for r in residuals) / size**2
     for confidence in (0.8, 0.95):
         half = t.ppf(0.5 + confidence / 2, m - 1) * variance**0.5
-        assert clustered_mean(clusters, confidence) == pytest.approx((mean, mean - half, mean + half), abs=1e-12)
+        assert clustered_mean(clusters, confidence) == pytest.approx(
+            (mean, mean - half, mean + half), abs=1e-12
+        )
 
 
 def test_clusters_of_one_number_are_a_sample_like_any_other() -> None:
@@ -142,7 +155,9 @@ def test_one_cluster_has_a_mean_and_no_interval_and_none_has_neither() -> None:
 
 @pytest.mark.parametrize("m", [2, 5, 20])
 def test_the_interval_over_clusters_covers_the_mean_as_often_as_it_says(m: int) -> None:
-    """Clusters of 4 to 12 numbers, whose common part has half the spread of the rest. A normal quantile gives 69 % at two clusters."""
+    """Clusters of 4 to 12 numbers, whose common part has half the spread of the rest. A normal quantile gives
+    69 % at two clusters.
+    """
     rng, draws, hits = np.random.default_rng(m), 2000, 0
     for _ in range(draws):
         clusters = [3 + rng.normal(0, 0.5) + rng.normal(0, 1, rng.integers(4, 13)) for _ in range(m)]

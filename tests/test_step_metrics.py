@@ -17,7 +17,9 @@ def test_a_note_counts_the_attempts_that_have_it_wherever_they_stand() -> None:
     """Before, between and after attempts without it."""
     attempts = [Attempt(rollout(2, sample=s)) for s in range(5)]
     for place, attempt in enumerate(attempts):
-        attempt.credits["rule"] = Credit(notes={"of_some": float(place), "spread": Quantiles((float(place),))} if place in (1, 3) else {})
+        attempt.credits["rule"] = Credit(
+            notes={"of_some": float(place), "spread": Quantiles((float(place),))} if place in (1, 3) else {}
+        )
     attempts[4].credits["late"] = Credit(advantage_offset_T=0.5, notes={"only_here": 2.0})
     found = _credit(attempts)
     assert found["rule"] == {"weight_mean": 1.0, "advantage_offset_mean": 0.0, "of_some": 2.0, "spread": 2.0}
@@ -25,16 +27,22 @@ def test_a_note_counts_the_attempts_that_have_it_wherever_they_stand() -> None:
 
 
 def test_means_are_over_chosen_positions() -> None:
-    first, second = (Attempt(rollout(length, seed=length, mask=[True] * 2 + [False] * (length - 2))) for length in (2, 6))
+    first, second = (
+        Attempt(rollout(length, seed=length, mask=[True] * 2 + [False] * (length - 2))) for length in (2, 6)
+    )
     first.credits["rule"], second.credits["rule"] = Credit(weight_T=2.0), Credit(weight_T=0.0)
     assert _credit([first, second])["rule"]["weight_mean"] == pytest.approx(1.0)
 
 
 def test_a_teacher_is_billed_for_what_it_read(tiny_run: Callable[..., Any]) -> None:
-    """The student as its own teacher reads as much as it sampled; told the answer, a little more; shown other attempts, much more."""
+    """The student as its own teacher reads as much as it sampled; told the answer, a little more; shown other
+    attempts, much more.
+    """
     settings: dict[str, Any] = {"steps": 1, "group_size": 4, "task": {"kind": "outside:Chat"}}
     same, told, peers = (
-        tiny_run("peers", **settings, teachers__main={"kind": "self", "context": {"kind": context}}).rows("metrics")[0]["flops"]
+        tiny_run("peers", **settings, teachers__main={"kind": "self", "context": {"kind": context}}).rows(
+            "metrics"
+        )[0]["flops"]
         for context in ("same", "privileged", "peers")
     )
     assert same["teach"] == same["sample"]
@@ -42,9 +50,16 @@ def test_a_teacher_is_billed_for_what_it_read(tiny_run: Callable[..., Any]) -> N
 
 
 def test_attempts_are_counted_by_how_they_ended(tiny_run: Callable[..., Any]) -> None:
-    """Those that a tool or a limit of time ended keep their weight, are read by the teacher, and are judged by nobody."""
+    """Those that a tool or a limit of time ended keep their weight, are read by the teacher, and are judged
+    by nobody.
+    """
     limits = {"sampler__max_tokens": 60, "sampler__max_turns": 2, "sampler__environment_timeout_s": 0.05}
-    settings: dict[str, Any] = {"steps": 2, "group_size": 2, "task": {"kind": "outside:Unruly"}, "rewards__verifier": {"kind": "verifier"}}
+    settings: dict[str, Any] = {
+        "steps": 2,
+        "group_size": 2,
+        "task": {"kind": "outside:Unruly"},
+        "rewards__verifier": {"kind": "verifier"},
+    }
     done = tiny_run("opd", **settings, **limits)
     arrived = [row for row in done.rows("attempts") if row["kind"] == "attempt"]
     learned = [row for row in done.rows("attempts") if row["kind"] == "learned"]
@@ -57,7 +72,10 @@ def test_attempts_are_counted_by_how_they_ended(tiny_run: Callable[..., Any]) ->
         assert len(after["teacher_logp"]["main"]) == len(row["mask"])
     for row in done.rows("metrics"):
         ended = [each["finish"] for each in arrived if each["step"] == row["step"]]
-        counts = {finish: ended.count(finish) for finish in ("stop", "length", "error", "max_turns", "tool_error", "timeout")}
+        counts = {
+            finish: ended.count(finish)
+            for finish in ("stop", "length", "error", "max_turns", "tool_error", "timeout")
+        }
         assert row["finishes"] == counts
         assert row["truncated"] == counts["length"] / 8
         assert row["ungraded"] == counts["tool_error"] + counts["timeout"]

@@ -33,12 +33,25 @@ def test_next(): pass
 def suite(folder: Path, text: str, *options: str) -> subprocess.CompletedProcess[str]:
     """A file of tests under the project's own settings, but for shorter timeouts."""
     (folder / "test_it.py").write_text(text)
-    command = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), f"--rootdir={folder}", "-o", "timeout=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-c",
+        str(ROOT / "pyproject.toml"),
+        f"--rootdir={folder}",
+        "-o",
+        "timeout=1",
+    ]
     return subprocess.run([*command, str(folder / "test_it.py"), *options], capture_output=True, text=True)
 
 
 def test_every_test_has_a_timeout_that_the_second_one_leaves_room_for(request: pytest.FixtureRequest) -> None:
-    usual, last = float(request.config.getini("timeout")), float(request.config.getini("faulthandler_timeout"))
+    usual, last = (
+        float(request.config.getini("timeout")),
+        float(request.config.getini("faulthandler_timeout")),
+    )
     marks = [mark for item in request.session.items for mark in item.iter_markers("timeout")]
     asked = [usual, *(float(mark.args[0] if mark.args else mark.kwargs["timeout"]) for mark in marks)]
     assert all(0 < seconds < last for seconds in asked)

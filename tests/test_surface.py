@@ -1,4 +1,6 @@
-"""What users hold on to: verbs, names, fields and their defaults. A change here is a change for them, so it is made on purpose."""
+"""What users hold on to: verbs, names, fields and their defaults. A change here is a change for them, so it
+is made on purpose.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ from typing import Any
 import pytest
 
 import reflux
+from reflux.config.groups import GROUPS
 from reflux.config.recipe import RunConfig
-from reflux.config.registry import GROUPS, kinds, part
+from reflux.config.registry import kinds, part
 
 VERBS = "run plan eval report difficulty list cite doctor"
 
@@ -106,7 +109,8 @@ def shown(cls: Any) -> list[str]:
     words = []
     for entry in dataclasses.fields(cls):
         default = entry.default
-        if type(default).__name__ == "FieldInfo":  # pydantic's Field(default_factory = ...)
+        if type(default).__name__ == "FieldInfo":
+            # pydantic's Field(default_factory = ...)
             default = default.get_default(call_default_factory=True)  # type: ignore[union-attr]
         bare = default is dataclasses.MISSING or dataclasses.is_dataclass(default)
         words.append(entry.name if bare else f"{entry.name}={default!r}".replace(" ", ""))
@@ -114,7 +118,9 @@ def shown(cls: Any) -> list[str]:
 
 
 def test_the_registries_hold_these_names() -> None:
-    assert {group: sorted(kinds(group)) for group in GROUPS} == {group: sorted(names) for group, names in table(REGISTERED).items()}
+    assert {group: sorted(kinds(group)) for group in GROUPS} == {
+        group: sorted(names) for group, names in table(REGISTERED).items()
+    }
 
 
 @pytest.mark.parametrize("name", table(FIELDS))
@@ -138,12 +144,18 @@ def test_run_stays_a_function_whatever_is_imported() -> None:
 
 
 def test_the_command_line_has_these_verbs() -> None:
-    behaviour = python("import sys; sys.argv = ['reflux', '--help']; from reflux.cli.main import main; main()")
-    listed = [line.split()[0] for line in behaviour[behaviour.index("Commands") :].splitlines()[1:] if line.strip()]
+    behaviour = python(
+        "import sys; sys.argv = ['reflux', '--help']; from reflux.cli.main import main; main()"
+    )
+    listed = [
+        line.split()[0] for line in behaviour[behaviour.index("Commands") :].splitlines()[1:] if line.strip()
+    ]
     assert sorted(listed) == sorted(VERBS.split())
 
 
-@pytest.mark.parametrize("arguments", ["--help", "run --help", "list", "list credit", "--version", "cite vopd"])
+@pytest.mark.parametrize(
+    "arguments", ["--help", "run --help", "list", "list credit", "--version", "cite vopd"]
+)
 def test_words_come_without_torch(arguments: str) -> None:
     code = (
         f"import sys; sys.argv = ['reflux', *{arguments.split()!r}]\n"
@@ -159,10 +171,12 @@ def test_every_part_can_be_imported_without_torch() -> None:
     code = (
         "import sys\n"
         "from reflux.config.registry import GROUPS, kinds, part\n"
-        "import reflux.checks, reflux.config.recipe, reflux.inspection.plan, reflux.cli.main, reflux.storage.files\n"
+        "import reflux.checks, reflux.config.recipe, reflux.inspection.plan, reflux.cli.main, "
+        "reflux.storage.files\n"
         "import reflux.storage.attempt_log, reflux.runtime.pipeline, reflux.runtime.cohorts\n"
         "for group in GROUPS:\n    for kind in kinds(group):\n        part(group, kind)\n"
-        "heavy = {'torch', 'transformers', 'diffusers', 'scipy', 'PIL', 'datasets', 'peft', 'plotly', 'math_verify'}\n"
+        "heavy = {'torch', 'transformers', 'diffusers', 'scipy', 'PIL', 'datasets', 'peft', 'plotly', "
+        "'math_verify'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
     )
     assert python(code).strip() == "[]"
@@ -180,7 +194,9 @@ def test_every_part_can_be_imported_without_torch() -> None:
     ],
 )
 def test_mistakes_end_in_a_sentence_and_code_2(arguments: str, words: str) -> None:
-    code = f"import sys; sys.argv = ['reflux', *{arguments.split()!r}]\nfrom reflux.cli.main import main\nmain()"
+    code = (
+        f"import sys; sys.argv = ['reflux', *{arguments.split()!r}]\nfrom reflux.cli.main import main\nmain()"
+    )
     ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert (ended.returncode, "Traceback" in ended.stderr) == (2, False), ended.stderr
     assert words in " ".join(ended.stderr.split())

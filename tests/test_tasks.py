@@ -37,7 +37,10 @@ def numbered(path: Path, n: int = 40) -> str:
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "gsm").mkdir()
     for name, n in (("train", 60), ("test", 5)):
-        write(tmp_path / "gsm" / f"{name}.jsonl", *({"question": f"{name} {k}?", "answer": f"So it is {k}.\n#### {k}"} for k in range(n)))
+        write(
+            tmp_path / "gsm" / f"{name}.jsonl",
+            *({"question": f"{name} {k}?", "answer": f"So it is {k}.\n#### {k}"} for k in range(n)),
+        )
     return tmp_path
 
 
@@ -50,11 +53,17 @@ def tasks(folder: Path) -> dict[str, Any]:
         "jsonl": Jsonl(numbered(folder / "own.jsonl"), validation=0.3),
         "glyphs": Glyphs(held_out=16),
     }
-    mix = Mix({"easy": small["word_problems"], "own": Jsonl(numbered(folder / "other.jsonl"), validation=0.3, weight=3.0)})
+    mix = Mix(
+        {
+            "easy": small["word_problems"],
+            "own": Jsonl(numbered(folder / "other.jsonl"), validation=0.3, weight=3.0),
+        }
+    )
     return {**small, "mix": mix}
 
 
-TEXTS = [kind for kind in TASKS if kind != "glyphs"]  # images: test_glyphs.py; all splits ask the same few questions
+# images: test_glyphs.py; all splits ask the same few questions
+TEXTS = [kind for kind in TASKS if kind != "glyphs"]
 
 
 def take(task: Any, split: Any, n: int, start: int = 0, seed: int = 0) -> list[Prompt]:
@@ -75,7 +84,10 @@ def test_a_run_resumes_by_position_alone(tasks: dict[str, Any], kind: str) -> No
 
 @pytest.mark.parametrize("kind", TEXTS)
 def test_the_splits_do_not_meet_and_ids_name_one_problem(tasks: dict[str, Any], kind: str) -> None:
-    asked = {split: {prompt.messages for prompt in map(frozen, take(tasks[kind], split, 200))} for split in ("train", "validation", "test")}
+    asked = {
+        split: {prompt.messages for prompt in map(frozen, take(tasks[kind], split, 200))}
+        for split in ("train", "validation", "test")
+    }
     assert not asked["train"] & asked["validation"]
     assert not asked["train"] & asked["test"]
     by_id: dict[str, Prompt] = {}
@@ -90,7 +102,9 @@ def frozen(prompt: Prompt) -> Any:
 
 
 @pytest.mark.parametrize("kind", TEXTS)
-def test_the_stored_answer_is_right_another_wrong_and_the_reply_silence(tasks: dict[str, Any], kind: str) -> None:
+def test_the_stored_answer_is_right_another_wrong_and_the_reply_silence(
+    tasks: dict[str, Any], kind: str
+) -> None:
     prompts = take(tasks[kind], "test", 4)
     for prompt in prompts:
         assert tasks[kind].verify(prompt, f"I think. Answer: {prompt.answer}") == 1.0
@@ -119,8 +133,14 @@ def test_every_epoch_has_every_line_once_in_an_order_of_its_own(tmp_path: Path) 
 
 
 def test_the_validation_share_is_about_right_and_does_not_move_when_lines_are_added(tmp_path: Path) -> None:
-    few = {prompt.id for prompt in Jsonl(numbered(tmp_path / "a.jsonl", 1000), validation=0.2).prompts("validation", 0)}
-    more = {prompt.id for prompt in Jsonl(numbered(tmp_path / "b.jsonl", 1500), validation=0.2).prompts("validation", 1)}
+    few = {
+        prompt.id
+        for prompt in Jsonl(numbered(tmp_path / "a.jsonl", 1000), validation=0.2).prompts("validation", 0)
+    }
+    more = {
+        prompt.id
+        for prompt in Jsonl(numbered(tmp_path / "b.jsonl", 1500), validation=0.2).prompts("validation", 1)
+    }
     assert 150 < len(few) < 250
     assert few < more
     assert all(int(number.removeprefix("train/")) > 1000 for number in more - few)
@@ -134,10 +154,15 @@ def test_jsonl_reads_all_fields(tmp_path: Path) -> None:
         "",
         {"messages": chat, "answer": None},
     )
-    first, second = sorted(take(Jsonl(path, validation=0.0, instruction="Go.", route="b"), "train", 2), key=lambda prompt: prompt.id)
+    first, second = sorted(
+        take(Jsonl(path, validation=0.0, instruction="Go.", route="b"), "train", 2),
+        key=lambda prompt: prompt.id,
+    )
     asked = ({"role": "user", "content": "one?\n\nGo."},)
     assert first == Prompt(id="7", messages=asked, answer="1.5", references=("well, 1.5",), route="a")
-    assert second == Prompt(id="train/3", messages=(chat[0], {"role": "user", "content": "hi\n\nGo."}), route="b")
+    assert second == Prompt(
+        id="train/3", messages=(chat[0], {"role": "user", "content": "hi\n\nGo."}), route="b"
+    )
 
 
 def test_jsonl_keeps_tool_calls_and_their_answers(tmp_path: Path) -> None:
@@ -152,7 +177,9 @@ def test_jsonl_keeps_tool_calls_and_their_answers(tmp_path: Path) -> None:
 
 
 def test_jsonl_takes_other_columns_and_files_of_their_own(tmp_path: Path) -> None:
-    train, validation, test = (write(tmp_path / f"{name}.jsonl", {"question": name}) for name in ("train", "validation", "test"))
+    train, validation, test = (
+        write(tmp_path / f"{name}.jsonl", {"question": name}) for name in ("train", "validation", "test")
+    )
     task = Jsonl(train, keys={"prompt": "question"}, validation=validation, test=test)
     for split in ("train", "validation", "test"):
         (prompt,) = take(task, split, 1)
@@ -162,7 +189,9 @@ def test_jsonl_takes_other_columns_and_files_of_their_own(tmp_path: Path) -> Non
 
 
 def test_jsonl_graders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_grader.py").write_text("def half(prompt, text):\n    return 0.5 * len(text) + len(prompt.answer)\n")
+    (tmp_path / "my_grader.py").write_text(
+        "def half(prompt, text):\n    return 0.5 * len(text) + len(prompt.answer)\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     prompt = Prompt(id="p", messages=(), answer="to be")
     assert Jsonl("x", grader="exact").verify(prompt, " to\n be ") == 1.0
@@ -187,8 +216,19 @@ BAD_LINES = [
     ({"messages": [{"role": "user"}]}, "has no list of"),
     ({"messages": [{"role": "user", "content": [1]}]}, "has no list of"),
     ({"messages": [{"role": "user", "content": None, "tool_calls": [{}]}]}, "has no list of"),
-    ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}, {"role": "user", "content": "a"}]}, "has no list of"),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "move it to 'references'"),
+    (
+        {
+            "messages": [
+                {"role": "assistant", "content": None, "tool_calls": []},
+                {"role": "user", "content": "a"},
+            ]
+        },
+        "has no list of",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        "move it to 'references'",
+    ),
     ({"prompt": "a", "answer": ["1"]}, "field 'answer'"),
     ({"prompt": "a", "answer": " "}, "field 'answer'"),
     ({"prompt": "a", "answer": True}, "field 'answer'"),
@@ -208,7 +248,11 @@ def test_a_bad_line_is_named(tmp_path: Path, line: Any, words: str) -> None:
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
-    for name, words in (("latin.jsonl", "line 1 is not UTF-8"), ("none.jsonl", "No such file"), ("", "Is a directory")):
+    for name, words in (
+        ("latin.jsonl", "line 1 is not UTF-8"),
+        ("none.jsonl", "No such file"),
+        ("", "Is a directory"),
+    ):
         with pytest.raises(DataError, match=words):
             Jsonl(str(tmp_path / name)).prompts("train", 0)
     for text in ("", "\n\n"):
@@ -219,7 +263,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "own.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\r\n')
-    assert len({prompt.id for prompt in take(Jsonl(str(tmp_path / "own.jsonl"), validation=0.0), "train", 2)}) == 2
+    assert (
+        len({prompt.id for prompt in take(Jsonl(str(tmp_path / "own.jsonl"), validation=0.0), "train", 2)})
+        == 2
+    )
 
 
 @pytest.mark.parametrize(("validation", "split"), [(0.0, "validation"), (0.0, "test"), (0.999999, "train")])
@@ -250,7 +297,9 @@ def test_jsonl_refuses_what_cannot_work(fields: dict[str, Any], words: str) -> N
 def test_gsm8k_reads_question_solution_and_answer(folder: Path) -> None:
     first = take(Gsm8k(str(folder / "gsm"), instruction="Be brief.", route="maths"), "test", 1)[0]
     asked = ({"role": "user", "content": "test 0?\n\nBe brief."},)
-    assert first == Prompt(id="gsm8k/test/1", messages=asked, answer="0", references=("So it is 0.\n#### 0",), route="maths")
+    assert first == Prompt(
+        id="gsm8k/test/1", messages=asked, answer="0", references=("So it is 0.\n#### 0",), route="maths"
+    )
     assert take(Gsm8k(str(folder / "gsm"), instruction=""), "test", 1)[0].messages[0]["content"] == "test 0?"
 
 
@@ -302,9 +351,21 @@ def test_hub_rows_are_read_like_lines(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.Dataset.from_list([{"q": f"{split} {k}", "n": k} for k in range(3)])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    task = Jsonl(dataset="me/mine", dataset_config="c", keys={"prompt": "q", "answer": "n"}, validation="dev", test="final")
-    assert {prompt.id: prompt.answer for prompt in take(task, "train", 3)} == {f"train/{k + 1}": str(k) for k in range(3)}
-    assert [prompt.messages[0]["content"] for prompt in task.prompts("test", 0)] == ["final 0", "final 1", "final 2"]
+    task = Jsonl(
+        dataset="me/mine",
+        dataset_config="c",
+        keys={"prompt": "q", "answer": "n"},
+        validation="dev",
+        test="final",
+    )
+    assert {prompt.id: prompt.answer for prompt in take(task, "train", 3)} == {
+        f"train/{k + 1}": str(k) for k in range(3)
+    }
+    assert [prompt.messages[0]["content"] for prompt in task.prompts("test", 0)] == [
+        "final 0",
+        "final 1",
+        "final 2",
+    ]
     list(task.prompts("validation", 0))
     assert asked == [("me/mine", "c", split) for split in ("train", "final", "dev")]
 
@@ -318,21 +379,30 @@ def test_the_real_gsm8k() -> None:
     assert 0.04 < len(validation) / 7473 < 0.06
     assert not train & {prompt.id for prompt in validation}
     assert all(task.verify(prompt, prompt.references[0]) == 1.0 for prompt in test)
-    wrong = [task.verify(prompt, other.references[0]) for prompt, other in itertools.pairwise(test) if prompt.answer != other.answer]
-    assert sum(wrong) <= 2  # two may be equal as numbers and differ as texts
+    wrong = [
+        task.verify(prompt, other.references[0])
+        for prompt, other in itertools.pairwise(test)
+        if prompt.answer != other.answer
+    ]
+    # two may be equal as numbers and differ as texts
+    assert sum(wrong) <= 2
 
 
 def test_a_mix_keeps_its_shares_and_each_part_its_own_order(tasks: dict[str, Any]) -> None:
     mix = tasks["mix"]
     prompts = take(mix, "train", 3 * BLOCK)
     for start in range(0, 3 * BLOCK, BLOCK):
-        assert Counter(mix.part_of(prompt) for prompt in prompts[start : start + BLOCK]) == {"easy": 250, "own": 750}
+        assert Counter(mix.part_of(prompt) for prompt in prompts[start : start + BLOCK]) == {
+            "easy": 250,
+            "own": 750,
+        }
     orders = [tuple(mix.part_of(prompt) for prompt in prompts[start : start + BLOCK]) for start in (0, BLOCK)]
     assert orders[0] != orders[1]
     assert orders[0] != tuple(sorted(orders[0]))
     own = [prompt.id for prompt in prompts if mix.part_of(prompt) == "own"]
     size = len(set(own))
-    assert all(len(set(own[start : start + size])) == size for start in range(0, 5 * size, size))  # no line twice before all were asked
+    # no line twice before all were asked
+    assert all(len(set(own[start : start + size])) == size for start in range(0, 5 * size, size))
     for start in (BLOCK - 1, BLOCK, 2 * BLOCK + 17):
         assert take(mix, "train", 50, start) == prompts[start : start + 50]
 
@@ -355,7 +425,10 @@ def test_held_out_problems_of_a_mix_are_all_of_them_by_turns(tasks: dict[str, An
 
 
 def test_a_mix_sends_each_answer_to_its_own_part(tmp_path: Path) -> None:
-    parts = {"maths": Jsonl(numbered(tmp_path / "a.jsonl"), validation=0.5), "words": Jsonl("b", grader="exact")}
+    parts = {
+        "maths": Jsonl(numbered(tmp_path / "a.jsonl"), validation=0.5),
+        "words": Jsonl("b", grader="exact"),
+    }
     mix = Mix({"inner": Mix(parts), "maths": parts["maths"]})
     half = Prompt(id="inner/maths/train/1", messages=(), answer="0.5")
     assert mix.verify(half, r"\boxed{1/2}") == 1.0

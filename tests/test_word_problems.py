@@ -13,7 +13,12 @@ from reflux.tasks.word_problems import SIGNS, WORDS, Operation, WordProblems
 from reflux.types import Prompt
 
 ALL = WordProblems(operations=("add", "sub", "mul"))
-SETTINGS = (WordProblems(), ALL, WordProblems(operations=("mul",), largest=999), WordProblems(operations=("sub",), max_steps=5, largest=50))
+SETTINGS = (
+    WordProblems(),
+    ALL,
+    WordProblems(operations=("mul",), largest=999),
+    WordProblems(operations=("sub",), max_steps=5, largest=50),
+)
 SIZES: dict[Split, int] = {"train": 4000, "validation": 500, "test": 500}
 VERBS: dict[str, Operation] = {verb.split("{}")[0]: kind for kind, verbs in WORDS.items() for verb in verbs}
 
@@ -78,11 +83,16 @@ def test_held_out_splits_end_and_training_does_not():
     assert len(take(task, count=5000)) == 5000
 
 
-@pytest.mark.parametrize("task", [WordProblems(largest=9, min_steps=1, max_steps=2), WordProblems(operations=("mul",), largest=99)])
+@pytest.mark.parametrize(
+    "task", [WordProblems(largest=9, min_steps=1, max_steps=2), WordProblems(operations=("mul",), largest=99)]
+)
 def test_no_chain_is_in_two_splits_for_any_seed(task):
-    """A world small enough for thousands of draws to cover it: the same numbers in another dress would be found."""
+    """A world small enough for thousands of draws to cover it: the same numbers in another dress would be
+    found.
+    """
     chains = {
-        split: {str(read(story(prompt))) for seed in (0, 1) for prompt in take(task, split, count, seed)} for split, count in SIZES.items()
+        split: {str(read(story(prompt))) for seed in (0, 1) for prompt in take(task, split, count, seed)}
+        for split, count in SIZES.items()
     }
     assert all(len(found) > 10 for found in chains.values())
     assert not chains["train"] & chains["validation"]
@@ -184,11 +194,14 @@ def test_settings_without_a_story_are_refused_in_words(setting, sentence):
 
 
 def test_too_few_stories_to_hold_some_out_is_said():
-    task = WordProblems(operations=("mul",), min_steps=2, max_steps=2, largest=8)  # one story: 2, doubled, doubled
+    # one story: 2, doubled, doubled
+    task = WordProblems(operations=("mul",), min_steps=2, max_steps=2, largest=8)
     with pytest.raises(ValueError, match="too few different stories"):
         [take(task, split, 1) for split in SIZES]
 
 
 def test_it_is_a_registered_part():
     assert part("tasks", "word_problems") is WordProblems
-    assert make(WordProblems, {"operations": ["mul"], "largest": 999}, "task") == WordProblems(operations=("mul",), largest=999)
+    assert make(WordProblems, {"operations": ["mul"], "largest": 999}, "task") == WordProblems(
+        operations=("mul",), largest=999
+    )

@@ -16,6 +16,8 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from reflux.assets.characters import character_tokenizer
 from reflux.config.context import Generation, Numbers, PartContext, StudentSpec
 from reflux.config.recipe import RunConfig, load_recipe
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import StepContext
 from reflux.contexts.base import TeacherPrompt
 from reflux.evals.evaluation import Evaluation
 from reflux.kernels.head import Head
@@ -29,10 +31,12 @@ from reflux.models.text import Model, as_model
 from reflux.runtime.services import Services
 from reflux.teachers.base import TeacherRequest
 from reflux.teachers.local import Local
-from reflux.types import Attempt, Credit, Group, HiddenTarget, Prompt, Requirements, StepContext, TeacherAnswer, TokenRollout
+from reflux.types import Attempt, Credit, Group, HiddenTarget, Prompt, TeacherAnswer, TokenRollout
 
-END = 1  # the character tokenizer's <end>
-SCALE = {  # what every tiny run sets, before its own overrides
+# the character tokenizer's <end>
+END = 1
+# what every tiny run sets, before its own overrides
+SCALE = {
     "steps": 3,
     "prompts_per_step": 4,
     "learner.lr": 1e-3,
@@ -52,10 +56,22 @@ def net(seed: int, *, layers: int = 1, width: int = 32, padded_rows: int = 0, li
     lift: of the end token; 2 is one position in nine, 1 one in fifty.
     """
     tokens = len(character_tokenizer())
-    shape = {"hidden_size": width, "intermediate_size": 48, "num_hidden_layers": layers, "head_dim": width // 2}
+    shape = {
+        "hidden_size": width,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "head_dim": width // 2,
+    }
     ends = {"eos_token_id": END, "pad_token_id": 0, "bos_token_id": None}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
-    cfg = Qwen3Config(vocab_size=tokens + padded_rows, max_position_embeddings=512, dtype="float32", **shape, **heads, **ends)
+    cfg = Qwen3Config(
+        vocab_size=tokens + padded_rows,
+        max_position_embeddings=512,
+        dtype="float32",
+        **shape,
+        **heads,
+        **ends,
+    )
     model = Qwen3ForCausalLM(cfg)
     model.generation_config = GenerationConfig(do_sample=True, **ends)
     rng = torch.Generator().manual_seed(seed)
@@ -66,7 +82,8 @@ def net(seed: int, *, layers: int = 1, width: int = 32, padded_rows: int = 0, li
         embedding = model.get_input_embeddings().weight
         embedding[:, 0] = 1.0
         embedding[END, 0] += lift
-        embedding[tokens:, 0] += 6.0  # padded rows would be chosen always, were they not cut off
+        # padded rows would be chosen always, were they not cut off
+        embedding[tokens:, 0] += 6.0
     return model.eval()
 
 
@@ -77,7 +94,9 @@ def save(model: Any, folder: Path) -> str:
 
 
 def config(recipe: str, student: str, teacher: str, **overrides: Any) -> RunConfig:
-    """A shipped recipe at tiny scale. Keyword names carry dots as double underscores: sampler__max_tokens = 5."""
+    """A shipped recipe at tiny scale. Keyword names carry dots as double underscores: sampler__max_tokens =
+    5.
+    """
     limit = "sampler.generate.max_tokens" if recipe == "sft" else "sampler.max_tokens"
     changes: dict[str, Any] = {**SCALE, "learner.model": student, limit: 12}
     tables = load_recipe(recipe).teachers.items()
@@ -86,7 +105,9 @@ def config(recipe: str, student: str, teacher: str, **overrides: Any) -> RunConf
 
 
 class AllHeads(Heads):
-    """Those of every model of the tests, so that any learner reads any hand-made target; a key may be given to another head."""
+    """Those of every model of the tests, so that any learner reads any hand-made target; a key may be given
+    to another head.
+    """
 
     def add(self, key: str, head: Head) -> str:
         self._heads[key] = head
@@ -96,10 +117,21 @@ class AllHeads(Heads):
 HEADS = AllHeads()
 
 
-def context(requirements: Requirements = Requirements(), *, name: str = "main", seed: int = 0, **fields: Any) -> PartContext:
-    """What a part is told, with nothing behind it; `model` and other fields of StudentSpec describe the student."""
+def context(
+    requirements: Requirements = Requirements(), *, name: str = "main", seed: int = 0, **fields: Any
+) -> PartContext:
+    """What a part is told, with nothing behind it; `model` and other fields of StudentSpec describe the
+    student.
+    """
     told = {key: fields.pop(key) for key in ("model", "system", "template") if key in fields}
-    sizes = Numbers(steps=1, prompts_per_step=1, group_size=1, max_staleness=0, training_positions=12, evaluation_positions=12)
+    sizes = Numbers(
+        steps=1,
+        prompts_per_step=1,
+        group_size=1,
+        max_staleness=0,
+        training_positions=12,
+        evaluation_positions=12,
+    )
     student = StudentSpec(**{"model": "tiny", **told})
     common = {"task": None, "generation": Generation(), "numbers": sizes, "folder": Path("nowhere"), **fields}
     return PartContext(name=name, seed=seed, requirements=requirements, student=student, **common)
@@ -110,16 +142,28 @@ def services(student: StudentSpec | None = None, **fields: Any) -> Services:
     made = Services(student or StudentSpec("tiny"), **fields)
     made.heads = HEADS
     if student is None:
-        made.tokenizer = character_tokenizer()  # the cached property's place
+        # the cached property's place
+        made.tokenizer = character_tokenizer()
     return made
 
 
-def evaluation(sampler: Any, teachers: Any = None, *, graders: Any = None, positions: int = 12, step: int = 0, **told: Any) -> Evaluation:
-    """Answers of `sampler`, judged by `graders`; `told` are fields of the context: task, seed, generation, teachers."""
+def evaluation(
+    sampler: Any,
+    teachers: Any = None,
+    *,
+    graders: Any = None,
+    positions: int = 12,
+    step: int = 0,
+    **told: Any,
+) -> Evaluation:
+    """Answers of `sampler`, judged by `graders`; `told` are fields of the context: task, seed, generation,
+    teachers.
+    """
     known = context(name="sampler", **told)
     made = services()
     if graders is not None:
-        made.graders = graders  # the cached property's place
+        # the cached property's place
+        made.graders = graders
     limits = replace(known.numbers, evaluation_positions=positions)
     return Evaluation(replace(known, numbers=limits), made, None, sampler, teachers, step)  # type: ignore[arg-type]
 
@@ -132,7 +176,11 @@ def learner(model: Any, **fields: Any) -> HFLearner:
 
 
 def move(
-    opened: Any, groups: Sequence[Group], objectives: Sequence[Any], step: int = 0, loss_aggregation: str = "token-mean-weighted"
+    opened: Any,
+    groups: Sequence[Group],
+    objectives: Sequence[Any],
+    step: int = 0,
+    loss_aggregation: str = "token-mean-weighted",
 ) -> Stats:
     """One optimiser step as the loop makes it: what the learner found out is stored on the attempts."""
     request = StepRequest(groups, objectives, StepContext(step, 0), loss_aggregation)
@@ -140,14 +188,25 @@ def move(
 
 
 def gradients(
-    opened: Any, groups: Sequence[Group], objectives: Sequence[Any], loss_aggregation: str = "token-mean-weighted"
+    opened: Any,
+    groups: Sequence[Group],
+    objectives: Sequence[Any],
+    loss_aggregation: str = "token-mean-weighted",
 ) -> dict[str, Tensor]:
     """What one step leaves on the parameters."""
     move(opened, groups, objectives, loss_aggregation=loss_aggregation)
     return {name: p.grad.clone() for name, p in opened.trained.items() if p.grad is not None}
 
 
-def rollout(length: int, *, seed: int = 0, prompt_tokens: int = 5, sample: int = 0, finish: Any = "stop", mask: Any = None) -> TokenRollout:
+def rollout(
+    length: int,
+    *,
+    seed: int = 0,
+    prompt_tokens: int = 5,
+    sample: int = 0,
+    finish: Any = "stop",
+    mask: Any = None,
+) -> TokenRollout:
     """Random tokens under random behaviour log-probs."""
     rng = np.random.default_rng((seed, length, prompt_tokens, sample))
     prompt = Prompt(f"p{seed}", ({"role": "user", "content": f"question {seed}"},))
@@ -171,23 +230,33 @@ def hidden(model: Model, spoken: TokenRollout, name: str = "main") -> HiddenTarg
     with torch.inference_mode():
         h_LH = model.trunk(input_ids=torch.from_numpy(ids)[None], use_cache=False).last_hidden_state[0]
     return HiddenTarget(
-        teacher=name, h_TH=h_LH[len(spoken.prompt_tokens) - 1 :].clone(), head=HEADS.add(f"head {id(model.head)}", model.head)
+        teacher=name,
+        h_TH=h_LH[len(spoken.prompt_tokens) - 1 :].clone(),
+        head=HEADS.add(f"head {id(model.head)}", model.head),
     )
 
 
-def attempt(spoken: TokenRollout, teacher: Model | None = None, weight: Any = 1.0, shift: Any = 0.0) -> Attempt:
+def attempt(
+    spoken: TokenRollout, teacher: Model | None = None, weight: Any = 1.0, shift: Any = 0.0
+) -> Attempt:
     """An attempt with the teacher's word, one rule's factor and another one's shift."""
     made = Attempt(spoken)
     if teacher is not None and spoken.length:
         made.answers["main"] = TeacherAnswer(target=hidden(teacher, spoken))
-    made.credits["weigh"] = Credit(weight_T=np.asarray(weight, dtype=np.float32) if np.ndim(weight) else weight)
-    made.credits["push"] = Credit(advantage_offset_T=np.asarray(shift, dtype=np.float32) if np.ndim(shift) else shift)
+    made.credits["weigh"] = Credit(
+        weight_T=np.asarray(weight, dtype=np.float32) if np.ndim(weight) else weight
+    )
+    made.credits["push"] = Credit(
+        advantage_offset_T=np.asarray(shift, dtype=np.float32) if np.ndim(shift) else shift
+    )
     return made
 
 
 async def ask(teacher: Any, *asked: tuple[Attempt, TeacherPrompt]) -> None:
     """As `Teachers` asks: what an open teacher answers is put on the attempts, under its name."""
-    answers = await teacher.score([TeacherRequest(attempt.rollout, view, teacher.context.requirements) for attempt, view in asked])
+    answers = await teacher.score(
+        [TeacherRequest(attempt.rollout, view, teacher.context.requirements) for attempt, view in asked]
+    )
     for (made, _), answer in zip(asked, answers, strict=True):
         made.answers[teacher.name] = answer
 
@@ -199,7 +268,9 @@ def plainly(attempts: Iterable[Attempt]) -> list[tuple[Attempt, TeacherPrompt]]:
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Bit for bit."""
-    return one.keys() == other.keys() and all(torch.equal(*map(torch.as_tensor, (one[name], other[name]))) for name in one)
+    return one.keys() == other.keys() and all(
+        torch.equal(*map(torch.as_tensor, (one[name], other[name]))) for name in one
+    )
 
 
 def close(one: dict[str, Tensor], other: dict[str, Tensor], rtol: float = 1e-10) -> None:

@@ -1,4 +1,6 @@
-"""Tiny untrained flow models that are not degenerate, adapters on them, and hand-made attempts along which everything is known."""
+"""Tiny untrained flow models that are not degenerate, adapters on them, and hand-made attempts along which
+everything is known.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,12 @@ from reflux.models.flow.net import FlowNet, PromptTable
 from reflux.models.flow.sde import step_logp, step_moments
 from reflux.types import Attempt, FlowRollout, Prompt, TeacherAnswer, VelocityTarget
 
-TEXTS = ("", *(f"draw {number}" for number in range(5)))  # what a tiny model has learned; "" is the unconditional prompt
-SIDE = 4  # of an image; D = SIDE^2 times the channels
-ENDS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # attention's linear layers
+# what a tiny model has learned; "" is the unconditional prompt
+TEXTS = ("", *(f"draw {number}" for number in range(5)))
+# of an image; D = SIDE^2 times the channels
+SIDE = 4
+# attention's linear layers
+ENDS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
 def model(
@@ -33,7 +38,8 @@ def model(
     scale: float = 1.0,
     **scheduler: Any,
 ) -> FlowModel:
-    """SD3Transformer2DModel from random numbers with a prompt table, float32, on the CPU. `scheduler`: fields of its config, such as shift=3.0.
+    """SD3Transformer2DModel from random numbers with a prompt table, float32, on the CPU. `scheduler`: fields
+    of its config, such as shift=3.0.
 
     Velocities are of size 1 and depend on state, time and prompt. scale: of the output layer.
     """
@@ -73,22 +79,36 @@ def save(folder: Path, seed: int, dtype: torch.dtype = torch.float32, **fields: 
 def modules(of: FlowModel, ends: Sequence[str] = ENDS) -> dict[str, tuple[int, int]]:
     """Names (without "transformer.") and (outputs, inputs) of the linear layers with one of these name ends."""
     named = of.net.transformer.named_modules()
-    linear = {name.replace(".base_layer", ""): module for name, module in named if isinstance(module, torch.nn.Linear)}
-    linear = {name: module for name, module in linear.items() if ".lora_" not in name}  # those of adapters are not the model's
+    linear = {
+        name.replace(".base_layer", ""): module
+        for name, module in named
+        if isinstance(module, torch.nn.Linear)
+    }
+    # those of adapters are not the model's
+    linear = {name: module for name, module in linear.items() if ".lora_" not in name}
     chosen = [name for name in linear if any(name == end or name.endswith(f".{end}") for end in ends)]
     return {name: (linear[name].out_features, linear[name].in_features) for name in chosen}
 
 
-def factors(of: FlowModel, seed: int, *, rank: int = 2, ends: Sequence[str] = ENDS, size: float = 0.5) -> dict[str, tuple[Tensor, Tensor]]:
-    """Random (A, B) of every adapted module: [rank, inputs] and [outputs, rank]. size 0: an untouched adapter, whose B is 0."""
+def factors(
+    of: FlowModel, seed: int, *, rank: int = 2, ends: Sequence[str] = ENDS, size: float = 0.5
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Random (A, B) of every adapted module: [rank, inputs] and [outputs, rank]. size 0: an untouched
+    adapter, whose B is 0.
+    """
     rng = torch.Generator().manual_seed(seed)
     return {
-        name: (torch.randn(rank, inputs, generator=rng) * inputs**-0.5, size * torch.randn(outputs, rank, generator=rng))
+        name: (
+            torch.randn(rank, inputs, generator=rng) * inputs**-0.5,
+            size * torch.randn(outputs, rank, generator=rng),
+        )
         for name, (outputs, inputs) in modules(of, ends).items()
     }
 
 
-def save_adapter(folder: Path, of: FlowModel, seed: int, *, alpha: float = 4.0, format: str = "peft", **fields: Any) -> str:
+def save_adapter(
+    folder: Path, of: FlowModel, seed: int, *, alpha: float = 4.0, format: str = "peft", **fields: Any
+) -> str:
     """`factors` on disk as peft or diffusers would write them, by hand from the formats' definition."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,10 +151,11 @@ def rollout(
     whole: bool = True,
     **fields: Any,
 ) -> FlowRollout:
-    """An attempt of `steps` steps. Its states are random numbers or, with `drawn_by`, were drawn step by step from that model.
+    """An attempt of `steps` steps. Its states are random numbers or, with `drawn_by`, were drawn step by step
+    from that model.
 
-    whole: the grid ends at t = 0, and the last step is masked out; else it is the first part of a grid twice as long. `fields`: of
-    FlowRollout, in place of what is made here.
+    whole: the grid ends at t = 0, and the last step is masked out; else it is the first part of a grid twice
+    as long. `fields`: of FlowRollout, in place of what is made here.
     """
     rng = np.random.default_rng((seed, sample))
     t_S = grid(steps if whole else 2 * steps, shift)[: steps + 1]
@@ -144,7 +165,9 @@ def rollout(
     behaviour = None
     if drawn_by is not None:
         x_SD, logp_T, v_TD = _trajectory(drawn_by, x_SD, t_S, text, noise_level, guidance)
-        behaviour = VelocityTarget(teacher="behaviour", v_TD=np.where(mask_T[:, None], v_TD, np.float32(np.nan)))
+        behaviour = VelocityTarget(
+            teacher="behaviour", v_TD=np.where(mask_T[:, None], v_TD, np.float32(np.nan))
+        )
     made: dict[str, Any] = {
         "prompt": Prompt(f"p{seed}", ({"role": "user", "content": text},), route=route),
         "sample": sample,
@@ -169,14 +192,18 @@ def _trajectory(
     """States, log-densities and velocities of one walk whose first state and random numbers are `noise_SD`."""
     x_SD, logp_T, v_TD = noise_SD.copy(), np.zeros(len(t_S) - 1, np.float32), np.zeros_like(noise_SD[1:])
     for i, (t, dt) in enumerate(zip(t_S[:-1].tolist(), np.diff(t_S).tolist(), strict=True)):
-        v_TD[i] = drawn_by.velocity(torch.from_numpy(x_SD[i : i + 1]), torch.tensor([t]), [text], guidance)[0].numpy()
+        v_TD[i] = drawn_by.velocity(torch.from_numpy(x_SD[i : i + 1]), torch.tensor([t]), [text], guidance)[
+            0
+        ].numpy()
         mean_D, std = step_moments(x_SD[i], v_TD[i], t, dt, noise_level)
         x_SD[i + 1] = mean_D + std * noise_SD[i + 1]
         logp_T[i] = step_logp(x_SD[i + 1], mean_D, std) if noise_level else 0.0
     return x_SD, logp_T, v_TD
 
 
-def attempt(steps: int = 4, *, teacher: FlowModel | None = None, name: str = "main", **fields: Any) -> Attempt:
+def attempt(
+    steps: int = 4, *, teacher: FlowModel | None = None, name: str = "main", **fields: Any
+) -> Attempt:
     """An attempt along `rollout(steps, ...)`, with the word of `teacher` where one is given."""
     made = Attempt(rollout(steps, **fields))
     if teacher is not None:

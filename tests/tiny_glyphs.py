@@ -1,4 +1,6 @@
-"""The flow recipes at tiny scale: models of 22 thousand weights that know the glyphs' prompts, and configs that name them."""
+"""The flow recipes at tiny scale: models of 22 thousand weights that know the glyphs' prompts, and configs
+that name them.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,23 @@ import numpy as np
 
 import tiny_flow
 from reflux.config.recipe import RunConfig, load_recipe
+from reflux.config.requirements import Requirements
 from reflux.tasks.glyphs import Glyphs
 from reflux.training import Options, Run
-from reflux.types import FlowRollout, Group, Prompt, Requirements, VelocityTarget
+from reflux.types import FlowRollout, Group, Prompt, VelocityTarget
 
 NAMES = ("student", "digits", "counts")
 RECIPES = ("flow", "flow_sft", "flow_grpo")
-SIZES = {"accuracy": {"problems": 4, "examples": 1}, "agreement": {"prompts": 4}, "teacher_accuracy": {"problems": 4, "examples": 1}}
+SIZES = {
+    "accuracy": {"problems": 4, "examples": 1},
+    "agreement": {"prompts": 4},
+    "teacher_accuracy": {"problems": 4, "examples": 1},
+}
 SIZES["test_accuracy"] = {"problems": 4}
 NO_EVALS = {f"evals__{name}": "none" for name in SIZES}
 STEPS, EVAL_STEPS, TIMES = 4, 3, 5
-D = 256  # of an image
+# of an image
+D = 256
 
 Models = dict[str, str]
 
@@ -31,15 +39,27 @@ Models = dict[str, str]
 def models(folder: Path) -> Models:
     """A student and two teachers, by name the folders they are in."""
     texts = ("", *Glyphs().texts())
-    return {name: tiny_flow.save(folder / name, seed, side=16, texts=texts) for seed, name in enumerate(NAMES)}
+    return {
+        name: tiny_flow.save(folder / name, seed, side=16, texts=texts) for seed, name in enumerate(NAMES)
+    }
 
 
 def config(recipe: str, known: Models, **overrides: Any) -> RunConfig:
     """A shipped recipe on these models. Names carry dots as double underscores."""
     drawn = "sampler.generate" if recipe == "flow_sft" else "sampler"
-    changes: dict[str, Any] = {"learner.model": known["student"], f"{drawn}.steps": STEPS, f"{drawn}.eval_steps": EVAL_STEPS}
+    changes: dict[str, Any] = {
+        "learner.model": known["student"],
+        f"{drawn}.steps": STEPS,
+        f"{drawn}.eval_steps": EVAL_STEPS,
+    }
     changes |= {"steps": 2, "prompts_per_step": 4, "save_every": 1000, "eval_every": 1000, "threads": 1}
-    changes |= {"sampler.positions": TIMES} if recipe == "flow_sft" else {"group_size": 3} if recipe == "flow_grpo" else {}
+    changes |= (
+        {"sampler.positions": TIMES}
+        if recipe == "flow_sft"
+        else {"group_size": 3}
+        if recipe == "flow_grpo"
+        else {}
+    )
     shipped = load_recipe(recipe)
     changes |= {f"teachers.{name}.model": known.get(name, known["student"]) for name in shipped.teachers}
     changes |= {f"evals.{name}": SIZES[name] for name in shipped.evals}

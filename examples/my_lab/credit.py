@@ -10,22 +10,27 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.papers import Paper
 from reflux.config.registry import STRICT
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import StepContext
 from reflux.credit.base import CreditPart
 from reflux.teachers.names import unless_known
-from reflux.types import Attempt, Credit, Group, Requirements, StepContext
+from reflux.types import Attempt, Credit, Group
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
 
-RHO_1 = Paper("rho_1", "Rho-1: Not All Tokens Are What You Need", "2404.07965", 2024, "Lin, Zhenghao and others")
+RHO_1 = Paper(
+    "rho_1", "Rho-1: Not All Tokens Are What You Need", "2404.07965", 2024, "Lin, Zhenghao and others"
+)
 
 
 @dataclass(frozen=True, config=STRICT)
 class Surprise(CreditPart):
-    """Factor 1 where the sampled token surprises the teacher, -log q(a) >= `least_nats`; `elsewhere` at the other chosen positions.
+    """Factor 1 where the sampled token surprises the teacher, -log q(a) >= `least_nats`; `elsewhere` at the
+    other chosen positions.
 
-    An attempt the teacher did not score keeps factor 1. Neutral: elsewhere = 1. Note `surprising`: the share of chosen positions.
-    Learning from some tokens alone: arXiv 2404.07965, which picks them by another score.
+    An attempt the teacher did not score keeps factor 1. Neutral: elsewhere = 1. Note `surprising`: the share
+    of chosen positions. Learning from some tokens alone: arXiv 2404.07965, which picks them by another score.
     """
 
     least_nats: float = 1.0
@@ -34,7 +39,9 @@ class Surprise(CreditPart):
 
     shifts = False
     min_group: ClassVar[int] = 1
-    when: ClassVar[str] = "The teacher agrees with most of an answer, and what it would hardly have said should count alone."
+    when: ClassVar[str] = (
+        "The teacher agrees with most of an answer, and what it would hardly have said should count alone."
+    )
 
     def __post_init__(self) -> None:
         if not self.least_nats >= 0:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
+from reflux.config.requirements import Requirements
 from reflux.loss.term import Rows
 from reflux.objectives.base import ObjectivePart
-from reflux.types import HiddenTarget, Requirements
+from reflux.types import HiddenTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class Jeffreys(ObjectivePart):
-    """(KL(student || teacher) + KL(teacher || student)) / 2 over the whole vocabulary, nats; 0 where they agree, never below."""
+    """(KL(student || teacher) + KL(teacher || student)) / 2 over the whole vocabulary, nats; 0 where they
+    agree, never below.
+    """
 
     teacher: str = "main"
     coef: float = 1.0
@@ -33,5 +36,6 @@ class Jeffreys(ObjectivePart):
         from reflux.loss.outputs import FullLogits
 
         student, teacher = rows.student, rows.teachers[self.teacher]
-        assert isinstance(teacher, FullLogits)  # `accepts` says so
+        # `accepts` says so
+        assert isinstance(teacher, FullLogits)
         return (student.divergence(teacher, "reverse") + student.divergence(teacher, "forward")) / 2

@@ -12,8 +12,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
+from reflux.config.step_context import SamplingParams, seed_of
 from reflux.samplers.references import OpenStored, References
-from reflux.types import Group, Prompt, SamplingParams, seed_of
+from reflux.types import Group, Prompt
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class Mixed(References):
-    """The student's own answers at a `share` of the steps, the task's `references` at the others (GKD's lambda, arXiv 2306.13649).
+    """The student's own answers at a `share` of the steps, the task's `references` at the others (GKD's
+    lambda, arXiv 2306.13649).
 
-    One coin a step, not one a prompt: parts in this process answer a step's prompts in one batch, and wait until all of them are asked.
+    One coin a step, not one a prompt: parts in this process answer a step's prompts in one batch, and wait
+    until all of them are asked.
     """
 
     share: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -41,7 +44,9 @@ class Mixed(References):
             yield OpenMixed(stored, self.share, context.seed)
 
     def diagnostics(self, name: str, recorded: Recorded) -> Iterable[Chart]:
-        """Whose answers each step had: nobody gave the tokens of a reference a probability, so their log-probs are 0."""
+        """Whose answers each step had: nobody gave the tokens of a reference a probability, so their
+        log-probs are 0.
+        """
         from reflux.reports.chart import step_chart
 
         by_step: dict[float, list[bool]] = {}
@@ -49,7 +54,9 @@ class Mixed(References):
             if row.get("kind") == "attempt":
                 by_step.setdefault(float(row["step"]), []).append(any(row["logp"]))
         own = [(step, sum(written) / len(written)) for step, written in sorted(by_step.items())]
-        yield step_chart("Answers that the student wrote itself, by step", "share of attempts", {"the student's own": own})
+        yield step_chart(
+            "Answers that the student wrote itself, by step", "share of attempts", {"the student's own": own}
+        )
 
 
 @plain_dataclass
@@ -61,7 +68,8 @@ class OpenMixed:
     async def sample(self, prompt: Prompt, n: int, draw: SamplingParams) -> Group:
         own = (
             random.Random(seed_of(self.seed, "mixed", draw.step)).random() < self.share
-        )  # law 8: these random numbers hang on seed and step alone
+            # law 8: these random numbers hang on seed and step alone
+        )
         return await (self.stored.inner if own else self.stored).sample(prompt, n, draw)
 
     async def publish(self, weights: Weights, step: int) -> None:

@@ -9,13 +9,16 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
+from reflux.config.step_context import seed_of
 from reflux.tasks.base import Split, TaskPart
-from reflux.types import Prompt, Rollout, TokenRollout, seed_of
+from reflux.types import Prompt, Rollout, TokenRollout
 
 
 @dataclass(frozen=True, config=STRICT)
 class Backwards(TaskPart):
-    """A word of `letters` random letters is to be written backwards. A word is in one split only, whatever the seed."""
+    """A word of `letters` random letters is to be written backwards. A word is in one split only, whatever
+    the seed.
+    """
 
     letters: int = 6
     held_out: int = 200
@@ -27,11 +30,13 @@ class Backwards(TaskPart):
 
     @property
     def rollouts(self) -> type[Rollout]:
-        return TokenRollout  # a text is to be judged
+        # a text is to be judged
+        return TokenRollout
 
     @property
     def routes(self) -> frozenset[str | None]:
-        return frozenset([None])  # any teacher may answer
+        # any teacher may answer
+        return frozenset([None])
 
     def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
         """Prompt number p depends on (split, seed, p) alone; "train" never ends."""

@@ -15,9 +15,11 @@ from reflux.types import Message, Prompt
 
 @dataclass(frozen=True, config=STRICT)
 class Hinted(Backwards):
-    """As `Backwards`, but a wrong word is answered with a hint, one letter more each time, and the student may try again.
+    """As `Backwards`, but a wrong word is answered with a hint, one letter more each time, and the student
+    may try again.
 
-    The environment gives 1 / (1 + hints that were given) for the right word, and 0 where the word after the last hint is wrong.
+    The environment gives 1 / (1 + hints that were given) for the right word, and 0 where the word after the
+    last hint is wrong.
     """
 
     hints: Annotated[int, Field(ge=1)] = 2

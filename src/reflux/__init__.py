@@ -1,4 +1,6 @@
-"""Reflux: on-policy distillation in one loop. `reflux.run("quickstart")` trains; every published method is a combination of parts."""
+"""Reflux: on-policy distillation in one loop. `reflux.run("quickstart")` trains; every published method is a
+combination of parts.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,21 @@ __version__ = "0.1.0"
 
 
 def run(
-    recipe: str | Path, overrides: Mapping[str, Any] | Iterable[str] = (), *, out: str | Path | None = None, resume: bool = False
+    recipe: str | Path,
+    overrides: Mapping[str, Any] | Iterable[str] = (),
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
-    """Run a recipe (a shipped name or a TOML file) with overrides, and return its summary: the content of summary.json.
+    """Run a recipe (a shipped name or a TOML file) with overrides, and return its summary: the content of
+    summary.json.
 
     >>> import reflux
     >>> reflux.run("opd", {"base": "hub", "learner.model": "Qwen/Qwen3-0.6B", "teachers.main.model": "Qwen/Qwen3-8B"})  # doctest: +SKIP
 
-    out: the run directory (default runs/<recipe>, numbered where taken). Raises ConfigError before any weight is loaded.
-    Inside a running event loop (a notebook) await `train` of `reflux.loop` instead, as README.md shows.
+    out: the run directory (default runs/<recipe>, numbered where taken). Raises ConfigError before any weight
+    is loaded. Inside a running event loop (a notebook) await `train` of `reflux.loop` instead, as README.md
+    shows.
     """
     import asyncio
 

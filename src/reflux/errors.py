@@ -29,8 +29,8 @@ class RunError(RefluxError, FileExistsError):
 class StepRefused(RefluxError, ArithmeticError):
     """A step whose loss or gradient is not finite. Nothing was changed.
 
-    why: the numbers, in a few words. records: what the step computed along each attempt (`StepRecord`, or None), in order. The loop
-    writes the batch to a file and adds its path to the text.
+    why: the numbers, in a few words. records: what the step computed along each attempt (`StepRecord`, or
+    None), in order. The loop writes the batch to a file and adds its path to the text.
     """
 
     def __init__(self, text: str, why: str = "", records: Sequence[Any] = ()):

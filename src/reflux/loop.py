@@ -31,57 +31,92 @@ Parts = tuple[OpenLearner, OpenSampler, OpenReward | None, Teachers, extrapolati
 
 
 async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
-    """prompts -> student acts -> outcome -> teachers answer -> credit is shared out -> student moves -> everyone learns of it.
+    """prompts -> student acts -> outcome -> teachers answer -> credit is shared out -> student moves ->
+    everyone learns of it.
 
-    `max_staleness` optimiser steps may lie between acting and moving; 0 is strictly on-policy. Nothing here knows tokens from flows.
+    `max_staleness` optimiser steps may lie between acting and moving; 0 is strictly on-policy. Nothing here
+    knows tokens from flows.
     """
-    run = Run.open(cfg, checks.join(cfg), options)  # refuses in words before any weight is loaded; seeds, resume point
+    # refuses in words before any weight is loaded; seeds, resume point
+    run = Run.open(cfg, checks.join(cfg), options)
     if run.finished:
         with closing(run):
             return run.summary()
 
-    async with lasting(run), open_parts(cfg, run.context, run.services) as (learner, sampler, reward, teachers, extrapolation):
-        run.restore(learner, teachers, extrapolation)  # every part with state; extrapolation.start(learner.access) on a fresh run
+    async with (
+        lasting(run),
+        open_parts(cfg, run.context, run.services) as (learner, sampler, reward, teachers, extrapolation),
+    ):
+        # every part with state; extrapolation.start(learner.access) on a fresh run
+        run.restore(learner, teachers, extrapolation)
 
-        async def publish(step: int) -> None:  # sampler and teachers learn of the new weights
+        async def publish(step: int) -> None:
+            # sampler and teachers learn of the new weights
             await sampler.publish(learner.publish(), step)
             await teachers.publish(learner.publish(), step)
 
         compared_by = scorer(cfg.extrapolation, run.context, run.services)
-        score = CurrentScore(compared_by, learner, partial(run.evaluation, sampler, teachers))  # of these weights on fixed prompts
+        # of these weights on fixed prompts
+        score = CurrentScore(compared_by, learner, partial(run.evaluation, sampler, teachers))
 
-        async def attempt(prompt: Prompt, step: int) -> Group:  # may run ahead of training, never by more than max_staleness steps
-            group = await sampler.sample(prompt, cfg.group_size, cfg.draw(step))  # the student acts
-            await judge(reward, group)  # optional: verifier, environment, or one of your own
-            await teachers.score([group], run.step_context(step), cohort=cfg.prompts_per_step)  # each in its own context
-            run.write(group, step)  # on disk now, whatever happens next
+        async def attempt(prompt: Prompt, step: int) -> Group:
+            # may run ahead of training, never by more than max_staleness steps
+            # the student acts
+            group = await sampler.sample(prompt, cfg.group_size, cfg.draw(step))
+            # optional: verifier, environment, or one of your own
+            await judge(reward, group)
+            # each in its own context
+            await teachers.score([group], run.step_context(step), cohort=cfg.prompts_per_step)
+            # on disk now, whatever happens next
+            run.write(group, step)
             return group
 
         await publish(run.step)
-        if run.due("eval"):  # before the first step, or where a run ended before this was done
+        if run.due("eval"):
+            # before the first step, or where a run ended before this was done
             await run.evaluate(learner, sampler, teachers, extrapolation)
         stream = Pipeline(
-            run.prompts, attempt, first_step=run.step, steps=run.steps_left, per_step=cfg.prompts_per_step, max_staleness=cfg.max_staleness
+            run.prompts,
+            attempt,
+            first_step=run.step,
+            steps=run.steps_left,
+            per_step=cfg.prompts_per_step,
+            max_staleness=cfg.max_staleness,
         )
-        async with aclosing(stream):  # nothing is in flight once it is left, whatever happens
+        async with aclosing(stream):
+            # nothing is in flight once it is left, whatever happens
             async for groups in stream:
                 step_context = run.step_context()
-                await teachers.score(groups, step_context)  # only what is missing, or whose context changed
-                await observe(learner, groups)  # what would the student say now? (only if wanted)
-                await teachers.follow_up(groups)  # and the teachers, where it would say it? (only if wanted)
-                share_credit(groups, cfg.credit, step_context)  # how much does each position count?
+                # only what is missing, or whose context changed
+                await teachers.score(groups, step_context)
+                # what would the student say now? (only if wanted)
+                await observe(learner, groups)
+                # and the teachers, where it would say it? (only if wanted)
+                await teachers.follow_up(groups)
+                # how much does each position count?
+                share_credit(groups, cfg.credit, step_context)
                 if extrapolation.fires(run.step + 1):
-                    await stream.settle()  # in-flight attempts finish, none start
-                request = StepRequest(groups, cfg.objectives, step_context, cfg.loss_aggregation, cfg.log_variance)
-                result = await learn(learner, request, run.keep_failed_batch)  # the student moves
-                jumped = await extrapolation.after_step(learner.access, score, run.step + 1)  # and may jump ahead along its path
+                    # in-flight attempts finish, none start
+                    await stream.settle()
+                request = StepRequest(
+                    groups, cfg.objectives, step_context, cfg.loss_aggregation, cfg.log_variance
+                )
+                # the student moves
+                result = await learn(learner, request, run.keep_failed_batch)
+                # and may jump ahead along its path
+                jumped = await extrapolation.after_step(learner.access, score, run.step + 1)
                 if jumped:
-                    learner.version += 1  # other weights
-                    stream.refresh()  # ask again what is in flight
-                await publish(run.step + 1)  # everyone learns of it
-                run.advance(result, groups, learner, teachers, jumped, score.take())  # step += 1; metrics, staleness, shares, costs
+                    # other weights
+                    learner.version += 1
+                    # ask again what is in flight
+                    stream.refresh()
+                # everyone learns of it
+                await publish(run.step + 1)
+                # step += 1; metrics, staleness, shares, costs
+                run.advance(result, groups, learner, teachers, jumped, score.take())
                 if run.due("eval"):
-                    await stream.settle()  # an evaluation may lend the sampler averaged weights: no attempt is drawn with those
+                    # an evaluation may lend the sampler averaged weights: no attempt is drawn with those
+                    await stream.settle()
                     await run.evaluate(learner, sampler, teachers, extrapolation)
                 if run.due("save"):
                     run.save(learner, teachers, extrapolation)
@@ -99,7 +134,9 @@ async def lasting(run: Run) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def open_parts(cfg: RunConfig, context: Callable[[str], PartContext], services: Services) -> AsyncIterator[Parts]:
+async def open_parts(
+    cfg: RunConfig, context: Callable[[str], PartContext], services: Services
+) -> AsyncIterator[Parts]:
     """Open every part, the learner first; close them in reverse, whatever happens."""
     async with AsyncExitStack() as stack:
         prepare_torch(cfg.threads, cfg.deterministic)
@@ -110,6 +147,14 @@ async def open_parts(cfg: RunConfig, context: Callable[[str], PartContext], serv
             name: (teacher, await stack.enter_async_context(teacher.open(context(name), services)))
             for name, teacher in cfg.teachers.items()
         }
-        extrapolation = await stack.enter_async_context(extrapolations.opened(cfg.extrapolation, context, services))
+        extrapolation = await stack.enter_async_context(
+            extrapolations.opened(cfg.extrapolation, context, services)
+        )
         objective_teachers = {objective.teacher for objective in cfg.objectives if objective.teacher}
-        yield learner, sampler, reward, Teachers(opened, context("learner").requirements, services, objective_teachers), extrapolation
+        yield (
+            learner,
+            sampler,
+            reward,
+            Teachers(opened, context("learner").requirements, services, objective_teachers),
+            extrapolation,
+        )

@@ -1,7 +1,7 @@
 """A run: its counters, what is due, evaluations, checkpoints, resume. `loop.train` drives it.
 
-config.toml  metrics.jsonl  evals.jsonl  attempts.jsonl  checkpoints/step-N/  student/  summary.json  report.html; of some parts
-searches.jsonl  parts/NAME/
+config.toml  metrics.jsonl  evals.jsonl  attempts.jsonl  checkpoints/step-N/  student/  summary.json
+report.html; of some parts searches.jsonl  parts/NAME/
 """
 
 from __future__ import annotations
@@ -12,50 +12,34 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from reflux import checks
 from reflux.config.citations import papers
 from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig, part_context, to_table, to_toml
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import StepContext
 from reflux.errors import RunError, Stopped
-from reflux.evals.base import Source
+from reflux.evals.base import Source, is_due
 from reflux.evals.evaluation import Evaluation
 from reflux.loss.step import StepResult
 from reflux.metrics.flops import TOKENS, Landed, Ran, Work, add_up
 from reflux.metrics.step_metrics import step_metrics
 from reflux.metrics.trackers import NoTracker, Tracker, open_tracker
 from reflux.runtime.services import Services
+from reflux.runtime.watch import Silent, Watch
 from reflux.storage import attempt_log, checkpoints, failed_batch, files, run_dir
 from reflux.storage.model_card import model_card
 from reflux.storage.summary import saved_summary, summarise
-from reflux.types import Group, Prompt, Requirements, StepContext
+from reflux.types import Group, Prompt
 
 if TYPE_CHECKING:
-    from reflux.evals.base import Eval
     from reflux.extrapolation.base import OpenExtrapolation
     from reflux.learners.base import OpenLearner
     from reflux.metrics.flops import Spent
     from reflux.samplers.base import OpenSampler
     from reflux.teachers.collection import Teachers
-
-
-class Watch(Protocol):
-    """Someone who looks on; what they do changes nothing in the run."""
-
-    def stepped(self, metrics: dict[str, Any]) -> None: ...
-
-    def evaluated(self, results: dict[str, Any]) -> None: ...
-
-    def noted(self, text: str) -> None: ...
-
-
-class Silent:
-    def stepped(self, metrics: dict[str, Any]) -> None: ...
-
-    def evaluated(self, results: dict[str, Any]) -> None: ...
-
-    def noted(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -70,25 +54,39 @@ class Options:
 class Run:
     """One run on disk and its counters. `step` counts completed optimiser steps."""
 
-    def __init__(self, cfg: RunConfig, requirements: Requirements, options: Options, step: int, prompts: Iterator[Prompt]):
+    def __init__(
+        self,
+        cfg: RunConfig,
+        requirements: Requirements,
+        options: Options,
+        step: int,
+        prompts: Iterator[Prompt],
+    ):
         self.cfg, self.requirements, self.dir, self.watch = cfg, requirements, options.out, options.watch
-        self.prompts = prompts  # the training prompts from here on
+        # the training prompts from here on
+        self.prompts = prompts
         self.seed, self.task, self.step = cfg.seed, cfg.task, step
         self.resumed = step if options.resume else None
         self.stopping = False
         overlap = cfg.max_staleness > 0 or cfg.sampler.overlaps
-        self.services = Services(cfg.learner.student, overlap=overlap, listener=options.watch, append=self._append)
+        self.services = Services(
+            cfg.learner.student, overlap=overlap, listener=options.watch, append=self._append
+        )
         self.totals: dict[str, float] = dict.fromkeys((*TOKENS, "flops", "seconds"), 0)
         if step:
             self.totals |= checkpoints.read_plain(checkpoints.of_step(self.dir / "checkpoints", step) / "run")
         self._started = time.perf_counter()
-        self._tracker: Tracker = NoTracker()  # until the lock is held
-        self.landed: dict[int, Landed] = {}  # by the step (from 0) that attempts are meant for
+        # until the lock is held
+        self._tracker: Tracker = NoTracker()
+        # by the step (from 0) that attempts are meant for
+        self.landed: dict[int, Landed] = {}
         self._lock = (self.dir / ".lock").open("w")
 
     @classmethod
     def open(cls, cfg: RunConfig, requirements: Requirements, options: Options) -> Run:
-        """Make the directory, or take up the one of this very recipe. Raises RunError where it belongs to another run."""
+        """Make the directory, or take up the one of this very recipe. Raises RunError where it belongs to
+        another run.
+        """
         saved = checkpoints.steps(options.out / "checkpoints")
         step = saved[-1] if options.resume and saved else 0
         if options.resume:
@@ -96,15 +94,20 @@ class Run:
         elif options.out.is_file():
             raise RunError(f"{options.out} is a file. Choose a folder with --out.")
         elif (options.out / "config.toml").exists():
-            raise RunError(f"{options.out} holds a run already. Continue it with --resume, or choose another folder with --out.")
-        prompts = cfg.task.prompts("train", cfg.seed, step * cfg.prompts_per_step)  # bad data is refused before anything is written
+            raise RunError(
+                f"{options.out} holds a run already. Continue it with --resume, or choose another folder "
+                "with --out."
+            )
+        # bad data is refused before anything is written
+        prompts = cfg.task.prompts("train", cfg.seed, step * cfg.prompts_per_step)
         checks.inputs(cfg)
         options.out.mkdir(parents=True, exist_ok=True)
         run = cls(cfg, requirements, options, step, prompts)
         with ExitStack() as undo:
             undo.callback(run.close)
             run_dir.take_lock(run._lock, run.dir)
-            run._tracker = open_tracker(cfg.track, run.dir, to_table(cfg))  # before config.toml: without its package there is no run
+            # before config.toml: without its package there is no run
+            run._tracker = open_tracker(cfg.track, run.dir, to_table(cfg))
             files.write_text(run.dir / "config.toml", to_toml(cfg))
             run_dir.cut_back(run.dir, step)
             undo.pop_all()
@@ -141,19 +144,33 @@ class Run:
     def write(self, group: Group, step: int) -> None:
         """An attempt is on disk before anything else can happen to it."""
         self.landed.setdefault(step, Landed()).add(group[0].rollout.prompt.id, Work.of(group))
-        files.append_lines(self.dir / "attempts.jsonl", [attempt_log.arrived(attempt, step) for attempt in group])
+        files.append_lines(
+            self.dir / "attempts.jsonl", [attempt_log.arrived(attempt, step) for attempt in group]
+        )
 
     def advance(
-        self, result: StepResult, groups: Sequence[Group], learner: OpenLearner, teachers: Teachers, jumped: bool, scored: Spent | None
+        self,
+        result: StepResult,
+        groups: Sequence[Group],
+        learner: OpenLearner,
+        teachers: Teachers,
+        jumped: bool,
+        scored: Spent | None,
     ) -> None:
         """The step is done: count it, write its metrics and the attempts' second lines."""
         discarded, on_policy = self.landed.pop(self.step, Landed()).discarded, self.cfg.sampler.on_policy
         updates = result.stats["updates"].value if "updates" in result.stats else 0
-        version = learner.version - int(updates or 0) - jumped  # that consumed these attempts
+        # that consumed these attempts
+        version = learner.version - int(updates or 0) - jumped
         ran = Ran(learner.macs, result.forward_positions, result.backward_positions)
         tables, macs, clock = teachers.tables, teachers.macs, self.services.clock
-        metrics = step_metrics(result.stats, ran, groups, version, tables, macs, clock, discarded, scored, on_policy)
-        files.append_lines(self.dir / "attempts.jsonl", [attempt_log.learned(a, self.step) for group in groups for a in group])
+        metrics = step_metrics(
+            result.stats, ran, groups, version, tables, macs, clock, discarded, scored, on_policy
+        )
+        files.append_lines(
+            self.dir / "attempts.jsonl",
+            [attempt_log.learned(a, self.step) for group in groups for a in group],
+        )
         self.step += 1
         add_up(self.totals, metrics)
         metrics = {"step": self.step, **metrics}
@@ -161,7 +178,10 @@ class Run:
         self._tracker.log(metrics, self.step)
         self.watch.stepped(metrics)
         if not metrics["tokens_trained"]:
-            self.watch.noted(f"step {self.step}: no attempt has both a weight and a word to learn from, so the weights stay as they are")
+            self.watch.noted(
+                f"step {self.step}: no attempt has both a weight and a word to learn from, so the weights "
+                "stay as they are"
+            )
 
     def due(self, what: str) -> bool:
         """Is it time to "eval" or to "save"? The last step's are made by the end of the loop."""
@@ -177,15 +197,23 @@ class Run:
 
     def evaluation(self, sampler: OpenSampler, teachers: Teachers) -> Evaluation:
         """What evaluations may know of this run, and whom they may ask."""
-        return Evaluation(self.context("sampler"), self.services, self.cfg.sampler, sampler, teachers, self.step)
+        return Evaluation(
+            self.context("sampler"), self.services, self.cfg.sampler, sampler, teachers, self.step
+        )
 
     @property
     def evaluated(self) -> bool:
         """Is there nothing left to ask about the weights of now?"""
-        return not self.cfg.evals or any(row["step"] == self.step for row in files.read_lines(self.dir / "evals.jsonl"))
+        return not self.cfg.evals or any(
+            row["step"] == self.step for row in files.read_lines(self.dir / "evals.jsonl")
+        )
 
-    async def evaluate(self, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers, extrapolation: OpenExtrapolation) -> None:
-        """Ask every evaluation about the weights of now, unless it is done. Where one raises, what training has made is saved first."""
+    async def evaluate(
+        self, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers, extrapolation: OpenExtrapolation
+    ) -> None:
+        """Ask every evaluation about the weights of now, unless it is done. Where one raises, what training
+        has made is saved first.
+        """
         if self.evaluated:
             return
         try:
@@ -198,10 +226,13 @@ class Run:
         self._tracker.log({key: value for key, value in results.items() if key != "step"}, self.step)
         self.watch.evaluated(results)
 
-    async def _results(self, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers) -> dict[str, Any]:
+    async def _results(
+        self, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers
+    ) -> dict[str, Any]:
         """The table of each evaluation; those that speak of the teacher are asked only once.
 
-        Where an average is kept, that is what they see in the sampler and in the learner, for as long as they run.
+        Where an average is kept, that is what they see in the sampler and in the learner, for as long as they
+        run.
         """
         seen = {name for row in files.read_lines(self.dir / "evals.jsonl") for name in row}
         averaged = False
@@ -213,10 +244,11 @@ class Run:
                 return {
                     name: await part(asked, Source(learner.access, self.context(f"evals.{name}").folder))
                     for name, part in self.cfg.evals.items()
-                    if _is_asked(self, part, name in seen)
+                    if is_due(part, self.step, self.cfg.steps, name in seen)
                 }
         finally:
-            if averaged:  # also where an evaluation raised: the sampler goes on with the student's own weights
+            if averaged:
+                # also where an evaluation raised: the sampler goes on with the student's own weights
                 await sampler.publish(learner.publish(), self.step)
 
     def save(self, learner: OpenLearner, teachers: Teachers, extrapolation: OpenExtrapolation) -> None:
@@ -227,11 +259,14 @@ class Run:
             "extrapolation": extrapolation.save,
             "run": lambda folder: checkpoints.write(folder, {**self.totals, "seconds": self.seconds}),
         }
-        files.write_folder(self.dir / "student", partial(self._export, learner))  # first: no checkpoint has an older student
+        # first: no checkpoint has an older student
+        files.write_folder(self.dir / "student", partial(self._export, learner))
         checkpoints.save(self.dir / "checkpoints", self.step, parts, self.cfg.keep_checkpoints)
 
     def stop_if_asked(self) -> None:
-        """End the run, if someone asked for it and it is not at its end anyway. Everything is saved by then: `due` saw to it."""
+        """End the run, if someone asked for it and it is not at its end anyway. Everything is saved by then:
+        `due` saw to it.
+        """
         if self.stopping and self.step < self.cfg.steps:
             raise Stopped(f"stopped after step {self.step} of {self.cfg.steps}; everything is saved")
 
@@ -241,7 +276,9 @@ class Run:
 
     def keep_failed_batch(self, groups: Sequence[Group], why: str) -> Path:
         """Write the batch of a refused step for inspection."""
-        return failed_batch.keep(self.dir / f"{failed_batch.NAME}{self.step + 1}.jsonl", groups, self.step, why)
+        return failed_batch.keep(
+            self.dir / f"{failed_batch.NAME}{self.step + 1}.jsonl", groups, self.step, why
+        )
 
     @property
     def seconds(self) -> float:
@@ -256,10 +293,3 @@ class Run:
         """What summary.json says. A run that did nothing new keeps the summary it had."""
         kept = saved_summary(self.dir) if self.finished else None
         return kept or summarise(self.dir, self.cfg, self.step, self.totals, self.seconds)
-
-
-def _is_asked(run: Run, evaluation: Eval, seen: bool) -> bool:
-    """Is it a moment for this evaluation? `seen`: it was asked before."""
-    if evaluation.asked == "ends":
-        return run.step == 0 or run.step >= run.cfg.steps
-    return not (evaluation.asked == "start" and seen)

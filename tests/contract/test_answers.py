@@ -1,6 +1,8 @@
-"""What every teacher of the registry promises: one answer per request, in order, and nothing that it was given changes.
+"""What every teacher of the registry promises: one answer per request, in order, and nothing that it was
+given changes.
 
-And what `Teachers` makes of the answers: all tables are asked at once, and an attempt is asked about again only where it has to be.
+And what `Teachers` makes of the answers: all tables are asked at once, and an attempt is asked about again
+only where it has to be.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import torch
 import tiny
 import tiny_flow
 from reflux.assets.characters import character_tokenizer
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import StepContext
 from reflux.contexts.base import TeacherPrompt
 from reflux.errors import ModelError
 from reflux.models.text import as_model
@@ -32,7 +36,7 @@ from reflux.teachers.local import Local
 from reflux.teachers.local_engine import LocalTeacher
 from reflux.teachers.self_teacher import SelfTeacher
 from reflux.teachers.self_teacher_engine import SelfTeacherEngine
-from reflux.types import Attempt, Requirements, Rollout, SampledTarget, StepContext, TeacherAnswer, TopKTarget
+from reflux.types import Attempt, Rollout, SampledTarget, TeacherAnswer, TopKTarget
 
 NOW = StepContext(0, 0)
 WANTS = Requirements(logp=True, candidates=2, behaviour=2)
@@ -56,24 +60,38 @@ OPENED: dict[str, Callable[[], Any]] = {
 
 def listed(length: int) -> TopKTarget:
     ids_TK = np.random.default_rng(length).integers(0, 102, (length, 2))
-    return TopKTarget(teacher="behaviour", ids_TK=ids_TK, logp_TK=np.zeros((length, 2), np.float32), logp_T=np.zeros(length, np.float32))
+    return TopKTarget(
+        teacher="behaviour",
+        ids_TK=ids_TK,
+        logp_TK=np.zeros((length, 2), np.float32),
+        logp_T=np.zeros(length, np.float32),
+    )
 
 
 def rollouts(table: str) -> list[Rollout]:
     """Of several lengths, the longest in the middle: a teacher that batches reorders them."""
     if table == "flow":
         return [tiny_flow.rollout(n, seed=n, guidance=1.0 + n % 2) for n in (2, 5, 4)]
-    return [dataclasses.replace(tiny.rollout(n, seed=n), behaviour=listed(n) if n != 3 else None) for n in (2, 9, 3)]  # type: ignore[misc]
+    return [
+        dataclasses.replace(tiny.rollout(n, seed=n), behaviour=listed(n) if n != 3 else None)
+        for n in (2, 9, 3)
+    ]  # type: ignore[misc]
 
 
 def requests(table: str) -> list[TeacherRequest]:
-    return [TeacherRequest(rollout, TeacherPrompt(rollout.prompt.messages, notes={"shown": 1.0}), WANTS) for rollout in rollouts(table)]
+    return [
+        TeacherRequest(rollout, TeacherPrompt(rollout.prompt.messages, notes={"shown": 1.0}), WANTS)
+        for rollout in rollouts(table)
+    ]
 
 
 def plain(value: Any) -> Any:
     """Everything in a value as nested tuples of bytes and plain values, for comparison to the bit."""
     if dataclasses.is_dataclass(value):
-        return (type(value).__name__, *(plain(getattr(value, field.name)) for field in dataclasses.fields(value)))
+        return (
+            type(value).__name__,
+            *(plain(getattr(value, field.name)) for field in dataclasses.fields(value)),
+        )
     if isinstance(value, np.ndarray):
         return (value.dtype.str, value.shape, value.tobytes())
     if isinstance(value, torch.Tensor):
@@ -112,12 +130,16 @@ def test_every_teacher_gives_one_answer_per_request_in_order_and_changes_nothing
 @pytest.mark.parametrize("table", sorted(TEACHERS))
 def test_asked_twice_every_teacher_answers_the_same_to_the_bit(table: str) -> None:
     teacher = OPENED[table]()
-    assert untimed(asyncio.run(teacher.score(requests(table)))) == untimed(asyncio.run(teacher.score(requests(table))))
+    assert untimed(asyncio.run(teacher.score(requests(table)))) == untimed(
+        asyncio.run(teacher.score(requests(table)))
+    )
 
 
 @pytest.mark.parametrize("table", sorted(TEACHERS))
 def test_attempts_get_their_answers_once(table: str) -> None:
-    """Asked again only where the context changed; what was shown, by whom and what came before are in the answer."""
+    """Asked again only where the context changed; what was shown, by whom and what came before are in the
+    answer.
+    """
     teacher, told = OPENED[table](), [1.0]
     calls: list[int] = []
     score = teacher.score
@@ -139,7 +161,9 @@ def test_attempts_get_their_answers_once(table: str) -> None:
     asyncio.run(teachers.score(groups, NOW))
     first = [group[0].answers["main"] for group in groups]
     asyncio.run(teachers.score(groups, NOW))
-    assert [group[0].answers["main"] is answer for group, answer in zip(groups, first, strict=True)] == [True] * 3
+    assert [group[0].answers["main"] is answer for group, answer in zip(groups, first, strict=True)] == [
+        True
+    ] * 3
     told[0] = 2.0
     asyncio.run(teachers.score(groups, NOW))
     assert calls == [3, 3]
@@ -164,7 +188,9 @@ class Elsewhere:
         self.meet, self.asked, self.answer = meet, 0, answer or self.sampled
 
     def sampled(self, rollout: Rollout) -> TeacherAnswer:
-        return TeacherAnswer(target=SampledTarget(teacher="x", logp_T=rollout.logp_T - 1), positions_read=7, seconds=0.25)
+        return TeacherAnswer(
+            target=SampledTarget(teacher="x", logp_T=rollout.logp_T - 1), positions_read=7, seconds=0.25
+        )
 
     async def score(self, asked: Any) -> list[TeacherAnswer]:
         self.asked += len(asked)
@@ -191,12 +217,15 @@ def test_tables_are_asked_at_once(kinds: tuple[bool, bool], cohort: int) -> None
         both = asyncio.Barrier(2)
         first, second = Elsewhere(both.wait), Elsewhere(both.wait)
         services = tiny.services()
-        teachers = Teachers({"b": (part(kinds[0]), first), "a": (part(kinds[1]), second)}, Requirements(), services)  # type: ignore[dict-item]
+        teachers = Teachers(
+            {"b": (part(kinds[0]), first), "a": (part(kinds[1]), second)}, Requirements(), services
+        )  # type: ignore[dict-item]
         groups = attempts()
         async with asyncio.timeout(20):
             if not cohort:
                 await teachers.score(groups, NOW)
-            elif kinds == (True, True):  # servers answer each group by itself, and a barrier of two would let two groups pass
+            elif kinds == (True, True):
+                # servers answer each group by itself, and a barrier of two would let two groups pass
                 await asyncio.gather(*(teachers.score([group], NOW, cohort) for group in groups))
             else:
                 await teachers.score(groups[:1], NOW)
@@ -264,7 +293,9 @@ def test_who_cannot_answer_says_why_is_counted_and_is_asked_again() -> None:
     sentences = iter(["the server was busy", "the server was busy"])
     teacher = Elsewhere(at_once)
     teacher.answer = lambda rollout: (
-        TeacherAnswer(error=sentence) if rollout.prompt.id == "p1" and (sentence := next(sentences, "")) else teacher.sampled(rollout)
+        TeacherAnswer(error=sentence)
+        if rollout.prompt.id == "p1" and (sentence := next(sentences, ""))
+        else teacher.sampled(rollout)
     )
     services = tiny.services()
     teachers = Teachers({"table": (part(alias="main"), teacher)}, Requirements(), services)  # type: ignore[dict-item]
@@ -274,14 +305,20 @@ def test_who_cannot_answer_says_why_is_counted_and_is_asked_again() -> None:
     answer = made[1].answers["main"]
     assert (answer.target, answer.error, answer.table) == (None, "the server was busy", "table")
     assert made[1].target("main") is None
-    assert (_without_target(made, teachers.tables), _answer_errors(made, teachers.tables)) == ({"main": 1}, {"table": 1})
+    assert (_without_target(made, teachers.tables), _answer_errors(made, teachers.tables)) == (
+        {"main": 1},
+        {"table": 1},
+    )
     assert {name: len(found) for name, found in _asked(made, teachers.tables).items()} == {"table": 2}
     asyncio.run(teachers.score(groups, NOW))
     assert teacher.asked == 3
     asyncio.run(teachers.score(groups, NOW))
     assert teacher.asked == 4
     assert made[1].target("main") is not None
-    assert (_without_target(made, teachers.tables), _answer_errors(made, teachers.tables)) == ({"main": 0}, {"table": 0})
+    assert (_without_target(made, teachers.tables), _answer_errors(made, teachers.tables)) == (
+        {"main": 0},
+        {"table": 0},
+    )
     # it knew, then failed in another context, then knew again: freshness still has the first to compare with
     known = made[1].answers["main"]
     made[1].answers["main"] = TeacherAnswer(error="gone", previous=known.target)

@@ -1,4 +1,6 @@
-"""Evaluations see the averaged student, in the sampler and in the learner, from the first to the last; afterwards the live one is back."""
+"""Evaluations see the averaged student, in the sampler and in the learner, from the first to the last;
+afterwards the live one is back.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ class Student:
 
     def __init__(self, average: bool):
         self.average, self.weights, self.published = average, "live", "live"
-        self.versions: list[int] = []  # published
+        # published
+        self.versions: list[int] = []
 
     @property
     def access(self) -> Student:
@@ -39,7 +42,11 @@ class Student:
 
     def publish(self, *published: Any) -> Any:
         """Of a learner, the weights of now; of a sampler, those it is given."""
-        return self._follow(*published) if published else InMemory(self.version, lambda: {"name": self.weights}.items())  # type: ignore
+        return (
+            self._follow(*published)
+            if published
+            else InMemory(self.version, lambda: {"name": self.weights}.items())
+        )  # type: ignore
 
     async def _follow(self, weights: Weights, step: int) -> None:
         self.published = dict(weights.tensors())["name"]  # type: ignore[assignment]
@@ -48,7 +55,9 @@ class Student:
 
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize("fails", [True, False])
-def test_the_average_is_held_while_evaluations_run_and_no_longer(tmp_path: Path, average: bool, fails: bool) -> None:
+def test_the_average_is_held_while_evaluations_run_and_no_longer(
+    tmp_path: Path, average: bool, fails: bool
+) -> None:
     seen: list[tuple[str, str]] = []
 
     class Looks:
@@ -64,7 +73,9 @@ def test_the_average_is_held_while_evaluations_run_and_no_longer(tmp_path: Path,
             return {}
 
     evals = {"first": Looks(False), "second": Looks(fails)}
-    run: Any = SimpleNamespace(dir=tmp_path, cfg=SimpleNamespace(evals=evals), step=3, services=tiny.services())
+    run: Any = SimpleNamespace(
+        dir=tmp_path, cfg=SimpleNamespace(evals=evals), step=3, services=tiny.services()
+    )
     run.evaluation = lambda sampler, teachers: SimpleNamespace(sampler=sampler)
     run.context = lambda name: tiny.context(name=name)
     student: Any = Student(average)
@@ -76,4 +87,5 @@ def test_the_average_is_held_while_evaluations_run_and_no_longer(tmp_path: Path,
         asyncio.run(evaluated)
     assert seen == [("mean", "mean") if average else ("live", "live")] * 2
     assert (student.weights, student.published) == ("live", "live")
-    assert student.versions == ([-1, 3] if average else [])  # the average is lent, under a version of its own
+    # the average is lent, under a version of its own
+    assert student.versions == ([-1, 3] if average else [])

@@ -23,8 +23,12 @@ from tiny import attempt, rollout
 
 
 def objective_teachers(n: int, seed: int = 0, **fields: Any) -> Any:
-    made = attempt(rollout(n, seed=seed, **{k: fields.pop(k) for k in ("mask", "finish") if k in fields}), **fields)
-    made.answers["main"] = TeacherAnswer(target=SampledTarget(teacher="main", logp_T=np.zeros(n, dtype=np.float32)))
+    made = attempt(
+        rollout(n, seed=seed, **{k: fields.pop(k) for k in ("mask", "finish") if k in fields}), **fields
+    )
+    made.answers["main"] = TeacherAnswer(
+        target=SampledTarget(teacher="main", logp_T=np.zeros(n, dtype=np.float32))
+    )
     return made
 
 
@@ -34,7 +38,10 @@ def coefficients(groups: Any, objective: Any, loss_aggregation: str) -> list[lis
 
 def test_the_three_denominators_by_hand() -> None:
     """4 chosen of which 2 kept, and 3 chosen, all kept, one of weight 2: kept = 5, chosen = 7, R = 2."""
-    groups = [[objective_teachers(5, mask=[1, 1, 0, 1, 1], weight=[1, 0, 1, 0.5, 0])], [objective_teachers(3, seed=1, weight=[2, 1, 1])]]
+    groups = [
+        [objective_teachers(5, mask=[1, 1, 0, 1, 1], weight=[1, 0, 1, 0.5, 0])],
+        [objective_teachers(3, seed=1, weight=[2, 1, 1])],
+    ]
     kl = SampledKL(coef=3.0)
     for loss_aggregation, wanted in {
         "token-mean-weighted": [[3 / 5, 1.5 / 5], [6 / 5, 3 / 5, 3 / 5]],
@@ -48,14 +55,22 @@ def test_the_three_denominators_by_hand() -> None:
 def test_positions_kept_are_counted_per_objective() -> None:
     silent = attempt(rollout(4, seed=2))
     pushed = objective_teachers(3, seed=1, shift=[0.0, 1.0, 0.0])
-    items = plan([[objective_teachers(5)], [silent], [pushed]], [SampledKL(), NLL(), PolicyGradient()], "token-mean-weighted")
-    found = {item.rollout.length: [None if c is None else float(c[0]) for c in item.coef_KN] for item in items}
+    items = plan(
+        [[objective_teachers(5)], [silent], [pushed]],
+        [SampledKL(), NLL(), PolicyGradient()],
+        "token-mean-weighted",
+    )
+    found = {
+        item.rollout.length: [None if c is None else float(c[0]) for c in item.coef_KN] for item in items
+    }
     eighth, twelfth, third = (pytest.approx(1 / n) for n in (8, 12, 3))
     assert found == {5: [eighth, twelfth, None], 4: [None, twelfth, None], 3: [eighth, twelfth, third]}
 
 
 def test_what_follows_the_last_kept_position_is_never_run() -> None:
-    (item,) = plan([[objective_teachers(9, weight=[0, 1, 1, 0, 1, 0, 0, 0, 0])]], [SampledKL()], "token-mean-weighted")
+    (item,) = plan(
+        [[objective_teachers(9, weight=[0, 1, 1, 0, 1, 0, 0, 0, 0])]], [SampledKL()], "token-mean-weighted"
+    )
     assert (item.rows_N.tolist(), item.trained, item.input_tokens) == ([1, 2, 4], 5, 5 + 4)
 
 
@@ -89,7 +104,11 @@ def rewarded(reward_T: list[float], seed: int = 0, sample: int = 0, **fields: An
 def values(groups: list[Group], *objectives: Any) -> dict[int, tuple[float, ...]]:
     """By attempt, in order of asking."""
     items = {id(item.attempt): item.value_K for item in plan(groups, objectives, "token-mean-weighted")}
-    return {i: items[id(entry)] for i, entry in enumerate(entry for group in groups for entry in group) if id(entry) in items}
+    return {
+        i: items[id(entry)]
+        for i, entry in enumerate(entry for group in groups for entry in group)
+        if id(entry) in items
+    }
 
 
 def near(*numbers: float) -> Any:
@@ -101,7 +120,12 @@ def test_group_values_are_means_over_whole_groups_one_per_objective() -> None:
         [rewarded([1.0, 3.0]), rewarded([5.0], sample=1), rewarded([0.0, 0.0, 3.0], sample=2)],
         [rewarded([7.0], seed=1), rewarded([-1.0], seed=1, sample=1)],
     ]
-    objectives = [SampledKL(baseline="leave_one_out"), SampledKL(), SampledKL(baseline="group_mean", coef=0.5), Divergence()]
+    objectives = [
+        SampledKL(baseline="leave_one_out"),
+        SampledKL(),
+        SampledKL(baseline="group_mean", coef=0.5),
+        Divergence(),
+    ]
     assert values(groups, *objectives) == {
         0: near(2.0, 0, 2.0, 0), 1: near(7 / 5, 0, 2.0, 0), 2: near(3.0, 0, 2.0, 0), 3: near(-1.0, 0, 3.0, 0), 4: near(7.0, 0, 3.0, 0)
     }  # fmt: skip
@@ -114,8 +138,14 @@ def test_who_has_no_say_in_the_mean_of_the_group() -> None:
         rewarded([1.0]), objective_teachers, rewarded([50.0], sample=3, finish="error"), attempt(rollout(3, sample=4)),
         rewarded([70.0], sample=5, mask=[0]), rewarded([-np.inf, np.nan, 6.0], sample=6),
     ]  # fmt: skip
-    assert values([group], SampledKL(baseline="leave_one_out")) == {0: near(4.0), 1: near(3.5), 5: near(7 / 3)}
-    assert values([[rewarded([1.0]), group[2], group[3]]], SampledKL(baseline="leave_one_out")) == {0: near(0.0)}
+    assert values([group], SampledKL(baseline="leave_one_out")) == {
+        0: near(4.0),
+        1: near(3.5),
+        5: near(7 / 3),
+    }
+    assert values([[rewarded([1.0]), group[2], group[3]]], SampledKL(baseline="leave_one_out")) == {
+        0: near(0.0)
+    }
 
 
 def test_weights_do_not_enter_the_value() -> None:
@@ -133,7 +163,9 @@ def test_every_target_that_knows_the_sampled_tokens_gives_a_value(kind: str) -> 
         target: Any = {
             "sampled": entry.target("main"),
             "listed": TopKTarget(teacher="main", ids_TK=ids_TK, logp_TK=logp_T[:, None], logp_T=logp_T),
-            "hidden": HiddenTarget(teacher="main", h_TH=torch.zeros(len(logp_T), 2), head="main", logp_T=logp_T),
+            "hidden": HiddenTarget(
+                teacher="main", h_TH=torch.zeros(len(logp_T), 2), head="main", logp_T=logp_T
+            ),
         }[kind]
         entry.answers["main"] = TeacherAnswer(target=target)
     assert values([group], SampledKL(baseline="leave_one_out")) == {0: near(5.0), 1: near(1.5)}
@@ -148,14 +180,18 @@ def test_rewards_are_against_the_students_own_distribution_where_another_was_sam
 
 def test_a_target_without_the_sampled_log_probs_is_refused_for_groups_only() -> None:
     entry = attempt(rollout(2))
-    entry.answers["main"] = TeacherAnswer(target=HiddenTarget(teacher="main", h_TH=torch.zeros(2, 3), head="main"))
+    entry.answers["main"] = TeacherAnswer(
+        target=HiddenTarget(teacher="main", h_TH=torch.zeros(2, 3), head="main")
+    )
     assert values([[entry]], SampledKL(), SampledKL(baseline="leave_one_out", coef=0.0)) == {0: (0.0, 0.0)}
     with pytest.raises(ValueError, match=r"holds no logp_T. Ask for it at scoring time"):
         plan([[entry]], [SampledKL(baseline="leave_one_out")], "token-mean-weighted")
 
 
 def test_values_are_those_of_the_batch_whatever_the_micro_batch() -> None:
-    groups = [[rewarded([float(i), 2.0], seed=i), rewarded([1.0] * (i + 1), seed=i, sample=1)] for i in range(4)]
+    groups = [
+        [rewarded([float(i), 2.0], seed=i), rewarded([1.0] * (i + 1), seed=i, sample=1)] for i in range(4)
+    ]
     items = plan((group for group in groups), [SampledKL(baseline="leave_one_out")], "token-mean-weighted")
     assert len(items) == 8
     for budget in (1, 30, 1 << 20):
@@ -167,7 +203,10 @@ def test_values_are_those_of_the_batch_whatever_the_micro_batch() -> None:
 @given(st.lists(st.integers(0, 12), max_size=12), st.integers(1, 60))
 @settings(max_examples=60, deadline=None)
 def test_micro_batches_hold_every_item_once_within_the_budget(lengths: list[int], budget: int) -> None:
-    groups = [[objective_teachers(n, seed=i) if i % 3 else attempt(rollout(n, seed=i))] for i, n in enumerate(lengths)]
+    groups = [
+        [objective_teachers(n, seed=i) if i % 3 else attempt(rollout(n, seed=i))]
+        for i, n in enumerate(lengths)
+    ]
     items = plan(groups, [SampledKL(), NLL()], "token-mean-weighted")
     parts = list(micro_batches(items, budget))
     assert sorted(id(item) for part in parts for item in part) == sorted(map(id, items))
@@ -182,6 +221,8 @@ def test_rows_of_one_micro_batch_share_head_and_width() -> None:
 
     one, other = (as_model(tiny.net(seed), character_tokenizer()) for seed in (2, 3))
     items: list[Item] = plan(
-        [[attempt(rollout(3, seed=1), one)], [attempt(rollout(3, seed=2), other)]], [Divergence()], "token-mean-weighted"
+        [[attempt(rollout(3, seed=1), one)], [attempt(rollout(3, seed=2), other)]],
+        [Divergence()],
+        "token-mean-weighted",
     )
     assert [len(part) for part in micro_batches(items, 10_000)] == [1, 1]

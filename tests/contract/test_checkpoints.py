@@ -13,7 +13,12 @@ from reflux.errors import RunError
 from reflux.storage import checkpoints
 
 STATES = {
-    "learner": {"version": 3, "weight/a.b": torch.randn(3, 2), "half": torch.randn(4).bfloat16(), "step": torch.tensor(5.0)},
+    "learner": {
+        "version": 3,
+        "weight/a.b": torch.randn(3, 2),
+        "half": torch.randn(4).bfloat16(),
+        "step": torch.tensor(5.0),
+    },
     "teachers": {},
     "extrapolation": {"path": [1.5, None, "x"], "trace": torch.arange(4)},
 }
@@ -35,7 +40,11 @@ def test_states_come_back_bit_for_bit(tmp_path: Path) -> None:
     for part, state in STATES.items():
         assert again[part].keys() == state.keys()
         for key, value in state.items():
-            same = torch.equal(again[part][key], value) if isinstance(value, torch.Tensor) else again[part][key] == value
+            same = (
+                torch.equal(again[part][key], value)
+                if isinstance(value, torch.Tensor)
+                else again[part][key] == value
+            )
             assert same, (part, key)
 
 
@@ -74,5 +83,8 @@ def test_the_same_step_may_be_saved_again(tmp_path: Path) -> None:
 def test_a_damaged_folder_is_refused_with_the_remedy(name: str, content: bytes, tmp_path: Path) -> None:
     save(tmp_path, 4, STATES, keep=2)
     (checkpoints.of_step(tmp_path, 4) / "learner" / name).write_bytes(content)
-    with pytest.raises(RunError, match=r"learner is damaged: .*Remove .*step-4; --resume then goes on from the checkpoint before it"):
+    with pytest.raises(
+        RunError,
+        match=r"learner is damaged: .*Remove .*step-4; --resume then goes on from the checkpoint before it",
+    ):
         load(tmp_path, 4)

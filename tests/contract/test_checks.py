@@ -1,4 +1,6 @@
-"""What does not fit is refused in a sentence with its remedy, before anything is loaded; what is wanted is joined."""
+"""What does not fit is refused in a sentence with its remedy, before anything is loaded; what is wanted is
+joined.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,15 @@ from typing import Any
 import pytest
 
 from reflux import checks
-from reflux.config.recipe import load_recipe, recipe_names
+from reflux.config.bases import recipe_names
+from reflux.config.recipe import load_recipe
+from reflux.config.requirements import Requirements
 from reflux.errors import ConfigError, ModelError
 from reflux.training import Options, Run
-from reflux.types import Requirements
 
 OUTCOME = {"credit.group_advantage": {}, "rewards": {"verifier": {}}, "group_size": 2}
-SAID = {"teacher": "behaviour"}  # a teacher that gives a list and no more
+# a teacher that gives a list and no more
+SAID = {"teacher": "behaviour"}
 ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "train_max_tokens below 1": (
         "opd",
@@ -32,24 +36,49 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
         {"credit.position": {"factor": {"kind": "linear", "start": 1, "increment": -0.5}}},
         "credit.position.factor is -0.5 at position 3; a weight must be >= 0. Set stop = 0.",
     ),
-    "a negative rate": ("opd", {"learner.lr": -1.0}, "learner.lr is -1 at step 0: it would move the student away from its teacher."),
+    "a negative rate": (
+        "opd",
+        {"learner.lr": -1.0},
+        "learner.lr is -1 at step 0: it would move the student away from its teacher.",
+    ),
     "a negative rate of a flow": ("flow", {"learner.lr": -1.0}, "learner.lr is -1 at step 0"),
-    "train_max_tokens 0": ("opd", {"sampler.train_max_tokens": 0}, "sampler: an attempt of step 0 may have no position at all"),
-    "no such teacher": ("opd", {"objectives.0.teacher": "other"}, "objectives[0].teacher: there is no teacher 'other'. Known: main"),
+    "train_max_tokens 0": (
+        "opd",
+        {"sampler.train_max_tokens": 0},
+        "sampler: an attempt of step 0 may have no position at all",
+    ),
+    "no such teacher": (
+        "opd",
+        {"objectives.0.teacher": "other"},
+        "objectives[0].teacher: there is no teacher 'other'. Known: main",
+    ),
     "no teacher at all": ("opd", {"teachers.main": "none"}, "Add a [teachers.main] table."),
     "a divergence of what was said": (
         "full",
         {"objectives.0.teacher": "behaviour"},
-        "objectives[0]: divergence needs hidden states (the full distribution), but teacher 'behaviour' offers",
+        "objectives[0]: divergence needs hidden states (the full distribution), but teacher 'behaviour' "
+        "offers",
     ),
-    "shifts nobody takes": ("full", OUTCOME, "credit.group_advantage shifts advantages, but no objective takes a shift: 'divergence'"),
+    "shifts nobody takes": (
+        "full",
+        OUTCOME,
+        "credit.group_advantage shifts advantages, but no objective takes a shift: 'divergence'",
+    ),
     "outcome without shifts": (
         "opd",
         {"objectives": [{"kind": "policy_gradient"}]},
         "learns from shifts alone, and no credit rule gives any",
     ),
-    "a group of one": ("rl", {"group_size": 1}, "credit.group_advantage compares attempts at one prompt: it needs group_size >= 2, got 1"),
-    "no verdicts": ("rl", {"rewards": "none"}, "credit.group_advantage needs verdicts: add [rewards.verifier]"),
+    "a group of one": (
+        "rl",
+        {"group_size": 1},
+        "credit.group_advantage compares attempts at one prompt: it needs group_size >= 2, got 1",
+    ),
+    "no verdicts": (
+        "rl",
+        {"rewards": "none"},
+        "credit.group_advantage needs verdicts: add [rewards.verifier]",
+    ),
     "temperature": (
         "opd",
         {"sampler.temperature": 0.7},
@@ -58,33 +87,56 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "bit for bit as it comes": (
         "opd",
         {"deterministic": True, "sampler.turns": "ready"},
-        "deterministic = true asks for a run that repeats bit for bit, and sampler 'hf' as it is set depends on timing. Set sampler.turns",
+        "deterministic = true asks for a run that repeats bit for bit, and sampler 'hf' as it is set depends "
+        "on timing. Set sampler.turns",
     ),
     "top_p": ("opd", {"sampler.top_p": 0.9}, "top_p = 0.9"),
-    "policy gradient on given answers": ("sft", {"objectives": [{"kind": "policy_gradient"}], **OUTCOME}, "gives answers it did not draw"),
+    "policy gradient on given answers": (
+        "sft",
+        {"objectives": [{"kind": "policy_gradient"}], **OUTCOME},
+        "gives answers it did not draw",
+    ),
     "no ratio with staleness": (
         "opd",
         {"objectives.0.ratio": "none", "max_staleness": 1},
         'ratio = "none" is biased on attempts of an older student',
     ),
-    "nll on own attempts": ("opd", {"objectives": [{"kind": "nll"}]}, "has an expected gradient of zero. Use sampler 'references'"),
-    "prefix on given answers": ("sft", {"credit.prefix": {"length": 5}}, "cutting answers the student did not write"),
+    "nll on own attempts": (
+        "opd",
+        {"objectives": [{"kind": "nll"}]},
+        "has an expected gradient of zero. Use sampler 'references'",
+    ),
+    "prefix on given answers": (
+        "sft",
+        {"credit.prefix": {"length": 5}},
+        "cutting answers the student did not write",
+    ),
     "a ratio of a divergence on given answers": (
         "sft",
-        {"objectives": [{"kind": "divergence", "ratio": "truncated"}], "teachers.main": {"kind": "local", "model": "m"}},
-        "divides by the probability the sampler drew with, but sampler 'references' gives answers it did not draw",
+        {
+            "objectives": [{"kind": "divergence", "ratio": "truncated"}],
+            "teachers.main": {"kind": "local", "model": "m"},
+        },
+        "divides by the probability the sampler drew with, but sampler 'references' gives answers it did not "
+        "draw",
     ),
     "siblings of an only child": (
         "opd",
         {"objectives.0.baseline": "leave_one_out"},
-        'baseline = "leave_one_out" compares attempts at one prompt: it needs group_size >= 2, got 1. Raise group_size',
+        'baseline = "leave_one_out" compares attempts at one prompt: it needs group_size >= 2, got 1. Raise '
+        "group_size",
     ),
-    "a group mean of one": ("opd", {"objectives.0.baseline": "group_mean", "group_size": 1}, "it needs group_size >= 2"),
+    "a group mean of one": (
+        "opd",
+        {"objectives.0.baseline": "group_mean", "group_size": 1},
+        "it needs group_size >= 2",
+    ),
     **{
         f"support {support} of a list": (
             "full",
             {"objectives": [{"kind": "divergence", "support": support, **SAID}]},
-            f"divergence with support = \"{support}\" needs hidden states (the full distribution), but teacher 'behaviour' offers",
+            f'divergence with support = "{support}" needs hidden states (the full distribution), but '
+            "teacher 'behaviour' offers",
         )
         for support in ("student", "union")
     },
@@ -97,7 +149,8 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
         f"baseline {baseline} of a list": (
             "opd",
             {"objectives": [{"kind": "sampled_kl", "baseline": baseline, **SAID}]},
-            f"sampled_kl with baseline = \"{baseline}\" needs hidden states (the full distribution), but teacher 'behaviour' offers",
+            f'sampled_kl with baseline = "{baseline}" needs hidden states (the full distribution), but '
+            "teacher 'behaviour' offers",
         )
         for baseline in ("kl", "topk_kl", "minimum_variance")
     },
@@ -106,11 +159,16 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
         {"objectives": [{"kind": "sampled_kl", "baseline": "kl", **SAID}]},
         'Use baseline = "none", or "leave_one_out" in groups, or a local teacher.',
     ),
-    "variance of nothing sampled": ("full", {"log_variance": True}, 'no objective samples one. Use kind = "sampled_kl"'),
+    "variance of nothing sampled": (
+        "full",
+        {"log_variance": True},
+        'no objective samples one. Use kind = "sampled_kl"',
+    ),
     "variance against a list": (
         "opd",
         {"log_variance": True, "objectives": [{"kind": "sampled_kl"}, {"kind": "sampled_kl", **SAID}]},
-        "objectives[1] listens to 'behaviour', which does not offer it. Use a local teacher, or log_variance = false",
+        "objectives[1] listens to 'behaviour', which does not offer it. Use a local teacher, or log_variance "
+        "= false",
     ),
     "two teachers of one name": (
         "opd",
@@ -119,7 +177,10 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "one route twice": (
         "opd",
-        {"teachers.main.routes": ["a"], "teachers.other": {"kind": "local", "model": "m", "alias": "main", "routes": ["a"]}},
+        {
+            "teachers.main.routes": ["a"],
+            "teachers.other": {"kind": "local", "model": "m", "alias": "main", "routes": ["a"]},
+        },
         "none of them shared",
     ),
 }
@@ -127,8 +188,12 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
 
 def test_every_problem_is_told_at_once() -> None:
     with pytest.raises(ConfigError) as refused:
-        checks.join(load_recipe("rl", {"group_size": 1, "sampler.temperature": 0.5, "sampler.train_max_tokens": 0}))
-    assert all(words in str(refused.value) for words in ("group_size >= 2", "temperature", "no position at all"))
+        checks.join(
+            load_recipe("rl", {"group_size": 1, "sampler.temperature": 0.5, "sampler.train_max_tokens": 0})
+        )
+    assert all(
+        words in str(refused.value) for words in ("group_size >= 2", "temperature", "no position at all")
+    )
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
@@ -143,7 +208,10 @@ def test_biased_sampling_may_be_asked_for() -> None:
     cfg = load_recipe("opd", biased)
     checks.join(cfg)
     assert checks.warnings(cfg) == []
-    cases = {"none": 'ratio = "none" does not correct for attempts drawn at temperature = 0.7 and top_p = 1;', "clip": "many tokens away"}
+    cases = {
+        "none": 'ratio = "none" does not correct for attempts drawn at temperature = 0.7 and top_p = 1;',
+        "clip": "many tokens away",
+    }
     for ratio, words in cases.items():
         (warning,) = checks.warnings(load_recipe("opd", {**biased, "objectives.0.ratio": ratio}))
         assert words in warning
@@ -152,17 +220,24 @@ def test_biased_sampling_may_be_asked_for() -> None:
     assert 'ratio = "clip" does' in warning
 
 
-@pytest.mark.parametrize("baseline", ["none", "kl", "topk_kl", "minimum_variance", "group_mean", "leave_one_out"])
+@pytest.mark.parametrize(
+    "baseline", ["none", "kl", "topk_kl", "minimum_variance", "group_mean", "leave_one_out"]
+)
 def test_every_baseline_fits_a_local_teacher_and_groups_ask_for_log_probs(baseline: str) -> None:
-    requirements = checks.join(load_recipe("opd", {"objectives.0.baseline": baseline, "group_size": 2, "log_variance": True}))
+    requirements = checks.join(
+        load_recipe("opd", {"objectives.0.baseline": baseline, "group_size": 2, "log_variance": True})
+    )
     assert requirements.logp == (baseline in ("group_mean", "leave_one_out"))
 
 
 def test_a_list_is_enough_for_what_says_so() -> None:
-    listed = [{"kind": "divergence", "support": "teacher", "k": 7, **SAID}, {"kind": "sampled_kl", "baseline": "leave_one_out", **SAID}]
-    assert checks.join(load_recipe("opd", {"objectives": listed, "group_size": 2, "max_staleness": 1})) == Requirements(
-        behaviour=7, logp=True
-    )
+    listed = [
+        {"kind": "divergence", "support": "teacher", "k": 7, **SAID},
+        {"kind": "sampled_kl", "baseline": "leave_one_out", **SAID},
+    ]
+    assert checks.join(
+        load_recipe("opd", {"objectives": listed, "group_size": 2, "max_staleness": 1})
+    ) == Requirements(behaviour=7, logp=True)
 
 
 def test_wants_join_and_the_largest_k_wins() -> None:
@@ -171,8 +246,12 @@ def test_wants_join_and_the_largest_k_wins() -> None:
         | Requirements(behaviour=9, now_topk=3)
         | Requirements(candidates=2, now_candidates=5, now_at_behaviour=True, reward=True)
     )
-    assert joined == Requirements(behaviour=9, now_at_behaviour=True, now_topk=3, logp=True, candidates=2, now_candidates=5, reward=True)
-    assert joined | Requirements(now_candidates=6, now_topk=2) == dataclasses.replace(joined, now_candidates=6)
+    assert joined == Requirements(
+        behaviour=9, now_at_behaviour=True, now_topk=3, logp=True, candidates=2, now_candidates=5, reward=True
+    )
+    assert joined | Requirements(now_candidates=6, now_topk=2) == dataclasses.replace(
+        joined, now_candidates=6
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,7 +260,11 @@ def test_wants_join_and_the_largest_k_wins() -> None:
         ("full", {"objectives.0.k": 5}, "k does nothing beside support = 'full'"),
         ("topk", {"objectives.0.ratio_cap": 2.0}, "ratio_cap does nothing beside ratio = 'none'"),
         ("opd", {"objectives.0.baseline_k": 5}, "baseline_k does nothing beside baseline = 'none'"),
-        ("opd", {"objectives.0.ratio": "clip", "objectives.0.ratio_cap": 3.0}, "ratio_cap does nothing beside ratio = 'clip'"),
+        (
+            "opd",
+            {"objectives.0.ratio": "clip", "objectives.0.ratio_cap": 3.0},
+            "ratio_cap does nothing beside ratio = 'clip'",
+        ),
         ("vopd", {"objectives.0.clip": [0.1, 0.1]}, "clip does nothing beside ratio = 'truncated'"),
     ],
 )
@@ -195,14 +278,24 @@ def test_warnings_name_what_is_seldom_meant() -> None:
     assert "teachers.other is asked, but no objective listens to it" in checks.warnings(unheard)[0]
     cut = load_recipe("rl", {"sampler.train_max_tokens": {"kind": "linear", "start": 8, "increment": 1}})
     assert any("unfinished answers" in text for text in checks.warnings(cut))
-    assert all(checks.warnings(load_recipe(name)) == [] for name in recipe_names() if name not in ("rl", "rl_opd", "prefix"))
+    assert all(
+        checks.warnings(load_recipe(name)) == []
+        for name in recipe_names()
+        if name not in ("rl", "rl_opd", "prefix")
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"objectives": [{"kind": "sampled_kl", "baseline": "group_mean"}], "group_size": 2}, '"leave_one_out" does not'),
-        ({"objectives": [{"kind": "divergence", "support": "union", "tail": "renormalised"}]}, "so the optimum moves"),
+        (
+            {"objectives": [{"kind": "sampled_kl", "baseline": "group_mean"}], "group_size": 2},
+            '"leave_one_out" does not',
+        ),
+        (
+            {"objectives": [{"kind": "divergence", "support": "union", "tail": "renormalised"}]},
+            "so the optimum moves",
+        ),
         ({"objectives": [{"kind": "divergence", "ratio": "truncated"}]}, "1 up to rounding"),
         ({"objectives": [{"kind": "divergence"}, {"kind": "sampled_kl", **SAID}]}, "it teaches nothing"),
     ],
@@ -236,7 +329,11 @@ ILLEGAL |= {
         {"loss_aggregation": "token-mean-weighted"},
         'the release would count twice. Use loss_aggregation = "token-mean" or "seq-mean-token-mean"',
     ),
-    "release of nobody": ("release", {"credit.release.teacher": "mian"}, "credit.release.teacher: there is no teacher 'mian'. Known: main"),
+    "release of nobody": (
+        "release",
+        {"credit.release.teacher": "mian"},
+        "credit.release.teacher: there is no teacher 'mian'. Known: main",
+    ),
     "release against oneself": (
         "release",
         {"credit.release.teacher": "behaviour"},
@@ -245,7 +342,8 @@ ILLEGAL |= {
     "release without ids": (
         "release",
         {"teachers.main": {"kind": "outside:ListTeacher"}},
-        "teachers.main answers with a list of its own: a token missing from it has an unknown probability, not a low one",
+        "teachers.main answers with a list of its own: a token missing from it has an unknown probability, "
+        "not a low one",
     ),
     "release of given answers": (
         "sft",
@@ -266,15 +364,31 @@ ILLEGAL |= {
         {"credit.margin": {}, "group_size": 4},
         "credit.margin needs verdicts: add [rewards.verifier]",
     ),
-    "margin nobody takes": ("full", {"credit.margin": {}, **UNI}, "credit.margin shifts advantages, but no objective takes a shift"),
-    "margin of nobody": ("opd", {"credit.margin": {"teacher": "x"}, **UNI}, "credit.margin.teacher: there is no teacher 'x'. Known: main"),
+    "margin nobody takes": (
+        "full",
+        {"credit.margin": {}, **UNI},
+        "credit.margin shifts advantages, but no objective takes a shift",
+    ),
+    "margin of nobody": (
+        "opd",
+        {"credit.margin": {"teacher": "x"}, **UNI},
+        "credit.margin.teacher: there is no teacher 'x'. Known: main",
+    ),
     "two kinds of margin": (
         "uni_opd",
         {"credit.other": {"kind": "margin", "action": "mask"}},
         "credit.margin and credit.other: a margin is kept by shifts or by masks, never by both",
     ),
-    "balance without verdicts": ("opd", {"credit.balance": {}, "group_size": 4}, "credit.balance needs verdicts"),
-    "balance in groups of one": ("opd", {"credit.balance": {}, **REWARD}, "credit.balance compares attempts at one prompt"),
+    "balance without verdicts": (
+        "opd",
+        {"credit.balance": {}, "group_size": 4},
+        "credit.balance needs verdicts",
+    ),
+    "balance in groups of one": (
+        "opd",
+        {"credit.balance": {}, **REWARD},
+        "credit.balance compares attempts at one prompt",
+    ),
     "peers in groups of one": (
         "peers",
         {"group_size": 1},
@@ -285,11 +399,16 @@ ILLEGAL |= {
         {"rewards": "none"},
         "teachers.main.context sorts attempts by their verdicts: add [rewards.verifier]",
     ),
-    "a moving teacher under staleness": ("peers", {"max_staleness": 1}, "teachers.main moves with the student"),
+    "a moving teacher under staleness": (
+        "peers",
+        {"max_staleness": 1},
+        "teachers.main moves with the student",
+    ),
     "an unserved route": (
         "uni_opd",
         {"task.parts.mul": {"kind": "gsm8k", "route": "maths"}},
-        "prompts of the route 'maths', but the teachers that objectives listen to serve only add, mul. Add that route to a table",
+        "prompts of the route 'maths', but the teachers that objectives listen to serve only add, mul. Add "
+        "that route to a table",
     ),
     "prompts without a route": (
         "opd",
@@ -308,7 +427,11 @@ ILLEGAL |= {
     ),
     "the accuracy of nobody": (
         "uni_opd",
-        {"teachers.times.alias": "both", "objectives.0.teacher": "both", "evals.teacher_accuracy": {"teacher": "plus"}},
+        {
+            "teachers.times.alias": "both",
+            "objectives.0.teacher": "both",
+            "evals.teacher_accuracy": {"teacher": "plus"},
+        },
         "names one table, or what several answer as, and there is no 'plus'. Known: both, main, times.",
     ),
     "a margin against oneself": (
@@ -326,13 +449,21 @@ ILLEGAL |= {
         {"credit.margin": {"level": "attempt"}, "teachers": {"main": {"kind": "local", "model": "m"}}},
         "so it must be in the loss",
     ),
-    "jumps scored by nobody": ("effopd", {"extrapolation": {**JUMPS, "teacher": "x"}}, "extrapolation.teacher: there is no teacher 'x'"),
+    "jumps scored by nobody": (
+        "effopd",
+        {"extrapolation": {**JUMPS, "teacher": "x"}},
+        "extrapolation.teacher: there is no teacher 'x'",
+    ),
     "jumps scored by a mover": (
         "peers",
         {"teachers.main": {"kind": "self"}, "extrapolation": JUMPS},
         "compares candidates with teachers.main, which follows the student. Name a teacher that stays",
     ),
-    "jumps scored without verdicts": ("peers", {"extrapolation": JUMPS}, "asks teachers.main about answers without verdicts"),
+    "jumps scored without verdicts": (
+        "peers",
+        {"extrapolation": JUMPS},
+        "asks teachers.main about answers without verdicts",
+    ),
 }
 
 
@@ -349,7 +480,13 @@ def test_what_the_same_rules_can_do_is_let_through() -> None:
         ("release", {"loss_aggregation": "token-mean-weighted", "credit.release.rescale": False}),
         ("opd", {"credit.margin": {"action": "mask"}, **UNI}),
         ("full", {"credit.margin": {"action": "mask"}, **UNI}),
-        ("peers", {"max_staleness": 1, "teachers.main": {"kind": "self", "follow": "frozen", "context": {"kind": "peers"}}}),
+        (
+            "peers",
+            {
+                "max_staleness": 1,
+                "teachers.main": {"kind": "self", "follow": "frozen", "context": {"kind": "peers"}},
+            },
+        ),
         ("effopd", {"extrapolation": JUMPS}),
         ("uni_opd", {"credit.margin.level": "attempt"}),
         ("opd", {"credit.margin": {"level": "attempt"}, **UNI}),
@@ -358,9 +495,14 @@ def test_what_the_same_rules_can_do_is_let_through() -> None:
 
 
 def test_attempts_that_do_not_fit_into_the_teachers_window_are_refused_before_a_directory_is_made() -> None:
-    """The embedded reader holds 512 tokens: three attempts of 64 and an answer fit, three of 128 and an answer do not."""
+    """The embedded reader holds 512 tokens: three attempts of 64 and an answer fit, three of 128 and an
+    answer do not.
+    """
     checks.inputs(load_recipe("peers"))
-    with pytest.raises(ConfigError, match=r"up to 526 of other attempts .* the teacher's model holds 512\. Lower sampler\.max_tokens"):
+    with pytest.raises(
+        ConfigError,
+        match=r"up to 526 of other attempts .* the teacher's model holds 512\. Lower sampler\.max_tokens",
+    ):
         checks.inputs(load_recipe("peers", {"sampler.max_tokens": 128}))
     checks.inputs(load_recipe("peers", {"sampler.max_tokens": 128, "teachers.main.context.peer_tokens": 60}))
 
@@ -372,21 +514,33 @@ def told_of_windows(changes: dict[str, Any]) -> str:
 
 
 def test_the_words_around_attempts_and_the_prompt_are_counted() -> None:
-    """Three attempts of 100 and an answer are 400 of 512 tokens: too many with headings and question. The advised length just fits."""
+    """Three attempts of 100 and an answer are 400 of 512 tokens: too many with headings and question. The
+    advised length just fits.
+    """
     behaviour = told_of_windows({"sampler.max_tokens": 100})
     assert (
-        "(the longest of the first 64), up to 442 of other attempts and the words around them, and an answer of up to 100 take" in behaviour
+        "(the longest of the first 64), up to 442 of other attempts and the words around them, and an answer "
+        "of up to 100 take" in behaviour
     )
     fits = int(behaviour.split("Lower sampler.max_tokens to ")[1].split(",")[0])
     checks.inputs(load_recipe("peers", {"sampler.max_tokens": fits}))
     assert f"Lower sampler.max_tokens to {fits}," in told_of_windows({"sampler.max_tokens": fits + 1})
     assert f"Lower sampler.max_tokens to {fits}," in told_of_windows({"sampler.max_tokens": 128})
-    behaviour = told_of_windows({"sampler.max_tokens": 100, "sampler.max_prompt_tokens": 300})  # a limit is what prompts may take
+    # a limit is what prompts may take
+    behaviour = told_of_windows({"sampler.max_tokens": 100, "sampler.max_prompt_tokens": 300})
     assert "a prompt of 300 tokens (sampler.max_prompt_tokens), up to 442 " in behaviour
-    assert "take 841 tokens" in behaviour  # the last token of an answer is not read
-    assert behaviour.endswith("teachers.main.context.peer_tokens, successes or failures, or sampler.max_prompt_tokens.")
+    # the last token of an answer is not read
+    assert "take 841 tokens" in behaviour
+    assert behaviour.endswith(
+        "teachers.main.context.peer_tokens, successes or failures, or sampler.max_prompt_tokens."
+    )
     assert "Not even answers of 1 token fit: lower" in told_of_windows({"sampler.max_prompt_tokens": 400})
-    checks.inputs(load_recipe("peers", {"sampler.max_tokens": 100, "teachers.main": {"kind": "self", "context": {"kind": "same"}}}))
+    checks.inputs(
+        load_recipe(
+            "peers",
+            {"sampler.max_tokens": 100, "teachers.main": {"kind": "self", "context": {"kind": "same"}}},
+        )
+    )
 
 
 def test_a_text_that_ends_every_prompt_takes_its_room_in_the_window() -> None:
@@ -399,7 +553,9 @@ def test_a_text_that_ends_every_prompt_takes_its_room_in_the_window() -> None:
 
 @pytest.mark.parametrize("peer_tokens", [9, 4096])
 def test_a_window_that_just_fits_is_exactly_what_a_teacher_reads(peer_tokens: int) -> None:
-    """The longest question with attempts of the advised length, rendered: it takes as many tokens as were counted."""
+    """The longest question with attempts of the advised length, rendered: it takes as many tokens as were
+    counted.
+    """
     from reflux.contexts.base import retold
     from reflux.contexts.wording import with_attempts
     from reflux.models.text import load_tokenizer
@@ -409,7 +565,10 @@ def test_a_window_that_just_fits_is_exactly_what_a_teacher_reads(peer_tokens: in
     behaviour = told_of_windows({"sampler.max_tokens": 500, "teachers.main.context.peer_tokens": peer_tokens})
     text = "7" * min(peer_tokens, 500)
     stream = cfg.task.prompts("train", cfg.seed)
-    asked = [retold(next(stream).messages, lambda problem: with_attempts(problem, [text] * 2, [text])) for _ in range(64)]
+    asked = [
+        retold(next(stream).messages, lambda problem: with_attempts(problem, [text] * 2, [text]))
+        for _ in range(64)
+    ]
     renderer = Renderer(load_tokenizer("reflux:reader"))
     assert f"take {max(len(renderer.ids(messages)) for messages in asked) + 500 - 1} tokens" in behaviour
 
@@ -417,11 +576,25 @@ def test_a_window_that_just_fits_is_exactly_what_a_teacher_reads(peer_tokens: in
 @pytest.mark.parametrize(
     ("recipe", "changes", "words"),
     [
-        ("uni_opd", {"loss_aggregation": "token-mean-weighted"}, 'credit.balance under loss_aggregation = "token-mean-weighted"'),
-        ("uni_opd", {"max_staleness": 1}, 'credit.margin: student = "behaviour" compares with the student as it was up to 1 steps ago'),
-        ("peers", {"teachers.main.context": {"kind": "same"}}, "teachers.main follows the student and is shown nothing more"),
+        (
+            "uni_opd",
+            {"loss_aggregation": "token-mean-weighted"},
+            'credit.balance under loss_aggregation = "token-mean-weighted"',
+        ),
+        (
+            "uni_opd",
+            {"max_staleness": 1},
+            'credit.margin: student = "behaviour" compares with the student as it was up to 1 steps ago',
+        ),
+        (
+            "peers",
+            {"teachers.main.context": {"kind": "same"}},
+            "teachers.main follows the student and is shown nothing more",
+        ),
     ],
 )
-def test_what_rules_and_teachers_are_seldom_meant_to_do_is_a_warning(recipe: str, changes: dict[str, Any], words: str) -> None:
+def test_what_rules_and_teachers_are_seldom_meant_to_do_is_a_warning(
+    recipe: str, changes: dict[str, Any], words: str
+) -> None:
     assert checks.warnings(load_recipe(recipe)) == []
     assert any(words in warning for warning in checks.warnings(load_recipe(recipe, changes)))

@@ -9,15 +9,22 @@ from typing import Any
 
 import pytest
 
+from reflux.config.bases import RECIPES, recipe_names
 from reflux.config.overrides import merge, nest, split_override, unpack
-from reflux.config.recipe import RECIPES, config_hash, differences, load_recipe, recipe_names, to_table
+from reflux.config.recipe import config_hash, differences, load_recipe, to_table
 from reflux.errors import ConfigError
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"stepss": 3}, "stepss: unexpected field; did you mean 'steps'"),
-    "unknown inner key": ({"credit.prefix": {"lenght": 3}}, "credit.prefix.lenght: unexpected field; did you mean 'length'"),
+    "unknown inner key": (
+        {"credit.prefix": {"lenght": 3}},
+        "credit.prefix.lenght: unexpected field; did you mean 'length'",
+    ),
     "unknown kind": ({"sampler.kind": "hff"}, "sampler: unknown samplers kind 'hff'; did you mean 'hf'"),
-    "unknown rule": ({"credit.prefiks": {"length": 3}}, "credit.prefiks: unknown credit kind 'prefiks'; did you mean 'prefix'"),
+    "unknown rule": (
+        {"credit.prefiks": {"length": 3}},
+        "credit.prefiks: unknown credit kind 'prefiks'; did you mean 'prefix'",
+    ),
     "wrong type": ({"steps": "many"}, "steps"),
     "out of range": ({"sampler.top_p": 1.5}, "sampler.top_p"),
     "negative": ({"max_staleness": -1}, "max_staleness"),
@@ -27,12 +34,24 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "objective": ({"objectives.0.coeff": 2}, "objectives[0].coeff: unexpected field; did you mean 'coef'"),
     "no objectives": ({"objectives": []}, "at least one [[objectives]] table"),
     "index": ({"objectives.3.coef": 2}, "there are only 1 objectives"),
-    "outside, no module": ({"credit.mine": {"kind": "no_such_package.x:Y"}}, "cannot import 'no_such_package.x:Y'"),
+    "outside, no module": (
+        {"credit.mine": {"kind": "no_such_package.x:Y"}},
+        "cannot import 'no_such_package.x:Y'",
+    ),
     "outside, no class": ({"credit.mine": {"kind": "outside:Nothing"}}, "cannot import 'outside:Nothing'"),
-    "outside, half a part": ({"rewards.mine": {"kind": "outside:Weightless"}}, "rewards.mine: 'outside:Weightless' lacks what every part"),
+    "outside, half a part": (
+        {"rewards.mine": {"kind": "outside:Weightless"}},
+        "rewards.mine: 'outside:Weightless' lacks what every part",
+    ),
     "no kind": ({"evals.accuracy.kind": "none"}, "To take the whole table away: evals.accuracy=none"),
-    "dtype": ({"sampler.dtype": "foo"}, "sampler.dtype: input should be 'auto', 'float32', 'bfloat16' or 'float16', got 'foo'"),
-    "no end": ({"rewards.verifier": {"timeout_s": float("inf")}}, "rewards.verifier.timeout_s: input should be a finite number"),
+    "dtype": (
+        {"sampler.dtype": "foo"},
+        "sampler.dtype: input should be 'auto', 'float32', 'bfloat16' or 'float16', got 'foo'",
+    ),
+    "no end": (
+        {"rewards.verifier": {"timeout_s": float("inf")}},
+        "rewards.verifier.timeout_s: input should be a finite number",
+    ),
     "beta": ({"learner.betas": [0.9, 1.0]}, "learner.betas.1: input should be less than 1"),
     "base of another type": ({"base": 3}, "base: expected the name of a recipe or a base"),
     "missing field": ({"credit.prefix": {}}, "credit.prefix.length"),
@@ -64,7 +83,10 @@ def test_text_that_is_no_toml_is_refused_with_its_file(tmp_path: Path) -> None:
 
 def test_tables_merge_key_by_key_and_a_new_kind_drops_the_old_keys() -> None:
     under = {"a": {"kind": "x", "p": 1, "q": {"r": 1}}, "b": [1, 2], "c": {"d": 1}}
-    assert merge(under, {"a": {"p": 2, "q": {"s": 3}}}) == {**under, "a": {"kind": "x", "p": 2, "q": {"r": 1, "s": 3}}}
+    assert merge(under, {"a": {"p": 2, "q": {"s": 3}}}) == {
+        **under,
+        "a": {"kind": "x", "p": 2, "q": {"r": 1, "s": 3}},
+    }
     assert merge(under, {"a": {"kind": "y", "z": 0}})["a"] == {"kind": "y", "z": 0}
     assert merge(under, {"a": {"kind": "x", "p": 5}})["a"] == {"kind": "x", "p": 5, "q": {"r": 1}}
     assert merge(under, {"b": [3], "c": 4}) == {**under, "b": [3], "c": 4}
@@ -83,16 +105,22 @@ def test_overrides_are_toml_or_text() -> None:
 
 def test_a_number_in_a_path_edits_one_entry_of_a_list() -> None:
     table = {"objectives": [{"kind": "nll"}, {"kind": "policy_gradient", "coef": 1}]}
-    assert nest(["objectives", "1", "coef"], 2, table) == {"objectives": [{"kind": "nll"}, {"kind": "policy_gradient", "coef": 2}]}
+    assert nest(["objectives", "1", "coef"], 2, table) == {
+        "objectives": [{"kind": "nll"}, {"kind": "policy_gradient", "coef": 2}]
+    }
     assert table["objectives"][1]["coef"] == 1
     assert load_recipe("opd", ["objectives.0.coef=0.5"]).objectives[0].coef == 0.5
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_the_order_of_overrides_does_not_matter(order: int) -> None:
-    changes = ["sampler.kind=references", "sampler.generate.max_tokens=7", "objectives.0.kind=nll", "objectives.0.coef=2", "learner.lr=1"][
-        ::order
-    ]
+    changes = [
+        "sampler.kind=references",
+        "sampler.generate.max_tokens=7",
+        "objectives.0.kind=nll",
+        "objectives.0.coef=2",
+        "learner.lr=1",
+    ][::order]
     cfg = load_recipe("opd", changes)
     assert (cfg.sampler.generate.max_tokens, cfg.objectives[0].coef, cfg.learner.lr) == (7, 2, 1)
 
@@ -109,14 +137,17 @@ def test_base_is_the_scale(tmp_path: Path) -> None:
         load_recipe("gkd", {"base": "hubb"})
 
 
-def test_a_base_that_is_a_path_is_looked_up_beside_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_that_is_a_path_is_looked_up_beside_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "scale.toml").write_text('base = "toy"\nsteps = 7\n')
     (tmp_path / "mine" / "top.toml").write_text('base = "gkd"\nseed = 5\n')
     (tmp_path / "mine" / "low.toml").write_text('base = "scale.toml"\n[[objectives]]\nkind = "nll"\n')
     monkeypatch.chdir(tmp_path)
     assert load_recipe("mine/low.toml").steps == 7
-    assert load_recipe("mine/top.toml", {"base": "mine/scale.toml"}).steps == 7  # on the command line: from where one is
+    # on the command line: from where one is
+    assert load_recipe("mine/top.toml", {"base": "mine/scale.toml"}).steps == 7
 
 
 def test_what_a_base_says_of_a_recipe_holds_by_path_too() -> None:
@@ -133,7 +164,9 @@ def test_what_a_base_says_of_a_recipe_holds_by_path_too() -> None:
         ("base = 3\n", None, r"base: expected the name of a recipe or a base, or the path of a file, got 3"),
     ],
 )
-def test_what_would_change_nothing_is_refused(tmp_path: Path, text: str, base: str | None, words: str) -> None:
+def test_what_would_change_nothing_is_refused(
+    tmp_path: Path, text: str, base: str | None, words: str
+) -> None:
     (tmp_path / "mine.toml").write_text(text)
     with pytest.raises(ConfigError, match=words):
         load_recipe(tmp_path / "mine.toml", {"base": base} if base else {})
@@ -150,7 +183,10 @@ def test_the_hash_is_of_the_work() -> None:
     assert config_hash(load_recipe("opd", {"learner.lr": 1e-4})) != plain
     code = "from reflux.config.recipe import *; print(config_hash(load_recipe('opd')))"
     env = {"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "7"}
-    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip() == plain
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip()
+        == plain
+    )
 
 
 def test_differences_are_one_line_each() -> None:
@@ -166,21 +202,65 @@ def test_differences_are_one_line_each() -> None:
     [
         ("opd", {"max_lag": 1}, "max_lag: unexpected field; it is called 'max_staleness' now."),
         ("opd", {"normalise": "kept"}, "normalise: unexpected field; it is called 'loss_aggregation' now."),
-        ("opd", {"loss_aggregation": "kept"}, "loss_aggregation: the value 'kept' is called 'token-mean-weighted' now."),
+        (
+            "opd",
+            {"loss_aggregation": "kept"},
+            "loss_aggregation: the value 'kept' is called 'token-mean-weighted' now.",
+        ),
         ("opd", {"loss_aggregation": "chosen"}, "the value 'chosen' is called 'token-mean' now."),
-        ("opd", {"loss_aggregation": "rollout_means"}, "the value 'rollout_means' is called 'seq-mean-token-mean' now."),
-        ("opd", {"learner.noise_floor": 0}, "learner.noise_floor: unexpected field; it is called 'min_grad_norm' now."),
-        ("opd", {"accelerator": {"kind": "extrapolate"}}, "accelerator: unexpected field; it is called 'extrapolation' now."),
+        (
+            "opd",
+            {"loss_aggregation": "rollout_means"},
+            "the value 'rollout_means' is called 'seq-mean-token-mean' now.",
+        ),
+        (
+            "opd",
+            {"learner.noise_floor": 0},
+            "learner.noise_floor: unexpected field; it is called 'min_grad_norm' now.",
+        ),
+        (
+            "opd",
+            {"accelerator": {"kind": "extrapolate"}},
+            "accelerator: unexpected field; it is called 'extrapolation' now.",
+        ),
         ("opd", {"teachers.main.as": "x"}, "teachers.main.as: unexpected field; it is called 'alias' now."),
         ("opd", {"teachers.main.kind": "own"}, "unknown teachers kind 'own'; it is called 'self' now."),
         ("opd", {"sampler.kind": "stored"}, "unknown samplers kind 'stored'; it is called 'references' now."),
-        ("flow_sft", {"sampler.kind": "drawn"}, "unknown samplers kind 'drawn'; it is called 'teacher_samples' now."),
-        ("flow_sft", {"sampler.positions": 3}, "sampler.positions: unexpected field; it is called 'positions' now."),
-        ("flow", {"sampler.length": 3}, "sampler.length: unexpected field; it is called 'max_denoising_steps' now."),
-        ("opd", {"credit.outcome": {}}, "credit.outcome: unknown credit kind 'outcome'; it is called 'group_advantage' now."),
-        ("opd", {"objectives": [{"kind": "outcome"}]}, "unknown objectives kind 'outcome'; it is called 'policy_gradient' now."),
-        ("opd", {"objectives.0.teacher": "said"}, "objectives[0].teacher: the value 'said' is called 'behaviour' now."),
-        ("release", {"credit.release.candidates": "said"}, "credit.release.candidates: the value 'said' is called 'behaviour' now."),
+        (
+            "flow_sft",
+            {"sampler.kind": "drawn"},
+            "unknown samplers kind 'drawn'; it is called 'teacher_samples' now.",
+        ),
+        (
+            "flow_sft",
+            {"sampler.positions": 3},
+            "sampler.positions: unexpected field; it is called 'positions' now.",
+        ),
+        (
+            "flow",
+            {"sampler.length": 3},
+            "sampler.length: unexpected field; it is called 'max_denoising_steps' now.",
+        ),
+        (
+            "opd",
+            {"credit.outcome": {}},
+            "credit.outcome: unknown credit kind 'outcome'; it is called 'group_advantage' now.",
+        ),
+        (
+            "opd",
+            {"objectives": [{"kind": "outcome"}]},
+            "unknown objectives kind 'outcome'; it is called 'policy_gradient' now.",
+        ),
+        (
+            "opd",
+            {"objectives.0.teacher": "said"},
+            "objectives[0].teacher: the value 'said' is called 'behaviour' now.",
+        ),
+        (
+            "release",
+            {"credit.release.candidates": "said"},
+            "credit.release.candidates: the value 'said' is called 'behaviour' now.",
+        ),
     ],
 )
 def test_an_old_name_is_refused_with_the_new_one(recipe: str, changes: dict[str, Any], words: str) -> None:
@@ -211,13 +291,23 @@ def test_values_are_frozen() -> None:
             {"credit.release.segments": True},
             "segments: input should be 'sentences', 'lines' or 'steps', or input should be a valid",
         ),
-        ("opd", {"teachers.main.routes": "add"}, 'teachers.main.routes: input should be a list, such as ["a", "b"], got \'add\''),
-        ("effopd", {"extrapolation.include": []}, "include names the modules that move by parts of their names"),
+        (
+            "opd",
+            {"teachers.main.routes": "add"},
+            'teachers.main.routes: input should be a list, such as ["a", "b"], got \'add\'',
+        ),
+        (
+            "effopd",
+            {"extrapolation.include": []},
+            "include names the modules that move by parts of their names",
+        ),
         ("effopd", {"extrapolation.include": [""]}, "none may be empty"),
         ("opd", {"learner.betas": [0.9]}, "learner.betas.1: field required"),
     ],
 )
-def test_a_value_of_the_wrong_kind_is_refused_in_one_sentence(recipe: str, changes: dict[str, Any], words: str) -> None:
+def test_a_value_of_the_wrong_kind_is_refused_in_one_sentence(
+    recipe: str, changes: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ConfigError) as refused:
         load_recipe(recipe, changes)
     assert words in str(refused.value)

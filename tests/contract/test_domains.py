@@ -1,4 +1,6 @@
-"""Texts and images do not mix; what needs words, noise or one guidance is refused before anything is loaded, with its remedy."""
+"""Texts and images do not mix; what needs words, noise or one guidance is refused before anything is loaded,
+with its remedy.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +13,22 @@ import pytest
 
 from reflux import checks
 from reflux.config.recipe import load_recipe
+from reflux.config.requirements import Requirements
 from reflux.errors import ConfigError, DataError, ModelError
 from reflux.inspection.plan import plan
 from reflux.samplers.teacher_samples import drawers
 from reflux.teachers.flow import Flow as FlowTeacher
 from reflux.training import Options, Run
-from reflux.types import FlowRollout, Requirements
+from reflux.types import FlowRollout
 
 KL, MSE = {"kind": "velocity_kl"}, {"kind": "velocity_kl", "weight": "mse"}
 TEXT_TEACHER = {"kind": "local", "model": "m"}
 FLOW_TEACHER = {"kind": "flow", "model": "m"}
 VERDICTS = {"rewards": {"verifier": {}}, "group_size": 4}
-ODE_JUMPS = {"extrapolation": {"kind": "extrapolate", "score": "minus_kl"}, "teachers": {"main": FLOW_TEACHER}}
+ODE_JUMPS = {
+    "extrapolation": {"kind": "extrapolate", "score": "minus_kl"},
+    "teachers": {"main": FLOW_TEACHER},
+}
 GIVEN = "sampler 'teacher_samples' gives states without noise, so the KL is infinite"
 ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     # parts of both kinds
@@ -41,29 +47,45 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
         {"teachers.digits": {**TEXT_TEACHER, "alias": "main", "routes": ["digits"]}},
         "which teachers.digits ('local') cannot deal with. Use teachers.digits.kind = \"flow\".",
     ),
-    "itself as teacher": ("flow", {"teachers.anchor": {"kind": "self"}}, "teachers.anchor ('self') cannot deal with."),
-    "images of a text task": ("full", {"task": {"kind": "glyphs"}}, "no other part deals with those: sampler ('hf'), learner ('hf'), "),
+    "itself as teacher": (
+        "flow",
+        {"teachers.anchor": {"kind": "self"}},
+        "teachers.anchor ('self') cannot deal with.",
+    ),
+    "images of a text task": (
+        "full",
+        {"task": {"kind": "glyphs"}},
+        "no other part deals with those: sampler ('hf'), learner ('hf'), ",
+    ),
     "texts of an image task": (
         "flow",
         {"task": {"kind": "word_problems"}},
-        "task 'word_problems' asks for texts, and no other part deals with those: sampler ('flow'), learner ('flow'), teachers.",
+        "task 'word_problems' asks for texts, and no other part deals with those: sampler ('flow'), learner "
+        "('flow'), teachers.",
     ),
     "a teacher of images": (
         "full",
         {"teachers.main": FLOW_TEACHER},
-        "task 'word_problems' asks for texts, which teachers.main ('flow') cannot deal with. Use teachers.main.kind = \"local\".",
+        "task 'word_problems' asks for texts, which teachers.main ('flow') cannot deal with. Use "
+        'teachers.main.kind = "local".',
     ),
-    "a sampler of images": ("full", {"sampler": {"kind": "flow"}}, "sampler ('flow') cannot deal with. Use sampler.kind = \"hf\"."),
+    "a sampler of images": (
+        "full",
+        {"sampler": {"kind": "flow"}},
+        "sampler ('flow') cannot deal with. Use sampler.kind = \"hf\".",
+    ),
     "two at once": (
         "full",
         {"sampler": {"kind": "flow"}, "learner": {"kind": "flow", "model": "m"}},
-        "sampler ('flow'), learner ('flow') cannot deal with. Use sampler.kind = \"hf\", learner.kind = \"hf\".",
+        "sampler ('flow'), learner ('flow') cannot deal with. Use sampler.kind = \"hf\", learner.kind = "
+        '"hf".',
     ),
     # words of an image
     "a divergence of velocities": (
         "flow",
         {"objectives": [{"kind": "divergence"}]},
-        "divergence needs hidden states (the full distribution), but teacher 'main' offers the velocity at each denoising step. "
+        "divergence needs hidden states (the full distribution), but teacher 'main' offers the velocity at "
+        "each denoising step. "
         'For images use kind = "velocity_kl".',
     ),
     "a sampled KL of velocities": (
@@ -79,7 +101,8 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "velocities of a text model": (
         "full",
         {"objectives": [KL]},
-        "velocity_kl needs the velocity at each denoising step, but teacher 'main' offers hidden states (the full distribution). "
+        "velocity_kl needs the velocity at each denoising step, but teacher 'main' offers hidden states (the "
+        "full distribution). "
         'It compares models that draw images; for texts use kind = "divergence" or "sampled_kl".',
     ),
     "velocities of texts said": (
@@ -90,10 +113,19 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "a baseline of siblings' words": (
         "flow",
         {"objectives": [{"kind": "sampled_kl", "baseline": "leave_one_out"}], "group_size": 2},
-        "objectives[0] ('sampled_kl') needs the teacher's log-probs of tokens, and images have none. Leave it out.",
+        "objectives[0] ('sampled_kl') needs the teacher's log-probs of tokens, and images have none. Leave "
+        "it out.",
     ),
-    "nll": ("flow", {"objectives": [{"kind": "nll"}]}, "objectives[0] ('nll') learns the tokens of given answers, and images have none."),
-    "nll of drawn images": ("flow_sft", {"objectives": [{"kind": "nll"}]}, "learns the tokens of given answers, and images have none."),
+    "nll": (
+        "flow",
+        {"objectives": [{"kind": "nll"}]},
+        "objectives[0] ('nll') learns the tokens of given answers, and images have none.",
+    ),
+    "nll of drawn images": (
+        "flow_sft",
+        {"objectives": [{"kind": "nll"}]},
+        "learns the tokens of given answers, and images have none.",
+    ),
     "margin": (
         "flow_grpo",
         {"credit.margin": {"teacher": "main"}, "teachers": {"main": FLOW_TEACHER}},
@@ -107,7 +139,8 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "release": (
         "flow",
         {"credit.release": {"segments": 4}, "loss_aggregation": "token-mean"},
-        "credit.release ('release') needs the teacher's log-probs at tokens the student lists, and images have none.",
+        "credit.release ('release') needs the teacher's log-probs at tokens the student lists, and images "
+        "have none.",
     ),
     "special tokens left out": (
         "flow",
@@ -122,15 +155,25 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "peers": (
         "flow",
         {"teachers.anchor.context": {"kind": "peers"}, **VERDICTS},
-        "teachers.anchor.context ('peers') tells a teacher in words what others wrote, and images have none. Use 'same'.",
+        "teachers.anchor.context ('peers') tells a teacher in words what others wrote, and images have none. "
+        "Use 'same'.",
     ),
-    "privileged": ("flow", {"teachers.anchor.context": {"kind": "privileged"}}, "teachers.anchor.context ('privileged') tells a teacher"),
-    "variance": ("flow", {"log_variance": True}, "log_variance = true measures the noise of the sampled gradient"),
+    "privileged": (
+        "flow",
+        {"teachers.anchor.context": {"kind": "privileged"}},
+        "teachers.anchor.context ('privileged') tells a teacher",
+    ),
+    "variance": (
+        "flow",
+        {"log_variance": True},
+        "log_variance = true measures the noise of the sampled gradient",
+    ),
     # steps without noise
     "the KL of the ODE": (
         "flow",
         {"sampler.noise_level": 0},
-        'sampler.noise_level = 0 draws no step, so the KL is infinite. Use weight = "mse", or a noise_level above 0, such as 0.7.',
+        'sampler.noise_level = 0 draws no step, so the KL is infinite. Use weight = "mse", or a noise_level '
+        "above 0, such as 0.7.",
     ),
     "the anchor's KL of the ODE": (
         "flow",
@@ -140,30 +183,35 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "outcome of the ODE": (
         "flow_grpo",
         {"sampler.noise_level": 0},
-        "sampler.noise_level = 0 draws no step, so policy_gradient has no log-prob to weigh. Use a noise_level above 0, such as 0.7.",
+        "sampler.noise_level = 0 draws no step, so policy_gradient has no log-prob to weigh. Use a "
+        "noise_level above 0, such as 0.7.",
     ),
     "the KL of drawn images": ("flow_sft", {"objectives.0.weight": "kl"}, f'{GIVEN}. Use weight = "mse".'),
     "the KL of drawn images to a teacher": ("flow_sft", {"objectives": [{**KL, "teacher": "main"}]}, GIVEN),
     "outcome of drawn images": (
         "flow_sft",
         {"objectives": [{"kind": "policy_gradient"}], "credit.group_advantage": {}, **VERDICTS},
-        "weighs what was chosen by the student's own probabilities, but sampler 'teacher_samples' gives answers it did not draw. Use velocity_kl.",
+        "weighs what was chosen by the student's own probabilities, but sampler 'teacher_samples' gives "
+        "answers it did not draw. Use velocity_kl.",
     ),
     "jumps by the KL of the ODE": (
         "flow_grpo",
         {**ODE_JUMPS, "sampler.noise_level": 0},
-        'extrapolation.score = "minus_kl" takes the KL of steps that were drawn, and sampler.noise_level = 0 draws none: it is infinite.',
+        'extrapolation.score = "minus_kl" takes the KL of steps that were drawn, and sampler.noise_level = 0 '
+        "draws none: it is infinite.",
     ),
     "jumps by the KL of an inner ODE": (
         "flow_sft",
         {"extrapolation": ODE_JUMPS["extrapolation"], "sampler.generate.noise_level": 0},
-        "and sampler.generate.noise_level = 0 draws none: it is infinite. Use a noise_level above 0, such as 0.7",
+        "and sampler.generate.noise_level = 0 draws none: it is infinite. Use a noise_level above 0, such as "
+        "0.7",
     ),
     # one guidance
     "a teacher of another guidance": (
         "flow",
         {"teachers.digits.guidance": 2.0},
-        "teachers.digits.guidance is 2, but the student is sampled with guidance 1: one guidance holds for student and teachers",
+        "teachers.digits.guidance is 2, but the student is sampled with guidance 1: one guidance holds for "
+        "student and teachers",
     ),
     "a student of another guidance": (
         "flow",
@@ -194,7 +242,8 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "nobody draws a route": (
         "flow_sft",
         {"teachers.counts.routes": ["count"]},
-        "for the route 'counts' no teacher draws. Give one table of kind flow that route, or leave the others out.",
+        "for the route 'counts' no teacher draws. Give one table of kind flow that route, or leave the "
+        "others out.",
     ),
     "two draw one route": (
         "flow_sft",
@@ -218,7 +267,8 @@ LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
     "balance": ("flow", {"credit.balance": {}, "loss_aggregation": "seq-mean-token-mean", **VERDICTS}),
     "jumps": ("flow", {"extrapolation": {"kind": "extrapolate"}}),
     "jumps by the KL": ("flow", {"extrapolation": {"kind": "extrapolate", "score": "minus_kl"}}),
-    "jumps by the KL over drawn images": ("flow_sft", {"extrapolation": {"kind": "extrapolate", "score": "minus_kl"}}),
+    "jumps by the KL over drawn "
+    "images": ("flow_sft", {"extrapolation": {"kind": "extrapolate", "score": "minus_kl"}}),
     "jumps of the ODE by accuracy": (
         "flow",
         {
@@ -230,7 +280,8 @@ LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "foresight": ("flow", {"evals.foresight": {}}),
     "a teacher's velocities at drawn images": ("flow_sft", {"objectives.0.teacher": "main"}),
-    "one specialist and an anchor": ("flow", {"teachers.counts": "none", "teachers.digits.alias": "digits", "objectives.0.teacher": "digits",
+    "one specialist and an "
+    "anchor": ("flow", {"teachers.counts": "none", "teachers.digits.alias": "digits", "objectives.0.teacher": "digits",
                                               "evals.agreement.teacher": "digits", "evals.teacher_accuracy.teacher": "digits"}),
     "everyone draws with one": ("flow_sft", {"teachers.digits": "none", "teachers.counts": {**FLOW_TEACHER, "routes": []}}),
 }  # fmt: skip
@@ -250,14 +301,20 @@ def test_what_flows_can_do_is_let_through(case: str) -> None:
 
 
 def test_parts_of_another_kind_are_one_sentence() -> None:
-    changes = {"sampler": {"kind": "hf"}, "learner": {"kind": "hf", "model": "m"}, "teachers.anchor": TEXT_TEACHER}
+    changes = {
+        "sampler": {"kind": "hf"},
+        "learner": {"kind": "hf", "model": "m"},
+        "teachers.anchor": TEXT_TEACHER,
+    }
     with pytest.raises(ConfigError) as refused:
         checks.join(load_recipe("flow", changes))
     assert str(refused.value).count("cannot deal with") == 1
 
 
 def test_every_want_is_of_texts_or_of_both() -> None:
-    """A new field of Requirements has to be sorted: an image has what its student said, and a verdict; all else is made of words."""
+    """A new field of Requirements has to be sorted: an image has what its student said, and a verdict; all
+    else is made of words.
+    """
     from reflux.checks.domains import _WORDS
 
     both = {"behaviour", "now_at_behaviour", "reward"}
@@ -308,10 +365,14 @@ def test_a_route_is_drawn_by_the_table_that_names_it() -> None:
             {"objectives.0.scale": "released"},
             'objectives[0]: scale = "released" is the KL times |dt| / D, and objectives[1] beside it is not',
         ),
-        ({"objectives.1.teacher": "behaviour", "teachers.anchor": "none"}, "objectives[1] listens to 'behaviour' at max_staleness = 0"),
+        (
+            {"objectives.1.teacher": "behaviour", "teachers.anchor": "none"},
+            "objectives[1] listens to 'behaviour' at max_staleness = 0",
+        ),
         (
             {"teachers.counts": "none"},
-            "objectives[0]: no table of 'main' serves the route 'counts', so others alone teach those prompts.",
+            "objectives[0]: no table of 'main' serves the route 'counts', so others alone teach those "
+            "prompts.",
         ),
         ({"teachers.more": FLOW_TEACHER}, "teachers.more is asked, but no objective listens to it"),
     ],
@@ -324,9 +385,26 @@ def test_what_is_seldom_meant_is_said(changes: dict[str, Any], words: str) -> No
 
 
 def test_an_adapter_is_another_model_than_its_base_and_a_silent_anchor_adds_nothing() -> None:
-    assert checks.warnings(load_recipe("flow", {"teachers.anchor.model": "reflux:glyph_digits", "teachers.anchor.adapter": "x"})) == []
-    assert checks.warnings(load_recipe("flow", {"teachers.anchor.model": "reflux:glyph_digits", "objectives.1.coef": 0.0})) == []
-    assert checks.warnings(load_recipe("flow", {"objectives.0.scale": "released", "objectives.1.scale": "released"})) == []
+    assert (
+        checks.warnings(
+            load_recipe(
+                "flow", {"teachers.anchor.model": "reflux:glyph_digits", "teachers.anchor.adapter": "x"}
+            )
+        )
+        == []
+    )
+    assert (
+        checks.warnings(
+            load_recipe("flow", {"teachers.anchor.model": "reflux:glyph_digits", "objectives.1.coef": 0.0})
+        )
+        == []
+    )
+    assert (
+        checks.warnings(
+            load_recipe("flow", {"objectives.0.scale": "released", "objectives.1.scale": "released"})
+        )
+        == []
+    )
 
 
 def test_teachers_that_draw_are_asked_for_a_reason() -> None:
@@ -340,7 +418,14 @@ def test_teachers_that_draw_are_asked_for_a_reason() -> None:
 def images(folder: Path, **fields: Any) -> dict[str, Any]:
     lines = [{"prompt": "a sign that says go", "route": "text"}, {"prompt": "two cats", "route": "objects"}]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return {"kind": "jsonl", "path": str(folder / "prompts.jsonl"), "makes": "image", "grader": "none", "validation": 0.0, **fields}
+    return {
+        "kind": "jsonl",
+        "path": str(folder / "prompts.jsonl"),
+        "makes": "image",
+        "grader": "none",
+        "validation": 0.0,
+        **fields,
+    }
 
 
 def test_lines_of_prompts_may_ask_for_pictures(tmp_path: Path) -> None:
@@ -348,15 +433,25 @@ def test_lines_of_prompts_may_ask_for_pictures(tmp_path: Path) -> None:
     checks.join(cfg)
     assert cfg.task.rollouts is FlowRollout
     assert cfg.task.routes == {"text", "objects"}
-    with pytest.raises(ConfigError, match="prompts of the route 'text', but the teachers that answer as 'main' serve only objects, texts"):
-        checks.join(load_recipe("flow", {"base": "sd3", "task.path": images(tmp_path)["path"], "teachers.text.routes": ["texts"]}))
+    with pytest.raises(
+        ConfigError,
+        match="prompts of the route 'text', but the teachers that answer as 'main' serve only objects, texts",
+    ):
+        checks.join(
+            load_recipe(
+                "flow",
+                {"base": "sd3", "task.path": images(tmp_path)["path"], "teachers.text.routes": ["texts"]},
+            )
+        )
     with pytest.raises(ConfigError, match=r"task 'jsonl' asks for texts, and no other part deals with those"):
         checks.join(load_recipe("flow", {"task": images(tmp_path, makes="text")}))
 
 
 @pytest.mark.parametrize("grader", ["math", "exact"])
 def test_a_grader_of_texts_judges_no_picture(tmp_path: Path, grader: str) -> None:
-    with pytest.raises(ConfigError, match=f'grader "{grader}" judges texts; for images give "my_module:function", or "none"'):
+    with pytest.raises(
+        ConfigError, match=f'grader "{grader}" judges texts; for images give "my_module:function", or "none"'
+    ):
         load_recipe("flow", {"task": images(tmp_path, grader=grader)})
 
 
@@ -365,7 +460,13 @@ def test_a_judge_of_ones_own_meets_the_picture(tmp_path: Path) -> None:
 
     from reflux.tasks.jsonl import Jsonl
 
-    task = Jsonl(**{key: value for key, value in images(tmp_path, grader="outside:brightness").items() if key != "kind"})
+    task = Jsonl(
+        **{
+            key: value
+            for key, value in images(tmp_path, grader="outside:brightness").items()
+            if key != "kind"
+        }
+    )
     (first, *_) = task._load("train", str(tmp_path / "prompts.jsonl"))
     verdict = task.verify(first, np.full((4, 4), 51, dtype=np.uint8))
     assert (verdict.value, verdict.parts) == (1.0, {"brightness": 0.2})  # type: ignore[union-attr]
@@ -376,8 +477,18 @@ def test_verdicts_that_nobody_gives_are_refused(tmp_path: Path) -> None:
     nobody = {"base": "sd3", "task.path": images(tmp_path)["path"], "learner.average": "none"}
     jumps = {"extrapolation": {"kind": "extrapolate"}}
     for recipe, changes, words in (
-        ("flow_grpo", {}, 'rewards.verifier: the verifier asks the task for verdicts, and with its grader "none" nothing is ever judged.'),
-        ("flow", jumps, 'extrapolation.score = "accuracy" compares weights by the task\'s verdicts, and with its grader "none" nothing is'),
+        (
+            "flow_grpo",
+            {},
+            'rewards.verifier: the verifier asks the task for verdicts, and with its grader "none" nothing '
+            "is ever judged.",
+        ),
+        (
+            "flow",
+            jumps,
+            'extrapolation.score = "accuracy" compares weights by the task\'s verdicts, and with its grader '
+            '"none" nothing is',
+        ),
     ):
         with pytest.raises(ConfigError) as refused:
             checks.join(load_recipe(recipe, nobody | changes))
@@ -385,7 +496,8 @@ def test_verdicts_that_nobody_gives_are_refused(tmp_path: Path) -> None:
         assert 'task.grader = "my_module:function"' in str(refused.value)
         checks.join(load_recipe(recipe, nobody | changes | {"task.grader": "outside:brightness"}))
     checks.join(load_recipe("flow", nobody | {"extrapolation": {"kind": "extrapolate", "score": "minus_kl"}}))
-    checks.join(load_recipe("flow_grpo", nobody | {"rewards": {"verifier": {"kind": "outside:Dark"}}}))  # which judges by itself
+    # which judges by itself
+    checks.join(load_recipe("flow_grpo", nobody | {"rewards": {"verifier": {"kind": "outside:Dark"}}}))
     silent, judged = images(tmp_path), images(tmp_path, grader="outside:brightness")
     rewarded = {"task": {"kind": "mix", "parts": {"a": silent, "b": silent}}}
     with pytest.raises(ConfigError, match="nothing is ever judged"):
@@ -393,11 +505,16 @@ def test_verdicts_that_nobody_gives_are_refused(tmp_path: Path) -> None:
     checks.join(load_recipe("flow_grpo", {"task": {"kind": "mix", "parts": {"a": silent, "b": judged}}}))
 
 
-@pytest.mark.parametrize("module", ["nosuch", "outside.inner", "reflux.tasks.nosuch", "reflux.nosuch.tasks", "__main__.x", ""])
+@pytest.mark.parametrize(
+    "module", ["nosuch", "outside.inner", "reflux.tasks.nosuch", "reflux.nosuch.tasks", "__main__.x", ""]
+)
 def test_a_grader_that_is_nowhere_is_refused(tmp_path: Path, module: str) -> None:
     with pytest.raises(ConfigError, match=rf"task\.grader: there is no module \'{module}\' for it\."):
         checks.join(load_recipe("flow_grpo", {"task": images(tmp_path, grader=f"{module}:judge")}))
-    mixed = {"kind": "mix", "parts": {"a": {"kind": "glyphs"}, "b": images(tmp_path, grader=f"{module}:judge")}}
+    mixed = {
+        "kind": "mix",
+        "parts": {"a": {"kind": "glyphs"}, "b": images(tmp_path, grader=f"{module}:judge")},
+    }
     with pytest.raises(ConfigError, match=r"task\.parts\.b\.grader: there is no module"):
         checks.join(load_recipe("flow_grpo", {"task": mixed}))
 
@@ -410,16 +527,30 @@ def test_a_grader_is_found_and_not_imported(tmp_path: Path, monkeypatch: pytest.
     for module in ("my_judges", "my_judges.inner", "my_judges.inner.heavy"):
         checks.join(load_recipe("flow_grpo", {"task": images(tmp_path, grader=f"{module}:judge")}))
     with pytest.raises(ConfigError, match=r"no module 'my_judges\.inner\.light'"):
-        checks.join(load_recipe("flow_grpo", {"task": images(tmp_path, grader="my_judges.inner.light:judge")}))
+        checks.join(
+            load_recipe("flow_grpo", {"task": images(tmp_path, grader="my_judges.inner.light:judge")})
+        )
 
 
 # --- models and adapters that are not there, or of the other kind: before a directory is made, and in a plan
 
 NOWHERE = r"there is no adapter in .*: give a folder with adapter_config\.json"
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
-    "a teacher's adapter": ("flow", {"teachers.digits.adapter": "nowhere/at/all"}, rf"teachers\.digits\.adapter: {NOWHERE}"),
-    "one beside here": ("flow", {"teachers.digits.adapter": "./nowhere"}, rf"teachers\.digits\.adapter: {NOWHERE}"),
-    "the student's adapter": ("flow", {"learner.merge": "none", "learner.adapter": "a/b/c"}, rf"learner\.adapter: {NOWHERE}"),
+    "a teacher's adapter": (
+        "flow",
+        {"teachers.digits.adapter": "nowhere/at/all"},
+        rf"teachers\.digits\.adapter: {NOWHERE}",
+    ),
+    "one beside here": (
+        "flow",
+        {"teachers.digits.adapter": "./nowhere"},
+        rf"teachers\.digits\.adapter: {NOWHERE}",
+    ),
+    "the student's adapter": (
+        "flow",
+        {"learner.merge": "none", "learner.adapter": "a/b/c"},
+        rf"learner\.adapter: {NOWHERE}",
+    ),
     "a shipped adapter": (
         "flow",
         {"learner.merge": "none", "learner.adapter": "reflux:glyph_base"},
@@ -433,9 +564,14 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "a merge with texts": (
         "flow",
         {"learner.merge.models": ["reflux:student", "reflux:glyph_digits"]},
-        r"learner\.merge\.models\[0\]: reflux:student is no flow model: its folder has no model_index\.json\. .* kind = \"hf\"",
+        r"learner\.merge\.models\[0\]: reflux:student is no flow model: its folder has no "
+        r"model_index\.json\. .* kind = \"hf\"",
     ),
-    "a flow of texts": ("flow", {"learner.model": "reflux:student"}, r"learner\.model: reflux:student is no flow model"),
+    "a flow of texts": (
+        "flow",
+        {"learner.model": "reflux:student"},
+        r"learner\.model: reflux:student is no flow model",
+    ),
     "a flow teacher of texts": (
         "flow",
         {"teachers.anchor.model": "reflux:teacher"},
@@ -444,7 +580,8 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "texts of a flow": (
         "opd",
         {"learner.model": "reflux:glyph_base"},
-        r"learner\.model: reflux:glyph_base is no model of texts: its folder has a model_index\.json and no config\.json\.",
+        r"learner\.model: reflux:glyph_base is no model of texts: its folder has a model_index\.json and no "
+        r"config\.json\.",
     ),
     "a teacher of texts that draws": (
         "opd",
@@ -466,17 +603,28 @@ def test_what_would_not_load_is_refused_before_it_is_tried(case: str, tmp_path: 
 
 
 def test_adapters_that_are_there_or_on_the_hub_are_let_through(tmp_path: Path) -> None:
-    """A folder, a run directory that trained one, a hub id; of a merge models and adapters alike. Nothing is asked of the hub."""
+    """A folder, a run directory that trained one, a hub id; of a merge models and adapters alike. Nothing is
+    asked of the hub.
+    """
     for name in ("peft", "run/student"):
         (tmp_path / name).mkdir(parents=True)
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             (tmp_path / name / file).write_bytes(b"")
     here, run = str(tmp_path / "peft"), str(tmp_path / "run")
     checks.models(
-        load_recipe("flow", {"teachers.digits.adapter": here, "teachers.counts.adapter": run, "teachers.anchor.adapter": "me/mine"})
+        load_recipe(
+            "flow",
+            {
+                "teachers.digits.adapter": here,
+                "teachers.counts.adapter": run,
+                "teachers.anchor.adapter": "me/mine",
+            },
+        )
     )
     checks.models(load_recipe("flow", {"learner.merge.models": [here, "me/mine"]}))
-    checks.models(load_recipe("flow", {"learner.merge.models": ["reflux:glyph_digits", "reflux:glyph_counts"]}))
+    checks.models(
+        load_recipe("flow", {"learner.merge.models": ["reflux:glyph_digits", "reflux:glyph_counts"]})
+    )
     checks.models(load_recipe("flow", {"base": "sd3"}))
     (tmp_path / "peft" / "adapter_config.json").unlink()
     with pytest.raises(ModelError, match=r"learner\.adapter: .* holds a part of an adapter"):

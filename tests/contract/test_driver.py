@@ -1,4 +1,6 @@
-"""The rollout driver, over a generator that follows a script and environments that are small: no model is loaded."""
+"""The rollout driver, over a generator that follows a script and environments that are small: no model is
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +14,21 @@ import pytest
 
 import tiny
 from reflux.assets.characters import character_tokenizer
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import SamplingParams
 from reflux.errors import ConfigError, DataError
 from reflux.models.rng import row_key
 from reflux.models.turns import Turn, TurnRequest
 from reflux.rollouts.driver import Driver, Limits
 from reflux.rollouts.environment import Environment, Observation, ToolError
 from reflux.tasks.base import TaskPart
-from reflux.types import Attempt, Message, Prompt, Requirements, SamplingParams, TokenRollout
+from reflux.types import Attempt, Message, Prompt, TokenRollout
 
 TOKENIZER = character_tokenizer()
 END = 1
 DRAW = SamplingParams(3, "train", 40)
-TIMEOUT = 20.0  # far above what any step here takes, so a test that meets it fails by its result
+# far above what any step here takes, so a test that meets it fails by its result
+TIMEOUT = 20.0
 
 
 def ids(text: str) -> list[int]:
@@ -39,16 +44,24 @@ def prompt(name: str) -> Prompt:
 
 
 def say(text: str, finish: Any = "stop", version: int = 0, k: int = 0) -> Turn:
-    """A turn of these characters, with the end token where it ended by itself. Its log-probs tell token by token which turn they are of."""
+    """A turn of these characters, with the end token where it ended by itself. Its log-probs tell token by
+    token which turn they are of.
+    """
     tokens = ids(text) + ([END] if finish == "stop" else [])
-    behaviour = (np.tile(np.arange(k), (len(tokens), 1)), np.full((len(tokens), k), -3.0, dtype=np.float32)) if k else None
+    behaviour = (
+        (np.tile(np.arange(k), (len(tokens), 1)), np.full((len(tokens), k), -3.0, dtype=np.float32))
+        if k
+        else None
+    )
     logp_T = -np.arange(1, len(tokens) + 1, dtype=np.float32)
     return Turn(tokens, logp_T, logp_T / 2, behaviour, np.full(len(tokens), version), finish)
 
 
 @dataclass
 class Script:
-    """A generator: `write(request, turn)` is the turn number `turn` of the attempt whose text begins as the prompt. Remembers its calls."""
+    """A generator: `write(request, turn)` is the turn number `turn` of the attempt whose text begins as the
+    prompt. Remembers its calls.
+    """
 
     write: Callable[[str, int], Turn] = lambda text, number: say("ab")
     calls: list[list[TurnRequest]] = field(default_factory=list)
@@ -56,7 +69,9 @@ class Script:
     async def generate(self, requests: Sequence[TurnRequest]) -> list[Turn]:
         self.calls.append(list(requests))
         await asyncio.sleep(0)
-        return [self.write(words(request.ids), words(request.ids).count("<assistant>")) for request in requests]
+        return [
+            self.write(words(request.ids), words(request.ids).count("<assistant>")) for request in requests
+        ]
 
     @property
     def texts(self) -> list[list[str]]:
@@ -94,7 +109,9 @@ class Tool:
 class Table(TaskPart):
     """A task whose environments are made by a function of the prompt's id."""
 
-    def __init__(self, make: Callable[[str], Environment | None] = lambda name: None, multi_turn: bool = True):
+    def __init__(
+        self, make: Callable[[str], Environment | None] = lambda name: None, multi_turn: bool = True
+    ):
         self.make, self.opened, self._multi_turn = make, [], multi_turn
 
     @property
@@ -133,14 +150,30 @@ def driver(
     **more: Any,
 ) -> Driver:
     context = tiny.context(requirements, seed=7, task=table)
-    return Driver(script, TOKENIZER, [END], context, limits or Limits(512, environment_timeout_s=TIMEOUT), listener=ear, **more)
+    return Driver(
+        script,
+        TOKENIZER,
+        [END],
+        context,
+        limits or Limits(512, environment_timeout_s=TIMEOUT),
+        listener=ear,
+        **more,
+    )
 
 
 def play(
-    script: Script, table: Table, names: str = "a", n: int = 1, draw: SamplingParams = DRAW, limits: Limits | None = None, **more: Any
+    script: Script,
+    table: Table,
+    names: str = "a",
+    n: int = 1,
+    draw: SamplingParams = DRAW,
+    limits: Limits | None = None,
+    **more: Any,
 ) -> list[Any]:
     """The rollouts of the prompts, each named by one letter."""
-    groups = asyncio.run(driver(script, table, limits, **more).play([(prompt(name), n, draw) for name in names], 5))
+    groups = asyncio.run(
+        driver(script, table, limits, **more).play([(prompt(name), n, draw) for name in names], 5)
+    )
     return [attempt.rollout for group in groups for attempt in group]
 
 
@@ -155,7 +188,12 @@ def test_requests_keep_the_order_of_prompts_and_samples() -> None:
     script = Script(lambda text, number: say(text[6] * number))
     rollouts = play(script, Table(), "ba", n=2)
     assert script.texts == [["<user>b<assistant>"] * 2 + ["<user>a<assistant>"] * 2]
-    assert [(r.prompt.id, r.sample, r.text) for r in rollouts] == [("b", 0, "b"), ("b", 1, "b"), ("a", 0, "a"), ("a", 1, "a")]
+    assert [(r.prompt.id, r.sample, r.text) for r in rollouts] == [
+        ("b", 0, "b"),
+        ("b", 1, "b"),
+        ("a", 0, "a"),
+        ("a", 1, "a"),
+    ]
     assert {r.version for r in rollouts} == {0}
 
 
@@ -196,7 +234,10 @@ def test_each_turn_has_a_key_of_its_own() -> None:
         draw=SamplingParams(3, "train", 40, rng=2),
     )
     found = [[request.rng_key for request in call] for call in script.calls]
-    assert found == [[row_key(7, "train", 3, name, sample, turn, 2) for name in "ab" for sample in (0, 1)] for turn in range(3)]
+    assert found == [
+        [row_key(7, "train", 3, name, sample, turn, 2) for name in "ab" for sample in (0, 1)]
+        for turn in range(3)
+    ]
     assert len({key for call in found for key in call}) == 12
 
 
@@ -247,7 +288,13 @@ def test_listed_tokens_and_spans_know_which_positions_are_the_students() -> None
 def test_an_environment_may_speak_in_any_role() -> None:
     """Also as the assistant: what it says is never taken for the student's."""
     script = Script()
-    answer = Observation(({"role": "tool", "content": "4"}, {"role": "assistant", "content": "fine"}, {"role": "user", "content": "on"}))
+    answer = Observation(
+        (
+            {"role": "tool", "content": "4"},
+            {"role": "assistant", "content": "fine"},
+            {"role": "user", "content": "on"},
+        )
+    )
     (r,) = play(script, Table(lambda name: Tool(lambda step, message: answer if step == 1 else DONE)))
     assert r.text == "ab\nab"
     assert words(r.tokens_T[~r.mask_T]) == "<user>4<assistant>fine<end><user>on<assistant>"
@@ -273,7 +320,9 @@ def test_a_turn_that_a_stop_text_ended_is_closed_before_the_reply() -> None:
         turn = say("abc")
         return Turn(turn.tokens[:-1], turn.logp_T[:-1], turn.raw_T[:-1], None, turn.version_T[:-1], "stop")
 
-    (r,) = play(Script(write), Table(lambda name: Tool(lambda step, message: user("hm") if step == 1 else DONE)))
+    (r,) = play(
+        Script(write), Table(lambda name: Tool(lambda step, message: user("hm") if step == 1 else DONE))
+    )
     assert words(r.tokens_T) == "abc<end><user>hm<assistant>abc"
     assert r.mask_T.tolist() == [True] * 3 + [False] * 5 + [True] * 3
 
@@ -294,7 +343,9 @@ def test_the_limit_counts_the_students_tokens_over_all_turns() -> None:
 
 
 def test_a_turn_that_takes_the_last_token_is_still_answered() -> None:
-    """The environment sees every turn that ended by itself; then nothing is left to write, and the reply is not read."""
+    """The environment sees every turn that ended by itself; then nothing is left to write, and the reply is
+    not read.
+    """
     table = Table(lambda name: Tool(lambda step, message: user("hm", reward=2.0)))
     (r,) = play(Script(), table, draw=SamplingParams(0, "train", 3))
     assert (r.finish, r.environment_reward, words(r.tokens_T)) == ("length", 2.0, "ab<end>")
@@ -307,7 +358,10 @@ def test_a_cut_turn_is_not_shown_to_the_environment() -> None:
     assert (r.finish, table.opened[0].steps, table.opened[0].closed) == ("length", 0, 1)
 
 
-@pytest.mark.parametrize(("window", "turns", "finish"), [(99, 3, "max_turns"), (17, 2, "length"), (11, 2, "length"), (10, 1, "length")])
+@pytest.mark.parametrize(
+    ("window", "turns", "finish"),
+    [(99, 3, "max_turns"), (17, 2, "length"), (11, 2, "length"), (10, 1, "length")],
+)
 def test_the_window_holds_replies_too(window: int, turns: int, finish: str) -> None:
     """3 of the prompt, 3 a turn, 4 a reply: the second turn begins at position 10, the third at 17."""
     script = Script()
@@ -329,7 +383,9 @@ def test_max_turns(most: int) -> None:
 
 def test_an_environment_that_is_done_ends_it_by_itself() -> None:
     script = Script()
-    table = Table(lambda name: Tool(lambda step, message: user("bye", done=True) if name == "a" else Observation()))
+    table = Table(
+        lambda name: Tool(lambda step, message: user("bye", done=True) if name == "a" else Observation())
+    )
     rollouts = play(script, table, "ab", limits=Limits(512, max_turns=1))
     assert [(r.finish, words(r.tokens_T), len(r.messages)) for r in rollouts] == [("stop", "ab<end>", 2)] * 2
     assert len(script.calls) == 1
@@ -347,7 +403,9 @@ def test_or_skipped_without_an_environment() -> None:
     script, table = Script(), Table(lambda name: Tool(lambda step, message: DONE))
     asked = [(Prompt("long", ({"role": "user", "content": "x" * 20},)), 2, DRAW), (prompt("a"), 1, DRAW)]
     long, (short,) = asyncio.run(driver(script, table, Limits(12, long_prompts="skip")).play(asked, 5))
-    assert [(one.rollout.finish, one.rollout.length, one.rollout.version) for one in long] == [("error", 0, 5)] * 2
+    assert [(one.rollout.finish, one.rollout.length, one.rollout.version) for one in long] == [
+        ("error", 0, 5)
+    ] * 2
     assert (short.rollout.finish, len(script.calls[0]), len(table.opened)) == ("stop", 1, 1)
 
 
@@ -359,13 +417,21 @@ def failing(step: int, message: Message) -> Observation:
 
 def test_a_tool_that_fails_ends_its_attempt_alone_and_is_told_once() -> None:
     ear, script = Ear(), Script()
-    table = Table(lambda name: Tool(failing if name in "ac" else lambda step, message: user("hm") if step < 4 else DONE))
+    table = Table(
+        lambda name: Tool(failing if name in "ac" else lambda step, message: user("hm") if step < 4 else DONE)
+    )
     rollouts = play(script, table, "abc", ear=ear)
-    assert [(r.finish, r.environment_reward) for r in rollouts] == [("tool_error", 0.5), ("stop", None), ("tool_error", 0.5)]
+    assert [(r.finish, r.environment_reward) for r in rollouts] == [
+        ("tool_error", 0.5),
+        ("stop", None),
+        ("tool_error", 0.5),
+    ]
     assert [len(call) for call in script.calls] == [3, 3, 1, 1]
     assert words(rollouts[0].tokens_T) == "ab<end><user>hm<assistant>ab<end>"
     (told,) = ear.objective_teachers
-    assert told.startswith("A tool failed at prompt a: the sandbox is  [31mgone. The attempt ends there and gets no verdict")
+    assert told.startswith(
+        "A tool failed at prompt a: the sandbox is  [31mgone. The attempt ends there and gets no verdict"
+    )
     assert "tool_error" in told
 
 
@@ -378,7 +444,9 @@ async def forever(step: int) -> Observation:
 def test_a_step_that_takes_too_long_is_cancelled(turns: Any) -> None:
     ear = Ear()
     table = Table(lambda name: Tool(lambda step, message: forever(step) if name in "ab" else DONE))
-    rollouts = play(Script(), table, "abc", limits=Limits(512, environment_timeout_s=0.05), turns=turns, ear=ear)
+    rollouts = play(
+        Script(), table, "abc", limits=Limits(512, environment_timeout_s=0.05), turns=turns, ear=ear
+    )
     assert [r.finish for r in rollouts] == ["timeout", "timeout", "stop"]
     assert [tool.cancelled for tool in table.opened] == [1, 1, 0]
     assert [tool.closed for tool in table.opened] == [1, 1, 1]
@@ -401,14 +469,18 @@ def test_environments_run_beside_each_other(turns: Any) -> None:
             return DONE
 
         table = Table(lambda name: Tool(lambda step, message: answer()))
-        groups = await driver(Script(), table, turns=turns).play([(prompt(name), 1, DRAW) for name in "ab"], 0)
+        groups = await driver(Script(), table, turns=turns).play(
+            [(prompt(name), 1, DRAW) for name in "ab"], 0
+        )
         return [attempt.rollout.finish for group in groups for attempt in group]
 
     assert asyncio.run(script()) == ["stop", "stop"]
 
 
 def slow_tool(turns: Any) -> list[list[str]]:
-    """Who is in each call, where the tool of `a` waits until `b` has had its third turn; "together" it is let go instead."""
+    """Who is in each call, where the tool of `a` waits until `b` has had its third turn; "together" it is let
+    go instead.
+    """
 
     async def script() -> list[list[str]]:
         third = asyncio.Event()
@@ -426,7 +498,11 @@ def slow_tool(turns: Any) -> list[list[str]]:
             return user("hm") if step == 1 else DONE
 
         generator = Script(write)
-        table = Table(lambda name: Tool(lambda step, message: slow(step) if name == "a" else user("hm") if step < 3 else DONE))
+        table = Table(
+            lambda name: Tool(
+                lambda step, message: slow(step) if name == "a" else user("hm") if step < 3 else DONE
+            )
+        )
         await driver(generator, table, turns=turns).play([(prompt(name), 1, DRAW) for name in "ab"], 0)
         return [[text[6] for text in call] for call in generator.texts]
 
@@ -447,7 +523,14 @@ def test_ready_goes_on_without_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [([None, None], None), ([1.0, None], 1.0), ([0.25, -1.0], -0.75), ([None, 0.0], 0.0), ([-0.0, None], 0.0)]
+    ("given", "expected"),
+    [
+        ([None, None], None),
+        ([1.0, None], 1.0),
+        ([0.25, -1.0], -0.75),
+        ([None, 0.0], 0.0),
+        ([-0.0, None], 0.0),
+    ],
 )
 def test_rewards_of_the_turns_are_added_up(given: list[float | None], expected: float | None) -> None:
     table = Table(lambda name: Tool(lambda step, message: user("hm", reward=given[step - 1], done=step == 2)))
@@ -463,9 +546,15 @@ def closed(table: Table) -> list[int]:
 
 
 @pytest.mark.parametrize("turns", ["together", "ready"])
-@pytest.mark.parametrize("error", [RuntimeError("mine"), TimeoutError("mine"), ValueError("mine")], ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("mine"), TimeoutError("mine"), ValueError("mine")],
+    ids=lambda error: type(error).__name__,
+)
 def test_another_exception_ends_the_play_at_once(turns: Any, error: Exception) -> None:
-    """Also a TimeoutError of the environment's own, and also while another tool is at work, which is cancelled."""
+    """Also a TimeoutError of the environment's own, and also while another tool is at work, which is
+    cancelled.
+    """
 
     async def raising() -> Observation:
         await asyncio.sleep(0)
@@ -495,7 +584,9 @@ def test_a_call_of_the_generator_that_fails() -> None:
 @pytest.mark.parametrize("turns", ["together", "ready"])
 @pytest.mark.parametrize("where", ["the environment", "the generator"])
 def test_a_cancellation(turns: Any, where: str) -> None:
-    table = Table(lambda name: Tool(lambda step, message: forever(step) if where == "the environment" else user("hm")))
+    table = Table(
+        lambda name: Tool(lambda step, message: forever(step) if where == "the environment" else user("hm"))
+    )
 
     class Stuck(Script):
         async def generate(self, requests: Sequence[TurnRequest]) -> list[Turn]:
@@ -505,7 +596,9 @@ def test_a_cancellation(turns: Any, where: str) -> None:
             return turns
 
     async def script() -> set[Any]:
-        playing = asyncio.create_task(driver(Stuck(), table, turns=turns).play([(prompt(name), 2, DRAW) for name in "ab"], 0))
+        playing = asyncio.create_task(
+            driver(Stuck(), table, turns=turns).play([(prompt(name), 2, DRAW) for name in "ab"], 0)
+        )
         await asyncio.sleep(0.05)
         playing.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -528,7 +621,9 @@ def test_a_second_cancellation_leaves_no_environment_open() -> None:
     table = Table(lambda name: Slow(lambda step, message: forever(step)))
 
     async def script() -> None:
-        playing = asyncio.create_task(driver(Script(), table).play([(prompt(name), 1, DRAW) for name in "ab"], 0))
+        playing = asyncio.create_task(
+            driver(Script(), table).play([(prompt(name), 1, DRAW) for name in "ab"], 0)
+        )
         for wait in (0.02, 0.02, 0.0):
             await asyncio.sleep(wait)
             playing.cancel()
@@ -554,7 +649,9 @@ class Sticky(Tool):
 
 
 def test_a_close_that_fails_keeps_no_other_open_and_hides_no_error() -> None:
-    table = Table(lambda name: Sticky(lambda step, message: DONE) if name == "a" else Tool(lambda step, message: DONE))
+    table = Table(
+        lambda name: Sticky(lambda step, message: DONE) if name == "a" else Tool(lambda step, message: DONE)
+    )
     with pytest.raises(RuntimeError, match="stuck"):
         play(Script(), table, "ab")
     assert closed(table) == [1, 1]
@@ -566,7 +663,9 @@ def test_a_close_that_fails_keeps_no_other_open_and_hides_no_error() -> None:
         play(Script(), Table(lambda name: Sticky(broken)), "ab")
 
 
-@pytest.mark.parametrize(("hangs", "words"), [(False, "did not close: gone"), (True, "did not close within 0.05 s")])
+@pytest.mark.parametrize(
+    ("hangs", "words"), [(False, "did not close: gone"), (True, "did not close within 0.05 s")]
+)
 def test_a_tool_that_does_not_close_is_told_and_costs_nothing(hangs: bool, words: str) -> None:
     ear = Ear()
     table = Table(lambda name: Sticky(lambda step, message: DONE, error=ToolError("gone"), hangs=hangs))
@@ -578,7 +677,10 @@ def test_a_tool_that_does_not_close_is_told_and_costs_nothing(hangs: bool, words
 
 def test_a_task_that_opens_what_it_denies_is_refused() -> None:
     table = Table(endless, multi_turn=False)
-    with pytest.raises(ConfigError, match="opened an environment for prompt a, and its property multi_turn says that it never does"):
+    with pytest.raises(
+        ConfigError,
+        match="opened an environment for prompt a, and its property multi_turn says that it never does",
+    ):
         play(Script(), table)
     assert closed(table) == [1]
     play(Script(), Table(multi_turn=False))

@@ -18,14 +18,16 @@ from transformers import AutoModelForCausalLM
 import outside
 import tiny
 from laws.test_resume import stop_after, told
+from reflux.config.step_context import seed_of
 from reflux.errors import ConfigError, DataError, RunError
 from reflux.extrapolation.extrapolate_engine import OpenExtrapolate
 from reflux.extrapolation.score import Scorer, different
 from reflux.loop import train
 from reflux.models.rng import row_key
+from reflux.runtime.watch import Silent
 from reflux.tasks.word_problems import WordProblems
-from reflux.training import Options, Silent
-from reflux.types import Prompt, Reward, seed_of
+from reflux.training import Options
+from reflux.types import Prompt, Reward
 from tiny import same
 
 PLAIN: dict[str, Any] = {"steps": 4, "task": {"kind": "outside:Chat"}}
@@ -40,11 +42,15 @@ def jump(**fields: Any) -> dict[str, Any]:
     return {"extrapolation": {"kind": "outside:Jump", **fields}}
 
 
-def test_it_is_told_of_the_start_and_asked_after_every_step(tiny_run: Callable[..., Any], student: str) -> None:
+def test_it_is_told_of_the_start_and_asked_after_every_step(
+    tiny_run: Callable[..., Any], student: str
+) -> None:
     done = tiny_run("opd", **PLAIN, **jump(at=2))
     assert [entry[0] for entry in outside.HEARD] == ["start", "jump"]
     weights = AutoModelForCausalLM.from_pretrained(student).state_dict()
-    assert outside.HEARD[0][1] == pytest.approx(sum(float(value.double().sum()) for value in weights.values()), rel=1e-6)
+    assert outside.HEARD[0][1] == pytest.approx(
+        sum(float(value.double().sum()) for value in weights.values()), rel=1e-6
+    )
     _, step, before, after = outside.HEARD[1]
     assert (step, 0 <= before <= 1, 0 <= after <= 1) == (2, True, True)
     from reflux.storage import checkpoints
@@ -60,14 +66,19 @@ def test_a_jump_moves_the_student_and_everyone_learns_of_it(tiny_run: Callable[.
     pairs: dict[Any, dict[str, Any]] = {}
     for row in done.rows("attempts"):
         pairs.setdefault((row["step"], row["prompt"]), {}).update(row)
-    gaps = [abs(now - then) for row in pairs.values() for now, then in zip(row["student_logp"], row["logp"], strict=True)]
+    gaps = [
+        abs(now - then)
+        for row in pairs.values()
+        for now, then in zip(row["student_logp"], row["logp"], strict=True)
+    ]
     assert max(gaps) < 1e-3
     assert [row["staleness_max"] for row in done.rows("metrics")] == [0, 0, 0, 0]
 
 
 def test_a_jump_is_no_optimiser_step(tiny_run: Callable[..., Any]) -> None:
     done = tiny_run("opd", **PLAIN, **jump(at=2))
-    assert (done.state["updates"], done.state["version"]) == (4, 5)  # other weights have another version
+    # other weights have another version
+    assert (done.state["updates"], done.state["version"]) == (4, 5)
     assert len(done.rows("metrics")) == 4
 
 
@@ -88,9 +99,15 @@ def test_its_state_is_restored_and_the_run_goes_on_bit_for_bit(
 
 
 def test_scores_use_the_weights_of_the_moment(student: str, teacher: str, tmp_path: Path) -> None:
-    """The score's prompts are fixed; two candidates meet the same random numbers, so equal weights have equal scores."""
+    """The score's prompts are fixed; two candidates meet the same random numbers, so equal weights have equal
+    scores.
+    """
     cfg = tiny.config(
-        "opd", student, teacher, **PLAIN, extrapolation={"kind": "outside:Jump", "at": 2, "by": 0.0, "prompts": 5, "samples": 3}
+        "opd",
+        student,
+        teacher,
+        **PLAIN,
+        extrapolation={"kind": "outside:Jump", "at": 2, "by": 0.0, "prompts": 5, "samples": 3},
     )
     asyncio.run(train(cfg, Options(tmp_path / "run")))
     assert outside.HEARD[1][2] == outside.HEARD[1][3]
@@ -103,7 +120,9 @@ EXTRA: dict[str, Any] = {"kind": "extrapolate", "prompts": 4}
 
 @pytest.fixture
 def scores(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], list[int]]:
-    """`scores([0.5, 0.6, 0.1])`: what each scoring says after it was really made, the last one for ever. Returns the step of each."""
+    """`scores([0.5, 0.6, 0.1])`: what each scoring says after it was really made, the last one for ever.
+    Returns the step of each.
+    """
 
     def script(values: list[float]) -> list[int]:
         asked: list[int] = []
@@ -120,9 +139,16 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], list[int]
     return script
 
 
-@pytest.mark.parametrize("extrapolation", [{"kind": "outside:Jump", "by": 0.2, "score": "minus_kl"}, {**EXTRA, "score": "minus_kl"}])
-def test_a_sampler_may_keep_weights_by_their_version(tiny_run: Callable[..., Any], extrapolation: dict[str, Any]) -> None:
-    """What a search tries has versions of its own, so nobody takes one candidate for another, or for the student."""
+@pytest.mark.parametrize(
+    "extrapolation",
+    [{"kind": "outside:Jump", "by": 0.2, "score": "minus_kl"}, {**EXTRA, "score": "minus_kl"}],
+)
+def test_a_sampler_may_keep_weights_by_their_version(
+    tiny_run: Callable[..., Any], extrapolation: dict[str, Any]
+) -> None:
+    """What a search tries has versions of its own, so nobody takes one candidate for another, or for the
+    student.
+    """
     settings = {**PLAIN, "extrapolation": extrapolation}
     plain = tiny_run("full", **settings)
     behaviour = [entry[2:] for entry in outside.HEARD if entry[0] == "jump"]
@@ -139,14 +165,17 @@ def test_a_sampler_may_keep_weights_by_their_version(tiny_run: Callable[..., Any
     assert drawn <= set(versions) - set(lent)
 
 
-def test_without_tries_and_where_nothing_is_accepted_the_run_is_the_plain_one(tiny_run: Callable[..., Any], scores: Any) -> None:
+def test_without_tries_and_where_nothing_is_accepted_the_run_is_the_plain_one(
+    tiny_run: Callable[..., Any], scores: Any
+) -> None:
     plain = tiny_run("full", **PLAIN)
     never = tiny_run("full", **PLAIN, extrapolation={**EXTRA, "tries": 0})
     assert same(plain.state, never.state)
     assert never.rows("searches") == []
     asked = scores([0.5])
     shut = tiny_run("full", **PLAIN, extrapolation=EXTRA)
-    assert asked == [0, 0, 1, 1, 3, 3]  # W and one candidate after steps 1, 2 and 4
+    # W and one candidate after steps 1, 2 and 4
+    assert asked == [0, 0, 1, 1, 3, 3]
     assert same(plain.state, shut.state)
     told_of = [[row for row in done.rows("attempts") if row["kind"] == "attempt"] for done in (plain, shut)]
     assert told_of[0] == told_of[1]
@@ -157,14 +186,24 @@ def test_searches_are_told_counted_and_on_disk(tiny_run: Callable[..., Any], sco
     scores([0.5, 0.6, 0.7, 0.1, 0.5, 0.4, 0.5, 0.4])
     done = tiny_run("full", **PLAIN, extrapolation={**EXTRA, "samples": 3})
     rows = done.rows("searches")
-    assert [(row["step"], row["accepted"], len(row["tried"])) for row in rows] == [(1, 4, 3), (2, 0, 1), (4, 0, 1)]
+    assert [(row["step"], row["accepted"], len(row["tried"])) for row in rows] == [
+        (1, 4, 3),
+        (2, 0, 1),
+        (4, 0, 1),
+    ]
     assert not same(done.weights, plain.weights)
     metrics = done.rows("metrics")
-    assert [row["tokens_scored"] for row in metrics] == [rows[0]["tokens"], rows[1]["tokens"], 0, rows[2]["tokens"]]
+    assert [row["tokens_scored"] for row in metrics] == [
+        rows[0]["tokens"],
+        rows[1]["tokens"],
+        0,
+        rows[2]["tokens"],
+    ]
     assert rows[0]["tokens"] >= 4 * 4 * 3
     assert ["score" in row["seconds"] for row in metrics] == [True, True, False, True]
     assert "tokens_scored" not in plain.rows("metrics")[0]
-    first, alone = metrics[0]["flops"], plain.rows("metrics")[0]["flops"]  # the same attempts: the jump comes after them
+    # the same attempts: the jump comes after them
+    first, alone = metrics[0]["flops"], plain.rows("metrics")[0]["flops"]
     assert (first["learn"], first["teach"]) == (alone["learn"], alone["teach"])
     listed = done.rows("parts/extrapolation/score_prompts")
     read = rows[0]["tokens"] + 4 * 3 * sum(len(done_prompt(prompt)) for prompt in listed)
@@ -189,7 +228,9 @@ def teacher_parameters(done: Any) -> int:
     return parameter_count(AutoModelForCausalLM.from_pretrained(table["teachers"]["main"]["model"]))
 
 
-def test_moments_schedule_and_counter_know_nothing_of_a_jump(tiny_run: Callable[..., Any], scores: Any) -> None:
+def test_moments_schedule_and_counter_know_nothing_of_a_jump(
+    tiny_run: Callable[..., Any], scores: Any
+) -> None:
     settings = {**PLAIN, "steps": 1, "learner__lr": {"kind": "linear", "start": 1e-3, "stop": 0.0}}
     plain = tiny_run("full", **settings)
     scores([0.5, 0.6, 0.1])
@@ -198,10 +239,14 @@ def test_moments_schedule_and_counter_know_nothing_of_a_jump(tiny_run: Callable[
     names = {
         name
         for name in done.state
-        if name != "version" and not torch.equal(torch.as_tensor(done.state[name]), torch.as_tensor(plain.state[name]))
+        if name != "version"
+        and not torch.equal(torch.as_tensor(done.state[name]), torch.as_tensor(plain.state[name]))
     }
     assert names
-    assert all(name.startswith("weight/") and ("self_attn" in name or "mlp" in name) and "norm" not in name for name in names)
+    assert all(
+        name.startswith("weight/") and ("self_attn" in name or "mlp" in name) and "norm" not in name
+        for name in names
+    )
     assert done.rows("metrics")[0]["lr"] == plain.rows("metrics")[0]["lr"]
 
 
@@ -209,7 +254,9 @@ def test_moments_schedule_and_counter_know_nothing_of_a_jump(tiny_run: Callable[
 def test_no_training_attempt_comes_from_a_candidate(
     tiny_run: Callable[..., Any], scores: Any, monkeypatch: pytest.MonkeyPatch, max_staleness: int
 ) -> None:
-    """Weights attempts were sampled from, against those that were tried and rejected; the next ones come from where the search ended."""
+    """Weights attempts were sampled from, against those that were tried and rejected; the next ones come from
+    where the search ended.
+    """
     from reflux.extrapolation import extrapolate_engine
     from reflux.samplers.hf_engine import HFSampler
 
@@ -228,7 +275,8 @@ def test_no_training_attempt_comes_from_a_candidate(
     async def noted_sample(self: Any, requests: Any) -> Any:
         if requests[0][2].purpose == "train":
             sampled.append((requests[0][2].step, mark(self.model.net.state_dict()[name])))
-            await asyncio.sleep(0.2 if max_staleness else 0)  # the student has learnt before all that is in flight has landed
+            # the student has learnt before all that is in flight has landed
+            await asyncio.sleep(0.2 if max_staleness else 0)
         return await sample(self, requests)
 
     monkeypatch.setattr(extrapolate_engine._Path, "go", noted_go)
@@ -242,7 +290,8 @@ def test_no_training_attempt_comes_from_a_candidate(
     if not max_staleness:
         assert [weights for _, weights in sampled][1:] == ended[:-1]
     assert [row["step"] for row in done.rows("metrics")] == [1, 2, 3, 4, 5, 6]
-    assert done.rows("metrics")[4]["staleness_max"] == 0  # a jump throws away what is in flight: after that of step 4 all are asked again
+    # a jump throws away what is in flight: after that of step 4 all are asked again
+    assert done.rows("metrics")[4]["staleness_max"] == 0
 
 
 def mark(weights: torch.Tensor) -> bytes:
@@ -254,14 +303,21 @@ def mark(weights: torch.Tensor) -> bytes:
 def test_a_run_with_searches_resumes_bit_for_bit(
     tiny_run: Callable[..., Any], student: str, teacher: str, tmp_path: Path, step: int, lora: Any
 ) -> None:
-    settings = {**PLAIN, "learner__lora": lora, "learner__lr": 0.003, "extrapolation": {**EXTRA, "score": "minus_kl", "samples": 8}}
+    settings = {
+        **PLAIN,
+        "learner__lora": lora,
+        "learner__lr": 0.003,
+        "extrapolation": {**EXTRA, "score": "minus_kl", "samples": 8},
+    }
     whole = tiny_run("full", **settings)
     assert any(row["accepted"] for row in whole.rows("searches"))
     stop_after(step, tmp_path / "stopped", tiny.config("full", student, teacher, **settings))
     resumed = tiny_run("full", **settings, out=tmp_path / "stopped", resume=True)
     assert same(whole.state, resumed.state)
     assert told(whole) == told(resumed)
-    assert (whole.dir / "student" / "model.safetensors").read_bytes() == (resumed.dir / "student" / "model.safetensors").read_bytes()
+    assert (whole.dir / "student" / "model.safetensors").read_bytes() == (
+        resumed.dir / "student" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_an_accelerator_cannot_be_switched_on_half_way(tiny_run: Callable[..., Any]) -> None:
@@ -270,7 +326,9 @@ def test_an_accelerator_cannot_be_switched_on_half_way(tiny_run: Callable[..., A
         tiny_run("full", **(PLAIN | {"steps": 6}), extrapolation=EXTRA, out=done.dir, resume=True)
 
 
-def test_names_that_match_nothing_are_refused_before_training(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+def test_names_that_match_nothing_are_refused_before_training(
+    tiny_run: Callable[..., Any], tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="matches no parameter"):
         tiny_run("full", **PLAIN, extrapolation={**EXTRA, "include": ["attnn"]}, out=tmp_path / "run")
     assert not (tmp_path / "run" / "attempts.jsonl").exists()
@@ -279,21 +337,33 @@ def test_names_that_match_nothing_are_refused_before_training(tiny_run: Callable
 # --- the score
 
 
-def test_the_prompts_are_different_ones_of_the_training_split_and_listed(tiny_run: Callable[..., Any]) -> None:
+def test_the_prompts_are_different_ones_of_the_training_split_and_listed(
+    tiny_run: Callable[..., Any],
+) -> None:
     done, again = (tiny_run("full", steps=1, extrapolation={**EXTRA, "prompts": 30}) for _ in range(2))
     rows = done.rows("parts/extrapolation/score_prompts")
     assert rows == again.rows("parts/extrapolation/score_prompts")
     assert len({row["id"] for row in rows}) == 30
     assert all(row["id"].startswith("train-") and row["answer"] is not None for row in rows)
-    assert rows != tiny_run("full", steps=1, seed=1, extrapolation={**EXTRA, "prompts": 30}).rows("parts/extrapolation/score_prompts")
+    assert rows != tiny_run("full", steps=1, seed=1, extrapolation={**EXTRA, "prompts": 30}).rows(
+        "parts/extrapolation/score_prompts"
+    )
     held_out = {prompt.messages[0]["content"] for prompt in WordProblems().prompts("test", 0)}
     assert not held_out & {row["messages"][0]["content"] for row in rows}
 
 
-def test_fewer_prompts_than_asked_for_are_all_used_and_that_is_said(student: str, teacher: str, tmp_path: Path) -> None:
+def test_fewer_prompts_than_asked_for_are_all_used_and_that_is_said(
+    student: str, teacher: str, tmp_path: Path
+) -> None:
     task = lines(tmp_path, [{"id": f"l{i}", "prompt": f"what is {i}?", "answer": str(i)} for i in range(7)])
     behaviour = Noted()
-    cfg = tiny.config("full", student, teacher, **(PLAIN | {"steps": 2, "task": task}), extrapolation={**EXTRA, "prompts": 50})
+    cfg = tiny.config(
+        "full",
+        student,
+        teacher,
+        **(PLAIN | {"steps": 2, "task": task}),
+        extrapolation={**EXTRA, "prompts": 50},
+    )
     asyncio.run(train(cfg, Options(tmp_path / "run", watch=behaviour)))
     path = tmp_path / "run" / "parts" / "extrapolation" / "score_prompts.jsonl"
     listed = [json.loads(line)["id"] for line in path.read_text().splitlines()]
@@ -303,7 +373,10 @@ def test_fewer_prompts_than_asked_for_are_all_used_and_that_is_said(student: str
 
 def test_a_stream_that_recurs_is_read_until_nothing_new_comes() -> None:
     def stream(period: int) -> Any:
-        return (Prompt(f"p{i % period}", ({"role": "user", "content": f"{i % period}"},)) for i in itertools.count())
+        return (
+            Prompt(f"p{i % period}", ({"role": "user", "content": f"{i % period}"},))
+            for i in itertools.count()
+        )
 
     assert [prompt.id for prompt in different(stream(5), 3)] == ["p0", "p1", "p2"]
     assert [prompt.id for prompt in different(stream(3), 5)] == ["p0", "p1", "p2"]
@@ -313,16 +386,23 @@ def test_a_stream_that_recurs_is_read_until_nothing_new_comes() -> None:
 def test_copies_of_one_question_are_one_question(tmp_path: Path) -> None:
     """`reflux difficulty` repeats prompts as `id#2`; two other prompts may well have a '#' in their names."""
     names = ["a", *(f"a#{copy}" for copy in range(2, 9)), "b#1", "b#2"]
-    prompts = [Prompt(name, ({"role": "user", "content": "a" if name[0] == "a" else name},)) for name in names]
+    prompts = [
+        Prompt(name, ({"role": "user", "content": "a" if name[0] == "a" else name},)) for name in names
+    ]
     assert [prompt.id for prompt in different(itertools.cycle(prompts), 3)] == ["a", "b#1", "b#2"]
     assert [prompt.id for prompt in different(itertools.cycle(prompts), 4)] == ["a", "b#1", "b#2"]
 
 
 @pytest.mark.parametrize(
-    ("values", "score", "ungraded"), [([1.0, None, None, 0.5], 0.375, 2), ([None] * 4, math.nan, 4), ([0.0, 1.0, 1.0, 1.0], 0.75, 0)]
+    ("values", "score", "ungraded"),
+    [([1.0, None, None, 0.5], 0.375, 2), ([None] * 4, math.nan, 4), ([0.0, 1.0, 1.0, 1.0], 0.75, 0)],
 )
 def test_an_answer_that_could_not_be_judged_counts_as_wrong(
-    tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, values: list[float | None], score: float, ungraded: int
+    tiny_run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    values: list[float | None],
+    score: float,
+    ungraded: int,
 ) -> None:
     """Else weights whose answers time out would win. Where nothing was judged there is no score."""
     behaviour: list[float] = []
@@ -342,10 +422,14 @@ def test_an_answer_that_could_not_be_judged_counts_as_wrong(
     assert [row["ungraded"] for row in done.rows("searches")] == [2 * ungraded]
 
 
-def test_accuracy_without_answers_is_refused_and_minus_kl_needs_none(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+def test_accuracy_without_answers_is_refused_and_minus_kl_needs_none(
+    tiny_run: Callable[..., Any], tmp_path: Path
+) -> None:
     task = lines(tmp_path, [{"id": f"l{i}", "prompt": f"what is {i}?"} for i in range(9)])
     settings = PLAIN | {"steps": 2, "task": task}
-    with pytest.raises(DataError, match=r"judges answers, but 4 of its 4 training prompts have none.*minus_kl"):
+    with pytest.raises(
+        DataError, match=r"judges answers, but 4 of its 4 training prompts have none.*minus_kl"
+    ):
         tiny_run("full", **settings, extrapolation=EXTRA)
     done = tiny_run("full", **settings, extrapolation={**EXTRA, "score": "minus_kl"})
     assert [row["score"] for row in done.rows("searches")] == ["minus_kl"] * 2
@@ -358,7 +442,8 @@ def test_minus_kl_is_minus_the_kl_to_the_teacher_on_own_samples(tiny_run: Callab
     table = {**EXTRA, "score": "minus_kl", "prompts": 100, "samples": 4, "tries": 1}
     done = tiny_run("full", **settings, extrapolation=table)
     (row,) = done.rows("searches")
-    exact = done.rows("metrics")[0]["kl_nats_trained"]  # of the step's own attempts, the whole vocabulary
+    # of the step's own attempts, the whole vocabulary
+    exact = done.rows("metrics")[0]["kl_nats_trained"]
     assert row["here"] == pytest.approx(-exact, rel=0.1)
     alone = tiny_run("full", **settings).rows("metrics")[0]["flops"]
     flops = done.rows("metrics")[0]["flops"]
@@ -371,10 +456,22 @@ def test_a_scored_answer_has_a_limit_of_its_own(tiny_run: Callable[..., Any], sc
     cap = {"kind": "linear", "start": 1, "increment": 0.25}
     for limit, longest in ((None, 12), (20, 20)):
         scores([0.5])
-        done = tiny_run("full", **PLAIN, sampler__train_max_tokens=cap, extrapolation={**EXTRA, "prompts": 40, "max_tokens": limit})
+        done = tiny_run(
+            "full",
+            **PLAIN,
+            sampler__train_max_tokens=cap,
+            extrapolation={**EXTRA, "prompts": 40, "max_tokens": limit},
+        )
         (first, *_) = done.rows("searches")
         assert 40 * 2 * 1.5 < first["tokens"] <= 40 * 2 * longest
-    assert max(len(row["tokens"]) for row in done.rows("attempts") if row["kind"] == "attempt" and row["step"] == 1) == 1
+    assert (
+        max(
+            len(row["tokens"])
+            for row in done.rows("attempts")
+            if row["kind"] == "attempt" and row["step"] == 1
+        )
+        == 1
+    )
 
 
 def test_fresh_dice_are_other_dice_of_the_same_prompts(student: str, teacher: str, tmp_path: Path) -> None:
@@ -417,8 +514,11 @@ def test_fresh_dice_leave_the_prompts_as_the_task_knows_them(
         return open_env(self, prompt, *rest)
 
     monkeypatch.setattr(outside.Chat, "open_env", objective_teachers)
-    scores([0.5, 0.6, 0.5, 0.4])  # accepted, so that a second comparison follows with random numbers of its own
-    done = tiny_run("full", **(PLAIN | {"steps": 1}), extrapolation={**EXTRA, "rescore_incumbent": True, "samples": 4})
+    # accepted, so that a second comparison follows with random numbers of its own
+    scores([0.5, 0.6, 0.5, 0.4])
+    done = tiny_run(
+        "full", **(PLAIN | {"steps": 1}), extrapolation={**EXTRA, "rescore_incumbent": True, "samples": 4}
+    )
     assert [len(row["tried"]) for row in done.rows("searches")] == [2]
     assert asked
     assert all(name.removeprefix("train-").isdigit() for name in asked)
@@ -426,7 +526,11 @@ def test_fresh_dice_leave_the_prompts_as_the_task_knows_them(
 
 def test_dice_of_0_add_nothing_to_the_key() -> None:
     """Runs without extrapolation draw what they would draw if there were none."""
-    assert row_key(1, "train", 2, "p", 3, 4) == row_key(1, "train", 2, "p", 3, 4, 0) == seed_of(1, "train", 2, "p", 3, 4)
+    assert (
+        row_key(1, "train", 2, "p", 3, 4)
+        == row_key(1, "train", 2, "p", 3, 4, 0)
+        == seed_of(1, "train", 2, "p", 3, 4)
+    )
     assert len({row_key(1, "score", 2, "p", 3, 4, rng) for rng in range(5)}) == 5
 
 
@@ -435,7 +539,9 @@ def test_attempts_that_a_jump_throws_away_are_counted(tiny_run: Callable[..., An
     scores([0.5, 0.6, 0.1, 0.5, 0.4, 0.5, 0.7, 0.8, 0.1])
     done = tiny_run("full", **(PLAIN | {"steps": 6}), max_staleness=2, extrapolation=EXTRA)
     metrics = {row["step"]: row for row in done.rows("metrics")}
-    written = Counter(row["step"] for row in done.rows("attempts") if row["kind"] == "attempt" for _ in row["tokens"])
+    written = Counter(
+        row["step"] for row in done.rows("attempts") if row["kind"] == "attempt" for _ in row["tokens"]
+    )
     assert {step: row["tokens_sampled"] + row["tokens_discarded"] for step, row in metrics.items()} == written
     assert [row["accepted"] for row in done.rows("searches")] == [2, 0, 4]
     assert {step for step, row in metrics.items() if row["tokens_discarded"]} == {2, 3, 5, 6}
@@ -443,8 +549,13 @@ def test_attempts_that_a_jump_throws_away_are_counted(tiny_run: Callable[..., An
     assert "tokens_discarded" not in plain.rows("metrics")[0]
     prompts = itertools.islice(outside.Chat().prompts("train", 0), 40)
     asked = {prompt.id: len(done_prompt({"messages": prompt.messages})) for prompt in prompts}
-    for row in (metrics[3], metrics[6]):  # no search after these, so their FLOP are their attempts' and the discarded ones'
-        acted = [line for line in done.rows("attempts") if line["kind"] == "attempt" and line["step"] == row["step"]]
+    for row in (metrics[3], metrics[6]):
+        # no search after these, so their FLOP are their attempts' and the discarded ones'
+        acted = [
+            line
+            for line in done.rows("attempts")
+            if line["kind"] == "attempt" and line["step"] == row["step"]
+        ]
         read = sum(asked[line["prompt"]] + len(line["tokens"]) for line in acted)
         assert row["flops"]["sample"] == pytest.approx(2 * student_parameters(done) * read)
 

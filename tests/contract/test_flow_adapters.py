@@ -1,4 +1,6 @@
-"""Adapters on disk and on a transformer: what is read is what peft and diffusers wrote, and nothing is lost in silence."""
+"""Adapters on disk and on a transformer: what is read is what peft and diffusers wrote, and nothing is lost
+in silence.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from tiny_flow import TEXTS, factors, modules, save_adapter
 
 
 def adapter(of: FlowModel, seed: int, scale: float = 2.0, **fields: Any) -> Adapter:
-    return Adapter({name: Factors(A, B, scale) for name, (A, B) in factors(of, seed, **fields).items()}, f"seed {seed}")
+    return Adapter(
+        {name: Factors(A, B, scale) for name, (A, B) in factors(of, seed, **fields).items()}, f"seed {seed}"
+    )
 
 
 def outputs(model: FlowModel) -> torch.Tensor:
@@ -54,11 +58,15 @@ def by_hand(model: FlowModel, deltas: dict[str, torch.Tensor]) -> FlowModel:
 
 @pytest.mark.parametrize("format", ["peft", "diffusers"])
 def test_what_is_on_disk_is_the_formula(tmp_path: Path, format: str) -> None:
-    """W + alpha / rank * B A, in float64 from the numbers themselves; rank 3 and alpha 4, so the scale is no power of two."""
+    """W + alpha / rank * B A, in float64 from the numbers themselves; rank 3 and alpha 4, so the scale is no
+    power of two.
+    """
     model = tiny_flow.model(1)
     folder = save_adapter(tmp_path / "a", model, 5, format=format, rank=3, alpha=4.0)
     read = read_adapter(folder, model.net.transformer, "here")
-    expected = {name: 4.0 / 3.0 * (B.double() @ A.double()) for name, (A, B) in factors(model, 5, rank=3).items()}
+    expected = {
+        name: 4.0 / 3.0 * (B.double() @ A.double()) for name, (A, B) in factors(model, 5, rank=3).items()
+    }
     assert read.deltas().keys() == expected.keys()
     for name, delta in read.deltas().items():
         torch.testing.assert_close(delta, expected[name], rtol=1e-12, atol=1e-15)
@@ -71,7 +79,9 @@ def test_without_an_alpha_diffusers_scale_is_one(tmp_path: Path) -> None:
     model = tiny_flow.model(1)
     file = Path(save_adapter(tmp_path, model, 5, format="diffusers")) / DIFFUSERS
     save_file({key: value for key, value in load_file(file).items() if not key.endswith(".alpha")}, file)
-    assert {one.scale for one in read_adapter(str(tmp_path), model.net.transformer, "here").factors.values()} == {1.0}
+    assert {
+        one.scale for one in read_adapter(str(tmp_path), model.net.transformer, "here").factors.values()
+    } == {1.0}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +118,10 @@ def test_what_is_written_is_read_again_and_by_diffusers(tmp_path: Path, scale: f
     """Ranks that differ and a module called as the end of others (proj_out) included."""
     model = tiny_flow.model(1)
     made = adapter(model, 3, scale)
-    mixed = {**made.factors, "proj_out": adapter(model, 4, 1.5, rank=3, ends=["proj_out"]).factors["proj_out"]}
+    mixed = {
+        **made.factors,
+        "proj_out": adapter(model, 4, 1.5, rank=3, ends=["proj_out"]).factors["proj_out"],
+    }
     write_adapter(Adapter(mixed, "made"), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == [DIFFUSERS]
     back = read_adapter(str(tmp_path), model.net.transformer, "here")
@@ -118,7 +131,15 @@ def test_what_is_written_is_read_again_and_by_diffusers(tmp_path: Path, scale: f
         assert torch.equal(one.B, mixed[name].B)
         assert one.scale == pytest.approx(mixed[name].scale, rel=1e-15)
     theirs = tiny_flow.model(1)
-    parts = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    parts = (
+        "vae",
+        "text_encoder",
+        "tokenizer",
+        "text_encoder_2",
+        "tokenizer_2",
+        "text_encoder_3",
+        "tokenizer_3",
+    )
     scheduler = library().FlowMatchEulerDiscreteScheduler()
     pipeline = library().StableDiffusion3Pipeline(theirs.net.transformer, scheduler, **dict.fromkeys(parts))
     pipeline.load_lora_weights(str(tmp_path))
@@ -152,11 +173,15 @@ def test_no_module_that_the_config_targets_may_be_missing(tmp_path: Path) -> Non
         read_adapter(str(tmp_path), model.net.transformer, "here")
     save_adapter(tmp_path, model, 5, ends=["to_q"])
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["to_q", "to_nowhere"]}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({**config, "target_modules": ["to_q", "to_nowhere"]})
+    )
     with pytest.raises(ModelError, match="targets to_nowhere, which the model under it does not have"):
         read_adapter(str(tmp_path), model.net.transformer, "here")
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["to_k"]}))
-    with pytest.raises(ModelError, match=r"missing \(2\): .*to_k.*; modules that its config does not target \(2\): .*to_q"):
+    with pytest.raises(
+        ModelError, match=r"missing \(2\): .*to_k.*; modules that its config does not target \(2\): .*to_q"
+    ):
         read_adapter(str(tmp_path), model.net.transformer, "here")
 
 
@@ -175,7 +200,9 @@ def test_every_key_belongs_somewhere(tmp_path: Path, format: str) -> None:
     )
     for stranger in strangers:
         save_file({**whole, stranger: torch.zeros(2, 16)}, file)
-        with pytest.raises(ModelError, match=r"keys that match no linear layer of this transformer \(1\)") as refused:
+        with pytest.raises(
+            ModelError, match=r"keys that match no linear layer of this transformer \(1\)"
+        ) as refused:
             read_adapter(str(tmp_path), model.net.transformer, "here")
         assert stranger in str(refused.value)
 
@@ -229,7 +256,10 @@ def test_files_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     (tmp_path / "whole" / "student").mkdir(parents=True)
     (tmp_path / "whole" / "student" / "model_index.json").write_text("{}")
     for name in ("whole", "whole/student"):
-        with pytest.raises(ModelError, match=rf"here: there is no adapter in .*{name}: it holds a whole model, which is given as `model`"):
+        with pytest.raises(
+            ModelError,
+            match=rf"here: there is no adapter in .*{name}: it holds a whole model, which is given as `model`",
+        ):
             read_adapter(str(tmp_path / name), model.net.transformer, "here")
     save_file({}, tmp_path / DIFFUSERS)
     (tmp_path / "adapter_config.json").unlink()
@@ -240,17 +270,22 @@ def test_files_that_are_not_whole_are_refused(tmp_path: Path) -> None:
 def test_the_adapter_of_an_earlier_run_is_its_students(tmp_path: Path) -> None:
     model = tiny_flow.model(1)
     save_adapter(tmp_path / "run" / "student", model, 5)
-    found = [read_adapter(str(tmp_path / name), model.net.transformer, "here") for name in ("run", "run/student")]
+    found = [
+        read_adapter(str(tmp_path / name), model.net.transformer, "here") for name in ("run", "run/student")
+    ]
     assert found[0].deltas().keys() == found[1].deltas().keys() == set(modules(model))
     assert all(torch.equal(found[0].deltas()[name], delta) for name, delta in found[1].deltas().items())
-    assert adapter_folder(str(tmp_path / "run"), "here") is None  # to a merge it is the model
+    # to a merge it is the model
+    assert adapter_folder(str(tmp_path / "run"), "here") is None
 
 
 # --- on a transformer
 
 
 def test_one_of_several_speaks_as_it_does_alone() -> None:
-    """Bit for bit, in any order; without any, the base does. All frozen: torch multiplies otherwise by weights that are trained."""
+    """Bit for bit, in any order; without any, the base does. All frozen: torch multiplies otherwise by
+    weights that are trained.
+    """
     model, base = tiny_flow.model(1), outputs(frozen(tiny_flow.model(1)))
     frozen(model)
     alone = {}
@@ -277,7 +312,8 @@ def test_adapters_of_other_modules_stay_silent() -> None:
 
 def test_taken_factors_are_those_that_were_attached() -> None:
     model = tiny_flow.model(1)
-    made = adapter(model, 3, 0.1, rank=3)  # 3 * 0.1 / 3 is not 0.1
+    # 3 * 0.1 / 3 is not 0.1
+    made = adapter(model, 3, 0.1, rank=3)
     attach(model.net.transformer, made, "one")
     back = taken(model.net.transformer, "one")
     assert back.factors.keys() == made.factors.keys() == modules(model).keys()

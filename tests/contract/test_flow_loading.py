@@ -1,4 +1,6 @@
-"""Loading a flow model: Stable Diffusion 3 from random numbers beside diffusers' own pipeline, types, the hub's cache, and refusals."""
+"""Loading a flow model: Stable Diffusion 3 from random numbers beside diffusers' own pipeline, types, the
+hub's cache, and refusals.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,12 @@ def clip(width: int) -> Any:
 
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
-            vocab_size=64, hidden_size=width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, projection_dim=width
+            vocab_size=64,
+            hidden_size=width,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            projection_dim=width,
         )
     )
 
@@ -44,14 +51,21 @@ def clip_tokenizer() -> Any:
 def t5() -> tuple[Any, Any]:
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *[(piece, -2.0) for piece in "\u2581abcdefghijklmnopqrstuvwxyz"]]
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *[(piece, -2.0) for piece in "\u2581abcdefghijklmnopqrstuvwxyz"],
+    ]
     encoder = T5EncoderModel(T5Config(vocab_size=64, d_model=24, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
     return encoder, T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=256)
 
 
 @pytest.fixture(scope="module")
 def sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion 3 of random numbers, saved by diffusers: the transformer in float16, its encoders in bfloat16, its decoder in float32."""
+    """A Stable Diffusion 3 of random numbers, saved by diffusers: the transformer in float16, its encoders in
+    bfloat16, its decoder in float32.
+    """
     torch.manual_seed(0)
     transformer = library().SD3Transformer2DModel(
         sample_size=4,
@@ -113,7 +127,15 @@ def diffusers_pictures(folder: Path, noise: torch.Tensor, guidance: float, **abs
     """uint8 [2, height, width, 3] of the pipeline itself, in float32."""
     pipeline = library().StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32, **absent)
     pipeline.set_progress_bar_config(disable=True)
-    made = pipeline(PROMPTS, height=8, width=8, num_inference_steps=3, guidance_scale=guidance, latents=noise, output_type="np")
+    made = pipeline(
+        PROMPTS,
+        height=8,
+        width=8,
+        num_inference_steps=3,
+        guidance_scale=guidance,
+        latents=noise,
+        output_type="np",
+    )
     return (made.images * 255).round().astype(np.uint8)
 
 
@@ -163,10 +185,16 @@ def test_encoders_and_decoder_have_a_type_of_their_own(sd3: Path, dtype: str) ->
 
 
 @pytest.mark.parametrize(
-    ("device", "encoders", "decoder"), [("cpu", torch.float32, torch.float32), ("cuda", torch.bfloat16, torch.float16)]
+    ("device", "encoders", "decoder"),
+    [("cpu", torch.float32, torch.float32), ("cuda", torch.bfloat16, torch.float16)],
 )
 def test_on_a_gpu_they_are_as_stored(
-    sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, encoders: torch.dtype, decoder: torch.dtype
+    sd3: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    encoders: torch.dtype,
+    decoder: torch.dtype,
 ) -> None:
     folder = Path(shutil.copytree(sd3, tmp_path / "model"))
     library().AutoencoderKL.from_pretrained(folder / "vae").half().save_pretrained(folder / "vae")
@@ -201,7 +229,9 @@ def test_an_unknown_type_is_refused_by_name(tmp_path: Path, loads: Any) -> None:
 # --- where it is
 
 
-def test_a_student_names_its_encoders_from_anywhere(sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_student_names_its_encoders_from_anywhere(
+    sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(sd3.parent)
     load_flow(os.path.relpath(sd3), "here", device="cpu").save(tmp_path / "run" / "student")
     monkeypatch.chdir(tmp_path)
@@ -230,8 +260,11 @@ def put(cache: Path, folder: Path) -> Path:
 
 def test_a_model_of_the_hub_is_known_by_its_stored_type_and_its_id(cache: Path, sd3: Path) -> None:
     snapshot = put(cache, sd3)
-    extra = snapshot / "transformer" / "diffusion_pytorch_model.a_fp16.safetensors"  # a second copy, first by name
-    library().SD3Transformer2DModel.from_pretrained(sd3, subfolder="transformer").float().save_pretrained(cache / "copy")
+    # a second copy, first by name
+    extra = snapshot / "transformer" / "diffusion_pytorch_model.a_fp16.safetensors"
+    library().SD3Transformer2DModel.from_pretrained(sd3, subfolder="transformer").float().save_pretrained(
+        cache / "copy"
+    )
     shutil.copy(cache / "copy" / "diffusion_pytorch_model.safetensors", extra)
     model = load_flow(HUB_ID, "here", device="cpu")
     assert (model.stored_dtype, model.net.dtype, model.source) == (torch.float16, torch.float32, HUB_ID)
@@ -247,19 +280,48 @@ def test_a_table_of_prompts_comes_from_the_hub_too(cache: Path, tmp_path: Path) 
     assert model.net.prompts.texts == tiny_flow.TEXTS
 
 
-def test_only_what_is_needed_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, sd3: Path, tmp_path: Path) -> None:
+def test_only_what_is_needed_is_asked_of_the_hub(
+    monkeypatch: pytest.MonkeyPatch, sd3: Path, tmp_path: Path
+) -> None:
     """The outline takes no weights, the model no second copies and nobody a pickle."""
     files = [
-        *("model_index.json", "scheduler/scheduler_config.json", "transformer/config.json", "vae/config.json", "README.md"),
-        *("transformer/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.fp16.safetensors"),
-        *("text_encoder/model.safetensors", "text_encoder/model.fp16.safetensors", "text_encoder/pytorch_model.bin"),
-        *("text_encoder_3/model-00001-of-00002.safetensors", "text_encoder_3/model.safetensors.index.json", "tokenizer_3/spiece.model"),
-        *("text_encoders/t5xxl_fp8.safetensors", "vae/diffusion_pytorch_model.safetensors", "sd3.safetensors"),
+        *(
+            "model_index.json",
+            "scheduler/scheduler_config.json",
+            "transformer/config.json",
+            "vae/config.json",
+            "README.md",
+        ),
+        *(
+            "transformer/diffusion_pytorch_model.safetensors",
+            "transformer/diffusion_pytorch_model.fp16.safetensors",
+        ),
+        *(
+            "text_encoder/model.safetensors",
+            "text_encoder/model.fp16.safetensors",
+            "text_encoder/pytorch_model.bin",
+        ),
+        *(
+            "text_encoder_3/model-00001-of-00002.safetensors",
+            "text_encoder_3/model.safetensors.index.json",
+            "tokenizer_3/spiece.model",
+        ),
+        *(
+            "text_encoders/t5xxl_fp8.safetensors",
+            "vae/diffusion_pytorch_model.safetensors",
+            "sd3.safetensors",
+        ),
     ]
     given: list[set[str]] = []
 
     def snapshot(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        given.append(set(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)))
+        given.append(
+            set(
+                huggingface_hub.utils.filter_repo_objects(
+                    files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+                )
+            )
+        )
         return str(sd3)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
@@ -274,7 +336,10 @@ def test_only_what_is_needed_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("loads", [load_flow, load_net, outline_flow])
 def test_a_model_the_hub_does_not_give_is_refused_in_a_sentence(cache: Path, loads: Any) -> None:
-    with pytest.raises(ModelError, match=r"here: no flow model for someone/tiny-flow: .*if the model is gated, .* log in .*login"):
+    with pytest.raises(
+        ModelError,
+        match=r"here: no flow model for someone/tiny-flow: .*if the model is gated, .* log in .*login",
+    ):
         loads(HUB_ID, "here")
 
 
@@ -303,13 +368,19 @@ def test_a_repository_that_is_no_pipeline_is_refused(cache: Path, tmp_path: Path
 # --- schedulers
 
 
-@pytest.mark.parametrize("fields", [{"use_dynamic_shifting": True}, {"invert_sigmas": True}, {"shift_terminal": 0.02}])
+@pytest.mark.parametrize(
+    "fields", [{"use_dynamic_shifting": True}, {"invert_sigmas": True}, {"shift_terminal": 0.02}]
+)
 @pytest.mark.parametrize("loads", [load_flow, outline_flow])
-def test_a_scheduler_with_other_times_is_refused_by_its_field(tmp_path: Path, fields: dict[str, Any], loads: Any) -> None:
+def test_a_scheduler_with_other_times_is_refused_by_its_field(
+    tmp_path: Path, fields: dict[str, Any], loads: Any
+) -> None:
     folder = tiny_flow.save(tmp_path, 0)
     file = tmp_path / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
-    with pytest.raises(ModelError, match=f"here: the scheduler of .* sets {next(iter(fields))} = .*not supported here"):
+    with pytest.raises(
+        ModelError, match=f"here: the scheduler of .* sets {next(iter(fields))} = .*not supported here"
+    ):
         loads(folder, "here")
 
 

@@ -1,4 +1,6 @@
-"""The flow teacher: its velocity along the student's states, who shares a base with whom, and who is refused before anything is drawn."""
+"""The flow teacher: its velocity along the student's states, who shares a base with whom, and who is refused
+before anything is drawn.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,8 @@ from safetensors.torch import load_file, save_file
 import tiny
 import tiny_flow
 from reflux.config.context import Generation, PartContext, StudentSpec
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import StepContext
 from reflux.contexts.base import TeacherPrompt
 from reflux.errors import ModelError
 from reflux.learners.flow import Flow as LearnerPart
@@ -30,7 +34,7 @@ from reflux.samplers.flow import Flow as Sampler
 from reflux.teachers.collection import Teachers
 from reflux.teachers.flow import Flow
 from reflux.teachers.flow_engine import FlowTeacher
-from reflux.types import Attempt, FlowRollout, Requirements, StepContext, VelocityTarget
+from reflux.types import Attempt, FlowRollout, VelocityTarget
 from tiny import ask, plainly
 from tiny_flow import save, save_adapter, velocities
 
@@ -66,7 +70,10 @@ def behaviour(attempt: Attempt, name: str) -> np.ndarray:
 def some(count: int = 5, **fields: Any) -> list[Attempt]:
     """Attempts of other prompts, lengths, grids and states."""
     texts = tiny_flow.TEXTS[1:]
-    return [tiny_flow.attempt(2 + i % 3, seed=i, text=texts[i % len(texts)], whole=i != 1, **fields) for i in range(count)]
+    return [
+        tiny_flow.attempt(2 + i % 3, seed=i, text=texts[i % len(texts)], whole=i != 1, **fields)
+        for i in range(count)
+    ]
 
 
 def checksum(model: FlowModel) -> str:
@@ -95,7 +102,9 @@ def folder(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("batch", [1, 3, 64])
-def test_it_says_what_its_model_says_at_every_counted_state(student: str, folder: str, guidance: float, batch: int) -> None:
+def test_it_says_what_its_model_says_at_every_counted_state(
+    student: str, folder: str, guidance: float, batch: int
+) -> None:
     """Whatever the size of a call, up to rounding; NaN at the steps that do not count."""
     teacher = opened(a_run(student), main=Flow(folder, batch_positions=batch))["main"]
     attempts = some(guidance=guidance)
@@ -127,14 +136,24 @@ def test_masked_steps_are_never_asked_about(student: str, folder: str) -> None:
 def test_states_times_and_targets_do_not_change_what_is_stored(student: str, folder: str) -> None:
     teacher = opened(a_run(student), main=Flow(folder))["main"]
     attempts = some()
-    before = [(r.x_SD.copy(), r.t_S.copy(), r.mask_T.copy()) for r in (a.rollout for a in attempts) if isinstance(r, FlowRollout)]
+    before = [
+        (r.x_SD.copy(), r.t_S.copy(), r.mask_T.copy())
+        for r in (a.rollout for a in attempts)
+        if isinstance(r, FlowRollout)
+    ]
     score(teacher, attempts)
     after = [(r.x_SD, r.t_S, r.mask_T) for r in (a.rollout for a in attempts) if isinstance(r, FlowRollout)]
-    assert all(np.array_equal(x, y) for one, other in zip(before, after, strict=True) for x, y in zip(one, other, strict=True))
+    assert all(
+        np.array_equal(x, y)
+        for one, other in zip(before, after, strict=True)
+        for x, y in zip(one, other, strict=True)
+    )
 
 
 def test_the_student_as_teacher_says_what_the_student_said(student: str) -> None:
-    """Identity 3: at identity there is nothing to learn. `behaviour` was computed state by state while drawing."""
+    """Identity 3: at identity there is nothing to learn. `behaviour` was computed state by state while
+    drawing.
+    """
     attempts = some(drawn_by=tiny_flow.model(1), guidance=2.0)
     teacher = opened(a_run(student), main=Flow(student))["main"]
     for made, v_TD in zip(attempts, score(teacher, attempts), strict=True):
@@ -147,7 +166,9 @@ def test_the_teacher_says_what_a_learner_of_its_weights_would(student: str, tmp_
     one, _ = adapters(tmp_path)
     for adapter, lora in ((None, None), (one, FlowLora(rank=2, alpha=4.0, targets=tiny_flow.ENDS))):
         run = a_run(student)
-        learner = FlowLearner(LearnerPart(student, adapter=adapter, lora=lora, micro_batch=3), *run, load_flow(student, "here"))
+        learner = FlowLearner(
+            LearnerPart(student, adapter=adapter, lora=lora, micro_batch=3), *run, load_flow(student, "here")
+        )
         teacher = opened(run, main=Flow(student, adapter=adapter))["main"]
         attempts = some(guidance=2.0)
         found = score(teacher, attempts)
@@ -158,8 +179,16 @@ def test_the_teacher_says_what_a_learner_of_its_weights_would(student: str, tmp_
 
 def test_attempts_of_other_guidance_or_size_are_never_mixed(student: str, folder: str) -> None:
     teacher = opened(a_run(student), main=Flow(folder))["main"]
-    mixed = [tiny_flow.attempt(3, seed=0), tiny_flow.attempt(3, seed=1, guidance=2.0), tiny_flow.attempt(3, seed=2, shape=(1, 8, 8))]
-    apart = [tiny_flow.attempt(3, seed=0), tiny_flow.attempt(3, seed=1, guidance=2.0), tiny_flow.attempt(3, seed=2, shape=(1, 8, 8))]
+    mixed = [
+        tiny_flow.attempt(3, seed=0),
+        tiny_flow.attempt(3, seed=1, guidance=2.0),
+        tiny_flow.attempt(3, seed=2, shape=(1, 8, 8)),
+    ]
+    apart = [
+        tiny_flow.attempt(3, seed=0),
+        tiny_flow.attempt(3, seed=1, guidance=2.0),
+        tiny_flow.attempt(3, seed=2, shape=(1, 8, 8)),
+    ]
     assert same(score(teacher, mixed), [score(teacher, [made])[0] for made in apart])
 
 
@@ -186,12 +215,19 @@ def test_a_route_does_not_feel_another_teacher(student: str, tmp_path: Path) -> 
             "two": Flow(of_b, alias="main", routes=("b",)),
         }
         teachers = Teachers(
-            {name: (tables[name], teacher) for name, teacher in opened(run, **tables).items()}, Requirements(), tiny.services()
+            {name: (tables[name], teacher) for name, teacher in opened(run, **tables).items()},
+            Requirements(),
+            tiny.services(),
         )
-        groups = [[tiny_flow.attempt(3, seed=i, text=texts[route], route=route)] for i, route in enumerate("abab")]
+        groups = [
+            [tiny_flow.attempt(3, seed=i, text=texts[route], route=route)] for i, route in enumerate("abab")
+        ]
         asyncio.run(teachers.score(groups, NOW))
         assert [group[0].answers["main"].table for group in groups] == ["one", "two", "one", "two"]
-        return {route: [behaviour(g[0], "main") for g in groups if g[0].rollout.prompt.route == route] for route in "ab"}
+        return {
+            route: [behaviour(g[0], "main") for g in groups if g[0].rollout.prompt.route == route]
+            for route in "ab"
+        }
 
     first, second = told(save(tmp_path / "two", 3)), told(save(tmp_path / "three", 4))
     assert same(first["a"], second["a"])
@@ -199,15 +235,22 @@ def test_a_route_does_not_feel_another_teacher(student: str, tmp_path: Path) -> 
 
 
 def test_two_routed_copies_of_one_teacher_are_the_single_one(student: str, folder: str) -> None:
-    """Bit for bit where the calls are cut alike (here by attempt), else up to rounding; the order of routes changes nothing."""
+    """Bit for bit where the calls are cut alike (here by attempt), else up to rounding; the order of routes
+    changes nothing.
+    """
     for batch, exact in ((2, True), (64, False)):
         single = opened(a_run(student), main=Flow(folder, batch_positions=batch))["main"]
         expected = score(single, [tiny_flow.attempt(3, seed=i) for i in range(6)])
         for routes in ("ababab", "bbabaa"):
-            tables = {name: Flow(folder, alias="main", routes=(name,), batch_positions=batch) for name in "ab"}
+            tables = {
+                name: Flow(folder, alias="main", routes=(name,), batch_positions=batch) for name in "ab"
+            }
             made = opened(a_run(student), **tables)
-            assert made["a"].model.net is made["b"].model.net  # loaded once
-            teachers = Teachers({name: (tables[name], made[name]) for name in made}, Requirements(), tiny.services())
+            # loaded once
+            assert made["a"].model.net is made["b"].model.net
+            teachers = Teachers(
+                {name: (tables[name], made[name]) for name in made}, Requirements(), tiny.services()
+            )
             groups = [[tiny_flow.attempt(3, seed=i, route=route)] for i, route in enumerate(routes)]
             asyncio.run(teachers.score(groups, NOW))
             found = [behaviour(group[0], "main") for group in groups]
@@ -222,7 +265,9 @@ def test_two_routed_copies_of_one_teacher_are_the_single_one(student: str, folde
 
 def adapters(tmp_path: Path) -> tuple[str, str]:
     base = tiny_flow.model(1)
-    return save_adapter(tmp_path / "a1", base, 3), save_adapter(tmp_path / "a2", base, 4, format="diffusers", rank=3)
+    return save_adapter(tmp_path / "a1", base, 3), save_adapter(
+        tmp_path / "a2", base, 4, format="diffusers", rank=3
+    )
 
 
 def test_tables_share_a_base_and_each_speaks_as_it_does_alone(student: str, tmp_path: Path) -> None:
@@ -236,7 +281,8 @@ def test_tables_share_a_base_and_each_speaks_as_it_does_alone(student: str, tmp_
     assert len({id(teacher.model.net) for teacher in made.values()}) == 1
     for name in ("one", "two", "one", "anchor", "two", "anchor", "one"):
         assert same(score(made[name], some()), alone[name]), name
-    for anchor in some():  # the anchor is the base that was saved
+    for anchor in some():
+        # the anchor is the base that was saved
         expected = velocities(tiny_flow.model(1), anchor.rollout).v_TD
         np.testing.assert_allclose(score(made["anchor"], [anchor])[0], expected, rtol=1e-5, atol=1e-5)
 
@@ -256,12 +302,20 @@ def test_an_adapter_is_the_model_with_its_product_added(student: str, tmp_path: 
 def test_two_tables_with_one_adapter_hold_it_once(student: str, tmp_path: Path) -> None:
     one, _ = adapters(tmp_path)
     made = opened(a_run(student), a=Flow(student, adapter=one), b=Flow(student, adapter=one))
-    assert len([n for n, _ in made["a"].model.net.named_parameters() if ".lora_A." in n]) == len(tiny_flow.modules(tiny_flow.model(1)))
+    assert len([n for n, _ in made["a"].model.net.named_parameters() if ".lora_A." in n]) == len(
+        tiny_flow.modules(tiny_flow.model(1))
+    )
     assert same(score(made["a"], some()), score(made["b"], some()))
 
 
 def test_other_types_or_models_share_nothing(student: str, folder: str) -> None:
-    made = opened(a_run(student), a=Flow(student), b=Flow(student, dtype="bfloat16"), c=Flow(folder), d=Flow(student, device="cpu"))
+    made = opened(
+        a_run(student),
+        a=Flow(student),
+        b=Flow(student, dtype="bfloat16"),
+        c=Flow(folder),
+        d=Flow(student, device="cpu"),
+    )
     nets = {name: id(teacher.model.net) for name, teacher in made.items()}
     assert len(set(nets.values())) == (4 if torch.cuda.is_available() else 3)
     assert made["b"].model.net.dtype == torch.bfloat16
@@ -275,7 +329,11 @@ def test_threads_that_ask_at_once_get_what_they_would_get_in_turn(student: str, 
     from concurrent.futures import ThreadPoolExecutor
 
     one, two = adapters(tmp_path)
-    made = opened(a_run(student), one=Flow(student, adapter=one, batch_positions=1), two=Flow(student, adapter=two, batch_positions=1))
+    made = opened(
+        a_run(student),
+        one=Flow(student, adapter=one, batch_positions=1),
+        two=Flow(student, adapter=two, batch_positions=1),
+    )
     expected = {name: score(teacher, some()) for name, teacher in made.items()}
     with ThreadPoolExecutor(2) as pool:
         asked = [(name, pool.submit(score, made[name], some())) for name in ("one", "two") * 5]
@@ -288,7 +346,9 @@ def test_threads_that_ask_at_once_get_what_they_would_get_in_turn(student: str, 
 def test_a_teacher_stays_as_it_is(student: str, tmp_path: Path) -> None:
     """The same checksum before and after, whoever spoke and whatever was published; nothing to save."""
     one, two = adapters(tmp_path)
-    made = opened(a_run(student), one=Flow(student, adapter=one), two=Flow(student, adapter=two), anchor=Flow(student))
+    made = opened(
+        a_run(student), one=Flow(student, adapter=one), two=Flow(student, adapter=two), anchor=Flow(student)
+    )
     before = checksum(made["one"].model)
     base = load_flow(student, "here").net.state_dict()
     for teacher in (*made.values(), made["one"]):
@@ -298,7 +358,11 @@ def test_a_teacher_stays_as_it_is(student: str, tmp_path: Path) -> None:
         teacher.load(tmp_path / "kept")
         assert not (tmp_path / "kept").exists()
     assert checksum(made["one"].model) == before
-    after = {name.replace(".base_layer", ""): value for name, value in made["one"].model.net.state_dict().items() if ".lora_" not in name}
+    after = {
+        name.replace(".base_layer", ""): value
+        for name, value in made["one"].model.net.state_dict().items()
+        if ".lora_" not in name
+    }
     assert after.keys() == base.keys()
     assert all(torch.equal(after[name], value) for name, value in base.items())
     assert not any(value.requires_grad for value in made["one"].model.net.parameters())
@@ -307,17 +371,24 @@ def test_a_teacher_stays_as_it_is(student: str, tmp_path: Path) -> None:
 
 def test_macs_are_those_of_base_and_own_adapter(student: str, tmp_path: Path) -> None:
     one, two = adapters(tmp_path)
-    made = opened(a_run(student), one=Flow(student, adapter=one), two=Flow(student, adapter=two), anchor=Flow(student))
+    made = opened(
+        a_run(student), one=Flow(student, adapter=one), two=Flow(student, adapter=two), anchor=Flow(student)
+    )
     size = sum(value.numel() for value in tiny_flow.model(1).net.transformer.parameters())
     own = {
-        name: sum(A.numel() + B.numel() for A, B in tiny_flow.factors(tiny_flow.model(1), 3, rank=rank).values())
+        name: sum(
+            A.numel() + B.numel() for A, B in tiny_flow.factors(tiny_flow.model(1), 3, rank=rank).values()
+        )
         for name, rank in (("one", 2), ("two", 3))
     }
-    assert made["anchor"].macs == size * (4 + 2)  # 4 patches, 2 prompt tokens
+    # 4 patches, 2 prompt tokens
+    assert made["anchor"].macs == size * (4 + 2)
     again = opened(a_run(student), one=Flow(student, adapter=one))["one"]
     assert again.macs == (size + own["one"]) * 6
     assert made["two"].macs == (size + own["two"]) * 6
-    guided = opened(a_run(student, Sampler(guidance=2.0, pixels=8).generation), anchor=Flow(student))["anchor"]
+    guided = opened(a_run(student, Sampler(guidance=2.0, pixels=8).generation), anchor=Flow(student))[
+        "anchor"
+    ]
     assert guided.macs == 2 * size * (16 + 2)
 
 
@@ -333,14 +404,19 @@ def refused(student: str, cfg: Flow, sampler: Any = Sampler()) -> str:
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"shift": 3.0}, r"walks another grid of times than the student (shift 3.0 for 1.0; 10 steps begin with 1, 0.9"),
+        (
+            {"shift": 3.0},
+            r"walks another grid of times than the student (shift 3.0 for 1.0; 10 steps begin with 1, 0.9",
+        ),
         ({"num_train_timesteps": 500}, "num_train_timesteps = 500, and the student with 1000"),
         ({"side": 8}, "has states of 1 x 8 x 8 (channels, height, width), and the student of 1 x 4 x 4"),
         ({"channels": 4}, "has states of 4 x 4 x 4"),
         ({"texts": tiny_flow.TEXTS[:-2]}, "has not learned 2 of the student's prompts, such as 'draw 3'"),
     ],
 )
-def test_a_teacher_of_other_times_states_or_prompts_is_refused(student: str, tmp_path: Path, fields: dict[str, Any], why: str) -> None:
+def test_a_teacher_of_other_times_states_or_prompts_is_refused(
+    student: str, tmp_path: Path, fields: dict[str, Any], why: str
+) -> None:
     """Before any weight is read: the file of weights is gone here."""
     odd = Path(save(tmp_path / "odd", 2, **fields))
     (odd / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
@@ -350,11 +426,14 @@ def test_a_teacher_of_other_times_states_or_prompts_is_refused(student: str, tmp
 
 
 def test_what_only_looks_different_is_welcome(student: str, tmp_path: Path) -> None:
-    """More prompts, in another order; more layers; another size of image where the run says which size it draws."""
+    """More prompts, in another order; more layers; another size of image where the run says which size it
+    draws.
+    """
     texts = ("", "something else", *reversed(tiny_flow.TEXTS[1:]))
     opened(a_run(student), tutor=Flow(save(tmp_path / "deeper", 2, layers=3, texts=texts)))
     opened(a_run(student, Sampler(pixels=8).generation), tutor=Flow(save(tmp_path / "larger", 2, side=8)))
-    opened(a_run(student, Generation()), tutor=Flow(save(tmp_path / "other", 2)))  # a sampler of a user's own
+    # a sampler of a user's own
+    opened(a_run(student, Generation()), tutor=Flow(save(tmp_path / "other", 2)))
 
 
 def test_another_scheduler_is_refused(student: str, folder: str) -> None:
@@ -394,7 +473,9 @@ def test_an_adapter_that_was_refused_is_refused_again(student: str, tmp_path: Pa
             opened(run, tutor=Flow(student, adapter=silent))
 
 
-def test_an_adapter_that_changes_nothing_is_noticed_beside_one_that_speaks(student: str, tmp_path: Path) -> None:
+def test_an_adapter_that_changes_nothing_is_noticed_beside_one_that_speaks(
+    student: str, tmp_path: Path
+) -> None:
     one, _ = adapters(tmp_path)
     silent = save_adapter(tmp_path / "silent", tiny_flow.model(1), 3, size=0.0)
     run = a_run(student)
@@ -408,7 +489,10 @@ def test_an_adapter_that_changes_nothing_is_noticed_beside_one_that_speaks(stude
 def test_a_guidance_that_is_not_the_attempts_is_refused(student: str) -> None:
     """The config's check says so before sampling; this one speaks where the sampler is a user's own."""
     teacher = opened(a_run(student, Generation()), tutor=Flow(student, guidance=4.5))["tutor"]
-    with pytest.raises(ModelError, match=r"teachers.tutor.guidance is 4.5, and prompt p0 was drawn with guidance 1: .*Leave it out"):
+    with pytest.raises(
+        ModelError,
+        match=r"teachers.tutor.guidance is 4.5, and prompt p0 was drawn with guidance 1: .*Leave it out",
+    ):
         score(teacher, some(1))
     score(teacher, some(1, guidance=4.5))
 
@@ -418,5 +502,8 @@ def test_a_velocity_that_is_no_number_is_an_error_that_says_where(student: str) 
     attempts = some(3)
     rollout: Any = attempts[2].rollout
     rollout.x_SD[1, 3] = np.inf
-    with pytest.raises(ModelError, match=r"teachers.tutor: its velocity for prompt p2, sample 0, at denoising step 1 \(from 0, of 4;"):
+    with pytest.raises(
+        ModelError,
+        match=r"teachers.tutor: its velocity for prompt p2, sample 0, at denoising step 1 \(from 0, of 4;",
+    ):
         score(teacher, attempts)

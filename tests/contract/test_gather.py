@@ -16,7 +16,8 @@ class Scribe:
 
     async def __call__(self, items: list[str]) -> list[str]:
         self.running += 1
-        assert self.running == 1  # one cohort at a time
+        # one cohort at a time
+        assert self.running == 1
         await asyncio.sleep(self.delay_s)
         self.running -= 1
         self.calls.append(items)
@@ -50,7 +51,9 @@ def test_cancelled_requests_leave_their_cohort_and_can_be_asked_again() -> None:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
         assert scribe.calls == []
-        again = await asyncio.wait_for(asyncio.gather(*(gather.ask(7, 3, place, place) for place in "abc")), 1)
+        again = await asyncio.wait_for(
+            asyncio.gather(*(gather.ask(7, 3, place, place) for place in "abc")), 1
+        )
         assert again == ["A", "B", "C"]
         assert scribe.calls == [["a", "b", "c"]]
 
@@ -66,9 +69,12 @@ def test_a_call_in_progress_is_finished_and_its_answer_dropped() -> None:
         for task in first:
             task.cancel()
         await asyncio.gather(*first, return_exceptions=True)
-        second = await asyncio.wait_for(asyncio.gather(*(gather.ask(0, 2, place, place * 2) for place in "ab")), 1)
+        second = await asyncio.wait_for(
+            asyncio.gather(*(gather.ask(0, 2, place, place * 2) for place in "ab")), 1
+        )
         assert second == ["AA", "BB"]
-        assert scribe.calls == [["a", "b"], ["aa", "bb"]]  # never at the same time
+        # never at the same time
+        assert scribe.calls == [["a", "b"], ["aa", "bb"]]
 
     asyncio.run(main())
 
@@ -77,7 +83,10 @@ def test_a_cohort_cancelled_before_its_turn_is_not_computed() -> None:
     async def main() -> None:
         scribe = Scribe(delay_s=0.03)
         gather = Gather(scribe)
-        first, second = asyncio.ensure_future(gather.ask(0, 1, "a", "a")), asyncio.ensure_future(gather.ask(1, 1, "b", "b"))
+        first, second = (
+            asyncio.ensure_future(gather.ask(0, 1, "a", "a")),
+            asyncio.ensure_future(gather.ask(1, 1, "b", "b")),
+        )
         await asyncio.sleep(0.01)
         second.cancel()
         assert await first == "A"
@@ -105,12 +114,16 @@ def test_a_request_that_leaves_takes_its_cohort_with_it(rest: str) -> None:
 
         first = asyncio.ensure_future(impatient())
         await asyncio.sleep(0 if rest == "waiting" else 0.05)
-        others = [asyncio.ensure_future(gather.ask(7, 3, place, place)) for place in "bc"[: 1 if rest == "waiting" else 2]]
+        others = [
+            asyncio.ensure_future(gather.ask(7, 3, place, place))
+            for place in "bc"[: 1 if rest == "waiting" else 2]
+        ]
         await asyncio.wait(others, timeout=5)
         assert all(task.cancelled() for task in others)
         assert await first == "gave up"
         assert scribe.calls == []
-        assert await gather.ask(8, 1, "d", "d") == "D"  # no other cohort is touched
+        # no other cohort is touched
+        assert await gather.ask(8, 1, "d", "d") == "D"
 
     asyncio.run(main())
 
@@ -125,7 +138,9 @@ def test_a_cohort_whose_requests_were_all_cancelled_can_be_asked_again_in_any_or
             for task in waiting:
                 task.cancel()
             await asyncio.wait(waiting)
-        again = await asyncio.wait_for(asyncio.gather(*(gather.ask(7, 3, place, place) for place in "cba")), 1)
+        again = await asyncio.wait_for(
+            asyncio.gather(*(gather.ask(7, 3, place, place) for place in "cba")), 1
+        )
         assert again == ["C", "B", "A"]
         assert scribe.calls == [["a", "b", "c"]]
 
@@ -181,7 +196,9 @@ def test_a_failing_call_fails_all_its_requests_and_no_other() -> None:
     async def main() -> None:
         scribe = Scribe(fails=True)
         gather = Gather(scribe)
-        failed = await asyncio.gather(*(gather.ask(0, 2, place, place) for place in "ab"), return_exceptions=True)
+        failed = await asyncio.gather(
+            *(gather.ask(0, 2, place, place) for place in "ab"), return_exceptions=True
+        )
         assert all(isinstance(error, OSError) for error in failed)
         scribe.fails = False
         assert await gather.ask(1, 1, "c", "c") == "C"

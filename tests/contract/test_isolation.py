@@ -1,4 +1,6 @@
-"""No part is known by its class outside its own package: what others must know of it is a property of its group's protocol."""
+"""No part is known by its class outside its own package: what others must know of it is a property of its
+group's protocol.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from types import ModuleType
 import pytest
 
 from contract import typed_parts
-from reflux.config.registry import BASES, belongs, kinds, load, part
+from reflux.config.groups import BASES
+from reflux.config.registry import belongs, kinds, load, part
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "reflux"
@@ -20,7 +23,8 @@ SOURCE = ROOT / "src" / "reflux"
 
 @pytest.fixture(autouse=True)
 def no_finalizers_while_sources_are_parsed() -> Iterator[None]:
-    # CPython 3.11 raises SystemError where a finalizer that runs during ast.parse parses as well, as the printing of a warning may.
+    # CPython 3.11 raises SystemError where a finalizer that runs during ast.parse parses as well, as the
+    # printing of a warning may.
     gc.collect()
     gc.disable()
     yield
@@ -68,7 +72,10 @@ def test_the_count_sees_a_test_of_a_class(tmp_path: Path, code: str) -> None:
 def test_the_count_leaves_a_package_its_own_classes(tmp_path: Path) -> None:
     write(
         tmp_path,
-        {"credit/other.py": PROBES["isinstance"], "checks/mine.py": "from reflux.types import FlowRollout\nisinstance(x, FlowRollout)"},
+        {
+            "credit/other.py": PROBES["isinstance"],
+            "checks/mine.py": "from reflux.types import FlowRollout\nisinstance(x, FlowRollout)",
+        },
     )
     assert list(structure.class_tests(tmp_path)) == []
 
@@ -101,7 +108,12 @@ def write(folder: Path, files: dict[str, str]) -> None:
 
 def test_every_shipped_part_inherits_its_groups_base_and_is_checked_by_types() -> None:
     tree = ast.parse(Path(typed_parts.__file__).read_text())
-    named = {f"{node.module}:{alias.name}" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    named = {
+        f"{node.module}:{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
     for group in BASES:
         assert set(kinds(group).values()) <= named, f"tests/contract/typed_parts.py lacks a part of {group}"
         assert all(belongs(part(group, kind), group) for kind in kinds(group))

@@ -35,19 +35,25 @@ def batch(lengths: tuple[int, ...] = (3, 8, 5)) -> list[list[Any]]:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_step_that_is_not_finite_is_refused_and_nothing_has_changed(bad: float) -> None:
     learner = tiny.learner(tiny.net(1), lr=0.1)
-    move(learner, batch(), [Divergence()])  # moments are not empty
+    # moments are not empty
+    move(learner, batch(), [Divergence()])
     before = {name: torch.as_tensor(value).clone() for name, value in learner.state().items()}
     groups = batch()
     groups[1][0].target("main").h_TH[2] = bad
-    with pytest.raises(StepRefused, match=r"step 5: .* the step was refused, no weight has changed.*refused.jsonl"):
+    with pytest.raises(
+        StepRefused, match=r"step 5: .* the step was refused, no weight has changed.*refused.jsonl"
+    ):
         move(learner, groups, [Divergence()], step=4)
     assert same(before, dict(learner.state()))
     assert all(p.grad is None for p in learner.trained.values())
-    move(learner, batch(), [Divergence()])  # and the next good one goes on
+    # and the next good one goes on
+    move(learner, batch(), [Divergence()])
     assert learner.version == 2
 
 
-def test_a_refused_step_leaves_the_batch_on_disk_and_stops_the_run(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_refused_step_leaves_the_batch_on_disk_and_stops_the_run(
+    tiny_run: Callable[..., Any], tmp_path: Path
+) -> None:
     folder = tmp_path / "hot"
     with pytest.raises(StepRefused, match="failed-batch-step-"):
         tiny_run("opd", out=folder, steps=6, task=CHAT, learner__lr=1e30, save_every=1)
@@ -56,7 +62,10 @@ def test_a_refused_step_leaves_the_batch_on_disk_and_stops_the_run(tiny_run: Cal
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 4
     assert all(row["step"] == number and row["tokens"] and "loss" in row["why"] for row in rows)
-    assert max(json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()) == number - 1
+    assert (
+        max(json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines())
+        == number - 1
+    )
 
 
 def test_versions_count_optimiser_steps_only(tiny_run: Callable[..., Any]) -> None:
@@ -90,7 +99,9 @@ def test_a_gradient_norm_of_exactly_the_floor_is_no_step() -> None:
 
 
 def test_the_learning_rate_is_that_of_the_step_also_where_steps_made_no_update() -> None:
-    """Two steps without anything to learn leave the version behind; Adam's first update then moves by the rate of step 2."""
+    """Two steps without anything to learn leave the version behind; Adam's first update then moves by the
+    rate of step 2.
+    """
     learner = tiny.learner(tiny.net(1), lr=Steps(values=(0.1, 0.01), boundaries=(2,)))
     silent = [[attempt(rollout(3), weight=0.0)]]
     for step in (0, 1):
@@ -108,12 +119,19 @@ def test_clipping_bounds_the_gradient() -> None:
     small = gradients(clipped, batch(), [Divergence()])
     norm = torch.stack([value.norm() for value in whole.values()]).norm()
     assert norm > 0.1
-    close({name: value * (0.01 / norm) for name, value in whole.items()} | {"x": torch.ones(1)}, small | {"x": torch.ones(1)}, rtol=1e-4)
+    close(
+        {name: value * (0.01 / norm) for name, value in whole.items()} | {"x": torch.ones(1)},
+        small | {"x": torch.ones(1)},
+        rtol=1e-4,
+    )
 
 
 def test_one_step_is_adamws() -> None:
     """Against torch's own AdamW, fed the same gradient."""
-    learner, other = tiny.learner(tiny.net(1), lr=0.05, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1), tiny.net(1)
+    learner, other = (
+        tiny.learner(tiny.net(1), lr=0.05, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1),
+        tiny.net(1),
+    )
     optimiser = torch.optim.AdamW(other.parameters(), lr=0.05, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
     for step in range(3):
         stats = move(learner, batch(), [Divergence()], step)
@@ -132,7 +150,10 @@ def test_the_learning_rate_follows_its_schedule(tiny_run: Callable[..., Any]) ->
 
 @pytest.mark.parametrize("objective", [Divergence(), SampledKL(), NLL()])
 def test_gradient_checkpointing_changes_no_gradient(objective: Any) -> None:
-    plain, saving = tiny.learner(tiny.net(1, layers=2)), tiny.learner(tiny.net(1, layers=2), gradient_checkpointing=True)
+    plain, saving = (
+        tiny.learner(tiny.net(1, layers=2)),
+        tiny.learner(tiny.net(1, layers=2), gradient_checkpointing=True),
+    )
     close(gradients(plain, batch(), [objective]), gradients(saving, batch(), [objective]), rtol=1e-6)
 
 
@@ -165,7 +186,11 @@ def test_only_adapters_are_trained_and_the_base_stays() -> None:
     learner = adapted()
     assert learner.trained
     assert all("lora_" in name for name in learner.trained)
-    base = {name.replace(".base_layer", ""): p for name, p in learner.model.net.named_parameters() if "lora_" not in name}
+    base = {
+        name.replace(".base_layer", ""): p
+        for name, p in learner.model.net.named_parameters()
+        if "lora_" not in name
+    }
     assert same(base, dict(tiny.net(1, layers=2).named_parameters()))
 
 
@@ -182,7 +207,9 @@ def test_published_weights_are_those_of_the_adapted_model() -> None:
     assert (wanted - before).abs().max() > 0.1
     layer = learner.model.net.model.layers[0].self_attn.q_proj
     product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * (8 / 2)
-    torch.testing.assert_close(learner.weights["model.layers.0.self_attn.q_proj.weight"], layer.base_layer.weight + product)
+    torch.testing.assert_close(
+        learner.weights["model.layers.0.self_attn.q_proj.weight"], layer.base_layer.weight + product
+    )
 
 
 def test_adapters_start_as_the_identity_and_from_the_runs_dice() -> None:
@@ -224,7 +251,10 @@ def test_what_is_read_is_a_copy_of_the_merged_weights(lora: Any) -> None:
     move(learner, batch(), [Divergence()])
     found, held = learner.access.read(learner.access.names), learner.access.base(learner.access.names)
     assert same(found, {name: learner.weights[name] for name in learner.access.names})
-    assert all(value.dtype == torch.float32 and value.device.type == "cpu" for value in [*found.values(), *held.values()])
+    assert all(
+        value.dtype == torch.float32 and value.device.type == "cpu"
+        for value in [*found.values(), *held.values()]
+    )
     before = {name: value.clone() for name, value in learner.weights.items()}
     for value in [*found.values(), *held.values()]:
         value.fill_(9.0)
@@ -242,11 +272,17 @@ def test_bases_go_back_bit_for_bit_and_plus_d_moves_the_full_weights_by_d(lora: 
     base = learner.access.base(names)
     learner.access.write({name: value + 0.5 for name, value in base.items()})
     for name, value in learner.weights.items():
-        torch.testing.assert_close(value, weights[name] + 0.5 * (name in (*names, "lm_head.weight")), rtol=1e-6, atol=1e-6)
-    assert [name for name in learner.state() if name.startswith("base/")] == ([f"base/{name}" for name in sorted(names)] if lora else [])
+        torch.testing.assert_close(
+            value, weights[name] + 0.5 * (name in (*names, "lm_head.weight")), rtol=1e-6, atol=1e-6
+        )
+    assert [name for name in learner.state() if name.startswith("base/")] == (
+        [f"base/{name}" for name in sorted(names)] if lora else []
+    )
     learner.access.write(base)
     assert same(weights, dict(learner.weights))
-    assert same(before, {name: value for name, value in learner.state().items() if not name.startswith("base/")})
+    assert same(
+        before, {name: value for name, value in learner.state().items() if not name.startswith("base/")}
+    )
     assert learner.version == 2
 
 
@@ -258,15 +294,23 @@ def test_weights_kept_too_narrow_are_neither_read_nor_written(dtype: torch.dtype
     home.weight = torch.nn.Parameter(torch.zeros(48, 32, dtype=dtype), requires_grad=False)
     name = "model.layers.0.mlp.up_proj.weight"
     access = learner.access
-    for ask in (lambda: access.read([name]), lambda: access.base([name]), lambda: access.write({name: torch.zeros(48, 32)})):
-        with pytest.raises(ModelError, match=f"{name} is kept in {str(dtype).split('.')[1]}.*float32 master weights"):
+    for ask in (
+        lambda: access.read([name]),
+        lambda: access.base([name]),
+        lambda: access.write({name: torch.zeros(48, 32)}),
+    ):
+        with pytest.raises(
+            ModelError, match=f"{name} is kept in {str(dtype).split('.')[1]}.*float32 master weights"
+        ):
             ask()
     assert access.read(["model.norm.weight"]).keys() == {"model.norm.weight"}
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4.0}])
 def test_the_exported_student_is_the_student(tiny_run: Callable[..., Any], lora: Any) -> None:
-    """from_pretrained loads it, and it says what the last weights say: the loss before and after more steps continues."""
+    """from_pretrained loads it, and it says what the last weights say: the loss before and after more steps
+    continues.
+    """
     more = {"learner__lora": lora, "learner__lr": 0.02} if lora else {"learner__lr": 0.02}
     done = tiny_run("full", steps=2, task=CHAT, **more)
     loaded = AutoModelForCausalLM.from_pretrained(done.dir / "student")
@@ -276,7 +320,8 @@ def test_the_exported_student_is_the_student(tiny_run: Callable[..., Any], lora:
     if lora is None:
         saved = {name.removeprefix("weight/"): value for name, value in done.weights.items()}
         assert same(saved, dict(loaded.named_parameters()))
-    again = tiny_run("full", steps=1, task=CHAT, learner__model=str(done.dir), learner__lr=0.0)  # an earlier run directory is a model
+    # an earlier run directory is a model
+    again = tiny_run("full", steps=1, task=CHAT, learner__model=str(done.dir), learner__lr=0.0)
     ids = torch.arange(5, 25)[None]
     reloaded = AutoModelForCausalLM.from_pretrained(again.dir / "student")
     with torch.no_grad():
@@ -286,7 +331,8 @@ def test_the_exported_student_is_the_student(tiny_run: Callable[..., Any], lora:
 def test_the_export_has_the_type_the_files_had(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
     half = tiny.save(tiny.net(1).bfloat16(), tmp_path / "half")
     done = tiny_run("full", steps=1, task=CHAT, learner__model=half)
-    assert {value.dtype for value in done.weights.values()} == {torch.float32}  # master weights
+    # master weights
+    assert {value.dtype for value in done.weights.values()} == {torch.float32}
     loaded = AutoModelForCausalLM.from_pretrained(done.dir / "student", dtype="auto")
     assert {value.dtype for value in loaded.parameters()} == {torch.bfloat16}
 
@@ -295,16 +341,23 @@ def test_observe_gives_the_student_of_now(student: str, teacher: str) -> None:
     """Top-k of now, and the log-probs of now at what was said then; nothing where nothing is wanted."""
     from dataclasses import replace
 
-    from reflux.types import Requirements, TopKTarget
+    from reflux.config.requirements import Requirements
+    from reflux.types import TopKTarget
 
     net = tiny.net(1)
     learner = tiny.learner(net)
     spoken = rollout(6, seed=1)
     ids = np.concatenate([spoken.prompt_tokens, spoken.tokens_T])
     with torch.no_grad():
-        logp_TV = net(input_ids=torch.from_numpy(ids)[None]).logits[0, len(spoken.prompt_tokens) - 1 : -1].log_softmax(-1)
+        logp_TV = (
+            net(input_ids=torch.from_numpy(ids)[None])
+            .logits[0, len(spoken.prompt_tokens) - 1 : -1]
+            .log_softmax(-1)
+        )
     listed = np.random.default_rng(0).integers(0, 102, (6, 4))
-    behaviour = TopKTarget(teacher="behaviour", ids_TK=listed, logp_TK=np.zeros((6, 4), np.float32), logp_T=spoken.logp_T)
+    behaviour = TopKTarget(
+        teacher="behaviour", ids_TK=listed, logp_TK=np.zeros((6, 4), np.float32), logp_T=spoken.logp_T
+    )
     for requirements, ids_TK in (
         (Requirements(now_topk=3), logp_TV.topk(3).indices),
         (Requirements(now_at_behaviour=True, behaviour=4), torch.from_numpy(listed)),

@@ -14,6 +14,8 @@ import pytest
 import tiny
 import tiny_flow
 from reflux.assets.characters import character_tokenizer
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import StepContext
 from reflux.credit.base import share_credit
 from reflux.credit.prefix import Prefix
 from reflux.errors import StepRefused
@@ -23,7 +25,7 @@ from reflux.loss.step import StepRequest
 from reflux.models.text import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.velocity_kl import VelocityKL
-from reflux.types import Attempt, Group, Requirements, StepContext
+from reflux.types import Attempt, Group
 from tiny import rollout
 
 NOW = StepContext(3, 0)
@@ -42,7 +44,11 @@ def of_flow(requirements: Requirements, **fields: Any) -> tuple[Any, list[Group]
 
     part = Flow(**{"model": "tiny", "lr": 0.0, "clip": 1e12, "weight_decay": 0.0, **fields})
     groups = [[tiny_flow.attempt(n, teacher=tiny_flow.model(2), seed=n)] for n in LENGTHS]
-    return FlowLearner(part, tiny.context(requirements), tiny.services(), tiny_flow.model(1)), groups, VelocityKL()
+    return (
+        FlowLearner(part, tiny.context(requirements), tiny.services(), tiny_flow.model(1)),
+        groups,
+        VelocityKL(),
+    )
 
 
 WORLDS: dict[str, Callable[..., tuple[Any, list[Group], Any]]] = {"hf": of_text, "flow": of_flow}
@@ -68,14 +74,25 @@ def test_a_learner_writes_to_no_attempt(kind: str) -> None:
 
 def state_of(attempt: Attempt) -> dict[str, Any]:
     """Every field, as bytes; of answers the arrays."""
-    fields = {name: pickle.dumps(getattr(attempt, name)) for name in Attempt.__dataclass_fields__ if name != "answers"}
-    answers = {name: [np.asarray(value).tobytes() for value in columns(answer.target)] for name, answer in attempt.answers.items()}
+    fields = {
+        name: pickle.dumps(getattr(attempt, name))
+        for name in Attempt.__dataclass_fields__
+        if name != "answers"
+    }
+    answers = {
+        name: [np.asarray(value).tobytes() for value in columns(answer.target)]
+        for name, answer in attempt.answers.items()
+    }
     return {"answers": answers, **fields}
 
 
 def columns(target: Any) -> list[Any]:
     named = ("h_TH", "logp_T", "v_TD", "ids_TK", "logp_TK")
-    return [getattr(target, name) for name in named if name in type(target).__dataclass_fields__ and getattr(target, name) is not None]
+    return [
+        getattr(target, name)
+        for name in named
+        if name in type(target).__dataclass_fields__ and getattr(target, name) is not None
+    ]
 
 
 @every_learner
@@ -87,7 +104,10 @@ def test_observe_returns_one_target_per_attempt_in_order(kind: str) -> None:
     alone = [asyncio.run(learner.observe([group]))[0] for group in groups]
     for one, other in zip([found[0], *found[2:]], alone, strict=True):
         assert type(one) is type(other)
-        assert all(np.allclose(a, b, atol=1e-4, equal_nan=True) for a, b in zip(columns(one), columns(other), strict=True))
+        assert all(
+            np.allclose(a, b, atol=1e-4, equal_nan=True)
+            for a, b in zip(columns(one), columns(other), strict=True)
+        )
 
 
 @every_learner
@@ -98,7 +118,9 @@ def test_observe_returns_nothing_where_nothing_is_wanted(kind: str) -> None:
 
 @every_learner
 def test_step_returns_one_record_per_attempt_in_order(kind: str) -> None:
-    """NaN where the step computed nothing: beyond a prefix, and where the student did not choose; None where nobody had a say."""
+    """NaN where the step computed nothing: beyond a prefix, and where the student did not choose; None where
+    nobody had a say.
+    """
     learner, groups, objective = WORLDS[kind](Requirements())
     groups = with_a_silent_one(kind, groups)
     share_credit(groups, {"prefix": Prefix(2)}, NOW)
@@ -133,7 +155,11 @@ def test_a_learner_reads_the_denominator_from_its_request(kind: str) -> None:
     for loss_aggregation in ("token-mean-weighted", "token-mean"):
         learner, groups, objective = WORLDS[kind](Requirements())
         share_credit(groups, {"prefix": Prefix(2)}, NOW)
-        losses[loss_aggregation] = asyncio.run(learner.step(StepRequest(groups, [objective], NOW, loss_aggregation))).stats["loss"].value
+        losses[loss_aggregation] = (
+            asyncio.run(learner.step(StepRequest(groups, [objective], NOW, loss_aggregation)))
+            .stats["loss"]
+            .value
+        )
         chosen = sum(int(attempt.rollout.mask_T.sum()) for group in groups for attempt in group)
     assert losses["token-mean"] == pytest.approx(losses["token-mean-weighted"] * (2 * 3) / chosen, rel=1e-5)
 
@@ -147,14 +173,22 @@ def test_a_refused_step_gives_reason_and_records_and_the_loop_names_the_file(kin
         asyncio.run(learner.step(StepRequest(groups, [objective], NOW)))
     assert caught.value.why.startswith("loss nan")
     assert len(caught.value.records) == 3
-    again = pickle.loads(pickle.dumps(caught.value))  # it may come from another process
+    # it may come from another process
+    again = pickle.loads(pickle.dumps(caught.value))
     assert (str(again), again.why, len(again.records)) == (str(caught.value), caught.value.why, 3)
     assert all(attempt.learned is None for group in groups for attempt in group)
     kept: list[Any] = []
     with pytest.raises(StepRefused, match=r"step 4: .*The batch is in here\.jsonl"):
-        asyncio.run(learn(learner, StepRequest(groups, [objective], NOW), lambda *batch: kept.append(batch) or "here.jsonl"))  # type: ignore
+        asyncio.run(
+            learn(
+                learner,
+                StepRequest(groups, [objective], NOW),
+                lambda *batch: kept.append(batch) or "here.jsonl",
+            )
+        )  # type: ignore
     assert kept == [(groups, caught.value.why)]
-    assert all(attempt.learned is not None for group in groups for attempt in group)  # the file shows what the pass found
+    # the file shows what the pass found
+    assert all(attempt.learned is not None for group in groups for attempt in group)
     assert learner.version == 0
 
 
@@ -162,7 +196,9 @@ def test_a_refused_step_gives_reason_and_records_and_the_loop_names_the_file(kin
 def test_the_loop_stores_what_a_learner_returns(kind: str) -> None:
     learner, groups, objective = WORLDS[kind](WANTED[kind])
     asyncio.run(observe(learner, groups))
-    result = asyncio.run(learn(learner, StepRequest(groups, [objective], NOW), lambda *_: pytest.fail("nothing was refused")))
+    result = asyncio.run(
+        learn(learner, StepRequest(groups, [objective], NOW), lambda *_: pytest.fail("nothing was refused"))
+    )
     attempts = [attempt for group in groups for attempt in group]
     assert all(attempt.now is not None for attempt in attempts)
     assert [attempt.learned for attempt in attempts] == list(result.records)
@@ -171,4 +207,6 @@ def test_the_loop_stores_what_a_learner_returns(kind: str) -> None:
 @every_learner
 def test_every_learner_here_offers_its_weights(kind: str) -> None:
     learner, *_ = WORLDS[kind](Requirements())
-    assert list(learner.access.names) == [name for name, _ in learner.net.named_parameters(remove_duplicate=False)]
+    assert list(learner.access.names) == [
+        name for name, _ in learner.net.named_parameters(remove_duplicate=False)
+    ]

@@ -23,9 +23,19 @@ numbers = st.lists(st.floats(-100, 100), min_size=1, max_size=20)
 def test_merging_parts_is_the_whole(values: list[float], data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(values)))
     parts = [values[:cut], values[cut:]]
-    whole = merge({"mean": Mean.of(p), "sum": Sum(sum(p)), "max": Max(max(p, default=-np.inf)), "q": Quantiles(tuple(p))} for p in parts)
+    whole = merge(
+        {
+            "mean": Mean.of(p),
+            "sum": Sum(sum(p)),
+            "max": Max(max(p, default=-np.inf)),
+            "q": Quantiles(tuple(p)),
+        }
+        for p in parts
+    )
     found = [whole[name].value for name in ("mean", "sum", "max", "q")]
-    np.testing.assert_allclose(found, [np.mean(values), np.sum(values), max(values), np.median(values)], atol=1e-9)
+    np.testing.assert_allclose(
+        found, [np.mean(values), np.sum(values), max(values), np.median(values)], atol=1e-9
+    )
 
 
 def test_nothing_counted_is_null_and_not_zero() -> None:
@@ -41,12 +51,15 @@ def test_a_name_that_only_some_parts_have_counts_those() -> None:
 def test_flops_by_hand_and_the_papers_fixed_prefix() -> None:
     assert step_flops(3, 5, 10, 4, 2) == {"sample": 84.0, "teach": 140.0, "learn": 216.0}
     fixed = step_flops(8.19e9, 8.19e9, 60 * 2048 * 80, 60 * 2048 * 256, 60 * 2048 * 256)
-    assert sum(fixed.values()) == pytest.approx(3.38e18, rel=0.01)  # prefix.md: 3.4e18 in the paper
+    # prefix.md: 3.4e18 in the paper
+    assert sum(fixed.values()) == pytest.approx(3.38e18, rel=0.01)
 
 
 @given(st.floats(0, 1e9), st.floats(0, 1e6))
 def test_ten_flops_a_parameter_and_token_where_all_is_trained(parameters: float, tokens: float) -> None:
-    assert sum(step_flops(parameters, parameters, 0, tokens, tokens).values()) == pytest.approx(10 * parameters * tokens)
+    assert sum(step_flops(parameters, parameters, 0, tokens, tokens).values()) == pytest.approx(
+        10 * parameters * tokens
+    )
     assert step_flops(parameters, 0, 7, tokens, 0)["teach"] == 0
 
 
@@ -59,9 +72,7 @@ def test_impossible_counts_are_refused(counts: tuple[float, ...]) -> None:
 def test_a_step_says_what_the_design_promises(tiny_run: Callable[..., Any]) -> None:
     done = tiny_run("rl_opd", steps=2, group_size=2, evals__accuracy={"problems": 2}, log_variance=True)
     first = done.rows("metrics")[0]
-    promised = (
-        "step loss kl_nats kl_nats_trained grad_norm staleness_mean staleness_max tokens_sampled tokens_trained seconds flops reward_mean"
-    )
+    promised = "step loss kl_nats kl_nats_trained grad_norm staleness_mean staleness_max tokens_sampled tokens_trained seconds flops reward_mean"
     assert set(promised.split()) <= first.keys()
     assert {"sample", "reward", "teach", "learn"} <= first["seconds"].keys()
     assert first["flops"].keys() == {"sample", "teach", "learn"}
@@ -69,7 +80,9 @@ def test_a_step_says_what_the_design_promises(tiny_run: Callable[..., Any]) -> N
     summary = "accuracy_before accuracy_after teacher_accuracy tokens_sampled tokens_sampled_total flops_total commit config_hash seed"
     assert {"recipe", "method", "steps", "seconds", *summary.split()} <= done.summary.keys()
     assert done.summary["tokens_sampled"] == sum(row["tokens_sampled"] for row in done.rows("metrics"))
-    assert done.summary["flops_total"] == pytest.approx(sum(sum(row["flops"].values()) for row in done.rows("metrics")))
+    assert done.summary["flops_total"] == pytest.approx(
+        sum(sum(row["flops"].values()) for row in done.rows("metrics"))
+    )
 
 
 def test_the_kl_of_a_step_is_the_reverse_kl_to_main(tiny_run: Callable[..., Any], student: str) -> None:
@@ -79,8 +92,10 @@ def test_the_kl_of_a_step_is_the_reverse_kl_to_main(tiny_run: Callable[..., Any]
         tiny_run("full", steps=1, task={"kind": "outside:Chat"}, teachers__main__model=student),
     )
     loss, kl = (full.rows("metrics")[0][name] for name in ("loss", "kl_nats_trained"))
-    assert kl == pytest.approx(loss, rel=1e-5)  # every position kept: the loss is the mean divergence
-    assert sampled.rows("metrics")[0]["kl_nats_trained"] == pytest.approx(kl, rel=1e-5)  # same attempts, same number
+    # every position kept: the loss is the mean divergence
+    assert kl == pytest.approx(loss, rel=1e-5)
+    # same attempts, same number
+    assert sampled.rows("metrics")[0]["kl_nats_trained"] == pytest.approx(kl, rel=1e-5)
     assert abs(home.rows("metrics")[0]["kl_nats_trained"]) < 1e-6
 
 
@@ -120,18 +135,30 @@ def test_doctor_opens_no_run(student: str, teacher: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(Run, "__init__", lambda self, *known: opened.append(known))
 
     async def findings() -> int:
-        return len([finding async for finding in examine(tiny.config("opd", student, teacher, track={"kind": "tensorboard"}), prompts=2)])
+        return len(
+            [
+                finding
+                async for finding in examine(
+                    tiny.config("opd", student, teacher, track={"kind": "tensorboard"}), prompts=2
+                )
+            ]
+        )
 
     assert asyncio.run(findings()) > 3
     assert opened == []
 
 
-def test_a_tracker_that_is_not_installed_is_named(tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_tracker_that_is_not_installed_is_named(
+    tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import sys
 
     from reflux.errors import ConfigError
 
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"track\.kind: 'wandb' is not installed .* pip install 'reflux\[track\]'"):
+    with pytest.raises(
+        ConfigError, match=r"track\.kind: 'wandb' is not installed .* pip install 'reflux\[track\]'"
+    ):
         tiny_run("opd", steps=1, out=tmp_path / "run", track={"kind": "wandb"})
-    tiny_run("opd", steps=1, out=tmp_path / "run")  # nothing of it is left in the way
+    # nothing of it is left in the way
+    tiny_run("opd", steps=1, out=tmp_path / "run")

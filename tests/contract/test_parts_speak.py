@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from reflux import checks
+from reflux.config.groups import BASES
 from reflux.config.recipe import load_recipe
-from reflux.config.registry import BASES, kinds, part, within
+from reflux.config.registry import kinds, part, within
 from reflux.errors import ConfigError
 from reflux.inspection.plan import plan
 from reflux.reports.diagnostics import own_charts
@@ -41,15 +42,22 @@ def test_every_part_of_a_run_is_found_with_its_place() -> None:
         ("learner", "learners"),
         ("objectives[0]", "objectives"),
     ]
-    assert {("teachers.main", "teachers"), ("teachers.main.context", "contexts"), ("credit.prefix", "credit")} <= set(places)
-    assert not [where for where, _ in places if where.endswith("length")]  # schedules are numbers
+    assert {
+        ("teachers.main", "teachers"),
+        ("teachers.main.context", "contexts"),
+        ("credit.prefix", "credit"),
+    } <= set(places)
+    # schedules are numbers
+    assert not [where for where, _ in places if where.endswith("length")]
 
 
 @pytest.mark.parametrize("cls", SHIPPED, ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
 def test_every_shipped_part_may_be_asked_everything(cls: Any) -> None:
     assert isinstance(cls.when, str)
     for name in ("refusals", "advice", "papers", "inputs", "diagnostics"):
-        assert callable(getattr(cls, name)), f"{cls.__name__} has a key named {name}, which hides what a part says of itself"
+        assert callable(getattr(cls, name)), (
+            f"{cls.__name__} has a key named {name}, which hides what a part says of itself"
+        )
 
 
 def refused(recipe: str, changes: dict[str, Any]) -> list[str]:
@@ -67,7 +75,8 @@ def test_every_shipped_part_is_whole_by_its_dotted_name(group: str, kind: str) -
 def test_two_margins_at_odds_are_told_once() -> None:
     behaviour = refused("uni_opd", {"credit.margin.action": "mask", "credit.other": {"kind": "margin"}})
     assert [line for line in behaviour if "never by both" in line] == [
-        "credit.margin and credit.other: a margin is kept by shifts or by masks, never by both. Keep one of them."
+        "credit.margin and credit.other: a margin is kept by shifts or by masks, never by both. Keep one of "
+        "them."
     ]
 
 
@@ -82,8 +91,13 @@ def test_turns_of_a_task_without_any_are_told() -> None:
 
 def test_two_scales_are_told_once() -> None:
     released = {"kind": "velocity_kl", "scale": "released"}
-    cfg = load_recipe("flow", {"objectives": [released, {**released, "coef": 0.5}, {"kind": "velocity_kl", "teacher": "anchor"}]})
-    assert [text.split(":")[0] for text in checks.warnings(cfg) if "their coefs do not compare" in text] == ["objectives[0]"]
+    cfg = load_recipe(
+        "flow",
+        {"objectives": [released, {**released, "coef": 0.5}, {"kind": "velocity_kl", "teacher": "anchor"}]},
+    )
+    assert [text.split(":")[0] for text in checks.warnings(cfg) if "their coefs do not compare" in text] == [
+        "objectives[0]"
+    ]
 
 
 def test_teachers_of_one_flow_hold_it_once() -> None:
@@ -105,9 +119,15 @@ def flops(recipe: str, changes: dict[str, Any]) -> float:
 def test_guidance_takes_two_passes_and_a_drawn_picture_all_its_steps() -> None:
     assert flops("flow", {"sampler.guidance": 2.0}) == pytest.approx(2 * flops("flow", {}))
     one = {"sampler.positions": 10, "sampler.generate.eval_steps": 10}
-    assert flops("flow_sft", {**one, "sampler.generate.eval_steps": 40}) == pytest.approx(4 * flops("flow_sft", one))
-    assert flops("flow_sft", {**one, "sampler.generate.eval_steps": 5}) == pytest.approx(flops("flow_sft", one))
-    assert flops("flow_sft", {**one, "sampler.generate.guidance": 3.0}) == pytest.approx(2 * flops("flow_sft", one))
+    assert flops("flow_sft", {**one, "sampler.generate.eval_steps": 40}) == pytest.approx(
+        4 * flops("flow_sft", one)
+    )
+    assert flops("flow_sft", {**one, "sampler.generate.eval_steps": 5}) == pytest.approx(
+        flops("flow_sft", one)
+    )
+    assert flops("flow_sft", {**one, "sampler.generate.guidance": 3.0}) == pytest.approx(
+        2 * flops("flow_sft", one)
+    )
 
 
 @pytest.mark.parametrize("recipe", ["opd", "flow"])
@@ -120,14 +140,24 @@ def test_adapters_take_less_than_all_weights(recipe: str) -> None:
 
 def test_a_plan_asks_no_prompt_of_what_lies_on_the_hub(tmp_path: Path) -> None:
     here, there = Jsonl(str(tmp_path / "p.jsonl")), Jsonl(dataset="somebody/questions")
-    assert [task.local for task in (here, there, Gsm8k(), Gsm8k(str(tmp_path)), WordProblems())] == [True, False, False, True, True]
+    assert [task.local for task in (here, there, Gsm8k(), Gsm8k(str(tmp_path)), WordProblems())] == [
+        True,
+        False,
+        False,
+        True,
+        True,
+    ]
     assert (Mix({"a": here, "b": WordProblems()}).local, Mix({"a": here, "b": there}).local) == (True, False)
     plan(load_recipe("opd", {"task": {"kind": "gsm8k"}}))
 
 
 def test_a_mix_judges_where_one_of_its_tasks_does() -> None:
     silent = Jsonl("p.jsonl", grader="none")
-    assert (silent.judges, Mix({"a": silent, "b": WordProblems()}).judges, Mix({"a": silent}).judges) == (False, True, False)
+    assert (silent.judges, Mix({"a": silent, "b": WordProblems()}).judges, Mix({"a": silent}).judges) == (
+        False,
+        True,
+        False,
+    )
 
 
 def test_parts_inside_others_show_themselves_too(tmp_path: Path) -> None:
@@ -143,10 +173,14 @@ def test_the_student_as_its_own_teacher_is_as_large_as_the_student_in_float32() 
     assert SelfTeacher().sources == ()
 
 
-def test_a_rules_notes_are_drawn_also_where_they_are_0_and_its_shift_where_it_gave_one(tmp_path: Path) -> None:
+def test_a_rules_notes_are_drawn_also_where_they_are_0_and_its_shift_where_it_gave_one(
+    tmp_path: Path,
+) -> None:
     def drawn(shift: float) -> set[str]:
         notes = {"weight_mean": 1.0, "advantage_offset_mean": shift, "mixed": 0.0, "spread": {"p50": 1.0}}
-        (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "credit": {"group_advantage": notes}}) + "\n")
+        (tmp_path / "metrics.jsonl").write_text(
+            json.dumps({"step": 1, "credit": {"group_advantage": notes}}) + "\n"
+        )
         (chart,) = own_charts({"credit": {"group_advantage": {}}}, Recorded(tmp_path), [])
         return {name for name, _, _ in chart.rows}
 
@@ -167,14 +201,20 @@ def test_a_sampler_of_ones_own_leaves_a_teacher_to_the_default_one(monkeypatch: 
 
 
 def test_an_evaluation_of_teachers_is_no_reason_to_refuse_a_run_without_any() -> None:
-    asked = {f"evals.{kind}": {"kind": kind, "teacher": "nobody"} for kind in ("teacher_accuracy", "agreement")}
+    asked = {
+        f"evals.{kind}": {"kind": kind, "teacher": "nobody"} for kind in ("teacher_accuracy", "agreement")
+    }
     checks.join(load_recipe("rl", asked))
     behaviour = refused("opd", asked)
-    assert [line.split(":")[0].split(" ")[0] for line in behaviour] == ["evals.agreement.teacher", "evals.teacher_accuracy.teacher"]
+    assert [line.split(":")[0].split(" ")[0] for line in behaviour] == [
+        "evals.agreement.teacher",
+        "evals.teacher_accuracy.teacher",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("recipe", "where"), [("everything", "credit.margin"), ("everything", "credit.balance"), ("peers", "teachers.main.context")]
+    ("recipe", "where"),
+    [("everything", "credit.margin"), ("everything", "credit.balance"), ("peers", "teachers.main.context")],
 )
 def test_a_threshold_of_summed_rewards_is_told(recipe: str, where: str) -> None:
     alone = load_recipe(recipe)
@@ -182,5 +222,6 @@ def test_a_threshold_of_summed_rewards_is_told(recipe: str, where: str) -> None:
     summed = load_recipe(recipe, {"rewards.again": {"kind": "verifier", "weight": 3.0}})
     told = [line for line in checks.warnings(summed) if line.startswith(f"{where}.threshold")]
     assert told == [
-        f"{where}.threshold = 0.5 is compared with the sum 1 x verifier + 3 x again. Set it to the least sum that counts as success."
+        f"{where}.threshold = 0.5 is compared with the sum 1 x verifier + 3 x again. Set it to the least sum "
+        "that counts as success."
     ]

@@ -1,4 +1,6 @@
-"""The pipeline alone, with a scripted attempt: what is started when, in which order it comes, and how it ends."""
+"""The pipeline alone, with a scripted attempt: what is started when, in which order it comes, and how it
+ends.
+"""
 
 from __future__ import annotations
 
@@ -51,12 +53,27 @@ class Script:
 
 
 def stream(
-    script: Script, *, steps: int = 4, per_step: int = 2, max_staleness: int = 0, first_step: int = 0, end: int | None = None
+    script: Script,
+    *,
+    steps: int = 4,
+    per_step: int = 2,
+    max_staleness: int = 0,
+    first_step: int = 0,
+    end: int | None = None,
 ) -> Pipeline:
-    return Pipeline(prompts(end), script, first_step=first_step, steps=steps, per_step=per_step, max_staleness=max_staleness)
+    return Pipeline(
+        prompts(end),
+        script,
+        first_step=first_step,
+        steps=steps,
+        per_step=per_step,
+        max_staleness=max_staleness,
+    )
 
 
-async def consume(pipe: Pipeline, script: Script, then: Callable[[int], Awaitable[None]] | None = None) -> list[list[Any]]:
+async def consume(
+    pipe: Pipeline, script: Script, then: Callable[[int], Awaitable[None]] | None = None
+) -> list[list[Any]]:
     """One new version a step, as the loop makes them."""
     found = []
     async with aclosing(pipe):
@@ -71,7 +88,11 @@ async def consume(pipe: Pipeline, script: Script, then: Callable[[int], Awaitabl
 @pytest.mark.parametrize("max_staleness", [0, 1, 2, 5])
 def test_steps_and_prompts_come_in_order_and_lag_is_bounded_and_reached(max_staleness: int) -> None:
     script = Script()
-    found = asyncio.run(consume(stream(script, steps=8, max_staleness=max_staleness), script, lambda done: asyncio.sleep(0.001)))
+    found = asyncio.run(
+        consume(
+            stream(script, steps=8, max_staleness=max_staleness), script, lambda done: asyncio.sleep(0.001)
+        )
+    )
     assert [[(step, prompt) for step, prompt, _ in groups] for groups in found] == [
         [(s, str(2 * s)), (s, str(2 * s + 1))] for s in range(8)
     ]
@@ -104,7 +125,8 @@ def test_never_more_in_flight_than_the_bound() -> None:
         script.land((0, "0"), (0, "1"))
         await first
         await asyncio.sleep(0.01)
-        assert pipe.in_flight == 4  # nothing is started while the consumer is at work
+        # nothing is started while the consumer is at work
+        assert pipe.in_flight == 4
         assert len(script.started) == 6
         await ahead.aclose()
 
@@ -145,7 +167,12 @@ def test_refresh_asks_the_same_prompts_again_under_the_weights_of_now(landed: bo
         assert [prompt for groups in found for _, prompt, _ in groups] == [str(i) for i in range(10)]
         assert [step - version for step, _, version in found[1]] == [0, 0]
         assert found[2][0] == (2, "4", 1)
-        assert {key for key in script.started if script.started.count(key) == 2} == {(1, "2"), (1, "3"), (2, "4"), (2, "5")}
+        assert {key for key in script.started if script.started.count(key) == 2} == {
+            (1, "2"),
+            (1, "3"),
+            (2, "4"),
+            (2, "5"),
+        }
         assert len(script.cancelled) == (0 if landed else 4)
 
     asyncio.run(main())
@@ -162,7 +189,8 @@ def test_a_dropped_attempt_is_gone_before_its_prompt_is_asked_again() -> None:
         try:
             await asyncio.sleep(0.001)
         except asyncio.CancelledError:
-            await asyncio.sleep(0.02)  # a model call that is finished, not interrupted
+            # a model call that is finished, not interrupted
+            await asyncio.sleep(0.02)
             ended.append(prompt.id)
             raise
         finally:
@@ -173,7 +201,8 @@ def test_a_dropped_attempt_is_gone_before_its_prompt_is_asked_again() -> None:
         pipe = Pipeline(prompts(), stubborn, first_step=0, steps=4, per_step=1, max_staleness=1)
         ahead = pipe.__aiter__()
         await anext(ahead)
-        pipe._start(upto=2)  # in flight and not landed, as behind a slow model
+        # in flight and not landed, as behind a slow model
+        pipe._start(upto=2)
         await asyncio.sleep(0)
         pipe.refresh()
         assert [groups async for groups in ahead] == [[[]]] * 3
@@ -206,7 +235,8 @@ def test_an_exception_surfaces_at_the_yield_of_its_step() -> None:
 
     async def then(done: int) -> None:
         seen.append(done)
-        await asyncio.sleep(0.01)  # the failing attempt has long ended
+        # the failing attempt has long ended
+        await asyncio.sleep(0.01)
 
     with pytest.raises(KeyError, match=r"attempt \(2, '5'\)"):
         asyncio.run(consume(stream(script, steps=6, max_staleness=3), script, then))
@@ -223,7 +253,8 @@ def test_an_exception_does_not_wait_for_its_siblings() -> None:
             script.land((0, "1"))
             with pytest.raises(KeyError):
                 await asyncio.wait_for(step, 1)
-            assert script.cancelled == [(0, "0"), (0, "2")]  # its own siblings; the next step goes on until the pipeline is closed
+            # its own siblings; the next step goes on until the pipeline is closed
+            assert script.cancelled == [(0, "0"), (0, "2")]
         assert sorted(script.cancelled) == sorted(set(script.started) - {(0, "1")})
         assert len(asyncio.all_tasks()) == 1
 
@@ -231,7 +262,9 @@ def test_an_exception_does_not_wait_for_its_siblings() -> None:
 
 
 class Deadlock(Script):
-    """Attempts that wait for their siblings, as those of a cohort do. `fails` says how an attempt ends that never asks."""
+    """Attempts that wait for their siblings, as those of a cohort do. `fails` says how an attempt ends that
+    never asks.
+    """
 
     def __init__(self, ends: Mapping[tuple[int, str], BaseException]):
         super().__init__()
@@ -254,7 +287,9 @@ ENDINGS = [KeyError("broken"), TimeoutError(), asyncio.CancelledError()]
 @pytest.mark.parametrize("then", ["nothing", "settle", "settle and refresh", "refresh"])
 @pytest.mark.parametrize("max_staleness", [0, 1, 2])
 @pytest.mark.parametrize("ending", ENDINGS, ids=lambda ending: type(ending).__name__)
-def test_a_cohort_that_is_never_whole_ends_with_the_error(ending: BaseException, max_staleness: int, then: str) -> None:
+def test_a_cohort_that_is_never_whole_ends_with_the_error(
+    ending: BaseException, max_staleness: int, then: str
+) -> None:
     """Where its siblings would wait for ever, at the yield of its step, whatever the consumer does before."""
 
     async def main() -> list[int]:
@@ -291,7 +326,10 @@ def test_an_error_comes_before_its_siblings_cancellations_and_of_several_the_fir
 
     both = {(0, "2"): KeyError("two"), (0, "1"): KeyError("one")}
     assert asyncio.run(ends(both)) == "KeyError('one')"
-    assert asyncio.run(ends({(0, "0"): asyncio.CancelledError(), (0, "2"): KeyError("two")})) == "KeyError('two')"
+    assert (
+        asyncio.run(ends({(0, "0"): asyncio.CancelledError(), (0, "2"): KeyError("two")}))
+        == "KeyError('two')"
+    )
 
 
 def test_no_error_is_left_for_the_garbage_collector_to_tell() -> None:
@@ -318,12 +356,15 @@ def test_a_sibling_is_cancelled_once_so_that_it_can_clean_up() -> None:
         try:
             await asyncio.Event().wait()
         finally:
-            await asyncio.sleep(0.01 * (1 + int(prompt.id)))  # the first is gone while the last still cleans up
+            # the first is gone while the last still cleans up
+            await asyncio.sleep(0.01 * (1 + int(prompt.id)))
             cleaned.append(prompt.id)
         return []
 
     async def main() -> None:
-        async with aclosing(Pipeline(prompts(), attempt, first_step=0, steps=1, per_step=4, max_staleness=0)) as pipe:
+        async with aclosing(
+            Pipeline(prompts(), attempt, first_step=0, steps=1, per_step=4, max_staleness=0)
+        ) as pipe:
             with pytest.raises(KeyError, match="1"):
                 await anext(pipe)
 
@@ -342,7 +383,9 @@ def test_an_error_of_an_attempt_that_is_being_dropped_is_not_lost() -> None:
         return []
 
     async def main() -> None:
-        async with aclosing(Pipeline(prompts(), attempt, first_step=0, steps=3, per_step=1, max_staleness=1)) as pipe:
+        async with aclosing(
+            Pipeline(prompts(), attempt, first_step=0, steps=3, per_step=1, max_staleness=1)
+        ) as pipe:
             await anext(pipe)
             await asyncio.sleep(0)
             pipe.refresh()
@@ -386,7 +429,9 @@ def test_closing_waits_for_what_was_dropped() -> None:
                 gone.append(prompt.id)
             return []
 
-        async with aclosing(Pipeline(prompts(), stubborn, first_step=0, steps=4, per_step=1, max_staleness=1)) as pipe:
+        async with aclosing(
+            Pipeline(prompts(), stubborn, first_step=0, steps=4, per_step=1, max_staleness=1)
+        ) as pipe:
             await anext(pipe)
             pipe.refresh()
         assert gone == ["0", "1"]

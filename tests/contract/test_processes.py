@@ -1,4 +1,6 @@
-"""Shipped samplers, teachers, learners and the verifier, opened in a spawned process from pickled values, give the same bits."""
+"""Shipped samplers, teachers, learners and the verifier, opened in a spawned process from pickled values,
+give the same bits.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,14 @@ import pytest
 import alone
 import tiny
 import tiny_flow
+from reflux.config.bases import recipe_names
 from reflux.config.context import Generation
-from reflux.config.recipe import load_recipe, part_context, recipe_names
+from reflux.config.recipe import load_recipe, part_context
 from reflux.config.registry import build, kinds
+from reflux.config.requirements import Requirements
 from reflux.samplers.flow import Flow as FlowSampler
 from reflux.tasks.word_problems import WordProblems
-from reflux.types import Attempt, Prompt, Requirements
+from reflux.types import Attempt, Prompt
 
 WANTS = Requirements(behaviour=3, now_at_behaviour=True, logp=True, candidates=3, spans=True, reward=True)
 FLOW = FlowSampler(steps=4, eval_steps=3)
@@ -57,7 +61,8 @@ def images(number: int = 2) -> list[Prompt]:
     return [Prompt(f"p{i}", ({"role": "user", "content": tiny_flow.TEXTS[1 + i]},)) for i in range(number)]
 
 
-# Each shipped part with what it needs to be opened; a part that is added to a registry and not here fails the test of its group.
+# Each shipped part with what it needs to be opened; a part that is added to a registry and not here fails the
+# test of its group.
 SAMPLERS: dict[str, dict[str, Any]] = {
     "hf": {"max_tokens": 8},
     "references": {"generate": {"kind": "hf", "max_tokens": 8}},
@@ -78,13 +83,19 @@ TASKS: dict[str, dict[str, Any]] = {
 
 def told(kind: str, student: str, flows: dict[str, str], **fields: Any) -> Any:
     """The context of a part of texts or images."""
-    common = {"generation": FLOW.generation, "model": flows["student"]} if kind in ("flow", "teacher_samples") else {"model": student}
+    common = (
+        {"generation": FLOW.generation, "model": flows["student"]}
+        if kind in ("flow", "teacher_samples")
+        else {"model": student}
+    )
     return tiny.context(WANTS, **{"task": WordProblems(), "generation": Generation(), **common, **fields})
 
 
 def test_no_shipped_part_is_forgotten() -> None:
     tables = {"samplers": SAMPLERS, "teachers": TEACHERS, "learners": LEARNERS, "tasks": TASKS}
-    assert {group: sorted(table) for group, table in tables.items()} == {group: sorted(kinds(group)) for group in tables}
+    assert {group: sorted(table) for group, table in tables.items()} == {
+        group: sorted(kinds(group)) for group in tables
+    }
     assert set(REWARDS) <= set(kinds("rewards"))
 
 
@@ -92,22 +103,34 @@ def test_no_shipped_part_is_forgotten() -> None:
 def test_samplers(elsewhere: ProcessPoolExecutor, student: str, flows: dict[str, str], kind: str) -> None:
     part = build("samplers", {"kind": kind, **SAMPLERS[kind]}, "sampler")
     teachers = (
-        {"main": build("teachers", {"kind": "flow", "model": flows["teacher"]}, "teachers.main")} if kind == "teacher_samples" else {}
+        {"main": build("teachers", {"kind": "flow", "model": flows["teacher"]}, "teachers.main")}
+        if kind == "teacher_samples"
+        else {}
     )
     flow = kind in ("flow", "teacher_samples")
     weights = (tiny_flow.model(5).net if flow else tiny.net(5, lift=1.5)).state_dict()
     context = told(kind, student, flows, name="sampler", teachers=teachers)
-    before, after = same_bits(elsewhere, "sampler", part, context, {"prompts": images() if flow else texts(), "weights": dict(weights)})
+    before, after = same_bits(
+        elsewhere,
+        "sampler",
+        part,
+        context,
+        {"prompts": images() if flow else texts(), "weights": dict(weights)},
+    )
     if part.on_policy:
         assert before[0] != after
 
 
 @pytest.mark.parametrize("kind", TEACHERS)
-def test_teachers(elsewhere: ProcessPoolExecutor, student: str, teacher: str, flows: dict[str, str], kind: str) -> None:
+def test_teachers(
+    elsewhere: ProcessPoolExecutor, student: str, teacher: str, flows: dict[str, str], kind: str
+) -> None:
     model = {"model": flows["teacher"] if kind == "flow" else teacher} if TEACHERS[kind] else {"ema": 0.5}
     part = build("teachers", {"kind": kind, **model}, "teachers.main")
     flow = kind == "flow"
-    rollouts: list[Any] = [tiny_flow.rollout(4, seed=i) if flow else tiny.rollout(5 + i, seed=i) for i in range(2)]
+    rollouts: list[Any] = [
+        tiny_flow.rollout(4, seed=i) if flow else tiny.rollout(5 + i, seed=i) for i in range(2)
+    ]
     nets = [(tiny_flow.model(seed).net if flow else tiny.net(seed, lift=1.5)) for seed in (5, 6)]
     more = {"rollouts": rollouts, "weights": dict(nets[0].state_dict()), "later": dict(nets[1].state_dict())}
     answers, later = same_bits(elsewhere, "teacher", part, told(kind, student, flows), more)
@@ -118,11 +141,19 @@ def test_teachers(elsewhere: ProcessPoolExecutor, student: str, teacher: str, fl
 @pytest.mark.parametrize("kind", LEARNERS)
 def test_learners(elsewhere: ProcessPoolExecutor, student: str, flows: dict[str, str], kind: str) -> None:
     flow = kind == "flow"
-    part = build("learners", {"kind": kind, "model": flows["student"] if flow else student, **LEARNERS[kind]}, "learner")
-    rollouts: list[Any] = [tiny_flow.rollout(4, seed=i) if flow else tiny.rollout(5 + i, seed=i) for i in range(3)]
+    part = build(
+        "learners",
+        {"kind": kind, "model": flows["student"] if flow else student, **LEARNERS[kind]},
+        "learner",
+    )
+    rollouts: list[Any] = [
+        tiny_flow.rollout(4, seed=i) if flow else tiny.rollout(5 + i, seed=i) for i in range(3)
+    ]
     attempts, objectives = alone.with_targets(rollouts)
     context = told(kind, student, flows, name="learner")
-    _, _, (version, _), (one, again) = same_bits(elsewhere, "learner", part, context, {"attempts": attempts, "objectives": objectives})
+    _, _, (version, _), (one, again) = same_bits(
+        elsewhere, "learner", part, context, {"attempts": attempts, "objectives": objectives}
+    )
     assert version == "2"
     assert one == again
 
@@ -131,19 +162,28 @@ def test_learners(elsewhere: ProcessPoolExecutor, student: str, flows: dict[str,
 def test_rewards(elsewhere: ProcessPoolExecutor, student: str, kind: str) -> None:
     part = build("rewards", {"kind": kind, **REWARDS[kind]}, "reward")
     prompt = texts(1)[0]
-    made = [dataclasses.replace(tiny.rollout(3, seed=i), prompt=prompt, text=text) for i, text in enumerate(alone.as_texts(prompt))]
-    right, wrong = same_bits(elsewhere, "reward", part, told("hf", student, {}), {"group": [Attempt(rollout) for rollout in made]})
+    made = [
+        dataclasses.replace(tiny.rollout(3, seed=i), prompt=prompt, text=text)
+        for i, text in enumerate(alone.as_texts(prompt))
+    ]
+    right, wrong = same_bits(
+        elsewhere, "reward", part, told("hf", student, {}), {"group": [Attempt(rollout) for rollout in made]}
+    )
     assert (right[1]["value"], wrong[1]["value"]) == ("1.0", "0.0")
 
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_tasks(elsewhere: ProcessPoolExecutor, tmp_path: Path, kind: str) -> None:
-    rows = [f'{{"question": "{n} + 1?", "prompt": "{n} + 1?", "answer": "#### {n + 1}"}}\n' for n in range(40)]
+    rows = [
+        f'{{"question": "{n} + 1?", "prompt": "{n} + 1?", "answer": "#### {n + 1}"}}\n' for n in range(40)
+    ]
     for name in ("rows", "train", "test"):
         (tmp_path / f"{name}.jsonl").write_text("".join(rows))
     fields = {key: str(tmp_path / value) if key == "path" else value for key, value in TASKS[kind].items()}
     part = build("tasks", {"kind": kind, **fields}, "task")
-    same_bits(elsewhere, "task", part, None, {"made": alone.as_pictures if kind == "glyphs" else alone.as_texts})
+    same_bits(
+        elsewhere, "task", part, None, {"made": alone.as_pictures if kind == "glyphs" else alone.as_texts}
+    )
 
 
 @pytest.mark.parametrize("recipe", recipe_names())

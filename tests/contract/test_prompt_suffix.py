@@ -1,4 +1,6 @@
-"""A text that ends every prompt, such as the opening of thinking: it belongs to the prompt, once, for whoever renders it."""
+"""A text that ends every prompt, such as the opening of thinking: it belongs to the prompt, once, for whoever
+renders it.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,10 @@ import tomli_w
 import tiny
 from laws.test_own_rng import PROMPTS, ask, sampled
 from reflux.assets.characters import TEMPLATE, character_tokenizer
+from reflux.config.step_context import SamplingParams
 from reflux.errors import ModelError
 from reflux.models.tokenizer import Renderer, end_ids, special_ids
 from reflux.teachers.in_process_teacher import InProcessTeacher
-from reflux.types import SamplingParams
 
 CHAT = {"kind": "outside:Chat"}
 ASK = ({"role": "user", "content": "2+3?"},)
@@ -28,7 +30,9 @@ def thinker(template: str | None = TEMPLATE, special: bool = True) -> Any:
     """The character tokenizer with tokens for thinking, declared special or not."""
     tokenizer = character_tokenizer()
     if special:
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<system>", "<user>", "<assistant>", "<think>", "</think>"]})
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": ["<system>", "<user>", "<assistant>", "<think>", "</think>"]}
+        )
     else:
         tokenizer.add_tokens(["<think>", "</think>"])
     tokenizer.chat_template = template
@@ -44,13 +48,24 @@ def test_a_suffix_ends_the_prompt_after_the_turn_is_opened(special: bool) -> Non
     tokenizer = thinker(special=special)
     ids = Renderer(tokenizer, suffix=THINK).ids(ASK)
     assert words(tokenizer, ids) == "<user>2+3?<assistant><think>\n"
-    assert ids == [*Renderer(tokenizer).ids(ASK), tokenizer.convert_tokens_to_ids("<think>"), tokenizer.convert_tokens_to_ids("\n")]
-    assert Renderer(tokenizer, suffix="").ids(ASK) == Renderer(tokenizer, suffix=None).ids(ASK) == Renderer(tokenizer).ids(ASK)
+    assert ids == [
+        *Renderer(tokenizer).ids(ASK),
+        tokenizer.convert_tokens_to_ids("<think>"),
+        tokenizer.convert_tokens_to_ids("\n"),
+    ]
+    assert (
+        Renderer(tokenizer, suffix="").ids(ASK)
+        == Renderer(tokenizer, suffix=None).ids(ASK)
+        == Renderer(tokenizer).ids(ASK)
+    )
 
 
 def test_a_suffix_need_not_be_made_of_tokens_of_its_own() -> None:
     tokenizer = character_tokenizer()
-    assert words(tokenizer, Renderer(tokenizer, suffix="Let me see: ").ids(ASK)) == "<user>2+3?<assistant>Let me see: "
+    assert (
+        words(tokenizer, Renderer(tokenizer, suffix="Let me see: ").ids(ASK))
+        == "<user>2+3?<assistant>Let me see: "
+    )
 
 
 @pytest.mark.parametrize("suffix", [THINK, "<think>", "\n<think>", "<think>\n\n"])
@@ -62,7 +77,10 @@ def test_a_template_that_opens_thinking_itself_is_left_as_it_is(suffix: str) -> 
 def test_it_is_the_template_that_is_asked_and_not_what_a_user_says() -> None:
     """A question that ends like the suffix opens nothing, without a template either."""
     ask = ({"role": "user", "content": "what is <think>\n"},)
-    for template, expected in ((TEMPLATE, "<user>what is <think>\n<assistant><think>\n"), (None, "what is <think>\n<think>\n")):
+    for template, expected in (
+        (TEMPLATE, "<user>what is <think>\n<assistant><think>\n"),
+        (None, "what is <think>\n<think>\n"),
+    ):
         tokenizer = thinker(template, special=False)
         assert words(tokenizer, Renderer(tokenizer, suffix=THINK).ids(ask)) == expected
 
@@ -83,7 +101,10 @@ def test_every_turn_of_the_student_is_opened_with_it_and_no_other_text_ends_with
     tokenizer = thinker()
     renderer = Renderer(tokenizer, suffix=THINK)
     before = (*ASK, {"role": "assistant", "content": "5"})
-    assert words(tokenizer, renderer.reply_ids(before, ({"role": "tool", "content": "no"},))) == "<user>no<assistant><think>\n"
+    assert (
+        words(tokenizer, renderer.reply_ids(before, ({"role": "tool", "content": "no"},)))
+        == "<user>no<assistant><think>\n"
+    )
     assert renderer.text(before, begin_turn=False) == "<user>2+3?<assistant>5<end>"
 
 
@@ -93,12 +114,15 @@ def test_a_given_answer_is_written_from_behind_the_suffix(template: str | None, 
     tokenizer = thinker(template)
     renderer = Renderer(tokenizer, suffix=THINK)
     assert words(tokenizer, renderer.answer_ids(ASK, answer, end_ids(tokenizer))) == "5<end>"
-    assert words(tokenizer, renderer.answer_ids(ASK, "5<think>\n", end_ids(tokenizer))) == "5< think>\n<end>"  # elsewhere it is data
+    # elsewhere it is data
+    assert words(tokenizer, renderer.answer_ids(ASK, "5<think>\n", end_ids(tokenizer))) == "5< think>\n<end>"
 
 
 def test_a_suffix_that_the_tokenizer_cannot_write_is_refused() -> None:
     tokenizer = character_tokenizer()
-    with pytest.raises(ModelError, match=r"prompt_suffix = '<thinké>' holds what the tokenizer has no token for"):
+    with pytest.raises(
+        ModelError, match=r"prompt_suffix = '<thinké>' holds what the tokenizer has no token for"
+    ):
         Renderer(tokenizer, suffix="<thinké>").ids(ASK)
 
 
@@ -135,7 +159,8 @@ def test_the_sampler_begins_behind_it(student: str, teacher: str, tmp_path: Path
     for one, other in zip(plain, suffixed, strict=True):
         assert other.prompt_tokens.tolist() == [*one.prompt_tokens, *ids_of(SEE)]
         assert not other.text.startswith(SEE)
-    assert [one.text for one in plain] != [other.text for other in suffixed]  # it was read
+    # it was read
+    assert [one.text for one in plain] != [other.text for other in suffixed]
 
 
 CONTEXTS = {"same": {"kind": "same"}, "another": {"kind": "privileged"}}
@@ -147,7 +172,9 @@ TEACHERS = {"local": {"kind": "local", "model": "", "system": "be brief"}, "self
 def test_the_teacher_reads_the_same_end_of_the_prompt(
     tiny_run: Callable[..., Any], teacher: str, monkeypatch: pytest.MonkeyPatch, kind: str, context: str
 ) -> None:
-    """Whether it reads the student's own prompt, or renders another one from other messages: once, right before the answer."""
+    """Whether it reads the student's own prompt, or renders another one from other messages: once, right
+    before the answer.
+    """
     seen = []
     sequence = InProcessTeacher._sequence
 
@@ -173,7 +200,9 @@ def test_given_answers_follow_it(student: str, teacher: str, tmp_path: Path) -> 
     """A reference that begins with it is not told twice."""
     cfg = tiny.config("sft", student, teacher, task=CHAT, learner__prompt_suffix=SEE)
     prompts = [replace(PROMPTS[0], references=(answer,)) for answer in ("ok", f"{SEE}ok")]
-    groups = sampled(cfg, tmp_path / "run", lambda acting: ask(acting, prompts, 1, SamplingParams(0, "train", 9)))
+    groups = sampled(
+        cfg, tmp_path / "run", lambda acting: ask(acting, prompts, 1, SamplingParams(0, "train", 9))
+    )
     for (attempt,) in groups:
         assert attempt.rollout.prompt_tokens.tolist()[-5:] == ids_of(SEE)
         assert attempt.rollout.tokens_T.tolist() == [*ids_of("ok"), character_tokenizer().eos_token_id]
@@ -190,9 +219,9 @@ def test_special_tokens_are_the_declared_ones_that_end_no_turn() -> None:
     found = special_ids(thinking, end_ids(thinking))
     assert set(thinking.convert_tokens_to_ids(["<think>", "</think>"])) <= found
     assert thinking.eos_token_id not in found
-    assert special_ids(thinking, (*end_ids(thinking), thinking.convert_tokens_to_ids("</think>"))) == found - {
-        thinking.convert_tokens_to_ids("</think>")
-    }
+    assert special_ids(
+        thinking, (*end_ids(thinking), thinking.convert_tokens_to_ids("</think>"))
+    ) == found - {thinking.convert_tokens_to_ids("</think>")}
 
 
 def test_what_is_special_is_what_decoding_leaves_out() -> None:
@@ -207,7 +236,12 @@ def test_reflux_eval_asks_a_run_as_the_run_did(tmp_path: Path) -> None:
     from reflux.cli.evaluate import _table
 
     behaviour = {"system": "Be brief.", "template": {"think": True}, "prompt_suffix": "<think>"}
-    own = {"steps": 1, "task": {"kind": "word_problems"}, "sampler": {"kind": "hf"}, "learner": {"kind": "hf", "lr": 1e-3, **behaviour}}
+    own = {
+        "steps": 1,
+        "task": {"kind": "word_problems"},
+        "sampler": {"kind": "hf"},
+        "learner": {"kind": "hf", "lr": 1e-3, **behaviour},
+    }
     (tmp_path / "config.toml").write_text(tomli_w.dumps(own))
     (tmp_path / "student").mkdir()
     (tmp_path / "student" / "config.json").write_text("{}")

@@ -1,4 +1,6 @@
-"""Several rewards of a recipe are one: values add up by weights, and what each of them says is kept under its name."""
+"""Several rewards of a recipe are one: values add up by weights, and what each of them says is kept under its
+name.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ def asked(size: int, **rewards: Fixed) -> list[Reward] | None:
             return None if reward is None else await reward.score(group)
 
     found = asyncio.run(ask())
-    assert [attempt.reward for attempt in group] == [None] * size  # asking changes nothing
+    # asking changes nothing
+    assert [attempt.reward for attempt in group] == [None] * size
     return found
 
 
@@ -63,7 +66,9 @@ def test_one_reward_of_weight_1_is_unchanged() -> None:
 
 
 def test_one_reward_of_another_weight_is_a_sum_of_one() -> None:
-    assert asked(1, mine=Fixed(-2.0, Reward(0.25, {"style": 0.5}))) == [Reward(-0.5, {"mine": 0.25, "mine.style": 0.5})]
+    assert asked(1, mine=Fixed(-2.0, Reward(0.25, {"style": 0.5}))) == [
+        Reward(-0.5, {"mine": 0.25, "mine.style": 0.5})
+    ]
 
 
 def test_values_add_up_by_weight_and_everything_is_kept_under_its_name() -> None:
@@ -111,7 +116,9 @@ def test_the_kind_of_a_reward_is_its_name_where_none_is_written() -> None:
     assert cfg.rewards == {"right": Verifier(weight=2.0)}
 
 
-@pytest.mark.parametrize("old", [{"reward.kind": "verifier"}, {"reward": {"kind": "verifier"}}, {"reward": "none"}])
+@pytest.mark.parametrize(
+    "old", [{"reward.kind": "verifier"}, {"reward": {"kind": "verifier"}}, {"reward": "none"}]
+)
 def test_the_key_reward_is_refused_with_the_form_to_write(old: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"^reward: rewards are named tables. Write \[rewards.verifier\]"):
         load_recipe("opd", old)
@@ -125,10 +132,14 @@ def test_a_weight_is_a_finite_number(weight: str) -> None:
 
 def test_a_weight_of_0_is_said() -> None:
     behaviour = [
-        text for text in checks.warnings(load_recipe("rl", {"rewards.other": {"kind": "verifier", "weight": 0}})) if "rewards" in text
+        text
+        for text in checks.warnings(load_recipe("rl", {"rewards.other": {"kind": "verifier", "weight": 0}}))
+        if "rewards" in text
     ]
     assert len(behaviour) == 1
-    assert behaviour[0].startswith("rewards.other.weight = 0: this reward is asked and recorded, and its value counts nothing.")
+    assert behaviour[0].startswith(
+        "rewards.other.weight = 0: this reward is asked and recorded, and its value counts nothing."
+    )
 
 
 def test_a_run_with_two_rewards_records_both_and_learns_from_their_sum(tiny_run: Callable[..., Any]) -> None:
@@ -136,7 +147,9 @@ def test_a_run_with_two_rewards_records_both_and_learns_from_their_sum(tiny_run:
     done = tiny_run("rl", steps=1, task=CHAT, group_size=3, rewards=two)
     rows = [row for row in done.rows("attempts") if row["kind"] == "attempt"]
     missing = [row for row in rows if row["prompt"] == "train-1"]
-    assert [(row["reward"], row["error"]) for row in missing] == [(None, "rewards.brief: this prompt is not judged")] * 3
+    assert [(row["reward"], row["error"]) for row in missing] == [
+        (None, "rewards.brief: this prompt is not judged")
+    ] * 3
     others = [row for row in rows if row["prompt"] != "train-1"]
     assert others
     for row in others:
@@ -165,7 +178,13 @@ def acted(finish: Any, reward: float | None) -> Attempt:
 
 def test_the_reward_of_an_environment_is_its_sum_or_why_there_is_none() -> None:
     unjudged = {"tool_error": "a tool of the environment failed", "timeout": "the environment took too long"}
-    attempts = [acted("stop", 0.5), acted("length", -1.0), acted("max_turns", 0.0), acted("length", None), acted("stop", float("nan"))]
+    attempts = [
+        acted("stop", 0.5),
+        acted("length", -1.0),
+        acted("max_turns", 0.0),
+        acted("length", None),
+        acted("stop", float("nan")),
+    ]
     attempts += [acted(finish, 1.0) for finish in ("error", *unjudged)]
 
     async def score() -> list[Reward]:
@@ -190,15 +209,21 @@ def test_an_environment_judges_texts_alone() -> None:
 
 
 def test_it_stands_beside_others_in_a_run(tiny_run: Callable[..., Any]) -> None:
-    """`Unruly` gives a turn its length, so the record's sum is that of what the student wrote, where nothing failed."""
-    rewards = {"rewards__told": {"kind": "environment", "weight": 0.5}, "rewards__verifier": {"kind": "verifier"}}
+    """`Unruly` gives a turn its length, so the record's sum is that of what the student wrote, where nothing
+    failed.
+    """
+    rewards = {
+        "rewards__told": {"kind": "environment", "weight": 0.5},
+        "rewards__verifier": {"kind": "verifier"},
+    }
     limits = {"sampler__max_tokens": 60, "sampler__max_turns": 2, "sampler__environment_timeout_s": 0.05}
     done = tiny_run("opd", steps=1, group_size=2, task={"kind": "outside:Unruly"}, **rewards, **limits)
     rows = [row for row in done.rows("attempts") if row["kind"] == "attempt"]
     assert {row["finish"] for row in rows} >= {"stop", "max_turns", "tool_error", "timeout"}
     for row in rows:
         if row["finish"] in ("stop", "max_turns"):
-            written = len(row["text"]) - (not all(row["mask"]))  # two turns stand a line apart
+            # two turns stand a line apart
+            written = len(row["text"]) - (not all(row["mask"]))
             assert row["parts"]["told"] == written
             assert row["reward"] == 0.5 * written + row["parts"]["verifier"]
         elif row["finish"] != "length":
@@ -207,10 +232,15 @@ def test_it_stands_beside_others_in_a_run(tiny_run: Callable[..., Any]) -> None:
 
 def test_it_needs_a_task_with_turns(student: str, teacher: str) -> None:
     single = tiny.config("opd", student, teacher, task=CHAT, rewards__told={"kind": "environment"})
-    with pytest.raises(ConfigError, match=r"rewards.told: the task 'outside:Chat' opens no environment, so nothing would have a reward"):
+    with pytest.raises(
+        ConfigError,
+        match=r"rewards.told: the task 'outside:Chat' opens no environment, so nothing would have a reward",
+    ):
         checks.join(single)
     several = {**CHAT, "replies": 1}
-    assert checks.join(tiny.config("opd", student, teacher, task=several, rewards__told={"kind": "environment"})).reward
+    assert checks.join(
+        tiny.config("opd", student, teacher, task=several, rewards__told={"kind": "environment"})
+    ).reward
     mixed = {"kind": "mix", "parts": {"a": CHAT, "b": several}}
     checks.join(tiny.config("opd", student, teacher, task=mixed, rewards__told={"kind": "environment"}))
     given = tiny.config("sft", student, teacher, task=several, rewards__told={"kind": "environment"})

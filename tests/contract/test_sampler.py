@@ -13,9 +13,10 @@ import torch
 
 import tiny
 from laws.test_own_rng import PROMPTS, ask, sampled
+from reflux.config.step_context import SamplingParams
 from reflux.errors import DataError, ModelError
 from reflux.runtime.weights import InMemory
-from reflux.types import Prompt, SamplingParams, TopKTarget
+from reflux.types import Prompt, TopKTarget
 from tiny import END
 
 CHAT = {"kind": "outside:Chat"}
@@ -25,7 +26,12 @@ CHAT = {"kind": "outside:Chat"}
 def run_sampler(student: str, teacher: str, tmp_path: Path) -> Callable[..., Any]:
     numbers = count()
 
-    def act(prompts: list[Prompt] = PROMPTS, n: int = 2, draw: SamplingParams = SamplingParams(0, "train", 25), **more: Any) -> list[Any]:
+    def act(
+        prompts: list[Prompt] = PROMPTS,
+        n: int = 2,
+        draw: SamplingParams = SamplingParams(0, "train", 25),
+        **more: Any,
+    ) -> list[Any]:
         cfg = tiny.config("opd", student, teacher, task=CHAT, **more)
         groups = sampled(cfg, tmp_path / f"run{next(numbers)}", lambda acting: ask(acting, prompts, n, draw))
         return [attempt.rollout for group in groups for attempt in group]
@@ -49,12 +55,18 @@ def chr_of(tokens_T: np.ndarray) -> list[str]:
     from reflux.assets.characters import character_tokenizer
 
     tokenizer = character_tokenizer()
-    return [token for token in tokenizer.convert_ids_to_tokens(tokens_T.tolist()) if token not in tokenizer.all_special_tokens]
+    return [
+        token
+        for token in tokenizer.convert_ids_to_tokens(tokens_T.tolist())
+        if token not in tokenizer.all_special_tokens
+    ]
 
 
 def test_samples_are_numbered_in_their_group(run_sampler: Callable[..., Any]) -> None:
     rollouts = run_sampler(n=3)
-    assert [(r.prompt.id, r.sample) for r in rollouts] == [(prompt.id, s) for prompt in PROMPTS for s in range(3)]
+    assert [(r.prompt.id, r.sample) for r in rollouts] == [
+        (prompt.id, s) for prompt in PROMPTS for s in range(3)
+    ]
 
 
 def test_a_stop_text_ends_an_answer_and_is_part_of_it(run_sampler: Callable[..., Any]) -> None:
@@ -76,7 +88,9 @@ def test_a_stop_text_may_be_several_tokens_long(run_sampler: Callable[..., Any])
     text = max((r.text for r in free), key=len)
     for size in (3, 10):
         word = text[5 : 5 + size]
-        for whole, cut in zip(free, run_sampler(draw=SamplingParams(0, "train", 25, stop=(word,))), strict=True):
+        for whole, cut in zip(
+            free, run_sampler(draw=SamplingParams(0, "train", 25, stop=(word,))), strict=True
+        ):
             found = whole.text.find(word)
             assert cut.text == (whole.text if found < 0 else whole.text[: found + size])
 
@@ -90,9 +104,13 @@ def test_the_window_bounds_the_answer(run_sampler: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(("text", "limit"), [("x" * 600, 0), ("x" * 510, 0), ("x" * 20, 10)])
-def test_a_prompt_that_is_too_long_is_refused_in_words(run_sampler: Callable[..., Any], text: str, limit: int) -> None:
+def test_a_prompt_that_is_too_long_is_refused_in_words(
+    run_sampler: Callable[..., Any], text: str, limit: int
+) -> None:
     prompt = Prompt("p7", ({"role": "user", "content": text},))
-    with pytest.raises(DataError, match=rf"prompt p7 has {len(text) + 2} tokens, more than the {limit or 511} that fit"):
+    with pytest.raises(
+        DataError, match=rf"prompt p7 has {len(text) + 2} tokens, more than the {limit or 511} that fit"
+    ):
         run_sampler(prompts=[prompt], sampler__max_prompt_tokens=limit)
 
 
@@ -108,20 +126,25 @@ def test_an_empty_prompt_is_a_turn_of_no_words(run_sampler: Callable[..., Any]) 
     assert len(r.prompt_tokens) == 2
 
 
-def test_what_the_student_said_is_recorded_where_it_is_wanted(student: str, teacher: str, tmp_path: Path) -> None:
+def test_what_the_student_said_is_recorded_where_it_is_wanted(
+    student: str, teacher: str, tmp_path: Path
+) -> None:
     """Its own top-k, at temperature 1, nothing else."""
     import asyncio
     from dataclasses import replace
 
+    from reflux.config.requirements import Requirements
     from reflux.loop import lasting, open_parts
     from reflux.training import Options, Run
-    from reflux.types import Requirements
 
     cfg = tiny.config("opd", student, teacher, task={"kind": "outside:Chat", "replies": 1})
 
     async def main() -> Any:
         run = Run.open(cfg, Requirements(behaviour=4), Options(tmp_path / "run"))
-        async with lasting(run), open_parts(replace(cfg, teachers={}), run.context, run.services) as (learner, acting, *_):
+        async with (
+            lasting(run),
+            open_parts(replace(cfg, teachers={}), run.context, run.services) as (learner, acting, *_),
+        ):
             groups = await ask(acting, PROMPTS, 1, SamplingParams(0, "train", 25, temperature=0.8))
             return [group[0].rollout for group in groups], learner.model.net
 
@@ -136,26 +159,35 @@ def test_what_the_student_said_is_recorded_where_it_is_wanted(student: str, teac
         np.testing.assert_allclose(r.behaviour.logp_T, r.logp_raw_T, atol=0)
 
 
-def wanted(cfg: Any, folder: Path, draw: SamplingParams, prompts: list[Prompt] = PROMPTS, **requirements: Any) -> list[Any]:
+def wanted(
+    cfg: Any, folder: Path, draw: SamplingParams, prompts: list[Prompt] = PROMPTS, **requirements: Any
+) -> list[Any]:
     """Rollouts of a sampler of whom this is wanted."""
     import asyncio
     from dataclasses import replace
 
+    from reflux.config.requirements import Requirements
     from reflux.loop import lasting, open_parts
     from reflux.training import Options, Run
-    from reflux.types import Requirements
 
     async def main() -> list[Any]:
         run = Run.open(cfg, Requirements(**requirements), Options(folder))
-        async with lasting(run), open_parts(replace(cfg, teachers={}), run.context, run.services) as (_, acting, *_):
+        async with (
+            lasting(run),
+            open_parts(replace(cfg, teachers={}), run.context, run.services) as (_, acting, *_),
+        ):
             return [attempt.rollout for group in await ask(acting, prompts, 2, draw) for attempt in group]
 
     return asyncio.run(main())
 
 
 @pytest.mark.parametrize("replies", [0, 2])
-def test_which_characters_each_token_wrote_is_recorded_where_it_is_wanted(student: str, teacher: str, tmp_path: Path, replies: int) -> None:
-    """The shipped tokenizer has one character a token: that one, in the turns' texts one line apart; heard and special tokens none."""
+def test_which_characters_each_token_wrote_is_recorded_where_it_is_wanted(
+    student: str, teacher: str, tmp_path: Path, replies: int
+) -> None:
+    """The shipped tokenizer has one character a token: that one, in the turns' texts one line apart; heard
+    and special tokens none.
+    """
     from reflux.assets.characters import character_tokenizer
 
     tokenizer = character_tokenizer()
@@ -165,21 +197,29 @@ def test_which_characters_each_token_wrote_is_recorded_where_it_is_wanted(studen
     for r in rollouts:
         assert r.spans_T2.shape == (r.length, 2)
         pairs = zip(r.tokens_T, r.mask_T, strict=True)
-        behaviour = [tokenizer.decode([token], skip_special_tokens=True) if chosen else "" for token, chosen in pairs]
+        behaviour = [
+            tokenizer.decode([token], skip_special_tokens=True) if chosen else "" for token, chosen in pairs
+        ]
         assert [r.text[start:end] for start, end in r.spans_T2] == behaviour
         assert (np.diff(r.spans_T2.ravel()) >= 0).all()
     plain = wanted(cfg, tmp_path / "without", SamplingParams(0, "train", 60))
     assert [r.spans_T2 for r in plain] == [None] * len(plain)
     assert [r.text for r in plain] == [r.text for r in rollouts]
-    assert all(r.spans_T2 is None for r in wanted(cfg, tmp_path / "eval", SamplingParams(0, "eval", 60), spans=True))
+    assert all(
+        r.spans_T2 is None for r in wanted(cfg, tmp_path / "eval", SamplingParams(0, "eval", 60), spans=True)
+    )
 
 
 @pytest.mark.parametrize("replies", [0, 2])
-def test_special_tokens_are_recorded_where_it_is_wanted(student: str, teacher: str, tmp_path: Path, replies: int) -> None:
+def test_special_tokens_are_recorded_where_it_is_wanted(
+    student: str, teacher: str, tmp_path: Path, replies: int
+) -> None:
     """The tiny student says any token: all that decoding leaves out is special, but for the end of a turn."""
     cfg = tiny.config("opd", student, teacher, task={"kind": "outside:Chat", "replies": replies})
     rollouts = wanted(cfg, tmp_path / "with", SamplingParams(0, "train", 60), specials=True)
-    tokens_T, special_T = (np.concatenate([getattr(r, name) for r in rollouts]) for name in ("tokens_T", "special_T"))
+    tokens_T, special_T = (
+        np.concatenate([getattr(r, name) for r in rollouts]) for name in ("tokens_T", "special_T")
+    )
     assert special_T.dtype == bool
     assert special_T.tolist() == [token < 6 and token != END for token in tokens_T]
     assert 0 < special_T.sum() < len(special_T)
@@ -187,11 +227,18 @@ def test_special_tokens_are_recorded_where_it_is_wanted(student: str, teacher: s
     plain = wanted(cfg, tmp_path / "without", SamplingParams(0, "train", 60))
     assert [r.special_T for r in plain] == [None] * len(plain)
     assert [r.tokens_T.tolist() for r in plain] == [r.tokens_T.tolist() for r in rollouts]
-    assert all(r.special_T is None for r in wanted(cfg, tmp_path / "eval", SamplingParams(0, "eval", 60), specials=True))
+    assert all(
+        r.special_T is None
+        for r in wanted(cfg, tmp_path / "eval", SamplingParams(0, "eval", 60), specials=True)
+    )
 
 
-def test_special_tokens_of_given_answers_are_recorded_where_it_is_wanted(student: str, teacher: str, tmp_path: Path) -> None:
-    """The character tokenizer has no token for the accent: that is its unknown token, a special one. The end of the answer is none."""
+def test_special_tokens_of_given_answers_are_recorded_where_it_is_wanted(
+    student: str, teacher: str, tmp_path: Path
+) -> None:
+    """The character tokenizer has no token for the accent: that is its unknown token, a special one. The end
+    of the answer is none.
+    """
     cfg = tiny.config("sft", student, teacher, task=CHAT)
     accent = [Prompt("p", ({"role": "user", "content": "x"},), "1", ("oké",))]
     (r, *_) = wanted(cfg, tmp_path / "with", SamplingParams(0, "train", 12), accent, specials=True)
@@ -200,8 +247,12 @@ def test_special_tokens_of_given_answers_are_recorded_where_it_is_wanted(student
     assert r.special_T is None
 
 
-def test_given_answers_have_spans_of_what_their_tokens_say(student: str, teacher: str, tmp_path: Path) -> None:
-    """Of the cut text, which is what the student is taught; without the wish the whole answer stays in the record."""
+def test_given_answers_have_spans_of_what_their_tokens_say(
+    student: str, teacher: str, tmp_path: Path
+) -> None:
+    """Of the cut text, which is what the student is taught; without the wish the whole answer stays in the
+    record.
+    """
     cfg = tiny.config("sft", student, teacher, task=CHAT)
     for limit, text in ((12, "ok"), (1, "o")):
         (r, *_) = wanted(cfg, tmp_path / f"with{limit}", SamplingParams(0, "train", limit), spans=True)
@@ -210,7 +261,10 @@ def test_given_answers_have_spans_of_what_their_tokens_say(student: str, teacher
         assert (r.text, r.spans_T2) == ("ok", None)
 
 
-@pytest.mark.parametrize(("more", "short"), [({}, True), ({"sampler__attention": "eager"}, False), ({"sampler__dtype": "bfloat16"}, False)])
+@pytest.mark.parametrize(
+    ("more", "short"),
+    [({}, True), ({"sampler__attention": "eager"}, False), ({"sampler__dtype": "bfloat16"}, False)],
+)
 def test_the_short_decode_step_is_taken_where_it_is_known(
     student: str, teacher: str, tmp_path: Path, more: dict[str, Any], short: bool
 ) -> None:
@@ -220,7 +274,9 @@ def test_the_short_decode_step_is_taken_where_it_is_known(
     assert sampled(tiny.config("opd", student, teacher, task=CHAT, **more), tmp_path / "run", script) == short
 
 
-def test_publishing_waits_for_the_call_in_progress_and_then_counts(student: str, teacher: str, tmp_path: Path) -> None:
+def test_publishing_waits_for_the_call_in_progress_and_then_counts(
+    student: str, teacher: str, tmp_path: Path
+) -> None:
     import asyncio
 
     other = tiny.net(9).state_dict()
@@ -235,14 +291,23 @@ def test_publishing_waits_for_the_call_in_progress_and_then_counts(student: str,
     before, after = sampled(cfg, tmp_path / "run", script)
     assert {a.rollout.version for g in before for a in g} == {0}
     assert {a.rollout.version for g in after for a in g} == {7}
-    assert [a.rollout.tokens_T.tolist() for g in before for a in g] != [a.rollout.tokens_T.tolist() for g in after for a in g]
+    assert [a.rollout.tokens_T.tolist() for g in before for a in g] != [
+        a.rollout.tokens_T.tolist() for g in after for a in g
+    ]
 
 
 @pytest.mark.parametrize("name", ["learner.model", "teachers.main.model"])
-@pytest.mark.parametrize(("where", "words"), [("missing", "does not exist"), ("empty", "holds no config.json and no model_index.json")])
-def test_a_model_folder_that_is_none_is_named(tiny_run: Callable[..., Any], tmp_path: Path, name: str, where: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [("missing", "does not exist"), ("empty", "holds no config.json and no model_index.json")],
+)
+def test_a_model_folder_that_is_none_is_named(
+    tiny_run: Callable[..., Any], tmp_path: Path, name: str, where: str, words: str
+) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match=rf"{name}: the folder .*{where} {words}. Give a folder in Hugging Face format"):
+    with pytest.raises(
+        ModelError, match=rf"{name}: the folder .*{where} {words}. Give a folder in Hugging Face format"
+    ):
         tiny_run("opd", **{name.replace(".", "__"): str(tmp_path / where)})
 
 
@@ -257,16 +322,28 @@ def test_pickled_weights_are_not_loaded(tiny_run: Callable[..., Any], tmp_path: 
 def test_stored_needs_an_answer(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "lines.jsonl").write_text('{"prompt": "2+3?", "answer": "5", "id": "q1"}\n' * 1)
     task = {"kind": "jsonl", "path": str(tmp_path / "lines.jsonl"), "validation": 0.0}
-    with pytest.raises(DataError, match="prompt q1 has no stored answer to learn from: the task gives no 'references'"):
+    with pytest.raises(
+        DataError, match="prompt q1 has no stored answer to learn from: the task gives no 'references'"
+    ):
         tiny_run("sft", task=task, prompts_per_step=1)
 
 
-def test_stored_answers_are_cut_by_the_limit_and_turn_about(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
-    (tmp_path / "lines.jsonl").write_text('{"prompt": "2+3?", "references": ["abcdefgh", "xy"], "id": "q1"}\n')
+def test_stored_answers_are_cut_by_the_limit_and_turn_about(
+    tiny_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "lines.jsonl").write_text(
+        '{"prompt": "2+3?", "references": ["abcdefgh", "xy"], "id": "q1"}\n'
+    )
     task = {"kind": "jsonl", "path": str(tmp_path / "lines.jsonl"), "validation": 0.0}
-    done = tiny_run("sft", steps=1, task=task, prompts_per_step=1, group_size=3, sampler__generate__max_tokens=4)
+    done = tiny_run(
+        "sft", steps=1, task=task, prompts_per_step=1, group_size=3, sampler__generate__max_tokens=4
+    )
     rows = [row for row in done.rows("attempts") if row["kind"] == "attempt"]
-    assert [(len(row["tokens"]), row["finish"]) for row in rows] == [(4, "length"), (3, "stop"), (4, "length")]
+    assert [(len(row["tokens"]), row["finish"]) for row in rows] == [
+        (4, "length"),
+        (3, "stop"),
+        (4, "length"),
+    ]
 
 
 @pytest.mark.parametrize("recipe", ["opd", "sft"])
@@ -282,4 +359,7 @@ def test_model_calls_leave_the_loop_free_where_environments_answer_meanwhile(
         return await services.run_model(threading.get_ident) == threading.get_ident()
 
     where = {"opd": "sampler__turns", "sft": "sampler__generate__turns"}[recipe]
-    assert sampled(tiny.config(recipe, student, teacher, task=CHAT, **{where: turns}), tmp_path / "run", script) == inline
+    assert (
+        sampled(tiny.config(recipe, student, teacher, task=CHAT, **{where: turns}), tmp_path / "run", script)
+        == inline
+    )

@@ -35,7 +35,9 @@ def test_cosine(warmup: int, more: int, peak: float, share: float) -> None:
     if middle == int(middle):
         assert schedule(int(middle)) == pytest.approx((peak + floor) / 2)
     step = warmup + more // 3
-    assert schedule(step) == pytest.approx(floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / more)))
+    assert schedule(step) == pytest.approx(
+        floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / more))
+    )
 
 
 def test_the_horizon_is_the_runs_steps_unless_it_is_stated() -> None:

@@ -56,7 +56,8 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
         process.send_signal(how)
         behaviour, noise = process.communicate()
     finally:
-        process.kill()  # where it hangs, the suite's timeout ends the test
+        # where it hangs, the suite's timeout ends the test
+        process.kill()
     assert process.returncode == 130, noise
     rows = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(range(1, rows[-1] + 1))
@@ -92,17 +93,25 @@ def goes_on(recipe: Path, out: Path, step: int) -> None:
     assert same(resumed.state, whole.state)
 
 
-@pytest.mark.parametrize(("how", "holds"), [(signal.SIGINT, "true"), (signal.SIGTERM, "true"), (signal.SIGTERM, "false")])
+@pytest.mark.parametrize(
+    ("how", "holds"), [(signal.SIGINT, "true"), (signal.SIGTERM, "true"), (signal.SIGTERM, "false")]
+)
 def test_a_second_signal_ends_a_run_at_once_where_the_first_one_waits(
     student: str, teacher: str, tmp_path: Path, how: signal.Signals, holds: str
 ) -> None:
-    """Inside a model call that holds the event loop for two minutes, and where the loop waits for what does not come."""
+    """Inside a model call that holds the event loop for two minutes, and where the loop waits for what does
+    not come.
+    """
     recipe, out = tmp_path / "stuck.toml", tmp_path / "run"
     table = f'[learner]\nkind = "outside:StuckLearner"\nholds_the_loop = {holds}'
-    recipe.write_text(RECIPE.format(student=student, teacher=teacher, max_staleness=0).replace("[learner]", table))
+    recipe.write_text(
+        RECIPE.format(student=student, teacher=teacher, max_staleness=0).replace("[learner]", table)
+    )
     command = [sys.executable, "-m", "reflux.cli.main", "run", str(recipe), "save_every=1", "--out", str(out)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "400"}
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         hears(process, "two minutes begin")
         hang_guard = threading.Timer(100, process.kill)
         hang_guard.start()

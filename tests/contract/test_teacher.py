@@ -14,13 +14,15 @@ import torch
 
 import tiny
 from reflux.assets.characters import character_tokenizer
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import StepContext
 from reflux.contexts.base import TeacherPrompt
 from reflux.errors import DataError, ModelError
 from reflux.models.text import as_model
 from reflux.teachers.collection import Teachers
 from reflux.teachers.local import Local
 from reflux.teachers.local_engine import LocalTeacher
-from reflux.types import Attempt, HiddenTarget, Requirements, StepContext, TeacherAnswer, TopKTarget
+from reflux.types import Attempt, HiddenTarget, TeacherAnswer, TopKTarget
 from tiny import ask, attempt, rollout, same
 
 CHAT = {"kind": "outside:Chat"}
@@ -28,7 +30,12 @@ NOW = StepContext(0, 0)
 
 
 def local(net: Any, requirements: Requirements = Requirements(), **fields: Any) -> LocalTeacher:
-    return LocalTeacher(Local("m", **fields), tiny.context(requirements), tiny.services(), as_model(net, character_tokenizer()))
+    return LocalTeacher(
+        Local("m", **fields),
+        tiny.context(requirements),
+        tiny.services(),
+        as_model(net, character_tokenizer()),
+    )
 
 
 def score(teacher: LocalTeacher, attempts: list[Attempt], view: TeacherPrompt | None = None) -> None:
@@ -45,9 +52,15 @@ def test_the_teacher_says_what_its_model_says_along_the_students_tokens(batch_to
         spoken, target = made.rollout, made.target("main")
         ids = np.concatenate([spoken.prompt_tokens, spoken.tokens_T])
         with torch.no_grad():
-            logp_TV = net(input_ids=torch.from_numpy(ids)[None]).logits[0, len(spoken.prompt_tokens) - 1 : -1].log_softmax(-1)
+            logp_TV = (
+                net(input_ids=torch.from_numpy(ids)[None])
+                .logits[0, len(spoken.prompt_tokens) - 1 : -1]
+                .log_softmax(-1)
+            )
             assert isinstance(target, HiddenTarget)
-            torch.testing.assert_close(tiny.HEADS[target.head].logits(target.h_TH).log_softmax(-1), logp_TV, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                tiny.HEADS[target.head].logits(target.h_TH).log_softmax(-1), logp_TV, rtol=1e-4, atol=1e-4
+            )
         np.testing.assert_allclose(target.logp_T, logp_TV[range(spoken.length), spoken.tokens_T], atol=1e-4)
 
 
@@ -56,8 +69,13 @@ def test_log_probs_and_candidates_are_made_only_where_wanted() -> None:
 
     spoken = rollout(5, seed=1)
     listed = np.random.default_rng(0).integers(0, 102, (5, 3))
-    behaviour = TopKTarget(teacher="behaviour", ids_TK=listed, logp_TK=np.zeros((5, 3), np.float32), logp_T=spoken.logp_T)
-    plain, asked = Attempt(replace(spoken, behaviour=behaviour)), Attempt(replace(spoken, behaviour=behaviour))
+    behaviour = TopKTarget(
+        teacher="behaviour", ids_TK=listed, logp_TK=np.zeros((5, 3), np.float32), logp_T=spoken.logp_T
+    )
+    plain, asked = (
+        Attempt(replace(spoken, behaviour=behaviour)),
+        Attempt(replace(spoken, behaviour=behaviour)),
+    )
     score(local(tiny.net(2)), [plain])
     score(local(tiny.net(2), Requirements(candidates=3, behaviour=3)), [asked])
     assert plain.target("main").logp_T is None
@@ -65,13 +83,20 @@ def test_log_probs_and_candidates_are_made_only_where_wanted() -> None:
     target = asked.target("main")
     with torch.no_grad():
         logp_TV = tiny.HEADS[target.head].logits(target.h_TH).log_softmax(-1)
-    np.testing.assert_allclose(asked.answers["main"].candidates.logp_TK, logp_TV.gather(-1, torch.from_numpy(listed)), atol=1e-5)
+    np.testing.assert_allclose(
+        asked.answers["main"].candidates.logp_TK, logp_TV.gather(-1, torch.from_numpy(listed)), atol=1e-5
+    )
     np.testing.assert_allclose(asked.answers["main"].candidates.logp_T, asked.target("main").logp_T)
-    mixed = [Attempt(spoken), Attempt(replace(spoken, behaviour=behaviour))]  # an evaluation's attempt comes without a list
+    # an evaluation's attempt comes without a list
+    mixed = [Attempt(spoken), Attempt(replace(spoken, behaviour=behaviour))]
     score(local(tiny.net(2), Requirements(candidates=3)), mixed)
     assert mixed[0].answers["main"].candidates is None
-    np.testing.assert_allclose(mixed[1].answers["main"].candidates.logp_TK, asked.answers["main"].candidates.logp_TK, atol=1e-5)
-    np.testing.assert_allclose(mixed[0].target("main").logp_T, asked.target("main").logp_T, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(
+        mixed[1].answers["main"].candidates.logp_TK, asked.answers["main"].candidates.logp_TK, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        mixed[0].target("main").logp_T, asked.target("main").logp_T, rtol=1e-6, atol=1e-5
+    )
 
 
 def test_another_view_changes_the_prompt_and_never_the_answer() -> None:
@@ -79,7 +104,9 @@ def test_another_view_changes_the_prompt_and_never_the_answer() -> None:
     made, spoken = Attempt(rollout(4, seed=1)), rollout(4, seed=1)
     messages = ({"role": "system", "content": "the answer is 7"}, {"role": "user", "content": "q"})
     score(local(net, Requirements(logp=True)), [made], TeacherPrompt(messages))
-    prompt = character_tokenizer().apply_chat_template(list(messages), add_generation_prompt=True)["input_ids"]
+    prompt = character_tokenizer().apply_chat_template(list(messages), add_generation_prompt=True)[
+        "input_ids"
+    ]
     ids = np.concatenate([prompt, spoken.tokens_T])
     with torch.no_grad():
         logp_TV = net(input_ids=torch.from_numpy(ids)[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -126,12 +153,18 @@ class Saying:
         self.word: str | None = "a"
 
     def __call__(self, group: Any, step_context: StepContext) -> list[TeacherPrompt | None]:
-        return [None if self.word is None else TeacherPrompt(({"role": "user", "content": self.word},)) for _ in group]
+        return [
+            None if self.word is None else TeacherPrompt(({"role": "user", "content": self.word},))
+            for _ in group
+        ]
 
 
 def table(context: Any, **fields: Any) -> Any:
     return SimpleNamespace(
-        context=context, routes=fields.get("routes", ()), alias=fields.get("alias"), in_process=fields.get("in_process", False)
+        context=context,
+        routes=fields.get("routes", ()),
+        alias=fields.get("alias"),
+        in_process=fields.get("in_process", False),
     )
 
 
@@ -149,22 +182,35 @@ def test_scoring_is_idempotent_and_asks_again_only_where_the_context_changed() -
 def test_empty_and_failed_attempts_are_not_asked() -> None:
     answers = Counting()
     teachers = Teachers({"main": (table(Saying()), answers)}, Requirements(), tiny.services())
-    asyncio.run(teachers.score([[attempt(rollout(0)), attempt(rollout(3, finish="error"))], [attempt(rollout(2))], []], NOW))
+    asyncio.run(
+        teachers.score(
+            [[attempt(rollout(0)), attempt(rollout(3, finish="error"))], [attempt(rollout(2))], []], NOW
+        )
+    )
     assert len(answers.asked) == 1
 
 
 def test_a_teacher_with_state_is_in_the_checkpoint_under_its_table(tmp_path: Path) -> None:
     one, other = Counting(), Counting()
-    teachers = Teachers({"main": (table(Saying()), one), "second": (table(Saying()), other)}, Requirements(), tiny.services())
+    teachers = Teachers(
+        {"main": (table(Saying()), one), "second": (table(Saying()), other)}, Requirements(), tiny.services()
+    )
     one.asked.append(("x", 0))
     teachers.save(tmp_path)
-    assert {path.name: (path / "asked").read_text() for path in tmp_path.iterdir()} == {"main": "1", "second": "0"}
+    assert {path.name: (path / "asked").read_text() for path in tmp_path.iterdir()} == {
+        "main": "1",
+        "second": "0",
+    }
     teachers.load(tmp_path)
     assert (one.loaded, other.loaded) == ("1", "0")
 
 
-def test_two_tables_are_one_teacher_by_route(tiny_run: Callable[..., Any], teacher: str, student: str) -> None:
-    """Each prompt asks exactly one of them; the student is its own teacher for the odd ones, so those cost nothing."""
+def test_two_tables_are_one_teacher_by_route(
+    tiny_run: Callable[..., Any], teacher: str, student: str
+) -> None:
+    """Each prompt asks exactly one of them; the student is its own teacher for the odd ones, so those cost
+    nothing.
+    """
     routed = {
         "main": "none",
         "good": {"kind": "local", "model": teacher, "alias": "main", "routes": ["even"]},
@@ -180,15 +226,22 @@ def test_two_tables_are_one_teacher_by_route(tiny_run: Callable[..., Any], teach
     assert done.rows("metrics")[0]["without_target"] == {"main": 0}
 
 
-def test_a_route_that_nobody_serves_is_refused_also_where_the_task_did_not_tell_it(tiny_run: Callable[..., Any]) -> None:
-    with pytest.raises(DataError, match=r"prompt train-\d+ has the route 'odd', .* serve only even\. Add that route to a table"):
+def test_a_route_that_nobody_serves_is_refused_also_where_the_task_did_not_tell_it(
+    tiny_run: Callable[..., Any],
+) -> None:
+    with pytest.raises(
+        DataError,
+        match=r"prompt train-\d+ has the route 'odd', .* serve only even\. Add that route to a table",
+    ):
         tiny_run("full", steps=1, task={**CHAT, "tells_routes": False}, teachers__main__routes=["even"])
 
 
 # --- one token map
 
 
-def test_another_token_map_is_refused_with_the_first_ids_that_differ(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+def test_another_token_map_is_refused_with_the_first_ids_that_differ(
+    tiny_run: Callable[..., Any], tmp_path: Path
+) -> None:
     other = character_tokenizer()
     other.add_tokens(["<new>", "<newer>"])
     net = tiny.net(2, padded_rows=2)
@@ -211,15 +264,25 @@ def test_two_tokens_swapped_at_equal_size_are_noticed() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["full", "topk", "vopd"])
-def test_padded_output_rows_are_cut_on_either_side(tiny_run: Callable[..., Any], student: str, tmp_path: Path, recipe: str) -> None:
-    """They would be chosen nearly always, were they not cut. A student with padding is exact against one without, at identity."""
+def test_padded_output_rows_are_cut_on_either_side(
+    tiny_run: Callable[..., Any], student: str, tmp_path: Path, recipe: str
+) -> None:
+    """They would be chosen nearly always, were they not cut. A student with padding is exact against one
+    without, at identity.
+    """
     wide = tiny.save(tiny.net(1, padded_rows=5), tmp_path / "wide")
     done = tiny_run(recipe, steps=1, task=CHAT, learner__model=wide)
     tokens = [token for row in done.rows("attempts") if row["kind"] == "attempt" for token in row["tokens"]]
     assert max(tokens) < 102
     narrow = tiny.net(1, padded_rows=5)
     narrow.resize_token_embeddings(102)
-    home = tiny_run(recipe, steps=1, task=CHAT, learner__model=wide, teachers__main__model=tiny.save(narrow, tmp_path / "narrow"))
+    home = tiny_run(
+        recipe,
+        steps=1,
+        task=CHAT,
+        learner__model=wide,
+        teachers__main__model=tiny.save(narrow, tmp_path / "narrow"),
+    )
     assert abs(home.rows("metrics")[0]["kl_nats_trained"]) < 1e-5
     plain = tiny_run(recipe, steps=2, task=CHAT, learner__model=str(tmp_path / "narrow"))
     padded = tiny_run(recipe, steps=2, task=CHAT, learner__model=wide)

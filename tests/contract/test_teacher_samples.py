@@ -44,8 +44,12 @@ def test_each_state_lies_on_a_line_from_noise_to_the_picture(config: Config, tmp
         assert rollout.t_S[-1] == 0
         assert rollout.x_SD.dtype == rollout.t_S.dtype == v_TD.dtype == np.float32
         noise_TD = v_TD + rollout.x_SD[-1]
-        np.testing.assert_allclose(x_TD, (1 - t_T)[:, None] * rollout.x_SD[-1] + t_T[:, None] * noise_TD, atol=1e-5)
-        np.testing.assert_allclose(x_TD - t_T[:, None] * v_TD, np.broadcast_to(rollout.x_SD[-1], x_TD.shape), atol=1e-5)
+        np.testing.assert_allclose(
+            x_TD, (1 - t_T)[:, None] * rollout.x_SD[-1] + t_T[:, None] * noise_TD, atol=1e-5
+        )
+        np.testing.assert_allclose(
+            x_TD - t_T[:, None] * v_TD, np.broadcast_to(rollout.x_SD[-1], x_TD.shape), atol=1e-5
+        )
         assert (rollout.noise_level, rollout.finish) == (0.0, "stop")
         levels = ((np.clip(rollout.x_SD[-1], -1, 1) + 1) * 127.5).round().astype(np.uint8).reshape(16, 16)
         np.testing.assert_array_equal(rollout.image, levels)
@@ -59,13 +63,18 @@ def test_noise_and_times_have_the_distributions_that_are_stated(config: Config, 
     noise_RTD = np.stack([behaviour(rollout) + rollout.x_SD[-1] for rollout in found])
     assert stats.kstest(noise_RTD[:, ::8].ravel(), "norm").pvalue > 1e-3
     neighbours = np.corrcoef(noise_RTD.reshape(-1, D))[np.triu_indices(800, 1)]
-    assert abs(neighbours).max() < 0.45  # 1 / sqrt(256) each; the same noise would give 1
+    # 1 / sqrt(256) each; the same noise would give 1
+    assert abs(neighbours).max() < 0.45
     t = np.concatenate([rollout.t_S[:-1] for rollout in found]).astype(np.float64)
     assert stats.kstest(np.log(t / (1 - t)), "norm").pvalue > 1e-3
 
 
-def test_a_prompts_picture_is_drawn_by_the_teacher_of_its_route(config: Config, tmp_path: Path, models: tiny_glyphs.Models) -> None:
-    """Each equals the ODE of that table's model from the same first noise; the steps are those of evaluations."""
+def test_a_prompts_picture_is_drawn_by_the_teacher_of_its_route(
+    config: Config, tmp_path: Path, models: tiny_glyphs.Models
+) -> None:
+    """Each equals the ODE of that table's model from the same first noise; the steps are those of
+    evaluations.
+    """
     from reflux.models.flow.load import load_flow
     from reflux.models.rng import normal, row_key
 
@@ -76,12 +85,16 @@ def test_a_prompts_picture_is_drawn_by_the_teacher_of_its_route(config: Config, 
         x_1D = normal(torch.tensor([row_key(cfg.seed, "train", 0, rollout.prompt.id, 0)]), -1, D)
         for t, after in pairwise(grid_S):
             with torch.no_grad():
-                x_1D = x_1D + model.velocity(x_1D, torch.tensor([t]), [rollout.prompt.messages[-1]["content"]]) * float(after - t)
+                x_1D = x_1D + model.velocity(
+                    x_1D, torch.tensor([t]), [rollout.prompt.messages[-1]["content"]]
+                ) * float(after - t)
         np.testing.assert_allclose(rollout.x_SD[-1], x_1D[0].numpy(), atol=2e-5)
 
 
 def test_what_is_drawn_depends_on_no_neighbour(config: Config, tmp_path: Path) -> None:
-    """Alone, among others, in another order, in other chunks: the same times and noise to the bit, the same image up to rounding."""
+    """Alone, among others, in another order, in other chunks: the same times and noise to the bit, the same
+    image up to rounding.
+    """
     prompts = glyphs(6)
     together = {r.prompt.id: r for r in rollouts(drawn(config("flow_sft"), tmp_path / "a", prompts))}
     others = [
@@ -100,7 +113,9 @@ def test_what_is_drawn_depends_on_no_neighbour(config: Config, tmp_path: Path) -
     assert [rollout.sample for rollout in siblings] == [0, 1]
 
 
-def test_the_guidance_of_the_inner_sampler_holds_for_drawing_and_learning(config: Config, tmp_path: Path) -> None:
+def test_the_guidance_of_the_inner_sampler_holds_for_drawing_and_learning(
+    config: Config, tmp_path: Path
+) -> None:
     plain = rollouts(drawn(config("flow_sft"), tmp_path / "a", glyphs(2)))
     guided = rollouts(drawn(config("flow_sft", sampler__generate__guidance=3.0), tmp_path / "b", glyphs(2)))
     assert {rollout.guidance for rollout in plain} == {1.0}
@@ -118,7 +133,11 @@ def test_evaluations_are_the_students_own(config: Config, tmp_path: Path) -> Non
     """Greedy: the same image as the plain flow sampler's."""
     cfgs = {kind: config(kind) for kind in ("flow_sft", "flow_grpo")}
     found = [
-        rollouts(drawn(replace(cfg, prompts_per_step=2), tmp_path / kind, glyphs(2), purpose="eval", temperature=0.0))
+        rollouts(
+            drawn(
+                replace(cfg, prompts_per_step=2), tmp_path / kind, glyphs(2), purpose="eval", temperature=0.0
+            )
+        )
         for kind, cfg in cfgs.items()
     ]
     for a, b in zip(*found, strict=True):
@@ -126,7 +145,9 @@ def test_evaluations_are_the_students_own(config: Config, tmp_path: Path) -> Non
         assert len(a.t_S) == EVAL_STEPS + 1
 
 
-def test_the_loss_of_drawn_pictures_is_that_of_flow_matching(config: Config, tmp_path: Path, models: tiny_glyphs.Models) -> None:
+def test_the_loss_of_drawn_pictures_is_that_of_flow_matching(
+    config: Config, tmp_path: Path, models: tiny_glyphs.Models
+) -> None:
     """Mean over pixels, positions and images of (v - (x_1 - x_0))^2, by the model itself."""
     from reflux.models.flow.load import load_flow
 
@@ -137,6 +158,8 @@ def test_the_loss_of_drawn_pictures_is_that_of_flow_matching(config: Config, tmp
     for rollout in rollouts(drawn(cfg, tmp_path / "again", glyphs(4))):
         texts = [rollout.prompt.messages[-1]["content"]] * TIMES
         with torch.no_grad():
-            v_TD = model.velocity(torch.from_numpy(rollout.x_SD[:-1]), torch.from_numpy(rollout.t_S[:-1].copy()), texts)
+            v_TD = model.velocity(
+                torch.from_numpy(rollout.x_SD[:-1]), torch.from_numpy(rollout.t_S[:-1].copy()), texts
+            )
         errors.append(((v_TD.numpy() - behaviour(rollout)) ** 2).mean())
     assert done.rows("metrics")[0]["loss"] == pytest.approx(float(np.mean(errors)), rel=1e-4)

@@ -1,4 +1,5 @@
-"""Every part that ships is what the protocol of its group says: read by pyright, which runs over this file (`make check`).
+"""Every part that ships is what the protocol of its group says: read by pyright, which runs over this file
+(`make check`).
 
 `test_isolation.py` sees to it that no part is missing here.
 """

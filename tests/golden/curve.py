@@ -1,4 +1,6 @@
-"""The golden curve: the first steps of the quickstart's shape, small enough for a test. Written again by `make golden`."""
+"""The golden curve: the first steps of the quickstart's shape, small enough for a test. Written again by
+`make golden`.
+"""
 
 from __future__ import annotations
 

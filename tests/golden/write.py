@@ -1,4 +1,6 @@
-"""python tests/golden/write.py: run the small curves again and write them. Look at the difference before committing it."""
+"""python tests/golden/write.py: run the small curves again and write them. Look at the difference before
+committing it.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""How far each estimator's expected gradient is from the exact one, as tables for docs/methods.md: enumerated, nothing is drawn.
+"""How far each estimator's expected gradient is from the exact one, as tables for docs/methods.md:
+enumerated, nothing is drawn.
 
-The settings are those of law 1 (`estimators.py`), so whatever joins the menu joins the tables. Every claim in words beside a table is
-computed from the numbers, or asserted of them.
+The settings are those of law 1 (`estimators.py`), so whatever joins the menu joins the tables. Every claim in
+words beside a table is computed from the numbers, or asserted of them.
 """
 
 from __future__ import annotations
@@ -19,11 +20,19 @@ from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
 
 SEEDS = range(5)
-WORLD = (6, 2)  # vocabulary, longest answer
-GROUP_WORLD = (4, 2)  # every choice of siblings is gone through
-K = 3  # of the biased settings
+# vocabulary, longest answer
+WORLD = (6, 2)
+# every choice of siblings is gone through
+GROUP_WORLD = (4, 2)
+# of the biased settings
+K = 3
 HEADER = "| objective | setting | cosine | relative norm |\n|---|---|---|---|"
-COLUMNS = [(tail, support) for tail in choices(Divergence, "tail") for support in choices(Divergence, "support") if support != "full"]
+COLUMNS = [
+    (tail, support)
+    for tail in choices(Divergence, "tail")
+    for support in choices(Divergence, "support")
+    if support != "full"
+]
 
 
 @functools.cache
@@ -62,8 +71,13 @@ def exact_ones() -> Iterator[str]:
     """One line per kind, after a measurement of every setting."""
     yield "Unbiased: cosine 1.000 and norm 1.000 in every world, for every ratio, divergence and weight.\n"
     yield _exact_line("sampled_kl", lambda objective: f'`baseline = "{objective.baseline}"`')
-    yield _exact_line("divergence", lambda objective: f'`support = "{objective.support}"`' + _whole(objective))
-    yield _exact_line("policy_gradient", lambda objective: f'the gradient under `ratio = "{objective.ratio}"` of the expected reward')
+    yield _exact_line(
+        "divergence", lambda objective: f'`support = "{objective.support}"`' + _whole(objective)
+    )
+    yield _exact_line(
+        "policy_gradient",
+        lambda objective: f'the gradient under `ratio = "{objective.ratio}"` of the expected reward',
+    )
     yield _exact_line("nll", lambda objective: "the forward KL, over answers of the teacher")
     yield ""
 
@@ -93,7 +107,11 @@ def bounded_supports() -> Iterator[str]:
     yield "|---" * (len(COLUMNS) + 1) + "|"
     for kind in kinds:
         cells = [cosines(kind, *column) for column in COLUMNS]
-        yield f"| {kind} | " + " | ".join(f"{digits(cell.mean())} ({digits(cell.min())})" for cell in cells) + " |"
+        yield (
+            f"| {kind} | "
+            + " | ".join(f"{digits(cell.mean())} ({digits(cell.min())})" for cell in cells)
+            + " |"
+        )
     yield "| relative norm | " + " | ".join(_range(column, kinds) for column in COLUMNS) + " |"
     yield ""
 
@@ -124,24 +142,36 @@ def check_stored_lists() -> None:
     """A teacher that stored its K likeliest tokens gives the column "teacher": it needs none of its own."""
     for setting in (s for s in SETTINGS["divergence"] if s.outputs == "listed"):
         whole = measured(bounded(setting.objective.divergence, setting.objective.tail, "teacher"))
-        assert all(np.abs(one - other).max() < 5e-4 for one, other in zip(measured(setting), whole, strict=True))
+        assert all(
+            np.abs(one - other).max() < 5e-4 for one, other in zip(measured(setting), whole, strict=True)
+        )
 
 
 def summary(kinds: tuple[str, ...]) -> Iterator[str]:
     """What the table says, from its numbers."""
     mean = {(kind, *column): cosines(kind, *column).mean() for kind in kinds for column in COLUMNS}
     for kind in kinds:
-        assert mean[kind, "bucket", "union"] > max(mean[kind, "bucket", "student"], mean[kind, "bucket", "teacher"])
+        assert mean[kind, "bucket", "union"] > max(
+            mean[kind, "bucket", "student"], mean[kind, "bucket", "teacher"]
+        )
     union = [mean[kind, "bucket", "union"] for kind in kinds]
     yield f"- `union` with the bucket is nearest for every divergence: mean cosine {digits(min(union))} or more."
     student = [kind for kind in kinds if mean[kind, "bucket", "student"] > mean[kind, "bucket", "teacher"]]
     teacher = [kind for kind in kinds if kind not in student]
     yield f"- Of the two single lists with the bucket, the student's is nearer for {_and(student)}, the teacher's for {_and(teacher)}."
-    assert all(mean[kind, "renormalised", support] < mean[kind, "bucket", support] for kind in kinds for _, support in COLUMNS)
-    away = {support: [kind for kind in kinds if cosines(kind, "renormalised", support).min() < 0] for _, support in COLUMNS}
+    assert all(
+        mean[kind, "renormalised", support] < mean[kind, "bucket", support]
+        for kind in kinds
+        for _, support in COLUMNS
+    )
+    away = {
+        support: [kind for kind in kinds if cosines(kind, "renormalised", support).min() < 0]
+        for _, support in COLUMNS
+    }
     turned = [f"`{support}` for {_and(found)}" for support, found in away.items() if found]
     yield (
-        "- `renormalised` is further off than the bucket in every cell. A cosine below 0 points away from the exact gradient: so does, in "
+        "- `renormalised` is further off than the bucket in every cell. A cosine below 0 points away from "
+        "the exact gradient: so does, in "
         f"at least one of the five worlds, {'; '.join(turned) or 'none'}."
     )
     assert all(cosines(kind, "bucket", support).min() > 0 for kind in kinds for _, support in COLUMNS)
@@ -161,12 +191,22 @@ def _what_k_means() -> str:
         student, teacher = (logits.detach().softmax(-1) for logits in (world.student, world.teacher))
         top = [table.topk(K, dim=-1) for table in (student, teacher)]
         shares.append([float(found.values.sum(-1).mean()) for found in top])
-        tokens.append(np.mean([len({*one, *other}) for one, other in zip(*(found.indices.tolist() for found in top), strict=True)]))
+        tokens.append(
+            np.mean(
+                [
+                    len({*one, *other})
+                    for one, other in zip(*(found.indices.tolist() for found in top), strict=True)
+                ]
+            )
+        )
     student_share, teacher_share = np.mean(shares, axis=0)
     return (
-        f"- {K} of {WORLD[0]} tokens is half the vocabulary. Each list holds on average {100 * student_share:.0f} % (student) and "
-        f"{100 * teacher_share:.0f} % (teacher) of its own model's probability; a union holds {np.mean(tokens):.1f} tokens. With a real "
-        "vocabulary a list is a far smaller part of the tokens, and how much probability it holds depends on your models: read here which "
+        f"- {K} of {WORLD[0]} tokens is half the vocabulary. Each list holds on average "
+        f"{100 * student_share:.0f} % (student) and "
+        f"{100 * teacher_share:.0f} % (teacher) of its own model's probability; a union holds "
+        f"{np.mean(tokens):.1f} tokens. With a real "
+        "vocabulary a list is a far smaller part of the tokens, and how much probability it holds depends on "
+        "your models: read here which "
         "columns are biased and which turn the gradient, not how large your bias will be."
     )
 
@@ -180,11 +220,16 @@ def other_biased_ones() -> Iterator[str]:
     yield "Biased: everything else, on attempts of the current student; what is not written is at its default:\n"
     yield HEADER
     for kind, settings in SETTINGS.items():
-        yield from (_row(kind, s) for s in settings if not (s.unbiased or isinstance(s.objective, Divergence) or _another_ratio(s)))
+        yield from (
+            _row(kind, s)
+            for s in settings
+            if not (s.unbiased or isinstance(s.objective, Divergence) or _another_ratio(s))
+        )
     yield _row("sampled_kl", Setting(SampledKL(max_gap_nats=10.0), "reverse", unbiased=False, home="score"))
     yield ""
     yield (
-        f"The largest gap of these worlds is {largest:.1f} nats, so a bound of 10 drops nothing here; where it drops something it "
+        f"The largest gap of these worlds is {largest:.1f} nats, so a bound of 10 drops nothing here; where "
+        "it drops something it "
         "biases too. A bound of 1 drops the positions with most to learn, and what is left can point away.\n"
     )
 
@@ -197,15 +242,19 @@ def gap(seed: int) -> float:
 
 def _another_ratio(setting: Setting) -> bool:
     """On the student's own attempts all ratios are 1."""
-    return isinstance(setting.objective, SampledKL) and setting.objective != replace(setting.objective, ratio=SampledKL().ratio)
+    return isinstance(setting.objective, SampledKL) and setting.objective != replace(
+        setting.objective, ratio=SampledKL().ratio
+    )
 
 
 def under_lag() -> Iterator[str]:
     cap, largest = SampledKL().ratio_cap, max(lag_ratio(seed) for seed in SEEDS)
     assert Divergence().ratio_cap == cap > largest
     yield (
-        "Attempts of an older student (logits off by 0.3 in standard deviation); exact is the gradient at the prefixes it visited. The "
-        f"largest p(a) / behaviour(a) here is {largest:.1f}: the default cap of {cap:g} was not reached, so `truncated` is exact; "
+        "Attempts of an older student (logits off by 0.3 in standard deviation); exact is the gradient at "
+        "the prefixes it visited. The "
+        f"largest p(a) / behaviour(a) here is {largest:.1f}: the default cap of {cap:g} was not reached, so "
+        "`truncated` is exact; "
         "the rows with `ratio_cap = 1.0` show what a cap does where it is reached.\n"
     )
     yield HEADER
@@ -226,16 +275,24 @@ def lag_ratio(seed: int) -> float:
 
 def under_other_sampling() -> Iterator[str]:
     yield (
-        "Attempts of the current student drawn from another distribution (`sampler.allow_biased`); exact is the gradient over all tokens "
-        "at the prefixes they visit. `ratio_cap = 1000.0` was not reached here: at another temperature the ratio then corrects the choice "
+        "Attempts of the current student drawn from another distribution (`sampler.allow_biased`); exact is "
+        "the gradient over all tokens "
+        "at the prefixes they visit. `ratio_cap = 1000.0` was not reached here: at another temperature the "
+        "ratio then corrects the choice "
         "of tokens exactly, and with top-p only that among the tokens it may draw.\n"
     )
     yield HEADER
-    objectives = [SampledKL(ratio_cap=1000.0), *(SampledKL(ratio=ratio) for ratio in choices(SampledKL, "ratio"))]
+    objectives = [
+        SampledKL(ratio_cap=1000.0),
+        *(SampledKL(ratio=ratio) for ratio in choices(SampledKL, "ratio")),
+    ]
     for temperature, top_p in ((0.7, 1.0), (1.0, 0.9)):
         drawings = [Drawing((*WORLD, seed), temperature, top_p) for seed in SEEDS]
         for objective in objectives:
-            pairs = [compare(drawing.expected_gradient(objective), drawing.exact_gradient(_reverse_kl)) for drawing in drawings]
+            pairs = [
+                compare(drawing.expected_gradient(objective), drawing.exact_gradient(_reverse_kl))
+                for drawing in drawings
+            ]
             numbers = tuple(np.array(column) for column in zip(*pairs, strict=True))
             assert top_p < 1 or objective.ratio_cap < 1000 or np.abs(np.array(numbers) - 1).max() < 5e-4
             name = Setting(objective, "reverse").name or "all at their defaults"

@@ -1,6 +1,8 @@
-"""Attempts of a small world as a sampler records them at a temperature, with top-p, by the student or an older one; and what they teach.
+"""Attempts of a small world as a sampler records them at a temperature, with top-p, by the student or an
+older one; and what they teach.
 
-`logp_T` is of the distribution drawn from, `logp_raw_T` of the student at temperature 1. Batch, loss and objective are the library's own.
+`logp_T` is of the distribution drawn from, `logp_raw_T` of the student at temperature 1. Batch, loss and
+objective are the library's own.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from reflux.types import Attempt, Credit, Group, HiddenTarget, Prompt, TeacherAn
 
 
 def drawn_from(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Log-probs, [prefixes, V]: the smallest set of tokens that holds top_p, likeliest first, at a temperature; renormalised."""
+    """Log-probs, [prefixes, V]: the smallest set of tokens that holds top_p, likeliest first, at a
+    temperature; renormalised.
+    """
     probability = np.exp(logits.detach().numpy() / temperature)
     probability /= probability.sum(-1, keepdims=True)
     for row in probability:
@@ -36,13 +40,20 @@ def drawn_from(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 class Drawing:
     """A world whose answers are drawn at a temperature, with top-p, from the student or from an older one."""
 
-    def __init__(self, shape: tuple[int, int, int], temperature: float, top_p: float, policy: str = "student"):
+    def __init__(
+        self, shape: tuple[int, int, int], temperature: float, top_p: float, policy: str = "student"
+    ):
         self.world: World = world_of(*shape)
         acting = self.world.policy(policy).detach()
         self.raw, self.behaviour = acting.log_softmax(-1), drawn_from(acting, temperature, top_p)
         self.inside = torch.isfinite(self.behaviour)
         self.probability_S = self.world.log_probability(self.behaviour).exp().numpy()
-        self.reach = np.exp([sum(self.behaviour[self.world.prefixes[y[:t]], y[t]] for t in range(len(y))) for y in self.world.prefixes])
+        self.reach = np.exp(
+            [
+                sum(self.behaviour[self.world.prefixes[y[:t]], y[t]] for t in range(len(y)))
+                for y in self.world.prefixes
+            ]
+        )
         self.head, self.heads = Head.of(torch.eye(shape[0], dtype=torch.float64)), Heads()
         self.key = self.heads.add("drawing", self.head)
 
@@ -77,18 +88,27 @@ class Drawing:
         found = []
         for indices in itertools.product(np.flatnonzero(self.probability_S), repeat=size):
             weight = float(np.prod(self.probability_S[list(indices)])) / size
-            found.append([self.attempt(i, weight, float(self.world.reward[i]) if reward else 0.0) for i in indices])
+            found.append(
+                [self.attempt(i, weight, float(self.world.reward[i]) if reward else 0.0) for i in indices]
+            )
         return found
 
     def expected_gradient(self, objective: Any, size: int = 1) -> np.ndarray:
         """What the library's loss gives, summed over all answers."""
         groups = self.groups(size, reward=isinstance(objective, PolicyGradient))
         items = plan(groups, [objective], "token-mean-weighted")
-        rows = sum(len(item.rows_N) for item in items)  # the denominator, taken out again
+        # the denominator, taken out again
+        rows = sum(len(item.rows_N) for item in items)
         student = self.world.student.detach().clone().requires_grad_()
         for part in micro_batches(items, 1 << 20):
-            places = [place for item in part for place in self.prefixes(tuple(item.rollout.tokens_T.tolist()))]
-            backward(TokenMicroBatch(part, [objective], torch.device("cpu"), self.heads), student[places], self.head)
+            places = [
+                place for item in part for place in self.prefixes(tuple(item.rollout.tokens_T.tolist()))
+            ]
+            backward(
+                TokenMicroBatch(part, [objective], torch.device("cpu"), self.heads),
+                student[places],
+                self.head,
+            )
         return rows * student.grad.numpy()
 
     def exact_gradient(self, cost: Any) -> np.ndarray:
@@ -101,7 +121,9 @@ class Drawing:
     def onward_reward(self) -> Tensor:
         """Q [prefixes, V]: the mean reward of the answers drawn on from a prefix and a token."""
         total, mass = (torch.zeros_like(self.raw) for _ in range(2))
-        for sequence, probability, reward in zip(self.world.sequences, self.probability_S, self.world.reward, strict=True):
+        for sequence, probability, reward in zip(
+            self.world.sequences, self.probability_S, self.world.reward, strict=True
+        ):
             for place, token in zip(self.prefixes(sequence), sequence, strict=True):
                 total[place, token] += probability * reward
                 mass[place, token] += probability
@@ -109,5 +131,7 @@ class Drawing:
 
 
 def reverse_kl_inside(p: Tensor, q: Tensor, inside: Tensor) -> Tensor:
-    """sum over the tokens that may be drawn of p log(p / q) - p + q: the reverse KL where all may be, its part inside the set elsewhere."""
+    """sum over the tokens that may be drawn of p log(p / q) - p + q: the reverse KL where all may be, its
+    part inside the set elsewhere.
+    """
     return (p.exp() * (p - q) - p.exp() + q.exp()).where(inside, 0.0).sum(-1)

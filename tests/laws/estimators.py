@@ -1,7 +1,9 @@
-"""A world small enough to enumerate: a tabular student and teacher, every sequence they can write, exact gradients.
+"""A world small enough to enumerate: a tabular student and teacher, every sequence they can write, exact
+gradients.
 
-The student is a table of logits, one row per prefix; token 0 ends a sequence. `SETTINGS` says, per registered objective, what the law tests
-run it with; a newcomer to the registry adds its line here and inherits all of them.
+The student is a table of logits, one row per prefix; token 0 ends a sequence. `SETTINGS` says, per registered
+objective, what the law tests run it with; a newcomer to the registry adds its line here and inherits all of
+them.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class World:
         self.lagged = self.student.detach() + torch.tensor(0.3 * rng.standard_normal(shape))
         self.reward = torch.tensor(rng.standard_normal(len(self.sequences)))
         rows = [(s, self.prefixes[y[:t]], y[t]) for s, y in enumerate(self.sequences) for t in range(len(y))]
-        self.sequence_N, self.prefix_N, self.ids_N = (torch.tensor(column) for column in zip(*rows, strict=True))
+        self.sequence_N, self.prefix_N, self.ids_N = (
+            torch.tensor(column) for column in zip(*rows, strict=True)
+        )
 
     def _grow(self, prefix: tuple[int, ...], vocabulary: int, horizon: int) -> None:
         self.prefixes[prefix] = len(self.prefixes)
@@ -80,21 +84,31 @@ class World:
             student=FullLogits(self.student[prefix_N], ids_N),
             teachers={"main": teacher_says},
             behaviour_logp_N=behaviour.detach().log_softmax(-1)[prefix_N, ids_N],
-            advantage_offset_N=torch.zeros(len(ids_N), dtype=torch.float64) if advantage_offset_N is None else advantage_offset_N,
+            advantage_offset_N=torch.zeros(len(ids_N), dtype=torch.float64)
+            if advantage_offset_N is None
+            else advantage_offset_N,
         )
 
-    def expected_gradient(self, objective: Callable[[Rows], torch.Tensor], behaviour: torch.Tensor, rows: Rows) -> np.ndarray:
-        """E over sequences ~ behaviour of sum_t grad cost_t. The sampling distribution itself is not differentiated."""
+    def expected_gradient(
+        self, objective: Callable[[Rows], torch.Tensor], behaviour: torch.Tensor, rows: Rows
+    ) -> np.ndarray:
+        """E over sequences ~ behaviour of sum_t grad cost_t. The sampling distribution itself is not
+        differentiated.
+        """
         weight_N = self.log_probability(behaviour.detach()).exp()[self.sequence_N]
         cost_N = objective(rows)
         assert cost_N.shape == self.ids_N.shape
         (gradient,) = torch.autograd.grad((weight_N * cost_N).sum(), self.student, retain_graph=True)
         return gradient.numpy()
 
-    def group_gradient(self, objective: SampledKL, behaviour: torch.Tensor, size: int, outputs: str = "full") -> np.ndarray:
-        """The same over whole groups of `size` independent attempts: every sequence beside every choice of siblings.
+    def group_gradient(
+        self, objective: SampledKL, behaviour: torch.Tensor, size: int, outputs: str = "full"
+    ) -> np.ndarray:
+        """The same over whole groups of `size` independent attempts: every sequence beside every choice of
+        siblings.
 
-        All members of a group are alike, so one member's gradient is followed. One copy of all rows per choice of siblings.
+        All members of a group are alike, so one member's gradient is followed. One copy of all rows per
+        choice of siblings.
         """
         one = self.rows(behaviour, self.teacher, outputs)
         reward_N = (one.teachers[objective.teacher].logp_N - one.behaviour_logp_N).detach().numpy()
@@ -102,16 +116,26 @@ class World:
         probability = self.log_probability(behaviour.detach()).exp().numpy()
         choices = list(itertools.product(range(len(rewards)), repeat=size - 1))
         alone = objective.baseline == "leave_one_out"
-        value_CS = [[group_values([own, *(rewards[s] for s in siblings)], alone)[0] for own in rewards] for siblings in choices]
+        value_CS = [
+            [group_values([own, *(rewards[s] for s in siblings)], alone)[0] for own in rewards]
+            for siblings in choices
+        ]
         weight_CS = [np.prod(probability[list(siblings)]) * probability for siblings in choices]
         rows = self.rows(behaviour, self.teacher, outputs, copies=len(choices))
-        rows.group_value_N, weight_N = (torch.tensor(np.array(table))[:, self.sequence_N].flatten() for table in (value_CS, weight_CS))
+        rows.group_value_N, weight_N = (
+            torch.tensor(np.array(table))[:, self.sequence_N].flatten() for table in (value_CS, weight_CS)
+        )
         return torch.autograd.grad((weight_N * objective(rows)).sum(), self.student)[0].numpy()
 
-    def exact_gradient(self, divergence: Callable[[np.ndarray, np.ndarray], float], behaviour: torch.Tensor) -> np.ndarray:
-        """sum over prefixes of P(prefix) * grad divergence there, by central differences of a numpy function of two distributions."""
+    def exact_gradient(
+        self, divergence: Callable[[np.ndarray, np.ndarray], float], behaviour: torch.Tensor
+    ) -> np.ndarray:
+        """sum over prefixes of P(prefix) * grad divergence there, by central differences of a numpy function
+        of two distributions.
+        """
         logp = behaviour.detach().log_softmax(-1).numpy()
-        reach = np.exp([sum(logp[self.prefixes[y[:t]], y[t]] for t in range(len(y))) for y in self.prefixes])  # P(the prefix occurs)
+        # P(the prefix occurs)
+        reach = np.exp([sum(logp[self.prefixes[y[:t]], y[t]] for t in range(len(y))) for y in self.prefixes])
         student, teacher = self.student.detach().numpy(), softmax(self.teacher.numpy())
         gradient = np.zeros_like(student)
         for index, token in np.ndindex(*student.shape):
@@ -124,8 +148,12 @@ class World:
         return gradient
 
     def policy_gradient(self) -> np.ndarray:
-        """Minus the gradient of the expected reward, differentiated through the probability of whole sequences."""
-        (gradient,) = torch.autograd.grad(-(self.log_probability(self.student).exp() * self.reward).sum(), self.student)
+        """Minus the gradient of the expected reward, differentiated through the probability of whole
+        sequences.
+        """
+        (gradient,) = torch.autograd.grad(
+            -(self.log_probability(self.student).exp() * self.reward).sum(), self.student
+        )
         return gradient.numpy()
 
 
@@ -150,7 +178,13 @@ def np_divergence(name: str, beta: float | None = None) -> Callable[[np.ndarray,
 
     def alpha(p: np.ndarray, q: np.ndarray) -> float:
         a = 0.5 if beta is None else beta
-        return np_kl(q, p) if a == 0 else np_kl(p, q) if a == 1 else (1 - float((p**a * q ** (1 - a)).sum())) / (a * (1 - a))
+        return (
+            np_kl(q, p)
+            if a == 0
+            else np_kl(p, q)
+            if a == 1
+            else (1 - float((p**a * q ** (1 - a)).sum())) / (a * (1 - a))
+        )
 
     skew = 0.1 if beta is None else beta
     return {
@@ -169,20 +203,27 @@ class Setting:
     """One objective as the laws run it: what it must estimate, whether exactly, and what it is at identity."""
 
     objective: typing.Any
-    target: str  # a divergence of np_divergence, or "reward"
+    # a divergence of np_divergence, or "reward"
+    target: str
     unbiased: bool = True
-    points: bool = True  # False: known to point away from the exact gradient in some worlds; then only its life is a law
+    # False: known to point away from the exact gradient in some worlds; then only its life is a law
+    points: bool = True
     home: typing.Literal["divergence", "score", "exempt"] = "divergence"
     outputs: str = "full"
-    policy: typing.Literal["student", "teacher"] = "student"  # who wrote the sequences
-    group: int = 0  # attempts per prompt, where siblings matter
+    # who wrote the sequences
+    policy: typing.Literal["student", "teacher"] = "student"
+    # attempts per prompt, where siblings matter
+    group: int = 0
 
     @property
     def name(self) -> str:
         """The fields that are not at their default, as a recipe writes them."""
         values = {f.name: getattr(self.objective, f.name) for f in fields(self.objective)}
         changed = [(f.name, values[f.name]) for f in fields(self.objective) if values[f.name] != f.default]
-        words = [f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value}" for name, value in changed]
+        words = [
+            f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value}"
+            for name, value in changed
+        ]
         return ", ".join(words + ([f"group_size = {self.group}"] if self.group else []))
 
 
@@ -192,15 +233,31 @@ def choices(cls: type, name: str) -> tuple[str, ...]:
 
 
 def _divergences() -> list[Setting]:
-    kinds, supports, tails, ratios = (choices(Divergence, name) for name in ("divergence", "support", "tail", "ratio"))
+    kinds, supports, tails, ratios = (
+        choices(Divergence, name) for name in ("divergence", "support", "tail", "ratio")
+    )
     bounded = [(support, tail) for support in supports for tail in tails if support != "full"]
     settings = [Setting(Divergence(divergence=kind, ratio=ratio), kind) for kind in kinds for ratio in ratios]
-    settings += [Setting(Divergence(divergence=kind, beta=beta), kind) for kind in MIXED for beta in (0.0, 0.25)]
+    settings += [
+        Setting(Divergence(divergence=kind, beta=beta), kind) for kind in MIXED for beta in (0.0, 0.25)
+    ]
     for kind, (support, tail) in itertools.product(kinds, bounded):
-        settings.append(Setting(Divergence(divergence=kind, support=support, tail=tail, k=3), kind, False, tail == "bucket"))
+        settings.append(
+            Setting(
+                Divergence(divergence=kind, support=support, tail=tail, k=3), kind, False, tail == "bucket"
+            )
+        )
         settings.append(Setting(Divergence(divergence=kind, support=support, tail=tail, k=99), kind))
     for kind, tail in itertools.product(kinds, tails):
-        settings.append(Setting(Divergence(divergence=kind, support="teacher", tail=tail), kind, False, tail == "bucket", outputs="listed"))
+        settings.append(
+            Setting(
+                Divergence(divergence=kind, support="teacher", tail=tail),
+                kind,
+                False,
+                tail == "bucket",
+                outputs="listed",
+            )
+        )
     return settings
 
 
@@ -231,13 +288,18 @@ SETTINGS: dict[str, list[Setting]] = {
     ],
     "divergence": _divergences(),
     "nll": [Setting(NLL(), "forward", home="exempt", policy="teacher")],
-    "policy_gradient": [Setting(PolicyGradient(ratio=ratio), "reward", home="exempt") for ratio in choices(PolicyGradient, "ratio")],
+    "policy_gradient": [
+        Setting(PolicyGradient(ratio=ratio), "reward", home="exempt")
+        for ratio in choices(PolicyGradient, "ratio")
+    ],
 }
 
 
 def settings_of(registry: typing.Iterable[str]) -> list[tuple[str, Setting | None]]:
     """Every registered kind with its settings; a kind without any is kept, with None, so that its test fails."""
-    return [(kind, setting) for kind in registry if not _of_flows(kind) for setting in SETTINGS.get(kind, [None])]
+    return [
+        (kind, setting) for kind in registry if not _of_flows(kind) for setting in SETTINGS.get(kind, [None])
+    ]
 
 
 def _of_flows(kind: str) -> bool:
@@ -255,17 +317,26 @@ def _exact(world: World, target: str, beta: float | None, policy: str) -> np.nda
     return world.exact_gradient(np_divergence(target, beta), world.policy(policy))
 
 
-def expected_and_exact(world: World, setting: Setting, policy: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+def expected_and_exact(
+    world: World, setting: Setting, policy: str | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """A setting's expected gradient and the exact one, for sequences of its own policy, or of "lagged"."""
     who = policy or setting.policy
-    behaviour, beta = world.policy(who), setting.objective.beta if isinstance(setting.objective, Divergence) else None
+    behaviour, beta = (
+        world.policy(who),
+        setting.objective.beta if isinstance(setting.objective, Divergence) else None,
+    )
     if setting.target == "reward":
-        rows = world.rows(behaviour, world.teacher, setting.outputs, advantage_offset_N=world.reward[world.sequence_N] - 0.7)
+        rows = world.rows(
+            behaviour, world.teacher, setting.outputs, advantage_offset_N=world.reward[world.sequence_N] - 0.7
+        )
         return world.expected_gradient(setting.objective, behaviour, rows), world.policy_gradient()
     exact = _exact(world, setting.target, beta, who)
     if setting.group:
         return world.group_gradient(setting.objective, behaviour, setting.group, setting.outputs), exact
-    return world.expected_gradient(setting.objective, behaviour, world.rows(behaviour, world.teacher, setting.outputs)), exact
+    return world.expected_gradient(
+        setting.objective, behaviour, world.rows(behaviour, world.teacher, setting.outputs)
+    ), exact
 
 
 def compare(expected: np.ndarray, exact: np.ndarray) -> tuple[float, float]:
@@ -277,12 +348,18 @@ def compare(expected: np.ndarray, exact: np.ndarray) -> tuple[float, float]:
     return float((expected * exact).sum() / (size * exact_size)), float(size / exact_size)
 
 
-def assert_alive(expected: np.ndarray, exact: np.ndarray, unbiased: bool, points: bool = True) -> tuple[float, float]:
+def assert_alive(
+    expected: np.ndarray, exact: np.ndarray, unbiased: bool, points: bool = True
+) -> tuple[float, float]:
     """Law 1: not dead, pointing with the exact gradient, and equal to it where unbiased."""
     cosine, norm = compare(expected, exact)
     assert norm > 0, "dead: the expected gradient vanishes, nothing is learnt"
-    assert cosine > 0.1 or not points, f"the expected gradient points away from the exact one: cosine {cosine:.3f}"
+    assert cosine > 0.1 or not points, (
+        f"the expected gradient points away from the exact one: cosine {cosine:.3f}"
+    )
     if unbiased:
         gap = np.linalg.norm(expected - exact) / np.linalg.norm(exact)
-        assert gap < 1e-6, f"said to be unbiased, but the expected gradient is off by {gap:.2e} of the exact one"
+        assert gap < 1e-6, (
+            f"said to be unbiased, but the expected gradient is off by {gap:.2e} of the exact one"
+        )
     return cosine, norm

@@ -1,4 +1,5 @@
-"""Runs that die: `python kill_driver.py STUDENT TEACHER FOLDER` starts one run per kill point and kills it there with SIGKILL.
+"""Runs that die: `python kill_driver.py STUDENT TEACHER FOLDER` starts one run per kill point and kills it
+there with SIGKILL.
 
 Everything is imported once; each run is a fork that has not computed anything yet. Prints how each one ended.
 """
@@ -58,8 +59,11 @@ def around_folder(name: str, where: str) -> Callable[[], None]:
         plain = files.write_folder
 
         def broken(path: Path, fill: Callable[[Path], None]) -> None:
-            late = path.name == name and (name != "student" or (path.parent / "checkpoints" / "step-2").exists())
-            if late and where == "swap":  # the old folder has lost its name, the new one has not got it
+            late = path.name == name and (
+                name != "student" or (path.parent / "checkpoints" / "step-2").exists()
+            )
+            if late and where == "swap":
+                # the old folder has lost its name, the new one has not got it
                 path.rename(path.with_name(f".{path.name}.old"))
                 die()
             plain(path, (lambda scratch: (fill(scratch), die())) if late and where == "before" else fill)  # type: ignore[arg-type,return-value]
@@ -91,7 +95,9 @@ def half_a_line(name: str) -> Callable[[], None]:
 
 def pruning() -> None:
     shutil.rmtree = lambda path, **_: (
-        (next(Path(path).glob("*"), Path("none")).unlink(missing_ok=True), die()) if "step-2" in str(path) else None
+        (next(Path(path).glob("*"), Path("none")).unlink(missing_ok=True), die())
+        if "step-2" in str(path)
+        else None
     )  # type: ignore[assignment]
 
 
@@ -143,7 +149,11 @@ POINTS: dict[str, Callable[[], None]] = {
 def main(student: str, teacher: str, folder: Path) -> None:
     cfg = tiny.config("rl_opd", student, teacher, **SETTINGS)
     children = {name: _fork(patch, cfg, folder / name) for name, patch in POINTS.items()}
-    print(json.dumps({name: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for name, child in children.items()}))
+    print(
+        json.dumps(
+            {name: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for name, child in children.items()}
+        )
+    )
 
 
 def _fork(patch: Callable[[], None], cfg: Any, folder: Path) -> int:

@@ -1,4 +1,6 @@
-"""Law 1, alive: the expected per-position gradient of every objective, over ALL sequences, against the exact one."""
+"""Law 1, alive: the expected per-position gradient of every objective, over ALL sequences, against the exact
+one.
+"""
 
 import dataclasses
 import itertools
@@ -9,7 +11,18 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from laws.estimators import SETTINGS, Setting, World, assert_alive, choices, compare, expected_and_exact, np_kl, settings_of, world_of
+from laws.estimators import (
+    SETTINGS,
+    Setting,
+    World,
+    assert_alive,
+    choices,
+    compare,
+    expected_and_exact,
+    np_kl,
+    settings_of,
+    world_of,
+)
 from reflux.config.registry import kind_of
 from reflux.credit.group_advantage import group_advantages
 from reflux.loss.baselines import kl_value
@@ -20,8 +33,10 @@ from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL
 
 CASES = settings_of(OBJECTIVES)
-WORLDS = [(5, 3, 0), (7, 2, 1), (8, 2, 2), (4, 3, 3), (6, 2, 4)]  # vocabulary, horizon, seed
-GROUP_WORLDS = [(3, 2, 0), (3, 2, 1), (4, 1, 2), (2, 3, 3), (4, 2, 4)]  # every choice of siblings is gone through
+# vocabulary, horizon, seed
+WORLDS = [(5, 3, 0), (7, 2, 1), (8, 2, 2), (4, 3, 3), (6, 2, 4)]
+# every choice of siblings is gone through
+GROUP_WORLDS = [(3, 2, 0), (3, 2, 1), (4, 1, 2), (2, 3, 3), (4, 2, 4)]
 PREFIX_BASELINES = [name for name in choices(SampledKL, "baseline") if name not in GROUP_BASELINES]
 few = settings(max_examples=60, deadline=None, derandomize=True)
 shapes = {
@@ -29,7 +44,9 @@ shapes = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "setting"), CASES, ids=[f"{kind}-{index}" for index, (kind, _) in enumerate(CASES)])
+@pytest.mark.parametrize(
+    ("kind", "setting"), CASES, ids=[f"{kind}-{index}" for index, (kind, _) in enumerate(CASES)]
+)
 def test_expected_gradient_is_alive_and_exact_where_promised(kind: str, setting: Setting | None) -> None:
     assert setting, f"'{kind}' is registered but has no setting in tests/laws/estimators.py"
     assert kind_of("objectives", setting.objective) == kind
@@ -45,7 +62,9 @@ def something_to_learn(world: World, setting: Setting) -> tuple[np.ndarray, np.n
 
 @few
 @given(**shapes, data=st.data())
-def test_every_divergence_over_the_whole_vocabulary_is_exact_in_any_world(vocabulary, horizon, seed, spread, data) -> None:
+def test_every_divergence_over_the_whole_vocabulary_is_exact_in_any_world(
+    vocabulary, horizon, seed, spread, data
+) -> None:
     kind = data.draw(st.sampled_from(choices(Divergence, "divergence")))
     shares = [0.0, 0.05, 0.3, 0.5, 0.9] + ([] if kind.startswith("skew") else [1.0])
     beta = data.draw(st.sampled_from(shares)) if kind in MIXED else None
@@ -53,31 +72,63 @@ def test_every_divergence_over_the_whole_vocabulary_is_exact_in_any_world(vocabu
     tail = data.draw(st.sampled_from(choices(Divergence, "tail"))) if support != "full" else "bucket"
     k = vocabulary + data.draw(st.integers(0, 3))
     objective = Divergence(
-        divergence=kind, beta=beta, support=support, tail=tail, k=k, ratio=data.draw(st.sampled_from(["none", "truncated"]))
+        divergence=kind,
+        beta=beta,
+        support=support,
+        tail=tail,
+        k=k,
+        ratio=data.draw(st.sampled_from(["none", "truncated"])),
     )
-    assert_alive(*something_to_learn(World(vocabulary, horizon, seed, spread), Setting(objective, kind)), unbiased=True)
+    assert_alive(
+        *something_to_learn(World(vocabulary, horizon, seed, spread), Setting(objective, kind)), unbiased=True
+    )
 
 
 @few
-@given(**shapes, baseline=st.sampled_from(PREFIX_BASELINES), k=st.integers(1, 10), ratio=st.sampled_from(choices(SampledKL, "ratio")))
-def test_every_value_of_the_prefix_is_unbiased_in_any_world(vocabulary, horizon, seed, spread, baseline, k, ratio) -> None:
+@given(
+    **shapes,
+    baseline=st.sampled_from(PREFIX_BASELINES),
+    k=st.integers(1, 10),
+    ratio=st.sampled_from(choices(SampledKL, "ratio")),
+)
+def test_every_value_of_the_prefix_is_unbiased_in_any_world(
+    vocabulary, horizon, seed, spread, baseline, k, ratio
+) -> None:
     setting = Setting(SampledKL(baseline=baseline, baseline_k=k, ratio=ratio), "reverse")
     assert_alive(*something_to_learn(World(vocabulary, horizon, seed, spread), setting), unbiased=True)
 
 
 @few
-@given(vocabulary=st.integers(2, 3), horizon=st.integers(1, 3), seed=shapes["seed"], spread=shapes["spread"], group=st.integers(2, 3))
+@given(
+    vocabulary=st.integers(2, 3),
+    horizon=st.integers(1, 3),
+    seed=shapes["seed"],
+    spread=shapes["spread"],
+    group=st.integers(2, 3),
+)
 def test_leaving_oneself_out_is_unbiased_in_any_world(vocabulary, horizon, seed, spread, group) -> None:
-    setting = Setting(SampledKL(baseline="leave_one_out"), "reverse", outputs="sampled", group=2 if horizon == 3 else group)
+    setting = Setting(
+        SampledKL(baseline="leave_one_out"), "reverse", outputs="sampled", group=2 if horizon == 3 else group
+    )
     assert_alive(*something_to_learn(World(vocabulary, horizon, seed, spread), setting), unbiased=True)
 
 
 @few
-@given(vocabulary=st.integers(4, 8), seed=shapes["seed"], kind=st.sampled_from(choices(Divergence, "divergence")), k=st.integers(1, 3))
-def test_the_union_never_misses_more_of_the_divergence_than_one_models_list(vocabulary, seed, kind, k) -> None:
+@given(
+    vocabulary=st.integers(4, 8),
+    seed=shapes["seed"],
+    kind=st.sampled_from(choices(Divergence, "divergence")),
+    k=st.integers(1, 3),
+)
+def test_the_union_never_misses_more_of_the_divergence_than_one_models_list(
+    vocabulary, seed, kind, k
+) -> None:
     world = World(vocabulary, 2, seed)
     rows = world.rows(world.student, world.teacher)
-    cost = {support: Divergence(divergence=kind, support=support, k=k)(rows).detach() for support in choices(Divergence, "support")}
+    cost = {
+        support: Divergence(divergence=kind, support=support, k=k)(rows).detach()
+        for support in choices(Divergence, "support")
+    }
     assert (cost["union"] <= cost["full"] + 1e-12).all()
     assert (cost["union"] >= torch.maximum(cost["student"], cost["teacher"]) - 1e-12).all()
 
@@ -107,9 +158,12 @@ def test_a_wrong_sign_and_a_token_dependent_baseline_are_flagged() -> None:
     rows = world.rows(world.student, world.teacher)
     exact = world.exact_gradient(np_kl, world.student)
     with pytest.raises(AssertionError, match="points away"):
-        assert_alive(world.expected_gradient(lambda r: -SampledKL()(r), world.student, rows), exact, unbiased=True)
+        assert_alive(
+            world.expected_gradient(lambda r: -SampledKL()(r), world.student, rows), exact, unbiased=True
+        )
 
-    def leaky(rows):  # the sampled token enters the "baseline"
+    def leaky(rows):
+        # the sampled token enters the "baseline"
         return SampledKL()(rows) + 0.5 * rows.student.logp_N.detach() * rows.student.logp_N
 
     with pytest.raises(AssertionError, match="unbiased"):
@@ -119,7 +173,9 @@ def test_a_wrong_sign_and_a_token_dependent_baseline_are_flagged() -> None:
 def test_exact_reference_agrees_with_automatic_differentiation() -> None:
     world = World()
     rows = world.rows(world.student, world.teacher)
-    gradient = world.expected_gradient(lambda r: kl(r.student.logp_NV, r.teachers["main"].logp_NV), world.student, rows)
+    gradient = world.expected_gradient(
+        lambda r: kl(r.student.logp_NV, r.teachers["main"].logp_NV), world.student, rows
+    )
     np.testing.assert_allclose(gradient, world.exact_gradient(np_kl, world.student), atol=1e-9)
 
 
@@ -134,29 +190,41 @@ def test_truncated_ratio_corrects_lag_exactly_when_nothing_is_capped(baseline) -
             expected, exact = expected_and_exact(world, uncorrected, "lagged")
             with pytest.raises(AssertionError, match="unbiased"):
                 assert_alive(expected, exact, unbiased=True)
-            assert compare(expected, exact)[0] > (0.8 if ratio == "none" or seed == 0 else 0.3)  # a clip bites harder in some worlds
+            # a clip bites harder in some worlds
+            assert compare(expected, exact)[0] > (0.8 if ratio == "none" or seed == 0 else 0.3)
 
 
 @pytest.mark.parametrize("shape", GROUP_WORLDS)
 def test_leaving_oneself_out_stays_exact_under_lag_with_the_ratio(shape) -> None:
-    setting = Setting(SampledKL(baseline="leave_one_out", ratio_cap=1e6), "reverse", outputs="sampled", group=2)
+    setting = Setting(
+        SampledKL(baseline="leave_one_out", ratio_cap=1e6), "reverse", outputs="sampled", group=2
+    )
     assert_alive(*expected_and_exact(world_of(*shape), setting, "lagged"), unbiased=True)
 
 
 @pytest.mark.parametrize("kind", choices(Divergence, "divergence"))
 @pytest.mark.parametrize("support", ["full", "union"])
 def test_a_ratio_on_a_divergence_changes_nothing_in_expectation_and_adds_noise(kind, support) -> None:
-    """The divergence sums over all actions, whoever acted. Its cap makes prefixes count less, and corrects nothing."""
+    """The divergence sums over all actions, whoever acted. Its cap makes prefixes count less, and corrects
+    nothing.
+    """
     world = world_of(5, 3, 0)
     rows = world.rows(world.lagged, world.teacher)
     plain = Divergence(divergence=kind, support=support, k=2)
     weighed = dataclasses.replace(plain, ratio="truncated", ratio_cap=1e6)
-    without, within = (world.expected_gradient(objective, world.lagged, rows) for objective in (plain, weighed))
+    without, within = (
+        world.expected_gradient(objective, world.lagged, rows) for objective in (plain, weighed)
+    )
     np.testing.assert_allclose(within, without, rtol=0, atol=1e-12)
     weight_N = world.log_probability(world.lagged).exp()[world.sequence_N]
-    second_moments = [float((weight_N * objective(rows).detach().square()).sum()) for objective in (plain, weighed)]
-    assert second_moments[1] > 1.01 * second_moments[0]  # the same mean at every prefix, so this is variance
-    capped = world.expected_gradient(dataclasses.replace(plain, ratio="truncated", ratio_cap=1.0), world.lagged, rows)
+    second_moments = [
+        float((weight_N * objective(rows).detach().square()).sum()) for objective in (plain, weighed)
+    ]
+    # the same mean at every prefix, so this is variance
+    assert second_moments[1] > 1.01 * second_moments[0]
+    capped = world.expected_gradient(
+        dataclasses.replace(plain, ratio="truncated", ratio_cap=1.0), world.lagged, rows
+    )
     assert 0.5 < np.linalg.norm(capped) / np.linalg.norm(without) < 0.99
     if support == "full":
         assert_alive(*expected_and_exact(world, Setting(weighed, kind), "lagged"), unbiased=True)
@@ -185,7 +253,9 @@ def test_a_shift_adds_the_policy_gradient_of_the_reward(baseline) -> None:
     world = World()
     rows = world.rows(world.student, world.teacher, advantage_offset_N=world.reward[world.sequence_N])
     expected = world.expected_gradient(SampledKL(baseline=baseline), world.student, rows)
-    assert_alive(expected, world.exact_gradient(np_kl, world.student) + world.policy_gradient(), unbiased=True)
+    assert_alive(
+        expected, world.exact_gradient(np_kl, world.student) + world.policy_gradient(), unbiased=True
+    )
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -193,12 +263,15 @@ def test_group_advantage_with_oneself_in_the_mean_shrinks_the_gradient_by_one_ov
     """Enumerates every group of `size` attempts: cosine 1, norm 1 - 1/G."""
     world = World(vocabulary=3, horizon=2)
     probability = world.log_probability(world.student.detach()).exp()
-    shift_S = torch.zeros(len(world.sequences), dtype=torch.float64)  # expected advantage of each sequence over its siblings
+    # expected advantage of each sequence over its siblings
+    shift_S = torch.zeros(len(world.sequences), dtype=torch.float64)
     for group in itertools.product(range(len(world.sequences)), repeat=size):
         siblings = float(probability[list(group[1:])].prod())
         shift_S[group[0]] += siblings * group_advantages([float(world.reward[index]) for index in group])[0]
     rows = world.rows(world.student, world.teacher, advantage_offset_N=shift_S[world.sequence_N])
-    cosine, norm = compare(world.expected_gradient(PolicyGradient(), world.student, rows), world.policy_gradient())
+    cosine, norm = compare(
+        world.expected_gradient(PolicyGradient(), world.student, rows), world.policy_gradient()
+    )
     assert cosine == pytest.approx(1, abs=1e-9)
     assert norm == pytest.approx(1 - 1 / size, abs=1e-9)
 
@@ -223,7 +296,10 @@ def test_group_mean_of_longer_answers_shrinks_less_and_turns(seed) -> None:
 
 def test_every_choice_of_the_menu_is_in_the_laws() -> None:
     """A literal that is added joins the settings; this is the test of that."""
-    literal = {"sampled_kl": (SampledKL, ("baseline", "ratio")), "divergence": (Divergence, ("divergence", "support", "tail", "ratio"))}
+    literal = {
+        "sampled_kl": (SampledKL, ("baseline", "ratio")),
+        "divergence": (Divergence, ("divergence", "support", "tail", "ratio")),
+    }
     for kind, (cls, names) in literal.items():
         for name in names:
             assert {getattr(setting.objective, name) for setting in SETTINGS[kind]} == set(choices(cls, name))

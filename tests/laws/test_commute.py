@@ -9,16 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 
+from reflux.config.step_context import StepContext
 from reflux.credit.base import share_credit
-from reflux.types import Attempt, Credit, StepContext
+from reflux.types import Attempt, Credit
 from tiny import same
 
-RULES = {  # three factors and three shifts at one position: two would commute in any order of rounding
+# three factors and three shifts at one position: two would commute in any order of rounding
+RULES = {
     "prefix": {"kind": "prefix", "length": 6},
     "position": {"kind": "position", "factor": {"kind": "linear", "start": 1.0, "stop": 0.3, "horizon": 7}},
     "half": {"kind": "outside:Half", "factor": 0.7},
     "third": {"kind": "outside:Half", "factor": 0.3},
-    "release": {"kind": "release", "segments": 1, "min_segments": 2, "min_side": 1, "min_gain": -9.0, "rescale": False},
+    "release": {
+        "kind": "release",
+        "segments": 1,
+        "min_segments": 2,
+        "min_side": 1,
+        "min_gain": -9.0,
+        "rescale": False,
+    },
     "group_advantage": {"kind": "group_advantage", "nats": 0.3},
     "more": {"kind": "group_advantage", "nats": 0.11},
     "again": {"kind": "group_advantage", "nats": 0.37, "normalise_std": True},
@@ -34,7 +43,8 @@ def test_any_order_of_the_rules_gives_the_same_bits(tiny_run: Callable[..., Any]
     runs = [tiny_run("rl_opd", **settings, credit=dict(order)) for order in orders]
     assert all(same(runs[0].state, other.state) for other in runs[1:])
     plain = tiny_run("rl_opd", **settings, credit={"group_advantage": RULES["group_advantage"]})
-    assert not same(runs[0].weights, plain.weights)  # the rules do count
+    # the rules do count
+    assert not same(runs[0].weights, plain.weights)
 
 
 def test_each_rule_is_logged_under_its_name(tiny_run: Callable[..., Any]) -> None:
@@ -44,7 +54,13 @@ def test_each_rule_is_logged_under_its_name(tiny_run: Callable[..., Any]) -> Non
 
 
 @pytest.mark.parametrize(
-    "share", [Credit(weight_T=-0.1), Credit(weight_T=float("inf")), Credit(weight_T=float("nan")), Credit(advantage_offset_T=np.inf)]
+    "share",
+    [
+        Credit(weight_T=-0.1),
+        Credit(weight_T=float("inf")),
+        Credit(weight_T=float("nan")),
+        Credit(advantage_offset_T=np.inf),
+    ],
 )
 def test_a_factor_that_is_negative_or_not_finite_is_refused(share: Credit) -> None:
     from tiny import rollout
@@ -57,4 +73,8 @@ def test_one_share_per_attempt_or_it_is_refused() -> None:
     from tiny import rollout
 
     with pytest.raises(ValueError, match="1 shares for a group of 2"):
-        share_credit([[Attempt(rollout(3)), Attempt(rollout(2))]], {"bad": lambda group, step_context: [Credit()]}, StepContext(0, 0))  # type: ignore[dict-item]
+        share_credit(
+            [[Attempt(rollout(3)), Attempt(rollout(2))]],
+            {"bad": lambda group, step_context: [Credit()]},
+            StepContext(0, 0),
+        )  # type: ignore[dict-item]

@@ -1,7 +1,8 @@
-"""Law 12. A run ends: an attempt that raises, is cancelled or times out ends it with that very exception, and nothing is left of it.
+"""Law 12. A run ends: an attempt that raises, is cancelled or times out ends it with that very exception, and
+nothing is left of it.
 
-At every stage of an attempt, at every staleness, and whether or not the loop waits for what is in flight (for an evaluation, for a jump). The
-other attempts of its step wait for it in a cohort that will never be whole.
+At every stage of an attempt, at every staleness, and whether or not the loop waits for what is in flight (for
+an evaluation, for a jump). The other attempts of its step wait for it in a cohort that will never be whole.
 """
 
 from __future__ import annotations
@@ -24,10 +25,14 @@ from reflux.training import Options, Run
 from reflux.types import Reward
 
 CHAT = {"kind": "outside:Chat"}
-HANGS_S = 30.0  # far more than a run here takes: it guards, it measures nothing
+# far more than a run here takes: it guards, it measures nothing
+HANGS_S = 30.0
 SETTLES: dict[str, dict[str, Any]] = {
     "nothing": {},
-    "an evaluation": {"eval_every": 1, "evals__peek": {"kind": "outside:Peek", "weight": "model.norm.weight"}},
+    "an evaluation": {
+        "eval_every": 1,
+        "evals__peek": {"kind": "outside:Peek", "weight": "model.norm.weight"},
+    },
     "a jump": {"extrapolation": {"kind": "outside:Jump", "at": 1, "score": "minus_kl"}},
 }
 
@@ -108,7 +113,9 @@ def break_parts(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
 
 
 def ending_of(run: Callable[[], Coroutine[Any, Any, Any]], folder: Path) -> BaseException:
-    """The exception a run ends with. It ends, no task is left, nothing was lost on the way, and its folder is free."""
+    """The exception a run ends with. It ends, no task is left, nothing was lost on the way, and its folder is
+    free.
+    """
     told: list[Any] = []
 
     async def main() -> BaseException:
@@ -146,9 +153,19 @@ def test_an_attempt_that_ends_badly_ends_the_run_with_its_exception(
     max_staleness: int,
     settle: str,
 ) -> None:
-    fault = Fault(how, stage, max(1, max_staleness))  # in flight while the first step settles, where anything is
+    # in flight while the first step settles, where anything is
+    fault = Fault(how, stage, max(1, max_staleness))
     break_parts(monkeypatch, fault)
-    cfg = tiny.config("opd", student, teacher, task=CHAT, steps=4, prompts_per_step=2, max_staleness=max_staleness, **SETTLES[settle])
+    cfg = tiny.config(
+        "opd",
+        student,
+        teacher,
+        task=CHAT,
+        steps=4,
+        prompts_per_step=2,
+        max_staleness=max_staleness,
+        **SETTLES[settle],
+    )
     error = ending_of(lambda: train(cfg, Options(tmp_path / "run")), tmp_path / "run")
     assert type(error) is how
     assert fault.met == 1
@@ -177,14 +194,30 @@ def test_an_attempt_that_leaves_its_cohort_by_its_own_limit_ends_the_run(
             yield parts
 
     monkeypatch.setattr(loop, "open_parts", open_parts)
-    settings = {"task": CHAT, "steps": 3, "prompts_per_step": 2, "max_staleness": max_staleness, **SETTLES["an evaluation"]}
+    settings = {
+        "task": CHAT,
+        "steps": 3,
+        "prompts_per_step": 2,
+        "max_staleness": max_staleness,
+        **SETTLES["an evaluation"],
+    }
     cfg = tiny.config("opd", student, teacher, **settings)
-    assert isinstance(ending_of(lambda: train(cfg, Options(tmp_path / "run")), tmp_path / "run"), TimeoutError)
+    assert isinstance(
+        ending_of(lambda: train(cfg, Options(tmp_path / "run")), tmp_path / "run"), TimeoutError
+    )
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 2])
-def test_a_prompt_without_references_ends_a_run_of_sft(student: str, teacher: str, tmp_path: Path, max_staleness: int) -> None:
-    settings = {"steps": 4, "prompts_per_step": 2, "max_staleness": max_staleness, "eval_every": 1, "evals__accuracy": {"problems": 2}}
+def test_a_prompt_without_references_ends_a_run_of_sft(
+    student: str, teacher: str, tmp_path: Path, max_staleness: int
+) -> None:
+    settings = {
+        "steps": 4,
+        "prompts_per_step": 2,
+        "max_staleness": max_staleness,
+        "eval_every": 1,
+        "evals__accuracy": {"problems": 2},
+    }
     cfg = tiny.config("sft", student, teacher, task={"kind": "outside:Patchy", "odd": 3}, **settings)
     error = ending_of(lambda: train(cfg, Options(tmp_path / "run")), tmp_path / "run")
     assert isinstance(error, DataError)
@@ -192,9 +225,16 @@ def test_a_prompt_without_references_ends_a_run_of_sft(student: str, teacher: st
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 2])
-def test_a_prompt_that_no_teacher_serves_ends_a_run(student: str, teacher: str, tmp_path: Path, max_staleness: int) -> None:
+def test_a_prompt_that_no_teacher_serves_ends_a_run(
+    student: str, teacher: str, tmp_path: Path, max_staleness: int
+) -> None:
     task = {"kind": "outside:Patchy", "odd": 3, "tells_routes": False}
-    settings = {"steps": 4, "prompts_per_step": 2, "max_staleness": max_staleness, "teachers__main__routes": ["even", "odd"]}
+    settings = {
+        "steps": 4,
+        "prompts_per_step": 2,
+        "max_staleness": max_staleness,
+        "teachers__main__routes": ["even", "odd"],
+    }
     cfg = tiny.config("opd", student, teacher, task=task, **settings, **SETTLES["an evaluation"])
     error = ending_of(lambda: train(cfg, Options(tmp_path / "run")), tmp_path / "run")
     assert isinstance(error, DataError)
@@ -215,13 +255,19 @@ def test_a_stop_leaves_nothing_in_flight(
         self.stopping = True
 
     monkeypatch.setattr(Run, "advance", stop)
-    cfg = tiny.config("opd", student, teacher, task=CHAT, steps=9, prompts_per_step=3, max_staleness=max_staleness)
+    cfg = tiny.config(
+        "opd", student, teacher, task=CHAT, steps=9, prompts_per_step=3, max_staleness=max_staleness
+    )
     assert isinstance(ending_of(lambda: train(cfg, Options(tmp_path / "run")), tmp_path / "run"), Stopped)
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2])
-def test_a_run_that_is_cancelled_from_outside_leaves_nothing(student: str, teacher: str, tmp_path: Path, max_staleness: int) -> None:
-    cfg = tiny.config("opd", student, teacher, task=CHAT, steps=500, prompts_per_step=3, max_staleness=max_staleness)
+def test_a_run_that_is_cancelled_from_outside_leaves_nothing(
+    student: str, teacher: str, tmp_path: Path, max_staleness: int
+) -> None:
+    cfg = tiny.config(
+        "opd", student, teacher, task=CHAT, steps=500, prompts_per_step=3, max_staleness=max_staleness
+    )
 
     async def cancelled() -> None:
         task = asyncio.ensure_future(train(cfg, Options(tmp_path / "run")))

@@ -1,4 +1,6 @@
-"""Six methods in one run are those of the six parts alone: what each says of an attempt is the same, whoever else speaks."""
+"""Six methods in one run are those of the six parts alone: what each says of an attempt is the same, whoever
+else speaks.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,34 @@ from reflux.config.recipe import load_recipe
 from reflux.config.registry import kind_of
 
 CHAT = {"kind": "outside:Chat"}
-RULES: dict[str, dict[str, Any]] = {"margin": {"delta": 0.4}, "balance": {"ratio": 1.0}, "prefix": {"length": 7}}
-SETTINGS: dict[str, Any] = {"steps": 2, "group_size": 6, "prompts_per_step": 3, "task": CHAT, "sampler__max_tokens": 14}
+RULES: dict[str, dict[str, Any]] = {
+    "margin": {"delta": 0.4},
+    "balance": {"ratio": 1.0},
+    "prefix": {"length": 7},
+}
+SETTINGS: dict[str, Any] = {
+    "steps": 2,
+    "group_size": 6,
+    "prompts_per_step": 3,
+    "task": CHAT,
+    "sampler__max_tokens": 14,
+}
 
 
 def lines(done: Any) -> dict[tuple[int, str, int], dict[str, Any]]:
     """The second line of every attempt, by (step, prompt, sample)."""
-    return {(row["step"], row["prompt"], row["sample"]): row for row in done.rows("attempts") if row["kind"] == "learned"}
+    return {
+        (row["step"], row["prompt"], row["sample"]): row
+        for row in done.rows("attempts")
+        if row["kind"] == "learned"
+    }
 
 
 @pytest.fixture
 def everything(tiny_run: Callable[..., Any]) -> Callable[..., Any]:
-    """The recipe at tiny scale with some of its rules; its jumps stay shut, so that every run meets the same attempts in step 1."""
+    """The recipe at tiny scale with some of its rules; its jumps stay shut, so that every run meets the same
+    attempts in step 1.
+    """
 
     def run(*rules: str, **overrides: Any) -> Any:
         credit = {name: RULES[name] if name in rules else "none" for name in RULES}
@@ -52,22 +70,32 @@ def test_factors_multiply_and_shifts_add_as_each_rule_alone_gave_them(everything
     behaviour = dict.fromkeys(RULES, 0)
     for key, line in together.items():
         if key[0] > 1:
-            continue  # the students differ from here on
+            # the students differ from here on
+            continue
         weight_T = np.asarray(plain[key]["weight"])
         advantage_offset_T = np.zeros(len(weight_T))
         for name, found in alone.items():
-            weight_T, own_T = np.asarray(found[key]["weight"]), np.asarray(found[key].get("shift", np.zeros(len(weight_T))))
+            weight_T, own_T = (
+                np.asarray(found[key]["weight"]),
+                np.asarray(found[key].get("shift", np.zeros(len(weight_T)))),
+            )
             behaviour[name] += int((weight_T != weight_T).any() or own_T.any())
             advantage_offset_T = advantage_offset_T + own_T
         for found in alone.values():
-            weight_T = weight_T * np.asarray(found[key]["weight"])  # weights without rules are masks: 0 or 1
+            # weights without rules are masks: 0 or 1
+            weight_T = weight_T * np.asarray(found[key]["weight"])
         assert np.array_equal(line["weight"], weight_T)
         assert np.allclose(line.get("shift", np.zeros(len(weight_T))), advantage_offset_T, atol=1e-5)
-    assert all(behaviour.values()), behaviour  # each rule had something to say, or this would test nothing
+    # each rule had something to say, or this would test nothing
+    assert all(behaviour.values()), behaviour
 
 
 def test_the_order_in_which_rules_are_written_changes_no_bit(everything: Callable[..., Any]) -> None:
-    orders = [("margin", "balance", "prefix"), ("prefix", "margin", "balance"), ("balance", "prefix", "margin")]
+    orders = [
+        ("margin", "balance", "prefix"),
+        ("prefix", "margin", "balance"),
+        ("balance", "prefix", "margin"),
+    ]
     states = [everything(*order).weights for order in orders]
     for other in states[1:]:
         assert all(bool((states[0][name] == other[name]).all()) for name in states[0])
@@ -93,7 +121,10 @@ def test_group_statistics_do_not_see_how_the_batch_is_cut(everything: Callable[.
     settings = {"steps": 1, "learner__lr": 1e-2, "learner__noise_floor": 0.0}
     runs = [everything(*RULES, **settings, learner__micro_batch_tokens=tokens) for tokens in (1, 100_000)]
     first, second = (lines(done) for done in runs)
-    assert all(first[key]["weight"] == line["weight"] and first[key].get("shift") == line.get("shift") for key, line in second.items())
+    assert all(
+        first[key]["weight"] == line["weight"] and first[key].get("shift") == line.get("shift")
+        for key, line in second.items()
+    )
     norms = [done.rows("metrics")[0]["grad_norm"] for done in runs]
     losses = [done.rows("metrics")[0]["loss"] for done in runs]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)

@@ -1,7 +1,8 @@
 """Law 1 for flows: what each form of the loss teaches in expectation, over ALL steps that may be drawn.
 
-Expectations over Gaussian noise are sums over Gauss-Hermite nodes, exact for the polynomials met here (linear students). The printed form
-of Flow-OPD, its released code and the whole trajectory's gradient live here alone: the library has the direct form and no other.
+Expectations over Gaussian noise are sums over Gauss-Hermite nodes, exact for the polynomials met here (linear
+students). The printed form of Flow-OPD, its released code and the whole trajectory's gradient live here
+alone: the library has the direct form and no other.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class Linear:
 
     @classmethod
     def drawn(cls, seed: int, size: int) -> Linear:
-        return cls(torch.tensor(0.6 * np.random.default_rng(seed).standard_normal((size, size + 2))).requires_grad_())
+        return cls(
+            torch.tensor(0.6 * np.random.default_rng(seed).standard_normal((size, size + 2))).requires_grad_()
+        )
 
     def __call__(self, x_ND: Tensor, t_N: Tensor) -> Tensor:
         return features(x_ND, t_N) @ self.parameters.T
@@ -50,21 +53,35 @@ def features(x_ND: Tensor, t_N: Tensor) -> Tensor:
 
 
 def nodes(dimensions: int, each: int = 4) -> tuple[Tensor, Tensor]:
-    """(noise [M, dimensions], weight [M]): sum of weight * f(noise) is E f, exactly for degrees up to 2 * each - 1."""
+    """(noise [M, dimensions], weight [M]): sum of weight * f(noise) is E f, exactly for degrees up to 2 *
+    each - 1.
+    """
     points, weights = np.polynomial.hermite_e.hermegauss(each)
     noise = np.array(list(itertools.product(points, repeat=dimensions)))
-    weight = np.array([np.prod(choice) for choice in itertools.product(weights / weights.sum(), repeat=dimensions)])
+    weight = np.array(
+        [np.prod(choice) for choice in itertools.product(weights / weights.sum(), repeat=dimensions)]
+    )
     return torch.tensor(noise), torch.tensor(weight)
 
 
-def rows(student: Linear, teacher: Linear, x_ND: Tensor, step_N: Tensor, noise_ND: Tensor) -> Rows[VelocityOutputs]:
+def rows(
+    student: Linear, teacher: Linear, x_ND: Tensor, step_N: Tensor, noise_ND: Tensor
+) -> Rows[VelocityOutputs]:
     """Steps drawn by the student from given states; all but its velocity is constant."""
     grid = torch.tensor(GRID)
-    x_ND, columns = x_ND.detach(), (grid[step_N], grid[step_N + 1] - grid[step_N], torch.full((len(x_ND),), LEVEL, dtype=torch.float64))
+    x_ND, columns = (
+        x_ND.detach(),
+        (grid[step_N], grid[step_N + 1] - grid[step_N], torch.full((len(x_ND),), LEVEL, dtype=torch.float64)),
+    )
     v_ND, v_T_ND = student(x_ND, columns[0]), teacher(x_ND, columns[0]).detach()
     made = sde_step(x_ND, v_ND.detach(), *(column[:, None] for column in columns), noise_ND)[0]
     outputs = [VelocityOutputs(v, x_ND, made, *columns) for v in (v_ND, v_T_ND)]
-    return Rows(outputs[0], {"main": outputs[1]}, outputs[0].logp_N.detach(), torch.zeros(len(x_ND), dtype=torch.float64))
+    return Rows(
+        outputs[0],
+        {"main": outputs[1]},
+        outputs[0].logp_N.detach(),
+        torch.zeros(len(x_ND), dtype=torch.float64),
+    )
 
 
 def kl_N(at: Rows[VelocityOutputs]) -> Tensor:
@@ -104,16 +121,25 @@ def expected_gradient(objective: Objective, student: Linear, teacher: Linear) ->
     x_ND, step_N = states()
     noise_MD, weight_M = nodes(2)
     copies = (len(noise_MD), 1)
-    at = rows(student, teacher, x_ND.repeat(*copies), step_N.repeat(len(noise_MD)), noise_MD.repeat_interleave(12, dim=0))
+    at = rows(
+        student,
+        teacher,
+        x_ND.repeat(*copies),
+        step_N.repeat(len(noise_MD)),
+        noise_MD.repeat_interleave(12, dim=0),
+    )
     loss = (weight_M.repeat_interleave(12) * objective(at)).sum()
     return torch.autograd.grad(loss, student.parameters)[0].numpy()
 
 
-Loss = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (v, v_T, mean, mean_T, std, dt)
+# (v, v_T, mean, mean_T, std, dt)
+Loss = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 def exact_gradient(student: Linear, teacher: Linear, loss: Loss | None = None) -> np.ndarray:
-    """Central differences, in numpy, of a loss summed over the states: by default the KL, squared means over twice the variance."""
+    """Central differences, in numpy, of a loss summed over the states: by default the KL, squared means over
+    twice the variance.
+    """
     x_ND, step_N = (column.numpy() for column in states())
     t, dt = GRID[step_N][:, None], (GRID[1:] - GRID[:-1])[step_N][:, None]
     sigma = np.where(t < 1, LEVEL * np.sqrt(t / np.where(t < 1, 1 - t, 1)), LEVEL / np.sqrt(-dt))
@@ -121,13 +147,18 @@ def exact_gradient(student: Linear, teacher: Linear, loss: Loss | None = None) -
 
     def total(parameters: np.ndarray) -> float:
         v_ND, v_T_ND = (features_NF @ p.T for p in (parameters, teacher.parameters.detach().numpy()))
-        means = [x_ND * (1 + sigma**2 / (2 * t) * dt) + v * (1 + sigma**2 * (1 - t) / (2 * t)) * dt for v in (v_ND, v_T_ND)]
+        means = [
+            x_ND * (1 + sigma**2 / (2 * t) * dt) + v * (1 + sigma**2 * (1 - t) / (2 * t)) * dt
+            for v in (v_ND, v_T_ND)
+        ]
         return float((loss or by_means)(v_ND, v_T_ND, *means, sigma * np.sqrt(-dt), dt).sum())
 
     return differences(total, student.parameters.detach().numpy())
 
 
-def by_means(v: np.ndarray, v_T: np.ndarray, mean: np.ndarray, mean_T: np.ndarray, std: np.ndarray, dt: np.ndarray) -> np.ndarray:
+def by_means(
+    v: np.ndarray, v_T: np.ndarray, mean: np.ndarray, mean_T: np.ndarray, std: np.ndarray, dt: np.ndarray
+) -> np.ndarray:
     return (mean - mean_T) ** 2 / (2 * std**2)
 
 
@@ -140,34 +171,46 @@ def differences(f: Callable[[np.ndarray], float], at: np.ndarray, epsilon: float
     return gradient
 
 
-SETTINGS: dict[str, list[tuple[Any, Loss]]] = {  # every objective on velocities that is registered, in every form it has
+# every objective on velocities that is registered, in every form it has
+SETTINGS: dict[str, list[tuple[Any, Loss]]] = {
     "velocity_kl": [
         (VelocityKL(), by_means),
-        (VelocityKL(scale="released"), lambda v, v_T, mean, mean_T, std, dt: (mean - mean_T) ** 2 / (2 * std**2) * -dt / v.shape[1]),
+        (
+            VelocityKL(scale="released"),
+            lambda v, v_T, mean, mean_T, std, dt: (mean - mean_T) ** 2 / (2 * std**2) * -dt / v.shape[1],
+        ),
         (VelocityKL(weight="mse"), lambda v, v_T, mean, mean_T, std, dt: (v - v_T) ** 2 / v.shape[1]),
     ],
 }
 
 
 def test_every_objective_on_velocities_is_here() -> None:
-    on_velocities = [kind for kind in kinds("objectives") if VelocityTarget in part("objectives", kind)().accepts]
+    on_velocities = [
+        kind for kind in kinds("objectives") if VelocityTarget in part("objectives", kind)().accepts
+    ]
     assert sorted(on_velocities) == sorted(SETTINGS)
 
 
-@pytest.mark.parametrize(("objective", "loss"), [setting for settings in SETTINGS.values() for setting in settings])
+@pytest.mark.parametrize(
+    ("objective", "loss"), [setting for settings in SETTINGS.values() for setting in settings]
+)
 def test_expected_gradient_is_alive_and_exact(objective: Objective, loss: Loss, pair) -> None:
     assert_alive(expected_gradient(objective, *pair), exact_gradient(*pair, loss), unbiased=True)
 
 
 @pytest.mark.parametrize("ratio", ["clip", "none"])
 def test_an_outcome_of_the_drawn_step_has_the_expected_rewards_gradient(ratio, pair) -> None:
-    """Flow-GRPO: reward x'_0 + |x'|^2 of the drawn state x', whose expectation is mean_0 + |mean|^2 + D std^2."""
+    """Flow-GRPO: reward x'_0 + |x'|^2 of the drawn state x', whose expectation is mean_0 + |mean|^2 + D
+    std^2.
+    """
 
     def outcome(at: Rows[VelocityOutputs]) -> Tensor:
         at.advantage_offset_N = at.student.next_ND[:, 0] + at.student.next_ND.square().sum(1)
         return PolicyGradient(ratio=ratio)(at)
 
-    def loss(v: np.ndarray, v_T: np.ndarray, mean: np.ndarray, mean_T: np.ndarray, std: np.ndarray, dt: np.ndarray) -> np.ndarray:
+    def loss(
+        v: np.ndarray, v_T: np.ndarray, mean: np.ndarray, mean_T: np.ndarray, std: np.ndarray, dt: np.ndarray
+    ) -> np.ndarray:
         return -(mean[:, 0] + (mean**2).sum(1))
 
     assert_alive(expected_gradient(outcome, *pair), exact_gradient(*pair, loss), unbiased=True)
@@ -199,14 +242,19 @@ def test_at_home_the_direct_form_has_no_gradient_and_the_score_function_none_in_
     student = Linear.drawn(0, 2)
     home = Linear(student.parameters.detach().clone())
     assert np.abs(expected_gradient(kl_N, student, home)).max() == 0
-    assert np.abs(expected_gradient(score_function, student, home)).max() == 0  # the log-ratio is 0 at every draw
+    # the log-ratio is 0 at every draw
+    assert np.abs(expected_gradient(score_function, student, home)).max() == 0
 
 
 # --- one step: drawn, as a run would
 
 
-def drawn_gradients(objective: Objective, student: Linear, teacher: Linear, count: int = 40_000) -> np.ndarray:
-    """One gradient per drawn (state, step): [count, parameters]. A linear student's is (d cost / d v) times its features."""
+def drawn_gradients(
+    objective: Objective, student: Linear, teacher: Linear, count: int = 40_000
+) -> np.ndarray:
+    """One gradient per drawn (state, step): [count, parameters]. A linear student's is (d cost / d v) times
+    its features.
+    """
     rng = np.random.default_rng(3)
     x_ND, noise_ND = (torch.tensor(rng.standard_normal((count, 2))) for _ in range(2))
     at = rows(student, teacher, x_ND, torch.tensor(rng.integers(0, 4, count)), noise_ND)
@@ -219,20 +267,27 @@ def error_of(gradients: np.ndarray) -> np.ndarray:
 
 
 def test_drawn_means_agree_within_their_error_and_the_direct_form_is_least_noisy(pair) -> None:
-    direct, score, code, dead = (drawn_gradients(form, *pair) for form in (kl_N, score_function, released, printed))
-    for other in (score, code):  # on common draws: what differs is noise without a mean
+    direct, score, code, dead = (
+        drawn_gradients(form, *pair) for form in (kl_N, score_function, released, printed)
+    )
+    for other in (score, code):
+        # on common draws: what differs is noise without a mean
         assert (np.abs((other - direct).mean(0)) < 4.5 * error_of(other - direct)).all()
         assert (other.var(0) > 2 * direct.var(0)).all()
     assert (np.abs(dead.mean(0)) < 4.5 * error_of(dead)).all()
-    assert (np.abs(direct.mean(0)) > 4.5 * error_of(dead)).any()  # a gradient of that size would have been seen
-    assert (dead.var(0) > direct.var(0)).all()  # all that it has is noise, which Adam scales up to full steps
+    # a gradient of that size would have been seen
+    assert (np.abs(direct.mean(0)) > 4.5 * error_of(dead)).any()
+    # all that it has is noise, which Adam scales up to full steps
+    assert (dead.var(0) > direct.var(0)).all()
 
 
 # --- a whole trajectory
 
 
 def trajectory_kl(parameters: np.ndarray, teacher: np.ndarray) -> float:
-    """Sum over steps of E KL, by moments: a linear student on a line keeps Gaussian states Gaussian. Plain Python from the page."""
+    """Sum over steps of E KL, by moments: a linear student on a line keeps Gaussian states Gaussian. Plain
+    Python from the page.
+    """
     mean, variance, total = 0.0, 1.0, 0.0
     for t, stop in itertools.pairwise(GRID):
         dt = stop - t
@@ -245,8 +300,12 @@ def trajectory_kl(parameters: np.ndarray, teacher: np.ndarray) -> float:
     return float(total)
 
 
-def trajectory(student: Linear, teacher: Linear, noise_MS: Tensor, through_states: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """KL and log-density of every step along walks with given noise, [M] each, and the states they start from [M, 1]."""
+def trajectory(
+    student: Linear, teacher: Linear, noise_MS: Tensor, through_states: bool
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """KL and log-density of every step along walks with given noise, [M] each, and the states they start from
+    [M, 1].
+    """
     teacher = Linear(teacher.parameters.detach())
     x_M1 = noise_MS[:, :1]
     kl, logp, starts = [], [], []
@@ -263,22 +322,33 @@ def trajectory(student: Linear, teacher: Linear, noise_MS: Tensor, through_state
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_whole_trajectorys_gradient_is_the_direct_one_and_the_cost_of_later_steps(seed) -> None:
-    """sum_t grad log pi_t * (KL of later steps) is left out on purpose; adding it closes the gap to the pathwise gradient."""
+    """sum_t grad log pi_t * (KL of later steps) is left out on purpose; adding it closes the gap to the
+    pathwise gradient.
+    """
     student, teacher = Linear.drawn(seed, 1), Linear.drawn(seed + 10, 1)
-    noise_MS, weight_M = nodes(len(GRID) - 1)  # the start and every step but the last, whose end no cost sees
+    # the start and every step but the last, whose end no cost sees
+    noise_MS, weight_M = nodes(len(GRID) - 1)
     noise_MS = torch.cat([noise_MS, torch.zeros(len(noise_MS), 1)], dim=1)
 
     def gradient(loss_M: Any) -> np.ndarray:
-        return torch.autograd.grad((weight_M * loss_M).sum(), student.parameters, retain_graph=True)[0].numpy()
+        return torch.autograd.grad((weight_M * loss_M).sum(), student.parameters, retain_graph=True)[
+            0
+        ].numpy()
 
     pathwise = gradient(sum(trajectory(student, teacher, noise_MS, through_states=True)[0]))
     kl, logp, starts = trajectory(student, teacher, noise_MS, through_states=False)
     direct = gradient(sum(kl))
     later = gradient(sum(logp[t] * sum(kl[t + 1 :], torch.zeros(())).detach() for t in range(len(kl))))
 
-    exact = differences(lambda p: trajectory_kl(p, teacher.parameters.detach().numpy()), student.parameters.detach().numpy())
-    np.testing.assert_allclose(pathwise, exact, rtol=1e-6, atol=1e-6)  # the reference itself
+    exact = differences(
+        lambda p: trajectory_kl(p, teacher.parameters.detach().numpy()), student.parameters.detach().numpy()
+    )
+    # the reference itself
+    np.testing.assert_allclose(pathwise, exact, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(direct + later, pathwise, rtol=1e-9, atol=1e-9)
     assert np.linalg.norm(direct - pathwise) > 0.03 * np.linalg.norm(pathwise)
-    ours = [gradient(kl_N(rows(student, teacher, x_M1, torch.full((len(x_M1),), t), noise_MS[:, :1]))) for t, x_M1 in enumerate(starts)]
+    ours = [
+        gradient(kl_N(rows(student, teacher, x_M1, torch.full((len(x_M1),), t), noise_MS[:, :1])))
+        for t, x_M1 in enumerate(starts)
+    ]
     np.testing.assert_allclose(sum(ours), direct, rtol=1e-12, atol=1e-12)

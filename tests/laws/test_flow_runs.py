@@ -25,7 +25,10 @@ from reflux.tasks.glyphs import Glyphs
 from reflux.training import Options, Run
 from tiny import same
 
-TEXTS = ("", *sorted({prompt.messages[-1]["content"] for prompt in islice(Glyphs().prompts("train", 0), 400)}))
+TEXTS = (
+    "",
+    *sorted({prompt.messages[-1]["content"] for prompt in islice(Glyphs().prompts("train", 0), 400)}),
+)
 SMALL: dict[str, Any] = {
     "steps": 3,
     "prompts_per_step": 4,
@@ -44,7 +47,10 @@ SMALL: dict[str, Any] = {
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     names = ("base", "digits", "counts")
     folder = tmp_path_factory.mktemp("flows")
-    return {name: tiny_flow.save(folder / name, seed, side=16, layers=1, texts=TEXTS) for seed, name in enumerate(names)}
+    return {
+        name: tiny_flow.save(folder / name, seed, side=16, layers=1, texts=TEXTS)
+        for seed, name in enumerate(names)
+    }
 
 
 @pytest.fixture
@@ -65,7 +71,11 @@ def run(models: dict[str, str], tmp_path: Path) -> Any:
 
 
 def images(done: Done) -> list[tuple[Any, ...]]:
-    return [(row["step"], row["prompt"], row["sample"], row["image"]) for row in done.rows("attempts") if row["kind"] == "attempt"]
+    return [
+        (row["step"], row["prompt"], row["sample"], row["image"])
+        for row in done.rows("attempts")
+        if row["kind"] == "attempt"
+    ]
 
 
 @pytest.mark.parametrize("recipe", ["flow", "flow_sft", "flow_grpo"])
@@ -99,16 +109,34 @@ def test_an_average_is_evaluated_and_leaves_the_run_as_it_is(run: Any) -> None:
     average = {"decay": 0.5, "every": 1}
     asked = {"peek": {"kind": "outside:Peek", "weight": "transformer.proj_out.bias"}}
     averaged = run(name="averaged", learner__average=average, evals=asked, eval_every=1)
-    assert images(plain) == images(averaged)  # attempts are those of the weights themselves
+    # attempts are those of the weights themselves
+    assert images(plain) == images(averaged)
     assert same(plain.weights, averaged.weights)
     shown, state = load_flow(str(averaged.dir), "student").net.state_dict(), averaged.state
-    assert all(torch.equal(shown[name.removeprefix("mean/")], value) for name, value in state.items() if name.startswith("mean/"))
+    assert all(
+        torch.equal(shown[name.removeprefix("mean/")], value)
+        for name, value in state.items()
+        if name.startswith("mean/")
+    )
     seen = averaged.rows("evals")[-1]["peek"]["first"]
-    assert seen == float(state["mean/transformer.proj_out.bias"][0]) != float(state["weight/transformer.proj_out.bias"][0])
-    assert not same(plain.weights, {name.replace("mean/", "weight/"): value for name, value in state.items() if name.startswith("mean/")})
+    assert (
+        seen
+        == float(state["mean/transformer.proj_out.bias"][0])
+        != float(state["weight/transformer.proj_out.bias"][0])
+    )
+    assert not same(
+        plain.weights,
+        {
+            name.replace("mean/", "weight/"): value
+            for name, value in state.items()
+            if name.startswith("mean/")
+        },
+    )
 
 
-def test_no_attempt_is_drawn_with_the_average_however_far_sampling_runs_ahead(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_attempt_is_drawn_with_the_average_however_far_sampling_runs_ahead(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lent, drawn_meanwhile = [False], []
     sample, evaluate = FlowSampler._sample, Run.evaluate
 
@@ -124,15 +152,25 @@ def test_no_attempt_is_drawn_with_the_average_however_far_sampling_runs_ahead(ru
 
     monkeypatch.setattr(FlowSampler, "_sample", slow)
     monkeypatch.setattr(Run, "evaluate", lending)
-    run(steps=5, max_staleness=2, eval_every=1, evals={"accuracy": {"problems": 4}}, learner__average={"decay": 0.5, "every": 1})
+    run(
+        steps=5,
+        max_staleness=2,
+        eval_every=1,
+        evals={"accuracy": {"problems": 4}},
+        learner__average={"decay": 0.5, "every": 1},
+    )
     assert len(drawn_meanwhile) > 5
     assert not any(drawn_meanwhile)
 
 
-def test_frozen_teachers_stay_as_they_are_and_are_not_in_the_student(run: Any, models: dict[str, str]) -> None:
+def test_frozen_teachers_stay_as_they_are_and_are_not_in_the_student(
+    run: Any, models: dict[str, str]
+) -> None:
     before = {name: load_flow(folder, name).net.state_dict() for name, folder in models.items()}
     done = run()
-    assert all(same(before[name], load_flow(folder, name).net.state_dict()) for name, folder in models.items())
+    assert all(
+        same(before[name], load_flow(folder, name).net.state_dict()) for name, folder in models.items()
+    )
     kept = checkpoints.of_step(done.dir / "checkpoints", 3)
     assert not [path for path in (kept / "teachers").rglob("*") if path.is_file()]
     assert set(load_flow(str(done.dir), "student").net.state_dict()) == set(before["base"])
@@ -163,7 +201,13 @@ def test_jumps_prefixes_and_verdicts_combine(run: Any) -> None:
         rewards={"verifier": {}},
         credit={"group_advantage": {}, "prefix": {"length": 2}},
         objectives=[{"kind": "velocity_kl"}, {"kind": "policy_gradient"}],
-        extrapolation={"kind": "extrapolate", "prompts": 4, "include": ["attn", "ff"], "score": "minus_kl", "tries": 1},
+        extrapolation={
+            "kind": "extrapolate",
+            "prompts": 4,
+            "include": ["attn", "ff"],
+            "score": "minus_kl",
+            "tries": 1,
+        },
     )
     rows = done.rows("metrics")
     assert [row["step"] for row in done.rows("searches")] == [1, 2, 4]
@@ -186,7 +230,9 @@ def test_the_first_steps_alone_may_be_drawn(run: Any) -> None:
 
 def test_a_run_writes_what_it_did(run: Any) -> None:
     done = run(evals={"accuracy": {"problems": 4}})
-    first, second = (next(row for row in done.rows("attempts") if row["kind"] == kind) for kind in ("attempt", "learned"))
+    first, second = (
+        next(row for row in done.rows("attempts") if row["kind"] == kind) for kind in ("attempt", "learned")
+    )
     assert len(first["logp"]) == len(first["mask"]) == 4
     assert first["mask"][-1] == 0
     assert len(second["kl"]) == 4
@@ -210,7 +256,9 @@ def test_a_run_writes_what_it_did(run: Any) -> None:
         ({"teachers__digits__guidance": 3.0}, "guidance"),
     ],
 )
-def test_what_does_not_fit_is_a_sentence_before_anything_is_loaded(run: Any, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_a_sentence_before_anything_is_loaded(
+    run: Any, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=words):
         run(**changes)
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,6 @@
-"""Law 9. Every rule has a setting at which it is the identity; there the run is the plain one. And a mask is a cut (prefix.md)."""
+"""Law 9. Every rule has a setting at which it is the identity; there the run is the plain one. And a mask is
+a cut (prefix.md).
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,22 @@ import pytest
 import tiny
 from reflux.assets.characters import character_tokenizer
 from reflux.config.registry import kinds
+from reflux.config.step_context import StepContext
 from reflux.credit.base import share_credit
 from reflux.credit.prefix import Prefix
 from reflux.models.text import as_model
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.types import StepContext
 from tiny import attempt, close, gradients, rollout, same
 
-PLAIN: dict[str, Any] = {"steps": 2, "task": {"kind": "outside:Chat"}, "group_size": 2, "rewards": {"verifier": {}}}
-NEUTRAL: dict[str, dict[str, Any]] = {  # a newcomer to the registry adds its line
+PLAIN: dict[str, Any] = {
+    "steps": 2,
+    "task": {"kind": "outside:Chat"},
+    "group_size": 2,
+    "rewards": {"verifier": {}},
+}
+# a newcomer to the registry adds its line
+NEUTRAL: dict[str, dict[str, Any]] = {
     "prefix": {"length": 12},
     "position": {"factor": 1.0},
     "group_advantage": {"nats": 0.0},
@@ -28,7 +36,8 @@ NEUTRAL: dict[str, dict[str, Any]] = {  # a newcomer to the registry adds its li
     "release": {"segments": 1, "min_segments": 100, "rescale": False},
 }
 
-RELEASE: dict[str, Any] = {"segments": 1, "min_segments": 2, "min_side": 1, "min_gain": -9.0}  # short answers: a step wherever one can be
+# short answers: a step wherever one can be
+RELEASE: dict[str, Any] = {"segments": 1, "min_segments": 2, "min_side": 1, "min_gain": -9.0}
 
 
 def test_every_rule_has_a_neutral_setting() -> None:
@@ -39,7 +48,9 @@ def test_every_rule_has_a_neutral_setting() -> None:
 @pytest.mark.parametrize("kind", sorted(NEUTRAL))
 def test_a_neutral_rule_is_no_rule(tiny_run: Callable[..., Any], kind: str, loss_aggregation: str) -> None:
     settings = {**PLAIN, "loss_aggregation": loss_aggregation}
-    assert same(tiny_run("opd", **settings).state, tiny_run("opd", **settings, credit={kind: NEUTRAL[kind]}).state)
+    assert same(
+        tiny_run("opd", **settings).state, tiny_run("opd", **settings, credit={kind: NEUTRAL[kind]}).state
+    )
 
 
 ACTING: dict[str, dict[str, Any]] = {
@@ -55,7 +66,9 @@ ACTING: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(("kind", "table"), ACTING.items())
 def test_elsewhere_it_does_something(tiny_run: Callable[..., Any], kind: str, table: dict[str, Any]) -> None:
     settings = {**PLAIN, "loss_aggregation": "token-mean"}
-    assert not same(tiny_run("opd", **settings).weights, tiny_run("opd", **settings, credit={kind: table}).weights)
+    assert not same(
+        tiny_run("opd", **settings).weights, tiny_run("opd", **settings, credit={kind: table}).weights
+    )
 
 
 def test_a_cap_at_or_above_the_longest_answer_is_no_cap(tiny_run: Callable[..., Any]) -> None:
@@ -65,12 +78,17 @@ def test_a_cap_at_or_above_the_longest_answer_is_no_cap(tiny_run: Callable[..., 
     assert longest < 200
     for cap in (longest, {"kind": "linear", "start": longest, "increment": 5}):
         assert same(
-            whole.state, tiny_run("full", steps=2, task=PLAIN["task"], sampler__max_tokens=200, sampler__train_max_tokens=cap).state
+            whole.state,
+            tiny_run(
+                "full", steps=2, task=PLAIN["task"], sampler__max_tokens=200, sampler__train_max_tokens=cap
+            ).state,
         )
     assert same(whole.state, tiny_run("full", steps=2, task=PLAIN["task"], sampler__max_tokens=longest).state)
 
 
-@pytest.mark.parametrize("objective", [Divergence(), SampledKL(baseline="kl"), Divergence(support="student", k=3)])
+@pytest.mark.parametrize(
+    "objective", [Divergence(), SampledKL(baseline="kl"), Divergence(support="student", k=3)]
+)
 @pytest.mark.parametrize("length", [1, 4])
 def test_a_mask_is_a_cut_where_kept_positions_are_counted(objective: Any, length: int) -> None:
     """Identity 3: equal under `kept`; under `chosen` they differ by exactly the ratio of the counts."""
@@ -124,4 +142,6 @@ def test_the_cap_is_of_the_step_the_attempt_is_meant_for(tiny_run: Callable[...,
         cut = {(row["step"], len(row["tokens"])) for row in attempts if row["finish"] == "length"}
         assert cut == {(1, 2), (2, 3), (3, 5), (4, 6)}
         for row in done.rows("metrics"):
-            assert row["tokens_sampled"] == sum(len(entry["tokens"]) for entry in attempts if entry["step"] == row["step"])
+            assert row["tokens_sampled"] == sum(
+                len(entry["tokens"]) for entry in attempts if entry["step"] == row["step"]
+            )

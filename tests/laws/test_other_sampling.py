@@ -1,7 +1,8 @@
-"""Law 1 where attempts are drawn at another temperature, with top-p, or by an older student: the ratio corrects the choice at each prefix.
+"""Law 1 where attempts are drawn at another temperature, with top-p, or by an older student: the ratio
+corrects the choice at each prefix.
 
-Every answer of a small world becomes an attempt, weighed by its probability of being drawn (`drawing.py`). The exact gradient is taken from
-the definition in float64, at the prefixes that are visited.
+Every answer of a small world becomes an attempt, weighed by its probability of being drawn (`drawing.py`).
+The exact gradient is taken from the definition in float64, at the prefixes that are visited.
 """
 
 from __future__ import annotations
@@ -18,28 +19,39 @@ from reflux.objectives.divergence import Divergence
 from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL
 
-WORLDS = [(5, 2, 0), (4, 3, 1), (6, 2, 2)]  # vocabulary, longest answer, seed
-DRAWN = [(0.7, 1.0), (1.6, 1.0), (1.0, 0.8), (0.7, 0.8)]  # temperature, top-p
-WIDE = (1 - 1e-9, 1e9)  # a clip that never binds
+# vocabulary, longest answer, seed
+WORLDS = [(5, 2, 0), (4, 3, 1), (6, 2, 2)]
+# temperature, top-p
+DRAWN = [(0.7, 1.0), (1.6, 1.0), (1.0, 0.8), (0.7, 0.8)]
+# a clip that never binds
+WIDE = (1 - 1e-9, 1e9)
 UNBOUND = [SampledKL(ratio_cap=1e9), SampledKL(ratio="clip", clip=WIDE)]
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), DRAWN)
 @pytest.mark.parametrize("objective", UNBOUND, ids=["truncated", "clip"])
 @pytest.mark.parametrize("policy", ["student", "lagged"])
-def test_the_ratio_corrects_what_was_drawn_from_another_distribution(objective, temperature, top_p, policy) -> None:
+def test_the_ratio_corrects_what_was_drawn_from_another_distribution(
+    objective, temperature, top_p, policy
+) -> None:
     for shape in WORLDS:
         drawing = Drawing(shape, temperature, top_p, policy)
         assert drawing.inside.all() == (top_p == 1)
-        assert_alive(drawing.expected_gradient(objective), drawing.exact_gradient(reverse_kl_inside), unbiased=True)
+        assert_alive(
+            drawing.expected_gradient(objective), drawing.exact_gradient(reverse_kl_inside), unbiased=True
+        )
 
 
-@pytest.mark.parametrize("baseline", [name for name in choices(SampledKL, "baseline") if name not in GROUP_BASELINES])
+@pytest.mark.parametrize(
+    "baseline", [name for name in choices(SampledKL, "baseline") if name not in GROUP_BASELINES]
+)
 def test_every_value_of_the_prefix_stays_unbiased_at_another_temperature(baseline) -> None:
     for shape in WORLDS:
         drawing = Drawing(shape, 0.7, 1.0)
         objective = SampledKL(baseline=baseline, baseline_k=2, ratio_cap=1e9)
-        assert_alive(drawing.expected_gradient(objective), drawing.exact_gradient(reverse_kl_inside), unbiased=True)
+        assert_alive(
+            drawing.expected_gradient(objective), drawing.exact_gradient(reverse_kl_inside), unbiased=True
+        )
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 0), (4, 1, 1)])
@@ -52,7 +64,9 @@ def test_leaving_oneself_out_stays_unbiased_at_another_temperature(shape) -> Non
 def test_a_value_adds_the_gradient_of_the_mass_inside_top_p() -> None:
     """The score function has no mean of 0 over a part of the tokens, so there a baseline is not free."""
     drawing = Drawing(WORLDS[0], 1.0, 0.8)
-    plain, based = (drawing.expected_gradient(SampledKL(baseline=name, ratio_cap=1e9)) for name in ("none", "kl"))
+    plain, based = (
+        drawing.expected_gradient(SampledKL(baseline=name, ratio_cap=1e9)) for name in ("none", "kl")
+    )
 
     def value_of_the_mass(p: Tensor, q: Tensor, inside: Tensor) -> Tensor:
         kl = (p.exp() * (p - q)).sum(-1).detach()
@@ -63,11 +77,15 @@ def test_a_value_adds_the_gradient_of_the_mass_inside_top_p() -> None:
 
 @pytest.mark.parametrize(("temperature", "top_p"), DRAWN)
 def test_rewards_are_corrected_too(temperature, top_p) -> None:
-    """One token a row is corrected, not what follows it: sum over tokens of p(a) times the mean reward of what was drawn on from there."""
+    """One token a row is corrected, not what follows it: sum over tokens of p(a) times the mean reward of
+    what was drawn on from there.
+    """
     for shape in [(6, 1, 0), *WORLDS]:
         drawing = Drawing(shape, temperature, top_p)
         reward = drawing.onward_reward()
-        exact = drawing.exact_gradient(lambda p, q, inside, reward=reward: -(p.exp() * reward).where(inside, 0.0).sum(-1))
+        exact = drawing.exact_gradient(
+            lambda p, q, inside, reward=reward: -(p.exp() * reward).where(inside, 0.0).sum(-1)
+        )
         assert_alive(drawing.expected_gradient(PolicyGradient(clip=WIDE)), exact, unbiased=True)
         if shape[1] == 1 and top_p == 1:
             assert_alive(exact, drawing.world.policy_gradient(), unbiased=True)
@@ -79,10 +97,14 @@ def test_a_ratio_on_a_divergence_weighs_a_prefix_by_the_mass_that_may_be_drawn(t
         drawing = Drawing(shape, temperature, top_p)
         mass = drawing.raw.exp().where(drawing.inside, 0.0).sum(-1)
         exact = drawing.exact_gradient(lambda p, q, _, mass=mass: mass * (p.exp() * (p - q)).sum(-1))
-        assert_alive(drawing.expected_gradient(Divergence(ratio="truncated", ratio_cap=1e9)), exact, unbiased=True)
+        assert_alive(
+            drawing.expected_gradient(Divergence(ratio="truncated", ratio_cap=1e9)), exact, unbiased=True
+        )
 
 
-@pytest.mark.parametrize("objective", [SampledKL(ratio="none"), SampledKL(ratio_cap=1.0), SampledKL(ratio="clip")])
+@pytest.mark.parametrize(
+    "objective", [SampledKL(ratio="none"), SampledKL(ratio_cap=1.0), SampledKL(ratio="clip")]
+)
 def test_without_a_ratio_or_where_its_bound_binds_the_bias_stays(objective) -> None:
     drawing = Drawing(WORLDS[0], 0.7, 1.0)
     expected, exact = drawing.expected_gradient(objective), drawing.exact_gradient(reverse_kl_inside)

@@ -1,4 +1,6 @@
-"""Law 8. What is sampled depends on (run seed, purpose, step, prompt, sample, turn, position); who looks on changes nothing."""
+"""Law 8. What is sampled depends on (run seed, purpose, step, prompt, sample, turn, position); who looks on
+changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,21 @@ from scipy import stats
 
 import outside
 import tiny
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import SamplingParams, StepContext
 from reflux.loop import lasting, open_parts
 from reflux.models.rng import gumbel, row_key
 from reflux.training import Options, Run
-from reflux.types import Attempt, Prompt, Requirements, SamplingParams, StepContext
+from reflux.types import Attempt, Prompt
 from tiny import same
 
 PLAIN = {"steps": 3, "task": {"kind": "outside:Chat"}}
 ONLOOKERS: dict[str, dict[str, Any]] = {
-    "evaluation": {"evals__accuracy": {"problems": 3, "samples": 2}, "evals__agreement": {"prompts": 4}, "eval_every": 1},
+    "evaluation": {
+        "evals__accuracy": {"problems": 3, "samples": 2},
+        "evals__agreement": {"prompts": 4},
+        "eval_every": 1,
+    },
     "foresight": {"evals__foresight": {"k": 3}, "eval_every": 1},
     "teacher_accuracy": {"evals__teacher_accuracy": {"problems": 3}},
     "test_accuracy": {"evals__test_accuracy": {"problems": 3}},
@@ -34,7 +42,9 @@ ONLOOKERS: dict[str, dict[str, Any]] = {
     "variance": {"log_variance": True},
     "tracker": {"track": {"kind": "tensorboard"}},
     "shut extrapolation": {"extrapolation": {"kind": "outside:Jump", "at": 99}},
-    "the student as a teacher that nobody hears": {"teachers__self": {"kind": "self", "context": {"kind": "privileged"}}},
+    "the student as a teacher that nobody hears": {
+        "teachers__self": {"kind": "self", "context": {"kind": "privileged"}}
+    },
     "a second teacher that nobody hears": {"teachers__other": {"kind": "local", "model": "reflux-student"}},
 }
 
@@ -42,9 +52,16 @@ ONLOOKERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("recipe", ["vopd", "sft"])
 @pytest.mark.parametrize("who", ONLOOKERS)
 def test_onlookers_change_nothing(tiny_run: Callable[..., Any], student: str, recipe: str, who: str) -> None:
-    more = {key: dict(value, model=student) if key == "teachers__other" else value for key, value in ONLOOKERS[who].items()}
+    more = {
+        key: dict(value, model=student) if key == "teachers__other" else value
+        for key, value in ONLOOKERS[who].items()
+    }
     if recipe == "sft":
-        more = {key: value for key, value in more.items() if "agreement" not in key and "teacher" not in key and key != "log_variance"}
+        more = {
+            key: value
+            for key, value in more.items()
+            if "agreement" not in key and "teacher" not in key and key != "log_variance"
+        }
         if not more:
             pytest.skip("fine-tuning has no teacher and no sampled gradient")
     assert same(tiny_run(recipe, **PLAIN).state, tiny_run(recipe, **PLAIN, **more).state)
@@ -70,7 +87,10 @@ def test_the_global_dice_are_neither_read_nor_needed(tiny_run: Callable[..., Any
 @asynccontextmanager
 async def sampler(cfg: Any, folder: Path) -> AsyncIterator[Any]:
     run = Run.open(cfg, Requirements(), Options(folder))
-    async with lasting(run), open_parts(replace(cfg, rewards={}, teachers={}), run.context, run.services) as (_, acting, *_):
+    async with (
+        lasting(run),
+        open_parts(replace(cfg, rewards={}, teachers={}), run.context, run.services) as (_, acting, *_),
+    ):
         yield acting
 
 
@@ -113,7 +133,8 @@ def test_other_prompts_and_siblings_change_no_token(cfg: Any, tmp_path: Path) ->
         assert tokens(whole)[:1] == tokens(single)
         assert tokens(whole)[:2] == tokens(pair)
         np.testing.assert_allclose(whole[0].rollout.logp_T, single[0].rollout.logp_T, atol=1e-5)
-    assert len({tuple(sample) for group in everyone for sample in tokens(group)}) == 18  # and all samples differ
+    # and all samples differ
+    assert len({tuple(sample) for group in everyone for sample in tokens(group)}) == 18
 
 
 @pytest.mark.parametrize("change", [{"step": 4}, {"purpose": "eval"}, {"purpose": "score"}])
@@ -145,7 +166,9 @@ def test_capped_is_the_beginning_of_uncapped(cfg: Any, tmp_path: Path, cap: int)
 def test_small_batches_change_no_token(student: str, teacher: str, tmp_path: Path) -> None:
     found = []
     for budget in (1, 60, 32768):
-        cfg = tiny.config("opd", student, teacher, task={"kind": "outside:Chat"}, sampler__batch_tokens=budget)
+        cfg = tiny.config(
+            "opd", student, teacher, task={"kind": "outside:Chat"}, sampler__batch_tokens=budget
+        )
         found.append(sampled(cfg, tmp_path / str(budget), lambda acting: ask(acting, PROMPTS, 2, DRAW)))
     one, *others = [list(map(tokens, groups)) for groups in found]
     assert all(other == one for other in others)
@@ -169,16 +192,23 @@ def test_noise_is_gumbel_and_uncorrelated() -> None:
     by_position = torch.stack([gumbel(keys, torch.full_like(keys, t), 64) for t in range(3)]).numpy()
     assert stats.kstest(by_position.ravel(), stats.gumbel_r.cdf).pvalue > 1e-3
     for axis in range(3):
-        one, other = (by_position.take(range(s, by_position.shape[axis] - 1 + s), axis).ravel() for s in (0, 1))
+        one, other = (
+            by_position.take(range(s, by_position.shape[axis] - 1 + s), axis).ravel() for s in (0, 1)
+        )
         assert abs(np.corrcoef(one, other)[0, 1]) < 5 / np.sqrt(len(one))
 
 
 def test_every_bit_of_a_key_stirs_every_bit_of_the_noise() -> None:
-    """Avalanche: flipping one of the key's 63 bits flips half of the bits of the uniforms, up to what 2,048 coins allow."""
-    flipped = torch.tensor([0x1234_5678_9ABC_DEF0, *(0x1234_5678_9ABC_DEF0 ^ (1 << bit) for bit in range(63))])
+    """Avalanche: flipping one of the key's 63 bits flips half of the bits of the uniforms, up to what 2,048
+    coins allow.
+    """
+    flipped = torch.tensor(
+        [0x1234_5678_9ABC_DEF0, *(0x1234_5678_9ABC_DEF0 ^ (1 << bit) for bit in range(63))]
+    )
     uniform = torch.exp(-torch.exp(-gumbel(flipped, torch.full_like(flipped, 3), 512).double()))
     bits = (uniform * 16).long()[..., None] >> torch.arange(4) & 1
-    share = (bits[1:] != bits[0]).double().mean(1)  # per key bit and noise bit
+    # per key bit and noise bit
+    share = (bits[1:] != bits[0]).double().mean(1)
     assert share.min() > 0.38
     assert share.max() < 0.62
 
@@ -186,5 +216,10 @@ def test_every_bit_of_a_key_stirs_every_bit_of_the_noise() -> None:
 def test_parts_have_dice_of_their_own() -> None:
     step_context = StepContext(3, seed=7)
     assert step_context.rng("a").random() == step_context.rng("a").random()
-    others = [step_context.rng("b"), StepContext(4, 7).rng("a"), StepContext(3, 8).rng("a"), step_context.rng("a", 1)]
+    others = [
+        step_context.rng("b"),
+        StepContext(4, 7).rng("a"),
+        StepContext(3, 8).rng("a"),
+        step_context.rng("a", 1),
+    ]
     assert step_context.rng("a").random() not in [rng.random() for rng in others]

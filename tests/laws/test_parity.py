@@ -17,10 +17,12 @@ from scipy import stats
 
 import outside
 import tiny
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import SamplingParams
 from reflux.learners.observe import logp
 from reflux.loop import lasting, open_parts
 from reflux.training import Options, Run
-from reflux.types import Attempt, Prompt, Requirements, SamplingParams
+from reflux.types import Attempt, Prompt
 from tiny import END
 
 BOUND_NATS = 1e-4
@@ -34,7 +36,14 @@ def act(
 
     async def main() -> tuple[list[Attempt], list[np.ndarray], Any]:
         run = Run.open(cfg, Requirements(), Options(folder))
-        async with lasting(run), open_parts(replace(cfg, rewards={}, teachers={}), run.context, run.services) as (learner, sampler, *_):
+        async with (
+            lasting(run),
+            open_parts(replace(cfg, rewards={}, teachers={}), run.context, run.services) as (
+                learner,
+                sampler,
+                *_,
+            ),
+        ):
             asked = prompts or list(islice(cfg.task.prompts("train", 0), 6))
             how = replace(SamplingParams(0, "train", 30, cohort=len(asked)), **draw)
             groups = await asyncio.gather(*(sampler.sample(prompt, n, how) for prompt in asked))
@@ -47,13 +56,16 @@ def config(student: str, teacher: str, **more: Any) -> Any:
     return tiny.config("opd", student, teacher, **({"task": CHAT} | more))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])  # the sampler's short decode step knows the first alone
+# the sampler's short decode step knows the first alone
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_sampler_and_learner_agree_with_unequal_prompts_and_rows_dropped_midway(
     student: str, teacher: str, tmp_path: Path, attention: str
 ) -> None:
     attempts, now, _ = act(config(student, teacher, sampler__attention=attention), tmp_path / "run")
-    assert len({len(a.rollout.prompt_tokens) for a in attempts}) > 3  # left padding at work
-    assert len({a.rollout.length for a in attempts}) > 5  # rows leave the batch at many moments
+    # left padding at work
+    assert len({len(a.rollout.prompt_tokens) for a in attempts}) > 3
+    # rows leave the batch at many moments
+    assert len({a.rollout.length for a in attempts}) > 5
     for attempt, now_T in zip(attempts, now, strict=True):
         np.testing.assert_allclose(attempt.rollout.logp_T, now_T, atol=BOUND_NATS)
         assert attempt.rollout.logp_raw_T is None
@@ -66,11 +78,17 @@ def test_both_agree_with_the_model_itself(student: str, teacher: str, tmp_path: 
         ids = torch.from_numpy(np.concatenate([spoken.prompt_tokens, spoken.tokens_T]))[None]
         with torch.no_grad():
             own_TV = model.net(input_ids=ids).logits[0, len(spoken.prompt_tokens) - 1 : -1].log_softmax(-1)
-        np.testing.assert_allclose(own_TV[range(spoken.length), spoken.tokens_T].numpy(), now_T, atol=BOUND_NATS)
+        np.testing.assert_allclose(
+            own_TV[range(spoken.length), spoken.tokens_T].numpy(), now_T, atol=BOUND_NATS
+        )
 
 
-@pytest.mark.parametrize("how", [{"temperature": 0.7}, {"temperature": 1.5, "top_p": 0.8}, {"top_p": 0.5}, {"temperature": 0.0}])
-def test_temperature_and_top_p_keep_the_raw_log_probs(student: str, teacher: str, tmp_path: Path, how: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "how", [{"temperature": 0.7}, {"temperature": 1.5, "top_p": 0.8}, {"top_p": 0.5}, {"temperature": 0.0}]
+)
+def test_temperature_and_top_p_keep_the_raw_log_probs(
+    student: str, teacher: str, tmp_path: Path, how: dict[str, float]
+) -> None:
     attempts, now, model = act(config(student, teacher), tmp_path / "run", n=2, **how)
     for attempt, now_T in zip(attempts, now, strict=True):
         raw_T = attempt.rollout.logp_T if attempt.rollout.logp_raw_T is None else attempt.rollout.logp_raw_T
@@ -88,7 +106,10 @@ def tempered(model: Any, spoken: Any, temperature: float, top_p: float) -> np.nd
     """The distribution sampled from, written from its definition with numpy."""
     ids = torch.from_numpy(np.concatenate([spoken.prompt_tokens, spoken.tokens_T]))[None]
     with torch.no_grad():
-        logits = model.net(input_ids=ids).logits[0, len(spoken.prompt_tokens) - 1 : -1].double().numpy() / temperature
+        logits = (
+            model.net(input_ids=ids).logits[0, len(spoken.prompt_tokens) - 1 : -1].double().numpy()
+            / temperature
+        )
     found = []
     for row, token in zip(logits, spoken.tokens_T, strict=True):
         p = np.exp(row - row.max())
@@ -103,7 +124,9 @@ def tempered(model: Any, spoken: Any, temperature: float, top_p: float) -> np.nd
 def test_frequencies_are_the_models_probabilities(student: str, teacher: str, tmp_path: Path) -> None:
     """Chi-square over 6,000 first tokens of one prompt; each sample has its own random numbers."""
     cfg = config(student, teacher)
-    attempts, _, model = act(cfg, tmp_path / "run", n=6000, prompts=list(islice(outside.Chat().prompts("train", 0), 1)), length=1)
+    attempts, _, model = act(
+        cfg, tmp_path / "run", n=6000, prompts=list(islice(outside.Chat().prompts("train", 0), 1)), length=1
+    )
     counts = Counter(int(a.rollout.tokens_T[0]) for a in attempts)  # type: ignore[attr-defined]
     ids = torch.from_numpy(attempts[0].rollout.prompt_tokens)[None]  # type: ignore[attr-defined]
     with torch.no_grad():
@@ -128,11 +151,13 @@ def test_several_turns_are_one_unbroken_row_of_tokens(student: str, teacher: str
         assert not spoken.logp_T[~mask_T].any()
         objective_teachers = int((~mask_T).sum()) // len(behaviour)
         assert tokens_T[~mask_T].tolist() == behaviour * objective_teachers
-        assert mask_T.sum() <= 30  # the limit is the student's, over all its turns
+        # the limit is the student's, over all its turns
+        assert mask_T.sum() <= 30
         ends = np.flatnonzero(tokens_T == END)
         assert mask_T[ends].all()
         assert len(ends) == objective_teachers + (spoken.finish == "stop")
-        assert all(not mask_T[place + 1] for place in ends[:objective_teachers])  # a reply follows an end token at once
+        # a reply follows an end token at once
+        assert all(not mask_T[place + 1] for place in ends[:objective_teachers])
         roles = [message["role"] for message in spoken.messages]  # type: ignore[attr-defined]
         assert roles == ["user", "assistant"] * (objective_teachers + 1)
         turns[objective_teachers] += 1
@@ -149,7 +174,9 @@ def test_turns_are_learnt_from_where_the_student_chose(tiny_run: Callable[..., A
     assert done.rows("metrics")[0]["tokens_sampled"] == sum(sum(row["mask"]) for row in attempts.values())
 
 
-def test_stored_answers_are_the_tokens_the_student_would_have_written(tiny_run: Callable[..., Any], student: str) -> None:
+def test_stored_answers_are_the_tokens_the_student_would_have_written(
+    tiny_run: Callable[..., Any], student: str
+) -> None:
     from reflux.models.text import load_tokenizer
 
     done = tiny_run("sft", steps=1, sampler__generate__max_tokens=200)
@@ -160,7 +187,9 @@ def test_stored_answers_are_the_tokens_the_student_would_have_written(tiny_run: 
         assert row["finish"] == "stop"
 
 
-def test_the_loss_of_stored_answers_is_that_of_transformers(tiny_run: Callable[..., Any], student: str) -> None:
+def test_the_loss_of_stored_answers_is_that_of_transformers(
+    tiny_run: Callable[..., Any], student: str
+) -> None:
     from transformers import AutoModelForCausalLM
 
     from reflux.models.text import load_tokenizer

@@ -1,7 +1,8 @@
-"""Law 4 over ranks: processes that hold unequal shares of a batch and add up their gradients get the gradient of the whole batch.
+"""Law 4 over ranks: processes that hold unequal shares of a batch and add up their gradients get the gradient
+of the whole batch.
 
-Real processes and real collectives (gloo). The shares differ in attempts, lengths, missing targets and kept positions, so that every
-local count differs from the global one; one rank may hold nothing at all.
+Real processes and real collectives (gloo). The shares differ in attempts, lengths, missing targets and kept
+positions, so that every local count differs from the global one; one rank may hold nothing at all.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from tiny import close
 SHARES = {
     "unequal": [[0], [1, 2]],
     "one_holds_nothing": [[0, 1, 2], []],
-}  # groups by rank: a group is never cut, its baseline needs it whole
+    # groups by rank: a group is never cut, its baseline needs it whole
+}
 CASES = {**SETS, "leave_one_out": [SampledKL(baseline="leave_one_out")]}
 NORMALISE = ("token-mean-weighted", "token-mean", "seq-mean-token-mean")
 TESTS = Path(__file__).parent.parent
@@ -42,9 +44,15 @@ def worlds() -> tuple[Any, list[Any]]:
     groups = batch(teacher)
     for attempt in (attempt for group in groups for attempt in group):
         for name, target in [
-            (name, answer.target) for name, answer in attempt.answers.items()
-        ]:  # as a local teacher does where a baseline asks for it
-            logp_T = tiny.HEADS[target.head].logp_of(target.h_TH, torch.from_numpy(attempt.rollout.tokens_T)).numpy()
+            (name, answer.target)
+            for name, answer in attempt.answers.items()
+            # as a local teacher does where a baseline asks for it
+        ]:
+            logp_T = (
+                tiny.HEADS[target.head]
+                .logp_of(target.h_TH, torch.from_numpy(attempt.rollout.tokens_T))
+                .numpy()
+            )
             attempt.answers[name] = TeacherAnswer(target=dataclasses.replace(target, logp_T=logp_T))
     return tiny.learner(student), groups
 
@@ -72,7 +80,11 @@ def rank_main(rank: int, port: int, folder: str) -> None:
     for share, name, loss_aggregation, counted in cases():
         mine = [groups[index] for index in SHARES[share][rank]]
         learner.optimiser.zero_grad()
-        items = plan(mine, CASES[name], loss_aggregation, over_ranks) if counted == "global" else plan(mine, CASES[name], loss_aggregation)
+        items = (
+            plan(mine, CASES[name], loss_aggregation, over_ranks)
+            if counted == "global"
+            else plan(mine, CASES[name], loss_aggregation)
+        )
         learner.gradients(items, CASES[name])
         for key, value in learner.trained.items():
             grad = torch.zeros_like(value) if value.grad is None else value.grad
@@ -84,7 +96,9 @@ def rank_main(rank: int, port: int, folder: str) -> None:
 
 
 def cases() -> list[tuple[str, str, str, str]]:
-    found = [("unequal", name, loss_aggregation, "global") for name in CASES for loss_aggregation in NORMALISE]
+    found = [
+        ("unequal", name, loss_aggregation, "global") for name in CASES for loss_aggregation in NORMALISE
+    ]
     found += [("one_holds_nothing", name, "token-mean-weighted", "global") for name in CASES]
     return found + [("unequal", "full", loss_aggregation, "local") for loss_aggregation in NORMALISE]
 
@@ -97,7 +111,9 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
         port = free.getsockname()[1]
     paths = json.dumps([str(TESTS), *sys.path])
     start = f"import sys; sys.path[:0] = {paths}; from laws.test_ranks import rank_main; "
-    commands = [[sys.executable, "-c", f"{start}rank_main({rank}, {port}, {str(folder)!r})"] for rank in range(2)]
+    commands = [
+        [sys.executable, "-c", f"{start}rank_main({rank}, {port}, {str(folder)!r})"] for rank in range(2)
+    ]
     ranks = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
     try:
         errors = [process.communicate()[1] for process in ranks]
@@ -114,7 +130,9 @@ def summed(sums: dict[str, torch.Tensor], case: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("loss_aggregation", NORMALISE)
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_add_up_to_the_whole_batch(sums: dict[str, torch.Tensor], name: str, loss_aggregation: str) -> None:
+def test_ranks_add_up_to_the_whole_batch(
+    sums: dict[str, torch.Tensor], name: str, loss_aggregation: str
+) -> None:
     close(whole(loss_aggregation, name), summed(sums, f"unequal/{name}/{loss_aggregation}/global"))
 
 

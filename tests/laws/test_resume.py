@@ -18,15 +18,17 @@ import pytest
 import tiny
 from laws.kill_driver import POINTS, SETTINGS
 from reflux.config.recipe import load_recipe
+from reflux.config.requirements import Requirements
 from reflux.errors import RunError, Stopped
 from reflux.loop import train
+from reflux.runtime.watch import Silent
 from reflux.storage import checkpoints
-from reflux.training import Options, Run, Silent
-from reflux.types import Requirements
+from reflux.training import Options, Run
 from tiny import same
 
 HERE = Path(__file__).parent
-UNLIKE = ("seconds", "peak_memory_bytes")  # the only metrics that may differ
+# the only metrics that may differ
+UNLIKE = ("seconds", "peak_memory_bytes")
 PLAIN = {"steps": 5, "save_every": 2, "eval_every": 2, "evals__accuracy": {"problems": 3}}
 
 
@@ -46,16 +48,32 @@ def stop_after(step: int, folder: Path, cfg: Any) -> None:
 
 def told(done: Any) -> dict[str, Any]:
     """Everything a run says, but seconds and memory."""
-    metrics = [{key: value for key, value in row.items() if key not in UNLIKE} for row in done.rows("metrics")]
-    searches = [{key: value for key, value in row.items() if key != "seconds"} for row in done.rows("searches")]
+    metrics = [
+        {key: value for key, value in row.items() if key not in UNLIKE} for row in done.rows("metrics")
+    ]
+    searches = [
+        {key: value for key, value in row.items() if key != "seconds"} for row in done.rows("searches")
+    ]
     summary = {key: value for key, value in done.summary.items() if key != "seconds"}
-    return {"metrics": metrics, "evals": done.rows("evals"), "attempts": done.rows("attempts"), "searches": searches, "summary": summary}
+    return {
+        "metrics": metrics,
+        "evals": done.rows("evals"),
+        "attempts": done.rows("attempts"),
+        "searches": searches,
+        "summary": summary,
+    }
 
 
 @pytest.mark.parametrize("recipe", ["vopd", "sft", "prefix", "peers"])
 @pytest.mark.parametrize("step", [1, 3, 4])
-def test_stopping_changes_nothing(tiny_run: Callable[..., Any], student: str, teacher: str, tmp_path: Path, recipe: str, step: int) -> None:
-    more = {"sampler__train_max_tokens": {"kind": "linear", "start": 3, "increment": 2}} if recipe == "prefix" else {}
+def test_stopping_changes_nothing(
+    tiny_run: Callable[..., Any], student: str, teacher: str, tmp_path: Path, recipe: str, step: int
+) -> None:
+    more = (
+        {"sampler__train_max_tokens": {"kind": "linear", "start": 3, "increment": 2}}
+        if recipe == "prefix"
+        else {}
+    )
     settings = {**PLAIN, **more, "learner__lr": {"kind": "cosine", "peak": 1e-3, "warmup": 2}}
     whole = tiny_run(recipe, **settings)
     stop_after(step, tmp_path / "stopped", tiny.config(recipe, student, teacher, **settings))
@@ -82,7 +100,9 @@ def uninterrupted(student: str, teacher: str, tmp_path_factory: pytest.TempPathF
     from conftest import Done
 
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    return Done(folder, asyncio.run(train(tiny.config("rl_opd", student, teacher, **SETTINGS), Options(folder))))
+    return Done(
+        folder, asyncio.run(train(tiny.config("rl_opd", student, teacher, **SETTINGS), Options(folder)))
+    )
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -93,7 +113,8 @@ def test_kill_minus_nine_changes_nothing(
     resumed = tiny_run("rl_opd", **SETTINGS, out=folder, resume=True)
     assert same(uninterrupted.state, resumed.state)
     assert told(uninterrupted) == told(resumed)
-    if point != "final_checkpoint_named":  # a finished run is left as it is, with one checkpoint too many
+    if point != "final_checkpoint_named":
+        # a finished run is left as it is, with one checkpoint too many
         assert files_of(folder) == files_of(uninterrupted.dir)
     assert exported(folder) == exported(uninterrupted.dir)
 
@@ -106,7 +127,9 @@ def exported(folder: Path) -> bytes:
     return (folder / "student" / "model.safetensors").read_bytes()
 
 
-def test_files_are_cut_back_to_the_checkpoint_before_anything_else(tiny_run: Callable[..., Any], killed: Path, tmp_path: Path) -> None:
+def test_files_are_cut_back_to_the_checkpoint_before_anything_else(
+    tiny_run: Callable[..., Any], killed: Path, tmp_path: Path
+) -> None:
     """Seen by a resumed run that is killed at once: nothing of step 3 and later is left."""
     from reflux import checks
     from reflux.training import Run
@@ -144,9 +167,14 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize("at", [2, 3])
-def test_an_evaluation_that_raises_costs_no_step(tiny_run: Callable[..., Any], tmp_path: Path, at: int) -> None:
+def test_an_evaluation_that_raises_costs_no_step(
+    tiny_run: Callable[..., Any], tmp_path: Path, at: int
+) -> None:
     """On the way and at the end: what was trained is saved, and the evaluation is asked again."""
-    settings, broken = {"steps": 3, "eval_every": 1, "save_every": 100}, {"evals__mine": {"kind": "outside:Breaks", "at": at}}
+    settings, broken = (
+        {"steps": 3, "eval_every": 1, "save_every": 100},
+        {"evals__mine": {"kind": "outside:Breaks", "at": at}},
+    )
     with pytest.raises(OSError, match="the evaluation is broken"):
         tiny_run("opd", **settings, **broken, out=tmp_path / "run")
     assert checkpoints.steps(tmp_path / "run" / "checkpoints") == [at]
@@ -168,7 +196,10 @@ def test_a_damaged_line_or_recipe_is_named(tiny_run: Callable[..., Any]) -> None
         tiny_run("opd", steps=2, out=done.dir, resume=True)
     (done.dir / "attempts.jsonl").write_text(lines)
     recipe = (done.dir / "config.toml").read_text()
-    for text, why in ((f"{recipe}\n= 3", "Invalid statement"), ("steps = 1\n", "it has no task and no sampler and no learner")):
+    for text, why in (
+        (f"{recipe}\n= 3", "Invalid statement"),
+        ("steps = 1\n", "it has no task and no sampler and no learner"),
+    ):
         (done.dir / "config.toml").write_text(text)
         with pytest.raises(RunError, match=rf"config\.toml is damaged: {why}"):
             tiny_run("opd", steps=2, out=done.dir, resume=True)
@@ -177,11 +208,21 @@ def test_a_damaged_line_or_recipe_is_named(tiny_run: Callable[..., Any]) -> None
 def test_another_recipe_is_refused_and_told_apart(tiny_run: Callable[..., Any]) -> None:
     done = tiny_run("opd", steps=1)
     before = snapshot(done.dir)
-    changed = {"learner__lr": 1e-4, "seed": 3, "credit": {"prefix": {"length": 4}}, "objectives": [{"kind": "divergence"}]}
+    changed = {
+        "learner__lr": 1e-4,
+        "seed": 3,
+        "credit": {"prefix": {"length": 4}},
+        "objectives": [{"kind": "divergence"}],
+    }
     with pytest.raises(RunError, match="another recipe") as refused:
         tiny_run("opd", **(changed | {"steps": 1}), out=done.dir, resume=True)
     text = str(refused.value)
-    for words in ("learner.lr: was 0.001, is 0.0001", "seed: was 0, is 3", "credit.prefix", "objectives: was"):
+    for words in (
+        "learner.lr: was 0.001, is 0.0001",
+        "seed: was 0, is 3",
+        "credit.prefix",
+        "objectives: was",
+    ):
         assert words in text
     assert "steps" not in text
     assert snapshot(done.dir) == before
@@ -197,7 +238,9 @@ def test_more_steps_may_be_asked_for(tiny_run: Callable[..., Any]) -> None:
 def test_a_folder_that_holds_a_run_is_not_overwritten(tiny_run: Callable[..., Any]) -> None:
     done = tiny_run("opd", steps=1)
     before = snapshot(done.dir)
-    with pytest.raises(RunError, match=r"holds a run already\. Continue it with --resume, or choose another folder"):
+    with pytest.raises(
+        RunError, match=r"holds a run already\. Continue it with --resume, or choose another folder"
+    ):
         tiny_run("opd", steps=1, out=done.dir)
     assert snapshot(done.dir) == before
 
@@ -218,8 +261,12 @@ def test_a_folder_in_use_is_refused(tiny_run: Callable[..., Any], tmp_path: Path
             tiny_run("opd", out=tmp_path / "used")
 
 
-def test_a_run_with_lag_resumes(tiny_run: Callable[..., Any], student: str, teacher: str, tmp_path: Path) -> None:
-    """Not bit for bit (who sampled under which version depends on timing), but whole, in order and within its bound."""
+def test_a_run_with_lag_resumes(
+    tiny_run: Callable[..., Any], student: str, teacher: str, tmp_path: Path
+) -> None:
+    """Not bit for bit (who sampled under which version depends on timing), but whole, in order and within its
+    bound.
+    """
     settings = {**PLAIN, "max_staleness": 2, "task": {"kind": "outside:Chat"}}
     stop_after(2, tmp_path / "staleness", tiny.config("opd", student, teacher, **settings))
     done = tiny_run("opd", **settings, out=tmp_path / "staleness", resume=True)
@@ -229,7 +276,9 @@ def test_a_run_with_lag_resumes(tiny_run: Callable[..., Any], student: str, teac
     assert sorted(asked) == sorted((1 + i // 4, f"train-{i}") for i in range(20))
 
 
-def test_lora_and_gradient_checkpointing_resume(tiny_run: Callable[..., Any], student: str, teacher: str, tmp_path: Path) -> None:
+def test_lora_and_gradient_checkpointing_resume(
+    tiny_run: Callable[..., Any], student: str, teacher: str, tmp_path: Path
+) -> None:
     settings = {**PLAIN, "learner__lora": {"rank": 2, "alpha": 4}, "learner__gradient_checkpointing": True}
     whole = tiny_run("full", **settings)
     stop_after(3, tmp_path / "lora", tiny.config("full", student, teacher, **settings))

@@ -14,13 +14,34 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reflux.config.recipe import RunConfig, config_hash, differences, from_table, load_recipe, recipe_names, to_table, to_toml
-from reflux.config.registry import GROUPS, build, kinds, part, table_of
+from reflux.config.bases import recipe_names
+from reflux.config.groups import GROUPS
+from reflux.config.recipe import (
+    RunConfig,
+    config_hash,
+    differences,
+    from_table,
+    load_recipe,
+    to_table,
+    to_toml,
+)
+from reflux.config.registry import build, kinds, part, table_of
 from reflux.config.schedules import SCHEDULES
 from reflux.storage import attempt_log, failed_batch
 from reflux.storage.attempt_log import learned, read_attempt
 from reflux.storage.files import append_lines, read_lines
-from reflux.types import Attempt, Credit, FlowRollout, Prompt, Reward, Rollout, StepRecord, TeacherAnswer, TokenRollout, VelocityTarget
+from reflux.types import (
+    Attempt,
+    Credit,
+    FlowRollout,
+    Prompt,
+    Reward,
+    Rollout,
+    StepRecord,
+    TeacherAnswer,
+    TokenRollout,
+    VelocityTarget,
+)
 from tiny import rollout
 
 SCHEDULED: dict[str, dict[str, Any]] = {
@@ -29,7 +50,8 @@ SCHEDULED: dict[str, dict[str, Any]] = {
     "cosine": {"peak": 2e-3, "floor": 1e-5, "warmup": 2},
     "steps": {"values": [1.0, 2.5, 4.0], "boundaries": [3, 30]},
 }
-PARTS: dict[tuple[str, str], dict[str, Any]] = {  # what a part cannot be without
+# what a part cannot be without
+PARTS: dict[tuple[str, str], dict[str, Any]] = {
     ("teachers", "local"): {"model": "m"},
     ("teachers", "flow"): {"model": "m"},
     ("learners", "hf"): {"model": "m"},
@@ -37,7 +59,9 @@ PARTS: dict[tuple[str, str], dict[str, Any]] = {  # what a part cannot be withou
     ("credit", "prefix"): {"length": 4},
     ("credit", "position"): {"factor": 0.5},
     ("tasks", "jsonl"): {"path": "lines.jsonl"},
-    ("tasks", "mix"): {"parts": {"a": {"kind": "word_problems"}, "b": {"kind": "word_problems", "longer": 2, "weight": 2.0}}},
+    ("tasks", "mix"): {
+        "parts": {"a": {"kind": "word_problems"}, "b": {"kind": "word_problems", "longer": 2, "weight": 2.0}}
+    },
 }
 
 
@@ -63,7 +87,9 @@ def survives(cfg: RunConfig) -> None:
     assert to_toml(again) == to_toml(cfg)
 
 
-@pytest.mark.parametrize("field", ["learner.lr", "sampler.train_max_tokens", "credit.group_advantage.nats", "credit.prefix.length"])
+@pytest.mark.parametrize(
+    "field", ["learner.lr", "sampler.train_max_tokens", "credit.group_advantage.nats", "credit.prefix.length"]
+)
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_every_schedule_survives_in_every_number(kind: str, field: str) -> None:
     assert sorted(SCHEDULED) == sorted(SCHEDULES)
@@ -83,7 +109,10 @@ def _at(cfg: Any, path: str) -> Any:
 
 @pytest.mark.parametrize(("group", "kind"), [(group, kind) for group in GROUPS for kind in kinds(group)])
 def test_every_part_survives(group: str, kind: str) -> None:
-    table = {"kind": kind, **PARTS.get((group, kind), SCHEDULED.get(kind, {}) if group == "schedules" else {})}
+    table = {
+        "kind": kind,
+        **PARTS.get((group, kind), SCHEDULED.get(kind, {}) if group == "schedules" else {}),
+    }
     value = build(group, table, "here", steps=7)
     assert isinstance(value, part(group, kind))
     assert build(group, table_of(group, value), "here", steps=99) == value
@@ -101,7 +130,12 @@ def test_everything_set_at_once_survives() -> None:
             "main": "none",
             "plus": {"model": "a", "alias": "main", "routes": ["add"]},
             "times": {"model": "b", "alias": "main", "routes": ["mul"], "context": {"kind": "same"}},
-            "self": {"kind": "self", "follow": "frozen", "step": 3, "context": {"kind": "peers", "failures": 0, "threshold": 0.25}},
+            "self": {
+                "kind": "self",
+                "follow": "frozen",
+                "step": 3,
+                "context": {"kind": "peers", "failures": 0, "threshold": 0.25},
+            },
         },
         "credit": {
             "half": {"kind": "outside:Half", "factor": 0.25},
@@ -116,7 +150,8 @@ def test_everything_set_at_once_survives() -> None:
     again = there_and_back(cfg)
     assert again == cfg
     assert again.learner.lora.targets == ("q_proj", "v_proj")
-    assert to_table(cfg)["teachers"]["plus"]["as"] == "main"  # as it is written, not as Python must call it
+    # as it is written, not as Python must call it
+    assert to_table(cfg)["teachers"]["plus"]["as"] == "main"
     assert [teacher.alias for teacher in again.teachers.values()] == ["main", "main", None]
     assert differences(to_table(cfg), tomllib.loads(to_toml(cfg))) == []
 
@@ -124,7 +159,8 @@ def test_everything_set_at_once_survives() -> None:
 def test_the_written_config_names_every_field_of_the_run() -> None:
     table = tomllib.loads(to_toml(load_recipe("rl_opd")))
     absent = {name for name in (entry.name for entry in fields(RunConfig)) if name not in table}
-    assert absent == {"extrapolation"}  # TOML has no null
+    # TOML has no null
+    assert absent == {"extrapolation"}
 
 
 def test_a_run_holds_its_resolved_config(tiny_run: Callable[..., Any]) -> None:
@@ -151,7 +187,9 @@ rewards = st.none() | st.builds(
     finish=st.sampled_from(["stop", "length", "error"]),
     data=st.data(),
 )
-def test_every_attempt_survives_in_what_is_kept(length: int, text: str, reward: Reward | None, finish: Any, data: st.DataObject) -> None:
+def test_every_attempt_survives_in_what_is_kept(
+    length: int, text: str, reward: Reward | None, finish: Any, data: st.DataObject
+) -> None:
     from dataclasses import replace
 
     mask = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
@@ -220,7 +258,8 @@ def test_every_picture_survives_in_what_is_kept(
     assert isinstance(again.rollout, FlowRollout)
     for name in ("sample", "version", "finish", "noise_level", "guidance"):
         assert getattr(again.rollout, name) == getattr(drawn, name)
-    for name in ("mask_T", "t_S", "image"):  # bit for bit
+    for name in ("mask_T", "t_S", "image"):
+        # bit for bit
         assert getattr(again.rollout, name).dtype == getattr(drawn, name).dtype
         np.testing.assert_array_equal(getattr(again.rollout, name), getattr(drawn, name))
     np.testing.assert_allclose(again.rollout.logp_T, drawn.logp_T, atol=1e-5)
@@ -248,14 +287,20 @@ def test_the_line_of_a_text_is_the_same_as_ever() -> None:
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "a.jsonl"
         append_lines(
-            path, [attempt_log.arrived(Attempt(spoken, reward=reward), 0) for reward in (Reward(1.0), Reward(1.0, {"style": 0.5}))]
+            path,
+            [
+                attempt_log.arrived(Attempt(spoken, reward=reward), 0)
+                for reward in (Reward(1.0), Reward(1.0, {"style": 0.5}))
+            ],
         )
         assert path.read_text() == expected + expected.replace("1.0}", '1.0,"parts":{"style":0.5}}')
 
 
 def test_an_attempt_of_no_known_kind_is_refused_in_words() -> None:
     nothing = np.zeros(0)
-    other = Rollout(prompt=Prompt("p", ()), sample=0, version=0, finish="stop", mask_T=nothing, logp_T=nothing)
+    other = Rollout(
+        prompt=Prompt("p", ()), sample=0, version=0, finish="stop", mask_T=nothing, logp_T=nothing
+    )
     with pytest.raises(TypeError, match="Rollout is neither"):
         attempt_log.arrived(Attempt(other), 0)
     with pytest.raises(ValueError, match="has one of tokens, image"):
@@ -263,7 +308,9 @@ def test_an_attempt_of_no_known_kind_is_refused_in_words() -> None:
 
 
 def test_a_refused_step_keeps_the_states_and_every_velocity(tmp_path: Path) -> None:
-    """Lines of both kinds may stand in one file; arrays are found by line, and what an older refusal left is gone."""
+    """Lines of both kinds may stand in one file; arrays are found by line, and what an older refusal left is
+    gone.
+    """
     drawn = [Attempt(flow_rollout(steps)) for steps in (2, 3)]
     v_TD = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
     v_TD[-1] = np.nan
@@ -288,7 +335,8 @@ def test_a_refused_step_keeps_the_states_and_every_velocity(tmp_path: Path) -> N
 def test_the_second_line_holds_teacher_weight_shift_and_notes(tiny_run: Callable[..., Any]) -> None:
     done = tiny_run("rl_opd", steps=1, group_size=2, credit={"prefix": {"length": 3}, "group_advantage": {}})
     arrived, second = (
-        {(r["prompt"], r["sample"]): r for r in done.rows("attempts") if r["kind"] == kind} for kind in ("attempt", "learned")
+        {(r["prompt"], r["sample"]): r for r in done.rows("attempts") if r["kind"] == kind}
+        for kind in ("attempt", "learned")
     )
     assert arrived.keys() == second.keys()
     for key, line in second.items():

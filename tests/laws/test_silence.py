@@ -1,4 +1,6 @@
-"""Law 3. Weight 0, a missing target, a missing reward and padding give exactly no gradient, whatever they would cost."""
+"""Law 3. Weight 0, a missing target, a missing reward and padding give exactly no gradient, whatever they
+would cost.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from torch import nn
 import tiny
 from reflux.assets.characters import character_tokenizer
 from reflux.config.registry import kinds, part
+from reflux.config.step_context import StepContext
 from reflux.credit.base import share_credit
 from reflux.kernels.head import Head
 from reflux.loss import token_loss
@@ -24,7 +27,7 @@ from reflux.objectives.divergence import Divergence
 from reflux.objectives.nll import NLL
 from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.types import Attempt, HiddenTarget, Reward, StepContext, TeacherAnswer, TokenRollout
+from reflux.types import Attempt, HiddenTarget, Reward, TeacherAnswer, TokenRollout
 from tiny import attempt, gradients, rollout, same
 
 TOKENS = 102
@@ -44,13 +47,18 @@ def logits_target(spoken: TokenRollout, at: dict[int, float]) -> HiddenTarget:
     return HiddenTarget(teacher="main", h_TH=logits_TV, head=tiny.HEADS.add("logits", HEAD))
 
 
-HEAD = Head(nn.Identity, TOKENS)  # "hidden states" that are the logits: products would turn an infinite one into NaN
+# "hidden states" that are the logits: products would turn an infinite one into NaN
+HEAD = Head(nn.Identity, TOKENS)
 
 
 def groups(mute: float, silent_value: float) -> list[list[Attempt]]:
-    """Two attempts; positions 1 and 4 of the first weigh `mute`, and there the teacher gives the sampled token logit `silent_value`."""
+    """Two attempts; positions 1 and 4 of the first weigh `mute`, and there the teacher gives the sampled
+    token logit `silent_value`.
+    """
     first = attempt(rollout(6, seed=1), weight=[1, mute, 0.5, 1, mute, 1])
-    first.answers["main"] = TeacherAnswer(target=logits_target(first.rollout, {1: silent_value, 4: silent_value}))
+    first.answers["main"] = TeacherAnswer(
+        target=logits_target(first.rollout, {1: silent_value, 4: silent_value})
+    )
     second = attempt(rollout(4, seed=2))
     second.answers["main"] = TeacherAnswer(target=logits_target(second.rollout, {}))
     return [[first], [second]]
@@ -72,7 +80,9 @@ def test_the_same_infinity_at_a_position_with_weight_is_refused() -> None:
         gradients(tiny.learner(tiny.net(1)), groups(1.0, -torch.inf), [SampledKL(ratio="none")])
 
 
-@pytest.mark.parametrize("objective", [*OBJECTIVES, NLL(), PolicyGradient()], ids=[*IDS, "NLL", "PolicyGradient"])
+@pytest.mark.parametrize(
+    "objective", [*OBJECTIVES, NLL(), PolicyGradient()], ids=[*IDS, "NLL", "PolicyGradient"]
+)
 def test_only_zero_weights_no_step(objective: Any) -> None:
     learner = tiny.learner(tiny.net(1), lr=1.0)
     before = {name: value.clone() for name, value in learner.trained.items()}
@@ -90,10 +100,14 @@ def test_a_missing_target_is_silent(loss_aggregation: str) -> None:
     spoken = [attempt(rollout(n, seed=n), teacher) for n in (3, 5, 7)]
     learner = tiny.learner(tiny.net(1))
     alone = gradients(learner, [spoken], [Divergence()], loss_aggregation)
-    with_silent = gradients(learner, [spoken, [attempt(rollout(9, seed=9))]], [Divergence()], loss_aggregation)
+    with_silent = gradients(
+        learner, [spoken, [attempt(rollout(9, seed=9))]], [Divergence()], loss_aggregation
+    )
     scale = 1.0 if loss_aggregation == "token-mean-weighted" else 3 / 4
     for name, gradient in alone.items():
-        torch.testing.assert_close(with_silent[name], gradient * scale, rtol=0, atol=1e-6 if scale != 1 else 0)
+        torch.testing.assert_close(
+            with_silent[name], gradient * scale, rtol=0, atol=1e-6 if scale != 1 else 0
+        )
 
 
 def test_a_missing_target_silences_its_objective_only() -> None:
@@ -101,7 +115,9 @@ def test_a_missing_target_silences_its_objective_only() -> None:
     spoken, silent = attempt(rollout(4, seed=1), teacher), attempt(rollout(4, seed=2))
     learner = tiny.learner(tiny.net(1), micro_batch_tokens=1)
     both = gradients(learner, [[spoken], [silent]], [Divergence(), NLL()])
-    one, other = (gradients(learner, [[spoken], [silent]], [objective]) for objective in (Divergence(), NLL()))
+    one, other = (
+        gradients(learner, [[spoken], [silent]], [objective]) for objective in (Divergence(), NLL())
+    )
     for name in both:
         torch.testing.assert_close(both[name], one[name] + other[name], rtol=1e-4, atol=1e-6)
 
@@ -119,14 +135,19 @@ def test_siblings_that_failed_or_were_not_scored_leave_the_value_of_the_others(b
     all_four, alone = (gradients(learner, [members], [objective]) for members in (group, group[:2]))
     assert same(all_four, alone)
     assert not same(alone, gradients(learner, [group[:2]], [SampledKL()]))
-    assert same(gradients(learner, [group[:1]], [objective]), gradients(learner, [group[:1]], [SampledKL()]))  # nobody to compare with
+    # nobody to compare with
+    assert same(gradients(learner, [group[:1]], [objective]), gradients(learner, [group[:1]], [SampledKL()]))
 
 
 def test_a_missing_reward_is_silent() -> None:
     """Not judged is not wrong: the siblings' mean is theirs alone, and the attempt gives no gradient."""
     from reflux.credit.group_advantage import GroupAdvantage
 
-    judged = [attempt(rollout(4, seed=1, sample=0)), attempt(rollout(5, seed=1, sample=1)), attempt(rollout(6, seed=1, sample=2))]
+    judged = [
+        attempt(rollout(4, seed=1, sample=0)),
+        attempt(rollout(5, seed=1, sample=1)),
+        attempt(rollout(6, seed=1, sample=2)),
+    ]
     judged[0].reward, judged[1].reward, judged[2].reward = Reward(1.0), Reward(0.0), Reward(None)
     learner = tiny.learner(tiny.net(1))
     results = []
@@ -139,7 +160,14 @@ def test_a_missing_reward_is_silent() -> None:
 
 def test_a_group_without_any_reward_makes_no_step() -> None:
     learner = tiny.learner(tiny.net(1))
-    assert gradients(learner, [[attempt(rollout(4, seed=1)), attempt(rollout(5, seed=1, sample=1))]], [PolicyGradient()]) == {}
+    assert (
+        gradients(
+            learner,
+            [[attempt(rollout(4, seed=1)), attempt(rollout(5, seed=1, sample=1))]],
+            [PolicyGradient()],
+        )
+        == {}
+    )
     assert learner.version == 0
 
 
@@ -148,7 +176,9 @@ def test_padding_is_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = [[attempt(rollout(n, seed=n, prompt_tokens=2 + n), teacher)] for n in (2, 9, 5)]
     learner = tiny.learner(tiny.net(1))
     zeros = gradients(learner, batch, [Divergence()])
-    monkeypatch.setattr(token_loss, "TokenMicroBatch", functools.partial(token_loss.TokenMicroBatch, pad_id=77))
+    monkeypatch.setattr(
+        token_loss, "TokenMicroBatch", functools.partial(token_loss.TokenMicroBatch, pad_id=77)
+    )
     assert same(zeros, gradients(learner, batch, [Divergence()]))
 
 
@@ -157,9 +187,18 @@ def test_padding_is_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_empty_replies_and_errors_count_nowhere(loss_aggregation: str, finish: str) -> None:
     teacher = as_model(tiny.net(2), character_tokenizer())
     spoken = [attempt(rollout(n, seed=n), teacher) for n in (3, 6)]
-    nothing = attempt(rollout(0, seed=8)) if finish == "stop" else attempt(rollout(7, seed=8, finish="error"), teacher)
+    nothing = (
+        attempt(rollout(0, seed=8))
+        if finish == "stop"
+        else attempt(rollout(7, seed=8, finish="error"), teacher)
+    )
     learner = tiny.learner(tiny.net(1))
-    assert same(*(gradients(learner, [spoken, extra], [Divergence(), NLL()], loss_aggregation) for extra in ([], [nothing])))
+    assert same(
+        *(
+            gradients(learner, [spoken, extra], [Divergence(), NLL()], loss_aggregation)
+            for extra in ([], [nothing])
+        )
+    )
 
 
 def test_an_attempt_that_chose_nothing_counts_nowhere() -> None:
@@ -168,14 +207,23 @@ def test_an_attempt_that_chose_nothing_counts_nowhere() -> None:
     objective_teachers = attempt(rollout(5, seed=3, mask=[False] * 5), teacher)
     for loss_aggregation in ("token-mean-weighted", "token-mean", "seq-mean-token-mean"):
         learner = tiny.learner(tiny.net(1))
-        assert same(*(gradients(learner, [spoken, extra], [Divergence()], loss_aggregation) for extra in ([], [objective_teachers])))
+        assert same(
+            *(
+                gradients(learner, [spoken, extra], [Divergence()], loss_aggregation)
+                for extra in ([], [objective_teachers])
+            )
+        )
 
 
 @pytest.mark.parametrize("kind", sorted(kinds("credit")))
 def test_every_credit_rule_bears_empty_and_failed_attempts(kind: str) -> None:
     required = {"prefix": {"length": 3}, "position": {"factor": 0.5}}.get(kind, {})
     rule = part("credit", kind)(**required)
-    group = [attempt(rollout(0, seed=1)), attempt(rollout(4, seed=1, sample=1, finish="error")), attempt(rollout(3, seed=1, sample=2))]
+    group = [
+        attempt(rollout(0, seed=1)),
+        attempt(rollout(4, seed=1, sample=1, finish="error")),
+        attempt(rollout(3, seed=1, sample=2)),
+    ]
     for entry, value in zip(group, (0.0, None, 1.0), strict=True):
         entry.reward = Reward(value)
     share_credit([group], {kind: rule}, StepContext(0, 0))

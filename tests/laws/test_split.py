@@ -1,7 +1,9 @@
-"""Law 4. The gradient is a property of the batch: not of micro-batches, order, chunks or padding. And it is the formula's.
+"""Law 4. The gradient is a property of the batch: not of micro-batches, order, chunks or padding. And it is
+the formula's.
 
-All in float64, so that what is left between two splits is far below what any miscount would do. The fixture has unequal lengths, missing
-targets, weights of 0 and siblings, so that counts per micro-batch, per objective and over the batch all differ.
+All in float64, so that what is left between two splits is far below what any miscount would do. The fixture
+has unequal lengths, missing targets, weights of 0 and siblings, so that counts per micro-batch, per objective
+and over the batch all differ.
 """
 
 from __future__ import annotations
@@ -32,19 +34,35 @@ SETS: dict[str, list[Any]] = {
     "sampled_kl": [SampledKL(baseline="kl", coef=0.7)],
     "policy_gradient": [PolicyGradient()],
     "nll": [NLL()],
-    "together": [Divergence(coef=0.5), SampledKL(baseline="none", ratio="none"), PolicyGradient(coef=2.0, ratio="none"), NLL(coef=0.1)],
+    "together": [
+        Divergence(coef=0.5),
+        SampledKL(baseline="none", ratio="none"),
+        PolicyGradient(coef=2.0, ratio="none"),
+        NLL(coef=0.1),
+    ],
 }
 
 
 def batch(teacher: Model) -> list[Group]:
     """Three groups; targets of kinds: present, missing, present but silent."""
     whole = [attempt(rollout(n, seed=0, sample=s), teacher, shift=0.5 - s) for s, n in enumerate((9, 2))]
-    faded = [attempt(rollout(6, seed=1, prompt_tokens=11), teacher, weight=[1, 0, 0.25, 2, 0, 0], shift=[0, 1, 2, -1, 1, 3])]
-    turns = [attempt(rollout(7, seed=2, prompt_tokens=2, mask=[1, 1, 0, 0, 1, 1, 1]), teacher), attempt(rollout(4, seed=2, sample=1))]
+    faded = [
+        attempt(
+            rollout(6, seed=1, prompt_tokens=11),
+            teacher,
+            weight=[1, 0, 0.25, 2, 0, 0],
+            shift=[0, 1, 2, -1, 1, 3],
+        )
+    ]
+    turns = [
+        attempt(rollout(7, seed=2, prompt_tokens=2, mask=[1, 1, 0, 0, 1, 1, 1]), teacher),
+        attempt(rollout(4, seed=2, sample=1)),
+    ]
     return [whole, faded, turns]
 
 
-MENU: dict[str, list[Any]] = {  # the rest of the menu, for what needs no formula
+# the rest of the menu, for what needs no formula
+MENU: dict[str, list[Any]] = {
     "teacher_topk": [Divergence(support="teacher", k=5, divergence="forward")],
     "union": [Divergence(support="union", k=5)],
     "renormalised": [Divergence(support="union", k=5, tail="renormalised")],
@@ -59,7 +77,9 @@ MENU: dict[str, list[Any]] = {  # the rest of the menu, for what needs no formul
 
 
 def crowd(teacher: Model, other: Model) -> list[Group]:
-    """Two teachers of different width, one heard on every second attempt, and the student's own list of when it acted."""
+    """Two teachers of different width, one heard on every second attempt, and the student's own list of when
+    it acted.
+    """
     rng = np.random.default_rng(0)
     groups = []
     for g in range(3):
@@ -90,24 +110,36 @@ def gradient(
 
 @pytest.mark.parametrize("loss_aggregation", ["token-mean-weighted", "token-mean", "seq-mean-token-mean"])
 @pytest.mark.parametrize("name", SETS)
-def test_the_gradient_is_that_of_the_formula(nets: tuple[Any, Model], name: str, loss_aggregation: str) -> None:
+def test_the_gradient_is_that_of_the_formula(
+    nets: tuple[Any, Model], name: str, loss_aggregation: str
+) -> None:
     """Bound 1e-6: coefficients and shifts are float32 in the library."""
     groups = batch(nets[1])
-    close(by_hand(nets, SETS[name], groups, loss_aggregation), gradient(nets, SETS[name], groups, loss_aggregation, 1 << 20), rtol=1e-6)
+    close(
+        by_hand(nets, SETS[name], groups, loss_aggregation),
+        gradient(nets, SETS[name], groups, loss_aggregation, 1 << 20),
+        rtol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("loss_aggregation", ["token-mean-weighted", "token-mean", "seq-mean-token-mean"])
 @pytest.mark.parametrize("name", SETS)
-def test_micro_batches_and_order_change_nothing(nets: tuple[Any, Model], name: str, loss_aggregation: str) -> None:
+def test_micro_batches_and_order_change_nothing(
+    nets: tuple[Any, Model], name: str, loss_aggregation: str
+) -> None:
     groups = batch(nets[1])
     whole = gradient(nets, SETS[name], groups, loss_aggregation, 1 << 20)
     for tokens in (1, 20):
         close(whole, gradient(nets, SETS[name], groups, loss_aggregation, tokens))
-    close(whole, gradient(nets, SETS[name], [group[::-1] for group in groups[::-1]], loss_aggregation, 1 << 20))
+    close(
+        whole, gradient(nets, SETS[name], [group[::-1] for group in groups[::-1]], loss_aggregation, 1 << 20)
+    )
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_chunks_of_rows_change_nothing(nets: tuple[Any, Model], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_rows_change_nothing(
+    nets: tuple[Any, Model], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     groups = batch(nets[1])
     whole = gradient(nets, SETS[name], groups, "token-mean-weighted", 1 << 20)
     monkeypatch.setattr(row_pass, "chunk_rows", lambda vocabulary, device, tables: 3)
@@ -116,13 +148,19 @@ def test_chunks_of_rows_change_nothing(nets: tuple[Any, Model], name: str, monke
 
 
 @pytest.mark.parametrize("name", MENU)
-def test_no_split_changes_the_rest_of_the_menu(nets: tuple[Any, Model], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_split_changes_the_rest_of_the_menu(
+    nets: tuple[Any, Model], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     groups = batch(nets[1])
     for entry in (entry for group in groups for entry in group):
         for key, target in [
-            (name, answer.target) for name, answer in entry.answers.items()
-        ]:  # as a local teacher does where a group baseline asks for it
-            logp_T = tiny.HEADS[target.head].logp_of(target.h_TH, torch.from_numpy(entry.rollout.tokens_T)).numpy()
+            (name, answer.target)
+            for name, answer in entry.answers.items()
+            # as a local teacher does where a group baseline asks for it
+        ]:
+            logp_T = (
+                tiny.HEADS[target.head].logp_of(target.h_TH, torch.from_numpy(entry.rollout.tokens_T)).numpy()
+            )
             entry.answers[key] = TeacherAnswer(target=dataclasses.replace(target, logp_T=logp_T))
     whole = gradient(nets, MENU[name], groups, "token-mean-weighted", 1 << 20)
     close(whole, gradient(nets, MENU[name], groups, "token-mean-weighted", 1))
@@ -131,8 +169,12 @@ def test_no_split_changes_the_rest_of_the_menu(nets: tuple[Any, Model], name: st
     close(whole, gradient(nets, MENU[name], groups, "token-mean-weighted", 20))
 
 
-def test_several_teachers_and_what_was_said_add_up(nets: tuple[Any, Model], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each objective hears its own teacher: together they give the sum of what each gives alone, in any split."""
+def test_several_teachers_and_what_was_said_add_up(
+    nets: tuple[Any, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each objective hears its own teacher: together they give the sum of what each gives alone, in any
+    split.
+    """
     other = as_model(tiny.net(3, width=24).double(), character_tokenizer())
     objectives = [
         Divergence(support="teacher", teacher="behaviour", k=3, coef=0.5),
@@ -142,7 +184,10 @@ def test_several_teachers_and_what_was_said_add_up(nets: tuple[Any, Model], monk
         NLL(coef=0.0),
     ]
     whole = gradient(nets, objectives, crowd(nets[1], other), "token-mean-weighted", 1 << 20)
-    parts = [gradient(nets, [objective], crowd(nets[1], other), "token-mean-weighted", 1 << 20) for objective in objectives[:-1]]
+    parts = [
+        gradient(nets, [objective], crowd(nets[1], other), "token-mean-weighted", 1 << 20)
+        for objective in objectives[:-1]
+    ]
     close(whole, {name: sum((part[name] for part in parts), torch.zeros(())) for name in whole}, rtol=1e-6)
     assert all(max(float(value.abs().max()) for value in part.values()) > 0 for part in parts)
     monkeypatch.setattr(row_pass, "block_rows", lambda vocabulary, device: 2)
@@ -154,7 +199,14 @@ def test_the_loss_that_is_reported_is_the_sum_over_micro_batches(nets: tuple[Any
     for tokens in (1, 1 << 20):
         learner = tiny.learner(nets[0], micro_batch_tokens=tokens)
         stats = tiny.move(learner, batch(nets[1]), SETS["together"])
-        losses.append([stats["loss"].value, stats["kl_nats_trained"].value, stats["grad_norm"].value, stats["tokens_trained"].value])
+        losses.append(
+            [
+                stats["loss"].value,
+                stats["kl_nats_trained"].value,
+                stats["grad_norm"].value,
+                stats["tokens_trained"].value,
+            ]
+        )
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
 
 
@@ -169,14 +221,20 @@ def test_a_chunk_holds_at_least_sixteen_rows_and_fits_the_budget() -> None:
 # --- the formula, without the library
 
 
-def by_hand(nets: tuple[Any, Model], objectives: list[Any], groups: list[Group], loss_aggregation: str) -> dict[str, torch.Tensor]:
+def by_hand(
+    nets: tuple[Any, Model], objectives: list[Any], groups: list[Group], loss_aggregation: str
+) -> dict[str, torch.Tensor]:
     """loss = sum_k coef_k sum_n w_n cost_k,n c_n, attempt by attempt, from the models' own logits."""
     student, teacher = nets[0], nets[1].net
     attempts = [entry for group in groups for entry in group]
     student.zero_grad()
     loss = torch.zeros((), dtype=torch.float64)
     for objective in objectives:
-        kept = sum(int((entry.weight_T > 0).sum()) for entry in attempts if objective_teachers(objective, entry, objectives))
+        kept = sum(
+            int((entry.weight_T > 0).sum())
+            for entry in attempts
+            if objective_teachers(objective, entry, objectives)
+        )
         chosen = sum(int(entry.rollout.mask_T.sum()) for entry in attempts)
         for entry in attempts:
             if not objective_teachers(objective, entry, objectives):
@@ -196,17 +254,25 @@ def by_hand(nets: tuple[Any, Model], objectives: list[Any], groups: list[Group],
 def objective_teachers(objective: Any, entry: Attempt, objectives: list[Any]) -> bool:
     if isinstance(objective, NLL):
         return True
-    return bool(entry.advantage_offset_T.any()) if isinstance(objective, PolicyGradient) else entry.target("main") is not None
+    return (
+        bool(entry.advantage_offset_T.any())
+        if isinstance(objective, PolicyGradient)
+        else entry.target("main") is not None
+    )
 
 
 def logp(model: Any, entry: Attempt) -> torch.Tensor:
     spoken = entry.rollout
     ids = np.concatenate([spoken.prompt_tokens, spoken.tokens_T])
-    logits_LV = model(input_ids=torch.from_numpy(ids)[None]).logits[0, len(spoken.prompt_tokens) - 1 : -1, :TOKENS]
+    logits_LV = model(input_ids=torch.from_numpy(ids)[None]).logits[
+        0, len(spoken.prompt_tokens) - 1 : -1, :TOKENS
+    ]
     return logits_LV.log_softmax(-1)
 
 
-def costs(objective: Any, p: torch.Tensor, q: torch.Tensor, entry: Attempt, objectives: list[Any]) -> list[torch.Tensor]:
+def costs(
+    objective: Any, p: torch.Tensor, q: torch.Tensor, entry: Attempt, objectives: list[Any]
+) -> list[torch.Tensor]:
     tokens = entry.rollout.tokens_T
     rows = range(len(tokens))
     if isinstance(objective, NLL):
@@ -217,10 +283,14 @@ def costs(objective: Any, p: torch.Tensor, q: torch.Tensor, entry: Attempt, obje
         shift = entry.advantage_offset_T
         if objective.ratio == "none":
             return [-float(shift[t]) * p[t, tokens[t]] for t in rows]
-        return [-torch.minimum(ratio[t] * float(shift[t]), ratio[t].clamp(0.8, 1.2) * float(shift[t])) for t in rows]
+        return [
+            -torch.minimum(ratio[t] * float(shift[t]), ratio[t].clamp(0.8, 1.2) * float(shift[t]))
+            for t in rows
+        ]
     if isinstance(objective, SampledKL):
         value = [(p[t].exp() * (p[t] - q[t])).sum() if objective.baseline == "kl" else 0.0 for t in rows]
-        takes = not any(isinstance(other, PolicyGradient) for other in objectives)  # shifts go to exactly one objective
+        # shifts go to exactly one objective
+        takes = not any(isinstance(other, PolicyGradient) for other in objectives)
         pushed = [float(entry.advantage_offset_T[t]) if takes else 0.0 for t in rows]
         advantage = [(q[t, tokens[t]] - p[t, tokens[t]] + value[t] + pushed[t]).detach() for t in rows]
         weight = [ratio[t].detach().clamp(max=5.0) if objective.ratio == "truncated" else 1.0 for t in rows]
@@ -230,7 +300,10 @@ def costs(objective: Any, p: torch.Tensor, q: torch.Tensor, entry: Attempt, obje
     if objective.divergence == "jsd":
         m = (objective.beta * q.exp() + (1 - objective.beta) * p.exp()).log()
         b = objective.beta
-        return [b * (q[t].exp() * (q[t] - m[t])).sum() + (1 - b) * (p[t].exp() * (p[t] - m[t])).sum() for t in rows]
+        return [
+            b * (q[t].exp() * (q[t] - m[t])).sum() + (1 - b) * (p[t].exp() * (p[t] - m[t])).sum()
+            for t in rows
+        ]
     return [(p[t].exp() * (p[t] - q[t])).sum() for t in rows]
 
 

@@ -1,4 +1,6 @@
-"""Law 2, zero at identity: student = teacher costs a divergence nothing, and gives a score function no expected gradient."""
+"""Law 2, zero at identity: student = teacher costs a divergence nothing, and gives a score function no
+expected gradient.
+"""
 
 import numpy as np
 import pytest
@@ -17,20 +19,30 @@ IDS = [f"{kind}-{index}" for index, (kind, _) in enumerate(CASES)]
 def test_zero_at_identity(kind: str, setting: Setting | None, dtype: torch.dtype) -> None:
     assert setting, f"'{kind}' is registered but has no setting in tests/laws/estimators.py"
     if setting.home == "exempt":
-        assert "xempt from law 2" in (type(setting.objective).__doc__ or ""), f"'{kind}' must say in its docstring why it is exempt"
+        assert "xempt from law 2" in (type(setting.objective).__doc__ or ""), (
+            f"'{kind}' must say in its docstring why it is exempt"
+        )
         return
     world = World()
     rows = world.rows(world.student.to(dtype), world.student.detach().to(dtype), setting.outputs)
     rows.student.logits_NV = rows.student.logits_NV.to(dtype)
-    rows.behaviour_logp_N, rows.advantage_offset_N = rows.behaviour_logp_N.to(dtype), rows.advantage_offset_N.to(dtype)
-    if setting.group:  # at identity every sibling's reward is 0
-        rows.group_value_N = torch.full_like(rows.advantage_offset_N, group_values([np.zeros(2)] * setting.group, leave_one_out=True)[0])
+    rows.behaviour_logp_N, rows.advantage_offset_N = (
+        rows.behaviour_logp_N.to(dtype),
+        rows.advantage_offset_N.to(dtype),
+    )
+    if setting.group:
+        # at identity every sibling's reward is 0
+        rows.group_value_N = torch.full_like(
+            rows.advantage_offset_N, group_values([np.zeros(2)] * setting.group, leave_one_out=True)[0]
+        )
     tolerance = 1e-12 if dtype == torch.float64 else 3e-7
     cost_N = setting.objective(rows)
     assert cost_N.detach().abs().max() < tolerance
     if setting.target == "tv" and setting.outputs == "listed" and setting.objective.tail == "bucket":
-        return  # a kink: the tail of a list is 1 - sum, off by a rounding, and the sign of that is a gradient
-    gradient_NV = torch.autograd.grad(cost_N.sum(), rows.student.logits_NV)[0]  # before any average: no row has a gradient
+        # a kink: the tail of a list is 1 - sum, off by a rounding, and the sign of that is a gradient
+        return
+    # before any average: no row has a gradient
+    gradient_NV = torch.autograd.grad(cost_N.sum(), rows.student.logits_NV)[0]
     assert gradient_NV.abs().max() < tolerance
 
 

@@ -17,27 +17,34 @@ from scipy.stats import chisquare
 
 import tiny
 from reflux.assets.characters import character_tokenizer
+from reflux.config.step_context import StepContext
 from reflux.credit.balance import Balance, keep
 from reflux.credit.base import share_credit
 from reflux.models.text import as_model
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.types import Attempt, Finish, Group, Prompt, Reward, Rollout, StepContext
+from reflux.types import Attempt, Finish, Group, Prompt, Reward, Rollout
 from tiny import gradients, rollout, same
 
 NOW = StepContext(0, 0)
 INF = math.inf
 classes = st.lists(st.booleans(), max_size=16)
-ratios = st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0, 4.0])  # exact in binary, so that a floor has one meaning
+# exact in binary, so that a floor has one meaning
+ratios = st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0, 4.0])
 
 
 def counts(kept: list[bool], correct: list[bool]) -> tuple[int, int]:
-    return tuple(sum(k and c is wanted for k, c in zip(kept, correct, strict=True)) for wanted in (True, False))  # type: ignore[return-value]
+    return tuple(
+        sum(k and c is wanted for k, c in zip(kept, correct, strict=True)) for wanted in (True, False)
+    )  # type: ignore[return-value]
 
 
 def attempt(reward: float | None, finish: Finish = "stop", prompt: str = "p", length: int = 2) -> Attempt:
     mask_T = np.ones(length, dtype=bool)
     return Attempt(
-        Rollout(prompt=Prompt(prompt, ()), sample=0, version=0, finish=finish, mask_T=mask_T, logp_T=mask_T - 2.0), Reward(reward)
+        Rollout(
+            prompt=Prompt(prompt, ()), sample=0, version=0, finish=finish, mask_T=mask_T, logp_T=mask_T - 2.0
+        ),
+        Reward(reward),
     )
 
 
@@ -52,15 +59,19 @@ def factors(rule: Balance, group: Group, step_context: StepContext = NOW) -> lis
         (1, 3, 1.0, (1, 1)),
         (4, 0, 1.0, (4, 0)),
         (0, 4, 1.0, (0, 4)),
-        (5, 3, 2.0, (5, 2)),  # d_c = 6 >= 5, d_w = floor(2.5) = 2 < 3
+        # d_c = 6 >= 5, d_w = floor(2.5) = 2 < 3
+        (5, 3, 2.0, (5, 2)),
         (7, 3, 2.0, (6, 3)),
         (2, 6, 0.5, (2, 4)),
         (4, 2, 0.5, (1, 2)),
-        (1, 1, 0.5, (1, 1)),  # d_c rounds to 0: masks nothing
-        (1, 5, 8.0, (1, 5)),  # d_w rounds to 0: masks nothing
+        # d_c rounds to 0: masks nothing
+        (1, 1, 0.5, (1, 1)),
+        # d_w rounds to 0: masks nothing
+        (1, 5, 8.0, (1, 5)),
         (3, 3, 1.0, (3, 3)),
         (2, 3, 0, (0, 3)),
-        (3, 0, 0, (0, 0)),  # even if that empties the group
+        # even if that empties the group
+        (3, 0, 0, (0, 0)),
         (2, 3, INF, (2, 0)),
         (0, 3, INF, (0, 0)),
         (2, 3, 1e-320, (2, 3)),
@@ -78,18 +89,23 @@ def test_the_counts_are_those_of_the_page(correct: list[bool], ratio: float, see
     few_good, few_bad = math.floor(bad * Fraction(ratio)), math.floor(good / Fraction(ratio))
     expected = (good, bad)
     if good and bad:
-        expected = (few_good, bad) if good > few_good >= 1 else (good, few_bad) if bad > few_bad >= 1 else expected
+        expected = (
+            (few_good, bad) if good > few_good >= 1 else (good, few_bad) if bad > few_bad >= 1 else expected
+        )
     kept = keep(correct, ratio, random.Random(seed))
     assert len(kept) == len(correct)
     assert counts(kept, correct) == expected
     assert kept == keep(correct, ratio, random.Random(seed))
     if ratio == 1:
-        assert sum(kept[i] for i, c in enumerate(correct) if c is (good <= bad)) == min(good, bad)  # the minority is untouched
+        # the minority is untouched
+        assert sum(kept[i] for i, c in enumerate(correct) if c is (good <= bad)) == min(good, bad)
 
 
 def test_every_member_of_the_larger_class_is_as_likely_to_stay() -> None:
     rng = random.Random(1)
-    kept = Counter(i for _ in range(3000) for i, k in enumerate(keep([True] * 5 + [False] * 2, 1.0, rng)) if k and i < 5)
+    kept = Counter(
+        i for _ in range(3000) for i, k in enumerate(keep([True] * 5 + [False] * 2, 1.0, rng)) if k and i < 5
+    )
     assert chisquare([kept[i] for i in range(5)]).pvalue > 1e-3
     assert sum(kept.values()) == 6000
 
@@ -115,7 +131,9 @@ def test_factors_are_0_or_1_and_nothing_is_shifted() -> None:
     shares = Balance()(group, NOW)
     assert sorted(share.weight_T for share in shares[:3]) == [0.0, 0.0, 1.0]
     assert shares[3].weight_T == 1.0
-    assert all(share.advantage_offset_T == 0.0 and share.notes == {"kept": share.weight_T} for share in shares)
+    assert all(
+        share.advantage_offset_T == 0.0 and share.notes == {"kept": share.weight_T} for share in shares
+    )
     assert not Balance().shifts
 
 
@@ -149,7 +167,11 @@ def test_none_is_the_identity() -> None:
 def test_its_dice_are_those_of_run_step_and_prompt() -> None:
     def drawn(seed: int, step: int, prompt: str) -> tuple[float, ...]:
         return tuple(
-            factors(Balance(), [attempt(1.0, prompt=prompt) for _ in range(9)] + [attempt(0.0, prompt=prompt)], StepContext(step, seed))
+            factors(
+                Balance(),
+                [attempt(1.0, prompt=prompt) for _ in range(9)] + [attempt(0.0, prompt=prompt)],
+                StepContext(step, seed),
+            )
         )
 
     places = [(0, 0, "p"), (1, 0, "p"), (0, 1, "p"), (0, 0, "q"), (0, 2, "p"), (0, 0, "r"), (2, 0, "p")]
@@ -174,21 +196,33 @@ def test_left_out_attempts_give_exactly_no_gradient_and_stay_in_the_denominator(
     assert len(out) == 2
     muted, whole = group(), group()
     for i in out:
-        muted[i].answers.clear()  # they say nothing, and are counted
+        # they say nothing, and are counted
+        muted[i].answers.clear()
     found = gradients(learner, [balanced], [SampledKL()], "seq-mean-token-mean")
     assert same(found, gradients(learner, [muted], [SampledKL()], "seq-mean-token-mean"))
     assert not same(found, gradients(learner, [whole], [SampledKL()], "seq-mean-token-mean"))
 
 
 def test_a_run_balances_and_says_so(tiny_run: Callable[..., Any]) -> None:
-    settings = {"task": {"kind": "outside:Chat"}, "rewards": {"verifier": {}}, "group_size": 6, "loss_aggregation": "seq-mean-token-mean"}
+    settings = {
+        "task": {"kind": "outside:Chat"},
+        "rewards": {"verifier": {}},
+        "group_size": 6,
+        "loss_aggregation": "seq-mean-token-mean",
+    }
     done = tiny_run("opd", steps=2, **settings, credit={"balance": {}})
     assert all(row["credit"]["balance"]["kept"] < 1 for row in done.rows("metrics"))
     verdicts: dict[Any, list[float]] = {}
-    acted = {(row["step"], row["prompt"], row["sample"]): row["reward"] for row in done.rows("attempts") if row["kind"] == "attempt"}
+    acted = {
+        (row["step"], row["prompt"], row["sample"]): row["reward"]
+        for row in done.rows("attempts")
+        if row["kind"] == "attempt"
+    }
     for row in (row for row in done.rows("attempts") if row["kind"] == "learned"):
         if row["notes"]["balance.kept"]:
-            verdicts.setdefault((row["step"], row["prompt"]), []).append(acted[row["step"], row["prompt"], row["sample"]])
+            verdicts.setdefault((row["step"], row["prompt"]), []).append(
+                acted[row["step"], row["prompt"], row["sample"]]
+            )
     mixed = [found for found in verdicts.values() if len(set(found)) == 2]
     assert mixed
     assert all(sum(found) == len(found) / 2 for found in mixed)
@@ -196,5 +230,8 @@ def test_a_run_balances_and_says_so(tiny_run: Callable[..., Any]) -> None:
 
 def test_verdicts_of_numpy_are_verdicts() -> None:
     assert keep([np.True_, np.True_, np.False_], 1.0, random.Random(0)).count(True) == 2  # pyright: ignore[reportArgumentType]
-    group = [Attempt(rollout(2, sample=s), reward=Reward(np.float32(right))) for s, right in enumerate((1, 1, 1, 0))]  # pyright: ignore[reportArgumentType]
+    group = [
+        Attempt(rollout(2, sample=s), reward=Reward(np.float32(right)))
+        for s, right in enumerate((1, 1, 1, 0))
+    ]  # pyright: ignore[reportArgumentType]
     assert sum(float(share.weight_T) for share in Balance()(group, StepContext(0, 0))) == 2

@@ -1,4 +1,6 @@
-"""`linear_divergence` refuses in a sentence what cannot be meant; a silent broadcast would be a loss N times too large."""
+"""`linear_divergence` refuses in a sentence what cannot be meant; a silent broadcast would be a loss N times
+too large.
+"""
 
 from __future__ import annotations
 

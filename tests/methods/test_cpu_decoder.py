@@ -1,4 +1,6 @@
-"""The short decode step: the model's own states for every family it knows, with padding, grouped heads and dropped rows; else None."""
+"""The short decode step: the model's own states for every family it knows, with padding, grouped heads and
+dropped rows; else None.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,25 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from reflux.assets.characters import character_tokenizer
+from reflux.config.step_context import SamplingParams
 from reflux.models.cpu.decoder import CpuDecoder, cpu_decoder
 from reflux.models.generate import decode
 from reflux.models.text import Model, as_model
 from reflux.models.turns import TurnRequest
-from reflux.types import SamplingParams
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
-    "llama3 angles": {"model_type": "llama", "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32}},
+    "llama3 angles": {
+        "model_type": "llama",
+        "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32},
+    },
     "llama with biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "qwen2": {"model_type": "qwen2"},
@@ -41,21 +52,38 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 def model(model_type: str, seed: int = 0, **more: Any) -> Model:
     """Random weights everywhere, biases and norms included, so that nothing is left out unseen."""
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
-    ends = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None, "vocab_size": len(character_tokenizer())}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    ends = {
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "vocab_size": len(character_tokenizer()),
+    }
     config = AutoConfig.for_model(model_type, **(shape | ends | {"max_position_embeddings": 256} | more))
     net = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=rng) * (0.3 if parameter.ndim > 1 else 0.5) + (parameter.ndim == 1))
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=rng) * (0.3 if parameter.ndim > 1 else 0.5)
+                + (parameter.ndim == 1)
+            )
     return as_model(net, character_tokenizer())
 
 
 def own_states(loaded: Model, ids: list[list[int]]) -> list[Tensor]:
     """The last state of each row, one row at a time, without cache or padding."""
     with torch.no_grad():
-        return [loaded.trunk(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0, -1] for row in ids]
+        return [
+            loaded.trunk(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0, -1]
+            for row in ids
+        ]
 
 
 def opened(loaded: Model) -> CpuDecoder:
@@ -72,7 +100,13 @@ def begun(loaded: Model, decoder: CpuDecoder, ids: list[list[int]], room: int) -
     mask_BP = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
     cache = DynamicCache(config=loaded.net.config)
     places_BP = (mask_BP.cumsum(-1) - 1).clamp(min=0)
-    loaded.trunk(input_ids=ids_BP, attention_mask=mask_BP, position_ids=places_BP, past_key_values=cache, use_cache=True)
+    loaded.trunk(
+        input_ids=ids_BP,
+        attention_mask=mask_BP,
+        position_ids=places_BP,
+        past_key_values=cache,
+        use_cache=True,
+    )
     return decoder.begin(cache, mask_BP, room), torch.tensor([len(row) for row in ids])
 
 
@@ -123,7 +157,9 @@ def test_a_model_that_does_something_else_under_a_known_name_fails_the_trial() -
 
 
 def test_a_trial_on_weights_of_zero_cannot_pass_for_another_activation() -> None:
-    """A fresh model may have zero projections, which hide what stands before them until the first weights are published."""
+    """A fresh model may have zero projections, which hide what stands before them until the first weights are
+    published.
+    """
     loaded = model("llama", hidden_act="gelu")
     with torch.no_grad():
         for layer in loaded.trunk.layers:
@@ -141,22 +177,32 @@ def test_published_weights_count_from_the_next_step() -> None:
     memory, place_B = begun(loaded, decoder, ids, room=1)
     with torch.no_grad():
         made_BH = decoder.step(memory, torch.tensor([11, 12]), place_B)
-    torch.testing.assert_close(made_BH, torch.stack(own_states(other, [[5, 6, 7, 11], [9, 10, 12]])), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        made_BH, torch.stack(own_states(other, [[5, 6, 7, 11], [9, 10, 12]])), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_turns_are_those_of_the_long_way(kind: str) -> None:
-    """Same tokens, same ends, same log-probs; unequal prompts and budgets, a stop text, and the student's own top-k."""
+    """Same tokens, same ends, same log-probs; unequal prompts and budgets, a stop text, and the student's own
+    top-k.
+    """
     loaded = model(**KINDS[kind])
     draw = SamplingParams(0, "train", 40, temperature=0.8, stop=("e", "a"))
-    asks = [TurnRequest([5 + row, *range(6, 7 + row)], 4 + 3 * row, row * 7919, draw, top_k=3) for row in range(9)]
+    asks = [
+        TurnRequest([5 + row, *range(6, 7 + row)], 4 + 3 * row, row * 7919, draw, top_k=3) for row in range(9)
+    ]
     short, long = decode(loaded, asks, 0, opened(loaded)), decode(loaded, asks, 0)
     assert len({len(turn.tokens) for turn in long}) > 3
     assert {turn.finish for turn in long} == {"stop", "length"}
     for one, other in zip(short, long, strict=True):
         assert (one.tokens, one.finish) == (other.tokens, other.finish)
-        torch.testing.assert_close(torch.from_numpy(one.logp_T), torch.from_numpy(other.logp_T), rtol=0, atol=2e-4)
-        torch.testing.assert_close(torch.from_numpy(one.raw_T), torch.from_numpy(other.raw_T), rtol=0, atol=2e-4)
+        torch.testing.assert_close(
+            torch.from_numpy(one.logp_T), torch.from_numpy(other.logp_T), rtol=0, atol=2e-4
+        )
+        torch.testing.assert_close(
+            torch.from_numpy(one.raw_T), torch.from_numpy(other.raw_T), rtol=0, atol=2e-4
+        )
         assert one.behaviour_TK is not None
         assert other.behaviour_TK is not None
         assert one.behaviour_TK[0].tolist() == other.behaviour_TK[0].tolist()

@@ -10,7 +10,8 @@ from torch import nn
 from reflux.models.cpu.linear import linear, speed_up
 
 
-@pytest.mark.parametrize("rows", [3, 511, 512, 4000])  # few rows stay with torch; the largest goes through oneDNN
+# few rows stay with torch; the largest goes through oneDNN
+@pytest.mark.parametrize("rows", [3, 511, 512, 4000])
 @pytest.mark.parametrize("biased", [True, False])
 def test_value_and_gradients(rows: int, biased: bool) -> None:
     rng = torch.Generator().manual_seed(rows)
@@ -39,7 +40,9 @@ def test_a_frozen_weight_has_no_gradient() -> None:
     layer(x).sum().backward()
     assert layer.weight.grad is None
     assert x.grad is not None
-    np.testing.assert_allclose(x.grad.numpy(), np.tile(layer.weight.double().sum(0).numpy(), (4000, 1)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        x.grad.numpy(), np.tile(layer.weight.double().sum(0).numpy(), (4000, 1)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_other_number_types_are_left_to_torch() -> None:

@@ -1,4 +1,6 @@
-"""Root-mean-square norms with a backward of their own: against float64 from the formula, and only where the class computes that formula."""
+"""Root-mean-square norms with a backward of their own: against float64 from the formula, and only where the
+class computes that formula.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 import tiny
 from reflux.models.cpu.norm import fuse_norms, rms_norm
 
-EPS = 0.03  # large enough to be seen
+# large enough to be seen
+EPS = 0.03
 
 
 def case(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,7 +30,10 @@ def expected(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[np.ndarray, np.nd
     """Value and both gradients with numpy in float64, the Jacobian written out."""
     x_ND, w_D, g_ND = (np.asarray(t, dtype=np.float64).reshape(-1, x.shape[-1]) for t in (x, weight, grad))
     scale_N = ((x_ND**2).mean(-1) + EPS) ** -0.5
-    jacobian_NDD = scale_N[:, None, None] * np.eye(x.shape[-1]) - np.einsum("ni,nj,n->nij", x_ND, x_ND, scale_N**3) / x.shape[-1]
+    jacobian_NDD = (
+        scale_N[:, None, None] * np.eye(x.shape[-1])
+        - np.einsum("ni,nj,n->nij", x_ND, x_ND, scale_N**3) / x.shape[-1]
+    )
     normed_ND = x_ND * scale_N[:, None]
     grad_ND = np.einsum("nj,nji->ni", g_ND * w_D, jacobian_NDD)
     return (normed_ND * w_D).reshape(x.shape), grad_ND.reshape(x.shape), (g_ND * normed_ND).sum(0)
@@ -40,14 +46,19 @@ def test_value_and_gradients_are_the_formulas(shape: tuple[int, ...]) -> None:
     weight.requires_grad_()
     made = rms_norm(x, weight, EPS)
     made.backward(grad)
-    for found, wanted in zip((made, x.grad, weight.grad), expected(x.detach(), weight.detach(), grad), strict=True):
+    for found, wanted in zip(
+        (made, x.grad, weight.grad), expected(x.detach(), weight.detach(), grad), strict=True
+    ):
         assert found is not None
         np.testing.assert_allclose(found.detach().numpy(), wanted, rtol=2e-5, atol=2e-5)
 
 
 def test_transposed_rows_and_gradients_are_read_as_they_lie() -> None:
     x, weight, grad = case((4, 3, 5, 8))
-    plain, turned = x.clone().requires_grad_(), x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    plain, turned = (
+        x.clone().requires_grad_(),
+        x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(),
+    )
     rms_norm(plain, weight, EPS).backward(grad)
     rms_norm(turned, weight, EPS).backward(grad.transpose(0, 3).contiguous().transpose(0, 3))
     assert plain.grad is not None
@@ -74,7 +85,14 @@ class OnePlusRMSNorm(LlamaRMSNorm):
 
 
 def test_only_classes_that_pass_the_trial_are_replaced() -> None:
-    net = nn.ModuleDict({"llama": LlamaRMSNorm(8), "qwen": Qwen3RMSNorm(8), "gemma": Gemma2RMSNorm(8), "other": OnePlusRMSNorm(8)})
+    net = nn.ModuleDict(
+        {
+            "llama": LlamaRMSNorm(8),
+            "qwen": Qwen3RMSNorm(8),
+            "gemma": Gemma2RMSNorm(8),
+            "other": OnePlusRMSNorm(8),
+        }
+    )
     net["coarse"] = LlamaRMSNorm(8).bfloat16()
     x = torch.randn(3, 8)
     own = {name: module(x) for name, module in net.items()}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from reflux.config.registry import kind_of
 from reflux.config.schedules import Linear, Steps
+from reflux.config.step_context import StepContext
 from reflux.credit import CREDIT
 from reflux.credit.balance import Balance
 from reflux.credit.base import share_credit
@@ -20,7 +21,17 @@ from reflux.credit.margin import Margin
 from reflux.credit.position import Position
 from reflux.credit.prefix import Prefix
 from reflux.credit.release import Release
-from reflux.types import Attempt, Finish, Group, Prompt, Reward, SampledTarget, StepContext, TeacherAnswer, TokenRollout, TopKTarget
+from reflux.types import (
+    Attempt,
+    Finish,
+    Group,
+    Prompt,
+    Reward,
+    SampledTarget,
+    TeacherAnswer,
+    TokenRollout,
+    TopKTarget,
+)
 
 NOW = StepContext(step=0, seed=0)
 
@@ -43,10 +54,19 @@ SETTINGS = {
 }
 
 
-def attempt(mask: list[bool], reward: float | None = None, finish: Finish = "stop", sample: int = 0) -> Attempt:
+def attempt(
+    mask: list[bool], reward: float | None = None, finish: Finish = "stop", sample: int = 0
+) -> Attempt:
     mask_T = np.array(mask, dtype=bool)
     ids_T, logp_T = np.zeros(len(mask_T), dtype=np.int64), np.zeros(len(mask_T), dtype=np.float32)
-    made = {"prompt": Prompt("p", ()), "sample": sample, "version": 0, "finish": finish, "mask_T": mask_T, "logp_T": logp_T}
+    made = {
+        "prompt": Prompt("p", ()),
+        "sample": sample,
+        "version": 0,
+        "finish": finish,
+        "mask_T": mask_T,
+        "logp_T": logp_T,
+    }
     rollout = TokenRollout(**made, prompt_tokens=ids_T, tokens_T=ids_T, text="", messages=())
     return Attempt(rollout, reward=Reward(reward))
 
@@ -91,7 +111,9 @@ def weights(credit: dict[str, Any], step: int = 0) -> list[tuple[np.ndarray, np.
 
 
 def same(a: list[tuple[np.ndarray, np.ndarray]], b: list[tuple[np.ndarray, np.ndarray]]) -> bool:
-    return all(np.array_equal(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True))
+    return all(
+        np.array_equal(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", CREDIT)
@@ -106,7 +128,8 @@ def test_every_rule_has_a_neutral_setting_that_changes_no_bit(kind):
 @pytest.mark.parametrize("kind", CREDIT)
 def test_every_rule_keeps_shape_sign_and_silence(kind):
     rule, attempts = SETTINGS[kind].acting, group()
-    for _ in range(2):  # pure: asking twice says the same
+    for _ in range(2):
+        # pure: asking twice says the same
         share_credit([attempts], {kind: rule}, NOW)
     for one in attempts:
         weight_T, advantage_offset_T = one.weight_T, one.advantage_offset_T
@@ -117,7 +140,8 @@ def test_every_rule_keeps_shape_sign_and_silence(kind):
         assert np.isfinite(advantage_offset_T).all()
         assert (weight_T[~one.rollout.mask_T] == 0).all()
         assert all(math.isfinite(note) for note in map(number, one.credits[kind].notes.values()))
-    assert not attempts[4].weight_T.any()  # ended in an error
+    # ended in an error
+    assert not attempts[4].weight_T.any()
     if rule.shifts:
         assert not attempts[4].advantage_offset_T.any()
         assert not attempts[5].advantage_offset_T.any()
@@ -157,7 +181,8 @@ def test_prefix_keeps_min_of_length_and_what_is_there(mask, length, start):
     if any(mask):
         assert one.credits["prefix"].notes["kept"] == pytest.approx(len(kept) / sum(mask))
         windows = [Prefix(length, length * w)([attempt(mask)], NOW)[0].weight_T for w in range(13)]
-        assert (sum(windows)[np.array(mask)] == 1).all()  # windows tile the attempt
+        # windows tile the attempt
+        assert (sum(windows)[np.array(mask)] == 1).all()
 
 
 def test_prefix_of_a_rollout_is_the_weight_of_the_cut_rollout():
@@ -169,7 +194,10 @@ def test_prefix_of_a_rollout_is_the_weight_of_the_cut_rollout():
 
 def test_prefix_length_follows_its_schedule_by_step_and_floors():
     rule = Prefix(Linear(start=1, increment=0.75))
-    kept = [float(rule([attempt([True] * 8)], StepContext(step=step, seed=0))[0].weight_T.sum()) for step in range(6)]
+    kept = [
+        float(rule([attempt([True] * 8)], StepContext(step=step, seed=0))[0].weight_T.sum())
+        for step in range(6)
+    ]
     assert kept == [1, 1, 2, 3, 4, 4]
     assert Prefix(2.9)([attempt([True] * 8)], NOW)[0].weight_T.sum() == 2
 
@@ -213,7 +241,8 @@ def test_position_refuses_negative_weights():
 def test_group_advantages_by_hand():
     assert group_advantages([1.0, 0.0, 0.0, 1.0]) == [0.5, -0.5, -0.5, 0.5]
     assert group_advantages([2.0, None, 0.0]) == [1.0, 0.0, -1.0]
-    spread = math.sqrt(1 / 3) + 1e-6  # unbiased standard deviation of 1, 0, 0, 1
+    # unbiased standard deviation of 1, 0, 0, 1
+    spread = math.sqrt(1 / 3) + 1e-6
     assert group_advantages([1.0, 0.0, 0.0, 1.0], normalise_std=True) == pytest.approx(
         [0.5 / spread, -0.5 / spread, -0.5 / spread, 0.5 / spread]
     )
@@ -224,14 +253,17 @@ def test_group_advantages_at_the_edges():
     assert group_advantages([3.0]) == [0.0]
     assert group_advantages([None, None]) == [0.0, 0.0]
     for std in (False, True):
-        assert group_advantages([0.1] * 7, std) == [0.0] * 7  # the mean of 0.1 is rounded; it must not leak
+        # the mean of 0.1 is rounded; it must not leak
+        assert group_advantages([0.1] * 7, std) == [0.0] * 7
         assert group_advantages([0.1, None, 0.1], std) == [0.0] * 3
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match="reward 1"):
             group_advantages([0.0, bad])
 
 
-rewards = st.lists(st.one_of(st.none(), st.floats(-3, 3, allow_nan=False).map(lambda x: round(x, 3))), max_size=8)
+rewards = st.lists(
+    st.one_of(st.none(), st.floats(-3, 3, allow_nan=False).map(lambda x: round(x, 3))), max_size=8
+)
 
 
 @given(rewards=rewards, constant=st.floats(-5, 5), scale=st.floats(0.5, 20), std=st.booleans())
@@ -249,7 +281,8 @@ def test_group_advantages_are_centred_shift_free_and_with_std_scale_free(rewards
 
 
 def test_outcome_shifts_every_position_alike_and_ignores_errors_and_the_unjudged():
-    shares = GroupAdvantage()(group(), NOW)  # judged: 1, 0, 0, 1; the error's reward of 1 and the missing one stay out
+    # judged: 1, 0, 0, 1; the error's reward of 1 and the missing one stay out
+    shares = GroupAdvantage()(group(), NOW)
     assert [share.advantage_offset_T for share in shares] == [0.5, -0.5, -0.5, 0.5, 0.0, 0.0]
     assert all(share.weight_T == 1.0 and share.notes == {"mixed": 1.0} for share in shares)
     alike = GroupAdvantage(normalise_std=True)([attempt([True], 1.0), attempt([True], 1.0)], NOW)

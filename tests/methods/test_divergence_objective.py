@@ -16,7 +16,9 @@ from reflux.objectives.divergence import MIXED, Divergence
 
 def table(n: int, v: int, seed: int, spread: float) -> torch.Tensor:
     """Random normalised log-probs in float64."""
-    return (spread * torch.randn(n, v, dtype=torch.float64, generator=torch.manual_seed(seed))).log_softmax(-1)
+    return (spread * torch.randn(n, v, dtype=torch.float64, generator=torch.manual_seed(seed))).log_softmax(
+        -1
+    )
 
 
 def rows_of(student: torch.Tensor, teacher: FullLogits | TopKLogprobs | SampledLogprobs) -> Rows:
@@ -38,8 +40,12 @@ def test_each_support_compares_what_it_says():
             made = Divergence(divergence=name, support=support, k=3)(rows_of(s, full))
             torch.testing.assert_close(made, function(with_tail(s, ids), with_tail(t, ids)))
         from_list = Divergence(divergence=name, support="teacher", k=3)
-        torch.testing.assert_close(from_list(rows_of(s, listed(t, 3))), from_list(rows_of(s, full)), rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(from_list(rows_of(s, listed(t, 7))), from_list(rows_of(s, full)), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            from_list(rows_of(s, listed(t, 3))), from_list(rows_of(s, full)), rtol=1e-9, atol=1e-12
+        )
+        torch.testing.assert_close(
+            from_list(rows_of(s, listed(t, 7))), from_list(rows_of(s, full)), rtol=1e-9, atol=1e-12
+        )
         whole = Divergence(divergence=name, support="teacher", k=100)
         torch.testing.assert_close(whole(rows_of(s, listed(t, 9))), function(s, t), rtol=1e-12, atol=1e-13)
 
@@ -49,7 +55,9 @@ LISTS = [pair for pair in itertools.product(SUPPORTS, TAILS) if pair[0] != "full
 
 
 def by_definition(kind: str, support: str, tail: str, k: int, p: np.ndarray, q: np.ndarray) -> float:
-    """One row: which tokens are listed, as a set; then a bucket for the rest, or each model over its own listed mass."""
+    """One row: which tokens are listed, as a set; then a bucket for the rest, or each model over its own
+    listed mass.
+    """
     student, teacher = ({int(i) for i in np.argsort(-x)[:k]} for x in (p, q))
     listed = sorted({"student": student, "teacher": teacher, "union": student | teacher}[support])
     p_S, q_S = p[listed], q[listed]
@@ -63,8 +71,13 @@ def by_definition(kind: str, support: str, tail: str, k: int, p: np.ndarray, q: 
 def test_every_list_follows_its_definition(kind, support, tail):
     for seed, k in itertools.product(range(3), (2, 3, 5)):
         s, t = table(6, 9, seed, 1.5), table(6, 9, seed + 10, 1.5)
-        made = Divergence(divergence=kind, support=support, tail=tail, k=k)(rows_of(s, FullLogits(t, torch.zeros(6, dtype=torch.int64))))
-        expected = [by_definition(kind, support, tail, k, *row) for row in zip(s.exp().numpy(), t.exp().numpy(), strict=True)]
+        made = Divergence(divergence=kind, support=support, tail=tail, k=k)(
+            rows_of(s, FullLogits(t, torch.zeros(6, dtype=torch.int64)))
+        )
+        expected = [
+            by_definition(kind, support, tail, k, *row)
+            for row in zip(s.exp().numpy(), t.exp().numpy(), strict=True)
+        ]
         np.testing.assert_allclose(made.numpy(), expected, rtol=1e-9, atol=1e-12)
         if support == "teacher":
             from_list = Divergence(divergence=kind, support=support, tail=tail, k=k)(rows_of(s, listed(t, 7)))
@@ -74,7 +87,9 @@ def test_every_list_follows_its_definition(kind, support, tail):
 @pytest.mark.parametrize(("support", "tail"), LISTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_list_has_the_gradient_of_finite_differences(kind, support, tail):
-    """Also where both models list the same tokens, the student alone rules some out, and nothing is left over."""
+    """Also where both models list the same tokens, the student alone rules some out, and nothing is left
+    over.
+    """
     t = table(4, 6, 1, 1.5)
     logits = torch.randn(4, 6, dtype=torch.float64, generator=torch.manual_seed(3), requires_grad=True)
     full = FullLogits(t, torch.zeros(4, dtype=torch.int64))
@@ -83,7 +98,9 @@ def test_every_list_has_the_gradient_of_finite_differences(kind, support, tail):
         assert torch.autograd.gradcheck(lambda x, o=objective: o(rows_of(x.log_softmax(-1), full)), logits)
     ruled_out = torch.tensor([[0.0, 1.0, -math.inf, 2.0]], dtype=torch.float64, requires_grad=True)
     for teacher in (torch.tensor([[3.0, 0.0, 1.0, 2.0]]), torch.tensor([[0.0, 1.0, -math.inf, 2.0]])):
-        one = rows_of(ruled_out.log_softmax(-1), FullLogits(teacher.double(), torch.zeros(1, dtype=torch.int64)))
+        one = rows_of(
+            ruled_out.log_softmax(-1), FullLogits(teacher.double(), torch.zeros(1, dtype=torch.int64))
+        )
         cost = Divergence(divergence=kind, support=support, tail=tail, k=3)(one).sum()
         if cost.isfinite():
             (gradient,) = torch.autograd.grad(cost, ruled_out)
@@ -96,7 +113,9 @@ def test_top_k_of_the_whole_vocabulary_is_the_full_divergence_to_the_bit():
     for kind in KINDS:
         full = Divergence(divergence=kind)(rows_of(s, t))
         for (support, tail), k in itertools.product(LISTS, (5, 100)):
-            assert torch.equal(Divergence(divergence=kind, support=support, tail=tail, k=k)(rows_of(s, t)), full)
+            assert torch.equal(
+                Divergence(divergence=kind, support=support, tail=tail, k=k)(rows_of(s, t)), full
+            )
 
 
 def test_a_list_of_the_whole_vocabulary_has_no_tail_to_drop():
@@ -116,19 +135,28 @@ def test_union_counts_a_token_that_both_list_once():
     at = rows_of(s, FullLogits(same_order, id_1))
     torch.testing.assert_close(union(at), student(at), rtol=1e-14, atol=0)
     at = rows_of(s, FullLogits(other_order, id_1))
-    torch.testing.assert_close(union(at), Divergence()(at), rtol=1e-12, atol=0)  # the bucket holds one token: nothing is merged
+    # the bucket holds one token: nothing is merged
+    torch.testing.assert_close(union(at), Divergence()(at), rtol=1e-12, atol=0)
     assert (union(at) > student(at)).all()
 
 
 def test_renormalised_is_blind_to_mass_outside_the_list_and_the_bucket_is_not():
-    """Its optimum moves: the student is right on the list up to a factor, wrong everywhere else, and nothing pulls it back."""
+    """Its optimum moves: the student is right on the list up to a factor, wrong everywhere else, and nothing
+    pulls it back.
+    """
     logits = torch.tensor([[0.5, 0.3, 0.1, 0.1]], dtype=torch.float64).log().requires_grad_()
-    teacher = FullLogits(torch.tensor([[0.25, 0.15, 0.5, 0.1]], dtype=torch.float64).log(), torch.zeros(1, dtype=torch.int64))
+    teacher = FullLogits(
+        torch.tensor([[0.25, 0.15, 0.5, 0.1]], dtype=torch.float64).log(), torch.zeros(1, dtype=torch.int64)
+    )
     for kind in KINDS:
-        blind, seeing = (Divergence(divergence=kind, support="student", k=2, tail=tail) for tail in ("renormalised", "bucket"))
+        blind, seeing = (
+            Divergence(divergence=kind, support="student", k=2, tail=tail)
+            for tail in ("renormalised", "bucket")
+        )
         cost = blind(rows_of(logits, teacher))
         assert cost.item() == pytest.approx(0, abs=1e-12)
-        if kind != "tv":  # a kink
+        if kind != "tv":
+            # a kink
             assert torch.autograd.grad(cost.sum(), logits)[0].abs().max() < 1e-12
         cost = seeing(rows_of(logits, teacher))
         assert cost.item() > 0.01
@@ -138,13 +166,22 @@ def test_renormalised_is_blind_to_mass_outside_the_list_and_the_bucket_is_not():
 def test_the_ratio_multiplies_by_a_capped_constant():
     logits = torch.randn(5, 4, dtype=torch.float64, generator=torch.manual_seed(0), requires_grad=True)
     teacher, ids = table(5, 4, 1, 1.0), torch.tensor([0, 3, 1, 2, 2])
-    behaviour = logits.detach().log_softmax(-1).gather(-1, ids[:, None])[:, 0] - torch.tensor([0.0, 0.4, -0.7, 3.0, -30.0]).double()
-    at = Rows(FullLogits(logits, ids), {"main": FullLogits(teacher, ids)}, behaviour, torch.zeros(5, dtype=torch.float64))
+    behaviour = (
+        logits.detach().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+        - torch.tensor([0.0, 0.4, -0.7, 3.0, -30.0]).double()
+    )
+    at = Rows(
+        FullLogits(logits, ids),
+        {"main": FullLogits(teacher, ids)},
+        behaviour,
+        torch.zeros(5, dtype=torch.float64),
+    )
     factor = np.minimum(np.exp([0.0, 0.4, -0.7, 3.0, -30.0]), 5.0)
     plain, weighed = Divergence()(at), Divergence(ratio="truncated")(at)
     np.testing.assert_allclose(weighed.detach().numpy(), plain.detach().numpy() * factor, rtol=1e-6)
     grads = [torch.autograd.grad(cost.sum(), logits, retain_graph=True)[0] for cost in (plain, weighed)]
-    torch.testing.assert_close(grads[1], grads[0] * torch.tensor(factor)[:, None], rtol=1e-6, atol=1e-14)  # nothing through the ratio
+    # nothing through the ratio
+    torch.testing.assert_close(grads[1], grads[0] * torch.tensor(factor)[:, None], rtol=1e-6, atol=1e-14)
     assert Divergence(ratio="truncated", ratio_cap=1.0)(at)[3].item() == pytest.approx(plain[3].item())
 
 
@@ -160,12 +197,18 @@ def test_no_gradient_reaches_the_teacher():
 
 
 def test_beta_reaches_the_mixture():
-    """Up to rounding in float64: the objective normalises the rows itself, which moves a last digit where processors sum differently."""
+    """Up to rounding in float64: the objective normalises the rows itself, which moves a last digit where
+    processors sum differently.
+    """
     s, t = table(4, 5, 0, 1.0), FullLogits(table(4, 5, 1, 1.0), torch.zeros(4, dtype=torch.int64))
     for name in MIXED:
-        made, expected = Divergence(divergence=name, beta=0.25)(rows_of(s, t)), DIVERGENCES[name](s, t.logp_NV, 0.25)
+        made, expected = (
+            Divergence(divergence=name, beta=0.25)(rows_of(s, t)),
+            DIVERGENCES[name](s, t.logp_NV, 0.25),
+        )
         torch.testing.assert_close(made, expected, rtol=1e-12, atol=1e-14)
-        assert not torch.allclose(made, DIVERGENCES[name](s, t.logp_NV), rtol=1e-3, atol=0)  # of the default weight
+        # of the default weight
+        assert not torch.allclose(made, DIVERGENCES[name](s, t.logp_NV), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Divergences and tail buckets against scipy, written from the definitions, in float64; then their identities and edges."""
+"""Divergences and tail buckets against scipy, written from the definitions, in float64; then their identities
+and edges.
+"""
 
 import math
 
@@ -62,10 +64,17 @@ def table(n: int, v: int, seed: int, spread: float, zeros: float = 0.0) -> torch
 
 
 def call(name: str, student: torch.Tensor, teacher: torch.Tensor, weight: float) -> torch.Tensor:
-    return DIVERGENCES[name](student, teacher, weight) if name in MIXED else DIVERGENCES[name](student, teacher)
+    return (
+        DIVERGENCES[name](student, teacher, weight) if name in MIXED else DIVERGENCES[name](student, teacher)
+    )
 
 
-shapes = {"n": st.integers(0, 4), "v": st.integers(1, 9), "seed": st.integers(0, 10**6), "spread": st.sampled_from([0.1, 1.0, 6.0])}
+shapes = {
+    "n": st.integers(0, 4),
+    "v": st.integers(1, 9),
+    "seed": st.integers(0, 10**6),
+    "spread": st.sampled_from([0.1, 1.0, 6.0]),
+}
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -79,7 +88,9 @@ def test_divergences_follow_their_definition(name, n, v, seed, spread, weight, z
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 @given(**shapes, weight=st.sampled_from(WEIGHTS), zeros=st.sampled_from([0.0, 0.4]))
-def test_gradients_are_finite_wherever_the_cost_is_and_zero_where_p_is_zero(name, n, v, seed, spread, weight, zeros):
+def test_gradients_are_finite_wherever_the_cost_is_and_zero_where_p_is_zero(
+    name, n, v, seed, spread, weight, zeros
+):
     student, teacher = table(n, v, seed, spread, zeros).requires_grad_(), table(n, v, seed + 1, spread, zeros)
     cost = call(name, student, teacher, weight)
     if not cost.requires_grad:
@@ -100,20 +111,31 @@ def test_gradients_in_logits_match_finite_differences(name, weight):
     logits = torch.randn(3, 5, dtype=torch.float64, generator=torch.manual_seed(3), requires_grad=True)
     if not (weight == 1.0 and name == "skew_forward"):
         assert torch.autograd.gradcheck(lambda x: call(name, x.log_softmax(-1), teacher, weight), logits)
-        assert torch.autograd.gradcheck(lambda x: call(name, teacher, x.log_softmax(-1), weight), logits) or weight == 1.0
+        assert (
+            torch.autograd.gradcheck(lambda x: call(name, teacher, x.log_softmax(-1), weight), logits)
+            or weight == 1.0
+        )
 
 
 def test_kl_gradients_hold_for_unnormalised_log_probs_too():
-    p, q = (torch.randn(3, 4, dtype=torch.float64, generator=torch.manual_seed(s), requires_grad=True) for s in (0, 1))
+    p, q = (
+        torch.randn(3, 4, dtype=torch.float64, generator=torch.manual_seed(s), requires_grad=True)
+        for s in (0, 1)
+    )
     assert torch.autograd.gradcheck(kl, (p, q))
 
 
 def test_full_kl_logit_gradient_is_p_times_centred_log_ratio():
-    logits, teacher = torch.randn(4, 7, dtype=torch.float64, generator=torch.manual_seed(0), requires_grad=True), table(4, 7, 1, 2.0)
+    logits, teacher = (
+        torch.randn(4, 7, dtype=torch.float64, generator=torch.manual_seed(0), requires_grad=True),
+        table(4, 7, 1, 2.0),
+    )
     student = logits.log_softmax(-1)
     cost = reverse_kl(student, teacher)
     (gradient,) = torch.autograd.grad(cost.sum(), logits)
-    torch.testing.assert_close(gradient, (student.exp() * (student - teacher - cost[:, None])).detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        gradient, (student.exp() * (student - teacher - cost[:, None])).detach(), rtol=1e-10, atol=1e-12
+    )
 
 
 @given(**shapes, weight=st.floats(0.01, 0.99))
@@ -177,13 +199,17 @@ def test_small_alpha_divergence_keeps_its_digits_in_float32():
     s, t = table(4, 50, 0, 1.0), table(4, 50, 1, 1.0)
     near = torch.lerp(s, t, 1e-3).log_softmax(-1)
     exact = alpha_divergence(s, near, 0.01)
-    torch.testing.assert_close(alpha_divergence(s.float(), near.float(), 0.01).double(), exact, rtol=2e-3, atol=0)
+    torch.testing.assert_close(
+        alpha_divergence(s.float(), near.float(), 0.01).double(), exact, rtol=2e-3, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_rows_do_not_depend_on_each_other(name):
     s, t = table(6, 9, 0, 2.0), table(6, 9, 1, 2.0)
-    parts = torch.cat([DIVERGENCES[name](a, b) for a, b in zip(s.split([1, 3, 2]), t.split([1, 3, 2]), strict=True)])
+    parts = torch.cat(
+        [DIVERGENCES[name](a, b) for a, b in zip(s.split([1, 3, 2]), t.split([1, 3, 2]), strict=True)]
+    )
     torch.testing.assert_close(parts, DIVERGENCES[name](s, t), rtol=1e-14, atol=1e-15)
 
 
@@ -206,7 +232,13 @@ def test_bad_shapes_and_weights_are_refused(name):
 # ------------------------------------------------------------------------------------------------------------------ tail buckets
 
 
-@given(n=st.integers(0, 4), v=st.integers(1, 9), seed=st.integers(0, 10**6), spread=st.sampled_from([1.0, 30.0]), data=st.data())
+@given(
+    n=st.integers(0, 4),
+    v=st.integers(1, 9),
+    seed=st.integers(0, 10**6),
+    spread=st.sampled_from([1.0, 30.0]),
+    data=st.data(),
+)
 def test_with_tail_is_the_definition_and_sums_to_one(n, v, seed, spread, data):
     k = data.draw(st.integers(0, v))
     logp, rng = table(n, v, seed, spread, 0.2), np.random.default_rng(seed)
@@ -234,12 +266,18 @@ def test_bucketed_divergence_never_exceeds_the_full_one_and_grows_with_ids():
         torch.testing.assert_close(last, full, rtol=1e-12, atol=1e-13)
         shuffled = DIVERGENCES[name](with_tail(s, order[:, :4].flip(-1)), with_tail(t, order[:, :4].flip(-1)))
         torch.testing.assert_close(
-            shuffled, DIVERGENCES[name](with_tail(s, order[:, :4]), with_tail(t, order[:, :4])), rtol=1e-12, atol=1e-14
+            shuffled,
+            DIVERGENCES[name](with_tail(s, order[:, :4]), with_tail(t, order[:, :4])),
+            rtol=1e-12,
+            atol=1e-14,
         )
 
 
 def test_bucketed_reverse_kl_has_the_stated_gradient_also_outside_the_list():
-    logits, t = torch.randn(4, 7, dtype=torch.float64, generator=torch.manual_seed(0), requires_grad=True), table(4, 7, 1, 1.0)
+    logits, t = (
+        torch.randn(4, 7, dtype=torch.float64, generator=torch.manual_seed(0), requires_grad=True),
+        table(4, 7, 1, 1.0),
+    )
     s = logits.log_softmax(-1)
     ids = s.detach().topk(3, dim=-1).indices
     p_b, q_b = with_tail(s, ids), with_tail(t, ids)
@@ -252,8 +290,13 @@ def test_bucketed_reverse_kl_has_the_stated_gradient_also_outside_the_list():
 
 
 def test_bucketed_gradient_is_exact_when_the_ratio_is_constant_over_the_tail():
-    logits, ids = torch.randn(2, 6, dtype=torch.float64, generator=torch.manual_seed(0), requires_grad=True), torch.tensor([[4, 1], [0, 5]])
-    t = (logits.detach().scatter_add(-1, ids, torch.tensor([[1.0, -2.0], [0.3, 0.5]], dtype=torch.float64))).log_softmax(-1)
+    logits, ids = (
+        torch.randn(2, 6, dtype=torch.float64, generator=torch.manual_seed(0), requires_grad=True),
+        torch.tensor([[4, 1], [0, 5]]),
+    )
+    t = (
+        logits.detach().scatter_add(-1, ids, torch.tensor([[1.0, -2.0], [0.3, 0.5]], dtype=torch.float64))
+    ).log_softmax(-1)
     s = logits.log_softmax(-1)
     (full,) = torch.autograd.grad(reverse_kl(s, t).sum(), logits, retain_graph=True)
     (bucketed,) = torch.autograd.grad(kl(with_tail(s, ids), with_tail(t, ids)).sum(), logits)
@@ -275,10 +318,15 @@ def test_with_tail_gradcheck_and_empty_tail_without_nan():
 
 def test_tail_is_exact_where_one_minus_a_sum_would_be_empty():
     logp = torch.tensor([[0.0, -200.0, -201.0]]).log_softmax(-1)
-    assert with_tail(logp, torch.tensor([[0]]))[0, 1].item() == pytest.approx(-200 + math.log1p(math.exp(-1)), rel=1e-6)
+    assert with_tail(logp, torch.tensor([[0]]))[0, 1].item() == pytest.approx(
+        -200 + math.log1p(math.exp(-1)), rel=1e-6
+    )
 
 
-@pytest.mark.parametrize(("ids", "sentence"), [([[0, 0]], "repeat"), ([[0, 3]], r"0\.\.2"), ([[-1, 0]], r"0\.\.2"), ([[0], [1]], "ids")])
+@pytest.mark.parametrize(
+    ("ids", "sentence"),
+    [([[0, 0]], "repeat"), ([[0, 3]], r"0\.\.2"), ([[-1, 0]], r"0\.\.2"), ([[0], [1]], "ids")],
+)
 def test_bad_ids_are_refused(ids, sentence):
     with pytest.raises(ValueError, match=sentence):
         with_tail(torch.zeros(1, 3), torch.tensor(ids))
@@ -294,7 +342,9 @@ def test_renormalised_divides_by_the_listed_mass(v, seed, spread, data):
     ids = np.array([rng.permutation(v)[:k] for _ in range(3)])
     made = renormalised(logp, torch.tensor(ids)).numpy()
     picked = np.take_along_axis(logp.numpy(), ids, -1)
-    np.testing.assert_allclose(made, picked - logsumexp(picked, axis=-1, keepdims=True), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(
+        made, picked - logsumexp(picked, axis=-1, keepdims=True), rtol=1e-12, atol=1e-12
+    )
     np.testing.assert_allclose(np.exp(made).sum(-1), 1, rtol=1e-12)
 
 
@@ -307,7 +357,9 @@ def test_a_union_holds_each_token_of_either_list_once(v, seed, data):
     assert ids.shape == repeated.shape == (4, 2 * k)
     tailed, closed = with_tail(logp, ids, repeated_NK=repeated), renormalised(logp, ids, repeated_NK=repeated)
     for close, made in ((with_tail, tailed), (renormalised, closed)):
-        torch.testing.assert_close(close(logp, ids, check=False, repeated_NK=repeated), made, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            close(logp, ids, check=False, repeated_NK=repeated), made, rtol=0, atol=0, equal_nan=True
+        )
     for row in range(4):
         wanted = sorted({*one[row].tolist(), *other[row].tolist()})
         kept = ids[row][~repeated[row]]
@@ -316,10 +368,14 @@ def test_a_union_holds_each_token_of_either_list_once(v, seed, data):
         assert torch.equal(tailed[row, :-1][~repeated[row]], logp[row, kept])
         rest = np.delete(logp[row].numpy(), wanted)
         with np.errstate(divide="ignore"):
-            assert tailed[row, -1].item() == pytest.approx(logsumexp(rest) if len(rest) else -INF, rel=1e-12, abs=1e-12)
+            assert tailed[row, -1].item() == pytest.approx(
+                logsumexp(rest) if len(rest) else -INF, rel=1e-12, abs=1e-12
+            )
         total = logsumexp(logp[row, kept].numpy())
         if total > -INF:
-            np.testing.assert_allclose(closed[row][~repeated[row]], logp[row, kept] - total, rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(
+                closed[row][~repeated[row]], logp[row, kept] - total, rtol=1e-12, atol=1e-12
+            )
     np.testing.assert_allclose(tailed.exp().sum(-1).numpy(), 1, rtol=1e-12)
 
 
@@ -365,7 +421,9 @@ def test_bad_ids_of_a_renormalised_list_are_refused_and_no_mass_is_no_number():
 def test_listed_tail_is_one_minus_the_sum_and_never_below_its_floor():
     logp = table(5, 8, 0, 1.0)
     top = logp.topk(3, dim=-1)
-    torch.testing.assert_close(with_tail_listed(top.values), with_tail(logp, top.indices), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        with_tail_listed(top.values), with_tail(logp, top.indices), rtol=1e-12, atol=1e-12
+    )
     assert with_tail_listed(torch.tensor([[0.0], [1e-6]]))[:, 1].exp().tolist() == pytest.approx([1e-7, 1e-7])
     assert with_tail_listed(torch.tensor([[0.0]]), floor=1e-3)[0, 1].exp().item() == pytest.approx(1e-3)
     for floor in (0.0, 1.0):

@@ -1,4 +1,6 @@
-"""EffOPD against its page: when it fires, what it tries, what it keeps, and that everything else stays bit for bit."""
+"""EffOPD against its page: when it fires, what it tries, what it keeps, and that everything else stays bit
+for bit.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,10 @@ class Line:
     """A learner whose weights are float64 vectors."""
 
     def __init__(self, **values: Any):
-        self.values = {name.replace("__", "."): torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+        self.values = {
+            name.replace("__", "."): torch.tensor(value, dtype=torch.float64)
+            for name, value in values.items()
+        }
         self.names = list(self.values)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -98,7 +103,9 @@ class Noted:
 
 
 def opened(folder: Path, **fields: Any) -> OpenExtrapolate:
-    services = tiny.services(listener=Noted(), append=lambda name, row: files.append_lines(folder / name, [dict(row)]))
+    services = tiny.services(
+        listener=Noted(), append=lambda name, row: files.append_lines(folder / name, [dict(row)])
+    )
     return OpenExtrapolate(Extrapolate(**fields), tiny.context(name="extrapolation"), services)
 
 
@@ -119,11 +126,18 @@ def scripted(learner: Line, scores: list[float]) -> tuple[Callable[..., Any], li
     return score, asked
 
 
-def one_search(folder: Path, scores: list[float], **fields: Any) -> tuple[Line, list[tuple[float, int]], bool]:
+def one_search(
+    folder: Path, scores: list[float], **fields: Any
+) -> tuple[Line, list[tuple[float, int]], bool]:
     """One update from 1 to 1.25, then the search: candidates lie at 1.25 + m / 4."""
     learner, extrapolation = Line(mlp__w=[1.0], other=[5.0]), opened(folder, **fields)
     extrapolation.start(learner)
-    learner.write({"mlp.w": torch.tensor([1.25], dtype=torch.float64), "other": torch.tensor([6.0], dtype=torch.float64)})
+    learner.write(
+        {
+            "mlp.w": torch.tensor([1.25], dtype=torch.float64),
+            "other": torch.tensor([6.0], dtype=torch.float64),
+        }
+    )
     score, asked = scripted(learner, scores)
     jumped = asyncio.run(extrapolation.after_step(learner, score, 1))
     return learner, asked, jumped
@@ -143,16 +157,27 @@ def one_search(folder: Path, scores: list[float], **fields: Any) -> tuple[Line, 
         ([0.5, -math.inf], 0),
     ],
 )
-def test_the_last_candidate_that_scored_better_is_kept(tmp_path: Path, scores: list[float], accepted: int) -> None:
+def test_the_last_candidate_that_scored_better_is_kept(
+    tmp_path: Path, scores: list[float], accepted: int
+) -> None:
     learner, asked, jumped = one_search(tmp_path, scores)
     assert learner.values["mlp.w"].tolist() == [1.25 + accepted * 0.25]
     assert learner.values["other"].tolist() == [6.0]
     assert jumped == (accepted > 0)
-    assert asked == [(1.25 + m * 0.25, 0) for m in [0, 2, 4, 6, 8, 10][: len(scores)]]  # candidates share their random numbers
+    # candidates share their random numbers
+    assert asked == [(1.25 + m * 0.25, 0) for m in [0, 2, 4, 6, 8, 10][: len(scores)]]
     (row,) = searches(tmp_path)
     plain = [None if not math.isfinite(score) else score for score in scores]
-    assert (row["step"], row["here"], row["accepted"], row["tokens"], row["delta_norm"]) == (1, scores[0], accepted, 7, 0.25)
-    assert [(trial["multiple"], trial["score"]) for trial in row["tried"]] == list(zip([2, 4, 6, 8, 10], plain[1:], strict=False))
+    assert (row["step"], row["here"], row["accepted"], row["tokens"], row["delta_norm"]) == (
+        1,
+        scores[0],
+        accepted,
+        7,
+        0.25,
+    )
+    assert [(trial["multiple"], trial["score"]) for trial in row["tried"]] == list(
+        zip([2, 4, 6, 8, 10], plain[1:], strict=False)
+    )
     assert row["seconds"] >= 0
 
 
@@ -175,13 +200,17 @@ def test_a_score_that_is_not_finite_rejects_a_candidate_and_is_reported(tmp_path
     extrapolation.start(learner)
     learner.values["mlp.w"] += 1
     asyncio.run(extrapolation.after_step(learner, scripted(learner, [0.5, 0.6, math.nan])[0], 2))
-    assert extrapolation.services.listener.texts == ["step 2: the jump by 4 displacements was rejected, its score is nan"]  # type: ignore[attr-defined]
+    assert extrapolation.services.listener.texts == [
+        "step 2: the jump by 4 displacements was rejected, its score is nan"
+    ]  # type: ignore[attr-defined]
     assert searches(tmp_path)[0]["tried"][1]["score"] is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_weights_of_now_without_a_finite_score_are_an_error(tmp_path: Path, bad: float) -> None:
-    with pytest.raises(RefluxError, match=r"step 1: extrapolation's score of the student of now is .*nothing can be compared"):
+    with pytest.raises(
+        RefluxError, match=r"step 1: extrapolation's score of the student of now is .*nothing can be compared"
+    ):
         one_search(tmp_path, [bad])
 
 
@@ -212,15 +241,20 @@ def test_a_rescored_incumbent_has_the_dice_of_its_comparison(tmp_path: Path) -> 
 
 
 @given(
-    scores=st.lists(st.integers(0, 5).map(float) | st.just(math.nan), min_size=6, max_size=6).filter(lambda s: s[0] == s[0]),
+    scores=st.lists(st.integers(0, 5).map(float) | st.just(math.nan), min_size=6, max_size=6).filter(
+        lambda s: s[0] == s[0]
+    ),
     tries=st.integers(0, 5),
     ties=st.booleans(),
 )
-def test_it_is_the_algorithm_of_the_page(tmp_path_factory: pytest.TempPathFactory, scores: list[float], tries: int, ties: bool) -> None:
+def test_it_is_the_algorithm_of_the_page(
+    tmp_path_factory: pytest.TempPathFactory, scores: list[float], tries: int, ties: bool
+) -> None:
     best, best_score = 0, scores[0]
     for m, s in zip([2, 4, 6, 8, 10][:tries], scores[1:], strict=False):
         if s > best_score or (ties and s == best_score):
-            assert s >= best_score  # the kept score never falls
+            # the kept score never falls
+            assert s >= best_score
             best, best_score = m, s
         else:
             break
@@ -246,8 +280,12 @@ def exact_score(learner: Line, a: np.ndarray, b: np.ndarray) -> Callable[..., An
     return score
 
 
-@pytest.mark.parametrize("pull", [0.01, 0.09, 0.0999, 0.1001, 0.12, 0.126, 0.16, 0.17, 0.24, 0.26, 0.49, 0.501, 0.9, 1.5])
-def test_with_one_eigenvalue_candidate_k_is_accepted_iff_eta_lambda_is_below_one_over_2k(tmp_path: Path, pull: float) -> None:
+@pytest.mark.parametrize(
+    "pull", [0.01, 0.09, 0.0999, 0.1001, 0.12, 0.126, 0.16, 0.17, 0.24, 0.26, 0.49, 0.501, 0.9, 1.5]
+)
+def test_with_one_eigenvalue_candidate_k_is_accepted_iff_eta_lambda_is_below_one_over_2k(
+    tmp_path: Path, pull: float
+) -> None:
     """pull = eta lambda: all five below 0.1, none from 0.5 up."""
     a, b, eta = np.eye(3) * 4.0, np.asarray([1.0, -2.0, 0.5]), pull / 4.0
     learner, extrapolation = Line(mlp__w=[0.0, 0.0, 0.0]), opened(tmp_path)
@@ -260,14 +298,17 @@ def test_with_one_eigenvalue_candidate_k_is_accepted_iff_eta_lambda_is_below_one
 
 
 def test_displacements_are_trainings_alone(tmp_path: Path) -> None:
-    """Eight steps with several eigenvalues against the formula: after a jump the next displacement starts where it landed."""
+    """Eight steps with several eigenvalues against the formula: after a jump the next displacement starts
+    where it landed.
+    """
     rng = np.random.default_rng(0)
     u = np.linalg.qr(rng.normal(size=(4, 4)))[0]
     lam, b, eta = np.asarray([0.2, 1.0, 3.0, 7.0]), rng.normal(size=4), 0.02
     a = u @ np.diag(lam) @ u.T
     learner, extrapolation = Line(mlp__w=[0.0] * 4), opened(tmp_path)
     extrapolation.start(learner)
-    start, since = np.zeros(4), 0  # where the last search ended, and the steps since
+    # where the last search ended, and the steps since
+    start, since = np.zeros(4), 0
     for step in range(1, 9):
         descend(learner, a, b, eta)
         since += 1
@@ -280,7 +321,9 @@ def test_displacements_are_trainings_alone(tmp_path: Path) -> None:
             assert row["delta_norm"] == pytest.approx(float(np.linalg.norm(delta)), rel=1e-9)
             start, since = start + (1 + row["accepted"]) * delta, 0
             np.testing.assert_allclose(learner.values["mlp.w"].numpy(), start, rtol=1e-9)
-            np.testing.assert_array_equal(extrapolation._anchor["mlp.w"].numpy(), learner.values["mlp.w"].numpy())
+            np.testing.assert_array_equal(
+                extrapolation._anchor["mlp.w"].numpy(), learner.values["mlp.w"].numpy()
+            )
     assert [row["step"] for row in searches(tmp_path)] == [1, 2, 4, 8]
     assert sum(row["accepted"] > 0 for row in searches(tmp_path)) >= 2
 
@@ -296,8 +339,12 @@ def batch() -> list[list[Any]]:
     return [[tiny.attempt(tiny.rollout(n, seed=n), teacher)] for n in (3, 8, 5)]
 
 
-def stepped(folder: Path, scores: list[float], lora: Lora | None = None) -> tuple[Any, OpenExtrapolate, dict[str, Any], dict[str, Tensor]]:
-    """(learner, extrapolation, its state, its weights) after one optimiser step; then the search is run with these scores."""
+def stepped(
+    folder: Path, scores: list[float], lora: Lora | None = None
+) -> tuple[Any, OpenExtrapolate, dict[str, Any], dict[str, Tensor]]:
+    """(learner, extrapolation, its state, its weights) after one optimiser step; then the search is run with
+    these scores.
+    """
     learner, extrapolation = tiny.learner(tiny.net(1), lr=0.05, lora=lora), opened(folder)
     extrapolation.start(learner.access)
     tiny.move(learner, batch(), [Divergence()])
@@ -318,12 +365,16 @@ def stepped(folder: Path, scores: list[float], lora: Lora | None = None) -> tupl
 def test_after_a_first_rejection_every_bit_is_that_of_before(tmp_path: Path, lora: Any) -> None:
     learner, _, state, weights = stepped(tmp_path, [0.5, 0.5], lora)
     assert same(weights, dict(learner.weights))
-    assert same(state, {name: value for name, value in learner.state().items() if not name.startswith("base/")})
+    assert same(
+        state, {name: value for name, value in learner.state().items() if not name.startswith("base/")}
+    )
 
 
 @pytest.mark.parametrize("lora", [None, Lora(rank=2, alpha=8)])
 def test_a_jump_adds_a_multiple_of_the_full_weights_displacement(tmp_path: Path, lora: Any) -> None:
-    """With adapters by product: their factors stay, the frozen base takes it. Nothing else moves, not even the optimiser."""
+    """With adapters by product: their factors stay, the frozen base takes it. Nothing else moves, not even
+    the optimiser.
+    """
     learner, extrapolation, state, weights = stepped(tmp_path, [0.5, 0.6, 0.7, 0.1], lora)
     start, after = tiny.net(1).state_dict(), dict(learner.weights)
     names = set(moved(learner.access.names, Extrapolate().include))
@@ -349,7 +400,12 @@ def test_a_learner_takes_up_moved_bases_and_exports_them(tmp_path: Path) -> None
 
     learner, *_ = stepped(tmp_path, [0.5, 0.6, 0.1], Lora(rank=2, alpha=8))
     again = tiny.learner(tiny.net(1), lr=0.05, lora=Lora(rank=2, alpha=8))
-    again.take_up({name: value.clone() if isinstance(value, Tensor) else value for name, value in learner.state().items()})
+    again.take_up(
+        {
+            name: value.clone() if isinstance(value, Tensor) else value
+            for name, value in learner.state().items()
+        }
+    )
     assert same(dict(again.weights), dict(learner.weights))
     assert same(again.state(), learner.state())
     for groups in (batch(),):
@@ -358,11 +414,16 @@ def test_a_learner_takes_up_moved_bases_and_exports_them(tmp_path: Path) -> None
     assert same(dict(again.weights), dict(learner.weights))
     learner.export(tmp_path / "student")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student").state_dict()
-    assert same({name: loaded[name] for name in learner.access.names}, {name: learner.weights[name] for name in learner.access.names})
+    assert same(
+        {name: loaded[name] for name in learner.access.names},
+        {name: learner.weights[name] for name in learner.access.names},
+    )
 
 
 def test_names_that_match_nothing_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"include = \['attnn'\] matches no parameter of tiny.*model\.embed_tokens\.weight"):
+    with pytest.raises(
+        ConfigError, match=r"include = \['attnn'\] matches no parameter of tiny.*model\.embed_tokens\.weight"
+    ):
         opened(tmp_path, include=("attnn",)).start(tiny.learner(tiny.net(1)).access)
 
 
@@ -379,7 +440,10 @@ def test_the_anchor_is_saved_and_a_checkpoint_without_it_is_refused(tmp_path: Pa
         opened(tmp_path).load(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("fields", [{"tries": -1}, {"prompts": 0}, {"samples": 0}, {"accept": "any"}, {"score": "loss"}, {"max_tokens": 0}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"tries": -1}, {"prompts": 0}, {"samples": 0}, {"accept": "any"}, {"score": "loss"}, {"max_tokens": 0}],
+)
 def test_fields_out_of_range_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         Extrapolate(**fields)

@@ -33,7 +33,8 @@ def test_every_grid_begins_at_1_falls_and_ends_at_0() -> None:
         t_S = with_scheduler(shift=float(shift)).grid(7)
         assert (t_S[0], t_S[-1]) == (1.0, 0.0), shift
         assert (np.diff(t_S) < 0).all(), shift
-        sigma_S = tiny_flow.grid(7, float(shift))  # diffusers' own
+        # diffusers' own
+        sigma_S = tiny_flow.grid(7, float(shift))
         np.testing.assert_allclose(t_S, sigma_S, rtol=0, atol=2e-7)
         np.testing.assert_array_equal(t_S[1:], sigma_S[1:])
 
@@ -63,14 +64,20 @@ class Eightfold:
         return x_BCHW
 
 
-@pytest.mark.parametrize(("decode", "fits", "side", "crooked", "unit", "large"), [(None, 8, 8, 7, 2, 10), (Eightfold(), 64, 8, 8, 16, 80)])
+@pytest.mark.parametrize(
+    ("decode", "fits", "side", "crooked", "unit", "large"),
+    [(None, 8, 8, 7, 2, 10), (Eightfold(), 64, 8, 8, 16, 80)],
+)
 def test_sizes(decode: Any, fits: int, side: int, crooked: int, unit: int, large: int) -> None:
-    model = replace(MODEL, decode=decode)  # patches of 2, and places for 4 a side
+    # patches of 2, and places for 4 a side
+    model = replace(MODEL, decode=decode)
     assert model.shape() == (1, 4, 4)
     assert model.shape(fits) == (1, side, side)
     with pytest.raises(ModelError, match=rf"sampler\.pixels = {crooked}: .* multiple of {unit}\.$"):
         model.shape(crooked)
-    with pytest.raises(ModelError, match=rf"sampler\.pixels = {large}: .* places for 4 patches .* at most {fits}\.$"):
+    with pytest.raises(
+        ModelError, match=rf"sampler\.pixels = {large}: .* places for 4 patches .* at most {fits}\.$"
+    ):
         model.shape(large)
 
 
@@ -97,7 +104,8 @@ class Pipeline:
         self.inside += 1
         self.most = max(self.most, self.inside)
         self.asked.append(prompt)
-        time.sleep(0.001)  # another thread may come in
+        # another thread may come in
+        time.sleep(0.001)
         self.inside -= 1
         return torch.full((1, 2, 3), float(len(prompt))), None, torch.full((1, 4), float(len(prompt))), None
 
@@ -128,7 +136,10 @@ def test_a_call_may_have_more_prompts_than_are_kept() -> None:
 
 def test_threads_are_answered_one_at_a_time() -> None:
     pipeline = Pipeline()
-    encode, texts = TextEncoders(pipeline, "cpu", kept=3), [letter * n for n, letter in enumerate("abcdefgh", 1)]
+    encode, texts = (
+        TextEncoders(pipeline, "cpu", kept=3),
+        [letter * n for n, letter in enumerate("abcdefgh", 1)],
+    )
     wrong: list[Any] = []
 
     def ask(offset: int) -> None:
@@ -152,7 +163,9 @@ def test_a_decoder_without_a_shift_only_scales() -> None:
     from reflux.models.flow.encoders import LatentDecoder
 
     config = SimpleNamespace(block_out_channels=(4, 4, 4), scaling_factor=0.5, shift_factor=None)
-    vae: Any = SimpleNamespace(config=config, dtype=torch.float32, requires_grad_=lambda _: vae, decode=lambda x, return_dict: (x,))
+    vae: Any = SimpleNamespace(
+        config=config, dtype=torch.float32, requires_grad_=lambda _: vae, decode=lambda x, return_dict: (x,)
+    )
     decode = LatentDecoder(vae)
     assert (decode.factor, decode(torch.ones(1, 1, 1, 1)).item()) == (4, 2.0)
 

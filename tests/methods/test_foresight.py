@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reflux.errors import RunError
-from reflux.evals.foresight import Foresight, alignment, effective_rank, foresight, rho, spectral_norm, top_norm_ratio
+from reflux.evals.foresight import (
+    Foresight,
+    alignment,
+    effective_rank,
+    foresight,
+    rho,
+    spectral_norm,
+    top_norm_ratio,
+)
 from tiny import same
 
 PERCENTS = (1.0, 10.0, 29.0, 50.0, 100.0)
@@ -23,7 +31,9 @@ sizes = st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(0, 10_000))
 
 
 def matrix(rows: int, columns: int, seed: int, dtype: Any = torch.float64) -> Tensor:
-    return torch.from_numpy(np.random.default_rng((rows, columns, seed)).normal(size=(rows, columns))).to(dtype)
+    return torch.from_numpy(np.random.default_rng((rows, columns, seed)).normal(size=(rows, columns))).to(
+        dtype
+    )
 
 
 def with_values(values: list[float], rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -43,7 +53,9 @@ def test_they_are_what_they_are_defined_as(size: tuple[int, int, int], percent: 
     assert spectral_norm(delta) == pytest.approx(np.linalg.norm(delta.numpy(), 2), rel=1e-9)
     assert rho(delta) == pytest.approx(s[0] / np.linalg.norm(delta.numpy()), rel=1e-9)
     assert effective_rank(delta) == pytest.approx(np.prod([share**-share for share in z]), rel=1e-9)
-    assert top_norm_ratio(delta, percent) == pytest.approx(math.sqrt((s[:k] ** 2).sum() / (s**2).sum()), rel=1e-9)
+    assert top_norm_ratio(delta, percent) == pytest.approx(
+        math.sqrt((s[:k] ** 2).sum() / (s**2).sum()), rel=1e-9
+    )
 
 
 @given(size=sizes, percent=st.sampled_from(PERCENTS), scale=st.floats(1e-3, 1e3))
@@ -70,17 +82,30 @@ def test_rank_one_and_a_flat_spectrum() -> None:
 
 
 def test_the_entropy_is_that_of_values_and_not_of_squares() -> None:
-    assert effective_rank(with_values([3.0, 1.0], 4, 4)) == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
+    assert effective_rank(with_values([3.0, 1.0], 4, 4)) == pytest.approx(
+        math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    )
 
 
 @pytest.mark.parametrize(
     ("rows", "percent", "k"),
-    [(100, 1, 1), (101, 1, 2), (100, 29, 29), (100, 7, 7), (250, 64.4, 161), (10, 10, 1), (10, 11, 2), (3, 0.1, 1)],
+    [
+        (100, 1, 1),
+        (101, 1, 2),
+        (100, 29, 29),
+        (100, 7, 7),
+        (250, 64.4, 161),
+        (10, 10, 1),
+        (10, 11, 2),
+        (3, 0.1, 1),
+    ],
 )
 def test_how_many_directions_a_percentage_is(rows: int, percent: float, k: int) -> None:
     delta = torch.diag(torch.linspace(2, 1, rows, dtype=torch.float64))
     s = np.linspace(2, 1, rows)
-    assert top_norm_ratio(delta, percent) == pytest.approx(math.sqrt((s[:k] ** 2).sum() / (s**2).sum()), rel=1e-12)
+    assert top_norm_ratio(delta, percent) == pytest.approx(
+        math.sqrt((s[:k] ** 2).sum() / (s**2).sum()), rel=1e-12
+    )
     if k == 1:
         assert top_norm_ratio(delta, percent) == pytest.approx(rho(delta))
 
@@ -90,7 +115,8 @@ def test_alignment_is_of_left_directions_in_order_without_sign() -> None:
     s = torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64))
     delta = u[:, :3] @ s @ v
     turned = torch.linalg.qr(matrix(3, 3, 5))[0]
-    assert alignment(delta, -u[:, :3] @ s @ turned) == pytest.approx(1)  # right directions and signs do not count
+    # right directions and signs do not count
+    assert alignment(delta, -u[:, :3] @ s @ turned) == pytest.approx(1)
     assert alignment(delta, u[:, [0, 1, 3]] @ s @ v) == pytest.approx(2 / 3)
     assert alignment(delta, u[:, [0, 1, 3]] @ s @ v, k=2) == pytest.approx(1)
     assert alignment(delta, u[:, [1, 0, 2]] @ s @ v) == pytest.approx(1 / 3)
@@ -101,7 +127,9 @@ def test_alignment_is_of_left_directions_in_order_without_sign() -> None:
     assert alignment(delta, half[:, :1] @ v[:1], k=1) == pytest.approx(math.sqrt(0.5))
 
 
-@pytest.mark.parametrize("measure", [spectral_norm, rho, effective_rank, top_norm_ratio, lambda d: alignment(d, d)])
+@pytest.mark.parametrize(
+    "measure", [spectral_norm, rho, effective_rank, top_norm_ratio, lambda d: alignment(d, d)]
+)
 def test_what_is_no_matrix_is_refused(measure: Callable[[Tensor], float]) -> None:
     for bad in (torch.ones(3), torch.ones(2, 2, 2), torch.ones(0, 3)):
         with pytest.raises(ValueError, match="that of a matrix"):
@@ -145,13 +173,23 @@ def test_foresight_is_the_mean_over_moved_matrices() -> None:
         "embed.weight": matrix(9, 4, 4),
     }
     deltas = {"h.0.attn.q.weight": matrix(6, 4, 5), "h.0.mlp.up.weight": matrix(5, 5, 6)}
-    others = {"h.0.attn.q.bias": torch.ones(6), "h.1.mlp.norm.weight": torch.ones(5, 5), "embed.weight": torch.ones(9, 4)}
+    others = {
+        "h.0.attn.q.bias": torch.ones(6),
+        "h.1.mlp.norm.weight": torch.ones(5, 5),
+        "embed.weight": torch.ones(9, 4),
+    }
     weights = {name: value + (deltas | others).get(name, 0 * value) for name, value in start.items()}
     found = foresight(weights, start, percent=40.0)
     assert (found["matrices"], found["unmoved"]) == (3, 1)
-    for name, measure in {"spectral_norm": spectral_norm, "rho": rho, "effective_rank": effective_rank}.items():
+    for name, measure in {
+        "spectral_norm": spectral_norm,
+        "rho": rho,
+        "effective_rank": effective_rank,
+    }.items():
         assert found[name] == pytest.approx(np.mean([measure(delta) for delta in deltas.values()]), rel=1e-6)
-    assert found["top_norm_ratio"] == pytest.approx(np.mean([top_norm_ratio(delta, 40.0) for delta in deltas.values()]), rel=1e-6)
+    assert found["top_norm_ratio"] == pytest.approx(
+        np.mean([top_norm_ratio(delta, 40.0) for delta in deltas.values()]), rel=1e-6
+    )
     nothing = foresight(start, start)
     assert (nothing["unmoved"], nothing["spectral_norm"], nothing["rho"]) == (3, None, None)
     with pytest.raises(ValueError, match=r"h\.0\.attn\.q\.weight has no start weights"):
@@ -167,7 +205,9 @@ CHAT: dict[str, Any] = {"task": {"kind": "outside:Chat"}}
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4.0}])
 def test_a_run_reports_what_its_weights_did(tiny_run: Callable[..., Any], student: str, lora: Any) -> None:
-    """Against the exported students of shorter runs: spectra by step, and alignment of the earlier ones with the last."""
+    """Against the exported students of shorter runs: spectra by step, and alignment of the earlier ones with
+    the last.
+    """
     from transformers import AutoModelForCausalLM
 
     def weights(folder: Path | str) -> dict[str, Tensor]:
@@ -175,7 +215,11 @@ def test_a_run_reports_what_its_weights_did(tiny_run: Callable[..., Any], studen
 
     settings = {**CHAT, "learner__lora": lora, "learner__lr": 0.01}
     done = tiny_run("full", steps=4, **settings, eval_every=2, evals__foresight={"percent": 20.0, "k": 3})
-    start, half, end = weights(student), weights(tiny_run("full", steps=2, **settings).dir / "student"), weights(done.dir / "student")
+    start, half, end = (
+        weights(student),
+        weights(tiny_run("full", steps=2, **settings).dir / "student"),
+        weights(done.dir / "student"),
+    )
     rows = {row["step"]: row["foresight"] for row in done.rows("evals")}
     assert list(rows) == [0, 2, 4]
     assert (rows[0]["unmoved"], rows[0]["matrices"], rows[0]["rho"]) == (7, 7, None)
@@ -189,7 +233,9 @@ def test_a_run_reports_what_its_weights_did(tiny_run: Callable[..., Any], studen
 
 
 def test_a_table_writes_into_a_folder_of_its_own(tiny_run: Callable[..., Any]) -> None:
-    """Whatever its name: one called `student` leaves the exported student alone, and finds its start weights again."""
+    """Whatever its name: one called `student` leaves the exported student alone, and finds its start weights
+    again.
+    """
     done = tiny_run("opd", steps=2, **CHAT, eval_every=1, evals__student={"kind": "foresight"})
     assert [row["student"]["unmoved"] for row in done.rows("evals")] == [7, 0, 0]
     folder = done.dir / "parts" / "evals.student"

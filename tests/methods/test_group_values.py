@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from reflux.loss.group_values import group_values
 
 odd = st.sampled_from([math.inf, -math.inf, math.nan])
-attempts = st.none() | st.lists(st.floats(-50, 50) | odd, max_size=6).map(lambda own: np.array(own, dtype=np.float64))
+attempts = st.none() | st.lists(st.floats(-50, 50) | odd, max_size=6).map(
+    lambda own: np.array(own, dtype=np.float64)
+)
 
 
 @given(st.lists(attempts, max_size=5), st.booleans())
@@ -19,7 +21,9 @@ def test_values_are_token_means_over_the_others_or_over_all(rewards, leave_one_o
     values = group_values(rewards, leave_one_out)
     assert len(values) == len(rewards)
     for i, value in enumerate(values):
-        others = [r for j, own in enumerate(rewards) if j != i and own is not None for r in own if math.isfinite(r)]
+        others = [
+            r for j, own in enumerate(rewards) if j != i and own is not None for r in own if math.isfinite(r)
+        ]
         mine = [] if rewards[i] is None else [r for r in rewards[i] if math.isfinite(r)]
         counted = others if leave_one_out else others + mine
         expected = sum(counted) / len(counted) if others and rewards[i] is not None else 0.0
@@ -35,7 +39,9 @@ def test_tokens_count_alike_so_a_long_attempt_weighs_more():
 def test_nothing_of_oneself_is_in_the_value_of_the_others_not_even_a_rounding():
     rng = np.random.default_rng(0)
     siblings = [rng.standard_normal(5), rng.standard_normal(9)]
-    values = {group_values([rng.standard_normal(7) * 10.0**size, *siblings], True)[0] for size in range(-12, 12)}
+    values = {
+        group_values([rng.standard_normal(7) * 10.0**size, *siblings], True)[0] for size in range(-12, 12)
+    }
     assert len(values) == 1
     assert len({group_values([rng.standard_normal(7), *siblings], False)[0] for _ in range(3)}) == 3
 

@@ -1,4 +1,6 @@
-"""Heads of real model classes: the logits and gradients that the model's own forward gives, adapters and scalings included."""
+"""Heads of real model classes: the logits and gradients that the model's own forward gives, adapters and
+scalings included.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,13 @@ from reflux.loss.linear_divergence import linear_divergence
 
 close = torch.testing.assert_close
 V, PAD = 40, 5
-SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+SHAPE = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 SCALED = {
     "Cohere": {"logit_scale": 0.3},
     "Cohere2": {"logit_scale": 0.3},
@@ -31,7 +39,9 @@ SCALED = {
 
 def net(name: str) -> Any:
     """From random numbers, in float64, with rows of padding."""
-    config = getattr(transformers, f"{name}Config")(vocab_size=V + PAD, pad_token_id=0, **SHAPE, **SCALED[name])
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=V + PAD, pad_token_id=0, **SHAPE, **SCALED[name]
+    )
     torch.manual_seed(0)
     model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).double().eval()
     for parameter in model.parameters():
@@ -52,7 +62,9 @@ class Words:
         rng = torch.Generator().manual_seed(3)
         self.model, self.head = model, Head.of_net(model, V)
         self.ids_BL = torch.randint(V, (2, 9), generator=rng)
-        self.teacher = [torch.randn(*shape, generator=rng, dtype=torch.float64).to(dtype) for shape in ((18, 6), (V, 6))]
+        self.teacher = [
+            torch.randn(*shape, generator=rng, dtype=torch.float64).to(dtype) for shape in ((18, 6), (V, 6))
+        ]
         self.coef_N = torch.rand(18, generator=rng, dtype=torch.float64).to(dtype) - 0.3
 
     def hidden(self) -> Tensor:
@@ -63,7 +75,9 @@ class Words:
 
     def loss(self) -> Tensor:
         g_NG, weight_VG = self.teacher
-        return linear_divergence(self.hidden(), self.head, g_NG, Head.of(weight_VG), self.ids_BL.flatten(), self.coef_N).loss
+        return linear_divergence(
+            self.hidden(), self.head, g_NG, Head.of(weight_VG), self.ids_BL.flatten(), self.coef_N
+        ).loss
 
     def plain_loss(self) -> Tensor:
         """From the model's own logits, by plain autograd."""
@@ -90,7 +104,8 @@ def test_logits_and_gradients_are_those_of_the_models_own_forward(name: str) -> 
     with torch.no_grad():
         close(words.head.logits(words.hidden()), own_NV)
         bare_NV = words.hidden() @ words.model.get_output_embeddings().weight[:V].T
-    assert (name == "Llama") == torch.allclose(bare_NV, own_NV, rtol=0.05)  # the scaling does something
+    # the scaling does something
+    assert (name == "Llama") == torch.allclose(bare_NV, own_NV, rtol=0.05)
     check_gradients(words)
 
 
@@ -155,7 +170,9 @@ def test_an_adapter_on_a_tied_head_of_a_padded_qwen() -> None:
 
 
 def head_gradients(words: Words, h_NH: Tensor, plain: bool) -> dict[str, Tensor]:
-    """Of given hidden states and of what is trained in the head; plain: by autograd through the head's own module."""
+    """Of given hidden states and of what is trained in the head; plain: by autograd through the head's own
+    module.
+    """
     leaf_NH = h_NH.detach().to(words.coef_N.dtype).requires_grad_()
     words.hidden = lambda: leaf_NH  # type: ignore[method-assign]
     module = words.model.get_output_embeddings()
@@ -167,7 +184,9 @@ def head_gradients(words: Words, h_NH: Tensor, plain: bool) -> dict[str, Tensor]
 
 @pytest.mark.parametrize("adapter", [False, True])
 def test_under_autocast_gradients_are_as_exact_as_plain_autograd_gives_them(adapter: bool) -> None:
-    """In bfloat16 both are within 2 % of float64, and the pass is no further off than the plain computation, by half of it."""
+    """In bfloat16 both are within 2 % of float64, and the pass is no further off than the plain computation,
+    by half of it.
+    """
     model = adapted(net("Llama"), target_modules=["lm_head"]) if adapter else net("Llama")
     words = Words(model)
     h_NH = words.hidden()
@@ -184,7 +203,9 @@ def test_under_autocast_gradients_are_as_exact_as_plain_autograd_gives_them(adap
 
 def test_logp_at_ids_is_cut_scaled_and_capped_in_any_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = torch.Generator().manual_seed(0)
-    h_NH, weight_VH, bias_V = (torch.randn(*shape, generator=rng) for shape in ((11, 4), (V + PAD, 4), (V + PAD,)))
+    h_NH, weight_VH, bias_V = (
+        torch.randn(*shape, generator=rng) for shape in ((11, 4), (V + PAD, 4), (V + PAD,))
+    )
     weight_VH.requires_grad_()
     ids_NK = torch.randint(V, (11, 3), generator=rng)
     head = Head(lambda: Bare(weight_VH, bias_V), V, scale=0.5, cap=1.2)
@@ -202,7 +223,9 @@ def test_logp_at_ids_is_cut_scaled_and_capped_in_any_chunk(monkeypatch: pytest.M
 def test_vocabularies_and_rows_that_do_not_match_are_refused() -> None:
     h_NH, weight_VH = torch.zeros(3, 4), torch.zeros(V, 4)
     ids_N, coef_N = torch.zeros(3, dtype=torch.int64), torch.ones(3)
-    with pytest.raises(ValueError, match=r"speaks of 40 tokens and the teacher's of 39.*cut both to the tokenizer"):
+    with pytest.raises(
+        ValueError, match=r"speaks of 40 tokens and the teacher's of 39.*cut both to the tokenizer"
+    ):
         linear_divergence(h_NH, Head.of(weight_VH), h_NH, Head.of(weight_VH[1:]), ids_N, coef_N)
     with pytest.raises(ValueError, match=r"all rows must belong to the same positions.*'coef_N': 2"):
         linear_divergence(h_NH, Head.of(weight_VH), h_NH, Head.of(weight_VH), ids_N, coef_N[:2])

@@ -1,4 +1,6 @@
-"""`linear_divergence` against the formula by plain autograd, and its manners. Precision, memory: `test_row_pass.py`."""
+"""`linear_divergence` against the formula by plain autograd, and its manners. Precision, memory:
+`test_row_pass.py`.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ TOP = 4
 
 @dataclass
 class Case:
-    """Inputs of every kind. Leaves: hidden, weight, bias; the teacher's tensors ask for gradients too, and must never get any."""
+    """Inputs of every kind. Leaves: hidden, weight, bias; the teacher's tensors ask for gradients too, and
+    must never get any.
+    """
 
     n: int
     v: int
@@ -46,10 +50,14 @@ class Case:
             return torch.randn(*shape, generator=rng, dtype=torch.float64).to(self.dtype).requires_grad_()
 
         rows = self.v + self.pad
-        self.leaves = {"hidden": random(self.n, 5), "weight": random(rows, 5)} | ({"bias": random(rows)} if self.bias else {})
+        self.leaves = {"hidden": random(self.n, 5), "weight": random(rows, 5)} | (
+            {"bias": random(rows)} if self.bias else {}
+        )
         self.constants = [random(self.n, 3), random(rows + 2, 3), random(rows + 2)]
         self.ids_N = torch.randint(self.v, (self.n,), generator=rng)
-        self.coef_N = torch.tensor(self.coefs, dtype=self.dtype)[torch.randint(len(self.coefs), (self.n,), generator=rng)]
+        self.coef_N = torch.tensor(self.coefs, dtype=self.dtype)[
+            torch.randint(len(self.coefs), (self.n,), generator=rng)
+        ]
 
     @property
     def heads(self) -> tuple[Head, Head]:
@@ -59,13 +67,26 @@ class Case:
     def answer(self, objective: Any = None, **options: Any) -> Answer:
         student, teacher = self.heads
         return linear_divergence(
-            self.leaves["hidden"], student, self.constants[0], teacher, self.ids_N, self.coef_N, objective, top_k=TOP, **options
+            self.leaves["hidden"],
+            student,
+            self.constants[0],
+            teacher,
+            self.ids_N,
+            self.coef_N,
+            objective,
+            top_k=TOP,
+            **options,
         )
 
     def logp(self) -> tuple[Tensor, Tensor]:
         """Student and teacher, from the formula, at least float64."""
-        leaves, (g_NG, weight_VG, bias_V) = {k: x.double() for k, x in self.leaves.items()}, (x.detach().double() for x in self.constants)
-        student_NV = (leaves["hidden"] @ leaves["weight"].T + leaves.get("bias", torch.zeros(1)))[:, : self.v] * self.scale
+        leaves, (g_NG, weight_VG, bias_V) = (
+            {k: x.double() for k, x in self.leaves.items()},
+            (x.detach().double() for x in self.constants),
+        )
+        student_NV = (leaves["hidden"] @ leaves["weight"].T + leaves.get("bias", torch.zeros(1)))[
+            :, : self.v
+        ] * self.scale
         student_NV = student_NV if self.cap is None else self.cap * torch.tanh(student_NV / self.cap)
         return student_NV.log_softmax(-1), (g_NG @ weight_VG.T + bias_V)[:, : self.v].log_softmax(-1)
 
@@ -141,13 +162,15 @@ def slices(chunk: int, block: int) -> Iterator[pytest.MonkeyPatch]:
     factor=st.sampled_from([1.0, -0.5]),
 )
 def test_everything_is_as_defined(name: str, case: Case, chunk: int, block: int, factor: float) -> None:
-    assume(case.dtype == torch.float64 or name not in ("listed", "tv"))  # float32 may choose the other one of two near ties
+    # float32 may choose the other one of two near ties
+    assume(case.dtype == torch.float64 or name not in ("listed", "tv"))
     objective, cost = COSTS[name]
-    near: Any = {torch.float64: {"rtol": 1e-9, "atol": 1e-10}, torch.float32: {"rtol": 1e-3, "atol": 1e-4}}[case.dtype] | {
-        "check_dtype": False
-    }
+    near: Any = {torch.float64: {"rtol": 1e-9, "atol": 1e-10}, torch.float32: {"rtol": 1e-3, "atol": 1e-4}}[
+        case.dtype
+    ] | {"check_dtype": False}
     with slices(chunk, block) as patch:
-        patch.setattr(products, "_WORTH_FLOPS", 0)  # small as these are, float32 takes the fast path, in blocks of the vocabulary
+        # small as these are, float32 takes the fast path, in blocks of the vocabulary
+        patch.setattr(products, "_WORTH_FLOPS", 0)
         patch.setattr(products, "_BLOCK", 16)
         answer = case.answer(objective)
         made = case.gradients(factor * answer.loss)
@@ -159,7 +182,9 @@ def test_everything_is_as_defined(name: str, case: Case, chunk: int, block: int,
     close(answer.cost_N, torch.where(case.coef_N == 0, 0, cost(s, t, case.ids_N)), **near)
     pages = (answer.logp_N, answer.teacher_logp_N, answer.kl_N, answer.entropy_N)
     at = case.ids_N[:, None]
-    for page, right in zip(pages, (s.gather(-1, at)[:, 0], t.gather(-1, at)[:, 0], kl(s, t), -(s.exp() * s).sum(-1)), strict=True):
+    for page, right in zip(
+        pages, (s.gather(-1, at)[:, 0], t.gather(-1, at)[:, 0], kl(s, t), -(s.exp() * s).sum(-1)), strict=True
+    ):
         close(page, right, **near)
     close(answer.top_logp_NK, top.values, **near)
     assert case.n == 0 or case.dtype == torch.float32 or torch.equal(answer.top_ids_NK, top.indices)
@@ -167,7 +192,9 @@ def test_everything_is_as_defined(name: str, case: Case, chunk: int, block: int,
 
 
 def test_tokens_that_cannot_be_said_count_nothing() -> None:
-    """Whether the student or both rule them out: KL, entropy and gradients stay finite, and equal the definition."""
+    """Whether the student or both rule them out: KL, entropy and gradients stay finite, and equal the
+    definition.
+    """
     behaviour = [i for i in range(12) if not 3 <= i < 6]
 
     def said_only(s: Tensor, t: Tensor, ids: Tensor) -> Tensor:
@@ -197,7 +224,8 @@ def test_rows_of_coefficient_zero_are_silent_even_if_infinite(name: str) -> None
     case = Case(24, 9, coefs=(1.0, -0.5))
     hard = torch.arange(24) % 3 == 1
     with torch.no_grad():
-        case.constants[1][:, 0], case.constants[1][4, 0] = 0, -1e300  # at hard rows the teacher says token 4 with probability 0
+        # at hard rows the teacher says token 4 with probability 0
+        case.constants[1][:, 0], case.constants[1][4, 0] = 0, -1e300
         case.constants[0][:, 0] = torch.where(hard, 1e10, 0.0)
     case.ids_N[hard] = 4
     with slices(5, 2):
@@ -243,7 +271,9 @@ def test_a_second_backward_says_why_not() -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_the_same_loss_and_no_work_for_them(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gradients_the_same_loss_and_no_work_for_them(
+    mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = Case(20, 11)
     loss = case.answer().loss
     work: list[str] = []
@@ -275,12 +305,16 @@ def test_what_is_frozen_gets_no_gradient_and_costs_no_product(frozen: set[str]) 
 
 
 def test_a_weight_that_is_tied_or_made_of_others_gets_its_whole_gradient() -> None:
-    tokens, (a, b) = torch.arange(20) % 11, (torch.randn(11, 2, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64))
+    tokens, (a, b) = (
+        torch.arange(20) % 11,
+        (torch.randn(11, 2, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)),
+    )
     leaves = [a.requires_grad_(), b.requires_grad_()]
     grads = []
     for run in (lambda case: case.loss(COSTS["reverse"][1]), lambda case: case.answer().loss):
         case = Case(20, 11)
-        weight_VH = a @ b  # the input embedding is the same table
+        # the input embedding is the same table
+        weight_VH = a @ b
         case.leaves |= {"weight": weight_VH, "hidden": torch.tanh(weight_VH[tokens] * 1.7)}
         grads.append(torch.autograd.grad(run(case), leaves))
     close(grads[1], grads[0])

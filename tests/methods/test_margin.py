@@ -1,4 +1,6 @@
-"""Uni-OPD's margin: returns, margins, shifts and the mask, from their definitions (identities 1 to 6 of the method page)."""
+"""Uni-OPD's margin: returns, margins, shifts and the mask, from their definitions (identities 1 to 6 of the
+method page).
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,23 @@ from hypothesis import strategies as st
 import tiny
 from laws.estimators import World
 from reflux.assets.characters import character_tokenizer
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import StepContext
 from reflux.credit.balance import Balance
 from reflux.credit.base import share_credit
 from reflux.credit.margin import DIRECTIONS, MODES, Margin, margin, margin_keep, margin_shifts
 from reflux.loss.term import Rows
 from reflux.models.text import as_model
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.types import Attempt, Finish, Group, Prompt, Requirements, Reward, Rollout, SampledTarget, StepContext, TeacherAnswer
+from reflux.types import Attempt, Finish, Group, Prompt, Reward, Rollout, SampledTarget, TeacherAnswer
 from tiny import close, gradients, same
 
 NOW = StepContext(0, 0)
 INF, NAN = math.inf, math.nan
 values = st.floats(-3, 3, allow_nan=False).map(lambda x: round(x, 3))
-groups = st.lists(st.tuples(values, st.booleans()), max_size=8).map(lambda pairs: ([g for g, _ in pairs], [c for _, c in pairs]))
+groups = st.lists(st.tuples(values, st.booleans()), max_size=8).map(
+    lambda pairs: ([g for g, _ in pairs], [c for _, c in pairs])
+)
 mixed = groups.filter(lambda group: len(set(group[1])) == 2)
 modes, directions = st.sampled_from(MODES), st.sampled_from(DIRECTIONS)
 deltas = st.floats(-2, 2).map(lambda x: round(x, 3))
@@ -37,7 +43,10 @@ deltas = st.floats(-2, 2).map(lambda x: round(x, 3))
 
 def defined(returns: list[float], correct: list[bool], mode: str) -> float | None:
     """The page's m, once more in numpy."""
-    good, bad = (np.array([g for g, c in zip(returns, correct, strict=True) if c is wanted]) for wanted in (True, False))
+    good, bad = (
+        np.array([g for g, c in zip(returns, correct, strict=True) if c is wanted])
+        for wanted in (True, False)
+    )
     if not len(good) or not len(bad):
         return None
     return float(good.mean() - bad.mean()) if mode == "mean" else float(good.min() - bad.max())
@@ -52,7 +61,9 @@ def attempt(
     sample: int = 0,
     judged: bool = True,
 ) -> Attempt:
-    """An attempt along which log q - log p is known; None in it: the teacher has no value there; no list: it said nothing."""
+    """An attempt along which log q - log p is known; None in it: the teacher has no value there; no list: it
+    said nothing.
+    """
     length = len(ratio or [])
     own_T = -np.linspace(1, 2, length)
     rollout = Rollout(
@@ -84,7 +95,9 @@ def test_margins_by_hand() -> None:
     assert margin_shifts(returns, correct) == pytest.approx([0.175, 0.175, -0.175, -0.175])
     assert margin_shifts(returns, correct, direction="lift") == pytest.approx([0.35, 0.35, 0, 0])
     assert margin_shifts(returns, correct, direction="down") == pytest.approx([0, 0, -0.35, -0.35])
-    assert margin_shifts(returns, correct, delta=0.0, mode="minmax") == pytest.approx([0.25, 0.25, -0.25, -0.25])
+    assert margin_shifts(returns, correct, delta=0.0, mode="minmax") == pytest.approx(
+        [0.25, 0.25, -0.25, -0.25]
+    )
 
 
 @given(group=groups, mode=modes)
@@ -93,7 +106,9 @@ def test_the_margin_is_that_of_its_definition(group: Any, mode: str) -> None:
 
 
 @given(group=mixed, mode=modes, direction=directions, delta=deltas)
-def test_after_a_shift_the_margin_is_the_larger_of_the_two_and_stays(group: Any, mode: str, direction: str, delta: float) -> None:
+def test_after_a_shift_the_margin_is_the_larger_of_the_two_and_stays(
+    group: Any, mode: str, direction: str, delta: float
+) -> None:
     """Identity 1."""
     returns, correct = group
     before = defined(returns, correct, mode)
@@ -101,12 +116,16 @@ def test_after_a_shift_the_margin_is_the_larger_of_the_two_and_stays(group: Any,
     given_ = margin_shifts(returns, correct, delta, mode, direction)
     moved = [g + s for g, s in zip(returns, given_, strict=True)]
     assert defined(moved, correct, mode) == pytest.approx(max(before, delta), abs=1e-9)
-    assert margin_shifts(moved, correct, delta, mode, direction) == pytest.approx([0.0] * len(moved), abs=1e-9)
+    assert margin_shifts(moved, correct, delta, mode, direction) == pytest.approx(
+        [0.0] * len(moved), abs=1e-9
+    )
     assert all(s == 0 for s in given_) == (before >= delta)
 
 
 @given(group=groups, mode=modes, direction=directions, constant=st.floats(-5, 5))
-def test_a_constant_added_to_all_returns_changes_no_shift(group: Any, mode: str, direction: str, constant: float) -> None:
+def test_a_constant_added_to_all_returns_changes_no_shift(
+    group: Any, mode: str, direction: str, constant: float
+) -> None:
     returns, correct = group
     moved = margin_shifts([g + constant for g in returns], correct, 0.4, mode, direction)
     assert moved == pytest.approx(margin_shifts(returns, correct, 0.4, mode, direction), abs=1e-9)
@@ -148,7 +167,8 @@ def test_an_empty_class_shifts_and_masks_nothing(mode: str, direction: str, corr
 def test_a_margin_equal_to_delta_or_a_delta_of_minus_infinity_shifts_nothing() -> None:
     assert margin_shifts([0.5, 0.0], [True, False], 0.5) == [0.0, 0.0]
     assert margin_shifts([-9.0, 9.0], [True, False], -INF) == [0.0, 0.0]
-    assert margin_shifts([-1.0, 0.0], [True, False], -0.5) == [0.25, -0.25]  # a negative delta is legal
+    # a negative delta is legal
+    assert margin_shifts([-1.0, 0.0], [True, False], -0.5) == [0.25, -0.25]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +180,10 @@ def test_a_margin_equal_to_delta_or_a_delta_of_minus_infinity_shifts_nothing() -
         (lambda: margin_keep([0.1, INF], [True, True]), "return 1 of the group is inf"),
         (lambda: margin([], [], "median"), "mode must be one of mean, minmax, got 'median'"),
         (lambda: margin_keep([], [], mode="median"), "mode must be one of"),
-        (lambda: margin_shifts([], [], direction="up"), "direction must be one of spread, lift, down, got 'up'"),
+        (
+            lambda: margin_shifts([], [], direction="up"),
+            "direction must be one of spread, lift, down, got 'up'",
+        ),
         (lambda: margin_shifts([], [], NAN), "delta must be a number"),
         (lambda: margin_shifts([], [], INF), "delta must be a number"),
         (lambda: margin_keep([], [], NAN), "delta must be a number"),
@@ -182,21 +205,31 @@ def test_bad_input_is_refused_in_words(call: Callable[[], object], words: str) -
 
 
 def test_the_mask_by_hand() -> None:
-    """m = -1/3; -1/30 without the lowest correct, -0.2 without the highest wrong: the correct one goes, then the wrong one for m = 0.1."""
+    """m = -1/3; -1/30 without the lowest correct, -0.2 without the highest wrong: the correct one goes, then
+    the wrong one for m = 0.1.
+    """
     returns, correct = [-0.6, 0.0, 0.3, -0.1, -0.1], [True, True, False, False, False]
     assert margin_keep(returns, correct, delta=-0.35) == [True] * 5
     assert margin_keep(returns, correct, delta=-0.3) == [False, True, True, True, True]
     assert margin_keep(returns, correct, delta=0.0) == [False, True, False, True, True]
-    assert margin_keep(returns, correct, delta=9.0) == [False, True, False, True, True]  # the rest are equal: nothing raises m
+    # the rest are equal: nothing raises m
+    assert margin_keep(returns, correct, delta=9.0) == [False, True, False, True, True]
     assert margin_keep(returns, correct, delta=9.0, retain=0.9) == [False, True, False, True, True]
     assert margin_keep(returns, correct, delta=9.0, retain=1.0) == [True] * 5
 
 
 def test_the_mask_takes_the_correct_one_at_equal_gain() -> None:
-    assert margin_keep([-1.0, 0.0, 1.0, 0.0], [True, True, False, False], delta=-0.6) == [False, True, True, True]
+    assert margin_keep([-1.0, 0.0, 1.0, 0.0], [True, True, False, False], delta=-0.6) == [
+        False,
+        True,
+        True,
+        True,
+    ]
 
 
-def slow_mask(returns: list[float], correct: list[bool], delta: float, mode: str, retain: float) -> list[bool]:
+def slow_mask(
+    returns: list[float], correct: list[bool], delta: float, mode: str, retain: float
+) -> list[bool]:
     """The page's words, one drop at a time."""
     kept = set(range(len(returns)))
     floor = {side: max(1, math.floor(retain * correct.count(side))) for side in (True, False)}
@@ -222,12 +255,18 @@ def slow_mask(returns: list[float], correct: list[bool], delta: float, mode: str
 
 
 @given(group=groups, mode=modes, delta=deltas, retain=st.sampled_from([0.0, 0.25, 0.5, 1.0]))
-def test_the_mask_follows_the_page_never_lowers_the_margin_and_keeps_its_floors(group: Any, mode: str, delta: float, retain: float) -> None:
-    returns, correct = [round(8 * g) / 8 for g in group[0]], group[1]  # ties, and sums without rounding
+def test_the_mask_follows_the_page_never_lowers_the_margin_and_keeps_its_floors(
+    group: Any, mode: str, delta: float, retain: float
+) -> None:
+    # ties, and sums without rounding
+    returns, correct = [round(8 * g) / 8 for g in group[0]], group[1]
     kept = margin_keep(returns, correct, delta, mode, retain)
     assert kept == slow_mask(returns, correct, delta, mode, retain)
     chosen = [i for i, k in enumerate(kept) if k]
-    before, after = margin(returns, correct, mode), margin([returns[i] for i in chosen], [correct[i] for i in chosen], mode)
+    before, after = (
+        margin(returns, correct, mode),
+        margin([returns[i] for i in chosen], [correct[i] for i in chosen], mode),
+    )
     if before is None or after is None:
         assert all(kept)
         return
@@ -253,7 +292,9 @@ def test_the_return_is_the_raw_length_mean_over_chosen_positions_with_a_value() 
     for one in group:
         one.credits["other"] = Balance(0.0)(group, NOW)[0]
     first, second = Margin(delta=2.0)(group, NOW)
-    assert first.notes == pytest.approx({"margin": 0.5, "mixed_fraction": 1.0, "shifted_fraction": 1.0, "return_correct": 0.3})
+    assert first.notes == pytest.approx(
+        {"margin": 0.5, "mixed_fraction": 1.0, "shifted_fraction": 1.0, "return_correct": 0.3}
+    )
     assert second.notes["return_wrong"] == pytest.approx(-0.2)
     assert (first.advantage_offset_T, second.advantage_offset_T) == pytest.approx((0.75, -0.75))
     assert first.weight_T == second.weight_T == 1.0
@@ -264,14 +305,24 @@ def test_repeating_an_attempts_tokens_changes_no_shift(times: int) -> None:
     """Identity 3."""
     ratio: list[float | None] = [0.4, -0.6, 0.3]
     shared_cache = shifts(Margin(), [attempt(ratio, 1.0), attempt([0.2, 0.1], 0.0)])
-    assert shifts(Margin(), [attempt(ratio * times, 1.0), attempt([0.2, 0.1] * (5 - times), 0.0)]) == shared_cache
+    assert (
+        shifts(Margin(), [attempt(ratio * times, 1.0), attempt([0.2, 0.1] * (5 - times), 0.0)])
+        == shared_cache
+    )
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_both_levels_give_the_mean_advantage_g_plus_s(direction: Any) -> None:
     """Identity 2: (A) keeps the differences between tokens, (B) levels them."""
-    group = [attempt([0.5, -0.7, 0.1], 1.0), attempt([0.3, 0.0], 0.0), attempt([-0.4, -0.2], 0.0), attempt([0.9], 1.0)]
-    token, flat = (Margin(delta=1.0, direction=direction, level=level)(group, NOW) for level in ("token", "attempt"))
+    group = [
+        attempt([0.5, -0.7, 0.1], 1.0),
+        attempt([0.3, 0.0], 0.0),
+        attempt([-0.4, -0.2], 0.0),
+        attempt([0.9], 1.0),
+    ]
+    token, flat = (
+        Margin(delta=1.0, direction=direction, level=level)(group, NOW) for level in ("token", "attempt")
+    )
     for one, a, b in zip(group, token, flat, strict=True):
         ratio_T = one.target("main").logp_T - one.rollout.logp_T  # type: ignore[union-attr]
         with_a, with_b = ratio_T + a.advantage_offset_T, ratio_T + b.advantage_offset_T
@@ -295,21 +346,33 @@ def test_a_teacher_that_is_the_student_leaves_pure_reinforcement() -> None:
 def test_who_has_no_verdict_or_no_return_stays_outside() -> None:
     inside = [attempt([0.1, -0.1], 1.0), attempt([0.3], 0.0)]
     outside = [
-        attempt([9.0], None),  # not judged
-        attempt([9.0], NAN),  # a verdict that is no number
+        # not judged
+        attempt([9.0], None),
+        # a verdict that is no number
+        attempt([9.0], NAN),
         attempt([9.0], 1.0, judged=False),
         attempt([9.0], 1.0, finish="error"),
-        attempt([], 1.0),  # an empty answer
+        # an empty answer
+        attempt([], 1.0),
         attempt([9.0, 9.0], 0.0, mask=[False, False]),
-        attempt([None, None], 0.0),  # the teacher has no value anywhere
-        attempt(None, 0.0),  # the teacher was not asked
+        # the teacher has no value anywhere
+        attempt([None, None], 0.0),
+        # the teacher was not asked
+        attempt(None, 0.0),
     ]
-    for rule in (Margin(), Margin(level="attempt"), Margin(action="mask"), Margin(mode="minmax", direction="lift")):
+    for rule in (
+        Margin(),
+        Margin(level="attempt"),
+        Margin(action="mask"),
+        Margin(mode="minmax", direction="lift"),
+    ):
         alone, beside = rule(inside, NOW), rule([*inside, *outside], NOW)
         for one, other in zip(alone, beside, strict=False):
             assert np.array_equal(one.advantage_offset_T, other.advantage_offset_T)
             assert one.weight_T == other.weight_T
-        assert all(share.weight_T == 1.0 and not np.any(share.advantage_offset_T) for share in beside[len(inside) :])
+        assert all(
+            share.weight_T == 1.0 and not np.any(share.advantage_offset_T) for share in beside[len(inside) :]
+        )
         assert all("return_wrong" not in share.notes for share in beside[len(inside) :])
     assert shifts(Margin(), outside) == [0.0] * len(outside)
 
@@ -324,20 +387,33 @@ def test_classes_by_threshold() -> None:
 def test_notes_tell_mixed_from_shifted_and_returns_by_class_and_finish() -> None:
     apart = [attempt([1.0], 1.0), attempt([0.0], 0.0, finish="length")]
     notes = [share.notes for share in Margin()(apart, NOW)]
-    assert notes[0] == pytest.approx({"margin": 1.0, "mixed_fraction": 1.0, "shifted_fraction": 0.0, "return_correct": 1.0})
+    assert notes[0] == pytest.approx(
+        {"margin": 1.0, "mixed_fraction": 1.0, "shifted_fraction": 0.0, "return_correct": 1.0}
+    )
     assert notes[1] == pytest.approx(
-        {"margin": 1.0, "mixed_fraction": 1.0, "shifted_fraction": 0.0, "return_wrong": 0.0, "return_cut": 0.0}
+        {
+            "margin": 1.0,
+            "mixed_fraction": 1.0,
+            "shifted_fraction": 0.0,
+            "return_wrong": 0.0,
+            "return_cut": 0.0,
+        }
     )
     (alike,) = Margin()([attempt([0.25], 1.0)], NOW)
-    assert alike.notes == pytest.approx({"mixed_fraction": 0.0, "shifted_fraction": 0.0, "return_correct": 0.25})
+    assert alike.notes == pytest.approx(
+        {"mixed_fraction": 0.0, "shifted_fraction": 0.0, "return_correct": 0.25}
+    )
 
 
 def test_the_mask_gives_factors_and_no_shift() -> None:
-    group = [attempt([g], float(c)) for g, c in ((-0.6, True), (0.0, True), (0.3, False), (-0.1, False), (-0.1, False))]
-    rule = Margin(delta=0.0, action="mask")
-    assert [(share.weight_T, share.advantage_offset_T, share.notes["kept"]) for share in rule(group, NOW)] == [
-        (float(kept), 0.0, float(kept)) for kept in (False, True, False, True, True)
+    group = [
+        attempt([g], float(c))
+        for g, c in ((-0.6, True), (0.0, True), (0.3, False), (-0.1, False), (-0.1, False))
     ]
+    rule = Margin(delta=0.0, action="mask")
+    assert [
+        (share.weight_T, share.advantage_offset_T, share.notes["kept"]) for share in rule(group, NOW)
+    ] == [(float(kept), 0.0, float(kept)) for kept in (False, True, False, True, True)]
     assert (rule.shifts, Margin().shifts) == (False, True)
 
 
@@ -350,7 +426,9 @@ def test_what_it_asks_for() -> None:
 def test_it_speaks_of_the_teacher_it_names() -> None:
     group = [attempt([0.0], 1.0), attempt([0.0], 0.0)]
     for one, ratio in zip(group, (2.0, 0.0), strict=True):
-        one.answers["other"] = TeacherAnswer(target=SampledTarget(teacher="other", logp_T=one.rollout.logp_T + ratio))
+        one.answers["other"] = TeacherAnswer(
+            target=SampledTarget(teacher="other", logp_T=one.rollout.logp_T + ratio)
+        )
     assert shifts(Margin(teacher="other"), group) == [0.0, 0.0]
     assert shifts(Margin(teacher="nobody"), group) == [0.0, 0.0]
     assert shifts(Margin(), group) == pytest.approx([0.2, -0.2])
@@ -369,10 +447,17 @@ def pairs(world: World, delta: float, teacher: torch.Tensor, reward: torch.Tenso
     total = torch.zeros(())
     for sibling in range(sequences):
         shift = [
-            margin_shifts([returns[own], returns[sibling]], [bool(reward[own] > 0), bool(reward[sibling] > 0)], delta)[0]
+            margin_shifts(
+                [returns[own], returns[sibling]], [bool(reward[own] > 0), bool(reward[sibling] > 0)], delta
+            )[0]
             for own in range(sequences)
         ]
-        rows = Rows(one.student, one.teachers, one.behaviour_logp_N, torch.tensor(shift, dtype=torch.float64)[world.sequence_N])
+        rows = Rows(
+            one.student,
+            one.teachers,
+            one.behaviour_logp_N,
+            torch.tensor(shift, dtype=torch.float64)[world.sequence_N],
+        )
         weight_N = (probability[sibling] * probability)[world.sequence_N]
         total = total + (weight_N * SampledKL()(rows)).sum()
     return torch.autograd.grad(total, world.student, retain_graph=True)[0].numpy()
@@ -389,14 +474,18 @@ def test_where_shifts_fire_the_expected_gradient_is_not_plain_opd() -> None:
 
 
 def test_at_home_the_expected_gradient_is_that_of_the_outcome() -> None:
-    """Identity 4: teacher = student leaves delta/2 times REINFORCE on +-1 in groups of both kinds; delta = 0 leaves nothing."""
+    """Identity 4: teacher = student leaves delta/2 times REINFORCE on +-1 in groups of both kinds; delta = 0
+    leaves nothing.
+    """
     world = World(vocabulary=4, horizon=2, seed=3)
     home = world.student.detach()
     found = pairs(world, 0.4, home, world.reward)
     right_S = (world.reward > 0).double()
     probability = world.log_probability(world.student).exp()
-    share = float((probability * right_S).sum().detach())  # of correct answers
-    # E[s | own] = +0.2 (1 - share) where correct, -0.2 share where wrong; the cost is -s log p, so its gradient is minus this one
+    # of correct answers
+    share = float((probability * right_S).sum().detach())
+    # E[s | own] = +0.2 (1 - share) where correct, -0.2 share where wrong; the cost is -s log p, so its
+    # gradient is minus this one
     worth_S = 0.2 * (right_S - share)
     (exact,) = torch.autograd.grad(-(probability * worth_S).sum(), world.student)
     np.testing.assert_allclose(found, exact.numpy(), rtol=1e-9, atol=1e-12)
@@ -414,14 +503,18 @@ def whole_groups() -> list[Group]:
                 target = one.target("main")
                 tokens_T = torch.from_numpy(one.rollout.tokens_T)  # type: ignore[attr-defined]
                 one.answers["main"] = TeacherAnswer(
-                    target=dataclasses.replace(target, logp_T=tiny.HEADS[target.head].logp_of(target.h_TH, tokens_T).numpy())
+                    target=dataclasses.replace(
+                        target, logp_T=tiny.HEADS[target.head].logp_of(target.h_TH, tokens_T).numpy()
+                    )
                 )  # type: ignore
         batch.append(group)
     return batch
 
 
 def test_the_cut_into_micro_batches_changes_nothing() -> None:
-    """Law 4: shifts are made of whole groups, before any cut; a single attempt a batch gives the same gradient."""
+    """Law 4: shifts are made of whole groups, before any cut; a single attempt a batch gives the same
+    gradient.
+    """
     found = []
     for budget in (1, 10_000):
         batch = whole_groups()
@@ -440,27 +533,60 @@ def test_a_batch_of_groups_that_are_all_right_or_all_wrong_is_plain_opd() -> Non
                 one.reward = Reward(value)
     share_credit(shared, {"margin": Margin(), "balance": Balance()}, NOW)
     learner = tiny.learner(tiny.net(1).double())
-    assert same(*(gradients(learner, batch, [SampledKL()], "seq-mean-token-mean") for batch in (plain, shared)))
+    assert same(
+        *(gradients(learner, batch, [SampledKL()], "seq-mean-token-mean") for batch in (plain, shared))
+    )
 
 
 @pytest.mark.parametrize("side", ["behaviour", "now"])
 def test_a_run_shifts_and_says_so(tiny_run: Callable[..., Any], side: str) -> None:
     rules = {"margin": {"delta": 5.0, "student": side}, "balance": {}}
-    settings = {"task": {"kind": "outside:Chat"}, "rewards": {"verifier": {}}, "group_size": 4, "max_staleness": 2 * (side == "now")}
-    done = tiny_run("opd", steps=3, **settings, loss_aggregation="seq-mean-token-mean", credit=rules, objectives__0__max_gap_nats=10.0)
+    settings = {
+        "task": {"kind": "outside:Chat"},
+        "rewards": {"verifier": {}},
+        "group_size": 4,
+        "max_staleness": 2 * (side == "now"),
+    }
+    done = tiny_run(
+        "opd",
+        steps=3,
+        **settings,
+        loss_aggregation="seq-mean-token-mean",
+        credit=rules,
+        objectives__0__max_gap_nats=10.0,
+    )
     rows = [row["credit"]["margin"] for row in done.rows("metrics")]
     assert all(row["mixed_fraction"] == row["shifted_fraction"] for row in rows)
     assert any(row["mixed_fraction"] > 0 for row in rows)
-    assert {"return_correct", "return_wrong", "return_cut", "margin"} <= {name for row in rows for name in row}
+    assert {"return_correct", "return_wrong", "return_cut", "margin"} <= {
+        name for row in rows for name in row
+    }
     for line in (row for row in done.rows("attempts") if row["kind"] == "learned" and "shift" in row):
-        assert len(set(line["shift"])) == 1  # a constant along the attempt
+        # a constant along the attempt
+        assert len(set(line["shift"])) == 1
 
 
 def test_every_group_of_rewards_is_borne() -> None:
     """Whatever is right, wrong, unjudged or unscored: finite shares, and the rule is pure."""
-    choices = [attempt([0.3, -0.2], 1.0), attempt([0.1], 0.0), attempt([0.2], None), attempt(None, 1.0), attempt([], 0.0)]
+    choices = [
+        attempt([0.3, -0.2], 1.0),
+        attempt([0.1], 0.0),
+        attempt([0.2], None),
+        attempt(None, 1.0),
+        attempt([], 0.0),
+    ]
     for group in itertools.product(choices, repeat=3):
-        for rule in (Margin(), Margin(action="mask", mode="minmax"), Margin(level="attempt", direction="down")):
+        for rule in (
+            Margin(),
+            Margin(action="mask", mode="minmax"),
+            Margin(level="attempt", direction="down"),
+        ):
             shared_cache, again = rule(list(group), NOW), rule(list(group), NOW)
-            assert all(np.isfinite(share.advantage_offset_T).all() and share.weight_T in (0.0, 1.0) for share in shared_cache)
-            assert all(np.array_equal(a.advantage_offset_T, b.advantage_offset_T) for a, b in zip(shared_cache, again, strict=True))
+            assert all(
+                np.isfinite(share.advantage_offset_T).all() and share.weight_T in (0.0, 1.0)
+                for share in shared_cache
+            )
+            assert all(
+                np.array_equal(a.advantage_offset_T, b.advantage_offset_T)
+                for a, b in zip(shared_cache, again, strict=True)
+            )

@@ -20,7 +20,8 @@ from reflux.models.flow.start import start
 from reflux.models.settings import FlowLora, Merge
 from tiny_flow import TEXTS, save, save_adapter
 
-LORA = FlowLora(rank=2, alpha=4.0, targets=tiny_flow.ENDS)  # what tiny adapters are saved with
+# what tiny adapters are saved with
+LORA = FlowLora(rank=2, alpha=4.0, targets=tiny_flow.ENDS)
 SHAPES = {"first": (3, 5), "second": (4, 4), "third": (2, 6)}
 
 
@@ -29,7 +30,10 @@ def adapter(seed: int, ranks: dict[str, int], scales: dict[str, float]) -> Adapt
     made = {}
     for name, rank in ranks.items():
         outputs, inputs = SHAPES[name]
-        A, B = (torch.randn(*shape, generator=rng, dtype=torch.float64) for shape in ((rank, inputs), (outputs, rank)))
+        A, B = (
+            torch.randn(*shape, generator=rng, dtype=torch.float64)
+            for shape in ((rank, inputs), (outputs, rank))
+        )
         made[name] = Factors(A, B, scales[name])
     return Adapter(made, f"a{seed}")
 
@@ -53,7 +57,11 @@ def close(one: torch.Tensor, other: torch.Tensor) -> None:
 
 @given(
     tables=st.lists(
-        st.dictionaries(st.sampled_from(sorted(SHAPES)), st.tuples(st.integers(1, 4), st.sampled_from([0.3, 1.0, 2.0])), min_size=1),
+        st.dictionaries(
+            st.sampled_from(sorted(SHAPES)),
+            st.tuples(st.integers(1, 4), st.sampled_from([0.3, 1.0, 2.0])),
+            min_size=1,
+        ),
         min_size=1,
         max_size=4,
     )
@@ -61,7 +69,10 @@ def close(one: torch.Tensor, other: torch.Tensor) -> None:
 @settings(deadline=None, max_examples=60)
 def test_the_mean_of_products_is_exact(tables: list[dict[str, tuple[int, float]]]) -> None:
     """Any ranks, scales and modules; a module that an adapter leaves alone counts as moved by 0."""
-    adapters = [adapter(i, {n: r for n, (r, _) in t.items()}, {n: s for n, (_, s) in t.items()}) for i, t in enumerate(tables)]
+    adapters = [
+        adapter(i, {n: r for n, (r, _) in t.items()}, {n: s for n, (_, s) in t.items()})
+        for i, t in enumerate(tables)
+    ]
     mean = mean_products(adapters)
     expected = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
     for one in adapters:
@@ -71,7 +82,9 @@ def test_the_mean_of_products_is_exact(tables: list[dict[str, tuple[int, float]]
     assert set(mean.factors) == touched
     for name in touched:
         torch.testing.assert_close(mean.deltas()[name], expected[name], rtol=1e-12, atol=1e-13)
-        assert mean.factors[name].rank == sum(one.factors[name].rank for one in adapters if name in one.factors)
+        assert mean.factors[name].rank == sum(
+            one.factors[name].rank for one in adapters if name in one.factors
+        )
 
 
 def test_one_scale_stays_that_scale() -> None:
@@ -99,11 +112,17 @@ def test_the_mean_of_factors_has_no_meaning_for_adapters_of_different_origin() -
     """The same delta in another basis of its factors changes that mean, and not the mean of the products."""
     one, two = alike(1), alike(2)
     turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
-    turned = Adapter({n: Factors(turn @ f.A, f.B @ turn.T, f.scale) for n, f in two.factors.items()}, "turned")
+    turned = Adapter(
+        {n: Factors(turn @ f.A, f.B @ turn.T, f.scale) for n, f in two.factors.items()}, "turned"
+    )
     for name in SHAPES:
         torch.testing.assert_close(turned.deltas()[name], two.deltas()[name])
-        torch.testing.assert_close(mean_products([one, turned]).deltas()[name], mean_products([one, two]).deltas()[name])
-        assert (mean_factors([one, turned]).deltas()[name] - mean_factors([one, two]).deltas()[name]).abs().max() > 0.1
+        torch.testing.assert_close(
+            mean_products([one, turned]).deltas()[name], mean_products([one, two]).deltas()[name]
+        )
+        assert (
+            mean_factors([one, turned]).deltas()[name] - mean_factors([one, two]).deltas()[name]
+        ).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -128,15 +147,23 @@ def test_the_mean_of_weights_is_the_definition() -> None:
     assert mean.keys() == states[0].keys()
     assert "prompts.rows.weight" in mean
     for name, value in mean.items():
-        torch.testing.assert_close(value, sum(state[name].double() for state in states) / 3, rtol=1e-14, atol=0)
+        torch.testing.assert_close(
+            value, sum(state[name].double() for state in states) / 3, rtol=1e-14, atol=0
+        )
     alone = mean_weights([("a", nets[0]), ("b", nets[0])], nets[0])
     assert all(torch.equal(value.float(), states[0][name]) for name, value in alone.items())
-    assert all(torch.equal(net.state_dict()[name], value) for net, state in zip(nets, states, strict=True) for name, value in state.items())
+    assert all(
+        torch.equal(net.state_dict()[name], value)
+        for net, state in zip(nets, states, strict=True)
+        for name, value in state.items()
+    )
 
 
 def test_models_built_otherwise_have_no_mean() -> None:
     net = tiny_flow.model(1).net
-    with pytest.raises(ModelError, match=r"wide is built otherwise than learner.model \(num_layers 3 for 2\)"):
+    with pytest.raises(
+        ModelError, match=r"wide is built otherwise than learner.model \(num_layers 3 for 2\)"
+    ):
         mean_weights([("m", net), ("wide", tiny_flow.model(2, layers=3).net)], net)
     with pytest.raises(ModelError, match="m has learned other prompts"):
         mean_weights([("m", tiny_flow.model(2, texts=("", *reversed(TEXTS[1:]))).net)], net)
@@ -149,8 +176,11 @@ def trained(model: FlowModel) -> set[str]:
     return {name for name, value in model.net.named_parameters() if value.requires_grad}
 
 
-def begun(merge: Merge | None = None, adapter: str | None = None, lora: FlowLora | None = None, seed: int = 0) -> FlowModel:
-    model = frozen(tiny_flow.model(1))  # what is trained is for `start` to say
+def begun(
+    merge: Merge | None = None, adapter: str | None = None, lora: FlowLora | None = None, seed: int = 0
+) -> FlowModel:
+    # what is trained is for `start` to say
+    model = frozen(tiny_flow.model(1))
     start(model, merge, adapter, lora, seed=seed)
     return model
 
@@ -163,7 +193,9 @@ def test_a_student_as_it_is_trains_all_its_weights() -> None:
 
 
 def test_a_fresh_adapter_changes_nothing_and_alone_is_trained() -> None:
-    """Its A comes from the seed alone, whatever torch's random numbers did before, and they go on as if nothing had been drawn."""
+    """Its A comes from the seed alone, whatever torch's random numbers did before, and they go on as if
+    nothing had been drawn.
+    """
     models = [tiny_flow.model(1) for _ in range(3)]
     for model, seed in zip(models, (7, 7, 8), strict=True):
         rng = torch.get_rng_state()
@@ -199,7 +231,9 @@ def moved(*by: dict[str, torch.Tensor]) -> FlowModel:
     model = tiny_flow.model(1)
     with torch.no_grad():
         for name in by[0]:
-            model.net.transformer.get_submodule(name).weight += torch.stack([one[name] for one in by]).mean(0).float()
+            model.net.transformer.get_submodule(name).weight += (
+                torch.stack([one[name] for one in by]).mean(0).float()
+            )
     return model
 
 
@@ -220,13 +254,21 @@ def test_an_adapter_is_trained_on_under_lora_and_added_without(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("lora", "why"),
     [
-        (FlowLora(rank=4, alpha=4.0, targets=tiny_flow.ENDS), "says rank 4 and alpha 4, but .* has rank 2 and alpha 4"),
+        (
+            FlowLora(rank=4, alpha=4.0, targets=tiny_flow.ENDS),
+            "says rank 4 and alpha 4, but .* has rank 2 and alpha 4",
+        ),
         (FlowLora(rank=2, alpha=2.0, targets=tiny_flow.ENDS), "has rank 2 and alpha 4"),
-        (FlowLora(rank=2, alpha=4.0, targets=tiny_flow.ENDS[1:]), "targets leaves out transformer_blocks.0.attn.to_q"),
+        (
+            FlowLora(rank=2, alpha=4.0, targets=tiny_flow.ENDS[1:]),
+            "targets leaves out transformer_blocks.0.attn.to_q",
+        ),
         (FlowLora(rank=2, alpha=4.0, targets=(*tiny_flow.ENDS, "proj_out")), "targets asks for proj_out"),
     ],
 )
-def test_lora_describes_the_adapter_that_goes_on_or_is_refused(tmp_path: Path, lora: FlowLora, why: str) -> None:
+def test_lora_describes_the_adapter_that_goes_on_or_is_refused(
+    tmp_path: Path, lora: FlowLora, why: str
+) -> None:
     with pytest.raises(ModelError, match=why):
         begun(adapter=save_adapter(tmp_path / "a", tiny_flow.model(1), 3), lora=lora)
 
@@ -236,7 +278,9 @@ def test_a_merge_of_models_is_the_base_with_and_without_lora(tmp_path: Path) -> 
     merge = Merge(models=tuple(names))
     expected = tiny_flow.model(2)
     with torch.no_grad():
-        for value, other in zip(expected.net.state_dict().values(), tiny_flow.model(3).net.state_dict().values(), strict=True):
+        for value, other in zip(
+            expected.net.state_dict().values(), tiny_flow.model(3).net.state_dict().values(), strict=True
+        ):
             value.copy_((value + other) / 2)
     for lora in (None, LORA):
         model = begun(merge=merge, lora=lora)

@@ -1,4 +1,6 @@
-"""`FullLogits` by fused kernels says what `FullLogits` by tables says, through every objective: values, gradients, by-products."""
+"""`FullLogits` by fused kernels says what `FullLogits` by tables says, through every objective: values,
+gradients, by-products.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,13 @@ from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
 
 if find_spec("triton") is None:
-    pytest.skip("Triton is not installed: pip install triton, and these tests run without a GPU", allow_module_level=True)
+    pytest.skip(
+        "Triton is not installed: pip install triton, and these tests run without a GPU",
+        allow_module_level=True,
+    )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's word on inf - inf inside the interpreter
+# numpy's word on inf - inf inside the interpreter
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OBJECTIVES = [
     Divergence(),
@@ -46,11 +52,24 @@ def answer(objective: Any, dtype: torch.dtype, cap: float | None) -> tuple[Answe
     weight_VH, weight_VG = torch.randn(70, 6, generator=rng), torch.randn(70, 10, generator=rng)
     student_NH, weight_VH = (tensor.to(DEVICE, dtype).requires_grad_() for tensor in (student_NH, weight_VH))
     teacher_NG, weight_VG = (tensor.to(DEVICE, dtype) for tensor in (teacher_NG, weight_VG))
-    ids_N, coef_N = torch.randint(0, 70, (9,), generator=rng).to(DEVICE), torch.rand(9, generator=rng).to(DEVICE)
+    ids_N, coef_N = (
+        torch.randint(0, 70, (9,), generator=rng).to(DEVICE),
+        torch.rand(9, generator=rng).to(DEVICE),
+    )
     coef_N[4] = 0
     behaviour_N = torch.full((9,), -4.0, device=DEVICE)
     heads = Head.of(weight_VH, cap=cap), Head.of(weight_VG, scale=0.5)
-    made = linear_divergence(student_NH, heads[0], teacher_NG, heads[1], ids_N, coef_N, objective, behaviour_logp_N=behaviour_N, top_k=3)
+    made = linear_divergence(
+        student_NH,
+        heads[0],
+        teacher_NG,
+        heads[1],
+        ids_N,
+        coef_N,
+        objective,
+        behaviour_logp_N=behaviour_N,
+        top_k=3,
+    )
     return made, list(torch.autograd.grad(made.loss, [student_NH, weight_VH]))
 
 
@@ -63,15 +82,22 @@ def test_fused_and_tabled_agree(objective: Any, cap: float | None, monkeypatch: 
     with interpreted():
         fused, fused_grads = answer(objective, torch.float32, cap)
     for name in vars(tabled):
-        torch.testing.assert_close(getattr(fused, name), getattr(tabled, name), rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(
+            getattr(fused, name), getattr(tabled, name), rtol=1e-4, atol=1e-5, msg=name
+        )
     for one, other in zip(fused_grads, table_grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_fused_needs_no_table_for_what_the_loop_asks() -> None:
-    """Exact divergences, sampled tokens, vOPD's baseline, tail buckets and records never make log-probs [N, V]."""
+    """Exact divergences, sampled tokens, vOPD's baseline, tail buckets and records never make log-probs [N,
+    V].
+    """
     with interpreted():
-        logits_NV, others_NV = torch.randn(3, 40, device=DEVICE).requires_grad_(), torch.randn(3, 40, device=DEVICE)
+        logits_NV, others_NV = (
+            torch.randn(3, 40, device=DEVICE).requires_grad_(),
+            torch.randn(3, 40, device=DEVICE),
+        )
         ids_N = torch.tensor([0, 7, 39], device=DEVICE)
         student, teacher = FullLogits(logits_NV, ids_N), FullLogits(others_NV, ids_N)
         behaviour = [
@@ -84,7 +110,10 @@ def test_fused_needs_no_table_for_what_the_loop_asks() -> None:
         assert all(value.shape == (3,) for value in behaviour)
         assert not {"logp_NV"} & (vars(student).keys() | vars(teacher).keys())
         torch.testing.assert_close(
-            student.kl(teacher), -kl_value(logits_NV.log_softmax(-1), others_NV.log_softmax(-1)), rtol=1e-4, atol=1e-5
+            student.kl(teacher),
+            -kl_value(logits_NV.log_softmax(-1), others_NV.log_softmax(-1)),
+            rtol=1e-4,
+            atol=1e-5,
         )
 
 
@@ -95,7 +124,10 @@ def test_who_asks_first_without_a_graph_takes_it_from_nobody(kernels: Any) -> No
         student = FullLogits(logits_NV, torch.tensor([0, 7, 39], device=DEVICE))
         with torch.no_grad():
             student.logp_N, student.logp_NV, student.entropy()
-        gradients = [torch.autograd.grad(value.sum(), logits_NV)[0] for value in (student.logp_N, student.logp_NV.square())]
+        gradients = [
+            torch.autograd.grad(value.sum(), logits_NV)[0]
+            for value in (student.logp_N, student.logp_NV.square())
+        ]
         assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 

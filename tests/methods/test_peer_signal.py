@@ -12,14 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))  # scripts import their neighbours
+# scripts import their neighbours
+sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))
 
 import peer_signal
 from random_peers import RandomPeers
 
 from methods.test_peers import NOW, group_of, shown, told
+from reflux.config.step_context import StepContext
 from reflux.contexts.peers import Peers
-from reflux.types import StepContext
 
 
 @given(st.lists(st.tuples(st.integers(0, 4) | st.none(), st.booleans()), min_size=1, max_size=8))
@@ -40,16 +41,21 @@ def test_measures_by_hand() -> None:
     score_G, right_G = np.array([-1.0, -0.5, -2.0, -0.5]), np.array([True, True, False, False])
     found = peer_signal.measure(score_G, right_G, np.array([0.0, 1.0, 0.0, 0.0]))
     assert found["auc"] == pytest.approx((0 + 1 + 0.5 + 1) / 4)
-    assert found["auc_no_twin"] == pytest.approx(0.5)  # of the right ones the first alone: above one wrong, below the other
+    # of the right ones the first alone: above one wrong, below the other
+    assert found["auc_no_twin"] == pytest.approx(0.5)
     assert found["top"] == 0.5
     assert found["twins"] == 0.25
     assert peer_signal.measure(np.full(4, -1.0), right_G, np.zeros(4))["rank"] == 0.0
 
 
 @given(correct=st.lists(st.booleans(), min_size=2, max_size=8), seed=st.integers(0, 5))
-def test_random_peers_fill_the_same_slots_without_a_look_at_who_is_right(correct: list[bool], seed: int) -> None:
+def test_random_peers_fill_the_same_slots_without_a_look_at_who_is_right(
+    correct: list[bool], seed: int
+) -> None:
     group = group_of(correct)
-    plain, dealt = (context(group, StepContext(0, seed)) for context in (Peers(feedback="never"), RandomPeers()))
+    plain, dealt = (
+        context(group, StepContext(0, seed)) for context in (Peers(feedback="never"), RandomPeers())
+    )
     for i, (one, other) in enumerate(zip(plain, dealt, strict=True)):
         assert (one is None) == (other is None)
         assert i not in shown(other)
@@ -58,7 +64,8 @@ def test_random_peers_fill_the_same_slots_without_a_look_at_who_is_right(correct
             assert told(one).count("solution:\n") == told(other).count("solution:\n")
             assert len(shown(one)) == len(shown(other))
     assert RandomPeers()(group, StepContext(4, seed)) == dealt
-    assert [attempt.verdict for attempt in group] == [float(right) for right in correct]  # the verdicts themselves stay
+    # the verdicts themselves stay
+    assert [attempt.verdict for attempt in group] == [float(right) for right in correct]
 
 
 def test_random_peers_show_each_as_often() -> None:

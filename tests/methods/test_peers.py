@@ -1,4 +1,6 @@
-"""Contexts of other attempts, and of what only the teacher may know (peers.md): who is shown, in which words, and to whom."""
+"""Contexts of other attempts, and of what only the teacher may know (peers.md): who is shown, in which words,
+and to whom.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reflux.assets.characters import character_tokenizer
+from reflux.config.step_context import StepContext
 from reflux.contexts.base import TeacherPrompt
 from reflux.contexts.peers import Peers, choose, shown_text, thinking
 from reflux.contexts.privileged import Privileged
 from reflux.contexts.wording import ANOTHER, ANSWER, CLOSING, FAILURE, FEEDBACK, SUCCESS
 from reflux.models.tokenizer import Renderer
-from reflux.types import Attempt, FlowRollout, Group, Prompt, Reward, StepContext
+from reflux.types import Attempt, FlowRollout, Group, Prompt, Reward
 from tiny import rollout
 
 NOW = StepContext(0, 0)
@@ -55,7 +58,15 @@ def told(view: TeacherPrompt | None) -> str:
 
 def shown(view: TeacherPrompt | None) -> list[int]:
     """Which attempts of `group_of` a view holds, in order."""
-    return [] if view is None else [int(line.removeprefix("attempt ")) for line in told(view).split("\n") if line.startswith("attempt ")]
+    return (
+        []
+        if view is None
+        else [
+            int(line.removeprefix("attempt "))
+            for line in told(view).split("\n")
+            if line.startswith("attempt ")
+        ]
+    )
 
 
 # --- choose
@@ -70,14 +81,20 @@ def test_choose_is_the_definition(correct: list[bool], data: st.DataObject) -> N
     assert correct == before
     assert index not in right + wrong
     assert right == [i for i in range(len(correct)) if correct[i] and i != index][:successes]
-    assert len(set(wrong)) == len(wrong) == min(failures, sum(not right for i, right in enumerate(correct) if i != index))
+    assert (
+        len(set(wrong))
+        == len(wrong)
+        == min(failures, sum(not right for i, right in enumerate(correct) if i != index))
+    )
     assert not any(correct[i] for i in wrong)
     assert choose(correct, index, successes, failures, random.Random(seed)) == (right, wrong)
     assert choose(correct, index, successes, 0, random.Random(seed))[0] == right
 
 
 def test_choose_2s1f_by_hand() -> None:
-    """A correct i sees min(2, |S| - 1) successes, and a failure if |F| >= 1; a wrong one min(2, |S|), and a failure if |F| >= 2."""
+    """A correct i sees min(2, |S| - 1) successes, and a failure if |F| >= 1; a wrong one min(2, |S|), and a
+    failure if |F| >= 2.
+    """
     for correct in itertools.product([False, True], repeat=5):
         s, f = sum(correct), 5 - sum(correct)
         for i in range(5):
@@ -94,7 +111,8 @@ def test_failures_are_drawn_at_random_and_each_as_often() -> None:
         order.add(tuple(wrong))
         for i in wrong:
             counts[i] += 1
-    assert len(order) == 12  # any two, in any order: as drawn
+    # any two, in any order: as drawn
+    assert len(order) == 12
     assert all(abs(count / 4000 - 0.5) < 5 * math.sqrt(0.25 / 4000) for count in counts.values())
 
 
@@ -130,11 +148,21 @@ def test_the_teachers_question_by_hand() -> None:
     expected = f"What is 2+3?\n\n{SUCCESS}\n2+3=5\n\n{ANOTHER}\nso 5\n\n{FAILURE}\n2+3=6\n\nNow solve the original question correctly."
     assert view.messages[3] == {"role": "user", "content": expected}
     assert view.spans == {}
-    assert view.notes == {"successes": 2.0, "failures": 1.0, "twin_fraction": 0.0, "cut_failures": 0.0, "shortened": 0.0, "distinct": 1.0}
-    assert PROMPT.messages[3]["content"] == "What is 2+3?"  # the student's own message is as it was
+    assert view.notes == {
+        "successes": 2.0,
+        "failures": 1.0,
+        "twin_fraction": 0.0,
+        "cut_failures": 0.0,
+        "shortened": 0.0,
+        "distinct": 1.0,
+    }
+    # the student's own message is as it was
+    assert PROMPT.messages[3]["content"] == "What is 2+3?"
 
 
-@given(st.lists(st.booleans(), min_size=2, max_size=8), st.integers(0, 9), st.integers(0, 3), st.integers(1, 3))
+@given(
+    st.lists(st.booleans(), min_size=2, max_size=8), st.integers(0, 9), st.integers(0, 3), st.integers(1, 3)
+)
 def test_nobody_is_shown_to_itself(correct: list[bool], seed: int, successes: int, failures: int) -> None:
     """Identity 1, by index; and asked twice the context is the same."""
     group = group_of(correct)
@@ -143,7 +171,8 @@ def test_nobody_is_shown_to_itself(correct: list[bool], seed: int, successes: in
     for i, view in enumerate(views):
         assert i not in shown(view)
         assert [correct[j] for j in shown(view)] == sorted((correct[j] for j in shown(view)), reverse=True)
-    assert context(group, StepContext(7, seed)) == views  # nor does the step it is asked at matter
+    # nor does the step it is asked at matter
+    assert context(group, StepContext(7, seed)) == views
 
 
 def test_what_the_dice_depend_on() -> None:
@@ -162,7 +191,9 @@ def test_what_the_dice_depend_on() -> None:
 
 
 def test_one_success_and_no_failure_is_the_single_peer_baseline() -> None:
-    """Identity 2: everybody is shown the first correct attempt that is not its own; nobody where there is none."""
+    """Identity 2: everybody is shown the first correct attempt that is not its own; nobody where there is
+    none.
+    """
     group = group_of([False, True, False, True])
     assert [shown(view) for view in Peers(1, 0)(group, NOW)] == [[1], [3], [1], [1]]
     assert Peers(1, 0)(group_of([False, True, False]), NOW)[1] is None
@@ -199,7 +230,8 @@ def test_who_was_not_judged_is_shown_to_nobody_and_not_taught(bad: Any) -> None:
     assert views[1] is None
     assert not any(1 in shown(view) for view in views)
     assert shown(views[0])[0] == 3
-    assert sorted(shown(views[3])) == [0, 2, 4]  # places in the group, not among the judged
+    # places in the group, not among the judged
+    assert sorted(shown(views[3])) == [0, 2, 4]
 
 
 @pytest.mark.parametrize(("threshold", "expected"), [(0.5, [1, 2]), (1.0, [2]), (0.25, [0, 1, 2])])
@@ -214,14 +246,19 @@ def test_feedback_is_on_the_attempt_itself() -> None:
         assert attempt.reward is not None
         attempt.reward = replace(attempt.reward, feedback=f"said of {i}")
     objective_teachers = {
-        when: [view and told(view) for view in Peers(1, 0, feedback=when)(group, NOW)] for when in ("no_success", "always", "never")
+        when: [view and told(view) for view in Peers(1, 0, feedback=when)(group, NOW)]
+        for when in ("no_success", "always", "never")
     }
     assert objective_teachers["never"][1] is None
     assert (
         objective_teachers["no_success"][1] == f"What is 2+3?\n\n{FEEDBACK}\nsaid of 1\n\n{CLOSING}"
-    )  # it has no peer, and is asked all the same
+        # it has no peer, and is asked all the same
+    )
     assert FEEDBACK not in str(objective_teachers["no_success"][0])
-    assert objective_teachers["always"][0] == f"What is 2+3?\n\n{SUCCESS}\nattempt 1\n\n{FEEDBACK}\nsaid of 0\n\n{CLOSING}"
+    assert (
+        objective_teachers["always"][0]
+        == f"What is 2+3?\n\n{SUCCESS}\nattempt 1\n\n{FEEDBACK}\nsaid of 0\n\n{CLOSING}"
+    )
     assert "said of 2" in str(objective_teachers["always"][2])
 
 
@@ -250,7 +287,9 @@ def test_text_is_data() -> None:
 
 @given(length=st.integers(1, 30), limit=st.integers(1, 40), closed=st.integers(0, 3))
 def test_a_long_peer_is_cut_to_its_first_tokens(length: int, limit: int, closed: int) -> None:
-    """Tokens of 0 to 3 characters, then `closed` that wrote nothing: the text of the first `limit` that wrote something."""
+    """Tokens of 0 to 3 characters, then `closed` that wrote nothing: the text of the first `limit` that wrote
+    something.
+    """
     rng = random.Random(length)
     widths = [rng.randrange(4) for _ in range(length)] + [0] * closed
     ends = np.cumsum(widths)
@@ -264,7 +303,9 @@ def test_a_long_peer_is_cut_to_its_first_tokens(length: int, limit: int, closed:
 def test_what_others_said_between_turns_is_no_token_of_the_peer() -> None:
     """Several turns: the text is the student's own, replies have no characters in it and count as no token."""
     spans = np.array([(0, 2), (2, 4), (4, 4), (4, 4), (5, 7), (7, 9)])
-    spoken = replace(rollout(6, mask=[True, True, False, False, True, True]), text="abcd\nefgh", spans_T2=spans)
+    spoken = replace(
+        rollout(6, mask=[True, True, False, False, True, True]), text="abcd\nefgh", spans_T2=spans
+    )
     assert shown_text(Attempt(spoken), 3, False) == ("abcd\nef", True)
     assert shown_text(Attempt(spoken), 4, False) == ("abcd\nefgh", False)
     assert shown_text(Attempt(spoken), 99, False) == ("abcd\nefgh", False)
@@ -298,7 +339,8 @@ def test_what_is_added_at_most_can_be_known_before(successes: int, failures: int
     for limit in (7, 100):
         context = Peers(successes, failures, peer_tokens=limit)
         added = max(count(told(view)) for view in context(group, NOW)) - count("What is 2+3?")
-        assert added <= context.most_added(50, count) <= added + 10  # which heading a single block has is not known before
+        # which heading a single block has is not known before
+        assert added <= context.most_added(50, count) <= added + 10
 
 
 def test_no_attempt_feedback_or_answer_writes_markup_into_the_teachers_prompt() -> None:
@@ -366,7 +408,8 @@ def test_no_tag_survives_and_nothing_else_is_touched(parts: list[str]) -> None:
 
 def test_thinking_does_not_use_up_a_peers_tokens() -> None:
     text = "<think>long thoughts</think>\n\nfive is it"
-    assert shown_text(made(text, 1.0), 6, True) == ("five", True)  # two of the six are line breaks, trimmed
+    # two of the six are line breaks, trimmed
+    assert shown_text(made(text, 1.0), 6, True) == ("five", True)
     assert shown_text(made(text, 1.0), 12, True) == ("five is it", False)
 
 
@@ -453,11 +496,22 @@ def test_a_demonstration_reads_as_a_single_success() -> None:
 
 
 def run_settings(**more: Any) -> dict[str, Any]:
-    return {"steps": 2, "task": {"kind": "outside:Chat"}, "prompts_per_step": 3, "group_size": 4, "save_every": 1, **more}
+    return {
+        "steps": 2,
+        "task": {"kind": "outside:Chat"},
+        "prompts_per_step": 3,
+        "group_size": 4,
+        "save_every": 1,
+        **more,
+    }
 
 
-def test_no_attempt_is_graded_by_a_reader_of_it(tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Law: what the teacher is asked about attempt i is the same whatever attempt i says. And what was shown is in the records."""
+def test_no_attempt_is_graded_by_a_reader_of_it(
+    tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law: what the teacher is asked about attempt i is the same whatever attempt i says. And what was shown
+    is in the records.
+    """
     from reflux.teachers import collection
 
     asked: list[TeacherPrompt] = []
@@ -480,10 +534,19 @@ def test_no_attempt_is_graded_by_a_reader_of_it(tiny_run: Callable[..., Any], mo
     done = tiny_run("peers", **run_settings())
     assert asked
     metrics = done.rows("metrics")[0]
-    assert set(metrics["context"]["main"]) == {"successes", "failures", "twin_fraction", "cut_failures", "shortened", "distinct"}
+    assert set(metrics["context"]["main"]) == {
+        "successes",
+        "failures",
+        "twin_fraction",
+        "cut_failures",
+        "shortened",
+        "distinct",
+    }
     seconds = [row for row in done.rows("attempts") if row["kind"] == "learned" and row["step"] == 1]
     known = [row["context"]["main"] for row in seconds if "context" in row]
-    assert metrics["context"]["main"]["failures"] == pytest.approx(np.mean([notes["failures"] for notes in known]))
+    assert metrics["context"]["main"]["failures"] == pytest.approx(
+        np.mean([notes["failures"] for notes in known])
+    )
     assert metrics["without_target"]["main"] == len(seconds) - len(known)
 
 
@@ -492,7 +555,11 @@ def test_other_groups_change_no_context(tiny_run: Callable[..., Any]) -> None:
     notes = []
     for prompts in (2, 5):
         done = tiny_run("peers", **run_settings(steps=1, prompts_per_step=prompts))
-        rows = {(r["prompt"], r["sample"]): r.get("context") for r in done.rows("attempts") if r["kind"] == "learned"}
+        rows = {
+            (r["prompt"], r["sample"]): r.get("context")
+            for r in done.rows("attempts")
+            if r["kind"] == "learned"
+        }
         notes.append({key: value for key, value in rows.items() if key[0] in ("train-0", "train-1")})
     assert notes[0] == notes[1]
     assert len(notes[0]) == 8
@@ -501,31 +568,49 @@ def test_other_groups_change_no_context(tiny_run: Callable[..., Any]) -> None:
 def test_another_model_may_be_shown_the_same_at_a_lag(tiny_run: Callable[..., Any], teacher: str) -> None:
     """The external form: a frozen teacher in this context, attempts of an older student, one truncated ratio."""
     shown = {"main": {"kind": "local", "model": teacher, "context": {"kind": "peers"}}}
-    divergence = {"kind": "divergence", "divergence": "jsd", "support": "student", "k": 9, "ratio": "truncated", "ratio_cap": 2.0}
-    done = tiny_run("peers", **run_settings(teachers=shown, objectives=[divergence], max_staleness=1, steps=3))
+    divergence = {
+        "kind": "divergence",
+        "divergence": "jsd",
+        "support": "student",
+        "k": 9,
+        "ratio": "truncated",
+        "ratio_cap": 2.0,
+    }
+    done = tiny_run(
+        "peers", **run_settings(teachers=shown, objectives=[divergence], max_staleness=1, steps=3)
+    )
     rows = done.rows("metrics")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["context"]["main"]["failures"] + row["context"]["main"]["successes"] >= 1 for row in rows)
     assert [row["staleness_max"] for row in rows] == [0, 1, 1]
-    assert all(0 < row["loss"] < 2 * math.log(2) for row in rows), [row["loss"] for row in rows]  # at most the cap times log 2
+    # at most the cap times log 2
+    assert all(0 < row["loss"] < 2 * math.log(2) for row in rows), [row["loss"] for row in rows]
 
 
 def test_it_composes_with_factors_shifts_and_baselines(tiny_run: Callable[..., Any]) -> None:
     objectives = [{"kind": "sampled_kl", "baseline": "kl"}]
-    done = tiny_run("peers", **run_settings(objectives=objectives, credit={"prefix": {"length": 4}, "group_advantage": {}}, steps=1))
+    done = tiny_run(
+        "peers",
+        **run_settings(
+            objectives=objectives, credit={"prefix": {"length": 4}, "group_advantage": {}}, steps=1
+        ),
+    )
     (row,) = done.rows("metrics")
     assert row["updates"] == 1
     assert set(row["credit"]) == {"prefix", "group_advantage"}
     assert row["context"]["main"]["failures"] > 0
 
 
-def test_nothing_to_show_anywhere_makes_no_step(tiny_run: Callable[..., Any], student: str, teacher: str, tmp_path: Any) -> None:
+def test_nothing_to_show_anywhere_makes_no_step(
+    tiny_run: Callable[..., Any], student: str, teacher: str, tmp_path: Any
+) -> None:
     """All wrong and failures = 0: loss 0, weights and moments as they were, steps counted, and a warning."""
     import asyncio
 
     import tiny
     from reflux.loop import train
-    from reflux.training import Options, Silent
+    from reflux.runtime.watch import Silent
+    from reflux.training import Options
 
     class Heard(Silent):
         def __init__(self) -> None:
@@ -534,13 +619,20 @@ def test_nothing_to_show_anywhere_makes_no_step(tiny_run: Callable[..., Any], st
         def noted(self, text: str) -> None:
             self.words.append(text)
 
-    settings = run_settings(teachers__main__context={"kind": "peers", "threshold": 2.0, "failures": 0}, learner__weight_decay=0.1)
+    settings = run_settings(
+        teachers__main__context={"kind": "peers", "threshold": 2.0, "failures": 0}, learner__weight_decay=0.1
+    )
     watch = Heard()
-    asyncio.run(train(tiny.config("peers", student, teacher, **settings), Options(tmp_path / "run", watch=watch)))
+    asyncio.run(
+        train(tiny.config("peers", student, teacher, **settings), Options(tmp_path / "run", watch=watch))
+    )
     from conftest import Done
 
     done = Done(tmp_path / "run", {})
-    assert [(row["step"], row["loss"], row["updates"]) for row in done.rows("metrics")] == [(1, 0.0, 0), (2, 0.0, 0)]
+    assert [(row["step"], row["loss"], row["updates"]) for row in done.rows("metrics")] == [
+        (1, 0.0, 0),
+        (2, 0.0, 0),
+    ]
     assert done.state["version"] == 0
     assert not any(name.startswith("adam") for name in done.state)
     assert len(watch.words) == 2

@@ -14,7 +14,8 @@ from reflux.kernels import products
 
 SIZES = st.integers(1, 40)
 LAYOUTS = st.sampled_from(["dense", "transposed", "sliced"])
-TYPES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-7}  # relative to the sum of absolute terms
+# relative to the sum of absolute terms
+TYPES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-7}
 
 
 class Path:
@@ -44,7 +45,10 @@ def matrix(rows: int, columns: int, layout: str, dtype: torch.dtype, rng: torch.
 
 def check(made: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, start: Tensor | float = 0.0) -> None:
     """made = start + a @ b up to rounding."""
-    exact, size = start + a.double() @ b.double(), abs(torch.as_tensor(start)) + a.double().abs() @ b.double().abs()
+    exact, size = (
+        start + a.double() @ b.double(),
+        abs(torch.as_tensor(start)) + a.double().abs() @ b.double().abs(),
+    )
     assert made.shape == exact.shape
     assert ((made.double() - exact).abs() <= TYPES[dtype] * size).all()
 
@@ -58,9 +62,13 @@ def check(made: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, start: Tensor 
     block=st.integers(1, 50),
     seed=st.integers(0, 99),
 )
-def test_each_product_is_the_float64_one(sizes: Any, layouts: Any, dtype: torch.dtype, fast: bool, block: int, seed: int) -> None:
+def test_each_product_is_the_float64_one(
+    sizes: Any, layouts: Any, dtype: torch.dtype, fast: bool, block: int, seed: int
+) -> None:
     (n, v, h), rng = sizes, torch.Generator().manual_seed(seed)
-    weight, states, d = (matrix(*shape, layouts[i], dtype, rng) for i, shape in ((0, (v, h)), (1, (n, h)), (1, (n, v))))
+    weight, states, d = (
+        matrix(*shape, layouts[i], dtype, rng) for i, shape in ((0, (v, h)), (1, (n, h)), (1, (n, v)))
+    )
     before = [tensor.clone() for tensor in (weight, states, d)]
     with pytest.MonkeyPatch.context() as patch:
         path = Path(patch, fast, block)
@@ -81,8 +89,11 @@ def test_large_matrices_take_the_fast_path_in_several_blocks(monkeypatch: pytest
     path = Path(monkeypatch, fast=True, block=4096)
     monkeypatch.setattr(products, "_WORTH_FLOPS", 1 << 25)
     rng = torch.Generator().manual_seed(0)
-    for v, blocks in ((8191, 0), (8192, 2), (9000, 3)):  # 2 * 64 * 32 * 8192 is the threshold
-        weight, states, d = (matrix(*shape, "dense", torch.float32, rng) for shape in ((v, 32), (64, 32), (64, v)))
+    for v, blocks in ((8191, 0), (8192, 2), (9000, 3)):
+        # 2 * 64 * 32 * 8192 is the threshold
+        weight, states, d = (
+            matrix(*shape, "dense", torch.float32, rng) for shape in ((v, 32), (64, 32), (64, v))
+        )
         total, before = torch.zeros(v, 32), path.calls
         check(products.scores(states, weight), states, weight.t(), torch.float32)
         check(products.pull_back(d, weight), d, weight, torch.float32)

@@ -1,4 +1,6 @@
-"""The pass under every loss: rows in order, constants, precision of the head's gradient, and memory as a property of the operations."""
+"""The pass under every loss: rows in order, constants, precision of the head's gradient, and memory as a
+property of the operations.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_slices")
 def test_two_constants_and_every_row_once_in_order() -> None:
-    h_NH, weight_VH, g_NG, weight_VG, f_NF, weight_VF = random(0, (17, 4), (8, 4), (17, 3), (8, 3), (17, 2), (8, 2))
+    h_NH, weight_VH, g_NG, weight_VG, f_NF, weight_VF = random(
+        0, (17, 4), (8, 4), (17, 3), (8, 3), (17, 2), (8, 2)
+    )
     for tensor in (h_NH, weight_VH, g_NG, weight_VG):
         tensor.requires_grad_()
     counted: list[int] = []
@@ -49,7 +53,12 @@ def test_two_constants_and_every_row_once_in_order() -> None:
 
     capped = Head.of(weight_VF, scale=0.5, cap=1.5)
     loss = row_pass.row_pass(h_NH, Head.of(weight_VH), [(g_NG, Head.of(weight_VG)), (f_NF, capped)], row_loss)
-    plain = cost(slice(0, 17), h_NH @ weight_VH.T, (g_NG @ weight_VG.T).detach(), 1.5 * torch.tanh(0.5 * f_NF @ weight_VF.T / 1.5))
+    plain = cost(
+        slice(0, 17),
+        h_NH @ weight_VH.T,
+        (g_NG @ weight_VG.T).detach(),
+        1.5 * torch.tanh(0.5 * f_NF @ weight_VF.T / 1.5),
+    )
     close(loss, plain)
     close(torch.autograd.grad(loss, (h_NH, weight_VH)), torch.autograd.grad(plain, (h_NH, weight_VH)))
     assert counted == list(range(17))
@@ -92,13 +101,21 @@ def test_no_rows_cost_nothing_and_give_zero_gradients() -> None:
     assert (grads[1] == 0).all()
 
 
-def test_a_bfloat16_heads_gradient_is_rounded_once_however_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Positive terms, a chunk each. A term is rounded to bfloat16 and so is the sum: at most 2^-8 relative. Adding in bfloat16 stalls."""
+def test_a_bfloat16_heads_gradient_is_rounded_once_however_many_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Positive terms, a chunk each. A term is rounded to bfloat16 and so is the sum: at most 2^-8 relative.
+    Adding in bfloat16 stalls.
+    """
     monkeypatch.setattr(row_pass, "chunk_rows", lambda vocabulary, device, tables: 1)
     rng = torch.Generator().manual_seed(0)
-    h_NH, weight_VH, d_NV, bias_V = (torch.rand(*shape, generator=rng).bfloat16() for shape in ((600, 4), (7, 4), (600, 7), (7,)))
+    h_NH, weight_VH, d_NV, bias_V = (
+        torch.rand(*shape, generator=rng).bfloat16() for shape in ((600, 4), (7, 4), (600, 7), (7,))
+    )
     leaves = [h_NH.requires_grad_(), weight_VH.requires_grad_(), bias_V.requires_grad_()]
-    loss = row_pass.row_pass(h_NH, Head.of(weight_VH, bias_V), [], lambda rows, logits_NV, _: (d_NV[rows] * logits_NV).sum())
+    loss = row_pass.row_pass(
+        h_NH, Head.of(weight_VH, bias_V), [], lambda rows, logits_NV, _: (d_NV[rows] * logits_NV).sum()
+    )
     made_NH, made_VH, made_V = torch.autograd.grad(loss, leaves)
     exact_VH, narrow_VH = d_NV.double().T @ h_NH.detach().double(), torch.zeros_like(weight_VH)
     with torch.no_grad():
@@ -118,15 +135,22 @@ def test_a_bfloat16_heads_gradient_is_rounded_once_however_many_chunks(monkeypat
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.usefixtures("small_slices")
 def test_bfloat16_by_weight_or_by_autocast_rounds_the_products_and_nothing_else(autocast: bool) -> None:
-    """Small whole numbers have exact bfloat16 logits: costs and by-products are those of float64, gradients within a rounding."""
-    whole = [(2 * tensor).round().clamp(-3, 3) / 2 for tensor in random(0, (40, 5), (20, 5), (20,), (40, 3), (20, 3))]
+    """Small whole numbers have exact bfloat16 logits: costs and by-products are those of float64, gradients
+    within a rounding.
+    """
+    whole = [
+        (2 * tensor).round().clamp(-3, 3) / 2
+        for tensor in random(0, (40, 5), (20, 5), (20,), (40, 3), (20, 3))
+    ]
     h_NH, weight_VH, bias_V, g_NG, weight_VG = whole
     leaves = [tensor.requires_grad_() for tensor in whole[:3]]
     ids_N, coef_N = torch.arange(40) % 20, torch.linspace(-1, 3, 40, dtype=torch.float64)
     s_NV, t_NV = (h_NH @ weight_VH.T + bias_V).log_softmax(-1), (g_NG @ weight_VG.T).log_softmax(-1)
     kl_N, entropy_N = (s_NV.exp() * (s_NV - t_NV)).sum(-1), -(s_NV.exp() * s_NV).sum(-1)
     expected = torch.autograd.grad((coef_N * kl_N).sum(), leaves)
-    narrow = [tensor.detach().to(torch.float32 if autocast else torch.bfloat16).requires_grad_() for tensor in whole]
+    narrow = [
+        tensor.detach().to(torch.float32 if autocast else torch.bfloat16).requires_grad_() for tensor in whole
+    ]
     heads = Head.of(narrow[1], narrow[2]), Head.of(narrow[4])
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         answer = linear_divergence(narrow[0], heads[0], narrow[3], heads[1], ids_N, coef_N.float())
@@ -134,30 +158,50 @@ def test_bfloat16_by_weight_or_by_autocast_rounds_the_products_and_nothing_else(
         assert made_N.dtype == torch.float32
         close(made_N, right_N.detach(), rtol=1e-5, atol=1e-6, check_dtype=False)
     close(answer.loss.detach(), (coef_N * kl_N).sum().detach(), rtol=1e-5, atol=1e-6, check_dtype=False)
-    for leaf, made, right in zip(narrow, torch.autograd.grad(answer.loss, narrow[:3]), expected, strict=False):
+    for leaf, made, right in zip(
+        narrow, torch.autograd.grad(answer.loss, narrow[:3]), expected, strict=False
+    ):
         assert made.dtype == leaf.dtype
         assert (made - right).norm() < 2**-7 * right.norm()
 
 
 @pytest.mark.parametrize("threshold", [0, 1 << 60])
-def test_at_home_nothing_is_left_under_autocast_either(threshold: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Student and teacher are rounded alike, whatever path the products take; so are runs with and without gradients."""
+def test_at_home_nothing_is_left_under_autocast_either(
+    threshold: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Student and teacher are rounded alike, whatever path the products take; so are runs with and without
+    gradients.
+    """
     monkeypatch.setattr(products, "_WORTH_FLOPS", threshold)
-    h_NH, weight_VH, bias_V = (tensor.requires_grad_() for tensor in random(0, (20, 5), (30, 5), (30,), dtype=torch.float32))
-    inputs = h_NH, Head.of(weight_VH, bias_V), h_NH, Head.of(weight_VH, bias_V), torch.arange(20), torch.ones(20)
+    h_NH, weight_VH, bias_V = (
+        tensor.requires_grad_() for tensor in random(0, (20, 5), (30, 5), (30,), dtype=torch.float32)
+    )
+    inputs = (
+        h_NH,
+        Head.of(weight_VH, bias_V),
+        h_NH,
+        Head.of(weight_VH, bias_V),
+        torch.arange(20),
+        torch.ones(20),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         answer = linear_divergence(*inputs)
         with torch.no_grad():
             assert torch.equal(linear_divergence(*inputs).logp_N, answer.logp_N)
     assert (answer.kl_N == 0).all()
-    assert all(gradient.abs().max() < 1e-5 for gradient in torch.autograd.grad(answer.loss, (h_NH, weight_VH, bias_V)))
+    assert all(
+        gradient.abs().max() < 1e-5
+        for gradient in torch.autograd.grad(answer.loss, (h_NH, weight_VH, bias_V))
+    )
 
 
 # --- memory
 
 
 class Recorder(TorchDispatchMode):
-    """The largest tensor that any operation gives, in numbers, and the most bytes alive at once of all that they gave."""
+    """The largest tensor that any operation gives, in numbers, and the most bytes alive at once of all that
+    they gave.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,17 +210,24 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = [tensor for tensor in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(tensor, Tensor)]
+        given = [
+            tensor
+            for tensor in (out if isinstance(out, (tuple, list)) else [out])
+            if isinstance(tensor, Tensor)
+        ]
         self.largest = max([self.largest, *(tensor.numel() for tensor in given)])
         tensors = [*given, *(tensor for reference in self.alive if (tensor := reference()) is not None)]
         self.alive = [weakref.ref(tensor) for tensor in tensors]
         stores = [tensor.untyped_storage() for tensor in tensors]
-        self.peak_bytes = max(self.peak_bytes, sum({store.data_ptr(): store.nbytes() for store in stores}.values()))
+        self.peak_bytes = max(
+            self.peak_bytes, sum({store.data_ptr(): store.nbytes() for store in stores}.values())
+        )
         return out
 
 
 V, H, G = 500, 6, 9
-CHUNK = 16 * V  # numbers in a table of the fewest rows
+# numbers in a table of the fewest rows
+CHUNK = 16 * V
 
 
 def recorded(n: int, objective: Any, plain: bool = False) -> Recorder:
@@ -184,20 +235,24 @@ def recorded(n: int, objective: Any, plain: bool = False) -> Recorder:
     h_NH, weight_VH, g_NG, weight_VG = random(0, (n, H), (V, H), (n, G), (V, G), dtype=torch.float32)
     for leaf in (h_NH, weight_VH):
         leaf.requires_grad_()
-    ids_N, coef_N = torch.arange(n) % V, torch.arange(n) % 3.0  # coefficients of 0 among them
+    # coefficients of 0 among them
+    ids_N, coef_N = torch.arange(n) % V, torch.arange(n) % 3.0
     with Recorder() as recorder:
         if plain:
             s, t = (h_NH @ weight_VH.T).log_softmax(-1), (g_NG @ weight_VG.T).log_softmax(-1)
             loss = (coef_N * (s.exp() * (s - t)).sum(-1)).sum()
         else:
-            loss = linear_divergence(h_NH, Head.of(weight_VH), g_NG, Head.of(weight_VG), ids_N, coef_N, objective, top_k=3).loss
+            loss = linear_divergence(
+                h_NH, Head.of(weight_VH), g_NG, Head.of(weight_VG), ids_N, coef_N, objective, top_k=3
+            ).loss
         loss.backward()
     assert h_NH.grad is not None
     return recorder
 
 
 @pytest.mark.parametrize(
-    "objective", [Divergence(), Divergence(divergence="jsd"), Divergence(support="union", k=5), SampledKL(baseline="kl")]
+    "objective",
+    [Divergence(), Divergence(divergence="jsd"), Divergence(support="union", k=5), SampledKL(baseline="kl")],
 )
 def test_no_table_of_all_rows_is_ever_made(objective: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """However little the budget allows: no tensor beyond one chunk, and nothing of a chunk survives it."""
@@ -205,9 +260,11 @@ def test_no_table_of_all_rows_is_ever_made(objective: Any, monkeypatch: pytest.M
     monkeypatch.setattr(budget, "_BLOCK_FLOATS", {"cpu": 1})
     few, many = recorded(40, objective), recorded(160, objective)
     assert max(few.largest, many.largest) == CHUNK
-    row_bytes = 4 * (2 * H + G) + 8 * 16  # hidden states, their gradient, and what the answer says of a row
+    # hidden states, their gradient, and what the answer says of a row
+    row_bytes = 4 * (2 * H + G) + 8 * 16
     assert many.peak_bytes - few.peak_bytes <= 120 * row_bytes
-    block = 4 * 4 * V  # bytes
+    # bytes
+    block = 4 * 4 * V
     assert few.peak_bytes <= 2 * 4 * CHUNK + 2 * 4 * V * H + 12 * block + 40 * row_bytes
 
 

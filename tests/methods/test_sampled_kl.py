@@ -9,6 +9,7 @@ import torch
 
 import tiny
 from reflux.assets.characters import character_tokenizer
+from reflux.config.requirements import Requirements
 from reflux.loss.baselines import kl_value, minimum_variance_value, topk_kl_value
 from reflux.loss.outputs import FullLogits, SampledLogprobs, TopKLogprobs
 from reflux.loss.term import Rows
@@ -18,7 +19,7 @@ from reflux.objectives.nll import NLL
 from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.objectives.ratio import above_cap, outside, score_cost, truncated_ratio
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL, advantage
-from reflux.types import HiddenTarget, Requirements, SampledTarget, TopKTarget
+from reflux.types import HiddenTarget, SampledTarget, TopKTarget
 
 N, V = 6, 5
 
@@ -44,12 +45,16 @@ def test_advantage_is_teacher_minus_student_minus_value_detached():
     assert advantage(student, student).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("make", [lambda ratio: SampledKL(ratio=ratio), lambda ratio: PolicyGradient(ratio=ratio)])
+@pytest.mark.parametrize(
+    "make", [lambda ratio: SampledKL(ratio=ratio), lambda ratio: PolicyGradient(ratio=ratio)]
+)
 def test_all_ratio_forms_have_one_gradient_on_policy(make):
     at = rows(shift=0.7)
     torch.testing.assert_close(gradient(make("clip"), at), gradient(make("none"), at), rtol=1e-12, atol=1e-14)
     at = rows(shift=0.7)
-    torch.testing.assert_close(gradient(SampledKL(), at), gradient(SampledKL(ratio="none"), at), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        gradient(SampledKL(), at), gradient(SampledKL(ratio="none"), at), rtol=1e-12, atol=1e-14
+    )
 
 
 def test_truncated_ratio_scales_the_gradient_by_the_capped_detached_ratio():
@@ -93,7 +98,11 @@ def test_each_baseline_is_the_function_of_its_name():
     """All are unbiased, so no law tells them apart."""
     at = rows()
     pair = (at.student.logp_NV, at.teachers["main"].logp_NV)
-    expected = {"kl": kl_value(*pair), "minimum_variance": minimum_variance_value(*pair), "topk_kl": topk_kl_value(*pair, 2)}
+    expected = {
+        "kl": kl_value(*pair),
+        "minimum_variance": minimum_variance_value(*pair),
+        "topk_kl": topk_kl_value(*pair, 2),
+    }
     for baseline, value in expected.items():
         assert torch.equal(torch.as_tensor(SampledKL(baseline=baseline, baseline_k=2).value(at)), value)
     assert len({tuple(value.tolist()) for value in expected.values()}) == 3
@@ -103,7 +112,11 @@ def test_each_baseline_is_the_function_of_its_name():
 def test_outliers_cost_exactly_zero_whatever_their_shift_also_where_infinite(ratio):
     at = rows(staleness=0.1, shift=3.0)
     teacher = at.teachers["main"].logp_N.clone()
-    teacher[0], teacher[1], teacher[2] = -math.inf, at.student.logp_N[1].item() - 1.0, at.student.logp_N[2].item() + 0.999
+    teacher[0], teacher[1], teacher[2] = (
+        -math.inf,
+        at.student.logp_N[1].item() - 1.0,
+        at.student.logp_N[2].item() + 0.999,
+    )
     at.teachers["main"] = SampledLogprobs(teacher)
     gap = (at.student.logp_N - teacher).detach().abs()
     objective = SampledKL(ratio=ratio, max_gap_nats=1.0)
@@ -117,7 +130,9 @@ def test_outliers_cost_exactly_zero_whatever_their_shift_also_where_infinite(rat
 def test_a_dropped_token_that_the_student_never_says_gives_no_nan():
     ids = torch.tensor([0])
     student = FullLogits(torch.tensor([[-math.inf, 0.0, 1.0]], requires_grad=True), ids)
-    at = Rows(student, {"main": SampledLogprobs(torch.tensor([-1.0]))}, torch.tensor([-1.0]), torch.tensor([0.0]))
+    at = Rows(
+        student, {"main": SampledLogprobs(torch.tensor([-1.0]))}, torch.tensor([-1.0]), torch.tensor([0.0])
+    )
     objective = SampledKL(max_gap_nats=10.0)
     assert objective(at).item() == 0
     assert not gradient(objective, at).any()
@@ -131,24 +146,36 @@ def test_no_gradient_reaches_teacher_or_value():
         SampledKL(baseline=baseline)(at).sum().backward(retain_graph=True)
     assert teacher.grad is None
     at = rows()
-    only_score = torch.autograd.grad(at.student.logp_N, at.student.logits_NV, -SampledKL().value(at) * torch.ones(N), retain_graph=True)
-    assert not only_score[0].any()  # value 0 without a baseline
+    only_score = torch.autograd.grad(
+        at.student.logp_N, at.student.logits_NV, -SampledKL().value(at) * torch.ones(N), retain_graph=True
+    )
+    # value 0 without a baseline
+    assert not only_score[0].any()
     value = SampledKL(baseline="kl").value(at)
-    weighted = torch.autograd.grad((value.detach() * at.student.logp_N).sum(), at.student.logits_NV, retain_graph=True)[0]
+    weighted = torch.autograd.grad(
+        (value.detach() * at.student.logp_N).sum(), at.student.logits_NV, retain_graph=True
+    )[0]
     difference = gradient(SampledKL(baseline="kl", ratio="none"), at) - gradient(SampledKL(ratio="none"), at)
-    torch.testing.assert_close(difference, weighted)  # only log p(a) carries the value's weight
+    # only log p(a) carries the value's weight
+    torch.testing.assert_close(difference, weighted)
 
 
 def test_baselines_refuse_what_cannot_answer_everywhere():
     at = rows()
-    for outputs in (SampledLogprobs(torch.zeros(N)), TopKLogprobs(torch.zeros(N, 1, dtype=torch.int64), torch.zeros(N, 1), torch.zeros(N))):
+    for outputs in (
+        SampledLogprobs(torch.zeros(N)),
+        TopKLogprobs(torch.zeros(N, 1, dtype=torch.int64), torch.zeros(N, 1), torch.zeros(N)),
+    ):
         at.teachers["main"] = outputs
         assert SampledKL()(at).shape == (N,)
         for baseline in ("kl", "topk_kl", "minimum_variance"):
             with pytest.raises(ValueError, match="baseline = 'none'"):
                 SampledKL(baseline=baseline)(at)
     assert SampledKL().accepts == (SampledTarget, TopKTarget, HiddenTarget)
-    assert all(SampledKL(baseline=baseline).accepts == (HiddenTarget,) for baseline in ("kl", "topk_kl", "minimum_variance"))
+    assert all(
+        SampledKL(baseline=baseline).accepts == (HiddenTarget,)
+        for baseline in ("kl", "topk_kl", "minimum_variance")
+    )
 
 
 @pytest.mark.parametrize("baseline", GROUP_BASELINES)
@@ -177,7 +204,9 @@ def test_a_ratio_is_outside_where_its_bound_binds_and_nowhere_else():
     for sign in (1.0, -1.0, 0.0):
         advantage_N = torch.full_like(behaviour, sign)
         assert outside(advantage_N, logp, behaviour, "none", (0.2, 0.3), 3.0) is None
-        assert outside(advantage_N, logp, behaviour, "truncated", (0.2, 0.3), 3.0).tolist() == [False] * 6 + [True]
+        assert outside(advantage_N, logp, behaviour, "truncated", (0.2, 0.3), 3.0).tolist() == [False] * 6 + [
+            True
+        ]
         assert (
             outside(advantage_N, logp, behaviour, "clip", (0.2, 0.3), 3.0).tolist()
             == {
@@ -190,7 +219,11 @@ def test_a_ratio_is_outside_where_its_bound_binds_and_nowhere_else():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: SampledKL(ratio="clip", clip=(0.2, 0.3), max_gap_nats=2.0), lambda: PolicyGradient(clip=(0.2, 0.3))]
+    "make",
+    [
+        lambda: SampledKL(ratio="clip", clip=(0.2, 0.3), max_gap_nats=2.0),
+        lambda: PolicyGradient(clip=(0.2, 0.3)),
+    ],
 )
 def test_the_clip_is_counted_exactly_where_it_takes_the_gradient_away(make):
     """From the definition: where the gradient is 0, and without the clip it is not."""
@@ -212,11 +245,19 @@ def test_a_cap_is_counted_where_it_holds_a_ratio_back_but_not_where_nothing_is_l
     ratio_N = (at.student.logp_N - at.behaviour_logp_N).detach().exp()
     above_N = ratio_N > 1.2
     assert 0 < above_N.sum() < N
-    for objective in (SampledKL(ratio_cap=1.2), SampledKL(baseline="kl", ratio_cap=1.2), Divergence(ratio="truncated", ratio_cap=1.2)):
+    for objective in (
+        SampledKL(ratio_cap=1.2),
+        SampledKL(baseline="kl", ratio_cap=1.2),
+        Divergence(ratio="truncated", ratio_cap=1.2),
+    ):
         assert objective.outside(at).tolist() == above_N.tolist()
     gap_N = (at.student.logp_N - at.teachers["main"].logp_N).detach().abs()
     least = float(gap_N[above_N].min())
-    assert SampledKL(ratio_cap=1.2, max_gap_nats=least).outside(at).tolist() == (above_N & (gap_N < least)).tolist() != above_N.tolist()
+    assert (
+        SampledKL(ratio_cap=1.2, max_gap_nats=least).outside(at).tolist()
+        == (above_N & (gap_N < least)).tolist()
+        != above_N.tolist()
+    )
     assert Divergence().outside(at) is None
     assert NLL().outside(at) is None
 
@@ -224,13 +265,16 @@ def test_a_cap_is_counted_where_it_holds_a_ratio_back_but_not_where_nothing_is_l
 def test_the_share_of_ratios_outside_their_bound_is_a_metric(tiny_run):
     on_policy = tiny_run("opd", steps=1, task={"kind": "outside:Chat"}).rows("metrics")[0]
     assert on_policy["ratio_outside_share"] == 0
-    free = tiny_run("opd", steps=1, task={"kind": "outside:Chat"}, objectives=[{"kind": "sampled_kl", "ratio": "none"}])
+    free = tiny_run(
+        "opd", steps=1, task={"kind": "outside:Chat"}, objectives=[{"kind": "sampled_kl", "ratio": "none"}]
+    )
     assert "ratio_outside_share" not in free.rows("metrics")[0]
 
 
 def test_the_share_counts_the_rows_beyond_the_cap():
     teacher = as_model(tiny.net(2), character_tokenizer())
-    attempts = [tiny.attempt(tiny.rollout(n, seed=n), teacher) for n in (9, 4)]  # behaviour log-probs made up, far from the student's
+    # behaviour log-probs made up, far from the student's
+    attempts = [tiny.attempt(tiny.rollout(n, seed=n), teacher) for n in (9, 4)]
     stats = tiny.move(tiny.learner(tiny.net(1)), [attempts], [SampledKL(ratio_cap=1.5)])
     log_ratio = np.concatenate([entry.learned.logp["student"] - entry.rollout.logp_T for entry in attempts])
     expected = float((log_ratio > np.log(1.5)).mean())
@@ -244,7 +288,9 @@ def test_the_share_of_a_clip_is_of_the_side_that_the_advantage_pushes_to():
     first = tiny.attempt(spoken, None, shift=1.0)
     tiny.move(learner, [[first]], [PolicyGradient()])
     now_T = first.learned.logp["student"]
-    spoken = dataclasses.replace(spoken, logp_T=now_T - np.log([0.5, 0.5, 0.5, 1.0, 1.1, 2.0, 2.0, 3.0]).astype(np.float32))
+    spoken = dataclasses.replace(
+        spoken, logp_T=now_T - np.log([0.5, 0.5, 0.5, 1.0, 1.1, 2.0, 2.0, 3.0]).astype(np.float32)
+    )
     for shift, expected in ((1.0, 3 / 8), (-1.0, 3 / 8), ([1, 1, 1, 1, 1, -1, -1, 1], 1 / 8)):
         stats = tiny.move(learner, [[tiny.attempt(spoken, None, shift=shift)]], [PolicyGradient()])
         assert stats["ratio_outside_share"].value == pytest.approx(expected)
@@ -259,16 +305,28 @@ def test_the_truncated_ratio_is_capped_and_detached():
 
 def test_nll_is_the_recorded_tokens_surprise():
     at = rows()
-    torch.testing.assert_close(NLL()(at), -at.student.logits_NV.log_softmax(-1).gather(-1, at.student.ids_N[:, None])[:, 0])
+    torch.testing.assert_close(
+        NLL()(at), -at.student.logits_NV.log_softmax(-1).gather(-1, at.student.ids_N[:, None])[:, 0]
+    )
 
 
 def test_defaults_are_the_vetted_setting():
     sampled = SampledKL()
-    assert (sampled.baseline, sampled.baseline_k, sampled.ratio, sampled.ratio_cap) == ("none", 20, "truncated", 5.0)
+    assert (sampled.baseline, sampled.baseline_k, sampled.ratio, sampled.ratio_cap) == (
+        "none",
+        20,
+        "truncated",
+        5.0,
+    )
     assert sampled.clip == (0.2, 0.2)
     assert sampled.max_gap_nats is None
     assert sampled.takes_advantage_offset
-    assert (PolicyGradient().ratio, PolicyGradient().clip, PolicyGradient().takes_advantage_offset, NLL().takes_advantage_offset) == (
+    assert (
+        PolicyGradient().ratio,
+        PolicyGradient().clip,
+        PolicyGradient().takes_advantage_offset,
+        NLL().takes_advantage_offset,
+    ) == (
         "clip",
         (0.2, 0.2),
         True,
@@ -297,7 +355,9 @@ def test_bad_fields_are_refused(fields, sentence):
 def test_a_baseline_reaches_the_gradient_of_a_run(tiny_run, baseline):
     """What the first step moves by is another gradient than without it, and its variance is told."""
     done = [
-        tiny_run("opd", steps=1, group_size=3, log_variance=True, objectives__0__baseline=name).rows("metrics")
+        tiny_run("opd", steps=1, group_size=3, log_variance=True, objectives__0__baseline=name).rows(
+            "metrics"
+        )
         for name in ("none", baseline)
     ]
     (plain,), (based,) = done

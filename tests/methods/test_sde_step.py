@@ -1,4 +1,6 @@
-"""One denoising step and its density, from the formulas: scalars in plain Python, Gaussian data in closed form, scipy's normal."""
+"""One denoising step and its density, from the formulas: scalars in plain Python, Gaussian data in closed
+form, scipy's normal.
+"""
 
 import itertools
 import math
@@ -28,7 +30,9 @@ def by_hand(x: float, v: float, t: float, dt: float, a: float) -> tuple[float, f
 
 
 @few
-@given(x=numbers, v=numbers, noise=numbers, t=st.floats(0.01, 1), share=st.floats(0.001, 1), a=st.floats(0, 3))
+@given(
+    x=numbers, v=numbers, noise=numbers, t=st.floats(0.01, 1), share=st.floats(0.001, 1), a=st.floats(0, 3)
+)
 def test_a_step_is_the_formula(x, v, noise, t, share, a) -> None:
     dt = -share * t
     made, mean, std = sde_step(np.array([x]), np.array([v]), t, dt, a, np.array([noise]))
@@ -71,7 +75,11 @@ def test_without_noise_a_walk_is_that_of_diffusers() -> None:
 def test_floats_arrays_and_tensors_agree_and_each_row_has_its_own_time() -> None:
     rng = np.random.default_rng(0)
     x, v, noise = rng.standard_normal((3, 4, 5))
-    t, dt, a = np.array([1.0, 0.8, 0.31, 0.05]), np.array([-0.2, -0.3, -0.01, -0.05]), np.array([0.7, 0.2, 0.0, 2.0])
+    t, dt, a = (
+        np.array([1.0, 0.8, 0.31, 0.05]),
+        np.array([-0.2, -0.3, -0.01, -0.05]),
+        np.array([0.7, 0.2, 0.0, 2.0]),
+    )
     columns = [column[:, None] for column in (t, dt, a)]
     arrays = sde_step(x, v, *columns, noise)
     tensors = sde_step(*map(torch.tensor, (x, v, *columns, noise)))
@@ -81,7 +89,9 @@ def test_floats_arrays_and_tensors_agree_and_each_row_has_its_own_time() -> None
     for n in range(4):
         alone = sde_step(x[n], v[n], float(t[n]), float(dt[n]), float(a[n]), noise[n])
         for row, array in zip(alone, arrays, strict=True):
-            np.testing.assert_allclose(np.broadcast_to(row, 5), np.broadcast_to(array, (4, 5))[n], rtol=1e-12, atol=1e-15)
+            np.testing.assert_allclose(
+                np.broadcast_to(row, 5), np.broadcast_to(array, (4, 5))[n], rtol=1e-12, atol=1e-15
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -93,9 +103,11 @@ def test_16_bits_are_widened_before_they_overflow(dtype) -> None:
     for made, expected in zip(sde_step(*narrow), sde_step(*wide), strict=True):
         assert made.dtype == torch.float32
         assert made.isfinite().all()
-        torch.testing.assert_close(made.double(), expected, rtol=1e-4, atol=0)  # t itself is rounded to float32
+        # t itself is rounded to float32
+        torch.testing.assert_close(made.double(), expected, rtol=1e-4, atol=0)
     assert sde_step(*wide)[1].abs().max() > 65504
-    assert step_logp(x, x * 0, torch.tensor([[0.01]], dtype=dtype)).dtype == torch.float32  # 30 / 0.01, squared
+    # 30 / 0.01, squared
+    assert step_logp(x, x * 0, torch.tensor([[0.01]], dtype=dtype)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("of", [np.asarray, torch.tensor])
@@ -128,7 +140,14 @@ BAD = [
 
 @pytest.mark.parametrize(("wrong", "words"), BAD)
 def test_bad_input_is_refused_in_words(wrong, words) -> None:
-    good = {"x": np.zeros(3), "v": np.zeros(3), "t": 0.5, "dt": -0.1, "noise_level": 0.7, "noise": np.zeros(3)}
+    good = {
+        "x": np.zeros(3),
+        "v": np.zeros(3),
+        "t": 0.5,
+        "dt": -0.1,
+        "noise_level": 0.7,
+        "noise": np.zeros(3),
+    }
     sde_step(**good)
     with pytest.raises(ValueError, match=words):
         sde_step(**(good | wrong))
@@ -166,14 +185,17 @@ def test_a_step_is_drawn_from_its_density() -> None:
     noise = np.random.default_rng(2).standard_normal((200, 500))
     made, mean, std = sde_step(np.full_like(noise, 0.4), np.full_like(noise, -1.0), 0.6, -0.1, 0.7, noise)
     logp = step_logp(made, mean, std)
-    assert -logp.mean() == pytest.approx(500 * stats.norm(scale=std).entropy(), abs=4 * logp.std() / math.sqrt(200))
+    assert -logp.mean() == pytest.approx(
+        500 * stats.norm(scale=std).entropy(), abs=4 * logp.std() / math.sqrt(200)
+    )
 
 
 # --- the marginals
 
 
 def exact_velocity(x: np.ndarray, t: float, mu: float, s: float) -> np.ndarray:
-    """E[x_1 - x_0 | x_t = x] for x_0 ~ N(mu, s^2) and x_1 ~ N(0, 1): both are linear in x_t ~ N((1-t) mu, (1-t)^2 s^2 + t^2).
+    """E[x_1 - x_0 | x_t = x] for x_0 ~ N(mu, s^2) and x_1 ~ N(0, 1): both are linear in x_t ~ N((1-t) mu,
+    (1-t)^2 s^2 + t^2).
 
     cov(x_1 - x_0, x_t) = t - (1-t) s^2, so v = -mu + (t - (1-t) s^2) / ((1-t)^2 s^2 + t^2) (x - (1-t) mu).
     """
@@ -181,7 +203,9 @@ def exact_velocity(x: np.ndarray, t: float, mu: float, s: float) -> np.ndarray:
 
 
 def moments(mu: float, s: float, a: float, steps: int) -> np.ndarray:
-    """Mean and standard deviation of the state at every time of the walk from N(0, 1): a linear step keeps a Gaussian Gaussian."""
+    """Mean and standard deviation of the state at every time of the walk from N(0, 1): a linear step keeps a
+    Gaussian Gaussian.
+    """
     mean, variance, found = 0.0, 1.0, [(0.0, 1.0)]
     grid = np.linspace(1, 0, steps + 1)
     for t, dt in itertools.pairwise(grid):
@@ -195,8 +219,9 @@ def moments(mu: float, s: float, a: float, steps: int) -> np.ndarray:
 @pytest.mark.parametrize("a", LEVELS)
 @pytest.mark.parametrize(("mu", "s"), [(1.5, 0.5), (-0.7, 2.0), (0.0, 1.0)])
 def test_the_marginals_of_gaussian_data_are_kept_at_every_noise_level(mu: float, s: float, a: float) -> None:
-    """Means exactly; spreads ever closer as the steps grow. Euler's steps are off by O(1 / S). The first step, whose pole is replaced,
-    leaves the noise a variance of (1 - a^2/2)^2 + a^2 = 1 + a^4/4, which the steps after it forget as S^(-a^2): the bound at small a."""
+    """Means exactly; spreads ever closer as the steps grow. Euler's steps are off by O(1 / S). The first
+    step, whose pole is replaced, leaves the noise a variance of (1 - a^2/2)^2 + a^2 = 1 + a^4/4, which the
+    steps after it forget as S^(-a^2): the bound at small a."""
     for steps in (10, 40, 160, 640, 2560):
         t = np.linspace(1, 0, steps + 1)
         mean_S, std_S = moments(mu, s, a, steps).T
@@ -204,7 +229,8 @@ def test_the_marginals_of_gaussian_data_are_kept_at_every_noise_level(mu: float,
         slow = a**4 * steps ** -min(a**2, 1.0) * (1 + math.log(steps) * (a == 1))
         assert abs(std_S[-1] - s) < s * (2 / steps + slow / 2)
     off = np.abs(std_S - np.sqrt((1 - t) ** 2 * s**2 + t**2))[len(t) // 2 :]  # pyright: ignore[reportPossiblyUnbound]
-    assert off.max() < 0.006 * s  # all the way, not at the end alone
+    # all the way, not at the end alone
+    assert off.max() < 0.006 * s
 
 
 def test_drawn_images_have_the_datas_mean_and_spread() -> None:
@@ -225,11 +251,19 @@ def test_drawn_images_have_the_datas_mean_and_spread() -> None:
 def test_defaults_are_the_vetted_setting() -> None:
     part = Flow()
     assert (part.steps, part.noise_level, part.guidance, part.eval_steps) == (10, 0.7, 1.0, 40)
-    assert (part.draw(3).step, part.draw(3).purpose, part.draw(3).max_positions, part.draw(3).temperature) == (3, "train", 10, 1.0)
+    assert (
+        part.draw(3).step,
+        part.draw(3).purpose,
+        part.draw(3).max_positions,
+        part.draw(3).temperature,
+    ) == (3, "train", 10, 1.0)
     assert Flow.rollouts is FlowRollout
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"noise_level": -1.0}, {"noise_level": math.inf}, {"eval_steps": 0}, {"length": "x"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": 0}, {"noise_level": -1.0}, {"noise_level": math.inf}, {"eval_steps": 0}, {"length": "x"}],
+)
 def test_a_part_that_cannot_work_is_refused(wrong) -> None:
     with pytest.raises(ValueError):
         Flow(**wrong)

@@ -1,4 +1,6 @@
-"""Segments of an answer: every chosen position in exactly one, whatever is written and however it is spelt in tokens."""
+"""Segments of an answer: every chosen position in exactly one, whatever is written and however it is spelt in
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ LATEX = "We have $x = \\frac{3.5}{2}$. Then\n\\[ y = 1.75 \\]\nSo $y=1.75$! Is i
 
 
 def spelt(turns: list[list[str]], objective_teachers: int = 0) -> TokenRollout:
-    """A rollout whose turns are these pieces of text, one a token, with `heard` unchosen positions after each turn but the last."""
+    """A rollout whose turns are these pieces of text, one a token, with `heard` unchosen positions after each
+    turn but the last.
+    """
     mask: list[bool] = []
     spans: list[tuple[int, int]] = []
     for index, pieces in enumerate(turns):
@@ -78,13 +82,19 @@ def by_definition(made: TokenRollout, way: str) -> list[int]:
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_every_chosen_position_lies_in_exactly_one_segment(way: Any, data: st.DataObject) -> None:
-    """Identity 11: LaTeX, newlines, multi-byte text and a cut end, in pieces of any length, over any number of turns."""
+    """Identity 11: LaTeX, newlines, multi-byte text and a cut end, in pieces of any length, over any number
+    of turns.
+    """
     turns = []
     for _ in range(data.draw(st.integers(1, 3))):
         start, stop = sorted(data.draw(st.tuples(*[st.integers(0, len(LATEX))] * 2)))
-        cuts = data.draw(st.lists(st.integers(start, stop), min_size=(stop - start) // 6, max_size=stop - start))
-        places = [start, *sorted(cuts), stop]  # equal ones make empty pieces
-        turns.append([*(LATEX[a:b] for a, b in itertools.pairwise(places)), ""])  # an end token
+        cuts = data.draw(
+            st.lists(st.integers(start, stop), min_size=(stop - start) // 6, max_size=stop - start)
+        )
+        # equal ones make empty pieces
+        places = [start, *sorted(cuts), stop]
+        # an end token
+        turns.append([*(LATEX[a:b] for a, b in itertools.pairwise(places)), ""])
     made = spelt(turns, objective_teachers=data.draw(st.integers(1, 3)))
     pieces = segments_of(made, way)
     assert_covering(made, pieces)
@@ -105,7 +115,8 @@ def test_nothing_chosen_has_no_segment_and_one_token_has_one(way: Any) -> None:
 def test_a_token_belongs_to_the_sentence_of_its_first_character_that_is_no_space() -> None:
     made = spelt([[" ", "One", ".", " Two", ". Three", " is", ".", "\n", "", " Fo", "ur"]])
     assert words(made, "sentences") == [" One.", " Two. Three", " is.\n", " Four"]
-    # ". Three" begins with the full stop of Two; " is" is the first token of the third sentence; "\n" and the special one join it
+    # ". Three" begins with the full stop of Two; " is" is the first token of the third sentence; "\n" and the
+    # special one join it
 
 
 def test_an_off_by_one_would_show_here() -> None:
@@ -138,7 +149,10 @@ def test_a_segment_never_crosses_a_turn() -> None:
         ("3+4=7, 7*2=14", ["3+4=7,", "7*2=14"]),
         ("So 3+4=7 and 7*2=14 apples", ["So 3+4=7", "and 7*2=14", "apples"]),
         ("2+3 = 10/2 = 5. Done", ["2+3 = 10/2 = 5.", "Done"]),
-        ("48/2 = <<48/2=24>>24 clips. Then 1.5*2=3.0! x", ["48/2 = <<48/2=24>>", "24 clips.", "Then 1.5*2=3.0!", "x"]),
+        (
+            "48/2 = <<48/2=24>>24 clips. Then 1.5*2=3.0! x",
+            ["48/2 = <<48/2=24>>", "24 clips.", "Then 1.5*2=3.0!", "x"],
+        ),
         ("$1,200-1 = $1,199$ is it", ["$1,200-1 = $1,199$", "is it"]),
         ("1 - 3 = -2 so x=34+5", ["1 - 3 = -2", "so x=34+5"]),
         ("x = 3.5*2=7", ["x = 3.5*2=7"]),
@@ -160,6 +174,8 @@ def test_sentences_are_those_of_punkt() -> None:
 
 
 def test_text_without_spans_is_refused_in_words() -> None:
-    with pytest.raises(ValueError, match=r"prompt p0 came without them\. Ask for them: `Requirements\(spans=True\)`"):
+    with pytest.raises(
+        ValueError, match=r"prompt p0 came without them\. Ask for them: `Requirements\(spans=True\)`"
+    ):
         segments_of(rollout(3), "lines")
     assert segments_of(rollout(3), 2) == [slice(0, 2), slice(2, 3)]

@@ -1,4 +1,6 @@
-"""Credit rule `prefix` with special_tokens = false: special tokens weigh nothing, the end of the sequence keeps its weight."""
+"""Credit rule `prefix` with special_tokens = false: special tokens weigh nothing, the end of the sequence
+keeps its weight.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,8 @@ from hypothesis import strategies as st
 
 import tiny
 from reflux.assets.characters import character_tokenizer
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import StepContext
 from reflux.credit.base import share_credit
 from reflux.credit.prefix import Prefix
 from reflux.loss.batch import plan
@@ -20,11 +24,12 @@ from reflux.models.text import as_model
 from reflux.models.tokenizer import special_ids
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
-from reflux.types import Attempt, FlowRollout, Prompt, Requirements, StepContext, TokenRollout
+from reflux.types import Attempt, FlowRollout, Prompt, TokenRollout
 from tiny import END, close, gradients, same
 
 NOW = StepContext(step=0, seed=0)
-END_AT, PAD, USER = END, 0, 4  # ids of the character tokenizer
+# ids of the character tokenizer
+END_AT, PAD, USER = END, 0, 4
 
 
 def spoken(tokens: list[int], mask: list[bool] | None = None) -> TokenRollout:
@@ -73,7 +78,9 @@ def test_a_special_token_counts_towards_the_length() -> None:
     length=st.integers(1, 14),
     seed=st.integers(0, 99),
 )
-def test_the_weight_is_the_product_of_prefix_and_not_special(tokens: list[int], length: int, seed: int) -> None:
+def test_the_weight_is_the_product_of_prefix_and_not_special(
+    tokens: list[int], length: int, seed: int
+) -> None:
     """From the definition. It is a factor: the mask stays, so what was chosen is still counted as chosen."""
     mask = (np.random.default_rng(seed).random(len(tokens)) < 0.7).tolist()
     attempt = Attempt(spoken(tokens, mask))
@@ -90,16 +97,25 @@ def test_the_weight_is_the_product_of_prefix_and_not_special(tokens: list[int], 
 
 @pytest.mark.parametrize("objective", [Divergence(), SampledKL(baseline="kl")])
 def test_the_gradient_is_that_of_the_other_positions_alone(objective: Any) -> None:
-    """By hand: factors written down position by position. Under `chosen` the special tokens stay in the denominator."""
+    """By hand: factors written down position by position. Under `chosen` the special tokens stay in the
+    denominator.
+    """
     teacher = as_model(tiny.net(2).double(), character_tokenizer())
     rollouts = [spoken([20, USER, 30, END_AT]), spoken([PAD, 21, 22, 23, 24])]
     ruled = [[tiny.attempt(rollout, teacher)] for rollout in rollouts]
     share_credit(ruled, {"prefix": Prefix(100, special_tokens=False)}, NOW)
-    by_hand = [[tiny.attempt(r, teacher, weight=w)] for r, w in zip(rollouts, ([1, 0, 1, 1], [0, 1, 1, 1, 1]), strict=True)]
+    by_hand = [
+        [tiny.attempt(r, teacher, weight=w)]
+        for r, w in zip(rollouts, ([1, 0, 1, 1], [0, 1, 1, 1, 1]), strict=True)
+    ]
     learner = tiny.learner(tiny.net(1).double())
     for loss_aggregation, rows in (("token-mean-weighted", 7), ("token-mean", 9)):
-        assert same(*(gradients(learner, groups, [objective], loss_aggregation) for groups in (ruled, by_hand)))
-        assert [float(item.coef_KN[0][0]) for item in plan(ruled, [objective], loss_aggregation)] == pytest.approx([1 / rows] * 2)
+        assert same(
+            *(gradients(learner, groups, [objective], loss_aggregation) for groups in (ruled, by_hand))
+        )
+        assert [
+            float(item.coef_KN[0][0]) for item in plan(ruled, [objective], loss_aggregation)
+        ] == pytest.approx([1 / rows] * 2)
     whole = gradients(learner, [[tiny.attempt(rollout, teacher)] for rollout in rollouts], [objective])
     with pytest.raises(AssertionError):
         close(whole, gradients(learner, ruled, [objective]), rtol=1e-3)
@@ -134,7 +150,10 @@ def test_only_who_leaves_them_out_wants_to_know_them() -> None:
 
 def test_attempts_that_do_not_say_which_are_special_are_refused_in_words() -> None:
     rule = Prefix(4, special_tokens=False)
-    with pytest.raises(ValueError, match=r"which tokens are special, and prompt p0 came without that. .* `Requirements\(specials=True\)`"):
+    with pytest.raises(
+        ValueError,
+        match=r"which tokens are special, and prompt p0 came without that. .* `Requirements\(specials=True\)`",
+    ):
         rule([Attempt(tiny.rollout(3))], NOW)
     with pytest.raises(ValueError, match="a flow rollout has none"):
         rule([Attempt(drawn())], NOW)
@@ -142,11 +161,21 @@ def test_attempts_that_do_not_say_which_are_special_are_refused_in_words() -> No
 
 
 def test_in_a_run_no_special_token_has_weight_and_the_ends_have(tiny_run: Callable[..., Any]) -> None:
-    settings = {"steps": 1, "task": {"kind": "outside:Chat"}, "sampler__max_tokens": 40, "prompts_per_step": 8}
-    rows = tiny_run("full", **settings, credit={"prefix": {"length": 40, "special_tokens": False}}).rows("attempts")
+    settings = {
+        "steps": 1,
+        "task": {"kind": "outside:Chat"},
+        "sampler__max_tokens": 40,
+        "prompts_per_step": 8,
+    }
+    rows = tiny_run("full", **settings, credit={"prefix": {"length": 40, "special_tokens": False}}).rows(
+        "attempts"
+    )
     tokens = {(row["prompt"], row["sample"]): row["tokens"] for row in rows if row["kind"] == "attempt"}
     pairs = [
-        pair for row in rows if row["kind"] == "learned" for pair in zip(tokens[row["prompt"], row["sample"]], row["weight"], strict=True)
+        pair
+        for row in rows
+        if row["kind"] == "learned"
+        for pair in zip(tokens[row["prompt"], row["sample"]], row["weight"], strict=True)
     ]
     assert {token for token, weight in pairs if weight == 0} <= {0, 2, 3, 4, 5}
     assert {token for token, weight in pairs if weight == 1} >= {END_AT}

@@ -50,7 +50,9 @@ class Two:
         logp_TV = self.logp[number]
         ids_TK = np.argsort(-logp_TV, axis=1)[:, :k]
         logp_T = logp_TV[range(T), TOKENS_T]
-        return TopKTarget(teacher="l", ids_TK=ids_TK, logp_TK=np.take_along_axis(logp_TV, ids_TK, 1), logp_T=logp_T)
+        return TopKTarget(
+            teacher="l", ids_TK=ids_TK, logp_TK=np.take_along_axis(logp_TV, ids_TK, 1), logp_T=logp_T
+        )
 
     def sampled(self, number: int) -> SampledTarget:
         return SampledTarget(teacher="s", logp_T=self.logp[number][range(T), TOKENS_T])
@@ -76,16 +78,22 @@ def test_what_was_asked_for_at_scoring_time_is_not_computed_again() -> None:
 
 def test_log_probs_at_given_ids_are_the_heads() -> None:
     ids_TK = DICE.integers(0, V, (T, 4))
-    np.testing.assert_allclose(TWO.targets[1].logp_at(ids_TK, TWO.heads), np.take_along_axis(TWO.logp[1], ids_TK, 1), atol=1e-5)
+    np.testing.assert_allclose(
+        TWO.targets[1].logp_at(ids_TK, TWO.heads), np.take_along_axis(TWO.logp[1], ids_TK, 1), atol=1e-5
+    )
     whole = TWO.listed(1, V)
-    np.testing.assert_allclose(whole.logp_at(ids_TK, TWO.heads), np.take_along_axis(TWO.logp[1], ids_TK, 1), atol=1e-12)
+    np.testing.assert_allclose(
+        whole.logp_at(ids_TK, TWO.heads), np.take_along_axis(TWO.logp[1], ids_TK, 1), atol=1e-12
+    )
 
 
 def test_the_kl_of_two_models_known_in_full_is_exact_and_else_the_sampled_estimate() -> None:
     p, q = np.exp(TWO.logp[0]), np.exp(TWO.logp[1])
     exact = (p * (np.log(p) - np.log(q))).sum(1)
     np.testing.assert_allclose(TWO.targets[0].kl_T(TWO.targets[1], spoken(), TWO.heads), exact, atol=1e-5)
-    np.testing.assert_allclose(TWO.targets[0].kl_T(TWO.targets[0], spoken(), TWO.heads), np.zeros(T), atol=1e-6)
+    np.testing.assert_allclose(
+        TWO.targets[0].kl_T(TWO.targets[0], spoken(), TWO.heads), np.zeros(T), atol=1e-6
+    )
     estimate = (TWO.logp[0] - TWO.logp[1])[range(T), TOKENS_T]
     for i, one in enumerate(every(0)):
         for j, other in enumerate(every(1)):
@@ -134,7 +142,12 @@ def test_rows_are_what_is_known_at_the_kept_positions() -> None:
 
 
 def test_only_targets_of_one_kind_one_head_and_one_width_share_a_micro_batch() -> None:
-    kinds = [*every(0), TWO.targets[1], TWO.listed(0, 4), velocities(tiny_flow.model(1), tiny_flow.rollout(2))]
+    kinds = [
+        *every(0),
+        TWO.targets[1],
+        TWO.listed(0, 4),
+        velocities(tiny_flow.model(1), tiny_flow.rollout(2)),
+    ]
     assert len({target.signature for target in kinds}) == len(kinds)
     assert TWO.listed(0).signature == TWO.listed(1).signature
     assert [target.head_key for target in kinds] == ["teachers.0", None, None, "teachers.1", None, None]
@@ -162,7 +175,8 @@ def test_a_head_is_found_only_where_its_teacher_is_open() -> None:
         heads.add("teachers.main", other)
     assert heads["teachers.main"] is one
     with pytest.raises(
-        ModelError, match=r"names the output head 'gone', and this process has no head of that name \(it has teachers\.main\)"
+        ModelError,
+        match=r"names the output head 'gone', and this process has no head of that name \(it has teachers\.main\)",
     ):
         heads["gone"]
     heads.remove("teachers.main")

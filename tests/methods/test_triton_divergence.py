@@ -1,4 +1,6 @@
-"""The Triton kernels against `objectives.divergences` in float64 and against plain numpy, on a GPU or through Triton's interpreter."""
+"""The Triton kernels against `objectives.divergences` in float64 and against plain numpy, on a GPU or through
+Triton's interpreter.
+"""
 
 import math
 from importlib.util import find_spec
@@ -15,13 +17,20 @@ from reflux.loss.divergences import DIVERGENCES, with_tail
 from reflux.objectives.divergence import MIXED
 
 if find_spec("triton") is None:
-    pytest.skip("Triton is not installed: pip install triton, and these tests run without a GPU", allow_module_level=True)
+    pytest.skip(
+        "Triton is not installed: pip install triton, and these tests run without a GPU",
+        allow_module_level=True,
+    )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's word on inf - inf inside the interpreter
+# numpy's word on inf - inf inside the interpreter
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF = math.inf
 WEIGHTS = (0.0, 0.03, 0.5, 0.9, 1.0)
-CASES = [(kind, weight) for kind in DIVERGENCES for weight in ((None, *WEIGHTS) if kind in MIXED else (None,))]  # None: the default
+# None: the default
+CASES = [
+    (kind, weight) for kind in DIVERGENCES for weight in ((None, *WEIGHTS) if kind in MIXED else (None,))
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,8 +39,18 @@ def small_blocks_and_no_compiler():
         yield
 
 
-def table(n: int, v: int, seed: int, spread: float = 2.0, zeros: float = 0.0, dtype: torch.dtype = torch.float32, pad: int = 0):
-    """Random logits, not normalised, cut out of a wider table whose padding is NaN; a share `zeros` is -inf, never a whole row."""
+def table(
+    n: int,
+    v: int,
+    seed: int,
+    spread: float = 2.0,
+    zeros: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    pad: int = 0,
+):
+    """Random logits, not normalised, cut out of a wider table whose padding is NaN; a share `zeros` is -inf,
+    never a whole row.
+    """
     rng = np.random.default_rng(seed)
     logits = spread * rng.standard_normal((n, v)) + rng.normal()
     gone = rng.random((n, v)) < zeros
@@ -52,7 +71,8 @@ def gradient(cost: torch.Tensor, leaf: torch.Tensor, coef: torch.Tensor) -> torc
 
 
 def assert_close(made: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    rtol = max(tolerance, 2**-7) if made.dtype == torch.bfloat16 else tolerance  # one unit of bfloat16: Triton's interpreter truncates
+    # one unit of bfloat16: Triton's interpreter truncates
+    rtol = max(tolerance, 2**-7) if made.dtype == torch.bfloat16 else tolerance
     torch.testing.assert_close(made.double(), expected.double(), rtol=rtol, atol=tolerance)
 
 
@@ -60,7 +80,11 @@ def coefficients(n: int) -> torch.Tensor:
     return torch.tensor([1.0, -0.5, 2.0, 0.25][:n], device=DEVICE)
 
 
-shapes = {"n": st.sampled_from([0, 1, 3]), "v": st.sampled_from([1, 2, 7, 31, 32, 33, 64, 75]), "seed": st.integers(0, 10**6)}
+shapes = {
+    "n": st.sampled_from([0, 1, 3]),
+    "v": st.sampled_from([1, 2, 7, 31, 32, 33, 64, 75]),
+    "seed": st.integers(0, 10**6),
+}
 storage = {"dtype": st.sampled_from([torch.float32, torch.bfloat16]), "pad": st.sampled_from([0, 5])}
 few = settings(deadline=None, max_examples=4, derandomize=True, phases=(Phase.explicit, Phase.generate))
 
@@ -69,7 +93,9 @@ few = settings(deadline=None, max_examples=4, derandomize=True, phases=(Phase.ex
 @given(**shapes, **storage, spread=st.sampled_from([0.1, 2.0, 8.0]), zeros=st.sampled_from([0.0, 0.4]))
 @example(n=3, v=75, seed=0, dtype=torch.float32, pad=5, spread=2.0, zeros=0.4)
 @pytest.mark.parametrize(("kind", "weight"), CASES)
-def test_divergences_and_gradients_are_those_of_the_reference(kind, weight, n, v, seed, dtype, pad, spread, zeros):
+def test_divergences_and_gradients_are_those_of_the_reference(
+    kind, weight, n, v, seed, dtype, pad, spread, zeros
+):
     student = table(n, v, seed, spread, zeros, dtype, pad).requires_grad_()
     teacher = table(n, v, seed + 1, spread, zeros, dtype, 2 * pad)
     leaf = student.detach().double().requires_grad_()
@@ -79,7 +105,8 @@ def test_divergences_and_gradients_are_those_of_the_reference(kind, weight, n, v
     finite = expected.isfinite()
     made = gradient(cost, student, coefficients(n))
     assert made.dtype == dtype
-    size = 1 + expected.detach()[finite].sum().item()  # the gradient is a difference of terms as large as the cost
+    # the gradient is a difference of terms as large as the cost
+    size = 1 + expected.detach()[finite].sum().item()
     wanted = gradient(expected, leaf, coefficients(n))
     assert_close(made[finite], wanted[finite], 2e-6 * size)
 
@@ -94,7 +121,10 @@ def by_hand(kind: str, x: np.ndarray, y: np.ndarray, weight: float) -> np.ndarra
     return {
         "reverse": lambda: kl(p, q),
         "forward": lambda: kl(q, p),
-        "jsd": lambda: weight * kl(q, (1 - weight) * p + weight * q) + (1 - weight) * kl(p, (1 - weight) * p + weight * q),
+        "jsd": lambda: (
+            weight * kl(q, (1 - weight) * p + weight * q)
+            + (1 - weight) * kl(p, (1 - weight) * p + weight * q)
+        ),
         "skew_reverse": lambda: kl(p, (1 - weight) * q + weight * p),
         "skew_forward": lambda: kl(q, weight * q + (1 - weight) * p),
         "alpha": lambda: (1 - (p**weight * q ** (1 - weight)).sum(-1)) / (weight * (1 - weight)),
@@ -128,9 +158,11 @@ def test_equal_models_cost_zero_to_the_bit_with_no_gradient(kind, weight, dtype)
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_a_coefficient_of_zero_gives_exactly_no_gradient_also_where_the_cost_is_infinite(kind):
     student, teacher = table(3, 40, 0).requires_grad_(), table(3, 40, 1)
-    teacher[1, 3] = -INF  # reverse: infinite
+    # reverse: infinite
+    teacher[1, 3] = -INF
     with torch.no_grad():
-        student[1, 5] = -INF  # forward: infinite
+        # forward: infinite
+        student[1, 5] = -INF
     cost = fused.divergence(student, teacher, kind)
     assert (cost[1] == INF).item() == (kind in ("reverse", "forward"))
     coef = torch.tensor([1.0, 0.0, 1.0], device=DEVICE)
@@ -161,7 +193,12 @@ def test_huge_logits_and_underflowing_probabilities(kind, weight):
 def test_a_small_divergence_keeps_its_digits(kind):
     student = table(3, 60, 0) + 40
     teacher = student + 1e-3 * table(3, 60, 1)
-    torch.testing.assert_close(fused.divergence(student, teacher, kind).double(), exact(kind, student, teacher, None), rtol=0.02, atol=0)
+    torch.testing.assert_close(
+        fused.divergence(student, teacher, kind).double(),
+        exact(kind, student, teacher, None),
+        rtol=0.02,
+        atol=0,
+    )
 
 
 def test_nan_is_passed_on_and_stays_in_its_row():
@@ -176,7 +213,10 @@ def test_nan_is_passed_on_and_stays_in_its_row():
 @given(**shapes, **storage, zeros=st.sampled_from([0.0, 0.4]), spread=st.sampled_from([2.0, 1e4]))
 @example(n=3, v=75, seed=0, dtype=torch.float32, pad=5, zeros=0.4, spread=1e4)
 def test_logsumexp_and_summary_follow_their_definition(n, v, seed, dtype, pad, zeros, spread):
-    student, teacher = table(n, v, seed, spread, zeros, dtype, pad), table(n, v, seed + 1, spread, 0.0, dtype, pad)
+    student, teacher = (
+        table(n, v, seed, spread, zeros, dtype, pad),
+        table(n, v, seed + 1, spread, 0.0, dtype, pad),
+    )
     made = fused.logsumexp(student.requires_grad_())
     assert not made.requires_grad
     torch.testing.assert_close(made.double(), student.detach().double().logsumexp(-1), rtol=1e-6, atol=1e-6)
@@ -197,27 +237,35 @@ def test_logsumexp_and_summary_follow_their_definition(n, v, seed, dtype, pad, z
 def test_listed_log_probs_and_their_tail_are_those_of_the_reference(n, v, seed, dtype, pad, zeros, data):
     k, rng = data.draw(st.integers(0, v)), np.random.default_rng(seed)
     logits = table(n, v, seed, 2.0, zeros, dtype, pad).requires_grad_()
-    ids = torch.tensor(np.array([rng.permutation(v)[:k] for _ in range(n)], dtype=np.int64).reshape(n, k), device=DEVICE)
+    ids = torch.tensor(
+        np.array([rng.permutation(v)[:k] for _ in range(n)], dtype=np.int64).reshape(n, k), device=DEVICE
+    )
     leaf = logits.detach().double().requires_grad_()
     expected = with_tail(leaf.log_softmax(-1), ids)
     coef = torch.tensor(rng.standard_normal((n, k + 1)), device=DEVICE)
-    coef = coef.where(expected > -INF, 0)  # no coefficient where the log-prob is -inf: 0 * inf
+    # no coefficient where the log-prob is -inf: 0 * inf
+    coef = coef.where(expected > -INF, 0)
     for made, end in ((fused.with_tail(logits, ids), k + 1), (fused.gather_logp(logits, ids), k)):
         assert_close(made.detach(), expected[:, :end].detach(), 3e-6)
         got = torch.autograd.grad((coef[:, :end] * made).nan_to_num(0, 0, 0).sum(), logits)[0]
-        wanted = torch.autograd.grad((coef[:, :end] * expected[:, :end]).nan_to_num(0, 0, 0).sum(), leaf, retain_graph=True)[0]
+        wanted = torch.autograd.grad(
+            (coef[:, :end] * expected[:, :end]).nan_to_num(0, 0, 0).sum(), leaf, retain_graph=True
+        )[0]
         assert_close(got, wanted, 5e-6)
 
 
 def test_token_log_probs_of_a_sure_model_keep_their_small_gradient_in_bfloat16():
-    logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 1.0, -INF]], dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    logits = torch.tensor(
+        [[9.0, 0.0, 0.0], [0.0, 1.0, -INF]], dtype=torch.bfloat16, device=DEVICE, requires_grad=True
+    )
     ids = torch.tensor([0, 1], device=DEVICE)
     made = fused.token_logp(logits, ids, fused.logsumexp(logits))
     leaf = logits.detach().double().requires_grad_()
     expected = leaf.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
     assert_close(made.detach(), expected.detach(), 1e-6)
     got, wanted = gradient(made, logits, coefficients(2)), gradient(expected, leaf, coefficients(2))
-    torch.testing.assert_close(got.double(), wanted, rtol=2**-7, atol=0)  # one unit of bfloat16
+    # one unit of bfloat16
+    torch.testing.assert_close(got.double(), wanted, rtol=2**-7, atol=0)
 
 
 def test_a_tiny_tail_is_exact_and_an_empty_one_has_no_gradient():
@@ -251,7 +299,9 @@ def test_the_shipped_block_and_columns_that_lie_apart(monkeypatch):
     small = fused.divergence(student, teacher, "jsd")
     monkeypatch.setattr(fused, "BLOCK", 2048)
     torch.testing.assert_close(fused.divergence(student, teacher, "jsd"), small, rtol=1e-6, atol=0)
-    torch.testing.assert_close(fused.divergence(student.t().contiguous().t(), teacher, "jsd"), small, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        fused.divergence(student.t().contiguous().t(), teacher, "jsd"), small, rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -292,4 +342,6 @@ def test_tables_of_more_than_two_billion_logits():
     teacher = torch.zeros(1, 60_000, device=DEVICE).expand(36_000, -1)
     cost = fused.divergence(logits, teacher, "reverse")
     assert (cost[:-1] == 0).all()
-    torch.testing.assert_close(cost[-1:].double(), exact("reverse", logits[-1:], teacher[-1:], None), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        cost[-1:].double(), exact("reverse", logits[-1:], teacher[-1:], None), rtol=1e-4, atol=1e-7
+    )

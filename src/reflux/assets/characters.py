@@ -8,15 +8,18 @@ from typing import Any
 SPECIALS = ("<pad>", "<end>", "<unk>", "<system>", "<user>", "<assistant>")
 CHARACTERS = "\n " + string.digits + string.ascii_letters + string.punctuation
 TEMPLATE = (
-    "{% for message in messages %}{{ '<user>' if message.role == 'tool' else '<' + message.role + '>' }}{{ message.content }}"
-    "{% if message.role == 'assistant' %}<end>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for message in messages %}{{ '<user>' if message.role == 'tool' else '<' + message.role + '>' }}{{ "
+    "message.content }}"
+    "{% if message.role == 'assistant' %}<end>{% endif %}{% endfor %}{% if add_generation_prompt "
+    "%}<assistant>{% endif %}"
 )
 
 
 def character_tokenizer() -> Any:
     """A PreTrainedTokenizerFast over printable ASCII and the newline; any other character is <unk>.
 
-    A turn is its role token and its text; an assistant turn ends with <end>, the end-of-text token. A tool's words are shown as a user's.
+    A turn is its role token and its text; an assistant turn ends with <end>, the end-of-text token. A tool's
+    words are shown as a user's.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

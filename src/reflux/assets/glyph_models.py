@@ -1,10 +1,12 @@
-"""Makes the flow models of the task `glyphs` by flow matching on drawings: a generalist, and from it a specialist for each domain.
+"""Makes the flow models of the task `glyphs` by flow matching on drawings: a generalist, and from it a
+specialist for each domain.
 
-The loss is the mean of |v(x_t, t, prompt) - (x_1 - x_0)|^2 over pixels, with x_0 a drawing in [-1, 1], x_1 noise, x_t = (1 - t) x_0 + t x_1
-and t the sigmoid of a normal (arXiv 2403.03206). No model ever sees what another drew.
+The loss is the mean of |v(x_t, t, prompt) - (x_1 - x_0)|^2 over pixels, with x_0 a drawing in [-1, 1], x_1
+noise, x_t = (1 - t) x_0 + t x_1 and t the sigmoid of a normal (arXiv 2403.03206). No model ever sees what
+another drew.
 
-`reflux.assets.make` runs it, in about 3 minutes a model on a free core. The same seed and number of threads give the same weights, bit for
-bit.
+`reflux.assets.make` runs it, in about 3 minutes a model on a free core. The same seed and number of threads
+give the same weights, bit for bit.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from reflux.assets import folder
+from reflux.config.step_context import seed_of
 from reflux.evals.problems import problems
 from reflux.metrics.intervals import wilson
 from reflux.models.flow.diffusers_library import library
@@ -33,9 +36,10 @@ from reflux.samplers.flow import prompt_text
 from reflux.storage.files import write_folder
 from reflux.tasks.glyph_drawing import DOMAINS, SIDE, WHITE, Domain, draw
 from reflux.tasks.glyphs import Glyphs
-from reflux.types import Prompt, seed_of
+from reflux.types import Prompt
 
-WIDTH = 32  # of a prompt token, and of the pooled vector
+# of a prompt token, and of the pooled vector
+WIDTH = 32
 CARD = """---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -61,11 +65,14 @@ class FlowSpec:
     steps: int = 1000
     batch: int = 64
     warmup: int = 50
-    blank: float = 0.1  # share of the prompts replaced by the empty one, so that guidance works
-    start: str = ""  # the shipped model whose weights it begins with; "" for fresh ones
+    # share of the prompts replaced by the empty one, so that guidance works
+    blank: float = 0.1
+    # the shipped model whose weights it begins with; "" for fresh ones
+    start: str = ""
     domains: tuple[Domain, ...] = DOMAINS
     layers: int = 4
-    problems: int = 480  # held-out prompts of each domain that it is measured by
+    # held-out prompts of each domain that it is measured by
+    problems: int = 480
 
 
 FLOW_SPECS = {
@@ -78,7 +85,8 @@ FLOW_SPECS = {
 class GlyphScore(NamedTuple):
     right: int
     images: int
-    quality: float  # mean over the images
+    # mean over the images
+    quality: float
 
     def __str__(self) -> str:
         low, high = wilson(self.right, self.images)
@@ -109,7 +117,11 @@ def blank(spec: FlowSpec) -> FlowModel:
 
 def first(spec: FlowSpec) -> FlowModel:
     """The model that a spec's training begins with."""
-    return load_flow(str(folder(spec.start)), "start", dtype="float32", device="cpu") if spec.start else blank(spec)
+    return (
+        load_flow(str(folder(spec.start)), "start", dtype="float32", device="cpu")
+        if spec.start
+        else blank(spec)
+    )
 
 
 def drawings(prompts: Sequence[Prompt], rng: random.Random) -> Tensor:
@@ -126,7 +138,9 @@ def cold_start(spec: FlowSpec) -> FlowModel:
     stream, begun = Glyphs(domains=spec.domains).prompts("train", spec.seed), time.monotonic()
     rng, noise = random.Random(spec.seed), torch.Generator().manual_seed(spec.seed)
     for step in range(spec.steps):
-        rate = spec.lr * min(1.0, (step + 1) / spec.warmup) * 0.5 * (1 + math.cos(math.pi * step / spec.steps))
+        rate = (
+            spec.lr * min(1.0, (step + 1) / spec.warmup) * 0.5 * (1 + math.cos(math.pi * step / spec.steps))
+        )
         for group in optimiser.param_groups:
             group["lr"] = rate
         prompts = list(islice(stream, spec.batch))
@@ -137,7 +151,11 @@ def cold_start(spec: FlowSpec) -> FlowModel:
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
         if (step + 1) % 100 == 0:
-            print(f"{spec.name} step {step + 1}/{spec.steps} loss {loss.item():.4f}, {time.monotonic() - begun:.0f} s", flush=True)
+            print(
+                f"{spec.name} step {step + 1}/{spec.steps} loss {loss.item():.4f}, "
+                f"{time.monotonic() - begun:.0f} s",
+                flush=True,
+            )
     model.net.eval()
     return model
 
@@ -151,7 +169,9 @@ def flow_matching(model: FlowModel, clean_ND: Tensor, texts: Sequence[str], rng:
 
 
 @torch.no_grad()
-def pictures_of(model: FlowModel, texts: Sequence[str], *, steps: int, guidance: float = 1.0, seed: int = 0) -> list[np.ndarray]:
+def pictures_of(
+    model: FlowModel, texts: Sequence[str], *, steps: int, guidance: float = 1.0, seed: int = 0
+) -> list[np.ndarray]:
     """An image for each text, by so many Euler steps from noise of this seed."""
     channels, height, width = model.shape()
     x_ND = torch.randn((len(texts), channels * height * width), generator=torch.Generator().manual_seed(seed))
@@ -162,17 +182,33 @@ def pictures_of(model: FlowModel, texts: Sequence[str], *, steps: int, guidance:
     return model.images(x_ND)
 
 
-def exam(model: FlowModel, domain: Domain, asked: int = 480, *, steps: int = 10, guidance: float = 1.0, batch: int = 60) -> GlyphScore:
+def exam(
+    model: FlowModel,
+    domain: Domain,
+    asked: int = 480,
+    *,
+    steps: int = 10,
+    guidance: float = 1.0,
+    batch: int = 60,
+) -> GlyphScore:
     """How a model does on the test prompts of one domain, by which nothing was chosen: one image each."""
     task = Glyphs(domains=(domain,), held_out=asked)
     prompts, rewards = list(problems(task, "test")), []
     for start in range(0, asked, batch):
         some = prompts[start : start + batch]
         made = pictures_of(
-            model, [prompt_text(prompt) for prompt in some], steps=steps, guidance=guidance, seed=seed_of("exam", domain, start)
+            model,
+            [prompt_text(prompt) for prompt in some],
+            steps=steps,
+            guidance=guidance,
+            seed=seed_of("exam", domain, start),
         )
         rewards += [task.verify(prompt, image) for prompt, image in zip(some, made, strict=True)]
-    return GlyphScore(sum(reward.value == 1 for reward in rewards), asked, sum(reward.parts["quality"] for reward in rewards) / asked)
+    return GlyphScore(
+        sum(reward.value == 1 for reward in rewards),
+        asked,
+        sum(reward.parts["quality"] for reward in rewards) / asked,
+    )
 
 
 def measure(model: FlowModel, spec: FlowSpec) -> list[str]:
@@ -182,20 +218,30 @@ def measure(model: FlowModel, spec: FlowSpec) -> list[str]:
     lines = [f"{count:,} parameters, stored as float16, {made}"]
     for steps, guidance in ((10, 1.0), (40, 1.0), (10, 2.0)):
         how = f"{steps} Euler steps" + (f", guidance {guidance:g}" if guidance != 1 else "")
-        lines += [f"held-out {domain}, {how}: {exam(model, domain, spec.problems, steps=steps, guidance=guidance)}" for domain in DOMAINS]
+        lines += [
+            f"held-out {domain}, {how}: {exam(model, domain, spec.problems, steps=steps, guidance=guidance)}"
+            for domain in DOMAINS
+        ]
     return lines
 
 
 def make(spec: FlowSpec, out: Path) -> list[str]:
-    """Train the model of a spec, measure it as it is stored, and write its folder, which is whole or absent. Returns the report."""
+    """Train the model of a spec, measure it as it is stored, and write its folder, which is whole or absent.
+    Returns the report.
+    """
     model, report = cold_start(spec), []
 
     def fill(scratch: Path) -> None:
         model.save(scratch, torch.float16)
         report.extend(measure(load_flow(str(scratch), "made", dtype="float32", device="cpu"), spec))
         role = f"A specialist for {spec.domains[0]}" if len(spec.domains) == 1 else "A generalist"
-        origin, lines = f"`reflux:{spec.start}`" if spec.start else "nothing", "\n".join(f"- {line}" for line in report)
-        (scratch / "README.md").write_text(CARD.format(name=spec.name, role=role, origin=origin, report=lines))
+        origin, lines = (
+            f"`reflux:{spec.start}`" if spec.start else "nothing",
+            "\n".join(f"- {line}" for line in report),
+        )
+        (scratch / "README.md").write_text(
+            CARD.format(name=spec.name, role=role, origin=origin, report=lines)
+        )
 
     out.parent.mkdir(parents=True, exist_ok=True)
     write_folder(out, fill)

@@ -1,6 +1,8 @@
-"""Problems that show other attempts in their question, in the words a context uses: what a reader of contexts is taught and measured by.
+"""Problems that show other attempts in their question, in the words a context uses: what a reader of contexts
+is taught and measured by.
 
-No attempt is a model's. A shown success is the worked solution; a shown failure is the worked solution with a mistake that is carried on.
+No attempt is a model's. A shown success is the worked solution; a shown failure is the worked solution with a
+mistake that is carried on.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from reflux.config.step_context import seed_of
 from reflux.contexts.wording import with_attempts
 from reflux.tasks.base import Split, TaskPart
 from reflux.tasks.word_problems import SIGNS, Operation, WordProblems, apply
-from reflux.types import Prompt, Reward, Rollout, TokenRollout, seed_of
+from reflux.types import Prompt, Reward, Rollout, TokenRollout
 
 if TYPE_CHECKING:
     from reflux.rollouts.environment import Environment
@@ -23,15 +26,18 @@ if TYPE_CHECKING:
 STEP = re.compile(r"[0-9]+([-+*])([0-9]+)=[0-9]+\.")
 KINDS: dict[str, Operation] = {sign: kind for kind, sign in SIGNS.items()}
 SLIPS = (1, -1, 2, -2, 10, -10, 20, -20)
-CUT, GARBLED = 0.1, 0.1  # shares of the failures that stop early, and that end in a scramble
+# shares of the failures that stop early, and that end in a scramble
+CUT, GARBLED = 0.1, 0.1
 
 
 @dataclass(frozen=True)
 class ShownProblem(TaskPart):
-    """The stories of `task` with `successes` right and `failures` wrong attempts in the question; asked for and graded as before.
+    """The stories of `task` with `successes` right and `failures` wrong attempts in the question; asked for
+    and graded as before.
 
-    foreign: the attempts are at the next problem of the stream, so that they say nothing about the one asked; a held-out split then has one
-    problem less. The random numbers of a wrong attempt depend on its problem's id alone.
+    foreign: the attempts are at the next problem of the stream, so that they say nothing about the one asked;
+    a held-out split then has one problem less. The random numbers of a wrong attempt depend on its problem's
+    id alone.
     """
 
     task: WordProblems
@@ -73,10 +79,12 @@ class ShownProblem(TaskPart):
 
 
 def failed(solution: str, rng: random.Random) -> str:
-    """A wrong attempt made of a worked solution: one number is wrong, and all that follows from it; a few stop early or end in a scramble.
+    """A wrong attempt made of a worked solution: one number is wrong, and all that follows from it; a few
+    stop early or end in a scramble.
 
-    The wrong number is the start or the result of a step: some other number nearby, or the number less a digit. What the attempt ends with
-    is never the right answer, since every step takes different numbers to different ones. ValueError for a text that is no worked solution.
+    The wrong number is the start or the result of a step: some other number nearby, or the number less a
+    digit. What the attempt ends with is never the right answer, since every step takes different numbers to
+    different ones. ValueError for a text that is no worked solution.
     """
     start, steps = read(solution)
     while True:
@@ -101,7 +109,9 @@ def read(solution: str) -> tuple[int, tuple[tuple[Operation, int], ...]]:
 
 
 def _worked(start: int, steps: Sequence[tuple[Operation, int]], mistake: int, rng: random.Random) -> str:
-    """The text with a wrong number at `mistake`, 0 the start, k the result of step k; "" where it would fall below 0."""
+    """The text with a wrong number at `mistake`, 0 the start, k the result of step k; "" where it would fall
+    below 0.
+    """
     value = slip(start, rng) if mistake == 0 else start
     parts = [f"Start: {value}."]
     for position, (kind, number) in enumerate(steps, 1):
@@ -116,7 +126,9 @@ def _worked(start: int, steps: Sequence[tuple[Operation, int]], mistake: int, rn
 
 
 def slip(number: int, rng: random.Random) -> int:
-    """Another number than this one, both not below 0, as one gets by a slip: near it, ten or twenty off, or with a digit lost."""
+    """Another number than this one, both not below 0, as one gets by a slip: near it, ten or twenty off, or
+    with a digit lost.
+    """
     digits = str(number)
     if len(digits) > 1 and rng.random() < 0.3:
         lost = rng.randrange(len(digits))

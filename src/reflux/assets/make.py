@@ -1,8 +1,8 @@
-"""Makes the small models by supervised learning on worked solutions, and the flow models on drawings (`reflux.assets.glyph_models`); a model
-made from another one is made after it.
+"""Makes the small models by supervised learning on worked solutions, and the flow models on drawings
+(`reflux.assets.glyph_models`); a model made from another one is made after it.
 
-`python -m reflux.assets.make [--only NAME] [--out DIR]`: the teachers in about 10 minutes each on a free core, the reader in about 10, the
-student and the novice in about 3, each flow model in about 3.
+`python -m reflux.assets.make [--only NAME] [--out DIR]`: the teachers in about 10 minutes each on a free
+core, the reader in about 10, the student and the novice in about 3, each flow model in about 3.
 
 No model ever sees what another wrote. The same seed and number of threads give the same weights, bit for bit.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +22,11 @@ from torch import Tensor
 
 from reflux.assets import folder, glyph_models
 from reflux.assets.characters import character_tokenizer
-from reflux.assets.lessons import ShownProblem
+from reflux.assets.specs import SPECS, Spec
 from reflux.assets.store import save
 from reflux.evals.problems import problems
 from reflux.metrics.intervals import wilson
 from reflux.tasks.base import Task
-from reflux.tasks.mix import Mix
-from reflux.tasks.word_problems import WordProblems
 from reflux.types import Prompt, Reward
 
 if TYPE_CHECKING:
@@ -37,109 +35,15 @@ if TYPE_CHECKING:
 IGNORED = -100
 
 
-@dataclass(frozen=True)
-class Spec:
-    """A model and how it is trained. Specialists differ by `task`, e.g. WordProblems(operations=("mul",))."""
-
-    name: str
-    layers: int
-    steps: int
-    seed: int
-    width: int = 96
-    inner: int = 256
-    heads: int = 3
-    batch: int = 64
-    lr: float = 3e-3
-    warmup: int = 50
-    start: str = ""  # the shipped model whose weights it begins with; "" for fresh ones
-    task: Task = WordProblems()  # what it is trained on
-    exam: WordProblems = WordProblems()  # what it is measured by
-    also: tuple[tuple[str, Task], ...] = ()  # and by these besides, under these titles
-
-
-SMALL = WordProblems(largest=30)
-
-PRODUCTS = WordProblems(operations=("mul",), largest=70)
-FAR = WordProblems(largest=999)
-
-# Every number of attempts that "two successes and one failure" can come to. A trailing underscore: with numbers that nobody can reckon with
-# after so few steps, so that only reading helps; they teach to copy. Where no success is shown, only small numbers are learnt.
-READING = Mix(
-    parts={
-        "plain": replace(SMALL, weight=0.25),
-        "wrong": ShownProblem(SMALL, 0, 1, weight=0.15),
-        "one": ShownProblem(WordProblems(), 1, 0, weight=0.08),
-        "two": ShownProblem(WordProblems(), 2, 0, weight=0.05),
-        "one_wrong": ShownProblem(WordProblems(), 1, 1, weight=0.06),
-        "two_wrong": ShownProblem(WordProblems(), 2, 1, weight=0.06),
-        "one_": ShownProblem(FAR, 1, 0, weight=0.12),
-        "two_": ShownProblem(FAR, 2, 0, weight=0.06),
-        "one_wrong_": ShownProblem(FAR, 1, 1, weight=0.08),
-        "two_wrong_": ShownProblem(FAR, 2, 1, weight=0.09),
-    }
-)
-
-SHOWN = {
-    "a correct attempt": ShownProblem(WordProblems(), 1, 0),
-    "two correct attempts": ShownProblem(WordProblems(), 2, 0),
-    "two correct attempts and a wrong one": ShownProblem(WordProblems(), 2, 1),
-    "a wrong attempt": ShownProblem(WordProblems(), 0, 1),
-    "two correct attempts and a wrong one at another problem": ShownProblem(WordProblems(), 2, 1, foreign=True),
-}
-
-# The teachers know more than they are asked; the student is good at small numbers and lost above them. So is the reader, unless shown how,
-# and the novice, who can multiply small numbers besides.
-SPECS = {
-    "teacher": Spec("teacher", layers=3, steps=1500, seed=1, batch=96, task=WordProblems(largest=99)),
-    "student": Spec("student", layers=2, steps=600, seed=12, lr=2e-3, task=SMALL),
-    "mul_teacher": Spec(
-        "mul_teacher",
-        layers=3,
-        steps=1000,
-        seed=3,
-        batch=96,
-        task=WordProblems(operations=("mul",), largest=300),
-        exam=WordProblems(operations=("mul",), largest=99),
-        also=(
-            ("held-out problems with numbers up to 200", WordProblems(operations=("mul",), largest=200)),
-            ("held-out problems of the other teacher (operations = ('add', 'sub'), largest = 50)", WordProblems()),
-        ),
-    ),
-    "novice": Spec(
-        "novice",
-        layers=2,
-        steps=300,
-        seed=5,
-        lr=2e-3,
-        warmup=30,
-        start="student",
-        task=Mix(parts={"add": SMALL, "mul": PRODUCTS}),
-        also=(
-            ("held-out multiplications (operations = ('mul',), largest = 99)", WordProblems(operations=("mul",), largest=99)),
-            ("held-out multiplications of the kind it was trained on (largest = 70)", PRODUCTS),
-            ("held-out problems without multiplication of the kind it was trained on (largest = 30)", SMALL),
-        ),
-    ),
-    "reader": Spec(
-        "reader",
-        layers=2,
-        steps=450,
-        seed=4,
-        batch=48,
-        lr=2e-3,
-        warmup=30,
-        start="student",
-        task=READING,
-        also=tuple((f"held-out problems, {title} shown", task) for title, task in SHOWN.items()),
-    ),
-}
-
-
 def blank(spec: Spec, tokenizer: Any) -> Qwen3ForCausalLM:
     """The untrained model of a spec: Qwen3, float32, tied embeddings."""
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    ends = {
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=spec.width,
@@ -167,11 +71,17 @@ def first(spec: Spec, tokenizer: Any) -> Qwen3ForCausalLM:
 
 
 def encode(prompts: list[Prompt], tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """(ids_BT, labels_BT), padded on the right: question and first reference, of which only the reference and its end are learnt."""
-    asked = tokenizer.apply_chat_template([list(prompt.messages) for prompt in prompts], add_generation_prompt=True)["input_ids"]
+    """(ids_BT, labels_BT), padded on the right: question and first reference, of which only the reference and
+    its end are learnt.
+    """
+    asked = tokenizer.apply_chat_template(
+        [list(prompt.messages) for prompt in prompts], add_generation_prompt=True
+    )["input_ids"]
     answered = tokenizer([prompt.references[0] + tokenizer.eos_token for prompt in prompts])["input_ids"]
     rows = [torch.tensor(ask + answer) for ask, answer in zip(asked, answered, strict=True)]
-    labels = [torch.tensor([IGNORED] * len(ask) + answer) for ask, answer in zip(asked, answered, strict=True)]
+    labels = [
+        torch.tensor([IGNORED] * len(ask) + answer) for ask, answer in zip(asked, answered, strict=True)
+    ]
     pad = torch.nn.utils.rnn.pad_sequence
     return pad(rows, True, float(tokenizer.pad_token_id)), pad(labels, True, float(IGNORED))
 
@@ -188,13 +98,19 @@ def cold_start(spec: Spec, tokenizer: Any) -> Qwen3ForCausalLM:
             group["lr"] = rate
         ids_BT, labels_BT = encode(list(islice(stream, spec.batch)), tokenizer)
         logits_BTV = model(input_ids=ids_BT[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORED)
+        loss = torch.nn.functional.cross_entropy(
+            logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORED
+        )
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         if (step + 1) % 100 == 0:
-            print(f"{spec.name} step {step + 1}/{spec.steps} loss {loss.item():.4f} nats, {time.monotonic() - begun:.0f} s", flush=True)
+            print(
+                f"{spec.name} step {step + 1}/{spec.steps} loss {loss.item():.4f} nats, "
+                f"{time.monotonic() - begun:.0f} s",
+                flush=True,
+            )
     return model.eval()
 
 
@@ -205,27 +121,43 @@ def accuracy(model: Any, tokenizer: Any, task: Task, *, batch: int = 250) -> tup
     for first in range(0, len(prompts), batch):
         some = prompts[first : first + batch]
         asked = tokenizer.apply_chat_template(
-            [list(prompt.messages) for prompt in some], add_generation_prompt=True, padding=True, return_tensors="pt"
+            [list(prompt.messages) for prompt in some],
+            add_generation_prompt=True,
+            padding=True,
+            return_tensors="pt",
         )
         room = max(len(prompt.references[0]) for prompt in some) + 8
         made = model.generate(**asked, max_new_tokens=room, do_sample=False)[:, asked["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(made, skip_special_tokens=True)
-        right += sum(int(Reward.of(task.verify(prompt, text)).value or 0) for prompt, text in zip(some, texts, strict=True))
+        right += sum(
+            int(Reward.of(task.verify(prompt, text)).value or 0)
+            for prompt, text in zip(some, texts, strict=True)
+        )
     return right, len(prompts)
 
 
 def measure(model: Any, tokenizer: Any, spec: Spec) -> list[str]:
     """What a model is and can do, a line each."""
-    made = f"{spec.steps} steps of {spec.batch} problems, seed {spec.seed}, {torch.get_num_threads()} thread(s)"
+    made = (
+        f"{spec.steps} steps of {spec.batch} problems, seed {spec.seed}, {torch.get_num_threads()} thread(s)"
+    )
     lines = [f"{model.num_parameters():,} parameters, {made}"]
-    exams: dict[str, Task] = {"held-out problems": spec.exam, "held-out problems two steps longer": replace(spec.exam, longer=2)}
+    exams: dict[str, Task] = {
+        "held-out problems": spec.exam,
+        "held-out problems two steps longer": replace(spec.exam, longer=2),
+    }
     if type(spec.task) is type(spec.exam) and spec.task != spec.exam:
-        exams[f"held-out problems of the kind it was trained on ({difference(spec.task, spec.exam)})"] = spec.task
+        exams[f"held-out problems of the kind it was trained on ({difference(spec.task, spec.exam)})"] = (
+            spec.task
+        )
     exams |= dict(spec.also)
     for title, task in exams.items():
         right, count = accuracy(model, tokenizer, task)
         low, high = wilson(right, count)
-        lines.append(f"{title}: {right}/{count} right, greedy ({right / count:.1%}, 95 % interval {low:.1%} to {high:.1%})")
+        lines.append(
+            f"{title}: {right}/{count} right, greedy ({right / count:.1%}, 95 % interval {low:.1%} to "
+            f"{high:.1%})"
+        )
     return lines
 
 
@@ -236,7 +168,9 @@ def difference(task: Any, exam: Any) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=[*SPECS, *glyph_models.FLOW_SPECS], help="make this one (default: all)")
+    parser.add_argument(
+        "--only", choices=[*SPECS, *glyph_models.FLOW_SPECS], help="make this one (default: all)"
+    )
     parser.add_argument("--out", type=Path, help="folder for the models (default: beside this file)")
     parser.add_argument("--threads", type=int, default=1, help="the shipped models were made with 1")
     asked = parser.parse_args(arguments)

@@ -22,7 +22,9 @@ A {role} for the toy task `word_problems`: Qwen3 architecture, one character a t
 
 
 def save(model: Any, tokenizer: Any, name: str, report: list[str], out: Path, start: str = "") -> None:
-    """Write model, tokenizer and card as one folder that is whole or absent; `start` is the shipped model it was made from, if any."""
+    """Write model, tokenizer and card as one folder that is whole or absent; `start` is the shipped model it
+    was made from, if any.
+    """
 
     def fill(scratch: Path) -> None:
         model.save_pretrained(scratch)

@@ -1,7 +1,8 @@
 """One function joins the parts: it refuses what does not fit, in sentences, before any weight is loaded.
 
-Each part says by itself what a run must be for it (`Part.refusals`, `Part.advice`). The modules here hold the rules that no single part can
-know, by what they are about, each as `problems(cfg)`; they read what the protocols of the groups promise, and name no part that ships.
+Each part says by itself what a run must be for it (`Part.refusals`, `Part.advice`). The modules here hold the
+rules that no single part can know, by what they are about, each as `problems(cfg)`; they read what the
+protocols of the groups promise, and name no part that ships.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from reflux.checks.advice import warnings
 from reflux.checks.inputs import inputs, models
 from reflux.config.recipe import RunConfig
 from reflux.config.registry import within
+from reflux.config.requirements import Requirements
 from reflux.errors import ConfigError
-from reflux.types import Requirements
 
 __all__ = ["inputs", "join", "models", "warnings"]
 
@@ -25,8 +26,14 @@ def join(cfg: RunConfig) -> Requirements:
     problems = list(_problems(cfg))
     if problems:
         raise ConfigError("\n".join(problems))
-    speakers = [*cfg.objectives, *cfg.credit.values(), *(teacher.context for teacher in cfg.teachers.values())]
-    return reduce(lambda joined, part: joined | part.requirements, speakers, Requirements(reward=bool(cfg.rewards)))
+    speakers = [
+        *cfg.objectives,
+        *cfg.credit.values(),
+        *(teacher.context for teacher in cfg.teachers.values()),
+    ]
+    return reduce(
+        lambda joined, part: joined | part.requirements, speakers, Requirements(reward=bool(cfg.rewards))
+    )
 
 
 def _problems(cfg: RunConfig) -> Iterator[str]:

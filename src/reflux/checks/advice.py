@@ -27,9 +27,15 @@ def _unheard(cfg: RunConfig) -> Iterator[str]:
 def _as_it_acted(cfg: RunConfig) -> Iterator[str]:
     for index, objective in enumerate(cfg.objectives):
         shifted = objective.takes_advantage_offset and any(rule.shifts for rule in cfg.credit.values())
-        if objective.teacher == "behaviour" and cfg.sampler.on_policy and not cfg.max_staleness and not shifted:
+        if (
+            objective.teacher == "behaviour"
+            and cfg.sampler.on_policy
+            and not cfg.max_staleness
+            and not shifted
+        ):
             yield (
-                f"objectives[{index}] listens to 'behaviour' at max_staleness = 0: the student as it acted is the student of now, so it teaches "
+                f"objectives[{index}] listens to 'behaviour' at max_staleness = 0: the student as it acted "
+                "is the student of now, so it teaches "
                 f"nothing."
             )
 

@@ -24,12 +24,14 @@ def _shifts(cfg: RunConfig) -> Iterator[str]:
     if rules and not takers:
         kinds = ", ".join(f"'{kind_of('objectives', objective)}'" for objective in cfg.objectives)
         yield (
-            f"credit.{rules[0]} shifts advantages, but no objective takes a shift: {kinds} differentiates its cost itself.\n"
+            f"credit.{rules[0]} shifts advantages, but no objective takes a shift: {kinds} differentiates "
+            "its cost itself.\n"
             f'    Use kind = "sampled_kl", or add a second [[objectives]] with kind = "policy_gradient".'
         )
     for index, objective in enumerate(cfg.objectives):
         if objective.takes_advantage_offset and objective.teacher is None and not rules:
             yield (
-                f"objectives[{index}]: {kind_of('objectives', objective)} learns from shifts alone, and no credit rule gives any. "
+                f"objectives[{index}]: {kind_of('objectives', objective)} learns from shifts alone, and no "
+                "credit rule gives any. "
                 f"Add [credit.group_advantage] and [rewards.verifier]."
             )

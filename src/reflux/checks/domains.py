@@ -15,7 +15,8 @@ _USUAL: dict[type[Rollout], dict[str, str]] = {
     TokenRollout: {"samplers": "hf", "learners": "hf", "teachers": "local"},
     FlowRollout: {"samplers": "flow", "learners": "flow", "teachers": "flow"},
 }
-_WORDS = {  # the fields of Requirements that only a model of texts can give
+# the fields of Requirements that only a model of texts can give
+_WORDS = {
     "now_topk": "the student's likeliest tokens",
     "logp": "the teacher's log-probs of tokens",
     "now_candidates": "the teacher's log-probs at the tokens that the student finds likeliest now",
@@ -35,7 +36,10 @@ def problems(cfg: RunConfig) -> Iterator[str]:
 def _one_kind(cfg: RunConfig) -> Iterator[str]:
     """What samples, learns and teaches deals with what the task can judge."""
     made = cfg.task.rollouts
-    parts: dict[str, tuple[str, Any]] = {"sampler": ("samplers", cfg.sampler), "learner": ("learners", cfg.learner)}
+    parts: dict[str, tuple[str, Any]] = {
+        "sampler": ("samplers", cfg.sampler),
+        "learner": ("learners", cfg.learner),
+    }
     parts |= {f"teachers.{table}": ("teachers", teacher) for table, teacher in cfg.teachers.items()}
     odd = {where: (group, part) for where, (group, part) in parts.items() if part.rollouts is not made}
     if not odd:
@@ -46,15 +50,21 @@ def _one_kind(cfg: RunConfig) -> Iterator[str]:
         yield f"{task}, and no other part deals with those: {named}. Choose another task, or another base."
         return
     usual = _USUAL.get(made, {})
-    remedy = ", ".join(f'{where}.kind = "{usual[group]}"' for where, (group, _) in odd.items() if group in usual)
+    remedy = ", ".join(
+        f'{where}.kind = "{usual[group]}"' for where, (group, _) in odd.items() if group in usual
+    )
     yield f"{task}, which {named} cannot deal with. Use {remedy or 'other kinds there'}."
 
 
 def _of_texts(cfg: RunConfig) -> Iterator[str]:
     """Parts that want what only a model of texts has."""
-    speakers: dict[str, tuple[str, Any]] = {f"objectives[{i}]": ("objectives", one) for i, one in enumerate(cfg.objectives)}
+    speakers: dict[str, tuple[str, Any]] = {
+        f"objectives[{i}]": ("objectives", one) for i, one in enumerate(cfg.objectives)
+    }
     speakers |= {f"credit.{name}": ("credit", rule) for name, rule in cfg.credit.items()}
-    speakers |= {f"teachers.{table}.context": ("contexts", teacher.context) for table, teacher in cfg.teachers.items()}
+    speakers |= {
+        f"teachers.{table}.context": ("contexts", teacher.context) for table, teacher in cfg.teachers.items()
+    }
     for where, (group, part) in speakers.items():
         needed = [words for name, words in _WORDS.items() if getattr(part.requirements, name)]
         if group == "contexts" and part.adds_words:
@@ -64,11 +74,14 @@ def _of_texts(cfg: RunConfig) -> Iterator[str]:
 
 
 def _without_noise(cfg: RunConfig) -> Iterator[str]:
-    """Steps that were not drawn have no density, and no ratio of them is defined. Of a given image `sampling` says so."""
+    """Steps that were not drawn have no density, and no ratio of them is defined. Of a given image `sampling`
+    says so.
+    """
     why = without_noise(cfg) if cfg.sampler.on_policy else ""
     for index, objective in enumerate(cfg.objectives):
         if why and objective.takes_advantage_offset:
             yield (
-                f"objectives[{index}]: {why}, so {kind_of('objectives', objective)} has no log-prob to weigh. Use a noise_level above 0, "
+                f"objectives[{index}]: {why}, so {kind_of('objectives', objective)} has no log-prob to "
+                "weigh. Use a noise_level above 0, "
                 f"such as 0.7."
             )

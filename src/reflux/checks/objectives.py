@@ -35,7 +35,8 @@ def _objective(cfg: RunConfig, where: str, objective: Objective) -> Iterator[str
         kinds = ", ".join(_OFFERED[kind] for kind in objective.accepts if kind in _OFFERED)
         said = ", ".join(_OFFERED[kind] for kind in sorted(offers, key=str) if kind in _OFFERED)
         yield (
-            f"{where}: {_called(objective)} needs {kinds}, but teacher '{objective.teacher}' offers {said or 'nothing'}. "
+            f"{where}: {_called(objective)} needs {kinds}, but teacher '{objective.teacher}' offers "
+            f"{said or 'nothing'}. "
             f"{_remedy(cfg, objective)}."
         )
 
@@ -56,13 +57,16 @@ def _variance(cfg: RunConfig) -> Iterator[str]:
     sampled = [(index, objective) for index, objective in enumerate(cfg.objectives) if objective.samples]
     if not sampled:
         yield (
-            'log_variance = true measures the noise of the sampled gradient, and no objective samples one. Use kind = "sampled_kl", or '
+            "log_variance = true measures the noise of the sampled gradient, and no objective samples one. "
+            'Use kind = "sampled_kl", or '
             "log_variance = false."
         )
     for index, objective in sampled:
         offers = offered(cfg, objective.teacher) if objective.teacher else set()
         if offers and HiddenTarget not in offers:
             yield (
-                f"log_variance = true needs the whole distribution of every teacher a sampled_kl listens to, but objectives[{index}] "
-                f"listens to '{objective.teacher}', which does not offer it. Use a local teacher, or log_variance = false."
+                "log_variance = true needs the whole distribution of every teacher a sampled_kl listens to, "
+                f"but objectives[{index}] "
+                f"listens to '{objective.teacher}', which does not offer it. Use a local teacher, or "
+                "log_variance = false."
             )

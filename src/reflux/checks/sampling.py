@@ -14,7 +14,8 @@ def problems(cfg: RunConfig) -> Iterator[str]:
     yield from _sampling(cfg)
     if cfg.deterministic and not cfg.sampler.exact_rng:
         yield (
-            f"deterministic = true asks for a run that repeats bit for bit, and sampler '{kind_of('samplers', cfg.sampler)}' as it is set "
+            "deterministic = true asks for a run that repeats bit for bit, and sampler "
+            f"'{kind_of('samplers', cfg.sampler)}' as it is set "
             f'depends on timing. Set sampler.turns = "together", or leave deterministic out.'
         )
 
@@ -33,15 +34,23 @@ def _sampling(cfg: RunConfig) -> Iterator[str]:
     biased = draw.temperature != 1 or draw.top_p != 1
     if biased and sampler.on_policy and not sampler.allow_biased:
         yield (
-            f"sampler.temperature = {draw.temperature:g} and top_p = {draw.top_p:g}: attempts from another distribution than the "
-            f"student's own make on-policy estimators biased. Use 1 and 1, or say sampler.allow_biased = true."
+            f"sampler.temperature = {draw.temperature:g} and top_p = {draw.top_p:g}: attempts from another "
+            "distribution than the "
+            "student's own make on-policy estimators biased. Use 1 and 1, or say sampler.allow_biased = "
+            "true."
         )
     for index, objective in enumerate(cfg.objectives):
         name = f"objectives[{index}]: {kind_of('objectives', objective)}"
         if objective.takes_advantage_offset and not sampler.on_policy:
             yield (
-                f"{name} weighs what was chosen by the student's own probabilities, but sampler '{kind}' gives answers it did not draw. "
+                f"{name} weighs what was chosen by the student's own probabilities, but sampler '{kind}' "
+                "gives answers it did not draw. "
                 f"Use {'velocity_kl' if sampler.rollouts is FlowRollout else 'nll or divergence'}."
             )
-        if objective.teacher is None and not objective.takes_advantage_offset and sampler.on_policy and sampler.rollouts is TokenRollout:
+        if (
+            objective.teacher is None
+            and not objective.takes_advantage_offset
+            and sampler.on_policy
+            and sampler.rollouts is TokenRollout
+        ):
             yield f"{name} on the student's own attempts has an expected gradient of zero. Use sampler 'references', or another objective."

@@ -24,7 +24,8 @@ def _context(cfg: RunConfig, table: str) -> Iterator[str]:
     context = cfg.teachers[table].context
     if context.min_group > cfg.group_size:
         yield (
-            f"teachers.{table}.context needs at least {context.min_group} attempts per prompt, but group_size is {cfg.group_size}. "
+            f"teachers.{table}.context needs at least {context.min_group} attempts per prompt, but "
+            f"group_size is {cfg.group_size}. "
             f"Raise group_size."
         )
     if context.requirements.reward and not cfg.rewards:
@@ -34,7 +35,8 @@ def _context(cfg: RunConfig, table: str) -> Iterator[str]:
 def _moving(cfg: RunConfig, table: str) -> Iterator[str]:
     if cfg.max_staleness and cfg.teachers[table].follows:
         yield (
-            f"teachers.{table} moves with the student, so what it said of an attempt is read through another head by the time the attempt "
+            f"teachers.{table} moves with the student, so what it said of an attempt is read through another "
+            "head by the time the attempt "
             f"is used; max_staleness is {cfg.max_staleness}. Use max_staleness = 0, or a frozen teacher."
         )
 
@@ -42,24 +44,38 @@ def _moving(cfg: RunConfig, table: str) -> Iterator[str]:
 def _shared(cfg: RunConfig, name: str, tables: list[str]) -> Iterator[str]:
     """Of several tables under one name, each prompt is asked of exactly one."""
     routes = [route for table in tables for route in cfg.teachers[table].routes]
-    if len(tables) > 1 and (len(set(routes)) < len(routes) or any(not cfg.teachers[table].routes for table in tables)):
+    if len(tables) > 1 and (
+        len(set(routes)) < len(routes) or any(not cfg.teachers[table].routes for table in tables)
+    ):
         yield f"teachers {', '.join(tables)} all answer as '{name}', so each needs routes of its own, none of them shared."
 
 
 def _unserved(cfg: RunConfig) -> Iterator[str]:
-    """Every route a prompt may carry is some teacher's: of those that share a name, and of all where each has routes."""
-    spoken = sorted({objective.teacher for objective in cfg.objectives if objective.teacher} & objective_teachers(cfg))
+    """Every route a prompt may carry is some teacher's: of those that share a name, and of all where each has
+    routes.
+    """
+    spoken = sorted(
+        {objective.teacher for objective in cfg.objectives if objective.teacher} & objective_teachers(cfg)
+    )
     by_name = {name: [cfg.teachers[table].routes for table in tables_of(cfg, name)] for name in spoken}
-    told = {"the teachers that objectives listen to": [routes for served in by_name.values() for routes in served]}
-    told |= {f"the teachers that answer as '{name}'": served for name, served in by_name.items() if len(served) > 1}
+    told = {
+        "the teachers that objectives listen to": [routes for served in by_name.values() for routes in served]
+    }
+    told |= {
+        f"the teachers that answer as '{name}'": served for name, served in by_name.items() if len(served) > 1
+    }
     routed = {whose: served for whose, served in told.items() if served and all(served)}
-    carried = cfg.task.routes if routed else None  # a task may have to read its data for them
+    # a task may have to read its data for them
+    carried = cfg.task.routes if routed else None
     for whose, served in routed.items():
         known = sorted({route for routes in served for route in routes})
-        unserved = sorted(f"'{route}'" if route else "(none)" for route in (carried or frozenset()) - set(known))
+        unserved = sorted(
+            f"'{route}'" if route else "(none)" for route in (carried or frozenset()) - set(known)
+        )
         if unserved:
             yield (
-                f"teachers: this task has prompts of the route {', '.join(unserved)}, but {whose} serve only {', '.join(known)}. Add that "
+                f"teachers: this task has prompts of the route {', '.join(unserved)}, but {whose} serve only "
+                f"{', '.join(known)}. Add that "
                 f"route to a table, or take `routes` away from one: it then answers every prompt."
             )
             return

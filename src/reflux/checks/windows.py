@@ -12,15 +12,18 @@ from reflux.models.sizes import size_of
 from reflux.models.text import load_tokenizer
 from reflux.models.tokenizer import Renderer
 
-_PROMPTS = 64  # of the training prompts, asked for their length
+# of the training prompts, asked for their length
+_PROMPTS = 64
 
 
 def problems(cfg: RunConfig) -> Iterator[str]:
-    """Prompt, other attempts, the words around them and the answer, counted with the teacher's tokenizer against its window.
+    """Prompt, other attempts, the words around them and the answer, counted with the teacher's tokenizer
+    against its window.
 
-    A prompt takes `sampler.max_prompt_tokens`, or, where that is not set, what the longest of the first 64 training prompts takes.
-    Feedback, longer prompts and peers that are longer when read as text come on top, and are refused when they are met. A model whose
-    files are not here yet is not checked. Imports transformers where a teacher is shown other attempts.
+    A prompt takes `sampler.max_prompt_tokens`, or, where that is not set, what the longest of the first 64
+    training prompts takes. Feedback, longer prompts and peers that are longer when read as text come on top,
+    and are refused when they are met. A model whose files are not here yet is not checked. Imports
+    transformers where a teacher is shown other attempts.
     """
     for table, teacher in cfg.teachers.items():
         reader = teacher.reader(cfg.learner.student)
@@ -29,26 +32,35 @@ def problems(cfg: RunConfig) -> Iterator[str]:
             yield from _too_narrow(cfg, table, teacher.context, reader, path)
 
 
-def _too_narrow(cfg: RunConfig, table: str, context: Context, reader: StudentSpec, path: str) -> Iterator[str]:
+def _too_narrow(
+    cfg: RunConfig, table: str, context: Context, reader: StudentSpec, path: str
+) -> Iterator[str]:
     window = size_of(reader.model, path).context_tokens
     if window is None:
         return
     tokenizer = load_tokenizer(reader.model, path, reader.trust_remote_code)
     limit = cfg.sampler.generation.max_prompt_tokens
-    prompt = limit or _longest_prompt(cfg, Renderer(tokenizer, reader.system, reader.template, reader.prompt_suffix))
+    prompt = limit or _longest_prompt(
+        cfg, Renderer(tokenizer, reader.system, reader.template, reader.prompt_suffix)
+    )
     whose = "sampler.max_prompt_tokens" if limit else f"the longest of the first {_PROMPTS}"
 
     def added(longest: int) -> int:
-        return context.most_added(longest, lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))
+        return context.most_added(
+            longest, lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        )
 
     def needed(longest: int) -> int:
-        return prompt + added(longest) + longest - 1  # nothing is asked about what follows the last token
+        # nothing is asked about what follows the last token
+        return prompt + added(longest) + longest - 1
 
     longest = cfg.training_positions
     if needed(longest) > window:
         yield (
-            f"teachers.{table}.context: a prompt of {prompt} tokens ({whose}), up to {added(longest)} of other attempts and the words "
-            f"around them, and an answer of up to {longest} take {needed(longest)} tokens, but the teacher's model holds {window}. "
+            f"teachers.{table}.context: a prompt of {prompt} tokens ({whose}), up to {added(longest)} of "
+            "other attempts and the words "
+            f"around them, and an answer of up to {longest} take {needed(longest)} tokens, but the teacher's "
+            f"model holds {window}. "
             f"{_remedy(needed, longest, window)} teachers.{table}.context.peer_tokens, successes or failures"
             f"{', or sampler.max_prompt_tokens' if limit else ', or shorten the prompts'}."
         )
@@ -56,7 +68,11 @@ def _too_narrow(cfg: RunConfig, table: str, context: Context, reader: StudentSpe
 
 def _remedy(needed: Callable[[int], int], longest: int, window: int) -> str:
     fits = next((limit for limit in range(longest, 0, -1) if needed(limit) <= window), None)
-    return "Not even answers of 1 token fit: lower" if fits is None else f"Lower sampler.max_tokens to {fits}, or lower"
+    return (
+        "Not even answers of 1 token fit: lower"
+        if fits is None
+        else f"Lower sampler.max_tokens to {fits}, or lower"
+    )
 
 
 def _longest_prompt(cfg: RunConfig, renderer: Renderer) -> int:

@@ -1,7 +1,8 @@
-"""reflux difficulty: how hard the training prompts are for a recipe's student, and a prompt file balanced by it.
+"""reflux difficulty: how hard the training prompts are for a recipe's student, and a prompt file balanced by
+it.
 
-Uni-OPD samples with temperature 1, top-p 0.95 and top-k 50; these samplers have no top-k, so it is left out. Images have neither
-temperature nor top-p: they are drawn by the noisy steps of training.
+Uni-OPD samples with temperature 1, top-p 0.95 and top-k 50; these samplers have no top-k, so it is left out.
+Images have neither temperature nor top-p: they are drawn by the noisy steps of training.
 """
 
 from __future__ import annotations
@@ -22,15 +23,25 @@ from rich.table import Table
 
 from reflux import checks
 from reflux.config.recipe import RunConfig, Track, config_hash, load_recipe, part_context, to_toml
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import SamplingParams
 from reflux.errors import DataError, RunError
 from reflux.evals.evaluation import Evaluation
 from reflux.evals.problems import problems
-from reflux.evals.prompt_difficulty import FIRST, Counted, as_line, copies_of, measured, repeated, training_prompts
+from reflux.evals.prompt_difficulty import (
+    FIRST,
+    Counted,
+    as_line,
+    copies_of,
+    measured,
+    repeated,
+    training_prompts,
+)
 from reflux.runtime.services import Services
 from reflux.storage.files import append_lines, jsonable, keep_lines, read_lines, write_text
 from reflux.tasks.base import Split, Task
 from reflux.tasks.jsonl import Jsonl
-from reflux.types import FlowRollout, Prompt, Requirements, SamplingParams
+from reflux.types import FlowRollout, Prompt
 
 console = Console()
 PARTIAL = "difficulty.partial.jsonl"
@@ -38,18 +49,27 @@ NOTE: dict[str, Any] = {"style": "yellow", "markup": False, "highlight": False, 
 
 
 def balance_prompts(
-    recipe: str, overrides: list[str], samples: int, prompts: int, sampling: tuple[float, float], cap: int, out: Path | None
+    recipe: str,
+    overrides: list[str],
+    samples: int,
+    prompts: int,
+    sampling: tuple[float, float],
+    cap: int,
+    out: Path | None,
 ) -> None:
-    """Sample, count, write `difficulty.jsonl`, `prompts.jsonl` and `recipe.toml`, and print what it does to the difficulties.
+    """Sample, count, write `difficulty.jsonl`, `prompts.jsonl` and `recipe.toml`, and print what it does to
+    the difficulties.
 
-    recipe.toml is the whole recipe, overrides included, with the task `jsonl` on prompts.jsonl; its held-out prompts are the task's own,
-    in validation.jsonl and test.jsonl.
+    recipe.toml is the whole recipe, overrides included, with the task `jsonl` on prompts.jsonl; its held-out
+    prompts are the task's own, in validation.jsonl and test.jsonl.
 
-    sampling: temperature and top-p. Counts are kept as they come, so a killed call goes on where it was; the files are whole or absent.
-    RunError for a folder that holds counts already, or some made with other settings.
+    sampling: temperature and top-p. Counts are kept as they come, so a killed call goes on where it was; the
+    files are whole or absent. RunError for a folder that holds counts already, or some made with other
+    settings.
     """
     whole = load_recipe(recipe, overrides)
-    cfg = replace(whole, teachers={}, credit={}, evals={}, rewards={}, extrapolation=None, track=Track())  # only the student acts
+    # only the student acts
+    cfg = replace(whole, teachers={}, credit={}, evals={}, rewards={}, extrapolation=None, track=Track())
     folder = out or Path("runs") / f"{cfg.recipe}-difficulty"
     if folder.is_file():
         raise RunError(f"{folder} is a file; choose a folder with --out")
@@ -60,16 +80,28 @@ def balance_prompts(
         raise DataError("the task has no training prompts, so there is nothing to balance")
     checks.inputs(cfg)
     if cut and not prompts:
-        console.print(f"note: this task has no end; these are its first {FIRST} training prompts (--prompts N for more)", style="yellow")
+        console.print(
+            f"note: this task has no end; these are its first {FIRST} training prompts (--prompts N for "
+            "more)",
+            style="yellow",
+        )
     from reflux.runtime.library_logging import quiet_libraries
 
     quiet_libraries()
     folder.mkdir(parents=True, exist_ok=True)
-    said = {"samples": samples, "temperature": sampling[0], "top_p": sampling[1], "prompts": len(asked), "config_hash": config_hash(cfg)}
+    said = {
+        "samples": samples,
+        "temperature": sampling[0],
+        "top_p": sampling[1],
+        "prompts": len(asked),
+        "config_hash": config_hash(cfg),
+    }
     known = _taken_up(folder / PARTIAL, said)
     counted = asyncio.run(_count(cfg, asked, known, samples, sampling, folder / PARTIAL))
     copies = copies_of(counted, cap)
-    _write(folder / "difficulty.jsonl", [entry.line(times) for entry, times in zip(counted, copies, strict=True)])
+    _write(
+        folder / "difficulty.jsonl", [entry.line(times) for entry, times in zip(counted, copies, strict=True)]
+    )
     _write(folder / "prompts.jsonl", [as_line(prompt) for prompt in repeated(asked, copies)])
     write_text(folder / "recipe.toml", to_toml(replace(whole, task=_balanced(folder, whole.task))))
     (folder / PARTIAL).unlink()
@@ -78,19 +110,27 @@ def balance_prompts(
 
 def _taken_up(path: Path, said: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Counts of an earlier call, by prompt id. RunError where it was made with other settings."""
-    keep_lines(path, lambda row: True)  # a last line cut short by a kill goes, or the next one would be written behind it
+    # a last line cut short by a kill goes, or the next one would be written behind it
+    keep_lines(path, lambda row: True)
     rows = list(read_lines(path))
     if not rows:
         append_lines(path, [said])
         return {}
     if rows[0] != said:
         changed = ", ".join(key for key in said if rows[0].get(key) != said[key])
-        raise RunError(f"{path} holds counts made with other settings ({changed}); choose another folder with --out")
+        raise RunError(
+            f"{path} holds counts made with other settings ({changed}); choose another folder with --out"
+        )
     return {row["id"]: row for row in rows[1:]}
 
 
 async def _count(
-    cfg: RunConfig, asked: list[Prompt], known: dict[str, dict[str, Any]], samples: int, sampling: tuple[float, float], path: Path
+    cfg: RunConfig,
+    asked: list[Prompt],
+    known: dict[str, dict[str, Any]],
+    samples: int,
+    sampling: tuple[float, float],
+    path: Path,
 ) -> list[Counted]:
     draw = SamplingParams(0, "score", cfg.evaluation_positions, *sampling, stop=cfg.sampler.draw(0).stop)
     found = {id_: (row["correct"], row["ungraded"]) for id_, row in known.items()}
@@ -107,25 +147,32 @@ async def _count(
 
 @asynccontextmanager
 async def _student(cfg: RunConfig, scratch: Path) -> AsyncIterator[Evaluation]:
-    """The sampler with the weights that training begins with: a flow learner may begin elsewhere than at its model."""
+    """The sampler with the weights that training begins with: a flow learner may begin elsewhere than at its
+    model.
+    """
     with closing(Services(cfg.learner.student, overlap=cfg.sampler.overlaps)) as services:
         context = part_context(cfg, Requirements(), "sampler", scratch)
         async with cfg.sampler.open(context, services) as sampler:
             if cfg.learner.rollouts is FlowRollout:
-                async with cfg.learner.open(part_context(cfg, Requirements(), "learner", scratch), services) as learner:
+                async with cfg.learner.open(
+                    part_context(cfg, Requirements(), "learner", scratch), services
+                ) as learner:
                     await sampler.publish(learner.publish(), 0)
             yield Evaluation(context, services, cfg.sampler, sampler)
 
 
 def _balanced(folder: Path, task: Task) -> Jsonl:
-    """The task `jsonl` on what was written; every key is set, so nothing of the old task is left. What changes is said."""
+    """The task `jsonl` on what was written; every key is set, so nothing of the old task is left. What
+    changes is said.
+    """
     held_out = {split: _held_out(folder / f"{split}.jsonl", task, split) for split in ("validation", "test")}
     grader, images = task.judge, task.rollouts is FlowRollout
     otherwise = "none" if images else "math"
     where = f"note: {folder / 'recipe.toml'}"
     if grader is None:
         console.print(
-            f'{where} judges answers by the grader "{otherwise}" and has no turns but the first: what this task does itself, jsonl cannot. '
+            f'{where} judges answers by the grader "{otherwise}" and has no turns but the first: what this '
+            "task does itself, jsonl cannot. "
             f'For another judge set task.grader="my_module:function"',
             **NOTE,
         )
@@ -141,7 +188,9 @@ def _balanced(folder: Path, task: Task) -> Jsonl:
 
 
 def _held_out(path: Path, task: Task, split: Split) -> str | None:
-    """The file of a split's prompts; None, and a note, where the task has none: only an evaluation needs them."""
+    """The file of a split's prompts; None, and a note, where the task has none: only an evaluation needs
+    them.
+    """
     why = ""
     try:
         prompts = list(problems(task, split))
@@ -159,7 +208,9 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _show(folder: Path, counted: Sequence[Counted], copies: Sequence[int], samples: int) -> None:
-    judged = [(entry.correct, times) for entry, times in zip(counted, copies, strict=True) if not entry.ungraded]
+    judged = [
+        (entry.correct, times) for entry, times in zip(counted, copies, strict=True) if not entry.ungraded
+    ]
     before, times_of = Counter(correct for correct, _ in judged), dict(judged)
     whole, after = len(judged), sum(times for _, times in judged)
     table = Table(f"correct of {samples}", "prompts", "share", "copies of each", "balanced", "share")
@@ -167,17 +218,29 @@ def _show(folder: Path, counted: Sequence[Counted], copies: Sequence[int], sampl
         column.justify = "right"
     for correct in range(samples + 1):
         has, times = before[correct], times_of.get(correct, 0)
-        shares = (f"{100 * part / max(total, 1):.1f} %" for part, total in ((has, whole), (has * times, after)))
-        table.add_row(str(correct), f"{has:,}", next(shares), str(times) if has else "-", f"{has * times:,}", next(shares))
+        shares = (
+            f"{100 * part / max(total, 1):.1f} %" for part, total in ((has, whole), (has * times, after))
+        )
+        table.add_row(
+            str(correct),
+            f"{has:,}",
+            next(shares),
+            str(times) if has else "-",
+            f"{has * times:,}",
+            next(shares),
+        )
     console.print(table)
     outside = len(counted) - whole
     if outside:
         console.print(
-            f"note: {outside} prompt(s) have answers that could not be judged; each is kept once, in no row of this table", style="yellow"
+            f"note: {outside} prompt(s) have answers that could not be judged; each is kept once, in no row "
+            "of this table",
+            style="yellow",
         )
     lines = [
         f"Counts         {folder / 'difficulty.jsonl'}",
-        f"Prompts        {folder / 'prompts.jsonl'} ({after + outside:,}, of {len(counted):,} different ones)",
+        f"Prompts        {folder / 'prompts.jsonl'} ({after + outside:,}, of {len(counted):,} different "
+        "ones)",
         f"Train on them  reflux run {shlex.quote(str(folder / 'recipe.toml'))}",
     ]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

@@ -14,19 +14,22 @@ from rich.console import Console
 from reflux import checks
 from reflux.config.overrides import merge, nest, split_override, unpack
 from reflux.config.recipe import RunConfig, from_table, part_context, saved_table
+from reflux.config.requirements import Requirements
 from reflux.evals.accuracy import Accuracy
 from reflux.evals.evaluation import Evaluation
 from reflux.evals.problems import problems as test_problems
 from reflux.evals.problems import seen, told
 from reflux.models.text import load_tokenizer, local_folder
 from reflux.runtime.services import Services
-from reflux.types import Requirements
 
 console = Console()
 
 
-def evaluate_model(model: str, task: str | None, problems: int, samples: int, max_tokens: int | None, overrides: list[str]) -> None:
-    """Print the table of `accuracy`; nothing is written. A run directory brings its own task and sampler along.
+def evaluate_model(
+    model: str, task: str | None, problems: int, samples: int, max_tokens: int | None, overrides: list[str]
+) -> None:
+    """Print the table of `accuracy`; nothing is written. A run directory brings its own task and sampler
+    along.
 
     A flow model is known by its files; one on the hub that is not here yet by the override sampler.kind=flow.
     """
@@ -44,7 +47,13 @@ def evaluate_model(model: str, task: str | None, problems: int, samples: int, ma
         load_tokenizer(model, "MODEL")
     cfg = from_table(table)
     checks.inputs(cfg)
-    asked = Accuracy(problems=problems, samples=samples, max_tokens=max_tokens or cfg.evaluation_positions, split="test", examples=0)
+    asked = Accuracy(
+        problems=problems,
+        samples=samples,
+        max_tokens=max_tokens or cfg.evaluation_positions,
+        split="test",
+        examples=0,
+    )
     found = asyncio.run(_accuracy(cfg, asked))
     if again := seen(cfg.task, list(islice(test_problems(cfg.task, "test"), problems))):
         console.print(told(again), style="yellow", markup=False, highlight=False)
@@ -59,16 +68,28 @@ def _table(model: str) -> dict[str, Any]:
     table: dict[str, Any] = {"task": {"kind": "word_problems"}, "sampler": {"kind": "hf", "max_tokens": 512}}
     if flow:
         table = {"task": {"kind": "glyphs"}, "sampler": {"kind": "flow"}}
-    chat: dict[str, Any] = {}  # how a run speaks to its student
+    # how a run speaks to its student
+    chat: dict[str, Any] = {}
     if (Path(model) / "config.toml").is_file():
         own = saved_table(Path(model))
-        table = {"steps": own["steps"], "task": own["task"], "sampler": own["sampler"].get("generate", own["sampler"])}
-        chat = {key: own["learner"][key] for key in ("system", "template", "prompt_suffix") if key in own["learner"]}
+        table = {
+            "steps": own["steps"],
+            "task": own["task"],
+            "sampler": own["sampler"].get("generate", own["sampler"]),
+        }
+        chat = {
+            key: own["learner"][key]
+            for key in ("system", "template", "prompt_suffix")
+            if key in own["learner"]
+        }
     return {**table, "learner": {"model": model, **chat}, "objectives": [{"kind": "nll"}]}
 
 
 async def _accuracy(cfg: RunConfig, asked: Accuracy) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as scratch, closing(Services(cfg.learner.student, overlap=cfg.sampler.overlaps)) as services:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        closing(Services(cfg.learner.student, overlap=cfg.sampler.overlaps)) as services,
+    ):
         context = part_context(cfg, Requirements(), "sampler", Path(scratch))
         async with cfg.sampler.open(context, services) as sampler:
             return await asked.measure(Evaluation(context, services, cfg.sampler, sampler))

@@ -1,4 +1,6 @@
-"""The command line: run, plan, eval, report, difficulty, list, cite, doctor. Everything heavy is imported by the command that needs it."""
+"""The command line: run, plan, eval, report, difficulty, list, cite, doctor. Everything heavy is imported by
+the command that needs it.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,16 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Recipe = Annotated[str, typer.Argument(help="A shipped recipe (see: reflux list recipes) or the path of a .toml file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, as key.path=value, for example learner.lr=1e-3.")]
-Out = Annotated[Path | None, typer.Option("--out", help="The run directory; by default runs/RECIPE, numbered where taken.")]
+Recipe = Annotated[
+    str, typer.Argument(help="A shipped recipe (see: reflux list recipes) or the path of a .toml file.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes, as key.path=value, for example learner.lr=1e-3.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="The run directory; by default runs/RECIPE, numbered where taken."),
+]
 
 
 @app.command("run")
@@ -27,7 +36,9 @@ def run_(
     recipe: Recipe,
     overrides: Overrides = None,
     out: Out = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a run from its last checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a run from its last checkpoint.")
+    ] = False,
 ) -> None:
     """Train a student by a recipe."""
     from reflux.cli.run import run_recipe
@@ -45,13 +56,24 @@ def plan(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command("eval")
 def eval_(
-    model: Annotated[str, typer.Argument(help="A run directory, a folder in Hugging Face format, a hub id, or reflux:teacher.")],
-    task: Annotated[str | None, typer.Option("--task", help="A task's kind, for example gsm8k; by default that of the run.")] = None,
+    model: Annotated[
+        str,
+        typer.Argument(help="A run directory, a folder in Hugging Face format, a hub id, or reflux:teacher."),
+    ],
+    task: Annotated[
+        str | None,
+        typer.Option("--task", help="A task's kind, for example gsm8k; by default that of the run."),
+    ] = None,
     problems: Annotated[int, typer.Option("--problems", min=1)] = 500,
-    samples: Annotated[int, typer.Option("--samples", min=0, help="Sampled answers per problem, besides the greedy one.")] = 0,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Per answer; by default the run's, else 512.")] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", min=0, help="Sampled answers per problem, besides the greedy one.")
+    ] = 0,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=1, help="Per answer; by default the run's, else 512.")
+    ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Task or sampler settings, for example task.path=data.jsonl.")
+        list[str] | None,
+        typer.Option("--set", help="Task or sampler settings, for example task.path=data.jsonl."),
     ] = None,
 ) -> None:
     """Accuracy of a model on a task, with intervals."""
@@ -71,7 +93,9 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> Non
 @app.command("list")
 def list_(
     group: Annotated[str, typer.Argument(help="recipes, tasks, samplers, teachers, credit, ...")] = "",
-    module: Annotated[str, typer.Option("--module", help="A package of your own: its parts, in place of those that ship.")] = "",
+    module: Annotated[
+        str, typer.Option("--module", help="A package of your own: its parts, in place of those that ship.")
+    ] = "",
 ) -> None:
     """Recipes and parts, one line each."""
     from reflux.cli.show import list_parts
@@ -100,11 +124,15 @@ def difficulty(
     recipe: Recipe,
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Answers per training prompt.")] = 8,
-    prompts: Annotated[int, typer.Option("--prompts", min=0, help="So many; by default one pass, or 512 of an endless task.")] = 0,
+    prompts: Annotated[
+        int, typer.Option("--prompts", min=0, help="So many; by default one pass, or 512 of an endless task.")
+    ] = 0,
     temperature: Annotated[float, typer.Option("--temperature", min=0.01)] = 1.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1.0)] = 0.95,
     cap: Annotated[int, typer.Option("--cap", min=1, help="At most so many copies of a prompt.")] = 8,
-    out: Annotated[Path | None, typer.Option("--out", help="Where the files go; by default runs/RECIPE-difficulty.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where the files go; by default runs/RECIPE-difficulty.")
+    ] = None,
 ) -> None:
     """How hard the training prompts are for the student, and a prompt file balanced by it."""
     from reflux.cli.difficulty import balance_prompts
@@ -113,14 +141,18 @@ def difficulty(
 
 
 @app.callback(invoke_without_command=True)
-def version(show: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
     if show:
         typer.echo(f"reflux {__version__}")
         raise typer.Exit
 
 
 def main() -> None:
-    """Errors a user can act on end as a sentence and exit code 2; anything else is a bug and shows its traceback."""
+    """Errors a user can act on end as a sentence and exit code 2; anything else is a bug and shows its
+    traceback.
+    """
     from reflux.errors import RefluxError
 
     try:
@@ -134,7 +166,10 @@ def main() -> None:
         if error.errno != errno.ENOSPC:
             raise
         typer.secho(
-            "reflux: the disk is full. Nothing already saved is harmed: free some space, then continue with --resume.", err=True, fg="red"
+            "reflux: the disk is full. Nothing already saved is harmed: free some space, then continue with "
+            "--resume.",
+            err=True,
+            fg="red",
         )
         raise SystemExit(2) from None
 

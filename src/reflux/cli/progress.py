@@ -13,9 +13,12 @@ from rich.text import Text
 from reflux.config.recipe import RunConfig
 from reflux.reports.asked import problems_of, split_of
 
-_WINDOW = 20  # steps that speed and time left are measured over
-_KLS = {"kl_nats": "KL", "kl_nats_trained": "KL where learnt from"}  # the first that is known: over all positions, or over some
-_PLAIN_EVERY_S = 10.0  # where the output is no terminal
+# steps that speed and time left are measured over
+_WINDOW = 20
+# the first that is known: over all positions, or over some
+_KLS = {"kl_nats": "KL", "kl_nats_trained": "KL where learnt from"}
+# where the output is no terminal
+_PLAIN_EVERY_S = 10.0
 
 
 class Progress:
@@ -24,7 +27,11 @@ class Progress:
     def __init__(self, console: Console, cfg: RunConfig):
         self._console, self._steps, self._unit = console, cfg.steps, cfg.sampler.rollouts.unit
         self._line = Text("loading models ...")
-        self._live = Live(self._line, console=console, refresh_per_second=8, transient=True) if console.is_terminal else None
+        self._live = (
+            Live(self._line, console=console, refresh_per_second=8, transient=True)
+            if console.is_terminal
+            else None
+        )
         self._accuracy: float | None = None
         self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
         self._printed = time.monotonic()
@@ -39,7 +46,9 @@ class Progress:
             self._live.stop()
 
     def stepped(self, metrics: dict[str, Any]) -> None:
-        self._recent.append((metrics["seconds"]["total"], max(metrics["tokens_sampled"], metrics["tokens_trained"])))
+        self._recent.append(
+            (metrics["seconds"]["total"], max(metrics["tokens_sampled"], metrics["tokens_trained"]))
+        )
         seconds = sum(spent for spent, _ in self._recent)
         speed = sum(tokens for _, tokens in self._recent) / max(seconds, 1e-9)
         left_s = (self._steps - metrics["step"]) * seconds / len(self._recent)
@@ -63,9 +72,17 @@ class Progress:
         table = results["accuracy"]
         asked = problems_of([split_of(table.get("split"))])
         parts = [f"({table['low']:.1%} to {table['high']:.1%}, {table['problems']} {asked})"]
-        parts += [f"{name} {table[f'accuracy.{name}']:.1%}" for name in _routes(table) if table[f"accuracy.{name}"] is not None]
+        parts += [
+            f"{name} {table[f'accuracy.{name}']:.1%}"
+            for name in _routes(table)
+            if table[f"accuracy.{name}"] is not None
+        ]
         parts += [f"{name} {table[name]:.3f}" for name in table.get("parts", []) if table[name] is not None]
-        self._console.print(f"step {results['step']:>4}  accuracy {accuracy:6.1%}  {'  '.join(parts)}", highlight=False, markup=False)
+        self._console.print(
+            f"step {results['step']:>4}  accuracy {accuracy:6.1%}  {'  '.join(parts)}",
+            highlight=False,
+            markup=False,
+        )
 
     def noted(self, text: str) -> None:
         self._console.print(text, style="yellow", markup=False)
@@ -80,7 +97,11 @@ class Progress:
 
 def _routes(table: dict[str, Any]) -> list[str]:
     """The parts or routes that the accuracy is also told of."""
-    counted = [key.removesuffix(".problems") for key in table if key.startswith("accuracy.") and key.endswith(".problems")]
+    counted = [
+        key.removesuffix(".problems")
+        for key in table
+        if key.startswith("accuracy.") and key.endswith(".problems")
+    ]
     return [key.removeprefix("accuracy.") for key in counted]
 
 

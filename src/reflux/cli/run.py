@@ -49,7 +49,8 @@ def run_recipe(recipe: str, overrides: list[str], out: Path | None, resume: bool
 
 def _train(cfg: RunConfig, options: Options, console: Console) -> dict[str, Any]:
     with Progress(console, cfg) as progress:
-        from reflux.loop import train  # torch and transformers: seconds, so the first line is out before them
+        # torch and transformers: seconds, so the first line is out before them
+        from reflux.loop import train
 
         quiet_libraries()
         return asyncio.run(train(cfg, Options(options.out, options.resume, progress)))
@@ -92,7 +93,9 @@ def _next(folder: Path, cfg: RunConfig, recipe: str) -> list[tuple[str, str]]:
 
 
 def _show_problem(folder: Path) -> None:
-    """One problem the student has learnt to solve, before and after; model text is printed as it is, never as markup."""
+    """One problem the student has learnt to solve, before and after; model text is printed as it is, never as
+    markup.
+    """
     rows = [row["accuracy"] for row in read_lines(folder / "evals.jsonl") if "accuracy" in row]
     if len(rows) < 2:
         return
@@ -103,7 +106,11 @@ def _show_problem(folder: Path) -> None:
     before, after = (learnt or pairs)[0]
     console.print(f"\nOne {problems_of([split_of(rows[-1].get('split'))], 'problem')}", style="bold")
     drawn = "image" in before
-    shown = [("before", _side_by_side(before, after))] if drawn else [("before", before["text"]), ("after", after["text"])]
+    shown = (
+        [("before", _side_by_side(before, after))]
+        if drawn
+        else [("before", before["text"]), ("after", after["text"])]
+    )
     for title, text in (("problem", before["prompt"]), *shown, ("answer", before["answer"])):
         _say(f"  {title:8} {text}")
 

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from reflux.config import registry
+from reflux.config.bases import RECIPES, recipe_names
 from reflux.config.citations import papers
 from reflux.config.discovery import parts_of
-from reflux.config.recipe import RECIPES, load_recipe, recipe_names
+from reflux.config.recipe import load_recipe
 from reflux.errors import ConfigError, RunError
 from reflux.inspection.plan import Plan, Size, plan
 
@@ -44,22 +45,32 @@ def show_plan(recipe: str, overrides: list[str]) -> None:
 def _size(size: Size) -> str:
     if size.parameters is None:
         return f"{size.name} ({size.architecture})"
-    reads = f"{size.patches or '?'} patches an image" if size.architecture.endswith("2DModel") else f"context {size.context_tokens or '?'}"
+    reads = (
+        f"{size.patches or '?'} patches an image"
+        if size.architecture.endswith("2DModel")
+        else f"context {size.context_tokens or '?'}"
+    )
     return f"{size.name} ({size.architecture}, {size.parameters / 1e6:,.2f} M parameters, {reads})"
 
 
 def lengths_in_words(found: Plan) -> str:
     """The limits of one attempt, in training and in evaluations."""
     least, most = found.training_positions
-    training = f"at most {most:,} {found.position}s in training" + (f" ({least:,} at the least)" if least < most else "")
+    training = f"at most {most:,} {found.position}s in training" + (
+        f" ({least:,} at the least)" if least < most else ""
+    )
     images = found.position != "token"
-    return training + ("; evaluations finish their images" if images else f", {found.evaluation_positions:,} in evaluations")
+    return training + (
+        "; evaluations finish their images" if images else f", {found.evaluation_positions:,} in evaluations"
+    )
 
 
 def _compute(found: Plan) -> str:
     if not found.flops_at_most:
         return "unknown until the models are here"
-    return f"at most {found.flops_at_most:.3g} FLOP" + (", prompts not counted" if found.position == "token" else "")
+    return f"at most {found.flops_at_most:.3g} FLOP" + (
+        ", prompts not counted" if found.position == "token" else ""
+    )
 
 
 def _memory(count: int | None, position: str) -> str:
@@ -70,14 +81,22 @@ def _memory(count: int | None, position: str) -> str:
 
 
 def list_parts(group: str, module: str = "") -> None:
-    """One line per recipe or part: the first line of its file or docstring. module: the parts that it defines, in place of those that ship.
+    """One line per recipe or part: the first line of its file or docstring. module: the parts that it
+    defines, in place of those that ship.
 
     ConfigError for an unknown group, and for a module that cannot be imported or defines no part.
     """
     known = ["recipes", *registry.GROUPS]
     if group and group not in known:
-        raise ConfigError(f"there is no group '{group}'{registry.did_you_mean(group, known, '.')} Groups: {', '.join(known)}")
-    shown = _lines_of(module) if module else {name: recipe_lines() if name == "recipes" else part_lines(name) for name in known}
+        raise ConfigError(
+            f"there is no group '{group}'{registry.did_you_mean(group, known, '.')} Groups: "
+            f"{', '.join(known)}"
+        )
+    shown = (
+        _lines_of(module)
+        if module
+        else {name: recipe_lines() if name == "recipes" else part_lines(name) for name in known}
+    )
     for name in [group] if group else shown:
         lines = shown.get(name, {})
         console.print(name if lines else f"{name}: none yet", style="bold")
@@ -88,16 +107,23 @@ def list_parts(group: str, module: str = "") -> None:
 
 
 def _lines_of(module: str) -> dict[str, dict[str, str]]:
-    found = {group: {kind: _first_line(cls) for kind, cls in classes.items()} for group, classes in parts_of(module).items()}
+    found = {
+        group: {kind: _first_line(cls) for kind, cls in classes.items()}
+        for group, classes in parts_of(module).items()
+    }
     if not found:
         raise ConfigError(
-            f"'{module}' defines no part: a part is a frozen dataclass that inherits the base of its group (docs/extending.md)"
+            f"'{module}' defines no part: a part is a frozen dataclass that inherits the base of its group "
+            "(docs/extending.md)"
         )
     return found
 
 
 def recipe_lines() -> dict[str, str]:
-    return {name: (RECIPES / f"{name}.toml").read_text().split("\n")[0].removeprefix("# ") for name in recipe_names()}
+    return {
+        name: (RECIPES / f"{name}.toml").read_text().split("\n")[0].removeprefix("# ")
+        for name in recipe_names()
+    }
 
 
 def part_lines(group: str) -> dict[str, str]:

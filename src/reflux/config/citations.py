@@ -8,13 +8,16 @@ from reflux.config.papers import GKD, PREFIX_OPD, Paper
 from reflux.config.recipe import RunConfig
 from reflux.config.registry import within
 
-_FIRST = ("objectives", "credit", "contexts", "teachers", "extrapolation")  # what makes the method comes first
+# what makes the method comes first
+_FIRST = ("objectives", "credit", "contexts", "teachers", "extrapolation")
 
 
 def papers(cfg: RunConfig) -> list[Paper]:
     """Each paper once: those of the method's parts, of the run as a whole, of the other parts."""
     parts = list(within(cfg))
-    method = [paper for first in _FIRST for _, group, part in parts if group == first for paper in part.papers(cfg)]
+    method = [
+        paper for first in _FIRST for _, group, part in parts if group == first for paper in part.papers(cfg)
+    ]
     others = [paper for _, group, part in parts if group not in _FIRST for paper in part.papers(cfg)]
     return list({paper.key: paper for paper in (*method, *_whole(cfg), *others)}.values())
 

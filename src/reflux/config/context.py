@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reflux.types import Requirements
+from reflux.config.requirements import Requirements
 
 if TYPE_CHECKING:
     from reflux.tasks.base import Task
@@ -16,14 +16,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StudentSpec:
-    """The student by name, and how it is spoken to. It says the same to its sampler, its learner and a teacher that is the student."""
+    """The student by name, and how it is spoken to. It says the same to its sampler, its learner and a
+    teacher that is the student.
+    """
 
     model: str
-    system: str | None = None  # a system prompt, put before conversations that have none
-    template: Mapping[str, Any] = field(default_factory=dict)  # arguments of the chat template
-    prompt_suffix: str | None = None  # a text that ends every prompt, for the student and its teachers
+    # a system prompt, put before conversations that have none
+    system: str | None = None
+    # arguments of the chat template
+    template: Mapping[str, Any] = field(default_factory=dict)
+    # a text that ends every prompt, for the student and its teachers
+    prompt_suffix: str | None = None
     trust_remote_code: bool = False
-    dtype: str = "float32"  # of the master weights
+    # of the master weights
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +39,14 @@ class Generation:
     temperature: float = 1.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
-    max_prompt_tokens: int = 0  # 0: what the context window leaves
-    grids: tuple[int, ...] = ()  # numbers of denoising steps that images are drawn in, in training and in evaluation
+    # 0: what the context window leaves
+    max_prompt_tokens: int = 0
+    # numbers of denoising steps that images are drawn in, in training and in evaluation
+    grids: tuple[int, ...] = ()
     noise_level: float = 0.0
     guidance: float = 1.0
-    pixels: int = 0  # a side of the image; 0: the size that the model was made for
+    # a side of the image; 0: the size that the model was made for
+    pixels: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +56,10 @@ class Numbers:
     steps: int
     prompts_per_step: int
     group_size: int
-    max_staleness: int  # optimiser steps between sampling and learning, at most
-    training_positions: int  # of an attempt, at most
+    # optimiser steps between sampling and learning, at most
+    max_staleness: int
+    # of an attempt, at most
+    training_positions: int
     evaluation_positions: int
 
 
@@ -56,7 +67,8 @@ class Numbers:
 class Placement:
     """Settings of the process that a part is opened in."""
 
-    threads: int = 0  # CPU threads of torch; 0: as torch finds
+    # CPU threads of torch; 0: as torch finds
+    threads: int = 0
     deterministic: bool = False
 
 
@@ -64,13 +76,17 @@ class Placement:
 class PartContext:
     """All that a part is told of its run. What it shares with other parts of its process is in `Services`."""
 
-    name: str  # the table's: "main" for [teachers.main], "sampler" for [sampler]
+    # the table's: "main" for [teachers.main], "sampler" for [sampler]
+    name: str
     seed: int
-    requirements: Requirements  # joined by `checks`: what has to be computed for others
+    # joined by `checks`: what has to be computed for others
+    requirements: Requirements
     student: StudentSpec
     task: Task
     generation: Generation
     numbers: Numbers
-    folder: Path  # of this part's own, inside the run directory; made by the part if it needs one
-    teachers: Mapping[str, Teacher] = field(default_factory=dict)  # the teacher tables as values, for a sampler that opens them
+    # of this part's own, inside the run directory; made by the part if it needs one
+    folder: Path
+    # the teacher tables as values, for a sampler that opens them
+    teachers: Mapping[str, Teacher] = field(default_factory=dict)
     placement: Placement = Placement()

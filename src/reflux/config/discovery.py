@@ -6,12 +6,14 @@ import importlib
 import pkgutil
 from importlib.util import find_spec
 
-from reflux.config.registry import BASES, belongs
+from reflux.config.groups import BASES
+from reflux.config.registry import belongs
 from reflux.errors import ConfigError
 
 
 def parts_of(module: str) -> dict[str, dict[str, type]]:
-    """The parts that a module or package defines, by group and by the dotted kind under which a recipe names them. It is imported whole.
+    """The parts that a module or package defines, by group and by the dotted kind under which a recipe names
+    them. It is imported whole.
 
     ConfigError where it, or a module inside it, cannot be imported.
     """
@@ -28,7 +30,11 @@ def _modules(module: str) -> list[str]:
     """The module, and those inside it where it is a package."""
     _imported(module)
     spec = find_spec(module)
-    inside = pkgutil.walk_packages(spec.submodule_search_locations or (), f"{module}.", onerror=_imported) if spec else ()
+    inside = (
+        pkgutil.walk_packages(spec.submodule_search_locations or (), f"{module}.", onerror=_imported)
+        if spec
+        else ()
+    )
     return [module, *sorted(entry.name for entry in inside if not entry.name.endswith(".__main__"))]
 
 
@@ -36,4 +42,6 @@ def _imported(module: str) -> object:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(f"cannot import '{module}': {error}. Is the package installed, or its folder on PYTHONPATH?") from error
+        raise ConfigError(
+            f"cannot import '{module}': {error}. Is the package installed, or its folder on PYTHONPATH?"
+        ) from error

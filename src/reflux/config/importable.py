@@ -16,6 +16,7 @@ def importable(module: str) -> bool:
             if places is None:
                 return False
             found = PathFinder.find_spec(".".join([first, *inner[: number + 1]]), places)
-    except ValueError:  # an empty name, or a module that was made by hand
+    except ValueError:
+        # an empty name, or a module that was made by hand
         return False
     return found is not None

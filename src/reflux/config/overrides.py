@@ -1,4 +1,6 @@
-"""Raw tables of a recipe: how one is merged over another, and what `key.path=value` on the command line changes."""
+"""Raw tables of a recipe: how one is merged over another, and what `key.path=value` on the command line
+changes.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,17 @@ from reflux.errors import ConfigError
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Tables merge key by key; everything else is replaced. A new kind drops the keys of the old one.
 
-    Beside a new kind a key whose value is "base" takes the old table: `generate = "base"` puts a sampler inside another one.
+    Beside a new kind a key whose value is "base" takes the old table: `generate = "base"` puts a sampler
+    inside another one.
     """
     merged = dict(under)
     for key, value in over.items():
         old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("kind", old.get("kind")) == old.get("kind"):
+        if (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and value.get("kind", old.get("kind")) == old.get("kind")
+        ):
             merged[key] = merge(old, value)
         elif isinstance(old, Mapping) and isinstance(value, Mapping):
             merged[key] = {name: old if inner == "base" else inner for name, inner in value.items()}

@@ -30,10 +30,17 @@ class Paper:
         return f"@misc{{{self.key},\n{body}}}"
 
 
-EFFOPD = Paper("effopd", "Learning to Foresee: Unveiling the Unlocking Efficiency of On-Policy Distillation", "2605.11739", 2026)
+EFFOPD = Paper(
+    "effopd",
+    "Learning to Foresee: Unveiling the Unlocking Efficiency of On-Policy Distillation",
+    "2605.11739",
+    2026,
+)
 
 
-PREFIX_OPD = Paper("prefix_opd", "Fast and Effective On-policy Distillation from Reasoning Prefixes", "2602.15260", 2026)
+PREFIX_OPD = Paper(
+    "prefix_opd", "Fast and Effective On-policy Distillation from Reasoning Prefixes", "2602.15260", 2026
+)
 
 
 GKD = Paper(

@@ -1,7 +1,9 @@
-"""Parts are frozen values; a part is found by (group, kind), where kind is a registered name or "my_package.module:Class".
+"""Parts are frozen values; a part is found by (group, kind), where kind is a registered name or
+"my_package.module:Class".
 
-Each package has one visible dictionary from kind to dotted name. It is read, and the class imported, only on use, so the command
-line starts without torch. A value module therefore never imports torch at its top; the mathematics it calls lives beside it.
+Each package has one visible dictionary from kind to dotted name. It is read, and the class imported, only on
+use, so the command line starts without torch. A value module therefore never imports torch at its top; the
+mathematics it calls lives beside it.
 """
 
 from __future__ import annotations
@@ -16,58 +18,20 @@ from pydantic import ConfigDict, ValidationError
 from pydantic_core import core_schema
 from typing_extensions import get_protocol_members
 
+from reflux.config.groups import BASES, GROUPS, PROTOCOLS
 from reflux.config.renamed import new_key, new_kind, new_value
 from reflux.errors import ConfigError
 
 STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
-
-GROUPS = {
-    "samplers": "reflux.samplers:SAMPLERS",
-    "teachers": "reflux.teachers:TEACHERS",
-    "contexts": "reflux.contexts:CONTEXTS",
-    "objectives": "reflux.objectives:OBJECTIVES",
-    "credit": "reflux.credit:CREDIT",
-    "rewards": "reflux.rewards:REWARDS",
-    "learners": "reflux.learners:LEARNERS",
-    "extrapolation": "reflux.extrapolation:EXTRAPOLATIONS",
-    "tasks": "reflux.tasks:TASKS",
-    "evals": "reflux.evals:EVALS",
-    "schedules": "reflux.config.schedules:SCHEDULES",
-}
-BASES = {  # what every part of a group inherits
-    "samplers": "reflux.samplers.base:SamplerPart",
-    "teachers": "reflux.teachers.base:TeacherPart",
-    "contexts": "reflux.contexts.base:ContextPart",
-    "objectives": "reflux.objectives.base:ObjectivePart",
-    "credit": "reflux.credit.base:CreditPart",
-    "rewards": "reflux.rewards.base:RewardPart",
-    "learners": "reflux.learners.base:LearnerPart",
-    "extrapolation": "reflux.extrapolation.base:ExtrapolationPart",
-    "tasks": "reflux.tasks.base:TaskPart",
-    "evals": "reflux.evals.base:EvalPart",
-}
-
-
-PROTOCOLS = {  # and what it has
-    "samplers": "reflux.samplers.base:Sampler",
-    "teachers": "reflux.teachers.base:Teacher",
-    "contexts": "reflux.contexts.base:Context",
-    "objectives": "reflux.objectives.base:Objective",
-    "credit": "reflux.credit.base:CreditRule",
-    "rewards": "reflux.rewards.base:RewardFn",
-    "learners": "reflux.learners.base:Learner",
-    "extrapolation": "reflux.extrapolation.base:Extrapolation",
-    "tasks": "reflux.tasks.base:Task",
-    "evals": "reflux.evals.base:Eval",
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class PartOf:
     """Marks a field that holds a part of `group`: `Annotated[Context, PartOf("contexts")]`.
 
-    many: a list of parts, or a table of named ones. default: the kind where none is written; in a table, else, the name is the kind.
-    horizon: False for a schedule that is not read over optimiser steps, and so states its own horizon.
+    many: a list of parts, or a table of named ones. default: the kind where none is written; in a table,
+    else, the name is the kind. horizon: False for a schedule that is not read over optimiser steps, and so
+    states its own horizon.
     """
 
     group: str
@@ -76,9 +40,14 @@ class PartOf:
     horizon: bool = True
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
-        """Protocols that fields are typed with are for readers and type checkers: values come from `build`, and are taken as they are."""
+        """Protocols that fields are typed with are for readers and type checkers: values come from `build`,
+        and are taken as they are.
+        """
         held = core_schema.any_schema()
-        many = {"list": core_schema.tuple_variable_schema(held), "table": core_schema.dict_schema(core_schema.str_schema(), held)}
+        many = {
+            "list": core_schema.tuple_variable_schema(held),
+            "table": core_schema.dict_schema(core_schema.str_schema(), held),
+        }
         return many.get(self.many, held)
 
 
@@ -103,19 +72,25 @@ def part(group: str, kind: str, path: str = "") -> type:
         raise ConfigError(f"{path}: no kind is called none. To take the whole table away: {path}=none")
     if ":" not in kind:
         raise ConfigError(
-            f"{where}unknown {group} kind '{kind}'{new_kind(group, kind) or did_you_mean(kind, known, '.')} Known: {', '.join(sorted(known)) or 'none yet'}. "
+            f"{where}unknown {group} kind '{kind}'{new_kind(group, kind) or did_you_mean(kind, known, '.')} "
+            f"Known: {', '.join(sorted(known)) or 'none yet'}. "
             f'A part of your own is named "my_package.module:Class".'
         )
     try:
         found = load(kind)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{where}cannot import '{kind}': {error}. Is the package installed, or its folder on PYTHONPATH?") from error
+        raise ConfigError(
+            f"{where}cannot import '{kind}': {error}. Is the package installed, or its folder on PYTHONPATH?"
+        ) from error
     if not belongs(found, group):
         inherits = f" that inherits {BASES[group].replace(':', '.')}" if group in BASES else ""
-        raise ConfigError(f"{where}'{kind}' is no part of the group {group}, which is a frozen dataclass{inherits}.")
+        raise ConfigError(
+            f"{where}'{kind}' is no part of the group {group}, which is a frozen dataclass{inherits}."
+        )
     if lacking := _lacking(found, group):
         raise ConfigError(
-            f"{where}'{kind}' lacks what every part of the group {group} has: {', '.join(lacking)}. docs/extending.md says what each is."
+            f"{where}'{kind}' lacks what every part of the group {group} has: {', '.join(lacking)}. "
+            "docs/extending.md says what each is."
         )
     return found
 
@@ -128,12 +103,20 @@ def _lacking(cls: type, group: str) -> list[str]:
 
 
 def belongs(value: object, group: str) -> bool:
-    """True for a class that a recipe may name in this group: a dataclass that inherits the group's base. Schedules inherit nothing."""
-    return isinstance(value, type) and dataclasses.is_dataclass(value) and (group not in BASES or load(BASES[group]) in value.__mro__)
+    """True for a class that a recipe may name in this group: a dataclass that inherits the group's base.
+    Schedules inherit nothing.
+    """
+    return (
+        isinstance(value, type)
+        and dataclasses.is_dataclass(value)
+        and (group not in BASES or load(BASES[group]) in value.__mro__)
+    )
 
 
 def within(value: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(where, group, part) of every part in a config or in another part, each before those inside it; schedules are not among them."""
+    """(where, group, part) of every part in a config or in another part, each before those inside it;
+    schedules are not among them.
+    """
     for name, marker in markers(type(value)).items():
         if not isinstance(marker, PartOf) or marker.group not in BASES:
             continue
@@ -219,17 +202,26 @@ def _inner(marker: PartOf | type, value: Any, where: str, steps: int) -> Any:
             raise ConfigError(f"{where}: expected named tables such as [{where}.NAME], got {value!r}")
         named = value.items()
         return {
-            name: build(marker.group, table, f"{where}.{name}", default_kind=marker.default or name, steps=steps)
+            name: build(
+                marker.group, table, f"{where}.{name}", default_kind=marker.default or name, steps=steps
+            )
             for name, table in named
             if table != "none"
         }
     if marker.many == "list":
         if not isinstance(value, list):
-            raise ConfigError(f"{where}: expected a list of tables such as [[{where}]], got {value!r}; name one by its place: {where}.0")
-        return tuple(build(marker.group, table, f"{where}[{i}]", default_kind=marker.default, steps=steps) for i, table in enumerate(value))
+            raise ConfigError(
+                f"{where}: expected a list of tables such as [[{where}]], got {value!r}; name one by its "
+                f"place: {where}.0"
+            )
+        return tuple(
+            build(marker.group, table, f"{where}[{i}]", default_kind=marker.default, steps=steps)
+            for i, table in enumerate(value)
+        )
     steps = steps if marker.horizon else 0
     if marker.group == "schedules" and not isinstance(value, Mapping):
-        return value  # a plain number
+        # a plain number
+        return value
     return build(marker.group, value, where, default_kind=marker.default, steps=steps)
 
 
@@ -242,7 +234,8 @@ def _sentences(error: ValidationError, path: str) -> list[str]:
     found: dict[str, list[Any]] = {}
     for entry in error.errors():
         first, *inner = entry["loc"] or ("",)
-        places = [str(key) for key in inner if isinstance(key, int)]  # words further in name the kinds a value may be of
+        # words further in name the kinds a value may be of
+        places = [str(key) for key in inner if isinstance(key, int)]
         found.setdefault(".".join(filter(None, (path, str(first), *places))), []).append(entry)
     return [_sentence(where, entries) for where, entries in found.items()]
 

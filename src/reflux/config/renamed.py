@@ -1,4 +1,6 @@
-"""Keys, kinds and values of recipes that have another name now: an old one is refused, and its refusal tells the new one."""
+"""Keys, kinds and values of recipes that have another name now: an old one is refused, and its refusal tells
+the new one.
+"""
 
 from __future__ import annotations
 

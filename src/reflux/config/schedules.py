@@ -1,6 +1,7 @@
 """step -> number. A field typed `Number` takes a plain number or one of these as an inline table.
 
-In a recipe a schedule may be written in shares of another number: `of = "sampler.max_tokens"`, see `reflux.config.shares`.
+In a recipe a schedule may be written in shares of another number: `of = "sampler.max_tokens"`, see
+`reflux.config.shares`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,14 @@ SCHEDULES = {
     "cosine": "reflux.config.schedules:Cosine",
     "steps": "reflux.config.schedules:Steps",
 }
-# The fields of each kind that are amounts of what is scheduled; the others count optimiser steps. `of` takes shares of these alone.
-AMOUNTS = {"constant": ("value",), "linear": ("start", "stop", "increment"), "cosine": ("peak", "floor"), "steps": ("values",)}
+# The fields of each kind that are amounts of what is scheduled; the others count optimiser steps. `of` takes
+# shares of these alone.
+AMOUNTS = {
+    "constant": ("value",),
+    "linear": ("start", "stop", "increment"),
+    "cosine": ("peak", "floor"),
+    "steps": ("values",),
+}
 
 
 @runtime_checkable
@@ -29,8 +36,10 @@ class Schedule(Protocol):
     def __call__(self, step: int) -> float: ...
 
 
-Number = Annotated[Any, PartOf("schedules")]  # float | Schedule; checked by `number`
-PositionNumber = Annotated[Any, PartOf("schedules", horizon=False)]  # the same, read over positions instead of optimiser steps
+# float | Schedule; checked by `number`
+Number = Annotated[Any, PartOf("schedules")]
+# the same, read over positions instead of optimiser steps
+PositionNumber = Annotated[Any, PartOf("schedules", horizon=False)]
 
 
 def at(value: float | Schedule, step: int) -> float:
@@ -48,7 +57,10 @@ def number(value: Any, name: str) -> Any:
     plain = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if plain or isinstance(value, Schedule):
         return value
-    raise ValueError(f'{name} must be a number or a schedule such as {{ kind = "linear", start = 16, increment = 8 }}, got {value!r}')
+    raise ValueError(
+        f'{name} must be a number or a schedule such as {{ kind = "linear", start = 16, increment = 8 }}, '
+        f"got {value!r}"
+    )
 
 
 def needs_horizon(value: Any) -> bool:
@@ -70,7 +82,9 @@ class Constant:
 
 @dataclass(frozen=True, config=STRICT)
 class Linear:
-    """start + increment * step, stopping at `stop`; without an increment, a straight line from start to stop over `horizon` steps."""
+    """start + increment * step, stopping at `stop`; without an increment, a straight line from start to stop
+    over `horizon` steps.
+    """
 
     start: float
     stop: float | None = None
@@ -80,7 +94,9 @@ class Linear:
 
     def __post_init__(self) -> None:
         if self.increment is None and self.stop is None:
-            raise ValueError("a linear schedule needs an increment per step, or a stop to reach at its horizon")
+            raise ValueError(
+                "a linear schedule needs an increment per step, or a stop to reach at its horizon"
+            )
 
     def __call__(self, step: int) -> float:
         rise = _warm(step, self.warmup)
@@ -104,7 +120,9 @@ class Cosine:
 
     def __call__(self, step: int) -> float:
         along = _progress(step, self.warmup, self.horizon)
-        return _warm(step, self.warmup) * (self.floor + (self.peak - self.floor) * 0.5 * (1 + math.cos(math.pi * along)))
+        return _warm(step, self.warmup) * (
+            self.floor + (self.peak - self.floor) * 0.5 * (1 + math.cos(math.pi * along))
+        )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -115,7 +133,9 @@ class Steps:
     boundaries: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if len(self.values) != len(self.boundaries) + 1 or list(self.boundaries) != sorted(set(self.boundaries)):
+        if len(self.values) != len(self.boundaries) + 1 or list(self.boundaries) != sorted(
+            set(self.boundaries)
+        ):
             raise ValueError("a steps schedule needs rising boundaries and one value more than boundaries")
 
     def __call__(self, step: int) -> float:

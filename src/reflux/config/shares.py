@@ -1,6 +1,7 @@
 """Schedules in shares of another number of the recipe, so that one recipe is right on every scale.
 
-`{ kind = "linear", of = "sampler.max_tokens", start = 0.25, stop = 1.0 }` goes from a quarter of `sampler.max_tokens` to all of it.
+`{ kind = "linear", of = "sampler.max_tokens", start = 0.25, stop = 1.0 }` goes from a quarter of
+`sampler.max_tokens` to all of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from reflux.errors import ConfigError
 
 
 def without_shares(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The resolved table of a recipe with every `of` multiplied out: schedules hold plain numbers, and are read as if written so.
+    """The resolved table of a recipe with every `of` multiplied out: schedules hold plain numbers, and are
+    read as if written so.
 
     ConfigError, with the path of the schedule, where `of` names no plain number of the recipe.
     """
@@ -36,7 +38,8 @@ def _number_at(root: Mapping[str, Any], of: Any, path: str) -> float:
         found = found.get(key) if isinstance(found, Mapping) else None
     if not _is_number(found):
         raise ConfigError(
-            f"{path}.of: this recipe has no plain number at {of!r} to take shares of. Write that number, or write the schedule in "
+            f"{path}.of: this recipe has no plain number at {of!r} to take shares of. Write that number, or "
+            "write the schedule in "
             f"plain numbers, without `of`."
         )
     return found

@@ -1,4 +1,6 @@
-"""The teacher is shown some of the other attempts at the same problem, right and wrong, before it grades this one."""
+"""The teacher is shown some of the other attempts at the same problem, right and wrong, before it grades this
+one.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,21 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.papers import Paper
 from reflux.config.registry import STRICT
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import StepContext, seed_of
 from reflux.contexts.base import ContextPart, TeacherPrompt, retold
 from reflux.contexts.wording import with_attempts
 from reflux.rewards.base import unlike_threshold
-from reflux.types import Attempt, Group, Requirements, StepContext, TokenRollout, seed_of
+from reflux.types import Attempt, Group, TokenRollout
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
 
 THINKING = re.compile(r"<(/?)think>")
 
-PEERS = Paper("peers", "Multi-Rollout On-Policy Distillation via Peer Successes and Failures", "2605.12652", 2026)
+PEERS = Paper(
+    "peers", "Multi-Rollout On-Policy Distillation via Peer Successes and Failures", "2605.12652", 2026
+)
 SDPO = Paper(
     "sdpo",
     "Reinforcement Learning via Self-Distillation",
@@ -36,31 +42,40 @@ SDPO = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class Peers(ContextPart):
-    """The last user message becomes: the problem; the first `successes` correct attempts of the group in order, then `failures` failed
-    ones drawn at random, each under its heading, the attempt itself always left out; feedback on it; a line that asks for a correct
-    solution. All other messages stay. Fewer available: fewer shown. Nothing to show: the teacher is not asked.
+    """The last user message becomes: the problem; the first `successes` correct attempts of the group in
+    order, then `failures` failed ones drawn at random, each under its heading, the attempt itself always left
+    out; feedback on it; a line that asks for a correct solution. All other messages stay. Fewer available:
+    fewer shown. Nothing to show: the teacher is not asked.
 
-    A reward of at least `threshold` is correct, one below failed. An attempt that ended in an error, or whose reward is missing or NaN, is
-    neither: it is shown to nobody and not asked about. failures_when: show failures always, or only where no success is shown.
-    feedback: show the judge's words on the attempt itself (`Reward.feedback`) where no success is shown, always or never; the shipped
-    verifier says right or wrong and no more, so this waits for a reward of your own that gives words.
-    peer_tokens: of a longer peer its first so many chosen tokens are shown; peers are cut, never the closing line. strip_thinking:
-    what stands between <think> and </think> is not shown; an unclosed <think> hides the rest, an unopened </think> what is before it.
-    What is shown of an attempt with several turns is all that the student wrote in them, a line apart, without the replies.
+    A reward of at least `threshold` is correct, one below failed. An attempt that ended in an error, or whose
+    reward is missing or NaN, is neither: it is shown to nobody and not asked about. failures_when: show
+    failures always, or only where no success is shown. feedback: show the judge's words on the attempt itself
+    (`Reward.feedback`) where no success is shown, always or never; the shipped verifier says right or wrong
+    and no more, so this waits for a reward of your own that gives words. peer_tokens: of a longer peer its
+    first so many chosen tokens are shown; peers are cut, never the closing line. strip_thinking: what stands
+    between <think> and </think> is not shown; an unclosed <think> hides the rest, an unopened </think> what
+    is before it. What is shown of an attempt with several turns is all that the student wrote in them, a line
+    apart, without the replies.
 
-    The failures' random numbers depend on (run seed, prompt id, policy version, sample) alone, so asking twice gives the same context. With
-    successes = 1 and failures = 0 it is the context of SDPO (arXiv 2601.20802). Everybody's first success is the same attempt, so targets
-    are correlated. An attempt with the very text of this one is another attempt and may be shown: the teacher then reads what it grades.
-    Notes: `successes` and `failures` shown, `twin_fraction` (1 where a twin is among them), `cut_failures` (failures shown that the
-    length limit had ended), `shortened` (peers cut to `peer_tokens`), `distinct` (different texts over
-    judged attempts of the group: it falls where students learn to copy). arXiv 2605.12652 (MR-OPD).
+    The failures' random numbers depend on (run seed, prompt id, policy version, sample) alone, so asking
+    twice gives the same context. With successes = 1 and failures = 0 it is the context of SDPO (arXiv
+    2601.20802). Everybody's first success is the same attempt, so targets are correlated. An attempt with the
+    very text of this one is another attempt and may be shown: the teacher then reads what it grades. Notes:
+    `successes` and `failures` shown, `twin_fraction` (1 where a twin is among them), `cut_failures` (failures
+    shown that the length limit had ended), `shortened` (peers cut to `peer_tokens`), `distinct` (different
+    texts over judged attempts of the group: it falls where students learn to copy). arXiv 2605.12652
+    (MR-OPD).
     """
 
     when: ClassVar[str] = (
-        "There is a verifier, no better model, and a model that can use what it reads. A frozen reader may teach another "
-        'student instead: `learner.model=reflux:student` with `teachers.main={kind="local", model="reflux:reader", '
-        'context={kind="peers"}}`. Every prompt needs its group; where all attempts fail and none is shown, nothing is taught. '
-        "With models from the hub raise `sampler.max_prompt_tokens` or lower `teachers.main.context.peer_tokens` so that "
+        "There is a verifier, no better model, and a model that can use what it reads. A frozen reader may "
+        "teach another "
+        'student instead: `learner.model=reflux:student` with `teachers.main={kind="local", '
+        'model="reflux:reader", '
+        'context={kind="peers"}}`. Every prompt needs its group; where all attempts fail and none is shown, '
+        "nothing is taught. "
+        "With models from the hub raise `sampler.max_prompt_tokens` or lower "
+        "`teachers.main.context.peer_tokens` so that "
         "problem, peers and answer fit the window."
     )
 
@@ -78,7 +93,9 @@ class Peers(ContextPart):
         if self.successes < 0 or self.failures < 0:
             raise ValueError("successes and failures count what is shown and must not be negative")
         if not self.successes and not self.failures:
-            raise ValueError('successes = 0 and failures = 0 show no peer at all. Use context = { kind = "same" }')
+            raise ValueError(
+                'successes = 0 and failures = 0 show no peer at all. Use context = { kind = "same" }'
+            )
         if self.peer_tokens < 1:
             raise ValueError(f"peer_tokens must be at least 1, got {self.peer_tokens}")
         if not math.isfinite(self.threshold):
@@ -95,21 +112,33 @@ class Peers(ContextPart):
         return Requirements(reward=True, spans=True)
 
     def __call__(self, group: Group, step_context: StepContext) -> list[TeacherPrompt | None]:
-        judged = [(place, reward) for place, reward in enumerate(attempt.verdict for attempt in group) if reward is not None]
+        judged = [
+            (place, reward)
+            for place, reward in enumerate(attempt.verdict for attempt in group)
+            if reward is not None
+        ]
         peers = [group[place] for place, _ in judged]
         correct = [reward >= self.threshold for _, reward in judged]
         distinct = len({_spoken(peer).text for peer in peers}) / max(1, len(peers))
         texts = [shown_text(peer, self.peer_tokens, self.strip_thinking) for peer in peers]
         views: list[TeacherPrompt | None] = [None] * len(group)
         for index, (place, _) in enumerate(judged):
-            right, wrong = choose(correct, index, self.successes, self.failures, _rng(peers[index], step_context))
+            right, wrong = choose(
+                correct, index, self.successes, self.failures, _rng(peers[index], step_context)
+            )
             if right and self.failures_when == "no_success":
                 wrong = []
             views[place] = self._view(peers, texts, index, right, wrong, distinct)
         return views
 
     def _view(
-        self, peers: Group, texts: list[tuple[str, bool]], index: int, right: list[int], wrong: list[int], distinct: float
+        self,
+        peers: Group,
+        texts: list[tuple[str, bool]],
+        index: int,
+        right: list[int],
+        wrong: list[int],
+        distinct: float,
     ) -> TeacherPrompt | None:
         attempt, shown = peers[index], [*right, *wrong]
         feedback = self._feedback(attempt, bool(right))
@@ -125,7 +154,10 @@ class Peers(ContextPart):
             "distinct": distinct,
         }
         successes, failures = ([texts[i][0] for i in some] for some in (right, wrong))
-        messages = retold(attempt.rollout.prompt.messages, lambda problem: with_attempts(problem, successes, failures, feedback))
+        messages = retold(
+            attempt.rollout.prompt.messages,
+            lambda problem: with_attempts(problem, successes, failures, feedback),
+        )
         return TeacherPrompt(messages, notes={key: float(value) for key, value in notes.items()})
 
     def _feedback(self, attempt: Attempt, has_success: bool) -> str | None:
@@ -133,20 +165,27 @@ class Peers(ContextPart):
         return attempt.reward.feedback if wanted and attempt.reward else None
 
     def most_added(self, longest: int, count: Callable[[str], int]) -> int:
-        """Tokens this context adds to a prompt at most, feedback aside: `longest` tokens an attempt, `count` of a text's tokens.
+        """Tokens this context adds to a prompt at most, feedback aside: `longest` tokens an attempt, `count`
+        of a text's tokens.
 
-        A peer's text is tokenised again as text and may then take a little more than it took when it was sampled.
+        A peer's text is tokenised again as text and may then take a little more than it took when it was
+        sampled.
         """
         blocks = self.successes + self.failures
-        # Between the headings stand digits, one token each and not counted: with nothing there, line breaks might join to fewer tokens.
+        # Between the headings stand digits, one token each and not counted: with nothing there, line breaks
+        # might join to fewer tokens.
         wording = with_attempts("0", ["0"] * self.successes, ["0"] * self.failures)
         return count(wording) - (blocks + 1) + blocks * min(self.peer_tokens, longest)
 
 
-def choose(correct: Sequence[bool], index: int, successes: int, failures: int, rng: random.Random) -> tuple[list[int], list[int]]:
-    """Whom attempt `index` is shown: the first `successes` correct ones, rising, and `failures` failed ones as drawn, itself left out.
+def choose(
+    correct: Sequence[bool], index: int, successes: int, failures: int, rng: random.Random
+) -> tuple[list[int], list[int]]:
+    """Whom attempt `index` is shown: the first `successes` correct ones, rising, and `failures` failed ones
+    as drawn, itself left out.
 
-    Fewer available, fewer given. `rng` serves the failures alone. ValueError for an index outside the list or a negative count.
+    Fewer available, fewer given. `rng` serves the failures alone. ValueError for an index outside the list or
+    a negative count.
     """
     if not 0 <= index < len(correct):
         raise ValueError(f"index {index} lies outside a group of {len(correct)}")
@@ -159,7 +198,8 @@ def choose(correct: Sequence[bool], index: int, successes: int, failures: int, r
 
 
 def shown_text(attempt: Attempt, peer_tokens: int, strip_thinking: bool) -> tuple[str, bool]:
-    """What is shown of a peer, and whether `peer_tokens` cut it: the text of its first so many chosen tokens that wrote some of it.
+    """What is shown of a peer, and whether `peer_tokens` cut it: the text of its first so many chosen tokens
+    that wrote some of it.
 
     ValueError for an attempt of more positions that came without the characters its tokens wrote.
     """
@@ -172,11 +212,15 @@ def shown_text(attempt: Attempt, peer_tokens: int, strip_thinking: bool) -> tupl
 
 
 def _end(rollout: TokenRollout, shown_C: np.ndarray, peer_tokens: int) -> int | None:
-    """The character after the last of the first `peer_tokens` tokens that wrote something to show; None where there are no more."""
+    """The character after the last of the first `peer_tokens` tokens that wrote something to show; None where
+    there are no more.
+    """
     if rollout.spans_T2 is None:
         raise ValueError(
-            f"prompt {rollout.prompt.id}, sample {rollout.sample}: its {rollout.length} positions are more than peer_tokens = "
-            f"{peer_tokens}, and the sampler did not say which characters each wrote (spans_T2). Raise peer_tokens, or use sampler 'hf'."
+            f"prompt {rollout.prompt.id}, sample {rollout.sample}: its {rollout.length} positions are more "
+            "than peer_tokens = "
+            f"{peer_tokens}, and the sampler did not say which characters each wrote (spans_T2). Raise "
+            "peer_tokens, or use sampler 'hf'."
         )
     before_C = np.concatenate([[0], np.cumsum(shown_C)])
     start_T, end_T = np.minimum(rollout.spans_T2, len(shown_C)).T
@@ -185,8 +229,9 @@ def _end(rollout: TokenRollout, shown_C: np.ndarray, peer_tokens: int) -> int | 
 
 
 def thinking(text: str) -> np.ndarray:
-    """True at the characters of thinking, tags included. Nested tags count; an unclosed one reaches to the end of the text; a closing tag
-    before any other makes all before it thinking (a template may open it in the prompt), a later one too many is a tag and no more."""
+    """True at the characters of thinking, tags included. Nested tags count; an unclosed one reaches to the
+    end of the text; a closing tag before any other makes all before it thinking (a template may open it in
+    the prompt), a later one too many is a tag and no more."""
     inside_C = np.zeros(len(text), dtype=bool)
     depth = start = 0
     for number, tag in enumerate(THINKING.finditer(text)):
@@ -205,10 +250,15 @@ def thinking(text: str) -> np.ndarray:
 
 def _rng(attempt: Attempt, step_context: StepContext) -> random.Random:
     rollout = attempt.rollout
-    return random.Random(seed_of(step_context.seed, "peers", rollout.prompt.id, rollout.version, rollout.sample))
+    return random.Random(
+        seed_of(step_context.seed, "peers", rollout.prompt.id, rollout.version, rollout.sample)
+    )
 
 
 def _spoken(attempt: Attempt) -> TokenRollout:
     if not isinstance(attempt.rollout, TokenRollout):
-        raise ValueError("contexts.peers shows what attempts wrote, and an attempt of a flow wrote nothing. Use context = 'same'")
+        raise ValueError(
+            "contexts.peers shows what attempts wrote, and an attempt of a flow wrote nothing. Use context = "
+            "'same'"
+        )
     return attempt.rollout

@@ -9,9 +9,11 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.papers import Paper
 from reflux.config.registry import STRICT
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import StepContext
 from reflux.contexts.base import ContextPart, TeacherPrompt, retold
 from reflux.contexts.wording import ANSWER, SUCCESS, with_answer
-from reflux.types import Group, Prompt, Requirements, StepContext
+from reflux.types import Group, Prompt
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
@@ -34,13 +36,15 @@ SDFT = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class Privileged(ContextPart):
-    """The last user message goes on with `Prompt.answer` (show = "answer") or with the first of `Prompt.references` (show =
-    "demonstration"), and a line that asks for a solution of the original question; all other messages stay. The student never sees it.
+    """The last user message goes on with `Prompt.answer` (show = "answer") or with the first of
+    `Prompt.references` (show = "demonstration"), and a line that asks for a solution of the original
+    question; all other messages stay. The student never sees it.
 
-    A prompt that has none, or an empty one, is not asked about: it is counted in the metric `silent` of the teacher's name and teaches
-    nothing. A teacher that copies what it is shown only scores the student's own words against it. A demonstration is headed as a correct
-    solution of another attempt is under `peers`. Papers: arXiv 2601.18734 (OPSD), 2601.19897 (SDFT, demonstrations); both have the
-    student itself as teacher (`self`), and any other may be told as well.
+    A prompt that has none, or an empty one, is not asked about: it is counted in the metric `silent` of the
+    teacher's name and teaches nothing. A teacher that copies what it is shown only scores the student's own
+    words against it. A demonstration is headed as a correct solution of another attempt is under `peers`.
+    Papers: arXiv 2601.18734 (OPSD), 2601.19897 (SDFT, demonstrations); both have the student itself as
+    teacher (`self`), and any other may be told as well.
     """
 
     show: Literal["answer", "demonstration"] = "answer"

@@ -7,8 +7,10 @@ from typing import ClassVar
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import StepContext
 from reflux.contexts.base import ContextPart, TeacherPrompt
-from reflux.types import Group, Requirements, StepContext
+from reflux.types import Group
 
 
 @dataclass(frozen=True, config=STRICT)

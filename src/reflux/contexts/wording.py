@@ -1,8 +1,8 @@
 """What a teacher is told besides the question: the words around other attempts, an answer, feedback.
 
-Only printable ASCII and short headings, so that the smallest tokenizers can say them. The texts themselves are data: they are put in
-between the headings as they are and are never interpreted: what they spell of control tokens is broken where messages become tokens
-(`reflux.models.tokenizer.Renderer`).
+Only printable ASCII and short headings, so that the smallest tokenizers can say them. The texts themselves
+are data: they are put in between the headings as they are and are never interpreted: what they spell of
+control tokens is broken where messages become tokens (`reflux.models.tokenizer.Renderer`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ ANSWER = "The correct answer:"
 CLOSING = "Now solve the original question correctly."
 
 
-def with_attempts(problem: str, successes: Sequence[str], failures: Sequence[str], feedback: str | None = None) -> str:
-    """The problem, other attempts at it under their headings, feedback on one's own, and the closing line, which is always last."""
+def with_attempts(
+    problem: str, successes: Sequence[str], failures: Sequence[str], feedback: str | None = None
+) -> str:
+    """The problem, other attempts at it under their headings, feedback on one's own, and the closing line,
+    which is always last.
+    """
     headings = [SUCCESS, *[ANOTHER] * (len(successes) - 1)]
     blocks = [f"{heading}\n{text}" for heading, text in zip(headings, successes, strict=False)]
     blocks += [f"{FAILURE}\n{text}" for text in failures]

@@ -12,10 +12,12 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.papers import Paper
 from reflux.config.registry import STRICT
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import StepContext
 from reflux.credit.base import CreditPart
 from reflux.credit.margin import UNI_OPD
 from reflux.rewards.base import unlike_threshold
-from reflux.types import Credit, Group, Requirements, StepContext
+from reflux.types import Credit, Group
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
@@ -28,14 +30,16 @@ def _named(ratio: object) -> object:
 
 @dataclass(frozen=True, config=STRICT)
 class Balance(CreditPart):
-    """Factor 0 on a random excess of one class of a group, factor 1 on the rest, until correct : wrong is `ratio`. No shift.
+    """Factor 0 on a random excess of one class of a group, factor 1 on the rest, until correct : wrong is
+    `ratio`. No shift.
 
-    Correct is reward >= `threshold`; `keep` says exactly who stays. ratio 0 keeps the wrong attempts only, inf the correct ones only,
-    "none" all of them (neutral). One class always stays whole under a finite ratio above 0; groups all right or all wrong stay whole.
-    Attempts that ended in an error or were not judged are not counted and keep factor 1. Left-out attempts stay in the margins of
-    `margin`, and in the denominators "token-mean" and "seq-mean-token-mean"; under "token-mean-weighted" the others count for more. Note `kept`: the share of
-    judged attempts that stay. arXiv 2605.03677 (Uni-OPD), whose tolerance is not printed (here none), and whose code counts an attempt
-    without a verdict as wrong.
+    Correct is reward >= `threshold`; `keep` says exactly who stays. ratio 0 keeps the wrong attempts only,
+    inf the correct ones only, "none" all of them (neutral). One class always stays whole under a finite ratio
+    above 0; groups all right or all wrong stay whole. Attempts that ended in an error or were not judged are
+    not counted and keep factor 1. Left-out attempts stay in the margins of `margin`, and in the denominators
+    "token-mean" and "seq-mean-token-mean"; under "token-mean-weighted" the others count for more. Note
+    `kept`: the share of judged attempts that stay. arXiv 2605.03677 (Uni-OPD), whose tolerance is not printed
+    (here none), and whose code counts an attempt without a verdict as wrong.
     """
 
     ratio: Annotated[float | Literal["none"], BeforeValidator(_named)] = 1.0
@@ -74,10 +78,10 @@ class Balance(CreditPart):
 def keep(correct: list[bool], ratio: float, rng: random.Random) -> list[bool]:
     """Which attempts stay so that correct : wrong is at most `ratio` on one side, the other side whole.
 
-    n_c correct, n_w wrong. ratio 0 keeps only the wrong, inf only the correct, even if that empties the group. Else, a class empty: all
-    stay. Else d_c = floor(n_w * ratio), d_w = floor(n_c / ratio): if n_c > d_c >= 1, d_c random correct and all wrong stay; else if n_w >
-    d_w >= 1, d_w random wrong and all correct; else all. A target that rounds to 0 masks nothing. [] gives []. A negative ratio, or NaN:
-    ValueError.
+    n_c correct, n_w wrong. ratio 0 keeps only the wrong, inf only the correct, even if that empties the
+    group. Else, a class empty: all stay. Else d_c = floor(n_w * ratio), d_w = floor(n_c / ratio): if n_c >
+    d_c >= 1, d_c random correct and all wrong stay; else if n_w > d_w >= 1, d_w random wrong and all correct;
+    else all. A target that rounds to 0 masks nothing. [] gives []. A negative ratio, or NaN: ValueError.
     """
     _check(ratio)
     if ratio in (0, math.inf):
@@ -85,7 +89,8 @@ def keep(correct: list[bool], ratio: float, rng: random.Random) -> list[bool]:
     good, bad = ([i for i, right in enumerate(correct) if bool(right) == wanted] for wanted in (True, False))
     if not good or not bad:
         return [True] * len(correct)
-    few_good = math.floor(min(len(bad) * ratio, len(good)))  # at a class's size it stays whole, and no quotient overflows
+    # at a class's size it stays whole, and no quotient overflows
+    few_good = math.floor(min(len(bad) * ratio, len(good)))
     few_bad = math.floor(min(len(good) / ratio, len(bad)))
     if len(good) > few_good >= 1:
         staying = {*bad, *rng.sample(good, few_good)}

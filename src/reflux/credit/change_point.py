@@ -1,4 +1,6 @@
-"""Where the teacher stops telling candidates apart: margins, their mean by segment, and one downward step among those."""
+"""Where the teacher stops telling candidates apart: margins, their mean by segment, and one downward step
+among those.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +10,32 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_MOST_NATS = 30.0  # of a margin: what a candidate that the teacher rules out counts
-_EPSILON = 1e-12  # keeps the logarithm of a perfect fit finite
+# of a margin: what a candidate that the teacher rules out counts
+_MOST_NATS = 30.0
+# keeps the logarithm of a perfect fit finite
+_EPSILON = 1e-12
 
 
 def candidate_margin(teacher_logp_TK: np.ndarray) -> np.ndarray:
-    """M_t = log q(a1) - log q(a2): the gap between the teacher's best two of the student's K candidates; float64 [T], nats, 0 <= M_t <= 30.
+    """M_t = log q(a1) - log q(a2): the gap between the teacher's best two of the student's K candidates;
+    float64 [T], nats, 0 <= M_t <= 30.
 
-    teacher_logp_TK: the teacher's log-probs at the candidates, nats, K >= 2, in any order; a constant added to a row changes nothing. -inf
-    (ruled out) is as far below as 30 nats, which is also the largest margin; a row without a finite value has margin 0. Fewer than two
-    candidates, NaN or +inf: ValueError. arXiv 2605.13643 (without the bound).
+    teacher_logp_TK: the teacher's log-probs at the candidates, nats, K >= 2, in any order; a constant added
+    to a row changes nothing. -inf (ruled out) is as far below as 30 nats, which is also the largest margin; a
+    row without a finite value has margin 0. Fewer than two candidates, NaN or +inf: ValueError. arXiv
+    2605.13643 (without the bound).
     """
     logp_TK = np.asarray(teacher_logp_TK, dtype=np.float64)
     if logp_TK.ndim != 2 or logp_TK.shape[1] < 2:
-        raise ValueError(f"a margin lies between two candidates: expected log-probs [T, K] with K >= 2, got shape {logp_TK.shape}")
+        raise ValueError(
+            "a margin lies between two candidates: expected log-probs [T, K] with K >= 2, got shape "
+            f"{logp_TK.shape}"
+        )
     if np.isnan(logp_TK).any() or np.isposinf(logp_TK).any():
         raise ValueError("the teacher's log-probs hold NaN or +inf; only -inf (ruled out) has a meaning")
     two_T2 = np.partition(logp_TK, -2, axis=1)[:, -2:]
-    with np.errstate(invalid="ignore"):  # -inf - -inf, the row without a finite value
+    with np.errstate(invalid="ignore"):
+        # -inf - -inf, the row without a finite value
         gap_T = two_T2[:, 1] - two_T2[:, 0]
     return np.where(np.isneginf(two_T2[:, 1]), 0.0, np.minimum(gap_T, _MOST_NATS))
 
@@ -33,7 +43,8 @@ def candidate_margin(teacher_logp_TK: np.ndarray) -> np.ndarray:
 def segment_scores(margin_T: np.ndarray, segments: Sequence[slice]) -> list[float]:
     """S_i = log(1 + mean margin of segment i), one per segment, in order; [] for none.
 
-    A segment is a slice of positions with step 1. An empty, unordered, overlapping or out-of-range one: ValueError naming its index.
+    A segment is a slice of positions with step 1. An empty, unordered, overlapping or out-of-range one:
+    ValueError naming its index.
     """
     return [math.log1p(mean) for mean in segment_margins(margin_T, segments)]
 
@@ -43,9 +54,15 @@ def segment_margins(margin_T: np.ndarray, segments: Sequence[slice]) -> list[flo
     last, means, margins = 0, [], np.asarray(margin_T, dtype=np.float64).tolist()
     for index, segment in enumerate(segments):
         start, stop = segment.start, segment.stop
-        if not (isinstance(start, int) and isinstance(stop, int) and segment.step in (None, 1) and last <= start < stop <= len(margins)):
+        if not (
+            isinstance(start, int)
+            and isinstance(stop, int)
+            and segment.step in (None, 1)
+            and last <= start < stop <= len(margins)
+        ):
             raise ValueError(
-                f"segment {index} is {segment}: segments are non-empty, in order, apart, and within the {len(margins)} positions"
+                f"segment {index} is {segment}: segments are non-empty, in order, apart, and within the "
+                f"{len(margins)} positions"
             )
         last = stop
         means.append(math.fsum(margins[start:stop]) / (stop - start))
@@ -60,15 +77,20 @@ class Split:
     gain: float
 
 
-def change_point(scores: Sequence[float], min_segments: int = 8, min_side: int = 3, min_gain: float = 0.0) -> int | None:
-    """The number of segments kept, tau*, where two means explain the scores better than one; None where they do not.
+def change_point(
+    scores: Sequence[float], min_segments: int = 8, min_side: int = 3, min_gain: float = 0.0
+) -> int | None:
+    """The number of segments kept, tau*, where two means explain the scores better than one; None where they
+    do not.
 
-    BIC_0 = n log((RSS_0 + 1e-12) / n) + log n for one mean; BIC_1(tau) = n log((RSS_1(tau) + 1e-12) / n) + 3 log n for a mean of the first
-    tau scores and one of the rest. RSS is the sum of squared deviations from the mean(s). Only tau with mean(after) < mean(before) and
-    min_side <= tau <= n - min_side; tau* = argmin BIC_1, the first on a tie; released where gain = BIC_0 - BIC_1(tau*) > min_gain.
+    BIC_0 = n log((RSS_0 + 1e-12) / n) + log n for one mean; BIC_1(tau) = n log((RSS_1(tau) + 1e-12) / n) + 3
+    log n for a mean of the first tau scores and one of the rest. RSS is the sum of squared deviations from
+    the mean(s). Only tau with mean(after) < mean(before) and min_side <= tau <= n - min_side; tau* = argmin
+    BIC_1, the first on a tie; released where gain = BIC_0 - BIC_1(tau*) > min_gain.
 
-    n < max(min_segments, 2 min_side), all scores equal, or never falling: None. A straight decline is split near its middle: only an
-    early tau* says something. NaN or infinite score, or a minimum below 1: ValueError. arXiv 2605.13643, which states no minimum sizes.
+    n < max(min_segments, 2 min_side), all scores equal, or never falling: None. A straight decline is split
+    near its middle: only an early tau* says something. NaN or infinite score, or a minimum below 1:
+    ValueError. arXiv 2605.13643, which states no minimum sizes.
     """
     split = best_split(scores, min_segments, min_side)
     return split.kept if split is not None and split.gain > min_gain else None
@@ -77,15 +99,20 @@ def change_point(scores: Sequence[float], min_segments: int = 8, min_side: int =
 def best_split(scores: Sequence[float], min_segments: int = 8, min_side: int = 3) -> Split | None:
     """The step with the least BIC_1, whatever it gains; None where no step is allowed. See `change_point`."""
     if min_segments < 1 or min_side < 1:
-        raise ValueError(f"min_segments and min_side count segments from 1, got {min_segments} and {min_side}")
+        raise ValueError(
+            f"min_segments and min_side count segments from 1, got {min_segments} and {min_side}"
+        )
     scores = [float(score) for score in scores]
     if not all(map(math.isfinite, scores)):
         raise ValueError(f"scores must be finite, got {scores}")
     n = len(scores)
-    if n < min_segments:  # fewer than 2 min_side leave no tau to try
+    if n < min_segments:
+        # fewer than 2 min_side leave no tau to try
         return None
-    before = _running(scores)  # [k]: of the first k + 1
-    after = _running(scores[::-1])[::-1]  # [k]: of those from k on
+    # [k]: of the first k + 1
+    before = _running(scores)
+    # [k]: of those from k on
+    after = _running(scores[::-1])[::-1]
     fits = [
         (before[tau - 1][1] + after[tau][1] + _EPSILON, tau)
         for tau in range(min_side, n - min_side + 1)
@@ -94,13 +121,16 @@ def best_split(scores: Sequence[float], min_segments: int = 8, min_side: int = 3
     if not fits:
         return None
     (fit_1, kept), fit_0 = min(fits), before[-1][1] + _EPSILON
-    bic_0, bic_1 = (n * math.log(fit / n) + parameters * math.log(n) for fit, parameters in ((fit_0, 1), (fit_1, 3)))
+    bic_0, bic_1 = (
+        n * math.log(fit / n) + parameters * math.log(n) for fit, parameters in ((fit_0, 1), (fit_1, 3))
+    )
     return Split(kept, bic_0 - bic_1)
 
 
 def _running(scores: Sequence[float]) -> list[tuple[float, float]]:
-    """(mean, RSS) of each beginning, by Welford's update: never negative, exactly 0 for equal scores, and the mean stays between the least
-    and the greatest score, so that rounding makes no step of scores that never fall."""
+    """(mean, RSS) of each beginning, by Welford's update: never negative, exactly 0 for equal scores, and the
+    mean stays between the least and the greatest score, so that rounding makes no step of scores that never
+    fall."""
     mean, rss, found = 0.0, 0.0, []
     for count, score in enumerate(scores, 1):
         off = score - mean

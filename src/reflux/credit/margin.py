@@ -1,4 +1,6 @@
-"""Restore the order: where a prompt's correct attempts do not look better to the teacher than its wrong ones, by a margin, make them so."""
+"""Restore the order: where a prompt's correct attempts do not look better to the teacher than its wrong ones,
+by a margin, make them so.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,13 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.papers import Paper
 from reflux.config.registry import STRICT
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import StepContext
 from reflux.credit import margin_rules
 from reflux.credit.base import CreditPart
 from reflux.credit.log_ratio import Side, log_ratio_T
 from reflux.rewards.base import unlike_threshold
-from reflux.types import Attempt, Credit, Group, Requirements, StepContext
+from reflux.types import Attempt, Credit, Group
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
@@ -29,31 +33,37 @@ UNI_OPD = Paper("uni_opd", "Uni-OPD", "2605.03677", 2026)
 
 @dataclass(frozen=True, config=STRICT)
 class Margin(CreditPart):
-    """Per group, over attempts with a verdict and a return: if margin m < delta, a constant per attempt closes the gap delta - m.
+    """Per group, over attempts with a verdict and a return: if margin m < delta, a constant per attempt
+    closes the gap delta - m.
 
-    Return G of an attempt: the mean of r = log q(a) - log p(a) over its chosen positions, nats per token. m: mean G of the correct minus
-    mean G of the wrong (`mode = "mean"`), or lowest correct minus highest wrong ("minmax"); correct is reward >= `threshold`. No m where
-    a class is empty, hence no shift. With lambda = delta - m: `direction` "spread" gives correct +lambda/2 and wrong -lambda/2, "lift"
-    correct +lambda, "down" wrong -lambda.
+    Return G of an attempt: the mean of r = log q(a) - log p(a) over its chosen positions, nats per token. m:
+    mean G of the correct minus mean G of the wrong (`mode = "mean"`), or lowest correct minus highest wrong
+    ("minmax"); correct is reward >= `threshold`. No m where a class is empty, hence no shift. With lambda =
+    delta - m: `direction` "spread" gives correct +lambda/2 and wrong -lambda/2, "lift" correct +lambda,
+    "down" wrong -lambda.
 
-    `level`: "token" adds the constant s to every position (A_t = r_t + s, the released code: differences between tokens survive);
-    "attempt" gives every token of an attempt G + s, also where s = 0, by the shift G + s - r_t. `action = "mask"` (an ablation) shifts
-    nothing: `margin_keep` drops attempts (factor 0) instead, each class down to the share `retain` of itself at most. `student`: whose
-    log-probs r is made of, "behaviour" as it acted, "now" one more pass under staleness. `teacher`: by the name objectives use.
+    `level`: "token" adds the constant s to every position (A_t = r_t + s, the released code: differences
+    between tokens survive); "attempt" gives every token of an attempt G + s, also where s = 0, by the shift G
+    + s - r_t. `action = "mask"` (an ablation) shifts nothing: `margin_keep` drops attempts (factor 0)
+    instead, each class down to the share `retain` of itself at most. `student`: whose log-probs r is made of,
+    "behaviour" as it acted, "now" one more pass under staleness. `teacher`: by the name objectives use.
 
-    Attempts that ended in an error, were not judged, or about which the teacher said nothing stay outside: factor 1, shift 0. A position
-    whose r is not finite is left out of G. The shift depends on the outcome, so it is no baseline: it moves the optimum, and is part
-    ordinary reinforcement. Neutral: delta = -inf with level "token". Raw r is used whatever baseline the objective has: r + KL(p || q) has
-    mean 0 everywhere.
+    Attempts that ended in an error, were not judged, or about which the teacher said nothing stay outside:
+    factor 1, shift 0. A position whose r is not finite is left out of G. The shift depends on the outcome, so
+    it is no baseline: it moves the optimum, and is part ordinary reinforcement. Neutral: delta = -inf with
+    level "token". Raw r is used whatever baseline the objective has: r + KL(p || q) has mean 0 everywhere.
 
-    Notes: `margin`; `mixed_fraction` and `shifted_fraction` (of groups: both classes present; m < delta), `kept` under the mask;
-    `return_correct`, `return_wrong`, and `return_cut` of attempts that hit the length limit. arXiv 2605.03677 (Uni-OPD), whose text prints
-    minmax and lift, whose runs are mean and spread; its failed teacher calls count as G = 0, here they count nowhere.
+    Notes: `margin`; `mixed_fraction` and `shifted_fraction` (of groups: both classes present; m < delta),
+    `kept` under the mask; `return_correct`, `return_wrong`, and `return_cut` of attempts that hit the length
+    limit. arXiv 2605.03677 (Uni-OPD), whose text prints minmax and lift, whose runs are mean and spread; its
+    failed teacher calls count as G = 0, here they count nowhere.
     """
 
     when: ClassVar[str] = (
-        "There are a verifier, groups of attempts, and one teacher or one for each route of the prompts. `reflux difficulty` "
-        "balances the prompts beforehand. The metrics say how often a group is mixed and how often it is shifted "
+        "There are a verifier, groups of attempts, and one teacher or one for each route of the prompts. "
+        "`reflux difficulty` "
+        "balances the prompts beforehand. The metrics say how often a group is mixed and how often it is "
+        "shifted "
         "(`mixed_fraction`, `shifted_fraction`), and what each teacher was asked (`asked`)."
     )
 
@@ -75,7 +85,10 @@ class Margin(CreditPart):
         if not math.isfinite(self.threshold):
             raise ValueError(f"threshold must be a finite reward, got {self.threshold}")
         if self.action == "mask" and self.level == "attempt":
-            raise ValueError('action = "mask" drops attempts and shifts nothing, so level = "attempt" has no meaning beside it')
+            raise ValueError(
+                'action = "mask" drops attempts and shifts nothing, so level = "attempt" has no meaning '
+                "beside it"
+            )
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return (UNI_OPD,)
@@ -97,19 +110,33 @@ class Margin(CreditPart):
         return Requirements(reward=True, logp=True, now_topk=int(self.student == "now"))
 
     def __call__(self, group: Group, step_context: StepContext) -> list[Credit]:
-        known = [scored for scored in (self._scored(index, attempt) for index, attempt in enumerate(group)) if scored is not None]
+        known = [
+            scored
+            for scored in (self._scored(index, attempt) for index, attempt in enumerate(group))
+            if scored is not None
+        ]
         returns, correct = [one.value for one in known], [one.correct for one in known]
         found = margin(returns, correct, self.mode)
-        notes = {"mixed_fraction": float(found is not None), "shifted_fraction": float(found is not None and found < self.delta)}
+        notes = {
+            "mixed_fraction": float(found is not None),
+            "shifted_fraction": float(found is not None and found < self.delta),
+        }
         notes |= {} if found is None else {"margin": found}
         shares = [Credit(notes=dict(notes)) for _ in group]
         if self.action == "mask":
-            for one, kept in zip(known, margin_keep(returns, correct, self.delta, self.mode, self.retain), strict=True):
-                shares[one.index] = Credit(weight_T=float(kept), notes={**notes, **one.notes, "kept": float(kept)})
+            for one, kept in zip(
+                known, margin_keep(returns, correct, self.delta, self.mode, self.retain), strict=True
+            ):
+                shares[one.index] = Credit(
+                    weight_T=float(kept), notes={**notes, **one.notes, "kept": float(kept)}
+                )
             return shares
-        for one, shift in zip(known, margin_shifts(returns, correct, self.delta, self.mode, self.direction), strict=True):
+        for one, shift in zip(
+            known, margin_shifts(returns, correct, self.delta, self.mode, self.direction), strict=True
+        ):
             shares[one.index] = Credit(
-                advantage_offset_T=one.advantage_offset_T(shift) if self.level == "attempt" else shift, notes={**notes, **one.notes}
+                advantage_offset_T=one.advantage_offset_T(shift) if self.level == "attempt" else shift,
+                notes={**notes, **one.notes},
             )
         return shares
 
@@ -140,16 +167,19 @@ class Scored:
         return {**found, "return_cut": self.value} if self.cut else found
 
     def advantage_offset_T(self, shift: float) -> np.ndarray:
-        """What makes every token's advantage the return plus `shift`; positions without a ratio get `shift` alone."""
+        """What makes every token's advantage the return plus `shift`; positions without a ratio get `shift`
+        alone.
+        """
         flat_T = self.value + shift - self.ratio_T
         return np.where(np.isfinite(flat_T), flat_T, shift)
 
 
 def margin(returns: Sequence[float], correct: Sequence[bool], mode: str) -> float | None:
-    """How far the correct attempts lie above the wrong ones, in the unit of the returns (nats per token). None where a class is empty.
+    """How far the correct attempts lie above the wrong ones, in the unit of the returns (nats per token).
+    None where a class is empty.
 
-    mode "mean": mean of the correct minus mean of the wrong; "minmax": the lowest correct minus the highest wrong. Unequal lengths, a
-    return that is not finite, an unknown mode: ValueError.
+    mode "mean": mean of the correct minus mean of the wrong; "minmax": the lowest correct minus the highest
+    wrong. Unequal lengths, a return that is not finite, an unknown mode: ValueError.
     """
     good, bad = _classes(returns, correct)
     if mode not in MODES:
@@ -158,12 +188,17 @@ def margin(returns: Sequence[float], correct: Sequence[bool], mode: str) -> floa
 
 
 def margin_shifts(
-    returns: Sequence[float], correct: Sequence[bool], delta: float = 0.4, mode: str = "mean", direction: str = "spread"
+    returns: Sequence[float],
+    correct: Sequence[bool],
+    delta: float = 0.4,
+    mode: str = "mean",
+    direction: str = "spread",
 ) -> list[float]:
     """One shift per attempt, nats, after which the margin in that mode is max(m, delta).
 
-    With lambda = delta - m: "spread" +lambda/2 for the correct and -lambda/2 for the wrong, "lift" +lambda and 0, "down" 0 and -lambda. All
-    0 where m >= delta, or where a class is empty. delta may be negative, or -inf (never a shift); NaN or +inf: ValueError, and as `margin`.
+    With lambda = delta - m: "spread" +lambda/2 for the correct and -lambda/2 for the wrong, "lift" +lambda
+    and 0, "down" 0 and -lambda. All 0 where m >= delta, or where a class is empty. delta may be negative, or
+    -inf (never a shift); NaN or +inf: ValueError, and as `margin`.
     """
     _check_delta(delta)
     if direction not in DIRECTIONS:
@@ -177,24 +212,33 @@ def margin_shifts(
 
 
 def margin_keep(
-    returns: Sequence[float], correct: Sequence[bool], delta: float = 0.4, mode: str = "mean", retain: float = 0.25
+    returns: Sequence[float],
+    correct: Sequence[bool],
+    delta: float = 0.4,
+    mode: str = "mean",
+    retain: float = 0.25,
 ) -> list[bool]:
-    """Which attempts stay: while m < delta, drop the lowest correct or the highest wrong one, whichever raises m more.
+    """Which attempts stay: while m < delta, drop the lowest correct or the highest wrong one, whichever
+    raises m more.
 
-    Ties of the two go to the correct one; equal returns of a class to the first. It ends where no drop strictly raises m. A class keeps at
-    least max(1, floor(retain * size)) members. An empty class: all stay. delta = +inf: as far as it goes. ValueError as `margin`, for a
-    delta that is NaN, and for retain outside [0, 1].
+    Ties of the two go to the correct one; equal returns of a class to the first. It ends where no drop
+    strictly raises m. A class keeps at least max(1, floor(retain * size)) members. An empty class: all stay.
+    delta = +inf: as far as it goes. ValueError as `margin`, for a delta that is NaN, and for retain outside
+    [0, 1].
     """
     _check_delta(delta, endless=True)
     _check_retain(retain)
     found = margin(returns, correct, mode)
     good, bad = _classes(returns, correct)
-    good, bad = sorted(good, key=lambda i: (returns[i], i)), sorted(bad, key=lambda i: (-returns[i], i))  # next to go first
+    # next to go first
+    good, bad = sorted(good, key=lambda i: (returns[i], i)), sorted(bad, key=lambda i: (-returns[i], i))
     least_good, least_bad = (max(1, math.floor(retain * len(side))) for side in (good, bad))
     while found is not None and found < delta:
         fewer = [(good[1:], bad)] if len(good) > least_good else []
         fewer += [(good, bad[1:])] if len(bad) > least_bad else []
-        margins = [_margin([returns[i] for i in up], [returns[i] for i in down], mode) or 0.0 for up, down in fewer]
+        margins = [
+            _margin([returns[i] for i in up], [returns[i] for i in down], mode) or 0.0 for up, down in fewer
+        ]
         best = max(range(len(fewer)), key=margins.__getitem__, default=None)
         if best is None or not margins[best] > found:
             break
@@ -218,8 +262,13 @@ def _classes(returns: Sequence[float], correct: Sequence[bool]) -> tuple[list[in
         raise ValueError(f"a verdict for each return: got {len(returns)} returns and {len(correct)} verdicts")
     for index, value in enumerate(returns):
         if not math.isfinite(value):
-            raise ValueError(f"return {index} of the group is {value}; attempts the teacher said nothing about stay outside")
-    return [i for i, right in enumerate(correct) if right], [i for i, right in enumerate(correct) if not right]
+            raise ValueError(
+                f"return {index} of the group is {value}; attempts the teacher said nothing about stay "
+                "outside"
+            )
+    return [i for i, right in enumerate(correct) if right], [
+        i for i, right in enumerate(correct) if not right
+    ]
 
 
 def _check_delta(delta: float, endless: bool = False) -> None:

@@ -9,9 +9,11 @@ import numpy as np
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
+from reflux.config.requirements import Requirements
 from reflux.config.schedules import PositionNumber, at, first_below, needs_horizon, number
+from reflux.config.step_context import StepContext
 from reflux.credit.base import CreditPart
-from reflux.types import Credit, Group, Requirements, StepContext
+from reflux.types import Credit, Group
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
@@ -19,11 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class Position(CreditPart):
-    """Factor `factor(i)` at the i-th chosen position, i = 0, 1, 2, ...; positions where the student did not choose keep factor 1.
+    """Factor `factor(i)` at the i-th chosen position, i = 0, 1, 2, ...; positions where the student did not
+    choose keep factor 1.
 
-    `factor` is a number or a schedule read over positions instead of optimiser steps, so state its `horizon`, in positions:
-    `{ kind = "linear", start = 1, stop = 0, horizon = 64 }` fades the first 64 positions out. Values must be >= 0: ValueError.
-    Neutral: 1. Under the denominator `kept` positions of factor 0 are not counted. Note `factor`: the mean over chosen positions.
+    `factor` is a number or a schedule read over positions instead of optimiser steps, so state its `horizon`,
+    in positions: `{ kind = "linear", start = 1, stop = 0, horizon = 64 }` fades the first 64 positions out.
+    Values must be >= 0: ValueError. Neutral: 1. Under the denominator `kept` positions of factor 0 are not
+    counted. Note `factor`: the mean over chosen positions.
     """
 
     factor: PositionNumber
@@ -36,7 +40,9 @@ class Position(CreditPart):
         if isinstance(self.factor, (int, float)) and self.factor < 0:
             raise ValueError(f"factor must be >= 0, got {self.factor}")
         if needs_horizon(self.factor):
-            raise ValueError("factor is a schedule over positions: say how many it spans, for example horizon = 64")
+            raise ValueError(
+                "factor is a schedule over positions: say how many it spans, for example horizon = 64"
+            )
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if (position := first_below(self.factor, 0, cfg.training_positions)) is not None:
@@ -51,7 +57,10 @@ class Position(CreditPart):
         longest = max((int(mask_T.sum()) for mask_T in masks), default=0)
         factor_L = np.array([at(self.factor, position) for position in range(longest)], dtype=np.float32)
         if (wrong := np.flatnonzero(~(factor_L >= 0))).size:
-            raise ValueError(f"factor is {factor_L[wrong[0]]} at position {wrong[0]}; a weight must be >= 0, stop the schedule there")
+            raise ValueError(
+                f"factor is {factor_L[wrong[0]]} at position {wrong[0]}; a weight must be >= 0, stop the "
+                "schedule there"
+            )
         return [_share(mask_T, factor_L) for mask_T in masks]
 
 

@@ -1,4 +1,6 @@
-"""An answer cut into segments of chosen positions: sentences, lines, arithmetic steps, or blocks of so many tokens."""
+"""An answer cut into segments of chosen positions: sentences, lines, arithmetic steps, or blocks of so many
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +20,42 @@ if TYPE_CHECKING:
 Way = Literal["sentences", "lines", "steps"]
 
 _LINE = re.compile(r"\n")
-# A step ends at a newline, after . ; ! ? before white space, or with the result of an equation and the marks that close it. A number that
-# goes on being calculated with ("= 3 + 4 = 7": the 3) is no result. Possessive, so that no part of a number is taken for all of it.
-_STEP = re.compile(r"\n|[.;!?](?=\s)|=\s*+[-+−]?\s*+[$€£]?\d++(?:,\d{3})*+(?:\.\d++)?+(?!\s*[-+−*/×·÷^=])[])}>%$€\"'.,;:!?]*")
+# A step ends at a newline, after . ; ! ? before white space, or with the result of an equation and the marks
+# that close it. A number that goes on being calculated with ("= 3 + 4 = 7": the 3) is no result. Possessive,
+# so that no part of a number is taken for all of it.
+_STEP = re.compile(
+    r"\n|[.;!?](?=\s)|=\s*+[-+−]?\s*+[$€£]?\d++(?:,\d{3})*+(?:\.\d++)?+(?!\s*[-+−*/×·÷^=])[])}>%$€\"'.,;:!?]*"
+)
 
 
 def segments_of(rollout: TokenRollout, way: Way | int) -> list[slice]:
-    """Slices of positions, in order, non-empty and disjoint: every chosen position lies in exactly one, any other in none.
+    """Slices of positions, in order, non-empty and disjoint: every chosen position lies in exactly one, any
+    other in none.
 
-    A segment never crosses a turn (a run of chosen positions). A number cuts each turn into blocks of so many tokens, the last one shorter.
-    Else the text of a turn is cut, and a token belongs to the piece that holds its first character which is not white space; a token
-    without one (space, special) joins the piece before it, or else the first. "sentences": NLTK's Punkt without training, which knows no
-    abbreviations and needs no data. "lines": at newlines. "steps": one arithmetic step each, see `step_starts`. What a length limit cut
-    off is a piece like any other. ValueError where a text is to be cut and the rollout has no `spans_T2`.
+    A segment never crosses a turn (a run of chosen positions). A number cuts each turn into blocks of so many
+    tokens, the last one shorter. Else the text of a turn is cut, and a token belongs to the piece that holds
+    its first character which is not white space; a token without one (space, special) joins the piece before
+    it, or else the first. "sentences": NLTK's Punkt without training, which knows no abbreviations and needs
+    no data. "lines": at newlines. "steps": one arithmetic step each, see `step_starts`. What a length limit
+    cut off is a piece like any other. ValueError where a text is to be cut and the rollout has no `spans_T2`.
     """
     if isinstance(way, int):
-        return [slice(start, min(start + way, stop)) for first, stop in _turns(rollout.mask_T) for start in range(first, stop, way)]
+        return [
+            slice(start, min(start + way, stop))
+            for first, stop in _turns(rollout.mask_T)
+            for start in range(first, stop, way)
+        ]
     if rollout.spans_T2 is None:
         raise ValueError(
-            f"segments = '{way}' needs the characters that each token wrote, and prompt {rollout.prompt.id} came without them. "
+            f"segments = '{way}' needs the characters that each token wrote, and prompt {rollout.prompt.id} "
+            "came without them. "
             f"Ask for them: `Requirements(spans=True)`; or cut by tokens, segments = 8."
         )
-    return [piece for first, stop in _turns(rollout.mask_T) for piece in _pieces(rollout, rollout.spans_T2, first, stop, _STARTS[way])]
+    return [
+        piece
+        for first, stop in _turns(rollout.mask_T)
+        for piece in _pieces(rollout, rollout.spans_T2, first, stop, _STARTS[way])
+    ]
 
 
 def sentence_starts(text: str) -> list[int]:
@@ -53,14 +69,19 @@ def line_starts(text: str) -> list[int]:
 
 
 def step_starts(text: str) -> list[int]:
-    """Where each arithmetic step begins: after a newline, after . ; ! ? before white space, and after the result of an equation.
+    """Where each arithmetic step begins: after a newline, after . ; ! ? before white space, and after the
+    result of an equation.
 
     "Start: 12. 12+7=19. 19-5=14. Answer: 14" has four, "3+4=7, 7*2=14" two, "2+3 = 10/2 = 5" one.
     """
     return [0, *(found.end() for found in _STEP.finditer(text))]
 
 
-_STARTS: dict[str, Callable[[str], list[int]]] = {"sentences": sentence_starts, "lines": line_starts, "steps": step_starts}
+_STARTS: dict[str, Callable[[str], list[int]]] = {
+    "sentences": sentence_starts,
+    "lines": line_starts,
+    "steps": step_starts,
+}
 
 
 @functools.cache
@@ -76,7 +97,9 @@ def _turns(mask_T: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def _pieces(rollout: TokenRollout, spans_T2: np.ndarray, first: int, stop: int, starts_of: Callable[[str], list[int]]) -> list[slice]:
+def _pieces(
+    rollout: TokenRollout, spans_T2: np.ndarray, first: int, stop: int, starts_of: Callable[[str], list[int]]
+) -> list[slice]:
     """The segments of one turn. A piece that no token begins in has no segment."""
     spans = spans_T2[first:stop].tolist()
     begin, end = spans[0][0], max(after for _, after in spans)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from reflux.samplers.base import OpenSampler
     from reflux.tasks.base import Task
 
-Graded = list[tuple[Attempt, Reward]]  # the attempts at one problem
+# the attempts at one problem
+Graded = list[tuple[Attempt, Reward]]
 # Names that no part of a verdict may take: those of this table and of `test_accuracy`'s.
 _OWN = {
     "problems",
@@ -44,21 +45,25 @@ _OWN = {
 
 @dataclass(frozen=True, config=STRICT)
 class Accuracy(EvalPart):
-    """The first `problems` of a split: one greedy answer each, and `samples` more at `temperature` where that is above 0.
+    """The first `problems` of a split: one greedy answer each, and `samples` more at `temperature` where that
+    is above 0.
 
-    Greedy: accuracy (the mean verdict of what could be judged) with the Wilson interval `low`, `high`; `accuracy.<part or route>` with
-    the same where there are several. A greedy image is the ODE's, from a first noise that is the same at every evaluation. `ungraded`
-    counts answers without a verdict, which are in no mean. `truncated` is the share that hit the length limit, `mean_tokens` (of images
-    `mean_steps`) the mean length. Verdicts may have parts, such as quality: `parts` lists them, and each has its mean over the answers that
-    have it under its own name, with `.low` and `.high` by bootstrap over problems, and the same for each part of a mix or route as
-    `<name>.<route>`; one named like a number of the table itself is `part.<name>`. A part that is the same for every problem has null for
-    both ends: its range is not known, so neither is the spread of what was not seen.
-    Samples: avg@n, the mean over problems of the mean verdict, and pass@k, unbiased, with 95% intervals by bootstrap over problems, and by
-    Wilson where all problems are equal, such as 0 of 30; a verdict of 1 passes. `split` is where the problems come from.
+    Greedy: accuracy (the mean verdict of what could be judged) with the Wilson interval `low`, `high`;
+    `accuracy.<part or route>` with the same where there are several. A greedy image is the ODE's, from a
+    first noise that is the same at every evaluation. `ungraded` counts answers without a verdict, which are
+    in no mean. `truncated` is the share that hit the length limit, `mean_tokens` (of images `mean_steps`) the
+    mean length. Verdicts may have parts, such as quality: `parts` lists them, and each has its mean over the
+    answers that have it under its own name, with `.low` and `.high` by bootstrap over problems, and the same
+    for each part of a mix or route as `<name>.<route>`; one named like a number of the table itself is
+    `part.<name>`. A part that is the same for every problem has null for both ends: its range is not known,
+    so neither is the spread of what was not seen. Samples: avg@n, the mean over problems of the mean verdict,
+    and pass@k, unbiased, with 95% intervals by bootstrap over problems, and by Wilson where all problems are
+    equal, such as 0 of 30; a verdict of 1 passes. `split` is where the problems come from.
 
-    max_tokens: the length limit; without it the sampler's `max_tokens`, never a cap of training. Images are always finished. k: of
-    pass@k (default: samples). examples: so many problems are listed with the greedy answer (an image as base64 of a PNG of at most 96
-    pixels a side), always the same ones, so that before and after can be set side by side.
+    max_tokens: the length limit; without it the sampler's `max_tokens`, never a cap of training. Images are
+    always finished. k: of pass@k (default: samples). examples: so many problems are listed with the greedy
+    answer (an image as base64 of a PNG of at most 96 pixels a side), always the same ones, so that before and
+    after can be set side by side.
     """
 
     asked: ClassVar[Asked] = "always"
@@ -75,11 +80,15 @@ class Accuracy(EvalPart):
         if self.problems < 1 or self.samples < 0 or self.examples < 0:
             raise ValueError("needs problems >= 1, samples >= 0 and examples >= 0")
         if self.k is not None and not 1 <= self.k <= self.samples:
-            raise ValueError(f"pass@k needs 1 <= k <= samples, got k = {self.k} with samples = {self.samples}")
+            raise ValueError(
+                f"pass@k needs 1 <= k <= samples, got k = {self.k} with samples = {self.samples}"
+            )
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError("max_tokens must be at least 1")
         if not self.temperature > 0:
-            raise ValueError("temperature must be above 0; the greedy answer is always asked for, and needs no samples")
+            raise ValueError(
+                "temperature must be above 0; the greedy answer is always asked for, and needs no samples"
+            )
 
     async def __call__(self, evaluation: Evaluation, source: Source) -> dict[str, Any]:
         return await self.measure(evaluation)
@@ -89,7 +98,8 @@ class Accuracy(EvalPart):
         prompts = self.prompts(evaluation)
         greedy = await self.greedy(evaluation, prompts)
         sampled: dict[str, Any] = {}
-        if self.samples:  # after the greedy answers, never among them: one batch holds one temperature
+        if self.samples:
+            # after the greedy answers, never among them: one batch holds one temperature
             drawn = await self._ask(evaluation, prompts, self.samples, self.temperature)
             sampled = _sampled(drawn, self.samples, self.k or self.samples, evaluation.seed)
         return self.table(evaluation, greedy, sampled)
@@ -98,25 +108,46 @@ class Accuracy(EvalPart):
         """What is asked. DataError where the split has no problems."""
         prompts = list(islice(problems(evaluation.task, self.split), self.problems))
         if not prompts:
-            raise DataError(f"eval accuracy: the task has no problems in its split '{self.split}'; choose another split")
+            raise DataError(
+                f"eval accuracy: the task has no problems in its split '{self.split}'; choose another split"
+            )
         return prompts
 
-    async def greedy(self, evaluation: Evaluation, prompts: Sequence[Prompt], sampler: OpenSampler | None = None) -> list[Graded]:
+    async def greedy(
+        self, evaluation: Evaluation, prompts: Sequence[Prompt], sampler: OpenSampler | None = None
+    ) -> list[Graded]:
         """One judged answer to each prompt, in order; of another sampler where one is given."""
         return await self._ask(evaluation, prompts, 1, 0.0, sampler)
 
-    def table(self, evaluation: Evaluation, greedy: list[Graded], more: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    def table(
+        self, evaluation: Evaluation, greedy: list[Graded], more: Mapping[str, Any] = MappingProxyType({})
+    ) -> dict[str, Any]:
         """The numbers of these greedy answers, `more` numbers, and the examples. No answers: no accuracy."""
         parts = sorted({name for graded in greedy for _, reward in graded for name in reward.parts})
-        table = {"problems": len(greedy), "split": self.split, **_greedy(greedy), **_parts(parts, greedy, evaluation.seed)}
+        table = {
+            "problems": len(greedy),
+            "split": self.split,
+            **_greedy(greedy),
+            **_parts(parts, greedy, evaluation.seed),
+        }
         for kind, some in _by_kind(evaluation.task, greedy):
             table |= {**_mean(f"accuracy.{kind}", some), f"accuracy.{kind}.problems": len(some)}
             table |= _parts(parts, some, evaluation.seed, f".{kind}")
         listed = {"parts": [_free(name) for name in parts]} if parts else {}
-        return {**table, **more, **listed, "examples": [_example(*graded[0]) for graded in greedy[: self.examples]]}
+        return {
+            **table,
+            **more,
+            **listed,
+            "examples": [_example(*graded[0]) for graded in greedy[: self.examples]],
+        }
 
     async def _ask(
-        self, evaluation: Evaluation, prompts: Sequence[Prompt], n: int, temperature: float, sampler: OpenSampler | None = None
+        self,
+        evaluation: Evaluation,
+        prompts: Sequence[Prompt],
+        n: int,
+        temperature: float,
+        sampler: OpenSampler | None = None,
     ) -> list[Graded]:
         draw = evaluation.draw("eval", limit=self.max_tokens, temperature=temperature)
         groups = await evaluation.groups(prompts, n, draw, sampler)
@@ -182,7 +213,11 @@ def _sampled(problems: list[Graded], samples: int, k: int, seed: int) -> dict[st
     """avg@n over problems with a judged sample; pass@k over problems with at least k of them."""
     judged = [[reward.value for _, reward in graded if reward.value is not None] for graded in problems]
     averages = [sum(values) / len(values) for values in judged if values]
-    passes = [pass_at_k(len(values), sum(value >= 1 for value in values), k) for values in judged if len(values) >= k]
+    passes = [
+        pass_at_k(len(values), sum(value >= 1 for value in values), k)
+        for values in judged
+        if len(values) >= k
+    ]
     return {
         "samples": samples,
         "ungraded_samples": sum(samples - len(values) for values in judged),

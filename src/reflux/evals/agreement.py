@@ -26,23 +26,27 @@ if TYPE_CHECKING:
     from reflux.models.heads import Heads
     from reflux.teachers.collection import Teachers
 
-Found = tuple[Attempt, np.ndarray]  # an attempt the teacher scored, and how far apart they were at each position
+# an attempt the teacher scored, and how far apart they were at each position
+Found = tuple[Attempt, np.ndarray]
 
 
 @dataclass(frozen=True, config=STRICT)
 class Agreement(EvalPart):
-    """Reverse KL to the teacher on the student's own samples for the first `prompts` of a split, one attempt each.
+    """Reverse KL to the teacher on the student's own samples for the first `prompts` of a split, one attempt
+    each.
 
-    Of texts the mean of log p(a) - log q(a), which is unbiased; of images, drawn with the noise of training, the KL of each step in
-    closed form (`objectives.velocity_kl`).
+    Of texts the mean of log p(a) - log q(a), which is unbiased; of images, drawn with the noise of training,
+    the KL of each step in closed form (`objectives.velocity_kl`).
 
-    `kl_nats` with its 95% interval `low`, `high`, nats per token or per step; `by_position` the same in `bins` of equal width, of images
-    the steps; `kl_nats.<route>` where prompts have several routes, `by_teacher` the same for each table that answers under this name, where
-    there are several: one that was asked nothing has null. `split` is where the prompts come from. An attempt the teacher did not score is
+    `kl_nats` with its 95% interval `low`, `high`, nats per token or per step; `by_position` the same in
+    `bins` of equal width, of images the steps; `kl_nats.<route>` where prompts have several routes,
+    `by_teacher` the same for each table that answers under this name, where there are several: one that was
+    asked nothing has null. `split` is where the prompts come from. An attempt the teacher did not score is
     left out, and so is an image drawn without noise, whose KL is infinite; none left: kl_nats is null.
 
-    The interval comes from the spread between attempts (`statistics.clustered_mean`: Student's t with one degree of freedom less than there
-    are attempts), for positions of one attempt are not independent. One attempt alone, also in a bin, has none: its ends are null.
+    The interval comes from the spread between attempts (`statistics.clustered_mean`: Student's t with one
+    degree of freedom less than there are attempts), for positions of one attempt are not independent. One
+    attempt alone, also in a bin, has none: its ends are null.
     """
 
     asked: ClassVar[Asked] = "always"
@@ -63,11 +67,16 @@ class Agreement(EvalPart):
     async def __call__(self, evaluation: Evaluation, source: Source) -> dict[str, Any]:
         prompts = list(islice(problems(evaluation.task, self.split), self.prompts))
         teachers = evaluation.teachers
-        assert teachers is not None  # refused beforehand
+        # refused beforehand
+        assert teachers is not None
         draw = replace(evaluation.draw("eval", limit=self.max_tokens), stop=())
         groups = await evaluation.groups(prompts, 1, draw)
         await teachers.score(groups, evaluation.step_context)
-        found = [(group[0], gap) for group in groups if (gap := gap_T(group[0], self.teacher, evaluation.services.heads)) is not None]
+        found = [
+            (group[0], gap)
+            for group in groups
+            if (gap := gap_T(group[0], self.teacher, evaluation.services.heads)) is not None
+        ]
         gaps = [gap for _, gap in found]
         return {
             **_interval([_chosen(gap) for gap in gaps]),
@@ -82,22 +91,31 @@ class Agreement(EvalPart):
         tables = [table for table, name in teachers.tables.items() if name == self.teacher]
         if len(tables) < 2:
             return {}
-        objective_teachers = {
-            table: [_chosen(gap) for attempt, gap in found if attempt.answers[self.teacher].table == table] for table in tables
+        gaps_by_table = {
+            table: [_chosen(gap) for attempt, gap in found if attempt.answers[self.teacher].table == table]
+            for table in tables
         }
-        return {"by_teacher": {table: {**_interval(gaps), "attempts": len(gaps)} for table, gaps in objective_teachers.items()}}
+        return {
+            "by_teacher": {
+                table: {**_interval(gaps), "attempts": len(gaps)} for table, gaps in gaps_by_table.items()
+            }
+        }
 
 
 def gap_T(attempt: Attempt, teacher: str, heads: Heads) -> np.ndarray | None:
-    """The reverse KL at each position, nats; NaN where the student did not choose. None where the teacher said nothing of them.
+    """The reverse KL at each position, nats; NaN where the student did not choose. None where the teacher
+    said nothing of them.
 
-    Of a text log p - log q of the sampled tokens, whose mean it is; unlike credit.log_ratio this needs no `Requirements`: hidden states go through
-    the teacher's head where they have not yet. Of an image w |v_student - v_teacher|^2, >= 0, exact at the states that were drawn; None
-    where its velocities were not recorded, or its noise level is 0.
+    Of a text log p - log q of the sampled tokens, whose mean it is; unlike credit.log_ratio this needs no
+    `Requirements`: hidden states go through the teacher's head where they have not yet. Of an image w
+    |v_student - v_teacher|^2, >= 0, exact at the states that were drawn; None where its velocities were not
+    recorded, or its noise level is 0.
     """
     target, rollout = attempt.target(teacher), attempt.rollout
     student = (
-        SampledTarget(teacher="behaviour", logp_T=_at_temperature_1(rollout)) if isinstance(rollout, TokenRollout) else rollout.behaviour
+        SampledTarget(teacher="behaviour", logp_T=_at_temperature_1(rollout))
+        if isinstance(rollout, TokenRollout)
+        else rollout.behaviour
     )
     if student is None or target is None:
         return None
@@ -129,7 +147,9 @@ def _by_route(found: list[Found]) -> dict[str, Any]:
 
 
 def _interval(gaps: list[np.ndarray]) -> dict[str, float | None]:
-    """Mean over positions, with an interval from the spread between attempts (positions of one attempt are not independent)."""
+    """Mean over positions, with an interval from the spread between attempts (positions of one attempt are
+    not independent).
+    """
     return dict(zip(("kl_nats", "low", "high"), clustered_mean(gaps), strict=True))
 
 

@@ -47,16 +47,20 @@ NAMES = ("spectral_norm", "rho", "effective_rank", "top_norm_ratio")
 
 @dataclass(frozen=True, config=STRICT)
 class Foresight(EvalPart):
-    """The spectra of what training did to attention and MLP matrices so far, in float32, adapters merged; means over the matrices.
+    """The spectra of what training did to attention and MLP matrices so far, in float32, adapters merged;
+    means over the matrices.
 
-    `spectral_norm`, `rho`, `effective_rank`, `top_norm_ratio` (see evals.spectra), `matrices`, and how many of them are `unmoved` and left
-    out of the means (all of them: null). `alignment`: for each earlier evaluation, how its leading `k` directions lie to those of now, by
-    step; in the last evaluation that is alignment with the end.
+    `spectral_norm`, `rho`, `effective_rank`, `top_norm_ratio` (see evals.spectra), `matrices`, and how many
+    of them are `unmoved` and left out of the means (all of them: null). `alignment`: for each earlier
+    evaluation, how its leading `k` directions lie to those of now, by step; in the last evaluation that is
+    alignment with the end.
 
-    percent: of top_norm_ratio; 1 is the paper's, and where min(rows, columns) is at most 100 that is rho: take 10 there. include: parts of
-    parameter names, as extrapolation.extrapolate has them. The start weights and the leading left singular vectors of every evaluation are
-    kept in the run directory, under parts/evals.NAME/. Cost: an exact singular value decomposition of every matrix (CPU): nothing beside a
-    step for matrices up to a few hundred, seconds each for a few thousand. RunError where it is switched on after the first step.
+    percent: of top_norm_ratio; 1 is the paper's, and where min(rows, columns) is at most 100 that is rho:
+    take 10 there. include: parts of parameter names, as extrapolation.extrapolate has them. The start weights
+    and the leading left singular vectors of every evaluation are kept in the run directory, under
+    parts/evals.NAME/. Cost: an exact singular value decomposition of every matrix (CPU): nothing beside a
+    step for matrices up to a few hundred, seconds each for a few thousand. RunError where it is switched on
+    after the first step.
 
     Nothing here is read by training (law 8). arXiv 2605.11739.
     """
@@ -78,31 +82,47 @@ class Foresight(EvalPart):
         return foresight_charts(read_spectra(recorded.rows("evals")))
 
     async def __call__(self, evaluation: Evaluation, source: Source) -> dict[str, Any]:
-        """The table. ConfigError where `include` matches no matrix, RunError where the start weights are not there."""
+        """The table. ConfigError where `include` matches no matrix, RunError where the start weights are not
+        there.
+        """
         access = required(source.access, "evals.foresight")
         return await evaluation.services.run_model(self._measure, access, source.folder, evaluation.step)
 
     def _measure(self, access: WeightAccess, folder: Path, step: int) -> dict[str, Any]:
-        weights = {name: value for name, value in access.read(moved(access.names, self.include)).items() if value.ndim == 2}
+        weights = {
+            name: value
+            for name, value in access.read(moved(access.names, self.include)).items()
+            if value.ndim == 2
+        }
         if not weights:
-            raise ConfigError(f"evals.foresight: include = {list(self.include)} matches no matrix of the student")
+            raise ConfigError(
+                f"evals.foresight: include = {list(self.include)} matches no matrix of the student"
+            )
         if not step:
             _write(folder / "start", weights)
         start = _read(folder / "start")
         if not start:
             raise RunError(
-                f"evals.foresight compares with the weights the run began with, and {folder / 'start'} does not hold them: it was switched "
-                "on after the first step, or its folder was removed. Use evals.foresight=none, or start a new run."
+                f"evals.foresight compares with the weights the run began with, and {folder / 'start'} does "
+                "not hold them: it was switched "
+                "on after the first step, or its folder was removed. Use evals.foresight=none, or start a "
+                "new run."
             )
         means, vectors = _spectra(weights, start, self.percent, self.k)
         _write(folder / f"step-{step}", vectors)
         earlier = sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
-        return {**means, "alignment": {str(then): _aligned(folder, then, vectors) for then in earlier if 0 < then < step}}
+        return {
+            **means,
+            "alignment": {str(then): _aligned(folder, then, vectors) for then in earlier if 0 < then < step},
+        }
 
 
-def foresight(weights: Mapping[str, Tensor], start: Mapping[str, Tensor], percent: float = 1.0) -> dict[str, float | int | None]:
-    """The means of spectral_norm, rho, effective_rank and top_norm_ratio over the matrices of `weights` that are attention's or an MLP's by
-    their names, `matrices`, and `unmoved`: how many are as in `start`, and left out of the means (None where all are).
+def foresight(
+    weights: Mapping[str, Tensor], start: Mapping[str, Tensor], percent: float = 1.0
+) -> dict[str, float | int | None]:
+    """The means of spectral_norm, rho, effective_rank and top_norm_ratio over the matrices of `weights` that
+    are attention's or an MLP's by their names, `matrices`, and `unmoved`: how many are as in `start`, and
+    left out of the means (None where all are).
 
     ValueError for a matrix that `start` lacks or has in another shape, and for values that are not finite.
     """
@@ -125,14 +145,21 @@ def _spectra(
         s, vectors[name] = directions(delta, k)
         found.append((float(s[0]), rho_of(s), effective_rank_of(s), top_norm_ratio_of(s, percent)))
     columns = zip(*found, strict=True) if found else [()] * len(NAMES)
-    means = {name: statistics.fmean(column) if column else None for name, column in zip(NAMES, columns, strict=True)}
+    means = {
+        name: statistics.fmean(column) if column else None
+        for name, column in zip(NAMES, columns, strict=True)
+    }
     return {**means, "matrices": len(weights), "unmoved": len(weights) - len(found)}, vectors
 
 
 def _aligned(folder: Path, step: int, vectors: Mapping[str, Tensor]) -> float | None:
     """Mean over the matrices that had moved by then and now."""
     then = _read(folder / f"step-{step}")
-    both = [alignment_of(then[name], vectors[name]) for name in vectors if name in then and then[name].shape == vectors[name].shape]
+    both = [
+        alignment_of(then[name], vectors[name])
+        for name in vectors
+        if name in then and then[name].shape == vectors[name].shape
+    ]
     return statistics.fmean(both) if both else None
 
 

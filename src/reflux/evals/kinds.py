@@ -12,7 +12,9 @@ from reflux.types import FlowRollout, Rollout, TokenRollout
 
 @dataclass(frozen=True)
 class Kind:
-    """`units` is what its positions are, `shown` the name under which an example has what was made, and `show` makes it JSON."""
+    """`units` is what its positions are, `shown` the name under which an example has what was made, and
+    `show` makes it JSON.
+    """
 
     units: str
     shown: str
@@ -21,8 +23,10 @@ class Kind:
 
 KINDS = {
     TokenRollout: Kind("tokens", "text", str),
-    FlowRollout: Kind("steps", "image", images.to_text),  # base64 of a PNG, a thumbnail where it is large
-    Rollout: Kind("positions", "text", repr),  # of a user's own
+    # base64 of a PNG, a thumbnail where it is large
+    FlowRollout: Kind("steps", "image", images.to_text),
+    # of a user's own
+    Rollout: Kind("positions", "text", repr),
 }
 
 

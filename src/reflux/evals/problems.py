@@ -8,9 +8,11 @@ from reflux.errors import DataError
 from reflux.tasks.base import Split, Task
 from reflux.types import Prompt
 
-# Of validation problems (and of training problems, where an evaluation asks for those). Whoever tunes a recipe looks at these.
+# Of validation problems (and of training problems, where an evaluation asks for those). Whoever tunes a
+# recipe looks at these.
 HELD_OUT_SEED = 0
-# Of test problems, and of nothing else: no recipe, default or model was ever chosen by a problem that was drawn with this seed.
+# Of test problems, and of nothing else: no recipe, default or model was ever chosen by a problem that was
+# drawn with this seed.
 TEST_SEED = 7_302_811
 
 
@@ -20,7 +22,9 @@ def problems(task: Task, split: Split) -> Iterator[Prompt]:
 
 
 def seen(task: Task, asked: Sequence[Prompt]) -> int:
-    """How many of these test problems are validation problems as well, by their ids. A task without validation problems has none."""
+    """How many of these test problems are validation problems as well, by their ids. A task without
+    validation problems has none.
+    """
     try:
         looked_at = {prompt.id for prompt in problems(task, "validation")}
     except DataError:
@@ -31,6 +35,7 @@ def seen(task: Task, asked: Sequence[Prompt]) -> int:
 def told(count: int) -> str:
     """Such a count as a sentence with the remedy."""
     return (
-        f"{count} of the test problems are validation problems too, so what is reported was looked at on the way. Give the task test "
+        f"{count} of the test problems are validation problems too, so what is reported was looked at on the "
+        "way. Give the task test "
         f"problems of its own, such as task.test = a file of lines that are in no other."
     )

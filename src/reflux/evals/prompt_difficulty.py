@@ -1,7 +1,8 @@
-"""Offline balance: how hard is each training prompt for this student, and which ones to repeat. Nothing is deleted.
+"""Offline balance: how hard is each training prompt for this student, and which ones to repeat. Nothing is
+deleted.
 
-Arrives at two files: `difficulty.jsonl`, one line of counts per prompt, and `prompts.jsonl`, the prompts with copies of the rarer
-difficulties, readable by the task `jsonl`. Uni-OPD, arXiv 2605.03677.
+Arrives at two files: `difficulty.jsonl`, one line of counts per prompt, and `prompts.jsonl`, the prompts with
+copies of the rarer difficulties, readable by the task `jsonl`. Uni-OPD, arXiv 2605.03677.
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
+from reflux.config.step_context import SamplingParams
 from reflux.errors import DataError
 from reflux.tasks.base import Task
 from reflux.tasks.glyphs import Glyphs
 from reflux.tasks.word_problems import WordProblems
-from reflux.types import Prompt, Reward, SamplingParams
+from reflux.types import Prompt, Reward
 
 if TYPE_CHECKING:
     from reflux.evals.evaluation import Evaluation
 
-FIRST = 512  # of an endless task, where no number is asked for
-UNKNOWN = 100_000  # so many different prompts of a task of a user's own are read in search of its end
-CORRECT = 0.5  # the reward from which an answer counts as correct
+# of an endless task, where no number is asked for
+FIRST = 512
+# so many different prompts of a task of a user's own are read in search of its end
+UNKNOWN = 100_000
+# the reward from which an answer counts as correct
+CORRECT = 0.5
 
 
 @dataclass(frozen=True)
@@ -36,49 +41,73 @@ class Counted:
     ungraded: int = 0
 
     def line(self, copies: int) -> dict[str, Any]:
-        return {"id": self.prompt.id, "correct": self.correct, "samples": self.samples, "ungraded": self.ungraded, "copies": copies}
+        return {
+            "id": self.prompt.id,
+            "correct": self.correct,
+            "samples": self.samples,
+            "ungraded": self.ungraded,
+            "copies": copies,
+        }
 
 
 def multiplicities(counts_correct: Sequence[int], n_samples: int, cap: int = 8) -> list[int]:
-    """Copies per prompt that make difficulty roughly flat: for a prompt with c of `n_samples` answers correct, 1 where c = 0, else
-    clip(floor(H / h_c + 1/2), 1, cap), with h_c prompts of that count and H the largest h of all counts.
+    """Copies per prompt that make difficulty roughly flat: for a prompt with c of `n_samples` answers
+    correct, 1 where c = 0, else clip(floor(H / h_c + 1/2), 1, cap), with h_c prompts of that count and H the
+    largest h of all counts.
 
-    Below the cap every count c >= 1 that occurs ends with 2H/3 to 4H/3 prompts; the fullest stays as it is. Prompts that were never solved
-    are neither repeated nor dropped. The paper names the raised counts only (1..7 of 8, or 1..8 where most are unsolved); the formula is
-    ours. [] gives []. ValueError for a count outside 0..n_samples, for n_samples or cap below 1.
+    Below the cap every count c >= 1 that occurs ends with 2H/3 to 4H/3 prompts; the fullest stays as it is.
+    Prompts that were never solved are neither repeated nor dropped. The paper names the raised counts only
+    (1..7 of 8, or 1..8 where most are unsolved); the formula is ours. [] gives []. ValueError for a count
+    outside 0..n_samples, for n_samples or cap below 1.
     """
     if n_samples < 1 or cap < 1:
         raise ValueError(f"n_samples and cap must be at least 1, got {n_samples} and {cap}")
     for index, correct in enumerate(counts_correct):
         if not 0 <= correct <= n_samples:
-            raise ValueError(f"prompt {index} has {correct} correct answers, which is not between 0 and n_samples = {n_samples}")
+            raise ValueError(
+                f"prompt {index} has {correct} correct answers, which is not between 0 and n_samples = "
+                f"{n_samples}"
+            )
     sizes = Counter(counts_correct)
     fullest = max(sizes.values(), default=0)
-    copies = {c: 1 if c == 0 else min(max((2 * fullest + size) // (2 * size), 1), cap) for c, size in sizes.items()}
+    copies = {
+        c: 1 if c == 0 else min(max((2 * fullest + size) // (2 * size), 1), cap) for c, size in sizes.items()
+    }
     return [copies[correct] for correct in counts_correct]
 
 
 def copies_of(counted: Sequence[Counted], cap: int = 8) -> list[int]:
-    """`multiplicities` over the prompts all of whose answers were judged; the others are kept once, in no bin."""
+    """`multiplicities` over the prompts all of whose answers were judged; the others are kept once, in no
+    bin.
+    """
     judged = [entry for entry in counted if not entry.ungraded]
-    found = iter(multiplicities([entry.correct for entry in judged], judged[0].samples, cap) if judged else [])
+    found = iter(
+        multiplicities([entry.correct for entry in judged], judged[0].samples, cap) if judged else []
+    )
     return [1 if entry.ungraded else next(found) for entry in counted]
 
 
 def repeated(prompts: Sequence[Prompt], copies: Sequence[int]) -> Iterator[Prompt]:
-    """Each prompt, then its copies `id#2`, `id#3`, ... (a number that is taken is passed over): ids seed the sampling, so none is alike."""
+    """Each prompt, then its copies `id#2`, `id#3`, ... (a number that is taken is passed over): ids seed the
+    sampling, so none is alike.
+    """
     taken = {prompt.id for prompt in prompts}
     for prompt, times in zip(prompts, copies, strict=True):
         yield prompt
         free = (f"{prompt.id}#{number}" for number in count(2))
-        yield from (replace(prompt, id=name) for name in islice((name for name in free if name not in taken), times - 1))
+        yield from (
+            replace(prompt, id=name)
+            for name in islice((name for name in free if name not in taken), times - 1)
+        )
 
 
 def training_prompts(task: Task, seed: int, limit: int = 0) -> tuple[list[Prompt], bool]:
-    """(the different training prompts in order, was the stream cut short?): the first `limit`, or, at 0, all of one pass.
+    """(the different training prompts in order, was the stream cut short?): the first `limit`, or, at 0, all
+    of one pass.
 
-    A training split never ends; a pass over data of any size is over when ids come again. An endless task gives its FIRST.
-    DataError where no limit is asked for, and a task of a user's own came to no end in UNKNOWN different prompts.
+    A training split never ends; a pass over data of any size is over when ids come again. An endless task
+    gives its FIRST. DataError where no limit is asked for, and a task of a user's own came to no end in
+    UNKNOWN different prompts.
     """
     finite = task.ends
     most = limit or (FIRST if finite is False else 0)
@@ -93,7 +122,10 @@ def training_prompts(task: Task, seed: int, limit: int = 0) -> tuple[list[Prompt
         if old == patience:
             break
         if not most and finite is None and len(found) > UNKNOWN:
-            raise DataError(f"the task gave more than {UNKNOWN:,} different training prompts; say how many to take with --prompts N")
+            raise DataError(
+                f"the task gave more than {UNKNOWN:,} different training prompts; say how many to take with "
+                "--prompts N"
+            )
     return list(found.values()), False
 
 

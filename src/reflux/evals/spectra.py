@@ -1,8 +1,9 @@
-"""How a weight matrix has moved, by the singular values s_1 >= ... >= s_r of delta = W - W_start, r = min(rows, columns).
+"""How a weight matrix has moved, by the singular values s_1 >= ... >= s_r of delta = W - W_start, r =
+min(rows, columns).
 
-All functions take matrices as torch tensors and compute an exact singular value decomposition in the type given (float32 from a run), at
-some 4 to 20 times rows x columns x r FLOP. They raise ValueError for what is not a finite matrix, and, but for spectral_norm, for a
-displacement of zero. arXiv 2605.11739.
+All functions take matrices as torch tensors and compute an exact singular value decomposition in the type
+given (float32 from a run), at some 4 to 20 times rows x columns x r FLOP. They raise ValueError for what is
+not a finite matrix, and, but for spectral_norm, for a displacement of zero. arXiv 2605.11739.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-K = 20  # of alignment
+# of alignment
+K = 20
 
 
 def spectral_norm(delta: Tensor) -> float:
@@ -27,13 +29,16 @@ def rho(delta: Tensor) -> float:
 
 
 def effective_rank(delta: Tensor) -> float:
-    """exp of the entropy of z_i = s_i / sum s (s itself, not its square), in [1, r]: over how many directions it is spread."""
+    """exp of the entropy of z_i = s_i / sum s (s itself, not its square), in [1, r]: over how many directions
+    it is spread.
+    """
     return effective_rank_of(_moved(singular_values(delta)))
 
 
 def top_norm_ratio(delta: Tensor, percent: float = 1.0) -> float:
-    """sqrt(sum over i <= k of s_i^2 / sum s_i^2) with k = ceil(r percent / 100): the share of the length in the first directions, at least
-    rho, and rho itself where k is 1 (1 percent of r <= 100). ValueError for a percentage outside (0, 100].
+    """sqrt(sum over i <= k of s_i^2 / sum s_i^2) with k = ceil(r percent / 100): the share of the length in
+    the first directions, at least rho, and rho itself where k is 1 (1 percent of r <= 100). ValueError for a
+    percentage outside (0, 100].
     """
     return top_norm_ratio_of(_moved(singular_values(delta)), percent)
 
@@ -41,11 +46,13 @@ def top_norm_ratio(delta: Tensor, percent: float = 1.0) -> float:
 def alignment(delta: Tensor, final: Tensor, k: int = K) -> float:
     """Mean over i <= min(k, r) of |<u_i(delta), u_i(final)>|, left singular vectors in order, in [0, 1].
 
-    Signs of singular vectors mean nothing, so the absolute value is taken (the official script fixes them against the step before).
-    ValueError for unlike shapes or k < 1.
+    Signs of singular vectors mean nothing, so the absolute value is taken (the official script fixes them
+    against the step before). ValueError for unlike shapes or k < 1.
     """
     if delta.shape != final.shape:
-        raise ValueError(f"the two displacements differ in shape: {tuple(delta.shape)} and {tuple(final.shape)}")
+        raise ValueError(
+            f"the two displacements differ in shape: {tuple(delta.shape)} and {tuple(final.shape)}"
+        )
     return alignment_of(directions(delta, k)[1], directions(final, k)[1])
 
 
@@ -83,7 +90,8 @@ def top_norm_ratio_of(s: Tensor, percent: float) -> float:
     if not 0 < percent <= 100:
         raise ValueError(f"percent must be above 0 and at most 100, got {percent:g}")
     s = s.double()
-    k = math.ceil(round(len(s) * percent / 100, 9))  # 64.4 percent of 250 is 161.00000000000003 in binary
+    # 64.4 percent of 250 is 161.00000000000003 in binary
+    k = math.ceil(round(len(s) * percent / 100, 9))
     return float(s[:k].norm() / s.norm())
 
 

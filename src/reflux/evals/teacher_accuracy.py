@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 class TeacherAccuracy(EvalPart):
     """`accuracy` of the teacher's own model, before the first step.
 
-    teacher: a name that several tables answer as: each problem goes to the table of its route, and together they are the routed ceiling
-    (a problem of a route that none serves is left out); or one table, which is then asked every problem, whatever its routes. Only for
-    teachers that have a model: a sampler of the run's own kind acts with it, from the same random numbers as the greedy answers of `accuracy`. Null
-    for an `self` teacher: it is the student, measured anyway. `max_tokens`, `split` and `examples` as in `accuracy`.
+    teacher: a name that several tables answer as: each problem goes to the table of its route, and together
+    they are the routed ceiling (a problem of a route that none serves is left out); or one table, which is
+    then asked every problem, whatever its routes. Only for teachers that have a model: a sampler of the run's
+    own kind acts with it, from the same random numbers as the greedy answers of `accuracy`. Null for an
+    `self` teacher: it is the student, measured anyway. `max_tokens`, `split` and `examples` as in `accuracy`.
     """
 
     asked: ClassVar[Asked] = "start"
@@ -55,22 +56,35 @@ class TeacherAccuracy(EvalPart):
             raise _without_model(self.teacher)
         if any(tables_by_name[table].is_student for table in tables):
             return {"accuracy": None, "low": None, "high": None, "problems": 0, "split": self.split}
-        found: dict[int, Graded] = {}  # by the place of the problem
+        # by the place of the problem
+        found: dict[int, Graded] = {}
         prompts = asked.prompts(evaluation)
-        for table in tables:  # one at a time: where a model is loaded for this, there is room for one
-            own = [place for place, prompt in enumerate(prompts) if len(tables) == 1 or prompt.route in tables_by_name[table].routes]
+        for table in tables:
+            # one at a time: where a model is loaded for this, there is room for one
+            own = [
+                place
+                for place, prompt in enumerate(prompts)
+                if len(tables) == 1 or prompt.route in tables_by_name[table].routes
+            ]
             if own:
                 async with _acting(evaluation, table) as acting:
-                    found |= zip(own, await asked.greedy(evaluation, [prompts[place] for place in own], acting), strict=True)
+                    found |= zip(
+                        own,
+                        await asked.greedy(evaluation, [prompts[place] for place in own], acting),
+                        strict=True,
+                    )
         return asked.table(evaluation, [found[place] for place in sorted(found)])
 
     def _accuracy(self) -> Accuracy:
-        return Accuracy(problems=self.problems, max_tokens=self.max_tokens, split=self.split, examples=self.examples)
+        return Accuracy(
+            problems=self.problems, max_tokens=self.max_tokens, split=self.split, examples=self.examples
+        )
 
 
 @asynccontextmanager
 async def _acting(evaluation: Evaluation, table: str) -> AsyncIterator[OpenSampler]:
-    assert evaluation.teachers is not None  # refused beforehand
+    # refused beforehand
+    assert evaluation.teachers is not None
     teacher, opened = evaluation.teachers.opened[table]
     model = teacher.acts_with(opened)
     if model is None:
@@ -80,4 +94,6 @@ async def _acting(evaluation: Evaluation, table: str) -> AsyncIterator[OpenSampl
 
 
 def _without_model(table: str) -> ValueError:
-    return ValueError(f"evals: the teacher '{table}' has no model of its own to sample from; remove this evaluation")
+    return ValueError(
+        f"evals: the teacher '{table}' has no model of its own to sample from; remove this evaluation"
+    )

@@ -1,4 +1,6 @@
-"""What a run reports: how many test problems the student solves before and after training, and how many its teacher."""
+"""What a run reports: how many test problems the student solves before and after training, and how many its
+teacher.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class ReportedAccuracy(EvalPart):
-    """`accuracy` on test problems, before the first step and after the last one: the numbers of a run that are reported.
+    """`accuracy` on test problems, before the first step and after the last one: the numbers of a run that
+    are reported.
 
-    Nobody sees a test problem on the way, so nothing can be chosen by it: that is what `accuracy` on validation problems is for. The
-    problems are drawn with a seed that is used for nothing else (`reflux.evals.problems.TEST_SEED`), the same in every run.
+    Nobody sees a test problem on the way, so nothing can be chosen by it: that is what `accuracy` on
+    validation problems is for. The problems are drawn with a seed that is used for nothing else
+    (`reflux.evals.problems.TEST_SEED`), the same in every run.
 
-    The fields are those of `accuracy`. `teacher`: before the first step the same problems are asked of it as `teacher_accuracy` asks, and
-    what it solves stands under "teacher"; left out where no such teacher has a model of its own, or where teacher is "". A task whose test
-    problems are validation problems too, such as `jsonl` without a file `test`, is asked all the same: the run says so, and `seen` counts
-    them.
+    The fields are those of `accuracy`. `teacher`: before the first step the same problems are asked of it as
+    `teacher_accuracy` asks, and what it solves stands under "teacher"; left out where no such teacher has a
+    model of its own, or where teacher is "". A task whose test problems are validation problems too, such as
+    `jsonl` without a file `test`, is asked all the same: the run says so, and `seen` counts them.
     """
 
     asked: ClassVar[Asked] = "ends"
@@ -44,7 +48,9 @@ class ReportedAccuracy(EvalPart):
         return "test"
 
     async def __call__(self, evaluation: Evaluation, source: Source) -> dict[str, Any]:
-        exam = Accuracy(problems=self.problems, max_tokens=self.max_tokens, split=self.split, examples=self.examples)
+        exam = Accuracy(
+            problems=self.problems, max_tokens=self.max_tokens, split=self.split, examples=self.examples
+        )
         table = {**await exam.measure(evaluation), "seen": seen(evaluation.task, exam.prompts(evaluation))}
         if evaluation.step:
             return table
@@ -58,6 +64,9 @@ class ReportedAccuracy(EvalPart):
 
 def _acts(evaluation: Evaluation, teacher: str) -> bool:
     """Has this teacher a model of its own that can be asked?"""
-    assert evaluation.teachers is not None  # refused beforehand
+    # refused beforehand
+    assert evaluation.teachers is not None
     tables = [evaluation.teachers.opened[table] for table in measured(evaluation.context, teacher)]
-    return bool(tables) and all(part.acts_with(opened) is not None and not part.is_student for part, opened in tables)
+    return bool(tables) and all(
+        part.acts_with(opened) is not None and not part.is_student for part, opened in tables
+    )

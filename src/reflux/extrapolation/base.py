@@ -1,8 +1,9 @@
 """Extrapolation: may move the student further along its own path after an optimiser step.
 
-`fires(completed_steps)` says when; the loop then lets in-flight attempts finish first. `after_step` may try weights by `await score()`
-(a number, higher is better, on fixed prompts with random numbers of their own, see `score`) and returns True where the student ended elsewhere than
-the step left it. It moves the student by the learner's `WeightAccess`, which is None where it offers none.
+`fires(completed_steps)` says when; the loop then lets in-flight attempts finish first. `after_step` may try
+weights by `await score()` (a number, higher is better, on fixed prompts with random numbers of their own, see
+`score`) and returns True where the student ended elsewhere than the step left it. It moves the student by the
+learner's `WeightAccess`, which is None where it offers none.
 """
 
 from __future__ import annotations
@@ -28,16 +29,20 @@ NAME = "extrapolation"
 class Scoring:
     """What extrapolation wants its candidates compared by. Higher is better.
 
-    by: "accuracy", the mean verdict, 0 for an answer that could not be judged (or weights whose answers time out would win); or
-    "minus_kl", minus the reverse KL to `teacher` on the student's own answers, the mean over their tokens of log q(a) - log p(a) in
-    nats, which is unbiased (that of evals.agreement).
+    by: "accuracy", the mean verdict, 0 for an answer that could not be judged (or weights whose answers time
+    out would win); or "minus_kl", minus the reverse KL to `teacher` on the student's own answers, the mean
+    over their tokens of log q(a) - log p(a) in nats, which is unbiased (that of evals.agreement).
     """
 
-    prompts: int = 50  # fixed ones, drawn once from the training prompts
-    samples: int = 1  # answers to each
+    # fixed ones, drawn once from the training prompts
+    prompts: int = 50
+    # answers to each
+    samples: int = 1
     by: Literal["accuracy", "minus_kl"] = "accuracy"
-    teacher: str = "main"  # of minus_kl
-    max_tokens: int | None = None  # of an answer; None: the sampler's max_tokens, never a cap of training
+    # of minus_kl
+    teacher: str = "main"
+    # of an answer; None: the sampler's max_tokens, never a cap of training
+    max_tokens: int | None = None
 
 
 class Score(Protocol):
@@ -47,7 +52,9 @@ class Score(Protocol):
         ...
 
     async def __call__(self, rng: int = 0) -> float:
-        """The learner's weights on the fixed prompts. Calls with equal `random numbers` at one step meet the same; another number, fresh ones."""
+        """The learner's weights on the fixed prompts. Calls with equal `random numbers` at one step meet the
+        same; another number, fresh ones.
+        """
         ...
 
 
@@ -65,7 +72,9 @@ class OpenExtrapolation(Protocol):
         ...
 
     def load(self, folder: Path) -> None:
-        """Take up what `save` put there; the folder is empty where the checkpoint was made without an extrapolation."""
+        """Take up what `save` put there; the folder is empty where the checkpoint was made without an
+        extrapolation.
+        """
         ...
 
 
@@ -77,7 +86,9 @@ class Extrapolation(ExtrapolationPart, Protocol):
     @property
     def scoring(self) -> Scoring: ...
 
-    def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenExtrapolation]: ...
+    def open(
+        self, context: PartContext, services: Services
+    ) -> AbstractAsyncContextManager[OpenExtrapolation]: ...
 
 
 class Never:

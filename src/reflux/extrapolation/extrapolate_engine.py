@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from reflux.metrics.flops import Spent
     from reflux.runtime.services import Services
 
-Weights = dict[str, Tensor]  # by the model's own names
+# by the model's own names
+Weights = dict[str, Tensor]
 ANCHOR = "anchor/"
 
 
@@ -44,12 +45,15 @@ class OpenExtrapolate:
         self._anchor: Weights = {}
 
     def start(self, access: WeightAccess | None) -> None:
-        """ConfigError where `include` matches no parameter, ModelError where the learner keeps no float32 weights."""
+        """ConfigError where `include` matches no parameter, ModelError where the learner keeps no float32
+        weights.
+        """
         access = required(access, "extrapolation")
         names = moved(access.names, self.cfg.include)
         if not names:
             raise ConfigError(
-                f"extrapolation.include = {list(self.cfg.include)} matches no parameter of {self.context.student.model}, so nothing would "
+                f"extrapolation.include = {list(self.cfg.include)} matches no parameter of "
+                f"{self.context.student.model}, so nothing would "
                 f"move. Its parameters have names such as {', '.join(list(access.names)[:4])}."
             )
         self._anchor = access.read(names)
@@ -58,7 +62,9 @@ class OpenExtrapolate:
         return bool(self.cfg.tries) and extrapolate.fires(completed_steps)
 
     async def after_step(self, access: WeightAccess | None, score: Score, completed_steps: int) -> bool:
-        """Search, where the step is one to search after. RefluxError where the weights of now have no finite score."""
+        """Search, where the step is one to search after. RefluxError where the weights of now have no finite
+        score.
+        """
         if not self.fires(completed_steps):
             return False
         started, access = time.perf_counter(), required(access, "extrapolation")
@@ -74,8 +80,12 @@ class OpenExtrapolate:
         return accepted > 0
 
     def _displacement(self, access: WeightAccess) -> Weights:
-        """W - anchor. The anchor goes, tensor by tensor: a new one follows the search, and two copies at a time are enough."""
-        return {name: value - self._anchor.pop(name) for name, value in access.read(list(self._anchor)).items()}
+        """W - anchor. The anchor goes, tensor by tensor: a new one follows the search, and two copies at a
+        time are enough.
+        """
+        return {
+            name: value - self._anchor.pop(name) for name, value in access.read(list(self._anchor)).items()
+        }
 
     async def _trials(self, path: _Path, score: Score, completed_steps: int) -> list[Trial]:
         """Candidates in order, the first that was not accepted last."""
@@ -96,13 +106,18 @@ class OpenExtrapolate:
     def _beats(self, trial: Trial) -> bool:
         if not math.isfinite(trial.score):
             return False
-        return trial.score > trial.against or (self.cfg.accept == "not_worse" and trial.score == trial.against)
+        return trial.score > trial.against or (
+            self.cfg.accept == "not_worse" and trial.score == trial.against
+        )
 
-    def _report(self, step: int, trials: list[Trial], accepted: int, norm: float, spent: Spent, seconds: float) -> None:
+    def _report(
+        self, step: int, trials: list[Trial], accepted: int, norm: float, spent: Spent, seconds: float
+    ) -> None:
         for trial in trials:
             if not math.isfinite(trial.score):
                 self.services.listener.noted(
-                    f"step {step}: the jump by {trial.multiple} displacements was rejected, its score is {trial.score}"
+                    f"step {step}: the jump by {trial.multiple} displacements was rejected, its score is "
+                    f"{trial.score}"
                 )
         row = {
             "step": step,
@@ -123,10 +138,13 @@ class OpenExtrapolate:
     def load(self, folder: Path) -> None:
         """RunError for a checkpoint without an anchor."""
         state = checkpoints.read(folder) if any(folder.iterdir()) else {}
-        self._anchor = {key.removeprefix(ANCHOR): value for key, value in state.items() if key.startswith(ANCHOR)}
+        self._anchor = {
+            key.removeprefix(ANCHOR): value for key, value in state.items() if key.startswith(ANCHOR)
+        }
         if not self._anchor:
             raise RunError(
-                "the checkpoint that this run resumes from has no anchor, so the displacement since the last search is not known. "
+                "the checkpoint that this run resumes from has no anchor, so the displacement since the last "
+                "search is not known. "
                 "It was made without extrapolation: resume it with extrapolation=none, or start a new run."
             )
 
@@ -141,7 +159,9 @@ class _Path:
 
     def go(self, multiple: int) -> None:
         """Weights of now plus so many displacements; at 0 their very bits."""
-        moved = {name: torch.add(value, self.delta[name], alpha=multiple) for name, value in self.base.items()}
+        moved = {
+            name: torch.add(value, self.delta[name], alpha=multiple) for name, value in self.base.items()
+        }
         self.access.write(moved if multiple else self.base)
 
 
@@ -149,8 +169,10 @@ def _finite(score: float, best: int, step: int) -> float:
     if not math.isfinite(score):
         where = f"at the accepted jump by {best}" if best else "of now"
         raise RefluxError(
-            f"step {step}: extrapolation's score of the student {where} is {score}, so nothing can be compared with it. Usual reasons: "
-            f"the verifier judged none of the answers (accuracy), or the teacher rules out a token the student says (minus_kl). Use the "
+            f"step {step}: extrapolation's score of the student {where} is {score}, so nothing can be "
+            "compared with it. Usual reasons: "
+            "the verifier judged none of the answers (accuracy), or the teacher rules out a token the "
+            "student says (minus_kl). Use the "
             f"other score, or start a run without the extrapolation."
         )
     return score

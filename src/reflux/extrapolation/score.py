@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import orjson
 
+from reflux.config.step_context import seed_of
 from reflux.errors import DataError
 from reflux.evals.agreement import gap_T
 from reflux.extrapolation.base import NAME, Extrapolation, Scoring
 from reflux.metrics.flops import Spent, Work
 from reflux.storage import files
-from reflux.types import Prompt, seed_of
+from reflux.types import Prompt
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 class Scorer:
     """`await scorer(evaluation)`: the score of the weights that its sampler holds.
 
-    The prompts are drawn once, from a stream of their own (run seed, "score"), and listed in score_prompts.jsonl of the
-    extrapolation's folder. Fewer different ones than asked for: all are used, and that is said. DataError where they are to be judged and
-    have no answers.
+    The prompts are drawn once, from a stream of their own (run seed, "score"), and listed in
+    score_prompts.jsonl of the extrapolation's folder. Fewer different ones than asked for: all are used, and
+    that is said. DataError where they are to be judged and have no answers.
     """
 
     def __init__(self, scoring: Scoring, context: PartContext, services: Services):
@@ -40,13 +41,18 @@ class Scorer:
         if scoring.by == "accuracy":
             _refuse_unanswered(self.prompts)
         if len(self.prompts) < scoring.prompts:
-            services.listener.noted(f"extrapolation scores on all {len(self.prompts)} training prompts; {scoring.prompts} were asked for")
+            services.listener.noted(
+                f"extrapolation scores on all {len(self.prompts)} training prompts; {scoring.prompts} were "
+                "asked for"
+            )
         lines = [orjson.dumps(_line(prompt)).decode() + "\n" for prompt in self.prompts]
         context.folder.mkdir(parents=True, exist_ok=True)
         files.write_text(context.folder / "score_prompts.jsonl", "".join(lines))
 
     async def __call__(self, asked: Evaluation, rng: int = 0) -> float:
-        """NaN where nothing was judged. Random numbers depend on (run seed, "score", step, prompt, sample, `random numbers`) alone: candidates share them."""
+        """NaN where nothing was judged. Random numbers depend on (run seed, "score", step, prompt, sample,
+        `random numbers`) alone: candidates share them.
+        """
         draw = asked.draw("score", limit=self.scoring.max_tokens, rng=rng)
         groups = await asked.groups(self.prompts, self.scoring.samples, draw)
         attempts = [attempt for group in groups for attempt in group]
@@ -55,7 +61,8 @@ class Scorer:
             rewards = await asked.judged(attempts)
             self.spent.ungraded += sum(reward.value is None for reward in rewards)
             return _accuracy([reward.value for reward in rewards])
-        assert asked.teachers is not None  # refused beforehand
+        # refused beforehand
+        assert asked.teachers is not None
         await asked.teachers.score(groups, asked.step_context)
         self.spent.work += Work.of(attempts)
         gaps = [gap_T(attempt, self.scoring.teacher, asked.services.heads) for attempt in attempts]
@@ -69,11 +76,15 @@ class Scorer:
 
 @dataclass(frozen=True)
 class CurrentScore:
-    """`await score(random numbers)`: the score of the learner's weights of now, which the sampler is lent first."""
+    """`await score(random numbers)`: the score of the learner's weights of now, which the sampler is lent
+    first.
+    """
 
-    scorer: Scorer | None  # None where no extrapolation is open, and then nobody asks
+    # None where no extrapolation is open, and then nobody asks
+    scorer: Scorer | None
     learner: OpenLearner
-    evaluation: Callable[[], Evaluation]  # at the step of now
+    # at the step of now
+    evaluation: Callable[[], Evaluation]
 
     async def __call__(self, rng: int = 0) -> float:
         assert self.scorer is not None
@@ -111,8 +122,10 @@ def _refuse_unanswered(prompts: list[Prompt]) -> None:
     without = [prompt.id for prompt in prompts if prompt.answer is None]
     if without:
         raise DataError(
-            f'extrapolation.score = "accuracy" judges answers, but {len(without)} of its {len(prompts)} training prompts have none to '
-            f'compare with (the first is {without[0]}). Give them answers, or use score = "minus_kl", which needs a teacher and no labels.'
+            f'extrapolation.score = "accuracy" judges answers, but {len(without)} of its {len(prompts)} '
+            "training prompts have none to "
+            f'compare with (the first is {without[0]}). Give them answers, or use score = "minus_kl", which '
+            "needs a teacher and no labels."
         )
 
 
@@ -129,6 +142,8 @@ def _mean(values: list[float]) -> float:
     return float(np.mean(values)) if values else math.nan
 
 
-def scorer(extrapolation: Extrapolation | None, context: Callable[[str], PartContext], services: Services) -> Scorer | None:
+def scorer(
+    extrapolation: Extrapolation | None, context: Callable[[str], PartContext], services: Services
+) -> Scorer | None:
     """What extrapolation compares weights by; None where there is none."""
     return Scorer(extrapolation.scoring, context(NAME), services) if extrapolation is not None else None

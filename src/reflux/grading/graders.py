@@ -1,12 +1,13 @@
-"""Verdicts from killable worker processes: whatever a model writes, and whatever a verifier does with it, costs that attempt only.
+"""Verdicts from killable worker processes: whatever a model writes, and whatever a verifier does with it,
+costs that attempt only.
 
     graders = Graders(workers=1, timeout_s=10)
     rewards = await graders.verify_many(task, [(prompt, text), ...])  # [Reward(1.0), Reward(None, error="..."), ...]
     graders.close()
 
-Consumes: (task, prompt, made). Produces: one Reward each, in order. Waits for: a free worker, and at most `timeout_s` for each answer.
-Unblocked by: the verdict, the time limit, the end of the worker, `close`. Workers start with the first question and end with `close`, or
-with this process.
+Consumes: (task, prompt, made). Produces: one Reward each, in order. Waits for: a free worker, and at most
+`timeout_s` for each answer. Unblocked by: the verdict, the time limit, the end of the worker, `close`.
+Workers start with the first question and end with `close`, or with this process.
 """
 
 from __future__ import annotations
@@ -29,14 +30,19 @@ from typing import Any, Protocol, Self
 from reflux.errors import ConfigError
 from reflux.types import UNJUDGED, Attempt, Finish, Prompt, Reward
 
-Job = tuple[Prompt, Any]  # the prompt, and the text or image that the student made
-START_S = 60.0  # for a new process to import this library and the task
-FIRST_S = 5.0  # more time for the first answer of a new worker, which imports what the verifier needs
-AT_ONCE = 256  # jobs in one message
+# the prompt, and the text or image that the student made
+Job = tuple[Prompt, Any]
+# for a new process to import this library and the task
+START_S = 60.0
+# more time for the first answer of a new worker, which imports what the verifier needs
+FIRST_S = 5.0
+# jobs in one message
+AT_ONCE = 256
 CODE = "import sys; from reflux.grading.worker import work; work(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))"
 
 
-WHY_UNJUDGED: dict[Finish, str] = {  # in words, for each of UNJUDGED
+# in words, for each of UNJUDGED
+WHY_UNJUDGED: dict[Finish, str] = {
     "error": "sampling ended in an error",
     "tool_error": "a tool of the environment failed",
     "timeout": "the environment took too long",
@@ -50,7 +56,8 @@ class Judge(Protocol):
 
 
 class Graders:
-    """`workers` processes that judge. An answer that takes more than `timeout_s` ends its process; the answers after it go to the next one.
+    """`workers` processes that judge. An answer that takes more than `timeout_s` ends its process; the
+    answers after it go to the next one.
 
     An attempt that is not judged has a Reward without a value, whose `error` says why.
     ValueError for fewer than 1 worker or a time limit of 0.
@@ -64,7 +71,8 @@ class Graders:
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in self._all:
             self._idle.put(worker)
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="reflux-grading")  # each waits for one process
+        # each waits for one process
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="reflux-grading")
 
     @property
     def timeouts(self) -> int:
@@ -86,11 +94,15 @@ class Graders:
         size = min(AT_ONCE, -(-len(jobs) // self.workers)) or 1
         chunks = [list(jobs[start : start + size]) for start in range(0, len(jobs), size)]
         loop = asyncio.get_running_loop()
-        parts = await asyncio.gather(*(loop.run_in_executor(self._threads, self._judge, packed, chunk) for chunk in chunks))
+        parts = await asyncio.gather(
+            *(loop.run_in_executor(self._threads, self._judge, packed, chunk) for chunk in chunks)
+        )
         return [reward for part in parts for reward in part]
 
     async def judge_attempts(self, task: Judge, attempts: Sequence[Attempt]) -> list[Reward]:
-        """One reward per attempt, in order. What is no fault of the student (`UNJUDGED`) is not judged, and not counted in `errors`."""
+        """One reward per attempt, in order. What is no fault of the student (`UNJUDGED`) is not judged, and
+        not counted in `errors`.
+        """
         whole = [attempt.rollout for attempt in attempts if attempt.rollout.finish not in UNJUDGED]
         found = iter(await self.verify_many(task, [(rollout.prompt, rollout.made) for rollout in whole]))
         why = [WHY_UNJUDGED.get(attempt.rollout.finish) for attempt in attempts]
@@ -117,19 +129,25 @@ class Graders:
 
 
 class _Worker:
-    """One process, started when it is needed and again after each end. `judge` runs in one thread at a time, `close` in any."""
+    """One process, started when it is needed and again after each end. `judge` runs in one thread at a time,
+    `close` in any.
+    """
 
     def __init__(self, timeout_s: float):
         self._timeout_s = timeout_s
         self.timeouts = self.errors = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
-        self._packed = b""  # the task it holds
+        # the task it holds
+        self._packed = b""
         self._closed = False
-        self._lock = Lock()  # around the start and the end of a process
+        # around the start and the end of a process
+        self._lock = Lock()
 
     def judge(self, packed: bytes, jobs: list[Job]) -> list[Reward]:
-        """A reward for each job. The one that was in progress when the time was over, or when the process ended, is the one it costs."""
+        """A reward for each job. The one that was in progress when the time was over, or when the process
+        ended, is the one it costs.
+        """
         rewards: list[Reward] = []
         timeouts = 0
         while len(rewards) < len(jobs):
@@ -142,7 +160,9 @@ class _Worker:
             except TimeoutError:
                 self._end()
                 timeouts += 1
-                rewards.append(Reward(None, error=f"the verifier gave no verdict within {self._timeout_s:g} s"))
+                rewards.append(
+                    Reward(None, error=f"the verifier gave no verdict within {self._timeout_s:g} s")
+                )
             except (EOFError, OSError):
                 if self._closed:
                     raise RuntimeError("grading was closed while it judged") from None
@@ -159,9 +179,12 @@ class _Worker:
                 self._process.wait()
 
     def _ready(self, packed: bytes) -> tuple[Connection, float]:
-        """The connection to a process that holds the task, and the seconds its first answer may take beyond the limit."""
+        """The connection to a process that holds the task, and the seconds its first answer may take beyond
+        the limit.
+        """
         if self._process is not None and self._process.poll() is not None:
-            self._end()  # something else ended it while it was idle
+            # something else ended it while it was idle
+            self._end()
         fresh = self._connection is None
         connection = self._connection or self._start()
         if packed != self._packed:
@@ -169,10 +192,13 @@ class _Worker:
                 connection.send_bytes(pickle.dumps(packed))
                 problem = _receive(connection, START_S).error
             except (EOFError, OSError) as error:
-                raise RuntimeError(f"a grading process did not start (code {self._end(1.0)}); see its own words above") from error
+                raise RuntimeError(
+                    f"a grading process did not start (code {self._end(1.0)}); see its own words above"
+                ) from error
             if problem is not None:
                 raise ConfigError(
-                    f"the task cannot be loaded in a grading process ({problem}). Its class must live in a module that can be imported, "
+                    f"the task cannot be loaded in a grading process ({problem}). Its class must live in a "
+                    "module that can be imported, "
                     f"not in the script that is being run."
                 )
             self._packed = packed
@@ -183,15 +209,18 @@ class _Worker:
             if self._closed:
                 raise RuntimeError("grading was closed")
             self._connection, theirs = Pipe()
-            paths = [path or os.getcwd() for path in sys.path]  # the same modules as here
+            # the same modules as here
+            paths = [path or os.getcwd() for path in sys.path]
             arguments = [str(theirs.fileno()), str(os.getpid()), str(self._timeout_s + FIRST_S + 1.0)]
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", CODE, *arguments],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # what a verifier prints is of no interest, and must not break the live display
+                # what a verifier prints is of no interest, and must not break the live display
+                stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-                process_group=0,  # the terminal's Ctrl-C does not reach it, not even before it can say so
+                # the terminal's Ctrl-C does not reach it, not even before it can say so
+                process_group=0,
             )
             theirs.close()
             return self._connection
@@ -221,6 +250,7 @@ def _pack(task: Judge) -> bytes:
         return pickle.dumps(task)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ConfigError(
-            f"the task {type(task).__name__} cannot be sent to a grading process ({error}). A task is a frozen value: give it plain "
+            f"the task {type(task).__name__} cannot be sent to a grading process ({error}). A task is a "
+            "frozen value: give it plain "
             f"fields and a class at the top of a module."
         ) from error

@@ -7,10 +7,11 @@ What counts, in this order:
 3. else, where the stored answer is a plain number, the last number of the text;
 4. else the last expression that math-verify finds near the end of the text.
 
-Plain numbers are compared exactly ("1,000.0" is "1000"; "$18", "18%", "18 apples" and "x = 18" are 18). A final answer that names several
-numbers ("12 or 13") is not a plain number, so hedging does not pay; a `\boxed{` that was cut off holds no answer. Anything else is
-compared by math-verify: "1/2" is "0.5" is "\frac{1}{2}". Its own time limits are off, for they need signals in the main thread of a
-process; the worker process around it is killed instead.
+Plain numbers are compared exactly ("1,000.0" is "1000"; "$18", "18%", "18 apples" and "x = 18" are 18). A
+final answer that names several numbers ("12 or 13") is not a plain number, so hedging does not pay; a
+`\boxed{` that was cut off holds no answer. Anything else is compared by math-verify: "1/2" is "0.5" is
+"\frac{1}{2}". Its own time limits are off, for they need signals in the main thread of a process; the worker
+process around it is killed instead.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-TAIL = 2000  # characters at the end of a text in which an expression is searched: extraction slows down faster than the text grows
+# characters at the end of a text in which an expression is searched: extraction slows down faster than the
+# text grows
+TAIL = 2000
 MARK = re.compile(r"####|\banswer\s*(?:is\b|:)\s*:?", re.IGNORECASE)
 STOP = re.compile(r"\n|[.!?](?:\s|$)")
 NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d)\.?)(?![\w])")
@@ -41,7 +44,9 @@ def grade(text: str, answer: str) -> float:
 
 
 def final_answer(text: str) -> str | None:
-    r"""What the text marks as its final answer: the last \boxed{...}, else what follows the last marker. None without either."""
+    r"""What the text marks as its final answer: the last \boxed{...}, else what follows the last marker. None
+    without either.
+    """
     boxed = _boxed(text)
     if boxed is not None:
         return boxed
@@ -54,7 +59,9 @@ def final_answer(text: str) -> str | None:
 
 
 def plain_number(text: str) -> Decimal | None:
-    """The one number that the text names, after its last "=", with nothing but units beside it. None: not a plain number."""
+    """The one number that the text names, after its last "=", with nothing but units beside it. None: not a
+    plain number.
+    """
     last = _clean(text).rpartition("=")[2]
     numbers = NUMBER.findall(last)
     if len(numbers) != 1 or not UNIT.fullmatch(NUMBER.sub("", last)):
@@ -72,7 +79,8 @@ def _equal(found: str, answer: str) -> bool:
 
 
 def _equivalent(text: str, answer: str) -> bool:
-    from math_verify import parse, verify  # 0.6 s of sympy, so only where it is needed
+    # 0.6 s of sympy, so only where it is needed
+    from math_verify import parse, verify
 
     gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
     return bool(gold) and verify(gold, parse(text, parsing_timeout=None), timeout_seconds=None)  # pyright: ignore[reportArgumentType]
@@ -87,7 +95,8 @@ def _boxed(text: str) -> str | None:
         depth += {"{": 1, "}": -1}.get(text[place], 0)
         if depth == 0:
             return text[start + len("\\boxed{") : place].strip()
-    return ""  # cut off before the brace closed: marked, but not said
+    # cut off before the brace closed: marked, but not said
+    return ""
 
 
 def _clean(text: str) -> str:

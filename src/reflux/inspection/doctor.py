@@ -1,6 +1,7 @@
 """Preflight: small measurements that catch what usually goes wrong, each as a sentence.
 
-The parity check is law 11: sampler and learner must give what was chosen the same log-probs, within a stated bound.
+The parity check is law 11: sampler and learner must give what was chosen the same log-probs, within a stated
+bound.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from pathlib import Path
 
 from reflux import checks
 from reflux.config.recipe import RunConfig, part_context
+from reflux.config.step_context import SamplingParams
 from reflux.evals.evaluation import Evaluation
 from reflux.inspection import doctor_flow, doctor_text
 from reflux.inspection.finding import Finding
 from reflux.loop import open_parts
 from reflux.models.text import parameter_count
 from reflux.runtime.services import Services
-from reflux.types import FlowRollout, Group, SamplingParams
+from reflux.types import FlowRollout, Group
 
-_MOST = 32  # positions of an answer
+# positions of an answer
+_MOST = 32
 
 
 async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
@@ -39,7 +42,10 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
     group = max((teacher.context.min_group for teacher in cfg.teachers.values()), default=1)
     cfg = replace(cfg, prompts_per_step=prompts, group_size=group, max_staleness=0)
     checks.inputs(cfg)
-    with tempfile.TemporaryDirectory() as scratch, closing(Services(cfg.learner.student, overlap=cfg.sampler.overlaps)) as services:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        closing(Services(cfg.learner.student, overlap=cfg.sampler.overlaps)) as services,
+    ):
         context = partial(part_context, cfg, requirements, run_folder=Path(scratch))
         parts = open_parts(replace(cfg, rewards={}, extrapolation=None), context, services)
         async with parts as (learner, sampler, _, teachers, _):
@@ -60,12 +66,16 @@ async def _attempts(asked: Evaluation, prompts: int) -> list[Group]:
     """The student's own; a sampler that gives others' attempts in training acts itself for any other purpose."""
     chosen = list(islice(asked.task.prompts("train", asked.seed, 0), prompts))
     sizes = asked.context.numbers
-    draw = SamplingParams(0, "train" if asked.part.on_policy else "score", min(_MOST, sizes.training_positions))
+    draw = SamplingParams(
+        0, "train" if asked.part.on_policy else "score", min(_MOST, sizes.training_positions)
+    )
     return await asked.groups(chosen, sizes.group_size, draw)
 
 
 async def _judge(asked: Evaluation, groups: Sequence[Group]) -> None:
-    """By the task's own verifier: a context may sort attempts by their verdicts, and which it shows matters little here."""
+    """By the task's own verifier: a context may sort attempts by their verdicts, and which it shows matters
+    little here.
+    """
     attempts = [attempt for group in groups for attempt in group]
     if asked.context.requirements.reward:
         for attempt, reward in zip(attempts, await asked.judged(attempts), strict=True):

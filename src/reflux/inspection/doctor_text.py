@@ -9,15 +9,17 @@ import numpy as np
 
 from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig
+from reflux.config.requirements import Requirements
 from reflux.contexts.base import TeacherPrompt
 from reflux.inspection.finding import Finding
 from reflux.models.text import head_gap, load_tokenizer
 from reflux.models.tokenizer import check_same_tokens, end_ids
 from reflux.runtime.services import Services
 from reflux.teachers.base import TeacherRequest
-from reflux.types import Group, Requirements
+from reflux.types import Group
 
-PARITY_NATS = {"cpu": 1e-3, "cuda": 0.1}  # float32 on both sides; bfloat16 autocast on one
+# float32 on both sides; bfloat16 autocast on one
+PARITY_NATS = {"cpu": 1e-3, "cuda": 0.1}
 
 
 def before(cfg: RunConfig) -> Iterator[Finding]:
@@ -26,14 +28,21 @@ def before(cfg: RunConfig) -> Iterator[Finding]:
     ends = list(end_ids(student))
     yield Finding("ok", "end of text", f"ids {ends} end an answer ({student.convert_ids_to_tokens(ends)})")
     if student.chat_template is None:
-        yield Finding("warning", "chat template", "the student's tokenizer has none: messages are joined by newlines, as for a base model")
+        yield Finding(
+            "warning",
+            "chat template",
+            "the student's tokenizer has none: messages are joined by newlines, as for a base model",
+        )
     for name, teacher in cfg.teachers.items():
         reader = None if teacher.is_student else teacher.reader(cfg.learner.student)
         if reader is None:
-            continue  # the student's own, or one elsewhere
+            # the student's own, or one elsewhere
+            continue
         tokenizer = load_tokenizer(reader.model, f"teachers.{name}.model", reader.trust_remote_code)
         check_same_tokens(student, tokenizer, name)
-        yield Finding("ok", "tokenizers", f"teacher '{name}' and the student share one map of {len(tokenizer)} tokens")
+        yield Finding(
+            "ok", "tokenizers", f"teacher '{name}' and the student share one map of {len(tokenizer)} tokens"
+        )
         ours, theirs = set(ends), set(end_ids(tokenizer))
         if ours != theirs:
             text = f"teacher '{name}' ends answers with ids {sorted(theirs)}, the student with {sorted(ours)}"
@@ -48,11 +57,21 @@ def acted(learner: Any, groups: Sequence[Group]) -> Iterator[Finding]:
 
 
 def _head(learner: Any) -> Finding:
-    """The library applies the output head itself; the model's own forward pass must agree, as it did when the model was loaded."""
+    """The library applies the output head itself; the model's own forward pass must agree, as it did when the
+    model was loaded.
+    """
     gap, bound = head_gap(learner.model)
     if not gap <= bound:
-        return Finding("failed", "head", f"hidden states through the output head are {gap:.3g} away from the model's own logits")
-    return Finding("ok", "head", f"hidden states through the output head give the model's own logits (largest gap {gap:.1e})")
+        return Finding(
+            "failed",
+            "head",
+            f"hidden states through the output head are {gap:.3g} away from the model's own logits",
+        )
+    return Finding(
+        "ok",
+        "head",
+        f"hidden states through the output head give the model's own logits (largest gap {gap:.1e})",
+    )
 
 
 def _parity(learner: Any, groups: Sequence[Group]) -> Finding:
@@ -71,7 +90,10 @@ def _parity(learner: Any, groups: Sequence[Group]) -> Finding:
     text = f"sampler and learner disagree by {worst:.2g} nats at position {position} (median {median:.2g}; bound {bound:g})"
     if worst > bound:
         return Finding(
-            "failed", "parity", text + ". First position off usually means a chat-template mismatch, all of them another precision."
+            "failed",
+            "parity",
+            text
+            + ". First position off usually means a chat-template mismatch, all of them another precision.",
         )
     return Finding("ok", "parity", text)
 
@@ -80,7 +102,12 @@ def _endings(groups: Sequence[Group]) -> Finding:
     rollouts = [attempt.rollout for group in groups for attempt in group]
     cut = np.mean([rollout.finish == "length" for rollout in rollouts])
     longest = max(int(rollout.mask_T.sum()) for rollout in rollouts)
-    return Finding("ok", "answers", f"{len(rollouts)} short answers sampled, {cut:.0%} cut at the limit; the longest has {longest} tokens")
+    return Finding(
+        "ok",
+        "answers",
+        f"{len(rollouts)} short answers sampled, {cut:.0%} cut at the limit; the longest has {longest} "
+        "tokens",
+    )
 
 
 def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
@@ -91,17 +118,25 @@ def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
     spread = [share for share in known if share is not None]
     if silent:
         return Finding(
-            "warning", "teacher", f"'{name}' said nothing about {silent} of {len(targets)} attempts (routes, or a context that is None)"
+            "warning",
+            "teacher",
+            f"'{name}' said nothing about {silent} of {len(targets)} attempts (routes, or a context that is "
+            "None)",
         )
     share = float(np.mean(spread)) if spread else 0.0
     if share > 0.98:
         return Finding(
-            "failed", "teacher", f"'{name}' is uniform (entropy {share:.0%} of the largest possible): are its weights really loaded?"
+            "failed",
+            "teacher",
+            f"'{name}' is uniform (entropy {share:.0%} of the largest possible): are its weights really "
+            "loaded?",
         )
     return Finding("ok", "teacher", f"'{name}' answers, entropy {share:.0%} of the largest possible")
 
 
-async def at_identity(context: PartContext, services: Services, learner: Any, groups: Sequence[Group]) -> Finding:
+async def at_identity(
+    context: PartContext, services: Services, learner: Any, groups: Sequence[Group]
+) -> Finding:
     """A teacher that is the student must be at distance zero from it."""
     from reflux.learners.observe import logp
     from reflux.teachers.local import Local
@@ -111,11 +146,18 @@ async def at_identity(context: PartContext, services: Services, learner: Any, gr
     async with local.open(context, services) as answers:
         rollouts = [attempt.rollout for group in groups for attempt in group if attempt.rollout.length]
         found = await answers.score(
-            [TeacherRequest(rollout, TeacherPrompt(rollout.prompt.messages), Requirements()) for rollout in rollouts]
+            [
+                TeacherRequest(rollout, TeacherPrompt(rollout.prompt.messages), Requirements())
+                for rollout in rollouts
+            ]
         )
         for rollout, answer, now_T in zip(rollouts, found, logp(learner, groups), strict=True):
             home_T = answer.target.sampled_logp_T(rollout, services.heads)
             worst = max(worst, float(np.abs(home_T - now_T).max()))
     bound = PARITY_NATS.get(learner.model.device.type, 0.1)
     verdict = "ok" if worst <= bound else "failed"
-    return Finding(verdict, "zero at identity", f"the student as its own teacher is {worst:.1e} nats away from itself (bound {bound:g})")
+    return Finding(
+        verdict,
+        "zero at identity",
+        f"the student as its own teacher is {worst:.1e} nats away from itself (bound {bound:g})",
+    )

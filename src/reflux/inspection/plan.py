@@ -1,4 +1,6 @@
-"""What would run: models, memory, positions and FLOP, from config.json and file headers alone. No torch, no weights."""
+"""What would run: models, memory, positions and FLOP, from config.json and file headers alone. No torch, no
+weights.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,18 @@ from dataclasses import dataclass
 from reflux import checks
 from reflux.checks import lengths
 from reflux.config.recipe import RunConfig, config_hash
+from reflux.config.requirements import Requirements
 from reflux.metrics.values import step_flops
 from reflux.models.sizes import Size, size_of
 from reflux.storage.summary import method_of
 from reflux.teachers.base import alias_of
-from reflux.types import FlowRollout, Requirements
+from reflux.types import FlowRollout
 
-_ADAM_BYTES = 16  # a float32 master weight, its gradient and two moments
+# a float32 master weight, its gradient and two moments
+_ADAM_BYTES = 16
 _FROZEN_BYTES = 4
-_WANTED = {  # each field of Requirements in words; {} is its number
+# each field of Requirements in words; {} is its number
+_WANTED = {
     "behaviour": "the student's own top-{} tokens where it acts",
     "now_at_behaviour": "the current student's log-probs at the tokens it listed when it acted (one more pass of the student)",
     "now_topk": "the current student's top-{} tokens (one more pass of the student)",
@@ -43,11 +48,16 @@ class Plan:
     attempts_per_step: int
     student: Size
     teachers: dict[str, Size]
-    memory_bytes: int | None  # weights, optimiser, the sampler's copy and the teachers; activations come on top
-    training_positions: tuple[int, int]  # the shortest and the longest limit of a training attempt, over the steps
-    evaluation_positions: int  # the limit of an attempt of an evaluation or a score
-    positions_at_most: int  # that training attempts may have, over all steps
-    position: str  # what one is called
+    # weights, optimiser, the sampler's copy and the teachers; activations come on top
+    memory_bytes: int | None
+    # the shortest and the longest limit of a training attempt, over the steps
+    training_positions: tuple[int, int]
+    # the limit of an attempt of an evaluation or a score
+    evaluation_positions: int
+    # that training attempts may have, over all steps
+    positions_at_most: int
+    # what one is called
+    position: str
     flops_at_most: float | None
     requirements: list[str]
     warnings: list[str]
@@ -58,10 +68,13 @@ def plan(cfg: RunConfig) -> Plan:
     requirements = checks.join(cfg)
     checks.models(cfg)
     if cfg.task.local:
-        next(cfg.task.prompts("train", cfg.seed, 0))  # a missing or malformed file is found here
+        # a missing or malformed file is found here
+        next(cfg.task.prompts("train", cfg.seed, 0))
     pixels = cfg.sampler.generation.pixels
     student = size_of(cfg.learner.model, "learner.model", pixels)
-    sizes = {name: teacher.size(f"teachers.{name}", student, pixels) for name, teacher in cfg.teachers.items()}
+    sizes = {
+        name: teacher.size(f"teachers.{name}", student, pixels) for name, teacher in cfg.teachers.items()
+    }
     teachers = {name: size for name, size in sizes.items() if size is not None}
     attempts = cfg.prompts_per_step * cfg.group_size
     limits = [cfg.draw(step).max_positions for step in range(cfg.steps)]
@@ -101,7 +114,10 @@ def wanted(requirements: Requirements, words: Mapping[str, str] = _WANTED) -> li
 def _held(cfg: RunConfig, teachers: dict[str, Size]) -> list[Size]:
     """The weights that teachers hold; those that share a model hold it once."""
     shared = {size.name: size for table, size in teachers.items() if cfg.teachers[table].shares_weights}
-    return [*shared.values(), *(size for table, size in teachers.items() if not cfg.teachers[table].shares_weights)]
+    return [
+        *shared.values(),
+        *(size for table, size in teachers.items() if not cfg.teachers[table].shares_weights),
+    ]
 
 
 def _memory(student: Size, teachers: list[Size], full: bool) -> int | None:
@@ -109,12 +125,18 @@ def _memory(student: Size, teachers: list[Size], full: bool) -> int | None:
     known = [size.stored_bytes for size in (student, *teachers)]
     if student.parameters is None or any(count is None for count in known):
         return None
-    weights = student.parameters * (_ADAM_BYTES if full else _FROZEN_BYTES) + sum(count for count in known if count)
+    weights = student.parameters * (_ADAM_BYTES if full else _FROZEN_BYTES) + sum(
+        count for count in known if count
+    )
     return weights + max(size.beside_bytes for size in (student, *teachers))
 
 
-def _flops(cfg: RunConfig, student: Size, teachers: dict[str, Size], positions: int, observed: bool) -> float | None:
-    """Positions at full length: an upper bound, but for the prompts of texts. observed: one more pass of the student runs over them."""
+def _flops(
+    cfg: RunConfig, student: Size, teachers: dict[str, Size], positions: int, observed: bool
+) -> float | None:
+    """Positions at full length: an upper bound, but for the prompts of texts. observed: one more pass of the
+    student runs over them.
+    """
     by_name: dict[str, list[int]] = {}
     for table, size in teachers.items():
         if size.macs is not None:
@@ -122,4 +144,7 @@ def _flops(cfg: RunConfig, student: Size, teachers: dict[str, Size], positions: 
     if student.macs is None or len(teachers) != sum(map(len, by_name.values())):
         return None
     read_by = sum(sum(counts) // len(counts) for counts in by_name.values())
-    return sum(step_flops(student.macs, read_by, 0, positions, positions).values()) + 2.0 * student.macs * positions * observed
+    return (
+        sum(step_flops(student.macs, read_by, 0, positions, positions).values())
+        + 2.0 * student.macs * positions * observed
+    )

@@ -1,4 +1,6 @@
-"""An output head: hidden states -> logits over the real vocabulary, with the model's own scaling and soft cap."""
+"""An output head: hidden states -> logits over the real vocabulary, with the model's own scaling and soft
+cap.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +22,38 @@ class Bare:
 
 
 class Head:
-    """`head.logits(h_NH)` gives logits_NV. Rows of the weight beyond the tokenizer's vocabulary are padding and are cut off.
+    """`head.logits(h_NH)` gives logits_NV. Rows of the weight beyond the tokenizer's vocabulary are padding
+    and are cut off.
 
-    `raw` is the product alone, `finish` scales and caps it. Covers the final-logit scalings found in transformers: Cohere multiplies by
-    logit_scale, Granite divides by logits_scaling, Gemma caps smoothly at final_logit_softcapping.
+    `raw` is the product alone, `finish` scales and caps it. Covers the final-logit scalings found in
+    transformers: Cohere multiplies by logit_scale, Granite divides by logits_scaling, Gemma caps smoothly at
+    final_logit_softcapping.
     """
 
-    def __init__(self, find: Callable[[], nn.Module | Bare], vocabulary: int, scale: float = 1.0, cap: float | None = None):
+    def __init__(
+        self,
+        find: Callable[[], nn.Module | Bare],
+        vocabulary: int,
+        scale: float = 1.0,
+        cap: float | None = None,
+    ):
         self.find, self.vocabulary, self.scale, self.cap = find, vocabulary, scale, cap
 
     @classmethod
     def of_net(cls, net: Any, vocabulary: int) -> Head:
         """That of a transformers model, looked up at each use: adapters may take its place."""
         config = net.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-        return cls(net.get_output_embeddings, vocabulary, scale, getattr(config, "final_logit_softcapping", None))
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        return cls(
+            net.get_output_embeddings, vocabulary, scale, getattr(config, "final_logit_softcapping", None)
+        )
 
     @classmethod
-    def of(cls, weight_VH: Tensor, bias_V: Tensor | None = None, scale: float = 1.0, cap: float | None = None) -> Head:
+    def of(
+        cls, weight_VH: Tensor, bias_V: Tensor | None = None, scale: float = 1.0, cap: float | None = None
+    ) -> Head:
         """A matrix, as `linear_divergence` takes it from anywhere."""
         bare = Bare(weight_VH, bias_V)
         return cls(lambda: bare, len(weight_VH), scale, cap)
@@ -103,5 +119,6 @@ def kl_of(head: Head, h_NH: Tensor, other: Head, g_NG: Tensor) -> Tensor:
         logp_NV = head.logits(h.to(head.device)).float().log_softmax(-1)
         logq_NV = other.logits(g.to(other.device)).float().log_softmax(-1).to(logp_NV.device)
         cost_NV = logp_NV.exp() * (logp_NV - logq_NV)
-        columns.append(cost_NV.where(logp_NV > -torch.inf, 0.0).sum(-1))  # what is never said costs nothing, also as 0 * inf
+        # what is never said costs nothing, also as 0 * inf
+        columns.append(cost_NV.where(logp_NV > -torch.inf, 0.0).sum(-1))
     return torch.cat(columns)

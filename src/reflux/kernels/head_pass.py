@@ -1,4 +1,6 @@
-"""One pass of the student's head: tables of logits out, their gradients back in, the head's own gradient gathered on the way."""
+"""One pass of the student's head: tables of logits out, their gradients back in, the head's own gradient
+gathered on the way.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from reflux.kernels.head import Head
 
 
 class HeadPass(Protocol):
-    grads: list[Tensor | None]  # one for each of `parameters(head)`, summed over the chunks
+    # one for each of `parameters(head)`, summed over the chunks
+    grads: list[Tensor | None]
 
     def table(self, h_NH: Tensor) -> Tensor:
         """Raw logits [N, V] that the caller may overwrite with their gradient."""
@@ -34,14 +37,18 @@ def parameters(head: Head) -> list[Tensor]:
 
 
 def open_pass(head: Head, needs: Sequence[bool] | None) -> HeadPass:
-    """needs: which of `parameters(head)` want a gradient; None where nothing does, not even the hidden states."""
+    """needs: which of `parameters(head)` want a gradient; None where nothing does, not even the hidden
+    states.
+    """
     if head.matrix is None:
         return _Module(head, needs is not None)
     return _Matrix(head, [False] * len(parameters(head)) if needs is None else needs)
 
 
 class _Matrix:
-    """The products by hand: the head's gradient is summed in place, in float32 or wider, never as a second table of its size."""
+    """The products by hand: the head's gradient is summed in place, in float32 or wider, never as a second
+    table of its size.
+    """
 
     def __init__(self, head: Head, needs: Sequence[bool]):
         assert head.matrix
@@ -51,7 +58,9 @@ class _Matrix:
         ]
         assert weight_VH is not None
         device = weight_VH.device.type
-        self.weight_VH = weight_VH.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight_VH
+        self.weight_VH = (
+            weight_VH.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight_VH
+        )
 
     def table(self, h_NH: Tensor) -> Tensor:
         self.h_NH = h_NH.detach().to(self.weight_VH.device, self.weight_VH.dtype)
@@ -69,7 +78,9 @@ class _Matrix:
 
 
 class _Module:
-    """Through autograd, chunk by chunk: adapters on a head are small, and their frozen base needs no gradient."""
+    """Through autograd, chunk by chunk: adapters on a head are small, and their frozen base needs no
+    gradient.
+    """
 
     def __init__(self, head: Head, wanted: bool):
         self.head, self.parameters, self.wanted = head, parameters(head) if wanted else [], wanted
@@ -79,10 +90,13 @@ class _Module:
         self.leaf_NH = h_NH.detach().requires_grad_(self.wanted)
         with torch.set_grad_enabled(self.wanted):
             self.raw_NV = self.head.raw(self.leaf_NH)
-        return self.raw_NV.detach().clone()  # the graph may need what the caller overwrites
+        # the graph may need what the caller overwrites
+        return self.raw_NV.detach().clone()
 
     def back(self, d_NV: Tensor, hidden: bool) -> Tensor | None:
-        grad_NH, *grads = torch.autograd.grad(self.raw_NV, [self.leaf_NH, *self.parameters], d_NV, allow_unused=True)
+        grad_NH, *grads = torch.autograd.grad(
+            self.raw_NV, [self.leaf_NH, *self.parameters], d_NV, allow_unused=True
+        )
         for total, grad in zip(self.grads, grads, strict=True):
             if total is not None and grad is not None:
                 total += grad

@@ -1,7 +1,8 @@
 """The matrix products of a linear layer, each on its fastest path.
 
-torch multiplies float32 matrices on a CPU with MKL, which takes its slow path on processors that are not Intel's; oneDNN, in the same
-torch build, does not, and reads transposed matrices as they lie. Same mathematics, same precision, another order of summation.
+torch multiplies float32 matrices on a CPU with MKL, which takes its slow path on processors that are not
+Intel's; oneDNN, in the same torch build, does not, and reads transposed matrices as they lie. Same
+mathematics, same precision, another order of summation.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_WORTH_FLOPS = 1 << 25  # below, the call costs more than the multiplication
-_BLOCK = 4096  # vocabulary rows at once: oneDNN repacks a matrix before it multiplies, and a whole head would be copied
-_DEEP = 96  # rows summed over: with fewer, adding the block to the sum costs more than oneDNN gains over MKL
+# below, the call costs more than the multiplication
+_WORTH_FLOPS = 1 << 25
+# vocabulary rows at once: oneDNN repacks a matrix before it multiplies, and a whole head would be copied
+_BLOCK = 4096
+# rows summed over: with fewer, adding the block to the sum costs more than oneDNN gains over MKL
+_DEEP = 96
 _AVAILABLE = torch.backends.mkldnn.is_available()
 
 

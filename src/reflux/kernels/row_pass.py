@@ -1,9 +1,10 @@
 """Rows of hidden states through output heads in chunks, the student's gradient made in the same pass.
 
-All row coefficients are known before the forward, so nothing has to wait for a backward: each chunk runs heads, costs and gradients at once
-and keeps nothing. Peak memory is that of one chunk, and nothing is computed twice. Chunks are as long as the matrix products like; inside,
-costs and their gradients are made on blocks of a few rows that stay in the processor's cache, and each block's gradient takes the place
-of its logits.
+All row coefficients are known before the forward, so nothing has to wait for a backward: each chunk runs
+heads, costs and gradients at once and keeps nothing. Peak memory is that of one chunk, and nothing is
+computed twice. Chunks are as long as the matrix products like; inside, costs and their gradients are made on
+blocks of a few rows that stay in the processor's cache, and each block's gradient takes the place of its
+logits.
 """
 
 from __future__ import annotations
@@ -21,15 +22,18 @@ from reflux.kernels.head import Head
 from reflux.kernels.head_pass import open_pass, parameters
 
 RowLoss = Callable[[slice, Tensor, list[Tensor]], Tensor]
-Constant = tuple[Tensor, Head]  # hidden states that pass no gradient on, row for row with the student's, and their head
+# hidden states that pass no gradient on, row for row with the student's, and their head
+Constant = tuple[Tensor, Head]
 
 
 def row_pass(h_NH: Tensor, head: Head, constants: Sequence[Constant], row_loss: RowLoss) -> Tensor:
-    """The sum of row_loss(rows, logits_NV, [constant logits_NV, ...]) over blocks of rows, a scalar of at least float32.
+    """The sum of row_loss(rows, logits_NV, [constant logits_NV, ...]) over blocks of rows, a scalar of at
+    least float32.
 
-    Differentiable once, in h_NH and the head's parameters; what else `row_loss` closes over is a constant. `row_loss` is called once for
-    each row, in order, with `rows` counted over h_NH, outside autocast, and must not keep the tables: their memory is reused. Under
-    `torch.no_grad` no gradient is made. N = 0 gives 0.
+    Differentiable once, in h_NH and the head's parameters; what else `row_loss` closes over is a constant.
+    `row_loss` is called once for each row, in order, with `rows` counted over h_NH, outside autocast, and
+    must not keep the tables: their memory is reused. Under `torch.no_grad` no gradient is made. N = 0 gives
+    0.
     """
     work = _Work(h_NH.detach(), head, constants, row_loss)
     tensors = [h_NH, *parameters(head)]
@@ -48,7 +52,10 @@ class _RowPass(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.grads is None:
-            raise RuntimeError("the gradients of this loss were made in its forward pass and are used up; run the forward again")
+            raise RuntimeError(
+                "the gradients of this loss were made in its forward pass and are used up; run the forward "
+                "again"
+            )
         grads, ctx.grads = ctx.grads, None
         return (None, *(None if made is None else made.mul_(grad) for made in grads))
 
@@ -73,7 +80,10 @@ class _Work:
         for rows in _slices(len(h_NH), chunk_rows(head.vocabulary, h_NH.device, tables)):
             raw_NV = opened.table(h_NH[rows])
             dtype = torch.promote_types(raw_NV.dtype, torch.float32)
-            said = [other.table(h[rows]).to(raw_NV.device) for other, (h, _) in zip(others, self.constants, strict=True)]
+            said = [
+                other.table(h[rows]).to(raw_NV.device)
+                for other, (h, _) in zip(others, self.constants, strict=True)
+            ]
             total += self._blocks(rows, raw_NV, [_not_wider(table_NV, dtype) for table_NV in said], gradient)
             if gradient:
                 grad_nH = opened.back(raw_NV, hidden=grad_NH is not None)
@@ -86,10 +96,14 @@ class _Work:
         """The loss of one chunk; where a gradient is wanted, that of the raw logits takes their place."""
         total = torch.zeros((), dtype=torch.promote_types(raw_NV.dtype, torch.float32), device=raw_NV.device)
         for block in _slices(len(raw_NV), block_rows(self.head.vocabulary, raw_NV.device)):
-            logits = [other.finish(table[block]) for (_, other), table in zip(self.constants, tables, strict=True)]
+            logits = [
+                other.finish(table[block]) for (_, other), table in zip(self.constants, tables, strict=True)
+            ]
             leaf = raw_NV[block].detach().requires_grad_(gradient)
             with torch.set_grad_enabled(gradient), torch.autocast(raw_NV.device.type, enabled=False):
-                loss = self.row_loss(slice(rows.start + block.start, rows.start + block.stop), self.head.finish(leaf), logits)
+                loss = self.row_loss(
+                    slice(rows.start + block.start, rows.start + block.stop), self.head.finish(leaf), logits
+                )
             if gradient:
                 raw_NV[block] = torch.autograd.grad(loss, leaf)[0] if loss.requires_grad else 0
             total += loss.detach()

@@ -1,11 +1,14 @@
-"""What the objectives need of tables of raw logits [N, V], in fused Triton passes: log-probs, divergences, records, and their gradients.
+"""What the objectives need of tables of raw logits [N, V], in fused Triton passes: log-probs, divergences,
+records, and their gradients.
 
-Heads are matrix products and stay with the vendor's library; everything after them is memory traffic, and each function here reads its
-tables once or twice and keeps nothing [N, V] wide but the gradient. Logits may be of any float type and are read into float32; results are
-float32, gradients have the logits' type. Rows may be slices of a wider, padded table. Same meaning, defaults and special cases as
-`reflux.loss.divergences`, which is the reference. ValueError for shapes that do not fit, an unknown kind, a weight outside [0, 1].
+Heads are matrix products and stay with the vendor's library; everything after them is memory traffic, and
+each function here reads its tables once or twice and keeps nothing [N, V] wide but the gradient. Logits may
+be of any float type and are read into float32; results are float32, gradients have the logits' type. Rows may
+be slices of a wider, padded table. Same meaning, defaults and special cases as `reflux.loss.divergences`,
+which is the reference. ValueError for shapes that do not fit, an unknown kind, a weight outside [0, 1].
 
-On CUDA tensors, or on CPU tensors through Triton's interpreter (TRITON_INTERPRET=1, for tests). Triton is imported at the first call.
+On CUDA tensors, or on CPU tensors through Triton's interpreter (TRITON_INTERPRET=1, for tests). Triton is
+imported at the first call.
 """
 
 from __future__ import annotations
@@ -20,37 +23,51 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-BLOCK = 2048  # logits of a row at a time: 8 a thread, one 16-byte load of bfloat16; at most 64 registers, so 4 rows share a core
-WARPS = 8
+from reflux.kernels.triton_launch import check, known_lse, launch, launch_logsumexp, launch_sums, rows_of
 
-_DEFAULTS = {"reverse": None, "forward": None, "jsd": 0.5, "skew_reverse": 0.1, "skew_forward": 0.1, "alpha": 0.5, "tv": None}
+_DEFAULTS = {
+    "reverse": None,
+    "forward": None,
+    "jsd": 0.5,
+    "skew_reverse": 0.1,
+    "skew_forward": 0.1,
+    "alpha": 0.5,
+    "tv": None,
+}
 _INSTALLED = find_spec("triton") is not None
 
 
 def usable(logits: Tensor) -> bool:
-    """Whether these kernels can run on this table: Triton is there, and the table is on a GPU or Triton interprets."""
+    """Whether these kernels can run on this table: Triton is there, and the table is on a GPU or Triton
+    interprets.
+    """
     return _INSTALLED and (logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @torch.no_grad()
 def logsumexp(logits_NV: Tensor) -> Tensor:
     """log sum_v exp(logit), float32 [N], detached: the constant that turns logits into log-probs. One read."""
-    _check(logits_NV)
-    return _logsumexp(_rows(logits_NV))
+    check(logits_NV)
+    return launch_logsumexp(rows_of(logits_NV))
 
 
 def token_logp(logits_NV: Tensor, ids_N: Tensor, lse_N: Tensor | None = None) -> Tensor:
-    """Log-prob of one id per row, nats, float32 [N]; differentiable in the logits. `lse_N` saves the pass that makes it."""
+    """Log-prob of one id per row, nats, float32 [N]; differentiable in the logits. `lse_N` saves the pass
+    that makes it.
+    """
     return gather_logp(logits_NV, ids_N[:, None], lse_N)[:, 0]
 
 
 def gather_logp(logits_NV: Tensor, ids_NK: Tensor, lse_N: Tensor | None = None) -> Tensor:
-    """Log-probs at K ids per row, float32 [N, K], differentiable. The ids of a row must differ, as those of a top-k do: unchecked."""
+    """Log-probs at K ids per row, float32 [N, K], differentiable. The ids of a row must differ, as those of a
+    top-k do: unchecked.
+    """
     return _listed(logits_NV, ids_NK, lse_N, False)
 
 
 def with_tail(logits_NV: Tensor, ids_NK: Tensor, lse_N: Tensor | None = None) -> Tensor:
-    """The same [N, K + 1] with, last, ONE bucket of all mass not listed: its own logsumexp, -inf with no gradient where nothing is left.
+    """The same [N, K + 1] with, last, ONE bucket of all mass not listed: its own logsumexp, -inf with no
+    gradient where nothing is left.
 
     The gradient of all K + 1 is made in one pass. Keeps a byte per logit for as long as the forward takes.
     """
@@ -65,37 +82,47 @@ def divergence(
     student_lse_N: Tensor | None = None,
     teacher_lse_N: Tensor | None = None,
 ) -> Tensor:
-    """divergence(student, teacher) of each row, nats (`tv`: in [0, 1]), float32 [N]; `kind` and `weight` as in `divergences.DIVERGENCES`.
+    """divergence(student, teacher) of each row, nats (`tv`: in [0, 1]), float32 [N]; `kind` and `weight` as
+    in `divergences.DIVERGENCES`.
 
-    D = sum_v F(log p_v, log q_v). Differentiable in the student: in logits, coef (F' - p sum F') with F' = dF / dlog p, written in one
-    pass from both tables and sum F'. The teacher is a constant. Two tables equal to the bit give exactly 0 and a gradient of exactly 0. A
-    row whose coefficient is 0 gets a gradient of exactly 0, also where its cost is infinite.
+    D = sum_v F(log p_v, log q_v). Differentiable in the student: in logits, coef (F' - p sum F') with F' = dF
+    / dlog p, written in one pass from both tables and sum F'. The teacher is a constant. Two tables equal to
+    the bit give exactly 0 and a gradient of exactly 0. A row whose coefficient is 0 gets a gradient of
+    exactly 0, also where its cost is infinite.
     """
-    _check(student_NV, teacher_NV)
+    check(student_NV, teacher_NV)
     kind, share = _plan(kind, weight)
     if kind == "itself":
         kind, teacher_NV, teacher_lse_N = "reverse", student_NV, student_lse_N
-    student_lse_N, teacher_lse_N = _lse(student_NV, student_lse_N), _lse(teacher_NV, teacher_lse_N)
+    student_lse_N, teacher_lse_N = known_lse(student_NV, student_lse_N), known_lse(teacher_NV, teacher_lse_N)
     return _Divergence.apply(student_NV, teacher_NV.detach(), student_lse_N, teacher_lse_N, kind, share)
 
 
 @torch.no_grad()
 def summary(
-    student_NV: Tensor, teacher_NV: Tensor | None, student_lse_N: Tensor | None = None, teacher_lse_N: Tensor | None = None
+    student_NV: Tensor,
+    teacher_NV: Tensor | None,
+    student_lse_N: Tensor | None = None,
+    teacher_lse_N: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """(KL(student || teacher), entropy of the student), nats, float32 [N], detached, in one pass; no KL without a teacher.
+    """(KL(student || teacher), entropy of the student), nats, float32 [N], detached, in one pass; no KL
+    without a teacher.
 
     Minus the KL, which is never negative, is vOPD's baseline.
     """
-    _check(student_NV, student_NV if teacher_NV is None else teacher_NV)
-    student_lse_N = _lse(student_NV, student_lse_N)
+    check(student_NV, student_NV if teacher_NV is None else teacher_NV)
+    student_lse_N = known_lse(student_NV, student_lse_N)
     if teacher_NV is None:
-        return None, _sums(student_NV, student_NV, student_lse_N, student_lse_N, "records", 0.0)[1]
-    return _sums(student_NV, teacher_NV, student_lse_N, _lse(teacher_NV, teacher_lse_N), "records", 0.0)
+        return None, launch_sums(student_NV, student_NV, student_lse_N, student_lse_N, "records", 0.0)[1]
+    return launch_sums(
+        student_NV, teacher_NV, student_lse_N, known_lse(teacher_NV, teacher_lse_N), "records", 0.0
+    )
 
 
 def _plan(kind: str, weight: float | None) -> tuple[str, float]:
-    """The kernel's kind and the teacher's share of its mixture; "itself" where a model is compared with itself."""
+    """The kernel's kind and the teacher's share of its mixture; "itself" where a model is compared with
+    itself.
+    """
     if kind not in _DEFAULTS:
         raise ValueError(f"kind must be one of {', '.join(_DEFAULTS)}, got '{kind}'")
     default = _DEFAULTS[kind]
@@ -115,9 +142,15 @@ def _plan(kind: str, weight: float | None) -> tuple[str, float]:
 class _Divergence(Function):
     @staticmethod
     def forward(
-        ctx: Any, student_NV: Tensor, teacher_NV: Tensor, student_lse_N: Tensor, teacher_lse_N: Tensor, kind: str, share: float
+        ctx: Any,
+        student_NV: Tensor,
+        teacher_NV: Tensor,
+        student_lse_N: Tensor,
+        teacher_lse_N: Tensor,
+        kind: str,
+        share: float,
     ) -> Tensor:
-        cost_N, slope_N = _sums(student_NV, teacher_NV, student_lse_N, teacher_lse_N, kind, share)
+        cost_N, slope_N = launch_sums(student_NV, teacher_NV, student_lse_N, teacher_lse_N, kind, share)
         ctx.save_for_backward(student_NV, teacher_NV, student_lse_N, teacher_lse_N, slope_N)
         ctx.kind, ctx.share = kind, share
         return cost_N
@@ -128,10 +161,27 @@ class _Divergence(Function):
         from reflux.kernels.triton_kernels import row_gradient
 
         student_NV, teacher_NV, student_lse_N, teacher_lse_N, slope_N = ctx.saved_tensors
-        student_NV, teacher_NV = _rows(student_NV), _rows(teacher_NV)
+        student_NV, teacher_NV = rows_of(student_NV), rows_of(teacher_NV)
         grad_NV = torch.empty(student_NV.shape, dtype=student_NV.dtype, device=student_NV.device)
-        tables = (student_NV, student_NV.stride(0), student_lse_N, teacher_NV, teacher_NV.stride(0), teacher_lse_N)
-        _launch(row_gradient, grad_NV, *tables, slope_N, grad_N.float().contiguous(), grad_NV, student_NV.shape[1], ctx.share, ctx.kind)
+        tables = (
+            student_NV,
+            student_NV.stride(0),
+            student_lse_N,
+            teacher_NV,
+            teacher_NV.stride(0),
+            teacher_lse_N,
+        )
+        launch(
+            row_gradient,
+            grad_NV,
+            *tables,
+            slope_N,
+            grad_N.float().contiguous(),
+            grad_NV,
+            student_NV.shape[1],
+            ctx.share,
+            ctx.kind,
+        )
         return grad_NV, None, None, None, None, None
 
 
@@ -153,76 +203,39 @@ class _Listed(Function):
         from reflux.kernels.triton_kernels import row_softmax_gradient
 
         logits_NV, ids_NK, lse_N, rest_N, logp_NK = ctx.saved_tensors
-        logits_NV, k = _rows(logits_NV), ids_NK.shape[1]
+        logits_NV, k = rows_of(logits_NV), ids_NK.shape[1]
         coef_NK, tail_N = grad_NK[:, :k].float(), torch.zeros_like(lse_N)
-        if rest_N is not None:  # an empty tail is -inf whatever the logits: no gradient
+        if rest_N is not None:
+            # an empty tail is -inf whatever the logits: no gradient
             tail_N = grad_NK[:, k].float().masked_fill(rest_N == -torch.inf, 0).contiguous()
         total_N = coef_NK.sum(-1) + tail_N
         grad_NV = torch.empty(logits_NV.shape, dtype=logits_NV.dtype, device=logits_NV.device)
         vectors = (lse_N, lse_N if rest_N is None else rest_N, total_N, tail_N)
-        _launch(row_softmax_gradient, grad_NV, logits_NV, logits_NV.stride(0), *vectors, grad_NV, logits_NV.shape[1], rest_N is not None)
+        launch(
+            row_softmax_gradient,
+            grad_NV,
+            logits_NV,
+            logits_NV.stride(0),
+            *vectors,
+            grad_NV,
+            logits_NV.shape[1],
+            rest_N is not None,
+        )
         others_NK = total_N[:, None] - coef_NK
-        listed_NK = -coef_NK * logp_NK.expm1() - others_NK * logp_NK.exp()  # in float32: 1 - p must not be rounded to bfloat16 first
+        # in float32: 1 - p must not be rounded to bfloat16 first
+        listed_NK = -coef_NK * logp_NK.expm1() - others_NK * logp_NK.exp()
         listed_NK = listed_NK.masked_fill(((coef_NK == 0).all(-1) & (tail_N == 0))[:, None], 0)
         return grad_NV.scatter_(-1, ids_NK, listed_NK.to(grad_NV.dtype)), None, None, None
 
 
 def _listed(logits_NV: Tensor, ids_NK: Tensor, lse_N: Tensor | None, tail: bool) -> Tensor:
-    _check(logits_NV)
+    check(logits_NV)
     if ids_NK.ndim != 2 or len(ids_NK) != len(logits_NV):
         raise ValueError(f"ids must be [N, K] for logits {list(logits_NV.shape)}, got {list(ids_NK.shape)}")
     rest_N = None
     if tail:
-        skip_NV = torch.zeros(logits_NV.shape, dtype=torch.uint8, device=logits_NV.device).scatter_(-1, ids_NK, 1)
-        rest_N = _logsumexp(_rows(logits_NV.detach()), skip_NV)
-    return _Listed.apply(logits_NV, ids_NK, _lse(logits_NV, lse_N), rest_N)
-
-
-def _lse(logits_NV: Tensor, lse_N: Tensor | None) -> Tensor:
-    if lse_N is None:
-        return _logsumexp(_rows(logits_NV.detach()))
-    if lse_N.shape != logits_NV.shape[:1]:
-        raise ValueError(f"the logsumexp of logits {list(logits_NV.shape)} is one number per row, got {list(lse_N.shape)}")
-    return lse_N.detach().float().contiguous()
-
-
-def _logsumexp(logits_NV: Tensor, skip_NV: Tensor | None = None) -> Tensor:
-    from reflux.kernels.triton_kernels import row_logsumexp
-
-    lse_N = torch.empty(len(logits_NV), dtype=torch.float32, device=logits_NV.device)
-    skip = lse_N if skip_NV is None else skip_NV  # any pointer will do where it is not read
-    _launch(row_logsumexp, logits_NV, logits_NV, logits_NV.stride(0), skip, lse_N, logits_NV.shape[1], skip_NV is not None)
-    return lse_N
-
-
-def _sums(
-    student_NV: Tensor, teacher_NV: Tensor, student_lse_N: Tensor, teacher_lse_N: Tensor, kind: str, share: float
-) -> tuple[Tensor, Tensor]:
-    from reflux.kernels.triton_kernels import row_sums
-
-    student_NV, teacher_NV = _rows(student_NV), _rows(teacher_NV)
-    cost_N, slope_N = torch.empty_like(student_lse_N), torch.empty_like(student_lse_N)
-    tables = (student_NV, student_NV.stride(0), student_lse_N, teacher_NV, teacher_NV.stride(0), teacher_lse_N)
-    _launch(row_sums, student_NV, *tables, cost_N, slope_N, student_NV.shape[1], share, kind)
-    return cost_N, slope_N
-
-
-def _launch(kernel: Any, table_NV: Tensor, *arguments: Any) -> None:
-    """One program for each row of the table, on its device."""
-    rows, width = table_NV.shape
-    block = min(BLOCK, 1 << (width - 1).bit_length())
-    if rows:
-        with torch.cuda.device_of(table_NV):
-            kernel[(rows,)](*arguments, block, num_warps=WARPS)
-
-
-def _rows(logits_NV: Tensor) -> Tensor:
-    """The table with the logits of a row next to each other; rows may lie apart."""
-    return logits_NV if logits_NV.stride(1) == 1 else logits_NV.contiguous()
-
-
-def _check(*tables: Tensor) -> None:
-    first = tables[0]
-    if any(table.ndim != 2 or table.shape != first.shape or table.shape[1] == 0 for table in tables):
-        shapes = " and ".join(str(list(table.shape)) for table in tables)
-        raise ValueError(f"tables of logits must have one shape [N, V] with V > 0, got {shapes}")
+        skip_NV = torch.zeros(logits_NV.shape, dtype=torch.uint8, device=logits_NV.device).scatter_(
+            -1, ids_NK, 1
+        )
+        rest_N = launch_logsumexp(rows_of(logits_NV.detach()), skip_NV)
+    return _Listed.apply(logits_NV, ids_NK, known_lse(logits_NV, lse_N), rest_N)

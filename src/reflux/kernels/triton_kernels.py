@@ -1,13 +1,16 @@
-"""Triton kernels over tables of raw logits: one program per row, the vocabulary in blocks, everything in float32 registers.
+"""Triton kernels over tables of raw logits: one program per row, the vocabulary in blocks, everything in
+float32 registers.
 
-Sums are kept lane by lane and joined once at the end of a row: no barrier inside the loop, and shorter chains of roundings. Row offsets
-are 64-bit (a table may hold more than 2^31 logits). Called through `triton_divergence`; importing this module needs Triton.
+Sums are kept lane by lane and joined once at the end of a row: no barrier inside the loop, and shorter chains
+of roundings. Row offsets are 64-bit (a table may hold more than 2^31 logits). Called through
+`triton_divergence`; importing this module needs Triton.
 """
 
 import triton
 import triton.language as tl
 
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # a running maximum that starts here, not at -inf, never makes inf - inf
+# a running maximum that starts here, not at -inf, never makes inf - inf
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -32,9 +35,17 @@ def _expm1(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def row_logsumexp(
-    x_ptr: tl.tensor, stride: int, skip_ptr: tl.tensor, lse_ptr: tl.tensor, width: int, SKIP: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr: tl.tensor,
+    stride: int,
+    skip_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
+    width: int,
+    SKIP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
-    """log sum exp of each row, without the columns marked in a dense uint8 table where SKIP. One exp per logit, maximum on the fly."""
+    """log sum exp of each row, without the columns marked in a dense uint8 table where SKIP. One exp per
+    logit, maximum on the fly.
+    """
     row = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], LOWEST, tl.float32)
@@ -57,22 +68,27 @@ def row_logsumexp(
 def _kl_term(p: tl.tensor, q: tl.tensor, over: tl.tensor) -> tl.tensor:
     """p log(p / q) - p + q with over = log(p / q): a KL whose terms are all >= 0.
 
-    The same sum for probabilities. A rounding of either logsumexp, which shifts a whole row of log-probs, enters the plain sum
-    as it is and this one squared; a small divergence keeps its digits.
+    The same sum for probabilities. A rounding of either logsumexp, which shifts a whole row of log-probs,
+    enters the plain sum as it is and this one squared; a small divergence keeps its digits.
     """
     term = tl.where(tl.abs(over) < 0.5, p * over * over * _second(-over), p * over + (q - p))
     return tl.where(p == 0, q, term)
 
 
 @triton.jit
-def _mixed_terms(p: tl.tensor, q: tl.tensor, gap: tl.tensor, share: float, KIND: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+def _mixed_terms(
+    p: tl.tensor, q: tl.tensor, gap: tl.tensor, share: float, KIND: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
     """(cost, slope) of the kinds that compare with m = (1 - share) p + share q; gap = log q - log p.
 
-    log m is measured from the larger of the two, so that no digit of a small gap is lost and equal models give 0 to the bit.
+    log m is measured from the larger of the two, so that no digit of a small gap is lost and equal models
+    give 0 to the bit.
     """
     above = tl.where(gap > 0, 1 - share, share)
-    m = tl.log(1 + above * (tl.exp(-tl.abs(gap)) - 1))  # log 1 = 0 to the bit where the gap is 0
-    p_over = tl.where(gap > 0, -gap - m, -m)  # log p - log m
+    # log 1 = 0 to the bit where the gap is 0
+    m = tl.log(1 + above * (tl.exp(-tl.abs(gap)) - 1))
+    # log p - log m
+    p_over = tl.where(gap > 0, -gap - m, -m)
     q_over = tl.where(gap > 0, -m, gap - m)
     mixed = (1 - share) * p + share * q
     if KIND == "jsd":
@@ -89,14 +105,17 @@ def _mixed_terms(p: tl.tensor, q: tl.tensor, gap: tl.tensor, share: float, KIND:
 
 @triton.jit
 def _terms(s: tl.tensor, t: tl.tensor, share: float, KIND: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """What one token adds to the row's divergence, and that term's derivative by log p. s = log p student, t = log q teacher.
+    """What one token adds to the row's divergence, and that term's derivative by log p. s = log p student, t
+    = log q teacher.
 
-    The derivative is given up to a multiple of p, which the softmax's own derivative removes: chosen so that it is 0 where p = q.
-    A probability of 0 adds 0; so do columns beyond the row, where both are 0. KIND "records" is (reverse KL, entropy).
+    The derivative is given up to a multiple of p, which the softmax's own derivative removes: chosen so that
+    it is 0 where p = q. A probability of 0 adds 0; so do columns beyond the row, where both are 0. KIND
+    "records" is (reverse KL, entropy).
     """
     p = tl.exp(s)
     q = tl.exp(t)
-    gap = tl.where((p == 0) & (q == 0), 0.0, t - s)  # never inf - inf
+    # never inf - inf
+    gap = tl.where((p == 0) & (q == 0), 0.0, t - s)
     if KIND == "reverse":
         cost = _kl_term(p, q, -gap)
         slope = tl.where(p == 0, 0.0, -p * gap)
@@ -200,7 +219,9 @@ def row_softmax_gradient(
     TAIL: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """tail_coef exp(x - rest) - total exp(x - lse) into a dense table: the gradient at ids that are not listed."""
+    """tail_coef exp(x - rest) - total exp(x - lse) into a dense table: the gradient at ids that are not
+    listed.
+    """
     row = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
     lse = tl.load(lse_ptr + row)

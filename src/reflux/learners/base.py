@@ -1,8 +1,9 @@
 """A learner: the student moves.
 
-`open(context, services)` gives an object with the training state. `step` turns groups whose targets and shares are known into one
-optimiser step (`services.run_model`). Where every weight is 0 there is no optimiser step (moments and decay would move weights on no
-evidence): the version stays. A learner returns what it found out and writes to no attempt; `learning.py` stores it.
+`open(context, services)` gives an object with the training state. `step` turns groups whose targets and
+shares are known into one optimiser step (`services.run_model`). Where every weight is 0 there is no optimiser
+step (moments and decay would move weights on no evidence): the version stays. A learner returns what it found
+out and writes to no attempt; `learning.py` stores it.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
 
 
 class OpenLearner(Protocol):
-    version: int  # of the weights: optimiser steps that moved them, and jumps, which the loop counts
-    model: Model  # transformers' view of it, for preflight
+    # of the weights: optimiser steps that moved them, and jumps, which the loop counts
+    version: int
+    # transformers' view of it, for preflight
+    model: Model
 
     def publish(self) -> Weights:
         """A handle on the weights of now."""
@@ -37,11 +40,15 @@ class OpenLearner(Protocol):
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
-        """The student's full weights by the model's own parameter names, adapters merged; not to be written to."""
+        """The student's full weights by the model's own parameter names, adapters merged; not to be written
+        to.
+        """
         ...
 
     def at_mean(self) -> AbstractContextManager[bool]:
-        """Within, the student has its weights averaged over training, where an average is kept (True): what is evaluated and exported."""
+        """Within, the student has its weights averaged over training, where an average is kept (True): what
+        is evaluated and exported.
+        """
         ...
 
     @property
@@ -51,11 +58,15 @@ class OpenLearner(Protocol):
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one position, for FLOP accounting: of a language model, its active parameters."""
+        """Multiply-accumulates of one position, for FLOP accounting: of a language model, its active
+        parameters.
+        """
         ...
 
     async def observe(self, groups: Sequence[Group]) -> list[Target | None]:
-        """What the student of now says along each attempt, one per attempt, in order; None where nothing is wanted or known."""
+        """What the student of now says along each attempt, one per attempt, in order; None where nothing is
+        wanted or known.
+        """
         ...
 
     async def step(self, request: StepRequest) -> StepResult:
@@ -96,7 +107,8 @@ def negative_rate(where: str, rate: Number, steps: int) -> Iterable[str]:
 
 
 class Learner(LearnerPart, Protocol):
-    rollouts: ClassVar[type[Rollout]]  # what it learns from
+    # what it learns from
+    rollouts: ClassVar[type[Rollout]]
 
     @property
     def model(self) -> str:

@@ -31,15 +31,18 @@ RECTIFIED_FLOW = Paper(
     "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis",
     "2403.03206",
     2024,
-    'Esser, Patrick and Kulal, Sumith and Blattmann, Andreas and Entezari, Rahim and M{\\"u}ller, Jonas and others',
+    'Esser, Patrick and Kulal, Sumith and Blattmann, Andreas and Entezari, Rahim and M{\\"u}ller, Jonas and '
+    "others",
 )
 
 
 @dataclass(frozen=True, config=STRICT)
 class Flow(LearnerPart):
-    """AdamW on float32 master weights of a diffusers transformer, bfloat16 autocast on GPU; guidance is that of each attempt.
+    """AdamW on float32 master weights of a diffusers transformer, bfloat16 autocast on GPU; guidance is that
+    of each attempt.
 
-    Every kept position is one pass of the network at the state stored there; no gradient flows through the sampler.
+    Every kept position is one pass of the network at the state stored there; no gradient flows through the
+    sampler.
     """
 
     rollouts: ClassVar[type[Rollout]] = FlowRollout
@@ -49,15 +52,20 @@ class Flow(LearnerPart):
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    clip: Positive = 1.0  # gradient norm; gradients of a KL in nats are large
-    min_grad_norm: Annotated[float, Field(ge=0)] = 1e-3  # a gradient norm up to this is rounding, and no step is made
-    micro_batch: Annotated[int, Field(ge=1)] = 64  # positions in one pass
-    adapter: str | None = None  # a folder of adapters to begin with; they go on being trained under lora, else they are merged
+    # gradient norm; gradients of a KL in nats are large
+    clip: Positive = 1.0
+    # a gradient norm up to this is rounding, and no step is made
+    min_grad_norm: Annotated[float, Field(ge=0)] = 1e-3
+    # positions in one pass
+    micro_batch: Annotated[int, Field(ge=1)] = 64
+    # a folder of adapters to begin with; they go on being trained under lora, else they are merged
+    adapter: str | None = None
     merge: Merge | None = None
     lora: FlowLora | None = None
     average: Average | None = None
     gradient_checkpointing: bool = False
-    autocast: Literal["auto", "off"] = "auto"  # auto: bfloat16 on a GPU
+    # auto: bfloat16 on a GPU
+    autocast: Literal["auto", "off"] = "auto"
     device: str = "auto"
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reflux.config.step_context import seed_of
 from reflux.learners.gradient_learner import GradientLearner
 from reflux.learners.tally import unpacked
 from reflux.loss import flow_loss
@@ -25,7 +26,7 @@ from reflux.models.flow.flow_adapters import taken
 from reflux.models.flow.flow_model import FlowModel
 from reflux.models.flow.load import load_flow
 from reflux.models.flow.start import start
-from reflux.types import Attempt, Group, Target, VelocityTarget, seed_of
+from reflux.types import Attempt, Group, Target, VelocityTarget
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -50,7 +51,14 @@ class FlowLearner(GradientLearner):
     @classmethod
     @asynccontextmanager
     async def opened(cls, cfg: Flow, context: PartContext, services: Services) -> AsyncIterator[FlowLearner]:
-        load = partial(load_flow, cfg.model, "learner.model", dtype="float32", device=cfg.device, shared_cache=services.shared)
+        load = partial(
+            load_flow,
+            cfg.model,
+            "learner.model",
+            dtype="float32",
+            device=cfg.device,
+            shared_cache=services.shared,
+        )
         yield cls(cfg, context, services, await services.run_model(load))
 
     @property
@@ -58,7 +66,9 @@ class FlowLearner(GradientLearner):
         return self.context.requirements.now_at_behaviour
 
     def observed(self, groups: Sequence[Group]) -> Iterator[tuple[Attempt, Target]]:
-        return ((attempt, VelocityTarget(teacher="now", v_TD=v_TD)) for attempt, v_TD in self.velocities(groups))
+        return (
+            (attempt, VelocityTarget(teacher="now", v_TD=v_TD)) for attempt, v_TD in self.velocities(groups)
+        )
 
     def whole(self, attempt: Attempt) -> Item:
         """All chosen positions."""
@@ -67,9 +77,14 @@ class FlowLearner(GradientLearner):
 
     def velocities(self, groups: Sequence[Group]) -> Iterator[tuple[Attempt, np.ndarray]]:
         """(attempt, v_TD) of the student of now at every chosen position, NaN at the others; no gradient."""
-        whole = [self.whole(attempt) for group in groups for attempt in group if attempt.rollout.finish != "error"]
+        whole = [
+            self.whole(attempt) for group in groups for attempt in group if attempt.rollout.finish != "error"
+        ]
         for alike in _alike([item for item in whole if len(item.rows_N)]):
-            batches = (FlowMicroBatch(piece, (), self.model.device) for piece in flow_loss.pieces(alike, self.cfg.micro_batch))
+            batches = (
+                FlowMicroBatch(piece, (), self.model.device)
+                for piece in flow_loss.pieces(alike, self.cfg.micro_batch)
+            )
             with torch.no_grad():
                 v_ND = torch.cat([self._velocity(batch) for batch in batches])
             yield from ((item.attempt, v_TD) for item, v_TD in unpacked(alike, v_ND))
@@ -93,11 +108,13 @@ class FlowLearner(GradientLearner):
     def export(self, folder: Path) -> None:
         """A diffusers folder of the student, adapters merged; of its average where one is kept.
 
-        What was trained as an adapter on the model as it came is there besides, as diffusers' `load_lora_weights` reads it.
+        What was trained as an adapter on the model as it came is there besides, as diffusers'
+        `load_lora_weights` reads it.
         """
         with self.at_mean():
             self.model.save(folder, weights=lora.merged(self.net))
-            if self._on_the_base and not self.access.written:  # a jump may have moved the base
+            if self._on_the_base and not self.access.written:
+                # a jump may have moved the base
                 write_adapter(taken(self.model.net.transformer), folder)
 
 

@@ -1,4 +1,6 @@
-"""What every learner in this process does with its network: AdamW on float32 master weights, and their average where one is kept."""
+"""What every learner in this process does with its network: AdamW on float32 master weights, and their
+average where one is kept.
+"""
 
 from __future__ import annotations
 
@@ -59,21 +61,38 @@ class Optimised(Protocol):
 
 
 class GradientLearner(ABC):
-    """Owns the float32 master weights and the optimiser. A subclass says how a batch is cut, and makes the gradient of one part."""
+    """Owns the float32 master weights and the optimiser. A subclass says how a batch is cut, and makes the
+    gradient of one part.
+    """
 
-    refusal: str  # usual reasons why a loss is not finite, in a sentence
+    # usual reasons why a loss is not finite, in a sentence
+    refusal: str
 
-    def __init__(self, cfg: Optimised, context: PartContext, services: Services, net: nn.Module, average: Average | None = None):
+    def __init__(
+        self,
+        cfg: Optimised,
+        context: PartContext,
+        services: Services,
+        net: nn.Module,
+        average: Average | None = None,
+    ):
         """Trains the parameters of `net` that require a gradient."""
         self.settings, self.context, self.services = cfg, context, services
         self.net, self.average = net, average
-        self.version = self.updates = 0  # optimiser steps; a version counts jumps, too
+        # optimiser steps; a version counts jumps, too
+        self.version = self.updates = 0
         self.trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
         self.mean = {name: p.detach().clone() for name, p in self.trained.items()} if average else {}
-        self._observed = 0  # positions run forward by `observe` since the last step
+        # positions run forward by `observe` since the last step
+        self._observed = 0
         self.access = NetAccess(net, self.trained.values())
         self.optimiser = torch.optim.AdamW(
-            list(self.trained.values()), lr=0.0, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
+            list(self.trained.values()),
+            lr=0.0,
+            betas=cfg.betas,
+            eps=cfg.eps,
+            weight_decay=cfg.weight_decay,
+            fused=True,
         )
 
     @property
@@ -83,7 +102,9 @@ class GradientLearner(ABC):
 
     @abstractmethod
     def observed(self, groups: Sequence[Group]) -> Iterator[tuple[Attempt, Target]]:
-        """What the student of now says along each attempt, without a gradient. Attempts that it says nothing about are left out."""
+        """What the student of now says along each attempt, without a gradient. Attempts that it says nothing
+        about are left out.
+        """
 
     @abstractmethod
     def whole(self, attempt: Attempt) -> Item:
@@ -106,7 +127,11 @@ class GradientLearner(ABC):
 
     @contextmanager
     def at_mean(self) -> Iterator[bool]:
-        live = {name: parameter.detach().clone() for name, parameter in self.trained.items()} if self.average else {}
+        live = (
+            {name: parameter.detach().clone() for name, parameter in self.trained.items()}
+            if self.average
+            else {}
+        )
         self._put(self.mean)
         try:
             yield self.average is not None
@@ -142,20 +167,28 @@ class GradientLearner(ABC):
             self.optimiser.zero_grad(set_to_none=True)
             tally = self.gradients(items, request.objectives, request.log_variance)
             records = tally.records(request.attempts)
-            stats |= tally.stats(request.log_variance) | self._move(request.step_context.step, tally.loss, records)
+            stats |= tally.stats(request.log_variance) | self._move(
+                request.step_context.step, tally.loss, records
+            )
         self.services.clock.add("learn", time.perf_counter() - started)
         backward = sum(item.positions for item in items)
-        forward, self._observed = self._observed + backward * (2 if self.settings.gradient_checkpointing else 1), 0
+        forward, self._observed = (
+            self._observed + backward * (2 if self.settings.gradient_checkpointing else 1),
+            0,
+        )
         return StepResult(stats, records, forward, backward)
 
     def _move(self, step: int, loss: float, records: list[StepRecord | None]) -> Stats:
-        """The optimiser step along the accumulated gradient. StepRefused, with the records, where loss or gradient is not finite."""
+        """The optimiser step along the accumulated gradient. StepRefused, with the records, where loss or
+        gradient is not finite.
+        """
         lr = at(self.settings.lr, step)
         norm = float(nn.utils.clip_grad_norm_(list(self.trained.values()), self.settings.clip))
         if not (np.isfinite(norm) and np.isfinite(loss)):
             self.optimiser.zero_grad(set_to_none=True)
             raise StepRefused(
-                f"step {step + 1}: the loss is {loss} and its gradient norm {norm}; the step was refused, no weight has changed. Usual "
+                f"step {step + 1}: the loss is {loss} and its gradient norm {norm}; the step was refused, no "
+                "weight has changed. Usual "
                 f"reasons: a learning rate too high (now {lr:g}), or {self.refusal}.",
                 f"loss {loss}, gradient norm {norm}",
                 records,
@@ -170,7 +203,9 @@ class GradientLearner(ABC):
             self._follow()
         return {"grad_norm": Max(norm), "lr": Max(lr), "updates": Sum(float(moves))}
 
-    def gradients(self, items: list[Item], objectives: Sequence[LossTerm], log_variance: bool = False) -> Tally:
+    def gradients(
+        self, items: list[Item], objectives: Sequence[LossTerm], log_variance: bool = False
+    ) -> Tally:
         """Accumulate the gradient of the whole batch, micro-batch by micro-batch."""
         tally = Tally()
         for part in self.micro_batches(items):
@@ -191,7 +226,9 @@ class GradientLearner(ABC):
         self.take_up(checkpoints.read(folder))
 
     def state(self) -> dict[str, Any]:
-        """Trained weights, their average and Adam's moments by parameter name, and the frozen weights that `write` was given."""
+        """Trained weights, their average and Adam's moments by parameter name, and the frozen weights that
+        `write` was given.
+        """
         base_parameters = lora.base_parameters(self.net)
         state: dict[str, Any] = {"version": self.version, "updates": self.updates} | {
             f"base/{name}": base_parameters[name].detach() for name in sorted(self.access.written)
@@ -206,15 +243,22 @@ class GradientLearner(ABC):
     def take_up(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state`."""
         self.version, self.updates = state["version"], state["updates"]
-        self.access.write({key.removeprefix("base/"): value for key, value in state.items() if key.startswith("base/")})
+        self.access.write(
+            {key.removeprefix("base/"): value for key, value in state.items() if key.startswith("base/")}
+        )
         with torch.no_grad():
             for name, mean in self.mean.items():
                 mean.copy_(state[f"mean/{name}"])
             for name, parameter in self.trained.items():
                 parameter.copy_(state[f"weight/{name}"])
-                keys = [key.split("/", 1)[0] for key in state if key.startswith("adam.") and key.split("/", 1)[1] == name]
+                keys = [
+                    key.split("/", 1)[0]
+                    for key in state
+                    if key.startswith("adam.") and key.split("/", 1)[1] == name
+                ]
                 moments = {key.removeprefix("adam."): state[f"{key}/{name}"].clone() for key in keys}
                 if moments:
                     self.optimiser.state[parameter] = {
-                        key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
+                        key: value if key == "step" else value.to(parameter.device)
+                        for key, value in moments.items()
                     }

@@ -37,33 +37,42 @@ LORA = Paper(
 class HF(LearnerPart):
     """AdamW on float32 master weights, bfloat16 autocast on GPU, micro-batches cut by a token budget.
 
-    Adam scales a gradient of any size up to a full step, rounding included: a student that has become its teacher would wander off.
-    Hence `min_grad_norm`.
+    Adam scales a gradient of any size up to a full step, rounding included: a student that has become its
+    teacher would wander off. Hence `min_grad_norm`.
 
-    `prompt_suffix` ends every prompt after what the chat template writes to open the student's turn; the student begins behind it, and so
-    does every teacher that is asked about its tokens, also under a context that changes the messages. It is for a base student whose
-    teacher thinks: "<think>\\n" opens the thinking for both (arXiv 2602.15260). A template that ends with it already is left as it is.
-    Evaluations use it too. ModelError for a text that the tokenizer has no token for.
+    `prompt_suffix` ends every prompt after what the chat template writes to open the student's turn; the
+    student begins behind it, and so does every teacher that is asked about its tokens, also under a context
+    that changes the messages. It is for a base student whose teacher thinks: "<think>\\n" opens the thinking
+    for both (arXiv 2602.15260). A template that ends with it already is left as it is. Evaluations use it
+    too. ModelError for a text that the tokenizer has no token for.
     """
 
     rollouts: ClassVar[type[Rollout]] = TokenRollout
 
     model: str
-    system: str | None = None  # a system prompt, put before conversations that have none
-    template: dict[str, Any] = Field(default_factory=dict)  # chat-template arguments, for example enable_thinking = false
-    prompt_suffix: str | None = None  # a text that ends every prompt, for the student and its teachers, such as "<think>\n"
+    # a system prompt, put before conversations that have none
+    system: str | None = None
+    # chat-template arguments, for example enable_thinking = false
+    template: dict[str, Any] = Field(default_factory=dict)
+    # a text that ends every prompt, for the student and its teachers, such as "<think>\n"
+    prompt_suffix: str | None = None
     lr: Number = 1e-6
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip: Positive = 1.0  # gradient norm
-    min_grad_norm: Annotated[float, Field(ge=0)] = 1e-6  # a gradient norm up to this is rounding, and no step is made
-    micro_batch_tokens: Annotated[int, Field(ge=1)] = 16384  # prompt and response, padding included
+    # gradient norm
+    clip: Positive = 1.0
+    # a gradient norm up to this is rounding, and no step is made
+    min_grad_norm: Annotated[float, Field(ge=0)] = 1e-6
+    # prompt and response, padding included
+    micro_batch_tokens: Annotated[int, Field(ge=1)] = 16384
     lora: Lora | None = None
     gradient_checkpointing: bool = False
-    autocast: Literal["auto", "off"] = "auto"  # auto: bfloat16 on a GPU
+    # auto: bfloat16 on a GPU
+    autocast: Literal["auto", "off"] = "auto"
     device: str = "auto"
-    attention: str | None = None  # transformers' attn_implementation
+    # transformers' attn_implementation
+    attention: str | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:

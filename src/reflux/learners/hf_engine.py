@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from reflux.config.step_context import seed_of
 from reflux.learners.gradient_learner import GradientLearner
 from reflux.loss import token_loss
 from reflux.loss.aggregate import Result
@@ -19,7 +20,7 @@ from reflux.loss.batch import Item, micro_batches
 from reflux.loss.term import LossTerm
 from reflux.models import lora
 from reflux.models.text import Model, load_model, parameter_count
-from reflux.types import Attempt, Group, Target, seed_of
+from reflux.types import Attempt, Group, Target
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -79,7 +80,9 @@ class HFLearner(GradientLearner):
     def whole(self, attempt: Attempt) -> Item:
         """Every position, chosen or not: each is read on the way to the last."""
         rollout = attempt.rollout
-        return Item(attempt, rollout, np.arange(rollout.length), np.zeros(rollout.length, dtype=np.float32), (), ())
+        return Item(
+            attempt, rollout, np.arange(rollout.length), np.zeros(rollout.length, dtype=np.float32), (), ()
+        )
 
     def micro_batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
         return micro_batches(items, self.cfg.micro_batch_tokens)
@@ -90,7 +93,9 @@ class HFLearner(GradientLearner):
             return token_loss.backward(batch, self.hidden_rows(batch), self.model.head, log_variance)
 
     def hidden_rows(self, batch: token_loss.TokenMicroBatch) -> Tensor:
-        """h_NH: the trunk's states that predict the kept positions. Right padding lies in the causal future: no mask is needed."""
+        """h_NH: the trunk's states that predict the kept positions. Right padding lies in the causal future:
+        no mask is needed.
+        """
         h_BLH = self.model.trunk(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
         return h_BLH.flatten(0, 1)[batch.rows_N]
 

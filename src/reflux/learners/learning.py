@@ -23,7 +23,8 @@ async def observe(learner: OpenLearner, groups: Sequence[Group]) -> None:
 async def learn(learner: OpenLearner, request: StepRequest, keep_failed_batch: Keep) -> StepResult:
     """One optimiser step, its records stored on the attempts.
 
-    keep_failed_batch: writes the batch of a step that is not finite, and gives the file. Raises StepRefused with the path of that file.
+    keep_failed_batch: writes the batch of a step that is not finite, and gives the file. Raises StepRefused
+    with the path of that file.
     """
     try:
         result = await learner.step(request)

@@ -19,12 +19,22 @@ if TYPE_CHECKING:
 
 
 def observed(learner: HFLearner, groups: Sequence[Group]) -> Iterator[tuple[Attempt, TopKTarget]]:
-    """The student of now along each attempt: at the ids of `behaviour` where the run wants that, else its own top-k."""
+    """The student of now along each attempt: at the ids of `behaviour` where the run wants that, else its own
+    top-k.
+    """
     requirements = learner.context.requirements
     for attempt, h_TH, tokens_T in states(learner, groups):
         behaviour = attempt.rollout.behaviour
-        k = 0 if requirements.now_at_behaviour and isinstance(behaviour, TopKTarget) else requirements.now_topk
-        ids_TK = torch.from_numpy(behaviour.ids_TK).to(h_TH.device) if isinstance(behaviour, TopKTarget) and not k else None
+        k = (
+            0
+            if requirements.now_at_behaviour and isinstance(behaviour, TopKTarget)
+            else requirements.now_topk
+        )
+        ids_TK = (
+            torch.from_numpy(behaviour.ids_TK).to(h_TH.device)
+            if isinstance(behaviour, TopKTarget) and not k
+            else None
+        )
         if k or ids_TK is not None:
             yield attempt, _listed(learner, h_TH, tokens_T, ids_TK, k)
 
@@ -40,7 +50,10 @@ def logp(learner: HFLearner, groups: Sequence[Group]) -> list[np.ndarray]:
 def states(learner: HFLearner, groups: Sequence[Group]) -> Iterator[tuple[Attempt, Tensor, Tensor]]:
     """(attempt, h_TH, tokens_T) for every attempt with a position, in micro-batches."""
     items = [
-        learner.whole(attempt) for group in groups for attempt in group if attempt.rollout.length and attempt.rollout.finish != "error"
+        learner.whole(attempt)
+        for group in groups
+        for attempt in group
+        if attempt.rollout.length and attempt.rollout.finish != "error"
     ]
     for part in micro_batches(items, learner.cfg.micro_batch_tokens):
         batch = TokenMicroBatch(part, (), learner.model.device, learner.services.heads)

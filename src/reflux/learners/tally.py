@@ -12,7 +12,8 @@ from reflux.loss.batch import Item
 from reflux.metrics.values import Mean, Stats, Sum
 from reflux.types import Attempt, StepRecord
 
-_KL = ""  # the column of kl_T among those of log-probs, which have names
+# the column of kl_T among those of log-probs, which have names
+_KL = ""
 
 
 class Tally:
@@ -20,7 +21,8 @@ class Tally:
 
     def __init__(self) -> None:
         self._loss, self._kl, self._outside, self._variance = Sum(0.0), Mean(), Mean(), Mean()
-        self._columns: dict[int, dict[str, np.ndarray]] = {}  # by the attempt's id()
+        # by the attempt's id()
+        self._columns: dict[int, dict[str, np.ndarray]] = {}
 
     @property
     def loss(self) -> float:
@@ -29,7 +31,9 @@ class Tally:
     def add(self, items: Sequence[Item], result: Result) -> None:
         """One micro-batch: `result` holds its rows in item order."""
         self._loss = self._loss + Sum(float(result.loss))
-        self._outside = sum((Mean.of(rows_N.double().cpu().numpy()) for rows_N in result.outside), self._outside)
+        self._outside = sum(
+            (Mean.of(rows_N.double().cpu().numpy()) for rows_N in result.outside), self._outside
+        )
         if result.variance:
             self._variance = self._variance + Mean(*(float(part) for part in result.variance))
         if result.kl_N is not None:
@@ -60,7 +64,9 @@ class Tally:
 def _record(columns: dict[str, np.ndarray] | None) -> StepRecord | None:
     if columns is None:
         return None
-    return StepRecord(logp={name: values_T for name, values_T in columns.items() if name != _KL}, kl_T=columns.get(_KL))
+    return StepRecord(
+        logp={name: values_T for name, values_T in columns.items() if name != _KL}, kl_T=columns.get(_KL)
+    )
 
 
 def unpacked(items: Sequence[Item], column_N: Tensor) -> Iterator[tuple[Item, np.ndarray]]:

@@ -24,21 +24,32 @@ def check_call(
     for name, head in (("student_head", student_head), ("teacher_head", teacher_head)):
         if not isinstance(head, Head):
             kind = type(head).__name__
-            raise ValueError(f"{name} must be Head.of_net(model, len(tokenizer)) or Head.of(weight), got {kind}: wrap it")
+            raise ValueError(
+                f"{name} must be Head.of_net(model, len(tokenizer)) or Head.of(weight), got {kind}: wrap it"
+            )
     for name, table in (("student_NH", student_NH), ("teacher_NG", teacher_NG)):
         if not isinstance(table, Tensor) or table.ndim != 2:
-            raise ValueError(f"{name} must be hidden states [N, H], one row a position; got {_shape(table)}. Flatten them: h[mask]")
+            raise ValueError(
+                f"{name} must be hidden states [N, H], one row a position; got {_shape(table)}. Flatten "
+                "them: h[mask]"
+            )
     for name, column in by_row.items():
         if column is not None and (not isinstance(column, Tensor) or column.ndim != 1):
             raise ValueError(f"{name} must be a tensor [N], one number a row; got {_shape(column)}")
         if column is not None and column.requires_grad:
-            raise ValueError(f"{name} is a constant of this loss and gets no gradient, but it requires one: pass {name}.detach()")
+            raise ValueError(
+                f"{name} is a constant of this loss and gets no gradient, but it requires one: pass "
+                f"{name}.detach()"
+            )
     lengths = {"student_NH": len(student_NH), "teacher_NG": len(teacher_NG)}
     lengths |= {name: len(column) for name, column in by_row.items() if column is not None}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"all rows must belong to the same positions, but there are {lengths}")
     if objective is not None and not callable(objective):
-        raise ValueError(f"objective must be a value such as Divergence(divergence='forward') or SampledKL(), got {objective!r}")
+        raise ValueError(
+            "objective must be a value such as Divergence(divergence='forward') or SampledKL(), got "
+            f"{objective!r}"
+        )
     if top_k < 0:
         raise ValueError(f"top_k must be 0 or more, got {top_k}")
     _check_vocabulary(student_head, teacher_head, by_row["ids_N"])
@@ -49,24 +60,33 @@ def check_call(
 def _check_vocabulary(student_head: Head, teacher_head: Head, ids_N: Tensor | None) -> None:
     if student_head.vocabulary != teacher_head.vocabulary:
         raise ValueError(
-            f"the student's head speaks of {student_head.vocabulary} tokens and the teacher's of {teacher_head.vocabulary}. If both have "
-            f"one token map and only the padding differs, cut both to the tokenizer's size: Head.of_net(model, len(tokenizer)), or "
+            f"the student's head speaks of {student_head.vocabulary} tokens and the teacher's of "
+            f"{teacher_head.vocabulary}. If both have "
+            "one token map and only the padding differs, cut both to the tokenizer's size: "
+            "Head.of_net(model, len(tokenizer)), or "
             f"Head.of(weight[:len(tokenizer)])."
         )
     if (
         ids_N is not None
         and len(ids_N)
-        and (ids_N.dtype != torch.int64 or int(ids_N.min()) < 0 or int(ids_N.max()) >= student_head.vocabulary)
+        and (
+            ids_N.dtype != torch.int64 or int(ids_N.min()) < 0 or int(ids_N.max()) >= student_head.vocabulary
+        )
     ):
         raise ValueError(
-            f"ids_N must be int64, in 0..{student_head.vocabulary - 1}; got {ids_N.dtype} from {int(ids_N.min())} to {int(ids_N.max())}. "
-            f"Leave rows without a token out (labels of -100 mark them), of the hidden states as well: h[labels >= 0]."
+            f"ids_N must be int64, in 0..{student_head.vocabulary - 1}; got {ids_N.dtype} from "
+            f"{int(ids_N.min())} to {int(ids_N.max())}. "
+            "Leave rows without a token out (labels of -100 mark them), of the hidden states as well: "
+            "h[labels >= 0]."
         )
 
 
 def _check_width(who: str, head: Head, h_NH: Tensor) -> None:
     if head.matrix is not None and head.matrix[0].shape[1] != h_NH.shape[1]:
-        raise ValueError(f"the {who}'s hidden states are {h_NH.shape[1]} wide, but its head takes {head.matrix[0].shape[1]}")
+        raise ValueError(
+            f"the {who}'s hidden states are {h_NH.shape[1]} wide, but its head takes "
+            f"{head.matrix[0].shape[1]}"
+        )
 
 
 def _shape(value: object) -> str:

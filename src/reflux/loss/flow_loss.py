@@ -26,19 +26,28 @@ def flow_of(item: Item) -> FlowRollout:
 
 
 class FlowMicroBatch(MicroBatch):
-    """N denoising steps on the device, with every constant they need. All have the same guidance; all were drawn, or none."""
+    """N denoising steps on the device, with every constant they need. All have the same guidance; all were
+    drawn, or none.
+    """
 
     def __init__(self, items: list[Item], objectives: Sequence[LossTerm], device: torch.device):
         super().__init__(items, objectives, device)
-        self.texts = [text for item in items for text in [prompt_text(item.rollout.prompt)] * len(item.rows_N)]
+        self.texts = [
+            text for item in items for text in [prompt_text(item.rollout.prompt)] * len(item.rows_N)
+        ]
         self.guidance = flow_of(items[0]).guidance
         self.has_logp = flow_of(items[0]).noise_level > 0
         self.x_ND = self.column(lambda item: flow_of(item).x_SD[item.rows_N])
         self.next_ND = self.column(lambda item: flow_of(item).x_SD[item.rows_N + 1])
         self.t_N = self.column(lambda item: flow_of(item).t_S[item.rows_N])
         self.dt_N = self.column(lambda item: np.diff(flow_of(item).t_S)[item.rows_N])
-        self.noise_level_N = self.column(lambda item: np.full(len(item.rows_N), flow_of(item).noise_level, dtype=np.float32))
-        self.teachers = {name: self.outputs(self.target_rows(name)[1]["v_ND"]) for name in sorted(self.objective_teachers())}
+        self.noise_level_N = self.column(
+            lambda item: np.full(len(item.rows_N), flow_of(item).noise_level, dtype=np.float32)
+        )
+        self.teachers = {
+            name: self.outputs(self.target_rows(name)[1]["v_ND"])
+            for name in sorted(self.objective_teachers())
+        }
 
     def outputs(self, v_ND: Tensor) -> VelocityOutputs:
         return VelocityOutputs(v_ND, self.x_ND, self.next_ND, self.t_N, self.dt_N, self.noise_level_N)
@@ -75,4 +84,6 @@ def pieces(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
 
 def _cut(item: Item, rows: slice) -> Item:
     coef_KN: tuple[Any, ...] = tuple(None if coef_N is None else coef_N[rows] for coef_N in item.coef_KN)
-    return replace(item, rows_N=item.rows_N[rows], advantage_offset_N=item.advantage_offset_N[rows], coef_KN=coef_KN)
+    return replace(
+        item, rows_N=item.rows_N[rows], advantage_offset_N=item.advantage_offset_N[rows], coef_KN=coef_KN
+    )

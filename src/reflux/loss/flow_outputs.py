@@ -13,23 +13,34 @@ from reflux.models.flow.sde import kl_weight, step_logp, step_moments, wide
 
 @dataclass
 class VelocityOutputs:
-    """A model's velocity at the states of N denoising steps that were drawn. Everything but the velocity is a constant."""
+    """A model's velocity at the states of N denoising steps that were drawn. Everything but the velocity is a
+    constant.
+    """
 
     v_ND: Tensor
-    x_ND: Tensor  # the state each step started from
-    next_ND: Tensor  # the state that was drawn
-    t_N: Tensor  # time of x, in (0, 1]
-    dt_N: Tensor  # below 0
+    # the state each step started from
+    x_ND: Tensor
+    # the state that was drawn
+    next_ND: Tensor
+    # time of x, in (0, 1]
+    t_N: Tensor
+    # below 0
+    dt_N: Tensor
     noise_level_N: Tensor
 
     @cached_property
     def logp_N(self) -> Tensor:
-        """Log-density of the drawn state under this model's step, nats, summed over D; differentiable. ValueError at noise level 0.
+        """Log-density of the drawn state under this model's step, nats, summed over D; differentiable.
+        ValueError at noise level 0.
 
-        Two of them differ by a rounding of about 1e-7 times the square root of D, or of |logp| where that is more.
+        Two of them differ by a rounding of about 1e-7 times the square root of D, or of |logp| where that is
+        more.
         """
-        with torch.set_grad_enabled(self.v_ND.requires_grad):  # made once for all, also where the first to ask wanted no graph
-            mean_ND, std_N1 = step_moments(self.x_ND, self.v_ND, *(column_N[:, None] for column_N in self._step()))
+        with torch.set_grad_enabled(self.v_ND.requires_grad):
+            # made once for all, also where the first to ask wanted no graph
+            mean_ND, std_N1 = step_moments(
+                self.x_ND, self.v_ND, *(column_N[:, None] for column_N in self._step())
+            )
             return step_logp(self.next_ND, mean_ND, std_N1)
 
     def gap(self, teacher: VelocityOutputs) -> Tensor:

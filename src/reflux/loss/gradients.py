@@ -1,7 +1,7 @@
 """Four sums over the vocabulary with their gradients written out, for speed, memory and probabilities of 0.
 
-They run on every trained position, [N, V] wide. Plain autograd keeps more tables, passes over them more often, and turns a probability
-of 0 into 0 * inf = NaN. Each is checked against finite differences.
+They run on every trained position, [N, V] wide. Plain autograd keeps more tables, passes over them more
+often, and turns a probability of 0 into 0 * inf = NaN. Each is checked against finite differences.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class KL(Function):
     def forward(ctx: Any, p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
         p_NV, gap_NV = p_logp_NV.exp(), p_logp_NV - q_logp_NV
         kl_N = torch.linalg.vecdot(p_NV, gap_NV)
-        if kl_N.isnan().any():  # p = 0 contributes 0, never 0 * inf; the mask costs more than all the rest and is seldom needed
+        if kl_N.isnan().any():
+            # p = 0 contributes 0, never 0 * inf; the mask costs more than all the rest and is seldom needed
             gap_NV.masked_fill_(p_NV == 0, 0)
             kl_N = torch.linalg.vecdot(p_NV, gap_NV)
         ctx.save_for_backward(p_NV, gap_NV if ctx.needs_input_grad[0] else None)
@@ -39,7 +40,9 @@ class KL(Function):
 
 
 class TokenLogp(Function):
-    """log p(a) of one token a row, [N], from logits and their log-softmax. Its gradient e_a - p is made in one pass, without a scatter."""
+    """log p(a) of one token a row, [N], from logits and their log-softmax. Its gradient e_a - p is made in
+    one pass, without a scatter.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, logp_NV: Tensor, ids_N: Tensor) -> Tensor:
@@ -57,13 +60,16 @@ class TokenLogp(Function):
 
 
 class Mixture(Function):
-    """log((1 - share) exp(a) + share exp(b)) for 0 < share < 1, equal to a to the bit where a = b; zero gradient where both are -inf."""
+    """log((1 - share) exp(a) + share exp(b)) for 0 < share < 1, equal to a to the bit where a = b; zero
+    gradient where both are -inf.
+    """
 
     @staticmethod
     def forward(ctx: Any, a_NV: Tensor, b_NV: Tensor, share: float) -> Tensor:
         m_NV = torch.maximum(a_NV, b_NV)
         gap_NV = (b_NV - a_NV).masked_fill_(m_NV == -torch.inf, 0)
-        smaller_NV = torch.full_like(gap_NV, 1 - share).masked_fill_(gap_NV < 0, share)  # the share of the less likely of the two
+        # the share of the less likely of the two
+        smaller_NV = torch.full_like(gap_NV, 1 - share).masked_fill_(gap_NV < 0, share)
         m_NV = gap_NV.abs_().neg_().expm1_().mul_(smaller_NV).log1p_().add_(m_NV)
         ctx.share = share
         ctx.save_for_backward(a_NV, b_NV, m_NV)
@@ -78,13 +84,18 @@ class Mixture(Function):
         m_NV = m_NV.masked_fill(m_NV == -torch.inf, 0)
         grads = [
             (x_NV - m_NV).exp_().mul_(grad_NV).mul_(share) if needed else None
-            for x_NV, share, needed in ((a_NV, 1 - ctx.share, ctx.needs_input_grad[0]), (b_NV, ctx.share, ctx.needs_input_grad[1]))
+            for x_NV, share, needed in (
+                (a_NV, 1 - ctx.share, ctx.needs_input_grad[0]),
+                (b_NV, ctx.share, ctx.needs_input_grad[1]),
+            )
         ]
         return grads[0], grads[1], None
 
 
 class Tail(Function):
-    """logsumexp over the ids not listed, [N, 1]; -inf with a zero gradient where nothing is left (torch's own gives NaN there)."""
+    """logsumexp over the ids not listed, [N, 1]; -inf with a zero gradient where nothing is left (torch's own
+    gives NaN there).
+    """
 
     @staticmethod
     def forward(ctx: Any, logp_NV: Tensor, ids_NK: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""What a model says at N rows, in one of three classes that match the targets of `types.py`; each answers what it can:
+"""What a model says at N rows, in one of three classes that match the targets of `types.py`; each answers
+what it can:
 
 logp_N            log-prob of the sampled token                         all three
 ids_NK, logp_NK   listed ids and their log-probs                        TopKLogprobs
@@ -19,7 +20,8 @@ from reflux.loss.baselines import kl_value
 from reflux.loss.divergences import DIVERGENCES, with_tail
 from reflux.loss.gradients import TokenLogp
 
-_FAR = -1e4  # log-prob of what is never said, where its product with a probability of 0 must be 0
+# log-prob of what is never said, where its product with a probability of 0 must be 0
+_FAR = -1e4
 
 
 @dataclass
@@ -39,17 +41,19 @@ class TopKLogprobs:
 
 
 class FullLogits:
-    """The whole distribution, from logits of any float type; log-probs are at least float32, made once and shared by all objectives.
+    """The whole distribution, from logits of any float type; log-probs are at least float32, made once and
+    shared by all objectives.
 
-    On a GPU the sums over the vocabulary are fused passes over the logits (`kernels.triton_divergence`), and the table `logp_NV` is made
-    only for those who ask for it. Elsewhere everything starts from that table.
+    On a GPU the sums over the vocabulary are fused passes over the logits (`kernels.triton_divergence`), and
+    the table `logp_NV` is made only for those who ask for it. Elsewhere everything starts from that table.
     """
 
     def __init__(self, logits_NV: Tensor, ids_N: Tensor):
         self.logits_NV = logits_NV
         self.ids_N = ids_N
         self.fused = fused.usable(logits_NV)
-        self._kl: dict[int, tuple[FullLogits, Tensor]] = {}  # by the other's id; with the other, so that no id is given twice
+        # by the other's id; with the other, so that no id is given twice
+        self._kl: dict[int, tuple[FullLogits, Tensor]] = {}
 
     @cached_property
     def logp_NV(self) -> Tensor:
@@ -76,7 +80,11 @@ class FullLogits:
 
     def at(self, ids_NK: Tensor) -> Tensor:
         """Log-probs at given ids, different ones in a row; differentiable."""
-        return fused.gather_logp(self.logits_NV, ids_NK, self.lse_N) if self.fused else self.logp_NV.gather(-1, ids_NK)
+        return (
+            fused.gather_logp(self.logits_NV, ids_NK, self.lse_N)
+            if self.fused
+            else self.logp_NV.gather(-1, ids_NK)
+        )
 
     def with_tail(self, ids_NK: Tensor) -> Tensor:
         """The same and, last, one bucket with all remaining mass, [N, K + 1]; differentiable."""
@@ -85,15 +93,21 @@ class FullLogits:
         return with_tail(self.logp_NV, ids_NK, check=False)
 
     def divergence(self, teacher: FullLogits, kind: str, weight: float | None = None) -> Tensor:
-        """A function of `DIVERGENCES` over the whole vocabulary, nats [N], differentiable in this model only. weight: its beta or alpha."""
+        """A function of `DIVERGENCES` over the whole vocabulary, nats [N], differentiable in this model only.
+        weight: its beta or alpha.
+        """
         if self.fused:
-            return fused.divergence(self.logits_NV, teacher.logits_NV, kind, weight, self.lse_N, teacher.lse_N)
+            return fused.divergence(
+                self.logits_NV, teacher.logits_NV, kind, weight, self.lse_N, teacher.lse_N
+            )
         given = () if weight is None else (weight,)
         return DIVERGENCES[kind](self.logp_NV, teacher.logp_NV.detach(), *given)
 
     @torch.no_grad()
     def kl(self, teacher: FullLogits) -> Tensor:
-        """KL(this || teacher), nats [N], >= 0, detached; made once for a baseline, its variance and the records."""
+        """KL(this || teacher), nats [N], >= 0, detached; made once for a baseline, its variance and the
+        records.
+        """
         if id(teacher) not in self._kl:
             self._kl[id(teacher)] = (teacher, self._make_kl(teacher))
         return self._kl[id(teacher)][1]

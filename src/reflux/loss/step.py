@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING
 from reflux.metrics.values import Stats
 
 if TYPE_CHECKING:
+    from reflux.config.step_context import StepContext
     from reflux.loss.term import LossTerm
-    from reflux.types import Attempt, Group, StepContext, StepRecord
+    from reflux.types import Attempt, Group, StepRecord
 
 
 @dataclass(frozen=True)
 class StepRequest:
     """The batch of one optimiser step, with all that its loss depends on: a learner knows no run.
 
-    groups: targets and shares are known. loss_aggregation: what the loss divides by (`RunConfig.loss_aggregation`). log_variance: also compute the
-    closed-form variance of the sampled gradient.
+    groups: targets and shares are known. loss_aggregation: what the loss divides by
+    (`RunConfig.loss_aggregation`). log_variance: also compute the closed-form variance of the sampled
+    gradient.
     """
 
     groups: Sequence[Group]
@@ -37,8 +39,8 @@ class StepRequest:
 class StepResult:
     """records: one per attempt of the request, in order; None for an attempt that no objective trained on.
 
-    forward_positions, backward_positions: what the student ran, prompts included, for FLOP accounting. Forward counts `observe` since the
-    step before, and twice what is computed again for the backward pass.
+    forward_positions, backward_positions: what the student ran, prompts included, for FLOP accounting.
+    Forward counts `observe` since the step before, and twice what is computed again for the backward pass.
     """
 
     stats: Stats

@@ -1,8 +1,9 @@
-"""What a model said along one attempt, as a sum type: what it does not know is not there. `types.py` gives these names on.
+"""What a model said along one attempt, as a sum type: what it does not know is not there. `types.py` gives
+these names on.
 
-A target answers for itself, so nobody has to ask which kind it is. `heads` are the output heads of this process
-(`reflux.models.heads.Heads`); only hidden states need them. `logp_T` is what is known of the sampled tokens without a head, None where that
-is nothing.
+A target answers for itself, so nobody has to ask which kind it is. `heads` are the output heads of this
+process (`reflux.models.heads.Heads`); only hidden states need them. `logp_T` is what is known of the sampled
+tokens without a head, None where that is nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class _Known:
         return {"logp_N": _rows(self.logp_T, rows_N)}
 
     def outputs(self, columns: Mapping[str, Tensor]) -> Any:
-        """What objectives make of such rows (`loss.outputs`). ValueError where a head, or a state of a flow, has to come in first."""
+        """What objectives make of such rows (`loss.outputs`). ValueError where a head, or a state of a flow,
+        has to come in first.
+        """
         raise ValueError(f"the rows of a {type(self).__name__} say nothing by themselves")
 
     def sampled_logp_T(self, rollout: Rollout, heads: Heads) -> np.ndarray | None:
@@ -52,12 +55,18 @@ class _Known:
         return self.logp_T
 
     def logp_at(self, ids_TK: np.ndarray, heads: Heads) -> np.ndarray:
-        """Log-probs at given ids, [T, K], nats. ValueError where one is not known: it is unknown then, not low."""
-        raise ValueError(f"a teacher's log-probs at given tokens are needed; a {type(self).__name__} holds none. Use a local teacher.")
+        """Log-probs at given ids, [T, K], nats. ValueError where one is not known: it is unknown then, not
+        low.
+        """
+        raise ValueError(
+            f"a teacher's log-probs at given tokens are needed; a {type(self).__name__} holds none. Use a "
+            "local teacher."
+        )
 
     def kl_T(self, other: Target, rollout: Rollout, heads: Heads) -> np.ndarray | None:
-        """KL(this || other) at each position, nats: exact where both are hidden states, or velocities of a rollout with noise; else its
-        sampled estimate log p - log q. None where one of the two has no log-probs."""
+        """KL(this || other) at each position, nats: exact where both are hidden states, or velocities of a
+        rollout with noise; else its sampled estimate log p - log q. None where one of the two has no
+        log-probs."""
         own_T, other_T = (target.sampled_logp_T(rollout, heads) for target in (self, other))
         return None if own_T is None or other_T is None else own_T - other_T
 
@@ -81,7 +90,9 @@ class SampledTarget(_Known):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopKTarget(_Known):
-    """Log-probs at K listed ids and at the sampled token. The unlisted mass is one tail bucket; K = V is the full distribution."""
+    """Log-probs at K listed ids and at the sampled token. The unlisted mass is one tail bucket; K = V is the
+    full distribution.
+    """
 
     teacher: str
     ids_TK: np.ndarray
@@ -108,7 +119,8 @@ class TopKTarget(_Known):
         logp_TK = np.take_along_axis(full_TV, ids_TK, axis=1)
         if np.isnan(logp_TK).any():
             raise ValueError(
-                f"teacher '{self.teacher}' lists its own likeliest tokens, and some of the student's are not among them: their probability "
+                f"teacher '{self.teacher}' lists its own likeliest tokens, and some of the student's are not "
+                "among them: their probability "
                 f"is unknown, not low. Use a teacher that answers at given ids, such as 'local'."
             )
         return logp_TK
@@ -116,14 +128,17 @@ class TopKTarget(_Known):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HiddenTarget(_Known):
-    """The last hidden states (on CPU), and the key of the output head that turns them into the full distribution.
+    """The last hidden states (on CPU), and the key of the output head that turns them into the full
+    distribution.
 
-    logp_T is None where nobody wanted it at scoring time; the learner fills the record in as it passes through the head.
+    logp_T is None where nobody wanted it at scoring time; the learner fills the record in as it passes
+    through the head.
     """
 
     teacher: str
     h_TH: torch.Tensor
-    head: str  # a key of `Heads`
+    # a key of `Heads`
+    head: str
     logp_T: np.ndarray | None = None
 
     @property
@@ -167,7 +182,8 @@ class VelocityTarget(_Known):
     """A flow's velocity at each step; NaN where the student did not choose."""
 
     teacher: str
-    v_TD: np.ndarray  # float32
+    # float32
+    v_TD: np.ndarray
 
     logp_T: ClassVar[None] = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -175,28 +191,42 @@ class VelocityTarget(_Known):
         return {"v_ND": _rows(self.v_TD, rows_N)}
 
     def kl_T(self, other: Target, rollout: Rollout, heads: Heads) -> np.ndarray | None:
-        """w |v - v_other|^2 of each step, >= 0, with w of `flows.sde.kl_weight`. None without noise, where it is infinite."""
+        """w |v - v_other|^2 of each step, >= 0, with w of `flows.sde.kl_weight`. None without noise, where it
+        is infinite.
+        """
         from reflux.models.flow.sde import kl_weight
         from reflux.types import FlowRollout
 
-        if not isinstance(other, VelocityTarget) or not isinstance(rollout, FlowRollout) or not rollout.noise_level:
+        if (
+            not isinstance(other, VelocityTarget)
+            or not isinstance(rollout, FlowRollout)
+            or not rollout.noise_level
+        ):
             return None
-        weight_T = kl_weight(rollout.t_S[:-1].astype(np.float64), np.diff(rollout.t_S).astype(np.float64), rollout.noise_level)
+        weight_T = kl_weight(
+            rollout.t_S[:-1].astype(np.float64), np.diff(rollout.t_S).astype(np.float64), rollout.noise_level
+        )
         return weight_T * ((self.v_TD.astype(np.float64) - other.v_TD) ** 2).sum(1)
 
 
 def _rows(column: Any, rows_N: np.ndarray) -> Tensor:
     import torch
 
-    return column[torch.from_numpy(rows_N)] if isinstance(column, torch.Tensor) else torch.from_numpy(column[rows_N])
+    return (
+        column[torch.from_numpy(rows_N)]
+        if isinstance(column, torch.Tensor)
+        else torch.from_numpy(column[rows_N])
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """What a step computed along one attempt. Every array is float32 [T], nats, NaN at the positions that the step did not compute.
+    """What a step computed along one attempt. Every array is float32 [T], nats, NaN at the positions that the
+    step did not compute.
 
-    logp: log-probs of what was chosen, by who gives them: "student" (at this step), and each teacher by its name. kl_T: reverse KL to
-    teacher "main" at each position, exact where both distributions are known, else log p - log q of what was chosen; None without "main".
+    logp: log-probs of what was chosen, by who gives them: "student" (at this step), and each teacher by its
+    name. kl_T: reverse KL to teacher "main" at each position, exact where both distributions are known, else
+    log p - log q of what was chosen; None without "main".
     """
 
     logp: Mapping[str, np.ndarray] = field(default_factory=dict)

@@ -14,21 +14,28 @@ Student = TypeVar("Student")
 
 @dataclass
 class Rows(Generic[Student]):
-    """N packed positions of one chunk. Everything but `student` is a constant; gradients flow through `student` alone.
+    """N packed positions of one chunk. Everything but `student` is a constant; gradients flow through
+    `student` alone.
 
-    Of texts, models say one of the three classes in `outputs.py`, and the student FullLogits; of flows, `loss/flow_outputs.VelocityOutputs`.
+    Of texts, models say one of the three classes in `outputs.py`, and the student FullLogits; of flows,
+    `loss/flow_outputs.VelocityOutputs`.
     """
 
     student: Student
-    teachers: dict[str, Any]  # by teacher name; "said" is the student as it acted
-    # Recorded when sampled, under the distribution that was sampled from: its temperature and top-p are in it.
+    # by teacher name; "said" is the student as it acted
+    teachers: dict[str, Any]
+    # Recorded when sampled, under the distribution that was sampled from: its temperature and top-p are in
+    # it.
     behaviour_logp_N: Tensor
     advantage_offset_N: Tensor
-    group_value_N: Tensor | None = None  # what a group baseline subtracts; made by batch.py before any split
+    # what a group baseline subtracts; made by batch.py before any split
+    group_value_N: Tensor | None = None
 
 
 class LossTerm(Protocol):
-    """The members of an objective that the loss uses. `objectives.base.Objective` adds what a recipe says and what checks ask."""
+    """The members of an objective that the loss uses. `objectives.base.Objective` adds what a recipe says and
+    what checks ask.
+    """
 
     takes_advantage_offset: ClassVar[bool]
 
@@ -42,15 +49,21 @@ class LossTerm(Protocol):
 
     @property
     def group_baseline(self) -> Literal["all", "others"] | None:
-        """Whose mean log-ratio its advantage is measured from: all siblings', the others' alone; None: no siblings'."""
+        """Whose mean log-ratio its advantage is measured from: all siblings', the others' alone; None: no
+        siblings'.
+        """
         ...
 
     def outside(self, rows: Rows[Any]) -> Tensor | None:
-        """True [N] at the rows where the bound of an importance ratio changes the gradient; None without a ratio or a bound."""
+        """True [N] at the rows where the bound of an importance ratio changes the gradient; None without a
+        ratio or a bound.
+        """
         ...
 
     def variance(self, rows: Rows[Any]) -> tuple[Tensor, Tensor] | None:
-        """The exact variance of the sampled logit gradient at each row [N], with the baseline and without; None: nothing is sampled."""
+        """The exact variance of the sampled logit gradient at each row [N], with the baseline and without;
+        None: nothing is sampled.
+        """
         ...
 
     def __call__(self, rows: Rows[Any]) -> Tensor:

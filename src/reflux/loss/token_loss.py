@@ -28,7 +28,14 @@ def text_of(item: Item) -> TokenRollout:
 class TokenMicroBatch(MicroBatch):
     """Items on the device: the trunk's inputs, and every constant a row needs."""
 
-    def __init__(self, items: list[Item], objectives: Sequence[LossTerm], device: torch.device, heads: Heads, pad_id: int = 0):
+    def __init__(
+        self,
+        items: list[Item],
+        objectives: Sequence[LossTerm],
+        device: torch.device,
+        heads: Heads,
+        pad_id: int = 0,
+    ):
         super().__init__(items, objectives, device)
         self.heads = heads
         self.ids_BL, self.rows_N = self._inputs(pad_id)
@@ -45,12 +52,18 @@ class TokenMicroBatch(MicroBatch):
             sequence = np.concatenate([rollout.prompt_tokens, rollout.tokens_T[: item.trained - 1]])
             ids_BL[b, : len(sequence)] = sequence
             rows.append(b * width + len(rollout.prompt_tokens) - 1 + item.rows_N)
-        return torch.from_numpy(ids_BL).to(self.device), torch.from_numpy(np.concatenate(rows)).to(self.device)
+        return torch.from_numpy(ids_BL).to(self.device), torch.from_numpy(np.concatenate(rows)).to(
+            self.device
+        )
 
     def constants(self) -> dict[str, Constant]:
         """The teachers that are known by hidden states, with their heads."""
         found = {name: (target.head_key, columns) for name, (target, columns) in self.teachers.items()}
-        return {name: (columns["h_NH"], self.heads[key]) for name, (key, columns) in found.items() if key is not None}
+        return {
+            name: (columns["h_NH"], self.heads[key])
+            for name, (key, columns) in found.items()
+            if key is not None
+        }
 
     def listed(self, name: str, rows: slice) -> Outputs:
         """What a teacher said at some rows, where that is all there is."""
@@ -66,7 +79,10 @@ def backward(batch: TokenMicroBatch, h_NH: Tensor, head: Head, log_variance: boo
     def row_loss(rows: slice, logits_NV: Tensor, tables: list[Tensor]) -> Tensor:
         full = dict(zip(constants, tables, strict=True))
         tokens_N = batch.tokens_N[rows]
-        teachers = {name: FullLogits(full[name], tokens_N) if name in full else batch.listed(name, rows) for name in batch.teachers}
+        teachers = {
+            name: FullLogits(full[name], tokens_N) if name in full else batch.listed(name, rows)
+            for name in batch.teachers
+        }
         student = FullLogits(logits_NV, tokens_N)
         loss = batch.costs(rows, student, teachers, columns, log_variance)
         _record_kl(columns, rows, student, teachers.get("main"))
@@ -81,4 +97,6 @@ def backward(batch: TokenMicroBatch, h_NH: Tensor, head: Head, log_variance: boo
 def _record_kl(columns: Columns, rows: slice, student: FullLogits, main: Outputs | None) -> None:
     """Exact where both distributions are known, else the log-ratio of the sampled token."""
     if main is not None:
-        columns.put("kl", rows, student.kl(main) if isinstance(main, FullLogits) else student.logp_N - main.logp_N)
+        columns.put(
+            "kl", rows, student.kl(main) if isinstance(main, FullLogits) else student.logp_N - main.logp_N
+        )

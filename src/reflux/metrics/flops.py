@@ -1,8 +1,8 @@
-"""What was computed for a step, as those said who computed it: samplers on their rollouts, teachers in their answers, learners in their
-results. Here it is only added up, and no part is known.
+"""What was computed for a step, as those said who computed it: samplers on their rollouts, teachers in their
+answers, learners in their results. Here it is only added up, and no part is known.
 
-A position is one token or denoising step that a model ran over. Of a text, the last token counts although nothing runs after it, so that
-prompt and answer together are as long as they read.
+A position is one token or denoising step that a model ran over. Of a text, the last token counts although
+nothing runs after it, so that prompt and answer together are as long as they read.
 """
 
 from __future__ import annotations
@@ -14,17 +14,24 @@ from typing import Any
 
 from reflux.types import Attempt
 
-TOKENS = ("tokens_sampled", "tokens_scored", "tokens_discarded")  # in metrics.jsonl: of a step's attempts, of scorings, thrown away
+# in metrics.jsonl: of a step's attempts, of scorings, thrown away
+TOKENS = ("tokens_sampled", "tokens_scored", "tokens_discarded")
 
 
 @dataclass(frozen=True)
 class Work:
-    """What attempts cost until a learner gets them. `teacher_samples` and `taught` are positions by teacher table."""
+    """What attempts cost until a learner gets them. `teacher_samples` and `taught` are positions by teacher
+    table.
+    """
 
-    sampled: int = 0  # positions that the student chose
-    acted: int = 0  # positions that the student ran forward to choose them
-    drawn: Mapping[str, int] = field(default_factory=Counter)  # run forward by teachers that drew attempts
-    taught: Mapping[str, int] = field(default_factory=Counter)  # read by teachers to answer
+    # positions that the student chose
+    sampled: int = 0
+    # positions that the student ran forward to choose them
+    acted: int = 0
+    # run forward by teachers that drew attempts
+    drawn: Mapping[str, int] = field(default_factory=Counter)
+    # read by teachers to answer
+    taught: Mapping[str, int] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, attempts: Sequence[Attempt]) -> Work:
@@ -54,11 +61,14 @@ class Ran:
 
 
 class Landed:
-    """The attempts of one step as they land. A prompt that is asked again after a jump replaces what it gave before, which is discarded."""
+    """The attempts of one step as they land. A prompt that is asked again after a jump replaces what it gave
+    before, which is discarded.
+    """
 
     def __init__(self) -> None:
         self.discarded = Work()
-        self._latest: dict[str, Work] = {}  # by prompt
+        # by prompt
+        self._latest: dict[str, Work] = {}
 
     def add(self, prompt: str, work: Work) -> None:
         self.discarded += self._latest.pop(prompt, Work())
@@ -73,10 +83,12 @@ def add_up(totals: dict[str, float], metrics: Mapping[str, Any]) -> None:
 
 
 def flops(learner: Ran, teacher_macs: Mapping[str, int], work: Work) -> dict[str, float]:
-    """FLOP by role: 2 for each multiply-accumulate forward, 4 backward (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+    """FLOP by role: 2 for each multiply-accumulate forward, 4 backward (Kaplan et al. 2020, arXiv 2001.08361,
+    section 2.1).
 
-    sample: 2 (S acted + sum over tables of T drawn), teach: 2 sum of T taught, learn: S (2 forward + 4 backward), where S and T are
-    multiply-accumulates of one position of the student and of each teacher table. Adapters are billed as if all weights had gradients.
+    sample: 2 (S acted + sum over tables of T drawn), teach: 2 sum of T taught, learn: S (2 forward + 4
+    backward), where S and T are multiply-accumulates of one position of the student and of each teacher
+    table. Adapters are billed as if all weights had gradients.
     """
     return {
         "sample": 2.0 * (learner.macs * work.acted + _macs(teacher_macs, work.drawn)),
@@ -94,7 +106,8 @@ class Spent:
     """What one optimiser step's scorings cost."""
 
     work: Work = field(default_factory=Work)
-    ungraded: int = 0  # answers that could not be judged, of those sampled
+    # answers that could not be judged, of those sampled
+    ungraded: int = 0
 
     @property
     def sampled(self) -> int:

@@ -12,9 +12,10 @@ import numpy as np
 def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """The score interval of a share of n problems (E. B. Wilson, 1927).
 
-    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), p = successes / n. Never outside [0, 1], and never of width 0 at 0 or n
-    successes. `successes` may be a sum of partial verdicts in [0, 1], for which the interval is wider than needed. n = 0: nothing is
-    known, (0, 1). ValueError where successes are not between 0 and n.
+    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), p = successes / n. Never outside [0, 1], and
+    never of width 0 at 0 or n successes. `successes` may be a sum of partial verdicts in [0, 1], for which
+    the interval is wider than needed. n = 0: nothing is known, (0, 1). ValueError where successes are not
+    between 0 and n.
     """
     if not 0 <= successes <= n:
         raise ValueError(f"successes must lie between 0 and n = {n}, got {successes}")
@@ -25,17 +26,20 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
     middle = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    low = 0.0 if successes == 0 else (middle - half) / scale  # exact at the ends, where rounding would leave 1e-17
+    # exact at the ends, where rounding would leave 1e-17
+    low = 0.0 if successes == 0 else (middle - half) / scale
     high = 1.0 if successes == n else (middle + half) / scale
     return low, high
 
 
-def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int, resamples: int = 2000, confidence: float = 0.95) -> tuple[float, float]:
+def bootstrap_mean(
+    values: Sequence[float] | np.ndarray, seed: int, resamples: int = 2000, confidence: float = 0.95
+) -> tuple[float, float]:
     """The percentile interval of the mean, with problems drawn anew: `values` holds one number per problem.
 
-    Samples of one problem are not independent of each other, so they must be averaged before. The same seed gives the same interval.
-    Equal values give an interval of width 0, since nothing varies that could be drawn; `mean_interval` says what holds there. ValueError
-    without values.
+    Samples of one problem are not independent of each other, so they must be averaged before. The same seed
+    gives the same interval. Equal values give an interval of width 0, since nothing varies that could be
+    drawn; `mean_interval` says what holds there. ValueError without values.
     """
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.ndim != 1 or not len(numbers):
@@ -49,12 +53,14 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int, resamples: i
 def mean_interval(
     values: Sequence[float] | np.ndarray, seed: int, *, share: bool = False, confidence: float = 0.95
 ) -> tuple[float, float] | tuple[None, None]:
-    """The interval of the mean of one number per problem: by bootstrap where they differ, and what is honest where they are equal.
+    """The interval of the mean of one number per problem: by bootstrap where they differ, and what is honest
+    where they are equal.
 
-    share: every number lies in [0, 1], as verdicts, avg@n and pass@k do. Equal shares then have the Wilson interval of their sum: it is the
-    interval of 0 or n successes at the ends, and wider than needed between them, for no number in [0, 1] of that mean varies more than one
-    that is 0 or 1. Equal numbers of an unknown range (a part of a verdict, or a number outside [0, 1]), and no numbers at all, have no
-    interval, (None, None): the spread of what was not seen is not known.
+    share: every number lies in [0, 1], as verdicts, avg@n and pass@k do. Equal shares then have the Wilson
+    interval of their sum: it is the interval of 0 or n successes at the ends, and wider than needed between
+    them, for no number in [0, 1] of that mean varies more than one that is 0 or 1. Equal numbers of an
+    unknown range (a part of a verdict, or a number outside [0, 1]), and no numbers at all, have no interval,
+    (None, None): the spread of what was not seen is not known.
     """
     numbers = np.asarray(values, dtype=np.float64)
     if not len(numbers):
@@ -62,20 +68,26 @@ def mean_interval(
     first = float(numbers[0])
     if (numbers != first).any():
         return bootstrap_mean(numbers, seed, confidence=confidence)
-    return wilson(first * len(numbers), len(numbers), confidence) if share and 0 <= first <= 1 else (None, None)
+    return (
+        wilson(first * len(numbers), len(numbers), confidence) if share and 0 <= first <= 1 else (None, None)
+    )
 
 
-def clustered_mean(clusters: Sequence[np.ndarray], confidence: float = 0.95) -> tuple[float | None, float | None, float | None]:
+def clustered_mean(
+    clusters: Sequence[np.ndarray], confidence: float = 0.95
+) -> tuple[float | None, float | None, float | None]:
     """The mean over all numbers of all clusters, and the ends of its interval: (mean, low, high).
 
-    Numbers of one cluster (the positions of one attempt) are not independent of each other; clusters are. With sums s_i over n_i numbers,
-    the mean r = sum_i s_i / sum_i n_i is a ratio of two means, and its interval is
+    Numbers of one cluster (the positions of one attempt) are not independent of each other; clusters are.
+    With sums s_i over n_i numbers, the mean r = sum_i s_i / sum_i n_i is a ratio of two means, and its
+    interval is
 
         r -+ t * sqrt(m / (m - 1) * sum_i (s_i - r n_i)^2) / sum_i n_i
 
-    with the quantile t of Student's distribution with m - 1 degrees of freedom, over the m clusters that hold a number. One cluster says
-    nothing of the spread between clusters: (mean, None, None). No number: (None, None, None). Residuals that are all 0 (a student that is
-    its own teacher) give width 0. Cochran, Sampling Techniques, 3rd edition, section 6.3 (ratio estimates) and 9A (unequal clusters).
+    with the quantile t of Student's distribution with m - 1 degrees of freedom, over the m clusters that hold
+    a number. One cluster says nothing of the spread between clusters: (mean, None, None). No number: (None,
+    None, None). Residuals that are all 0 (a student that is its own teacher) give width 0. Cochran, Sampling
+    Techniques, 3rd edition, section 6.3 (ratio estimates) and 9A (unequal clusters).
     """
     filled = [cluster for cluster in clusters if len(cluster)]
     size, m = sum(len(cluster) for cluster in filled), len(filled)
@@ -87,15 +99,20 @@ def clustered_mean(clusters: Sequence[np.ndarray], confidence: float = 0.95) -> 
     from scipy.special import stdtrit
 
     residuals = np.asarray([float((cluster - mean).sum()) for cluster in filled])
-    half = float(stdtrit(m - 1, 0.5 + confidence / 2)) * math.sqrt(m / (m - 1) * float((residuals**2).sum())) / size
+    half = (
+        float(stdtrit(m - 1, 0.5 + confidence / 2))
+        * math.sqrt(m / (m - 1) * float((residuals**2).sum()))
+        / size
+    )
     return mean, mean - half, mean + half
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n attempts, drawn without replacement, hold at least one of the c right ones: 1 - C(n-c, k) / C(n, k).
+    """The chance that k of n attempts, drawn without replacement, hold at least one of the c right ones: 1 -
+    C(n-c, k) / C(n, k).
 
-    Unbiased for "at least one of k fresh attempts is right" (Chen et al., arXiv:2107.03374); 1 - (1 - c/n)^k is not.
-    ValueError unless 1 <= k <= n and 0 <= c <= n.
+    Unbiased for "at least one of k fresh attempts is right" (Chen et al., arXiv:2107.03374); 1 - (1 - c/n)^k
+    is not. ValueError unless 1 <= k <= n and 0 <= c <= n.
     """
     if not (1 <= k <= n and 0 <= c <= n):
         raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= c <= n, got n = {n}, c = {c}, k = {k}")

@@ -32,10 +32,11 @@ def step_metrics(
 ) -> dict[str, Any]:
     """Everything one step has to say, as plain JSON values but for `step`.
 
-    stats, ran: the learner's numbers and positions. version: of the policy that consumed these attempts. tables: of teachers,
-    and the name each answers by. teacher_macs: multiply-accumulates of a position, by table. discarded: what was computed for
-    attempts of this step that were drawn again. scored: what extrapolation's scorings cost since the last step, None without one.
-    on_policy: the student sampled the attempts itself.
+    stats, ran: the learner's numbers and positions. version: of the policy that consumed these attempts.
+    tables: of teachers, and the name each answers by. teacher_macs: multiply-accumulates of a position, by
+    table. discarded: what was computed for attempts of this step that were drawn again. scored: what
+    extrapolation's scorings cost since the last step, None without one. on_policy: the student sampled the
+    attempts itself.
     """
     attempts = [attempt for group in groups for attempt in group]
     live = [attempt for attempt in attempts if attempt.rollout.finish != "error"]
@@ -48,7 +49,9 @@ def step_metrics(
     return {
         "loss": values.get("loss", 0.0),
         **({} if kl is None else {"kl_nats": kl}),
-        **{name: value for name, value in values.items() if name not in ("loss", "tokens_trained", "updates")},
+        **{
+            name: value for name, value in values.items() if name not in ("loss", "tokens_trained", "updates")
+        },
         "updates": int(values.get("updates") or 0),
         "staleness_mean": Mean.of(stalenesses).value,
         "staleness_max": max(stalenesses, default=None),
@@ -57,12 +60,16 @@ def step_metrics(
         **({"tokens_scored": scored.sampled, "tokens_discarded": discarded.sampled} if scored else {}),
         "response_tokens_mean": Mean.of([a.rollout.mask_T.sum() for a in live]).value,
         "truncated": Mean.of([a.rollout.finish == "length" for a in live]).value,
-        "finishes": {finish: sum(a.rollout.finish == finish for a in attempts) for finish in get_args(Finish)},
+        "finishes": {
+            finish: sum(a.rollout.finish == finish for a in attempts) for finish in get_args(Finish)
+        },
         "errors": len(attempts) - len(live),
         "without_target": _without_target(live, tables),
         "asked": {table: len(heard) for table, heard in by_table.items()},
         "answer_errors": _answer_errors(live, tables),
-        "kl_nats_trained_by_table": {table: trained_kl(heard, tables[table]).value for table, heard in by_table.items()},
+        "kl_nats_trained_by_table": {
+            table: trained_kl(heard, tables[table]).value for table, heard in by_table.items()
+        },
         "reward_mean": Mean.of([a.verdict for a in live if a.verdict is not None]).value,
         "ungraded": sum(a.reward is not None and a.verdict is None for a in live),
         "seconds": clock.take(),
@@ -75,45 +82,70 @@ def step_metrics(
 
 def _without_target(attempts: list[Attempt], tables: Mapping[str, str]) -> dict[str, int]:
     """Attempts each teacher name said nothing about."""
-    return {name: sum(attempt.target(name) is None for attempt in attempts) for name in sorted(set(tables.values()))}
+    return {
+        name: sum(attempt.target(name) is None for attempt in attempts)
+        for name in sorted(set(tables.values()))
+    }
 
 
 def _asked(attempts: list[Attempt], tables: Mapping[str, str]) -> dict[str, list[Attempt]]:
-    """By table, the attempts it was asked about: one that shares a name and is starved of its routes shows here."""
-    return {table: [a for a in attempts if table in (answer.table for answer in a.answers.values())] for table in tables}
+    """By table, the attempts it was asked about: one that shares a name and is starved of its routes shows
+    here.
+    """
+    return {
+        table: [a for a in attempts if table in (answer.table for answer in a.answers.values())]
+        for table in tables
+    }
 
 
 def _answer_errors(attempts: list[Attempt], tables: Mapping[str, str]) -> dict[str, int]:
     """By table, the attempts it was asked about and could not answer."""
-    failed = [answer.table for attempt in attempts for answer in attempt.answers.values() if answer.error is not None]
+    failed = [
+        answer.table
+        for attempt in attempts
+        for answer in attempt.answers.values()
+        if answer.error is not None
+    ]
     return {table: failed.count(table) for table in tables}
 
 
 def _context(attempts: list[Attempt]) -> dict[str, dict[str, float | None]]:
-    """Per teacher name, what its context noted of the attempts it was asked about, averaged over them; only names with a note."""
+    """Per teacher name, what its context noted of the attempts it was asked about, averaged over them; only
+    names with a note.
+    """
     found: dict[str, dict[str, Mean]] = {}
     for attempt in attempts:
         for name, answer in attempt.answers.items():
             for key, note in answer.context_notes.items():
                 known = found.setdefault(name, {})
                 known[key] = known.get(key, Mean()) + Mean(note, 1)
-    return {name: {key: mean.value for key, mean in sorted(means.items())} for name, means in sorted(found.items())}
+    return {
+        name: {key: mean.value for key, mean in sorted(means.items())}
+        for name, means in sorted(found.items())
+    }
 
 
 def _credit(attempts: list[Attempt]) -> dict[str, dict[str, float | None]]:
-    """Per rule: mean factor and shift over chosen positions, and its notes merged over the attempts that have them."""
+    """Per rule: mean factor and shift over chosen positions, and its notes merged over the attempts that have
+    them.
+    """
     said: dict[str, list[Stats]] = {}
     for attempt in attempts:
         for name, share in attempt.credits.items():
             said.setdefault(name, []).append(_share(share, attempt.rollout.mask_T))
-    return {name: {key: metric.value for key, metric in sorted(merge(found).items())} for name, found in said.items()}
+    return {
+        name: {key: metric.value for key, metric in sorted(merge(found).items())}
+        for name, found in said.items()
+    }
 
 
 def _share(share: Credit, mask_T: np.ndarray) -> Stats:
     return {
         "weight_mean": Mean.of(np.broadcast_to(share.weight_T, mask_T.shape)[mask_T]),
         "advantage_offset_mean": Mean.of(np.broadcast_to(share.advantage_offset_T, mask_T.shape)[mask_T]),
-        **{key: Mean(note, 1) if isinstance(note, float | int) else note for key, note in share.notes.items()},
+        **{
+            key: Mean(note, 1) if isinstance(note, float | int) else note for key, note in share.notes.items()
+        },
     }
 
 

@@ -1,4 +1,6 @@
-"""How far the student was from a teacher on a step's own attempts, by estimators that compute no row of any model."""
+"""How far the student was from a teacher on a step's own attempts, by estimators that compute no row of any
+model.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,13 @@ from reflux.types import Attempt, VelocityTarget
 
 
 def generated_kl(attempts: Sequence[Attempt], teacher: str) -> Mean:
-    """Reverse KL of the student that acted to `teacher`, nats, over all positions that it generated, whatever they weigh.
+    """Reverse KL of the student that acted to `teacher`, nats, over all positions that it generated, whatever
+    they weigh.
 
-    Of a text the mean of log p(a) - log q(a) over the sampled tokens, p being the distribution that was sampled from: unbiased, and noisy
-    where the exact one is not. Of an image exact, step by step. Attempts the teacher did not answer are left out. Nothing is counted
-    (value None) where a position of an answered attempt has no such number yet: a mean of the others would be one of other positions.
+    Of a text the mean of log p(a) - log q(a) over the sampled tokens, p being the distribution that was
+    sampled from: unbiased, and noisy where the exact one is not. Of an image exact, step by step. Attempts
+    the teacher did not answer are left out. Nothing is counted (value None) where a position of an answered
+    attempt has no such number yet: a mean of the others would be one of other positions.
     """
     gaps: list[np.ndarray] = []
     for attempt in attempts:
@@ -30,8 +34,12 @@ def generated_kl(attempts: Sequence[Attempt], teacher: str) -> Mean:
 
 
 def trained_kl(attempts: Sequence[Attempt], teacher: str) -> Mean:
-    """Mean of log p - log q over the positions learnt from, p being the student at this step: the sampled reverse KL, nats."""
-    known = [attempt.learned.logp for attempt in attempts if attempt.learned and teacher in attempt.learned.logp]
+    """Mean of log p - log q over the positions learnt from, p being the student at this step: the sampled
+    reverse KL, nats.
+    """
+    known = [
+        attempt.learned.logp for attempt in attempts if attempt.learned and teacher in attempt.learned.logp
+    ]
     gaps = [logp["student"] - logp[teacher] for logp in known]
     return Mean.of(np.concatenate([gap[np.isfinite(gap)] for gap in gaps]) if gaps else [])
 
@@ -56,7 +64,8 @@ def _recorded_kl_T(attempt: Attempt, teacher: str) -> np.ndarray | None:
 
 
 def teacher_logp_T(attempt: Attempt, teacher: str) -> np.ndarray | None:
-    """The teacher's log-probs of what was chosen, nats: what its answer holds, else what the step computed, NaN where neither does.
+    """The teacher's log-probs of what was chosen, nats: what its answer holds, else what the step computed,
+    NaN where neither does.
 
     None where there are none at all, as of an image whose answer holds velocities.
     """

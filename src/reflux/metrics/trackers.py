@@ -73,4 +73,7 @@ def open_tracker(track: Track, folder: Path, config: Mapping[str, Any]) -> Track
 
         return Hosted(importlib.import_module(track.kind), track, config)
     except ImportError as error:
-        raise ConfigError(f"track.kind: '{track.kind}' is not installed ({error}). Install it with: pip install 'reflux[track]'") from error
+        raise ConfigError(
+            f"track.kind: '{track.kind}' is not installed ({error}). Install it with: pip install "
+            "'reflux[track]'"
+        ) from error

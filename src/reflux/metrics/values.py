@@ -93,14 +93,19 @@ def merge(parts: Iterable[Mapping[str, Metric]]) -> Stats:
 
 
 def step_flops(
-    student_params: float, teacher_params: float, prompt_tokens: float, sampled_tokens: float, trained_tokens: float
+    student_params: float,
+    teacher_params: float,
+    prompt_tokens: float,
+    sampled_tokens: float,
+    trained_tokens: float,
 ) -> dict[str, float]:
     """FLOP of a plain step by role: sample 2 S (P + n), teach 2 T (P + n), learn 6 S (P + m).
 
-    S and T are active parameters, embeddings included; P, n and m are prompt, sampled and trained tokens, totals over the batch, the prompt
-    counted once per rollout. Plain: one turn an attempt, a teacher that sees what the student saw, nothing observed or scored besides. A
-    run's metrics add up what was really computed (`accounting.flops`), which is this where the step is plain. Attention's quadratic term is
-    left out (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+    S and T are active parameters, embeddings included; P, n and m are prompt, sampled and trained tokens,
+    totals over the batch, the prompt counted once per rollout. Plain: one turn an attempt, a teacher that
+    sees what the student saw, nothing observed or scored besides. A run's metrics add up what was really
+    computed (`accounting.flops`), which is this where the step is plain. Attention's quadratic term is left
+    out (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
 
     Raises ValueError for a negative count, or more trained than sampled tokens.
     """

@@ -9,20 +9,25 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from reflux.config.step_context import SamplingParams
 from reflux.models.cpu.decoder import CpuDecoder, Memory
 from reflux.models.kv_cache import roomy_cache
 from reflux.models.rng import gumbel
 from reflux.models.text import Model
 from reflux.models.turns import Turn, TurnRequest
-from reflux.types import SamplingParams
 
-_CROWDED = 0.85  # dropping finished rows copies the cache, so it is done once this share or less still writes
-_STOP_TOKENS = 64  # the last so many tokens are decoded to look for a stop string
+# dropping finished rows copies the cache, so it is done once this share or less still writes
+_CROWDED = 0.85
+# the last so many tokens are decoded to look for a stop string
+_STOP_TOKENS = 64
 
 
 @torch.inference_mode()
-def decode(model: Model, asks: Sequence[TurnRequest], version: int, decoder: CpuDecoder | None = None) -> list[Turn]:
-    """Sample one turn per row. Left padding; a row stops when it ends, is cut by its budget, or its text ends with a stop string.
+def decode(
+    model: Model, asks: Sequence[TurnRequest], version: int, decoder: CpuDecoder | None = None
+) -> list[Turn]:
+    """Sample one turn per row. Left padding; a row stops when it ends, is cut by its budget, or its text ends
+    with a stop string.
 
     decoder: the model's own short cut for one more token a row, where it has one.
     """
@@ -43,15 +48,19 @@ def decode(model: Model, asks: Sequence[TurnRequest], version: int, decoder: Cpu
 
 
 class _Written:
-    """What the rows have said so far. Every row that goes on has written one token a step, so they differ in nothing but their budgets."""
+    """What the rows have said so far. Every row that goes on has written one token a step, so they differ in
+    nothing but their budgets.
+    """
 
     def __init__(self, model: Model, asks: Sequence[TurnRequest], draw: SamplingParams):
         self.model, self.stop = model, draw.stop
         self.budgets, self.ends = np.asarray([ask.max_tokens for ask in asks]), np.asarray(model.end_ids)
         self.ended = np.zeros(len(asks), dtype=bool)
         self.over = np.zeros(len(asks), dtype=bool)
-        self.recent: list[list[int]] = [[] for _ in asks]  # the last tokens, kept where stop strings have to be looked for
-        self.steps: list[tuple[list[int], np.ndarray, tuple[Tensor, ...]]] = []  # rows still going, whose they are, what was picked
+        # the last tokens, kept where stop strings have to be looked for
+        self.recent: list[list[int]] = [[] for _ in asks]
+        # rows still going, whose they are, what was picked
+        self.steps: list[tuple[list[int], np.ndarray, tuple[Tensor, ...]]] = []
 
     def add(self, owners: np.ndarray, picked: tuple[Tensor, ...]) -> list[int]:
         """Take a step's tokens; gives the rows that go on."""
@@ -73,13 +82,24 @@ class _Written:
         order = np.argsort(owners, kind="stable")
         cuts = np.cumsum(np.bincount(owners, minlength=len(self.over)))[:-1]
         columns = [
-            np.split(torch.cat([picked[c][rows] for rows, _, picked in self.steps]).cpu().numpy()[order], cuts)
+            np.split(
+                torch.cat([picked[c][rows] for rows, _, picked in self.steps]).cpu().numpy()[order], cuts
+            )
             for c in range(len(self.steps[0][2]))
         ]
-        behaviour = list(zip(columns[3], columns[4], strict=True)) if len(columns) > 3 else [None] * len(self.over)
+        behaviour = (
+            list(zip(columns[3], columns[4], strict=True)) if len(columns) > 3 else [None] * len(self.over)
+        )
         fields = zip(*columns[:3], behaviour, self.ended.tolist(), strict=True)
         return [
-            Turn(ids.tolist(), logp_T, raw_T, behaviour_TK, np.full(len(ids), version), "stop" if ended else "length")
+            Turn(
+                ids.tolist(),
+                logp_T,
+                raw_T,
+                behaviour_TK,
+                np.full(len(ids), version),
+                "stop" if ended else "length",
+            )
             for ids, logp_T, raw_T, behaviour_TK, ended in fields
         ]
 
@@ -89,9 +109,11 @@ class _Rows:
 
     def __init__(self, model: Model, asks: Sequence[TurnRequest], decoder: CpuDecoder | None):
         self.model, self.decoder = model, decoder
-        self.memory: Memory | None = None  # the decoder's, once the prompts are read
+        # the decoder's, once the prompts are read
+        self.memory: Memory | None = None
         device = model.device
-        self.owners = np.arange(len(asks))  # which ask each row of the batch answers
+        # which ask each row of the batch answers
+        self.owners = np.arange(len(asks))
         self.width = max(len(ask.ids) for ask in asks)
         self.room = max(ask.max_tokens for ask in asks)
         self.ids_BP = torch.zeros(len(asks), self.width, dtype=torch.int64)
@@ -102,7 +124,9 @@ class _Rows:
         self.mask_BL = self.mask_BL.to(device)
         self.keys_B = torch.tensor([ask.rng_key for ask in asks], dtype=torch.int64, device=device)
         self.place_B = torch.tensor([len(ask.ids) for ask in asks], device=device)
-        self.cache = DynamicCache(config=model.net.config) if decoder else roomy_cache(model.net.config, self.room)
+        self.cache = (
+            DynamicCache(config=model.net.config) if decoder else roomy_cache(model.net.config, self.room)
+        )
 
     def read_prompts(self) -> Tensor:
         mask_BP = self.mask_BL[:, : self.width]
@@ -120,14 +144,19 @@ class _Rows:
         self.width += 1
         mask_BL = self.mask_BL[:, : self.width]
         if self.model.plain_attention:
-            mask_BL = mask_BL[:, None, None].bool()  # one new token sees all that came before: no mask has to be worked out
+            # one new token sees all that came before: no mask has to be worked out
+            mask_BL = mask_BL[:, None, None].bool()
         logits_BV = self._forward(tokens_B[:, None], mask_BL, self.place_B[:, None])
         self.place_B = self.place_B + 1
         return logits_BV
 
     def _forward(self, ids_BL: Tensor, mask_BL: Tensor, positions_BL: Tensor) -> Tensor:
         states_BLH = self.model.trunk(
-            input_ids=ids_BL, attention_mask=mask_BL, position_ids=positions_BL, past_key_values=self.cache, use_cache=True
+            input_ids=ids_BL,
+            attention_mask=mask_BL,
+            position_ids=positions_BL,
+            past_key_values=self.cache,
+            use_cache=True,
         ).last_hidden_state
         return self.model.head.logits(states_BLH[:, -1])
 
@@ -143,8 +172,12 @@ class _Rows:
         return index
 
 
-def _pick(logits_BV: Tensor, keys_B: Tensor, position: int, draw: SamplingParams, behaviour_k: int) -> tuple[Tensor, ...]:
-    """(tokens_B, logp_B, raw_B[, said ids_BK, said logp_BK]). Temperature 0 takes the likeliest token, and its logp is the raw one."""
+def _pick(
+    logits_BV: Tensor, keys_B: Tensor, position: int, draw: SamplingParams, behaviour_k: int
+) -> tuple[Tensor, ...]:
+    """(tokens_B, logp_B, raw_B[, said ids_BK, said logp_BK]). Temperature 0 takes the likeliest token, and
+    its logp is the raw one.
+    """
     raw_BV = logits_BV.float().log_softmax(-1)
     logp_BV = _tempered(raw_BV, draw)
     if draw.temperature == 0:
@@ -168,6 +201,8 @@ def _tempered(raw_BV: Tensor, draw: SamplingParams) -> Tensor:
     if draw.top_p < 1:
         ordered = logp_BV.sort(descending=True)
         before_BV = ordered.values.exp().cumsum(-1) - ordered.values.exp()
-        dropped_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(-1, ordered.indices, before_BV >= draw.top_p)
+        dropped_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(
+            -1, ordered.indices, before_BV >= draw.top_p
+        )
         logp_BV = logp_BV.masked_fill(dropped_BV, -torch.inf).log_softmax(-1)
     return logp_BV

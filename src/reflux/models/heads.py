@@ -11,13 +11,17 @@ if TYPE_CHECKING:
 
 
 class Heads:
-    """`heads[key]`. A teacher adds its own when it is opened, under "teachers.<table>", and takes it back when it is closed."""
+    """`heads[key]`. A teacher adds its own when it is opened, under "teachers.<table>", and takes it back
+    when it is closed.
+    """
 
     def __init__(self) -> None:
         self._heads: dict[str, Head] = {}
 
     def add(self, key: str, head: Head) -> str:
-        """The key. ValueError where another head has it: targets that name it would be read through the wrong one."""
+        """The key. ValueError where another head has it: targets that name it would be read through the wrong
+        one.
+        """
         if self._heads.setdefault(key, head) is not head:
             raise ValueError(f"there is an output head under the key '{key}' already, and it is another one")
         return key
@@ -29,7 +33,8 @@ class Heads:
         if key not in self._heads:
             known = ", ".join(sorted(self._heads)) or "none"
             raise ModelError(
-                f"a target names the output head '{key}', and this process has no head of that name (it has {known}). Hidden states can "
+                f"a target names the output head '{key}', and this process has no head of that name (it has "
+                f"{known}). Hidden states can "
                 f"be read only where the teacher that gave them is open: ask for log-probs there."
             )
         return self._heads[key]

@@ -8,8 +8,10 @@ import io
 
 import numpy as np
 
-SIDE = 96  # pixels; a larger image is kept as a thumbnail
-_LARGEST = 4096  # pixels a side that are read back: a small file may hold an image that fills the memory
+# pixels; a larger image is kept as a thumbnail
+SIDE = 96
+# pixels a side that are read back: a small file may hold an image that fills the memory
+_LARGEST = 4096
 
 
 def png(image: np.ndarray) -> bytes:
@@ -32,14 +34,18 @@ def picture_of(data: bytes) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             if max(image.size) > _LARGEST:
-                raise ValueError(f"an image of {image.width} x {image.height} pixels is more than the {_LARGEST} a side that are read")
+                raise ValueError(
+                    f"an image of {image.width} x {image.height} pixels is more than the {_LARGEST} a side "
+                    "that are read"
+                )
             return np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"no PNG image: {error}") from error
 
 
 def thumbnail(image: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """At most `side` pixels a side, in the image's proportions; an image that fits stays as it is, bit for bit.
+    """At most `side` pixels a side, in the image's proportions; an image that fits stays as it is, bit for
+    bit.
 
     ValueError for what is no image, or a side below 1.
     """
@@ -71,13 +77,26 @@ def from_text(text: str) -> np.ndarray:
 
 
 def as_letters(image: np.ndarray, side: int = 32) -> list[str]:
-    """Lines of text that look like the image on a dark terminal: two rows of pixels a line, a pixel lit where it is lighter than grey."""
+    """Lines of text that look like the image on a dark terminal: two rows of pixels a line, a pixel lit where
+    it is lighter than grey.
+    """
     small = thumbnail(image, side)
     lit = (small if small.ndim == 2 else small.mean(-1)) > 127
     lit = np.pad(lit, ((0, len(lit) % 2), (0, 0)))
-    return ["".join(" ▄▀█"[2 * top + bottom] for top, bottom in zip(*pair, strict=True)) for pair in zip(lit[::2], lit[1::2], strict=True)]
+    return [
+        "".join(" ▄▀█"[2 * top + bottom] for top, bottom in zip(*pair, strict=True))
+        for pair in zip(lit[::2], lit[1::2], strict=True)
+    ]
 
 
 def _check(image: np.ndarray) -> None:
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
-        raise ValueError(f"an image is uint8, [height, width] or [height, width, 3], and has pixels; got {image.dtype} {list(image.shape)}")
+    if (
+        image.dtype != np.uint8
+        or image.ndim not in (2, 3)
+        or image.shape[2:] not in ((), (3,))
+        or not image.size
+    ):
+        raise ValueError(
+            f"an image is uint8, [height, width] or [height, width, 3], and has pixels; got {image.dtype} "
+            f"{list(image.shape)}"
+        )

@@ -1,4 +1,6 @@
-"""A key-value cache with room to grow: a new token is written in place, where transformers' own layer copies all that came before."""
+"""A key-value cache with room to grow: a new token is written in place, where transformers' own layer copies
+all that came before.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def roomy_cache(config: Any, room: int) -> DynamicCache:
 
 
 class RoomyLayer(DynamicLayer):
-    """`keys` and `values` [B, heads, L, D] are views of buffers with space for `room` more positions, made anew when that is used up."""
+    """`keys` and `values` [B, heads, L, D] are views of buffers with space for `room` more positions, made
+    anew when that is used up.
+    """
 
     def __init__(self, room: int):
         super().__init__()
@@ -34,7 +38,10 @@ class RoomyLayer(DynamicLayer):
         start = self.get_seq_length()
         stop = start + key_states.shape[-2]
         if self.buffers is None or self.buffers[0].shape[-2] < stop:
-            self.buffers = (self._grown(self.keys, key_states, start, stop), self._grown(self.values, value_states, start, stop))
+            self.buffers = (
+                self._grown(self.keys, key_states, start, stop),
+                self._grown(self.values, value_states, start, stop),
+            )
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[..., start:stop, :] = new
         self.keys, self.values = (buffer[..., :stop, :] for buffer in self.buffers)
@@ -48,4 +55,5 @@ class RoomyLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self.buffers = None  # the kept rows are copies now; the next token makes room again
+        # the kept rows are copies now; the next token makes room again
+        self.buffers = None

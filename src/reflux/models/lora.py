@@ -1,4 +1,6 @@
-"""Low-rank adapters by peft: attach, merge by product, export. A model without adapters passes through unchanged."""
+"""Low-rank adapters by peft: attach, merge by product, export. A model without adapters passes through
+unchanged.
+"""
 
 from __future__ import annotations
 
@@ -25,47 +27,77 @@ def attach(model: Model, lora: Lora, seed: int) -> None:
     model.net.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed % (1 << 63))
-        settings = LoraConfig(r=lora.rank, lora_alpha=int(lora.alpha), target_modules=targets, task_type="CAUSAL_LM")
+        settings = LoraConfig(
+            r=lora.rank, lora_alpha=int(lora.alpha), target_modules=targets, task_type="CAUSAL_LM"
+        )
         try:
             inject_adapter_in_model(settings, model.net)
         except ValueError as error:
-            known = sorted({name.rpartition(".")[2] for name, module in model.net.named_modules() if isinstance(module, torch.nn.Linear)})
-            raise ModelError(f"learner.lora.targets: {error} Its linear modules are called {', '.join(known)}.") from error
+            known = sorted(
+                {
+                    name.rpartition(".")[2]
+                    for name, module in model.net.named_modules()
+                    if isinstance(module, torch.nn.Linear)
+                }
+            )
+            raise ModelError(
+                f"learner.lora.targets: {error} Its linear modules are called {', '.join(known)}."
+            ) from error
     _refuse_tied(model.net)
 
 
 def _refuse_tied(net: Any) -> None:
-    """A merged adapter on one of two modules that share a matrix would reach both in the sampler, and one in the learner."""
+    """A merged adapter on one of two modules that share a matrix would reach both in the sampler, and one in
+    the learner.
+    """
     inputs, outputs = net.get_input_embeddings(), net.get_output_embeddings()
     base = [getattr(module, "base_layer", module) for module in (inputs, outputs)]
-    adapted = [name for name, module in (("the input embeddings", inputs), ("the output head", outputs)) if module in _layers(net).values()]
+    adapted = [
+        name
+        for name, module in (("the input embeddings", inputs), ("the output head", outputs))
+        if module in _layers(net).values()
+    ]
     if adapted and base[0].weight is base[1].weight:
         raise ModelError(
-            f"learner.lora.targets puts an adapter on {' and '.join(adapted)}, but this model shares one matrix between its input "
-            f'embeddings and its output head: they would come apart. Leave both out (targets = "all-linear" does), or train without lora.'
+            f"learner.lora.targets puts an adapter on {' and '.join(adapted)}, but this model shares one "
+            "matrix between its input "
+            'embeddings and its output head: they would come apart. Leave both out (targets = "all-linear" '
+            "does), or train without lora."
         )
 
 
 def _layers(net: Any) -> dict[str, Any]:
     try:
         from peft.tuners.lora import LoraLayer
-    except ImportError:  # without peft no model has adapters
+    except ImportError:
+        # without peft no model has adapters
         return {}
     return {name: module for name, module in net.named_modules() if isinstance(module, LoraLayer)}
 
 
 def base_parameters(net: Any) -> dict[str, Tensor]:
-    """The parameters by the model's own names, adapters left out (under one, the frozen base). A shared one has all its names."""
+    """The parameters by the model's own names, adapters left out (under one, the frozen base). A shared one
+    has all its names.
+    """
     named = net.named_parameters(remove_duplicate=False)
     return {name.replace(".base_layer", ""): parameter for name, parameter in named if ".lora_" not in name}
 
 
 def refuse_narrow(name: str, base_parameter: Tensor) -> Tensor:
-    """The parameter itself. ModelError where it is quantised or narrower than float32: its rounding would swallow what it is moved by."""
+    """The parameter itself. ModelError where it is quantised or narrower than float32: its rounding would
+    swallow what it is moved by.
+    """
     if base_parameter.dtype not in (torch.float32, torch.float64):
         kind = str(base_parameter.dtype).removeprefix("torch.")
-        why = "quantised" if not base_parameter.dtype.is_floating_point else "too coarse for updates of training's size"
-        raise ModelError(f"{name} is kept in {kind}, which is {why}. Reading and moving weights needs float32 master weights.")
+        why = (
+            "quantised"
+            if not base_parameter.dtype.is_floating_point
+            else "too coarse for updates of training's size"
+        )
+        raise ModelError(
+            f"{name} is kept in {kind}, which is {why}. Reading and moving weights needs float32 master "
+            "weights."
+        )
     return base_parameter
 
 
@@ -76,7 +108,9 @@ def merged(net: Any, only: Collection[str] | None = None) -> Mapping[str, Tensor
 
 @torch.no_grad()
 def full_weights(net: Any, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and buffers (or `only` these) under the model's own names, each adapted weight plus its product B A."""
+    """All parameters and buffers (or `only` these) under the model's own names, each adapted weight plus its
+    product B A.
+    """
     layers = _layers(net)
     for name, value in net.state_dict().items():
         plain = name.replace(".base_layer", "")
@@ -84,7 +118,9 @@ def full_weights(net: Any, only: Collection[str] | None = None) -> Iterator[tupl
             continue
         owner = plain.rsplit(".", 1)[0]
         if owner in layers and plain.endswith(".weight"):
-            value = value + sum(layers[owner].get_delta_weight(adapter) for adapter in layers[owner].active_adapters)
+            value = value + sum(
+                layers[owner].get_delta_weight(adapter) for adapter in layers[owner].active_adapters
+            )
         yield plain, value
 
 
@@ -93,6 +129,9 @@ def export(model: Model, folder: Path) -> None:
     net, dtype = model.net, model.stored_dtype or torch.float32
     weights = {name: value.to(dtype) for name, value in merged(net).items()}
     net.save_pretrained(folder, state_dict=weights)
-    config = json.loads((folder / "config.json").read_text())  # says float32, the type the master weights are in
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+    # says float32, the type the master weights are in
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n"
+    )
     model.tokenizer.save_pretrained(folder)

@@ -1,7 +1,9 @@
-"""Counter-based noise: what a row draws depends on its key, the position and the token id, never on its neighbours or on order.
+"""Counter-based noise: what a row draws depends on its key, the position and the token id, never on its
+neighbours or on order.
 
-A 64-bit integer hash (the finaliser of splitmix64; Steele, Lea & Flood 2014) of (key, position, token id) gives one uniform per entry.
-Integer arithmetic wraps alike on every device, so the uniforms are the same bits on CPU and GPU, in any batch.
+A 64-bit integer hash (the finaliser of splitmix64; Steele, Lea & Flood 2014) of (key, position, token id)
+gives one uniform per entry. Integer arithmetic wraps alike on every device, so the uniforms are the same bits
+on CPU and GPU, in any batch.
 """
 
 from __future__ import annotations
@@ -11,19 +13,24 @@ import math
 import torch
 from torch import Tensor
 
-from reflux.types import seed_of
+from reflux.config.step_context import seed_of
 
 _STEP_T, _STEP_V = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def row_key(seed: int, purpose: str, step: int, prompt_id: str, sample: int, turn: int = 0, rng: int = 0) -> int:
-    """The key of one attempt's random numbers (law 8); `random numbers` is that of the draw, and 0 adds nothing to the key."""
+def row_key(
+    seed: int, purpose: str, step: int, prompt_id: str, sample: int, turn: int = 0, rng: int = 0
+) -> int:
+    """The key of one attempt's random numbers (law 8); `random numbers` is that of the draw, and 0 adds
+    nothing to the key.
+    """
     return seed_of(seed, purpose, step, prompt_id, sample, turn, *([rng] if rng else []))
 
 
 def gumbel(keys_B: Tensor, position_B: Tensor, vocabulary: int) -> Tensor:
-    """Standard Gumbel noise [B, V], float32, for the token at `position_B` (int64, from 0) of the rows with `keys_B` (int64).
+    """Standard Gumbel noise [B, V], float32, for the token at `position_B` (int64, from 0) of the rows with
+    `keys_B` (int64).
 
     argmax(log p + gumbel) is a draw from p. 23 bits a uniform: nothing above 16.6 nats is ever drawn.
     """
@@ -31,13 +38,17 @@ def gumbel(keys_B: Tensor, position_B: Tensor, vocabulary: int) -> Tensor:
 
 
 def normal(keys_B: Tensor, position: int, size: int) -> Tensor:
-    """Standard normal noise [B, D = size], float32, for denoising step `position` (from 0) of the rows with `keys_B` (int64).
+    """Standard normal noise [B, D = size], float32, for denoising step `position` (from 0) of the rows with
+    `keys_B` (int64).
 
-    Position -1 is the noise an image starts from. An entry depends on (key, position, its index) alone, not on `size`. Box-Muller: entries
-    2k and 2k + 1 are one pair of uniforms, a radius and an angle. 23 bits a uniform: nothing beyond 5.8 is ever drawn.
+    Position -1 is the noise an image starts from. An entry depends on (key, position, its index) alone, not
+    on `size`. Box-Muller: entries 2k and 2k + 1 are one pair of uniforms, a radius and an angle. 23 bits a
+    uniform: nothing beyond 5.8 is ever drawn.
     """
     pairs = (size + 1) // 2
-    radius_BC, angle_BC = _uniform(keys_B, torch.full_like(keys_B, position), 2 * pairs).unflatten(1, (pairs, 2)).unbind(-1)
+    radius_BC, angle_BC = (
+        _uniform(keys_B, torch.full_like(keys_B, position), 2 * pairs).unflatten(1, (pairs, 2)).unbind(-1)
+    )
     radius_BC, angle_BC = (-2 * radius_BC.log()).sqrt(), 2 * math.pi * angle_BC
     return torch.stack([radius_BC * angle_BC.cos(), radius_BC * angle_BC.sin()], dim=-1).flatten(1)[:, :size]
 

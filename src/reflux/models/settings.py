@@ -29,7 +29,8 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "ad
 
 @dataclass(frozen=True, config=STRICT)
 class Average:
-    """An exponential average of the trained weights: mean = decay * mean + (1 - decay) * weights, every so many optimiser steps.
+    """An exponential average of the trained weights: mean = decay * mean + (1 - decay) * weights, every so
+    many optimiser steps.
 
     It is what is evaluated and exported; attempts are sampled with the weights themselves.
     """
@@ -40,7 +41,9 @@ class Average:
 
 @dataclass(frozen=True, config=STRICT)
 class FlowLora:
-    """Low-rank adapters by peft (arXiv 2106.09685) on the transformer. targets: ends of module names; all attention layers."""
+    """Low-rank adapters by peft (arXiv 2106.09685) on the transformer. targets: ends of module names; all
+    attention layers.
+    """
 
     rank: Annotated[int, Field(ge=1)] = 32
     alpha: Positive = 64.0
@@ -51,8 +54,9 @@ class FlowLora:
 class Merge:
     """A start at the mean of the teachers: models of the student's shape, or adapters on it.
 
-    by weights: the mean of the full weights; of adapters the mean of their products B A, exact, as one adapter of the sum of their ranks.
-    by factors: the mean of A and the mean of B apart, as the released code does, which is not the mean of the products.
+    by weights: the mean of the full weights; of adapters the mean of their products B A, exact, as one
+    adapter of the sum of their ranks. by factors: the mean of A and the mean of B apart, as the released code
+    does, which is not the mean of the products.
     """
 
     models: tuple[str, ...]
@@ -60,4 +64,6 @@ class Merge:
 
     def __post_init__(self) -> None:
         if len(self.models) < 2:
-            raise ValueError("models: a merge takes two or more; to start from one, give it as learner.model or as adapter")
+            raise ValueError(
+                "models: a merge takes two or more; to start from one, give it as learner.model or as adapter"
+            )

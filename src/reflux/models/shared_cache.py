@@ -1,4 +1,6 @@
-"""Things of which one is enough in a run: text encoders that several models share, a frozen base under several adapters."""
+"""Things of which one is enough in a run: text encoders that several models share, a frozen base under
+several adapters.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ Thing = TypeVar("Thing")
 
 
 class SharedCache:
-    """`once(key, make)`: what `make()` gave the first time that this key was asked for. It is kept as long as this object."""
+    """`once(key, make)`: what `make()` gave the first time that this key was asked for. It is kept as long as
+    this object.
+    """
 
     def __init__(self) -> None:
         self._made: dict[Hashable, Any] = {}

@@ -10,23 +10,33 @@ from typing import Any
 
 from reflux.models.text import local_folder
 
-_BESIDE = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae")  # folders of a Stable Diffusion 3 model that are never trained
-_PLACES = "pos_embed.pos_embed"  # a diffusers transformer's table of sines: stored and held, but no parameter
-_SD3_PROMPT_TOKENS = 77 + 256  # of its two CLIP encoders, and of T5
+# folders of a Stable Diffusion 3 model that are never trained
+_BESIDE = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae")
+# a diffusers transformer's table of sines: stored and held, but no parameter
+_PLACES = "pos_embed.pos_embed"
+# of its two CLIP encoders, and of T5
+_SD3_PROMPT_TOKENS = 77 + 256
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model as its files describe it. parameters is None where they cannot be read (a hub model that is not here yet)."""
+    """A model as its files describe it. parameters is None where they cannot be read (a hub model that is not
+    here yet).
+    """
 
     name: str
     architecture: str
-    parameters: int | None = None  # of what is trained
-    stored_bytes: int | None = None  # of those
+    # of what is trained
+    parameters: int | None = None
+    # of those
+    stored_bytes: int | None = None
     context_tokens: int | None = None
-    macs: int | None = None  # multiply-accumulates of one position, without guidance
-    patches: int | None = None  # of a flow model's image
-    beside_bytes: int = 0  # text encoders and decoder, of which a run holds one copy
+    # multiply-accumulates of one position, without guidance
+    macs: int | None = None
+    # of a flow model's image
+    patches: int | None = None
+    # text encoders and decoder, of which a run holds one copy
+    beside_bytes: int = 0
 
 
 def size_of(model: str, path: str, pixels: int = 0) -> Size:
@@ -42,9 +52,15 @@ def size_of(model: str, path: str, pixels: int = 0) -> Size:
     config = json.loads((folder / "config.json").read_text())
     counted = _headers(folder)
     architecture = (config.get("architectures") or [config.get("model_type", "?")])[0]
-    window = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+    window = config.get("max_position_embeddings") or config.get("text_config", {}).get(
+        "max_position_embeddings"
+    )
     found = Size(model, architecture, context_tokens=window)
-    return found if counted is None else replace(found, parameters=counted[0], stored_bytes=counted[1], macs=counted[0])
+    return (
+        found
+        if counted is None
+        else replace(found, parameters=counted[0], stored_bytes=counted[1], macs=counted[0])
+    )
 
 
 def _flow_size(model: str, folder: Path, pixels: int) -> Size:
@@ -54,7 +70,9 @@ def _flow_size(model: str, folder: Path, pixels: int) -> Size:
         return Size(model, "only partly here, not read yet")
     config = json.loads((folder / "transformer" / "config.json").read_text())
     source, table = _source(folder), folder / "prompts"
-    prompt_tokens = json.loads((table / "prompts.json").read_text())["length"] if table.is_dir() else _SD3_PROMPT_TOKENS
+    prompt_tokens = (
+        json.loads((table / "prompts.json").read_text())["length"] if table.is_dir() else _SD3_PROMPT_TOKENS
+    )
     learned = _headers(table) or (0, 0)
     factor = 1 if table.is_dir() else _decoder_factor(source)
     side = config["sample_size"] if not pixels else None if factor is None else pixels // factor
@@ -71,7 +89,9 @@ def _flow_size(model: str, folder: Path, pixels: int) -> Size:
 
 
 def _source(folder: Path) -> Path | None:
-    """Where a model's text encoders and decoder are: beside it, or in the model that an earlier run began with."""
+    """Where a model's text encoders and decoder are: beside it, or in the model that an earlier run began
+    with.
+    """
     named = json.loads((folder / "model_index.json").read_text()).get("_encoders")
     return local_folder(named, "model_index.json") if named else folder
 
@@ -79,11 +99,17 @@ def _source(folder: Path) -> Path | None:
 def _decoder_factor(source: Path | None) -> int | None:
     """Pixels a side of one latent value; None where the decoder is not here."""
     file = source and source / "vae" / "config.json"
-    return 2 ** (len(json.loads(file.read_text())["block_out_channels"]) - 1) if file and file.is_file() else None
+    return (
+        2 ** (len(json.loads(file.read_text())["block_out_channels"]) - 1)
+        if file and file.is_file()
+        else None
+    )
 
 
 def _headers(folder: Path) -> tuple[int, int] | None:
-    """(parameters, bytes) over the safetensors files of a folder; of a second copy in another precision (*.fp16*) none."""
+    """(parameters, bytes) over the safetensors files of a folder; of a second copy in another precision
+    (*.fp16*) none.
+    """
     parameters = size = 0
     for file in sorted(folder.glob("*.safetensors")):
         if ".fp16" in file.name:

@@ -1,6 +1,7 @@
 """Hugging Face causal models as the library sees them: a trunk that gives hidden states, a head, a tokenizer.
 
-Only safetensors are loaded, and a repository's own code is not run unless the recipe says `trust_remote_code = true`.
+Only safetensors are loaded, and a repository's own code is not run unless the recipe says `trust_remote_code
+= true`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
     from reflux.kernels.head import Head
 
 ASSETS = Path(__file__).parents[1] / "assets"
-HEAD_SHARE = 1e-3  # of the largest logit: rounding in float32
-INDEXES = ("config.json", "model_index.json")  # of transformers' models, and of diffusers' pipelines
-SHIPPED = "reflux:"  # "reflux:student" is the embedded model of that name
+# of the largest logit: rounding in float32
+HEAD_SHARE = 1e-3
+# of transformers' models, and of diffusers' pipelines
+INDEXES = ("config.json", "model_index.json")
+# "reflux:student" is the embedded model of that name
+SHIPPED = "reflux:"
 
 
 def locate(name: str, path: str = "model") -> str:
@@ -32,7 +36,13 @@ def locate(name: str, path: str = "model") -> str:
     if name.startswith(SHIPPED):
         folder = ASSETS / name.removeprefix(SHIPPED)
         if not folder.is_dir():
-            shipped = ", ".join(sorted(f"{SHIPPED}{entry.parent.name}" for index in INDEXES for entry in ASSETS.glob(f"*/{index}")))
+            shipped = ", ".join(
+                sorted(
+                    f"{SHIPPED}{entry.parent.name}"
+                    for index in INDEXES
+                    for entry in ASSETS.glob(f"*/{index}")
+                )
+            )
             raise ModelError(f"{path}: no shipped model '{name}'. Shipped: {shipped}")
         return str(folder)
     folder = Path(name).expanduser()
@@ -42,7 +52,8 @@ def locate(name: str, path: str = "model") -> str:
     if folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         why = f"holds no {' and no '.join(INDEXES)}" if folder.is_dir() else "does not exist"
         raise ModelError(
-            f"{path}: the folder {name} {why}. Give a folder in Hugging Face format, a run directory, or a hub id such as Qwen/Qwen3-0.6B."
+            f"{path}: the folder {name} {why}. Give a folder in Hugging Face format, a run directory, or a "
+            "hub id such as Qwen/Qwen3-0.6B."
         )
     return name
 
@@ -58,7 +69,9 @@ def load_tokenizer(name: str, path: str = "model", trust_remote_code: bool = Fal
 
 
 def local_folder(name: str, path: str = "model") -> Path | None:
-    """Where a model's files are on this machine, the hub's cache included; None where they are not. Nothing is downloaded."""
+    """Where a model's files are on this machine, the hub's cache included; None where they are not. Nothing
+    is downloaded.
+    """
     where = Path(locate(name, path))
     if any((where / index).is_file() for index in INDEXES):
         return where
@@ -70,23 +83,30 @@ def local_folder(name: str, path: str = "model") -> Path | None:
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model. `trunk` maps ids to hidden states; `head` maps those to logits over the real vocabulary."""
+    """A loaded model. `trunk` maps ids to hidden states; `head` maps those to logits over the real
+    vocabulary.
+    """
 
-    net: Any  # the transformers model (or its peft wrapper)
+    # the transformers model (or its peft wrapper)
+    net: Any
     trunk: Any
     head: Head
     tokenizer: Any
     vocabulary: int
     end_ids: tuple[int, ...]
     context_tokens: int
-    stored_dtype: torch.dtype | None = None  # the type its files are in; exports go back to it
-    plain_attention: bool = False  # scaled-dot-product attention over everything before, in every layer
+    # the type its files are in; exports go back to it
+    stored_dtype: torch.dtype | None = None
+    # scaled-dot-product attention over everything before, in every layer
+    plain_attention: bool = False
 
     @property
     def device(self) -> torch.device:
         return self.net.device
 
-    def renderer(self, system: str | None, template: Mapping[str, Any] | None, suffix: str | None = None) -> Renderer:
+    def renderer(
+        self, system: str | None, template: Mapping[str, Any] | None, suffix: str | None = None
+    ) -> Renderer:
         return Renderer(self.tokenizer, system, template, suffix)
 
 
@@ -128,21 +148,25 @@ def load_model(
     gap, bound = head_gap(model)
     if not gap <= bound:
         raise ModelError(
-            f"{path}: {name} does something between its last hidden states and its logits that the library does not know: they differ by "
+            f"{path}: {name} does something between its last hidden states and its logits that the library "
+            "does not know: they differ by "
             f"{gap:.3g}. Use a model of another architecture, or tell us its name."
         )
     return model
 
 
 def head_gap(model: Model) -> tuple[float, float]:
-    """How far the library's own way from hidden states to logits lies from the model's on a few tokens, and how far rounding may go."""
+    """How far the library's own way from hidden states to logits lies from the model's on a few tokens, and
+    how far rounding may go.
+    """
     import torch
 
     ids = torch.arange(min(8, model.vocabulary), device=model.device)[None]
     with torch.no_grad():
         ours = model.head.logits(model.trunk(input_ids=ids, use_cache=False).last_hidden_state)
         theirs = model.net(input_ids=ids, use_cache=False).logits[..., : model.vocabulary].to(ours.device)
-    share = max(HEAD_SHARE, 8 * torch.finfo(theirs.dtype).eps)  # two products of one sum may round differently, by units of the last place
+    # two products of one sum may round differently, by units of the last place
+    share = max(HEAD_SHARE, 8 * torch.finfo(theirs.dtype).eps)
     return float((ours - theirs).abs().max()), share * max(1.0, float(theirs.abs().max()))
 
 
@@ -153,7 +177,10 @@ def as_model(net: Any, tokenizer: Any, stored_dtype: torch.dtype | None = None) 
     vocabulary = vocabulary_size(tokenizer)
     if net.config.get_text_config().vocab_size < vocabulary:
         rows = net.config.get_text_config().vocab_size
-        raise ModelError(f"the tokenizer has {vocabulary} tokens but the model only {rows} output rows: they do not belong together")
+        raise ModelError(
+            f"the tokenizer has {vocabulary} tokens but the model only {rows} output rows: they do not "
+            "belong together"
+        )
     return Model(
         net=net,
         trunk=net.base_model,
@@ -170,7 +197,11 @@ def as_model(net: Any, tokenizer: Any, stored_dtype: torch.dtype | None = None) 
 def _plain_attention(net: Any) -> bool:
     config = net.config.get_text_config()
     windowed = getattr(config, "sliding_window", None) is not None
-    return net.config._attn_implementation == "sdpa" and not windowed and set(getattr(config, "layer_types", ())) <= {"full_attention"}
+    return (
+        net.config._attn_implementation == "sdpa"
+        and not windowed
+        and set(getattr(config, "layer_types", ())) <= {"full_attention"}
+    )
 
 
 def prepare_torch(threads: int, deterministic: bool) -> None:
@@ -184,7 +215,9 @@ def prepare_torch(threads: int, deterministic: bool) -> None:
 
 
 def share_cores(parties: int) -> None:
-    """In a thread of its own: take an equal share of the cores, so that what overlaps does not queue for them."""
+    """In a thread of its own: take an equal share of the cores, so that what overlaps does not queue for
+    them.
+    """
     import torch
 
     torch.set_num_threads(max(1, torch.get_num_threads() // parties))
@@ -194,7 +227,10 @@ def pick_device(device: str) -> str:
     import torch
 
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f'device = "{device}", but this torch finds no GPU. Leave device out, or install a torch built for CUDA.')
+        raise ModelError(
+            f'device = "{device}", but this torch finds no GPU. Leave device out, or install a torch built '
+            "for CUDA."
+        )
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -206,7 +242,11 @@ def parameter_count(net: Any) -> int:
 
 
 def _not_loaded(path: str, what: str, name: str, error: Exception) -> str:
-    where = "" if Path(name).exists() or name.startswith(SHIPPED) else "there is no such folder here, and not on the hub either: "
+    where = (
+        ""
+        if Path(name).exists() or name.startswith(SHIPPED)
+        else "there is no such folder here, and not on the hub either: "
+    )
     return f"{path}: no {what} for {name}: {where}{first_line(error)}"
 
 

@@ -7,7 +7,6 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from jinja2 import TemplateError
 
 from reflux.errors import ModelError
@@ -15,56 +14,78 @@ from reflux.types import Message
 
 
 class Renderer:
-    """A tokenizer with its chat template. Without a template the messages' texts are joined by newlines, after the begin token.
+    """A tokenizer with its chat template. Without a template the messages' texts are joined by newlines,
+    after the begin token.
 
-    system: put before the conversation where it has no system message. template: extra arguments of the chat template (for example
-    {"enable_thinking": False}). suffix: the text that ends every prompt, after what the template writes to open the student's turn, such as
-    "<think>\n" for a base student whose teacher thinks; it belongs to the prompt, and the student begins after it. Where the template
-    itself ends with it (white space at the end aside), nothing is added.
+    system: put before the conversation where it has no system message. template: extra arguments of the chat
+    template (for example {"enable_thinking": False}). suffix: the text that ends every prompt, after what the
+    template writes to open the student's turn, such as "<think>\n" for a base student whose teacher thinks;
+    it belongs to the prompt, and the student begins after it. Where the template itself ends with it (white
+    space at the end aside), nothing is added.
 
-    What messages say is data and never markup: where a content spells a control token (`control_tokens`), a space breaks it, "<end>" is
-    read as "< end>". Only the template, and `system` and `suffix`, which are the recipe's own texts, give control tokens. All other
-    contents stay as they are, character for character. A space, because every tokenizer has one (a small vocabulary has no zero-width
-    character: that would be its unknown token, which is a special one), and in the text, because texts tokenised piece by piece have other
-    tokens at the borders, and templates trim and search what they are given. Role names are not contents: whoever makes prompts chooses
-    them.
+    What messages say is data and never markup: where a content spells a control token (`control_tokens`), a
+    space breaks it, "<end>" is read as "< end>". Only the template, and `system` and `suffix`, which are the
+    recipe's own texts, give control tokens. All other contents stay as they are, character for character. A
+    space, because every tokenizer has one (a small vocabulary has no zero-width character: that would be its
+    unknown token, which is a special one), and in the text, because texts tokenised piece by piece have other
+    tokens at the borders, and templates trim and search what they are given. Role names are not contents:
+    whoever makes prompts chooses them.
     """
 
-    def __init__(self, tokenizer: Any, system: str | None = None, template: Mapping[str, Any] | None = None, suffix: str | None = None):
+    def __init__(
+        self,
+        tokenizer: Any,
+        system: str | None = None,
+        template: Mapping[str, Any] | None = None,
+        suffix: str | None = None,
+    ):
         self.tokenizer = tokenizer
         self.system = system
         self.suffix = suffix or ""
         self.template = dict(template or {})
 
     def text(self, messages: Sequence[Message], begin_turn: bool = True) -> str:
-        """The prompt as text, control tokens in the contents broken; `begin_turn` opens the assistant's turn, the suffix included."""
+        """The prompt as text, control tokens in the contents broken; `begin_turn` opens the assistant's turn,
+        the suffix included.
+        """
         framed = self._framed([self._message(message) for message in messages], begin_turn)
         return framed + self._ending if begin_turn else framed
 
     @functools.cached_property
     def _ending(self) -> str:
-        """The suffix; empty where the template writes it. A template is asked, never a prompt: what a user says opens nothing.
+        """The suffix; empty where the template writes it. A template is asked, never a prompt: what a user
+        says opens nothing.
 
         ModelError for a suffix that the tokenizer has no token for.
         """
         if not self.suffix:
             return ""
         unknown = self.tokenizer.unk_token_id
-        if unknown is not None and unknown in self.tokenizer(self.suffix, add_special_tokens=False)["input_ids"]:
+        if (
+            unknown is not None
+            and unknown in self.tokenizer(self.suffix, add_special_tokens=False)["input_ids"]
+        ):
             raise ModelError(
-                f"prompt_suffix = {self.suffix!r} holds what the tokenizer has no token for. Choose a text that the student can read, or "
+                f"prompt_suffix = {self.suffix!r} holds what the tokenizer has no token for. Choose a text "
+                "that the student can read, or "
                 f"leave prompt_suffix out."
             )
         if self.tokenizer.chat_template is None:
             return self.suffix
         opened = self._framed([{"role": "user", "content": "a"}], True)
-        return "" if opened.endswith(self.suffix) or opened.rstrip().endswith(self.suffix.strip() or self.suffix) else self.suffix
+        return (
+            ""
+            if opened.endswith(self.suffix) or opened.rstrip().endswith(self.suffix.strip() or self.suffix)
+            else self.suffix
+        )
 
     def _message(self, message: Message) -> Message:
         return {key: value if key == "role" else self._plain(value) for key, value in message.items()}
 
     def _plain(self, value: Any) -> Any:
-        """Control tokens broken in every text that `value` holds: names, ids and arguments of tool calls are data as contents are."""
+        """Control tokens broken in every text that `value` holds: names, ids and arguments of tool calls are
+        data as contents are.
+        """
         if isinstance(value, str):
             return self.data(value)
         if isinstance(value, Mapping):
@@ -72,9 +93,12 @@ class Renderer:
         return [self._plain(item) for item in value] if isinstance(value, list | tuple) else value
 
     def data(self, content: str, but: Collection[str] = ()) -> str:
-        """`content` with a space after the first character of every control token in it, except those in `but`; one character: a space."""
+        """`content` with a space after the first character of every control token in it, except those in
+        `but`; one character: a space.
+        """
         broken = self._control.sub(lambda found: found[0] if found[0] in but else _broken(found[0]), content)
-        return content if broken == content else self.data(broken, but)  # again, for tokens may overlap; each round leaves fewer
+        # again, for tokens may overlap; each round leaves fewer
+        return content if broken == content else self.data(broken, but)
 
     @functools.cached_property
     def _control(self) -> re.Pattern[str]:
@@ -84,7 +108,9 @@ class Renderer:
         """What the template writes around turns, and around tool calls and their answers where it knows them."""
         if self.tokenizer.chat_template is None:
             return ""
-        frames = self._framed([{"role": role, "content": "a"} for role in ("user", "assistant", "user")], False)
+        frames = self._framed(
+            [{"role": role, "content": "a"} for role in ("user", "assistant", "user")], False
+        )
         try:
             return frames + self._framed(_CALLED, False)
         except (TemplateError, TypeError):
@@ -96,9 +122,14 @@ class Renderer:
             messages = [{"role": "system", "content": self.system}, *messages]
         if self.tokenizer.chat_template is None:
             if any(message.get("tool_calls") for message in messages):
-                raise ModelError("the model has no chat template, so tool calls cannot be shown to it: write them into the content")
+                raise ModelError(
+                    "the model has no chat template, so tool calls cannot be shown to it: write them into "
+                    "the content"
+                )
             return "\n".join(message["content"] for message in messages)
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=begin_turn, **self.template)
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=begin_turn, **self.template
+        )
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids that end where the student's first token begins. A prompt without any token is refused."""
@@ -108,37 +139,51 @@ class Renderer:
         if not templated and begin is not None and (not ids or ids[0] != begin):
             ids = [begin, *ids]
         if not ids:
-            raise ModelError("a prompt renders to no token at all: it is empty and the tokenizer has no begin token")
+            raise ModelError(
+                "a prompt renders to no token at all: it is empty and the tokenizer has no begin token"
+            )
         return ids
 
     def answer_ids(self, messages: Sequence[Message], answer: str, ends: Sequence[int]) -> list[int]:
         """The ids of a given answer as the student would have written it, up to and with its end token.
 
-        An answer that begins with the suffix is written from behind it, since the prompt ends with it. An end token that the answer spells
-        ends it; any other control token in it is data, as everywhere.
+        An answer that begins with the suffix is written from behind it, since the prompt ends with it. An end
+        token that the answer spells ends it; any other control token in it is data, as everywhere.
         """
         written = answer.removeprefix(self.suffix)
         answer = self.data(written, but=self.tokenizer.convert_ids_to_tokens(list(ends)))
-        start = self._framed(messages, True)  # only what comes after it is used
+        # only what comes after it is used
+        start = self._framed(messages, True)
         whole = self._framed([*messages, {"role": "assistant", "content": answer}], False)
-        rest = whole.removeprefix(start) if self.tokenizer.chat_template is not None and whole.startswith(start) else answer
+        rest = (
+            whole.removeprefix(start)
+            if self.tokenizer.chat_template is not None and whole.startswith(start)
+            else answer
+        )
         ids = self.tokenizer(rest, add_special_tokens=False)["input_ids"]
         stop = next((place for place, i in enumerate(ids) if i in ends), None)
         return [*ids, ends[0]] if stop is None else ids[: stop + 1]
 
-    def reply_ids(self, before: Sequence[Message], replies: Sequence[Message], closed: bool = True) -> list[int]:
-        """The ids that follow an ended assistant turn: what tools or users say, and the opening of the next turn.
+    def reply_ids(
+        self, before: Sequence[Message], replies: Sequence[Message], closed: bool = True
+    ) -> list[int]:
+        """The ids that follow an ended assistant turn: what tools or users say, and the opening of the next
+        turn.
 
-        `before` ends with the assistant's turn. closed: its tokens hold the end token; otherwise (a stop text ended it) the ids begin with
-        what the template writes there. Refused where the template rewrites earlier turns (the text would not continue).
+        `before` ends with the assistant's turn. closed: its tokens hold the end token; otherwise (a stop text
+        ended it) the ids begin with what the template writes there. Refused where the template rewrites
+        earlier turns (the text would not continue).
         """
         start, whole = self.text(before, begin_turn=False), self.text([*before, *replies])
         if not whole.startswith(start.rstrip()):
             raise ModelError(
-                "the chat template rewrites earlier turns once a reply is added, so a reply cannot be appended to the tokens "
-                "that were sampled. Choose template arguments that keep them (for example thinking kept in the history)."
+                "the chat template rewrites earlier turns once a reply is added, so a reply cannot be "
+                "appended to the tokens "
+                "that were sampled. Choose template arguments that keep them (for example thinking kept in "
+                "the history)."
             )
-        # Trailing white space after the end token belongs to what follows: the student stopped at the end token itself.
+        # Trailing white space after the end token belongs to what follows: the student stopped at the end
+        # token itself.
         rest = whole[len(start.rstrip()) :]
         return self.tokenizer(rest if closed else self._closing + rest, add_special_tokens=False)["input_ids"]
 
@@ -151,14 +196,19 @@ class Renderer:
 def control_tokens(tokenizer: Any, frame: str) -> tuple[str, ...]:
     """The texts that a tokenizer reads as control tokens, longest first, without white space around them.
 
-    Those are its special tokens, and the added tokens in `frame`, what a chat template writes around turns: some tokenizers do not
-    declare their "<|User|>" special. Not the added tokens that are words, single characters, white space or tags such as <think> and
-    <tool_call>: models write those themselves, and templates look for them.
+    Those are its special tokens, and the added tokens in `frame`, what a chat template writes around turns:
+    some tokenizers do not declare their "<|User|>" special. Not the added tokens that are words, single
+    characters, white space or tags such as <think> and <tool_call>: models write those themselves, and
+    templates look for them.
     """
     added = tokenizer.added_tokens_decoder.values()
     declared = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
-    framing = {token.content for token in added if token.content in frame and not _ORDINARY.fullmatch(token.content)}
-    return tuple(sorted({token.strip() for token in declared | framing} - {""}, key=lambda token: (-len(token), token)))
+    framing = {
+        token.content for token in added if token.content in frame and not _ORDINARY.fullmatch(token.content)
+    }
+    return tuple(
+        sorted({token.strip() for token in declared | framing} - {""}, key=lambda token: (-len(token), token))
+    )
 
 
 def _broken(token: str) -> str:
@@ -177,7 +227,9 @@ _CALLED: list[Message] = [
 
 
 def end_ids(tokenizer: Any, generation: Any = None) -> tuple[int, ...]:
-    """Every id that ends a turn: from the tokenizer, the generation config, and the chat template's own end of turn."""
+    """Every id that ends a turn: from the tokenizer, the generation config, and the chat template's own end
+    of turn.
+    """
     found: set[int] = set()
     declared = getattr(generation, "eos_token_id", None)
     found.update([declared] if isinstance(declared, int) else declared or [])
@@ -186,7 +238,10 @@ def end_ids(tokenizer: Any, generation: Any = None) -> tuple[int, ...]:
     if tokenizer.chat_template is not None:
         found.update(_template_end(tokenizer))
     if not found:
-        raise ModelError("the model names no end-of-text token, in its tokenizer or its generation config: answers would never end")
+        raise ModelError(
+            "the model names no end-of-text token, in its tokenizer or its generation config: answers would "
+            "never end"
+        )
     return tuple(sorted(found))
 
 
@@ -198,7 +253,8 @@ def _template_end(tokenizer: Any) -> list[int]:
 
 
 def special_ids(tokenizer: Any, ends: Collection[int]) -> frozenset[int]:
-    """The ids that the tokenizer declares special, which decoding leaves out of a text, without `ends`, the ids that end a turn.
+    """The ids that the tokenizer declares special, which decoding leaves out of a text, without `ends`, the
+    ids that end a turn.
 
     Added tokens that are not declared special, such as <think> of some families, are text and not among them.
     """
@@ -223,70 +279,7 @@ def check_same_tokens(student: Any, teacher: Any, name: str) -> None:
     differing = [i for i in sorted({*ours, *theirs}) if ours.get(i) != theirs.get(i)]
     shown = "; ".join(f"id {i}: student {ours.get(i)!r}, teacher {theirs.get(i)!r}" for i in differing[:3])
     raise ModelError(
-        f"teachers.{name}: its token map differs from the student's in {len(differing)} ids ({shown}). Distilling by token needs one map: "
+        f"teachers.{name}: its token map differs from the student's in {len(differing)} ids ({shown}). "
+        "Distilling by token needs one map: "
         f"choose a teacher of the student's family, or train on the teacher's written answers (recipe sft)."
     )
-
-
-class CharacterSpans:
-    """Which characters of a decoded text each of its tokens wrote. Remembers what single tokens decode to, so keep one for a tokenizer."""
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        self.alone: dict[int, str] = {}
-
-    def __call__(self, ids: Sequence[int], text: str | None = None) -> np.ndarray:
-        """int64 [T, 2]: characters [start, end) of `text` that each token wrote; text is what `ids` decode to without special tokens.
-
-        The spans rise and cover the text. A token that wrote nothing (special tokens) has start = end. Tokens whose text only a later one
-        settles, such as the bytes of one character, all have the span of the whole; bytes that never become a character have the
-        replacement character that stands for them in the text, the first of them where one stands for several. Empty ids: shape [0, 2].
-        """
-        text = self.decode(ids) if text is None else text
-        pieces = [self.alone[i] if i in self.alone else self._remember(i) for i in ids]
-        if "".join(pieces) == text:  # nothing depends on its neighbours, as in byte-level tokens that are whole characters
-            ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-            return np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1) if len(ends) else np.zeros((0, 2), dtype=np.int64)
-        return np.asarray(self._settled(list(ids), text), dtype=np.int64).reshape(-1, 2)
-
-    def of_turns(self, turns: Sequence[tuple[Sequence[int], str, int]]) -> np.ndarray:
-        """Those of several turns (ids, text, how many heard ids follow) in their texts one line apart. Heard ids wrote nothing."""
-        offset, parts = 0, [np.zeros((0, 2), dtype=np.int64)]
-        for ids, text, objective_teachers in turns:
-            parts += [self(ids, text) + offset, np.full((objective_teachers, 2), offset + len(text), dtype=np.int64)]
-            offset += len(text) + 1
-        return np.concatenate(parts)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
-
-    def _remember(self, token: int) -> str:
-        self.alone[token] = self.decode([token])
-        return self.alone[token]
-
-    def _settled(self, ids: list[int], text: str, local: bool = True) -> list[tuple[int, int]]:
-        """The same by decoding token after token. A block of tokens is settled once what it adds is what the text holds there.
-
-        Decoding starts one block back, for some decoders drop a space at the start or join words. Where that does not lead on, what a
-        token says depends on tokens far before it, and every decoding starts with the first (`local` False).
-        """
-        spans: list[tuple[int, int]] = []
-        anchor, known, done = 0, "", 0  # known: what ids[anchor:len(spans)] decode to; done: characters that are settled
-        for stop in range(1, len(ids) + 1):
-            if local and stop - len(spans) > _LONG_BLOCK:
-                return self._settled(ids, text, local=False)
-            whole = self.decode(ids[anchor:stop])
-            added = whole[len(known) :]
-            if not (whole.startswith(known) and text.startswith(added, done)):
-                continue
-            settled, end = len(spans), done + len(added)
-            spans += [(done, end)] * (stop - settled)
-            done = end
-            if local and added.strip():  # a block of white space is no ground to start from
-                anchor, known = settled, self.decode(ids[settled:stop])
-            else:
-                known = whole
-        return spans + [(done, len(text))] * (len(ids) - len(spans))
-
-
-_LONG_BLOCK = 8  # tokens; a character has at most four bytes

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
+from reflux.config.requirements import Requirements
 from reflux.loss.term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.sampled_kl import check_coef
-from reflux.types import FlowRollout, Requirements
+from reflux.types import FlowRollout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class NLL(ObjectivePart):
-    """-log p(a) of the recorded token, nats: learns to repeat given answers (the `references` sampler), as baseline and cold start.
+    """-log p(a) of the recorded token, nats: learns to repeat given answers (the `references` sampler), as
+      baseline and cold start.
 
-    Over answers of a data distribution q its expected gradient is that of KL(q || p) at each prefix. Over the student's own attempts
-    that gradient is 0: nothing is learnt. Exempt from law 2 (zero at identity): its cost is the entropy there, not 0.
+    Over answers of a data distribution q its expected gradient is that of KL(q || p) at each prefix. Over the
+    student's own attempts that gradient is 0: nothing is learnt. Exempt from law 2 (zero at identity): its
+    cost is the entropy there, not 0.
     """
 
     coef: float = 1.0
@@ -39,8 +42,10 @@ class NLL(ObjectivePart):
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if cfg.task.rollouts is FlowRollout:
             yield (
-                f"{where} ('nll') learns the tokens of given answers, and images have none. To learn from given images use kind = "
-                f'"velocity_kl" with teacher = "behaviour" and weight = "mse", and sampler.kind = "teacher_samples".'
+                f"{where} ('nll') learns the tokens of given answers, and images have none. To learn from "
+                "given images use kind = "
+                '"velocity_kl" with teacher = "behaviour" and weight = "mse", and sampler.kind = '
+                '"teacher_samples".'
             )
 
     @property

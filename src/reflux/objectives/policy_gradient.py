@@ -9,12 +9,12 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.papers import Paper
 from reflux.config.registry import STRICT, kind_of
+from reflux.config.requirements import Requirements
 from reflux.loss.term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import check_ratio, outside, score_cost
 from reflux.objectives.ratio_rules import drawn_elsewhere, ratio_papers, under_lag
 from reflux.objectives.sampled_kl import check_coef
-from reflux.types import Requirements
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class PolicyGradient(ObjectivePart):
-    """Score function whose advantage is what the credit rules shift: with credit `group_advantage`, group-relative policy gradient (GRPO-like).
+    """Score function whose advantage is what the credit rules shift: with credit `group_advantage`,
+    group-relative policy gradient (GRPO-like).
 
-    cost = -min(rho A, clip(rho, 1 - clip[0], 1 + clip[1]) A) with A = shift and rho = p(a) / behaviour(a) per token; ratio "none":
-    -A log p(a). behaviour(a) is the probability that the token was drawn with: temperature and top-p are in it, so at a temperature
-    other than 1 the ratio is not 1 at the first step already, and the clip binds more often. A position without shift costs exactly 0.
-    There is no teacher, hence exempt from law 2 (zero at identity).
+    cost = -min(rho A, clip(rho, 1 - clip[0], 1 + clip[1]) A) with A = shift and rho = p(a) / behaviour(a) per
+    token; ratio "none":
+    -A log p(a). behaviour(a) is the probability that the token was drawn with: temperature and top-p are
+      in it, so at a temperature
+    other than 1 the ratio is not 1 at the first step already, and the clip binds more often. A position
+    without shift costs exactly 0. There is no teacher, hence exempt from law 2 (zero at identity).
     """
 
     coef: float = 1.0
@@ -58,8 +61,22 @@ class PolicyGradient(ObjectivePart):
         return Requirements()
 
     def __call__(self, rows: Rows[Any]) -> Tensor:
-        return score_cost(rows.advantage_offset_N, rows.student.logp_N, rows.behaviour_logp_N, self.ratio, self.clip, ratio_cap=1.0)
+        return score_cost(
+            rows.advantage_offset_N,
+            rows.student.logp_N,
+            rows.behaviour_logp_N,
+            self.ratio,
+            self.clip,
+            ratio_cap=1.0,
+        )
 
     def outside(self, rows: Rows[Any]) -> Tensor | None:
         """Where the clip binds, [N]; None for ratio "none"."""
-        return outside(rows.advantage_offset_N, rows.student.logp_N, rows.behaviour_logp_N, self.ratio, self.clip, ratio_cap=1.0)
+        return outside(
+            rows.advantage_offset_N,
+            rows.student.logp_N,
+            rows.behaviour_logp_N,
+            self.ratio,
+            self.clip,
+            ratio_cap=1.0,
+        )

@@ -1,8 +1,9 @@
 """p(a) / behaviour(a) per token: what attempts weigh that were not drawn from the student of now.
 
-behaviour(a) is the probability that the token was drawn with, so one ratio corrects for an older student, for a sampler that computes
-slightly differently, and for a temperature or top-p other than 1. A token that top-p leaves out is never drawn, and no ratio brings it
-back: with top-p below 1 only the tokens inside its set are corrected.
+behaviour(a) is the probability that the token was drawn with, so one ratio corrects for an older student, for
+a sampler that computes slightly differently, and for a temperature or top-p other than 1. A token that top-p
+leaves out is never drawn, and no ratio brings it back: with top-p below 1 only the tokens inside its set are
+corrected.
 """
 
 from __future__ import annotations
@@ -17,12 +18,19 @@ Ratio = Literal["truncated", "clip", "none"]
 
 
 def score_cost(
-    advantage_N: Tensor, logp_N: Tensor, behaviour_logp_N: Tensor, ratio: Ratio, clip: tuple[float, float], ratio_cap: float
+    advantage_N: Tensor,
+    logp_N: Tensor,
+    behaviour_logp_N: Tensor,
+    ratio: Ratio,
+    clip: tuple[float, float],
+    ratio_cap: float,
 ) -> Tensor:
-    """-A log p(a) for attempts drawn from another distribution, rho = p(a) / behaviour(a) per token. At rho = 1 all have one gradient.
+    """-A log p(a) for attempts drawn from another distribution, rho = p(a) / behaviour(a) per token. At rho
+      = 1 all have one gradient.
 
-    truncated: -min(rho, ratio_cap) A log p with the ratio detached (biased only where it is capped).
-    clip: PPO's -min(rho A, clip(rho, 1 - clip[0], 1 + clip[1]) A), differentiated through rho (arXiv 1707.06347). none: rho is ignored.
+    truncated: -min(rho, ratio_cap) A log p with the ratio detached (biased only where it is capped). clip:
+    PPO's -min(rho A, clip(rho, 1 - clip[0], 1 + clip[1]) A), differentiated through rho (arXiv 1707.06347).
+    none: rho is ignored.
     """
     advantage_N = advantage_N.detach()
     if ratio == "none":
@@ -31,22 +39,32 @@ def score_cost(
         return -(truncated_ratio(logp_N, behaviour_logp_N, ratio_cap) * advantage_N) * logp_N
     log_ratio_N = logp_N - behaviour_logp_N
     lower_N, upper_N = log_ratio_N.clamp(min=math.log1p(-clip[0])), log_ratio_N.clamp(max=math.log1p(clip[1]))
-    return -advantage_N * upper_N.where(advantage_N >= 0, lower_N).exp()  # clamped before exp: a huge ratio gives no inf * 0
+    # clamped before exp: a huge ratio gives no inf * 0
+    return -advantage_N * upper_N.where(advantage_N >= 0, lower_N).exp()
 
 
 def truncated_ratio(logp_N: Tensor, behaviour_logp_N: Tensor, ratio_cap: float) -> Tensor:
-    """min(p(a) / behaviour(a), ratio_cap) per token, [N], detached: truncated importance weights (per step as in arXiv 1802.01561)."""
+    """min(p(a) / behaviour(a), ratio_cap) per token, [N], detached: truncated importance weights (per step as
+    in arXiv 1802.01561).
+    """
     return (logp_N - behaviour_logp_N).detach().exp().clamp(max=ratio_cap)
 
 
 def outside(
-    advantage_N: Tensor, logp_N: Tensor, behaviour_logp_N: Tensor, ratio: Ratio, clip: tuple[float, float], ratio_cap: float
+    advantage_N: Tensor,
+    logp_N: Tensor,
+    behaviour_logp_N: Tensor,
+    ratio: Ratio,
+    clip: tuple[float, float],
+    ratio_cap: float,
 ) -> Tensor | None:
-    """True [N] where the bound of the ratio binds; None where the ratio has no bound. The arguments are those of `score_cost`.
+    """True [N] where the bound of the ratio binds; None where the ratio has no bound. The arguments are those
+    of `score_cost`.
 
-    truncated: the ratio is above its cap (see `above_cap`). clip: the bound is one-sided (arXiv 1707.06347). It binds above 1 + clip[1]
-    where the advantage is positive, and below 1 - clip[0] where the advantage is negative; such a token has no gradient. A ratio on the
-    other side is not held back, and a token without an advantage has no gradient to hold back.
+    truncated: the ratio is above its cap (see `above_cap`). clip: the bound is one-sided (arXiv 1707.06347).
+    It binds above 1 + clip[1] where the advantage is positive, and below 1 - clip[0] where the advantage is
+    negative; such a token has no gradient. A ratio on the other side is not held back, and a token without an
+    advantage has no gradient to hold back.
     """
     if ratio == "none":
         return None
@@ -58,12 +76,19 @@ def outside(
 
 
 def above_cap(logp_N: Tensor, behaviour_logp_N: Tensor, ratio_cap: float) -> Tensor:
-    """True [N] where p(a) / behaviour(a) is above its cap, whatever the sign of the advantage: there the estimator is biased."""
+    """True [N] where p(a) / behaviour(a) is above its cap, whatever the sign of the advantage: there the
+    estimator is biased.
+    """
     return (logp_N - behaviour_logp_N).detach() > math.log(ratio_cap)
 
 
 def check_ratio(clip: tuple[float, float] = (0.2, 0.2), ratio_cap: float = 1.0) -> None:
     if not (0 <= clip[0] < 1 and 0 <= clip[1] < math.inf):
-        raise ValueError(f"clip must be (below, above) with 0 <= below < 1 and above >= 0, such as [0.2, 0.28], got {list(clip)}")
+        raise ValueError(
+            "clip must be (below, above) with 0 <= below < 1 and above >= 0, such as [0.2, 0.28], got "
+            f"{list(clip)}"
+        )
     if not ratio_cap >= 1:
-        raise ValueError(f"ratio_cap must be at least 1, or on-policy tokens are scaled down as well, got {ratio_cap}")
+        raise ValueError(
+            f"ratio_cap must be at least 1, or on-policy tokens are scaled down as well, got {ratio_cap}"
+        )

@@ -1,4 +1,6 @@
-"""What an importance ratio means for a whole run: what is refused, what is seldom meant, and to whom it is due."""
+"""What an importance ratio means for a whole run: what is refused, what is seldom meant, and to whom it is
+due.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ def under_lag(where: str, kind: str, ratio: Ratio, usual: Ratio, cfg: RunConfig)
     """Why a sampled objective may not do without its ratio under staleness."""
     if cfg.max_staleness and ratio == "none":
         yield (
-            f'{where}: {kind} with ratio = "none" is biased on attempts of an older student, and max_staleness is {cfg.max_staleness}. '
+            f'{where}: {kind} with ratio = "none" is biased on attempts of an older student, and '
+            f"max_staleness is {cfg.max_staleness}. "
             f'Use ratio = "{usual}".'
         )
 
@@ -55,13 +58,16 @@ def drawn_elsewhere(where: str, ratio: Ratio, usual: Ratio, cfg: RunConfig) -> I
         yield f'{where}: ratio = "none" does not correct for attempts drawn at {at}; ratio = "{usual}" does, within its bound.'
     if ratio == "clip":
         yield (
-            f'{where}: at {at} the ratio p(a) / behaviour(a) is not near 1 even at the first step, so ratio = "clip" takes the gradient '
+            f"{where}: at {at} the ratio p(a) / behaviour(a) is not near 1 even at the first step, so ratio "
+            '= "clip" takes the gradient '
             f"of many tokens away; ratio_outside_share says how many."
         )
 
 
 def idle(objective: object, where: str, needed: Mapping[str, tuple[bool, str]]) -> Iterator[str]:
-    """Fields that were given a value and do nothing. needed: by field, is it at work, and the setting beside which it is not."""
+    """Fields that were given a value and do nothing. needed: by field, is it at work, and the setting beside
+    which it is not.
+    """
     for entry in dataclasses.fields(objective):  # type: ignore[arg-type]
         at_work, beside = needed.get(entry.name, (True, ""))
         if not at_work and getattr(objective, entry.name) != entry.default:

@@ -10,12 +10,13 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.papers import Paper
 from reflux.config.registry import STRICT, kind_of
+from reflux.config.requirements import Requirements
 from reflux.credit.group_advantage import GRPO
 from reflux.loss.term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import Ratio, check_ratio, outside, score_cost
 from reflux.objectives.ratio_rules import drawn_elsewhere, idle, ratio_papers, under_lag
-from reflux.types import HiddenTarget, Requirements, SampledTarget, Target, TopKTarget
+from reflux.types import HiddenTarget, SampledTarget, Target, TopKTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
     from reflux.loss.outputs import FullLogits
 
-GROUP_BASELINES = ("group_mean", "leave_one_out")  # values made from sibling attempts by `batch.plan`
+# values made from sibling attempts by `batch.plan`
+GROUP_BASELINES = ("group_mean", "leave_one_out")
 
 VOPD = Paper("vopd", "KL for a KL: On-Policy Distillation with Control Variate Baseline", "2605.07865", 2026)
 OPTIMAL_BASELINE = Paper(
@@ -38,7 +40,8 @@ RLOO = Paper(
     "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs",
     "2402.14740",
     2024,
-    "Ahmadian, Arash and Cremer, Chris and Gall{\\'e}, Matthias and Fadaee, Marzieh and Kreutzer, Julia and others",
+    "Ahmadian, Arash and Cremer, Chris and Gall{\\'e}, Matthias and Fadaee, Marzieh and Kreutzer, Julia and "
+    "others",
 )
 
 
@@ -46,30 +49,37 @@ RLOO = Paper(
 class SampledKL(ObjectivePart):
     """Score-function estimate of the gradient of KL(student || teacher), one sampled token a position.
 
-    A = log q(a) - log p(a) - value + shift, detached; cost = -A log p(a), times the ratio p(a) / behaviour(a) (see `score_cost`). p and q
-    are the models at temperature 1, behaviour(a) is the probability that the token was drawn with: temperature and top-p are in it.
-    While no bound of the ratio binds, the expected gradient at each visited prefix is the exact one at any temperature; with top-p below
-    1 it is the sum over the tokens inside top-p's set alone. `baseline` says what the value is. A value that the prefix alone decides
-    leaves the expected gradient as it is and changes its noise only, as long as top-p leaves no token out (there it adds the gradient of
-    the set's mass, times the value):
+    A = log q(a) - log p(a) - value + shift, detached; cost = -A log p(a), times the ratio p(a) / behaviour(a)
+    (see `score_cost`). p and q are the models at temperature 1, behaviour(a) is the probability that the
+    token was drawn with: temperature and top-p are in it. While no bound of the ratio binds, the expected
+    gradient at each visited prefix is the exact one at any temperature; with top-p below 1 it is the sum over
+    the tokens inside top-p's set alone. `baseline` says what the value is. A value that the prefix alone
+    decides leaves the expected gradient as it is and changes its noise only, as long as top-p leaves no token
+    out (there it adds the gradient of the set's mass, times the value):
 
     - `none`: 0, plain on-policy distillation.
-    - `kl`: -KL(p || q), the reward's mean (vOPD, arXiv 2605.07865). `topk_kl`: the same over the student's `baseline_k` most likely tokens,
+    - `kl`: -KL(p || q), the reward's mean (vOPD, arXiv 2605.07865). `topk_kl`: the same over the
+      student's `baseline_k` most likely tokens,
       each model renormalised there.
-    - `minimum_variance`: the one value per prefix with the least variance of the logit gradient (see `minimum_variance_value`).
-    - `leave_one_out`: the mean of log q(a) - log p(a) over all chosen tokens of the group's OTHER attempts (long ones weigh more), p the
+    - `minimum_variance`: the one value per prefix with the least variance of the logit gradient (see
+      `minimum_variance_value`).
+    - `leave_one_out`: the mean of log q(a) - log p(a) over all chosen tokens of the group's OTHER
+      attempts (long ones weigh more), p the
       student as it acted, at temperature 1; 0 where none was scored. In the manner of RLOO (arXiv 2402.14740), per token instead of per
       sequence.
-    - `group_mean`: over all of the group's attempts, oneself included (as in GRPO, arXiv 2402.03300). BIASED: the own reward is in the
+    - `group_mean`: over all of the group's attempts, oneself included (as in GRPO, arXiv 2402.03300).
+      BIASED: the own reward is in the
       value. One-token answers: the gradient is exactly (1 - 1/G) times the exact one, G attempts a group. Longer answers: the own token
       counts less, but rewards of one's own later tokens leak in, so the direction moves as well (the table of measured biases has it).
 
-    `kl`, `topk_kl` and `minimum_variance` need the teacher's whole distribution; the two group baselines need group_size >= 2 and the
-    teacher's log-probs at scoring time, which a local teacher then computes once more.
+    `kl`, `topk_kl` and `minimum_variance` need the teacher's whole distribution; the two group baselines need
+    group_size >= 2 and the teacher's log-probs at scoring time, which a local teacher then computes once
+    more.
 
-    Positions where student and teacher differ by `max_gap_nats` or more on the sampled token cost exactly 0, after the shift, and stay in
-    the denominator (Uni-OPD, arXiv 2605.03677, drops them at 10). BIASED: what is dropped is where the two differ most; at a small bound
-    the rest can point the other way. Elsewhere a teacher that never says the token gives an infinite cost.
+    Positions where student and teacher differ by `max_gap_nats` or more on the sampled token cost exactly 0,
+    after the shift, and stay in the denominator (Uni-OPD, arXiv 2605.03677, drops them at 10). BIASED: what
+    is dropped is where the two differ most; at a small bound the rest can point the other way. Elsewhere a
+    teacher that never says the token gives an infinite cost.
 
     The cost is no divergence: only its gradient means something. Student = teacher: A = shift.
     """
@@ -93,10 +103,18 @@ class SampledKL(ObjectivePart):
         if self.baseline_k < 1:
             raise ValueError(f"baseline_k must be at least 1, got {self.baseline_k}")
         if self.max_gap_nats is not None and not self.max_gap_nats > 0:
-            raise ValueError(f"max_gap_nats must be positive, or absent to drop nothing, got {self.max_gap_nats}")
+            raise ValueError(
+                f"max_gap_nats must be positive, or absent to drop nothing, got {self.max_gap_nats}"
+            )
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
-        of_baseline = {"kl": VOPD, "topk_kl": VOPD, "minimum_variance": OPTIMAL_BASELINE, "leave_one_out": RLOO, "group_mean": GRPO}
+        of_baseline = {
+            "kl": VOPD,
+            "topk_kl": VOPD,
+            "minimum_variance": OPTIMAL_BASELINE,
+            "leave_one_out": RLOO,
+            "group_mean": GRPO,
+        }
         if self.baseline in of_baseline:
             yield of_baseline[self.baseline]
         yield from ratio_papers(self.ratio, cfg.max_staleness)
@@ -105,18 +123,23 @@ class SampledKL(ObjectivePart):
         yield from under_lag(where, kind_of("objectives", self), self.ratio, "truncated", cfg)
         if self.group_baseline is not None and cfg.group_size < 2:
             yield (
-                f'{where}: baseline = "{self.baseline}" compares attempts at one prompt: it needs group_size >= 2, got '
+                f'{where}: baseline = "{self.baseline}" compares attempts at one prompt: it needs group_size '
+                ">= 2, got "
                 f'{cfg.group_size}. Raise group_size, or use baseline = "kl", which needs no siblings.'
             )
 
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
         by_baseline, by_ratio = f"baseline = '{self.baseline}'", f"ratio = '{self.ratio}'"
-        at_work = {"baseline_k": (self.baseline == "topk_kl", by_baseline), "ratio_cap": (self.ratio == "truncated", by_ratio)}
+        at_work = {
+            "baseline_k": (self.baseline == "topk_kl", by_baseline),
+            "ratio_cap": (self.ratio == "truncated", by_ratio),
+        }
         yield from idle(self, where, {**at_work, "clip": (self.ratio == "clip", by_ratio)})
         yield from drawn_elsewhere(where, self.ratio, "truncated", cfg)
         if self.baseline == "group_mean":
             yield (
-                f'{where}: baseline = "group_mean" counts the attempt itself, which shrinks and turns the gradient; "leave_one_out" does '
+                f'{where}: baseline = "group_mean" counts the attempt itself, which shrinks and turns the '
+                'gradient; "leave_one_out" does '
                 f"not."
             )
 
@@ -136,7 +159,9 @@ class SampledKL(ObjectivePart):
         from reflux.loss.baselines import gradient_variance
 
         student, teacher = rows.student, rows.teachers[self.teacher]
-        with_N, without_N = (gradient_variance(student.logp_NV, teacher.logp_NV, value) for value in (self.value(rows), 0.0))
+        with_N, without_N = (
+            gradient_variance(student.logp_NV, teacher.logp_NV, value) for value in (self.value(rows), 0.0)
+        )
         return with_N, without_N
 
     @property
@@ -146,24 +171,39 @@ class SampledKL(ObjectivePart):
 
     @property
     def requirements(self) -> Requirements:
-        """A teacher that offers no hidden states gives the sampled log-prob with every target; `behaviour` comes as a list or not at all."""
+        """A teacher that offers no hidden states gives the sampled log-prob with every target; `behaviour`
+        comes as a list or not at all.
+        """
         return Requirements(behaviour=int(self.teacher == "behaviour"), logp=self.baseline in GROUP_BASELINES)
 
     def __call__(self, rows: Rows[FullLogits]) -> Tensor:
         logp_N, dropped_N = rows.student.logp_N, self._dropped(rows)
-        cost_N = score_cost(self._advantage(rows, dropped_N), logp_N, rows.behaviour_logp_N, self.ratio, self.clip, self.ratio_cap)
+        cost_N = score_cost(
+            self._advantage(rows, dropped_N),
+            logp_N,
+            rows.behaviour_logp_N,
+            self.ratio,
+            self.clip,
+            self.ratio_cap,
+        )
         return cost_N if dropped_N is None else cost_N.masked_fill(dropped_N, 0)
 
     def outside(self, rows: Rows[FullLogits]) -> Tensor | None:
         """Where the ratio's bound binds, [N], dropped positions excepted; None for ratio "none"."""
         dropped_N = self._dropped(rows)
-        # Only the clip looks at the advantage, and a baseline over the vocabulary is not made again without need.
+        # Only the clip looks at the advantage, and a baseline over the vocabulary is not made again without
+        # need.
         advantage_N = self._advantage(rows, dropped_N) if self.ratio == "clip" else rows.advantage_offset_N
-        outside_N = outside(advantage_N, rows.student.logp_N, rows.behaviour_logp_N, self.ratio, self.clip, self.ratio_cap)
+        outside_N = outside(
+            advantage_N, rows.student.logp_N, rows.behaviour_logp_N, self.ratio, self.clip, self.ratio_cap
+        )
         return outside_N if outside_N is None or dropped_N is None else outside_N & ~dropped_N
 
     def _advantage(self, rows: Rows[FullLogits], dropped_N: Tensor | None) -> Tensor:
-        advantage_N = advantage(rows.student.logp_N, rows.teachers[self.teacher].logp_N, self.value(rows)) + rows.advantage_offset_N
+        advantage_N = (
+            advantage(rows.student.logp_N, rows.teachers[self.teacher].logp_N, self.value(rows))
+            + rows.advantage_offset_N
+        )
         return advantage_N if dropped_N is None else advantage_N.masked_fill(dropped_N, 0)
 
     def _dropped(self, rows: Rows[FullLogits]) -> Tensor | None:
@@ -179,7 +219,8 @@ class SampledKL(ObjectivePart):
         if self.baseline in GROUP_BASELINES:
             if rows.group_value_N is None:
                 raise ValueError(
-                    f"baseline = '{self.baseline}' needs rows.group_value_N, which `batch.plan` makes from whole groups. "
+                    f"baseline = '{self.baseline}' needs rows.group_value_N, which `batch.plan` makes from "
+                    "whole groups. "
                     f"Outside the loop use baseline = 'none' with advantage_offset_N = -value."
                 )
             return rows.group_value_N
@@ -189,7 +230,8 @@ class SampledKL(ObjectivePart):
         teacher = rows.teachers[self.teacher]
         if not isinstance(teacher, FullLogits):
             raise ValueError(
-                f"baseline = '{self.baseline}' needs teacher '{self.teacher}' at every token the student may say, but it gave a list or "
+                f"baseline = '{self.baseline}' needs teacher '{self.teacher}' at every token the student may "
+                "say, but it gave a list or "
                 f"the sampled token alone. Use baseline = 'none' or 'leave_one_out', or a local teacher."
             )
         if self.baseline == "kl":

@@ -1,4 +1,6 @@
-"""The direct, differentiable KL between two Gaussian denoising steps: squared distance of velocities, in nats."""
+"""The direct, differentiable KL between two Gaussian denoising steps: squared distance of velocities, in
+nats.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,14 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.papers import Paper
 from reflux.config.registry import STRICT
+from reflux.config.requirements import Requirements
 from reflux.loss.term import Rows
 from reflux.models.flow.sde import kl_weight
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.sampled_kl import check_coef
 from reflux.samplers.flow import without_noise
 from reflux.teachers.names import tables_of
-from reflux.types import FlowRollout, Requirements, VelocityTarget
+from reflux.types import FlowRollout, VelocityTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,20 +37,22 @@ FLOW_OPD = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class VelocityKL(ObjectivePart):
-    """KL(student's step || teacher's step) at the states the student visited, differentiated through the student's velocity there.
+    """KL(student's step || teacher's step) at the states the student visited, differentiated through the
+    student's velocity there.
 
-    At one state both steps are Gaussians of one width, so the KL is cost = w |v_student - v_teacher|^2, nats, summed over the D latent
-    values, with w = `kl_weight(t, dt, noise_level)`; 0 at identity. States are constants: how a step moves the later ones is left out (the
-    gradient of discount 0). Two of these with teachers `main` and `anchor` are Flow-OPD with its anchor (MAR, arXiv 2605.08063).
+    At one state both steps are Gaussians of one width, so the KL is cost = w |v_student - v_teacher|^2, nats,
+    summed over the D latent values, with w = `kl_weight(t, dt, noise_level)`; 0 at identity. States are
+    constants: how a step moves the later ones is left out (the gradient of discount 0). Two of these with
+    teachers `main` and `anchor` are Flow-OPD with its anchor (MAR, arXiv 2605.08063).
 
-    The paper prints another form: reward -w |sg(v_student) - v_teacher|^2 at each step, gradient through the importance ratio alone. That
-    reward does not depend on the step that was drawn, so its expected gradient is 0. The released code leaves the KL in the graph, which
-    makes it this one plus noise without a mean.
+    The paper prints another form: reward -w |sg(v_student) - v_teacher|^2 at each step, gradient through the
+    importance ratio alone. That reward does not depend on the step that was drawn, so its expected gradient
+    is 0. The released code leaves the KL in the graph, which makes it this one plus noise without a mean.
 
-    `scale` nats: as above. released: as the paper's code has it, a mean over D without dt, which is the KL times |dt| / D: published rates
-    and magnitudes then compare, and a grid of unequal steps weighs them differently.
-    `weight` kl: as above. mse: the mean over D of the squared difference, without w (arXiv 2606.27377): no divergence, the one form that
-    has a meaning at noise level 0, where the KL is infinite.
+    `scale` nats: as above. released: as the paper's code has it, a mean over D without dt, which is the KL
+    times |dt| / D: published rates and magnitudes then compare, and a grid of unequal steps weighs them
+    differently. `weight` kl: as above. mse: the mean over D of the squared difference, without w (arXiv
+    2606.27377): no divergence, the one form that has a meaning at noise level 0, where the KL is infinite.
     """
 
     teacher: str = "main"
@@ -56,7 +61,9 @@ class VelocityKL(ObjectivePart):
     weight: Literal["kl", "mse"] = "kl"
 
     takes_advantage_offset: ClassVar[bool] = False
-    remedy: ClassVar[str] = 'It compares models that draw images; for texts use kind = "divergence" or "sampled_kl"'
+    remedy: ClassVar[str] = (
+        'It compares models that draw images; for texts use kind = "divergence" or "sampled_kl"'
+    )
     accepts = (VelocityTarget,)
 
     def __post_init__(self) -> None:
@@ -78,24 +85,35 @@ class VelocityKL(ObjectivePart):
         yield from self._heard_twice(cfg)
 
     def _two_scales(self, cfg: RunConfig) -> Iterator[str]:
-        """A KL times |dt| / D beside one in nats: their coefs do not compare. Told once, by the first that is released."""
-        released = [isinstance(objective, VelocityKL) and objective.scale == "released" for objective in cfg.objectives]
+        """A KL times |dt| / D beside one in nats: their coefs do not compare. Told once, by the first that is
+        released.
+        """
+        released = [
+            isinstance(objective, VelocityKL) and objective.scale == "released"
+            for objective in cfg.objectives
+        ]
         if any(released) and not all(released) and cfg.objectives[released.index(True)] is self:
             yield (
-                f'objectives[{released.index(True)}]: scale = "released" is the KL times |dt| / D, and objectives[{released.index(False)}] '
+                f'objectives[{released.index(True)}]: scale = "released" is the KL times |dt| / D, and '
+                f"objectives[{released.index(False)}] "
                 f"beside it is not: their coefs do not compare. Use one scale for all."
             )
 
     def _heard_twice(self, cfg: RunConfig) -> Iterator[str]:
-        """An anchor that is also the teacher of a prompt counts twice there (allowed: it then weighs 1 + beta)."""
-        flows: list[VelocityKL] = [other for other in cfg.objectives if isinstance(other, VelocityKL) and other.coef]
+        """An anchor that is also the teacher of a prompt counts twice there (allowed: it then weighs 1 +
+        beta).
+        """
+        flows: list[VelocityKL] = [
+            other for other in cfg.objectives if isinstance(other, VelocityKL) and other.coef
+        ]
         later = flows[next((place for place, one in enumerate(flows) if one is self), len(flows)) + 1 :]
         for second in later:
             theirs = [cfg.teachers[table].sources for table in tables_of(cfg, second.teacher)]
             for table in tables_of(cfg, self.teacher):
                 if cfg.teachers[table].sources in theirs:
                     yield (
-                        f"teachers.{table} is the model of '{second.teacher}' too: on its prompts that teacher weighs {self.coef:g} + "
+                        f"teachers.{table} is the model of '{second.teacher}' too: on its prompts that "
+                        f"teacher weighs {self.coef:g} + "
                         f"{second.coef:g}."
                     )
 

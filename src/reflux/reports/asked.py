@@ -1,4 +1,6 @@
-"""What the problems of an evaluation are called: by the split that they come from, so that training problems are never called held out."""
+"""What the problems of an evaluation are called: by the split that they come from, so that training problems
+are never called held out.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Ten attempts out of attempts.jsonl, spread over the run. The file may be large: it is streamed twice and only what is shown is kept.
+"""Ten attempts out of attempts.jsonl, spread over the run. The file may be large: it is streamed twice and
+only what is shown is kept.
 
-An attempt has two lines, one when it was acted out and one when the student had learned from it; they are joined on
-(step, prompt, sample).
+An attempt has two lines, one when it was acted out and one when the student had learned from it; they are
+joined on (step, prompt, sample).
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class ShownAttempt:
 
 
 def read_attempts(path: Path, notes: list[str], limit: int = 10) -> list[ShownAttempt]:
-    """At most `limit` attempts: the first and the last learned step, steps evenly between, and the first attempts of each.
+    """At most `limit` attempts: the first and the last learned step, steps evenly between, and the first
+    attempts of each.
 
     Steps that were only acted out (a killed run, work in flight) are shown where nothing was learned yet.
     """
@@ -51,7 +53,9 @@ def read_attempts(path: Path, notes: list[str], limit: int = 10) -> list[ShownAt
             acted[key[0]] += 1
         elif key is not None and row.get("kind") == "learned":
             learned.add(key[0])
-    pool = {step: number_of for step, number_of in sorted(acted.items()) if step in learned} or dict(sorted(acted.items()))
+    pool = {step: number_of for step, number_of in sorted(acted.items()) if step in learned} or dict(
+        sorted(acted.items())
+    )
     return _collect(path, spread(pool, limit))
 
 
@@ -71,7 +75,9 @@ def _collect(path: Path, wanted: dict[int, int]) -> list[ShownAttempt]:
 
 
 def spread(available: dict[int, int], limit: int) -> dict[int, int]:
-    """How many attempts to take of each step, at most `limit` in all: evenly over the steps, the first and the last included."""
+    """How many attempts to take of each step, at most `limit` in all: evenly over the steps, the first and
+    the last included.
+    """
     steps = sorted(available)
     if len(steps) >= limit:
         return {steps[round(index * (len(steps) - 1) / max(1, limit - 1))]: 1 for index in range(limit)}

@@ -1,4 +1,6 @@
-"""A chart of the page: a plotly figure, a sentence that reads it out, and its numbers as a table for those who cannot see it."""
+"""A chart of the page: a plotly figure, a sentence that reads it out, and its numbers as a table for those
+who cannot see it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-# The Okabe-Ito colours: told apart by the colour-blind, and dark and light enough for a white and for a black page.
+# The Okabe-Ito colours: told apart by the colour-blind, and dark and light enough for a white and for a black
+# page.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#858a93"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
 ROLE_COLOURS = {"sample": BLUE, "reward": PURPLE, "teach": ORANGE, "learn": GREEN, "rest": GREY}
@@ -35,7 +38,9 @@ class Chart:
 
 
 def new_figure(x: str, y: str, layout: dict[str, Any]) -> Figure:
-    """An empty figure with its axes named. Colours of text and grid are the page's, set in the browser for light or dark."""
+    """An empty figure with its axes named. Colours of text and grid are the page's, set in the browser for
+    light or dark.
+    """
     from plotly.graph_objects import Figure
 
     figure = Figure()
@@ -52,10 +57,21 @@ def new_figure(x: str, y: str, layout: dict[str, Any]) -> Figure:
     return figure
 
 
-def add_line(figure: Figure, x: Sequence[float], y: Sequence[float], name: str, colour: str, hover: str, *, dots: bool = False) -> None:
+def add_line(
+    figure: Figure,
+    x: Sequence[float],
+    y: Sequence[float],
+    name: str,
+    colour: str,
+    hover: str,
+    *,
+    dots: bool = False,
+) -> None:
     """One line. `hover` formats the value, as in "%{y:.3f} nats"."""
     mode = "lines+markers" if dots or len(x) < 3 else "lines"
-    figure.add_scatter(x=list(x), y=list(y), name=name, mode=mode, line={"color": colour, "width": 2}, hovertemplate=hover)
+    figure.add_scatter(
+        x=list(x), y=list(y), name=name, mode=mode, line={"color": colour, "width": 2}, hovertemplate=hover
+    )
 
 
 def add_band(figure: Figure, points: Sequence[tuple[float, float | None, float | None]], colour: str) -> None:
@@ -70,16 +86,30 @@ def add_band(figure: Figure, points: Sequence[tuple[float, float | None, float |
     figure.add_scatter(x=x, y=high, fill="tonexty", fillcolor=f"rgba({red},{green},{blue},0.18)", **edge)
 
 
-def step_chart(title: str, unit: str, lines: Mapping[str, Sequence[tuple[float, float]]], caption: str = "", digits: str = ".3g") -> Chart:
+def step_chart(
+    title: str,
+    unit: str,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    caption: str = "",
+    digits: str = ".3g",
+) -> Chart:
     """Lines by name over optimiser steps, each of points (step, value), and their numbers as a table."""
     if not any(lines.values()):
         return Chart(title, absent="No step has reported this yet.")
     figure = new_figure("step", unit, {})
     numbers: list[tuple[str, ...]] = []
     for place, (name, points) in enumerate(lines.items()):
-        shown = name.replace("<", "‹").replace(">", "›").replace("&", "+")[:40]  # plotly reads some markup in names
+        # plotly reads some markup in names
+        shown = name.replace("<", "‹").replace(">", "›").replace("&", "+")[:40]
         colour = COLOURS[place % len(COLOURS)]
-        add_line(figure, [step for step, _ in points], [value for _, value in points], shown, colour, f"%{{y:{digits}}}")
+        add_line(
+            figure,
+            [step for step, _ in points],
+            [value for _, value in points],
+            shown,
+            colour,
+            f"%{{y:{digits}}}",
+        )
         numbers += some([(shown, f"{step:.0f}", f"{value:{digits}}") for step, value in points])
     return Chart(title, figure, caption=caption, header=("", "step", unit), rows=numbers)
 

@@ -11,7 +11,9 @@ from reflux.reports.words import TEXTS, Words
 def seconds_chart(metrics: Metrics) -> Chart:
     """Seconds of each step by role, stacked; "rest" is what no role accounts for."""
     columns = {role: metrics.seconds[role] for role in ROLES} | {"rest": rest_of(metrics.seconds)}
-    chart = _stacked("Seconds a step, by role", "seconds a step", columns, metrics.step, "%{y:.3f} s", ".3f", "~g")
+    chart = _stacked(
+        "Seconds a step, by role", "seconds a step", columns, metrics.step, "%{y:.3f} s", ".3f", "~g"
+    )
     if columns["rest"] and any(known(columns["rest"])):
         chart.caption = "Rest: what no role accounts for, such as evaluations and files."
     return chart
@@ -19,10 +21,20 @@ def seconds_chart(metrics: Metrics) -> Chart:
 
 def flops_chart(metrics: Metrics) -> Chart:
     """Floating-point operations of each step by role, stacked."""
-    return _stacked("FLOPs a step, by role", "FLOPs a step", dict(metrics.flops), metrics.step, "%{y:.3s}FLOP", ".3g", "~s")
+    return _stacked(
+        "FLOPs a step, by role",
+        "FLOPs a step",
+        dict(metrics.flops),
+        metrics.step,
+        "%{y:.3s}FLOP",
+        ".3g",
+        "~s",
+    )
 
 
-def _stacked(title: str, unit: str, columns: dict[str, Column], step: list[int], hover: str, digits: str, ticks: str) -> Chart:
+def _stacked(
+    title: str, unit: str, columns: dict[str, Column], step: list[int], hover: str, digits: str, ticks: str
+) -> Chart:
     used = {role: column for role, column in columns.items() if any(known(column))}
     if not used:
         return Chart(title, absent=f"metrics.jsonl holds no {unit} yet.")
@@ -32,7 +44,9 @@ def _stacked(title: str, unit: str, columns: dict[str, Column], step: list[int],
         steps, values = thinned(step, [0.0 if value is None else value for value in column])
         add_line(figure, steps, values, role, ROLE_COLOURS[role], hover)
         figure.data[-1].update(stackgroup="all", line={"width": 0.5, "color": ROLE_COLOURS[role]})
-        numbers += some([(role, f"{at:.0f}", f"{value:{digits}}") for at, value in zip(steps, values, strict=True)], 10)
+        numbers += some(
+            [(role, f"{at:.0f}", f"{value:{digits}}") for at, value in zip(steps, values, strict=True)], 10
+        )
     return Chart(title, figure, header=("role", "step", unit), rows=numbers)
 
 
@@ -41,11 +55,16 @@ def tokens_chart(metrics: Metrics, words: Words = TEXTS) -> Chart:
     title = f"{words.units.capitalize()} {'by optimiser step' if words.images else 'a step'}"
     figure = new_figure("step", title.lower(), {"yaxis_rangemode": "tozero", "yaxis_tickformat": "~s"})
     numbers: list[tuple[str, ...]] = []
-    for name, column, colour in (("sampled", metrics.tokens_sampled, BLUE), ("trained on", metrics.tokens_trained, GREEN)):
+    for name, column, colour in (
+        ("sampled", metrics.tokens_sampled, BLUE),
+        ("trained on", metrics.tokens_trained, GREEN),
+    ):
         steps, values = thinned(metrics.step, column)
         if steps:
             add_line(figure, steps, values, name, colour, "%{y:,.0f}")
-            numbers += some([(name, f"{at:.0f}", count(value)) for at, value in zip(steps, values, strict=True)], 10)
+            numbers += some(
+                [(name, f"{at:.0f}", count(value)) for at, value in zip(steps, values, strict=True)], 10
+            )
     if not numbers:
         return Chart(title, absent=f"metrics.jsonl holds no {words.unit} counts yet.")
     return Chart(title, figure, header=("", "step", words.units), rows=numbers)
@@ -55,7 +74,9 @@ def roles_table(metrics: Metrics) -> list[tuple[str, str, str, str, str]]:
     """(role, seconds, share of them, FLOPs, share of them), the total last; empty where no step has reported."""
     if not metrics.step:
         return []
-    seconds = {role: total(metrics.seconds[role]) for role in ROLES} | {"rest": total(rest_of(metrics.seconds))}
+    seconds = {role: total(metrics.seconds[role]) for role in ROLES} | {
+        "rest": total(rest_of(metrics.seconds))
+    }
     flops = {role: total(metrics.flops[role]) for role in ROLES} | {"rest": None}
     all_seconds, all_flops = _sum(seconds), _sum(flops)
     lines = [(role, seconds[role], flops[role]) for role in seconds if seconds[role] or flops[role]]
@@ -72,13 +93,19 @@ def other_costs(metrics: Metrics, words: Words = TEXTS) -> list[tuple[str, str]]
     found = [
         (f"{words.units} sampled", count(sampled)),
         (f"{words.units} sampled to score weights", count(total(metrics.tokens_scored))),
-        (f"{words.units} sampled and thrown away after a jump", count(total(metrics.tokens_discarded) or None)),
+        (
+            f"{words.units} sampled and thrown away after a jump",
+            count(total(metrics.tokens_discarded) or None),
+        ),
         (f"{words.units} trained on", count(trained)),
         (f"{words.units} sampled a second", count(sampled / seconds) if sampled and seconds else NONE),
         ("peak memory", scaled(max(known(metrics.peak_memory_bytes), default=None), "B")),
         ("staleness, mean", f"{sum(stalenesses) / len(stalenesses):.2f} steps" if stalenesses else NONE),
         ("attempts that could not be judged", count(total(metrics.ungraded) or None)),
-        ("staleness, largest", f"{max(known(metrics.staleness_max)):.0f} steps" if known(metrics.staleness_max) else NONE),
+        (
+            "staleness, largest",
+            f"{max(known(metrics.staleness_max)):.0f} steps" if known(metrics.staleness_max) else NONE,
+        ),
     ]
     return [entry for entry in found if entry[1] != NONE]
 

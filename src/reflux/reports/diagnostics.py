@@ -1,4 +1,6 @@
-"""What the parts of a run show of themselves. A part that cannot be made any more costs a note, never the page."""
+"""What the parts of a run show of themselves. A part that cannot be made any more costs a note, never the
+page.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from reflux.reports.recorded import Recorded
 
 
 def own_charts(config: Row, recorded: Recorded, notes: list[str]) -> list[Chart]:
-    """The charts of every part that config.toml names, those inside others included, in the order of the recipe's tables."""
+    """The charts of every part that config.toml names, those inside others included, in the order of the
+    recipe's tables.
+    """
     made = list(_parts(config, notes))
     return [chart for where, part in made for chart in part.diagnostics(where.rpartition(".")[2], recorded)]
 
@@ -28,7 +32,10 @@ def _parts(config: Row, notes: list[str]) -> Iterator[tuple[str, Any]]:
             try:
                 part = registry.build(marker.group, value, where, default_kind=kind, steps=steps)
             except ConfigError as error:
-                notes.append(f"{where}: this part cannot be made here, so what it shows of itself is left out ({error}).")
+                notes.append(
+                    f"{where}: this part cannot be made here, so what it shows of itself is left out "
+                    f"({error})."
+                )
                 continue
             yield where, part
             yield from ((inside, inner) for inside, _, inner in registry.within(part, where))
@@ -37,8 +44,16 @@ def _parts(config: Row, notes: list[str]) -> Iterator[tuple[str, Any]]:
 def _tables(marker: registry.PartOf, name: str, value: object) -> Iterator[tuple[str, str | None, Row]]:
     """(where, the kind where none is written, the part's table)."""
     if marker.many == "table":
-        yield from ((f"{name}.{key}", marker.default or key, entry) for key, entry in table(value).items() if isinstance(entry, dict))
+        yield from (
+            (f"{name}.{key}", marker.default or key, entry)
+            for key, entry in table(value).items()
+            if isinstance(entry, dict)
+        )
     elif marker.many == "list":
-        yield from ((f"{name}[{place}]", marker.default, entry) for place, entry in enumerate(items(value)) if isinstance(entry, dict))
+        yield from (
+            (f"{name}[{place}]", marker.default, entry)
+            for place, entry in enumerate(items(value))
+            if isinstance(entry, dict)
+        )
     elif isinstance(value, dict):
         yield name, marker.default, value

@@ -1,4 +1,6 @@
-"""evals.jsonl as scores, agreements and examples. Texts and images are kept of the first and the last moment only."""
+"""evals.jsonl as scores, agreements and examples. Texts and images are kept of the first and the last moment
+only.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from reflux.reports.scores import SearchScore, score
 
 @dataclass(frozen=True)
 class Bin:
-    """Mean reverse KL over `width` positions from `position` on, nats per position, with its interval; `counted` positions of attempts."""
+    """Mean reverse KL over `width` positions from `position` on, nats per position, with its interval;
+    `counted` positions of attempts.
+    """
 
     position: int
     width: int
@@ -27,7 +31,9 @@ class Bin:
 
     @property
     def positions(self) -> str:
-        return str(self.position) if self.width == 1 else f"{self.position} to {self.position + self.width - 1}"
+        return (
+            str(self.position) if self.width == 1 else f"{self.position} to {self.position + self.width - 1}"
+        )
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,9 @@ class Level:
 
 @dataclass(frozen=True)
 class ProblemSplit:
-    """An accuracy by route (or part of a mix), and the means of the verdicts' parts: by name, over everything (None) and by route."""
+    """An accuracy by route (or part of a mix), and the means of the verdicts' parts: by name, over everything
+    (None) and by route.
+    """
 
     routes: dict[str, SearchScore] = field(default_factory=dict)
     parts: dict[str, dict[str | None, Level]] = field(default_factory=dict)
@@ -58,7 +66,9 @@ class ProblemSplit:
 
 @dataclass
 class EvalPoint:
-    """One evaluation moment: what was measured of the student, by the name of the evaluation, and of its teacher."""
+    """One evaluation moment: what was measured of the student, by the name of the evaluation, and of its
+    teacher.
+    """
 
     step: int
     teacher: SearchScore | None = None
@@ -89,9 +99,14 @@ def _moment(step: int, row: Row) -> EvalPoint:
         found, agreement = score(value), _agreement(value)
         examples = [entry for entry in items(table(value).get("examples")) if isinstance(entry, dict)]
         if name == "teacher_accuracy":
-            moment.teacher, moment.teacher_split, moment.teacher_examples = found, split(table(value)), examples
+            moment.teacher, moment.teacher_split, moment.teacher_examples = (
+                found,
+                split(table(value)),
+                examples,
+            )
             continue
-        if examples:  # they are worth seeing where nothing could be judged, too
+        if examples:
+            # they are worth seeing where nothing could be judged, too
             moment.examples[name] = examples
         if found is not None:
             moment.scores[name], moment.splits[name] = found, split(table(value))
@@ -109,7 +124,9 @@ def split(entry: Row) -> ProblemSplit:
             routes[name] = found
     parts: dict[str, dict[str | None, Level]] = {}
     for part in map(str, items(entry.get("parts"))):
-        known = {route: _level(entry, part if route is None else f"{part}.{route}") for route in (None, *routes)}
+        known = {
+            route: _level(entry, part if route is None else f"{part}.{route}") for route in (None, *routes)
+        }
         parts[part] = {route: level for route, level in known.items() if level is not None}
     return ProblemSplit(routes, {part: levels for part, levels in parts.items() if levels})
 
@@ -121,14 +138,20 @@ def _score(entry: Row, key: str) -> SearchScore | None:
 
 def _level(entry: Row, key: str) -> Level | None:
     value = number(entry.get(key))
-    return None if value is None else Level(value, number(entry.get(f"{key}.low")), number(entry.get(f"{key}.high")))
+    return (
+        None
+        if value is None
+        else Level(value, number(entry.get(f"{key}.low")), number(entry.get(f"{key}.high")))
+    )
 
 
 def _agreement(value: object) -> AgreementPoint | None:
     entry = table(value)
     bins = tuple(found for raw in items(entry.get("by_position")) if (found := _bin(table(raw))) is not None)
     kl_nats = number(entry.get("kl_nats"))
-    return None if kl_nats is None and not bins else AgreementPoint(kl_nats, bins, split_of(entry.get("split")))
+    return (
+        None if kl_nats is None and not bins else AgreementPoint(kl_nats, bins, split_of(entry.get("split")))
+    )
 
 
 def _bin(raw: Row) -> Bin | None:
@@ -136,7 +159,14 @@ def _bin(raw: Row) -> Bin | None:
     if position is None or kl_nats is None:
         return None
     width = max(1, whole(raw.get("width")) or 1)
-    return Bin(position, width, kl_nats, number(raw.get("low")), number(raw.get("high")), whole(raw.get("tokens", raw.get("steps"))))
+    return Bin(
+        position,
+        width,
+        kl_nats,
+        number(raw.get("low")),
+        number(raw.get("high")),
+        whole(raw.get("tokens", raw.get("steps"))),
+    )
 
 
 def main_name(names: Iterable[str], preferred: str) -> str | None:

@@ -32,7 +32,9 @@ class Pair:
 
 
 def read_pairs(moments: list[EvalPoint], limit: int = 6) -> tuple[list[Pair], int, int]:
-    """The first problems that both the first and the last moment keep an answer to, in order, and the two steps."""
+    """The first problems that both the first and the last moment keep an answer to, in order, and the two
+    steps.
+    """
     kept = [moment for moment in moments if any(moment.examples.values())]
     if len(kept) < 2:
         return [], 0, 0

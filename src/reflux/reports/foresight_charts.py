@@ -1,4 +1,6 @@
-"""The spectra of what training did to the weights, from evals.jsonl. Runs that did not measure them have no chart."""
+"""The spectra of what training did to the weights, from evals.jsonl. Runs that did not measure them have no
+chart.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,14 @@ from dataclasses import dataclass
 from reflux.reports.chart import BLUE, GREEN, ORANGE, PURPLE, Chart, add_line, new_figure, some
 from reflux.reports.reading import Row, number, table, whole
 
-SHARES = {"rho": ("rho: the first direction's share", BLUE), "top_norm_ratio": ("top-norm ratio: the first directions' share", GREEN)}
-SIZES = {"spectral_norm": ("Spectral norm by step", ORANGE), "effective_rank": ("Effective rank by step", PURPLE)}
+SHARES = {
+    "rho": ("rho: the first direction's share", BLUE),
+    "top_norm_ratio": ("top-norm ratio: the first directions' share", GREEN),
+}
+SIZES = {
+    "spectral_norm": ("Spectral norm by step", ORANGE),
+    "effective_rank": ("Effective rank by step", PURPLE),
+}
 HELP = {
     "spectral_norm": "The largest singular value of what training did to a matrix, mean over attention and MLP matrices.",
     "effective_rank": "Over how many directions that displacement is spread: the exponential of the entropy of its singular values.",
@@ -18,7 +26,9 @@ HELP = {
 
 @dataclass(frozen=True)
 class Spectrum:
-    """One evaluation: the means over matrices, and the alignment of earlier evaluations with this one, by step."""
+    """One evaluation: the means over matrices, and the alignment of earlier evaluations with this one, by
+    step.
+    """
 
     step: int
     values: dict[str, float]
@@ -31,7 +41,9 @@ def read_spectra(lines: Iterable[Row]) -> list[Spectrum]:
     for row in lines:
         step = whole(row.get("step"))
         for entry in map(table, row.values()):
-            values = {name: value for name in (*SIZES, *SHARES) if (value := number(entry.get(name))) is not None}
+            values = {
+                name: value for name in (*SIZES, *SHARES) if (value := number(entry.get(name))) is not None
+            }
             if step is not None and values:
                 found.append(Spectrum(step, values, _alignment(entry)))
     return sorted(found, key=lambda spectrum: spectrum.step)
@@ -54,24 +66,53 @@ def _size(spectra: list[Spectrum], name: str) -> Chart:
     unit = title.removesuffix(" by step").lower()
     figure = new_figure("step", unit, {"yaxis_rangemode": "tozero"})
     points = [(spectrum.step, spectrum.values[name]) for spectrum in spectra if name in spectrum.values]
-    add_line(figure, [step for step, _ in points], [value for _, value in points], unit, colour, "%{y:.4g}", dots=True)
-    return Chart(title, figure, caption=HELP[name], header=("step", unit), rows=some([(f"{s}", f"{v:.4g}") for s, v in points]))
+    add_line(
+        figure,
+        [step for step, _ in points],
+        [value for _, value in points],
+        unit,
+        colour,
+        "%{y:.4g}",
+        dots=True,
+    )
+    return Chart(
+        title,
+        figure,
+        caption=HELP[name],
+        header=("step", unit),
+        rows=some([(f"{s}", f"{v:.4g}") for s, v in points]),
+    )
 
 
 def _shares(spectra: list[Spectrum]) -> Chart:
     """rho, top-norm ratio, and alignment of each step with the last one: all between 0 and 1."""
     figure = new_figure("step", "share", {"yaxis_range": [0, 1.05], "yaxis_tickformat": ".0%"})
     lines = {
-        title: (colour, [(spectrum.step, spectrum.values[name]) for spectrum in spectra if name in spectrum.values])
+        title: (
+            colour,
+            [(spectrum.step, spectrum.values[name]) for spectrum in spectra if name in spectrum.values],
+        )
         for name, (title, colour) in SHARES.items()
     }
     lines[f"alignment with step {spectra[-1].step}"] = (ORANGE, sorted(spectra[-1].alignment.items()))
     numbers: list[tuple[str, ...]] = []
     for title, (colour, points) in lines.items():
         if points:
-            add_line(figure, [step for step, _ in points], [value for _, value in points], title, colour, "%{y:.1%}", dots=True)
+            add_line(
+                figure,
+                [step for step, _ in points],
+                [value for _, value in points],
+                title,
+                colour,
+                "%{y:.1%}",
+                dots=True,
+            )
             numbers += some([(title, f"{step}", f"{100 * value:.1f} %") for step, value in points])
-    caption = (
-        "Of the displacement since the start: how much of its length lies in its first singular directions, and how early those are found."
+    caption = "Of the displacement since the start: how much of its length lies in its first singular directions, and how early those are found."
+    return Chart(
+        "Directions of the displacement by step",
+        figure,
+        caption=caption,
+        header=("", "step", "share"),
+        rows=numbers,
     )
-    return Chart("Directions of the displacement by step", figure, caption=caption, header=("", "step", "share"), rows=numbers)

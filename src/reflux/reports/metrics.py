@@ -29,8 +29,10 @@ Column = list[float | None]
 class Heard:
     """What one step says of one teacher table."""
 
-    asked: float | None  # attempts
-    kl_nats: float | None  # over the positions learnt from
+    # attempts
+    asked: float | None
+    # over the positions learnt from
+    kl_nats: float | None
 
 
 @dataclass
@@ -38,19 +40,27 @@ class Metrics:
     """Columns of equal length, one entry a step. A number that was missing or not finite is None."""
 
     step: list[int] = field(default_factory=list)
-    kl_nats: Column = field(default_factory=list)  # over all generated positions, sampled; None where that was not known
-    kl_nats_trained: Column = field(default_factory=list)  # over the positions learnt from, exact where both distributions are known
+    # over all generated positions, sampled; None where that was not known
+    kl_nats: Column = field(default_factory=list)
+    # over the positions learnt from, exact where both distributions are known
+    kl_nats_trained: Column = field(default_factory=list)
     staleness_mean: Column = field(default_factory=list)
     staleness_max: Column = field(default_factory=list)
     tokens_sampled: Column = field(default_factory=list)
     tokens_trained: Column = field(default_factory=list)
-    tokens_scored: Column = field(default_factory=list)  # by extrapolation; None throughout without one
-    tokens_discarded: Column = field(default_factory=list)  # of attempts that a jump threw away
+    # by extrapolation; None throughout without one
+    tokens_scored: Column = field(default_factory=list)
+    # of attempts that a jump threw away
+    tokens_discarded: Column = field(default_factory=list)
     peak_memory_bytes: Column = field(default_factory=list)
-    gradient_variance_ratio: Column = field(default_factory=list)  # None throughout without log_variance
-    ratio_outside_share: Column = field(default_factory=list)  # None throughout where no ratio has a bound
-    ungraded: Column = field(default_factory=list)  # attempts that could not be judged
-    teachers: dict[str, list[Heard]] = field(default_factory=dict)  # by table; the steps that name it
+    # None throughout without log_variance
+    gradient_variance_ratio: Column = field(default_factory=list)
+    # None throughout where no ratio has a bound
+    ratio_outside_share: Column = field(default_factory=list)
+    # attempts that could not be judged
+    ungraded: Column = field(default_factory=list)
+    # by table; the steps that name it
+    teachers: dict[str, list[Heard]] = field(default_factory=dict)
     seconds: dict[str, Column] = field(default_factory=lambda: {role: [] for role in (*ROLES, "total")})
     flops: dict[str, Column] = field(default_factory=lambda: {role: [] for role in ROLES})
 
@@ -90,7 +100,9 @@ def total(column: Column) -> float | None:
 
 
 def rest_of(seconds: dict[str, Column]) -> Column:
-    """Seconds of a step that no role accounts for (publishing weights, writing files); None where the total is not known."""
+    """Seconds of a step that no role accounts for (publishing weights, writing files); None where the total
+    is not known.
+    """
     parts = zip(*(seconds[role] for role in ROLES), strict=True)
     return [
         None if whole_step is None else max(0.0, whole_step - sum(known(list(part))))
@@ -103,7 +115,9 @@ def thinned(step: list[int], column: Column, limit: int = 300) -> tuple[list[flo
     points = [(at, value) for at, value in zip(step, column, strict=True) if value is not None]
     size = max(1, -(-len(points) // limit))
     chunks = [points[start : start + size] for start in range(0, len(points), size)]
-    return [_mean([at for at, _ in chunk]) for chunk in chunks], [_mean([value for _, value in chunk]) for chunk in chunks]
+    return [_mean([at for at, _ in chunk]) for chunk in chunks], [
+        _mean([value for _, value in chunk]) for chunk in chunks
+    ]
 
 
 def _mean(values: list[float] | list[int]) -> float:

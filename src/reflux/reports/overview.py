@@ -24,7 +24,9 @@ class Overview:
     health: list[str]
 
 
-def overview(config: Row, summary: Row | None, metrics: Metrics, moments: list[EvalPoint], name: str) -> Overview:
+def overview(
+    config: Row, summary: Row | None, metrics: Metrics, moments: list[EvalPoint], name: str
+) -> Overview:
     """What the files say of the run as a whole. `name` (of the folder) stands in for a recipe without a name."""
     planned, done = whole(config.get("steps")), metrics.steps_done
     finished = summary or {}
@@ -46,7 +48,9 @@ def _state(done: int, planned: int | None) -> str:
 
 def _so_far(moments: list[EvalPoint]) -> list[tuple[str, SearchScore | None]]:
     name = main_name((name for moment in moments for name in moment.scores), "accuracy")
-    measured = [(moment.step, moment.scores[name]) for moment in moments if name in moment.scores] if name else []
+    measured = (
+        [(moment.step, moment.scores[name]) for moment in moments if name in moment.scores] if name else []
+    )
     before = measured[0][1] if measured and measured[0][0] == 0 else None
     latest = measured[-1] if measured and measured[-1][0] > 0 else None
     return [
@@ -68,7 +72,10 @@ def _sentence(scores: list[tuple[str, SearchScore | None]], steps: int, seconds:
 
 def _facts(config: Row, summary: Row, done: int, planned: int | None) -> list[tuple[str, str]]:
     told = {name: table(entry) for name, entry in table(config.get("teachers")).items()}
-    teachers = {name: "the student itself" if entry.get("kind") == "self" else entry.get("model") for name, entry in told.items()}
+    teachers = {
+        name: "the student itself" if entry.get("kind") == "self" else entry.get("model")
+        for name, entry in told.items()
+    }
     one = len(teachers) == 1
     found: list[tuple[str, object]] = [
         ("method", summary.get("method") or _method(config)),
@@ -80,7 +87,9 @@ def _facts(config: Row, summary: Row, done: int, planned: int | None) -> list[tu
         ("commit", summary.get("commit")),
         ("config hash", summary.get("config_hash")),
     ]
-    return [(visible(what), visible(str(value))) for what, value in found if value is not None and value != ""]
+    return [
+        (visible(what), visible(str(value))) for what, value in found if value is not None and value != ""
+    ]
 
 
 def _method(config: Row) -> str:

@@ -1,7 +1,8 @@
 """report.html: everything one run has to say, on one page that opens offline, from its directory alone.
 
-The page carries its own scripts and forbids every other: a content security policy names the two scripts by their hashes, and
-nothing is fetched. What models, prompts and names say is escaped by the template and stays text; images are written anew into it.
+The page carries its own scripts and forbids every other: a content security policy names the two scripts by
+their hashes, and nothing is fetched. What models, prompts and names say is escaped by the template and stays
+text; images are written anew into it.
 """
 
 from __future__ import annotations
@@ -39,13 +40,15 @@ from reflux.storage import files
 def write_report(run_dir: Path) -> Path:
     """Write report.html into a run directory and return its path.
 
-    Reads config.toml, metrics.jsonl, evals.jsonl, searches.jsonl, attempts.jsonl, summary.json and student/tokenizer.json; any may be
-    missing, and what is missing or damaged is said on the page. The file is replaced at once or not at all.
-    FileNotFoundError where there is no such directory.
+    Reads config.toml, metrics.jsonl, evals.jsonl, searches.jsonl, attempts.jsonl, summary.json and
+    student/tokenizer.json; any may be missing, and what is missing or damaged is said on the page. The file
+    is replaced at once or not at all. FileNotFoundError where there is no such directory.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
-        raise FileNotFoundError(f"{run_dir} is not a run directory. Give the folder that `reflux run` printed.")
+        raise FileNotFoundError(
+            f"{run_dir} is not a run directory. Give the folder that `reflux run` printed."
+        )
     target = run_dir / "report.html"
     files.write_text(target, _render(_page(run_dir)))
     return target
@@ -59,7 +62,11 @@ def _page(run_dir: Path) -> dict[str, Any]:
     moments = read_evals(rows(run_dir / "evals.jsonl", notes))
     attempts = read_attempts(run_dir / "attempts.jsonl", notes)
     words = words_for(config, [shown.acted for shown in attempts], moments)
-    tokenizer = open_tokenizer(run_dir / "student" / "tokenizer.json", notes) if attempts and not words.images else None
+    tokenizer = (
+        open_tokenizer(run_dir / "student" / "tokenizer.json", notes)
+        if attempts and not words.images
+        else None
+    )
     head = overview(config, summary, metrics, moments, run_dir.resolve().name)
     pairs, first_step, last_step = read_pairs(moments)
     return {
@@ -100,17 +107,23 @@ def _render(page: dict[str, Any]) -> str:
 
     library = get_plotlyjs()
     assets = {
-        name: resources.files("reflux.reports").joinpath("assets", name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
+        name: resources.files("reflux.reports").joinpath("assets", name).read_text(encoding="utf-8")
+        for name in ("page.css", "page.js")
     }
     environment = Environment(
-        loader=PackageLoader("reflux.reports", "assets"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("reflux.reports", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template("page.html").render(
         **page,
         css=assets["page.css"],
         script=assets["page.js"],
         hashes=[_hash(assets["page.js"]), _hash(library)],
-        library=base64.b64encode(gzip.compress(library.encode(), mtime=0)).decode(),  # a third of its size; the browser unpacks it
+        # a third of its size; the browser unpacks it
+        library=base64.b64encode(gzip.compress(library.encode(), mtime=0)).decode(),
         drawn=any(chart.figure is not None for chart in [*page["progress"], *page["costs"]]),
     )
 

@@ -1,4 +1,5 @@
-"""The files of a run directory, read with forgiveness: what is missing or damaged becomes a note, never an exception.
+"""The files of a run directory, read with forgiveness: what is missing or damaged becomes a note, never an
+exception.
 
 A run may be unfinished, or killed in the middle of a line. Files of lines are streamed; nothing is kept here.
 """
@@ -18,8 +19,9 @@ Row = dict[str, Any]
 def rows(path: Path, notes: list[str]) -> Iterator[Row]:
     """The objects of a JSON-lines file, one after the other. NaN and infinities come as None.
 
-    A missing file is no rows. A last line without its end was cut by a kill and is left out; so is any line that is not an object.
-    `notes` gets a sentence for each kind of damage when the file has been read to its end.
+    A missing file is no rows. A last line without its end was cut by a kill and is left out; so is any line
+    that is not an object. `notes` gets a sentence for each kind of damage when the file has been read to its
+    end.
     """
     if not path.is_file():
         return
@@ -48,7 +50,8 @@ def rows(path: Path, notes: list[str]) -> Iterator[Row]:
 
 def _parse(line: bytes, strange: list[str]) -> Row | None:
     try:
-        row = json.loads(line, parse_constant=strange.append)  # append returns None: the value of a number that is none
+        # append returns None: the value of a number that is none
+        row = json.loads(line, parse_constant=strange.append)
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None

@@ -11,7 +11,9 @@ from reflux.reports.reading import Row, number, rows, table, whole
 
 @dataclass(frozen=True)
 class Recorded:
-    """Lines of metrics.jsonl, evals.jsonl, attempts.jsonl, and of files that a part writes itself; what is damaged is left out."""
+    """Lines of metrics.jsonl, evals.jsonl, attempts.jsonl, and of files that a part writes itself; what is
+    damaged is left out.
+    """
 
     folder: Path
 
@@ -20,7 +22,9 @@ class Recorded:
         return rows(self.folder / f"{name}.jsonl", [])
 
     def metrics(self, *path: str) -> dict[str, list[tuple[float, float]]]:
-        """The numbers of one table of metrics.jsonl, by their names, as (step, value); such as `metrics("credit", "prefix")`."""
+        """The numbers of one table of metrics.jsonl, by their names, as (step, value); such as
+        `metrics("credit", "prefix")`.
+        """
         found: dict[str, list[tuple[float, float]]] = {}
         for row in self.rows("metrics"):
             step, inner = whole(row.get("step")), row

@@ -1,4 +1,6 @@
-"""Where the teacher stopped telling candidates apart: margin by segment, and after which segment attempts were released."""
+"""Where the teacher stopped telling candidates apart: margin by segment, and after which segment attempts
+were released.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,17 @@ from reflux.reports.units import count
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-_LAST = 2000  # attempts that are looked at
-_EXAMPLES = (ORANGE, GREEN, PURPLE)  # single attempts that are drawn
+# attempts that are looked at
+_LAST = 2000
+# single attempts that are drawn
+_EXAMPLES = (ORANGE, GREEN, PURPLE)
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One attempt: what it is called, the mean margin of each of its segments in nats, and how many were kept."""
+    """One attempt: what it is called, the mean margin of each of its segments in nats, and how many were
+    kept.
+    """
 
     name: str
     margins: tuple[float, ...]
@@ -33,25 +39,39 @@ class Judged:
 
 
 def release_chart(name: str, attempts: Iterable[Row]) -> Chart:
-    """The mean margin of each segment over the last attempts, single attempts with their release point, and the share of attempts released
-    after each segment. name: of the rule's table; attempts: the lines of attempts.jsonl."""
+    """The mean margin of each segment over the last attempts, single attempts with their release point, and
+    the share of attempts released after each segment. name: of the rule's table; attempts: the lines of
+    attempts.jsonl."""
     title = "Margin by segment, and where answers are released"
     found = read_judged(attempts, name)
     if not found:
-        return Chart(title, absent="No attempt with a margin is on disk: the student has not learned yet, or no teacher answered.")
+        return Chart(
+            title,
+            absent="No attempt with a margin is on disk: the student has not learned yet, or no teacher answered.",
+        )
     released = sum(judged.released for judged in found)
     segments = range(max(len(judged.margins) for judged in found))
-    objective_teachers = [[judged.margins[i] for judged in found if i < len(judged.margins)] for i in segments]
-    means = [sum(margins) / len(margins) for margins in objective_teachers]
+    margins_by_segment = [
+        [judged.margins[i] for judged in found if i < len(judged.margins)] for i in segments
+    ]
+    means = [sum(margins) / len(margins) for margins in margins_by_segment]
     ends = [sum(judged.released and judged.kept == i + 1 for judged in found) / len(found) for i in segments]
     figure = _drawn(means, ends, _examples(found))
     caption = (
-        f"The gap between the teacher's best two of the student's candidates, mean over the last {count(len(found))} attempts; "
-        f"{released / len(found):.0%} of them are released. A diamond is the last segment that one attempt keeps."
+        "The gap between the teacher's best two of the student's candidates, mean over the last "
+        f"{count(len(found))} attempts; "
+        f"{released / len(found):.0%} of them are released. A diamond is the last segment that one attempt "
+        "keeps."
     )
-    numbers = [(str(i + 1), f"{means[i]:.3f}", count(len(objective_teachers[i])), f"{ends[i]:.1%}") for i in segments]
+    numbers = [
+        (str(i + 1), f"{means[i]:.3f}", count(len(margins_by_segment[i])), f"{ends[i]:.1%}") for i in segments
+    ]
     return Chart(
-        title, figure, caption=caption, header=("segment", "mean margin, nats", "attempts", "released after it"), rows=some(numbers)
+        title,
+        figure,
+        caption=caption,
+        header=("segment", "mean margin, nats", "attempts", "released after it"),
+        rows=some(numbers),
     )
 
 
@@ -62,8 +82,11 @@ def read_judged(attempts: Iterable[Row], rule: str) -> list[Judged]:
 
 def _judged(lines: Iterable[Row], rule: str) -> Iterable[Judged]:
     for row in lines:
-        behaviour = table(table(row.get("detail")).get(rule))
-        margins, kept = [number(margin) for margin in items(behaviour.get("margins"))], whole(behaviour.get("kept"))
+        detail = table(table(row.get("detail")).get(rule))
+        margins, kept = (
+            [number(margin) for margin in items(detail.get("margins"))],
+            whole(detail.get("kept")),
+        )
         known = tuple(margin for margin in margins if margin is not None)
         if row.get("kind") == "learned" and known and len(known) == len(margins) and kept is not None:
             yield Judged(f"step {row.get('step')} · {row.get('prompt')}", known, kept)
@@ -72,25 +95,44 @@ def _judged(lines: Iterable[Row], rule: str) -> Iterable[Judged]:
 def _examples(found: list[Judged]) -> list[Judged]:
     """Released attempts where there are some, evenly spaced over what was read."""
     pool = [judged for judged in found if judged.released] or found
-    return [pool[(2 * index + 1) * len(pool) // (2 * len(_EXAMPLES))] for index in range(min(len(_EXAMPLES), len(pool)))]
+    return [
+        pool[(2 * index + 1) * len(pool) // (2 * len(_EXAMPLES))]
+        for index in range(min(len(_EXAMPLES), len(pool)))
+    ]
 
 
 def _drawn(means: list[float], ends: list[float], examples: list[Judged]) -> Figure:
     figure = new_figure("segment", "margin, nats", {"yaxis_rangemode": "tozero", "hovermode": "closest"})
     places = list(range(1, len(means) + 1))
     figure.add_bar(
-        x=places, y=ends, name="share released after it", yaxis="y2", marker={"color": GREY, "opacity": 0.35}, hovertemplate="%{y:.1%}"
+        x=places,
+        y=ends,
+        name="share released after it",
+        yaxis="y2",
+        marker={"color": GREY, "opacity": 0.35},
+        hovertemplate="%{y:.1%}",
     )
-    axis = {"title": {"text": "share of attempts", "font": {"size": 13}}, "overlaying": "y", "side": "right", "showgrid": False}
-    figure.update_layout(yaxis2={**axis, "rangemode": "tozero", "tickformat": ".0%", "nticks": 5, "automargin": True})
+    axis = {
+        "title": {"text": "share of attempts", "font": {"size": 13}},
+        "overlaying": "y",
+        "side": "right",
+        "showgrid": False,
+    }
+    figure.update_layout(
+        yaxis2={**axis, "rangemode": "tozero", "tickformat": ".0%", "nticks": 5, "automargin": True}
+    )
     for judged, colour in zip(examples, _EXAMPLES, strict=False):
         label = plain(judged.name)
         add_line(figure, places[: len(judged.margins)], judged.margins, label, colour, "%{y:.2f} nats")
-        figure.data[-1].update(mode="lines", line={"color": colour, "width": 1, "dash": "dot"}, showlegend=False)
+        figure.data[-1].update(
+            mode="lines", line={"color": colour, "width": 1, "dash": "dot"}, showlegend=False
+        )
         if judged.released:
             marker = {"symbol": "diamond", "size": 9, "color": colour}
             end = {"x": [judged.kept], "y": [judged.margins[judged.kept - 1]], "marker": marker}
-            figure.add_scatter(**end, mode="markers", name=label, hovertemplate="the last segment kept", showlegend=False)
+            figure.add_scatter(
+                **end, mode="markers", name=label, hovertemplate="the last segment kept", showlegend=False
+            )
     add_line(figure, places, means, "mean margin", BLUE, "%{y:.2f} nats")
     figure.data[-1].update(line={"color": BLUE, "width": 3})
     return figure

@@ -11,7 +11,9 @@ from reflux.reports.units import count, interval, percent
 
 @dataclass(frozen=True)
 class SearchScore:
-    """A share of problems solved, in [0, 1], with its 95 % interval, the number of problems and the split they come from."""
+    """A share of problems solved, in [0, 1], with its 95 % interval, the number of problems and the split
+    they come from.
+    """
 
     accuracy: float
     low: float | None = None
@@ -21,7 +23,9 @@ class SearchScore:
 
     @property
     def cells(self) -> tuple[str, str, str]:
-        problems = count(self.problems) if self.split is None else f"{count(self.problems)} {SPLITS[self.split]}"
+        problems = (
+            count(self.problems) if self.split is None else f"{count(self.problems)} {SPLITS[self.split]}"
+        )
         return percent(self.accuracy), interval(self.low, self.high), problems
 
 
@@ -33,7 +37,9 @@ def score(value: object) -> SearchScore | None:
     if accuracy is None:
         return None
     split = split_of(value.get("split"))
-    return SearchScore(accuracy, number(value.get("low")), number(value.get("high")), whole(value.get("problems")), split)
+    return SearchScore(
+        accuracy, number(value.get("low")), number(value.get("high")), whole(value.get("problems")), split
+    )
 
 
 def before_after_teacher(summary: Row) -> list[tuple[str, SearchScore | None]]:

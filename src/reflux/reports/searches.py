@@ -1,4 +1,6 @@
-"""searches.jsonl: how far extrapolation jumped, and what the fixed prompts said. Runs without one have no chart."""
+"""searches.jsonl: how far extrapolation jumped, and what the fixed prompts said. Runs without one have no
+chart.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,10 @@ from reflux.reports.chart import BLUE, GREY, ORANGE, Chart, add_line, new_figure
 from reflux.reports.reading import Row, items, number, table, whole
 from reflux.reports.units import NONE, count, duration
 
-UNITS = {"accuracy": "accuracy on the fixed prompts", "minus_kl": "minus reverse KL on the fixed prompts, nats per token"}
+UNITS = {
+    "accuracy": "accuracy on the fixed prompts",
+    "minus_kl": "minus reverse KL on the fixed prompts, nats per token",
+}
 
 
 @dataclass(frozen=True)
@@ -32,19 +37,34 @@ class Search:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        said = ", ".join(f"{multiple}: {NONE if score is None else f'{score:.3f}'}" for multiple, score in self.tried)
+        said = ", ".join(
+            f"{multiple}: {NONE if score is None else f'{score:.3f}'}" for multiple, score in self.tried
+        )
         before, length = (NONE if value is None else f"{value:.3g}" for value in (self.here, self.delta_norm))
-        return (count(self.step), before, said or "nothing tried", count(self.accepted), length, count(self.tokens), duration(self.seconds))
+        return (
+            count(self.step),
+            before,
+            said or "nothing tried",
+            count(self.accepted),
+            length,
+            count(self.tokens),
+            duration(self.seconds),
+        )
 
 
 def read_searches(lines: Iterable[Row]) -> list[Search]:
     """In order of step; a line without a step is skipped."""
     found = [(whole(row.get("step")), row) for row in lines]
-    return sorted((_search(step, row) for step, row in found if step is not None), key=lambda search: search.step)
+    return sorted(
+        (_search(step, row) for step, row in found if step is not None), key=lambda search: search.step
+    )
 
 
 def _search(step: int, row: Row) -> Search:
-    trials = [(whole(table(trial).get("multiple")), number(table(trial).get("score"))) for trial in items(row.get("tried"))]
+    trials = [
+        (whole(table(trial).get("multiple")), number(table(trial).get("score")))
+        for trial in items(row.get("tried"))
+    ]
     return Search(
         step=step,
         kind=str(row.get("score")),
@@ -66,20 +86,45 @@ def search_charts(searches: list[Search]) -> list[Chart]:
 
 def _scores(searches: list[Search]) -> Chart:
     title = "Searches along the path: scores"
-    figure = new_figure("step (logarithmic)", UNITS.get(searches[0].kind, "score"), {"xaxis_type": "log", "xaxis_dtick": "D1"})
-    lines = {"as the step left it": (GREY, lambda search: search.here), "where the search ended": (BLUE, lambda search: search.ended)}
+    figure = new_figure(
+        "step (logarithmic)", UNITS.get(searches[0].kind, "score"), {"xaxis_type": "log", "xaxis_dtick": "D1"}
+    )
+    lines = {
+        "as the step left it": (GREY, lambda search: search.here),
+        "where the search ended": (BLUE, lambda search: search.ended),
+    }
     for name, (colour, value_of) in lines.items():
         points = [(search.step, value) for search in searches if (value := value_of(search)) is not None]
-        add_line(figure, [step for step, _ in points], [value for _, value in points], name, colour, "%{y:.3f}", dots=True)
+        add_line(
+            figure,
+            [step for step, _ in points],
+            [value for _, value in points],
+            name,
+            colour,
+            "%{y:.3f}",
+            dots=True,
+        )
     header = ("step", "before", "multiple: score", "accepted", "displacement", "tokens", "time")
     caption = "After some steps the student tries to jump further along its latest displacement; a few fixed training prompts decide."
-    return Chart(title, figure, caption=caption, header=header, rows=some([search.cells for search in searches]))
+    return Chart(
+        title, figure, caption=caption, header=header, rows=some([search.cells for search in searches])
+    )
 
 
 def _jumps(searches: list[Search]) -> Chart:
-    figure = new_figure("step (logarithmic)", "accepted multiple", {"xaxis_type": "log", "xaxis_dtick": "D1", "yaxis_rangemode": "tozero"})
+    figure = new_figure(
+        "step (logarithmic)",
+        "accepted multiple",
+        {"xaxis_type": "log", "xaxis_dtick": "D1", "yaxis_rangemode": "tozero"},
+    )
     steps, values = [search.step for search in searches], [float(search.accepted) for search in searches]
     add_line(figure, steps, values, "accepted multiple", ORANGE, "%{y:.0f} displacements", dots=True)
     caption = "How many displacements beyond the step's weights the student went on from; 0 is none."
     rows = some([(count(search.step), count(search.accepted)) for search in searches])
-    return Chart("Searches along the path: jumps", figure, caption=caption, header=("step", "accepted multiple"), rows=rows)
+    return Chart(
+        "Searches along the path: jumps",
+        figure,
+        caption=caption,
+        header=("step", "accepted multiple"),
+        rows=rows,
+    )

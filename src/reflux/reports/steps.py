@@ -1,4 +1,6 @@
-"""What some runs report of each step: the variance under a baseline and how often a ratio lay outside its bound. Others have no chart."""
+"""What some runs report of each step: the variance under a baseline and how often a ratio lay outside its
+bound. Others have no chart.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ from reflux.reports.metrics import Column, Metrics, known, thinned
 
 
 def variance_chart(metrics: Metrics) -> Chart | None:
-    """The gradient's variance with the baseline over that without, by step; None where it was not logged (`log_variance`)."""
+    """The gradient's variance with the baseline over that without, by step; None where it was not logged
+    (`log_variance`).
+    """
     column = metrics.gradient_variance_ratio
     if not known(column):
         return None
@@ -25,10 +29,10 @@ def outside_chart(metrics: Metrics) -> Chart | None:
     column = metrics.ratio_outside_share
     if not any(value > 0 for value in known(column)):
         return None
-    chart = _line("Ratios beyond their bound by step", "share of positions", metrics, column, "%{y:.2%}", ".2%")
-    caption = (
-        "Share of positions where student and sampler differ by more than the ratio's bound: there staleness may not be fully corrected."
+    chart = _line(
+        "Ratios beyond their bound by step", "share of positions", metrics, column, "%{y:.2%}", ".2%"
     )
+    caption = "Share of positions where student and sampler differ by more than the ratio's bound: there staleness may not be fully corrected."
     chart.caption = caption + chart.caption
     assert chart.figure is not None
     chart.figure.update_yaxes(rangemode="tozero", tickformat="~%")

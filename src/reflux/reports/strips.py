@@ -1,7 +1,8 @@
-"""The same prompts drawn before and after, and by the teacher: one row a prompt, every image with its verdict.
+"""The same prompts drawn before and after, and by the teacher: one row a prompt, every image with its
+verdict.
 
-An image comes from a file as base64 text. It is decoded and written anew, so that what stands in the page is a PNG of this program's own
-and nothing else, whatever the file said.
+An image comes from a file as base64 text. It is decoded and written anew, so that what stands in the page is
+a PNG of this program's own and nothing else, whatever the file said.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from reflux.reports.examples import id_of, verdict, words
 from reflux.reports.reading import Row, number, table
 from reflux.reports.units import count
 
-_SHOWN = 144  # pixels a side on the page, at most, of an image that is enlarged
+# pixels a side on the page, at most, of an image that is enlarged
+_SHOWN = 144
 _ROWS = 24
 
 
@@ -23,7 +25,8 @@ _ROWS = 24
 class Image:
     """What an img element needs. enlarged: by a whole number, so its pixels are to stay sharp."""
 
-    source: str  # a data: URI
+    # a data: URI
+    source: str
     width: int
     height: int
     enlarged: bool
@@ -31,7 +34,9 @@ class Image:
 
 @dataclass(frozen=True)
 class DrawnImage:
-    """One image of a row: who drew it and when, the verdict and its parts in words. image None: there is none that can be read."""
+    """One image of a row: who drew it and when, the verdict and its parts in words. image None: there is none
+    that can be read.
+    """
 
     who: str
     when: str
@@ -65,15 +70,24 @@ def picture_in(value: object) -> Image | None:
 
 
 def read_strips(moments: list[EvalPoint]) -> list[Strip]:
-    """One for each prompt that was shown, in order, with what the first and the last moment and the teacher drew, as far as they did."""
-    name = main_name((name for moment in moments for name, entries in moment.examples.items() if entries), "accuracy")
+    """One for each prompt that was shown, in order, with what the first and the last moment and the teacher
+    drew, as far as they did.
+    """
+    name = main_name(
+        (name for moment in moments for name, entries in moment.examples.items() if entries), "accuracy"
+    )
     kept = [moment for moment in moments if moment.examples.get(name or "")]
-    columns = [(who, f"step {count(moment.step)}", moment.examples[name or ""]) for who, moment in _named(kept)]
+    columns = [
+        (who, f"step {count(moment.step)}", moment.examples[name or ""]) for who, moment in _named(kept)
+    ]
     taught = next((moment.teacher_examples for moment in moments if moment.teacher_examples), [])
     columns += [("Teacher", "", taught)] if taught else []
     by_id = [(who, when, {id_of(entry): entry for entry in entries}) for who, when, entries in columns]
     order = list(dict.fromkeys(id_of(entry) for _, _, entries in columns for entry in entries))[:_ROWS]
-    return [_strip([(who, when, entries[prompt]) for who, when, entries in by_id if prompt in entries]) for prompt in order]
+    return [
+        _strip([(who, when, entries[prompt]) for who, when, entries in by_id if prompt in entries])
+        for prompt in order
+    ]
 
 
 def _named(kept: list[EvalPoint]) -> list[tuple[str, EvalPoint]]:
@@ -85,13 +99,17 @@ def _named(kept: list[EvalPoint]) -> list[tuple[str, EvalPoint]]:
 def _strip(entries: list[tuple[str, str, Row]]) -> Strip:
     first = entries[0][2]
     asked = words(first.get("question", first.get("prompt"))) or id_of(first)
-    return Strip(asked, words(first.get("answer")), [_drawn(asked, who, when, entry) for who, when, entry in entries])
+    return Strip(
+        asked, words(first.get("answer")), [_drawn(asked, who, when, entry) for who, when, entry in entries]
+    )
 
 
 def _drawn(asked: str, who: str, when: str, entry: Row) -> DrawnImage:
     judged = verdict(entry.get("right", entry.get("verdict")))
     told = f"{who.lower()}, {when}" if when else who.lower()
-    return DrawnImage(who, when, f"{asked}: {told}, {judged}", picture_in(entry.get("image")), judged, parts_of(entry))
+    return DrawnImage(
+        who, when, f"{asked}: {told}, {judged}", picture_in(entry.get("image")), judged, parts_of(entry)
+    )
 
 
 def parts_of(entry: Row) -> list[str]:

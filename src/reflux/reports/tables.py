@@ -30,9 +30,14 @@ def before_after_text(summary: dict[str, Any]) -> str:
 
 
 def _rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    return [(label, *(_UNKNOWN if score is None else score.cells)) for label, score in before_after_teacher(summary)]
+    return [
+        (label, *(_UNKNOWN if score is None else score.cells))
+        for label, score in before_after_teacher(summary)
+    ]
 
 
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:
     first, *rest = cells
-    return "  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]).rstrip()
+    return "  ".join(
+        [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+    ).rstrip()

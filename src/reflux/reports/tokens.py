@@ -14,13 +14,17 @@ from reflux.reports.formatting import visible
 from reflux.reports.reading import items, number, whole
 from reflux.reports.units import chance, signed
 
-EDGES_NATS = (0.1, 0.3, 1.0, 3.0)  # |log q - log p| at which the colour deepens; ratios have heavy tails, so edges grow threefold
-HEAD_TOKENS, TAIL_TOKENS = 800, 200  # of a longer attempt only its two ends are shown
+# |log q - log p| at which the colour deepens; ratios have heavy tails, so edges grow threefold
+EDGES_NATS = (0.1, 0.3, 1.0, 3.0)
+# of a longer attempt only its two ends are shown
+HEAD_TOKENS, TAIL_TOKENS = 800, 200
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token as it is shown. level: -4 .. 4, None where there is no ratio. words: its numbers, a line each."""
+    """One token as it is shown. level: -4 .. 4, None where there is no ratio. words: its numbers, a line
+    each.
+    """
 
     piece: str
     level: int | None
@@ -37,12 +41,16 @@ class Token:
 def open_tokenizer(path: Path, notes: list[str]) -> Tokenizer | None:
     """The tokenizer in a file; None, with a note, where there is none or it is damaged."""
     if not path.is_file():
-        notes.append("student/tokenizer.json is missing, so attempts are shown as text, without their tokens.")
+        notes.append(
+            "student/tokenizer.json is missing, so attempts are shown as text, without their tokens."
+        )
         return None
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:
-        notes.append(f"student/tokenizer.json cannot be read ({visible(str(error))}), so attempts are shown as text.")
+        notes.append(
+            f"student/tokenizer.json cannot be read ({visible(str(error))}), so attempts are shown as text."
+        )
         return None
 
 
@@ -53,11 +61,17 @@ def shown_tokens(shown: ShownAttempt, tokenizer: Tokenizer) -> tuple[list[Token]
         return _tokens(shown, pieces(ids, tokenizer), ids, 0), [], 0
     head, tail = ids[:HEAD_TOKENS], ids[-TAIL_TOKENS:]
     first = len(ids) - TAIL_TOKENS
-    return _tokens(shown, pieces(head, tokenizer), head, 0), _tokens(shown, pieces(tail, tokenizer), tail, first), first - HEAD_TOKENS
+    return (
+        _tokens(shown, pieces(head, tokenizer), head, 0),
+        _tokens(shown, pieces(tail, tokenizer), tail, first),
+        first - HEAD_TOKENS,
+    )
 
 
 def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """The text each token adds. A token that ends inside a character is shown as its bytes; the one that completes it shows it whole."""
+    """The text each token adds. A token that ends inside a character is shown as its bytes; the one that
+    completes it shows it whole.
+    """
     stream, out, pending = DecodeStream(skip_special_tokens=False), [], False
     for token in ids:
         raw = tokenizer.id_to_token(token) if 0 <= token < 2**32 else None
@@ -79,10 +93,14 @@ def _raw(raw: str) -> str:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Byte-level tokenizers write printable Latin-1 bytes as themselves and the others as U+0100, U+0101 and on."""
+    """Byte-level tokenizers write printable Latin-1 bytes as themselves and the others as U+0100, U+0101 and
+    on.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + index): byte for index, byte in enumerate(others)
+    }
 
 
 def level(ratio_nats: float) -> int:
@@ -92,7 +110,10 @@ def level(ratio_nats: float) -> int:
 
 
 def _tokens(shown: ShownAttempt, texts: list[str], ids: list[int], first: int) -> list[Token]:
-    return [_token(shown, text, token, first + index) for index, (text, token) in enumerate(zip(texts, ids, strict=True))]
+    return [
+        _token(shown, text, token, first + index)
+        for index, (text, token) in enumerate(zip(texts, ids, strict=True))
+    ]
 
 
 def _token(shown: ShownAttempt, text: str, token: int, position: int) -> Token:
@@ -108,7 +129,9 @@ def _token(shown: ShownAttempt, text: str, token: int, position: int) -> Token:
         lines.append("student log p " + _nats(student))
         lines.append("teacher log q " + _nats(teacher))
         lines.append("log q − log p " + ("not known" if ratio is None else f"{signed(ratio)} nats"))
-        lines += [f"KL(p, q) {kl:.3g} nats"] if (kl := _at(shown.learned.get("kl"), position)) is not None else []
+        lines += (
+            [f"KL(p, q) {kl:.3g} nats"] if (kl := _at(shown.learned.get("kl"), position)) is not None else []
+        )
         lines += [f"weight {weight:.3g}"] if weight is not None else []
         lines += [f"shift {signed(shift)} nats"] if shift is not None else []
     return Token(_shown_piece(text), None if ratio is None else level(ratio), "\n".join(lines), chosen)

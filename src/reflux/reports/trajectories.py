@@ -13,7 +13,8 @@ from reflux.reports.units import NONE, signed
 from reflux.reports.views import absent_because, title_of, unjudged
 
 RATIO = "log q − log p, nats"
-_MOST = 200  # steps that are shown
+# steps that are shown
+_MOST = 200
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,11 @@ def trajectory(shown: ShownAttempt) -> TrajectoryView:
     """The attempt with what is known of its steps; a column that nobody filled is left out."""
     acted = shown.acted
     steps = [_step(shown, place) for place in range(len(items(acted.get("mask"))))]
-    header = [name for name in (steps[0].cells if steps else ()) if name == RATIO or any(step.cells[name] != NONE for step in steps)]
+    header = [
+        name
+        for name in (steps[0].cells if steps else ())
+        if name == RATIO or any(step.cells[name] != NONE for step in steps)
+    ]
     return TrajectoryView(
         title=title_of(acted),
         facts=_facts(shown),
@@ -64,7 +69,9 @@ def _facts(shown: ShownAttempt) -> list[str]:
     mask = items(acted.get("mask"))
     noise, guidance = number(acted.get("noise_level")), number(acted.get("guidance"))
     facts = [
-        f"{len(mask):,} denoising steps, {sum(number(value) == 1 for value in mask):,} to learn from" if mask else "",
+        f"{len(mask):,} denoising steps, {sum(number(value) == 1 for value in mask):,} to learn from"
+        if mask
+        else "",
         "" if shown.reward is None else f"reward {shown.reward:.3g}",
         unjudged(acted),
         "" if noise is None else f"noise level {noise:g}",
@@ -90,7 +97,10 @@ def _step(shown: ShownAttempt, place: int) -> Step:
         "weight": _number(_at(learned.get("weight"), place), ".3g"),
         "shift, nats": signed(_at(learned.get("shift"), place)),
     }
-    return Step("given" if not chosen else "unknown" if ratio is None else f"{'n' if depth < 0 else 'p'}{abs(depth)}", cells)
+    return Step(
+        "given" if not chosen else "unknown" if ratio is None else f"{'n' if depth < 0 else 'p'}{abs(depth)}",
+        cells,
+    )
 
 
 def _at(values: object, place: int) -> float | None:

@@ -74,7 +74,9 @@ def absent_because(shown: ShownAttempt, units: str) -> str:
     if not shown.learned:
         return "The student has not learned from this attempt yet, so the teacher's numbers are not on disk."
     if not items(shown.teacher_logp):
-        return f"No teacher was asked about this attempt, or it weighed nothing, so its {units} have no ratio."
+        return (
+            f"No teacher was asked about this attempt, or it weighed nothing, so its {units} have no ratio."
+        )
     if not any(number(value) is not None for value in items(shown.teacher_logp)):
         return f"The teacher's log-probs of this attempt are not finite, so its {units} have no ratio."
     return ""
@@ -85,6 +87,8 @@ def legend() -> list[tuple[str, str]]:
     edges = EDGES_NATS
     up = [(f"{low:g} to {high:g}", index) for index, (low, high) in enumerate(pairwise(edges), 1)]
     up.append((f"over {edges[-1]:g}", len(edges)))
-    down = [(f"n{index}", " to ".join(f"−{part}" for part in words.split(" to "))) for words, index in up[:-1]]
+    down = [
+        (f"n{index}", " to ".join(f"−{part}" for part in words.split(" to "))) for words, index in up[:-1]
+    ]
     down.append((f"n{len(edges)}", f"under −{edges[-1]:g}"))
     return [*reversed(down), ("p0", f"within {edges[0]:g}"), *[(f"p{index}", words) for words, index in up]]

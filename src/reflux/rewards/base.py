@@ -1,6 +1,8 @@
-"""A reward: `open(context, services)` gives an object whose `score(group)` returns one `Reward` for each attempt, and mutates nothing.
+"""A reward: `open(context, services)` gives an object whose `score(group)` returns one `Reward` for each
+attempt, and mutates nothing.
 
-An attempt that could not be judged (no time left, no stored answer) gets Reward(None, error=...): not judged, which is not wrong.
+An attempt that could not be judged (no time left, no stored answer) gets Reward(None, error=...): not judged,
+which is not wrong.
 """
 
 from __future__ import annotations
@@ -40,13 +42,16 @@ def weightless(where: str, weight: float) -> Iterable[str]:
     """Advice of a reward at `where` whose weight is 0."""
     if not weight:
         yield (
-            f"{where}.weight = 0: this reward is asked and recorded, and its value counts nothing. An attempt that it cannot judge has no "
+            f"{where}.weight = 0: this reward is asked and recorded, and its value counts nothing. An "
+            "attempt that it cannot judge has no "
             f"reward all the same."
         )
 
 
 def unlike_threshold(where: str, threshold: float, rewards: Mapping[str, RewardFn]) -> Iterable[str]:
-    """Advice of a part that takes a reward of at least `threshold` for success, where rewards are summed or scaled."""
+    """Advice of a part that takes a reward of at least `threshold` for success, where rewards are summed or
+    scaled.
+    """
     weights = {name: reward.weight for name, reward in rewards.items()}
     if weights and list(weights.values()) != [1.0]:
         terms = " + ".join(f"{weight:g} x {name}" for name, weight in weights.items())
@@ -54,7 +59,9 @@ def unlike_threshold(where: str, threshold: float, rewards: Mapping[str, RewardF
 
 
 async def judge(reward: OpenReward | None, group: Group) -> None:
-    """Ask, and keep what comes back on the attempts. Without a reward no verdict is given: they stay without one."""
+    """Ask, and keep what comes back on the attempts. Without a reward no verdict is given: they stay without
+    one.
+    """
     if reward is not None:
         for attempt, found in zip(group, await reward.score(group), strict=True):
             attempt.reward = found

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 class EnvironmentReward(RewardPart):
     """The sum of the rewards that a task's environment gave the turns of an attempt.
 
-    An attempt has no value, and `error` says why, where its environment gave nothing, where a tool failed or did not answer in time, and
-    where the sum is no finite number. A turn that the length limit cut is never shown to the environment, so an attempt cut in its first
-    turn has no value: that is not a value of 0. weight: what its values are multiplied by where several rewards are added.
+    An attempt has no value, and `error` says why, where its environment gave nothing, where a tool failed or
+    did not answer in time, and where the sum is no finite number. A turn that the length limit cut is never
+    shown to the environment, so an attempt cut in its first turn has no value: that is not a value of 0.
+    weight: what its values are multiplied by where several rewards are added.
     """
 
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
@@ -35,14 +36,16 @@ class EnvironmentReward(RewardPart):
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if not cfg.task.multi_turn:
             yield (
-                f"{where}: the task '{kind_of('tasks', cfg.task)}' opens no environment, so nothing would have a reward. Use kind = "
+                f"{where}: the task '{kind_of('tasks', cfg.task)}' opens no environment, so nothing would "
+                "have a reward. Use kind = "
                 f'"verifier", or a task with turns (docs/extending.md).'
             )
 
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if not cfg.sampler.on_policy:
             yield (
-                f"{where}: sampler '{kind_of('samplers', cfg.sampler)}' gives answers that the student of now did not write, and no "
+                f"{where}: sampler '{kind_of('samplers', cfg.sampler)}' gives answers that the student of "
+                "now did not write, and no "
                 f"environment sees a given answer: those have no reward."
             )
         yield from weightless(where, self.weight)

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 class Verifier(RewardPart):
     """What the task's `verify(prompt, made)` gives for each attempt: a value, parts and feedback.
 
-    timeout_s: how long a verdict may take; then its process is killed. workers: how many judge side by side. An attempt that cannot be
-    judged (time over, the verifier failed, sampling ended in an error) has Reward(None), which is not the same as wrong, and its `error`
-    says why. weight: what its values are multiplied by where several rewards are added.
+    timeout_s: how long a verdict may take; then its process is killed. workers: how many judge side by side.
+    An attempt that cannot be judged (time over, the verifier failed, sampling ended in an error) has
+    Reward(None), which is not the same as wrong, and its `error` says why. weight: what its values are
+    multiplied by where several rewards are added.
     """
 
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0

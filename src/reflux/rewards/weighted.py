@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 async def open_rewards(
     rewards: Mapping[str, RewardFn], context: Callable[[str], PartContext], services: Services
 ) -> AsyncIterator[OpenReward | None]:
-    """All of them as one; None where there is none. One alone of weight 1 is itself: what it returns is the attempt's reward, unchanged.
+    """All of them as one; None where there is none. One alone of weight 1 is itself: what it returns is the
+    attempt's reward, unchanged.
 
-    context(name): that of one part; the rewards are called "rewards.NAME" there, so that no teacher shares their folders.
+    context(name): that of one part; the rewards are called "rewards.NAME" there, so that no teacher shares
+    their folders.
     """
     async with AsyncExitStack() as stack:
         opened = {
-            name: await stack.enter_async_context(reward.open(context(f"rewards.{name}"), services)) for name, reward in rewards.items()
+            name: await stack.enter_async_context(reward.open(context(f"rewards.{name}"), services))
+            for name, reward in rewards.items()
         }
         weights = {name: reward.weight for name, reward in rewards.items()}
         if len(opened) == 1 and set(weights.values()) == {1.0}:
@@ -45,23 +48,30 @@ class OpenWeighted:
         """`combined` for each attempt. ValueError where a reward does not return one for each."""
         found = await together(reward.score(group) for reward in self._opened.values())
         by_attempt = zip(group, *found, strict=True)
-        return [combined(dict(zip(self._opened, rewards, strict=True)), self._weights) for _, *rewards in by_attempt]
+        return [
+            combined(dict(zip(self._opened, rewards, strict=True)), self._weights)
+            for _, *rewards in by_attempt
+        ]
 
 
 def combined(rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> Reward:
     """The weighted sum of several rewards of one attempt, by name: value = sum_k weight_k value_k.
 
-    parts: each reward's value under its name, unweighted, and its parts as "name.part". feedback: all there is, in order, a line apart.
-    Where a value is missing there is no sum: the value is None, and `error` is that of the first without one, with its name. The same where
-    the sum is no finite number.
+    parts: each reward's value under its name, unweighted, and its parts as "name.part". feedback: all there
+    is, in order, a line apart. Where a value is missing there is no sum: the value is None, and `error` is
+    that of the first without one, with its name. The same where the sum is no finite number.
     """
     parts = {name: reward.value for name, reward in rewards.items() if reward.value is not None}
-    parts |= {f"{name}.{part}": value for name, reward in rewards.items() for part, value in reward.parts.items()}
+    parts |= {
+        f"{name}.{part}": value for name, reward in rewards.items() for part, value in reward.parts.items()
+    }
     feedback = "\n".join(reward.feedback for reward in rewards.values() if reward.feedback) or None
     for name, reward in rewards.items():
         if reward.value is None:
             return Reward(None, parts, feedback, f"rewards.{name}: {reward.error or 'no verdict was given'}")
     value = sum(weights[name] * parts[name] for name in rewards)
     if not math.isfinite(value):
-        return Reward(None, parts, feedback, f"the weighted sum of the rewards is {value}, which is no number")
+        return Reward(
+            None, parts, feedback, f"the weighted sum of the rewards is {value}, which is no number"
+        )
     return Reward(value, parts, feedback)

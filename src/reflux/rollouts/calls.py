@@ -1,4 +1,6 @@
-"""Environments as the driver asks them: within a limit of time, closed once, and the first failure of each kind is told."""
+"""Environments as the driver asks them: within a limit of time, closed once, and the first failure of each
+kind is told.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from reflux.rollouts.environment import Environment, Observation, Opens, ToolErr
 from reflux.runtime.services import Listener
 from reflux.types import Finish, Message, Prompt
 
-_LONGEST = 500  # characters of a tool's own words
+# characters of a tool's own words
+_LONGEST = 500
 
 Open = Callable[[Prompt], Environment | None]
 
@@ -26,7 +29,8 @@ class EnvironmentCalls:
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[Open]:
-        """Gives what opens an environment for one attempt. All that were opened are closed at the end, whatever ends it.
+        """Gives what opens an environment for one attempt. All that were opened are closed at the end,
+        whatever ends it.
 
         An error of the block is raised rather than one of a `close` after it.
         """
@@ -39,7 +43,8 @@ class EnvironmentCalls:
             environments.append(environment)
             if not self.task.multi_turn:
                 raise ConfigError(
-                    f"the task opened an environment for prompt {prompt.id}, and its property multi_turn says that it never does. Make "
+                    f"the task opened an environment for prompt {prompt.id}, and its property multi_turn "
+                    "says that it never does. Make "
                     f"multi_turn true: checks and rewards rely on it."
                 )
             return environment
@@ -53,22 +58,30 @@ class EnvironmentCalls:
             raise error
 
     async def step(self, environment: Environment, prompt: Prompt, message: Message) -> Observation | Finish:
-        """What it answered, or how the attempt ends without an answer. Any other exception than ToolError is raised."""
+        """What it answered, or how the attempt ends without an answer. Any other exception than ToolError is
+        raised.
+        """
         limit = asyncio.timeout(self.timeout_s)
         try:
             async with limit:
                 return await environment.step(message)
         except TimeoutError:
             if not limit.expired():
-                raise  # the environment's own
-            self._tell("timeout", f"The environment of prompt {prompt.id} gave no answer within {self.timeout_s:g} s.")
+                # the environment's own
+                raise
+            self._tell(
+                "timeout",
+                f"The environment of prompt {prompt.id} gave no answer within {self.timeout_s:g} s.",
+            )
             return "timeout"
         except ToolError as error:
             self._tell("tool_error", f"A tool failed at prompt {prompt.id}: {_words(error)}.")
             return "tool_error"
 
     async def _closed(self, environments: Collection[Environment]) -> list[BaseException]:
-        """Close each, all at once, and to the end also where this task is cancelled meanwhile. Gives the errors, in order."""
+        """Close each, all at once, and to the end also where this task is cancelled meanwhile. Gives the
+        errors, in order.
+        """
         closing = [asyncio.ensure_future(self._close(environment)) for environment in environments]
         await ended(closing)
         return [error for task in closing if not task.cancelled() and (error := task.exception())]
@@ -81,7 +94,9 @@ class EnvironmentCalls:
         except TimeoutError:
             if not limit.expired():
                 raise
-            self._tell("close", f"An environment did not close within {self.timeout_s:g} s, and was left as it was.")
+            self._tell(
+                "close", f"An environment did not close within {self.timeout_s:g} s, and was left as it was."
+            )
         except ToolError as error:
             self._tell("close", f"An environment did not close: {_words(error)}.")
 
@@ -89,13 +104,20 @@ class EnvironmentCalls:
         """The first of its kind; the metrics count the others."""
         if kind not in self._told:
             self._told.add(kind)
-            rest = "" if kind == "close" else f" The attempt ends there and gets no verdict; metrics.jsonl counts such ends as {kind}."
+            rest = (
+                ""
+                if kind == "close"
+                else f" The attempt ends there and gets no verdict; metrics.jsonl counts such ends as {kind}."
+            )
             self.listener.noted(sentence + rest)
 
 
 def _words(error: ToolError) -> str:
     """What a tool wrote is data: in one line, without control characters, and not without end."""
-    return "".join(letter if letter.isprintable() else " " for letter in str(error)[:_LONGEST]).rstrip(". ") or "it gave no reason"
+    return (
+        "".join(letter if letter.isprintable() else " " for letter in str(error)[:_LONGEST]).rstrip(". ")
+        or "it gave no reason"
+    )
 
 
 async def ended(tasks: Collection[asyncio.Future[Any]]) -> None:

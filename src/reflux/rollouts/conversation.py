@@ -14,18 +14,23 @@ from reflux.types import Finish, Message, Prompt, TokenRollout, TopKTarget
 
 @dataclass
 class Conversation:
-    """`replies[i]` are the ids that follow turn i: what the environment answered, and the opening of the next turn."""
+    """`replies[i]` are the ids that follow turn i: what the environment answered, and the opening of the next
+    turn.
+    """
 
     prompt: Prompt
     sample: int
     prompt_ids: list[int]
     messages: list[Message]
-    tokens_left: int  # that the student may still write
+    # that the student may still write
+    tokens_left: int
     environment: Environment | None = None
     turns: list[Turn] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)  # what the student wrote, turn by turn
+    # what the student wrote, turn by turn
+    texts: list[str] = field(default_factory=list)
     replies: list[list[int]] = field(default_factory=list)
-    reward: float | None = None  # of the environment, summed
+    # of the environment, summed
+    reward: float | None = None
     # "length" until a turn ends by itself.
     finish: Finish = "length"
 
@@ -48,7 +53,9 @@ class Conversation:
 
     @property
     def read(self) -> int:
-        """Positions run forward: every turn reads again all that came before it, and its last token counts although nothing runs after."""
+        """Positions run forward: every turn reads again all that came before it, and its last token counts
+        although nothing runs after.
+        """
         before, read = len(self.prompt_ids), 0
         for turn, reply in self._pieces():
             read += before + len(turn.tokens)
@@ -57,13 +64,18 @@ class Conversation:
 
     def turn_lengths(self) -> list[tuple[list[int], str, int]]:
         """(ids, text, number of reply ids that follow) of each turn."""
-        return [(turn.tokens, text, len(reply)) for (turn, reply), text in zip(self._pieces(), self.texts, strict=True)]
+        return [
+            (turn.tokens, text, len(reply))
+            for (turn, reply), text in zip(self._pieces(), self.texts, strict=True)
+        ]
 
     def rollout(self, version: int, spans_T2: np.ndarray | None) -> TokenRollout:
         """The finished attempt. `version` is that of an attempt without a turn."""
         pieces = self._pieces()
         logp_T, raw_T = self._column(lambda turn: turn.logp_T), self._column(lambda turn: turn.raw_T)
-        mask = [chosen for turn, reply in pieces for chosen in [True] * len(turn.tokens) + [False] * len(reply)]
+        mask = [
+            chosen for turn, reply in pieces for chosen in [True] * len(turn.tokens) + [False] * len(reply)
+        ]
         return TokenRollout(
             prompt=self.prompt,
             sample=self.sample,
@@ -93,11 +105,18 @@ class Conversation:
 
 
 def _listed(pieces: list[tuple[Turn, list[int]]], raw_T: np.ndarray) -> TopKTarget:
-    """The student's own top-k where it acted; unchosen positions hold a uniform placeholder that no rule reads (mask_T is False)."""
+    """The student's own top-k where it acted; unchosen positions hold a uniform placeholder that no rule
+    reads (mask_T is False).
+    """
     ids, logp = [], []
     for turn, reply in pieces:
         assert turn.behaviour_TK is not None
         k = turn.behaviour_TK[0].shape[1]
         ids += [turn.behaviour_TK[0], np.tile(np.arange(k), (len(reply), 1))]
         logp += [turn.behaviour_TK[1], np.full((len(reply), k), -np.log(k))]
-    return TopKTarget(teacher="behaviour", ids_TK=np.concatenate(ids), logp_TK=np.concatenate(logp).astype(np.float32), logp_T=raw_T)
+    return TopKTarget(
+        teacher="behaviour",
+        ids_TK=np.concatenate(ids),
+        logp_TK=np.concatenate(logp).astype(np.float32),
+        logp_T=raw_T,
+    )

@@ -1,4 +1,6 @@
-"""Plays attempts turn by turn: render, generate, decode, ask the environment, append its reply, until done or a limit is met."""
+"""Plays attempts turn by turn: render, generate, decode, ask the environment, append its reply, until done or
+a limit is met.
+"""
 
 from __future__ import annotations
 
@@ -11,40 +13,49 @@ from typing import Any, Literal
 import numpy as np
 
 from reflux.config.context import PartContext
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import SamplingParams
 from reflux.errors import DataError
 from reflux.models.rng import row_key
-from reflux.models.tokenizer import CharacterSpans, Renderer, special_ids
+from reflux.models.spans import CharacterSpans
+from reflux.models.tokenizer import Renderer, special_ids
 from reflux.models.turns import Generator, TurnRequest
 from reflux.rollouts.calls import EnvironmentCalls, Open, ended
 from reflux.rollouts.conversation import Conversation
 from reflux.rollouts.environment import Environment, Observation
 from reflux.runtime.services import Deaf, Listener
-from reflux.types import Attempt, Group, Prompt, Requirements, SamplingParams, TokenRollout
+from reflux.types import Attempt, Group, Prompt, TokenRollout
 
-Asked = tuple[Prompt, int, SamplingParams]  # a prompt, the number of attempts, and how they are sampled
+# a prompt, the number of attempts, and how they are sampled
+Asked = tuple[Prompt, int, SamplingParams]
 
 
 @dataclass(frozen=True)
 class Limits:
     """What ends an attempt besides its own end."""
 
-    context_tokens: int  # of the model
-    max_prompt_tokens: int = 0  # 0: what the context window leaves
-    long_prompts: Literal["refuse", "skip"] = "refuse"  # skip: the attempt has finish "error" and no position
-    max_turns: int = 0  # 0: no limit
-    environment_timeout_s: float = 60.0  # of one answer
+    # of the model
+    context_tokens: int
+    # 0: what the context window leaves
+    max_prompt_tokens: int = 0
+    # skip: the attempt has finish "error" and no position
+    long_prompts: Literal["refuse", "skip"] = "refuse"
+    # 0: no limit
+    max_turns: int = 0
+    # of one answer
+    environment_timeout_s: float = 60.0
 
 
 class Driver:
     """`play` gives the groups of one cohort.
 
-    end_ids: those that end a turn of the generator. A turn that a stop text ended has none; what the template writes there is read before
-    the reply. listener: is told of the first failure of each kind.
+    end_ids: those that end a turn of the generator. A turn that a stop text ended has none; what the template
+    writes there is read before the reply. listener: is told of the first failure of each kind.
 
-    turns "together": a turn is generated for all attempts that go on at once, when the last environment has answered, so the composition of
-    every batch is the same in every run. "ready": a turn is generated for those that are answered, and a slow tool holds up its own attempt
-    alone; batches then depend on timing, and with them the last digits of log-probs. In both, requests are in the order of prompts and
-    samples.
+    turns "together": a turn is generated for all attempts that go on at once, when the last environment has
+    answered, so the composition of every batch is the same in every run. "ready": a turn is generated for
+    those that are answered, and a slow tool holds up its own attempt alone; batches then depend on timing,
+    and with them the last digits of log-probs. In both, requests are in the order of prompts and samples.
     """
 
     def __init__(
@@ -70,11 +81,14 @@ class Driver:
     async def play(self, asked: Sequence[Asked], version: int) -> list[Group]:
         """One group per prompt, in order. `version` is that of attempts without any turn.
 
-        ValueError where the attempts are not all to be sampled in one way. What an environment raises, but for ToolError, ends the play.
+        ValueError where the attempts are not all to be sampled in one way. What an environment raises, but
+        for ToolError, ends the play.
         """
         draw = asked[0][2]
         if any(other != draw for _, _, other in asked):
-            raise ValueError("the attempts of one cohort are sampled in one way, and these were asked for in several")
+            raise ValueError(
+                "the attempts of one cohort are sampled in one way, and these were asked for in several"
+            )
         async with self.environments.opened() as open_env:
             groups = [self._begin(prompt, n, draw, open_env) for prompt, n, _ in asked]
             await self._play([one for group in groups for one in group if one.finish != "error"], draw)
@@ -82,12 +96,19 @@ class Driver:
 
     async def _play(self, ready: list[Conversation], draw: SamplingParams) -> None:
         order = {id(one): place for place, one in enumerate(ready)}
-        waiting: dict[asyncio.Task[bool], Conversation] = {}  # for their environments
+        # for their environments
+        waiting: dict[asyncio.Task[bool], Conversation] = {}
         try:
             while ready or waiting:
                 await self._generate(ready, draw)
-                asking = [(one, one.environment) for one in ready if one.finish == "stop" and one.environment is not None]
-                waiting |= {asyncio.create_task(self._answered(one, environment)): one for one, environment in asking}
+                asking = [
+                    (one, one.environment)
+                    for one in ready
+                    if one.finish == "stop" and one.environment is not None
+                ]
+                waiting |= {
+                    asyncio.create_task(self._answered(one, environment)): one for one, environment in asking
+                }
                 ready = sorted(await self._next(waiting), key=lambda one: order[id(one)])
         finally:
             for task in waiting:
@@ -110,11 +131,16 @@ class Driver:
         limit = self.limits.max_prompt_tokens or self.limits.context_tokens - 1
         if len(ids) <= limit and room >= 1:
             length = min(draw.max_positions, room)
-            return [Conversation(prompt, sample, ids, list(prompt.messages), length, open_env(prompt)) for sample in range(n)]
+            return [
+                Conversation(prompt, sample, ids, list(prompt.messages), length, open_env(prompt))
+                for sample in range(n)
+            ]
         if self.limits.long_prompts == "refuse":
             raise DataError(
-                f"prompt {prompt.id} has {len(ids)} tokens, more than the {limit} that fit (the student's context window is "
-                f"{self.limits.context_tokens}). Shorten it, or set sampler.long_prompts = 'skip' to leave such prompts out."
+                f"prompt {prompt.id} has {len(ids)} tokens, more than the {limit} that fit (the student's "
+                "context window is "
+                f"{self.limits.context_tokens}). Shorten it, or set sampler.long_prompts = 'skip' to leave "
+                "such prompts out."
             )
         return [Conversation(prompt, sample, ids, [], 0, finish="error") for sample in range(n)]
 
@@ -127,7 +153,9 @@ class Driver:
             one.add_turn(turn, self.spans.decode(turn.tokens))
 
     def _request(self, one: Conversation, draw: SamplingParams) -> TurnRequest:
-        key = row_key(self.context.seed, draw.purpose, draw.step, one.prompt.id, one.sample, len(one.turns), draw.rng)
+        key = row_key(
+            self.context.seed, draw.purpose, draw.step, one.prompt.id, one.sample, len(one.turns), draw.rng
+        )
         top_k = self.context.requirements.behaviour if draw.purpose == "train" else 0
         return TurnRequest(one.ids, one.tokens_left, key, draw, top_k)
 
@@ -147,7 +175,9 @@ class Driver:
         if self.limits.max_turns and len(one.turns) >= self.limits.max_turns:
             one.finish = "max_turns"
             return False
-        reply = self.renderer.reply_ids(one.messages, observation.messages, closed=one.turns[-1].tokens[-1] in self.end_ids)
+        reply = self.renderer.reply_ids(
+            one.messages, observation.messages, closed=one.turns[-1].tokens[-1] in self.end_ids
+        )
         tokens_left = min(one.tokens_left, self.limits.context_tokens - len(one.ids) - len(reply))
         if tokens_left < 1:
             one.finish = "length"
@@ -159,4 +189,6 @@ class Driver:
     def _rollout(self, one: Conversation, draw: SamplingParams, version: int) -> TokenRollout:
         requirements = self.context.requirements if draw.purpose == "train" else Requirements()
         made = one.rollout(version, self.spans.of_turns(one.turn_lengths()) if requirements.spans else None)
-        return replace(made, special_T=np.isin(made.tokens_T, self.special)) if requirements.specials else made
+        return (
+            replace(made, special_T=np.isin(made.tokens_T, self.special)) if requirements.specials else made
+        )

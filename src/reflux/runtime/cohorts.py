@@ -1,12 +1,14 @@
 """What is asked for one step becomes one batched model call.
 
-Groups run as independent coroutines; in-process models want batches, and batch composition must not depend on timing (padding alone
-changes logits in the sixth digit). So the requests of one cohort wait for one another and are answered by one call, in a fixed order.
+Groups run as independent coroutines; in-process models want batches, and batch composition must not depend on
+timing (padding alone changes logits in the sixth digit). So the requests of one cohort wait for one another
+and are answered by one call, in a fixed order.
 
-Consumes: single requests, each naming its cohort and its place in it. Produces: one answer per request. Waits for: the whole cohort.
-A request that is cancelled before its cohort is whole takes the others with it, for their number is never reached: those that wait are
-cancelled, and so are those that come while the one that left lives on. Where all of them were cancelled the cohort may be asked again. A
-request that is cancelled later is gone when the call in progress has ended, for a model call is finished, never interrupted.
+Consumes: single requests, each naming its cohort and its place in it. Produces: one answer per request. Waits
+for: the whole cohort. A request that is cancelled before its cohort is whole takes the others with it, for
+their number is never reached: those that wait are cancelled, and so are those that come while the one that
+left lives on. Where all of them were cancelled the cohort may be asked again. A request that is cancelled
+later is gone when the call in progress has ended, for a model call is finished, never interrupted.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ Answer = TypeVar("Answer")
 
 
 class Gather(Generic[Item, Answer]):
-    """`answer(items)` is called once per cohort, with its items in order of their place; one cohort at a time."""
+    """`answer(items)` is called once per cohort, with its items in order of their place; one cohort at a
+    time.
+    """
 
     def __init__(self, answer: Callable[[list[Item]], Awaitable[Sequence[Answer]]]):
         self._answer = answer
@@ -30,7 +34,8 @@ class Gather(Generic[Item, Answer]):
         self._turn = asyncio.Lock()
 
     async def ask(self, cohort: Hashable, size: int, place: str, item: Item) -> Answer:
-        """Wait for the `size` requests of `cohort`, then for this one's answer. `place` orders the call: same places, same batch.
+        """Wait for the `size` requests of `cohort`, then for this one's answer. `place` orders the call: same
+        places, same batch.
 
         CancelledError where another request of the cohort has left it.
         """
@@ -39,7 +44,9 @@ class Gather(Generic[Item, Answer]):
         joined.requests.append(request)
         if len(joined.requests) == size:
             del self._cohorts[cohort]
-            joined.call = asyncio.ensure_future(self._run(sorted(joined.requests, key=lambda request: request.place)))
+            joined.call = asyncio.ensure_future(
+                self._run(sorted(joined.requests, key=lambda request: request.place))
+            )
         try:
             return await request.future
         except asyncio.CancelledError:
@@ -88,8 +95,10 @@ class _Request(Generic[Item, Answer]):
 @dataclass(eq=False)
 class _Cohort(Generic[Item, Answer]):
     requests: list[_Request[Item, Answer]] = field(default_factory=list)
-    call: asyncio.Task[None] | None = None  # once it is whole
-    left_by: asyncio.Task[Any] | None = None  # the first whose request was cancelled before
+    # once it is whole
+    call: asyncio.Task[None] | None = None
+    # the first whose request was cancelled before
+    left_by: asyncio.Task[Any] | None = None
 
     def leave(self, why: str) -> None:
         if self.left_by is None:

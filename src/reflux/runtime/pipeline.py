@@ -1,13 +1,16 @@
 """Bounded-staleness production of groups. max_staleness = 0 is the synchronous loop.
 
-Consumes: prompts, in order. Produces: for each optimiser step, its groups in prompt order. Waits for: every attempt of that step. Unblocked
-by: its consumer coming back for the next step, which is exactly when new weights are out, so back-pressure needs no lock and no queue.
-Shutdown: `aclose` cancels what is in flight and waits until it is gone.
+Consumes: prompts, in order. Produces: for each optimiser step, its groups in prompt order. Waits for: every
+attempt of that step. Unblocked by: its consumer coming back for the next step, which is exactly when new
+weights are out, so back-pressure needs no lock and no queue. Shutdown: `aclose` cancels what is in flight and
+waits until it is gone.
 
-An attempt that raises or is cancelled cancels the others of its step. Its error surfaces where that step would have been produced, also
-where the consumer settles or refreshes in between. Of several errors of one step the first in prompt order is raised.
+An attempt that raises or is cancelled cancels the others of its step. Its error surfaces where that step
+would have been produced, also where the consumer settles or refreshes in between. Of several errors of one
+step the first in prompt order is raised.
 
-At the moment step s is produced, attempts meant for steps up to s + max_staleness have been started: their staleness when consumed is at most max_staleness.
+At the moment step s is produced, attempts meant for steps up to s + max_staleness have been started: their
+staleness when consumed is at most max_staleness.
 """
 
 from __future__ import annotations
@@ -23,17 +26,28 @@ Attempting = Callable[[Prompt, int], Coroutine[Any, Any, Group]]
 
 
 class Pipeline:
-    """An async iterator that gives `steps` times a list of `per_step` groups. first_step is the step of the first one.
+    """An async iterator that gives `steps` times a list of `per_step` groups. first_step is the step of the
+    first one.
 
     async with aclosing(Pipeline(...)) as stream:
         async for groups in stream: ...
     """
 
-    def __init__(self, prompts: Iterator[Prompt], attempt: Attempting, *, first_step: int, steps: int, per_step: int, max_staleness: int):
+    def __init__(
+        self,
+        prompts: Iterator[Prompt],
+        attempt: Attempting,
+        *,
+        first_step: int,
+        steps: int,
+        per_step: int,
+        max_staleness: int,
+    ):
         self._prompts, self._attempt = prompts, attempt
         self._next, self._last = first_step, first_step + steps
         self._per_step, self._max_lag = per_step, max_staleness
-        self._asked: dict[int, list[Prompt]] = {}  # prompts by step, kept until the step is consumed
+        # prompts by step, kept until the step is consumed
+        self._asked: dict[int, list[Prompt]] = {}
         self._flying: dict[int, Siblings[Group]] = {}
         self._dropped: list[Siblings[Group]] = []
 
@@ -61,7 +75,8 @@ class Pipeline:
         prompts = list(islice(self._prompts, self._per_step))
         if len(prompts) < self._per_step:
             raise ValueError(
-                f"the task gave {len(prompts)} more training prompts where {self._per_step} were asked for; training prompts must not end"
+                f"the task gave {len(prompts)} more training prompts where {self._per_step} were asked for; "
+                "training prompts must not end"
             )
         return prompts
 
@@ -71,7 +86,8 @@ class Pipeline:
             await attempts.ended()
 
     def refresh(self) -> None:
-        """Throw away what is in flight; its prompts are asked again, under the weights of then, when the consumer comes back.
+        """Throw away what is in flight; its prompts are asked again, under the weights of then, when the
+        consumer comes back.
 
         A step that has failed stays as it is: its error surfaces when its turn comes.
         """
@@ -88,7 +104,8 @@ class Pipeline:
         """A dropped attempt is gone before its prompt is asked again, or the two would meet in one batch."""
         while self._dropped:
             await self._dropped[0].ended()
-            self._dropped.pop(0).raise_error()  # one that failed while it was being cancelled
+            # one that failed while it was being cancelled
+            self._dropped.pop(0).raise_error()
 
     async def aclose(self) -> None:
         """Nothing is in flight afterwards. May be called twice."""

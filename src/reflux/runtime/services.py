@@ -41,18 +41,27 @@ def _unwritten(name: str, row: Mapping[str, Any]) -> None:
 
 
 class Services:
-    """Timers, an executor for model work, things of which one is enough, graders, the student's tokenizer and the output heads.
+    """Timers, an executor for model work, things of which one is enough, graders, the student's tokenizer and
+    the output heads.
 
-    overlap: sampling overlaps with learning (staleness above 0) or with environments that answer meanwhile, so model work leaves the event
-    loop's thread. append(name, row): a line of
-    the file `name` of the run directory; lines with a `step` after the checkpoint are cut off when the run is resumed.
+    overlap: sampling overlaps with learning (staleness above 0) or with environments that answer meanwhile,
+    so model work leaves the event loop's thread. append(name, row): a line of the file `name` of the run
+    directory; lines with a `step` after the checkpoint are cut off when the run is resumed.
     """
 
-    def __init__(self, student: StudentSpec, *, overlap: bool = False, listener: Listener | None = None, append: Append = _unwritten):
+    def __init__(
+        self,
+        student: StudentSpec,
+        *,
+        overlap: bool = False,
+        listener: Listener | None = None,
+        append: Append = _unwritten,
+    ):
         self.student, self.listener, self.append = student, listener or Deaf(), append
         self.clock = Clock()
         self.shared = SharedCache()
-        self.heads = Heads()  # output heads of the models in this process, by the key that hidden states name
+        # output heads of the models in this process, by the key that hidden states name
+        self.heads = Heads()
         self._lendings = itertools.count(1)
         self._closing = ExitStack()
         self._threads = self._closing.enter_context(_model_threads()) if overlap else None
@@ -74,18 +83,20 @@ class Services:
     async def run_model(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Run model work: beside the event loop where something overlaps with it, else right here.
 
-        Elsewhere nothing could overlap, and a second thread would bring a second OpenMP team: on few cores both then sleep and wake
-        at every operation (measured on 2 cores: decoding takes 1.8 times as long).
+        Elsewhere nothing could overlap, and a second thread would bring a second OpenMP team: on few cores
+        both then sleep and wake at every operation (measured on 2 cores: decoding takes 1.8 times as long).
         """
         if self._threads is None:
             return work(*arguments)
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
     def lend(self, weights: Weights) -> Weights:
-        """The same tensors under a version that no other weights have and no training attempt carries: -1, -2, ... in this process.
+        """The same tensors under a version that no other weights have and no training attempt carries: -1,
+        -2, ... in this process.
 
-        For weights that a sampler holds for a while without being trained from there: the candidates of a search, an average. They were
-        made without a step of the learner, so its own version is that of other weights.
+        For weights that a sampler holds for a while without being trained from there: the candidates of a
+        search, an average. They were made without a step of the learner, so its own version is that of other
+        weights.
         """
         return Lent(weights, -next(self._lendings))
 

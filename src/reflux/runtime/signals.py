@@ -27,9 +27,10 @@ class Stoppable(Protocol):
 def stopping_on_signals(run: Stoppable) -> Iterator[None]:
     """Handlers for the length of the run. Outside the main thread there are no signals to handle.
 
-    They run between two bytecodes of whatever the main thread does, not as callbacks of the event loop: at max_staleness = 0 a model call holds
-    the loop as long as it takes. The second signal is the system's own: KeyboardInterrupt, where `asyncio.run` has a handler that would
-    cancel the main task and so wait for the loop, too; and for SIGTERM the handler of before.
+    They run between two bytecodes of whatever the main thread does, not as callbacks of the event loop: at
+    max_staleness = 0 a model call holds the loop as long as it takes. The second signal is the system's own:
+    KeyboardInterrupt, where `asyncio.run` has a handler that would cancel the main task and so wait for the
+    loop, too; and for SIGTERM the handler of before.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -9,7 +9,8 @@ import time
 class Clock:
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
-        self._lock = threading.Lock()  # model calls end in worker threads
+        # model calls end in worker threads
+        self._lock = threading.Lock()
         self._last = time.perf_counter()
 
     def add(self, role: str, seconds: float) -> None:

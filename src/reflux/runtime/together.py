@@ -1,7 +1,7 @@
 """Tasks that stand and fall together: once one fails, or is cancelled, the others are cancelled.
 
-asyncio.TaskGroup does neither of two things that are needed here: it goes on where one of its tasks is cancelled, and it can be waited for
-only by the block that opened it.
+asyncio.TaskGroup does neither of two things that are needed here: it goes on where one of its tasks is
+cancelled, and it can be waited for only by the block that opened it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ Result = TypeVar("Result")
 
 
 class Siblings(Generic[Result]):
-    """Started at once. Since a failure cancels the rest, `ended` is never later than the slowest of them takes to end."""
+    """Started at once. Since a failure cancels the rest, `ended` is never later than the slowest of them
+    takes to end.
+    """
 
     def __init__(self, work: Iterable[Coroutine[Any, Any, Result]]):
         self.tasks = [asyncio.create_task(each) for each in work]
@@ -43,7 +45,9 @@ class Siblings(Generic[Result]):
             await asyncio.wait(self.tasks)
 
     async def results(self) -> list[Result]:
-        """In order, once all are gone. Raises the error of the first in order that has one, else CancelledError where one was cancelled."""
+        """In order, once all are gone. Raises the error of the first in order that has one, else
+        CancelledError where one was cancelled.
+        """
         await self.ended()
         self.raise_error()
         return [task.result() for task in self.tasks]
@@ -56,8 +60,8 @@ class Siblings(Generic[Result]):
 
 
 async def together(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """The results in order, or the error of the first that has one; nothing is left of them when this returns or raises, also where it is
-    cancelled. One alone is simply awaited."""
+    """The results in order, or the error of the first that has one; nothing is left of them when this returns
+    or raises, also where it is cancelled. One alone is simply awaited."""
     coroutines = list(work)
     if len(coroutines) == 1:
         return [await coroutines[0]]

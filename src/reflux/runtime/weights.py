@@ -18,7 +18,8 @@ class Weights(Protocol):
     def version(self) -> int:
         """Optimiser steps and jumps done; below 0 for weights that are lent (`Services.lend`).
 
-        Weights of one version are the same, so who is told of them may keep them by it, from its opening to its closing.
+        Weights of one version are the same, so who is told of them may keep them by it, from its opening to
+        its closing.
         """
         ...
 
@@ -28,13 +29,17 @@ class Weights(Protocol):
         ...
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) one after the other, by the model's own names, adapters merged; not to be written to."""
+        """(name, tensor) one after the other, by the model's own names, adapters merged; not to be written
+        to.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """Weights in this process. `read` makes the tensors anew at each call, one at a time, so no second copy of the model is ever whole."""
+    """Weights in this process. `read` makes the tensors anew at each call, one at a time, so no second copy
+    of the model is ever whole.
+    """
 
     version: int
     read: Callable[[], Iterable[tuple[str, Tensor]]]

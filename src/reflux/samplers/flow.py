@@ -1,6 +1,7 @@
 """The flow sampler: an image is drawn in `steps` Gaussian steps from noise (t = 1) to data (t = 0).
 
-x_t = (1 - t) x_0 + t x_1 with x_1 standard normal, and a velocity v that estimates x_1 - x_0. The same marginals at every noise level a:
+x_t = (1 - t) x_0 + t x_1 with x_1 standard normal, and a velocity v that estimates x_1 - x_0. The same
+marginals at every noise level a:
 
     dx = [ v + sigma^2 / (2t) (x + (1 - t) v) ] dt + sigma dw,     sigma(t) = a sqrt(t / (1 - t)),     run with dt < 0
 
@@ -20,10 +21,11 @@ from reflux.config.context import Generation
 from reflux.config.papers import Paper
 from reflux.config.registry import STRICT, kind_of
 from reflux.config.schedules import Number, at, number
+from reflux.config.step_context import SamplingParams
 from reflux.errors import DataError
 from reflux.models.folders import Dtype
 from reflux.samplers.base import SamplerPart
-from reflux.types import FlowRollout, Prompt, Rollout, SamplingParams
+from reflux.types import FlowRollout, Prompt, Rollout
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -38,35 +40,48 @@ FLOW_GRPO = Paper(
     2025,
     "Liu, Jie and Liu, Gongye and Liang, Jiajun and Li, Yangguang and Liu, Jiaheng and others",
 )
-GUIDANCE = Paper("guidance", "Classifier-Free Diffusion Guidance", "2207.12598", 2022, "Ho, Jonathan and Salimans, Tim")
+GUIDANCE = Paper(
+    "guidance", "Classifier-Free Diffusion Guidance", "2207.12598", 2022, "Ho, Jonathan and Salimans, Tim"
+)
 
 
 @dataclass(frozen=True, config=STRICT)
 class Flow(SamplerPart):
     """A flow model in this process, in batches; every image has its own random numbers.
 
-    The noise depends on (run seed, purpose, step, prompt, sample, denoising step) alone: neighbours in a batch never change a draw's dice.
-    Attempts of training, and all others at a temperature above 0, are drawn by the SDE at `noise_level` in `steps` steps; greedy
-    ones (temperature 0) by the ODE in `eval_steps` steps, where the first noise is all that is drawn. Of those only the image is kept, no
-    state: what is only looked at is large, and nobody learns from it.
+    The noise depends on (run seed, purpose, step, prompt, sample, denoising step) alone: neighbours in a
+    batch never change a draw's dice. Attempts of training, and all others at a temperature above 0, are drawn
+    by the SDE at `noise_level` in `steps` steps; greedy ones (temperature 0) by the ODE in `eval_steps`
+    steps, where the first noise is all that is drawn. Of those only the image is kept, no state: what is only
+    looked at is large, and nobody learns from it.
 
-    `max_denoising_steps`: only so many steps of the grid are walked in training (prefix by generation), and the image is the state reached. Evaluations
-    walk to the end. The velocity's guidance g is v_uncond + g (v_cond - v_uncond); teachers and learner use the same.
+    `max_denoising_steps`: only so many steps of the grid are walked in training (prefix by generation), and
+    the image is the state reached. Evaluations walk to the end. The velocity's guidance g is v_uncond + g
+    (v_cond - v_uncond); teachers and learner use the same.
     """
 
     on_policy: ClassVar[bool] = True
     rollouts: ClassVar[type[Rollout]] = FlowRollout
-    allow_biased = False  # there is no temperature to set
+    # there is no temperature to set
+    allow_biased = False
     exact_rng = True
 
-    steps: Annotated[int, Field(ge=1)] = 10  # of the grid, in training
-    noise_level: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.7  # a
-    guidance: Annotated[float, Field(allow_inf_nan=False)] = 1.0  # 1: none, and half the work
-    eval_steps: Annotated[int, Field(ge=1)] = 40  # of a greedy evaluation
-    max_denoising_steps: Number | None = None  # None: all steps
-    pixels: Annotated[int, Field(ge=0)] = 0  # a side of the image; 0: the size the model was made for
-    batch_images: Annotated[int, Field(ge=1)] = 64  # denoised together; guidance doubles the rows of a call
-    dtype: Dtype = "auto"  # auto: as stored on a GPU, float32 on a CPU; steps are computed in float32 whatever it is
+    # of the grid, in training
+    steps: Annotated[int, Field(ge=1)] = 10
+    # a
+    noise_level: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.7
+    # 1: none, and half the work
+    guidance: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    # of a greedy evaluation
+    eval_steps: Annotated[int, Field(ge=1)] = 40
+    # None: all steps
+    max_denoising_steps: Number | None = None
+    # a side of the image; 0: the size the model was made for
+    pixels: Annotated[int, Field(ge=0)] = 0
+    # denoised together; guidance doubles the rows of a call
+    batch_images: Annotated[int, Field(ge=1)] = 64
+    # auto: as stored on a GPU, float32 on a CPU; steps are computed in float32 whatever it is
+    dtype: Dtype = "auto"
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -90,12 +105,18 @@ class Flow(SamplerPart):
 
     def draw(self, step: int) -> SamplingParams:
         """How the attempts of optimiser step `step` (from 0) are drawn."""
-        return SamplingParams(step, "train", self.steps if self.max_denoising_steps is None else int(at(self.max_denoising_steps, step)))
+        return SamplingParams(
+            step,
+            "train",
+            self.steps if self.max_denoising_steps is None else int(at(self.max_denoising_steps, step)),
+        )
 
     @property
     def generation(self) -> Generation:
         grids = (self.steps, self.eval_steps)
-        return Generation(grids=grids, noise_level=self.noise_level, guidance=self.guidance, pixels=self.pixels)
+        return Generation(
+            grids=grids, noise_level=self.noise_level, guidance=self.guidance, pixels=self.pixels
+        )
 
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
         from reflux.samplers.flow_engine import FlowSampler
@@ -111,7 +132,9 @@ class Flow(SamplerPart):
 
 
 def without_noise(cfg: RunConfig) -> str:
-    """Why the steps of a run's attempts have no density, in words; "" where they have one, and where the sampler draws no steps."""
+    """Why the steps of a run's attempts have no density, in words; "" where they have one, and where the
+    sampler draws no steps.
+    """
     if not cfg.sampler.on_policy:
         return f"sampler '{kind_of('samplers', cfg.sampler)}' gives states without noise"
     generation = cfg.sampler.generation

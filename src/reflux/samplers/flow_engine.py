@@ -1,4 +1,6 @@
-"""The model behind `samplers.flow`: the requests of one cohort are denoised together, one velocity call a step."""
+"""The model behind `samplers.flow`: the requests of one cohort are denoised together, one velocity call a
+step.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from reflux.config.step_context import SamplingParams
 from reflux.errors import ModelError
 from reflux.models.flow.load import load_flow
 from reflux.models.flow.sde import sde_step, step_logp
 from reflux.models.rng import normal, row_key
 from reflux.samplers.flow import prompt_text
 from reflux.samplers.in_process_sampler import InProcessSampler, Request
-from reflux.types import Attempt, Finish, FlowRollout, Group, Prompt, SamplingParams, VelocityTarget
+from reflux.types import Attempt, Finish, FlowRollout, Group, Prompt, VelocityTarget
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -29,34 +32,49 @@ if TYPE_CHECKING:
 
 @dataclass
 class Trajectory:
-    """How images are walked from noise to data: along which times, T of the S' steps of a grid, and how noisily."""
+    """How images are walked from noise to data: along which times, T of the S' steps of a grid, and how
+    noisily.
+    """
 
-    t_S: np.ndarray  # float32
-    whole: bool  # does it end at t = 0?
+    # float32
+    t_S: np.ndarray
+    # does it end at t = 0?
+    whole: bool
     noise_level: float
     guidance: float
-    keeps_v: bool  # are velocities recorded?
-    keeps_x: bool  # are states?
+    # are velocities recorded?
+    keeps_v: bool
+    # are states?
+    keeps_x: bool
 
 
 @dataclass
 class Path:
     """What B images went through, on the host."""
 
-    x_BSD: np.ndarray  # [B, S, 0] where states are not kept
-    x_BD: np.ndarray  # the last state
-    finite_BS: np.ndarray  # bool: which states are
-    logp_BT: np.ndarray  # 0 along the ODE
+    # [B, S, 0] where states are not kept
+    x_BSD: np.ndarray
+    # the last state
+    x_BD: np.ndarray
+    # bool: which states are
+    finite_BS: np.ndarray
+    # 0 along the ODE
+    logp_BT: np.ndarray
     v_BTD: np.ndarray | None
     images: list[np.ndarray]
 
 
 @torch.inference_mode()
-def denoise(model: FlowModel, trajectory: Trajectory, texts: Sequence[str], keys_B: Sequence[int], pixels: int = 0) -> Path:
-    """One image per text, from the random numbers of its key. Records stay on the device until the end, and are copied once."""
+def denoise(
+    model: FlowModel, trajectory: Trajectory, texts: Sequence[str], keys_B: Sequence[int], pixels: int = 0
+) -> Path:
+    """One image per text, from the random numbers of its key. Records stay on the device until the end, and
+    are copied once.
+    """
     T, B, D = len(trajectory.t_S) - 1, len(texts), int(np.prod(model.shape(pixels)))
     kept = D if trajectory.keeps_x else 0
-    device = model.device  # asked for once: diffusers looks through all modules for it
+    # asked for once: diffusers looks through all modules for it
+    device = model.device
     keys = torch.tensor(keys_B, dtype=torch.int64, device=device)
     x_BSD = torch.empty(B, T + 1, kept, device=device)
     finite_BS = torch.ones(B, T + 1, dtype=torch.bool, device=device)
@@ -64,7 +82,9 @@ def denoise(model: FlowModel, trajectory: Trajectory, texts: Sequence[str], keys
     logp_BT = torch.zeros(B, T, device=device)
     x_BD = normal(keys, -1, D)
     x_BSD[:, 0] = x_BD[:, :kept]
-    for i, (t, dt) in enumerate(zip(trajectory.t_S[:-1].tolist(), np.diff(trajectory.t_S).tolist(), strict=True)):
+    for i, (t, dt) in enumerate(
+        zip(trajectory.t_S[:-1].tolist(), np.diff(trajectory.t_S).tolist(), strict=True)
+    ):
         v_BD = model.velocity(x_BD, torch.full((B,), t, device=device), texts, trajectory.guidance).float()
         noise_BD = normal(keys, i, D) if trajectory.noise_level else torch.zeros_like(x_BD)
         x_BD, mean_BD, std = sde_step(x_BD, v_BD, t, dt, trajectory.noise_level, noise_BD)
@@ -75,7 +95,14 @@ def denoise(model: FlowModel, trajectory: Trajectory, texts: Sequence[str], keys
         if v_BTD is not None:
             v_BTD[:, i] = v_BD
     x_BSD, finite_BS, logp_BT = x_BSD.cpu().numpy(), finite_BS.cpu().numpy(), logp_BT.cpu().numpy()
-    return Path(x_BSD, x_BD.cpu().numpy(), finite_BS, logp_BT, None if v_BTD is None else v_BTD.cpu().numpy(), model.images(x_BD))
+    return Path(
+        x_BSD,
+        x_BD.cpu().numpy(),
+        finite_BS,
+        logp_BT,
+        None if v_BTD is None else v_BTD.cpu().numpy(),
+        model.images(x_BD),
+    )
 
 
 class FlowSampler(InProcessSampler):
@@ -89,9 +116,12 @@ class FlowSampler(InProcessSampler):
     @asynccontextmanager
     async def opened(cls, cfg: Flow, context: PartContext, services: Services) -> AsyncIterator[FlowSampler]:
         name = context.student.model
-        load = partial(load_flow, name, "learner.model", dtype=cfg.dtype, device=cfg.device, shared_cache=services.shared)
+        load = partial(
+            load_flow, name, "learner.model", dtype=cfg.dtype, device=cfg.device, shared_cache=services.shared
+        )
         model = await services.run_model(load)
-        model.shape(cfg.pixels)  # refuses a size that does not fit, before anything is drawn
+        # refuses a size that does not fit, before anything is drawn
+        model.shape(cfg.pixels)
         model.net.requires_grad_(False).eval()
         yield cls(cfg, context, services, model)
 
@@ -106,13 +136,19 @@ class FlowSampler(InProcessSampler):
         rows = [(prompt, sample) for prompt, n, _ in requests for sample in range(n)]
         size = self.cfg.batch_images
         chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-        attempts = iter([Attempt(rollout) for chunk in chunks for rollout in self._denoise(chunk, trajectory, draw)])
+        attempts = iter(
+            [Attempt(rollout) for chunk in chunks for rollout in self._denoise(chunk, trajectory, draw)]
+        )
         groups = [[next(attempts) for _ in range(n)] for _, n, _ in requests]
-        self.services.clock.add("sample" if draw.purpose == "train" else draw.purpose, time.perf_counter() - started)
+        self.services.clock.add(
+            "sample" if draw.purpose == "train" else draw.purpose, time.perf_counter() - started
+        )
         return groups
 
     def _trajectory(self, draw: SamplingParams) -> Trajectory:
-        """Training is noisy and may stop early; of the rest, what is drawn at a temperature above 0 is noisy, and all is finished."""
+        """Training is noisy and may stop early; of the rest, what is drawn at a temperature above 0 is noisy,
+        and all is finished.
+        """
         training = draw.purpose == "train"
         noisy = training or draw.temperature > 0
         grid_S = self.model.grid(self.cfg.steps if noisy else self.cfg.eval_steps).astype(np.float32)
@@ -126,20 +162,35 @@ class FlowSampler(InProcessSampler):
             keeps_x=noisy,
         )
 
-    def _denoise(self, rows: Sequence[tuple[Prompt, int]], trajectory: Trajectory, draw: SamplingParams) -> list[FlowRollout]:
-        keys = [row_key(self.context.seed, draw.purpose, draw.step, prompt.id, sample, rng=draw.rng) for prompt, sample in rows]
-        path = denoise(self.model, trajectory, [prompt_text(prompt) for prompt, _ in rows], keys, self.cfg.pixels)
+    def _denoise(
+        self, rows: Sequence[tuple[Prompt, int]], trajectory: Trajectory, draw: SamplingParams
+    ) -> list[FlowRollout]:
+        keys = [
+            row_key(self.context.seed, draw.purpose, draw.step, prompt.id, sample, rng=draw.rng)
+            for prompt, sample in rows
+        ]
+        path = denoise(
+            self.model, trajectory, [prompt_text(prompt) for prompt, _ in rows], keys, self.cfg.pixels
+        )
         for (prompt, _), finite_S in zip(rows, path.finite_BS, strict=True):
             _check_finite(prompt, finite_S, trajectory)
-        return [self._rollout(prompt, sample, row, path, trajectory) for row, (prompt, sample) in enumerate(rows)]
+        return [
+            self._rollout(prompt, sample, row, path, trajectory) for row, (prompt, sample) in enumerate(rows)
+        ]
 
-    def _rollout(self, prompt: Prompt, sample: int, row: int, path: Path, trajectory: Trajectory) -> FlowRollout:
+    def _rollout(
+        self, prompt: Prompt, sample: int, row: int, path: Path, trajectory: Trajectory
+    ) -> FlowRollout:
         finish: Finish = "stop" if trajectory.whole else "length"
-        mask_T = np.full(len(trajectory.t_S) - 1, trajectory.keeps_x)  # nobody can be asked about a state that is gone
-        mask_T[-1] &= not trajectory.whole  # the last step of a grid is never trained
+        # nobody can be asked about a state that is gone
+        mask_T = np.full(len(trajectory.t_S) - 1, trajectory.keeps_x)
+        # the last step of a grid is never trained
+        mask_T[-1] &= not trajectory.whole
         behaviour = None
         if path.v_BTD is not None:
-            behaviour = VelocityTarget(teacher="behaviour", v_TD=np.where(mask_T[:, None], path.v_BTD[row], np.float32(np.nan)))
+            behaviour = VelocityTarget(
+                teacher="behaviour", v_TD=np.where(mask_T[:, None], path.v_BTD[row], np.float32(np.nan))
+            )
         return FlowRollout(
             prompt=prompt,
             sample=sample,
@@ -157,11 +208,15 @@ class FlowSampler(InProcessSampler):
 
 
 def _check_finite(prompt: Prompt, finite_S: np.ndarray, trajectory: Trajectory) -> None:
-    """A velocity that is not finite makes the state it leads to not finite: the states tell of both, and no step has to wait."""
+    """A velocity that is not finite makes the state it leads to not finite: the states tell of both, and no
+    step has to wait.
+    """
     if not finite_S.all():
         i = int(finite_S.argmin()) - 1
         raise ModelError(
-            f"prompt {prompt.id}: at denoising step {i} (from 0, of {len(trajectory.t_S) - 1}; t = {trajectory.t_S[i]:.4g}) the velocity, or the state "
-            f"it leads to, is not finite. In 16 bits it may be an overflow: try sampler.dtype = 'bfloat16' or 'float32'. Else the weights "
+            f"prompt {prompt.id}: at denoising step {i} (from 0, of {len(trajectory.t_S) - 1}; t = "
+            f"{trajectory.t_S[i]:.4g}) the velocity, or the state "
+            "it leads to, is not finite. In 16 bits it may be an overflow: try sampler.dtype = 'bfloat16' "
+            "or 'float32'. Else the weights "
             f"are broken, by a learning rate that is too high or from the start."
         )

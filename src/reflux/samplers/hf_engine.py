@@ -1,4 +1,6 @@
-"""The model behind `samplers.hf`: turns decoded in batches, for a driver that plays the attempts of one cohort."""
+"""The model behind `samplers.hf`: turns decoded in batches, for a driver that plays the attempts of one
+cohort.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +25,41 @@ if TYPE_CHECKING:
 
 
 class HFSampler(InProcessSampler):
-    """A language model in this process; as a generator it continues tokens, and a driver makes attempts of its turns."""
+    """A language model in this process; as a generator it continues tokens, and a driver makes attempts of
+    its turns.
+    """
 
     def __init__(self, cfg: HF, context: PartContext, services: Services, model: Model):
         super().__init__(services)
         self.cfg, self.model = cfg, model
         self.decoder = cpu_decoder(model)
-        limits = Limits(model.context_tokens, cfg.max_prompt_tokens, cfg.long_prompts, cfg.max_turns, cfg.environment_timeout_s)
-        self.driver = Driver(self, model.tokenizer, model.end_ids, context, limits, turns=cfg.turns, listener=services.listener)
+        limits = Limits(
+            model.context_tokens,
+            cfg.max_prompt_tokens,
+            cfg.long_prompts,
+            cfg.max_turns,
+            cfg.environment_timeout_s,
+        )
+        self.driver = Driver(
+            self, model.tokenizer, model.end_ids, context, limits, turns=cfg.turns, listener=services.listener
+        )
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, cfg: HF, context: PartContext, services: Services, model: str | None = None) -> AsyncIterator[HFSampler]:
+    async def opened(
+        cls, cfg: HF, context: PartContext, services: Services, model: str | None = None
+    ) -> AsyncIterator[HFSampler]:
         student = context.student
-        load = partial(load_model, dtype=cfg.dtype, device=cfg.device, attention=cfg.attention, trust_remote_code=student.trust_remote_code)
-        loaded = await services.run_model(load, model or student.model, "learner.model" if model is None else "model")
+        load = partial(
+            load_model,
+            dtype=cfg.dtype,
+            device=cfg.device,
+            attention=cfg.attention,
+            trust_remote_code=student.trust_remote_code,
+        )
+        loaded = await services.run_model(
+            load, model or student.model, "learner.model" if model is None else "model"
+        )
         loaded.net.requires_grad_(False)
         yield cls(cfg, context, services, loaded)
 
@@ -57,6 +79,10 @@ class HFSampler(InProcessSampler):
             widest = len(requests[places[0]].ids) + max(requests[place].max_tokens for place in places)
             count = max(1, self.cfg.batch_tokens // widest)
             chunk, places = places[:count], places[count:]
-            turns |= zip(chunk, decode(self.model, [requests[place] for place in chunk], self.version, self.decoder), strict=True)
+            turns |= zip(
+                chunk,
+                decode(self.model, [requests[place] for place in chunk], self.version, self.decoder),
+                strict=True,
+            )
         self.services.clock.add("sample" if purpose == "train" else purpose, time.perf_counter() - started)
         return [turns[place] for place in range(len(requests))]

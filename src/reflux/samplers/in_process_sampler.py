@@ -1,4 +1,6 @@
-"""What every sampler in this process does: its own copy of the weights, and one batched call for the requests of a cohort."""
+"""What every sampler in this process does: its own copy of the weights, and one batched call for the requests
+of a cohort.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from reflux.config.step_context import SamplingParams
 from reflux.runtime.cohorts import Gather
-from reflux.types import Group, Prompt, SamplingParams
+from reflux.types import Group, Prompt
 
 if TYPE_CHECKING:
     from reflux.runtime.services import Services
@@ -21,12 +24,14 @@ Request = tuple[Prompt, int, SamplingParams]
 class InProcessSampler(ABC):
     """`publish` waits for the model call in progress."""
 
-    model: Any  # its `net` holds the weights
+    # its `net` holds the weights
+    model: Any
 
     def __init__(self, services: Services):
         self.services = services
         self.version = 0
-        self.busy = asyncio.Lock()  # held by a model call, and while weights are put in place
+        # held by a model call, and while weights are put in place
+        self.busy = asyncio.Lock()
         self._gather: Gather[Request, Group] = Gather(self._groups)
 
     async def sample(self, prompt: Prompt, n: int, draw: SamplingParams) -> Group:

@@ -13,11 +13,14 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.context import Generation
 from reflux.config.registry import STRICT, PartOf
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import SamplingParams
 from reflux.errors import DataError
-from reflux.models.tokenizer import CharacterSpans, Renderer, end_ids, special_ids
+from reflux.models.spans import CharacterSpans
+from reflux.models.tokenizer import Renderer, end_ids, special_ids
 from reflux.samplers.base import Sampler, SamplerPart
 from reflux.samplers.hf import HF
-from reflux.types import Attempt, Group, Prompt, Requirements, Rollout, SamplingParams, TokenRollout
+from reflux.types import Attempt, Group, Prompt, Rollout, TokenRollout
 
 if TYPE_CHECKING:
     from reflux.config.context import Generation, PartContext
@@ -28,9 +31,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class References(SamplerPart):
-    """Training attempts are the prompts' own `references`, as if the student had written them; evaluation really samples, by `generate`.
+    """Training attempts are the prompts' own `references`, as if the student had written them; evaluation
+    really samples, by `generate`.
 
-    Nothing here was drawn from the student, so only objectives that do not weigh by its probabilities fit (`nll`, `divergence`).
+    Nothing here was drawn from the student, so only objectives that do not weigh by its probabilities fit
+    (`nll`, `divergence`).
     """
 
     on_policy: ClassVar[bool] = False
@@ -71,7 +76,9 @@ class References(SamplerPart):
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenStored]:
         return self._opened(context, services)
 
-    def open_with(self, model: Any, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenSampler]:
+    def open_with(
+        self, model: Any, context: PartContext, services: Services
+    ) -> AbstractAsyncContextManager[OpenSampler]:
         return self.generate.open_with(model, context, services)
 
 
@@ -87,8 +94,14 @@ class OpenStored:
         if draw.purpose != "train":
             return await self.inner.sample(prompt, n, draw)
         if not prompt.references:
-            raise DataError(f"prompt {prompt.id} has no stored answer to learn from: the task gives no 'references' for it")
-        return [self._attempt(prompt, prompt.references[sample % len(prompt.references)], sample, draw) for sample in range(n)]
+            raise DataError(
+                f"prompt {prompt.id} has no stored answer to learn from: the task gives no 'references' for "
+                "it"
+            )
+        return [
+            self._attempt(prompt, prompt.references[sample % len(prompt.references)], sample, draw)
+            for sample in range(n)
+        ]
 
     async def publish(self, weights: Weights, step: int) -> None:
         self.version = weights.version
@@ -98,7 +111,8 @@ class OpenStored:
         ends = end_ids(self.renderer.tokenizer)
         tokens = self.renderer.answer_ids(prompt.messages, answer, ends)
         cut = tokens[: draw.max_positions]
-        text = self.spans.decode(cut) if self.requirements.spans else answer  # spans are of the text that these very tokens decode to
+        # spans are of the text that these very tokens decode to
+        text = self.spans.decode(cut) if self.requirements.spans else answer
         rollout = TokenRollout(
             prompt=prompt,
             sample=sample,
@@ -106,12 +120,15 @@ class OpenStored:
             finish="stop" if len(cut) == len(tokens) else "length",
             mask_T=np.ones(len(cut), dtype=bool),
             sampled_positions=0,
-            logp_T=np.zeros(len(cut), dtype=np.float32),  # nobody drew these tokens; `checks` keeps ratios away from them
+            # nobody drew these tokens; `checks` keeps ratios away from them
+            logp_T=np.zeros(len(cut), dtype=np.float32),
             prompt_tokens=np.asarray(self.renderer.ids(prompt.messages), dtype=np.int64),
             tokens_T=np.asarray(cut, dtype=np.int64),
             text=text,
             messages=(*prompt.messages, {"role": "assistant", "content": answer}),
             spans_T2=self.spans(cut, text) if self.requirements.spans else None,
-            special_T=np.isin(cut, sorted(special_ids(self.renderer.tokenizer, ends))) if self.requirements.specials else None,
+            special_T=np.isin(cut, sorted(special_ids(self.renderer.tokenizer, ends)))
+            if self.requirements.specials
+            else None,
         )
         return Attempt(rollout)

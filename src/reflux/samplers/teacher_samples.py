@@ -1,4 +1,6 @@
-"""Images that the teachers drew in place of the student's own: plain flow matching, as a baseline and a cold start."""
+"""Images that the teachers drew in place of the student's own: plain flow matching, as a baseline and a cold
+start.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,10 @@ from pydantic.dataclasses import dataclass
 from reflux.config.context import Generation
 from reflux.config.papers import Paper
 from reflux.config.registry import STRICT, PartOf
+from reflux.config.step_context import SamplingParams
 from reflux.samplers.base import SamplerPart
 from reflux.samplers.flow import Flow
-from reflux.types import FlowRollout, Rollout, SamplingParams
+from reflux.types import FlowRollout, Rollout
 
 if TYPE_CHECKING:
     from reflux.config.context import Generation, PartContext
@@ -33,17 +36,20 @@ FLOW_MATCHING = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class TeacherSamples(SamplerPart):
-    """Flow matching (arXiv 2210.02747) on images x_0 that the teachers draw when asked for; evaluation really samples, by `generate`.
+    """Flow matching (arXiv 2210.02747) on images x_0 that the teachers draw when asked for; evaluation really
+    samples, by `generate`.
 
-    The teachers are the run's own tables of kind flow: a prompt goes to the table that names its route, else to the one without routes.
-    It draws by the ODE, in `generate.eval_steps` steps. What is learnt of an image is T = `positions` positions, each with noise x_1 of its
-    own, at a time t that is the sigmoid of a standard normal (arXiv 2403.03206): the state is (1 - t) x_0 + t x_1, and what was "said"
-    there is x_1 - x_0, for `velocity_kl` with teacher = "behaviour" and weight = "mse". With teacher = "main" the teacher's own velocity at
-    these states is learnt instead.
+    The teachers are the run's own tables of kind flow: a prompt goes to the table that names its route, else
+    to the one without routes. It draws by the ODE, in `generate.eval_steps` steps. What is learnt of an image
+    is T = `positions` positions, each with noise x_1 of its own, at a time t that is the sigmoid of a
+    standard normal (arXiv 2403.03206): the state is (1 - t) x_0 + t x_1, and what was "said" there is x_1 -
+    x_0, for `velocity_kl` with teacher = "behaviour" and weight = "mse". With teacher = "main" the teacher's
+    own velocity at these states is learnt instead.
 
-    An attempt's states are not a chain, as none leads to the next: each lies on a straight line of its own from noise to the image, and a
-    step of -t along what was said ends at the image, the last state, at t = 0. Times fall, as everywhere; all positions count. The
-    guidance is `generate`'s, in drawing and in learning: the student's guided velocity is fitted to guided images, and sampled so.
+    An attempt's states are not a chain, as none leads to the next: each lies on a straight line of its own
+    from noise to the image, and a step of -t along what was said ends at the image, the last state, at t = 0.
+    Times fall, as everywhere; all positions count. The guidance is `generate`'s, in drawing and in learning:
+    the student's guided velocity is fitted to guided images, and sampled so.
 
     Nothing here was drawn from the student, so nothing that weighs by its probabilities fits.
     """
@@ -53,7 +59,8 @@ class TeacherSamples(SamplerPart):
     asks_teachers: ClassVar[bool] = True
 
     generate: Annotated[Flow, PartOf("samplers", default="flow")] = Flow()
-    positions: Annotated[int, Field(ge=1)] = 10  # T of one image
+    # T of one image
+    positions: Annotated[int, Field(ge=1)] = 10
 
     def __post_init__(self) -> None:
         if not isinstance(self.generate, Flow):
@@ -68,7 +75,8 @@ class TeacherSamples(SamplerPart):
             if len(tables) != 1:
                 found = f"{' and '.join(tables)} could draw" if tables else "no teacher draws"
                 yield (
-                    f"sampler 'teacher_samples' has each prompt's image drawn by the teacher of its route, and for the route {route!r} {found}. "
+                    "sampler 'teacher_samples' has each prompt's image drawn by the teacher of its route, "
+                    f"and for the route {route!r} {found}. "
                     f"Give one table of kind flow that route, or leave the others out."
                 )
 
@@ -104,12 +112,16 @@ class TeacherSamples(SamplerPart):
 
         return OpenDrawn.opened(self, context, services)
 
-    def open_with(self, model: Any, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
+    def open_with(
+        self, model: Any, context: PartContext, services: Services
+    ) -> AbstractAsyncContextManager[Any]:
         return self.generate.open_with(model, context, services)
 
 
 def drawers(teachers: Mapping[str, Any], route: str | None) -> list[str]:
-    """The tables that may draw for a route: those that name it, else those that serve every prompt. One is what a run needs."""
+    """The tables that may draw for a route: those that name it, else those that serve every prompt. One is
+    what a run needs.
+    """
     tables = {table: teacher for table, teacher in teachers.items() if teacher.draws}
     named = [table for table, teacher in tables.items() if route in teacher.routes]
     return named or [table for table, teacher in tables.items() if not teacher.routes]

@@ -1,4 +1,6 @@
-"""The models behind `samplers.drawn`: the teachers draw, and each image becomes states on straight lines to it."""
+"""The models behind `samplers.drawn`: the teachers draw, and each image becomes states on straight lines to
+it.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from reflux.config.step_context import SamplingParams
 from reflux.errors import DataError, ModelError
 from reflux.models.rng import normal, row_key
 from reflux.runtime.cohorts import Gather
 from reflux.samplers.flow import prompt_text
 from reflux.samplers.flow_engine import Trajectory, denoise
 from reflux.samplers.teacher_samples import drawers
-from reflux.types import Attempt, FlowRollout, Group, Prompt, SamplingParams, VelocityTarget
+from reflux.types import Attempt, FlowRollout, Group, Prompt, VelocityTarget
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -27,21 +30,33 @@ if TYPE_CHECKING:
     from reflux.samplers.base import OpenSampler
     from reflux.samplers.teacher_samples import TeacherSamples
 
-_TIMES = -2  # the place of the times' random numbers; -1 is the noise that an image is drawn from, 0 to T - 1 that of the positions
-Row = tuple[Prompt, int]  # a prompt, and the number of the attempt
+# the place of the times' random numbers; -1 is the noise that an image is drawn from, 0 to T - 1 that of the
+# positions
+_TIMES = -2
+# a prompt, and the number of the attempt
+Row = tuple[Prompt, int]
 
 
 class OpenDrawn:
     """Holds no weights: those that draw are the teachers', and `inner` acts for the student in evaluations."""
 
-    def __init__(self, cfg: TeacherSamples, context: PartContext, services: Services, inner: OpenSampler, models: Mapping[str, FlowModel]):
+    def __init__(
+        self,
+        cfg: TeacherSamples,
+        context: PartContext,
+        services: Services,
+        inner: OpenSampler,
+        models: Mapping[str, FlowModel],
+    ):
         self.cfg, self.context, self.services, self.inner, self.models = cfg, context, services, inner, models
         self.version = 0
         self._gather: Gather[tuple[Prompt, int, SamplingParams], Group] = Gather(self._cohort)
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, cfg: TeacherSamples, context: PartContext, services: Services) -> AsyncIterator[OpenDrawn]:
+    async def opened(
+        cls, cfg: TeacherSamples, context: PartContext, services: Services
+    ) -> AsyncIterator[OpenDrawn]:
         async with AsyncExitStack() as stack:
             inner = await stack.enter_async_context(cfg.generate.open(context, services))
             tables = {table: teacher for table, teacher in context.teachers.items() if teacher.draws}
@@ -49,7 +64,13 @@ class OpenDrawn:
                 table: await stack.enter_async_context(teacher.open(replace(context, name=table), services))
                 for table, teacher in tables.items()
             }
-            yield cls(cfg, context, services, inner, {table: tables[table].acts_with(opened) for table, opened in answers.items()})
+            yield cls(
+                cfg,
+                context,
+                services,
+                inner,
+                {table: tables[table].acts_with(opened) for table, opened in answers.items()},
+            )
 
     async def sample(self, prompt: Prompt, n: int, draw: SamplingParams) -> Group:
         if draw.purpose != "train":
@@ -73,7 +94,10 @@ class OpenDrawn:
             for start in range(0, len(rows), self.cfg.generate.batch_images):
                 some = rows[start : start + self.cfg.generate.batch_images]
                 rollouts = self._rollouts(table, some, requests[0][2])
-                found |= {(prompt.id, sample): Attempt(rollout) for (prompt, sample), rollout in zip(some, rollouts, strict=True)}
+                found |= {
+                    (prompt.id, sample): Attempt(rollout)
+                    for (prompt, sample), rollout in zip(some, rollouts, strict=True)
+                }
         self.services.clock.add("sample", time.perf_counter() - started)
         return [[found[prompt.id, sample] for sample in range(n)] for prompt, n, _ in requests]
 
@@ -81,8 +105,10 @@ class OpenDrawn:
         tables = drawers(self.context.teachers, prompt.route)
         if len(tables) != 1:
             raise DataError(
-                f"prompt {prompt.id} has the route {prompt.route!r}, for which {' and '.join(tables) or 'no teacher'} would draw. Sampler "
-                f"'teacher_samples' needs one table of kind flow for it: give that table the route, or leave the others out."
+                f"prompt {prompt.id} has the route {prompt.route!r}, for which "
+                f"{' and '.join(tables) or 'no teacher'} would draw. Sampler "
+                "'teacher_samples' needs one table of kind flow for it: give that table the route, or leave "
+                "the others out."
             )
         return tables[0]
 
@@ -90,17 +116,27 @@ class OpenDrawn:
         """SamplingParams, by the ODE, and put states between noise and what was drawn."""
         model, cfg = self.models[table], self.cfg.generate
         t_S = model.grid(cfg.eval_steps).astype(np.float32)
-        trajectory = Trajectory(t_S=t_S, whole=True, noise_level=0.0, guidance=cfg.guidance, keeps_v=False, keeps_x=False)
-        keys = [row_key(self.context.seed, draw.purpose, draw.step, prompt.id, sample, rng=draw.rng) for prompt, sample in rows]
+        trajectory = Trajectory(
+            t_S=t_S, whole=True, noise_level=0.0, guidance=cfg.guidance, keeps_v=False, keeps_x=False
+        )
+        keys = [
+            row_key(self.context.seed, draw.purpose, draw.step, prompt.id, sample, rng=draw.rng)
+            for prompt, sample in rows
+        ]
         path = denoise(model, trajectory, [prompt_text(prompt) for prompt, _ in rows], keys, cfg.pixels)
         x_0_BD = path.x_BD
         for (prompt, _), x_0_D in zip(rows, x_0_BD, strict=True):
             if not np.isfinite(x_0_D).all():
-                raise ModelError(f"teachers.{table}: what it draws for prompt {prompt.id} is not finite. Are its weights whole?")
+                raise ModelError(
+                    f"teachers.{table}: what it draws for prompt {prompt.id} is not finite. Are its weights "
+                    "whole?"
+                )
         t_BT, noise_BTD = lines(keys, draw.max_positions, x_0_BD.shape[1])
         return [
             self._rollout(*row, x_0_D, t_T, noise_TD, image, {table: len(trajectory.t_S) - 1})
-            for row, x_0_D, t_T, noise_TD, image in zip(rows, x_0_BD, t_BT, noise_BTD, path.images, strict=True)
+            for row, x_0_D, t_T, noise_TD, image in zip(
+                rows, x_0_BD, t_BT, noise_BTD, path.images, strict=True
+            )
         ]
 
     def _rollout(
@@ -113,7 +149,8 @@ class OpenDrawn:
         image: np.ndarray,
         drawn: dict[str, int],
     ) -> FlowRollout:
-        t_T, order = np.unique(t_T, return_index=True)  # rising, and no time twice
+        # rising, and no time twice
+        t_T, order = np.unique(t_T, return_index=True)
         t_T, noise_TD = t_T[::-1], noise_TD[order[::-1]]
         states_TD = (1 - t_T[:, None]) * x_0_D + t_T[:, None] * noise_TD
         return FlowRollout(
@@ -122,7 +159,8 @@ class OpenDrawn:
             version=self.version,
             finish="stop",
             mask_T=np.ones(len(t_T), dtype=bool),
-            logp_T=np.zeros(len(t_T), dtype=np.float32),  # nobody drew these steps; `checks` keeps ratios away from them
+            # nobody drew these steps; `checks` keeps ratios away from them
+            logp_T=np.zeros(len(t_T), dtype=np.float32),
             behaviour=VelocityTarget(teacher="behaviour", v_TD=noise_TD - x_0_D),
             sampled_positions=0,
             drawn_positions=drawn,
@@ -135,7 +173,9 @@ class OpenDrawn:
 
 
 def lines(keys_B: Sequence[int], times: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(t_BT, noise_BTD), float32: for each row its own times, the sigmoid of standard normals, and standard normal noise for each."""
+    """(t_BT, noise_BTD), float32: for each row its own times, the sigmoid of standard normals, and standard
+    normal noise for each.
+    """
     keys = torch.tensor(keys_B, dtype=torch.int64)
     t_BT = normal(keys, _TIMES, times).sigmoid()
     noise_BTD = torch.stack([normal(keys, position, size) for position in range(times)], dim=1)

@@ -1,7 +1,9 @@
-"""What is kept of an attempt on disk: one line when it arrives, a second one, for the same attempt, after the step that used it.
+"""What is kept of an attempt on disk: one line when it arrives, a second one, for the same attempt, after the
+step that used it.
 
-Both carry `step` as metrics.jsonl counts it: the optimiser step, from 1, that the attempt is for. Of a flow, the states are not kept: they
-are large, and come again from the same weights and random numbers; the batch of a refused step has them (`refused.py`).
+Both carry `step` as metrics.jsonl counts it: the optimiser step, from 1, that the attempt is for. Of a flow,
+the states are not kept: they are large, and come again from the same weights and random numbers; the batch of
+a refused step has them (`refused.py`).
 """
 
 from __future__ import annotations
@@ -16,16 +18,22 @@ from reflux.metrics.teacher_distance import teacher_logp_T
 from reflux.models import images
 from reflux.types import Attempt, FlowRollout, Message, Prompt, Reward, Rollout, StepRecord, TokenRollout
 
-_DIGITS = 5  # of a log-prob: far below any parity bound, a third of the file
+# of a log-prob: far below any parity bound, a third of the file
+_DIGITS = 5
 Line = dict[str, Any]
 
 
 def arrived(attempt: Attempt, step: int) -> Line:
-    """The line of a new attempt; `step` is the one it is meant for, from 0. TypeError for an attempt of a kind that is not known here."""
+    """The line of a new attempt; `step` is the one it is meant for, from 0. TypeError for an attempt of a
+    kind that is not known here.
+    """
     rollout = attempt.rollout
     kept = next((kept for kept in _KEPT if isinstance(rollout, kept.kind)), None)
     if kept is None:
-        raise TypeError(f"attempts are texts or images, and {type(rollout).__name__} is neither: records.py does not know what to keep")
+        raise TypeError(
+            f"attempts are texts or images, and {type(rollout).__name__} is neither: records.py does not "
+            "know what to keep"
+        )
     line = {
         "kind": "attempt",
         "step": step + 1,
@@ -54,7 +62,11 @@ def learned(attempt: Attempt, step: int) -> Line:
     line["weight"] = _rounded(attempt.weight_T)
     if attempt.advantage_offset_T.any():
         line["shift"] = _rounded(attempt.advantage_offset_T)
-    line["notes"] = {f"{name}.{key}": value for name, share in attempt.credits.items() for key, value in share.notes.items()}
+    line["notes"] = {
+        f"{name}.{key}": value
+        for name, share in attempt.credits.items()
+        for key, value in share.notes.items()
+    }
     shown = {name: answer.context_notes for name, answer in attempt.answers.items() if answer.context_notes}
     if shown:
         line["context"] = shown
@@ -71,7 +83,10 @@ def read_attempt(line: Line) -> Attempt:
     """An attempt from its first line, in what is kept of it (law 10). ValueError for a line of no known kind."""
     kept = next((kept for kept in _KEPT if kept.mark in line), None)
     if kept is None:
-        raise ValueError(f"a line of attempts.jsonl has one of {', '.join(kept.mark for kept in _KEPT)}, this one only {', '.join(line)}")
+        raise ValueError(
+            f"a line of attempts.jsonl has one of {', '.join(kept.mark for kept in _KEPT)}, this one only "
+            f"{', '.join(line)}"
+        )
     common = {
         "prompt": Prompt(line["prompt"], ({"role": "user", "content": line["question"]},)),
         "sample": line["sample"],
@@ -85,7 +100,9 @@ def read_attempt(line: Line) -> Attempt:
 
 
 def _judged(reward: Reward | None) -> Line:
-    """The value, and of the rest what there is. Without a value `error` is there, null or not: no reward at all has none."""
+    """The value, and of the rest what there is. Without a value `error` is there, null or not: no reward at
+    all has none.
+    """
     if reward is None:
         return {"reward": None}
     parts = {"parts": reward.parts} if reward.parts else {}
@@ -116,7 +133,13 @@ def _said(rollout: TokenRollout) -> Line:
 
 def _spoken(line: Line, common: Line) -> TokenRollout:
     tokens_T, nothing = np.asarray(line["tokens"], dtype=np.int64), np.zeros(0, dtype=np.int64)
-    return TokenRollout(**common, prompt_tokens=nothing, tokens_T=tokens_T, text=line["text"], messages=common["prompt"].messages)
+    return TokenRollout(
+        **common,
+        prompt_tokens=nothing,
+        tokens_T=tokens_T,
+        text=line["text"],
+        messages=common["prompt"].messages,
+    )
 
 
 def _drawn(rollout: FlowRollout) -> Line:
@@ -128,7 +151,8 @@ def _painted(line: Line, common: Line) -> FlowRollout:
     t_S = np.asarray(line["t"], dtype=np.float32)
     return FlowRollout(
         **common,
-        x_SD=np.zeros((len(t_S), 0), dtype=np.float32),  # no latent value is kept
+        # no latent value is kept
+        x_SD=np.zeros((len(t_S), 0), dtype=np.float32),
         t_S=t_S,
         noise_level=line["noise_level"],
         guidance=line["guidance"],

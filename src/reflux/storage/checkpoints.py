@@ -1,7 +1,7 @@
 """One folder per step, and in it one per part, which the part fills itself. The last k steps are kept.
 
-A checkpoint has its name only once it is complete and on disk, so a kill at any moment leaves the one before it. `write` and `read` are for
-parts whose state is a table: tensors as safetensors, the rest as JSON.
+A checkpoint has its name only once it is complete and on disk, so a kill at any moment leaves the one before
+it. `write` and `read` are for parts whose state is a table: tensors as safetensors, the rest as JSON.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from reflux.errors import RunError
 from reflux.storage.files import write_folder
 
 State = Mapping[str, Any]
-Fill = Callable[[Path], None]  # writes a part into an empty folder of its own
+# writes a part into an empty folder of its own
+Fill = Callable[[Path], None]
 
 
 def save(folder: Path, step: int, parts: Mapping[str, Fill], keep: int) -> Path:
@@ -69,7 +70,8 @@ def read_plain(folder: Path) -> dict[str, Any]:
 
 def _damaged(folder: Path, error: Exception) -> RunError:
     return RunError(
-        f"{folder} is damaged: {error}. Remove {folder.parent}; --resume then goes on from the checkpoint before it, if there is one."
+        f"{folder} is damaged: {error}. Remove {folder.parent}; --resume then goes on from the checkpoint "
+        "before it, if there is one."
     )
 
 
@@ -79,7 +81,11 @@ def write(folder: Path, state: State) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.detach().contiguous().cpu() for key, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors = {
+        key: value.detach().contiguous().cpu()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
     plain = {key: value for key, value in state.items() if key not in tensors}
     (folder / "state.json").write_text(json.dumps(plain))
     if tensors:

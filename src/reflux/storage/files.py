@@ -32,7 +32,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Make a folder by `fill(scratch)`, then give it its name; an older folder of that name goes only once the new one is complete."""
+    """Make a folder by `fill(scratch)`, then give it its name; an older folder of that name goes only once
+    the new one is complete.
+    """
     scratch = path.with_name(f".{path.name}.tmp")
     old = path.with_name(f".{path.name}.old")
     for leftover in (scratch, old):
@@ -41,13 +43,16 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     try:
         fill(scratch)
     except Exception as error:
-        shutil.rmtree(scratch, ignore_errors=True)  # half a folder helps nobody, and may be what filled the disk
-        if os.strerror(errno.ENOSPC) in str(error):  # safetensors reports it as an error of its own
+        # half a folder helps nobody, and may be what filled the disk
+        shutil.rmtree(scratch, ignore_errors=True)
+        if os.strerror(errno.ENOSPC) in str(error):
+            # safetensors reports it as an error of its own
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
     for file in scratch.rglob("*"):
         if file.is_file():
-            file.chmod(0o644)  # safetensors writes files that nobody else may read
+            # safetensors writes files that nobody else may read
+            file.chmod(0o644)
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
     if path.exists():
@@ -74,12 +79,15 @@ def append_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 def _line(row: dict[str, Any]) -> bytes:
     try:
         return orjson.dumps(row, default=jsonable, option=_LINE)
-    except orjson.JSONEncodeError:  # half a surrogate pair in a user's text is no UTF-8; the standard library escapes it
+    except orjson.JSONEncodeError:
+        # half a surrogate pair in a user's text is no UTF-8; the standard library escapes it
         return (json.dumps(jsonable(row)) + "\n").encode()
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file. A last line cut short by a kill is passed over. RunError for another that is none."""
+    """The objects of a JSON-lines file. A last line cut short by a kill is passed over. RunError for another
+    that is none.
+    """
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -95,7 +103,10 @@ def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise RunError(f"{path}, line {number} is damaged: it holds no JSON object. Remove that line, or begin a new run.")
+        raise RunError(
+            f"{path}, line {number} is damaged: it holds no JSON object. Remove that line, or begin a new "
+            "run."
+        )
     return found
 
 

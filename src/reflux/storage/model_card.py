@@ -11,7 +11,9 @@ from reflux.types import FlowRollout
 
 
 def model_card(cfg: RunConfig, step: int, papers: Iterable[Paper]) -> str:
-    """In the hub's form: a YAML head, then Markdown. Names from the recipe are quoted as code, never as markup."""
+    """In the hub's form: a YAML head, then Markdown. Names from the recipe are quoted as code, never as
+    markup.
+    """
     teachers = [_code(name) for teacher in cfg.teachers.values() for name in teacher.sources]
     teachers += ["itself"] * any(teacher.is_student for teacher in cfg.teachers.values())
     draws = cfg.learner.rollouts is FlowRollout
@@ -26,8 +28,13 @@ def model_card(cfg: RunConfig, step: int, papers: Iterable[Paper]) -> str:
         f"- method: {_code(method_of(cfg))}, after {step} of {cfg.steps} optimiser steps",
         f"- started from: {_code(cfg.learner.model)}",
         f"- taught by: {', '.join(teachers) or 'no teacher'}",
-        *([f"- every prompt ends with: {_code(repr(suffix))}"] if (suffix := cfg.learner.student.prompt_suffix) else []),
-        f"- config {config_hash(cfg)}, seed {cfg.seed}, library commit {commit() or 'of an installed package'}",
+        *(
+            [f"- every prompt ends with: {_code(repr(suffix))}"]
+            if (suffix := cfg.learner.student.prompt_suffix)
+            else []
+        ),
+        f"- config {config_hash(cfg)}, seed {cfg.seed}, library commit "
+        f"{commit() or 'of an installed package'}",
         "",
         "The licences of the models it started from and was taught by apply to it.",
         "",

@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 _SCORE = ("accuracy", "low", "high", "problems", "split")
 
 
-def summarise(folder: Path, cfg: RunConfig, step: int, totals: Mapping[str, float], seconds: float) -> dict[str, Any]:
-    """Write summary.json into a run's folder and return its content. totals: of the tokens and FLOP of all steps."""
+def summarise(
+    folder: Path, cfg: RunConfig, step: int, totals: Mapping[str, float], seconds: float
+) -> dict[str, Any]:
+    """Write summary.json into a run's folder and return its content. totals: of the tokens and FLOP of all
+    steps.
+    """
     evals = list(files.read_lines(folder / "evals.jsonl"))
     table = {
         "recipe": cfg.recipe,
@@ -47,16 +51,24 @@ def saved_summary(folder: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise RunError(f"{path} is damaged: {error}. Remove it: a run that is resumed writes it again.") from error
+        raise RunError(
+            f"{path} is damaged: {error}. Remove it: a run that is resumed writes it again."
+        ) from error
 
 
 def reported(evals: list[dict[str, Any]]) -> dict[str, Any]:
-    """The accuracies of a run: on test problems where it asked them, else those of the evaluations on the way. Each says its split."""
+    """The accuracies of a run: on test problems where it asked them, else those of the evaluations on the
+    way. Each says its split.
+    """
     first, last = (dict(next(iter(rows), {})) for rows in (evals[:1], evals[-1:]))
     tests = "test_accuracy" in first or "test_accuracy" in last
     name = "test_accuracy" if tests else "accuracy"
     teacher = first.get("test_accuracy", {}).get("teacher") if tests else first.get("teacher_accuracy")
-    return {"accuracy_before": _score(first.get(name)), "accuracy_after": _score(last.get(name)), "teacher_accuracy": _score(teacher)}
+    return {
+        "accuracy_before": _score(first.get(name)),
+        "accuracy_after": _score(last.get(name)),
+        "teacher_accuracy": _score(teacher),
+    }
 
 
 def method_of(cfg: Any) -> str:
@@ -73,10 +85,14 @@ def commit() -> str | None:
     """The commit of the library's checkout, "+" where files differ from it; None for an installed package."""
     here = Path(__file__).parent
     try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True, timeout=5)
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True, timeout=5
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None if found.returncode == 0 and "site-packages" not in here.parts else None
+    return (
+        found.stdout.strip() or None if found.returncode == 0 and "site-packages" not in here.parts else None
+    )
 
 
 def _score(found: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -1,8 +1,9 @@
 """A task: where prompts come from, and how an answer is judged.
 
-A task is a frozen value. `prompts` streams for ever (or raises StopIteration when a split is finite and passes are over); the same
-(split, seed, start) always gives the same prompts, so a run resumes by position alone. `verify` is pure, imports no torch, and runs in a
-worker process that is killed when it takes too long: it may be called on anything a model can write.
+A task is a frozen value. `prompts` streams for ever (or raises StopIteration when a split is finite and
+passes are over); the same (split, seed, start) always gives the same prompts, so a run resumes by position
+alone. `verify` is pure, imports no torch, and runs in a worker process that is killed when it takes too long:
+it may be called on anything a model can write.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ if TYPE_CHECKING:
     from reflux.rollouts.environment import Environment
 
 Split = Literal["train", "validation", "test"]
-PATIENCE = 2000  # two blocks of a mix
-JUDGED = 'Name one that judges, such as task.grader = "my_module:function"'  # a remedy where nothing is judged
+# two blocks of a mix
+PATIENCE = 2000
+# a remedy where nothing is judged
+JUDGED = 'Name one that judges, such as task.grader = "my_module:function"'
 
 
 class TaskPart(Part, Protocol):
     """What a task inherits: the defaults of what it may leave unsaid."""
 
-    mixes: ClassVar[bool] = False  # True where it asks other tasks by turns
+    # True where it asks other tasks by turns
+    mixes: ClassVar[bool] = False
 
     @property
     def judges(self) -> bool:
@@ -52,13 +56,15 @@ class TaskPart(Part, Protocol):
         return False
 
     def open_env(self, prompt: Prompt) -> Environment | None:
-        """Opens what answers the student's turns in one attempt; None where the prompt is answered in one turn."""
+        """Opens what answers the student's turns in one attempt; None where the prompt is answered in one
+        turn.
+        """
         return None
 
     @property
     def judge(self) -> str | None:
-        """The grader with which the task `jsonl` judges these prompts as this task does; None: it has none. A subclass that judges
-        otherwise says so here."""
+        """The grader with which the task `jsonl` judges these prompts as this task does; None: it has none. A
+        subclass that judges otherwise says so here."""
         return None
 
     def part_of(self, prompt: Prompt) -> str | None:
@@ -74,7 +80,9 @@ class Task(TaskPart, Protocol):
 
     @property
     def routes(self) -> frozenset[str | None] | None:
-        """The routes its prompts may carry (None in it: some have none); None: not known before they are read."""
+        """The routes its prompts may carry (None in it: some have none); None: not known before they are
+        read.
+        """
         ...
 
     @property
@@ -83,7 +91,9 @@ class Task(TaskPart, Protocol):
         ...
 
     def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
-        """Prompts from position `start` on. "train" never ends (a new order each epoch, the same ids); the others end."""
+        """Prompts from position `start` on. "train" never ends (a new order each epoch, the same ids); the
+        others end.
+        """
         ...
 
     def verify(self, prompt: Prompt, made: Any) -> float | Reward:

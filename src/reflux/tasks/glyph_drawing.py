@@ -1,4 +1,5 @@
-"""Glyphs, drawn by Pillow: a digit near the centre, or squares on a lattice. Images are uint8 [16, 16], 0 black and 255 white.
+"""Glyphs, drawn by Pillow: a digit near the centre, or squares on a lattice. Images are uint8 [16, 16], 0
+black and 255 white.
 
 . . # # # # # # . .       a digit is 3 x 5 dots of 2 x 2 pixels,           # # # . . # # # . .      a square is 3 x 3 pixels,
 . . # # # # # # . .       at most one pixel off the centre                 # # # . . # # # . .      2 apart, on a lattice of
@@ -34,11 +35,16 @@ FONT = (
     "### #.# ### #.# ###",
     "### #.# ### ..# ###",
 )
-DOT = 2  # a dot of the font is DOT x DOT pixels
-LEFT, TOP = 5, 3  # where a digit in the centre begins
-SHIFTS = (-1, 0, 1)  # pixels off the centre, each way
-SQUARE, PITCH, EDGE = 3, 5, 1  # pixels: a square's side, from one square to the next, and before the first
-CELLS = 9  # places on the lattice, row by row
+# a dot of the font is DOT x DOT pixels
+DOT = 2
+# where a digit in the centre begins
+LEFT, TOP = 5, 3
+# pixels off the centre, each way
+SHIFTS = (-1, 0, 1)
+# pixels: a square's side, from one square to the next, and before the first
+SQUARE, PITCH, EDGE = 3, 5, 1
+# places on the lattice, row by row
+CELLS = 9
 
 NUMBERS: dict[Domain, range] = {"digits": range(len(FONT)), "counts": range(1, CELLS + 1)}
 
@@ -51,13 +57,16 @@ def asked(prompt: Prompt) -> tuple[Domain, int]:
             if found:
                 return domain, found[0]
     raise ValueError(
-        f"prompt {prompt.id} asks for no glyph: its route is {prompt.route!r} and its answer {prompt.answer!r}, where 'digits' with 0 to "
+        f"prompt {prompt.id} asks for no glyph: its route is {prompt.route!r} and its answer "
+        f"{prompt.answer!r}, where 'digits' with 0 to "
         f"9 or 'counts' with 1 to {CELLS} is needed; glyphs must grade its own prompts"
     )
 
 
 def draw(prompt: Prompt, rng: random.Random) -> np.ndarray:
-    """An image of what the prompt asks for, without a flaw; the random numbers choose the place, or the places. uint8 [16, 16]."""
+    """An image of what the prompt asks for, without a flaw; the random numbers choose the place, or the
+    places. uint8 [16, 16].
+    """
     domain, number = asked(prompt)
     if domain == "digits":
         return digit(number, rng.choice(SHIFTS), rng.choice(SHIFTS))
@@ -67,7 +76,12 @@ def draw(prompt: Prompt, rng: random.Random) -> np.ndarray:
 def digit(value: int, right: int = 0, down: int = 0) -> np.ndarray:
     """The digit `value`, so many pixels off the centre. uint8 [16, 16]."""
     rows = FONT[value].split()
-    dots = [(LEFT + right + DOT * x, TOP + down + DOT * y) for y, row in enumerate(rows) for x, dot in enumerate(row) if dot == "#"]
+    dots = [
+        (LEFT + right + DOT * x, TOP + down + DOT * y)
+        for y, row in enumerate(rows)
+        for x, dot in enumerate(row)
+        if dot == "#"
+    ]
     return _boxes(dots, DOT)
 
 
@@ -78,13 +92,22 @@ def squares(cells: Collection[int]) -> np.ndarray:
 
 @cache
 def ideals(domain: Domain) -> np.ndarray:
-    """Every image that can be drawn in a domain, in the order of `owners`. uint8 [images, 16, 16]: 90 digits, 511 sets of squares."""
+    """Every image that can be drawn in a domain, in the order of `owners`. uint8 [images, 16, 16]: 90 digits,
+    511 sets of squares.
+    """
     if domain == "digits":
-        images = [digit(value, right, down) for value in NUMBERS["digits"] for right in SHIFTS for down in SHIFTS]
+        images = [
+            digit(value, right, down) for value in NUMBERS["digits"] for right in SHIFTS for down in SHIFTS
+        ]
     else:
-        images = [squares(cells) for number in NUMBERS["counts"] for cells in itertools.combinations(range(CELLS), number)]
+        images = [
+            squares(cells)
+            for number in NUMBERS["counts"]
+            for cells in itertools.combinations(range(CELLS), number)
+        ]
     whole = np.stack(images)
-    whole.setflags(write=False)  # kept for the next caller
+    # kept for the next caller
+    whole.setflags(write=False)
     return whole
 
 

@@ -1,4 +1,6 @@
-"""What an image of glyphs shows, read by a program: the nearest digit, the number of spots, and how clean it is. numpy only."""
+"""What an image of glyphs shows, read by a program: the nearest digit, the number of spots, and how clean it
+is. numpy only.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,10 @@ import numpy as np
 
 from reflux.tasks.glyph_drawing import NUMBERS, SHIFTS, SIDE, WHITE, Domain, ideals
 
-MOST_OFF = 6  # pixels in which a digit may differ from the nearest drawn one
-LEAST_SPOT = 4  # pixels; what is smaller is a speck, and does not count
+# pixels in which a digit may differ from the nearest drawn one
+MOST_OFF = 6
+# pixels; what is smaller is a speck, and does not count
+LEAST_SPOT = 4
 
 
 def checked(made: Any) -> np.ndarray:
@@ -17,7 +21,8 @@ def checked(made: Any) -> np.ndarray:
     if not isinstance(made, np.ndarray) or made.shape != (SIDE, SIDE) or made.dtype != np.uint8:
         what = f"{made.dtype} {list(made.shape)}" if isinstance(made, np.ndarray) else type(made).__name__
         raise ValueError(
-            f"glyphs judges images of uint8 [{SIDE}, {SIDE}], got {what}; use a flow model of one channel and {SIDE} x {SIDE} pixels"
+            f"glyphs judges images of uint8 [{SIDE}, {SIDE}], got {what}; use a flow model of one channel "
+            f"and {SIDE} x {SIDE} pixels"
         )
     return made
 
@@ -33,8 +38,8 @@ def is_right(image: np.ndarray, domain: Domain, number: int) -> bool:
 
 
 def digit_in(image: np.ndarray) -> int | None:
-    """The digit whose nearest drawing, at any of its 9 places, differs in the fewest pixels of ink. None where that is more than MOST_OFF
-    pixels, or where two digits are equally near."""
+    """The digit whose nearest drawing, at any of its 9 places, differs in the fewest pixels of ink. None
+    where that is more than MOST_OFF pixels, or where two digits are equally near."""
     off = (ink(ideals("digits")) != ink(image)).sum(axis=(1, 2))
     nearest = off.reshape(len(NUMBERS["digits"]), len(SHIFTS) ** 2).min(axis=1)
     found = np.flatnonzero(nearest == nearest.min())
@@ -58,10 +63,12 @@ def spots(image: np.ndarray) -> int:
 
 
 def quality(image: np.ndarray, domain: Domain) -> float:
-    """How clean an image is, whatever was asked, in [0, 1]: the largest 1 - |image - drawing| / |drawing| of the domain's drawings, at
-    least 0; |.| sums grey levels over pixels. 1: it is such a drawing; 0: as far from each of them as black is, or further.
+    """How clean an image is, whatever was asked, in [0, 1]: the largest 1 - |image - drawing| / |drawing| of
+    the domain's drawings, at least 0; |.| sums grey levels over pixels. 1: it is such a drawing; 0: as far
+    from each of them as black is, or further.
 
-    It sees frayed edges, specks and grey, not whether the right thing is shown (the verdict does), nor how varied images are.
+    It sees frayed edges, specks and grey, not whether the right thing is shown (the verdict does), nor how
+    varied images are.
     """
     drawings = ideals(domain).reshape(-1, SIDE * SIDE).astype(np.int16)
     off = np.abs(drawings - image.reshape(-1)).sum(axis=1)

@@ -1,4 +1,6 @@
-"""Grade-school mathematics, 7,473 problems to train on and 1,319 to be tested on (Cobbe et al., arXiv:2110.14168)."""
+"""Grade-school mathematics, 7,473 problems to train on and 1,319 to be tested on (Cobbe et al.,
+arXiv:2110.14168).
+"""
 
 from __future__ import annotations
 
@@ -21,17 +23,20 @@ if TYPE_CHECKING:
 
 DATASET, CONFIG = "openai/gsm8k", "main"
 
-GSM8K = Paper("gsm8k", "Training Verifiers to Solve Math Word Problems", "2110.14168", 2021, "Cobbe, Karl and others")
+GSM8K = Paper(
+    "gsm8k", "Training Verifiers to Solve Math Word Problems", "2110.14168", 2021, "Cobbe, Karl and others"
+)
 
 
 @dataclass(frozen=True, config=STRICT)
 class Gsm8k(TaskPart):
-    """One user message: the question, a blank line, the `instruction`. The answer is what follows "####"; all of it is a reference.
+    """One user message: the question, a blank line, the `instruction`. The answer is what follows "####"; all
+    of it is a reference.
 
-    path: a folder with train.jsonl and test.jsonl of {"question", "answer"}; without it the hub dataset openai/gsm8k.
-    validation: the share of the training problems held out for it, chosen by a hash of the id. Ids are "gsm8k/train/17" (line or row from
-    1).
-    route: which teacher answers, where several share a name. Answers are graded as `reflux.grading.math` says.
+    path: a folder with train.jsonl and test.jsonl of {"question", "answer"}; without it the hub dataset
+    openai/gsm8k. validation: the share of the training problems held out for it, chosen by a hash of the id.
+    Ids are "gsm8k/train/17" (line or row from 1). route: which teacher answers, where several share a name.
+    Answers are graded as `reflux.grading.math` says.
 
     "train" never ends: a new order each epoch. DataError, with file and line, for data that cannot be used.
     """
@@ -44,7 +49,9 @@ class Gsm8k(TaskPart):
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation < 1:
-            raise ValueError("validation is the share of the training problems held out, so 0 <= validation < 1")
+            raise ValueError(
+                "validation is the share of the training problems held out, so 0 <= validation < 1"
+            )
         if not self.weight > 0:
             raise ValueError("weight must be above 0")
 
@@ -78,7 +85,8 @@ class Gsm8k(TaskPart):
         prompts = [prompt for prompt in self._load("train") if held_out(prompt, self.validation) == wanted]
         if not prompts:
             raise DataError(
-                f"task gsm8k: no problem is left for the split '{split}' at validation = {self.validation}; choose another share."
+                f"task gsm8k: no problem is left for the split '{split}' at validation = {self.validation}; "
+                "choose another share."
             )
         return iter(prompts[start:]) if wanted else endless(prompts, seed, start)
 
@@ -97,7 +105,8 @@ class Gsm8k(TaskPart):
             folder = Path(self.path).expanduser()
             if not folder.is_dir():
                 raise DataError(
-                    f"task gsm8k: there is no folder {self.path}; nothing was written. It must hold train.jsonl and test.jsonl of "
+                    f"task gsm8k: there is no folder {self.path}; nothing was written. It must hold "
+                    "train.jsonl and test.jsonl of "
                     f'{{"question", "answer"}}; without `path` the dataset comes from the Hugging Face hub.'
                 )
             lines, where = read_lines(folder / f"{name}.jsonl", "gsm8k"), f"task gsm8k: {folder / name}.jsonl"

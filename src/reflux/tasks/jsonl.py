@@ -19,28 +19,30 @@ if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
 
 KEYS = ("prompt", "messages", "answer", "references", "route", "id")
-_OF_MESSAGES = ("role", "content", "tool_calls", "tool_call_id", "name")  # what of a message is kept
+# what of a message is kept
+_OF_MESSAGES = ("role", "content", "tool_calls", "tool_call_id", "name")
 GRADERS = ("math", "exact", "none")
 
 
 @dataclass(frozen=True, config=STRICT)
 class Jsonl(TaskPart):
-    """Lines of {"prompt" or "messages", "answer", "references", "route", "id"}: one of the first two, the rest where you have it.
+    """Lines of {"prompt" or "messages", "answer", "references", "route", "id"}: one of the first two, the
+    rest where you have it.
 
-    prompt: one user message. messages: a chat, [{"role", "content"}, ...], ending before the turn that the student shall write; where
-    tools were called, with "tool_calls" (the content may then be null), "tool_call_id" and "name". answer: text or a number. references:
-    worked answers, for the `references` sampler. route: which teacher answers (default: the field `route` of this task). id: stable and unique
+    prompt: one user message. messages: a chat, [{"role", "content"}, ...], ending before the turn that the
+    student shall write; where tools were called, with "tool_calls" (the content may then be null),
+    "tool_call_id" and "name". answer: text or a number. references: worked answers, for the `references`
+    sampler. route: which teacher answers (default: the field `route` of this task). id: stable and unique
     (default: "train/17", the line it stands on).
 
-    path: the file; or dataset (and dataset_config, dataset_split): on the hub. keys: other names for these columns, e.g. {prompt =
-    "question"}; columns that are not named here are ignored.
-    validation: a share of the lines, held out by a hash of their id; or the name of a file (of a split on the hub) that is the validation
-    set.
-    test: the file (the hub's split) of test lines; without it, "test" is the validation set.
-    instruction: appended to the last message after a blank line.
-    grader: "math" (see `reflux.grading.math`), "exact" (text or final answer, white space folded), "none", or "my_module:function", called
-    with (prompt, what the student made) and returning a number from 0 to 1, or a Reward.
-    makes: "text", or "image" for flow models; an image is judged by a grader of your own, which meets uint8 [height, width(, 3)].
+    path: the file; or dataset (and dataset_config, dataset_split): on the hub. keys: other names for these
+    columns, e.g. {prompt = "question"}; columns that are not named here are ignored. validation: a share of
+    the lines, held out by a hash of their id; or the name of a file (of a split on the hub) that is the
+    validation set. test: the file (the hub's split) of test lines; without it, "test" is the validation set.
+    instruction: appended to the last message after a blank line. grader: "math" (see `reflux.grading.math`),
+    "exact" (text or final answer, white space folded), "none", or "my_module:function", called with (prompt,
+    what the student made) and returning a number from 0 to 1, or a Reward. makes: "text", or "image" for flow
+    models; an image is judged by a grader of your own, which meets uint8 [height, width(, 3)].
 
     "train" never ends: a new order each epoch. DataError, with file and line, for data that cannot be used.
     """
@@ -60,16 +62,27 @@ class Jsonl(TaskPart):
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.dataset is None):
-            raise ValueError("give one of path (a file of JSON lines) and dataset (a name on the Hugging Face hub)")
+            raise ValueError(
+                "give one of path (a file of JSON lines) and dataset (a name on the Hugging Face hub)"
+            )
         for key in self.keys or {}:
             if key not in KEYS:
-                raise ValueError(f"keys gives a column to '{key}'{did_you_mean(key, KEYS)}. Known: {', '.join(KEYS)}")
+                raise ValueError(
+                    f"keys gives a column to '{key}'{did_you_mean(key, KEYS)}. Known: {', '.join(KEYS)}"
+                )
         if not isinstance(self.validation, str) and not 0 <= self.validation < 1:
-            raise ValueError("validation is a share of the lines (0 <= validation < 1), or the name of a file of its own")
+            raise ValueError(
+                "validation is a share of the lines (0 <= validation < 1), or the name of a file of its own"
+            )
         if self.grader not in GRADERS and ":" not in self.grader:
-            raise ValueError(f'grader must be one of {", ".join(GRADERS)}, or "my_module:function"{did_you_mean(self.grader, GRADERS)}')
+            raise ValueError(
+                f"grader must be one of {', '.join(GRADERS)}, or "
+                f'"my_module:function"{did_you_mean(self.grader, GRADERS)}'
+            )
         if self.makes == "image" and self.grader in ("math", "exact"):
-            raise ValueError(f'grader "{self.grader}" judges texts; for images give "my_module:function", or "none"')
+            raise ValueError(
+                f'grader "{self.grader}" judges texts; for images give "my_module:function", or "none"'
+            )
         if not self.weight > 0:
             raise ValueError("weight must be above 0")
 
@@ -104,7 +117,12 @@ class Jsonl(TaskPart):
         if self.path is None:
             return None
         files = [("train", self.path), ("test", self.test), ("validation", self.validation)]
-        return frozenset(prompt.route for split, name in files if isinstance(name, str) for prompt in self._load(split, name))
+        return frozenset(
+            prompt.route
+            for split, name in files
+            if isinstance(name, str)
+            for prompt in self._load(split, name)
+        )
 
     def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
         main = self.path or self.dataset_split
@@ -118,7 +136,8 @@ class Jsonl(TaskPart):
             prompts = [prompt for prompt in prompts if held_out(prompt, self.validation) == wanted]
         if not prompts:
             raise DataError(
-                f"task jsonl: no line of {main} is left for the split '{split}' at validation = {self.validation}. Choose another share, "
+                f"task jsonl: no line of {main} is left for the split '{split}' at validation = "
+                f"{self.validation}. Choose another share, "
                 f"or give validation a file of its own."
             )
         return endless(prompts, seed, start) if split == "train" else iter(prompts[start:])
@@ -141,7 +160,10 @@ class Jsonl(TaskPart):
         if self.dataset is None:
             lines, where = read_lines(name, "jsonl"), f"task jsonl: {name}"
         else:
-            lines, where = hub_lines(self.dataset, self.dataset_config, name, "jsonl"), f"task jsonl: {self.dataset} {name}"
+            lines, where = (
+                hub_lines(self.dataset, self.dataset_config, name, "jsonl"),
+                f"task jsonl: {self.dataset} {name}",
+            )
         return make_prompts(lines, where, partial(self._prompt, source))
 
     def _prompt(self, source: str, number: int, fields: dict[str, Any]) -> Prompt:
@@ -149,7 +171,10 @@ class Jsonl(TaskPart):
         found = {key: fields.get(columns.get(key, key)) for key in KEYS}
         messages = _messages(found["prompt"], found["messages"], columns, fields)
         if self.instruction:
-            messages = (*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']}\n\n{self.instruction}"})
+            messages = (
+                *messages[:-1],
+                {**messages[-1], "content": f"{messages[-1]['content']}\n\n{self.instruction}"},
+            )
         return Prompt(
             id=_text(found["id"], "id") or f"{source}/{number}",
             messages=messages,
@@ -159,28 +184,46 @@ class Jsonl(TaskPart):
         )
 
 
-def _messages(prompt: Any, messages: Any, columns: Mapping[str, str], fields: Mapping[str, Any]) -> tuple[Message, ...]:
+def _messages(
+    prompt: Any, messages: Any, columns: Mapping[str, str], fields: Mapping[str, Any]
+) -> tuple[Message, ...]:
     names = [columns.get(key, key) for key in ("prompt", "messages")]
     if prompt is not None and messages is not None:
         raise ValueError(f"has both '{names[0]}' and '{names[1]}'; one of them says what is asked")
     if prompt is None and messages is None:
-        raise ValueError(f"has no field '{names[0]}' or '{names[1]}' (it has {', '.join(map(repr, fields)) or 'none'})")
+        raise ValueError(
+            f"has no field '{names[0]}' or '{names[1]}' (it has {', '.join(map(repr, fields)) or 'none'})"
+        )
     if prompt is not None:
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"has no text in its field '{names[0]}', but {prompt!r}")
         return ({"role": "user", "content": prompt},)
-    if not isinstance(messages, list) or not messages or not all(_is_message(message) for message in messages):
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(_is_message(message) for message in messages)
+    ):
         raise ValueError(f'has no list of {{"role": text, "content": text}} in its field \'{names[1]}\'')
     if messages[-1]["role"] == "assistant":
-        raise ValueError("ends with an assistant turn, which is the student's to write; move it to 'references' or 'answer'")
-    return tuple({"content": None} | {key: message[key] for key in _OF_MESSAGES if key in message} for message in messages)
+        raise ValueError(
+            "ends with an assistant turn, which is the student's to write; move it to 'references' or "
+            "'answer'"
+        )
+    return tuple(
+        {"content": None} | {key: message[key] for key in _OF_MESSAGES if key in message}
+        for message in messages
+    )
 
 
 def _is_message(message: Any) -> bool:
     """A role with a text; an assistant that calls tools may have no text."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
-    calls = message["role"] == "assistant" and isinstance(message.get("tool_calls"), list) and message["tool_calls"]
+    calls = (
+        message["role"] == "assistant"
+        and isinstance(message.get("tool_calls"), list)
+        and message["tool_calls"]
+    )
     return isinstance(message.get("content"), str) or bool(calls and message.get("content") is None)
 
 

@@ -1,4 +1,6 @@
-"""Prompts from lines of data: reading with errors that name the line, splitting by hash, an order for every epoch."""
+"""Prompts from lines of data: reading with errors that name the line, splitting by hash, an order for every
+epoch.
+"""
 
 from __future__ import annotations
 
@@ -10,48 +12,65 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from reflux.config.step_context import seed_of
 from reflux.errors import DataError
-from reflux.types import Prompt, seed_of
+from reflux.types import Prompt
 
-Line = tuple[int, dict[str, Any]]  # its number from 1, and its fields
+# its number from 1, and its fields
+Line = tuple[int, dict[str, Any]]
 NOTHING = "nothing was written"
-COPY = re.compile(r"(#[0-9]+)+$")  # what `reflux difficulty` appends to the ids of copies
+# what `reflux difficulty` appends to the ids of copies
+COPY = re.compile(r"(#[0-9]+)+$")
 
 
 def read_lines(path: str | Path, task: str) -> list[Line]:
     """The JSON objects of a file of one object a line. Blank lines are skipped.
 
-    DataError, naming file and line, where the file is missing, empty or not UTF-8, or where a line is no JSON object.
+    DataError, naming file and line, where the file is missing, empty or not UTF-8, or where a line is no JSON
+    object.
     """
     try:
         rows = Path(path).expanduser().read_bytes().splitlines()
     except OSError as error:
         raise DataError(f"task {task}: cannot read {path}: {error.strerror}; {NOTHING}.") from error
-    lines = [(number, _object(row, f"task {task}: {path} line {number}")) for number, row in enumerate(rows, start=1) if row.strip()]
+    lines = [
+        (number, _object(row, f"task {task}: {path} line {number}"))
+        for number, row in enumerate(rows, start=1)
+        if row.strip()
+    ]
     if not lines:
         raise DataError(f"task {task}: {path} is empty; {NOTHING}.")
     return lines
 
 
 def hub_lines(dataset: str, config: str | None, split: str, task: str) -> list[Line]:
-    """The rows of a dataset of the Hugging Face hub, numbered from 1. DataError, with the way to work offline, where it cannot be had."""
-    import datasets  # seconds of imports
+    """The rows of a dataset of the Hugging Face hub, numbered from 1. DataError, with the way to work
+    offline, where it cannot be had.
+    """
+    # seconds of imports
+    import datasets
 
     try:
         rows = datasets.load_dataset(dataset, config, split=split)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"task {task}: cannot load split '{split}' of the hub dataset '{dataset}' ({reason}); {NOTHING}. Without a connection, "
-            f"give `path` a local copy, or load the dataset once on a machine that has one and copy its cache (HF_HOME)."
+            f"task {task}: cannot load split '{split}' of the hub dataset '{dataset}' ({reason}); {NOTHING}. "
+            "Without a connection, "
+            "give `path` a local copy, or load the dataset once on a machine that has one and copy its "
+            "cache (HF_HOME)."
         ) from error
     if not len(rows):
         raise DataError(f"task {task}: split '{split}' of the hub dataset '{dataset}' is empty; {NOTHING}.")
     return [(number, dict(row)) for number, row in enumerate(rows, start=1)]
 
 
-def make_prompts(lines: Iterable[Line], where: str, make: Callable[[int, dict[str, Any]], Prompt]) -> list[Prompt]:
-    """`make` each line. A ValueError of `make` becomes a DataError that names the line; an id that occurs twice is refused."""
+def make_prompts(
+    lines: Iterable[Line], where: str, make: Callable[[int, dict[str, Any]], Prompt]
+) -> list[Prompt]:
+    """`make` each line. A ValueError of `make` becomes a DataError that names the line; an id that occurs
+    twice is refused.
+    """
     prompts: list[Prompt] = []
     first: dict[str, int] = {}
     for number, fields in lines:
@@ -70,7 +89,8 @@ def make_prompts(lines: Iterable[Line], where: str, make: Callable[[int, dict[st
 
 
 def held_out(prompt: Prompt, share: float) -> bool:
-    """Whether a prompt belongs to the validation share: decided by its id alone, so neither order nor other lines move it.
+    """Whether a prompt belongs to the validation share: decided by its id alone, so neither order nor other
+    lines move it.
 
     A copy `id#2` goes with its original, or the same question would be on both sides.
     """
@@ -94,7 +114,9 @@ def _object(row: bytes, where: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 (byte {error.start}); {NOTHING}.") from error
     except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON ({error}); {NOTHING}. The file must hold one object per line.") from error
+        raise DataError(
+            f"{where} is not JSON ({error}); {NOTHING}. The file must hold one object per line."
+        ) from error
     if not isinstance(fields, dict):
         raise DataError(f"{where} is no JSON object; {NOTHING}. The file must hold one object per line.")
     return fields

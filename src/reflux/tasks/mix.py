@@ -12,22 +12,25 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT, PartOf
+from reflux.config.step_context import seed_of
 from reflux.tasks.base import Split, Task, TaskPart
-from reflux.types import Prompt, Reward, Rollout, seed_of
+from reflux.types import Prompt, Reward, Rollout
 
 if TYPE_CHECKING:
     from reflux.rollouts.environment import Environment
 
-BLOCK = 1000  # in so many prompts, every part has exactly its share
+# in so many prompts, every part has exactly its share
+BLOCK = 1000
 
 
 @dataclass(frozen=True, config=STRICT)
 class Mix(TaskPart):
     """`parts` by name, each asked in proportion to its `weight`. Ids are "name/id of the part".
 
-    "train": every block of 1,000 prompts holds each part exactly by its share (largest remainders), in an order drawn from (seed, block),
-    so `start` is found without walking there. Held-out splits: all problems of all parts, the parts by turns, so that a first few hundred
-    are a fair mix. ValueError for names with a slash, or a part whose share of 1,000 rounds to nothing.
+    "train": every block of 1,000 prompts holds each part exactly by its share (largest remainders), in an
+    order drawn from (seed, block), so `start` is found without walking there. Held-out splits: all problems
+    of all parts, the parts by turns, so that a first few hundred are a fair mix. ValueError for names with a
+    slash, or a part whose share of 1,000 rounds to nothing.
     """
 
     parts: Annotated[dict[str, Task], PartOf("tasks", many="table")]
@@ -44,9 +47,14 @@ class Mix(TaskPart):
             raise ValueError("the parts of a mix must be all of texts, or all of images")
         for name, share in self._shares().items():
             if "/" in name:
-                raise ValueError(f"the part name '{name}' holds a slash, which divides names from ids; rename it")
+                raise ValueError(
+                    f"the part name '{name}' holds a slash, which divides names from ids; rename it"
+                )
             if not share:
-                raise ValueError(f"the weight of part '{name}' is less than 1 in {BLOCK} prompts; raise it, or leave the part out")
+                raise ValueError(
+                    f"the weight of part '{name}' is less than 1 in {BLOCK} prompts; raise it, or leave the "
+                    "part out"
+                )
 
     @property
     def judges(self) -> bool:
@@ -82,7 +90,11 @@ class Mix(TaskPart):
     @property
     def routes(self) -> frozenset[str | None] | None:
         found = [part.routes for part in self.parts.values()]
-        return None if any(routes is None for routes in found) else frozenset(route for routes in found for route in routes or ())
+        return (
+            None
+            if any(routes is None for routes in found)
+            else frozenset(route for routes in found for route in routes or ())
+        )
 
     def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
         if split == "train":
@@ -112,9 +124,14 @@ class Mix(TaskPart):
         shares = self._shares()
         block, skip = divmod(start, BLOCK)
         before = Counter(self._order(seed, block)[:skip])
-        streams = {name: self._stream(name, "train", seed, block * share + before[name]) for name, share in shares.items()}
+        streams = {
+            name: self._stream(name, "train", seed, block * share + before[name])
+            for name, share in shares.items()
+        }
         return (
-            next(streams[name]) for number in itertools.count(block) for name in self._order(seed, number)[skip if number == block else 0 :]
+            next(streams[name])
+            for number in itertools.count(block)
+            for name in self._order(seed, number)[skip if number == block else 0 :]
         )
 
     def _order(self, seed: int, block: int) -> list[str]:

@@ -1,9 +1,11 @@
-"""Little stories with several arithmetic steps and the worked solution, made on the spot: the embedded default.
+"""Little stories with several arithmetic steps and the worked solution, made on the spot: the embedded
+default.
 
 "Tom has 12 apples. Buys 7. Loses 5. How many?"  ->  "Start: 12. 12+7=19. 19-5=14. Answer: 14"
 
-A problem is its chain of numbers and operations; the name, the thing and the verbs are dressing. A hash of the chain alone puts every
-problem in exactly one split, whatever the seed, so a chain held out never occurs in training, not even in another dress.
+A problem is its chain of numbers and operations; the name, the thing and the verbs are dressing. A hash of
+the chain alone puts every problem in exactly one split, whatever the seed, so a chain held out never occurs
+in training, not even in another dress.
 """
 
 from __future__ import annotations
@@ -19,14 +21,46 @@ from typing import Any, Literal
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
+from reflux.config.step_context import seed_of
 from reflux.tasks.base import Split, TaskPart
-from reflux.types import Prompt, Rollout, TokenRollout, seed_of
+from reflux.types import Prompt, Rollout, TokenRollout
 
 Operation = Literal["add", "sub", "mul"]
-Chain = tuple[int, tuple[tuple[Operation, int], ...]]  # the start, then (operation, number) step by step
+# the start, then (operation, number) step by step
+Chain = tuple[int, tuple[tuple[Operation, int], ...]]
 
-NAMES = ("Tom", "Ann", "Ben", "Eva", "Max", "Mia", "Sam", "Lea", "Jim", "Zoe", "Dan", "Kim", "Leo", "Ida", "Pia", "Ron")
-THINGS = ("apples", "books", "coins", "cards", "pens", "eggs", "nuts", "keys", "stamps", "shells", "beans", "stones")
+NAMES = (
+    "Tom",
+    "Ann",
+    "Ben",
+    "Eva",
+    "Max",
+    "Mia",
+    "Sam",
+    "Lea",
+    "Jim",
+    "Zoe",
+    "Dan",
+    "Kim",
+    "Leo",
+    "Ida",
+    "Pia",
+    "Ron",
+)
+THINGS = (
+    "apples",
+    "books",
+    "coins",
+    "cards",
+    "pens",
+    "eggs",
+    "nuts",
+    "keys",
+    "stamps",
+    "shells",
+    "beans",
+    "stones",
+)
 WORDS: dict[Operation, tuple[str, ...]] = {
     "add": ("Buys {}.", "Finds {}.", "Gets {}.", "Wins {}."),
     "sub": ("Loses {}.", "Sells {}.", "Drops {}.", "Gives {}."),
@@ -34,20 +68,24 @@ WORDS: dict[Operation, tuple[str, ...]] = {
 }
 SIGNS: dict[Operation, str] = {"add": "+", "sub": "-", "mul": "*"}
 LARGEST_FACTOR = 9
-TRIES = 20_000  # draws until a problem of the right split turns up; a tenth of all chains is in each held-out split
+# draws until a problem of the right split turns up; a tenth of all chains is in each held-out split
+TRIES = 20_000
 ANSWER = re.compile(r"\s*(-?[0-9]+)(?![0-9]|[.,][0-9])")
 
 
 @dataclass(frozen=True, config=STRICT)
 class WordProblems(TaskPart):
-    """Stories of `min_steps` to `max_steps` operations in which no number exceeds `largest` and none is negative.
+    """Stories of `min_steps` to `max_steps` operations in which no number exceeds `largest` and none is
+    negative.
 
-    operations: what may happen in a story. `Prompt.route` is "mul" where at least half of the steps multiply, else "add", so that teachers
-    can specialise. longer: with k > 0 the held-out stories have exactly max_steps + k steps, more than any training story; training is
-    unchanged. held_out: how many problems "validation" and "test" hold each; "train" never ends.
+    operations: what may happen in a story. `Prompt.route` is "mul" where at least half of the steps multiply,
+    else "add", so that teachers can specialise. longer: with k > 0 the held-out stories have exactly
+    max_steps + k steps, more than any training story; training is unchanged. held_out: how many problems
+    "validation" and "test" hold each; "train" never ends.
 
-    Problem number p of a split depends on (split, seed, p) alone, so `start` costs nothing. `Prompt.references` holds the worked solution.
-    ValueError where the settings leave no story, or no held-out one.
+    Problem number p of a split depends on (split, seed, p) alone, so `start` costs nothing.
+    `Prompt.references` holds the worked solution. ValueError where the settings leave no story, or no
+    held-out one.
     """
 
     operations: tuple[Operation, ...] = ("add", "sub")
@@ -66,10 +104,14 @@ class WordProblems(TaskPart):
         if self.longer < 0 or self.held_out < 0 or not self.weight > 0:
             raise ValueError("longer and held_out must not be negative, and weight must be above 0")
         most = self.max_steps + self.longer
-        falling_first: list[Operation] = sorted(self.operations, reverse=True)  # sub before add or mul: what falls may rise again
+        # sub before add or mul: what falls may rise again
+        falling_first: list[Operation] = sorted(self.operations, reverse=True)
         orders: list[list[Operation]] = [falling_first, *([kind] for kind in self.operations)]
         if not any(_ranges(tuple(order * most)[:most], self.largest) for order in orders):
-            raise ValueError(f"no story of {most} steps stays within largest = {self.largest}; raise largest, or allow other operations")
+            raise ValueError(
+                f"no story of {most} steps stays within largest = {self.largest}; raise largest, or allow "
+                "other operations"
+            )
 
     @property
     def ends(self) -> bool | None:
@@ -86,7 +128,9 @@ class WordProblems(TaskPart):
     @property
     def routes(self) -> frozenset[str | None]:
         multiplies = "mul" in self.operations
-        return frozenset((["mul"] if multiplies else []) + (["add"] if not multiplies or len(self.operations) > 1 else []))
+        return frozenset(
+            (["mul"] if multiplies else []) + (["add"] if not multiplies or len(self.operations) > 1 else [])
+        )
 
     def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
         """Problems from position `start` on; "train" for ever, the others `held_out` of them."""
@@ -98,7 +142,9 @@ class WordProblems(TaskPart):
     def verify(self, prompt: Prompt, made: Any) -> float:
         """1.0 where the whole number after the last "Answer:" is the answer digit for digit, else 0.0."""
         if prompt.answer is None:
-            raise ValueError(f"prompt {prompt.id} has no answer to compare with; word_problems must grade its own prompts")
+            raise ValueError(
+                f"prompt {prompt.id} has no answer to compare with; word_problems must grade its own prompts"
+            )
         if not isinstance(made, str) or "Answer:" not in made:
             return 0.0
         found = ANSWER.match(made.rpartition("Answer:")[2])
@@ -111,7 +157,10 @@ class WordProblems(TaskPart):
             if chain is not None and split_of(chain) == split:
                 break
         else:
-            raise ValueError(f"word_problems: too few different stories to hold some out for '{split}'; raise largest or max_steps")
+            raise ValueError(
+                f"word_problems: too few different stories to hold some out for '{split}'; raise largest or "
+                "max_steps"
+            )
         story, solution, answer = tell(chain, rng)
         muls = sum(kind == "mul" for kind, _ in chain[1])
         return Prompt(
@@ -142,7 +191,9 @@ class WordProblems(TaskPart):
 
 
 def write_lines(arguments: Sequence[str]) -> None:
-    """Print the first N problems of a split as JSON lines: `python -m reflux.tasks.word_problems SPLIT N [SEED]`."""
+    """Print the first N problems of a split as JSON lines: `python -m reflux.tasks.word_problems SPLIT N
+    [SEED]`.
+    """
     split, count, seed = arguments[0], int(arguments[1]), int(arguments[2]) if len(arguments) > 2 else 0
     for prompt in itertools.islice(WordProblems(held_out=count).prompts(split, seed), count):  # pyright: ignore[reportArgumentType]
         line = {"id": prompt.id, "prompt": prompt.messages[0]["content"], "answer": prompt.answer}
@@ -154,7 +205,9 @@ def apply(kind: Operation, value: int, number: int) -> int:
 
 
 def split_of(chain: Chain) -> Split:
-    """The split a chain belongs to, for every seed: a tenth is "validation", a tenth "test", the rest "train"."""
+    """The split a chain belongs to, for every seed: a tenth is "validation", a tenth "test", the rest
+    "train".
+    """
     tenth = seed_of(chain) % 10
     return "validation" if tenth == 0 else "test" if tenth == 1 else "train"
 
@@ -173,7 +226,9 @@ def tell(chain: Chain, rng: random.Random) -> tuple[str, str, int]:
 
 
 def _ranges(kinds: tuple[Operation, ...], largest: int) -> list[tuple[int, int]]:
-    """Per state of the story, first to last, the least and greatest value from which the rest can be told; [] if there is none."""
+    """Per state of the story, first to last, the least and greatest value from which the rest can be told; []
+    if there is none.
+    """
     low, high = 0, largest
     ranges = [(low, high)]
     for kind in reversed(kinds):
@@ -185,7 +240,8 @@ def _ranges(kinds: tuple[Operation, ...], largest: int) -> list[tuple[int, int]]
             low, high = max(1, -(-low // LARGEST_FACTOR)), high // 2
         ranges.append((low, high))
     ranges.reverse()
-    fits = all(low <= high for low, high in ranges) and ranges[0][1] >= 2  # a story starts with 2 things or more
+    # a story starts with 2 things or more
+    fits = all(low <= high for low, high in ranges) and ranges[0][1] >= 2
     return ranges if fits else []
 
 

@@ -1,4 +1,6 @@
-"""All teachers of a run: contexts are built, what is missing is asked of all tables at once, and the answers are put on the attempts."""
+"""All teachers of a run: contexts are built, what is missing is asked of all tables at once, and the answers
+are put on the attempts.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from reflux.config.requirements import Requirements
+from reflux.config.step_context import StepContext
 from reflux.contexts.base import TeacherPrompt
 from reflux.errors import DataError
 from reflux.runtime.cohorts import Gather
 from reflux.runtime.together import together
 from reflux.teachers.base import OpenTeacher, Teacher, TeacherRequest, alias_of
-from reflux.types import Attempt, Group, Prompt, Requirements, StepContext, TokenRollout, TopKTarget
+from reflux.types import Attempt, Group, Prompt, TokenRollout, TopKTarget
 
 if TYPE_CHECKING:
     from reflux.runtime.services import Services
@@ -25,29 +29,46 @@ Tables = Mapping[str, tuple[Teacher, OpenTeacher]]
 
 
 class Teachers:
-    """All open teachers, by table. Scoring is idempotent: an attempt is asked about again only where its target is missing or its context
-    has changed since.
+    """All open teachers, by table. Scoring is idempotent: an attempt is asked about again only where its
+    target is missing or its context has changed since.
 
-    heard: the names that objectives listen to. DataError for a prompt of a route that none of them serves: no objective has a word on it.
-    (`checks` finds it beforehand where a task knows its routes.)
+    heard: the names that objectives listen to. DataError for a prompt of a route that none of them serves: no
+    objective has a word on it. (`checks` finds it beforehand where a task knows its routes.)
     """
 
-    def __init__(self, opened: Tables, requirements: Requirements, services: Services, objective_teachers: Collection[str] = ()):
+    def __init__(
+        self,
+        opened: Tables,
+        requirements: Requirements,
+        services: Services,
+        objective_teachers: Collection[str] = (),
+    ):
         self.opened, self.requirements, self.services = opened, requirements, services
-        self._served_routes = _routes([teacher for table, (teacher, _) in opened.items() if alias_of(table, teacher) in objective_teachers])
+        self._served_routes = _routes(
+            [
+                teacher
+                for table, (teacher, _) in opened.items()
+                if alias_of(table, teacher) in objective_teachers
+            ]
+        )
         self._batched = {table: pair for table, pair in opened.items() if pair[0].in_process}
         self._served = {table: pair for table, pair in opened.items() if not pair[0].in_process}
         self._gather: Gather[tuple[Group, StepContext], None] = Gather(self._score_cohort)
 
     async def score(self, groups: Sequence[Group], step_context: StepContext, cohort: int = 0) -> None:
-        """Ask every teacher about what it has not answered yet, or was asked in another context; all tables at once.
+        """Ask every teacher about what it has not answered yet, or was asked in another context; all tables
+        at once.
 
-        cohort: this call holds one of so many groups of `moment.step`; models in this process wait for the others and answer all of them in
-        one call, servers do not wait.
+        cohort: this call holds one of so many groups of `moment.step`; models in this process wait for the
+        others and answer all of them in one call, servers do not wait.
         """
         for prompt in (group[0].rollout.prompt for group in groups if group):
             _refuse_unserved(prompt, self._served_routes)
-        here = self._score_in_cohort(groups, step_context, cohort) if cohort > 1 else self._score(self._batched, groups, step_context)
+        here = (
+            self._score_in_cohort(groups, step_context, cohort)
+            if cohort > 1
+            else self._score(self._batched, groups, step_context)
+        )
         await together([self._score(self._served, groups, step_context), here])
 
     async def _score_in_cohort(self, groups: Sequence[Group], step_context: StepContext, cohort: int) -> None:
@@ -61,20 +82,38 @@ class Teachers:
     async def _score(self, tables: Tables, groups: Sequence[Group], step_context: StepContext) -> None:
         await together(self._ask(table, *pair, groups, step_context) for table, pair in tables.items())
 
-    async def _ask(self, table: str, teacher: Teacher, opened: OpenTeacher, groups: Sequence[Group], step_context: StepContext) -> None:
+    async def _ask(
+        self,
+        table: str,
+        teacher: Teacher,
+        opened: OpenTeacher,
+        groups: Sequence[Group],
+        step_context: StepContext,
+    ) -> None:
         name = alias_of(table, teacher)
         asked = [pair for group in groups for pair in _missing(name, teacher, group, step_context)]
         if not asked:
             return
-        answers = await opened.score([TeacherRequest(attempt.rollout, view, self.requirements) for attempt, view in asked])
+        answers = await opened.score(
+            [TeacherRequest(attempt.rollout, view, self.requirements) for attempt, view in asked]
+        )
         self.services.clock.add("teach", sum(answer.seconds for answer in answers))
         for (attempt, view), answer in zip(asked, answers, strict=True):
-            asked_in = {"table": table, "context_hash": _hash(view), "context_notes": view.notes, "previous": _previous(attempt, name)}
-            asked_in["positions_read"] = answer.positions_read + (attempt.answers[name].positions_read if name in attempt.answers else 0)
+            asked_in = {
+                "table": table,
+                "context_hash": _hash(view),
+                "context_notes": view.notes,
+                "previous": _previous(attempt, name),
+            }
+            asked_in["positions_read"] = answer.positions_read + (
+                attempt.answers[name].positions_read if name in attempt.answers else 0
+            )
             attempt.answers = dict(sorted({**attempt.answers, name: replace(answer, **asked_in)}.items()))
 
     async def follow_up(self, groups: Sequence[Group]) -> None:
-        """Where it is required, every answer gets its teacher's log-probs at the student's likeliest tokens of now (`Attempt.now`)."""
+        """Where it is required, every answer gets its teacher's log-probs at the student's likeliest tokens
+        of now (`Attempt.now`).
+        """
         if self.requirements.now_candidates:
             await self.services.run_model(self._follow_up, groups)
 
@@ -83,11 +122,15 @@ class Teachers:
             rollout, now = attempt.rollout, attempt.now
             if not (isinstance(rollout, TokenRollout) and isinstance(now, TopKTarget)):
                 continue
-            asked_TK = np.concatenate([rollout.tokens_T[:, None], now.ids_TK[:, : self.requirements.now_candidates]], axis=1)
+            asked_TK = np.concatenate(
+                [rollout.tokens_T[:, None], now.ids_TK[:, : self.requirements.now_candidates]], axis=1
+            )
             for name, answer in attempt.answers.items():
                 if answer.target is not None and self.opened[answer.table][0].at_ids:
                     logp_TK = answer.target.logp_at(asked_TK, self.services.heads)
-                    listed = TopKTarget(teacher=name, ids_TK=asked_TK[:, 1:], logp_TK=logp_TK[:, 1:], logp_T=logp_TK[:, 0])
+                    listed = TopKTarget(
+                        teacher=name, ids_TK=asked_TK[:, 1:], logp_TK=logp_TK[:, 1:], logp_T=logp_TK[:, 0]
+                    )
                     attempt.answers[name] = replace(answer, now_candidates=listed)
 
     async def publish(self, weights: Weights, step: int) -> None:
@@ -115,7 +158,9 @@ class Teachers:
             opened.load(folder / table)
 
 
-def _missing(name: str, teacher: Teacher, group: Group, step_context: StepContext) -> list[tuple[Attempt, TeacherPrompt]]:
+def _missing(
+    name: str, teacher: Teacher, group: Group, step_context: StepContext
+) -> list[tuple[Attempt, TeacherPrompt]]:
     """Attempts of a group that a teacher has to be asked about, and what it is to see."""
     if not group or (teacher.routes and group[0].rollout.prompt.route not in teacher.routes):
         return []
@@ -135,7 +180,9 @@ def _previous(attempt: Attempt, name: str) -> Any:
 
 
 def _routes(teachers: Sequence[Teacher]) -> frozenset[str] | None:
-    """What these serve together; None: every prompt (also where there are none: others than teachers teach then)."""
+    """What these serve together; None: every prompt (also where there are none: others than teachers teach
+    then).
+    """
     if not teachers or any(not teacher.routes for teacher in teachers):
         return None
     return frozenset(route for teacher in teachers for route in teacher.routes)
@@ -144,11 +191,15 @@ def _routes(teachers: Sequence[Teacher]) -> frozenset[str] | None:
 def _refuse_unserved(prompt: Prompt, served: frozenset[str] | None) -> None:
     if served is not None and prompt.route not in served:
         raise DataError(
-            f"prompt {prompt.id} has {f'the route {prompt.route!r}' if prompt.route else 'no route'}, but the teachers that objectives "
-            f"listen to serve only {', '.join(sorted(served))}. Add that route to a table, or take `routes` away from one: it then answers "
+            f"prompt {prompt.id} has {f'the route {prompt.route!r}' if prompt.route else 'no route'}, but "
+            "the teachers that objectives "
+            f"listen to serve only {', '.join(sorted(served))}. Add that route to a table, or take `routes` "
+            "away from one: it then answers "
             f"every prompt."
         )
 
 
 def _hash(view: TeacherPrompt) -> str:
-    return hashlib.blake2b(repr((view.messages, sorted(view.spans.items()))).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(
+        repr((view.messages, sorted(view.spans.items()))).encode(), digest_size=8
+    ).hexdigest()

@@ -26,14 +26,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class Flow(TeacherPart):
-    """A frozen flow model, whole or as an adapter on one (arXiv 2605.08063): v_TD at every counted state of an attempt.
+    """A frozen flow model, whole or as an adapter on one (arXiv 2605.08063): v_TD at every counted state of
+    an attempt.
 
-    Tables with the same model, dtype and device share one copy of it, each with its own adapter on; one without adapter is then the base,
-    which is what an anchor to it asks for. The velocity has the guidance that the attempt was drawn with.
+    Tables with the same model, dtype and device share one copy of it, each with its own adapter on; one
+    without adapter is then the base, which is what an anchor to it asks for. The velocity has the guidance
+    that the attempt was drawn with.
 
-    A model whose grid of times, states or prompts are not the student's is refused before anything is sampled, and so is an adapter that
-    lacks keys or leaves every velocity as it was: in the released code both become the base model in silence.
-    routes: only prompts with one of these routes are asked; alias: the name several routed tables share.
+    A model whose grid of times, states or prompts are not the student's is refused before anything is
+    sampled, and so is an adapter that lacks keys or leaves every velocity as it was: in the released code
+    both become the base model in silence. routes: only prompts with one of these routes are asked; alias: the
+    name several routed tables share.
     """
 
     rollouts: ClassVar[type[Rollout]] = FlowRollout
@@ -44,21 +47,27 @@ class Flow(TeacherPart):
     draws: ClassVar[bool] = True
 
     model: str
-    adapter: str | None = None  # a folder or hub id of LoRA factors on it, in peft's or diffusers' format
+    # a folder or hub id of LoRA factors on it, in peft's or diffusers' format
+    adapter: str | None = None
     context: Annotated[Context, PartOf("contexts")] = Same()
     alias: str | None = None
     routes: tuple[str, ...] = ()
-    guidance: Annotated[float, Field(allow_inf_nan=False)] | None = None  # None: the student's; a stated one has to be that
-    batch_positions: Annotated[int, Field(ge=1)] = 64  # states in one call; guidance doubles its rows
-    dtype: Dtype = "auto"  # auto: as stored on a GPU, float32 on a CPU
+    # None: the student's; a stated one has to be that
+    guidance: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    # states in one call; guidance doubles its rows
+    batch_positions: Annotated[int, Field(ge=1)] = 64
+    # auto: as stored on a GPU, float32 on a CPU
+    dtype: Dtype = "auto"
     device: str = "auto"
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         of_student = cfg.sampler.generation
         if self.guidance is not None and of_student.grids and self.guidance != of_student.guidance:
             yield (
-                f"{where}.guidance is {self.guidance:g}, but the student is sampled with guidance {of_student.guidance:g}: one "
-                f"guidance holds for student and teachers, in sampling and in the loss. Leave it out, or set both alike."
+                f"{where}.guidance is {self.guidance:g}, but the student is sampled with guidance "
+                f"{of_student.guidance:g}: one "
+                "guidance holds for student and teachers, in sampling and in the loss. Leave it out, or set "
+                "both alike."
             )
 
     def inputs(self, where: str) -> None:

@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 class FlowRows:
     """The counted states of one attempt, and what it was told to draw."""
 
-    place: int  # of its request
+    # of its request
+    place: int
     rollout: FlowRollout
     text: str
-    rows_N: np.ndarray  # positions, rising
+    # positions, rising
+    rows_N: np.ndarray
 
     @property
     def x_ND(self) -> np.ndarray:
@@ -75,17 +77,23 @@ class FlowTeacher:
         rollout, view = request.rollout, request.view
         assert isinstance(rollout, FlowRollout)
         if view.spans:
-            raise ModelError(f"teachers.{self.table}: this context replaces text inside an answer, and an image has none")
+            raise ModelError(
+                f"teachers.{self.table}: this context replaces text inside an answer, and an image has none"
+            )
         if self.cfg.guidance is not None and rollout.guidance != self.cfg.guidance:
             raise ModelError(
-                f"teachers.{self.table}.guidance is {self.cfg.guidance:g}, and prompt {rollout.prompt.id} was drawn with guidance "
-                f"{rollout.guidance:g}: one guidance holds for student and teachers. Leave it out, or set both alike."
+                f"teachers.{self.table}.guidance is {self.cfg.guidance:g}, and prompt {rollout.prompt.id} "
+                "was drawn with guidance "
+                f"{rollout.guidance:g}: one guidance holds for student and teachers. Leave it out, or set "
+                "both alike."
             )
         text = prompt_text(replace(rollout.prompt, messages=view.messages))
         return FlowRows(place, rollout, text, np.flatnonzero(rollout.mask_T))
 
     def _answers(self, alike: list[FlowRows]) -> dict[int, TeacherAnswer]:
-        """All counted states of attempts with one guidance and one size, in calls of `batch_positions`; the answers by place."""
+        """All counted states of attempts with one guidance and one size, in calls of `batch_positions`; the
+        answers by place.
+        """
         x_ND, t_N = (np.concatenate([getattr(rows, name) for rows in alike]) for name in ("x_ND", "t_N"))
         texts = [text for rows in alike for text in [rows.text] * len(rows.rows_N)]
         v_ND = self._velocities(x_ND, t_N, texts, alike[0].rollout.guidance)
@@ -115,8 +123,10 @@ class FlowTeacher:
         if bad_N.any():
             rollout, i = rows.rollout, int(rows.rows_N[bad_N.argmax()])
             raise ModelError(
-                f"teachers.{self.table}: its velocity for prompt {rollout.prompt.id}, sample {rollout.sample}, at denoising step {i} (from "
-                f"0, of {rollout.length}; t = {rollout.t_S[i]:.4g}) is not finite. In 16 bits it may be an overflow: try dtype = "
+                f"teachers.{self.table}: its velocity for prompt {rollout.prompt.id}, sample "
+                f"{rollout.sample}, at denoising step {i} (from "
+                f"0, of {rollout.length}; t = {rollout.t_S[i]:.4g}) is not finite. In 16 bits it may be an "
+                "overflow: try dtype = "
                 f"'bfloat16' or 'float32'. Else its weights are broken."
             )
 
@@ -139,5 +149,7 @@ def _alike(asked: Sequence[FlowRows]) -> Iterator[list[FlowRows]]:
 
 
 def _voice(cfg: Flow, name: str, services: Services) -> FlowModel:
-    base = SharedBase.of(cfg.model, f"teachers.{name}.model", dtype=cfg.dtype, device=cfg.device, shared_cache=services.shared)
+    base = SharedBase.of(
+        cfg.model, f"teachers.{name}.model", dtype=cfg.dtype, device=cfg.device, shared_cache=services.shared
+    )
     return base.voice(cfg.adapter, f"teachers.{name}.adapter")

@@ -1,4 +1,6 @@
-"""What a flow teacher needs to have in common with the student: times, states and prompts. Read from files, before any weight."""
+"""What a flow teacher needs to have in common with the student: times, states and prompts. Read from files,
+before any weight.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
     from reflux.runtime.services import Services
     from reflux.teachers.flow import Flow
 
-STEPS = 10  # of the grids that are compared, where the sampler does not say
+# of the grids that are compared, where the sampler does not say
+STEPS = 10
 ROUNDING = 1e-6
 
 
@@ -30,7 +33,11 @@ def refuse_misfit(cfg: Flow, context: PartContext, services: Services) -> None:
     student = services.shared(("flow outline", where), lambda: outline_flow(student_name, "learner.model"))
     teacher, generation = outline_flow(cfg.model, path), context.generation
     grids = generation.grids or (STEPS,)
-    for difference in (*_times(teacher, student, grids), *_states(teacher, student, generation.pixels), *_prompts(teacher, student)):
+    for difference in (
+        *_times(teacher, student, grids),
+        *_states(teacher, student, generation.pixels),
+        *_prompts(teacher, student),
+    ):
         raise ModelError(f"{path}: {cfg.model} {difference}")
 
 
@@ -42,7 +49,8 @@ def _times(teacher: FlowModel, student: FlowModel, grids: tuple[int, ...]) -> It
         if not np.allclose(teacher.grid(steps), student.grid(steps), rtol=0, atol=ROUNDING):
             yield (
                 f"walks another grid of times than the student (shift {teacher.scheduler.get('shift')} for "
-                f"{student.scheduler.get('shift')}; {steps} steps begin with {_first(teacher, steps)} for {_first(student, steps)}). Use a "
+                f"{student.scheduler.get('shift')}; {steps} steps begin with {_first(teacher, steps)} for "
+                f"{_first(student, steps)}). Use a "
                 f"teacher with the student's scheduler."
             )
 
@@ -55,8 +63,10 @@ def _states(teacher: FlowModel, student: FlowModel, pixels: int) -> Iterator[str
     theirs, ours = teacher.shape(), student.shape()
     if theirs[0] != ours[0] or (not pixels and theirs != ours):
         yield (
-            f"has states of {' x '.join(map(str, theirs))} (channels, height, width), and the student of {' x '.join(map(str, ours))}: a "
-            f"velocity of one means nothing at a state of the other. Use a teacher of the student's family and size."
+            f"has states of {' x '.join(map(str, theirs))} (channels, height, width), and the student of "
+            f"{' x '.join(map(str, ours))}: a "
+            "velocity of one means nothing at a state of the other. Use a teacher of the student's family "
+            "and size."
         )
 
 
@@ -70,6 +80,7 @@ def _prompts(teacher: FlowModel, student: FlowModel) -> Iterator[str]:
     unknown = [text for text in ours.texts if text not in theirs.texts]
     if unknown:
         yield (
-            f"has not learned {len(unknown)} of the student's prompts, such as '{unknown[0]}'. Use a teacher that began as the same model, "
+            f"has not learned {len(unknown)} of the student's prompts, such as '{unknown[0]}'. Use a teacher "
+            "that began as the same model, "
             f"or knows all of them."
         )

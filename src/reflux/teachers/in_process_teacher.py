@@ -1,4 +1,6 @@
-"""What every teacher in this process does: read prompt and response once, and keep the states that predict the response."""
+"""What every teacher in this process does: read prompt and response once, and keep the states that predict
+the response.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,13 @@ class Batched(Teacher, Protocol):
 
 
 class InProcessTeacher:
-    """A model that answers with hidden states. It reads right-padded: padding lies in the causal future, so no mask is needed."""
+    """A model that answers with hidden states. It reads right-padded: padding lies in the causal future, so
+    no mask is needed.
+    """
 
-    def __init__(self, cfg: Batched, context: PartContext, services: Services, model: Model, renderer: Renderer):
+    def __init__(
+        self, cfg: Batched, context: PartContext, services: Services, model: Model, renderer: Renderer
+    ):
         self.batch_tokens, self.context, self.services = cfg.batch_tokens, context, services
         self.name, self.model, self.renderer = alias_of(context.name, cfg), model, renderer
         self.macs = parameter_count(model.net)
@@ -59,49 +65,71 @@ class InProcessTeacher:
         while order:
             count = max(1, self.batch_tokens // len(inputs[order[0]][0]))
             chunk, order = order[:count], order[count:]
-            answers |= zip(chunk, self._read([requests[i] for i in chunk], [inputs[i] for i in chunk]), strict=True)
+            answers |= zip(
+                chunk, self._read([requests[i] for i in chunk], [inputs[i] for i in chunk]), strict=True
+            )
         seconds = (time.perf_counter() - started) / max(1, len(requests))
         return [replace(answers[i], seconds=seconds) for i in range(len(requests))]
 
     def _sequence(self, request: TeacherRequest) -> tuple[np.ndarray, int]:
-        """The teacher's ids without the last token (nothing is asked about what follows it), and where the response starts."""
+        """The teacher's ids without the last token (nothing is asked about what follows it), and where the
+        response starts.
+        """
         rollout, view = request.rollout, request.view
         assert isinstance(rollout, TokenRollout)
         prompt = rollout.prompt_tokens
         if view.spans:
-            raise ModelError(f"teachers.{self.name}: this context replaces text inside the response, which a local teacher cannot do")
+            raise ModelError(
+                f"teachers.{self.name}: this context replaces text inside the response, which a local "
+                "teacher cannot do"
+            )
         if view.messages != rollout.prompt.messages:
             prompt = np.asarray(self.renderer.ids(view.messages), dtype=np.int64)
         sequence = np.concatenate([prompt, rollout.tokens_T[:-1]])
         if len(sequence) > self.model.context_tokens:
             raise ModelError(
-                f"teachers.{self.name}: prompt {rollout.prompt.id} and its answer take {len(sequence)} tokens, but its context holds "
-                f"{self.model.context_tokens}. Lower sampler.max_tokens or sampler.max_prompt_tokens, or shorten the teacher's context."
+                f"teachers.{self.name}: prompt {rollout.prompt.id} and its answer take {len(sequence)} "
+                "tokens, but its context holds "
+                f"{self.model.context_tokens}. Lower sampler.max_tokens or sampler.max_prompt_tokens, or "
+                "shorten the teacher's context."
             )
         return sequence, len(prompt)
 
     @torch.inference_mode()
-    def _read(self, requests: list[TeacherRequest], inputs: list[tuple[np.ndarray, int]]) -> list[TeacherAnswer]:
+    def _read(
+        self, requests: list[TeacherRequest], inputs: list[tuple[np.ndarray, int]]
+    ) -> list[TeacherAnswer]:
         width = max(len(sequence) for sequence, _ in inputs)
         ids_BL = np.zeros((len(inputs), width), dtype=np.int64)
         for row, (sequence, _) in zip(ids_BL, inputs, strict=True):
             row[: len(sequence)] = sequence
         with self.precision():
-            h_BLH = self.model.trunk(input_ids=torch.from_numpy(ids_BL).to(self.model.device), use_cache=False).last_hidden_state
-        states = [h_LH[start - 1 : len(sequence)] for (sequence, start), h_LH in zip(inputs, h_BLH, strict=True)]
+            h_BLH = self.model.trunk(
+                input_ids=torch.from_numpy(ids_BL).to(self.model.device), use_cache=False
+            ).last_hidden_state
+        states = [
+            h_LH[start - 1 : len(sequence)] for (sequence, start), h_LH in zip(inputs, h_BLH, strict=True)
+        ]
         self._refuse_nan(requests, states)
-        read = [len(sequence) + 1 for sequence, _ in inputs]  # the last token is counted, as everywhere
-        return [replace(answer, positions_read=count) for answer, count in zip(self._answers(requests, states), read, strict=True)]
+        # the last token is counted, as everywhere
+        read = [len(sequence) + 1 for sequence, _ in inputs]
+        return [
+            replace(answer, positions_read=count)
+            for answer, count in zip(self._answers(requests, states), read, strict=True)
+        ]
 
     def _refuse_nan(self, requests: list[TeacherRequest], states: list[Tensor]) -> None:
-        """Finite states at every position, and log-probs of one row: a head that makes no number of one makes none of all."""
+        """Finite states at every position, and log-probs of one row: a head that makes no number of one makes
+        none of all.
+        """
         bad = [index for index, h_TH in enumerate(states) if not h_TH.isfinite().all()]
         if not bad and self.model.head.logits(states[0][:1]).float().log_softmax(-1).isnan().any():
             bad = [0]
         for index in bad[:1]:
             rollout = requests[index].rollout
             raise ModelError(
-                f"teachers.{self.name}: its logits for prompt {rollout.prompt.id}, sample {rollout.sample} are not numbers. Are its "
+                f"teachers.{self.name}: its logits for prompt {rollout.prompt.id}, sample {rollout.sample} "
+                "are not numbers. Are its "
                 f"weights whole? In float16 large values overflow: use dtype bfloat16 or float32."
             )
 
@@ -116,21 +144,32 @@ class InProcessTeacher:
 
     def _answer(self, request: TeacherRequest, h_TH: Tensor, logp_TK: np.ndarray | None) -> TeacherAnswer:
         logp_T = None if logp_TK is None else logp_TK[:, 0]
-        target = HiddenTarget(teacher=self.name, h_TH=h_TH.to("cpu", copy=True), head=self.head, logp_T=logp_T)
+        target = HiddenTarget(
+            teacher=self.name, h_TH=h_TH.to("cpu", copy=True), head=self.head, logp_T=logp_T
+        )
         ids_TK = _listed(request)
         if ids_TK is None or logp_TK is None or logp_T is None:
             return TeacherAnswer(target=target)
-        return TeacherAnswer(target=target, candidates=TopKTarget(teacher=self.name, ids_TK=ids_TK, logp_TK=logp_TK[:, 1:], logp_T=logp_T))
+        return TeacherAnswer(
+            target=target,
+            candidates=TopKTarget(teacher=self.name, ids_TK=ids_TK, logp_TK=logp_TK[:, 1:], logp_T=logp_T),
+        )
 
     def _logp(self, requests: list[TeacherRequest], states: list[Tensor]) -> list[np.ndarray]:
-        """Per attempt the log-probs of the sampled tokens [T, 1], and of what the student listed when it acted [T, 1 + K]."""
+        """Per attempt the log-probs of the sampled tokens [T, 1], and of what the student listed when it
+        acted [T, 1 + K].
+        """
         ids = [_asked_ids(request) for request in requests]
         widest = max(ids_TK.shape[1] for ids_TK in ids)
-        padded = np.concatenate([np.pad(ids_TK, ((0, 0), (0, widest - ids_TK.shape[1])), mode="edge") for ids_TK in ids])
+        padded = np.concatenate(
+            [np.pad(ids_TK, ((0, 0), (0, widest - ids_TK.shape[1])), mode="edge") for ids_TK in ids]
+        )
         logp_NK = self.model.head.logp_at(torch.cat(states), torch.from_numpy(padded).to(states[0].device))
         rows = logp_NK.cpu().numpy()
         ends = np.cumsum([len(ids_TK) for ids_TK in ids])
-        return [rows[end - len(ids_TK) : end, : ids_TK.shape[1]] for end, ids_TK in zip(ends, ids, strict=True)]
+        return [
+            rows[end - len(ids_TK) : end, : ids_TK.shape[1]] for end, ids_TK in zip(ends, ids, strict=True)
+        ]
 
 
 def _listed(request: TeacherRequest) -> np.ndarray | None:

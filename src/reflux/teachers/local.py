@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class Local(TeacherPart):
-    """A frozen model of the student's token map. It reads the student's very tokens, and offers the full distribution as hidden states.
+    """A frozen model of the student's token map. It reads the student's very tokens, and offers the full
+    distribution as hidden states.
 
     routes: only prompts with one of these routes are asked; alias: the name several routed tables share.
     """
@@ -38,13 +39,17 @@ class Local(TeacherPart):
     context: Annotated[Context, PartOf("contexts")] = Same()
     alias: str | None = None
     routes: tuple[str, ...] = ()
-    batch_tokens: Annotated[int, Field(ge=1)] = 32768  # padding included, per forward pass
-    dtype: Dtype = "auto"  # as stored, else float32, bfloat16 or float16
+    # padding included, per forward pass
+    batch_tokens: Annotated[int, Field(ge=1)] = 32768
+    # as stored, else float32, bfloat16 or float16
+    dtype: Dtype = "auto"
     device: str = "auto"
-    device_map: str | None = None  # accelerate's placement, for example "auto" to offload to the CPU
+    # accelerate's placement, for example "auto" to offload to the CPU
+    device_map: str | None = None
     attention: str | None = None
     trust_remote_code: bool = False
-    system: str | None = None  # only for contexts that rewrite the conversation
+    # only for contexts that rewrite the conversation
+    system: str | None = None
     template: dict[str, Any] = Field(default_factory=dict)
 
     def inputs(self, where: str) -> None:
@@ -58,7 +63,9 @@ class Local(TeacherPart):
         return self.model
 
     def reader(self, student: StudentSpec) -> StudentSpec | None:
-        return StudentSpec(self.model, self.system, self.template, student.prompt_suffix, self.trust_remote_code)
+        return StudentSpec(
+            self.model, self.system, self.template, student.prompt_suffix, self.trust_remote_code
+        )
 
     def size(self, where: str, student: Size, pixels: int) -> Size | None:
         return size_of(self.model, f"{where}.model", pixels)

@@ -23,11 +23,19 @@ class LocalTeacher(InProcessTeacher):
     """Frozen: it follows nobody and has no state."""
 
     def __init__(self, cfg: Local, context: PartContext, services: Services, model: Model):
-        super().__init__(cfg, context, services, model, model.renderer(cfg.system, cfg.template, context.student.prompt_suffix))
+        super().__init__(
+            cfg,
+            context,
+            services,
+            model,
+            model.renderer(cfg.system, cfg.template, context.student.prompt_suffix),
+        )
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, cfg: Local, context: PartContext, services: Services) -> AsyncIterator[LocalTeacher]:
+    async def opened(
+        cls, cfg: Local, context: PartContext, services: Services
+    ) -> AsyncIterator[LocalTeacher]:
         where = f"teachers.{context.name}.model"
         tokenizer = await services.run_model(load_tokenizer, cfg.model, where, cfg.trust_remote_code)
         check_same_tokens(services.tokenizer, tokenizer, context.name)

@@ -24,7 +24,9 @@ def tables_of(cfg: RunConfig | PartContext, name: str) -> list[str]:
 
 
 def measured(cfg: RunConfig | PartContext, name: str) -> list[str]:
-    """The tables that answer as `name`, where there are several; else the one table of that name or that answers so; else none."""
+    """The tables that answer as `name`, where there are several; else the one table of that name or that
+    answers so; else none.
+    """
     spoken = tables_of(cfg, name)
     return [name] if name in cfg.teachers and len(spoken) < 2 else spoken
 
@@ -32,7 +34,11 @@ def measured(cfg: RunConfig | PartContext, name: str) -> list[str]:
 def unknown(cfg: RunConfig, where: str, name: str, or_said: bool = False) -> str:
     """A sentence about a teacher that is not there; or_said: the student as it acted would do."""
     said = ", and 'behaviour' (the student as it acted)" if or_said else ""
-    known = f"Known: {', '.join(sorted(objective_teachers(cfg)))}{said}." if cfg.teachers else f"Add a [teachers.{name}] table."
+    known = (
+        f"Known: {', '.join(sorted(objective_teachers(cfg)))}{said}."
+        if cfg.teachers
+        else f"Add a [teachers.{name}] table."
+    )
     return f"{where}: there is no teacher '{name}'. {known}"
 
 

@@ -28,14 +28,18 @@ PHI = "phi/"
 class SelfTeacherEngine(InProcessTeacher):
     """Holds phi, float32. `version` is that of the weights phi last learnt of; None before the first."""
 
-    def __init__(self, cfg: SelfTeacher, context: PartContext, services: Services, model: Model, renderer: Renderer):
+    def __init__(
+        self, cfg: SelfTeacher, context: PartContext, services: Services, model: Model, renderer: Renderer
+    ):
         super().__init__(cfg, context, services, model, renderer)
         self.cfg = cfg
         self.version: int | None = None
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, cfg: SelfTeacher, context: PartContext, services: Services) -> AsyncIterator[SelfTeacherEngine]:
+    async def opened(
+        cls, cfg: SelfTeacher, context: PartContext, services: Services
+    ) -> AsyncIterator[SelfTeacherEngine]:
         student = context.student
         model = await services.run_model(
             partial(
@@ -88,7 +92,9 @@ class SelfTeacherEngine(InProcessTeacher):
     def save(self, folder: Path) -> None:
         """phi by name, and the version it last learnt of. Live, nothing: the student says it again."""
         if self.cfg.follow != "live":
-            checkpoints.write(folder, {"version": self.version, **{f"{PHI}{name}": own for name, own in self._parameters()}})
+            checkpoints.write(
+                folder, {"version": self.version, **{f"{PHI}{name}": own for name, own in self._parameters()}}
+            )
 
     def load(self, folder: Path) -> None:
         if self.cfg.follow == "live":
@@ -101,7 +107,9 @@ class SelfTeacherEngine(InProcessTeacher):
 
 
 def move(own: Tensor, student: Tensor, share: float) -> None:
-    """own <- (1 - share) own + share student in place, in own's type; exact to the bit at 0, at 1 and where the two are equal."""
+    """own <- (1 - share) own + share student in place, in own's type; exact to the bit at 0, at 1 and where
+    the two are equal.
+    """
     if share == 1 or not own.is_floating_point():
         own.copy_(student)
     elif share:

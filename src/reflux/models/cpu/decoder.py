@@ -1,7 +1,9 @@
-"""One new token a row through a decoder of the Llama family on the CPU, float32: the layers' arithmetic and nothing around it.
+"""One new token a row through a decoder of the Llama family on the CPU, float32: the layers' arithmetic and
+nothing around it.
 
-A small model's decode step is mostly the calls around its products, and transformers repeats the keys of grouped heads at every step.
-Here keys lie transposed and grouped heads share them. Same mathematics, another order of summation.
+A small model's decode step is mostly the calls around its products, and transformers repeats the keys of
+grouped heads at every step. Here keys lie transposed and grouped heads share them. Same mathematics, another
+order of summation.
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ from torch.nn import functional as F
 from reflux.models.text import Model
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_NORMED = ("qwen3",)  # queries and keys have norms of their own
-_STEADY_ROPE = ("default", "linear", "llama3", "yarn")  # angles that do not depend on how long the text is
-_CLOSE = 1e-4  # of the largest hidden state: how far this step and the model's own may lie apart
+# queries and keys have norms of their own
+_NORMED = ("qwen3",)
+# angles that do not depend on how long the text is
+_STEADY_ROPE = ("default", "linear", "llama3", "yarn")
+# of the largest hidden state: how far this step and the model's own may lie apart
+_CLOSE = 1e-4
 
 
 @dataclass
@@ -27,9 +32,12 @@ class Memory:
 
     keys_BKDL: list[Tensor]
     values_BKLD: list[Tensor]
-    bias_BKL: Tensor  # -inf on left padding, else 0
-    angles_PD: tuple[Tensor, Tensor]  # cosines and signed sines by place
-    written: int  # positions in use
+    # -inf on left padding, else 0
+    bias_BKL: Tensor
+    # cosines and signed sines by place
+    angles_PD: tuple[Tensor, Tensor]
+    # positions in use
+    written: int
 
     def keep(self, rows: Tensor) -> None:
         """Drop the other rows, a layer at a time: the peak is one layer's copy."""
@@ -40,7 +48,8 @@ class Memory:
 
 
 class CpuDecoder:
-    """`begin` takes over from the cache that read the prompts; `step` gives the hidden states of one more token a row.
+    """`begin` takes over from the cache that read the prompts; `step` gives the hidden states of one more
+    token a row.
 
     Weights are read where the model has them, so what is published counts from the next step.
     """
@@ -51,10 +60,14 @@ class CpuDecoder:
         self.layers = [_Layer(layer, self.kv_heads, config.model_type in _NORMED) for layer in trunk.layers]
 
     def begin(self, cache: Any, mask_BP: Tensor, room: int) -> Memory:
-        """The memory of rows whose prompts are in `cache`, with space for `room` tokens more; the cache is emptied on the way."""
+        """The memory of rows whose prompts are in `cache`, with space for `room` tokens more; the cache is
+        emptied on the way.
+        """
         width = mask_BP.shape[1]
         bias_BL = F.pad(torch.zeros(mask_BP.shape).masked_fill_(mask_BP == 0, -torch.inf), (0, room))
-        memory = Memory([], [], bias_BL[:, None].repeat(1, self.kv_heads, 1), self._angles(width + room), width)
+        memory = Memory(
+            [], [], bias_BL[:, None].repeat(1, self.kv_heads, 1), self._angles(width + room), width
+        )
         for layer in cache.layers:
             memory.keys_BKDL.append(F.pad(layer.keys.transpose(2, 3), (0, room)))
             memory.values_BKLD.append(F.pad(layer.values, (0, 0, 0, room)))
@@ -62,42 +75,71 @@ class CpuDecoder:
         return memory
 
     def _angles(self, places: int) -> tuple[Tensor, Tensor]:
-        """Of all places, so that a step only picks its own. rotate_half's sign goes to the sines: its halves then merely swap."""
+        """Of all places, so that a step only picks its own. rotate_half's sign goes to the sines: its halves
+        then merely swap.
+        """
         cos_1PD, sin_1PD = self.trunk.rotary_emb(self.trunk.embed_tokens.weight, torch.arange(places)[None])
         half = sin_1PD.shape[-1] // 2
         return cos_1PD[0], torch.cat([-sin_1PD[0, :, :half], sin_1PD[0, :, half:]], -1)
 
     def step(self, memory: Memory, tokens_B: Tensor, place_B: Tensor) -> Tensor:
-        """h_BH after the final norm, of `tokens_B` at the places `place_B` of their own texts. One more position of `memory` is in use."""
+        """h_BH after the final norm, of `tokens_B` at the places `place_B` of their own texts. One more
+        position of `memory` is in use.
+        """
         h_BH = F.embedding(tokens_B, self.trunk.embed_tokens.weight)
         turn = (memory.angles_PD[0][place_B, None], memory.angles_PD[1][place_B, None])
         memory.written += 1
         bias_S1L = memory.bias_BKL.flatten(0, 1)[:, None, : memory.written]
-        for layer, keys_BKDL, values_BKLD in zip(self.layers, memory.keys_BKDL, memory.values_BKLD, strict=True):
+        for layer, keys_BKDL, values_BKLD in zip(
+            self.layers, memory.keys_BKDL, memory.values_BKLD, strict=True
+        ):
             h_BH = layer.step(h_BH, turn, keys_BKDL, values_BKLD, bias_S1L)
         return _rms(h_BH, self.trunk.norm)
 
 
 class _Layer:
-    """S counts (row, key-value head) pairs, G the query heads that share one, N all heads of queries and keys."""
+    """S counts (row, key-value head) pairs, G the query heads that share one, N all heads of queries and
+    keys.
+    """
 
     def __init__(self, layer: Any, kv_heads: int, normed: bool):
         self.layer, self.attention, self.mlp = layer, layer.self_attn, layer.mlp
         self.kv_heads, self.normed = kv_heads, normed
 
-    def step(self, h_BH: Tensor, turn: tuple[Tensor, Tensor], keys_BKDL: Tensor, values_BKLD: Tensor, bias_S1L: Tensor) -> Tensor:
-        h_BH = h_BH + self._attend(_rms(h_BH, self.layer.input_layernorm), turn, keys_BKDL, values_BKLD, bias_S1L)
+    def step(
+        self,
+        h_BH: Tensor,
+        turn: tuple[Tensor, Tensor],
+        keys_BKDL: Tensor,
+        values_BKLD: Tensor,
+        bias_S1L: Tensor,
+    ) -> Tensor:
+        h_BH = h_BH + self._attend(
+            _rms(h_BH, self.layer.input_layernorm), turn, keys_BKDL, values_BKLD, bias_S1L
+        )
         x_BH = _rms(h_BH, self.layer.post_attention_layernorm)
-        return h_BH + _linear(F.silu(_linear(x_BH, self.mlp.gate_proj)).mul_(_linear(x_BH, self.mlp.up_proj)), self.mlp.down_proj)
+        return h_BH + _linear(
+            F.silu(_linear(x_BH, self.mlp.gate_proj)).mul_(_linear(x_BH, self.mlp.up_proj)),
+            self.mlp.down_proj,
+        )
 
-    def _attend(self, x_BH: Tensor, turn: tuple[Tensor, Tensor], keys_BKDL: Tensor, values_BKLD: Tensor, bias_S1L: Tensor) -> Tensor:
+    def _attend(
+        self,
+        x_BH: Tensor,
+        turn: tuple[Tensor, Tensor],
+        keys_BKDL: Tensor,
+        values_BKLD: Tensor,
+        bias_S1L: Tensor,
+    ) -> Tensor:
         rows, heads, size, _ = keys_BKDL.shape
         written = bias_S1L.shape[-1]
         queries, keys = self._heads(x_BH, turn)
         keys_BKDL[..., written - 1] = keys
         values_BKLD[:, :, written - 1] = _linear(x_BH, self.attention.v_proj).view(rows, heads, size)
         keys_SDL = keys_BKDL.flatten(0, 1)[..., :written]
-        scores_SGL = torch.baddbmm(bias_S1L, queries.reshape(rows * heads, -1, size), keys_SDL, alpha=self.attention.scaling)
+        scores_SGL = torch.baddbmm(
+            bias_S1L, queries.reshape(rows * heads, -1, size), keys_SDL, alpha=self.attention.scaling
+        )
         out_SGD = torch.bmm(scores_SGL.softmax(-1), values_BKLD.flatten(0, 1)[:, :written])
         return _linear(out_SGD.view(rows, -1), self.attention.o_proj)
 
@@ -130,7 +172,9 @@ def cpu_decoder(model: Model) -> CpuDecoder | None:
 
 def _known(trunk: Any) -> bool:
     config = trunk.config
-    if config.model_type not in _FAMILIES or not type(trunk).__module__.startswith(f"transformers.models.{config.model_type}."):
+    if config.model_type not in _FAMILIES or not type(trunk).__module__.startswith(
+        f"transformers.models.{config.model_type}."
+    ):
         return False
     plain = all(type(m) is nn.Linear for m in trunk.modules() if isinstance(m, nn.Linear))
     ready = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in trunk.parameters())
@@ -148,7 +192,15 @@ def _agrees(decoder: CpuDecoder) -> bool:
     mask_BL = torch.tensor([[1, 1, 1], [0, 1, 1]])
     places_BL = torch.tensor([[0, 1, 2], [0, 0, 1]])
     cache = DynamicCache(config=trunk.config)
-    own_BH = trunk(input_ids=ids_BL, attention_mask=mask_BL, position_ids=places_BL, use_cache=False).last_hidden_state[:, -1]
-    trunk(input_ids=ids_BL[:, :2], attention_mask=mask_BL[:, :2], position_ids=places_BL[:, :2], past_key_values=cache, use_cache=True)
+    own_BH = trunk(
+        input_ids=ids_BL, attention_mask=mask_BL, position_ids=places_BL, use_cache=False
+    ).last_hidden_state[:, -1]
+    trunk(
+        input_ids=ids_BL[:, :2],
+        attention_mask=mask_BL[:, :2],
+        position_ids=places_BL[:, :2],
+        past_key_values=cache,
+        use_cache=True,
+    )
     made_BH = decoder.step(decoder.begin(cache, mask_BL[:, :2], 1), ids_BL[:, 2], places_BL[:, 2])
     return bool((made_BH - own_BH).abs().max() <= _CLOSE * own_BH.abs().max())

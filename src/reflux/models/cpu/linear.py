@@ -15,22 +15,30 @@ from torch.nn import functional as F
 
 from reflux.kernels import products
 
-_FEW_ROWS = 512  # below, the call costs more than the multiplication
+# below, the call costs more than the multiplication
+_FEW_ROWS = 512
 
 
 def speed_up(net: nn.Module) -> None:
     """Route every plain float32 nn.Linear of a CPU model through oneDNN. Elsewhere nothing changes."""
     for module in net.modules():
-        if type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
+        if (
+            type(module) is nn.Linear
+            and module.weight.device.type == "cpu"
+            and module.weight.dtype == torch.float32
+        ):
             module.forward = partial(_forward, module)
 
 
 def _forward(module: nn.Linear, input: Tensor) -> Tensor:
-    return linear(input, module.weight, module.bias)  # read at each call: a parameter may be replaced
+    # read at each call: a parameter may be replaced
+    return linear(input, module.weight, module.bias)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """input @ weight.T + bias, differentiable once; F.linear for few rows, and for anything but float32 on the CPU."""
+    """input @ weight.T + bias, differentiable once; F.linear for few rows, and for anything but float32 on
+    the CPU.
+    """
     flat_NI = input.reshape(-1, input.shape[-1])
     float32 = weight.dtype == torch.float32 and input.dtype == torch.float32
     if len(flat_NI) < _FEW_ROWS or not float32 or weight.device.type != "cpu":

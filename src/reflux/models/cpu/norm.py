@@ -2,8 +2,8 @@
 
     y = w x r,   r = (mean(x^2) + eps)^-1/2,   dx = r (g w - n mean(g w n)),   dw = sum(g n),   n = x r
 
-torch's own formula is a dozen elementwise passes backward. Its layer norm has a fused one, which for a mean of zero gives dx less
-r mean(g w): one product with the weight puts that back.
+torch's own formula is a dozen elementwise passes backward. Its layer norm has a fused one, which for a mean
+of zero gives dx less r mean(g w): one product with the weight puts that back.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CLOSE = 1e-5  # how far a trial may be off: rounding
+# how far a trial may be off: rounding
+_CLOSE = 1e-5
 
 
 def fuse_norms(net: Any) -> None:
-    """Replace the forward of every float32 norm on the CPU whose class computes this very formula, as a trial shows."""
+    """Replace the forward of every float32 norm on the CPU whose class computes this very formula, as a trial
+    shows.
+    """
     verdicts: dict[type, bool] = {}
     module: Any
     for module in net.modules():
@@ -37,7 +40,9 @@ def fuse_norms(net: Any) -> None:
 
 @torch.no_grad()
 def _on_trial(module: Any) -> bool:
-    """Does a copy with random weights give what `rms_norm` gives? Random numbers of its own: a model's loading must not move anyone else's."""
+    """Does a copy with random weights give what `rms_norm` gives? Random numbers of its own: a model's
+    loading must not move anyone else's.
+    """
     copy, rng = deepcopy(module), torch.Generator().manual_seed(0)
     copy.weight.normal_(generator=rng)
     x = torch.randn(2, 3, *copy.weight.shape, generator=rng)
@@ -45,7 +50,8 @@ def _on_trial(module: Any) -> bool:
 
 
 def _forward(module: Any, hidden_states: Tensor) -> Tensor:
-    return rms_norm(hidden_states, module.weight, module.variance_epsilon)  # read at each call: a parameter may be replaced
+    # read at each call: a parameter may be replaced
+    return rms_norm(hidden_states, module.weight, module.variance_epsilon)
 
 
 def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -56,7 +62,9 @@ def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMS(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = (
+            torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        )
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 
@@ -68,7 +76,9 @@ class _RMS(torch.autograd.Function):
         needs_x, needs_weight, _ = ctx.needs_input_grad
         sizes, zero = [x.shape[-1]], torch.zeros_like(scale)
         wanted = [needs_x, needs_weight, False]
-        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(grad, x, sizes, zero, scale, weight, None, wanted)
+        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, sizes, zero, scale, weight, None, wanted
+        )
         if needs_x:
             mean = torch.mv(grad.view(-1, sizes[0]), weight).view_as(scale).div_(sizes[0])
             grad_x.add_(mean.mul_(scale))

@@ -1,7 +1,9 @@
-"""Adapters on disk, in peft's and in diffusers' format, read so strictly that no lost key becomes the base model in silence.
+"""Adapters on disk, in peft's and in diffusers' format, read so strictly that no lost key becomes the base
+model in silence.
 
 peft:       adapter_config.json and adapter_model.safetensors, keys base_model.model.<module>.lora_A.weight (and lora_B)
-diffusers:  pytorch_lora_weights.safetensors, keys transformer.<module>.lora_A.weight; the scale in the file's header (as diffusers
+diffusers:  pytorch_lora_weights.safetensors, keys transformer.<module>.lora_A.weight; the scale in the file's
+header (as diffusers
             writes it today) or in <module>.alpha, which is divided by the rank; without either it is 1
 """
 
@@ -21,17 +23,22 @@ from reflux.models.flow.diffusers_library import library
 from reflux.models.flow.flow_adapters import Adapter, Factors, layers_of, linear_shapes, lora_config, missed
 from reflux.models.text import first_line
 
-HEADER = "lora_adapter_metadata"  # where diffusers keeps peft's config
+# where diffusers keeps peft's config
+HEADER = "lora_adapter_metadata"
 PREFIXES = {PEFT: "base_model.model.", DIFFUSERS: "transformer."}
-SHOWN = 4  # names in an error
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others move the base model as they begin, and the file lacks that move
+# names in an error
+SHOWN = 4
+# others move the base model as they begin, and the file lacks that move
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def read_adapter(name: str, transformer: Any, path: str) -> Adapter:
-    """The adapter in a folder, in a run directory or of a hub id, as it fits this transformer (which is not touched).
+    """The adapter in a folder, in a run directory or of a hub id, as it fits this transformer (which is not
+    touched).
 
-    ModelError that lists every fault: a module without one of its factors, one that its peft config targets and the file lacks, a key
-    that matches no linear layer, a shape that does not fit; and for what is not a plain low-rank adapter.
+    ModelError that lists every fault: a module without one of its factors, one that its peft config targets
+    and the file lacks, a key that matches no linear layer, a shape that does not fit; and for what is not a
+    plain low-rank adapter.
     """
     file = adapter_file(name, path)
     tensors, header = _load(file, path)
@@ -41,24 +48,34 @@ def read_adapter(name: str, transformer: Any, path: str) -> Adapter:
     shapes = linear_shapes(bare)
     planned = None if config is None else _planned(config, bare, path)
     parts, unknown = _parts(tensors, PREFIXES[file.name], shapes, alphas=planned is None)
-    faults = [*_faults(parts, shapes, planned), *_listed("keys that match no linear layer of this transformer", unknown)]
+    faults = [
+        *_faults(parts, shapes, planned),
+        *_listed("keys that match no linear layer of this transformer", unknown),
+    ]
     if faults or not parts:
         faults = faults or ["it is empty"]
         raise ModelError(
-            f"{path}: the adapter in {name} does not fit the model under it: {'; '.join(faults)}. Loaded all the same, the base model "
+            f"{path}: the adapter in {name} does not fit the model under it: {'; '.join(faults)}. Loaded all "
+            "the same, the base model "
             f"would speak in place of what is lost. Is it whole, and made for this model?"
         )
     return Adapter({module: _factors(module, part, planned) for module, part in parts.items()}, name)
 
 
 def write_adapter(adapter: Adapter, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """One file in diffusers' format, for `read_adapter` and diffusers' `load_lora_weights`; dtype None: as it is."""
+    """One file in diffusers' format, for `read_adapter` and diffusers' `load_lora_weights`; dtype None: as it
+    is.
+    """
     layers = {}
     for module, factors in adapter.factors.items():
         for letter, value in (("A", factors.A), ("B", factors.B)):
-            layers[f"{module}.lora_{letter}.weight"] = value.detach().to("cpu", dtype or value.dtype).contiguous()
+            layers[f"{module}.lora_{letter}.weight"] = (
+                value.detach().to("cpu", dtype or value.dtype).contiguous()
+            )
     library().StableDiffusion3Pipeline.save_lora_weights(
-        folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=lora_config(adapter).to_dict()
+        folder,
+        transformer_lora_layers=layers,
+        transformer_lora_adapter_metadata=lora_config(adapter).to_dict(),
     )
 
 
@@ -69,7 +86,9 @@ def _load(file: Path, path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(file, "pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118 - it is no mapping
     except SafetensorError as error:
-        raise ModelError(f"{path}: {file} cannot be read, it may have been cut off: {first_line(error)}") from error
+        raise ModelError(
+            f"{path}: {file} cannot be read, it may have been cut off: {first_line(error)}"
+        ) from error
 
 
 def _peft_config(folder: Path, path: str) -> Any:
@@ -77,7 +96,10 @@ def _peft_config(folder: Path, path: str) -> Any:
 
     table = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if table.get("peft_type") != "LORA":
-        raise ModelError(f"{path}: the adapter in {folder} is of the type {table.get('peft_type')}; only LORA is known here.")
+        raise ModelError(
+            f"{path}: the adapter in {folder} is of the type {table.get('peft_type')}; only LORA is known "
+            "here."
+        )
     return LoraConfig.from_pretrained(str(folder))
 
 
@@ -86,30 +108,50 @@ def _diffusers_config(header: dict[str, str], path: str) -> Any:
 
     if HEADER not in header:
         return None
-    table = {key.removeprefix(PREFIXES[DIFFUSERS]): value for key, value in json.loads(header[HEADER]).items()}
+    table = {
+        key.removeprefix(PREFIXES[DIFFUSERS]): value for key, value in json.loads(header[HEADER]).items()
+    }
     try:
         return LoraConfig(**table)
     except TypeError as error:
-        raise ModelError(f"{path}: this adapter was written by another peft than the one here: {first_line(error)}") from error
+        raise ModelError(
+            f"{path}: this adapter was written by another peft than the one here: {first_line(error)}"
+        ) from error
 
 
 def _planned(config: Any, bare: Any, path: str) -> dict[str, tuple[int, float]]:
     """(rank, scale) of every module that peft itself would adapt under this config."""
     from peft import inject_adapter_in_model
 
-    special = [field for field in ("use_dora", "lora_bias", "modules_to_save", "target_parameters") if getattr(config, field, None)]
+    special = [
+        field
+        for field in ("use_dora", "lora_bias", "modules_to_save", "target_parameters")
+        if getattr(config, field, None)
+    ]
     special += ["bias"] if config.bias != "none" else []
     special += ["init_lora_weights"] if config.init_lora_weights not in PLAIN_STARTS else []
     if special:
-        raise ModelError(f"{path}: this adapter is more than two factors per linear layer ({', '.join(special)}): only those are known.")
+        raise ModelError(
+            f"{path}: this adapter is more than two factors per linear layer ({', '.join(special)}): only "
+            "those are known."
+        )
     config.init_lora_weights = False
-    lost = missed(list(config.target_modules), linear_shapes(bare)) if isinstance(config.target_modules, set | list) else []
+    lost = (
+        missed(list(config.target_modules), linear_shapes(bare))
+        if isinstance(config.target_modules, set | list)
+        else []
+    )
     if lost:
-        raise ModelError(f"{path}: this adapter's config targets {', '.join(lost)}, which the model under it does not have.")
+        raise ModelError(
+            f"{path}: this adapter's config targets {', '.join(lost)}, which the model under it does not "
+            "have."
+        )
     try:
         inject_adapter_in_model(config, bare, low_cpu_mem_usage=True)
     except ValueError as error:
-        raise ModelError(f"{path}: peft cannot place this adapter on the model under it: {first_line(error)}") from error
+        raise ModelError(
+            f"{path}: peft cannot place this adapter on the model under it: {first_line(error)}"
+        ) from error
     return {name: (layer.r["default"], layer.scaling["default"]) for name, layer in layers_of(bare)}
 
 
@@ -131,18 +173,30 @@ def _parts(
 
 
 def _faults(
-    parts: dict[str, dict[str, Tensor]], shapes: dict[str, tuple[int, int]], planned: dict[str, tuple[int, float]] | None
+    parts: dict[str, dict[str, Tensor]],
+    shapes: dict[str, tuple[int, int]],
+    planned: dict[str, tuple[int, float]] | None,
 ) -> Iterable[str]:
-    lacking = [f"{module}.lora_{letter}" for module, part in parts.items() for letter in "AB" if letter not in part]
+    lacking = [
+        f"{module}.lora_{letter}" for module, part in parts.items() for letter in "AB" if letter not in part
+    ]
     whole = {module: part for module, part in parts.items() if "A" in part and "B" in part}
     crooked = []
     for module, part in whole.items():
         rank = planned[module][0] if planned and module in planned else len(part["A"])
         outputs, inputs = shapes[module]
         if part["A"].shape != (rank, inputs) or part["B"].shape != (outputs, rank):
-            crooked.append(f"{module} (A {tuple(part['A'].shape)} for {(rank, inputs)}, B {tuple(part['B'].shape)} for {(outputs, rank)})")
-    yield from _listed("factors that are missing", [*lacking, *((m for m in planned if m not in parts) if planned else ())])
-    yield from _listed("modules that its config does not target", [m for m in parts if m not in planned] if planned is not None else [])
+            crooked.append(
+                f"{module} (A {tuple(part['A'].shape)} for {(rank, inputs)}, B {tuple(part['B'].shape)} for "
+                f"{(outputs, rank)})"
+            )
+    yield from _listed(
+        "factors that are missing", [*lacking, *((m for m in planned if m not in parts) if planned else ())]
+    )
+    yield from _listed(
+        "modules that its config does not target",
+        [m for m in parts if m not in planned] if planned is not None else [],
+    )
     yield from _listed("other shapes", crooked)
 
 
@@ -154,5 +208,7 @@ def _listed(what: str, names: list[str]) -> Iterable[str]:
 
 def _factors(module: str, part: dict[str, Tensor], planned: dict[str, tuple[int, float]] | None) -> Factors:
     rank = len(part["A"])
-    scale = planned[module][1] if planned is not None else float(part["alpha"]) / rank if "alpha" in part else 1.0
+    scale = (
+        planned[module][1] if planned is not None else float(part["alpha"]) / rank if "alpha" in part else 1.0
+    )
     return Factors(part["A"], part["B"], scale)

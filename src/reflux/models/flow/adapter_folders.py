@@ -1,4 +1,6 @@
-"""Where an adapter's files are, asked without torch: what is not here can so be refused before anything is loaded."""
+"""Where an adapter's files are, asked without torch: what is not here can so be refused before anything is
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +9,24 @@ from pathlib import Path
 from reflux.errors import ModelError
 from reflux.models.text import INDEXES, SHIPPED, first_line
 
-CONFIG, PEFT, DIFFUSERS = "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
+CONFIG, PEFT, DIFFUSERS = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.safetensors",
+)
 
 
 def on_hub(name: str) -> bool:
     """Is it asked of the hub: no folder here, and written like one of its names?"""
-    return not Path(name).expanduser().exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return (
+        not Path(name).expanduser().exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    )
 
 
 def adapter_folder(name: str, path: str) -> Path | None:
-    """The folder with an adapter's files, from the hub where `name` is no folder here; None where there are no such files in it."""
+    """The folder with an adapter's files, from the hub where `name` is no folder here; None where there are
+    no such files in it.
+    """
     if name.startswith(SHIPPED):
         return None
     folder = _fetched(name, path) if on_hub(name) else Path(name).expanduser()
@@ -37,7 +47,10 @@ def adapter_file(name: str, path: str) -> Path:
         raise ModelError(f"{path}: there is no adapter in {name}: {remedy}.")
     file = next((folder / file for file in (PEFT, DIFFUSERS) if (folder / file).is_file()), None)
     if file is None or (file.name == PEFT and not (folder / CONFIG).is_file()):
-        raise ModelError(f"{path}: {name} holds a part of an adapter: {CONFIG} and {PEFT} belong together, and only safetensors are read.")
+        raise ModelError(
+            f"{path}: {name} holds a part of an adapter: {CONFIG} and {PEFT} belong together, and only "
+            "safetensors are read."
+        )
     return file
 
 
@@ -51,4 +64,6 @@ def _fetched(name: str, path: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG, PEFT, DIFFUSERS]))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: {name} is no folder here, and could not be had from the hub: {first_line(error)}") from error
+        raise ModelError(
+            f"{path}: {name} is no folder here, and could not be had from the hub: {first_line(error)}"
+        ) from error

@@ -1,4 +1,6 @@
-"""diffusers, imported where it is needed. Untyped: it exports its names lazily, which type checkers cannot follow."""
+"""diffusers, imported where it is needed. Untyped: it exports its names lazily, which type checkers cannot
+follow.
+"""
 
 from __future__ import annotations
 

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEPT = 512  # prompts whose encodings are kept: about 3 MB each in 16 bits (on a GPU, as stored), twice that in 32 (on a CPU)
+# prompts whose encodings are kept: about 3 MB each in 16 bits (on a GPU, as stored), twice that in 32 (on a
+# CPU)
+KEPT = 512
 
 
 class TextEncoders:
-    """diffusers' `encode_prompt` of a pipeline that was loaded without transformer and decoder. Answers lie on the CPU.
+    """diffusers' `encode_prompt` of a pipeline that was loaded without transformer and decoder. Answers lie
+    on the CPU.
 
     Several threads may ask (sampler, teachers and learner share one); one at a time is answered.
     """
@@ -25,10 +28,14 @@ class TextEncoders:
         self._turn = threading.Lock()
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(tokens_BLJ, pooled_BP). Only prompts that are not kept reach the encoders; a call may have more of them than are kept."""
+        """(tokens_BLJ, pooled_BP). Only prompts that are not kept reach the encoders; a call may have more of
+        them than are kept.
+        """
         with self._turn:
             found = self._found(texts)
-        return torch.stack([found[text][0] for text in texts]), torch.stack([found[text][1] for text in texts])
+        return torch.stack([found[text][0] for text in texts]), torch.stack(
+            [found[text][1] for text in texts]
+        )
 
     def _found(self, texts: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
         missing = [text for text in dict.fromkeys(texts) if text not in self._answers]
@@ -60,4 +67,6 @@ class LatentDecoder:
     def __call__(self, x_BCHW: Tensor) -> Tensor:
         config = self._vae.config
         latents = x_BCHW / config.scaling_factor + (config.shift_factor or 0.0)
-        return torch.cat([self._vae.decode(one.to(self._vae.dtype), return_dict=False)[0] for one in latents.split(1)])
+        return torch.cat(
+            [self._vae.decode(one.to(self._vae.dtype), return_dict=False)[0] for one in latents.split(1)]
+        )

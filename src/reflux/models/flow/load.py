@@ -30,18 +30,35 @@ from reflux.models.shared_cache import SharedCache
 from reflux.models.text import first_line, pick_device
 
 
-def load_flow(name: str, path: str, *, dtype: str = "auto", device: str = "auto", shared_cache: SharedCache | None = None) -> FlowModel:
-    """A diffusers folder, an earlier run directory, a shipped model or a hub id. dtype "auto": as stored on a GPU, float32 on a CPU.
+def load_flow(
+    name: str,
+    path: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    shared_cache: SharedCache | None = None,
+) -> FlowModel:
+    """A diffusers folder, an earlier run directory, a shipped model or a hub id. dtype "auto": as stored on a
+    GPU, float32 on a CPU.
 
-    Text encoders and decoder have a type of their own, the stored one on a GPU and float32 on a CPU, whatever `dtype` is. `once` holds
-    what several models share. ModelError with the reason for what cannot be loaded or is no flow model of a known kind.
+    Text encoders and decoder have a type of their own, the stored one on a GPU and float32 on a CPU, whatever
+    `dtype` is. `once` holds what several models share. ModelError with the reason for what cannot be loaded
+    or is no flow model of a known kind.
     """
     known_dtype(dtype, path)
     folder, place = fetch(name, path, MODEL), pick_device(device)
-    index, scheduler, stored = read_index(folder, name, path), read_scheduler(folder, name, path), stored_dtype(folder / "transformer")
+    index, scheduler, stored = (
+        read_index(folder, name, path),
+        read_scheduler(folder, name, path),
+        stored_dtype(folder / "transformer"),
+    )
     net = _net(folder, name, path, chosen_dtype(dtype, place, stored), place)
     source = source_of(name, path, folder, index)
-    encode, decode = (net.prompts, None) if net.prompts is not None else _frozen(source, path, place, shared_cache or SharedCache())
+    encode, decode = (
+        (net.prompts, None)
+        if net.prompts is not None
+        else _frozen(source, path, place, shared_cache or SharedCache())
+    )
     return FlowModel(net, scheduler, encode, decode, source, stored or net.dtype)
 
 
@@ -52,7 +69,9 @@ def load_net(name: str, path: str, *, dtype: str = "float32", device: str = "cpu
 
 
 def outline_flow(name: str, path: str) -> FlowModel:
-    """A model without its weights, on torch's meta device: it tells its grid, its states and its prompts, and nothing heavy is read."""
+    """A model without its weights, on torch's meta device: it tells its grid, its states and its prompts, and
+    nothing heavy is read.
+    """
     folder = fetch(name, path, PLAN)
     index, scheduler = read_index(folder, name, path), read_scheduler(folder, name, path)
     try:
@@ -70,7 +89,9 @@ def _no_encoders(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
 def _bare(folder: Path) -> Any:
     """The transformer without its weights."""
     with torch.device("meta"):
-        return library().SD3Transformer2DModel.from_config(library().SD3Transformer2DModel.load_config(folder, subfolder="transformer"))
+        return library().SD3Transformer2DModel.from_config(
+            library().SD3Transformer2DModel.load_config(folder, subfolder="transformer")
+        )
 
 
 def _net(folder: Path, name: str, path: str, dtype: torch.dtype, device: str) -> FlowNet:
@@ -91,7 +112,9 @@ def _table(folder: Path) -> PromptTable | None:
 
 
 def _frozen(source: str, path: str, device: str, shared_cache: SharedCache) -> tuple[Encoder, Decoder]:
-    """Text encoders and decoder of a Stable Diffusion 3 model: one copy a run, so of a type that no caller chooses."""
+    """Text encoders and decoder of a Stable Diffusion 3 model: one copy a run, so of a type that no caller
+    chooses.
+    """
     encoders = shared_cache(("text encoders", source, device), lambda: _encoders(source, path, device))
     decoder = shared_cache(("decoder", source, device), lambda: _decoder(source, path, device))
     return encoders, decoder
@@ -100,7 +123,8 @@ def _frozen(source: str, path: str, device: str, shared_cache: SharedCache) -> t
 def _encoders(source: str, path: str, device: str) -> TextEncoders:
     folder = fetch(source, path, BESIDE)
     index = read_index(folder, source, path)
-    largest = "text_encoder_3" if any(index.get("text_encoder_3") or ()) else "text_encoder"  # T5, which a model may go without
+    # T5, which a model may go without
+    largest = "text_encoder_3" if any(index.get("text_encoder_3") or ()) else "text_encoder"
     absent = {} if largest == "text_encoder_3" else {"text_encoder_3": None, "tokenizer_3": None}
     dtype = chosen_dtype("auto", device, stored_dtype(folder / largest))
     try:
@@ -108,7 +132,8 @@ def _encoders(source: str, path: str, device: str) -> TextEncoders:
             folder, transformer=None, vae=None, **absent, torch_dtype=dtype, use_safetensors=True
         )
         pipeline.to(device)
-        if absent:  # diffusers puts zeros in T5's place, as wide as the transformer's config says
+        if absent:
+            # diffusers puts zeros in T5's place, as wide as the transformer's config says
             pipeline.register_modules(transformer=_bare(folder))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: no text encoders in {source}: {first_line(error)}") from error
@@ -119,7 +144,9 @@ def _decoder(source: str, path: str, device: str) -> LatentDecoder:
     folder = fetch(source, path, BESIDE)
     dtype = chosen_dtype("auto", device, stored_dtype(folder / "vae"))
     try:
-        vae = library().AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
+        vae = library().AutoencoderKL.from_pretrained(
+            folder, subfolder="vae", torch_dtype=dtype, use_safetensors=True
+        )
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: no decoder (vae) in {source}: {first_line(error)}") from error
     return LatentDecoder(vae.to(torch.device(device)))

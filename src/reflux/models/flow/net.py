@@ -1,4 +1,6 @@
-"""The network of a flow model: diffusers' transformer and, where the model has learned its prompts, their table."""
+"""The network of a flow model: diffusers' transformer and, where the model has learned its prompts, their
+table.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,14 @@ from torch import Tensor, nn
 
 from reflux.errors import DataError
 
-UNCONDITIONAL = ""  # the prompt that asks for nothing
+# the prompt that asks for nothing
+UNCONDITIONAL = ""
 
 
 class PromptTable(nn.Module):
-    """One learned embedding per known prompt: `length` tokens of width J and one pooled vector of width P. Row 0 is the empty prompt."""
+    """One learned embedding per known prompt: `length` tokens of width J and one pooled vector of width P.
+    Row 0 is the empty prompt.
+    """
 
     def __init__(self, texts: Sequence[str], length: int, width: int, pooled: int):
         super().__init__()
@@ -32,11 +37,16 @@ class PromptTable(nn.Module):
         unknown = [text for text in texts if text not in self._row]
         if unknown:
             raise DataError(
-                f"this model has learned {len(self.texts)} prompts by heart, and '{unknown[0]}' is none of them. It knows: "
+                f"this model has learned {len(self.texts)} prompts by heart, and '{unknown[0]}' is none of "
+                "them. It knows: "
                 f"{', '.join(repr(text) for text in self.texts[1:9])}, ..."
             )
-        table_BE = self.rows(torch.tensor([self._row[text] for text in texts], device=self.rows.weight.device))
-        tokens_BE, pooled_BP = table_BE.split([self.length * self.width, table_BE.shape[1] - self.length * self.width], dim=1)
+        table_BE = self.rows(
+            torch.tensor([self._row[text] for text in texts], device=self.rows.weight.device)
+        )
+        tokens_BE, pooled_BP = table_BE.split(
+            [self.length * self.width, table_BE.shape[1] - self.length * self.width], dim=1
+        )
         return tokens_BE.unflatten(1, (self.length, self.width)), pooled_BP
 
     def save(self, folder: Path, dtype: torch.dtype, rows: Tensor | None = None) -> None:
@@ -45,7 +55,9 @@ class PromptTable(nn.Module):
         facts = {"texts": self.texts, "length": self.length, "width": self.width}
         (folder / "prompts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         kept = self.rows.weight if rows is None else rows
-        save_file({"rows.weight": kept.detach().to("cpu", dtype).contiguous()}, folder / "prompts.safetensors")
+        save_file(
+            {"rows.weight": kept.detach().to("cpu", dtype).contiguous()}, folder / "prompts.safetensors"
+        )
 
     @classmethod
     def load(cls, folder: Path) -> PromptTable:
@@ -67,7 +79,8 @@ class FlowNet(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.transformer.parameters()).device  # diffusers' own property walks all modules, at every denoising step
+        # diffusers' own property walks all modules, at every denoising step
+        return next(self.transformer.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:

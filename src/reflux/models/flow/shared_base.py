@@ -20,9 +20,12 @@ from reflux.models.flow.net import UNCONDITIONAL
 from reflux.models.shared_cache import SharedCache
 from reflux.models.text import locate, pick_device
 
-PROBE_T = (1.0, 0.75, 0.5, 0.25)  # times of the states that an adapter is tried on
-PROBE_PATCHES = 8  # a side of such a state at most
-PROBE_TEXTS = (UNCONDITIONAL, "a photograph")  # where there is no table of known prompts
+# times of the states that an adapter is tried on
+PROBE_T = (1.0, 0.75, 0.5, 0.25)
+# a side of such a state at most
+PROBE_PATCHES = 8
+# where there is no table of known prompts
+PROBE_TEXTS = (UNCONDITIONAL, "a photograph")
 
 
 class SharedBase:
@@ -31,7 +34,8 @@ class SharedBase:
     def __init__(self, model: FlowModel):
         model.net.requires_grad_(False).eval()
         self.model = model
-        self._names: dict[str, str] = {}  # of adapters that may speak, by where they came from
+        # of adapters that may speak, by where they came from
+        self._names: dict[str, str] = {}
         self._numbers = count()
         self._on: str | None = None
         self._turn = threading.Lock()
@@ -40,10 +44,14 @@ class SharedBase:
     def of(cls, name: str, path: str, *, dtype: str, device: str, shared_cache: SharedCache) -> SharedBase:
         """The run's one copy of this model in this type on this device."""
         key = ("flow base", locate(name, path), dtype, pick_device(device))
-        return shared_cache(key, lambda: cls(load_flow(name, path, dtype=dtype, device=device, shared_cache=shared_cache)))
+        return shared_cache(
+            key, lambda: cls(load_flow(name, path, dtype=dtype, device=device, shared_cache=shared_cache))
+        )
 
     def voice(self, adapter: str | None, path: str) -> Voice:
-        """The model as it speaks with this adapter, or without any. ModelError for one that does not fit, or that changes nothing."""
+        """The model as it speaks with this adapter, or without any. ModelError for one that does not fit, or
+        that changes nothing.
+        """
         if adapter is not None and adapter not in self._names:
             self._add(adapter, path)
         of_model = {field.name: getattr(self.model, field.name) for field in fields(FlowModel)}
@@ -58,7 +66,8 @@ class SharedBase:
             self._on = name
         if torch.equal(self._probe(name), self._probe(None)):
             raise ModelError(
-                f"{path}: with the adapter in {adapter} the model says exactly what it says without it, so this teacher would be the base "
+                f"{path}: with the adapter in {adapter} the model says exactly what it says without it, so "
+                "this teacher would be the base "
                 f"model. Are its B factors still 0, as before the first step of training?"
             )
         self._names[adapter] = name
@@ -90,7 +99,8 @@ class Voice(FlowModel):
     """A shared base with one adapter on, or none: a flow model like any other, but for saving it."""
 
     base: SharedBase
-    adapter: str | None  # its name on the base
+    # its name on the base
+    adapter: str | None
 
     def velocity(self, x_ND: Tensor, t_N: Tensor, texts: Sequence[str], guidance: float = 1.0) -> Tensor:
         with self.base.speaking(self.adapter):

@@ -1,4 +1,6 @@
-"""Where a flow's student begins: as it is, at the mean of its teachers, or at an adapter; and what of it is trained."""
+"""Where a flow's student begins: as it is, at the mean of its teachers, or at an adapter; and what of it is
+trained.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,16 @@ if TYPE_CHECKING:
     from reflux.models.settings import FlowLora, Merge
 
 
-def start(model: FlowModel, merge: Merge | None, adapter: str | None, lora: FlowLora | None, seed: int) -> bool:
-    """Prepare `model.net` in place; what requires a gradient afterwards is what is trained. Is that an adapter on the model as it came?
+def start(
+    model: FlowModel, merge: Merge | None, adapter: str | None, lora: FlowLora | None, seed: int
+) -> bool:
+    """Prepare `model.net` in place; what requires a gradient afterwards is what is trained. Is that an
+    adapter on the model as it came?
 
-    Without lora all weights are, the prompt table included, and an adapter is added to them first. Under lora everything is frozen but
-    one adapter: a fresh one from the seed, or the one that the student begins with, which lora then has to describe (ModelError that says
-    how). A merge of full models becomes the base in either case; one of adapters is one adapter.
+    Without lora all weights are, the prompt table included, and an adapter is added to them first. Under lora
+    everything is frozen but one adapter: a fresh one from the seed, or the one that the student begins with,
+    which lora then has to describe (ModelError that says how). A merge of full models becomes the base in
+    either case; one of adapters is one adapter.
     """
     net = model.net
     begin = _adapter(model, merge, adapter)
@@ -53,26 +59,45 @@ def _adapter(model: FlowModel, merge: Merge | None, adapter: str | None) -> Adap
         return mean_products(read) if merge.by == "weights" else mean_factors(read)
     if any(kinds.values()):
         whole = [name for name, is_adapter in kinds.items() if not is_adapter]
-        raise ModelError(f"learner.merge.models: {', '.join(whole)} is a whole model and the others are adapters; merge one kind.")
+        raise ModelError(
+            f"learner.merge.models: {', '.join(whole)} is a whole model and the others are adapters; merge "
+            "one kind."
+        )
     if merge.by == "factors":
-        raise ModelError('learner.merge: by = "factors" is for adapters, and these are whole models. Use by = "weights".')
-    model.net.load_state_dict(mean_weights(((name, load_net(name, paths[name])) for name in merge.models), model.net))
+        raise ModelError(
+            'learner.merge: by = "factors" is for adapters, and these are whole models. Use by = "weights".'
+        )
+    model.net.load_state_dict(
+        mean_weights(((name, load_net(name, paths[name])) for name in merge.models), model.net)
+    )
     return None
 
 
 def _refuse_other(begin: Adapter, lora: FlowLora, transformer: Any) -> None:
-    """Training goes on with the adapter's own factors, so a lora table that says something else would be ignored."""
+    """Training goes on with the adapter's own factors, so a lora table that says something else would be
+    ignored.
+    """
     for name, factors in begin.factors.items():
         if factors.rank != lora.rank or abs(factors.scale * factors.rank - lora.alpha) > 1e-6 * lora.alpha:
             raise ModelError(
-                f"learner.lora says rank {lora.rank} and alpha {lora.alpha:g}, but the adapter that goes on being trained "
-                f"({begin.source}) has rank {factors.rank} and alpha {factors.scale * factors.rank:g} at {name}. Say the same, or leave "
+                f"learner.lora says rank {lora.rank} and alpha {lora.alpha:g}, but the adapter that goes on "
+                "being trained "
+                f"({begin.source}) has rank {factors.rank} and alpha {factors.scale * factors.rank:g} at "
+                f"{name}. Say the same, or leave "
                 f"lora out: the adapter is then added to the weights."
             )
-    asked, moved = set(flow_adapters.selected(lora.targets, flow_adapters.linear_shapes(transformer))), set(begin.factors)
-    for names, what in ((moved - asked, "leaves out {}, which that adapter moves"), (asked - moved, "asks for {}, which it leaves")):
+    asked, moved = (
+        set(flow_adapters.selected(lora.targets, flow_adapters.linear_shapes(transformer))),
+        set(begin.factors),
+    )
+    for names, what in (
+        (moved - asked, "leaves out {}, which that adapter moves"),
+        (asked - moved, "asks for {}, which it leaves"),
+    ):
         if names:
             raise ModelError(
-                f"learner.lora.targets {what.format(min(names))}: the adapter that goes on being trained ({begin.source}) keeps its own "
-                f"modules. Name just those in targets, or leave lora out: the adapter is then added to the weights."
+                f"learner.lora.targets {what.format(min(names))}: the adapter that goes on being trained "
+                f"({begin.source}) keeps its own "
+                "modules. Name just those in targets, or leave lora out: the adapter is then added to the "
+                "weights."
             )

@@ -1,0 +1,138 @@
+"""Recipe files, and the bases that a recipe builds on."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from reflux.config import registry
+from reflux.config.overrides import merge
+from reflux.errors import ConfigError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def read_recipe(name: str | Path, base: bool = False) -> dict[str, Any]:
+    """The raw table of a recipe file, or of a shipped recipe by name."""
+    path = Path(name)
+    if not path.suffix:
+        scale = RECIPES / "base" / f"{name}.toml"
+        path = scale if base and scale.exists() else RECIPES / f"{name}.toml"
+    try:
+        table = tomllib.loads(path.read_text())
+    except (FileNotFoundError, IsADirectoryError):
+        known = bases() if base else recipe_names()
+        if path.parent != RECIPES:
+            raise ConfigError(
+                f"there is no file {path}. Shipped recipes go by their names: {', '.join(known)}."
+            ) from None
+        raise ConfigError(
+            f"no {'base' if base else 'recipe'} '{name}'{registry.did_you_mean(str(name), known, '.')} "
+            f"Shipped: {', '.join(known)}. "
+            f"A recipe of your own: give its path, ending in .toml."
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    if not base:
+        table.setdefault("recipe", path.stem)
+    return table
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def bases() -> list[str]:
+    """What `base` may name: a scale, or a recipe to build on."""
+    return [*sorted(path.stem for path in (RECIPES / "base").glob("*.toml")), *recipe_names()]
+
+
+def resolve(table: dict[str, Any], scale: object = None, name: str | Path = "") -> dict[str, Any]:
+    """A recipe merged over its bases, the nearest last. `scale` takes the place of the last base of the
+    chain.
+
+    `[methods.RECIPE]` of a base is merged over the shipped recipe of that name, wherever it stands in the
+    chain. `name` is the recipe's name or path; a `base` that is a path is looked up from the folder of the
+    file that names it. ConfigError where a table or a scale would change nothing.
+    """
+    layers = _chain(str(name), table)
+    if scale is not None and len(layers) == 1:
+        raise ConfigError(
+            f'base: this recipe builds on no base that "{scale}" could replace. Every key is its own; set '
+            "those that differ."
+        )
+    if scale is not None:
+        below = _named(scale, "base")
+        layers[-1:] = _chain(below, read_recipe(below, base=True))
+    for other in _methods(*layers[0]).keys() - {shipped_name(where) for where, _ in layers}:
+        # a base's are for other recipes, too
+        raise ConfigError(
+            f'methods.{other}: this recipe does not build on "{other}", so nothing reads that table. Write '
+            "the keys themselves."
+        )
+    methods: dict[str, Any] = {}
+    for where, layer in reversed(layers):
+        methods = merge(methods, _methods(where, layer))
+    resolved: dict[str, Any] = {}
+    for where, layer in reversed(layers):
+        resolved = merge(
+            resolved, {key: value for key, value in layer.items() if key not in ("base", "methods")}
+        )
+        resolved = merge(resolved, methods.get(shipped_name(where), {}))
+    return resolved
+
+
+def shipped_name(recipe: str) -> str:
+    """The name of a shipped recipe or base that `recipe` is the path of, else `recipe` as it is."""
+    path = Path(recipe)
+    shipped = path.suffix and path.resolve().parent in (RECIPES.resolve(), (RECIPES / "base").resolve())
+    return path.stem if shipped else recipe
+
+
+def _chain(name: str, table: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(name, raw table) of a recipe and of what it builds on, down to the scale. ConfigError where a base
+    leads back to itself.
+    """
+    layers = [(name, table)]
+    while "base" in layers[-1][1]:
+        where, layer = layers[-1]
+        below = _named(layer["base"], f"{where}: base" if where else "base")
+        if Path(below).suffix and Path(where).suffix:
+            below = str(Path(where).parent / below)
+        if shipped_name(below) in [shipped_name(known) for known, _ in layers]:
+            raise ConfigError(
+                f'base: "{below}" builds on itself: '
+                f"{' -> '.join([*(where for where, _ in layers if where), below])}"
+            )
+        layers.append((below, read_recipe(below, base=True)))
+    return layers
+
+
+def _named(base: object, where: str) -> str:
+    if not isinstance(base, str):
+        raise ConfigError(
+            f"{where}: expected the name of a recipe or a base, or the path of a file, got {base!r}"
+        )
+    return base
+
+
+def _methods(where: str, layer: Mapping[str, Any]) -> dict[str, Any]:
+    """What a base says of recipes, by their names. ConfigError for a name that no shipped recipe has, and for
+    what is no table.
+    """
+    methods = layer.get("methods", {})
+    if not isinstance(methods, Mapping):
+        raise ConfigError(f"{where}: methods: expected tables such as [methods.rl], got {methods!r}")
+    for recipe, table in methods.items():
+        if recipe not in recipe_names():
+            raise ConfigError(
+                f"{where}: methods.{recipe}: no shipped recipe is named "
+                f"so{registry.did_you_mean(recipe, recipe_names(), '.')}"
+            )
+        if not isinstance(table, Mapping):
+            raise ConfigError(
+                f"{where}: methods.{recipe}: expected a table [methods.{recipe}], got {table!r}"
+            )
+    return dict(methods)

@@ -1,0 +1,47 @@
+"""The groups of parts: where the kinds of each are registered, the base that its parts inherit, and its protocol."""
+
+from __future__ import annotations
+
+GROUPS = {
+    "samplers": "reflux.samplers:SAMPLERS",
+    "teachers": "reflux.teachers:TEACHERS",
+    "contexts": "reflux.contexts:CONTEXTS",
+    "objectives": "reflux.objectives:OBJECTIVES",
+    "credit": "reflux.credit:CREDIT",
+    "rewards": "reflux.rewards:REWARDS",
+    "learners": "reflux.learners:LEARNERS",
+    "extrapolation": "reflux.extrapolation:EXTRAPOLATIONS",
+    "tasks": "reflux.tasks:TASKS",
+    "evals": "reflux.evals:EVALS",
+    "schedules": "reflux.config.schedules:SCHEDULES",
+}
+
+
+# what every part of a group inherits
+BASES = {
+    "samplers": "reflux.samplers.base:SamplerPart",
+    "teachers": "reflux.teachers.base:TeacherPart",
+    "contexts": "reflux.contexts.base:ContextPart",
+    "objectives": "reflux.objectives.base:ObjectivePart",
+    "credit": "reflux.credit.base:CreditPart",
+    "rewards": "reflux.rewards.base:RewardPart",
+    "learners": "reflux.learners.base:LearnerPart",
+    "extrapolation": "reflux.extrapolation.base:ExtrapolationPart",
+    "tasks": "reflux.tasks.base:TaskPart",
+    "evals": "reflux.evals.base:EvalPart",
+}
+
+
+# and what it has
+PROTOCOLS = {
+    "samplers": "reflux.samplers.base:Sampler",
+    "teachers": "reflux.teachers.base:Teacher",
+    "contexts": "reflux.contexts.base:Context",
+    "objectives": "reflux.objectives.base:Objective",
+    "credit": "reflux.credit.base:CreditRule",
+    "rewards": "reflux.rewards.base:RewardFn",
+    "learners": "reflux.learners.base:Learner",
+    "extrapolation": "reflux.extrapolation.base:Extrapolation",
+    "tasks": "reflux.tasks.base:Task",
+    "evals": "reflux.evals.base:Eval",
+}

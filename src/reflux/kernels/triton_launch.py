@@ -1,0 +1,89 @@
+"""Launching of the fused kernels over rows, and the checks of what they are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# logits of a row at a time: 8 a thread, one 16-byte load of bfloat16; at most 64 registers, so 4 rows share a
+# core
+BLOCK = 2048
+
+
+WARPS = 8
+
+
+def known_lse(logits_NV: Tensor, lse_N: Tensor | None) -> Tensor:
+    if lse_N is None:
+        return launch_logsumexp(rows_of(logits_NV.detach()))
+    if lse_N.shape != logits_NV.shape[:1]:
+        raise ValueError(
+            f"the logsumexp of logits {list(logits_NV.shape)} is one number per row, got {list(lse_N.shape)}"
+        )
+    return lse_N.detach().float().contiguous()
+
+
+def launch_logsumexp(logits_NV: Tensor, skip_NV: Tensor | None = None) -> Tensor:
+    from reflux.kernels.triton_kernels import row_logsumexp
+
+    lse_N = torch.empty(len(logits_NV), dtype=torch.float32, device=logits_NV.device)
+    # any pointer will do where it is not read
+    skip = lse_N if skip_NV is None else skip_NV
+    launch(
+        row_logsumexp,
+        logits_NV,
+        logits_NV,
+        logits_NV.stride(0),
+        skip,
+        lse_N,
+        logits_NV.shape[1],
+        skip_NV is not None,
+    )
+    return lse_N
+
+
+def launch_sums(
+    student_NV: Tensor,
+    teacher_NV: Tensor,
+    student_lse_N: Tensor,
+    teacher_lse_N: Tensor,
+    kind: str,
+    share: float,
+) -> tuple[Tensor, Tensor]:
+    from reflux.kernels.triton_kernels import row_sums
+
+    student_NV, teacher_NV = rows_of(student_NV), rows_of(teacher_NV)
+    cost_N, slope_N = torch.empty_like(student_lse_N), torch.empty_like(student_lse_N)
+    tables = (
+        student_NV,
+        student_NV.stride(0),
+        student_lse_N,
+        teacher_NV,
+        teacher_NV.stride(0),
+        teacher_lse_N,
+    )
+    launch(row_sums, student_NV, *tables, cost_N, slope_N, student_NV.shape[1], share, kind)
+    return cost_N, slope_N
+
+
+def launch(kernel: Any, table_NV: Tensor, *arguments: Any) -> None:
+    """One program for each row of the table, on its device."""
+    rows, width = table_NV.shape
+    block = min(BLOCK, 1 << (width - 1).bit_length())
+    if rows:
+        with torch.cuda.device_of(table_NV):
+            kernel[(rows,)](*arguments, block, num_warps=WARPS)
+
+
+def rows_of(logits_NV: Tensor) -> Tensor:
+    """The table with the logits of a row next to each other; rows may lie apart."""
+    return logits_NV if logits_NV.stride(1) == 1 else logits_NV.contiguous()
+
+
+def check(*tables: Tensor) -> None:
+    first = tables[0]
+    if any(table.ndim != 2 or table.shape != first.shape or table.shape[1] == 0 for table in tables):
+        shapes = " and ".join(str(list(table.shape)) for table in tables)
+        raise ValueError(f"tables of logits must have one shape [N, V] with V > 0, got {shapes}")
