@@ -9,10 +9,11 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import typer
@@ -297,7 +298,7 @@ def test_the_readme_tells_what_the_quickstart_and_its_models_are() -> None:
     ]
     student, teacher = (f"{(count or 0) / 1e6:.2f} M" for count in sizes)
     assert f"trains `{cfg.learner.model}` ({student} parameters)" in text
-    assert f"`{cfg.teachers['main'].model}` ({teacher}) at its side" in text
+    assert f"with `{cfg.teachers['main'].model}` ({teacher}) as its teacher" in text
     assert f"the exact {cfg.objectives[0].divergence} KL over the whole vocabulary, at every token" in text
     evals = cfg.evals
     assert (
@@ -305,6 +306,28 @@ def test_the_readme_tells_what_the_quickstart_and_its_models_are() -> None:
         "steps" in text
     )
     assert f"teacher on {evals['test_accuracy'].problems} {evals['test_accuracy'].split} problems" in text
+
+
+def test_the_readme_has_a_row_for_every_recipe_with_its_evidence() -> None:
+    """Evidence is a link to the studies, the table of the quickstart, or the words "not studied yet"."""
+    section = (ROOT / "README.md").read_text().partition("\n## Choosing a method\n")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    assert sorted(name.strip("`") for name, *_ in rows) == sorted(recipe_names())
+    for name, *_, evidence in rows:
+        linked = re.fullmatch(r"\[.+\]\(docs/studies\.md#[\w-]+\)", evidence)
+        assert linked or evidence in ("not studied yet", "the table above"), name
+
+
+def test_the_readme_stays_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_every_metric_of_a_step_is_explained(tiny_run: Callable[..., Any]) -> None:
+    """docs/running.md names every key that a step writes; objectives and options add some to these."""
+    section = (ROOT / "docs" / "running.md").read_text().partition("\n## Metrics\n")[2].partition("\n## ")[0]
+    (row,) = tiny_run("full", steps=1).rows("metrics")
+    named = set(re.findall(r"`(\w+)`", section))
+    assert set(row) - named == set()
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("toml"))
