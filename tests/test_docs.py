@@ -22,7 +22,8 @@ from reflux import checks
 from reflux.cli.main import app
 from reflux.config import registry
 from reflux.config.bases import RECIPES, recipe_names, resolve
-from reflux.config.recipe import from_table, load_recipe
+from reflux.config.recipe import Track, from_table, load_recipe
+from reflux.models.settings import Lora
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -239,6 +240,36 @@ def test_a_benchmark_refuses_what_it_does_not_know_and_explains_itself(script: s
     first = ast.get_docstring(ast.parse(Path(command[1]).read_text()))
     assert first is not None
     assert first in told.stdout
+
+
+def keys_of(section: str) -> set[str]:
+    """The recipe keys in the second column of the tables: `a.b` or `a.b=value`."""
+    cells = [line.split(" | ")[1] for line in section.splitlines() if line.startswith("| ") and " | " in line]
+    spans = {code for cell in cells for code in re.findall(r"`([a-z_][\w.]*(?:=\w+)?)`", cell)}
+    return {span.partition("=")[0] for span in spans if "." in span}
+
+
+def test_the_keys_of_the_page_for_users_of_other_trainers_are_keys() -> None:
+    text = (ROOT / "docs" / "from_other_trainers.md").read_text()
+    groups = {"task": "tasks", "sampler": "samplers", "learner": "learners"}
+    found = keys_of(text)
+    assert len(found) > 30
+    for key in found:
+        head, *rest = key.split(".")
+        if head == "track":
+            assert rest[0] in registry.field_names(Track), key
+            continue
+        group = groups.get(head, head)
+        # the number of an objective, or the name of a table
+        name = rest[0] if head in groups else rest[1]
+        fields = {
+            field
+            for kind in registry.kinds(group)
+            for field in registry.field_names(registry.part(group, kind))
+        }
+        assert name in {"kind", *fields}, key
+        if name == "lora":
+            assert rest[1] in registry.field_names(Lora), key
 
 
 # --- code
