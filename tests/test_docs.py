@@ -168,6 +168,18 @@ def test_every_recipe_begins_with_one_comment_that_says_what_it_is() -> None:
         assert not second.startswith("#"), path.name
 
 
+def test_the_rooms_of_the_design_are_those_of_the_contract() -> None:
+    """docs/design.md lists the layers of .importlinter in their order, and no folder is without a room."""
+    section = (ROOT / "docs" / "design.md").read_text().partition("\n## Rooms\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    contract = (ROOT / ".importlinter").read_text().partition("layers =\n")[2].partition("\nignore")[0]
+    layers = [sorted(re.findall(r"reflux\.(\w+)", line)) for line in contract.splitlines()]
+    assert [sorted(re.findall(r"`(\w+)`", row)) for row in rows] == layers
+    rooms = {name for layer in layers for name in layer}
+    folders = {path.parent.name for path in (ROOT / "src" / "reflux").glob("*/__init__.py")}
+    assert folders <= rooms
+
+
 # --- commands
 
 
