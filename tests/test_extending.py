@@ -52,18 +52,18 @@ def part(dotted: str, **fields: Any) -> Any:
 
 def test_surprise_keeps_what_the_teacher_would_hardly_say() -> None:
     rule = part("credit:Surprise", least_nats=1.0, elsewhere=0.25)
-    objective_teachers, silent = (
+    scored, unscored = (
         Attempt(tiny.rollout(4, mask=[True, True, False, True])),
         Attempt(tiny.rollout(4, sample=1)),
     )
-    objective_teachers.answers["main"] = TeacherAnswer(
+    scored.answers["main"] = TeacherAnswer(
         target=SampledTarget(teacher="main", logp_T=np.array([-0.1, -1.0, -0.1, -5.0], dtype=np.float32))
     )
-    share_credit([[objective_teachers, silent]], {"surprise": rule}, StepContext(0, 0))
-    assert objective_teachers.weight_T.tolist() == [0.25, 1.0, 0.0, 1.0]
-    assert np.asarray(objective_teachers.credits["surprise"].weight_T).tolist() == [0.25, 1.0, 1.0, 1.0]
-    assert objective_teachers.credits["surprise"].notes == {"surprising": pytest.approx(2 / 3)}
-    assert silent.weight_T.tolist() == [1.0] * 4
+    share_credit([[scored, unscored]], {"surprise": rule}, StepContext(0, 0))
+    assert scored.weight_T.tolist() == [0.25, 1.0, 0.0, 1.0]
+    assert np.asarray(scored.credits["surprise"].weight_T).tolist() == [0.25, 1.0, 1.0, 1.0]
+    assert scored.credits["surprise"].notes == {"surprising": pytest.approx(2 / 3)}
+    assert unscored.weight_T.tolist() == [1.0] * 4
     with pytest.raises(ValueError, match="elsewhere"):
         part("credit:Surprise", elsewhere=-1.0)
 
@@ -182,7 +182,7 @@ def test_all_of_them_run_together_from_the_recipe(tmp_path: Path) -> None:
 RECIPE = str(EXAMPLES / "my_lab" / "recipe.toml")
 
 
-def behaviour(*arguments: str) -> str:
+def planned(*arguments: str) -> str:
     """What the command line prints, with nothing wrapped."""
     with console.capture() as captured:
         show_plan(RECIPE, list(arguments))
@@ -226,11 +226,11 @@ def test_a_kind_of_another_group_is_refused() -> None:
 
 def test_its_problems_refuse_and_its_advice_is_printed() -> None:
     assert checks.warnings(load_recipe(RECIPE)) == []
-    assert "without the rule" in behaviour("credit.surprise.elsewhere=1.0")
+    assert "without the rule" in planned("credit.surprise.elsewhere=1.0")
     with pytest.raises(
         ConfigError, match=r"credit.surprise.teacher: there is no teacher 'nobody'. Known: main"
     ):
-        behaviour("credit.surprise.teacher=nobody")
+        planned("credit.surprise.teacher=nobody")
 
 
 def test_the_doctor_says_what_it_advises() -> None:
