@@ -172,7 +172,8 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "the KL of the ODE": (
         "flow",
         {"sampler.noise_level": 0},
-        'sampler.noise_level = 0 draws no step, so the KL is infinite. Use weight = "mse", or a noise_level '
+        'sampler.noise_level = 0 makes the denoising steps deterministic, so the KL is infinite. "
+        'Use weight = "mse", or a noise_level '
         "above 0, such as 0.7.",
     ),
     "the anchor's KL of the ODE": (
@@ -183,7 +184,8 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "outcome of the ODE": (
         "flow_grpo",
         {"sampler.noise_level": 0},
-        "sampler.noise_level = 0 draws no step, so policy_gradient has no log-prob to weigh. Use a "
+        "sampler.noise_level = 0 makes the denoising steps deterministic, so policy_gradient has no "
+        "log-prob to weigh. Use a "
         "noise_level above 0, such as 0.7.",
     ),
     "the KL of drawn images": ("flow_sft", {"objectives.0.weight": "kl"}, f'{GIVEN}. Use weight = "mse".'),

@@ -197,7 +197,7 @@ def test_another_view_is_another_prompt(student: str, folder: str) -> None:
     made, other = tiny_flow.attempt(3, text="draw 1"), tiny_flow.attempt(3, text="draw 2")
     asyncio.run(ask(teacher, (made, TeacherPrompt(other.rollout.prompt.messages))))
     assert same([behaviour(made, "main")], score(teacher, [other]))
-    with pytest.raises(ModelError, match="replaces text inside an answer"):
+    with pytest.raises(ModelError, match="replaces text inside a response"):
         asyncio.run(ask(teacher, (made, TeacherPrompt((), {0: "x"}))))
 
 

@@ -81,7 +81,7 @@ def test_two_margins_at_odds_are_told_once() -> None:
 
 
 def test_turns_of_a_task_without_any_are_told() -> None:
-    told = "sampler: max_turns and turns change nothing"
+    told = "sampler: max_turns and turns have no effect"
     for turns in ({"sampler.max_turns": 3}, {"sampler.turns": "ready"}):
         assert [line for line in checks.warnings(load_recipe("opd", turns)) if line.startswith(told)]
     chat = {"task": {"kind": "outside:Chat", "replies": 1}, "sampler.max_turns": 3}

@@ -1,5 +1,5 @@
-"""Reading and moving a student's weights by name, for parts that work on the weights themselves
-(extrapolation, spectra).
+"""Read and write the student's weights by name. Used by parts that work on the weights themselves, such as
+extrapolation and spectra.
 """
 
 from __future__ import annotations
@@ -14,40 +14,41 @@ if TYPE_CHECKING:
 
 
 class WeightAccess(Protocol):
-    """A learner may offer it (`OpenLearner.access`); training itself never needs it."""
+    """Access to the weights. A learner may offer it as `OpenLearner.access`. Training itself never uses it."""
 
     @property
     def names(self) -> Sequence[str]:
-        """The student's parameters by the model's own names: the published weights without buffers and
-        adapters.
+        """The student's parameters by the model's own names. These are the published weights without buffers
+        and adapters.
         """
         ...
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies of these full weights on the CPU, float32, adapters merged. ModelError where they are kept
-        in a narrower type.
+        """Copies of these full weights on the CPU, in float32, with adapters merged. ModelError if the
+        learner keeps them in a narrower type.
         """
         ...
 
     def base(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies on the CPU of what holds these weights: the parameter itself, or the frozen base under its
-        adapters. See `write`.
+        """Copies on the CPU of the tensors that hold these weights: the parameter itself, or, with adapters,
+        the frozen base weight. See `write`.
         """
         ...
 
     def write(self, base: Mapping[str, Tensor]) -> None:
-        """Put values where `base` read them: what `base` gave goes back bit for bit, and `base` plus d moves
-        a full weight by d whether or not there are adapters (their factors stay). Optimiser moments and
-        version stay, so what is published meanwhile is lent (`Services.lend`). A frozen base that was written
-        to is part of the learner's state, and of what is exported.
+        """Write parameter tensors. Writing back the values that `base` returned restores them bit for bit.
+        With LoRA this writes the frozen base weight, so adding d to the values returned by `base` changes the
+        merged weight by d and leaves A and B unchanged.
+
+        Optimiser moments and the version stay unchanged. Weights that are published between two writes
+        therefore need a version of their own, which `Services.lend` gives. A frozen base weight that was
+        written to becomes part of the learner's saved state and of its export.
         """
         ...
 
 
 def required(access: WeightAccess | None, part: str) -> WeightAccess:
-    """The access itself. ConfigError where the learner offers none and `part` (a recipe's key) cannot do
-    without.
-    """
+    """The access itself. ConfigError if the learner offers none, because `part` (a recipe key) needs it."""
     if access is None:
         raise ConfigError(
             f"{part} reads the student's weights by name, and this learner does not offer them. Leave {part} "
@@ -56,13 +57,13 @@ def required(access: WeightAccess | None, part: str) -> WeightAccess:
     return access
 
 
-# what common architectures call these modules
+# Name parts that common architectures use for attention and MLP modules.
 INCLUDE = ("attn", "attention", "mlp", "ffn", ".ff", "feed_forward")
 
 
 def moved(names: Iterable[str], include: Iterable[str]) -> list[str]:
-    """The parameter names in which a part of `include` occurs. A name with "norm" counts only for a part that
-    has "norm" itself.
+    """The parameter names that contain at least one of the parts in `include`. A name that contains "norm"
+    matches only a part that contains "norm" itself.
     """
     parts = tuple(include)
     return [

@@ -1,9 +1,9 @@
-"""A learner: the student moves.
+"""The learner protocol: a learner trains the student.
 
-`open(context, services)` gives an object with the training state. `step` turns groups whose targets and
-shares are known into one optimiser step (`services.run_model`). Where every weight is 0 there is no optimiser
-step (moments and decay would move weights on no evidence): the version stays. A learner returns what it found
-out and writes to no attempt; `learning.py` stores it.
+`open(context, services)` returns an object with the training state. `step` makes one optimiser step from
+groups whose targets and credits are known (`services.run_model`). If every weight is 0, no optimiser step is
+made, because moments and weight decay would change weights without any evidence, and the version stays the
+same. A learner returns its results and does not write to attempts; `learning.py` stores the results on them.
 """
 
 from __future__ import annotations
@@ -29,95 +29,101 @@ if TYPE_CHECKING:
 
 
 class OpenLearner(Protocol):
-    # of the weights: optimiser steps that moved them, and jumps, which the loop counts
+    # Version of the weights: the number of optimiser steps that changed them, plus the number of
+    # extrapolation jumps, which the loop adds.
     version: int
-    # transformers' view of it, for preflight
+    # The transformers model, for the preflight checks.
     model: Model
 
     def publish(self) -> Weights:
-        """A handle on the weights of now."""
+        """A handle on the current weights."""
         ...
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
-        """The student's full weights by the model's own parameter names, adapters merged; not to be written
-        to.
+        """The student's full weights by the model's own parameter names, with adapters merged. Callers must
+        not write to them.
         """
         ...
 
     def at_mean(self) -> AbstractContextManager[bool]:
-        """Within, the student has its weights averaged over training, where an average is kept (True): what
-        is evaluated and exported.
+        """Within this context the student has the average of its weights over training, if an average is
+        kept. The context value is True in that case. Evaluations and exports use it.
         """
         ...
 
     @property
     def access(self) -> WeightAccess | None:
-        """Its weights by name, to read and to move; None for a learner that does not offer them."""
+        """Read and write access to the weights by name; None if the learner does not offer it."""
         ...
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one position, for FLOP accounting: of a language model, its active
-        parameters.
+        """Multiply-accumulates per position, for FLOP accounting. For a language model this is the number of
+        active parameters.
         """
         ...
 
     async def observe(self, groups: Sequence[Group]) -> list[Target | None]:
-        """What the student of now says along each attempt, one per attempt, in order; None where nothing is
-        wanted or known.
+        """The current student's outputs at each attempt's positions, one per attempt, in order. None where no
+        part requires them or none can be computed.
         """
         ...
 
     async def step(self, request: StepRequest) -> StepResult:
-        """Raises StepRefused, with nothing changed, where loss or gradient norm is not finite."""
+        """Make one optimiser step. Raises StepRefused if the loss or the gradient norm is not finite; nothing
+        has changed then.
+        """
         ...
 
     def save(self, folder: Path) -> None:
-        """All that training has made, into an empty folder: weights, moments, counters."""
+        """Write everything that training has changed into an empty folder: weights, moments, counters."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Take up what `save` put there."""
+        """Restore what `save` wrote."""
         ...
 
     def export(self, folder: Path) -> None:
-        """The student in Hugging Face format, tokenizer included."""
+        """Write the student in Hugging Face format, with its tokenizer."""
         ...
 
 
 class LearnerPart(Part, Protocol):
-    """What a learner inherits: the defaults of what it may leave unsaid."""
+    """Base class of learners. It holds the defaults of optional members."""
 
     @property
     def trains_all(self) -> bool:
-        """False where adapters are trained, and the model's own weights stay."""
+        """False if only adapters are trained and the model's own weights stay fixed."""
         return True
 
     @property
     def averages(self) -> bool:
-        """True where an average of the weights is kept, and that is what is evaluated and exported."""
+        """True if an average of the weights is kept. Evaluations and exports then use the average."""
         return False
 
 
 def negative_rate(where: str, rate: Number, steps: int) -> Iterable[str]:
-    """The refusal of a learning rate that is below 0 at one of so many steps."""
+    """Yield a refusal if the learning rate is below 0 at one of the `steps` optimiser steps."""
     if (step := first_below(rate, 0, steps)) is not None:
-        yield f"{where} is {at(rate, step):g} at step {step}: it would move the student away from its teacher. Keep it at 0 or more."
+        yield (
+            f"{where} is {at(rate, step):g} at step {step}: it would move the student away from its teacher. "
+            "Keep it at 0 or more."
+        )
 
 
 class Learner(LearnerPart, Protocol):
-    # what it learns from
+    # The type of rollouts it trains on.
     rollouts: ClassVar[type[Rollout]]
 
     @property
     def model(self) -> str:
-        """What the student begins as: a folder, a hub id, an earlier run directory."""
+        """The model that training starts from: a folder, a hub id, or an earlier run directory."""
         ...
 
     @property
     def student(self) -> StudentSpec:
-        """The student by name, and how it is spoken to."""
+        """The student's model name and how its prompts are rendered."""
         ...
 
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenLearner]: ...

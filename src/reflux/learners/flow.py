@@ -1,4 +1,4 @@
-"""The learner of flow models: AdamW on all weights or on adapters, in one process."""
+"""The learner for flow models: AdamW on all weights or on adapters, in one process."""
 
 from __future__ import annotations
 
@@ -38,40 +38,42 @@ RECTIFIED_FLOW = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class Flow(LearnerPart):
-    """AdamW on float32 master weights of a diffusers transformer, bfloat16 autocast on GPU; guidance is that
-    of each attempt.
+    """AdamW on the float32 master weights of a diffusers transformer, with bfloat16 autocast on a GPU. Each
+    attempt is trained with the guidance that it was sampled with.
 
-    Every kept position is one pass of the network at the state stored there; no gradient flows through the
-    sampler.
+    Each kept position costs one forward pass of the network at the state stored in the rollout. No gradient
+    flows through the sampler.
     """
 
     rollouts: ClassVar[type[Rollout]] = FlowRollout
 
+    # The model that training starts from.
     model: str
     lr: Number = 3e-4
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    # gradient norm; gradients of a KL in nats are large
+    # The gradient is clipped to this norm. Gradients of a KL in nats are large.
     clip: Positive = 1.0
-    # a gradient norm up to this is rounding, and no step is made
+    # A gradient norm of at most this value counts as rounding error, and no optimiser step is made.
     min_grad_norm: Annotated[float, Field(ge=0)] = 1e-3
-    # positions in one pass
+    # Positions in one forward pass.
     micro_batch: Annotated[int, Field(ge=1)] = 64
-    # a folder of adapters to begin with; they go on being trained under lora, else they are merged
+    # A folder or hub id of adapters that training starts from. With `lora` they are trained further; without
+    # it they are merged into the weights.
     adapter: str | None = None
     merge: Merge | None = None
     lora: FlowLora | None = None
     average: Average | None = None
     gradient_checkpointing: bool = False
-    # auto: bfloat16 on a GPU
+    # "auto": bfloat16 on a GPU.
     autocast: Literal["auto", "off"] = "auto"
     device: str = "auto"
 
     def __post_init__(self) -> None:
         number(self.lr, "lr")
         if self.adapter is not None and self.merge is not None:
-            raise ValueError("adapter and merge both say where to begin; keep one of them")
+            raise ValueError("adapter and merge both set the starting weights; keep one of them")
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         return negative_rate(f"{where}.lr", self.lr, cfg.steps)

@@ -1,4 +1,4 @@
-"""The training state behind `learners.flow`."""
+"""The training state of `learners.flow`."""
 
 from __future__ import annotations
 
@@ -35,9 +35,12 @@ if TYPE_CHECKING:
 
 
 class FlowLearner(GradientLearner):
-    """A flow model: its velocities at the stored states, which are constants."""
+    """Trains a flow model on its velocities at the stored states, which are constants."""
 
-    refusal = "a step near data (small t) whose KL in nats is huge: a larger sampler.noise_level, or scale = 'released'"
+    refusal = (
+        "a step near data (small t) whose KL in nats is very large: use a larger sampler.noise_level, or "
+        "scale = 'released'"
+    )
 
     def __init__(self, cfg: Flow, context: PartContext, services: Services, model: FlowModel):
         self.cfg, self.model = cfg, model
@@ -71,12 +74,14 @@ class FlowLearner(GradientLearner):
         )
 
     def whole(self, attempt: Attempt) -> Item:
-        """All chosen positions."""
+        """All positions that the student chose."""
         rows_N = np.flatnonzero(attempt.rollout.mask_T)
         return Item(attempt, attempt.rollout, rows_N, np.zeros(len(rows_N), dtype=np.float32), (), ())
 
     def velocities(self, groups: Sequence[Group]) -> Iterator[tuple[Attempt, np.ndarray]]:
-        """(attempt, v_TD) of the student of now at every chosen position, NaN at the others; no gradient."""
+        """(attempt, v_TD): the current student's velocity at every chosen position, NaN at the others; no
+        gradient.
+        """
         whole = [
             self.whole(attempt) for group in groups for attempt in group if attempt.rollout.finish != "error"
         ]
@@ -106,20 +111,21 @@ class FlowLearner(GradientLearner):
         return torch.autocast("cuda", dtype=torch.bfloat16) if wanted else nullcontext()
 
     def export(self, folder: Path) -> None:
-        """A diffusers folder of the student, adapters merged; of its average where one is kept.
+        """Write the student as a diffusers folder, with adapters merged. If an average is kept, the average
+        is written.
 
-        What was trained as an adapter on the model as it came is there besides, as diffusers'
-        `load_lora_weights` reads it.
+        If an adapter was trained on the unchanged model, it is also written as a separate file in the format
+        that diffusers' `load_lora_weights` reads.
         """
         with self.at_mean():
             self.model.save(folder, weights=lora.merged(self.net))
+            # After an extrapolation jump the base may have changed, and the adapter alone is not enough.
             if self._on_the_base and not self.access.written:
-                # a jump may have moved the base
                 write_adapter(taken(self.model.net.transformer), folder)
 
 
 def _alike(items: Sequence[Item]) -> Iterator[list[Item]]:
-    """Items whose rows may share a micro-batch."""
+    """Groups of items whose rows may share a micro-batch."""
     found: dict[tuple[object, ...], list[Item]] = {}
     for item in items:
         rollout = flow_loss.flow_of(item)

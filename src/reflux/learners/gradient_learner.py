@@ -1,5 +1,5 @@
-"""What every learner in this process does with its network: AdamW on float32 master weights, and their
-average where one is kept.
+"""Common base of the learners in this process: AdamW on float32 master weights, and an optional average of
+them.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ class Optimised(Protocol):
 
 
 class GradientLearner(ABC):
-    """Owns the float32 master weights and the optimiser. A subclass says how a batch is cut, and makes the
-    gradient of one part.
+    """Owns the float32 master weights and the optimiser. A subclass defines how a batch is divided into
+    micro-batches and computes the gradient of one micro-batch.
     """
 
-    # usual reasons why a loss is not finite, in a sentence
+    # The usual causes of a loss that is not finite, as a phrase for the error message.
     refusal: str
 
     def __init__(
@@ -76,14 +76,14 @@ class GradientLearner(ABC):
         net: nn.Module,
         average: Average | None = None,
     ):
-        """Trains the parameters of `net` that require a gradient."""
+        """Train the parameters of `net` that require a gradient."""
         self.settings, self.context, self.services = cfg, context, services
         self.net, self.average = net, average
-        # optimiser steps; a version counts jumps, too
+        # `updates` counts optimiser steps; `version` also counts extrapolation jumps.
         self.version = self.updates = 0
         self.trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
         self.mean = {name: p.detach().clone() for name, p in self.trained.items()} if average else {}
-        # positions run forward by `observe` since the last step
+        # Positions that `observe` ran forward since the last step.
         self._observed = 0
         self.access = NetAccess(net, self.trained.values())
         self.optimiser = torch.optim.AdamW(
@@ -98,25 +98,29 @@ class GradientLearner(ABC):
     @property
     @abstractmethod
     def observes(self) -> bool:
-        """True if a part wants to know what the student of now says."""
+        """True if a part requires the current student's outputs."""
 
     @abstractmethod
     def observed(self, groups: Sequence[Group]) -> Iterator[tuple[Attempt, Target]]:
-        """What the student of now says along each attempt, without a gradient. Attempts that it says nothing
-        about are left out.
+        """The current student's outputs at each attempt's positions, without a gradient. Attempts without
+        outputs are left out.
         """
 
     @abstractmethod
     def whole(self, attempt: Attempt) -> Item:
-        """All positions of an attempt that `observed` runs over, whatever they weigh."""
+        """All positions of an attempt that `observed` computes, whatever their weights."""
 
     @abstractmethod
     def micro_batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
-        """The items in parts that fit one pass. An item may be cut, its rows in several parts."""
+        """Divide the items into parts that fit one pass. The rows of one item may be spread over several
+        parts.
+        """
 
     @abstractmethod
     def backward(self, part: list[Item], objectives: Sequence[LossTerm], log_variance: bool) -> Result:
-        """The loss of one micro-batch, driven backward: gradients are added to the parameters'."""
+        """Compute the loss of one micro-batch and run its backward pass. Gradients are added to those of the
+        parameters.
+        """
 
     def publish(self) -> InMemory:
         return InMemory(self.version, lambda: lora.full_weights(self.net))
@@ -179,17 +183,17 @@ class GradientLearner(ABC):
         return StepResult(stats, records, forward, backward)
 
     def _move(self, step: int, loss: float, records: list[StepRecord | None]) -> Stats:
-        """The optimiser step along the accumulated gradient. StepRefused, with the records, where loss or
-        gradient is not finite.
+        """Make the optimiser step along the accumulated gradient. StepRefused, with the records, if the loss
+        or the gradient norm is not finite.
         """
         lr = at(self.settings.lr, step)
         norm = float(nn.utils.clip_grad_norm_(list(self.trained.values()), self.settings.clip))
         if not (np.isfinite(norm) and np.isfinite(loss)):
             self.optimiser.zero_grad(set_to_none=True)
             raise StepRefused(
-                f"step {step + 1}: the loss is {loss} and its gradient norm {norm}; the step was refused, no "
-                "weight has changed. Usual "
-                f"reasons: a learning rate too high (now {lr:g}), or {self.refusal}.",
+                f"step {step + 1}: the loss is {loss} and its gradient norm is {norm}; the step was refused, "
+                "and no weight has changed. Usual "
+                f"reasons: a learning rate that is too high (now {lr:g}), or {self.refusal}.",
                 f"loss {loss}, gradient norm {norm}",
                 records,
             )
@@ -206,7 +210,7 @@ class GradientLearner(ABC):
     def gradients(
         self, items: list[Item], objectives: Sequence[LossTerm], log_variance: bool = False
     ) -> Tally:
-        """Accumulate the gradient of the whole batch, micro-batch by micro-batch."""
+        """Accumulate the gradient of the whole batch, one micro-batch after another."""
         tally = Tally()
         for part in self.micro_batches(items):
             tally.add(part, self.backward(part, objectives, log_variance))
@@ -214,7 +218,7 @@ class GradientLearner(ABC):
 
     @torch.no_grad()
     def _follow(self) -> None:
-        """The average takes a step towards the weights, every so many optimiser steps."""
+        """Move the average towards the current weights, once every `average.every` optimiser steps."""
         if self.average is not None and self.updates % self.average.every == 0:
             for name, mean in self.mean.items():
                 mean.lerp_(self.trained[name], 1 - self.average.decay)
@@ -227,7 +231,7 @@ class GradientLearner(ABC):
 
     def state(self) -> dict[str, Any]:
         """Trained weights, their average and Adam's moments by parameter name, and the frozen weights that
-        `write` was given.
+        `write` has changed.
         """
         base_parameters = lora.base_parameters(self.net)
         state: dict[str, Any] = {"version": self.version, "updates": self.updates} | {
@@ -241,7 +245,7 @@ class GradientLearner(ABC):
         return state
 
     def take_up(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state`."""
+        """Restore a `state`."""
         self.version, self.updates = state["version"], state["updates"]
         self.access.write(
             {key.removeprefix("base/"): value for key, value in state.items() if key.startswith("base/")}

@@ -1,4 +1,4 @@
-"""The default learner: a transformers model, AdamW, one process."""
+"""The default learner: a transformers model trained with AdamW in one process."""
 
 from __future__ import annotations
 
@@ -35,43 +35,46 @@ LORA = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class HF(LearnerPart):
-    """AdamW on float32 master weights, bfloat16 autocast on GPU, micro-batches cut by a token budget.
+    """AdamW on float32 master weights, with bfloat16 autocast on a GPU. Micro-batches are cut by a token
+    budget.
 
-    Adam scales a gradient of any size up to a full step, rounding included: a student that has become its
-    teacher would wander off. Hence `min_grad_norm`.
+    Adam scales a gradient of any size up to a full step, even if the gradient is only rounding error. A
+    student that equals its teacher would therefore drift away from it. `min_grad_norm` prevents this.
 
-    `prompt_suffix` ends every prompt after what the chat template writes to open the student's turn; the
-    student begins behind it, and so does every teacher that is asked about its tokens, also under a context
-    that changes the messages. It is for a base student whose teacher thinks: "<think>\\n" opens the thinking
-    for both (arXiv 2602.15260). A template that ends with it already is left as it is. Evaluations use it
-    too. ModelError for a text that the tokenizer has no token for.
+    `prompt_suffix` is added to the end of every prompt, after the text with which the chat template opens the
+    student's turn. The student's response begins after the suffix. Every teacher that scores the student's
+    tokens gets the same suffix, also under a context that changes the messages. It is meant for a base
+    student whose teacher thinks: "<think>\\n" opens the thinking for both (arXiv 2602.15260). If the rendered
+    template already ends with the suffix, it is not added again. Evaluations use it too. ModelError for a
+    text that the tokenizer has no token for.
     """
 
     rollouts: ClassVar[type[Rollout]] = TokenRollout
 
+    # The model that training starts from.
     model: str
-    # a system prompt, put before conversations that have none
+    # System prompt, put before conversations that have none.
     system: str | None = None
-    # chat-template arguments, for example enable_thinking = false
+    # Chat-template arguments, for example enable_thinking = false.
     template: dict[str, Any] = Field(default_factory=dict)
-    # a text that ends every prompt, for the student and its teachers, such as "<think>\n"
+    # Text at the end of every prompt, for the student and its teachers, for example "<think>\n".
     prompt_suffix: str | None = None
     lr: Number = 1e-6
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    # gradient norm
+    # The gradient is clipped to this norm.
     clip: Positive = 1.0
-    # a gradient norm up to this is rounding, and no step is made
+    # A gradient norm of at most this value counts as rounding error, and no optimiser step is made.
     min_grad_norm: Annotated[float, Field(ge=0)] = 1e-6
-    # prompt and response, padding included
+    # Tokens in one micro-batch: prompts and responses, padding included.
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 16384
     lora: Lora | None = None
     gradient_checkpointing: bool = False
-    # auto: bfloat16 on a GPU
+    # "auto": bfloat16 on a GPU.
     autocast: Literal["auto", "off"] = "auto"
     device: str = "auto"
-    # transformers' attn_implementation
+    # The `attn_implementation` argument of transformers.
     attention: str | None = None
     trust_remote_code: bool = False
 

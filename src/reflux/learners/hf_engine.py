@@ -1,4 +1,4 @@
-"""The training state behind `learners.hf`."""
+"""The training state of `learners.hf`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,14 @@ if TYPE_CHECKING:
 
 
 class HFLearner(GradientLearner):
-    """A language model: its trunk's states at the kept positions, and the loss through its head."""
+    """Trains a language model. The trunk computes the hidden states at the kept positions, and the loss is
+    computed through the output head.
+    """
 
-    refusal = "a teacher that rules out a token the student may say (forward and reverse KL are then infinite: use divergence = 'jsd')"
+    refusal = (
+        "a teacher that gives probability 0 to a token that the student may sample (forward and reverse KL "
+        "are then infinite: use divergence = 'jsd')"
+    )
 
     def __init__(self, cfg: HF, context: PartContext, services: Services, model: Model):
         self.cfg, self.model = cfg, model
@@ -61,7 +66,7 @@ class HFLearner(GradientLearner):
         yield cls(cfg, context, services, model)
 
     def _quiet_dropout(self) -> None:
-        """The student that moves must be the student that acted, so nothing is dropped."""
+        """Switch off dropout, so that the trained policy is the policy that sampled the attempts."""
         for module in self.model.net.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -78,7 +83,7 @@ class HFLearner(GradientLearner):
         return observed(self, groups)
 
     def whole(self, attempt: Attempt) -> Item:
-        """Every position, chosen or not: each is read on the way to the last."""
+        """All positions, chosen or not, because the model reads each of them on the way to the last one."""
         rollout = attempt.rollout
         return Item(
             attempt, rollout, np.arange(rollout.length), np.zeros(rollout.length, dtype=np.float32), (), ()
@@ -93,8 +98,8 @@ class HFLearner(GradientLearner):
             return token_loss.backward(batch, self.hidden_rows(batch), self.model.head, log_variance)
 
     def hidden_rows(self, batch: token_loss.TokenMicroBatch) -> Tensor:
-        """h_NH: the trunk's states that predict the kept positions. Right padding lies in the causal future:
-        no mask is needed.
+        """h_NH: the trunk's hidden states that predict the kept positions. No attention mask is needed,
+        because right padding comes after all real tokens and attention is causal.
         """
         h_BLH = self.model.trunk(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
         return h_BLH.flatten(0, 1)[batch.rows_N]

@@ -1,4 +1,4 @@
-"""The loop's side of a learner: what the learner returns is stored on the attempts here, and nowhere else."""
+"""Calls the learner for the loop and stores its results on the attempts. No other module stores them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Keep = Callable[[Sequence[Group], str], Path]
 
 
 async def observe(learner: OpenLearner, groups: Sequence[Group]) -> None:
-    """Store on every attempt what the student of now says along it; None where that is not wanted."""
+    """Store the current student's outputs on every attempt; None where no part requires them."""
     attempts = [attempt for group in groups for attempt in group]
     for attempt, now in zip(attempts, await learner.observe(groups), strict=True):
         attempt.now = now
 
 
 async def learn(learner: OpenLearner, request: StepRequest, keep_failed_batch: Keep) -> StepResult:
-    """One optimiser step, its records stored on the attempts.
+    """Make one optimiser step and store its records on the attempts.
 
-    keep_failed_batch: writes the batch of a step that is not finite, and gives the file. Raises StepRefused
-    with the path of that file.
+    keep_failed_batch: writes the batch of a step that is not finite, and returns the path of the file. Raises
+    StepRefused with that path.
     """
     try:
         result = await learner.step(request)

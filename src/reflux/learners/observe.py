@@ -1,4 +1,4 @@
-"""What would the student say now, along tokens it wrote earlier? No gradient, no random numbers."""
+"""The current student's log-probs at tokens that were sampled earlier. No gradient and no random numbers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def observed(learner: HFLearner, groups: Sequence[Group]) -> Iterator[tuple[Attempt, TopKTarget]]:
-    """The student of now along each attempt: at the ids of `behaviour` where the run wants that, else its own
-    top-k.
+    """The current student's log-probs at each attempt's positions: at the token ids of `behaviour` if the run
+    requires that, otherwise at the current student's own top-k.
     """
     requirements = learner.context.requirements
     for attempt, h_TH, tokens_T in states(learner, groups):
@@ -40,7 +40,7 @@ def observed(learner: HFLearner, groups: Sequence[Group]) -> Iterator[tuple[Atte
 
 
 def logp(learner: HFLearner, groups: Sequence[Group]) -> list[np.ndarray]:
-    """logp_T of every attempt's own tokens under the student of now, in order; nats, float32."""
+    """logp_T of every attempt's own tokens under the current student, in order; nats, float32."""
     head, found = learner.model.head, {}
     for attempt, h_TH, tokens_T in states(learner, groups):
         found[id(attempt)] = head.logp_of(h_TH, tokens_T).cpu().numpy()
@@ -48,7 +48,7 @@ def logp(learner: HFLearner, groups: Sequence[Group]) -> list[np.ndarray]:
 
 
 def states(learner: HFLearner, groups: Sequence[Group]) -> Iterator[tuple[Attempt, Tensor, Tensor]]:
-    """(attempt, h_TH, tokens_T) for every attempt with a position, in micro-batches."""
+    """(attempt, h_TH, tokens_T) for every attempt with at least one position, computed in micro-batches."""
     items = [
         learner.whole(attempt)
         for group in groups

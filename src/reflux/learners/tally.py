@@ -1,4 +1,6 @@
-"""What the micro-batches of one step add up to: numbers for the metrics, and a record for each attempt."""
+"""Collects the results of the micro-batches of one step: values for the metrics, and a record for each
+attempt.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,16 @@ from reflux.loss.batch import Item
 from reflux.metrics.values import Mean, Stats, Sum
 from reflux.types import Attempt, StepRecord
 
-# the column of kl_T among those of log-probs, which have names
+# Key of kl_T in the columns of an attempt. Log-prob columns have non-empty names.
 _KL = ""
 
 
 class Tally:
-    """One for each step. An attempt's rows may come in several micro-batches."""
+    """One tally per optimiser step. An attempt's rows may be spread over several micro-batches."""
 
     def __init__(self) -> None:
         self._loss, self._kl, self._outside, self._variance = Sum(0.0), Mean(), Mean(), Mean()
-        # by the attempt's id()
+        # Columns by the `id()` of the attempt.
         self._columns: dict[int, dict[str, np.ndarray]] = {}
 
     @property
@@ -29,7 +31,7 @@ class Tally:
         return self._loss.value
 
     def add(self, items: Sequence[Item], result: Result) -> None:
-        """One micro-batch: `result` holds its rows in item order."""
+        """Add one micro-batch. `result` holds its rows in the order of the items."""
         self._loss = self._loss + Sum(float(result.loss))
         self._outside = sum(
             (Mean.of(rows_N.double().cpu().numpy()) for rows_N in result.outside), self._outside
@@ -57,7 +59,7 @@ class Tally:
         return stats
 
     def records(self, attempts: Sequence[Attempt]) -> list[StepRecord | None]:
-        """One per attempt, in order; None where none of its positions was in a micro-batch."""
+        """One record per attempt, in order; None if none of its positions was in a micro-batch."""
         return [_record(self._columns.get(id(attempt))) for attempt in attempts]
 
 
@@ -70,7 +72,9 @@ def _record(columns: dict[str, np.ndarray] | None) -> StepRecord | None:
 
 
 def unpacked(items: Sequence[Item], column_N: Tensor) -> Iterator[tuple[Item, np.ndarray]]:
-    """A column of the items' rows, position by position of each item, float32; NaN where there is no row."""
+    """Split a column of the items' rows into one array per item, with one entry per position, float32.
+    Positions without a row are NaN.
+    """
     for item, values in zip(items, _split(items, column_N), strict=True):
         values_T = np.full((item.rollout.length, *values.shape[1:]), np.nan, dtype=np.float32)
         values_T[item.rows_N] = values

@@ -1,4 +1,4 @@
-"""The student acts."""
+"""Samplers: the parts that sample attempts with the student."""
 
 SAMPLERS = {
     "hf": "reflux.samplers.hf:HF",

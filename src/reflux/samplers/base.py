@@ -1,8 +1,8 @@
-"""A sampler: the student acts.
+"""The sampler protocol: a sampler samples attempts with the student.
 
-`open(context, services)` gives an object that holds its own copy of the weights. `sample` returns one group;
-`publish` puts new weights in place after the model call in progress. What a sampled token is depends on (run
-seed, purpose, step, prompt id, sample, turn, position) and `draw.random numbers` alone.
+`open(context, services)` returns an object that holds its own copy of the weights. `sample` returns one
+group. `publish` replaces the weights after the model call in progress. A sampled token depends only on the
+weights, on (run seed, purpose, step, prompt id, sample, turn, position) and on `draw.rng`.
 """
 
 from __future__ import annotations
@@ -25,78 +25,77 @@ class OpenSampler(Protocol):
     async def sample(self, prompt: Prompt, n: int, draw: SamplingParams) -> Group: ...
 
     async def publish(self, weights: Weights, step: int) -> None:
-        """Sample with these from now on; `step` optimiser steps are done, also where the last one left the
-        weights as they were.
+        """Use these weights from now on. `step` is the number of completed optimiser steps, including steps
+        that left the weights unchanged.
         """
         ...
 
 
 class SamplerPart(Part, Protocol):
-    """What a sampler inherits: the defaults of what it may leave unsaid."""
+    """Base class of samplers. It holds the defaults of optional members."""
 
-    # True where teachers make the attempts, and so are at work without an objective
+    # True if the teachers make the attempts. They are then needed even if no objective uses them.
     asks_teachers: ClassVar[bool] = False
 
     @property
     def computed_share(self) -> float:
-        """Positions that are computed for each position of an attempt: 2 under guidance, more where more is
-        drawn than is learnt of.
+        """Positions computed per position of an attempt. It is 2 with guidance, and larger if the sampler
+        computes more positions than are trained on.
         """
         return 1.0
 
     @property
     def overlaps(self) -> bool:
-        """True where others are at work in the event loop during its model calls, which then leave the loop's
-        thread.
+        """True if other tasks run in the event loop during its model calls. The model calls then run outside
+        the loop's thread.
         """
         return False
 
     def open_with(
         self, model: Any, context: PartContext, services: Services
     ) -> AbstractAsyncContextManager[OpenSampler]:
-        """The same sampler with a teacher's model in place of the student's: the name of a model of texts, or
-        a flow that is open.
+        """The same sampler with a teacher's model in place of the student's. `model` is the name of a text
+        model, or an open flow model.
 
-        A sampler of a user's own leaves it to the default one of its kind.
+        The default implementation uses the built-in sampler of the model's kind, so a custom sampler need not
+        implement it.
         """
         default = registry.part("samplers", "hf" if isinstance(model, str) else "flow")
         return default().open_with(model, context, services)
 
 
 class Sampler(SamplerPart, Protocol):
-    # False where the attempts were not written by the student of now
+    # False if the current student did not sample the attempts.
     on_policy: ClassVar[bool]
-    # what its attempts are
+    # The type of its rollouts.
     rollouts: ClassVar[type[Rollout]]
 
     @property
     def allow_biased(self) -> bool:
-        """True where a temperature or top-p other than 1 may be asked for."""
+        """True if a temperature or top-p other than 1 is allowed."""
         ...
 
     @property
     def evaluation_positions(self) -> int:
-        """The most positions an attempt may have that is not of training: a limit of its own, whatever cap
-        training has.
+        """The largest number of positions of an attempt that is not for training. It does not depend on the
+        cap for training.
         """
         ...
 
     def draw(self, step: int) -> SamplingParams:
-        """How training attempts of optimiser step `step` (from 0) are sampled; the run adds how many are
-        asked for together.
+        """How training attempts of optimiser step `step` (from 0) are sampled. The run adds `cohort`, the
+        number of groups that are requested together.
         """
         ...
 
     @property
     def exact_rng(self) -> bool:
-        """True where a run at staleness 0 samples the same attempts bit for bit whenever it is repeated (laws
-        7 and 8).
-        """
+        """True if repeated runs at staleness 0 sample the same attempts bit for bit (laws 7 and 8)."""
         ...
 
     @property
     def generation(self) -> Generation:
-        """How the student's own attempts are sampled, in training or in evaluations alone."""
+        """How the student's own attempts are sampled, in training or only in evaluations."""
         ...
 
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenSampler]: ...

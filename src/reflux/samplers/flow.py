@@ -1,9 +1,9 @@
-"""The flow sampler: an image is drawn in `steps` Gaussian steps from noise (t = 1) to data (t = 0).
+"""The flow sampler: an image is sampled in `steps` Gaussian steps from noise (t = 1) to data (t = 0).
 
-x_t = (1 - t) x_0 + t x_1 with x_1 standard normal, and a velocity v that estimates x_1 - x_0. The same
-marginals at every noise level a:
+x_t = (1 - t) x_0 + t x_1 with x_1 standard normal. The velocity v estimates x_1 - x_0. The marginals are the
+same at every noise level a:
 
-    dx = [ v + sigma^2 / (2t) (x + (1 - t) v) ] dt + sigma dw,     sigma(t) = a sqrt(t / (1 - t)),     run with dt < 0
+    dx = [ v + sigma^2 / (2t) (x + (1 - t) v) ] dt + sigma dw,   sigma(t) = a sqrt(t / (1 - t)),   dt < 0
 
 (arXiv 2605.08063; Flow-GRPO, arXiv 2505.05470). One Euler-Maruyama step is `sde_step`; a = 0 is the ODE.
 """
@@ -47,40 +47,40 @@ GUIDANCE = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class Flow(SamplerPart):
-    """A flow model in this process, in batches; every image has its own random numbers.
+    """Samples batches of images with a flow model in this process. Each image has its own random numbers.
 
-    The noise depends on (run seed, purpose, step, prompt, sample, denoising step) alone: neighbours in a
-    batch never change a draw's dice. Attempts of training, and all others at a temperature above 0, are drawn
-    by the SDE at `noise_level` in `steps` steps; greedy ones (temperature 0) by the ODE in `eval_steps`
-    steps, where the first noise is all that is drawn. Of those only the image is kept, no state: what is only
-    looked at is large, and nobody learns from it.
+    The noise depends only on (run seed, purpose, step, prompt, sample, denoising step). The other images in a
+    batch therefore never change the random numbers of an image. Training attempts, and all other attempts at
+    a temperature above 0, are sampled by the SDE at `noise_level` in `steps` steps. Greedy attempts
+    (temperature 0) are sampled by the ODE in `eval_steps` steps, and only their first noise is random. Of
+    greedy attempts only the image is kept and no states, because the states are large and are not trained on.
 
-    `max_denoising_steps`: only so many steps of the grid are walked in training (prefix by generation), and
-    the image is the state reached. Evaluations walk to the end. The velocity's guidance g is v_uncond + g
-    (v_cond - v_uncond); teachers and learner use the same.
+    `max_denoising_steps`: in training only this many steps of the grid are computed (prefix by generation),
+    and the image is the state reached. Evaluations compute all steps. With guidance g the velocity is
+    v_uncond + g (v_cond - v_uncond); teachers and the learner use the same guidance.
     """
 
     on_policy: ClassVar[bool] = True
     rollouts: ClassVar[type[Rollout]] = FlowRollout
-    # there is no temperature to set
+    # A flow sampler has no temperature setting for training.
     allow_biased = False
     exact_rng = True
 
-    # of the grid, in training
+    # Denoising steps of the grid, in training.
     steps: Annotated[int, Field(ge=1)] = 10
-    # a
+    # The noise level a of the SDE.
     noise_level: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.7
-    # 1: none, and half the work
+    # 1: no guidance, at half the cost.
     guidance: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    # of a greedy evaluation
+    # Denoising steps of a greedy evaluation.
     eval_steps: Annotated[int, Field(ge=1)] = 40
-    # None: all steps
+    # Largest number of denoising steps in training; None: all steps.
     max_denoising_steps: Number | None = None
-    # a side of the image; 0: the size the model was made for
+    # Side of the image in pixels; 0: the size the model was trained for.
     pixels: Annotated[int, Field(ge=0)] = 0
-    # denoised together; guidance doubles the rows of a call
+    # Images denoised together. Guidance doubles the rows of a call.
     batch_images: Annotated[int, Field(ge=1)] = 64
-    # auto: as stored on a GPU, float32 on a CPU; steps are computed in float32 whatever it is
+    # "auto": as stored on a GPU, float32 on a CPU. Steps are always computed in float32.
     dtype: Dtype = "auto"
     device: str = "auto"
 
@@ -96,7 +96,9 @@ class Flow(SamplerPart):
 
     @property
     def evaluation_positions(self) -> int:
-        """Images are finished, whatever `max_denoising_steps` is; greedy ones take `eval_steps`."""
+        """Evaluation images are denoised completely, whatever `max_denoising_steps` is. Greedy ones take
+        `eval_steps`.
+        """
         return self.steps
 
     @property
@@ -104,7 +106,7 @@ class Flow(SamplerPart):
         return 2.0 if self.guidance != 1 else 1.0
 
     def draw(self, step: int) -> SamplingParams:
-        """How the attempts of optimiser step `step` (from 0) are drawn."""
+        """How the attempts of optimiser step `step` (from 0) are sampled."""
         return SamplingParams(
             step,
             "train",
@@ -125,25 +127,32 @@ class Flow(SamplerPart):
 
     @asynccontextmanager
     async def open_with(self, model: Any, context: PartContext, services: Services) -> AsyncIterator[Any]:
-        """With a flow that is open already: nothing is loaded twice."""
+        """Use a flow model that is already open, so that nothing is loaded twice."""
         from reflux.samplers.flow_engine import FlowSampler
 
         yield FlowSampler(self, context, services, model)
 
 
 def without_noise(cfg: RunConfig) -> str:
-    """Why the steps of a run's attempts have no density, in words; "" where they have one, and where the
-    sampler draws no steps.
+    """The reason, in words, why the steps of a run's attempts have no density. It is "" if they have one, or
+    if the sampler samples no denoising steps.
     """
     if not cfg.sampler.on_policy:
         return f"sampler '{kind_of('samplers', cfg.sampler)}' gives states without noise"
     generation = cfg.sampler.generation
-    return "sampler.noise_level = 0 draws no step" if generation.grids and not generation.noise_level else ""
+    return (
+        "sampler.noise_level = 0 makes the denoising steps deterministic"
+        if generation.grids and not generation.noise_level
+        else ""
+    )
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """What a flow model is told: the prompt's last user message. DataError where there is none."""
+    """The text that a flow model gets: the prompt's last user message. DataError if there is none."""
     texts = [message["content"] for message in prompt.messages if message["role"] == "user"]
     if not texts:
-        raise DataError(f"prompt {prompt.id} has no user message, which is what an image is drawn from")
+        raise DataError(
+            f"prompt {prompt.id} has no user message. The last user message is the text that an image is "
+            "sampled for"
+        )
     return texts[-1]

@@ -1,4 +1,4 @@
-"""The model behind `samplers.flow`: the requests of one cohort are denoised together, one velocity call a
+"""The model of `samplers.flow`. The requests of one cohort are denoised together, with one velocity call per
 step.
 """
 
@@ -32,33 +32,31 @@ if TYPE_CHECKING:
 
 @dataclass
 class Trajectory:
-    """How images are walked from noise to data: along which times, T of the S' steps of a grid, and how
-    noisily.
-    """
+    """How images are denoised: the times, which cover T of the S' steps of a grid, and the noise level."""
 
-    # float32
+    # Times from noise to data, float32.
     t_S: np.ndarray
-    # does it end at t = 0?
+    # True if the trajectory ends at t = 0.
     whole: bool
     noise_level: float
     guidance: float
-    # are velocities recorded?
+    # True if velocities are recorded.
     keeps_v: bool
-    # are states?
+    # True if states are recorded.
     keeps_x: bool
 
 
 @dataclass
 class Path:
-    """What B images went through, on the host."""
+    """The recorded trajectories of B images, on the host."""
 
-    # [B, S, 0] where states are not kept
+    # States; [B, S, 0] if states are not recorded.
     x_BSD: np.ndarray
-    # the last state
+    # The last state of each image.
     x_BD: np.ndarray
-    # bool: which states are
+    # True where a state is finite.
     finite_BS: np.ndarray
-    # 0 along the ODE
+    # Log-density of each step in nats; 0 along the ODE.
     logp_BT: np.ndarray
     v_BTD: np.ndarray | None
     images: list[np.ndarray]
@@ -68,12 +66,12 @@ class Path:
 def denoise(
     model: FlowModel, trajectory: Trajectory, texts: Sequence[str], keys_B: Sequence[int], pixels: int = 0
 ) -> Path:
-    """One image per text, from the random numbers of its key. Records stay on the device until the end, and
-    are copied once.
+    """Sample one image per text, with the random numbers of its key. Records stay on the device until the end
+    and are copied once.
     """
     T, B, D = len(trajectory.t_S) - 1, len(texts), int(np.prod(model.shape(pixels)))
     kept = D if trajectory.keeps_x else 0
-    # asked for once: diffusers looks through all modules for it
+    # Read once, because diffusers searches all modules for it.
     device = model.device
     keys = torch.tensor(keys_B, dtype=torch.int64, device=device)
     x_BSD = torch.empty(B, T + 1, kept, device=device)
@@ -106,7 +104,7 @@ def denoise(
 
 
 class FlowSampler(InProcessSampler):
-    """A flow model: images denoised together."""
+    """A flow model that denoises images in batches."""
 
     def __init__(self, cfg: Flow, context: PartContext, services: Services, model: FlowModel):
         super().__init__(services)
@@ -120,7 +118,7 @@ class FlowSampler(InProcessSampler):
             load_flow, name, "learner.model", dtype=cfg.dtype, device=cfg.device, shared_cache=services.shared
         )
         model = await services.run_model(load)
-        # refuses a size that does not fit, before anything is drawn
+        # Raises an error before sampling if the image size does not fit the model.
         model.shape(cfg.pixels)
         model.net.requires_grad_(False).eval()
         yield cls(cfg, context, services, model)
@@ -146,8 +144,8 @@ class FlowSampler(InProcessSampler):
         return groups
 
     def _trajectory(self, draw: SamplingParams) -> Trajectory:
-        """Training is noisy and may stop early; of the rest, what is drawn at a temperature above 0 is noisy,
-        and all is finished.
+        """Training attempts are noisy and may stop early. Other attempts are noisy if the temperature is
+        above 0, and always run to the end.
         """
         training = draw.purpose == "train"
         noisy = training or draw.temperature > 0
@@ -182,9 +180,9 @@ class FlowSampler(InProcessSampler):
         self, prompt: Prompt, sample: int, row: int, path: Path, trajectory: Trajectory
     ) -> FlowRollout:
         finish: Finish = "stop" if trajectory.whole else "length"
-        # nobody can be asked about a state that is gone
+        # A state that was not recorded cannot be scored.
         mask_T = np.full(len(trajectory.t_S) - 1, trajectory.keeps_x)
-        # the last step of a grid is never trained
+        # The last step of a whole grid is never trained.
         mask_T[-1] &= not trajectory.whole
         behaviour = None
         if path.v_BTD is not None:
@@ -208,15 +206,15 @@ class FlowSampler(InProcessSampler):
 
 
 def _check_finite(prompt: Prompt, finite_S: np.ndarray, trajectory: Trajectory) -> None:
-    """A velocity that is not finite makes the state it leads to not finite: the states tell of both, and no
-    step has to wait.
+    """Raise ModelError at the first state that is not finite. A velocity that is not finite makes the next
+    state not finite, so only the states are checked, and they are checked after the last step.
     """
     if not finite_S.all():
         i = int(finite_S.argmin()) - 1
         raise ModelError(
             f"prompt {prompt.id}: at denoising step {i} (from 0, of {len(trajectory.t_S) - 1}; t = "
             f"{trajectory.t_S[i]:.4g}) the velocity, or the state "
-            "it leads to, is not finite. In 16 bits it may be an overflow: try sampler.dtype = 'bfloat16' "
-            "or 'float32'. Else the weights "
-            f"are broken, by a learning rate that is too high or from the start."
+            "it leads to, is not finite. With 16 bits this may be an overflow: try sampler.dtype = "
+            "'bfloat16' or 'float32'. Otherwise the weights are broken, by a learning rate that is too high "
+            "or from the start."
         )

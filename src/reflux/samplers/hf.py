@@ -1,4 +1,4 @@
-"""The default sampler: a transformers model in this process, batched decoding with a key-value cache."""
+"""The default sampler: a transformers model in this process, with batched decoding and a key-value cache."""
 
 from __future__ import annotations
 
@@ -34,52 +34,53 @@ def _one_number(value: Any) -> Any:
 
 @dataclass(frozen=True, config=STRICT)
 class HF(SamplerPart):
-    """transformers in this process, in batches; every row has its own random numbers.
+    """Samples with transformers in this process, in batches. Each row has its own random numbers.
 
-    `max_tokens` is the longest answer: evaluations and extrapolation's score are cut there and nowhere else.
-    `train_max_tokens` is a cap of training alone, where a schedule may begin with short answers; a schedule
-    that goes above `max_tokens` stays at it.
+    `max_tokens` limits the response in tokens. It is the only limit of evaluations and of extrapolation's
+    score. `train_max_tokens` is an additional cap for training. It may be a schedule that begins with short
+    responses; where it is above `max_tokens`, `max_tokens` holds.
 
-    The noise depends on (run seed, purpose, step, prompt, sample, turn, position) alone, so a batch never
-    changes a draw's dice. Where a task has several turns, `turns` says whose next one is generated at once:
-    "together", all attempts that go on, once the last environment has answered, so that a run repeats bit for
-    bit; "ready", those that are answered, so that a slow tool holds up its own attempt alone, and the last
-    digits of log-probs depend on timing.
+    The random numbers depend only on (run seed, purpose, step, prompt, sample, turn, position), so the
+    composition of a batch never changes them. For tasks with several turns, `turns` sets when the next turns
+    are generated. "together": for all attempts that continue, after the last environment has answered, so
+    that a run repeats bit for bit. "ready": for those attempts whose environment has answered, so that a slow
+    tool delays only its own attempt; the last digits of log-probs then depend on timing.
 
-    Temperature other than 1, or top_p below 1, makes on-policy estimators biased: refused unless
-    allow_biased. What remains of the bias then: the ratio of `sampled_kl` and `policy_gradient` divides by
-    the probability that a token was drawn with, so the choice at each prefix is corrected while no bound
-    binds; tokens that top_p leaves out are never learnt from; and which prefixes are visited stays another
-    distribution's.
+    A temperature other than 1, or a top_p below 1, makes on-policy estimators biased. It is refused unless
+    allow_biased is set. Part of the bias is corrected: the ratio of `sampled_kl` and `policy_gradient`
+    divides by the probability that a token was sampled with, so the choice at each prefix is corrected while
+    the ratio is not clipped. The rest of the bias remains: tokens that top_p leaves out are never trained on,
+    and the prefixes come from the changed sampling distribution.
     """
 
     on_policy: ClassVar[bool] = True
     rollouts: ClassVar[type[Rollout]] = TokenRollout
 
-    # of the student, over all its turns
+    # Limit of the student's tokens over all turns of an attempt.
     max_tokens: Annotated[int, Field(ge=1), BeforeValidator(_one_number)] = 512
-    # of an attempt of training; not set: max_tokens
+    # The same limit for training attempts; not set: max_tokens.
     train_max_tokens: Number | None = None
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    # texts that end an answer, besides the model's end tokens
+    # Texts that end a response, besides the model's end tokens.
     stop: tuple[str, ...] = ()
     allow_biased: bool = False
-    # 0: what the context window leaves
+    # Longest prompt in tokens; 0: what fits the context window.
     max_prompt_tokens: Annotated[int, Field(ge=0)] = 0
-    # skip: counted and listed, never trained on
+    # What happens to a longer prompt. "skip": it is counted and listed, and never trained on.
     long_prompts: Literal["refuse", "skip"] = "refuse"
-    # rows x (prompt + answer), padding included, decoded together
+    # Tokens decoded together: rows x (prompt + response), padding included.
     batch_tokens: Annotated[int, Field(ge=1)] = 32768
-    # whose next turn is generated at once, where a task has several
+    # When the next turns are generated, for tasks with several turns.
     turns: Literal["together", "ready"] = "together"
-    # of an attempt; 0: no limit
+    # Most turns of an attempt; 0: no limit.
     max_turns: Annotated[int, Field(ge=0)] = 0
-    # of one answer of a task's environment
+    # Seconds for one answer of a task's environment.
     environment_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
-    # auto: as stored
+    # "auto": as stored.
     dtype: Dtype = "auto"
     device: str = "auto"
+    # The `attn_implementation` argument of transformers.
     attention: str | None = None
 
     def __post_init__(self) -> None:
@@ -87,14 +88,16 @@ class HF(SamplerPart):
             number(self.train_max_tokens, "train_max_tokens")
         if isinstance(self.train_max_tokens, int | float) and self.train_max_tokens > self.max_tokens:
             raise ValueError(
-                f"train_max_tokens = {self.train_max_tokens:g} is above max_tokens = {self.max_tokens}, the "
-                "longest answer anywhere. "
-                f"Raise max_tokens, or leave train_max_tokens out"
+                f"train_max_tokens = {self.train_max_tokens:g} is above max_tokens = {self.max_tokens}, "
+                "which limits every response. Raise max_tokens, or leave train_max_tokens out"
             )
 
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if not cfg.task.multi_turn and (self.max_turns or self.turns != "together"):
-            yield f"{where}: max_turns and turns change nothing: the prompts of this task are answered in one turn."
+            yield (
+                f"{where}: max_turns and turns have no effect, because the prompts of this task are answered "
+                "in one turn."
+            )
 
     @property
     def evaluation_positions(self) -> int:

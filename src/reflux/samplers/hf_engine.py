@@ -1,4 +1,4 @@
-"""The model behind `samplers.hf`: turns decoded in batches, for a driver that plays the attempts of one
+"""The model of `samplers.hf`. It decodes turns in batches, and a driver builds attempts from the turns of one
 cohort.
 """
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 class HFSampler(InProcessSampler):
-    """A language model in this process; as a generator it continues tokens, and a driver makes attempts of
-    its turns.
+    """A language model in this process. As a generator it continues token sequences; a driver builds attempts
+    from the turns.
     """
 
     def __init__(self, cfg: HF, context: PartContext, services: Services, model: Model):
@@ -71,7 +71,9 @@ class HFSampler(InProcessSampler):
             return await self.services.run_model(self._generate, requests)
 
     def _generate(self, requests: Sequence[TurnRequest]) -> list[Turn]:
-        """In chunks of similar length, cut by the token budget; the turns in the order of the requests."""
+        """Decode the requests in chunks of similar length, cut by the token budget. The turns are returned in
+        the order of the requests.
+        """
         started, purpose = time.perf_counter(), requests[0].draw.purpose
         places = sorted(range(len(requests)), key=lambda place: -len(requests[place].ids))
         turns: dict[int, Turn] = {}

@@ -1,5 +1,5 @@
-"""What every sampler in this process does: its own copy of the weights, and one batched call for the requests
-of a cohort.
+"""Common base of the samplers in this process: an own copy of the weights, and one batched call for the
+requests of a cohort.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ Request = tuple[Prompt, int, SamplingParams]
 
 
 class InProcessSampler(ABC):
-    """`publish` waits for the model call in progress."""
+    """A sampler with a model in this process. `publish` waits for the model call in progress."""
 
-    # its `net` holds the weights
+    # Its `net` holds the weights.
     model: Any
 
     def __init__(self, services: Services):
         self.services = services
         self.version = 0
-        # held by a model call, and while weights are put in place
+        # Held during a model call and while weights are replaced.
         self.busy = asyncio.Lock()
         self._gather: Gather[Request, Group] = Gather(self._groups)
 

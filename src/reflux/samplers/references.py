@@ -31,16 +31,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class References(SamplerPart):
-    """Training attempts are the prompts' own `references`, as if the student had written them; evaluation
-    really samples, by `generate`.
+    """Training attempts are the prompts' own `references`, treated as if the student had sampled them.
+    Evaluations sample with `generate`.
 
-    Nothing here was drawn from the student, so only objectives that do not weigh by its probabilities fit
-    (`nll`, `divergence`).
+    The attempts were not sampled from the student. Only objectives that do not weight by its probabilities
+    are therefore allowed (`nll`, `divergence`).
     """
 
     on_policy: ClassVar[bool] = False
     rollouts: ClassVar[type[Rollout]] = TokenRollout
 
+    # The sampler for evaluations.
     generate: Annotated[Sampler, PartOf("samplers", default="hf")] = HF()
 
     def draw(self, step: int) -> SamplingParams:
@@ -95,8 +96,7 @@ class OpenStored:
             return await self.inner.sample(prompt, n, draw)
         if not prompt.references:
             raise DataError(
-                f"prompt {prompt.id} has no stored answer to learn from: the task gives no 'references' for "
-                "it"
+                f"prompt {prompt.id} has no stored answer to train on: the task gives no 'references' for it"
             )
         return [
             self._attempt(prompt, prompt.references[sample % len(prompt.references)], sample, draw)
@@ -111,7 +111,7 @@ class OpenStored:
         ends = end_ids(self.renderer.tokenizer)
         tokens = self.renderer.answer_ids(prompt.messages, answer, ends)
         cut = tokens[: draw.max_positions]
-        # spans are of the text that these very tokens decode to
+        # Spans refer to characters of the text that exactly these tokens decode to.
         text = self.spans.decode(cut) if self.requirements.spans else answer
         rollout = TokenRollout(
             prompt=prompt,
@@ -120,7 +120,8 @@ class OpenStored:
             finish="stop" if len(cut) == len(tokens) else "length",
             mask_T=np.ones(len(cut), dtype=bool),
             sampled_positions=0,
-            # nobody drew these tokens; `checks` keeps ratios away from them
+            # These tokens were not sampled, so they have no log-probs. `checks` refuses objectives that use a
+            # ratio.
             logp_T=np.zeros(len(cut), dtype=np.float32),
             prompt_tokens=np.asarray(self.renderer.ids(prompt.messages), dtype=np.int64),
             tokens_T=np.asarray(cut, dtype=np.int64),

@@ -1,4 +1,4 @@
-"""Images that the teachers drew in place of the student's own: plain flow matching, as a baseline and a cold
+"""Images sampled by the teachers in place of the student's own: plain flow matching, as a baseline and a cold
 start.
 """
 
@@ -36,35 +36,38 @@ FLOW_MATCHING = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class TeacherSamples(SamplerPart):
-    """Flow matching (arXiv 2210.02747) on images x_0 that the teachers draw when asked for; evaluation really
-    samples, by `generate`.
+    """Flow matching (arXiv 2210.02747) on images x_0 that the teachers sample during training. Evaluations
+    sample from the student with `generate`.
 
-    The teachers are the run's own tables of kind flow: a prompt goes to the table that names its route, else
-    to the one without routes. It draws by the ODE, in `generate.eval_steps` steps. What is learnt of an image
-    is T = `positions` positions, each with noise x_1 of its own, at a time t that is the sigmoid of a
-    standard normal (arXiv 2403.03206): the state is (1 - t) x_0 + t x_1, and what was "said" there is x_1 -
-    x_0, for `velocity_kl` with teacher = "behaviour" and weight = "mse". With teacher = "main" the teacher's
-    own velocity at these states is learnt instead.
+    The teachers are the run's own tables of kind flow. A prompt goes to the table that lists its route,
+    otherwise to the table without routes. The teacher samples by the ODE, in `generate.eval_steps` steps. An
+    image is trained on at T = `positions` positions. Each position has its own noise x_1 and a time t that is
+    the sigmoid of a standard normal (arXiv 2403.03206). The state is (1 - t) x_0 + t x_1, and the recorded
+    velocity is x_1 - x_0, for `velocity_kl` with teacher = "behaviour" and weight = "mse". With teacher =
+    "main" the target is the teacher's own velocity at these states instead.
 
-    An attempt's states are not a chain, as none leads to the next: each lies on a straight line of its own
-    from noise to the image, and a step of -t along what was said ends at the image, the last state, at t = 0.
-    Times fall, as everywhere; all positions count. The guidance is `generate`'s, in drawing and in learning:
-    the student's guided velocity is fitted to guided images, and sampled so.
+    The states of an attempt do not form a chain: no state leads to the next one. Each state lies on its own
+    straight line from noise to the image. A step of -t along the recorded velocity ends at the image, which
+    is the last state, at t = 0. Times fall, as in every flow rollout, and all positions count. The guidance
+    is that of `generate`, for sampling and for training: the student's guided velocity is fitted to guided
+    images, and evaluations sample with the same guidance.
 
-    Nothing here was drawn from the student, so nothing that weighs by its probabilities fits.
+    The attempts were not sampled from the student. Objectives that weight by its probabilities are therefore
+    not allowed.
     """
 
     on_policy: ClassVar[bool] = False
     rollouts: ClassVar[type[Rollout]] = FlowRollout
     asks_teachers: ClassVar[bool] = True
 
+    # The sampler for evaluations; it also sets how the teachers sample.
     generate: Annotated[Flow, PartOf("samplers", default="flow")] = Flow()
-    # T of one image
+    # Positions T of one image.
     positions: Annotated[int, Field(ge=1)] = 10
 
     def __post_init__(self) -> None:
         if not isinstance(self.generate, Flow):
-            raise ValueError("generate draws images, so its kind is 'flow'")
+            raise ValueError("generate samples images, so its kind must be 'flow'")
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return (FLOW_MATCHING,)
@@ -73,11 +76,11 @@ class TeacherSamples(SamplerPart):
         for route in sorted(cfg.task.routes or [], key=str):
             tables = drawers(cfg.teachers, route)
             if len(tables) != 1:
-                found = f"{' and '.join(tables)} could draw" if tables else "no teacher draws"
+                found = f"{' and '.join(tables)} could sample it" if tables else "no teacher samples it"
                 yield (
-                    "sampler 'teacher_samples' has each prompt's image drawn by the teacher of its route, "
-                    f"and for the route {route!r} {found}. "
-                    f"Give one table of kind flow that route, or leave the others out."
+                    "sampler 'teacher_samples' lets the teacher of a prompt's route sample its image, and "
+                    f"for the route {route!r} {found}. "
+                    "Give exactly one table of kind flow that route, or leave the other tables out."
                 )
 
     @property
@@ -119,8 +122,8 @@ class TeacherSamples(SamplerPart):
 
 
 def drawers(teachers: Mapping[str, Any], route: str | None) -> list[str]:
-    """The tables that may draw for a route: those that name it, else those that serve every prompt. One is
-    what a run needs.
+    """The tables that may sample images for a route: those that list it, otherwise those that serve every
+    prompt. A run needs exactly one.
     """
     tables = {table: teacher for table, teacher in teachers.items() if teacher.draws}
     named = [table for table, teacher in tables.items() if route in teacher.routes]

@@ -1,5 +1,5 @@
-"""The models behind `samplers.drawn`: the teachers draw, and each image becomes states on straight lines to
-it.
+"""The models of `samplers.teacher_samples`. The teachers sample images, and each image becomes states on
+straight lines from noise to it.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ if TYPE_CHECKING:
     from reflux.samplers.base import OpenSampler
     from reflux.samplers.teacher_samples import TeacherSamples
 
-# the place of the times' random numbers; -1 is the noise that an image is drawn from, 0 to T - 1 that of the
-# positions
+# Position key of the random numbers of the times. Key -1 is the noise that an image is sampled from, and keys
+# 0 to T - 1 are the noises of the positions.
 _TIMES = -2
-# a prompt, and the number of the attempt
+# A prompt, and the index of the attempt in its group.
 Row = tuple[Prompt, int]
 
 
 class OpenDrawn:
-    """Holds no weights: those that draw are the teachers', and `inner` acts for the student in evaluations."""
+    """The open sampler. It holds no weights of its own: the teachers' models sample the training images, and
+    `inner` samples from the student in evaluations.
+    """
 
     def __init__(
         self,
@@ -106,14 +108,14 @@ class OpenDrawn:
         if len(tables) != 1:
             raise DataError(
                 f"prompt {prompt.id} has the route {prompt.route!r}, for which "
-                f"{' and '.join(tables) or 'no teacher'} would draw. Sampler "
-                "'teacher_samples' needs one table of kind flow for it: give that table the route, or leave "
-                "the others out."
+                f"{' and '.join(tables) or 'no teacher'} would sample. Sampler "
+                "'teacher_samples' needs exactly one table of kind flow for it: give that table the route, "
+                "or leave the other tables out."
             )
         return tables[0]
 
     def _rollouts(self, table: str, rows: Sequence[Row], draw: SamplingParams) -> list[FlowRollout]:
-        """SamplingParams, by the ODE, and put states between noise and what was drawn."""
+        """Sample images by the ODE, and build states between noise and each image."""
         model, cfg = self.models[table], self.cfg.generate
         t_S = model.grid(cfg.eval_steps).astype(np.float32)
         trajectory = Trajectory(
@@ -128,8 +130,8 @@ class OpenDrawn:
         for (prompt, _), x_0_D in zip(rows, x_0_BD, strict=True):
             if not np.isfinite(x_0_D).all():
                 raise ModelError(
-                    f"teachers.{table}: what it draws for prompt {prompt.id} is not finite. Are its weights "
-                    "whole?"
+                    f"teachers.{table}: its image for prompt {prompt.id} is not finite. Check that its "
+                    "weights are complete."
                 )
         t_BT, noise_BTD = lines(keys, draw.max_positions, x_0_BD.shape[1])
         return [
@@ -149,7 +151,7 @@ class OpenDrawn:
         image: np.ndarray,
         drawn: dict[str, int],
     ) -> FlowRollout:
-        # rising, and no time twice
+        # Rising times, without duplicates.
         t_T, order = np.unique(t_T, return_index=True)
         t_T, noise_TD = t_T[::-1], noise_TD[order[::-1]]
         states_TD = (1 - t_T[:, None]) * x_0_D + t_T[:, None] * noise_TD
@@ -159,7 +161,8 @@ class OpenDrawn:
             version=self.version,
             finish="stop",
             mask_T=np.ones(len(t_T), dtype=bool),
-            # nobody drew these steps; `checks` keeps ratios away from them
+            # These steps were not sampled, so they have no log-probs. `checks` refuses objectives that use a
+            # ratio.
             logp_T=np.zeros(len(t_T), dtype=np.float32),
             behaviour=VelocityTarget(teacher="behaviour", v_TD=noise_TD - x_0_D),
             sampled_positions=0,
@@ -173,8 +176,8 @@ class OpenDrawn:
 
 
 def lines(keys_B: Sequence[int], times: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(t_BT, noise_BTD), float32: for each row its own times, the sigmoid of standard normals, and standard
-    normal noise for each.
+    """(t_BT, noise_BTD), float32: for each row its own times, the sigmoid of standard normals, and for each
+    time its own standard normal noise.
     """
     keys = torch.tensor(keys_B, dtype=torch.int64)
     t_BT = normal(keys, _TIMES, times).sigmoid()

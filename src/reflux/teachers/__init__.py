@@ -1,4 +1,4 @@
-"""Who answers."""
+"""Teachers: the parts that give targets for the student's attempts."""
 
 TEACHERS = {
     "flow": "reflux.teachers.flow:Flow",

@@ -1,8 +1,8 @@
-"""A teacher: how should the student have acted, position by position?
+"""The teacher protocol: a teacher gives a target for each position of an attempt.
 
-`open(context, services)` gives an object that answers requests and writes to none of what it is given.
-`collection.Teachers` puts the answers on the attempts. Several tables may share one name by `as` and
-`routes`; each prompt then asks exactly one.
+`open(context, services)` returns an object that answers requests and does not write to its inputs.
+`collection.Teachers` stores the answers on the attempts. Several tables may share one name by `alias` and
+`routes`; each prompt then goes to exactly one of them.
 """
 
 from __future__ import annotations
@@ -27,85 +27,89 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TeacherRequest:
-    """One attempt that a teacher is asked about: what the student did, what the teacher is to see, and what
-    else it has to give.
+    """One attempt to score: the rollout, the prompt that the teacher sees, and what the answer must contain
+    besides the target.
     """
 
     rollout: Rollout
     view: TeacherPrompt
-    # `logp` and `candidates` are the teacher's
+    # The teacher handles the fields `logp` and `candidates`.
     requirements: Requirements
 
 
 class OpenTeacher(Protocol):
-    # multiply-accumulates per position, for FLOP accounting
+    # Multiply-accumulates per position, for FLOP accounting.
     macs: int
 
     async def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherAnswer]:
-        """One answer per request, in order. An answer without a target says in `error` why there is none;
-        what no request can be answered with, such as broken weights, raises. The same request twice gives
-        equal answers, and no request changes."""
+        """One answer per request, in order. An answer without a target gives the reason in `error`. An
+        exception is raised for faults that concern all requests, such as broken weights. Equal requests get
+        equal answers, and requests are not changed.
+        """
         ...
 
     async def publish(self, weights: Weights, step: int) -> None:
-        """A no-op unless this teacher follows the student."""
+        """Take new student weights. A no-op unless this teacher follows the student."""
         ...
 
     def save(self, folder: Path) -> None:
-        """What does not come from its model again, into an empty folder."""
+        """Write the state that cannot be loaded again from its model into an empty folder."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Take up what `save` put there."""
+        """Restore what `save` wrote."""
         ...
 
 
 class TeacherPart(Part, Protocol):
-    """What a teacher inherits: the defaults of what it may leave unsaid."""
+    """Base class of teachers. It holds the defaults of optional members."""
 
-    # True where it is the student itself, now or at some time before
+    # True if the teacher is the student itself, at the current step or at an earlier one.
     is_student: ClassVar[bool] = False
-    # True where tables of one model hold its weights once
+    # True if tables with the same model hold its weights only once.
     shares_weights: ClassVar[bool] = False
-    # True where its model can draw what it is asked about, as the sampler `teacher_samples` has it do
+    # True if its model can sample images for the sampler `teacher_samples`.
     draws: ClassVar[bool] = False
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The models and adapters it is loaded from, by their names; of a teacher elsewhere, none."""
+        """The names of the models and adapters that it is loaded from. Empty for a teacher outside this
+        process.
+        """
         return ()
 
     def acts_with(self, opened: Any) -> Any:
-        """What `Sampler.open_with` takes to have this teacher act itself; None where it has no model here.
-        opened: this teacher, open.
+        """The model that `Sampler.open_with` takes to sample from this teacher; None if it has no model in
+        this process. opened: this teacher, open.
         """
         return None
 
     def reader(self, student: StudentSpec) -> StudentSpec | None:
-        """The model of texts that reads what is shown to it, and how it is spoken to; None: of images, or
-        elsewhere.
+        """The text model that reads the teacher's prompt, and how the prompt is rendered. None for teachers
+        of images and teachers outside this process.
         """
         return None
 
     def size(self, where: str, student: Size, pixels: int) -> Size | None:
-        """How large its model is, from file headers alone; None where it holds none in this process. pixels:
-        a side of its images.
+        """The size of its model, from file headers alone. None if it holds no model in this process. pixels:
+        the side of its images.
         """
         return None
 
 
 class Teacher(TeacherPart, Protocol):
-    # what it can be asked about
+    # The type of rollouts it can score.
     rollouts: ClassVar[type[Rollout]]
+    # The types of targets it gives.
     offers: ClassVar[tuple[type[Target], ...]]
-    # True where batched calls are the fast ones
+    # True if batched calls are the fast ones.
     in_process: ClassVar[bool]
-    # True where it can give its log-probs at any ids the student lists
+    # True if it can give its log-probs at any token ids that the student lists.
     at_ids: ClassVar[bool]
 
     @property
     def follows(self) -> bool:
-        """True where it moves with the student."""
+        """True if its weights change with the student's."""
         ...
 
     @property
@@ -116,12 +120,12 @@ class Teacher(TeacherPart, Protocol):
 
     @property
     def alias(self) -> str | None:
-        """The name it answers under; None: its table's."""
+        """The name that objectives and credit rules use for it; None: the name of its table."""
         ...
 
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenTeacher]: ...
 
 
 def alias_of(table: str, teacher: Teacher) -> str:
-    """The name objectives and credit rules know this table by."""
+    """The name that objectives and credit rules use for this table."""
     return teacher.alias or table

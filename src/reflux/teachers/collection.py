@@ -1,5 +1,5 @@
-"""All teachers of a run: contexts are built, what is missing is asked of all tables at once, and the answers
-are put on the attempts.
+"""All teachers of a run. They build the contexts, request missing answers from all tables at once, and store
+the answers on the attempts.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ Tables = Mapping[str, tuple[Teacher, OpenTeacher]]
 
 
 class Teachers:
-    """All open teachers, by table. Scoring is idempotent: an attempt is asked about again only where its
-    target is missing or its context has changed since.
+    """All open teachers, by table. Scoring is idempotent: an attempt is scored again only if its target is
+    missing or its context has changed since.
 
-    heard: the names that objectives listen to. DataError for a prompt of a route that none of them serves: no
-    objective has a word on it. (`checks` finds it beforehand where a task knows its routes.)
+    objective_teachers: the teacher names that objectives use. DataError for a prompt whose route none of them
+    serves, because it would have no target for any objective. (`checks` finds this beforehand if the task
+    knows its routes.)
     """
 
     def __init__(
@@ -56,11 +57,12 @@ class Teachers:
         self._gather: Gather[tuple[Group, StepContext], None] = Gather(self._score_cohort)
 
     async def score(self, groups: Sequence[Group], step_context: StepContext, cohort: int = 0) -> None:
-        """Ask every teacher about what it has not answered yet, or was asked in another context; all tables
-        at once.
+        """Request from every teacher the answers that are missing or belong to another context, from all
+        tables at once.
 
-        cohort: this call holds one of so many groups of `moment.step`; models in this process wait for the
-        others and answer all of them in one call, servers do not wait.
+        cohort: the number of groups of `step_context.step` that are scored together; this call holds one of
+        them. Models in this process wait for the other groups and score all of them in one call. Servers do
+        not wait.
         """
         for prompt in (group[0].rollout.prompt for group in groups if group):
             _refuse_unserved(prompt, self._served_routes)
@@ -111,8 +113,8 @@ class Teachers:
             attempt.answers = dict(sorted({**attempt.answers, name: replace(answer, **asked_in)}.items()))
 
     async def follow_up(self, groups: Sequence[Group]) -> None:
-        """Where it is required, every answer gets its teacher's log-probs at the student's likeliest tokens
-        of now (`Attempt.now`).
+        """If required, add to every answer its teacher's log-probs at the current student's most likely
+        tokens (`Attempt.now`).
         """
         if self.requirements.now_candidates:
             await self.services.run_model(self._follow_up, groups)
@@ -139,16 +141,16 @@ class Teachers:
 
     @property
     def tables(self) -> dict[str, str]:
-        """Each table, and the name it answers under."""
+        """The name that each table answers under."""
         return {table: alias_of(table, teacher) for table, (teacher, _) in self.opened.items()}
 
     @property
     def macs(self) -> dict[str, int]:
-        """Multiply-accumulates of one position by table, for FLOP accounting."""
+        """Multiply-accumulates per position by table, for FLOP accounting."""
         return {table: opened.macs for table, (_, opened) in self.opened.items()}
 
     def save(self, folder: Path) -> None:
-        """Each table into a folder of its own."""
+        """Write each table into a folder of its own."""
         for table, (_, opened) in self.opened.items():
             (folder / table).mkdir()
             opened.save(folder / table)
@@ -161,7 +163,7 @@ class Teachers:
 def _missing(
     name: str, teacher: Teacher, group: Group, step_context: StepContext
 ) -> list[tuple[Attempt, TeacherPrompt]]:
-    """Attempts of a group that a teacher has to be asked about, and what it is to see."""
+    """The attempts of a group that a teacher has to score, each with the prompt that the teacher sees."""
     if not group or (teacher.routes and group[0].rollout.prompt.route not in teacher.routes):
         return []
     asked = []
@@ -174,14 +176,14 @@ def _missing(
 
 
 def _previous(attempt: Attempt, name: str) -> Any:
-    """The last target that this name gave: an answer without one does not make it forgotten."""
+    """The last target given under this name. A later answer without a target does not remove it."""
     old = attempt.answers.get(name)
     return None if old is None else old.target or old.previous
 
 
 def _routes(teachers: Sequence[Teacher]) -> frozenset[str] | None:
-    """What these serve together; None: every prompt (also where there are none: others than teachers teach
-    then).
+    """The routes that these teachers serve together; None: every prompt. Without any teacher it is also None,
+    because objectives without a teacher then train on every prompt.
     """
     if not teachers or any(not teacher.routes for teacher in teachers):
         return None
@@ -192,10 +194,9 @@ def _refuse_unserved(prompt: Prompt, served: frozenset[str] | None) -> None:
     if served is not None and prompt.route not in served:
         raise DataError(
             f"prompt {prompt.id} has {f'the route {prompt.route!r}' if prompt.route else 'no route'}, but "
-            "the teachers that objectives "
-            f"listen to serve only {', '.join(sorted(served))}. Add that route to a table, or take `routes` "
-            "away from one: it then answers "
-            f"every prompt."
+            "the teachers of the objectives "
+            f"serve only {', '.join(sorted(served))}. Add that route to a table, or remove `routes` from one "
+            "table, which then answers every prompt."
         )
 
 

@@ -1,4 +1,4 @@
-"""A flow model as teacher: its velocity at the states that the student visited."""
+"""A flow model as teacher. Its target is its velocity at the states that the student visited."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class Flow(TeacherPart):
-    """A frozen flow model, whole or as an adapter on one (arXiv 2605.08063): v_TD at every counted state of
-    an attempt.
+    """A frozen flow model, whole or as an adapter on one (arXiv 2605.08063). It gives v_TD at every counted
+    state of an attempt.
 
-    Tables with the same model, dtype and device share one copy of it, each with its own adapter on; one
-    without adapter is then the base, which is what an anchor to it asks for. The velocity has the guidance
-    that the attempt was drawn with.
+    Tables with the same model, dtype and device share one copy of the model, each with its own adapter. A
+    table without an adapter uses the base model, for example as the reference of an anchor. The velocity uses
+    the guidance that the attempt was sampled with.
 
-    A model whose grid of times, states or prompts are not the student's is refused before anything is
-    sampled, and so is an adapter that lacks keys or leaves every velocity as it was: in the released code
-    both become the base model in silence. routes: only prompts with one of these routes are asked; alias: the
-    name several routed tables share.
+    A model is refused before anything is sampled if its grid of times, its states or its prompts differ from
+    the student's. An adapter is refused if it lacks keys or changes no velocity; in the released code both
+    silently become the base model. routes: only prompts with one of these routes are scored. alias: the name
+    that several tables with routes share.
     """
 
     rollouts: ClassVar[type[Rollout]] = FlowRollout
@@ -46,17 +46,18 @@ class Flow(TeacherPart):
     shares_weights: ClassVar[bool] = True
     draws: ClassVar[bool] = True
 
+    # The base model: a folder or a hub id.
     model: str
-    # a folder or hub id of LoRA factors on it, in peft's or diffusers' format
+    # Folder or hub id of LoRA factors on the model, in the format of peft or diffusers.
     adapter: str | None = None
     context: Annotated[Context, PartOf("contexts")] = Same()
     alias: str | None = None
     routes: tuple[str, ...] = ()
-    # None: the student's; a stated one has to be that
+    # None: the student's guidance. Any other value must equal the student's.
     guidance: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    # states in one call; guidance doubles its rows
+    # States in one call. Guidance doubles its rows.
     batch_positions: Annotated[int, Field(ge=1)] = 64
-    # auto: as stored on a GPU, float32 on a CPU
+    # "auto": as stored on a GPU, float32 on a CPU.
     dtype: Dtype = "auto"
     device: str = "auto"
 
@@ -65,9 +66,8 @@ class Flow(TeacherPart):
         if self.guidance is not None and of_student.grids and self.guidance != of_student.guidance:
             yield (
                 f"{where}.guidance is {self.guidance:g}, but the student is sampled with guidance "
-                f"{of_student.guidance:g}: one "
-                "guidance holds for student and teachers, in sampling and in the loss. Leave it out, or set "
-                "both alike."
+                f"{of_student.guidance:g}: student and teachers must use the same guidance, in sampling and "
+                "in the loss. Leave it out, or set both to the same value."
             )
 
     def inputs(self, where: str) -> None:

@@ -1,4 +1,4 @@
-"""The model behind `teachers.flow`."""
+"""The model of `teachers.flow`."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FlowRows:
-    """The counted states of one attempt, and what it was told to draw."""
+    """The counted states of one attempt, and the text of its image."""
 
-    # of its request
+    # Index of its request.
     place: int
     rollout: FlowRollout
     text: str
-    # positions, rising
+    # The counted positions, rising.
     rows_N: np.ndarray
 
     @property
@@ -48,7 +48,7 @@ class FlowRows:
 
 
 class FlowTeacher:
-    """Frozen: it follows nobody and has no state. `model` speaks as this table does, its adapter on."""
+    """A frozen flow model without state. `model` is the base with this table's adapter applied."""
 
     def __init__(self, cfg: Flow, context: PartContext, services: Services, model: FlowModel):
         self.cfg, self.context, self.services, self.model = cfg, context, services, model
@@ -78,21 +78,22 @@ class FlowTeacher:
         assert isinstance(rollout, FlowRollout)
         if view.spans:
             raise ModelError(
-                f"teachers.{self.table}: this context replaces text inside an answer, and an image has none"
+                f"teachers.{self.table}: this context replaces text inside a response, and an image "
+                "has no text"
             )
         if self.cfg.guidance is not None and rollout.guidance != self.cfg.guidance:
             raise ModelError(
-                f"teachers.{self.table}.guidance is {self.cfg.guidance:g}, and prompt {rollout.prompt.id} "
-                "was drawn with guidance "
-                f"{rollout.guidance:g}: one guidance holds for student and teachers. Leave it out, or set "
-                "both alike."
+                f"teachers.{self.table}.guidance is {self.cfg.guidance:g}, but prompt {rollout.prompt.id} "
+                "was sampled with guidance "
+                f"{rollout.guidance:g}: student and teachers must use the same guidance. Leave it out, or "
+                "set both to the same value."
             )
         text = prompt_text(replace(rollout.prompt, messages=view.messages))
         return FlowRows(place, rollout, text, np.flatnonzero(rollout.mask_T))
 
     def _answers(self, alike: list[FlowRows]) -> dict[int, TeacherAnswer]:
-        """All counted states of attempts with one guidance and one size, in calls of `batch_positions`; the
-        answers by place.
+        """Velocities at all counted states of attempts with one guidance and one size, in calls of
+        `batch_positions`. The answers are returned by request index.
         """
         x_ND, t_N = (np.concatenate([getattr(rows, name) for rows in alike]) for name in ("x_ND", "t_N"))
         texts = [text for rows in alike for text in [rows.text] * len(rows.rows_N)]
@@ -109,7 +110,7 @@ class FlowTeacher:
 
     @torch.inference_mode()
     def _velocities(self, x_ND: np.ndarray, t_N: np.ndarray, texts: list[str], guidance: float) -> np.ndarray:
-        """v_ND, float32. The student's states are read, never kept."""
+        """v_ND, float32. The student's states are read and not stored."""
         device, size = self.model.device, self.cfg.batch_positions
         v_ND = np.empty_like(x_ND)
         for start in range(0, len(x_ND), size):
@@ -125,23 +126,22 @@ class FlowTeacher:
             raise ModelError(
                 f"teachers.{self.table}: its velocity for prompt {rollout.prompt.id}, sample "
                 f"{rollout.sample}, at denoising step {i} (from "
-                f"0, of {rollout.length}; t = {rollout.t_S[i]:.4g}) is not finite. In 16 bits it may be an "
-                "overflow: try dtype = "
-                f"'bfloat16' or 'float32'. Else its weights are broken."
+                f"0, of {rollout.length}; t = {rollout.t_S[i]:.4g}) is not finite. With 16 bits this may be "
+                "an overflow: try dtype = 'bfloat16' or 'float32'. Otherwise its weights are broken."
             )
 
     async def publish(self, weights: Weights, step: int) -> None:
-        """Frozen."""
+        """Does nothing: the teacher is frozen."""
 
     def save(self, folder: Path) -> None:
-        """Frozen: its model says all."""
+        """Writes nothing: the teacher is frozen and is loaded from its model again."""
 
     def load(self, folder: Path) -> None:
-        """Frozen: nothing was saved."""
+        """Reads nothing: `save` wrote nothing."""
 
 
 def _alike(asked: Sequence[FlowRows]) -> Iterator[list[FlowRows]]:
-    """Attempts whose states may share a call."""
+    """Groups of attempts whose states may share a call."""
     found: dict[tuple[float, int], list[FlowRows]] = {}
     for rows in asked:
         found.setdefault((rows.rollout.guidance, rows.rollout.x_SD.shape[1]), []).append(rows)

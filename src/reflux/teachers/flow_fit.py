@@ -1,5 +1,5 @@
-"""What a flow teacher needs to have in common with the student: times, states and prompts. Read from files,
-before any weight.
+"""Checks that a flow teacher has the student's times, states and prompts. They read configuration files only,
+before any weights are loaded.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from reflux.runtime.services import Services
     from reflux.teachers.flow import Flow
 
-# of the grids that are compared, where the sampler does not say
+# The grid size to compare if the sampler defines no grid.
 STEPS = 10
 ROUNDING = 1e-6
 
 
 def refuse_misfit(cfg: Flow, context: PartContext, services: Services) -> None:
-    """ModelError with the first thing that differs."""
+    """ModelError that names the first difference between teacher and student."""
     student_name, path = context.student.model, f"teachers.{context.name}.model"
     where = locate(student_name, "learner.model")
     if locate(cfg.model, path) == where:
@@ -44,14 +44,16 @@ def refuse_misfit(cfg: Flow, context: PartContext, services: Services) -> None:
 def _times(teacher: FlowModel, student: FlowModel, grids: tuple[int, ...]) -> Iterator[str]:
     theirs, ours = teacher.scheduler["num_train_timesteps"], student.scheduler["num_train_timesteps"]
     if theirs != ours:
-        yield f"was trained with num_train_timesteps = {theirs}, and the student with {ours}. Teachers are made for the student's times."
+        yield (
+            f"was trained with num_train_timesteps = {theirs}, and the student with {ours}. Use a teacher "
+            "with the student's times."
+        )
     for steps in grids:
         if not np.allclose(teacher.grid(steps), student.grid(steps), rtol=0, atol=ROUNDING):
             yield (
-                f"walks another grid of times than the student (shift {teacher.scheduler.get('shift')} for "
-                f"{student.scheduler.get('shift')}; {steps} steps begin with {_first(teacher, steps)} for "
-                f"{_first(student, steps)}). Use a "
-                f"teacher with the student's scheduler."
+                f"has another grid of times than the student (shift {teacher.scheduler.get('shift')} instead "
+                f"of {student.scheduler.get('shift')}; {steps} steps begin with {_first(teacher, steps)} "
+                f"instead of {_first(student, steps)}). Use a teacher with the student's scheduler."
             )
 
 
@@ -63,10 +65,9 @@ def _states(teacher: FlowModel, student: FlowModel, pixels: int) -> Iterator[str
     theirs, ours = teacher.shape(), student.shape()
     if theirs[0] != ours[0] or (not pixels and theirs != ours):
         yield (
-            f"has states of {' x '.join(map(str, theirs))} (channels, height, width), and the student of "
-            f"{' x '.join(map(str, ours))}: a "
-            "velocity of one means nothing at a state of the other. Use a teacher of the student's family "
-            "and size."
+            f"has states of {' x '.join(map(str, theirs))} (channels, height, width), and the student has "
+            f"states of {' x '.join(map(str, ours))}: the teacher's velocity is not defined at the student's "
+            "states. Use a teacher of the student's family and size."
         )
 
 
@@ -75,12 +76,14 @@ def _prompts(teacher: FlowModel, student: FlowModel) -> Iterator[str]:
     if theirs is None:
         return
     if ours is None:
-        yield "knows prompts from a table alone, and the student reads any text. Use a teacher with text encoders."
+        yield (
+            "knows only the prompts of a table, and the student reads any text. Use a teacher with text "
+            "encoders."
+        )
         return
     unknown = [text for text in ours.texts if text not in theirs.texts]
     if unknown:
         yield (
-            f"has not learned {len(unknown)} of the student's prompts, such as '{unknown[0]}'. Use a teacher "
-            "that began as the same model, "
-            f"or knows all of them."
+            f"does not know {len(unknown)} of the student's prompts, such as '{unknown[0]}'. Use a teacher "
+            "that was trained from the same model, or one that knows all of them."
         )

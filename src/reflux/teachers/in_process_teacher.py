@@ -1,5 +1,5 @@
-"""What every teacher in this process does: read prompt and response once, and keep the states that predict
-the response.
+"""Common base of the text teachers in this process. Prompt and response are read once, and the hidden states
+that predict the response are kept.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 
 class Batched(Teacher, Protocol):
-    """A teacher's config that says how much is read at once."""
+    """The config of a teacher that sets how many tokens are read at once."""
 
     @property
     def batch_tokens(self) -> int: ...
 
 
 class InProcessTeacher:
-    """A model that answers with hidden states. It reads right-padded: padding lies in the causal future, so
-    no mask is needed.
+    """A model that answers with hidden states. It reads right-padded sequences. No attention mask is needed,
+    because padding comes after all real tokens and attention is causal.
     """
 
     def __init__(
@@ -47,11 +47,13 @@ class InProcessTeacher:
         model.net.requires_grad_(False)
 
     def precision(self) -> AbstractContextManager[Any]:
-        """What the passes run under."""
+        """The context that the forward passes run in."""
         return nullcontext()
 
     def close(self) -> None:
-        """The head goes with the model: what was answered cannot be read from here on."""
+        """Remove the output head together with the model. Targets that were given earlier cannot be read
+        afterwards.
+        """
         self.services.heads.remove(self.head)
 
     async def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherAnswer]:
@@ -72,8 +74,8 @@ class InProcessTeacher:
         return [replace(answers[i], seconds=seconds) for i in range(len(requests))]
 
     def _sequence(self, request: TeacherRequest) -> tuple[np.ndarray, int]:
-        """The teacher's ids without the last token (nothing is asked about what follows it), and where the
-        response starts.
+        """The teacher's token ids, and the index where the response starts. The last token is left out,
+        because no prediction after it is needed.
         """
         rollout, view = request.rollout, request.view
         assert isinstance(rollout, TokenRollout)
@@ -88,8 +90,8 @@ class InProcessTeacher:
         sequence = np.concatenate([prompt, rollout.tokens_T[:-1]])
         if len(sequence) > self.model.context_tokens:
             raise ModelError(
-                f"teachers.{self.name}: prompt {rollout.prompt.id} and its answer take {len(sequence)} "
-                "tokens, but its context holds "
+                f"teachers.{self.name}: prompt {rollout.prompt.id} and its response take {len(sequence)} "
+                "tokens, but the model's context window holds "
                 f"{self.model.context_tokens}. Lower sampler.max_tokens or sampler.max_prompt_tokens, or "
                 "shorten the teacher's context."
             )
@@ -111,7 +113,7 @@ class InProcessTeacher:
             h_LH[start - 1 : len(sequence)] for (sequence, start), h_LH in zip(inputs, h_BLH, strict=True)
         ]
         self._refuse_nan(requests, states)
-        # the last token is counted, as everywhere
+        # The last token is counted too, as in all token counts.
         read = [len(sequence) + 1 for sequence, _ in inputs]
         return [
             replace(answer, positions_read=count)
@@ -119,8 +121,8 @@ class InProcessTeacher:
         ]
 
     def _refuse_nan(self, requests: list[TeacherRequest], states: list[Tensor]) -> None:
-        """Finite states at every position, and log-probs of one row: a head that makes no number of one makes
-        none of all.
+        """Check that all hidden states are finite, and that the log-probs of one row are not NaN. One row is
+        enough: a head that gives NaN for one row gives NaN for all rows.
         """
         bad = [index for index, h_TH in enumerate(states) if not h_TH.isfinite().all()]
         if not bad and self.model.head.logits(states[0][:1]).float().log_softmax(-1).isnan().any():
@@ -129,14 +131,16 @@ class InProcessTeacher:
             rollout = requests[index].rollout
             raise ModelError(
                 f"teachers.{self.name}: its logits for prompt {rollout.prompt.id}, sample {rollout.sample} "
-                "are not numbers. Are its "
-                f"weights whole? In float16 large values overflow: use dtype bfloat16 or float32."
+                "are not numbers. Check that its weights are complete. In float16 large values overflow: use "
+                "dtype bfloat16 or float32."
             )
 
     def _answers(self, requests: list[TeacherRequest], states: list[Tensor]) -> list[TeacherAnswer]:
-        """Targets, and what is wanted at scoring time: one pass of all rows through the head.
+        """Targets, and the log-probs that are required at scoring time, from one pass of all rows through the
+        head.
 
-        Only training attempts come with the student's list; an evaluation's have none, and get no candidates.
+        Only training attempts have the student's top-k list. Evaluation attempts have none and get no
+        candidates.
         """
         wanted = any(request.requirements.logp or request.requirements.candidates for request in requests)
         listed = self._logp(requests, states) if wanted else [None] * len(states)
@@ -156,8 +160,8 @@ class InProcessTeacher:
         )
 
     def _logp(self, requests: list[TeacherRequest], states: list[Tensor]) -> list[np.ndarray]:
-        """Per attempt the log-probs of the sampled tokens [T, 1], and of what the student listed when it
-        acted [T, 1 + K].
+        """Per attempt the log-probs of the sampled tokens [T, 1], or of these and of the student's recorded
+        top-k [T, 1 + K].
         """
         ids = [_asked_ids(request) for request in requests]
         widest = max(ids_TK.shape[1] for ids_TK in ids)
@@ -173,13 +177,17 @@ class InProcessTeacher:
 
 
 def _listed(request: TeacherRequest) -> np.ndarray | None:
-    """What the student listed when it acted, [T, K], where the teacher is to answer at that."""
+    """The student's top-k ids at sampling time, [T, K]; None if the teacher is not required to score them, or
+    none were recorded.
+    """
     behaviour = request.rollout.behaviour
     return behaviour.ids_TK if request.requirements.candidates and isinstance(behaviour, TopKTarget) else None
 
 
 def _asked_ids(request: TeacherRequest) -> np.ndarray:
-    """The sampled tokens, then what the student listed, where that is required and known; [T, 1 or 1 + K]."""
+    """The sampled tokens, followed by the student's top-k ids if they are required and known; [T, 1 or 1 +
+    K].
+    """
     assert isinstance(request.rollout, TokenRollout)
     tokens_T1, ids_TK = request.rollout.tokens_T[:, None], _listed(request)
     return tokens_T1 if ids_TK is None else np.concatenate([tokens_T1, ids_TK], axis=1)

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class Local(TeacherPart):
-    """A frozen model of the student's token map. It reads the student's very tokens, and offers the full
+    """A frozen model with the student's token map. It reads the student's exact tokens, and gives the full
     distribution as hidden states.
 
-    routes: only prompts with one of these routes are asked; alias: the name several routed tables share.
+    routes: only prompts with one of these routes are scored. alias: the name that several tables with routes
+    share.
     """
 
     rollouts: ClassVar[type[Rollout]] = TokenRollout
@@ -39,16 +40,17 @@ class Local(TeacherPart):
     context: Annotated[Context, PartOf("contexts")] = Same()
     alias: str | None = None
     routes: tuple[str, ...] = ()
-    # padding included, per forward pass
+    # Tokens in one forward pass, padding included.
     batch_tokens: Annotated[int, Field(ge=1)] = 32768
-    # as stored, else float32, bfloat16 or float16
+    # "auto": as stored; or float32, bfloat16 or float16.
     dtype: Dtype = "auto"
     device: str = "auto"
-    # accelerate's placement, for example "auto" to offload to the CPU
+    # Placement by accelerate, for example "auto" to offload to the CPU.
     device_map: str | None = None
+    # The `attn_implementation` argument of transformers.
     attention: str | None = None
     trust_remote_code: bool = False
-    # only for contexts that rewrite the conversation
+    # System prompt and chat-template arguments. Used only for contexts that change the messages.
     system: str | None = None
     template: dict[str, Any] = Field(default_factory=dict)
 

@@ -1,4 +1,4 @@
-"""The model behind `teachers.local`."""
+"""The model of `teachers.local`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class LocalTeacher(InProcessTeacher):
-    """Frozen: it follows nobody and has no state."""
+    """A frozen model without state."""
 
     def __init__(self, cfg: Local, context: PartContext, services: Services, model: Model):
         super().__init__(
@@ -55,10 +55,10 @@ class LocalTeacher(InProcessTeacher):
             yield teacher
 
     async def publish(self, weights: Weights, step: int) -> None:
-        """Frozen."""
+        """Does nothing: the teacher is frozen."""
 
     def save(self, folder: Path) -> None:
-        """Frozen: its model says all."""
+        """Writes nothing: the teacher is frozen and is loaded from its model again."""
 
     def load(self, folder: Path) -> None:
-        """Frozen: nothing was saved."""
+        """Reads nothing: `save` wrote nothing."""

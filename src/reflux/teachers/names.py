@@ -1,4 +1,4 @@
-"""The names that teachers answer under, and what stands behind one."""
+"""The names that teachers answer under, and the tables of each name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def objective_teachers(cfg: RunConfig) -> set[str]:
-    """The names teachers answer under."""
+    """The names that the teachers of a run answer under."""
     return {alias_of(table, teacher) for table, teacher in cfg.teachers.items()}
 
 
@@ -24,16 +24,18 @@ def tables_of(cfg: RunConfig | PartContext, name: str) -> list[str]:
 
 
 def measured(cfg: RunConfig | PartContext, name: str) -> list[str]:
-    """The tables that answer as `name`, where there are several; else the one table of that name or that
-    answers so; else none.
+    """The tables to measure for `name`: all tables that answer under it if there are several; otherwise the
+    table of that name, or the one table that answers under it; empty if there is none.
     """
     spoken = tables_of(cfg, name)
     return [name] if name in cfg.teachers and len(spoken) < 2 else spoken
 
 
 def unknown(cfg: RunConfig, where: str, name: str, or_said: bool = False) -> str:
-    """A sentence about a teacher that is not there; or_said: the student as it acted would do."""
-    said = ", and 'behaviour' (the student as it acted)" if or_said else ""
+    """A sentence that says there is no teacher with this name. or_said: 'behaviour', the policy that sampled,
+    is allowed too and is listed.
+    """
+    said = ", and 'behaviour' (the policy that sampled)" if or_said else ""
     known = (
         f"Known: {', '.join(sorted(objective_teachers(cfg)))}{said}."
         if cfg.teachers
@@ -43,13 +45,15 @@ def unknown(cfg: RunConfig, where: str, name: str, or_said: bool = False) -> str
 
 
 def unless_known(cfg: RunConfig, where: str, name: str) -> Iterator[str]:
-    """That sentence, where no teacher answers under the name."""
+    """Yield the sentence of `unknown` if no teacher answers under the name."""
     if name not in objective_teachers(cfg):
         yield unknown(cfg, where, name)
 
 
 def offered(cfg: RunConfig, name: str) -> set[type[Target]]:
-    """What the tables behind a teacher name all offer; "said" is what the sampler recorded."""
+    """The types of targets that all tables of a teacher name offer. "behaviour" stands for what the sampler
+    recorded.
+    """
     if name == "behaviour":
         return {VelocityTarget} if cfg.sampler.rollouts is FlowRollout else {TopKTarget, SampledTarget}
     tables = tables_of(cfg, name)

@@ -1,4 +1,6 @@
-"""The student itself as the teacher: as it is, as it was at one step, or as a slow average of its path."""
+"""The student itself as the teacher: the current student, the student at one step, or a slow average of its
+weights.
+"""
 
 from __future__ import annotations
 
@@ -35,19 +37,21 @@ MEAN_TEACHER = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class SelfTeacher(TeacherPart):
-    """A float32 copy phi of the student's weights theta that answers with hidden states. It teaches through
-    what its context adds.
+    """A float32 copy phi of the student's weights theta that answers with hidden states. Its targets differ
+    from the student's outputs mainly through what its context adds.
 
-    follow ema: phi <- (1 - `ema`) phi + `ema` theta after each optimiser step that moved theta, by its
-    gradient or by a jump, from the starting student on; 1 keeps phi at theta and 0 at the start, to the bit.
-    A step that moved nothing (refused, or without any evidence) leaves phi alone. live: phi is theta. frozen:
-    phi is theta up to optimiser step `step` and stays as it was then; 0 is the starting student. phi is in
-    every checkpoint (not under live, where the student's own weights say it).
+    follow "ema": phi <- (1 - `ema`) phi + `ema` theta after each optimiser step that changed theta, by its
+    gradient or by an extrapolation jump, from the start on. `ema` = 1 keeps phi equal to theta, and `ema` = 0
+    keeps it at the start, both bit for bit. A step that changed nothing (refused, or without any evidence)
+    leaves phi unchanged. "live": phi is theta. "frozen": phi is theta up to optimiser step `step` and does
+    not change afterwards; 0 is the starting student. phi is in every checkpoint, except under "live", where
+    the student's own weights contain it.
 
-    Its model is the learner's; adapters come merged. Where a context changes the messages they are rendered
-    as the sampler's, its `system` and `template`. A teacher that moves needs max_staleness = 0: its head
-    would have moved before the attempt is used. Under context `same`, live and 1 cost 0 everywhere, as do all
-    of them before the first step. An average of the path as teacher: arXiv 1703.01780.
+    Its model is the learner's, with adapters merged. If a context changes the messages, they are rendered
+    with the student's `system` and `template`, as for the sampler. A teacher that changes needs max_staleness
+    = 0, because its head would otherwise change before the attempt is used. Under context `same`, the
+    divergence is 0 everywhere for "live" and for `ema` = 1, and before the first step for every setting. An
+    average of the weights as teacher: arXiv 1703.01780.
     """
 
     rollouts: ClassVar[type[Rollout]] = TokenRollout
@@ -56,25 +60,27 @@ class SelfTeacher(TeacherPart):
     at_ids: ClassVar[bool] = True
     is_student: ClassVar[bool] = True
 
+    # Which student weights the teacher uses.
     follow: Literal["ema", "live", "frozen"] = "ema"
-    # the student's share in each move, under ema
+    # Under "ema": the student's share in each update.
     ema: Annotated[float, Field(ge=0, le=1)] = 0.05
-    # of frozen: the optimiser step after which it stays
+    # Under "frozen": the optimiser step after which the weights stay fixed.
     step: Annotated[int, Field(ge=0)] = 0
     context: Annotated[Context, PartOf("contexts")] = Same()
     alias: str | None = None
     routes: tuple[str, ...] = ()
-    # padding included, per forward pass
+    # Tokens in one forward pass, padding included.
     batch_tokens: Annotated[int, Field(ge=1)] = 32768
-    # auto: bfloat16 passes on a GPU, as the learner's
+    # "auto": bfloat16 passes on a GPU, as in the learner.
     autocast: Literal["auto", "off"] = "auto"
     device: str = "auto"
+    # The `attn_implementation` argument of transformers.
     attention: str | None = None
 
     def __post_init__(self) -> None:
         if self.step and self.follow != "frozen":
             raise ValueError(
-                f'step = {self.step} says when a frozen copy is taken, and follow is "{self.follow}". Use '
+                f'step = {self.step} sets when a frozen copy is taken, but follow is "{self.follow}". Use '
                 'follow = "frozen"'
             )
 
@@ -83,13 +89,16 @@ class SelfTeacher(TeacherPart):
 
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if self.follows and not self.context.adds_words:
-            yield f"{where} follows the student and is shown nothing more: where the student begins, nothing ever moves. Give it a context."
+            yield (
+                f"{where} follows the student and sees the same prompt: it equals the student at the start, "
+                "so no weight ever changes. Give it a context."
+            )
 
     def reader(self, student: StudentSpec) -> StudentSpec | None:
         return student
 
     def size(self, where: str, student: Size, pixels: int) -> Size | None:
-        """The student's weights once more, in float32."""
+        """The size of the student's weights, in float32."""
         return replace(student, stored_bytes=None if student.parameters is None else student.parameters * 4)
 
     @property

@@ -1,4 +1,4 @@
-"""The model behind `teachers.own`: a copy of the student that is told of every new version."""
+"""The model of `teachers.self_teacher`: a copy of the student that gets every new version of the weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ PHI = "phi/"
 
 
 class SelfTeacherEngine(InProcessTeacher):
-    """Holds phi, float32. `version` is that of the weights phi last learnt of; None before the first."""
+    """Holds phi in float32. `version` is the version of the last weights that `publish` got; None before the
+    first.
+    """
 
     def __init__(
         self, cfg: SelfTeacher, context: PartContext, services: Services, model: Model, renderer: Renderer
@@ -61,7 +63,7 @@ class SelfTeacherEngine(InProcessTeacher):
         return torch.autocast("cuda", dtype=torch.bfloat16) if wanted else nullcontext()
 
     async def publish(self, weights: Weights, step: int) -> None:
-        """Move phi as `follow` says. Told of a version it knows, an average stays where it is."""
+        """Update phi as `follow` says. Under "ema", a version that it already got leaves phi unchanged."""
         await self.services.run_model(self._publish, weights, step)
 
     def _publish(self, weights: Weights, step: int) -> None:
@@ -74,7 +76,7 @@ class SelfTeacherEngine(InProcessTeacher):
                     move(parameters[name], value, share)
 
     def _share(self, version: int, step: int) -> float:
-        """How far phi goes towards the new weights: 1 copies them, 0 leaves it."""
+        """The share of the new weights in phi: 1 copies them, 0 leaves phi unchanged."""
         if self.cfg.follow == "live" or self.version is None:
             return 1.0
         if self.cfg.follow == "ema":
@@ -82,7 +84,9 @@ class SelfTeacherEngine(InProcessTeacher):
         return float(step <= self.cfg.step)
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor once, under the first of its names: a matrix that two layers share must not move twice."""
+        """Each tensor once, under the first of its names, because a matrix that two layers share must be
+        updated only once.
+        """
         seen: set[int] = set()
         for name, own in self.model.net.state_dict().items():
             if own.data_ptr() not in seen:
@@ -90,7 +94,9 @@ class SelfTeacherEngine(InProcessTeacher):
                 yield name, own
 
     def save(self, folder: Path) -> None:
-        """phi by name, and the version it last learnt of. Live, nothing: the student says it again."""
+        """Write phi by name, and the last version it got. Under "live" nothing is written, because phi is the
+        student.
+        """
         if self.cfg.follow != "live":
             checkpoints.write(
                 folder, {"version": self.version, **{f"{PHI}{name}": own for name, own in self._parameters()}}
@@ -107,8 +113,8 @@ class SelfTeacherEngine(InProcessTeacher):
 
 
 def move(own: Tensor, student: Tensor, share: float) -> None:
-    """own <- (1 - share) own + share student in place, in own's type; exact to the bit at 0, at 1 and where
-    the two are equal.
+    """own <- (1 - share) own + share student, in place and in own's type. The result is exact to the bit at
+    share 0, at share 1 and where the two are equal.
     """
     if share == 1 or not own.is_floating_point():
         own.copy_(student)
