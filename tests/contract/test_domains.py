@@ -172,7 +172,7 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "the KL of the ODE": (
         "flow",
         {"sampler.noise_level": 0},
-        'sampler.noise_level = 0 makes the denoising steps deterministic, so the KL is infinite. "
+        "sampler.noise_level = 0 makes the denoising steps deterministic, so the KL is infinite. "
         'Use weight = "mse", or a noise_level '
         "above 0, such as 0.7.",
     ),

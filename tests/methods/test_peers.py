@@ -444,7 +444,7 @@ def test_a_flow_is_refused_in_words() -> None:
         prompt=PROMPT, sample=0, version=0, finish="stop", mask_T=np.ones(1, bool), logp_T=np.zeros(1), x_SD=line, t_S=np.zeros(2),
         noise_level=0.0, guidance=0.0, image=np.zeros((2, 2), np.uint8),
     )  # fmt: skip
-    with pytest.raises(ValueError, match="wrote nothing"):
+    with pytest.raises(ValueError, match="have no text"):
         Peers()([Attempt(spoken, Reward(1.0)), Attempt(spoken, Reward(0.0))], NOW)
 
 

@@ -1,4 +1,4 @@
-"""What the teacher sees."""
+"""Contexts: the parts that define which prompt the teacher sees."""
 
 CONTEXTS = {
     "same": "reflux.contexts.same:Same",

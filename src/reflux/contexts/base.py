@@ -1,8 +1,8 @@
-"""A context: what the teacher sees that the student did not.
+"""The context protocol: a context defines the prompt that the teacher sees for each attempt.
 
-`(group, moment) -> one View or None per attempt`. None: do not ask the teacher about this attempt. The
-student's own tokens stay as they are; a view may change the messages before them, and the text of spans that
-the student did not choose.
+`(group, step_context) -> one TeacherPrompt or None per attempt`. None: the teacher does not score this
+attempt. The student's own tokens stay unchanged. A teacher prompt may change the messages before them, and
+the text of spans that the student did not choose.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class TeacherPrompt:
     """The messages before the first student token, and new text for the unchosen spans after it, by their
     start position.
 
-    `notes` say in numbers what is shown; they are averaged into the metrics, and a teacher is not asked again
-    because they change.
+    `notes` describe in numbers what the prompt shows. They are averaged into the metrics. A change of the
+    notes alone does not make the teacher score again.
     """
 
     messages: tuple[Message, ...]
@@ -32,8 +32,8 @@ class TeacherPrompt:
 
 
 def retold(messages: tuple[Message, ...], tell: Callable[[str], str]) -> tuple[Message, ...]:
-    """The messages with what the user said last told anew; all others stay as they are. ValueError where no
-    user speaks.
+    """The messages with the content of the last user message replaced by `tell(content)`; all others stay
+    unchanged. ValueError if there is no user message.
     """
     last = max((place for place, message in enumerate(messages) if message["role"] == "user"), default=None)
     if last is None:
@@ -45,20 +45,20 @@ def retold(messages: tuple[Message, ...], tell: Callable[[str], str]) -> tuple[M
 
 
 class ContextPart(Part, Protocol):
-    """What a context inherits: the defaults of what it may leave unsaid."""
+    """Base class of contexts. It holds the defaults of optional members."""
 
-    # False where the teacher is told no word more than the student was
+    # False if the teacher sees no text besides the student's prompt.
     adds_words: ClassVar[bool] = True
 
     def most_added(self, longest: int, count: Callable[[str], int]) -> int:
-        """Tokens that showing other attempts adds to a prompt at most: `longest` tokens an attempt, `count`
-        of a text's tokens.
+        """Largest number of tokens that showing other attempts adds to a prompt. longest: tokens of the
+        longest attempt. count: gives the number of tokens of a text.
         """
         return 0
 
 
 class Context(ContextPart, Protocol):
-    # attempts per prompt it needs
+    # Attempts per prompt that it needs.
     min_group: ClassVar[int]
 
     @property

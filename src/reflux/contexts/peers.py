@@ -1,4 +1,4 @@
-"""The teacher is shown some of the other attempts at the same problem, right and wrong, before it grades this
+"""The teacher sees some of the other attempts at the same problem, correct and failed, before it scores this
 one.
 """
 
@@ -43,28 +43,29 @@ SDPO = Paper(
 @dataclass(frozen=True, config=STRICT)
 class Peers(ContextPart):
     """The last user message becomes: the problem; the first `successes` correct attempts of the group in
-    order, then `failures` failed ones drawn at random, each under its heading, the attempt itself always left
-    out; feedback on it; a line that asks for a correct solution. All other messages stay. Fewer available:
-    fewer shown. Nothing to show: the teacher is not asked.
+    order; then `failures` failed attempts drawn at random, each under its heading; feedback on the attempt
+    itself; and a line that asks for a correct solution. The attempt itself is never shown. All other messages
+    stay unchanged. If fewer attempts are available, fewer are shown. If there is nothing to show, the teacher
+    does not score the attempt.
 
-    A reward of at least `threshold` is correct, one below failed. An attempt that ended in an error, or whose
-    reward is missing or NaN, is neither: it is shown to nobody and not asked about. failures_when: show
-    failures always, or only where no success is shown. feedback: show the judge's words on the attempt itself
-    (`Reward.feedback`) where no success is shown, always or never; the shipped verifier says right or wrong
-    and no more, so this waits for a reward of your own that gives words. peer_tokens: of a longer peer its
-    first so many chosen tokens are shown; peers are cut, never the closing line. strip_thinking: what stands
-    between <think> and </think> is not shown; an unclosed <think> hides the rest, an unopened </think> what
-    is before it. What is shown of an attempt with several turns is all that the student wrote in them, a line
-    apart, without the replies.
+    threshold: an attempt with a reward of at least `threshold` is correct, one below it failed. An attempt
+    that ended in an error, or whose reward is missing or NaN, is neither: it is not shown and not scored.
+    failures_when: show failures always, or only if no success is shown. feedback: show the verifier's text on
+    the attempt itself (`Reward.feedback`) only if no success is shown, always, or never. The built-in
+    verifier gives no text, so this has an effect only with a custom reward that does. peer_tokens: a longer
+    peer is cut to its first `peer_tokens` chosen tokens; peers are cut, never the closing line.
+    strip_thinking: the text between <think> and </think> is not shown. An unclosed <think> hides all text
+    after it, and an unopened </think> hides all text before it. Of an attempt with several turns, all text
+    that the student wrote is shown, with one line break between turns and without the replies.
 
-    The failures' random numbers depend on (run seed, prompt id, policy version, sample) alone, so asking
-    twice gives the same context. With successes = 1 and failures = 0 it is the context of SDPO (arXiv
-    2601.20802). Everybody's first success is the same attempt, so targets are correlated. An attempt with the
-    very text of this one is another attempt and may be shown: the teacher then reads what it grades. Notes:
-    `successes` and `failures` shown, `twin_fraction` (1 where a twin is among them), `cut_failures` (failures
-    shown that the length limit had ended), `shortened` (peers cut to `peer_tokens`), `distinct` (different
-    texts over judged attempts of the group: it falls where students learn to copy). arXiv 2605.12652
-    (MR-OPD).
+    The random choice of failures depends only on (run seed, prompt id, policy version, sample), so the same
+    attempt always gets the same context. With successes = 1 and failures = 0 it is the context of SDPO (arXiv
+    2601.20802). All attempts of a group see the same first success (except that success itself), so their
+    targets are correlated. A twin, that is another attempt with the same text as this one, may be shown; the
+    teacher then reads the text that it scores. Notes: `successes` and `failures` shown, `twin_fraction` (1 if
+    a twin is among them), `cut_failures` (failures shown that ended at the length limit), `shortened` (peers
+    cut to `peer_tokens`), `distinct` (number of different texts divided by the number of judged attempts of
+    the group; it falls when students learn to copy). arXiv 2605.12652 (MR-OPD).
     """
 
     when: ClassVar[str] = (
@@ -79,19 +80,26 @@ class Peers(ContextPart):
         "problem, peers and answer fit the window."
     )
 
+    # Correct attempts to show at most.
     successes: int = 2
+    # Failed attempts to show at most.
     failures: int = 1
+    # Smallest reward of a correct attempt.
     threshold: float = 0.5
+    # When failed attempts are shown.
     failures_when: Literal["always", "no_success"] = "always"
+    # When feedback on the attempt itself is shown.
     feedback: Literal["no_success", "always", "never"] = "no_success"
+    # Longest peer, in chosen tokens.
     peer_tokens: int = 4096
+    # True: the text between <think> and </think> is not shown.
     strip_thinking: bool = False
 
     min_group: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if self.successes < 0 or self.failures < 0:
-            raise ValueError("successes and failures count what is shown and must not be negative")
+            raise ValueError("successes and failures are counts of attempts and must not be negative")
         if not self.successes and not self.failures:
             raise ValueError(
                 'successes = 0 and failures = 0 show no peer at all. Use context = { kind = "same" }'
@@ -165,15 +173,14 @@ class Peers(ContextPart):
         return attempt.reward.feedback if wanted and attempt.reward else None
 
     def most_added(self, longest: int, count: Callable[[str], int]) -> int:
-        """Tokens this context adds to a prompt at most, feedback aside: `longest` tokens an attempt, `count`
-        of a text's tokens.
+        """Largest number of tokens that this context adds to a prompt, without feedback. longest: tokens of
+        the longest attempt. count: gives the number of tokens of a text.
 
-        A peer's text is tokenised again as text and may then take a little more than it took when it was
-        sampled.
+        A peer's text is tokenised again as text. It may then have a few more tokens than when it was sampled.
         """
         blocks = self.successes + self.failures
-        # Between the headings stand digits, one token each and not counted: with nothing there, line breaks
-        # might join to fewer tokens.
+        # The texts are replaced by digits, which are one token each and are subtracted again. With empty
+        # texts, adjacent line breaks might merge into fewer tokens.
         wording = with_attempts("0", ["0"] * self.successes, ["0"] * self.failures)
         return count(wording) - (blocks + 1) + blocks * min(self.peer_tokens, longest)
 
@@ -181,11 +188,11 @@ class Peers(ContextPart):
 def choose(
     correct: Sequence[bool], index: int, successes: int, failures: int, rng: random.Random
 ) -> tuple[list[int], list[int]]:
-    """Whom attempt `index` is shown: the first `successes` correct ones, rising, and `failures` failed ones
-    as drawn, itself left out.
+    """The attempts that attempt `index` is shown: the first `successes` correct ones in rising order, and
+    `failures` failed ones in the order drawn, without the attempt itself.
 
-    Fewer available, fewer given. `rng` serves the failures alone. ValueError for an index outside the list or
-    a negative count.
+    If fewer are available, fewer are returned. `rng` is used only for the failures. ValueError for an index
+    outside the list or a negative count.
     """
     if not 0 <= index < len(correct):
         raise ValueError(f"index {index} lies outside a group of {len(correct)}")
@@ -198,10 +205,10 @@ def choose(
 
 
 def shown_text(attempt: Attempt, peer_tokens: int, strip_thinking: bool) -> tuple[str, bool]:
-    """What is shown of a peer, and whether `peer_tokens` cut it: the text of its first so many chosen tokens
-    that wrote some of it.
+    """The text that is shown of a peer, and True if `peer_tokens` cut it. The cut keeps the text up to the
+    first `peer_tokens` chosen tokens that wrote part of it.
 
-    ValueError for an attempt of more positions that came without the characters its tokens wrote.
+    ValueError for an attempt with more positions than `peer_tokens` and without `spans_T2`.
     """
     rollout = _spoken(attempt)
     shown_C = ~thinking(rollout.text) if strip_thinking else np.ones(len(rollout.text), dtype=bool)
@@ -212,15 +219,15 @@ def shown_text(attempt: Attempt, peer_tokens: int, strip_thinking: bool) -> tupl
 
 
 def _end(rollout: TokenRollout, shown_C: np.ndarray, peer_tokens: int) -> int | None:
-    """The character after the last of the first `peer_tokens` tokens that wrote something to show; None where
-    there are no more.
+    """The index of the character after the first `peer_tokens` tokens that wrote shown text; None if there
+    are no more such tokens than that.
     """
     if rollout.spans_T2 is None:
         raise ValueError(
             f"prompt {rollout.prompt.id}, sample {rollout.sample}: its {rollout.length} positions are more "
             "than peer_tokens = "
-            f"{peer_tokens}, and the sampler did not say which characters each wrote (spans_T2). Raise "
-            "peer_tokens, or use sampler 'hf'."
+            f"{peer_tokens}, and the sampler did not record which characters each position wrote "
+            "(spans_T2). Raise peer_tokens, or use sampler 'hf'."
         )
     before_C = np.concatenate([[0], np.cumsum(shown_C)])
     start_T, end_T = np.minimum(rollout.spans_T2, len(shown_C)).T
@@ -229,9 +236,11 @@ def _end(rollout: TokenRollout, shown_C: np.ndarray, peer_tokens: int) -> int | 
 
 
 def thinking(text: str) -> np.ndarray:
-    """True at the characters of thinking, tags included. Nested tags count; an unclosed one reaches to the
-    end of the text; a closing tag before any other makes all before it thinking (a template may open it in
-    the prompt), a later one too many is a tag and no more."""
+    """True at the characters of thinking, tags included. Tags may be nested. An unclosed tag reaches to the
+    end of the text. A closing tag before any other tag marks all text before it as thinking, because a
+    template may open the thinking in the prompt. A later closing tag without an opening one marks only
+    itself.
+    """
     inside_C = np.zeros(len(text), dtype=bool)
     depth = start = 0
     for number, tag in enumerate(THINKING.finditer(text)):
@@ -258,7 +267,7 @@ def _rng(attempt: Attempt, step_context: StepContext) -> random.Random:
 def _spoken(attempt: Attempt) -> TokenRollout:
     if not isinstance(attempt.rollout, TokenRollout):
         raise ValueError(
-            "contexts.peers shows what attempts wrote, and an attempt of a flow wrote nothing. Use context = "
-            "'same'"
+            "contexts.peers shows the text of other attempts, and attempts of a flow have no text. Use "
+            "context = 'same'"
         )
     return attempt.rollout

@@ -1,4 +1,4 @@
-"""The teacher is told what the student must find out: the stored answer, or a worked solution."""
+"""The teacher sees the reference answer or a worked solution, which the student does not see."""
 
 from __future__ import annotations
 
@@ -36,17 +36,18 @@ SDFT = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class Privileged(ContextPart):
-    """The last user message goes on with `Prompt.answer` (show = "answer") or with the first of
-    `Prompt.references` (show = "demonstration"), and a line that asks for a solution of the original
-    question; all other messages stay. The student never sees it.
+    """The last user message is extended by `Prompt.answer` (show = "answer") or by the first of
+    `Prompt.references` (show = "demonstration"), and by a line that asks for a solution of the original
+    question. All other messages stay unchanged. The student never sees the addition.
 
-    A prompt that has none, or an empty one, is not asked about: it is counted in the metric `silent` of the
-    teacher's name and teaches nothing. A teacher that copies what it is shown only scores the student's own
-    words against it. A demonstration is headed as a correct solution of another attempt is under `peers`.
-    Papers: arXiv 2601.18734 (OPSD), 2601.19897 (SDFT, demonstrations); both have the student itself as
-    teacher (`self`), and any other may be told as well.
+    A prompt without that text, or with an empty one, is not scored. It counts in the metric `without_target`
+    of the teacher's name and gives no target. A teacher that would copy the shown text can do no more than
+    score the student's own tokens with it in the prompt. A demonstration gets the same heading as a correct
+    attempt under `peers`. Papers: arXiv 2601.18734 (OPSD), 2601.19897 (SDFT, demonstrations). Both use the
+    student itself as teacher (`self`); this context also works with any other teacher.
     """
 
+    # Which text of the prompt the teacher sees.
     show: Literal["answer", "demonstration"] = "answer"
 
     min_group: ClassVar[int] = 1

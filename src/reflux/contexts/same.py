@@ -1,4 +1,4 @@
-"""The teacher sees exactly what the student saw."""
+"""The teacher sees exactly the student's prompt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reflux.types import Group
 
 @dataclass(frozen=True, config=STRICT)
 class Same(ContextPart):
-    """The student's own prompt, nothing added (plain on-policy distillation)."""
+    """The student's own prompt without additions (plain on-policy distillation)."""
 
     min_group: ClassVar[int] = 1
     adds_words: ClassVar[bool] = False

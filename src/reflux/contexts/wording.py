@@ -1,8 +1,9 @@
-"""What a teacher is told besides the question: the words around other attempts, an answer, feedback.
+"""The fixed texts of teacher prompts: headings for other attempts, answers and feedback, and the closing
+line.
 
-Only printable ASCII and short headings, so that the smallest tokenizers can say them. The texts themselves
-are data: they are put in between the headings as they are and are never interpreted: what they spell of
-control tokens is broken where messages become tokens (`reflux.models.tokenizer.Renderer`).
+They are printable ASCII and short, so that the smallest tokenizers can encode them. The texts under the
+headings are data. They are inserted unchanged and never interpreted. Control tokens that are spelled in them
+are broken up when messages become tokens (`reflux.models.tokenizer.Renderer`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ CLOSING = "Now solve the original question correctly."
 def with_attempts(
     problem: str, successes: Sequence[str], failures: Sequence[str], feedback: str | None = None
 ) -> str:
-    """The problem, other attempts at it under their headings, feedback on one's own, and the closing line,
-    which is always last.
+    """The problem, other attempts at it under their headings, feedback on the scored attempt, and the closing
+    line, which is always last.
     """
     headings = [SUCCESS, *[ANOTHER] * (len(successes) - 1)]
     blocks = [f"{heading}\n{text}" for heading, text in zip(headings, successes, strict=False)]
@@ -32,5 +33,5 @@ def with_attempts(
 
 
 def with_answer(problem: str, heading: str, text: str) -> str:
-    """The problem, what only the teacher may know under its heading, and the closing line."""
+    """The problem, under its heading the text that only the teacher sees, and the closing line."""
     return f"{problem}\n\n{heading}\n{text}\n\n{CLOSING}"

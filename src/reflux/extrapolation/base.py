@@ -1,9 +1,10 @@
-"""Extrapolation: may move the student further along its own path after an optimiser step.
+"""The protocol of extrapolation, which may move the student's weights further along their latest displacement
+after an optimiser step.
 
-`fires(completed_steps)` says when; the loop then lets in-flight attempts finish first. `after_step` may try
-weights by `await score()` (a number, higher is better, on fixed prompts with random numbers of their own, see
-`score`) and returns True where the student ended elsewhere than the step left it. It moves the student by the
-learner's `WeightAccess`, which is None where it offers none.
+`fires(completed_steps)` is True if extrapolation is due; the loop then lets in-flight attempts finish first.
+`after_step` may test weights with `await score()` (a number, higher is better, on fixed prompts with their
+own random numbers, see `score`). It returns True if the final weights differ from those that the step left.
+It changes the weights through the learner's `WeightAccess`, which is None if the learner offers none.
 """
 
 from __future__ import annotations
@@ -27,40 +28,42 @@ NAME = "extrapolation"
 
 @dataclass(frozen=True)
 class Scoring:
-    """What extrapolation wants its candidates compared by. Higher is better.
+    """How extrapolation scores its candidates. Higher is better.
 
-    by: "accuracy", the mean verdict, 0 for an answer that could not be judged (or weights whose answers time
-    out would win); or "minus_kl", minus the reverse KL to `teacher` on the student's own answers, the mean
-    over their tokens of log q(a) - log p(a) in nats, which is unbiased (that of evals.agreement).
+    by: "accuracy" is the mean verdict. An answer that could not be judged counts as 0; otherwise weights
+    whose answers time out would win. "minus_kl" is minus the reverse KL to `teacher` on the student's own
+    answers: the mean over their tokens of log q(a) - log p(a) in nats, which is unbiased (the same estimate
+    as in evals.agreement).
     """
 
-    # fixed ones, drawn once from the training prompts
+    # Number of fixed prompts, drawn once from the training prompts.
     prompts: int = 50
-    # answers to each
+    # Answers to each prompt.
     samples: int = 1
+    # The quantity that is compared.
     by: Literal["accuracy", "minus_kl"] = "accuracy"
-    # of minus_kl
+    # The teacher of "minus_kl".
     teacher: str = "main"
-    # of an answer; None: the sampler's max_tokens, never a cap of training
+    # Limit of an answer in tokens; None: the sampler's max_tokens, never the cap of training.
     max_tokens: int | None = None
 
 
 class Score(Protocol):
     @property
     def spent(self) -> Spent:
-        """What was spent on scoring since the last optimiser step."""
+        """The cost of scoring since the last optimiser step."""
         ...
 
     async def __call__(self, rng: int = 0) -> float:
-        """The learner's weights on the fixed prompts. Calls with equal `random numbers` at one step meet the
-        same; another number, fresh ones.
+        """Score the learner's current weights on the fixed prompts. Calls with equal `rng` at one step use
+        the same random numbers; another `rng` gives new ones.
         """
         ...
 
 
 class OpenExtrapolation(Protocol):
     def start(self, access: WeightAccess | None) -> None:
-        """Called once on a fresh run, before the first step: these are the start weights."""
+        """Called once in a new run, before the first step, with access to the start weights."""
         ...
 
     def fires(self, completed_steps: int) -> bool: ...
@@ -68,18 +71,16 @@ class OpenExtrapolation(Protocol):
     async def after_step(self, access: WeightAccess | None, score: Score, completed_steps: int) -> bool: ...
 
     def save(self, folder: Path) -> None:
-        """What the searches to come depend on, into an empty folder."""
+        """Write the state that later searches depend on into an empty folder."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Take up what `save` put there; the folder is empty where the checkpoint was made without an
-        extrapolation.
-        """
+        """Restore what `save` wrote. The folder is empty if the checkpoint was made without extrapolation."""
         ...
 
 
 class ExtrapolationPart(Part, Protocol):
-    """What extrapolation inherits."""
+    """Base class of extrapolation parts."""
 
 
 class Extrapolation(ExtrapolationPart, Protocol):
@@ -92,7 +93,7 @@ class Extrapolation(ExtrapolationPart, Protocol):
 
 
 class Never:
-    """No extrapolation: nothing fires."""
+    """Stands for a run without extrapolation. It never fires."""
 
     def start(self, access: WeightAccess | None) -> None: ...
 
@@ -111,7 +112,7 @@ class Never:
 async def opened(
     extrapolation: Extrapolation | None, context: Callable[[str], PartContext], services: Services
 ) -> AsyncIterator[OpenExtrapolation]:
-    """The open extrapolation of a config, or `Never`."""
+    """The open extrapolation of a config; `Never` if the config has none."""
     if extrapolation is None:
         yield Never()
         return

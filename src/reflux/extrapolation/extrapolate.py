@@ -1,4 +1,6 @@
-"""EffOPD: jump further along the student's latest displacement, as far as a few fixed prompts do not object."""
+"""EffOPD: move the weights further along their latest displacement, as long as the score on a few fixed
+prompts improves.
+"""
 
 from __future__ import annotations
 
@@ -31,32 +33,34 @@ Count = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True, config=STRICT)
 class Extrapolate(ExtrapolationPart):
-    """After optimiser steps 1, 2, 4, 8, ... try W + m (W - anchor) for m = 2, 4, ..., 2 `tries`; stay at the
-    last one that scored better.
+    """After optimiser steps 1, 2, 4, 8, ... test the weights W + m (W - anchor) for m = 2, 4, ..., 2 `tries`,
+    and keep the last candidate that scored better.
 
-    anchor: the weights the search before ended with, its jump included; at first, those the run began with.
-    So the displacement W - anchor is training's alone. Candidates are made from W and the anchor in float32.
-    The first one that is not accepted ends the search; none accepted: W gets its own bits back. Optimiser
-    moments, schedule and step counter do not move. Low-rank adapters: their product's displacement is added
-    to the frozen base (the factors stay), never A and B one by one.
+    anchor: the weights at the end of the previous search, its jump included; at first, the weights at the
+    start of the run. The displacement W - anchor therefore contains training steps only. Candidates are
+    computed from W and the anchor in float32. The first candidate that is not accepted ends the search. If
+    none is accepted, W is restored bit for bit. Optimiser moments, schedule and step counter do not change.
+    With low-rank adapters, the displacement of the product B A is added to the frozen base weight, and A and
+    B stay unchanged.
 
-    score: of W and of every candidate, on `prompts` prompts drawn once from the training prompts (listed in
-    parts/extrapolation/score_prompts.jsonl) with `samples` answers each. "accuracy": the mean verdict of the
-    task's verifier. "minus_kl": minus the reverse KL to `teacher` on those answers, nats per token; no labels
-    needed, and ours, not the paper's. All weights of one search meet the same random numbers.
-    rescore_incumbent: each comparison has fresh random numbers, and the better one so far is scored again
-    with them: a lucky score does not stay for the next comparison. Costs up to 2 `tries` scorings a search
-    instead of `tries` + 1.
+    score: W and every candidate are scored on `prompts` prompts, drawn once from the training prompts (listed
+    in parts/extrapolation/score_prompts.jsonl), with `samples` answers each. "accuracy": the mean verdict of
+    the task's verifier. "minus_kl": minus the reverse KL to `teacher` on those answers, in nats per token; it
+    needs no labels and is not in the paper. All weights of one search use the same random numbers.
+    rescore_incumbent: each comparison uses new random numbers, and the best weights so far are scored again
+    with them, so that a lucky score does not carry over to the next comparison. This costs up to 2 `tries`
+    scorings per search instead of `tries` + 1.
 
-    Each search is a line of searches.jsonl. Memory: two float32 copies of the moved weights, on the CPU; the
-    anchor is in every checkpoint. A score that is not finite rejects a candidate; of W itself it is an error.
-    A displacement of zero: no search.
+    Each search is a line of searches.jsonl. Memory: two float32 copies of the moved weights, on the CPU. The
+    anchor is in every checkpoint. A candidate whose score is not finite is rejected; a score of W that is not
+    finite is an error. If the displacement is zero, there is no search.
 
-    arXiv 2605.11739. Its formula accepts >=, its released code >: on few prompts ties are common, so "better"
-    (strict) is the default. Its displacement leaves open whether the earlier weights are those before or
-    after that search's jump; as the code, we take after. The code chains factors 2, 2/3, 2/5, ...; that is
-    the same points, with rounding piling up. The code moves by accident norms whose name holds "attention";
-    we move no norms, embeddings or head.
+    arXiv 2605.11739. The paper's formula accepts >=, its released code >. With few prompts ties are common,
+    so "better" (strict) is the default. The paper does not state whether the displacement starts from the
+    weights before or after the previous search's jump; like the released code, this part uses the weights
+    after it. The released code chains factors 2, 2/3, 2/5, ..., which gives the same points but accumulates
+    rounding errors. The released code also moves norms whose name contains "attention", by accident; this
+    part moves no norms, embeddings or head.
     """
 
     when: ClassVar[str] = (
@@ -67,21 +71,24 @@ class Extrapolate(ExtrapolationPart):
         "learning rate. Without labels: `extrapolation.score=minus_kl`."
     )
 
-    # 0: never
+    # Candidates of one search at most; 0: no search.
     tries: Annotated[int, Field(ge=0)] = 5
-    # fixed ones of the training split
+    # Number of fixed prompts of the training split.
     prompts: Count = 50
-    # answers to each
+    # Answers to each prompt.
     samples: Count = 1
-    # than the best so far; not_worse lets ties through
+    # "better": a candidate must score higher than the best so far; "not_worse": an equal score is accepted
+    # too.
     accept: Literal["better", "not_worse"] = "better"
+    # True: each comparison uses new random numbers.
     rescore_incumbent: bool = False
+    # The quantity that is compared.
     score: Literal["accuracy", "minus_kl"] = "accuracy"
-    # of minus_kl
+    # The teacher of "minus_kl".
     teacher: str = "main"
-    # of a scored answer; without it the sampler's max_tokens, never a cap of training
+    # Limit of a scored answer in tokens; None: the sampler's max_tokens, never the cap of training.
     max_tokens: Count | None = None
-    # parts of names that move; a name with "norm" only where the part has it too
+    # Parts of the names of parameters that move. A name with "norm" matches only a part with "norm".
     include: tuple[str, ...] = INCLUDE
 
     def __post_init__(self) -> None:
@@ -103,9 +110,9 @@ class Extrapolate(ExtrapolationPart):
         if self.score == "accuracy":
             if not cfg.task.judges:
                 yield (
-                    f'{where}.score = "accuracy" compares weights by the task\'s verdicts, and with its '
-                    'grader "none" nothing is ever '
-                    f'judged. {JUDGED}, or use score = "minus_kl".'
+                    f'{where}.score = "accuracy" compares weights by the task\'s verdicts, but its grader '
+                    '"none" gives none. '
+                    f'{JUDGED}, or use score = "minus_kl".'
                 )
             return
         yield from unless_known(cfg, f"{where}.teacher", self.teacher)
@@ -118,35 +125,33 @@ class Extrapolate(ExtrapolationPart):
         ):
             sampler = "sampler" if cfg.sampler.on_policy else "sampler.generate"
             yield (
-                f'{where}.score = "minus_kl" takes the KL of steps that were drawn, and '
-                f"{sampler}.noise_level = 0 draws none: it is "
-                f'infinite. Use a noise_level above 0, such as 0.7, or score = "accuracy".'
+                f'{where}.score = "minus_kl" computes the KL of random denoising steps, but '
+                f"{sampler}.noise_level = 0 makes them deterministic and the KL infinite. "
+                'Use a noise_level above 0, such as 0.7, or score = "accuracy".'
             )
 
     def _asked(self, where: str, table: str, teacher: Teacher) -> Iterator[str]:
-        """What a teacher that scores candidates must not need."""
+        """Refusals for a teacher that cannot score candidates."""
         if teacher.follows:
             yield (
                 f'{where}.score = "minus_kl" compares candidates with teachers.{table}, which follows the '
-                "student. Name a teacher that "
-                f'stays, or use score = "accuracy".'
+                'student. Name a teacher that does not change, or use score = "accuracy".'
             )
         if teacher.context.min_group > self.samples:
             yield (
-                f'{where}.score = "minus_kl" asks teachers.{table} about {self.samples} answer(s) to a '
-                "prompt, and its context "
+                f'{where}.score = "minus_kl" gives teachers.{table} {self.samples} answer(s) per prompt, '
+                "but its context "
                 f"needs {teacher.context.min_group}. Raise {where}.samples."
             )
         if teacher.context.requirements.reward:
             yield (
-                f'{where}.score = "minus_kl" asks teachers.{table} about answers without verdicts, and its '
-                "context sorts attempts by "
-                f'their verdicts. Use score = "accuracy", or name another teacher.'
+                f'{where}.score = "minus_kl" gives teachers.{table} answers without verdicts, but its '
+                'context needs their verdicts. Use score = "accuracy", or name another teacher.'
             )
 
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if not self.tries:
-            yield f"{where}.tries = 0: it never jumps."
+            yield f"{where}.tries = 0: extrapolation makes no search and never moves the weights."
 
     @property
     def scoring(self) -> Scoring:
@@ -160,17 +165,17 @@ class Extrapolate(ExtrapolationPart):
 
 
 def fires(step: int) -> bool:
-    """Is there a search after so many completed optimiser steps? At 1, 2, 4, 8, ...: the powers of two.
-    ValueError below 0.
+    """True if a search is due after this number of completed optimiser steps: at the powers of two 1, 2, 4,
+    8, ... ValueError below 0.
     """
     if step < 0:
-        raise ValueError(f"completed steps are counted from 0, got {step}")
+        raise ValueError(f"the number of completed steps must be at least 0, got {step}")
     return step > 0 and step & (step - 1) == 0
 
 
 def multiples(tries: int = 5) -> list[int]:
-    """How many displacements beyond the weights the candidates lie: 2, 4, ..., 2 `tries` (two times k, not
-    two to the k).
+    """The number of displacements from the weights to each candidate: 2, 4, ..., 2 `tries` (two times k, not
+    two to the power k).
 
     These are the running products of 1 + f_k minus 1, for the released code's factors f_1 = 2, f_(k+1) = f_k
     / (1 + f_k). ValueError below 0.

@@ -1,4 +1,4 @@
-"""The searches behind `extrapolation.extrapolate`."""
+"""The searches of `extrapolation.extrapolate`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from reflux.metrics.flops import Spent
     from reflux.runtime.services import Services
 
-# by the model's own names
+# Tensors by the model's own parameter names.
 Weights = dict[str, Tensor]
 ANCHOR = "anchor/"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate, its score, and the score it had to beat under the same random numbers."""
+    """A candidate, its score, and the score that it had to exceed under the same random numbers."""
 
     multiple: int
     score: float
@@ -38,14 +38,14 @@ class Trial:
 
 
 class OpenExtrapolate:
-    """Holds the anchor: float32 copies on the CPU of what moves."""
+    """Holds the anchor: float32 copies, on the CPU, of the weights that move."""
 
     def __init__(self, cfg: Extrapolate, context: PartContext, services: Services):
         self.cfg, self.context, self.services = cfg, context, services
         self._anchor: Weights = {}
 
     def start(self, access: WeightAccess | None) -> None:
-        """ConfigError where `include` matches no parameter, ModelError where the learner keeps no float32
+        """ConfigError if `include` matches no parameter. ModelError if the learner keeps no float32
         weights.
         """
         access = required(access, "extrapolation")
@@ -53,8 +53,8 @@ class OpenExtrapolate:
         if not names:
             raise ConfigError(
                 f"extrapolation.include = {list(self.cfg.include)} matches no parameter of "
-                f"{self.context.student.model}, so nothing would "
-                f"move. Its parameters have names such as {', '.join(list(access.names)[:4])}."
+                f"{self.context.student.model}, so no weight would move. Its parameters have names such as "
+                f"{', '.join(list(access.names)[:4])}."
             )
         self._anchor = access.read(names)
 
@@ -62,7 +62,7 @@ class OpenExtrapolate:
         return bool(self.cfg.tries) and extrapolate.fires(completed_steps)
 
     async def after_step(self, access: WeightAccess | None, score: Score, completed_steps: int) -> bool:
-        """Search, where the step is one to search after. RefluxError where the weights of now have no finite
+        """Search, if a search is due after this step. RefluxError if the current weights have no finite
         score.
         """
         if not self.fires(completed_steps):
@@ -80,15 +80,15 @@ class OpenExtrapolate:
         return accepted > 0
 
     def _displacement(self, access: WeightAccess) -> Weights:
-        """W - anchor. The anchor goes, tensor by tensor: a new one follows the search, and two copies at a
-        time are enough.
+        """W - anchor. Each tensor of the anchor is released when it has been used, because a new anchor
+        follows the search. At most two copies are in memory at a time.
         """
         return {
             name: value - self._anchor.pop(name) for name, value in access.read(list(self._anchor)).items()
         }
 
     async def _trials(self, path: _Path, score: Score, completed_steps: int) -> list[Trial]:
-        """Candidates in order, the first that was not accepted last."""
+        """Candidates in order. If one was not accepted, it is the last."""
         trials: list[Trial] = []
         best, incumbent = 0, math.nan
         for number, multiple in enumerate(extrapolate.multiples(self.cfg.tries)):
@@ -116,8 +116,8 @@ class OpenExtrapolate:
         for trial in trials:
             if not math.isfinite(trial.score):
                 self.services.listener.noted(
-                    f"step {step}: the jump by {trial.multiple} displacements was rejected, its score is "
-                    f"{trial.score}"
+                    f"step {step}: the jump by {trial.multiple} displacements was rejected, because its "
+                    f"score is {trial.score}"
                 )
         row = {
             "step": step,
@@ -144,21 +144,23 @@ class OpenExtrapolate:
         if not self._anchor:
             raise RunError(
                 "the checkpoint that this run resumes from has no anchor, so the displacement since the last "
-                "search is not known. "
-                "It was made without extrapolation: resume it with extrapolation=none, or start a new run."
+                "search is not known. The checkpoint was made without extrapolation: resume it with "
+                "extrapolation=none, or start a new run."
             )
 
 
 @dataclass(frozen=True)
 class _Path:
-    """The line through the weights of now along their displacement."""
+    """The line through the current weights along their displacement."""
 
     access: WeightAccess
     base: Weights
     delta: Weights
 
     def go(self, multiple: int) -> None:
-        """Weights of now plus so many displacements; at 0 their very bits."""
+        """Write the current weights plus `multiple` displacements; at 0 the current weights are restored bit
+        for bit.
+        """
         moved = {
             name: torch.add(value, self.delta[name], alpha=multiple) for name, value in self.base.items()
         }
@@ -167,12 +169,12 @@ class _Path:
 
 def _finite(score: float, best: int, step: int) -> float:
     if not math.isfinite(score):
-        where = f"at the accepted jump by {best}" if best else "of now"
+        where = f"at the accepted jump by {best}" if best else "at its current weights"
         raise RefluxError(
             f"step {step}: extrapolation's score of the student {where} is {score}, so nothing can be "
             "compared with it. Usual reasons: "
-            "the verifier judged none of the answers (accuracy), or the teacher rules out a token the "
-            "student says (minus_kl). Use the "
-            f"other score, or start a run without the extrapolation."
+            "the verifier judged none of the answers (accuracy), or the teacher gives probability 0 to a "
+            "token that the student sampled (minus_kl). Use the other score, or start a run without "
+            "extrapolation."
         )
     return score

@@ -1,4 +1,4 @@
-"""The number extrapolation compares weights by, and what it costs."""
+"""The score that extrapolation compares weights by, and its cost."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 
 class Scorer:
-    """`await scorer(evaluation)`: the score of the weights that its sampler holds.
+    """`await scorer(evaluation)` is the score of the weights in the evaluation's sampler.
 
     The prompts are drawn once, from a stream of their own (run seed, "score"), and listed in
-    score_prompts.jsonl of the extrapolation's folder. Fewer different ones than asked for: all are used, and
-    that is said. DataError where they are to be judged and have no answers.
+    score_prompts.jsonl of the extrapolation's folder. If there are fewer different prompts than asked for,
+    all are used, and a note says so. DataError if the prompts are to be judged and have no answers.
     """
 
     def __init__(self, scoring: Scoring, context: PartContext, services: Services):
@@ -42,16 +42,16 @@ class Scorer:
             _refuse_unanswered(self.prompts)
         if len(self.prompts) < scoring.prompts:
             services.listener.noted(
-                f"extrapolation scores on all {len(self.prompts)} training prompts; {scoring.prompts} were "
-                "asked for"
+                f"extrapolation scores on all {len(self.prompts)} training prompts, because fewer than the "
+                f"{scoring.prompts} that were asked for exist"
             )
         lines = [orjson.dumps(_line(prompt)).decode() + "\n" for prompt in self.prompts]
         context.folder.mkdir(parents=True, exist_ok=True)
         files.write_text(context.folder / "score_prompts.jsonl", "".join(lines))
 
     async def __call__(self, asked: Evaluation, rng: int = 0) -> float:
-        """NaN where nothing was judged. Random numbers depend on (run seed, "score", step, prompt, sample,
-        `random numbers`) alone: candidates share them.
+        """NaN if nothing was judged. Random numbers depend only on (run seed, "score", step, prompt, sample,
+        `rng`), so all candidates share them.
         """
         draw = asked.draw("score", limit=self.scoring.max_tokens, rng=rng)
         groups = await asked.groups(self.prompts, self.scoring.samples, draw)
@@ -61,7 +61,7 @@ class Scorer:
             rewards = await asked.judged(attempts)
             self.spent.ungraded += sum(reward.value is None for reward in rewards)
             return _accuracy([reward.value for reward in rewards])
-        # refused beforehand
+        # `Extrapolate.refusals` has refused recipes without this teacher.
         assert asked.teachers is not None
         await asked.teachers.score(groups, asked.step_context)
         self.spent.work += Work.of(attempts)
@@ -69,21 +69,21 @@ class Scorer:
         return -_mean([value for gap in gaps if gap is not None for value in gap[~np.isnan(gap)]])
 
     def take(self) -> Spent:
-        """What was spent since the last call."""
+        """The cost since the last call."""
         taken, self.spent = self.spent, Spent()
         return taken
 
 
 @dataclass(frozen=True)
 class CurrentScore:
-    """`await score(random numbers)`: the score of the learner's weights of now, which the sampler is lent
+    """`await score(rng)` is the score of the learner's current weights, which are lent to the sampler
     first.
     """
 
-    # None where no extrapolation is open, and then nobody asks
+    # None without extrapolation; the score is then never requested.
     scorer: Scorer | None
     learner: OpenLearner
-    # at the step of now
+    # Gives the evaluation at the current step.
     evaluation: Callable[[], Evaluation]
 
     async def __call__(self, rng: int = 0) -> float:
@@ -97,14 +97,14 @@ class CurrentScore:
         return self.scorer.spent if self.scorer else Spent()
 
     def take(self) -> Spent | None:
-        """What was spent since the last call; None where no extrapolation is open."""
+        """The cost since the last call; None without extrapolation."""
         return self.scorer.take() if self.scorer else None
 
 
 def different(stream: Iterable[Prompt], count: int) -> list[Prompt]:
-    """The first `count` prompts with different messages: copies of one question (`a`, `a#2`) are one.
+    """The first `count` prompts with different messages. Copies of one question (`a`, `a#2`) count once.
 
-    Fewer where `count` draws in a row brought no new id, for training prompts recur.
+    Fewer prompts are returned if `count` draws in a row brought no new id, because training prompts recur.
     """
     found: dict[str, Prompt] = {}
     ids: set[str] = set()
@@ -123,9 +123,9 @@ def _refuse_unanswered(prompts: list[Prompt]) -> None:
     if without:
         raise DataError(
             f'extrapolation.score = "accuracy" judges answers, but {len(without)} of its {len(prompts)} '
-            "training prompts have none to "
-            f'compare with (the first is {without[0]}). Give them answers, or use score = "minus_kl", which '
-            "needs a teacher and no labels."
+            "training prompts have no reference answer "
+            f'(the first is {without[0]}). Give them answers, or use score = "minus_kl", which needs a '
+            "teacher and no labels."
         )
 
 
@@ -134,7 +134,9 @@ def _line(prompt: Prompt) -> dict[str, Any]:
 
 
 def _accuracy(values: list[float | None]) -> float:
-    """What was not judged counts as wrong; NaN where nothing was judged, for then the verifier is at fault."""
+    """An answer that was not judged counts as wrong. NaN if none was judged, because the verifier is then at
+    fault.
+    """
     return math.nan if all(value is None for value in values) else _mean([value or 0.0 for value in values])
 
 
@@ -145,5 +147,5 @@ def _mean(values: list[float]) -> float:
 def scorer(
     extrapolation: Extrapolation | None, context: Callable[[str], PartContext], services: Services
 ) -> Scorer | None:
-    """What extrapolation compares weights by; None where there is none."""
+    """The scorer of extrapolation; None without extrapolation."""
     return Scorer(extrapolation.scoring, context(NAME), services) if extrapolation is not None else None

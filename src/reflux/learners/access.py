@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class WeightAccess(Protocol):
-    """Access to the weights. A learner may offer it as `OpenLearner.access`. Training itself never uses it."""
+    """Access to the weights. A learner may offer it as `OpenLearner.access`. Training never uses it."""
 
     @property
     def names(self) -> Sequence[str]:

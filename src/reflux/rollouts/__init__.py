@@ -1,1 +1,3 @@
-"""How a text attempt comes about: turns are generated, an environment answers, until the attempt is finished."""
+"""Rollouts of text attempts: turns are generated and an environment answers, until the attempt is
+finished.
+"""

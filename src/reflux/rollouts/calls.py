@@ -1,5 +1,5 @@
-"""Environments as the driver asks them: within a limit of time, closed once, and the first failure of each
-kind is told.
+"""The driver's calls to environments. They have a time limit, each environment is closed once, and the first
+failure of each kind is reported.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from reflux.rollouts.environment import Environment, Observation, Opens, ToolErr
 from reflux.runtime.services import Listener
 from reflux.types import Finish, Message, Prompt
 
-# characters of a tool's own words
+# Characters of a tool's error text that are kept.
 _LONGEST = 500
 
 Open = Callable[[Prompt], Environment | None]
 
 
 class EnvironmentCalls:
-    """Those of one sampler. timeout_s: of one `step`, and of one `close`."""
+    """The environment calls of one sampler. timeout_s: the time limit of one `step`, and of one `close`, in
+    seconds.
+    """
 
     def __init__(self, task: Opens, timeout_s: float, listener: Listener):
         self.task, self.timeout_s, self.listener = task, timeout_s, listener
@@ -29,10 +31,10 @@ class EnvironmentCalls:
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[Open]:
-        """Gives what opens an environment for one attempt. All that were opened are closed at the end,
-        whatever ends it.
+        """Yield a function that opens an environment for one attempt. All opened environments are closed at
+        the end, also after an exception.
 
-        An error of the block is raised rather than one of a `close` after it.
+        An error of the block is raised in preference to an error of a later `close`.
         """
         environments: list[Environment] = []
 
@@ -43,9 +45,8 @@ class EnvironmentCalls:
             environments.append(environment)
             if not self.task.multi_turn:
                 raise ConfigError(
-                    f"the task opened an environment for prompt {prompt.id}, and its property multi_turn "
-                    "says that it never does. Make "
-                    f"multi_turn true: checks and rewards rely on it."
+                    f"the task opened an environment for prompt {prompt.id}, but its property multi_turn is "
+                    "False. Make multi_turn True: checks and rewards rely on it."
                 )
             return environment
 
@@ -58,16 +59,16 @@ class EnvironmentCalls:
             raise error
 
     async def step(self, environment: Environment, prompt: Prompt, message: Message) -> Observation | Finish:
-        """What it answered, or how the attempt ends without an answer. Any other exception than ToolError is
-        raised.
+        """The environment's answer, or the finish of the attempt if there is no answer. Exceptions other than
+        ToolError and a timeout are raised.
         """
         limit = asyncio.timeout(self.timeout_s)
         try:
             async with limit:
                 return await environment.step(message)
         except TimeoutError:
+            # A TimeoutError of the environment itself is not the limit of this call.
             if not limit.expired():
-                # the environment's own
                 raise
             self._tell(
                 "timeout",
@@ -79,8 +80,8 @@ class EnvironmentCalls:
             return "tool_error"
 
     async def _closed(self, environments: Collection[Environment]) -> list[BaseException]:
-        """Close each, all at once, and to the end also where this task is cancelled meanwhile. Gives the
-        errors, in order.
+        """Close all environments at the same time, and finish even if this task is cancelled meanwhile.
+        Returns the errors, in order.
         """
         closing = [asyncio.ensure_future(self._close(environment)) for environment in environments]
         await ended(closing)
@@ -95,25 +96,25 @@ class EnvironmentCalls:
             if not limit.expired():
                 raise
             self._tell(
-                "close", f"An environment did not close within {self.timeout_s:g} s, and was left as it was."
+                "close", f"An environment did not close within {self.timeout_s:g} s and was abandoned."
             )
         except ToolError as error:
             self._tell("close", f"An environment did not close: {_words(error)}.")
 
     def _tell(self, kind: str, sentence: str) -> None:
-        """The first of its kind; the metrics count the others."""
+        """Report the first failure of its kind. The metrics count the others."""
         if kind not in self._told:
             self._told.add(kind)
             rest = (
                 ""
                 if kind == "close"
-                else f" The attempt ends there and gets no verdict; metrics.jsonl counts such ends as {kind}."
+                else f" The attempt ends there and gets no verdict. metrics.jsonl counts such ends as {kind}."
             )
             self.listener.noted(sentence + rest)
 
 
 def _words(error: ToolError) -> str:
-    """What a tool wrote is data: in one line, without control characters, and not without end."""
+    """The error text of a tool, as data: on one line, without control characters, and of limited length."""
     return (
         "".join(letter if letter.isprintable() else " " for letter in str(error)[:_LONGEST]).rstrip(". ")
         or "it gave no reason"
@@ -121,7 +122,9 @@ def _words(error: ToolError) -> str:
 
 
 async def ended(tasks: Collection[asyncio.Future[Any]]) -> None:
-    """All are done. A cancellation that comes meanwhile is raised after that, so that nothing is left behind."""
+    """Wait until all tasks are done. A cancellation that arrives meanwhile is raised afterwards, so that no
+    task is left running.
+    """
     cancelled: asyncio.CancelledError | None = None
     while not all(task.done() for task in tasks):
         try:

@@ -1,4 +1,6 @@
-"""One text attempt under way: what has been read and written over all its turns, and the record it becomes."""
+"""One text attempt in progress: the tokens read and written over all its turns, and the rollout built from
+them.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +16,22 @@ from reflux.types import Finish, Message, Prompt, TokenRollout, TopKTarget
 
 @dataclass
 class Conversation:
-    """`replies[i]` are the ids that follow turn i: what the environment answered, and the opening of the next
-    turn.
+    """The state of one attempt. `replies[i]` are the token ids that follow turn i: the environment's answer,
+    and the opening of the next turn.
     """
 
     prompt: Prompt
     sample: int
     prompt_ids: list[int]
     messages: list[Message]
-    # that the student may still write
+    # Tokens that the student may still write.
     tokens_left: int
     environment: Environment | None = None
     turns: list[Turn] = field(default_factory=list)
-    # what the student wrote, turn by turn
+    # The student's text, turn by turn.
     texts: list[str] = field(default_factory=list)
     replies: list[list[int]] = field(default_factory=list)
-    # of the environment, summed
+    # Sum of the environment's rewards; None if it gave none.
     reward: float | None = None
     # "length" until a turn ends by itself.
     finish: Finish = "length"
@@ -53,8 +55,8 @@ class Conversation:
 
     @property
     def read(self) -> int:
-        """Positions run forward: every turn reads again all that came before it, and its last token counts
-        although nothing runs after.
+        """Positions run forward. Every turn reads all tokens before it again. Its last token counts although
+        no forward pass follows it.
         """
         before, read = len(self.prompt_ids), 0
         for turn, reply in self._pieces():
@@ -70,7 +72,7 @@ class Conversation:
         ]
 
     def rollout(self, version: int, spans_T2: np.ndarray | None) -> TokenRollout:
-        """The finished attempt. `version` is that of an attempt without a turn."""
+        """The finished attempt. `version` is used for an attempt without a turn."""
         pieces = self._pieces()
         logp_T, raw_T = self._column(lambda turn: turn.logp_T), self._column(lambda turn: turn.raw_T)
         mask = [
@@ -95,17 +97,17 @@ class Conversation:
         )
 
     def _pieces(self) -> list[tuple[Turn, list[int]]]:
-        """Each turn with the ids that follow it; the last one may have none yet."""
+        """Each turn with the ids that follow it. The last turn may have none yet."""
         return list(zip(self.turns, [*self.replies, []], strict=False))
 
     def _column(self, of: Callable[[Turn], np.ndarray]) -> np.ndarray:
-        """One number a position, float32; 0 where the student did not choose."""
+        """One number per position, float32; 0 where the student did not choose."""
         parts = [part for turn, reply in self._pieces() for part in (of(turn), np.zeros(len(reply)))]
         return np.concatenate([np.zeros(0), *parts]).astype(np.float32)
 
 
 def _listed(pieces: list[tuple[Turn, list[int]]], raw_T: np.ndarray) -> TopKTarget:
-    """The student's own top-k where it acted; unchosen positions hold a uniform placeholder that no rule
+    """The student's own top-k at sampling time. Unchosen positions hold a uniform placeholder that no rule
     reads (mask_T is False).
     """
     ids, logp = [], []

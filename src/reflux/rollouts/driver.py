@@ -1,5 +1,5 @@
-"""Plays attempts turn by turn: render, generate, decode, ask the environment, append its reply, until done or
-a limit is met.
+"""Runs attempts turn by turn: render, generate, decode, ask the environment, append its reply, until the
+attempt is done or a limit is reached.
 """
 
 from __future__ import annotations
@@ -26,36 +26,38 @@ from reflux.rollouts.environment import Environment, Observation
 from reflux.runtime.services import Deaf, Listener
 from reflux.types import Attempt, Group, Prompt, TokenRollout
 
-# a prompt, the number of attempts, and how they are sampled
+# A prompt, the number of attempts, and how they are sampled.
 Asked = tuple[Prompt, int, SamplingParams]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What ends an attempt besides its own end."""
+    """The limits that end an attempt."""
 
-    # of the model
+    # Tokens of the model's context window.
     context_tokens: int
-    # 0: what the context window leaves
+    # Longest prompt in tokens; 0: what fits the context window.
     max_prompt_tokens: int = 0
-    # skip: the attempt has finish "error" and no position
+    # "skip": an attempt with a longer prompt has finish "error" and no position.
     long_prompts: Literal["refuse", "skip"] = "refuse"
-    # 0: no limit
+    # Most turns of an attempt; 0: no limit.
     max_turns: int = 0
-    # of one answer
+    # Seconds for one answer of an environment.
     environment_timeout_s: float = 60.0
 
 
 class Driver:
-    """`play` gives the groups of one cohort.
+    """`play` returns the groups of one cohort.
 
-    end_ids: those that end a turn of the generator. A turn that a stop text ended has none; what the template
-    writes there is read before the reply. listener: is told of the first failure of each kind.
+    end_ids: the token ids that end a turn of the generator. A turn that ended at a stop text has none of
+    them; the end token that the template writes is then read before the reply. listener: gets the first
+    failure of each kind.
 
-    turns "together": a turn is generated for all attempts that go on at once, when the last environment has
-    answered, so the composition of every batch is the same in every run. "ready": a turn is generated for
-    those that are answered, and a slow tool holds up its own attempt alone; batches then depend on timing,
-    and with them the last digits of log-probs. In both, requests are in the order of prompts and samples.
+    turns "together": after the last environment has answered, one turn is generated for all attempts that
+    continue, so every batch has the same composition in every run. "ready": a turn is generated for the
+    attempts whose environment has answered, so a slow tool delays only its own attempt. Batches then depend
+    on timing, and so do the last digits of log-probs. In both cases requests are in the order of prompts and
+    samples.
     """
 
     def __init__(
@@ -75,19 +77,20 @@ class Driver:
         self.spans = CharacterSpans(tokenizer)
         self.special = sorted(special_ids(tokenizer, end_ids))
         self.environments = EnvironmentCalls(context.task, limits.environment_timeout_s, listener or Deaf())
-        # Together: all of them, or the first exception, which ends the play.
+        # "together" waits for all of them, or for the first exception, which ends `play`.
         self._until = asyncio.FIRST_EXCEPTION if turns == "together" else asyncio.FIRST_COMPLETED
 
     async def play(self, asked: Sequence[Asked], version: int) -> list[Group]:
-        """One group per prompt, in order. `version` is that of attempts without any turn.
+        """One group per prompt, in order. `version` is used for attempts without any turn.
 
-        ValueError where the attempts are not all to be sampled in one way. What an environment raises, but
-        for ToolError, ends the play.
+        ValueError if the attempts have different sampling parameters. An exception of an environment ends
+        `play`, except ToolError.
         """
         draw = asked[0][2]
         if any(other != draw for _, _, other in asked):
             raise ValueError(
-                "the attempts of one cohort are sampled in one way, and these were asked for in several"
+                "the attempts of one cohort must have equal sampling parameters, and these have "
+                "different ones"
             )
         async with self.environments.opened() as open_env:
             groups = [self._begin(prompt, n, draw, open_env) for prompt, n, _ in asked]
@@ -96,7 +99,7 @@ class Driver:
 
     async def _play(self, ready: list[Conversation], draw: SamplingParams) -> None:
         order = {id(one): place for place, one in enumerate(ready)}
-        # for their environments
+        # Attempts whose environments have not answered yet.
         waiting: dict[asyncio.Task[bool], Conversation] = {}
         try:
             while ready or waiting:
@@ -116,7 +119,9 @@ class Driver:
             await ended(waiting)
 
     async def _next(self, waiting: dict[asyncio.Task[bool], Conversation]) -> list[Conversation]:
-        """Those that go on, once they are answered; who is answered waits no longer."""
+        """The attempts that continue, once they are answered. Answered attempts are removed from
+        `waiting`.
+        """
         if not waiting:
             return []
         answered, _ = await asyncio.wait(waiting, return_when=self._until)
@@ -139,13 +144,13 @@ class Driver:
             raise DataError(
                 f"prompt {prompt.id} has {len(ids)} tokens, more than the {limit} that fit (the student's "
                 "context window is "
-                f"{self.limits.context_tokens}). Shorten it, or set sampler.long_prompts = 'skip' to leave "
-                "such prompts out."
+                f"{self.limits.context_tokens} tokens). Shorten it, or set sampler.long_prompts = 'skip' to "
+                "leave such prompts out."
             )
         return [Conversation(prompt, sample, ids, [], 0, finish="error") for sample in range(n)]
 
     async def _generate(self, conversations: Sequence[Conversation], draw: SamplingParams) -> None:
-        """One more turn of each."""
+        """Generate one more turn of each conversation."""
         if not conversations:
             return
         turns = await self.generator.generate([self._request(one, draw) for one in conversations])
@@ -160,7 +165,9 @@ class Driver:
         return TurnRequest(one.ids, one.tokens_left, key, draw, top_k)
 
     async def _answered(self, one: Conversation, environment: Environment) -> bool:
-        """Whether the attempt goes on: its environment has answered, and there is room for one more turn."""
+        """True if the attempt continues: its environment has answered, and there is room for one more
+        turn.
+        """
         observation = await self.environments.step(environment, one.prompt, dict(one.messages[-1]))
         if isinstance(observation, str):
             one.finish = observation
@@ -182,7 +189,7 @@ class Driver:
         if tokens_left < 1:
             one.finish = "length"
             return False
-        # A copy: the environment may go on using its own.
+        # A copy, because the environment may change its own messages later.
         one.add_reply(reply, copy.deepcopy(observation.messages), tokens_left)
         return True
 

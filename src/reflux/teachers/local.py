@@ -50,8 +50,9 @@ class Local(TeacherPart):
     # The `attn_implementation` argument of transformers.
     attention: str | None = None
     trust_remote_code: bool = False
-    # System prompt and chat-template arguments. Used only for contexts that change the messages.
+    # System prompt. Used only for contexts that change the messages.
     system: str | None = None
+    # Chat-template arguments. Used only for contexts that change the messages.
     template: dict[str, Any] = Field(default_factory=dict)
 
     def inputs(self, where: str) -> None:

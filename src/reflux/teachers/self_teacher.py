@@ -37,8 +37,8 @@ MEAN_TEACHER = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class SelfTeacher(TeacherPart):
-    """A float32 copy phi of the student's weights theta that answers with hidden states. Its targets differ
-    from the student's outputs mainly through what its context adds.
+    """A float32 copy phi of the student's weights theta that answers with hidden states. Its signal
+    comes from what its context adds to the prompt.
 
     follow "ema": phi <- (1 - `ema`) phi + `ema` theta after each optimiser step that changed theta, by its
     gradient or by an extrapolation jump, from the start on. `ema` = 1 keeps phi equal to theta, and `ema` = 0
