@@ -457,12 +457,12 @@ ILLEGAL |= {
     "jumps scored by a mover": (
         "peers",
         {"teachers.main": {"kind": "self"}, "extrapolation": JUMPS},
-        "compares candidates with teachers.main, which follows the student. Name a teacher that stays",
+        "compares candidates with teachers.main, which follows the student. Name a teacher that does not change",
     ),
     "jumps scored without verdicts": (
         "peers",
         {"extrapolation": JUMPS},
-        "asks teachers.main about answers without verdicts",
+        "gives teachers.main answers without verdicts",
     ),
 }
 
@@ -589,7 +589,7 @@ def test_a_window_that_just_fits_is_exactly_what_a_teacher_reads(peer_tokens: in
         (
             "peers",
             {"teachers.main.context": {"kind": "same"}},
-            "teachers.main follows the student and is shown nothing more",
+            "teachers.main follows the student and sees the same prompt",
         ),
     ],
 )

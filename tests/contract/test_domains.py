@@ -199,21 +199,21 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "jumps by the KL of the ODE": (
         "flow_grpo",
         {**ODE_JUMPS, "sampler.noise_level": 0},
-        'extrapolation.score = "minus_kl" takes the KL of steps that were drawn, and sampler.noise_level = 0 '
-        "draws none: it is infinite.",
+        'extrapolation.score = "minus_kl" computes the KL of random denoising steps, but sampler.noise_level '
+        "= 0 makes them deterministic and the KL infinite.",
     ),
     "jumps by the KL of an inner ODE": (
         "flow_sft",
         {"extrapolation": ODE_JUMPS["extrapolation"], "sampler.generate.noise_level": 0},
-        "and sampler.generate.noise_level = 0 draws none: it is infinite. Use a noise_level above 0, such as "
-        "0.7",
+        "but sampler.generate.noise_level = 0 makes them deterministic and the KL infinite. Use a "
+        "noise_level above 0, such as 0.7",
     ),
     # one guidance
     "a teacher of another guidance": (
         "flow",
         {"teachers.digits.guidance": 2.0},
-        "teachers.digits.guidance is 2, but the student is sampled with guidance 1: one guidance holds for "
-        "student and teachers",
+        "teachers.digits.guidance is 2, but the student is sampled with guidance 1: student and teachers "
+        "must use the same guidance",
     ),
     "a student of another guidance": (
         "flow",
@@ -244,13 +244,13 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "nobody draws a route": (
         "flow_sft",
         {"teachers.counts.routes": ["count"]},
-        "for the route 'counts' no teacher draws. Give one table of kind flow that route, or leave the "
-        "others out.",
+        "for the route 'counts' no teacher samples it. Give exactly one table of kind flow that route, or "
+        "leave the other tables out.",
     ),
     "two draw one route": (
         "flow_sft",
         {"teachers.second": {**FLOW_TEACHER, "routes": ["digits"]}},
-        "for the route 'digits' digits and second could draw",
+        "for the route 'digits' digits and second could sample it",
     ),
 }
 LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
@@ -488,8 +488,8 @@ def test_verdicts_that_nobody_gives_are_refused(tmp_path: Path) -> None:
         (
             "flow",
             jumps,
-            'extrapolation.score = "accuracy" compares weights by the task\'s verdicts, and with its grader '
-            '"none" nothing is',
+            'extrapolation.score = "accuracy" compares weights by the task\'s verdicts, but its grader '
+            '"none" gives none.',
         ),
     ):
         with pytest.raises(ConfigError) as refused:

@@ -679,7 +679,7 @@ def test_a_task_that_opens_what_it_denies_is_refused() -> None:
     table = Table(endless, multi_turn=False)
     with pytest.raises(
         ConfigError,
-        match="opened an environment for prompt a, and its property multi_turn says that it never does",
+        match="opened an environment for prompt a, but its property multi_turn is False",
     ):
         play(Script(), table)
     assert closed(table) == [1]

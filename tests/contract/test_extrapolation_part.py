@@ -368,7 +368,10 @@ def test_fewer_prompts_than_asked_for_are_all_used_and_that_is_said(
     path = tmp_path / "run" / "parts" / "extrapolation" / "score_prompts.jsonl"
     listed = [json.loads(line)["id"] for line in path.read_text().splitlines()]
     assert sorted(listed) == [f"l{i}" for i in range(7)]
-    assert "extrapolation scores on all 7 training prompts; 50 were asked for" in behaviour.texts
+    assert (
+        "extrapolation scores on all 7 training prompts, because fewer than the 50 that were asked for exist"
+        in behaviour.texts
+    )
 
 
 def test_a_stream_that_recurs_is_read_until_nothing_new_comes() -> None:
@@ -428,7 +431,7 @@ def test_accuracy_without_answers_is_refused_and_minus_kl_needs_none(
     task = lines(tmp_path, [{"id": f"l{i}", "prompt": f"what is {i}?"} for i in range(9)])
     settings = PLAIN | {"steps": 2, "task": task}
     with pytest.raises(
-        DataError, match=r"judges answers, but 4 of its 4 training prompts have none.*minus_kl"
+        DataError, match=r"judges answers, but 4 of its 4 training prompts have no reference answer.*minus_kl"
     ):
         tiny_run("full", **settings, extrapolation=EXTRA)
     done = tiny_run("full", **settings, extrapolation={**EXTRA, "score": "minus_kl"})

@@ -406,12 +406,15 @@ def refused(student: str, cfg: Flow, sampler: Any = Sampler()) -> str:
     [
         (
             {"shift": 3.0},
-            r"walks another grid of times than the student (shift 3.0 for 1.0; 10 steps begin with 1, 0.9",
+            r"has another grid of times than the student (shift 3.0 instead of 1.0; 10 steps begin with 1",
         ),
         ({"num_train_timesteps": 500}, "num_train_timesteps = 500, and the student with 1000"),
-        ({"side": 8}, "has states of 1 x 8 x 8 (channels, height, width), and the student of 1 x 4 x 4"),
+        (
+            {"side": 8},
+            "has states of 1 x 8 x 8 (channels, height, width), and the student has states of 1 x 4 x 4",
+        ),
         ({"channels": 4}, "has states of 4 x 4 x 4"),
-        ({"texts": tiny_flow.TEXTS[:-2]}, "has not learned 2 of the student's prompts, such as 'draw 3'"),
+        ({"texts": tiny_flow.TEXTS[:-2]}, "does not know 2 of the student's prompts, such as 'draw 3'"),
     ],
 )
 def test_a_teacher_of_other_times_states_or_prompts_is_refused(
@@ -491,7 +494,7 @@ def test_a_guidance_that_is_not_the_attempts_is_refused(student: str) -> None:
     teacher = opened(a_run(student, Generation()), tutor=Flow(student, guidance=4.5))["tutor"]
     with pytest.raises(
         ModelError,
-        match=r"teachers.tutor.guidance is 4.5, and prompt p0 was drawn with guidance 1: .*Leave it out",
+        match=r"teachers.tutor.guidance is 4.5, but prompt p0 was sampled with guidance 1: .*Leave it out",
     ):
         score(teacher, some(1))
     score(teacher, some(1, guidance=4.5))

@@ -102,7 +102,7 @@ def test_a_prompt_that_none_of_those_who_teach_serves_is_refused_by_name() -> No
     """A task on the hub tells its routes only as its prompts come."""
     opened = tables(plus=(0.5, ("add",)), times=(2.0, ("mul",)))[0].opened
     assert (
-        "prompt div1 has the route 'div', but the teachers that objectives listen to serve only add, mul."
+        "prompt div1 has the route 'div', but the teachers of the objectives serve only add, mul."
         in unserved(
             Teachers(opened, Requirements(), tiny.services(), {"main"}), group("add", 1), group("div", 1)
         )

@@ -36,7 +36,7 @@ from tiny import same
 
 def test_it_fires_after_powers_of_two() -> None:
     assert [step for step in range(1100) if fires(step)] == [2**n for n in range(11)]
-    with pytest.raises(ValueError, match="counted from 0, got -1"):
+    with pytest.raises(ValueError, match="at least 0, got -1"):
         fires(-1)
 
 
@@ -201,7 +201,7 @@ def test_a_score_that_is_not_finite_rejects_a_candidate_and_is_reported(tmp_path
     learner.values["mlp.w"] += 1
     asyncio.run(extrapolation.after_step(learner, scripted(learner, [0.5, 0.6, math.nan])[0], 2))
     assert extrapolation.services.listener.texts == [
-        "step 2: the jump by 4 displacements was rejected, its score is nan"
+        "step 2: the jump by 4 displacements was rejected, because its score is nan"
     ]  # type: ignore[attr-defined]
     assert searches(tmp_path)[0]["tried"][1]["score"] is None
 
@@ -209,7 +209,8 @@ def test_a_score_that_is_not_finite_rejects_a_candidate_and_is_reported(tmp_path
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_weights_of_now_without_a_finite_score_are_an_error(tmp_path: Path, bad: float) -> None:
     with pytest.raises(
-        RefluxError, match=r"step 1: extrapolation's score of the student of now is .*nothing can be compared"
+        RefluxError,
+        match=r"step 1: extrapolation's score of the student at its current weights is .*nothing can be",
     ):
         one_search(tmp_path, [bad])
 
