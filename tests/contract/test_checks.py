@@ -457,7 +457,8 @@ ILLEGAL |= {
     "jumps scored by a mover": (
         "peers",
         {"teachers.main": {"kind": "self"}, "extrapolation": JUMPS},
-        "compares candidates with teachers.main, which follows the student. Name a teacher that does not change",
+        "compares candidates with teachers.main, which follows the student. Name a teacher that does not "
+        "change",
     ),
     "jumps scored without verdicts": (
         "peers",

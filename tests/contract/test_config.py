@@ -299,9 +299,9 @@ def test_values_are_frozen() -> None:
         (
             "effopd",
             {"extrapolation.include": []},
-            "include names the modules that move by parts of their names",
+            "include lists parts of the names of the modules that move",
         ),
-        ("effopd", {"extrapolation.include": [""]}, "none may be empty"),
+        ("effopd", {"extrapolation.include": [""]}, "the list and its entries must not be empty"),
         ("opd", {"learner.betas": [0.9]}, "learner.betas.1: field required"),
     ],
 )

@@ -94,8 +94,8 @@ class Extrapolate(ExtrapolationPart):
     def __post_init__(self) -> None:
         if not self.include or not all(self.include):
             raise ValueError(
-                'include names the modules that move by parts of their names, for example ["attn", "mlp"]; '
-                "none may be empty"
+                'include lists parts of the names of the modules that move, for example ["attn", "mlp"]; the '
+                "list and its entries must not be empty"
             )
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:

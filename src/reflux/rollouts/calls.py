@@ -59,8 +59,8 @@ class EnvironmentCalls:
             raise error
 
     async def step(self, environment: Environment, prompt: Prompt, message: Message) -> Observation | Finish:
-        """The environment's answer, or the finish of the attempt if there is no answer. Exceptions other than
-        ToolError and a timeout are raised.
+        """The environment's answer, or the finish of the attempt if there is no answer. All exceptions of the
+        environment are raised, except ToolError.
         """
         limit = asyncio.timeout(self.timeout_s)
         try:

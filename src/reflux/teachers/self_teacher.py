@@ -37,15 +37,15 @@ MEAN_TEACHER = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class SelfTeacher(TeacherPart):
-    """A float32 copy phi of the student's weights theta that answers with hidden states. Its signal
-    comes from what its context adds to the prompt.
+    """A float32 copy phi of the student's weights theta that answers with hidden states. Its signal comes
+    from what its context adds to the prompt.
 
     follow "ema": phi <- (1 - `ema`) phi + `ema` theta after each optimiser step that changed theta, by its
-    gradient or by an extrapolation jump, from the start on. `ema` = 1 keeps phi equal to theta, and `ema` = 0
-    keeps it at the start, both bit for bit. A step that changed nothing (refused, or without any evidence)
-    leaves phi unchanged. "live": phi is theta. "frozen": phi is theta up to optimiser step `step` and does
-    not change afterwards; 0 is the starting student. phi is in every checkpoint, except under "live", where
-    the student's own weights contain it.
+    gradient or by an extrapolation jump, starting from the initial student. `ema` = 1 keeps phi equal to
+    theta, and `ema` = 0 keeps phi at the initial student, both bit for bit. A step that changed nothing
+    (refused, or without any evidence) leaves phi unchanged. "live": phi is theta. "frozen": phi is theta up
+    to optimiser step `step` and does not change afterwards; 0 is the initial student. phi is in every
+    checkpoint, except under "live", where the student's own weights contain it.
 
     Its model is the learner's, with adapters merged. If a context changes the messages, they are rendered
     with the student's `system` and `template`, as for the sampler. A teacher that changes needs max_staleness
