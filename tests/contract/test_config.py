@@ -233,8 +233,8 @@ def test_differences_are_one_line_each() -> None:
         ),
         (
             "flow_sft",
-            {"sampler.positions": 3},
-            "sampler.positions: unexpected field; it is called 'positions' now.",
+            {"sampler.times": 3},
+            "sampler.times: unexpected field; it is called 'positions' now.",
         ),
         (
             "flow",

@@ -151,7 +151,7 @@ def test_everything_set_at_once_survives() -> None:
     assert again == cfg
     assert again.learner.lora.targets == ("q_proj", "v_proj")
     # as it is written, not as Python must call it
-    assert to_table(cfg)["teachers"]["plus"]["as"] == "main"
+    assert to_table(cfg)["teachers"]["plus"]["alias"] == "main"
     assert [teacher.alias for teacher in again.teachers.values()] == ["main", "main", None]
     assert differences(to_table(cfg), tomllib.loads(to_toml(cfg))) == []
 
