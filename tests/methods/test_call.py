@@ -40,7 +40,7 @@ def test_the_good_call_is_good() -> None:
         ({"advantage_offset_N": torch.ones(N + 1)}, "same positions"),
         ({"student_NH": torch.randn(2, 3, 4)}, r"Flatten them: h\[mask\]"),
         ({"teacher_NG": torch.randn(N - 1, 5)}, "same positions"),
-        ({"student_NH": torch.randn(N, 3)}, "the student's hidden states are 3 wide, but its head takes 4"),
+        ({"student_NH": torch.randn(N, 3)}, "the student's hidden states have size 3, but its head takes size 4"),
         ({"teacher_NG": torch.randn(N, 3)}, "the teacher's hidden states"),
         ({"student_head": torch.randn(V, 4)}, "student_head must be Head.of_net"),
         ({"teacher_head": torch.nn.Linear(5, V)}, "teacher_head must be Head.of_net"),

@@ -224,8 +224,8 @@ def test_vocabularies_and_rows_that_do_not_match_are_refused() -> None:
     h_NH, weight_VH = torch.zeros(3, 4), torch.zeros(V, 4)
     ids_N, coef_N = torch.zeros(3, dtype=torch.int64), torch.ones(3)
     with pytest.raises(
-        ValueError, match=r"speaks of 40 tokens and the teacher's of 39.*cut both to the tokenizer"
+        ValueError, match=r"has 40 tokens and the teacher's has 39.*cut both to the tokenizer"
     ):
         linear_divergence(h_NH, Head.of(weight_VH), h_NH, Head.of(weight_VH[1:]), ids_N, coef_N)
-    with pytest.raises(ValueError, match=r"all rows must belong to the same positions.*'coef_N': 2"):
+    with pytest.raises(ValueError, match=r"all arguments must have one row per position.*'coef_N': 2"):
         linear_divergence(h_NH, Head.of(weight_VH), h_NH, Head.of(weight_VH), ids_N, coef_N[:2])

@@ -137,7 +137,7 @@ def test_rows_are_what_is_known_at_the_kept_positions() -> None:
     assert outputs.logp_N.tolist() == listed.logp_T[rows_N].tolist()
     sampled = TWO.sampled(0)
     assert isinstance(sampled.outputs(sampled.rows(rows_N)), SampledLogprobs)
-    with pytest.raises(ValueError, match="the rows of a HiddenTarget say nothing by themselves"):
+    with pytest.raises(ValueError, match="the rows of a HiddenTarget give no outputs without a head"):
         TWO.targets[0].outputs(TWO.targets[0].rows(rows_N))
 
 
@@ -163,7 +163,7 @@ def test_velocities_have_a_kl_of_their_own_and_no_log_probs() -> None:
     assert one.kl_T(TWO.sampled(0), drawn, Heads()) is None
     assert TWO.sampled(0).kl_T(one, spoken(), Heads()) is None
     assert (one.logp_T, one.sampled_logp_T(drawn, Heads())) == (None, None)
-    with pytest.raises(ValueError, match="a VelocityTarget holds none"):
+    with pytest.raises(ValueError, match="a VelocityTarget has none"):
         one.logp_at(np.zeros((3, 1), np.int64), Heads())
 
 

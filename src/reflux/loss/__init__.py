@@ -1,1 +1,1 @@
-"""From attempts and targets to the loss of a micro-batch."""
+"""Computes the loss of a micro-batch from attempts and targets."""

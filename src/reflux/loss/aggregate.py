@@ -1,9 +1,10 @@
-"""The only place where weights, shifts, coefficients and denominators meet.
+"""Computes the loss of one micro-batch from costs, coefficients and advantage offsets.
 
     loss = sum_k coef_k * sum_n w_n * cost_k,n * c_n
 
-`Item.coef_KN` already holds coef_k * w_n * c_n; here the costs of one micro-batch are asked for and added up,
-whatever its rows are. How its rows come out of a model is in `token_loss.py` and `flow_loss.py`.
+`Item.coef_KN` already holds coef_k * w_n * c_n (see `batch.py`). This module calls every objective and adds
+up the costs. It is the same for text and for flows; `token_loss.py` and `flow_loss.py` compute the rows
+from a model.
 """
 
 from __future__ import annotations
@@ -23,24 +24,25 @@ from reflux.loss.term import LossTerm, Rows
 
 @dataclass
 class Result:
-    """One micro-batch: its loss, and by-products by row in item order, detached: what records and metrics
-    need, at no second pass.
+    """The loss of one micro-batch, and detached by-products by row in item order. Records and metrics use
+    the by-products, so no second pass is needed.
     """
 
     loss: Tensor
-    # of the sampled tokens, by who gave them: "student" (of now), and each teacher by name
+    # log-probs of the sampled tokens, by model: "student" (at this step), and each teacher by its name
     logp: dict[str, Tensor]
-    # reverse KL to "main": exact where both are full, else -(log q - log p) sampled
+    # reverse KL to teacher "main": exact where both distributions are known in full, else the sampled
+    # estimate -(log q - log p)
     kl_N: Tensor | None
     # for each objective whose importance ratio has a bound: True at the rows where the bound binds
     outside: list[Tensor]
-    # closed form of the sampled gradient's, with the baseline and without, where asked for
+    # closed-form variance of the sampled gradient, (with the baseline, without it); None unless requested
     variance: tuple[Tensor, Tensor] | None
 
 
 def shift_taker(objectives: Sequence[LossTerm]) -> int | None:
-    """The one objective that receives the shifts: an outcome-like one (no teacher) if there is one, else the
-    first that takes them.
+    """Index of the one objective that receives the advantage offsets: the first without a teacher that
+    takes them, else the first that takes them. None if no objective takes them.
     """
     takers = [k for k, objective in enumerate(objectives) if objective.takes_advantage_offset]
     without_teacher = [k for k in takers if objectives[k].teacher is None]
@@ -48,9 +50,11 @@ def shift_taker(objectives: Sequence[LossTerm]) -> int | None:
 
 
 class MicroBatch:
-    """Items of one micro-batch on the device: every constant that their rows need, whatever the rows are."""
+    """Items of one micro-batch on the device, with every constant that their rows need, for text and for
+    flows.
+    """
 
-    # False where what was chosen has no density, as the steps of an ODE
+    # False where the choices have no density, as with the steps of an ODE
     has_logp = True
 
     def __init__(self, items: list[Item], objectives: Sequence[LossTerm], device: torch.device):
@@ -68,12 +72,12 @@ class MicroBatch:
         ]
 
     def column(self, of: Callable[[Item], Any]) -> Tensor:
-        """One array per item, joined, on the device."""
+        """One array per item, concatenated, on the device."""
         return torch.from_numpy(np.concatenate([of(item) for item in self.items])).to(self.device)
 
     def target_rows(self, name: str) -> tuple[Any, dict[str, Tensor]]:
-        """Of the first item the target by this name, and what all of them know at their rows, joined, on the
-        device.
+        """The first item's target of this name, and the target columns of all items at their rows,
+        concatenated, on the device.
         """
         targets = [item.attempt.target(name) for item in self.items]
         rows = [
@@ -86,8 +90,8 @@ class MicroBatch:
         }
 
     def objective_teachers(self) -> set[str]:
-        """Whose targets are looked at: an objective's that has a word here, and those of "main", for the
-        records.
+        """Names of the teachers whose targets are used: those of the objectives that contribute to the loss
+        here, and "main", whose log-probs go into the records.
         """
         item = self.items[0]
         known = {
@@ -101,7 +105,9 @@ class MicroBatch:
         return known & (asked | {"main"}) if self.objectives else set()
 
     def view(self, k: int, rows: slice, student: Any, teachers: dict[str, Any]) -> Rows[Any]:
-        """Some rows as objective k sees them: only the taker of shifts gets any."""
+        """Some rows as the input of objective k. Only the objective `taker` gets advantage offsets; the
+        others get zeros.
+        """
         advantage_offset_N = (
             self.advantage_offset_N[rows]
             if k == self.taker
@@ -119,7 +125,7 @@ class MicroBatch:
         columns: Columns,
         log_variance: bool = False,
     ) -> Tensor:
-        """The loss of some rows, with every objective's word; by-products go into the columns."""
+        """The loss of some rows, summed over all objectives. By-products are written into the columns."""
         loss = self.advantage_offset_N.new_zeros((), dtype=torch.float32)
         for k, objective in enumerate(self.objectives):
             coef_N = self.coef_KN[k]
@@ -140,8 +146,8 @@ class MicroBatch:
 
 @torch.no_grad()
 def _variance(columns: Columns, rows: slice, name: str, objective: LossTerm, view: Rows[Any]) -> None:
-    """Closed-form variance of the sampled logit gradient at these rows, with the objective's baseline and
-    without.
+    """Write the closed-form variance of the sampled logit gradient at these rows into the columns, with the
+    objective's baseline and without it.
     """
     for which, variance_N in zip(("with", "without"), objective.variance(view) or (), strict=False):
         columns.put(f"variance {which} {name}", rows, variance_N)
@@ -149,14 +155,14 @@ def _variance(columns: Columns, rows: slice, name: str, objective: LossTerm, vie
 
 @torch.no_grad()
 def _outside(columns: Columns, rows: slice, name: str, objective: LossTerm, view: Rows[Any]) -> None:
-    """Where the bound of an importance ratio binds."""
+    """Write into the columns at which rows the bound of the importance ratio binds."""
     outside_N = objective.outside(view)
     if outside_N is not None:
         columns.put(f"outside {name}", rows, outside_N)
 
 
 def result_of(loss: Tensor, columns: Columns) -> Result:
-    """The by-products of a whole micro-batch."""
+    """The result of a whole micro-batch, from its loss and its by-products."""
     logp = {
         name.removeprefix("logp "): column_N for name, column_N in columns.items() if name.startswith("logp ")
     }

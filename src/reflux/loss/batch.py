@@ -1,8 +1,8 @@
-"""Attempts -> items with every row coefficient known, -> micro-batches of packed tensors.
+"""Turns attempts into items with every row coefficient known, and items into micro-batches.
 
-Only here and in `loss.py` do weights, coefficients and denominators meet, and the counts are those of the
-whole batch: however it is cut into micro-batches, the gradient is the same (law 4). A row is one position
-with a weight that is not 0; other rows are never computed.
+Weights, coefficients and denominators are combined only here and in `aggregate.py`. The counts are those of
+the whole batch, so the gradient does not depend on how the batch is cut into micro-batches (law 4). A row
+is one position whose weight is not 0; other positions are never computed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ OverRanks = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Item:
-    """One attempt with N kept positions. coef_KN[k] is None where objective k has no word on this attempt;
-    value_K[k] is the value its group baseline subtracts (nats), 0 without one."""
+    """One attempt with N kept positions. coef_KN[k] is None where objective k does not contribute to the
+    loss of this attempt. value_K[k] is the value that its group baseline subtracts (nats), 0 without a
+    group baseline.
+    """
 
     attempt: Attempt
     rollout: Rollout
-    # kept positions, rising
+    # kept positions, in rising order
     rows_N: np.ndarray
     advantage_offset_N: np.ndarray
     coef_KN: tuple[np.ndarray | None, ...]
@@ -37,12 +39,12 @@ class Item:
 
     @property
     def trained(self) -> int:
-        """Positions the learner runs forward and backward."""
+        """Number of positions that the learner runs forward and backward."""
         return self.rollout.computed(self.rows_N)
 
     @property
     def positions(self) -> int:
-        """`trained`, and the prompt's: what one pass is billed for."""
+        """`trained` plus the positions of the prompt: the cost of one pass."""
         return self.rollout.prompt_length + self.trained
 
     @property
@@ -51,11 +53,12 @@ class Item:
 
 
 def present(attempt: Attempt, objective: LossTerm) -> bool:
-    """Has this objective a word on this attempt: its teacher's target, or, where it lives on shifts alone, a
-    shift that is not 0?
+    """True if this objective contributes to the loss of this attempt: its teacher has a target for it, or,
+    for objectives that use only advantage offsets, some offset is non-zero. False where the objective's
+    coefficient is 0.
     """
     if objective.coef == 0:
-        # 0 times an infinite cost is no number
+        # 0 times an infinite cost would be NaN.
         return False
     if objective.teacher is None:
         return not objective.takes_advantage_offset or bool(attempt.advantage_offset_T.any())
@@ -63,7 +66,7 @@ def present(attempt: Attempt, objective: LossTerm) -> bool:
 
 
 def one_rank(counts_C: np.ndarray) -> np.ndarray:
-    """The counts of all ranks where there is one."""
+    """The counts over all ranks when there is only one rank."""
     return counts_C
 
 
@@ -73,12 +76,12 @@ def plan(
     loss_aggregation: LossAggregation,
     over_ranks: OverRanks = one_rank,
 ) -> list[Item]:
-    """Items of all attempts with something to learn from, their coefficients coef * w_n * c_n and group
-    values filled in.
+    """Items of all attempts to which some objective contributes, with their coefficients coef * w_n * c_n
+    and their group values.
 
-    Where several ranks share a batch, whole groups each, `over_ranks` adds up an array of counts over them
-    (an all-reduce; every rank calls it once, also one that holds nothing); the ranks' gradients then add up
-    to that of the whole batch.
+    Several ranks may share a batch, each with whole groups. Then `over_ranks` adds up an array of counts
+    over the ranks (an all-reduce). Every rank calls it once, including a rank without attempts. The sum of
+    the ranks' gradients is then the gradient of the whole batch.
     """
     groups = list(groups)
     values = [_values(groups, objective) for objective in objectives]
@@ -109,8 +112,8 @@ def plan(
 
 
 def _values(groups: list[Group], objective: LossTerm) -> dict[int, float]:
-    """What a group baseline subtracts, by the attempt's id(): from whole groups, hence the same however the
-    batch is cut afterwards.
+    """The value that a group baseline subtracts, by the attempt's id(). It is computed from whole groups,
+    so it does not depend on how the batch is cut afterwards.
     """
     if objective.group_baseline is None or objective.teacher is None or objective.coef == 0:
         return {}
@@ -123,12 +126,12 @@ def _values(groups: list[Group], objective: LossTerm) -> dict[int, float]:
 
 
 def _rewards(attempt: Attempt, teacher: str) -> np.ndarray | None:
-    """log q(a) - log p(a) at the chosen positions, nats, p the student as it acted; None where the attempt
-    has no say.
+    """log q(a) - log p(a) at the chosen positions, nats, where p is the policy that sampled. None where the
+    attempt has no such log-ratio.
 
-    At temperature 1, whatever was sampled from: a value estimates the reward, which is about the policy
-    itself. Where the ratio is not bounded, a value from siblings leaves the expected gradient as it is all
-    the same.
+    The log-probs are those at temperature 1, whatever temperature the tokens were sampled at, because a
+    value estimates the reward, which is about the policy itself. Where the ratio is not bounded, a value
+    from sibling attempts still leaves the expected gradient unchanged.
     """
     ratio_T = log_ratio_T(attempt, teacher)
     return None if ratio_T is None else ratio_T[attempt.rollout.mask_T]
@@ -137,8 +140,8 @@ def _rewards(attempt: Attempt, teacher: str) -> np.ndarray | None:
 def _count(
     attempts: list[Attempt], weights: list[np.ndarray], objective: LossTerm, loss_aggregation: LossAggregation
 ) -> int:
-    """What the denominator counts: positions kept or chosen; under seq-mean-token-mean, attempts with a
-    chosen position.
+    """The count in the denominator: the kept positions, under token-mean the chosen positions, and under
+    seq-mean-token-mean the attempts with a chosen position.
     """
     chosen = [int(attempt.rollout.mask_T.sum()) for attempt in attempts]
     if loss_aggregation == "seq-mean-token-mean":
@@ -153,8 +156,9 @@ def _count(
 
 
 def _scales(attempts: list[Attempt], count: int, loss_aggregation: LossAggregation) -> list[float]:
-    """c per attempt: 1 / N, N = positions kept or chosen in the whole batch; or 1 / (R * T_i) under
-    seq-mean-token-mean.
+    """c per attempt. It is 1 / N, with N the count of kept or chosen positions in the whole batch. Under
+    seq-mean-token-mean it is 1 / (R * T_i), with R the count of attempts and T_i the chosen positions of
+    attempt i.
     """
     if loss_aggregation != "seq-mean-token-mean":
         return [1.0 / count if count else 0.0] * len(attempts)
@@ -163,15 +167,17 @@ def _scales(attempts: list[Attempt], count: int, loss_aggregation: LossAggregati
 
 
 def signature(item: Item) -> tuple[object, ...]:
-    """Items of one micro-batch have targets of one kind from one head, so a row needs no case distinction."""
+    """Items with the same signature may share a micro-batch. Their targets have the same kinds and the same
+    heads, so all rows are handled alike.
+    """
     targets = ((name, item.attempt.target(name)) for name in sorted((*item.attempt.answers, "behaviour")))
     kinds = ((name, None if target is None else target.signature) for name, target in targets)
     return (*kinds, *(coef_N is None for coef_N in item.coef_KN))
 
 
 def micro_batches(items: Sequence[Item], budget_tokens: int) -> Iterator[list[Item]]:
-    """Items of one signature, long ones first, cut so that padded tokens stay within the budget (one item at
-    least).
+    """Lists of items with one signature each, the longest items first. The padded tokens of a list stay
+    within the budget, except that a list has at least one item.
     """
     by_signature: dict[tuple[object, ...], list[Item]] = {}
     for item in items:

@@ -1,4 +1,4 @@
-"""What `linear_divergence` was given, refused in sentences where it cannot be meant."""
+"""Checks the arguments of `linear_divergence`."""
 
 from __future__ import annotations
 
@@ -20,34 +20,38 @@ def check_call(
     objective: LossTerm | None,
     top_k: int,
 ) -> None:
-    """Raises ValueError. by_row: what has one number a row, by its name; None where it was not given."""
+    """Raise ValueError for arguments that do not fit. by_row: the arguments with one number per row, by
+    name; None where one was not given.
+    """
     for name, head in (("student_head", student_head), ("teacher_head", teacher_head)):
         if not isinstance(head, Head):
             kind = type(head).__name__
             raise ValueError(
-                f"{name} must be Head.of_net(model, len(tokenizer)) or Head.of(weight), got {kind}: wrap it"
+                f"{name} must be Head.of_net(model, len(tokenizer)) or Head.of(weight), got {kind}"
             )
     for name, table in (("student_NH", student_NH), ("teacher_NG", teacher_NG)):
         if not isinstance(table, Tensor) or table.ndim != 2:
             raise ValueError(
-                f"{name} must be hidden states [N, H], one row a position; got {_shape(table)}. Flatten "
-                "them: h[mask]"
+                f"{name} must be hidden states [N, H], one row per position; got {_shape(table)}. "
+                "Flatten them: h[mask]"
             )
     for name, column in by_row.items():
         if column is not None and (not isinstance(column, Tensor) or column.ndim != 1):
-            raise ValueError(f"{name} must be a tensor [N], one number a row; got {_shape(column)}")
+            raise ValueError(f"{name} must be a tensor [N], one number per row; got {_shape(column)}")
         if column is not None and column.requires_grad:
             raise ValueError(
-                f"{name} is a constant of this loss and gets no gradient, but it requires one: pass "
-                f"{name}.detach()"
+                f"{name} is a constant of this loss and gets no gradient, but its requires_grad is True. "
+                f"Pass {name}.detach()"
             )
     lengths = {"student_NH": len(student_NH), "teacher_NG": len(teacher_NG)}
     lengths |= {name: len(column) for name, column in by_row.items() if column is not None}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"all rows must belong to the same positions, but there are {lengths}")
+        raise ValueError(
+            f"all arguments must have one row per position, but the numbers of rows differ: {lengths}"
+        )
     if objective is not None and not callable(objective):
         raise ValueError(
-            "objective must be a value such as Divergence(divergence='forward') or SampledKL(), got "
+            "objective must be an objective such as Divergence(divergence='forward') or SampledKL(), got "
             f"{objective!r}"
         )
     if top_k < 0:
@@ -60,9 +64,9 @@ def check_call(
 def _check_vocabulary(student_head: Head, teacher_head: Head, ids_N: Tensor | None) -> None:
     if student_head.vocabulary != teacher_head.vocabulary:
         raise ValueError(
-            f"the student's head speaks of {student_head.vocabulary} tokens and the teacher's of "
-            f"{teacher_head.vocabulary}. If both have "
-            "one token map and only the padding differs, cut both to the tokenizer's size: "
+            f"the student's head has {student_head.vocabulary} tokens and the teacher's has "
+            f"{teacher_head.vocabulary}. If both use "
+            "the same token ids and only the padding differs, cut both to the tokenizer's size: "
             "Head.of_net(model, len(tokenizer)), or "
             f"Head.of(weight[:len(tokenizer)])."
         )
@@ -76,7 +80,7 @@ def _check_vocabulary(student_head: Head, teacher_head: Head, ids_N: Tensor | No
         raise ValueError(
             f"ids_N must be int64, in 0..{student_head.vocabulary - 1}; got {ids_N.dtype} from "
             f"{int(ids_N.min())} to {int(ids_N.max())}. "
-            "Leave rows without a token out (labels of -100 mark them), of the hidden states as well: "
+            "Remove rows without a token (labels of -100 mark them), from the hidden states as well: "
             "h[labels >= 0]."
         )
 
@@ -84,7 +88,7 @@ def _check_vocabulary(student_head: Head, teacher_head: Head, ids_N: Tensor | No
 def _check_width(who: str, head: Head, h_NH: Tensor) -> None:
     if head.matrix is not None and head.matrix[0].shape[1] != h_NH.shape[1]:
         raise ValueError(
-            f"the {who}'s hidden states are {h_NH.shape[1]} wide, but its head takes "
+            f"the {who}'s hidden states have size {h_NH.shape[1]}, but its head takes size "
             f"{head.matrix[0].shape[1]}"
         )
 

@@ -1,4 +1,4 @@
-"""By-products of a pass, row by row."""
+"""By-products of a pass, one value per row."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from torch import Tensor
 
 
 class Columns(dict[str, Tensor]):
-    """Name -> one tensor for all rows, made at the first block and filled block by block, detached.
+    """Name -> one detached tensor for all rows. It is allocated at the first block and filled block by
+    block.
 
-    Small tensors kept from each block would do, but they would lie on the heap between the block's large
-    temporaries, whose memory the C library could then not join and use again: gigabytes, at a large
+    Small tensors kept from each block would lie on the heap between the block's large temporaries. The C
+    library could then not merge and reuse the memory of these temporaries, which are gigabytes at a large
     vocabulary.
     """
 

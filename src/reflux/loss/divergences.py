@@ -1,11 +1,12 @@
-"""Divergences between two rows of log-probs, and the tail bucket that turns K listed ids into a whole
+"""Divergences between two rows of log-probs, and the tail bucket that completes K listed ids to a whole
 distribution.
 
-`student` and `teacher` are log-probs [N, V] (each row's probabilities sum to 1), results are nats [N]. All
-are >= 0 and 0 where the two agree. A token of probability 0 contributes 0 with a zero gradient; one that the
-first argument of a KL may say and the second may not makes it +inf, the true value; `jsd`, the skewed forms,
-`alpha_divergence` and `total_variation` stay finite there (alpha strictly inside (0, 1)). NaN in, NaN out.
-ValueError for shapes that differ or are not 2-D, V = 0, and a beta or alpha outside [0, 1].
+`student` and `teacher` are log-probs [N, V]; each row's probabilities sum to 1. Results are nats [N]. All
+are >= 0 and are 0 where the two agree. A token of probability 0 contributes 0 with a zero gradient. A KL is
++inf, its true value, where its second argument gives probability 0 to a token to which its first gives more
+than 0. `jsd`, the skewed forms, `alpha_divergence` and `total_variation` stay finite there (alpha strictly
+inside (0, 1)). NaN inputs give NaN. ValueError for shapes that differ or are not 2-D, for V = 0, and for a
+beta or alpha outside [0, 1].
 
 References: JSD as in GKD (arXiv 2306.13649), skewed KL as in DistiLLM (arXiv 2402.03898).
 """
@@ -38,12 +39,12 @@ def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
-    """beta KL(teacher || m) + (1 - beta) KL(student || m) with m = (1 - beta) student + beta teacher; at most
-    the binary entropy of beta.
+    """beta KL(teacher || m) + (1 - beta) KL(student || m) with m = (1 - beta) student + beta teacher; at
+    most the binary entropy of beta.
 
-    There is a jump at the ends: towards 0 and 1 the value itself vanishes (jsd / beta tends to the forward
-    KL, jsd / (1 - beta) to the reverse), so beta = 0 is defined to be `forward_kl` and beta = 1 `reverse_kl`,
-    exactly, as in GKD.
+    The formula is not continuous at the ends. Towards beta = 0 and beta = 1 its value vanishes (jsd / beta
+    tends to the forward KL, jsd / (1 - beta) to the reverse). So beta = 0 is defined to be exactly
+    `forward_kl` and beta = 1 exactly `reverse_kl`, as in GKD.
     """
     _check(student, teacher)
     _check_share("beta", beta)
@@ -71,9 +72,9 @@ def alpha_divergence(student: Tensor, teacher: Tensor, alpha: float = 0.5) -> Te
     """(1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha)); exactly `reverse_kl` at alpha = 1 and
     `forward_kl` at alpha = 0, its limits.
 
-    Summed as alpha p + (1 - alpha) q - p^alpha q^(1 - alpha) >= 0 per token, which is the same for
-    probabilities, is 0 to the bit where they agree, and does not lose a small divergence in 1 - sum. Amari's
-    family, up to the name of the parameter.
+    It is summed as alpha p + (1 - alpha) q - p^alpha q^(1 - alpha) >= 0 per token, which has the same sum
+    for probabilities. This form is exactly 0 where the two agree and does not lose a small divergence to
+    rounding in 1 - sum. This is Amari's family, except for the name of the parameter.
     """
     _check(student, teacher)
     _check_share("alpha", alpha)
@@ -88,8 +89,8 @@ def alpha_divergence(student: Tensor, teacher: Tensor, alpha: float = 0.5) -> Te
 
 
 def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
-    """1/2 sum |p - q|, in [0, 1] (not nats). Its gradient is 0 where the two agree to the bit but does not
-    fade near there.
+    """1/2 sum |p - q|, in [0, 1] (not nats). Its gradient is 0 where the two agree exactly, but it does not
+    become small near there.
     """
     _check(student, teacher)
     return 0.5 * (student.exp() - teacher.exp()).abs().sum(-1)
@@ -109,14 +110,14 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 def with_tail(
     logp_NV: Tensor, ids_NK: Tensor, check: bool = True, repeated_NK: Tensor | None = None
 ) -> Tensor:
-    """The log-probs at K listed ids and, last, of ONE bucket with all remaining mass: [N, K + 1],
+    """The log-probs at K listed ids and, last, of ONE bucket with all remaining mass: [N, K + 1]. The
     probabilities sum to 1.
 
-    The bucket is the logsumexp over the ids not listed (exact, not 1 minus a sum), -inf at K = V. repeated_NK
-    (of `union`): True at every entry whose id stands in the row already; these get probability 0, so that no
-    mass counts twice. ValueError for an id outside 0..V-1, for a repeated id that is not marked so, and for a
-    marked id that stands nowhere else in its row (its mass would be lost); `check = False` skips that search
-    (and its GPU synchronisation) for ids that come out of a top-k.
+    The bucket is the logsumexp over the ids that are not listed (exact, not 1 minus a sum), -inf at K = V.
+    repeated_NK (from `union`) is True at every entry whose id already stands in the row; these entries get
+    probability 0, so that no mass counts twice. ValueError for an id outside 0..V-1, for a repeated id that
+    is not marked so, and for a marked id that stands nowhere else in its row (its mass would be lost).
+    `check = False` skips this check (and its GPU synchronisation) for ids that come from a top-k.
     """
     return torch.cat([_listed(logp_NV, ids_NK, check, repeated_NK), Tail.apply(logp_NV, ids_NK)], dim=-1)
 
@@ -124,18 +125,19 @@ def with_tail(
 def renormalised(
     logp_NV: Tensor, ids_NK: Tensor, check: bool = True, repeated_NK: Tensor | None = None
 ) -> Tensor:
-    """The log-probs at K listed ids [N, K], divided by their own sum; what lies outside the list is dropped.
-    Arguments as `with_tail`.
+    """The log-probs at K listed ids [N, K], normalised over the list; the mass outside the list is dropped.
+    The arguments are those of `with_tail`.
 
-    Not a bound of the full divergence, and its optimum is another one: two models that agree on the list up
-    to a factor cost 0 however much mass they put elsewhere. NaN where a model gives the whole list no mass.
+    This is not a bound of the full divergence, and its optimum is a different one. Two models that agree on
+    the list up to a factor have cost 0, however much mass they give to other tokens. NaN where a model
+    gives the whole list no mass.
     """
     return _listed(logp_NV, ids_NK, check, repeated_NK).log_softmax(-1)
 
 
 def union(ids_NK: Tensor, others_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Two lists in one: ids [N, 2K] in rising order, and True [N, 2K] at every entry whose id stands in the
-    row already.
+    """Two lists merged: ids [N, 2K] in rising order, and True [N, 2K] at every entry whose id already
+    stands in the row.
     """
     ids_NM = torch.cat([ids_NK, others_NK], dim=-1).sort(dim=-1).values
     repeated_NM = torch.zeros_like(ids_NM, dtype=torch.bool)
@@ -159,11 +161,11 @@ def _listed(logp_NV: Tensor, ids_NK: Tensor, check: bool, repeated_NK: Tensor | 
 
 
 def with_tail_listed(logp_NK: Tensor, floor: float = 1e-7) -> Tensor:
-    """The same [N, K + 1] from the K listed log-probs alone: the bucket is log(1 - sum exp(logp)), its mass
-    at least `floor`.
+    """The same [N, K + 1] as `with_tail`, from the K listed log-probs alone. The bucket is log(1 - sum
+    exp(logp)), with a mass of at least `floor`.
 
-    All a stored TopKTarget allows. The floor keeps rounding from making an empty (or negative) tail; a list
-    of the whole vocabulary has no tail and should be compared without one.
+    A stored TopKTarget allows no more than this. The floor prevents an empty or negative tail from
+    rounding. A list of the whole vocabulary has no tail and should be compared without one.
     """
     if logp_NK.ndim != 2:
         raise ValueError(f"with_tail_listed needs log-probs [N, K], got {_shapes(logp_NK)}")
@@ -174,7 +176,7 @@ def with_tail_listed(logp_NK: Tensor, floor: float = 1e-7) -> Tensor:
 
 
 def _mix(a: Tensor, b: Tensor, name: str, share: float) -> Tensor:
-    """log((1 - share) a + share b), exact at both ends."""
+    """log((1 - share) a + share b) for log-probs of a and b, exact at share 0 and 1."""
     _check(a, b)
     _check_share(name, share)
     if share in (0.0, 1.0):
@@ -197,7 +199,7 @@ def _check_share(name: str, value: float) -> None:
 
 def _check_ids(ids_NK: Tensor, vocabulary: int, repeated_NK: Tensor | None) -> None:
     marks_NK = torch.zeros_like(ids_NK) if repeated_NK is None else repeated_NK.to(ids_NK.dtype)
-    # equal ids lie side by side, those without a mark first
+    # After the sort, equal ids are adjacent, and those without a mark come first.
     keys_NK = (2 * ids_NK + marks_NK).sort(-1).values
     sorted_NK, marked_NK = keys_NK.div(2, rounding_mode="floor"), keys_NK.remainder(2).bool()
     first_NK = torch.ones_like(marked_NK)
@@ -205,14 +207,15 @@ def _check_ids(ids_NK: Tensor, vocabulary: int, repeated_NK: Tensor | None) -> N
     outside = (sorted_NK[:, 0] < 0).any() | (sorted_NK[:, -1] >= vocabulary).any()
     twice, lost = (~first_NK & ~marked_NK).any(), (first_NK & marked_NK).any()
     if outside | twice | lost:
-        # one synchronisation
+        # The condition above is the only GPU synchronisation of this function unless it raises.
         what = (
             f"lie in 0..{vocabulary - 1}"
             if outside
             else "not repeat within a row without a mark: the mass would count twice"
         )
         raise ValueError(
-            f"the listed ids must {what if outside | twice else 'stand in the row shared_cache without a mark: the mass would be lost'}"
+            "the listed ids must "
+            f"{what if outside | twice else 'stand once in the row without a mark: the mass would be lost'}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The loss of flow attempts: the velocities at the kept states, and back."""
+"""The loss of flow attempts, from the velocities at the kept states, and its backward pass."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from reflux.types import FlowRollout
 
 
 def flow_of(item: Item) -> FlowRollout:
-    """The attempt of an item that is a flow's, as all of this module are."""
+    """The rollout of an item as a FlowRollout. All items of this module have one."""
     assert isinstance(item.rollout, FlowRollout)
     return item.rollout
 
 
 class FlowMicroBatch(MicroBatch):
-    """N denoising steps on the device, with every constant they need. All have the same guidance; all were
-    drawn, or none.
+    """N denoising steps on the device, with every constant they need. All have the same guidance. Either
+    all were sampled with noise or none was.
     """
 
     def __init__(self, items: list[Item], objectives: Sequence[LossTerm], device: torch.device):
@@ -54,7 +54,9 @@ class FlowMicroBatch(MicroBatch):
 
 
 def backward(batch: FlowMicroBatch, v_ND: Tensor) -> Result:
-    """Costs of every objective where the student says v_ND, times their coefficients, driven backward."""
+    """Add up the costs of every objective times their coefficients, for the student's velocities v_ND, and
+    run the backward pass.
+    """
     columns = Columns(len(v_ND))
     student = batch.outputs(v_ND)
     loss = batch.costs(slice(None), student, batch.teachers, columns)
@@ -65,7 +67,9 @@ def backward(batch: FlowMicroBatch, v_ND: Tensor) -> Result:
 
 
 def pieces(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
-    """The rows of these items in order, at most `size` at a time; an item's rows may fall into two pieces."""
+    """Pieces of these items' rows in order, at most `size` rows each. The rows of one item may be split
+    over several pieces.
+    """
     piece: list[Item] = []
     room = size
     for item in items:

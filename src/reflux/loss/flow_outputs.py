@@ -1,4 +1,4 @@
-"""What a flow model says at N denoising steps; the counterpart of `outputs.py`."""
+"""The outputs of a flow model at N denoising steps; the counterpart of `outputs.py`."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from reflux.models.flow.sde import kl_weight, step_logp, step_moments, wide
 
 @dataclass
 class VelocityOutputs:
-    """A model's velocity at the states of N denoising steps that were drawn. Everything but the velocity is a
+    """A model's velocity at the states of N sampled denoising steps. Everything but the velocity is a
     constant.
     """
 
     v_ND: Tensor
-    # the state each step started from
+    # the state that each step started from
     x_ND: Tensor
-    # the state that was drawn
+    # the state that was sampled
     next_ND: Tensor
-    # time of x, in (0, 1]
+    # the time of x, in (0, 1]
     t_N: Tensor
-    # below 0
+    # the time difference of the step, < 0
     dt_N: Tensor
     noise_level_N: Tensor
 
     @cached_property
     def logp_N(self) -> Tensor:
-        """Log-density of the drawn state under this model's step, nats, summed over D; differentiable.
+        """Log-density of the sampled state under this model's step, nats, summed over D; differentiable.
         ValueError at noise level 0.
 
-        Two of them differ by a rounding of about 1e-7 times the square root of D, or of |logp| where that is
-        more.
+        The rounding error of a difference of two log-densities is about 1e-7 times the larger of sqrt(D)
+        and |logp|.
         """
         with torch.set_grad_enabled(self.v_ND.requires_grad):
-            # made once for all, also where the first to ask wanted no graph
+            # The tensor is cached, so it keeps its graph even if the first access happens under no_grad.
             mean_ND, std_N1 = step_moments(
                 self.x_ND, self.v_ND, *(column_N[:, None] for column_N in self._step())
             )
@@ -49,7 +49,9 @@ class VelocityOutputs:
 
     @torch.no_grad()
     def kl(self, teacher: VelocityOutputs) -> Tensor:
-        """KL(this || teacher), nats [N], >= 0, detached; what `velocity_kl` costs, for records."""
+        """KL(this || teacher), nats [N], >= 0, detached. This is the cost of `velocity_kl`, for the
+        records.
+        """
         return kl_weight(*self._step()) * self.gap(teacher).square().sum(-1)
 
     def _step(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,8 @@
-"""Four sums over the vocabulary with their gradients written out, for speed, memory and probabilities of 0.
+"""Four sums over the vocabulary with hand-written gradients, for speed, memory and probabilities of 0.
 
-They run on every trained position, [N, V] wide. Plain autograd keeps more tables, passes over them more
-often, and turns a probability of 0 into 0 * inf = NaN. Each is checked against finite differences.
+They run on every trained position, on tables [N, V]. Plain autograd keeps more tables, passes over them
+more often, and turns a probability of 0 into 0 * inf = NaN. Each gradient is tested against finite
+differences.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from torch.autograd.function import once_differentiable
 
 
 class KL(Function):
-    """sum_v p (log p - log q), [N]. Keeps p and log p - log q only, and makes each gradient in one pass."""
+    """sum_v p (log p - log q), [N]. It saves only p and log p - log q, and computes each gradient in one
+    pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
         p_NV, gap_NV = p_logp_NV.exp(), p_logp_NV - q_logp_NV
         kl_N = torch.linalg.vecdot(p_NV, gap_NV)
         if kl_N.isnan().any():
-            # p = 0 contributes 0, never 0 * inf; the mask costs more than all the rest and is seldom needed
+            # p = 0 contributes 0, not 0 * inf. The mask takes longer than all the rest and is seldom
+            # needed, so it is applied only here.
             gap_NV.masked_fill_(p_NV == 0, 0)
             kl_N = torch.linalg.vecdot(p_NV, gap_NV)
         ctx.save_for_backward(p_NV, gap_NV if ctx.needs_input_grad[0] else None)
@@ -40,8 +44,8 @@ class KL(Function):
 
 
 class TokenLogp(Function):
-    """log p(a) of one token a row, [N], from logits and their log-softmax. Its gradient e_a - p is made in
-    one pass, without a scatter.
+    """log p(a) of one token per row, [N], from logits and their log-softmax. Its gradient e_a - p is
+    computed in one pass, without a scatter.
     """
 
     @staticmethod
@@ -60,15 +64,15 @@ class TokenLogp(Function):
 
 
 class Mixture(Function):
-    """log((1 - share) exp(a) + share exp(b)) for 0 < share < 1, equal to a to the bit where a = b; zero
-    gradient where both are -inf.
+    """log((1 - share) exp(a) + share exp(b)) for 0 < share < 1. Exactly a where a = b, with a zero gradient
+    where both are -inf.
     """
 
     @staticmethod
     def forward(ctx: Any, a_NV: Tensor, b_NV: Tensor, share: float) -> Tensor:
         m_NV = torch.maximum(a_NV, b_NV)
         gap_NV = (b_NV - a_NV).masked_fill_(m_NV == -torch.inf, 0)
-        # the share of the less likely of the two
+        # the share of the less likely of a and b
         smaller_NV = torch.full_like(gap_NV, 1 - share).masked_fill_(gap_NV < 0, share)
         m_NV = gap_NV.abs_().neg_().expm1_().mul_(smaller_NV).log1p_().add_(m_NV)
         ctx.share = share
@@ -93,8 +97,8 @@ class Mixture(Function):
 
 
 class Tail(Function):
-    """logsumexp over the ids not listed, [N, 1]; -inf with a zero gradient where nothing is left (torch's own
-    gives NaN there).
+    """logsumexp over the ids that are not listed, [N, 1]. Where all ids are listed it is -inf with a zero
+    gradient (torch.logsumexp gives a NaN gradient there).
     """
 
     @staticmethod

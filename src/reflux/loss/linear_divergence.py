@@ -1,7 +1,8 @@
-"""From hidden states to a distillation loss in one function, without a table [all tokens, vocabulary] in
-memory.
+"""Computes a distillation loss from hidden states in one function, without a table [all tokens, vocabulary]
+in memory.
 
-For use outside the loop: the loop itself goes through `row_pass`, with any number of objectives and teachers.
+This function is for use outside the training loop. The loop itself uses `row_pass`, with any number of
+objectives and teachers.
 """
 
 from __future__ import annotations
@@ -22,21 +23,23 @@ from reflux.loss.term import LossTerm, Rows
 
 @dataclass
 class Answer:
-    """`loss` has gradients; everything else is a detached by-product of the same pass, row for row."""
+    """`loss` has gradients. Everything else is a detached by-product of the same pass, one value per row."""
 
     # sum_n coef_n cost_n, a scalar
     loss: Tensor
-    # unweighted, nats; 0 where the coefficient is 0
+    # the cost without its coefficient, nats; 0 where the coefficient is 0
     cost_N: Tensor
-    # student, of the given tokens
+    # the student's log-prob of the given token, nats
     logp_N: Tensor
+    # the teacher's log-prob of the given token, nats
     teacher_logp_N: Tensor
     # exact KL(student || teacher), nats
     kl_N: Tensor
-    # student, nats
+    # the student's entropy, nats
     entropy_N: Tensor
-    # the student's K most likely tokens, most likely first; K = 0 unless asked for
+    # the student's K most likely tokens, most likely first; K = 0 unless `top_k` is given
     top_ids_NK: Tensor
+    # the log-probs of these tokens, nats
     top_logp_NK: Tensor
 
 
@@ -53,22 +56,22 @@ def linear_divergence(
     advantage_offset_N: Tensor | None = None,
     top_k: int = 0,
 ) -> Answer:
-    """sum_n coef_n cost_n of an objective (default: the exact reverse KL) over N positions, and what the same
-    pass knows besides.
+    """sum_n coef_n cost_n of an objective (default: the exact reverse KL) over N positions, with
+    by-products of the same pass.
 
-    student_NH [N, H] and teacher_NG [N, G]: the last hidden states that predict a token, one row a position
-    (`h[mask]`, prompts and padding left out); the sizes H and G may differ. ids_N: the token sampled NEXT at
-    each row, in 0..V-1, for sampled objectives and by-products. Heads: `Head.of_net(model, len(tokenizer))`
-    for a transformers model (its scaling and soft cap included), or `Head.of(weight_VH)` for a matrix; both
-    must speak of the same V tokens. coef_N: weights and 1 / N. behaviour_logp_N (default: the student's own
-    of now) and advantage_offset_N (default 0) are for objectives that use them. top_k: how many of the
-    student's likeliest tokens the answer lists.
+    student_NH [N, H] and teacher_NG [N, G]: the last hidden states that predict a token, one row per
+    position (`h[mask]`, prompts and padding left out). The sizes H and G may differ. ids_N: the token
+    sampled NEXT at each row, in 0..V-1, for sampled objectives and by-products. Heads: `Head.of_net(model,
+    len(tokenizer))` for a transformers model (its scaling and soft cap included), or `Head.of(weight_VH)`
+    for a matrix; both must have the same V tokens. coef_N: the weights, including 1 / N. behaviour_logp_N
+    (default: the student's log-probs in this pass) and advantage_offset_N (default 0) are for objectives
+    that use them. top_k: how many of the student's most likely tokens the result lists.
 
-    Gradients go to student_NH and the student's head, in the types of both, and are made in the pass that
-    makes the loss: backward works once, and a factor on `loss` is applied too. A row of coefficient 0 gives
-    exactly zero gradient. Group baselines want whole groups: pass advantage_offset_N = -value with baseline
-    "none" instead. Memory above inputs and gradients is bounded by `kernels.budget`, whatever N and V.
-    ValueError where shapes, ids or vocabularies do not match.
+    Gradients go to student_NH and to the student's head, in the dtypes of both. They are computed in the
+    same pass as the loss, so backward works once, and a factor on `loss` is applied too. A row with
+    coefficient 0 gives exactly zero gradient. Group baselines need whole groups; pass advantage_offset_N =
+    -value with baseline "none" instead. The memory used besides inputs and gradients is bounded by
+    `kernels.budget`, whatever N and V. ValueError where shapes, ids or vocabularies do not match.
     """
     by_row = {
         "ids_N": ids_N,
@@ -97,20 +100,20 @@ def linear_divergence(
 
 
 def _nonzero(objective: LossTerm, rows: Rows[FullLogits], coef_N: Tensor) -> Tensor:
-    """cost_N, exactly 0 with no gradient where the coefficient is 0: an infinite cost must stay silent there
-    (0 * inf is no number).
+    """cost_N, exactly 0 without a gradient where the coefficient is 0. Such rows are left out, because 0
+    times an infinite cost would be NaN.
     """
     if bool((coef_N != 0).all()):
         return objective(rows)
     nonzero_M = coef_N.nonzero()[:, 0]
     ids_M = rows.student.ids_N[nonzero_M]
-    said = {
+    teachers = {
         name: FullLogits(outputs.logits_NV[nonzero_M], ids_M)
         for name, outputs in rows.teachers.items()
         if isinstance(outputs, FullLogits)
     }
     student = FullLogits(rows.student.logits_NV[nonzero_M], ids_M)
-    view = Rows(student, {**said}, rows.behaviour_logp_N[nonzero_M], rows.advantage_offset_N[nonzero_M])
+    view = Rows(student, {**teachers}, rows.behaviour_logp_N[nonzero_M], rows.advantage_offset_N[nonzero_M])
     cost_M = objective(view)
     return torch.zeros_like(coef_N, dtype=cost_M.dtype).index_put((nonzero_M,), cost_M)
 
@@ -120,12 +123,12 @@ def _note(
     columns: Columns, rows: slice, cost_N: Tensor, student: FullLogits, teacher: FullLogits, top_k: int
 ) -> None:
     ids_NK = student.logits_NV.topk(top_k, dim=-1).indices
-    said = {
+    by_products = {
         "cost_N": cost_N,
         "logp_N": student.logp_N,
         "teacher_logp_N": teacher.logp_N,
         "kl_N": student.kl(teacher),
     }
-    said |= {"entropy_N": student.entropy(), "top_ids_NK": ids_NK, "top_logp_NK": student.at(ids_NK)}
-    for name, column in said.items():
+    by_products |= {"entropy_N": student.entropy(), "top_ids_NK": ids_NK, "top_logp_NK": student.at(ids_NK)}
+    for name, column in by_products.items():
         columns.put(name, rows, column)

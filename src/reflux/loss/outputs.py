@@ -1,9 +1,9 @@
-"""What a model says at N rows, in one of three classes that match the targets of `types.py`; each answers
-what it can:
+"""The outputs of a model at N rows, in three classes that match the targets of `targets.py`. Each class
+gives:
 
-logp_N            log-prob of the sampled token                         all three
-ids_NK, logp_NK   listed ids and their log-probs                        TopKLogprobs
-everything else   see there                                             FullLogits
+    logp_N            log-prob of the sampled token                         all three
+    ids_NK, logp_NK   listed ids and their log-probs                        TopKLogprobs
+    everything else   see its methods                                       FullLogits
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from reflux.loss.baselines import kl_value
 from reflux.loss.divergences import DIVERGENCES, with_tail
 from reflux.loss.gradients import TokenLogp
 
-# log-prob of what is never said, where its product with a probability of 0 must be 0
+# Replaces the log-prob -inf of an impossible token, so that its product with the probability 0 is 0.
 _FAR = -1e4
 
 
@@ -41,18 +41,20 @@ class TopKLogprobs:
 
 
 class FullLogits:
-    """The whole distribution, from logits of any float type; log-probs are at least float32, made once and
-    shared by all objectives.
+    """The whole distribution, from logits of any float dtype. Log-probs are at least float32, computed once
+    and shared by all objectives.
 
-    On a GPU the sums over the vocabulary are fused passes over the logits (`kernels.triton_divergence`), and
-    the table `logp_NV` is made only for those who ask for it. Elsewhere everything starts from that table.
+    On a GPU the sums over the vocabulary are fused passes over the logits (`kernels.triton_divergence`),
+    and the table `logp_NV` is computed only when it is read. Elsewhere every result is computed from that
+    table.
     """
 
     def __init__(self, logits_NV: Tensor, ids_N: Tensor):
         self.logits_NV = logits_NV
         self.ids_N = ids_N
         self.fused = fused.usable(logits_NV)
-        # by the other's id; with the other, so that no id is given twice
+        # By the id() of the other model's outputs. The outputs are kept too, so that Python cannot reuse
+        # the id.
         self._kl: dict[int, tuple[FullLogits, Tensor]] = {}
 
     @cached_property
@@ -63,23 +65,25 @@ class FullLogits:
 
     @cached_property
     def lse_N(self) -> Tensor:
-        """log sum exp of the logits, detached; of use to the fused passes."""
+        """log sum exp of the logits, detached; the fused passes use it."""
         return fused.logsumexp(self.logits_NV.detach())
 
     @cached_property
     def logp_N(self) -> Tensor:
-        """Of the sampled tokens, differentiable."""
+        """Log-probs of the sampled tokens, nats, differentiable."""
         with self._graph():
             if self.fused:
                 return fused.token_logp(self.logits_NV, self.ids_N, self.lse_N)
             return TokenLogp.apply(self.logits_NV, self.logp_NV.detach(), self.ids_N)
 
     def _graph(self) -> AbstractContextManager[object]:
-        """What is made once for all has its graph, also where the first to ask for it wanted none."""
+        """Cached tensors are computed with autograd enabled even if the first access happens under no_grad,
+        because a later objective may need gradients through them.
+        """
         return torch.set_grad_enabled(self.logits_NV.requires_grad)
 
     def at(self, ids_NK: Tensor) -> Tensor:
-        """Log-probs at given ids, different ones in a row; differentiable."""
+        """Log-probs at given ids, nats, differentiable. The ids of one row must differ."""
         return (
             fused.gather_logp(self.logits_NV, ids_NK, self.lse_N)
             if self.fused
@@ -87,7 +91,7 @@ class FullLogits:
         )
 
     def with_tail(self, ids_NK: Tensor) -> Tensor:
-        """The same and, last, one bucket with all remaining mass, [N, K + 1]; differentiable."""
+        """The same as `at` and, last, one bucket with all remaining mass, [N, K + 1]; differentiable."""
         if self.fused:
             return fused.with_tail(self.logits_NV, ids_NK, self.lse_N)
         return with_tail(self.logp_NV, ids_NK, check=False)
@@ -105,8 +109,8 @@ class FullLogits:
 
     @torch.no_grad()
     def kl(self, teacher: FullLogits) -> Tensor:
-        """KL(this || teacher), nats [N], >= 0, detached; made once for a baseline, its variance and the
-        records.
+        """KL(this || teacher), nats [N], >= 0, detached. It is computed once for a baseline, its variance
+        and the records.
         """
         if id(teacher) not in self._kl:
             self._kl[id(teacher)] = (teacher, self._make_kl(teacher))

@@ -1,4 +1,4 @@
-"""What a learner is asked for one optimiser step, and what it gives back: values that nobody writes to."""
+"""The request for one optimiser step of a learner, and its result. Both are immutable."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepRequest:
-    """The batch of one optimiser step, with all that its loss depends on: a learner knows no run.
+    """The batch of one optimiser step, with everything its loss depends on. A learner does not know the
+    run.
 
-    groups: targets and shares are known. loss_aggregation: what the loss divides by
-    (`RunConfig.loss_aggregation`). log_variance: also compute the closed-form variance of the sampled
-    gradient.
+    groups: with their targets and credits. loss_aggregation: what the loss is divided by
+    (`RunConfig.loss_aggregation`). log_variance: True if the closed-form variance of the sampled gradient
+    is computed too.
     """
 
     groups: Sequence[Group]
@@ -31,16 +32,18 @@ class StepRequest:
 
     @property
     def attempts(self) -> list[Attempt]:
-        """All attempts, in the order in which results are given."""
+        """All attempts, in the order of the records of the result."""
         return [attempt for group in self.groups for attempt in group]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """records: one per attempt of the request, in order; None for an attempt that no objective trained on.
+    """records: one per attempt of the request, in order; None for an attempt to which no objective
+    contributed.
 
-    forward_positions, backward_positions: what the student ran, prompts included, for FLOP accounting.
-    Forward counts `observe` since the step before, and twice what is computed again for the backward pass.
+    forward_positions, backward_positions: the positions that the student ran, prompts included, for FLOP
+    accounting. Forward also counts the positions of `observe` since the last step, and counts twice what is
+    recomputed for the backward pass.
     """
 
     stats: Stats

@@ -1,9 +1,9 @@
-"""What a model said along one attempt, as a sum type: what it does not know is not there. `types.py` gives
-these names on.
+"""The outputs of a model along one attempt, in four classes. Each class holds only what the model gave.
+`types.py` re-exports these classes.
 
-A target answers for itself, so nobody has to ask which kind it is. `heads` are the output heads of this
-process (`reflux.models.heads.Heads`); only hidden states need them. `logp_T` is what is known of the sampled
-tokens without a head, None where that is nothing.
+Each class of targets implements the same methods, so callers do not test its type. `heads` are the output
+heads of this process (`reflux.models.heads.Heads`); only hidden states need them. `logp_T` are the
+log-probs of the sampled tokens where they are known without a head, else None.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 
 class _Known:
-    """What every target can be asked, answered as one that knows the sampled tokens' log-probs alone does."""
+    """The methods of every target. The defaults are those of a target with only the sampled tokens'
+    log-probs.
+    """
 
     __slots__ = ()
 
@@ -32,46 +34,51 @@ class _Known:
 
     @property
     def head_key(self) -> str | None:
-        """Of the head that makes logits of `rows`; None where no head is needed."""
+        """Key of the head that turns `rows` into logits; None where no head is needed."""
         return None
 
     @property
     def signature(self) -> tuple[str, str | int | None]:
-        """Targets of one signature may share a micro-batch."""
+        """Targets with the same signature may share a micro-batch."""
         return (type(self).__name__, None)
 
     def rows(self, rows_N: np.ndarray) -> dict[str, Tensor]:
-        """What is known at some positions, by name, on the host: what a micro-batch packs."""
+        """The columns of this target at some positions, by name, on the host. A micro-batch concatenates
+        them.
+        """
         return {"logp_N": _rows(self.logp_T, rows_N)}
 
     def outputs(self, columns: Mapping[str, Tensor]) -> Any:
-        """What objectives make of such rows (`loss.outputs`). ValueError where a head, or a state of a flow,
-        has to come in first.
+        """The outputs that objectives read (`loss.outputs`), from such rows. ValueError where a head or the
+        state of a flow is needed as well.
         """
-        raise ValueError(f"the rows of a {type(self).__name__} say nothing by themselves")
+        raise ValueError(
+            f"the rows of a {type(self).__name__} give no outputs without a head or a flow's state"
+        )
 
     def sampled_logp_T(self, rollout: Rollout, heads: Heads) -> np.ndarray | None:
         """Log-probs of the sampled tokens, nats; None where this target has none."""
         return self.logp_T
 
     def logp_at(self, ids_TK: np.ndarray, heads: Heads) -> np.ndarray:
-        """Log-probs at given ids, [T, K], nats. ValueError where one is not known: it is unknown then, not
-        low.
+        """Log-probs at given ids, [T, K], nats. ValueError where one of them is not known, because an
+        unknown log-prob is not a low one.
         """
         raise ValueError(
-            f"a teacher's log-probs at given tokens are needed; a {type(self).__name__} holds none. Use a "
-            "local teacher."
+            f"a teacher's log-probs at given tokens are needed, but a {type(self).__name__} has none. "
+            "Use a local teacher."
         )
 
     def kl_T(self, other: Target, rollout: Rollout, heads: Heads) -> np.ndarray | None:
-        """KL(this || other) at each position, nats: exact where both are hidden states, or velocities of a
+        """KL(this || other) at each position, nats. Exact where both are hidden states, or velocities of a
         rollout with noise; else its sampled estimate log p - log q. None where one of the two has no
-        log-probs."""
+        log-probs.
+        """
         own_T, other_T = (target.sampled_logp_T(rollout, heads) for target in (self, other))
         return None if own_T is None or other_T is None else own_T - other_T
 
     def uniformity(self, heads: Heads) -> float | None:
-        """The mean entropy as a share of the largest possible, log V; None where it is not known."""
+        """The mean entropy divided by the largest possible entropy, log V; None where it is not known."""
         return None
 
 
@@ -90,8 +97,8 @@ class SampledTarget(_Known):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopKTarget(_Known):
-    """Log-probs at K listed ids and at the sampled token. The unlisted mass is one tail bucket; K = V is the
-    full distribution.
+    """Log-probs at K listed ids and at the sampled token. The mass of the other ids is one tail bucket. K =
+    V is the full distribution.
     """
 
     teacher: str
@@ -119,9 +126,9 @@ class TopKTarget(_Known):
         logp_TK = np.take_along_axis(full_TV, ids_TK, axis=1)
         if np.isnan(logp_TK).any():
             raise ValueError(
-                f"teacher '{self.teacher}' lists its own likeliest tokens, and some of the student's are not "
-                "among them: their probability "
-                f"is unknown, not low. Use a teacher that answers at given ids, such as 'local'."
+                f"teacher '{self.teacher}' lists its own most likely tokens, and some of the student's are "
+                "not among them. Their probability is unknown, which does not mean low. "
+                f"Use a teacher that gives log-probs at given ids, such as 'local'."
             )
         return logp_TK
 
@@ -131,8 +138,8 @@ class HiddenTarget(_Known):
     """The last hidden states (on CPU), and the key of the output head that turns them into the full
     distribution.
 
-    logp_T is None where nobody wanted it at scoring time; the learner fills the record in as it passes
-    through the head.
+    logp_T is None unless it was requested at scoring time. The learner fills it into the record when it
+    applies the head.
     """
 
     teacher: str
@@ -182,7 +189,7 @@ class VelocityTarget(_Known):
     """A flow's velocity at each step; NaN where the student did not choose."""
 
     teacher: str
-    # float32
+    # float32, [T, D]
     v_TD: np.ndarray
 
     logp_T: ClassVar[None] = None  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -191,8 +198,8 @@ class VelocityTarget(_Known):
         return {"v_ND": _rows(self.v_TD, rows_N)}
 
     def kl_T(self, other: Target, rollout: Rollout, heads: Heads) -> np.ndarray | None:
-        """w |v - v_other|^2 of each step, >= 0, with w of `flows.sde.kl_weight`. None without noise, where it
-        is infinite.
+        """w |v - v_other|^2 of each step, >= 0, with w from `models.flow.sde.kl_weight`. None without
+        noise, where it is infinite.
         """
         from reflux.models.flow.sde import kl_weight
         from reflux.types import FlowRollout
@@ -221,12 +228,12 @@ def _rows(column: Any, rows_N: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """What a step computed along one attempt. Every array is float32 [T], nats, NaN at the positions that the
-    step did not compute.
+    """What a step computed along one attempt. Every array is float32 [T], nats, NaN at the positions that
+    the step did not compute.
 
-    logp: log-probs of what was chosen, by who gives them: "student" (at this step), and each teacher by its
-    name. kl_T: reverse KL to teacher "main" at each position, exact where both distributions are known, else
-    log p - log q of what was chosen; None without "main".
+    logp: log-probs of the choices, by model: "student" (at this step), and each teacher by its name. kl_T:
+    reverse KL to teacher "main" at each position, exact where both distributions are known, else log p -
+    log q of the choice; None without "main".
     """
 
     logp: Mapping[str, np.ndarray] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""A term of the loss: what `loss` knows of an objective."""
+"""A term of the loss: the interface of an objective that `loss` uses."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ Student = TypeVar("Student")
 
 @dataclass
 class Rows(Generic[Student]):
-    """N packed positions of one chunk. Everything but `student` is a constant; gradients flow through
-    `student` alone.
+    """N packed positions of one chunk. Everything but `student` is a constant; gradients flow only through
+    `student`.
 
-    Of texts, models say one of the three classes in `outputs.py`, and the student FullLogits; of flows,
-    `loss/flow_outputs.VelocityOutputs`.
+    For texts, the outputs of a teacher are one of the three classes in `outputs.py`, and those of the
+    student are FullLogits. For flows, both are `loss/flow_outputs.VelocityOutputs`.
     """
 
     student: Student
-    # by teacher name; "said" is the student as it acted
+    # outputs by teacher name; "behaviour" is the policy that sampled
     teachers: dict[str, Any]
-    # Recorded when sampled, under the distribution that was sampled from: its temperature and top-p are in
-    # it.
+    # log-probs of the choices, nats, recorded at sampling, under the distribution that was sampled from:
+    # its temperature and top-p are included
     behaviour_logp_N: Tensor
+    # added to the advantage by the one objective that receives offsets, nats
     advantage_offset_N: Tensor
-    # what a group baseline subtracts; made by batch.py before any split
+    # the value that a group baseline subtracts, nats; computed by batch.py before the batch is cut
     group_value_N: Tensor | None = None
 
 
 class LossTerm(Protocol):
-    """The members of an objective that the loss uses. `objectives.base.Objective` adds what a recipe says and
-    what checks ask.
+    """The members of an objective that the loss uses. `objectives.base.Objective` adds the members that
+    recipes and checks use.
     """
 
     takes_advantage_offset: ClassVar[bool]
 
     @property
     def teacher(self) -> str | None:
-        """Whose word it needs: "main", another name, "said", or None."""
+        """Name of the teacher whose outputs it needs: "main", another name, "behaviour", or None."""
         ...
 
     @property
@@ -49,20 +50,20 @@ class LossTerm(Protocol):
 
     @property
     def group_baseline(self) -> Literal["all", "others"] | None:
-        """Whose mean log-ratio its advantage is measured from: all siblings', the others' alone; None: no
-        siblings'.
+        """Whose mean log-ratio is subtracted from its advantage: that of all attempts of the group, or of
+        the others only. None for no group baseline.
         """
         ...
 
     def outside(self, rows: Rows[Any]) -> Tensor | None:
         """True [N] at the rows where the bound of an importance ratio changes the gradient; None without a
-        ratio or a bound.
+        ratio or without a bound.
         """
         ...
 
     def variance(self, rows: Rows[Any]) -> tuple[Tensor, Tensor] | None:
-        """The exact variance of the sampled logit gradient at each row [N], with the baseline and without;
-        None: nothing is sampled.
+        """The exact variance of the sampled logit gradient at each row [N], with the baseline and without
+        it; None where the objective does not sample.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The loss of text attempts: the states that predict the kept tokens, through the output heads, and back."""
+"""The loss of text attempts, from the hidden states that predict the kept tokens, and its backward pass."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from reflux.types import TokenRollout
 
 
 def text_of(item: Item) -> TokenRollout:
-    """The attempt of an item that is of text, as all of this module are."""
+    """The rollout of an item as a TokenRollout. All items of this module have one."""
     assert isinstance(item.rollout, TokenRollout)
     return item.rollout
 
 
 class TokenMicroBatch(MicroBatch):
-    """Items on the device: the trunk's inputs, and every constant a row needs."""
+    """Items on the device: the inputs of the model without its head, and every constant that a row needs."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class TokenMicroBatch(MicroBatch):
         )
 
     def constants(self) -> dict[str, Constant]:
-        """The teachers that are known by hidden states, with their heads."""
+        """The hidden states and heads of the teachers that gave hidden states, by name."""
         found = {name: (target.head_key, columns) for name, (target, columns) in self.teachers.items()}
         return {
             name: (columns["h_NH"], self.heads[key])
@@ -66,13 +66,15 @@ class TokenMicroBatch(MicroBatch):
         }
 
     def listed(self, name: str, rows: slice) -> Outputs:
-        """What a teacher said at some rows, where that is all there is."""
+        """The outputs of a teacher at some rows, for a teacher that gave log-probs and no hidden states."""
         target, columns = self.teachers[name]
         return target.outputs({column: values[rows] for column, values in columns.items()})
 
 
 def backward(batch: TokenMicroBatch, h_NH: Tensor, head: Head, log_variance: bool = False) -> Result:
-    """Costs of every objective at the rows h_NH, times their coefficients, driven backward."""
+    """Add up the costs of every objective at the rows h_NH, times their coefficients, and run the backward
+    pass.
+    """
     constants = batch.constants()
     columns = Columns(len(h_NH))
 
@@ -95,7 +97,9 @@ def backward(batch: TokenMicroBatch, h_NH: Tensor, head: Head, log_variance: boo
 
 @torch.no_grad()
 def _record_kl(columns: Columns, rows: slice, student: FullLogits, main: Outputs | None) -> None:
-    """Exact where both distributions are known, else the log-ratio of the sampled token."""
+    """Write the KL to teacher "main" into the columns: exact where both distributions are known, else the
+    log-ratio of the sampled token.
+    """
     if main is not None:
         columns.put(
             "kl", rows, student.kl(main) if isinstance(main, FullLogits) else student.logp_N - main.logp_N
