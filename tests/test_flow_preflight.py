@@ -215,7 +215,7 @@ def test_a_folder_without_a_flow_model_is_a_sentence(tmp_path: Path) -> None:
     from reflux.cli.evaluate import evaluate_model
 
     with pytest.raises(
-        ModelError, match=r"MODEL: the folder .* holds no config\.json and no model_index\.json"
+        ModelError, match=r"MODEL: the folder .* has no config\.json and no model_index\.json"
     ):
         evaluate_model(str(tmp_path), None, 4, 0, None, [])
 

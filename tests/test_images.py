@@ -81,7 +81,7 @@ def test_strided_pictures_are_pictures() -> None:
 )  # fmt: skip
 def test_what_is_no_picture_is_refused_with_its_shape(value: np.ndarray) -> None:
     for act in (png, thumbnail, to_text):
-        with pytest.raises(ValueError, match=r"an image is uint8.*got " + str(value.dtype)):
+        with pytest.raises(ValueError, match=r"an image must be uint8.*got " + str(value.dtype)):
             act(value)
 
 

@@ -582,13 +582,13 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "texts of a flow": (
         "opd",
         {"learner.model": "reflux:glyph_base"},
-        r"learner\.model: reflux:glyph_base is no model of texts: its folder has a model_index\.json and no "
+        r"learner\.model: reflux:glyph_base is not a text model: its folder has a model_index\.json and no "
         r"config\.json\.",
     ),
     "a teacher of texts that draws": (
         "opd",
         {"teachers.main.model": "reflux:glyph_base"},
-        r"teachers\.main\.model: .* is no model of texts",
+        r"teachers\.main\.model: .* is not a text model",
     ),
 }
 

@@ -361,7 +361,7 @@ def test_a_repository_that_is_no_pipeline_is_refused(cache: Path, tmp_path: Path
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     put(cache, folder)
-    with pytest.raises(ModelError, match=r"is no flow model: .* no model_index\.json"):
+    with pytest.raises(ModelError, match=r"is not a flow model: .* no model_index\.json"):
         loads(HUB_ID, "here")
 
 

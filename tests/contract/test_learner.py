@@ -224,7 +224,9 @@ def test_an_adapter_on_a_matrix_shared_by_embeddings_and_head_is_refused(targets
     with pytest.raises(ModelError, match="shares one matrix"):
         tiny.learner(tiny.net(1), lora=Lora(rank=2, targets=targets))
     tiny.learner(tiny.net(1), lora=Lora(rank=2, targets=("q_proj",)))
-    with pytest.raises(ModelError, match=r"learner\.lora\.targets: .*Its linear modules are called .*k_proj"):
+    with pytest.raises(
+        ModelError, match=r"learner\.lora\.targets: .*The model's linear modules are called .*k_proj"
+    ):
         tiny.learner(tiny.net(1), lora=Lora(rank=2, targets=("no_such",)))
 
 
@@ -300,7 +302,7 @@ def test_weights_kept_too_narrow_are_neither_read_nor_written(dtype: torch.dtype
         lambda: access.write({name: torch.zeros(48, 32)}),
     ):
         with pytest.raises(
-            ModelError, match=f"{name} is kept in {str(dtype).split('.')[1]}.*float32 master weights"
+            ModelError, match=f"{name} is stored in {str(dtype).split('.')[1]}.*float32 master weights"
         ):
             ask()
     assert access.read(["model.norm.weight"]).keys() == {"model.norm.weight"}

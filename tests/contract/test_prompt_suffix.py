@@ -121,7 +121,7 @@ def test_a_given_answer_is_written_from_behind_the_suffix(template: str | None, 
 def test_a_suffix_that_the_tokenizer_cannot_write_is_refused() -> None:
     tokenizer = character_tokenizer()
     with pytest.raises(
-        ModelError, match=r"prompt_suffix = '<thinké>' holds what the tokenizer has no token for"
+        ModelError, match=r"prompt_suffix = '<thinké>' has characters without a token in the tokenizer"
     ):
         Renderer(tokenizer, suffix="<thinké>").ids(ASK)
 

@@ -299,7 +299,7 @@ def test_publishing_waits_for_the_call_in_progress_and_then_counts(
 @pytest.mark.parametrize("name", ["learner.model", "teachers.main.model"])
 @pytest.mark.parametrize(
     ("where", "words"),
-    [("missing", "does not exist"), ("empty", "holds no config.json and no model_index.json")],
+    [("missing", "does not exist"), ("empty", "has no config.json and no model_index.json")],
 )
 def test_a_model_folder_that_is_none_is_named(
     tiny_run: Callable[..., Any], tmp_path: Path, name: str, where: str, words: str

@@ -65,7 +65,7 @@ def test_without_a_template_texts_are_joined_after_the_begin_token() -> None:
 
 def test_a_prompt_of_no_token_is_refused_in_words() -> None:
     with pytest.raises(
-        ModelError, match="renders to no token at all: it is empty and the tokenizer has no begin token"
+        ModelError, match="a prompt has no tokens: it is empty and the tokenizer has no begin token"
     ):
         Renderer(plain()).ids(({"role": "user", "content": ""},))
 

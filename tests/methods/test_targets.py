@@ -171,12 +171,12 @@ def test_a_head_is_found_only_where_its_teacher_is_open() -> None:
     heads = Heads()
     one, other = Head.of(torch.eye(2)), Head.of(torch.eye(2))
     assert heads.add("teachers.main", one) == heads.add("teachers.main", one) == "teachers.main"
-    with pytest.raises(ValueError, match=r"'teachers\.main' already, and it is another one"):
+    with pytest.raises(ValueError, match=r"already registered under the key 'teachers\.main'"):
         heads.add("teachers.main", other)
     assert heads["teachers.main"] is one
     with pytest.raises(
         ModelError,
-        match=r"names the output head 'gone', and this process has no head of that name \(it has teachers\.main\)",
+        match=r"needs the output head 'gone', but this process has no head of that name \(it has: teachers\.main\)",
     ):
         heads["gone"]
     heads.remove("teachers.main")

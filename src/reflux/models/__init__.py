@@ -1,1 +1,1 @@
-"""Models as the library sees them, and how text models generate."""
+"""The library's interfaces to models, and generation with text models."""

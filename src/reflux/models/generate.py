@@ -1,4 +1,6 @@
-"""Batched decoding with a key-value cache: contexts in, turns out. Rows that have ended leave the batch."""
+"""Batched decoding with a key-value cache, from contexts to turns. Finished rows are removed from the
+batch.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,10 @@ from reflux.models.rng import gumbel
 from reflux.models.text import Model
 from reflux.models.turns import Turn, TurnRequest
 
-# dropping finished rows copies the cache, so it is done once this share or less still writes
+# Dropping finished rows copies the cache, so it is done when this fraction of the rows or less is
+# unfinished.
 _CROWDED = 0.85
-# the last so many tokens are decoded to look for a stop string
+# number of last tokens that are decoded to search for a stop string
 _STOP_TOKENS = 64
 
 
@@ -26,10 +29,10 @@ _STOP_TOKENS = 64
 def decode(
     model: Model, asks: Sequence[TurnRequest], version: int, decoder: CpuDecoder | None = None
 ) -> list[Turn]:
-    """Sample one turn per row. Left padding; a row stops when it ends, is cut by its budget, or its text ends
-    with a stop string.
+    """Sample one turn per row. Rows are padded on the left. A row stops at an end token, at its max_tokens,
+    or when its text ends with a stop string.
 
-    decoder: the model's own short cut for one more token a row, where it has one.
+    decoder: a faster decoder for one more token per row, where the model has one.
     """
     draw, behaviour_k = asks[0].draw, asks[0].top_k
     rows, written = _Rows(model, asks, decoder), _Written(model, asks, draw)
@@ -48,8 +51,8 @@ def decode(
 
 
 class _Written:
-    """What the rows have said so far. Every row that goes on has written one token a step, so they differ in
-    nothing but their budgets.
+    """The tokens of the rows so far. Every unfinished row has one token per step, so unfinished rows differ
+    only in their budgets.
     """
 
     def __init__(self, model: Model, asks: Sequence[TurnRequest], draw: SamplingParams):
@@ -57,13 +60,13 @@ class _Written:
         self.budgets, self.ends = np.asarray([ask.max_tokens for ask in asks]), np.asarray(model.end_ids)
         self.ended = np.zeros(len(asks), dtype=bool)
         self.over = np.zeros(len(asks), dtype=bool)
-        # the last tokens, kept where stop strings have to be looked for
+        # the last tokens of each row; filled only if there are stop strings
         self.recent: list[list[int]] = [[] for _ in asks]
-        # rows still going, whose they are, what was picked
+        # per step: the unfinished rows of the batch, the requests they belong to, and what was picked
         self.steps: list[tuple[list[int], np.ndarray, tuple[Tensor, ...]]] = []
 
     def add(self, owners: np.ndarray, picked: tuple[Tensor, ...]) -> list[int]:
-        """Take a step's tokens; gives the rows that go on."""
+        """Add the tokens of one step. Returns the unfinished rows."""
         rows = np.flatnonzero(~self.over[owners])
         going, tokens = owners[rows], picked[0].cpu().numpy()[rows]
         self.steps.append((rows.tolist(), going, picked))
@@ -105,14 +108,14 @@ class _Written:
 
 
 class _Rows:
-    """The rows still being written: cache, attention mask and noise keys."""
+    """The unfinished rows: cache, attention mask and noise keys."""
 
     def __init__(self, model: Model, asks: Sequence[TurnRequest], decoder: CpuDecoder | None):
         self.model, self.decoder = model, decoder
-        # the decoder's, once the prompts are read
+        # the decoder's memory, set after the prompts are read
         self.memory: Memory | None = None
         device = model.device
-        # which ask each row of the batch answers
+        # the index of the request that each row of the batch belongs to
         self.owners = np.arange(len(asks))
         self.width = max(len(ask.ids) for ask in asks)
         self.room = max(ask.max_tokens for ask in asks)
@@ -144,7 +147,7 @@ class _Rows:
         self.width += 1
         mask_BL = self.mask_BL[:, : self.width]
         if self.model.plain_attention:
-            # one new token sees all that came before: no mask has to be worked out
+            # One new token attends to all earlier tokens, so transformers need not build a causal mask.
             mask_BL = mask_BL[:, None, None].bool()
         logits_BV = self._forward(tokens_B[:, None], mask_BL, self.place_B[:, None])
         self.place_B = self.place_B + 1
@@ -161,7 +164,7 @@ class _Rows:
         return self.model.head.logits(states_BLH[:, -1])
 
     def keep(self, rows: list[int]) -> Tensor:
-        """Drop the other rows; gives the index that selects the kept ones from a tensor of before."""
+        """Drop the other rows. Returns the index that selects the kept rows from an earlier tensor."""
         index = torch.tensor(rows, device=self.model.device)
         self.owners = self.owners[rows]
         if self.memory:
@@ -175,8 +178,8 @@ class _Rows:
 def _pick(
     logits_BV: Tensor, keys_B: Tensor, position: int, draw: SamplingParams, behaviour_k: int
 ) -> tuple[Tensor, ...]:
-    """(tokens_B, logp_B, raw_B[, said ids_BK, said logp_BK]). Temperature 0 takes the likeliest token, and
-    its logp is the raw one.
+    """(tokens_B, logp_B, raw_B[, behaviour ids_BK, behaviour logp_BK]). Temperature 0 takes the most likely
+    token, and its logp is the raw one.
     """
     raw_BV = logits_BV.float().log_softmax(-1)
     logp_BV = _tempered(raw_BV, draw)
@@ -194,7 +197,9 @@ def _pick(
 
 
 def _tempered(raw_BV: Tensor, draw: SamplingParams) -> Tensor:
-    """Log-probs at the draw's temperature, cut to the smallest set that holds top_p, renormalised."""
+    """Log-probs at the sampling temperature, cut to the smallest set of tokens with a mass of at least
+    top_p, and renormalised.
+    """
     if draw.temperature in (0, 1) and draw.top_p == 1:
         return raw_BV
     logp_BV = (raw_BV / draw.temperature).log_softmax(-1) if draw.temperature not in (0, 1) else raw_BV

@@ -1,4 +1,6 @@
-"""The output heads of this process, by key: a target of hidden states names its head, and travels without it."""
+"""The output heads of this process, by key. A target of hidden states holds the key of its head, not the
+head.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,19 @@ if TYPE_CHECKING:
 
 
 class Heads:
-    """`heads[key]`. A teacher adds its own when it is opened, under "teachers.<table>", and takes it back
-    when it is closed.
+    """`heads[key]`. A teacher adds its head under "teachers.<table>" when it is opened, and removes it when
+    it is closed.
     """
 
     def __init__(self) -> None:
         self._heads: dict[str, Head] = {}
 
     def add(self, key: str, head: Head) -> str:
-        """The key. ValueError where another head has it: targets that name it would be read through the wrong
-        one.
+        """Add a head and return its key. ValueError where another head has this key, because the targets
+        with this key would then be read through the wrong head.
         """
         if self._heads.setdefault(key, head) is not head:
-            raise ValueError(f"there is an output head under the key '{key}' already, and it is another one")
+            raise ValueError(f"another output head is already registered under the key '{key}'")
         return key
 
     def remove(self, key: str) -> None:
@@ -33,8 +35,8 @@ class Heads:
         if key not in self._heads:
             known = ", ".join(sorted(self._heads)) or "none"
             raise ModelError(
-                f"a target names the output head '{key}', and this process has no head of that name (it has "
+                f"a target needs the output head '{key}', but this process has no head of that name (it has: "
                 f"{known}). Hidden states can "
-                f"be read only where the teacher that gave them is open: ask for log-probs there."
+                f"be read only where the teacher that gave them is open. Request log-probs from it there."
             )
         return self._heads[key]

@@ -1,4 +1,4 @@
-"""Images as they are kept and shown: uint8 arrays, [height, width] or [height, width, 3], to PNG and back."""
+"""Images as uint8 arrays, [height, width] or [height, width, 3], and their conversion to PNG and back."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import io
 
 import numpy as np
 
-# pixels; a larger image is kept as a thumbnail
+# pixels per side; a larger image is stored as a thumbnail
 SIDE = 96
-# pixels a side that are read back: a small file may hold an image that fills the memory
+# Largest number of pixels per side that is read, because a small file may hold an image that would fill the
+# memory.
 _LARGEST = 4096
 
 
 def png(image: np.ndarray) -> bytes:
-    """The image as a PNG file, without loss. ValueError for what is no image: see the module."""
+    """The image as a PNG file, without loss. ValueError for an array that is no image (see the module)."""
     from PIL import Image
 
     _check(image)
@@ -27,7 +28,7 @@ def png(image: np.ndarray) -> bytes:
 def picture_of(data: bytes) -> np.ndarray:
     """The image in a PNG file, grey where it has one channel, else in colour (transparency is dropped).
 
-    ValueError for anything but a whole PNG of at most 4096 pixels a side.
+    ValueError for anything but a complete PNG file of at most 4096 pixels per side.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -35,19 +36,19 @@ def picture_of(data: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             if max(image.size) > _LARGEST:
                 raise ValueError(
-                    f"an image of {image.width} x {image.height} pixels is more than the {_LARGEST} a side "
-                    "that are read"
+                    f"an image of {image.width} x {image.height} pixels is too large: at most {_LARGEST} "
+                    "pixels per side are read"
                 )
             return np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"no PNG image: {error}") from error
+        raise ValueError(f"not a PNG image: {error}") from error
 
 
 def thumbnail(image: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """At most `side` pixels a side, in the image's proportions; an image that fits stays as it is, bit for
-    bit.
+    """The image with at most `side` pixels per side, in its proportions. An image that fits is returned
+    unchanged.
 
-    ValueError for what is no image, or a side below 1.
+    ValueError for an array that is not an image, or a side below 1.
     """
     from PIL import Image
 
@@ -63,7 +64,7 @@ def thumbnail(image: np.ndarray, side: int = SIDE) -> np.ndarray:
 
 
 def to_text(image: np.ndarray, side: int = SIDE) -> str:
-    """The image, or its thumbnail, as base64 of a PNG file: what a line of JSON can hold."""
+    """The image, or its thumbnail, as the base64 text of a PNG file, which fits into a line of JSON."""
     return base64.b64encode(png(thumbnail(image, side))).decode()
 
 
@@ -72,13 +73,13 @@ def from_text(text: str) -> np.ndarray:
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ValueError(f"no base64: {error}") from error
+        raise ValueError(f"not base64: {error}") from error
     return picture_of(data)
 
 
 def as_letters(image: np.ndarray, side: int = 32) -> list[str]:
-    """Lines of text that look like the image on a dark terminal: two rows of pixels a line, a pixel lit where
-    it is lighter than grey.
+    """Lines of text that look like the image on a dark terminal. Each line shows two rows of pixels, and a
+    pixel is lit where it is lighter than middle grey.
     """
     small = thumbnail(image, side)
     lit = (small if small.ndim == 2 else small.mean(-1)) > 127
@@ -97,6 +98,6 @@ def _check(image: np.ndarray) -> None:
         or not image.size
     ):
         raise ValueError(
-            f"an image is uint8, [height, width] or [height, width, 3], and has pixels; got {image.dtype} "
-            f"{list(image.shape)}"
+            "an image must be uint8, [height, width] or [height, width, 3], and not empty; got "
+            f"{image.dtype} {list(image.shape)}"
         )

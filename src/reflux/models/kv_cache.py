@@ -1,5 +1,5 @@
-"""A key-value cache with room to grow: a new token is written in place, where transformers' own layer copies
-all that came before.
+"""A key-value cache with spare room. A new token is written in place, while the layer of transformers
+copies all earlier positions.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from transformers.cache_utils import DynamicLayer
 
 
 def roomy_cache(config: Any, room: int) -> DynamicCache:
-    """The cache of a model, its plain layers replaced; sliding-window and recurrent layers stay as they are."""
+    """The cache of a model with its plain layers replaced. Sliding-window and recurrent layers are not
+    changed.
+    """
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
 class RoomyLayer(DynamicLayer):
-    """`keys` and `values` [B, heads, L, D] are views of buffers with space for `room` more positions, made
-    anew when that is used up.
+    """`keys` and `values` [B, heads, L, D] are views of buffers with space for `room` more positions. The
+    buffers are allocated again when this space is used up.
     """
 
     def __init__(self, room: int):
@@ -32,7 +34,7 @@ class RoomyLayer(DynamicLayer):
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, key_states: Tensor, value_states: Tensor, *extra: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append new positions; `extra` is what other kinds of layer need to know."""
+        """Append new positions. `extra` holds arguments of other kinds of layers and is ignored."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
@@ -55,5 +57,5 @@ class RoomyLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        # the kept rows are copies now; the next token makes room again
+        # The kept rows are now copies without spare room; the next token allocates the buffers again.
         self.buffers = None

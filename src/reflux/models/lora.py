@@ -1,6 +1,4 @@
-"""Low-rank adapters by peft: attach, merge by product, export. A model without adapters passes through
-unchanged.
-"""
+"""Low-rank adapters by peft: attach, merge by product, export. A model without adapters is not changed."""
 
 from __future__ import annotations
 
@@ -20,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def attach(model: Model, lora: Lora, seed: int) -> None:
-    """Freeze the model and inject adapters in place, seeded; the trunk and the head are those of before."""
+    """Freeze the model and inject seeded adapters in place. The trunk and head objects of the model stay
+    the same.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
@@ -41,14 +41,14 @@ def attach(model: Model, lora: Lora, seed: int) -> None:
                 }
             )
             raise ModelError(
-                f"learner.lora.targets: {error} Its linear modules are called {', '.join(known)}."
+                f"learner.lora.targets: {error} The model's linear modules are called {', '.join(known)}."
             ) from error
     _refuse_tied(model.net)
 
 
 def _refuse_tied(net: Any) -> None:
-    """A merged adapter on one of two modules that share a matrix would reach both in the sampler, and one in
-    the learner.
+    """Raise ModelError for an adapter on one of two modules that share a matrix. Merged, it would change
+    both modules in the sampler, but only one in the learner.
     """
     inputs, outputs = net.get_input_embeddings(), net.get_output_embeddings()
     base = [getattr(module, "base_layer", module) for module in (inputs, outputs)]
@@ -60,9 +60,8 @@ def _refuse_tied(net: Any) -> None:
     if adapted and base[0].weight is base[1].weight:
         raise ModelError(
             f"learner.lora.targets puts an adapter on {' and '.join(adapted)}, but this model shares one "
-            "matrix between its input "
-            'embeddings and its output head: they would come apart. Leave both out (targets = "all-linear" '
-            "does), or train without lora."
+            "matrix between its input embeddings and its output head, and they would no longer be equal. "
+            'Leave both out (targets = "all-linear" does so), or train without lora.'
         )
 
 
@@ -70,46 +69,46 @@ def _layers(net: Any) -> dict[str, Any]:
     try:
         from peft.tuners.lora import LoraLayer
     except ImportError:
-        # without peft no model has adapters
+        # Without peft no model has adapters.
         return {}
     return {name: module for name, module in net.named_modules() if isinstance(module, LoraLayer)}
 
 
 def base_parameters(net: Any) -> dict[str, Tensor]:
-    """The parameters by the model's own names, adapters left out (under one, the frozen base). A shared one
-    has all its names.
+    """The parameters by the model's own names, without the adapters. For an adapted weight it is the frozen
+    base weight. A shared parameter is listed under all its names.
     """
     named = net.named_parameters(remove_duplicate=False)
     return {name.replace(".base_layer", ""): parameter for name, parameter in named if ".lora_" not in name}
 
 
 def refuse_narrow(name: str, base_parameter: Tensor) -> Tensor:
-    """The parameter itself. ModelError where it is quantised or narrower than float32: its rounding would
-    swallow what it is moved by.
+    """Return the parameter unchanged. ModelError where it is quantised or narrower than float32, because
+    rounding would then lose small updates.
     """
     if base_parameter.dtype not in (torch.float32, torch.float64):
         kind = str(base_parameter.dtype).removeprefix("torch.")
         why = (
             "quantised"
             if not base_parameter.dtype.is_floating_point
-            else "too coarse for updates of training's size"
+            else "too imprecise for updates of the size of a training step"
         )
         raise ModelError(
-            f"{name} is kept in {kind}, which is {why}. Reading and moving weights needs float32 master "
+            f"{name} is stored in {kind}, which is {why}. Reading and writing weights needs float32 master "
             "weights."
         )
     return base_parameter
 
 
 def merged(net: Any, only: Collection[str] | None = None) -> Mapping[str, Tensor]:
-    """`full_weights` by name, all at once."""
+    """`full_weights` as one dictionary by name."""
     return dict(full_weights(net, only))
 
 
 @torch.no_grad()
 def full_weights(net: Any, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and buffers (or `only` these) under the model's own names, each adapted weight plus its
-    product B A.
+    """All parameters and buffers (or `only` these) under the model's own names. An adapted weight includes
+    its product B A.
     """
     layers = _layers(net)
     for name, value in net.state_dict().items():
@@ -125,11 +124,11 @@ def full_weights(net: Any, only: Collection[str] | None = None) -> Iterator[tupl
 
 
 def export(model: Model, folder: Path) -> None:
-    """The merged student in Hugging Face format, in the type its files had."""
+    """Save the merged student in Hugging Face format, in the dtype that its files had."""
     net, dtype = model.net, model.stored_dtype or torch.float32
     weights = {name: value.to(dtype) for name, value in merged(net).items()}
     net.save_pretrained(folder, state_dict=weights)
-    # says float32, the type the master weights are in
+    # save_pretrained writes float32, the dtype of the master weights, into config.json.
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
         json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n"

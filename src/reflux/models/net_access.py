@@ -1,4 +1,4 @@
-"""`WeightAccess` to a network in this process."""
+"""Implements `WeightAccess` for a network in this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reflux.models import lora
 
 
 class NetAccess:
-    """written: names of untrained parameters that were written to."""
+    """Reads and writes the weights of a network. written: names of untrained parameters that were written."""
 
     def __init__(self, net: nn.Module, trained: Iterable[Tensor]):
         self._net = net
@@ -43,5 +43,5 @@ class NetAccess:
 
 
 def _copy(value: Tensor) -> Tensor:
-    """On the CPU, in memory of its own."""
+    """A copy on the CPU that shares no memory with `value`."""
     return value.detach().to("cpu", copy=True)

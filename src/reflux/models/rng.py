@@ -1,9 +1,9 @@
-"""Counter-based noise: what a row draws depends on its key, the position and the token id, never on its
-neighbours or on order.
+"""Counter-based noise. The random numbers of a row depend on its key, the position and the token id, and
+not on other rows or on the order.
 
 A 64-bit integer hash (the finaliser of splitmix64; Steele, Lea & Flood 2014) of (key, position, token id)
-gives one uniform per entry. Integer arithmetic wraps alike on every device, so the uniforms are the same bits
-on CPU and GPU, in any batch.
+gives one uniform number per entry. Integer arithmetic wraps in the same way on every device, so the uniform
+numbers are bit-identical on CPU and GPU, in any batch.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 def row_key(
     seed: int, purpose: str, step: int, prompt_id: str, sample: int, turn: int = 0, rng: int = 0
 ) -> int:
-    """The key of one attempt's random numbers (law 8); `random numbers` is that of the draw, and 0 adds
-    nothing to the key.
+    """The key of one attempt's random numbers (law 8). `rng` is that of `SamplingParams`; 0 leaves the key
+    unchanged.
     """
     return seed_of(seed, purpose, step, prompt_id, sample, turn, *([rng] if rng else []))
 
@@ -32,7 +32,8 @@ def gumbel(keys_B: Tensor, position_B: Tensor, vocabulary: int) -> Tensor:
     """Standard Gumbel noise [B, V], float32, for the token at `position_B` (int64, from 0) of the rows with
     `keys_B` (int64).
 
-    argmax(log p + gumbel) is a draw from p. 23 bits a uniform: nothing above 16.6 nats is ever drawn.
+    argmax(log p + gumbel) is a sample from p. A uniform number has 23 bits, so the noise never exceeds 16.6
+    nats.
     """
     return _uniform(keys_B, position_B, vocabulary).log_().neg_().log_().neg_()
 
@@ -41,9 +42,9 @@ def normal(keys_B: Tensor, position: int, size: int) -> Tensor:
     """Standard normal noise [B, D = size], float32, for denoising step `position` (from 0) of the rows with
     `keys_B` (int64).
 
-    Position -1 is the noise an image starts from. An entry depends on (key, position, its index) alone, not
-    on `size`. Box-Muller: entries 2k and 2k + 1 are one pair of uniforms, a radius and an angle. 23 bits a
-    uniform: nothing beyond 5.8 is ever drawn.
+    Position -1 is the noise that an image starts from. An entry depends only on (key, position, its index),
+    not on `size`. Box-Muller: entries 2k and 2k + 1 come from one pair of uniform numbers, a radius and an
+    angle. A uniform number has 23 bits, so the noise never exceeds 5.8 in absolute value.
     """
     pairs = (size + 1) // 2
     radius_BC, angle_BC = (
@@ -64,7 +65,7 @@ def _uniform(keys_B: Tensor, position_B: Tensor, count: int) -> Tensor:
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical right shift; torch shifts int64 arithmetically."""
+    """Logical right shift, because the right shift of torch for int64 is arithmetic."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 

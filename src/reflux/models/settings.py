@@ -1,4 +1,4 @@
-"""Settings that learners hand down to their models: adapters, a merge, an average."""
+"""Settings that learners pass to their models: adapters, a merge, an average."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "ad
 
 @dataclass(frozen=True, config=STRICT)
 class Average:
-    """An exponential average of the trained weights: mean = decay * mean + (1 - decay) * weights, every so
-    many optimiser steps.
+    """An exponential average of the trained weights, updated every `every` optimiser steps: mean = decay *
+    mean + (1 - decay) * weights.
 
-    It is what is evaluated and exported; attempts are sampled with the weights themselves.
+    The average is evaluated and exported. Attempts are sampled with the weights themselves.
     """
 
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.9
@@ -41,8 +41,8 @@ class Average:
 
 @dataclass(frozen=True, config=STRICT)
 class FlowLora:
-    """Low-rank adapters by peft (arXiv 2106.09685) on the transformer. targets: ends of module names; all
-    attention layers.
+    """Low-rank adapters by peft (arXiv 2106.09685) on the transformer. targets: ends of module names; the
+    default is all attention layers.
     """
 
     rank: Annotated[int, Field(ge=1)] = 32
@@ -52,11 +52,11 @@ class FlowLora:
 
 @dataclass(frozen=True, config=STRICT)
 class Merge:
-    """A start at the mean of the teachers: models of the student's shape, or adapters on it.
+    """Start from the mean of the teachers, which are models of the student's shape or adapters on it.
 
-    by weights: the mean of the full weights; of adapters the mean of their products B A, exact, as one
-    adapter of the sum of their ranks. by factors: the mean of A and the mean of B apart, as the released code
-    does, which is not the mean of the products.
+    by "weights": the mean of the full weights. For adapters it is the exact mean of their products B A, as
+    one adapter whose rank is the sum of their ranks. by "factors": the mean of A and the mean of B
+    separately, as in the released code. This is not the mean of the products.
     """
 
     models: tuple[str, ...]
@@ -65,5 +65,6 @@ class Merge:
     def __post_init__(self) -> None:
         if len(self.models) < 2:
             raise ValueError(
-                "models: a merge takes two or more; to start from one, give it as learner.model or as adapter"
+                "models: a merge needs two or more models; to start from one, give it as learner.model or as "
+                "adapter"
             )

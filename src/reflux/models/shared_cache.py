@@ -1,5 +1,5 @@
-"""Things of which one is enough in a run: text encoders that several models share, a frozen base under
-several adapters.
+"""A cache of objects that a run needs only once: text encoders that several models share, or a frozen base
+under several adapters.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ Thing = TypeVar("Thing")
 
 
 class SharedCache:
-    """`once(key, make)`: what `make()` gave the first time that this key was asked for. It is kept as long as
-    this object.
+    """`shared(key, make)` returns what `make()` returned at the first call with this key. The objects are
+    kept as long as this cache.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A model as its files describe it: config.json and the safetensors headers, no weight read."""
+"""The size of a model, from its config.json and its safetensors headers. No weights are read."""
 
 from __future__ import annotations
 
@@ -12,37 +12,39 @@ from reflux.models.text import local_folder
 
 # folders of a Stable Diffusion 3 model that are never trained
 _BESIDE = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae")
-# a diffusers transformer's table of sines: stored and held, but no parameter
+# the table of sines of a diffusers transformer: it is stored and loaded, but is not a parameter
 _PLACES = "pos_embed.pos_embed"
-# of its two CLIP encoders, and of T5
+# prompt tokens of the two CLIP encoders of Stable Diffusion 3, and of T5
 _SD3_PROMPT_TOKENS = 77 + 256
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model as its files describe it. parameters is None where they cannot be read (a hub model that is not
-    here yet).
+    """The size of a model, from its files. parameters is None where the files cannot be read (a hub model
+    that is not in the local cache).
     """
 
     name: str
     architecture: str
-    # of what is trained
+    # number of trainable parameters
     parameters: int | None = None
-    # of those
+    # bytes of these parameters on disk
     stored_bytes: int | None = None
+    # largest number of tokens in a context
     context_tokens: int | None = None
     # multiply-accumulates of one position, without guidance
     macs: int | None = None
-    # of a flow model's image
+    # number of patches of a flow model's image
     patches: int | None = None
-    # text encoders and decoder, of which a run holds one copy
+    # bytes of the text encoders and the decoder, of which a run holds one copy
     beside_bytes: int = 0
 
 
 def size_of(model: str, path: str, pixels: int = 0) -> Size:
-    """From config.json and the safetensors headers. A hub model that is not in the cache has no sizes yet.
+    """The size from config.json and the safetensors headers. For a hub model that is not in the cache the
+    numbers are None.
 
-    pixels: a side of a flow model's images; 0 is the size it was made for.
+    pixels: the side of a flow model's images; 0 is the size that the model was made for.
     """
     folder = local_folder(model, path)
     if folder is None:
@@ -64,7 +66,9 @@ def size_of(model: str, path: str, pixels: int = 0) -> Size:
 
 
 def _flow_size(model: str, folder: Path, pixels: int) -> Size:
-    """A diffusers folder. One position is one velocity: the transformer reads every patch and prompt token."""
+    """The size of a model in a diffusers folder. One position is one velocity, for which the transformer
+    reads every patch and every prompt token.
+    """
     transformer = _headers(folder / "transformer")
     if not (folder / "transformer" / "config.json").is_file() or transformer is None:
         return Size(model, "only partly here, not read yet")
@@ -89,15 +93,15 @@ def _flow_size(model: str, folder: Path, pixels: int) -> Size:
 
 
 def _source(folder: Path) -> Path | None:
-    """Where a model's text encoders and decoder are: beside it, or in the model that an earlier run began
-    with.
+    """The folder of a model's text encoders and decoder: the model's folder, or the folder of the model
+    that an earlier run started from. None where that one is not in the local cache.
     """
     named = json.loads((folder / "model_index.json").read_text()).get("_encoders")
     return local_folder(named, "model_index.json") if named else folder
 
 
 def _decoder_factor(source: Path | None) -> int | None:
-    """Pixels a side of one latent value; None where the decoder is not here."""
+    """Pixels per side of one latent value; None where the decoder's config is not on this machine."""
     file = source and source / "vae" / "config.json"
     return (
         2 ** (len(json.loads(file.read_text())["block_out_channels"]) - 1)
@@ -107,8 +111,8 @@ def _decoder_factor(source: Path | None) -> int | None:
 
 
 def _headers(folder: Path) -> tuple[int, int] | None:
-    """(parameters, bytes) over the safetensors files of a folder; of a second copy in another precision
-    (*.fp16*) none.
+    """(parameters, bytes) over the safetensors files of a folder, without a second copy in another
+    precision (*.fp16*). None where there are no parameters.
     """
     parameters = size = 0
     for file in sorted(folder.glob("*.safetensors")):
@@ -121,7 +125,9 @@ def _headers(folder: Path) -> tuple[int, int] | None:
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """The tensor table of a safetensors file: 8 bytes of length, then JSON."""
+    """The tensor table of a safetensors file, which starts with 8 bytes for the length of the table, then
+    the table as JSON.
+    """
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         table = json.loads(handle.read(length))

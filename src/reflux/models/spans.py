@@ -1,4 +1,4 @@
-"""The characters of a decoded text that each of its tokens wrote. Needs no torch."""
+"""Finds the characters of a decoded text that each of its tokens wrote. It does not need torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 
 class CharacterSpans:
-    """Which characters of a decoded text each of its tokens wrote. Remembers what single tokens decode to, so
-    keep one for a tokenizer.
+    """Finds which characters of a decoded text each of its tokens wrote. It caches the texts of single
+    tokens, so use one object per tokenizer.
     """
 
     def __init__(self, tokenizer: Any):
@@ -18,18 +18,19 @@ class CharacterSpans:
         self.alone: dict[int, str] = {}
 
     def __call__(self, ids: Sequence[int], text: str | None = None) -> np.ndarray:
-        """int64 [T, 2]: characters [start, end) of `text` that each token wrote; text is what `ids` decode to
-        without special tokens.
+        """int64 [T, 2]: characters [start, end) of `text` that each token wrote. text is the decoded text
+        of `ids` without special tokens.
 
-        The spans rise and cover the text. A token that wrote nothing (special tokens) has start = end. Tokens
-        whose text only a later one settles, such as the bytes of one character, all have the span of the
-        whole; bytes that never become a character have the replacement character that stands for them in the
-        text, the first of them where one stands for several. Empty ids: shape [0, 2].
+        The spans are in rising order and cover the text. A token that wrote nothing (special tokens) has
+        start = end. Where only a later token completes the text of some tokens, such as the bytes of one
+        character, all of these tokens have the span of the whole. Bytes that never complete a character
+        have the span of the replacement character that stands for them in the text; where several
+        replacement characters stand for them, the span of the first. Empty ids give shape [0, 2].
         """
         text = self.decode(ids) if text is None else text
         pieces = [self.alone[i] if i in self.alone else self._remember(i) for i in ids]
         if "".join(pieces) == text:
-            # nothing depends on its neighbours, as in byte-level tokens that are whole characters
+            # No token's text depends on its neighbours, as with byte-level tokens that are whole characters.
             ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
             return (
                 np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
@@ -39,8 +40,8 @@ class CharacterSpans:
         return np.asarray(self._settled(list(ids), text), dtype=np.int64).reshape(-1, 2)
 
     def of_turns(self, turns: Sequence[tuple[Sequence[int], str, int]]) -> np.ndarray:
-        """Those of several turns (ids, text, how many heard ids follow) in their texts one line apart. Heard
-        ids wrote nothing.
+        """The spans of several turns (ids, text, number of unsampled ids that follow), in their texts
+        joined by newlines. Unsampled ids wrote nothing.
         """
         offset, parts = 0, [np.zeros((0, 2), dtype=np.int64)]
         for ids, text, unsampled in turns:
@@ -59,15 +60,15 @@ class CharacterSpans:
         return self.alone[token]
 
     def _settled(self, ids: list[int], text: str, local: bool = True) -> list[tuple[int, int]]:
-        """The same by decoding token after token. A block of tokens is settled once what it adds is what the
-        text holds there.
+        """The same spans, by decoding token after token. A block of tokens is settled when the characters
+        that it adds are those of the text at that point.
 
-        Decoding starts one block back, for some decoders drop a space at the start or join words. Where that
-        does not lead on, what a token says depends on tokens far before it, and every decoding starts with
-        the first (`local` False).
+        Decoding starts one block earlier, because some decoders drop a space at the start or join words.
+        Where no block can be settled in this way, the text of a token depends on tokens far before it. Then
+        every decoding starts with the first token (`local` False).
         """
         spans: list[tuple[int, int]] = []
-        # known: what ids[anchor:len(spans)] decode to; done: characters that are settled
+        # known: the decoded text of ids[anchor:len(spans)]; done: number of settled characters
         anchor, known, done = 0, "", 0
         for stop in range(1, len(ids) + 1):
             if local and stop - len(spans) > _LONG_BLOCK:
@@ -80,12 +81,12 @@ class CharacterSpans:
             spans += [(done, end)] * (stop - settled)
             done = end
             if local and added.strip():
-                # a block of white space is no ground to start from
+                # Decoding must not start at a block of white space, which a decoder may drop.
                 anchor, known = settled, self.decode(ids[settled:stop])
             else:
                 known = whole
         return spans + [(done, len(text))] * (len(ids) - len(spans))
 
 
-# tokens; a character has at most four bytes
+# A block of more tokens is too long to be one character, which has at most four bytes.
 _LONG_BLOCK = 8

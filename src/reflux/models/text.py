@@ -1,7 +1,7 @@
-"""Hugging Face causal models as the library sees them: a trunk that gives hidden states, a head, a tokenizer.
+"""Hugging Face causal models: a trunk that gives hidden states, a head and a tokenizer.
 
-Only safetensors are loaded, and a repository's own code is not run unless the recipe says `trust_remote_code
-= true`.
+Only safetensors files are loaded. The code of a model repository is not run unless the recipe has
+`trust_remote_code = true`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ if TYPE_CHECKING:
     from reflux.kernels.head import Head
 
 ASSETS = Path(__file__).parents[1] / "assets"
-# of the largest logit: rounding in float32
+# tolerated difference as a share of the largest logit, for rounding in float32
 HEAD_SHARE = 1e-3
-# of transformers' models, and of diffusers' pipelines
+# index files of transformers models and of diffusers pipelines
 INDEXES = ("config.json", "model_index.json")
-# "reflux:student" is the embedded model of that name
+# prefix of the models in this package: "reflux:student" is the one named student
 SHIPPED = "reflux:"
 
 
 def locate(name: str, path: str = "model") -> str:
-    """A folder, an earlier run directory, a shipped model, or else a hub id, as `from_pretrained` wants it.
+    """The argument of `from_pretrained` for a folder, an earlier run directory, a shipped model or else a
+    hub id.
 
-    Raises ModelError for something that looks like a folder and is none, before the hub is asked.
+    ModelError for a name that looks like a folder but is not one, before the hub is contacted.
     """
     if name.startswith(SHIPPED):
         folder = ASSETS / name.removeprefix(SHIPPED)
@@ -43,14 +44,14 @@ def locate(name: str, path: str = "model") -> str:
                     for entry in ASSETS.glob(f"*/{index}")
                 )
             )
-            raise ModelError(f"{path}: no shipped model '{name}'. Shipped: {shipped}")
+            raise ModelError(f"{path}: there is no shipped model '{name}'. Shipped models: {shipped}")
         return str(folder)
     folder = Path(name).expanduser()
     for candidate in (folder / "student", folder):
         if any((candidate / index).is_file() for index in INDEXES):
             return str(candidate)
     if folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        why = f"holds no {' and no '.join(INDEXES)}" if folder.is_dir() else "does not exist"
+        why = f"has no {' and no '.join(INDEXES)}" if folder.is_dir() else "does not exist"
         raise ModelError(
             f"{path}: the folder {name} {why}. Give a folder in Hugging Face format, a run directory, or a "
             "hub id such as Qwen/Qwen3-0.6B."
@@ -69,8 +70,8 @@ def load_tokenizer(name: str, path: str = "model", trust_remote_code: bool = Fal
 
 
 def local_folder(name: str, path: str = "model") -> Path | None:
-    """Where a model's files are on this machine, the hub's cache included; None where they are not. Nothing
-    is downloaded.
+    """The folder of a model's files on this machine, the hub's cache included; None where there is none.
+    Nothing is downloaded.
     """
     where = Path(locate(name, path))
     if any((where / index).is_file() for index in INDEXES):
@@ -83,8 +84,8 @@ def local_folder(name: str, path: str = "model") -> Path | None:
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model. `trunk` maps ids to hidden states; `head` maps those to logits over the real
-    vocabulary.
+    """A loaded model. `trunk` maps ids to hidden states, and `head` maps these to logits over the real
+    vocabulary (without padding rows).
     """
 
     # the transformers model (or its peft wrapper)
@@ -95,9 +96,9 @@ class Model:
     vocabulary: int
     end_ids: tuple[int, ...]
     context_tokens: int
-    # the type its files are in; exports go back to it
+    # the dtype of its files; exports use it
     stored_dtype: torch.dtype | None = None
-    # scaled-dot-product attention over everything before, in every layer
+    # True where every layer has scaled-dot-product attention over all earlier positions
     plain_attention: bool = False
 
     @property
@@ -148,16 +149,16 @@ def load_model(
     gap, bound = head_gap(model)
     if not gap <= bound:
         raise ModelError(
-            f"{path}: {name} does something between its last hidden states and its logits that the library "
-            "does not know: they differ by "
-            f"{gap:.3g}. Use a model of another architecture, or tell us its name."
+            f"{path}: {name} computes its logits from the last hidden states in a way that this library "
+            "does not support: the logits differ by "
+            f"{gap:.3g}. Use a model of another architecture, or report its name to us."
         )
     return model
 
 
 def head_gap(model: Model) -> tuple[float, float]:
-    """How far the library's own way from hidden states to logits lies from the model's on a few tokens, and
-    how far rounding may go.
+    """The largest difference between the library's logits and the model's on a few tokens, and the largest
+    difference that rounding explains.
     """
     import torch
 
@@ -165,20 +166,20 @@ def head_gap(model: Model) -> tuple[float, float]:
     with torch.no_grad():
         ours = model.head.logits(model.trunk(input_ids=ids, use_cache=False).last_hidden_state)
         theirs = model.net(input_ids=ids, use_cache=False).logits[..., : model.vocabulary].to(ours.device)
-    # two products of one sum may round differently, by units of the last place
+    # The two computations may round differently, by some units in the last place.
     share = max(HEAD_SHARE, 8 * torch.finfo(theirs.dtype).eps)
     return float((ours - theirs).abs().max()), share * max(1.0, float(theirs.abs().max()))
 
 
 def as_model(net: Any, tokenizer: Any, stored_dtype: torch.dtype | None = None) -> Model:
-    """The library's view of a transformers model already in memory."""
+    """A `Model` from a transformers model that is already in memory."""
     from reflux.kernels.head import Head
 
     vocabulary = vocabulary_size(tokenizer)
     if net.config.get_text_config().vocab_size < vocabulary:
         rows = net.config.get_text_config().vocab_size
         raise ModelError(
-            f"the tokenizer has {vocabulary} tokens but the model only {rows} output rows: they do not "
+            f"the tokenizer has {vocabulary} tokens but the model has only {rows} output rows: they do not "
             "belong together"
         )
     return Model(
@@ -205,7 +206,7 @@ def _plain_attention(net: Any) -> bool:
 
 
 def prepare_torch(threads: int, deterministic: bool) -> None:
-    """Process-wide settings a run asks for. threads 0: as torch finds."""
+    """Apply the process-wide settings of a run. threads 0 keeps the default of torch."""
     import torch
 
     if threads:
@@ -215,8 +216,8 @@ def prepare_torch(threads: int, deterministic: bool) -> None:
 
 
 def share_cores(parties: int) -> None:
-    """In a thread of its own: take an equal share of the cores, so that what overlaps does not queue for
-    them.
+    """Limit torch in the calling thread to an equal share of the cores, so that parties that run at the
+    same time do not wait for each other's cores.
     """
     import torch
 
@@ -228,7 +229,7 @@ def pick_device(device: str) -> str:
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(
-            f'device = "{device}", but this torch finds no GPU. Leave device out, or install a torch built '
+            f'device = "{device}", but torch finds no GPU. Leave device out, or install a torch built '
             "for CUDA."
         )
     if device != "auto":
@@ -237,7 +238,7 @@ def pick_device(device: str) -> str:
 
 
 def parameter_count(net: Any) -> int:
-    """Parameters, tied ones once."""
+    """Number of parameters; tied parameters count once."""
     return sum(parameter.numel() for parameter in {id(p): p for p in net.parameters()}.values())
 
 
@@ -245,9 +246,9 @@ def _not_loaded(path: str, what: str, name: str, error: Exception) -> str:
     where = (
         ""
         if Path(name).exists() or name.startswith(SHIPPED)
-        else "there is no such folder here, and not on the hub either: "
+        else "there is no such folder here, and no such model on the hub: "
     )
-    return f"{path}: no {what} for {name}: {where}{first_line(error)}"
+    return f"{path}: the {what} of {name} cannot be loaded: {where}{first_line(error)}"
 
 
 def first_line(error: Exception) -> str:

@@ -1,4 +1,7 @@
-"""Messages -> token ids, which ids end a turn, and whether two models share one token map. Needs no torch."""
+"""Turns messages into token ids, finds the ids that end a turn, and compares the token maps of two models.
+
+It does not need torch.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,20 @@ class Renderer:
     """A tokenizer with its chat template. Without a template the messages' texts are joined by newlines,
     after the begin token.
 
-    system: put before the conversation where it has no system message. template: extra arguments of the chat
-    template (for example {"enable_thinking": False}). suffix: the text that ends every prompt, after what the
-    template writes to open the student's turn, such as "<think>\n" for a base student whose teacher thinks;
-    it belongs to the prompt, and the student begins after it. Where the template itself ends with it (white
-    space at the end aside), nothing is added.
+    system: put before the conversation where it has no system message. template: extra arguments of the
+    chat template (for example {"enable_thinking": False}). suffix: the text that ends every prompt, after
+    the text with which the template opens the student's turn. An example is "<think>\n" for a base student
+    whose teacher thinks. It belongs to the prompt, and the student begins after it. Where the template
+    itself ends with it (apart from white space at the end), nothing is added.
 
-    What messages say is data and never markup: where a content spells a control token (`control_tokens`), a
-    space breaks it, "<end>" is read as "< end>". Only the template, and `system` and `suffix`, which are the
-    recipe's own texts, give control tokens. All other contents stay as they are, character for character. A
-    space, because every tokenizer has one (a small vocabulary has no zero-width character: that would be its
-    unknown token, which is a special one), and in the text, because texts tokenised piece by piece have other
-    tokens at the borders, and templates trim and search what they are given. Role names are not contents:
-    whoever makes prompts chooses them.
+    The contents of messages are data and never markup. Where a content spells a control token
+    (`control_tokens`), a space breaks it: "<end>" becomes "< end>". Only the template, and `system` and
+    `suffix`, which are texts of the recipe, give control tokens. All other contents stay unchanged,
+    character for character. A space is used because every tokenizer has one; a small vocabulary has no
+    zero-width character, which would become its unknown token, a special token. The space is put into the
+    text because texts that are tokenised piece by piece have other tokens at the borders, and because
+    templates trim and search their inputs. Role names are not contents: the code that makes prompts chooses
+    them.
     """
 
     def __init__(
@@ -45,18 +49,18 @@ class Renderer:
         self.template = dict(template or {})
 
     def text(self, messages: Sequence[Message], begin_turn: bool = True) -> str:
-        """The prompt as text, control tokens in the contents broken; `begin_turn` opens the assistant's turn,
-        the suffix included.
+        """The prompt as text, with control tokens in the contents broken. `begin_turn` opens the
+        assistant's turn, including the suffix.
         """
         framed = self._framed([self._message(message) for message in messages], begin_turn)
         return framed + self._ending if begin_turn else framed
 
     @functools.cached_property
     def _ending(self) -> str:
-        """The suffix; empty where the template writes it. A template is asked, never a prompt: what a user
-        says opens nothing.
+        """The suffix; empty where the template writes it. This is tested on a fixed message and not on a
+        prompt, so the text of a user has no influence.
 
-        ModelError for a suffix that the tokenizer has no token for.
+        ModelError for a suffix that the tokenizer has no tokens for.
         """
         if not self.suffix:
             return ""
@@ -66,9 +70,8 @@ class Renderer:
             and unknown in self.tokenizer(self.suffix, add_special_tokens=False)["input_ids"]
         ):
             raise ModelError(
-                f"prompt_suffix = {self.suffix!r} holds what the tokenizer has no token for. Choose a text "
-                "that the student can read, or "
-                f"leave prompt_suffix out."
+                f"prompt_suffix = {self.suffix!r} has characters without a token in the tokenizer. "
+                "Choose a text that the student can read, or leave prompt_suffix out."
             )
         if self.tokenizer.chat_template is None:
             return self.suffix
@@ -83,8 +86,8 @@ class Renderer:
         return {key: value if key == "role" else self._plain(value) for key, value in message.items()}
 
     def _plain(self, value: Any) -> Any:
-        """Control tokens broken in every text that `value` holds: names, ids and arguments of tool calls are
-        data as contents are.
+        """`value` with control tokens broken in every text in it. Names, ids and arguments of tool calls
+        are data in the same way as contents.
         """
         if isinstance(value, str):
             return self.data(value)
@@ -94,10 +97,10 @@ class Renderer:
 
     def data(self, content: str, but: Collection[str] = ()) -> str:
         """`content` with a space after the first character of every control token in it, except those in
-        `but`; one character: a space.
+        `but`. A control token of one character is replaced by a space.
         """
         broken = self._control.sub(lambda found: found[0] if found[0] in but else _broken(found[0]), content)
-        # again, for tokens may overlap; each round leaves fewer
+        # Repeat, because tokens may overlap. Each round leaves fewer control tokens.
         return content if broken == content else self.data(broken, but)
 
     @functools.cached_property
@@ -105,7 +108,9 @@ class Renderer:
         return re.compile("|".join(map(re.escape, control_tokens(self.tokenizer, self._frames()))) or r"(?!)")
 
     def _frames(self) -> str:
-        """What the template writes around turns, and around tool calls and their answers where it knows them."""
+        """The texts that the template writes around turns, and around tool calls and their results where it
+        supports them.
+        """
         if self.tokenizer.chat_template is None:
             return ""
         frames = self._framed(
@@ -123,7 +128,7 @@ class Renderer:
         if self.tokenizer.chat_template is None:
             if any(message.get("tool_calls") for message in messages):
                 raise ModelError(
-                    "the model has no chat template, so tool calls cannot be shown to it: write them into "
+                    "the model has no chat template, so tool calls cannot be shown to it. Write them into "
                     "the content"
                 )
             return "\n".join(message["content"] for message in messages)
@@ -132,27 +137,28 @@ class Renderer:
         )
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids that end where the student's first token begins. A prompt without any token is refused."""
+        """The token ids of the prompt, up to where the student's first token begins. ModelError for a
+        prompt without any token.
+        """
         templated = self.tokenizer.chat_template is not None
         ids = self.tokenizer(self.text(messages), add_special_tokens=not templated)["input_ids"]
         begin = self.tokenizer.bos_token_id
         if not templated and begin is not None and (not ids or ids[0] != begin):
             ids = [begin, *ids]
         if not ids:
-            raise ModelError(
-                "a prompt renders to no token at all: it is empty and the tokenizer has no begin token"
-            )
+            raise ModelError("a prompt has no tokens: it is empty and the tokenizer has no begin token")
         return ids
 
     def answer_ids(self, messages: Sequence[Message], answer: str, ends: Sequence[int]) -> list[int]:
-        """The ids of a given answer as the student would have written it, up to and with its end token.
+        """The ids of a given answer as the student would have written it, up to and including its end
+        token.
 
-        An answer that begins with the suffix is written from behind it, since the prompt ends with it. An end
-        token that the answer spells ends it; any other control token in it is data, as everywhere.
+        Where the answer begins with the suffix, the suffix is left out, because the prompt ends with it. An
+        end token that the answer spells ends it. Any other control token in it is data, as in all contents.
         """
         written = answer.removeprefix(self.suffix)
         answer = self.data(written, but=self.tokenizer.convert_ids_to_tokens(list(ends)))
-        # only what comes after it is used
+        # Only the part of `whole` after `start` is used.
         start = self._framed(messages, True)
         whole = self._framed([*messages, {"role": "assistant", "content": answer}], False)
         rest = (
@@ -167,39 +173,38 @@ class Renderer:
     def reply_ids(
         self, before: Sequence[Message], replies: Sequence[Message], closed: bool = True
     ) -> list[int]:
-        """The ids that follow an ended assistant turn: what tools or users say, and the opening of the next
-        turn.
+        """The ids that follow an ended assistant turn: the messages of tools or users, and the opening of
+        the next turn.
 
-        `before` ends with the assistant's turn. closed: its tokens hold the end token; otherwise (a stop text
-        ended it) the ids begin with what the template writes there. Refused where the template rewrites
-        earlier turns (the text would not continue).
+        `before` ends with the assistant's turn. closed: True if its tokens include the end token. Otherwise
+        a stop text ended it, and the ids begin with the text that the template writes there. ModelError
+        where the template rewrites earlier turns, because the ids would then not continue them.
         """
         start, whole = self.text(before, begin_turn=False), self.text([*before, *replies])
         if not whole.startswith(start.rstrip()):
             raise ModelError(
-                "the chat template rewrites earlier turns once a reply is added, so a reply cannot be "
-                "appended to the tokens "
-                "that were sampled. Choose template arguments that keep them (for example thinking kept in "
-                "the history)."
+                "the chat template rewrites earlier turns when a reply is added, so a reply cannot be "
+                "appended to the sampled tokens. Choose template arguments that keep earlier turns "
+                "unchanged (for example thinking kept in the history)."
             )
-        # Trailing white space after the end token belongs to what follows: the student stopped at the end
-        # token itself.
+        # White space after the end token belongs to the following ids, because the student stopped at the
+        # end token itself.
         rest = whole[len(start.rstrip()) :]
         return self.tokenizer(rest if closed else self._closing + rest, add_special_tokens=False)["input_ids"]
 
     @functools.cached_property
     def _closing(self) -> str:
-        """What the template writes after an assistant's text; white space at its end belongs to what follows."""
+        """The text that the template writes after an assistant's text, without white space at its end."""
         return self._framed(_ENDED, False).partition(_MARKER)[2].rstrip()
 
 
 def control_tokens(tokenizer: Any, frame: str) -> tuple[str, ...]:
     """The texts that a tokenizer reads as control tokens, longest first, without white space around them.
 
-    Those are its special tokens, and the added tokens in `frame`, what a chat template writes around turns:
-    some tokenizers do not declare their "<|User|>" special. Not the added tokens that are words, single
-    characters, white space or tags such as <think> and <tool_call>: models write those themselves, and
-    templates look for them.
+    They are its special tokens, and the added tokens in `frame`, the texts that a chat template writes
+    around turns, because some tokenizers do not declare their "<|User|>" special. Added tokens that are
+    words, single characters, white space or tags such as <think> and <tool_call> are not among them: models
+    write these themselves, and templates search for them.
     """
     added = tokenizer.added_tokens_decoder.values()
     declared = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
@@ -227,8 +232,8 @@ _CALLED: list[Message] = [
 
 
 def end_ids(tokenizer: Any, generation: Any = None) -> tuple[int, ...]:
-    """Every id that ends a turn: from the tokenizer, the generation config, and the chat template's own end
-    of turn.
+    """Every id that ends a turn, from the tokenizer, the generation config and the chat template's end of
+    turn.
     """
     found: set[int] = set()
     declared = getattr(generation, "eos_token_id", None)
@@ -239,7 +244,7 @@ def end_ids(tokenizer: Any, generation: Any = None) -> tuple[int, ...]:
         found.update(_template_end(tokenizer))
     if not found:
         raise ModelError(
-            "the model names no end-of-text token, in its tokenizer or its generation config: answers would "
+            "the model has no end-of-text token, in its tokenizer or its generation config: answers would "
             "never end"
         )
     return tuple(sorted(found))
@@ -253,24 +258,27 @@ def _template_end(tokenizer: Any) -> list[int]:
 
 
 def special_ids(tokenizer: Any, ends: Collection[int]) -> frozenset[int]:
-    """The ids that the tokenizer declares special, which decoding leaves out of a text, without `ends`, the
-    ids that end a turn.
+    """The ids that the tokenizer declares special, except `ends`, the ids that end a turn. Decoding leaves
+    them out of a text.
 
-    Added tokens that are not declared special, such as <think> of some families, are text and not among them.
+    Added tokens that are not declared special, such as <think> in some families, are text and not among
+    them.
     """
     declared = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset((declared | set(tokenizer.all_special_ids)) - set(ends))
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """Real tokens: the largest id + 1. Output rows beyond it are padding and never a token."""
+    """The number of real tokens: the largest id + 1. Output rows beyond it are padding and never a token."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def check_same_tokens(student: Any, teacher: Any, name: str) -> None:
-    """Refuse a teacher whose token map differs from the student's, with the first ids that differ.
+    """Raise ModelError where the teacher's token map differs from the student's, with the first ids that
+    differ.
 
-    The maps are compared, not their sizes: models of one family can differ in a handful of added tokens.
+    The maps are compared, and not only their sizes, because models of one family can differ in a few added
+    tokens.
     """
     ours = {index: token for token, index in student.get_vocab().items()}
     theirs = {index: token for token, index in teacher.get_vocab().items()}
@@ -280,6 +288,6 @@ def check_same_tokens(student: Any, teacher: Any, name: str) -> None:
     shown = "; ".join(f"id {i}: student {ours.get(i)!r}, teacher {theirs.get(i)!r}" for i in differing[:3])
     raise ModelError(
         f"teachers.{name}: its token map differs from the student's in {len(differing)} ids ({shown}). "
-        "Distilling by token needs one map: "
-        f"choose a teacher of the student's family, or train on the teacher's written answers (recipe sft)."
+        "Token-level distillation needs equal maps. "
+        f"Choose a teacher of the student's family, or train on the teacher's written answers (recipe sft)."
     )

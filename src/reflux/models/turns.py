@@ -1,4 +1,4 @@
-"""Token ids in, token ids and log-probs out: all that a text generator knows."""
+"""The interface of a text generator: token ids in, token ids and log-probs out."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from reflux.config.step_context import SamplingParams
 class TurnRequest:
     """One assistant turn to be generated."""
 
-    # all tokens before it
+    # all tokens before the turn
     ids: list[int]
     max_tokens: int
-    # what the turn's draws depend on, besides the position
+    # the key of the turn's random numbers, which depend on it and on the position
     rng_key: int
-    # temperature, top-p, stop texts; those of one call are alike
+    # temperature, top-p, stop texts; equal for all requests of one call
     draw: SamplingParams
-    # so many of the student's likeliest tokens are recorded at each position
+    # number of the student's most likely tokens that are recorded at each position
     top_k: int = 0
 
 
 @dataclass(slots=True)
 class Turn:
-    """One assistant turn as it was sampled: one token or more. The end token, where there is one, is the last
-    of `tokens`.
+    """One sampled assistant turn, of one token or more. The end token, where there is one, is the last of
+    `tokens`.
     """
 
     tokens: list[int]
-    # under the distribution sampled from, nats
+    # log-probs under the distribution that was sampled from, nats
     logp_T: np.ndarray
-    # at temperature 1, nats
+    # log-probs at temperature 1, nats
     raw_T: np.ndarray
-    # ids and log-probs of the likeliest tokens
+    # ids and log-probs of the most likely tokens; None where `top_k` is 0
     behaviour_TK: tuple[np.ndarray, np.ndarray] | None
-    # int64: the policy version that each token was drawn from
+    # int64: the policy version that each token was sampled from
     version_T: np.ndarray
-    # stop: an end token or a stop text ended it
+    # "stop": an end token or a stop text ended the turn
     finish: Literal["stop", "length"]
 
 
 class Generator(Protocol):
-    """A model that continues tokens. It knows nothing of tasks, and returns the turns in the order of the
+    """A model that continues tokens. It does not know tasks. It returns the turns in the order of the
     requests.
     """
 

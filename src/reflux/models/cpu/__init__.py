@@ -1,1 +1,1 @@
-"""Faster modules of text models on a CPU."""
+"""Faster modules for text models on a CPU."""

@@ -1,9 +1,9 @@
-"""One new token a row through a decoder of the Llama family on the CPU, float32: the layers' arithmetic and
-nothing around it.
+"""Computes one new token per row with a decoder of the Llama family on the CPU, in float32, with only the
+arithmetic of the layers.
 
-A small model's decode step is mostly the calls around its products, and transformers repeats the keys of
-grouped heads at every step. Here keys lie transposed and grouped heads share them. Same mathematics, another
-order of summation.
+In a decode step of a small model, most of the time goes to the calls around the matrix products. In
+addition, transformers repeats the keys of grouped heads at every step. Here the keys are stored transposed
+and grouped heads share them. The mathematics is the same; the order of summation is different.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from torch.nn import functional as F
 from reflux.models.text import Model
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-# queries and keys have norms of their own
+# families whose queries and keys have their own norms
 _NORMED = ("qwen3",)
-# angles that do not depend on how long the text is
+# rope types whose angles do not depend on the length of the text
 _STEADY_ROPE = ("default", "linear", "llama3", "yarn")
-# of the largest hidden state: how far this step and the model's own may lie apart
+# largest difference between this step and the model's own step, as a share of the largest hidden state
 _CLOSE = 1e-4
 
 
 @dataclass
 class Memory:
-    """What the rows have read: one buffer a layer, all with the same room."""
+    """The keys and values of all rows: one buffer per layer, all of the same length."""
 
     keys_BKDL: list[Tensor]
     values_BKLD: list[Tensor]
     # -inf on left padding, else 0
     bias_BKL: Tensor
-    # cosines and signed sines by place
+    # cosines and signed sines by position
     angles_PD: tuple[Tensor, Tensor]
-    # positions in use
+    # number of positions in use
     written: int
 
     def keep(self, rows: Tensor) -> None:
-        """Drop the other rows, a layer at a time: the peak is one layer's copy."""
+        """Drop the other rows, one layer at a time, so that the peak memory is one layer's copy."""
         for buffers in (self.keys_BKDL, self.values_BKLD):
             for number, buffer in enumerate(buffers):
                 buffers[number] = buffer[rows]
@@ -48,10 +48,10 @@ class Memory:
 
 
 class CpuDecoder:
-    """`begin` takes over from the cache that read the prompts; `step` gives the hidden states of one more
-    token a row.
+    """`begin` takes over the cache that read the prompts; `step` returns the hidden states of one more
+    token per row.
 
-    Weights are read where the model has them, so what is published counts from the next step.
+    Each step reads the weights from the model, so newly published weights are used from the next step on.
     """
 
     def __init__(self, trunk: Any):
@@ -60,8 +60,8 @@ class CpuDecoder:
         self.layers = [_Layer(layer, self.kv_heads, config.model_type in _NORMED) for layer in trunk.layers]
 
     def begin(self, cache: Any, mask_BP: Tensor, room: int) -> Memory:
-        """The memory of rows whose prompts are in `cache`, with space for `room` tokens more; the cache is
-        emptied on the way.
+        """The memory of rows whose prompts are in `cache`, with space for `room` more tokens. This empties
+        the cache.
         """
         width = mask_BP.shape[1]
         bias_BL = F.pad(torch.zeros(mask_BP.shape).masked_fill_(mask_BP == 0, -torch.inf), (0, room))
@@ -75,16 +75,16 @@ class CpuDecoder:
         return memory
 
     def _angles(self, places: int) -> tuple[Tensor, Tensor]:
-        """Of all places, so that a step only picks its own. rotate_half's sign goes to the sines: its halves
-        then merely swap.
+        """Cosines and sines of all positions, so that a step only selects its own. The sign of rotate_half
+        is moved into the sines, so that rotating only swaps the two halves.
         """
         cos_1PD, sin_1PD = self.trunk.rotary_emb(self.trunk.embed_tokens.weight, torch.arange(places)[None])
         half = sin_1PD.shape[-1] // 2
         return cos_1PD[0], torch.cat([-sin_1PD[0, :, :half], sin_1PD[0, :, half:]], -1)
 
     def step(self, memory: Memory, tokens_B: Tensor, place_B: Tensor) -> Tensor:
-        """h_BH after the final norm, of `tokens_B` at the places `place_B` of their own texts. One more
-        position of `memory` is in use.
+        """h_BH after the final norm, for `tokens_B` at the positions `place_B` in their own texts. It uses
+        one more position of `memory`.
         """
         h_BH = F.embedding(tokens_B, self.trunk.embed_tokens.weight)
         turn = (memory.angles_PD[0][place_B, None], memory.angles_PD[1][place_B, None])
@@ -98,8 +98,8 @@ class CpuDecoder:
 
 
 class _Layer:
-    """S counts (row, key-value head) pairs, G the query heads that share one, N all heads of queries and
-    keys.
+    """One layer. S counts (row, key-value head) pairs, G the query heads that share one key-value head, and
+    N all heads of queries and keys.
     """
 
     def __init__(self, layer: Any, kv_heads: int, normed: bool):
@@ -144,7 +144,9 @@ class _Layer:
         return _linear(out_SGD.view(rows, -1), self.attention.o_proj)
 
     def _heads(self, x_BH: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Queries and keys, normed where the family does so, and turned to their places in one go."""
+        """Queries and keys, normalised where the family does so, with the rotary embedding applied to both
+        at once.
+        """
         attention, rows, size = self.attention, len(x_BH), self.attention.head_dim
         queries, keys = (_linear(x_BH, m).view(rows, -1, size) for m in (attention.q_proj, attention.k_proj))
         if self.normed:
@@ -163,7 +165,9 @@ def _rms(x: Tensor, norm: Any) -> Tensor:
 
 
 def cpu_decoder(model: Model) -> CpuDecoder | None:
-    """The decoder for a model, or None where it is of another kind, or does not do what it is known to do."""
+    """The decoder for a model. None where the model is of another kind, or where a trial step differs from
+    the model's own step.
+    """
     if not model.plain_attention or not _known(model.trunk):
         return None
     decoder = CpuDecoder(model.trunk)
@@ -184,7 +188,7 @@ def _known(trunk: Any) -> bool:
 
 @torch.inference_mode()
 def _agrees(decoder: CpuDecoder) -> bool:
-    """One step after two tokens, against the model's own word, a padded row among them."""
+    """True if one step after two tokens agrees with the model's own output. One of the two rows is padded."""
     from transformers import DynamicCache
 
     trunk = decoder.trunk

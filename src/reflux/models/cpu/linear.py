@@ -1,6 +1,6 @@
-"""float32 linear layers on the CPU through oneDNN.
+"""float32 linear layers on the CPU with oneDNN.
 
-Forward and backward go through `products`, which says why.
+Forward and backward use `kernels.products`, whose docstring gives the reason.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from reflux.kernels import products
 
-# below, the call costs more than the multiplication
+# With fewer rows, the call takes longer than the multiplication.
 _FEW_ROWS = 512
 
 
 def speed_up(net: nn.Module) -> None:
-    """Route every plain float32 nn.Linear of a CPU model through oneDNN. Elsewhere nothing changes."""
+    """Let every plain float32 nn.Linear on the CPU use oneDNN. All other modules are unchanged."""
     for module in net.modules():
         if (
             type(module) is nn.Linear
@@ -31,13 +31,13 @@ def speed_up(net: nn.Module) -> None:
 
 
 def _forward(module: nn.Linear, input: Tensor) -> Tensor:
-    # read at each call: a parameter may be replaced
+    # The parameters are read at each call, because they may be replaced.
     return linear(input, module.weight, module.bias)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """input @ weight.T + bias, differentiable once; F.linear for few rows, and for anything but float32 on
-    the CPU.
+    """input @ weight.T + bias, differentiable once. It is F.linear for few rows, and for anything but
+    float32 on the CPU.
     """
     flat_NI = input.reshape(-1, input.shape[-1])
     float32 = weight.dtype == torch.float32 and input.dtype == torch.float32

@@ -1,9 +1,10 @@
-"""Root-mean-square norms on the CPU, float32, with a backward of their own.
+"""Root-mean-square norms on the CPU, in float32, with their own backward pass.
 
     y = w x r,   r = (mean(x^2) + eps)^-1/2,   dx = r (g w - n mean(g w n)),   dw = sum(g n),   n = x r
 
-torch's own formula is a dozen elementwise passes backward. Its layer norm has a fused one, which for a mean
-of zero gives dx less r mean(g w): one product with the weight puts that back.
+In torch, the backward pass of this formula takes a dozen elementwise passes. The layer norm of torch has a
+fused backward pass, which for a mean of zero gives dx - r mean(g w). One product with the weight adds the
+missing term.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# how far a trial may be off: rounding
+# tolerance of the trial, for rounding
 _CLOSE = 1e-5
 
 
 def fuse_norms(net: Any) -> None:
-    """Replace the forward of every float32 norm on the CPU whose class computes this very formula, as a trial
-    shows.
+    """Replace the forward of every float32 norm on the CPU whose class computes this formula. A trial run
+    tests each class.
     """
     verdicts: dict[type, bool] = {}
     module: Any
@@ -40,8 +41,8 @@ def fuse_norms(net: Any) -> None:
 
 @torch.no_grad()
 def _on_trial(module: Any) -> bool:
-    """Does a copy with random weights give what `rms_norm` gives? Random numbers of its own: a model's
-    loading must not move anyone else's.
+    """True if a copy with random weights gives the same result as `rms_norm`. The trial has its own random
+    generator, because loading a model must not change the global random state.
     """
     copy, rng = deepcopy(module), torch.Generator().manual_seed(0)
     copy.weight.normal_(generator=rng)
@@ -50,7 +51,7 @@ def _on_trial(module: Any) -> bool:
 
 
 def _forward(module: Any, hidden_states: Tensor) -> Tensor:
-    # read at each call: a parameter may be replaced
+    # The parameters are read at each call, because they may be replaced.
     return rms_norm(hidden_states, module.weight, module.variance_epsilon)
 
 
