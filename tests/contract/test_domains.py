@@ -566,18 +566,18 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "a merge with texts": (
         "flow",
         {"learner.merge.models": ["reflux:student", "reflux:glyph_digits"]},
-        r"learner\.merge\.models\[0\]: reflux:student is no flow model: its folder has no "
+        r"learner\.merge\.models\[0\]: reflux:student is not a flow model: its folder has no "
         r"model_index\.json\. .* kind = \"hf\"",
     ),
     "a flow of texts": (
         "flow",
         {"learner.model": "reflux:student"},
-        r"learner\.model: reflux:student is no flow model",
+        r"learner\.model: reflux:student is not a flow model",
     ),
     "a flow teacher of texts": (
         "flow",
         {"teachers.anchor.model": "reflux:teacher"},
-        r"teachers\.anchor\.model: reflux:teacher is no flow model: .* kind = \"local\"",
+        r"teachers\.anchor\.model: reflux:teacher is not a flow model: .* kind = \"local\"",
     ),
     "texts of a flow": (
         "opd",
@@ -629,7 +629,7 @@ def test_adapters_that_are_there_or_on_the_hub_are_let_through(tmp_path: Path) -
     )
     checks.models(load_recipe("flow", {"base": "sd3"}))
     (tmp_path / "peft" / "adapter_config.json").unlink()
-    with pytest.raises(ModelError, match=r"learner\.adapter: .* holds a part of an adapter"):
+    with pytest.raises(ModelError, match=r"learner\.adapter: .* has only a part of an adapter"):
         checks.models(load_recipe("flow", {"learner.merge": "none", "learner.adapter": here}))
 
 

@@ -449,8 +449,8 @@ def test_an_adapter_that_changes_nothing_is_refused(student: str, tmp_path: Path
     """All B are 0, as peft begins. One B that is not is enough."""
     base = tiny_flow.model(1)
     silent = save_adapter(tmp_path / "silent", base, 3, size=0.0)
-    assert "with the adapter in" in (message := refused(student, Flow(student, adapter=silent)))
-    assert "says exactly what it says without it" in message
+    assert "the adapter in" in (message := refused(student, Flow(student, adapter=silent)))
+    assert "does not change the velocities of the model" in message
     file = Path(silent) / PEFT
     tensors = load_file(file)
     key = next(key for key in tensors if "lora_B" in key)
@@ -472,7 +472,7 @@ def test_an_adapter_that_was_refused_is_refused_again(student: str, tmp_path: Pa
     silent = save_adapter(tmp_path / "silent", tiny_flow.model(1), 3, size=0.0)
     run = a_run(student)
     for _ in range(2):
-        with pytest.raises(ModelError, match="says exactly what it says without it"):
+        with pytest.raises(ModelError, match="does not change the velocities of the model"):
             opened(run, tutor=Flow(student, adapter=silent))
 
 
@@ -484,7 +484,7 @@ def test_an_adapter_that_changes_nothing_is_noticed_beside_one_that_speaks(
     run = a_run(student)
     speaking = opened(run, one=Flow(student, adapter=one))["one"]
     expected = score(speaking, some())
-    with pytest.raises(ModelError, match="says exactly what it says without it"):
+    with pytest.raises(ModelError, match="does not change the velocities of the model"):
         opened(run, tutor=Flow(student, adapter=silent))
     assert same(score(speaking, some()), expected)
 

@@ -50,7 +50,7 @@ def test_one_step_goes_from_1_to_0() -> None:
 
 
 def test_a_grid_that_begins_elsewhere_is_refused() -> None:
-    with pytest.raises(ModelError, match="begins at t = 0"):
+    with pytest.raises(ModelError, match="first time of the model's scheduler is t = 0"):
         tiny_flow.model(0, invert_sigmas=True).grid(4)
 
 
@@ -76,7 +76,8 @@ def test_sizes(decode: Any, fits: int, side: int, crooked: int, unit: int, large
     with pytest.raises(ModelError, match=rf"sampler\.pixels = {crooked}: .* multiple of {unit}\.$"):
         model.shape(crooked)
     with pytest.raises(
-        ModelError, match=rf"sampler\.pixels = {large}: .* places for 4 patches .* at most {fits}\.$"
+        ModelError,
+        match=rf"sampler\.pixels = {large}: .* position embeddings for 4 patches .* at most {fits}\.$",
     ):
         model.shape(large)
 

@@ -256,7 +256,7 @@ def test_an_adapter_is_trained_on_under_lora_and_added_without(tmp_path: Path) -
     [
         (
             FlowLora(rank=4, alpha=4.0, targets=tiny_flow.ENDS),
-            "says rank 4 and alpha 4, but .* has rank 2 and alpha 4",
+            "has rank 4 and alpha 4, but .* has rank 2 and alpha 4",
         ),
         (FlowLora(rank=2, alpha=2.0, targets=tiny_flow.ENDS), "has rank 2 and alpha 4"),
         (
@@ -308,7 +308,7 @@ def test_a_merge_of_adapters_is_one_adapter(tmp_path: Path, by: Any) -> None:
 def test_a_merge_is_of_one_kind_and_strict(tmp_path: Path) -> None:
     base = tiny_flow.model(1)
     one, whole = save_adapter(tmp_path / "a", base, 3), save(tmp_path / "m", 2)
-    with pytest.raises(ModelError, match="is a whole model and the others are adapters"):
+    with pytest.raises(ModelError, match="is a full model and the others are adapters"):
         begun(merge=Merge(models=(one, whole)))
     with pytest.raises(ModelError, match='by = "factors" is for adapters'):
         begun(merge=Merge(models=(whole, whole), by="factors"))

@@ -128,13 +128,13 @@ BAD = [
     ({"dt": 0.0}, "dt must be negative"),
     ({"dt": 0.1}, "dt must be negative"),
     ({"dt": math.nan}, "dt must be negative"),
-    ({"dt": -0.50001}, "must end at t = 0 or before"),
+    ({"dt": -0.50001}, "must not end below t = 0"),
     ({"noise_level": -0.1}, "noise_level must be 0"),
     ({"noise_level": math.inf}, "noise_level must be 0"),
-    ({"v": np.zeros(2)}, "must have one shape"),
-    ({"noise": np.zeros((1, 3))}, "must have one shape"),
-    ({"t": np.full(2, 0.5)}, r"broadcast to it \(t\[:, None\] for rows\)"),
-    ({"dt": np.full((2, 1), -0.1)}, "broadcast to it"),
+    ({"v": np.zeros(2)}, "must have equal shapes"),
+    ({"noise": np.zeros((1, 3))}, "must have equal shapes"),
+    ({"t": np.full(2, 0.5)}, r"broadcast to this shape \(t\[:, None\] for rows\)"),
+    ({"dt": np.full((2, 1), -0.1)}, "broadcast to this shape"),
 ]
 
 

@@ -1,3 +1,1 @@
-"""Flow-matching image models as the library sees them: a velocity at a state, a time and a prompt. Built on
-diffusers.
-"""
+"""Flow-matching image models, which give a velocity at a state, a time and a prompt. Built on diffusers."""

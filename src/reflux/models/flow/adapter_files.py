@@ -1,10 +1,13 @@
-"""Adapters on disk, in peft's and in diffusers' format, read so strictly that no lost key becomes the base
-model in silence.
+"""Reads and writes adapter files in the formats of peft and of diffusers.
 
-peft:       adapter_config.json and adapter_model.safetensors, keys base_model.model.<module>.lora_A.weight (and lora_B)
-diffusers:  pytorch_lora_weights.safetensors, keys transformer.<module>.lora_A.weight; the scale in the file's
-header (as diffusers
-            writes it today) or in <module>.alpha, which is divided by the rank; without either it is 1
+Reading is strict, so that a missing key raises an error and does not silently leave the base model
+unchanged.
+
+peft:       adapter_config.json and adapter_model.safetensors,
+            keys base_model.model.<module>.lora_A.weight (and lora_B)
+diffusers:  pytorch_lora_weights.safetensors, keys transformer.<module>.lora_A.weight; the scale is in the
+            file's header (as diffusers writes it today) or in <module>.alpha, which is divided by the
+            rank; without either it is 1
 """
 
 from __future__ import annotations
@@ -23,22 +26,23 @@ from reflux.models.flow.diffusers_library import library
 from reflux.models.flow.flow_adapters import Adapter, Factors, layers_of, linear_shapes, lora_config, missed
 from reflux.models.text import first_line
 
-# where diffusers keeps peft's config
+# the header key under which diffusers stores peft's config
 HEADER = "lora_adapter_metadata"
 PREFIXES = {PEFT: "base_model.model.", DIFFUSERS: "transformer."}
-# names in an error
+# largest number of names in an error
 SHOWN = 4
-# others move the base model as they begin, and the file lacks that move
+# init_lora_weights values that leave the base model unchanged. Other values change the base model at the
+# start, and the file does not contain this change.
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def read_adapter(name: str, transformer: Any, path: str) -> Adapter:
-    """The adapter in a folder, in a run directory or of a hub id, as it fits this transformer (which is not
-    touched).
+    """The adapter in a folder, in a run directory or of a hub id, checked against this transformer (which
+    is not changed).
 
-    ModelError that lists every fault: a module without one of its factors, one that its peft config targets
-    and the file lacks, a key that matches no linear layer, a shape that does not fit; and for what is not a
-    plain low-rank adapter.
+    ModelError that lists every fault: a module without one of its factors, a module that the peft config
+    targets and the file lacks, a key that matches no linear layer, a shape that does not fit. ModelError
+    also for anything but a plain low-rank adapter.
     """
     file = adapter_file(name, path)
     tensors, header = _load(file, path)
@@ -55,16 +59,16 @@ def read_adapter(name: str, transformer: Any, path: str) -> Adapter:
     if faults or not parts:
         faults = faults or ["it is empty"]
         raise ModelError(
-            f"{path}: the adapter in {name} does not fit the model under it: {'; '.join(faults)}. Loaded all "
-            "the same, the base model "
-            f"would speak in place of what is lost. Is it whole, and made for this model?"
+            f"{path}: the adapter in {name} does not fit its base model: {'; '.join(faults)}. Loading it "
+            "would leave these parts of the base model unchanged. "
+            f"Check that the file is complete and was made for this model."
         )
     return Adapter({module: _factors(module, part, planned) for module, part in parts.items()}, name)
 
 
 def write_adapter(adapter: Adapter, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """One file in diffusers' format, for `read_adapter` and diffusers' `load_lora_weights`; dtype None: as it
-    is.
+    """Write one file in diffusers' format, which `read_adapter` and diffusers' `load_lora_weights` read.
+    dtype None keeps the dtype.
     """
     layers = {}
     for module, factors in adapter.factors.items():
@@ -84,10 +88,11 @@ def _load(file: Path, path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     try:
         with safe_open(file, "pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118 - it is no mapping
+            # `opened` is not a mapping, so it cannot be iterated without keys().
+            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise ModelError(
-            f"{path}: {file} cannot be read, it may have been cut off: {first_line(error)}"
+            f"{path}: {file} cannot be read and may be incomplete: {first_line(error)}"
         ) from error
 
 
@@ -97,8 +102,7 @@ def _peft_config(folder: Path, path: str) -> Any:
     table = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if table.get("peft_type") != "LORA":
         raise ModelError(
-            f"{path}: the adapter in {folder} is of the type {table.get('peft_type')}; only LORA is known "
-            "here."
+            f"{path}: the adapter in {folder} has the type {table.get('peft_type')}; only LORA is supported."
         )
     return LoraConfig.from_pretrained(str(folder))
 
@@ -115,12 +119,12 @@ def _diffusers_config(header: dict[str, str], path: str) -> Any:
         return LoraConfig(**table)
     except TypeError as error:
         raise ModelError(
-            f"{path}: this adapter was written by another peft than the one here: {first_line(error)}"
+            f"{path}: this adapter was written by another version of peft: {first_line(error)}"
         ) from error
 
 
 def _planned(config: Any, bare: Any, path: str) -> dict[str, tuple[int, float]]:
-    """(rank, scale) of every module that peft itself would adapt under this config."""
+    """(rank, scale) of every module that peft adapts under this config."""
     from peft import inject_adapter_in_model
 
     special = [
@@ -132,8 +136,8 @@ def _planned(config: Any, bare: Any, path: str) -> dict[str, tuple[int, float]]:
     special += ["init_lora_weights"] if config.init_lora_weights not in PLAIN_STARTS else []
     if special:
         raise ModelError(
-            f"{path}: this adapter is more than two factors per linear layer ({', '.join(special)}): only "
-            "those are known."
+            f"{path}: this adapter has more than two factors per linear layer ({', '.join(special)}), which "
+            "is not supported."
         )
     config.init_lora_weights = False
     lost = (
@@ -143,14 +147,13 @@ def _planned(config: Any, bare: Any, path: str) -> dict[str, tuple[int, float]]:
     )
     if lost:
         raise ModelError(
-            f"{path}: this adapter's config targets {', '.join(lost)}, which the model under it does not "
-            "have."
+            f"{path}: this adapter's config targets {', '.join(lost)}, which its base model does not have."
         )
     try:
         inject_adapter_in_model(config, bare, low_cpu_mem_usage=True)
     except ValueError as error:
         raise ModelError(
-            f"{path}: peft cannot place this adapter on the model under it: {first_line(error)}"
+            f"{path}: peft cannot attach this adapter to its base model: {first_line(error)}"
         ) from error
     return {name: (layer.r["default"], layer.scaling["default"]) for name, layer in layers_of(bare)}
 
@@ -158,7 +161,7 @@ def _planned(config: Any, bare: Any, path: str) -> dict[str, tuple[int, float]]:
 def _parts(
     tensors: dict[str, Tensor], prefix: str, shapes: dict[str, tuple[int, int]], alphas: bool
 ) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Tensors by module and role ("A", "B", "alpha"), and the keys that are neither."""
+    """Tensors by module and role ("A", "B", "alpha"), and the keys without a module or role."""
     roles = {".lora_A.weight": "A", ".lora_B.weight": "B"} | ({".alpha": "alpha"} if alphas else {})
     parts: dict[str, dict[str, Tensor]] = {}
     unknown = []
@@ -187,8 +190,8 @@ def _faults(
         outputs, inputs = shapes[module]
         if part["A"].shape != (rank, inputs) or part["B"].shape != (outputs, rank):
             crooked.append(
-                f"{module} (A {tuple(part['A'].shape)} for {(rank, inputs)}, B {tuple(part['B'].shape)} for "
-                f"{(outputs, rank)})"
+                f"{module} (A {tuple(part['A'].shape)} instead of {(rank, inputs)}, "
+                f"B {tuple(part['B'].shape)} instead of {(outputs, rank)})"
             )
     yield from _listed(
         "factors that are missing", [*lacking, *((m for m in planned if m not in parts) if planned else ())]
@@ -197,7 +200,7 @@ def _faults(
         "modules that its config does not target",
         [m for m in parts if m not in planned] if planned is not None else [],
     )
-    yield from _listed("other shapes", crooked)
+    yield from _listed("shapes that do not fit", crooked)
 
 
 def _listed(what: str, names: list[str]) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""Where an adapter's files are, asked without torch: what is not here can so be refused before anything is
+"""Finds the files of an adapter without torch, so that a missing adapter is refused before anything is
 loaded.
 """
 
@@ -17,15 +17,15 @@ CONFIG, PEFT, DIFFUSERS = (
 
 
 def on_hub(name: str) -> bool:
-    """Is it asked of the hub: no folder here, and written like one of its names?"""
+    """True if `name` is looked up on the hub: it is no folder here and has the form of a hub id."""
     return (
         not Path(name).expanduser().exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
     )
 
 
 def adapter_folder(name: str, path: str) -> Path | None:
-    """The folder with an adapter's files, from the hub where `name` is no folder here; None where there are
-    no such files in it.
+    """The folder with an adapter's files, fetched from the hub where `name` is no folder on this machine.
+    None where it has no such files.
     """
     if name.startswith(SHIPPED):
         return None
@@ -36,20 +36,23 @@ def adapter_folder(name: str, path: str) -> Path | None:
 def adapter_file(name: str, path: str) -> Path:
     """The safetensors file of the adapter in a folder, in an earlier run directory or of a hub id.
 
-    ModelError where there is none, or only a part of one.
+    ModelError where there is no adapter, or only a part of one.
     """
     folder, student = adapter_folder(name, path), Path(name).expanduser() / "student"
     folder = student if folder is None and _has_adapter(student) else folder
     if folder is None:
         whole = any((place / index).is_file() for place in (student, student.parent) for index in INDEXES)
-        wanted = f"give a folder with {CONFIG} and {PEFT}, or with {DIFFUSERS}, or a run directory that trained an adapter on its model"
-        remedy = "it holds a whole model, which is given as `model`, without an adapter" if whole else wanted
+        wanted = (
+            f"give a folder with {CONFIG} and {PEFT}, or with {DIFFUSERS}, or the directory of a run that "
+            "trained an adapter"
+        )
+        remedy = "it holds a full model, which is given as `model`, without an adapter" if whole else wanted
         raise ModelError(f"{path}: there is no adapter in {name}: {remedy}.")
     file = next((folder / file for file in (PEFT, DIFFUSERS) if (folder / file).is_file()), None)
     if file is None or (file.name == PEFT and not (folder / CONFIG).is_file()):
         raise ModelError(
-            f"{path}: {name} holds a part of an adapter: {CONFIG} and {PEFT} belong together, and only "
-            "safetensors are read."
+            f"{path}: {name} has only a part of an adapter: {CONFIG} and {PEFT} are both needed, and only "
+            "safetensors files are read."
         )
     return file
 
@@ -65,5 +68,5 @@ def _fetched(name: str, path: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=[CONFIG, PEFT, DIFFUSERS]))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{path}: {name} is no folder here, and could not be had from the hub: {first_line(error)}"
+            f"{path}: {name} is no folder here, and cannot be fetched from the hub: {first_line(error)}"
         ) from error

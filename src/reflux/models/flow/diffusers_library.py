@@ -1,5 +1,5 @@
-"""diffusers, imported where it is needed. Untyped: it exports its names lazily, which type checkers cannot
-follow.
+"""Imports diffusers when it is first needed. The result is untyped, because diffusers exports its names
+lazily and type checkers cannot follow that.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3's text encoders and decoder, frozen: each prompt is encoded once, and its answer kept."""
+"""The frozen text encoders and decoder of Stable Diffusion 3. The encodings of prompts are cached."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# prompts whose encodings are kept: about 3 MB each in 16 bits (on a GPU, as stored), twice that in 32 (on a
-# CPU)
+# number of prompts whose encodings are cached: about 3 MB each in 16 bits (stored so on a GPU), twice as
+# much in 32 bits (on a CPU)
 KEPT = 512
 
 
 class TextEncoders:
-    """diffusers' `encode_prompt` of a pipeline that was loaded without transformer and decoder. Answers lie
-    on the CPU.
+    """diffusers' `encode_prompt` of a pipeline that was loaded without transformer and decoder. The
+    encodings are on the CPU.
 
-    Several threads may ask (sampler, teachers and learner share one); one at a time is answered.
+    Several threads may call it (sampler, teachers and learner share one). The calls run one at a time.
     """
 
     def __init__(self, pipeline: Any, device: str, kept: int = KEPT):
@@ -28,8 +28,8 @@ class TextEncoders:
         self._turn = threading.Lock()
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(tokens_BLJ, pooled_BP). Only prompts that are not kept reach the encoders; a call may have more of
-        them than are kept.
+        """(tokens_BLJ, pooled_BP). Only prompts that are not cached are encoded. A call may have more
+        prompts than the cache holds.
         """
         with self._turn:
             found = self._found(texts)
@@ -57,7 +57,7 @@ class TextEncoders:
 
 
 class LatentDecoder:
-    """diffusers' AutoencoderKL, with its scale and shift."""
+    """The decoder of diffusers' AutoencoderKL, with its scale and shift."""
 
     def __init__(self, vae: Any):
         self._vae = vae.requires_grad_(False)

@@ -1,9 +1,9 @@
-"""Low-rank adapters on a flow's transformer: in memory, attached by peft, switched, and added to the weights
-(arXiv 2106.09685).
+"""Low-rank adapters on a flow's transformer: attached by peft, switched on and off, and added to the
+weights (arXiv 2106.09685).
 
-An adapter is a pair of factors per linear layer, and moves its weight by scale * B A. Several may sit on one
-transformer; at most one of them speaks at a time. Modules are named as inside the transformer
-("transformer_blocks.0.attn.to_q").
+An adapter is a pair of factors per linear layer, and changes its weight by scale * B A. One transformer may
+have several adapters, of which at most one is active. Modules have the names that they have inside the
+transformer ("transformer_blocks.0.attn.to_q").
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TRAINED = "default"
 
 @dataclass(frozen=True)
 class Factors:
-    """One linear layer's: weight + scale * B A."""
+    """The factors of one linear layer, whose adapted weight is weight + scale * B A."""
 
     # [rank, inputs]
     A: Tensor
@@ -41,26 +41,24 @@ class Factors:
         return len(self.A)
 
     def delta(self) -> Tensor:
-        """scale * B A, [outputs, inputs], float64: a product of factors loses nothing of them."""
+        """scale * B A, [outputs, inputs], in float64, so that the product loses no digits of the factors."""
         return self.scale * (self.B.detach().double() @ self.A.detach().double())
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Factors by module name. `source` says in errors where they came from."""
+    """Factors by module name. `source` names their origin in errors."""
 
     factors: Mapping[str, Factors]
     source: str
 
     def deltas(self) -> dict[str, Tensor]:
-        """What it adds to the weight of each module, float64."""
+        """The change of each module's weight, float64."""
         return {name: factors.delta() for name, factors in self.factors.items()}
 
 
 def lora_config(adapter: Adapter) -> Any:
-    """The peft LoraConfig that these factors were, or might have been, trained under; modules by their full
-    names.
-    """
+    """A peft LoraConfig that matches these factors, with modules by their full names."""
     from peft import LoraConfig
 
     ranks = {name: factors.rank for name, factors in adapter.factors.items()}
@@ -68,7 +66,8 @@ def lora_config(adapter: Adapter) -> Any:
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     return LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] - peft divides it by the rank, and takes fractions
+        # peft divides lora_alpha by the rank and accepts fractions, although its type is int.
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
         target_modules=sorted(ranks),
         rank_pattern={f"^{re.escape(name)}": other for name, other in ranks.items() if other != rank},
         alpha_pattern={f"^{re.escape(name)}": other for name, other in alphas.items() if other != alpha},
@@ -76,15 +75,15 @@ def lora_config(adapter: Adapter) -> Any:
 
 
 def attach(transformer: Any, adapter: Adapter, name: str) -> None:
-    """Put these factors on the transformer in place, as its adapter `name` (no dots), which then speaks and
-    may be trained.
+    """Attach these factors to the transformer in place, as its adapter `name` (no dots). The adapter is
+    then active and may be trained.
     """
     from peft import inject_adapter_in_model
 
-    # peft reads the names alone
+    # peft reads only the names of these tensors.
     keys = {f"{module}.lora_A.weight": factors.A for module, factors in adapter.factors.items()}
     with warnings.catch_warnings():
-        # several adapters on one model are meant
+        # Several adapters on one model are intended.
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
         inject_adapter_in_model(lora_config(adapter), transformer, name, state_dict=keys)
     layers = dict(layers_of(transformer))
@@ -92,13 +91,13 @@ def attach(transformer: Any, adapter: Adapter, name: str) -> None:
         for module, factors in adapter.factors.items():
             layers[module].lora_A[name].weight.copy_(factors.A)
             layers[module].lora_B[name].weight.copy_(factors.B)
-            # alpha / rank would round
+            # peft's alpha / rank may differ from the scale by rounding.
             layers[module].scaling[name] = factors.scale
 
 
 def attach_fresh(transformer: Any, lora: FlowLora, seed: int) -> None:
-    """A new adapter to be trained: A from seeded random numbers, B = 0, so the model says what it said.
-    ModelError where a target is no module.
+    """Attach a new adapter to be trained. A comes from seeded random numbers and B = 0, so the model's
+    outputs do not change. ModelError where a target is not the name of a linear layer.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -106,8 +105,8 @@ def attach_fresh(transformer: Any, lora: FlowLora, seed: int) -> None:
     lost = missed(lora.targets, linear_shapes(transformer))
     if lost:
         raise ModelError(
-            f"learner.lora.targets: no linear layer of this transformer is called {', '.join(lost)}. Leave "
-            "that out."
+            f"learner.lora.targets: no linear layer of this transformer is called {', '.join(lost)}. Remove "
+            "it from the targets."
         )
     with torch.random.fork_rng():
         torch.manual_seed(seed % (1 << 63))
@@ -115,7 +114,7 @@ def attach_fresh(transformer: Any, lora: FlowLora, seed: int) -> None:
 
 
 def taken(transformer: Any, name: str = TRAINED) -> Adapter:
-    """The factors of an adapter that sits on a transformer: its very tensors."""
+    """The factors of an adapter on a transformer. They are the adapter's own tensors, not copies."""
     found = ((module, layer) for module, layer in layers_of(transformer) if name in layer.scaling)
     factors = {
         m: Factors(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
@@ -125,8 +124,8 @@ def taken(transformer: Any, name: str = TRAINED) -> Adapter:
 
 
 def use(transformer: Any, name: str | None) -> None:
-    """Let this adapter speak, and no other; None: the base model alone, bit for bit as without adapters. All
-    of them are frozen.
+    """Activate this adapter and no other. None activates none, and the outputs are then bit-identical to
+    those without adapters. All adapters are frozen.
     """
     for _, layer in layers_of(transformer):
         layer.set_adapter([] if name is None else [name], inference_mode=True)
@@ -134,21 +133,21 @@ def use(transformer: Any, name: str | None) -> None:
 
 @torch.no_grad()
 def add(transformer: Any, adapter: Adapter) -> None:
-    """Add scale * B A to the weights in place; float64 until the sum is stored."""
+    """Add scale * B A to the weights in place. The sum is computed in float64 before it is stored."""
     for name, delta in adapter.deltas().items():
         weight = transformer.get_submodule(name).weight
         weight.copy_(weight.double() + delta.to(weight.device))
 
 
 def layers_of(transformer: Any) -> Iterator[tuple[str, Any]]:
-    """The modules that carry adapters."""
+    """The modules that have adapters, with their names."""
     from peft.tuners.lora import LoraLayer
 
     return ((name, module) for name, module in transformer.named_modules() if isinstance(module, LoraLayer))
 
 
 def linear_shapes(transformer: Any) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of the plain linear layers, by name."""
+    """(outputs, inputs) of the linear layers, by name."""
     named = transformer.named_modules()
     return {
         name: (layer.out_features, layer.in_features)
@@ -158,14 +157,14 @@ def linear_shapes(transformer: Any) -> dict[str, tuple[int, int]]:
 
 
 def selected(ends: Iterable[str], names: Iterable[str]) -> list[str]:
-    """The names that are one of these, or end in one of these behind a dot: what peft's target_modules
-    select.
+    """The names that equal one of `ends`, or end in a dot and one of `ends`. peft's target_modules select
+    the same names.
     """
     ends = tuple(ends)
     return [name for name in names if any(name == end or name.endswith(f".{end}") for end in ends)]
 
 
 def missed(ends: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Those ends that no name has."""
+    """The ends that select no name."""
     names = list(names)
     return [end for end in ends if not selected([end], names)]

@@ -1,4 +1,6 @@
-"""A flow model's folder in diffusers' format, here or from the hub, and what it says beside its weights."""
+"""Finds a flow model's folder in diffusers' format, on this machine or on the hub, and reads its config
+files.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from reflux.models.flow.diffusers_library import library
 from reflux.models.flow.flow_model import TABLE
 from reflux.models.text import first_line, locate
 
-# all that is no weight of a transformer
+# files of a model without the weights of its transformer
 PLAN = ("model_index.json", "scheduler/*.json", "transformer/*.json", f"{TABLE}/*")
 MODEL = (*PLAN, "transformer/*.safetensors")
 ENCODERS = tuple(
@@ -27,19 +29,19 @@ BESIDE = (
     "vae/*.json",
     "vae/*.safetensors",
 )
-# second copies of weights in another precision, which have other names
+# second copies of the weights in another precision
 COPIES = "*fp16*"
 DTYPES = ("float32", "bfloat16", "float16")
-# of a scheduler: times that depend on more than steps and shift
+# scheduler settings under which the times depend on more than steps and shift
 NOT_A_GRID = ("use_dynamic_shifting", "invert_sigmas", "shift_terminal")
 
 
 def fetch(name: str, path: str, wanted: tuple[str, ...]) -> Path:
-    """The folder of a model, absolute; of a hub id the cached one, after the hub has given the files that are
-    wanted and not here yet.
+    """The absolute folder of a model. For a hub id it is the cached folder, after the missing files among
+    `wanted` have been downloaded.
 
-    ModelError for a name that neither this machine nor the hub knows, or that the hub does not give (gated,
-    private, no network).
+    ModelError for a name that exists neither on this machine nor on the hub, or that the hub does not give
+    (gated, private, no network).
     """
     where = Path(locate(name, path))
     if where.is_dir():
@@ -49,18 +51,18 @@ def fetch(name: str, path: str, wanted: tuple[str, ...]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(wanted), ignore_patterns=[COPIES]))
     except Exception as error:
-        # the network's own exceptions have no base of their own, and their library changes
+        # The exceptions of the network have no common base class, and the library that raises them changes.
         raise ModelError(
-            f"{path}: no flow model for {name}: there is no such folder here, and the hub does not give it "
-            f"({first_line(error).rstrip('.')}). Check the name and the network; if the model is gated, "
-            "accept its terms on its page and "
-            f"log in (hf auth login, which older versions call huggingface-cli login)."
+            f"{path}: the flow model {name} cannot be loaded: there is no such folder here, and it cannot be "
+            f"fetched from the hub ({first_line(error).rstrip('.')}). Check the name and the network. If the "
+            "model is gated, accept its terms on its page and "
+            f"log in (hf auth login, in older versions huggingface-cli login)."
         ) from error
 
 
 def source_of(name: str, path: str, folder: Path, index: dict[str, Any]) -> str:
-    """Where text encoders and decoder are: what a saved student names, the folder itself (absolute), or the
-    hub id.
+    """Where the text encoders and the decoder are: the source that a saved student names, else the folder
+    itself (absolute) or the hub id.
     """
     return index.get("_encoders") or (str(folder) if Path(locate(name, path)).is_dir() else name)
 
@@ -69,59 +71,60 @@ def read_index(folder: Path, name: str, path: str) -> dict[str, Any]:
     file = folder / "model_index.json"
     if not file.is_file():
         raise ModelError(
-            f"{path}: {name} is no flow model: its folder has no model_index.json. Give a folder in "
+            f"{path}: {name} is not a flow model: its folder has no model_index.json. Give a folder in "
             "diffusers' format."
         )
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def read_scheduler(folder: Path, name: str, path: str) -> dict[str, Any]:
-    """Its config. ModelError for another kind, and for settings under which a grid is not 1 to 0 by steps and
-    shift alone.
+    """The config of the scheduler. ModelError for another kind of scheduler, and for settings under which
+    the times do not go from 1 to 0 or depend on more than steps and shift.
     """
     try:
         scheduler = dict(library().FlowMatchEulerDiscreteScheduler.load_config(folder, subfolder="scheduler"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: no scheduler for {name}: {first_line(error)}") from error
+        raise ModelError(f"{path}: the scheduler of {name} cannot be loaded: {first_line(error)}") from error
     kind = scheduler.get("_class_name")
     if kind != "FlowMatchEulerDiscreteScheduler":
         raise ModelError(
-            f"{path}: {name} was made for the scheduler {kind}; only flow matching with Euler steps is known "
-            "here."
+            f"{path}: {name} was made for the scheduler {kind}; only flow matching with Euler steps is "
+            "supported."
         )
     odd = [f"{field} = {json.dumps(scheduler[field])}" for field in NOT_A_GRID if scheduler.get(field)]
     if odd:
         raise ModelError(
-            f"{path}: the scheduler of {name} sets {' and '.join(odd)}, which is not supported here: use a "
+            f"{path}: the scheduler of {name} sets {' and '.join(odd)}, which is not supported. Use a "
             "model whose times go from 1 "
-            f"to 0 and follow from the number of steps and a fixed shift."
+            f"to 0 and depend only on the number of steps and a fixed shift."
         )
     return scheduler
 
 
 def stored_dtype(weights: Path) -> torch.dtype | None:
-    """The type of the weights in a folder, where they are here; exports go back to it."""
+    """The dtype of the weights in a folder, None where it has no weights. Exports use this dtype."""
     from safetensors import safe_open
 
     for file in sorted(file for file in weights.glob("*.safetensors") if not file.match(COPIES)):
         with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - a safetensors file is no mapping
+            # A safetensors file is not a mapping, so it cannot be iterated without keys().
+            for key in tensors.keys():  # noqa: SIM118
                 return tensors.get_tensor(key).dtype
     return None
 
 
 def known_dtype(dtype: str, path: str) -> str:
-    """`dtype`, where it is "auto" or one of DTYPES; else ModelError."""
+    """Return `dtype`. ModelError unless it is "auto" or one of DTYPES."""
     if dtype not in ("auto", *DTYPES):
         raise ModelError(
-            f"{path}: a flow model is not loaded in dtype = '{dtype}'. Choose auto, {', '.join(DTYPES)}."
+            f"{path}: a flow model cannot be loaded in dtype = '{dtype}'. Choose auto, {', '.join(DTYPES)}."
         )
     return dtype
 
 
 def chosen_dtype(dtype: str, device: str, stored: torch.dtype | None) -> torch.dtype:
-    """ "auto": as stored on a GPU (float16 where that is not known), float32 on a CPU, which is slow in 16
-    bits.
+    """The torch dtype. "auto" is the stored dtype on a GPU (float16 where it is not known), and float32 on
+    a CPU, which is slow in 16 bits.
     """
     if dtype != "auto":
         return getattr(torch, dtype)

@@ -1,4 +1,4 @@
-"""A loaded flow model: its velocity, its grid of times, its images."""
+"""A loaded flow model, with its velocity, its grid of times and its images."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from reflux.errors import ModelError
 from reflux.models.flow.diffusers_library import library
 from reflux.models.flow.net import UNCONDITIONAL, FlowNet
 
-# the folder of a prompt table
+# the name of the folder of a prompt table
 TABLE = "prompts"
-# how far from 1 a grid's first time may be for a rounding
+# largest rounding error of a grid's first time, which is 1
 START = 1e-5
 
 
 class Encoder(Protocol):
-    """Text to what the transformer is told: (tokens_BLJ, pooled_BP)."""
+    """Maps prompts to the inputs of the transformer: (tokens_BLJ, pooled_BP)."""
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]: ...
 
 
 class Decoder(Protocol):
-    """Latent states to images, `factor` times as wide."""
+    """Maps latent states to images, which are `factor` times as wide."""
 
     factor: int
 
@@ -41,19 +41,20 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class FlowModel:
-    """Times run from t = 1 (noise) to t = 0 (data): x_t = (1 - t) x_0 + t x_1, and the velocity estimates x_1
-    - x_0.
+    """A flow model. Times run from t = 1 (noise) to t = 0 (data), with x_t = (1 - t) x_0 + t x_1. The
+    velocity estimates x_1 - x_0.
     """
 
     net: FlowNet
     # the config of diffusers' FlowMatchEulerDiscreteScheduler
     scheduler: Mapping[str, Any]
-    # of prompts; the net's own table, or text encoders whose answers are kept
+    # encodes prompts: the net's own table, or text encoders with a cache
     encode: Encoder
-    # None: the state is the image
+    # None where the state is the image
     decode: Decoder | None
-    # where text encoders and decoder are: an absolute folder or a hub id
+    # where the text encoders and the decoder are: an absolute folder or a hub id
     source: str
+    # the dtype of its files; exports use it
     stored_dtype: torch.dtype
 
     @property
@@ -65,51 +66,52 @@ class FlowModel:
         return self.net.transformer.config.in_channels
 
     def shape(self, pixels: int = 0) -> tuple[int, int, int]:
-        """(channels, height, width) of a state whose image has `pixels` a side, 0: the size the model was
-        made for. D is their product.
+        """(channels, height, width) of a state whose image has `pixels` per side; 0 is the size that the
+        model was made for. D is their product.
 
-        ModelError for a size that is no whole number of patches, or of more patches than the transformer has
-        places for.
+        ModelError for a size that is not a whole number of patches, or that has more patches than the
+        transformer has position embeddings for.
         """
         config = self.net.transformer.config
         unit = config.patch_size * (self.decode.factor if self.decode else 1)
         if pixels % unit:
             raise ModelError(
-                f"sampler.pixels = {pixels}: so wide an image is no whole number of patches. Choose a "
-                f"multiple of {unit}."
+                f"sampler.pixels = {pixels}: an image of this width is not a whole number of patches. "
+                f"Choose a multiple of {unit}."
             )
-        # patches a side; None: places for any number are computed
+        # patches per side; None where the position embeddings are computed for any number
         most = config.pos_embed_max_size
         if most and pixels > most * unit:
             raise ModelError(
-                f"sampler.pixels = {pixels}: the model has places for {most} patches a side. Choose at most "
-                f"{most * unit}."
+                f"sampler.pixels = {pixels}: the model has position embeddings for {most} patches per side. "
+                f"Choose at most {most * unit}."
             )
         side = pixels // unit * config.patch_size if pixels else config.sample_size
         return self.channels, side, side
 
     def grid(self, steps: int) -> np.ndarray:
-        """The steps + 1 times of so many steps, 1 down to 0, as diffusers' scheduler gives them (its shift
-        included). float64 [S].
+        """The S = steps + 1 times of `steps` steps, from 1 down to 0, as diffusers' scheduler gives them
+        (with its shift). float64 [S].
 
-        The first is 1 exactly, where diffusers' float32 may miss it by a rounding: `sde_step` has a rule of
-        its own there. ModelError for a scheduler whose times begin elsewhere.
+        The first time is set to exactly 1, because diffusers' float32 may differ by rounding and `sde_step`
+        treats t = 1 separately. ModelError for a scheduler whose first time is not 1.
         """
         scheduler = library().FlowMatchEulerDiscreteScheduler.from_config(dict(self.scheduler))
         scheduler.set_timesteps(steps)
         t_S = scheduler.sigmas.double().numpy()
         if not abs(t_S[0] - 1) <= START:
             raise ModelError(
-                f"the model's scheduler begins at t = {t_S[0]:g}. Use a model whose times go from 1 (noise) "
-                "to 0 (data)."
+                f"the first time of the model's scheduler is t = {t_S[0]:g}. Use a model whose times go from "
+                "1 (noise) to 0 (data)."
             )
         t_S[0] = 1.0
         return t_S
 
     def velocity(self, x_ND: Tensor, t_N: Tensor, texts: Sequence[str], guidance: float = 1.0) -> Tensor:
-        """v_ND, float32, of N states at their own times and prompts; gradients flow into the net.
+        """v_ND, float32, of N states at their own times and prompts. Gradients flow into the net.
 
-        guidance g other than 1: v_uncond + g (v_cond - v_uncond), both halves in one call (arXiv 2207.12598).
+        For a guidance g other than 1 it is v_uncond + g (v_cond - v_uncond), with both halves in one call
+        (arXiv 2207.12598).
         """
         if guidance == 1:
             return self._velocity(x_ND, t_N, texts)
@@ -118,7 +120,7 @@ class FlowModel:
         return uncond_ND + guidance * (cond_ND - uncond_ND)
 
     def _velocity(self, x_ND: Tensor, t_N: Tensor, texts: Sequence[str]) -> Tensor:
-        # each prompt is encoded once
+        # Each prompt is encoded only once.
         names = list(dict.fromkeys(texts))
         row = {text: index for index, text in enumerate(names)}
         tokens_BLJ, pooled_BP = self.encode(names)
@@ -135,8 +137,8 @@ class FlowModel:
 
     @torch.no_grad()
     def images(self, x_ND: Tensor) -> list[np.ndarray]:
-        """Images, uint8, [height, width] where there is one channel, else [height, width, 3]. -1 is black and
-        1 is white.
+        """The images of states, uint8, [height, width] where there is one channel, else [height, width, 3].
+        -1 is black and 1 is white.
         """
         x_NCHW = self._square(x_ND)
         images = x_NCHW if self.decode is None else self.decode(x_NCHW)
@@ -149,8 +151,8 @@ class FlowModel:
 
     @torch.no_grad()
     def macs(self, guidance: float = 1.0, pixels: int = 0) -> int:
-        """Multiply-accumulates of one velocity: parameters times what the transformer reads, patches and
-        prompt tokens.
+        """Multiply-accumulates of one velocity: parameters times the number of patches and prompt tokens
+        that the transformer reads, and twice that with guidance.
         """
         patches = (self.shape(pixels)[1] // self.net.transformer.config.patch_size) ** 2
         tokens = self.encode([UNCONDITIONAL])[0].shape[1]
@@ -160,10 +162,11 @@ class FlowModel:
     def save(
         self, folder: Path, dtype: torch.dtype | None = None, weights: Mapping[str, Tensor] | None = None
     ) -> None:
-        """A diffusers folder that `load_flow` reads: transformer, scheduler, and the prompt table or the name
-        of the encoders' model.
+        """Save a diffusers folder that `load_flow` reads: the transformer, the scheduler, and the prompt
+        table or the name of the encoders' model.
 
-        weights: in place of the net's own, by its names; dtype: as stored where it is None.
+        weights: saved instead of the net's own weights, under the same names. dtype None is the dtype of
+        the model's files.
         """
         dtype = dtype or self.stored_dtype
         whole = dict(self.net.state_dict() if weights is None else weights)
@@ -173,10 +176,10 @@ class FlowModel:
             for name, value in whole.items()
             if name.startswith(prefix)
         }
-        # a folder of this machine
+        # "_name_or_path" is left out, because it is a path on this machine.
         config = {key: value for key, value in self.net.transformer.config.items() if key != "_name_or_path"}
         with torch.device("meta"):
-            # the plain module: the net's own may carry adapters
+            # A new module is saved, because the net's own module may have adapters.
             plain = library().SD3Transformer2DModel.from_config(config)
         plain.load_state_dict(parts, assign=True)
         plain.save_pretrained(folder / "transformer")

@@ -1,4 +1,4 @@
-"""From a name to a flow model. Only safetensors are loaded."""
+"""Loads a flow model by its name. Only safetensors files are loaded."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def load_flow(
     device: str = "auto",
     shared_cache: SharedCache | None = None,
 ) -> FlowModel:
-    """A diffusers folder, an earlier run directory, a shipped model or a hub id. dtype "auto": as stored on a
-    GPU, float32 on a CPU.
+    """Load a diffusers folder, an earlier run directory, a shipped model or a hub id. dtype "auto" is the
+    stored dtype on a GPU and float32 on a CPU.
 
-    Text encoders and decoder have a type of their own, the stored one on a GPU and float32 on a CPU, whatever
-    `dtype` is. `once` holds what several models share. ModelError with the reason for what cannot be loaded
-    or is no flow model of a known kind.
+    The text encoders and the decoder have their stored dtype on a GPU and float32 on a CPU, whatever
+    `dtype` is. `shared_cache` holds the objects that several models share. ModelError, with the reason,
+    where the model cannot be loaded or is not a flow model of a supported kind.
     """
     known_dtype(dtype, path)
     folder, place = fetch(name, path, MODEL), pick_device(device)
@@ -63,27 +63,27 @@ def load_flow(
 
 
 def load_net(name: str, path: str, *, dtype: str = "float32", device: str = "cpu") -> FlowNet:
-    """The weights alone, without text encoders and decoder."""
+    """Load only the weights, without text encoders and decoder."""
     kind = chosen_dtype(known_dtype(dtype, path), device, None)
     return _net(fetch(name, path, MODEL), name, path, kind, device)
 
 
 def outline_flow(name: str, path: str) -> FlowModel:
-    """A model without its weights, on torch's meta device: it tells its grid, its states and its prompts, and
-    nothing heavy is read.
+    """A model without its weights, on torch's meta device. It gives its grid, the shape of its states and
+    its prompts, and no large files are read.
     """
     folder = fetch(name, path, PLAN)
     index, scheduler = read_index(folder, name, path), read_scheduler(folder, name, path)
     try:
         net = FlowNet(_bare(folder), _table(folder))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: no flow model for {name}: {first_line(error)}") from error
+        raise ModelError(f"{path}: the flow model {name} cannot be loaded: {first_line(error)}") from error
     encode = _no_encoders if net.prompts is None else net.prompts
     return FlowModel(net, scheduler, encode, None, source_of(name, path, folder, index), torch.float32)
 
 
 def _no_encoders(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    raise NotImplementedError("the outline of a model encodes no prompts")
+    raise NotImplementedError("a model without its weights cannot encode prompts")
 
 
 def _bare(folder: Path) -> Any:
@@ -100,7 +100,7 @@ def _net(folder: Path, name: str, path: str, dtype: torch.dtype, device: str) ->
             folder, subfolder="transformer", torch_dtype=dtype, use_safetensors=True
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: no flow model for {name}: {first_line(error)}") from error
+        raise ModelError(f"{path}: the flow model {name} cannot be loaded: {first_line(error)}") from error
     net = FlowNet(transformer, _table(folder))
     net.to(torch.device(device), net.dtype)
     speed_up(net)
@@ -112,8 +112,8 @@ def _table(folder: Path) -> PromptTable | None:
 
 
 def _frozen(source: str, path: str, device: str, shared_cache: SharedCache) -> tuple[Encoder, Decoder]:
-    """Text encoders and decoder of a Stable Diffusion 3 model: one copy a run, so of a type that no caller
-    chooses.
+    """The text encoders and the decoder of a Stable Diffusion 3 model. A run has one copy of them, so
+    callers do not choose their dtype.
     """
     encoders = shared_cache(("text encoders", source, device), lambda: _encoders(source, path, device))
     decoder = shared_cache(("decoder", source, device), lambda: _decoder(source, path, device))
@@ -123,7 +123,7 @@ def _frozen(source: str, path: str, device: str, shared_cache: SharedCache) -> t
 def _encoders(source: str, path: str, device: str) -> TextEncoders:
     folder = fetch(source, path, BESIDE)
     index = read_index(folder, source, path)
-    # T5, which a model may go without
+    # text_encoder_3 is T5, which some models do not have.
     largest = "text_encoder_3" if any(index.get("text_encoder_3") or ()) else "text_encoder"
     absent = {} if largest == "text_encoder_3" else {"text_encoder_3": None, "tokenizer_3": None}
     dtype = chosen_dtype("auto", device, stored_dtype(folder / largest))
@@ -133,10 +133,12 @@ def _encoders(source: str, path: str, device: str) -> TextEncoders:
         )
         pipeline.to(device)
         if absent:
-            # diffusers puts zeros in T5's place, as wide as the transformer's config says
+            # In place of T5 diffusers uses zeros, whose width it reads from the transformer's config.
             pipeline.register_modules(transformer=_bare(folder))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: no text encoders in {source}: {first_line(error)}") from error
+        raise ModelError(
+            f"{path}: the text encoders of {source} cannot be loaded: {first_line(error)}"
+        ) from error
     return TextEncoders(pipeline, device)
 
 
@@ -148,5 +150,7 @@ def _decoder(source: str, path: str, device: str) -> LatentDecoder:
             folder, subfolder="vae", torch_dtype=dtype, use_safetensors=True
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: no decoder (vae) in {source}: {first_line(error)}") from error
+        raise ModelError(
+            f"{path}: the decoder (vae) of {source} cannot be loaded: {first_line(error)}"
+        ) from error
     return LatentDecoder(vae.to(torch.device(device)))

@@ -1,5 +1,5 @@
-"""Means of models: where a student begins between its teachers (Flow-OPD's cold start by merge, arXiv
-2605.08063).
+"""Means of models, for a student that starts from the mean of its teachers (Flow-OPD's cold start by merge,
+arXiv 2605.08063).
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from reflux.models.flow.net import FlowNet
 
 
 def mean_products(adapters: Sequence[Adapter]) -> Adapter:
-    """One adapter whose delta is the mean of these deltas, exactly: sum_i scale_i B_i A_i / n.
+    """One adapter whose delta is exactly the mean of these deltas: sum_i scale_i B_i A_i / n.
 
-    The factors stand side by side, A = [A_1; ...; A_n] and B = [b_1 B_1, ..., b_n B_n], so ranks add up. A
-    module that only some of them adapt counts as unmoved by the others. The scale is theirs where it is one
-    (b = 1 / n), so that training goes on at the same pace.
+    The factors are concatenated, A = [A_1; ...; A_n] and B = [b_1 B_1, ..., b_n B_n], so the rank is the
+    sum of the ranks. Where only some adapters have a module, the deltas of the others are 0 there. Where
+    all scales of a module are equal, the scale is kept (b = 1 / n), so that training continues with the
+    same step size.
     """
     count = len(adapters)
     mean = {}
@@ -35,21 +36,21 @@ def mean_products(adapters: Sequence[Adapter]) -> Adapter:
 
 
 def mean_factors(adapters: Sequence[Adapter]) -> Adapter:
-    """The mean of A and the mean of B apart, as the released code of Flow-OPD does. ModelError where modules,
-    ranks or scales differ.
+    """The mean of A and the mean of B separately, as in the released code of Flow-OPD. ModelError where
+    modules, ranks or scales differ.
 
-    Its product is NOT the mean of the products: mean(B) mean(A) holds the cross terms B_i A_j, and factors
-    are known only up to an invertible matrix between them, so it means something only for adapters that began
-    as one.
+    Its product is NOT the mean of the products, because mean(B) mean(A) has the cross terms B_i A_j.
+    Factors are determined only up to an invertible matrix between them, so this mean is useful only for
+    adapters that started from the same adapter.
     """
     first = adapters[0]
     for other in adapters[1:]:
         for what, of in (("modules", _modules), ("ranks", _ranks), ("scales (alpha / rank)", _scales)):
             if of(first) != of(other):
                 raise ModelError(
-                    f"learner.merge: the adapters {first.source} and {other.source} have other {what}, so "
-                    "the mean of their factors has no "
-                    f'meaning. Use by = "weights", which takes the mean of what they add.'
+                    f"learner.merge: the adapters {first.source} and {other.source} have different {what}, "
+                    "so the mean of their factors has no meaning. "
+                    f'Use by = "weights", which is the mean of their products.'
                 )
     return Adapter(
         {name: _mean_pair([adapter.factors[name] for adapter in adapters]) for name in first.factors},
@@ -83,10 +84,10 @@ def _names(adapters: Sequence[Adapter]) -> str:
 
 @torch.no_grad()
 def mean_weights(models: Iterable[tuple[str, FlowNet]], like: FlowNet) -> dict[str, Tensor]:
-    """The mean of all weights and buffers, prompt table included, in float64; models come as (name, net), one
-    at a time.
+    """The mean of all weights and buffers, including the prompt table, in float64. The models are (name,
+    net) pairs and are loaded one at a time.
 
-    ModelError where one is not built as `like`, or knows other prompts.
+    ModelError where a model has another configuration than `like`, or other prompts.
     """
     total: dict[str, Tensor] = {}
     count = 0
@@ -99,7 +100,7 @@ def mean_weights(models: Iterable[tuple[str, FlowNet]], like: FlowNet) -> dict[s
 
 
 def _config(net: FlowNet) -> dict[str, Any]:
-    """As it is on disk: a config in memory has tuples where a loaded one has lists."""
+    """The config as it is on disk, because a config in memory has tuples where a loaded one has lists."""
     return {
         key: value
         for key, value in json.loads(net.transformer.to_json_string()).items()
@@ -109,14 +110,16 @@ def _config(net: FlowNet) -> dict[str, Any]:
 
 def _refuse_other(name: str, net: FlowNet, like: FlowNet) -> None:
     theirs, ours = _config(net), _config(like)
-    other = [f"{key} {theirs.get(key)} for {ours[key]}" for key in ours if theirs.get(key) != ours[key]]
+    other = [
+        f"{key} {theirs.get(key)} instead of {ours[key]}" for key in ours if theirs.get(key) != ours[key]
+    ]
     if other:
         raise ModelError(
-            f"learner.merge: {name} is built otherwise than learner.model ({', '.join(other)}): their "
-            "weights have no mean."
+            f"learner.merge: {name} has another configuration than learner.model ({', '.join(other)}), so "
+            "their weights have no mean."
         )
     if (net.prompts and net.prompts.texts) != (like.prompts and like.prompts.texts):
         raise ModelError(
-            f"learner.merge: {name} has learned other prompts than learner.model, or in another order: there "
-            "is no mean."
+            f"learner.merge: {name} has learned other prompts than learner.model, or the same in another "
+            "order, so their weights have no mean."
         )

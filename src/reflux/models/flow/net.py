@@ -1,5 +1,5 @@
-"""The network of a flow model: diffusers' transformer and, where the model has learned its prompts, their
-table.
+"""The network of a flow model: diffusers' transformer and, where the model has learned its prompts, the
+prompt table.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from reflux.errors import DataError
 
-# the prompt that asks for nothing
+# the empty prompt, for the unconditional half of guidance
 UNCONDITIONAL = ""
 
 
@@ -27,18 +27,18 @@ class PromptTable(nn.Module):
     def __init__(self, texts: Sequence[str], length: int, width: int, pooled: int):
         super().__init__()
         if not texts or texts[0] != UNCONDITIONAL or len(set(texts)) < len(texts):
-            raise ValueError("a prompt table begins with the empty prompt, and names every prompt once")
+            raise ValueError("a prompt table must begin with the empty prompt and have every prompt once")
         self.texts, self.length, self.width = tuple(texts), length, width
         self.rows = nn.Embedding(len(texts), length * width + pooled)
         self._row = {text: row for row, text in enumerate(texts)}
 
     def forward(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(tokens_BLJ, pooled_BP) of these prompts. DataError for one it has not learned."""
+        """(tokens_BLJ, pooled_BP) of these prompts. DataError for a prompt that is not in the table."""
         unknown = [text for text in texts if text not in self._row]
         if unknown:
             raise DataError(
-                f"this model has learned {len(self.texts)} prompts by heart, and '{unknown[0]}' is none of "
-                "them. It knows: "
+                f"this model has a table of {len(self.texts)} learned prompts, and '{unknown[0]}' is not "
+                "in it. The table has: "
                 f"{', '.join(repr(text) for text in self.texts[1:9])}, ..."
             )
         table_BE = self.rows(
@@ -50,7 +50,7 @@ class PromptTable(nn.Module):
         return tokens_BE.unflatten(1, (self.length, self.width)), pooled_BP
 
     def save(self, folder: Path, dtype: torch.dtype, rows: Tensor | None = None) -> None:
-        """prompts.json and prompts.safetensors; `rows` in place of its own."""
+        """Write prompts.json and prompts.safetensors. `rows` is saved instead of the table's own weights."""
         folder.mkdir(parents=True, exist_ok=True)
         facts = {"texts": self.texts, "length": self.length, "width": self.width}
         (folder / "prompts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -70,7 +70,9 @@ class PromptTable(nn.Module):
 
 
 class FlowNet(nn.Module):
-    """What is trained, published and saved together: `transformer`, and `prompts` where there is a table."""
+    """The modules that are trained, published and saved together: `transformer`, and `prompts` where there
+    is a table.
+    """
 
     def __init__(self, transformer: Any, prompts: PromptTable | None = None):
         super().__init__()
@@ -79,7 +81,7 @@ class FlowNet(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        # diffusers' own property walks all modules, at every denoising step
+        # diffusers' own property visits all modules, which would happen at every denoising step.
         return next(self.transformer.parameters()).device
 
     @property

@@ -1,4 +1,6 @@
-"""One base under several adapters: it is loaded once, and whoever speaks switches its own adapter on first."""
+"""One base model shared by several adapters. The base is loaded once, and each call switches on its own
+adapter first.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +22,21 @@ from reflux.models.flow.net import UNCONDITIONAL
 from reflux.models.shared_cache import SharedCache
 from reflux.models.text import locate, pick_device
 
-# times of the states that an adapter is tried on
+# times of the states that a new adapter is tested on
 PROBE_T = (1.0, 0.75, 0.5, 0.25)
-# a side of such a state at most
+# largest side of such a state, in patches
 PROBE_PATCHES = 8
-# where there is no table of known prompts
+# the prompts of such a test where the model has no prompt table
 PROBE_TEXTS = (UNCONDITIONAL, "a photograph")
 
 
 class SharedBase:
-    """A frozen model and the adapters on it, of which the last one asked for is on."""
+    """A frozen model and the adapters on it. The adapter of the last call is switched on."""
 
     def __init__(self, model: FlowModel):
         model.net.requires_grad_(False).eval()
         self.model = model
-        # of adapters that may speak, by where they came from
+        # names of the tested adapters on the transformer, by their source
         self._names: dict[str, str] = {}
         self._numbers = count()
         self._on: str | None = None
@@ -42,15 +44,15 @@ class SharedBase:
 
     @classmethod
     def of(cls, name: str, path: str, *, dtype: str, device: str, shared_cache: SharedCache) -> SharedBase:
-        """The run's one copy of this model in this type on this device."""
+        """The run's only copy of this model in this dtype on this device."""
         key = ("flow base", locate(name, path), dtype, pick_device(device))
         return shared_cache(
             key, lambda: cls(load_flow(name, path, dtype=dtype, device=device, shared_cache=shared_cache))
         )
 
     def voice(self, adapter: str | None, path: str) -> Voice:
-        """The model as it speaks with this adapter, or without any. ModelError for one that does not fit, or
-        that changes nothing.
+        """The model with this adapter, or without any. ModelError for an adapter that does not fit, or that
+        changes no velocity.
         """
         if adapter is not None and adapter not in self._names:
             self._add(adapter, path)
@@ -66,15 +68,15 @@ class SharedBase:
             self._on = name
         if torch.equal(self._probe(name), self._probe(None)):
             raise ModelError(
-                f"{path}: with the adapter in {adapter} the model says exactly what it says without it, so "
-                "this teacher would be the base "
-                f"model. Are its B factors still 0, as before the first step of training?"
+                f"{path}: the adapter in {adapter} does not change the velocities of the model, so this "
+                "teacher would be the base model. "
+                f"Check whether its B factors are still 0, as before the first step of training."
             )
         self._names[adapter] = name
 
     @torch.inference_mode()
     def _probe(self, name: str | None) -> Tensor:
-        """Velocities at a few seeded states."""
+        """Velocities at some seeded states."""
         config = self.model.net.transformer.config
         side = min(config.sample_size, PROBE_PATCHES * config.patch_size)
         rng = torch.Generator().manual_seed(0)
@@ -86,7 +88,7 @@ class SharedBase:
 
     @contextmanager
     def speaking(self, name: str | None) -> Iterator[None]:
-        """Within, this adapter is on and no other; one speaks at a time, also of several threads."""
+        """Context in which only this adapter is switched on. A lock lets one thread at a time enter."""
         with self._turn:
             if name != self._on:
                 use(self.model.net.transformer, name)
@@ -96,10 +98,10 @@ class SharedBase:
 
 @dataclass(frozen=True)
 class Voice(FlowModel):
-    """A shared base with one adapter on, or none: a flow model like any other, but for saving it."""
+    """A shared base with one adapter or none. It is used as any other flow model, but must not be saved."""
 
     base: SharedBase
-    # its name on the base
+    # the adapter's name on the base; None for no adapter
     adapter: str | None
 
     def velocity(self, x_ND: Tensor, t_N: Tensor, texts: Sequence[str], guidance: float = 1.0) -> Tensor:
@@ -107,7 +109,7 @@ class Voice(FlowModel):
             return super().velocity(x_ND, t_N, texts, guidance)
 
     def macs(self, guidance: float = 1.0, pixels: int = 0) -> int:
-        """Of the base and its own adapter alone."""
+        """Multiply-accumulates of the base and its own adapter, without the other adapters."""
         sizes = {name: parameter.numel() for name, parameter in self.net.transformer.named_parameters()}
         own = sum(size for name, size in sizes.items() if ".lora_" not in name or f".{self.adapter}." in name)
         return super().macs(guidance, pixels) * own // sum(sizes.values())

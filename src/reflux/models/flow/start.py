@@ -1,5 +1,5 @@
-"""Where a flow's student begins: as it is, at the mean of its teachers, or at an adapter; and what of it is
-trained.
+"""Prepares a flow's student for training: it starts from its own weights, from the mean of its teachers or
+from an adapter.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 def start(
     model: FlowModel, merge: Merge | None, adapter: str | None, lora: FlowLora | None, seed: int
 ) -> bool:
-    """Prepare `model.net` in place; what requires a gradient afterwards is what is trained. Is that an
-    adapter on the model as it came?
+    """Prepare `model.net` in place. Afterwards the trained parameters are those that require a gradient.
+    Returns True if the trained parameters are an adapter on the unchanged model.
 
-    Without lora all weights are, the prompt table included, and an adapter is added to them first. Under lora
-    everything is frozen but one adapter: a fresh one from the seed, or the one that the student begins with,
-    which lora then has to describe (ModelError that says how). A merge of full models becomes the base in
-    either case; one of adapters is one adapter.
+    Without lora all weights are trained, including the prompt table, and an adapter is first added to them.
+    With lora everything is frozen except one adapter. It is a new one from the seed, or the one that the
+    student starts from, which lora then has to describe (else ModelError with the differences). A merge of
+    full models becomes the base in both cases; a merge of adapters is one adapter.
     """
     net = model.net
     begin = _adapter(model, merge, adapter)
@@ -47,7 +47,7 @@ def start(
 
 
 def _adapter(model: FlowModel, merge: Merge | None, adapter: str | None) -> Adapter | None:
-    """The adapter to begin with, if any; the mean of full models is put into the net right here."""
+    """The adapter to start from, if any. The mean of full models is written into the net here."""
     if adapter is not None:
         return read_adapter(adapter, model.net.transformer, "learner.adapter")
     if merge is None:
@@ -60,12 +60,12 @@ def _adapter(model: FlowModel, merge: Merge | None, adapter: str | None) -> Adap
     if any(kinds.values()):
         whole = [name for name, is_adapter in kinds.items() if not is_adapter]
         raise ModelError(
-            f"learner.merge.models: {', '.join(whole)} is a whole model and the others are adapters; merge "
-            "one kind."
+            f"learner.merge.models: {', '.join(whole)} is a full model and the others are adapters. Merge "
+            "models of one kind only."
         )
     if merge.by == "factors":
         raise ModelError(
-            'learner.merge: by = "factors" is for adapters, and these are whole models. Use by = "weights".'
+            'learner.merge: by = "factors" is for adapters, and these are full models. Use by = "weights".'
         )
     model.net.load_state_dict(
         mean_weights(((name, load_net(name, paths[name])) for name in merge.models), model.net)
@@ -74,16 +74,16 @@ def _adapter(model: FlowModel, merge: Merge | None, adapter: str | None) -> Adap
 
 
 def _refuse_other(begin: Adapter, lora: FlowLora, transformer: Any) -> None:
-    """Training goes on with the adapter's own factors, so a lora table that says something else would be
-    ignored.
+    """Raise ModelError where lora does not describe this adapter. Training continues with the adapter's own
+    factors, so a different lora table would be ignored.
     """
     for name, factors in begin.factors.items():
         if factors.rank != lora.rank or abs(factors.scale * factors.rank - lora.alpha) > 1e-6 * lora.alpha:
             raise ModelError(
-                f"learner.lora says rank {lora.rank} and alpha {lora.alpha:g}, but the adapter that goes on "
-                "being trained "
+                f"learner.lora has rank {lora.rank} and alpha {lora.alpha:g}, but the adapter that training "
+                "continues with "
                 f"({begin.source}) has rank {factors.rank} and alpha {factors.scale * factors.rank:g} at "
-                f"{name}. Say the same, or leave "
+                f"{name}. Give the same values, or leave "
                 f"lora out: the adapter is then added to the weights."
             )
     asked, moved = (
@@ -91,13 +91,13 @@ def _refuse_other(begin: Adapter, lora: FlowLora, transformer: Any) -> None:
         set(begin.factors),
     )
     for names, what in (
-        (moved - asked, "leaves out {}, which that adapter moves"),
-        (asked - moved, "asks for {}, which it leaves"),
+        (moved - asked, "leaves out {}, which the adapter adapts"),
+        (asked - moved, "includes {}, which the adapter does not adapt"),
     ):
         if names:
             raise ModelError(
-                f"learner.lora.targets {what.format(min(names))}: the adapter that goes on being trained "
+                f"learner.lora.targets {what.format(min(names))}: the adapter that training continues with "
                 f"({begin.source}) keeps its own "
-                "modules. Name just those in targets, or leave lora out: the adapter is then added to the "
+                "modules. Give exactly these in targets, or leave lora out: the adapter is then added to the "
                 "weights."
             )
