@@ -258,7 +258,7 @@ def test_files_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     for name in ("whole", "whole/student"):
         with pytest.raises(
             ModelError,
-            match=rf"here: there is no adapter in .*{name}: it holds a whole model, which is given as `model`",
+            match=rf"here: there is no adapter in .*{name}: it holds a full model, which is given as",
         ):
             read_adapter(str(tmp_path / name), model.net.transformer, "here")
     save_file({}, tmp_path / DIFFUSERS)

@@ -167,7 +167,7 @@ def test_a_model_may_go_without_t5(without_t5: Path, tmp_path: Path, entry: Any)
 
 
 def test_t5_that_is_named_and_not_there_is_refused(without_t5: Path) -> None:
-    with pytest.raises(ModelError, match="the text encoders of .* cannot be loaded"):
+    with pytest.raises(ModelError, match=r"the text encoders of .* cannot be loaded"):
         load_flow(str(without_t5), "here", device="cpu")
 
 
@@ -338,7 +338,10 @@ def test_only_what_is_needed_is_asked_of_the_hub(
 def test_a_model_the_hub_does_not_give_is_refused_in_a_sentence(cache: Path, loads: Any) -> None:
     with pytest.raises(
         ModelError,
-        match=r"here: the flow model someone/tiny-flow cannot be loaded: .*If the model is gated, .* log in .*login",
+        match=(
+            r"here: the flow model someone/tiny-flow cannot be loaded: "
+            r".*If the model is gated, .* log in .*login"
+        ),
     ):
         loads(HUB_ID, "here")
 
@@ -387,5 +390,5 @@ def test_a_scheduler_with_other_times_is_refused_by_its_field(
 def test_an_outline_without_a_transformer_is_refused(tmp_path: Path) -> None:
     folder = tiny_flow.save(tmp_path, 0)
     shutil.rmtree(tmp_path / "transformer")
-    with pytest.raises(ModelError, match="here: the flow model .* cannot be loaded"):
+    with pytest.raises(ModelError, match=r"here: the flow model .* cannot be loaded"):
         outline_flow(folder, "here")

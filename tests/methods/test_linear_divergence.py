@@ -266,7 +266,7 @@ def test_factors_sums_and_accumulation() -> None:
 def test_a_second_backward_says_why_not() -> None:
     loss = Case(5, 6).answer().loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="used up; run the forward again"):
+    with pytest.raises(RuntimeError, match="backward can be called only once"):
         loss.backward()
 
 

@@ -176,7 +176,10 @@ def test_a_head_is_found_only_where_its_teacher_is_open() -> None:
     assert heads["teachers.main"] is one
     with pytest.raises(
         ModelError,
-        match=r"needs the output head 'gone', but this process has no head of that name \(it has: teachers\.main\)",
+        match=(
+            r"needs the output head 'gone', but this process has no head of that name "
+            r"\(it has: teachers\.main\)"
+        ),
     ):
         heads["gone"]
     heads.remove("teachers.main")

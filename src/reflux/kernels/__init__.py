@@ -1,1 +1,1 @@
-"""Rows of hidden states through output heads."""
+"""Applies output heads to rows of hidden states."""

@@ -1,5 +1,5 @@
-"""An output head: hidden states -> logits over the real vocabulary, with the model's own scaling and soft
-cap.
+"""An output head, which maps hidden states to logits over the real vocabulary, with the scaling and soft
+cap of the model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from reflux.kernels.budget import chunk_rows
 
 
 class Bare:
-    """A head that is nothing but a matrix."""
+    """A head that is only a matrix with an optional bias."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         self.weight, self.bias = weight, bias
@@ -25,9 +25,9 @@ class Head:
     """`head.logits(h_NH)` gives logits_NV. Rows of the weight beyond the tokenizer's vocabulary are padding
     and are cut off.
 
-    `raw` is the product alone, `finish` scales and caps it. Covers the final-logit scalings found in
-    transformers: Cohere multiplies by logit_scale, Granite divides by logits_scaling, Gemma caps smoothly at
-    final_logit_softcapping.
+    `raw` is only the product; `finish` scales and caps it. The scalings of final logits in transformers are
+    supported: Cohere multiplies by logit_scale, Granite divides by logits_scaling, and Gemma has a smooth
+    cap at final_logit_softcapping.
     """
 
     def __init__(
@@ -41,7 +41,9 @@ class Head:
 
     @classmethod
     def of_net(cls, net: Any, vocabulary: int) -> Head:
-        """That of a transformers model, looked up at each use: adapters may take its place."""
+        """The head of a transformers model. The module is looked up at each use, because adapters may
+        replace it.
+        """
         config = net.config.get_text_config()
         scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
@@ -54,7 +56,7 @@ class Head:
     def of(
         cls, weight_VH: Tensor, bias_V: Tensor | None = None, scale: float = 1.0, cap: float | None = None
     ) -> Head:
-        """A matrix, as `linear_divergence` takes it from anywhere."""
+        """A head from a weight matrix, for `linear_divergence`."""
         bare = Bare(weight_VH, bias_V)
         return cls(lambda: bare, len(weight_VH), scale, cap)
 
@@ -64,7 +66,9 @@ class Head:
 
     @property
     def matrix(self) -> tuple[Tensor, Tensor | None] | None:
-        """Weight and bias over the real vocabulary; None for an adapter on the head, or a quantised one."""
+        """Weight and bias over the real vocabulary. None for a head with an adapter and for a quantised
+        head.
+        """
         module = self.module
         if not isinstance(module, Bare) and type(module) is not nn.Linear:
             return None
@@ -78,7 +82,7 @@ class Head:
         return weight.device
 
     def raw(self, h_NH: Tensor) -> Tensor:
-        """The product alone, in the head's own type; differentiable."""
+        """Only the product, in the head's dtype; differentiable."""
         matrix = self.matrix
         if matrix is None:
             module = self.module
@@ -92,7 +96,7 @@ class Head:
         return raw_NV if bias_V is None else raw_NV.add_(bias_V)
 
     def finish(self, raw_NV: Tensor) -> Tensor:
-        """Scaling and cap."""
+        """Apply the scaling and the cap."""
         scaled_NV = raw_NV if self.scale == 1.0 else raw_NV * self.scale
         return torch.tanh(scaled_NV / self.cap) * self.cap if self.cap else scaled_NV
 
@@ -100,12 +104,12 @@ class Head:
         return self.finish(self.raw(h_NH))
 
     def logp_of(self, h_NH: Tensor, ids_N: Tensor) -> Tensor:
-        """logp_N of given tokens, float32, in row chunks; no gradient."""
+        """logp_N of given tokens, nats, float32, in row chunks; no gradient."""
         return self.logp_at(h_NH, ids_N[:, None])[:, 0]
 
     @torch.no_grad()
     def logp_at(self, h_NH: Tensor, ids_NK: Tensor) -> Tensor:
-        """logp_NK at K given ids a row, float32, in row chunks; no gradient."""
+        """logp_NK at K given ids per row, nats, float32, in row chunks; no gradient."""
         rows = chunk_rows(self.vocabulary, h_NH.device)
         pairs = zip(h_NH.split(rows), ids_NK.split(rows), strict=True)
         return torch.cat([self.logits(h).float().log_softmax(-1).gather(-1, ids) for h, ids in pairs])
@@ -113,12 +117,14 @@ class Head:
 
 @torch.no_grad()
 def kl_of(head: Head, h_NH: Tensor, other: Head, g_NG: Tensor) -> Tensor:
-    """KL(softmax of the first logits || of the second), nats [N], float32, in row chunks; no gradient."""
+    """KL(softmax of the first head's logits || softmax of the other's), nats [N], float32, in row chunks;
+    no gradient.
+    """
     rows, columns = chunk_rows(head.vocabulary, head.device), []
     for h, g in zip(h_NH.split(rows), g_NG.split(rows), strict=True):
         logp_NV = head.logits(h.to(head.device)).float().log_softmax(-1)
         logq_NV = other.logits(g.to(other.device)).float().log_softmax(-1).to(logp_NV.device)
         cost_NV = logp_NV.exp() * (logp_NV - logq_NV)
-        # what is never said costs nothing, also as 0 * inf
+        # A token of probability 0 costs 0, also where the product is 0 * inf.
         columns.append(cost_NV.where(logp_NV > -torch.inf, 0.0).sum(-1))
     return torch.cat(columns)

@@ -1,5 +1,5 @@
-"""One pass of the student's head: tables of logits out, their gradients back in, the head's own gradient
-gathered on the way.
+"""One pass through the student's head. It returns tables of logits, takes their gradients, and sums up the
+gradient of the head.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from reflux.kernels.head import Head
 
 
 class HeadPass(Protocol):
-    # one for each of `parameters(head)`, summed over the chunks
+    # one gradient for each of `parameters(head)`, summed over the chunks
     grads: list[Tensor | None]
 
     def table(self, h_NH: Tensor) -> Tensor:
@@ -23,7 +23,9 @@ class HeadPass(Protocol):
         ...
 
     def back(self, d_NV: Tensor, hidden: bool) -> Tensor | None:
-        """Take the gradient of the last table's raw logits; gives that of its hidden states, where wanted."""
+        """Take the gradient of the last table's raw logits. Returns the gradient of its hidden states if
+        `hidden`.
+        """
         ...
 
 
@@ -37,7 +39,7 @@ def parameters(head: Head) -> list[Tensor]:
 
 
 def open_pass(head: Head, needs: Sequence[bool] | None) -> HeadPass:
-    """needs: which of `parameters(head)` want a gradient; None where nothing does, not even the hidden
+    """needs: which of `parameters(head)` need a gradient; None where nothing needs one, not even the hidden
     states.
     """
     if head.matrix is None:
@@ -46,8 +48,8 @@ def open_pass(head: Head, needs: Sequence[bool] | None) -> HeadPass:
 
 
 class _Matrix:
-    """The products by hand: the head's gradient is summed in place, in float32 or wider, never as a second
-    table of its size.
+    """A pass with hand-written products. The head's gradient is summed in place, in float32 or wider,
+    without a second table of its size.
     """
 
     def __init__(self, head: Head, needs: Sequence[bool]):
@@ -78,8 +80,8 @@ class _Matrix:
 
 
 class _Module:
-    """Through autograd, chunk by chunk: adapters on a head are small, and their frozen base needs no
-    gradient.
+    """A pass with autograd, chunk by chunk, for heads with adapters. The adapters are small, and their
+    frozen base needs no gradient.
     """
 
     def __init__(self, head: Head, wanted: bool):
@@ -90,7 +92,7 @@ class _Module:
         self.leaf_NH = h_NH.detach().requires_grad_(self.wanted)
         with torch.set_grad_enabled(self.wanted):
             self.raw_NV = self.head.raw(self.leaf_NH)
-        # the graph may need what the caller overwrites
+        # The table is cloned, because the graph may need the values that the caller overwrites.
         return self.raw_NV.detach().clone()
 
     def back(self, d_NV: Tensor, hidden: bool) -> Tensor | None:

@@ -1,8 +1,8 @@
-"""The matrix products of a linear layer, each on its fastest path.
+"""The matrix products of a linear layer, each by its fastest implementation.
 
-torch multiplies float32 matrices on a CPU with MKL, which takes its slow path on processors that are not
-Intel's; oneDNN, in the same torch build, does not, and reads transposed matrices as they lie. Same
-mathematics, same precision, another order of summation.
+torch multiplies float32 matrices on a CPU with MKL, which is slow on processors that are not from Intel.
+oneDNN, in the same torch build, is fast on them and reads transposed matrices without a copy. The
+mathematics and the precision are the same; the order of summation is different.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# below, the call costs more than the multiplication
+# With fewer operations, the call takes longer than the multiplication.
 _WORTH_FLOPS = 1 << 25
-# vocabulary rows at once: oneDNN repacks a matrix before it multiplies, and a whole head would be copied
+# vocabulary rows per call: oneDNN repacks a matrix before it multiplies, and would copy a whole head
 _BLOCK = 4096
-# rows summed over: with fewer, adding the block to the sum costs more than oneDNN gains over MKL
+# number of summed rows below which adding the block to the sum takes longer than oneDNN saves over MKL
 _DEEP = 96
 _AVAILABLE = torch.backends.mkldnn.is_available()
 
@@ -51,7 +51,7 @@ def outer(d_NV: Tensor, h_NH: Tensor) -> Tensor:
 
 
 def add_outer(sum_VH: Tensor, d_NV: Tensor, h_NH: Tensor) -> None:
-    """sum += d.T @ h, in place: the gradient of the head. `sum_VH` may be of a wider type than the factors."""
+    """sum += d.T @ h, in place: the gradient of the head. `sum_VH` may have a wider dtype than d and h."""
     same = sum_VH.dtype == d_NV.dtype
     fast = same and len(sum_VH) > _BLOCK and len(d_NV) >= _DEEP and _worth(d_NV.t(), h_NH.t())
     if same and not fast:
@@ -73,5 +73,5 @@ def _worth(a_MK: Tensor, b_NK: Tensor) -> bool:
 
 
 def _by_onednn(a_MK: Tensor, b_NK: Tensor) -> Tensor:
-    """a @ b.T. The operator is the one that torch's own compiler emits for linear layers on a CPU."""
+    """a @ b.T, with the operator that torch's own compiler uses for linear layers on a CPU."""
     return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")

@@ -1,10 +1,11 @@
-"""Rows of hidden states through output heads in chunks, the student's gradient made in the same pass.
+"""Applies output heads to rows of hidden states in chunks, and computes the student's gradient in the same
+pass.
 
-All row coefficients are known before the forward, so nothing has to wait for a backward: each chunk runs
-heads, costs and gradients at once and keeps nothing. Peak memory is that of one chunk, and nothing is
-computed twice. Chunks are as long as the matrix products like; inside, costs and their gradients are made on
-blocks of a few rows that stay in the processor's cache, and each block's gradient takes the place of its
-logits.
+All row coefficients are known before the forward pass, so no chunk has to wait for a backward pass. Each
+chunk runs heads, costs and gradients at once and keeps nothing. The peak memory is that of one chunk, and
+nothing is computed twice. The length of a chunk suits the matrix products. Inside a chunk, costs and their
+gradients are computed on blocks of a few rows that fit into the processor's cache, and each block's
+gradient overwrites its logits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from reflux.kernels.head import Head
 from reflux.kernels.head_pass import open_pass, parameters
 
 RowLoss = Callable[[slice, Tensor, list[Tensor]], Tensor]
-# hidden states that pass no gradient on, row for row with the student's, and their head
+# hidden states without a gradient, with the same rows as the student's, and their head
 Constant = tuple[Tensor, Head]
 
 
@@ -30,10 +31,10 @@ def row_pass(h_NH: Tensor, head: Head, constants: Sequence[Constant], row_loss: 
     """The sum of row_loss(rows, logits_NV, [constant logits_NV, ...]) over blocks of rows, a scalar of at
     least float32.
 
-    Differentiable once, in h_NH and the head's parameters; what else `row_loss` closes over is a constant.
-    `row_loss` is called once for each row, in order, with `rows` counted over h_NH, outside autocast, and
-    must not keep the tables: their memory is reused. Under `torch.no_grad` no gradient is made. N = 0 gives
-    0.
+    Differentiable once, in h_NH and the head's parameters. Any other tensor that `row_loss` uses is a
+    constant. Each row is passed to `row_loss` once, in order, with `rows` counted over h_NH, outside
+    autocast. `row_loss` must not keep the tables, because their memory is reused. Under `torch.no_grad` no
+    gradient is computed. N = 0 gives 0.
     """
     work = _Work(h_NH.detach(), head, constants, row_loss)
     tensors = [h_NH, *parameters(head)]
@@ -53,8 +54,8 @@ class _RowPass(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.grads is None:
             raise RuntimeError(
-                "the gradients of this loss were made in its forward pass and are used up; run the forward "
-                "again"
+                "backward can be called only once on this loss, because its gradients were computed in the "
+                "forward pass. Run the forward pass again."
             )
         grads, ctx.grads = ctx.grads, None
         return (None, *(None if made is None else made.mul_(grad) for made in grads))
@@ -80,11 +81,13 @@ class _Work:
         for rows in _slices(len(h_NH), chunk_rows(head.vocabulary, h_NH.device, tables)):
             raw_NV = opened.table(h_NH[rows])
             dtype = torch.promote_types(raw_NV.dtype, torch.float32)
-            said = [
+            others_raw = [
                 other.table(h[rows]).to(raw_NV.device)
                 for other, (h, _) in zip(others, self.constants, strict=True)
             ]
-            total += self._blocks(rows, raw_NV, [_not_wider(table_NV, dtype) for table_NV in said], gradient)
+            total += self._blocks(
+                rows, raw_NV, [_not_wider(table_NV, dtype) for table_NV in others_raw], gradient
+            )
             if gradient:
                 grad_nH = opened.back(raw_NV, hidden=grad_NH is not None)
                 if grad_NH is not None and grad_nH is not None:
@@ -93,7 +96,7 @@ class _Work:
         return total, [grad_NH, *(None if grad is None else grad.to(tensor.dtype) for grad, tensor in sums)]
 
     def _blocks(self, rows: slice, raw_NV: Tensor, tables: list[Tensor], gradient: bool) -> Tensor:
-        """The loss of one chunk; where a gradient is wanted, that of the raw logits takes their place."""
+        """The loss of one chunk. If `gradient`, the gradient of the raw logits overwrites them."""
         total = torch.zeros((), dtype=torch.promote_types(raw_NV.dtype, torch.float32), device=raw_NV.device)
         for block in _slices(len(raw_NV), block_rows(self.head.vocabulary, raw_NV.device)):
             logits = [

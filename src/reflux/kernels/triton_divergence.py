@@ -1,14 +1,15 @@
-"""What the objectives need of tables of raw logits [N, V], in fused Triton passes: log-probs, divergences,
-records, and their gradients.
+"""Fused Triton passes over tables of raw logits [N, V]: the log-probs, divergences and records that the
+objectives need, and their gradients.
 
-Heads are matrix products and stay with the vendor's library; everything after them is memory traffic, and
-each function here reads its tables once or twice and keeps nothing [N, V] wide but the gradient. Logits may
-be of any float type and are read into float32; results are float32, gradients have the logits' type. Rows may
-be slices of a wider, padded table. Same meaning, defaults and special cases as `reflux.loss.divergences`,
-which is the reference. ValueError for shapes that do not fit, an unknown kind, a weight outside [0, 1].
+Heads are matrix products and use the vendor's library. Everything after them is limited by memory traffic.
+Each function here reads its tables once or twice and keeps nothing [N, V] wide except the gradient. Logits
+may have any float dtype and are read into float32. Results are float32, and gradients have the logits'
+dtype. Rows may be slices of a wider, padded table. Meaning, defaults and special cases are those of
+`reflux.loss.divergences`, which is the reference. ValueError for shapes that do not fit, an unknown kind,
+and a weight outside [0, 1].
 
-On CUDA tensors, or on CPU tensors through Triton's interpreter (TRITON_INTERPRET=1, for tests). Triton is
-imported at the first call.
+The functions work on CUDA tensors, or on CPU tensors with Triton's interpreter (TRITON_INTERPRET=1, for
+tests). Triton is imported at the first call.
 """
 
 from __future__ import annotations
@@ -38,38 +39,41 @@ _INSTALLED = find_spec("triton") is not None
 
 
 def usable(logits: Tensor) -> bool:
-    """Whether these kernels can run on this table: Triton is there, and the table is on a GPU or Triton
-    interprets.
+    """True if these kernels can run on this table: Triton is installed, and the table is on a GPU or
+    Triton's interpreter is on.
     """
     return _INSTALLED and (logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @torch.no_grad()
 def logsumexp(logits_NV: Tensor) -> Tensor:
-    """log sum_v exp(logit), float32 [N], detached: the constant that turns logits into log-probs. One read."""
+    """log sum_v exp(logit), float32 [N], detached: the constant that turns logits into log-probs. It reads
+    the table once.
+    """
     check(logits_NV)
     return launch_logsumexp(rows_of(logits_NV))
 
 
 def token_logp(logits_NV: Tensor, ids_N: Tensor, lse_N: Tensor | None = None) -> Tensor:
-    """Log-prob of one id per row, nats, float32 [N]; differentiable in the logits. `lse_N` saves the pass
-    that makes it.
+    """Log-prob of one id per row, nats, float32 [N]; differentiable in the logits. A given `lse_N` saves
+    the pass that computes it.
     """
     return gather_logp(logits_NV, ids_N[:, None], lse_N)[:, 0]
 
 
 def gather_logp(logits_NV: Tensor, ids_NK: Tensor, lse_N: Tensor | None = None) -> Tensor:
-    """Log-probs at K ids per row, float32 [N, K], differentiable. The ids of a row must differ, as those of a
-    top-k do: unchecked.
+    """Log-probs at K ids per row, nats, float32 [N, K], differentiable. The ids of a row must differ, as
+    those of a top-k do; this is not checked.
     """
     return _listed(logits_NV, ids_NK, lse_N, False)
 
 
 def with_tail(logits_NV: Tensor, ids_NK: Tensor, lse_N: Tensor | None = None) -> Tensor:
-    """The same [N, K + 1] with, last, ONE bucket of all mass not listed: its own logsumexp, -inf with no
-    gradient where nothing is left.
+    """The same as `gather_logp` and, last, ONE bucket with all mass that is not listed, [N, K + 1]. The
+    bucket is the logsumexp of the other logits; where no mass is left it is -inf without a gradient.
 
-    The gradient of all K + 1 is made in one pass. Keeps a byte per logit for as long as the forward takes.
+    The gradient of all K + 1 values is computed in one pass. The forward pass needs one byte per logit
+    while it runs.
     """
     return _listed(logits_NV, ids_NK, lse_N, True)
 
@@ -82,13 +86,13 @@ def divergence(
     student_lse_N: Tensor | None = None,
     teacher_lse_N: Tensor | None = None,
 ) -> Tensor:
-    """divergence(student, teacher) of each row, nats (`tv`: in [0, 1]), float32 [N]; `kind` and `weight` as
-    in `divergences.DIVERGENCES`.
+    """divergence(student, teacher) of each row, nats (`tv`: in [0, 1]), float32 [N]. `kind` and `weight`
+    are those of `divergences.DIVERGENCES`.
 
-    D = sum_v F(log p_v, log q_v). Differentiable in the student: in logits, coef (F' - p sum F') with F' = dF
-    / dlog p, written in one pass from both tables and sum F'. The teacher is a constant. Two tables equal to
-    the bit give exactly 0 and a gradient of exactly 0. A row whose coefficient is 0 gets a gradient of
-    exactly 0, also where its cost is infinite.
+    D = sum_v F(log p_v, log q_v). Differentiable in the student; the teacher is a constant. The gradient in
+    logits is coef (F' - p sum F') with F' = dF / dlog p, written in one pass from both tables and sum F'.
+    Two tables with identical bits give exactly 0 and a gradient of exactly 0. A row whose coefficient is 0
+    has a gradient of exactly 0, also where its cost is infinite.
     """
     check(student_NV, teacher_NV)
     kind, share = _plan(kind, weight)
@@ -105,10 +109,10 @@ def summary(
     student_lse_N: Tensor | None = None,
     teacher_lse_N: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """(KL(student || teacher), entropy of the student), nats, float32 [N], detached, in one pass; no KL
-    without a teacher.
+    """(KL(student || teacher), entropy of the student), nats, float32 [N], detached, in one pass. The KL is
+    None without a teacher.
 
-    Minus the KL, which is never negative, is vOPD's baseline.
+    The KL is never negative. -KL is the baseline of vOPD.
     """
     check(student_NV, student_NV if teacher_NV is None else teacher_NV)
     student_lse_N = known_lse(student_NV, student_lse_N)
@@ -120,15 +124,15 @@ def summary(
 
 
 def _plan(kind: str, weight: float | None) -> tuple[str, float]:
-    """The kernel's kind and the teacher's share of its mixture; "itself" where a model is compared with
-    itself.
+    """The kernel's kind and the teacher's share of its mixture. The kind "itself" means that the student is
+    compared with itself.
     """
     if kind not in _DEFAULTS:
         raise ValueError(f"kind must be one of {', '.join(_DEFAULTS)}, got '{kind}'")
     default = _DEFAULTS[kind]
     if default is None:
         if weight is not None:
-            raise ValueError(f"'{kind}' mixes nothing and takes no weight, leave it out")
+            raise ValueError(f"'{kind}' has no mixture and takes no weight, leave it out")
         return kind, 0.0
     weight = default if weight is None else weight
     if not 0 <= weight <= 1 or math.isnan(weight):
@@ -186,9 +190,11 @@ class _Divergence(Function):
 
 
 class _Listed(Function):
-    """Log-probs at ids, and of the rest where `rest_N` (the logsumexp of the rest) is given.
+    """Log-probs at ids, and of all other ids together where `rest_N` (the logsumexp of their logits) is
+    given.
 
-    With coefficients c and their sum C: c_k - C p_k at a listed id, c_tail p / p_tail - C p elsewhere.
+    The gradient, with coefficients c and their sum C, is c_k - C p_k at a listed id and c_tail p / p_tail -
+    C p at the others.
     """
 
     @staticmethod
@@ -206,7 +212,7 @@ class _Listed(Function):
         logits_NV, k = rows_of(logits_NV), ids_NK.shape[1]
         coef_NK, tail_N = grad_NK[:, :k].float(), torch.zeros_like(lse_N)
         if rest_N is not None:
-            # an empty tail is -inf whatever the logits: no gradient
+            # An empty tail is -inf for all logits, so it has no gradient.
             tail_N = grad_NK[:, k].float().masked_fill(rest_N == -torch.inf, 0).contiguous()
         total_N = coef_NK.sum(-1) + tail_N
         grad_NV = torch.empty(logits_NV.shape, dtype=logits_NV.dtype, device=logits_NV.device)
@@ -222,7 +228,7 @@ class _Listed(Function):
             rest_N is not None,
         )
         others_NK = total_N[:, None] - coef_NK
-        # in float32: 1 - p must not be rounded to bfloat16 first
+        # This is computed in float32, because 1 - p must not be rounded to bfloat16 first.
         listed_NK = -coef_NK * logp_NK.expm1() - others_NK * logp_NK.exp()
         listed_NK = listed_NK.masked_fill(((coef_NK == 0).all(-1) & (tail_N == 0))[:, None], 0)
         return grad_NV.scatter_(-1, ids_NK, listed_NK.to(grad_NV.dtype)), None, None, None

@@ -1,28 +1,28 @@
-"""Triton kernels over tables of raw logits: one program per row, the vocabulary in blocks, everything in
+"""Triton kernels over tables of raw logits: one program per row, the vocabulary in blocks, all values in
 float32 registers.
 
-Sums are kept lane by lane and joined once at the end of a row: no barrier inside the loop, and shorter chains
-of roundings. Row offsets are 64-bit (a table may hold more than 2^31 logits). Called through
-`triton_divergence`; importing this module needs Triton.
+Sums are kept per lane and added up once at the end of a row. So there is no barrier inside the loop, and
+fewer roundings follow one another. Row offsets are 64-bit, because a table may have more than 2^31 logits.
+The kernels are called through `triton_divergence`. Importing this module needs Triton.
 """
 
 import triton
 import triton.language as tl
 
-# a running maximum that starts here, not at -inf, never makes inf - inf
+# start of a running maximum; with -inf as the start, inf - inf could occur
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
 def _row(x_ptr: tl.tensor, stride: int, columns: tl.tensor, width: int) -> tl.tensor:
-    """One block of this program's row; -inf, a probability of 0, beyond its end."""
+    """One block of this program's row. Beyond the end of the row the values are -inf, a probability of 0."""
     row = tl.program_id(0).to(tl.int64)
     return tl.load(x_ptr + row * stride + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
 def _second(x: tl.tensor) -> tl.tensor:
-    """(exp(x) - 1 - x) / x^2 where |x| < 1/2: Taylor's series, to 1e-8."""
+    """(exp(x) - 1 - x) / x^2 for |x| < 1/2 by its Taylor series, to 1e-8."""
     series = 1 / 120 + x * (1 / 720 + x * (1 / 5040 + x * (1 / 40320)))
     return 1 / 2 + x * (1 / 6 + x * (1 / 24 + x * series))
 
@@ -43,8 +43,8 @@ def row_logsumexp(
     SKIP: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """log sum exp of each row, without the columns marked in a dense uint8 table where SKIP. One exp per
-    logit, maximum on the fly.
+    """log sum exp of each row; if SKIP, without the columns that a dense uint8 table marks. It needs one
+    exp per logit, and the maximum is updated in the same loop.
     """
     row = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
@@ -68,8 +68,8 @@ def row_logsumexp(
 def _kl_term(p: tl.tensor, q: tl.tensor, over: tl.tensor) -> tl.tensor:
     """p log(p / q) - p + q with over = log(p / q): a KL whose terms are all >= 0.
 
-    The same sum for probabilities. A rounding of either logsumexp, which shifts a whole row of log-probs,
-    enters the plain sum as it is and this one squared; a small divergence keeps its digits.
+    For probabilities the sum is the same. A rounding error of a logsumexp shifts all log-probs of a row. It
+    enters the plain sum linearly and this sum squared, so a small divergence keeps its digits.
     """
     term = tl.where(tl.abs(over) < 0.5, p * over * over * _second(-over), p * over + (q - p))
     return tl.where(p == 0, q, term)
@@ -81,11 +81,11 @@ def _mixed_terms(
 ) -> tuple[tl.tensor, tl.tensor]:
     """(cost, slope) of the kinds that compare with m = (1 - share) p + share q; gap = log q - log p.
 
-    log m is measured from the larger of the two, so that no digit of a small gap is lost and equal models
-    give 0 to the bit.
+    log m is computed relative to the larger of log p and log q, so that a small gap loses no digits and
+    equal models give exactly 0.
     """
     above = tl.where(gap > 0, 1 - share, share)
-    # log 1 = 0 to the bit where the gap is 0
+    # Exactly 0 (log 1) where the gap is 0.
     m = tl.log(1 + above * (tl.exp(-tl.abs(gap)) - 1))
     # log p - log m
     p_over = tl.where(gap > 0, -gap - m, -m)
@@ -105,16 +105,16 @@ def _mixed_terms(
 
 @triton.jit
 def _terms(s: tl.tensor, t: tl.tensor, share: float, KIND: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """What one token adds to the row's divergence, and that term's derivative by log p. s = log p student, t
-    = log q teacher.
+    """The term of one token in the row's divergence, and the derivative of the term by log p. s = log p of
+    the student, t = log q of the teacher.
 
-    The derivative is given up to a multiple of p, which the softmax's own derivative removes: chosen so that
-    it is 0 where p = q. A probability of 0 adds 0; so do columns beyond the row, where both are 0. KIND
-    "records" is (reverse KL, entropy).
+    The derivative is given up to a multiple of p, which the derivative of the softmax removes. The multiple
+    is chosen so that the derivative is 0 where p = q. A probability of 0 adds 0. Columns beyond the row add
+    0 too, because both probabilities are 0 there. KIND "records" is (reverse KL, entropy).
     """
     p = tl.exp(s)
     q = tl.exp(t)
-    # never inf - inf
+    # This avoids inf - inf.
     gap = tl.where((p == 0) & (q == 0), 0.0, t - s)
     if KIND == "reverse":
         cost = _kl_term(p, q, -gap)
@@ -189,7 +189,9 @@ def row_gradient(
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """coef (slope - p sum of slopes) into a dense table; exactly 0 where coef is 0, whatever the row's cost."""
+    """Write coef (slope - p sum of slopes) into a dense table; exactly 0 where coef is 0, for any cost of
+    the row.
+    """
     row = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
     s_lse = tl.load(s_lse_ptr + row)
@@ -219,8 +221,8 @@ def row_softmax_gradient(
     TAIL: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """tail_coef exp(x - rest) - total exp(x - lse) into a dense table: the gradient at ids that are not
-    listed.
+    """Write tail_coef exp(x - rest) - total exp(x - lse) into a dense table: the gradient at ids that are
+    not listed.
     """
     row = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""Launching of the fused kernels over rows, and the checks of what they are given."""
+"""Launches the fused kernels over rows, and checks their arguments."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# logits of a row at a time: 8 a thread, one 16-byte load of bfloat16; at most 64 registers, so 4 rows share a
-# core
+# Number of logits of a row that are processed at a time: 8 per thread, which is one 16-byte load of
+# bfloat16. A thread then needs at most 64 registers, so 4 rows run on one multiprocessor.
 BLOCK = 2048
 
 
@@ -20,7 +20,8 @@ def known_lse(logits_NV: Tensor, lse_N: Tensor | None) -> Tensor:
         return launch_logsumexp(rows_of(logits_NV.detach()))
     if lse_N.shape != logits_NV.shape[:1]:
         raise ValueError(
-            f"the logsumexp of logits {list(logits_NV.shape)} is one number per row, got {list(lse_N.shape)}"
+            f"the logsumexp of logits {list(logits_NV.shape)} must have one number per row, got "
+            f"{list(lse_N.shape)}"
         )
     return lse_N.detach().float().contiguous()
 
@@ -29,7 +30,7 @@ def launch_logsumexp(logits_NV: Tensor, skip_NV: Tensor | None = None) -> Tensor
     from reflux.kernels.triton_kernels import row_logsumexp
 
     lse_N = torch.empty(len(logits_NV), dtype=torch.float32, device=logits_NV.device)
-    # any pointer will do where it is not read
+    # The kernel does not read this pointer without a skip table, so any pointer is valid.
     skip = lse_N if skip_NV is None else skip_NV
     launch(
         row_logsumexp,
@@ -69,7 +70,7 @@ def launch_sums(
 
 
 def launch(kernel: Any, table_NV: Tensor, *arguments: Any) -> None:
-    """One program for each row of the table, on its device."""
+    """Run one program for each row of the table, on the table's device."""
     rows, width = table_NV.shape
     block = min(BLOCK, 1 << (width - 1).bit_length())
     if rows:
@@ -78,7 +79,7 @@ def launch(kernel: Any, table_NV: Tensor, *arguments: Any) -> None:
 
 
 def rows_of(logits_NV: Tensor) -> Tensor:
-    """The table with the logits of a row next to each other; rows may lie apart."""
+    """The table with the logits of each row contiguous in memory. There may be gaps between rows."""
     return logits_NV if logits_NV.stride(1) == 1 else logits_NV.contiguous()
 
 
@@ -86,4 +87,4 @@ def check(*tables: Tensor) -> None:
     first = tables[0]
     if any(table.ndim != 2 or table.shape != first.shape or table.shape[1] == 0 for table in tables):
         shapes = " and ".join(str(list(table.shape)) for table in tables)
-        raise ValueError(f"tables of logits must have one shape [N, V] with V > 0, got {shapes}")
+        raise ValueError(f"tables of logits must have equal shapes [N, V] with V > 0, got {shapes}")
