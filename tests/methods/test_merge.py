@@ -128,9 +128,12 @@ def test_the_mean_of_factors_has_no_meaning_for_adapters_of_different_origin() -
 @pytest.mark.parametrize(
     ("other", "why"),
     [
-        (adapter(2, {"first": 2, "second": 2}, dict.fromkeys(SHAPES, 2.0)), "other modules"),
-        (adapter(2, {"first": 2, "second": 2, "third": 3}, dict.fromkeys(SHAPES, 2.0)), "other ranks"),
-        (adapter(2, dict.fromkeys(SHAPES, 2), {"first": 2.0, "second": 2.0, "third": 1.0}), "other scales"),
+        (adapter(2, {"first": 2, "second": 2}, dict.fromkeys(SHAPES, 2.0)), "different modules"),
+        (adapter(2, {"first": 2, "second": 2, "third": 3}, dict.fromkeys(SHAPES, 2.0)), "different ranks"),
+        (
+            adapter(2, dict.fromkeys(SHAPES, 2), {"first": 2.0, "second": 2.0, "third": 1.0}),
+            "different scales",
+        ),
     ],
 )
 def test_factors_that_do_not_match_have_no_mean(other: Adapter, why: str) -> None:
@@ -162,7 +165,7 @@ def test_the_mean_of_weights_is_the_definition() -> None:
 def test_models_built_otherwise_have_no_mean() -> None:
     net = tiny_flow.model(1).net
     with pytest.raises(
-        ModelError, match=r"wide is built otherwise than learner.model \(num_layers 3 for 2\)"
+        ModelError, match=r"wide has another configuration than learner.model \(num_layers 3 instead of 2\)"
     ):
         mean_weights([("m", net), ("wide", tiny_flow.model(2, layers=3).net)], net)
     with pytest.raises(ModelError, match="m has learned other prompts"):
@@ -263,7 +266,7 @@ def test_an_adapter_is_trained_on_under_lora_and_added_without(tmp_path: Path) -
             FlowLora(rank=2, alpha=4.0, targets=tiny_flow.ENDS[1:]),
             "targets leaves out transformer_blocks.0.attn.to_q",
         ),
-        (FlowLora(rank=2, alpha=4.0, targets=(*tiny_flow.ENDS, "proj_out")), "targets asks for proj_out"),
+        (FlowLora(rank=2, alpha=4.0, targets=(*tiny_flow.ENDS, "proj_out")), "targets includes proj_out"),
     ],
 )
 def test_lora_describes_the_adapter_that_goes_on_or_is_refused(

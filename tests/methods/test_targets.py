@@ -184,7 +184,7 @@ def test_a_head_is_found_only_where_its_teacher_is_open() -> None:
         heads["gone"]
     heads.remove("teachers.main")
     heads.remove("teachers.main")
-    with pytest.raises(ModelError, match="it has none"):
+    with pytest.raises(ModelError, match="it has: none"):
         heads["teachers.main"]
 
 
@@ -211,7 +211,7 @@ def test_a_closed_teacher_takes_its_head_back(teacher: str) -> None:
             assert heads["teachers.main"] is opened.model.head
 
     asyncio.run(act())
-    with pytest.raises(ModelError, match="it has none"):
+    with pytest.raises(ModelError, match="it has: none"):
         heads["teachers.main"]
 
 

@@ -190,8 +190,8 @@ def _faults(
         outputs, inputs = shapes[module]
         if part["A"].shape != (rank, inputs) or part["B"].shape != (outputs, rank):
             crooked.append(
-                f"{module} (A {tuple(part['A'].shape)} instead of {(rank, inputs)}, "
-                f"B {tuple(part['B'].shape)} instead of {(outputs, rank)})"
+                f"{module} (A {tuple(part['A'].shape)}, expected {(rank, inputs)}; "
+                f"B {tuple(part['B'].shape)}, expected {(outputs, rank)})"
             )
     yield from _listed(
         "factors that are missing", [*lacking, *((m for m in planned if m not in parts) if planned else ())]
