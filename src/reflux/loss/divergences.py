@@ -215,7 +215,7 @@ def _check_ids(ids_NK: Tensor, vocabulary: int, repeated_NK: Tensor | None) -> N
         )
         raise ValueError(
             "the listed ids must "
-            f"{what if outside | twice else 'stand once in the row without a mark: the mass would be lost'}"
+            f"{what if outside | twice else 'stand in the row once without a mark: the mass would be lost'}"
         )
 
 
