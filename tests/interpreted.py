@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from reflux.kernels import triton_divergence as fused
+from reflux.kernels import triton_launch
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def interpreted(block: int = 32) -> Iterator[None]:
     reductions are interpreted.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "BLOCK", block)
+        patch.setattr(triton_launch, "BLOCK", block)
         if not torch.cuda.is_available():
             patch.setenv("TRITON_INTERPRET", "1")
             import triton.language

@@ -29,7 +29,7 @@ class Siblings(Generic[Result]):
             self.cancel()
 
     def cancel(self) -> None:
-        """SharedCache: a second time would interrupt a sibling that is cleaning up."""
+        """Cancel all tasks, once. A second cancellation would interrupt a task that is cleaning up."""
         if not self._cancelled:
             self._cancelled = True
             for task in self.tasks:
