@@ -184,7 +184,7 @@ def test_a_target_without_the_sampled_log_probs_is_refused_for_groups_only() -> 
         target=HiddenTarget(teacher="main", h_TH=torch.zeros(2, 3), head="main")
     )
     assert values([[entry]], SampledKL(), SampledKL(baseline="leave_one_out", coef=0.0)) == {0: (0.0, 0.0)}
-    with pytest.raises(ValueError, match=r"holds no logp_T. Ask for it at scoring time"):
+    with pytest.raises(ValueError, match=r"has no logp_T. Add `Requirements"):
         plan([[entry]], [SampledKL(baseline="leave_one_out")], "token-mean-weighted")
 
 

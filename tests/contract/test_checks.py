@@ -109,7 +109,7 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "prefix on given answers": (
         "sft",
         {"credit.prefix": {"length": 5}},
-        "cutting answers the student did not write",
+        "cutting answers that the student did not write",
     ),
     "a ratio of a divergence on given answers": (
         "sft",
@@ -117,8 +117,8 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
             "objectives": [{"kind": "divergence", "ratio": "truncated"}],
             "teachers.main": {"kind": "local", "model": "m"},
         },
-        "divides by the probability the sampler drew with, but sampler 'references' gives answers it did not "
-        "draw",
+        "divides by the probability with which the sampler drew a token, but sampler 'references' gives "
+        "answers that it did not draw",
     ),
     "siblings of an only child": (
         "opd",
@@ -210,7 +210,7 @@ def test_biased_sampling_may_be_asked_for() -> None:
     assert checks.warnings(cfg) == []
     cases = {
         "none": 'ratio = "none" does not correct for attempts drawn at temperature = 0.7 and top_p = 1;',
-        "clip": "many tokens away",
+        "clip": "removes the gradient of many tokens",
     }
     for ratio, words in cases.items():
         (warning,) = checks.warnings(load_recipe("opd", {**biased, "objectives.0.ratio": ratio}))
@@ -257,15 +257,15 @@ def test_wants_join_and_the_largest_k_wins() -> None:
 @pytest.mark.parametrize(
     ("recipe", "changes", "field"),
     [
-        ("full", {"objectives.0.k": 5}, "k does nothing beside support = 'full'"),
-        ("topk", {"objectives.0.ratio_cap": 2.0}, "ratio_cap does nothing beside ratio = 'none'"),
-        ("opd", {"objectives.0.baseline_k": 5}, "baseline_k does nothing beside baseline = 'none'"),
+        ("full", {"objectives.0.k": 5}, "k has no effect with support = 'full'"),
+        ("topk", {"objectives.0.ratio_cap": 2.0}, "ratio_cap has no effect with ratio = 'none'"),
+        ("opd", {"objectives.0.baseline_k": 5}, "baseline_k has no effect with baseline = 'none'"),
         (
             "opd",
             {"objectives.0.ratio": "clip", "objectives.0.ratio_cap": 3.0},
-            "ratio_cap does nothing beside ratio = 'clip'",
+            "ratio_cap has no effect with ratio = 'clip'",
         ),
-        ("vopd", {"objectives.0.clip": [0.1, 0.1]}, "clip does nothing beside ratio = 'truncated'"),
+        ("vopd", {"objectives.0.clip": [0.1, 0.1]}, "clip has no effect with ratio = 'truncated'"),
     ],
 )
 def test_a_field_that_does_nothing_is_named(recipe: str, changes: dict[str, Any], field: str) -> None:
@@ -342,8 +342,8 @@ ILLEGAL |= {
     "release without ids": (
         "release",
         {"teachers.main": {"kind": "outside:ListTeacher"}},
-        "teachers.main answers with a list of its own: a token missing from it has an unknown probability, "
-        "not a low one",
+        "teachers.main gives a list of its own most likely tokens, and the probability of a token outside "
+        "that list is unknown",
     ),
     "release of given answers": (
         "sft",
@@ -352,7 +352,7 @@ ILLEGAL |= {
             "teachers": {"main": {"kind": "local", "model": "m"}},
             "loss_aggregation": "token-mean",
         },
-        "answers it did not write. Use candidates = \"now\", or sampler 'hf'",
+        "answers that the student did not write. Use candidates = \"now\", or sampler 'hf'",
     ),
     "margin in groups of one": (
         "opd",
@@ -377,7 +377,7 @@ ILLEGAL |= {
     "two kinds of margin": (
         "uni_opd",
         {"credit.other": {"kind": "margin", "action": "mask"}},
-        "credit.margin and credit.other: a margin is kept by shifts or by masks, never by both",
+        "credit.margin and credit.other: one margin rule uses shifts and another masks",
     ),
     "balance without verdicts": (
         "opd",
@@ -442,12 +442,12 @@ ILLEGAL |= {
     "a level away from the teacher": (
         "uni_opd",
         {"credit.margin.level": "attempt", "objectives.1.coef": 0.5},
-        'level = "attempt" takes each token\'s own log-ratio out again, so it must be in the loss',
+        'level = "attempt" subtracts the log-ratio of each token, so the loss must contain it',
     ),
     "a level without its log-ratio": (
         "rl",
         {"credit.margin": {"level": "attempt"}, "teachers": {"main": {"kind": "local", "model": "m"}}},
-        "so it must be in the loss",
+        "so the loss must contain it",
     ),
     "jumps scored by nobody": (
         "effopd",
@@ -580,12 +580,12 @@ def test_a_window_that_just_fits_is_exactly_what_a_teacher_reads(peer_tokens: in
         (
             "uni_opd",
             {"loss_aggregation": "token-mean-weighted"},
-            'credit.balance under loss_aggregation = "token-mean-weighted"',
+            'credit.balance with loss_aggregation = "token-mean-weighted"',
         ),
         (
             "uni_opd",
             {"max_staleness": 1},
-            'credit.margin: student = "behaviour" compares with the student as it was up to 1 steps ago',
+            'credit.margin: student = "behaviour" compares with the student of up to 1 steps ago',
         ),
         (
             "peers",

@@ -103,12 +103,12 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
         {"objectives": [KL]},
         "velocity_kl needs the velocity at each denoising step, but teacher 'main' offers hidden states (the "
         "full distribution). "
-        'It compares models that draw images; for texts use kind = "divergence" or "sampled_kl".',
+        'This objective compares flow models; for texts use kind = "divergence" or "sampled_kl".',
     ),
     "velocities of texts said": (
         "opd",
         {"objectives": [{**KL, "teacher": "behaviour"}], "max_staleness": 1},
-        "but teacher 'behaviour' offers the sampled token's log-prob, a top-k list. It",
+        "but teacher 'behaviour' offers the sampled token's log-prob, a top-k list. This",
     ),
     "a baseline of siblings' words": (
         "flow",
@@ -119,12 +119,12 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "nll": (
         "flow",
         {"objectives": [{"kind": "nll"}]},
-        "objectives[0] ('nll') learns the tokens of given answers, and images have none.",
+        "objectives[0] ('nll') learns the tokens of given answers, and images have no tokens.",
     ),
     "nll of drawn images": (
         "flow_sft",
         {"objectives": [{"kind": "nll"}]},
-        "learns the tokens of given answers, and images have none.",
+        "learns the tokens of given answers, and images have no tokens.",
     ),
     "margin": (
         "flow_grpo",
@@ -353,19 +353,19 @@ def test_a_route_is_drawn_by_the_table_that_names_it() -> None:
     [
         (
             {"teachers.anchor.model": "reflux:glyph_digits"},
-            "teachers.digits is the model of 'anchor' too: on its prompts that teacher weighs 1 + 0.04.",
+            "teachers.digits is the model of 'anchor' too: on its prompts the weight of that teacher is 1 + 0.04.",
         ),
         (
             {"objectives.1.teacher": "main", "objectives.1.coef": 0.5, "teachers.anchor": "none"},
-            "teachers.digits is the model of 'main' too: on its prompts that teacher weighs 1 + 0.5.",
+            "teachers.digits is the model of 'main' too: on its prompts the weight of that teacher is 1 + 0.5.",
         ),
         (
             {"objectives.1.scale": "released"},
-            'objectives[1]: scale = "released" is the KL times |dt| / D, and objectives[0] beside it is not',
+            'objectives[1]: scale = "released" is the KL times |dt| / D, and objectives[0] has no such factor',
         ),
         (
             {"objectives.0.scale": "released"},
-            'objectives[0]: scale = "released" is the KL times |dt| / D, and objectives[1] beside it is not',
+            'objectives[0]: scale = "released" is the KL times |dt| / D, and objectives[1] has no such factor',
         ),
         (
             {"objectives.1.teacher": "behaviour", "teachers.anchor": "none"},

@@ -72,7 +72,7 @@ def test_a_factor_that_is_negative_or_not_finite_is_refused(share: Credit) -> No
 def test_one_share_per_attempt_or_it_is_refused() -> None:
     from tiny import rollout
 
-    with pytest.raises(ValueError, match="1 shares for a group of 2"):
+    with pytest.raises(ValueError, match="1 credits for a group of 2"):
         share_credit(
             [[Attempt(rollout(3)), Attempt(rollout(2))]],
             {"bad": lambda group, step_context: [Credit()]},

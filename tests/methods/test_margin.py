@@ -193,7 +193,7 @@ def test_a_margin_equal_to_delta_or_a_delta_of_minus_infinity_shifts_nothing() -
         (lambda: Margin(delta=INF), "delta must be a number"),
         (lambda: Margin(retain=-0.1), "0 <= retain <= 1"),
         (lambda: Margin(threshold=NAN), "threshold must be a finite reward"),
-        (lambda: Margin(action="mask", level="attempt"), "has no meaning beside it"),
+        (lambda: Margin(action="mask", level="attempt"), "Remove level"),
     ],
 )
 def test_bad_input_is_refused_in_words(call: Callable[[], object], words: str) -> None:

@@ -249,8 +249,8 @@ def test_few_segments_release_nothing() -> None:
     [
         ([1.0, math.nan], {}, "finite"),
         ([math.inf] * 9, {}, "finite"),
-        ([1.0], {"min_segments": 0}, "from 1"),
-        ([1.0], {"min_side": 0}, "from 1"),
+        ([1.0], {"min_segments": 0}, "at least 1"),
+        ([1.0], {"min_side": 0}, "at least 1"),
     ],
 )
 def test_bad_scores_are_refused(scores: list[float], more: dict[str, int], words: str) -> None:
@@ -382,12 +382,12 @@ def test_another_teacher_by_name() -> None:
 def test_what_cannot_be_read_is_refused_in_words() -> None:
     made = scored(6, 14)
     made.answers["main"] = TeacherAnswer(target=made.target("main"))
-    with pytest.raises(ValueError, match="prompt p0 came with its target alone"):
+    with pytest.raises(ValueError, match="prompt p0 has only its target"):
         shared(made)
-    with pytest.raises(ValueError, match="the student's list of now for prompt p0"):
+    with pytest.raises(ValueError, match="the list of the current student for prompt p0"):
         shared(made, candidates="now")
     made.now = scored(6, 14).answers["main"].candidates
-    with pytest.raises(ValueError, match="prompt p0 came with its target alone"):
+    with pytest.raises(ValueError, match="prompt p0 has only its target"):
         shared(made, candidates="now")
     plain = made.rollout
     flow = Attempt(

@@ -174,8 +174,6 @@ def test_sentences_are_those_of_punkt() -> None:
 
 
 def test_text_without_spans_is_refused_in_words() -> None:
-    with pytest.raises(
-        ValueError, match=r"prompt p0 came without them\. Ask for them: `Requirements\(spans=True\)`"
-    ):
+    with pytest.raises(ValueError, match=r"prompt p0 has none recorded\. Add `Requirements\(spans=True\)`"):
         segments_of(rollout(3), "lines")
     assert segments_of(rollout(3), 2) == [slice(0, 2), slice(2, 3)]

@@ -152,7 +152,7 @@ def test_attempts_that_do_not_say_which_are_special_are_refused_in_words() -> No
     rule = Prefix(4, special_tokens=False)
     with pytest.raises(
         ValueError,
-        match=r"which tokens are special, and prompt p0 came without that. .* `Requirements\(specials=True\)`",
+        match=r"special tokens of each rollout, and that of prompt p0 has none recorded. .* `Requirements\(specials=True\)`",
     ):
         rule([Attempt(tiny.rollout(3))], NOW)
     with pytest.raises(ValueError, match="a flow rollout has none"):

@@ -308,5 +308,5 @@ def test_what_it_hears_and_what_it_refuses() -> None:
     )
     with pytest.raises(ValueError, match="coef must be a finite number"):
         VelocityKL(coef=math.inf)
-    with pytest.raises(ValueError, match="leave scale out"):
+    with pytest.raises(ValueError, match="remove scale"):
         VelocityKL(scale="released", weight="mse")

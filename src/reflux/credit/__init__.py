@@ -1,4 +1,4 @@
-"""Credit rules: how much does each position count? See `base.py`."""
+"""Credit rules: they decide how much each position counts. The protocol is in `base.py`."""
 
 CREDIT = {
     "prefix": "reflux.credit.prefix:Prefix",

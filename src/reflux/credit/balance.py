@@ -1,4 +1,4 @@
-"""As many wrong as correct attempts of a prompt: a random part of the larger class is left out."""
+"""Balances correct and wrong attempts at a prompt: a random part of the larger class is left out."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ if TYPE_CHECKING:
 
 
 def _named(ratio: object) -> object:
-    """None under the name a recipe can write (TOML has no null)."""
+    """Replaces None with the name that a recipe can write, because TOML has no null."""
     return "none" if ratio is None else ratio
 
 
 @dataclass(frozen=True, config=STRICT)
 class Balance(CreditPart):
-    """Factor 0 on a random excess of one class of a group, factor 1 on the rest, until correct : wrong is
-    `ratio`. No shift.
+    """Weight 0 on random attempts of the larger class of a group, so that correct : wrong is `ratio`.
 
-    Correct is reward >= `threshold`; `keep` says exactly who stays. ratio 0 keeps the wrong attempts only,
-    inf the correct ones only, "none" all of them (neutral). One class always stays whole under a finite ratio
-    above 0; groups all right or all wrong stay whole. Attempts that ended in an error or were not judged are
-    not counted and keep factor 1. Left-out attempts stay in the margins of `margin`, and in the denominators
-    "token-mean" and "seq-mean-token-mean"; under "token-mean-weighted" the others count for more. Note
-    `kept`: the share of judged attempts that stay. arXiv 2605.03677 (Uni-OPD), whose tolerance is not printed
-    (here none), and whose code counts an attempt without a verdict as wrong.
+    The other attempts have weight 1. There is no advantage offset. An attempt is correct if its reward is at
+    least `threshold`. The function `keep` defines which attempts stay. ratio 0 keeps only the wrong attempts,
+    inf only the correct ones, and "none" all of them (neutral). With a finite ratio above 0, one class always
+    stays complete. Groups that are all correct or all wrong stay complete too. Attempts that ended in an
+    error or were not judged are not counted and keep weight 1. Left-out attempts stay in the margins of
+    `margin` and in the denominators of "token-mean" and "seq-mean-token-mean". With "token-mean-weighted" the
+    others count for more. Note `kept`: the share of judged attempts that stay. arXiv 2605.03677 (Uni-OPD).
+    The paper does not print its tolerance (here none), and its code counts an attempt without a verdict as
+    wrong.
     """
 
     ratio: Annotated[float | Literal["none"], BeforeValidator(_named)] = 1.0
@@ -59,7 +60,10 @@ class Balance(CreditPart):
 
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if self.ratio != "none" and cfg.loss_aggregation == "token-mean-weighted":
-            yield f'{where} under loss_aggregation = "token-mean-weighted": the attempts that stay count for more; see "seq-mean-token-mean".'
+            yield (
+                f'{where} with loss_aggregation = "token-mean-weighted": the attempts that stay count for '
+                'more; see "seq-mean-token-mean".'
+            )
         yield from unlike_threshold(where, self.threshold, cfg.rewards)
 
     @property
@@ -76,12 +80,14 @@ class Balance(CreditPart):
 
 
 def keep(correct: list[bool], ratio: float, rng: random.Random) -> list[bool]:
-    """Which attempts stay so that correct : wrong is at most `ratio` on one side, the other side whole.
+    """True for each attempt that stays. One class stays complete. The other is reduced towards `ratio` =
+    correct : wrong, with the number of its attempts rounded down.
 
-    n_c correct, n_w wrong. ratio 0 keeps only the wrong, inf only the correct, even if that empties the
-    group. Else, a class empty: all stay. Else d_c = floor(n_w * ratio), d_w = floor(n_c / ratio): if n_c >
-    d_c >= 1, d_c random correct and all wrong stay; else if n_w > d_w >= 1, d_w random wrong and all correct;
-    else all. A target that rounds to 0 masks nothing. [] gives []. A negative ratio, or NaN: ValueError.
+    There are n_c correct and n_w wrong attempts. ratio 0 keeps only the wrong ones and inf only the correct
+    ones, even if no attempt stays. Otherwise, if one class is empty, all stay. Otherwise d_c = floor(n_w *
+    ratio) and d_w = floor(n_c / ratio). If n_c > d_c >= 1, then d_c random correct ones and all wrong ones
+    stay. Else if n_w > d_w >= 1, then d_w random wrong ones and all correct ones stay. Else all stay. So a d
+    that rounds to 0 removes nothing. [] gives []. A negative ratio or NaN: ValueError.
     """
     _check(ratio)
     if ratio in (0, math.inf):
@@ -89,7 +95,7 @@ def keep(correct: list[bool], ratio: float, rng: random.Random) -> list[bool]:
     good, bad = ([i for i, right in enumerate(correct) if bool(right) == wanted] for wanted in (True, False))
     if not good or not bad:
         return [True] * len(correct)
-    # at a class's size it stays whole, and no quotient overflows
+    # Limited to the size of the class, at which it stays complete. So no quotient overflows.
     few_good = math.floor(min(len(bad) * ratio, len(good)))
     few_bad = math.floor(min(len(good) / ratio, len(bad)))
     if len(good) > few_good >= 1:
@@ -107,4 +113,4 @@ def _share(kept: bool) -> Credit:
 
 def _check(ratio: float) -> None:
     if math.isnan(ratio) or ratio < 0:
-        raise ValueError(f'ratio is correct : wrong, a number >= 0 (or "none" to keep all), got {ratio}')
+        raise ValueError(f'ratio is correct : wrong and must be >= 0 (or "none" to keep all), got {ratio}')

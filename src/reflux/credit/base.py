@@ -1,9 +1,9 @@
-"""A credit rule: how much does each position count?
+"""The protocol of credit rules. A credit rule decides how much each position counts.
 
-A frozen value called with a whole group, before any micro-batch or rank split, that answers with one Share
-per attempt: a factor (multiplies the weight) and/or a shift (nats added to the advantage). Products and sums
-commute, so the order of rules never matters. A rule is pure: what it must draw, it draws from
-`moment.dice(...)`.
+A credit rule is a frozen value. It is called with a whole group, before any split into micro-batches or
+ranks. It returns one `Credit` per attempt: `weight_T` multiplies the weight of a position, and
+`advantage_offset_T` is added to the advantage, in nats. Products and sums commute, so the order of the rules
+never matters. A rule is pure: its random numbers come from `step_context.rng(...)`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class CreditPart(Part, Protocol):
-    """What a credit rule inherits: the defaults of what it may leave unsaid."""
+    """The base class of credit rules. It holds the defaults of their optional members."""
 
     def diagnostics(self, name: str, recorded: Recorded) -> Iterable[Chart]:
-        """What metrics.jsonl has of it, by step: its notes that are plain numbers, its mean factor, its mean
-        shift where it gave one.
+        """A chart of the values of this rule in metrics.jsonl, by step: its notes that are plain numbers, its
+        mean weight, and its mean advantage offset if that is ever non-zero.
         """
         from reflux.reports.chart import step_chart
 
@@ -41,12 +41,12 @@ class CreditPart(Part, Protocol):
 
 
 class CreditRule(CreditPart, Protocol):
-    # attempts per prompt it needs to say anything
+    # the smallest group size with which the rule can have an effect
     min_group: ClassVar[int]
 
     @property
     def shifts(self) -> bool:
-        """True where the rule may return a shift: exactly one objective must then take it."""
+        """True if the rule may return an advantage offset. Then exactly one objective must take it."""
         ...
 
     @property
@@ -56,10 +56,10 @@ class CreditRule(CreditPart, Protocol):
 
 
 def share_credit(groups: list[Group], rules: dict[str, CreditRule], step_context: StepContext) -> None:
-    """Ask each rule about each group and write its word on the attempts, under the rule's name.
+    """Call each rule with each group and store its credits on the attempts, under the name of the rule.
 
-    Raises ValueError where a rule returns a wrong number of shares, or a factor that is negative or not
-    finite.
+    Raises ValueError if a rule returns a wrong number of credits, a weight that is negative or not finite, or
+    an advantage offset that is not finite.
     """
     import numpy as np
 
@@ -67,7 +67,7 @@ def share_credit(groups: list[Group], rules: dict[str, CreditRule], step_context
         for group in groups:
             shares = rule(group, step_context)
             if len(shares) != len(group):
-                raise ValueError(f"credit.{name} returned {len(shares)} shares for a group of {len(group)}")
+                raise ValueError(f"credit.{name} returned {len(shares)} credits for a group of {len(group)}")
             for attempt, share in zip(group, shares, strict=True):
                 weight_T = np.asarray(share.weight_T)
                 if not (
@@ -76,8 +76,7 @@ def share_credit(groups: list[Group], rules: dict[str, CreditRule], step_context
                     and np.isfinite(share.advantage_offset_T).all()
                 ):
                     raise ValueError(
-                        f"credit.{name} gave prompt {attempt.rollout.prompt.id} a factor that is negative or "
-                        "not finite, "
-                        f"or a shift that is not finite"
+                        f"credit.{name} gave prompt {attempt.rollout.prompt.id} a weight that is negative or "
+                        f"not finite, or an advantage offset that is not finite"
                     )
                 attempt.credits[name] = share

@@ -1,5 +1,7 @@
-"""Where the teacher stops telling candidates apart: margins, their mean by segment, and one downward step
-among those.
+"""The position from which the teacher no longer distinguishes the candidates of the student.
+
+It is found in three steps: margins per position, their mean per segment, and one downward step in the scores
+of the segments.
 """
 
 from __future__ import annotations
@@ -10,47 +12,49 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# of a margin: what a candidate that the teacher rules out counts
+# The largest margin, nats. A candidate with log-prob -inf counts as this far below the best one.
 _MOST_NATS = 30.0
-# keeps the logarithm of a perfect fit finite
+# Keeps the logarithm finite if the fit is perfect.
 _EPSILON = 1e-12
 
 
 def candidate_margin(teacher_logp_TK: np.ndarray) -> np.ndarray:
-    """M_t = log q(a1) - log q(a2): the gap between the teacher's best two of the student's K candidates;
-    float64 [T], nats, 0 <= M_t <= 30.
+    """M_t = log q(a1) - log q(a2), float64 [T], nats, 0 <= M_t <= 30. a1 and a2 are the two of the student's
+    K candidates that are most likely under the teacher.
 
-    teacher_logp_TK: the teacher's log-probs at the candidates, nats, K >= 2, in any order; a constant added
-    to a row changes nothing. -inf (ruled out) is as far below as 30 nats, which is also the largest margin; a
-    row without a finite value has margin 0. Fewer than two candidates, NaN or +inf: ValueError. arXiv
-    2605.13643 (without the bound).
+    teacher_logp_TK: the teacher's log-probs at the candidates, nats, K >= 2, in any order. A constant added
+    to a row changes nothing. A candidate with -inf counts as 30 nats below the best one, which is also the
+    largest margin. A row without a finite value has margin 0. Fewer than two candidates, NaN or +inf:
+    ValueError. arXiv 2605.13643 (without the bound).
     """
     logp_TK = np.asarray(teacher_logp_TK, dtype=np.float64)
     if logp_TK.ndim != 2 or logp_TK.shape[1] < 2:
         raise ValueError(
-            "a margin lies between two candidates: expected log-probs [T, K] with K >= 2, got shape "
+            "a margin needs at least two candidates: expected log-probs [T, K] with K >= 2, got shape "
             f"{logp_TK.shape}"
         )
     if np.isnan(logp_TK).any() or np.isposinf(logp_TK).any():
-        raise ValueError("the teacher's log-probs hold NaN or +inf; only -inf (ruled out) has a meaning")
+        raise ValueError(
+            "the teacher's log-probs contain NaN or +inf; they must be finite or -inf (probability 0)"
+        )
     two_T2 = np.partition(logp_TK, -2, axis=1)[:, -2:]
     with np.errstate(invalid="ignore"):
-        # -inf - -inf, the row without a finite value
+        # -inf - -inf is NaN. It occurs in a row without a finite value.
         gap_T = two_T2[:, 1] - two_T2[:, 0]
     return np.where(np.isneginf(two_T2[:, 1]), 0.0, np.minimum(gap_T, _MOST_NATS))
 
 
 def segment_scores(margin_T: np.ndarray, segments: Sequence[slice]) -> list[float]:
-    """S_i = log(1 + mean margin of segment i), one per segment, in order; [] for none.
+    """S_i = log(1 + mean margin of segment i), one per segment, in order. No segments give [].
 
-    A segment is a slice of positions with step 1. An empty, unordered, overlapping or out-of-range one:
-    ValueError naming its index.
+    A segment is a slice of positions with step 1. Raises ValueError with the index of a segment that is
+    empty, out of order, overlapping or out of range.
     """
     return [math.log1p(mean) for mean in segment_margins(margin_T, segments)]
 
 
 def segment_margins(margin_T: np.ndarray, segments: Sequence[slice]) -> list[float]:
-    """The mean margin of each segment, nats; errors as `segment_scores`."""
+    """The mean margin of each segment, nats. Raises the errors of `segment_scores`."""
     last, means, margins = 0, [], np.asarray(margin_T, dtype=np.float64).tolist()
     for index, segment in enumerate(segments):
         start, stop = segment.start, segment.stop
@@ -61,8 +65,8 @@ def segment_margins(margin_T: np.ndarray, segments: Sequence[slice]) -> list[flo
             and last <= start < stop <= len(margins)
         ):
             raise ValueError(
-                f"segment {index} is {segment}: segments are non-empty, in order, apart, and within the "
-                f"{len(margins)} positions"
+                f"segment {index} is {segment}: segments must be non-empty, in order, disjoint, and within "
+                f"the {len(margins)} positions"
             )
         last = stop
         means.append(math.fsum(margins[start:stop]) / (stop - start))
@@ -71,7 +75,7 @@ def segment_margins(margin_T: np.ndarray, segments: Sequence[slice]) -> list[flo
 
 @dataclass(frozen=True)
 class Split:
-    """The best downward step: `kept` segments lie before it; gain = BIC_0 - BIC_1."""
+    """The best downward step. `kept` is the number of segments before it; gain = BIC_0 - BIC_1."""
 
     kept: int
     gain: float
@@ -80,38 +84,36 @@ class Split:
 def change_point(
     scores: Sequence[float], min_segments: int = 8, min_side: int = 3, min_gain: float = 0.0
 ) -> int | None:
-    """The number of segments kept, tau*, where two means explain the scores better than one; None where they
-    do not.
+    """The number of segments kept, tau*, if two means explain the scores better than one mean, else None.
 
-    BIC_0 = n log((RSS_0 + 1e-12) / n) + log n for one mean; BIC_1(tau) = n log((RSS_1(tau) + 1e-12) / n) + 3
-    log n for a mean of the first tau scores and one of the rest. RSS is the sum of squared deviations from
-    the mean(s). Only tau with mean(after) < mean(before) and min_side <= tau <= n - min_side; tau* = argmin
-    BIC_1, the first on a tie; released where gain = BIC_0 - BIC_1(tau*) > min_gain.
+    BIC_0 = n log((RSS_0 + 1e-12) / n) + log n for one mean. BIC_1(tau) = n log((RSS_1(tau) + 1e-12) / n) + 3
+    log n for a mean of the first tau scores and a mean of the others. RSS is the sum of squared deviations
+    from the mean or means. Only tau with mean(after) < mean(before) and min_side <= tau <= n - min_side are
+    considered. tau* = argmin BIC_1, the first one on a tie. The segments after it are released if gain =
+    BIC_0 - BIC_1(tau*) > min_gain.
 
-    n < max(min_segments, 2 min_side), all scores equal, or never falling: None. A straight decline is split
-    near its middle: only an early tau* says something. NaN or infinite score, or a minimum below 1:
-    ValueError. arXiv 2605.13643, which states no minimum sizes.
+    None if n < max(min_segments, 2 min_side), if all scores are equal, or if they never fall. A straight
+    decline is split near its middle, so only an early tau* is evidence of a step. NaN or an infinite score,
+    or a minimum below 1: ValueError. arXiv 2605.13643, which states no minimum sizes.
     """
     split = best_split(scores, min_segments, min_side)
     return split.kept if split is not None and split.gain > min_gain else None
 
 
 def best_split(scores: Sequence[float], min_segments: int = 8, min_side: int = 3) -> Split | None:
-    """The step with the least BIC_1, whatever it gains; None where no step is allowed. See `change_point`."""
+    """The step with the least BIC_1, for any gain. None if no step is allowed. See `change_point`."""
     if min_segments < 1 or min_side < 1:
-        raise ValueError(
-            f"min_segments and min_side count segments from 1, got {min_segments} and {min_side}"
-        )
+        raise ValueError(f"min_segments and min_side must be at least 1, got {min_segments} and {min_side}")
     scores = [float(score) for score in scores]
     if not all(map(math.isfinite, scores)):
         raise ValueError(f"scores must be finite, got {scores}")
     n = len(scores)
     if n < min_segments:
-        # fewer than 2 min_side leave no tau to try
+        # n < 2 min_side needs no test here, because the list of tau is then empty.
         return None
-    # [k]: of the first k + 1
+    # before[k]: mean and RSS of the first k + 1 scores
     before = _running(scores)
-    # [k]: of those from k on
+    # after[k]: mean and RSS of the scores from index k on
     after = _running(scores[::-1])[::-1]
     fits = [
         (before[tau - 1][1] + after[tau][1] + _EPSILON, tau)
@@ -128,9 +130,10 @@ def best_split(scores: Sequence[float], min_segments: int = 8, min_side: int = 3
 
 
 def _running(scores: Sequence[float]) -> list[tuple[float, float]]:
-    """(mean, RSS) of each beginning, by Welford's update: never negative, exactly 0 for equal scores, and the
-    mean stays between the least and the greatest score, so that rounding makes no step of scores that never
-    fall."""
+    """(mean, RSS) of the first 1, 2, ... scores, by Welford's update. The RSS is never negative, and exactly
+    0 for equal scores. The mean stays between the least and the greatest score, so scores that never fall get
+    no step through rounding.
+    """
     mean, rss, found = 0.0, 0.0, []
     for count, score in enumerate(scores, 1):
         off = score - mean

@@ -1,4 +1,4 @@
-"""The verdict on an attempt, compared with its siblings', as a shift of its advantage."""
+"""The reward of an attempt relative to the mean of its group, as an advantage offset."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ GRPO = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class GroupAdvantage(CreditPart):
-    """Shift = nats * (reward - mean reward of the group), the same at every position; no factor.
+    """Advantage offset nats * (reward - mean reward of the group), the same at every position.
 
-    With objective `policy_gradient` this is group-relative policy gradient; with `sampled_kl` the verdict is
-    added to the teacher's word. `normalise_std` divides by the group's standard deviation plus `std_floor`
-    (GRPO); the default does not, since it weighs up prompts that are nearly always solved or failed. `nats`
-    is the advantage one unit of reward is worth. Attempts that ended in an error or were not judged stay out
-    of the statistics and get shift 0. Neutral: nats = 0. The mean includes the attempt itself, so the
-    expected gradient is (1 - 1/G) times that of the expected reward. Note `mixed`: 1 where the group's
-    rewards differ, 0 where nothing can be learnt from it. arXiv 2402.03300 (GRPO), 2503.20783 (without std).
+    The weight is not changed. With objective `policy_gradient` this is group-relative policy gradient. With
+    `sampled_kl` the offset is added to the log-ratio of the teacher. `nats` is the advantage per unit of
+    reward. `normalise_std` divides by the standard deviation of the group plus `std_floor` (GRPO). The
+    default does not, because this division gives more weight to prompts that are nearly always solved or
+    nearly always failed. Attempts that ended in an error or were not judged are left out of the statistics
+    and get offset 0. Neutral: nats = 0. The mean includes the attempt itself, so the expected gradient is (1
+    - 1/G) times that of the expected reward. Note `mixed`: 1 if the rewards of the group differ, 0 if they do
+    not, and then nothing can be learnt from the group. arXiv 2402.03300 (GRPO), 2503.20783 (without std).
     """
 
     nats: Number = 1.0
@@ -73,20 +74,20 @@ class GroupAdvantage(CreditPart):
 def group_advantages(
     rewards: Sequence[float | None], normalise_std: bool = False, std_floor: float = 1e-6
 ) -> list[float]:
-    """reward - mean, one per attempt, in the unit of the reward; over (unbiased std + std_floor) where
-    `normalise_std`.
+    """reward - mean for each attempt, in the unit of the reward. With `normalise_std` it is divided by
+    (unbiased std + std_floor).
 
-    None (not judged) stays outside the mean and gets 0. Equal rewards, or a single one, give exactly 0.0
+    None (not judged) is left out of the mean and gets 0. Equal rewards, or a single one, give exactly 0.0
     each. NaN or infinity: ValueError with the index. [] gives [].
     """
     for index, reward in enumerate(rewards):
         if reward is not None and not math.isfinite(reward):
             raise ValueError(
-                f"reward {index} of the group is {reward}; a verdict that could not be had is None"
+                f"reward {index} of the group is {reward}; use None for an attempt that was not judged"
             )
     known = [reward for reward in rewards if reward is not None]
     if len(set(known)) < 2:
-        # tested before any arithmetic: a rounded mean must not leak into the advantage
+        # Tested before any arithmetic, so that rounding of the mean cannot give a non-zero advantage.
         return [0.0] * len(rewards)
     mean = math.fsum(known) / len(known)
     scale = 1.0

@@ -1,6 +1,4 @@
-"""How much more likely a teacher finds the tokens that were sampled than the student does: what returns and
-margins are made of.
-"""
+"""The log-ratio of teacher and student at the sampled tokens. Returns and margins are computed from it."""
 
 from __future__ import annotations
 
@@ -14,36 +12,36 @@ Side = Literal["behaviour", "now"]
 
 
 def log_ratio_T(attempt: Attempt, teacher: str, student: Side = "behaviour") -> np.ndarray | None:
-    """r_t = log q(a_t) - log p(a_t), float64 nats; NaN where the student did not choose. None where the
-    attempt ended in an error or the teacher said nothing about it.
+    """r_t = log q(a_t) - log p(a_t), float64, nats, NaN where the student did not choose. None if the attempt
+    ended in an error or has no target of the teacher.
 
-    Both sides are at temperature 1, also where attempts were sampled at another temperature or with top-p: r
-    compares the two policies, whatever was drawn from. Only an importance ratio divides by the probability
-    that a token was drawn with (`objectives.ratio`).
+    q (teacher) and p (student) are at temperature 1, even if attempts were sampled at another temperature or
+    with top-p, because r compares the two policies. Only an importance ratio uses the probability with which
+    a token was drawn (`objectives.ratio`).
 
-    student: "behaviour" as it stood when it acted (no extra pass; equal to now at staleness 0 up to
-    numerics), "now" the student of this step. Raises ValueError where the teacher's log-probs of the sampled
-    tokens were not asked for at scoring time (`Requirements(logp=True)`), or those of the student of now
-    (`Requirements(now_topk=1)`).
+    student: "behaviour" is the policy that sampled. It needs no extra forward pass, and at staleness 0 it
+    equals "now" up to numerics. "now" is the student of this step. Raises ValueError if the teacher's
+    log-probs of the sampled tokens were not required at scoring time (`Requirements(logp=True)`), or those of
+    the current student (`Requirements(now_topk=1)`).
     """
     rollout, target = attempt.rollout, attempt.target(teacher)
     if target is None or rollout.finish == "error":
         return None
     if target.logp_T is None:
         raise ValueError(
-            f"this needs what teacher '{teacher}' gave the sampled tokens of prompt {rollout.prompt.id}, but "
-            "its target holds no logp_T. "
-            f"Ask for it at scoring time: `Requirements(logp=True)` in `wants`."
+            f"this needs the log-probs of teacher '{teacher}' at the sampled tokens of prompt "
+            f"{rollout.prompt.id}, but its target has no logp_T. Add `Requirements(logp=True)` to the "
+            "`requirements` of the part."
         )
     if student == "now":
         if attempt.now is None or attempt.now.logp_T is None:
             raise ValueError(
-                f"prompt {rollout.prompt.id} has no log-probs of the student of now: "
-                "`Requirements(now_topk=1)` in `wants` asks for them"
+                f"prompt {rollout.prompt.id} has no log-probs of the current student. Add "
+                "`Requirements(now_topk=1)` to the `requirements` of the part"
             )
         own_T = attempt.now.logp_T
     else:
         own_T = rollout.policy_logp_T
     with np.errstate(invalid="ignore"):
-        # -inf - -inf is NaN: a token without a say, as one that was not chosen
+        # -inf - -inf is NaN. Such a token is treated as one that was not chosen.
         return np.where(rollout.mask_T, target.logp_T.astype(np.float64) - own_T, np.nan)

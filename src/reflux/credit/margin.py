@@ -1,5 +1,5 @@
-"""Restore the order: where a prompt's correct attempts do not look better to the teacher than its wrong ones,
-by a margin, make them so.
+"""The margin rule of Uni-OPD: correct attempts at a prompt shall have a higher return than wrong ones by a
+margin, where the return is the mean log-ratio of teacher and student. A smaller margin is corrected.
 """
 
 from __future__ import annotations
@@ -33,38 +33,40 @@ UNI_OPD = Paper("uni_opd", "Uni-OPD", "2605.03677", 2026)
 
 @dataclass(frozen=True, config=STRICT)
 class Margin(CreditPart):
-    """Per group, over attempts with a verdict and a return: if margin m < delta, a constant per attempt
-    closes the gap delta - m.
+    """Margin shift of Uni-OPD: if the margin m of a group is below `delta`, offsets close the gap delta - m.
 
-    Return G of an attempt: the mean of r = log q(a) - log p(a) over its chosen positions, nats per token. m:
-    mean G of the correct minus mean G of the wrong (`mode = "mean"`), or lowest correct minus highest wrong
-    ("minmax"); correct is reward >= `threshold`. No m where a class is empty, hence no shift. With lambda =
-    delta - m: `direction` "spread" gives correct +lambda/2 and wrong -lambda/2, "lift" correct +lambda,
-    "down" wrong -lambda.
+    The return G of an attempt is the mean of r = log q(a) - log p(a) over its chosen positions, in nats per
+    token. The margin m is the mean G of the correct attempts minus the mean G of the wrong ones (`mode =
+    "mean"`), or the lowest correct G minus the highest wrong G ("minmax"). An attempt is correct if its
+    reward is at least `threshold`. If a class is empty there is no margin and no shift. Each attempt gets a
+    constant margin shift s. With lambda = delta - m, `direction` "spread" gives correct attempts +lambda/2
+    and wrong ones -lambda/2, "lift" gives correct ones +lambda, and "down" gives wrong ones -lambda.
 
-    `level`: "token" adds the constant s to every position (A_t = r_t + s, the released code: differences
-    between tokens survive); "attempt" gives every token of an attempt G + s, also where s = 0, by the shift G
-    + s - r_t. `action = "mask"` (an ablation) shifts nothing: `margin_keep` drops attempts (factor 0)
-    instead, each class down to the share `retain` of itself at most. `student`: whose log-probs r is made of,
-    "behaviour" as it acted, "now" one more pass under staleness. `teacher`: by the name objectives use.
+    `level`: "token" adds s at every position, so A_t = r_t + s and the differences between tokens remain.
+    This is the released code. "attempt" gives every token of an attempt the advantage G + s, even if s = 0,
+    with the advantage offset G + s - r_t. `action = "mask"` (an ablation) adds no offset. Instead
+    `margin_keep` drops attempts (weight 0), and each class keeps at least the share `retain` of its attempts.
+    `student`: the policy whose log-probs are used in r. "behaviour" is the policy that sampled. "now" is the
+    current student and needs one more forward pass. `teacher`: the teacher's name, as in the objectives.
 
-    Attempts that ended in an error, were not judged, or about which the teacher said nothing stay outside:
-    factor 1, shift 0. A position whose r is not finite is left out of G. The shift depends on the outcome, so
-    it is no baseline: it moves the optimum, and is part ordinary reinforcement. Neutral: delta = -inf with
-    level "token". Raw r is used whatever baseline the objective has: r + KL(p || q) has mean 0 everywhere.
+    Attempts that ended in an error, were not judged or have no target of the teacher are left out. They have
+    weight 1 and offset 0. A position whose r is not finite is left out of G. The shift depends on the
+    outcome, so it is not a baseline: it moves the optimum, and it is partly ordinary reinforcement learning.
+    Neutral: delta = -inf with level "token". r is used without the baseline of the objective, because r +
+    KL(p || q) has mean 0 everywhere.
 
-    Notes: `margin`; `mixed_fraction` and `shifted_fraction` (of groups: both classes present; m < delta),
-    `kept` under the mask; `return_correct`, `return_wrong`, and `return_cut` of attempts that hit the length
-    limit. arXiv 2605.03677 (Uni-OPD), whose text prints minmax and lift, whose runs are mean and spread; its
-    failed teacher calls count as G = 0, here they count nowhere.
+    Notes: `margin`; `mixed_fraction` and `shifted_fraction` (shares of groups in which both classes are
+    present, and with m < delta); `kept` with action "mask"; `return_correct`, `return_wrong`, and
+    `return_cut` of attempts that reached the length limit. arXiv 2605.03677 (Uni-OPD). Its text prints minmax
+    and lift, and its runs use mean and spread. Its failed teacher calls count as G = 0; here they are left
+    out.
     """
 
     when: ClassVar[str] = (
         "There are a verifier, groups of attempts, and one teacher or one for each route of the prompts. "
-        "`reflux difficulty` "
-        "balances the prompts beforehand. The metrics say how often a group is mixed and how often it is "
-        "shifted "
-        "(`mixed_fraction`, `shifted_fraction`), and what each teacher was asked (`asked`)."
+        "`reflux difficulty` balances the prompts beforehand. The metrics give the share of groups that are "
+        "mixed and that are shifted (`mixed_fraction`, `shifted_fraction`), and the attempts that each "
+        "teacher was asked to score (`asked`)."
     )
 
     delta: float = 0.4
@@ -85,10 +87,7 @@ class Margin(CreditPart):
         if not math.isfinite(self.threshold):
             raise ValueError(f"threshold must be a finite reward, got {self.threshold}")
         if self.action == "mask" and self.level == "attempt":
-            raise ValueError(
-                'action = "mask" drops attempts and shifts nothing, so level = "attempt" has no meaning '
-                "beside it"
-            )
+            raise ValueError('action = "mask" drops attempts and adds no offset. Remove level = "attempt"')
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return (UNI_OPD,)
@@ -98,7 +97,10 @@ class Margin(CreditPart):
 
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if self.student == "behaviour" and cfg.max_staleness:
-            yield f'{where}: student = "behaviour" compares with the student as it was up to {cfg.max_staleness} steps ago; see "now".'
+            yield (
+                f'{where}: student = "behaviour" compares with the student of up to {cfg.max_staleness} '
+                'steps ago; see "now".'
+            )
         yield from unlike_threshold(where, self.threshold, cfg.rewards)
 
     @property
@@ -149,16 +151,20 @@ class Margin(CreditPart):
 
 @plain(frozen=True)
 class Scored:
-    """An attempt inside the statistics."""
+    """An attempt that enters the statistics."""
 
+    # its position in the group
     index: int
+    # log-ratio of teacher and student, nats, [T]; NaN where the student did not choose
     ratio_T: np.ndarray
+    # True if its reward is at least the threshold
     correct: bool
+    # True if it reached the length limit
     cut: bool
 
     @property
     def value(self) -> float:
-        """Its return, nats per token."""
+        """The return of the attempt, nats per token."""
         return float(self.ratio_T[np.isfinite(self.ratio_T)].mean())
 
     @property
@@ -167,19 +173,19 @@ class Scored:
         return {**found, "return_cut": self.value} if self.cut else found
 
     def advantage_offset_T(self, shift: float) -> np.ndarray:
-        """What makes every token's advantage the return plus `shift`; positions without a ratio get `shift`
-        alone.
+        """The offset, [T], with which every token's advantage is the return plus `shift`. Positions without a
+        finite log-ratio get `shift` alone.
         """
         flat_T = self.value + shift - self.ratio_T
         return np.where(np.isfinite(flat_T), flat_T, shift)
 
 
 def margin(returns: Sequence[float], correct: Sequence[bool], mode: str) -> float | None:
-    """How far the correct attempts lie above the wrong ones, in the unit of the returns (nats per token).
-    None where a class is empty.
+    """The return of the correct attempts minus that of the wrong ones, in the unit of the returns (nats per
+    token). None if a class is empty.
 
-    mode "mean": mean of the correct minus mean of the wrong; "minmax": the lowest correct minus the highest
-    wrong. Unequal lengths, a return that is not finite, an unknown mode: ValueError.
+    mode "mean": mean of the correct minus mean of the wrong. mode "minmax": the lowest correct minus the
+    highest wrong. Unequal lengths, a return that is not finite, or an unknown mode: ValueError.
     """
     good, bad = _classes(returns, correct)
     if mode not in MODES:
@@ -194,11 +200,12 @@ def margin_shifts(
     mode: str = "mean",
     direction: str = "spread",
 ) -> list[float]:
-    """One shift per attempt, nats, after which the margin in that mode is max(m, delta).
+    """One shift per attempt, nats. With these shifts the margin in that mode is max(m, delta).
 
-    With lambda = delta - m: "spread" +lambda/2 for the correct and -lambda/2 for the wrong, "lift" +lambda
-    and 0, "down" 0 and -lambda. All 0 where m >= delta, or where a class is empty. delta may be negative, or
-    -inf (never a shift); NaN or +inf: ValueError, and as `margin`.
+    With lambda = delta - m: "spread" gives +lambda/2 to the correct attempts and -lambda/2 to the wrong ones,
+    "lift" gives +lambda and 0, "down" gives 0 and -lambda. All shifts are 0 if m >= delta or if a class is
+    empty. delta may be negative, or -inf (never a shift). Raises ValueError if delta is NaN or +inf, and in
+    the cases of `margin`.
     """
     _check_delta(delta)
     if direction not in DIRECTIONS:
@@ -218,19 +225,19 @@ def margin_keep(
     mode: str = "mean",
     retain: float = 0.25,
 ) -> list[bool]:
-    """Which attempts stay: while m < delta, drop the lowest correct or the highest wrong one, whichever
-    raises m more.
+    """True for each attempt that stays. While m < delta, the lowest correct attempt or the highest wrong one
+    is dropped, whichever raises m more.
 
-    Ties of the two go to the correct one; equal returns of a class to the first. It ends where no drop
-    strictly raises m. A class keeps at least max(1, floor(retain * size)) members. An empty class: all stay.
-    delta = +inf: as far as it goes. ValueError as `margin`, for a delta that is NaN, and for retain outside
-    [0, 1].
+    If both raise m equally, the correct one is dropped. Among equal returns of a class, the first one is
+    dropped. The loop ends when no drop raises m. A class keeps at least max(1, floor(retain * size))
+    attempts. If a class is empty, all stay. With delta = +inf attempts are dropped as long as m rises. Raises
+    ValueError in the cases of `margin`, if delta is NaN, and if retain is outside [0, 1].
     """
     _check_delta(delta, endless=True)
     _check_retain(retain)
     found = margin(returns, correct, mode)
     good, bad = _classes(returns, correct)
-    # next to go first
+    # Sorted so that the next attempt to drop comes first.
     good, bad = sorted(good, key=lambda i: (returns[i], i)), sorted(bad, key=lambda i: (-returns[i], i))
     least_good, least_bad = (max(1, math.floor(retain * len(side))) for side in (good, bad))
     while found is not None and found < delta:
@@ -253,18 +260,19 @@ def _margin(good: list[float], bad: list[float], mode: str) -> float | None:
 
 
 def _mean(values: list[float]) -> float:
-    """Exact where all are equal, so that dropping one of them raises nothing by rounding."""
+    """The mean. It is exact if all values are equal, so dropping one of them cannot raise m by rounding."""
     return values[0] if min(values) == max(values) else math.fsum(values) / len(values)
 
 
 def _classes(returns: Sequence[float], correct: Sequence[bool]) -> tuple[list[int], list[int]]:
     if len(returns) != len(correct):
-        raise ValueError(f"a verdict for each return: got {len(returns)} returns and {len(correct)} verdicts")
+        raise ValueError(
+            f"each return needs a verdict: got {len(returns)} returns and {len(correct)} verdicts"
+        )
     for index, value in enumerate(returns):
         if not math.isfinite(value):
             raise ValueError(
-                f"return {index} of the group is {value}; attempts the teacher said nothing about stay "
-                "outside"
+                f"return {index} of the group is {value}; leave out attempts that the teacher did not score"
             )
     return [i for i, right in enumerate(correct) if right], [
         i for i, right in enumerate(correct) if not right
@@ -273,7 +281,7 @@ def _classes(returns: Sequence[float], correct: Sequence[bool]) -> tuple[list[in
 
 def _check_delta(delta: float, endless: bool = False) -> None:
     if math.isnan(delta) or (delta == math.inf and not endless):
-        raise ValueError(f"delta must be a number of nats, or -inf to shift nothing, got {delta}")
+        raise ValueError(f"delta must be a number of nats, or -inf for no shift, got {delta}")
 
 
 def _check_retain(retain: float) -> None:

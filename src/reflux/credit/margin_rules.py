@@ -1,4 +1,4 @@
-"""What a run must be for the rule `margin` to mean something in it."""
+"""The refusals of the credit rule `margin`: settings of a run in which it has no meaning."""
 
 from __future__ import annotations
 
@@ -14,31 +14,34 @@ if TYPE_CHECKING:
 
 
 def refusals(rule: Margin, where: str, cfg: RunConfig) -> Iterator[str]:
-    """Sentences with the remedy."""
+    """The reasons to refuse the run, each with its remedy."""
     yield from _one_margin(rule, cfg)
     yield from _levelled(rule, where, cfg)
     yield from unless_known(cfg, f"{where}.teacher", rule.teacher)
     if rule.student == "behaviour" and not cfg.sampler.on_policy:
         yield (
-            f"{where} compares the teacher with the student's own log-probs, and this sampler "
-            f"('{kind_of('samplers', cfg.sampler)}') gives "
-            f'answers it did not draw. Use student = "now".'
+            f"{where} compares the teacher with the log-probs of the student that sampled, and this sampler "
+            f"('{kind_of('samplers', cfg.sampler)}') gives answers that the student did not sample. Use "
+            f'student = "now".'
         )
 
 
 def _one_margin(rule: Margin, cfg: RunConfig) -> Iterator[str]:
-    """Told once, by the first of them."""
+    """Refuses margin rules with different actions. Only the first of them gives this refusal."""
     margins = {name: other for name, other in cfg.credit.items() if isinstance(other, type(rule))}
     if next(iter(margins.values())) is rule and {other.action for other in margins.values()} == {
         "mask",
         "shift",
     }:
-        yield f"credit.{' and credit.'.join(margins)}: a margin is kept by shifts or by masks, never by both. Keep one of them."
+        yield (
+            f"credit.{' and credit.'.join(margins)}: one margin rule uses shifts and another masks. Keep one "
+            "of them."
+        )
 
 
 def _levelled(rule: Margin, where: str, cfg: RunConfig) -> Iterator[str]:
-    """The level of an attempt is G + s - r per token, made to be added to r: alone it points away from the
-    teacher.
+    """Refuses level = "attempt" if the loss does not contain r. With this level the offset of a token is G +
+    s - r, which is correct only if r is added to it. Without r its gradient points away from the teacher.
     """
     takers = [objective for objective in cfg.objectives if objective.takes_advantage_offset]
     if rule.level != "attempt" or rule.action != "shift" or not takers:
@@ -47,7 +50,7 @@ def _levelled(rule: Margin, where: str, cfg: RunConfig) -> Iterator[str]:
     exact = [other for other in cfg.objectives if other.reverse_kl and other.teacher == rule.teacher]
     if not (taker.reverse_kl or any(other.coef == taker.coef for other in exact)):
         yield (
-            f'{where}: level = "attempt" takes each token\'s own log-ratio out again, so it must be in the '
-            'loss. Use kind = "sampled_kl", '
-            f"or a divergence = \"reverse\" to '{rule.teacher}' of the same coef beside `policy_gradient`."
+            f'{where}: level = "attempt" subtracts the log-ratio of each token, so the loss must contain it. '
+            f'Use kind = "sampled_kl", or `policy_gradient` together with divergence = "reverse" to '
+            f"'{rule.teacher}' with the same coef."
         )

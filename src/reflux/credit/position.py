@@ -1,4 +1,4 @@
-"""Weights by position: fade positions in or out instead of cutting them off."""
+"""Weights that depend on the position, for example weights that fall gradually to 0."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class Position(CreditPart):
-    """Factor `factor(i)` at the i-th chosen position, i = 0, 1, 2, ...; positions where the student did not
-    choose keep factor 1.
+    """Weight `factor(i)` at the i-th chosen position, i = 0, 1, 2, ...
 
-    `factor` is a number or a schedule read over positions instead of optimiser steps, so state its `horizon`,
-    in positions: `{ kind = "linear", start = 1, stop = 0, horizon = 64 }` fades the first 64 positions out.
-    Values must be >= 0: ValueError. Neutral: 1. Under the denominator `kept` positions of factor 0 are not
-    counted. Note `factor`: the mean over chosen positions.
+    Positions where the student did not choose keep weight 1. `factor` is a number, or a schedule over
+    positions instead of optimiser steps. A schedule needs its `horizon`, in positions: `{ kind = "linear",
+    start = 1, stop = 0, horizon = 64 }` lets the weight fall to 0 over the first 64 positions. A value below
+    0 raises ValueError. Neutral: 1. With loss_aggregation "token-mean-weighted", positions of weight 0 are
+    not counted in the denominator. Note `factor`: the mean over chosen positions.
     """
 
     factor: PositionNumber
@@ -41,12 +41,15 @@ class Position(CreditPart):
             raise ValueError(f"factor must be >= 0, got {self.factor}")
         if needs_horizon(self.factor):
             raise ValueError(
-                "factor is a schedule over positions: say how many it spans, for example horizon = 64"
+                "factor is a schedule over positions: set its number of positions, for example horizon = 64"
             )
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if (position := first_below(self.factor, 0, cfg.training_positions)) is not None:
-            yield f"{where}.factor is {at(self.factor, position):g} at position {position}; a weight must be >= 0. Set stop = 0."
+            yield (
+                f"{where}.factor is {at(self.factor, position):g} at position {position}; a weight must be "
+                ">= 0. Set stop = 0."
+            )
 
     @property
     def requirements(self) -> Requirements:
@@ -58,8 +61,8 @@ class Position(CreditPart):
         factor_L = np.array([at(self.factor, position) for position in range(longest)], dtype=np.float32)
         if (wrong := np.flatnonzero(~(factor_L >= 0))).size:
             raise ValueError(
-                f"factor is {factor_L[wrong[0]]} at position {wrong[0]}; a weight must be >= 0, stop the "
-                "schedule there"
+                f"factor is {factor_L[wrong[0]]} at position {wrong[0]}; a weight must be >= 0. End the "
+                "schedule at 0 or more"
             )
         return [_share(mask_T, factor_L) for mask_T in masks]
 

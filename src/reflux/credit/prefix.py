@@ -1,4 +1,4 @@
-"""Learn from the first tokens only: most of what a teacher can correct lies early in an answer."""
+"""Restricts the loss to the first tokens of an answer, where the teacher can correct most."""
 
 from __future__ import annotations
 
@@ -22,28 +22,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class Prefix(CreditPart):
-    """Factor 1 on the chosen positions [start, start + length) of each attempt, 0 on its other chosen ones;
-    positions where the student did not choose are not counted and keep factor 1. No shift.
+    """Weight 1 on the chosen positions [start, start + length) of each attempt, and 0 on the others.
 
-    For rollouts generated in full; a schedule as the sampler's `train_max_tokens` cuts the generation itself
-    and gives the same gradient under the denominator `kept`. `length` may be a schedule over optimiser steps,
-    fractions floored; below 1: ValueError. `start` > 0 exists to study later windows. Note `kept`: the share
-    of chosen positions that stay.
+    Positions where the student did not choose are not counted and keep weight 1. There is no advantage
+    offset. This rule is for rollouts that are generated in full. A schedule as the sampler's
+    `train_max_tokens` cuts the generation itself, and gives the same gradient with loss_aggregation
+    "token-mean-weighted". `length` may be a schedule over optimiser steps. Fractions are rounded down. A
+    length below 1 raises ValueError. `start` > 0 serves to study later windows. Note `kept`: the share of
+    chosen positions that stay.
 
-    `special_tokens` false: special tokens inside the prefix have factor 0 too, so a teacher that thinks in
-    tokens of its own does not teach a base student those. They are the tokens that the student's tokenizer
-    declares special, which decoding leaves out of the text; a token that ends a turn keeps its weight, so
-    that the student still learns to end. They count towards `length`, as they do in a sampled cap, and in a
-    denominator that counts chosen positions; `kept` leaves them out. Only attempts made of tokens have any.
-    The opening token of thinking belongs to the prompt: see `prompt_suffix` of the student.
+    `special_tokens` false: special tokens inside the prefix have weight 0 too. So a teacher that thinks in
+    special tokens of its own does not teach them to a base student. Special tokens are those that the
+    student's tokenizer declares special; decoding leaves them out of the text. A token that ends a turn keeps
+    its weight, so the student still learns to end. Special tokens count towards `length`, as they do in a
+    sampled cap, and in a denominator that counts chosen positions. `kept` leaves them out. Only attempts made
+    of tokens have special tokens. The token that opens thinking belongs to the prompt: see `prompt_suffix` of
+    the student.
 
-    Neutral: a length at or above the longest attempt, with `special_tokens` true. arXiv 2602.15260 does not
-    teach special tokens and does not say whether the end of the sequence is one of them.
+    Neutral: a length of at least the longest attempt, with `special_tokens` true. arXiv 2602.15260 does not
+    teach special tokens. It does not state whether the end of the sequence is one of them.
     """
 
     length: Number
     start: int = 0
-    # false: special tokens weigh nothing, but for the one that ends a turn
+    # false: special tokens have weight 0, except the token that ends a turn
     special_tokens: bool = True
 
     shifts = False
@@ -61,9 +63,15 @@ class Prefix(CreditPart):
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if not cfg.sampler.on_policy and cfg.sampler.rollouts is TokenRollout:
-            yield f"{where}: cutting answers the student did not write teaches it never to end (arXiv 2602.15260). Use sampler 'hf'."
+            yield (
+                f"{where}: cutting answers that the student did not write teaches it never to end (arXiv "
+                "2602.15260). Use sampler 'hf'."
+            )
         if (step := first_below(self.length, 1, cfg.steps)) is not None:
-            yield f"{where}.length falls below 1 position at step {step}. End the schedule at 1 or more (stop = 1)."
+            yield (
+                f"{where}.length falls below 1 position at step {step}. End the schedule at 1 or more "
+                "(stop = 1)."
+            )
 
     @property
     def requirements(self) -> Requirements:
@@ -73,7 +81,7 @@ class Prefix(CreditPart):
         length = int(at(self.length, step_context.step) // 1)
         if length < 1:
             raise ValueError(
-                f"the length of a prefix falls below 1 position at step {step_context.step}; end the "
+                f"the length of a prefix falls below 1 position at step {step_context.step}. End the "
                 "schedule at 1 or more"
             )
         return [self._share(attempt, length) for attempt in group]
@@ -82,7 +90,7 @@ class Prefix(CreditPart):
         mask_T = attempt.rollout.mask_T
         if not mask_T.any():
             return Credit()
-        # which chosen position this is
+        # the index among the chosen positions, from 0
         order_T = np.cumsum(mask_T) - 1
         inside_T = (order_T >= self.start) & (order_T < self.start + length)
         if not self.special_tokens:
@@ -97,12 +105,12 @@ def _special_T(attempt: Attempt) -> np.ndarray:
     rollout = attempt.rollout
     if not isinstance(rollout, TokenRollout):
         raise ValueError(
-            "special_tokens = false leaves out tokens, and a flow rollout has none. Leave it at true."
+            "special_tokens = false leaves out tokens, and a flow rollout has none. Keep it at true."
         )
     if rollout.special_T is None:
         raise ValueError(
-            f"special_tokens = false needs to know which tokens are special, and prompt {rollout.prompt.id} "
-            "came without that. Ask for it: "
-            f"`Requirements(specials=True)`."
+            f"special_tokens = false needs the special tokens of each rollout, and that of prompt "
+            f"{rollout.prompt.id} has none recorded. Add `Requirements(specials=True)` to the `requirements` "
+            "of the part."
         )
     return rollout.special_T

@@ -1,5 +1,5 @@
-"""Prefix Teach, Suffix Fade: each attempt is distilled up to where the teacher stops telling the student's
-own candidates apart.
+"""Prefix Teach, Suffix Fade: each attempt is distilled up to the position from which the teacher no longer
+distinguishes the student's candidates.
 """
 
 from __future__ import annotations
@@ -47,45 +47,46 @@ RELEASE = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class Release(CreditPart):
-    """Factor 0 on what follows the one downward step of an attempt's segment scores, if it has one; what is
-    kept is scaled up in its place.
+    """Weight 0 after the downward step in the segment scores of an attempt, if there is one.
 
-    Per chosen position the margin is the gap between the teacher's best two of the student's `k` likeliest
-    tokens (nats); per segment the score is log(1 + mean margin); the step is found by BIC (see
-    `change_point`). Kept: factor sum(mask) / sum(mask of the kept segments) with `rescale`, so that an
-    attempt weighs what its full length would have weighed, else 1; released: 0. No step, or a gain of at most
-    `min_gain`: 1 everywhere. The scale looks at mask_T alone, whatever other rules say, so their order is
-    free; under the denominator `kept` it would count twice. Nothing is sampled less: the finished answer is
-    read. Positions the student did not choose keep factor 1.
+    The margin of a chosen position is the difference, in nats, between the two best log-probs that the
+    teacher gives to the student's `k` most likely tokens. The score of a segment is log(1 + mean margin). The
+    step is found by BIC (see `change_point`). Released positions, those after the step, have weight 0. Kept
+    positions have weight 1. With `rescale` they have weight sum(mask) / sum(mask of the kept segments), so
+    the attempt weighs as much as its full length would. Without a step, or with a gain of at most `min_gain`,
+    the weight is 1 everywhere. The scale depends on mask_T alone and not on other rules, so the order of the
+    rules does not matter. With loss_aggregation "token-mean-weighted" the scale would count twice. The rule
+    reads the finished answer, so no sampling is saved. Positions that the student did not choose keep weight
+    1.
 
-    `candidates`: as the student stood when it acted ("said"), or as it stands ("now", for late attempts).
-    `segments`: "sentences", "lines", "steps" (one arithmetic step each), or blocks of so many tokens, where
-    answers are short. An attempt that the teacher did not score has factor 1 and no notes. Neutral:
-    `min_segments` above any number of segments. For attempts made of tokens only.
+    `candidates`: the most likely tokens of the policy that sampled ("behaviour") or of the current student
+    ("now", for stale attempts). `segments`: "sentences", "lines", "steps" (one arithmetic step each), or a
+    number of tokens per block, for short answers. An attempt that the teacher did not score has weight 1 and
+    no notes. Neutral: `min_segments` above any number of segments. Only for attempts made of tokens.
 
-    Notes, over scored attempts: `released` (share), `segments` (mean number), `segment_tokens` and
-    `segment_tokens_max` (median and largest length); over released ones: `kept` (median share of the chosen
-    positions) and `gain` (mean of BIC_0 - BIC_1). arXiv 2605.13643, no official code. The paper has k = 4 and
-    sentences, and does not state: minimum sizes, the scope of the scale's sums (here one attempt), what
-    happens without a step (here plain distillation); `min_gain` 0 is the rule as written, its counts use 6.
+    Notes over scored attempts: `released` (share), `segments` (mean number), `segment_tokens` and
+    `segment_tokens_max` (median and largest length). Notes over released attempts: `kept` (median share of
+    the chosen positions) and `gain` (mean of BIC_0 - BIC_1). arXiv 2605.13643, no official code. The paper
+    uses k = 4 and sentences. It does not state the minimum sizes, the scope of the sums in the scale (here
+    one attempt), or the case without a step (here plain distillation). `min_gain` 0 is the rule as written;
+    the counts in the paper use 6.
     """
 
     when: ClassVar[str] = (
-        "Answers are long and the teacher is much the stronger. Late tokens are released where it no longer "
-        "tells the student's "
-        "candidates apart; the metrics say how often. With text of sentences (`base=hub`) set "
-        "`credit.release.segments=sentences`."
+        "Answers are long and the teacher is much stronger than the student. Late tokens are released where "
+        "the teacher no longer distinguishes the student's candidates; the metrics give the share of "
+        "released attempts. For text in sentences (`base=hub`) set `credit.release.segments=sentences`."
     )
 
-    # candidates: the student's likeliest tokens
+    # number of candidates per position: the student's k most likely tokens
     k: Annotated[int, Field(ge=2)] = 4
-    # an attempt with fewer is never released
+    # an attempt with fewer segments is never released
     min_segments: Annotated[int, Field(ge=1)] = 8
-    # segments on either side of the step, at least
+    # minimum number of segments before the step, and after it
     min_side: Annotated[int, Field(ge=1)] = 3
-    # of BIC, to be exceeded
+    # the gain BIC_0 - BIC_1 must be larger than this
     min_gain: float = 0.0
-    # or "lines", "steps", or a number of tokens
+    # how an answer is cut: "sentences", "lines", "steps", or a number of tokens per segment
     segments: Way | Annotated[int, Field(ge=1, strict=True)] = "sentences"
     rescale: bool = True
     candidates: Literal["behaviour", "now"] = "behaviour"
@@ -97,7 +98,7 @@ class Release(CreditPart):
     def __post_init__(self) -> None:
         if not math.isfinite(self.min_gain):
             raise ValueError(
-                f"min_gain must be finite, got {self.min_gain}; to release nothing, raise min_segments"
+                f"min_gain must be finite, got {self.min_gain}. To release nothing, raise min_segments"
             )
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
@@ -106,26 +107,25 @@ class Release(CreditPart):
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if self.rescale and cfg.loss_aggregation == "token-mean-weighted":
             yield (
-                f"{where}: rescale gives every attempt the mass of its full length, and loss_aggregation = "
-                '"token-mean-weighted" divides by the kept positions: '
-                'the release would count twice. Use loss_aggregation = "token-mean" or '
+                f"{where}: rescale gives every attempt the weight of its full length, and loss_aggregation "
+                '= "token-mean-weighted" divides by the number of positions with non-zero weight, so the '
+                'release would count twice. Use loss_aggregation = "token-mean" or '
                 f'"seq-mean-token-mean", or {where}.rescale = false.'
             )
         yield from unless_known(cfg, f"{where}.teacher", self.teacher)
         for table in tables_of(cfg, self.teacher):
             if not cfg.teachers[table].at_ids:
                 yield (
-                    f"{where} needs the teacher's log-probs at the student's {self.k} likeliest tokens, but "
-                    f"teachers.{table} answers with "
-                    "a list of its own: a token missing from it has an unknown probability, not a low one. "
-                    "Use a teacher that answers at "
-                    f"given ids, such as a local one."
+                    f"{where} needs the teacher's log-probs at the student's {self.k} most likely tokens, "
+                    f"but teachers.{table} gives a list of its own most likely tokens, and the probability "
+                    "of a token outside that list is unknown. Use a teacher that gives log-probs at given ids, "
+                    f"such as a local one."
                 )
         if self.candidates == "behaviour" and not cfg.sampler.on_policy:
             yield (
-                f"{where} looks at the tokens the student was about to choose, and this sampler "
-                f"('{kind_of('samplers', cfg.sampler)}') "
-                f"gives answers it did not write. Use candidates = \"now\", or sampler 'hf'."
+                f"{where} needs the student's most likely tokens at sampling time, and this sampler "
+                f"('{kind_of('samplers', cfg.sampler)}') gives answers that the student did not write. Use "
+                f"candidates = \"now\", or sampler 'hf'."
             )
 
     def diagnostics(self, name: str, recorded: Recorded) -> Iterable[Chart]:
@@ -149,7 +149,7 @@ class Release(CreditPart):
             return Credit()
         if not isinstance(rollout, TokenRollout):
             raise ValueError(
-                "release reads sentences of tokens; a flow rollout has none. Take this rule away."
+                "release needs attempts made of tokens, and a flow rollout has none. Remove this rule."
             )
         margin_T = np.zeros(rollout.length)
         margin_T[rollout.mask_T] = candidate_margin(self._listed(attempt)[rollout.mask_T])
@@ -173,8 +173,8 @@ class Release(CreditPart):
         )
 
     def _factor(self, mask_T: np.ndarray, end: int) -> np.ndarray:
-        """On chosen positions: 1 before `end`, or more where the mass is kept, and 0 from there on. Elsewhere
-        1.
+        """Weights, [T]: on chosen positions 1 before `end` (more with `rescale`) and 0 from `end` on; on
+        other positions 1.
         """
         scale = mask_T.sum() / mask_T[:end].sum() if self.rescale else 1.0
         weight_T = np.where(mask_T, scale, 1.0).astype(np.float32)
@@ -182,8 +182,8 @@ class Release(CreditPart):
         return weight_T
 
     def _listed(self, attempt: Attempt) -> np.ndarray:
-        """The teacher's log-probs at the student's k likeliest tokens, [T, k]. Lists may be longer, where
-        another part wants more.
+        """The teacher's log-probs at the student's k most likely tokens, [T, k]. Lists that are longer
+        because another part requires more are cut to k.
         """
         answer, prompt = attempt.answers.get(self.teacher), attempt.rollout.prompt.id
         listed = (
@@ -197,14 +197,13 @@ class Release(CreditPart):
             return listed.logp_TK[:, : self.k]
         if self.candidates == "now" and not isinstance(attempt.now, TopKTarget):
             raise ValueError(
-                f'release with candidates = "now" needs the student\'s list of now for prompt {prompt}, and '
-                "the learner gave none. Use "
-                f'candidates = "behaviour".'
+                f'release with candidates = "now" needs the list of the current student for prompt {prompt}, '
+                f'and the learner gave none. Use candidates = "behaviour".'
             )
         raise ValueError(
-            f"release needs what teacher '{self.teacher}' gives the student's {self.k} likeliest tokens, but "
-            f"prompt {prompt} came with its "
-            f"target alone. Use a teacher that answers at given ids, such as 'local'."
+            f"release needs the log-probs of teacher '{self.teacher}' at the student's {self.k} most likely "
+            f"tokens, but prompt {prompt} has only its target. Use a teacher that gives log-probs at given "
+            f"ids, such as 'local'."
         )
 
 
@@ -215,8 +214,8 @@ def _gained(split: Split, lengths: list[int]) -> dict[str, Any]:
 def _detail(
     segments: list[slice], margins: list[float], split: Split | None, released: bool
 ) -> dict[str, Any]:
-    """What the report draws: where each segment starts, its mean margin (nats; the score is log(1 + it)), how
-    many are kept.
+    """The values that the report draws: the start of each segment, its mean margin in nats (the score is
+    log(1 + margin)), the number of kept segments, and the gain.
     """
     return {
         "starts": [segment.start for segment in segments],

@@ -1,5 +1,5 @@
-"""An answer cut into segments of chosen positions: sentences, lines, arithmetic steps, or blocks of so many
-tokens.
+"""Cuts an answer into segments of chosen positions: sentences, lines, arithmetic steps, or blocks of a given
+number of tokens.
 """
 
 from __future__ import annotations
@@ -20,24 +20,26 @@ if TYPE_CHECKING:
 Way = Literal["sentences", "lines", "steps"]
 
 _LINE = re.compile(r"\n")
-# A step ends at a newline, after . ; ! ? before white space, or with the result of an equation and the marks
-# that close it. A number that goes on being calculated with ("= 3 + 4 = 7": the 3) is no result. Possessive,
-# so that no part of a number is taken for all of it.
+# A step ends at a newline, after . ; ! ? before white space, or after the result of an equation and the marks
+# that follow it. A number with which the calculation goes on ("= 3 + 4 = 7": the 3) is not a result. The
+# quantifiers are possessive, so that a part of a number is never taken for the whole number.
 _STEP = re.compile(
-    r"\n|[.;!?](?=\s)|=\s*+[-+−]?\s*+[$€£]?\d++(?:,\d{3})*+(?:\.\d++)?+(?!\s*[-+−*/×·÷^=])[])}>%$€\"'.,;:!?]*"
+    r"\n|[.;!?](?=\s)|=\s*+[-+−]?\s*+[$€£]?\d++(?:,\d{3})*+(?:\.\d++)?+"
+    r"(?!\s*[-+−*/×·÷^=])[])}>%$€\"'.,;:!?]*"
 )
 
 
 def segments_of(rollout: TokenRollout, way: Way | int) -> list[slice]:
-    """Slices of positions, in order, non-empty and disjoint: every chosen position lies in exactly one, any
-    other in none.
+    """Slices of positions, in order, non-empty and disjoint. Every chosen position lies in exactly one, and
+    no other position lies in any.
 
     A segment never crosses a turn (a run of chosen positions). A number cuts each turn into blocks of so many
-    tokens, the last one shorter. Else the text of a turn is cut, and a token belongs to the piece that holds
-    its first character which is not white space; a token without one (space, special) joins the piece before
-    it, or else the first. "sentences": NLTK's Punkt without training, which knows no abbreviations and needs
-    no data. "lines": at newlines. "steps": one arithmetic step each, see `step_starts`. What a length limit
-    cut off is a piece like any other. ValueError where a text is to be cut and the rollout has no `spans_T2`.
+    tokens; the last block may be shorter. Otherwise the text of a turn is cut into pieces. A token belongs to
+    the piece with its first character that is not white space. A token without such a character (space,
+    special token) belongs to the piece before it, or else to the first piece. "sentences": cut by NLTK's
+    Punkt without training, which knows no abbreviations and needs no data. "lines": cut at newlines. "steps":
+    cut into arithmetic steps, see `step_starts`. A piece that the length limit cut off counts as a piece.
+    Raises ValueError if a text must be cut and the rollout has no `spans_T2`.
     """
     if isinstance(way, int):
         return [
@@ -47,9 +49,9 @@ def segments_of(rollout: TokenRollout, way: Way | int) -> list[slice]:
         ]
     if rollout.spans_T2 is None:
         raise ValueError(
-            f"segments = '{way}' needs the characters that each token wrote, and prompt {rollout.prompt.id} "
-            "came without them. "
-            f"Ask for them: `Requirements(spans=True)`; or cut by tokens, segments = 8."
+            f"segments = '{way}' needs the characters of each token, and the rollout of prompt "
+            f"{rollout.prompt.id} has none recorded. Add `Requirements(spans=True)` to the `requirements` of "
+            "the part, or cut by tokens with segments = 8."
         )
     return [
         piece
@@ -59,18 +61,18 @@ def segments_of(rollout: TokenRollout, way: Way | int) -> list[slice]:
 
 
 def sentence_starts(text: str) -> list[int]:
-    """Where each sentence begins, in characters."""
+    """The index of the first character of each sentence."""
     return [start for start, _ in _punkt().span_tokenize(text)]
 
 
 def line_starts(text: str) -> list[int]:
-    """Where each line begins, in characters."""
+    """The index of the first character of each line."""
     return [0, *(found.end() for found in _LINE.finditer(text))]
 
 
 def step_starts(text: str) -> list[int]:
-    """Where each arithmetic step begins: after a newline, after . ; ! ? before white space, and after the
-    result of an equation.
+    """The index of the first character of each arithmetic step. A step begins after a newline, after . ; ! ?
+    before white space, and after the result of an equation.
 
     "Start: 12. 12+7=19. 19-5=14. Answer: 14" has four, "3+4=7, 7*2=14" two, "2+3 = 10/2 = 5" one.
     """
@@ -100,7 +102,7 @@ def _turns(mask_T: np.ndarray) -> list[tuple[int, int]]:
 def _pieces(
     rollout: TokenRollout, spans_T2: np.ndarray, first: int, stop: int, starts_of: Callable[[str], list[int]]
 ) -> list[slice]:
-    """The segments of one turn. A piece that no token begins in has no segment."""
+    """The segments of one turn. A piece in which no token begins has no segment."""
     spans = spans_T2[first:stop].tolist()
     begin, end = spans[0][0], max(after for _, after in spans)
     text = rollout.text[begin:end]

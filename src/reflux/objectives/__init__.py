@@ -1,4 +1,4 @@
-"""Objectives: a cost per position. See `base.py`."""
+"""Objectives: each gives a cost per position. The protocol is in `base.py`."""
 
 OBJECTIVES = {
     "sampled_kl": "reflux.objectives.sampled_kl:SampledKL",

@@ -1,9 +1,9 @@
-"""An objective: a cost per position.
+"""The protocol of objectives. An objective gives a cost per position.
 
-A frozen value called with `Rows` (N packed positions, what the student and each teacher say there) that
-returns cost_N in nats. Position-local: row n's cost depends on row n alone. It never divides, weights or
-masks: that is `loss.py`'s work, and only its. A score-function objective takes shifts: it adds
-`rows.advantage_offset_N` to its advantage.
+An objective is a frozen value. It is called with `Rows` (N packed positions with the outputs of the student
+and of each teacher there) and returns cost_N in nats. The cost of row n depends on row n alone. An objective
+never divides, weights or masks: only the package `loss` does. An objective that uses the score function
+takes advantage offsets: it adds `rows.advantage_offset_N` to its advantage.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 
 class ObjectivePart(Part, Protocol):
-    """What an objective inherits: the defaults of what it may leave unsaid."""
+    """The base class of objectives. It holds the defaults of their optional members."""
 
-    # True where the gradient is estimated from sampled positions: then `variance` says how noisily
+    # True if the gradient is estimated from sampled tokens. Then `variance` gives the variance of the
+    # estimate.
     samples: ClassVar[bool] = False
-    # what to choose where no teacher offers what it accepts
+    # the advice in the error message if no teacher offers a target that this objective accepts
     remedy: ClassVar[str] = (
         'Use support = "teacher" where the teacher gives a list, kind = "sampled_kl" where it gives '
         "log-probs, or a local teacher"
@@ -32,34 +33,34 @@ class ObjectivePart(Part, Protocol):
 
     @property
     def reverse_kl(self) -> bool:
-        """True where its gradient is that of the reverse KL to its teacher, so that shifts beside it may take
-        the log-ratio out again.
+        """True if the gradient is that of the reverse KL to the teacher. Then an advantage offset may
+        subtract the log-ratio again.
         """
         return False
 
     @property
     def setting(self) -> str:
-        """The key that decides what it needs of its teacher, as it is written in a recipe; "" where none
-        does.
+        """The setting that decides which targets of the teacher are needed, as it is written in a recipe. ""
+        if no setting decides this.
         """
         return ""
 
     @property
     def group_baseline(self) -> Literal["all", "others"] | None:
-        """Whose mean log-ratio its advantage is measured from: all siblings', the others' alone; None: no
-        siblings'.
+        """The attempts of the group whose mean log-ratio is subtracted from the advantage: "all" of them, or
+        the "others" without the attempt itself. None: no group baseline.
         """
         return None
 
     def outside(self, rows: Rows[Any]) -> Tensor | None:
-        """True [N] at the rows where the bound of an importance ratio changes the gradient; None without a
-        ratio or a bound.
+        """True at the rows where the bound of the importance ratio changes the gradient, [N]. None without a
+        ratio or without a bound.
         """
         return None
 
     def variance(self, rows: Rows[Any]) -> tuple[Tensor, Tensor] | None:
-        """The exact variance of the sampled logit gradient at each row [N], with the baseline and without;
-        None: nothing is sampled.
+        """The exact variance of the sampled logit gradient at each row, [N], with the baseline and without.
+        None if nothing is sampled.
         """
         return None
 

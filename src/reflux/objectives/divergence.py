@@ -1,5 +1,5 @@
-"""The exact divergence at each position, or its top-k form with a tail bucket, differentiated through the
-student.
+"""The exact divergence at each position, or its top-k form. The gradient flows through the student's
+log-probs.
 """
 
 from __future__ import annotations
@@ -45,33 +45,35 @@ FDISTILL = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class Divergence(ObjectivePart):
-    """divergence(student, teacher) at each position: no sampling noise in the gradient, nats (`tv`: in [0,
-    1]), 0 at identity.
+    """divergence(student, teacher) at each position, in nats (`tv`: in [0, 1]). It is 0 at identity.
 
-    `divergence` names a function of `reflux.loss.divergences`. `beta` is its mixing weight: jsd's beta
-    (default 0.5; 0 is the forward KL, 1 the reverse, as in GKD, arXiv 2306.13649), the skew's alpha (0.1,
-    DistiLLM, arXiv 2402.03898), alpha's alpha (0.5, Amari's family); the others have none and refuse it. `tv`
-    as a loss: arXiv 2307.15190.
+    The choice of the token adds no sampling noise to the gradient. `divergence` names a function of
+    `reflux.loss.divergences`. `beta` is its mixing weight: beta of jsd (default 0.5; 0 is the forward KL and
+    1 the reverse KL, as in GKD, arXiv 2306.13649), alpha of the skew KLs (default 0.1, DistiLLM, arXiv
+    2402.03898), alpha of `alpha` (default 0.5, Amari's family). The other divergences have no mixing weight
+    and refuse it. `tv` as a loss: arXiv 2307.15190.
 
-    `support` full: over the whole vocabulary. student: the student's own `k` most likely tokens of the
-    current forward (constants) plus ONE bucket with all remaining mass, the same for both models. teacher:
-    the same at the teacher's k most likely tokens; where the teacher gave nothing but a list, its tail is 1
-    minus the listed mass, at least `tail_floor` (idle with a local teacher). union: the k of either model
-    together, each token once (up to 2k), and one bucket; a list cannot answer at the student's ids, so this
-    needs a local teacher. With the bucket all three are never more than the full divergence and biased inside
-    the tail only; k >= V is the full one exactly.
+    `support` gives the tokens that are compared. full: the whole vocabulary. student: the student's `k` most
+    likely tokens in the current forward pass (their ids are constants), plus ONE bucket with all remaining
+    mass. Both models use the same tokens. teacher: the same at the teacher's k most likely tokens. If the
+    teacher gave only a list, its tail is 1 minus the listed mass, and at least `tail_floor`. With a local
+    teacher `tail_floor` has no effect. union: the k most likely tokens of both models together, each token
+    once (up to 2k), and one bucket. It needs a local teacher, because a list has no log-probs at the
+    student's ids. With the bucket, all three are at most the full divergence, and they are biased inside the
+    tail only. k >= V gives the full divergence exactly.
 
-    `tail` renormalised: no bucket; each model's probabilities on the listed tokens are divided by their own
-    sum, as the top-k losses of ms-swift, of NeMo-RL and of vOPD's code do. BIASED, and its optimum moves: the
-    tail's mass is dropped, so a student that is right on the list up to a factor costs 0 whatever it says
-    elsewhere. Here for comparison; k >= V is the full divergence all the same.
+    `tail` bucket: as above. renormalised: no bucket. Each model's probabilities on the listed tokens are
+    divided by their sum, as in the top-k losses of ms-swift, of NeMo-RL and of vOPD's code. This is BIASED,
+    and its optimum moves: the mass of the tail is dropped, so a student that is right on the list up to a
+    factor costs 0, whatever its other probabilities are. It is here for comparison. k >= V gives the full
+    divergence here too.
 
-    `ratio` truncated: times min(p(a) / behaviour(a), `ratio_cap`), detached, as other trainers correct for a
-    sampler that is not the learner. behaviour(a) is the probability that the token was drawn with:
-    temperature and top-p are in it. At each prefix the divergence sums over all actions already, so while
-    nothing is capped the expected gradient is the same with and without, and only noise is added; where it is
-    capped, or where top-p left tokens out, the prefix counts less. It cannot correct which prefixes are
-    visited.
+    `ratio` truncated: the cost is multiplied by min(p(a) / behaviour(a), `ratio_cap`), detached. Other
+    trainers use this to correct for a sampler that differs from the learner. behaviour(a) is the probability
+    with which the token was drawn, with temperature and top-p applied. The divergence already sums over all
+    tokens at each prefix. So while no ratio is capped, the ratio leaves the expected gradient unchanged and
+    only adds noise. Where a ratio is capped, or where top-p excluded tokens, the prefix counts less. The
+    ratio cannot correct which prefixes are visited.
     """
 
     teacher: str = "main"
@@ -93,27 +95,27 @@ class Divergence(ObjectivePart):
         check_coef(self.coef)
         if self.beta is not None and self.divergence not in MIXED:
             raise ValueError(
-                f"beta mixes the two models in {', '.join(MIXED)}; '{self.divergence}' has no such weight, "
-                "leave it out"
+                f"beta is the mixing weight of {', '.join(MIXED)}; '{self.divergence}' has no such weight. "
+                "Remove beta"
             )
         if self.beta is not None and not 0 <= self.beta <= 1:
             raise ValueError(f"beta must lie in [0, 1], got {self.beta}")
         if self.beta == 1 and self.divergence.startswith("skew"):
             raise ValueError(
-                f"'{self.divergence}' with beta = 1 compares a model with itself: it is 0 everywhere and "
-                "teaches nothing"
+                f"'{self.divergence}' with beta = 1 compares a model with itself: it is 0 everywhere and has "
+                "no gradient"
             )
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
         if self.tail == "renormalised" and self.support == "full":
             raise ValueError(
-                "tail = 'renormalised' divides by the mass of a list, and support = 'full' has none. Use "
+                "tail = 'renormalised' divides by the mass of a list, and support = 'full' has no list. Use "
                 "tail = 'bucket'"
             )
         if self.tail == "renormalised" and self.support != "union" and self.k == 1:
             raise ValueError(
-                "one token renormalised has probability 1 under any model: the cost is 0 everywhere. Use k = "
-                "2 or more"
+                "with k = 1 and tail = 'renormalised' the one token has probability 1 under any model, so "
+                "the cost is 0 everywhere. Use k = 2 or more"
             )
         check_ratio(ratio_cap=self.ratio_cap)
         if not 0 < self.tail_floor < 1:
@@ -130,9 +132,9 @@ class Divergence(ObjectivePart):
         if self.ratio != "none" and not cfg.sampler.on_policy:
             yield (
                 f'{where}: {kind_of("objectives", self)} with ratio = "{self.ratio}" divides by the '
-                "probability the sampler drew with, "
-                f"but sampler '{kind_of('samplers', cfg.sampler)}' gives answers it did not draw. Use ratio "
-                '= "none".'
+                "probability with which the sampler drew a token, but sampler "
+                f"'{kind_of('samplers', cfg.sampler)}' gives answers that it did not draw. "
+                'Use ratio = "none".'
             )
 
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
@@ -142,9 +144,15 @@ class Divergence(ObjectivePart):
         }
         yield from idle(self, where, at_work)
         if self.tail == "renormalised":
-            yield f'{where}: tail = "renormalised" drops the mass outside the list, so the optimum moves; tail = "bucket" keeps it.'
+            yield (
+                f'{where}: tail = "renormalised" drops the mass outside the list, so the optimum moves; '
+                'tail = "bucket" keeps it.'
+            )
         if self.ratio != "none" and not cfg.max_staleness:
-            yield f'{where}: ratio = "{self.ratio}" at max_staleness = 0 is 1 up to rounding; ratio = "none" is the same for less.'
+            yield (
+                f'{where}: ratio = "{self.ratio}" at max_staleness = 0 is 1 up to rounding; ratio = "none" '
+                "gives the same cost with less computation."
+            )
 
     @property
     def setting(self) -> str:
@@ -169,7 +177,7 @@ class Divergence(ObjectivePart):
         return cost_N * truncated_ratio(rows.student.logp_N, rows.behaviour_logp_N, self.ratio_cap)
 
     def outside(self, rows: Rows[FullLogits]) -> Tensor | None:
-        """Where the ratio is above its cap, [N]; None for ratio "none"."""
+        """True where the ratio is above its cap, [N]. None for ratio "none"."""
         return (
             None
             if self.ratio == "none"
@@ -186,11 +194,10 @@ class Divergence(ObjectivePart):
             return DIVERGENCES[self.divergence](one, other, *weight)
         if not isinstance(teacher, FullLogits):
             raise ValueError(
-                f"support = '{self.support}' needs teacher '{self.teacher}' at any token, but it gave a list "
-                "or the sampled token alone; "
-                "a stored list cannot answer at the student's ids. Use support = 'teacher' for a list, kind "
-                "= 'sampled_kl' for sampled "
-                f"tokens, or a local teacher."
+                f"support = '{self.support}' needs the log-probs of teacher '{self.teacher}' at any token, "
+                "but it gave a list or the sampled token alone; a list has no log-probs at the student's "
+                "ids. Use support = 'teacher' for a list, kind = 'sampled_kl' for sampled tokens, or a local "
+                f"teacher."
             )
         if self.support == "full" or self.k >= student.logits_NV.shape[1]:
             return student.divergence(teacher, self.divergence, self.beta)
@@ -198,7 +205,7 @@ class Divergence(ObjectivePart):
         return DIVERGENCES[self.divergence](one, other.detach(), *weight)
 
     def _listed(self, student: FullLogits, teacher: FullLogits) -> tuple[Tensor, Tensor]:
-        """Log-probs of both on one list, whose probabilities sum to 1."""
+        """The log-probs of both models at one list of tokens, where the probabilities sum to 1."""
         from reflux.loss.divergences import renormalised, union, with_tail
 
         models = {"student": (student,), "teacher": (teacher,), "union": (student, teacher)}[self.support]
@@ -216,17 +223,17 @@ class Divergence(ObjectivePart):
 
         logp_NK, ids_NK = teacher.logp_NK, teacher.ids_NK
         if self.k < logp_NK.shape[1]:
-            # another part may have asked for a longer list
+            # The list is longer than k if another part requires a longer list.
             logp_NK, order_NK = logp_NK.topk(self.k, dim=-1)
             ids_NK = ids_NK.gather(-1, order_NK)
         if ids_NK.shape[1] == student.logp_NV.shape[1]:
-            # the whole vocabulary: no tail on either side
+            # The list is the whole vocabulary, so neither model has a tail.
             return with_tail(student.logp_NV, ids_NK)[:, :-1], logp_NK
         if self.tail == "bucket":
             return with_tail(student.logp_NV, ids_NK), with_tail_listed(logp_NK, self.tail_floor)
         if ids_NK.shape[1] == 1:
             raise ValueError(
-                f"teacher '{self.teacher}' lists one token: renormalised it has probability 1. Use tail = "
-                "'bucket'"
+                f"teacher '{self.teacher}' lists one token, and with tail = 'renormalised' its probability "
+                "is 1. Use tail = 'bucket'"
             )
         return renormalised(student.logp_NV, ids_NK), logp_NK.log_softmax(-1)

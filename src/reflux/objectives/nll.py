@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class NLL(ObjectivePart):
-    """-log p(a) of the recorded token, nats: learns to repeat given answers (the `references` sampler), as
-      baseline and cold start.
+    """-log p(a) of the recorded token, in nats. It trains the student to repeat given answers.
 
-    Over answers of a data distribution q its expected gradient is that of KL(q || p) at each prefix. Over the
-    student's own attempts that gradient is 0: nothing is learnt. Exempt from law 2 (zero at identity): its
-    cost is the entropy there, not 0.
+    With the `references` sampler it serves as a baseline and as a cold start. On answers drawn from a data
+    distribution q, its expected gradient is that of KL(q || p) at each prefix. On the student's own attempts
+    the expected gradient is 0, so nothing is learnt. Exempt from law 2 (zero at identity): at identity its
+    expected cost is the entropy, not 0.
     """
 
     coef: float = 1.0
@@ -42,10 +42,9 @@ class NLL(ObjectivePart):
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if cfg.task.rollouts is FlowRollout:
             yield (
-                f"{where} ('nll') learns the tokens of given answers, and images have none. To learn from "
-                "given images use kind = "
-                '"velocity_kl" with teacher = "behaviour" and weight = "mse", and sampler.kind = '
-                '"teacher_samples".'
+                f"{where} ('nll') learns the tokens of given answers, and images have no tokens. To learn "
+                'from given images use kind = "velocity_kl" with teacher = "behaviour" and weight = "mse", '
+                'and sampler.kind = "teacher_samples".'
             )
 
     @property

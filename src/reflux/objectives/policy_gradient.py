@@ -1,4 +1,4 @@
-"""Policy gradient on the shifts alone: learning from outcomes."""
+"""Policy gradient whose advantage comes from the credit rules alone."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class PolicyGradient(ObjectivePart):
-    """Score function whose advantage is what the credit rules shift: with credit `group_advantage`,
-    group-relative policy gradient (GRPO-like).
+    """Policy gradient whose advantage is the advantage offset of the credit rules.
 
-    cost = -min(rho A, clip(rho, 1 - clip[0], 1 + clip[1]) A) with A = shift and rho = p(a) / behaviour(a) per
-    token; ratio "none":
-    -A log p(a). behaviour(a) is the probability that the token was drawn with: temperature and top-p are
-      in it, so at a temperature
-    other than 1 the ratio is not 1 at the first step already, and the clip binds more often. A position
-    without shift costs exactly 0. There is no teacher, hence exempt from law 2 (zero at identity).
+    With credit `group_advantage` this is group-relative policy gradient, similar to GRPO.
+
+    Cost per token: -min(rho A, clip(rho, 1 - clip[0], 1 + clip[1]) A), with A the advantage offset and rho =
+    p(a) / behaviour(a). With ratio "none" the cost is -A log p(a). behaviour(a) is the probability with which
+    the token was drawn, with temperature and top-p applied. At a temperature other than 1 the ratio therefore
+    differs from 1 even at the first step, and the clip binds more often. A position whose advantage offset is
+    0 costs exactly 0. There is no teacher, so this objective is exempt from law 2 (zero at identity).
     """
 
     coef: float = 1.0
@@ -71,7 +71,7 @@ class PolicyGradient(ObjectivePart):
         )
 
     def outside(self, rows: Rows[Any]) -> Tensor | None:
-        """Where the clip binds, [N]; None for ratio "none"."""
+        """True where the clip binds, [N]. None for ratio "none"."""
         return outside(
             rows.advantage_offset_N,
             rows.student.logp_N,

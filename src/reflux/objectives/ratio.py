@@ -1,9 +1,9 @@
-"""p(a) / behaviour(a) per token: what attempts weigh that were not drawn from the student of now.
+"""The importance ratio p(a) / behaviour(a) per token, for attempts not drawn from the current student.
 
-behaviour(a) is the probability that the token was drawn with, so one ratio corrects for an older student, for
-a sampler that computes slightly differently, and for a temperature or top-p other than 1. A token that top-p
-leaves out is never drawn, and no ratio brings it back: with top-p below 1 only the tokens inside its set are
-corrected.
+behaviour(a) is the probability with which the token was drawn. One ratio therefore corrects for an older
+student, for a sampler that computes slightly differently, and for a temperature or top-p other than 1. A
+token that top-p excludes is never drawn, and no ratio can correct for that. With top-p below 1 only the
+tokens inside its set are corrected.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ def score_cost(
     clip: tuple[float, float],
     ratio_cap: float,
 ) -> Tensor:
-    """-A log p(a) for attempts drawn from another distribution, rho = p(a) / behaviour(a) per token. At rho
-      = 1 all have one gradient.
+    """The cost -A log p(a) for attempts drawn from another distribution, with rho = p(a) / behaviour(a).
 
-    truncated: -min(rho, ratio_cap) A log p with the ratio detached (biased only where it is capped). clip:
-    PPO's -min(rho A, clip(rho, 1 - clip[0], 1 + clip[1]) A), differentiated through rho (arXiv 1707.06347).
-    none: rho is ignored.
+    truncated: -min(rho, ratio_cap) A log p, with the ratio detached. It is biased only where the ratio is
+    capped. clip: PPO's -min(rho A, clip(rho, 1 - clip[0], 1 + clip[1]) A), differentiated through rho (arXiv
+    1707.06347). none: rho is ignored. At rho = 1 the three have the same gradient.
     """
     advantage_N = advantage_N.detach()
     if ratio == "none":
@@ -39,13 +38,13 @@ def score_cost(
         return -(truncated_ratio(logp_N, behaviour_logp_N, ratio_cap) * advantage_N) * logp_N
     log_ratio_N = logp_N - behaviour_logp_N
     lower_N, upper_N = log_ratio_N.clamp(min=math.log1p(-clip[0])), log_ratio_N.clamp(max=math.log1p(clip[1]))
-    # clamped before exp: a huge ratio gives no inf * 0
+    # Clamped before exp, because inf * 0 of a huge ratio would be NaN.
     return -advantage_N * upper_N.where(advantage_N >= 0, lower_N).exp()
 
 
 def truncated_ratio(logp_N: Tensor, behaviour_logp_N: Tensor, ratio_cap: float) -> Tensor:
-    """min(p(a) / behaviour(a), ratio_cap) per token, [N], detached: truncated importance weights (per step as
-    in arXiv 1802.01561).
+    """min(p(a) / behaviour(a), ratio_cap) per token, [N], detached. These are truncated importance weights,
+    applied per step as in arXiv 1802.01561.
     """
     return (logp_N - behaviour_logp_N).detach().exp().clamp(max=ratio_cap)
 
@@ -58,13 +57,13 @@ def outside(
     clip: tuple[float, float],
     ratio_cap: float,
 ) -> Tensor | None:
-    """True [N] where the bound of the ratio binds; None where the ratio has no bound. The arguments are those
+    """True where the bound of the ratio binds, [N]. None if the ratio has no bound. The arguments are those
     of `score_cost`.
 
-    truncated: the ratio is above its cap (see `above_cap`). clip: the bound is one-sided (arXiv 1707.06347).
-    It binds above 1 + clip[1] where the advantage is positive, and below 1 - clip[0] where the advantage is
-    negative; such a token has no gradient. A ratio on the other side is not held back, and a token without an
-    advantage has no gradient to hold back.
+    truncated: the bound binds where the ratio is above its cap (see `above_cap`). clip: the bound is
+    one-sided (arXiv 1707.06347). It binds above 1 + clip[1] where the advantage is positive, and below 1 -
+    clip[0] where the advantage is negative. Such a token has no gradient. On the other side the ratio is not
+    bounded. A token with advantage 0 has no gradient, so the bound does not bind there.
     """
     if ratio == "none":
         return None
@@ -76,8 +75,8 @@ def outside(
 
 
 def above_cap(logp_N: Tensor, behaviour_logp_N: Tensor, ratio_cap: float) -> Tensor:
-    """True [N] where p(a) / behaviour(a) is above its cap, whatever the sign of the advantage: there the
-    estimator is biased.
+    """True where p(a) / behaviour(a) is above its cap, [N], for any sign of the advantage. The estimator is
+    biased there.
     """
     return (logp_N - behaviour_logp_N).detach() > math.log(ratio_cap)
 
@@ -90,5 +89,5 @@ def check_ratio(clip: tuple[float, float] = (0.2, 0.2), ratio_cap: float = 1.0) 
         )
     if not ratio_cap >= 1:
         raise ValueError(
-            f"ratio_cap must be at least 1, or on-policy tokens are scaled down as well, got {ratio_cap}"
+            f"ratio_cap must be at least 1, got {ratio_cap}: a smaller cap scales down on-policy tokens too"
         )

@@ -1,6 +1,4 @@
-"""What an importance ratio means for a whole run: what is refused, what is seldom meant, and to whom it is
-due.
-"""
+"""The refusals, the advice and the papers that the importance ratio of an objective causes in a run."""
 
 from __future__ import annotations
 
@@ -31,7 +29,9 @@ IMPALA = Paper(
 
 
 def ratio_papers(ratio: Ratio, max_staleness: int) -> Iterator[Paper]:
-    """Clipping at any staleness; truncation under staleness alone, for elsewhere nothing is truncated."""
+    """The paper of clipping at any staleness. The paper of truncation only if max_staleness > 0, because at 0
+    nothing is truncated.
+    """
     if ratio == "clip":
         yield PPO
     if ratio == "truncated" and max_staleness:
@@ -39,36 +39,37 @@ def ratio_papers(ratio: Ratio, max_staleness: int) -> Iterator[Paper]:
 
 
 def under_lag(where: str, kind: str, ratio: Ratio, usual: Ratio, cfg: RunConfig) -> Iterator[str]:
-    """Why a sampled objective may not do without its ratio under staleness."""
+    """A refusal if max_staleness > 0 and a sampled objective uses no ratio."""
     if cfg.max_staleness and ratio == "none":
         yield (
             f'{where}: {kind} with ratio = "none" is biased on attempts of an older student, and '
-            f"max_staleness is {cfg.max_staleness}. "
-            f'Use ratio = "{usual}".'
+            f'max_staleness is {cfg.max_staleness}. Use ratio = "{usual}".'
         )
 
 
 def drawn_elsewhere(where: str, ratio: Ratio, usual: Ratio, cfg: RunConfig) -> Iterator[str]:
-    """What a ratio does to attempts of another distribution than the student's own."""
+    """Advice about the ratio if attempts are sampled with a temperature or top-p other than 1."""
     draw = cfg.draw(0)
     if not cfg.sampler.on_policy or (draw.temperature == 1 and draw.top_p == 1):
         return
     at = f"temperature = {draw.temperature:g} and top_p = {draw.top_p:g}"
     if ratio == "none":
-        yield f'{where}: ratio = "none" does not correct for attempts drawn at {at}; ratio = "{usual}" does, within its bound.'
+        yield (
+            f'{where}: ratio = "none" does not correct for attempts drawn at {at}; ratio = "{usual}" does, '
+            "within its bound."
+        )
     if ratio == "clip":
         yield (
             f"{where}: at {at} the ratio p(a) / behaviour(a) is not near 1 even at the first step, so ratio "
-            '= "clip" takes the gradient '
-            f"of many tokens away; ratio_outside_share says how many."
+            '= "clip" removes the gradient of many tokens; the metric ratio_outside_share gives their share.'
         )
 
 
 def idle(objective: object, where: str, needed: Mapping[str, tuple[bool, str]]) -> Iterator[str]:
-    """Fields that were given a value and do nothing. needed: by field, is it at work, and the setting beside
-    which it is not.
+    """Advice about fields that differ from their default but have no effect. needed: for each field, whether
+    it has an effect, and the setting because of which it has none.
     """
     for entry in dataclasses.fields(objective):  # type: ignore[arg-type]
         at_work, beside = needed.get(entry.name, (True, ""))
         if not at_work and getattr(objective, entry.name) != entry.default:
-            yield f"{where}.{entry.name} does nothing beside {beside}."
+            yield f"{where}.{entry.name} has no effect with {beside}."

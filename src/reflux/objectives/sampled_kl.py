@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
     from reflux.loss.outputs import FullLogits
 
-# values made from sibling attempts by `batch.plan`
+# baselines whose values `loss.batch.plan` computes from the attempts of the group
 GROUP_BASELINES = ("group_mean", "leave_one_out")
 
 VOPD = Paper("vopd", "KL for a KL: On-Policy Distillation with Control Variate Baseline", "2605.07865", 2026)
@@ -47,41 +47,43 @@ RLOO = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class SampledKL(ObjectivePart):
-    """Score-function estimate of the gradient of KL(student || teacher), one sampled token a position.
+    """Score-function estimate of the gradient of KL(student || teacher), with one sampled token per position.
 
-    A = log q(a) - log p(a) - value + shift, detached; cost = -A log p(a), times the ratio p(a) / behaviour(a)
-    (see `score_cost`). p and q are the models at temperature 1, behaviour(a) is the probability that the
-    token was drawn with: temperature and top-p are in it. While no bound of the ratio binds, the expected
-    gradient at each visited prefix is the exact one at any temperature; with top-p below 1 it is the sum over
-    the tokens inside top-p's set alone. `baseline` says what the value is. A value that the prefix alone
-    decides leaves the expected gradient as it is and changes its noise only, as long as top-p leaves no token
-    out (there it adds the gradient of the set's mass, times the value):
+    Advantage: A = log q(a) - log p(a) - value + advantage offset, detached. Cost: -A log p(a), with the ratio
+    rho = p(a) / behaviour(a) (see `score_cost`). p and q are the probabilities of student and teacher at
+    temperature 1. behaviour(a) is the probability with which the token was drawn, with temperature and top-p
+    applied. While no bound of the ratio binds, the expected gradient at each visited prefix is exact at any
+    temperature. With top-p below 1 it is the sum over the tokens inside the set of top-p alone.
 
-    - `none`: 0, plain on-policy distillation.
-    - `kl`: -KL(p || q), the reward's mean (vOPD, arXiv 2605.07865). `topk_kl`: the same over the
-      student's `baseline_k` most likely tokens,
-      each model renormalised there.
-    - `minimum_variance`: the one value per prefix with the least variance of the logit gradient (see
+    `baseline` chooses the value. A value that depends on the prefix alone leaves the expected gradient
+    unchanged and affects only its variance, if top-p excludes no token. If top-p excludes tokens, the value
+    times the gradient of the set's mass is added.
+
+    - `none`: 0. This is plain on-policy distillation.
+    - `kl`: -KL(p || q), the mean of the reward (vOPD, arXiv 2605.07865).
+    - `topk_kl`: the same over the student's `baseline_k` most likely tokens, with each model renormalised
+      there.
+    - `minimum_variance`: the value per prefix with the least variance of the logit gradient (see
       `minimum_variance_value`).
-    - `leave_one_out`: the mean of log q(a) - log p(a) over all chosen tokens of the group's OTHER
-      attempts (long ones weigh more), p the
-      student as it acted, at temperature 1; 0 where none was scored. In the manner of RLOO (arXiv 2402.14740), per token instead of per
-      sequence.
-    - `group_mean`: over all of the group's attempts, oneself included (as in GRPO, arXiv 2402.03300).
-      BIASED: the own reward is in the
-      value. One-token answers: the gradient is exactly (1 - 1/G) times the exact one, G attempts a group. Longer answers: the own token
-      counts less, but rewards of one's own later tokens leak in, so the direction moves as well (the table of measured biases has it).
+    - `leave_one_out`: the mean of log q(a) - log p(a) over all chosen tokens of the OTHER attempts of the
+      group, so long attempts weigh more. Here p is the behaviour policy at temperature 1. The value is 0 if
+      no other attempt was scored. It follows RLOO (arXiv 2402.14740), but per token instead of per sequence.
+    - `group_mean`: the same mean over all attempts of the group, including the attempt itself (as in GRPO,
+      arXiv 2402.03300). BIASED: the value contains the token's own reward. For answers of one token the
+      expected gradient is exactly (1 - 1/G) times the exact one, with G attempts in the group. For longer
+      answers the own token counts less, but the rewards of later tokens of the same attempt enter the value,
+      so the direction changes too. docs/methods.md has a table of measured biases.
 
-    `kl`, `topk_kl` and `minimum_variance` need the teacher's whole distribution; the two group baselines need
-    group_size >= 2 and the teacher's log-probs at scoring time, which a local teacher then computes once
-    more.
+    `kl`, `topk_kl` and `minimum_variance` need the teacher's whole distribution. The two group baselines need
+    group_size >= 2 and the teacher's log-probs at scoring time. A local teacher then computes them twice.
 
-    Positions where student and teacher differ by `max_gap_nats` or more on the sampled token cost exactly 0,
-    after the shift, and stay in the denominator (Uni-OPD, arXiv 2605.03677, drops them at 10). BIASED: what
-    is dropped is where the two differ most; at a small bound the rest can point the other way. Elsewhere a
-    teacher that never says the token gives an infinite cost.
+    `max_gap_nats`: positions where the log-probs of student and teacher at the sampled token differ by this
+    many nats or more cost exactly 0, even with an advantage offset. They stay in the denominator. Uni-OPD
+    (arXiv 2605.03677) drops them at 10. BIASED: the dropped positions are those where the two models differ
+    most, and with a small bound the gradient of the others can point in the opposite direction. Without this
+    bound, a teacher that gives the token probability 0 causes an infinite cost.
 
-    The cost is no divergence: only its gradient means something. Student = teacher: A = shift.
+    The cost is not a divergence: only its gradient has a meaning. At identity A is the advantage offset.
     """
 
     teacher: str = "main"
@@ -104,7 +106,7 @@ class SampledKL(ObjectivePart):
             raise ValueError(f"baseline_k must be at least 1, got {self.baseline_k}")
         if self.max_gap_nats is not None and not self.max_gap_nats > 0:
             raise ValueError(
-                f"max_gap_nats must be positive, or absent to drop nothing, got {self.max_gap_nats}"
+                f"max_gap_nats must be positive, got {self.max_gap_nats}. To drop no position, remove it"
             )
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
@@ -123,9 +125,9 @@ class SampledKL(ObjectivePart):
         yield from under_lag(where, kind_of("objectives", self), self.ratio, "truncated", cfg)
         if self.group_baseline is not None and cfg.group_size < 2:
             yield (
-                f'{where}: baseline = "{self.baseline}" compares attempts at one prompt: it needs group_size '
-                ">= 2, got "
-                f'{cfg.group_size}. Raise group_size, or use baseline = "kl", which needs no siblings.'
+                f'{where}: baseline = "{self.baseline}" compares attempts at one prompt: it needs '
+                f'group_size >= 2, got {cfg.group_size}. Raise group_size, or use baseline = "kl", which '
+                "works with one attempt per prompt."
             )
 
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
@@ -138,9 +140,8 @@ class SampledKL(ObjectivePart):
         yield from drawn_elsewhere(where, self.ratio, "truncated", cfg)
         if self.baseline == "group_mean":
             yield (
-                f'{where}: baseline = "group_mean" counts the attempt itself, which shrinks and turns the '
-                'gradient; "leave_one_out" does '
-                f"not."
+                f'{where}: baseline = "group_mean" includes the attempt itself. This changes the length and '
+                'the direction of the gradient; "leave_one_out" does not.'
             )
 
     @property
@@ -171,8 +172,8 @@ class SampledKL(ObjectivePart):
 
     @property
     def requirements(self) -> Requirements:
-        """A teacher that offers no hidden states gives the sampled log-prob with every target; `behaviour`
-        comes as a list or not at all.
+        """A teacher that offers no hidden states gives the log-prob of the sampled token with every target,
+        so only the group baselines require it. The target of `behaviour` is a list, or it is absent.
         """
         return Requirements(behaviour=int(self.teacher == "behaviour"), logp=self.baseline in GROUP_BASELINES)
 
@@ -189,10 +190,10 @@ class SampledKL(ObjectivePart):
         return cost_N if dropped_N is None else cost_N.masked_fill(dropped_N, 0)
 
     def outside(self, rows: Rows[FullLogits]) -> Tensor | None:
-        """Where the ratio's bound binds, [N], dropped positions excepted; None for ratio "none"."""
+        """True where the bound of the ratio binds, [N], but not at dropped positions. None without a bound."""
         dropped_N = self._dropped(rows)
-        # Only the clip looks at the advantage, and a baseline over the vocabulary is not made again without
-        # need.
+        # Only the clip uses the advantage. Otherwise the advantage is not computed, because a baseline over
+        # the vocabulary is expensive.
         advantage_N = self._advantage(rows, dropped_N) if self.ratio == "clip" else rows.advantage_offset_N
         outside_N = outside(
             advantage_N, rows.student.logp_N, rows.behaviour_logp_N, self.ratio, self.clip, self.ratio_cap
@@ -207,21 +208,21 @@ class SampledKL(ObjectivePart):
         return advantage_N if dropped_N is None else advantage_N.masked_fill(dropped_N, 0)
 
     def _dropped(self, rows: Rows[FullLogits]) -> Tensor | None:
-        """Where student and teacher are too far apart to be learnt from, [N]; None where nothing is dropped."""
+        """True where student and teacher differ by `max_gap_nats` or more, [N]. None without this bound."""
         if self.max_gap_nats is None:
             return None
         return (rows.student.logp_N - rows.teachers[self.teacher].logp_N).detach().abs() >= self.max_gap_nats
 
     def value(self, rows: Rows[FullLogits]) -> Tensor | float:
-        """What this baseline subtracts, nats [N]; 0 without one."""
+        """The value that the baseline subtracts, nats, [N]. 0 without a baseline."""
         if self.baseline == "none":
             return 0.0
         if self.baseline in GROUP_BASELINES:
             if rows.group_value_N is None:
                 raise ValueError(
-                    f"baseline = '{self.baseline}' needs rows.group_value_N, which `batch.plan` makes from "
-                    "whole groups. "
-                    f"Outside the loop use baseline = 'none' with advantage_offset_N = -value."
+                    f"baseline = '{self.baseline}' needs rows.group_value_N, which `loss.batch.plan` "
+                    f"computes from whole groups. Outside the loop use baseline = 'none' with "
+                    "advantage_offset_N = -value."
                 )
             return rows.group_value_N
         from reflux.loss.baselines import minimum_variance_value, topk_kl_value
@@ -230,9 +231,9 @@ class SampledKL(ObjectivePart):
         teacher = rows.teachers[self.teacher]
         if not isinstance(teacher, FullLogits):
             raise ValueError(
-                f"baseline = '{self.baseline}' needs teacher '{self.teacher}' at every token the student may "
-                "say, but it gave a list or "
-                f"the sampled token alone. Use baseline = 'none' or 'leave_one_out', or a local teacher."
+                f"baseline = '{self.baseline}' needs the log-probs of teacher '{self.teacher}' at every "
+                "token of the vocabulary, but it gave a list or the sampled token alone. Use baseline = "
+                "'none' or 'leave_one_out', or a local teacher."
             )
         if self.baseline == "kl":
             return -rows.student.kl(teacher)
@@ -242,7 +243,9 @@ class SampledKL(ObjectivePart):
 
 
 def advantage(student_logp_N: Tensor, teacher_logp_N: Tensor, value_N: Tensor | float = 0) -> Tensor:
-    """teacher - student - value of the sampled tokens, detached, nats [N]. With value -KL the KL is ADDED."""
+    """Teacher log-prob - student log-prob - value at the sampled tokens, detached, nats, [N]. With value =
+    -KL the KL is ADDED.
+    """
     advantage_N = teacher_logp_N.detach() - student_logp_N.detach()
     return advantage_N - (value_N if isinstance(value_N, (int, float)) else value_N.detach())
 

@@ -1,4 +1,4 @@
-"""The direct, differentiable KL between two Gaussian denoising steps: squared distance of velocities, in
+"""The differentiable KL between two Gaussian denoising steps: a weighted squared difference of velocities, in
 nats.
 """
 
@@ -37,22 +37,24 @@ FLOW_OPD = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class VelocityKL(ObjectivePart):
-    """KL(student's step || teacher's step) at the states the student visited, differentiated through the
-    student's velocity there.
+    """KL(student's denoising step || teacher's) at the states that the student visited.
 
-    At one state both steps are Gaussians of one width, so the KL is cost = w |v_student - v_teacher|^2, nats,
-    summed over the D latent values, with w = `kl_weight(t, dt, noise_level)`; 0 at identity. States are
-    constants: how a step moves the later ones is left out (the gradient of discount 0). Two of these with
+    At each state both steps are Gaussians of the same width. The KL is therefore cost = w |v_student -
+    v_teacher|^2 in nats, summed over the D latent values, with w = `kl_weight(t, dt, noise_level)`. It is 0
+    at identity. The gradient flows through the student's velocity at that state. States are constants: the
+    effect of a step on later states is ignored (the gradient of discount 0). Two of these objectives with
     teachers `main` and `anchor` are Flow-OPD with its anchor (MAR, arXiv 2605.08063).
 
-    The paper prints another form: reward -w |sg(v_student) - v_teacher|^2 at each step, gradient through the
-    importance ratio alone. That reward does not depend on the step that was drawn, so its expected gradient
-    is 0. The released code leaves the KL in the graph, which makes it this one plus noise without a mean.
+    The paper prints another form: reward -w |sg(v_student) - v_teacher|^2 at each step, with the gradient
+    through the importance ratio alone. That reward does not depend on the step that was drawn, so its
+    expected gradient is 0. The released code leaves the KL in the graph. Its gradient is therefore the one of
+    this objective plus noise with mean 0.
 
-    `scale` nats: as above. released: as the paper's code has it, a mean over D without dt, which is the KL
-    times |dt| / D: published rates and magnitudes then compare, and a grid of unequal steps weighs them
-    differently. `weight` kl: as above. mse: the mean over D of the squared difference, without w (arXiv
-    2606.27377): no divergence, the one form that has a meaning at noise level 0, where the KL is infinite.
+    `scale` nats: as above. released: as in the paper's code, a mean over D without dt, which is the KL times
+    |dt| / D. Published learning rates and magnitudes can then be compared. On a grid of unequal steps this
+    weighs the steps differently. `weight` kl: as above. mse: the mean over D of the squared difference,
+    without w (arXiv 2606.27377). It is not a divergence. It is the only form that is defined at noise level
+    0, where the KL is infinite.
     """
 
     teacher: str = "main"
@@ -62,14 +64,14 @@ class VelocityKL(ObjectivePart):
 
     takes_advantage_offset: ClassVar[bool] = False
     remedy: ClassVar[str] = (
-        'It compares models that draw images; for texts use kind = "divergence" or "sampled_kl"'
+        'This objective compares flow models; for texts use kind = "divergence" or "sampled_kl"'
     )
     accepts = (VelocityTarget,)
 
     def __post_init__(self) -> None:
         check_coef(self.coef)
         if self.scale == "released" and self.weight == "mse":
-            raise ValueError("scale = 'released' scales the KL, and weight = 'mse' has none: leave scale out")
+            raise ValueError("scale = 'released' scales the KL, and weight = 'mse' has no KL: remove scale")
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return (FLOW_OPD,) if cfg.sampler.on_policy else ()
@@ -85,8 +87,8 @@ class VelocityKL(ObjectivePart):
         yield from self._heard_twice(cfg)
 
     def _two_scales(self, cfg: RunConfig) -> Iterator[str]:
-        """A KL times |dt| / D beside one in nats: their coefs do not compare. Told once, by the first that is
-        released.
+        """Advice if one objective uses scale "released" and another does not, because their coefs are not
+        comparable. Only the first objective with scale "released" gives it, so it appears once.
         """
         released = [
             isinstance(objective, VelocityKL) and objective.scale == "released"
@@ -95,13 +97,13 @@ class VelocityKL(ObjectivePart):
         if any(released) and not all(released) and cfg.objectives[released.index(True)] is self:
             yield (
                 f'objectives[{released.index(True)}]: scale = "released" is the KL times |dt| / D, and '
-                f"objectives[{released.index(False)}] "
-                f"beside it is not: their coefs do not compare. Use one scale for all."
+                f"objectives[{released.index(False)}] has no such factor, so their coefs are not comparable. "
+                "Use one scale for all."
             )
 
     def _heard_twice(self, cfg: RunConfig) -> Iterator[str]:
-        """An anchor that is also the teacher of a prompt counts twice there (allowed: it then weighs 1 +
-        beta).
+        """Advice if the model of an anchor is also the teacher of some prompts. This is allowed. The model
+        then counts twice on those prompts, with weight 1 + beta.
         """
         flows: list[VelocityKL] = [
             other for other in cfg.objectives if isinstance(other, VelocityKL) and other.coef
@@ -112,9 +114,8 @@ class VelocityKL(ObjectivePart):
             for table in tables_of(cfg, self.teacher):
                 if cfg.teachers[table].sources in theirs:
                     yield (
-                        f"teachers.{table} is the model of '{second.teacher}' too: on its prompts that "
-                        f"teacher weighs {self.coef:g} + "
-                        f"{second.coef:g}."
+                        f"teachers.{table} is the model of '{second.teacher}' too: on its prompts the weight "
+                        f"of that teacher is {self.coef:g} + {second.coef:g}."
                     )
 
     @property
