@@ -247,7 +247,7 @@ def test_reflux_eval_asks_test_problems_and_says_where_they_are_validation_probl
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"say {n}", "answer": str(n)}) for n in range(40)))
     evaluate.evaluate_model(student, "jsonl", 3, 0, None, [f"task.path={path}", "task.validation=0.3"])
-    assert "3 of the test problems are validation problems too" in " ".join(capsys.readouterr().out.split())
+    assert "3 of the test problems are also validation problems" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_task_without_validation_problems_shows_none_of_them(tmp_path: Path) -> None:

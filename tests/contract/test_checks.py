@@ -432,7 +432,7 @@ ILLEGAL |= {
             "objectives.0.teacher": "both",
             "evals.teacher_accuracy": {"teacher": "plus"},
         },
-        "names one table, or what several answer as, and there is no 'plus'. Known: both, main, times.",
+        "is the name of a table, or an alias of several, and there is no 'plus'. Known: both, main, times.",
     ),
     "a margin against oneself": (
         "opd",

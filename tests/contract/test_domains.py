@@ -482,7 +482,7 @@ def test_verdicts_that_nobody_gives_are_refused(tmp_path: Path) -> None:
         (
             "flow_grpo",
             {},
-            'rewards.verifier: the verifier asks the task for verdicts, and with its grader "none" nothing '
+            'rewards.verifier: the verifier takes the verdicts of the task, and with the grader "none" nothing '
             "is ever judged.",
         ),
         (

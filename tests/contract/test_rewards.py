@@ -138,7 +138,7 @@ def test_a_weight_of_0_is_said() -> None:
     ]
     assert len(behaviour) == 1
     assert behaviour[0].startswith(
-        "rewards.other.weight = 0: this reward is asked and recorded, and its value counts nothing."
+        "rewards.other.weight = 0: this reward is computed and recorded, but its value does not count."
     )
 
 
@@ -196,7 +196,7 @@ def test_the_reward_of_an_environment_is_its_sum_or_why_there_is_none() -> None:
     assert [reward.error for reward in found[:3]] == [None] * 3
     assert [reward.error for reward in found[3:]] == [
         'the environment gave no reward (the attempt ended with "length")',
-        "the environment's reward is nan, which is no number",
+        "the environment's reward is nan, which is not finite",
         "sampling ended in an error",
         *unjudged.values(),
     ]
@@ -204,7 +204,7 @@ def test_the_reward_of_an_environment_is_its_sum_or_why_there_is_none() -> None:
 
 
 def test_an_environment_judges_texts_alone() -> None:
-    with pytest.raises(TypeError, match="answers to texts"):
+    with pytest.raises(TypeError, match="needs a text"):
         given(tiny_flow.rollout(2))
 
 
@@ -234,7 +234,7 @@ def test_it_needs_a_task_with_turns(student: str, teacher: str) -> None:
     single = tiny.config("opd", student, teacher, task=CHAT, rewards__told={"kind": "environment"})
     with pytest.raises(
         ConfigError,
-        match=r"rewards.told: the task 'outside:Chat' opens no environment, so nothing would have a reward",
+        match=r"rewards.told: the task 'outside:Chat' opens no environment, so no attempt would have a reward",
     ):
         checks.join(single)
     several = {**CHAT, "replies": 1}
@@ -244,4 +244,4 @@ def test_it_needs_a_task_with_turns(student: str, teacher: str) -> None:
     mixed = {"kind": "mix", "parts": {"a": CHAT, "b": several}}
     checks.join(tiny.config("opd", student, teacher, task=mixed, rewards__told={"kind": "environment"}))
     given = tiny.config("sft", student, teacher, task=several, rewards__told={"kind": "environment"})
-    assert any("no environment sees a given answer" in advice for advice in checks.warnings(given))
+    assert any("No environment receives a given answer" in advice for advice in checks.warnings(given))

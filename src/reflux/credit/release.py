@@ -118,8 +118,8 @@ class Release(CreditPart):
                 yield (
                     f"{where} needs the teacher's log-probs at the student's {self.k} most likely tokens, "
                     f"but teachers.{table} gives a list of its own most likely tokens, and the probability "
-                    "of a token outside that list is unknown. Use a teacher that gives log-probs at given ids, "
-                    f"such as a local one."
+                    "of a token outside that list is unknown. Use a teacher that gives log-probs at given "
+                    f"ids, such as a local one."
                 )
         if self.candidates == "behaviour" and not cfg.sampler.on_policy:
             yield (

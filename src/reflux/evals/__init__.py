@@ -1,4 +1,4 @@
-"""Numbers about the student of now."""
+"""Evaluations: measurements of the current student. The protocol is in `base.py`."""
 
 EVALS = {
     "accuracy": "reflux.evals.accuracy:Accuracy",

@@ -1,4 +1,4 @@
-"""How many problems does the student solve?"""
+"""The share of problems that the student solves."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from reflux.samplers.base import OpenSampler
     from reflux.tasks.base import Task
 
-# the attempts at one problem
+# the attempts at one problem, each with its reward
 Graded = list[tuple[Attempt, Reward]]
-# Names that no part of a verdict may take: those of this table and of `test_accuracy`'s.
+# Names that no part of a reward may have, because this table or that of `test_accuracy` uses them.
 _OWN = {
     "problems",
     "split",
@@ -45,25 +45,28 @@ _OWN = {
 
 @dataclass(frozen=True, config=STRICT)
 class Accuracy(EvalPart):
-    """The first `problems` of a split: one greedy answer each, and `samples` more at `temperature` where that
-    is above 0.
+    """Accuracy on the first `problems` of a split, with one greedy answer each, and optionally with samples.
 
-    Greedy: accuracy (the mean verdict of what could be judged) with the Wilson interval `low`, `high`;
-    `accuracy.<part or route>` with the same where there are several. A greedy image is the ODE's, from a
-    first noise that is the same at every evaluation. `ungraded` counts answers without a verdict, which are
-    in no mean. `truncated` is the share that hit the length limit, `mean_tokens` (of images `mean_steps`) the
-    mean length. Verdicts may have parts, such as quality: `parts` lists them, and each has its mean over the
-    answers that have it under its own name, with `.low` and `.high` by bootstrap over problems, and the same
-    for each part of a mix or route as `<name>.<route>`; one named like a number of the table itself is
-    `part.<name>`. A part that is the same for every problem has null for both ends: its range is not known,
-    so neither is the spread of what was not seen. Samples: avg@n, the mean over problems of the mean verdict,
-    and pass@k, unbiased, with 95% intervals by bootstrap over problems, and by Wilson where all problems are
-    equal, such as 0 of 30; a verdict of 1 passes. `split` is where the problems come from.
+    Greedy answers: `accuracy` is the mean reward of the judged answers, with the Wilson interval `low`,
+    `high`. `accuracy.<part or route>` is the same for each part of a mix or each route, if there are several.
+    A greedy image is that of the ODE, from an initial noise that is the same at every evaluation. `ungraded`
+    is the number of answers without a verdict. They are in no mean. `truncated` is the share that reached the
+    length limit, and `mean_tokens` (`mean_steps` for images) the mean length.
 
-    max_tokens: the length limit; without it the sampler's `max_tokens`, never a cap of training. Images are
-    always finished. k: of pass@k (default: samples). examples: so many problems are listed with the greedy
-    answer (an image as base64 of a PNG of at most 96 pixels a side), always the same ones, so that before and
-    after can be set side by side.
+    Rewards may have parts, such as quality. `parts` lists their names. Each part has under its own name its
+    mean over the answers that have it, with `.low` and `.high` by bootstrap over problems, and the same for
+    each part of a mix or route as `<name>.<route>`. A part with the name of a number of this table is called
+    `part.<name>`. If a part is equal for all problems, both ends are null: its range is not known, so the
+    bootstrap gives no interval.
+
+    Samples: if `samples` > 0, that many further answers are sampled at `temperature`. avg@n is the mean over
+    problems of the mean reward. pass@k is unbiased, and an answer with reward 1 passes. Both have 95%
+    intervals by bootstrap over problems, or by Wilson if all problems are equal, such as 0 of 30.
+
+    `split`: the split of the problems. `max_tokens`: the length limit; without it the sampler's `max_tokens`,
+    never a cap of training. Images are always finished. `k`: the k of pass@k (default: samples). `examples`:
+    the number of problems that are listed with the greedy answer (an image as base64 of a PNG of at most 96
+    pixels a side). They are always the same problems, so answers before and after training can be compared.
     """
 
     asked: ClassVar[Asked] = "always"
@@ -78,7 +81,7 @@ class Accuracy(EvalPart):
 
     def __post_init__(self) -> None:
         if self.problems < 1 or self.samples < 0 or self.examples < 0:
-            raise ValueError("needs problems >= 1, samples >= 0 and examples >= 0")
+            raise ValueError("accuracy needs problems >= 1, samples >= 0 and examples >= 0")
         if self.k is not None and not 1 <= self.k <= self.samples:
             raise ValueError(
                 f"pass@k needs 1 <= k <= samples, got k = {self.k} with samples = {self.samples}"
@@ -87,42 +90,45 @@ class Accuracy(EvalPart):
             raise ValueError("max_tokens must be at least 1")
         if not self.temperature > 0:
             raise ValueError(
-                "temperature must be above 0; the greedy answer is always asked for, and needs no samples"
+                "temperature must be above 0; the greedy answers are always included and need no samples"
             )
 
     async def __call__(self, evaluation: Evaluation, source: Source) -> dict[str, Any]:
         return await self.measure(evaluation)
 
     async def measure(self, evaluation: Evaluation) -> dict[str, Any]:
-        """The table, of whatever model the sampler holds. DataError where the split has no problems."""
+        """The table of the model in the sampler. DataError if the split has no problems."""
         prompts = self.prompts(evaluation)
         greedy = await self.greedy(evaluation, prompts)
         sampled: dict[str, Any] = {}
         if self.samples:
-            # after the greedy answers, never among them: one batch holds one temperature
+            # Sampled after the greedy answers and not together with them, because one batch has one
+            # temperature.
             drawn = await self._ask(evaluation, prompts, self.samples, self.temperature)
             sampled = _sampled(drawn, self.samples, self.k or self.samples, evaluation.seed)
         return self.table(evaluation, greedy, sampled)
 
     def prompts(self, evaluation: Evaluation) -> list[Prompt]:
-        """What is asked. DataError where the split has no problems."""
+        """The problems of this evaluation. DataError if the split has no problems."""
         prompts = list(islice(problems(evaluation.task, self.split), self.problems))
         if not prompts:
             raise DataError(
-                f"eval accuracy: the task has no problems in its split '{self.split}'; choose another split"
+                f"eval accuracy: the task has no problems in its split '{self.split}'. Choose another split"
             )
         return prompts
 
     async def greedy(
         self, evaluation: Evaluation, prompts: Sequence[Prompt], sampler: OpenSampler | None = None
     ) -> list[Graded]:
-        """One judged answer to each prompt, in order; of another sampler where one is given."""
+        """One judged greedy answer to each prompt, in order. `sampler` replaces the own sampler if given."""
         return await self._ask(evaluation, prompts, 1, 0.0, sampler)
 
     def table(
         self, evaluation: Evaluation, greedy: list[Graded], more: Mapping[str, Any] = MappingProxyType({})
     ) -> dict[str, Any]:
-        """The numbers of these greedy answers, `more` numbers, and the examples. No answers: no accuracy."""
+        """The numbers of these greedy answers, the numbers in `more`, and the examples. Without answers the
+        accuracy is null.
+        """
         parts = sorted({name for graded in greedy for _, reward in graded for name in reward.parts})
         table = {
             "problems": len(greedy),
@@ -168,7 +174,7 @@ def _greedy(problems: list[Graded]) -> dict[str, Any]:
 
 
 def _mean(name: str, problems: list[Graded]) -> dict[str, Any]:
-    """The mean verdict under `name`, with its interval. Nothing judged: null."""
+    """The mean reward under `name`, with its interval. null if no answer was judged."""
     values = [reward.value for graded in problems for _, reward in graded if reward.value is not None]
     ends = ("low", "high") if name == "accuracy" else (f"{name}.low", f"{name}.high")
     if not values:
@@ -178,7 +184,7 @@ def _mean(name: str, problems: list[Graded]) -> dict[str, Any]:
 
 
 def _parts(names: Sequence[str], problems: list[Graded], seed: int, kind: str = "") -> dict[str, Any]:
-    """The mean of each part of the verdicts, over the answers that have it, with its interval."""
+    """The mean of each part of the rewards over the answers that have it, with its interval."""
     table: dict[str, Any] = {}
     for name in names:
         values = [reward.parts[name] for graded in problems for _, reward in graded if name in reward.parts]
@@ -191,13 +197,13 @@ def _free(name: str) -> str:
 
 
 def _averaged(name: str, values: Sequence[float], seed: int, *, share: bool = False) -> dict[str, Any]:
-    """The mean of one number per problem under `name`, with its interval. No number: null."""
+    """The mean of one number per problem under `name`, with its interval. null without numbers."""
     low, high = mean_interval(values, seed, share=share)
     return {name: sum(values) / len(values) if values else None, f"{name}.low": low, f"{name}.high": high}
 
 
 def _by_kind(task: Task, problems: list[Graded]) -> Iterator[tuple[str, list[Graded]]]:
-    """The problems by part of a mix and by route, each only where there are several."""
+    """The problems by part of a mix, and by route. Each only if there are several parts or routes."""
     kinds: list[Callable[[Prompt], str | None]] = [task.part_of, lambda prompt: prompt.route]
     for kind in kinds:
         sorted_by: dict[str, list[Graded]] = {}
@@ -210,7 +216,7 @@ def _by_kind(task: Task, problems: list[Graded]) -> Iterator[tuple[str, list[Gra
 
 
 def _sampled(problems: list[Graded], samples: int, k: int, seed: int) -> dict[str, Any]:
-    """avg@n over problems with a judged sample; pass@k over problems with at least k of them."""
+    """avg@n over problems with at least one judged sample, and pass@k over problems with at least k."""
     judged = [[reward.value for _, reward in graded if reward.value is not None] for graded in problems]
     averages = [sum(values) / len(values) for values in judged if values]
     passes = [

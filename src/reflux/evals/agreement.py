@@ -1,4 +1,4 @@
-"""How far is the student from its teacher, position by position?"""
+"""The distance of the student from its teacher at each position."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
     from reflux.models.heads import Heads
     from reflux.teachers.collection import Teachers
 
-# an attempt the teacher scored, and how far apart they were at each position
+# an attempt that the teacher scored, and the KL at each position
 Found = tuple[Attempt, np.ndarray]
 
 
 @dataclass(frozen=True, config=STRICT)
 class Agreement(EvalPart):
-    """Reverse KL to the teacher on the student's own samples for the first `prompts` of a split, one attempt
-    each.
+    """Reverse KL to `teacher` on the student's own samples, one attempt for each of the first `prompts`.
 
-    Of texts the mean of log p(a) - log q(a), which is unbiased; of images, drawn with the noise of training,
-    the KL of each step in closed form (`objectives.velocity_kl`).
+    For texts it is the mean of log p(a) - log q(a), which is unbiased. For images, which are sampled with the
+    noise of training, it is the KL of each denoising step in closed form (`objectives.velocity_kl`).
 
-    `kl_nats` with its 95% interval `low`, `high`, nats per token or per step; `by_position` the same in
-    `bins` of equal width, of images the steps; `kl_nats.<route>` where prompts have several routes,
-    `by_teacher` the same for each table that answers under this name, where there are several: one that was
-    asked nothing has null. `split` is where the prompts come from. An attempt the teacher did not score is
-    left out, and so is an image drawn without noise, whose KL is infinite; none left: kl_nats is null.
+    `kl_nats` has the 95% interval `low`, `high`, in nats per token or per denoising step. `by_position` is
+    the same in `bins` of equal width (tokens or denoising steps). `kl_nats.<route>` is the same for each
+    route, if the prompts have several. `by_teacher` is the same for each table with this alias, if there are
+    several. A table that scored nothing has null. `split` is the split of the prompts, and `max_tokens` the
+    length limit. An attempt that the teacher did not score is left out, and so is an image sampled without
+    noise, whose KL is infinite. If none is left, kl_nats is null.
 
-    The interval comes from the spread between attempts (`statistics.clustered_mean`: Student's t with one
-    degree of freedom less than there are attempts), for positions of one attempt are not independent. One
-    attempt alone, also in a bin, has none: its ends are null.
+    The interval comes from the spread between attempts, because positions of one attempt are not independent
+    (`metrics.intervals.clustered_mean`: Student's t with one degree of freedom less than the number of
+    attempts). With one attempt, also in one bin, there is no interval and both ends are null.
     """
 
     asked: ClassVar[Asked] = "always"
@@ -67,7 +67,7 @@ class Agreement(EvalPart):
     async def __call__(self, evaluation: Evaluation, source: Source) -> dict[str, Any]:
         prompts = list(islice(problems(evaluation.task, self.split), self.prompts))
         teachers = evaluation.teachers
-        # refused beforehand
+        # An evaluation that needs teachers is refused earlier if there are none.
         assert teachers is not None
         draw = replace(evaluation.draw("eval", limit=self.max_tokens), stop=())
         groups = await evaluation.groups(prompts, 1, draw)
@@ -103,13 +103,13 @@ class Agreement(EvalPart):
 
 
 def gap_T(attempt: Attempt, teacher: str, heads: Heads) -> np.ndarray | None:
-    """The reverse KL at each position, nats; NaN where the student did not choose. None where the teacher
-    said nothing of them.
+    """The reverse KL at each position, nats, NaN where the student did not choose. None if there is no target
+    of the teacher.
 
-    Of a text log p - log q of the sampled tokens, whose mean it is; unlike credit.log_ratio this needs no
-    `Requirements`: hidden states go through the teacher's head where they have not yet. Of an image w
-    |v_student - v_teacher|^2, >= 0, exact at the states that were drawn; None where its velocities were not
-    recorded, or its noise level is 0.
+    For a text it is log p - log q of the sampled tokens, whose mean estimates the KL. Unlike credit.log_ratio
+    this needs no `Requirements`: if the target has hidden states only, they go through the teacher's head
+    here. For an image it is w |v_student - v_teacher|^2 >= 0, exact at the sampled states. It is None if the
+    velocities were not recorded, or if the noise level is 0.
     """
     target, rollout = attempt.target(teacher), attempt.rollout
     student = (
@@ -128,12 +128,12 @@ def _at_temperature_1(rollout: Rollout) -> np.ndarray:
 
 
 def _chosen(gap: np.ndarray) -> np.ndarray:
-    """Without the NaN of positions the student did not choose."""
+    """The values without the NaN of positions that the student did not choose."""
     return gap[gap == gap]
 
 
 def _by_route(found: list[Found]) -> dict[str, Any]:
-    """The same by route, flat, where there are several."""
+    """The same numbers by route, as flat keys, if there are several routes."""
     gaps: dict[str, list[np.ndarray]] = {}
     for attempt, gap in found:
         if attempt.rollout.prompt.route is not None:
@@ -147,8 +147,8 @@ def _by_route(found: list[Found]) -> dict[str, Any]:
 
 
 def _interval(gaps: list[np.ndarray]) -> dict[str, float | None]:
-    """Mean over positions, with an interval from the spread between attempts (positions of one attempt are
-    not independent).
+    """Mean over positions, with an interval from the spread between attempts, because positions of one
+    attempt are not independent.
     """
     return dict(zip(("kl_nats", "low", "high"), clustered_mean(gaps), strict=True))
 

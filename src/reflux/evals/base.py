@@ -1,8 +1,8 @@
-"""An evaluation: numbers about the student of now, written to evals.jsonl.
+"""The protocol of evaluations. An evaluation measures the current student and writes to evals.jsonl.
 
-A frozen value called with an `Evaluation`, whose sampler holds the weights of now, and their `Source`. It has
-its own random numbers (purpose "eval") and its own length limit, so switching it on or off leaves the
-training run bit-identical (law 8).
+An evaluation is a frozen value. It is called with an `Evaluation`, whose sampler has the current weights, and
+with the `Source` of these weights. It has its own random numbers (purpose "eval") and its own length limit.
+So a training run is bit-identical with and without it (law 8).
 """
 
 from __future__ import annotations
@@ -21,50 +21,50 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights come from: for an evaluation that reads them, their access (None: the learner has
-    none) and a folder of its own.
-    """
+    """What an evaluation that reads the weights needs."""
 
+    # reads the current weights; None if the learner has no weight access
     access: WeightAccess | None
+    # a folder of this evaluation in the run directory
     folder: Path
 
 
-# always: before the first step, every `eval_every` steps and after the last. start: before the first step
-# alone, for what speaks of the teacher. ends: before the first step and after the last.
+# always: before the first step, every `eval_every` steps and after the last step. start: only before the
+# first step, for evaluations of the teacher. ends: before the first step and after the last step.
 Asked = Literal["always", "start", "ends"]
 
 
 class EvalPart(Part, Protocol):
-    """What an evaluation inherits."""
+    """The base class of evaluations."""
 
 
 class Eval(EvalPart, Protocol):
-    # at which moments of a run
+    # the steps of a run at which it is called
     asked: ClassVar[Asked]
 
     @property
     def split(self) -> Split | None:
-        """Where the prompts come from that it asks, None where it asks none; an empty split is refused before
-        the run begins.
+        """The split of its prompts. None if it uses no prompts. An empty split is refused before the run
+        begins.
         """
         ...
 
     @property
     def max_tokens(self) -> int | None:
-        """The length limit of the answers it asks for; None: the run's `evaluation_positions`, or it asks for
-        none.
+        """The length limit of the answers. None: the `evaluation_positions` of the run, or no answers are
+        sampled.
         """
         ...
 
     async def __call__(self, evaluation: Evaluation, source: Source) -> dict[str, Any]:
-        """A flat table of JSON values, e.g. {"accuracy": 0.42, "low": 0.38, "high": 0.46, "problems": 500,
-        "split": "test"}.
+        """Returns a flat table of JSON values, e.g. {"accuracy": 0.42, "low": 0.38, "high": 0.46, "problems":
+        500, "split": "test"}.
         """
         ...
 
 
 def is_due(evaluation: Eval, step: int, steps: int, seen: bool) -> bool:
-    """True if `evaluation` is asked at `step` of a run of so many steps. seen: it was asked before."""
+    """True if `evaluation` is due at `step` of a run of `steps` steps. seen: True if it was called before."""
     if evaluation.asked == "ends":
         return step == 0 or step >= steps
     return not (evaluation.asked == "start" and seen)

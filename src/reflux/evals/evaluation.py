@@ -1,8 +1,9 @@
-"""One way to evaluate: what a measurement asks and by whom it is answered. It needs no run.
+"""The context of a measurement: the sampler, the teachers and the graders that it uses. It works without a
+run.
 
-The loop's evaluations, `reflux eval`, `reflux difficulty` and extrapolation's scoring all use it; each has
-its own random numbers (a purpose of its own) and the length limit of evaluations, so none of them changes
-training (law 8).
+The evaluations of the loop, `reflux eval`, `reflux difficulty` and the scoring of extrapolation all use it.
+Each has its own random numbers (a purpose of its own) and the length limit of evaluations, so none of them
+changes training (law 8).
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A sampler that holds the weights to be measured, the teachers that may be asked, and what the context
-    says of task and limits.
-
-    part: the sampler's table, for a measurement that opens one with another model. step: the optimiser step
-    of now, on which random numbers hang.
+    """A sampler with the weights to be measured, the teachers that can score, and the context with the task
+    and the limits.
     """
 
     context: PartContext
     services: Services
+    # the sampler's table, for a measurement that opens a sampler with another model
     part: Sampler
+    # the open sampler, with the weights to be measured
     sampler: OpenSampler
     teachers: Teachers | None = None
+    # the current optimiser step; the random numbers depend on it
     step: int = 0
 
     @property
@@ -54,10 +55,10 @@ class Evaluation:
     def draw(
         self, purpose: Purpose, *, limit: int | None = None, temperature: float = 1.0, rng: int = 0
     ) -> SamplingParams:
-        """How answers are drawn: at most `limit` positions, else as many as evaluations may have; ended where
-        training's are.
+        """The sampling parameters of answers: at most `limit` positions, else the limit of evaluations, and
+        the stop strings of training.
 
-        At temperature 0 the draw is that of step 0: what random numbers there are, an image's first noise, do
+        At temperature 0 the step is 0, so the random numbers that remain (the initial noise of an image) do
         not change with the step.
         """
         positions = limit or self.context.numbers.evaluation_positions
@@ -73,10 +74,12 @@ class Evaluation:
     async def groups(
         self, prompts: Sequence[Prompt], n: int, draw: SamplingParams, sampler: OpenSampler | None = None
     ) -> list[Group]:
-        """`n` answers to each prompt, in order, asked together; of another sampler where one is given."""
+        """`n` answers to each prompt, in order, requested together. `sampler` replaces the own sampler if
+        given.
+        """
         asked, acting = replace(draw, cohort=len(prompts)), sampler or self.sampler
         return await together(acting.sample(prompt, n, asked) for prompt in prompts)
 
     async def judged(self, attempts: Sequence[Attempt]) -> list[Reward]:
-        """The task's verdicts, in order."""
+        """The rewards from the verifier of the task, in order."""
         return await self.services.graders.judge_attempts(self.task, attempts)

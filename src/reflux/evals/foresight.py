@@ -1,4 +1,4 @@
-"""In how few directions do the weights move, and how early are those found?"""
+"""The number of directions in which the weights move, and how early these directions appear."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ NAMES = ("spectral_norm", "rho", "effective_rank", "top_norm_ratio")
 
 @dataclass(frozen=True, config=STRICT)
 class Foresight(EvalPart):
-    """The spectra of what training did to attention and MLP matrices so far, in float32, adapters merged;
-    means over the matrices.
+    """Spectra of the change of attention and MLP matrices since the start, as means over the matrices.
 
-    `spectral_norm`, `rho`, `effective_rank`, `top_norm_ratio` (see evals.spectra), `matrices`, and how many
-    of them are `unmoved` and left out of the means (all of them: null). `alignment`: for each earlier
-    evaluation, how its leading `k` directions lie to those of now, by step; in the last evaluation that is
-    alignment with the end.
+    The change is computed in float32 with adapters merged. The table has `spectral_norm`, `rho`,
+    `effective_rank`, `top_norm_ratio` (see evals.spectra), `matrices` (their number) and `unmoved`, the
+    number of matrices that did not change. Those are left out of the means. If no matrix changed, the means
+    are null. `alignment` gives for each earlier evaluation, by step, the alignment of its leading `k`
+    directions with the current ones. In the last evaluation this is the alignment with the end of training.
 
-    percent: of top_norm_ratio; 1 is the paper's, and where min(rows, columns) is at most 100 that is rho:
-    take 10 there. include: parts of parameter names, as extrapolation.extrapolate has them. The start weights
-    and the leading left singular vectors of every evaluation are kept in the run directory, under
-    parts/evals.NAME/. Cost: an exact singular value decomposition of every matrix (CPU): nothing beside a
-    step for matrices up to a few hundred, seconds each for a few thousand. RunError where it is switched on
-    after the first step.
+    percent: the percentage in top_norm_ratio. The paper uses 1. If min(rows, columns) is at most 100, this is
+    the same as rho; use 10 there. include: parts of parameter names, as in extrapolation.extrapolate. The
+    start weights and the leading left singular vectors of every evaluation are stored in the run directory,
+    under parts/evals.NAME/. Cost: an exact singular value decomposition of every matrix on the CPU. For
+    matrices with up to a few hundred rows this is negligible compared with a step; with a few thousand rows
+    it takes seconds per matrix. RunError if it is switched on after the first step.
 
-    Nothing here is read by training (law 8). arXiv 2605.11739.
+    Training reads nothing of this (law 8). arXiv 2605.11739.
     """
 
     asked: ClassVar[Asked] = "always"
@@ -82,8 +82,8 @@ class Foresight(EvalPart):
         return foresight_charts(read_spectra(recorded.rows("evals")))
 
     async def __call__(self, evaluation: Evaluation, source: Source) -> dict[str, Any]:
-        """The table. ConfigError where `include` matches no matrix, RunError where the start weights are not
-        there.
+        """Returns the table. ConfigError if `include` matches no matrix, RunError if the start weights are
+        missing.
         """
         access = required(source.access, "evals.foresight")
         return await evaluation.services.run_model(self._measure, access, source.folder, evaluation.step)
@@ -103,10 +103,9 @@ class Foresight(EvalPart):
         start = _read(folder / "start")
         if not start:
             raise RunError(
-                f"evals.foresight compares with the weights the run began with, and {folder / 'start'} does "
-                "not hold them: it was switched "
-                "on after the first step, or its folder was removed. Use evals.foresight=none, or start a "
-                "new run."
+                f"evals.foresight compares with the start weights of the run, and {folder / 'start'} does "
+                "not contain them: the evaluation was switched on after the first step, or its folder was "
+                "removed. Use evals.foresight=none, or start a new run."
             )
         means, vectors = _spectra(weights, start, self.percent, self.k)
         _write(folder / f"step-{step}", vectors)
@@ -120,11 +119,12 @@ class Foresight(EvalPart):
 def foresight(
     weights: Mapping[str, Tensor], start: Mapping[str, Tensor], percent: float = 1.0
 ) -> dict[str, float | int | None]:
-    """The means of spectral_norm, rho, effective_rank and top_norm_ratio over the matrices of `weights` that
-    are attention's or an MLP's by their names, `matrices`, and `unmoved`: how many are as in `start`, and
-    left out of the means (None where all are).
+    """The means of spectral_norm, rho, effective_rank and top_norm_ratio over the attention and MLP matrices
+    of `weights`, chosen by their names.
 
-    ValueError for a matrix that `start` lacks or has in another shape, and for values that are not finite.
+    `matrices` is their number, and `unmoved` the number of matrices that are equal to those in `start`.
+    Unmoved matrices are left out of the means, which are None if all are unmoved. ValueError for a matrix
+    that is missing in `start` or has another shape there, and for values that are not finite.
     """
     chosen = {name: weights[name] for name in moved(weights, INCLUDE) if weights[name].ndim == 2}
     return _spectra(chosen, start, percent, k=1)[0]
@@ -133,7 +133,7 @@ def foresight(
 def _spectra(
     weights: Mapping[str, Tensor], start: Mapping[str, Tensor], percent: float, k: int
 ) -> tuple[dict[str, float | int | None], dict[str, Tensor]]:
-    """The means, and each moved matrix's first k left singular vectors."""
+    """The means, and the first k left singular vectors of each matrix that changed."""
     found: list[tuple[float, ...]] = []
     vectors: dict[str, Tensor] = {}
     for name, value in weights.items():
@@ -153,7 +153,7 @@ def _spectra(
 
 
 def _aligned(folder: Path, step: int, vectors: Mapping[str, Tensor]) -> float | None:
-    """Mean over the matrices that had moved by then and now."""
+    """The mean alignment over the matrices that had changed both at that step and now."""
     then = _read(folder / f"step-{step}")
     both = [
         alignment_of(then[name], vectors[name])
@@ -164,7 +164,7 @@ def _aligned(folder: Path, step: int, vectors: Mapping[str, Tensor]) -> float | 
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A folder with one file, whole or absent."""
+    """Writes a folder with one file. The folder is complete or absent."""
     from safetensors.torch import save_file
 
     files.write_folder(path, lambda scratch: save_file(dict(tensors), scratch / FILE))

@@ -1,4 +1,4 @@
-"""What evaluations call the positions of an attempt, and how they show what was made, by the kind of attempt."""
+"""How evaluations name the positions of an attempt and show its result, for each class of rollouts."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from reflux.types import FlowRollout, Rollout, TokenRollout
 
 @dataclass(frozen=True)
 class Kind:
-    """`units` is what its positions are, `shown` the name under which an example has what was made, and
-    `show` makes it JSON.
-    """
+    """How evaluations present one class of rollouts."""
 
+    # the name of its positions, in the plural
     units: str
+    # the key of the text or image in an example
     shown: str
+    # turns the text or image into a JSON value
     show: Callable[[Any], Any]
 
 
 KINDS = {
     TokenRollout: Kind("tokens", "text", str),
-    # base64 of a PNG, a thumbnail where it is large
+    # The image is base64 of a PNG. A large image is reduced to a thumbnail.
     FlowRollout: Kind("steps", "image", images.to_text),
-    # of a user's own
+    # a class of rollouts defined by a user
     Rollout: Kind("positions", "text", repr),
 }
 
 
 def kind_of(rollout: Rollout) -> Kind:
-    """That of the nearest class."""
+    """The kind of the nearest class in the inheritance order."""
     return next(KINDS[cls] for cls in type(rollout).__mro__ if cls in KINDS)

@@ -1,4 +1,4 @@
-"""Which problems an evaluation asks: those of a split, the same in every run, whatever its seed."""
+"""The problems of an evaluation: those of a split. They are the same in every run, for every seed."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from reflux.errors import DataError
 from reflux.tasks.base import Split, Task
 from reflux.types import Prompt
 
-# Of validation problems (and of training problems, where an evaluation asks for those). Whoever tunes a
-# recipe looks at these.
+# The seed of validation problems, and of training problems in an evaluation. Recipes are tuned on validation
+# problems.
 HELD_OUT_SEED = 0
-# Of test problems, and of nothing else: no recipe, default or model was ever chosen by a problem that was
+# The seed of test problems, and of nothing else. No recipe, default or model was ever chosen by problems
 # drawn with this seed.
 TEST_SEED = 7_302_811
 
 
 def problems(task: Task, split: Split) -> Iterator[Prompt]:
-    """The problems of a split from its first one on. A split of stored lines is the same for every seed."""
+    """The problems of a split, from the first one on. A split of stored lines is the same for every seed."""
     return task.prompts(split, TEST_SEED if split == "test" else HELD_OUT_SEED)
 
 
 def seen(task: Task, asked: Sequence[Prompt]) -> int:
-    """How many of these test problems are validation problems as well, by their ids. A task without
-    validation problems has none.
+    """The number of these test problems that are also validation problems, by their ids. 0 for a task without
+    validation problems.
     """
     try:
         looked_at = {prompt.id for prompt in problems(task, "validation")}
@@ -33,9 +33,9 @@ def seen(task: Task, asked: Sequence[Prompt]) -> int:
 
 
 def told(count: int) -> str:
-    """Such a count as a sentence with the remedy."""
+    """A note about such a number of problems, with the remedy."""
     return (
-        f"{count} of the test problems are validation problems too, so what is reported was looked at on the "
-        "way. Give the task test "
-        f"problems of its own, such as task.test = a file of lines that are in no other."
+        f"{count} of the test problems are also validation problems, so the reported result is not "
+        "independent of the choices made during the work. Give the task separate test problems, such as "
+        f"task.test = a file of lines that are in no other file."
     )

@@ -1,8 +1,8 @@
-"""Offline balance: how hard is each training prompt for this student, and which ones to repeat. Nothing is
-deleted.
+"""Offline balance: measures the difficulty of each training prompt for the student and repeats some prompts.
 
-Arrives at two files: `difficulty.jsonl`, one line of counts per prompt, and `prompts.jsonl`, the prompts with
-copies of the rarer difficulties, readable by the task `jsonl`. Uni-OPD, arXiv 2605.03677.
+No prompt is deleted. The result is two files: `difficulty.jsonl`, one line of counts per prompt, and
+`prompts.jsonl`, the prompts with copies of those of rarer difficulties, in the format of the task `jsonl`.
+Uni-OPD, arXiv 2605.03677.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from reflux.types import Prompt, Reward
 if TYPE_CHECKING:
     from reflux.evals.evaluation import Evaluation
 
-# of an endless task, where no number is asked for
+# the number of prompts of an endless task, if no number is given
 FIRST = 512
-# so many different prompts of a task of a user's own are read in search of its end
+# the largest number of different prompts that are read to find the end of a user's task
 UNKNOWN = 100_000
-# the reward from which an answer counts as correct
+# an answer with at least this reward counts as correct
 CORRECT = 0.5
 
 
 @dataclass(frozen=True)
 class Counted:
-    """One prompt and its answers: `correct` of `samples`, `ungraded` of which have no verdict."""
+    """One prompt and the counts of its answers: `correct` of `samples`; `ungraded` ones have no verdict."""
 
     prompt: Prompt
     correct: int
@@ -51,14 +51,14 @@ class Counted:
 
 
 def multiplicities(counts_correct: Sequence[int], n_samples: int, cap: int = 8) -> list[int]:
-    """Copies per prompt that make difficulty roughly flat: for a prompt with c of `n_samples` answers
-    correct, 1 where c = 0, else clip(floor(H / h_c + 1/2), 1, cap), with h_c prompts of that count and H the
-    largest h of all counts.
+    """The number of copies of each prompt with which all difficulties are about equally frequent.
 
-    Below the cap every count c >= 1 that occurs ends with 2H/3 to 4H/3 prompts; the fullest stays as it is.
-    Prompts that were never solved are neither repeated nor dropped. The paper names the raised counts only
-    (1..7 of 8, or 1..8 where most are unsolved); the formula is ours. [] gives []. ValueError for a count
-    outside 0..n_samples, for n_samples or cap below 1.
+    A prompt with c of `n_samples` answers correct gets 1 copy if c = 0, else clip(floor(H / h_c + 1/2), 1,
+    cap). h_c is the number of prompts with that count, and H the largest h of all counts. Below the cap,
+    every count c >= 1 that occurs then has 2H/3 to 4H/3 prompts. The most frequent count is not changed.
+    Prompts that were never solved are neither repeated nor dropped. The paper gives only the counts that are
+    repeated (1..7 of 8, or 1..8 if most are unsolved); the formula is ours. [] gives []. ValueError for a
+    count outside 0..n_samples, and for n_samples or cap below 1.
     """
     if n_samples < 1 or cap < 1:
         raise ValueError(f"n_samples and cap must be at least 1, got {n_samples} and {cap}")
@@ -77,8 +77,8 @@ def multiplicities(counts_correct: Sequence[int], n_samples: int, cap: int = 8) 
 
 
 def copies_of(counted: Sequence[Counted], cap: int = 8) -> list[int]:
-    """`multiplicities` over the prompts all of whose answers were judged; the others are kept once, in no
-    bin.
+    """`multiplicities` of the prompts whose answers were all judged. The other prompts are kept once and not
+    counted.
     """
     judged = [entry for entry in counted if not entry.ungraded]
     found = iter(
@@ -88,8 +88,8 @@ def copies_of(counted: Sequence[Counted], cap: int = 8) -> list[int]:
 
 
 def repeated(prompts: Sequence[Prompt], copies: Sequence[int]) -> Iterator[Prompt]:
-    """Each prompt, then its copies `id#2`, `id#3`, ... (a number that is taken is passed over): ids seed the
-    sampling, so none is alike.
+    """Each prompt, followed by its copies with ids `id#2`, `id#3`, ... An id that exists already is skipped.
+    Each copy has its own id, because ids seed the sampling.
     """
     taken = {prompt.id for prompt in prompts}
     for prompt, times in zip(prompts, copies, strict=True):
@@ -102,12 +102,12 @@ def repeated(prompts: Sequence[Prompt], copies: Sequence[int]) -> Iterator[Promp
 
 
 def training_prompts(task: Task, seed: int, limit: int = 0) -> tuple[list[Prompt], bool]:
-    """(the different training prompts in order, was the stream cut short?): the first `limit`, or, at 0, all
-    of one pass.
+    """The different training prompts in order (the first `limit`, or at 0 all of one pass), and True if the
+    stream was cut.
 
-    A training split never ends; a pass over data of any size is over when ids come again. An endless task
-    gives its FIRST. DataError where no limit is asked for, and a task of a user's own came to no end in
-    UNKNOWN different prompts.
+    A training split never ends. A pass over the data ends when ids repeat. An endless task gives its first
+    FIRST prompts. DataError if there is no limit and the task of a user does not end within UNKNOWN different
+    prompts.
     """
     finite = task.ends
     most = limit or (FIRST if finite is False else 0)
@@ -123,26 +123,26 @@ def training_prompts(task: Task, seed: int, limit: int = 0) -> tuple[list[Prompt
             break
         if not most and finite is None and len(found) > UNKNOWN:
             raise DataError(
-                f"the task gave more than {UNKNOWN:,} different training prompts; say how many to take with "
+                f"the task gave more than {UNKNOWN:,} different training prompts. Set their number with "
                 "--prompts N"
             )
     return list(found.values()), False
 
 
 def as_word_problem(prompt: Prompt, text: str) -> float:
-    """The verdict of the task `word_problems`, which needs the answer alone."""
+    """The verdict of the task `word_problems`, which needs only the answer of the prompt."""
     return WordProblems().verify(prompt, text)
 
 
 def as_glyph(prompt: Prompt, made: Any) -> Reward:
-    """The verdict of the task `glyphs`, which needs the route and the answer alone."""
+    """The verdict of the task `glyphs`, which needs only the route and the answer of the prompt."""
     return Glyphs().verify(prompt, made)
 
 
 async def measured(
     evaluation: Evaluation, prompts: Sequence[Prompt], samples: int, draw: SamplingParams, at_once: int = 64
 ) -> AsyncIterator[list[Counted]]:
-    """Counts of `at_once` prompts at a time, in order. What is drawn depends on prompt and sample alone."""
+    """Counts of `at_once` prompts at a time, in order. The answers depend on prompt and sample index alone."""
     for start in range(0, len(prompts), at_once):
         chunk = prompts[start : start + at_once]
         groups = await evaluation.groups(chunk, samples, draw)
@@ -157,7 +157,7 @@ def _counted(prompt: Prompt, values: Iterable[float | None]) -> Counted:
 
 
 def as_line(prompt: Prompt) -> dict[str, Any]:
-    """A prompt as the task `jsonl` reads it."""
+    """A prompt as a line in the format of the task `jsonl`."""
     single = len(prompt.messages) == 1 and prompt.messages[0]["role"] == "user"
     asked = {"prompt": prompt.messages[0]["content"]} if single else {"messages": list(prompt.messages)}
     rest = {"answer": prompt.answer, "references": list(prompt.references) or None, "route": prompt.route}

@@ -1,9 +1,9 @@
-"""How a weight matrix has moved, by the singular values s_1 >= ... >= s_r of delta = W - W_start, r =
-min(rows, columns).
+"""The displacement delta = W - W_start of a weight matrix, described by its singular values s_1 >= ... >=
+s_r, with r = min(rows, columns).
 
-All functions take matrices as torch tensors and compute an exact singular value decomposition in the type
-given (float32 from a run), at some 4 to 20 times rows x columns x r FLOP. They raise ValueError for what is
-not a finite matrix, and, but for spectral_norm, for a displacement of zero. arXiv 2605.11739.
+All functions take matrices as torch tensors and compute an exact singular value decomposition in the given
+type (float32 in a run). This needs about 4 to 20 times rows x columns x r FLOP. They raise ValueError if the
+argument is not a finite matrix. All except spectral_norm also raise it if delta is zero. arXiv 2605.11739.
 """
 
 from __future__ import annotations
@@ -14,40 +14,43 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-# of alignment
+# the default number of directions in `alignment`
 K = 20
 
 
 def spectral_norm(delta: Tensor) -> float:
-    """s_1: how far the direction that moved most has moved. 0 where nothing moved."""
+    """s_1, the length of the displacement in its largest direction. 0 if nothing changed."""
     return float(singular_values(delta)[0])
 
 
 def rho(delta: Tensor) -> float:
-    """s_1 / sqrt(sum s_i^2): the first direction's share of the whole length, in [1/sqrt(r), 1]."""
+    """s_1 / sqrt(sum s_i^2): the share of the first direction in the norm of delta, in [1/sqrt(r), 1]."""
     return rho_of(_moved(singular_values(delta)))
 
 
 def effective_rank(delta: Tensor) -> float:
-    """exp of the entropy of z_i = s_i / sum s (s itself, not its square), in [1, r]: over how many directions
-    it is spread.
+    """exp of the entropy of z_i = s_i / sum s (s itself, not its square), in [1, r]: the effective number of
+    directions of the displacement.
     """
     return effective_rank_of(_moved(singular_values(delta)))
 
 
 def top_norm_ratio(delta: Tensor, percent: float = 1.0) -> float:
-    """sqrt(sum over i <= k of s_i^2 / sum s_i^2) with k = ceil(r percent / 100): the share of the length in
-    the first directions, at least rho, and rho itself where k is 1 (1 percent of r <= 100). ValueError for a
-    percentage outside (0, 100].
+    """sqrt(sum over i <= k of s_i^2 / sum s_i^2) with k = ceil(r percent / 100): the share of the first k
+    directions in the norm of delta.
+
+    It is at least rho, and equal to rho if k is 1 (1 percent of r <= 100). ValueError for a percentage
+    outside (0, 100].
     """
     return top_norm_ratio_of(_moved(singular_values(delta)), percent)
 
 
 def alignment(delta: Tensor, final: Tensor, k: int = K) -> float:
-    """Mean over i <= min(k, r) of |<u_i(delta), u_i(final)>|, left singular vectors in order, in [0, 1].
+    """Mean over i <= min(k, r) of |<u_i(delta), u_i(final)>|, in [0, 1]. u_i is the i-th left singular
+    vector.
 
-    Signs of singular vectors mean nothing, so the absolute value is taken (the official script fixes them
-    against the step before). ValueError for unlike shapes or k < 1.
+    The absolute value is taken because the signs of singular vectors have no meaning. The official script
+    aligns the signs with the previous step instead. ValueError for different shapes or k < 1.
     """
     if delta.shape != final.shape:
         raise ValueError(
@@ -57,7 +60,7 @@ def alignment(delta: Tensor, final: Tensor, k: int = K) -> float:
 
 
 def singular_values(delta: Tensor) -> Tensor:
-    """s, falling."""
+    """s, in decreasing order."""
     import torch
 
     return torch.linalg.svdvals(_checked(delta))
@@ -90,7 +93,7 @@ def top_norm_ratio_of(s: Tensor, percent: float) -> float:
     if not 0 < percent <= 100:
         raise ValueError(f"percent must be above 0 and at most 100, got {percent:g}")
     s = s.double()
-    # 64.4 percent of 250 is 161.00000000000003 in binary
+    # Rounded before ceil, because 64.4 percent of 250 is 161.00000000000003 in floating point.
     k = math.ceil(round(len(s) * percent / 100, 9))
     return float(s[:k].norm() / s.norm())
 
@@ -102,9 +105,9 @@ def alignment_of(u: Tensor, final_u: Tensor) -> float:
 
 def _checked(delta: Tensor) -> Tensor:
     if delta.ndim != 2 or not delta.numel():
-        raise ValueError(f"a displacement is that of a matrix, got shape {tuple(delta.shape)}")
+        raise ValueError(f"a displacement must be a matrix that is not empty, got shape {tuple(delta.shape)}")
     if not bool(delta.isfinite().all()):
-        raise ValueError("the displacement holds values that are not finite")
+        raise ValueError("the displacement has values that are not finite")
     return delta
 
 

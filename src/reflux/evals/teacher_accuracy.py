@@ -1,4 +1,4 @@
-"""How many problems does the teacher solve? The student's ceiling, asked once."""
+"""The share of problems that the teacher solves, measured once: an upper bound for the student."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 class TeacherAccuracy(EvalPart):
     """`accuracy` of the teacher's own model, before the first step.
 
-    teacher: a name that several tables answer as: each problem goes to the table of its route, and together
-    they are the routed ceiling (a problem of a route that none serves is left out); or one table, which is
-    then asked every problem, whatever its routes. Only for teachers that have a model: a sampler of the run's
-    own kind acts with it, from the same random numbers as the greedy answers of `accuracy`. Null for an
-    `self` teacher: it is the student, measured anyway. `max_tokens`, `split` and `examples` as in `accuracy`.
+    teacher: an alias of several tables, or one table. With an alias of several tables each problem goes to
+    the table of its route, and problems of a route without a table are left out. One table gets every
+    problem, whatever its routes. Only for teachers that have a model: a sampler of the kind used in the run
+    samples from it, with the random numbers of the greedy answers of `accuracy`. Null for a `self` teacher,
+    because that is the student, which is measured anyway. `problems`, `max_tokens`, `split` and `examples`
+    are those of `accuracy`.
     """
 
     asked: ClassVar[Asked] = "start"
@@ -46,21 +47,24 @@ class TeacherAccuracy(EvalPart):
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if cfg.teachers and not measured(cfg, self.teacher):
             known = ", ".join(sorted({*cfg.teachers, *objective_teachers(cfg)}))
-            yield f"{where}.teacher names one table, or what several answer as, and there is no '{self.teacher}'. Known: {known}."
+            yield (
+                f"{where}.teacher is the name of a table, or an alias of several, and there is no "
+                f"'{self.teacher}'. Known: {known}."
+            )
 
     async def __call__(self, evaluation: Evaluation, source: Source) -> dict[str, Any]:
-        """ValueError where there is no such teacher, or its table names no model."""
+        """Raises ValueError if there is no such teacher, or if its table has no model."""
         asked, tables = self._accuracy(), measured(evaluation.context, self.teacher)
         tables_by_name = evaluation.context.teachers
         if not tables:
             raise _without_model(self.teacher)
         if any(tables_by_name[table].is_student for table in tables):
             return {"accuracy": None, "low": None, "high": None, "problems": 0, "split": self.split}
-        # by the place of the problem
+        # by the index of the problem
         found: dict[int, Graded] = {}
         prompts = asked.prompts(evaluation)
         for table in tables:
-            # one at a time: where a model is loaded for this, there is room for one
+            # One table at a time, because a model may be loaded for it, and there may be memory for one only.
             own = [
                 place
                 for place, prompt in enumerate(prompts)
@@ -83,7 +87,7 @@ class TeacherAccuracy(EvalPart):
 
 @asynccontextmanager
 async def _acting(evaluation: Evaluation, table: str) -> AsyncIterator[OpenSampler]:
-    # refused beforehand
+    # An evaluation that needs teachers is refused earlier if there are none.
     assert evaluation.teachers is not None
     teacher, opened = evaluation.teachers.opened[table]
     model = teacher.acts_with(opened)
@@ -95,5 +99,5 @@ async def _acting(evaluation: Evaluation, table: str) -> AsyncIterator[OpenSampl
 
 def _without_model(table: str) -> ValueError:
     return ValueError(
-        f"evals: the teacher '{table}' has no model of its own to sample from; remove this evaluation"
+        f"evals: the teacher '{table}' has no model of its own to sample from. Remove this evaluation"
     )

@@ -1,5 +1,5 @@
-"""What a run reports: how many test problems the student solves before and after training, and how many its
-teacher.
+"""The reported result of a run: the accuracy of the student on test problems before and after training, and
+that of its teacher.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class ReportedAccuracy(EvalPart):
-    """`accuracy` on test problems, before the first step and after the last one: the numbers of a run that
-    are reported.
+    """`accuracy` on test problems, before the first step and after the last step: the reported result.
 
-    Nobody sees a test problem on the way, so nothing can be chosen by it: that is what `accuracy` on
-    validation problems is for. The problems are drawn with a seed that is used for nothing else
-    (`reflux.evals.problems.TEST_SEED`), the same in every run.
+    Test problems are used at no other time, so no choice can depend on them. For choices use `accuracy` on
+    validation problems. The test problems are drawn with a seed that is used for nothing else
+    (`reflux.evals.problems.TEST_SEED`). They are the same in every run.
 
-    The fields are those of `accuracy`. `teacher`: before the first step the same problems are asked of it as
-    `teacher_accuracy` asks, and what it solves stands under "teacher"; left out where no such teacher has a
-    model of its own, or where teacher is "". A task whose test problems are validation problems too, such as
-    `jsonl` without a file `test`, is asked all the same: the run says so, and `seen` counts them.
+    The fields are those of `accuracy`. `teacher`: before the first step this teacher solves the same
+    problems, as in `teacher_accuracy`, and its table is stored under "teacher". It is left out if no such
+    teacher has a model of its own, or if teacher is "". Some tasks use validation problems as test problems,
+    such as `jsonl` without a file `test`. They are evaluated too: the run gives a note, and `seen` is the
+    number of these problems.
     """
 
     asked: ClassVar[Asked] = "ends"
@@ -63,8 +63,8 @@ class ReportedAccuracy(EvalPart):
 
 
 def _acts(evaluation: Evaluation, teacher: str) -> bool:
-    """Has this teacher a model of its own that can be asked?"""
-    # refused beforehand
+    """True if every table of this teacher has a model of its own to sample from, and there is a table."""
+    # An evaluation that needs teachers is refused earlier if there are none.
     assert evaluation.teachers is not None
     tables = [evaluation.teachers.opened[table] for table in measured(evaluation.context, teacher)]
     return bool(tables) and all(

@@ -1,1 +1,1 @@
-"""Verdicts of tasks in worker processes, and whether an answer is right."""
+"""Runs the verifiers of tasks in worker processes, and compares answers."""

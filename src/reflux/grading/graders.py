@@ -1,13 +1,14 @@
-"""Verdicts from killable worker processes: whatever a model writes, and whatever a verifier does with it,
-costs that attempt only.
+"""Runs verifiers in worker processes that can be killed. A text or verifier that hangs or crashes affects
+only its own attempt.
 
     graders = Graders(workers=1, timeout_s=10)
-    rewards = await graders.verify_many(task, [(prompt, text), ...])  # [Reward(1.0), Reward(None, error="..."), ...]
+    rewards = await graders.verify_many(task, [(prompt, text), ...])
+    # [Reward(1.0), Reward(None, error="..."), ...]
     graders.close()
 
 Consumes: (task, prompt, made). Produces: one Reward each, in order. Waits for: a free worker, and at most
 `timeout_s` for each answer. Unblocked by: the verdict, the time limit, the end of the worker, `close`.
-Workers start with the first question and end with `close`, or with this process.
+Workers start with the first job and end with `close`, or with this process.
 """
 
 from __future__ import annotations
@@ -32,16 +33,19 @@ from reflux.types import UNJUDGED, Attempt, Finish, Prompt, Reward
 
 # the prompt, and the text or image that the student made
 Job = tuple[Prompt, Any]
-# for a new process to import this library and the task
+# Time limit in seconds for a new process to import this library and the task.
 START_S = 60.0
-# more time for the first answer of a new worker, which imports what the verifier needs
+# Additional seconds for the first answer of a new worker, which imports the modules that the verifier needs.
 FIRST_S = 5.0
-# jobs in one message
+# the largest number of jobs in one message
 AT_ONCE = 256
-CODE = "import sys; from reflux.grading.worker import work; work(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))"
+CODE = (
+    "import sys; from reflux.grading.worker import work; "
+    "work(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))"
+)
 
 
-# in words, for each of UNJUDGED
+# The error text of an attempt that ended in one of UNJUDGED.
 WHY_UNJUDGED: dict[Finish, str] = {
     "error": "sampling ended in an error",
     "tool_error": "a tool of the environment failed",
@@ -50,17 +54,17 @@ WHY_UNJUDGED: dict[Finish, str] = {
 
 
 class Judge(Protocol):
-    """The member of a task that judges. It is called in another process, so the task is pickled."""
+    """The method of a task that judges. It is called in another process, so the task is pickled."""
 
     def verify(self, prompt: Prompt, made: Any) -> float | Reward: ...
 
 
 class Graders:
-    """`workers` processes that judge. An answer that takes more than `timeout_s` ends its process; the
-    answers after it go to the next one.
+    """`workers` processes that judge. If an answer takes more than `timeout_s` seconds, its process is
+    killed, and the answers after it go to a new process.
 
-    An attempt that is not judged has a Reward without a value, whose `error` says why.
-    ValueError for fewer than 1 worker or a time limit of 0.
+    An attempt that is not judged has a Reward without a value, whose `error` gives the reason. ValueError for
+    fewer than 1 worker or a time limit that is not positive.
     """
 
     def __init__(self, workers: int = 1, timeout_s: float = 10.0):
@@ -71,7 +75,7 @@ class Graders:
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in self._all:
             self._idle.put(worker)
-        # each waits for one process
+        # one thread per process; it waits for that process
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="reflux-grading")
 
     @property
@@ -85,11 +89,11 @@ class Graders:
         return sum(worker.errors for worker in self._all)
 
     async def verify(self, task: Judge, prompt: Prompt, made: Any) -> Reward:
-        """One verdict."""
+        """The reward of one answer."""
         return (await self.verify_many(task, [(prompt, made)]))[0]
 
     async def verify_many(self, task: Judge, jobs: Sequence[Job]) -> list[Reward]:
-        """One reward per job, in order. ConfigError where the task cannot be sent to another process."""
+        """One reward per job, in order. ConfigError if the task cannot be sent to another process."""
         packed = _pack(task)
         size = min(AT_ONCE, -(-len(jobs) // self.workers)) or 1
         chunks = [list(jobs[start : start + size]) for start in range(0, len(jobs), size)]
@@ -100,8 +104,8 @@ class Graders:
         return [reward for part in parts for reward in part]
 
     async def judge_attempts(self, task: Judge, attempts: Sequence[Attempt]) -> list[Reward]:
-        """One reward per attempt, in order. What is no fault of the student (`UNJUDGED`) is not judged, and
-        not counted in `errors`.
+        """One reward per attempt, in order. Attempts that ended without a fault of the student (`UNJUDGED`)
+        are not judged and not counted in `errors`.
         """
         whole = [attempt.rollout for attempt in attempts if attempt.rollout.finish not in UNJUDGED]
         found = iter(await self.verify_many(task, [(rollout.prompt, rollout.made) for rollout in whole]))
@@ -109,7 +113,7 @@ class Graders:
         return [Reward(None, error=error) if error else next(found) for error in why]
 
     def close(self) -> None:
-        """End the workers now; what they were judging is lost. May be called twice."""
+        """End the workers now. Verdicts in progress are lost. May be called twice."""
         for worker in self._all:
             worker.close()
         self._threads.shutdown(wait=True, cancel_futures=True)
@@ -129,8 +133,8 @@ class Graders:
 
 
 class _Worker:
-    """One process, started when it is needed and again after each end. `judge` runs in one thread at a time,
-    `close` in any.
+    """One process. It is started when it is needed, and again after it has ended. `judge` runs in one thread
+    at a time, `close` in any thread.
     """
 
     def __init__(self, timeout_s: float):
@@ -138,15 +142,15 @@ class _Worker:
         self.timeouts = self.errors = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
-        # the task it holds
+        # the pickled task that the process has loaded
         self._packed = b""
         self._closed = False
-        # around the start and the end of a process
+        # held while a process is started or ended
         self._lock = Lock()
 
     def judge(self, packed: bytes, jobs: list[Job]) -> list[Reward]:
-        """A reward for each job. The one that was in progress when the time was over, or when the process
-        ended, is the one it costs.
+        """A reward for each job. If the time limit is reached or the process ends, only the job in progress
+        is not judged.
         """
         rewards: list[Reward] = []
         timeouts = 0
@@ -165,7 +169,7 @@ class _Worker:
                 )
             except (EOFError, OSError):
                 if self._closed:
-                    raise RuntimeError("grading was closed while it judged") from None
+                    raise RuntimeError("grading was closed while a verdict was in progress") from None
                 rewards.append(Reward(None, error=f"the verifier ended its process (code {self._end(1.0)})"))
         self.timeouts += timeouts
         self.errors += sum(reward.value is None for reward in rewards) - timeouts
@@ -179,11 +183,11 @@ class _Worker:
                 self._process.wait()
 
     def _ready(self, packed: bytes) -> tuple[Connection, float]:
-        """The connection to a process that holds the task, and the seconds its first answer may take beyond
-        the limit.
+        """The connection to a process that has loaded the task, and the additional seconds that its first
+        answer may take.
         """
         if self._process is not None and self._process.poll() is not None:
-            # something else ended it while it was idle
+            # The process ended while it was idle.
             self._end()
         fresh = self._connection is None
         connection = self._connection or self._start()
@@ -193,13 +197,12 @@ class _Worker:
                 problem = _receive(connection, START_S).error
             except (EOFError, OSError) as error:
                 raise RuntimeError(
-                    f"a grading process did not start (code {self._end(1.0)}); see its own words above"
+                    f"a grading process did not start (code {self._end(1.0)}); its output is above"
                 ) from error
             if problem is not None:
                 raise ConfigError(
-                    f"the task cannot be loaded in a grading process ({problem}). Its class must live in a "
-                    "module that can be imported, "
-                    f"not in the script that is being run."
+                    f"the task cannot be loaded in a grading process ({problem}). Its class must be in a "
+                    f"module that can be imported, not in the script that is being run."
                 )
             self._packed = packed
         return connection, FIRST_S if fresh else 0.0
@@ -209,24 +212,24 @@ class _Worker:
             if self._closed:
                 raise RuntimeError("grading was closed")
             self._connection, theirs = Pipe()
-            # the same modules as here
+            # The worker imports the same modules as this process.
             paths = [path or os.getcwd() for path in sys.path]
             arguments = [str(theirs.fileno()), str(os.getpid()), str(self._timeout_s + FIRST_S + 1.0)]
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", CODE, *arguments],
                 stdin=subprocess.DEVNULL,
-                # what a verifier prints is of no interest, and must not break the live display
+                # The output of a verifier is discarded, because it would disturb the live display.
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-                # the terminal's Ctrl-C does not reach it, not even before it can say so
+                # A group of its own, so Ctrl-C does not reach it, even before it ignores the signal.
                 process_group=0,
             )
             theirs.close()
             return self._connection
 
     def _end(self, patience_s: float = 0.0) -> int:
-        """Kill the process if it has not ended by itself in time; its exit code."""
+        """Kill the process if it does not end by itself within `patience_s`. Returns its exit code."""
         with self._lock:
             assert self._process is not None
             assert self._connection is not None
@@ -250,7 +253,6 @@ def _pack(task: Judge) -> bytes:
         return pickle.dumps(task)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ConfigError(
-            f"the task {type(task).__name__} cannot be sent to a grading process ({error}). A task is a "
-            "frozen value: give it plain "
-            f"fields and a class at the top of a module."
+            f"the task {type(task).__name__} cannot be sent to a grading process ({error}). A task must be a "
+            f"frozen value with plain fields, and its class must be at the top level of a module."
         ) from error

@@ -1,17 +1,17 @@
-r"""Is this the right answer? A final answer is found in the text and compared with the stored one.
+r"""Compares the final answer of a text with the stored answer.
 
-What counts, in this order:
+The final answer is, in this order:
 
 1. the last `\boxed{...}`;
-2. else what follows the last `####`, `Answer:` or `answer is`, to the end of that line or sentence;
+2. else the text after the last `####`, `Answer:` or `answer is`, to the end of that line or sentence;
 3. else, where the stored answer is a plain number, the last number of the text;
 4. else the last expression that math-verify finds near the end of the text.
 
-Plain numbers are compared exactly ("1,000.0" is "1000"; "$18", "18%", "18 apples" and "x = 18" are 18). A
-final answer that names several numbers ("12 or 13") is not a plain number, so hedging does not pay; a
-`\boxed{` that was cut off holds no answer. Anything else is compared by math-verify: "1/2" is "0.5" is
-"\frac{1}{2}". Its own time limits are off, for they need signals in the main thread of a process; the worker
-process around it is killed instead.
+Plain numbers are compared exactly ("1,000.0" equals "1000"; "$18", "18%", "18 apples" and "x = 18" are 18). A
+final answer with several numbers ("12 or 13") is not a plain number, so it is not counted as right because
+one of them is right. A `\boxed{` that was cut off contains no answer. Anything else is compared by
+math-verify: "1/2", "0.5" and "\frac{1}{2}" are equal. The time limits of math-verify are off, because they
+need signals in the main thread of a process. Instead the worker process is killed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-# characters at the end of a text in which an expression is searched: extraction slows down faster than the
-# text grows
+# Number of characters at the end of a text in which an expression is searched. The time of the extraction
+# grows faster than the length of the text.
 TAIL = 2000
 MARK = re.compile(r"####|\banswer\s*(?:is\b|:)\s*:?", re.IGNORECASE)
 STOP = re.compile(r"\n|[.!?](?:\s|$)")
@@ -30,7 +30,7 @@ MACRO = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 
 
 def grade(text: str, answer: str) -> float:
-    """1.0 where the final answer of `text` equals `answer`, else 0.0. ValueError for an empty `answer`."""
+    """1.0 if the final answer of `text` equals `answer`, else 0.0. ValueError for an empty `answer`."""
     if not answer.strip():
         raise ValueError("the stored answer is empty; there is nothing to compare with")
     found = final_answer(text)
@@ -44,7 +44,7 @@ def grade(text: str, answer: str) -> float:
 
 
 def final_answer(text: str) -> str | None:
-    r"""What the text marks as its final answer: the last \boxed{...}, else what follows the last marker. None
+    r"""The marked final answer of the text: the last \boxed{...}, else the text after the last marker. None
     without either.
     """
     boxed = _boxed(text)
@@ -59,8 +59,8 @@ def final_answer(text: str) -> str | None:
 
 
 def plain_number(text: str) -> Decimal | None:
-    """The one number that the text names, after its last "=", with nothing but units beside it. None: not a
-    plain number.
+    """The single number in the text after its last "=", if there is nothing else but units. None if the text
+    is not a plain number.
     """
     last = _clean(text).rpartition("=")[2]
     numbers = NUMBER.findall(last)
@@ -79,7 +79,7 @@ def _equal(found: str, answer: str) -> bool:
 
 
 def _equivalent(text: str, answer: str) -> bool:
-    # 0.6 s of sympy, so only where it is needed
+    # Imported here because the import takes 0.6 s (sympy).
     from math_verify import parse, verify
 
     gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
@@ -95,7 +95,7 @@ def _boxed(text: str) -> str | None:
         depth += {"{": 1, "}": -1}.get(text[place], 0)
         if depth == 0:
             return text[start + len("\\boxed{") : place].strip()
-    # cut off before the brace closed: marked, but not said
+    # The text was cut before the closing brace: an answer is marked, but it is empty.
     return ""
 
 

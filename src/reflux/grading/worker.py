@@ -1,7 +1,7 @@
-"""The other side of `grading`: a process that judges what it is sent, and imports no torch.
+"""The worker process of `grading`. It judges the jobs that it receives and does not import torch.
 
-It is started as a plain interpreter, not by multiprocessing, which would run the user's own script again (and
-import what it imports). It is ended by its parent; if the parent is gone, it ends itself.
+It is started as a plain interpreter and not by multiprocessing, which would run the user's script again with
+all its imports. Its parent ends it. If the parent has ended, it ends itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from reflux.types import Prompt, Reward
 
-# of address space, while a text is judged: "9^9^9^9" must cost an attempt, not the machine
+# Limit of the address space while a text is judged, so that a text like "9^9^9^9" cannot exhaust the memory.
 TEXT_MEMORY_BYTES = 4 << 30
 WATCH_S = 0.5
 
@@ -30,9 +30,10 @@ WATCH_S = 0.5
 def work(descriptor: int, parent: int, most_cpu_s: float) -> None:
     """Judge until the connection closes.
 
-    In, pickled: a packed task (bytes), answered in JSON by a reward whose error says why it cannot be loaded
-    here, or is null; or a list of (prompt, made), answered by one reward each, as soon as it is known. A
-    reward is the list [value, parts, feedback, error].
+    A message is pickled. It is either a packed task (bytes) or a list of (prompt, made). The answer to a task
+    is a reward in JSON whose error is the reason why the task cannot be loaded here, or null. The answer to a
+    list is one reward for each entry, sent as soon as it is known. A reward is the list [value, parts,
+    feedback, error].
     """
     _be_a_good_child(parent)
     task = None
@@ -45,15 +46,15 @@ def work(descriptor: int, parent: int, most_cpu_s: float) -> None:
                 continue
             for prompt, made in message:
                 _limit_memory(made)
-                # ends an orphan whose watching thread is starved, too
+                # This also ends a worker without parent whose watching thread gets no CPU time.
                 signal.setitimer(signal.ITIMER_PROF, most_cpu_s)
                 theirs.send_bytes(packed(judge(task, prompt, made)))
             signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def judge(task: Any, prompt: Prompt, made: Any) -> Reward:
-    """The task's verdict with its parts and its feedback, or an error, whatever the verifier does short of
-    hanging or crashing.
+    """The task's verdict with its parts and feedback, or an error. It catches everything except a hang or a
+    crash of the process.
     """
     try:
         found = Reward.of(task.verify(prompt, made))
@@ -68,10 +69,10 @@ def judge(task: Any, prompt: Prompt, made: Any) -> Reward:
             None,
         )
     except BaseException as error:
-        # some time limits and exit() are no Exceptions
+        # BaseException, because exit() and some time limits do not raise an Exception.
         return Reward(None, error=f"the verifier raised {type(error).__name__}: {_sendable(error)}"[:500])
     if wrong is not None:
-        return Reward(None, error=f"the verdict is {wrong}, which is no number")
+        return Reward(None, error=f"the verdict is {wrong}, which is not finite")
     if found.value is None:
         return Reward(
             None,
@@ -83,12 +84,12 @@ def judge(task: Any, prompt: Prompt, made: Any) -> Reward:
 
 
 def packed(reward: Reward) -> bytes:
-    """As it crosses the pipe."""
+    """The reward as bytes for the pipe."""
     return json.dumps([reward.value, reward.parts, reward.feedback, reward.error]).encode()
 
 
 def _sendable(words: object) -> str:
-    """As text that a file can hold: half of a surrogate pair becomes a question mark."""
+    """The text with half surrogate pairs replaced by question marks, so that it can be written to a file."""
     return str(words).encode("utf-8", "replace").decode()
 
 
@@ -96,12 +97,12 @@ def _unpack(message: bytes) -> tuple[Any, str | None]:
     try:
         return pickle.loads(message), None
     except Exception as error:
-        # whatever its module does on import
+        # The import of the task's module can raise any exception.
         return None, f"{type(error).__name__}: {error}"
 
 
 def _be_a_good_child(parent: int) -> None:
-    # Ctrl-C is for the parent, which finishes its step first
+    # Only the parent handles Ctrl-C. It finishes its step first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
@@ -109,14 +110,15 @@ def _be_a_good_child(parent: int) -> None:
 
 
 def _limit_memory(made: Any) -> None:
-    """A text can ask a verifier for any amount of work. An image cannot, and what judges it may be a model on
-    a GPU, whose driver reserves far more addresses than the machine has memory: it has the limits that this
-    process came with.
+    """Limits the address space while a text is judged, because a text can cause any amount of work.
+
+    An image cannot. Its verifier may be a model on a GPU, whose driver reserves far more address space than
+    there is memory. So an image is judged with the original limits of this process.
     """
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     bounded = TEXT_MEMORY_BYTES if most == resource.RLIM_INFINITY else min(TEXT_MEMORY_BYTES, most)
     with suppress(ValueError, OSError):
-        # some systems refuse this limit
+        # Some systems refuse this limit.
         resource.setrlimit(resource.RLIMIT_AS, (bounded if isinstance(made, str) else most, most))
 
 

@@ -190,7 +190,7 @@ class SampledKL(ObjectivePart):
         return cost_N if dropped_N is None else cost_N.masked_fill(dropped_N, 0)
 
     def outside(self, rows: Rows[FullLogits]) -> Tensor | None:
-        """True where the bound of the ratio binds, [N], but not at dropped positions. None without a bound."""
+        """True where the bound of the ratio binds, [N], except at dropped positions. None without a bound."""
         dropped_N = self._dropped(rows)
         # Only the clip uses the advantage. Otherwise the advantage is not computed, because a baseline over
         # the vocabulary is expensive.

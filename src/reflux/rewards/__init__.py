@@ -1,4 +1,4 @@
-"""Who says how good an attempt was."""
+"""Rewards: they judge attempts. The protocol is in `base.py`."""
 
 REWARDS = {
     "verifier": "reflux.rewards.verifier:Verifier",

@@ -1,8 +1,8 @@
-"""A reward: `open(context, services)` gives an object whose `score(group)` returns one `Reward` for each
-attempt, and mutates nothing.
+"""The protocol of rewards. `open(context, services)` gives an object whose `score(group)` returns one
+`Reward` for each attempt and changes nothing.
 
-An attempt that could not be judged (no time left, no stored answer) gets Reward(None, error=...): not judged,
-which is not wrong.
+An attempt that cannot be judged (time limit, no stored answer) gets Reward(None, error=...). This means "not
+judged", not "wrong".
 """
 
 from __future__ import annotations
@@ -21,46 +21,48 @@ if TYPE_CHECKING:
 
 class OpenReward(Protocol):
     async def score(self, group: Group) -> list[Reward]:
-        """One for each attempt of the group, in order."""
+        """One reward for each attempt of the group, in order."""
         ...
 
 
 class RewardPart(Part, Protocol):
-    """What a reward inherits."""
+    """The base class of rewards."""
 
 
 class RewardFn(RewardPart, Protocol):
     @property
     def weight(self) -> float:
-        """What its value is multiplied by where the values of several rewards are added."""
+        """The factor of its value in the sum of several rewards."""
         ...
 
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenReward]: ...
 
 
 def weightless(where: str, weight: float) -> Iterable[str]:
-    """Advice of a reward at `where` whose weight is 0."""
+    """Advice if the weight of the reward at `where` is 0."""
     if not weight:
         yield (
-            f"{where}.weight = 0: this reward is asked and recorded, and its value counts nothing. An "
-            "attempt that it cannot judge has no "
-            f"reward all the same."
+            f"{where}.weight = 0: this reward is computed and recorded, but its value does not count. An "
+            f"attempt that it cannot judge still has no reward."
         )
 
 
 def unlike_threshold(where: str, threshold: float, rewards: Mapping[str, RewardFn]) -> Iterable[str]:
-    """Advice of a part that takes a reward of at least `threshold` for success, where rewards are summed or
+    """Advice of a part that counts a reward of at least `threshold` as success, if rewards are summed or
     scaled.
     """
     weights = {name: reward.weight for name, reward in rewards.items()}
     if weights and list(weights.values()) != [1.0]:
         terms = " + ".join(f"{weight:g} x {name}" for name, weight in weights.items())
-        yield f"{where}.threshold = {threshold:g} is compared with the sum {terms}. Set it to the least sum that counts as success."
+        yield (
+            f"{where}.threshold = {threshold:g} is compared with the sum {terms}. Set it to the least sum "
+            "that counts as success."
+        )
 
 
 async def judge(reward: OpenReward | None, group: Group) -> None:
-    """Ask, and keep what comes back on the attempts. Without a reward no verdict is given: they stay without
-    one.
+    """Calls the reward and stores the results on the attempts. Without a reward the attempts stay without a
+    verdict.
     """
     if reward is not None:
         for attempt, found in zip(group, await reward.score(group), strict=True):

@@ -1,4 +1,4 @@
-"""What the environment of a task with turns gave its attempts."""
+"""The rewards that the environment of a multi-turn task gave."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class EnvironmentReward(RewardPart):
-    """The sum of the rewards that a task's environment gave the turns of an attempt.
+    """The sum of the rewards that the environment of the task gave to the turns of an attempt.
 
-    An attempt has no value, and `error` says why, where its environment gave nothing, where a tool failed or
-    did not answer in time, and where the sum is no finite number. A turn that the length limit cut is never
-    shown to the environment, so an attempt cut in its first turn has no value: that is not a value of 0.
-    weight: what its values are multiplied by where several rewards are added.
+    An attempt has no value, and `error` gives the reason, if its environment gave no reward, if a tool failed
+    or did not answer in time, or if the sum is not finite. A turn that the length limit cut is never shown to
+    the environment. So an attempt that is cut in its first turn has no value, which is different from the
+    value 0. weight: the factor of its values in the sum of several rewards.
     """
 
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
@@ -36,17 +36,15 @@ class EnvironmentReward(RewardPart):
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if not cfg.task.multi_turn:
             yield (
-                f"{where}: the task '{kind_of('tasks', cfg.task)}' opens no environment, so nothing would "
-                "have a reward. Use kind = "
-                f'"verifier", or a task with turns (docs/extending.md).'
+                f"{where}: the task '{kind_of('tasks', cfg.task)}' opens no environment, so no attempt would "
+                f'have a reward. Use kind = "verifier", or a task with turns (docs/extending.md).'
             )
 
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if not cfg.sampler.on_policy:
             yield (
-                f"{where}: sampler '{kind_of('samplers', cfg.sampler)}' gives answers that the student of "
-                "now did not write, and no "
-                f"environment sees a given answer: those have no reward."
+                f"{where}: sampler '{kind_of('samplers', cfg.sampler)}' gives answers that the current "
+                f"student did not write. No environment receives a given answer, so these have no reward."
             )
         yield from weightless(where, self.weight)
 
@@ -61,13 +59,13 @@ class OpenEnvironmentReward:
 
 
 def given(rollout: Rollout) -> Reward:
-    """What the environment of this attempt gave it. TypeError for an image, which has no turns."""
+    """The reward that the environment gave this attempt. TypeError for an image, which has no turns."""
     if not isinstance(rollout, TokenRollout):
-        raise TypeError(f"an environment answers to texts, and this is a {type(rollout).__name__}")
+        raise TypeError(f"an environment reward needs a text, and this is a {type(rollout).__name__}")
     value = rollout.environment_reward
     error = WHY_UNJUDGED.get(rollout.finish)
     if error is None and value is None:
         error = f'the environment gave no reward (the attempt ended with "{rollout.finish}")'
     if error is None and value is not None and not math.isfinite(value):
-        error = f"the environment's reward is {value}, which is no number"
+        error = f"the environment's reward is {value}, which is not finite"
     return Reward(None, error=error) if error else Reward(value)

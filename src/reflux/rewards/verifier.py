@@ -1,4 +1,4 @@
-"""The task's own verifier, in worker processes that may be killed."""
+"""The verifier of the task, in worker processes that can be killed."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class Verifier(RewardPart):
-    """What the task's `verify(prompt, made)` gives for each attempt: a value, parts and feedback.
+    """The result of the task's `verify(prompt, made)` for each attempt: a value, parts and feedback.
 
-    timeout_s: how long a verdict may take; then its process is killed. workers: how many judge side by side.
-    An attempt that cannot be judged (time over, the verifier failed, sampling ended in an error) has
-    Reward(None), which is not the same as wrong, and its `error` says why. weight: what its values are
-    multiplied by where several rewards are added.
+    timeout_s: the time limit of a verdict in seconds. After it the worker process is killed. workers: the
+    number of worker processes. An attempt that cannot be judged (time limit, the verifier failed, sampling
+    ended in an error) has Reward(None), which is different from wrong, and its `error` gives the reason.
+    weight: the factor of its values in the sum of several rewards.
     """
 
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
@@ -40,14 +40,17 @@ class Verifier(RewardPart):
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if not cfg.task.judges:
-            yield f'{where}: the verifier asks the task for verdicts, and with its grader "none" nothing is ever judged. {JUDGED}.'
+            yield (
+                f'{where}: the verifier takes the verdicts of the task, and with the grader "none" nothing '
+                f"is ever judged. {JUDGED}."
+            )
 
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
         return weightless(where, self.weight)
 
     @asynccontextmanager
     async def open(self, context: PartContext, services: Services) -> AsyncIterator[OpenVerifier]:
-        """Shares the workers of this process where they are set alike, else starts its own."""
+        """Uses the workers of this process if they have the same settings, else starts its own."""
         from reflux.grading.graders import Graders
 
         shared = services.graders
@@ -59,7 +62,7 @@ class Verifier(RewardPart):
 
 
 class OpenVerifier:
-    """`score` may be called for many groups at once."""
+    """The open verifier. `score` may be called for several groups at the same time."""
 
     def __init__(self, task: Task, graders: Graders, clock: Clock):
         self._task, self._graders, self._clock = task, graders, clock
@@ -67,6 +70,6 @@ class OpenVerifier:
     async def score(self, group: Group) -> list[Reward]:
         started = time.perf_counter()
         rewards = await self._graders.judge_attempts(self._task, group)
-        # Of groups that wait together, each counts its own wait.
+        # If several groups wait at the same time, the waiting time of each is counted.
         self._clock.add("reward", time.perf_counter() - started)
         return rewards

@@ -1,4 +1,4 @@
-"""The rewards of a recipe as one: their values add up, each with its weight."""
+"""Combines the rewards of a recipe into one: the weighted sum of their values."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 async def open_rewards(
     rewards: Mapping[str, RewardFn], context: Callable[[str], PartContext], services: Services
 ) -> AsyncIterator[OpenReward | None]:
-    """All of them as one; None where there is none. One alone of weight 1 is itself: what it returns is the
-    attempt's reward, unchanged.
+    """All rewards as one, or None if there are none. A single reward of weight 1 is returned unchanged.
 
-    context(name): that of one part; the rewards are called "rewards.NAME" there, so that no teacher shares
-    their folders.
+    context(name): the context of one part. The rewards are called "rewards.NAME" there, so that no teacher
+    has the same folder.
     """
     async with AsyncExitStack() as stack:
         opened = {
@@ -39,13 +38,13 @@ async def open_rewards(
 
 
 class OpenWeighted:
-    """Asks all of its rewards beside each other."""
+    """Calls all its rewards concurrently and combines their results."""
 
     def __init__(self, opened: Mapping[str, OpenReward], weights: Mapping[str, float]):
         self._opened, self._weights = opened, weights
 
     async def score(self, group: Group) -> list[Reward]:
-        """`combined` for each attempt. ValueError where a reward does not return one for each."""
+        """`combined` for each attempt. ValueError if a reward does not return one result for each attempt."""
         found = await together(reward.score(group) for reward in self._opened.values())
         by_attempt = zip(group, *found, strict=True)
         return [
@@ -57,9 +56,9 @@ class OpenWeighted:
 def combined(rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> Reward:
     """The weighted sum of several rewards of one attempt, by name: value = sum_k weight_k value_k.
 
-    parts: each reward's value under its name, unweighted, and its parts as "name.part". feedback: all there
-    is, in order, a line apart. Where a value is missing there is no sum: the value is None, and `error` is
-    that of the first without one, with its name. The same where the sum is no finite number.
+    parts: the value of each reward under its name, unweighted, and its parts as "name.part". feedback: all
+    feedback in order, separated by newlines. If a value is missing, the value is None, and `error` is that of
+    the first reward without a value, with its name. If the sum is not finite, the value is None too.
     """
     parts = {name: reward.value for name, reward in rewards.items() if reward.value is not None}
     parts |= {
@@ -72,6 +71,6 @@ def combined(rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> Rew
     value = sum(weights[name] * parts[name] for name in rewards)
     if not math.isfinite(value):
         return Reward(
-            None, parts, feedback, f"the weighted sum of the rewards is {value}, which is no number"
+            None, parts, feedback, f"the weighted sum of the rewards is {value}, which is not finite"
         )
     return Reward(value, parts, feedback)
