@@ -206,7 +206,7 @@ def test_jsonl_graders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 BAD_LINES = [
     ("not json", "is not JSON"),
     ("[" * 100_000, "is not JSON"),
-    ("[1]", "is no JSON object"),
+    ("[1]", "is not a JSON object"),
     ({"answer": "1"}, "has no field 'prompt' or 'messages'"),
     ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "has both 'prompt' and 'messages'"),
     ({"prompt": ""}, "has no text in its field 'prompt'"),
@@ -282,8 +282,8 @@ def test_an_empty_split_is_explained(folder: Path, validation: float, split: Any
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({}, "give one of path"),
-        ({"path": "a", "dataset": "b"}, "give one of path"),
+        ({}, "set either path"),
+        ({"path": "a", "dataset": "b"}, "set either path"),
         ({"path": "a", "keys": {"promt": "q"}}, "did you mean 'prompt'"),
         ({"path": "a", "validation": 1.0}, "0 <= validation < 1"),
         ({"path": "a", "grader": "maths"}, "did you mean 'math'"),
@@ -338,7 +338,7 @@ def test_an_unreachable_hub_is_explained(task: Any, monkeypatch: pytest.MonkeyPa
         raise ConnectionError(f"Couldn't reach '{name}' on the Hub (LocalEntryNotFoundError)")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DataError, match=r"Couldn't reach.*give `path` a local copy"):
+    with pytest.raises(DataError, match=r"Couldn't reach.*set `path` to a local copy"):
         task.prompts("train", 0)
 
 
@@ -435,7 +435,7 @@ def test_a_mix_sends_each_answer_to_its_own_part(tmp_path: Path) -> None:
     assert mix.verify(Prompt(id="inner/words/train/1", messages=(), answer="0.5"), "0.50") == 0.0
     assert mix.verify(Prompt(id="maths/train/1", messages=(), answer="0.5"), "0.50") == 1.0
     for stranger in ("words/train/1", "maths", "inner"):
-        with pytest.raises(ValueError, match="is of no part of this mix"):
+        with pytest.raises(ValueError, match="belongs to no part of this mix"):
             mix.verify(Prompt(id=stranger, messages=(), answer="1"), "1")
 
 
@@ -443,7 +443,7 @@ def test_a_mix_sends_each_answer_to_its_own_part(tmp_path: Path) -> None:
     ("parts", "words"),
     [
         ({}, "at least one part"),
-        ({"a/b": Jsonl("x")}, "holds a slash"),
+        ({"a/b": Jsonl("x")}, "contains a slash"),
         ({"a": Jsonl("x"), "b": Jsonl("x", weight=1e-4)}, "less than 1 in 1000"),
     ],
 )

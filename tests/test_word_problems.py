@@ -183,9 +183,9 @@ def test_a_worked_solution_is_right_and_no_answer_is_an_error():
         ({"min_steps": 4}, "min_steps <= max_steps"),
         ({"longer": -1}, "must not be negative"),
         ({"weight": 0.0}, "above 0"),
-        ({"operations": ("mul",), "max_steps": 6}, "raise largest"),
-        ({"operations": ("add",), "largest": 4}, "raise largest"),
-        ({"operations": ("sub",), "largest": 2}, "raise largest"),
+        ({"operations": ("mul",), "max_steps": 6}, "Raise largest"),
+        ({"operations": ("add",), "largest": 4}, "Raise largest"),
+        ({"operations": ("sub",), "largest": 2}, "Raise largest"),
     ],
 )
 def test_settings_without_a_story_are_refused_in_words(setting, sentence):

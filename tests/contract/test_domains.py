@@ -452,7 +452,7 @@ def test_lines_of_prompts_may_ask_for_pictures(tmp_path: Path) -> None:
 @pytest.mark.parametrize("grader", ["math", "exact"])
 def test_a_grader_of_texts_judges_no_picture(tmp_path: Path, grader: str) -> None:
     with pytest.raises(
-        ConfigError, match=f'grader "{grader}" judges texts; for images give "my_module:function", or "none"'
+        ConfigError, match=f'grader "{grader}" judges texts. For images use "my_module:function", or "none"'
     ):
         load_recipe("flow", {"task": images(tmp_path, grader=grader)})
 

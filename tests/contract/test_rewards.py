@@ -99,7 +99,7 @@ def test_a_missing_value_makes_the_sum_missing_and_the_first_says_why() -> None:
 def test_a_sum_that_is_no_number_is_missing(value: float) -> None:
     found = combined({"a": Reward(value), "b": Reward(1.0)}, {"a": 1.0, "b": 1.0})
     assert found.value is None
-    assert "no number" in (found.error or "")
+    assert "not finite" in (found.error or "")
 
 
 def test_a_reward_that_forgets_an_attempt_is_an_error() -> None:

@@ -1,4 +1,4 @@
-"""The small models the quickstart uses. `python -m reflux.assets.make` makes them."""
+"""The small models of the quickstart. `python -m reflux.assets.make` trains them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pathlib import Path
 
 
 def folder(name: str) -> Path:
-    """Where a shipped model lies: "student", "teacher", "mul_teacher", "novice" and "reader" in Hugging Face
-    format, "glyph_base", "glyph_digits" and "glyph_counts" in diffusers' format."""
+    """The folder of a shipped model: "student", "teacher", "mul_teacher", "novice" and "reader" in Hugging
+    Face format; "glyph_base", "glyph_digits" and "glyph_counts" in the format of diffusers."""
     return Path(__file__).parent / name

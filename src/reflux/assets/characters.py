@@ -1,4 +1,4 @@
-"""One character, one token: the tokenizer of the shipped models."""
+"""The tokenizer of the shipped text models: one token per character."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ TEMPLATE = (
 
 
 def character_tokenizer() -> Any:
-    """A PreTrainedTokenizerFast over printable ASCII and the newline; any other character is <unk>.
+    """A PreTrainedTokenizerFast for printable ASCII and the newline. Any other character is <unk>.
 
-    A turn is its role token and its text; an assistant turn ends with <end>, the end-of-text token. A tool's
-    words are shown as a user's.
+    A turn consists of its role token and its text. An assistant turn ends with <end>, the end-of-text token.
+    A tool message has the role token of a user.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

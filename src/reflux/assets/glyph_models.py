@@ -1,12 +1,12 @@
-"""Makes the flow models of the task `glyphs` by flow matching on drawings: a generalist, and from it a
+"""Trains the flow models of the task `glyphs` by flow matching on drawings: a generalist, and from it a
 specialist for each domain.
 
 The loss is the mean of |v(x_t, t, prompt) - (x_1 - x_0)|^2 over pixels, with x_0 a drawing in [-1, 1], x_1
-noise, x_t = (1 - t) x_0 + t x_1 and t the sigmoid of a normal (arXiv 2403.03206). No model ever sees what
-another drew.
+noise, x_t = (1 - t) x_0 + t x_1 and t the sigmoid of a normal variable (arXiv 2403.03206). No model is
+trained on the output of another model.
 
-`reflux.assets.make` runs it, in about 3 minutes a model on a free core. The same seed and number of threads
-give the same weights, bit for bit.
+`reflux.assets.make` runs it. It takes about 3 minutes per model on a free core. The same seed and number of
+threads give bit-identical weights.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from reflux.tasks.glyph_drawing import DOMAINS, SIDE, WHITE, Domain, draw
 from reflux.tasks.glyphs import Glyphs
 from reflux.types import Prompt
 
-# of a prompt token, and of the pooled vector
+# the width of a prompt token and of the pooled vector
 WIDTH = 32
 CARD = """---
 library_name: diffusers
@@ -47,7 +47,8 @@ license: apache-2.0
 ---
 # Reflux {name}
 
-{role} for the toy task `glyphs`: diffusers' `SD3Transformer2DModel` on 16 x 16 pixels, without an autoencoder; it knows its prompts by
+{role} for the toy task `glyphs`: diffusers' `SD3Transformer2DModel` on 16 x 16 pixels, \
+without an autoencoder; it knows its prompts by
 heart. Trained from {origin} by flow matching on drawings (never on another model's output). Made by
 `python -m reflux.assets.make --only {name}`.
 
@@ -57,7 +58,7 @@ heart. Trained from {origin} by flow matching on drawings (never on another mode
 
 @dataclass(frozen=True)
 class FlowSpec:
-    """A flow model and how it is trained. Specialists differ by `domains`."""
+    """A flow model and the settings of its training. Specialists differ by `domains`."""
 
     name: str
     seed: int
@@ -65,13 +66,13 @@ class FlowSpec:
     steps: int = 1000
     batch: int = 64
     warmup: int = 50
-    # share of the prompts replaced by the empty one, so that guidance works
+    # the share of the prompts that are replaced by the empty prompt, so that guidance works
     blank: float = 0.1
-    # the shipped model whose weights it begins with; "" for fresh ones
+    # the shipped model whose weights it starts from; "" for an untrained model
     start: str = ""
     domains: tuple[Domain, ...] = DOMAINS
     layers: int = 4
-    # held-out prompts of each domain that it is measured by
+    # the number of held-out prompts of each domain in its evaluation
     problems: int = 480
 
 
@@ -85,7 +86,7 @@ FLOW_SPECS = {
 class GlyphScore(NamedTuple):
     right: int
     images: int
-    # mean over the images
+    # the mean quality of the images
     quality: float
 
     def __str__(self) -> str:
@@ -95,7 +96,7 @@ class GlyphScore(NamedTuple):
 
 
 def blank(spec: FlowSpec) -> FlowModel:
-    """The untrained model of a spec, float32 on the CPU: 0.58 million weights."""
+    """The untrained model of a spec, float32 on the CPU, with 0.58 million parameters."""
     torch.manual_seed(spec.seed)
     transformer = library().SD3Transformer2DModel(
         sample_size=SIDE,
@@ -116,7 +117,7 @@ def blank(spec: FlowSpec) -> FlowModel:
 
 
 def first(spec: FlowSpec) -> FlowModel:
-    """The model that a spec's training begins with."""
+    """The model from which the training of a spec starts."""
     return (
         load_flow(str(folder(spec.start)), "start", dtype="float32", device="cpu")
         if spec.start
@@ -125,13 +126,13 @@ def first(spec: FlowSpec) -> FlowModel:
 
 
 def drawings(prompts: Sequence[Prompt], rng: random.Random) -> Tensor:
-    """A drawing for each prompt, flattened, black -1 and white 1. float32 [N, D]."""
+    """A drawing for each prompt, flattened, float32 [N, D]. Black is -1 and white is 1."""
     images = np.stack([draw(prompt, rng) for prompt in prompts])
     return torch.from_numpy(images).flatten(1).float() * (2 / WHITE) - 1
 
 
 def cold_start(spec: FlowSpec) -> FlowModel:
-    """A model trained on drawings: AdamW, warm-up and cosine, gradient norm clipped at 1."""
+    """A model trained on drawings with AdamW, warm-up and cosine decay, and gradient norm clipped at 1."""
     model = first(spec)
     weights = list(model.net.train().parameters())
     optimiser = torch.optim.AdamW(weights, lr=spec.lr, weight_decay=0.01)
@@ -161,7 +162,7 @@ def cold_start(spec: FlowSpec) -> FlowModel:
 
 
 def flow_matching(model: FlowModel, clean_ND: Tensor, texts: Sequence[str], rng: torch.Generator) -> Tensor:
-    """The loss at one time and noise for each row, drawn from the random numbers."""
+    """The loss, with one random time and noise for each row."""
     noise_ND = torch.randn(clean_ND.shape, generator=rng)
     t_N = torch.randn(len(clean_ND), generator=rng).sigmoid()
     v_ND = model.velocity(clean_ND.lerp(noise_ND, t_N[:, None]), t_N, texts)
@@ -172,7 +173,7 @@ def flow_matching(model: FlowModel, clean_ND: Tensor, texts: Sequence[str], rng:
 def pictures_of(
     model: FlowModel, texts: Sequence[str], *, steps: int, guidance: float = 1.0, seed: int = 0
 ) -> list[np.ndarray]:
-    """An image for each text, by so many Euler steps from noise of this seed."""
+    """An image for each text, made by `steps` Euler steps from noise with this seed."""
     channels, height, width = model.shape()
     x_ND = torch.randn((len(texts), channels * height * width), generator=torch.Generator().manual_seed(seed))
     t_S = model.grid(steps)
@@ -191,7 +192,7 @@ def exam(
     guidance: float = 1.0,
     batch: int = 60,
 ) -> GlyphScore:
-    """How a model does on the test prompts of one domain, by which nothing was chosen: one image each."""
+    """The score of a model on the test prompts of one domain, one image each. No choice depends on them."""
     task = Glyphs(domains=(domain,), held_out=asked)
     prompts, rewards = list(problems(task, "test")), []
     for start in range(0, asked, batch):
@@ -212,9 +213,12 @@ def exam(
 
 
 def measure(model: FlowModel, spec: FlowSpec) -> list[str]:
-    """What a model is and can do, a line each."""
+    """The size, the training and the scores of a model, one per line."""
     count = sum(weight.numel() for weight in model.net.parameters())
-    made = f"{spec.steps} steps of {spec.batch} drawings, lr {spec.lr:g}, seed {spec.seed}, {torch.get_num_threads()} thread(s)"
+    made = (
+        f"{spec.steps} steps of {spec.batch} drawings, lr {spec.lr:g}, seed {spec.seed}, "
+        f"{torch.get_num_threads()} thread(s)"
+    )
     lines = [f"{count:,} parameters, stored as float16, {made}"]
     for steps, guidance in ((10, 1.0), (40, 1.0), (10, 2.0)):
         how = f"{steps} Euler steps" + (f", guidance {guidance:g}" if guidance != 1 else "")
@@ -226,8 +230,8 @@ def measure(model: FlowModel, spec: FlowSpec) -> list[str]:
 
 
 def make(spec: FlowSpec, out: Path) -> list[str]:
-    """Train the model of a spec, measure it as it is stored, and write its folder, which is whole or absent.
-    Returns the report.
+    """Train the model of a spec, evaluate the stored model, and write its folder, which is complete or
+    absent. Returns the report.
     """
     model, report = cold_start(spec), []
 

@@ -1,8 +1,8 @@
-"""Problems that show other attempts in their question, in the words a context uses: what a reader of contexts
-is taught and measured by.
+"""Problems whose question shows other attempts, with the headings of a context. A model that reads contexts
+is trained and evaluated on them.
 
-No attempt is a model's. A shown success is the worked solution; a shown failure is the worked solution with a
-mistake that is carried on.
+No attempt comes from a model. A shown success is the worked solution. A shown failure is the worked solution
+with one mistake and its consequences.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 STEP = re.compile(r"[0-9]+([-+*])([0-9]+)=[0-9]+\.")
 KINDS: dict[str, Operation] = {sign: kind for kind, sign in SIGNS.items()}
 SLIPS = (1, -1, 2, -2, 10, -10, 20, -20)
-# shares of the failures that stop early, and that end in a scramble
+# the shares of the failures that stop early, and that end in random characters
 CUT, GARBLED = 0.1, 0.1
 
 
 @dataclass(frozen=True)
 class ShownProblem(TaskPart):
-    """The stories of `task` with `successes` right and `failures` wrong attempts in the question; asked for
-    and graded as before.
+    """The stories of `task` with `successes` right and `failures` wrong attempts in the question. The answer
+    is judged as without them.
 
-    foreign: the attempts are at the next problem of the stream, so that they say nothing about the one asked;
-    a held-out split then has one problem less. The random numbers of a wrong attempt depend on its problem's
-    id alone.
+    foreign: the attempts are at the next problem of the stream, so they give no information about the asked
+    problem. A held-out split then has one problem less. The random numbers of a wrong attempt depend on the
+    id of its problem alone.
     """
 
     task: WordProblems
@@ -79,12 +79,12 @@ class ShownProblem(TaskPart):
 
 
 def failed(solution: str, rng: random.Random) -> str:
-    """A wrong attempt made of a worked solution: one number is wrong, and all that follows from it; a few
-    stop early or end in a scramble.
+    """A wrong attempt made from a worked solution: one number is wrong, with all its consequences. A few
+    attempts stop early or end in random characters.
 
-    The wrong number is the start or the result of a step: some other number nearby, or the number less a
-    digit. What the attempt ends with is never the right answer, since every step takes different numbers to
-    different ones. ValueError for a text that is no worked solution.
+    The wrong number is the start or the result of a step. It is replaced by a number nearby, or it loses a
+    digit. The last number is never the right answer, because every step maps different numbers to different
+    numbers. ValueError for a text that is not a worked solution.
     """
     start, steps = read(solution)
     while True:
@@ -109,8 +109,8 @@ def read(solution: str) -> tuple[int, tuple[tuple[Operation, int], ...]]:
 
 
 def _worked(start: int, steps: Sequence[tuple[Operation, int]], mistake: int, rng: random.Random) -> str:
-    """The text with a wrong number at `mistake`, 0 the start, k the result of step k; "" where it would fall
-    below 0.
+    """The text with a wrong number at `mistake` (0: the start, k: the result of step k). "" if a value would
+    be negative.
     """
     value = slip(start, rng) if mistake == 0 else start
     parts = [f"Start: {value}."]
@@ -126,8 +126,8 @@ def _worked(start: int, steps: Sequence[tuple[Operation, int]], mistake: int, rn
 
 
 def slip(number: int, rng: random.Random) -> int:
-    """Another number than this one, both not below 0, as one gets by a slip: near it, ten or twenty off, or
-    with a digit lost.
+    """A wrong number that looks like a mistake: 1, 2, 10 or 20 away from `number`, or without one digit.
+    Neither number is negative.
     """
     digits = str(number)
     if len(digits) > 1 and rng.random() < 0.3:

@@ -1,10 +1,11 @@
-"""Makes the small models by supervised learning on worked solutions, and the flow models on drawings
-(`reflux.assets.glyph_models`); a model made from another one is made after it.
+"""Trains the small text models on worked solutions, and the flow models on drawings
+(`reflux.assets.glyph_models`). A model that starts from another one is trained after it.
 
-`python -m reflux.assets.make [--only NAME] [--out DIR]`: the teachers in about 10 minutes each on a free
-core, the reader in about 10, the student and the novice in about 3, each flow model in about 3.
+`python -m reflux.assets.make [--only NAME] [--out DIR]` takes, on a free core, about 10 minutes for each
+teacher and for the reader, and about 3 minutes for the student, for the novice and for each flow model.
 
-No model ever sees what another wrote. The same seed and number of threads give the same weights, bit for bit.
+No model is trained on the output of another one. The same seed and number of threads give bit-identical
+weights.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ IGNORED = -100
 
 
 def blank(spec: Spec, tokenizer: Any) -> Qwen3ForCausalLM:
-    """The untrained model of a spec: Qwen3, float32, tied embeddings."""
+    """The untrained model of a spec: Qwen3, float32, with tied embeddings."""
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
     ends = {
@@ -64,15 +65,15 @@ def blank(spec: Spec, tokenizer: Any) -> Qwen3ForCausalLM:
 
 
 def first(spec: Spec, tokenizer: Any) -> Qwen3ForCausalLM:
-    """The model a spec's training begins with."""
+    """The model from which the training of a spec starts."""
     from transformers import Qwen3ForCausalLM
 
     return Qwen3ForCausalLM.from_pretrained(folder(spec.start)) if spec.start else blank(spec, tokenizer)
 
 
 def encode(prompts: list[Prompt], tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """(ids_BT, labels_BT), padded on the right: question and first reference, of which only the reference and
-    its end are learnt.
+    """(ids_BT, labels_BT), padded on the right. A row is the question and the first reference. Only the
+    reference and its end token have labels.
     """
     asked = tokenizer.apply_chat_template(
         [list(prompt.messages) for prompt in prompts], add_generation_prompt=True
@@ -87,7 +88,9 @@ def encode(prompts: list[Prompt], tokenizer: Any) -> tuple[Tensor, Tensor]:
 
 
 def cold_start(spec: Spec, tokenizer: Any) -> Qwen3ForCausalLM:
-    """A model trained on worked solutions: AdamW, warm-up and cosine, gradient norm clipped at 1."""
+    """A model trained on worked solutions with AdamW, warm-up and cosine decay, and gradient norm clipped at
+    1.
+    """
     model = first(spec, tokenizer).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=spec.lr, betas=(0.9, 0.98), weight_decay=0.01)
     stream, begun = spec.task.prompts("train", spec.seed), time.monotonic()
@@ -116,7 +119,7 @@ def cold_start(spec: Spec, tokenizer: Any) -> Qwen3ForCausalLM:
 
 @torch.no_grad()
 def accuracy(model: Any, tokenizer: Any, task: Task, *, batch: int = 250) -> tuple[int, int]:
-    """(right, problems) of greedy answers on the test problems, by which nothing was chosen."""
+    """(right, problems) of greedy answers to the test problems. No choice depends on these problems."""
     prompts, right = list(problems(task, "test")), 0
     for first in range(0, len(prompts), batch):
         some = prompts[first : first + batch]
@@ -137,7 +140,7 @@ def accuracy(model: Any, tokenizer: Any, task: Task, *, batch: int = 250) -> tup
 
 
 def measure(model: Any, tokenizer: Any, spec: Spec) -> list[str]:
-    """What a model is and can do, a line each."""
+    """The size, the training and the accuracies of a model, one per line."""
     made = (
         f"{spec.steps} steps of {spec.batch} problems, seed {spec.seed}, {torch.get_num_threads()} thread(s)"
     )
@@ -162,16 +165,16 @@ def measure(model: Any, tokenizer: Any, spec: Spec) -> list[str]:
 
 
 def difference(task: Any, exam: Any) -> str:
-    """The settings in which what a model was trained on differs from what it is measured by."""
+    """The settings in which the training task differs from the test task."""
     return ", ".join(f"{key} = {value}" for key, value in asdict(task).items() if value != asdict(exam)[key])
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--only", choices=[*SPECS, *glyph_models.FLOW_SPECS], help="make this one (default: all)"
+        "--only", choices=[*SPECS, *glyph_models.FLOW_SPECS], help="train only this model (default: all)"
     )
-    parser.add_argument("--out", type=Path, help="folder for the models (default: beside this file)")
+    parser.add_argument("--out", type=Path, help="folder for the models (default: the folder of this file)")
     parser.add_argument("--threads", type=int, default=1, help="the shipped models were made with 1")
     asked = parser.parse_args(arguments)
     torch.set_num_threads(asked.threads)

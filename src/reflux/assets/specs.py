@@ -1,4 +1,4 @@
-"""The small text models: their shapes, their problems and their seeds."""
+"""The small text models: their shapes, tasks and seeds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from reflux.tasks.word_problems import WordProblems
 
 @dataclass(frozen=True)
 class Spec:
-    """A model and how it is trained. Specialists differ by `task`, e.g. WordProblems(operations=("mul",))."""
+    """A model and the settings of its training. Specialists differ by `task`, e.g.
+    WordProblems(operations=("mul",)).
+    """
 
     name: str
     layers: int
@@ -24,13 +26,13 @@ class Spec:
     batch: int = 64
     lr: float = 3e-3
     warmup: int = 50
-    # the shipped model whose weights it begins with; "" for fresh ones
+    # the shipped model whose weights it starts from; "" for an untrained model
     start: str = ""
-    # what it is trained on
+    # the training task
     task: Task = WordProblems()
-    # what it is measured by
+    # the test task
     exam: WordProblems = WordProblems()
-    # and by these besides, under these titles
+    # further test tasks, with their titles in the report
     also: tuple[tuple[str, Task], ...] = ()
 
 
@@ -41,9 +43,10 @@ FAR = WordProblems(largest=999)
 PRODUCTS = WordProblems(operations=("mul",), largest=70)
 
 
-# Every number of attempts that "two successes and one failure" can come to. A trailing underscore: with
-# numbers that nobody can reckon with after so few steps, so that only reading helps; they teach to copy.
-# Where no success is shown, only small numbers are learnt.
+# All numbers of attempts that a context with at most two successes and one failure can have. Names with a
+# trailing underscore use numbers that are too large to compute with after so few training steps, so only
+# reading the shown attempts helps. They train the model to copy. Without a shown success, only small numbers
+# are trained.
 READING = Mix(
     parts={
         "plain": replace(SMALL, weight=0.25),
@@ -71,8 +74,9 @@ SHOWN = {
 }
 
 
-# The teachers know more than they are asked; the student is good at small numbers and lost above them. So is
-# the reader, unless shown how, and the novice, who can multiply small numbers besides.
+# The teachers are trained on larger numbers than they are tested on. The student solves problems with small
+# numbers and fails above them. The reader is like the student, but with shown attempts it also solves larger
+# ones. The novice is like the student and can also multiply small numbers.
 SPECS = {
     "teacher": Spec("teacher", layers=3, steps=1500, seed=1, batch=96, task=WordProblems(largest=99)),
     "student": Spec("student", layers=2, steps=600, seed=12, lr=2e-3, task=SMALL),

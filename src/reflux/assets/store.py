@@ -1,4 +1,4 @@
-"""Writes a model folder in Hugging Face format, safetensors only, so that a reader never sees half of one."""
+"""Writes a model folder in Hugging Face format (safetensors only). The folder is complete or absent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ license: apache-2.0
 ---
 # Reflux {name}
 
-A {role} for the toy task `word_problems`: Qwen3 architecture, one character a token, trained from {origin} on worked solutions
+A {role} for the toy task `word_problems`: Qwen3 architecture, one character a token, \
+trained from {origin} on worked solutions
 (never on another model's output). Made by `python -m reflux.assets.make --only {name}`.
 
 {report}
@@ -22,8 +23,8 @@ A {role} for the toy task `word_problems`: Qwen3 architecture, one character a t
 
 
 def save(model: Any, tokenizer: Any, name: str, report: list[str], out: Path, start: str = "") -> None:
-    """Write model, tokenizer and card as one folder that is whole or absent; `start` is the shipped model it
-    was made from, if any.
+    """Write model, tokenizer and card as one folder that is complete or absent. `start` is the shipped model
+    from which the training started, if any.
     """
 
     def fill(scratch: Path) -> None:

@@ -142,7 +142,7 @@ def as_glyph(prompt: Prompt, made: Any) -> Reward:
 async def measured(
     evaluation: Evaluation, prompts: Sequence[Prompt], samples: int, draw: SamplingParams, at_once: int = 64
 ) -> AsyncIterator[list[Counted]]:
-    """Counts of `at_once` prompts at a time, in order. The answers depend on prompt and sample index alone."""
+    """The counts of `at_once` prompts at a time. The answers depend on prompt and sample index alone."""
     for start in range(0, len(prompts), at_once):
         chunk = prompts[start : start + at_once]
         groups = await evaluation.groups(chunk, samples, draw)

@@ -1,4 +1,4 @@
-"""Where prompts come from, and how an answer is judged."""
+"""Tasks: they give prompts and judge answers. The protocol is in `base.py`."""
 
 TASKS = {
     "word_problems": "reflux.tasks.word_problems:WordProblems",

@@ -1,9 +1,9 @@
-"""A task: where prompts come from, and how an answer is judged.
+"""The protocol of tasks. A task gives prompts and judges answers.
 
-A task is a frozen value. `prompts` streams for ever (or raises StopIteration when a split is finite and
-passes are over); the same (split, seed, start) always gives the same prompts, so a run resumes by position
-alone. `verify` is pure, imports no torch, and runs in a worker process that is killed when it takes too long:
-it may be called on anything a model can write.
+A task is a frozen value. `prompts` is an endless stream, or a finite one for a split that ends. The same
+(split, seed, start) always gives the same prompts, so a run can resume from the position alone. `verify` is
+pure and imports no torch. It may be called with anything that a model can write, and it runs in a worker
+process that is killed when it takes too long.
 """
 
 from __future__ import annotations
@@ -18,87 +18,88 @@ if TYPE_CHECKING:
     from reflux.rollouts.environment import Environment
 
 Split = Literal["train", "validation", "test"]
-# two blocks of a mix
+# The default of `patience`: two blocks of a mix.
 PATIENCE = 2000
-# a remedy where nothing is judged
+# The remedy in messages about a task that judges nothing.
 JUDGED = 'Name one that judges, such as task.grader = "my_module:function"'
 
 
 class TaskPart(Part, Protocol):
-    """What a task inherits: the defaults of what it may leave unsaid."""
+    """The base class of tasks. It holds the defaults of their optional members."""
 
-    # True where it asks other tasks by turns
+    # True if the task mixes the prompts of other tasks
     mixes: ClassVar[bool] = False
 
     @property
     def judges(self) -> bool:
-        """False where `verify` never has a verdict."""
+        """False if `verify` never gives a verdict."""
         return True
 
     @property
     def local(self) -> bool:
-        """False where its prompts may have to be downloaded: a plan then does not ask for one."""
+        """False if its prompts may have to be downloaded. Then `reflux plan` reads no prompt."""
         return True
 
     @property
     def ends(self) -> bool | None:
-        """True where its training prompts come again, False where there are always new ones; None: not known."""
+        """True if its training prompts repeat, False if they are always new, None if this is not known."""
         return None
 
     @property
     def patience(self) -> int:
-        """So many training prompts in a row that were there before, and a pass over them is over."""
+        """A pass over the training prompts has ended after this many known prompts in a row."""
         return 1 if self.ends else PATIENCE
 
     @property
     def multi_turn(self) -> bool:
-        """True where `open_env` opens environments, for some of its prompts at least."""
+        """True if `open_env` opens an environment for at least some of its prompts."""
         return False
 
     def open_env(self, prompt: Prompt) -> Environment | None:
-        """Opens what answers the student's turns in one attempt; None where the prompt is answered in one
-        turn.
+        """Opens the environment that answers the student's turns in one attempt. None if the prompt is
+        answered in one turn.
         """
         return None
 
     @property
     def judge(self) -> str | None:
-        """The grader with which the task `jsonl` judges these prompts as this task does; None: it has none. A
-        subclass that judges otherwise says so here."""
+        """The grader with which the task `jsonl` judges these prompts as this task does. None if there is no
+        such grader. A subclass with another verifier must override it."""
         return None
 
     def part_of(self, prompt: Prompt) -> str | None:
-        """The name of the mixed task that the prompt came from; None where none is mixed."""
+        """The name of the part of a mix that the prompt comes from. None if this task is not a mix."""
         return None
 
 
 class Task(TaskPart, Protocol):
     @property
     def weight(self) -> float:
-        """Its share where several tasks are mixed."""
+        """Its share in a mix of tasks."""
         ...
 
     @property
     def routes(self) -> frozenset[str | None] | None:
-        """The routes its prompts may carry (None in it: some have none); None: not known before they are
-        read.
+        """The routes that its prompts may have. None in the set: some prompts have no route. None instead of
+        the set: not known before the prompts are read.
         """
         ...
 
     @property
     def rollouts(self) -> type[Rollout]:
-        """What it can judge: texts (TokenRollout) or images (FlowRollout)."""
+        """The class of rollouts that it can judge: TokenRollout (texts) or FlowRollout (images)."""
         ...
 
     def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
-        """Prompts from position `start` on. "train" never ends (a new order each epoch, the same ids); the
-        others end.
+        """Prompts from position `start` on. "train" never ends (a new order in each epoch, with the same
+        ids). The other splits end.
         """
         ...
 
     def verify(self, prompt: Prompt, made: Any) -> float | Reward:
-        """1.0 right, 0.0 wrong, or between; a Reward where there are parts to tell besides, such as {"quality": 0.9}.
+        """1.0 for right, 0.0 for wrong, or a number between. A Reward can have parts too, such as {"quality":
+        0.9}.
 
-        `made` is the text or the image (uint8) that the student made. Raises ValueError without an answer.
+        `made` is the text or the image (uint8) of the student. Raises ValueError if the prompt has no answer.
         """
         ...

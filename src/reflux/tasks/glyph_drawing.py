@@ -1,9 +1,10 @@
-"""Glyphs, drawn by Pillow: a digit near the centre, or squares on a lattice. Images are uint8 [16, 16], 0
+"""Draws glyphs with Pillow: a digit near the centre, or squares on a lattice. Images are uint8 [16, 16]; 0 is
 black and 255 white.
 
-. . # # # # # # . .       a digit is 3 x 5 dots of 2 x 2 pixels,           # # # . . # # # . .      a square is 3 x 3 pixels,
-. . # # # # # # . .       at most one pixel off the centre                 # # # . . # # # . .      2 apart, on a lattice of
-. . # # . . # # . .       each way: 9 places                               # # # . . # # # . .      3 x 3 places
+. . # # # # # # . .    a digit is 3 x 5 dots of 2 x 2      # # # . . # # # . .    a square is 3 x 3 pixels;
+. . # # # # # # . .    pixels, at most one pixel off       # # # . . # # # . .    squares are 2 pixels apart
+. . # # . . # # . .    the centre in x and y               # # # . . # # # . .    on a lattice of 3 x 3
+                       (9 positions)                                              positions
 """
 
 from __future__ import annotations
@@ -37,20 +38,20 @@ FONT = (
 )
 # a dot of the font is DOT x DOT pixels
 DOT = 2
-# where a digit in the centre begins
+# the upper left corner of a digit in the centre, in pixels
 LEFT, TOP = 5, 3
-# pixels off the centre, each way
+# the shifts of a digit from the centre in x and in y, in pixels
 SHIFTS = (-1, 0, 1)
-# pixels: a square's side, from one square to the next, and before the first
+# in pixels: the side of a square, the distance from one square to the next, and the margin before the first
 SQUARE, PITCH, EDGE = 3, 5, 1
-# places on the lattice, row by row
+# the number of positions on the lattice, row by row
 CELLS = 9
 
 NUMBERS: dict[Domain, range] = {"digits": range(len(FONT)), "counts": range(1, CELLS + 1)}
 
 
 def asked(prompt: Prompt) -> tuple[Domain, int]:
-    """What a prompt of this task asks for. ValueError for a prompt of another task."""
+    """The domain and the number of a prompt of this task. ValueError for a prompt of another task."""
     for domain, numbers in NUMBERS.items():
         if prompt.route == domain:
             found = [number for number in numbers if prompt.answer == str(number)]
@@ -58,14 +59,14 @@ def asked(prompt: Prompt) -> tuple[Domain, int]:
                 return domain, found[0]
     raise ValueError(
         f"prompt {prompt.id} asks for no glyph: its route is {prompt.route!r} and its answer "
-        f"{prompt.answer!r}, where 'digits' with 0 to "
-        f"9 or 'counts' with 1 to {CELLS} is needed; glyphs must grade its own prompts"
+        f"{prompt.answer!r}, but route 'digits' needs an answer from 0 to 9, and route 'counts' one from 1 "
+        f"to {CELLS}. The task glyphs can only judge its own prompts"
     )
 
 
 def draw(prompt: Prompt, rng: random.Random) -> np.ndarray:
-    """An image of what the prompt asks for, without a flaw; the random numbers choose the place, or the
-    places. uint8 [16, 16].
+    """A perfect image for the prompt, uint8 [16, 16]. The random numbers choose the position of the digit, or
+    the positions of the squares.
     """
     domain, number = asked(prompt)
     if domain == "digits":
@@ -74,7 +75,7 @@ def draw(prompt: Prompt, rng: random.Random) -> np.ndarray:
 
 
 def digit(value: int, right: int = 0, down: int = 0) -> np.ndarray:
-    """The digit `value`, so many pixels off the centre. uint8 [16, 16]."""
+    """The digit `value`, shifted from the centre by `right` and `down` pixels. uint8 [16, 16]."""
     rows = FONT[value].split()
     dots = [
         (LEFT + right + DOT * x, TOP + down + DOT * y)
@@ -86,14 +87,14 @@ def digit(value: int, right: int = 0, down: int = 0) -> np.ndarray:
 
 
 def squares(cells: Collection[int]) -> np.ndarray:
-    """A square on each of these places of the lattice. uint8 [16, 16]."""
+    """A square at each of these positions of the lattice. uint8 [16, 16]."""
     return _boxes([(EDGE + PITCH * (cell % 3), EDGE + PITCH * (cell // 3)) for cell in cells], SQUARE)
 
 
 @cache
 def ideals(domain: Domain) -> np.ndarray:
-    """Every image that can be drawn in a domain, in the order of `owners`. uint8 [images, 16, 16]: 90 digits,
-    511 sets of squares.
+    """Every image that can be drawn in a domain, number by number. uint8 [images, 16, 16]: 90 digits, 511
+    sets of squares.
     """
     if domain == "digits":
         images = [
@@ -106,13 +107,13 @@ def ideals(domain: Domain) -> np.ndarray:
             for cells in itertools.combinations(range(CELLS), number)
         ]
     whole = np.stack(images)
-    # kept for the next caller
+    # Read-only, because the cache returns the same array to every caller.
     whole.setflags(write=False)
     return whole
 
 
 def _boxes(corners: Collection[tuple[int, int]], side: int) -> np.ndarray:
-    """White boxes on black, by their upper left corners (x, y)."""
+    """White boxes on black, given by their upper left corners (x, y)."""
     from PIL import Image, ImageDraw
 
     image = Image.new("L", (SIDE, SIDE))

@@ -1,8 +1,9 @@
-"""Small images on demand, which a program can judge: "the digit 7", or "4 squares". The embedded default of
-flow models.
+"""Small images that a program can judge: "the digit 7", or "4 squares". The built-in default task of flow
+models.
 
-An image is 16 x 16 pixels in one channel. There are only a few different prompts, so a prompt's id, on which
-a sampler's random numbers depend, also says how often it was asked before: each time another image is made.
+An image has 16 x 16 pixels in one channel. There are only a few different prompts. So the id of a prompt
+contains the number of its earlier occurrences. The sampler's random numbers depend on the id, so the same
+prompt gives a different image each time.
 """
 
 from __future__ import annotations
@@ -22,26 +23,26 @@ from reflux.types import FlowRollout, Prompt, Reward, Rollout
 
 @dataclass(frozen=True, config=STRICT)
 class Glyphs(TaskPart):
-    """Prompts of `domains` by turns; within a domain every number once, in an order drawn from the seed,
-    before any comes again.
+    """Prompts of `domains` in turn. Within a domain every number occurs once before any number repeats.
 
-    digits: "the digit 0" to "the digit 9". Right if the image's nearest drawing of any digit at any of its 9
-    places is one of the asked digit, and of no other, at most 6 pixels off. counts: "1 square" to
-    "`largest_count` squares", at most 9. Right if exactly so many pieces of ink (pixels brighter than half),
-    joined by their sides, have at least 4 pixels; their shape and place do not matter. `Prompt.route` is the
-    domain, so that teachers can specialise. held_out: how many prompts "validation" and "test" hold each;
-    "train" never ends. The verdict's part `quality` says how clean the image is, whatever was asked
+    The order of the numbers is drawn from the seed. digits: "the digit 0" to "the digit 9". An image is right
+    if the nearest drawing of any digit, at any of its 9 positions, shows the digit of the prompt and no other
+    digit is equally near, with at most 6 different pixels. counts: "1 square" to "`largest_count` squares",
+    at most 9. An image is right if exactly that number of connected areas of ink (pixels brighter than half,
+    connected by sides) have at least 4 pixels. Their shape and position do not matter. `Prompt.route` is the
+    domain, so teachers can be specialists. held_out: the number of prompts in each of "validation" and
+    "test". "train" never ends. The part `quality` of the reward is independent of the prompt
     (`glyph_reading.quality`).
 
-    Prompt number p of a split depends on (split, seed, p) alone, so `start` costs nothing; its id and text on
-    the split, the number asked for and how often it came before. ValueError for domains that repeat or are
-    none, a largest_count outside 1..9, a negative held_out, a weight not above 0.
+    Prompt number p of a split depends on (split, seed, p) alone, so `start` costs nothing. Its id and text
+    depend on the split, its number and its earlier occurrences. ValueError if domains are empty or repeated,
+    if largest_count is outside 1..9, if held_out is negative, or if weight is not above 0.
     """
 
     domains: tuple[Domain, ...] = DOMAINS
-    # the shipped models know 1 to 6
+    # the largest number of squares; the shipped models were trained on 1 to 6
     largest_count: int = 6
-    # by default a whole number of rounds of 10 digits and of 6 counts
+    # number of prompts in each held-out split; the default is a multiple of 10 digits and of 6 counts
     held_out: int = 480
     weight: float = 1.0
 
@@ -50,7 +51,7 @@ class Glyphs(TaskPart):
             raise ValueError("domains must name at least one of digits, counts, each once")
         if not 1 <= self.largest_count <= CELLS:
             raise ValueError(
-                f"largest_count must lie between 1 and {CELLS}, the places for squares, got "
+                f"largest_count must be between 1 and {CELLS}, the number of positions for squares, got "
                 f"{self.largest_count}"
             )
         if self.held_out < 0 or not self.weight > 0:
@@ -73,14 +74,16 @@ class Glyphs(TaskPart):
         return FlowRollout
 
     def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
-        """Prompts from position `start` on; "train" for ever, the others `held_out` of them."""
+        """Prompts from position `start` on. "train" never ends, the other splits have `held_out` prompts."""
         position = start
         while split == "train" or position < self.held_out:
             yield self._prompt(split, seed, position)
             position += 1
 
     def verify(self, prompt: Prompt, made: Any) -> Reward:
-        """1.0 or 0.0, and the image's quality. ValueError for a prompt of another task, and for what is no uint8 [16, 16]."""
+        """1.0 or 0.0, with the quality of the image. ValueError for a prompt of another task, and for an
+        image that is not uint8 [16, 16].
+        """
         from reflux.tasks.glyph_reading import checked, is_right, quality
 
         domain, number = asked(prompt)
@@ -88,7 +91,7 @@ class Glyphs(TaskPart):
         return Reward(float(is_right(image, domain, number)), parts={"quality": quality(image, domain)})
 
     def texts(self) -> list[str]:
-        """Every prompt that can be asked, domain by domain."""
+        """The texts of all prompts, domain by domain."""
         return [text_of(domain, number) for domain in self.domains for number in self._numbers(domain)]
 
     def _numbers(self, domain: Domain) -> range:
@@ -110,5 +113,5 @@ class Glyphs(TaskPart):
 
 
 def text_of(domain: Domain, number: int) -> str:
-    """What a user asks for: "the digit 7", "1 square", "4 squares"."""
+    """The text of a prompt: "the digit 7", "1 square", "4 squares"."""
     return f"the digit {number}" if domain == "digits" else f"{number} square{'s' if number > 1 else ''}"

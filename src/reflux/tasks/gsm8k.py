@@ -1,4 +1,4 @@
-"""Grade-school mathematics, 7,473 problems to train on and 1,319 to be tested on (Cobbe et al.,
+"""GSM8K, grade-school mathematics: 7,473 training problems and 1,319 test problems (Cobbe et al.,
 arXiv:2110.14168).
 """
 
@@ -30,15 +30,16 @@ GSM8K = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class Gsm8k(TaskPart):
-    """One user message: the question, a blank line, the `instruction`. The answer is what follows "####"; all
-    of it is a reference.
+    """One user message per problem: the question, a blank line, and the `instruction`.
 
-    path: a folder with train.jsonl and test.jsonl of {"question", "answer"}; without it the hub dataset
-    openai/gsm8k. validation: the share of the training problems held out for it, chosen by a hash of the id.
-    Ids are "gsm8k/train/17" (line or row from 1). route: which teacher answers, where several share a name.
-    Answers are graded as `reflux.grading.math` says.
+    The answer is the text after "####" in the solution. The whole solution is a reference. path: a folder
+    with train.jsonl and test.jsonl of {"question", "answer"}. Without it, the hub dataset openai/gsm8k is
+    used. validation: the share of the training problems that is held out for validation, chosen by a hash of
+    the id. Ids are "gsm8k/train/17" (line or row, from 1). route: selects the teacher if several have the
+    same alias. Answers are graded by `reflux.grading.math`.
 
-    "train" never ends: a new order each epoch. DataError, with file and line, for data that cannot be used.
+    "train" never ends: a new order in each epoch. DataError, with file and line, for data that cannot be
+    used.
     """
 
     path: str | None = None
@@ -50,7 +51,7 @@ class Gsm8k(TaskPart):
     def __post_init__(self) -> None:
         if not 0 <= self.validation < 1:
             raise ValueError(
-                "validation is the share of the training problems held out, so 0 <= validation < 1"
+                "validation is the share of the training problems that is held out, so 0 <= validation < 1"
             )
         if not self.weight > 0:
             raise ValueError("weight must be above 0")
@@ -85,13 +86,15 @@ class Gsm8k(TaskPart):
         prompts = [prompt for prompt in self._load("train") if held_out(prompt, self.validation) == wanted]
         if not prompts:
             raise DataError(
-                f"task gsm8k: no problem is left for the split '{split}' at validation = {self.validation}; "
-                "choose another share."
+                f"task gsm8k: no problem is left for the split '{split}' at validation = {self.validation}. "
+                "Choose another share."
             )
         return iter(prompts[start:]) if wanted else endless(prompts, seed, start)
 
     def verify(self, prompt: Prompt, made: Any) -> float:
-        """1.0 where the final answer of the text equals the stored one. ValueError for a prompt without an answer."""
+        """1.0 if the final answer of the text equals the stored one, else 0.0. ValueError for a prompt
+        without an answer.
+        """
         from reflux.grading.math import grade
 
         if prompt.answer is None:
@@ -105,9 +108,9 @@ class Gsm8k(TaskPart):
             folder = Path(self.path).expanduser()
             if not folder.is_dir():
                 raise DataError(
-                    f"task gsm8k: there is no folder {self.path}; nothing was written. It must hold "
-                    "train.jsonl and test.jsonl of "
-                    f'{{"question", "answer"}}; without `path` the dataset comes from the Hugging Face hub.'
+                    f"task gsm8k: there is no folder {self.path}; nothing was written. It must contain "
+                    'train.jsonl and test.jsonl of {"question", "answer"}. Without `path` the dataset comes '
+                    f"from the Hugging Face hub."
                 )
             lines, where = read_lines(folder / f"{name}.jsonl", "gsm8k"), f"task gsm8k: {folder / name}.jsonl"
         return make_prompts(lines, where, partial(self._prompt, name))

@@ -1,4 +1,4 @@
-"""Your own prompts: one JSON object a line, from a local file or from a dataset of the Hugging Face hub."""
+"""Prompts of a user, one JSON object per line, from a local file or a dataset of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
 
 KEYS = ("prompt", "messages", "answer", "references", "route", "id")
-# what of a message is kept
+# the keys of a message that are kept
 _OF_MESSAGES = ("role", "content", "tool_calls", "tool_call_id", "name")
 GRADERS = ("math", "exact", "none")
 
 
 @dataclass(frozen=True, config=STRICT)
 class Jsonl(TaskPart):
-    """Lines of {"prompt" or "messages", "answer", "references", "route", "id"}: one of the first two, the
-    rest where you have it.
+    """Prompts from lines of {"prompt" or "messages", "answer", "references", "route", "id"}.
 
-    prompt: one user message. messages: a chat, [{"role", "content"}, ...], ending before the turn that the
-    student shall write; where tools were called, with "tool_calls" (the content may then be null),
-    "tool_call_id" and "name". answer: text or a number. references: worked answers, for the `references`
-    sampler. route: which teacher answers (default: the field `route` of this task). id: stable and unique
-    (default: "train/17", the line it stands on).
+    Each line needs one of the first two; the other keys are optional. prompt: one user message. messages: a
+    chat, [{"role", "content"}, ...], that ends before the turn of the student. If tools were called, messages
+    have "tool_calls" (the content may then be null), "tool_call_id" and "name". answer: text or a number.
+    references: worked answers, for the `references` sampler. route: selects the teacher (default: the field
+    `route` of this task). id: stable and unique (default: "train/17", the number of the line).
 
-    path: the file; or dataset (and dataset_config, dataset_split): on the hub. keys: other names for these
-    columns, e.g. {prompt = "question"}; columns that are not named here are ignored. validation: a share of
-    the lines, held out by a hash of their id; or the name of a file (of a split on the hub) that is the
-    validation set. test: the file (the hub's split) of test lines; without it, "test" is the validation set.
-    instruction: appended to the last message after a blank line. grader: "math" (see `reflux.grading.math`),
-    "exact" (text or final answer, white space folded), "none", or "my_module:function", called with (prompt,
-    what the student made) and returning a number from 0 to 1, or a Reward. makes: "text", or "image" for flow
-    models; an image is judged by a grader of your own, which meets uint8 [height, width(, 3)].
+    path: the file. dataset (with dataset_config and dataset_split): a dataset on the hub, instead of path.
+    keys: other names of these columns, e.g. {prompt = "question"}. Other columns are ignored. validation: a
+    share of the lines, held out by a hash of their id; or the name of a file (on the hub: of a split) that is
+    the validation set. test: the file (on the hub: the split) of test lines. Without it, "test" is the
+    validation set. instruction: appended to the last message after a blank line. grader: "math" (see
+    `reflux.grading.math`), "exact" (equal text or final answer, ignoring differences of white space), "none",
+    or "my_module:function". This function is called with (prompt, text or image of the student) and returns a
+    number from 0 to 1, or a Reward. makes: "text", or "image" for flow models. An image needs a grader of the
+    user, which gets uint8 [height, width(, 3)].
 
-    "train" never ends: a new order each epoch. DataError, with file and line, for data that cannot be used.
+    "train" never ends: a new order in each epoch. DataError, with file and line, for data that cannot be
+    used.
     """
 
     path: str | None = None
@@ -63,7 +64,7 @@ class Jsonl(TaskPart):
     def __post_init__(self) -> None:
         if (self.path is None) == (self.dataset is None):
             raise ValueError(
-                "give one of path (a file of JSON lines) and dataset (a name on the Hugging Face hub)"
+                "set either path (a file of JSON lines) or dataset (a name on the Hugging Face hub)"
             )
         for key in self.keys or {}:
             if key not in KEYS:
@@ -72,7 +73,7 @@ class Jsonl(TaskPart):
                 )
         if not isinstance(self.validation, str) and not 0 <= self.validation < 1:
             raise ValueError(
-                "validation is a share of the lines (0 <= validation < 1), or the name of a file of its own"
+                "validation is a share of the lines (0 <= validation < 1), or the name of a separate file"
             )
         if self.grader not in GRADERS and ":" not in self.grader:
             raise ValueError(
@@ -81,7 +82,7 @@ class Jsonl(TaskPart):
             )
         if self.makes == "image" and self.grader in ("math", "exact"):
             raise ValueError(
-                f'grader "{self.grader}" judges texts; for images give "my_module:function", or "none"'
+                f'grader "{self.grader}" judges texts. For images use "my_module:function", or "none"'
             )
         if not self.weight > 0:
             raise ValueError("weight must be above 0")
@@ -89,7 +90,9 @@ class Jsonl(TaskPart):
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         module = self.grader.partition(":")[0]
         if self.grader not in GRADERS and not importable(module):
-            yield f"{where}.grader: there is no module '{module}' for it. Is it installed, or its folder on PYTHONPATH?"
+            yield (
+                f"{where}.grader: there is no module '{module}'. Install it, or add its folder to PYTHONPATH."
+            )
 
     @property
     def judges(self) -> bool:
@@ -113,7 +116,7 @@ class Jsonl(TaskPart):
 
     @property
     def routes(self) -> frozenset[str | None] | None:
-        """Read from the files; not known of a dataset on the hub, which a check does not download."""
+        """The routes in the files. None for a dataset on the hub, because a check does not download it."""
         if self.path is None:
             return None
         files = [("train", self.path), ("test", self.test), ("validation", self.validation)]
@@ -137,13 +140,12 @@ class Jsonl(TaskPart):
         if not prompts:
             raise DataError(
                 f"task jsonl: no line of {main} is left for the split '{split}' at validation = "
-                f"{self.validation}. Choose another share, "
-                f"or give validation a file of its own."
+                f"{self.validation}. Choose another share, or set validation to a separate file."
             )
         return endless(prompts, seed, start) if split == "train" else iter(prompts[start:])
 
     def verify(self, prompt: Prompt, made: Any) -> float | Reward:
-        """The grader's verdict. ValueError without an answer to compare with, or with the grader "none"."""
+        """The grader's verdict. ValueError if the prompt has no answer, or with the grader "none"."""
         if self.grader == "none":
             raise ValueError("the task has grader = none, so nothing can be judged")
         if self.grader not in GRADERS:
@@ -189,7 +191,7 @@ def _messages(
 ) -> tuple[Message, ...]:
     names = [columns.get(key, key) for key in ("prompt", "messages")]
     if prompt is not None and messages is not None:
-        raise ValueError(f"has both '{names[0]}' and '{names[1]}'; one of them says what is asked")
+        raise ValueError(f"has both '{names[0]}' and '{names[1]}', and only one is allowed")
     if prompt is None and messages is None:
         raise ValueError(
             f"has no field '{names[0]}' or '{names[1]}' (it has {', '.join(map(repr, fields)) or 'none'})"
@@ -206,8 +208,7 @@ def _messages(
         raise ValueError(f'has no list of {{"role": text, "content": text}} in its field \'{names[1]}\'')
     if messages[-1]["role"] == "assistant":
         raise ValueError(
-            "ends with an assistant turn, which is the student's to write; move it to 'references' or "
-            "'answer'"
+            "ends with an assistant turn, which the student must write. Move it to 'references' or 'answer'"
         )
     return tuple(
         {"content": None} | {key: message[key] for key in _OF_MESSAGES if key in message}
@@ -216,7 +217,7 @@ def _messages(
 
 
 def _is_message(message: Any) -> bool:
-    """A role with a text; an assistant that calls tools may have no text."""
+    """True for a message with a role and a text. An assistant message that calls tools may have no text."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
     calls = (
@@ -236,7 +237,7 @@ def _references(value: Any) -> tuple[str, ...]:
 
 
 def _text(value: Any, key: str) -> str | None:
-    """A text, or a number as its text. None where the line has none."""
+    """The text, or a number as text. None if the line has no such value."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():

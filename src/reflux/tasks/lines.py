@@ -1,5 +1,5 @@
-"""Prompts from lines of data: reading with errors that name the line, splitting by hash, an order for every
-epoch.
+"""Makes prompts from lines of data: reading with errors that name the line, splits by a hash, and an order
+for each epoch.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from reflux.config.step_context import seed_of
 from reflux.errors import DataError
 from reflux.types import Prompt
 
-# its number from 1, and its fields
+# the number of the line, from 1, and its fields
 Line = tuple[int, dict[str, Any]]
 NOTHING = "nothing was written"
-# what `reflux difficulty` appends to the ids of copies
+# the endings that `reflux difficulty` appends to the ids of copies
 COPY = re.compile(r"(#[0-9]+)+$")
 
 
 def read_lines(path: str | Path, task: str) -> list[Line]:
-    """The JSON objects of a file of one object a line. Blank lines are skipped.
+    """The JSON objects of a file with one object per line. Blank lines are skipped.
 
-    DataError, naming file and line, where the file is missing, empty or not UTF-8, or where a line is no JSON
+    DataError, with file and line, if the file is missing, empty or not UTF-8, or if a line is not a JSON
     object.
     """
     try:
@@ -44,10 +44,10 @@ def read_lines(path: str | Path, task: str) -> list[Line]:
 
 
 def hub_lines(dataset: str, config: str | None, split: str, task: str) -> list[Line]:
-    """The rows of a dataset of the Hugging Face hub, numbered from 1. DataError, with the way to work
-    offline, where it cannot be had.
+    """The rows of a dataset of the Hugging Face hub, numbered from 1. DataError if it cannot be loaded, with
+    a remedy for working offline.
     """
-    # seconds of imports
+    # Imported here because the import takes seconds.
     import datasets
 
     try:
@@ -56,9 +56,8 @@ def hub_lines(dataset: str, config: str | None, split: str, task: str) -> list[L
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"task {task}: cannot load split '{split}' of the hub dataset '{dataset}' ({reason}); {NOTHING}. "
-            "Without a connection, "
-            "give `path` a local copy, or load the dataset once on a machine that has one and copy its "
-            "cache (HF_HOME)."
+            "Without a connection, set `path` to a local copy, or load the dataset once on a machine with a "
+            "connection and copy its cache (HF_HOME)."
         ) from error
     if not len(rows):
         raise DataError(f"task {task}: split '{split}' of the hub dataset '{dataset}' is empty; {NOTHING}.")
@@ -68,8 +67,8 @@ def hub_lines(dataset: str, config: str | None, split: str, task: str) -> list[L
 def make_prompts(
     lines: Iterable[Line], where: str, make: Callable[[int, dict[str, Any]], Prompt]
 ) -> list[Prompt]:
-    """`make` each line. A ValueError of `make` becomes a DataError that names the line; an id that occurs
-    twice is refused.
+    """Calls `make` for each line. A ValueError of `make` becomes a DataError with the line. An id that occurs
+    twice raises DataError.
     """
     prompts: list[Prompt] = []
     first: dict[str, int] = {}
@@ -81,7 +80,7 @@ def make_prompts(
         if prompt.id in first:
             raise DataError(
                 f"{where} line {number} has the id '{prompt.id}' of line {first[prompt.id]}; {NOTHING}. "
-                f"Ids seed the sampling and name the attempts, so each must occur once."
+                f"Ids seed the sampling and identify the attempts, so each id must be unique."
             )
         first[prompt.id] = number
         prompts.append(prompt)
@@ -89,16 +88,16 @@ def make_prompts(
 
 
 def held_out(prompt: Prompt, share: float) -> bool:
-    """Whether a prompt belongs to the validation share: decided by its id alone, so neither order nor other
-    lines move it.
+    """True if a prompt belongs to the validation share. This depends on its id alone, not on the order or on
+    other lines.
 
-    A copy `id#2` goes with its original, or the same question would be on both sides.
+    A copy `id#2` goes with its original, so that no question is in both splits.
     """
     return seed_of("validation", COPY.sub("", prompt.id)) < share * 2**63
 
 
 def endless(prompts: Sequence[Prompt], seed: int, start: int) -> Iterator[Prompt]:
-    """All prompts in a new order each epoch, for ever; position `start` costs one shuffle."""
+    """An endless stream of all prompts, in a new order in each epoch. Position `start` costs one shuffle."""
     epoch, skip = divmod(start, len(prompts))
     for number in itertools.count(epoch):
         order = list(range(len(prompts)))
@@ -118,5 +117,5 @@ def _object(row: bytes, where: str) -> dict[str, Any]:
             f"{where} is not JSON ({error}); {NOTHING}. The file must hold one object per line."
         ) from error
     if not isinstance(fields, dict):
-        raise DataError(f"{where} is no JSON object; {NOTHING}. The file must hold one object per line.")
+        raise DataError(f"{where} is not a JSON object; {NOTHING}. The file must hold one object per line.")
     return fields

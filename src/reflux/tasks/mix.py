@@ -1,4 +1,4 @@
-"""Several tasks in one stream, each with its share."""
+"""Mixes several tasks in one stream, each with its share."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from reflux.types import Prompt, Reward, Rollout
 if TYPE_CHECKING:
     from reflux.rollouts.environment import Environment
 
-# in so many prompts, every part has exactly its share
+# Number of prompts in a block. In each block every part has exactly its share.
 BLOCK = 1000
 
 
 @dataclass(frozen=True, config=STRICT)
 class Mix(TaskPart):
-    """`parts` by name, each asked in proportion to its `weight`. Ids are "name/id of the part".
+    """A mix of `parts` (by name), each in proportion to its `weight`. Ids are "name/id of the part".
 
-    "train": every block of 1,000 prompts holds each part exactly by its share (largest remainders), in an
-    order drawn from (seed, block), so `start` is found without walking there. Held-out splits: all problems
-    of all parts, the parts by turns, so that a first few hundred are a fair mix. ValueError for names with a
-    slash, or a part whose share of 1,000 rounds to nothing.
+    "train": every block of 1,000 prompts contains exactly the share of each part (largest remainders), in an
+    order drawn from (seed, block). So `start` is found without reading the prompts before it. Held-out
+    splits: all problems of all parts, with the parts in turn, so the first few hundred problems are a
+    balanced mix. ValueError for names with a slash, and for a part whose share of 1,000 is rounded to 0.
     """
 
     parts: Annotated[dict[str, Task], PartOf("tasks", many="table")]
@@ -40,20 +40,20 @@ class Mix(TaskPart):
 
     def __post_init__(self) -> None:
         if not self.parts:
-            raise ValueError("a mix needs at least one part: [task.parts.NAME] with its kind")
+            raise ValueError("a mix needs at least one part: a table [task.parts.NAME] with its kind")
         if not self.weight > 0:
             raise ValueError("weight must be above 0")
         if len({part.rollouts for part in self.parts.values()}) > 1:
-            raise ValueError("the parts of a mix must be all of texts, or all of images")
+            raise ValueError("the parts of a mix must all make texts, or all make images")
         for name, share in self._shares().items():
             if "/" in name:
                 raise ValueError(
-                    f"the part name '{name}' holds a slash, which divides names from ids; rename it"
+                    f"the part name '{name}' contains a slash, which separates names from ids. Rename it"
                 )
             if not share:
                 raise ValueError(
-                    f"the weight of part '{name}' is less than 1 in {BLOCK} prompts; raise it, or leave the "
-                    "part out"
+                    f"the weight of part '{name}' is less than 1 in {BLOCK} prompts. Raise the weight, or "
+                    "remove the part"
                 )
 
     @property
@@ -75,7 +75,7 @@ class Mix(TaskPart):
 
     @property
     def patience(self) -> int:
-        """So many blocks hold the patience of each part, wherever they begin."""
+        """The length of a number of blocks that contain the patience of each part, for any first position."""
         return BLOCK * (1 + max(part.patience for part in self.parts.values()))
 
     @property
@@ -104,20 +104,20 @@ class Mix(TaskPart):
         return itertools.islice((prompt for prompt in turns if prompt is not None), start, None)
 
     def verify(self, prompt: Prompt, made: Any) -> float | Reward:
-        """The verdict of the part that the prompt came from."""
+        """The verdict of the part that the prompt comes from."""
         part, inner = self._inner(prompt)
         return part.verify(inner, made)
 
     def open_env(self, prompt: Prompt) -> Environment | None:
-        """The environment of the part that the prompt came from."""
+        """The environment of the part that the prompt comes from."""
         part, inner = self._inner(prompt)
         return part.open_env(inner)
 
     def part_of(self, prompt: Prompt) -> str:
-        """The name of the part that the prompt came from. ValueError for a prompt that is not of this mix."""
+        """The name of the part that the prompt comes from. ValueError for a prompt of another task."""
         name, slash, _ = prompt.id.partition("/")
         if not slash or name not in self.parts:
-            raise ValueError(f"prompt {prompt.id} is of no part of this mix ({', '.join(self.parts)})")
+            raise ValueError(f"prompt {prompt.id} belongs to no part of this mix ({', '.join(self.parts)})")
         return name
 
     def _train(self, seed: int, start: int) -> Iterator[Prompt]:
@@ -140,7 +140,7 @@ class Mix(TaskPart):
         return names
 
     def _shares(self) -> dict[str, int]:
-        """How many of BLOCK prompts each part has: rounded down, and the rest to the largest remainders."""
+        """The number of prompts of each part per block: rounded down, then the rest by largest remainders."""
         total = sum(part.weight for part in self.parts.values())
         exact = {name: BLOCK * part.weight / total for name, part in self.parts.items()}
         shares = {name: int(share) for name, share in exact.items()}

@@ -1,11 +1,11 @@
-"""Little stories with several arithmetic steps and the worked solution, made on the spot: the embedded
-default.
+"""Generates short stories with several arithmetic steps and their worked solutions: the built-in default
+task.
 
 "Tom has 12 apples. Buys 7. Loses 5. How many?"  ->  "Start: 12. 12+7=19. 19-5=14. Answer: 14"
 
-A problem is its chain of numbers and operations; the name, the thing and the verbs are dressing. A hash of
-the chain alone puts every problem in exactly one split, whatever the seed, so a chain held out never occurs
-in training, not even in another dress.
+A problem is defined by its chain of numbers and operations. The name, the things and the verbs do not change
+it. A hash of the chain alone puts every problem in exactly one split, for every seed. So a held-out chain
+never occurs in training, also not with other words.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from reflux.tasks.base import Split, TaskPart
 from reflux.types import Prompt, Rollout, TokenRollout
 
 Operation = Literal["add", "sub", "mul"]
-# the start, then (operation, number) step by step
+# the start value, then (operation, number) for each step
 Chain = tuple[int, tuple[tuple[Operation, int], ...]]
 
 NAMES = (
@@ -68,24 +68,24 @@ WORDS: dict[Operation, tuple[str, ...]] = {
 }
 SIGNS: dict[Operation, str] = {"add": "+", "sub": "-", "mul": "*"}
 LARGEST_FACTOR = 9
-# draws until a problem of the right split turns up; a tenth of all chains is in each held-out split
+# The largest number of draws for one problem of the wanted split. Each held-out split has a tenth of all
+# chains.
 TRIES = 20_000
 ANSWER = re.compile(r"\s*(-?[0-9]+)(?![0-9]|[.,][0-9])")
 
 
 @dataclass(frozen=True, config=STRICT)
 class WordProblems(TaskPart):
-    """Stories of `min_steps` to `max_steps` operations in which no number exceeds `largest` and none is
-    negative.
+    """Stories of `min_steps` to `max_steps` operations, with no number above `largest` or below 0.
 
-    operations: what may happen in a story. `Prompt.route` is "mul" where at least half of the steps multiply,
-    else "add", so that teachers can specialise. longer: with k > 0 the held-out stories have exactly
-    max_steps + k steps, more than any training story; training is unchanged. held_out: how many problems
-    "validation" and "test" hold each; "train" never ends.
+    operations: the operations that a story may use. `Prompt.route` is "mul" if at least half of the steps
+    multiply, else "add", so teachers can be specialists. longer: with k > 0 the held-out stories have exactly
+    max_steps + k steps, more than any training story. Training is unchanged. held_out: the number of problems
+    in each of "validation" and "test". "train" never ends.
 
     Problem number p of a split depends on (split, seed, p) alone, so `start` costs nothing.
-    `Prompt.references` holds the worked solution. ValueError where the settings leave no story, or no
-    held-out one.
+    `Prompt.references` has the worked solution. ValueError if the settings allow no story, or no held-out
+    story.
     """
 
     operations: tuple[Operation, ...] = ("add", "sub")
@@ -100,16 +100,16 @@ class WordProblems(TaskPart):
         if not self.operations or len(set(self.operations)) != len(self.operations):
             raise ValueError("operations must name at least one of add, sub, mul, each once")
         if not 1 <= self.min_steps <= self.max_steps:
-            raise ValueError("needs 1 <= min_steps <= max_steps")
+            raise ValueError("word_problems needs 1 <= min_steps <= max_steps")
         if self.longer < 0 or self.held_out < 0 or not self.weight > 0:
             raise ValueError("longer and held_out must not be negative, and weight must be above 0")
         most = self.max_steps + self.longer
-        # sub before add or mul: what falls may rise again
+        # First all sub, then add or mul, because a value that has fallen can rise again.
         falling_first: list[Operation] = sorted(self.operations, reverse=True)
         orders: list[list[Operation]] = [falling_first, *([kind] for kind in self.operations)]
         if not any(_ranges(tuple(order * most)[:most], self.largest) for order in orders):
             raise ValueError(
-                f"no story of {most} steps stays within largest = {self.largest}; raise largest, or allow "
+                f"no story of {most} steps stays within largest = {self.largest}. Raise largest, or allow "
                 "other operations"
             )
 
@@ -133,17 +133,17 @@ class WordProblems(TaskPart):
         )
 
     def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
-        """Problems from position `start` on; "train" for ever, the others `held_out` of them."""
+        """Problems from position `start` on. "train" never ends, the others have `held_out` problems."""
         position = start
         while split == "train" or position < self.held_out:
             yield self._prompt(split, seed, position)
             position += 1
 
     def verify(self, prompt: Prompt, made: Any) -> float:
-        """1.0 where the whole number after the last "Answer:" is the answer digit for digit, else 0.0."""
+        """1.0 if the whole number after the last "Answer:" has exactly the digits of the answer, else 0.0."""
         if prompt.answer is None:
             raise ValueError(
-                f"prompt {prompt.id} has no answer to compare with; word_problems must grade its own prompts"
+                f"prompt {prompt.id} has no answer to compare with; word_problems judges only its own prompts"
             )
         if not isinstance(made, str) or "Answer:" not in made:
             return 0.0
@@ -158,8 +158,8 @@ class WordProblems(TaskPart):
                 break
         else:
             raise ValueError(
-                f"word_problems: too few different stories to hold some out for '{split}'; raise largest or "
-                "max_steps"
+                f"word_problems: there are too few different stories for the split '{split}'. Raise largest "
+                "or max_steps"
             )
         story, solution, answer = tell(chain, rng)
         muls = sum(kind == "mul" for kind, _ in chain[1])
@@ -172,7 +172,7 @@ class WordProblems(TaskPart):
         )
 
     def _chain(self, rng: random.Random, split: Split) -> Chain | None:
-        """One draw; None where these operations in this order cannot stay within the range."""
+        """One random chain. None if these operations in this order cannot stay within the range."""
         longer = self.longer and split != "train"
         steps = self.max_steps + self.longer if longer else rng.randint(self.min_steps, self.max_steps)
         kinds: tuple[Operation, ...] = tuple(rng.choice(self.operations) for _ in range(steps))
@@ -205,15 +205,15 @@ def apply(kind: Operation, value: int, number: int) -> int:
 
 
 def split_of(chain: Chain) -> Split:
-    """The split a chain belongs to, for every seed: a tenth is "validation", a tenth "test", the rest
-    "train".
+    """The split of a chain, the same for every seed: a tenth of all chains is "validation", a tenth "test",
+    the rest "train".
     """
     tenth = seed_of(chain) % 10
     return "validation" if tenth == 0 else "test" if tenth == 1 else "train"
 
 
 def tell(chain: Chain, rng: random.Random) -> tuple[str, str, int]:
-    """(story, worked solution, answer) of a chain, dressed by the random numbers."""
+    """(story, worked solution, answer) of a chain. The random numbers choose the words."""
     value, steps = chain
     story = [f"{rng.choice(NAMES)} has {value} {rng.choice(THINGS)}."]
     solution = [f"Start: {value}."]
@@ -226,8 +226,8 @@ def tell(chain: Chain, rng: random.Random) -> tuple[str, str, int]:
 
 
 def _ranges(kinds: tuple[Operation, ...], largest: int) -> list[tuple[int, int]]:
-    """Per state of the story, first to last, the least and greatest value from which the rest can be told; []
-    if there is none.
+    """For each state of the story, first to last, the least and greatest value from which the remaining
+    operations stay in range. [] if there is no such value.
     """
     low, high = 0, largest
     ranges = [(low, high)]
@@ -240,13 +240,13 @@ def _ranges(kinds: tuple[Operation, ...], largest: int) -> list[tuple[int, int]]
             low, high = max(1, -(-low // LARGEST_FACTOR)), high // 2
         ranges.append((low, high))
     ranges.reverse()
-    # a story starts with 2 things or more
+    # A story starts with at least 2 things.
     fits = all(low <= high for low, high in ranges) and ranges[0][1] >= 2
     return ranges if fits else []
 
 
 def _numbers(kind: Operation, value: int, low: int, high: int) -> tuple[int, int]:
-    """The least and the greatest number that takes `value` into [low, high]."""
+    """The least and the greatest number with which the operation on `value` gives a result in [low, high]."""
     if kind == "add":
         return max(1, low - value), high - value
     if kind == "sub":
