@@ -368,7 +368,7 @@ def test_quality_does_not_ask_what_was_asked_for(prompt, other, seed):
 def test_what_is_no_picture_is_refused_in_a_sentence(made):
     for prompt in (PROMPTS[0], PROMPTS[-1]):
         with pytest.raises(
-            ValueError, match=r"glyphs judges images of uint8 \[16, 16\], got .+; use a flow model"
+            ValueError, match=r"glyphs judges images of uint8 \[16, 16\], got .+\. Use a flow model"
         ):
             TASK.verify(prompt, made)
 

@@ -249,7 +249,7 @@ def test_a_script_without_a_main_guard_is_not_run_again(odd: Any, tmp_path: Path
 
 
 def test_a_task_that_cannot_be_sent_or_loaded_is_explained(odd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="class at the top of a module"):
+    with pytest.raises(ConfigError, match="class must be at the top level of a module"):
         verdicts(SimpleNamespace(verify=lambda prompt, made: 1.0), "yes")
     script_class = type("Mine", (), {})
     script_class.__module__ = "__main__"

@@ -227,7 +227,7 @@ BAD_LINES = [
     ),
     (
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
-        "move it to 'references'",
+        "Move it to 'references'",
     ),
     ({"prompt": "a", "answer": ["1"]}, "field 'answer'"),
     ({"prompt": "a", "answer": " "}, "field 'answer'"),
@@ -272,7 +272,7 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("validation", "split"), [(0.0, "validation"), (0.0, "test"), (0.999999, "train")])
 def test_an_empty_split_is_explained(folder: Path, validation: float, split: Any) -> None:
     own = Jsonl(numbered(folder / "own.jsonl", 3), validation=validation)
-    with pytest.raises(DataError, match=f"split '{split}' at validation = .*own"):
+    with pytest.raises(DataError, match=f"split '{split}' at validation = .*separate file"):
         own.prompts(split, 0)
     if split != "test":
         with pytest.raises(DataError, match=f"split '{split}' at validation"):

@@ -132,7 +132,7 @@ def test_alignment_is_of_left_directions_in_order_without_sign() -> None:
 )
 def test_what_is_no_matrix_is_refused(measure: Callable[[Tensor], float]) -> None:
     for bad in (torch.ones(3), torch.ones(2, 2, 2), torch.ones(0, 3)):
-        with pytest.raises(ValueError, match="that of a matrix"):
+        with pytest.raises(ValueError, match="a displacement must be a matrix"):
             measure(bad)
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError, match="not finite"):
