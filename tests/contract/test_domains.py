@@ -511,7 +511,7 @@ def test_verdicts_that_nobody_gives_are_refused(tmp_path: Path) -> None:
     "module", ["nosuch", "outside.inner", "reflux.tasks.nosuch", "reflux.nosuch.tasks", "__main__.x", ""]
 )
 def test_a_grader_that_is_nowhere_is_refused(tmp_path: Path, module: str) -> None:
-    with pytest.raises(ConfigError, match=rf"task\.grader: there is no module \'{module}\' for it\."):
+    with pytest.raises(ConfigError, match=rf"task\.grader: there is no module \'{module}\'\."):
         checks.join(load_recipe("flow_grpo", {"task": images(tmp_path, grader=f"{module}:judge")}))
     mixed = {
         "kind": "mix",

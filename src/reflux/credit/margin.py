@@ -47,7 +47,8 @@ class Margin(CreditPart):
     with the advantage offset G + s - r_t. `action = "mask"` (an ablation) adds no offset. Instead
     `margin_keep` drops attempts (weight 0), and each class keeps at least the share `retain` of its attempts.
     `student`: the policy whose log-probs are used in r. "behaviour" is the policy that sampled. "now" is the
-    current student and needs one more forward pass. `teacher`: the teacher's name, as in the objectives.
+    current student, which with staleness needs one more forward pass. `teacher`: the teacher's name, as in
+    the objectives.
 
     Attempts that ended in an error, were not judged or have no target of the teacher are left out. They have
     weight 1 and offset 0. A position whose r is not finite is left out of G. The shift depends on the

@@ -55,12 +55,12 @@ class Foresight(EvalPart):
     are null. `alignment` gives for each earlier evaluation, by step, the alignment of its leading `k`
     directions with the current ones. In the last evaluation this is the alignment with the end of training.
 
-    percent: the percentage in top_norm_ratio. The paper uses 1. If min(rows, columns) is at most 100, this is
-    the same as rho; use 10 there. include: parts of parameter names, as in extrapolation.extrapolate. The
-    start weights and the leading left singular vectors of every evaluation are stored in the run directory,
-    under parts/evals.NAME/. Cost: an exact singular value decomposition of every matrix on the CPU. For
-    matrices with up to a few hundred rows this is negligible compared with a step; with a few thousand rows
-    it takes seconds per matrix. RunError if it is switched on after the first step.
+    percent: the percentage in top_norm_ratio. The paper uses 1. With 1 and min(rows, columns) of at most 100
+    the ratio equals rho; use 10 there. include: parts of parameter names, as in extrapolation.extrapolate.
+    The start weights and the leading left singular vectors of every evaluation are stored in the run
+    directory, under parts/evals.NAME/. Cost: an exact singular value decomposition of every matrix on the
+    CPU. For matrices with up to a few hundred rows this is negligible compared with a step; with a few
+    thousand rows it takes seconds per matrix. RunError if it is switched on after the first step.
 
     Training reads nothing of this (law 8). arXiv 2605.11739.
     """

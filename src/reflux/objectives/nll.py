@@ -1,4 +1,4 @@
-"""Negative log-likelihood of recorded tokens: plain fine-tuning."""
+"""Negative log-likelihood of recorded tokens: supervised fine-tuning."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ Split = Literal["train", "validation", "test"]
 # The default of `patience`: two blocks of a mix.
 PATIENCE = 2000
 # The remedy in messages about a task that judges nothing.
-JUDGED = 'Name one that judges, such as task.grader = "my_module:function"'
+JUDGED = 'Use a grader that judges, such as task.grader = "my_module:function"'
 
 
 class TaskPart(Part, Protocol):
