@@ -245,7 +245,7 @@ def test_a_script_without_a_main_guard_is_not_run_again(odd: Any, tmp_path: Path
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
-    assert (done.stdout.split(), done.returncode) == (["shared_cache", "1.0"], 0)
+    assert (done.stdout.split(), done.returncode) == (["once", "1.0"], 0)
 
 
 def test_a_task_that_cannot_be_sent_or_loaded_is_explained(odd: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ def test_the_student_as_its_own_teacher_is_not_asked_twice(tiny_run: Callable[..
     done = run(
         tiny_run,
         steps=1,
-        teachers__main={"kind": "own", "context": {"kind": "same"}},
+        teachers__main={"kind": "self", "context": {"kind": "same"}},
         evals__teacher_accuracy="none",
     )
     assert "teacher" not in done.rows("evals")[0]["test_accuracy"]

@@ -20,8 +20,8 @@ from reflux.config.registry import kinds, part
 VERBS = "run plan eval report difficulty list cite doctor"
 
 REGISTERED = """
-samplers      hf stored flow drawn
-teachers      flow local own
+samplers      hf references flow teacher_samples
+teachers      flow local self
 contexts      same peers privileged
 objectives    sampled_kl divergence nll policy_gradient velocity_kl
 credit        prefix position group_advantage release margin balance
@@ -40,13 +40,13 @@ run                     task sampler learner objectives teachers={} credit={} re
 samplers.hf             max_tokens=512 train_max_tokens=None temperature=1.0 top_p=1.0 stop=() allow_biased=False max_prompt_tokens=0
                         long_prompts='refuse' batch_tokens=32768 turns='together' max_turns=0 environment_timeout_s=60.0
                         dtype='auto' device='auto' attention=None
-samplers.stored         generate
-samplers.flow           steps=10 noise_level=0.7 guidance=1.0 eval_steps=40 length=None pixels=0 batch_images=64 dtype='auto'
+samplers.references     generate
+samplers.flow           steps=10 noise_level=0.7 guidance=1.0 eval_steps=40 max_denoising_steps=None pixels=0 batch_images=64 dtype='auto'
                         device='auto'
-samplers.drawn          generate times=10
+samplers.teacher_samples generate positions=10
 teachers.local          model context alias=None routes=() batch_tokens=32768 dtype='auto' device='auto' device_map=None attention=None
                         trust_remote_code=False system=None template={}
-teachers.own            follow='ema' ema=0.05 step=0 context alias=None routes=() batch_tokens=32768 autocast='auto' device='auto'
+teachers.self           follow='ema' ema=0.05 step=0 context alias=None routes=() batch_tokens=32768 autocast='auto' device='auto'
                         attention=None
 teachers.flow           model adapter=None context alias=None routes=() guidance=None batch_positions=64 dtype='auto' device='auto'
 contexts.same
@@ -61,7 +61,7 @@ objectives.nll          coef=1.0
 objectives.policy_gradient      coef=1.0 ratio='clip' clip=(0.2,0.2)
 objectives.velocity_kl  teacher='main' coef=1.0 scale='nats' weight='kl'
 credit.prefix           length start=0 special_tokens=True
-credit.position         factor
+credit.position         weight
 credit.group_advantage          nats=1.0 normalise_std=False std_floor=1e-06
 credit.margin           delta=0.4 mode='mean' direction='spread' action='shift' level='token' threshold=0.5 student='behaviour'
                         retain=0.25 teacher='main'

@@ -33,8 +33,8 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "a weight below 0": (
         "opd",
-        {"credit.position": {"factor": {"kind": "linear", "start": 1, "increment": -0.5}}},
-        "credit.position.factor is -0.5 at position 3; a weight must be >= 0. Set stop = 0.",
+        {"credit.position": {"weight": {"kind": "linear", "start": 1, "increment": -0.5}}},
+        "credit.position.weight is -0.5 at position 3; a weight must be >= 0. Set stop = 0.",
     ),
     "a negative rate": (
         "opd",

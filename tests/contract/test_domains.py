@@ -259,7 +259,7 @@ LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
     "prefixes": ("flow", {"sampler.max_denoising_steps": {"kind": "linear", "start": 2, "increment": 0.1, "stop": 10}}),
     "prefixes by weight": ("flow", {"credit.prefix": {"length": 4}}),
     "early times of drawn images": ("flow_sft", {"credit.prefix": {"length": 4}}),
-    "positions": ("flow", {"credit.position": {"factor": {"kind": "constant", "value": 0.5}}}),
+    "positions": ("flow", {"credit.position": {"weight": {"kind": "constant", "value": 0.5}}}),
     "staleness": ("flow", {"max_staleness": 2}),
     "the student of then as anchor": ("flow", {"objectives.1.teacher": "behaviour", "max_staleness": 1}),
     "a verifier and teachers": (

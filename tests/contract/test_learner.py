@@ -71,7 +71,7 @@ def test_a_refused_step_leaves_the_batch_on_disk_and_stops_the_run(
 def test_versions_count_optimiser_steps_only(tiny_run: Callable[..., Any]) -> None:
     """Every weight 0 at steps 1 and 2: step + 1, version unchanged."""
     fade = {"kind": "steps", "values": [0.0, 1.0], "boundaries": [100]}
-    silent = tiny_run("opd", steps=2, task=CHAT, credit={"position": {"factor": fade}})
+    silent = tiny_run("opd", steps=2, task=CHAT, credit={"position": {"weight": fade}})
     assert (silent.state["version"], [row["step"] for row in silent.rows("metrics")]) == (0, [1, 2])
     assert [row["tokens_trained"] for row in silent.rows("metrics")] == [0, 0]
     assert tiny_run("opd", steps=2, task=CHAT).state["version"] == 2

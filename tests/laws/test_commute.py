@@ -17,7 +17,7 @@ from tiny import same
 # three factors and three shifts at one position: two would commute in any order of rounding
 RULES = {
     "prefix": {"kind": "prefix", "length": 6},
-    "position": {"kind": "position", "factor": {"kind": "linear", "start": 1.0, "stop": 0.3, "horizon": 7}},
+    "position": {"kind": "position", "weight": {"kind": "linear", "start": 1.0, "stop": 0.3, "horizon": 7}},
     "half": {"kind": "outside:Half", "factor": 0.7},
     "third": {"kind": "outside:Half", "factor": 0.3},
     "release": {

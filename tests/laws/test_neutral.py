@@ -29,7 +29,7 @@ PLAIN: dict[str, Any] = {
 # a newcomer to the registry adds its line
 NEUTRAL: dict[str, dict[str, Any]] = {
     "prefix": {"length": 12},
-    "position": {"factor": 1.0},
+    "position": {"weight": 1.0},
     "group_advantage": {"nats": 0.0},
     "margin": {"delta": float("-inf")},
     "balance": {"ratio": "none"},
@@ -55,7 +55,7 @@ def test_a_neutral_rule_is_no_rule(tiny_run: Callable[..., Any], kind: str, loss
 
 ACTING: dict[str, dict[str, Any]] = {
     "prefix": {"length": 3},
-    "position": {"factor": 0.5},
+    "position": {"weight": 0.5},
     "group_advantage": {"nats": 1.0},
     "margin": {"delta": 0.4},
     "balance": {"ratio": 0.0},

@@ -57,7 +57,7 @@ PARTS: dict[tuple[str, str], dict[str, Any]] = {
     ("learners", "hf"): {"model": "m"},
     ("learners", "flow"): {"model": "m"},
     ("credit", "prefix"): {"length": 4},
-    ("credit", "position"): {"factor": 0.5},
+    ("credit", "position"): {"weight": 0.5},
     ("tasks", "jsonl"): {"path": "lines.jsonl"},
     ("tasks", "mix"): {
         "parts": {"a": {"kind": "word_problems"}, "b": {"kind": "word_problems", "longer": 2, "weight": 2.0}}

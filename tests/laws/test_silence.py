@@ -217,7 +217,7 @@ def test_an_attempt_that_chose_nothing_counts_nowhere() -> None:
 
 @pytest.mark.parametrize("kind", sorted(kinds("credit")))
 def test_every_credit_rule_bears_empty_and_failed_attempts(kind: str) -> None:
-    required = {"prefix": {"length": 3}, "position": {"factor": 0.5}}.get(kind, {})
+    required = {"prefix": {"length": 3}, "position": {"weight": 0.5}}.get(kind, {})
     rule = part("credit", kind)(**required)
     group = [
         attempt(rollout(0, seed=1)),

@@ -220,7 +220,7 @@ def test_position_reads_its_schedule_over_chosen_positions_not_steps():
     for step in (0, 7):
         (share,) = Position(Linear(start=1.0, stop=0.0, horizon=2))([one], StepContext(step=step, seed=0))
         assert share.weight_T.tolist() == [1.0, 1.0, 0.5, 0.0]
-        assert share.notes == {"factor": 0.5}
+        assert share.notes == {"weight": 0.5}
 
 
 def test_position_of_one_and_zero_is_a_prefix():
@@ -229,7 +229,7 @@ def test_position_of_one_and_zero_is_a_prefix():
 
 
 def test_position_refuses_negative_weights():
-    with pytest.raises(ValueError, match="factor"):
+    with pytest.raises(ValueError, match="weight"):
         Position(-0.5)
     with pytest.raises(ValueError, match="position 2"):
         Position(Linear(start=1, increment=-0.75))([attempt([True] * 4)], NOW)

@@ -7,6 +7,7 @@ from __future__ import annotations
 KEYS = {
     "accelerator": "extrapolation",
     "as": "alias",
+    "factor": "weight",
     "length": "max_denoising_steps",
     "max_lag": "max_staleness",
     "noise_floor": "min_grad_norm",

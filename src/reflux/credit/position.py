@@ -21,33 +21,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class Position(CreditPart):
-    """Weight `factor(i)` at the i-th chosen position, i = 0, 1, 2, ...
+    """Weight `weight(i)` at the i-th chosen position, i = 0, 1, 2, ...
 
-    Positions where the student did not choose keep weight 1. `factor` is a number, or a schedule over
+    Positions where the student did not choose keep weight 1. `weight` is a number, or a schedule over
     positions instead of optimiser steps. A schedule needs its `horizon`, in positions: `{ kind = "linear",
     start = 1, stop = 0, horizon = 64 }` lets the weight fall to 0 over the first 64 positions. A value below
     0 raises ValueError. Neutral: 1. With loss_aggregation "token-mean-weighted", positions of weight 0 are
-    not counted in the denominator. Note `factor`: the mean over chosen positions.
+    not counted in the denominator. Note `weight`: the mean over chosen positions.
     """
 
-    factor: PositionNumber
+    weight: PositionNumber
 
     shifts = False
     min_group: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        number(self.factor, "factor")
-        if isinstance(self.factor, (int, float)) and self.factor < 0:
-            raise ValueError(f"factor must be >= 0, got {self.factor}")
-        if needs_horizon(self.factor):
+        number(self.weight, "weight")
+        if isinstance(self.weight, (int, float)) and self.weight < 0:
+            raise ValueError(f"weight must be >= 0, got {self.weight}")
+        if needs_horizon(self.weight):
             raise ValueError(
-                "factor is a schedule over positions: set its number of positions, for example horizon = 64"
+                "weight is a schedule over positions: set its number of positions, for example horizon = 64"
             )
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
-        if (position := first_below(self.factor, 0, cfg.training_positions)) is not None:
+        if (position := first_below(self.weight, 0, cfg.training_positions)) is not None:
             yield (
-                f"{where}.factor is {at(self.factor, position):g} at position {position}; a weight must be "
+                f"{where}.weight is {at(self.weight, position):g} at position {position}; a weight must be "
                 ">= 0. Set stop = 0."
             )
 
@@ -58,19 +58,19 @@ class Position(CreditPart):
     def __call__(self, group: Group, step_context: StepContext) -> list[Credit]:
         masks = [attempt.rollout.mask_T for attempt in group]
         longest = max((int(mask_T.sum()) for mask_T in masks), default=0)
-        factor_L = np.array([at(self.factor, position) for position in range(longest)], dtype=np.float32)
-        if (wrong := np.flatnonzero(~(factor_L >= 0))).size:
+        weight_L = np.array([at(self.weight, position) for position in range(longest)], dtype=np.float32)
+        if (wrong := np.flatnonzero(~(weight_L >= 0))).size:
             raise ValueError(
-                f"factor is {factor_L[wrong[0]]} at position {wrong[0]}; a weight must be >= 0. End the "
+                f"weight is {weight_L[wrong[0]]} at position {wrong[0]}; a weight must be >= 0. End the "
                 "schedule at 0 or more"
             )
-        return [_share(mask_T, factor_L) for mask_T in masks]
+        return [_credit(mask_T, weight_L) for mask_T in masks]
 
 
-def _share(mask_T: np.ndarray, factor_L: np.ndarray) -> Credit:
+def _credit(mask_T: np.ndarray, weight_L: np.ndarray) -> Credit:
     chosen = int(mask_T.sum())
     if not chosen:
         return Credit()
     weight_T = np.ones(len(mask_T), dtype=np.float32)
-    weight_T[mask_T] = factor_L[:chosen]
-    return Credit(weight_T=weight_T, notes={"factor": float(factor_L[:chosen].mean())})
+    weight_T[mask_T] = weight_L[:chosen]
+    return Credit(weight_T=weight_T, notes={"weight": float(weight_L[:chosen].mean())})
