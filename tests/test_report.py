@@ -130,7 +130,7 @@ def run_page(tmp_path_factory: pytest.TempPathFactory) -> Page:
 
 def test_a_finished_run_has_every_section(run_page: Page):
     for words in (
-        "In 60 steps (1 min 27 s) the student went from 19.0\u00a0% to 81.7\u00a0%; its teacher solves "
+        "In 60 steps (1 min 27 s) the student's accuracy went from 19.0\u00a0% to 81.7\u00a0%; the teacher's accuracy is "
         "98.6\u00a0%.",
         "4f1c2ab",
         "9d0e7c",
@@ -340,8 +340,11 @@ def test_an_attempt_without_colours_says_why(tmp_path: Path):
     acted, learned = attempt_rows(1, 0, 2)
     gone = [None] * len(acted["tokens"])
     for second, reason in (
-        ([], "has not learned from this attempt yet"),
-        ([{**learned, "teacher_logp": {}}], "No teacher was asked about this attempt, or it weighed nothing"),
+        ([], "was not trained on this attempt yet"),
+        (
+            [{**learned, "teacher_logp": {}}],
+            "No teacher was asked about this attempt, or its weight was zero",
+        ),
         ([{**learned, "teacher_logp": {"main": gone}}], "are not finite"),
     ):
         write_lines(folder / "attempts.jsonl", [acted, *second])

@@ -215,7 +215,7 @@ def test_costs_by_role_add_up_and_what_no_role_explains_is_rest():
         ("sample", "2.0 s", "25 %", "–", "–"),
         ("learn", "4.0 s", "50 %", "6 GFLOP", "100 %"),
         ("rest", "2.0 s", "25 %", "–", "–"),
-        ("together", "8.0 s", "100 %", "6 GFLOP", "100 %"),
+        ("total", "8.0 s", "100 %", "6 GFLOP", "100 %"),
     ]
 
 
@@ -355,11 +355,11 @@ def test_the_two_distances_of_training_are_two_lines_that_say_what_they_are_of()
     assert [(label, value) for label, _, value in chart.rows] == [
         ("training attempts", "2.0000"),
         ("training attempts", "1.0000"),
-        ("training attempts, where learnt from", "1.0000"),
-        ("training attempts, where learnt from", "0.5000"),
+        ("training attempts, trained positions", "1.0000"),
+        ("training attempts, trained positions", "0.5000"),
     ]
-    assert "every generated position, by the sampled tokens" in chart.caption
-    assert "positions with a weight alone" in chart.caption
+    assert "every generated position, estimated from the sampled tokens" in chart.caption
+    assert "positions with a non-zero weight" in chart.caption
     alone = kl_chart(one, [])
-    assert {label for label, _, _ in alone.rows} == {"training attempts, where learnt from"}
+    assert {label for label, _, _ in alone.rows} == {"training attempts, trained positions"}
     assert "every generated position" not in alone.caption

@@ -55,7 +55,7 @@ def test_a_rule_of_another_name_is_found_by_its_kind(tmp_path: Path) -> None:
 def test_nothing_learned_yet_is_said(tmp_path: Path) -> None:
     chart = release_chart("release", rows(tmp_path / "attempts.jsonl", []))
     assert chart.figure is None
-    assert "the student has not learned yet" in chart.absent
+    assert "the student has not been trained yet" in chart.absent
 
 
 @pytest.mark.parametrize(

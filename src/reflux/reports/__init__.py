@@ -1,1 +1,1 @@
-"""What a person looks at: one self-contained page per run, and the table at the end of a run."""
+"""Reports: one self-contained HTML page per run, and the table of accuracies at the end of a run."""

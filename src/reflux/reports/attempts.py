@@ -1,8 +1,8 @@
-"""Ten attempts out of attempts.jsonl, spread over the run. The file may be large: it is streamed twice and
-only what is shown is kept.
+"""Ten attempts out of attempts.jsonl, spread over the run. The file may be large, so it is streamed twice and
+only the shown attempts are kept in memory.
 
-An attempt has two lines, one when it was acted out and one when the student had learned from it; they are
-joined on (step, prompt, sample).
+An attempt has two lines: one written after sampling and one written after the student was trained on it. The
+two are joined on (step, prompt, sample).
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ Key = tuple[int, str, int]
 
 @dataclass
 class ShownAttempt:
-    """One attempt as it is shown: its first line, and its second where there is one."""
+    """One attempt as it is shown: its first line, and its second line if there is one."""
 
     acted: Row
     learned: Row = field(default_factory=dict)
 
     @property
     def teacher_logp(self) -> object:
-        """The main teacher's log-probs, else the first other one's; None where no teacher answered."""
+        """The log-probs of teacher main, else of the first other teacher. None without a teacher."""
         by_name = table(self.learned.get("teacher_logp"))
         return by_name.get("main", next(iter(by_name.values()), None))
 
     @property
     def student_logp(self) -> object:
-        """What the student said when it learned where that is kept, else when it acted."""
+        """The student's log-probs from training if they are recorded, else those from sampling."""
         return self.learned.get("student_logp") or self.acted.get("logp")
 
     @property
@@ -40,10 +40,10 @@ class ShownAttempt:
 
 
 def read_attempts(path: Path, notes: list[str], limit: int = 10) -> list[ShownAttempt]:
-    """At most `limit` attempts: the first and the last learned step, steps evenly between, and the first
-    attempts of each.
+    """At most `limit` attempts, from steps evenly spaced between the first and the last trained step; of each
+    step its first attempts.
 
-    Steps that were only acted out (a killed run, work in flight) are shown where nothing was learned yet.
+    Steps that were only sampled (in a killed or a running run) are shown if no step was trained on yet.
     """
     acted: Counter[int] = Counter()
     learned: set[int] = set()
@@ -75,8 +75,8 @@ def _collect(path: Path, wanted: dict[int, int]) -> list[ShownAttempt]:
 
 
 def spread(available: dict[int, int], limit: int) -> dict[int, int]:
-    """How many attempts to take of each step, at most `limit` in all: evenly over the steps, the first and
-    the last included.
+    """The number of attempts to take of each step, at most `limit` in all. They are spread evenly over the
+    steps, the first and the last included.
     """
     steps = sorted(available)
     if len(steps) >= limit:

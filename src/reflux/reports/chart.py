@@ -1,5 +1,5 @@
-"""A chart of the page: a plotly figure, a sentence that reads it out, and its numbers as a table for those
-who cannot see it.
+"""A chart of the page: a plotly figure, a caption, and its numbers as a table for readers who cannot see the
+figure.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-# The Okabe-Ito colours: told apart by the colour-blind, and dark and light enough for a white and for a black
-# page.
+# The Okabe-Ito colours. They can be distinguished with colour blindness and have enough contrast on a white
+# and on a black page.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#858a93"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
 ROLE_COLOURS = {"sample": BLUE, "reward": PURPLE, "teach": ORANGE, "learn": GREEN, "rest": GREY}
@@ -21,7 +21,7 @@ ROLE_COLOURS = {"sample": BLUE, "reward": PURPLE, "teach": ORANGE, "learn": GREE
 
 @dataclass
 class Chart:
-    """`absent` says in a sentence why there is nothing to draw; then `figure` is None."""
+    """One chart. If there is nothing to draw, `figure` is None and `absent` is a sentence with the reason."""
 
     title: str
     figure: Figure | None = None
@@ -38,8 +38,8 @@ class Chart:
 
 
 def new_figure(x: str, y: str, layout: dict[str, Any]) -> Figure:
-    """An empty figure with its axes named. Colours of text and grid are the page's, set in the browser for
-    light or dark.
+    """An empty figure with named axes. The page's script sets the colours of text and grid in the browser,
+    for its light or dark mode.
     """
     from plotly.graph_objects import Figure
 
@@ -67,7 +67,7 @@ def add_line(
     *,
     dots: bool = False,
 ) -> None:
-    """One line. `hover` formats the value, as in "%{y:.3f} nats"."""
+    """Add one line. `hover` formats the value, as in "%{y:.3f} nats"."""
     mode = "lines+markers" if dots or len(x) < 3 else "lines"
     figure.add_scatter(
         x=list(x), y=list(y), name=name, mode=mode, line={"color": colour, "width": 2}, hovertemplate=hover
@@ -75,7 +75,7 @@ def add_line(
 
 
 def add_band(figure: Figure, points: Sequence[tuple[float, float | None, float | None]], colour: str) -> None:
-    """The interval around a line: points (x, low, high); those without an interval are left out."""
+    """Add the interval around a line. Points are (x, low, high); points without an interval are left out."""
     known = [(x, low, high) for x, low, high in points if low is not None and high is not None]
     if not known:
         return
@@ -93,13 +93,13 @@ def step_chart(
     caption: str = "",
     digits: str = ".3g",
 ) -> Chart:
-    """Lines by name over optimiser steps, each of points (step, value), and their numbers as a table."""
+    """A chart of named lines over optimiser steps. A line is a sequence of points (step, value)."""
     if not any(lines.values()):
-        return Chart(title, absent="No step has reported this yet.")
+        return Chart(title, absent="No step has recorded this yet.")
     figure = new_figure("step", unit, {})
     numbers: list[tuple[str, ...]] = []
     for place, (name, points) in enumerate(lines.items()):
-        # plotly reads some markup in names
+        # plotly interprets some markup in names, so markup characters are replaced
         shown = name.replace("<", "‹").replace(">", "›").replace("&", "+")[:40]
         colour = COLOURS[place % len(COLOURS)]
         add_line(

@@ -1,4 +1,4 @@
-"""What the run cost: seconds and FLOPs by role, tokens, memory, staleness."""
+"""The costs of a run: seconds and FLOPs by role, tokens, memory, staleness."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from reflux.reports.words import TEXTS, Words
 
 
 def seconds_chart(metrics: Metrics) -> Chart:
-    """Seconds of each step by role, stacked; "rest" is what no role accounts for."""
+    """Seconds of each step by role, stacked. "rest" is the time that no role accounts for."""
     columns = {role: metrics.seconds[role] for role in ROLES} | {"rest": rest_of(metrics.seconds)}
     chart = _stacked(
-        "Seconds a step, by role", "seconds a step", columns, metrics.step, "%{y:.3f} s", ".3f", "~g"
+        "Seconds per step, by role", "seconds per step", columns, metrics.step, "%{y:.3f} s", ".3f", "~g"
     )
     if columns["rest"] and any(known(columns["rest"])):
-        chart.caption = "Rest: what no role accounts for, such as evaluations and files."
+        chart.caption = "Rest is the time that no role accounts for, such as evaluations and writing files."
     return chart
 
 
 def flops_chart(metrics: Metrics) -> Chart:
     """Floating-point operations of each step by role, stacked."""
     return _stacked(
-        "FLOPs a step, by role",
-        "FLOPs a step",
+        "FLOPs per step, by role",
+        "FLOPs per step",
         dict(metrics.flops),
         metrics.step,
         "%{y:.3s}FLOP",
@@ -51,8 +51,8 @@ def _stacked(
 
 
 def tokens_chart(metrics: Metrics, words: Words = TEXTS) -> Chart:
-    """Tokens, or denoising steps, sampled and trained on, by optimiser step."""
-    title = f"{words.units.capitalize()} {'by optimiser step' if words.images else 'a step'}"
+    """The numbers of tokens (or denoising steps) sampled and trained on, by optimiser step."""
+    title = f"{words.units.capitalize()} {'by optimiser step' if words.images else 'per step'}"
     figure = new_figure("step", title.lower(), {"yaxis_rangemode": "tozero", "yaxis_tickformat": "~s"})
     numbers: list[tuple[str, ...]] = []
     for name, column, colour in (
@@ -71,7 +71,10 @@ def tokens_chart(metrics: Metrics, words: Words = TEXTS) -> Chart:
 
 
 def roles_table(metrics: Metrics) -> list[tuple[str, str, str, str, str]]:
-    """(role, seconds, share of them, FLOPs, share of them), the total last; empty where no step has reported."""
+    """Rows of (role, seconds, share of all seconds, FLOPs, share of all FLOPs), the total last.
+
+    Empty if metrics.jsonl has no step.
+    """
     if not metrics.step:
         return []
     seconds = {role: total(metrics.seconds[role]) for role in ROLES} | {
@@ -82,26 +85,26 @@ def roles_table(metrics: Metrics) -> list[tuple[str, str, str, str, str]]:
     lines = [(role, seconds[role], flops[role]) for role in seconds if seconds[role] or flops[role]]
     return [
         (role, duration(spent), _share(spent, all_seconds), scaled(flop, "FLOP"), _share(flop, all_flops))
-        for role, spent, flop in [*lines, ("together", all_seconds, all_flops)]
+        for role, spent, flop in [*lines, ("total", all_seconds, all_flops)]
     ]
 
 
 def other_costs(metrics: Metrics, words: Words = TEXTS) -> list[tuple[str, str]]:
-    """(what, how much) of positions, memory and staleness, as far as they are known."""
+    """Pairs (name, amount) of positions, memory and staleness. Unknown ones are left out."""
     sampled, trained = total(metrics.tokens_sampled), total(metrics.tokens_trained)
     seconds, stalenesses = total(metrics.seconds["total"]), known(metrics.staleness_mean)
     found = [
         (f"{words.units} sampled", count(sampled)),
         (f"{words.units} sampled to score weights", count(total(metrics.tokens_scored))),
         (
-            f"{words.units} sampled and thrown away after a jump",
+            f"{words.units} sampled and discarded after an extrapolation",
             count(total(metrics.tokens_discarded) or None),
         ),
         (f"{words.units} trained on", count(trained)),
-        (f"{words.units} sampled a second", count(sampled / seconds) if sampled and seconds else NONE),
+        (f"{words.units} sampled per second", count(sampled / seconds) if sampled and seconds else NONE),
         ("peak memory", scaled(max(known(metrics.peak_memory_bytes), default=None), "B")),
         ("staleness, mean", f"{sum(stalenesses) / len(stalenesses):.2f} steps" if stalenesses else NONE),
-        ("attempts that could not be judged", count(total(metrics.ungraded) or None)),
+        ("attempts that could not be graded", count(total(metrics.ungraded) or None)),
         (
             "staleness, largest",
             f"{max(known(metrics.staleness_max)):.0f} steps" if known(metrics.staleness_max) else NONE,

@@ -1,4 +1,4 @@
-"""How the student came along: accuracy by step, KL by step, KL by position before and after."""
+"""Charts of training progress: accuracy by step, KL by step, KL by position before and after training."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _OTHERS = (GREEN, PURPLE, GREY)
 
 
 def accuracy_chart(moments: list[EvalPoint], teacher: SearchScore | None) -> Chart:
-    """Share of problems solved, by step, with its 95 % interval, and the teacher's line.
+    """The share of problems solved by step, with its 95 % interval, and the teacher's accuracy as a line.
 
-    That is of the problems on the way where it was asked them. teacher: what it is reported to solve, drawn
-    where nothing else is known.
+    The teacher's line is its accuracy on the problems of the evaluations during the run, if it was measured.
+    Otherwise it is `teacher`, the accuracy that the summary reports.
     """
     title = "Accuracy by step"
     teacher = next((moment.teacher for moment in moments if moment.teacher is not None), teacher)
@@ -73,7 +73,7 @@ def accuracy_chart(moments: list[EvalPoint], teacher: SearchScore | None) -> Cha
 
 
 def ends_of(steps: list[int]) -> list[float]:
-    """Where a line across these steps begins and ends."""
+    """The two x values at which a horizontal line across these steps begins and ends."""
     return [min(steps), max(steps)] if max(steps) > min(steps) else [min(steps) - 0.5, max(steps) + 0.5]
 
 
@@ -85,7 +85,7 @@ def _add_teacher(figure: Figure, teacher: SearchScore, steps: list[int]) -> None
 
 
 def kl_chart(metrics: Metrics, moments: list[EvalPoint], words: Words = TEXTS) -> Chart:
-    """Reverse KL from student to teacher, nats per position: on the training attempts of each step, and on
+    """Reverse KL from student to teacher in nats per position, on the training attempts of each step and on
     the problems of evaluations.
     """
     unit = f"nats per {words.unit}"
@@ -103,7 +103,7 @@ def kl_chart(metrics: Metrics, moments: list[EvalPoint], words: Words = TEXTS) -
     if not values and not held:
         return Chart(
             title,
-            absent="No step has reported a KL to the teacher (metrics.jsonl and evals.jsonl have none).",
+            absent="No step has recorded a KL to the teacher (metrics.jsonl and evals.jsonl have none).",
         )
     everything = values + [value for _, value in held]
     far = min(everything) > 0 and max(everything) / min(everything) > 20
@@ -130,10 +130,14 @@ def kl_chart(metrics: Metrics, moments: list[EvalPoint], words: Words = TEXTS) -
     numbers += some([(asked, count(step), f"{value:.4f}") for step, value in held])
     caption = f"Reverse KL from student to teacher, {unit}" + (", on a logarithmic scale." if far else ".")
     if known(metrics.kl_nats):
-        caption += f" Training attempts: every generated position, {'exact' if words.images else 'by the sampled tokens'}."
+        caption += (
+            " Training attempts: mean over every generated position, "
+            f"{'computed exactly' if words.images else 'estimated from the sampled tokens'}."
+        )
     if known(metrics.kl_nats_trained):
         caption += (
-            " Where learnt from: positions with a weight alone, exact where both distributions are known."
+            " Trained positions: mean over positions with a non-zero weight, exact where both distributions"
+            " are known."
         )
     if any(
         len(known(column)) > len(steps)
@@ -144,16 +148,16 @@ def kl_chart(metrics: Metrics, moments: list[EvalPoint], words: Words = TEXTS) -
 
 
 def _trained(metrics: Metrics) -> list[tuple[str, str, Column]]:
-    """(label, colour, column) of the two curves on training attempts, as far as they are known."""
+    """(label, colour, column) of the two curves on training attempts. A curve without numbers is left out."""
     columns = [
         ("training attempts", BLUE, metrics.kl_nats),
-        ("training attempts, where learnt from", GREEN, metrics.kl_nats_trained),
+        ("training attempts, trained positions", GREEN, metrics.kl_nats_trained),
     ]
     return [(label, colour, column) for label, colour, column in columns if known(column)]
 
 
 def position_chart(moments: list[EvalPoint], words: Words = TEXTS) -> Chart:
-    """Reverse KL by position on the problems of an evaluation, at the first and at the last moment that
+    """Reverse KL by position on the problems of an evaluation, at the first and at the last evaluation that
     measured it.
     """
     title = f"Distance to the teacher by {words.position}"
@@ -171,7 +175,7 @@ def position_chart(moments: list[EvalPoint], words: Words = TEXTS) -> Chart:
         numbers += _add_positions(figure, step, found, colour)
     caption = f"{sentence(found.split for _, found in ends)}; the band is the 95 % interval."
     if len(ends) == 1:
-        caption += f" Measured at step {ends[0][0]} only, so there is no second curve to compare with."
+        caption += f" It was measured at step {ends[0][0]} only, so there is no second curve."
     return Chart(
         title,
         figure,
@@ -213,7 +217,7 @@ def _nats_interval(low: float | None, high: float | None) -> str:
 
 
 def plain(name: str) -> str:
-    """A name for a chart's legend: plotly reads some markup there, so what could be markup is replaced; 40
-    characters.
+    """A name for a chart's legend, at most 40 characters. plotly interprets some markup in legends, so markup
+    characters are replaced.
     """
     return visible(name).replace("<", "‹").replace(">", "›").replace("&", "+")[:40]

@@ -1,5 +1,5 @@
-"""What the parts of a run show of themselves. A part that cannot be made any more costs a note, never the
-page.
+"""The diagnostic charts of the parts of a run. If a part can no longer be built, the page has a note instead
+of its charts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from reflux.reports.recorded import Recorded
 
 
 def own_charts(config: Row, recorded: Recorded, notes: list[str]) -> list[Chart]:
-    """The charts of every part that config.toml names, those inside others included, in the order of the
+    """The charts of every part in config.toml, parts inside other parts included, in the order of the
     recipe's tables.
     """
     made = list(_parts(config, notes))
@@ -33,8 +33,7 @@ def _parts(config: Row, notes: list[str]) -> Iterator[tuple[str, Any]]:
                 part = registry.build(marker.group, value, where, default_kind=kind, steps=steps)
             except ConfigError as error:
                 notes.append(
-                    f"{where}: this part cannot be made here, so what it shows of itself is left out "
-                    f"({error})."
+                    f"{where}: this part cannot be built here, so its charts are left out ({error})."
                 )
                 continue
             yield where, part
@@ -42,7 +41,7 @@ def _parts(config: Row, notes: list[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _tables(marker: registry.PartOf, name: str, value: object) -> Iterator[tuple[str, str | None, Row]]:
-    """(where, the kind where none is written, the part's table)."""
+    """(path in the config, kind used if the table has none, the part's table)."""
     if marker.many == "table":
         yield from (
             (f"{name}.{key}", marker.default or key, entry)

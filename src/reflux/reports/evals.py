@@ -1,5 +1,5 @@
-"""evals.jsonl as scores, agreements and examples. Texts and images are kept of the first and the last moment
-only.
+"""Reads evals.jsonl as scores, agreements and examples. Texts and images are kept only of the first and the
+last evaluation moment.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from reflux.reports.scores import SearchScore, score
 
 @dataclass(frozen=True)
 class Bin:
-    """Mean reverse KL over `width` positions from `position` on, nats per position, with its interval;
-    `counted` positions of attempts.
+    """The mean reverse KL over `width` positions from `position` on, in nats per position, with its interval.
+    It is a mean over `counted` positions of attempts.
     """
 
     position: int
@@ -38,7 +38,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class AgreementPoint:
-    """How far student and teacher are apart on the problems of a split."""
+    """The reverse KL from student to teacher on the problems of a split."""
 
     kl_nats: float | None
     bins: tuple[Bin, ...]
@@ -47,7 +47,7 @@ class AgreementPoint:
 
 @dataclass(frozen=True)
 class Level:
-    """The mean of one part of the verdicts, with its 95 % interval."""
+    """The mean of one part of the verdicts (such as quality), with its 95 % interval."""
 
     value: float
     low: float | None = None
@@ -56,8 +56,8 @@ class Level:
 
 @dataclass(frozen=True)
 class ProblemSplit:
-    """An accuracy by route (or part of a mix), and the means of the verdicts' parts: by name, over everything
-    (None) and by route.
+    """An accuracy by route (or by part of a mix), and the means of the parts of the verdicts, by part name.
+    Each is a mean over all problems (key None) and by route.
     """
 
     routes: dict[str, SearchScore] = field(default_factory=dict)
@@ -66,9 +66,7 @@ class ProblemSplit:
 
 @dataclass
 class EvalPoint:
-    """One evaluation moment: what was measured of the student, by the name of the evaluation, and of its
-    teacher.
-    """
+    """The results of one evaluation moment: the student's by evaluation name, and the teacher's."""
 
     step: int
     teacher: SearchScore | None = None
@@ -81,7 +79,7 @@ class EvalPoint:
 
 
 def read_evals(lines: Iterable[Row]) -> list[EvalPoint]:
-    """The moments in order of step; a line without a step is skipped."""
+    """The evaluation moments in order of step. A line without a step is skipped."""
     moments: list[EvalPoint] = []
     for row in lines:
         step = whole(row.get("step"))
@@ -106,7 +104,7 @@ def _moment(step: int, row: Row) -> EvalPoint:
             )
             continue
         if examples:
-            # they are worth seeing where nothing could be judged, too
+            # examples are kept even if nothing could be graded
             moment.examples[name] = examples
         if found is not None:
             moment.scores[name], moment.splits[name] = found, split(table(value))
@@ -116,7 +114,7 @@ def _moment(step: int, row: Row) -> EvalPoint:
 
 
 def split(entry: Row) -> ProblemSplit:
-    """What one evaluation says by route and of the parts of its verdicts."""
+    """The results of one evaluation by route, and the parts of its verdicts."""
     routes = {}
     for key in entry:
         name = key.removeprefix("accuracy.").removesuffix(".problems")
@@ -170,6 +168,6 @@ def _bin(raw: Row) -> Bin | None:
 
 
 def main_name(names: Iterable[str], preferred: str) -> str | None:
-    """The preferred name where it was measured, else the first one."""
+    """The preferred name if it was measured, else the first name. None if there is no name."""
     found = list(dict.fromkeys(names))
     return preferred if preferred in found else next(iter(found), None)

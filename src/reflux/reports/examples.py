@@ -1,4 +1,4 @@
-"""The same problems, answered before and after."""
+"""Answers to the same problems before and after training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHARACTERS = 4000
 
 @dataclass(frozen=True)
 class ExampleAnswer:
-    """What the student wrote, shortened, and the verdict: right, wrong, or not graded."""
+    """The student's answer, shortened, and the verdict: right, wrong, or not graded."""
 
     text: str
     left_out: int
@@ -32,8 +32,8 @@ class Pair:
 
 
 def read_pairs(moments: list[EvalPoint], limit: int = 6) -> tuple[list[Pair], int, int]:
-    """The first problems that both the first and the last moment keep an answer to, in order, and the two
-    steps.
+    """The first problems with an answer at both the first and the last evaluation moment, in order, and the
+    steps of the two moments.
     """
     kept = [moment for moment in moments if any(moment.examples.values())]
     if len(kept) < 2:
@@ -46,7 +46,7 @@ def read_pairs(moments: list[EvalPoint], limit: int = 6) -> tuple[list[Pair], in
 
 
 def id_of(entry: Row) -> str:
-    """An example names its problem by `id`, or by `prompt` where the text of the problem is in `question`."""
+    """The id of an example's problem: its `id`, or its `prompt` if there is no `id`."""
     return words(entry.get("id", entry.get("prompt")))
 
 
@@ -66,11 +66,11 @@ def _answer(entry: Row) -> ExampleAnswer:
 
 
 def verdict(value: object) -> str:
-    """A verdict in a word."""
+    """The verdict as shown on the page: "right" from 0.5 on, "wrong" below, "not graded" without a number."""
     right = number(value)
     return "not graded" if right is None else "right" if right >= 0.5 else "wrong"
 
 
 def words(value: object) -> str:
-    """A value as text that can be looked at; None is nothing."""
+    """A value as visible text. None gives an empty text."""
     return "" if value is None else visible(str(value))

@@ -1,5 +1,5 @@
-"""The spectra of what training did to the weights, from evals.jsonl. Runs that did not measure them have no
-chart.
+"""Charts of the spectra of the weight displacement, from evals.jsonl. Runs without these measurements have no
+such chart.
 """
 
 from __future__ import annotations
@@ -19,15 +19,21 @@ SIZES = {
     "effective_rank": ("Effective rank by step", PURPLE),
 }
 HELP = {
-    "spectral_norm": "The largest singular value of what training did to a matrix, mean over attention and MLP matrices.",
-    "effective_rank": "Over how many directions that displacement is spread: the exponential of the entropy of its singular values.",
+    "spectral_norm": (
+        "The largest singular value of a matrix's displacement since the start of training, mean over "
+        "attention and MLP matrices."
+    ),
+    "effective_rank": (
+        "The effective number of directions of the displacement: the exponential of the entropy of its "
+        "singular values."
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """One evaluation: the means over matrices, and the alignment of earlier evaluations with this one, by
-    step.
+    """The spectrum at one evaluation: means over matrices, and the alignment of earlier evaluations with this
+    one, by step.
     """
 
     step: int
@@ -36,7 +42,9 @@ class Spectrum:
 
 
 def read_spectra(lines: Iterable[Row]) -> list[Spectrum]:
-    """In order of step; evaluations without spectra, and those at which nothing had moved, are left out."""
+    """The spectra in order of step. Evaluations without spectra, and those without a displacement, are left
+    out.
+    """
     found = []
     for row in lines:
         step = whole(row.get("step"))
@@ -55,7 +63,7 @@ def _alignment(entry: Row) -> dict[int, float]:
 
 
 def foresight_charts(spectra: list[Spectrum]) -> list[Chart]:
-    """Norm, rank, shares and alignment by step; nothing where nothing was measured."""
+    """Charts of norm, rank, shares and alignment by step. Empty if no spectrum was measured."""
     if not spectra:
         return []
     return [*(_size(spectra, name) for name in SIZES), _shares(spectra)]
@@ -108,7 +116,10 @@ def _shares(spectra: list[Spectrum]) -> Chart:
                 dots=True,
             )
             numbers += some([(title, f"{step}", f"{100 * value:.1f} %") for step, value in points])
-    caption = "Of the displacement since the start: how much of its length lies in its first singular directions, and how early those are found."
+    caption = (
+        "The share of the displacement's length in its first singular directions, and the alignment of the "
+        "directions at earlier steps with those at the last step."
+    )
     return Chart(
         "Directions of the displacement by step",
         figure,

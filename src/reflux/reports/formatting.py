@@ -1,22 +1,22 @@
-"""Text that a model wrote, made fit to be looked at. It is data: escaping is the template's work, visibility
-is this module's.
+"""Makes text that a model wrote fit for display. This module makes invisible characters visible; the template
+does the HTML escaping.
 """
 
 from __future__ import annotations
 
 import unicodedata
 
-# needed by several scripts and by emoji, and harmless
+# the two joiners are harmless, and several scripts and emoji need them
 _JOINERS = "\u200c\u200d"
 _PLAIN = "\n\t"
 
 
 def visible(text: str) -> str:
-    """The text with every character that would act instead of being seen written as ⟨U+XXXX⟩.
+    """The text with every control or format character written as ⟨U+XXXX⟩.
 
-    These are control characters but newline and tab, format characters (bidirectional overrides, zero-width
-    spaces, tags) but the two joiners, line and paragraph separators, and lone surrogates, which UTF-8 cannot
-    hold.
+    These are control characters except newline and tab, format characters (bidirectional overrides,
+    zero-width spaces, tags) except the two joiners, line and paragraph separators, and lone surrogates, which
+    UTF-8 cannot encode.
     """
     return "".join(_mark(char) if _acts(char) else char for char in text)
 

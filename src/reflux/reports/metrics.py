@@ -1,4 +1,4 @@
-"""metrics.jsonl as the columns the page draws: one pass, a few numbers kept of each step."""
+"""Reads metrics.jsonl in one pass as the columns that the page draws. It keeps a few numbers of each step."""
 
 from __future__ import annotations
 
@@ -27,39 +27,39 @@ Column = list[float | None]
 
 @dataclass(frozen=True)
 class Heard:
-    """What one step says of one teacher table."""
+    """The numbers of one step for one teacher table."""
 
-    # attempts
+    # The number of attempts that this teacher table was asked about.
     asked: float | None
-    # over the positions learnt from
+    # The mean KL over the trained positions, in nats per position.
     kl_nats: float | None
 
 
 @dataclass
 class Metrics:
-    """Columns of equal length, one entry a step. A number that was missing or not finite is None."""
+    """Columns of equal length with one entry per step. A missing or non-finite number is None."""
 
     step: list[int] = field(default_factory=list)
-    # over all generated positions, sampled; None where that was not known
+    # Over all generated positions, estimated from the samples. None where it is not known.
     kl_nats: Column = field(default_factory=list)
-    # over the positions learnt from, exact where both distributions are known
+    # Over the trained positions, exact where both distributions are known.
     kl_nats_trained: Column = field(default_factory=list)
     staleness_mean: Column = field(default_factory=list)
     staleness_max: Column = field(default_factory=list)
     tokens_sampled: Column = field(default_factory=list)
     tokens_trained: Column = field(default_factory=list)
-    # by extrapolation; None throughout without one
+    # Tokens sampled by extrapolation to score weights. All None without extrapolation.
     tokens_scored: Column = field(default_factory=list)
-    # of attempts that a jump threw away
+    # Tokens of attempts that were discarded because extrapolation moved the weights.
     tokens_discarded: Column = field(default_factory=list)
     peak_memory_bytes: Column = field(default_factory=list)
-    # None throughout without log_variance
+    # All None without log_variance.
     gradient_variance_ratio: Column = field(default_factory=list)
-    # None throughout where no ratio has a bound
+    # All None if no ratio has a bound.
     ratio_outside_share: Column = field(default_factory=list)
-    # attempts that could not be judged
+    # The number of attempts that could not be graded.
     ungraded: Column = field(default_factory=list)
-    # by table; the steps that name it
+    # By teacher table: one entry for each step that names it.
     teachers: dict[str, list[Heard]] = field(default_factory=dict)
     seconds: dict[str, Column] = field(default_factory=lambda: {role: [] for role in (*ROLES, "total")})
     flops: dict[str, Column] = field(default_factory=lambda: {role: [] for role in ROLES})
@@ -70,7 +70,7 @@ class Metrics:
 
 
 def read_metrics(lines: Iterable[Row]) -> Metrics:
-    """The columns of a stream of steps. A line without a step is skipped."""
+    """The columns from the lines of metrics.jsonl. A line without a step is skipped."""
     metrics = Metrics()
     for row in lines:
         step = whole(row.get("step"))
@@ -89,19 +89,19 @@ def read_metrics(lines: Iterable[Row]) -> Metrics:
 
 
 def known(column: Column) -> list[float]:
-    """The numbers of a column, without its gaps."""
+    """The numbers of a column, without the Nones."""
     return [value for value in column if value is not None]
 
 
 def total(column: Column) -> float | None:
-    """The sum of what is known; None where nothing is."""
+    """The sum of the known numbers. None if no number is known."""
     values = known(column)
     return sum(values) if values else None
 
 
 def rest_of(seconds: dict[str, Column]) -> Column:
-    """Seconds of a step that no role accounts for (publishing weights, writing files); None where the total
-    is not known.
+    """The seconds of each step that no role accounts for (publishing weights, writing files). None where the
+    total is not known.
     """
     parts = zip(*(seconds[role] for role in ROLES), strict=True)
     return [
@@ -111,7 +111,7 @@ def rest_of(seconds: dict[str, Column]) -> Column:
 
 
 def thinned(step: list[int], column: Column, limit: int = 300) -> tuple[list[float], list[float]]:
-    """At most `limit` points (step, value): means over runs of neighbouring steps, gaps left out."""
+    """At most `limit` points (step, value), each a mean over neighbouring steps. Nones are left out."""
     points = [(at, value) for at, value in zip(step, column, strict=True) if value is not None]
     size = max(1, -(-len(points) // limit))
     chunks = [points[start : start + size] for start in range(0, len(points), size)]

@@ -1,4 +1,4 @@
-"""The head of the page: what ran, how far it came, and what came of it in one sentence."""
+"""The head of the page: the run's settings, its state, and its result in one sentence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reflux.reports.units import count, duration, percent
 
 @dataclass(frozen=True)
 class Overview:
-    """`state` is empty for a finished run; else it says where the run stands."""
+    """The contents of the head. `state` is empty for a finished run, else it names the reached step."""
 
     recipe: str
     state: str
@@ -27,7 +27,7 @@ class Overview:
 def overview(
     config: Row, summary: Row | None, metrics: Metrics, moments: list[EvalPoint], name: str
 ) -> Overview:
-    """What the files say of the run as a whole. `name` (of the folder) stands in for a recipe without a name."""
+    """The overview of a run, from its files. `name`, of the folder, is shown if the recipe has no name."""
     planned, done = whole(config.get("steps")), metrics.steps_done
     finished = summary or {}
     scores = before_after_teacher(finished) if summary is not None else _so_far(moments)
@@ -43,7 +43,10 @@ def overview(
 
 def _state(done: int, planned: int | None) -> str:
     reached = f"step {done} of {planned}" if planned else f"step {done}"
-    return f"This run is unfinished: {reached}. It has no summary.json; what follows is what was on disk when this page was written."
+    return (
+        f"This run is unfinished: {reached}. It has no summary.json. This page shows what was on disk when "
+        "it was written."
+    )
 
 
 def _so_far(moments: list[EvalPoint]) -> list[tuple[str, SearchScore | None]]:
@@ -65,8 +68,11 @@ def _sentence(scores: list[tuple[str, SearchScore | None]], steps: int, seconds:
     if before is None or after is None:
         return ""
     spent = f" ({duration(float(seconds))})" if isinstance(seconds, int | float) else ""
-    moved = f"In {count(steps)} steps{spent} the student went from {percent(before.accuracy)} to {percent(after.accuracy)}"
-    whole = moved + (f"; its teacher solves {percent(teacher.accuracy)}." if teacher else ".")
+    moved = (
+        f"In {count(steps)} steps{spent} the student's accuracy went from {percent(before.accuracy)} to "
+        f"{percent(after.accuracy)}"
+    )
+    whole = moved + (f"; the teacher's accuracy is {percent(teacher.accuracy)}." if teacher else ".")
     return whole.replace(" %", "\u00a0%")
 
 

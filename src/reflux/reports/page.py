@@ -1,8 +1,8 @@
-"""report.html: everything one run has to say, on one page that opens offline, from its directory alone.
+"""Writes report.html: the results of one run on one page that opens offline. It reads the run directory only.
 
-The page carries its own scripts and forbids every other: a content security policy names the two scripts by
-their hashes, and nothing is fetched. What models, prompts and names say is escaped by the template and stays
-text; images are written anew into it.
+The page contains its own scripts and forbids all others: a content security policy names the two scripts by
+their hashes, and nothing is fetched. The template escapes all text of models, prompts and names. Images are
+decoded and encoded again.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def write_report(run_dir: Path) -> Path:
     """Write report.html into a run directory and return its path.
 
     Reads config.toml, metrics.jsonl, evals.jsonl, searches.jsonl, attempts.jsonl, summary.json and
-    student/tokenizer.json; any may be missing, and what is missing or damaged is said on the page. The file
-    is replaced at once or not at all. FileNotFoundError where there is no such directory.
+    student/tokenizer.json. Any of them may be missing; the page lists what is missing or damaged. The file is
+    replaced atomically. FileNotFoundError if there is no such directory.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise FileNotFoundError(
-            f"{run_dir} is not a run directory. Give the folder that `reflux run` printed."
+            f"{run_dir} is not a run directory. Pass the folder that `reflux run` printed."
         )
     target = run_dir / "report.html"
     files.write_text(target, _render(_page(run_dir)))
@@ -122,12 +122,12 @@ def _render(page: dict[str, Any]) -> str:
         css=assets["page.css"],
         script=assets["page.js"],
         hashes=[_hash(assets["page.js"]), _hash(library)],
-        # a third of its size; the browser unpacks it
+        # compressed to a third of its size; the browser unpacks it
         library=base64.b64encode(gzip.compress(library.encode(), mtime=0)).decode(),
         drawn=any(chart.figure is not None for chart in [*page["progress"], *page["costs"]]),
     )
 
 
 def _hash(script: str) -> str:
-    """The name of a script in a content security policy."""
+    """The hash that names a script in a content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,7 +1,7 @@
-"""The files of a run directory, read with forgiveness: what is missing or damaged becomes a note, never an
-exception.
+"""Reads the files of a run directory. A missing or damaged file gives a note and never an exception.
 
-A run may be unfinished, or killed in the middle of a line. Files of lines are streamed; nothing is kept here.
+A run may be unfinished, or killed in the middle of a line. Files of lines are streamed and not kept in
+memory.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ Row = dict[str, Any]
 
 
 def rows(path: Path, notes: list[str]) -> Iterator[Row]:
-    """The objects of a JSON-lines file, one after the other. NaN and infinities come as None.
+    """The objects of a JSON-lines file, one by one. NaN and infinities are returned as None.
 
-    A missing file is no rows. A last line without its end was cut by a kill and is left out; so is any line
-    that is not an object. `notes` gets a sentence for each kind of damage when the file has been read to its
-    end.
+    A missing file gives no rows. An incomplete last line (the run was killed while writing it) is left out,
+    as is any line that is not an object. `notes` gets a sentence for each kind of damage when the file has
+    been read to its end.
     """
     if not path.is_file():
         return
@@ -50,7 +50,7 @@ def rows(path: Path, notes: list[str]) -> Iterator[Row]:
 
 def _parse(line: bytes, strange: list[str]) -> Row | None:
     try:
-        # append returns None: the value of a number that is none
+        # append returns None, which becomes the value of the non-finite number
         row = json.loads(line, parse_constant=strange.append)
     except (ValueError, RecursionError):
         return None
@@ -75,28 +75,28 @@ def whole(value: object) -> int | None:
 
 
 def table(value: object) -> Row:
-    """The value if it is a table, else an empty one."""
+    """The value if it is a table, else an empty table."""
     return value if isinstance(value, dict) else {}
 
 
 def items(value: object) -> list[Any]:
-    """The value if it is a list, else an empty one."""
+    """The value if it is a list, else an empty list."""
     return value if isinstance(value, list) else []
 
 
 def toml_table(path: Path, notes: list[str]) -> Row:
-    """The table of a TOML file; empty, with a note, where there is none."""
+    """The table of a TOML file. Empty, with a note, if the file is missing or damaged."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        notes.append(f"{path.name} is missing, so what was run is not known in full.")
+        notes.append(f"{path.name} is missing, so the configuration of the run is not known.")
     except ValueError as error:
         notes.append(f"{path.name} cannot be read: {error}.")
     return {}
 
 
 def json_table(path: Path, notes: list[str]) -> Row | None:
-    """The object of a JSON file; None where there is none, with a note where it is damaged."""
+    """The object of a JSON file. None if the file is missing; None and a note if it is damaged."""
     strange: list[str] = []
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""The files of a run directory as a part reads them for its diagnostics."""
+"""The access that a part has to the files of a run directory, for its diagnostics."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from reflux.reports.reading import Row, number, rows, table, whole
 
 @dataclass(frozen=True)
 class Recorded:
-    """Lines of metrics.jsonl, evals.jsonl, attempts.jsonl, and of files that a part writes itself; what is
-    damaged is left out.
+    """Gives the lines of metrics.jsonl, evals.jsonl, attempts.jsonl, and of files that a part writes itself.
+    Damaged lines are left out.
     """
 
     folder: Path
 
     def rows(self, name: str) -> Iterator[Row]:
-        """The objects of NAME.jsonl, one after the other; none where there is no such file."""
+        """The objects of NAME.jsonl, one by one. None are given if there is no such file."""
         return rows(self.folder / f"{name}.jsonl", [])
 
     def metrics(self, *path: str) -> dict[str, list[tuple[float, float]]]:
-        """The numbers of one table of metrics.jsonl, by their names, as (step, value); such as
-        `metrics("credit", "prefix")`.
+        """The numbers of one table of metrics.jsonl, such as `metrics("credit", "prefix")`: lists of
+        (step, value) by name.
         """
         found: dict[str, list[tuple[float, float]]] = {}
         for row in self.rows("metrics"):

@@ -1,5 +1,5 @@
-"""Where the teacher stopped telling candidates apart: margin by segment, and after which segment attempts
-were released.
+"""Chart of the release rule: the teacher's margin by segment, and the share of attempts released after each
+segment.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from reflux.reports.units import count
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-# attempts that are looked at
+# The chart is computed from this many of the last attempts.
 _LAST = 2000
-# single attempts that are drawn
+# The colours of the single attempts that are drawn.
 _EXAMPLES = (ORANGE, GREEN, PURPLE)
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One attempt: what it is called, the mean margin of each of its segments in nats, and how many were
-    kept.
+    """One attempt: its name, the mean margin of each of its segments in nats, and the number of kept
+    segments.
     """
 
     name: str
@@ -40,14 +40,18 @@ class Judged:
 
 def release_chart(name: str, attempts: Iterable[Row]) -> Chart:
     """The mean margin of each segment over the last attempts, single attempts with their release point, and
-    the share of attempts released after each segment. name: of the rule's table; attempts: the lines of
-    attempts.jsonl."""
-    title = "Margin by segment, and where answers are released"
+    the share of attempts released after each segment. name: the name of the rule's table; attempts: the lines
+    of attempts.jsonl.
+    """
+    title = "Margin by segment, and share of attempts released"
     found = read_judged(attempts, name)
     if not found:
         return Chart(
             title,
-            absent="No attempt with a margin is on disk: the student has not learned yet, or no teacher answered.",
+            absent=(
+                "No attempt with a margin is on disk: the student has not been trained yet, or no teacher "
+                "scored an attempt."
+            ),
         )
     released = sum(judged.released for judged in found)
     segments = range(max(len(judged.margins) for judged in found))
@@ -58,9 +62,9 @@ def release_chart(name: str, attempts: Iterable[Row]) -> Chart:
     ends = [sum(judged.released and judged.kept == i + 1 for judged in found) / len(found) for i in segments]
     figure = _drawn(means, ends, _examples(found))
     caption = (
-        "The gap between the teacher's best two of the student's candidates, mean over the last "
+        "The margin between the teacher's two most likely of the student's candidates, mean over the last "
         f"{count(len(found))} attempts; "
-        f"{released / len(found):.0%} of them are released. A diamond is the last segment that one attempt "
+        f"{released / len(found):.0%} of them are released. A diamond marks the last segment that an attempt "
         "keeps."
     )
     numbers = [
@@ -76,7 +80,7 @@ def release_chart(name: str, attempts: Iterable[Row]) -> Chart:
 
 
 def read_judged(attempts: Iterable[Row], rule: str) -> list[Judged]:
-    """What the rule said of the last attempts on disk, in order. Damaged lines are left out."""
+    """The margins and kept segments of the last attempts on disk, in order. Damaged lines are left out."""
     return list(deque(_judged(attempts, rule), maxlen=_LAST))
 
 
@@ -93,7 +97,7 @@ def _judged(lines: Iterable[Row], rule: str) -> Iterable[Judged]:
 
 
 def _examples(found: list[Judged]) -> list[Judged]:
-    """Released attempts where there are some, evenly spaced over what was read."""
+    """Attempts evenly spaced over those that were read. Only released ones, if there are any."""
     pool = [judged for judged in found if judged.released] or found
     return [
         pool[(2 * index + 1) * len(pool) // (2 * len(_EXAMPLES))]

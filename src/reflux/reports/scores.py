@@ -1,4 +1,4 @@
-"""An accuracy with its interval, and the three that matter: before, after, the teacher's."""
+"""An accuracy with its interval, and the three accuracies of a run: before, after, and the teacher's."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from reflux.reports.units import count, interval, percent
 
 @dataclass(frozen=True)
 class SearchScore:
-    """A share of problems solved, in [0, 1], with its 95 % interval, the number of problems and the split
-    they come from.
+    """The share of problems solved, in [0, 1], with its 95 % interval, the number of problems and their
+    split.
     """
 
     accuracy: float
@@ -30,7 +30,7 @@ class SearchScore:
 
 
 def score(value: object) -> SearchScore | None:
-    """A score from its table; None where there is no number."""
+    """The score in a table. None if the table has no accuracy."""
     if not isinstance(value, dict):
         return None
     accuracy = number(value.get("accuracy"))

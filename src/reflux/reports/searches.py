@@ -1,5 +1,5 @@
-"""searches.jsonl: how far extrapolation jumped, and what the fixed prompts said. Runs without one have no
-chart.
+"""Charts of searches.jsonl: the accepted multiples of extrapolation and the scores on the fixed prompts. Runs
+without extrapolation have no such chart.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Search:
-    """One search: the score before it, the tried (multiple, score), and where it ended."""
+    """One search: the score before it, the tried pairs (multiple, score), and the accepted multiple."""
 
     step: int
     kind: str
@@ -53,7 +53,7 @@ class Search:
 
 
 def read_searches(lines: Iterable[Row]) -> list[Search]:
-    """In order of step; a line without a step is skipped."""
+    """The searches in order of step. A line without a step is skipped."""
     found = [(whole(row.get("step")), row) for row in lines]
     return sorted(
         (_search(step, row) for step, row in found if step is not None), key=lambda search: search.step
@@ -78,20 +78,22 @@ def _search(step: int, row: Row) -> Search:
 
 
 def search_charts(searches: list[Search]) -> list[Chart]:
-    """Scores before and after each search, and the accepted multiples; nothing where nothing was searched."""
+    """Charts of the scores before and after each search, and of the accepted multiples. Empty without a
+    search.
+    """
     if not searches:
         return []
     return [_scores(searches), _jumps(searches)]
 
 
 def _scores(searches: list[Search]) -> Chart:
-    title = "Searches along the path: scores"
+    title = "Extrapolation: scores by search"
     figure = new_figure(
         "step (logarithmic)", UNITS.get(searches[0].kind, "score"), {"xaxis_type": "log", "xaxis_dtick": "D1"}
     )
     lines = {
-        "as the step left it": (GREY, lambda search: search.here),
-        "where the search ended": (BLUE, lambda search: search.ended),
+        "before the search": (GREY, lambda search: search.here),
+        "after the search": (BLUE, lambda search: search.ended),
     }
     for name, (colour, value_of) in lines.items():
         points = [(search.step, value) for search in searches if (value := value_of(search)) is not None]
@@ -105,7 +107,10 @@ def _scores(searches: list[Search]) -> Chart:
             dots=True,
         )
     header = ("step", "before", "multiple: score", "accepted", "displacement", "tokens", "time")
-    caption = "After some steps the student tries to jump further along its latest displacement; a few fixed training prompts decide."
+    caption = (
+        "After some steps, extrapolation tries to move the weights further along their latest displacement. "
+        "The score on a few fixed training prompts decides which multiple is accepted."
+    )
     return Chart(
         title, figure, caption=caption, header=header, rows=some([search.cells for search in searches])
     )
@@ -119,10 +124,10 @@ def _jumps(searches: list[Search]) -> Chart:
     )
     steps, values = [search.step for search in searches], [float(search.accepted) for search in searches]
     add_line(figure, steps, values, "accepted multiple", ORANGE, "%{y:.0f} displacements", dots=True)
-    caption = "How many displacements beyond the step's weights the student went on from; 0 is none."
+    caption = "The accepted multiple of the displacement, added to the weights of the step; 0 means none."
     rows = some([(count(search.step), count(search.accepted)) for search in searches])
     return Chart(
-        "Searches along the path: jumps",
+        "Extrapolation: accepted multiples",
         figure,
         caption=caption,
         header=("step", "accepted multiple"),

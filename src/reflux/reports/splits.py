@@ -1,5 +1,5 @@
-"""The student's curves by route, and those of the parts of its verdicts (such as quality), each beside its
-teacher's.
+"""Charts of the student's accuracy by route and of the parts of its verdicts (such as quality), each with the
+teacher's level.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from reflux.reports.evals import EvalPoint, Level, main_name
 from reflux.reports.scores import SearchScore
 from reflux.reports.units import count, interval, percent
 
-# of everything together: the last
+# colours of the routes, in order
 _BY_ROUTE = (BLUE, GREEN, PURPLE, ORANGE, GREY)
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: its points (step, level), and the teacher's level where it was measured."""
+    """One curve: its points (step, level), and the teacher's level if it was measured."""
 
     name: str
     colour: str
@@ -39,8 +39,8 @@ class Line:
 
 
 def split_charts(moments: list[EvalPoint]) -> list[Chart]:
-    """Accuracy by route where prompts have several, and each part of the verdicts where they have parts; most
-    runs have none.
+    """A chart of accuracy by route if prompts have several routes, and one chart for each part of the
+    verdicts. Most runs have neither.
     """
     name = main_name((name for moment in moments for name in moment.splits), "accuracy")
     if name is None:
@@ -83,7 +83,7 @@ def _accuracy(moments: list[EvalPoint], name: str) -> list[Chart]:
 
 
 def _asked(moments: list[EvalPoint], name: str) -> str:
-    """The problems of the student's curves, as the captions begin with them."""
+    """The name of the problems of the student's curves, for the start of a caption."""
     return sentence(moment.scores[name].split for moment in moments if name in moment.scores)
 
 
@@ -131,7 +131,7 @@ def _cycle(many: int) -> list[str]:
 
 
 def _drawn(title: str, unit: str, asked: str, lines: list[Line], *, shares: bool) -> Chart:
-    """Solid with dots the student, dashed in the same colour its teacher."""
+    """The student's curves are solid with dots; the teacher's are dashed, in the same colour."""
     hover, layout = (
         ("%{y:.1%}", {"yaxis_tickformat": ".0%", "yaxis_rangemode": "tozero"}) if shares else ("%{y:.3f}", {})
     )
@@ -149,7 +149,7 @@ def _drawn(title: str, unit: str, asked: str, lines: list[Line], *, shares: bool
             )
             figure.data[-1].update(mode="lines", line={"dash": "dash", "color": line.colour, "width": 2})
             numbers.append((f"teacher: {line.name}", "", *_cells(line.teacher, shares)))
-    dashed = " Dashed: the teacher." if any(line.teacher is not None for line in lines) else ""
+    dashed = " Dashed lines are the teacher." if any(line.teacher is not None for line in lines) else ""
     caption = f"{asked}; the band is the 95 % interval.{dashed}"
     return Chart(
         title,

@@ -1,5 +1,5 @@
-"""What some runs report of each step: the variance under a baseline and how often a ratio lay outside its
-bound. Others have no chart.
+"""Charts of numbers that only some runs record at each step: the variance ratio of a baseline, and the share
+of ratios outside their bound.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from reflux.reports.metrics import Column, Metrics, known, thinned
 
 
 def variance_chart(metrics: Metrics) -> Chart | None:
-    """The gradient's variance with the baseline over that without, by step; None where it was not logged
-    (`log_variance`).
+    """The variance of the gradient with the baseline divided by the variance without it, by step. None if it
+    was not logged (`log_variance`).
     """
     column = metrics.gradient_variance_ratio
     if not known(column):
         return None
-    caption = "Variance of the sampled gradient with the baseline over that without, at each step's attempts: below 1 the baseline helps."
+    caption = (
+        "Variance of the sampled gradient with the baseline divided by the variance without it, on the "
+        "attempts of each step: below 1 the baseline helps."
+    )
     chart = _line("Variance ratio by step", "with baseline / without", metrics, column, "%{y:.3f}", ".3f")
     chart.caption = caption + chart.caption
     assert chart.figure is not None
@@ -25,14 +28,17 @@ def variance_chart(metrics: Metrics) -> Chart | None:
 
 
 def outside_chart(metrics: Metrics) -> Chart | None:
-    """Share of positions whose ratio lies beyond its bound, by step; None where none ever did."""
+    """The share of positions whose ratio is outside its bound, by step. None if no ratio ever was."""
     column = metrics.ratio_outside_share
     if not any(value > 0 for value in known(column)):
         return None
     chart = _line(
-        "Ratios beyond their bound by step", "share of positions", metrics, column, "%{y:.2%}", ".2%"
+        "Ratios outside their bound by step", "share of positions", metrics, column, "%{y:.2%}", ".2%"
     )
-    caption = "Share of positions where student and sampler differ by more than the ratio's bound: there staleness may not be fully corrected."
+    caption = (
+        "Share of positions where the ratio of student and sampler is outside its bound. The correction for "
+        "staleness may be incomplete at these positions."
+    )
     chart.caption = caption + chart.caption
     assert chart.figure is not None
     chart.figure.update_yaxes(rangemode="tozero", tickformat="~%")

@@ -1,8 +1,8 @@
-"""The same prompts drawn before and after, and by the teacher: one row a prompt, every image with its
-verdict.
+"""Images of the same prompts by the student before and after training, and by the teacher. Each prompt has
+one row, and each image has its verdict.
 
-An image comes from a file as base64 text. It is decoded and written anew, so that what stands in the page is
-a PNG of this program's own and nothing else, whatever the file said.
+A file holds an image as base64 text. The image is decoded and encoded again, so that the page only contains
+PNGs that this program wrote, whatever the file contains.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from reflux.reports.examples import id_of, verdict, words
 from reflux.reports.reading import Row, number, table
 from reflux.reports.units import count
 
-# pixels a side on the page, at most, of an image that is enlarged
+# The largest side, in pixels on the page, of an image that is enlarged.
 _SHOWN = 144
 _ROWS = 24
 
 
 @dataclass(frozen=True)
 class Image:
-    """What an img element needs. enlarged: by a whole number, so its pixels are to stay sharp."""
+    """The attributes of an img element. enlarged: True if the image is scaled up by a whole number, so that
+    the browser keeps its pixels sharp.
+    """
 
-    # a data: URI
+    # A data: URI.
     source: str
     width: int
     height: int
@@ -34,8 +36,8 @@ class Image:
 
 @dataclass(frozen=True)
 class DrawnImage:
-    """One image of a row: who drew it and when, the verdict and its parts in words. image None: there is none
-    that can be read.
+    """One image of a row: the model and the step that generated it, the verdict and its parts as text.
+    `image` is None if there is no readable image.
     """
 
     who: str
@@ -56,7 +58,7 @@ class Strip:
 
 
 def picture_in(value: object) -> Image | None:
-    """The image in a field of a file; None where it holds none that can be read."""
+    """The image in a field of a file. None if the field holds no readable image."""
     if not isinstance(value, str):
         return None
     try:
@@ -70,8 +72,8 @@ def picture_in(value: object) -> Image | None:
 
 
 def read_strips(moments: list[EvalPoint]) -> list[Strip]:
-    """One for each prompt that was shown, in order, with what the first and the last moment and the teacher
-    drew, as far as they did.
+    """One strip for each prompt, in order, with the images of the first evaluation moment, of the last one
+    and of the teacher, where they exist.
     """
     name = main_name(
         (name for moment in moments for name, entries in moment.examples.items() if entries), "accuracy"
@@ -91,7 +93,7 @@ def read_strips(moments: list[EvalPoint]) -> list[Strip]:
 
 
 def _named(kept: list[EvalPoint]) -> list[tuple[str, EvalPoint]]:
-    """The first and the last moment; before is only what came before the first step."""
+    """The first and the last moment. Only a moment at step 0 is called Before."""
     ends = [kept[0], kept[-1]] if len(kept) > 1 else kept
     return [("Before" if moment.step == 0 else "After", moment) for moment in ends]
 
@@ -113,6 +115,6 @@ def _drawn(asked: str, who: str, when: str, entry: Row) -> DrawnImage:
 
 
 def parts_of(entry: Row) -> list[str]:
-    """The parts of a verdict, in words: "quality 0.93"."""
+    """The parts of a verdict as text: "quality 0.93"."""
     known = {words(name): number(value) for name, value in table(entry.get("parts")).items()}
     return [f"{name} {value:.2f}" for name, value in known.items() if value is not None]

@@ -1,4 +1,4 @@
-"""The table at the end of a run, for a terminal."""
+"""The table of accuracies at the end of a run, for a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ _UNKNOWN = ("not measured", "", "")
 
 
 def before_after(summary: dict[str, Any]) -> Table:
-    """Accuracy before, after, and the teacher's, with intervals; "not measured" where a run did not ask."""
+    """The accuracies before and after training and of the teacher, with intervals. "not measured" if the run
+    did not measure one.
+    """
     table = Table(*_HEADER)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -23,7 +25,7 @@ def before_after(summary: dict[str, Any]) -> Table:
 
 
 def before_after_text(summary: dict[str, Any]) -> str:
-    """The same in plain text, for a log file or a pipe."""
+    """The same table in plain text, for a log file or a pipe."""
     lines = [_HEADER, *_rows(summary)]
     widths = [max(len(line[index]) for line in lines) for index in range(len(_HEADER))]
     return "\n".join(_line(line, widths) for line in lines)

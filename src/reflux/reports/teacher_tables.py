@@ -1,5 +1,5 @@
-"""Which teacher was asked about how many attempts, and how far the student was from it: a starved or unused
-one shows here.
+"""The table of teachers: the number of attempts each was asked about, and the student's KL to it. It shows
+whether a teacher is used too little or not at all.
 """
 
 from __future__ import annotations
@@ -9,24 +9,25 @@ from reflux.reports.metrics import Heard
 from reflux.reports.reading import Row, items, table
 from reflux.reports.units import NONE, count, percent
 
-# the first and the last tenth of the steps
+# the KL is a mean over the first and over the last tenth of the steps
 PART = 10
 HEADER = (
     "teacher",
-    "answers as",
+    "alias",
     "routes",
-    "attempts asked",
+    "attempts",
     "share",
-    "KL where learnt from, at first, nats",
-    "at last, nats",
+    "KL, first steps, nats",
+    "KL, last steps, nats",
 )
 
 
 def teachers_table(config: Row, steps_by_table: dict[str, list[Heard]]) -> list[tuple[str, ...]]:
-    """A row of `HEADER` per teacher table; empty where no step has reported.
+    """One row of `HEADER` per teacher table. Empty if no step names a teacher table.
 
-    KL: mean of log p - log q of the sampled tokens that were learnt from, on the attempts this table was
-    asked about, nats per token, over the first and the last tenth of the steps, each step by its attempts.
+    KL: the mean of log p - log q of the sampled tokens that were trained on, on the attempts that this table
+    was asked about, in nats per token. It is a mean over the first and over the last tenth of the steps, with
+    each step weighted by its number of attempts.
     """
     asked = {name: sum(step.asked or 0 for step in steps) for name, steps in steps_by_table.items()}
     everything = sum(asked.values())

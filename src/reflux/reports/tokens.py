@@ -1,4 +1,4 @@
-"""Token ids as pieces of text with their numbers, and the step of the colour scale each belongs to."""
+"""Token ids as pieces of text with their numbers and their level on the colour scale."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from reflux.reports.formatting import visible
 from reflux.reports.reading import items, number, whole
 from reflux.reports.units import chance, signed
 
-# |log q - log p| at which the colour deepens; ratios have heavy tails, so edges grow threefold
+# The values of |log q - log p| at which the colour gets deeper. Ratios have heavy tails, so each edge is
+# about three times the one before.
 EDGES_NATS = (0.1, 0.3, 1.0, 3.0)
-# of a longer attempt only its two ends are shown
+# The number of tokens shown of the head and of the tail of a longer attempt.
 HEAD_TOKENS, TAIL_TOKENS = 800, 200
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token as it is shown. level: -4 .. 4, None where there is no ratio. words: its numbers, a line
-    each.
+    """One token as it is shown. level: -4 .. 4, None without a ratio. words: its numbers, one per line.
+    chosen: True if the student sampled it.
     """
 
     piece: str
@@ -39,7 +40,7 @@ class Token:
 
 
 def open_tokenizer(path: Path, notes: list[str]) -> Tokenizer | None:
-    """The tokenizer in a file; None, with a note, where there is none or it is damaged."""
+    """The tokenizer in a file. None, with a note, if the file is missing or damaged."""
     if not path.is_file():
         notes.append(
             "student/tokenizer.json is missing, so attempts are shown as text, without their tokens."
@@ -55,7 +56,9 @@ def open_tokenizer(path: Path, notes: list[str]) -> Tokenizer | None:
 
 
 def shown_tokens(shown: ShownAttempt, tokenizer: Tokenizer) -> tuple[list[Token], list[Token], int]:
-    """The tokens at the head and at the tail of an attempt, and how many lie between and are not shown."""
+    """The tokens at the head and at the tail of an attempt, and the number of tokens between them that are
+    not shown.
+    """
     ids = [-1 if (found := whole(value)) is None else found for value in items(shown.acted.get("tokens"))]
     if len(ids) <= HEAD_TOKENS + TAIL_TOKENS:
         return _tokens(shown, pieces(ids, tokenizer), ids, 0), [], 0
@@ -69,8 +72,8 @@ def shown_tokens(shown: ShownAttempt, tokenizer: Tokenizer) -> tuple[list[Token]
 
 
 def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """The text each token adds. A token that ends inside a character is shown as its bytes; the one that
-    completes it shows it whole.
+    """The text that each token adds. A token that ends inside a character is shown as its bytes; the token
+    that completes the character is shown with the whole character.
     """
     stream, out, pending = DecodeStream(skip_special_tokens=False), [], False
     for token in ids:
@@ -85,7 +88,7 @@ def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
 
 
 def _raw(raw: str) -> str:
-    """A vocabulary entry that is not whole characters: "<0xE2>" or byte-level letters -> "⟨0xE2⟩"."""
+    """A vocabulary entry with part of a character, as bytes: "<0xE2>" or byte-level letters -> "⟨0xE2⟩"."""
     if raw.startswith("<0x"):
         return f"⟨{raw[1:-1]}⟩"
     alphabet = _byte_alphabet()
@@ -93,8 +96,8 @@ def _raw(raw: str) -> str:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Byte-level tokenizers write printable Latin-1 bytes as themselves and the others as U+0100, U+0101 and
-    on.
+    """The byte of each letter of a byte-level tokenizer: printable Latin-1 bytes are written as themselves
+    and the others as U+0100, U+0101 and so on.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -104,7 +107,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def level(ratio_nats: float) -> int:
-    """The step of the colour scale, -4 .. 4; 0 where teacher and student agree within the first edge."""
+    """The level on the colour scale, -4 .. 4. 0 if the log-ratio is within the first edge."""
     depth = sum(abs(ratio_nats) >= edge for edge in EDGES_NATS)
     return depth if ratio_nats >= 0 else -depth
 
@@ -124,7 +127,7 @@ def _token(shown: ShownAttempt, text: str, token: int, position: int) -> Token:
     quoted = visible(text).replace("\n", "↵").replace("\t", "⇥")
     lines = [f"“{quoted}”  token {token}, position {position}"]
     if not chosen:
-        lines.append("not chosen by the student")
+        lines.append("not sampled by the student")
     else:
         lines.append("student log p " + _nats(student))
         lines.append("teacher log q " + _nats(teacher))

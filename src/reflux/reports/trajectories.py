@@ -1,4 +1,4 @@
-"""One attempt at an image as the page shows it: the image, its verdict, and its denoising steps one by one."""
+"""One attempt at an image as the page shows it: the image, its verdict, and a table of denoising steps."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from reflux.reports.units import NONE, signed
 from reflux.reports.views import absent_because, title_of, unjudged
 
 RATIO = "log q − log p, nats"
-# steps that are shown
+# the largest number of steps that are shown
 _MOST = 200
 
 
 @dataclass(frozen=True)
 class Step:
-    """One denoising step: its cells by the name of their column, and the css class of the log-ratio's colour."""
+    """One denoising step: its cells by column name, and the css class of the log-ratio's colour."""
 
     css: str
     cells: dict[str, str]
@@ -27,7 +27,7 @@ class Step:
 
 @dataclass(frozen=True)
 class TrajectoryView:
-    """One attempt as the template shows it. verdict: empty where nobody judged."""
+    """One attempt as the template shows it. verdict: empty if the attempt was not graded."""
 
     title: str
     facts: list[str]
@@ -42,7 +42,7 @@ class TrajectoryView:
 
 
 def trajectory(shown: ShownAttempt) -> TrajectoryView:
-    """The attempt with what is known of its steps; a column that nobody filled is left out."""
+    """The attempt with the known numbers of its steps. A column without numbers is left out."""
     acted = shown.acted
     steps = [_step(shown, place) for place in range(len(items(acted.get("mask"))))]
     header = [
@@ -69,7 +69,7 @@ def _facts(shown: ShownAttempt) -> list[str]:
     mask = items(acted.get("mask"))
     noise, guidance = number(acted.get("noise_level")), number(acted.get("guidance"))
     facts = [
-        f"{len(mask):,} denoising steps, {sum(number(value) == 1 for value in mask):,} to learn from"
+        f"{len(mask):,} denoising steps, {sum(number(value) == 1 for value in mask):,} to train on"
         if mask
         else "",
         "" if shown.reward is None else f"reward {shown.reward:.3g}",
@@ -83,7 +83,9 @@ def _facts(shown: ShownAttempt) -> list[str]:
 
 
 def _step(shown: ShownAttempt, place: int) -> Step:
-    """A step that the student did not choose (the last one of a whole grid) has no ratio."""
+    """One row of the table. A step without noise (the last one of a full grid) is not sampled and has no
+    ratio.
+    """
     acted, learned = shown.acted, shown.learned
     chosen = _at(acted.get("mask"), place) == 1
     student, teacher = _at(shown.student_logp, place), _at(shown.teacher_logp, place)
@@ -92,7 +94,7 @@ def _step(shown: ShownAttempt, place: int) -> Step:
     cells = {
         "step": str(place),
         "time": _number(_at(acted.get("t"), place), ".3f"),
-        RATIO: signed(ratio, 2) if chosen else "not learnt from",
+        RATIO: signed(ratio, 2) if chosen else "not trained on",
         "KL, nats": _number(_at(learned.get("kl"), place), ".3f"),
         "weight": _number(_at(learned.get("weight"), place), ".3g"),
         "shift, nats": signed(_at(learned.get("shift"), place)),

@@ -1,4 +1,4 @@
-"""Numbers as people read them. None is an en dash: not known."""
+"""Formats numbers for display. None (not known) is shown as an en dash."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def duration(seconds: float | None) -> str:
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """-0.5 -> "−0.500", with a real minus sign; the sign of a rounded zero is dropped."""
+    """-0.5 -> "−0.500", with a real minus sign. A number that rounds to zero has no sign."""
     if value is None:
         return NONE
     text = f"{abs(value):.{digits}f}"

@@ -1,4 +1,4 @@
-"""One attempt as the page shows it, and the scale of its colours."""
+"""One attempt as the page shows it, and the legend of the colour scale."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ERROR_CHARACTERS = 120
 
 @dataclass(frozen=True)
 class AttemptView:
-    """One attempt as the template shows it. Without tokens, the text stands for itself."""
+    """One attempt as the template shows it. Without tokens, `text` is shown."""
 
     title: str
     facts: list[str]
@@ -32,7 +32,7 @@ class AttemptView:
 
 
 def view(shown: ShownAttempt, tokenizer: Tokenizer | None) -> AttemptView:
-    """The attempt with its tokens where there is a tokenizer, else with its text."""
+    """The attempt with its tokens if there is a tokenizer, else with its text."""
     acted = shown.acted
     ids = items(acted.get("tokens"))
     tokens = shown_tokens(shown, tokenizer) if tokenizer is not None and ids else ([], [], 0)
@@ -59,23 +59,26 @@ def view(shown: ShownAttempt, tokenizer: Tokenizer | None) -> AttemptView:
 
 
 def title_of(acted: Row) -> str:
-    """What an attempt is called, by its first line."""
-    return f"Step {words(acted.get('step'))} · {words(acted.get('prompt'))} · attempt {words(acted.get('sample'))}"
+    """The title of an attempt, from its first line in attempts.jsonl."""
+    return (
+        f"Step {words(acted.get('step'))} · {words(acted.get('prompt'))} · "
+        f"attempt {words(acted.get('sample'))}"
+    )
 
 
 def unjudged(acted: Row) -> str:
-    """Why an attempt was not judged, shortened; empty where it was, or where nobody judged."""
+    """The reason why grading failed, shortened. Empty if it did not fail, or if attempts are not graded."""
     error = words(acted.get("error"))
-    return f"not judged: {shortened(error, ERROR_CHARACTERS)[0]}" if error else ""
+    return f"not graded: {shortened(error, ERROR_CHARACTERS)[0]}" if error else ""
 
 
 def absent_because(shown: ShownAttempt, units: str) -> str:
-    """Why an attempt has no colours, in a sentence; empty where it has."""
+    """The reason why an attempt has no log-ratios, in a sentence. Empty if it has log-ratios."""
     if not shown.learned:
-        return "The student has not learned from this attempt yet, so the teacher's numbers are not on disk."
+        return "The student was not trained on this attempt yet, so the teacher's log-probs are not on disk."
     if not items(shown.teacher_logp):
         return (
-            f"No teacher was asked about this attempt, or it weighed nothing, so its {units} have no ratio."
+            f"No teacher was asked about this attempt, or its weight was zero, so its {units} have no ratio."
         )
     if not any(number(value) is not None for value in items(shown.teacher_logp)):
         return f"The teacher's log-probs of this attempt are not finite, so its {units} have no ratio."
@@ -83,7 +86,7 @@ def absent_because(shown: ShownAttempt, units: str) -> str:
 
 
 def legend() -> list[tuple[str, str]]:
-    """(css class, range in nats) from the tokens the teacher likes least to those it likes most."""
+    """Pairs (css class, range of log q - log p in nats), from the lowest to the highest range."""
     edges = EDGES_NATS
     up = [(f"{low:g} to {high:g}", index) for index, (low, high) in enumerate(pairwise(edges), 1)]
     up.append((f"over {edges[-1]:g}", len(edges)))

@@ -1,4 +1,4 @@
-"""What a page calls things: the positions of texts are tokens, those of images denoising steps."""
+"""The words of a page: the positions of texts are called tokens, those of images denoising steps."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from reflux.reports.reading import Row, table
 
 @dataclass(frozen=True)
 class Words:
-    """`images` says which of the two; a position is one `unit`, many are `units`; `position` heads their
-    numbers, and `axis` a chart.
+    """`images`: True for images, False for texts. `unit` and `units` name one position and several.
+    `position` is the header of a column of positions, and `axis` the title of a chart's axis.
     """
 
     images: bool
@@ -24,13 +24,13 @@ class Words:
 
 TEXTS = Words(False, "token", "tokens", "position", "position in the answer (tokens)")
 PICTURES = Words(
-    True, "denoising step", "denoising steps", "denoising step", "denoising step, from noise (0) on"
+    True, "denoising step", "denoising steps", "denoising step", "denoising step (0 starts from noise)"
 )
 
 
 def words_for(config: Row, attempts: Sequence[Row], moments: Iterable[EvalPoint]) -> Words:
-    """By what is on disk: a first line or an example with an image; where there is nothing yet, by the
-    learner's kind.
+    """The words for a run. It is a run of images if an attempt or an example on disk has an image. If there
+    are none yet, the learner's kind decides.
     """
     examples = [
         entry

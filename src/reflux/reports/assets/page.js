@@ -1,5 +1,5 @@
 "use strict";
-// Charts: the library is packed in the page; the browser unpacks it, and the page's policy admits it by its hash.
+// Charts: the page contains the compressed library. The browser unpacks it, and the page's policy allows it by its hash.
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 function themed() {
@@ -35,7 +35,7 @@ async function drawCharts() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => boxes.forEach((box) => Plotly.relayout(box, themed())));
 }
 
-// Tokens: one tooltip for all. Without this script the same words show as plain titles.
+// Tokens: one tooltip for all tokens. Without this script, the browser shows the same text as titles.
 const tip = document.getElementById("tip");
 
 function show(token) {
