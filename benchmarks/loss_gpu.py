@@ -170,7 +170,9 @@ def measure(side: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def clock(step: Callable[[], Any], args: argparse.Namespace, device: Any) -> dict[str, float]:
-    """Median seconds of a call, and the bytes it allocates at its peak above what was there before the first."""
+    """Median seconds of a call, and the bytes it allocates at its peak above what was there before the
+    first.
+    """
     import torch
 
     on_gpu = device.type == "cuda"

@@ -331,7 +331,9 @@ def _annotated(hint: Any, metadata: tuple[Any, ...]) -> str:
     for entry in metadata:
         if isinstance(entry, PartOf):
             return _part_in_words(entry)
-    bounds = [f"{sign} {getattr(rule, name)}" for entry in metadata for rule in getattr(entry, "metadata", [entry]) for name, sign in _SIGNS
+    bounds = [f"{sign} {getattr(rule, name)}" for entry in metadata for rule in getattr(entry, "metadata",
+                                                                                        [entry]) for name,
+                                                                                        sign in _SIGNS
               if hasattr(rule, name)]  # fmt: skip
     return " ".join([in_words(hint), *bounds])
 

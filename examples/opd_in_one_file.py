@@ -219,7 +219,8 @@ def main():
     before, held_out = deepcopy(student), read(given.held_out)
     begun = time.monotonic()
     distil(
-        student, teacher, tokenizer, read(given.prompts), steps=given.steps, per_step=given.per_step, lr=given.lr,
+        student, teacher, tokenizer, read(given.prompts), steps=given.steps, per_step=given.per_step,
+        lr=given.lr,
         warmup=given.warmup, max_tokens=given.max_tokens, seed=given.seed,
     )  # fmt: skip
     print(f"{(time.monotonic() - begun) / given.steps:.3f} s a step")

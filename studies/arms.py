@@ -45,7 +45,9 @@ class Variance:
 
 @dataclass(frozen=True, config=STRICT)
 class Study:
-    """Arms that are compared with `baseline`, seed by seed. ConfigError where a name is used that no arm has."""
+    """Arms that are compared with `baseline`, seed by seed. ConfigError where a name is used that no arm
+    has.
+    """
 
     name: str
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]

@@ -1,4 +1,4 @@
-"""A made-up run directory of images in the format of the library, small, seeded, for tests of what reads one."""
+"""A small, seeded, synthetic run directory of images in the library's format, for tests of its readers."""
 
 from __future__ import annotations
 
@@ -44,9 +44,14 @@ def write_picture_run(folder: Path, *, steps: int = 60, per_step: int = 2) -> Pa
         attempt_rows(step, sample, steps) for step in range(1, steps + 1) for sample in range(per_step)
     ]
     write_lines(folder / "attempts.jsonl", [row for pair in attempts for row in pair])
-    scores = {name: {key: table[key] for key in ("accuracy", "low", "high", "problems", "split")} for name, table in [
-        ("accuracy_before", table_of(0.1, 0.9, 0)), ("accuracy_after", table_of(0.9, 0.3, 1)), ("teacher_accuracy", table_of(0.95, 0.2, 2))
-    ]}  # fmt: skip
+    scores = {
+        name: {key: table[key] for key in ("accuracy", "low", "high", "problems", "split")}
+        for name, table in [
+            ("accuracy_before", table_of(0.1, 0.9, 0)),
+            ("accuracy_after", table_of(0.9, 0.3, 1)),
+            ("teacher_accuracy", table_of(0.95, 0.2, 2)),
+        ]
+    }
     table = {"recipe": "flow", "method": "velocity_kl", "steps": steps, "seconds": 240.0, **scores}
     (folder / "summary.json").write_text(json.dumps(table))
     return folder

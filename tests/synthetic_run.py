@@ -109,7 +109,10 @@ def score(step: int, steps: int) -> dict[str, Any]:
 
 def attempt_rows(step: int, sample: int, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
     rng = random.Random(f"{step}-{sample}")
-    text = f"Start: {12 + sample}. {12 + sample}+7={19 + sample}. {19 + sample}-3={16 + sample}.\nAnswer: {16 + sample}"
+    text = (
+        f"Start: {12 + sample}. {12 + sample}+7={19 + sample}. {19 + sample}-3={16 + sample}.\n"
+        f"Answer: {16 + sample}"
+    )
     tokens = [CHARS.index(char) for char in text] + [0]
     spread = 2.2 * math.exp(-2.2 * step / steps)
     logp = [-abs(rng.gauss(0, 0.6)) for _ in tokens]

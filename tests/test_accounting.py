@@ -95,21 +95,26 @@ class Counted:
 TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
     "opd": ("opd", {"steps": 2}),
     "sft": ("sft", {"steps": 2, "task": CHAT}),
-    "prefix by generation": ("opd", {"steps": 2, "sampler__train_max_tokens": {"kind": "linear", "start": 2, "increment": 3}}),
+    "prefix by generation": ("opd", {"steps": 2, "sampler__train_max_tokens": {"kind": "linear", "start": 2,
+                                                                               "increment": 3}}),
     "prefix by credit": ("opd", {"steps": 2, "credit": {"prefix": {"length": 3}}}),
     "a window": ("opd", {"steps": 2, "credit": {"prefix": {"length": 2, "start": 2}}}),
     "peers": ("peers", {"steps": 1, "group_size": 3, "sampler__max_tokens": 1}),
     "told the answer": ("peers", {"steps": 1, "sampler__max_tokens": 1,
                                   "teachers__main": {"kind": "self", "context": {"kind": "privileged"}}}),
-    "observed": ("opd", {"steps": 2, "group_size": 2, "max_staleness": 1, "sampler__max_tokens": 1, "rewards": {"verifier": {}},
-                         "credit": {"margin": {"student": "now"}}}),
+    "observed": ("opd", {"steps": 2, "group_size": 2, "max_staleness": 1, "sampler__max_tokens": 1,
+                         "rewards": {"verifier": {}}, "credit": {"margin": {"student": "now"}}}),
     "checkpointed": ("opd", {"steps": 1, "learner__gradient_checkpointing": True}),
     "tools": ("opd", {"steps": 2, "task": CHAT | {"replies": 2}, "sampler__max_tokens": 40}),
-    "half is masked": ("opd", {"steps": 2, "task": CHAT | {"replies": 1}, "sampler__max_tokens": 40, "credit": {"prefix": {"length": 1}}}),
-    "too long to read": ("opd", {"steps": 6, "sampler__max_prompt_tokens": 16, "sampler__long_prompts": "skip"}),
+    "half is masked": ("opd", {"steps": 2, "task": CHAT | {"replies": 1}, "sampler__max_tokens": 40,
+                               "credit": {"prefix": {"length": 1}}}),
+    "too long to read": ("opd", {"steps": 6, "sampler__max_prompt_tokens": 16,
+                                 "sampler__long_prompts": "skip"}),
     "scored": ("full", {"steps": 2, "extrapolation": {"kind": "extrapolate", "prompts": 1, "tries": 2}}),
-    "scored by a teacher": ("full", {"steps": 2, "extrapolation": {"kind": "extrapolate", "prompts": 1, "tries": 2, "score": "minus_kl"}}),
-    "thrown away": ("full", {"steps": 4, "max_staleness": 1, "extrapolation": {"kind": "outside:Jump", "at": 2, "prompts": 1}}),
+    "scored by a teacher": ("full", {"steps": 2, "extrapolation": {"kind": "extrapolate", "prompts": 1,
+                                                                   "tries": 2, "score": "minus_kl"}}),
+    "thrown away": ("full", {"steps": 4, "max_staleness": 1,
+                             "extrapolation": {"kind": "outside:Jump", "at": 2, "prompts": 1}}),
 }  # fmt: skip
 
 
@@ -249,7 +254,8 @@ def flows(tmp_path_factory: pytest.TempPathFactory) -> tiny_glyphs.Models:
         ("flow", {"sampler__max_denoising_steps": 2}),
         ("flow_sft", {}),
         ("flow_grpo", {}),
-        ("flow", {"extrapolation": {"kind": "extrapolate", "prompts": 2, "include": ["attn"], "tries": 1, "score": "minus_kl"}}),
+        ("flow", {"extrapolation": {"kind": "extrapolate", "prompts": 2, "include": ["attn"], "tries": 1,
+                                    "score": "minus_kl"}}),
     ],
 )  # fmt: skip
 def test_pictures_are_billed_for_every_call_of_a_network(

@@ -48,7 +48,8 @@ class Scripted:
 def attempt(prompt: Prompt, sample: int, text: str, finish: Any, length: int) -> Attempt:
     ids_T, mask_T = np.zeros(length, dtype=np.int64), np.ones(length, dtype=bool)
     rollout = TokenRollout(
-        prompt=prompt, sample=sample, version=0, finish=finish, mask_T=mask_T, logp_T=np.zeros(length, dtype=np.float32),
+        prompt=prompt, sample=sample, version=0, finish=finish, mask_T=mask_T,
+        logp_T=np.zeros(length, dtype=np.float32),
         prompt_tokens=ids_T, tokens_T=ids_T, text=text, messages=prompt.messages,
     )  # fmt: skip
     return Attempt(rollout)

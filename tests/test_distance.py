@@ -118,7 +118,7 @@ def test_a_prefix_moves_the_kl_where_learnt_from_and_not_the_generated_one(
 def test_it_is_omitted_where_it_would_cost_a_row(
     tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Behind a prefix a local teacher's states have not gone through its head, and they do not for a metric."""
+    """Behind a prefix, a local teacher's states do not go through its head, not even for a metric."""
     heads: list[int] = []
     for name in ("logp_of", "logp_at", "logits"):
         through = getattr(Head, name)

@@ -73,7 +73,8 @@ def test_the_library_gives_the_examples_curve(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(ASSETS / name).eval() for name in ("student", "teacher")
     )
     theirs = example.distil(
-        student, teacher, tokenizer, lines, steps=STEPS, per_step=PER_STEP, lr=LR, warmup=WARMUP, max_tokens=TOKENS, seed=SEED, eps=EPS,
+        student, teacher, tokenizer, lines, steps=STEPS, per_step=PER_STEP, lr=LR, warmup=WARMUP,
+        max_tokens=TOKENS, seed=SEED, eps=EPS,
         report=lambda line: None,
     )  # fmt: skip
     assert ours == pytest.approx(theirs, rel=1e-4)

@@ -83,9 +83,11 @@ def run_of(
         evaluation_positions=STEPS, draw=acting.draw, sampler=acting, teachers=teachers or {}
     )
     return SimpleNamespace(
-        task=task, graders=graders, seed=0, step=step, cfg=cfg, requirements=Requirements(), clock=Clock(), shared_cache=SharedCache(), heads=HEADS,
+        task=task, graders=graders, seed=0, step=step, cfg=cfg, requirements=Requirements(), clock=Clock(),
+        shared_cache=SharedCache(), heads=HEADS,
         off_loop=asyncio.to_thread, step_context=lambda: StepContext(step, 0),
-        context=lambda name: tiny.context(name=name, generation=acting.generation), services=tiny.services(), part=acting,
+        context=lambda name: tiny.context(name=name, generation=acting.generation), services=tiny.services(),
+        part=acting,
     )  # fmt: skip
 
 
@@ -389,7 +391,8 @@ def test_where_one_of_the_two_said_nothing_there_is_no_gap() -> None:
     assert gap_T(scored(noise_level=0.0), "main", HEADS) is None
     nothing = np.zeros(0, np.int64)
     text = TokenRollout(
-        prompt=Prompt("p", ()), sample=0, version=0, finish="stop", mask_T=nothing == 1, logp_T=nothing, prompt_tokens=nothing,
+        prompt=Prompt("p", ()), sample=0, version=0, finish="stop", mask_T=nothing == 1, logp_T=nothing,
+        prompt_tokens=nothing,
         tokens_T=nothing, text="", messages=(),
     )  # fmt: skip
     assert gap_T(Attempt(text, answers=dict(scored().answers)), "main", HEADS) is None
@@ -425,7 +428,7 @@ def speaking(**tables: tuple[Any, Sequence[str]]) -> tuple[Teachers, dict[str, A
 
 
 def test_agreement_is_the_mean_kl_of_the_steps_the_student_drew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By step, by route and by teacher; the students' velocities are those it acted with, the states its own."""
+    """By step, by route and by teacher, with the student's states and the velocities it sampled with."""
     student, digits, counts = (glyph_model(seed) for seed in (1, 2, 3))
     teachers, parts = speaking(digits=(digits, ["digits"]), counts=(counts, ["counts"]))
     run = run_of(step=4, teachers=parts, noise_level=0.9)

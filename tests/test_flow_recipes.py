@@ -229,7 +229,8 @@ def test_planning_the_flow_recipes_imports_nothing_heavy(models: tiny_glyphs.Mod
         "from reflux.inspection.plan import plan\n"
         f"for name in {RECIPES!r}:\n"
         f"    changes = {{'learner.model': {models['student']!r}}}\n"
-        f"    changes |= {{f'teachers.{{table}}.model': {models['digits']!r} for table in load_recipe(name).teachers}}\n"
+        f"    changes |= {{f'teachers.{{table}}.model': {models['digits']!r} "
+        "for table in load_recipe(name).teachers}\n"
         "    plan(load_recipe(name, changes))\n"
         "print(sorted({'torch', 'transformers', 'diffusers', 'peft', 'scipy', 'PIL'} & set(sys.modules)))\n"
     )

@@ -1,4 +1,4 @@
-"""The shipped flow models: what they are, how they were made, and that what they are said to know they know."""
+"""The shipped flow models: their contents, how they were made, and their documented abilities."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def stated(name):
     }
 
 
-# ------------------------------------------------------------------------------------------------------------------------ what they are
+# --------------------------------------------------------------------------------------------------
+# what they are
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -150,7 +151,8 @@ def test_a_card_states_what_was_measured_and_how_the_model_was_made(name):
         assert 0 <= float(clean) <= 1
 
 
-# --------------------------------------------------------------------------------------------------------------------- what they know
+# --------------------------------------------------------------------------------------------------
+# what they know
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +193,8 @@ def test_asked_for_nothing_a_model_draws_something_of_what_it_was_taught():
         assert len({image.tobytes() for image in made}) > 30
 
 
-# ---------------------------------------------------------------------------------------------------------------------- how they are made
+# --------------------------------------------------------------------------------------------------
+# how they are made
 
 
 def test_drawings_are_what_was_asked_for_in_black_and_white():

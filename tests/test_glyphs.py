@@ -61,7 +61,8 @@ def text(prompt: Prompt) -> str:
     return prompt.messages[0]["content"]
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- prompts
+# --------------------------------------------------------------------------------------------------
+# prompts
 
 
 def test_a_prompt_says_in_words_what_its_route_and_answer_say():
@@ -165,7 +166,8 @@ def test_a_prompt_is_answered_in_one_turn():
     assert TASK.open_env(PROMPTS[0]) is None
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ images
+# --------------------------------------------------------------------------------------------------
+# images
 
 
 def test_a_digit_is_its_dots_doubled_within_one_pixel_of_the_centre():
@@ -216,7 +218,8 @@ def test_there_are_90_digits_and_511_sets_of_squares_all_different_and_far_apart
             drawings[0, 0, 0] = 1
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ verdicts
+# --------------------------------------------------------------------------------------------------
+# verdicts
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: prompt.id)
@@ -310,7 +313,8 @@ def test_ink_is_what_is_brighter_than_half():
     assert np.array_equal(ink(levels), levels >= 128)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- quality
+# --------------------------------------------------------------------------------------------------
+# quality
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -344,7 +348,8 @@ def test_quality_does_not_ask_what_was_asked_for(prompt, other, seed):
         assert TASK.verify(prompt, image).parts == TASK.verify(other, image).parts
 
 
-# ----------------------------------------------------------------------------------------------------------------------------- bad input
+# --------------------------------------------------------------------------------------------------
+# bad input
 
 
 @pytest.mark.parametrize(

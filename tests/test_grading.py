@@ -61,7 +61,9 @@ class Odd:
             case "alarm":
                 signal.signal(signal.SIGALRM, lambda *_: None)  # raises outside a main thread
                 signal.alarm(0)
-            case "torch": return any(name.split(".")[0] in ("torch", "transformers", "datasets") for name in sys.modules)
+            case "torch":
+                heavy = ("torch", "transformers", "datasets")
+                return any(name.split(".")[0] in heavy for name in sys.modules)
             case "main": return hasattr(sys.modules["__main__"], "__file__")
             case "modules": return len([name for name in sys.modules if name.startswith("reflux")])
         return self.right if made == prompt.answer or made == "alarm" else 0.0
@@ -141,7 +143,7 @@ def test_a_failing_verifier_costs_its_own_attempt_only(odd: Any, text: str, word
 
 
 def test_only_a_texts_verdict_has_a_bound_on_memory(odd: Any) -> None:
-    """What judges images may be a model on a GPU, whose driver reserves more addresses than there is memory."""
+    """A grader of images may use a GPU, whose driver reserves more address space than there is memory."""
     jobs = [(PROMPT, made) for made in ("memory", np.zeros((2, 2), np.uint8), "memory", "yes")]
     with Graders() as graders:
         found = asyncio.run(graders.verify_many(odd, jobs))

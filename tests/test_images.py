@@ -76,7 +76,8 @@ def test_strided_pictures_are_pictures() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [np.zeros((4, 4)), np.zeros((4, 4), np.int64), np.zeros(4, np.uint8), np.zeros((4, 4, 1), np.uint8), np.zeros((4, 4, 4), np.uint8),
+    [np.zeros((4, 4)), np.zeros((4, 4), np.int64), np.zeros(4, np.uint8), np.zeros((4, 4, 1), np.uint8),
+     np.zeros((4, 4, 4), np.uint8),
      np.zeros((0, 4), np.uint8), np.zeros((1, 4, 4, 3), np.uint8)],
 )  # fmt: skip
 def test_what_is_no_picture_is_refused_with_its_shape(value: np.ndarray) -> None:

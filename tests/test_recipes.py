@@ -171,7 +171,7 @@ def test_a_recipe_runs_with_the_evaluations_it_ships_with(tiny_run: Callable[...
 
 @pytest.mark.parametrize("recipe", ["full", "gkd", "topk", "vopd", "opd", "sft"])
 def test_a_recipe_learns(tiny_run: Callable[..., Any], recipe: str) -> None:
-    """At home in its own prompts: the divergence (or the loss, for given answers) falls clearly in 30 steps."""
+    """On its own prompts the divergence (or the loss, for given answers) falls clearly in 30 steps."""
     done = tiny_run(recipe, steps=30, prompts_per_step=16, task={"kind": "outside:Chat"}, learner__lr=1e-2)
     name = "loss" if recipe == "sft" else "kl_nats_trained"
     values = [row[name] for row in done.rows("metrics")]

@@ -130,8 +130,8 @@ def run_page(tmp_path_factory: pytest.TempPathFactory) -> Page:
 
 def test_a_finished_run_has_every_section(run_page: Page):
     for words in (
-        "In 60 steps (1 min 27 s) the student's accuracy went from 19.0\u00a0% to 81.7\u00a0%; the teacher's accuracy is "
-        "98.6\u00a0%.",
+        "In 60 steps (1 min 27 s) the student's accuracy went from 19.0\u00a0% to 81.7\u00a0%; "
+        "the teacher's accuracy is 98.6\u00a0%.",
         "4f1c2ab",
         "9d0e7c",
     ):

@@ -22,7 +22,8 @@ from reflux.inspection.plan import plan
 from reflux.types import FlowRollout, TokenRollout
 
 SCALE_KEYS = {
-    "steps", "prompts_per_step", "save_every", "eval_every", "lr", "max_tokens", "max_prompt_tokens", "eval_steps", "segments", "prompts",
+    "steps", "prompts_per_step", "save_every", "eval_every", "lr", "max_tokens", "max_prompt_tokens",
+    "eval_steps", "segments", "prompts",
     "problems",
 }  # fmt: skip
 SCALES = {TokenRollout: ("toy", "hub", "reader", "two_domains"), FlowRollout: ("glyphs", "sd3")}

@@ -529,7 +529,8 @@ def test_the_course_of_a_run_is_its_evaluations_and_the_flop_spent_by_then() -> 
     ]
     found = along.along(evals, steps)
     assert found == {
-        "flops@step 2": 8.0, "flops@step 4": 24.0, "accuracy.accuracy@step 2": 0.2, "accuracy.accuracy@step 4": 0.4,
+        "flops@step 2": 8.0, "flops@step 4": 24.0, "accuracy.accuracy@step 2": 0.2,
+        "accuracy.accuracy@step 4": 0.4,
         "foresight.rho@step 2": 0.5, "foresight.rho@step 4": 0.5, "foresight.alignment@step 2": 1.0,
     }  # fmt: skip
     # before and after alone have no course

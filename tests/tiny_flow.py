@@ -77,7 +77,7 @@ def save(folder: Path, seed: int, dtype: torch.dtype = torch.float32, **fields: 
 
 
 def modules(of: FlowModel, ends: Sequence[str] = ENDS) -> dict[str, tuple[int, int]]:
-    """Names (without "transformer.") and (outputs, inputs) of the linear layers with one of these name ends."""
+    """Names, without "transformer.", and (outputs, inputs) of the linear layers with these name suffixes."""
     named = of.net.transformer.named_modules()
     linear = {
         name.replace(".base_layer", ""): module
@@ -189,7 +189,7 @@ def rollout(
 def _trajectory(
     drawn_by: FlowModel, noise_SD: np.ndarray, t_S: np.ndarray, text: str, noise_level: float, guidance: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """States, log-densities and velocities of one walk whose first state and random numbers are `noise_SD`."""
+    """States, log-densities and velocities of a trajectory whose first state and noise are `noise_SD`."""
     x_SD, logp_T, v_TD = noise_SD.copy(), np.zeros(len(t_S) - 1, np.float32), np.zeros_like(noise_SD[1:])
     for i, (t, dt) in enumerate(zip(t_S[:-1].tolist(), np.diff(t_S).tolist(), strict=True)):
         v_TD[i] = drawn_by.velocity(torch.from_numpy(x_SD[i : i + 1]), torch.tensor([t]), [text], guidance)[

@@ -88,7 +88,8 @@ def test_shifts_go_to_exactly_one_objective() -> None:
         assert shift_taker(objectives) == taker
 
 
-# ----------------------------------------------------------------------------------------------------------------- values of siblings
+# --------------------------------------------------------------------------------------------------
+# values of siblings
 
 
 def rewarded(reward_T: list[float], seed: int = 0, sample: int = 0, **fields: Any) -> Attempt:
@@ -127,7 +128,8 @@ def test_group_values_are_means_over_whole_groups_one_per_objective() -> None:
         Divergence(),
     ]
     assert values(groups, *objectives) == {
-        0: near(2.0, 0, 2.0, 0), 1: near(7 / 5, 0, 2.0, 0), 2: near(3.0, 0, 2.0, 0), 3: near(-1.0, 0, 3.0, 0), 4: near(7.0, 0, 3.0, 0)
+        0: near(2.0, 0, 2.0, 0), 1: near(7 / 5, 0, 2.0, 0), 2: near(3.0, 0, 2.0, 0), 3: near(-1.0, 0, 3.0, 0),
+        4: near(7.0, 0, 3.0, 0)
     }  # fmt: skip
 
 
@@ -135,7 +137,8 @@ def test_who_has_no_say_in_the_mean_of_the_group() -> None:
     """Failed, not scored, nothing chosen, not finite; and what the student did not choose."""
     objective_teachers = rewarded([4.0, 100.0, 2.0], sample=1, mask=[1, 0, 1])
     group = [
-        rewarded([1.0]), objective_teachers, rewarded([50.0], sample=3, finish="error"), attempt(rollout(3, sample=4)),
+        rewarded([1.0]), objective_teachers, rewarded([50.0], sample=3, finish="error"),
+        attempt(rollout(3, sample=4)),
         rewarded([70.0], sample=5, mask=[0]), rewarded([-np.inf, np.nan, 6.0], sample=6),
     ]  # fmt: skip
     assert values([group], SampledKL(baseline="leave_one_out")) == {

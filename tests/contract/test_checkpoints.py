@@ -1,4 +1,4 @@
-"""A checkpoint has its name only once it is complete; it gives back what it was given; the last k are kept."""
+"""A checkpoint gets its name only when it is complete. It restores what it saved. The last k are kept."""
 
 from __future__ import annotations
 

@@ -94,7 +94,8 @@ def test_tables_merge_key_by_key_and_a_new_kind_drops_the_old_keys() -> None:
 
 
 def test_overrides_are_toml_or_text() -> None:
-    assert [unpack(text) for text in ("3", "1e-3", "true", "[1, 2]", '{kind = "linear", start = 1}', "my/model", "'3'", "")] == [
+    assert [unpack(text) for text in ("3", "1e-3", "true", "[1, 2]", '{kind = "linear", start = 1}',
+                                      "my/model", "'3'", "")] == [
         3, 1e-3, True, [1, 2], {"kind": "linear", "start": 1}, "my/model", "3", "",
     ]  # fmt: skip
     assert split_override("a.b=c=d") == ("a.b", "c=d")

@@ -254,9 +254,11 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
 }
 LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
-    "a student without noise": ("flow", {"sampler.noise_level": 0, "objectives.0.weight": "mse", "objectives.1.weight": "mse"}),
+    "a student without noise": ("flow", {"sampler.noise_level": 0, "objectives.0.weight": "mse",
+                                         "objectives.1.weight": "mse"}),
     "the same guidance, said": ("flow", {"sampler.guidance": 4.5, "teachers.digits.guidance": 4.5}),
-    "prefixes": ("flow", {"sampler.max_denoising_steps": {"kind": "linear", "start": 2, "increment": 0.1, "stop": 10}}),
+    "prefixes": ("flow", {"sampler.max_denoising_steps": {"kind": "linear", "start": 2, "increment": 0.1,
+                                                          "stop": 10}}),
     "prefixes by weight": ("flow", {"credit.prefix": {"length": 4}}),
     "early times of drawn images": ("flow_sft", {"credit.prefix": {"length": 4}}),
     "positions": ("flow", {"credit.position": {"weight": {"kind": "constant", "value": 0.5}}}),
@@ -283,9 +285,11 @@ LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
     "foresight": ("flow", {"evals.foresight": {}}),
     "a teacher's velocities at drawn images": ("flow_sft", {"objectives.0.teacher": "main"}),
     "one specialist and an "
-    "anchor": ("flow", {"teachers.counts": "none", "teachers.digits.alias": "digits", "objectives.0.teacher": "digits",
-                                              "evals.agreement.teacher": "digits", "evals.teacher_accuracy.teacher": "digits"}),
-    "everyone draws with one": ("flow_sft", {"teachers.digits": "none", "teachers.counts": {**FLOW_TEACHER, "routes": []}}),
+    "anchor": ("flow", {"teachers.counts": "none", "teachers.digits.alias": "digits",
+                        "objectives.0.teacher": "digits", "evals.agreement.teacher": "digits",
+                        "evals.teacher_accuracy.teacher": "digits"}),
+    "everyone draws with one": ("flow_sft", {"teachers.digits": "none",
+                                             "teachers.counts": {**FLOW_TEACHER, "routes": []}}),
 }  # fmt: skip
 
 

@@ -440,7 +440,7 @@ def test_accuracy_without_answers_is_refused_and_minus_kl_needs_none(
 
 
 def test_minus_kl_is_minus_the_kl_to_the_teacher_on_own_samples(tiny_run: Callable[..., Any]) -> None:
-    """Many samples against the exact KL of student and teacher along them; its teacher's reading is counted."""
+    """Many samples against the exact KL of student and teacher. The teacher's tokens are counted."""
     settings = {"steps": 1, "learner__lr": 1e-7, "prompts_per_step": 100}
     table = {**EXTRA, "score": "minus_kl", "prompts": 100, "samples": 4, "tries": 1}
     done = tiny_run("full", **settings, extrapolation=table)

@@ -190,7 +190,7 @@ def test_what_a_teacher_said_of_the_last_step_is_never_looked_at() -> None:
 
 
 def test_the_verdicts_policy_gradient_is_that_of_the_drawn_steps() -> None:
-    """Flow-GRPO by the parts of texts: advantage times the gradient of each step's log-density, at ratio 1."""
+    """Flow-GRPO with the parts for texts: advantage times the gradient of each log-density, at ratio 1."""
     student = tiny_flow.model(1)
     attempts = [
         Attempt(tiny_flow.rollout(4, seed=4, sample=s, drawn_by=student), Reward(float(s == 0)))

@@ -108,7 +108,7 @@ def behaviour(rollout: FlowRollout) -> np.ndarray:
 
 @pytest.mark.parametrize(("guidance", "noise_level"), [(1.0, 0.7), (2.5, 0.7), (1.0, 1.2)])
 def test_every_step_is_recorded_as_it_was_drawn(guidance: float, noise_level: float) -> None:
-    """By hand in numpy float64, from the recorded state, the model's velocity there and the row's own noise."""
+    """By hand in numpy float64, from the recorded state, the model's velocity and the noise of the row."""
     model = tiny_flow.model(0, shift=3.0)
     rollouts = ask(
         sampler(model, Requirements(behaviour=1), guidance=guidance, noise_level=noise_level), prompts(), n=2

@@ -1,4 +1,4 @@
-"""Requests of one cohort become one call, whatever order they came in; cancelled ones leave without a trace."""
+"""Requests of one cohort become one call in any order of arrival; cancelled requests leave no trace."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_cohort_cancelled_before_its_turn_is_not_computed() -> None:
 
 @pytest.mark.parametrize("rest", ["waiting", "later"])
 def test_a_request_that_leaves_takes_its_cohort_with_it(rest: str) -> None:
-    """By its own time limit, and its task lives on: the cohort will never be whole, so nobody waits for it."""
+    """By its own time limit, and its task lives on. The cohort is never complete, so it is not waited for."""
 
     async def main() -> None:
         scribe = Scribe()

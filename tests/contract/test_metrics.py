@@ -39,7 +39,8 @@ def test_merging_parts_is_the_whole(values: list[float], data: st.DataObject) ->
 
 
 def test_nothing_counted_is_null_and_not_zero() -> None:
-    assert jsonable({"a": Mean(), "b": Max(), "c": Quantiles(), "d": Sum(), "e": np.float32(0.5), "f": float("inf")}) == {
+    assert jsonable({"a": Mean(), "b": Max(), "c": Quantiles(), "d": Sum(), "e": np.float32(0.5),
+                     "f": float("inf")}) == {
         "a": None, "b": None, "c": None, "d": 0.0, "e": 0.5, "f": None,
     }  # fmt: skip
 
@@ -72,12 +73,18 @@ def test_impossible_counts_are_refused(counts: tuple[float, ...]) -> None:
 def test_a_step_says_what_the_design_promises(tiny_run: Callable[..., Any]) -> None:
     done = tiny_run("rl_opd", steps=2, group_size=2, evals__accuracy={"problems": 2}, log_variance=True)
     first = done.rows("metrics")[0]
-    promised = "step loss kl_nats kl_nats_trained grad_norm staleness_mean staleness_max tokens_sampled tokens_trained seconds flops reward_mean"
+    promised = (
+        "step loss kl_nats kl_nats_trained grad_norm staleness_mean staleness_max tokens_sampled "
+        "tokens_trained seconds flops reward_mean"
+    )
     assert set(promised.split()) <= first.keys()
     assert {"sample", "reward", "teach", "learn"} <= first["seconds"].keys()
     assert first["flops"].keys() == {"sample", "teach", "learn"}
     assert first["gradient_variance_ratio"] > 0
-    summary = "accuracy_before accuracy_after teacher_accuracy tokens_sampled tokens_sampled_total flops_total commit config_hash seed"
+    summary = (
+        "accuracy_before accuracy_after teacher_accuracy tokens_sampled tokens_sampled_total flops_total "
+        "commit config_hash seed"
+    )
     assert {"recipe", "method", "steps", "seconds", *summary.split()} <= done.summary.keys()
     assert done.summary["tokens_sampled"] == sum(row["tokens_sampled"] for row in done.rows("metrics"))
     assert done.summary["flops_total"] == pytest.approx(

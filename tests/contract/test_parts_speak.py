@@ -1,4 +1,4 @@
-"""What parts say of themselves is asked of every one of them, said once, and read by plan, checks and report."""
+"""Every part describes itself through the same methods, and plan, checks and report read these methods."""
 
 from __future__ import annotations
 

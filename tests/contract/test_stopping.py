@@ -139,7 +139,7 @@ def hears(process: subprocess.Popen[str], words: str) -> None:
 
 
 def test_signals_do_not_wait_for_the_event_loop_and_the_second_is_the_systems_own() -> None:
-    """Nothing is awaited here between a signal and what it does. Afterwards the handlers of before are back."""
+    """There is no await between a signal and its effect. Afterwards the earlier handlers are restored."""
     import asyncio
     from types import SimpleNamespace
 

@@ -335,7 +335,7 @@ MIXED = [
 
 @functools.cache
 def byte_level() -> Any:
-    """A byte-level BPE: a character of several bytes is several tokens, and any bytes may follow each other."""
+    """A byte-level BPE: a character of several bytes is several tokens, and bytes may come in any order."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -483,7 +483,7 @@ def test_a_decoder_that_looks_far_back_is_followed_from_the_start() -> None:
 
 
 def test_long_garbage_is_settled_without_reading_all_of_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decoding starts a block back: tokens read in all stay in proportion to the length, not to its square."""
+    """Decoding starts one block back, so the number of decoded tokens is linear in the length."""
     tokenizer = byte_level()
     ids = tokenizer("你好 hello 😀 world " * 60)["input_ids"]
     spans, read = CharacterSpans(tokenizer), []

@@ -1,4 +1,4 @@
-"""A change that moves these numbers changes what users get: say so, and write them again with `make golden`."""
+"""A change of these numbers changes users' results. Announce it, and rewrite them with `make golden`."""
 
 from __future__ import annotations
 

@@ -102,7 +102,10 @@ def bounded_supports() -> Iterator[str]:
     kinds = choices(Divergence, "divergence")
     yield f"Biased: divergences on a list of {K} tokens, attempts of the current student. In words:\n"
     yield from summary(kinds)
-    yield "\nCosine, mean over five seeds (lowest of the five); the last row has all relative norms of a column, lowest to highest:\n"
+    yield (
+        "\nCosine, mean over five seeds (lowest of the five); the last row has all relative norms of a "
+        "column, lowest to highest:\n"
+    )
     yield "| `divergence` | " + " | ".join(f"{support}, {tail}" for tail, support in COLUMNS) + " |"
     yield "|---" * (len(COLUMNS) + 1) + "|"
     for kind in kinds:
@@ -155,10 +158,16 @@ def summary(kinds: tuple[str, ...]) -> Iterator[str]:
             mean[kind, "bucket", "student"], mean[kind, "bucket", "teacher"]
         )
     union = [mean[kind, "bucket", "union"] for kind in kinds]
-    yield f"- `union` with the bucket is nearest for every divergence: mean cosine {digits(min(union))} or more."
+    yield (
+        "- `union` with the bucket is nearest for every divergence: mean cosine "
+        f"{digits(min(union))} or more."
+    )
     student = [kind for kind in kinds if mean[kind, "bucket", "student"] > mean[kind, "bucket", "teacher"]]
     teacher = [kind for kind in kinds if kind not in student]
-    yield f"- Of the two single lists with the bucket, the student's is nearer for {_and(student)}, the teacher's for {_and(teacher)}."
+    yield (
+        f"- Of the two single lists with the bucket, the student's is nearer for {_and(student)}, "
+        f"the teacher's for {_and(teacher)}."
+    )
     assert all(
         mean[kind, "renormalised", support] < mean[kind, "bucket", support]
         for kind in kinds
@@ -175,7 +184,10 @@ def summary(kinds: tuple[str, ...]) -> Iterator[str]:
         f"at least one of the five worlds, {'; '.join(turned) or 'none'}."
     )
     assert all(cosines(kind, "bucket", support).min() > 0 for kind in kinds for _, support in COLUMNS)
-    yield "- With the bucket none points away. A teacher's stored list of the same tokens has the numbers of `teacher`."
+    yield (
+        "- With the bucket none points away. A teacher's stored list of the same tokens has the numbers of "
+        "`teacher`."
+    )
     yield _what_k_means()
 
 
@@ -217,7 +229,10 @@ def _what_k_means() -> str:
 def other_biased_ones() -> Iterator[str]:
     largest = max(gap(seed) for seed in SEEDS)
     assert largest < 10
-    yield "Biased: everything else, on attempts of the current student; what is not written is at its default:\n"
+    yield (
+        "Biased: everything else, on attempts of the current student; what is not written is at its "
+        "default:\n"
+    )
     yield HEADER
     for kind, settings in SETTINGS.items():
         yield from (

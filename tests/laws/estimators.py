@@ -29,7 +29,7 @@ from reflux.types import VelocityTarget
 
 
 class World:
-    """Every sequence of up to `horizon` tokens over `vocabulary`, packed: one row per (sequence, position)."""
+    """Every sequence of up to `horizon` tokens over `vocabulary`, packed: a row per (sequence, position)."""
 
     def __init__(self, vocabulary: int = 5, horizon: int = 3, seed: int = 0, spread: float = 1.0):
         self.prefixes: dict[tuple[int, ...], int] = {}
@@ -200,7 +200,7 @@ def np_divergence(name: str, beta: float | None = None) -> Callable[[np.ndarray,
 
 @dataclass(frozen=True)
 class Setting:
-    """One objective as the laws run it: what it must estimate, whether exactly, and what it is at identity."""
+    """One objective as the laws run it: what it estimates, whether exactly, and its value at identity."""
 
     objective: typing.Any
     # a divergence of np_divergence, or "reward"
@@ -296,7 +296,7 @@ SETTINGS: dict[str, list[Setting]] = {
 
 
 def settings_of(registry: typing.Iterable[str]) -> list[tuple[str, Setting | None]]:
-    """Every registered kind with its settings; a kind without any is kept, with None, so that its test fails."""
+    """Every registered kind with its settings. A kind without settings has None, so that its test fails."""
     return [
         (kind, setting) for kind in registry if not _of_flows(kind) for setting in SETTINGS.get(kind, [None])
     ]

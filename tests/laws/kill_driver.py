@@ -29,8 +29,9 @@ from reflux.storage import checkpoints, files
 from reflux.training import Options
 
 SETTINGS: dict[str, Any] = {
-    "steps": 5, "save_every": 2, "eval_every": 2, "group_size": 2, "prompts_per_step": 3, "keep_checkpoints": 1,
-    "evals__accuracy": {"problems": 3}, "rewards": {"verifier": {}}, "credit": {"group_advantage": {}, "prefix": {"length": 6}},
+    "steps": 5, "save_every": 2, "eval_every": 2, "group_size": 2, "prompts_per_step": 3,
+    "keep_checkpoints": 1, "evals__accuracy": {"problems": 3}, "rewards": {"verifier": {}},
+    "credit": {"group_advantage": {}, "prefix": {"length": 6}},
     "learner__lr": {"kind": "cosine", "peak": 1e-3, "warmup": 1}, "evals__foresight": {},
     "extrapolation": {"kind": "extrapolate", "prompts": 4, "accept": "not_worse"},
 }  # fmt: skip

@@ -40,7 +40,8 @@ GROUP_WORLDS = [(3, 2, 0), (3, 2, 1), (4, 1, 2), (2, 3, 3), (4, 2, 4)]
 PREFIX_BASELINES = [name for name in choices(SampledKL, "baseline") if name not in GROUP_BASELINES]
 few = settings(max_examples=60, deadline=None, derandomize=True)
 shapes = {
-    "vocabulary": st.integers(2, 8), "horizon": st.integers(1, 3), "seed": st.integers(0, 10**6), "spread": st.sampled_from([0.3, 1.0, 2.0])
+    "vocabulary": st.integers(2, 8), "horizon": st.integers(1, 3), "seed": st.integers(0, 10**6),
+    "spread": st.sampled_from([0.3, 1.0, 2.0])
 }  # fmt: skip
 
 

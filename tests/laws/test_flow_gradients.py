@@ -94,7 +94,7 @@ def score_function(at: Rows[VelocityOutputs]) -> Tensor:
 
 
 def printed(at: Rows[VelocityOutputs]) -> Tensor:
-    """The paper: reward -w |sg(v_s) - v_T|^2, clipped importance weighting, gradient through the ratio alone."""
+    """The paper: reward -w |sg(v_s) - v_T|^2, clipped importance weights, gradient only through the ratio."""
     return score_cost(-kl_N(at), at.student.logp_N, at.behaviour_logp_N, "clip", (1e-4, 1e-4), 1.0)
 
 

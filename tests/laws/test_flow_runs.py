@@ -1,4 +1,4 @@
-"""Runs of flow recipes obey the laws that runs of texts do, and combine with what runs of texts combine with."""
+"""Runs of flow recipes obey the same laws as runs of texts, and combine with the same parts."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def test_frequencies_are_the_models_probabilities(student: str, teacher: str, tm
 
 
 def test_several_turns_are_one_unbroken_row_of_tokens(student: str, teacher: str, tmp_path: Path) -> None:
-    """What a user says in between is there and not chosen; end tokens are chosen; nothing is tokenised again."""
+    """User turns are present and not chosen; end tokens are chosen; no text is tokenised again."""
     cfg = config(student, teacher, task={"kind": "outside:Chat", "replies": 2})
     attempts, now, model = act(cfg, tmp_path / "run")
     behaviour = model.tokenizer("<user>go on<assistant>", add_special_tokens=False)["input_ids"]

@@ -280,7 +280,8 @@ def test_the_line_of_a_text_is_the_same_as_ever() -> None:
     spoken = rollout(2)
     logp = ",".join(str(round(float(value), 5)) for value in spoken.logp_T)
     expected = (
-        f'{{"kind":"attempt","step":1,"prompt":"p0","question":"question 0","sample":0,"version":0,"finish":"stop",'
+        f'{{"kind":"attempt","step":1,"prompt":"p0","question":"question 0","sample":0,"version":0,'
+        f'"finish":"stop",'
         f'"tokens":[{",".join(map(str, spoken.tokens_T))}],"mask":[1,1],"logp":[{logp}],'
         f'"text":"","reward":1.0}}\n'
     )

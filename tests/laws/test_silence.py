@@ -32,8 +32,10 @@ from tiny import attempt, gradients, rollout, same
 
 TOKENS = 102
 OBJECTIVES = [
-    Divergence(), Divergence(divergence="forward"), Divergence(support="student", k=4), SampledKL(), SampledKL(baseline="kl"),
-    SampledKL(baseline="topk_kl"), SampledKL(ratio="clip"), SampledKL(baseline="minimum_variance"), Divergence(support="union", k=4),
+    Divergence(), Divergence(divergence="forward"), Divergence(support="student", k=4), SampledKL(),
+    SampledKL(baseline="kl"), SampledKL(baseline="topk_kl"), SampledKL(ratio="clip"),
+    SampledKL(baseline="minimum_variance"),
+    Divergence(support="union", k=4),
     Divergence(support="teacher", k=4, tail="renormalised"), Divergence(ratio="truncated"),
 ]  # fmt: skip
 IDS = [f"{type(o).__name__}-{i}" for i, o in enumerate(OBJECTIVES)]

@@ -122,7 +122,8 @@ def act(cfg: RunConfig, model: Any, prompts: list[Prompt], step: int) -> list[li
         made[prompt.id, sample] = Attempt(
             TokenRollout(
                 prompt=prompt, sample=sample, version=step, finish=turn.finish,
-                mask_T=np.ones(len(turn.tokens), dtype=bool), logp_T=turn.logp_T, prompt_tokens=np.asarray(one.ids),
+                mask_T=np.ones(len(turn.tokens), dtype=bool), logp_T=turn.logp_T,
+                prompt_tokens=np.asarray(one.ids),
                 tokens_T=np.asarray(turn.tokens), text="", messages=prompt.messages,
             )
         )  # fmt: skip

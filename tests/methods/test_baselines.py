@@ -171,7 +171,8 @@ def test_tokens_the_student_never_says_count_nothing():
     )
 
 
-# ------------------------------------------------------------------------------------------------------- the value of least variance
+# --------------------------------------------------------------------------------------------------
+# the value of least variance
 
 
 def moments(student: torch.Tensor, teacher: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -246,7 +247,7 @@ def test_minimum_variance_value_at_its_edges():
 
 
 def test_a_nearly_sure_token_the_teacher_never_says_makes_minus_infinity_whatever_the_rounding():
-    """Its w is about (1 - p)^2, which float32 makes negative as often as not; -inf times that would be +inf."""
+    """Its w is about (1 - p)^2, which float32 often makes negative; -inf times that would be +inf."""
     logits = torch.randn(500, 4, generator=torch.manual_seed(0))
     logits[:, 0] += torch.linspace(5, 40, 500)
     student, teacher = (

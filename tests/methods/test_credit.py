@@ -1,4 +1,4 @@
-"""Credit rules: what each says, and what every registered rule must keep (neutral, commuting, pure, silent)."""
+"""Credit rules: the credit of each, and the laws of every rule (neutral, commuting, pure, no effect)."""
 
 import itertools
 import math
@@ -157,7 +157,8 @@ def test_rules_commute_to_the_bit():
         assert same(weights({kind: rules[kind] for kind in order}), plain)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- prefix
+# --------------------------------------------------------------------------------------------------
+# prefix
 
 
 def test_prefix_counts_chosen_positions_only():
@@ -212,7 +213,8 @@ def test_prefix_refuses_what_is_below_one_position():
         Prefix(Linear(start=3, increment=-1))([attempt([True])], StepContext(step=3, seed=0))
 
 
-# -------------------------------------------------------------------------------------------------------------------- position
+# --------------------------------------------------------------------------------------------------
+# position
 
 
 def test_position_reads_its_schedule_over_chosen_positions_not_steps():
@@ -235,7 +237,8 @@ def test_position_refuses_negative_weights():
         Position(Linear(start=1, increment=-0.75))([attempt([True] * 4)], NOW)
 
 
-# --------------------------------------------------------------------------------------------------------------------- outcome
+# --------------------------------------------------------------------------------------------------
+# outcome
 
 
 def test_group_advantages_by_hand():

@@ -33,7 +33,7 @@ WEIGHTS = (0.0, 0.03, 0.3, 0.5, 0.9, 1.0)
 
 
 def reference(name: str, p: np.ndarray, q: np.ndarray, weight: float) -> np.ndarray:
-    """The method page's formulas over probabilities [N, V]; rel_entr(a, b) = a log(a / b) with 0 log 0 = 0."""
+    """The method page's formulas over probabilities [N, V]; rel_entr(a, b) = a log(a / b), 0 log 0 = 0."""
 
     def kl_of(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return rel_entr(a, b).sum(-1)
@@ -229,7 +229,8 @@ def test_bad_shapes_and_weights_are_refused(name):
             DIVERGENCES[name](good, good, weight)
 
 
-# ------------------------------------------------------------------------------------------------------------------ tail buckets
+# --------------------------------------------------------------------------------------------------
+# tail buckets
 
 
 @given(
@@ -332,7 +333,8 @@ def test_bad_ids_are_refused(ids, sentence):
         with_tail(torch.zeros(1, 3), torch.tensor(ids))
 
 
-# ------------------------------------------------------------------------------------------------- renormalised lists, two lists in one
+# -------------------------------------------------------------------------------------------------
+# renormalised lists, two lists in one
 
 
 @given(v=st.integers(1, 9), seed=st.integers(0, 10**6), spread=st.sampled_from([1.0, 30.0]), data=st.data())

@@ -234,7 +234,7 @@ def test_between_its_steps_nothing_is_read_scored_or_written(tmp_path: Path) -> 
 
 
 def test_a_rescored_incumbent_has_the_dice_of_its_comparison(tmp_path: Path) -> None:
-    """2.25 is lucky once; scored again with the next random numbers it must still be beaten by what comes after it."""
+    """2.25 is lucky once. It is scored again with new random numbers, and the next candidate beats it."""
     learner, asked, _ = one_search(tmp_path, [0.5, 0.9, 0.6, 0.7, 0.65, 0.65], rescore_incumbent=True)
     assert asked == [(1.25, 0), (1.75, 0), (1.75, 1), (2.25, 1), (2.25, 2), (2.75, 2)]
     assert learner.values["mlp.w"].tolist() == [2.25]

@@ -145,7 +145,10 @@ def test_the_teachers_question_by_hand() -> None:
     view = Peers()(attempts, NOW)[3]
     assert view is not None
     assert view.messages[:3] == PROMPT.messages[:3]
-    expected = f"What is 2+3?\n\n{SUCCESS}\n2+3=5\n\n{ANOTHER}\nso 5\n\n{FAILURE}\n2+3=6\n\nNow solve the original question correctly."
+    expected = (
+        f"What is 2+3?\n\n{SUCCESS}\n2+3=5\n\n{ANOTHER}\nso 5\n\n{FAILURE}\n2+3=6\n\n"
+        "Now solve the original question correctly."
+    )
     assert view.messages[3] == {"role": "user", "content": expected}
     assert view.spans == {}
     assert view.notes == {
@@ -301,7 +304,7 @@ def test_a_long_peer_is_cut_to_its_first_tokens(length: int, limit: int, closed:
 
 
 def test_what_others_said_between_turns_is_no_token_of_the_peer() -> None:
-    """Several turns: the text is the student's own, replies have no characters in it and count as no token."""
+    """Several turns: the text is the student's tokens only. Replies add no characters and no tokens to it."""
     spans = np.array([(0, 2), (2, 4), (4, 4), (4, 4), (5, 7), (7, 9)])
     spoken = replace(
         rollout(6, mask=[True, True, False, False, True, True]), text="abcd\nefgh", spans_T2=spans
@@ -441,7 +444,8 @@ def test_settings_that_mean_nothing_are_refused(fields: dict[str, Any], words: s
 def test_a_flow_is_refused_in_words() -> None:
     line = np.zeros((2, 1))
     spoken = FlowRollout(
-        prompt=PROMPT, sample=0, version=0, finish="stop", mask_T=np.ones(1, bool), logp_T=np.zeros(1), x_SD=line, t_S=np.zeros(2),
+        prompt=PROMPT, sample=0, version=0, finish="stop", mask_T=np.ones(1, bool), logp_T=np.zeros(1),
+        x_SD=line, t_S=np.zeros(2),
         noise_level=0.0, guidance=0.0, image=np.zeros((2, 2), np.uint8),
     )  # fmt: skip
     with pytest.raises(ValueError, match="have no text"):
@@ -566,7 +570,7 @@ def test_other_groups_change_no_context(tiny_run: Callable[..., Any]) -> None:
 
 
 def test_another_model_may_be_shown_the_same_at_a_lag(tiny_run: Callable[..., Any], teacher: str) -> None:
-    """The external form: a frozen teacher in this context, attempts of an older student, one truncated ratio."""
+    """The external form: a frozen teacher in this context, attempts with staleness, one truncated ratio."""
     shown = {"main": {"kind": "local", "model": teacher, "context": {"kind": "peers"}}}
     divergence = {
         "kind": "divergence",

@@ -267,7 +267,7 @@ LOW, HIGH = [-0.8, -0.8, -3.0, -3.0], [-0.01, -6.0, -8.0, -9.0]
 def scored(
     high: int, low: int, *, mask: Any = None, name: str = "main", k: int = 4, **fields: Any
 ) -> Attempt:
-    """An attempt whose first `high` positions the teacher tells apart, and whose `low` next ones it does not."""
+    """An attempt with a high teacher margin at its first `high` positions and a low one at the next `low`."""
     length = high + low
     made = Attempt(dataclasses.replace(rollout(length, mask=mask), **fields))
     logp_TK = np.asarray([HIGH] * high + [LOW] * low, dtype=np.float32).reshape(length, 4)

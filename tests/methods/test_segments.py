@@ -18,7 +18,10 @@ from reflux.types import TokenRollout
 from tiny import rollout
 
 WAYS = ["sentences", "lines", "steps"]
-LATEX = "We have $x = \\frac{3.5}{2}$. Then\n\\[ y = 1.75 \\]\nSo $y=1.75$! Is it? 你好。世界 😀 wie schön. \n\n  It is"
+LATEX = (
+    "We have $x = \\frac{3.5}{2}$. Then\n\\[ y = 1.75 \\]\nSo $y=1.75$! Is it? "
+    "你好。世界 😀 wie schön. \n\n  It is"
+)
 
 
 def spelt(turns: list[list[str]], objective_teachers: int = 0) -> TokenRollout:
@@ -120,7 +123,7 @@ def test_a_token_belongs_to_the_sentence_of_its_first_character_that_is_no_space
 
 
 def test_an_off_by_one_would_show_here() -> None:
-    """Characters one by one: the space before a sentence joins the one before it, its first letter opens it."""
+    """One character per token: the space before a sentence belongs to the previous sentence."""
     made = spelt([list("Ab cd. Ef gh. Ij")])
     assert segments_of(made, "sentences") == [slice(0, 7), slice(7, 14), slice(14, 16)]
     assert segments_of(spelt([list("a\n\nbc\nd")]), "lines") == [slice(0, 3), slice(3, 6), slice(6, 7)]
