@@ -1,14 +1,16 @@
 """Flow-OPD at the size of Stable Diffusion 3.5 Medium with random weights on a GPU: memory, seconds, the
 largest group that fits.
 
-    python benchmarks/flow_gpu.py [--groups 1,4,16,64] [--steps 10] [--side 64] [--rank 32] [--guidance 4.5] [--tiny]
+    python benchmarks/flow_gpu.py [--groups 1,4,16,64] [--steps 10] [--side 64] [--rank 32] [--guidance 4.5]
+                                  [--tiny]
 
-The transformer has the published shape (24 layers of 24 heads of 64, 2.2 billion weights) and random weights,
-so images mean nothing and times and memory do. Latents of side 64 are images of 512 pixels. One optimiser
-step of the recipe: a prompt's group is drawn by the SDE, a teacher (an adapter on the shared base) and the
-anchor (the base) are asked about every counted state, the student (LoRA) learns. Prompt encodings are random
-constants: text encoders run once and are not measured. Per group size: seconds of each part, peak memory; the
-first size that does not fit ends the table. `--tiny` runs a toy size on any device: it checks this script.
+The transformer has the published shape (24 layers of 24 heads of 64, 2.2 billion weights) and random weights.
+Times and memory are meaningful; the images are not. Latents of side 64 are images of 512 pixels. Measured is
+one optimiser step of the recipe: the group of a prompt is sampled with the SDE, a teacher (an adapter on the
+shared base) and the anchor (the base) are evaluated at every trained state, and the student (LoRA) takes a
+step. Prompt encodings are random constants, because text encoders run only once; they are not measured. Per
+group size: the seconds of each part and the peak memory. The first size that does not fit ends the table.
+`--tiny` runs a toy size on any device, to check this script.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ TINY = {
     "pos_embed_max_size": 8,
     "dual_attention_layers": (0,),
 }
-# 77 of CLIP and 256 of T5
+# 77 tokens of CLIP and 256 of T5
 PROMPT_TOKENS = 333
 
 
@@ -86,7 +88,7 @@ def model(asked: argparse.Namespace, device: str, dtype: Any) -> Any:
 def one_step(
     asked: argparse.Namespace, student: Any, frozen: Any, group: int, device: str
 ) -> dict[str, float]:
-    """Seconds of sampling, of both teachers and of learning, one pass of `micro_batch` states at a time."""
+    """The seconds of sampling, of both teachers and of training, with passes of `micro_batch` states."""
     import torch
 
     from reflux.models.flow import adapters
@@ -122,18 +124,18 @@ def one_step(
         clock = timed("sample", clock)
         rows = torch.cat(states[: asked.steps - 1]).cpu()
         times = t_S[: asked.steps - 1].repeat_interleave(group)
-        behaviour = []
+        velocities = []
         for name in ("teacher", None):
             adapters.use(frozen.net.transformer, name)
             pairs = zip(rows.split(asked.micro_batch), times.split(asked.micro_batch), strict=True)
-            behaviour.append(torch.cat([velocity(frozen, x.to(device), t).cpu() for x, t in pairs]))
+            velocities.append(torch.cat([velocity(frozen, x.to(device), t).cpu() for x, t in pairs]))
         clock = timed("teach", clock)
     dt = (t_S[1:] - t_S[:-1])[: asked.steps - 1].repeat_interleave(group)
     for start in range(0, len(rows), asked.micro_batch):
         part = slice(start, start + asked.micro_batch)
         v = velocity(student, rows[part].to(device), times[part])
         w = kl_weight(times[part], dt[part], 0.7)
-        gaps = [(v - target[part].to(device)).square().sum(-1) for target in behaviour]
+        gaps = [(v - target[part].to(device)).square().sum(-1) for target in velocities]
         (w * (gaps[0] + 0.04 * gaps[1])).sum().div(len(rows)).backward()
     timed("learn", clock)
     return {name: value for name, value in seconds.items() if name != "start"}
@@ -176,7 +178,7 @@ def main() -> None:
     )
     for group in map(int, asked.groups.split(",")):
         try:
-            # warms up
+            # a warm-up step, not measured
             one_step(asked, student, frozen, group, device)
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -190,7 +192,7 @@ def main() -> None:
 
 
 def random_adapter(of: Any, lora: Any) -> Any:
-    """Factors from random numbers at every module that lora names."""
+    """Random adapter factors for every module that lora names."""
     import torch
 
     from reflux.models.flow import adapters

@@ -1,12 +1,13 @@
-"""Seconds per image-step: this library's flow sampler, which records states, times and log-densities, beside
-plain diffusers sampling.
+"""Seconds per image-step of this library's flow sampler, which records states, times and log-densities,
+compared with plain diffusers sampling.
 
-    python benchmarks/flow_sampling.py [--model reflux:glyph_base] [--images 64] [--steps 10] [--rounds 12] [--threads 2] [--guidance 1]
+    python benchmarks/flow_sampling.py [--model reflux:glyph_base] [--images 64] [--steps 10] [--rounds 12]
+                                       [--threads 2] [--guidance 1]
 
-Both in one process, by turns, with the same weights and prompts: a transformer as diffusers loads it and its
-FlowMatchEulerDiscreteScheduler.step in a loop, without records; ours by the SDE with all that a training step
-records, and by the ODE as in an evaluation. Printed: the median of each, and the median ratio to the plain
-loop of the same round with its lowest and highest.
+Both run in one process, in turns, with the same weights and prompts. The plain side is a transformer as
+diffusers loads it with FlowMatchEulerDiscreteScheduler.step in a loop, without records. Our side runs the SDE
+with all records of a training step, and the ODE as in an evaluation. Printed: the median of each side, and
+the median ratio to the plain loop of the same round, with its lowest and highest value.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 
 def plain(model: Any, transformer: Any, texts: list[str], steps: int, guidance: float) -> None:
-    """What a diffusers pipeline does between prompt and image."""
+    """The loop of a diffusers pipeline from prompts to images."""
     import torch
 
     from reflux.models.flow.diffusers_library import library

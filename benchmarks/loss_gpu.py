@@ -1,26 +1,30 @@
-"""Time and memory of one distillation loss with its gradients on a GPU: ours, its peers and the matrix
-products alone, by turns.
+"""Time and memory of one distillation loss with its gradients on a GPU: this library, other libraries, and
+the matrix products alone, in turns.
 
-    python benchmarks/loss_gpu.py [--rows 1024,8192,32768] [--vocabularies 32000,151936] [--student 2048] [--teacher 4096]
-                                  [--beta 0.5] [--rounds 5] [--repeats 7] [--sides reflux,...] [--peer-python PATH] [--tiny]
+    python benchmarks/loss_gpu.py [--rows 1024,8192,32768] [--vocabularies 32000,151936] [--student 2048]
+                                  [--teacher 4096] [--beta 0.5] [--rounds 5] [--repeats 7]
+                                  [--sides reflux,...] [--peer-python PATH] [--tiny]
 
-From hidden states and heads in bfloat16 to the loss and the gradients of the student's hidden states and
-head: generalised JSD, the one loss that all sides have (beta 1 is the reverse KL, 0 the forward KL). Sides:
+Measured is the way from hidden states and heads in bfloat16 to the loss and the gradients of the student's
+hidden states and head. The loss is the generalised JSD, the only loss that all sides have (beta 1 is the
+reverse KL, 0 the forward KL). Sides:
 
-    matmul         the four products alone: both heads forward, both gradients of the student's. No loss: this is the floor
+    matmul         only the four matrix products: both heads forward, both gradients of the student's head;
+                   without a loss, so this is the lower bound
     reflux         `linear_divergence`
     liger_triton   Liger-Kernel 0.8.5, LigerFusedLinearJSD (Triton)
-    liger_chunked  Liger-Kernel 0.8.5, LigerFusedLinearJSDLoss (chunks of 1,024 rows under torch.compile), the soft loss alone
+    liger_chunked  Liger-Kernel 0.8.5, LigerFusedLinearJSDLoss (chunks of 1,024 rows under torch.compile),
+                   only the soft loss
     trl            TRL 1.16, ChunkedDivergenceFunction (tiles of rows and vocabulary)
 
-Every measurement is a process of its own: three calls that warm up, then the median of `repeats`. One round
-is one process of each side, the order alternating; a ratio is taken within a round and printed as median
-(lowest to highest). Memory is the highest allocated during a call above what its inputs hold, gradients
-included. `error` is the relative error of the gradient of the student's hidden states over the first 64 rows,
-against plain torch in float32 on the same bfloat16 inputs: how exact each side is at that speed.
+Every measurement runs in a separate process: three warm-up calls, then the median of `repeats`. One round is
+one process of each side, in alternating order. A ratio is taken within a round and printed as median (lowest
+to highest). Memory is the highest allocation during a call above that of its inputs, gradients included.
+`error` is the relative error of the gradient of the student's hidden states over the first 64 rows, against
+plain torch in float32 on the same bfloat16 inputs.
 
-Peers may live in another environment: give its interpreter. `--tiny` runs on a CPU at toy size, where timings
-mean nothing: it checks this script.
+The other libraries may be in another environment: pass its interpreter. `--tiny` runs on a CPU at toy size,
+to check this script; its timings have no meaning.
 """
 
 from __future__ import annotations
@@ -94,7 +98,7 @@ def side_trl(beta: float, tiny: bool) -> Loss:
 
 
 def side_plain(beta: float) -> Loss:
-    """What one writes by hand, in float32: the reference of `error`."""
+    """The loss in plain torch, in float32: the reference of `error`."""
 
     def loss(h_NH: Any, weight_VH: Any, t_NG: Any, weight_VG: Any) -> Any:
         from math import log
@@ -114,7 +118,7 @@ def side_plain(beta: float) -> Loss:
 
 
 def floor(h_NH: Any, weight_VH: Any, t_NG: Any, weight_VG: Any) -> Callable[[], None]:
-    """The four products, in row chunks where the table of logits would be larger than FLOOR_ROWS rows."""
+    """The four products, in chunks of rows if there are more than FLOOR_ROWS rows of logits."""
     import torch
 
     rows, (vocabulary, _) = min(len(h_NH), FLOOR_ROWS), weight_VH.shape
@@ -170,8 +174,8 @@ def measure(side: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def clock(step: Callable[[], Any], args: argparse.Namespace, device: Any) -> dict[str, float]:
-    """Median seconds of a call, and the bytes it allocates at its peak above what was there before the
-    first.
+    """The median seconds of a call, and its peak allocation in bytes above the allocation before the first
+    call.
     """
     import torch
 
@@ -196,7 +200,7 @@ def clock(step: Callable[[], Any], args: argparse.Namespace, device: Any) -> dic
 
 
 def error(loss: Loss, inputs: list[Any], beta: float) -> float:
-    """Relative error of the gradient of the first rows' hidden states."""
+    """The relative error of the gradient of the hidden states of the first rows."""
     import torch
 
     def gradient(of: Loss) -> Any:
@@ -208,7 +212,7 @@ def error(loss: Loss, inputs: list[Any], beta: float) -> float:
 
 
 def child(side: str, rows: int, vocabulary: int, args: argparse.Namespace) -> dict[str, float]:
-    """One process; {} and a line of text where it cannot run."""
+    """The measurement of one process. {} and a printed line if it cannot run."""
     source = str(Path(__file__).parents[1] / "src")
     python = args.peer_python if side in PEERS else sys.executable
     command = [
@@ -259,7 +263,7 @@ def compare(rows: int, vocabulary: int, args: argparse.Namespace) -> None:
 
 
 def ratios(found: dict[str, list[dict[str, float]]]) -> None:
-    """Theirs over ours, round by round: above 1 ours is faster."""
+    """Print the other side's numbers divided by ours, by round. Above 1 ours is faster."""
     for peer in PEERS:
         pairs = [
             (ours, theirs)
@@ -283,24 +287,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", default="1024,8192,32768", help="positions N, with commas between")
-    parser.add_argument("--vocabularies", default="32000,151936", help="tokens V, with commas between")
+    parser.add_argument("--rows", default="1024,8192,32768", help="positions N, separated by commas")
+    parser.add_argument("--vocabularies", default="32000,151936", help="tokens V, separated by commas")
     parser.add_argument("--student", type=int, default=2048, help="hidden size")
     parser.add_argument("--teacher", type=int, default=4096, help="hidden size")
     parser.add_argument(
-        "--beta", type=float, default=0.5, help="of the JSD: 1 is the reverse KL, 0 the forward KL"
+        "--beta", type=float, default=0.5, help="beta of the JSD: 1 is the reverse KL, 0 the forward KL"
     )
     parser.add_argument("--rounds", type=int, default=5, help="processes of each side")
     parser.add_argument("--repeats", type=int, default=7, help="timed calls of a process")
-    parser.add_argument("--sides", default=",".join(SIDES), help="some of them, with commas between")
+    parser.add_argument("--sides", default=",".join(SIDES), help="some of the sides, separated by commas")
     parser.add_argument(
         "--peer-python",
         default=sys.executable,
         help="the interpreter of an environment with liger-kernel and trl",
     )
-    parser.add_argument(
-        "--tiny", action="store_true", help="on a CPU at toy size: checks this script, measures nothing"
-    )
+    parser.add_argument("--tiny", action="store_true", help="run on a CPU at toy size, to check this script")
     parser.add_argument("--measure", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     unknown = [name for name in args.sides.split(",") if name not in SIDES]

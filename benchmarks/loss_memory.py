@@ -1,14 +1,15 @@
-"""Memory and time of one loss with its gradients, from hidden states: ours against plain torch, each case in
-a process of its own.
+"""Memory and time of one loss with its gradients, from hidden states: this library against plain torch, each
+case in a separate process.
 
-    python benchmarks/loss_memory.py [--rows 4096] [--vocabulary 151936] [--student 1024] [--teacher 2048] [--rounds 3] [--threads 2]
-                                     [--cases full,plain_full,...]
+    python benchmarks/loss_memory.py [--rows 4096] [--vocabulary 151936] [--student 1024] [--teacher 2048]
+                                     [--rounds 3] [--threads 2] [--cases full,plain_full,...]
 
-float32 on the CPU. Sides of one round run one after the other, the order alternating from round to round. "GB
-above" is the highest resident memory during the call, less what was resident before it (inputs) and less the
-gradients it leaves behind (of the student's hidden states and head). Ratios are by round: median, lowest,
-highest. `plain_*` is what one writes by hand: logits, log-softmax, the sum, backward. `plain_fast_full` is
-the same with the head's products by oneDNN: what is left is the method and not the matrix library.
+It runs in float32 on the CPU. The sides of one round run one after the other, in an order that alternates
+from round to round. "GB above" is the highest resident memory during the call, minus the memory that was
+resident before it (inputs) and minus the gradients that it returns (of the student's hidden states and head).
+Ratios are by round: median, lowest, highest. `plain_*` is plain torch: logits, log-softmax, the sum,
+backward. `plain_fast_full` is the same with the products of the head by oneDNN, so that the comparison shows
+the method and not the matrix library.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ PAIRS = (
 
 
 def resident_bytes(key: str) -> int:
-    """VmRSS (resident) or VmHWM (its highest since the last reset)."""
+    """VmRSS (resident memory) or VmHWM (its highest value since the last reset), in bytes."""
     found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) * 1024
@@ -73,7 +74,7 @@ def measure(
     t_NG, weight_VG = torch.randn(rows, teacher), torch.randn(vocabulary, teacher).mul_(2 / teacher**0.5)
     ids_N, coef_N = torch.randint(0, vocabulary, (rows,)), torch.full((rows,), 1 / rows)
     run = side(case)
-    # libraries load their kernels
+    # a small first call, so that libraries load their kernels
     run(h_NH[:8], weight_VH, t_NG[:8], weight_VG, ids_N[:8], coef_N[:8]).backward()
     h_NH.grad = weight_VH.grad = None
     before = resident_bytes("VmRSS")

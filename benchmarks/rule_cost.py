@@ -1,17 +1,18 @@
-"""What each rule adds to a step: the same run with and without it by turns, on the quickstart's models,
-prompts and lengths.
+"""The time that each rule adds to a step: the same run with and without the rule in turns, on the
+quickstart's models, prompts and lengths.
 
     python benchmarks/rule_cost.py [--rounds 5] [--steps 20] [--threads 2] [--arms margin,release]
 
-8 prompts x 8 attempts a step, sampled reverse KL, answers judged, a learning rate so small that every arm
-sees the same answers. One process is one arm; a round is one of each, the order turning. Printed: the median
-seconds a step of each round and the ratio to the round's plain run, with its spread; and, measured inside
-each process and so free of the machine's mood, the share of a step that is spent in what the rules add: the
-rules themselves, the pass through the teacher's head that they ask for, contexts, characters of tokens.
+A step has 8 prompts x 8 attempts, sampled reverse KL and graded answers. The learning rate is so small that
+every arm samples the same answers. One process is one arm. A round is one process of each arm, in rotating
+order. Printed: the median seconds per step of each round and the ratio to the plain run of the round, with
+its spread. Also printed is the share of a step that is spent in work that the rules add: the rules
+themselves, the pass through the teacher's head that they require, contexts, character spans of tokens. This
+share is measured inside each process, so it does not depend on the machine's load.
 
-`peers` is compared with the same own teacher that is shown nothing, and reads three more attempts per answer:
-that is what the method costs; `peers_words` builds the same contexts and then asks in the plain one, which is
-what the rule costs.
+`peers` is compared with the same self teacher with the plain prompt. Its teacher reads three more attempts
+per answer, so it measures the cost of the method. `peers_words` builds the same contexts but uses the plain
+prompt, so it measures the cost of the rule.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# steps of each process that are not counted
+# the number of warm-up steps of each process, which are not counted
 WARM = 3
 COMMON: dict[str, Any] = {
     "base": "toy",
@@ -41,7 +42,7 @@ COMMON: dict[str, Any] = {
     "evals": "none",
 }
 OWN = {"kind": "self", "ema": 0.05}
-# the arm it is compared with, and what it changes
+# By arm: the arm that it is compared with, and its changes.
 ARMS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "plain": (None, {}),
     "release": ("plain", {"credit.release": {"segments": 4, "min_segments": 4, "min_side": 1}}),
@@ -59,14 +60,16 @@ ARMS: dict[str, tuple[str | None, dict[str, Any]]] = {
 
 
 def __getattr__(name: str) -> Any:
-    """`rule_cost:Unsaid`, made on first use: the rest of this script starts without the library."""
+    """`rule_cost:Unsaid`, created on first use, so that the rest of this script starts without the
+    library.
+    """
     if name != "Unsaid":
         raise AttributeError(name)
     from reflux.contexts.base import TeacherPrompt
     from reflux.contexts.peers import Peers
 
     class Unsaid(Peers):
-        """Builds the contexts of `peers` and asks in the plain one."""
+        """Builds the contexts of `peers` and then uses the plain prompt."""
 
         def __call__(self, group: Any, step_context: Any) -> list[TeacherPrompt | None]:
             super().__call__(group, step_context)
@@ -94,8 +97,8 @@ def run_arm(arm: str, steps: int, threads: int, out: Path) -> None:
 
 
 def watch_added_work() -> list[tuple[int, float]]:
-    """(step it was in, seconds) of every call of what rules add to a step, from here on; a step begins when
-    its attempts are sampled.
+    """(step, seconds) of every later call of the functions that rules add to a step. A step begins when its
+    attempts are sampled.
     """
     from reflux import loop
     from reflux.models.spans import CharacterSpans
@@ -124,7 +127,7 @@ def watch_added_work() -> list[tuple[int, float]]:
 
 
 def measure(arm: str, steps: int, threads: int, folder: Path) -> tuple[float, float]:
-    """(median seconds a step, share of a step in what the rules add) of one process."""
+    """(median seconds per step, share of a step in work that the rules add) of one process."""
     here = Path(__file__).parent
     paths = os.pathsep.join(
         filter(None, [str(here.parent / "src"), str(here), os.environ.get("PYTHONPATH", "")])
@@ -152,7 +155,7 @@ def measure(arm: str, steps: int, threads: int, folder: Path) -> tuple[float, fl
 
 
 def compare(arms: list[str], rounds: int, steps: int, threads: int) -> dict[str, list[tuple[float, float]]]:
-    """(median seconds a step, share) of every round, by arm."""
+    """(median seconds per step, share) of every round, by arm."""
     rows: dict[str, list[tuple[float, float]]] = {arm: [] for arm in arms}
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(rounds):
@@ -173,13 +176,13 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--steps", type=int, default=20, help="measured steps per process, after three that warm up"
+        "--steps", type=int, default=20, help="measured steps per process, after three warm-up steps"
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--arms",
         default=",".join(ARMS),
-        help="rules, with commas between; what they are compared with is added",
+        help="rules, separated by commas; the arms they are compared with are added",
     )
     parser.add_argument("--one", choices=list(ARMS), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
@@ -197,7 +200,7 @@ def main() -> None:
 
 
 def print_table(rows: dict[str, list[tuple[float, float]]]) -> None:
-    print(f"\n{'arm':18} {'s/step':26} {'to':8} {'ratio':24} share of a step in what is added")
+    print(f"\n{'arm':18} {'s/step':26} {'to':8} {'ratio':24} share of a step in added work")
     for arm, own in rows.items():
         plain = ARMS[arm][0]
         ratios = [a / b for (a, _), (b, _) in zip(own, rows[plain], strict=True)] if plain else []

@@ -1,15 +1,16 @@
-"""Seconds a step: Reflux and TRL's DistillationTrainer by turns, on the same models, prompts, batch and
-lengths.
+"""Seconds per step of Reflux and of TRL's DistillationTrainer in turns, on the same models, prompts, batch
+and lengths.
 
     python benchmarks/step_time.py [--rounds 5] [--steps 8] [--threads 2] [--trl-python PATH]
-    python benchmarks/step_time.py --lengths 64,256,1024 --batches 16,64      # how both grow: every pair, one table
+    python benchmarks/step_time.py --lengths 64,256,1024 --batches 16,64
 
-Exact reverse KL on the student's own answers, 64 prompts a step, 80 new tokens each, on the CPU in float32.
-Answers cannot end early: the models are copied with an end token that is hardly ever written, so both sides
-handle the same number of tokens, and with a context window that holds the longest answer. Each side runs in a
-process of its own; one round is one process of each, the order alternating. Printed: the median seconds a
-step of each round, the ratio with its spread over rounds, and peak resident memory. TRL (1.16) may live in
-another environment: give its interpreter.
+The second command measures every pair of length and batch in one table. The loss is the exact reverse KL on
+the student's answers, with 64 prompts per step and 80 new tokens each, on the CPU in float32. Answers cannot
+end early: the models are copied with an end token that is almost never sampled, so both sides process the
+same number of tokens, and with a context window that holds the longest answer. Each side runs in a separate
+process. One round is one process of each side, in alternating order. Printed: the median seconds per step of
+each round, the ratio with its spread over rounds, and peak resident memory. TRL (1.16) may be in another
+environment: pass its interpreter.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-# steps of each process that are not counted
+# the number of warm-up steps of each process, which are not counted
 WARM = 3
-# none of the prompts is longer
+# no prompt is longer than this
 PROMPT_TOKENS = 256
-# a token the models never write; it takes the place of the end token
+# a token that the models never sample; it replaces the end token
 NEVER = "<system>"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a step is: `batch` prompts, an answer of `length` tokens to each; `steps` are counted, on
-    `threads` threads.
+    """The shape of a step: `batch` prompts with an answer of `length` tokens each. `steps` steps are counted,
+    on `threads` threads.
     """
 
     batch: int
@@ -48,7 +49,7 @@ class Shape:
 
 @dataclass
 class Found:
-    """Of both sides, by name: the median seconds a step of each round, and the highest resident memory."""
+    """By side: the median seconds per step of each round, and the highest resident memory."""
 
     seconds: dict[str, list[float]]
     peak_bytes: dict[str, int]
@@ -61,8 +62,8 @@ class Found:
 
 
 def never_ending(source: Path, target: Path, tokens: int) -> None:
-    """A copy of a shipped model that cannot end an answer, has no chat template, and a context window of
-    `tokens` at least.
+    """Write a copy of a shipped model that cannot end an answer, has no chat template, and has a context
+    window of at least `tokens`.
     """
     shutil.copytree(source, target)
     (target / "chat_template.jinja").unlink(missing_ok=True)
@@ -78,7 +79,7 @@ def never_ending(source: Path, target: Path, tokens: int) -> None:
 
 
 def prepare(folder: Path, batch: int, length: int) -> None:
-    """Models and prompts that both sides read."""
+    """Write the models and prompts that both sides read."""
     from reflux.models.text import ASSETS
     from reflux.tasks.word_problems import WordProblems
 
@@ -113,7 +114,7 @@ def side_reflux(folder: Path, shape: Shape) -> None:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     share = sum(row["tokens_sampled"] for row in rows) / (len(rows) * shape.batch * shape.length)
     assert share > 0.98, (
-        f"{1 - share:.1%} of the tokens are missing, answers ended early: the comparison would not be fair"
+        f"{1 - share:.1%} of the tokens are missing because answers ended early: the comparison is not fair"
     )
     _report([row["seconds"]["total"] for row in rows][WARM:])
 
@@ -184,7 +185,7 @@ def _report(seconds: list[float]) -> None:
 
 
 def measure(side: str, python: str, folder: Path, shape: Shape) -> tuple[float, int]:
-    """(median seconds a step, peak bytes) of one process."""
+    """(median seconds per step, peak bytes) of one process."""
     source = str(Path(__file__).parents[1] / "src")
     paths = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
     env = {**os.environ, "OMP_NUM_THREADS": str(shape.threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
@@ -208,7 +209,7 @@ def measure(side: str, python: str, folder: Path, shape: Shape) -> tuple[float, 
 
 
 def compare(pythons: dict[str, str], folder: Path, shape: Shape, rounds: int) -> Found:
-    """Both sides by turns."""
+    """Measure both sides in turns."""
     found = Found({"reflux": [], "trl": []}, {"reflux": 0, "trl": 0})
     for number in range(rounds):
         for side in ("reflux", "trl") if number % 2 == 0 else ("trl", "reflux"):
@@ -234,13 +235,13 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--steps", type=int, default=8, help="measured steps per process, after three that warm up"
+        "--steps", type=int, default=8, help="measured steps per process, after three warm-up steps"
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--lengths", type=numbers, default=[80], help="new tokens a prompt, as in 64,256,1024"
+        "--lengths", type=numbers, default=[80], help="new tokens per prompt, as in 64,256,1024"
     )
-    parser.add_argument("--batches", type=numbers, default=[64], help="prompts a step, as in 16,64")
+    parser.add_argument("--batches", type=numbers, default=[64], help="prompts per step, as in 16,64")
     parser.add_argument(
         "--trl-python", default=sys.executable, help="the interpreter of an environment with trl 1.16"
     )

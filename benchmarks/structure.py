@@ -1,16 +1,15 @@
-"""How tightly the parts of a checkout hang together, counted: python benchmarks/structure.py [CHECKOUT].
+"""Counts of the coupling between the parts of a checkout: python benchmarks/structure.py [CHECKOUT].
 
 - files that take the run: source files with a parameter or a field of type `Run`;
 - part classes in isinstance outside their package: names of shipped part classes (those of the registries) in
-  isinstance or issubclass, in
-  `type(x) is C` and as keys of a table that is asked for `type(x)`; and vars() or getattr() on a part of the config;
-- frames from the command line: frames of the library on the stack where `reflux run` asks torch for its first
-  gradient, on one prompt of
-  the embedded models, and at the deepest place of that step before it (the mathematics of the objective);
-- places a method touches: files that name its class or that a recipe of its own needs, for the methods that
-  ship.
+  isinstance or issubclass, in `type(x) is C`, and as keys of a table that is indexed with `type(x)`; and vars() or
+  getattr() on a part of the config;
+- frames from the command line: frames of the library on the stack where `reflux run` computes its first gradient,
+  on one prompt of the embedded models, and at the deepest place of that step before it (the mathematics of the
+  objective);
+- places a method touches: files that name the class of a shipped method or that its recipe needs.
 
-Nothing of the checkout is changed. The numbers go to NOTEBOOK.md, before and after.
+The checkout is not changed. NOTEBOOK.md holds the numbers before and after a change.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
-# a part that came as a method of its own, and the recipe that came with it
+# Parts that are separate methods, each with its recipe.
 METHODS = {
     "reflux.credit.release:Release": "release",
     "reflux.credit.margin:Margin": "uni_opd",
@@ -66,7 +65,8 @@ DEEPEST = []
 def profiled(frame, event, argument):
     if event == "call" and frame.f_code.co_filename.startswith(SOURCE):
         found = stack(frame)
-        if len(found) > len(DEEPEST) and any(place.startswith("learners/") and place.endswith("step") for place in found):
+        in_step = any(place.startswith("learners/") and place.endswith("step") for place in found)
+        if len(found) > len(DEEPEST) and in_step:
             DEEPEST[:] = found
 
 def first(*arguments, **named):
@@ -77,7 +77,8 @@ def first(*arguments, **named):
 torch.autograd.grad = lambda *arguments, **named: first()
 torch.Tensor.backward = lambda *arguments, **named: first()
 from reflux.cli.main import main
-sys.argv = ["reflux", "run", "full", "steps=1", "prompts_per_step=1", "sampler.max_tokens=4", "threads=1", *OFF, "--out", OUT]
+SETTINGS = ["steps=1", "prompts_per_step=1", "sampler.max_tokens=4", "threads=1", *OFF]
+sys.argv = ["reflux", "run", "full", *SETTINGS, "--out", OUT]
 sys.setprofile(profiled)
 threading.setprofile(profiled)
 main()
@@ -113,7 +114,7 @@ def trees(source: Path) -> Iterator[tuple[str, ast.Module]]:
 
 
 def takes_the_run(tree: ast.Module) -> bool:
-    """A parameter or a field whose type is `Run`, also as `Run | None`."""
+    """True if a parameter or a field has the type `Run` or `Run | None`."""
     hints = [
         node.annotation
         for node in ast.walk(tree)
@@ -123,8 +124,8 @@ def takes_the_run(tree: ast.Module) -> bool:
 
 
 def part_classes(source: Path) -> dict[str, str]:
-    """The dotted names of the shipped parts, and the package of each, read from the registries; schedules are
-    numbers.
+    """The dotted names of the shipped parts, and the package of each, from the registries. Schedules are left
+    out, because they are numbers.
     """
     found = {}
     for path in sorted(source.glob("*/__init__.py")):
@@ -140,7 +141,7 @@ def part_classes(source: Path) -> dict[str, str]:
 
 
 def imported(tree: ast.Module) -> dict[str, str]:
-    """Local name -> dotted name of everything that is imported from the library, anywhere in a file."""
+    """Local name -> dotted name of every import from the library, anywhere in a file."""
     return {
         alias.asname or alias.name: f"{node.module}.{alias.name}"
         for node in ast.walk(tree)
@@ -150,7 +151,7 @@ def imported(tree: ast.Module) -> dict[str, str]:
 
 
 def class_tests(source: Path) -> Iterator[tuple[str, str]]:
-    """(file, class) for each part class that a test of types names outside the package of that class."""
+    """(file, class) for each part class that a type test names outside the package of the class."""
     parts = part_classes(source)
     for name, tree in trees(source):
         known = {
@@ -197,7 +198,7 @@ def _is_type(node: ast.expr) -> bool:
 
 
 def part_probes(source: Path) -> Iterator[tuple[str, str]]:
-    """(file, call) for each vars() or getattr() with a fixed name on what is called like a part."""
+    """(file, call) for each vars() or getattr() with a fixed name on a variable with the name of a part."""
     for name, tree in trees(source):
         for node in ast.walk(tree):
             called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
@@ -211,12 +212,15 @@ def part_probes(source: Path) -> Iterator[tuple[str, str]]:
 
 
 def frames_to_gradient(checkout: Path) -> tuple[list[str], list[str]]:
-    """The library's frames where the first gradient is asked for, and at the deepest place on the way;
+    """The library's frames where the first gradient is computed, and at the deepest place before it,
     innermost first.
     """
     off = [f"evals.{name}=none" for name in ("accuracy", "agreement", "teacher_accuracy")]
     with tempfile.TemporaryDirectory() as scratch:
-        values = f"SOURCE, OUT, OFF = {str((checkout / 'src' / 'reflux').resolve())!r}, {scratch + '/run'!r}, {off!r}\n"
+        values = (
+            f"SOURCE, OUT, OFF = {str((checkout / 'src' / 'reflux').resolve())!r}, "
+            f"{scratch + '/run'!r}, {off!r}\n"
+        )
         environment = {
             **os.environ,
             "PYTHONPATH": str((checkout / "src").resolve()),
@@ -232,13 +236,13 @@ def frames_to_gradient(checkout: Path) -> tuple[list[str], list[str]]:
         )
     lines = [line for line in done.stdout.splitlines() if line.startswith("FRAMES ")]
     if not lines:
-        raise SystemExit(f"the run came to no gradient:\n{done.stdout}{done.stderr}")
+        raise SystemExit(f"the run computed no gradient:\n{done.stdout}{done.stderr}")
     return json.loads(lines[0].removeprefix("FRAMES "))
 
 
 def places(checkout: Path, dotted: str, recipe: str) -> list[str]:
-    """Files that a method's part and recipe take up: its own, those of the library that import it, and those
-    that stand beside it.
+    """The files of a method: its own, those of the library that import it, its recipe, and those that name
+    it.
     """
     module, _, cls = dotted.partition(":")
     own = module.replace(".", "/") + ".py"

@@ -1,7 +1,7 @@
-"""The course of a study: what its evaluations on the way found, with the FLOP spent by then, searches
-included.
+"""The course of a study: the results of evaluations during the runs, with the FLOP spent until then. The FLOP
+include those of searches.
 
-No command of its own: studies/table.py adds it where the runs were evaluated between start and end.
+This file has no command of its own. studies/table.py adds the course if runs were evaluated before their end.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from intervals import Estimate
 
 Measures = dict[str, float]
 AT = "@step "
-# of an evaluation's table: title and whether it is a share
+# Keys of an evaluation's table, each with its title and True if it is a share.
 DRAWN = {
     "accuracy.accuracy": ("Accuracy by step", True),
     "flops": ("TFLOP spent by step", False),
@@ -26,8 +26,8 @@ DRAWN = {
 
 
 def along(evals: list[dict[str, Any]], steps: list[dict[str, Any]]) -> Measures:
-    """`NAME@step N` of what DRAWN lists, at every evaluation after the start; nothing where there is only an
-    end.
+    """`NAME@step N` for the keys of DRAWN, at every evaluation after the start. Empty if the only such
+    evaluation is the one at the end.
     """
     rows = [row for row in evals if row["step"] > 0]
     found: Measures = {}
@@ -52,7 +52,7 @@ def _aligned(last: dict[str, Any], step: int) -> float | None:
 
 
 def course(table: Mapping[str, Any], grid: Callable[[list[list[str]]], str], cell: Callable[..., str]) -> str:
-    """A table for each of DRAWN that was measured: arms down, steps across."""
+    """A table for each key of DRAWN that was measured, with one row per arm and one column per step."""
     parts = []
     for name, (title, share) in DRAWN.items():
         steps = sorted(

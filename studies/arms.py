@@ -1,7 +1,7 @@
 """A study: one recipe in several arms, each on the same seeds. The file's form is that of `Study`;
 studies/vopd.toml is an example.
 
-No command of its own: `python studies/run.py STUDY --out OUT` reads it.
+This file has no command of its own. `python studies/run.py STUDY --out OUT` reads the study.
 """
 
 from __future__ import annotations
@@ -31,36 +31,34 @@ Table = dict[str, Any]
 class Variance:
     """Repeated draws of whole gradients (see gradient_variance.py)."""
 
-    # independent batches of attempts at the same prompts
+    # The number of independent batches of attempts at the same prompts.
     draws: Annotated[int, Field(ge=3)] = 64
-    # the arm whose mean gradient the others' are compared with in direction
+    # The arm whose mean gradient gives the reference direction for the other arms.
     reference: str | None = None
-    # "start", or "ARM@STEP": a checkpoint of that arm's run on the first seed
+    # "start", or "ARM@STEP" for a checkpoint of that arm's run on the first seed.
     students: tuple[str, ...] = ("start",)
-    # none: all
+    # Empty means all arms.
     arms: tuple[str, ...] = ()
-    # merged over every arm: attempts and learner must be the same in all
+    # Merged over every arm, because attempts and learner must be the same in all arms.
     common: Table = field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=STRICT)
 class Study:
-    """Arms that are compared with `baseline`, seed by seed. ConfigError where a name is used that no arm
-    has.
-    """
+    """Arms that are compared with `baseline`, seed by seed. ConfigError for a name that no arm has."""
 
     name: str
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     baseline: str
-    # what each changes; its `base`, where it has one, takes the place of the common one
+    # The changes of each arm. If an arm has a `base`, it replaces the common one.
     arms: dict[str, Table]
-    # a recipe, merged under every arm
+    # A recipe that is merged under every arm.
     common: Table = field(default_factory=dict)
-    # arms that run where none is named; none: all
+    # The arms that run if the command names none. Empty means all arms.
     default: tuple[str, ...] = ()
-    # arm: the arm whose student it begins with, on the same seed
+    # For an arm, the arm whose final student it starts from, on the same seed.
     starts: dict[str, str] = field(default_factory=dict)
-    # without it the study has no arms that could share attempts
+    # None if the arms of the study cannot share attempts.
     variance: Variance | None = None
 
     def __post_init__(self) -> None:
@@ -80,14 +78,14 @@ class Study:
     def config(
         self, arm: str, overrides: Iterable[str] = (), over: Mapping[str, Any] | None = None
     ) -> RunConfig:
-        """The validated config of an arm: base < common < arm < `over` < key.path=value overrides. Joined, so
-        a misfit is refused here.
+        """The validated config of an arm: base < common < arm < `over` < key.path=value overrides. Parts that
+        do not fit together are refused here.
         """
         self.check_arms([arm])
         table = merge(resolve(merge(self.common, self.arms[arm])), over or {})
         changes = sorted(map(split_override, overrides), key=lambda change: not change[0].endswith("kind"))
         for path, value in changes:
-            # a new kind drops the old one's keys, so kinds come first
+            # a new kind drops the keys of the old kind, so kinds are merged first
             table = merge(table, nest(path.split("."), unpack(value), table))
         cfg = from_table({**table, "recipe": f"{self.name}_{arm}"})
         checks.join(cfg)
@@ -102,7 +100,7 @@ class Study:
 
 
 def load_study(path: Path) -> Study:
-    """Raises ConfigError with the path of what is wrong."""
+    """Read a study. Raises ConfigError with the path of the wrong key."""
     try:
         table = tomllib.loads(path.read_text())
     except FileNotFoundError:

@@ -1,12 +1,15 @@
-"""Release where the collapse is known: a teacher that goes flat after a random position, and what else the
-study compares.
+"""The release rule with a known collapse: a teacher whose distribution becomes flat after a random position,
+and the parts for the other arms of the study.
 
-    python studies/run.py studies/release.toml --out runs/release       every arm on every seed, then the table of accuracies
-    python studies/collapse.py runs/release                             found release points against the true positions
+The first command runs every arm on every seed and prints the table of accuracies. The second one compares the
+release points that were found with the true positions:
 
-The parts below are named in studies/release.toml by their dotted kinds. Where a teacher goes flat depends on
-(seed, step, prompt, sample, length) alone, so the second command draws the true positions again and needs the
-run directories only.
+    python studies/run.py studies/release.toml --out runs/release
+    python studies/collapse.py runs/release
+
+studies/release.toml names the parts below by their dotted kinds. The position of the collapse depends only on
+(seed, step, prompt, sample, length), so the second command computes the true positions again and needs only
+the run directories.
 """
 
 from __future__ import annotations
@@ -37,12 +40,13 @@ from reflux.teachers.base import TeacherRequest
 from reflux.teachers.local import Local
 from reflux.types import Attempt, Credit, Group, HiddenTarget, Rollout, TeacherAnswer, TokenRollout
 
-# a teacher goes flat between these shares of an attempt, uniformly; from 1 on it never does
+# The position of the collapse is uniform between these shares of an attempt. At 1 or more there is no
+# collapse.
 FIRST, LAST = 0.2, 1.2
 
 
 def collapse(step_context: StepContext, prompt: str, sample: int, length: int) -> int:
-    """The first position at which the teacher is flat; `length` where it stays as it is."""
+    """The first position at which the teacher is flat. `length` if it does not collapse."""
     return min(length, round(step_context.rng("collapse", prompt, sample).uniform(FIRST, LAST) * length))
 
 
@@ -79,8 +83,8 @@ class Collapsing(Local):
 def flatten(
     rollout: Rollout, answer: TeacherAnswer, left: float, step_context: StepContext, heads: Heads
 ) -> TeacherAnswer:
-    """Scale the last hidden states, and with them the logits of a head that is a matrix; what was read off
-    them is read again.
+    """Scale the last hidden states. This scales the logits of a head that is a matrix. Outputs that were
+    computed from the hidden states are computed again.
     """
     target, listed = answer.target, answer.candidates
     assert isinstance(target, HiddenTarget)
@@ -96,7 +100,7 @@ def flatten(
 
 
 def cut(mask_T: np.ndarray, end: int) -> np.ndarray:
-    """Factors that keep the positions before `end` (one chosen position at least) and the mass of all."""
+    """Weights that keep the positions before `end` (at least one chosen position) and the total weight."""
     end = max(end, int(np.flatnonzero(mask_T)[0]) + 1)
     kept_T = mask_T & (np.arange(len(mask_T)) < end)
     return (kept_T * (mask_T.sum() / kept_T.sum())).astype(np.float32)
@@ -104,7 +108,7 @@ def cut(mask_T: np.ndarray, end: int) -> np.ndarray:
 
 @dataclass(frozen=True, config=STRICT)
 class Oracle(CreditPart):
-    """Released exactly where the teacher goes flat."""
+    """Releases each attempt exactly where the teacher becomes flat."""
 
     shifts: ClassVar[bool] = False
     min_group: ClassVar[int] = 1
@@ -129,11 +133,11 @@ class Oracle(CreditPart):
 
 @dataclass(frozen=True, config=STRICT)
 class Shuffling(HF):
-    """The default learner, but the release points, as shares of an attempt's length, go to other attempts of
-    the batch.
+    """The default learner, with the release points, as shares of the attempt length, given to other attempts
+    of the batch.
     """
 
-    # whose points
+    # The credit rule whose release points are shuffled.
     rule: str = "release"
 
     @asynccontextmanager
@@ -150,7 +154,7 @@ class Shuffling(HF):
 
 
 def shuffle(groups: Sequence[Group], rule: str, step_context: StepContext) -> None:
-    """Give each attempt the share that another one keeps (1 where that one is not released)."""
+    """Give each attempt the kept share of another attempt (1 if that attempt is not released)."""
     attempts = [attempt for group in groups for attempt in group if attempt.rollout.mask_T.any()]
     shares = [
         float((np.broadcast_to(a.credits[rule].weight_T, a.rollout.length)[a.rollout.mask_T] > 0).mean())
@@ -170,8 +174,8 @@ def shuffle(groups: Sequence[Group], rule: str, step_context: StepContext) -> No
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One attempt: its length, where the teacher went flat, and where it was released (None: nowhere), in
-    positions.
+    """One attempt: its length, the position where the teacher became flat, and the position where it was
+    released (None: not released).
     """
 
     length: int
@@ -180,7 +184,7 @@ class Point:
 
 
 def points(run_dir: Path) -> Iterator[Point]:
-    """Every attempt of a run that the rule spoke about."""
+    """Every attempt of a run for which the rule recorded details."""
     seed = tomllib.loads((run_dir / "config.toml").read_text())["seed"]
     lengths: dict[tuple[int, str, int], int] = {}
     with (run_dir / "attempts.jsonl").open() as lines:
@@ -201,8 +205,9 @@ def points(run_dir: Path) -> Iterator[Point]:
 
 
 def row(name: str, found: list[Point]) -> str:
-    """One line of the table. Misses are in tokens, over released attempts whose teacher went flat; `constant`
-    is what always guessing the mean true position would miss by."""
+    """One line of the table. Misses are in tokens, over released attempts whose teacher became flat.
+    `constant` is the miss of a constant guess at the mean true position.
+    """
     flat, sound = ([p for p in found if (p.true < p.length) == fell] for fell in (True, False))
     cells = [
         name,
@@ -222,7 +227,7 @@ def row(name: str, found: list[Point]) -> str:
             if point.found is not None
         ]
         cells += [
-            f"{statistics.median(found / length for found, length in ((p.found or 0, p.length) for p in released)):.0%}",
+            f"{statistics.median((point.found or 0) / point.length for point in released):.0%}",
             f"{statistics.median(map(abs, misses)):.1f}",
             f"{statistics.median(abs(point.true - middle) for point in released):.1f}",
             f"{statistics.mean(misses):+.1f}",
@@ -232,10 +237,13 @@ def row(name: str, found: list[Point]) -> str:
 
 
 def table(out: Path) -> str:
-    """Markdown: arms in which the rule spoke, all their seeds together. Of a natural teacher only `released`
-    means something.
+    """A Markdown table of the arms with the release rule, over all seeds. For a natural teacher only
+    `released` is meaningful.
     """
-    names = "arm, attempts, released, of those flattened, of others, median share kept, median miss, constant, mean miss, correlation"
+    names = (
+        "arm, attempts, released, of those flattened, of others, median share kept, median miss, constant, "
+        "mean miss, correlation"
+    )
     head = f"| {' | '.join(names.split(', '))} |\n|{'---|' * 10}\n"
     arms = {
         arm: [p for run in sorted(arm.glob("seed-*/")) for p in points(run)]

@@ -1,6 +1,6 @@
 """The control of studies/flow.toml: the update that arXiv 2605.08063 prints, whose expected gradient is zero.
 
-As an objective: kind = "detached:Detached", with this folder on PYTHONPATH.
+Use it as an objective: kind = "detached:Detached", with this folder on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, config=STRICT)
 class Detached(ObjectivePart):
     """Reward r = -KL(student's step || teacher's step), detached; cost = -min(rho r, clip(rho) r) with rho
-    the ratio of the drawn step.
+    the ratio of the sampled step.
 
-    r depends on the state a step starts from, not on the step that was drawn there, and E[grad log pi] = 0:
-    so is its product with r.
+    r depends on the state a step starts from and not on the step that was sampled there. E[grad log pi] = 0,
+    so the expected product with r is 0 too.
     """
 
     teacher: str = "main"

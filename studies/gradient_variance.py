@@ -1,15 +1,15 @@
-"""Repeated draws of whole gradients: how noisy is each arm's step, and does it point where the exact one
-does?
+"""Repeated draws of whole gradients: the noise of each arm's gradient, and its direction relative to the
+exact gradient.
 
-At a fixed student, M batches of attempts are drawn at the same prompts with other random numbers; on each,
-every arm's gradient of the whole model is made by the library's own learner (a step of size 0, never
-clipped). So arms see the same attempts and only the sampling noise counts. Reported per arm: the total
-variance mean |g|^2 - |mean g|^2 in its unbiased form, its ratio to the baseline arm's, the squared norm of
-the expected gradient, and the cosine of the expected gradient with the reference arm's, each with a jackknife
-interval over draws. Even the exact objective varies, for the prefixes it is evaluated at are sampled: its
-variance is the floor of the others'.
+At a fixed student, M batches of attempts are sampled at the same prompts with different random numbers. On
+each batch the library's learner computes every arm's gradient of the whole model (a step of size 0, without
+clipping). All arms use the same attempts, so they differ only in the noise of their estimator. Reported per
+arm: the total variance mean |g|^2 - |mean g|^2 in its unbiased form, its ratio to that of the baseline arm,
+the squared norm of the expected gradient, and the cosine of the expected gradient with that of the reference
+arm, each with a jackknife interval over draws. The exact objective has a variance too, because it is
+evaluated at sampled prefixes. This variance is the lower bound of the other arms' variance.
 
-No command of its own: `python studies/run.py STUDY --out OUT --variance` is the entry.
+This file has no command of its own. Use `python studies/run.py STUDY --out OUT --variance`.
 """
 
 from __future__ import annotations
@@ -48,20 +48,23 @@ from reflux.training import Options, Run
 from reflux.types import Group, Prompt
 
 UNCLIPPED = 1e30
-# random numbers and prompts that no run of a study has
+# A seed for random numbers and prompts that no run of a study uses.
 SEED = seed_of("gradient variance") % (1 << 31)
-NOTE = "95 % jackknife intervals over draws; the same attempts for every arm. Cosine: between expected gradients, noise removed."
+NOTE = (
+    "95 % jackknife intervals over draws; the same attempts for every arm. "
+    "Cosine: between expected gradients, noise removed."
+)
 
 
 def still(cfg: RunConfig) -> RunConfig:
-    """The arm with a learner that does not move, and random numbers of its own."""
+    """The config of an arm with a learning rate of 0 and the seed of this file."""
     return from_table(
         merge(to_table(cfg), {"learner": {"lr": 0.0, "clip": UNCLIPPED}, "seed": SEED, "log_variance": False})
     )
 
 
 def same_but_for_objectives(cfgs: Mapping[str, RunConfig]) -> None:
-    """Raises ConfigError where two arms could not learn from the same attempts."""
+    """Raises ConfigError if two arms cannot be trained on the same attempts."""
     tables = {
         arm: {key: value for key, value in to_table(cfg).items() if key not in ("objectives", "recipe")}
         for arm, cfg in cfgs.items()
@@ -71,7 +74,7 @@ def same_but_for_objectives(cfgs: Mapping[str, RunConfig]) -> None:
         changed = differences(tables[first], table)
         if changed:
             raise ConfigError(
-                f"arms {first} and {arm} do not learn from the same attempts; set what differs in "
+                f"arms {first} and {arm} cannot be trained on the same attempts; set these differing keys in "
                 "[variance.common]:\n  " + "\n  ".join(changed)
             )
 
@@ -80,7 +83,7 @@ async def draw_gradients(
     cfgs: Mapping[str, RunConfig], draws: int, weights: Mapping[str, Any] | None = None
 ) -> dict[str, np.ndarray]:
     """g_MD of every arm, float32: M draws of the gradient of all D trained weights. weights: a learner's
-    state; None: as loaded.
+    state, or None for the weights that the recipe loads.
     """
     same_but_for_objectives(cfgs)
     first = next(iter(cfgs.values()))
@@ -95,7 +98,7 @@ async def draw_gradients(
             learner, sampler, _, _, _ = parts
             if not isinstance(learner, GradientLearner):
                 raise ConfigError(
-                    "learner: this study reads the gradients of a learner of the library; choose kind = hf "
+                    "learner: this study reads the gradients of a learner of the library; use kind = hf "
                     "or flow."
                 )
             if weights is not None:
@@ -112,8 +115,8 @@ async def draw_gradients(
 
 
 async def attempts(run: Run, parts: Parts, prompts: Sequence[Prompt], m: int) -> list[Group]:
-    """SamplingParams m at the prompts, as the loop makes a step's batch. Lengths are those of the recipe's
-    first step.
+    """Draw m at the prompts, sampled as the loop samples the batch of a step. The length limits are those of
+    the recipe's first step.
     """
     learner, sampler, reward, teachers, _ = parts
     draw = replace(run.cfg.draw(0), step=m)
@@ -128,8 +131,8 @@ async def attempts(run: Run, parts: Parts, prompts: Sequence[Prompt], m: int) ->
 
 
 async def gradient(learner: GradientLearner, request: StepRequest) -> np.ndarray:
-    """The gradient of all trained weights in one row, float32."""
-    # a batch with nothing to learn from leaves no gradient, not an old one
+    """The gradient of all trained weights as one row, float32."""
+    # after a batch without any loss the gradient must be empty and not the old one
     learner.optimiser.zero_grad(set_to_none=True)
     await learner.step(request)
     gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in learner.trained.values()]
@@ -137,7 +140,7 @@ async def gradient(learner: GradientLearner, request: StepRequest) -> np.ndarray
 
 
 def statistics(g_MD: Mapping[str, np.ndarray], baseline: str, reference: str | None) -> dict[str, Any]:
-    """Per arm the estimates that the module's text names."""
+    """The estimates of each arm that the docstring of this file names."""
     own = {arm: inner(g, g) for arm, g in g_MD.items()}
     table: dict[str, Any] = {}
     for arm, K in own.items():
@@ -168,8 +171,8 @@ def _ratio(one: float, other: float) -> float:
 
 
 def state_of(student: str, out: Path, seed: int) -> Mapping[str, Any] | None:
-    """The learner's state for "start" (None: as the recipe loads it) or "ARM@STEP". Raises RunError where
-    that checkpoint is not there.
+    """The learner's state for "start" (None: as the recipe loads it) or "ARM@STEP". Raises RunError if that
+    checkpoint does not exist.
     """
     if student == "start":
         return None
@@ -180,21 +183,21 @@ def state_of(student: str, out: Path, seed: int) -> Mapping[str, Any] | None:
         kept = ", ".join(map(str, known)) or "none"
         raise RunError(
             f"no student '{student}': {arm} seed {seed} has checkpoints at steps: {kept}. Run the study "
-            "first, or name one of them."
+            "first, or name one of these steps."
         )
     return checkpoints.read(checkpoints.of_step(folder, int(step)) / "learner")
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is drawn: arms on the same attempts, at each student, M = draws times. ConfigError for fewer than
-    3 draws.
+    """The settings: arms on the same attempts, at each student, with M = draws. ConfigError for fewer than 3
+    draws.
     """
 
     arms: tuple[str, ...]
     students: tuple[str, ...]
     draws: int
-    # of the runs whose checkpoints are the students
+    # The seed of the runs whose checkpoints are the students.
     seed: int
 
     def __post_init__(self) -> None:
@@ -205,10 +208,10 @@ class Drawing:
 def write_variance(
     study: Study, drawing: Drawing, out: Path, overrides: Sequence[str], born: dict[str, Any]
 ) -> str:
-    """SamplingParams at every student and write variance.json and variance.md; returns the latter. A student
-    already drawn at is not drawn again.
+    """Draw gradients at every student and write variance.json and variance.md. Returns the text of the
+    latter. A student that already has draws is skipped.
 
-    born: where the numbers come from, for the files. ConfigError where the study has no [variance] table.
+    born: the provenance of the numbers, for the files. ConfigError if the study has no [variance] table.
     """
     if study.variance is None:
         raise ConfigError(
@@ -217,7 +220,7 @@ def write_variance(
     quiet_libraries()
     cfgs = {arm: still(study.config(arm, overrides, study.variance.common)) for arm in drawing.arms}
     done = {**plain(asdict(drawing)), **{key: born[key] for key in ("study_hash", "table_made_at_commit")}}
-    # all are there before the first draw
+    # all states are loaded before the first draw, so that a missing one is found early
     students = {student: state_of(student, out, drawing.seed) for student in drawing.students}
     tables = {}
     for student, weights in students.items():
@@ -231,7 +234,8 @@ def write_variance(
     text = f"# {study.name}: whole gradients\n\n" + "\n".join(
         _shown(student, table) for student, table in tables.items()
     )
-    text += f"\n{NOTE}\n\nCommand: `{born['command']}`  \nCommit {born['table_made_at_commit']}; study {born['study_hash']}; "
+    text += f"\n{NOTE}\n\nCommand: `{born['command']}`  \n"
+    text += f"Commit {born['table_made_at_commit']}; study {born['study_hash']}; "
     text += f"{drawing.draws} draws; students of seed {drawing.seed}; threads {born['threads']}\n"
     write_text(out / "variance.json", json.dumps({**born, **done, "estimates": tables}, indent=2) + "\n")
     write_text(out / "variance.md", text)

@@ -1,10 +1,10 @@
-"""What M draws of a gradient say about its noise and its mean, from inner products alone.
+"""Estimates of the noise and the mean of a gradient from M draws, using only inner products.
 
 K_MM[i, j] = g_i . h_j for draws i of one gradient and j of another (or the same). Draws i and j are
-independent for i != j, so the mean of the entries off the diagonal is an unbiased estimate of E[g] . E[h];
-those on the diagonal carry the noise that both share.
+independent for i != j, so the mean of the entries off the diagonal is an unbiased estimate of E[g] . E[h].
+The entries on the diagonal contain the noise that both gradients share.
 
-No command of its own: `python studies/run.py STUDY --out OUT --variance` is the entry.
+This file has no command of its own. Use `python studies/run.py STUDY --out OUT --variance`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ def total_variance(K_MM: np.ndarray) -> float:
 
 
 def of_means(K_MM: np.ndarray) -> float:
-    """E[g] . E[h], unbiased; with itself |E[g]|^2, which noise can make negative. |mean g|^2 would be larger
-    by the variance / M.
+    """E[g] . E[h], unbiased. For h = g it estimates |E[g]|^2, and noise can make the estimate negative. The
+    plain |mean g|^2 would be larger by the variance / M.
     """
     draws = len(K_MM)
     return float((K_MM.sum() - K_MM.trace()) / (draws * (draws - 1)))
 
 
 def cosine(one_MM: np.ndarray, cross_MM: np.ndarray, other_MM: np.ndarray) -> float:
-    """Between the expected gradients. NaN where a mean is lost in its noise; noise can carry it beyond 1."""
+    """The cosine of the expected gradients. NaN if a squared mean is not positive. Noise can make it
+    exceed 1.
+    """
     product = of_means(one_MM) * of_means(other_MM)
     return of_means(cross_MM) / math.sqrt(product) if product > 0 and of_means(one_MM) > 0 else math.nan
 

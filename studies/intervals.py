@@ -1,6 +1,6 @@
 """Estimates with 95 % intervals: Student's t over seeds, the jackknife over draws.
 
-No command of its own: studies/run.py is the entry.
+This file has no command of its own. Use studies/run.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval; low and high are None where one value says nothing of the spread."""
+    """A number with its 95 % interval. low and high are None if there is only one value."""
 
     value: float
     low: float | None
@@ -29,7 +29,7 @@ def t_quantile(n: int, confidence: float = 0.95) -> float:
 
 
 def over_seeds(values: Sequence[float]) -> Estimate | None:
-    """Mean -+ t_{n-1} s / sqrt(n), s^2 the unbiased variance. None without values."""
+    """Mean ± t_{n-1} s / sqrt(n), with s^2 the unbiased variance. None without values."""
     n = len(values)
     if not n:
         return None
@@ -41,11 +41,12 @@ def over_seeds(values: Sequence[float]) -> Estimate | None:
 
 
 def jackknife(statistic: Callable[[np.ndarray], float], draws: int, log: bool = False) -> Estimate:
-    """`statistic(kept)` of the kept draws' indices, with a t interval from leaving out one draw at a time.
+    """`statistic(kept)` of the indices of the kept draws, with a t interval from leaving out one draw at a
+    time.
 
-    se^2 = (M - 1)/M sum_i (s_i - mean s)^2 (Tukey 1958). log: the interval is made for log s, as fits a ratio
-    of positive numbers. A statistic that is not finite (or, under log, not positive) with some draw left out
-    has no interval.
+    se^2 = (M - 1)/M sum_i (s_i - mean s)^2 (Tukey 1958). log: the interval is computed for log s, which suits
+    a ratio of positive numbers. There is no interval if the statistic is not finite (or, with log, not
+    positive) when some draw is left out.
     """
     everything = np.arange(draws)
     value = statistic(everything)

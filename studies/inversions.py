@@ -1,12 +1,14 @@
-"""Does the teacher rank a student's attempts? Mean return G by verdict, and how often a wrong attempt looks
-better than a correct one.
+"""How well the teacher ranks a student's attempts: the mean return G by verdict, and the share of wrong
+attempts with a higher return than a correct one.
 
-    python studies/inversions.py [--recipe uni_opd] [--prompts 512] [--samples 8] [--split test] [--seed 0] [--set key.path=value]
+    python studies/inversions.py [--recipe uni_opd] [--prompts 512] [--samples 8] [--split test] [--seed 0]
+                                 [--set key.path=value]
 
-No training: the recipe's student answers held-out prompts, its teachers grade the tokens. Prints one JSON
-object; also by route. G is nats per token (see reflux.credit.margin). Pairs: of a correct and a wrong attempt
-at one prompt; an inversion is G wrong >= G correct. Prompts: the share with at least one inversion, and the
-share that is mixed without any, of all prompts. 95 % intervals by bootstrap over prompts; arXiv 2605.03677,
+There is no training: the recipe's student answers held-out prompts, and its teachers give log-probs of the
+tokens. Prints one JSON object, with all numbers also by route. G is in nats per token (see
+reflux.credit.margin). A pair is a correct and a wrong attempt at one prompt; it is an inversion if G of the
+wrong attempt >= G of the correct one. For prompts: the share with at least one inversion, and the share that
+is mixed without an inversion, of all prompts. 95 % intervals by bootstrap over prompts; arXiv 2605.03677,
 figure of section 3.
 """
 
@@ -39,7 +41,7 @@ TEACHER = "main"
 
 @dataclass(frozen=True)
 class Ranked:
-    """The returns of one prompt's attempts by verdict; `cut` of those that hit the length limit."""
+    """The returns of one prompt's attempts by verdict. `cut`: those of attempts that hit the length limit."""
 
     route: str | None
     correct: tuple[float, ...]
@@ -56,7 +58,7 @@ class Ranked:
 
 
 def ranked(group: Group, threshold: float = 0.5) -> Ranked:
-    """Attempts without a verdict or a return stay outside."""
+    """The returns of a group's attempts. Attempts without a verdict or a return are left out."""
     correct, wrong, cut = [], [], []
     for attempt in group:
         ratio_T, verdict = log_ratio_T(attempt, TEACHER), attempt.verdict
@@ -70,7 +72,7 @@ def ranked(group: Group, threshold: float = 0.5) -> Ranked:
 
 
 def table(prompts: Sequence[Ranked], seed: int) -> dict[str, Any]:
-    """Each number with its interval over prompts: [value, low, high]; null where nothing was seen."""
+    """Each number with its interval over prompts: [value, low, high]. null if there was no observation."""
     rng = np.random.default_rng(seed)
     draws = [rng.integers(len(prompts), size=len(prompts)) for _ in range(RESAMPLES)]
 
@@ -98,7 +100,7 @@ def table(prompts: Sequence[Ranked], seed: int) -> dict[str, Any]:
 
 
 async def graded(cfg: RunConfig, prompts: int, samples: int, split: Any) -> list[Ranked]:
-    """Attempts of the recipe's student at the first held-out prompts, graded by its teachers."""
+    """Attempts of the recipe's student at the first held-out prompts, with returns from its teachers."""
     cfg = replace(
         cfg, prompts_per_step=prompts, group_size=samples, max_staleness=0, evals={}, extrapolation=None
     )
@@ -124,12 +126,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--recipe", default="uni_opd", help="with [rewards.NAME] and a teacher called main (uni_opd)"
+        "--recipe",
+        default="uni_opd",
+        help="a recipe with [rewards.NAME] and a teacher with alias main (uni_opd)",
     )
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--split", default="test", choices=["test", "validation"])
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling and of the bootstrap (0)")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of sampling and of the bootstrap (0)")
     parser.add_argument(
         "--set",
         action="append",

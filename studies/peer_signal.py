@@ -1,16 +1,19 @@
-"""Does a reader that is shown other attempts tell right from wrong better than one that is not? No training.
+"""Measures whether a reader separates right from wrong attempts better if its prompt shows other attempts.
+There is no training.
 
-    python studies/peer_signal.py --out runs/peer_signal [--reader reflux:reader] [--student reflux:reader] [--prompts 400] [--group 8]
+    python studies/peer_signal.py --out runs/peer_signal [--reader reflux:reader] [--student reflux:reader]
+                                  [--prompts 400] [--group 8]
 
-The student answers each problem `group` times. The frozen reader gives every attempt its mean log-prob per
-token in each context; per problem, how well does that number sort right above wrong? auc: the chance that a
-right one is above a wrong one (ties half), 0.5 for no signal; rank: Spearman's correlation of number and
-verdict; top: is the highest one right? Only problems with at least two right and two wrong attempts count, so
-that nobody is left without a block. Intervals: 95 %, bootstrap over problems; `minus plain` is paired by
-problem.
+The student answers each problem `group` times. The frozen reader gives every attempt a mean log-prob per
+token in each context. Per problem this score is compared with the verdicts. auc: the probability that a right
+attempt has a higher score than a wrong one (ties count half), 0.5 for no signal. rank: Spearman's correlation
+of score and verdict. top: the share of problems where the attempt with the highest score is right. Only
+problems with at least two right and two wrong attempts count, so that every attempt can be shown a block.
+Intervals: 95 %, bootstrap over problems; `minus plain` is paired by problem.
 
-twins: attempts that are shown their own text under another name. `auc, no twin` leaves those attempts out:
-what is left is not copying. Written to OUT: peer_signal.json and peer_signal.md; both are printed.
+twins: attempts whose prompt shows an identical text from another attempt. `auc, no twin` leaves these
+attempts out, so that it does not measure copying. Written to OUT: peer_signal.json and peer_signal.md; both
+are printed.
 """
 
 from __future__ import annotations
@@ -77,7 +80,7 @@ async def draw(asked: Asked, run: Run, sampler: Any) -> list[Group]:
 
 
 def mixed(group: Group) -> bool:
-    """At least two right and two wrong attempts?"""
+    """True if the group has at least two right and two wrong attempts."""
     right = [attempt.verdict >= 0.5 for attempt in group if attempt.verdict is not None]
     return 2 <= sum(right) <= len(right) - 2
 
@@ -102,7 +105,7 @@ def spoken(attempt: Attempt) -> TokenRollout:
 async def scores(
     teacher: Any, groups: Sequence[Group], views: list[list[TeacherPrompt | None]], requirements: Requirements
 ) -> list[np.ndarray]:
-    """Mean log-prob per token of each attempt, nats; NaN where it was not asked about."""
+    """The mean log-prob per token of each attempt in nats. NaN if the reader was not asked about it."""
     pairs = [
         (a, view)
         for group, some in zip(groups, views, strict=True)
@@ -127,8 +130,8 @@ def mean_logp(rollout: Rollout, answer: TeacherAnswer) -> float:
 
 
 def auc(score_G: np.ndarray, right_G: np.ndarray) -> float:
-    """The chance that a right attempt's score is above a wrong one's, ties half; NaN where there is no such
-    pair.
+    """The probability that a right attempt has a higher score than a wrong one; ties count half. NaN without
+    such a pair.
     """
     known = ~np.isnan(score_G)
     ranks, right = rankdata(score_G[known]), right_G[known]
@@ -149,7 +152,7 @@ def measure(score_G: np.ndarray, right_G: np.ndarray, twin_G: np.ndarray) -> dic
 
 
 def summed(rows: list[dict[str, float]], plain: list[dict[str, float]], seed: int) -> dict[str, Any]:
-    """Each measure's mean over problems with its interval, and that of its difference to the plain prompt."""
+    """The mean of each measure over problems and its difference to the plain prompt, with intervals."""
     found: dict[str, Any] = {}
     for key in rows[0]:
         gains = [row[key] - without[key] for row, without in zip(rows, plain, strict=True)]
@@ -186,8 +189,8 @@ async def signal(asked: Asked) -> dict[str, Any]:
             kept = [group for group in groups if mixed(group)]
             if len(kept) < 2:
                 raise SystemExit(
-                    f"peer_signal: only {len(kept)} problems have two right and two wrong attempts; ask for "
-                    "more --prompts"
+                    f"peer_signal: only {len(kept)} problems have two right and two wrong attempts; set "
+                    "a larger --prompts"
                 )
             teacher, step_context = teachers.opened["main"][1], run.step_context()
             views = {
@@ -220,7 +223,7 @@ def measured(
 
 
 def provenance(asked: Asked, config: str) -> dict[str, Any]:
-    """What a stranger needs to repeat it, and nothing of this machine."""
+    """The facts that are needed to repeat the study, without paths or names of this machine."""
     words = {
         "--reader": asked.reader,
         "--student": asked.student,
@@ -268,7 +271,10 @@ def markdown(found: dict[str, Any]) -> str:
         "answers are different texts. "
         f"`problems` are those that still have both kinds without twins."
     )
-    return f"# peer_signal\n\n{grid(rows)}\n\n{note}\n\nCommand: `{found['command']}`  \nCommit {found['commit']}\n"
+    return (
+        f"# peer_signal\n\n{grid(rows)}\n\n{note}\n\n"
+        f"Command: `{found['command']}`  \nCommit {found['commit']}\n"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -276,8 +282,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--reader", default="reflux:reader", help="the frozen model that is shown attempts")
-    parser.add_argument("--student", default="reflux:reader", help="the model that makes them")
+    parser.add_argument(
+        "--reader", default="reflux:reader", help="the frozen model whose prompt shows attempts"
+    )
+    parser.add_argument("--student", default="reflux:reader", help="the model that samples the attempts")
     for name, default in (("prompts", 400), ("group", 8), ("seed", 0), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = Asked(**vars(parser.parse_args(arguments)))

@@ -1,12 +1,12 @@
-"""Measure the README's quickstart table and figure again, on three seeds.
+"""Measures the README's quickstart table and figure again, on three seeds.
 
     python studies/quickstart.py --out runs/quickstart_table
 
-Prints the table as it stands in README.md, and writes it to table.md in the folder of the runs, the summaries
-beside it and the figure of the first seed (`--figure docs/quickstart.svg` replaces the README's). All
-accuracies of the table are of test problems (`evals.test_accuracy`); the figure's curve and its teacher are
-of validation problems. Started again it goes on where it was, unless the embedded models are other ones by
-now: runs of two students make no table.
+Prints the table in the form of README.md and writes it to table.md in the folder of the runs, with the
+summaries and the figure of the first seed (`--figure docs/quickstart.svg` replaces the figure of the README).
+All accuracies of the table are on test problems (`evals.test_accuracy`). The figure's curve and its teacher
+line are on validation problems. If the command is started again, it continues the runs. It refuses to
+continue if the embedded models have changed, because one table must not mix runs of different students.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FIGURE = Path(__file__).parents[1] / "docs" / "figure.py"
 
 
 def models(cfg: RunConfig) -> dict[str, str]:
-    """What the weights of the student and its teachers hash to, by the names of the models."""
+    """The hashes of the weights of the student and its teachers, by model name."""
     names = {
         cfg.learner.student.model,
         *(name for teacher in cfg.teachers.values() for name in teacher.sources),
@@ -44,11 +44,11 @@ def models(cfg: RunConfig) -> dict[str, str]:
 
 
 def measured(out: Path, seeds: Sequence[int], overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The summary of one run for each seed. RunError where the folder holds runs of other models."""
+    """The summary of one run for each seed. RunError if the folder holds runs of other models."""
     known, now = out / "models.json", models(load_recipe("quickstart", overrides))
     if known.exists() and json.loads(known.read_text()) != now:
         raise RunError(
-            f"{out} holds runs of other models than those of now. Choose another folder with --out."
+            f"{out} holds runs of other models than the current ones. Choose another folder with --out."
         )
     out.mkdir(parents=True, exist_ok=True)
     write_text(known, json.dumps(now, indent=2) + "\n")
@@ -61,7 +61,9 @@ def measured(out: Path, seeds: Sequence[int], overrides: Sequence[str] = ()) -> 
 
 
 def table(summaries: Sequence[dict[str, Any]]) -> str:
-    """In the form of README.md; the student before and the teacher are the same models for every seed."""
+    """The table in the form of README.md. The student before training and the teacher are the same models for
+    every seed.
+    """
     first, rest = summaries[0], len(summaries) - 1
     problems, split = first["accuracy_before"]["problems"], first["accuracy_before"]["split"]
     rows = [
@@ -88,7 +90,7 @@ def table(summaries: Sequence[dict[str, Any]]) -> str:
 
 
 def shown(score: dict[str, Any]) -> str:
-    """`89.8 % (86.8 to 92.2)`"""
+    """A score in the form `89.8 % (86.8 to 92.2)`."""
     value, low, high = (
         f"{100 * score[name]:.1f}".replace("100.0", "100") for name in ("accuracy", "low", "high")
     )
@@ -106,7 +108,7 @@ def main() -> None:
     parser.add_argument(
         "--figure", type=Path, help="file for the figure (default: quickstart.svg in the folder of the runs)"
     )
-    parser.add_argument("overrides", nargs="*", help="KEY=VALUE, as of `reflux run`")
+    parser.add_argument("overrides", nargs="*", help="KEY=VALUE, as for `reflux run`")
     asked = parser.parse_args()
     seeds = [int(seed) for seed in asked.seeds.split(",")]
     summaries = measured(asked.out, seeds, asked.overrides)

@@ -1,7 +1,7 @@
-"""The control of studies/peers.toml and peer_signal.py: as many blocks under the same headings, but whoever
-comes, right or wrong.
+"""The control of studies/peers.toml and peer_signal.py: the same number of blocks under the same headings,
+but with attempts chosen without regard to their verdicts.
 
-As a context: kind = "random_peers:RandomPeers", with this folder on PYTHONPATH.
+Use it as a context: kind = "random_peers:RandomPeers", with this folder on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from reflux.types import Group, TokenRollout
 
 @dataclass(frozen=True, config=STRICT)
 class RandomPeers(ContextPart):
-    """Each attempt is shown as many others under each heading as `Peers` would show it, drawn at random
-    without a look at their verdicts, itself left out. The random numbers depend on (run seed, prompt, policy
-    version, sample)."""
+    """The prompt for each attempt shows as many other attempts under each heading as `Peers` would. They are
+    chosen at random from the other attempts, without regard to their verdicts. The random numbers depend on
+    (run seed, prompt, policy version, sample).
+    """
 
     successes: int = 2
     failures: int = 1

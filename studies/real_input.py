@@ -1,12 +1,12 @@
-"""Two runs on models and prompts that nobody here made; their numbers are in NOTEBOOK.md.
+"""Two runs on models and prompts from outside this project. Their numbers are in NOTEBOOK.md.
 
     python studies/real_input.py stories --shared ../shared/data --out runs/stories [--steps 300]
     python studies/real_input.py gsm8k   --shared ../shared/data --out runs/gsm8k   [--steps 10]
 
-stories: the 260K-parameter story model of the llama2.c project teaches a fresh, smaller Llama with its
-tokenizer, on story openings; reported is the held-out reverse KL by position before and after. gsm8k: GSM8K's
-questions through the `gsm8k` task, the story model as teacher of the same fresh student: nobody expects a
-right answer, but real prompts, grading and evaluation go through.
+stories: the 260K-parameter story model of the llama2.c project is the teacher of an untrained, smaller Llama
+with the same tokenizer, on story openings. The report is the held-out reverse KL by position before and
+after. gsm8k: the questions of GSM8K through the `gsm8k` task, with the story model as teacher of the same
+untrained student. Right answers are not expected; the run tests prompts, grading and evaluation on real data.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ THEN = (
 
 
 def openings(path: Path) -> None:
-    """Every opening once, in a seeded order: {"id", "prompt"} lines."""
+    """Write every opening once, in a seeded order, as {"id", "prompt"} lines."""
     rows = [
-        f"SharedCache upon a time, there was a {who} named {name}. {then.format(name=name)}"
+        f"Once upon a time, there was a {who} named {name}. {then.format(name=name)}"
         for name in NAMES
         for who in WHO
         for then in THEN

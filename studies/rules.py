@@ -1,6 +1,6 @@
-"""What margin and balance did in a study's runs: means of their notes over the steps.
+"""Means over the steps of the notes of margin and balance, in the runs of a study.
 
-No command of its own: studies/table.py adds it where a run had one of the two.
+This file has no command of its own. studies/table.py adds the table if a run had one of the two rules.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 Measures = dict[str, float]
-# rule.note: title
+# Keys are RULE.NOTE, values are titles.
 NOTES = {
     "margin.mixed_fraction": "mixed groups",
     "margin.shifted_fraction": "groups below the margin",
@@ -24,7 +24,7 @@ NOTES = {
 
 
 def noted(steps: list[dict[str, Any]]) -> Measures:
-    """`rule.RULE.NOTE`, the mean over the steps that have it."""
+    """For each `rule.RULE.NOTE` the mean over the steps that have it."""
     found: Measures = {}
     for name in NOTES:
         rule, note = name.split(".")
@@ -41,7 +41,7 @@ def noted(steps: list[dict[str, Any]]) -> Measures:
 def rules_table(
     table: Mapping[str, Any], grid: Callable[[list[list[str]]], str], cell: Callable[..., str]
 ) -> str:
-    """One row per arm with such a rule; empty where there is none."""
+    """A table with one row per arm with such a rule. Empty if no arm has one."""
     rows = [
         [arm, *(cell(row["measures"].get(f"rule.{name}"), _three) for name in NOTES)]
         for arm, row in table.items()

@@ -1,12 +1,14 @@
-"""Run a study: every arm on every seed, each in a process of its own, then the table.
+"""Runs a study: every arm on every seed, each in a separate process, then the table.
 
-    python studies/run.py studies/vopd.toml --out runs/vopd [--arms a,b] [--seeds 0,1] [--jobs 1] [--threads 2] [--set key.path=value]
-    python studies/run.py studies/vopd.toml --out runs/vopd --variance [--draws 64] [--students start,sampled@100]
+    python studies/run.py studies/vopd.toml --out runs/vopd [--arms a,b] [--seeds 0,1] [--jobs 1]
+                          [--threads 2] [--set key.path=value]
+    python studies/run.py studies/vopd.toml --out runs/vopd --variance [--draws 64]
+                          [--students start,sampled@100]
 
-Killed and started again it goes on where it was: a run with a summary is finished, any other resumes from its
-checkpoint, and the table counts finished runs alone. Runs made with other settings are refused, never mixed
+If it is killed and started again, it continues: a run with a summary is finished, any other run resumes from
+its checkpoint, and the table counts finished runs only. Runs with other settings are refused and never mixed
 in. Written to OUT: ARM/seed-N (run directories), table.md and table.json; with --variance instead variance.md
-and variance.json. With more than one job, or other work on the machine, the seconds are not worth reading.
+and variance.json. With more than one job, or other work on the machine, the seconds are not reliable.
 """
 
 from __future__ import annotations
@@ -35,26 +37,24 @@ from reflux.storage.summary import commit
 
 VARIANCE_HELP = (
     "draw whole gradients instead of running the arms. It costs a batch of attempts and a gradient per arm "
-    "for each draw and student, and "
-    "holds draws x arms gradients of the whole model in memory"
+    "for each draw and student, and holds draws x arms gradients of the whole model in memory"
 )
 STUDENTS_HELP = (
-    "of --variance: `start`, or ARM@STEP, a checkpoint of that arm's run on the first seed, with commas "
-    "between; instead of the study's. "
-    "Those of studies/vopd.toml need its arm `sampled` to have run into OUT; `start` needs no run"
+    "for --variance: `start`, or ARM@STEP for a checkpoint of that arm's run on the first seed, separated by "
+    "commas; replaces the study's list. "
+    "Those of studies/vopd.toml need a run of its arm `sampled` in OUT; `start` needs no run"
 )
-# the command would write a report each time
+# Not the command `reflux run`, which would write a report for each run.
 RUN = "import sys, reflux; reflux.run(sys.argv[1], out=sys.argv[2], resume=len(sys.argv) > 3)"
 NOTE = (
     "95 % t-intervals over seeds; the held-out problems are the same in every run. Differences are paired by "
-    "seed. Peak memory is the "
-    "whole process's, evaluations included."
+    "seed. Peak memory is the whole process's, evaluations included."
 )
 
 
 @dataclass(frozen=True)
 class Task:
-    """One arm on one seed, and where it lives."""
+    """One arm on one seed, and the folder of its run."""
 
     study: Study
     arm: str
@@ -68,7 +68,7 @@ class Task:
 
     @property
     def start_from(self) -> Task | None:
-        """The run whose student this one begins with."""
+        """The run whose student this run starts from."""
         arm = self.study.starts.get(self.arm)
         return None if arm is None else replace(self, arm=arm)
 
@@ -83,7 +83,7 @@ class Task:
 
     @property
     def finished(self) -> bool:
-        """Is there a summary of all steps? Raises RunError where the run was made with other settings."""
+        """True if there is a summary of all steps. Raises RunError if the run has other settings."""
         path, steps = self.folder / "summary.json", self.config.steps
         if not path.exists() or json.loads(path.read_text())["steps"] < steps:
             return False
@@ -91,7 +91,7 @@ class Task:
         changed = differences(made, to_table(self.config))
         if changed:
             raise RunError(
-                f"{self.folder} was made with other settings; choose another --out, or those:\n  "
+                f"{self.folder} was made with other settings; choose another --out, or use its settings:\n  "
                 + "\n  ".join(changed)
             )
         return True
@@ -103,15 +103,16 @@ class Task:
         resume = ["resume"] if (self.folder / "config.toml").exists() else []
         command = [sys.executable, "-c", RUN, str(recipe), str(self.folder), *resume]
         with self.folder.with_suffix(".log").open("ab") as log:
-            # a group of its own: a signal meant for this process reaches the run once, through it
+            # The run has a separate process group, so that a signal to this process reaches the run only
+            # once, through this process.
             return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
             )
 
 
 def run_all(tasks: Sequence[Task], jobs: int) -> list[Task]:
-    """Run what is not finished, `jobs` at a time; returns what failed. Stopped, it lets each run finish its
-    step and save.
+    """Run the unfinished tasks, `jobs` at a time, and return the failed ones. If it is stopped, each run
+    finishes its step and saves.
     """
     waiting = [task for task in tasks if not task.finished]
     running: dict[subprocess.Popen[bytes], Task] = {}
@@ -121,7 +122,7 @@ def run_all(tasks: Sequence[Task], jobs: int) -> list[Task]:
         while waiting or running:
             ready = [task for task in waiting if task.ready] if len(running) < jobs else []
             if not running and not ready:
-                # what they begin with is not there, and nobody makes it
+                # the students that the remaining tasks start from do not exist, and no task makes them
                 break
             for task in ready[: jobs - len(running)]:
                 waiting.remove(task)
@@ -153,7 +154,7 @@ def outcome(task: Task, failed: list[Task]) -> str:
 
 
 def found(study: Study, out: Path, overrides: tuple[str, ...]) -> Iterator[Task]:
-    """Every finished run of the study in `out`, arms in the file's order."""
+    """Every finished run of the study in `out`, with the arms in the order of the study's file."""
     for arm in study.arms:
         seeds = sorted(
             int(path.name.removeprefix("seed-")) for path in (out / arm).glob("seed-*") if path.is_dir()
@@ -164,7 +165,7 @@ def found(study: Study, out: Path, overrides: tuple[str, ...]) -> Iterator[Task]
 
 
 def provenance(study: Study, asked: argparse.Namespace) -> dict[str, Any]:
-    """What a stranger needs to repeat it, and nothing of this machine."""
+    """The facts that are needed to repeat the study, without paths or names of this machine."""
     return {
         "study": study.name,
         "command": shown_command(asked),
@@ -213,7 +214,7 @@ def overrides_of(asked: argparse.Namespace) -> tuple[str, ...]:
 
 
 def shown_command(asked: argparse.Namespace) -> str:
-    """The command without a path of this machine: an absolute one is cut to its name."""
+    """The command without paths of this machine: an absolute path is cut to its last part."""
 
     def shown(path: Path | str) -> str:
         return Path(path).name if Path(path).is_absolute() else str(path)
@@ -246,16 +247,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--out",
         type=Path,
         required=True,
-        help="the folder of its runs and tables; made where it is not there",
+        help="the folder of the runs and tables; created if it does not exist",
     )
     parser.add_argument(
-        "--arms", default="", help="some of the study's arms, with commas between; else the study's default"
+        "--arms", default="", help="some of the study's arms, separated by commas; else the study's default"
     )
     parser.add_argument(
-        "--seeds", default="", help="whole numbers with commas between, instead of the study's"
+        "--seeds", default="", help="whole numbers separated by commas; replaces the study's list"
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at once (1); seconds are worth reading at 1 alone"
+        "--jobs", type=int, default=1, help="number of parallel runs (1); seconds are reliable with 1 only"
     )
     parser.add_argument("--threads", type=int, default=2, help="of each run (2)")
     parser.add_argument(
@@ -270,7 +271,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--draws",
         type=int,
         default=0,
-        help="of --variance: batches at each student, 3 or more, instead of the study's",
+        help="for --variance: batches at each student, 3 or more; replaces the study's number",
     )
     parser.add_argument("--students", default="", help=STUDENTS_HELP)
     asked = parser.parse_args(arguments)
@@ -300,19 +301,19 @@ def run_study(arguments: Sequence[str] | None = None) -> None:
         raise RunError(
             "failed: "
             + ", ".join(f"{task.arm} seed {task.seed}" for task in failed)
-            + ". Their .log files say why."
+            + ". See their .log files for the reason."
         )
 
 
 def draw_variance(study: Study, asked: argparse.Namespace) -> str:
     from gradient_variance import Drawing, write_variance
 
-    behaviour = study.variance or Variance()
-    arms = named(asked.arms) or behaviour.arms or tuple(study.arms)
+    variance = study.variance or Variance()
+    arms = named(asked.arms) or variance.arms or tuple(study.arms)
     drawing = Drawing(
         arms,
-        named(asked.students) or behaviour.students,
-        asked.draws or behaviour.draws,
+        named(asked.students) or variance.students,
+        asked.draws or variance.draws,
         seeds_of(study, asked)[0],
     )
     return write_variance(study, drawing, asked.out, overrides_of(asked), provenance(study, asked))
@@ -326,7 +327,7 @@ def seeds_of(study: Study, asked: argparse.Namespace) -> tuple[int, ...]:
     unknown = [seed for seed in named(asked.seeds) if not seed.strip().isdecimal()]
     if unknown:
         raise ConfigError(
-            "--seeds takes whole numbers with commas between, such as 0,1; got "
+            "--seeds takes whole numbers separated by commas, such as 0,1; got "
             f"{', '.join(map(repr, unknown))}"
         )
     return tuple(map(int, named(asked.seeds))) or study.seeds
@@ -335,7 +336,7 @@ def seeds_of(study: Study, asked: argparse.Namespace) -> tuple[int, ...]:
 if __name__ == "__main__":
     import signal
 
-    # so that running processes are asked to save
+    # SIGTERM raises SystemExit here, so that running processes are stopped and save
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         run_study()

@@ -1,7 +1,7 @@
-"""The table of a study: what the runs measured, per arm over its seeds, and against the baseline arm on the
-same seeds.
+"""The table of a study: the measurements of each arm over its seeds, and the differences to the baseline arm
+on the same seeds.
 
-No command of its own: `python studies/run.py STUDY --out OUT` writes it.
+This file has no command of its own. `python studies/run.py STUDY --out OUT` writes the table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from reflux.storage.files import read_lines
 
 Measures = dict[str, float]
 Format = Callable[[float], str]
-# of an evaluation's table, also by part or route: accuracy.NAME
+# Keys of an evaluation's table. Keys by part or route, such as accuracy.NAME, are included.
 EVALUATED = ("accuracy", "quality", "kl_nats", "avg@", "pass@")
 ENDS = (".low", ".high", ".problems", ".attempts")
 
@@ -48,8 +48,8 @@ COSTS: dict[str, tuple[str, Format]] = {
 
 
 def measures(run: Path) -> Measures:
-    """The numbers of one finished run: evaluations before and after, and its steps' metrics. What was not
-    measured is absent.
+    """The numbers of one finished run: evaluations before and after, and the metrics of its steps. Numbers
+    that were not measured are absent.
     """
     evals, steps = list(read_lines(run / "evals.jsonl")), list(read_lines(run / "metrics.jsonl"))
     found: Measures = {}
@@ -78,7 +78,7 @@ def measures(run: Path) -> Measures:
 
 
 def evaluated(row: Mapping[str, Any]) -> Measures:
-    """ "EVAL.KEY" of the headline numbers in a line of evals.jsonl."""
+    """The main numbers in a line of evals.jsonl, by "EVAL.KEY"."""
     return {
         f"{name}.{key}": float(value)
         for name, table in row.items()
@@ -93,8 +93,8 @@ def column(rows: list[dict[str, Any]], name: str) -> list[float]:
 
 
 def costs(steps: list[dict[str, Any]]) -> Measures:
-    """The first step loads and warms up, so the medians leave it out; an evaluation's seconds are in one
-    step's total only.
+    """The costs of a run. Medians leave out the first step, which loads and warms up. The seconds of an
+    evaluation are in the total of one step only.
     """
     seconds = [row["seconds"] for row in steps[1:] or steps]
     return {
@@ -106,7 +106,9 @@ def costs(steps: list[dict[str, Any]]) -> Measures:
 
 
 def compare(runs: Mapping[str, Mapping[int, Measures]], baseline: str) -> dict[str, Any]:
-    """Per arm: each measure over seeds, and `minus_baseline`, paired by seed (only seeds that both have)."""
+    """For each arm: each measure over seeds, and `minus_baseline`, paired by seed (seeds of both arms
+    only).
+    """
     table: dict[str, Any] = {}
     for arm, seeds in runs.items():
         names = list(dict.fromkeys(name for found in seeds.values() for name in found))
@@ -127,7 +129,7 @@ def compare(runs: Mapping[str, Mapping[int, Measures]], baseline: str) -> dict[s
 
 
 def cell(estimate: Estimate | None, shown: Format, signed: bool = False) -> str:
-    """`88.2 % (86.9 % to 89.5 %)`; no interval for one run, "-" where nothing was measured."""
+    """A cell such as `88.2 % (86.9 % to 89.5 %)`. One run has no interval. "-" if nothing was measured."""
     if estimate is None:
         return "-"
     plus = "+" if signed and estimate.value > 0 else ""
@@ -140,8 +142,8 @@ def cell(estimate: Estimate | None, shown: Format, signed: bool = False) -> str:
 
 
 def markdown(table: Mapping[str, Any], baseline: str) -> str:
-    """Two tables: what was learnt, and what it cost and how noisy it was; then what was found on the way,
-    where it was measured.
+    """Two tables: the results, and the costs with the noise. Then the course during the runs, if it was
+    measured.
     """
     scores = list(
         dict.fromkeys(
@@ -153,7 +155,7 @@ def markdown(table: Mapping[str, Any], baseline: str) -> str:
     )
     learnt: list[list[str]] = [
         ["arm", "runs"]
-        + [title for s in scores for title in (f"{behaviour(s)} before", "after", f"minus {baseline}")]
+        + [title for s in scores for title in (f"{titled(s)} before", "after", f"minus {baseline}")]
     ]
     cost: list[list[str]] = [["arm", *(title for title, _ in COSTS.values())]]
     for arm, row in table.items():
@@ -167,11 +169,11 @@ def markdown(table: Mapping[str, Any], baseline: str) -> str:
     return f"{grid(learnt)}\n\n{grid(cost)}\n{course(table, grid, cell)}{rules_table(table, grid, cell)}"
 
 
-def behaviour(score: str) -> str:
-    """In words: `accuracy.accuracy` is plainly accuracy (of validation problems), `agreement.kl_nats` the
-    held-out KL in nats a token.
+def titled(score: str) -> str:
+    """The title of a score: `accuracy.accuracy` is accuracy (on validation problems), `agreement.kl_nats` is
+    the held-out KL in nats per token.
 
-    A part or route comes after it.
+    The name of a part or route follows the title.
     """
     for name, word in (
         ("accuracy.accuracy", "accuracy"),
@@ -189,7 +191,7 @@ def grid(rows: list[list[str]]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """As JSON gives it back: estimates as tables, tuples as lists."""
+    """The value as JSON reads it back: estimates as tables, tuples as lists."""
     if isinstance(value, Estimate):
         return asdict(value)
     if isinstance(value, Mapping):

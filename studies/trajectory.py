@@ -1,7 +1,7 @@
-"""The exact gradient of the whole trajectory's KL, in studies/flow.toml: what the direct form leaves out, as
-shifts for `policy_gradient`.
+"""The exact gradient of the KL of a whole trajectory, for studies/flow.toml. This rule gives the term that
+the direct form leaves out, as advantage offsets for `policy_gradient`.
 
-As a credit rule: kind = "trajectory:Later", with this folder on PYTHONPATH.
+Use it as a credit rule: kind = "trajectory:Later", with this folder on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from reflux.types import Attempt, Credit, FlowRollout, Group, VelocityTarget
 
 @dataclass(frozen=True, config=STRICT)
 class Later(CreditPart):
-    """Shift of step t = -sum of KL(student || teacher) over the LATER counted steps, nats, against the mean
-    of the group's OTHER attempts.
+    """Advantage offset of step t = -(sum of KL(student || teacher) over the LATER counted steps, in nats),
+    minus the mean of the same quantity over the group's OTHER attempts.
 
-    No factor.
+    It gives no weights.
 
-    With velocity_kl and objective `policy_gradient` at one coef: sum_t [ grad KL_t + grad log pi_t * sum_(s >
-    t) KL_s ], the gradient of the expected sum of KL along the student's own trajectories. Alone in its
-    group: no mean is taken off.
+    With velocity_kl and objective `policy_gradient` at the same coef the loss has the gradient
+    sum_t [ grad KL_t + grad log pi_t * sum_(s > t) KL_s ], which is the gradient of the expected sum of KL
+    along the student's trajectories. An attempt that is alone in its group has no mean subtracted.
     """
 
     teacher: str = "main"

@@ -300,9 +300,9 @@ def test_what_margin_and_balance_did_is_a_table_of_its_own() -> None:
 
 
 def test_scores_by_route_are_named_after_their_score() -> None:
-    assert table.behaviour("accuracy.accuracy.add") == "accuracy, add"
-    assert table.behaviour("agreement.kl_nats.mul") == "held-out KL, mul"
-    assert table.behaviour("accuracy.avg@8") == "accuracy.avg@8"
+    assert table.titled("accuracy.accuracy.add") == "accuracy, add"
+    assert table.titled("agreement.kl_nats.mul") == "held-out KL, mul"
+    assert table.titled("accuracy.avg@8") == "accuracy.avg@8"
     row = {
         "agreement": {
             "kl_nats": 1.0,
@@ -417,7 +417,7 @@ def test_arms_are_drawn_on_the_same_attempts_and_leave_no_trace(still: Callable[
         draw(still(["exact"], "objectives.0.coef=2.0", "learner.lr=0.5", "learner.clip=1e-3"), 1)
     )["exact"]
     np.testing.assert_allclose(doubled[0], 2 * alone["exact"][0], rtol=1e-4, atol=1e-6)
-    with pytest.raises(ConfigError, match=r"do not learn from the same attempts.*\n.*group_size"):
+    with pytest.raises(ConfigError, match=r"cannot be trained on the same attempts.*\n.*group_size"):
         asyncio.run(draw(still(["plain"]) | still(["exact"], "group_size=2"), 1))
 
 
