@@ -1,12 +1,12 @@
 """Counts of the coupling between the parts of a checkout: python benchmarks/structure.py [CHECKOUT].
 
 - files that take the run: source files with a parameter or a field of type `Run`;
-- part classes in isinstance outside their package: names of shipped part classes (those of the registries) in
-  isinstance or issubclass, in `type(x) is C`, and as keys of a table that is indexed with `type(x)`; and vars() or
-  getattr() on a part of the config;
-- frames from the command line: frames of the library on the stack where `reflux run` computes its first gradient,
-  on one prompt of the embedded models, and at the deepest place of that step before it (the mathematics of the
-  objective);
+- part classes in isinstance outside their package: names of shipped part classes (those of the registries)
+  in isinstance or issubclass, in `type(x) is C`, and as keys of a table that is indexed with `type(x)`; and
+  vars() or getattr() on a part of the config;
+- frames from the command line: frames of the library on the stack where `reflux run` computes its first
+  gradient, on one prompt of the embedded models, and at the deepest place of that step before it (the
+  mathematics of the objective);
 - places a method touches: files that name the class of a shipped method or that its recipe needs.
 
 The checkout is not changed. NOTEBOOK.md holds the numbers before and after a change.
@@ -241,9 +241,7 @@ def frames_to_gradient(checkout: Path) -> tuple[list[str], list[str]]:
 
 
 def places(checkout: Path, dotted: str, recipe: str) -> list[str]:
-    """The files of a method: its own, those of the library that import it, its recipe, and those that name
-    it.
-    """
+    """The files of a method: its module, its recipe, and the files that import or name it."""
     module, _, cls = dotted.partition(":")
     own = module.replace(".", "/") + ".py"
     found = {f"src/{own}"}

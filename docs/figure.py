@@ -1,8 +1,8 @@
 """The README's figure from a run directory: `python docs/figure.py runs/quickstart` writes
 docs/quickstart.svg.
 
-A second argument is another file to write. The curve is of the problems of `evals.accuracy`, and so is the
-teacher's line.
+A second argument names another file to write. The curve and the teacher's line are on the problems of
+`evals.accuracy`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ GREY, BLUE, ORANGE = "#6b7280", "#2563eb", "#c2410c"
 
 
 def figure(run: Path) -> str:
-    """Accuracy by step with its 95 % interval, and the teacher's."""
+    """The figure as SVG: accuracy by step with its 95 % interval, and the teacher's accuracy."""
     rows = [row for row in read_lines(run / "evals.jsonl") if "accuracy" in row]
     last = rows[-1]["step"] or 1
     teacher = next((row["teacher_accuracy"]["accuracy"] for row in rows if "teacher_accuracy" in row), None)
@@ -28,7 +28,10 @@ def figure(run: Path) -> str:
         return f"{x:.1f},{y:.1f}"
 
     def line(points: list[str], colour: str, dash: str = "") -> str:
-        return f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
+        return (
+            f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="2" '
+            f'stroke-dasharray="{dash}"/>'
+        )
 
     def words(step: float, share: float, text: str, colour: str, anchor: str, dx: int, dy: int) -> str:
         x, y = place(step, share).split(",")

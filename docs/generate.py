@@ -3,9 +3,9 @@ comments, recipes, citations.
 
     python docs/generate.py
 
-What the code does not say (when to use a recipe, what a field without a comment means) stands in
-docs/notes.toml. `tests/test_docs.py` fails where a page is not what this script writes, or where a field has
-no word at all.
+docs/notes.toml holds the texts that the code does not have: when to use a recipe, and the meaning of a field
+without a comment. `tests/test_docs.py` fails if a page differs from the output of this script, or if a field
+has no text.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from reflux.models.settings import (  # noqa: E402
 from reflux.storage.summary import method_of  # noqa: E402
 
 NOTES: dict[str, Any] = tomllib.loads((DOCS / "notes.toml").read_text())
-# what is no part, by the path of its notes
+# Config tables that are not parts, by the path of their notes.
 TABLES = {
     "": RunConfig,
     "track": Track,
@@ -53,7 +53,7 @@ TABLES = {
     "learners.flow.merge": Merge,
     "learners.flow.average": Average,
 }
-# where a recipe names a part of each group
+# The place in a recipe where a part of each group is named.
 WHERE = {
     "tasks": "`[task]`",
     "samplers": "`[sampler]`",
@@ -84,9 +84,12 @@ MATHS = (
     "reflux.loss.linear_divergence",
     "reflux.metrics.intervals",
 )
-# the groups whose parts make a method
+# The groups whose parts make up a method.
 METHOD = ("objectives", "credit", "contexts", "extrapolation")
-MADE = "<!-- Written by docs/generate.py from the code. Do not edit: change the docstring, the comment or docs/notes.toml. -->\n"
+MADE = (
+    "<!-- Written by docs/generate.py from the code. Do not edit: change the docstring, the comment or "
+    "docs/notes.toml. -->\n"
+)
 
 
 def main() -> None:
@@ -130,7 +133,7 @@ def methods() -> Iterator[str]:
     yield "### Elsewhere\n"
     yield from (_function(f, f.__module__) for f in (group_advantages, step_flops))
     yield "## Papers\n"
-    yield "`reflux cite RECIPE` prints the BibTeX of those a recipe uses.\n"
+    yield "`reflux cite RECIPE` prints the BibTeX of the papers that a recipe uses.\n"
     yield from (
         f"- [{paper.title}](https://arxiv.org/abs/{paper.arxiv}) ({paper.year}; `{paper.key}`)"
         for paper in known_papers()
@@ -138,7 +141,7 @@ def methods() -> Iterator[str]:
 
 
 def known_papers() -> list[Paper]:
-    """Every paper that a shipped part may name, in the order of the groups."""
+    """Every paper that a shipped part can name, in the order of the groups."""
     modules = [
         dotted.partition(":")[0] for group in registry.GROUPS for dotted in registry.kinds(group).values()
     ]
@@ -181,7 +184,9 @@ def recipes() -> Iterator[str]:
     yield NOTES["pages"]["recipes"]
     yield "| recipe | what it is | method |\n|---|---|---|"
     for name in recipe_names():
-        yield f"| [`{name}`](#{name}) | {_comment(RECIPES / f'{name}.toml')} | {method_of(load_recipe(name))} |"
+        yield (
+            f"| [`{name}`](#{name}) | {_comment(RECIPES / f'{name}.toml')} | {method_of(load_recipe(name))} |"
+        )
     yield "\n## Which objective\n"
     yield NOTES["pages"]["choose"]
     yield "| if | choose | because |\n|---|---|---|"
@@ -204,14 +209,14 @@ def recipes() -> Iterator[str]:
 
 
 def when(recipe: str) -> str:
-    """When to use a recipe: its note, else what its method's part says of itself. KeyError without either."""
-    behaviour = (
+    """When to use a recipe: its note, else the `when` of a part of its method. KeyError without either."""
+    found = (
         part.when for _, group, part in registry.within(load_recipe(recipe)) if group in METHOD and part.when
     )
     return (
         NOTES["recipes"][recipe]
         if recipe in NOTES["recipes"]
-        else next(behaviour, "") or NOTES["recipes"][recipe]
+        else next(found, "") or NOTES["recipes"][recipe]
     )
 
 
@@ -277,36 +282,35 @@ def _table(path: str, cls: type) -> Iterator[str]:
 
 
 def word(path: str, cls: type, name: str) -> str:
-    """What a field means: its comment in the source, else its note, else the class docstring that names it.
-    KeyError without any.
+    """The meaning of a field: its comment in the source, else its note, else "see above" if the class
+    docstring names it. KeyError without any of them.
     """
     note = NOTES["fields"].get(f"{path}.{name}".lstrip("."))
-    behaviour = comments(cls).get(name) or note
-    if behaviour:
-        return behaviour
+    text = comments(cls).get(name) or note
+    if text:
+        return text
     if re.search(rf"\b{name.removesuffix('_')}\b", inspect.getdoc(cls) or ""):
         return "see above"
     raise KeyError(
-        f"{cls.__module__}.{cls.__name__}.{name} has no comment, no word in the docstring and no note in "
-        "docs/notes.toml"
+        f"{cls.__module__}.{cls.__name__}.{name} has no comment, is not named in the docstring and has no "
+        "note in docs/notes.toml"
     )
 
 
 def comments(cls: type) -> dict[str, str]:
-    """Field -> the comment right above it, of the class and of what it inherits."""
+    """Field -> the comment directly above it, for the class and its base classes."""
     found: dict[str, str] = {}
     for owner in reversed([c for c in cls.__mro__ if dataclasses.is_dataclass(c)]):
         above: list[str] = []
         for line in textwrap.dedent(inspect.getsource(owner)).split("\n"):
-            if field := re.match(r"    (\w+): ", line):
-                if above:
-                    found[field[1]] = " ".join(above)
+            if (field := re.match(r"    (\w+): ", line)) and above:
+                found[field[1]] = " ".join(above)
             above = [*above, line[6:]] if line.startswith("    # ") else []
     return found
 
 
 def in_words(hint: Any) -> str:
-    """A type as a reader of TOML needs it."""
+    """A type in words, for a reader of TOML."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         return _annotated(inner[0], hint.__metadata__)
@@ -331,10 +335,13 @@ def _annotated(hint: Any, metadata: tuple[Any, ...]) -> str:
     for entry in metadata:
         if isinstance(entry, PartOf):
             return _part_in_words(entry)
-    bounds = [f"{sign} {getattr(rule, name)}" for entry in metadata for rule in getattr(entry, "metadata",
-                                                                                        [entry]) for name,
-                                                                                        sign in _SIGNS
-              if hasattr(rule, name)]  # fmt: skip
+    bounds = [
+        f"{sign} {getattr(rule, name)}"
+        for entry in metadata
+        for rule in getattr(entry, "metadata", [entry])
+        for name, sign in _SIGNS
+        if hasattr(rule, name)
+    ]
     return " ".join([in_words(hint), *bounds])
 
 
@@ -351,7 +358,7 @@ def _part_in_words(marker: PartOf) -> str:
 def _default(field: dataclasses.Field[Any]) -> str:
     default: Any = field.default
     if type(default).__name__ == "FieldInfo":
-        # pydantic's
+        # a default of pydantic's Field
         made = default.default_factory() if getattr(default, "default_factory", None) else default.default
         return _value(made)
     if field.default_factory is not dataclasses.MISSING:

@@ -1,5 +1,5 @@
-"""The library's loss alone, next to the same loss in plain torch: equal values and gradients, without a table
-[tokens, vocabulary].
+"""The library's loss without its training loop, compared with the same loss in plain torch. Values and
+gradients are equal, and the library's loss needs no tensor of shape [tokens, vocabulary].
 
 python examples/loss_in_your_trainer.py
 """

@@ -1,18 +1,19 @@
-"""On-policy distillation in one file: the student acts, the teacher says what it would have done at every
-step, the student moves.
+"""On-policy distillation in one file: the student samples, the teacher gives its log-probs at every position,
+and the student takes a gradient step.
 
-    python -m reflux.tasks.word_problems train 12800 > train.jsonl      # or your own lines {"id": ..., "prompt": ..., "answer": ...}
+    python -m reflux.tasks.word_problems train 12800 > train.jsonl
     python -m reflux.tasks.word_problems test 500 > test.jsonl
     python examples/opd_in_one_file.py --student src/reflux/assets/student --teacher src/reflux/assets/teacher
 
-For a prompt x the student writes y ~ student(. | x), and with state s_t = (x, y_<t) it then descends, states
-held fixed,
+The prompts can also be lines of your own: {"id": ..., "prompt": ..., "answer": ...}. For a prompt x the
+student samples y ~ student(. | x). With state s_t = (x, y_<t), and with the states held fixed, it then
+minimises the reverse KL in nats:
 
-    loss = 1/N sum over all chosen positions t of  KL(student(. | s_t) || teacher(. | s_t))        (reverse KL, in nats)
+    loss = 1/N sum over all chosen positions t of  KL(student(. | s_t) || teacher(. | s_t))
 
-This is the whole algorithm of the library at its plainest setting, with nothing but torch and transformers
-(Agarwal et al. 2024, arXiv:2306.13649; Lu & Thinking Machines Lab 2025). Suffixes: B rows, T new tokens, V
-vocabulary. Rows are padded on the left.
+This is the whole algorithm of the library at its simplest setting, with only torch and transformers (Agarwal
+et al. 2024, arXiv:2306.13649; Lu & Thinking Machines Lab 2025). Suffixes: B rows, T new tokens, V vocabulary.
+Rows are padded on the left.
 """
 
 import argparse
@@ -31,7 +32,9 @@ MASK64 = (1 << 64) - 1
 
 
 def row_key(seed, purpose, step, prompt_id, sample=0, turn=0):
-    """What a row draws depends on these, never on its neighbours: 63 bits of a hash."""
+    """The key of a row's random numbers, 63 bits of a hash. It depends on these arguments and not on other
+    rows.
+    """
     digest = hashlib.blake2b(
         repr((seed, purpose, step, prompt_id, sample, turn)).encode(), digest_size=8
     ).digest()
@@ -43,13 +46,13 @@ def signed(constant):
 
 
 def shift(z, bits):
-    """Logical right shift of int64."""
+    """The logical right shift of int64."""
     return (z >> bits) & (MASK64 >> bits)
 
 
 def gumbel(keys_B, t, vocabulary):
-    """Standard Gumbel noise [B, V] for new token t, from a splitmix64 hash of (key, t, token id). argmax(logp
-    + noise) is a draw.
+    """Standard Gumbel noise [B, V] for new token t, from a splitmix64 hash of (key, t, token id).
+    argmax(logp + noise) is a sample.
     """
     ids_V = torch.arange(1, vocabulary + 1)
     z = (keys_B + torch.tensor(t + 1) * signed(0x9E3779B97F4A7C15))[:, None] + ids_V * signed(
@@ -62,7 +65,7 @@ def gumbel(keys_B, t, vocabulary):
 
 
 def ask(tokenizer, prompts):
-    """Questions as token ids, each followed by the mark that it is the assistant's turn: (ids, mask)."""
+    """(ids, mask): questions as token ids, each followed by the start of the assistant's turn."""
     chats = [[{"role": "user", "content": prompt["prompt"]}] for prompt in prompts]
     asked = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_tensors="pt"
@@ -72,8 +75,8 @@ def ask(tokenizer, prompts):
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_tokens, keys=None):
-    """The model answers; greedily without keys. -> ids of question and answer, their mask, and mask_BT: which
-    answer tokens it chose.
+    """Sample answers from the model, greedily without keys. Returns the ids of question and answer, their
+    mask, and mask_BT, which is True at the answer tokens that the model chose.
     """
     ids, mask = ask(tokenizer, prompts)
     width, cache, alive_B = (
@@ -97,7 +100,7 @@ def sample(model, tokenizer, prompts, max_tokens, keys=None):
             scores_BV = scores_BV + gumbel(keys_B, t, scores_BV.shape[1])
         token_B = torch.where(alive_B, scores_BV.argmax(-1), tokenizer.pad_token_id)
         ids, mask = torch.cat([ids, token_B[:, None]], 1), torch.cat([mask, alive_B[:, None].long()], 1)
-        # the end token is a choice like any other, the last
+        # the end token is a chosen token too, and the last one
         alive_B = alive_B & (token_B != tokenizer.eos_token_id)
         if not alive_B.any():
             break
@@ -106,7 +109,7 @@ def sample(model, tokenizer, prompts, max_tokens, keys=None):
 
 
 def speak(model, ids, mask, tokens):
-    """logp_BTV: what the model would say at each of the last `tokens` positions, given all before."""
+    """logp_BTV: the model's log-probs at each of the last `tokens` positions, given all tokens before it."""
     position = (mask.cumsum(1) - 1).clamp(min=0)
     logits = model(
         ids, attention_mask=mask, position_ids=position, use_cache=False, logits_to_keep=tokens + 1
@@ -121,7 +124,9 @@ def teach(teacher, ids, mask, tokens):
 
 
 def learn(student, optimiser, ids, mask, mask_BT, teacher_BTV, max_norm=1.0):
-    """One step down the mean reverse KL over the chosen positions. -> that mean before the step, in nats."""
+    """One gradient step on the mean reverse KL over the chosen positions. Returns the mean before the step,
+    in nats.
+    """
     student_BTV = speak(student, ids, mask, mask_BT.shape[1])
     kl_BT = (student_BTV.exp() * (student_BTV - teacher_BTV)).sum(-1)
     loss = kl_BT[mask_BT].sum() / mask_BT.sum()
@@ -133,7 +138,7 @@ def learn(student, optimiser, ids, mask, mask_BT, teacher_BTV, max_norm=1.0):
 
 
 def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up, then half a cosine down to zero."""
+    """Linear warm-up, then a half cosine to zero."""
     along = min(1.0, max(0.0, (step - warmup) / max(1, steps - warmup)))
     return min(1.0, (step + 1) / (warmup + 1)) * peak * 0.5 * (1 + math.cos(math.pi * along))
 
@@ -153,8 +158,8 @@ def distil(
     eps=1e-8,
     report=print,
 ):
-    """Train `student` in place on consecutive slices of `prompts` (again from the start when used up). -> the
-    loss of every step.
+    """Train `student` in place on consecutive slices of `prompts`, again from the start when all are used.
+    Returns the loss of every step.
     """
     optimiser = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
     losses = []
@@ -163,18 +168,18 @@ def distil(
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, lr, warmup)
         keys = [row_key(seed, "train", step, prompt["id"]) for prompt in asked]
-        # the student acts
+        # the student samples
         ids, mask, mask_BT = sample(student, tokenizer, asked, max_tokens, keys)
-        # the teacher says what it would have done
+        # the teacher gives its log-probs
         teacher_BTV = teach(teacher, ids, mask, mask_BT.shape[1])
-        # the student moves
+        # the student takes a step
         losses.append(learn(student, optimiser, ids, mask, mask_BT, teacher_BTV))
         report(f"step {step + 1:4d}/{steps}  KL {losses[-1]:.4f} nats  {int(mask_BT.sum())} tokens")
     return losses
 
 
 def accuracy(model, tokenizer, prompts, max_tokens, batch=250):
-    """The share of greedy answers whose number after the last "Answer:" is the right one."""
+    """The share of greedy answers with the right number after the last "Answer:"."""
     right = 0
     for first in range(0, len(prompts), batch):
         some = prompts[first : first + batch]
@@ -192,7 +197,7 @@ def accuracy(model, tokenizer, prompts, max_tokens, batch=250):
 
 
 def read(path):
-    """Prompts from a file with a JSON object a line."""
+    """Prompts from a file with one JSON object per line."""
     lines = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
     return [{"id": str(index), **line} for index, line in enumerate(lines)]
 
@@ -220,10 +225,9 @@ def main():
     begun = time.monotonic()
     distil(
         student, teacher, tokenizer, read(given.prompts), steps=given.steps, per_step=given.per_step,
-        lr=given.lr,
-        warmup=given.warmup, max_tokens=given.max_tokens, seed=given.seed,
+        lr=given.lr, warmup=given.warmup, max_tokens=given.max_tokens, seed=given.seed,
     )  # fmt: skip
-    print(f"{(time.monotonic() - begun) / given.steps:.3f} s a step")
+    print(f"{(time.monotonic() - begun) / given.steps:.3f} s per step")
     for name, model in (("student before", before), ("student after", student), ("teacher", teacher)):
         print(
             f"{name:15s} {accuracy(model, tokenizer, held_out, given.max_tokens):.1%} of {len(held_out)} "

@@ -241,7 +241,7 @@ def test_the_doctor_says_what_it_advises() -> None:
 
     fits, advice = asyncio.run(first(examine(load_recipe(RECIPE, {"credit.surprise.elsewhere": 1.0}))))
     assert (fits.verdict, advice.verdict) == ("ok", "warning")
-    assert advice.text.startswith("credit.surprise.elsewhere = 1 weighs every position alike")
+    assert advice.text.startswith("credit.surprise.elsewhere = 1 gives every position weight 1")
 
 
 def test_its_papers_are_cited() -> None:
@@ -270,7 +270,7 @@ def test_the_report_draws_what_its_parts_show_and_the_notes_of_its_rule(tmp_path
     config = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
     charts = {chart.title: chart for chart in own_charts(config, Recorded(tmp_path / "run"), notes)}
     assert set(charts) == {
-        "Answers that the student wrote itself, by step",
+        "Answers sampled by the student, by step",
         "credit.surprise: its notes by step",
     }
     assert notes == []
@@ -284,7 +284,7 @@ def test_the_report_draws_what_its_parts_show_and_the_notes_of_its_rule(tmp_path
         for step, value in enumerate(values, 1)
     }
     assert set(charts["credit.surprise: its notes by step"].rows) == expected
-    shares = {share for _, _, share in charts["Answers that the student wrote itself, by step"].rows}
+    shares = {share for _, _, share in charts["Answers sampled by the student, by step"].rows}
     assert shares == {"0", "1"}
     page = write_report(tmp_path / "run").read_text()
     assert "credit.surprise: its notes by step" in page

@@ -1,1 +1,1 @@
-"""Parts from outside the library, one a file; docs/extending.md walks through them."""
+"""Parts from outside the library, one per file. docs/extending.md explains them."""

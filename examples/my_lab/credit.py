@@ -1,4 +1,4 @@
-"""A credit rule of one's own: `kind = "my_lab.credit:Surprise"`."""
+"""A custom credit rule: `kind = "my_lab.credit:Surprise"`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ RHO_1 = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class Surprise(CreditPart):
-    """Factor 1 where the sampled token surprises the teacher, -log q(a) >= `least_nats`; `elsewhere` at the
-    other chosen positions.
+    """Weight 1 where the sampled token is unlikely under the teacher, -log q(a) >= `least_nats`; weight
+    `elsewhere` at the other chosen positions.
 
-    An attempt the teacher did not score keeps factor 1. Neutral: elsewhere = 1. Note `surprising`: the share
-    of chosen positions. Learning from some tokens alone: arXiv 2404.07965, which picks them by another score.
+    An attempt that the teacher did not score keeps weight 1. Neutral: elsewhere = 1. Note `surprising`: the
+    share of chosen positions with weight 1. arXiv 2404.07965 trains on selected tokens too, with another
+    score.
     """
 
     least_nats: float = 1.0
@@ -40,7 +41,7 @@ class Surprise(CreditPart):
     shifts = False
     min_group: ClassVar[int] = 1
     when: ClassVar[str] = (
-        "The teacher agrees with most of an answer, and what it would hardly have said should count alone."
+        "The teacher agrees with most of an answer, and only tokens that are unlikely under it should count."
     )
 
     def __post_init__(self) -> None:
@@ -54,7 +55,7 @@ class Surprise(CreditPart):
 
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if self.elsewhere == 1:
-            yield f"{where}.elsewhere = 1 weighs every position alike: this is the run without the rule."
+            yield f"{where}.elsewhere = 1 gives every position weight 1: this is the run without the rule."
 
     def papers(self, cfg: RunConfig) -> Iterable[Paper]:
         return (RHO_1,)

@@ -1,4 +1,4 @@
-"""An objective of one's own: `kind = "my_lab.objectives:Jeffreys"`."""
+"""A custom objective: `kind = "my_lab.objectives:Jeffreys"`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class Jeffreys(ObjectivePart):
-    """(KL(student || teacher) + KL(teacher || student)) / 2 over the whole vocabulary, nats; 0 where they
-    agree, never below.
+    """(KL(student || teacher) + KL(teacher || student)) / 2 over the whole vocabulary, in nats. It is 0 where
+    the two distributions are equal and never negative.
     """
 
     teacher: str = "main"
@@ -36,6 +36,6 @@ class Jeffreys(ObjectivePart):
         from reflux.loss.outputs import FullLogits
 
         student, teacher = rows.student, rows.teachers[self.teacher]
-        # `accepts` says so
+        # `accepts` ensures this
         assert isinstance(teacher, FullLogits)
         return (student.divergence(teacher, "reverse") + student.divergence(teacher, "forward")) / 2

@@ -1,4 +1,4 @@
-"""A sampler of one's own: `kind = "my_lab.samplers:Mixed"`."""
+"""A custom sampler: `kind = "my_lab.samplers:Mixed"`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class Mixed(References):
-    """The student's own answers at a `share` of the steps, the task's `references` at the others (GKD's
-    lambda, arXiv 2306.13649).
+    """The student's answers at a `share` of the steps, and the task's `references` at the other steps (lambda
+    of GKD, arXiv 2306.13649).
 
-    One coin a step, not one a prompt: parts in this process answer a step's prompts in one batch, and wait
-    until all of them are asked.
+    The choice is made per step and not per prompt, because parts in this process answer all prompts of a step
+    in one batch and wait until all of them are requested.
     """
 
     share: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -44,8 +44,8 @@ class Mixed(References):
             yield OpenMixed(stored, self.share, context.seed)
 
     def diagnostics(self, name: str, recorded: Recorded) -> Iterable[Chart]:
-        """Whose answers each step had: nobody gave the tokens of a reference a probability, so their
-        log-probs are 0.
+        """The share of each step's answers that the student sampled. The log-probs of reference tokens are 0,
+        because no model sampled them.
         """
         from reflux.reports.chart import step_chart
 
@@ -55,7 +55,7 @@ class Mixed(References):
                 by_step.setdefault(float(row["step"]), []).append(any(row["logp"]))
         own = [(step, sum(written) / len(written)) for step, written in sorted(by_step.items())]
         yield step_chart(
-            "Answers that the student wrote itself, by step", "share of attempts", {"the student's own": own}
+            "Answers sampled by the student, by step", "share of attempts", {"sampled by the student": own}
         )
 
 
@@ -68,7 +68,7 @@ class OpenMixed:
     async def sample(self, prompt: Prompt, n: int, draw: SamplingParams) -> Group:
         own = (
             random.Random(seed_of(self.seed, "mixed", draw.step)).random() < self.share
-            # law 8: these random numbers hang on seed and step alone
+            # law 8: these random numbers depend only on seed and step
         )
         return await (self.stored.inner if own else self.stored).sample(prompt, n, draw)
 

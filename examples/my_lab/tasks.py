@@ -1,4 +1,4 @@
-"""A task of one's own: `kind = "my_lab.tasks:Backwards"`."""
+"""A custom task: `kind = "my_lab.tasks:Backwards"`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from reflux.types import Prompt, Rollout, TokenRollout
 
 @dataclass(frozen=True, config=STRICT)
 class Backwards(TaskPart):
-    """A word of `letters` random letters is to be written backwards. A word is in one split only, whatever
-    the seed.
+    """The task is to write a word of `letters` random letters backwards. Each word is in one split only, for
+    every seed.
     """
 
     letters: int = 6
@@ -26,20 +26,20 @@ class Backwards(TaskPart):
 
     def __post_init__(self) -> None:
         if self.letters < 3 or self.held_out < 1:
-            raise ValueError("needs letters >= 3, so that there are words enough, and held_out >= 1")
+            raise ValueError("needs letters >= 3, so that there are enough words, and held_out >= 1")
 
     @property
     def rollouts(self) -> type[Rollout]:
-        # a text is to be judged
+        # the task grades texts
         return TokenRollout
 
     @property
     def routes(self) -> frozenset[str | None]:
-        # any teacher may answer
+        # prompts have no route, so any teacher can be asked
         return frozenset([None])
 
     def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
-        """Prompt number p depends on (split, seed, p) alone; "train" never ends."""
+        """Prompt number p depends only on (split, seed, p). Split "train" never ends."""
         position = start
         while split == "train" or position < self.held_out:
             rng = random.Random(seed_of("backwards", split, seed, position))

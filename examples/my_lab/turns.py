@@ -1,4 +1,4 @@
-"""A task of several turns: `kind = "my_lab.turns:Hinted"`."""
+"""A custom task with several turns: `kind = "my_lab.turns:Hinted"`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from reflux.types import Message, Prompt
 
 @dataclass(frozen=True, config=STRICT)
 class Hinted(Backwards):
-    """As `Backwards`, but a wrong word is answered with a hint, one letter more each time, and the student
-    may try again.
+    """Like `Backwards`, but after a wrong word the environment gives a hint and the student can try again.
+    Each hint shows one letter more.
 
-    The environment gives 1 / (1 + hints that were given) for the right word, and 0 where the word after the
-    last hint is wrong.
+    The reward is 1 / (1 + number of hints) for the right word, and 0 if the word after the last hint is
+    wrong.
     """
 
     hints: Annotated[int, Field(ge=1)] = 2
@@ -30,12 +30,12 @@ class Hinted(Backwards):
 
     def open_env(self, prompt: Prompt) -> Environment:
         if prompt.answer is None:
-            raise ValueError(f"prompt {prompt.id} has no answer to give hints of")
+            raise ValueError(f"prompt {prompt.id} has no answer, so there are no hints")
         return Hints(prompt.answer, self.hints)
 
 
 class Hints:
-    """What the student hears in one attempt."""
+    """The environment of one attempt."""
 
     def __init__(self, answer: str, most: int):
         self.answer, self.most, self.given = answer, most, 0
@@ -49,4 +49,4 @@ class Hints:
         return Observation(({"role": "user", "content": f"No. It begins with {self.answer[: self.given]}."},))
 
     async def close(self) -> None:
-        """Nothing was opened: no process, no connection."""
+        """Nothing to close: the environment has no process and no connection."""
