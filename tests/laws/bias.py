@@ -1,8 +1,8 @@
-"""How far each estimator's expected gradient is from the exact one, as tables for docs/methods.md:
-enumerated, nothing is drawn.
+"""The distance of each estimator's expected gradient from the exact one, as tables for docs/methods.md. All
+sequences are enumerated; nothing is sampled.
 
-The settings are those of law 1 (`estimators.py`), so whatever joins the menu joins the tables. Every claim in
-words beside a table is computed from the numbers, or asserted of them.
+The settings are those of law 1 (`estimators.py`), so a new setting there joins the tables. Every claim in the
+text next to a table is computed from the numbers, or asserted of them.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from reflux.objectives.sampled_kl import SampledKL
 SEEDS = range(5)
 # vocabulary, longest answer
 WORLD = (6, 2)
-# every choice of siblings is gone through
+# smaller, because every choice of siblings is enumerated
 GROUP_WORLD = (4, 2)
-# of the biased settings
+# the list length k of the biased settings
 K = 3
 HEADER = "| objective | setting | cosine | relative norm |\n|---|---|---|---|"
 COLUMNS = [
@@ -37,7 +37,7 @@ COLUMNS = [
 
 @functools.cache
 def measured(setting: Setting, policy: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and relative norms over the worlds."""
+    """The cosines and relative norms over the worlds."""
     shape = GROUP_WORLD if setting.group else WORLD
     pairs = [compare(*expected_and_exact(world_of(*shape, seed), setting, policy)) for seed in SEEDS]
     cosines, norms = zip(*pairs, strict=True)
@@ -45,7 +45,7 @@ def measured(setting: Setting, policy: str | None = None) -> tuple[np.ndarray, n
 
 
 def is_exact(setting: Setting, policy: str | None = None) -> bool:
-    """To the three digits that are printed."""
+    """True if the setting is exact to the three digits that are printed."""
     return all(np.abs(values - 1).max() < 5e-4 for values in measured(setting, policy))
 
 
@@ -59,7 +59,7 @@ def in_words(values: np.ndarray) -> str:
 
 
 def tables() -> Iterator[str]:
-    """Markdown: what is exact, what is not, and what staleness does."""
+    """Markdown: the exact estimators, the biased ones, and the effect of staleness."""
     yield from exact_ones()
     yield from bounded_supports()
     yield from other_biased_ones()
@@ -68,7 +68,7 @@ def tables() -> Iterator[str]:
 
 
 def exact_ones() -> Iterator[str]:
-    """One line per kind, after a measurement of every setting."""
+    """One line per kind. Every setting is measured first."""
     yield "Unbiased: cosine 1.000 and norm 1.000 in every world, for every ratio, divergence and weight.\n"
     yield _exact_line("sampled_kl", lambda objective: f'`baseline = "{objective.baseline}"`')
     yield _exact_line(
@@ -97,7 +97,7 @@ def _exact_line(kind: str, family: Callable[[Any], str]) -> str:
 
 
 def bounded_supports() -> Iterator[str]:
-    """A row per divergence, a column per list and tail."""
+    """A table with one row per divergence and one column per list and tail."""
     check_stored_lists()
     kinds = choices(Divergence, "divergence")
     yield f"Biased: divergences on a list of {K} tokens, attempts of the current student. In words:\n"
@@ -120,7 +120,7 @@ def bounded_supports() -> Iterator[str]:
 
 
 def bounded(kind: str, tail: str, support: str) -> Setting:
-    """The law's own setting of this cell."""
+    """The setting of the law for this cell."""
     (found,) = (
         s
         for s in SETTINGS["divergence"]
@@ -142,7 +142,7 @@ def _range(column: tuple[str, str], kinds: tuple[str, ...]) -> str:
 
 
 def check_stored_lists() -> None:
-    """A teacher that stored its K likeliest tokens gives the column "teacher": it needs none of its own."""
+    """A teacher that stored its K most likely tokens gives the column "teacher", so it needs no column."""
     for setting in (s for s in SETTINGS["divergence"] if s.outputs == "listed"):
         whole = measured(bounded(setting.objective.divergence, setting.objective.tail, "teacher"))
         assert all(
@@ -151,7 +151,7 @@ def check_stored_lists() -> None:
 
 
 def summary(kinds: tuple[str, ...]) -> Iterator[str]:
-    """What the table says, from its numbers."""
+    """Sentences about the table, from its numbers."""
     mean = {(kind, *column): cosines(kind, *column).mean() for kind in kinds for column in COLUMNS}
     for kind in kinds:
         assert mean[kind, "bucket", "union"] > max(
@@ -196,7 +196,9 @@ def _and(names: list[str]) -> str:
 
 
 def _what_k_means() -> str:
-    """How much of the worlds the lists hold: shares of the probability, and tokens of the union."""
+    """The share of the probability that the lists hold in the worlds, and the number of tokens of the
+    union.
+    """
     shares, tokens = [], []
     for seed in SEEDS:
         world = world_of(*WORLD, seed)
@@ -250,13 +252,15 @@ def other_biased_ones() -> Iterator[str]:
 
 
 def gap(seed: int) -> float:
-    """Largest |log p - log q| of a world, nats."""
+    """The largest |log p - log q| of a world, in nats."""
     world = world_of(*WORLD, seed)
     return float((world.student.detach().log_softmax(-1) - world.teacher.log_softmax(-1)).abs().max())
 
 
 def _another_ratio(setting: Setting) -> bool:
-    """On the student's own attempts all ratios are 1."""
+    """True for SampledKL with a ratio that is not the default. On attempts of the current student all ratios
+    are 1, so these settings are not listed.
+    """
     return isinstance(setting.objective, SampledKL) and setting.objective != replace(
         setting.objective, ratio=SampledKL().ratio
     )
@@ -283,7 +287,7 @@ def under_lag() -> Iterator[str]:
 
 
 def lag_ratio(seed: int) -> float:
-    """Largest p(a) / behaviour(a) of a world's current and older student."""
+    """The largest p(a) / behaviour(a) of a world's current and older student."""
     world = world_of(*WORLD, seed)
     return float((world.student.detach().log_softmax(-1) - world.lagged.log_softmax(-1)).max().exp())
 

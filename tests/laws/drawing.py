@@ -1,8 +1,8 @@
-"""Attempts of a small world as a sampler records them at a temperature, with top-p, by the student or an
-older one; and what they teach.
+"""Attempts of a small world as a sampler records them at a temperature, with top-p, by the current or an
+older student, and the gradients that they give.
 
-`logp_T` is of the distribution drawn from, `logp_raw_T` of the student at temperature 1. Batch, loss and
-objective are the library's own.
+`logp_T` is of the distribution that was sampled from, `logp_raw_T` of the student at temperature 1. Batch,
+loss and objective are those of the library.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from reflux.types import Attempt, Credit, Group, HiddenTarget, Prompt, TeacherAn
 
 
 def drawn_from(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Log-probs, [prefixes, V]: the smallest set of tokens that holds top_p, likeliest first, at a
-    temperature; renormalised.
+    """Log-probs, [prefixes, V], at a temperature: the smallest set of most likely tokens that holds top_p,
+    renormalised.
     """
     probability = np.exp(logits.detach().numpy() / temperature)
     probability /= probability.sum(-1, keepdims=True)
@@ -38,7 +38,9 @@ def drawn_from(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 
 
 class Drawing:
-    """A world whose answers are drawn at a temperature, with top-p, from the student or from an older one."""
+    """A world whose answers are sampled at a temperature, with top-p, from the current or an older
+    student.
+    """
 
     def __init__(
         self, shape: tuple[int, int, int], temperature: float, top_p: float, policy: str = "student"
@@ -84,7 +86,7 @@ class Drawing:
         return made
 
     def groups(self, size: int, reward: bool = False) -> list[Group]:
-        """Every choice of `size` answers, weighed by its probability; each member counts 1 / size."""
+        """Every choice of `size` answers, weighted by its probability. Each member counts 1 / size."""
         found = []
         for indices in itertools.product(np.flatnonzero(self.probability_S), repeat=size):
             weight = float(np.prod(self.probability_S[list(indices)])) / size
@@ -94,10 +96,10 @@ class Drawing:
         return found
 
     def expected_gradient(self, objective: Any, size: int = 1) -> np.ndarray:
-        """What the library's loss gives, summed over all answers."""
+        """The gradient of the library's loss, summed over all answers."""
         groups = self.groups(size, reward=isinstance(objective, PolicyGradient))
         items = plan(groups, [objective], "token-mean-weighted")
-        # the denominator, taken out again
+        # the loss is divided by the number of rows; this undoes the division
         rows = sum(len(item.rows_N) for item in items)
         student = self.world.student.detach().clone().requires_grad_()
         for part in micro_batches(items, 1 << 20):
@@ -119,7 +121,7 @@ class Drawing:
         return student.grad.numpy()
 
     def onward_reward(self) -> Tensor:
-        """Q [prefixes, V]: the mean reward of the answers drawn on from a prefix and a token."""
+        """Q [prefixes, V]: the mean reward of the answers that continue a prefix and a token."""
         total, mass = (torch.zeros_like(self.raw) for _ in range(2))
         for sequence, probability, reward in zip(
             self.world.sequences, self.probability_S, self.world.reward, strict=True
@@ -131,7 +133,7 @@ class Drawing:
 
 
 def reverse_kl_inside(p: Tensor, q: Tensor, inside: Tensor) -> Tensor:
-    """sum over the tokens that may be drawn of p log(p / q) - p + q: the reverse KL where all may be, its
-    part inside the set elsewhere.
+    """The sum of p log(p / q) - p + q over the tokens that can be sampled. It is the reverse KL if all tokens
+    can be sampled, else the part of it inside the set.
     """
     return (p.exp() * (p - q) - p.exp() + q.exp()).where(inside, 0.0).sum(-1)

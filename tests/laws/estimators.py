@@ -1,9 +1,9 @@
-"""A world small enough to enumerate: a tabular student and teacher, every sequence they can write, exact
-gradients.
+"""A world small enough to enumerate: a tabular student and teacher, every sequence that they can generate,
+and exact gradients.
 
-The student is a table of logits, one row per prefix; token 0 ends a sequence. `SETTINGS` says, per registered
-objective, what the law tests run it with; a newcomer to the registry adds its line here and inherits all of
-them.
+The student is a table of logits with one row per prefix. Token 0 ends a sequence. `SETTINGS` holds, per
+registered objective, the settings that the law tests use. A new objective adds its line here and is tested by
+all law tests.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class World:
                 self._grow(sequence, vocabulary, horizon)
 
     def policy(self, name: str) -> torch.Tensor:
-        """Logits of "student", "teacher" or "lagged" (an older student)."""
+        """The logits of "student", "teacher" or "lagged" (an older student)."""
         return {"student": self.student, "teacher": self.teacher, "lagged": self.lagged}[name]
 
     def log_probability(self, policy: torch.Tensor) -> torch.Tensor:
-        """Log-probability of every sequence under a table of logits."""
+        """The log-probability of every sequence under a table of logits."""
         logp_N = policy.log_softmax(-1)[self.prefix_N, self.ids_N]
         return torch.zeros(len(self.sequences), dtype=logp_N.dtype).index_add(0, self.sequence_N, logp_N)
 
@@ -72,7 +72,7 @@ class World:
         advantage_offset_N: torch.Tensor | None = None,
         copies: int = 1,
     ) -> Rows:
-        """All rows, `copies` times over."""
+        """All rows, repeated `copies` times."""
         prefix_N, ids_N = self.prefix_N.repeat(copies), self.ids_N.repeat(copies)
         teacher_says = FullLogits(teacher[prefix_N], ids_N)
         if outputs == "sampled":
@@ -92,7 +92,7 @@ class World:
     def expected_gradient(
         self, objective: Callable[[Rows], torch.Tensor], behaviour: torch.Tensor, rows: Rows
     ) -> np.ndarray:
-        """E over sequences ~ behaviour of sum_t grad cost_t. The sampling distribution itself is not
+        """E over sequences ~ behaviour of sum_t grad cost_t. The sampling distribution is not
         differentiated.
         """
         weight_N = self.log_probability(behaviour.detach()).exp()[self.sequence_N]
@@ -104,11 +104,11 @@ class World:
     def group_gradient(
         self, objective: SampledKL, behaviour: torch.Tensor, size: int, outputs: str = "full"
     ) -> np.ndarray:
-        """The same over whole groups of `size` independent attempts: every sequence beside every choice of
-        siblings.
-
-        All members of a group are alike, so one member's gradient is followed. One copy of all rows per
+        """The expected gradient over whole groups of `size` independent attempts: every sequence with every
         choice of siblings.
+
+        All members of a group have the same distribution, so the gradient of one member is computed. There is
+        one copy of all rows per choice of siblings.
         """
         one = self.rows(behaviour, self.teacher, outputs)
         reward_N = (one.teachers[objective.teacher].logp_N - one.behaviour_logp_N).detach().numpy()
@@ -206,18 +206,19 @@ class Setting:
     # a divergence of np_divergence, or "reward"
     target: str
     unbiased: bool = True
-    # False: known to point away from the exact gradient in some worlds; then only its life is a law
+    # False if the gradient is known to point away from the exact one in some worlds. Then the law only
+    # requires that it is not zero.
     points: bool = True
     home: typing.Literal["divergence", "score", "exempt"] = "divergence"
     outputs: str = "full"
-    # who wrote the sequences
+    # the policy that sampled the sequences
     policy: typing.Literal["student", "teacher"] = "student"
-    # attempts per prompt, where siblings matter
+    # the number of attempts per prompt if siblings matter, else 0
     group: int = 0
 
     @property
     def name(self) -> str:
-        """The fields that are not at their default, as a recipe writes them."""
+        """The fields that differ from their defaults, as in a recipe."""
         values = {f.name: getattr(self.objective, f.name) for f in fields(self.objective)}
         changed = [(f.name, values[f.name]) for f in fields(self.objective) if values[f.name] != f.default]
         words = [
@@ -228,7 +229,7 @@ class Setting:
 
 
 def choices(cls: type, name: str) -> tuple[str, ...]:
-    """The allowed values of a Literal field, so a new one joins the laws by itself."""
+    """The allowed values of a Literal field, so that a new value joins the laws automatically."""
     return typing.get_args(typing.get_type_hints(cls)[name])
 
 
@@ -262,7 +263,7 @@ def _divergences() -> list[Setting]:
 
 
 def _sampled() -> list[Setting]:
-    """Every baseline under every ratio; those that compare siblings in groups of two and three."""
+    """Every baseline with every ratio. Baselines that compare siblings are in groups of two and three."""
     return [
         Setting(
             SampledKL(baseline=baseline, baseline_k=k, ratio=ratio),
@@ -303,7 +304,7 @@ def settings_of(registry: typing.Iterable[str]) -> list[tuple[str, Setting | Non
 
 
 def _of_flows(kind: str) -> bool:
-    """Objectives on velocities have worlds of their own: test_flow_gradients.py."""
+    """True for objectives on velocities, which are tested in test_flow_gradients.py."""
     return VelocityTarget in part("objectives", kind)().accepts
 
 
@@ -320,7 +321,7 @@ def _exact(world: World, target: str, beta: float | None, policy: str) -> np.nda
 def expected_and_exact(
     world: World, setting: Setting, policy: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A setting's expected gradient and the exact one, for sequences of its own policy, or of "lagged"."""
+    """A setting's expected gradient and the exact one, for sequences of its policy or of "lagged"."""
     who = policy or setting.policy
     behaviour, beta = (
         world.policy(who),
@@ -340,7 +341,7 @@ def expected_and_exact(
 
 
 def compare(expected: np.ndarray, exact: np.ndarray) -> tuple[float, float]:
-    """(cosine, relative norm) of an expected gradient against the exact one; (0, 0) where it vanishes."""
+    """(cosine, relative norm) of an expected gradient against the exact one. (0, 0) if it is zero."""
     size, exact_size = np.linalg.norm(expected), np.linalg.norm(exact)
     assert exact_size > 1e-3, "the world must give something to learn"
     if size < 1e-8 * exact_size:
@@ -351,7 +352,7 @@ def compare(expected: np.ndarray, exact: np.ndarray) -> tuple[float, float]:
 def assert_alive(
     expected: np.ndarray, exact: np.ndarray, unbiased: bool, points: bool = True
 ) -> tuple[float, float]:
-    """Law 1: not dead, pointing with the exact gradient, and equal to it where unbiased."""
+    """Law 1: not zero, with a positive cosine to the exact gradient, and equal to it where unbiased."""
     cosine, norm = compare(expected, exact)
     assert norm > 0, "dead: the expected gradient vanishes, nothing is learnt"
     assert cosine > 0.1 or not points, (

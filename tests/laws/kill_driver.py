@@ -1,7 +1,7 @@
-"""Runs that die: `python kill_driver.py STUDENT TEACHER FOLDER` starts one run per kill point and kills it
+"""Killed runs: `python kill_driver.py STUDENT TEACHER FOLDER` starts one run per kill point and kills it
 there with SIGKILL.
 
-Everything is imported once; each run is a fork that has not computed anything yet. Prints how each one ended.
+Everything is imported once. Each run is a fork that has not computed anything yet. Prints how each run ended.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def die() -> None:
 
 
 def after_first_file() -> None:
-    """In the checkpoint of step 4: one part written, the others not."""
+    """Kill in the checkpoint of step 4, when one part is written and the others are not."""
     write = checkpoints.write
 
     def broken(folder: Path, state: Any) -> None:
@@ -54,7 +54,7 @@ def after_first_file() -> None:
 
 
 def around_folder(name: str, where: str) -> Callable[[], None]:
-    """Before or after the folder `name` gets its name, or half way through the rename."""
+    """Kill before or after the folder `name` gets its name, or in the middle of the rename."""
 
     def patch() -> None:
         plain = files.write_folder
@@ -64,7 +64,7 @@ def around_folder(name: str, where: str) -> Callable[[], None]:
                 name != "student" or (path.parent / "checkpoints" / "step-2").exists()
             )
             if late and where == "swap":
-                # the old folder has lost its name, the new one has not got it
+                # the old folder no longer has its name, and the new one does not have it yet
                 path.rename(path.with_name(f".{path.name}.old"))
                 die()
             plain(path, (lambda scratch: (fill(scratch), die())) if late and where == "before" else fill)  # type: ignore[arg-type,return-value]
@@ -77,7 +77,7 @@ def around_folder(name: str, where: str) -> Callable[[], None]:
 
 
 def half_a_line(name: str) -> Callable[[], None]:
-    """In the middle of a line of step 4, in the middle of a character."""
+    """Kill in the middle of a line of step 4, in the middle of a character."""
 
     def patch() -> None:
         plain = files.append_lines
@@ -103,7 +103,7 @@ def pruning() -> None:
 
 
 def moving() -> None:
-    """In the optimiser step, after the gradients."""
+    """Kill in the optimiser step, after the gradients."""
     gradients = hf_engine.HFLearner.gradients
 
     def broken(self: Any, *args: Any) -> Any:
@@ -116,7 +116,7 @@ def moving() -> None:
 
 
 def searching() -> None:
-    """In the search after step 4, with a candidate's weights in the learner and in the sampler."""
+    """Kill in the search after step 4, with a candidate's weights in the learner and in the sampler."""
     call, asked = score.Scorer.__call__, []
 
     async def broken(self: Any, evaluation: Any, rng: int = 0) -> float:

@@ -1,5 +1,5 @@
-"""Law 1, alive: the expected per-position gradient of every objective, over ALL sequences, against the exact
-one.
+"""Law 1, Alive. The expected per-position gradient of every objective, over ALL sequences, is not zero and
+agrees with the exact one.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL
 CASES = settings_of(OBJECTIVES)
 # vocabulary, horizon, seed
 WORLDS = [(5, 3, 0), (7, 2, 1), (8, 2, 2), (4, 3, 3), (6, 2, 4)]
-# every choice of siblings is gone through
+# smaller worlds, because every choice of siblings is enumerated
 GROUP_WORLDS = [(3, 2, 0), (3, 2, 1), (4, 1, 2), (2, 3, 3), (4, 2, 4)]
 PREFIX_BASELINES = [name for name in choices(SampledKL, "baseline") if name not in GROUP_BASELINES]
 few = settings(max_examples=60, deadline=None, derandomize=True)
@@ -107,7 +107,7 @@ def test_every_value_of_the_prefix_is_unbiased_in_any_world(
     spread=shapes["spread"],
     group=st.integers(2, 3),
 )
-def test_leaving_oneself_out_is_unbiased_in_any_world(vocabulary, horizon, seed, spread, group) -> None:
+def test_leave_one_out_is_unbiased_in_any_world(vocabulary, horizon, seed, spread, group) -> None:
     setting = Setting(
         SampledKL(baseline="leave_one_out"), "reverse", outputs="sampled", group=2 if horizon == 3 else group
     )
@@ -135,17 +135,17 @@ def test_the_union_never_misses_more_of_the_divergence_than_one_models_list(
 
 
 def detached_kl_alone(rows):
-    """Trap: a per-position KL as the advantage ignores the sampled token."""
+    """A known error: a per-position KL as the advantage ignores the sampled token."""
     return kl_value(rows.student.logp_NV, rows.teachers["main"].logp_NV).neg() * rows.student.logp_N
 
 
 def differentiated_log_ratio(rows):
-    """Trap: the sampled log-ratio itself, differentiated on fixed samples."""
+    """A known error: the sampled log-ratio itself, differentiated on fixed samples."""
     return rows.student.logp_N - rows.teachers["main"].logp_N
 
 
 @pytest.mark.parametrize("trap", [detached_kl_alone, differentiated_log_ratio])
-def test_published_traps_are_flagged_as_dead(trap) -> None:
+def test_published_errors_are_flagged_as_dead(trap) -> None:
     world = World()
     expected = world.expected_gradient(trap, world.student, world.rows(world.student, world.teacher))
     exact = world.exact_gradient(np_kl, world.student)
@@ -164,7 +164,7 @@ def test_a_wrong_sign_and_a_token_dependent_baseline_are_flagged() -> None:
         )
 
     def leaky(rows):
-        # the sampled token enters the "baseline"
+        # the "baseline" depends on the sampled token
         return SampledKL()(rows) + 0.5 * rows.student.logp_N.detach() * rows.student.logp_N
 
     with pytest.raises(AssertionError, match="unbiased"):
@@ -181,7 +181,7 @@ def test_exact_reference_agrees_with_automatic_differentiation() -> None:
 
 
 @pytest.mark.parametrize("baseline", PREFIX_BASELINES)
-def test_truncated_ratio_corrects_lag_exactly_when_nothing_is_capped(baseline) -> None:
+def test_truncated_ratio_corrects_staleness_exactly_when_nothing_is_capped(baseline) -> None:
     for seed in range(5):
         world = world_of(5, 3, seed)
         corrected = Setting(SampledKL(baseline=baseline, baseline_k=3, ratio_cap=1e6), "reverse")
@@ -191,12 +191,12 @@ def test_truncated_ratio_corrects_lag_exactly_when_nothing_is_capped(baseline) -
             expected, exact = expected_and_exact(world, uncorrected, "lagged")
             with pytest.raises(AssertionError, match="unbiased"):
                 assert_alive(expected, exact, unbiased=True)
-            # a clip bites harder in some worlds
+            # the clip has a larger effect in some worlds
             assert compare(expected, exact)[0] > (0.8 if ratio == "none" or seed == 0 else 0.3)
 
 
 @pytest.mark.parametrize("shape", GROUP_WORLDS)
-def test_leaving_oneself_out_stays_exact_under_lag_with_the_ratio(shape) -> None:
+def test_leave_one_out_stays_exact_under_staleness_with_the_ratio(shape) -> None:
     setting = Setting(
         SampledKL(baseline="leave_one_out", ratio_cap=1e6), "reverse", outputs="sampled", group=2
     )
@@ -206,8 +206,8 @@ def test_leaving_oneself_out_stays_exact_under_lag_with_the_ratio(shape) -> None
 @pytest.mark.parametrize("kind", choices(Divergence, "divergence"))
 @pytest.mark.parametrize("support", ["full", "union"])
 def test_a_ratio_on_a_divergence_changes_nothing_in_expectation_and_adds_noise(kind, support) -> None:
-    """The divergence sums over all actions, whoever acted. Its cap makes prefixes count less, and corrects
-    nothing.
+    """The divergence sums over all actions, for any policy that sampled. The capped ratio lowers the weight
+    of prefixes and corrects nothing.
     """
     world = world_of(5, 3, 0)
     rows = world.rows(world.lagged, world.teacher)
@@ -221,7 +221,7 @@ def test_a_ratio_on_a_divergence_changes_nothing_in_expectation_and_adds_noise(k
     second_moments = [
         float((weight_N * objective(rows).detach().square()).sum()) for objective in (plain, weighed)
     ]
-    # the same mean at every prefix, so this is variance
+    # the mean at every prefix is the same, so the difference is variance
     assert second_moments[1] > 1.01 * second_moments[0]
     capped = world.expected_gradient(
         dataclasses.replace(plain, ratio="truncated", ratio_cap=1.0), world.lagged, rows
@@ -232,7 +232,7 @@ def test_a_ratio_on_a_divergence_changes_nothing_in_expectation_and_adds_noise(k
 
 
 def test_a_renormalised_list_can_point_away_where_the_bucket_does_not() -> None:
-    """A trap that ships by name: what lies outside the list is dropped."""
+    """A shipped option with a known bias: the probability outside the list is dropped."""
     cosines = {tail: [] for tail in choices(Divergence, "tail")}
     for tail, shape in itertools.product(cosines, WORLDS):
         setting = Setting(Divergence(support="teacher", tail=tail, k=3), "reverse")
@@ -242,7 +242,7 @@ def test_a_renormalised_list_can_point_away_where_the_bucket_does_not() -> None:
     assert np.mean(cosines["renormalised"]) < 0.5
 
 
-def test_wide_clip_corrects_lag_exactly() -> None:
+def test_wide_clip_corrects_staleness_exactly() -> None:
     world = World()
     objective = SampledKL(ratio="clip", clip=(0.999999, 1e6))
     expected = world.expected_gradient(objective, world.lagged, world.rows(world.lagged, world.teacher))
@@ -260,7 +260,7 @@ def test_a_shift_adds_the_policy_gradient_of_the_reward(baseline) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_group_advantage_with_oneself_in_the_mean_shrinks_the_gradient_by_one_over_g(size) -> None:
+def test_group_advantage_with_the_attempt_in_the_mean_shrinks_the_gradient_by_one_over_g(size) -> None:
     """Enumerates every group of `size` attempts: cosine 1, norm 1 - 1/G."""
     world = World(vocabulary=3, horizon=2)
     probability = world.log_probability(world.student.detach()).exp()
@@ -296,7 +296,7 @@ def test_group_mean_of_longer_answers_shrinks_less_and_turns(seed) -> None:
 
 
 def test_every_choice_of_the_menu_is_in_the_laws() -> None:
-    """A literal that is added joins the settings; this is the test of that."""
+    """A new value of a Literal field joins the settings automatically."""
     literal = {
         "sampled_kl": (SampledKL, ("baseline", "ratio")),
         "divergence": (Divergence, ("divergence", "support", "tail", "ratio")),

@@ -1,4 +1,4 @@
-"""Law 5. Credit rules multiply and add: any order of them is the same run."""
+"""Law 5. Weights of credit rules multiply and offsets add, so any order of the rules gives the same run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reflux.credit.base import share_credit
 from reflux.types import Attempt, Credit
 from tiny import same
 
-# three factors and three shifts at one position: two would commute in any order of rounding
+# three weights and three offsets at one position, because two commute exactly in floating point
 RULES = {
     "prefix": {"kind": "prefix", "length": 6},
     "position": {"kind": "position", "weight": {"kind": "linear", "start": 1.0, "stop": 0.3, "horizon": 7}},
@@ -43,7 +43,7 @@ def test_any_order_of_the_rules_gives_the_same_bits(tiny_run: Callable[..., Any]
     runs = [tiny_run("rl_opd", **settings, credit=dict(order)) for order in orders]
     assert all(same(runs[0].state, other.state) for other in runs[1:])
     plain = tiny_run("rl_opd", **settings, credit={"group_advantage": RULES["group_advantage"]})
-    # the rules do count
+    # the rules have an effect
     assert not same(runs[0].weights, plain.weights)
 
 
@@ -62,14 +62,14 @@ def test_each_rule_is_logged_under_its_name(tiny_run: Callable[..., Any]) -> Non
         Credit(advantage_offset_T=np.inf),
     ],
 )
-def test_a_factor_that_is_negative_or_not_finite_is_refused(share: Credit) -> None:
+def test_a_weight_that_is_negative_or_not_finite_is_refused(share: Credit) -> None:
     from tiny import rollout
 
     with pytest.raises(ValueError, match=r"credit\.bad gave prompt p0"):
         share_credit([[Attempt(rollout(3))]], {"bad": lambda group, step_context: [share]}, StepContext(0, 0))  # type: ignore[dict-item]
 
 
-def test_one_share_per_attempt_or_it_is_refused() -> None:
+def test_a_rule_without_one_credit_per_attempt_is_refused() -> None:
     from tiny import rollout
 
     with pytest.raises(ValueError, match="1 credits for a group of 2"):

@@ -1,8 +1,9 @@
-"""Law 12. A run ends: an attempt that raises, is cancelled or times out ends it with that very exception, and
-nothing is left of it.
+"""Law 12. A run ends: if an attempt raises, is cancelled or times out, the run ends with that exception and
+leaves no task behind.
 
-At every stage of an attempt, at every staleness, and whether or not the loop waits for what is in flight (for
-an evaluation, for a jump). The other attempts of its step wait for it in a cohort that will never be whole.
+This holds at every stage of an attempt, at every staleness, and whether or not the loop waits for attempts in
+flight (for an evaluation, for extrapolation). The other attempts of the step wait for the failed one in a
+cohort that is never complete.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from reflux.training import Options, Run
 from reflux.types import Reward
 
 CHAT = {"kind": "outside:Chat"}
-# far more than a run here takes: it guards, it measures nothing
+# A limit far above the duration of a run here, so that a hanging run fails.
 HANGS_S = 30.0
 SETTLES: dict[str, dict[str, Any]] = {
     "nothing": {},
@@ -38,11 +39,11 @@ SETTLES: dict[str, dict[str, Any]] = {
 
 
 class Broken(Exception):
-    """What a part raises."""
+    """The exception that a part raises."""
 
 
 class Fault:
-    """Ends the attempt at the first prompt of optimiser step `step`, at `stage`, in one way."""
+    """Ends the attempt at the first prompt of optimiser step `step`, at `stage`, in the way `how`."""
 
     def __init__(self, how: type[BaseException], stage: str, step: int):
         self.how, self.stage, self.number, self.met = how, stage, f"train-{2 * step}", 0
@@ -69,14 +70,14 @@ class Fault:
 
 
 class Unjudging:
-    """A reward that judges nothing."""
+    """A reward that grades nothing."""
 
     async def score(self, group: Any) -> list[Reward]:
         return [Reward(None) for _ in group]
 
 
 def break_parts(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
-    """The run's own parts, with the fault before each stage."""
+    """Patch the parts of the run, with the fault before each stage."""
     plain_open, plain_write = loop.open_parts, Run.write
 
     @asynccontextmanager
@@ -113,8 +114,8 @@ def break_parts(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
 
 
 def ending_of(run: Callable[[], Coroutine[Any, Any, Any]], folder: Path) -> BaseException:
-    """The exception a run ends with. It ends, no task is left, nothing was lost on the way, and its folder is
-    free.
+    """The exception that a run ends with. Asserts that the run ends, no task is left, no exception was lost,
+    and its folder is unlocked.
     """
     told: list[Any] = []
 
@@ -153,7 +154,7 @@ def test_an_attempt_that_ends_badly_ends_the_run_with_its_exception(
     max_staleness: int,
     settle: str,
 ) -> None:
-    # in flight while the first step settles, where anything is
+    # with staleness, this step is in flight while the first step is trained on
     fault = Fault(how, stage, max(1, max_staleness))
     break_parts(monkeypatch, fault)
     cfg = tiny.config(
@@ -175,7 +176,7 @@ def test_an_attempt_that_ends_badly_ends_the_run_with_its_exception(
 def test_an_attempt_that_leaves_its_cohort_by_its_own_limit_ends_the_run(
     monkeypatch: pytest.MonkeyPatch, student: str, teacher: str, tmp_path: Path, max_staleness: int
 ) -> None:
-    """Its request has been made, and the sibling it waits for never asks."""
+    """Its request has been made, and the sibling that it waits for never makes one."""
     plain_open = loop.open_parts
 
     @asynccontextmanager
@@ -245,7 +246,7 @@ def test_a_prompt_that_no_teacher_serves_ends_a_run(
 def test_a_stop_leaves_nothing_in_flight(
     monkeypatch: pytest.MonkeyPatch, student: str, teacher: str, tmp_path: Path, max_staleness: int
 ) -> None:
-    """Nor do the model calls that the attempts in flight had begun."""
+    """The model calls that the attempts in flight had begun end too."""
     from reflux.errors import Stopped
 
     advance = Run.advance

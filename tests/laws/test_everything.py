@@ -1,5 +1,5 @@
-"""Six methods in one run are those of the six parts alone: what each says of an attempt is the same, whoever
-else speaks.
+"""Six methods in one run act as they do alone: the credit of each rule for an attempt does not depend on the
+other parts.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def lines(done: Any) -> dict[tuple[int, str, int], dict[str, Any]]:
 
 @pytest.fixture
 def everything(tiny_run: Callable[..., Any]) -> Callable[..., Any]:
-    """The recipe at tiny scale with some of its rules; its jumps stay shut, so that every run meets the same
-    attempts in step 1.
+    """The recipe at tiny scale with some of its rules. Extrapolation does not start, so that every run has
+    the same attempts in step 1.
     """
 
     def run(*rules: str, **overrides: Any) -> Any:
@@ -63,14 +63,16 @@ def test_the_recipe_holds_all_six() -> None:
     assert checks.warnings(cfg) == []
 
 
-def test_factors_multiply_and_shifts_add_as_each_rule_alone_gave_them(everything: Callable[..., Any]) -> None:
+def test_weights_multiply_and_offsets_add_as_each_rule_alone_gave_them(
+    everything: Callable[..., Any],
+) -> None:
     together = lines(everything(*RULES))
     alone = {name: lines(everything(name)) for name in RULES}
     plain = lines(everything())
-    behaviour = dict.fromkeys(RULES, 0)
+    effects = dict.fromkeys(RULES, 0)
     for key, line in together.items():
         if key[0] > 1:
-            # the students differ from here on
+            # the students differ after step 1
             continue
         weight_T = np.asarray(plain[key]["weight"])
         advantage_offset_T = np.zeros(len(weight_T))
@@ -79,15 +81,15 @@ def test_factors_multiply_and_shifts_add_as_each_rule_alone_gave_them(everything
                 np.asarray(found[key]["weight"]),
                 np.asarray(found[key].get("shift", np.zeros(len(weight_T)))),
             )
-            behaviour[name] += int((weight_T != weight_T).any() or own_T.any())
+            effects[name] += int((weight_T != weight_T).any() or own_T.any())
             advantage_offset_T = advantage_offset_T + own_T
         for found in alone.values():
             # weights without rules are masks: 0 or 1
             weight_T = weight_T * np.asarray(found[key]["weight"])
         assert np.array_equal(line["weight"], weight_T)
         assert np.allclose(line.get("shift", np.zeros(len(weight_T))), advantage_offset_T, atol=1e-5)
-    # each rule had something to say, or this would test nothing
-    assert all(behaviour.values()), behaviour
+    # each rule had an effect, or this would test nothing
+    assert all(effects.values()), effects
 
 
 def test_the_order_in_which_rules_are_written_changes_no_bit(everything: Callable[..., Any]) -> None:
@@ -117,7 +119,9 @@ def test_each_of_the_six_changes_the_run(everything: Callable[..., Any]) -> None
 
 
 def test_group_statistics_do_not_see_how_the_batch_is_cut(everything: Callable[..., Any]) -> None:
-    """One attempt a micro-batch, or all in one: shifts, factors and the step are those of whole groups."""
+    """With one attempt per micro-batch or all in one, offsets, weights and the step are those of whole
+    groups.
+    """
     settings = {"steps": 1, "learner__lr": 1e-2, "learner__noise_floor": 0.0}
     runs = [everything(*RULES, **settings, learner__micro_batch_tokens=tokens) for tokens in (1, 100_000)]
     first, second = (lines(done) for done in runs)

@@ -1,8 +1,8 @@
-"""Law 1 for flows: what each form of the loss teaches in expectation, over ALL steps that may be drawn.
+"""Law 1 for flows: the expected gradient of each form of the loss, over ALL steps that can be sampled.
 
-Expectations over Gaussian noise are sums over Gauss-Hermite nodes, exact for the polynomials met here (linear
-students). The printed form of Flow-OPD, its released code and the whole trajectory's gradient live here
-alone: the library has the direct form and no other.
+Expectations over Gaussian noise are sums over Gauss-Hermite nodes. They are exact for the polynomials of
+linear students. The printed form of Flow-OPD, its released code and the gradient of the whole trajectory are
+only here: the library has only the direct form.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def nodes(dimensions: int, each: int = 4) -> tuple[Tensor, Tensor]:
 def rows(
     student: Linear, teacher: Linear, x_ND: Tensor, step_N: Tensor, noise_ND: Tensor
 ) -> Rows[VelocityOutputs]:
-    """Steps drawn by the student from given states; all but its velocity is constant."""
+    """Steps sampled by the student from given states. Everything except its velocity is constant."""
     grid = torch.tensor(GRID)
     x_ND, columns = (
         x_ND.detach(),
@@ -89,7 +89,7 @@ def kl_N(at: Rows[VelocityOutputs]) -> Tensor:
 
 
 def score_function(at: Rows[VelocityOutputs]) -> Tensor:
-    """Its gradient ascends log pi_T(x') - log pi_s(x') by the student's log-density."""
+    """A cost whose gradient ascends log pi_T(x') - log pi_s(x') through the student's log-density."""
     return (at.student.logp_N - at.teachers["main"].logp_N).detach() * at.student.logp_N
 
 
@@ -117,7 +117,7 @@ def states() -> tuple[Tensor, Tensor]:
 
 
 def expected_gradient(objective: Objective, student: Linear, teacher: Linear) -> np.ndarray:
-    """E over the drawn steps of the summed cost's gradient, the states being given."""
+    """E over the sampled steps of the gradient of the summed cost, for given states."""
     x_ND, step_N = states()
     noise_MD, weight_M = nodes(2)
     copies = (len(noise_MD), 1)
@@ -200,8 +200,8 @@ def test_expected_gradient_is_alive_and_exact(objective: Objective, loss: Loss, 
 
 @pytest.mark.parametrize("ratio", ["clip", "none"])
 def test_an_outcome_of_the_drawn_step_has_the_expected_rewards_gradient(ratio, pair) -> None:
-    """Flow-GRPO: reward x'_0 + |x'|^2 of the drawn state x', whose expectation is mean_0 + |mean|^2 + D
-    std^2.
+    """Flow-GRPO: the reward of the sampled state x' is x'_0 + |x'|^2. Its expectation is
+    mean_0 + |mean|^2 + D std^2.
     """
 
     def outcome(at: Rows[VelocityOutputs]) -> Tensor:
@@ -229,7 +229,7 @@ def test_law_1_flags_the_printed_form_as_dead(pair) -> None:
 
 
 def test_detaching_the_direct_form_would_stop_learning_altogether(pair) -> None:
-    """What a misplaced detach() does to our own loss: no graph, which law 1 cannot miss."""
+    """A misplaced detach() in the library's loss leaves no graph, which law 1 detects."""
 
     def detached(at: Rows[VelocityOutputs]) -> Tensor:
         return kl_N(at).detach() + 0 * at.student.logp_N
@@ -238,11 +238,11 @@ def test_detaching_the_direct_form_would_stop_learning_altogether(pair) -> None:
         assert_alive(expected_gradient(detached, *pair), exact_gradient(*pair), unbiased=False)
 
 
-def test_at_home_the_direct_form_has_no_gradient_and_the_score_function_none_in_expectation() -> None:
+def test_at_identity_the_direct_form_has_no_gradient_and_the_score_function_none_in_expectation() -> None:
     student = Linear.drawn(0, 2)
     home = Linear(student.parameters.detach().clone())
     assert np.abs(expected_gradient(kl_N, student, home)).max() == 0
-    # the log-ratio is 0 at every draw
+    # the log-ratio is 0 for every sample
     assert np.abs(expected_gradient(score_function, student, home)).max() == 0
 
 
@@ -252,8 +252,8 @@ def test_at_home_the_direct_form_has_no_gradient_and_the_score_function_none_in_
 def drawn_gradients(
     objective: Objective, student: Linear, teacher: Linear, count: int = 40_000
 ) -> np.ndarray:
-    """One gradient per drawn (state, step): [count, parameters]. A linear student's is (d cost / d v) times
-    its features.
+    """One gradient per sampled (state, step): [count, parameters]. For a linear student it is (d cost / d v)
+    times the features.
     """
     rng = np.random.default_rng(3)
     x_ND, noise_ND = (torch.tensor(rng.standard_normal((count, 2))) for _ in range(2))
@@ -271,13 +271,13 @@ def test_drawn_means_agree_within_their_error_and_the_direct_form_is_least_noisy
         drawn_gradients(form, *pair) for form in (kl_N, score_function, released, printed)
     )
     for other in (score, code):
-        # on common draws: what differs is noise without a mean
+        # on the same samples the difference is noise with mean 0
         assert (np.abs((other - direct).mean(0)) < 4.5 * error_of(other - direct)).all()
         assert (other.var(0) > 2 * direct.var(0)).all()
     assert (np.abs(dead.mean(0)) < 4.5 * error_of(dead)).all()
-    # a gradient of that size would have been seen
+    # a gradient of the direct form's size would have been detected
     assert (np.abs(direct.mean(0)) > 4.5 * error_of(dead)).any()
-    # all that it has is noise, which Adam scales up to full steps
+    # it consists only of noise, which Adam scales up to full steps
     assert (dead.var(0) > direct.var(0)).all()
 
 
@@ -285,8 +285,8 @@ def test_drawn_means_agree_within_their_error_and_the_direct_form_is_least_noisy
 
 
 def trajectory_kl(parameters: np.ndarray, teacher: np.ndarray) -> float:
-    """Sum over steps of E KL, by moments: a linear student on a line keeps Gaussian states Gaussian. Plain
-    Python from the page.
+    """The sum over steps of E KL, by moments: with a linear student on a line, Gaussian states stay Gaussian.
+    In plain Python, from the formulas of the method page.
     """
     mean, variance, total = 0.0, 1.0, 0.0
     for t, stop in itertools.pairwise(GRID):
@@ -303,8 +303,8 @@ def trajectory_kl(parameters: np.ndarray, teacher: np.ndarray) -> float:
 def trajectory(
     student: Linear, teacher: Linear, noise_MS: Tensor, through_states: bool
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """KL and log-density of every step along walks with given noise, [M] each, and the states they start from
-    [M, 1].
+    """KL and log-density of every step along trajectories with given noise, [M] each, and the states that the
+    steps start from, [M, 1].
     """
     teacher = Linear(teacher.parameters.detach())
     x_M1 = noise_MS[:, :1]
@@ -322,11 +322,11 @@ def trajectory(
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_whole_trajectorys_gradient_is_the_direct_one_and_the_cost_of_later_steps(seed) -> None:
-    """sum_t grad log pi_t * (KL of later steps) is left out on purpose; adding it closes the gap to the
-    pathwise gradient.
+    """The library leaves out sum_t grad log pi_t * (KL of later steps) on purpose. With this term the
+    gradient equals the pathwise gradient.
     """
     student, teacher = Linear.drawn(seed, 1), Linear.drawn(seed + 10, 1)
-    # the start and every step but the last, whose end no cost sees
+    # noise of the start and of every step except the last, because no cost depends on its end
     noise_MS, weight_M = nodes(len(GRID) - 1)
     noise_MS = torch.cat([noise_MS, torch.zeros(len(noise_MS), 1)], dim=1)
 
@@ -343,7 +343,7 @@ def test_the_whole_trajectorys_gradient_is_the_direct_one_and_the_cost_of_later_
     exact = differences(
         lambda p: trajectory_kl(p, teacher.parameters.detach().numpy()), student.parameters.detach().numpy()
     )
-    # the reference itself
+    # a check of the reference
     np.testing.assert_allclose(pathwise, exact, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(direct + later, pathwise, rtol=1e-9, atol=1e-9)
     assert np.linalg.norm(direct - pathwise) > 0.03 * np.linalg.norm(pathwise)

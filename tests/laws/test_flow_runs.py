@@ -89,7 +89,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(run: Any, recipe: str) -> No
     assert whole.state["version"] == halves.state["version"]
 
 
-def test_the_merge_is_where_the_student_begins(run: Any, models: dict[str, str]) -> None:
+def test_the_student_starts_at_the_merge(run: Any, models: dict[str, str]) -> None:
     done = run(steps=0)
     digits, counts = (load_flow(models[name], name).net.state_dict() for name in ("digits", "counts"))
     begun = load_flow(str(done.dir), "student").net.state_dict()
@@ -109,7 +109,7 @@ def test_an_average_is_evaluated_and_leaves_the_run_as_it_is(run: Any) -> None:
     average = {"decay": 0.5, "every": 1}
     asked = {"peek": {"kind": "outside:Peek", "weight": "transformer.proj_out.bias"}}
     averaged = run(name="averaged", learner__average=average, evals=asked, eval_every=1)
-    # attempts are those of the weights themselves
+    # attempts are sampled with the weights and not with their average
     assert images(plain) == images(averaged)
     assert same(plain.weights, averaged.weights)
     shown, state = load_flow(str(averaged.dir), "student").net.state_dict(), averaged.state
@@ -185,7 +185,7 @@ def test_two_routed_copies_of_one_teacher_are_the_single_one(run: Any, models: d
     assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-4)
 
 
-def test_a_run_may_lag_behind_and_says_so(run: Any) -> None:
+def test_staleness_is_used_and_recorded(run: Any) -> None:
     done = run(steps=5, max_staleness=2)
     stalenesses = [row["staleness_max"] for row in done.rows("metrics")]
     assert stalenesses[0] == 0
@@ -193,7 +193,7 @@ def test_a_run_may_lag_behind_and_says_so(run: Any) -> None:
     assert all(math.isfinite(row["loss"]) for row in done.rows("metrics"))
 
 
-def test_jumps_prefixes_and_verdicts_combine(run: Any) -> None:
+def test_extrapolation_prefixes_and_verdicts_combine(run: Any) -> None:
     """EffOPD's search, a prefix of the steps, Flow-GRPO's reward and the teachers' velocities in one run."""
     done = run(
         steps=4,
@@ -218,7 +218,7 @@ def test_jumps_prefixes_and_verdicts_combine(run: Any) -> None:
 
 
 def test_the_first_steps_alone_may_be_drawn(run: Any) -> None:
-    """A prefix by generation gives the gradient of one by credit, for less."""
+    """A prefix by generation gives the same gradient as one by credit, at a lower cost."""
     cut = run(name="cut", steps=1, sampler__max_denoising_steps=2)
     masked = run(name="masked", steps=1, credit={"prefix": {"length": 2}})
     (one,), (other,) = cut.rows("metrics"), masked.rows("metrics")

@@ -1,5 +1,5 @@
-"""Law 9. Every rule has a setting at which it is the identity; there the run is the plain one. And a mask is
-a cut (prefix.md).
+"""Law 9. Every rule has a setting at which it is the identity; with this setting the run equals the run
+without the rule. A mask is equal to a cut.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PLAIN: dict[str, Any] = {
     "group_size": 2,
     "rewards": {"verifier": {}},
 }
-# a newcomer to the registry adds its line
+# a new rule adds its line here
 NEUTRAL: dict[str, dict[str, Any]] = {
     "prefix": {"length": 12},
     "position": {"weight": 1.0},
@@ -36,7 +36,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "release": {"segments": 1, "min_segments": 100, "rescale": False},
 }
 
-# short answers: a step wherever one can be
+# the answers are short, so a change point is found wherever one is possible
 RELEASE: dict[str, Any] = {"segments": 1, "min_segments": 2, "min_side": 1, "min_gain": -9.0}
 
 
@@ -64,7 +64,9 @@ ACTING: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("kind", "table"), ACTING.items())
-def test_elsewhere_it_does_something(tiny_run: Callable[..., Any], kind: str, table: dict[str, Any]) -> None:
+def test_other_settings_have_an_effect(
+    tiny_run: Callable[..., Any], kind: str, table: dict[str, Any]
+) -> None:
     settings = {**PLAIN, "loss_aggregation": "token-mean"}
     assert not same(
         tiny_run("opd", **settings).weights, tiny_run("opd", **settings, credit={kind: table}).weights
@@ -72,7 +74,7 @@ def test_elsewhere_it_does_something(tiny_run: Callable[..., Any], kind: str, ta
 
 
 def test_a_cap_at_or_above_the_longest_answer_is_no_cap(tiny_run: Callable[..., Any]) -> None:
-    """Identity 1, for the sampler's length."""
+    """Identity 1, for the length limit of the sampler."""
     whole = tiny_run("full", steps=2, task=PLAIN["task"], sampler__max_tokens=200)
     longest = max(len(row["tokens"]) for row in whole.rows("attempts") if row["kind"] == "attempt")
     assert longest < 200
@@ -127,7 +129,7 @@ def test_what_comes_after_the_prefix_changes_no_gradient() -> None:
 
 
 def test_the_cap_is_of_the_step_the_attempt_is_meant_for(tiny_run: Callable[..., Any]) -> None:
-    """Identity 5: staleness does not change it, and what was sampled is what is counted."""
+    """Identity 5: staleness does not change the cap, and all sampled positions are counted."""
     cap = {"kind": "linear", "start": 2, "increment": 1.5}
     for max_staleness in (0, 2):
         settings = {

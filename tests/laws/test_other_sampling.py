@@ -1,8 +1,8 @@
-"""Law 1 where attempts are drawn at another temperature, with top-p, or by an older student: the ratio
+"""Law 1 if attempts are sampled at another temperature, with top-p, or by an older student: the ratio
 corrects the choice at each prefix.
 
-Every answer of a small world becomes an attempt, weighed by its probability of being drawn (`drawing.py`).
-The exact gradient is taken from the definition in float64, at the prefixes that are visited.
+Every answer of a small world becomes an attempt, weighted by its sampling probability (`drawing.py`). The
+exact gradient is computed from the definition in float64, at the prefixes that are visited.
 """
 
 from __future__ import annotations
@@ -55,14 +55,16 @@ def test_every_value_of_the_prefix_stays_unbiased_at_another_temperature(baselin
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 0), (4, 1, 1)])
-def test_leaving_oneself_out_stays_unbiased_at_another_temperature(shape) -> None:
+def test_leave_one_out_stays_unbiased_at_another_temperature(shape) -> None:
     drawing = Drawing(shape, 0.7, 1.0)
     expected = drawing.expected_gradient(SampledKL(baseline="leave_one_out", ratio_cap=1e9), size=2)
     assert_alive(expected, drawing.exact_gradient(reverse_kl_inside), unbiased=True)
 
 
 def test_a_value_adds_the_gradient_of_the_mass_inside_top_p() -> None:
-    """The score function has no mean of 0 over a part of the tokens, so there a baseline is not free."""
+    """Over a part of the tokens the mean of the score function is not 0, so a baseline changes the
+    gradient.
+    """
     drawing = Drawing(WORLDS[0], 1.0, 0.8)
     plain, based = (
         drawing.expected_gradient(SampledKL(baseline=name, ratio_cap=1e9)) for name in ("none", "kl")
@@ -77,8 +79,8 @@ def test_a_value_adds_the_gradient_of_the_mass_inside_top_p() -> None:
 
 @pytest.mark.parametrize(("temperature", "top_p"), DRAWN)
 def test_rewards_are_corrected_too(temperature, top_p) -> None:
-    """One token a row is corrected, not what follows it: sum over tokens of p(a) times the mean reward of
-    what was drawn on from there.
+    """The ratio corrects the token of a row and not the tokens after it: the result is the sum over tokens of
+    p(a) times the mean reward of the sampled continuations.
     """
     for shape in [(6, 1, 0), *WORLDS]:
         drawing = Drawing(shape, temperature, top_p)

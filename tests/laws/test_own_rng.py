@@ -1,5 +1,5 @@
-"""Law 8. What is sampled depends on (run seed, purpose, step, prompt, sample, turn, position); who looks on
-changes nothing.
+"""Law 8, Own rng. Samples depend only on (run seed, purpose, step, prompt, sample, turn, position).
+Observers, such as evaluations, change nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ONLOOKERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("recipe", ["vopd", "sft"])
 @pytest.mark.parametrize("who", ONLOOKERS)
-def test_onlookers_change_nothing(tiny_run: Callable[..., Any], student: str, recipe: str, who: str) -> None:
+def test_observers_change_nothing(tiny_run: Callable[..., Any], student: str, recipe: str, who: str) -> None:
     more = {
         key: dict(value, model=student) if key == "teachers__other" else value
         for key, value in ONLOOKERS[who].items()
@@ -71,7 +71,7 @@ def test_another_seed_is_another_run(tiny_run: Callable[..., Any]) -> None:
     assert not same(tiny_run("vopd", **PLAIN).weights, tiny_run("vopd", **PLAIN, seed=1).weights)
 
 
-def test_the_global_dice_are_neither_read_nor_needed(tiny_run: Callable[..., Any]) -> None:
+def test_the_global_rng_is_neither_read_nor_needed(tiny_run: Callable[..., Any]) -> None:
     states = []
     for seed in (0, 1):
         random.seed(seed)
@@ -133,12 +133,12 @@ def test_other_prompts_and_siblings_change_no_token(cfg: Any, tmp_path: Path) ->
         assert tokens(whole)[:1] == tokens(single)
         assert tokens(whole)[:2] == tokens(pair)
         np.testing.assert_allclose(whole[0].rollout.logp_T, single[0].rollout.logp_T, atol=1e-5)
-    # and all samples differ
+    # all samples differ from each other
     assert len({tuple(sample) for group in everyone for sample in tokens(group)}) == 18
 
 
 @pytest.mark.parametrize("change", [{"step": 4}, {"purpose": "eval"}, {"purpose": "score"}])
-def test_step_and_purpose_are_dice_of_their_own(cfg: Any, tmp_path: Path, change: dict[str, Any]) -> None:
+def test_step_and_purpose_have_their_own_rng(cfg: Any, tmp_path: Path, change: dict[str, Any]) -> None:
     async def script(acting: Any) -> Any:
         return [await ask(acting, PROMPTS[:2], 1, draw) for draw in (DRAW, replace(DRAW, **change), DRAW)]
 
@@ -149,7 +149,7 @@ def test_step_and_purpose_are_dice_of_their_own(cfg: Any, tmp_path: Path, change
 
 @pytest.mark.parametrize("cap", [1, 3, 8])
 def test_capped_is_the_beginning_of_uncapped(cfg: Any, tmp_path: Path, cap: int) -> None:
-    """prefix.md, identity 2."""
+    """Identity 2 of prefixes."""
 
     async def script(acting: Any) -> Any:
         return await ask(acting, PROMPTS, 2, replace(DRAW, max_positions=40)), await ask(
@@ -198,9 +198,9 @@ def test_noise_is_gumbel_and_uncorrelated() -> None:
         assert abs(np.corrcoef(one, other)[0, 1]) < 5 / np.sqrt(len(one))
 
 
-def test_every_bit_of_a_key_stirs_every_bit_of_the_noise() -> None:
-    """Avalanche: flipping one of the key's 63 bits flips half of the bits of the uniforms, up to what 2,048
-    coins allow.
+def test_every_bit_of_a_key_changes_every_bit_of_the_noise() -> None:
+    """Avalanche: flipping one of the key's 63 bits flips half of the bits of the uniforms, within the
+    sampling error of 2,048 trials.
     """
     flipped = torch.tensor(
         [0x1234_5678_9ABC_DEF0, *(0x1234_5678_9ABC_DEF0 ^ (1 << bit) for bit in range(63))]
@@ -213,7 +213,7 @@ def test_every_bit_of_a_key_stirs_every_bit_of_the_noise() -> None:
     assert share.max() < 0.62
 
 
-def test_parts_have_dice_of_their_own() -> None:
+def test_parts_have_their_own_rng() -> None:
     step_context = StepContext(3, seed=7)
     assert step_context.rng("a").random() == step_context.rng("a").random()
     others = [

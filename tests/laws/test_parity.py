@@ -1,4 +1,4 @@
-"""Law 11. Sampler and learner give the same tokens the same log-probs, and the tokens are never made anew."""
+"""Law 11. Sampler and learner give the same tokens the same log-probs, and text is never tokenised again."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHAT = {"kind": "outside:Chat"}
 def act(
     cfg: Any, folder: Path, *, n: int = 3, prompts: list[Prompt] | None = None, **draw: Any
 ) -> tuple[list[Attempt], list[np.ndarray], Any]:
-    """Attempts of a sampler, the learner's log-probs of their tokens, and the learner's model."""
+    """The attempts of a sampler, the learner's log-probs of their tokens, and the learner's model."""
 
     async def main() -> tuple[list[Attempt], list[np.ndarray], Any]:
         run = Run.open(cfg, Requirements(), Options(folder))
@@ -56,15 +56,15 @@ def config(student: str, teacher: str, **more: Any) -> Any:
     return tiny.config("opd", student, teacher, **({"task": CHAT} | more))
 
 
-# the sampler's short decode step knows the first alone
+# the sampler's short decode step supports only the first
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_sampler_and_learner_agree_with_unequal_prompts_and_rows_dropped_midway(
     student: str, teacher: str, tmp_path: Path, attention: str
 ) -> None:
     attempts, now, _ = act(config(student, teacher, sampler__attention=attention), tmp_path / "run")
-    # left padding at work
+    # unequal prompts, so there is left padding
     assert len({len(a.rollout.prompt_tokens) for a in attempts}) > 3
-    # rows leave the batch at many moments
+    # rows leave the batch at different positions
     assert len({a.rollout.length for a in attempts}) > 5
     for attempt, now_T in zip(attempts, now, strict=True):
         np.testing.assert_allclose(attempt.rollout.logp_T, now_T, atol=BOUND_NATS)
@@ -103,7 +103,7 @@ def test_temperature_and_top_p_keep_the_raw_log_probs(
 
 
 def tempered(model: Any, spoken: Any, temperature: float, top_p: float) -> np.ndarray:
-    """The distribution sampled from, written from its definition with numpy."""
+    """The distribution that is sampled from, computed from its definition with numpy."""
     ids = torch.from_numpy(np.concatenate([spoken.prompt_tokens, spoken.tokens_T]))[None]
     with torch.no_grad():
         logits = (
@@ -142,30 +142,30 @@ def test_several_turns_are_one_unbroken_row_of_tokens(student: str, teacher: str
     """User turns are present and not chosen; end tokens are chosen; no text is tokenised again."""
     cfg = config(student, teacher, task={"kind": "outside:Chat", "replies": 2})
     attempts, now, model = act(cfg, tmp_path / "run")
-    behaviour = model.tokenizer("<user>go on<assistant>", add_special_tokens=False)["input_ids"]
+    reply = model.tokenizer("<user>go on<assistant>", add_special_tokens=False)["input_ids"]
     turns = Counter()
     for attempt, now_T in zip(attempts, now, strict=True):
         spoken = attempt.rollout
         mask_T, tokens_T = spoken.mask_T, spoken.tokens_T  # type: ignore[attr-defined]
         np.testing.assert_allclose(spoken.logp_T[mask_T], now_T[mask_T], atol=BOUND_NATS)
         assert not spoken.logp_T[~mask_T].any()
-        objective_teachers = int((~mask_T).sum()) // len(behaviour)
-        assert tokens_T[~mask_T].tolist() == behaviour * objective_teachers
-        # the limit is the student's, over all its turns
+        replies = int((~mask_T).sum()) // len(reply)
+        assert tokens_T[~mask_T].tolist() == reply * replies
+        # the limit counts the student's tokens over all turns
         assert mask_T.sum() <= 30
         ends = np.flatnonzero(tokens_T == END)
         assert mask_T[ends].all()
-        assert len(ends) == objective_teachers + (spoken.finish == "stop")
-        # a reply follows an end token at once
-        assert all(not mask_T[place + 1] for place in ends[:objective_teachers])
+        assert len(ends) == replies + (spoken.finish == "stop")
+        # a reply follows directly after an end token
+        assert all(not mask_T[place + 1] for place in ends[:replies])
         roles = [message["role"] for message in spoken.messages]  # type: ignore[attr-defined]
-        assert roles == ["user", "assistant"] * (objective_teachers + 1)
-        turns[objective_teachers] += 1
+        assert roles == ["user", "assistant"] * (replies + 1)
+        turns[replies] += 1
     assert turns[2] > 0
     assert turns[0] + turns[1] > 0
 
 
-def test_turns_are_learnt_from_where_the_student_chose(tiny_run: Callable[..., Any]) -> None:
+def test_turns_are_trained_on_where_the_student_chose(tiny_run: Callable[..., Any]) -> None:
     done = tiny_run("full", steps=1, task={"kind": "outside:Chat", "replies": 1}, sampler__max_tokens=24)
     attempts = {(r["prompt"], r["sample"]): r for r in done.rows("attempts") if r["kind"] == "attempt"}
     for line in (row for row in done.rows("attempts") if row["kind"] == "learned"):

@@ -1,8 +1,8 @@
-"""Law 4 over ranks: processes that hold unequal shares of a batch and add up their gradients get the gradient
-of the whole batch.
+"""Law 4 over ranks: processes with unequal shares of a batch sum their gradients to the gradient of the whole
+batch.
 
-Real processes and real collectives (gloo). The shares differ in attempts, lengths, missing targets and kept
-positions, so that every local count differs from the global one; one rank may hold nothing at all.
+It uses real processes and real collectives (gloo). The shares differ in attempts, lengths, missing targets
+and kept positions, so that every local count differs from the global one. A rank can have an empty share.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from reflux.objectives.sampled_kl import SampledKL
 from reflux.types import TeacherAnswer
 from tiny import close
 
+# Groups by rank. A group is never split, because its baseline needs all of it.
 SHARES = {
     "unequal": [[0], [1, 2]],
     "one_holds_nothing": [[0, 1, 2], []],
-    # groups by rank: a group is never cut, its baseline needs it whole
 }
 CASES = {**SETS, "leave_one_out": [SampledKL(baseline="leave_one_out")]}
 NORMALISE = ("token-mean-weighted", "token-mean", "seq-mean-token-mean")
@@ -39,14 +39,14 @@ TESTS = Path(__file__).parent.parent
 
 
 def worlds() -> tuple[Any, list[Any]]:
-    """The student's learner and the batch; every process makes the same."""
+    """The student's learner and the batch, equal in every process."""
     student, teacher = tiny.net(1, layers=2).double(), as_model(tiny.net(2).double(), character_tokenizer())
     groups = batch(teacher)
     for attempt in (attempt for group in groups for attempt in group):
         for name, target in [
             (name, answer.target)
             for name, answer in attempt.answers.items()
-            # as a local teacher does where a baseline asks for it
+            # as a local teacher does if a baseline requires it
         ]:
             logp_T = (
                 tiny.HEADS[target.head]
@@ -64,7 +64,7 @@ def whole(loss_aggregation: str, name: str) -> dict[str, torch.Tensor]:
 
 
 def rank_main(rank: int, port: int, folder: str) -> None:
-    """One process: its share of each case's gradient, added up over ranks; rank 0 saves the sums."""
+    """One process: computes its share of each case's gradient and sums over ranks. Rank 0 saves the sums."""
     import torch.distributed as dist
 
     torch.set_num_threads(1)
@@ -137,12 +137,14 @@ def test_ranks_add_up_to_the_whole_batch(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_rank_that_holds_nothing_still_counts_along(sums: dict[str, torch.Tensor], name: str) -> None:
+def test_a_rank_with_an_empty_share_takes_part_in_the_counts(
+    sums: dict[str, torch.Tensor], name: str
+) -> None:
     close(whole("token-mean-weighted", name), summed(sums, f"one_holds_nothing/{name}/kept/global"))
 
 
 @pytest.mark.parametrize("loss_aggregation", NORMALISE)
 def test_local_counts_would_be_another_gradient(sums: dict[str, torch.Tensor], loss_aggregation: str) -> None:
-    """The control: without counts over ranks the sums differ, so the fixture can tell."""
+    """The control: without counts over ranks the sums differ, so the fixture can detect an error."""
     with pytest.raises(AssertionError):
         close(whole(loss_aggregation, "full"), summed(sums, f"unequal/full/{loss_aggregation}/local"))

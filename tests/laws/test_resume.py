@@ -1,4 +1,6 @@
-"""Law 7. A run that was stopped, or killed at any moment, ends as if nothing had happened."""
+"""Law 7. A run that was stopped, or killed at any moment, and resumed has the result of an uninterrupted
+run.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ from reflux.training import Options, Run
 from tiny import same
 
 HERE = Path(__file__).parent
-# the only metrics that may differ
+# only these metrics may differ
 UNLIKE = ("seconds", "peak_memory_bytes")
 PLAIN = {"steps": 5, "save_every": 2, "eval_every": 2, "evals__accuracy": {"problems": 3}}
 
@@ -47,7 +49,7 @@ def stop_after(step: int, folder: Path, cfg: Any) -> None:
 
 
 def told(done: Any) -> dict[str, Any]:
-    """Everything a run says, but seconds and memory."""
+    """All results of a run, except seconds and memory."""
     metrics = [
         {key: value for key, value in row.items() if key not in UNLIKE} for row in done.rows("metrics")
     ]
@@ -130,7 +132,7 @@ def exported(folder: Path) -> bytes:
 def test_files_are_cut_back_to_the_checkpoint_before_anything_else(
     tiny_run: Callable[..., Any], killed: Path, tmp_path: Path
 ) -> None:
-    """Seen by a resumed run that is killed at once: nothing of step 3 and later is left."""
+    """A resumed run that is killed at once leaves nothing of step 3 and later."""
     from reflux import checks
     from reflux.training import Run
 
@@ -161,7 +163,7 @@ def test_a_finished_run_that_is_resumed_does_nothing(tiny_run: Callable[..., Any
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file's time of change and content, but the lock's."""
+    """The modification time and content of every file except the lock."""
     kept = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in kept}
 
@@ -170,7 +172,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 def test_an_evaluation_that_raises_costs_no_step(
     tiny_run: Callable[..., Any], tmp_path: Path, at: int
 ) -> None:
-    """On the way and at the end: what was trained is saved, and the evaluation is asked again."""
+    """During the run and at the end: the trained weights are saved, and the evaluation runs again."""
     settings, broken = (
         {"steps": 3, "eval_every": 1, "save_every": 100},
         {"evals__mine": {"kind": "outside:Breaks", "at": at}},
@@ -205,7 +207,7 @@ def test_a_damaged_line_or_recipe_is_named(tiny_run: Callable[..., Any]) -> None
             tiny_run("opd", steps=2, out=done.dir, resume=True)
 
 
-def test_another_recipe_is_refused_and_told_apart(tiny_run: Callable[..., Any]) -> None:
+def test_another_recipe_is_refused_with_its_differences(tiny_run: Callable[..., Any]) -> None:
     done = tiny_run("opd", steps=1)
     before = snapshot(done.dir)
     changed = {
@@ -261,11 +263,11 @@ def test_a_folder_in_use_is_refused(tiny_run: Callable[..., Any], tmp_path: Path
             tiny_run("opd", out=tmp_path / "used")
 
 
-def test_a_run_with_lag_resumes(
+def test_a_run_with_staleness_resumes(
     tiny_run: Callable[..., Any], student: str, teacher: str, tmp_path: Path
 ) -> None:
-    """Not bit for bit (who sampled under which version depends on timing), but whole, in order and within its
-    bound.
+    """Not bit for bit, because the policy version of an attempt depends on timing, but complete, in order and
+    within the bound of staleness.
     """
     settings = {**PLAIN, "max_staleness": 2, "task": {"kind": "outside:Chat"}}
     stop_after(2, tmp_path / "staleness", tiny.config("opd", student, teacher, **settings))

@@ -1,4 +1,4 @@
-"""Law 10. Every config survives write and read; so does every attempt in what is kept of it."""
+"""Law 10. Every config survives writing and reading, and so do the recorded fields of every attempt."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SCHEDULED: dict[str, dict[str, Any]] = {
     "cosine": {"peak": 2e-3, "floor": 1e-5, "warmup": 2},
     "steps": {"values": [1.0, 2.5, 4.0], "boundaries": [3, 30]},
 }
-# what a part cannot be without
+# the fields that a part requires
 PARTS: dict[tuple[str, str], dict[str, Any]] = {
     ("teachers", "local"): {"model": "m"},
     ("teachers", "flow"): {"model": "m"},
@@ -187,7 +187,7 @@ rewards = st.none() | st.builds(
     finish=st.sampled_from(["stop", "length", "error"]),
     data=st.data(),
 )
-def test_every_attempt_survives_in_what_is_kept(
+def test_every_attempt_survives_in_its_recorded_fields(
     length: int, text: str, reward: Reward | None, finish: Any, data: st.DataObject
 ) -> None:
     from dataclasses import replace
@@ -231,7 +231,7 @@ def flow_rollout(steps: int = 3, *, side: int = 4, colour: bool = False, **field
 
 
 def first_line(made: Attempt, step: int = 4) -> dict[str, Any]:
-    """As it comes back from the file."""
+    """The first line of an attempt as it is read from the file."""
     with TemporaryDirectory() as scratch:
         append_lines(Path(scratch) / "attempts.jsonl", [attempt_log.arrived(made, step)])
         (line,) = read_lines(Path(scratch) / "attempts.jsonl")
@@ -247,7 +247,7 @@ def first_line(made: Attempt, step: int = 4) -> dict[str, Any]:
     reward=rewards,
     finish=st.sampled_from(["stop", "length", "error"]),
 )
-def test_every_picture_survives_in_what_is_kept(
+def test_every_image_survives_in_its_recorded_fields(
     steps: int, side: int, colour: bool, shift: float, reward: Reward | None, finish: Any
 ) -> None:
     t_S = np.linspace(1, 0, steps + 1)
@@ -270,13 +270,13 @@ def test_every_picture_survives_in_what_is_kept(
     assert ("parts" in line) == (reward is not None and bool(reward.parts))
 
 
-def test_a_large_picture_is_kept_as_a_thumbnail() -> None:
+def test_a_large_image_is_kept_as_a_thumbnail() -> None:
     again = read_attempt(first_line(Attempt(flow_rollout(side=200, colour=True))))
     assert again.rollout.made.shape == (96, 96, 3)
 
 
 def test_the_line_of_a_text_is_the_same_as_ever() -> None:
-    """Byte for byte; only a verdict of several parts adds them."""
+    """Equal byte for byte. Only a verdict with parts adds a field."""
     spoken = rollout(2)
     logp = ",".join(str(round(float(value), 5)) for value in spoken.logp_T)
     expected = (
@@ -309,8 +309,8 @@ def test_an_attempt_of_no_known_kind_is_refused_in_words() -> None:
 
 
 def test_a_refused_step_keeps_the_states_and_every_velocity(tmp_path: Path) -> None:
-    """Lines of both kinds may stand in one file; arrays are found by line, and what an older refusal left is
-    gone.
+    """One file can hold lines of both kinds. Arrays are found by line, and the files of an older refusal are
+    removed.
     """
     drawn = [Attempt(flow_rollout(steps)) for steps in (2, 3)]
     v_TD = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
@@ -349,7 +349,7 @@ def test_the_second_line_holds_teacher_weight_shift_and_notes(tiny_run: Callable
             assert now == pytest.approx(then, abs=1e-3)
 
 
-def test_what_was_never_computed_is_null_and_not_a_number(tmp_path: Path) -> None:
+def test_values_that_were_not_computed_are_null(tmp_path: Path) -> None:
     made = Attempt(rollout(3))
     made.credits["x"] = Credit(weight_T=np.asarray([1.0, 0.0, 1.0], dtype=np.float32))
     made.learned = StepRecord(logp={"main": np.asarray([-1.0, np.nan, -2.0], dtype=np.float32)})
@@ -367,7 +367,7 @@ def test_half_a_character_in_a_users_text_is_kept(tmp_path: Path) -> None:
     assert list(read_lines(tmp_path / "a.jsonl")) == [{"text": "half \ud83d", "ids": [1, 2]}]
 
 
-def test_recipes_of_ones_own_are_read_from_a_path(tmp_path: Path) -> None:
+def test_custom_recipes_are_read_from_a_path(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('base = "toy"\nsteps = 3\n[[objectives]]\nkind = "nll"\n')
     cfg = load_recipe(tmp_path / "mine.toml")
     assert (cfg.recipe, cfg.steps) == ("mine", 3)

@@ -1,9 +1,9 @@
-"""Law 4. The gradient is a property of the batch: not of micro-batches, order, chunks or padding. And it is
-the formula's.
+"""Law 4. The gradient is a property of the batch: it does not depend on micro-batches, order, chunks or
+padding. It equals the formula.
 
-All in float64, so that what is left between two splits is far below what any miscount would do. The fixture
-has unequal lengths, missing targets, weights of 0 and siblings, so that counts per micro-batch, per objective
-and over the batch all differ.
+All tests use float64, so that the difference between two splits is far below the effect of a wrong count. The
+fixture has unequal lengths, missing targets, weights of 0 and siblings, so that counts per micro-batch, per
+objective and over the batch all differ.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SETS: dict[str, list[Any]] = {
 
 
 def batch(teacher: Model) -> list[Group]:
-    """Three groups; targets of kinds: present, missing, present but silent."""
+    """Three groups. Targets are present, missing, or present with weight 0."""
     whole = [attempt(rollout(n, seed=0, sample=s), teacher, shift=0.5 - s) for s, n in enumerate((9, 2))]
     faded = [
         attempt(
@@ -61,7 +61,7 @@ def batch(teacher: Model) -> list[Group]:
     return [whole, faded, turns]
 
 
-# the rest of the menu, for what needs no formula
+# the other objectives, for tests that need no formula
 MENU: dict[str, list[Any]] = {
     "teacher_topk": [Divergence(support="teacher", k=5, divergence="forward")],
     "union": [Divergence(support="union", k=5)],
@@ -77,8 +77,8 @@ MENU: dict[str, list[Any]] = {
 
 
 def crowd(teacher: Model, other: Model) -> list[Group]:
-    """Two teachers of different width, one heard on every second attempt, and the student's own list of when
-    it acted.
+    """Two teachers of different width, one with a target for every second attempt only, and the student's
+    list of top tokens from sampling.
     """
     rng = np.random.default_rng(0)
     groups = []
@@ -148,7 +148,7 @@ def test_chunks_of_rows_change_nothing(
 
 
 @pytest.mark.parametrize("name", MENU)
-def test_no_split_changes_the_rest_of_the_menu(
+def test_no_split_changes_the_other_objectives(
     nets: tuple[Any, Model], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups = batch(nets[1])
@@ -156,7 +156,7 @@ def test_no_split_changes_the_rest_of_the_menu(
         for key, target in [
             (name, answer.target)
             for name, answer in entry.answers.items()
-            # as a local teacher does where a group baseline asks for it
+            # as a local teacher does if a group baseline requires it
         ]:
             logp_T = (
                 tiny.HEADS[target.head].logp_of(target.h_TH, torch.from_numpy(entry.rollout.tokens_T)).numpy()
@@ -169,11 +169,11 @@ def test_no_split_changes_the_rest_of_the_menu(
     close(whole, gradient(nets, MENU[name], groups, "token-mean-weighted", 20))
 
 
-def test_several_teachers_and_what_was_said_add_up(
+def test_gradients_of_several_teachers_and_behaviour_add_up(
     nets: tuple[Any, Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each objective hears its own teacher: together they give the sum of what each gives alone, in any
-    split.
+    """Each objective uses its teacher. Together they give the sum of the gradients that each gives alone, in
+    any split.
     """
     other = as_model(tiny.net(3, width=24).double(), character_tokenizer())
     objectives = [
@@ -194,7 +194,7 @@ def test_several_teachers_and_what_was_said_add_up(
     close(whole, gradient(nets, objectives, crowd(nets[1], other), "token-mean-weighted", 1))
 
 
-def test_the_loss_that_is_reported_is_the_sum_over_micro_batches(nets: tuple[Any, Model]) -> None:
+def test_the_reported_loss_is_the_sum_over_micro_batches(nets: tuple[Any, Model]) -> None:
     losses = []
     for tokens in (1, 1 << 20):
         learner = tiny.learner(nets[0], micro_batch_tokens=tokens)
@@ -231,13 +231,11 @@ def by_hand(
     loss = torch.zeros((), dtype=torch.float64)
     for objective in objectives:
         kept = sum(
-            int((entry.weight_T > 0).sum())
-            for entry in attempts
-            if objective_teachers(objective, entry, objectives)
+            int((entry.weight_T > 0).sum()) for entry in attempts if contributes(objective, entry, objectives)
         )
         chosen = sum(int(entry.rollout.mask_T.sum()) for entry in attempts)
         for entry in attempts:
-            if not objective_teachers(objective, entry, objectives):
+            if not contributes(objective, entry, objectives):
                 continue
             scale = {
                 "token-mean-weighted": 1 / kept,
@@ -251,7 +249,7 @@ def by_hand(
     return {name: p.grad.clone() for name, p in student.named_parameters()}
 
 
-def objective_teachers(objective: Any, entry: Attempt, objectives: list[Any]) -> bool:
+def contributes(objective: Any, entry: Attempt, objectives: list[Any]) -> bool:
     if isinstance(objective, NLL):
         return True
     return (
@@ -289,7 +287,7 @@ def costs(
         ]
     if isinstance(objective, SampledKL):
         value = [(p[t].exp() * (p[t] - q[t])).sum() if objective.baseline == "kl" else 0.0 for t in rows]
-        # shifts go to exactly one objective
+        # offsets go to exactly one objective
         takes = not any(isinstance(other, PolicyGradient) for other in objectives)
         pushed = [float(entry.advantage_offset_T[t]) if takes else 0.0 for t in rows]
         advantage = [(q[t, tokens[t]] - p[t, tokens[t]] + value[t] + pushed[t]).detach() for t in rows]

@@ -1,5 +1,5 @@
-"""Law 6. Staleness is bounded, reached and measured; without staleness the loop is the plain synchronous one,
-bit for bit.
+"""Law 6, Staleness. It is bounded, reached and measured. Without staleness the loop equals the synchronous
+loop bit for bit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SLOW = "outside:SlowLearner"
 
 
 @pytest.mark.parametrize("max_staleness", [1, 2])
-def test_consumed_lag_is_bounded_and_reached(
+def test_staleness_is_bounded_and_reached(
     tiny_run: Callable[..., Any], student: str, max_staleness: int
 ) -> None:
     slow = {"kind": SLOW, "model": student, "lr": 1e-3}
@@ -51,7 +51,7 @@ def test_consumed_lag_is_bounded_and_reached(
     assert set(asked.values()) == {1}
 
 
-def test_without_lag_every_attempt_is_of_the_student_of_now(tiny_run: Callable[..., Any]) -> None:
+def test_without_staleness_every_attempt_is_of_the_current_student(tiny_run: Callable[..., Any]) -> None:
     done = tiny_run("opd", steps=3, task=CHAT)
     assert [(row["staleness_max"], row["staleness_mean"]) for row in done.rows("metrics")] == [(0, 0.0)] * 3
     assert {(row["step"], row["version"]) for row in done.rows("attempts") if row["kind"] == "attempt"} == {
@@ -62,7 +62,7 @@ def test_without_lag_every_attempt_is_of_the_student_of_now(tiny_run: Callable[.
 
 
 @pytest.mark.parametrize("recipe", ["opd", "full", "vopd"])
-def test_without_lag_the_loop_is_the_handwritten_one(
+def test_without_staleness_the_loop_is_the_handwritten_one(
     tiny_run: Callable[..., Any], student: str, teacher: str, recipe: str
 ) -> None:
     settings = {"steps": 3, "task": CHAT, "group_size": 2, "credit": {"prefix": {"length": 7}}}
@@ -73,7 +73,7 @@ def test_without_lag_the_loop_is_the_handwritten_one(
 
 
 async def synchronous(cfg: RunConfig) -> dict[str, Any]:
-    """Ask, answer, share, move: no pipeline, no gather, no loop of the library."""
+    """Sample, score, give credit, step: without the library's pipeline, gathering and loop."""
     acting = load_model(cfg.learner.model, "learner.model")
     stream = cfg.task.prompts("train", cfg.seed, 0)
     context, services = tiny.context(checks.join(cfg), model=cfg.learner.model), tiny.services()
@@ -130,7 +130,7 @@ def act(cfg: RunConfig, model: Any, prompts: list[Prompt], step: int) -> list[li
     return [[made[prompt.id, sample] for sample in range(cfg.group_size)] for prompt in prompts]
 
 
-def test_a_jump_refreshes_what_is_in_flight_and_lag_starts_again(
+def test_extrapolation_resamples_attempts_in_flight_and_staleness_restarts(
     tiny_run: Callable[..., Any], student: str
 ) -> None:
     outside.HEARD.clear()
@@ -139,7 +139,7 @@ def test_a_jump_refreshes_what_is_in_flight_and_lag_starts_again(
     done = tiny_run("opd", **settings, extrapolation={"kind": "outside:Jump", "at": 3})
     stalenesses = [row["staleness_max"] for row in done.rows("metrics")]
     assert stalenesses[2] == 2
-    # asked again, by the student after the jump
+    # sampled again, by the student after extrapolation
     assert stalenesses[3] == 0
     attempts = [row for row in done.rows("attempts") if row["kind"] == "attempt"]
     assert {row["prompt"] for row in attempts} == {f"train-{i}" for i in range(10)}
@@ -148,9 +148,11 @@ def test_a_jump_refreshes_what_is_in_flight_and_lag_starts_again(
     assert learnt == [f"train-{i}" for i in range(10)]
 
 
-def test_a_run_with_lag_still_moves_with_a_ratio(tiny_run: Callable[..., Any], student: str) -> None:
-    """Attempts of an older student are weighed: the recorded log-probs are the older student's, the loss uses
-    the difference.
+def test_a_run_with_staleness_still_changes_weights_with_a_ratio(
+    tiny_run: Callable[..., Any], student: str
+) -> None:
+    """Attempts of an older student are weighted by the ratio: the recorded log-probs are the older student's,
+    and the loss uses the difference.
     """
     slow = {"kind": SLOW, "model": student, "lr": 3e-2}
     done = tiny_run("opd", steps=3, max_staleness=1, task=CHAT, learner=slow, prompts_per_step=2)

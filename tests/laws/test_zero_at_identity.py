@@ -1,5 +1,5 @@
-"""Law 2, zero at identity: student = teacher costs a divergence nothing, and gives a score function no
-expected gradient.
+"""Law 2, Zero at identity. With student = teacher a divergence costs 0, and a score function has no expected
+gradient.
 """
 
 import numpy as np
@@ -39,9 +39,10 @@ def test_zero_at_identity(kind: str, setting: Setting | None, dtype: torch.dtype
     cost_N = setting.objective(rows)
     assert cost_N.detach().abs().max() < tolerance
     if setting.target == "tv" and setting.outputs == "listed" and setting.objective.tail == "bucket":
-        # a kink: the tail of a list is 1 - sum, off by a rounding, and the sign of that is a gradient
+        # The cost has a kink here: the tail of a list is 1 - sum with a rounding error, and the sign of the
+        # error decides the gradient.
         return
-    # before any average: no row has a gradient
+    # before averaging: no row has a gradient
     gradient_NV = torch.autograd.grad(cost_N.sum(), rows.student.logits_NV)[0]
     assert gradient_NV.abs().max() < tolerance
 

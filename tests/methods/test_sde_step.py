@@ -96,8 +96,8 @@ def test_floats_arrays_and_tensors_agree_and_each_row_has_its_own_time() -> None
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bits_are_widened_before_they_overflow(dtype) -> None:
-    """At t = 0.999 with noise level 5 the factor of x in the drift is 12,500. Already 3,000 times x is beyond the
-    largest float16, 65,504.
+    """At t = 0.999 with noise level 5 the factor of x in the drift is 12,500. Already 3,000 times x is beyond
+    the largest float16, 65,504.
     """
     x = torch.tensor([[30.0, -8.0]], dtype=dtype)
     narrow = [x, -x, torch.tensor([[0.999]], dtype=torch.float32), torch.tensor([[-0.3]]), 5.0, x]
