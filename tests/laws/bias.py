@@ -63,7 +63,7 @@ def tables() -> Iterator[str]:
     yield from exact_ones()
     yield from bounded_supports()
     yield from other_biased_ones()
-    yield from under_lag()
+    yield from under_staleness()
     yield from under_other_sampling()
 
 
@@ -100,7 +100,7 @@ def bounded_supports() -> Iterator[str]:
     """A table with one row per divergence and one column per list and tail."""
     check_stored_lists()
     kinds = choices(Divergence, "divergence")
-    yield f"Biased: divergences on a list of {K} tokens, attempts of the current student. In words:\n"
+    yield f"Biased: divergences on a list of {K} tokens, attempts of the current student. Summary:\n"
     yield from summary(kinds)
     yield (
         "\nCosine, mean over five seeds (lowest of the five); the last row has all relative norms of a "
@@ -159,13 +159,13 @@ def summary(kinds: tuple[str, ...]) -> Iterator[str]:
         )
     union = [mean[kind, "bucket", "union"] for kind in kinds]
     yield (
-        "- `union` with the bucket is nearest for every divergence: mean cosine "
+        "- `union` with the bucket is closest to the exact gradient for every divergence: mean cosine "
         f"{digits(min(union))} or more."
     )
     student = [kind for kind in kinds if mean[kind, "bucket", "student"] > mean[kind, "bucket", "teacher"]]
     teacher = [kind for kind in kinds if kind not in student]
     yield (
-        f"- Of the two single lists with the bucket, the student's is nearer for {_and(student)}, "
+        f"- Of the two single lists with the bucket, the student's is closer for {_and(student)}, "
         f"the teacher's for {_and(teacher)}."
     )
     assert all(
@@ -179,14 +179,14 @@ def summary(kinds: tuple[str, ...]) -> Iterator[str]:
     }
     turned = [f"`{support}` for {_and(found)}" for support, found in away.items() if found]
     yield (
-        "- `renormalised` is further off than the bucket in every cell. A cosine below 0 points away from "
-        "the exact gradient: so does, in "
-        f"at least one of the five worlds, {'; '.join(turned) or 'none'}."
+        "- `renormalised` is further from the exact gradient than the bucket in every cell. A gradient with "
+        "a cosine below 0 points away from the exact one. This is the case, in at least one of the five "
+        f"worlds, for {'; '.join(turned) or 'none'}."
     )
     assert all(cosines(kind, "bucket", support).min() > 0 for kind in kinds for _, support in COLUMNS)
     yield (
-        "- With the bucket none points away. A teacher's stored list of the same tokens has the numbers of "
-        "`teacher`."
+        "- With the bucket no gradient points away. A teacher's stored list of the same tokens gives the same "
+        "numbers as `teacher`."
     )
     yield _what_k_means()
 
@@ -217,11 +217,11 @@ def _what_k_means() -> str:
     return (
         f"- {K} of {WORLD[0]} tokens is half the vocabulary. Each list holds on average "
         f"{100 * student_share:.0f} % (student) and "
-        f"{100 * teacher_share:.0f} % (teacher) of its own model's probability; a union holds "
+        f"{100 * teacher_share:.0f} % (teacher) of its model's probability; a union holds "
         f"{np.mean(tokens):.1f} tokens. With a real "
-        "vocabulary a list is a far smaller part of the tokens, and how much probability it holds depends on "
-        "your models: read here which "
-        "columns are biased and which turn the gradient, not how large your bias will be."
+        "vocabulary a list is a far smaller part of the tokens, and its share of the probability depends on "
+        "the models. The table shows which columns are biased and which of them turn the gradient. It does "
+        "not show the size of the bias for other models."
     )
 
 
@@ -232,8 +232,8 @@ def other_biased_ones() -> Iterator[str]:
     largest = max(gap(seed) for seed in SEEDS)
     assert largest < 10
     yield (
-        "Biased: everything else, on attempts of the current student; what is not written is at its "
-        "default:\n"
+        "Biased: all other settings, on attempts of the current student; fields that are not shown have "
+        "their default:\n"
     )
     yield HEADER
     for kind, settings in SETTINGS.items():
@@ -245,9 +245,9 @@ def other_biased_ones() -> Iterator[str]:
     yield _row("sampled_kl", Setting(SampledKL(max_gap_nats=10.0), "reverse", unbiased=False, home="score"))
     yield ""
     yield (
-        f"The largest gap of these worlds is {largest:.1f} nats, so a bound of 10 drops nothing here; where "
-        "it drops something it "
-        "biases too. A bound of 1 drops the positions with most to learn, and what is left can point away.\n"
+        f"The largest gap of these worlds is {largest:.1f} nats, so a bound of 10 drops nothing here. If it "
+        "drops positions, it is biased too. A bound of 1 drops the positions with the largest KL, and the "
+        "gradient of the others can point away from the exact one.\n"
     )
 
 
@@ -266,15 +266,15 @@ def _another_ratio(setting: Setting) -> bool:
     )
 
 
-def under_lag() -> Iterator[str]:
-    cap, largest = SampledKL().ratio_cap, max(lag_ratio(seed) for seed in SEEDS)
+def under_staleness() -> Iterator[str]:
+    cap, largest = SampledKL().ratio_cap, max(staleness_ratio(seed) for seed in SEEDS)
     assert Divergence().ratio_cap == cap > largest
     yield (
-        "Attempts of an older student (logits off by 0.3 in standard deviation); exact is the gradient at "
-        "the prefixes it visited. The "
+        "Attempts of an older student (its logits differ by 0.3 in standard deviation). The exact gradient "
+        "is that at the prefixes it visited. The "
         f"largest p(a) / behaviour(a) here is {largest:.1f}: the default cap of {cap:g} was not reached, so "
-        "`truncated` is exact; "
-        "the rows with `ratio_cap = 1.0` show what a cap does where it is reached.\n"
+        "`truncated` is exact. "
+        "The rows with `ratio_cap = 1.0` show the effect of a cap that is reached.\n"
     )
     yield HEADER
     for ratio in choices(SampledKL, "ratio"):
@@ -286,7 +286,7 @@ def under_lag() -> Iterator[str]:
     yield ""
 
 
-def lag_ratio(seed: int) -> float:
+def staleness_ratio(seed: int) -> float:
     """The largest p(a) / behaviour(a) of a world's current and older student."""
     world = world_of(*WORLD, seed)
     return float((world.student.detach().log_softmax(-1) - world.lagged.log_softmax(-1)).max().exp())
@@ -294,11 +294,10 @@ def lag_ratio(seed: int) -> float:
 
 def under_other_sampling() -> Iterator[str]:
     yield (
-        "Attempts of the current student drawn from another distribution (`sampler.allow_biased`); exact is "
-        "the gradient over all tokens "
-        "at the prefixes they visit. `ratio_cap = 1000.0` was not reached here: at another temperature the "
-        "ratio then corrects the choice "
-        "of tokens exactly, and with top-p only that among the tokens it may draw.\n"
+        "Attempts of the current student sampled from another distribution (`sampler.allow_biased`). The exact "
+        "gradient is that over all tokens at the prefixes they visit. `ratio_cap = 1000.0` was not reached "
+        "here: the ratio corrects the choice of tokens exactly at another temperature. With top-p it corrects "
+        "the choice only among the tokens that can be sampled.\n"
     )
     yield HEADER
     objectives = [
