@@ -180,13 +180,13 @@ def summary(kinds: tuple[str, ...]) -> Iterator[str]:
     turned = [f"`{support}` for {_and(found)}" for support, found in away.items() if found]
     yield (
         "- `renormalised` is further from the exact gradient than the bucket in every cell. A gradient with "
-        "a cosine below 0 points away from the exact one. This is the case, in at least one of the five "
-        f"worlds, for {'; '.join(turned) or 'none'}."
+        "a cosine below 0 points away from the exact one. This happens in at least one of the five worlds "
+        f"with: {'; '.join(turned) or 'none'}."
     )
     assert all(cosines(kind, "bucket", support).min() > 0 for kind in kinds for _, support in COLUMNS)
     yield (
-        "- With the bucket no gradient points away. A teacher's stored list of the same tokens gives the same "
-        "numbers as `teacher`."
+        "- With the bucket no gradient points away. A teacher's stored list of the same tokens gives the "
+        "same numbers as `teacher`."
     )
     yield _what_k_means()
 
@@ -246,8 +246,8 @@ def other_biased_ones() -> Iterator[str]:
     yield ""
     yield (
         f"The largest gap of these worlds is {largest:.1f} nats, so a bound of 10 drops nothing here. If it "
-        "drops positions, it is biased too. A bound of 1 drops the positions with the largest KL, and the "
-        "gradient of the others can point away from the exact one.\n"
+        "drops positions, it is biased too. A bound of 1 drops the positions with the largest log-ratios, "
+        "and the gradient of the others can point away from the exact one.\n"
     )
 
 
@@ -294,10 +294,10 @@ def staleness_ratio(seed: int) -> float:
 
 def under_other_sampling() -> Iterator[str]:
     yield (
-        "Attempts of the current student sampled from another distribution (`sampler.allow_biased`). The exact "
-        "gradient is that over all tokens at the prefixes they visit. `ratio_cap = 1000.0` was not reached "
-        "here: the ratio corrects the choice of tokens exactly at another temperature. With top-p it corrects "
-        "the choice only among the tokens that can be sampled.\n"
+        "Attempts of the current student sampled from another distribution (`sampler.allow_biased`). The "
+        "exact gradient is that over all tokens at the prefixes they visit. `ratio_cap = 1000.0` was not "
+        "reached here: the ratio corrects the choice of tokens exactly at another temperature. With top-p "
+        "it corrects the choice only among the tokens that can be sampled.\n"
     )
     yield HEADER
     objectives = [
