@@ -271,10 +271,8 @@ def markdown(found: dict[str, Any]) -> str:
         "answers are different texts. "
         f"`problems` are those that still have both kinds without twins."
     )
-    return (
-        f"# peer_signal\n\n{grid(rows)}\n\n{note}\n\n"
-        f"Command: `{found['command']}`  \nCommit {found['commit']}\n"
-    )
+    made = f"Command: `{found['command']}`  \nCommit {found['commit']}"
+    return f"# peer_signal\n\n{grid(rows)}\n\n{note}\n\n{made}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
