@@ -1,5 +1,5 @@
-"""Reflux: on-policy distillation in one loop. `reflux.run("quickstart")` trains; every published method is a
-combination of parts.
+"""Reflux: on-policy distillation in one training loop. `reflux.run("quickstart")` trains a student. A method
+is a combination of parts, which a recipe names.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ def run(
     out: str | Path | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Run a recipe (a shipped name or a TOML file) with overrides, and return its summary: the content of
+    """Run a recipe (the name of a shipped recipe or a TOML file) with overrides. Returns the content of
     summary.json.
 
     >>> import reflux
-    >>> reflux.run("opd", {"base": "hub", "learner.model": "Qwen/Qwen3-0.6B", "teachers.main.model": "Qwen/Qwen3-8B"})  # doctest: +SKIP
+    >>> models = {"learner.model": "Qwen/Qwen3-0.6B", "teachers.main.model": "Qwen/Qwen3-8B"}
+    >>> reflux.run("opd", {"base": "hub", **models})  # doctest: +SKIP
 
-    out: the run directory (default runs/<recipe>, numbered where taken). Raises ConfigError before any weight
-    is loaded. Inside a running event loop (a notebook) await `train` of `reflux.loop` instead, as README.md
-    shows.
+    out: the run directory. The default is runs/<recipe>, with a number added if it exists. Raises ConfigError
+    before any weight is loaded if the recipe is invalid. Inside a running event loop, such as a notebook,
+    await `reflux.loop.train` instead; README.md shows how.
     """
     import asyncio
 

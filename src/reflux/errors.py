@@ -1,4 +1,4 @@
-"""The few exceptions of the library; each is also the standard exception it specialises."""
+"""The exceptions of the library. Each is also a subclass of a standard exception."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 
 
 class RefluxError(Exception):
-    """Anything the user can act on. Its text says what to do."""
+    """An error that the user can correct. Its text says how."""
 
 
 class ConfigError(RefluxError, ValueError):
-    """A recipe, an override or a combination of parts that cannot work. Raised before any weight is loaded."""
+    """A recipe, an override or a combination of parts that is invalid. Raised before any weight is loaded."""
 
 
 class DataError(RefluxError, ValueError):
-    """A data file that is empty, malformed or lacks a field. Names the file and the line."""
+    """A data file that is empty, malformed or lacks a field. The text names the file and the line."""
 
 
 class ModelError(RefluxError, ValueError):
-    """A model folder or tokenizer that is missing or does not fit the other one."""
+    """A model folder or tokenizer that is missing, or that does not match the other model's."""
 
 
 class RunError(RefluxError, FileExistsError):
@@ -27,10 +27,10 @@ class RunError(RefluxError, FileExistsError):
 
 
 class StepRefused(RefluxError, ArithmeticError):
-    """A step whose loss or gradient is not finite. Nothing was changed.
+    """An optimiser step whose loss or gradient is not finite. No weight was changed.
 
-    why: the numbers, in a few words. records: what the step computed along each attempt (`StepRecord`, or
-    None), in order. The loop writes the batch to a file and adds its path to the text.
+    why: the numbers that are not finite, in a short text. records: what the step computed for each attempt
+    (`StepRecord`, or None), in order. The loop writes the batch to a file and adds its path to the text.
     """
 
     def __init__(self, text: str, why: str = "", records: Sequence[Any] = ()):

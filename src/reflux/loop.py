@@ -1,4 +1,4 @@
-"""The loop: one for sync and async, for every method."""
+"""The training loop. The same loop serves every method, synchronous or asynchronous."""
 
 from __future__ import annotations
 
@@ -31,13 +31,15 @@ Parts = tuple[OpenLearner, OpenSampler, OpenReward | None, Teachers, extrapolati
 
 
 async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
-    """prompts -> student acts -> outcome -> teachers answer -> credit is shared out -> student moves ->
-    everyone learns of it.
+    """Train a student and return the run's summary.
 
-    `max_staleness` optimiser steps may lie between acting and moving; 0 is strictly on-policy. Nothing here
-    knows tokens from flows.
+    Each step: prompts -> student samples -> rewards -> teachers answer -> credit rules -> optimiser step ->
+    publish the new weights.
+
+    At most `max_staleness` optimiser steps lie between sampling an attempt and learning from it; 0 is
+    strictly on-policy. The loop is the same for text and for flows.
     """
-    # refuses in words before any weight is loaded; seeds, resume point
+    # checks.join raises ConfigError before any weight is loaded; Run.open finds the step to resume from
     run = Run.open(cfg, checks.join(cfg), options)
     if run.finished:
         with closing(run):
@@ -47,33 +49,33 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
         lasting(run),
         open_parts(cfg, run.context, run.services) as (learner, sampler, reward, teachers, extrapolation),
     ):
-        # every part with state; extrapolation.start(learner.access) on a fresh run
+        # parts with state load it from the checkpoint; on a new run extrapolation stores the start weights
         run.restore(learner, teachers, extrapolation)
 
         async def publish(step: int) -> None:
-            # sampler and teachers learn of the new weights
+            # give the new weights to the sampler and to teachers that follow the student
             await sampler.publish(learner.publish(), step)
             await teachers.publish(learner.publish(), step)
 
         compared_by = scorer(cfg.extrapolation, run.context, run.services)
-        # of these weights on fixed prompts
+        # scores the current weights on fixed prompts
         score = CurrentScore(compared_by, learner, partial(run.evaluation, sampler, teachers))
 
+        # Attempts may be sampled up to max_staleness optimiser steps before they are trained on.
         async def attempt(prompt: Prompt, step: int) -> Group:
-            # may run ahead of training, never by more than max_staleness steps
-            # the student acts
+            # the student samples
             group = await sampler.sample(prompt, cfg.group_size, cfg.draw(step))
-            # optional: verifier, environment, or one of your own
+            # optional rewards: a verifier, an environment or your own reward
             await judge(reward, group)
-            # each in its own context
+            # each teacher answers in its own context
             await teachers.score([group], run.step_context(step), cohort=cfg.prompts_per_step)
-            # on disk now, whatever happens next
+            # write the attempts to disk before they are used
             run.write(group, step)
             return group
 
         await publish(run.step)
         if run.due("eval"):
-            # before the first step, or where a run ended before this was done
+            # before the first step, or after a resume if the evaluation of this step is missing
             await run.evaluate(learner, sampler, teachers, extrapolation)
         stream = Pipeline(
             run.prompts,
@@ -84,38 +86,39 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
             max_staleness=cfg.max_staleness,
         )
         async with aclosing(stream):
-            # nothing is in flight once it is left, whatever happens
+            # aclosing cancels all attempts in flight when the block ends, also on an error
             async for groups in stream:
                 step_context = run.step_context()
-                # only what is missing, or whose context changed
+                # ask again only where an answer is missing or the teacher's context has changed
                 await teachers.score(groups, step_context)
-                # what would the student say now? (only if wanted)
+                # the current student's outputs, only if a part requires them
                 await observe(learner, groups)
-                # and the teachers, where it would say it? (only if wanted)
+                # the teachers' log-probs at the current student's top-k, only if a part requires them
                 await teachers.follow_up(groups)
-                # how much does each position count?
+                # credit rules set the weight and the advantage offset of each position
                 share_credit(groups, cfg.credit, step_context)
                 if extrapolation.fires(run.step + 1):
-                    # in-flight attempts finish, none start
+                    # wait for attempts in flight and start no new ones
                     await stream.settle()
                 request = StepRequest(
                     groups, cfg.objectives, step_context, cfg.loss_aggregation, cfg.log_variance
                 )
-                # the student moves
+                # one optimiser step
                 result = await learn(learner, request, run.keep_failed_batch)
-                # and may jump ahead along its path
+                # extrapolation may move the weights further along their trajectory
                 jumped = await extrapolation.after_step(learner.access, score, run.step + 1)
                 if jumped:
-                    # other weights
+                    # the weights are no longer those of the optimiser step
                     learner.version += 1
-                    # ask again what is in flight
+                    # sample the prompts in flight again with the new weights
                     stream.refresh()
-                # everyone learns of it
+                # give the new weights to the sampler and the teachers
                 await publish(run.step + 1)
-                # step += 1; metrics, staleness, shares, costs
+                # count the step and write its metrics
                 run.advance(result, groups, learner, teachers, jumped, score.take())
                 if run.due("eval"):
-                    # an evaluation may lend the sampler averaged weights: no attempt is drawn with those
+                    # An evaluation may give averaged weights to the sampler. Training attempts must not use
+                    # them.
                     await stream.settle()
                     await run.evaluate(learner, sampler, teachers, extrapolation)
                 if run.due("save"):
@@ -128,7 +131,9 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
 
 @asynccontextmanager
 async def lasting(run: Run) -> AsyncIterator[None]:
-    """Signals ask the run to stop for as long as it lasts; it is closed, whatever happens."""
+    """Until the block ends, Ctrl-C and SIGTERM ask the run to stop. The run is closed at the end, also on an
+    error.
+    """
     with closing(run), stopping_on_signals(run):
         yield
 
@@ -137,7 +142,7 @@ async def lasting(run: Run) -> AsyncIterator[None]:
 async def open_parts(
     cfg: RunConfig, context: Callable[[str], PartContext], services: Services
 ) -> AsyncIterator[Parts]:
-    """Open every part, the learner first; close them in reverse, whatever happens."""
+    """Open every part, the learner first. They are closed in reverse order, also on an error."""
     async with AsyncExitStack() as stack:
         prepare_torch(cfg.threads, cfg.deterministic)
         learner = await stack.enter_async_context(cfg.learner.open(context("learner"), services))

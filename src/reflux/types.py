@@ -1,15 +1,17 @@
-"""The nouns: what passes between the parts of the loop.
+"""The data types that the parts of the loop exchange.
 
-Dimension key, used as suffixes everywhere: P prompts per step  G attempts per prompt  T positions of one
-attempt  S = T + 1 states of a flow  N packed positions of a batch
-K top-k             V vocabulary           H hidden size               D flattened latent
+Names of arrays end in their dimensions:
 
-Log-probs are natural logs (nats). Costs are divergences(student, teacher); an advantage is a negative cost.
-What is kept per attempt lives in numpy arrays on the host; only hidden states are torch tensors (numpy has no
-bfloat16).
+P prompts per step   G attempts per prompt    T positions of one attempt   S = T + 1 states of a flow
+N packed positions of a batch                 K top-k                      V vocabulary
+H hidden size                                 D flattened latent
 
-One worked example: the prompt "2+3?" answered "5<end>" by one token each. T = 2, tokens_T = [21, 1], mask_T =
-[True, True] (the sampled end token is a choice like any other), logp_T = [-0.1, -0.02], finish = "stop".
+Log-probs are natural logs (nats). Costs are divergences(student, teacher). An advantage is a negative cost.
+The data of an attempt are numpy arrays on the host. Only hidden states are torch tensors, because numpy has
+no bfloat16.
+
+Example: the prompt "2+3?" is answered by "5<end>", two tokens. T = 2, tokens_T = [21, 1], logp_T =
+[-0.1, -0.02], finish = "stop". mask_T = [True, True], because the student also chose the end token.
 """
 
 from __future__ import annotations
@@ -23,62 +25,63 @@ import numpy as np
 
 from reflux.loss.targets import HiddenTarget, SampledTarget, StepRecord, TopKTarget, VelocityTarget
 
-# {"role": "system" | "user" | "assistant" | "tool", "content": text}, and where tools are called also
-# "tool_calls" or "tool_call_id".
+# {"role": "system" | "user" | "assistant" | "tool", "content": text}. Messages that call a tool or answer a
+# call also have "tool_calls" or "tool_call_id".
 Message = dict[str, Any]
-# "error": nothing was sampled. The last three come from an environment: its attempt is kept as far as it
-# went.
+# "error": nothing was sampled. The last three come from an environment; the attempt is kept up to its last
+# position.
 Finish = Literal["stop", "length", "error", "max_turns", "tool_error", "timeout"]
-# What is no fault of the student gets no verdict. Its choices are real and keep their weight; an "error" has
-# none.
+# Attempts with these finishes get no verdict, because the student did not cause the end. The sampled
+# positions keep their weight, except after an "error", which has none.
 UNJUDGED: tuple[Finish, ...] = ("error", "tool_error", "timeout")
 Target = SampledTarget | TopKTarget | HiddenTarget | VelocityTarget
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question. `id` is stable across epochs: seeding, resume and reports refer to it."""
+    """One prompt of a task. `id` is the same in all epochs: seeding, resume and reports refer to it."""
 
     id: str
     messages: tuple[Message, ...]
     answer: str | None = None
-    # answers written by a teacher or a person, for the `references` sampler
+    # responses written by a teacher or a person, for the `references` sampler
     references: tuple[str, ...] = ()
-    # which teacher table answers, where several share a name
+    # selects the teacher table that answers, where several tables share a name
     route: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One attempt as it was acted out, before anyone judged it. T positions, of which mask_T says where the
+    """One attempt as it was sampled, without reward or targets. It has T positions; mask_T is True where the
     student chose.
     """
 
-    # what a position is called
+    # the plural name of a position in texts for users
     unit: ClassVar[str] = "positions"
 
     prompt: Prompt
-    # index in its group
+    # index of the attempt in its group
     sample: int
-    # policy version of its first turn
+    # policy version that sampled the first turn
     version: int
     finish: Finish
-    # bool
+    # bool, True where the student chose
     mask_T: np.ndarray
-    # float32, nats, under the distribution sampled from; 0 where the student did not choose
+    # float32, nats, under the distribution that was sampled from; 0 where the student did not choose
     logp_T: np.ndarray
-    # at temperature 1 without top-p, where that differs
+    # float32, nats, at temperature 1 without top-p; None where that is the distribution sampled from
     logp_raw_T: np.ndarray | None = None
+    # the outputs of the policy that sampled the attempt, where a part requires them
     behaviour: TopKTarget | SampledTarget | VelocityTarget | None = None
-    # that the student ran forward to make it; None: the prompt and every position once
+    # positions that the student ran forward to sample it; None: the prompt and every position once
     sampled_positions: int | None = None
-    # that teachers ran forward to draw it, by their table
+    # positions that teachers ran forward to sample it, by teacher table
     drawn_positions: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def positions_acted(self) -> int:
-        """Positions that the student ran forward to make this, prompts included; of an attempt that ended in
-        an error, none by default.
+        """Positions that the student ran forward to sample this attempt, prompts included. By default 0 for
+        an attempt that ended in an error.
         """
         if self.sampled_positions is not None:
             return self.sampled_positions
@@ -90,49 +93,49 @@ class Rollout:
 
     @property
     def policy_logp_T(self) -> np.ndarray:
-        """Log-probs of what was chosen under the policy itself, at temperature 1 without top-p; nats.
+        """Log-probs of the sampled choices under the policy itself, at temperature 1 without top-p; nats.
 
-        These are what a divergence from a teacher and a comparison with the student of now are about. An
-        importance ratio divides by `logp_T` instead, the distribution that was sampled from.
+        A divergence from a teacher and a comparison with the current student use these. An importance ratio
+        divides by the probabilities of `logp_T` instead, the distribution that was sampled from.
         """
         return self.logp_T if self.logp_raw_T is None else self.logp_raw_T
 
     @property
     def prompt_length(self) -> int:
-        """Positions a model reads before the first one, for FLOP accounting."""
+        """Positions that a model reads before the first position of the attempt, for FLOP accounting."""
         return 0
 
     @property
     def made(self) -> Any:
-        """What a verifier is shown, and a person."""
-        raise NotImplementedError(f"{type(self).__name__} says nothing of what was made")
+        """The result that a verifier judges and reports show: a text or an image."""
+        raise NotImplementedError(f"{type(self).__name__} does not define `made`, the result of an attempt")
 
     def computed(self, rows_N: np.ndarray) -> int:
-        """Positions a learner runs forward and backward to reach the positions `rows_N` (rising)."""
+        """Positions that a learner runs forward and backward to compute `rows_N`, ascending positions."""
         return len(rows_N)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRollout(Rollout):
-    """A text attempt. Position t is predicted by the state after prompt_tokens + tokens_T[:t]; nothing is
-    ever tokenised again.
+    """A text attempt. Position t is predicted by the state after prompt_tokens + tokens_T[:t]. The text is
+    never tokenised again.
     """
 
     unit: ClassVar[str] = "tokens"
 
     # int64
     prompt_tokens: np.ndarray
-    # int64; response positions, the sampled end token included, tool and user text masked out
+    # int64; the response with its sampled end token; tool and user text is masked out
     tokens_T: np.ndarray
-    # what the student wrote, decoded without special tokens; several turns one line apart
+    # the student's tokens decoded without special tokens; turns are separated by a line break
     text: str
     # the whole conversation, the student's turns included
     messages: tuple[Message, ...]
-    # int64, where wanted: characters [start, end) of `text` that each token wrote; start = end for none
+    # int64: the characters [start, end) of `text` of each token, start = end for none; None if not required
     spans_T2: np.ndarray | None = None
-    # the sum of what the environment gave its turns; None where it gave nothing
+    # the sum of the environment's rewards for all turns; None where it gave none
     environment_reward: float | None = None
-    # bool, where wanted: True at special tokens that do not end a turn
+    # bool, True at special tokens that do not end a turn; None if not required
     special_T: np.ndarray | None = None
 
     @property
@@ -144,23 +147,23 @@ class TokenRollout(Rollout):
         return self.text
 
     def computed(self, rows_N: np.ndarray) -> int:
-        """All up to the last one: a token is predicted from those before it."""
+        """All positions up to the last of `rows_N`: a token is predicted from all tokens before it."""
         return int(rows_N[-1]) + 1 if len(rows_N) else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowRollout(Rollout):
-    """An image drawn by a flow: S = T + 1 states along times t_S (1 noise, 0 data). The last step of a whole
-    grid is masked out.
+    """An image sampled by a flow model: S = T + 1 states at the times t_S (1 noise, 0 data). The last step of
+    a complete grid is masked out.
     """
 
     unit: ClassVar[str] = "steps"
 
-    # float32; D = 0 where no latent value was kept, and then no position counts
+    # float32; D = 0 where no latent values were kept, and then no position is trained on
     x_SD: np.ndarray
-    # float32, falling
+    # float32, descending
     t_S: np.ndarray
-    # 0: no step was drawn, each is its mean
+    # the sampler's noise level; at 0 no step is random: each next state is the mean of its step
     noise_level: float
     guidance: float
     # uint8, [height, width] or [height, width, 3]: the last state as an image
@@ -173,12 +176,12 @@ class FlowRollout(Rollout):
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """What was found of one attempt: by a task, by a reward, in the record. value None: not judged, which is
-    not the same as wrong.
+    """The judgement of one attempt by a task or a reward, also as it is recorded. value None: the attempt was
+    not judged. That is not the same as a wrong answer.
 
-    parts: numbers beside the value, by name, unweighted. feedback: words on the attempt, for contexts that
-    show them. error: why there is no value, in a sentence (no time left, the verifier failed, sampling ended
-    in an error); None where there is one.
+    parts: further numbers by name, unweighted. feedback: a text about the attempt, for contexts that show it.
+    error: a sentence that says why there is no value (timeout, the verifier failed, sampling ended in an
+    error); None where there is a value.
     """
 
     value: float | None
@@ -193,67 +196,67 @@ class Reward:
 
 @dataclass(frozen=True, slots=True)
 class Credit:
-    """One credit rule's word on one attempt. A scalar or an array [T]; notes are merged into the metrics
-    under the rule's name.
+    """The result of one credit rule for one attempt. Weight and offset are scalars or arrays [T]. Notes are
+    merged into the metrics under the rule's name.
     """
 
     # multiplies the weight; finite and >= 0
     weight_T: np.ndarray | float = 1.0
-    # nats added to the advantage
+    # nats, added to the advantage
     advantage_offset_T: np.ndarray | float = 0.0
-    # a plain number is averaged over the attempts that have it; or a `metrics.Metric`
+    # for metrics.jsonl: plain numbers, averaged over the attempts that have them, or `metrics.values.Metric`s
     notes: dict[str, Any] = field(default_factory=dict)
-    # plain JSON values, written beside the attempt and never averaged
+    # plain JSON values, written to the attempt's line and never averaged
     detail: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherAnswer:
-    """What one teacher answered when it was asked about one attempt. A teacher gives the first five fields,
-    who asked adds the others.
+    """The answer of one teacher for one attempt. The teacher sets the first five fields; the caller adds the
+    others.
 
-    A teacher that could not answer has no target, and says why in one sentence: it is counted in the metrics,
-    and asked again.
+    If a teacher could not answer, `target` is None and `error` says why in one sentence. The failure is
+    counted in the metrics, and the teacher is asked again.
     """
 
     target: Target | None = None
-    # its log-probs at the ids of `rollout.said`, where that is required
+    # the teacher's log-probs at the token ids of `rollout.behaviour`, where a part requires them
     candidates: TopKTarget | None = None
-    # the student's and those before them, over all times it was asked; for FLOP accounting
+    # positions the teacher ran forward, context included, over all times it was asked; for FLOP accounting
     positions_read: int = 0
-    # of the call, or of a batched call an equal part
+    # seconds of the call; an equal part of them for each attempt of a batched call
     seconds: float = 0.0
+    # why there is no target; None where the teacher answered
     error: str | None = None
-    # that was asked: several may share a name
+    # the teacher table that was asked; several tables may share a name
     table: str = ""
-    # of the view it was asked in: in another one it is asked again
+    # hash of the TeacherPrompt; the teacher is asked again if the prompt has changed
     context_hash: str = ""
-    # `View.notes`: what the context showed, in numbers
+    # `TeacherPrompt.notes`: numbers about what the context showed
     context_notes: dict[str, float] = field(default_factory=dict)
-    # what it answered before it was asked again; freshness compares the two
+    # the target before the teacher was asked again; freshness compares the two
     previous: Target | None = None
-    # its log-probs at the student's likeliest tokens of now, where that is required
+    # the teacher's log-probs at the current student's likeliest tokens, where a part requires them
     now_candidates: TopKTarget | None = None
 
 
 @dataclass(slots=True)
 class Attempt:
-    """Everything known of one attempt, on one object. An absent target means: that teacher was not asked, or
-    stayed silent.
-    """
+    """All data of one attempt. A teacher whose target is None was not asked or gave none."""
 
     rollout: Rollout
     reward: Reward | None = None
     # by teacher name, in the order of names
     answers: dict[str, TeacherAnswer] = field(default_factory=dict)
-    # what the student would say now, along these tokens
+    # the current student's outputs at the positions of this attempt, where a part requires them
     now: Target | None = None
-    # what the step computed along it; None before the step, and where nothing was trained on
+    # what the optimiser step computed at each position; None before the step, and where it trained on nothing
     learned: StepRecord | None = None
+    # by credit rule
     credits: dict[str, Credit] = field(default_factory=dict)
 
     def target(self, teacher: str) -> Target | None:
-        """What `teacher` said about this attempt; "said" is the student as it acted."""
+        """The target of `teacher` for this attempt, or None. "behaviour" is the policy that sampled it."""
         if teacher == "behaviour":
             return self.rollout.behaviour
         answer = self.answers.get(teacher)
@@ -261,26 +264,26 @@ class Attempt:
 
     @property
     def verdict(self) -> float | None:
-        """The reward's value. None where it was not judged (also by a number that is not finite), or ended in
-        an error.
+        """The reward's value. None where the attempt was not judged, where its finish is in UNJUDGED, and
+        where the value is not finite.
         """
         value = None if self.reward is None or self.rollout.finish in UNJUDGED else self.reward.value
         return None if value is None or not math.isfinite(value) else float(value)
 
     @property
     def weight_T(self) -> np.ndarray:
-        """mask x product of factors, float32. An attempt that ended in an error weighs nothing."""
+        """mask times the product of the credit rules' weights, float32; 0 if the attempt ended in an error."""
         weight_T = self.rollout.mask_T.astype(np.float32)
         if self.rollout.finish == "error":
             return np.zeros_like(weight_T)
         for name in sorted(self.credits):
-            # a fixed order of multiplication: permuting the rules changes no bit (law 5)
+            # The order of multiplication is fixed, so permuting the rules changes no bit (law 5).
             weight_T = weight_T * np.asarray(self.credits[name].weight_T, dtype=np.float32)
         return weight_T
 
     @property
     def advantage_offset_T(self) -> np.ndarray:
-        """Sum of shifts, nats, float32."""
+        """Sum of the credit rules' advantage offsets, nats, float32."""
         advantage_offset_T = np.zeros(self.rollout.length, dtype=np.float32)
         for name in sorted(self.credits):
             advantage_offset_T = advantage_offset_T + np.asarray(
@@ -289,5 +292,5 @@ class Attempt:
         return advantage_offset_T
 
 
-# siblings of one prompt, in order of `sample`
+# the attempts at one prompt, in order of `sample`
 Group = list[Attempt]

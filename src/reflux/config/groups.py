@@ -1,4 +1,6 @@
-"""The groups of parts: where the kinds of each are registered, the base that its parts inherit, and its protocol."""
+"""The groups of parts: where the kinds of each are registered, the base that its parts inherit, and its
+protocol.
+"""
 
 from __future__ import annotations
 
