@@ -217,10 +217,11 @@ def test_list_refuses_what_is_no_package_of_parts() -> None:
 
 def test_a_kind_of_another_group_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"credit.mine: 'my_lab.tasks:Backwards' is no part of the group credit.*CreditPart"
+        ConfigError,
+        match=r"credit.mine: 'my_lab.tasks:Backwards' is not a part of the group credit.*CreditPart",
     ):
         load_recipe(RECIPE, {"credit.mine": {"kind": "my_lab.tasks:Backwards"}})
-    with pytest.raises(ConfigError, match="is no part of the group credit"):
+    with pytest.raises(ConfigError, match="is not a part of the group credit"):
         load_recipe(RECIPE, {"credit.mine": {"kind": "os:system"}})
 
 

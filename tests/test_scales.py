@@ -195,7 +195,8 @@ def test_a_scale_speaks_to_the_recipes_that_a_recipe_is_built_on(tmp_path: Path)
 def test_a_scale_that_speaks_to_nobody_is_refused(tmp_path: Path) -> None:
     (tmp_path / "scale.toml").write_text('base = "toy"\n[methods.releese]\nsteps = 3\n')
     with pytest.raises(
-        ConfigError, match=r"methods\.releese: no shipped recipe is named so; did you mean 'release'"
+        ConfigError,
+        match=r"methods\.releese: there is no shipped recipe of this name; did you mean 'release'",
     ):
         load_recipe("release", {"base": str(tmp_path / "scale.toml")})
 
@@ -321,9 +322,7 @@ def test_a_schedule_of_the_longest_answer_is_sent_to_the_training_cap() -> None:
 @pytest.mark.parametrize("name", ["accuracy", "agreement", "teacher_accuracy"])
 def test_an_evaluation_shorter_than_training_is_told(name: str) -> None:
     (warning,) = checks.warnings(load_recipe("full", {f"evals.{name}.max_tokens": 32}))
-    assert warning.startswith(
-        f"evals.{name}.max_tokens = 32 cuts answers that training lets run to 64 tokens"
-    )
+    assert warning.startswith(f"evals.{name}.max_tokens = 32 cuts answers that may have up to 64 tokens")
     # training reaches 30 there
     assert not checks.warnings(load_recipe("prefix", {f"evals.{name}.max_tokens": 32, "steps": 30}))
     (warning,) = checks.warnings(load_recipe("effopd", {"extrapolation.max_tokens": 32}))
@@ -344,7 +343,9 @@ def test_a_plan_tells_both_limits_and_a_window_too_small() -> None:
     assert (found.training_positions, found.evaluation_positions) == ((16, 21), 64)
     assert not found.warnings
     (warning,) = plan(load_recipe("full", {"sampler.max_tokens": 512})).warnings
-    assert warning.startswith("sampler.max_tokens = 512 does not fit into the student's window of 512 tokens")
+    assert warning.startswith(
+        "sampler.max_tokens = 512 does not fit into the student's context window of 512 tokens"
+    )
     assert not plan(load_recipe("full", {"sampler.max_tokens": 511})).warnings
 
 

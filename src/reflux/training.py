@@ -1,7 +1,7 @@
-"""A run: its counters, what is due, evaluations, checkpoints, resume. `loop.train` drives it.
+"""A run: its counters, schedule, evaluations, checkpoints and resume. `loop.train` calls its methods.
 
-config.toml  metrics.jsonl  evals.jsonl  attempts.jsonl  checkpoints/step-N/  student/  summary.json
-report.html; of some parts searches.jsonl  parts/NAME/
+Files of a run directory: config.toml  metrics.jsonl  evals.jsonl  attempts.jsonl  checkpoints/step-N/
+student/ summary.json  report.html. Some parts also write searches.jsonl or parts/NAME/.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Where a run lives and who watches it; nothing here changes what it computes."""
+    """The run directory and the progress display. These options do not change what the run computes."""
 
+    # the run directory
     out: Path
     resume: bool = False
     watch: Watch = Silent()
@@ -63,7 +64,7 @@ class Run:
         prompts: Iterator[Prompt],
     ):
         self.cfg, self.requirements, self.dir, self.watch = cfg, requirements, options.out, options.watch
-        # the training prompts from here on
+        # the training prompts from step `step` on
         self.prompts = prompts
         self.seed, self.task, self.step = cfg.seed, cfg.task, step
         self.resumed = step if options.resume else None
@@ -76,29 +77,29 @@ class Run:
         if step:
             self.totals |= checkpoints.read_plain(checkpoints.of_step(self.dir / "checkpoints", step) / "run")
         self._started = time.perf_counter()
-        # until the lock is held
+        # `open` replaces it once the lock is held
         self._tracker: Tracker = NoTracker()
-        # by the step (from 0) that attempts are meant for
+        # by the optimiser step (from 0) that the attempts were sampled for
         self.landed: dict[int, Landed] = {}
         self._lock = (self.dir / ".lock").open("w")
 
     @classmethod
     def open(cls, cfg: RunConfig, requirements: Requirements, options: Options) -> Run:
-        """Make the directory, or take up the one of this very recipe. Raises RunError where it belongs to
-        another run.
+        """Make the run directory, or open the one of the same recipe to resume it. Raises RunError if it
+        belongs to another run.
         """
         saved = checkpoints.steps(options.out / "checkpoints")
         step = saved[-1] if options.resume and saved else 0
         if options.resume:
             run_dir.check_same(cfg, options.out)
         elif options.out.is_file():
-            raise RunError(f"{options.out} is a file. Choose a folder with --out.")
+            raise RunError(f"{options.out} is a file. Choose another folder with --out.")
         elif (options.out / "config.toml").exists():
             raise RunError(
-                f"{options.out} holds a run already. Continue it with --resume, or choose another folder "
+                f"{options.out} already contains a run. Continue it with --resume, or choose another folder "
                 "with --out."
             )
-        # bad data is refused before anything is written
+        # invalid data raises an error before anything is written
         prompts = cfg.task.prompts("train", cfg.seed, step * cfg.prompts_per_step)
         checks.inputs(cfg)
         options.out.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,7 @@ class Run:
         with ExitStack() as undo:
             undo.callback(run.close)
             run_dir.take_lock(run._lock, run.dir)
-            # before config.toml: without its package there is no run
+            # before config.toml is written, because the tracker's package may be missing
             run._tracker = open_tracker(cfg.track, run.dir, to_table(cfg))
             files.write_text(run.dir / "config.toml", to_toml(cfg))
             run_dir.cut_back(run.dir, step)
@@ -116,7 +117,7 @@ class Run:
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         files.append_lines(self.dir / name, [dict(row)])
 
-    # --- what parts ask for
+    # --- values for the loop and the parts
 
     @property
     def steps_left(self) -> int:
@@ -126,13 +127,13 @@ class Run:
         return StepContext(self.step if step is None else step, self.seed)
 
     def context(self, name: str) -> PartContext:
-        """What the part `name` may know of this run."""
+        """The context of the part `name` of this run."""
         return part_context(self.cfg, self.requirements, name, self.dir)
 
-    # --- the loop's verbs
+    # --- actions of the loop
 
     def restore(self, learner: OpenLearner, teachers: Teachers, extrapolation: OpenExtrapolation) -> None:
-        """Every part takes up its state; on a fresh run extrapolation takes the start weights instead."""
+        """Load the state of every part. On a new run, only extrapolation stores the start weights."""
         if not self.step:
             extrapolation.start(learner.access)
             return
@@ -142,7 +143,7 @@ class Run:
         extrapolation.load(kept / "extrapolation")
 
     def write(self, group: Group, step: int) -> None:
-        """An attempt is on disk before anything else can happen to it."""
+        """Write the first line of each attempt to disk. `step` is the step the attempts were sampled for."""
         self.landed.setdefault(step, Landed()).add(group[0].rollout.prompt.id, Work.of(group))
         files.append_lines(
             self.dir / "attempts.jsonl", [attempt_log.arrived(attempt, step) for attempt in group]
@@ -157,10 +158,10 @@ class Run:
         jumped: bool,
         scored: Spent | None,
     ) -> None:
-        """The step is done: count it, write its metrics and the attempts' second lines."""
+        """Count a finished step, and write its metrics and the second line of each attempt."""
         discarded, on_policy = self.landed.pop(self.step, Landed()).discarded, self.cfg.sampler.on_policy
         updates = result.stats["updates"].value if "updates" in result.stats else 0
-        # that consumed these attempts
+        # of the policy that was trained on these attempts, before the step
         version = learner.version - int(updates or 0) - jumped
         ran = Ran(learner.macs, result.forward_positions, result.backward_positions)
         tables, macs, clock = teachers.tables, teachers.macs, self.services.clock
@@ -179,12 +180,14 @@ class Run:
         self.watch.stepped(metrics)
         if not metrics["tokens_trained"]:
             self.watch.noted(
-                f"step {self.step}: no attempt has both a weight and a word to learn from, so the weights "
-                "stay as they are"
+                f"step {self.step}: no attempt has both a weight above 0 and a target or an advantage "
+                "offset, so the weights did not change"
             )
 
     def due(self, what: str) -> bool:
-        """Is it time to "eval" or to "save"? The last step's are made by the end of the loop."""
+        """True if an evaluation ("eval") or a checkpoint ("save") is due now. A run that is asked to stop
+        saves at once. After the last step the loop evaluates and saves in any case, so nothing is due then.
+        """
         if what == "save" and self.stopping:
             return True
         every = self.cfg.eval_every if what == "eval" else self.cfg.save_every
@@ -192,18 +195,18 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Was there nothing left to do when the directory was opened? Then nothing is done."""
+        """True if all steps and the last evaluation were done when the directory was opened."""
         return self.resumed is not None and self.resumed >= self.cfg.steps and self.evaluated
 
     def evaluation(self, sampler: OpenSampler, teachers: Teachers) -> Evaluation:
-        """What evaluations may know of this run, and whom they may ask."""
+        """The values and parts of this run that evaluations use."""
         return Evaluation(
             self.context("sampler"), self.services, self.cfg.sampler, sampler, teachers, self.step
         )
 
     @property
     def evaluated(self) -> bool:
-        """Is there nothing left to ask about the weights of now?"""
+        """True if the current weights are evaluated, or if the recipe has no evaluation."""
         return not self.cfg.evals or any(
             row["step"] == self.step for row in files.read_lines(self.dir / "evals.jsonl")
         )
@@ -211,8 +214,8 @@ class Run:
     async def evaluate(
         self, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers, extrapolation: OpenExtrapolation
     ) -> None:
-        """Ask every evaluation about the weights of now, unless it is done. Where one raises, what training
-        has made is saved first.
+        """Run every evaluation that is due on the current weights, unless they are evaluated already. If one
+        raises, a checkpoint is saved first.
         """
         if self.evaluated:
             return
@@ -229,10 +232,9 @@ class Run:
     async def _results(
         self, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers
     ) -> dict[str, Any]:
-        """The table of each evaluation; those that speak of the teacher are asked only once.
+        """The result of each evaluation that is due. Evaluations of the teacher run only once.
 
-        Where an average is kept, that is what they see in the sampler and in the learner, for as long as they
-        run.
+        If the learner keeps averaged weights, the sampler and the learner use them during the evaluations.
         """
         seen = {name for row in files.read_lines(self.dir / "evals.jsonl") for name in row}
         averaged = False
@@ -248,24 +250,24 @@ class Run:
                 }
         finally:
             if averaged:
-                # also where an evaluation raised: the sampler goes on with the student's own weights
+                # The sampler gets the student's own weights back, also if an evaluation raised.
                 await sampler.publish(learner.publish(), self.step)
 
     def save(self, learner: OpenLearner, teachers: Teachers, extrapolation: OpenExtrapolation) -> None:
-        """Checkpoint every part, export the student."""
+        """Export the student and write a checkpoint of every part."""
         parts: dict[str, checkpoints.Fill] = {
             "learner": learner.save,
             "teachers": teachers.save,
             "extrapolation": extrapolation.save,
             "run": lambda folder: checkpoints.write(folder, {**self.totals, "seconds": self.seconds}),
         }
-        # first: no checkpoint has an older student
+        # The student is exported first, so it is never older than the newest checkpoint.
         files.write_folder(self.dir / "student", partial(self._export, learner))
         checkpoints.save(self.dir / "checkpoints", self.step, parts, self.cfg.keep_checkpoints)
 
     def stop_if_asked(self) -> None:
-        """End the run, if someone asked for it and it is not at its end anyway. Everything is saved by then:
-        `due` saw to it.
+        """Raise Stopped if a signal asked the run to stop and this was not its last step. The state is
+        already saved, because `due` is True for "save" then.
         """
         if self.stopping and self.step < self.cfg.steps:
             raise Stopped(f"stopped after step {self.step} of {self.cfg.steps}; everything is saved")
@@ -275,7 +277,7 @@ class Run:
         (folder / "README.md").write_text(model_card(self.cfg, self.step, papers(self.cfg)), encoding="utf-8")
 
     def keep_failed_batch(self, groups: Sequence[Group], why: str) -> Path:
-        """Write the batch of a refused step for inspection."""
+        """Write the batch of a failed step for inspection, and return the file's path."""
         return failed_batch.keep(
             self.dir / f"{failed_batch.NAME}{self.step + 1}.jsonl", groups, self.step, why
         )
@@ -290,6 +292,6 @@ class Run:
         self._lock.close()
 
     def summary(self) -> dict[str, Any]:
-        """What summary.json says. A run that did nothing new keeps the summary it had."""
+        """The content of summary.json. A finished run that did nothing new keeps its old summary."""
         kept = saved_summary(self.dir) if self.finished else None
         return kept or summarise(self.dir, self.cfg, self.step, self.totals, self.seconds)

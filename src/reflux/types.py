@@ -272,7 +272,7 @@ class Attempt:
 
     @property
     def weight_T(self) -> np.ndarray:
-        """mask times the product of the credit rules' weights, float32; 0 if the attempt ended in an error."""
+        """mask times the product of the credit rules' weights, float32; 0 after an error."""
         weight_T = self.rollout.mask_T.astype(np.float32)
         if self.rollout.finish == "error":
             return np.zeros_like(weight_T)

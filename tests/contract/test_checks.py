@@ -24,7 +24,7 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "train_max_tokens below 1": (
         "opd",
         {"sampler.train_max_tokens": {"kind": "linear", "start": 6, "increment": -1}, "steps": 9},
-        "sampler: an attempt of step 6 may have no position at all; it needs at least 1",
+        "sampler: the limit of an attempt of step 6 is below 1 position",
     ),
     "a prefix that runs out": (
         "opd",
@@ -45,7 +45,7 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "train_max_tokens 0": (
         "opd",
         {"sampler.train_max_tokens": 0},
-        "sampler: an attempt of step 0 may have no position at all",
+        "sampler: the limit of an attempt of step 0 is below 1 position",
     ),
     "no such teacher": (
         "opd",
@@ -62,39 +62,40 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "shifts nobody takes": (
         "full",
         OUTCOME,
-        "credit.group_advantage shifts advantages, but no objective takes a shift: 'divergence'",
+        "credit.group_advantage sets advantage offsets, but no objective uses them: 'divergence'",
     ),
     "outcome without shifts": (
         "opd",
         {"objectives": [{"kind": "policy_gradient"}]},
-        "learns from shifts alone, and no credit rule gives any",
+        "learns only from advantage offsets, and no credit rule sets any",
     ),
     "a group of one": (
         "rl",
         {"group_size": 1},
-        "credit.group_advantage compares attempts at one prompt: it needs group_size >= 2, got 1",
+        "credit.group_advantage compares the attempts at one prompt, so it needs group_size >= 2, got 1",
     ),
     "no verdicts": (
         "rl",
         {"rewards": "none"},
-        "credit.group_advantage needs verdicts: add [rewards.verifier]",
+        "credit.group_advantage needs rewards. Add [rewards.verifier]",
     ),
     "temperature": (
         "opd",
         {"sampler.temperature": 0.7},
-        "make on-policy estimators biased. Use 1 and 1, or say sampler.allow_biased = true",
+        "make on-policy estimators biased. Use 1 and 1, or set sampler.allow_biased = true",
     ),
     "bit for bit as it comes": (
         "opd",
         {"deterministic": True, "sampler.turns": "ready"},
-        "deterministic = true asks for a run that repeats bit for bit, and sampler 'hf' as it is set depends "
+        "deterministic = true requires a run that repeats bit for bit, but sampler 'hf' with these settings "
+        "depends "
         "on timing. Set sampler.turns",
     ),
     "top_p": ("opd", {"sampler.top_p": 0.9}, "top_p = 0.9"),
     "policy gradient on given answers": (
         "sft",
         {"objectives": [{"kind": "policy_gradient"}], **OUTCOME},
-        "gives answers it did not draw",
+        "needs attempts that the student sampled",
     ),
     "no ratio with staleness": (
         "opd",
@@ -162,18 +163,19 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "variance of nothing sampled": (
         "full",
         {"log_variance": True},
-        'no objective samples one. Use kind = "sampled_kl"',
+        'no objective has one. Use kind = "sampled_kl"',
     ),
     "variance against a list": (
         "opd",
         {"log_variance": True, "objectives": [{"kind": "sampled_kl"}, {"kind": "sampled_kl", **SAID}]},
-        "objectives[1] listens to 'behaviour', which does not offer it. Use a local teacher, or log_variance "
+        "objectives[1] has the teacher 'behaviour', which does not offer it. Use a local teacher, or "
+        "log_variance "
         "= false",
     ),
     "two teachers of one name": (
         "opd",
         {"teachers.other": {"kind": "local", "model": "m", "alias": "main", "routes": ["a"]}},
-        "all answer as 'main', so each needs routes of its own",
+        "share the name 'main', so each needs its own routes",
     ),
     "one route twice": (
         "opd",
@@ -181,7 +183,7 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
             "teachers.main.routes": ["a"],
             "teachers.other": {"kind": "local", "model": "m", "alias": "main", "routes": ["a"]},
         },
-        "none of them shared",
+        "no route may belong to two of them",
     ),
 }
 
@@ -192,7 +194,7 @@ def test_every_problem_is_told_at_once() -> None:
             load_recipe("rl", {"group_size": 1, "sampler.temperature": 0.5, "sampler.train_max_tokens": 0})
         )
     assert all(
-        words in str(refused.value) for words in ("group_size >= 2", "temperature", "no position at all")
+        words in str(refused.value) for words in ("group_size >= 2", "temperature", "below 1 position")
     )
 
 
@@ -275,7 +277,7 @@ def test_a_field_that_does_nothing_is_named(recipe: str, changes: dict[str, Any]
 
 def test_warnings_name_what_is_seldom_meant() -> None:
     unheard = load_recipe("full", {"teachers.other": {"kind": "local", "model": "m"}})
-    assert "teachers.other is asked, but no objective listens to it" in checks.warnings(unheard)[0]
+    assert "teachers.other is asked, but no objective uses it" in checks.warnings(unheard)[0]
     cut = load_recipe("rl", {"sampler.train_max_tokens": {"kind": "linear", "start": 8, "increment": 1}})
     assert any("unfinished answers" in text for text in checks.warnings(cut))
     assert all(
@@ -297,7 +299,7 @@ def test_warnings_name_what_is_seldom_meant() -> None:
             "so the optimum moves",
         ),
         ({"objectives": [{"kind": "divergence", "ratio": "truncated"}]}, "1 up to rounding"),
-        ({"objectives": [{"kind": "divergence"}, {"kind": "sampled_kl", **SAID}]}, "it teaches nothing"),
+        ({"objectives": [{"kind": "divergence"}, {"kind": "sampled_kl", **SAID}]}, "learns nothing from it"),
     ],
 )
 def test_what_the_menu_offers_but_is_seldom_meant_is_a_warning(changes: dict[str, Any], words: str) -> None:
@@ -357,17 +359,17 @@ ILLEGAL |= {
     "margin in groups of one": (
         "opd",
         {"credit.margin": {}, **REWARD},
-        "credit.margin compares attempts at one prompt: it needs group_size >= 2",
+        "credit.margin compares the attempts at one prompt, so it needs group_size >= 2",
     ),
     "margin without verdicts": (
         "opd",
         {"credit.margin": {}, "group_size": 4},
-        "credit.margin needs verdicts: add [rewards.verifier]",
+        "credit.margin needs rewards. Add [rewards.verifier]",
     ),
     "margin nobody takes": (
         "full",
         {"credit.margin": {}, **UNI},
-        "credit.margin shifts advantages, but no objective takes a shift",
+        "credit.margin sets advantage offsets, but no objective uses them",
     ),
     "margin of nobody": (
         "opd",
@@ -382,12 +384,12 @@ ILLEGAL |= {
     "balance without verdicts": (
         "opd",
         {"credit.balance": {}, "group_size": 4},
-        "credit.balance needs verdicts",
+        "credit.balance needs rewards",
     ),
     "balance in groups of one": (
         "opd",
         {"credit.balance": {}, **REWARD},
-        "credit.balance compares attempts at one prompt",
+        "credit.balance compares the attempts at one prompt",
     ),
     "peers in groups of one": (
         "peers",
@@ -397,28 +399,28 @@ ILLEGAL |= {
     "peers without verdicts": (
         "peers",
         {"rewards": "none"},
-        "teachers.main.context sorts attempts by their verdicts: add [rewards.verifier]",
+        "teachers.main.context sorts attempts by their rewards. Add [rewards.verifier]",
     ),
     "a moving teacher under staleness": (
         "peers",
         {"max_staleness": 1},
-        "teachers.main moves with the student",
+        "teachers.main follows the student",
     ),
     "an unserved route": (
         "uni_opd",
         {"task.parts.mul": {"kind": "gsm8k", "route": "maths"}},
-        "prompts of the route 'maths', but the teachers that objectives listen to serve only add, mul. Add "
+        "prompts of the route 'maths', but the teachers that objectives use serve only add, mul. Add "
         "that route to a table",
     ),
     "prompts without a route": (
         "opd",
         {"teachers.main.routes": ["a"], "task.kind": "gsm8k"},
-        "of the route (none), but the teachers that objectives listen to serve only a",
+        "of the route (none), but the teachers that objectives use serve only a",
     ),
     "a route of a teacher nobody hears": (
         "uni_opd",
         {"teachers.times.alias": "unheard"},
-        "prompts of the route 'mul', but the teachers that objectives listen to serve only add",
+        "prompts of the route 'mul', but the teachers that objectives use serve only add",
     ),
     "agreement with nobody": (
         "opd",
@@ -502,7 +504,7 @@ def test_attempts_that_do_not_fit_into_the_teachers_window_are_refused_before_a_
     checks.inputs(load_recipe("peers"))
     with pytest.raises(
         ConfigError,
-        match=r"up to 526 of other attempts .* the teacher's model holds 512\. Lower sampler\.max_tokens",
+        match=r"up to 526 of other attempts .* of the teacher's model has 512\. Lower sampler\.max_tokens",
     ):
         checks.inputs(load_recipe("peers", {"sampler.max_tokens": 128}))
     checks.inputs(load_recipe("peers", {"sampler.max_tokens": 128, "teachers.main.context.peer_tokens": 60}))
@@ -520,7 +522,7 @@ def test_the_words_around_attempts_and_the_prompt_are_counted() -> None:
     """
     behaviour = told_of_windows({"sampler.max_tokens": 100})
     assert (
-        "(the longest of the first 64), up to 442 of other attempts and the words around them, and an answer "
+        "(the longest of the first 64), up to 442 of other attempts and the text around them, and an answer "
         "of up to 100 take" in behaviour
     )
     fits = int(behaviour.split("Lower sampler.max_tokens to ")[1].split(",")[0])
@@ -535,7 +537,7 @@ def test_the_words_around_attempts_and_the_prompt_are_counted() -> None:
     assert behaviour.endswith(
         "teachers.main.context.peer_tokens, successes or failures, or sampler.max_prompt_tokens."
     )
-    assert "Not even answers of 1 token fit: lower" in told_of_windows({"sampler.max_prompt_tokens": 400})
+    assert "Even answers of 1 token do not fit. Lower" in told_of_windows({"sampler.max_prompt_tokens": 400})
     checks.inputs(
         load_recipe(
             "peers",
@@ -547,7 +549,7 @@ def test_the_words_around_attempts_and_the_prompt_are_counted() -> None:
 def test_a_text_that_ends_every_prompt_takes_its_room_in_the_window() -> None:
     def taken(changes: dict[str, Any]) -> int:
         behaviour = told_of_windows({"sampler.max_tokens": 500, **changes})
-        return int(behaviour.partition(" tokens, but the teacher")[0].rpartition(" ")[2])
+        return int(behaviour.partition(" tokens, but the context")[0].rpartition(" ")[2])
 
     assert taken({"learner.prompt_suffix": "See: "}) == taken({}) + len("See: ")
 

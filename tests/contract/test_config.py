@@ -33,7 +33,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "lora": ({"learner.lora": {"rank": 0}}, "learner.lora.rank"),
     "objective": ({"objectives.0.coeff": 2}, "objectives[0].coeff: unexpected field; did you mean 'coef'"),
     "no objectives": ({"objectives": []}, "at least one [[objectives]] table"),
-    "index": ({"objectives.3.coef": 2}, "there are only 1 objectives"),
+    "index": ({"objectives.3.coef": 2}, "there are only 1 entries in objectives"),
     "outside, no module": (
         {"credit.mine": {"kind": "no_such_package.x:Y"}},
         "cannot import 'no_such_package.x:Y'",
@@ -41,9 +41,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "outside, no class": ({"credit.mine": {"kind": "outside:Nothing"}}, "cannot import 'outside:Nothing'"),
     "outside, half a part": (
         {"rewards.mine": {"kind": "outside:Weightless"}},
-        "rewards.mine: 'outside:Weightless' lacks what every part",
+        "rewards.mine: 'outside:Weightless' lacks members that every part",
     ),
-    "no kind": ({"evals.accuracy.kind": "none"}, "To take the whole table away: evals.accuracy=none"),
+    "no kind": ({"evals.accuracy.kind": "none"}, "To remove the whole table, write evals.accuracy=none"),
     "dtype": (
         {"sampler.dtype": "foo"},
         "sampler.dtype: input should be 'auto', 'float32', 'bfloat16' or 'float16', got 'foo'",
@@ -100,7 +100,7 @@ def test_overrides_are_toml_or_text() -> None:
     ]  # fmt: skip
     assert split_override("a.b=c=d") == ("a.b", "c=d")
     for text in ("a.b", "=3"):
-        with pytest.raises(ConfigError, match=r"write key\.path=value"):
+        with pytest.raises(ConfigError, match=r"Write key\.path=value"):
             split_override(text)
 
 
@@ -161,7 +161,7 @@ def test_what_a_base_says_of_a_recipe_holds_by_path_too() -> None:
     [
         ('base = "gkd"\n[methods.rl]\nsteps = 3\n', None, r'methods\.rl: this recipe does not build on "rl"'),
         ('base = "rl"\n[methods]\nrl = 3\n', None, r"methods\.rl: expected a table \[methods\.rl\], got 3"),
-        ("steps = 3\n", "hub", r'base: this recipe builds on no base that "hub" could replace'),
+        ("steps = 3\n", "hub", r'base: this recipe has no base that "hub" could replace'),
         ("base = 3\n", None, r"base: expected the name of a recipe or a base, or the path of a file, got 3"),
     ],
 )
@@ -316,7 +316,9 @@ def test_a_value_of_the_wrong_kind_is_refused_in_one_sentence(
 
 
 def test_a_list_of_plain_values_is_set_whole() -> None:
-    with pytest.raises(ConfigError, match=r"betas is a list of plain values; set it whole: betas=\[...\]"):
+    with pytest.raises(
+        ConfigError, match=r"betas is a list of plain values. Set the whole list: betas=\[...\]"
+    ):
         load_recipe("opd", ["learner.betas=[0.9,0.95]", "learner.betas.0=0.5"])
 
 

@@ -120,7 +120,7 @@ def test_the_kind_of_a_reward_is_its_name_where_none_is_written() -> None:
     "old", [{"reward.kind": "verifier"}, {"reward": {"kind": "verifier"}}, {"reward": "none"}]
 )
 def test_the_key_reward_is_refused_with_the_form_to_write(old: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"^reward: rewards are named tables. Write \[rewards.verifier\]"):
+    with pytest.raises(ConfigError, match=r"^reward: there is no key `reward`.*write \[rewards.verifier\]"):
         load_recipe("opd", old)
 
 

@@ -555,7 +555,7 @@ def test_a_teacher_that_moves_needs_lag_nought(student: str, teacher: str) -> No
         if fine:
             checks.join(cfg)
         else:
-            with pytest.raises(ConfigError, match="moves with the student"):
+            with pytest.raises(ConfigError, match="follows the student"):
                 checks.join(cfg)
 
 

@@ -241,7 +241,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tiny_run: Callable[..., An
     done = tiny_run("opd", steps=1)
     before = snapshot(done.dir)
     with pytest.raises(
-        RunError, match=r"holds a run already\. Continue it with --resume, or choose another folder"
+        RunError, match=r"already contains a run\. Continue it with --resume, or choose another folder"
     ):
         tiny_run("opd", steps=1, out=done.dir)
     assert snapshot(done.dir) == before
@@ -291,6 +291,6 @@ def test_lora_and_gradient_checkpointing_resume(
 
 def test_a_file_is_no_folder_for_a_run(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
-    with pytest.raises(RunError, match=r"run is a file\. Choose a folder with --out\."):
+    with pytest.raises(RunError, match=r"run is a file\. Choose another folder with --out\."):
         Run.open(load_recipe("opd", {"steps": 1}), Requirements(), Options(tmp_path / "run"))
     assert (tmp_path / "run").read_text() == "mine"

@@ -1,8 +1,8 @@
-"""One function joins the parts: it refuses what does not fit, in sentences, before any weight is loaded.
+"""Check that the parts of a recipe fit together, before any weight is loaded.
 
-Each part says by itself what a run must be for it (`Part.refusals`, `Part.advice`). The modules here hold the
-rules that no single part can know, by what they are about, each as `problems(cfg)`; they read what the
-protocols of the groups promise, and name no part that ships.
+Each part has its own rules (`Part.refusals`, `Part.advice`). The modules of this package contain
+the rules that concern several parts, grouped by subject, each as `problems(cfg)`. They use only the protocols
+of the groups and name no particular part.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["inputs", "join", "models", "warnings"]
 
 
 def join(cfg: RunConfig) -> Requirements:
-    """What the assembled parts want computed. Raises ConfigError with every problem found, one a line."""
+    """The requirements of all parts together. Raises ConfigError with every problem found, one per line."""
     problems = list(_problems(cfg))
     if problems:
         raise ConfigError("\n".join(problems))

@@ -1,4 +1,4 @@
-"""What works but is seldom meant."""
+"""Settings that work but are rarely intended."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reflux.teachers.names import tables_of
 
 
 def warnings(cfg: RunConfig) -> list[str]:
-    """What the parts say by themselves, and what only the whole run shows."""
+    """All warnings about this run: those of its parts, and those that concern several parts."""
     own = [text for where, _, part in within(cfg) for text in part.advice(where, cfg)]
     return [*_unheard(cfg), *own, *_as_it_acted(cfg), *_left_to_others(cfg), *lengths.warnings(cfg)]
 
@@ -21,7 +21,7 @@ def _unheard(cfg: RunConfig) -> Iterator[str]:
     used = {objective.teacher for objective in cfg.objectives}
     for table, teacher in cfg.teachers.items():
         if alias_of(table, teacher) not in used and not cfg.sampler.asks_teachers:
-            yield f"teachers.{table} is asked, but no objective listens to it; only metrics will."
+            yield f"teachers.{table} is asked, but no objective uses it. Its answers only appear in metrics."
 
 
 def _as_it_acted(cfg: RunConfig) -> Iterator[str]:
@@ -34,14 +34,15 @@ def _as_it_acted(cfg: RunConfig) -> Iterator[str]:
             and not shifted
         ):
             yield (
-                f"objectives[{index}] listens to 'behaviour' at max_staleness = 0: the student as it acted "
-                "is the student of now, so it teaches "
-                f"nothing."
+                f"objectives[{index}] has the teacher 'behaviour' at max_staleness = 0. The policy that "
+                "sampled is then the current student, so the student learns nothing from it."
             )
 
 
 def _left_to_others(cfg: RunConfig) -> Iterator[str]:
-    """Routes on which one objective has no word and another has (where none has, `checks` refuses)."""
+    """Warnings for routes on which one objective has no teacher but another one has. Routes on
+    which none has a teacher are refused by `teacher_rules`.
+    """
     for index, objective in enumerate(cfg.objectives):
         served = [cfg.teachers[table].routes for table in tables_of(cfg, objective.teacher or "")]
         if not served or not all(served):
@@ -49,4 +50,7 @@ def _left_to_others(cfg: RunConfig) -> Iterator[str]:
         missing = (cfg.task.routes or frozenset()) - {route for routes in served for route in routes}
         if missing:
             names = ", ".join(sorted(f"'{route}'" if route else "(none)" for route in missing))
-            yield f"objectives[{index}]: no table of '{objective.teacher}' serves the route {names}, so others alone teach those prompts."
+            yield (
+                f"objectives[{index}]: no table of '{objective.teacher}' serves the route {names}, so only "
+                "other objectives train on those prompts."
+            )

@@ -1,4 +1,4 @@
-"""Credit rules: shifts that are taken, groups large enough, verdicts."""
+"""Rules about credit: advantage offsets need an objective that uses them; group size; rewards."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ def problems(cfg: RunConfig) -> Iterator[str]:
     for name, rule in cfg.credit.items():
         where = f"credit.{name}"
         if rule.min_group > cfg.group_size:
-            yield f"{where} compares attempts at one prompt: it needs group_size >= {rule.min_group}, got {cfg.group_size}."
+            yield (
+                f"{where} compares the attempts at one prompt, so it needs group_size >= {rule.min_group}, "
+                f"got {cfg.group_size}."
+            )
         if rule.requirements.reward and not cfg.rewards:
-            yield f"{where} needs verdicts: add [rewards.verifier]."
+            yield f"{where} needs rewards. Add [rewards.verifier]."
 
 
 def _shifts(cfg: RunConfig) -> Iterator[str]:
@@ -24,14 +27,14 @@ def _shifts(cfg: RunConfig) -> Iterator[str]:
     if rules and not takers:
         kinds = ", ".join(f"'{kind_of('objectives', objective)}'" for objective in cfg.objectives)
         yield (
-            f"credit.{rules[0]} shifts advantages, but no objective takes a shift: {kinds} differentiates "
-            "its cost itself.\n"
+            f"credit.{rules[0]} sets advantage offsets, but no objective uses them: {kinds} differentiates "
+            "its cost directly.\n"
             f'    Use kind = "sampled_kl", or add a second [[objectives]] with kind = "policy_gradient".'
         )
     for index, objective in enumerate(cfg.objectives):
         if objective.takes_advantage_offset and objective.teacher is None and not rules:
             yield (
-                f"objectives[{index}]: {kind_of('objectives', objective)} learns from shifts alone, and no "
-                "credit rule gives any. "
+                f"objectives[{index}]: {kind_of('objectives', objective)} learns only from advantage "
+                "offsets, and no credit rule sets any. "
                 f"Add [credit.group_advantage] and [rewards.verifier]."
             )

@@ -1,4 +1,4 @@
-"""Texts and images: the parts of a run deal with attempts of one kind, and an image has no words."""
+"""Rules about text and images: all parts of a run handle the same kind of attempt."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _USUAL: dict[type[Rollout], dict[str, str]] = {
     TokenRollout: {"samplers": "hf", "learners": "hf", "teachers": "local"},
     FlowRollout: {"samplers": "flow", "learners": "flow", "teachers": "flow"},
 }
-# the fields of Requirements that only a model of texts can give
+# the fields of Requirements that only a text model can provide, described for error messages
 _WORDS = {
     "now_topk": "the student's likeliest tokens",
     "logp": "the teacher's log-probs of tokens",
-    "now_candidates": "the teacher's log-probs at the tokens that the student finds likeliest now",
-    "candidates": "the teacher's log-probs at tokens the student lists",
-    "spans": "the characters that tokens wrote",
+    "now_candidates": "the teacher's log-probs at the current student's likeliest tokens",
+    "candidates": "the teacher's log-probs at the student's likeliest tokens",
+    "spans": "the characters that each token wrote",
     "specials": "the special tokens",
 }
 
@@ -34,7 +34,7 @@ def problems(cfg: RunConfig) -> Iterator[str]:
 
 
 def _one_kind(cfg: RunConfig) -> Iterator[str]:
-    """What samples, learns and teaches deals with what the task can judge."""
+    """The sampler, the learner and the teachers must handle the kind of attempt that the task judges."""
     made = cfg.task.rollouts
     parts: dict[str, tuple[str, Any]] = {
         "sampler": ("samplers", cfg.sampler),
@@ -47,17 +47,17 @@ def _one_kind(cfg: RunConfig) -> Iterator[str]:
     task = f"task '{kind_of('tasks', cfg.task)}' asks for {_MADE.get(made, made.__name__)}"
     named = ", ".join(f"{where} ('{kind_of(group, part)}')" for where, (group, part) in odd.items())
     if len(odd) == len(parts):
-        yield f"{task}, and no other part deals with those: {named}. Choose another task, or another base."
+        yield f"{task}, and no other part supports those: {named}. Choose another task, or another base."
         return
     usual = _USUAL.get(made, {})
     remedy = ", ".join(
         f'{where}.kind = "{usual[group]}"' for where, (group, _) in odd.items() if group in usual
     )
-    yield f"{task}, which {named} cannot deal with. Use {remedy or 'other kinds there'}."
+    yield f"{task}, which {named} does not support. Use {remedy or 'other kinds for these parts'}."
 
 
 def _of_texts(cfg: RunConfig) -> Iterator[str]:
-    """Parts that want what only a model of texts has."""
+    """Refuse parts that require quantities that only a text model has."""
     speakers: dict[str, tuple[str, Any]] = {
         f"objectives[{i}]": ("objectives", one) for i, one in enumerate(cfg.objectives)
     }
@@ -68,20 +68,26 @@ def _of_texts(cfg: RunConfig) -> Iterator[str]:
     for where, (group, part) in speakers.items():
         needed = [words for name, words in _WORDS.items() if getattr(part.requirements, name)]
         if group == "contexts" and part.adds_words:
-            yield f"{where} ('{kind_of(group, part)}') tells a teacher in words what others wrote, and images have none. Use 'same'."
+            yield (
+                f"{where} ('{kind_of(group, part)}') adds text to the teacher's prompt, and image attempts "
+                "have no text. Use 'same'."
+            )
         elif needed:
-            yield f"{where} ('{kind_of(group, part)}') needs {' and '.join(needed)}, and images have none. Leave it out."
+            yield (
+                f"{where} ('{kind_of(group, part)}') needs {' and '.join(needed)}, and image attempts have "
+                "none. Remove it."
+            )
 
 
 def _without_noise(cfg: RunConfig) -> Iterator[str]:
-    """Steps that were not drawn have no density, and no ratio of them is defined. Of a given image `sampling`
-    says so.
+    """Denoising steps without noise have no density, so no importance ratio is defined for them. For samplers
+    that are not on-policy, `sampling` reports the problem.
     """
     why = without_noise(cfg) if cfg.sampler.on_policy else ""
     for index, objective in enumerate(cfg.objectives):
         if why and objective.takes_advantage_offset:
             yield (
-                f"objectives[{index}]: {why}, so {kind_of('objectives', objective)} has no log-prob to "
-                "weigh. Use a noise_level above 0, "
+                f"objectives[{index}]: {why}, so {kind_of('objectives', objective)} has no log-probs to "
+                "work with. Use a noise_level above 0, "
                 f"such as 0.7."
             )

@@ -1,4 +1,4 @@
-"""Extrapolation: the weights that they move are those that are looked at."""
+"""A rule about extrapolation: the weights that it moves must be those that are evaluated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reflux.config.recipe import RunConfig
 def problems(cfg: RunConfig) -> Iterator[str]:
     if cfg.extrapolation is not None and cfg.learner.averages:
         yield (
-            "learner.average is what would be evaluated and exported, and a jump moves the weights but not "
-            "their average: the jump would "
-            "hardly be seen. Leave out learner.average, or the extrapolation."
+            "learner.average does not work with extrapolation: the averaged weights are evaluated and "
+            "exported, and a jump moves the weights but not their average. Remove learner.average, or the "
+            "extrapolation."
         )

@@ -1,4 +1,4 @@
-"""What a run reads is there: asked before its directory is made."""
+"""Check that the files that a run reads exist, before its directory is made."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from reflux.evals.problems import problems
 
 
 def inputs(cfg: RunConfig) -> None:
-    """What a run reads is there, as far as can be told without loading it: asked before its directory is
-    made.
+    """Check what the run reads, without loading weights. The run calls this before it makes its directory.
 
-    Raises ModelError for a folder that is none, ConfigError for a window too small, DataError for an
-    evaluation with nothing to ask.
+    Raises ModelError for a missing or wrong model folder, ConfigError for a context window that is too small,
+    DataError for an evaluation without prompts.
     """
     models(cfg)
     if narrow := list(windows.problems(cfg)):
@@ -22,16 +21,16 @@ def inputs(cfg: RunConfig) -> None:
     for name, evaluation in cfg.evals.items():
         if evaluation.split is not None and next(problems(cfg.task, evaluation.split), None) is None:
             raise DataError(
-                f"evals.{name}: the task has no prompts in its split '{evaluation.split}'; choose another "
-                f"split, or evals.{name}=none"
+                f"evals.{name}: the task has no prompts in its split '{evaluation.split}'. Choose another "
+                f"split, or remove the evaluation with evals.{name}=none."
             )
 
 
 def models(cfg: RunConfig) -> None:
-    """The files that parts name are there, such as folders of models and adapters, and hold what these parts
-    load. The hub is not asked.
+    """Check that the folders of models and adapters that parts name exist and contain what the
+    parts load. The hub is not contacted.
 
-    Raises ModelError for the first that is not.
+    Raises ModelError for the first problem.
     """
     for where, _, part in within(cfg):
         part.inputs(where)

@@ -1,4 +1,6 @@
-"""How long attempts may be in training and in evaluations: two limits, and what is seldom meant about them."""
+"""How long attempts may be in training and in evaluations: two limits, and what is seldom
+meant about them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ def warnings(cfg: RunConfig) -> Iterator[str]:
         (cfg.draw(step).max_positions for step in range(cfg.steps)), default=cfg.evaluation_positions
     )
     if cfg.rewards and cfg.sampler.on_policy and shortest < cfg.evaluation_positions:
-        yield f"a reward is given while training answers may be cut at {shortest} positions: what rewards them meets unfinished answers."
+        yield (
+            f"rewards are used, but training answers may be cut at {shortest} positions, so unfinished "
+            "answers are rewarded."
+        )
     if cfg.sampler.rollouts is not TokenRollout:
         return
     for name, evaluation in cfg.evals.items():
@@ -23,8 +28,8 @@ def warnings(cfg: RunConfig) -> Iterator[str]:
 
 
 def cut_by_window(cfg: RunConfig, context_tokens: int | None) -> Iterator[str]:
-    """Answers that cannot be written out even after the shortest prompt. Nothing is said of a window that is
-    not known, or of images.
+    """A warning if the limit of an answer is not below the student's context window. There is none
+    if the window is not known, or for images.
     """
     if (
         context_tokens is not None
@@ -32,20 +37,19 @@ def cut_by_window(cfg: RunConfig, context_tokens: int | None) -> Iterator[str]:
         and cfg.evaluation_positions >= context_tokens
     ):
         yield (
-            f"sampler.max_tokens = {cfg.evaluation_positions} does not fit into the student's window of "
-            f"{context_tokens} tokens: answers "
-            f"are cut there, in evaluations too. Lower it to what the window leaves after a prompt."
+            f"sampler.max_tokens = {cfg.evaluation_positions} does not fit into the student's context window "
+            f"of {context_tokens} tokens. Answers are cut at the window, in evaluations too. Lower it to the "
+            "tokens that remain in the window after a prompt."
         )
 
 
 def _shorter(cfg: RunConfig, where: str, limit: int | None) -> Iterator[str]:
-    """A limit of one evaluation below what training writes: its answers are cut where those of training go
-    on.
+    """A warning if one evaluation has a lower limit than training, so that it cuts answers that training does
+    not cut.
     """
     if limit is not None and limit < cfg.training_positions:
         yield (
-            f"{where}.max_tokens = {limit} cuts answers that training lets run to {cfg.training_positions} "
-            "tokens: unfinished ones count "
-            f"as wrong. Raise it, or leave it out: then the limit is {cfg.evaluation_positions}, as the "
-            "sampler says."
+            f"{where}.max_tokens = {limit} cuts answers that may have up to {cfg.training_positions} tokens "
+            "in training, and unfinished answers count as wrong. Raise it, or remove it: the limit is then "
+            f"the sampler's, {cfg.evaluation_positions}."
         )

@@ -1,4 +1,4 @@
-"""Objectives: does their teacher offer what they need, and do they live on shifts that someone gives?"""
+"""Rules about objectives: each teacher must offer the target that the objective needs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _objective(cfg: RunConfig, where: str, objective: Objective) -> Iterator[str
 
 
 def _called(objective: Objective) -> str:
-    """An objective's kind, with the key that decides what it needs of its teacher."""
+    """An objective's kind, with the key that determines which target it needs."""
     kind = kind_of("objectives", objective)
     return f"{kind} with {objective.setting}" if objective.setting else kind
 
@@ -57,7 +57,7 @@ def _variance(cfg: RunConfig) -> Iterator[str]:
     sampled = [(index, objective) for index, objective in enumerate(cfg.objectives) if objective.samples]
     if not sampled:
         yield (
-            "log_variance = true measures the noise of the sampled gradient, and no objective samples one. "
+            "log_variance = true measures the variance of a sampled gradient, and no objective has one. "
             'Use kind = "sampled_kl", or '
             "log_variance = false."
         )
@@ -65,8 +65,8 @@ def _variance(cfg: RunConfig) -> Iterator[str]:
         offers = offered(cfg, objective.teacher) if objective.teacher else set()
         if offers and HiddenTarget not in offers:
             yield (
-                "log_variance = true needs the whole distribution of every teacher a sampled_kl listens to, "
+                "log_variance = true needs the full distribution of the teacher of every sampled_kl, "
                 f"but objectives[{index}] "
-                f"listens to '{objective.teacher}', which does not offer it. Use a local teacher, or "
+                f"has the teacher '{objective.teacher}', which does not offer it. Use a local teacher, or "
                 "log_variance = false."
             )

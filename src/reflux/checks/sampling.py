@@ -1,4 +1,4 @@
-"""Sampling: lengths, and what attempts of another distribution than the student's own may not be used for."""
+"""Rules about sampling: lengths, and objectives that need attempts from the student's own distribution."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ def problems(cfg: RunConfig) -> Iterator[str]:
     yield from _sampling(cfg)
     if cfg.deterministic and not cfg.sampler.exact_rng:
         yield (
-            "deterministic = true asks for a run that repeats bit for bit, and sampler "
-            f"'{kind_of('samplers', cfg.sampler)}' as it is set "
-            f'depends on timing. Set sampler.turns = "together", or leave deterministic out.'
+            "deterministic = true requires a run that repeats bit for bit, but sampler "
+            f"'{kind_of('samplers', cfg.sampler)}' with these settings "
+            f'depends on timing. Set sampler.turns = "together", or remove deterministic.'
         )
 
 
 def _lengths(cfg: RunConfig) -> Iterator[str]:
     for step in range(cfg.steps):
         if cfg.sampler.draw(step).max_positions < 1:
-            yield f"sampler: an attempt of step {step} may have no position at all; it needs at least 1. Start the schedule at 1 or more."
+            yield (
+                f"sampler: the limit of an attempt of step {step} is below 1 position. Start the schedule at "
+                "1 or more."
+            )
             return
 
 
@@ -36,15 +39,15 @@ def _sampling(cfg: RunConfig) -> Iterator[str]:
         yield (
             f"sampler.temperature = {draw.temperature:g} and top_p = {draw.top_p:g}: attempts from another "
             "distribution than the "
-            "student's own make on-policy estimators biased. Use 1 and 1, or say sampler.allow_biased = "
+            "student's own make on-policy estimators biased. Use 1 and 1, or set sampler.allow_biased = "
             "true."
         )
     for index, objective in enumerate(cfg.objectives):
         name = f"objectives[{index}]: {kind_of('objectives', objective)}"
         if objective.takes_advantage_offset and not sampler.on_policy:
             yield (
-                f"{name} weighs what was chosen by the student's own probabilities, but sampler '{kind}' "
-                "gives answers it did not draw. "
+                f"{name} needs attempts that the student sampled, but the attempts of sampler '{kind}' "
+                "come from elsewhere. "
                 f"Use {'velocity_kl' if sampler.rollouts is FlowRollout else 'nll or divergence'}."
             )
         if (
@@ -53,4 +56,7 @@ def _sampling(cfg: RunConfig) -> Iterator[str]:
             and sampler.on_policy
             and sampler.rollouts is TokenRollout
         ):
-            yield f"{name} on the student's own attempts has an expected gradient of zero. Use sampler 'references', or another objective."
+            yield (
+                f"{name} on the student's own attempts has an expected gradient of zero. Use sampler "
+                "'references', or another objective."
+            )

@@ -1,4 +1,4 @@
-"""Teachers: their names, routes and contexts."""
+"""Rules about teachers: their names, routes and contexts."""
 
 from __future__ import annotations
 
@@ -29,43 +29,44 @@ def _context(cfg: RunConfig, table: str) -> Iterator[str]:
             f"Raise group_size."
         )
     if context.requirements.reward and not cfg.rewards:
-        yield f"teachers.{table}.context sorts attempts by their verdicts: add [rewards.verifier]."
+        yield f"teachers.{table}.context sorts attempts by their rewards. Add [rewards.verifier]."
 
 
 def _moving(cfg: RunConfig, table: str) -> Iterator[str]:
     if cfg.max_staleness and cfg.teachers[table].follows:
         yield (
-            f"teachers.{table} moves with the student, so what it said of an attempt is read through another "
-            "head by the time the attempt "
-            f"is used; max_staleness is {cfg.max_staleness}. Use max_staleness = 0, or a frozen teacher."
+            f"teachers.{table} follows the student, so its output head has changed by the time its hidden "
+            f"states are used; max_staleness is {cfg.max_staleness}. Use max_staleness = 0, or a frozen "
+            "teacher."
         )
 
 
 def _shared(cfg: RunConfig, name: str, tables: list[str]) -> Iterator[str]:
-    """Of several tables under one name, each prompt is asked of exactly one."""
+    """If several tables share a name, exactly one of them must answer each prompt."""
     routes = [route for table in tables for route in cfg.teachers[table].routes]
     if len(tables) > 1 and (
         len(set(routes)) < len(routes) or any(not cfg.teachers[table].routes for table in tables)
     ):
-        yield f"teachers {', '.join(tables)} all answer as '{name}', so each needs routes of its own, none of them shared."
+        yield (
+            f"teachers {', '.join(tables)} share the name '{name}', so each needs its own routes, and no "
+            "route may belong to two of them."
+        )
 
 
 def _unserved(cfg: RunConfig) -> Iterator[str]:
-    """Every route a prompt may carry is some teacher's: of those that share a name, and of all where each has
-    routes.
+    """Each route of the task's prompts needs a teacher. This is checked for the tables that share a
+    name, and for all teachers of objectives together, where every table has routes.
     """
     spoken = sorted(
         {objective.teacher for objective in cfg.objectives if objective.teacher} & objective_teachers(cfg)
     )
     by_name = {name: [cfg.teachers[table].routes for table in tables_of(cfg, name)] for name in spoken}
-    told = {
-        "the teachers that objectives listen to": [routes for served in by_name.values() for routes in served]
-    }
+    told = {"the teachers that objectives use": [routes for served in by_name.values() for routes in served]}
     told |= {
-        f"the teachers that answer as '{name}'": served for name, served in by_name.items() if len(served) > 1
+        f"the teachers of the name '{name}'": served for name, served in by_name.items() if len(served) > 1
     }
     routed = {whose: served for whose, served in told.items() if served and all(served)}
-    # a task may have to read its data for them
+    # only asked where needed, because a task may have to read its data for its routes
     carried = cfg.task.routes if routed else None
     for whose, served in routed.items():
         known = sorted({route for routes in served for route in routes})
@@ -76,6 +77,6 @@ def _unserved(cfg: RunConfig) -> Iterator[str]:
             yield (
                 f"teachers: this task has prompts of the route {', '.join(unserved)}, but {whose} serve only "
                 f"{', '.join(known)}. Add that "
-                f"route to a table, or take `routes` away from one: it then answers every prompt."
+                f"route to a table, or remove `routes` from one table: it then answers every prompt."
             )
             return

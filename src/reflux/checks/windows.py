@@ -1,4 +1,4 @@
-"""A context that shows other attempts must leave room for them in the teacher's window."""
+"""A context that shows other attempts must fit into the teacher's context window."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from reflux.models.sizes import size_of
 from reflux.models.text import load_tokenizer
 from reflux.models.tokenizer import Renderer
 
-# of the training prompts, asked for their length
+# number of training prompts whose length is measured
 _PROMPTS = 64
 
 
 def problems(cfg: RunConfig) -> Iterator[str]:
-    """Prompt, other attempts, the words around them and the answer, counted with the teacher's tokenizer
-    against its window.
+    """Compare the tokens of prompt, other attempts, the text around them and the answer with the teacher's
+    context window. They are counted with the teacher's tokenizer.
 
-    A prompt takes `sampler.max_prompt_tokens`, or, where that is not set, what the longest of the first 64
-    training prompts takes. Feedback, longer prompts and peers that are longer when read as text come on top,
-    and are refused when they are met. A model whose files are not here yet is not checked. Imports
-    transformers where a teacher is shown other attempts.
+    A prompt counts as `sampler.max_prompt_tokens`. If that is not set, it counts as the longest of
+    the first 64 training prompts. Feedback, longer prompts and other attempts that have more tokens when
+    their text is tokenised again are not counted here; they raise an error when they occur. A model whose
+    files are not local yet is not checked. Imports transformers if a teacher is shown other attempts.
     """
     for table, teacher in cfg.teachers.items():
         reader = teacher.reader(cfg.learner.student)
@@ -51,16 +51,16 @@ def _too_narrow(
         )
 
     def needed(longest: int) -> int:
-        # nothing is asked about what follows the last token
+        # minus 1, because nothing is predicted after the last token
         return prompt + added(longest) + longest - 1
 
     longest = cfg.training_positions
     if needed(longest) > window:
         yield (
             f"teachers.{table}.context: a prompt of {prompt} tokens ({whose}), up to {added(longest)} of "
-            "other attempts and the words "
-            f"around them, and an answer of up to {longest} take {needed(longest)} tokens, but the teacher's "
-            f"model holds {window}. "
+            "other attempts and the text "
+            f"around them, and an answer of up to {longest} take {needed(longest)} tokens, but the context "
+            f"window of the teacher's model has {window}. "
             f"{_remedy(needed, longest, window)} teachers.{table}.context.peer_tokens, successes or failures"
             f"{', or sampler.max_prompt_tokens' if limit else ', or shorten the prompts'}."
         )
@@ -69,7 +69,7 @@ def _too_narrow(
 def _remedy(needed: Callable[[int], int], longest: int, window: int) -> str:
     fits = next((limit for limit in range(longest, 0, -1) if needed(limit) <= window), None)
     return (
-        "Not even answers of 1 token fit: lower"
+        "Even answers of 1 token do not fit. Lower"
         if fits is None
         else f"Lower sampler.max_tokens to {fits}, or lower"
     )

@@ -1,1 +1,1 @@
-"""The recipe: how it is read, merged and validated, and what a part is told of it."""
+"""Recipes: reading, merging and validation, and the context that each part gets."""

@@ -26,12 +26,12 @@ def read_recipe(name: str | Path, base: bool = False) -> dict[str, Any]:
         known = bases() if base else recipe_names()
         if path.parent != RECIPES:
             raise ConfigError(
-                f"there is no file {path}. Shipped recipes go by their names: {', '.join(known)}."
+                f"there is no file {path}. Shipped recipes are named without a path: {', '.join(known)}."
             ) from None
         raise ConfigError(
             f"no {'base' if base else 'recipe'} '{name}'{registry.did_you_mean(str(name), known, '.')} "
             f"Shipped: {', '.join(known)}. "
-            f"A recipe of your own: give its path, ending in .toml."
+            f"To use your own recipe, give its path, which ends in .toml."
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
@@ -45,32 +45,31 @@ def recipe_names() -> list[str]:
 
 
 def bases() -> list[str]:
-    """What `base` may name: a scale, or a recipe to build on."""
+    """The names that `base` may have: the shipped scales and the shipped recipes."""
     return [*sorted(path.stem for path in (RECIPES / "base").glob("*.toml")), *recipe_names()]
 
 
 def resolve(table: dict[str, Any], scale: object = None, name: str | Path = "") -> dict[str, Any]:
-    """A recipe merged over its bases, the nearest last. `scale` takes the place of the last base of the
-    chain.
+    """Merge a recipe over its chain of bases. The recipe itself is merged last. `scale` replaces the last
+    base of the chain.
 
-    `[methods.RECIPE]` of a base is merged over the shipped recipe of that name, wherever it stands in the
-    chain. `name` is the recipe's name or path; a `base` that is a path is looked up from the folder of the
-    file that names it. ConfigError where a table or a scale would change nothing.
+    `[methods.RECIPE]` of a base is merged over the shipped recipe of that name, at any place in the chain.
+    `name` is the recipe's name or path. A `base` that is a path is relative to the folder of the file that
+    names it. Raises ConfigError if a [methods] table or `scale` would change nothing.
     """
     layers = _chain(str(name), table)
     if scale is not None and len(layers) == 1:
         raise ConfigError(
-            f'base: this recipe builds on no base that "{scale}" could replace. Every key is its own; set '
-            "those that differ."
+            f'base: this recipe has no base that "{scale}" could replace. Override the single keys instead.'
         )
     if scale is not None:
         below = _named(scale, "base")
         layers[-1:] = _chain(below, read_recipe(below, base=True))
     for other in _methods(*layers[0]).keys() - {shipped_name(where) for where, _ in layers}:
-        # a base's are for other recipes, too
+        # Only the recipe's own tables are checked. Those of a base may be meant for other recipes.
         raise ConfigError(
-            f'methods.{other}: this recipe does not build on "{other}", so nothing reads that table. Write '
-            "the keys themselves."
+            f'methods.{other}: this recipe does not build on "{other}", so that table has no effect. Write '
+            "its keys directly into the recipe."
         )
     methods: dict[str, Any] = {}
     for where, layer in reversed(layers):
@@ -85,15 +84,15 @@ def resolve(table: dict[str, Any], scale: object = None, name: str | Path = "") 
 
 
 def shipped_name(recipe: str) -> str:
-    """The name of a shipped recipe or base that `recipe` is the path of, else `recipe` as it is."""
+    """The name of the shipped recipe or base whose path `recipe` is; any other `recipe` unchanged."""
     path = Path(recipe)
     shipped = path.suffix and path.resolve().parent in (RECIPES.resolve(), (RECIPES / "base").resolve())
     return path.stem if shipped else recipe
 
 
 def _chain(name: str, table: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """(name, raw table) of a recipe and of what it builds on, down to the scale. ConfigError where a base
-    leads back to itself.
+    """(name, raw table) of a recipe and of each base below it, the scale last. Raises ConfigError if a base
+    builds on itself.
     """
     layers = [(name, table)]
     while "base" in layers[-1][1]:
@@ -119,8 +118,8 @@ def _named(base: object, where: str) -> str:
 
 
 def _methods(where: str, layer: Mapping[str, Any]) -> dict[str, Any]:
-    """What a base says of recipes, by their names. ConfigError for a name that no shipped recipe has, and for
-    what is no table.
+    """The [methods.RECIPE] tables of a base, by recipe name. Raises ConfigError for a name that no shipped
+    recipe has, and for a value that is not a table.
     """
     methods = layer.get("methods", {})
     if not isinstance(methods, Mapping):
@@ -128,8 +127,8 @@ def _methods(where: str, layer: Mapping[str, Any]) -> dict[str, Any]:
     for recipe, table in methods.items():
         if recipe not in recipe_names():
             raise ConfigError(
-                f"{where}: methods.{recipe}: no shipped recipe is named "
-                f"so{registry.did_you_mean(recipe, recipe_names(), '.')}"
+                f"{where}: methods.{recipe}: there is no shipped recipe of this "
+                f"name{registry.did_you_mean(recipe, recipe_names(), '.')}"
             )
         if not isinstance(table, Mapping):
             raise ConfigError(

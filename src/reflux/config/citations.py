@@ -1,4 +1,4 @@
-"""The papers behind a run: those that its parts name, and those of what only the whole run shows."""
+"""The papers behind a run: those that its parts name, and those that follow from the run as a whole."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from reflux.config.papers import GKD, PREFIX_OPD, Paper
 from reflux.config.recipe import RunConfig
 from reflux.config.registry import within
 
-# what makes the method comes first
+# the groups of parts that make the method; their papers come first
 _FIRST = ("objectives", "credit", "contexts", "teachers", "extrapolation")
 
 
 def papers(cfg: RunConfig) -> list[Paper]:
-    """Each paper once: those of the method's parts, of the run as a whole, of the other parts."""
+    """Each paper once, in this order: the method's parts, the run as a whole, the other parts."""
     parts = list(within(cfg))
     method = [
         paper for first in _FIRST for _, group, part in parts if group == first for paper in part.papers(cfg)

@@ -1,4 +1,6 @@
-"""What a part may know of its run: small frozen values that can be pickled and sent to another process."""
+"""The values that a part gets from its run. They are small and frozen, and can be pickled for another
+process.
+"""
 
 from __future__ import annotations
 
@@ -16,36 +18,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StudentSpec:
-    """The student by name, and how it is spoken to. It says the same to its sampler, its learner and a
-    teacher that is the student.
+    """The student's model and how its prompts are rendered. The sampler, the learner and a teacher that is
+    the student share these values.
     """
 
+    # a folder, a hub id or a shipped model such as reflux:student
     model: str
-    # a system prompt, put before conversations that have none
+    # a system prompt, added to conversations that have none
     system: str | None = None
     # arguments of the chat template
     template: Mapping[str, Any] = field(default_factory=dict)
-    # a text that ends every prompt, for the student and its teachers
+    # a text at the end of every prompt, for the student and its teachers
     prompt_suffix: str | None = None
     trust_remote_code: bool = False
-    # of the master weights
+    # data type of the master weights
     dtype: str = "float32"
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """How the student's attempts are sampled: of texts the first four, of images the rest."""
+    """How the student's attempts are sampled. The first four fields are for texts, the others for images."""
 
     temperature: float = 1.0
     top_p: float = 1.0
+    # texts that end a response
     stop: tuple[str, ...] = ()
     # 0: what the context window leaves
     max_prompt_tokens: int = 0
-    # numbers of denoising steps that images are drawn in, in training and in evaluation
+    # numbers of denoising steps per image, in training and in evaluation
     grids: tuple[int, ...] = ()
     noise_level: float = 0.0
     guidance: float = 1.0
-    # a side of the image; 0: the size that the model was made for
+    # height and width of the image; 0: the size that the model was trained for
     pixels: int = 0
 
 
@@ -56,10 +60,11 @@ class Numbers:
     steps: int
     prompts_per_step: int
     group_size: int
-    # optimiser steps between sampling and learning, at most
+    # at most so many optimiser steps between sampling an attempt and learning from it
     max_staleness: int
-    # of an attempt, at most
+    # the most positions of a training attempt, over all steps
     training_positions: int
+    # the most positions of an attempt of an evaluation or of extrapolation's score
     evaluation_positions: int
 
 
@@ -67,26 +72,27 @@ class Numbers:
 class Placement:
     """Settings of the process that a part is opened in."""
 
-    # CPU threads of torch; 0: as torch finds
+    # CPU threads of torch; 0: torch's own choice
     threads: int = 0
     deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class PartContext:
-    """All that a part is told of its run. What it shares with other parts of its process is in `Services`."""
+    """What a part knows of its run. Objects that the parts of one process share are in `Services`."""
 
-    # the table's: "main" for [teachers.main], "sampler" for [sampler]
+    # name of the part's table: "main" for [teachers.main], "sampler" for [sampler]
     name: str
+    # the run's seed
     seed: int
-    # joined by `checks`: what has to be computed for others
+    # what all parts together require to be computed, joined by `checks.join`
     requirements: Requirements
     student: StudentSpec
     task: Task
     generation: Generation
     numbers: Numbers
-    # of this part's own, inside the run directory; made by the part if it needs one
+    # a folder for this part alone, inside the run directory; the part makes it if it needs it
     folder: Path
-    # the teacher tables as values, for a sampler that opens them
+    # the configured teachers by table, for a sampler that opens teachers itself
     teachers: Mapping[str, Teacher] = field(default_factory=dict)
     placement: Placement = Placement()

@@ -1,4 +1,4 @@
-"""The parts that a package outside the library defines."""
+"""Find the parts that a package outside the library defines."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from reflux.errors import ConfigError
 
 
 def parts_of(module: str) -> dict[str, dict[str, type]]:
-    """The parts that a module or package defines, by group and by the dotted kind under which a recipe names
-    them. It is imported whole.
+    """The parts that a module or package defines, by group and by the kind "module:Class" that a recipe would
+    name. The whole package is imported.
 
-    ConfigError where it, or a module inside it, cannot be imported.
+    Raises ConfigError if the package, or a module inside it, cannot be imported.
     """
     found: dict[str, dict[str, type]] = {group: {} for group in BASES}
     for name in _modules(module):
@@ -27,7 +27,7 @@ def parts_of(module: str) -> dict[str, dict[str, type]]:
 
 
 def _modules(module: str) -> list[str]:
-    """The module, and those inside it where it is a package."""
+    """The module and, if it is a package, all modules inside it except `__main__`."""
     _imported(module)
     spec = find_spec(module)
     inside = (

@@ -1,6 +1,4 @@
-"""The groups of parts: where the kinds of each are registered, the base that its parts inherit, and its
-protocol.
-"""
+"""The groups of parts: for each the registry of its kinds, the base class of its parts and its protocol."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ GROUPS = {
 }
 
 
-# what every part of a group inherits
+# the base class that every part of a group inherits
 BASES = {
     "samplers": "reflux.samplers.base:SamplerPart",
     "teachers": "reflux.teachers.base:TeacherPart",
@@ -34,7 +32,7 @@ BASES = {
 }
 
 
-# and what it has
+# the protocol whose members every part of a group has
 PROTOCOLS = {
     "samplers": "reflux.samplers.base:Sampler",
     "teachers": "reflux.teachers.base:Teacher",

@@ -1,4 +1,4 @@
-"""Could a module be imported?"""
+"""Test whether a module can be imported, without importing it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 
 def importable(module: str) -> bool:
-    """Could it be imported? Nothing is: not even the packages it lies in."""
+    """True if the module can be found. Neither the module nor the packages that contain it are imported."""
     first, *inner = module.split(".")
     try:
         found = find_spec(first)
@@ -17,6 +17,6 @@ def importable(module: str) -> bool:
                 return False
             found = PathFinder.find_spec(".".join([first, *inner[: number + 1]]), places)
     except ValueError:
-        # an empty name, or a module that was made by hand
+        # the name is empty, or the module was created in code and has no spec
         return False
     return found is not None

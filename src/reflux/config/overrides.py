@@ -1,6 +1,4 @@
-"""Raw tables of a recipe: how one is merged over another, and what `key.path=value` on the command line
-changes.
-"""
+"""Merge raw tables of recipes, and apply `key.path=value` overrides to them."""
 
 from __future__ import annotations
 
@@ -12,10 +10,11 @@ from reflux.errors import ConfigError
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables merge key by key; everything else is replaced. A new kind drops the keys of the old one.
+    """Merge `over` over `under`. Tables are merged key by key; other values are replaced. A table with a new
+    kind replaces the old table with all its keys.
 
-    Beside a new kind a key whose value is "base" takes the old table: `generate = "base"` puts a sampler
-    inside another one.
+    In a table with a new kind, a key whose value is "base" gets the old table as its value: `generate =
+    "base"` puts the old sampler inside the new one.
     """
     merged = dict(under)
     for key, value in over.items():
@@ -37,12 +36,12 @@ def split_override(text: str) -> tuple[str, Any]:
     """ "a.b=3" -> ("a.b", 3)."""
     path, sign, value = text.partition("=")
     if not sign or not path.strip():
-        raise ConfigError(f"'{text}' is not an override; write key.path=value, for example learner.lr=1e-3")
+        raise ConfigError(f"'{text}' is not an override. Write key.path=value, for example learner.lr=1e-3.")
     return path.strip(), value.strip()
 
 
 def unpack(value: Any) -> Any:
-    """TOML where it parses, else the text itself: steps=10 is a number, learner.model=my/model a string."""
+    """The value parsed as TOML, or the text itself: "10" gives a number, "my/model" a string."""
     if not isinstance(value, str):
         return value
     try:
@@ -52,16 +51,18 @@ def unpack(value: Any) -> Any:
 
 
 def nest(path: list[str], value: Any, table: Any) -> dict[str, Any]:
-    """The smallest table that sets `path`; a number as a key edits a copy of the list that is there."""
+    """The smallest table that sets `path`. A number in the path selects an entry in a copy of a list."""
     if len(path) == 1:
         return {path[0]: value}
     head, inner = path[0], table.get(path[0], {}) if isinstance(table, Mapping) else {}
     if isinstance(inner, list) and path[1].isdigit():
         if not all(isinstance(item, Mapping) for item in inner):
-            raise ConfigError(f"{head} is a list of plain values; set it whole: {head}=[...]")
+            raise ConfigError(f"{head} is a list of plain values. Set the whole list: {head}=[...]")
         index, items = int(path[1]), [dict(item) for item in inner]
         if index >= len(items):
-            raise ConfigError(f"{head}.{index}: there are only {len(items)} {head}, counted from 0")
+            raise ConfigError(
+                f"{head}.{index}: there are only {len(items)} entries in {head}, numbered from 0"
+            )
         items[index] = merge({"item": items[index]}, nest(["item", *path[2:]], value, {}))["item"]
         return {head: items}
     return {head: nest(path[1:], value, inner)}

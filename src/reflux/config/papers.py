@@ -1,4 +1,4 @@
-"""A paper, and its BibTeX."""
+"""A paper and its BibTeX entry."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Paper:
-    """One paper on arXiv. author: in BibTeX's form; None where the paper names none that are known here."""
+    """One paper on arXiv. author: the authors in BibTeX's form, or None if they are not recorded here."""
 
     key: str
     title: str
@@ -17,7 +17,7 @@ class Paper:
 
     @property
     def bibtex(self) -> str:
-        """The entry of type misc."""
+        """The BibTeX entry, of type misc."""
         fields = {
             "title": f"{{{self.title}}}",
             "author": self.author,

@@ -1,8 +1,9 @@
-"""What a part may say about itself. Every part inherits this, and overrides what it has to say; the defaults
-say nothing.
+"""The methods by which a part describes itself. Every part inherits them and overrides those it needs. The
+defaults return nothing.
 
-A rule that one part can know stands on that part; `checks/` keeps the rules that join several. All methods
-are asked before anything heavy is loaded, so a module that defines parts imports no torch at its top.
+A rule that concerns one part is a method of that part. `checks/` contains the rules that concern several
+parts. All methods are called before weights are loaded, so a module that defines parts imports no torch at
+its top.
 """
 
 from __future__ import annotations
@@ -18,21 +19,19 @@ class Part(Protocol):
 
     `where` is the path of the part's table in the recipe, such as "credit.prefix" or "objectives[0]". `cfg`
     is the whole `RunConfig`, `recorded` a `reports.recorded.Recorded`, and a diagnostic a
-    `reports.chart.Chart`. A part that overrides a method names these types. They are not named here: a recipe
-    holds parts, so this module lies below them.
+    `reports.chart.Chart`. A part that overrides a method annotates these types. Here they are `Any`, because
+    this module must not import the modules of recipes and reports, which lie above it.
     """
 
-    # when to use it, in a sentence or two, for docs/recipes.md
+    # when to use the part, in one or two sentences, for docs/recipes.md
     when: ClassVar[str] = ""
 
     def refusals(self, where: str, cfg: Any) -> Iterable[str]:
-        """Why this run cannot be what its user means: sentences with the remedy. Any one of them refuses the
-        run.
-        """
+        """Reasons why this run cannot work, each a text with the remedy. Any one of them refuses the run."""
         return ()
 
     def advice(self, where: str, cfg: Any) -> Iterable[str]:
-        """What works but is seldom meant: sentences that are printed before the run."""
+        """Settings that work but are rarely intended, each a text that is printed before the run."""
         return ()
 
     def papers(self, cfg: Any) -> Iterable[Paper]:
@@ -40,12 +39,12 @@ class Part(Protocol):
         return ()
 
     def inputs(self, where: str) -> None:
-        """Look whether the files that the part reads are there, without loading them. Raises ModelError or
-        DataError where they are not.
+        """Check that the files the part reads exist, without loading them. Raises ModelError or DataError if
+        one is missing.
         """
 
     def diagnostics(self, name: str, recorded: Any) -> Iterable[Any]:
-        """What the report shows of this part, from the files of the run directory. name: that of its table,
-        such as "prefix".
+        """The charts of this part in the report, made from the files of the run directory. name: the name of
+        its table, such as "prefix".
         """
         return ()

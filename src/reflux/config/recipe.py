@@ -1,10 +1,9 @@
-"""A recipe (TOML) -> one tree of frozen, validated values. The config is the program: nothing is forwarded by
-hand.
+"""Read a recipe (TOML) into one tree of frozen, validated values.
 
-A recipe sets its own keys; the rest comes from its `base` (another recipe, a shipped base, or a file).
-Changing a table's kind drops the old kind's keys of that table, but for a key whose value is "base": it takes
-the old table. What a shipped recipe needs on one scale only stands in that scale, under `[methods.RECIPE]`.
-`key.path=value` overrides are merged last; the value is TOML, or else plain text.
+A recipe sets some keys. The others come from its `base`: another recipe, a shipped base, or a file. A new
+kind in a table drops the old kind's keys of that table. In such a table a key whose value is "base" gets the
+old table as its value. Keys that a shipped recipe needs on one scale only are in that scale's file, under
+`[methods.RECIPE]`. `key.path=value` overrides are merged last; the value is TOML, or else plain text.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ Count = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True, config=STRICT)
 class Track:
-    """Where metrics also go while the run lasts. Nothing is sent anywhere unless this table names a tracker."""
+    """The tracker that also gets the run's metrics. Nothing is sent unless this table names a tracker."""
 
     kind: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     project: str = "reflux"
@@ -54,7 +53,7 @@ class Track:
 
 @dataclass(frozen=True, config=STRICT)
 class RunConfig:
-    """One run. Class defaults are the vetted setting."""
+    """The whole configuration of one run. The class defaults are recommended values."""
 
     task: Annotated[Task, PartOf("tasks")]
     sampler: Annotated[Sampler, PartOf("samplers", default="hf")]
@@ -81,54 +80,55 @@ class RunConfig:
     eval_every: Count = 50
     keep_checkpoints: Count = 2
     log_variance: bool = False
-    # CPU threads of torch; 0: what torch finds
+    # CPU threads of torch; 0: torch's own choice
     threads: Annotated[int, Field(ge=0)] = 0
-    # torch's deterministic algorithms, on a GPU
+    # use torch's deterministic algorithms on a GPU
     deterministic: bool = False
 
     def __post_init__(self) -> None:
         if not self.objectives:
             raise ValueError(
-                "objectives: at least one [[objectives]] table is needed, or nothing would be learnt"
+                "objectives: at least one [[objectives]] table is needed, because without an objective there "
+                "is no loss"
             )
 
     @property
     def training_positions(self) -> int:
-        """The most positions an attempt of any optimiser step may have."""
+        """The most positions that an attempt may have, over all optimiser steps."""
         return max(self.sampler.draw(step).max_positions for step in range(max(1, self.steps)))
 
     @property
     def evaluation_positions(self) -> int:
-        """The most positions an attempt of an evaluation, or of extrapolation's score, may have. No training
-        cap changes it.
+        """The most positions that an attempt of an evaluation, or of extrapolation's score, may have. Length
+        schedules of training do not change it.
         """
         return self.sampler.evaluation_positions
 
     def draw(self, step: int) -> SamplingParams:
-        """How the attempts of optimiser step `step` (from 0) are sampled."""
+        """The sampling parameters of the attempts for optimiser step `step` (from 0)."""
         return dataclasses.replace(self.sampler.draw(step), cohort=self.prompts_per_step)
 
 
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | Iterable[str] = ()) -> RunConfig:
     """The validated config of a shipped recipe (by name) or a file, with overrides.
 
-    Raises ConfigError whose text names the path of what is wrong.
+    Raises ConfigError; its text names the path of the wrong key.
     """
     changes = overrides.items() if isinstance(overrides, Mapping) else map(split_override, overrides)
     values = {path: unpack(value) for path, value in changes}
     table = resolve(read_recipe(name), values.pop("base", None), name)
     for path, value in sorted(values.items(), key=lambda change: not change[0].endswith("kind")):
-        # a new kind drops the old one's keys
+        # Kinds are set first, because a new kind drops the old kind's keys.
         table = merge(table, nest(path.split("."), value, table))
     return from_table(table)
 
 
 def from_table(table: Mapping[str, Any]) -> RunConfig:
-    """Validate a resolved table."""
+    """The validated config of a resolved table. Raises ConfigError."""
     if "reward" in table:
         raise ConfigError(
-            'reward: rewards are named tables. Write [rewards.verifier] for the one of kind "verifier", and '
-            "no key `reward`."
+            "reward: there is no key `reward`. Rewards are named tables: write [rewards.verifier] for the "
+            'reward of kind "verifier".'
         )
     for key in ("task", "sampler", "learner", "objectives"):
         if key not in table:
@@ -141,21 +141,21 @@ def from_table(table: Mapping[str, Any]) -> RunConfig:
 
 
 def saved_table(folder: Path) -> dict[str, Any]:
-    """The resolved table in a run's config.toml. RunError where it is damaged."""
+    """The resolved table in a run's config.toml. Raises RunError if the file is damaged."""
     path = folder / "config.toml"
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RunError(f"{path} is damaged: {error}. Restore it, or begin a new run.") from error
+        raise RunError(f"{path} is damaged: {error}. Restore it, or start a new run.") from error
     if missing := [name for name in ("task", "sampler", "learner", "steps") if name not in table]:
         raise RunError(
-            f"{path} is damaged: it has no {' and no '.join(missing)}. Restore it, or begin a new run."
+            f"{path} is damaged: it has no {' and no '.join(missing)}. Restore it, or start a new run."
         )
     return table
 
 
 def to_table(cfg: RunConfig) -> dict[str, Any]:
-    """The table that gives this config again (law 10), every default written out."""
+    """The table from which `from_table` makes the same config (law 10), with all defaults included."""
     return registry.fields_of(cfg)
 
 
@@ -164,13 +164,15 @@ def to_toml(cfg: RunConfig) -> str:
 
 
 def config_hash(cfg: RunConfig) -> str:
-    """12 hex digits over everything but the tracker: two runs with one hash do the same work."""
+    """A hash of the config without its tracker, 12 hex digits. Two runs with the same hash do
+    the same work.
+    """
     table = {key: value for key, value in to_table(cfg).items() if key != "track"}
     return hashlib.blake2b(json.dumps(table, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
-    """One line per key in which two tables differ."""
+    """One line for each key whose value differs between two tables."""
     lines = []
     for key in sorted({*old, *new}):
         where, before, after = f"{path}{key}", old.get(key), new.get(key)

@@ -1,9 +1,9 @@
-"""Parts are frozen values; a part is found by (group, kind), where kind is a registered name or
-"my_package.module:Class".
+"""Find the class of a part by (group, kind), and make parts from tables. A part is a frozen dataclass; a kind
+is a registered name or "my_package.module:Class".
 
-Each package has one visible dictionary from kind to dotted name. It is read, and the class imported, only on
-use, so the command line starts without torch. A value module therefore never imports torch at its top; the
-mathematics it calls lives beside it.
+Each group's package has a dictionary from kind to dotted name. The dictionary and the class are imported only
+when they are used, so the command line starts without torch. For the same reason a module that defines parts
+does not import torch at its top. Computations that need torch are in other modules.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 class PartOf:
     """Marks a field that holds a part of `group`: `Annotated[Context, PartOf("contexts")]`.
 
-    many: a list of parts, or a table of named ones. default: the kind where none is written; in a table,
-    else, the name is the kind. horizon: False for a schedule that is not read over optimiser steps, and so
-    states its own horizon.
+    many: the field holds a list of parts, or a table of named parts. default: the kind if the table names
+    none. Without a default, the name in a table of named parts is the kind. horizon: False for a schedule
+    that is not read over optimiser steps and therefore must state its own horizon.
     """
 
     group: str
@@ -40,8 +40,8 @@ class PartOf:
     horizon: bool = True
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
-        """Protocols that fields are typed with are for readers and type checkers: values come from `build`,
-        and are taken as they are.
+        """Accept any value. The protocol in the annotation is for readers and type checkers; the values come
+        from `build`, which has validated them.
         """
         held = core_schema.any_schema()
         many = {
@@ -58,23 +58,23 @@ def load(dotted: str) -> Any:
 
 
 def kinds(group: str) -> dict[str, str]:
-    """The registered kinds of a group and where they live."""
+    """The registered kinds of a group, each with the dotted name of its class."""
     return dict(load(GROUPS[group]))
 
 
 def part(group: str, kind: str, path: str = "") -> type:
-    """The class of a kind. Unknown kinds are refused with the nearest name."""
+    """The class of a kind. Raises ConfigError for an unknown kind, with the most similar known name."""
     known = kinds(group)
     if kind in known:
         return load(known[kind])
     where = f"{path}: " if path else ""
     if kind == "none" and path:
-        raise ConfigError(f"{path}: no kind is called none. To take the whole table away: {path}=none")
+        raise ConfigError(f"{path}: there is no kind none. To remove the whole table, write {path}=none")
     if ":" not in kind:
         raise ConfigError(
             f"{where}unknown {group} kind '{kind}'{new_kind(group, kind) or did_you_mean(kind, known, '.')} "
             f"Known: {', '.join(sorted(known)) or 'none yet'}. "
-            f'A part of your own is named "my_package.module:Class".'
+            f'The kind of your own part is written "my_package.module:Class".'
         )
     try:
         found = load(kind)
@@ -85,26 +85,26 @@ def part(group: str, kind: str, path: str = "") -> type:
     if not belongs(found, group):
         inherits = f" that inherits {BASES[group].replace(':', '.')}" if group in BASES else ""
         raise ConfigError(
-            f"{where}'{kind}' is no part of the group {group}, which is a frozen dataclass{inherits}."
+            f"{where}'{kind}' is not a part of the group {group}: it must be a frozen dataclass{inherits}."
         )
     if lacking := _lacking(found, group):
         raise ConfigError(
-            f"{where}'{kind}' lacks what every part of the group {group} has: {', '.join(lacking)}. "
-            "docs/extending.md says what each is."
+            f"{where}'{kind}' lacks members that every part of the group {group} has: {', '.join(lacking)}. "
+            "docs/extending.md describes them."
         )
     return found
 
 
 def _lacking(cls: type, group: str) -> list[str]:
-    """The members of the group's protocol that a class neither has nor inherits."""
+    """The members of the group's protocol that a class neither defines nor inherits."""
     if group not in PROTOCOLS:
         return []
     return sorted(get_protocol_members(load(PROTOCOLS[group])) - {*dir(cls), *field_names(cls)})
 
 
 def belongs(value: object, group: str) -> bool:
-    """True for a class that a recipe may name in this group: a dataclass that inherits the group's base.
-    Schedules inherit nothing.
+    """True for a class that a recipe may name in this group: a dataclass that inherits the group's base
+    class. Schedules have no base class.
     """
     return (
         isinstance(value, type)
@@ -114,8 +114,8 @@ def belongs(value: object, group: str) -> bool:
 
 
 def within(value: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(where, group, part) of every part in a config or in another part, each before those inside it;
-    schedules are not among them.
+    """(where, group, part) of every part inside a config or inside another part. A part comes before the
+    parts that it contains. Schedules are left out.
     """
     for name, marker in markers(type(value)).items():
         if not isinstance(marker, PartOf) or marker.group not in BASES:
@@ -139,7 +139,7 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
 
 
 def markers(cls: type) -> dict[str, PartOf | type]:
-    """The fields of a class that hold parts, or plain tables of their own."""
+    """The fields of a class that hold parts (PartOf) or plain tables (their dataclass)."""
     found: dict[str, PartOf | type] = {}
     for name, hint in get_type_hints(cls, include_extras=True).items():
         for layer in _layers(hint):
@@ -149,7 +149,7 @@ def markers(cls: type) -> dict[str, PartOf | type]:
 
 
 def _layers(hint: Any) -> Iterable[Any]:
-    """A hint, its annotations, and those of its arguments: `Annotated[X, mark] | None` gives mark before X."""
+    """A hint, its annotations and those of its arguments. `Annotated[X, mark] | None` gives mark before X."""
     if get_origin(hint) is Annotated:
         yield from hint.__metadata__
     yield hint
@@ -158,9 +158,9 @@ def _layers(hint: Any) -> Iterable[Any]:
 
 
 def build(group: str, table: Any, path: str, *, default_kind: str | None = None, steps: int = 0) -> Any:
-    """Make a part from its table. `steps` is the horizon that schedules take when they state none.
+    """Make a part from its table. `steps` is the horizon of schedules that state none.
 
-    Raises ConfigError with the path of the offending key.
+    Raises ConfigError with the path of the wrong key.
     """
     if not isinstance(table, Mapping):
         raise ConfigError(f"{path}: expected a table with a 'kind', got {table!r}")
@@ -175,7 +175,7 @@ def build(group: str, table: Any, path: str, *, default_kind: str | None = None,
 
 
 def make(cls: type, table: Mapping[str, Any], path: str, *, steps: int = 0) -> Any:
-    """Fill a frozen class from a table, the parts and tables inside it included."""
+    """Make a frozen value of class `cls` from a table, with all parts and tables inside it."""
     names, inner = field_names(cls), markers(cls)
     values: dict[str, Any] = {}
     for key, value in table.items():
@@ -211,8 +211,8 @@ def _inner(marker: PartOf | type, value: Any, where: str, steps: int) -> Any:
     if marker.many == "list":
         if not isinstance(value, list):
             raise ConfigError(
-                f"{where}: expected a list of tables such as [[{where}]], got {value!r}; name one by its "
-                f"place: {where}.0"
+                f"{where}: expected a list of tables such as [[{where}]], got {value!r}. An "
+                f"override names an entry by its number: {where}.0"
             )
         return tuple(
             build(marker.group, table, f"{where}[{i}]", default_kind=marker.default, steps=steps)
@@ -230,11 +230,13 @@ def field_names(cls: type) -> list[str]:
 
 
 def _sentences(error: ValidationError, path: str) -> list[str]:
-    """One a field: where a value may be of several kinds, what each of them asks is joined by "or"."""
+    """One sentence per field. If a field allows several types, the messages of all types are
+    joined by "or".
+    """
     found: dict[str, list[Any]] = {}
     for entry in error.errors():
         first, *inner = entry["loc"] or ("",)
-        # words further in name the kinds a value may be of
+        # The strings in `inner` name the alternative types of a field, so only the numbers are kept.
         places = [str(key) for key in inner if isinstance(key, int)]
         found.setdefault(".".join(filter(None, (path, str(first), *places))), []).append(entry)
     return [_sentence(where, entries) for where, entries in found.items()]
@@ -255,7 +257,7 @@ def _asked(entry: Any) -> str:
 
 
 def kind_of(group: str, value: object) -> str:
-    """The name under which a value is written: its registered kind, or its dotted name."""
+    """The kind of a part: its registered name, or the dotted name of its class."""
     dotted = f"{type(value).__module__}:{type(value).__qualname__}"
     for kind, known in kinds(group).items():
         if known == dotted:
@@ -264,7 +266,7 @@ def kind_of(group: str, value: object) -> str:
 
 
 def table_of(group: str, value: object) -> dict[str, Any]:
-    """The table that would build this value again (law 10)."""
+    """The table from which `build` makes this part again (law 10)."""
     return {"kind": kind_of(group, value), **fields_of(value)}
 
 

@@ -1,6 +1,4 @@
-"""Keys, kinds and values of recipes that have another name now: an old one is refused, and its refusal tells
-the new one.
-"""
+"""Keys, kinds and values of recipes that were renamed. An old name is an error that names the new one."""
 
 from __future__ import annotations
 
@@ -32,15 +30,15 @@ VALUES = {
 
 
 def new_key(key: str, known: list[str]) -> str:
-    """The hint for a key that its table does not have; "" where no key of the table took its place."""
+    """The hint for an unknown key; "" if it is not an old name of a key of this table."""
     return f"; it is called '{KEYS[key]}' now." if KEYS.get(key) in known else ""
 
 
 def new_kind(group: str, kind: str) -> str:
-    """The hint for a kind that its group does not have; "" where none took its place."""
+    """The hint for an unknown kind; "" if it is not an old name of a kind of this group."""
     return f"; it is called '{KINDS[group, kind]}' now." if (group, kind) in KINDS else ""
 
 
 def new_value(key: str, value: object) -> str | None:
-    """What an old value of a key is called now; None for any other value."""
+    """The new name of an old value of a key; None for any other value."""
     return VALUES.get((key, value)) if isinstance(value, str) else None

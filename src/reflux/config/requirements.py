@@ -1,4 +1,4 @@
-"""The quantities that the parts of a recipe require of each other."""
+"""The quantities that parts of a recipe require from other parts."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Requirements:
-    """What the assembled parts want computed. Work nobody wants is not done; the largest k wins. Joined by
-    `|`.
+    """The quantities that parts require. Only required quantities are computed. `|` joins the requirements of
+    two parts and takes the larger k.
     """
 
-    # the student's own top-k where it acted
+    # k of the top-k log-probs of the policy that sampled; 0: not required. For flows: its velocities
     behaviour: int = 0
-    # the student's log-probs of now at the ids of `behaviour`
+    # the current student's log-probs at the token ids of `behaviour`
     now_at_behaviour: bool = False
+    # k of the current student's top-k log-probs; 0: not required
     now_topk: int = 0
-    # the teacher's log-probs of the sampled tokens, at scoring time
+    # the teacher's log-probs of the sampled tokens, when the attempt is scored
     logp: bool = False
-    # the teacher's log-probs at the student's top-k ids
+    # k of the student's top-k ids, as it sampled, at which the teacher gives log-probs; 0: not required
     candidates: int = 0
-    # and at the student's top-k ids of now
+    # k of the current student's top-k ids at which the teacher gives log-probs; 0: not required
     now_candidates: int = 0
-    # which characters of its text each token wrote
+    # the characters of the text that each token wrote
     spans: bool = False
     # which tokens are special and do not end a turn
     specials: bool = False
+    # a reward for every attempt
     reward: bool = False
 
     def __or__(self, other: Requirements) -> Requirements:

@@ -1,7 +1,8 @@
-"""step -> number. A field typed `Number` takes a plain number or one of these as an inline table.
+"""Schedules: functions from the optimiser step to a number. A field of type `Number` takes a plain number or
+a schedule as an inline table.
 
-In a recipe a schedule may be written in shares of another number: `of = "sampler.max_tokens"`, see
-`reflux.config.shares`.
+In a recipe the amounts of a schedule may be shares of another number, for example `of =
+"sampler.max_tokens"`; see `reflux.config.shares`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ SCHEDULES = {
     "cosine": "reflux.config.schedules:Cosine",
     "steps": "reflux.config.schedules:Steps",
 }
-# The fields of each kind that are amounts of what is scheduled; the others count optimiser steps. `of` takes
-# shares of these alone.
+# The fields of each kind that are amounts of the scheduled number. The other fields count optimiser steps.
+# `of` multiplies only the amounts.
 AMOUNTS = {
     "constant": ("value",),
     "linear": ("start", "stop", "increment"),
@@ -38,7 +39,7 @@ class Schedule(Protocol):
 
 # float | Schedule; checked by `number`
 Number = Annotated[Any, PartOf("schedules")]
-# the same, read over positions instead of optimiser steps
+# the same, as a function of the position instead of the optimiser step
 PositionNumber = Annotated[Any, PartOf("schedules", horizon=False)]
 
 
@@ -48,12 +49,12 @@ def at(value: float | Schedule, step: int) -> float:
 
 
 def first_below(value: float | Schedule, bound: float, steps: int) -> int | None:
-    """The first of so many steps at which a `Number` is below a bound; None where it never is."""
+    """The first step in range(steps) at which a `Number` is below `bound`; None if there is none."""
     return next((step for step in range(steps) if at(value, step) < bound), None)
 
 
 def number(value: Any, name: str) -> Any:
-    """Refuse what is neither a finite number nor a schedule."""
+    """Return `value` if it is a finite number or a schedule; raise ValueError otherwise."""
     plain = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if plain or isinstance(value, Schedule):
         return value
@@ -64,7 +65,7 @@ def number(value: Any, name: str) -> Any:
 
 
 def needs_horizon(value: Any) -> bool:
-    """Is this a schedule whose shape depends on a horizon, and which has none?"""
+    """True for a schedule that depends on a horizon and has none."""
     return (isinstance(value, Cosine) and not value.horizon) or (
         isinstance(value, Linear) and value.increment is None and not value.horizon
     )
@@ -82,7 +83,7 @@ class Constant:
 
 @dataclass(frozen=True, config=STRICT)
 class Linear:
-    """start + increment * step, stopping at `stop`; without an increment, a straight line from start to stop
+    """start + increment * step, limited by `stop`. Without an increment: a straight line from start to stop
     over `horizon` steps.
     """
 
@@ -95,7 +96,7 @@ class Linear:
     def __post_init__(self) -> None:
         if self.increment is None and self.stop is None:
             raise ValueError(
-                "a linear schedule needs an increment per step, or a stop to reach at its horizon"
+                "a linear schedule needs an increment per step, or a stop that it reaches at its horizon"
             )
 
     def __call__(self, step: int) -> float:
@@ -111,7 +112,9 @@ class Linear:
 
 @dataclass(frozen=True, config=STRICT)
 class Cosine:
-    """Half a cosine from peak to floor over `horizon` steps, after `warmup` linear steps."""
+    """A half cosine that falls from peak to floor until step `horizon`, after `warmup` steps of
+    linear rise.
+    """
 
     peak: float
     floor: float = 0.0
@@ -127,7 +130,7 @@ class Cosine:
 
 @dataclass(frozen=True, config=STRICT)
 class Steps:
-    """values[i] from step boundaries[i - 1] on; one value more than boundaries."""
+    """values[i] from step boundaries[i - 1] on. There is one value more than boundaries."""
 
     values: tuple[float, ...]
     boundaries: tuple[int, ...]
@@ -136,7 +139,7 @@ class Steps:
         if len(self.values) != len(self.boundaries) + 1 or list(self.boundaries) != sorted(
             set(self.boundaries)
         ):
-            raise ValueError("a steps schedule needs rising boundaries and one value more than boundaries")
+            raise ValueError("a steps schedule needs ascending boundaries and one value more than boundaries")
 
     def __call__(self, step: int) -> float:
         return self.values[sum(step >= boundary for boundary in self.boundaries)]
@@ -147,5 +150,5 @@ def _warm(step: int, warmup: int) -> float:
 
 
 def _progress(step: int, warmup: int, horizon: int) -> float:
-    """0 at the end of warm-up, 1 at the horizon, and 1 ever after."""
+    """0 at the end of the warm-up, rising linearly to 1 at the horizon; 1 after it."""
     return min(1.0, max(0.0, (step - warmup) / max(1, horizon - warmup)))

@@ -1,4 +1,4 @@
-"""Schedules in shares of another number of the recipe, so that one recipe is right on every scale.
+"""Schedules whose amounts are shares of another number of the recipe, so that one recipe fits every scale.
 
 `{ kind = "linear", of = "sampler.max_tokens", start = 0.25, stop = 1.0 }` goes from a quarter of
 `sampler.max_tokens` to all of it.
@@ -14,10 +14,10 @@ from reflux.errors import ConfigError
 
 
 def without_shares(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The resolved table of a recipe with every `of` multiplied out: schedules hold plain numbers, and are
-    read as if written so.
+    """The resolved table of a recipe with every `of` multiplied out, so that all schedules hold plain
+    numbers.
 
-    ConfigError, with the path of the schedule, where `of` names no plain number of the recipe.
+    Raises ConfigError, with the path of the schedule, if `of` does not name a plain number of the recipe.
     """
     return {key: _walked(table, value, key) for key, value in table.items()}
 
@@ -38,15 +38,16 @@ def _number_at(root: Mapping[str, Any], of: Any, path: str) -> float:
         found = found.get(key) if isinstance(found, Mapping) else None
     if not _is_number(found):
         raise ConfigError(
-            f"{path}.of: this recipe has no plain number at {of!r} to take shares of. Write that number, or "
-            "write the schedule in "
-            f"plain numbers, without `of`."
+            f"{path}.of: this recipe has no plain number at {of!r}. Set that key to a number, or write the "
+            "schedule in plain numbers, without `of`."
         )
     return found
 
 
 def _multiplied(schedule: Mapping[str, Any], whole: float) -> dict[str, Any]:
-    """What is no number stays, for the schedule itself to refuse."""
+    """The schedule with its amounts multiplied by `whole`. Values that are not numbers stay unchanged; the
+    schedule's own validation refuses them.
+    """
 
     def times(value: Any) -> Any:
         if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The optimiser step as parts see it: how attempts are sampled for it, and random numbers that depend on it."""
+"""Values of one optimiser step: sampling parameters, and random numbers that depend on the step."""
 
 from __future__ import annotations
 
@@ -12,36 +12,40 @@ Purpose = Literal["train", "eval", "score"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How an attempt is to be sampled. `cohort` groups are asked for together: in-process parts wait for all
-    of them.
+    """How an attempt is sampled. `cohort` groups are requested together, and parts in this process wait for
+    all of them.
     """
 
-    # the optimiser step the attempt is meant for, from 0
+    # the optimiser step that the attempt is sampled for, from 0
     step: int
     purpose: Purpose
-    # of the attempt
+    # the most positions of the attempt
     max_positions: int
     temperature: float = 1.0
     top_p: float = 1.0
+    # texts that end a response
     stop: tuple[str, ...] = ()
+    # number of groups that form one batched request
     cohort: int = 1
-    # another number: other random numbers for the same prompts at the same step
+    # part of the random key: another value gives other random numbers for the same prompts and step
     rng: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """What pure parts may know of now: the optimiser step (from 0) and random numbers of their own."""
+    """What parts without state know of the current step: its number (from 0) and the seed of the run."""
 
     step: int
     seed: int
 
     def rng(self, *key: object) -> random.Random:
-        """A generator that depends on (run seed, step, key) and nothing else (law 8)."""
+        """A random generator that depends only on (run seed, step, key) (law 8)."""
         return random.Random(seed_of(self.seed, self.step, *key))
 
 
 def seed_of(*key: object) -> int:
-    """A 63-bit integer from any printable key, the same on every machine and in every process."""
+    """A 63-bit integer computed from the repr of `key`. It is the same on every machine and in
+    every process.
+    """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -63,7 +63,9 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
 
 
 async def _attempts(asked: Evaluation, prompts: int) -> list[Group]:
-    """The student's own; a sampler that gives others' attempts in training acts itself for any other purpose."""
+    """The student's own; a sampler that gives others' attempts in training acts itself for any
+    other purpose.
+    """
     chosen = list(islice(asked.task.prompts("train", asked.seed, 0), prompts))
     sizes = asked.context.numbers
     draw = SamplingParams(

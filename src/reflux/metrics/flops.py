@@ -53,7 +53,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Ran:
-    """What a learner ran for one step: positions forward and backward, of `macs` multiply-accumulates each."""
+    """What a learner ran for one step: positions forward and backward, of `macs`
+    multiply-accumulates each.
+    """
 
     macs: int
     forward: int

@@ -1,4 +1,6 @@
-"""Intervals and estimators for evaluations: Wilson, bootstrap over problems, the mean over clusters, pass@k."""
+"""Intervals and estimators for evaluations: Wilson, bootstrap over problems, the mean over
+clusters, pass@k.
+"""
 
 from __future__ import annotations
 

@@ -80,7 +80,9 @@ def question(messages: tuple[Message, ...]) -> str:
 
 
 def read_attempt(line: Line) -> Attempt:
-    """An attempt from its first line, in what is kept of it (law 10). ValueError for a line of no known kind."""
+    """An attempt from its first line, in what is kept of it (law 10). ValueError for a line of
+    no known kind.
+    """
     kept = next((kept for kept in _KEPT if kept.mark in line), None)
     if kept is None:
         raise ValueError(
