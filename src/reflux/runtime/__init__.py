@@ -1,1 +1,1 @@
-"""What the parts of one process share, and the order of their work."""
+"""Objects that the parts of one process share, and the order of their work."""

@@ -1,14 +1,17 @@
-"""What is asked for one step becomes one batched model call.
+"""Collect the requests of one step into one batched model call.
 
-Groups run as independent coroutines; in-process models want batches, and batch composition must not depend on
-timing (padding alone changes logits in the sixth digit). So the requests of one cohort wait for one another
-and are answered by one call, in a fixed order.
+Groups run as independent coroutines. Models in this process need batches, and the composition of a batch must
+not depend on timing, because padding alone changes logits in the sixth digit. So the requests of
+one cohort wait for each other and are answered by one call, in a fixed order.
 
-Consumes: single requests, each naming its cohort and its place in it. Produces: one answer per request. Waits
-for: the whole cohort. A request that is cancelled before its cohort is whole takes the others with it, for
-their number is never reached: those that wait are cancelled, and so are those that come while the one that
-left lives on. Where all of them were cancelled the cohort may be asked again. A request that is cancelled
-later is gone when the call in progress has ended, for a model call is finished, never interrupted.
+Consumes: single requests, each with its cohort and its place in the cohort. Produces: one answer per request.
+Waits for: all requests of the cohort.
+
+If a request is cancelled before its cohort is complete, the cohort can never become complete. The waiting
+requests are then cancelled, and so are later requests while the task of the cancelled request is
+still running. When that task has been cancelled, the cohort may be requested again. If a request is cancelled
+after the call has started, its cancellation waits for the end of the call, because a model call is never
+interrupted.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ Answer = TypeVar("Answer")
 
 
 class Gather(Generic[Item, Answer]):
-    """`answer(items)` is called once per cohort, with its items in order of their place; one cohort at a
-    time.
+    """Call `answer(items)` once per cohort, with the items in order of their places. Only one
+    cohort is answered at a time.
     """
 
     def __init__(self, answer: Callable[[list[Item]], Awaitable[Sequence[Answer]]]):
@@ -34,10 +37,10 @@ class Gather(Generic[Item, Answer]):
         self._turn = asyncio.Lock()
 
     async def ask(self, cohort: Hashable, size: int, place: str, item: Item) -> Answer:
-        """Wait for the `size` requests of `cohort`, then for this one's answer. `place` orders the call: same
-        places, same batch.
+        """Wait until `cohort` has `size` requests, then return the answer to this one. The requests
+        of a call are sorted by `place`, so the same places give the same batch.
 
-        CancelledError where another request of the cohort has left it.
+        Raises CancelledError if another request of the cohort was cancelled.
         """
         joined = self._join(cohort)
         request = _Request(place, item, asyncio.get_running_loop().create_future())
@@ -61,7 +64,7 @@ class Gather(Generic[Item, Answer]):
         if joined.left_by is None:
             return joined
         if not joined.left_by.cancelled():
-            raise asyncio.CancelledError(f"another request of the cohort {cohort} has left it")
+            raise asyncio.CancelledError(f"another request of the cohort {cohort} was cancelled")
         fresh = self._cohorts[cohort] = _Cohort()
         return fresh
 
@@ -95,9 +98,9 @@ class _Request(Generic[Item, Answer]):
 @dataclass(eq=False)
 class _Cohort(Generic[Item, Answer]):
     requests: list[_Request[Item, Answer]] = field(default_factory=list)
-    # once it is whole
+    # the running call, once the cohort is complete
     call: asyncio.Task[None] | None = None
-    # the first whose request was cancelled before
+    # the task of the first request that was cancelled before the cohort was complete
     left_by: asyncio.Task[Any] | None = None
 
     def leave(self, why: str) -> None:
@@ -108,7 +111,7 @@ class _Cohort(Generic[Item, Answer]):
 
 
 async def _end_of(call: asyncio.Task[None]) -> None:
-    """Wait for it, however often this task is cancelled meanwhile."""
+    """Wait for the end of `call`, even if this task is cancelled meanwhile."""
     while not call.done():
         with suppress(asyncio.CancelledError):
             await asyncio.wait([call])

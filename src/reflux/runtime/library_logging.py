@@ -1,10 +1,10 @@
-"""Less noise from libraries on a terminal that shows our own progress."""
+"""Turn off the progress bars of other libraries, because the command line shows its own progress."""
 
 from __future__ import annotations
 
 
 def quiet_libraries() -> None:
-    """No progress bars of transformers and datasets; their warnings stay."""
+    """Disable the progress bars of transformers and datasets. Their warnings stay enabled."""
     import datasets
     from transformers.utils import logging
 

@@ -1,16 +1,16 @@
-"""Bounded-staleness production of groups. max_staleness = 0 is the synchronous loop.
+"""Produce groups of attempts with bounded staleness. max_staleness = 0 is the synchronous loop.
 
 Consumes: prompts, in order. Produces: for each optimiser step, its groups in prompt order. Waits for: every
-attempt of that step. Unblocked by: its consumer coming back for the next step, which is exactly when new
-weights are out, so back-pressure needs no lock and no queue. Shutdown: `aclose` cancels what is in flight and
-waits until it is gone.
+attempt of that step. New attempts are started when the consumer asks for the next step. At that time the new
+weights are published, so no lock and no queue is needed. Shutdown: `aclose` cancels the attempts
+in flight and waits until they have ended.
 
-An attempt that raises or is cancelled cancels the others of its step. Its error surfaces where that step
-would have been produced, also where the consumer settles or refreshes in between. Of several errors of one
-step the first in prompt order is raised.
+An attempt that raises or is cancelled cancels the other attempts of its step. Its error is raised when the
+consumer asks for that step, also after a `settle` or a `refresh` in between. If several attempts of one step
+raise, the first error in prompt order is raised.
 
-At the moment step s is produced, attempts meant for steps up to s + max_staleness have been started: their
-staleness when consumed is at most max_staleness.
+When step s is produced, attempts for the steps up to s + max_staleness have been started. So their
+staleness when they are consumed is at most max_staleness.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Attempting = Callable[[Prompt, int], Coroutine[Any, Any, Group]]
 
 
 class Pipeline:
-    """An async iterator that gives `steps` times a list of `per_step` groups. first_step is the step of the
-    first one.
+    """An async iterator that yields `steps` lists of `per_step` groups each. first_step is the
+    optimiser step of the first list.
 
     async with aclosing(Pipeline(...)) as stream:
         async for groups in stream: ...
@@ -46,7 +46,7 @@ class Pipeline:
         self._prompts, self._attempt = prompts, attempt
         self._next, self._last = first_step, first_step + steps
         self._per_step, self._max_lag = per_step, max_staleness
-        # prompts by step, kept until the step is consumed
+        # the prompts of each step, kept until the step is consumed
         self._asked: dict[int, list[Prompt]] = {}
         self._flying: dict[int, Siblings[Group]] = {}
         self._dropped: list[Siblings[Group]] = []
@@ -75,21 +75,23 @@ class Pipeline:
         prompts = list(islice(self._prompts, self._per_step))
         if len(prompts) < self._per_step:
             raise ValueError(
-                f"the task gave {len(prompts)} more training prompts where {self._per_step} were asked for; "
-                "training prompts must not end"
+                f"the task gave only {len(prompts)} more training prompts, but a step needs "
+                f"{self._per_step}. The iterator of training prompts must not end."
             )
         return prompts
 
     async def settle(self) -> None:
-        """In-flight attempts end; none is started before the consumer asks for the next step."""
+        """Wait for the attempts in flight. No attempt is started until the consumer asks for
+        the next step.
+        """
         for attempts in self._flying.values():
             await attempts.ended()
 
     def refresh(self) -> None:
-        """Throw away what is in flight; its prompts are asked again, under the weights of then, when the
-        consumer comes back.
+        """Discard the attempts in flight. Their prompts are sampled again, with the weights of
+        that time, when the consumer asks for the next step.
 
-        A step that has failed stays as it is: its error surfaces when its turn comes.
+        A step that has failed is kept, and its error is raised when the consumer asks for that step.
         """
         for step in [step for step, attempts in self._flying.items() if not attempts.failed]:
             attempts = self._flying.pop(step)
@@ -101,14 +103,16 @@ class Pipeline:
         return sum(not task.done() for attempts in self._flying.values() for task in attempts.tasks)
 
     async def _clear_dropped(self) -> None:
-        """A dropped attempt is gone before its prompt is asked again, or the two would meet in one batch."""
+        """Wait until the dropped attempts have ended. Otherwise an old and a new attempt at the same
+        prompt could be in one batch.
+        """
         while self._dropped:
             await self._dropped[0].ended()
-            # one that failed while it was being cancelled
+            # raises if an attempt failed while it was being cancelled
             self._dropped.pop(0).raise_error()
 
     async def aclose(self) -> None:
-        """Nothing is in flight afterwards. May be called twice."""
+        """Cancel the attempts in flight and wait until they have ended. May be called twice."""
         alive = [*self._dropped, *self._flying.values()]
         for attempts in alive:
             attempts.cancel()

@@ -1,4 +1,4 @@
-"""What the parts of one process share. It stays in its process; another one makes its own from a context."""
+"""Objects that the parts of one process share. They are not sent to other processes: each makes its own."""
 
 from __future__ import annotations
 
@@ -25,28 +25,29 @@ Append = Callable[[str, Mapping[str, Any]], None]
 
 
 class Listener(Protocol):
-    """Someone who is told what a user should know. What they do changes nothing in the run."""
+    """Receives messages for the user. It does not change the run."""
 
     def noted(self, text: str) -> None: ...
 
 
 class Deaf:
-    """Nobody listens."""
+    """A listener that ignores all messages."""
 
     def noted(self, text: str) -> None: ...
 
 
 def _unwritten(name: str, row: Mapping[str, Any]) -> None:
-    """There is no run directory, so lines go nowhere."""
+    """Drop the line, because there is no run directory."""
 
 
 class Services:
-    """Timers, an executor for model work, things of which one is enough, graders, the student's tokenizer and
-    the output heads.
+    """Timers, an executor for model work, a cache of shared objects, graders, the student's tokenizer and the
+    output heads.
 
-    overlap: sampling overlaps with learning (staleness above 0) or with environments that answer meanwhile,
-    so model work leaves the event loop's thread. append(name, row): a line of the file `name` of the run
-    directory; lines with a `step` after the checkpoint are cut off when the run is resumed.
+    overlap: True where sampling runs at the same time as learning (staleness above 0) or as
+    environments. Model work then runs in other threads than the event loop. append(name, row) adds a line to
+    the file `name` in the run directory. Lines whose `step` is after the checkpoint are removed when the
+    run is resumed.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Services:
         self.student, self.listener, self.append = student, listener or Deaf(), append
         self.clock = Clock()
         self.shared = SharedCache()
-        # output heads of the models in this process, by the key that hidden states name
+        # output heads of the models in this process, by the key `HiddenTarget.head`
         self.heads = Heads()
         self._lendings = itertools.count(1)
         self._closing = ExitStack()
@@ -68,35 +69,36 @@ class Services:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The student's."""
+        """The student's tokenizer."""
         from reflux.models.text import load_tokenizer
 
         return load_tokenizer(self.student.model, "learner.model", self.student.trust_remote_code)
 
     @cached_property
     def graders(self) -> Graders:
-        """Worker processes for verdicts, shared by rewards and evaluations."""
+        """Worker processes that grade answers, shared by rewards and evaluations."""
         from reflux.grading.graders import Graders
 
         return self._closing.enter_context(Graders())
 
     async def run_model(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Run model work: beside the event loop where something overlaps with it, else right here.
+        """Run model work, in another thread if `overlap` was set and in this one otherwise.
 
-        Elsewhere nothing could overlap, and a second thread would bring a second OpenMP team: on few cores
-        both then sleep and wake at every operation (measured on 2 cores: decoding takes 1.8 times as long).
+        Without overlap a second thread has no use, and it costs time: it brings a second OpenMP
+        team, and on few cores both teams sleep and wake at every operation. On 2 cores decoding then takes
+        1.8 times as long.
         """
         if self._threads is None:
             return work(*arguments)
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
     def lend(self, weights: Weights) -> Weights:
-        """The same tensors under a version that no other weights have and no training attempt carries: -1,
-        -2, ... in this process.
+        """The same tensors under a version that no other weights and no training attempt have: -1, -2, ... in
+        this process.
 
-        For weights that a sampler holds for a while without being trained from there: the candidates of a
-        search, an average. They were made without a step of the learner, so its own version is that of other
-        weights.
+        This is for weights that the sampler uses for a time and that are not trained further: candidates of a
+        search, or an average. They do not come from an optimiser step, so the learner's version
+        belongs to other weights.
         """
         return Lent(weights, -next(self._lendings))
 
@@ -105,7 +107,7 @@ class Services:
 
 
 def _model_threads() -> ThreadPoolExecutor:
-    """Two threads, each with half of the cores."""
+    """A pool of two threads, each with half of the cores."""
     from reflux.models.text import share_cores
 
     return ThreadPoolExecutor(2, "reflux-model", share_cores, (2,))

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask a run to finish its step and save; a second one ends it at once."""
+"""The first Ctrl-C or SIGTERM asks a run to finish its step and save. The second one ends it at once."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ class Stoppable(Protocol):
 
 @contextmanager
 def stopping_on_signals(run: Stoppable) -> Iterator[None]:
-    """Handlers for the length of the run. Outside the main thread there are no signals to handle.
+    """Install signal handlers until the block ends. Outside the main thread nothing is installed,
+    because signals only reach the main thread.
 
-    They run between two bytecodes of whatever the main thread does, not as callbacks of the event loop: at
-    max_staleness = 0 a model call holds the loop as long as it takes. The second signal is the system's own:
-    KeyboardInterrupt, where `asyncio.run` has a handler that would cancel the main task and so wait for the
-    loop, too; and for SIGTERM the handler of before.
+    The handlers run between two bytecodes of the main thread, not as callbacks of the event loop, because at
+    max_staleness = 0 a model call blocks the event loop. After the first signal the handlers are replaced. A
+    second Ctrl-C then raises KeyboardInterrupt: the handler of `asyncio.run` would cancel the
+    main task and so wait for the event loop, too. A second SIGTERM calls the handler that was
+    installed before.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -41,7 +43,9 @@ def stopping_on_signals(run: Stoppable) -> Iterator[None]:
         run.stopping = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, before[signal.SIGTERM])
-        run.watch.noted("Stopping after this step; once more to end at once (the last checkpoint stays).")
+        run.watch.noted(
+            "Stopping after this step. Press Ctrl-C again to end now (the last checkpoint stays)."
+        )
 
     for number in _SIGNALS:
         signal.signal(number, asked)

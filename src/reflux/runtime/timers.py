@@ -1,4 +1,4 @@
-"""Seconds by role, added up by the parts as their model calls end, read once a step."""
+"""Seconds by role. The parts add the duration of each model call; the run reads the sums once per step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 class Clock:
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
-        # model calls end in worker threads
+        # model calls may end in worker threads
         self._lock = threading.Lock()
         self._last = time.perf_counter()
 
@@ -18,7 +18,7 @@ class Clock:
             self._seconds[role] = self._seconds.get(role, 0.0) + seconds
 
     def take(self) -> dict[str, float]:
-        """Seconds by role since the last call, and `total`, the wall-clock time."""
+        """Seconds by role since the last call of `take`, and the wall-clock time since then as `total`."""
         now = time.perf_counter()
         with self._lock:
             taken, self._seconds = self._seconds, {}

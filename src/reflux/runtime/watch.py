@@ -1,4 +1,4 @@
-"""Objects that are told of a run while it lasts."""
+"""Objects that receive the metrics and messages of a run while it lasts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 
 class Watch(Protocol):
-    """Someone who looks on; what they do changes nothing in the run."""
+    """Receives the results of each step and evaluation. It does not change the run."""
 
     def stepped(self, metrics: dict[str, Any]) -> None: ...
 

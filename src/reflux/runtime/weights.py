@@ -1,4 +1,4 @@
-"""Weights on their way from the learner to those who follow it."""
+"""Handles of the weights that a learner publishes to samplers and teachers."""
 
 from __future__ import annotations
 
@@ -12,33 +12,32 @@ if TYPE_CHECKING:
 
 
 class Weights(Protocol):
-    """A handle on the student's full weights at one version; it is good until the learner moves again."""
+    """A handle of the student's full weights at one version. It is valid until the learner's next update."""
 
     @property
     def version(self) -> int:
-        """Optimiser steps and jumps done; below 0 for weights that are lent (`Services.lend`).
+        """The number of optimiser steps and jumps so far; below 0 for weights from `Services.lend`.
 
-        Weights of one version are the same, so who is told of them may keep them by it, from its opening to
-        its closing.
+        Weights of the same version are equal. So a part may cache weights by version while it is open.
         """
         ...
 
     @property
     def path(self) -> Path | None:
-        """Where they lie on disk or in shared memory; None where they are in this process alone."""
+        """Their place on disk or in shared memory; None if they are in this process only."""
         ...
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) one after the other, by the model's own names, adapters merged; not to be written
-        to.
+        """(name, tensor) one after the other, with the model's own names and adapters merged. Do not write to
+        the tensors.
         """
         ...
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """Weights in this process. `read` makes the tensors anew at each call, one at a time, so no second copy
-    of the model is ever whole.
+    """Weights in this process. Each call of `read` makes the tensors again, one at a time, so
+    there is never a complete second copy of the model.
     """
 
     version: int
@@ -55,7 +54,7 @@ class InMemory:
 
 @dataclass(frozen=True)
 class Lent:
-    """Weights under a version of their own."""
+    """The same weights under another version; see `Services.lend`."""
 
     weights: Weights
     version: int
