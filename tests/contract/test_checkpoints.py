@@ -85,6 +85,6 @@ def test_a_damaged_folder_is_refused_with_the_remedy(name: str, content: bytes, 
     (checkpoints.of_step(tmp_path, 4) / "learner" / name).write_bytes(content)
     with pytest.raises(
         RunError,
-        match=r"learner is damaged: .*Remove .*step-4; --resume then goes on from the checkpoint before it",
+        match=r"learner is damaged: .*Remove .*step-4; --resume then continues from the previous checkpoint",
     ):
         load(tmp_path, 4)

@@ -116,7 +116,7 @@ def test_a_second_signal_ends_a_run_at_once_where_the_first_one_waits(
         hang_guard = threading.Timer(100, process.kill)
         hang_guard.start()
         process.send_signal(how)
-        hears(process, "once more to end at once")
+        hears(process, "again to end at once")
         process.send_signal(how)
         rest = process.communicate()[0]
         hang_guard.cancel()
@@ -161,5 +161,5 @@ def test_signals_do_not_wait_for_the_event_loop_and_the_second_is_the_systems_ow
 
     asyncio.run(main())
     assert len(objective_teachers) == 1
-    assert "once more to end at once" in objective_teachers[0]
+    assert "again to end at once" in objective_teachers[0]
     assert signal.getsignal(signal.SIGTERM) == before

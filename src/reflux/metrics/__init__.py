@@ -1,1 +1,1 @@
-"""Numbers: values that merge, costs, intervals, the line of a step, trackers."""
+"""Metrics: values that can be merged, FLOP, confidence intervals, the metrics of a step, trackers."""

@@ -1,8 +1,8 @@
-"""What was computed for a step, as those said who computed it: samplers on their rollouts, teachers in their
-answers, learners in their results. Here it is only added up, and no part is known.
+"""Add up the computation of a step. Samplers report it in their rollouts, teachers in their
+answers, learners in their results. This module does not know particular parts.
 
-A position is one token or denoising step that a model ran over. Of a text, the last token counts although
-nothing runs after it, so that prompt and answer together are as long as they read.
+A position is one token or denoising step that a model ran over. The last token of a text counts,
+although no model runs after it. So the count equals the length of prompt and answer.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import Any
 
 from reflux.types import Attempt
 
-# in metrics.jsonl: of a step's attempts, of scorings, thrown away
+# keys in metrics.jsonl: tokens of a step's attempts, tokens of extrapolation's scorings, discarded tokens
 TOKENS = ("tokens_sampled", "tokens_scored", "tokens_discarded")
 
 
 @dataclass(frozen=True)
 class Work:
-    """What attempts cost until a learner gets them. `teacher_samples` and `taught` are positions by teacher
-    table.
+    """Positions computed for attempts before a learner gets them. `drawn` and `taught` are by
+    teacher table.
     """
 
     # positions that the student chose
     sampled: int = 0
     # positions that the student ran forward to choose them
     acted: int = 0
-    # run forward by teachers that drew attempts
+    # positions that teachers ran forward to sample attempts
     drawn: Mapping[str, int] = field(default_factory=Counter)
-    # read by teachers to answer
+    # positions that teachers ran forward to answer
     taught: Mapping[str, int] = field(default_factory=Counter)
 
     @classmethod
@@ -53,9 +53,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Ran:
-    """What a learner ran for one step: positions forward and backward, of `macs`
-    multiply-accumulates each.
-    """
+    """Positions that a learner ran forward and backward in one step, of `macs` multiply-accumulates each."""
 
     macs: int
     forward: int
@@ -63,8 +61,8 @@ class Ran:
 
 
 class Landed:
-    """The attempts of one step as they land. A prompt that is asked again after a jump replaces what it gave
-    before, which is discarded.
+    """The attempts of one step that are sampled so far. If a prompt is sampled again after a jump, the
+    new attempts replace the old ones, which count as discarded.
     """
 
     def __init__(self) -> None:
@@ -88,9 +86,9 @@ def flops(learner: Ran, teacher_macs: Mapping[str, int], work: Work) -> dict[str
     """FLOP by role: 2 for each multiply-accumulate forward, 4 backward (Kaplan et al. 2020, arXiv 2001.08361,
     section 2.1).
 
-    sample: 2 (S acted + sum over tables of T drawn), teach: 2 sum of T taught, learn: S (2 forward + 4
-    backward), where S and T are multiply-accumulates of one position of the student and of each teacher
-    table. Adapters are billed as if all weights had gradients.
+    sample: 2 (S acted + sum over tables of T drawn). teach: 2 sum of T taught. learn: S (2 forward + 4
+    backward). S and T are the multiply-accumulates of one position of the student and of each teacher table.
+    Adapters are counted as if all weights had gradients.
     """
     return {
         "sample": 2.0 * (learner.macs * work.acted + _macs(teacher_macs, work.drawn)),
@@ -105,13 +103,13 @@ def _macs(by_table: Mapping[str, int], positions: Mapping[str, int]) -> int:
 
 @dataclass
 class Spent:
-    """What one optimiser step's scorings cost."""
+    """The cost of extrapolation's scorings in one optimiser step."""
 
     work: Work = field(default_factory=Work)
-    # answers that could not be judged, of those sampled
+    # number of sampled answers that could not be judged
     ungraded: int = 0
 
     @property
     def sampled(self) -> int:
-        """Tokens that the student drew."""
+        """Positions that the student chose."""
         return self.work.sampled

@@ -1,6 +1,4 @@
-"""Intervals and estimators for evaluations: Wilson, bootstrap over problems, the mean over
-clusters, pass@k.
-"""
+"""Intervals and estimators for evaluations: Wilson, bootstrap over problems, clustered mean, pass@k."""
 
 from __future__ import annotations
 
@@ -12,12 +10,11 @@ import numpy as np
 
 
 def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The score interval of a share of n problems (E. B. Wilson, 1927).
+    """The Wilson score interval of a proportion of n problems (E. B. Wilson, 1927).
 
-    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), p = successes / n. Never outside [0, 1], and
-    never of width 0 at 0 or n successes. `successes` may be a sum of partial verdicts in [0, 1], for which
-    the interval is wider than needed. n = 0: nothing is known, (0, 1). ValueError where successes are not
-    between 0 and n.
+    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), p = successes / n. It is inside [0, 1], and its
+    width is not 0 at 0 or n successes. `successes` may be a sum of partial verdicts in [0, 1];
+    the interval is then wider than needed. n = 0 gives (0, 1). Raises ValueError unless 0 <= successes <= n.
     """
     if not 0 <= successes <= n:
         raise ValueError(f"successes must lie between 0 and n = {n}, got {successes}")
@@ -28,7 +25,7 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
     middle = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    # exact at the ends, where rounding would leave 1e-17
+    # exact at the ends, where rounding would give 1e-17
     low = 0.0 if successes == 0 else (middle - half) / scale
     high = 1.0 if successes == n else (middle + half) / scale
     return low, high
@@ -37,11 +34,12 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
 def bootstrap_mean(
     values: Sequence[float] | np.ndarray, seed: int, resamples: int = 2000, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """The percentile interval of the mean, with problems drawn anew: `values` holds one number per problem.
+    """The percentile bootstrap interval of the mean. `values` holds one number per problem, and problems are
+    resampled.
 
     Samples of one problem are not independent of each other, so they must be averaged before. The same seed
-    gives the same interval. Equal values give an interval of width 0, since nothing varies that could be
-    drawn; `mean_interval` says what holds there. ValueError without values.
+    gives the same interval. Equal values give an interval of width 0; `mean_interval` handles that
+    case. Raises ValueError without values.
     """
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.ndim != 1 or not len(numbers):
@@ -55,14 +53,14 @@ def bootstrap_mean(
 def mean_interval(
     values: Sequence[float] | np.ndarray, seed: int, *, share: bool = False, confidence: float = 0.95
 ) -> tuple[float, float] | tuple[None, None]:
-    """The interval of the mean of one number per problem: by bootstrap where they differ, and what is honest
-    where they are equal.
+    """The interval of the mean of one number per problem. Numbers that differ have the bootstrap interval.
 
-    share: every number lies in [0, 1], as verdicts, avg@n and pass@k do. Equal shares then have the Wilson
-    interval of their sum: it is the interval of 0 or n successes at the ends, and wider than needed between
-    them, for no number in [0, 1] of that mean varies more than one that is 0 or 1. Equal numbers of an
-    unknown range (a part of a verdict, or a number outside [0, 1]), and no numbers at all, have no interval,
-    (None, None): the spread of what was not seen is not known.
+    Equal numbers are handled separately, because their bootstrap interval has width 0. share: every
+    number is in [0, 1], as verdicts, avg@n and pass@k are. Equal shares have the Wilson interval of their
+    sum. At 0 and 1 it is the interval of 0 or n successes. Between them it is wider than needed, because
+    among the numbers in [0, 1] with a given mean, those that are 0 or 1 have the largest variance. Equal
+    numbers of an unknown range (a part of a verdict, or a number outside [0, 1]) have no interval, (None,
+    None), because their spread is not known. Without numbers the result is also (None, None).
     """
     numbers = np.asarray(values, dtype=np.float64)
     if not len(numbers):
@@ -80,16 +78,17 @@ def clustered_mean(
 ) -> tuple[float | None, float | None, float | None]:
     """The mean over all numbers of all clusters, and the ends of its interval: (mean, low, high).
 
-    Numbers of one cluster (the positions of one attempt) are not independent of each other; clusters are.
-    With sums s_i over n_i numbers, the mean r = sum_i s_i / sum_i n_i is a ratio of two means, and its
-    interval is
+    Numbers of one cluster (the positions of one attempt) are not independent of each other, but clusters are
+    independent. With sums s_i over n_i numbers, the mean r = sum_i s_i / sum_i n_i is a ratio of
+    two means. Its interval is
 
         r -+ t * sqrt(m / (m - 1) * sum_i (s_i - r n_i)^2) / sum_i n_i
 
     with the quantile t of Student's distribution with m - 1 degrees of freedom, over the m clusters that hold
-    a number. One cluster says nothing of the spread between clusters: (mean, None, None). No number: (None,
-    None, None). Residuals that are all 0 (a student that is its own teacher) give width 0. Cochran, Sampling
-    Techniques, 3rd edition, section 6.3 (ratio estimates) and 9A (unequal clusters).
+    a number. One cluster gives (mean, None, None), because the spread between clusters is not
+    known. No number gives (None, None, None). Residuals that are all 0 (a student that is its own teacher)
+    give width 0. Cochran, Sampling Techniques, 3rd edition, section 6.3 (ratio estimates) and 9A
+    (unequal clusters).
     """
     filled = [cluster for cluster in clusters if len(cluster)]
     size, m = sum(len(cluster) for cluster in filled), len(filled)
@@ -110,11 +109,11 @@ def clustered_mean(
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n attempts, drawn without replacement, hold at least one of the c right ones: 1 -
-    C(n-c, k) / C(n, k).
+    """The probability that k of n attempts, drawn without replacement, include at least one of the c
+    correct ones: 1 - C(n-c, k) / C(n, k).
 
-    Unbiased for "at least one of k fresh attempts is right" (Chen et al., arXiv:2107.03374); 1 - (1 - c/n)^k
-    is not. ValueError unless 1 <= k <= n and 0 <= c <= n.
+    It is an unbiased estimate of the probability that at least one of k new attempts is correct (Chen et al.,
+    arXiv:2107.03374); 1 - (1 - c/n)^k is biased. Raises ValueError unless 1 <= k <= n and 0 <= c <= n.
     """
     if not (1 <= k <= n and 0 <= c <= n):
         raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= c <= n, got n = {n}, c = {c}, k = {k}")

@@ -1,4 +1,4 @@
-"""The line that metrics.jsonl gets for a step."""
+"""The metrics of one optimiser step: a line of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def step_metrics(
     scored: Spent | None,
     on_policy: bool,
 ) -> dict[str, Any]:
-    """Everything one step has to say, as plain JSON values but for `step`.
+    """All metrics of one step as plain JSON values, except `step`.
 
-    stats, ran: the learner's numbers and positions. version: of the policy that consumed these attempts.
-    tables: of teachers, and the name each answers by. teacher_macs: multiply-accumulates of a position, by
-    table. discarded: what was computed for attempts of this step that were drawn again. scored: what
-    extrapolation's scorings cost since the last step, None without one. on_policy: the student sampled the
-    attempts itself.
+    stats, ran: the learner's numbers and positions. version: of the policy before this step.
+    tables: the name of each teacher table. teacher_macs: multiply-accumulates of a position, by table.
+    discarded: computation for attempts of this step that were discarded and sampled again. scored: the cost
+    of extrapolation's scorings since the last step, or None without scorings. on_policy: True if the student
+    sampled the attempts itself.
     """
     attempts = [attempt for group in groups for attempt in group]
     live = [attempt for attempt in attempts if attempt.rollout.finish != "error"]
@@ -81,7 +81,7 @@ def step_metrics(
 
 
 def _without_target(attempts: list[Attempt], tables: Mapping[str, str]) -> dict[str, int]:
-    """Attempts each teacher name said nothing about."""
+    """The number of attempts without a target, by teacher name."""
     return {
         name: sum(attempt.target(name) is None for attempt in attempts)
         for name in sorted(set(tables.values()))
@@ -89,8 +89,8 @@ def _without_target(attempts: list[Attempt], tables: Mapping[str, str]) -> dict[
 
 
 def _asked(attempts: list[Attempt], tables: Mapping[str, str]) -> dict[str, list[Attempt]]:
-    """By table, the attempts it was asked about: one that shares a name and is starved of its routes shows
-    here.
+    """The attempts that each teacher table was asked about. This shows a table that shares a name and gets no
+    prompts of its routes.
     """
     return {
         table: [a for a in attempts if table in (answer.table for answer in a.answers.values())]
@@ -99,7 +99,7 @@ def _asked(attempts: list[Attempt], tables: Mapping[str, str]) -> dict[str, list
 
 
 def _answer_errors(attempts: list[Attempt], tables: Mapping[str, str]) -> dict[str, int]:
-    """By table, the attempts it was asked about and could not answer."""
+    """The number of attempts that each teacher table was asked about and could not answer."""
     failed = [
         answer.table
         for attempt in attempts
@@ -110,8 +110,8 @@ def _answer_errors(attempts: list[Attempt], tables: Mapping[str, str]) -> dict[s
 
 
 def _context(attempts: list[Attempt]) -> dict[str, dict[str, float | None]]:
-    """Per teacher name, what its context noted of the attempts it was asked about, averaged over them; only
-    names with a note.
+    """The notes of each teacher's context, averaged over the attempts that have them. By teacher
+    name; only names with notes.
     """
     found: dict[str, dict[str, Mean]] = {}
     for attempt in attempts:
@@ -126,8 +126,8 @@ def _context(attempts: list[Attempt]) -> dict[str, dict[str, float | None]]:
 
 
 def _credit(attempts: list[Attempt]) -> dict[str, dict[str, float | None]]:
-    """Per rule: mean factor and shift over chosen positions, and its notes merged over the attempts that have
-    them.
+    """For each credit rule: the mean weight and mean advantage offset over the sampled positions,
+    and its notes merged over the attempts that have them.
     """
     said: dict[str, list[Stats]] = {}
     for attempt in attempts:
@@ -150,7 +150,7 @@ def _share(share: Credit, mask_T: np.ndarray) -> Stats:
 
 
 def _peak_memory() -> int:
-    """Of this process, GPU memory instead where there is a GPU."""
+    """Peak memory in bytes: GPU memory if there is a GPU, otherwise the memory of this process."""
     import torch
 
     if torch.cuda.is_available():

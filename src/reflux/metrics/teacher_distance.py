@@ -1,5 +1,5 @@
-"""How far the student was from a teacher on a step's own attempts, by estimators that compute no row of any
-model.
+"""The KL between student and teacher on the attempts of a step, from recorded values, without
+running a model.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from reflux.types import Attempt, VelocityTarget
 
 
 def generated_kl(attempts: Sequence[Attempt], teacher: str) -> Mean:
-    """Reverse KL of the student that acted to `teacher`, nats, over all positions that it generated, whatever
-    they weigh.
+    """Reverse KL from the student that sampled to `teacher`, nats, over all positions that it
+    generated, whatever their weight.
 
-    Of a text the mean of log p(a) - log q(a) over the sampled tokens, p being the distribution that was
-    sampled from: unbiased, and noisy where the exact one is not. Of an image exact, step by step. Attempts
-    the teacher did not answer are left out. Nothing is counted (value None) where a position of an answered
-    attempt has no such number yet: a mean of the others would be one of other positions.
+    For a text: the mean of log p(a) - log q(a) over the sampled tokens, where p is the distribution that was
+    sampled from. This is unbiased, but noisier than the exact KL. For an image: the exact KL of each step.
+    Attempts that the teacher did not answer are left out. If a position of an answered attempt has
+    no value yet, nothing is counted (value None), because a mean over the other positions would not
+    be comparable.
     """
     gaps: list[np.ndarray] = []
     for attempt in attempts:
@@ -34,8 +35,8 @@ def generated_kl(attempts: Sequence[Attempt], teacher: str) -> Mean:
 
 
 def trained_kl(attempts: Sequence[Attempt], teacher: str) -> Mean:
-    """Mean of log p - log q over the positions learnt from, p being the student at this step: the sampled
-    reverse KL, nats.
+    """The sampled reverse KL, nats: the mean of log p - log q over the positions that were trained
+    on, where p is the student at this step.
     """
     known = [
         attempt.learned.logp for attempt in attempts if attempt.learned and teacher in attempt.learned.logp
@@ -45,7 +46,7 @@ def trained_kl(attempts: Sequence[Attempt], teacher: str) -> Mean:
 
 
 def _known_gap_T(attempt: Attempt, teacher: str) -> np.ndarray | None:
-    """KL at each position, float64; None where a position that the student chose has none."""
+    """KL at each position, float64; None if it is missing at a position that the student chose."""
     target = attempt.target(teacher)
     if isinstance(target, VelocityTarget):
         behaviour = attempt.rollout.behaviour
@@ -58,16 +59,16 @@ def _known_gap_T(attempt: Attempt, teacher: str) -> np.ndarray | None:
 
 
 def _recorded_kl_T(attempt: Attempt, teacher: str) -> np.ndarray | None:
-    """What the step computed, where that was at every position the student chose."""
+    """The KL that the step computed; None if it is missing at a position that the student chose."""
     kl_T = attempt.learned.kl_T if attempt.learned and teacher == "main" else None
     return None if kl_T is None or np.isnan(kl_T[attempt.rollout.mask_T]).any() else kl_T
 
 
 def teacher_logp_T(attempt: Attempt, teacher: str) -> np.ndarray | None:
-    """The teacher's log-probs of what was chosen, nats: what its answer holds, else what the step computed,
-    NaN where neither does.
+    """The teacher's log-probs of the sampled choices, nats: from the step where it computed them,
+    otherwise from the teacher's answer, NaN where neither has them.
 
-    None where there are none at all, as of an image whose answer holds velocities.
+    None if there are none at all, as for an image, whose answer holds velocities.
     """
     target = attempt.target(teacher)
     recorded_T = attempt.learned.logp.get(teacher) if attempt.learned else None

@@ -1,4 +1,4 @@
-"""Metrics to a tracker, where the recipe names one. Nothing leaves the machine unless it does."""
+"""Send metrics to a tracker if the recipe names one. Otherwise nothing leaves the machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Tracker(Protocol):
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested numbers by slash-joined names; lists and texts are left to the files."""
+    """Nested numbers in one flat dictionary; keys are joined by slashes. Lists and texts are left out."""
     found = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -49,7 +49,7 @@ class TensorBoard:
 
 
 class Hosted:
-    """wandb, or trackio, which speaks the same three words."""
+    """wandb or trackio, which has the same three functions."""
 
     def __init__(self, module: Any, track: Track, config: Mapping[str, Any]):
         self._module = module
@@ -63,7 +63,7 @@ class Hosted:
 
 
 def open_tracker(track: Track, folder: Path, config: Mapping[str, Any]) -> Tracker:
-    """Raises ConfigError where the tracker's package is not installed."""
+    """The tracker that the recipe names. Raises ConfigError if its package is not installed."""
     if track.kind == "none":
         return NoTracker()
     try:

@@ -1,4 +1,4 @@
-"""Values that know how to merge, and what a step costs."""
+"""Metrics that can be merged by `+`, and the FLOP of a plain step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Metric(Protocol):
 
 @dataclass(frozen=True)
 class Mean:
-    """A weighted mean: merges exactly, whatever the parts' sizes. None where nothing was counted."""
+    """A mean that merges exactly, whatever the sizes of the parts. None if nothing was counted."""
 
     total: float = 0.0
     count: float = 0.0
@@ -51,7 +51,7 @@ class Sum:
 
 @dataclass(frozen=True)
 class Max:
-    """None where nothing was seen."""
+    """The largest value; None without values."""
 
     largest: float = -math.inf
 
@@ -65,7 +65,9 @@ class Max:
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Keeps its values; for per-attempt numbers, not per-token ones."""
+    """Quantiles of its values; `value` is the median. All values are kept, so it is meant for one number per
+    attempt and not per token.
+    """
 
     values: tuple[float, ...] = ()
 
@@ -84,7 +86,7 @@ Stats = dict[str, Metric]
 
 
 def merge(parts: Iterable[Mapping[str, Metric]]) -> Stats:
-    """Each name's values added up; a name that only some parts have counts those parts alone."""
+    """The metrics of all parts added up by name. A name may be missing in some of the parts."""
     merged: Stats = {}
     for part in parts:
         for name, metric in part.items():
@@ -101,17 +103,19 @@ def step_flops(
 ) -> dict[str, float]:
     """FLOP of a plain step by role: sample 2 S (P + n), teach 2 T (P + n), learn 6 S (P + m).
 
-    S and T are active parameters, embeddings included; P, n and m are prompt, sampled and trained tokens,
-    totals over the batch, the prompt counted once per rollout. Plain: one turn an attempt, a teacher that
-    sees what the student saw, nothing observed or scored besides. A run's metrics add up what was really
-    computed (`accounting.flops`), which is this where the step is plain. Attention's quadratic term is left
-    out (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+    S and T are active parameters, embeddings included. P, n and m are prompt, sampled and trained
+    tokens, summed over the batch; the prompt counts once per rollout. In a plain step each attempt has one
+    turn, the teacher reads the same prompt as the student, and no other outputs or scores are computed. A
+    run's metrics add up what was really computed (`reflux.metrics.flops.flops`); for a plain step the result
+    is the same. Attention's quadratic term is left out (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
 
-    Raises ValueError for a negative count, or more trained than sampled tokens.
+    Raises ValueError for a negative count, or for more trained than sampled tokens.
     """
     counts = (student_params, teacher_params, prompt_tokens, sampled_tokens, trained_tokens)
     if min(counts) < 0 or trained_tokens > sampled_tokens:
-        raise ValueError(f"counts must be >= 0 and trained tokens at most the sampled ones, got {counts}")
+        raise ValueError(
+            f"counts must be >= 0, and trained tokens must not exceed the sampled tokens, got {counts}"
+        )
     read = prompt_tokens + sampled_tokens
     return {
         "sample": 2.0 * student_params * read,
@@ -121,7 +125,9 @@ def step_flops(
 
 
 def jsonable(value: object) -> object:
-    """Metrics become numbers; what is not finite becomes null, which every JSON reader understands."""
+    """The value as plain JSON. Metrics become numbers. NaN and infinity become null, because JSON has no
+    notation for them.
+    """
     if isinstance(value, (Mean, Sum, Max, Quantiles)):
         value = value.value
     if isinstance(value, np.ndarray):

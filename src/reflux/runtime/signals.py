@@ -44,7 +44,7 @@ def stopping_on_signals(run: Stoppable) -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, before[signal.SIGTERM])
         run.watch.noted(
-            "Stopping after this step. Press Ctrl-C again to end now (the last checkpoint stays)."
+            "Stopping after this step. Press Ctrl-C again to end at once; the last checkpoint is kept."
         )
 
     for number in _SIGNALS:

@@ -1,1 +1,1 @@
-"""The folder of a run on disk."""
+"""The files of a run directory."""

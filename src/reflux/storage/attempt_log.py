@@ -1,9 +1,9 @@
-"""What is kept of an attempt on disk: one line when it arrives, a second one, for the same attempt, after the
-step that used it.
+"""The lines of attempts.jsonl. An attempt has one line when it is sampled and a second one after
+the optimiser step that used it.
 
-Both carry `step` as metrics.jsonl counts it: the optimiser step, from 1, that the attempt is for. Of a flow,
-the states are not kept: they are large, and come again from the same weights and random numbers; the batch of
-a refused step has them (`refused.py`).
+Both lines have `step` as metrics.jsonl counts it: the optimiser step, from 1, that the attempt is
+for. The states of a flow are not written, because they are large and the same weights and random numbers give
+them again. The batch of a failed step contains them (`failed_batch.py`).
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from reflux.metrics.teacher_distance import teacher_logp_T
 from reflux.models import images
 from reflux.types import Attempt, FlowRollout, Message, Prompt, Reward, Rollout, StepRecord, TokenRollout
 
-# of a log-prob: far below any parity bound, a third of the file
+# decimal digits of a log-prob: far more precise than any parity bound, and a third of the file size
 _DIGITS = 5
 Line = dict[str, Any]
 
 
 def arrived(attempt: Attempt, step: int) -> Line:
-    """The line of a new attempt; `step` is the one it is meant for, from 0. TypeError for an attempt of a
-    kind that is not known here.
+    """The line of a new attempt. `step` is the optimiser step it is for, from 0. Raises TypeError
+    for a rollout of an unknown class.
     """
     rollout = attempt.rollout
     kept = next((kept for kept in _KEPT if isinstance(rollout, kept.kind)), None)
     if kept is None:
         raise TypeError(
-            f"attempts are texts or images, and {type(rollout).__name__} is neither: records.py does not "
-            "know what to keep"
+            f"attempts are texts or images, and {type(rollout).__name__} is neither, so attempt_log.py "
+            "cannot write it"
         )
     line = {
         "kind": "attempt",
@@ -48,7 +48,9 @@ def arrived(attempt: Attempt, step: int) -> Line:
 
 
 def learned(attempt: Attempt, step: int) -> Line:
-    """The line after the step: what the teachers gave what was chosen, and what each position counted."""
+    """The line after the step: the teachers' log-probs of the sampled choices and the weight of
+    each position.
+    """
     rollout = attempt.rollout
     line: Line = {"kind": "learned", "step": step + 1, "prompt": rollout.prompt.id, "sample": rollout.sample}
     record = attempt.learned or StepRecord()
@@ -75,19 +77,17 @@ def learned(attempt: Attempt, step: int) -> Line:
 
 
 def question(messages: tuple[Message, ...]) -> str:
-    """The last thing the user said."""
+    """The last user message, or ""."""
     return next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
 
 
 def read_attempt(line: Line) -> Attempt:
-    """An attempt from its first line, in what is kept of it (law 10). ValueError for a line of
-    no known kind.
-    """
+    """An attempt with the data of its first line (law 10). Raises ValueError for a line of unknown kind."""
     kept = next((kept for kept in _KEPT if kept.mark in line), None)
     if kept is None:
         raise ValueError(
-            f"a line of attempts.jsonl has one of {', '.join(kept.mark for kept in _KEPT)}, this one only "
-            f"{', '.join(line)}"
+            f"a line of attempts.jsonl must have one of the keys {', '.join(kept.mark for kept in _KEPT)}, "
+            f"but this one has only {', '.join(line)}"
         )
     common = {
         "prompt": Prompt(line["prompt"], ({"role": "user", "content": line["question"]},)),
@@ -102,8 +102,8 @@ def read_attempt(line: Line) -> Attempt:
 
 
 def _judged(reward: Reward | None) -> Line:
-    """The value, and of the rest what there is. Without a value `error` is there, null or not: no reward at
-    all has none.
+    """The fields of a reward: its value, and the others if they are set. Without a value, `error` is always
+    written, also as null. This distinguishes a reward without a value from no reward, which has no `error`.
     """
     if reward is None:
         return {"reward": None}
@@ -121,7 +121,7 @@ def _reward(line: Line) -> Reward | None:
 
 @dataclass(frozen=True)
 class _Kept:
-    """How one kind of attempt is written and read; `mark` is a field that its lines alone have."""
+    """How one kind of attempt is written and read. `mark` is a key that only its lines have."""
 
     kind: type[Rollout]
     mark: str
@@ -153,7 +153,7 @@ def _painted(line: Line, common: Line) -> FlowRollout:
     t_S = np.asarray(line["t"], dtype=np.float32)
     return FlowRollout(
         **common,
-        # no latent value is kept
+        # latent values are not written
         x_SD=np.zeros((len(t_S), 0), dtype=np.float32),
         t_S=t_S,
         noise_level=line["noise_level"],
@@ -171,5 +171,5 @@ _KEPT = (_Kept(TokenRollout, "tokens", _said, _spoken), _Kept(FlowRollout, "imag
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:
-    """NaN, where a position was not computed, becomes null on its way to the file."""
+    """The values rounded to _DIGITS. NaN marks positions that were not computed; the file has null there."""
     return np.round(values.astype(np.float64), _DIGITS)

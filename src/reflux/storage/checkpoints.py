@@ -1,7 +1,9 @@
-"""One folder per step, and in it one per part, which the part fills itself. The last k steps are kept.
+"""Checkpoints: one folder per step, and in it one folder per part, which the part fills itself. The last k
+checkpoints are kept.
 
-A checkpoint has its name only once it is complete and on disk, so a kill at any moment leaves the one before
-it. `write` and `read` are for parts whose state is a table: tensors as safetensors, the rest as JSON.
+A checkpoint gets its name when it is complete and on disk. If the process is killed before, the previous
+checkpoint is still complete. `write` and `read` are for parts whose state is a table: tensors are stored as
+safetensors, other values as JSON.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from reflux.errors import RunError
 from reflux.storage.files import write_folder
 
 State = Mapping[str, Any]
-# writes a part into an empty folder of its own
+# a function that writes the state of a part into an empty folder
 Fill = Callable[[Path], None]
 
 
 def save(folder: Path, step: int, parts: Mapping[str, Fill], keep: int) -> Path:
-    """Write checkpoints/step-N and drop all but the last `keep`."""
+    """Write checkpoints/step-N and remove all checkpoints but the last `keep`."""
 
     def fill(scratch: Path) -> None:
         for part, write_part in parts.items():
@@ -41,13 +43,13 @@ def of_step(folder: Path, step: int) -> Path:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps of the complete checkpoints, rising."""
+    """The steps of the complete checkpoints, ascending."""
     names = [path.name.removeprefix("step-") for path in folder.glob("step-*")]
     return sorted(int(name) for name in names if name.isdigit())
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What `write` put into a folder."""
+    """The state that `write` stored in a folder. Raises RunError if it is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -61,7 +63,9 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def read_plain(folder: Path) -> dict[str, Any]:
-    """Of that what is no tensor; needs no torch."""
+    """The values of such a state that are not tensors. Does not import torch. Raises RunError if
+    it is damaged.
+    """
     try:
         return json.loads((folder / "state.json").read_text())
     except (OSError, ValueError) as error:
@@ -70,13 +74,13 @@ def read_plain(folder: Path) -> dict[str, Any]:
 
 def _damaged(folder: Path, error: Exception) -> RunError:
     return RunError(
-        f"{folder} is damaged: {error}. Remove {folder.parent}; --resume then goes on from the checkpoint "
-        "before it, if there is one."
+        f"{folder} is damaged: {error}. Remove {folder.parent}; --resume then continues from the previous "
+        "checkpoint, if there is one."
     )
 
 
 def write(folder: Path, state: State) -> None:
-    """TypeError for a value that is neither a tensor nor plain JSON."""
+    """Store a state in a folder. Raises TypeError for a value that is neither a tensor nor plain JSON."""
     import torch
     from safetensors.torch import save_file
 

@@ -1,5 +1,5 @@
-"""The batch of a refused step, whole: its lines, and of images the states and velocities, which no line has
-room for.
+"""Write the complete batch of a failed step: its lines and, for images, the states and
+velocities as arrays.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import numpy as np
 from reflux.storage import attempt_log, files
 from reflux.types import Attempt, FlowRollout, Group, VelocityTarget
 
-# of the file; the step from 1 follows
+# start of the file's name; the step number, from 1, follows
 NAME = "failed-batch-step-"
 
 
 def keep(path: Path, groups: Sequence[Group], step: int, why: str) -> Path:
-    """Write `path`, one line an attempt (both of its lines in one, and `why`), in place of what was there,
-    and return it.
+    """Write `path` and return it; an old file is replaced. Each attempt is one line with the
+    fields of both of its lines in attempts.jsonl, and `why`.
 
-    Of flow attempts a file beside it, of the same name in .npz, holds for line number n, from 0, the arrays
-    `n/x_SD`, `n/image` and the velocities `n/v_TD/<who>`: each teacher by its name, `behaviour` the student
-    when it acted, `now` as it learned.
+    For flow attempts a second file with the suffix .npz holds arrays. For line number n, from 0, these are
+    `n/x_SD`, `n/image` and the velocities `n/v_TD/<who>`. <who> is a teacher's name, `behaviour`
+    (the policy that sampled) or `now` (the student at the step).
     """
     attempts = [attempt for group in groups for attempt in group]
     arrays = {

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, synced, renamed."""
+"""Write files atomically: under a temporary name, synced to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ _LINE = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step; a file that says so already is left alone."""
+    """Replace the content of `path` by `text` in one step. A file that already has this content is
+    not touched.
+    """
     if path.exists() and path.read_bytes() == text.encode():
         return
     scratch = path.with_name(f".{path.name}.tmp")
@@ -32,8 +34,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Make a folder by `fill(scratch)`, then give it its name; an older folder of that name goes only once
-    the new one is complete.
+    """Fill a temporary folder with `fill(scratch)`, then rename it to `path`. An old folder at
+    `path` is removed only when the new one is complete.
     """
     scratch = path.with_name(f".{path.name}.tmp")
     old = path.with_name(f".{path.name}.old")
@@ -43,15 +45,15 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     try:
         fill(scratch)
     except Exception as error:
-        # half a folder helps nobody, and may be what filled the disk
+        # An incomplete folder has no use, and it may have filled the disk.
         shutil.rmtree(scratch, ignore_errors=True)
         if os.strerror(errno.ENOSPC) in str(error):
-            # safetensors reports it as an error of its own
+            # safetensors reports a full disk with its own exception
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
     for file in scratch.rglob("*"):
         if file.is_file():
-            # safetensors writes files that nobody else may read
+            # safetensors writes files that other users cannot read
             file.chmod(0o644)
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -71,7 +73,7 @@ def sync_folder(path: Path) -> None:
 
 
 def append_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One JSON object a line, numpy arrays as lists. NaN and infinity become null."""
+    """Append rows, one JSON object per line. Numpy arrays become lists; NaN and infinity become null."""
     with path.open("ab") as file:
         file.writelines(_line(row) for row in rows)
 
@@ -80,13 +82,13 @@ def _line(row: dict[str, Any]) -> bytes:
     try:
         return orjson.dumps(row, default=jsonable, option=_LINE)
     except orjson.JSONEncodeError:
-        # half a surrogate pair in a user's text is no UTF-8; the standard library escapes it
+        # Half a surrogate pair in a user's text is not valid UTF-8. The standard library escapes it.
         return (json.dumps(jsonable(row)) + "\n").encode()
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file. A last line cut short by a kill is passed over. RunError for another
-    that is none.
+    """The objects of a JSON-lines file. An incomplete last line, as a kill leaves it, is skipped.
+    Raises RunError for any other line that is not a JSON object.
     """
     if not path.exists():
         return
@@ -97,21 +99,23 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    """RunError where the line holds something else."""
+    """The JSON object in a line. Raises RunError if the line holds something else."""
     try:
         found = json.loads(line)
     except ValueError:
         found = None
     if not isinstance(found, dict):
         raise RunError(
-            f"{path}, line {number} is damaged: it holds no JSON object. Remove that line, or begin a new "
+            f"{path}, line {number} is damaged: it holds no JSON object. Remove that line, or start a new "
             "run."
         )
     return found
 
 
 def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Cut a JSON-lines file back to the wanted objects, in one step, without holding it in memory."""
+    """Remove all objects but the wanted ones from a JSON-lines file, in one step and without reading it into
+    memory.
+    """
     if not path.exists():
         return
     scratch = path.with_name(f".{path.name}.tmp")

@@ -1,4 +1,4 @@
-"""README.md of an exported student: what it is, how it came about, whom to cite."""
+"""README.md of an exported student: its origin, its training and the papers to cite."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from reflux.types import FlowRollout
 
 
 def model_card(cfg: RunConfig, step: int, papers: Iterable[Paper]) -> str:
-    """In the hub's form: a YAML head, then Markdown. Names from the recipe are quoted as code, never as
-    markup.
+    """The model card in the hub's format: a YAML header, then Markdown. Names from the recipe are
+    quoted as code, so they never act as markup.
     """
     teachers = [_code(name) for teacher in cfg.teachers.values() for name in teacher.sources]
     teachers += ["itself"] * any(teacher.is_student for teacher in cfg.teachers.values())

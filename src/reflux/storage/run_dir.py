@@ -1,4 +1,4 @@
-"""The folder of a run: which one, whose it is, and what of it stays where a run is resumed."""
+"""The run directory: choose it, check its recipe, lock it, and cut its files back on resume."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from reflux.config.recipe import RunConfig, differences, saved_table, to_table
 from reflux.errors import RunError
 from reflux.storage import failed_batch, files
 
-# on resume: they touch no gradient
+# keys that may differ on resume, because they do not change any gradient
 _MAY_DIFFER = ("steps", "save_every", "eval_every", "keep_checkpoints", "track", "threads", "evals")
 
 
 def choose_folder(recipe: str, out: str | Path | None, resume: bool) -> Path:
-    """The given folder, or runs/<recipe>, numbered where taken; on resume the newest of those."""
+    """The given folder, or runs/<recipe>, with a number added if it exists. On resume the newest of those
+    folders. Raises RunError if there is none to resume.
+    """
     if out is not None:
         return Path(out)
     taken = sorted(Path("runs").glob(f"{recipe}*/config.toml"), key=lambda path: path.stat().st_mtime)
@@ -27,7 +29,7 @@ def choose_folder(recipe: str, out: str | Path | None, resume: bool) -> Path:
     if resume:
         if not taken:
             raise RunError(
-                f"there is no run of '{recipe}' under runs/ to resume; give its folder with --out."
+                f"there is no run of '{recipe}' under runs/ to resume. Give the run's folder with --out."
             )
         return taken[-1]
     number = 1 + max(
@@ -37,7 +39,9 @@ def choose_folder(recipe: str, out: str | Path | None, resume: bool) -> Path:
 
 
 def check_same(cfg: RunConfig, out: Path) -> None:
-    """A run is resumed with the recipe it was started with, but for what touches no gradient."""
+    """Raise RunError unless `out` holds a run of the same recipe. Keys that do not change any gradient may
+    differ.
+    """
     if not (out / "config.toml").exists():
         raise RunError(
             f"there is no run to resume in {out}: it has no config.toml. Start one without --resume."
@@ -52,8 +56,8 @@ def check_same(cfg: RunConfig, out: Path) -> None:
 
 
 def take_lock(lock: IO[str], folder: Path) -> None:
-    """Hold the lock file of a run's folder for as long as it is open. RunError where another process holds
-    it.
+    """Lock a run's directory until the lock file is closed. Raises RunError if another process
+    holds the lock.
     """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -64,7 +68,7 @@ def take_lock(lock: IO[str], folder: Path) -> None:
 
 
 def cut_back(folder: Path, step: int) -> None:
-    """Everything on disk that came after the checkpoint goes: it will be done again."""
+    """Remove all lines of steps after the checkpoint of `step`. The resumed run does these steps again."""
     for path in folder.glob("*.jsonl"):
         if not path.name.startswith(failed_batch.NAME):
             files.keep_lines(path, lambda row: row.get("step", 0) <= step)

@@ -1,4 +1,4 @@
-"""summary.json: the run in one table, written at its end."""
+"""summary.json: the results of a run in one table, written at its end."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _SCORE = ("accuracy", "low", "high", "problems", "split")
 def summarise(
     folder: Path, cfg: RunConfig, step: int, totals: Mapping[str, float], seconds: float
 ) -> dict[str, Any]:
-    """Write summary.json into a run's folder and return its content. totals: of the tokens and FLOP of all
-    steps.
+    """Write summary.json into a run directory and return its content. totals: tokens and FLOP,
+    summed over all steps.
     """
     evals = list(files.read_lines(folder / "evals.jsonl"))
     table = {
@@ -44,21 +44,19 @@ def summarise(
 
 
 def saved_summary(folder: Path) -> dict[str, Any] | None:
-    """The summary that a run wrote at its end; None where it has not ended. RunError where it is damaged."""
+    """The summary that a run wrote at its end; None if it has not ended. Raises RunError if it is damaged."""
     path = folder / "summary.json"
     if not path.exists():
         return None
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise RunError(
-            f"{path} is damaged: {error}. Remove it: a run that is resumed writes it again."
-        ) from error
+        raise RunError(f"{path} is damaged: {error}. Remove it; a resumed run writes it again.") from error
 
 
 def reported(evals: list[dict[str, Any]]) -> dict[str, Any]:
-    """The accuracies of a run: on test problems where it asked them, else those of the evaluations on the
-    way. Each says its split.
+    """The accuracies of a run: on test problems if they were evaluated, otherwise those of the
+    evaluations during training. Each names its split.
     """
     first, last = (dict(next(iter(rows), {})) for rows in (evals[:1], evals[-1:]))
     tests = "test_accuracy" in first or "test_accuracy" in last
@@ -72,7 +70,7 @@ def reported(evals: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def method_of(cfg: Any) -> str:
-    """The parts that make the method, in words: objectives, credit rules, extrapolation."""
+    """The kinds of the parts that make the method: objectives, credit rules, extrapolation."""
     from reflux.config.registry import kind_of
 
     words = [kind_of("objectives", objective) for objective in cfg.objectives]
@@ -82,7 +80,9 @@ def method_of(cfg: Any) -> str:
 
 
 def commit() -> str | None:
-    """The commit of the library's checkout, "+" where files differ from it; None for an installed package."""
+    """The commit of the library's checkout, with "+" if files differ from it. None for an
+    installed package.
+    """
     here = Path(__file__).parent
     try:
         found = subprocess.run(
