@@ -172,7 +172,7 @@ def test_pictures_have_it_whole_or_not_at_all(tmp_path: Path, settings: dict[str
     ("metrics", "shown"),
     [
         ({"kl_nats": 2.0, "kl_nats_trained": 1.0}, "KL 2.0000 nats"),
-        ({"kl_nats_trained": 1.0}, "KL where learnt from 1.0000 nats"),
+        ({"kl_nats_trained": 1.0}, "KL of trained positions 1.0000 nats"),
         ({}, ""),
     ],
 )

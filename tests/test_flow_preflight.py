@@ -159,14 +159,14 @@ def test_the_parity_bound_is_what_a_share_of_the_velocity_moves() -> None:
 def test_preflight_names_a_teacher_that_says_what_the_student_says(config: Config) -> None:
     found = findings(config("flow", learner__merge="none"))
     assert found["teacher 'anchor'"].verdict == "warning"
-    assert "says the student's very velocities" in found["teacher 'anchor'"].text
+    assert "gives the same velocities as the student" in found["teacher 'anchor'"].text
     assert found["teacher 'main'"].verdict == "ok"
 
 
 def test_preflight_counts_what_a_teacher_is_silent_about(config: Config) -> None:
     found = findings(config("flow", teachers__counts="none"))
     assert found["teacher 'main'"].verdict == "warning"
-    assert "said nothing about 2 of 4 attempts" in found["teacher 'main'"].text
+    assert "gave no target for 2 of 4 attempts" in found["teacher 'main'"].text
 
 
 def test_preflight_works_on_the_text_recipes_whose_attempts_are_not_the_students(

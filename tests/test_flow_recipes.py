@@ -164,8 +164,8 @@ def test_a_plan_of_flows_speaks_of_steps_and_patches(
     for words in (
         "denoising steps",
         "64 patches an image",
-        "the student's velocity where it acts",
-        "activations come on top",
+        "the student's velocities at sampling",
+        "without activations",
     ):
         assert words in behaviour
     assert not any(word in behaviour for word in ("token", "context", "key-value", "prompts not counted"))

@@ -350,9 +350,9 @@ def test_a_plan_tells_both_limits_and_a_window_too_small() -> None:
 
 
 @pytest.mark.parametrize(("recipe", "line"), [
-    ("prefix", "at most 64 tokens in training (16 at the least), 64 in evaluations"),
+    ("prefix", "at most 64 tokens in training (lowest limit 16), 64 in evaluations"),
     ("full", "at most 64 tokens in training, 64 in evaluations"),
-    ("flow", "at most 10 denoising steps in training; evaluations finish their images"),
+    ("flow", "at most 10 denoising steps in training; evaluations use complete grids"),
 ])  # fmt: skip
 def test_the_plan_is_printed_with_both_limits(recipe: str, line: str) -> None:
     from reflux.cli.show import lengths_in_words

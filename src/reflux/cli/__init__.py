@@ -1,1 +1,1 @@
-"""What the command line prints; the work is done elsewhere."""
+"""The command line: it prints results; other packages compute them."""

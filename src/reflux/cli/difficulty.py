@@ -1,8 +1,8 @@
-"""reflux difficulty: how hard the training prompts are for a recipe's student, and a prompt file balanced by
-it.
+"""reflux difficulty: measure how hard the training prompts are for a recipe's student, and write
+a prompt file that is balanced by difficulty.
 
-Uni-OPD samples with temperature 1, top-p 0.95 and top-k 50; these samplers have no top-k, so it is left out.
-Images have neither temperature nor top-p: they are drawn by the noisy steps of training.
+Uni-OPD samples with temperature 1, top-p 0.95 and top-k 50. The samplers here have no top-k, so it
+is left out. Images have neither temperature nor top-p: they are sampled with the noisy steps of training.
 """
 
 from __future__ import annotations
@@ -57,32 +57,32 @@ def balance_prompts(
     cap: int,
     out: Path | None,
 ) -> None:
-    """Sample, count, write `difficulty.jsonl`, `prompts.jsonl` and `recipe.toml`, and print what it does to
-    the difficulties.
+    """Sample answers, count the correct ones, write `difficulty.jsonl`, `prompts.jsonl` and
+    `recipe.toml`, and print the difficulties before and after balancing.
 
-    recipe.toml is the whole recipe, overrides included, with the task `jsonl` on prompts.jsonl; its held-out
-    prompts are the task's own, in validation.jsonl and test.jsonl.
+    recipe.toml is the whole recipe, overrides included, with the task `jsonl` on prompts.jsonl. Its held-out
+    prompts are those of the recipe's task, in validation.jsonl and test.jsonl.
 
-    sampling: temperature and top-p. Counts are kept as they come, so a killed call goes on where it was; the
-    files are whole or absent. RunError for a folder that holds counts already, or some made with other
-    settings.
+    sampling: temperature and top-p. Counts are written as they come, so a call that was killed can
+    be continued. The other files are written completely or not at all. Raises RunError for a folder that
+    holds finished counts, or counts made with other settings.
     """
     whole = load_recipe(recipe, overrides)
-    # only the student acts
+    # only the sampler is needed
     cfg = replace(whole, teachers={}, credit={}, evals={}, rewards={}, extrapolation=None, track=Track())
     folder = out or Path("runs") / f"{cfg.recipe}-difficulty"
     if folder.is_file():
-        raise RunError(f"{folder} is a file; choose a folder with --out")
+        raise RunError(f"{folder} is a file. Choose another folder with --out.")
     if (folder / "difficulty.jsonl").exists() and not (folder / PARTIAL).exists():
-        raise RunError(f"{folder} holds counts already; choose another folder with --out")
+        raise RunError(f"{folder} already contains counts. Choose another folder with --out.")
     asked, cut = training_prompts(cfg.task, cfg.seed, prompts)
     if not asked:
         raise DataError("the task has no training prompts, so there is nothing to balance")
     checks.inputs(cfg)
     if cut and not prompts:
         console.print(
-            f"note: this task has no end; these are its first {FIRST} training prompts (--prompts N for "
-            "more)",
+            f"note: this task has no end, so its first {FIRST} training prompts are used (--prompts N "
+            "for more)",
             style="yellow",
         )
     from reflux.runtime.library_logging import quiet_libraries
@@ -109,8 +109,8 @@ def balance_prompts(
 
 
 def _taken_up(path: Path, said: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Counts of an earlier call, by prompt id. RunError where it was made with other settings."""
-    # a last line cut short by a kill goes, or the next one would be written behind it
+    """The counts of an earlier call, by prompt id. Raises RunError if it had other settings."""
+    # An incomplete last line is removed. Otherwise the next line would be appended to it.
     keep_lines(path, lambda row: True)
     rows = list(read_lines(path))
     if not rows:
@@ -119,7 +119,7 @@ def _taken_up(path: Path, said: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if rows[0] != said:
         changed = ", ".join(key for key in said if rows[0].get(key) != said[key])
         raise RunError(
-            f"{path} holds counts made with other settings ({changed}); choose another folder with --out"
+            f"{path} holds counts made with other settings ({changed}). Choose another folder with --out."
         )
     return {row["id"]: row for row in rows[1:]}
 
@@ -147,8 +147,8 @@ async def _count(
 
 @asynccontextmanager
 async def _student(cfg: RunConfig, scratch: Path) -> AsyncIterator[Evaluation]:
-    """The sampler with the weights that training begins with: a flow learner may begin elsewhere than at its
-    model.
+    """The sampler with the weights at the start of training. A flow learner may start from other
+    weights than its model's.
     """
     with closing(Services(cfg.learner.student, overlap=cfg.sampler.overlaps)) as services:
         context = part_context(cfg, Requirements(), "sampler", scratch)
@@ -162,8 +162,8 @@ async def _student(cfg: RunConfig, scratch: Path) -> AsyncIterator[Evaluation]:
 
 
 def _balanced(folder: Path, task: Task) -> Jsonl:
-    """The task `jsonl` on what was written; every key is set, so nothing of the old task is left. What
-    changes is said.
+    """The task `jsonl` on the written files. All its keys are set, so no key of the old task
+    remains. A note is printed for each difference from the old task.
     """
     held_out = {split: _held_out(folder / f"{split}.jsonl", task, split) for split in ("validation", "test")}
     grader, images = task.judge, task.rollouts is FlowRollout
@@ -171,13 +171,13 @@ def _balanced(folder: Path, task: Task) -> Jsonl:
     where = f"note: {folder / 'recipe.toml'}"
     if grader is None:
         console.print(
-            f'{where} judges answers by the grader "{otherwise}" and has no turns but the first: what this '
-            "task does itself, jsonl cannot. "
-            f'For another judge set task.grader="my_module:function"',
+            f'{where} judges answers by the grader "{otherwise}" and has one turn only, because jsonl cannot '
+            "use the judge and the turns of this task. "
+            f'For another grader set task.grader="my_module:function"',
             **NOTE,
         )
     if task.mixes:
-        console.print(f"{where} asks each line once an epoch; the weights of the mix are gone", **NOTE)
+        console.print(f"{where} uses each line once per epoch, without the weights of the mix", **NOTE)
     return Jsonl(
         path=str(folder / "prompts.jsonl"),
         validation=held_out["validation"] or 0.0,
@@ -188,8 +188,8 @@ def _balanced(folder: Path, task: Task) -> Jsonl:
 
 
 def _held_out(path: Path, task: Task, split: Split) -> str | None:
-    """The file of a split's prompts; None, and a note, where the task has none: only an evaluation needs
-    them.
+    """Write the prompts of a split and return the file's path. If the task has none, print a note and
+    return None, because only evaluations need them.
     """
     why = ""
     try:
@@ -199,7 +199,7 @@ def _held_out(path: Path, task: Task, split: Split) -> str | None:
     if prompts:
         _write(path, [as_line(prompt) for prompt in prompts])
         return str(path)
-    console.print(f"note: no {split} prompts{why}; for an evaluation on them give task.{split}=FILE", **NOTE)
+    console.print(f"note: no {split} prompts{why}. An evaluation on them needs task.{split}=FILE", **NOTE)
     return None
 
 
@@ -233,8 +233,8 @@ def _show(folder: Path, counted: Sequence[Counted], copies: Sequence[int], sampl
     outside = len(counted) - whole
     if outside:
         console.print(
-            f"note: {outside} prompt(s) have answers that could not be judged; each is kept once, in no row "
-            "of this table",
+            f"note: {outside} prompt(s) have answers that could not be judged. Each is kept once and is not "
+            "in this table.",
             style="yellow",
         )
     lines = [

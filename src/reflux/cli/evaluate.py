@@ -1,4 +1,4 @@
-"""reflux eval: one model, one task."""
+"""reflux eval: evaluate one model on one task."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ console = Console()
 def evaluate_model(
     model: str, task: str | None, problems: int, samples: int, max_tokens: int | None, overrides: list[str]
 ) -> None:
-    """Print the table of `accuracy`; nothing is written. A run directory brings its own task and sampler
-    along.
+    """Print the results of the evaluation `accuracy`; no file is written. For a run directory,
+    task and sampler are those of the run.
 
-    A flow model is known by its files; one on the hub that is not here yet by the override sampler.kind=flow.
+    A local flow model is recognised by its files. A flow model on the hub that is not local yet needs the
+    override sampler.kind=flow.
     """
     table = _table(model)
     if task is not None and task != table["task"]["kind"]:
@@ -68,7 +69,7 @@ def _table(model: str) -> dict[str, Any]:
     table: dict[str, Any] = {"task": {"kind": "word_problems"}, "sampler": {"kind": "hf", "max_tokens": 512}}
     if flow:
         table = {"task": {"kind": "glyphs"}, "sampler": {"kind": "flow"}}
-    # how a run speaks to its student
+    # the settings by which a run renders its prompts
     chat: dict[str, Any] = {}
     if (Path(model) / "config.toml").is_file():
         own = saved_table(Path(model))

@@ -1,4 +1,4 @@
-"""reflux doctor: findings as they come, and an exit code."""
+"""reflux doctor: print each finding as it is made, and set the exit code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STYLE = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
 def show_findings(recipe: str, overrides: list[str]) -> None:
-    """Exit code 1 where a check failed."""
+    """Print the findings. The exit code is 1 if a check failed."""
     cfg = load_recipe(recipe, overrides)
     from reflux.inspection.doctor import examine
     from reflux.runtime.library_logging import quiet_libraries

@@ -1,5 +1,5 @@
-"""The command line: run, plan, eval, report, difficulty, list, cite, doctor. Everything heavy is imported by
-the command that needs it.
+"""The command line: run, plan, eval, report, difficulty, list, cite, doctor. Each command imports the large
+libraries that it needs, so the others start fast.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import typer
 from reflux import __version__
 
 app = typer.Typer(
-    help="On-policy distillation: a student learns from a teacher on its own answers. Start with: reflux run quickstart",
+    help="On-policy distillation: a student learns from a teacher on its own answers. "
+    "Start with: reflux run quickstart",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -27,7 +28,7 @@ Overrides = Annotated[
 ]
 Out = Annotated[
     Path | None,
-    typer.Option("--out", help="The run directory; by default runs/RECIPE, numbered where taken."),
+    typer.Option("--out", help="The run directory; by default runs/RECIPE, with a number if it exists."),
 ]
 
 
@@ -40,7 +41,7 @@ def run_(
         bool, typer.Option("--resume", help="Continue a run from its last checkpoint.")
     ] = False,
 ) -> None:
-    """Train a student by a recipe."""
+    """Train a student as a recipe describes."""
     from reflux.cli.run import run_recipe
 
     run_recipe(recipe, overrides or [], out, resume)
@@ -48,7 +49,7 @@ def run_(
 
 @app.command()
 def plan(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Resolve and check a recipe, and print what would run, without loading a weight."""
+    """Check a recipe and print what would run, without loading weights."""
     from reflux.cli.show import show_plan
 
     show_plan(recipe, overrides or [])
@@ -62,14 +63,16 @@ def eval_(
     ],
     task: Annotated[
         str | None,
-        typer.Option("--task", help="A task's kind, for example gsm8k; by default that of the run."),
+        typer.Option("--task", help="The kind of a task, for example gsm8k; by default the run's task."),
     ] = None,
     problems: Annotated[int, typer.Option("--problems", min=1)] = 500,
     samples: Annotated[
-        int, typer.Option("--samples", min=0, help="Sampled answers per problem, besides the greedy one.")
+        int,
+        typer.Option("--samples", min=0, help="Sampled answers per problem, in addition to the greedy one."),
     ] = 0,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", min=1, help="Per answer; by default the run's, else 512.")
+        int | None,
+        typer.Option("--max-tokens", min=1, help="Limit of an answer; by default the run's limit, or 512."),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -84,7 +87,7 @@ def eval_(
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
-    """Write report.html for a run: one self-contained page."""
+    """Write report.html for a run, as one self-contained page."""
     from reflux.cli.show import write_report
 
     write_report(run)
@@ -94,10 +97,10 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> Non
 def list_(
     group: Annotated[str, typer.Argument(help="recipes, tasks, samplers, teachers, credit, ...")] = "",
     module: Annotated[
-        str, typer.Option("--module", help="A package of your own: its parts, in place of those that ship.")
+        str, typer.Option("--module", help="Your own package: list its parts instead of the shipped parts.")
     ] = "",
 ) -> None:
-    """Recipes and parts, one line each."""
+    """List recipes and parts, one line each."""
     from reflux.cli.show import list_parts
 
     list_parts(group, module)
@@ -105,7 +108,7 @@ def list_(
 
 @app.command()
 def cite(recipe: Recipe, overrides: Overrides = None) -> None:
-    """BibTeX of the methods a recipe uses."""
+    """Print the BibTeX entries of the methods that a recipe uses."""
     from reflux.cli.show import show_citations
 
     show_citations(recipe, overrides or [])
@@ -113,7 +116,7 @@ def cite(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command()
 def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Preflight: tokenizers, end tokens, sampler and learner agreement, teacher alive, disk."""
+    """Check a recipe on its models: tokenizers, end tokens, parity, teachers, disk space."""
     from reflux.cli.examine import show_findings
 
     show_findings(recipe, overrides or [])
@@ -125,16 +128,19 @@ def difficulty(
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Answers per training prompt.")] = 8,
     prompts: Annotated[
-        int, typer.Option("--prompts", min=0, help="So many; by default one pass, or 512 of an endless task.")
+        int,
+        typer.Option(
+            "--prompts", min=0, help="Number of prompts; by default all, or 512 if the task has no end."
+        ),
     ] = 0,
     temperature: Annotated[float, typer.Option("--temperature", min=0.01)] = 1.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1.0)] = 0.95,
-    cap: Annotated[int, typer.Option("--cap", min=1, help="At most so many copies of a prompt.")] = 8,
+    cap: Annotated[int, typer.Option("--cap", min=1, help="The most copies of a prompt.")] = 8,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Where the files go; by default runs/RECIPE-difficulty.")
+        Path | None, typer.Option("--out", help="The output folder; by default runs/RECIPE-difficulty.")
     ] = None,
 ) -> None:
-    """How hard the training prompts are for the student, and a prompt file balanced by it."""
+    """Measure how hard the training prompts are for the student, and write a balanced prompt file."""
     from reflux.cli.difficulty import balance_prompts
 
     balance_prompts(recipe, overrides or [], samples, prompts, (temperature, top_p), cap, out)
@@ -142,7 +148,7 @@ def difficulty(
 
 @app.callback(invoke_without_command=True)
 def version(
-    show: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if show:
         typer.echo(f"reflux {__version__}")
@@ -150,8 +156,8 @@ def version(
 
 
 def main() -> None:
-    """Errors a user can act on end as a sentence and exit code 2; anything else is a bug and shows its
-    traceback.
+    """Run the command line. An error that the user can correct is printed as a sentence, with
+    exit code 2. Any other exception is a bug and shows its traceback.
     """
     from reflux.errors import RefluxError
 
@@ -166,7 +172,7 @@ def main() -> None:
         if error.errno != errno.ENOSPC:
             raise
         typer.secho(
-            "reflux: the disk is full. Nothing already saved is harmed: free some space, then continue with "
+            "reflux: the disk is full. What was saved before is intact. Free some space, then continue with "
             "--resume.",
             err=True,
             fg="red",

@@ -1,4 +1,4 @@
-"""The live line of a run: step, KL, accuracy, tokens a second, time left."""
+"""The live line of a run: step, KL, accuracy, tokens per second, time left."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from rich.text import Text
 from reflux.config.recipe import RunConfig
 from reflux.reports.asked import problems_of, split_of
 
-# steps that speed and time left are measured over
+# number of the last steps from which speed and time left are computed
 _WINDOW = 20
-# the first that is known: over all positions, or over some
-_KLS = {"kl_nats": "KL", "kl_nats_trained": "KL where learnt from"}
-# where the output is no terminal
+# The first key in metrics is shown: the KL over all positions, or over the trained positions.
+_KLS = {"kl_nats": "KL", "kl_nats_trained": "KL of trained positions"}
+# seconds between lines if the output is not a terminal
 _PLAIN_EVERY_S = 10.0
 
 
 class Progress:
-    """A `Watch` that draws one line, in place on a terminal, now and then elsewhere."""
+    """A `Watch` that shows one line. On a terminal the line is updated in place; otherwise a line is
+    printed every 10 seconds.
+    """
 
     def __init__(self, console: Console, cfg: RunConfig):
         self._console, self._steps, self._unit = console, cfg.steps, cfg.sampler.rollouts.unit
@@ -96,7 +98,7 @@ class Progress:
 
 
 def _routes(table: dict[str, Any]) -> list[str]:
-    """The parts or routes that the accuracy is also told of."""
+    """The parts or routes of a task that have an accuracy of their own in `table`."""
     counted = [
         key.removesuffix(".problems")
         for key in table

@@ -1,4 +1,4 @@
-"""reflux run: live progress, and at the end what was gained."""
+"""reflux run: show live progress, and at the end the results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ console = Console()
 
 
 def run_recipe(recipe: str, overrides: list[str], out: Path | None, resume: bool) -> None:
-    """Train, then report. A stop by the user is exit code 130, as a shell expects."""
+    """Train, then print the results. The exit code after a stop by the user is 130, as shells expect."""
     cfg = load_recipe(recipe, overrides)
     folder = choose_folder(cfg.recipe, out, resume)
     from reflux import checks
@@ -42,14 +42,14 @@ def run_recipe(recipe: str, overrides: list[str], out: Path | None, resume: bool
         raise
     except (StepRefused, OSError):
         if (folder / "checkpoints").is_dir():
-            _say(f"The last checkpoint is kept; once the cause below is mended, continue with:\n  {again}")
+            _say(f"The last checkpoint is kept. When the cause below is fixed, continue with:\n  {again}")
         raise
     _finish(folder, cfg, recipe, summary)
 
 
 def _train(cfg: RunConfig, options: Options, console: Console) -> dict[str, Any]:
     with Progress(console, cfg) as progress:
-        # torch and transformers: seconds, so the first line is out before them
+        # importing torch and transformers takes seconds, so the first line is shown before
         from reflux.loop import train
 
         quiet_libraries()
@@ -72,7 +72,7 @@ def _finish(folder: Path, cfg: RunConfig, recipe: str, summary: dict[str, Any]) 
 
 
 def _say(text: str) -> None:
-    """Plain text, never wrapped: paths and commands are there to be copied."""
+    """Print plain text without wrapping, so that paths and commands can be copied."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -80,21 +80,21 @@ def _next(folder: Path, cfg: RunConfig, recipe: str) -> list[tuple[str, str]]:
     if cfg.learner.rollouts is FlowRollout:
         other = "flow_grpo" if cfg.recipe != "flow_grpo" else "flow"
         return [
-            (f"reflux eval {folder} --samples 8", "accuracy, of noisy samples too"),
+            (f"reflux eval {folder} --samples 8", "accuracy, also of noisy samples"),
             (f"reflux run {other}", "another method on the same models (all: reflux list recipes)"),
             (f"reflux plan {recipe} base=sd3", "the same method on Stable Diffusion 3.5"),
         ]
     other = "vopd" if cfg.recipe != "vopd" else "gkd"
     return [
-        (f"reflux eval {folder} --samples 8", "accuracy, of sampled answers too"),
+        (f"reflux eval {folder} --samples 8", "accuracy, also of sampled answers"),
         (f"reflux run {other}", "another method on the same models (all: reflux list recipes)"),
         (f"reflux plan {recipe} base=hub", "the same method on Hugging Face models"),
     ]
 
 
 def _show_problem(folder: Path) -> None:
-    """One problem the student has learnt to solve, before and after; model text is printed as it is, never as
-    markup.
+    """Print one problem that the student has learnt to solve, with its answers before and after
+    training. Model text is printed unchanged and never as markup.
     """
     rows = [row["accuracy"] for row in read_lines(folder / "evals.jsonl") if "accuracy" in row]
     if len(rows) < 2:
@@ -116,7 +116,7 @@ def _show_problem(folder: Path) -> None:
 
 
 def _side_by_side(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Two images, the words between them on the middle line."""
+    """Two images as text, side by side, with " after " between them on the first line."""
     from reflux.models.images import as_letters, from_text
 
     left, right = (as_letters(from_text(example["image"])) for example in (before, after))

@@ -1,4 +1,4 @@
-"""reflux plan, list, cite, report: what is there, in words."""
+"""reflux plan, list, cite and report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from reflux.errors import ConfigError, RunError
 from reflux.inspection.plan import Plan, Size, plan
 
 console = Console()
-_MORE = "  What each computes: docs/methods.md. Its settings: docs/configuration.md. Which to choose: docs/recipes.md."
+_MORE = (
+    "  What each computes: docs/methods.md. Its settings: docs/configuration.md. Which to choose: "
+    "docs/recipes.md."
+)
 
 
 def show_plan(recipe: str, overrides: list[str]) -> None:
@@ -54,14 +57,14 @@ def _size(size: Size) -> str:
 
 
 def lengths_in_words(found: Plan) -> str:
-    """The limits of one attempt, in training and in evaluations."""
+    """The limits of one attempt in training and in evaluations, as a text."""
     least, most = found.training_positions
     training = f"at most {most:,} {found.position}s in training" + (
-        f" ({least:,} at the least)" if least < most else ""
+        f" (lowest limit {least:,})" if least < most else ""
     )
     images = found.position != "token"
     return training + (
-        "; evaluations finish their images" if images else f", {found.evaluation_positions:,} in evaluations"
+        "; evaluations use complete grids" if images else f", {found.evaluation_positions:,} in evaluations"
     )
 
 
@@ -77,14 +80,17 @@ def _memory(count: int | None, position: str) -> str:
     if count is None:
         return "unknown until the models are here"
     size = f"{count / 1e9:.2f} GB" if count > 1e8 else f"{count / 1e6:.1f} MB"
-    return f"{size} for weights and optimiser; activations{' and the key-value cache' if position == 'token' else ''} come on top"
+    return (
+        f"{size} for weights and optimiser, without activations"
+        f"{' and key-value cache' if position == 'token' else ''}"
+    )
 
 
 def list_parts(group: str, module: str = "") -> None:
-    """One line per recipe or part: the first line of its file or docstring. module: the parts that it
-    defines, in place of those that ship.
+    """Print one line per recipe or part: the first line of its file or docstring. module: list the
+    parts that this package defines, instead of the shipped parts.
 
-    ConfigError for an unknown group, and for a module that cannot be imported or defines no part.
+    Raises ConfigError for an unknown group, and for a module that cannot be imported or defines no part.
     """
     known = ["recipes", *registry.GROUPS]
     if group and group not in known:
@@ -113,8 +119,8 @@ def _lines_of(module: str) -> dict[str, dict[str, str]]:
     }
     if not found:
         raise ConfigError(
-            f"'{module}' defines no part: a part is a frozen dataclass that inherits the base of its group "
-            "(docs/extending.md)"
+            f"'{module}' defines no part. A part is a frozen dataclass that inherits the base class of its "
+            "group (docs/extending.md)."
         )
     return found
 
@@ -141,7 +147,7 @@ def show_citations(recipe: str, overrides: list[str]) -> None:
 
 def write_report(run: Path) -> None:
     if not (run / "config.toml").exists():
-        raise RunError(f"{run} is no run directory: it holds no config.toml")
+        raise RunError(f"{run} is not a run directory: it has no config.toml")
     from reflux.reports import page
 
     console.print(f"{page.write_report(run)}", markup=False, highlight=False)

@@ -1,1 +1,1 @@
-"""What a recipe would run, whether its models fit, and whom to cite."""
+"""Inspect a recipe before training: the plan of a run, and measurements on its models."""

@@ -1,7 +1,7 @@
-"""Preflight: small measurements that catch what usually goes wrong, each as a sentence.
+"""Checks before a run: small measurements that detect frequent errors. Each result is a sentence.
 
-The parity check is law 11: sampler and learner must give what was chosen the same log-probs, within a stated
-bound.
+The parity check is law 11: sampler and learner must give the same log-probs to the sampled choices, within a
+stated bound.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from reflux.models.text import parameter_count
 from reflux.runtime.services import Services
 from reflux.types import FlowRollout, Group
 
-# positions of an answer
+# the most positions of a sampled answer
 _MOST = 32
 
 
 async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
-    """Findings as they are made. A check that cannot run raises, with the reason."""
+    """Yield the findings as they are made. A check that cannot run raises an error with the reason."""
     requirements = checks.join(cfg)
     yield Finding("ok", "recipe", "all parts fit together")
     for text in checks.warnings(cfg):
@@ -63,8 +63,8 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
 
 
 async def _attempts(asked: Evaluation, prompts: int) -> list[Group]:
-    """The student's own; a sampler that gives others' attempts in training acts itself for any
-    other purpose.
+    """Attempts that the student samples itself. A sampler that takes its training attempts from
+    elsewhere samples from the student for the purpose "score".
     """
     chosen = list(islice(asked.task.prompts("train", asked.seed, 0), prompts))
     sizes = asked.context.numbers
@@ -75,8 +75,8 @@ async def _attempts(asked: Evaluation, prompts: int) -> list[Group]:
 
 
 async def _judge(asked: Evaluation, groups: Sequence[Group]) -> None:
-    """By the task's own verifier: a context may sort attempts by their verdicts, and which it shows matters
-    little here.
+    """Judge the attempts by the task's own verifier, because a context may sort attempts by their
+    rewards. The recipe's rewards are not needed for that.
     """
     attempts = [attempt for group in groups for attempt in group]
     if asked.context.requirements.reward:
@@ -87,5 +87,8 @@ async def _judge(asked: Evaluation, groups: Sequence[Group]) -> None:
 def _disk(cfg: RunConfig, parameters: int) -> Finding:
     need = parameters * (12 * (cfg.keep_checkpoints + 1) + 8)
     free = shutil.disk_usage(".").free
-    text = f"{free / 1e9:.1f} GB free here, about {need / 1e9:.2g} GB needed for {cfg.keep_checkpoints + 1} checkpoints and the student"
+    text = (
+        f"{free / 1e9:.1f} GB free in this folder, about {need / 1e9:.2g} GB needed for "
+        f"{cfg.keep_checkpoints + 1} checkpoints and the student"
+    )
     return Finding("ok" if free > 1.2 * need else "failed", "disk", text)

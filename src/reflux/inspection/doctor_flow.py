@@ -1,9 +1,9 @@
-"""What is measured of flow models: velocities at the states that the sampler recorded.
+"""Measurements on flow models: velocities at the states that the sampler recorded.
 
-A velocity off by a share s of itself, in a direction that knows nothing of the noise, moves the log-prob of
-the step that was drawn by s sqrt(2 w) |v| z - s^2 w |v|^2, z standard normal and w the KL's weight
-(`kl_weight`): the mean moves by sqrt(2 w) s |v| widths. So both parity and zero at identity are bounds on s,
-whatever the step.
+Let a velocity v have an error of relative size s in a direction that is independent of the noise.
+The log-prob of the sampled step then changes by s sqrt(2 w) |v| z - s^2 w |v|^2, where z is standard normal
+and w is the weight of the KL (`kl_weight`), because the mean moves by sqrt(2 w) s |v| standard deviations. So
+parity and zero at identity are both bounds on s, the same for every step.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ from reflux.runtime.services import Services
 from reflux.teachers.base import TeacherRequest
 from reflux.types import Attempt, FlowRollout, Group, Rollout, Target, VelocityTarget
 
-# s: float32 on both sides; float16 against bfloat16 autocast
+# bounds on s. CPU: float32 on both sides; GPU: float16 against bfloat16 autocast
 SHARES = {"cpu": 1e-4, "cuda": 0.02}
 SIGMAS = 5.0
-# of a float32 log-prob, which is a sum over D: relative, and for each value's distance in widths
+# relative rounding error of a float32 log-prob, which is a sum over D, and of each value's distance from the
+# mean
 ROUNDING = 2.0**-22
 
 
 def before(cfg: RunConfig) -> Iterator[Finding]:
-    """The grid that student and teachers share. ModelError where a model is none."""
+    """The denoising grid that student and teachers share. Raises ModelError if a model is not
+    a flow model.
+    """
     from reflux.models.flow.load import outline_flow
 
     acting = cfg.sampler.generation
@@ -40,27 +43,30 @@ def before(cfg: RunConfig) -> Iterator[Finding]:
     outline = outline_flow(cfg.learner.model, "learner.model")
     t_S = outline.grid(acting.grids[0])
     steps = -np.diff(t_S)
-    text = f"{acting.grids[0]} steps of {steps.min():.3g} to {steps.max():.3g} from t = 1 to {t_S[-1]:g}, guidance {acting.guidance:g}"
+    text = (
+        f"{acting.grids[0]} steps of {steps.min():.3g} to {steps.max():.3g} from t = 1 to {t_S[-1]:g}, "
+        f"guidance {acting.guidance:g}"
+    )
     yield Finding("ok", "grid", text)
 
 
 def acted(learner: Any, groups: Sequence[Group]) -> Iterator[Finding]:
-    """What was drawn, and parity."""
+    """The sampled images, and parity."""
     rollouts = [_rollout(attempt) for group in groups for attempt in group]
     first = rollouts[0]
     shape = " x ".join(map(str, first.image.shape))
     yield Finding(
         "ok",
         "images",
-        f"{len(rollouts)} of {shape} pixels drawn in {first.length} steps, {first.x_SD.shape[1]} latent "
+        f"{len(rollouts)} of {shape} pixels sampled in {first.length} steps, {first.x_SD.shape[1]} latent "
         "values",
     )
     yield _parity(learner, groups)
 
 
 def _parity(learner: Any, groups: Sequence[Group]) -> Finding:
-    """The learner's velocities at the stored states give the log-probs that the sampler recorded; without
-    noise, the very steps.
+    """The learner's velocities at the stored states must give the log-probs that the sampler
+    recorded or, without noise, the same steps.
     """
     share = SHARES.get(learner.model.device.type, SHARES["cuda"])
     gaps, excesses = [], []
@@ -75,21 +81,23 @@ def _parity(learner: Any, groups: Sequence[Group]) -> Finding:
     worst, position = float(excesses[place].max()), int(excesses[place].argmax())
     unit = "nats" if _rollout(groups[0][0]).noise_level else "of the state's length"
     text = (
-        f"sampler and learner disagree by at most {worst:.2g} of what velocities {share:g} apart would "
-        f"explain, at step {position} (from "
-        f"0; median gap {np.median(np.concatenate(gaps)):.2g} {unit})"
+        f"the largest difference between sampler and learner is {worst:.2g} times the bound for a relative "
+        f"velocity error of {share:g}, at step {position} (from 0; median "
+        f"difference {np.median(np.concatenate(gaps)):.2g} {unit})"
     )
     if worst <= 1:
         return Finding("ok", "parity", text)
     return Finding(
         "failed",
         "parity",
-        text + ". All steps off usually means another precision or guidance, the first alone another grid.",
+        text
+        + ". If all steps differ, the usual cause is another precision or guidance. If only the first step "
+        "differs, it is another grid.",
     )
 
 
 def _log_prob_gap(rollout: FlowRollout, v_TD: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """(|difference of log-probs|, its bound), [T], nats; computed in float64."""
+    """(|difference of log-probs|, its bound), both [T], nats; computed in float64."""
     x_SD, next_TD, v_TD = (
         rollout.x_SD[:-1].astype(np.float64),
         rollout.x_SD[1:].astype(np.float64),
@@ -105,8 +113,8 @@ def _log_prob_gap(rollout: FlowRollout, v_TD: np.ndarray, share: float) -> tuple
 
 
 def _step_gap(rollout: FlowRollout, v_TD: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """(|step taken - step that v makes|, its bound), [T], as shares of the state's length: of the ODE, whose
-    steps have no log-prob.
+    """(|recorded step - step computed from v|, its bound), both [T], relative to the norm of the
+    state. For the ODE, whose steps have no log-prob.
     """
     dt_T = np.abs(np.diff(rollout.t_S))
     size_T = np.linalg.norm(rollout.x_SD[1:], axis=1)
@@ -115,8 +123,8 @@ def _step_gap(rollout: FlowRollout, v_TD: np.ndarray, share: float) -> tuple[np.
 
 
 def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
-    """A teacher that says what the student says anyway, or nothing at all, teaches nothing. What is not
-    finite it refuses itself.
+    """A warning if a teacher gives the same velocities as the student, or no target: the student then learns
+    nothing from it. Teachers check by themselves that their outputs are finite.
     """
     attempts = [attempt for group in groups for attempt in group]
     silent = sum(attempt.target(name) is None for attempt in attempts)
@@ -126,22 +134,26 @@ def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
     ]
     if silent:
         text = (
-            f"'{name}' said nothing about {silent} of {len(attempts)} attempts (their routes are not its own)"
+            f"'{name}' gave no target for {silent} of {len(attempts)} attempts (they have routes of other "
+            "teachers)"
         )
         return Finding("warning", "teacher", text)
     apart = float(np.mean(distances)) if distances else 0.0
     if apart < 1e-6:
-        text = f"'{name}' says the student's very velocities: an anchor to where the student begins does, else its weights are not loaded"
+        text = (
+            f"'{name}' gives the same velocities as the student. This is correct for an anchor to the start "
+            "weights; otherwise its weights are not loaded"
+        )
         return Finding("warning", "teacher", text)
     return Finding(
         "ok",
         "teacher",
-        f"'{name}' answers; its velocities are {apart:.1%} of their length away from the student's",
+        f"'{name}' answers; its velocities differ from the student's by {apart:.1%} of their norm",
     )
 
 
 def _distance(rollout: Rollout, target: Target | None, v_TD: np.ndarray) -> float:
-    """Mean over the counted steps of |teacher's velocity - student's| / |student's|."""
+    """Mean of |teacher's velocity - student's| / |student's| over the unmasked steps."""
     rows_T = rollout.mask_T
     assert isinstance(target, VelocityTarget)
     return float((np.linalg.norm(target.v_TD - v_TD, axis=1) / np.linalg.norm(v_TD, axis=1))[rows_T].mean())
@@ -150,7 +162,7 @@ def _distance(rollout: Rollout, target: Target | None, v_TD: np.ndarray) -> floa
 async def at_identity(
     context: PartContext, services: Services, learner: Any, groups: Sequence[Group]
 ) -> Finding:
-    """A teacher that is the student must be at distance zero from it."""
+    """Check that a teacher with the student's weights gives the same velocities as the student."""
     from reflux.teachers.flow import Flow
     from reflux.teachers.flow_engine import FlowTeacher
 
@@ -169,7 +181,8 @@ async def at_identity(
         _distance(attempt.rollout, found[id(attempt)], v_TD) for attempt, v_TD in learner.velocities(groups)
     )
     text = (
-        f"the student as its own teacher is {worst:.1e} of its velocities away from itself (bound {share:g})"
+        f"the velocities of the student as its own teacher differ by {worst:.1e} of their norm (bound "
+        f"{share:g})"
     )
     return Finding("ok" if worst <= share else "failed", "zero at identity", text)
 

@@ -1,4 +1,4 @@
-"""What is measured of models of text: tokenizers, the output head, log-probs of tokens."""
+"""Measurements on text models: tokenizers, the output head, log-probs of tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from reflux.runtime.services import Services
 from reflux.teachers.base import TeacherRequest
 from reflux.types import Group
 
-# float32 on both sides; bfloat16 autocast on one
+# bounds on differences of log-probs. CPU: float32 on both sides; GPU: bfloat16 autocast on one side
 PARITY_NATS = {"cpu": 1e-3, "cuda": 0.1}
 
 
@@ -36,12 +36,14 @@ def before(cfg: RunConfig) -> Iterator[Finding]:
     for name, teacher in cfg.teachers.items():
         reader = None if teacher.is_student else teacher.reader(cfg.learner.student)
         if reader is None:
-            # the student's own, or one elsewhere
+            # the teacher is the student, or its tokenizer is not in this process
             continue
         tokenizer = load_tokenizer(reader.model, f"teachers.{name}.model", reader.trust_remote_code)
         check_same_tokens(student, tokenizer, name)
         yield Finding(
-            "ok", "tokenizers", f"teacher '{name}' and the student share one map of {len(tokenizer)} tokens"
+            "ok",
+            "tokenizers",
+            f"teacher '{name}' and the student share a vocabulary of {len(tokenizer)} tokens",
         )
         ours, theirs = set(ends), set(end_ids(tokenizer))
         if ours != theirs:
@@ -50,27 +52,27 @@ def before(cfg: RunConfig) -> Iterator[Finding]:
 
 
 def acted(learner: Any, groups: Sequence[Group]) -> Iterator[Finding]:
-    """The head, parity, and how answers end."""
+    """The output head, parity, and how answers end."""
     yield _head(learner)
     yield _parity(learner, groups)
     yield _endings(groups)
 
 
 def _head(learner: Any) -> Finding:
-    """The library applies the output head itself; the model's own forward pass must agree, as it did when the
-    model was loaded.
+    """The library applies the output head itself. The result must agree with the model's own
+    forward pass, as it did when the model was loaded.
     """
     gap, bound = head_gap(learner.model)
     if not gap <= bound:
         return Finding(
             "failed",
             "head",
-            f"hidden states through the output head are {gap:.3g} away from the model's own logits",
+            f"hidden states times the output head differ from the model's own logits by {gap:.3g}",
         )
     return Finding(
         "ok",
         "head",
-        f"hidden states through the output head give the model's own logits (largest gap {gap:.1e})",
+        f"hidden states times the output head give the model's own logits (largest difference {gap:.1e})",
     )
 
 
@@ -87,13 +89,17 @@ def _parity(learner: Any, groups: Sequence[Group]) -> Finding:
     worst, median = max(float(gap.max()) for gap in gaps), float(np.median(np.concatenate(gaps)))
     place = max(range(len(gaps)), key=lambda i: gaps[i].max())
     position = int(gaps[place].argmax())
-    text = f"sampler and learner disagree by {worst:.2g} nats at position {position} (median {median:.2g}; bound {bound:g})"
+    text = (
+        f"the log-probs of sampler and learner differ by at most {worst:.2g} nats, at position {position} "
+        f"(median {median:.2g}; bound {bound:g})"
+    )
     if worst > bound:
         return Finding(
             "failed",
             "parity",
             text
-            + ". First position off usually means a chat-template mismatch, all of them another precision.",
+            + ". If the first position differs, the usual cause is another chat template. If all differ, it "
+            "is another precision.",
         )
     return Finding("ok", "parity", text)
 
@@ -105,13 +111,15 @@ def _endings(groups: Sequence[Group]) -> Finding:
     return Finding(
         "ok",
         "answers",
-        f"{len(rollouts)} short answers sampled, {cut:.0%} cut at the limit; the longest has {longest} "
+        f"{len(rollouts)} short answers sampled, {cut:.0%} were cut at the limit; the longest has {longest} "
         "tokens",
     )
 
 
 def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
-    """A teacher that answers the same everywhere, or nothing at all, teaches nothing."""
+    """A finding about one teacher: a warning if it gave no target for some attempts, a failure if its
+    distribution is uniform.
+    """
     targets = [attempt.target(name) for group in groups for attempt in group]
     silent = targets.count(None)
     known = (target.uniformity(learner.services.heads) for target in targets if target is not None)
@@ -120,24 +128,24 @@ def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
         return Finding(
             "warning",
             "teacher",
-            f"'{name}' said nothing about {silent} of {len(targets)} attempts (routes, or a context that is "
-            "None)",
+            f"'{name}' gave no target for {silent} of {len(targets)} attempts (because of its routes, or its "
+            "context gave None)",
         )
     share = float(np.mean(spread)) if spread else 0.0
     if share > 0.98:
         return Finding(
             "failed",
             "teacher",
-            f"'{name}' is uniform (entropy {share:.0%} of the largest possible): are its weights really "
-            "loaded?",
+            f"the distribution of '{name}' is uniform (entropy {share:.0%} of the maximum). Check that its "
+            "weights are loaded",
         )
-    return Finding("ok", "teacher", f"'{name}' answers, entropy {share:.0%} of the largest possible")
+    return Finding("ok", "teacher", f"'{name}' answers, entropy {share:.0%} of the maximum")
 
 
 async def at_identity(
     context: PartContext, services: Services, learner: Any, groups: Sequence[Group]
 ) -> Finding:
-    """A teacher that is the student must be at distance zero from it."""
+    """Check that a teacher with the student's weights gives the same log-probs as the student."""
     from reflux.learners.observe import logp
     from reflux.teachers.local import Local
 
@@ -159,5 +167,5 @@ async def at_identity(
     return Finding(
         verdict,
         "zero at identity",
-        f"the student as its own teacher is {worst:.1e} nats away from itself (bound {bound:g})",
+        f"the log-probs of the student as its own teacher differ by {worst:.1e} nats (bound {bound:g})",
     )

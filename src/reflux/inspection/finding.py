@@ -1,4 +1,4 @@
-"""What a check has to say."""
+"""The result of one check of `reflux doctor`."""
 
 from __future__ import annotations
 

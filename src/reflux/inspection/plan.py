@@ -1,5 +1,5 @@
-"""What would run: models, memory, positions and FLOP, from config.json and file headers alone. No torch, no
-weights.
+"""The plan of a run: models, memory, positions and FLOP. It is computed from config.json and file headers,
+without torch and without weights.
 """
 
 from __future__ import annotations
@@ -20,21 +20,25 @@ from reflux.types import FlowRollout
 # a float32 master weight, its gradient and two moments
 _ADAM_BYTES = 16
 _FROZEN_BYTES = 4
-# each field of Requirements in words; {} is its number
+# each field of Requirements, described for users; {} is replaced by its value
 _WANTED = {
-    "behaviour": "the student's own top-{} tokens where it acts",
-    "now_at_behaviour": "the current student's log-probs at the tokens it listed when it acted (one more pass of the student)",
+    "behaviour": "the student's top-{} tokens at sampling",
+    "now_at_behaviour": (
+        "the current student's log-probs at the top tokens of `behaviour` (one more pass of the student)"
+    ),
     "now_topk": "the current student's top-{} tokens (one more pass of the student)",
     "logp": "the teacher's log-probs when attempts arrive (one more pass through its head)",
     "candidates": "the teacher's log-probs at the student's top-{} tokens",
-    "now_candidates": "the teacher's log-probs at the current student's top-{} tokens (one more pass through its head)",
+    "now_candidates": (
+        "the teacher's log-probs at the current student's top-{} tokens (one more pass through its head)"
+    ),
     "spans": "which characters each token wrote",
     "specials": "which tokens are special",
     "reward": "a reward for every attempt",
 }
 _WANTED_OF_FLOWS = {
-    "behaviour": "the student's velocity where it acts",
-    "now_at_behaviour": "the current student's velocity there (one more pass of the student)",
+    "behaviour": "the student's velocities at sampling",
+    "now_at_behaviour": "the current student's velocities at the same states (one more pass of the student)",
     "reward": "a reward for every attempt",
 }
 
@@ -48,15 +52,15 @@ class Plan:
     attempts_per_step: int
     student: Size
     teachers: dict[str, Size]
-    # weights, optimiser, the sampler's copy and the teachers; activations come on top
+    # bytes of weights, optimiser, the sampler's copy and the teachers, without activations; None if not known
     memory_bytes: int | None
-    # the shortest and the longest limit of a training attempt, over the steps
+    # the lowest and the highest limit of a training attempt, over all steps
     training_positions: tuple[int, int]
     # the limit of an attempt of an evaluation or a score
     evaluation_positions: int
-    # that training attempts may have, over all steps
+    # the most positions of all training attempts of all steps together
     positions_at_most: int
-    # what one is called
+    # the name of a position: "token" or "denoising step"
     position: str
     flops_at_most: float | None
     requirements: list[str]
@@ -64,11 +68,11 @@ class Plan:
 
 
 def plan(cfg: RunConfig) -> Plan:
-    """Raises ConfigError or ModelError for what could not run."""
+    """The plan of a run. Raises ConfigError or ModelError if the recipe cannot run."""
     requirements = checks.join(cfg)
     checks.models(cfg)
     if cfg.task.local:
-        # a missing or malformed file is found here
+        # raises an error if the task's file is missing or malformed
         next(cfg.task.prompts("train", cfg.seed, 0))
     pixels = cfg.sampler.generation.pixels
     student = size_of(cfg.learner.model, "learner.model", pixels)
@@ -106,13 +110,13 @@ def plan(cfg: RunConfig) -> Plan:
 
 
 def wanted(requirements: Requirements, words: Mapping[str, str] = _WANTED) -> list[str]:
-    """What is computed beyond the loss, in words."""
+    """Descriptions of what is computed in addition to the loss."""
     values = ((name, getattr(requirements, name)) for name in requirements.__slots__)
     return [words[name].format(value) for name, value in values if value]
 
 
 def _held(cfg: RunConfig, teachers: dict[str, Size]) -> list[Size]:
-    """The weights that teachers hold; those that share a model hold it once."""
+    """The models whose weights the teachers hold. A model that several teachers share is counted once."""
     shared = {size.name: size for table, size in teachers.items() if cfg.teachers[table].shares_weights}
     return [
         *shared.values(),
@@ -121,7 +125,10 @@ def _held(cfg: RunConfig, teachers: dict[str, Size]) -> list[Size]:
 
 
 def _memory(student: Size, teachers: list[Size], full: bool) -> int | None:
-    """Adapters train a hundredth of the weights: then the frozen float32 weights are all that counts."""
+    """Bytes of all weights and the optimiser; None if a size is not known. full: all weights are trained.
+    Otherwise adapters train about a hundredth of the weights, and only the frozen float32 weights
+    are counted.
+    """
     known = [size.stored_bytes for size in (student, *teachers)]
     if student.parameters is None or any(count is None for count in known):
         return None
@@ -134,8 +141,9 @@ def _memory(student: Size, teachers: list[Size], full: bool) -> int | None:
 def _flops(
     cfg: RunConfig, student: Size, teachers: dict[str, Size], positions: int, observed: bool
 ) -> float | None:
-    """Positions at full length: an upper bound, but for the prompts of texts. observed: one more pass of the
-    student runs over them.
+    """FLOP of the run if all attempts have their full length; None if a size is not known. This is an
+    upper bound, except that the prompts of texts are not counted. observed: the student runs over all
+    positions once more.
     """
     by_name: dict[str, list[int]] = {}
     for table, size in teachers.items():
