@@ -352,7 +352,7 @@ def test_a_plan_tells_both_limits_and_a_window_too_small() -> None:
 @pytest.mark.parametrize(("recipe", "line"), [
     ("prefix", "at most 64 tokens in training (lowest limit 16), 64 in evaluations"),
     ("full", "at most 64 tokens in training, 64 in evaluations"),
-    ("flow", "at most 10 denoising steps in training; evaluations use complete grids"),
+    ("flow", "at most 10 denoising steps in training; evaluations run all denoising steps"),
 ])  # fmt: skip
 def test_the_plan_is_printed_with_both_limits(recipe: str, line: str) -> None:
     from reflux.cli.show import lengths_in_words

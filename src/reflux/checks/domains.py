@@ -53,7 +53,7 @@ def _one_kind(cfg: RunConfig) -> Iterator[str]:
     remedy = ", ".join(
         f'{where}.kind = "{usual[group]}"' for where, (group, _) in odd.items() if group in usual
     )
-    yield f"{task}, which {named} does not support. Use {remedy or 'other kinds for these parts'}."
+    yield f"{task}, which {named} cannot handle. Use {remedy or 'other kinds for these parts'}."
 
 
 def _of_texts(cfg: RunConfig) -> Iterator[str]:

@@ -1,6 +1,4 @@
-"""How long attempts may be in training and in evaluations: two limits, and what is seldom
-meant about them.
-"""
+"""Warnings about the limits of an attempt's length in training and in evaluations."""
 
 from __future__ import annotations
 

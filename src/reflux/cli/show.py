@@ -64,7 +64,9 @@ def lengths_in_words(found: Plan) -> str:
     )
     images = found.position != "token"
     return training + (
-        "; evaluations use complete grids" if images else f", {found.evaluation_positions:,} in evaluations"
+        "; evaluations run all denoising steps"
+        if images
+        else f", {found.evaluation_positions:,} in evaluations"
     )
 
 

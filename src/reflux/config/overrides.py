@@ -13,8 +13,8 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Merge `over` over `under`. Tables are merged key by key; other values are replaced. A table with a new
     kind replaces the old table with all its keys.
 
-    In a table with a new kind, a key whose value is "base" gets the old table as its value: `generate =
-    "base"` puts the old sampler inside the new one.
+    In a table with a new kind, a key whose value is "base" gets the old table as its value:
+    `generate = "base"` puts the old sampler inside the new one.
     """
     merged = dict(under)
     for key, value in over.items():

@@ -1,8 +1,8 @@
 """Schedules: functions from the optimiser step to a number. A field of type `Number` takes a plain number or
 a schedule as an inline table.
 
-In a recipe the amounts of a schedule may be shares of another number, for example `of =
-"sampler.max_tokens"`; see `reflux.config.shares`.
+In a recipe the amounts of a schedule may be shares of another number, for example
+`of = "sampler.max_tokens"`; see `reflux.config.shares`.
 """
 
 from __future__ import annotations
