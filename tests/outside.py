@@ -50,7 +50,7 @@ class Half(CreditPart):
 
     factor: float = 0.5
 
-    shifts: ClassVar[bool] = False
+    gives_offsets: ClassVar[bool] = False
     min_group: ClassVar[int] = 1
 
     @property

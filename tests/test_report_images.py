@@ -287,8 +287,8 @@ def test_what_is_not_known_of_an_attempt_is_left_out_and_why() -> None:
     assert "No teacher was asked about this attempt, or its weight was zero, so its steps" in unheard.missing
     assert unheard.verdict == ""
     assert "guidance 4.5" in unheard.facts
-    shifted = trajectory(ShownAttempt(acted, {**learned, "shift": [0.25] * 10}))
-    assert shifted.steps[0].cells["shift, nats"] == "+0.250"
+    shifted = trajectory(ShownAttempt(acted, {**learned, "advantage_offset": [0.25] * 10}))
+    assert shifted.steps[0].cells["advantage offset, nats"] == "+0.250"
     # numbers at the last step, too
     whole = {**learned, "teacher_logp": {"main": [0.0] * 10}, "student_logp": [-9.0] * 10}
     assert (

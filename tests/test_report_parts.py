@@ -143,7 +143,7 @@ def test_the_colour_is_teacher_minus_student():
     learned = {
         "teacher_logp": {"main": [-0.5, -2.0, -1.05, None, -9.0]},
         "weight": [1.0, 0.5],
-        "shift": [-0.25],
+        "advantage_offset": [-0.25],
     }
     tokens, tail, between = shown_tokens(ShownAttempt(acted, learned), tokenizer)
     assert [token.css for token in tokens] == ["p3", "n3", "p0", "unknown", "given"]
@@ -152,10 +152,10 @@ def test_the_colour_is_teacher_minus_student():
     assert "teacher log q −0.500 nats (60.7 %)" in tokens[0].words
     assert "log q − log p +1.500 nats" in tokens[0].words
     assert "weight 1" in tokens[0].words
-    assert "shift −0.250 nats" in tokens[0].words
+    assert "advantage offset −0.250 nats" in tokens[0].words
     assert "log q − log p −1.500 nats" in tokens[1].words
     assert "weight 0.5" in tokens[1].words
-    assert "shift" not in tokens[1].words
+    assert "advantage offset" not in tokens[1].words
     assert f"token {ids[0]}, position 0" in tokens[0].words
 
 

@@ -38,7 +38,7 @@ class Surprise(CreditPart):
     elsewhere: float = 0.0
     teacher: str = "main"
 
-    shifts = False
+    gives_offsets = False
     min_group: ClassVar[int] = 1
     when: ClassVar[str] = (
         "The teacher agrees with most of an answer, and only tokens that are unlikely under it should count."

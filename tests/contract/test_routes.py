@@ -338,7 +338,7 @@ def test_attempts_that_could_not_be_judged_are_in_metrics_and_on_the_page(
         assert (row["reward"] is None) == (row["prompt"] == "q3")
     for row in (row for row in done.rows("attempts") if row["kind"] == "learned" and row["prompt"] == "q3"):
         assert set(row["weight"]) == {1.0}
-        assert "shift" not in row
+        assert "advantage_offset" not in row
     assert "attempts that could not be judged" in write_report(done.dir).read_text()
     plain = tiny_run("opd", steps=1, task=CHAT)
     assert plain.rows("metrics")[0]["ungraded"] == 0

@@ -325,7 +325,8 @@ def test_a_state_that_is_no_number_after_the_first_is_found_too() -> None:
 def test_a_context_too_long_is_refused_in_words() -> None:
     made = Attempt(rollout(100, seed=1))
     with pytest.raises(
-        ModelError, match=r"take \d+ tokens, but the model's context window holds 512.*shorten the teacher's context"
+        ModelError,
+        match=r"take \d+ tokens, but the model's context window holds 512.*shorten the teacher's context",
     ):
         asyncio.run(ask(own(), (made, TeacherPrompt(({"role": "user", "content": "x" * 450},)))))
 

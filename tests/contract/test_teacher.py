@@ -114,7 +114,9 @@ def test_another_view_changes_the_prompt_and_never_the_answer() -> None:
 
 
 def test_what_does_not_fit_the_teacher_is_refused_in_words() -> None:
-    with pytest.raises(ModelError, match=r"takes? .* tokens|take 604 tokens, but the model's context window holds 512"):
+    with pytest.raises(
+        ModelError, match=r"takes? .* tokens|take 604 tokens, but the model's context window holds 512"
+    ):
         score(local(tiny.net(2)), [Attempt(rollout(600, seed=1))])
     with pytest.raises(ModelError, match="replaces text inside the response"):
         score(local(tiny.net(2)), [Attempt(rollout(3))], TeacherPrompt((), {1: "x"}))

@@ -79,7 +79,7 @@ def test_weights_multiply_and_offsets_add_as_each_rule_alone_gave_them(
         for name, found in alone.items():
             weight_T, own_T = (
                 np.asarray(found[key]["weight"]),
-                np.asarray(found[key].get("shift", np.zeros(len(weight_T)))),
+                np.asarray(found[key].get("advantage_offset", np.zeros(len(weight_T)))),
             )
             effects[name] += int((weight_T != weight_T).any() or own_T.any())
             advantage_offset_T = advantage_offset_T + own_T
@@ -87,7 +87,9 @@ def test_weights_multiply_and_offsets_add_as_each_rule_alone_gave_them(
             # weights without rules are masks: 0 or 1
             weight_T = weight_T * np.asarray(found[key]["weight"])
         assert np.array_equal(line["weight"], weight_T)
-        assert np.allclose(line.get("shift", np.zeros(len(weight_T))), advantage_offset_T, atol=1e-5)
+        assert np.allclose(
+            line.get("advantage_offset", np.zeros(len(weight_T))), advantage_offset_T, atol=1e-5
+        )
     # each rule had an effect, or this would test nothing
     assert all(effects.values()), effects
 
@@ -126,7 +128,8 @@ def test_group_statistics_do_not_see_how_the_batch_is_cut(everything: Callable[.
     runs = [everything(*RULES, **settings, learner__micro_batch_tokens=tokens) for tokens in (1, 100_000)]
     first, second = (lines(done) for done in runs)
     assert all(
-        first[key]["weight"] == line["weight"] and first[key].get("shift") == line.get("shift")
+        first[key]["weight"] == line["weight"]
+        and first[key].get("advantage_offset") == line.get("advantage_offset")
         for key, line in second.items()
     )
     norms = [done.rows("metrics")[0]["grad_norm"] for done in runs]

@@ -134,7 +134,7 @@ def test_factors_are_0_or_1_and_nothing_is_shifted() -> None:
     assert all(
         share.advantage_offset_T == 0.0 and share.notes == {"kept": share.weight_T} for share in shares
     )
-    assert not Balance().shifts
+    assert not Balance().gives_offsets
 
 
 def test_who_was_not_judged_is_not_counted_and_keeps_its_weight() -> None:

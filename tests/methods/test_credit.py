@@ -142,7 +142,7 @@ def test_every_rule_keeps_shape_sign_and_silence(kind):
         assert all(math.isfinite(note) for note in map(number, one.credits[kind].notes.values()))
     # ended in an error
     assert not attempts[4].weight_T.any()
-    if rule.shifts:
+    if rule.gives_offsets:
         assert not attempts[4].advantage_offset_T.any()
         assert not attempts[5].advantage_offset_T.any()
     else:
@@ -302,9 +302,9 @@ def test_outcome_worth_follows_its_schedule():
 def test_rules_declare_what_they_want():
     assert GroupAdvantage().requirements.reward
     assert GroupAdvantage().min_group == 2
-    assert GroupAdvantage().shifts
+    assert GroupAdvantage().gives_offsets
     assert not Prefix(4).requirements.reward
-    assert not Prefix(4).shifts
-    assert not Position(1.0).shifts
+    assert not Prefix(4).gives_offsets
+    assert not Position(1.0).gives_offsets
     with pytest.raises(ValueError, match="std_floor"):
         GroupAdvantage(std_floor=0.0)

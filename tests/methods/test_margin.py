@@ -414,7 +414,7 @@ def test_the_mask_gives_factors_and_no_shift() -> None:
     assert [
         (share.weight_T, share.advantage_offset_T, share.notes["kept"]) for share in rule(group, NOW)
     ] == [(float(kept), 0.0, float(kept)) for kept in (False, True, False, True, True)]
-    assert (rule.shifts, Margin().shifts) == (False, True)
+    assert (rule.gives_offsets, Margin().gives_offsets) == (False, True)
 
 
 def test_what_it_asks_for() -> None:
@@ -561,9 +561,11 @@ def test_a_run_shifts_and_says_so(tiny_run: Callable[..., Any], side: str) -> No
     assert {"return_correct", "return_wrong", "return_cut", "margin"} <= {
         name for row in rows for name in row
     }
-    for line in (row for row in done.rows("attempts") if row["kind"] == "learned" and "shift" in row):
+    for line in (
+        row for row in done.rows("attempts") if row["kind"] == "learned" and "advantage_offset" in row
+    ):
         # a constant along the attempt
-        assert len(set(line["shift"])) == 1
+        assert len(set(line["advantage_offset"])) == 1
 
 
 def test_every_group_of_rewards_is_borne() -> None:

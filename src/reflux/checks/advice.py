@@ -26,7 +26,7 @@ def _unheard(cfg: RunConfig) -> Iterator[str]:
 
 def _as_it_acted(cfg: RunConfig) -> Iterator[str]:
     for index, objective in enumerate(cfg.objectives):
-        shifted = objective.takes_advantage_offset and any(rule.shifts for rule in cfg.credit.values())
+        shifted = objective.takes_advantage_offset and any(rule.gives_offsets for rule in cfg.credit.values())
         if (
             objective.teacher == "behaviour"
             and cfg.sampler.on_policy

@@ -23,7 +23,7 @@ def problems(cfg: RunConfig) -> Iterator[str]:
 
 def _shifts(cfg: RunConfig) -> Iterator[str]:
     takers = [objective for objective in cfg.objectives if objective.takes_advantage_offset]
-    rules = [name for name, rule in cfg.credit.items() if rule.shifts]
+    rules = [name for name, rule in cfg.credit.items() if rule.gives_offsets]
     if rules and not takers:
         kinds = ", ".join(f"'{kind_of('objectives', objective)}'" for objective in cfg.objectives)
         yield (

@@ -46,7 +46,7 @@ class Balance(CreditPart):
     ratio: Annotated[float | Literal["none"], BeforeValidator(_named)] = 1.0
     threshold: float = 0.5
 
-    shifts = False
+    gives_offsets = False
     min_group: ClassVar[int] = 2
 
     def __post_init__(self) -> None:

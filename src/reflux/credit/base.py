@@ -45,7 +45,7 @@ class CreditRule(CreditPart, Protocol):
     min_group: ClassVar[int]
 
     @property
-    def shifts(self) -> bool:
+    def gives_offsets(self) -> bool:
         """True if the rule may return an advantage offset. Then exactly one objective must take it."""
         ...
 

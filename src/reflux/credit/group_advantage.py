@@ -46,7 +46,7 @@ class GroupAdvantage(CreditPart):
     normalise_std: bool = False
     std_floor: float = 1e-6
 
-    shifts = True
+    gives_offsets = True
     min_group: ClassVar[int] = 2
 
     def __post_init__(self) -> None:

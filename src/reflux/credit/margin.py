@@ -105,7 +105,7 @@ class Margin(CreditPart):
         yield from unlike_threshold(where, self.threshold, cfg.rewards)
 
     @property
-    def shifts(self) -> bool:
+    def gives_offsets(self) -> bool:
         return self.action == "shift"
 
     @property

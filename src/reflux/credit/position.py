@@ -32,7 +32,7 @@ class Position(CreditPart):
 
     weight: PositionNumber
 
-    shifts = False
+    gives_offsets = False
     min_group: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

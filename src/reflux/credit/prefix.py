@@ -48,7 +48,7 @@ class Prefix(CreditPart):
     # false: special tokens have weight 0, except the token that ends a turn
     special_tokens: bool = True
 
-    shifts = False
+    gives_offsets = False
     min_group: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

@@ -92,7 +92,7 @@ class Release(CreditPart):
     candidates: Literal["behaviour", "now"] = "behaviour"
     teacher: str = "main"
 
-    shifts = False
+    gives_offsets = False
     min_group: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

@@ -37,7 +37,7 @@ def teachers_table(config: Row, steps_by_table: dict[str, list[Heard]]) -> list[
         part = max(1, len(steps) // PART)
         share = percent(asked[name] / everything, 0) if everything else NONE
         routes = ", ".join(map(str, items(settings.get("routes")))) or "all"
-        told = (visible(name), visible(str(settings.get("as") or name)), visible(routes))
+        told = (visible(name), visible(str(settings.get("alias") or name)), visible(routes))
         kls = (_kl(steps[:part]), _kl(steps[-part:]))
         rows.append((*told, count(asked[name]) if asked[name] else "never asked", share, *kls))
     return rows

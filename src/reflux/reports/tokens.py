@@ -121,7 +121,10 @@ def _tokens(shown: ShownAttempt, texts: list[str], ids: list[int], first: int) -
 
 def _token(shown: ShownAttempt, text: str, token: int, position: int) -> Token:
     student, teacher = _at(shown.student_logp, position), _at(shown.teacher_logp, position)
-    weight, shift = _at(shown.learned.get("weight"), position), _at(shown.learned.get("shift"), position)
+    weight, offset = (
+        _at(shown.learned.get("weight"), position),
+        _at(shown.learned.get("advantage_offset"), position),
+    )
     chosen = _at(shown.acted.get("mask"), position) != 0
     ratio = None if student is None or teacher is None else teacher - student
     quoted = visible(text).replace("\n", "↵").replace("\t", "⇥")
@@ -136,7 +139,7 @@ def _token(shown: ShownAttempt, text: str, token: int, position: int) -> Token:
             [f"KL(p, q) {kl:.3g} nats"] if (kl := _at(shown.learned.get("kl"), position)) is not None else []
         )
         lines += [f"weight {weight:.3g}"] if weight is not None else []
-        lines += [f"shift {signed(shift)} nats"] if shift is not None else []
+        lines += [f"advantage offset {signed(offset)} nats"] if offset is not None else []
     return Token(_shown_piece(text), None if ratio is None else level(ratio), "\n".join(lines), chosen)
 
 

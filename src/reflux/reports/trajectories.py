@@ -97,7 +97,7 @@ def _step(shown: ShownAttempt, place: int) -> Step:
         RATIO: signed(ratio, 2) if chosen else "not trained on",
         "KL, nats": _number(_at(learned.get("kl"), place), ".3f"),
         "weight": _number(_at(learned.get("weight"), place), ".3g"),
-        "shift, nats": signed(_at(learned.get("shift"), place)),
+        "advantage offset, nats": signed(_at(learned.get("advantage_offset"), place)),
     }
     return Step(
         "given" if not chosen else "unknown" if ratio is None else f"{'n' if depth < 0 else 'p'}{abs(depth)}",

@@ -45,7 +45,7 @@ class Pipeline:
     ):
         self._prompts, self._attempt = prompts, attempt
         self._next, self._last = first_step, first_step + steps
-        self._per_step, self._max_lag = per_step, max_staleness
+        self._per_step, self._max_staleness = per_step, max_staleness
         # the prompts of each step, kept until the step is consumed
         self._asked: dict[int, list[Prompt]] = {}
         self._flying: dict[int, Siblings[Group]] = {}
@@ -58,7 +58,7 @@ class Pipeline:
         if self._next >= self._last:
             raise StopAsyncIteration
         await self._clear_dropped()
-        self._start(upto=min(self._next + self._max_lag, self._last - 1))
+        self._start(upto=min(self._next + self._max_staleness, self._last - 1))
         groups = await self._flying[self._next].results()
         del self._flying[self._next], self._asked[self._next]
         self._next += 1

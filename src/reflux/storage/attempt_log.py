@@ -63,7 +63,7 @@ def learned(attempt: Attempt, step: int) -> Line:
         line["kl"] = _rounded(record.kl_T)
     line["weight"] = _rounded(attempt.weight_T)
     if attempt.advantage_offset_T.any():
-        line["shift"] = _rounded(attempt.advantage_offset_T)
+        line["advantage_offset"] = _rounded(attempt.advantage_offset_T)
     line["notes"] = {
         f"{name}.{key}": value
         for name, share in attempt.credits.items()
