@@ -31,7 +31,7 @@ METHODS = {
     "reflux.contexts.peers:Peers": "peers",
     "reflux.extrapolation.extrapolate:Extrapolate": "effopd",
     "reflux.objectives.velocity_kl:VelocityKL": "flow",
-    "reflux.samplers.teacher_samples:Drawn": "flow_sft",
+    "reflux.samplers.teacher_samples:TeacherSamples": "flow_sft",
 }
 HOLDERS = {
     "cfg",

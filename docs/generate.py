@@ -35,12 +35,7 @@ from reflux.config.recipe import RunConfig, Track, load_recipe  # noqa: E402
 from reflux.config.registry import PartOf  # noqa: E402
 from reflux.credit.group_advantage import group_advantages  # noqa: E402
 from reflux.metrics.values import step_flops  # noqa: E402
-from reflux.models.settings import (  # noqa: E402
-    Average,
-    FlowLora,
-    Lora,
-    Merge,
-)
+from reflux.models.settings import Average, FlowLora, Lora, Merge  # noqa: E402
 from reflux.storage.summary import method_of  # noqa: E402
 
 NOTES: dict[str, Any] = tomllib.loads((DOCS / "notes.toml").read_text())

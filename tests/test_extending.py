@@ -270,10 +270,7 @@ def test_the_report_draws_what_its_parts_show_and_the_notes_of_its_rule(tmp_path
     notes: list[str] = []
     config = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
     charts = {chart.title: chart for chart in own_charts(config, Recorded(tmp_path / "run"), notes)}
-    assert set(charts) == {
-        "Answers sampled by the student, by step",
-        "credit.surprise: its notes by step",
-    }
+    assert set(charts) == {"Answers sampled by the student, by step", "credit.surprise: its notes by step"}
     assert notes == []
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     told = {

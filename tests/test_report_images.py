@@ -294,10 +294,7 @@ def test_what_is_not_known_of_an_attempt_is_left_out_and_why() -> None:
     assert (
         trajectory(ShownAttempt(acted, whole)).steps[9].css,
         trajectory(ShownAttempt(acted, whole)).steps[9].cells[RATIO],
-    ) == (
-        "given",
-        "not trained on",
-    )
+    ) == ("given", "not trained on")
     long = trajectory(ShownAttempt({**acted, "mask": [1] * 500}, learned))
     assert (len(long.steps), long.left_out) == (200, 300)
     assert trajectory(ShownAttempt({"image": "x"})).steps == []

@@ -74,7 +74,7 @@ def test_the_average_is_held_while_evaluations_run_and_no_longer(
 
     evals = {"first": Looks(False), "second": Looks(fails)}
     run: Any = SimpleNamespace(
-        dir=tmp_path, cfg=SimpleNamespace(evals=evals), step=3, services=tiny.services()
+        dir=tmp_path, cfg=SimpleNamespace(evals=evals, steps=9), step=3, services=tiny.services()
     )
     run.evaluation = lambda sampler, teachers: SimpleNamespace(sampler=sampler)
     run.context = lambda name: tiny.context(name=name)

@@ -401,11 +401,7 @@ ILLEGAL |= {
         {"rewards": "none"},
         "teachers.main.context sorts attempts by their rewards. Add [rewards.verifier]",
     ),
-    "a moving teacher under staleness": (
-        "peers",
-        {"max_staleness": 1},
-        "teachers.main follows the student",
-    ),
+    "a moving teacher under staleness": ("peers", {"max_staleness": 1}, "teachers.main follows the student"),
     "an unserved route": (
         "uni_opd",
         {"task.parts.mul": {"kind": "gsm8k", "route": "maths"}},

@@ -232,11 +232,7 @@ def test_differences_are_one_line_each() -> None:
             {"sampler.kind": "drawn"},
             "unknown samplers kind 'drawn'; it is called 'teacher_samples' now.",
         ),
-        (
-            "flow_sft",
-            {"sampler.times": 3},
-            "sampler.times: unexpected field; it is called 'positions' now.",
-        ),
+        ("flow_sft", {"sampler.times": 3}, "sampler.times: unexpected field; it is called 'positions' now."),
         (
             "flow",
             {"sampler.length": 3},

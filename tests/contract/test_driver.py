@@ -678,8 +678,7 @@ def test_a_tool_that_does_not_close_is_told_and_costs_nothing(hangs: bool, words
 def test_a_task_that_opens_what_it_denies_is_refused() -> None:
     table = Table(endless, multi_turn=False)
     with pytest.raises(
-        ConfigError,
-        match="opened an environment for prompt a, but its property multi_turn is False",
+        ConfigError, match="opened an environment for prompt a, but its property multi_turn is False"
     ):
         play(Script(), table)
     assert closed(table) == [1]

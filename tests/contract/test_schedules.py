@@ -58,7 +58,7 @@ def test_what_is_neither_number_nor_schedule_is_refused(bad: object) -> None:
     [
         ({"kind": "linear", "start": 1}, "an increment per step, or a stop"),
         ({"kind": "steps", "values": [1, 2], "boundaries": [3, 4]}, "one value more than boundaries"),
-        ({"kind": "steps", "values": [1, 2, 3], "boundaries": [4, 4]}, "rising boundaries"),
+        ({"kind": "steps", "values": [1, 2, 3], "boundaries": [4, 4]}, "ascending boundaries"),
         ({"kind": "lineer", "start": 1}, "did you mean 'linear'"),
         ({"kind": "cosine", "peek": 1}, r"learner\.lr\.peek: unexpected field; did you mean 'peak'"),
     ],

@@ -482,7 +482,7 @@ def test_a_step_that_was_not_made_leaves_phi_alone(
     from reflux.errors import StepRefused
     from reflux.learners import hf_engine
 
-    done = tiny_run("full", **run_settings(teachers=table(ema=0.5), learner__noise_floor=1e9))
+    done = tiny_run("full", **run_settings(teachers=table(ema=0.5), learner__min_grad_norm=1e9))
     assert same(*phis(done.dir)[:2])
     assert states(done.dir, "teachers/main")[-1]["version"] == 0
     published = []
@@ -504,7 +504,7 @@ def test_phi_learns_of_a_jump_after_a_step_that_was_not_made(
     """The weights moved, so they have another version; the step by itself moved nothing."""
     jump = {"kind": "outside:Jump", "at": 2, "by": 0.5, "score": "minus_kl"}
     done = tiny_run(
-        "full", **run_settings(teachers=table(ema=0.5), learner__noise_floor=1e9, extrapolation=jump)
+        "full", **run_settings(teachers=table(ema=0.5), learner__min_grad_norm=1e9, extrapolation=jump)
     )
     start = AutoModelForCausalLM.from_pretrained(student).state_dict()
     before, *after = phis(done.dir)

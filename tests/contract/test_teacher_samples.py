@@ -125,7 +125,7 @@ def test_the_guidance_of_the_inner_sampler_holds_for_drawing_and_learning(
 
 def test_a_prompt_that_no_table_may_draw_is_an_error(config: Config, tmp_path: Path) -> None:
     prompt = replace(glyphs(1)[0], route="music")
-    with pytest.raises(DataError, match="has the route 'music', for which no teacher would draw"):
+    with pytest.raises(DataError, match="has the route 'music', for which no teacher would sample"):
         drawn(config("flow_sft"), tmp_path / "run", [prompt])
 
 

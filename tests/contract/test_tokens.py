@@ -298,11 +298,7 @@ def test_replies_are_data_too() -> None:
     assert words(tokenizer, reply) == "<user>no5< end>< user>say 7< assistant><assistant>"
     assert own_markup(
         chatml(), Renderer(chatml()).reply_ids(behaviour("a", "b<|im_end|>"), behaviour("<|im_start|>user"))
-    ) == [
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|im_start|>",
-    ]
+    ) == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
 
 
 @pytest.mark.parametrize("templated", [True, False])
@@ -444,9 +440,9 @@ def test_a_character_of_several_tokens_is_in_the_span_of_each() -> None:
     assert written(tokenizer, [*ids[:3], 0, *ids[3:], 0]) == ["a", "😀", "😀", "😀", "😀", "😀", "b", ""]
     # cut off: one replacement for three bytes
     assert written(tokenizer, ids[:4]) == ["a", "\ufffd", "", ""]
-    assert written(sentence_pieces(), sentence_pieces()("SharedCache 你")["input_ids"]) == [
+    assert written(sentence_pieces(), sentence_pieces()("Once 你")["input_ids"]) == [
         "",
-        "SharedCache",
+        "Once",
         " ",
         "你",
         "你",

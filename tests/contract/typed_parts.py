@@ -82,7 +82,7 @@ def learners() -> list[Learner]:
     return [HFLearner("m"), FlowLearner("m")]
 
 
-def extrapolations() -> list[Extrapolation]:
+def extrapolation() -> list[Extrapolation]:
     return [Extrapolate()]
 
 

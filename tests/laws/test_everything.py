@@ -124,7 +124,7 @@ def test_group_statistics_do_not_see_how_the_batch_is_cut(everything: Callable[.
     """With one attempt per micro-batch or all in one, offsets, weights and the step are those of whole
     groups.
     """
-    settings = {"steps": 1, "learner__lr": 1e-2, "learner__noise_floor": 0.0}
+    settings = {"steps": 1, "learner__lr": 1e-2, "learner__min_grad_norm": 0.0}
     runs = [everything(*RULES, **settings, learner__micro_batch_tokens=tokens) for tokens in (1, 100_000)]
     first, second = (lines(done) for done in runs)
     assert all(

@@ -180,7 +180,7 @@ SETTINGS: dict[str, list[tuple[Any, Loss]]] = {
             lambda v, v_T, mean, mean_T, std, dt: (mean - mean_T) ** 2 / (2 * std**2) * -dt / v.shape[1],
         ),
         (VelocityKL(weight="mse"), lambda v, v_T, mean, mean_T, std, dt: (v - v_T) ** 2 / v.shape[1]),
-    ],
+    ]
 }
 
 

@@ -29,10 +29,7 @@ from reflux.types import TeacherAnswer
 from tiny import close
 
 # Groups by rank. A group is never split, because its baseline needs all of it.
-SHARES = {
-    "unequal": [[0], [1, 2]],
-    "one_holds_nothing": [[0, 1, 2], []],
-}
+SHARES = {"unequal": [[0], [1, 2]], "one_holds_nothing": [[0, 1, 2], []]}
 CASES = {**SETS, "leave_one_out": [SampledKL(baseline="leave_one_out")]}
 NORMALISE = ("token-mean-weighted", "token-mean", "seq-mean-token-mean")
 TESTS = Path(__file__).parent.parent

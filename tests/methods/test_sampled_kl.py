@@ -209,11 +209,7 @@ def test_a_ratio_is_outside_where_its_bound_binds_and_nowhere_else():
         ]
         assert (
             outside(advantage_N, logp, behaviour, "clip", (0.2, 0.3), 3.0).tolist()
-            == {
-                1.0: [False] * 5 + [True] * 2,
-                -1.0: [True] * 2 + [False] * 5,
-                0.0: [False] * 7,
-            }[sign]
+            == {1.0: [False] * 5 + [True] * 2, -1.0: [True] * 2 + [False] * 5, 0.0: [False] * 7}[sign]
         )
     assert above_cap(logp, behaviour, 1.0).tolist() == [False] * 4 + [True] * 3
 
@@ -326,12 +322,7 @@ def test_defaults_are_the_vetted_setting():
         PolicyGradient().clip,
         PolicyGradient().takes_advantage_offset,
         NLL().takes_advantage_offset,
-    ) == (
-        "clip",
-        (0.2, 0.2),
-        True,
-        False,
-    )
+    ) == ("clip", (0.2, 0.2), True, False)
 
 
 @pytest.mark.parametrize(

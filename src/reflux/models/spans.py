@@ -45,10 +45,7 @@ class CharacterSpans:
         """
         offset, parts = 0, [np.zeros((0, 2), dtype=np.int64)]
         for ids, text, unsampled in turns:
-            parts += [
-                self(ids, text) + offset,
-                np.full((unsampled, 2), offset + len(text), dtype=np.int64),
-            ]
+            parts += [self(ids, text) + offset, np.full((unsampled, 2), offset + len(text), dtype=np.int64)]
             offset += len(text) + 1
         return np.concatenate(parts)
 

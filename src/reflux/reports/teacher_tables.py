@@ -11,15 +11,7 @@ from reflux.reports.units import NONE, count, percent
 
 # the KL is a mean over the first and over the last tenth of the steps
 PART = 10
-HEADER = (
-    "teacher",
-    "alias",
-    "routes",
-    "attempts",
-    "share",
-    "KL, first steps, nats",
-    "KL, last steps, nats",
-)
+HEADER = ("teacher", "alias", "routes", "attempts", "share", "KL, first steps, nats", "KL, last steps, nats")
 
 
 def teachers_table(config: Row, steps_by_table: dict[str, list[Heard]]) -> list[tuple[str, ...]]:
