@@ -202,7 +202,7 @@ def test_list_shows_the_parts_of_a_package(capsys: pytest.CaptureFixture[str]) -
         "my_lab.tasks:Backwards",
         "my_lab.turns:Hinted",
     ]
-    assert "Factor 1 where the sampled token surprises the teacher" in captured.get()
+    assert "Weight 1 where the sampled token is unlikely under the teacher" in captured.get()
     with console.capture() as captured:
         list_parts("tasks", "my_lab.tasks")
     assert captured.get().splitlines()[0] == "tasks"

@@ -339,7 +339,7 @@ def test_attempts_that_could_not_be_judged_are_in_metrics_and_on_the_page(
     for row in (row for row in done.rows("attempts") if row["kind"] == "learned" and row["prompt"] == "q3"):
         assert set(row["weight"]) == {1.0}
         assert "advantage_offset" not in row
-    assert "attempts that could not be judged" in write_report(done.dir).read_text()
+    assert "attempts that could not be graded" in write_report(done.dir).read_text()
     plain = tiny_run("opd", steps=1, task=CHAT)
     assert plain.rows("metrics")[0]["ungraded"] == 0
-    assert "could not be judged" not in write_report(plain.dir).read_text()
+    assert "could not be graded" not in write_report(plain.dir).read_text()
