@@ -66,10 +66,8 @@ class OpenMixed:
     seed: int
 
     async def sample(self, prompt: Prompt, n: int, draw: SamplingParams) -> Group:
-        own = (
-            random.Random(seed_of(self.seed, "mixed", draw.step)).random() < self.share
-            # law 8: these random numbers depend only on seed and step
-        )
+        # law 8: these random numbers depend only on seed and step
+        own = random.Random(seed_of(self.seed, "mixed", draw.step)).random() < self.share
         return await (self.stored.inner if own else self.stored).sample(prompt, n, draw)
 
     async def publish(self, weights: Weights, step: int) -> None:
