@@ -50,10 +50,8 @@ def _one_kind(cfg: RunConfig) -> Iterator[str]:
         yield f"{task}, and no other part supports those: {named}. Choose another task, or another base."
         return
     usual = _USUAL.get(made, {})
-    remedy = ", ".join(
-        f'{where}.kind = "{usual[group]}"' for where, (group, _) in odd.items() if group in usual
-    )
-    yield f"{task}, which {named} cannot handle. Use {remedy or 'other kinds for these parts'}."
+    kinds = [f'{where}.kind = "{usual[group]}"' for where, (group, _) in odd.items() if group in usual]
+    yield f"{task}, which {named} cannot handle. Use {', '.join(kinds) or 'other kinds for these parts'}."
 
 
 def _of_texts(cfg: RunConfig) -> Iterator[str]:
@@ -66,17 +64,12 @@ def _of_texts(cfg: RunConfig) -> Iterator[str]:
         f"teachers.{table}.context": ("contexts", teacher.context) for table, teacher in cfg.teachers.items()
     }
     for where, (group, part) in speakers.items():
-        needed = [words for name, words in _WORDS.items() if getattr(part.requirements, name)]
+        needed = [words for field, words in _WORDS.items() if getattr(part.requirements, field)]
+        name = f"{where} ('{kind_of(group, part)}')"
         if group == "contexts" and part.adds_words:
-            yield (
-                f"{where} ('{kind_of(group, part)}') adds text to the teacher's prompt, and image attempts "
-                "have no text. Use 'same'."
-            )
+            yield f"{name} adds text to the teacher's prompt, and image attempts have no text. Use 'same'."
         elif needed:
-            yield (
-                f"{where} ('{kind_of(group, part)}') needs {' and '.join(needed)}, and image attempts have "
-                "none. Remove it."
-            )
+            yield f"{name} needs {' and '.join(needed)}, and image attempts have none. Remove it."
 
 
 def _without_noise(cfg: RunConfig) -> Iterator[str]:
@@ -88,6 +81,5 @@ def _without_noise(cfg: RunConfig) -> Iterator[str]:
         if why and objective.takes_advantage_offset:
             yield (
                 f"objectives[{index}]: {why}, so {kind_of('objectives', objective)} has no log-probs to "
-                "work with. Use a noise_level above 0, "
-                f"such as 0.7."
+                "work with. Use a noise_level above 0, such as 0.7."
             )

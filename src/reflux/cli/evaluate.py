@@ -48,13 +48,8 @@ def evaluate_model(
         load_tokenizer(model, "MODEL")
     cfg = from_table(table)
     checks.inputs(cfg)
-    asked = Accuracy(
-        problems=problems,
-        samples=samples,
-        max_tokens=max_tokens or cfg.evaluation_positions,
-        split="test",
-        examples=0,
-    )
+    longest = max_tokens or cfg.evaluation_positions
+    asked = Accuracy(problems=problems, samples=samples, max_tokens=longest, split="test", examples=0)
     found = asyncio.run(_accuracy(cfg, asked))
     if again := seen(cfg.task, list(islice(test_problems(cfg.task, "test"), problems))):
         console.print(told(again), style="yellow", markup=False, highlight=False)
@@ -73,24 +68,15 @@ def _table(model: str) -> dict[str, Any]:
     chat: dict[str, Any] = {}
     if (Path(model) / "config.toml").is_file():
         own = saved_table(Path(model))
-        table = {
-            "steps": own["steps"],
-            "task": own["task"],
-            "sampler": own["sampler"].get("generate", own["sampler"]),
-        }
-        chat = {
-            key: own["learner"][key]
-            for key in ("system", "template", "prompt_suffix")
-            if key in own["learner"]
-        }
+        learner, sampler = own["learner"], own["sampler"].get("generate", own["sampler"])
+        table = {"steps": own["steps"], "task": own["task"], "sampler": sampler}
+        chat = {key: learner[key] for key in ("system", "template", "prompt_suffix") if key in learner}
     return {**table, "learner": {"model": model, **chat}, "objectives": [{"kind": "nll"}]}
 
 
 async def _accuracy(cfg: RunConfig, asked: Accuracy) -> dict[str, Any]:
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        closing(Services(cfg.learner.student, overlap=cfg.sampler.overlaps)) as services,
-    ):
+    student, overlap = cfg.learner.student, cfg.sampler.overlaps
+    with tempfile.TemporaryDirectory() as scratch, closing(Services(student, overlap=overlap)) as services:
         context = part_context(cfg, Requirements(), "sampler", Path(scratch))
         async with cfg.sampler.open(context, services) as sampler:
             return await asked.measure(Evaluation(context, services, cfg.sampler, sampler))

@@ -50,3 +50,12 @@ GKD = Paper(
     2023,
     "Agarwal, Rishabh and Vieillard, Nino and Zhou, Yongchao and Stanczyk, Piotr and others",
 )
+
+
+GRPO = Paper(
+    "grpo",
+    "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+    "2402.03300",
+    2024,
+    "Shao, Zhihong and others",
+)

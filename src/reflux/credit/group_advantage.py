@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from reflux.config.papers import Paper
+from reflux.config.papers import GRPO, Paper
 from reflux.config.registry import STRICT
 from reflux.config.requirements import Requirements
 from reflux.config.schedules import Number, at, number
@@ -18,14 +18,6 @@ from reflux.types import Credit, Group
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
-
-GRPO = Paper(
-    "grpo",
-    "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
-    "2402.03300",
-    2024,
-    "Shao, Zhihong and others",
-)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -42,10 +42,8 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
     group = max((teacher.context.min_group for teacher in cfg.teachers.values()), default=1)
     cfg = replace(cfg, prompts_per_step=prompts, group_size=group, max_staleness=0)
     checks.inputs(cfg)
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        closing(Services(cfg.learner.student, overlap=cfg.sampler.overlaps)) as services,
-    ):
+    student, overlap = cfg.learner.student, cfg.sampler.overlaps
+    with tempfile.TemporaryDirectory() as scratch, closing(Services(student, overlap=overlap)) as services:
         context = partial(part_context, cfg, requirements, run_folder=Path(scratch))
         parts = open_parts(replace(cfg, rewards={}, extrapolation=None), context, services)
         async with parts as (learner, sampler, _, teachers, _):
@@ -68,9 +66,8 @@ async def _attempts(asked: Evaluation, prompts: int) -> list[Group]:
     """
     chosen = list(islice(asked.task.prompts("train", asked.seed, 0), prompts))
     sizes = asked.context.numbers
-    draw = SamplingParams(
-        0, "train" if asked.part.on_policy else "score", min(_MOST, sizes.training_positions)
-    )
+    purpose = "train" if asked.part.on_policy else "score"
+    draw = SamplingParams(0, purpose, min(_MOST, sizes.training_positions))
     return await asked.groups(chosen, sizes.group_size, draw)
 
 
@@ -85,10 +82,8 @@ async def _judge(asked: Evaluation, groups: Sequence[Group]) -> None:
 
 
 def _disk(cfg: RunConfig, parameters: int) -> Finding:
-    need = parameters * (12 * (cfg.keep_checkpoints + 1) + 8)
-    free = shutil.disk_usage(".").free
-    text = (
-        f"{free / 1e9:.1f} GB free in this folder, about {need / 1e9:.2g} GB needed for "
-        f"{cfg.keep_checkpoints + 1} checkpoints and the student"
-    )
+    checkpoints = cfg.keep_checkpoints + 1
+    need, free = parameters * (12 * checkpoints + 8), shutil.disk_usage(".").free
+    needed = f"about {need / 1e9:.2g} GB needed for {checkpoints} checkpoints and the student"
+    text = f"{free / 1e9:.1f} GB free in this folder, {needed}"
     return Finding("ok" if free > 1.2 * need else "failed", "disk", text)

@@ -20,9 +20,7 @@ def check_call(
     objective: LossTerm | None,
     top_k: int,
 ) -> None:
-    """Raise ValueError for arguments that do not fit. by_row: the arguments with one number per row, by
-    name; None where one was not given.
-    """
+    """Raise ValueError for arguments that do not fit. by_row: one number per row, None if not given."""
     for name, head in (("student_head", student_head), ("teacher_head", teacher_head)):
         if not isinstance(head, Head):
             kind = type(head).__name__
@@ -62,26 +60,20 @@ def check_call(
 
 
 def _check_vocabulary(student_head: Head, teacher_head: Head, ids_N: Tensor | None) -> None:
-    if student_head.vocabulary != teacher_head.vocabulary:
+    size = student_head.vocabulary
+    if teacher_head.vocabulary != size:
         raise ValueError(
-            f"the student's head has {student_head.vocabulary} tokens and the teacher's has "
-            f"{teacher_head.vocabulary}. If both use "
-            "the same token ids and only the padding differs, cut both to the tokenizer's size: "
-            "Head.of_net(model, len(tokenizer)), or "
-            f"Head.of(weight[:len(tokenizer)])."
+            f"the student's head has {size} tokens and the teacher's has {teacher_head.vocabulary}. If both "
+            "use the same token ids and only the padding differs, cut both to the tokenizer's size: "
+            "Head.of_net(model, len(tokenizer)), or Head.of(weight[:len(tokenizer)])."
         )
-    if (
-        ids_N is not None
-        and len(ids_N)
-        and (
-            ids_N.dtype != torch.int64 or int(ids_N.min()) < 0 or int(ids_N.max()) >= student_head.vocabulary
-        )
-    ):
+    if ids_N is None or not len(ids_N):
+        return
+    low, high = int(ids_N.min()), int(ids_N.max())
+    if ids_N.dtype != torch.int64 or low < 0 or high >= size:
         raise ValueError(
-            f"ids_N must be int64, in 0..{student_head.vocabulary - 1}; got {ids_N.dtype} from "
-            f"{int(ids_N.min())} to {int(ids_N.max())}. "
-            "Remove rows without a token (labels of -100 mark them), from the hidden states as well: "
-            "h[labels >= 0]."
+            f"ids_N must be int64, in 0..{size - 1}; got {ids_N.dtype} from {low} to {high}. Remove rows "
+            "without a token (labels of -100 mark them), from the hidden states as well: h[labels >= 0]."
         )
 
 

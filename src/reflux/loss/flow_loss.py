@@ -32,9 +32,7 @@ class FlowMicroBatch(MicroBatch):
 
     def __init__(self, items: list[Item], objectives: Sequence[LossTerm], device: torch.device):
         super().__init__(items, objectives, device)
-        self.texts = [
-            text for item in items for text in [prompt_text(item.rollout.prompt)] * len(item.rows_N)
-        ]
+        self.texts = [prompt_text(item.rollout.prompt) for item in items for _ in item.rows_N]
         self.guidance = flow_of(items[0]).guidance
         self.has_logp = flow_of(items[0]).noise_level > 0
         self.x_ND = self.column(lambda item: flow_of(item).x_SD[item.rows_N])
@@ -44,10 +42,8 @@ class FlowMicroBatch(MicroBatch):
         self.noise_level_N = self.column(
             lambda item: np.full(len(item.rows_N), flow_of(item).noise_level, dtype=np.float32)
         )
-        self.teachers = {
-            name: self.outputs(self.target_rows(name)[1]["v_ND"])
-            for name in sorted(self.objective_teachers())
-        }
+        names = sorted(self.objective_teachers())
+        self.teachers = {name: self.outputs(self.target_rows(name)[1]["v_ND"]) for name in names}
 
     def outputs(self, v_ND: Tensor) -> VelocityOutputs:
         return VelocityOutputs(v_ND, self.x_ND, self.next_ND, self.t_N, self.dt_N, self.noise_level_N)

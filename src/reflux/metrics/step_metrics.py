@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from reflux.metrics.flops import Spent
 
 
+# the learner's numbers that `step_metrics` puts in a place of their own
+_PLACED = ("loss", "tokens_trained", "updates")
+
+
 def step_metrics(
     stats: Stats,
     ran: Ran,
@@ -49,9 +53,7 @@ def step_metrics(
     return {
         "loss": values.get("loss", 0.0),
         **({} if kl is None else {"kl_nats": kl}),
-        **{
-            name: value for name, value in values.items() if name not in ("loss", "tokens_trained", "updates")
-        },
+        **{name: value for name, value in values.items() if name not in _PLACED},
         "updates": int(values.get("updates") or 0),
         "staleness_mean": Mean.of(stalenesses).value,
         "staleness_max": max(stalenesses, default=None),

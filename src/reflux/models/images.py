@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 
 import numpy as np
 
 # pixels per side; a larger image is stored as a thumbnail
 SIDE = 96
-# Largest number of pixels per side that is read, because a small file may hold an image that would fill the
-# memory.
+# the most pixels per side that are read, because a small file may hold an image that would fill the memory
 _LARGEST = 4096
 
 
@@ -27,7 +25,6 @@ def png(image: np.ndarray) -> bytes:
 
 def picture_of(data: bytes) -> np.ndarray:
     """The image in a PNG file, grey where it has one channel, else in colour (transparency is dropped).
-
     ValueError for anything but a complete PNG file of at most 4096 pixels per side.
     """
     from PIL import Image, UnidentifiedImageError
@@ -45,10 +42,8 @@ def picture_of(data: bytes) -> np.ndarray:
 
 
 def thumbnail(image: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """The image with at most `side` pixels per side, in its proportions. An image that fits is returned
-    unchanged.
-
-    ValueError for an array that is not an image, or a side below 1.
+    """The image with at most `side` pixels per side, in its proportions; unchanged if it fits. ValueError for
+    an array that is not an image, or a side below 1.
     """
     from PIL import Image
 
@@ -72,31 +67,23 @@ def from_text(text: str) -> np.ndarray:
     """The image of `to_text`. ValueError for what is not base64 of a PNG file."""
     try:
         data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"not base64: {error}") from error
     return picture_of(data)
 
 
 def as_letters(image: np.ndarray, side: int = 32) -> list[str]:
-    """Lines of text that look like the image on a dark terminal. Each line shows two rows of pixels, and a
-    pixel is lit where it is lighter than middle grey.
-    """
+    """Text lines for a dark terminal, two rows of pixels each. A pixel lighter than middle grey is lit."""
     small = thumbnail(image, side)
     lit = (small if small.ndim == 2 else small.mean(-1)) > 127
     lit = np.pad(lit, ((0, len(lit) % 2), (0, 0)))
-    return [
-        "".join(" ▄▀█"[2 * top + bottom] for top, bottom in zip(*pair, strict=True))
-        for pair in zip(lit[::2], lit[1::2], strict=True)
-    ]
+    pairs = zip(lit[::2], lit[1::2], strict=True)
+    return ["".join(" ▄▀█"[2 * top + bottom] for top, bottom in zip(*pair, strict=True)) for pair in pairs]
 
 
 def _check(image: np.ndarray) -> None:
-    if (
-        image.dtype != np.uint8
-        or image.ndim not in (2, 3)
-        or image.shape[2:] not in ((), (3,))
-        or not image.size
-    ):
+    shaped = image.ndim in (2, 3) and image.shape[2:] in ((), (3,))
+    if image.dtype != np.uint8 or not shaped or not image.size:
         raise ValueError(
             "an image must be uint8, [height, width] or [height, width, 3], and not empty; got "
             f"{image.dtype} {list(image.shape)}"

@@ -12,7 +12,7 @@ from reflux.config.registry import STRICT, kind_of
 from reflux.config.requirements import Requirements
 from reflux.loss.term import Rows
 from reflux.objectives.base import ObjectivePart
-from reflux.objectives.ratio import check_ratio, outside, score_cost
+from reflux.objectives.ratio import Clip, Ratio, check_ratio, outside, score_cost
 from reflux.objectives.ratio_rules import drawn_elsewhere, ratio_papers, under_lag
 from reflux.objectives.sampled_kl import check_coef
 
@@ -61,22 +61,13 @@ class PolicyGradient(ObjectivePart):
         return Requirements()
 
     def __call__(self, rows: Rows[Any]) -> Tensor:
-        return score_cost(
-            rows.advantage_offset_N,
-            rows.student.logp_N,
-            rows.behaviour_logp_N,
-            self.ratio,
-            self.clip,
-            ratio_cap=1.0,
-        )
+        return score_cost(*self._arguments(rows))
 
     def outside(self, rows: Rows[Any]) -> Tensor | None:
         """True where the clip binds, [N]. None for ratio "none"."""
-        return outside(
-            rows.advantage_offset_N,
-            rows.student.logp_N,
-            rows.behaviour_logp_N,
-            self.ratio,
-            self.clip,
-            ratio_cap=1.0,
-        )
+        return outside(*self._arguments(rows))
+
+    def _arguments(self, rows: Rows[Any]) -> tuple[Tensor, Tensor, Tensor, Ratio, Clip, float]:
+        """The arguments of `score_cost` and `outside`. The last, ratio_cap, has no effect on these ratios."""
+        advantage_N, behaviour_logp_N = rows.advantage_offset_N, rows.behaviour_logp_N
+        return advantage_N, rows.student.logp_N, behaviour_logp_N, self.ratio, self.clip, 1.0

@@ -15,15 +15,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Ratio = Literal["truncated", "clip", "none"]
+# how far below and above 1 the ratio may be
+Clip = tuple[float, float]
 
 
 def score_cost(
-    advantage_N: Tensor,
-    logp_N: Tensor,
-    behaviour_logp_N: Tensor,
-    ratio: Ratio,
-    clip: tuple[float, float],
-    ratio_cap: float,
+    advantage_N: Tensor, logp_N: Tensor, behaviour_logp_N: Tensor, ratio: Ratio, clip: Clip, ratio_cap: float
 ) -> Tensor:
     """The cost -A log p(a) for attempts drawn from another distribution, with rho = p(a) / behaviour(a).
 
@@ -50,12 +47,7 @@ def truncated_ratio(logp_N: Tensor, behaviour_logp_N: Tensor, ratio_cap: float) 
 
 
 def outside(
-    advantage_N: Tensor,
-    logp_N: Tensor,
-    behaviour_logp_N: Tensor,
-    ratio: Ratio,
-    clip: tuple[float, float],
-    ratio_cap: float,
+    advantage_N: Tensor, logp_N: Tensor, behaviour_logp_N: Tensor, ratio: Ratio, clip: Clip, ratio_cap: float
 ) -> Tensor | None:
     """True where the bound of the ratio binds, [N]. None if the ratio has no bound. The arguments are those
     of `score_cost`.
@@ -81,7 +73,7 @@ def above_cap(logp_N: Tensor, behaviour_logp_N: Tensor, ratio_cap: float) -> Ten
     return (logp_N - behaviour_logp_N).detach() > math.log(ratio_cap)
 
 
-def check_ratio(clip: tuple[float, float] = (0.2, 0.2), ratio_cap: float = 1.0) -> None:
+def check_ratio(clip: Clip = (0.2, 0.2), ratio_cap: float = 1.0) -> None:
     if not (0 <= clip[0] < 1 and 0 <= clip[1] < math.inf):
         raise ValueError(
             "clip must be (below, above) with 0 <= below < 1 and above >= 0, such as [0.2, 0.28], got "

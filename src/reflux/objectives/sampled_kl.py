@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from reflux.config.papers import Paper
+from reflux.config.papers import GRPO, Paper
 from reflux.config.registry import STRICT, kind_of
 from reflux.config.requirements import Requirements
-from reflux.credit.group_advantage import GRPO
 from reflux.loss.term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import Ratio, check_ratio, outside, score_cost

@@ -101,10 +101,8 @@ def kl_chart(metrics: Metrics, moments: list[EvalPoint], words: Words = TEXTS) -
     held = [(step, found.kl_nats) for step, found in measured if found.kl_nats is not None]
     asked = problems_of(found.split for _, found in measured)
     if not values and not held:
-        return Chart(
-            title,
-            absent="No step has recorded a KL to the teacher (metrics.jsonl and evals.jsonl have none).",
-        )
+        absent = "No step has recorded a KL to the teacher (metrics.jsonl and evals.jsonl have none)."
+        return Chart(title, absent=absent)
     everything = values + [value for _, value in held]
     far = min(everything) > 0 and max(everything) / min(everything) > 20
     figure = new_figure("step", f"reverse KL, {unit}", {"yaxis_type": "log" if far else "linear"})
@@ -113,15 +111,8 @@ def kl_chart(metrics: Metrics, moments: list[EvalPoint], words: Words = TEXTS) -
     for label, colour, steps, column in lines:
         add_line(figure, steps, column, label, colour, "%{y:.4f} nats")
     if held:
-        add_line(
-            figure,
-            [step for step, _ in held],
-            [value for _, value in held],
-            asked,
-            ORANGE,
-            "%{y:.4f} nats",
-            dots=True,
-        )
+        steps, column = [step for step, _ in held], [value for _, value in held]
+        add_line(figure, steps, column, asked, ORANGE, "%{y:.4f} nats", dots=True)
     numbers: list[tuple[str, ...]] = []
     for label, _, steps, column in lines:
         numbers += some(

@@ -30,9 +30,9 @@ from reflux.reports.splits import split_charts
 from reflux.reports.steps import outside_chart, variance_chart
 from reflux.reports.strips import read_strips
 from reflux.reports.teacher_tables import HEADER, teachers_table
-from reflux.reports.tokens import open_tokenizer
+from reflux.reports.tokens import legend, open_tokenizer
 from reflux.reports.trajectories import RATIO, trajectory
-from reflux.reports.views import legend, view
+from reflux.reports.views import view
 from reflux.reports.words import words_for
 from reflux.storage import files
 

@@ -1,9 +1,8 @@
-"""One attempt as the page shows it, and the legend of the colour scale."""
+"""One attempt as the page shows it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 from tokenizers import Tokenizer
 
@@ -11,7 +10,7 @@ from reflux.reports.attempts import ShownAttempt
 from reflux.reports.examples import CHARACTERS, words
 from reflux.reports.formatting import shortened
 from reflux.reports.reading import Row, items, number
-from reflux.reports.tokens import EDGES_NATS, Token, shown_tokens
+from reflux.reports.tokens import Token, shown_tokens
 
 ERROR_CHARACTERS = 120
 
@@ -60,10 +59,8 @@ def view(shown: ShownAttempt, tokenizer: Tokenizer | None) -> AttemptView:
 
 def title_of(acted: Row) -> str:
     """The title of an attempt, from its first line in attempts.jsonl."""
-    return (
-        f"Step {words(acted.get('step'))} · {words(acted.get('prompt'))} · "
-        f"attempt {words(acted.get('sample'))}"
-    )
+    step, prompt, sample = (words(acted.get(name)) for name in ("step", "prompt", "sample"))
+    return f"Step {step} · {prompt} · attempt {sample}"
 
 
 def unjudged(acted: Row) -> str:
@@ -76,22 +73,9 @@ def absent_because(shown: ShownAttempt, units: str) -> str:
     """The reason why an attempt has no log-ratios, in a sentence. Empty if it has log-ratios."""
     if not shown.learned:
         return "The student was not trained on this attempt yet, so the teacher's log-probs are not on disk."
+    so = f"so its {units} have no ratio."
     if not items(shown.teacher_logp):
-        return (
-            f"No teacher was asked about this attempt, or its weight was zero, so its {units} have no ratio."
-        )
+        return f"No teacher was asked about this attempt, or its weight was zero, {so}"
     if not any(number(value) is not None for value in items(shown.teacher_logp)):
-        return f"The teacher's log-probs of this attempt are not finite, so its {units} have no ratio."
+        return f"The teacher's log-probs of this attempt are not finite, {so}"
     return ""
-
-
-def legend() -> list[tuple[str, str]]:
-    """Pairs (css class, range of log q - log p in nats), from the lowest to the highest range."""
-    edges = EDGES_NATS
-    up = [(f"{low:g} to {high:g}", index) for index, (low, high) in enumerate(pairwise(edges), 1)]
-    up.append((f"over {edges[-1]:g}", len(edges)))
-    down = [
-        (f"n{index}", " to ".join(f"−{part}" for part in words.split(" to "))) for words, index in up[:-1]
-    ]
-    down.append((f"n{len(edges)}", f"under −{edges[-1]:g}"))
-    return [*reversed(down), ("p0", f"within {edges[0]:g}"), *[(f"p{index}", words) for words, index in up]]

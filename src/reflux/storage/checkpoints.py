@@ -1,5 +1,4 @@
-"""Checkpoints: one folder per step, and in it one folder per part, which the part fills itself. The last k
-checkpoints are kept.
+"""Checkpoints: a folder per step, in it a folder per part, which the part fills itself. The last k are kept.
 
 A checkpoint gets its name when it is complete and on disk. If the process is killed before, the previous
 checkpoint is still complete. `write` and `read` are for parts whose state is a table: tensors are stored as
@@ -63,9 +62,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def read_plain(folder: Path) -> dict[str, Any]:
-    """The values of such a state that are not tensors. Does not import torch. Raises RunError if
-    it is damaged.
-    """
+    """The values of such a state that are not tensors, without importing torch. RunError if it is damaged."""
     try:
         return json.loads((folder / "state.json").read_text())
     except (OSError, ValueError) as error:
@@ -85,12 +82,9 @@ def write(folder: Path, state: State) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        key: value.detach().contiguous().cpu()
-        for key, value in state.items()
-        if isinstance(value, torch.Tensor)
-    }
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     plain = {key: value for key, value in state.items() if key not in tensors}
     (folder / "state.json").write_text(json.dumps(plain))
     if tensors:
-        save_file(tensors, folder / "tensors.safetensors")
+        copies = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
+        save_file(copies, folder / "tensors.safetensors")
