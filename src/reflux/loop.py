@@ -47,10 +47,6 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
         compared_by = scorer(cfg.extrapolation, run.context, run.services)
         score = CurrentScore(compared_by, learner, partial(run.evaluation, sampler, teachers))
 
-        async def publish(step: int) -> None:
-            await sampler.publish(learner.publish(), step)
-            await teachers.publish(learner.publish(), step)
-
         async def attempt(prompt: Prompt, step: int) -> Group:
             group = await sampler.sample(prompt, cfg.group_size, cfg.draw(step))
             await judge(reward, group)
@@ -59,31 +55,29 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
             run.write(group, step)
             return group
 
-        await publish(run.step)
+        await publish(learner, sampler, teachers, run.step)
         # Due before the first step, and after a resume where the evaluation of this step is missing.
         if run.due("eval"):
             await run.evaluate(learner, sampler, teachers, extrapolation)
         async with aclosing(pipeline(run, attempt)) as stream:
             async for groups in stream:
-                step_context = run.step_context()
+                now = run.step_context()
                 # Teachers answer again only where an answer is missing or the context has changed.
-                await teachers.score(groups, step_context)
+                await teachers.score(groups, now)
                 # The current student's outputs, and the teachers' at its top-k, where a part requires them.
                 await observe(learner, groups)
                 await teachers.follow_up(groups)
-                share_credit(groups, cfg.credit, step_context)
+                share_credit(groups, cfg.credit, now)
                 if extrapolation.fires(run.step + 1):
                     await stream.settle()
-                request = StepRequest(
-                    groups, cfg.objectives, step_context, cfg.loss_aggregation, cfg.log_variance
-                )
+                request = StepRequest(groups, cfg.objectives, now, cfg.loss_aggregation, cfg.log_variance)
                 result = await learn(learner, request, run.keep_failed_batch)
                 jumped = await extrapolation.after_step(learner.access, score, run.step + 1)
                 if jumped:
                     learner.version += 1
                     # Prompts in flight are sampled again with the new weights.
                     stream.refresh()
-                await publish(run.step + 1)
+                await publish(learner, sampler, teachers, run.step + 1)
                 run.advance(result, groups, learner, teachers, jumped, score.take())
                 if run.due("eval"):
                     # An evaluation may put averaged weights into the sampler. Attempts must not use them.
@@ -95,6 +89,12 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
         await run.evaluate(learner, sampler, teachers, extrapolation)
         run.save(learner, teachers, extrapolation)
     return run.summary()
+
+
+async def publish(learner: OpenLearner, sampler: OpenSampler, teachers: Teachers, step: int) -> None:
+    """Give the learner's weights to the sampler, and to the teachers that follow the student."""
+    await sampler.publish(learner.publish(), step)
+    await teachers.publish(learner.publish(), step)
 
 
 def pipeline(run: Run, attempt: Attempting) -> Pipeline:

@@ -77,12 +77,10 @@ def test_weights_multiply_and_offsets_add_as_each_rule_alone_gave_them(
         weight_T = np.asarray(plain[key]["weight"])
         advantage_offset_T = np.zeros(len(weight_T))
         for name, found in alone.items():
-            weight_T, own_T = (
-                np.asarray(found[key]["weight"]),
-                np.asarray(found[key].get("advantage_offset", np.zeros(len(weight_T)))),
-            )
-            effects[name] += int((weight_T != weight_T).any() or own_T.any())
-            advantage_offset_T = advantage_offset_T + own_T
+            of_rule_T = np.asarray(found[key]["weight"])
+            offset_T = np.asarray(found[key].get("advantage_offset", np.zeros(len(weight_T))))
+            effects[name] += int((of_rule_T != weight_T).any() or offset_T.any())
+            advantage_offset_T = advantage_offset_T + offset_T
         for found in alone.values():
             # weights without rules are masks: 0 or 1
             weight_T = weight_T * np.asarray(found[key]["weight"])
