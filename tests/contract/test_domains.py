@@ -245,8 +245,8 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "nobody draws a route": (
         "flow_sft",
         {"teachers.counts.routes": ["count"]},
-        "for the route 'counts' no teacher samples it. Give exactly one table of kind flow that route, or "
-        "leave the other tables out.",
+        "for the route 'counts' no teacher samples it. Give that route to exactly one teacher "
+        "table of kind flow, or leave the other teacher tables out.",
     ),
     "two draw one route": (
         "flow_sft",

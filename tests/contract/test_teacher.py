@@ -233,7 +233,7 @@ def test_a_route_that_nobody_serves_is_refused_also_where_the_task_did_not_tell_
 ) -> None:
     with pytest.raises(
         DataError,
-        match=r"prompt train-\d+ has the route 'odd', .* serve only even\. Add that route to a table",
+        match=r"prompt train-\d+ has the route 'odd', .* serve only even\. Add that route to a teacher table",
     ):
         tiny_run("full", steps=1, task={**CHAT, "tells_routes": False}, teachers__main__routes=["even"])
 

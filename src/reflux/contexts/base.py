@@ -19,8 +19,8 @@ from reflux.types import Group, Message
 
 @dataclass(frozen=True, slots=True)
 class TeacherPrompt:
-    """The messages before the first student token, and new text for the unchosen spans after it, by their
-    start position.
+    """`messages` stand before the first student token. `spans` hold new text for later spans that the student
+    did not choose, by the position at which a span starts.
 
     `notes` describe in numbers what the prompt shows. They are averaged into the metrics. A change of the
     notes alone does not make the teacher score again.
@@ -58,7 +58,7 @@ class ContextPart(Part, Protocol):
 
 
 class Context(ContextPart, Protocol):
-    # Attempts per prompt that it needs.
+    # Attempts per prompt that the context needs.
     min_group: ClassVar[int]
 
     @property

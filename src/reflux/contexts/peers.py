@@ -173,8 +173,8 @@ class Peers(ContextPart):
         return attempt.reward.feedback if wanted and attempt.reward else None
 
     def most_added(self, longest: int, count: Callable[[str], int]) -> int:
-        """Largest number of tokens that this context adds to a prompt, without feedback. longest: tokens of
-        the longest attempt. count: gives the number of tokens of a text.
+        """Largest number of tokens that this context adds to a prompt, without feedback. longest: the number
+        of tokens of the longest attempt. count: a function that gives the number of tokens of a text.
 
         A peer's text is tokenised again as text. It may then have a few more tokens than when it was sampled.
         """
@@ -188,8 +188,9 @@ class Peers(ContextPart):
 def choose(
     correct: Sequence[bool], index: int, successes: int, failures: int, rng: random.Random
 ) -> tuple[list[int], list[int]]:
-    """The attempts that attempt `index` is shown: the first `successes` correct ones in rising order, and
-    `failures` failed ones in the order drawn, without the attempt itself.
+    """The indices of the attempts that the teacher sees for attempt `index`: the first `successes` correct
+    ones in rising order, and `failures` failed ones in the order drawn, without the attempt itself. correct:
+    for each attempt of the group, True if it is correct.
 
     If fewer are available, fewer are returned. `rng` is used only for the failures. ValueError for an index
     outside the list or a negative count.
@@ -205,8 +206,8 @@ def choose(
 
 
 def shown_text(attempt: Attempt, peer_tokens: int, strip_thinking: bool) -> tuple[str, bool]:
-    """The text that is shown of a peer, and True if `peer_tokens` cut it. The cut keeps the text up to the
-    first `peer_tokens` chosen tokens that wrote part of it.
+    """The text that is shown of a peer (another attempt of the group), and True if `peer_tokens` cut it. The
+    cut keeps the text up to the first `peer_tokens` chosen tokens that wrote part of it.
 
     ValueError for an attempt with more positions than `peer_tokens` and without `spans_T2`.
     """

@@ -40,11 +40,11 @@ class Privileged(ContextPart):
     `Prompt.references` (show = "demonstration"), and by a line that asks for a solution of the original
     question. All other messages stay unchanged. The student never sees the addition.
 
-    A prompt without that text, or with an empty one, is not scored. It counts in the metric `without_target`
-    of the teacher's name and gives no target. The teacher only scores the student's own tokens, so it cannot
-    copy the shown text into the response. A demonstration gets the same heading as a correct attempt under
-    `peers`. Papers: arXiv 2601.18734 (OPSD), 2601.19897 (SDFT, demonstrations). Both use the student itself
-    as teacher (`self`); this context also works with any other teacher.
+    A prompt without that text, or with an empty text, is not scored. Such a prompt has no target and counts
+    in the metric `without_target` of the teacher's name. The teacher only scores the student's own tokens, so
+    it cannot copy the shown text into the response. A demonstration gets the same heading as a correct
+    attempt under `peers`. Papers: arXiv 2601.18734 (OPSD), 2601.19897 (SDFT, demonstrations). Both use the
+    student itself as teacher (`self`); this context also works with any other teacher.
     """
 
     # Which text of the prompt the teacher sees.

@@ -33,5 +33,5 @@ def with_attempts(
 
 
 def with_answer(problem: str, heading: str, text: str) -> str:
-    """The problem, under its heading the text that only the teacher sees, and the closing line."""
+    """The problem, then `heading` and below it `text`, which only the teacher sees, then the closing line."""
     return f"{problem}\n\n{heading}\n{text}\n\n{CLOSING}"

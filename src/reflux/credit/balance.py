@@ -36,11 +36,11 @@ class Balance(CreditPart):
     least `threshold`. The function `keep` defines which attempts stay. ratio 0 keeps only the wrong attempts,
     inf only the correct ones, and "none" all of them (neutral). With a finite ratio above 0, one class always
     stays complete. Groups that are all correct or all wrong stay complete too. Attempts that ended in an
-    error or were not judged are not counted and keep weight 1. Left-out attempts stay in the margins of
-    `margin` and in the denominators of "token-mean" and "seq-mean-token-mean". With "token-mean-weighted" the
-    others count for more. Note `kept`: the share of judged attempts that stay. arXiv 2605.03677 (Uni-OPD).
-    The paper does not print its tolerance (here none), and its code counts an attempt without a verdict as
-    wrong.
+    error or were not judged are not counted and keep weight 1. Left-out attempts stay in the margins of the
+    credit rule `margin`, and in the denominators of the loss aggregations "token-mean" and
+    "seq-mean-token-mean". With "token-mean-weighted" the attempts that stay count for more. Note `kept`: the
+    share of judged attempts that stay. arXiv 2605.03677 (Uni-OPD). The paper does not print its tolerance
+    (here none), and its code counts an attempt without a verdict as wrong.
     """
 
     ratio: Annotated[float | Literal["none"], BeforeValidator(_named)] = 1.0
@@ -80,8 +80,9 @@ class Balance(CreditPart):
 
 
 def keep(correct: list[bool], ratio: float, rng: random.Random) -> list[bool]:
-    """True for each attempt that stays. One class stays complete. The other is reduced towards `ratio` =
-    correct : wrong, with the number of its attempts rounded down.
+    """True for each attempt that stays. correct: for each judged attempt, True if it is correct. One class
+    stays complete. The other is reduced towards `ratio` = correct : wrong, with the number of its attempts
+    rounded down.
 
     There are n_c correct and n_w wrong attempts. ratio 0 keeps only the wrong ones and inf only the correct
     ones, even if no attempt stays. Otherwise, if one class is empty, all stay. Otherwise d_c = floor(n_w *

@@ -45,7 +45,8 @@ def candidate_margin(teacher_logp_TK: np.ndarray) -> np.ndarray:
 
 
 def segment_scores(margin_T: np.ndarray, segments: Sequence[slice]) -> list[float]:
-    """S_i = log(1 + mean margin of segment i), one per segment, in order. No segments give [].
+    """S_i = log(1 + mean margin of segment i), one per segment, in order. margin_T: the margins of
+    `candidate_margin`. No segments give [].
 
     A segment is a slice of positions with step 1. Raises ValueError with the index of a segment that is
     empty, out of order, overlapping or out of range.
@@ -54,7 +55,7 @@ def segment_scores(margin_T: np.ndarray, segments: Sequence[slice]) -> list[floa
 
 
 def segment_margins(margin_T: np.ndarray, segments: Sequence[slice]) -> list[float]:
-    """The mean margin of each segment, nats. Raises the errors of `segment_scores`."""
+    """The mean margin of each segment, nats. Arguments and raised errors are those of `segment_scores`."""
     last, means, margins = 0, [], np.asarray(margin_T, dtype=np.float64).tolist()
     for index, segment in enumerate(segments):
         start, stop = segment.start, segment.stop
@@ -75,7 +76,7 @@ def segment_margins(margin_T: np.ndarray, segments: Sequence[slice]) -> list[flo
 
 @dataclass(frozen=True)
 class Split:
-    """The best downward step. `kept` is the number of segments before it; gain = BIC_0 - BIC_1."""
+    """The best downward step. `kept`: the number of segments before the step. gain = BIC_0 - BIC_1."""
 
     kept: int
     gain: float

@@ -182,8 +182,8 @@ class Scored:
 
 
 def margin(returns: Sequence[float], correct: Sequence[bool], mode: str) -> float | None:
-    """The return of the correct attempts minus that of the wrong ones, in the unit of the returns (nats per
-    token). None if a class is empty.
+    """The margin of a group: the return of the correct attempts minus that of the wrong ones, in the unit of
+    the returns (nats per token). None if a class is empty.
 
     mode "mean": mean of the correct minus mean of the wrong. mode "minmax": the lowest correct minus the
     highest wrong. Unequal lengths, a return that is not finite, or an unknown mode: ValueError.
@@ -201,7 +201,8 @@ def margin_shifts(
     mode: str = "mean",
     direction: str = "spread",
 ) -> list[float]:
-    """One shift per attempt, nats. With these shifts the margin in that mode is max(m, delta).
+    """One shift per attempt, nats. With these shifts the margin of the group, m before, is max(m, delta).
+    returns, correct: the return and the verdict of each attempt. mode: as in `margin`.
 
     With lambda = delta - m: "spread" gives +lambda/2 to the correct attempts and -lambda/2 to the wrong ones,
     "lift" gives +lambda and 0, "down" gives 0 and -lambda. All shifts are 0 if m >= delta or if a class is
@@ -226,8 +227,8 @@ def margin_keep(
     mode: str = "mean",
     retain: float = 0.25,
 ) -> list[bool]:
-    """True for each attempt that stays. While m < delta, the lowest correct attempt or the highest wrong one
-    is dropped, whichever raises m more.
+    """True for each attempt that stays. While the margin m of the group is below delta, the correct attempt
+    with the lowest return or the wrong one with the highest is dropped, whichever raises m more.
 
     If both raise m equally, the correct one is dropped. Among equal returns of a class, the first one is
     dropped. The loop ends when no drop raises m. A class keeps at least max(1, floor(retain * size))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def refusals(rule: Margin, where: str, cfg: RunConfig) -> Iterator[str]:
-    """The reasons to refuse the run, each with its remedy."""
+    """The reasons to refuse the run, each with its remedy. where: the path of the rule in the recipe."""
     yield from _one_margin(rule, cfg)
     yield from _levelled(rule, where, cfg)
     yield from unless_known(cfg, f"{where}.teacher", rule.teacher)

@@ -51,13 +51,13 @@ class Release(CreditPart):
 
     The margin of a chosen position is the difference, in nats, between the two best log-probs that the
     teacher gives to the student's `k` most likely tokens. The score of a segment is log(1 + mean margin). The
-    step is found by BIC (see `change_point`). Released positions, those after the step, have weight 0. Kept
-    positions have weight 1. With `rescale` they have weight sum(mask) / sum(mask of the kept segments), so
-    the attempt weighs as much as its full length would. Without a step, or with a gain of at most `min_gain`,
-    the weight is 1 everywhere. The scale depends on mask_T alone and not on other rules, so the order of the
-    rules does not matter. With loss_aggregation "token-mean-weighted" the scale would count twice. The rule
-    reads the finished answer, so no sampling is saved. Positions that the student did not choose keep weight
-    1.
+    step is found by BIC (see `change_point`). Positions after the step are released and have weight 0.
+    Positions before the step are kept and have weight 1. With `rescale` kept positions have weight sum(mask)
+    / sum(mask of the kept segments), so the attempt weighs as much as its full length would. Without a step,
+    or with a gain of at most `min_gain`, the weight is 1 everywhere. The scale depends on mask_T alone and
+    not on other rules, so the order of the rules does not matter. With loss_aggregation "token-mean-weighted"
+    the scale would count twice. The rule reads the finished answer, so no sampling is saved. Positions that
+    the student did not choose keep weight 1.
 
     `candidates`: the most likely tokens of the policy that sampled ("behaviour") or of the current student
     ("now", for stale attempts). `segments`: "sentences", "lines", "steps" (one arithmetic step each), or a

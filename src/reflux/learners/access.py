@@ -25,7 +25,7 @@ class WeightAccess(Protocol):
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of these full weights on the CPU, in float32, with adapters merged. ModelError if the
-        learner keeps them in a narrower type.
+        learner keeps the weights in a type narrower than float32.
         """
         ...
 
@@ -38,17 +38,19 @@ class WeightAccess(Protocol):
     def write(self, base: Mapping[str, Tensor]) -> None:
         """Write parameter tensors. Writing back the values that `base` returned restores them bit for bit.
         With LoRA this writes the frozen base weight, so adding d to the values returned by `base` changes the
-        merged weight by d and leaves A and B unchanged.
+        merged weight by d and leaves the LoRA matrices A and B unchanged. base: the new values by name.
 
         Optimiser moments and the version stay unchanged. Weights that are published between two writes
-        therefore need a version of their own, which `Services.lend` gives. A frozen base weight that was
+        therefore need another version number, which `Services.lend` gives. A frozen base weight that was
         written to becomes part of the learner's saved state and of its export.
         """
         ...
 
 
 def required(access: WeightAccess | None, part: str) -> WeightAccess:
-    """The access itself. ConfigError if the learner offers none, because `part` (a recipe key) needs it."""
+    """Return `access`. ConfigError if it is None, that is, if the learner does not offer access. part: the
+    path of the recipe key that needs the access, for the error.
+    """
     if access is None:
         raise ConfigError(
             f"{part} reads the student's weights by name, and this learner does not offer them. Leave {part} "
@@ -62,8 +64,8 @@ INCLUDE = ("attn", "attention", "mlp", "ffn", ".ff", "feed_forward")
 
 
 def moved(names: Iterable[str], include: Iterable[str]) -> list[str]:
-    """The parameter names that contain at least one of the parts in `include`. A name that contains "norm"
-    matches only a part that contains "norm" itself.
+    """Those of the parameter `names` that contain at least one of the texts in `include`. A name that
+    contains "norm" matches only a text that contains "norm" itself.
     """
     parts = tuple(include)
     return [

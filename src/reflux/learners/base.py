@@ -1,9 +1,10 @@
 """The learner protocol: a learner trains the student.
 
 `open(context, services)` returns an object with the training state. `step` makes one optimiser step from
-groups whose targets and credits are known (`services.run_model`). If every weight is 0, no optimiser step is
-made, because moments and weight decay would change weights without any evidence, and the version stays the
-same. A learner returns its results and does not write to attempts; `learning.py` stores the results on them.
+groups whose targets and credits are known (`services.run_model`). If the loss weight of every position is 0,
+no optimiser step is made and the version stays the same, because Adam's moments and weight decay would change
+the student's weights without any evidence. A learner returns its results and does not write to attempts;
+`learning.py` stores the results on them.
 """
 
 from __future__ import annotations
@@ -48,13 +49,13 @@ class OpenLearner(Protocol):
 
     def at_mean(self) -> AbstractContextManager[bool]:
         """Within this context the student has the average of its weights over training, if an average is
-        kept. The context value is True in that case. Evaluations and exports use it.
+        kept. The context value is True in that case. Evaluations and exports use this context.
         """
         ...
 
     @property
     def access(self) -> WeightAccess | None:
-        """Read and write access to the weights by name; None if the learner does not offer it."""
+        """Read and write access to the weights by name; None if the learner does not offer this access."""
         ...
 
     @property
@@ -65,8 +66,8 @@ class OpenLearner(Protocol):
         ...
 
     async def observe(self, groups: Sequence[Group]) -> list[Target | None]:
-        """The current student's outputs at each attempt's positions, one per attempt, in order. None where no
-        part requires them or none can be computed.
+        """The current student's outputs at each attempt's positions: one target per attempt, in order. None
+        for an attempt if no part of the recipe requires these outputs, or if they cannot be computed.
         """
         ...
 
@@ -77,7 +78,7 @@ class OpenLearner(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write everything that training has changed into an empty folder: weights, moments, counters."""
+        """Write all that training has changed into an empty folder: weights, optimiser moments, counters."""
         ...
 
     def load(self, folder: Path) -> None:
@@ -104,7 +105,9 @@ class LearnerPart(Part, Protocol):
 
 
 def negative_rate(where: str, rate: Number, steps: int) -> Iterable[str]:
-    """Yield a refusal if the learning rate is below 0 at one of the `steps` optimiser steps."""
+    """Yield an error text if the learning rate `rate` is below 0 at one of the `steps` optimiser steps.
+    where: the path of its key in the recipe, for the text.
+    """
     if (step := first_below(rate, 0, steps)) is not None:
         yield (
             f"{where} is {at(rate, step):g} at step {step}: it would move the student away from its teacher. "
@@ -113,7 +116,7 @@ def negative_rate(where: str, rate: Number, steps: int) -> Iterable[str]:
 
 
 class Learner(LearnerPart, Protocol):
-    # The type of rollouts it trains on.
+    # The type of rollouts that the learner trains on.
     rollouts: ClassVar[type[Rollout]]
 
     @property

@@ -39,10 +39,10 @@ RECTIFIED_FLOW = Paper(
 @dataclass(frozen=True, config=STRICT)
 class Flow(LearnerPart):
     """AdamW on the float32 master weights of a diffusers transformer, with bfloat16 autocast on a GPU. Each
-    attempt is trained with the guidance that it was sampled with.
+    attempt is trained with the guidance that was used to sample it.
 
-    Each kept position costs one forward pass of the network at the state stored in the rollout. No gradient
-    flows through the sampler.
+    Each position with a non-zero weight costs one forward pass of the network at the state stored in the
+    rollout. No gradient flows through the sampler.
     """
 
     rollouts: ClassVar[type[Rollout]] = FlowRollout
@@ -59,8 +59,8 @@ class Flow(LearnerPart):
     min_grad_norm: Annotated[float, Field(ge=0)] = 1e-3
     # Positions in one forward pass.
     micro_batch: Annotated[int, Field(ge=1)] = 64
-    # A folder or hub id of adapters that training starts from. With `lora` they are trained further; without
-    # it they are merged into the weights.
+    # A folder or hub id of LoRA adapters that training starts from. With the table `lora` the adapters are
+    # trained further; without that table they are merged into the weights.
     adapter: str | None = None
     merge: Merge | None = None
     lora: FlowLora | None = None

@@ -1,5 +1,5 @@
 """Common base of the learners in this process: AdamW on float32 master weights, and an optional average of
-them.
+these weights.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Optimised(Protocol):
-    """The fields of a learner's table that the optimiser reads."""
+    """The keys of the recipe's `[learner]` table that the optimiser reads."""
 
     @property
     def lr(self) -> Number: ...
@@ -76,7 +76,9 @@ class GradientLearner(ABC):
         net: nn.Module,
         average: Average | None = None,
     ):
-        """Train the parameters of `net` that require a gradient."""
+        """Train the parameters of `net` that require a gradient. average: the settings of an average of the
+        weights; None: no average is kept.
+        """
         self.settings, self.context, self.services = cfg, context, services
         self.net, self.average = net, average
         # `updates` counts optimiser steps; `version` also counts extrapolation jumps.
@@ -108,18 +110,20 @@ class GradientLearner(ABC):
 
     @abstractmethod
     def whole(self, attempt: Attempt) -> Item:
-        """All positions of an attempt that `observed` computes, whatever their weights."""
+        """An item with all positions of an attempt at which `observed` computes outputs, whatever their
+        weights.
+        """
 
     @abstractmethod
     def micro_batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
-        """Divide the items into parts that fit one pass. The rows of one item may be spread over several
-        parts.
+        """Divide the items into parts that fit one forward and backward pass. The rows of one item may be
+        spread over several parts.
         """
 
     @abstractmethod
     def backward(self, part: list[Item], objectives: Sequence[LossTerm], log_variance: bool) -> Result:
         """Compute the loss of one micro-batch and run its backward pass. Gradients are added to those of the
-        parameters.
+        parameters. log_variance: True if the variance of the sampled gradient is computed too.
         """
 
     def publish(self) -> InMemory:
@@ -210,7 +214,9 @@ class GradientLearner(ABC):
     def gradients(
         self, items: list[Item], objectives: Sequence[LossTerm], log_variance: bool = False
     ) -> Tally:
-        """Accumulate the gradient of the whole batch, one micro-batch after another."""
+        """Accumulate the gradient of the whole batch, one micro-batch after another. The arguments are those
+        of `backward`, with all items of the batch.
+        """
         tally = Tally()
         for part in self.micro_batches(items):
             tally.add(part, self.backward(part, objectives, log_variance))
@@ -231,7 +237,7 @@ class GradientLearner(ABC):
 
     def state(self) -> dict[str, Any]:
         """Trained weights, their average and Adam's moments by parameter name, and the frozen weights that
-        `write` has changed.
+        `WeightAccess.write` has changed.
         """
         base_parameters = lora.base_parameters(self.net)
         state: dict[str, Any] = {"version": self.version, "updates": self.updates} | {
@@ -245,7 +251,7 @@ class GradientLearner(ABC):
         return state
 
     def take_up(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state`."""
+        """Restore what `state` returned."""
         self.version, self.updates = state["version"], state["updates"]
         self.access.write(
             {key.removeprefix("base/"): value for key, value in state.items() if key.startswith("base/")}

@@ -45,8 +45,8 @@ class HF(LearnerPart):
     student's turn. The student's response begins after the suffix. Every teacher that scores the student's
     tokens gets the same suffix, also under a context that changes the messages. It is meant for a base
     student whose teacher thinks: "<think>\\n" opens the thinking for both (arXiv 2602.15260). If the rendered
-    template already ends with the suffix, it is not added again. Evaluations use it too. ModelError for a
-    text that the tokenizer has no token for.
+    template already ends with the suffix, it is not added again. Evaluations use the suffix too. ModelError
+    if the suffix has characters for which the tokenizer has no token.
     """
 
     rollouts: ClassVar[type[Rollout]] = TokenRollout

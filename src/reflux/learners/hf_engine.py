@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 
 class HFLearner(GradientLearner):
-    """Trains a language model. The trunk computes the hidden states at the kept positions, and the loss is
-    computed through the output head.
+    """Trains a language model. The trunk (the model without its output head) computes the hidden states at
+    the positions with a non-zero weight. The output head (the matrix that maps hidden states to logits) is
+    applied together with the loss.
     """
 
     refusal = (

@@ -23,8 +23,8 @@ async def observe(learner: OpenLearner, groups: Sequence[Group]) -> None:
 async def learn(learner: OpenLearner, request: StepRequest, keep_failed_batch: Keep) -> StepResult:
     """Make one optimiser step and store its records on the attempts.
 
-    keep_failed_batch: writes the batch of a step that is not finite, and returns the path of the file. Raises
-    StepRefused with that path.
+    keep_failed_batch: a function that writes the batch of a refused step and returns the path of the file. If
+    the loss or the gradient norm is not finite, StepRefused is raised with that path.
     """
     try:
         result = await learner.step(request)

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 
 def observed(learner: HFLearner, groups: Sequence[Group]) -> Iterator[tuple[Attempt, TopKTarget]]:
-    """The current student's log-probs at each attempt's positions: at the token ids of `behaviour` if the run
-    requires that, otherwise at the current student's own top-k.
+    """The current student's log-probs at each attempt's positions: if a part of the recipe requires this, at
+    the top-k ids that were recorded at sampling (`rollout.behaviour`), otherwise at the current student's own
+    top-k ids.
     """
     requirements = learner.context.requirements
     for attempt, h_TH, tokens_T in states(learner, groups):

@@ -31,7 +31,7 @@ class Tally:
         return self._loss.value
 
     def add(self, items: Sequence[Item], result: Result) -> None:
-        """Add one micro-batch. `result` holds its rows in the order of the items."""
+        """Add one micro-batch. items: its attempts. result: its loss and by-products, in item order."""
         self._loss = self._loss + Sum(float(result.loss))
         self._outside = sum(
             (Mean.of(rows_N.double().cpu().numpy()) for rows_N in result.outside), self._outside
@@ -72,8 +72,8 @@ def _record(columns: dict[str, np.ndarray] | None) -> StepRecord | None:
 
 
 def unpacked(items: Sequence[Item], column_N: Tensor) -> Iterator[tuple[Item, np.ndarray]]:
-    """Split a column of the items' rows into one array per item, with one entry per position, float32.
-    Positions without a row are NaN.
+    """Split column_N, one value per row of all items, into one array per item, with one entry per position,
+    float32. Positions without a row are NaN.
     """
     for item, values in zip(items, _split(items, column_N), strict=True):
         values_T = np.full((item.rollout.length, *values.shape[1:]), np.nan, dtype=np.float32)

@@ -72,11 +72,11 @@ class MicroBatch:
         ]
 
     def column(self, of: Callable[[Item], Any]) -> Tensor:
-        """One array per item, concatenated, on the device."""
+        """One array per item, given by `of(item)`, concatenated, on the device."""
         return torch.from_numpy(np.concatenate([of(item) for item in self.items])).to(self.device)
 
     def target_rows(self, name: str) -> tuple[Any, dict[str, Tensor]]:
-        """The first item's target of this name, and the target columns of all items at their rows,
+        """The first item's target from teacher `name`, and the target columns of all items at their rows,
         concatenated, on the device.
         """
         targets = [item.attempt.target(name) for item in self.items]
@@ -105,8 +105,8 @@ class MicroBatch:
         return known & (asked | {"main"}) if self.objectives else set()
 
     def view(self, k: int, rows: slice, student: Any, teachers: dict[str, Any]) -> Rows[Any]:
-        """Some rows as the input of objective k. Only the objective `taker` gets advantage offsets; the
-        others get zeros.
+        """Some rows as the input of objective k. student, teachers: the outputs of the models at these rows.
+        Only the objective `taker` gets advantage offsets; the others get zeros.
         """
         advantage_offset_N = (
             self.advantage_offset_N[rows]
@@ -125,7 +125,10 @@ class MicroBatch:
         columns: Columns,
         log_variance: bool = False,
     ) -> Tensor:
-        """The loss of some rows, summed over all objectives. By-products are written into the columns."""
+        """The loss of some rows, summed over all objectives. student, teachers: the outputs of the models at
+        these rows. By-products are written into `columns`. log_variance: True if the variance of the sampled
+        gradient is one of them.
+        """
         loss = self.advantage_offset_N.new_zeros((), dtype=torch.float32)
         for k, objective in enumerate(self.objectives):
             coef_N = self.coef_KN[k]

@@ -24,14 +24,14 @@ OverRanks = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Item:
-    """One attempt with N kept positions. coef_KN[k] is None where objective k does not contribute to the
-    loss of this attempt. value_K[k] is the value that its group baseline subtracts (nats), 0 without a
-    group baseline.
+    """One attempt with N rows, the positions with a non-zero weight. coef_KN[k] is None where objective k
+    does not contribute to the loss of this attempt. value_K[k] is the value that the group baseline of
+    objective k subtracts (nats), 0 without a group baseline.
     """
 
     attempt: Attempt
     rollout: Rollout
-    # kept positions, in rising order
+    # the positions with a non-zero weight, in rising order
     rows_N: np.ndarray
     advantage_offset_N: np.ndarray
     coef_KN: tuple[np.ndarray | None, ...]
@@ -53,9 +53,9 @@ class Item:
 
 
 def present(attempt: Attempt, objective: LossTerm) -> bool:
-    """True if this objective contributes to the loss of this attempt: its teacher has a target for it, or,
-    for objectives that use only advantage offsets, some offset is non-zero. False where the objective's
-    coefficient is 0.
+    """True if this objective contributes to the loss of this attempt: the objective's teacher has a target
+    for the attempt, or, for objectives that use only advantage offsets, some offset is non-zero. False where
+    the objective's coefficient is 0.
     """
     if objective.coef == 0:
         # 0 times an infinite cost would be NaN.
@@ -76,8 +76,8 @@ def plan(
     loss_aggregation: LossAggregation,
     over_ranks: OverRanks = one_rank,
 ) -> list[Item]:
-    """Items of all attempts to which some objective contributes, with their coefficients coef * w_n * c_n
-    and their group values.
+    """Items of all attempts to which some objective contributes, with their coefficients coef * w_n * c_n and
+    the values of their group baselines. loss_aggregation: what the loss is divided by.
 
     Several ranks may share a batch, each with whole groups. Then `over_ranks` adds up an array of counts
     over the ranks (an all-reduce). Every rank calls it once, including a rank without attempts. The sum of
@@ -176,8 +176,8 @@ def signature(item: Item) -> tuple[object, ...]:
 
 
 def micro_batches(items: Sequence[Item], budget_tokens: int) -> Iterator[list[Item]]:
-    """Lists of items with one signature each, the longest items first. The padded tokens of a list stay
-    within the budget, except that a list has at least one item.
+    """Lists of items with one signature each, the longest items first. A list has at most `budget_tokens`
+    tokens, padding included, but at least one item.
     """
     by_signature: dict[tuple[object, ...], list[Item]] = {}
     for item in items:

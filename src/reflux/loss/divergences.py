@@ -1,12 +1,11 @@
 """Divergences between two rows of log-probs, and the tail bucket that completes K listed ids to a whole
 distribution.
 
-`student` and `teacher` are log-probs [N, V]; each row's probabilities sum to 1. Results are nats [N]. All
-are >= 0 and are 0 where the two agree. A token of probability 0 contributes 0 with a zero gradient. A KL is
-+inf, its true value, where its second argument gives probability 0 to a token to which its first gives more
-than 0. `jsd`, the skewed forms, `alpha_divergence` and `total_variation` stay finite there (alpha strictly
-inside (0, 1)). NaN inputs give NaN. ValueError for shapes that differ or are not 2-D, for V = 0, and for a
-beta or alpha outside [0, 1].
+`student` and `teacher` are log-probs [N, V]; each row's probabilities sum to 1. Results are nats [N]. All are
+>= 0 and are 0 where the two agree. A token of probability 0 contributes 0 with a zero gradient. KL(p || q) is
++inf, its true value, where q gives probability 0 to a token to which p gives more than 0. `jsd`, the skewed
+forms, `alpha_divergence` and `total_variation` stay finite there (alpha strictly inside (0, 1)). NaN inputs
+give NaN. ValueError for shapes that differ or are not 2-D, for V = 0, and for a beta or alpha outside [0, 1].
 
 References: JSD as in GKD (arXiv 2306.13649), skewed KL as in DistiLLM (arXiv 2402.03898).
 """
@@ -42,9 +41,9 @@ def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
     """beta KL(teacher || m) + (1 - beta) KL(student || m) with m = (1 - beta) student + beta teacher; at
     most the binary entropy of beta.
 
-    The formula is not continuous at the ends. Towards beta = 0 and beta = 1 its value vanishes (jsd / beta
-    tends to the forward KL, jsd / (1 - beta) to the reverse). So beta = 0 is defined to be exactly
-    `forward_kl` and beta = 1 exactly `reverse_kl`, as in GKD.
+    The formula is not continuous at the ends. Towards beta = 0 and beta = 1 the value of the formula vanishes
+    (jsd / beta tends to the forward KL, jsd / (1 - beta) to the reverse). So beta = 0 is defined to be
+    exactly `forward_kl` and beta = 1 exactly `reverse_kl`, as in GKD.
     """
     _check(student, teacher)
     _check_share("beta", beta)
@@ -89,8 +88,8 @@ def alpha_divergence(student: Tensor, teacher: Tensor, alpha: float = 0.5) -> Te
 
 
 def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
-    """1/2 sum |p - q|, in [0, 1] (not nats). Its gradient is 0 where the two agree exactly, but it does not
-    become small near there.
+    """1/2 sum |p - q|, in [0, 1] (not nats). Its gradient is 0 where the two agree exactly, but the gradient
+    does not become small near such a point.
     """
     _check(student, teacher)
     return 0.5 * (student.exp() - teacher.exp()).abs().sum(-1)
@@ -164,8 +163,9 @@ def with_tail_listed(logp_NK: Tensor, floor: float = 1e-7) -> Tensor:
     """The same [N, K + 1] as `with_tail`, from the K listed log-probs alone. The bucket is log(1 - sum
     exp(logp)), with a mass of at least `floor`.
 
-    A stored TopKTarget allows no more than this. The floor prevents an empty or negative tail from
-    rounding. A list of the whole vocabulary has no tail and should be compared without one.
+    A stored TopKTarget has only these log-probs, so its exact bucket is not known. The floor prevents an
+    empty or negative tail from rounding. A list of the whole vocabulary has no tail and should be compared
+    without one.
     """
     if logp_NK.ndim != 2:
         raise ValueError(f"with_tail_listed needs log-probs [N, K], got {_shapes(logp_NK)}")

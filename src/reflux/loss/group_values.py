@@ -20,11 +20,11 @@ def group_values(rewards: Sequence[np.ndarray | None], leave_one_out: bool) -> l
     failed); its value is 0. Rewards that are not finite are left out. All tokens have equal weight, so a
     long attempt contributes more than a short one.
 
-    leave_one_out: the mean is over the tokens of the OTHER attempts. A value then does not depend on its
-    own attempt, not even by rounding, and any estimator stays unbiased (Kool et al. 2019, "Buy 4 REINFORCE
-    samples, get a baseline for free!"; arXiv 2402.14740). Otherwise the mean is over all attempts,
-    including its own, and is one number for the whole group (as the group mean of arXiv 2402.03300). That
-    is biased, see `SampledKL`. The value is 0 where no other attempt has a finite reward.
+    leave_one_out: the mean is over the tokens of the OTHER attempts. A value then does not depend on its own
+    attempt, not even by rounding, and any estimator stays unbiased (Kool et al. 2019, "Buy 4 REINFORCE
+    samples, get a baseline for free!"; arXiv 2402.14740). Otherwise the mean is over all attempts, including
+    the attempt's own tokens, and is one number for the whole group (as the group mean of arXiv 2402.03300).
+    That is biased, see `SampledKL`. The value is 0 where no other attempt has a finite reward.
     """
     finite = [
         np.asarray(own, dtype=np.float64)[np.isfinite(own)] if own is not None else np.zeros(0)

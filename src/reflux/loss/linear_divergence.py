@@ -59,13 +59,14 @@ def linear_divergence(
     """sum_n coef_n cost_n of an objective (default: the exact reverse KL) over N positions, with
     by-products of the same pass.
 
-    student_NH [N, H] and teacher_NG [N, G]: the last hidden states that predict a token, one row per
-    position (`h[mask]`, prompts and padding left out). The sizes H and G may differ. ids_N: the token
-    sampled NEXT at each row, in 0..V-1, for sampled objectives and by-products. Heads: `Head.of_net(model,
-    len(tokenizer))` for a transformers model (its scaling and soft cap included), or `Head.of(weight_VH)`
-    for a matrix; both must have the same V tokens. coef_N: the weights, including 1 / N. behaviour_logp_N
-    (default: the student's log-probs in this pass) and advantage_offset_N (default 0) are for objectives
-    that use them. top_k: how many of the student's most likely tokens the result lists.
+    student_NH [N, H] and teacher_NG [N, G]: the last hidden states that predict a token, one row per position
+    (`h[mask]`, prompts and padding left out). The sizes H and G may differ. ids_N: the token sampled NEXT at
+    each row, in 0..V-1, for sampled objectives and by-products. student_head, teacher_head: the output heads,
+    which map hidden states to logits: `Head.of_net(model, len(tokenizer))` for a transformers model (its
+    scaling and soft cap included), or `Head.of(weight_VH)` for a matrix; both must have the same V tokens.
+    coef_N: the weights, including 1 / N. behaviour_logp_N (default: the student's log-probs in this pass) and
+    advantage_offset_N (default 0) are for objectives that use them. top_k: how many of the student's most
+    likely tokens the result lists.
 
     Gradients go to student_NH and to the student's head, in the dtypes of both. They are computed in the
     same pass as the loss, so backward works once, and a factor on `loss` is applied too. A row with

@@ -44,9 +44,9 @@ class FullLogits:
     """The whole distribution, from logits of any float dtype. Log-probs are at least float32, computed once
     and shared by all objectives.
 
-    On a GPU the sums over the vocabulary are fused passes over the logits (`kernels.triton_divergence`),
-    and the table `logp_NV` is computed only when it is read. Elsewhere every result is computed from that
-    table.
+    On a GPU the sums over the vocabulary are fused passes over the logits (`kernels.triton_divergence`), and
+    the matrix `logp_NV` is computed only when it is read. Elsewhere every result is computed from that
+    matrix.
     """
 
     def __init__(self, logits_NV: Tensor, ids_N: Tensor):
@@ -98,7 +98,7 @@ class FullLogits:
 
     def divergence(self, teacher: FullLogits, kind: str, weight: float | None = None) -> Tensor:
         """A function of `DIVERGENCES` over the whole vocabulary, nats [N], differentiable in this model only.
-        weight: its beta or alpha.
+        kind: the name of the function. weight: its beta or alpha; None: the default.
         """
         if self.fused:
             return fused.divergence(

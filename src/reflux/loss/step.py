@@ -41,9 +41,9 @@ class StepResult:
     """records: one per attempt of the request, in order; None for an attempt to which no objective
     contributed.
 
-    forward_positions, backward_positions: the positions that the student ran, prompts included, for FLOP
-    accounting. Forward also counts the positions of `observe` since the last step, and counts twice what is
-    recomputed for the backward pass.
+    forward_positions, backward_positions: the numbers of positions in the student's forward and backward
+    passes, prompts included, for FLOP accounting. `forward_positions` also counts the positions of `observe`
+    since the last step, and counts twice what is recomputed for the backward pass.
     """
 
     stats: Stats

@@ -2,8 +2,9 @@
 `types.py` re-exports these classes.
 
 Each class of targets implements the same methods, so callers do not test its type. `heads` are the output
-heads of this process (`reflux.models.heads.Heads`); only hidden states need them. `logp_T` are the
-log-probs of the sampled tokens where they are known without a head, else None.
+heads of this process, the matrices that map hidden states to logits (`reflux.models.heads.Heads`); only
+hidden states need them. `logp_T` are the log-probs of the sampled tokens where they are known without a head,
+else None.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ class _Known:
         return (type(self).__name__, None)
 
     def rows(self, rows_N: np.ndarray) -> dict[str, Tensor]:
-        """The columns of this target at some positions, by name, on the host. A micro-batch concatenates
-        them.
+        """The columns of this target at the positions `rows_N`, by name, on the host. A micro-batch
+        concatenates the columns of its items.
         """
         return {"logp_N": _rows(self.logp_T, rows_N)}
 
     def outputs(self, columns: Mapping[str, Tensor]) -> Any:
-        """The outputs that objectives read (`loss.outputs`), from such rows. ValueError where a head or the
-        state of a flow is needed as well.
+        """The outputs that objectives read (`loss.outputs`), from the columns that `rows` gave. ValueError
+        where an output head or the state of a flow is needed as well.
         """
         raise ValueError(
             f"the rows of a {type(self).__name__} give no outputs without a head or a flow's state"
@@ -61,8 +62,8 @@ class _Known:
         return self.logp_T
 
     def logp_at(self, ids_TK: np.ndarray, heads: Heads) -> np.ndarray:
-        """Log-probs at given ids, [T, K], nats. ValueError where one of them is not known, because an
-        unknown log-prob is not a low one.
+        """Log-probs at given ids, [T, K], nats. ValueError where the log-prob of one of the ids is not known,
+        because an unknown log-prob is not a low one.
         """
         raise ValueError(
             f"a teacher's log-probs at given tokens are needed, but a {type(self).__name__} has none. "
@@ -198,8 +199,8 @@ class VelocityTarget(_Known):
         return {"v_ND": _rows(self.v_TD, rows_N)}
 
     def kl_T(self, other: Target, rollout: Rollout, heads: Heads) -> np.ndarray | None:
-        """w |v - v_other|^2 of each step, >= 0, with w from `models.flow.sde.kl_weight`. None without
-        noise, where it is infinite.
+        """w |v - v_other|^2 of each step, >= 0, with w from `models.flow.sde.kl_weight`. None without noise,
+        because the KL is infinite there.
         """
         from reflux.models.flow.sde import kl_weight
         from reflux.types import FlowRollout

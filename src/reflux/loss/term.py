@@ -42,7 +42,7 @@ class LossTerm(Protocol):
 
     @property
     def teacher(self) -> str | None:
-        """Name of the teacher whose outputs it needs: "main", another name, "behaviour", or None."""
+        """The teacher whose outputs the objective needs: "main", another name, "behaviour", or None."""
         ...
 
     @property
@@ -50,8 +50,8 @@ class LossTerm(Protocol):
 
     @property
     def group_baseline(self) -> Literal["all", "others"] | None:
-        """Whose mean log-ratio is subtracted from its advantage: that of all attempts of the group, or of
-        the others only. None for no group baseline.
+        """The attempts of the group whose mean log-ratio is subtracted from the advantage: "all" of them, or
+        the "others" without the attempt itself. None: no group baseline.
         """
         ...
 

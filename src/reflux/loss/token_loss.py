@@ -1,4 +1,6 @@
-"""The loss of text attempts, from the hidden states that predict the kept tokens, and its backward pass."""
+"""The loss of text attempts, from the hidden states that predict the tokens with a non-zero weight, and its
+backward pass.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def text_of(item: Item) -> TokenRollout:
 
 
 class TokenMicroBatch(MicroBatch):
-    """Items on the device: the inputs of the model without its head, and every constant that a row needs."""
+    """Items on the device: the inputs of the model without its output head (the matrix that maps hidden
+    states to logits), and every constant that a row needs.
+    """
 
     def __init__(
         self,
@@ -66,14 +70,15 @@ class TokenMicroBatch(MicroBatch):
         }
 
     def listed(self, name: str, rows: slice) -> Outputs:
-        """The outputs of a teacher at some rows, for a teacher that gave log-probs and no hidden states."""
+        """The outputs of teacher `name`, which gave log-probs and no hidden states, at some rows."""
         target, columns = self.teachers[name]
         return target.outputs({column: values[rows] for column, values in columns.items()})
 
 
 def backward(batch: TokenMicroBatch, h_NH: Tensor, head: Head, log_variance: bool = False) -> Result:
     """Add up the costs of every objective at the rows h_NH, times their coefficients, and run the backward
-    pass.
+    pass. head: the student's output head. log_variance: True if the variance of the sampled gradient is
+    computed too.
     """
     constants = batch.constants()
     columns = Columns(len(h_NH))

@@ -40,8 +40,8 @@ class ObjectivePart(Part, Protocol):
 
     @property
     def setting(self) -> str:
-        """The setting that decides which targets of the teacher are needed, as it is written in a recipe. ""
-        if no setting decides this.
+        """The setting of the objective that decides which targets of the teacher are needed, as it is written
+        in a recipe. "" if no setting decides this.
         """
         return ""
 

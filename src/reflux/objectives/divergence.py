@@ -45,7 +45,8 @@ FDISTILL = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class Divergence(ObjectivePart):
-    """divergence(student, teacher) at each position, in nats (`tv`: in [0, 1]). It is 0 at identity.
+    """divergence(student, teacher) at each position, in nats (`tv`: in [0, 1]). It is 0 at identity (student
+    = teacher).
 
     The choice of the token adds no sampling noise to the gradient. `divergence` names a function of
     `reflux.loss.divergences`. `beta` is its mixing weight: beta of jsd (default 0.5; 0 is the forward KL and
@@ -56,11 +57,11 @@ class Divergence(ObjectivePart):
     `support` gives the tokens that are compared. full: the whole vocabulary. student: the student's `k` most
     likely tokens in the current forward pass (their ids are constants), plus ONE bucket with all remaining
     mass. Both models use the same tokens. teacher: the same at the teacher's k most likely tokens. If the
-    teacher gave only a list, its tail is 1 minus the listed mass, and at least `tail_floor`. With a local
-    teacher `tail_floor` has no effect. union: the k most likely tokens of both models together, each token
-    once (up to 2k), and one bucket. It needs a local teacher, because a list has no log-probs at the
-    student's ids. With the bucket, all three are at most the full divergence, and they are biased inside the
-    tail only. k >= V gives the full divergence exactly.
+    teacher gave only a list, the mass of its bucket is 1 minus the listed mass, and at least `tail_floor`.
+    With a local teacher `tail_floor` has no effect. union: the k most likely tokens of both models together,
+    each token once (up to 2k), and one bucket. It needs a local teacher, because a list has no log-probs at
+    the student's ids. With the bucket, all three are at most the full divergence, and they are biased inside
+    the tail only. k >= V gives the full divergence exactly.
 
     `tail` bucket: as above. renormalised: no bucket. Each model's probabilities on the listed tokens are
     divided by their sum, as in the top-k losses of ms-swift, of NeMo-RL and of vOPD's code. This is BIASED,

@@ -29,8 +29,8 @@ IMPALA = Paper(
 
 
 def ratio_papers(ratio: Ratio, max_staleness: int) -> Iterator[Paper]:
-    """The paper of clipping at any staleness. The paper of truncation only if max_staleness > 0, because at 0
-    nothing is truncated.
+    """The papers of an objective's setting `ratio`: that of clipping at any staleness, and that of truncation
+    only if max_staleness > 0, because at 0 nothing is truncated.
     """
     if ratio == "clip":
         yield PPO
@@ -39,7 +39,9 @@ def ratio_papers(ratio: Ratio, max_staleness: int) -> Iterator[Paper]:
 
 
 def under_lag(where: str, kind: str, ratio: Ratio, usual: Ratio, cfg: RunConfig) -> Iterator[str]:
-    """A refusal if max_staleness > 0 and a sampled objective uses no ratio."""
+    """A refusal if max_staleness > 0 and a sampled objective uses no ratio. where: the path of the objective
+    in the recipe. kind: the objective's kind. usual: the ratio that the text recommends.
+    """
     if cfg.max_staleness and ratio == "none":
         yield (
             f'{where}: {kind} with ratio = "none" is biased on attempts of an older student, and '
@@ -48,7 +50,9 @@ def under_lag(where: str, kind: str, ratio: Ratio, usual: Ratio, cfg: RunConfig)
 
 
 def drawn_elsewhere(where: str, ratio: Ratio, usual: Ratio, cfg: RunConfig) -> Iterator[str]:
-    """Advice about the ratio if attempts are sampled with a temperature or top-p other than 1."""
+    """Advice about the ratio if attempts are sampled with a temperature or top-p other than 1. The arguments
+    are those of `under_lag`.
+    """
     draw = cfg.draw(0)
     if not cfg.sampler.on_policy or (draw.temperature == 1 and draw.top_p == 1):
         return
@@ -66,8 +70,9 @@ def drawn_elsewhere(where: str, ratio: Ratio, usual: Ratio, cfg: RunConfig) -> I
 
 
 def idle(objective: object, where: str, needed: Mapping[str, tuple[bool, str]]) -> Iterator[str]:
-    """Advice about fields that differ from their default but have no effect. needed: for each field, whether
-    it has an effect, and the setting because of which it has none.
+    """Advice about fields of an objective that differ from their default but have no effect. where: the path
+    of the objective in the recipe. needed: for each field, whether it has an effect, and the setting because
+    of which it has none.
     """
     for entry in dataclasses.fields(objective):  # type: ignore[arg-type]
         at_work, beside = needed.get(entry.name, (True, ""))

@@ -77,12 +77,13 @@ class SampledKL(ObjectivePart):
     group_size >= 2 and the teacher's log-probs at scoring time. A local teacher then computes them twice.
 
     `max_gap_nats`: positions where the log-probs of student and teacher at the sampled token differ by this
-    many nats or more cost exactly 0, even with an advantage offset. They stay in the denominator. Uni-OPD
-    (arXiv 2605.03677) drops them at 10. BIASED: the dropped positions are those where the two models differ
-    most, and with a small bound the gradient of the others can point in the opposite direction. Without this
-    bound, a teacher that gives the token probability 0 causes an infinite cost.
+    many nats or more cost exactly 0, even with an advantage offset. These positions stay in the denominator.
+    Uni-OPD (arXiv 2605.03677) drops such positions at 10. BIASED: the dropped positions are those where the
+    two models differ most, and with a small bound the gradient of the others can point in the opposite
+    direction. Without this bound, a teacher that gives the token probability 0 causes an infinite cost.
 
-    The cost is not a divergence: only its gradient has a meaning. At identity A is the advantage offset.
+    The cost is not a divergence: only its gradient has a meaning. At identity (student = teacher) A is the
+    advantage offset.
     """
 
     teacher: str = "main"

@@ -41,9 +41,10 @@ class VelocityKL(ObjectivePart):
 
     At each state both steps are Gaussians of the same width. The KL is therefore cost = w |v_student -
     v_teacher|^2 in nats, summed over the D latent values, with w = `kl_weight(t, dt, noise_level)`. It is 0
-    at identity. The gradient flows through the student's velocity at that state. States are constants: the
-    effect of a step on later states is ignored (the gradient of discount 0). Two of these objectives with
-    teachers `main` and `anchor` are Flow-OPD with its anchor (MAR, arXiv 2605.08063).
+    at identity (student = teacher). The gradient flows through the student's velocity at that state. States
+    are constants: the effect of a step on later states is ignored (the gradient of discount 0). Two of these
+    objectives, one with teacher `main` and one with a frozen reference model as teacher `anchor`, are
+    Flow-OPD with its anchor (MAR, arXiv 2605.08063).
 
     The paper prints another form: reward -w |sg(v_student) - v_teacher|^2 at each step, with the gradient
     through the importance ratio alone. That reward does not depend on the step that was drawn, so its

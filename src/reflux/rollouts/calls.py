@@ -34,7 +34,8 @@ class EnvironmentCalls:
         """Yield a function that opens an environment for one attempt. All opened environments are closed at
         the end, also after an exception.
 
-        An error of the block is raised in preference to an error of a later `close`.
+        If the body of the `with` block and a later `close` both raise errors, the error of the body is
+        raised.
         """
         environments: list[Environment] = []
 

@@ -55,8 +55,8 @@ class Conversation:
 
     @property
     def read(self) -> int:
-        """Positions run forward. Every turn reads all tokens before it again. Its last token counts although
-        no forward pass follows it.
+        """Number of positions that the model ran forward. Every turn reads all tokens before it again. The
+        last token of a turn counts although the model does not read it.
         """
         before, read = len(self.prompt_ids), 0
         for turn, reply in self._pieces():
@@ -72,7 +72,9 @@ class Conversation:
         ]
 
     def rollout(self, version: int, spans_T2: np.ndarray | None) -> TokenRollout:
-        """The finished attempt. `version` is used for an attempt without a turn."""
+        """The finished attempt. version: the policy version of an attempt without a turn. spans_T2: the
+        characters that each position wrote; None if they are not recorded.
+        """
         pieces = self._pieces()
         logp_T, raw_T = self._column(lambda turn: turn.logp_T), self._column(lambda turn: turn.raw_T)
         mask = [

@@ -47,11 +47,11 @@ class Limits:
 
 
 class Driver:
-    """`play` returns the groups of one cohort.
+    """`play` returns the groups of one cohort (the groups of one optimiser step that are requested together).
 
-    end_ids: the token ids that end a turn of the generator. A turn that ended at a stop text has none of
-    them; the end token that the template writes is then read before the reply. listener: gets the first
-    failure of each kind.
+    generator: the model that writes the turns. end_ids: the token ids that end its turns. A turn that ended
+    at a stop text has none of these ids; the end token that the template writes is then read before the
+    reply. listener: gets the first failure of each kind.
 
     turns "together": after the last environment has answered, one turn is generated for all attempts that
     continue, so every batch has the same composition in every run. "ready": a turn is generated for the
@@ -81,7 +81,8 @@ class Driver:
         self._until = asyncio.FIRST_EXCEPTION if turns == "together" else asyncio.FIRST_COMPLETED
 
     async def play(self, asked: Sequence[Asked], version: int) -> list[Group]:
-        """One group per prompt, in order. `version` is used for attempts without any turn.
+        """One group per entry of `asked` (a prompt, the number of attempts, and how they are sampled), in
+        order. `version` is the policy version of attempts without any turn.
 
         ValueError if the attempts have different sampling parameters. An exception of an environment ends
         `play`, except ToolError.
@@ -119,8 +120,8 @@ class Driver:
             await ended(waiting)
 
     async def _next(self, waiting: dict[asyncio.Task[bool], Conversation]) -> list[Conversation]:
-        """The attempts that continue, once they are answered. Answered attempts are removed from
-        `waiting`.
+        """The attempts that continue, once their environments have answered. Answered attempts are removed
+        from `waiting`.
         """
         if not waiting:
             return []

@@ -1,8 +1,9 @@
 """The sampler protocol: a sampler samples attempts with the student.
 
-`open(context, services)` returns an object that holds its own copy of the weights. `sample` returns one
-group. `publish` replaces the weights after the model call in progress. A sampled token depends only on the
-weights, on (run seed, purpose, step, prompt id, sample, turn, position) and on `draw.rng`.
+`open(context, services)` returns an object that holds its own copy of the student's weights. `sample` returns
+the group of one prompt. `publish` replaces the weights after the model call in progress. A sampled token
+depends only on the weights, on (run seed, purpose, step, prompt id, sample, turn, position) and on
+`draw.rng`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class OpenSampler(Protocol):
 class SamplerPart(Part, Protocol):
     """Base class of samplers. It holds the defaults of optional members."""
 
-    # True if the teachers make the attempts. They are then needed even if no objective uses them.
+    # True if the teachers make the attempts. The teachers are then needed even if no objective uses them.
     asks_teachers: ClassVar[bool] = False
 
     @property
@@ -67,7 +68,7 @@ class SamplerPart(Part, Protocol):
 class Sampler(SamplerPart, Protocol):
     # False if the current student did not sample the attempts.
     on_policy: ClassVar[bool]
-    # The type of its rollouts.
+    # The type of the rollouts that the sampler returns.
     rollouts: ClassVar[type[Rollout]]
 
     @property

@@ -127,7 +127,7 @@ class Flow(SamplerPart):
 
     @asynccontextmanager
     async def open_with(self, model: Any, context: PartContext, services: Services) -> AsyncIterator[Any]:
-        """Use a flow model that is already open, so that nothing is loaded twice."""
+        """Sample with `model`, a flow model that is already open, so that nothing is loaded twice."""
         from reflux.samplers.flow_engine import FlowSampler
 
         yield FlowSampler(self, context, services, model)

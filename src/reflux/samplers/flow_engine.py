@@ -1,5 +1,5 @@
-"""The model of `samplers.flow`. The requests of one cohort are denoised together, with one velocity call per
-step.
+"""The model of `samplers.flow`. The requests of one cohort (the groups of one optimiser step that are
+requested together) are denoised together, with one velocity call per step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Trajectory:
-    """How images are denoised: the times, which cover T of the S' steps of a grid, and the noise level."""
+    """How images are denoised: the times, which are those of the first T steps of a grid, and the noise
+    level.
+    """
 
     # Times from noise to data, float32.
     t_S: np.ndarray
@@ -66,8 +68,9 @@ class Path:
 def denoise(
     model: FlowModel, trajectory: Trajectory, texts: Sequence[str], keys_B: Sequence[int], pixels: int = 0
 ) -> Path:
-    """Sample one image per text, with the random numbers of its key. Records stay on the device until the end
-    and are copied once.
+    """Sample one image per text, with random numbers from the key at the same index. Records stay on the
+    device until the end and are copied once. pixels: the side of an image; 0: the size that the model was
+    made for.
     """
     T, B, D = len(trajectory.t_S) - 1, len(texts), int(np.prod(model.shape(pixels)))
     kept = D if trajectory.keeps_x else 0

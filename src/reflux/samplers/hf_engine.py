@@ -1,5 +1,5 @@
 """The model of `samplers.hf`. It decodes turns in batches, and a driver builds attempts from the turns of one
-cohort.
+cohort (the groups of one optimiser step that are requested together).
 """
 
 from __future__ import annotations

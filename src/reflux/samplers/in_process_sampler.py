@@ -1,5 +1,5 @@
-"""Common base of the samplers in this process: an own copy of the weights, and one batched call for the
-requests of a cohort.
+"""Common base of the samplers in this process: an own copy of the student's weights, and one batched call for
+the requests of a cohort (the groups of one optimiser step that are requested together).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Request = tuple[Prompt, int, SamplingParams]
 class InProcessSampler(ABC):
     """A sampler with a model in this process. `publish` waits for the model call in progress."""
 
-    # Its `net` holds the weights.
+    # The loaded model. `model.net` holds the weights.
     model: Any
 
     def __init__(self, services: Services):

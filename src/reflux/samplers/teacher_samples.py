@@ -39,12 +39,12 @@ class TeacherSamples(SamplerPart):
     """Flow matching (arXiv 2210.02747) on images x_0 that the teachers sample during training. Evaluations
     sample from the student with `generate`.
 
-    The teachers are the run's own tables of kind flow. A prompt goes to the table that lists its route,
-    otherwise to the table without routes. The teacher samples by the ODE, in `generate.eval_steps` steps. An
-    image is trained on at T = `positions` positions. Each position has its own noise x_1 and a time t that is
-    the sigmoid of a standard normal (arXiv 2403.03206). The state is (1 - t) x_0 + t x_1, and the recorded
-    velocity is x_1 - x_0, for `velocity_kl` with teacher = "behaviour" and weight = "mse". With teacher =
-    "main" the target is the teacher's own velocity at these states instead.
+    The teachers are the `[teachers.NAME]` tables of the recipe with kind flow. A prompt goes to the table
+    that lists the prompt's route, otherwise to the table without routes. The teacher samples by the ODE, in
+    `generate.eval_steps` steps. An image is trained on at T = `positions` positions. Each position has its
+    own noise x_1 and a time t that is the sigmoid of a standard normal (arXiv 2403.03206). The state is (1 -
+    t) x_0 + t x_1, and the recorded velocity is x_1 - x_0, for `velocity_kl` with teacher = "behaviour" and
+    weight = "mse". With teacher = "main" the target is the teacher's own velocity at these states instead.
 
     The states of an attempt do not form a chain: no state leads to the next one. Each state lies on its own
     straight line from noise to the image. A step of -t along the recorded velocity ends at the image, which
@@ -52,15 +52,15 @@ class TeacherSamples(SamplerPart):
     is that of `generate`, for sampling and for training: the student's guided velocity is fitted to guided
     images, and evaluations sample with the same guidance.
 
-    The attempts were not sampled from the student. Objectives that weight by its probabilities are therefore
-    not allowed.
+    The attempts were not sampled from the student. Objectives that weight by the student's probabilities are
+    therefore not allowed.
     """
 
     on_policy: ClassVar[bool] = False
     rollouts: ClassVar[type[Rollout]] = FlowRollout
     asks_teachers: ClassVar[bool] = True
 
-    # The sampler for evaluations; it also sets how the teachers sample.
+    # The sampler for evaluations. Its settings are also those with which the teachers sample.
     generate: Annotated[Flow, PartOf("samplers", default="flow")] = Flow()
     # Positions T of one image.
     positions: Annotated[int, Field(ge=1)] = 10
@@ -80,7 +80,8 @@ class TeacherSamples(SamplerPart):
                 yield (
                     "sampler 'teacher_samples' lets the teacher of a prompt's route sample its image, and "
                     f"for the route {route!r} {found}. "
-                    "Give exactly one table of kind flow that route, or leave the other tables out."
+                    "Give that route to exactly one teacher table of kind flow, or leave the other "
+                    "teacher tables out."
                 )
 
     @property

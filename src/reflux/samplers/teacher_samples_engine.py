@@ -109,8 +109,8 @@ class OpenDrawn:
             raise DataError(
                 f"prompt {prompt.id} has the route {prompt.route!r}, for which "
                 f"{' and '.join(tables) or 'no teacher'} would sample. Sampler "
-                "'teacher_samples' needs exactly one table of kind flow for it: give that table the route, "
-                "or leave the other tables out."
+                "'teacher_samples' needs exactly one teacher table of kind flow for this route: give the "
+                "route to that table, or leave the other teacher tables out."
             )
         return tables[0]
 
@@ -176,8 +176,8 @@ class OpenDrawn:
 
 
 def lines(keys_B: Sequence[int], times: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(t_BT, noise_BTD), float32: for each row its own times, the sigmoid of standard normals, and for each
-    time its own standard normal noise.
+    """(t_BT, noise_BTD), float32: each row has its own times, the sigmoid of standard normals, and each time
+    has its own standard normal noise. keys_B: the keys of the random numbers, one per row. times: T. size: D.
     """
     keys = torch.tensor(keys_B, dtype=torch.int64)
     t_BT = normal(keys, _TIMES, times).sigmoid()

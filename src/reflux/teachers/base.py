@@ -1,8 +1,8 @@
 """The teacher protocol: a teacher gives a target for each position of an attempt.
 
 `open(context, services)` returns an object that answers requests and does not write to its inputs.
-`collection.Teachers` stores the answers on the attempts. Several tables may share one name by `alias` and
-`routes`; each prompt then goes to exactly one of them.
+`collection.Teachers` stores the answers on the attempts. Several `[teachers.NAME]` tables of the recipe may
+share one name by `alias` and `routes`; each prompt then goes to exactly one of these tables.
 """
 
 from __future__ import annotations
@@ -66,50 +66,52 @@ class TeacherPart(Part, Protocol):
 
     # True if the teacher is the student itself, at the current step or at an earlier one.
     is_student: ClassVar[bool] = False
-    # True if tables with the same model hold its weights only once.
+    # True if teacher tables with the same model share one copy of its weights.
     shares_weights: ClassVar[bool] = False
-    # True if its model can sample images for the sampler `teacher_samples`.
+    # True if the teacher's model can sample images for the sampler `teacher_samples`.
     draws: ClassVar[bool] = False
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The names of the models and adapters that it is loaded from. Empty for a teacher outside this
-        process.
+        """The names of the models and adapters that the teacher is loaded from. Empty for a teacher outside
+        this process.
         """
         return ()
 
     def acts_with(self, opened: Any) -> Any:
-        """The model that `Sampler.open_with` takes to sample from this teacher; None if it has no model in
-        this process. opened: this teacher, open.
+        """The model that `Sampler.open_with` takes to sample from this teacher; None if the teacher has no
+        model in this process. opened: what `open` of this teacher gave.
         """
         return None
 
     def reader(self, student: StudentSpec) -> StudentSpec | None:
         """The text model that reads the teacher's prompt, and how the prompt is rendered. None for teachers
-        of images and teachers outside this process.
+        of images and teachers outside this process. student: the student's model and how its prompts are
+        rendered.
         """
         return None
 
     def size(self, where: str, student: Size, pixels: int) -> Size | None:
-        """The size of its model, from file headers alone. None if it holds no model in this process. pixels:
-        the side of its images.
+        """The size of the teacher's model, from file headers alone. None if the teacher holds no model in
+        this process. where: the path of the teacher's table in the recipe, for errors. student: the size of
+        the student. pixels: the side of the images.
         """
         return None
 
 
 class Teacher(TeacherPart, Protocol):
-    # The type of rollouts it can score.
+    # The type of rollouts that the teacher can score.
     rollouts: ClassVar[type[Rollout]]
-    # The types of targets it gives.
+    # The types of targets that the teacher gives.
     offers: ClassVar[tuple[type[Target], ...]]
-    # True if batched calls are the fast ones.
+    # True if the model runs in this process, so that one batched call is faster than several calls.
     in_process: ClassVar[bool]
-    # True if it can give its log-probs at any token ids that the student lists.
+    # True if the teacher can give its log-probs at any token ids that the student lists.
     at_ids: ClassVar[bool]
 
     @property
     def follows(self) -> bool:
-        """True if its weights change with the student's."""
+        """True if the teacher's weights change with the student's."""
         ...
 
     @property
@@ -120,12 +122,12 @@ class Teacher(TeacherPart, Protocol):
 
     @property
     def alias(self) -> str | None:
-        """The name that objectives and credit rules use for it; None: the name of its table."""
+        """The name that objectives and credit rules use for the teacher; None: the NAME of its table."""
         ...
 
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenTeacher]: ...
 
 
 def alias_of(table: str, teacher: Teacher) -> str:
-    """The name that objectives and credit rules use for this table."""
+    """The name that objectives and credit rules use for the teacher. table: the NAME of its table."""
     return teacher.alias or table

@@ -1,5 +1,5 @@
-"""All teachers of a run. They build the contexts, request missing answers from all tables at once, and store
-the answers on the attempts.
+"""All teachers of a run. They build the contexts, request missing answers from all `[teachers.NAME]` tables
+at once, and store the answers on the attempts.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Tables = Mapping[str, tuple[Teacher, OpenTeacher]]
 
 
 class Teachers:
-    """All open teachers, by table. Scoring is idempotent: an attempt is scored again only if its target is
-    missing or its context has changed since.
+    """All open teachers, by the NAME of their table. Scoring is idempotent: an attempt is scored again only
+    if its target is missing or its context has changed since.
 
-    objective_teachers: the teacher names that objectives use. DataError for a prompt whose route none of them
-    serves, because it would have no target for any objective. (`checks` finds this beforehand if the task
-    knows its routes.)
+    objective_teachers: the teacher names that objectives use. DataError for a prompt whose route none of
+    these teachers serves, because the prompt would have no target for any objective. (`checks` finds this
+    beforehand if the task knows its routes.)
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Teachers:
 
     async def score(self, groups: Sequence[Group], step_context: StepContext, cohort: int = 0) -> None:
         """Request from every teacher the answers that are missing or belong to another context, from all
-        tables at once.
+        teacher tables at once.
 
         cohort: the number of groups of `step_context.step` that are scored together; this call holds one of
         them. Models in this process wait for the other groups and score all of them in one call. Servers do
@@ -141,7 +141,7 @@ class Teachers:
 
     @property
     def tables(self) -> dict[str, str]:
-        """The name that each table answers under."""
+        """The name that each teacher table answers under."""
         return {table: alias_of(table, teacher) for table, (teacher, _) in self.opened.items()}
 
     @property
@@ -150,7 +150,7 @@ class Teachers:
         return {table: opened.macs for table, (_, opened) in self.opened.items()}
 
     def save(self, folder: Path) -> None:
-        """Write each table into a folder of its own."""
+        """Write the state of each teacher into its own folder inside `folder`, named after its table."""
         for table, (_, opened) in self.opened.items():
             (folder / table).mkdir()
             opened.save(folder / table)
@@ -195,8 +195,8 @@ def _refuse_unserved(prompt: Prompt, served: frozenset[str] | None) -> None:
         raise DataError(
             f"prompt {prompt.id} has {f'the route {prompt.route!r}' if prompt.route else 'no route'}, but "
             "the teachers of the objectives "
-            f"serve only {', '.join(sorted(served))}. Add that route to a table, or remove `routes` from one "
-            "table, which then answers every prompt."
+            f"serve only {', '.join(sorted(served))}. Add that route to a teacher table, or remove `routes` "
+            "from one teacher table, which then answers every prompt."
         )
 
 

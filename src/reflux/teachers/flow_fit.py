@@ -77,8 +77,8 @@ def _prompts(teacher: FlowModel, student: FlowModel) -> Iterator[str]:
         return
     if ours is None:
         yield (
-            "knows only the prompts of a table, and the student reads any text. Use a teacher with text "
-            "encoders."
+            "knows only the prompts of its learned prompt table, and the student reads any text. Use a "
+            "teacher with text encoders."
         )
         return
     unknown = [text for text in ours.texts if text not in theirs.texts]

@@ -33,8 +33,8 @@ class Batched(Teacher, Protocol):
 
 
 class InProcessTeacher:
-    """A model that answers with hidden states. It reads right-padded sequences. No attention mask is needed,
-    because padding comes after all real tokens and attention is causal.
+    """A model that answers with hidden states. The model reads right-padded sequences. No attention mask is
+    needed, because padding comes after all real tokens and attention is causal.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class InProcessTeacher:
         return nullcontext()
 
     def close(self) -> None:
-        """Remove the output head together with the model. Targets that were given earlier cannot be read
-        afterwards.
+        """Remove the model and its output head (the matrix that maps hidden states to logits). Targets that
+        were given earlier cannot be read afterwards.
         """
         self.services.heads.remove(self.head)
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class Local(TeacherPart):
-    """A frozen model with the student's token map. It reads the student's exact tokens, and gives the full
-    distribution as hidden states.
+    """A frozen model with the student's token map. The model reads the student's exact tokens, and gives the
+    full distribution as hidden states.
 
     routes: only prompts with one of these routes are scored. alias: the name that several tables with routes
     share.

@@ -37,8 +37,8 @@ MEAN_TEACHER = Paper(
 
 @dataclass(frozen=True, config=STRICT)
 class SelfTeacher(TeacherPart):
-    """A float32 copy phi of the student's weights theta that answers with hidden states. Its signal comes
-    from what its context adds to the prompt.
+    """A float32 copy phi of the student's weights theta that answers with hidden states. Its training signal
+    comes from the text that its context adds to the prompt.
 
     follow "ema": phi <- (1 - `ema`) phi + `ema` theta after each optimiser step that changed theta, by its
     gradient or by an extrapolation jump, starting from the initial student. `ema` = 1 keeps phi equal to
@@ -47,11 +47,12 @@ class SelfTeacher(TeacherPart):
     to optimiser step `step` and does not change afterwards; 0 is the initial student. phi is in every
     checkpoint, except under "live", where the student's own weights contain it.
 
-    Its model is the learner's, with adapters merged. If a context changes the messages, they are rendered
-    with the student's `system` and `template`, as for the sampler. A teacher that changes needs max_staleness
-    = 0, because its head would otherwise change before the attempt is used. Under context `same`, the
-    divergence is 0 everywhere for "live" and for `ema` = 1, and before the first step for every setting. An
-    average of the weights as teacher: arXiv 1703.01780.
+    The teacher's model is the learner's, with adapters merged. If a context changes the messages, they are
+    rendered with the student's `system` and `template`, as for the sampler. A teacher that changes needs
+    max_staleness = 0, because the teacher's output head (the matrix that maps hidden states to logits) would
+    otherwise change before the attempt is used. Under context `same`, the divergence is 0 everywhere for
+    "live" and for `ema` = 1, and before the first step for every setting. An average of the weights as
+    teacher: arXiv 1703.01780.
     """
 
     rollouts: ClassVar[type[Rollout]] = TokenRollout

@@ -26,8 +26,8 @@ PHI = "phi/"
 
 
 class SelfTeacherEngine(InProcessTeacher):
-    """Holds phi in float32. `version` is the version of the last weights that `publish` got; None before the
-    first.
+    """Holds phi, the teacher's weights, in float32. `version` is the version of the last student weights that
+    `publish` got; None before the first call.
     """
 
     def __init__(
@@ -63,7 +63,9 @@ class SelfTeacherEngine(InProcessTeacher):
         return torch.autocast("cuda", dtype=torch.bfloat16) if wanted else nullcontext()
 
     async def publish(self, weights: Weights, step: int) -> None:
-        """Update phi as `follow` says. Under "ema", a version that it already got leaves phi unchanged."""
+        """Update phi as the key `follow` of the teacher's table sets. Under "ema", the same version a second
+        time leaves phi unchanged.
+        """
         await self.services.run_model(self._publish, weights, step)
 
     def _publish(self, weights: Weights, step: int) -> None:
@@ -113,8 +115,9 @@ class SelfTeacherEngine(InProcessTeacher):
 
 
 def move(own: Tensor, student: Tensor, share: float) -> None:
-    """own <- (1 - share) own + share student, in place and in own's type. The result is exact to the bit at
-    share 0, at share 1 and where the two are equal.
+    """own <- (1 - share) own + share student, in place and in own's type, for a tensor of phi (`own`) and the
+    same tensor of the student. The result is exact to the bit at share 0, at share 1 and where the two are
+    equal.
     """
     if share == 1 or not own.is_floating_point():
         own.copy_(student)
