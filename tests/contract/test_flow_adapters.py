@@ -158,7 +158,7 @@ def test_no_key_may_be_missing(tmp_path: Path, format: str) -> None:
     whole = load_file(file)
     for lost in [key for key in whole if ".lora_" in key]:
         save_file({key: value for key, value in whole.items() if key != lost}, file)
-        with pytest.raises(ModelError, match=r"factors that are missing \(1\)") as refused:
+        with pytest.raises(ModelError, match=r"LoRA matrices that are missing \(1\)") as refused:
             read_adapter(str(tmp_path), model.net.transformer, "teachers.x.adapter")
         assert lost.removesuffix(".weight").split(".", 1)[1].removeprefix("model.") in str(refused.value)
         assert str(refused.value).startswith("teachers.x.adapter: ")
@@ -169,7 +169,7 @@ def test_no_module_that_the_config_targets_may_be_missing(tmp_path: Path) -> Non
     file = Path(save_adapter(tmp_path, model, 5)) / PEFT
     lost = "transformer_blocks.1.attn.to_v"
     save_file({key: value for key, value in load_file(file).items() if lost not in key}, file)
-    with pytest.raises(ModelError, match=rf"factors that are missing \(1\): {lost}"):
+    with pytest.raises(ModelError, match=rf"LoRA matrices that are missing \(1\): {lost}"):
         read_adapter(str(tmp_path), model.net.transformer, "here")
     save_adapter(tmp_path, model, 5, ends=["to_q"])
     config = json.loads((tmp_path / "adapter_config.json").read_text())

@@ -464,7 +464,7 @@ def test_an_adapter_that_is_not_whole_is_refused(student: str, tmp_path: Path) -
     save_file({key: value for key, value in load_file(file).items() if "1.attn.to_q.lora_B" not in key}, file)
     message = refused(student, Flow(student, adapter=folder))
     assert message.startswith("teachers.tutor.adapter: ")
-    assert "factors that are missing (1): transformer_blocks.1.attn.to_q.lora_B" in message
+    assert "LoRA matrices that are missing (1): transformer_blocks.1.attn.to_q.lora_B" in message
 
 
 def test_an_adapter_that_was_refused_is_refused_again(student: str, tmp_path: Path) -> None:

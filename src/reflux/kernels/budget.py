@@ -1,4 +1,4 @@
-"""Chooses how many rows a head processes at once.
+"""Chooses how many rows an output head (the matrix that maps hidden states to logits) processes at once.
 
 The library chooses this number, because a user cannot know a good one and the results do not depend on it.
 """

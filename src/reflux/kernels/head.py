@@ -41,8 +41,8 @@ class Head:
 
     @classmethod
     def of_net(cls, net: Any, vocabulary: int) -> Head:
-        """The head of a transformers model. The module is looked up at each use, because adapters may
-        replace it.
+        """The head of a transformers model. vocabulary: the number of real tokens. The head's module is
+        looked up at each use, because adapters may replace it.
         """
         config = net.config.get_text_config()
         scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
@@ -56,7 +56,9 @@ class Head:
     def of(
         cls, weight_VH: Tensor, bias_V: Tensor | None = None, scale: float = 1.0, cap: float | None = None
     ) -> Head:
-        """A head from a weight matrix, for `linear_divergence`."""
+        """A head from a weight matrix, for `linear_divergence`. scale: a factor on the logits. cap: the soft
+        cap of the logits; None: no cap.
+        """
         bare = Bare(weight_VH, bias_V)
         return cls(lambda: bare, len(weight_VH), scale, cap)
 

@@ -1,5 +1,5 @@
-"""One pass through the student's head. It returns tables of logits, takes their gradients, and sums up the
-gradient of the head.
+"""One pass through the student's output head (the matrix that maps hidden states to logits). It returns
+matrices of logits, takes their gradients, and sums up the gradient of the head.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class HeadPass(Protocol):
     grads: list[Tensor | None]
 
     def table(self, h_NH: Tensor) -> Tensor:
-        """Raw logits [N, V] that the caller may overwrite with their gradient."""
+        """Raw logits [N, V] (before scaling and cap) that the caller may overwrite with their gradient."""
         ...
 
     def back(self, d_NV: Tensor, hidden: bool) -> Tensor | None:
-        """Take the gradient of the last table's raw logits. Returns the gradient of its hidden states if
-        `hidden`.
+        """Take d_NV, the gradient of the raw logits that `table` returned last. Returns the gradient of the
+        hidden states of these rows if `hidden`.
         """
         ...
 
@@ -39,8 +39,8 @@ def parameters(head: Head) -> list[Tensor]:
 
 
 def open_pass(head: Head, needs: Sequence[bool] | None) -> HeadPass:
-    """needs: which of `parameters(head)` need a gradient; None where nothing needs one, not even the hidden
-    states.
+    """Begin a pass. needs: for each of `parameters(head)`, True if it needs a gradient; None if nothing needs
+    a gradient, not even the hidden states.
     """
     if head.matrix is None:
         return _Module(head, needs is not None)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 # With fewer operations, the call takes longer than the multiplication.
 _WORTH_FLOPS = 1 << 25
-# vocabulary rows per call: oneDNN repacks a matrix before it multiplies, and would copy a whole head
+# vocabulary rows per call: oneDNN repacks a matrix before it multiplies, and would copy a whole output head
 _BLOCK = 4096
 # number of summed rows below which adding the block to the sum takes longer than oneDNN saves over MKL
 _DEEP = 96

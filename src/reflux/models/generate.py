@@ -32,7 +32,8 @@ def decode(
     """Sample one turn per row. Rows are padded on the left. A row stops at an end token, at its max_tokens,
     or when its text ends with a stop string.
 
-    decoder: a faster decoder for one more token per row, where the model has one.
+    version: the policy version that is recorded for the tokens. decoder: a faster decoder for one more token
+    per row, where the model has one.
     """
     draw, behaviour_k = asks[0].draw, asks[0].top_k
     rows, written = _Rows(model, asks, decoder), _Written(model, asks, draw)

@@ -1,5 +1,5 @@
-"""The output heads of this process, by key. A target of hidden states holds the key of its head, not the
-head.
+"""The output heads of this process (the matrices that map hidden states to logits), by key. A target of
+hidden states holds the key of its head, not the head.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 class Heads:
-    """`heads[key]`. A teacher adds its head under "teachers.<table>" when it is opened, and removes it when
-    it is closed.
+    """`heads[key]`. A teacher adds its head under the key "teachers.NAME" when the teacher is opened, and
+    removes the head when the teacher is closed.
     """
 
     def __init__(self) -> None:

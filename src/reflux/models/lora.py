@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def attach(model: Model, lora: Lora, seed: int) -> None:
-    """Freeze the model and inject seeded adapters in place. The trunk and head objects of the model stay
-    the same.
+    """Freeze the model and inject new LoRA adapters in place, with random numbers from the seed. The trunk
+    and output head objects of the model stay the same.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -108,7 +108,7 @@ def merged(net: Any, only: Collection[str] | None = None) -> Mapping[str, Tensor
 @torch.no_grad()
 def full_weights(net: Any, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """All parameters and buffers (or `only` these) under the model's own names. An adapted weight includes
-    its product B A.
+    scale * B A, the change by its LoRA matrices.
     """
     layers = _layers(net)
     for name, value in net.state_dict().items():

@@ -11,7 +11,9 @@ from reflux.models import lora
 
 
 class NetAccess:
-    """Reads and writes the weights of a network. written: names of untrained parameters that were written."""
+    """Reads and writes the weights of a network. `written` holds the names of the untrained parameters that
+    `write` has written.
+    """
 
     def __init__(self, net: nn.Module, trained: Iterable[Tensor]):
         self._net = net

@@ -17,7 +17,9 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True, config=STRICT)
 class Lora:
-    """Low-rank adapters by peft (arXiv 2106.09685). targets: module names, or "all-linear"."""
+    """Low-rank adapters by peft (arXiv 2106.09685): the LoRA matrices A and B have rank `rank` and change a
+    weight by alpha / rank * B A. targets: module names, or "all-linear".
+    """
 
     rank: Annotated[int, Field(ge=1)] = 32
     alpha: Positive = 64.0
@@ -41,8 +43,8 @@ class Average:
 
 @dataclass(frozen=True, config=STRICT)
 class FlowLora:
-    """Low-rank adapters by peft (arXiv 2106.09685) on the transformer. targets: ends of module names; the
-    default is all attention layers.
+    """Low-rank adapters by peft (arXiv 2106.09685) on the transformer. rank, alpha: as in `Lora`. targets:
+    ends of module names; the default is all attention layers.
     """
 
     rank: Annotated[int, Field(ge=1)] = 32
@@ -54,9 +56,9 @@ class FlowLora:
 class Merge:
     """Start from the mean of the teachers, which are models of the student's shape or adapters on it.
 
-    by "weights": the mean of the full weights. For adapters it is the exact mean of their products B A, as
-    one adapter whose rank is the sum of their ranks. by "factors": the mean of A and the mean of B
-    separately, as in the released code. This is not the mean of the products.
+    by "weights": the mean of the full weights. For adapters it is the exact mean of the products B A of their
+    LoRA matrices, as one adapter whose rank is the sum of their ranks. by "factors": the mean of A and the
+    mean of B separately, as in the released code. This is not the mean of the products.
     """
 
     models: tuple[str, ...]

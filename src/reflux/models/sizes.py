@@ -30,13 +30,13 @@ class Size:
     parameters: int | None = None
     # bytes of these parameters on disk
     stored_bytes: int | None = None
-    # largest number of tokens in a context
+    # largest number of tokens that the model can read at once
     context_tokens: int | None = None
     # multiply-accumulates of one position, without guidance
     macs: int | None = None
     # number of patches of a flow model's image
     patches: int | None = None
-    # bytes of the text encoders and the decoder, of which a run holds one copy
+    # bytes of the text encoders and the decoder of a flow model, of which a run holds one copy
     beside_bytes: int = 0
 
 
@@ -44,7 +44,8 @@ def size_of(model: str, path: str, pixels: int = 0) -> Size:
     """The size from config.json and the safetensors headers. For a hub model that is not in the cache the
     numbers are None.
 
-    pixels: the side of a flow model's images; 0 is the size that the model was made for.
+    path: the path of the key in the recipe, for errors. pixels: the side of a flow model's images; 0 is the
+    size that the model was made for.
     """
     folder = local_folder(model, path)
     if folder is None:

@@ -1,4 +1,5 @@
-"""Hugging Face causal models: a trunk that gives hidden states, a head and a tokenizer.
+"""Hugging Face causal models: a trunk that gives hidden states, an output head (the matrix that maps hidden
+states to logits) and a tokenizer.
 
 Only safetensors files are loaded. The code of a model repository is not run unless the recipe has
 `trust_remote_code = true`.
@@ -32,7 +33,8 @@ def locate(name: str, path: str = "model") -> str:
     """The argument of `from_pretrained` for a folder, an earlier run directory, a shipped model or else a
     hub id.
 
-    ModelError for a name that looks like a folder but is not one, before the hub is contacted.
+    path: the path of the key in the recipe, for errors. ModelError for a name that looks like a folder but is
+    not one, before the hub is contacted.
     """
     if name.startswith(SHIPPED):
         folder = ASSETS / name.removeprefix(SHIPPED)
@@ -70,8 +72,8 @@ def load_tokenizer(name: str, path: str = "model", trust_remote_code: bool = Fal
 
 
 def local_folder(name: str, path: str = "model") -> Path | None:
-    """The folder of a model's files on this machine, the hub's cache included; None where there is none.
-    Nothing is downloaded.
+    """The folder of a model's files on this machine, the hub's cache included; None where there is no such
+    folder. Nothing is downloaded. path: the path of the key in the recipe, for errors.
     """
     where = Path(locate(name, path))
     if any((where / index).is_file() for index in INDEXES):
@@ -121,7 +123,10 @@ def load_model(
     trust_remote_code: bool = False,
     device_map: str | None = None,
 ) -> Model:
-    """Load weights and tokenizer. dtype "auto": as stored. device "auto": the first GPU, else the CPU."""
+    """Load weights and tokenizer. path: the path of the key in the recipe, for errors. attention: the
+    `attn_implementation` argument of transformers. dtype "auto": as stored. device "auto": the first GPU,
+    else the CPU.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -216,8 +221,8 @@ def prepare_torch(threads: int, deterministic: bool) -> None:
 
 
 def share_cores(parties: int) -> None:
-    """Limit torch in the calling thread to an equal share of the cores, so that parties that run at the
-    same time do not wait for each other's cores.
+    """Limit torch in the calling thread to an equal share of the cores, so that threads that run at the same
+    time do not wait for each other's cores. parties: the number of these threads.
     """
     import torch
 

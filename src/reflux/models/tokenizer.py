@@ -20,11 +20,11 @@ class Renderer:
     """A tokenizer with its chat template. Without a template the messages' texts are joined by newlines,
     after the begin token.
 
-    system: put before the conversation where it has no system message. template: extra arguments of the
-    chat template (for example {"enable_thinking": False}). suffix: the text that ends every prompt, after
-    the text with which the template opens the student's turn. An example is "<think>\n" for a base student
-    whose teacher thinks. It belongs to the prompt, and the student begins after it. Where the template
-    itself ends with it (apart from white space at the end), nothing is added.
+    system: put before the conversation where it has no system message. template: extra arguments of the chat
+    template (for example {"enable_thinking": False}). suffix: the text that ends every prompt, after the text
+    with which the template opens the student's turn. An example is "<think>\n" for a base student whose
+    teacher thinks. It belongs to the prompt, and the student begins after it. Where the template itself ends
+    with the suffix (apart from white space at the end), nothing is added.
 
     The contents of messages are data and never markup. Where a content spells a control token
     (`control_tokens`), a space breaks it: "<end>" becomes "< end>". Only the template, and `system` and
@@ -150,8 +150,8 @@ class Renderer:
         return ids
 
     def answer_ids(self, messages: Sequence[Message], answer: str, ends: Sequence[int]) -> list[int]:
-        """The ids of a given answer as the student would have written it, up to and including its end
-        token.
+        """The ids of a given answer as the student would have written it, up to and including its end token.
+        ends: the ids that end a turn.
 
         Where the answer begins with the suffix, the suffix is left out, because the prompt ends with it. An
         end token that the answer spells ends it. Any other control token in it is data, as in all contents.
@@ -261,8 +261,8 @@ def special_ids(tokenizer: Any, ends: Collection[int]) -> frozenset[int]:
     """The ids that the tokenizer declares special, except `ends`, the ids that end a turn. Decoding leaves
     them out of a text.
 
-    Added tokens that are not declared special, such as <think> in some families, are text and not among
-    them.
+    Added tokens that are not declared special, such as <think> in some families, are text and not among these
+    ids.
     """
     declared = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset((declared | set(tokenizer.all_special_ids)) - set(ends))

@@ -37,12 +37,12 @@ PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def read_adapter(name: str, transformer: Any, path: str) -> Adapter:
-    """The adapter in a folder, in a run directory or of a hub id, checked against this transformer (which
-    is not changed).
+    """The adapter in a folder, in a run directory or of a hub id, checked against this transformer (which is
+    not changed). path: the path of the key in the recipe, for errors.
 
-    ModelError that lists every fault: a module without one of its factors, a module that the peft config
-    targets and the file lacks, a key that matches no linear layer, a shape that does not fit. ModelError
-    also for anything but a plain low-rank adapter.
+    ModelError that lists every fault: a module without one of its LoRA matrices A and B, a module that the
+    peft config targets and the file lacks, a key that matches no linear layer, a shape that does not fit.
+    ModelError also for anything but a plain low-rank adapter.
     """
     file = adapter_file(name, path)
     tensors, header = _load(file, path)
@@ -68,7 +68,7 @@ def read_adapter(name: str, transformer: Any, path: str) -> Adapter:
 
 def write_adapter(adapter: Adapter, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write one file in diffusers' format, which `read_adapter` and diffusers' `load_lora_weights` read.
-    dtype None keeps the dtype.
+    dtype: of the LoRA matrices in the file; None keeps their dtype.
     """
     layers = {}
     for module, factors in adapter.factors.items():
@@ -136,8 +136,8 @@ def _planned(config: Any, bare: Any, path: str) -> dict[str, tuple[int, float]]:
     special += ["init_lora_weights"] if config.init_lora_weights not in PLAIN_STARTS else []
     if special:
         raise ModelError(
-            f"{path}: this adapter has more than two factors per linear layer ({', '.join(special)}), which "
-            "is not supported."
+            f"{path}: this adapter has more than the LoRA matrices A and B per linear layer "
+            f"({', '.join(special)}), which is not supported."
         )
     config.init_lora_weights = False
     lost = (
@@ -194,7 +194,8 @@ def _faults(
                 f"B {tuple(part['B'].shape)}, expected {(outputs, rank)})"
             )
     yield from _listed(
-        "factors that are missing", [*lacking, *((m for m in planned if m not in parts) if planned else ())]
+        "LoRA matrices that are missing",
+        [*lacking, *((m for m in planned if m not in parts) if planned else ())],
     )
     yield from _listed(
         "modules that its config does not target",
@@ -204,7 +205,7 @@ def _faults(
 
 
 def _listed(what: str, names: list[str]) -> Iterable[str]:
-    """ "factors that are missing (7): a, b, c, d, ..." """
+    """ "LoRA matrices that are missing (7): a, b, c, d, ..." """
     if names:
         yield f"{what} ({len(names)}): {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
 

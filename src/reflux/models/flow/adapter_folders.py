@@ -25,7 +25,7 @@ def on_hub(name: str) -> bool:
 
 def adapter_folder(name: str, path: str) -> Path | None:
     """The folder with an adapter's files, fetched from the hub where `name` is no folder on this machine.
-    None where it has no such files.
+    None where the folder has no such files. path: the path of the key in the recipe, for errors.
     """
     if name.startswith(SHIPPED):
         return None
@@ -36,7 +36,8 @@ def adapter_folder(name: str, path: str) -> Path | None:
 def adapter_file(name: str, path: str) -> Path:
     """The safetensors file of the adapter in a folder, in an earlier run directory or of a hub id.
 
-    ModelError where there is no adapter, or only a part of one.
+    ModelError where there is no adapter, or only a part of one. path: the path of the key in the recipe, for
+    errors.
     """
     folder, student = adapter_folder(name, path), Path(name).expanduser() / "student"
     folder = student if folder is None and _has_adapter(student) else folder

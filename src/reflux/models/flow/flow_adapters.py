@@ -1,9 +1,9 @@
 """Low-rank adapters on a flow's transformer: attached by peft, switched on and off, and added to the
 weights (arXiv 2106.09685).
 
-An adapter is a pair of factors per linear layer, and changes its weight by scale * B A. One transformer may
-have several adapters, of which at most one is active. Modules have the names that they have inside the
-transformer ("transformer_blocks.0.attn.to_q").
+An adapter has two factors per linear layer, the LoRA matrices A and B, and changes the layer's weight by
+scale * B A. One transformer may have several adapters, of which at most one is active. Modules have the names
+that they have inside the transformer ("transformer_blocks.0.attn.to_q").
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TRAINED = "default"
 
 @dataclass(frozen=True)
 class Factors:
-    """The factors of one linear layer, whose adapted weight is weight + scale * B A."""
+    """The LoRA matrices A and B of one linear layer, whose adapted weight is weight + scale * B A."""
 
     # [rank, inputs]
     A: Tensor
@@ -41,7 +41,7 @@ class Factors:
         return len(self.A)
 
     def delta(self) -> Tensor:
-        """scale * B A, [outputs, inputs], in float64, so that the product loses no digits of the factors."""
+        """scale * B A, [outputs, inputs], in float64, so that the product loses no digits of A and B."""
         return self.scale * (self.B.detach().double() @ self.A.detach().double())
 
 
@@ -58,7 +58,7 @@ class Adapter:
 
 
 def lora_config(adapter: Adapter) -> Any:
-    """A peft LoraConfig that matches these factors, with modules by their full names."""
+    """A peft LoraConfig that matches the adapter's LoRA matrices, with the full names of the modules."""
     from peft import LoraConfig
 
     ranks = {name: factors.rank for name, factors in adapter.factors.items()}
@@ -97,7 +97,8 @@ def attach(transformer: Any, adapter: Adapter, name: str) -> None:
 
 def attach_fresh(transformer: Any, lora: FlowLora, seed: int) -> None:
     """Attach a new adapter to be trained. A comes from seeded random numbers and B = 0, so the model's
-    outputs do not change. ModelError where a target is not the name of a linear layer.
+    outputs do not change. lora: rank, alpha and targets. ModelError where one of the targets is not the name
+    of a linear layer.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -114,7 +115,7 @@ def attach_fresh(transformer: Any, lora: FlowLora, seed: int) -> None:
 
 
 def taken(transformer: Any, name: str = TRAINED) -> Adapter:
-    """The factors of an adapter on a transformer. They are the adapter's own tensors, not copies."""
+    """The adapter `name` on a transformer. Its LoRA matrices are the tensors in use, not copies."""
     found = ((module, layer) for module, layer in layers_of(transformer) if name in layer.scaling)
     factors = {
         m: Factors(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
@@ -124,8 +125,8 @@ def taken(transformer: Any, name: str = TRAINED) -> Adapter:
 
 
 def use(transformer: Any, name: str | None) -> None:
-    """Activate this adapter and no other. None activates none, and the outputs are then bit-identical to
-    those without adapters. All adapters are frozen.
+    """Activate the adapter `name` and no other. None activates no adapter, and the outputs are then
+    bit-identical to those without adapters. All adapters are frozen.
     """
     for _, layer in layers_of(transformer):
         layer.set_adapter([] if name is None else [name], inference_mode=True)
@@ -133,7 +134,9 @@ def use(transformer: Any, name: str | None) -> None:
 
 @torch.no_grad()
 def add(transformer: Any, adapter: Adapter) -> None:
-    """Add scale * B A to the weights in place. The sum is computed in float64 before it is stored."""
+    """Add scale * B A of an adapter to the weights of the transformer in place. The sum is computed in
+    float64 before it is stored.
+    """
     for name, delta in adapter.deltas().items():
         weight = transformer.get_submodule(name).weight
         weight.copy_(weight.double() + delta.to(weight.device))
@@ -157,14 +160,14 @@ def linear_shapes(transformer: Any) -> dict[str, tuple[int, int]]:
 
 
 def selected(ends: Iterable[str], names: Iterable[str]) -> list[str]:
-    """The names that equal one of `ends`, or end in a dot and one of `ends`. peft's target_modules select
-    the same names.
+    """The module names that equal one of `ends`, or end in a dot and one of `ends`. peft's target_modules
+    select the same names.
     """
     ends = tuple(ends)
     return [name for name in names if any(name == end or name.endswith(f".{end}") for end in ends)]
 
 
 def missed(ends: Iterable[str], names: Iterable[str]) -> list[str]:
-    """The ends that select no name."""
+    """Those of `ends` that select no name."""
     names = list(names)
     return [end for end in ends if not selected([end], names)]

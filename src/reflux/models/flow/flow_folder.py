@@ -40,8 +40,8 @@ def fetch(name: str, path: str, wanted: tuple[str, ...]) -> Path:
     """The absolute folder of a model. For a hub id it is the cached folder, after the missing files among
     `wanted` have been downloaded.
 
-    ModelError for a name that exists neither on this machine nor on the hub, or that the hub does not give
-    (gated, private, no network).
+    path: the path of the key in the recipe, for errors. ModelError for a name that exists neither on this
+    machine nor on the hub, or that the hub does not give (gated, private, no network).
     """
     where = Path(locate(name, path))
     if where.is_dir():
@@ -61,8 +61,8 @@ def fetch(name: str, path: str, wanted: tuple[str, ...]) -> Path:
 
 
 def source_of(name: str, path: str, folder: Path, index: dict[str, Any]) -> str:
-    """Where the text encoders and the decoder are: the source that a saved student names, else the folder
-    itself (absolute) or the hub id.
+    """Where the text encoders and the decoder are: the source that a saved student names (`index`, the
+    content of its model_index.json), else the folder itself (absolute) or the hub id.
     """
     return index.get("_encoders") or (str(folder) if Path(locate(name, path)).is_dir() else name)
 
@@ -78,8 +78,9 @@ def read_index(folder: Path, name: str, path: str) -> dict[str, Any]:
 
 
 def read_scheduler(folder: Path, name: str, path: str) -> dict[str, Any]:
-    """The config of the scheduler. ModelError for another kind of scheduler, and for settings under which
-    the times do not go from 1 to 0 or depend on more than steps and shift.
+    """The config of the scheduler of model `name`. path: the path of the key in the recipe, for errors.
+    ModelError for another kind of scheduler, and for settings under which the times do not go from 1 to 0 or
+    depend on more than steps and shift.
     """
     try:
         scheduler = dict(library().FlowMatchEulerDiscreteScheduler.load_config(folder, subfolder="scheduler"))
@@ -114,7 +115,9 @@ def stored_dtype(weights: Path) -> torch.dtype | None:
 
 
 def known_dtype(dtype: str, path: str) -> str:
-    """Return `dtype`. ModelError unless it is "auto" or one of DTYPES."""
+    """Return `dtype`. ModelError unless it is "auto" or one of DTYPES. path: the path of its key in the
+    recipe.
+    """
     if dtype not in ("auto", *DTYPES):
         raise ModelError(
             f"{path}: a flow model cannot be loaded in dtype = '{dtype}'. Choose auto, {', '.join(DTYPES)}."
@@ -123,8 +126,8 @@ def known_dtype(dtype: str, path: str) -> str:
 
 
 def chosen_dtype(dtype: str, device: str, stored: torch.dtype | None) -> torch.dtype:
-    """The torch dtype. "auto" is the stored dtype on a GPU (float16 where it is not known), and float32 on
-    a CPU, which is slow in 16 bits.
+    """The torch dtype for the recipe's `dtype`. "auto" is the dtype `stored` on a GPU (float16 where it is
+    not known), and float32 on a CPU, which is slow in 16 bits.
     """
     if dtype != "auto":
         return getattr(torch, dtype)

@@ -108,7 +108,8 @@ class FlowModel:
         return t_S
 
     def velocity(self, x_ND: Tensor, t_N: Tensor, texts: Sequence[str], guidance: float = 1.0) -> Tensor:
-        """v_ND, float32, of N states at their own times and prompts. Gradients flow into the net.
+        """v_ND, float32, of N states x_ND, each at its own time and prompt (`texts`). Gradients flow into the
+        net.
 
         For a guidance g other than 1 it is v_uncond + g (v_cond - v_uncond), with both halves in one call
         (arXiv 2207.12598).
@@ -151,8 +152,8 @@ class FlowModel:
 
     @torch.no_grad()
     def macs(self, guidance: float = 1.0, pixels: int = 0) -> int:
-        """Multiply-accumulates of one velocity: parameters times the number of patches and prompt tokens
-        that the transformer reads, and twice that with guidance.
+        """Multiply-accumulates of one velocity at a state whose image has `pixels` per side: parameters times
+        the number of patches and prompt tokens that the transformer reads, and twice that with guidance.
         """
         patches = (self.shape(pixels)[1] // self.net.transformer.config.patch_size) ** 2
         tokens = self.encode([UNCONDITIONAL])[0].shape[1]

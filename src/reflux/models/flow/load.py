@@ -38,8 +38,8 @@ def load_flow(
     device: str = "auto",
     shared_cache: SharedCache | None = None,
 ) -> FlowModel:
-    """Load a diffusers folder, an earlier run directory, a shipped model or a hub id. dtype "auto" is the
-    stored dtype on a GPU and float32 on a CPU.
+    """Load a diffusers folder, an earlier run directory, a shipped model or a hub id. path: the path of the
+    key in the recipe, for errors. dtype "auto" is the stored dtype on a GPU and float32 on a CPU.
 
     The text encoders and the decoder have their stored dtype on a GPU and float32 on a CPU, whatever
     `dtype` is. `shared_cache` holds the objects that several models share. ModelError, with the reason,
@@ -63,14 +63,15 @@ def load_flow(
 
 
 def load_net(name: str, path: str, *, dtype: str = "float32", device: str = "cpu") -> FlowNet:
-    """Load only the weights, without text encoders and decoder."""
+    """Load only the weights, without text encoders and decoder. The arguments are those of `load_flow`."""
     kind = chosen_dtype(known_dtype(dtype, path), device, None)
     return _net(fetch(name, path, MODEL), name, path, kind, device)
 
 
 def outline_flow(name: str, path: str) -> FlowModel:
-    """A model without its weights, on torch's meta device. It gives its grid, the shape of its states and
-    its prompts, and no large files are read.
+    """A model without its weights, on torch's meta device. The result gives the grid of times, the shape of
+    the states and the prompts of the model, and no large files are read. The arguments are those of
+    `load_flow`.
     """
     folder = fetch(name, path, PLAN)
     index, scheduler = read_index(folder, name, path), read_scheduler(folder, name, path)

@@ -17,12 +17,13 @@ from reflux.models.flow.net import FlowNet
 
 
 def mean_products(adapters: Sequence[Adapter]) -> Adapter:
-    """One adapter whose delta is exactly the mean of these deltas: sum_i scale_i B_i A_i / n.
+    """One adapter that changes weights by exactly the mean change of these adapters, sum_i scale_i B_i A_i /
+    n.
 
-    The factors are concatenated, A = [A_1; ...; A_n] and B = [b_1 B_1, ..., b_n B_n], so the rank is the
-    sum of the ranks. Where only some adapters have a module, the deltas of the others are 0 there. Where
-    all scales of a module are equal, the scale is kept (b = 1 / n), so that training continues with the
-    same step size.
+    The LoRA matrices are concatenated, A = [A_1; ...; A_n] and B = [b_1 B_1, ..., b_n B_n], so the rank is
+    the sum of the ranks. Where only some adapters have a module, the changes of the others are 0 there. Where
+    all scales of a module are equal, the scale is kept (b = 1 / n), so that training continues with the same
+    step size.
     """
     count = len(adapters)
     mean = {}
@@ -39,9 +40,9 @@ def mean_factors(adapters: Sequence[Adapter]) -> Adapter:
     """The mean of A and the mean of B separately, as in the released code of Flow-OPD. ModelError where
     modules, ranks or scales differ.
 
-    Its product is NOT the mean of the products, because mean(B) mean(A) has the cross terms B_i A_j.
-    Factors are determined only up to an invertible matrix between them, so this mean is useful only for
-    adapters that started from the same adapter.
+    Its product is NOT the mean of the products, because mean(B) mean(A) has the cross terms B_i A_j. A and B
+    are determined only up to an invertible matrix between them, so this mean is useful only for adapters that
+    started from the same adapter.
     """
     first = adapters[0]
     for other in adapters[1:]:
@@ -49,7 +50,7 @@ def mean_factors(adapters: Sequence[Adapter]) -> Adapter:
             if of(first) != of(other):
                 raise ModelError(
                     f"learner.merge: the adapters {first.source} and {other.source} have different {what}, "
-                    "so the mean of their factors has no meaning. "
+                    "so the mean of their LoRA matrices has no meaning. "
                     f'Use by = "weights", which is the mean of their products.'
                 )
     return Adapter(
@@ -87,7 +88,7 @@ def mean_weights(models: Iterable[tuple[str, FlowNet]], like: FlowNet) -> dict[s
     """The mean of all weights and buffers, including the prompt table, in float64. The models are (name,
     net) pairs and are loaded one at a time.
 
-    ModelError where a model has another configuration than `like`, or other prompts.
+    like: the student's net. ModelError where a model has another configuration than `like`, or other prompts.
     """
     total: dict[str, Tensor] = {}
     count = 0

@@ -50,7 +50,7 @@ class PromptTable(nn.Module):
         return tokens_BE.unflatten(1, (self.length, self.width)), pooled_BP
 
     def save(self, folder: Path, dtype: torch.dtype, rows: Tensor | None = None) -> None:
-        """Write prompts.json and prompts.safetensors. `rows` is saved instead of the table's own weights."""
+        """Write prompts.json and prompts.safetensors. rows: saved instead of the table's own weights."""
         folder.mkdir(parents=True, exist_ok=True)
         facts = {"texts": self.texts, "length": self.length, "width": self.width}
         (folder / "prompts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -44,15 +44,17 @@ class SharedBase:
 
     @classmethod
     def of(cls, name: str, path: str, *, dtype: str, device: str, shared_cache: SharedCache) -> SharedBase:
-        """The run's only copy of this model in this dtype on this device."""
+        """The run's only copy of this model in this dtype on this device. path: the path of the key in the
+        recipe, for errors.
+        """
         key = ("flow base", locate(name, path), dtype, pick_device(device))
         return shared_cache(
             key, lambda: cls(load_flow(name, path, dtype=dtype, device=device, shared_cache=shared_cache))
         )
 
     def voice(self, adapter: str | None, path: str) -> Voice:
-        """The model with this adapter, or without any. ModelError for an adapter that does not fit, or that
-        changes no velocity.
+        """The model with this adapter, or without any. path: the path of the key in the recipe, for errors.
+        ModelError for an adapter that does not fit, or that changes no velocity.
         """
         if adapter is not None and adapter not in self._names:
             self._add(adapter, path)
@@ -70,7 +72,7 @@ class SharedBase:
             raise ModelError(
                 f"{path}: the adapter in {adapter} does not change the velocities of the model, so this "
                 "teacher would be the base model. "
-                f"Check whether its B factors are still 0, as before the first step of training."
+                f"Check whether its LoRA matrices B are still 0, as before the first step of training."
             )
         self._names[adapter] = name
 

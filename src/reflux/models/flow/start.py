@@ -26,9 +26,10 @@ def start(
     Returns True if the trained parameters are an adapter on the unchanged model.
 
     Without lora all weights are trained, including the prompt table, and an adapter is first added to them.
-    With lora everything is frozen except one adapter. It is a new one from the seed, or the one that the
-    student starts from, which lora then has to describe (else ModelError with the differences). A merge of
-    full models becomes the base in both cases; a merge of adapters is one adapter.
+    With lora everything is frozen except one adapter. It is a new adapter from the seed, or the adapter that
+    the student starts from. In the second case `lora` has to describe that adapter, else ModelError with the
+    differences. With `merge`, the mean of full models becomes the base model in both cases; the mean of
+    adapters is one adapter.
     """
     net = model.net
     begin = _adapter(model, merge, adapter)
@@ -75,7 +76,7 @@ def _adapter(model: FlowModel, merge: Merge | None, adapter: str | None) -> Adap
 
 def _refuse_other(begin: Adapter, lora: FlowLora, transformer: Any) -> None:
     """Raise ModelError where lora does not describe this adapter. Training continues with the adapter's own
-    factors, so a different lora table would be ignored.
+    LoRA matrices, so a different `lora` table would be ignored.
     """
     for name, factors in begin.factors.items():
         if factors.rank != lora.rank or abs(factors.scale * factors.rank - lora.alpha) > 1e-6 * lora.alpha:
