@@ -1,5 +1,5 @@
-"""The teacher sees some of the other attempts at the same problem, correct and failed, before it scores this
-one.
+"""The teacher sees some of the other attempts at the same problem, correct and failed, before it scores an
+attempt.
 """
 
 from __future__ import annotations
@@ -207,7 +207,8 @@ def choose(
 
 def shown_text(attempt: Attempt, peer_tokens: int, strip_thinking: bool) -> tuple[str, bool]:
     """The text that is shown of a peer (another attempt of the group), and True if `peer_tokens` cut it. The
-    cut keeps the text up to the first `peer_tokens` chosen tokens that wrote part of it.
+    cut keeps the text up to the first `peer_tokens` chosen tokens that wrote part of the text.
+    strip_thinking: as in `Peers`.
 
     ValueError for an attempt with more positions than `peer_tokens` and without `spans_T2`.
     """

@@ -88,7 +88,8 @@ def keep(correct: list[bool], ratio: float, rng: random.Random) -> list[bool]:
     ones, even if no attempt stays. Otherwise, if one class is empty, all stay. Otherwise d_c = floor(n_w *
     ratio) and d_w = floor(n_c / ratio). If n_c > d_c >= 1, then d_c random correct ones and all wrong ones
     stay. Else if n_w > d_w >= 1, then d_w random wrong ones and all correct ones stay. Else all stay. So a d
-    that rounds to 0 removes nothing. [] gives []. A negative ratio or NaN: ValueError.
+    that rounds to 0 removes nothing. rng: chooses the random attempts. [] gives []. A negative ratio or NaN:
+    ValueError.
     """
     _check(ratio)
     if ratio in (0, math.inf):

@@ -25,8 +25,8 @@ class CreditPart(Part, Protocol):
     """The base class of credit rules. It holds the defaults of their optional members."""
 
     def diagnostics(self, name: str, recorded: Recorded) -> Iterable[Chart]:
-        """A chart of the values of this rule in metrics.jsonl, by step: its notes that are plain numbers, its
-        mean weight, and its mean advantage offset if that is ever non-zero.
+        """A chart of the values of this rule in metrics.jsonl (read through `recorded`), by step: its notes
+        that are plain numbers, its mean weight, and its mean advantage offset if that is ever non-zero.
         """
         from reflux.reports.chart import step_chart
 
@@ -56,7 +56,8 @@ class CreditRule(CreditPart, Protocol):
 
 
 def share_credit(groups: list[Group], rules: dict[str, CreditRule], step_context: StepContext) -> None:
-    """Call each rule with each group and store its credits on the attempts, under the name of the rule.
+    """Call each rule with each group and store the rule's credits on the attempts, under the rule's name in
+    `rules`.
 
     Raises ValueError if a rule returns a wrong number of credits, a weight that is negative or not finite, or
     an advantage offset that is not finite.

@@ -1,4 +1,5 @@
-"""The position from which the teacher no longer distinguishes the candidates of the student.
+"""The position from which the teacher no longer distinguishes the student's candidates, that is the student's
+most likely tokens.
 
 It is found in three steps: margins per position, their mean per segment, and one downward step in the scores
 of the segments.
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# The largest margin, nats. A candidate with log-prob -inf counts as this far below the best one.
+# The largest margin between two candidates, nats. A candidate with log-prob -inf counts as this far below the
+# best one.
 _MOST_NATS = 30.0
 # Keeps the logarithm finite if the fit is perfect.
 _EPSILON = 1e-12
@@ -85,7 +87,8 @@ class Split:
 def change_point(
     scores: Sequence[float], min_segments: int = 8, min_side: int = 3, min_gain: float = 0.0
 ) -> int | None:
-    """The number of segments kept, tau*, if two means explain the scores better than one mean, else None.
+    """The number tau* of segments before the step, if two means explain the scores better than one mean, else
+    None.
 
     BIC_0 = n log((RSS_0 + 1e-12) / n) + log n for one mean. BIC_1(tau) = n log((RSS_1(tau) + 1e-12) / n) + 3
     log n for a mean of the first tau scores and a mean of the others. RSS is the sum of squared deviations
@@ -102,7 +105,9 @@ def change_point(
 
 
 def best_split(scores: Sequence[float], min_segments: int = 8, min_side: int = 3) -> Split | None:
-    """The step with the least BIC_1, for any gain. None if no step is allowed. See `change_point`."""
+    """The step with the least BIC_1, for any gain. None if no step is allowed. The arguments are those of
+    `change_point`.
+    """
     if min_segments < 1 or min_side < 1:
         raise ValueError(f"min_segments and min_side must be at least 1, got {min_segments} and {min_side}")
     scores = [float(score) for score in scores]

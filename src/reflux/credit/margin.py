@@ -1,5 +1,5 @@
-"""The margin rule of Uni-OPD: correct attempts at a prompt shall have a higher return than wrong ones by a
-margin, where the return is the mean log-ratio of teacher and student. A smaller margin is corrected.
+"""The margin rule of Uni-OPD: the return of correct attempts at a prompt should exceed that of wrong ones by
+a margin, where the return is the mean log-ratio of teacher and student. A smaller margin is corrected.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The refusals of the credit rule `margin`: settings of a run in which it has no meaning."""
+"""The refusals of the credit rule `margin`: settings of a run in which the rule has no meaning."""
 
 from __future__ import annotations
 

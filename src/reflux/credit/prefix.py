@@ -34,10 +34,10 @@ class Prefix(CreditPart):
     `special_tokens` false: special tokens inside the prefix have weight 0 too. So a teacher that thinks in
     special tokens of its own does not teach them to a base student. Special tokens are those that the
     student's tokenizer declares special; decoding leaves them out of the text. A token that ends a turn keeps
-    its weight, so the student still learns to end. Special tokens count towards `length`, as they do in a
-    sampled cap, and in a denominator that counts chosen positions. `kept` leaves them out. Only attempts made
-    of tokens have special tokens. The token that opens thinking belongs to the prompt: see `prompt_suffix` of
-    the student.
+    its weight, so the student still learns to end. Special tokens count towards `length`, as they do towards
+    the sampler's `train_max_tokens`, and in a denominator that counts chosen positions. The note `kept`
+    leaves special tokens out. Only attempts made of tokens have special tokens. The token that opens thinking
+    belongs to the prompt: see `prompt_suffix` of the student.
 
     Neutral: a length of at least the longest attempt, with `special_tokens` true. arXiv 2602.15260 does not
     teach special tokens. It does not state whether the end of the sequence is one of them.

@@ -30,8 +30,8 @@ _STEP = re.compile(
 
 
 def segments_of(rollout: TokenRollout, way: Way | int) -> list[slice]:
-    """Slices of positions, in order, non-empty and disjoint. Every chosen position lies in exactly one, and
-    no other position lies in any.
+    """Slices of positions, in order, non-empty and disjoint. Every chosen position lies in exactly one slice,
+    and no other position lies in a slice. way: how the answer is cut.
 
     A segment never crosses a turn (a run of chosen positions). A number cuts each turn into blocks of so many
     tokens; the last block may be shorter. Otherwise the text of a turn is cut into pieces. A token belongs to

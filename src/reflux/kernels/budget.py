@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import torch
 
-# bytes of all [rows, V] tables of one chunk together
+# bytes of all [rows, V] matrices of one chunk together
 _TABLE_BYTES = {"cpu": 320 << 20, "cuda": 2 << 30}
-# floats of one [rows, V] table of one block. On a CPU it fits into the processor's cache; elsewhere it
+# floats of one [rows, V] matrix of one block. On a CPU it fits into the processor's cache; elsewhere it
 # limits the temporary memory.
 _BLOCK_FLOATS = {"cpu": 1 << 19}
 
 
 def chunk_rows(vocabulary: int, device: torch.device, tables: int = 2) -> int:
-    """The number of rows whose float32 tables [rows, V] fit the memory budget. At least 16, so that the
-    matrix products take longer than their launch.
+    """The number of rows whose float32 tables (matrices [rows, V]) fit the memory budget of the device. At
+    least 16, so that the matrix products take longer than their launch.
 
     tables: the number of tables in memory at the same time.
     """

@@ -84,7 +84,7 @@ class Head:
         return weight.device
 
     def raw(self, h_NH: Tensor) -> Tensor:
-        """Only the product, in the head's dtype; differentiable."""
+        """Only the product of hidden states and matrix, in the head's dtype; differentiable."""
         matrix = self.matrix
         if matrix is None:
             module = self.module
@@ -98,7 +98,7 @@ class Head:
         return raw_NV if bias_V is None else raw_NV.add_(bias_V)
 
     def finish(self, raw_NV: Tensor) -> Tensor:
-        """Apply the scaling and the cap."""
+        """The logits: `raw` outputs with the model's scaling and soft cap applied."""
         scaled_NV = raw_NV if self.scale == 1.0 else raw_NV * self.scale
         return torch.tanh(scaled_NV / self.cap) * self.cap if self.cap else scaled_NV
 
@@ -119,8 +119,8 @@ class Head:
 
 @torch.no_grad()
 def kl_of(head: Head, h_NH: Tensor, other: Head, g_NG: Tensor) -> Tensor:
-    """KL(softmax of the first head's logits || softmax of the other's), nats [N], float32, in row chunks;
-    no gradient.
+    """KL(softmax of the logits of `head` for h_NH || that of `other` for g_NG), nats [N], float32, in row
+    chunks; no gradient.
     """
     rows, columns = chunk_rows(head.vocabulary, head.device), []
     for h, g in zip(h_NH.split(rows), g_NG.split(rows), strict=True):

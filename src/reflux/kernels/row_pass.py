@@ -70,7 +70,7 @@ class _Work:
 
     @torch.no_grad()
     def run(self, needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
-        """The sum, and the gradients of hidden states and head parameters where they are needed."""
+        """The sum, and the gradients of hidden states and head parameters for which `needs` is True."""
         h_NH, head = self.h_NH, self.head
         gradient = any(needs)
         opened = open_pass(head, needs[1:] if gradient else None)

@@ -1,5 +1,5 @@
-"""Fused Triton passes over tables of raw logits [N, V]: the log-probs, divergences and records that the
-objectives need, and their gradients.
+"""Fused Triton passes over tables, that is matrices of raw logits [N, V]: the log-probs, divergences and
+records that the objectives need, and their gradients.
 
 Heads are matrix products and use the vendor's library. Everything after them is limited by memory traffic.
 Each function here reads its tables once or twice and keeps nothing [N, V] wide except the gradient. Logits
@@ -69,8 +69,8 @@ def gather_logp(logits_NV: Tensor, ids_NK: Tensor, lse_N: Tensor | None = None) 
 
 
 def with_tail(logits_NV: Tensor, ids_NK: Tensor, lse_N: Tensor | None = None) -> Tensor:
-    """The same as `gather_logp` and, last, ONE bucket with all mass that is not listed, [N, K + 1]. The
-    bucket is the logsumexp of the other logits; where no mass is left it is -inf without a gradient.
+    """The log-probs of `gather_logp` and, last, of ONE bucket with all mass that is not listed, [N, K + 1].
+    The bucket is the logsumexp of the other logits; where no mass is left it is -inf without a gradient.
 
     The gradient of all K + 1 values is computed in one pass. The forward pass needs one byte per logit
     while it runs.
@@ -86,8 +86,9 @@ def divergence(
     student_lse_N: Tensor | None = None,
     teacher_lse_N: Tensor | None = None,
 ) -> Tensor:
-    """divergence(student, teacher) of each row, nats (`tv`: in [0, 1]), float32 [N]. `kind` and `weight`
-    are those of `divergences.DIVERGENCES`.
+    """divergence(student, teacher) of each row, nats (`tv`: in [0, 1]), float32 [N]. `kind` and `weight` are
+    those of `divergences.DIVERGENCES`. A given student_lse_N or teacher_lse_N (`logsumexp` of the logits)
+    saves the pass that computes it.
 
     D = sum_v F(log p_v, log q_v). Differentiable in the student; the teacher is a constant. The gradient in
     logits is coef (F' - p sum F') with F' = dF / dlog p, written in one pass from both tables and sum F'.

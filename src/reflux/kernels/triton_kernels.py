@@ -1,5 +1,5 @@
-"""Triton kernels over tables of raw logits: one program per row, the vocabulary in blocks, all values in
-float32 registers.
+"""Triton kernels over tables, that is matrices of raw logits [N, V]: one program per row, the vocabulary in
+blocks, all values in float32 registers.
 
 Sums are kept per lane and added up once at the end of a row. So there is no barrier inside the loop, and
 fewer roundings follow one another. Row offsets are 64-bit, because a table may have more than 2^31 logits.

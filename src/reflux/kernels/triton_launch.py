@@ -1,4 +1,4 @@
-"""Launches the fused kernels over rows, and checks their arguments."""
+"""Launches the fused kernels over rows of tables (matrices of logits), and checks their arguments."""
 
 from __future__ import annotations
 

@@ -24,14 +24,14 @@ class WeightAccess(Protocol):
         ...
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies of these full weights on the CPU, in float32, with adapters merged. ModelError if the
-        learner keeps the weights in a type narrower than float32.
+        """Copies of the full weights with these names on the CPU, in float32, with LoRA adapters merged.
+        ModelError if the learner keeps the weights in a type narrower than float32.
         """
         ...
 
     def base(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies on the CPU of the tensors that hold these weights: the parameter itself, or, with adapters,
-        the frozen base weight. See `write`.
+        """Copies on the CPU of the tensors that hold the weights with these names: the parameter itself, or,
+        with adapters, the frozen base weight. See `write`.
         """
         ...
 

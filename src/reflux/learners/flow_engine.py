@@ -111,8 +111,8 @@ class FlowLearner(GradientLearner):
         return torch.autocast("cuda", dtype=torch.bfloat16) if wanted else nullcontext()
 
     def export(self, folder: Path) -> None:
-        """Write the student as a diffusers folder, with adapters merged. If an average is kept, the average
-        is written.
+        """Write the student as a diffusers folder, with LoRA adapters merged into the weights. If an average
+        is kept, the average is written.
 
         If an adapter was trained on the unchanged model, it is also written as a separate file in the format
         that diffusers' `load_lora_weights` reads.

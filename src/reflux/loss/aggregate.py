@@ -41,8 +41,8 @@ class Result:
 
 
 def shift_taker(objectives: Sequence[LossTerm]) -> int | None:
-    """Index of the one objective that receives the advantage offsets: the first without a teacher that
-    takes them, else the first that takes them. None if no objective takes them.
+    """Index of the one objective that receives the advantage offsets: the first objective without a teacher
+    that takes offsets, else the first objective that takes offsets. None if no objective takes offsets.
     """
     takers = [k for k, objective in enumerate(objectives) if objective.takes_advantage_offset]
     without_teacher = [k for k in takers if objectives[k].teacher is None]

@@ -1,4 +1,4 @@
-"""Turns attempts into items with every row coefficient known, and items into micro-batches.
+"""Turns attempts into items, in which the coefficient of every row is known, and items into micro-batches.
 
 Weights, coefficients and denominators are combined only here and in `aggregate.py`. The counts are those of
 the whole batch, so the gradient does not depend on how the batch is cut into micro-batches (law 4). A row
@@ -168,7 +168,7 @@ def _scales(attempts: list[Attempt], count: int, loss_aggregation: LossAggregati
 
 def signature(item: Item) -> tuple[object, ...]:
     """Items with the same signature may share a micro-batch. Their targets have the same kinds and the same
-    heads, so all rows are handled alike.
+    output heads, so all rows are handled alike.
     """
     targets = ((name, item.attempt.target(name)) for name in sorted((*item.attempt.answers, "behaviour")))
     kinds = ((name, None if target is None else target.signature) for name, target in targets)

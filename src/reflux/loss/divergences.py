@@ -22,7 +22,7 @@ from reflux.loss.gradients import KL, Mixture, Tail
 
 
 def kl(p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
-    """sum_v p (log p - log q), nats [N], differentiable in both."""
+    """sum_v p (log p - log q), nats [N], differentiable in both arguments."""
     _check(p_logp_NV, q_logp_NV)
     return KL.apply(p_logp_NV, q_logp_NV)
 
@@ -135,8 +135,8 @@ def renormalised(
 
 
 def union(ids_NK: Tensor, others_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Two lists merged: ids [N, 2K] in rising order, and True [N, 2K] at every entry whose id already
-    stands in the row.
+    """Two lists of ids combined: ids [N, 2K] in rising order, and True [N, 2K] at every entry whose id
+    already stands in the row.
     """
     ids_NM = torch.cat([ids_NK, others_NK], dim=-1).sort(dim=-1).values
     repeated_NM = torch.zeros_like(ids_NM, dtype=torch.bool)

@@ -91,7 +91,9 @@ class FullLogits:
         )
 
     def with_tail(self, ids_NK: Tensor) -> Tensor:
-        """The same as `at` and, last, one bucket with all remaining mass, [N, K + 1]; differentiable."""
+        """The log-probs of `at` and, last, that of one bucket with all other mass, [N, K + 1];
+        differentiable.
+        """
         if self.fused:
             return fused.with_tail(self.logits_NV, ids_NK, self.lse_N)
         return with_tail(self.logp_NV, ids_NK, check=False)

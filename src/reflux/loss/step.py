@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepRequest:
-    """The batch of one optimiser step, with everything its loss depends on. A learner does not know the
+    """The batch of one optimiser step, with everything that the loss depends on. A learner does not know the
     run.
 
     groups: with their targets and credits. loss_aggregation: what the loss is divided by

@@ -72,8 +72,8 @@ class _Known:
 
     def kl_T(self, other: Target, rollout: Rollout, heads: Heads) -> np.ndarray | None:
         """KL(this || other) at each position, nats. Exact where both are hidden states, or velocities of a
-        rollout with noise; else its sampled estimate log p - log q. None where one of the two has no
-        log-probs.
+        rollout with noise; else the sampled estimate log p - log q of the KL. None where one of the two
+        targets has no log-probs.
         """
         own_T, other_T = (target.sampled_logp_T(rollout, heads) for target in (self, other))
         return None if own_T is None or other_T is None else own_T - other_T

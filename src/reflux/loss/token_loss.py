@@ -47,7 +47,9 @@ class TokenMicroBatch(MicroBatch):
         self.teachers = {name: self.target_rows(name) for name in sorted(self.objective_teachers())}
 
     def _inputs(self, pad_id: int) -> tuple[Tensor, Tensor]:
-        """Right-padded ids [B, L] and the flat index of the state that predicts each kept position."""
+        """Right-padded ids [B, L] and the flat index of the state that predicts each position with a non-zero
+        weight.
+        """
         width = max(item.input_tokens for item in self.items)
         ids_BL = np.full((len(self.items), width), pad_id, dtype=np.int64)
         rows = []
@@ -61,7 +63,7 @@ class TokenMicroBatch(MicroBatch):
         )
 
     def constants(self) -> dict[str, Constant]:
-        """The hidden states and heads of the teachers that gave hidden states, by name."""
+        """The hidden states and output heads of the teachers that gave hidden states, by teacher name."""
         found = {name: (target.head_key, columns) for name, (target, columns) in self.teachers.items()}
         return {
             name: (columns["h_NH"], self.heads[key])

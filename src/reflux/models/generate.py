@@ -29,8 +29,8 @@ _STOP_TOKENS = 64
 def decode(
     model: Model, asks: Sequence[TurnRequest], version: int, decoder: CpuDecoder | None = None
 ) -> list[Turn]:
-    """Sample one turn per row. Rows are padded on the left. A row stops at an end token, at its max_tokens,
-    or when its text ends with a stop string.
+    """Sample one turn for each of `asks`, each as one row of the batch. Rows are padded on the left. A row
+    stops at an end token, at its max_tokens, or when its text ends with a stop string.
 
     version: the policy version that is recorded for the tokens. decoder: a faster decoder for one more token
     per row, where the model has one.

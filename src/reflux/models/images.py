@@ -59,7 +59,9 @@ def thumbnail(image: np.ndarray, side: int = SIDE) -> np.ndarray:
 
 
 def to_text(image: np.ndarray, side: int = SIDE) -> str:
-    """The image, or its thumbnail, as the base64 text of a PNG file, which fits into a line of JSON."""
+    """The image, or its thumbnail of `side` pixels, as the base64 text of a PNG file, which fits into a line
+    of JSON.
+    """
     return base64.b64encode(png(thumbnail(image, side))).decode()
 
 

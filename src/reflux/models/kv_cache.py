@@ -1,5 +1,5 @@
-"""A key-value cache with spare room. A new token is written in place, while the layer of transformers
-copies all earlier positions.
+"""A key-value cache whose buffers have space for later tokens. A new token is written in place, while a cache
+layer of transformers copies all earlier positions.
 """
 
 from __future__ import annotations

@@ -83,8 +83,8 @@ def base_parameters(net: Any) -> dict[str, Tensor]:
 
 
 def refuse_narrow(name: str, base_parameter: Tensor) -> Tensor:
-    """Return the parameter unchanged. ModelError where it is quantised or narrower than float32, because
-    rounding would then lose small updates.
+    """Return the parameter called `name` unchanged. ModelError where the parameter is quantised or narrower
+    than float32, because rounding would then lose small updates.
     """
     if base_parameter.dtype not in (torch.float32, torch.float64):
         kind = str(base_parameter.dtype).removeprefix("torch.")
@@ -101,7 +101,7 @@ def refuse_narrow(name: str, base_parameter: Tensor) -> Tensor:
 
 
 def merged(net: Any, only: Collection[str] | None = None) -> Mapping[str, Tensor]:
-    """`full_weights` as one dictionary by name."""
+    """The result of `full_weights` as one dictionary by name."""
     return dict(full_weights(net, only))
 
 

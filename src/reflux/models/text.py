@@ -125,7 +125,7 @@ def load_model(
 ) -> Model:
     """Load weights and tokenizer. path: the path of the key in the recipe, for errors. attention: the
     `attn_implementation` argument of transformers. dtype "auto": as stored. device "auto": the first GPU,
-    else the CPU.
+    else the CPU. device_map: placement by accelerate instead of `device`.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -177,7 +177,7 @@ def head_gap(model: Model) -> tuple[float, float]:
 
 
 def as_model(net: Any, tokenizer: Any, stored_dtype: torch.dtype | None = None) -> Model:
-    """A `Model` from a transformers model that is already in memory."""
+    """A `Model` from a transformers model that is already in memory. stored_dtype: as in `Model`."""
     from reflux.kernels.head import Head
 
     vocabulary = vocabulary_size(tokenizer)
@@ -211,7 +211,9 @@ def _plain_attention(net: Any) -> bool:
 
 
 def prepare_torch(threads: int, deterministic: bool) -> None:
-    """Apply the process-wide settings of a run. threads 0 keeps the default of torch."""
+    """Apply the process-wide settings of a run. threads 0 keeps the default of torch. deterministic: True if
+    torch uses only deterministic algorithms.
+    """
     import torch
 
     if threads:

@@ -59,15 +59,15 @@ class Divergence(ObjectivePart):
     mass. Both models use the same tokens. teacher: the same at the teacher's k most likely tokens. If the
     teacher gave only a list, the mass of its bucket is 1 minus the listed mass, and at least `tail_floor`.
     With a local teacher `tail_floor` has no effect. union: the k most likely tokens of both models together,
-    each token once (up to 2k), and one bucket. It needs a local teacher, because a list has no log-probs at
-    the student's ids. With the bucket, all three are at most the full divergence, and they are biased inside
-    the tail only. k >= V gives the full divergence exactly.
+    each token once (up to 2k), and one bucket. "union" needs a local teacher, because a list has no log-probs
+    at the student's ids. With the bucket, all three are at most the full divergence, and they are biased
+    inside the tail only. k >= V gives the full divergence exactly.
 
     `tail` bucket: as above. renormalised: no bucket. Each model's probabilities on the listed tokens are
     divided by their sum, as in the top-k losses of ms-swift, of NeMo-RL and of vOPD's code. This is BIASED,
     and its optimum moves: the mass of the tail is dropped, so a student that is right on the list up to a
-    factor costs 0, whatever its other probabilities are. It is here for comparison. k >= V gives the full
-    divergence here too.
+    factor costs 0, whatever its other probabilities are. This tail is offered for comparison. k >= V gives
+    the full divergence here too.
 
     `ratio` truncated: the cost is multiplied by min(p(a) / behaviour(a), `ratio_cap`), detached. Other
     trainers use this to correct for a sampler that differs from the learner. behaviour(a) is the probability

@@ -26,8 +26,8 @@ class NLL(ObjectivePart):
 
     With the `references` sampler it serves as a baseline and as a cold start. On answers drawn from a data
     distribution q, its expected gradient is that of KL(q || p) at each prefix. On the student's own attempts
-    the expected gradient is 0, so nothing is learnt. Exempt from law 2 (cost 0 at identity, where student =
-    teacher): there the expected cost is the entropy, not 0.
+    the expected gradient is 0, so nothing is learnt. Exempt from law 2 of the tests (cost 0 at identity,
+    where student = teacher): there the expected cost is the entropy, not 0.
     """
 
     coef: float = 1.0

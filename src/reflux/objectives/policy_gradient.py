@@ -32,8 +32,8 @@ class PolicyGradient(ObjectivePart):
     p(a) / behaviour(a). With ratio "none" the cost is -A log p(a). behaviour(a) is the probability with which
     the token was drawn, with temperature and top-p applied. At a temperature other than 1 the ratio therefore
     differs from 1 even at the first step, and the clip binds more often. A position whose advantage offset is
-    0 costs exactly 0. There is no teacher, so this objective is exempt from law 2 (cost 0 at identity, where
-    student = teacher).
+    0 costs exactly 0. There is no teacher, so this objective is exempt from law 2 of the tests (cost 0 at
+    identity, where student = teacher).
     """
 
     coef: float = 1.0

@@ -243,7 +243,7 @@ class SampledKL(ObjectivePart):
 
 
 def advantage(student_logp_N: Tensor, teacher_logp_N: Tensor, value_N: Tensor | float = 0) -> Tensor:
-    """Teacher log-prob - student log-prob - value at the sampled tokens, detached, nats, [N]. With value =
+    """teacher_logp_N - student_logp_N - value_N at the sampled tokens, detached, nats, [N]. With value_N =
     -KL the KL is ADDED.
     """
     advantage_N = teacher_logp_N.detach() - student_logp_N.detach()

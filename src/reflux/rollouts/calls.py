@@ -21,8 +21,8 @@ Open = Callable[[Prompt], Environment | None]
 
 
 class EnvironmentCalls:
-    """The environment calls of one sampler. timeout_s: the time limit of one `step`, and of one `close`, in
-    seconds.
+    """The environment calls of one sampler, for the driver. timeout_s: the time limit of one `step`, and of
+    one `close`, in seconds.
     """
 
     def __init__(self, task: Opens, timeout_s: float, listener: Listener):
@@ -60,8 +60,8 @@ class EnvironmentCalls:
             raise error
 
     async def step(self, environment: Environment, prompt: Prompt, message: Message) -> Observation | Finish:
-        """The environment's answer, or the finish of the attempt if there is no answer. All exceptions of the
-        environment are raised, except ToolError.
+        """The environment's answer to the student's turn `message`, or the finish of the attempt if there is
+        no answer. All exceptions of the environment are raised, except ToolError.
         """
         limit = asyncio.timeout(self.timeout_s)
         try:

@@ -66,7 +66,7 @@ class SamplerPart(Part, Protocol):
 
 
 class Sampler(SamplerPart, Protocol):
-    # False if the current student did not sample the attempts.
+    # False if the training attempts were not sampled from the current student.
     on_policy: ClassVar[bool]
     # The type of the rollouts that the sampler returns.
     rollouts: ClassVar[type[Rollout]]

@@ -68,9 +68,9 @@ class Path:
 def denoise(
     model: FlowModel, trajectory: Trajectory, texts: Sequence[str], keys_B: Sequence[int], pixels: int = 0
 ) -> Path:
-    """Sample one image per text, with random numbers from the key at the same index. Records stay on the
-    device until the end and are copied once. pixels: the side of an image; 0: the size that the model was
-    made for.
+    """Sample one image for each of `texts`, with random numbers from the key at the same index of keys_B.
+    Records stay on the device until the end and are copied once. pixels: the side of an image; 0: the size
+    that the model was made for.
     """
     T, B, D = len(trajectory.t_S) - 1, len(texts), int(np.prod(model.shape(pixels)))
     kept = D if trajectory.keeps_x else 0
@@ -185,7 +185,7 @@ class FlowSampler(InProcessSampler):
         finish: Finish = "stop" if trajectory.whole else "length"
         # A state that was not recorded cannot be scored.
         mask_T = np.full(len(trajectory.t_S) - 1, trajectory.keeps_x)
-        # The last step of a whole grid is never trained.
+        # The last step of a whole grid of times is never trained.
         mask_T[-1] &= not trajectory.whole
         behaviour = None
         if path.v_BTD is not None:

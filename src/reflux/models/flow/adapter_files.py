@@ -67,8 +67,8 @@ def read_adapter(name: str, transformer: Any, path: str) -> Adapter:
 
 
 def write_adapter(adapter: Adapter, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write one file in diffusers' format, which `read_adapter` and diffusers' `load_lora_weights` read.
-    dtype: of the LoRA matrices in the file; None keeps their dtype.
+    """Write the adapter as one file in diffusers' format, which `read_adapter` and diffusers'
+    `load_lora_weights` read. dtype: of the LoRA matrices in the file; None keeps their dtype.
     """
     layers = {}
     for module, factors in adapter.factors.items():

@@ -168,6 +168,6 @@ def selected(ends: Iterable[str], names: Iterable[str]) -> list[str]:
 
 
 def missed(ends: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Those of `ends` that select no name."""
+    """Those of `ends` that select none of the module names."""
     names = list(names)
     return [end for end in ends if not selected([end], names)]

@@ -138,8 +138,8 @@ class FlowModel:
 
     @torch.no_grad()
     def images(self, x_ND: Tensor) -> list[np.ndarray]:
-        """The images of states, uint8, [height, width] where there is one channel, else [height, width, 3].
-        -1 is black and 1 is white.
+        """The images of the states x_ND, uint8, [height, width] where there is one channel, else [height,
+        width, 3]. -1 is black and 1 is white.
         """
         x_NCHW = self._square(x_ND)
         images = x_NCHW if self.decode is None else self.decode(x_NCHW)

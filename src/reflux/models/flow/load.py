@@ -39,7 +39,8 @@ def load_flow(
     shared_cache: SharedCache | None = None,
 ) -> FlowModel:
     """Load a diffusers folder, an earlier run directory, a shipped model or a hub id. path: the path of the
-    key in the recipe, for errors. dtype "auto" is the stored dtype on a GPU and float32 on a CPU.
+    key in the recipe, for errors. device "auto": the first GPU, else the CPU. dtype "auto" is the stored
+    dtype on a GPU and float32 on a CPU.
 
     The text encoders and the decoder have their stored dtype on a GPU and float32 on a CPU, whatever
     `dtype` is. `shared_cache` holds the objects that several models share. ModelError, with the reason,

@@ -50,7 +50,7 @@ def sde_step(
 
 
 def step_moments(x: Value, v: Value, t: Value, dt: Value, noise_level: Value) -> tuple[Value, Value]:
-    """(mean, std) of `sde_step`."""
+    """(mean, std) of `sde_step`. The arguments are those of `sde_step`."""
     x, v = wide(x), wide(v)
     shapes = {"x": x, "v": v, "t": t, "dt": dt, "noise_level": noise_level}
     shapes = {name: tuple(np.shape(value)) for name, value in shapes.items()}

@@ -111,7 +111,7 @@ class Voice(FlowModel):
             return super().velocity(x_ND, t_N, texts, guidance)
 
     def macs(self, guidance: float = 1.0, pixels: int = 0) -> int:
-        """Multiply-accumulates of the base and its own adapter, without the other adapters."""
+        """Multiply-accumulates of one velocity by the base and this adapter, without the other adapters."""
         sizes = {name: parameter.numel() for name, parameter in self.net.transformer.named_parameters()}
         own = sum(size for name, size in sizes.items() if ".lora_" not in name or f".{self.adapter}." in name)
         return super().macs(guidance, pixels) * own // sum(sizes.values())
