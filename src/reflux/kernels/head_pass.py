@@ -48,8 +48,8 @@ def open_pass(head: Head, needs: Sequence[bool] | None) -> HeadPass:
 
 
 class _Matrix:
-    """A pass with hand-written products. The head's gradient is summed in place, in float32 or wider,
-    without a second table of its size.
+    """A pass with hand-written products. The head's gradient is summed in place, in float32 or wider, without
+    a second matrix of its size.
     """
 
     def __init__(self, head: Head, needs: Sequence[bool]):
@@ -92,7 +92,7 @@ class _Module:
         self.leaf_NH = h_NH.detach().requires_grad_(self.wanted)
         with torch.set_grad_enabled(self.wanted):
             self.raw_NV = self.head.raw(self.leaf_NH)
-        # The table is cloned, because the graph may need the values that the caller overwrites.
+        # The logits are cloned, because the graph may need the values that the caller overwrites.
         return self.raw_NV.detach().clone()
 
     def back(self, d_NV: Tensor, hidden: bool) -> Tensor | None:

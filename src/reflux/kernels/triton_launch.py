@@ -87,4 +87,4 @@ def check(*tables: Tensor) -> None:
     first = tables[0]
     if any(table.ndim != 2 or table.shape != first.shape or table.shape[1] == 0 for table in tables):
         shapes = " and ".join(str(list(table.shape)) for table in tables)
-        raise ValueError(f"tables of logits must have equal shapes [N, V] with V > 0, got {shapes}")
+        raise ValueError(f"matrices of logits must have equal shapes [N, V] with V > 0, got {shapes}")

@@ -140,8 +140,8 @@ def _rewards(attempt: Attempt, teacher: str) -> np.ndarray | None:
 def _count(
     attempts: list[Attempt], weights: list[np.ndarray], objective: LossTerm, loss_aggregation: LossAggregation
 ) -> int:
-    """The count in the denominator: the kept positions, under token-mean the chosen positions, and under
-    seq-mean-token-mean the attempts with a chosen position.
+    """The count in the denominator: the positions with a non-zero weight, under token-mean the chosen
+    positions, and under seq-mean-token-mean the attempts with a chosen position.
     """
     chosen = [int(attempt.rollout.mask_T.sum()) for attempt in attempts]
     if loss_aggregation == "seq-mean-token-mean":
@@ -156,9 +156,9 @@ def _count(
 
 
 def _scales(attempts: list[Attempt], count: int, loss_aggregation: LossAggregation) -> list[float]:
-    """c per attempt. It is 1 / N, with N the count of kept or chosen positions in the whole batch. Under
-    seq-mean-token-mean it is 1 / (R * T_i), with R the count of attempts and T_i the chosen positions of
-    attempt i.
+    """c per attempt. It is 1 / N, with N the count, in the whole batch, of positions with a non-zero weight
+    or of chosen positions. Under seq-mean-token-mean it is 1 / (R * T_i), with R the count of attempts and
+    T_i the chosen positions of attempt i.
     """
     if loss_aggregation != "seq-mean-token-mean":
         return [1.0 / count if count else 0.0] * len(attempts)

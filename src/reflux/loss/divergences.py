@@ -187,7 +187,7 @@ def _mix(a: Tensor, b: Tensor, name: str, share: float) -> Tensor:
 def _check(student: Tensor, teacher: Tensor) -> None:
     if student.ndim != 2 or student.shape != teacher.shape or student.shape[1] == 0:
         raise ValueError(
-            "a divergence needs two tables of log-probs [N, V] of one shape with V > 0, got "
+            "a divergence needs two matrices of log-probs [N, V] of one shape with V > 0, got "
             f"{_shapes(student, teacher)}"
         )
 

@@ -1,7 +1,7 @@
 """Four sums over the vocabulary with hand-written gradients, for speed, memory and probabilities of 0.
 
-They run on every trained position, on tables [N, V]. Plain autograd keeps more tables, passes over them
-more often, and turns a probability of 0 into 0 * inf = NaN. Each gradient is tested against finite
+They run on every trained position, on matrices [N, V]. Plain autograd keeps more of these matrices, passes
+over them more often, and turns a probability of 0 into 0 * inf = NaN. Each gradient is tested against finite
 differences.
 """
 

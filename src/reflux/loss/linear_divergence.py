@@ -1,4 +1,4 @@
-"""Computes a distillation loss from hidden states in one function, without a table [all tokens, vocabulary]
+"""Computes a distillation loss from hidden states in one function, without a matrix [all tokens, vocabulary]
 in memory.
 
 This function is for use outside the training loop. The loop itself uses `row_pass`, with any number of

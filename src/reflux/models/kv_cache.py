@@ -22,8 +22,8 @@ def roomy_cache(config: Any, room: int) -> DynamicCache:
 
 
 class RoomyLayer(DynamicLayer):
-    """`keys` and `values` [B, heads, L, D] are views of buffers with space for `room` more positions. The
-    buffers are allocated again when this space is used up.
+    """A cache layer: `keys` and `values` [B, heads, L, D] are views of buffers with space for `room` more
+    positions. The buffers are allocated again when this space is used up.
     """
 
     def __init__(self, room: int):

@@ -1,4 +1,6 @@
-"""Settings that learners pass to their models: adapters, a merge, an average."""
+"""Settings of learners: LoRA adapters, the mean of models that training starts from, an average of the
+weights.
+"""
 
 from __future__ import annotations
 

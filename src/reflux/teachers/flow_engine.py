@@ -48,7 +48,9 @@ class FlowRows:
 
 
 class FlowTeacher:
-    """A frozen flow model without state. `model` is the base with this table's adapter applied."""
+    """A frozen flow model without state. `model` is the base model with the adapter of this teacher's table
+    applied.
+    """
 
     def __init__(self, cfg: Flow, context: PartContext, services: Services, model: FlowModel):
         self.cfg, self.context, self.services, self.model = cfg, context, services, model

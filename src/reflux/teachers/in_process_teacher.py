@@ -137,7 +137,7 @@ class InProcessTeacher:
 
     def _answers(self, requests: list[TeacherRequest], states: list[Tensor]) -> list[TeacherAnswer]:
         """Targets, and the log-probs that are required at scoring time, from one pass of all rows through the
-        head.
+        output head.
 
         Only training attempts have the student's top-k list. Evaluation attempts have none and get no
         candidates.

@@ -1,5 +1,5 @@
-"""Means of models, for a student that starts from the mean of its teachers (Flow-OPD's cold start by merge,
-arXiv 2605.08063).
+"""Means of models, for a student that starts from the mean of the student's teachers (Flow-OPD's cold start
+by merging models, arXiv 2605.08063).
 """
 
 from __future__ import annotations

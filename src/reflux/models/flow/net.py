@@ -33,7 +33,7 @@ class PromptTable(nn.Module):
         self._row = {text: row for row, text in enumerate(texts)}
 
     def forward(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(tokens_BLJ, pooled_BP) of these prompts. DataError for a prompt that is not in the table."""
+        """(tokens_BLJ, pooled_BP) of these prompts. DataError for a prompt that is not in this table."""
         unknown = [text for text in texts if text not in self._row]
         if unknown:
             raise DataError(
@@ -70,8 +70,8 @@ class PromptTable(nn.Module):
 
 
 class FlowNet(nn.Module):
-    """The modules that are trained, published and saved together: `transformer`, and `prompts` where there
-    is a table.
+    """The modules that are trained, published and saved together: `transformer`, and `prompts` where there is
+    a prompt table.
     """
 
     def __init__(self, transformer: Any, prompts: PromptTable | None = None):

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 def start(
     model: FlowModel, merge: Merge | None, adapter: str | None, lora: FlowLora | None, seed: int
 ) -> bool:
-    """Prepare `model.net` in place. Afterwards the trained parameters are those that require a gradient.
-    Returns True if the trained parameters are an adapter on the unchanged model.
+    """Prepare `model.net` in place. merge, adapter, lora: the learner's settings of these names. Afterwards
+    the trained parameters are those that require a gradient. Returns True if the trained parameters are an
+    adapter on the unchanged model.
 
     Without lora all weights are trained, including the prompt table, and an adapter is first added to them.
     With lora everything is frozen except one adapter. It is a new adapter from the seed, or the adapter that
