@@ -358,11 +358,11 @@ def test_a_route_is_drawn_by_the_table_that_names_it() -> None:
     [
         (
             {"teachers.anchor.model": "reflux:glyph_digits"},
-            "teachers.digits is the model of 'anchor' too: on its prompts the weight of that teacher is",
+            "teachers.digits is the model of 'anchor' too: on the prompts of this table the weight",
         ),
         (
             {"objectives.1.teacher": "main", "objectives.1.coef": 0.5, "teachers.anchor": "none"},
-            "teachers.digits is the model of 'main' too: on its prompts the weight of that teacher is",
+            "teachers.digits is the model of 'main' too: on the prompts of this table the weight",
         ),
         (
             {"objectives.1.scale": "released"},

@@ -115,8 +115,8 @@ class VelocityKL(ObjectivePart):
             for table in tables_of(cfg, self.teacher):
                 if cfg.teachers[table].sources in theirs:
                     yield (
-                        f"teachers.{table} is the model of '{second.teacher}' too: on its prompts the weight "
-                        f"of that teacher is {self.coef:g} + {second.coef:g}."
+                        f"teachers.{table} is the model of '{second.teacher}' too: on the prompts of this "
+                        f"table the weight of that model is {self.coef:g} + {second.coef:g}."
                     )
 
     @property
