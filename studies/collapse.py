@@ -110,7 +110,7 @@ def cut(mask_T: np.ndarray, end: int) -> np.ndarray:
 class Oracle(CreditPart):
     """Releases each attempt exactly where the teacher becomes flat."""
 
-    shifts: ClassVar[bool] = False
+    gives_offsets: ClassVar[bool] = False
     min_group: ClassVar[int] = 1
 
     @property

@@ -33,7 +33,7 @@ class Later(CreditPart):
 
     teacher: str = "main"
 
-    shifts: ClassVar[bool] = True
+    gives_offsets: ClassVar[bool] = True
     min_group: ClassVar[int] = 1
 
     @property

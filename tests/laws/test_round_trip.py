@@ -304,7 +304,7 @@ def test_an_attempt_of_no_known_kind_is_refused_in_words() -> None:
     )
     with pytest.raises(TypeError, match="Rollout is neither"):
         attempt_log.arrived(Attempt(other), 0)
-    with pytest.raises(ValueError, match="has one of tokens, image"):
+    with pytest.raises(ValueError, match="must have one of the keys tokens, image"):
         read_attempt({"kind": "attempt", "step": 1})
 
 
