@@ -125,7 +125,11 @@ def test_frequencies_are_the_models_probabilities(student: str, teacher: str, tm
     """Chi-square over 6,000 first tokens of one prompt; each sample has its own random numbers."""
     cfg = config(student, teacher)
     attempts, _, model = act(
-        cfg, tmp_path / "run", n=6000, prompts=list(islice(outside.Chat().prompts("train", 0), 1)), max_positions=1
+        cfg,
+        tmp_path / "run",
+        n=6000,
+        prompts=list(islice(outside.Chat().prompts("train", 0), 1)),
+        max_positions=1,
     )
     counts = Counter(int(a.rollout.tokens_T[0]) for a in attempts)  # type: ignore[attr-defined]
     ids = torch.from_numpy(attempts[0].rollout.prompt_tokens)[None]  # type: ignore[attr-defined]

@@ -137,7 +137,10 @@ def test_ranks_add_up_to_the_whole_batch(
 def test_a_rank_with_an_empty_share_takes_part_in_the_counts(
     sums: dict[str, torch.Tensor], name: str
 ) -> None:
-    close(whole("token-mean-weighted", name), summed(sums, f"one_holds_nothing/{name}/token-mean-weighted/global"))
+    close(
+        whole("token-mean-weighted", name),
+        summed(sums, f"one_holds_nothing/{name}/token-mean-weighted/global"),
+    )
 
 
 @pytest.mark.parametrize("loss_aggregation", NORMALISE)
