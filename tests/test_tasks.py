@@ -206,11 +206,11 @@ def test_jsonl_graders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 BAD_LINES = [
     ("not json", "is not JSON"),
     ("[" * 100_000, "is not JSON"),
-    ("[1]", "is not a JSON object"),
+    ("[1]", "is JSON but not an object"),
     ({"answer": "1"}, "has no field 'prompt' or 'messages'"),
     ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "has both 'prompt' and 'messages'"),
-    ({"prompt": ""}, "has no text in its field 'prompt'"),
-    ({"prompt": 3}, "has no text in its field 'prompt', but 3"),
+    ({"prompt": ""}, "needs a non-empty string in the field 'prompt'"),
+    ({"prompt": 3}, "needs a non-empty string in the field 'prompt', got 3"),
     ({"messages": []}, "has no list of"),
     ({"messages": "a"}, "has no list of"),
     ({"messages": [{"role": "user"}]}, "has no list of"),
@@ -308,7 +308,7 @@ def test_gsm8k_reads_question_solution_and_answer(folder: Path) -> None:
     [
         ({"question": "a"}, "has no field 'answer'"),
         ({"answer": "#### 1"}, "has no field 'question'"),
-        ({"question": "a", "answer": 4}, "has no text in its field 'answer', but 4"),
+        ({"question": "a", "answer": 4}, "needs a non-empty string in the field 'answer', got 4"),
         ({"question": "a", "answer": "4"}, "has no final answer"),
         ({"question": "a", "answer": "4 #### "}, "has no final answer"),
     ],

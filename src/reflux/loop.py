@@ -31,7 +31,7 @@ Parts = tuple[OpenLearner, OpenSampler, OpenReward | None, Teachers, extrapolati
 
 
 async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
-    """Train a student and return the run's summary.
+    """Train a student and return the run's summary (the content of summary.json).
 
     A step: prompts -> student samples -> rewards -> teachers answer -> credit -> optimiser step -> publish.
     At most `max_staleness` optimiser steps lie between sampling and learning; 0 is strictly on-policy. The
@@ -98,7 +98,11 @@ async def publish(learner: OpenLearner, sampler: OpenSampler, teachers: Teachers
 
 
 def pipeline(run: Run, attempt: Attempting) -> Pipeline:
-    """The groups of the steps that are left. Leaving `aclosing` of it cancels all attempts in flight."""
+    """The stream of the groups of all remaining steps. Closing the stream cancels all attempts that still
+    run.
+
+    attempt: samples, judges and scores the group of one prompt.
+    """
     cfg = run.cfg
     return Pipeline(
         run.prompts,
@@ -123,7 +127,10 @@ async def lasting(run: Run) -> AsyncIterator[None]:
 async def open_parts(
     cfg: RunConfig, context: Callable[[str], PartContext], services: Services
 ) -> AsyncIterator[Parts]:
-    """Open every part, the learner first. They are closed in reverse order, also on an error."""
+    """Open every part, the learner first. The parts are closed in reverse order, also on an error.
+
+    context(name): the context of the part with this key in the recipe.
+    """
     async with AsyncExitStack() as stack:
         prepare_torch(cfg.threads, cfg.deterministic)
         learner = await stack.enter_async_context(cfg.learner.open(context("learner"), services))

@@ -85,8 +85,8 @@ class Run:
 
     @classmethod
     def open(cls, cfg: RunConfig, requirements: Requirements, options: Options) -> Run:
-        """Make the run directory, or open the one of the same recipe to resume it. Raises RunError if it
-        belongs to another run.
+        """Make the run directory, or, to resume, open the run directory of the same recipe. Raises RunError
+        if the directory already has a run and is not resumed, or if it belongs to another recipe.
         """
         saved = checkpoints.steps(options.out / "checkpoints")
         step = saved[-1] if options.resume and saved else 0
@@ -127,13 +127,13 @@ class Run:
         return StepContext(self.step if step is None else step, self.seed)
 
     def context(self, name: str) -> PartContext:
-        """The context of the part `name` of this run."""
+        """The context of one part. name: the key of the part, such as "learner" or "evals.NAME"."""
         return part_context(self.cfg, self.requirements, name, self.dir)
 
     # --- actions of the loop
 
     def restore(self, learner: OpenLearner, teachers: Teachers, extrapolation: OpenExtrapolation) -> None:
-        """Load the state of every part. On a new run, only extrapolation stores the start weights."""
+        """Load the state of these parts. On a new run, extrapolation stores the start weights instead."""
         if not self.step:
             extrapolation.start(learner.access)
             return
@@ -143,7 +143,7 @@ class Run:
         extrapolation.load(kept / "extrapolation")
 
     def write(self, group: Group, step: int) -> None:
-        """Write the first line of each attempt to disk. `step` is the step the attempts were sampled for."""
+        """Write the first line of each attempt to disk. step: the step that the group was sampled for."""
         self.landed.setdefault(step, Landed()).add(group[0].rollout.prompt.id, Work.of(group))
         files.append_lines(
             self.dir / "attempts.jsonl", [attempt_log.arrived(attempt, step) for attempt in group]
@@ -158,7 +158,9 @@ class Run:
         jumped: bool,
         scored: Spent | None,
     ) -> None:
-        """Count a finished step, and write its metrics and the second line of each attempt."""
+        """Count a finished step, and write its metrics and the second line of each attempt. jumped: True if
+        extrapolation replaced the weights. scored: the work of extrapolation's scores.
+        """
         discarded, on_policy = self.landed.pop(self.step, Landed()).discarded, self.cfg.sampler.on_policy
         updates = result.stats["updates"].value if "updates" in result.stats else 0
         # of the policy that was trained on these attempts, before the step
@@ -214,8 +216,8 @@ class Run:
     async def evaluate(
         self, learner: OpenLearner, sampler: OpenSampler, teachers: Teachers, extrapolation: OpenExtrapolation
     ) -> None:
-        """Run every evaluation that is due on the current weights, unless they are evaluated already. If one
-        raises, a checkpoint is saved first.
+        """Run every evaluation that is due, unless the current weights are evaluated already. If one raises,
+        a checkpoint is saved (not at step 0), and the error is raised again.
         """
         if self.evaluated:
             return
@@ -254,7 +256,7 @@ class Run:
                 await sampler.publish(learner.publish(), self.step)
 
     def save(self, learner: OpenLearner, teachers: Teachers, extrapolation: OpenExtrapolation) -> None:
-        """Export the student and write a checkpoint of every part."""
+        """Export the student and write a checkpoint of learner, teachers, extrapolation and counters."""
         parts: dict[str, checkpoints.Fill] = {
             "learner": learner.save,
             "teachers": teachers.save,
@@ -277,7 +279,7 @@ class Run:
         (folder / "README.md").write_text(model_card(self.cfg, self.step, papers(self.cfg)), encoding="utf-8")
 
     def keep_failed_batch(self, groups: Sequence[Group], why: str) -> Path:
-        """Write the batch of a failed step for inspection, and return the file's path."""
+        """Write the groups of a failed step, and the reason `why`, to a file, and return the path of it."""
         return failed_batch.keep(
             self.dir / f"{failed_batch.NAME}{self.step + 1}.jsonl", groups, self.step, why
         )

@@ -250,7 +250,7 @@ def test_the_likeliest_tokens_are_asked_for_in_training(purpose: Any, expected: 
 
 def test_one_cohort_is_sampled_in_one_way() -> None:
     asked = [(prompt("a"), 1, DRAW), (prompt("b"), 1, SamplingParams(3, "train", 40, temperature=0.5))]
-    with pytest.raises(ValueError, match="equal sampling parameters"):
+    with pytest.raises(ValueError, match="need the same SamplingParams"):
         asyncio.run(driver(Script(), Table()).play(asked, 0))
 
 

@@ -41,7 +41,8 @@ def test_a_step_that_is_not_finite_is_refused_and_nothing_has_changed(bad: float
     groups = batch()
     groups[1][0].target("main").h_TH[2] = bad
     with pytest.raises(
-        StepRefused, match=r"step 5: .* the step was refused, and no weight has changed.*refused.jsonl"
+        StepRefused,
+        match=r"step 5: .* the optimiser step was not made, and no weight has changed.*refused.jsonl",
     ):
         move(learner, groups, [Divergence()], step=4)
     assert same(before, dict(learner.state()))

@@ -213,7 +213,9 @@ def exam(
 
 
 def measure(model: FlowModel, spec: FlowSpec) -> list[str]:
-    """The size, the training and the scores of a model, one per line."""
+    """Lines of text on a model: one with the parameters and the training settings of `spec` (steps, batch,
+    learning rate, seed), then one for the exam of each sampler setting and domain.
+    """
     count = sum(weight.numel() for weight in model.net.parameters())
     made = (
         f"{spec.steps} steps of {spec.batch} drawings, lr {spec.lr:g}, seed {spec.seed}, "

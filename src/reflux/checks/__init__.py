@@ -22,7 +22,9 @@ __all__ = ["inputs", "join", "models", "warnings"]
 
 
 def join(cfg: RunConfig) -> Requirements:
-    """The requirements of all parts together. Raises ConfigError with every problem found, one per line."""
+    """The union of what objectives, credit rules, contexts and rewards of the recipe require of attempts.
+    Raises ConfigError if parts of the recipe do not fit together, with every problem found, one per line.
+    """
     problems = list(_problems(cfg))
     if problems:
         raise ConfigError("\n".join(problems))

@@ -116,7 +116,9 @@ def cite(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command()
 def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Check a recipe on its models: tokenizers, end tokens, parity, teachers, disk space."""
+    """Load the models of a recipe and check tokenizers, end tokens, teachers and disk space, and that the
+    sampler and the learner give the same log-probs.
+    """
     from reflux.cli.examine import show_findings
 
     show_findings(recipe, overrides or [])

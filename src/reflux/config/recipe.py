@@ -112,7 +112,7 @@ class RunConfig:
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | Iterable[str] = ()) -> RunConfig:
     """The validated config of a shipped recipe (by name) or a file, with overrides.
 
-    Raises ConfigError; its text names the path of the wrong key.
+    Raises ConfigError if a key or value is invalid; the text of the error names the path of the key.
     """
     changes = overrides.items() if isinstance(overrides, Mapping) else map(split_override, overrides)
     values = {path: unpack(value) for path, value in changes}
@@ -124,7 +124,9 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | Iterable[str] =
 
 
 def from_table(table: Mapping[str, Any]) -> RunConfig:
-    """The validated config of a resolved table. Raises ConfigError."""
+    """The validated config of a recipe's table after its `base` and all overrides were merged in. Raises
+    ConfigError if a key is missing, unknown or has an invalid value.
+    """
     if "reward" in table:
         raise ConfigError(
             "reward: there is no key `reward`. Rewards are named tables: write [rewards.verifier] for the "
@@ -141,7 +143,9 @@ def from_table(table: Mapping[str, Any]) -> RunConfig:
 
 
 def saved_table(folder: Path) -> dict[str, Any]:
-    """The resolved table in a run's config.toml. Raises RunError if the file is damaged."""
+    """The complete table in the config.toml of the run directory `folder`. Raises RunError if the file is
+    damaged.
+    """
     path = folder / "config.toml"
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -172,7 +176,7 @@ def config_hash(cfg: RunConfig) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
-    """One line for each key whose value differs between two tables."""
+    """One line for each key whose value differs between two tables. path: a prefix of the key paths."""
     lines = []
     for key in sorted({*old, *new}):
         where, before, after = f"{path}{key}", old.get(key), new.get(key)
@@ -184,7 +188,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
 
 
 def part_context(cfg: RunConfig, requirements: Requirements, name: str, run_folder: Path) -> PartContext:
-    """The context of the part `name` of a run in `run_folder`."""
+    """The context of one part of a run in `run_folder`. name: the key of the part, such as "learner"."""
     return PartContext(
         name=name,
         seed=cfg.seed,

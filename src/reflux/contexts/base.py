@@ -51,8 +51,8 @@ class ContextPart(Part, Protocol):
     adds_words: ClassVar[bool] = True
 
     def most_added(self, longest: int, count: Callable[[str], int]) -> int:
-        """Largest number of tokens that showing other attempts adds to a prompt. longest: tokens of the
-        longest attempt. count: gives the number of tokens of a text.
+        """The largest number of tokens by which a prompt grows if it shows other attempts. longest: the
+        tokens of the longest attempt. count: gives the number of tokens of a text.
         """
         return 0
 

@@ -21,8 +21,10 @@ CLOSING = "Now solve the original question correctly."
 def with_attempts(
     problem: str, successes: Sequence[str], failures: Sequence[str], feedback: str | None = None
 ) -> str:
-    """The problem, other attempts at it under their headings, feedback on the scored attempt, and the closing
-    line, which is always last.
+    """A prompt of the problem, the texts of right and wrong attempts at it under their headings, the
+    verifier's feedback, and the closing line, which is always last.
+
+    feedback: on the attempt that the teacher scores with this prompt, which is not one of the shown attempts.
     """
     headings = [SUCCESS, *[ANOTHER] * (len(successes) - 1)]
     blocks = [f"{heading}\n{text}" for heading, text in zip(headings, successes, strict=False)]

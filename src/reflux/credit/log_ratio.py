@@ -12,8 +12,8 @@ Side = Literal["behaviour", "now"]
 
 
 def log_ratio_T(attempt: Attempt, teacher: str, student: Side = "behaviour") -> np.ndarray | None:
-    """r_t = log q(a_t) - log p(a_t), float64, nats, NaN where the student did not choose. None if the attempt
-    ended in an error or has no target of the teacher.
+    """r_t = log q(a_t) - log p(a_t), float64, nats, NaN where the student did not choose the token. None if
+    the attempt ended in an error, or if the teacher gave no target for the attempt.
 
     q (teacher) and p (student) are at temperature 1, even if attempts were sampled at another temperature or
     with top-p, because r compares the two policies. Only an importance ratio uses the probability with which
@@ -21,8 +21,8 @@ def log_ratio_T(attempt: Attempt, teacher: str, student: Side = "behaviour") -> 
 
     student: "behaviour" is the policy that sampled. It needs no extra forward pass, and at staleness 0 it
     equals "now" up to numerics. "now" is the student of this step. Raises ValueError if the teacher's
-    log-probs of the sampled tokens were not required at scoring time (`Requirements(logp=True)`), or those of
-    the current student (`Requirements(now_topk=1)`).
+    log-probs of the sampled tokens are missing, because no part required them (`Requirements(logp=True)`),
+    or if those of the current student are missing (`Requirements(now_topk=1)`).
     """
     rollout, target = attempt.rollout, attempt.target(teacher)
     if target is None or rollout.finish == "error":

@@ -53,15 +53,15 @@ class Accuracy(EvalPart):
     is the number of answers without a verdict. They are in no mean. `truncated` is the share that reached the
     length limit, and `mean_tokens` (`mean_steps` for images) the mean length.
 
-    Rewards may have parts, such as quality. `parts` lists their names. Each part has under its own name its
-    mean over the answers that have it, with `.low` and `.high` by bootstrap over problems, and the same for
-    each part of a mix or route as `<name>.<route>`. A part with the name of a number of this table is called
-    `part.<name>`. If a part is equal for all problems, both ends are null: its range is not known, so the
-    bootstrap gives no interval.
+    Rewards may have parts, such as quality. `parts` lists the names of the parts. `<name>` is the mean of a
+    part over the answers that have it, with `<name>.low` and `<name>.high` by bootstrap over problems.
+    `<name>.<part or route>` is the same for each part of a mix or each route. A part of a reward whose name
+    is already a key of the result, such as `accuracy`, is called `part.<name>`. If a part has the same value
+    for all problems, both ends are null: the range of its values is not known, so there is no interval.
 
     Samples: if `samples` > 0, that many further answers are sampled at `temperature`. avg@n is the mean over
     problems of the mean reward. pass@k is unbiased, and an answer with reward 1 passes. Both have 95%
-    intervals by bootstrap over problems, or by Wilson if all problems are equal, such as 0 of 30.
+    intervals by bootstrap over problems, or by Wilson if all problems have the same value, such as 0 of 30.
 
     `split`: the split of the problems. `max_tokens`: the length limit; without it the sampler's `max_tokens`,
     never a cap of training. Images are always finished. `k`: the k of pass@k (default: samples). `examples`:
@@ -97,7 +97,7 @@ class Accuracy(EvalPart):
         return await self.measure(evaluation)
 
     async def measure(self, evaluation: Evaluation) -> dict[str, Any]:
-        """The table of the model in the sampler. DataError if the split has no problems."""
+        """The result of the model in the sampler, by key. DataError if the split has no problems."""
         prompts = self.prompts(evaluation)
         greedy = await self.greedy(evaluation, prompts)
         sampled: dict[str, Any] = {}
@@ -120,14 +120,14 @@ class Accuracy(EvalPart):
     async def greedy(
         self, evaluation: Evaluation, prompts: Sequence[Prompt], sampler: OpenSampler | None = None
     ) -> list[Graded]:
-        """One judged greedy answer to each prompt, in order. `sampler` replaces the own sampler if given."""
+        """A judged greedy answer to each prompt, in order. sampler: replaces that of `evaluation`."""
         return await self._ask(evaluation, prompts, 1, 0.0, sampler)
 
     def table(
         self, evaluation: Evaluation, greedy: list[Graded], more: Mapping[str, Any] = MappingProxyType({})
     ) -> dict[str, Any]:
-        """The numbers of these greedy answers, the numbers in `more`, and the examples. Without answers the
-        accuracy is null.
+        """The result, by key: the numbers of the greedy answers, the numbers in `more`, and the examples.
+        Without answers the accuracy is null.
         """
         parts = sorted({name for graded in greedy for _, reward in graded for name in reward.parts})
         table = {

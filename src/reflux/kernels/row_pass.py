@@ -28,12 +28,14 @@ Constant = tuple[Tensor, Head]
 
 
 def row_pass(h_NH: Tensor, head: Head, constants: Sequence[Constant], row_loss: RowLoss) -> Tensor:
-    """The sum of row_loss(rows, logits_NV, [constant logits_NV, ...]) over blocks of rows, a scalar of at
-    least float32.
+    """The sum of row_loss(rows, logits_NV, others) over blocks of rows, a scalar of at least float32.
+
+    rows: the slice of h_NH of this block. logits_NV: head(h_NH[rows]). others: for each entry of `constants`
+    (another model's hidden states and head, without gradient) its logits of these rows.
 
     Differentiable once, in h_NH and the head's parameters. Any other tensor that `row_loss` uses is a
-    constant. Each row is passed to `row_loss` once, in order, with `rows` counted over h_NH, outside
-    autocast. `row_loss` must not keep the tables, because their memory is reused. Under `torch.no_grad` no
+    constant. Each row is passed to `row_loss` once, in order, outside autocast. `row_loss` must not keep the
+    logits that it is given, because their memory is reused. Under `torch.no_grad` no
     gradient is computed. N = 0 gives 0.
     """
     work = _Work(h_NH.detach(), head, constants, row_loss)

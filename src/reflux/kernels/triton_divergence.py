@@ -133,7 +133,7 @@ def _plan(kind: str, weight: float | None) -> tuple[str, float]:
     default = _DEFAULTS[kind]
     if default is None:
         if weight is not None:
-            raise ValueError(f"'{kind}' has no mixture and takes no weight, leave it out")
+            raise ValueError(f"the divergence '{kind}' has no mixture weight. Leave `weight` out")
         return kind, 0.0
     weight = default if weight is None else weight
     if not 0 <= weight <= 1 or math.isnan(weight):

@@ -195,8 +195,8 @@ class GradientLearner(ABC):
         if not (np.isfinite(norm) and np.isfinite(loss)):
             self.optimiser.zero_grad(set_to_none=True)
             raise StepRefused(
-                f"step {step + 1}: the loss is {loss} and its gradient norm is {norm}; the step was refused, "
-                "and no weight has changed. Usual "
+                f"step {step + 1}: the loss is {loss} and its gradient norm is {norm}. Both must be finite, "
+                "so the optimiser step was not made, and no weight has changed. Usual "
                 f"reasons: a learning rate that is too high (now {lr:g}), or {self.refusal}.",
                 f"loss {loss}, gradient norm {norm}",
                 records,

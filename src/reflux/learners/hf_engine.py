@@ -99,8 +99,9 @@ class HFLearner(GradientLearner):
             return token_loss.backward(batch, self.hidden_rows(batch), self.model.head, log_variance)
 
     def hidden_rows(self, batch: token_loss.TokenMicroBatch) -> Tensor:
-        """h_NH: the trunk's hidden states that predict the kept positions. No attention mask is needed,
-        because right padding comes after all real tokens and attention is causal.
+        """h_NH: the trunk's hidden states that predict the positions which count in the loss (those with a
+        non-zero weight). No attention mask is needed, because right padding comes after all real tokens and
+        attention is causal.
         """
         h_BLH = self.model.trunk(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
         return h_BLH.flatten(0, 1)[batch.rows_N]

@@ -13,8 +13,8 @@ from transformers.cache_utils import DynamicLayer
 
 
 def roomy_cache(config: Any, room: int) -> DynamicCache:
-    """The cache of a model with its plain layers replaced. Sliding-window and recurrent layers are not
-    changed.
+    """A key-value cache in which each full-attention layer (`DynamicLayer`) is a `RoomyLayer` with spare
+    space for `room` more tokens. Sliding-window and recurrent layers stay as they are. config: of the model.
     """
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]

@@ -20,8 +20,8 @@ _SD3_PROMPT_TOKENS = 77 + 256
 
 @dataclass(frozen=True)
 class Size:
-    """The size of a model, from its files. parameters is None where the files cannot be read (a hub model
-    that is not in the local cache).
+    """The numbers of parameters, bytes, context tokens and operations of a model, read from its files.
+    `parameters` is None if the files cannot be read (a hub model that is not in the local cache).
     """
 
     name: str

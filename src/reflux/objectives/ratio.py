@@ -67,8 +67,8 @@ def outside(
 
 
 def above_cap(logp_N: Tensor, behaviour_logp_N: Tensor, ratio_cap: float) -> Tensor:
-    """True where p(a) / behaviour(a) is above its cap, [N], for any sign of the advantage. The estimator is
-    biased there.
+    """True where p(a) / behaviour(a) is above `ratio_cap`, [N], for any sign of the advantage. At these
+    tokens the capped ratio makes the gradient estimate biased.
     """
     return (logp_N - behaviour_logp_N).detach() > math.log(ratio_cap)
 

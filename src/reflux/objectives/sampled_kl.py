@@ -214,7 +214,7 @@ class SampledKL(ObjectivePart):
         return (rows.student.logp_N - rows.teachers[self.teacher].logp_N).detach().abs() >= self.max_gap_nats
 
     def value(self, rows: Rows[FullLogits]) -> Tensor | float:
-        """The value that the baseline subtracts, nats, [N]. 0 without a baseline."""
+        """The baseline that is subtracted from the advantage, nats, [N]. 0 without a baseline."""
         if self.baseline == "none":
             return 0.0
         if self.baseline in GROUP_BASELINES:

@@ -14,20 +14,28 @@ from reflux.reports.units import count, duration, percent
 
 @dataclass(frozen=True)
 class Overview:
-    """The contents of the head. `state` is empty for a finished run, else it names the reached step."""
+    """The content of the first section of the report."""
 
+    # the name of the recipe
     recipe: str
+    # a sentence that names the last finished step; empty for a finished run
     state: str
+    # the accuracy before and after training
     sentence: str
+    # (name, value) of the settings of the run
     facts: list[tuple[str, str]]
+    # (name, accuracy) of student before, student after and teacher
     scores: list[tuple[str, SearchScore | None]]
+    # the warnings in summary.json
     health: list[str]
 
 
 def overview(
     config: Row, summary: Row | None, metrics: Metrics, moments: list[EvalPoint], name: str
 ) -> Overview:
-    """The overview of a run, from its files. `name`, of the folder, is shown if the recipe has no name."""
+    """The first section of the report, from the files of a run. moments: its evaluations by step. name: of
+    the run directory, which is shown if the recipe has no name.
+    """
     planned, done = whole(config.get("steps")), metrics.steps_done
     finished = summary or {}
     scores = before_after_teacher(finished) if summary is not None else _so_far(moments)

@@ -22,8 +22,8 @@ async def open_rewards(
 ) -> AsyncIterator[OpenReward | None]:
     """All rewards as one, or None if there are none. A single reward of weight 1 is returned unchanged.
 
-    context(name): the context of one part. The rewards are called "rewards.NAME" there, so that no teacher
-    has the same folder.
+    context(name): the context of one part. The name of a reward is "rewards.NAME", so that its folder differs
+    from that of a teacher called NAME.
     """
     async with AsyncExitStack() as stack:
         opened = {
@@ -38,13 +38,15 @@ async def open_rewards(
 
 
 class OpenWeighted:
-    """Calls all its rewards concurrently and combines their results."""
+    """Calls several rewards concurrently. The result is the weighted sum of their values (`combined`)."""
 
     def __init__(self, opened: Mapping[str, OpenReward], weights: Mapping[str, float]):
         self._opened, self._weights = opened, weights
 
     async def score(self, group: Group) -> list[Reward]:
-        """`combined` for each attempt. ValueError if a reward does not return one result for each attempt."""
+        """The weighted sum (`combined`) for each attempt. ValueError if a reward does not return one result
+        for each attempt.
+        """
         found = await together(reward.score(group) for reward in self._opened.values())
         by_attempt = zip(group, *found, strict=True)
         return [

@@ -90,8 +90,8 @@ class Driver:
         draw = asked[0][2]
         if any(other != draw for _, _, other in asked):
             raise ValueError(
-                "the attempts of one cohort must have equal sampling parameters, and these have "
-                "different ones"
+                "all prompts of one sampling call need the same SamplingParams (temperature, top_p, "
+                "max_positions, stop and so on), but these differ"
             )
         async with self.environments.opened() as open_env:
             groups = [self._begin(prompt, n, draw, open_env) for prompt, n, _ in asked]

@@ -1,8 +1,9 @@
 """Collect the requests of one step into one batched model call.
 
 Groups run as independent coroutines. Models in this process need batches, and the composition of a batch must
-not depend on timing, because padding alone changes logits in the sixth digit. So the requests of
-one cohort wait for each other and are answered by one call, in a fixed order.
+not depend on timing, because padding alone changes logits in the sixth digit. A cohort is the groups of one
+optimiser step that are requested together, one request per group. The requests of one cohort wait for each
+other and are answered by one call, in a fixed order.
 
 Consumes: single requests, each with its cohort and its place in the cohort. Produces: one answer per request.
 Waits for: all requests of the cohort.
@@ -27,8 +28,8 @@ Answer = TypeVar("Answer")
 
 
 class Gather(Generic[Item, Answer]):
-    """Call `answer(items)` once per cohort, with the items in order of their places. Only one
-    cohort is answered at a time.
+    """Call `answer(items)` once per cohort, with the items sorted by `place` (see `ask`). Only one cohort is
+    answered at a time.
     """
 
     def __init__(self, answer: Callable[[list[Item]], Awaitable[Sequence[Answer]]]):
@@ -37,10 +38,11 @@ class Gather(Generic[Item, Answer]):
         self._turn = asyncio.Lock()
 
     async def ask(self, cohort: Hashable, size: int, place: str, item: Item) -> Answer:
-        """Wait until `cohort` has `size` requests, then return the answer to this one. The requests
-        of a call are sorted by `place`, so the same places give the same batch.
+        """Wait until `cohort` has `size` requests, then return the answer to this request.
 
-        Raises CancelledError if another request of the cohort was cancelled.
+        cohort: a key that all requests of one call share. place: the sort key of this request within the
+        call, which makes the order of the batch independent of timing. item: what `answer` gets for this
+        request. Raises CancelledError if another request of the cohort was cancelled.
         """
         joined = self._join(cohort)
         request = _Request(place, item, asyncio.get_running_loop().create_future())

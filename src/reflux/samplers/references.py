@@ -34,8 +34,8 @@ class References(SamplerPart):
     """Training attempts are the prompts' own `references`, treated as if the student had sampled them.
     Evaluations sample with `generate`.
 
-    The attempts were not sampled from the student. Only objectives that do not weight by its probabilities
-    are therefore allowed (`nll`, `divergence`).
+    The attempts were not sampled from the student. Only objectives that do not use the student's sampling
+    probabilities as weights are therefore allowed (`nll`, `divergence`).
     """
 
     on_policy: ClassVar[bool] = False

@@ -123,8 +123,9 @@ class TeacherSamples(SamplerPart):
 
 
 def drawers(teachers: Mapping[str, Any], route: str | None) -> list[str]:
-    """The tables that may sample images for a route: those that list it, otherwise those that serve every
-    prompt. A run needs exactly one.
+    """The names of the teachers (keys of `[teachers]`) that can sample images for the prompts of a route:
+    those whose `routes` contain it. If there are none, those without `routes`, which serve every prompt. The
+    caller refuses a run in which this is not exactly one name.
     """
     tables = {table: teacher for table, teacher in teachers.items() if teacher.draws}
     named = [table for table, teacher in tables.items() if route in teacher.routes]

@@ -33,7 +33,9 @@ def ink(image: np.ndarray) -> np.ndarray:
 
 
 def is_right(image: np.ndarray, domain: Domain, number: int) -> bool:
-    """True if the image shows `number`: as nearest digit for digits, as number of spots for counts."""
+    """True if the image shows `number`. domain "digits": the nearest drawn digit is `number`. Otherwise the
+    number of spots (connected squares) is `number`.
+    """
     return digit_in(image) == number if domain == "digits" else spots(image) == number
 
 

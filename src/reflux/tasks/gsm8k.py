@@ -120,7 +120,7 @@ class Gsm8k(TaskPart):
             if key not in fields:
                 raise ValueError(f"has no field '{key}'")
             if not isinstance(fields[key], str) or not fields[key].strip():
-                raise ValueError(f"has no text in its field '{key}', but {fields[key]!r}")
+                raise ValueError(f"needs a non-empty string in the field '{key}', got {fields[key]!r}")
         solution, mark, answer = fields["answer"].rpartition("####")
         if not mark or not answer.strip():
             raise ValueError("has no final answer: nothing follows '####' in its field 'answer'")

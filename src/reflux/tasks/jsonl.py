@@ -198,7 +198,7 @@ def _messages(
         )
     if prompt is not None:
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"has no text in its field '{names[0]}', but {prompt!r}")
+            raise ValueError(f"needs a non-empty string in the field '{names[0]}', got {prompt!r}")
         return ({"role": "user", "content": prompt},)
     if (
         not isinstance(messages, list)

@@ -117,5 +117,7 @@ def _object(row: bytes, where: str) -> dict[str, Any]:
             f"{where} is not JSON ({error}); {NOTHING}. The file must hold one object per line."
         ) from error
     if not isinstance(fields, dict):
-        raise DataError(f"{where} is not a JSON object; {NOTHING}. The file must hold one object per line.")
+        raise DataError(
+            f"{where} is JSON but not an object; {NOTHING}. The file must hold one object per line."
+        )
     return fields

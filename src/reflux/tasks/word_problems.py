@@ -205,15 +205,15 @@ def apply(kind: Operation, value: int, number: int) -> int:
 
 
 def split_of(chain: Chain) -> Split:
-    """The split of a chain, the same for every seed: a tenth of all chains is "validation", a tenth "test",
-    the rest "train".
+    """The split of a chain of arithmetic steps, the same for every seed: a tenth of all chains is
+    "validation", a tenth "test", the rest "train".
     """
     tenth = seed_of(chain) % 10
     return "validation" if tenth == 0 else "test" if tenth == 1 else "train"
 
 
 def tell(chain: Chain, rng: random.Random) -> tuple[str, str, int]:
-    """(story, worked solution, answer) of a chain. The random numbers choose the words."""
+    """(story, worked solution, answer) of a chain of arithmetic steps. rng: chooses the words."""
     value, steps = chain
     story = [f"{rng.choice(NAMES)} has {value} {rng.choice(THINGS)}."]
     solution = [f"Start: {value}."]

@@ -47,9 +47,10 @@ class Factors:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Factors by module name. `source` names their origin in errors."""
+    """A low-rank adapter: for each adapted linear layer, its matrices A and B, by module name."""
 
     factors: Mapping[str, Factors]
+    # where the adapter comes from, for errors
     source: str
 
     def deltas(self) -> dict[str, Tensor]:
@@ -75,8 +76,8 @@ def lora_config(adapter: Adapter) -> Any:
 
 
 def attach(transformer: Any, adapter: Adapter, name: str) -> None:
-    """Attach these factors to the transformer in place, as its adapter `name` (no dots). The adapter is
-    then active and may be trained.
+    """Add the matrices A and B of `adapter` to the layers of the transformer, in place. The new adapter is
+    called `name` (no dots), is active and may be trained.
     """
     from peft import inject_adapter_in_model
 
