@@ -46,7 +46,7 @@ class Prompt:
     answer: str | None = None
     # responses written by a teacher or a person, for the `references` sampler
     references: tuple[str, ...] = ()
-    # selects the teacher table that answers, where several tables share a name
+    # selects the teacher that answers, where several teachers (tables [teachers.NAME]) share an alias
     route: str | None = None
 
 
@@ -75,7 +75,7 @@ class Rollout:
     behaviour: TopKTarget | SampledTarget | VelocityTarget | None = None
     # positions that the student ran forward to sample it; None: the prompt and every position once
     sampled_positions: int | None = None
-    # positions that teachers ran forward to sample it, by teacher table
+    # positions that teachers ran forward to sample it, by NAME of [teachers.NAME]
     drawn_positions: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -111,7 +111,7 @@ class Rollout:
         raise NotImplementedError(f"{type(self).__name__} does not define `made`, the result of an attempt")
 
     def computed(self, rows_N: np.ndarray) -> int:
-        """Positions that a learner runs forward and backward to compute `rows_N`, ascending positions."""
+        """Positions that a learner runs forward and backward to train on those in `rows_N` (ascending)."""
         return len(rows_N)
 
 
@@ -228,7 +228,7 @@ class TeacherAnswer:
     seconds: float = 0.0
     # why there is no target; None where the teacher answered
     error: str | None = None
-    # the teacher table that was asked; several tables may share a name
+    # NAME of the table [teachers.NAME] that was asked; several tables may share an alias
     table: str = ""
     # hash of the TeacherPrompt; the teacher is asked again if the prompt has changed
     context_hash: str = ""
@@ -242,7 +242,7 @@ class TeacherAnswer:
 
 @dataclass(slots=True)
 class Attempt:
-    """All data of one attempt. A teacher whose target is None was not asked or gave none."""
+    """All data of one attempt. The target of a teacher that was not asked or gave none is None."""
 
     rollout: Rollout
     reward: Reward | None = None
@@ -250,13 +250,13 @@ class Attempt:
     answers: dict[str, TeacherAnswer] = field(default_factory=dict)
     # the current student's outputs at the positions of this attempt, where a part requires them
     now: Target | None = None
-    # what the optimiser step computed at each position; None before the step, and where it trained on nothing
+    # what the optimiser step computed at each position; None before the step, and without trained positions
     learned: StepRecord | None = None
     # by credit rule
     credits: dict[str, Credit] = field(default_factory=dict)
 
     def target(self, teacher: str) -> Target | None:
-        """The target of `teacher` for this attempt, or None. "behaviour" is the policy that sampled it."""
+        """The target of `teacher` (an alias), or None. "behaviour": the policy that sampled the attempt."""
         if teacher == "behaviour":
             return self.rollout.behaviour
         answer = self.answers.get(teacher)

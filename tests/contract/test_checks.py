@@ -277,7 +277,7 @@ def test_a_field_that_does_nothing_is_named(recipe: str, changes: dict[str, Any]
 
 def test_warnings_name_what_is_seldom_meant() -> None:
     unheard = load_recipe("full", {"teachers.other": {"kind": "local", "model": "m"}})
-    assert "teachers.other is asked, but no objective uses it" in checks.warnings(unheard)[0]
+    assert "teachers.other scores attempts, but no objective uses it" in checks.warnings(unheard)[0]
     cut = load_recipe("rl", {"sampler.train_max_tokens": {"kind": "linear", "start": 8, "increment": 1}})
     assert any("unfinished answers" in text for text in checks.warnings(cut))
     assert all(

@@ -378,11 +378,10 @@ def test_a_route_is_drawn_by_the_table_that_names_it() -> None:
         ),
         (
             {"teachers.counts": "none"},
-            "objectives[0]: no table of 'main' serves the route 'counts', so only other objectives train on "
-            "those "
-            "prompts.",
+            "objectives[0]: no teacher called 'main' serves the route 'counts', so only other objectives "
+            "train on those prompts.",
         ),
-        ({"teachers.more": FLOW_TEACHER}, "teachers.more is asked, but no objective uses it"),
+        ({"teachers.more": FLOW_TEACHER}, "teachers.more scores attempts, but no objective uses it"),
     ],
 )
 def test_what_is_seldom_meant_is_said(changes: dict[str, Any], words: str) -> None:

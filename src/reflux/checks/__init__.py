@@ -1,8 +1,8 @@
 """Check that the parts of a recipe fit together, before any weight is loaded.
 
-Each part has its own rules (`Part.refusals`, `Part.advice`). The modules of this package contain
-the rules that concern several parts, grouped by subject, each as `problems(cfg)`. They use only the protocols
-of the groups and name no particular part.
+Each part has its own rules (`Part.refusals`, `Part.advice`). The modules of this package contain the rules
+that concern several parts, one module per subject, each with a function `problems(cfg)`. These rules use only
+the protocols of the groups (samplers, teachers and so on) and name no particular part.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from reflux.teachers.names import tables_of
 
 
 def warnings(cfg: RunConfig) -> list[str]:
-    """All warnings about this run: those of its parts, and those that concern several parts."""
+    """All warnings about this run: those of its single parts, and those that concern several parts."""
     own = [text for where, _, part in within(cfg) for text in part.advice(where, cfg)]
     return [*_unheard(cfg), *own, *_as_it_acted(cfg), *_left_to_others(cfg), *lengths.warnings(cfg)]
 
@@ -21,7 +21,10 @@ def _unheard(cfg: RunConfig) -> Iterator[str]:
     used = {objective.teacher for objective in cfg.objectives}
     for table, teacher in cfg.teachers.items():
         if alias_of(table, teacher) not in used and not cfg.sampler.asks_teachers:
-            yield f"teachers.{table} is asked, but no objective uses it. Its answers only appear in metrics."
+            yield (
+                f"teachers.{table} scores attempts, but no objective uses it. Its answers only appear in "
+                "metrics."
+            )
 
 
 def _as_it_acted(cfg: RunConfig) -> Iterator[str]:
@@ -51,6 +54,6 @@ def _left_to_others(cfg: RunConfig) -> Iterator[str]:
         if missing:
             names = ", ".join(sorted(f"'{route}'" if route else "(none)" for route in missing))
             yield (
-                f"objectives[{index}]: no table of '{objective.teacher}' serves the route {names}, so only "
-                "other objectives train on those prompts."
+                f"objectives[{index}]: no teacher called '{objective.teacher}' serves the route {names}, so "
+                "only other objectives train on those prompts."
             )

@@ -55,7 +55,7 @@ def _one_kind(cfg: RunConfig) -> Iterator[str]:
 
 
 def _of_texts(cfg: RunConfig) -> Iterator[str]:
-    """Refuse parts that require quantities that only a text model has."""
+    """Refuse parts that require quantities that only a text model has, if the run makes images."""
     speakers: dict[str, tuple[str, Any]] = {
         f"objectives[{i}]": ("objectives", one) for i, one in enumerate(cfg.objectives)
     }

@@ -10,7 +10,8 @@ from reflux.evals.problems import problems
 
 
 def inputs(cfg: RunConfig) -> None:
-    """Check what the run reads, without loading weights. The run calls this before it makes its directory.
+    """Check that models, prompts and windows of a run exist and fit, without loading weights. The run calls
+    this function before it makes the run directory.
 
     Raises ModelError for a missing or wrong model folder, ConfigError for a context window that is too small,
     DataError for an evaluation without prompts.
@@ -30,7 +31,7 @@ def models(cfg: RunConfig) -> None:
     """Check that the folders of models and adapters that parts name exist and contain what the
     parts load. The hub is not contacted.
 
-    Raises ModelError for the first problem.
+    Raises ModelError for the first folder that is missing or holds something else.
     """
     for where, _, part in within(cfg):
         part.inputs(where)

@@ -26,8 +26,8 @@ def warnings(cfg: RunConfig) -> Iterator[str]:
 
 
 def cut_by_window(cfg: RunConfig, context_tokens: int | None) -> Iterator[str]:
-    """A warning if the limit of an answer is not below the student's context window. There is none
-    if the window is not known, or for images.
+    """A warning if the length limit of an answer is not below the student's context window. context_tokens:
+    the size of this window; with None (not known), and for images, there is no warning.
     """
     if (
         context_tokens is not None

@@ -17,8 +17,8 @@ _PROMPTS = 64
 
 
 def problems(cfg: RunConfig) -> Iterator[str]:
-    """Compare the tokens of prompt, other attempts, the text around them and the answer with the teacher's
-    context window. They are counted with the teacher's tokenizer.
+    """Yield a problem for each teacher whose context window is smaller than a prompt, other attempts, the
+    text around these attempts and an answer together. Tokens are counted with the teacher's tokenizer.
 
     A prompt counts as `sampler.max_prompt_tokens`. If that is not set, it counts as the longest of
     the first 64 training prompts. Feedback, longer prompts and other attempts that have more tokens when
@@ -57,8 +57,8 @@ def _too_narrow(
     longest = cfg.training_positions
     if needed(longest) > window:
         yield (
-            f"teachers.{table}.context: a prompt of {prompt} tokens ({whose}), up to {added(longest)} of "
-            "other attempts and the text "
+            f"teachers.{table}.context: a prompt of {prompt} tokens ({whose}), up to {added(longest)} "
+            "tokens of other attempts and the text "
             f"around them, and an answer of up to {longest} take {needed(longest)} tokens, but the context "
             f"window of the teacher's model has {window}. "
             f"{_remedy(needed, longest, window)} teachers.{table}.context.peer_tokens, successes or failures"

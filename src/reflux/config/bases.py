@@ -15,7 +15,10 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def read_recipe(name: str | Path, base: bool = False) -> dict[str, Any]:
-    """The raw table of a recipe file, or of a shipped recipe by name."""
+    """The table of one TOML file as it is written, without its `base` merged in. name: the path of a file
+    (with an ending), or the name of a shipped recipe. base: True if a base is read; the shipped scales in
+    recipes/base are then found too. Raises ConfigError if there is no such file or it is not valid TOML.
+    """
     path = Path(name)
     if not path.suffix:
         scale = RECIPES / "base" / f"{name}.toml"
@@ -50,12 +53,13 @@ def bases() -> list[str]:
 
 
 def resolve(table: dict[str, Any], scale: object = None, name: str | Path = "") -> dict[str, Any]:
-    """Merge a recipe over its chain of bases. The recipe itself is merged last. `scale` replaces the last
-    base of the chain.
+    """Merge a recipe over its bases: its `base`, the `base` of that one, and so on. The recipe itself is
+    merged last. scale: replaces the last of these bases.
 
-    `[methods.RECIPE]` of a base is merged over the shipped recipe of that name, at any place in the chain.
-    `name` is the recipe's name or path. A `base` that is a path is relative to the folder of the file that
-    names it. Raises ConfigError if a [methods] table or `scale` would change nothing.
+    A table `[methods.RECIPE]` in a base is merged over the shipped recipe of that name, wherever that recipe
+    is among the bases. name: the name or path of the recipe. A `base` that is a path is relative to the
+    folder of the file that names it. Raises ConfigError if a table in `[methods]` of the recipe, or `scale`,
+    would change nothing.
     """
     layers = _chain(str(name), table)
     if scale is not None and len(layers) == 1:

@@ -1,5 +1,5 @@
-"""The values that a part gets from its run. They are small and frozen, and can be pickled for another
-process.
+"""The values that a part of the recipe (such as the sampler or a teacher) gets from its run. These values are
+small and frozen, and can be pickled for another process.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Placement:
 class PartContext:
     """What a part knows of its run. Objects that the parts of one process share are in `Services`."""
 
-    # name of the part's table: "main" for [teachers.main], "sampler" for [sampler]
+    # name of the part's table in the recipe: "main" for [teachers.main], "sampler" for [sampler]
     name: str
     # the run's seed
     seed: int
@@ -93,6 +93,6 @@ class PartContext:
     numbers: Numbers
     # a folder for this part alone, inside the run directory; the part makes it if it needs it
     folder: Path
-    # the configured teachers by table, for a sampler that opens teachers itself
+    # the teachers of the recipe by key, for a sampler that opens teachers itself
     teachers: Mapping[str, Teacher] = field(default_factory=dict)
     placement: Placement = Placement()

@@ -12,8 +12,8 @@ from reflux.errors import ConfigError
 
 
 def parts_of(module: str) -> dict[str, dict[str, type]]:
-    """The parts that a module or package defines, by group and by the kind "module:Class" that a recipe would
-    name. The whole package is imported.
+    """The classes of parts that a module or package defines, by group (such as "teachers") and by the kind
+    "module:Class" that a recipe would name. All modules of the package are imported.
 
     Raises ConfigError if the package, or a module inside it, cannot be imported.
     """

@@ -1,4 +1,6 @@
-"""The groups of parts: for each the registry of its kinds, the base class of its parts and its protocol."""
+"""The groups of parts, such as samplers and teachers. Each group has a registry of kinds, a base class for
+its parts, and a protocol.
+"""
 
 from __future__ import annotations
 

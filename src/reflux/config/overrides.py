@@ -33,7 +33,7 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_override(text: str) -> tuple[str, Any]:
-    """ "a.b=3" -> ("a.b", 3)."""
+    """ "a.b=3" -> ("a.b", 3). Raises ConfigError if the text has no "="."""
     path, sign, value = text.partition("=")
     if not sign or not path.strip():
         raise ConfigError(f"'{text}' is not an override. Write key.path=value, for example learner.lr=1e-3.")
@@ -51,7 +51,10 @@ def unpack(value: Any) -> Any:
 
 
 def nest(path: list[str], value: Any, table: Any) -> dict[str, Any]:
-    """The smallest table that sets `path`. A number in the path selects an entry in a copy of a list."""
+    """A table with the single key `path` set to `value`. A number in the path selects an entry of a list; the
+    list is copied from `table`, the recipe so far. Raises ConfigError if the list has no such entry, or if
+    its entries are not tables.
+    """
     if len(path) == 1:
         return {path[0]: value}
     head, inner = path[0], table.get(path[0], {}) if isinstance(table, Mapping) else {}

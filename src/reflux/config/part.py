@@ -1,5 +1,5 @@
-"""The methods by which a part describes itself. Every part inherits them and overrides those it needs. The
-defaults return nothing.
+"""The methods by which a part of a recipe (such as a sampler, a teacher or a credit rule) describes itself.
+Every part inherits these methods and overrides those that it needs. The defaults return nothing.
 
 A rule that concerns one part is a method of that part. `checks/` contains the rules that concern several
 parts. All methods are called before weights are loaded, so a module that defines parts imports no torch at
@@ -15,7 +15,7 @@ from reflux.config.papers import Paper
 
 
 class Part(Protocol):
-    """An interface with defaults.
+    """The base class of all parts, with a default for each method.
 
     `where` is the path of the part's table in the recipe, such as "credit.prefix" or "objectives[0]". `cfg`
     is the whole `RunConfig`, `recorded` a `reports.recorded.Recorded`, and a diagnostic a
@@ -27,7 +27,9 @@ class Part(Protocol):
     when: ClassVar[str] = ""
 
     def refusals(self, where: str, cfg: Any) -> Iterable[str]:
-        """Reasons why this run cannot work, each a text with the remedy. Any one of them refuses the run."""
+        """Reasons why this run cannot work, each a text with the remedy. If there is one, the run does not
+        start.
+        """
         return ()
 
     def advice(self, where: str, cfg: Any) -> Iterable[str]:
@@ -39,12 +41,12 @@ class Part(Protocol):
         return ()
 
     def inputs(self, where: str) -> None:
-        """Check that the files the part reads exist, without loading them. Raises ModelError or DataError if
-        one is missing.
+        """Check that the files which the part reads exist, without loading the files. Raises ModelError or
+        DataError if one is missing.
         """
 
     def diagnostics(self, name: str, recorded: Any) -> Iterable[Any]:
-        """The charts of this part in the report, made from the files of the run directory. name: the name of
-        its table, such as "prefix".
+        """The charts of this part in the report, made from the files of the run directory. name: the key of
+        the part in the recipe, such as "prefix" for [credit.prefix].
         """
         return ()

@@ -63,7 +63,9 @@ def kinds(group: str) -> dict[str, str]:
 
 
 def part(group: str, kind: str, path: str = "") -> type:
-    """The class of a kind. Raises ConfigError for an unknown kind, with the most similar known name."""
+    """The class of a kind. Raises ConfigError for an unknown kind, with the most similar known name. path:
+    the path of the table in the recipe, for errors.
+    """
     known = kinds(group)
     if kind in known:
         return load(known[kind])
@@ -114,8 +116,9 @@ def belongs(value: object, group: str) -> bool:
 
 
 def within(value: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(where, group, part) of every part inside a config or inside another part. A part comes before the
-    parts that it contains. Schedules are left out.
+    """(where, group, part) of every part inside a config or inside another part. where: the path of the key
+    in the recipe, such as "credit.prefix". A part comes before the parts that it contains. Schedules are left
+    out.
     """
     for name, marker in markers(type(value)).items():
         if not isinstance(marker, PartOf) or marker.group not in BASES:
@@ -158,9 +161,10 @@ def _layers(hint: Any) -> Iterable[Any]:
 
 
 def build(group: str, table: Any, path: str, *, default_kind: str | None = None, steps: int = 0) -> Any:
-    """Make a part from its table. `steps` is the horizon of schedules that state none.
+    """Make a part from its table in the recipe. path: the path of the table, for errors. default_kind: the
+    kind if the table has no key `kind`. steps: the horizon of schedules that state none.
 
-    Raises ConfigError with the path of the wrong key.
+    Raises ConfigError, with the path of the key, if a kind or a key is unknown or a value is invalid.
     """
     if not isinstance(table, Mapping):
         raise ConfigError(f"{path}: expected a table with a 'kind', got {table!r}")
@@ -175,7 +179,9 @@ def build(group: str, table: Any, path: str, *, default_kind: str | None = None,
 
 
 def make(cls: type, table: Mapping[str, Any], path: str, *, steps: int = 0) -> Any:
-    """Make a frozen value of class `cls` from a table, with all parts and tables inside it."""
+    """Make a frozen value of class `cls` from a table, with all parts and tables inside it. path, steps: as
+    in `build`. Raises ConfigError as `build` does.
+    """
     names, inner = field_names(cls), markers(cls)
     values: dict[str, Any] = {}
     for key, value in table.items():

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Requirements:
-    """The quantities that parts require. Only required quantities are computed. `|` joins the requirements of
-    two parts and takes the larger k.
+    """The quantities that parts of a recipe require of each attempt. Only required quantities are computed.
+    `|` joins the requirements of two parts and takes the larger k.
     """
 
     # k of the top-k log-probs of the policy that sampled; 0: not required. For flows: its velocities

@@ -44,7 +44,7 @@ PositionNumber = Annotated[Any, PartOf("schedules", horizon=False)]
 
 
 def at(value: float | Schedule, step: int) -> float:
-    """The value of a `Number` at a step."""
+    """The value of a `Number` (a plain number or a schedule) at optimiser step `step` (from 0)."""
     return value(step) if isinstance(value, Schedule) else float(value)
 
 
@@ -54,7 +54,9 @@ def first_below(value: float | Schedule, bound: float, steps: int) -> int | None
 
 
 def number(value: Any, name: str) -> Any:
-    """Return `value` if it is a finite number or a schedule; raise ValueError otherwise."""
+    """Return `value` if it is a finite number or a schedule; raise ValueError otherwise. name: the key, for
+    errors.
+    """
     plain = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if plain or isinstance(value, Schedule):
         return value
@@ -84,7 +86,7 @@ class Constant:
 @dataclass(frozen=True, config=STRICT)
 class Linear:
     """start + increment * step, limited by `stop`. Without an increment: a straight line from start to stop
-    over `horizon` steps.
+    that ends at step `horizon`. warmup: the number of steps over which the value rises from near 0.
     """
 
     start: float
@@ -130,7 +132,9 @@ class Cosine:
 
 @dataclass(frozen=True, config=STRICT)
 class Steps:
-    """values[i] from step boundaries[i - 1] on. There is one value more than boundaries."""
+    """The value is values[i] from step boundaries[i - 1] on. There is one value more than there are
+    boundaries.
+    """
 
     values: tuple[float, ...]
     boundaries: tuple[int, ...]

@@ -14,10 +14,11 @@ from reflux.errors import ConfigError
 
 
 def without_shares(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The resolved table of a recipe with every `of` multiplied out, so that all schedules hold plain
-    numbers.
+    """The table of a recipe in which the amounts of every schedule with `of` are multiplied by that number,
+    so that all schedules hold plain numbers.
 
-    Raises ConfigError, with the path of the schedule, if `of` does not name a plain number of the recipe.
+    table: the recipe after its `base` and all overrides were merged in. Raises ConfigError, with the path of
+    the schedule, if `of` does not name a plain number of the recipe.
     """
     return {key: _walked(table, value, key) for key, value in table.items()}
 

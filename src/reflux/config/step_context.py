@@ -12,8 +12,8 @@ Purpose = Literal["train", "eval", "score"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How an attempt is sampled. `cohort` groups are requested together, and parts in this process wait for
-    all of them.
+    """How an attempt is sampled. `cohort` is the number of groups that are requested together. Parts in this
+    process wait until all these groups are requested and process them in one batch.
     """
 
     # the optimiser step that the attempt is sampled for, from 0

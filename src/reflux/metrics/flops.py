@@ -1,5 +1,5 @@
-"""Add up the computation of a step. Samplers report it in their rollouts, teachers in their
-answers, learners in their results. This module does not know particular parts.
+"""Add up the computation of a step. Samplers report it in rollouts, teachers in answers, learners in results.
+This module does not depend on particular kinds of samplers, teachers or learners.
 
 A position is one token or denoising step that a model ran over. The last token of a text counts,
 although no model runs after it. So the count equals the length of prompt and answer.
@@ -20,8 +20,8 @@ TOKENS = ("tokens_sampled", "tokens_scored", "tokens_discarded")
 
 @dataclass(frozen=True)
 class Work:
-    """Positions computed for attempts before a learner gets them. `drawn` and `taught` are by
-    teacher table.
+    """Positions computed for attempts before a learner gets them. The keys of `drawn` and `taught` are
+    teachers' keys in the recipe (NAME of `[teachers.NAME]`).
     """
 
     # positions that the student chose
@@ -53,7 +53,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Ran:
-    """Positions that a learner ran forward and backward in one step, of `macs` multiply-accumulates each."""
+    """Positions that a learner ran forward and backward in one step. One position takes `macs`
+    multiply-accumulates.
+    """
 
     macs: int
     forward: int
@@ -61,8 +63,8 @@ class Ran:
 
 
 class Landed:
-    """The attempts of one step that are sampled so far. If a prompt is sampled again after a jump, the
-    new attempts replace the old ones, which count as discarded.
+    """The computation of the attempts of one step that are sampled so far. If a prompt is sampled again after
+    extrapolation moved the weights, the new attempts replace the old ones, which count as discarded.
     """
 
     def __init__(self) -> None:
@@ -76,7 +78,7 @@ class Landed:
 
 
 def add_up(totals: dict[str, float], metrics: Mapping[str, Any]) -> None:
-    """Add the tokens and FLOP of one step's line to those of the run."""
+    """Add the tokens and FLOP in the metrics of one step to `totals`, the sums of the run."""
     for name in TOKENS:
         totals[name] += metrics.get(name, 0)
     totals["flops"] += sum(metrics["flops"].values())
@@ -86,9 +88,10 @@ def flops(learner: Ran, teacher_macs: Mapping[str, int], work: Work) -> dict[str
     """FLOP by role: 2 for each multiply-accumulate forward, 4 backward (Kaplan et al. 2020, arXiv 2001.08361,
     section 2.1).
 
-    sample: 2 (S acted + sum over tables of T drawn). teach: 2 sum of T taught. learn: S (2 forward + 4
-    backward). S and T are the multiply-accumulates of one position of the student and of each teacher table.
-    Adapters are counted as if all weights had gradients.
+    sample: 2 (S acted + sum over teachers of T drawn). teach: 2 sum over teachers of T taught. learn: S (2
+    forward + 4 backward). S and T are the multiply-accumulates of one position of the student and of a
+    teacher. teacher_macs: T by the teacher's key in the recipe. Adapters are counted as if all weights had
+    gradients.
     """
     return {
         "sample": 2.0 * (learner.macs * work.acted + _macs(teacher_macs, work.drawn)),

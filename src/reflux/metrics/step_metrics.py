@@ -36,11 +36,12 @@ def step_metrics(
 ) -> dict[str, Any]:
     """All metrics of one step as plain JSON values, except `step`.
 
-    stats, ran: the learner's numbers and positions. version: of the policy before this step.
-    tables: the name of each teacher table. teacher_macs: multiply-accumulates of a position, by table.
-    discarded: computation for attempts of this step that were discarded and sampled again. scored: the cost
-    of extrapolation's scorings since the last step, or None without scorings. on_policy: True if the student
-    sampled the attempts itself.
+    stats: the learner's numbers. ran: the positions that the learner ran. groups: the attempts of the step.
+    version: of the policy before this step. tables: the alias of each teacher, by the teacher's key in the
+    recipe (NAME of `[teachers.NAME]`). teacher_macs: multiply-accumulates of one position, by the same key.
+    clock: the seconds by role. discarded: computation for attempts of this step that were discarded and
+    sampled again. scored: the cost of extrapolation's scorings since the last step, or None without scorings.
+    on_policy: True if the student sampled the attempts itself.
     """
     attempts = [attempt for group in groups for attempt in group]
     live = [attempt for attempt in attempts if attempt.rollout.finish != "error"]
@@ -91,8 +92,8 @@ def _without_target(attempts: list[Attempt], tables: Mapping[str, str]) -> dict[
 
 
 def _asked(attempts: list[Attempt], tables: Mapping[str, str]) -> dict[str, list[Attempt]]:
-    """The attempts that each teacher table was asked about. This shows a table that shares a name and gets no
-    prompts of its routes.
+    """The number of attempts that each teacher was asked to score, by its key in the recipe. Of several
+    teachers with one alias, this shows one that gets no prompts of its routes.
     """
     return {
         table: [a for a in attempts if table in (answer.table for answer in a.answers.values())]
@@ -101,7 +102,7 @@ def _asked(attempts: list[Attempt], tables: Mapping[str, str]) -> dict[str, list
 
 
 def _answer_errors(attempts: list[Attempt], tables: Mapping[str, str]) -> dict[str, int]:
-    """The number of attempts that each teacher table was asked about and could not answer."""
+    """The number of attempts that each teacher was asked to score and could not, by its key in the recipe."""
     failed = [
         answer.table
         for attempt in attempts

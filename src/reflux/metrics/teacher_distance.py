@@ -14,8 +14,8 @@ from reflux.types import Attempt, VelocityTarget
 
 
 def generated_kl(attempts: Sequence[Attempt], teacher: str) -> Mean:
-    """Reverse KL from the student that sampled to `teacher`, nats, over all positions that it
-    generated, whatever their weight.
+    """Reverse KL from the student that sampled to `teacher`, in nats, as a mean over all positions that the
+    student generated, whatever their weight.
 
     For a text: the mean of log p(a) - log q(a) over the sampled tokens, where p is the distribution that was
     sampled from. This is unbiased, but noisier than the exact KL. For an image: the exact KL of each step.
@@ -59,14 +59,14 @@ def _known_gap_T(attempt: Attempt, teacher: str) -> np.ndarray | None:
 
 
 def _recorded_kl_T(attempt: Attempt, teacher: str) -> np.ndarray | None:
-    """The KL that the step computed; None if it is missing at a position that the student chose."""
+    """The KL that the optimiser step computed; None if it is missing at a position that the student chose."""
     kl_T = attempt.learned.kl_T if attempt.learned and teacher == "main" else None
     return None if kl_T is None or np.isnan(kl_T[attempt.rollout.mask_T]).any() else kl_T
 
 
 def teacher_logp_T(attempt: Attempt, teacher: str) -> np.ndarray | None:
-    """The teacher's log-probs of the sampled choices, nats: from the step where it computed them,
-    otherwise from the teacher's answer, NaN where neither has them.
+    """The teacher's log-probs of the sampled tokens or denoising steps, nats: those that the optimiser step
+    computed, otherwise those of the teacher's answer, NaN where both are missing.
 
     None if there are none at all, as for an image, whose answer holds velocities.
     """

@@ -18,7 +18,9 @@ class Tracker(Protocol):
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested numbers in one flat dictionary; keys are joined by slashes. Lists and texts are left out."""
+    """The numbers in nested dictionaries as one flat dictionary, with keys joined by slashes. Lists and texts
+    are left out. prefix: comes before each key.
+    """
     found = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -63,7 +65,9 @@ class Hosted:
 
 
 def open_tracker(track: Track, folder: Path, config: Mapping[str, Any]) -> Tracker:
-    """The tracker that the recipe names. Raises ConfigError if its package is not installed."""
+    """The tracker that `track.kind` of the recipe names. folder: the run directory. config: the recipe, which
+    the tracker stores. Raises ConfigError if the package of the tracker is not installed.
+    """
     if track.kind == "none":
         return NoTracker()
     try:

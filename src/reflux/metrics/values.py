@@ -65,8 +65,8 @@ class Max:
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Quantiles of its values; `value` is the median. All values are kept, so it is meant for one number per
-    attempt and not per token.
+    """Quantiles of all values that were added; `value` is the median. All values are kept in memory, so use
+    one number per attempt and not per token.
     """
 
     values: tuple[float, ...] = ()
@@ -86,7 +86,7 @@ Stats = dict[str, Metric]
 
 
 def merge(parts: Iterable[Mapping[str, Metric]]) -> Stats:
-    """The metrics of all parts added up by name. A name may be missing in some of the parts."""
+    """The metrics of several dictionaries added up by name. A name may be missing in some of them."""
     merged: Stats = {}
     for part in parts:
         for name, metric in part.items():

@@ -9,8 +9,8 @@ An attempt that raises or is cancelled cancels the other attempts of its step. I
 consumer asks for that step, also after a `settle` or a `refresh` in between. If several attempts of one step
 raise, the first error in prompt order is raised.
 
-When step s is produced, attempts for the steps up to s + max_staleness have been started. So their
-staleness when they are consumed is at most max_staleness.
+When step s is produced, attempts for the steps up to s + max_staleness have been started. So the staleness of
+an attempt when it is consumed is at most max_staleness.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ Attempting = Callable[[Prompt, int], Coroutine[Any, Any, Group]]
 
 
 class Pipeline:
-    """An async iterator that yields `steps` lists of `per_step` groups each. first_step is the
-    optimiser step of the first list.
+    """An async iterator that yields `steps` lists of `per_step` groups each. prompts: the training prompts,
+    in order. attempt(prompt, step): makes the group of one prompt. first_step: the optimiser step of the
+    first list (from 0). max_staleness: the bound described above.
 
     async with aclosing(Pipeline(...)) as stream:
         async for groups in stream: ...
@@ -81,15 +82,15 @@ class Pipeline:
         return prompts
 
     async def settle(self) -> None:
-        """Wait for the attempts in flight. No attempt is started until the consumer asks for
-        the next step.
+        """Wait until all running attempts have ended. No attempt is started until the consumer asks for the
+        next step.
         """
         for attempts in self._flying.values():
             await attempts.ended()
 
     def refresh(self) -> None:
-        """Discard the attempts in flight. Their prompts are sampled again, with the weights of
-        that time, when the consumer asks for the next step.
+        """Discard the attempts that are started or finished for later steps. When the consumer asks for the
+        next step, their prompts are sampled again with the weights of that moment.
 
         A step that has failed is kept, and its error is raised when the consumer asks for that step.
         """
@@ -112,7 +113,7 @@ class Pipeline:
             self._dropped.pop(0).raise_error()
 
     async def aclose(self) -> None:
-        """Cancel the attempts in flight and wait until they have ended. May be called twice."""
+        """Cancel all running attempts and wait until they have ended. May be called twice."""
         alive = [*self._dropped, *self._flying.values()]
         for attempts in alive:
             attempts.cancel()

@@ -1,4 +1,6 @@
-"""Objects that the parts of one process share. They are not sent to other processes: each makes its own."""
+"""Objects that the parts of one process share. These objects are not sent to other processes: each process
+makes its own.
+"""
 
 from __future__ import annotations
 
@@ -44,10 +46,10 @@ class Services:
     """Timers, an executor for model work, a cache of shared objects, graders, the student's tokenizer and the
     output heads.
 
-    overlap: True where sampling runs at the same time as learning (staleness above 0) or as
-    environments. Model work then runs in other threads than the event loop. append(name, row) adds a line to
-    the file `name` in the run directory. Lines whose `step` is after the checkpoint are removed when the
-    run is resumed.
+    student: the model whose tokenizer is used. overlap: True if sampling runs at the same time as learning
+    (staleness above 0) or as environments. Model work then runs in other threads than the event loop.
+    listener: receives notes for the user. append(name, row): adds a line to the file `name` in the run
+    directory. Lines whose `step` is after the checkpoint are removed when the run is resumed.
     """
 
     def __init__(
@@ -93,8 +95,8 @@ class Services:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
     def lend(self, weights: Weights) -> Weights:
-        """The same tensors under a version that no other weights and no training attempt have: -1, -2, ... in
-        this process.
+        """A handle of the same tensors with a version that no other weights and no training attempt have: -1,
+        -2, ... in this process.
 
         This is for weights that the sampler uses for a time and that are not trained further: candidates of a
         search, or an average. They do not come from an optimiser step, so the learner's version

@@ -25,8 +25,8 @@ class Stoppable(Protocol):
 
 @contextmanager
 def stopping_on_signals(run: Stoppable) -> Iterator[None]:
-    """Install signal handlers until the block ends. Outside the main thread nothing is installed,
-    because signals only reach the main thread.
+    """Handle Ctrl-C and SIGTERM for `run` until the block ends. Outside the main thread no handler is
+    installed, because signals only reach the main thread.
 
     The handlers run between two bytecodes of the main thread, not as callbacks of the event loop, because at
     max_staleness = 0 a model call blocks the event loop. After the first signal the handlers are replaced. A

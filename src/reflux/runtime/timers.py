@@ -1,4 +1,6 @@
-"""Seconds by role. The parts add the duration of each model call; the run reads the sums once per step."""
+"""Seconds by role, such as "sample" or "learn". The parts add the duration of each model call; the run reads
+the sums once per step.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Tasks that stand and fall together: once one fails, or is cancelled, the others are cancelled.
+"""Tasks that depend on each other: if one of them fails or is cancelled, the others are cancelled.
 
-asyncio.TaskGroup does neither of two things that are needed here: it goes on where one of its tasks is
-cancelled, and it can be waited for only by the block that opened it.
+asyncio.TaskGroup is not used for two reasons: it does not cancel the other tasks if one task is cancelled,
+and only the block that opened it can wait for its tasks.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ Result = TypeVar("Result")
 
 
 class Siblings(Generic[Result]):
-    """Started at once. Since a failure cancels the rest, `ended` is never later than the slowest of them
-    takes to end.
+    """Asyncio tasks of which a failure or a cancellation cancels all others. All are started at once. `ended`
+    waits for the slowest of them.
     """
 
     def __init__(self, work: Iterable[Coroutine[Any, Any, Result]]):
@@ -40,28 +40,32 @@ class Siblings(Generic[Result]):
         return any(task.done() and _failed(task) for task in self.tasks)
 
     async def ended(self) -> None:
-        """All are gone, with or without a result."""
+        """Wait until all tasks have ended, with or without a result."""
         if self.tasks:
             await asyncio.wait(self.tasks)
 
     async def results(self) -> list[Result]:
-        """In order, once all are gone. Raises the error of the first in order that has one, else
-        CancelledError where one was cancelled.
+        """The results in order, after all tasks have ended. Raises the error of the first task that has one,
+        else CancelledError if a task was cancelled.
         """
         await self.ended()
         self.raise_error()
         return [task.result() for task in self.tasks]
 
     def raise_error(self) -> None:
-        """A cancellation is none: that of a sibling never hides the error behind it."""
+        """Raise the error of the first task that failed. A cancellation does not count as an error, so the
+        cancellation of the other tasks does not hide the error that caused it.
+        """
         for task in self.tasks:
             if not task.cancelled() and (error := task.exception()):
                 raise error
 
 
 async def together(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """The results in order, or the error of the first that has one; nothing is left of them when this returns
-    or raises, also where it is cancelled. One alone is simply awaited."""
+    """Run coroutines concurrently and return the results in order. If some fail, the error of the first of
+    them in order is raised. No task is still running when this function returns or raises, also after a
+    cancellation. A single coroutine is awaited without a new task.
+    """
     coroutines = list(work)
     if len(coroutines) == 1:
         return [await coroutines[0]]

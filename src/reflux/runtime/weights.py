@@ -16,7 +16,8 @@ class Weights(Protocol):
 
     @property
     def version(self) -> int:
-        """The number of optimiser steps and jumps so far; below 0 for weights from `Services.lend`.
+        """The number of optimiser steps and extrapolation jumps so far; below 0 for weights from
+        `Services.lend`.
 
         Weights of the same version are equal. So a part may cache weights by version while it is open.
         """
@@ -24,12 +25,12 @@ class Weights(Protocol):
 
     @property
     def path(self) -> Path | None:
-        """Their place on disk or in shared memory; None if they are in this process only."""
+        """The place of the weights on disk or in shared memory; None if they are in this process only."""
         ...
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) one after the other, with the model's own names and adapters merged. Do not write to
-        the tensors.
+        """(name, tensor) of each parameter, one after the other, with the model's own parameter names and
+        with adapters merged. Callers must not write to the tensors.
         """
         ...
 

@@ -24,15 +24,15 @@ Line = dict[str, Any]
 
 
 def arrived(attempt: Attempt, step: int) -> Line:
-    """The line of a new attempt. `step` is the optimiser step it is for, from 0. Raises TypeError
-    for a rollout of an unknown class.
+    """The first line of an attempt. step: the optimiser step (from 0) that the attempt was sampled for.
+    Raises TypeError for a rollout of an unknown class.
     """
     rollout = attempt.rollout
     kept = next((kept for kept in _KEPT if isinstance(rollout, kept.kind)), None)
     if kept is None:
         raise TypeError(
-            f"attempts are texts or images, and {type(rollout).__name__} is neither, so attempt_log.py "
-            "cannot write it"
+            f"attempts.jsonl holds texts and images only, and an attempt of class {type(rollout).__name__} "
+            "is neither"
         )
     line = {
         "kind": "attempt",
@@ -48,8 +48,8 @@ def arrived(attempt: Attempt, step: int) -> Line:
 
 
 def learned(attempt: Attempt, step: int) -> Line:
-    """The line after the step: the teachers' log-probs of the sampled choices and the weight of
-    each position.
+    """The second line of an attempt: the teachers' log-probs of the sampled tokens or denoising steps, and
+    the weight of each position. step: the optimiser step, from 0.
     """
     rollout = attempt.rollout
     line: Line = {"kind": "learned", "step": step + 1, "prompt": rollout.prompt.id, "sample": rollout.sample}
@@ -82,7 +82,9 @@ def question(messages: tuple[Message, ...]) -> str:
 
 
 def read_attempt(line: Line) -> Attempt:
-    """An attempt with the data of its first line (law 10). Raises ValueError for a line of unknown kind."""
+    """An attempt made from its first line in attempts.jsonl (law 10). Raises ValueError for a line that is
+    neither a text nor an image.
+    """
     kept = next((kept for kept in _KEPT if kept.mark in line), None)
     if kept is None:
         raise ValueError(

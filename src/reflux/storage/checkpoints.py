@@ -1,4 +1,5 @@
-"""Checkpoints: a folder per step, in it a folder per part, which the part fills itself. The last k are kept.
+"""Checkpoints: one folder per step, and in it one folder per part (learner, teachers and so on), which the
+part fills itself. The last `keep_checkpoints` checkpoints are kept.
 
 A checkpoint gets its name when it is complete and on disk. If the process is killed before, the previous
 checkpoint is still complete. `write` and `read` are for parts whose state is a table: tensors are stored as
@@ -22,7 +23,9 @@ Fill = Callable[[Path], None]
 
 
 def save(folder: Path, step: int, parts: Mapping[str, Fill], keep: int) -> Path:
-    """Write checkpoints/step-N and remove all checkpoints but the last `keep`."""
+    """Write `folder`/step-N and remove all checkpoints but the last `keep`. parts: for each part, the
+    function that fills its folder.
+    """
 
     def fill(scratch: Path) -> None:
         for part, write_part in parts.items():
@@ -48,7 +51,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The state that `write` stored in a folder. Raises RunError if it is damaged."""
+    """The state that `write` stored in a folder. Raises RunError if a file is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -62,7 +65,9 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def read_plain(folder: Path) -> dict[str, Any]:
-    """The values of such a state that are not tensors, without importing torch. RunError if it is damaged."""
+    """The values that `write` stored in a folder, without the tensors. Does not import torch. Raises RunError
+    if the file is missing or damaged.
+    """
     try:
         return json.loads((folder / "state.json").read_text())
     except (OSError, ValueError) as error:
@@ -82,9 +87,12 @@ def write(folder: Path, state: State) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors = {
+        key: value.detach().contiguous().cpu()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
     plain = {key: value for key, value in state.items() if key not in tensors}
     (folder / "state.json").write_text(json.dumps(plain))
     if tensors:
-        copies = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
-        save_file(copies, folder / "tensors.safetensors")
+        save_file(tensors, folder / "tensors.safetensors")

@@ -1,5 +1,5 @@
-"""Write the complete batch of a failed step: its lines and, for images, the states and
-velocities as arrays.
+"""Write the groups of a failed step: the lines of all attempts and, for images, the states and velocities as
+arrays.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ NAME = "failed-batch-step-"
 
 
 def keep(path: Path, groups: Sequence[Group], step: int, why: str) -> Path:
-    """Write `path` and return it; an old file is replaced. Each attempt is one line with the
-    fields of both of its lines in attempts.jsonl, and `why`.
+    """Write the groups to the file `path` and return `path`; an old file is replaced. Each attempt is one
+    line with the fields of both of its lines in attempts.jsonl, and the reason `why`.
 
     For flow attempts a second file with the suffix .npz holds arrays. For line number n, from 0, these are
     `n/x_SD`, `n/image` and the velocities `n/v_TD/<who>`. <who> is a teacher's name, `behaviour`

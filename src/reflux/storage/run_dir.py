@@ -15,8 +15,8 @@ _MAY_DIFFER = ("steps", "save_every", "eval_every", "keep_checkpoints", "track",
 
 
 def choose_folder(recipe: str, out: str | Path | None, resume: bool) -> Path:
-    """The given folder, or runs/<recipe>, with a number added if it exists. On resume the newest of those
-    folders. Raises RunError if there is none to resume.
+    """The folder `out` if it is given, else runs/<recipe>, with a number added if that exists. If `resume`,
+    the newest of the folders runs/<recipe>*. Raises RunError if there is none to resume.
     """
     if out is not None:
         return Path(out)
@@ -39,8 +39,8 @@ def choose_folder(recipe: str, out: str | Path | None, resume: bool) -> Path:
 
 
 def check_same(cfg: RunConfig, out: Path) -> None:
-    """Raise RunError unless `out` holds a run of the same recipe. Keys that do not change any gradient may
-    differ.
+    """Raise RunError unless the run directory `out` was started with the same recipe. Keys that do not change
+    any gradient may differ.
     """
     if not (out / "config.toml").exists():
         raise RunError(
@@ -56,7 +56,7 @@ def check_same(cfg: RunConfig, out: Path) -> None:
 
 
 def take_lock(lock: IO[str], folder: Path) -> None:
-    """Lock a run's directory until the lock file is closed. Raises RunError if another process
+    """Lock the run directory `folder` until the file `lock` is closed. Raises RunError if another process
     holds the lock.
     """
     try:
@@ -68,7 +68,9 @@ def take_lock(lock: IO[str], folder: Path) -> None:
 
 
 def cut_back(folder: Path, step: int) -> None:
-    """Remove all lines of steps after the checkpoint of `step`. The resumed run does these steps again."""
+    """Remove from the files of the run all lines of steps after `step`, the step of the checkpoint. The
+    resumed run does these steps again.
+    """
     for path in folder.glob("*.jsonl"):
         if not path.name.startswith(failed_batch.NAME):
             files.keep_lines(path, lambda row: row.get("step", 0) <= step)

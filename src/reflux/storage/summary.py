@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reflux.config.recipe import config_hash
-from reflux.config.registry import kind_of
 from reflux.errors import RunError
 from reflux.metrics.flops import TOKENS
 from reflux.storage import files
@@ -23,7 +22,9 @@ _SCORE = ("accuracy", "low", "high", "problems", "split")
 def summarise(
     folder: Path, cfg: RunConfig, step: int, totals: Mapping[str, float], seconds: float
 ) -> dict[str, Any]:
-    """Write summary.json into a run directory and return it. totals: tokens and FLOP of all steps."""
+    """Write summary.json into the run directory `folder` and return its content. totals: tokens and FLOP,
+    summed over all steps.
+    """
     evals = list(files.read_lines(folder / "evals.jsonl"))
     table = {
         "recipe": cfg.recipe,
@@ -43,7 +44,9 @@ def summarise(
 
 
 def saved_summary(folder: Path) -> dict[str, Any] | None:
-    """The summary that a run wrote at its end; None if it has not ended. Raises RunError if it is damaged."""
+    """The summary.json that a run wrote at its end; None if the run has not ended. Raises RunError if the
+    file is damaged.
+    """
     path = folder / "summary.json"
     if not path.exists():
         return None
@@ -54,7 +57,9 @@ def saved_summary(folder: Path) -> dict[str, Any] | None:
 
 
 def reported(evals: list[dict[str, Any]]) -> dict[str, Any]:
-    """The accuracies of a run, each with its split: on test problems, else on those during training."""
+    """The accuracies of a run: on test problems if these were evaluated, otherwise those of the evaluations
+    during training. Each accuracy names the split of its problems. evals: the lines of evals.jsonl.
+    """
     first, last = (dict(next(iter(rows), {})) for rows in (evals[:1], evals[-1:]))
     tests = "test_accuracy" in first or "test_accuracy" in last
     name = "test_accuracy" if tests else "accuracy"
@@ -68,6 +73,8 @@ def reported(evals: list[dict[str, Any]]) -> dict[str, Any]:
 
 def method_of(cfg: Any) -> str:
     """The kinds of the parts that make the method: objectives, credit rules, extrapolation."""
+    from reflux.config.registry import kind_of
+
     words = [kind_of("objectives", objective) for objective in cfg.objectives]
     words += [kind_of("credit", rule) for rule in cfg.credit.values()]
     words += [kind_of("extrapolation", cfg.extrapolation)] if cfg.extrapolation else []
@@ -75,14 +82,19 @@ def method_of(cfg: Any) -> str:
 
 
 def commit() -> str | None:
-    """The commit of the library's checkout, with "+" if files differ. None for an installed package."""
-    here, command = Path(__file__).parent, ["git", "describe", "--always", "--dirty=+"]
+    """The commit of the library's checkout, with "+" if files differ from it. None for an
+    installed package.
+    """
+    here = Path(__file__).parent
     try:
-        found = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=5)
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True, timeout=5
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    known = found.returncode == 0 and "site-packages" not in here.parts
-    return found.stdout.strip() or None if known else None
+    return (
+        found.stdout.strip() or None if found.returncode == 0 and "site-packages" not in here.parts else None
+    )
 
 
 def _score(found: dict[str, Any] | None) -> dict[str, Any] | None:
