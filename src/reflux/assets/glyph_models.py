@@ -68,7 +68,7 @@ class FlowSpec:
     warmup: int = 50
     # the share of the prompts that are replaced by the empty prompt, so that guidance works
     blank: float = 0.1
-    # the shipped model whose weights it starts from; "" for an untrained model
+    # the shipped model whose weights training starts from; "" for an untrained model
     start: str = ""
     domains: tuple[Domain, ...] = DOMAINS
     layers: int = 4
@@ -96,7 +96,7 @@ class GlyphScore(NamedTuple):
 
 
 def blank(spec: FlowSpec) -> FlowModel:
-    """The untrained model of a spec, float32 on the CPU, with 0.58 million parameters."""
+    """An untrained model with the shape of `spec`, float32 on the CPU, with 0.58 million parameters."""
     torch.manual_seed(spec.seed)
     transformer = library().SD3Transformer2DModel(
         sample_size=SIDE,
@@ -117,7 +117,7 @@ def blank(spec: FlowSpec) -> FlowModel:
 
 
 def first(spec: FlowSpec) -> FlowModel:
-    """The model from which the training of a spec starts."""
+    """The model from which training starts: the shipped model `spec.start`, or an untrained one."""
     return (
         load_flow(str(folder(spec.start)), "start", dtype="float32", device="cpu")
         if spec.start
@@ -162,7 +162,9 @@ def cold_start(spec: FlowSpec) -> FlowModel:
 
 
 def flow_matching(model: FlowModel, clean_ND: Tensor, texts: Sequence[str], rng: torch.Generator) -> Tensor:
-    """The loss, with one random time and noise for each row."""
+    """The flow-matching loss of clean images `clean_ND` with prompts `texts`, with one random time and noise
+    for each row.
+    """
     noise_ND = torch.randn(clean_ND.shape, generator=rng)
     t_N = torch.randn(len(clean_ND), generator=rng).sigmoid()
     v_ND = model.velocity(clean_ND.lerp(noise_ND, t_N[:, None]), t_N, texts)

@@ -101,7 +101,7 @@ def failed(solution: str, rng: random.Random) -> str:
 
 
 def read(solution: str) -> tuple[int, tuple[tuple[Operation, int], ...]]:
-    """The chain of a worked solution."""
+    """The chain of arithmetic steps in a worked solution. ValueError for another text."""
     head = re.match(r"Start: ([0-9]+)\.", solution)
     if head is None:
         raise ValueError(f"not a worked solution: {solution!r}")

@@ -37,7 +37,7 @@ IGNORED = -100
 
 
 def blank(spec: Spec, tokenizer: Any) -> Qwen3ForCausalLM:
-    """The untrained model of a spec: Qwen3, float32, with tied embeddings."""
+    """An untrained model with the shape of `spec`: Qwen3, float32, with tied embeddings."""
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
     ends = {
@@ -65,7 +65,7 @@ def blank(spec: Spec, tokenizer: Any) -> Qwen3ForCausalLM:
 
 
 def first(spec: Spec, tokenizer: Any) -> Qwen3ForCausalLM:
-    """The model from which the training of a spec starts."""
+    """The model from which training starts: the shipped model `spec.start`, or an untrained one."""
     from transformers import Qwen3ForCausalLM
 
     return Qwen3ForCausalLM.from_pretrained(folder(spec.start)) if spec.start else blank(spec, tokenizer)
@@ -140,7 +140,9 @@ def accuracy(model: Any, tokenizer: Any, task: Task, *, batch: int = 250) -> tup
 
 
 def measure(model: Any, tokenizer: Any, spec: Spec) -> list[str]:
-    """The size, the training and the accuracies of a model, one per line."""
+    """Lines of text on a model: one with the parameters and the training settings of `spec`, then one for
+    each accuracy on a test task.
+    """
     made = (
         f"{spec.steps} steps of {spec.batch} problems, seed {spec.seed}, {torch.get_num_threads()} thread(s)"
     )

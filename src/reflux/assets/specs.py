@@ -26,7 +26,7 @@ class Spec:
     batch: int = 64
     lr: float = 3e-3
     warmup: int = 50
-    # the shipped model whose weights it starts from; "" for an untrained model
+    # the shipped model whose weights training starts from; "" for an untrained model
     start: str = ""
     # the training task
     task: Task = WordProblems()

@@ -23,8 +23,8 @@ trained from {origin} on worked solutions
 
 
 def save(model: Any, tokenizer: Any, name: str, report: list[str], out: Path, start: str = "") -> None:
-    """Write model, tokenizer and card as one folder that is complete or absent. `start` is the shipped model
-    from which the training started, if any.
+    """Write model, tokenizer and card as one folder that is complete or absent. name: of the model. report:
+    the lines of the card. start: the shipped model from which the training started, if any.
     """
 
     def fill(scratch: Path) -> None:

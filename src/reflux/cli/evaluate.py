@@ -28,8 +28,8 @@ console = Console()
 def evaluate_model(
     model: str, task: str | None, problems: int, samples: int, max_tokens: int | None, overrides: list[str]
 ) -> None:
-    """Print the results of the evaluation `accuracy`; no file is written. For a run directory,
-    task and sampler are those of the run.
+    """Print the results of the evaluation `accuracy`; no file is written. model: a folder, a hub id, a
+    shipped model, or a run directory, whose task and sampler are then used. task: the kind of another task.
 
     A local flow model is recognised by its files. A flow model on the hub that is not local yet needs the
     override sampler.kind=flow.

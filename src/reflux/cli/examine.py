@@ -13,7 +13,7 @@ _STYLE = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
 def show_findings(recipe: str, overrides: list[str]) -> None:
-    """Print the findings. The exit code is 1 if a check failed."""
+    """Print the findings of `reflux doctor`. The exit code is 1 if a check failed."""
     cfg = load_recipe(recipe, overrides)
     from reflux.inspection.doctor import examine
     from reflux.runtime.library_logging import quiet_libraries

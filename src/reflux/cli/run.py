@@ -23,7 +23,9 @@ console = Console()
 
 
 def run_recipe(recipe: str, overrides: list[str], out: Path | None, resume: bool) -> None:
-    """Train, then print the results. The exit code after a stop by the user is 130, as shells expect."""
+    """Train as `reflux run` does, then print the results. After a stop by the user the exit code is 130, as
+    shells expect.
+    """
     cfg = load_recipe(recipe, overrides)
     folder = choose_folder(cfg.recipe, out, resume)
     from reflux import checks

@@ -57,7 +57,7 @@ def _size(size: Size) -> str:
 
 
 def lengths_in_words(found: Plan) -> str:
-    """The limits of one attempt in training and in evaluations, as a text."""
+    """The length limits of one attempt in training and in evaluations, as a text."""
     least, most = found.training_positions
     training = f"at most {most:,} {found.position}s in training" + (
         f" (lowest limit {least:,})" if least < most else ""
@@ -89,8 +89,9 @@ def _memory(count: int | None, position: str) -> str:
 
 
 def list_parts(group: str, module: str = "") -> None:
-    """Print one line per recipe or part: the first line of its file or docstring. module: list the
-    parts that this package defines, instead of the shipped parts.
+    """Print one line per recipe or part: the first line of the recipe's file or of the part's docstring.
+    group: which ones, such as "recipes" or "teachers"; "" lists all. module: list the parts that this package
+    defines, instead of the shipped parts.
 
     Raises ConfigError for an unknown group, and for a module that cannot be imported or defines no part.
     """

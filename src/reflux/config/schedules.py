@@ -85,8 +85,10 @@ class Constant:
 
 @dataclass(frozen=True, config=STRICT)
 class Linear:
-    """start + increment * step, limited by `stop`. Without an increment: a straight line from start to stop
-    that ends at step `horizon`. warmup: the number of steps over which the value rises from near 0.
+    """start + increment * step, limited by `stop`; without an increment a straight line from start to stop.
+
+    horizon: the step at which this straight line reaches `stop`. warmup: the number of steps over which the
+    value rises from near 0.
     """
 
     start: float

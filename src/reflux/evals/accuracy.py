@@ -48,14 +48,14 @@ class Accuracy(EvalPart):
     """Accuracy on the first `problems` of a split, with one greedy answer each, and optionally with samples.
 
     Greedy answers: `accuracy` is the mean reward of the judged answers, with the Wilson interval `low`,
-    `high`. `accuracy.<part or route>` is the same for each part of a mix or each route, if there are several.
+    `high`. `accuracy.<task or route>` is the same for each task of a mix or each route, if there are several.
     A greedy image is that of the ODE, from an initial noise that is the same at every evaluation. `ungraded`
-    is the number of answers without a verdict. They are in no mean. `truncated` is the share that reached the
-    length limit, and `mean_tokens` (`mean_steps` for images) the mean length.
+    is the number of answers without a verdict; no mean includes these. `truncated` is the share that reached
+    the length limit, and `mean_tokens` (`mean_steps` for images) the mean length.
 
     Rewards may have parts, such as quality. `parts` lists the names of the parts. `<name>` is the mean of a
     part over the answers that have it, with `<name>.low` and `<name>.high` by bootstrap over problems.
-    `<name>.<part or route>` is the same for each part of a mix or each route. A part of a reward whose name
+    `<name>.<task or route>` is the same for each task of a mix or each route. A part of a reward whose name
     is already a key of the result, such as `accuracy`, is called `part.<name>`. If a part has the same value
     for all problems, both ends are null: the range of its values is not known, so there is no interval.
 

@@ -1,4 +1,4 @@
-"""The distance of the student from its teacher at each position."""
+"""The reverse KL between the student and a teacher at each position."""
 
 from __future__ import annotations
 
@@ -32,17 +32,18 @@ Found = tuple[Attempt, np.ndarray]
 
 @dataclass(frozen=True, config=STRICT)
 class Agreement(EvalPart):
-    """Reverse KL to `teacher` on the student's own samples, one attempt for each of the first `prompts`.
+    """Reverse KL to `teacher` on the student's own samples, an attempt for each of the first `prompts`
+    prompts.
 
     For texts it is the mean of log p(a) - log q(a), which is unbiased. For images, which are sampled with the
     noise of training, it is the KL of each denoising step in closed form (`objectives.velocity_kl`).
 
     `kl_nats` has the 95% interval `low`, `high`, in nats per token or per denoising step. `by_position` is
     the same in `bins` of equal width (tokens or denoising steps). `kl_nats.<route>` is the same for each
-    route, if the prompts have several. `by_teacher` is the same for each table with this alias, if there are
-    several. A table that scored nothing has null. `split` is the split of the prompts, and `max_tokens` the
-    length limit. An attempt that the teacher did not score is left out, and so is an image sampled without
-    noise, whose KL is infinite. If none is left, kl_nats is null.
+    route, if the prompts have several. `by_teacher` is the same for each teacher table (`[teachers.NAME]`)
+    with this alias, if there are several; it is null for one that scored nothing. `split` is the split of the
+    prompts, and `max_tokens` the length limit. An attempt that the teacher did not score is left out, and so
+    is an image sampled without noise, whose KL is infinite. If none is left, kl_nats is null.
 
     The interval comes from the spread between attempts, because positions of one attempt are not independent
     (`metrics.intervals.clustered_mean`: Student's t with one degree of freedom less than the number of
@@ -103,8 +104,8 @@ class Agreement(EvalPart):
 
 
 def gap_T(attempt: Attempt, teacher: str, heads: Heads) -> np.ndarray | None:
-    """The reverse KL at each position, nats, NaN where the student did not choose. None if there is no target
-    of the teacher.
+    """The reverse KL at each position, nats, NaN where the student did not choose. None if `teacher` gave no
+    target for the attempt. heads: the output heads of the models, which compute log-probs from hidden states.
 
     For a text it is log p - log q of the sampled tokens, whose mean estimates the KL. Unlike credit.log_ratio
     this needs no `Requirements`: if the target has hidden states only, they go through the teacher's head

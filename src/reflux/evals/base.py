@@ -1,8 +1,8 @@
 """The protocol of evaluations. An evaluation measures the current student and writes to evals.jsonl.
 
 An evaluation is a frozen value. It is called with an `Evaluation`, whose sampler has the current weights, and
-with the `Source` of these weights. It has its own random numbers (purpose "eval") and its own length limit.
-So a training run is bit-identical with and without it (law 8).
+with the `Source` of these weights. Evaluations have their own random numbers (purpose "eval") and their own
+length limit. So a training run is bit-identical with and without an evaluation (law 8).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """What an evaluation that reads the weights needs."""
+    """Access to the weights and a folder, for evaluations that read the weights."""
 
     # reads the current weights; None if the learner has no weight access
     access: WeightAccess | None
@@ -44,8 +44,8 @@ class Eval(EvalPart, Protocol):
 
     @property
     def split(self) -> Split | None:
-        """The split of its prompts. None if it uses no prompts. An empty split is refused before the run
-        begins.
+        """The split of the prompts of this evaluation. None if it uses no prompts. A split without prompts is
+        refused before the run begins.
         """
         ...
 
@@ -57,14 +57,14 @@ class Eval(EvalPart, Protocol):
         ...
 
     async def __call__(self, evaluation: Evaluation, source: Source) -> dict[str, Any]:
-        """Returns a flat table of JSON values, e.g. {"accuracy": 0.42, "low": 0.38, "high": 0.46, "problems":
-        500, "split": "test"}.
+        """The result: JSON values by key, without nesting, e.g. {"accuracy": 0.42, "low": 0.38, "high": 0.46,
+        "problems": 500, "split": "test"}.
         """
         ...
 
 
 def is_due(evaluation: Eval, step: int, steps: int, seen: bool) -> bool:
-    """True if `evaluation` is due at `step` of a run of `steps` steps. seen: True if it was called before."""
+    """True if `evaluation` is due at `step` of a run of `steps` steps. seen: True if it has already run."""
     if evaluation.asked == "ends":
         return step == 0 or step >= steps
     return not (evaluation.asked == "start" and seen)

@@ -32,7 +32,7 @@ class Evaluation:
 
     context: PartContext
     services: Services
-    # the sampler's table, for a measurement that opens a sampler with another model
+    # the `[sampler]` table of the recipe, for a measurement that opens a sampler with another model
     part: Sampler
     # the open sampler, with the weights to be measured
     sampler: OpenSampler
@@ -55,8 +55,8 @@ class Evaluation:
     def draw(
         self, purpose: Purpose, *, limit: int | None = None, temperature: float = 1.0, rng: int = 0
     ) -> SamplingParams:
-        """The sampling parameters of answers: at most `limit` positions, else the limit of evaluations, and
-        the stop strings of training.
+        """The sampling parameters of answers: at most `limit` positions (without it the limit of
+        evaluations), and the stop strings of training. purpose, rng: parts of the key of the random numbers.
 
         At temperature 0 the step is 0, so the random numbers that remain (the initial noise of an image) do
         not change with the step.
@@ -74,8 +74,8 @@ class Evaluation:
     async def groups(
         self, prompts: Sequence[Prompt], n: int, draw: SamplingParams, sampler: OpenSampler | None = None
     ) -> list[Group]:
-        """`n` answers to each prompt, in order, requested together. `sampler` replaces the own sampler if
-        given.
+        """`n` answers to each prompt, in order, requested together. draw: the sampling parameters. sampler:
+        used in place of `self.sampler`.
         """
         asked, acting = replace(draw, cohort=len(prompts)), sampler or self.sampler
         return await together(acting.sample(prompt, n, asked) for prompt in prompts)

@@ -49,7 +49,7 @@ NAMES = ("spectral_norm", "rho", "effective_rank", "top_norm_ratio")
 class Foresight(EvalPart):
     """Spectra of the change of attention and MLP matrices since the start, as means over the matrices.
 
-    The change is computed in float32 with adapters merged. The table has `spectral_norm`, `rho`,
+    The change is computed in float32 with adapters merged. The result has `spectral_norm`, `rho`,
     `effective_rank`, `top_norm_ratio` (see evals.spectra), `matrices` (their number) and `unmoved`, the
     number of matrices that did not change. Those are left out of the means. If no matrix changed, the means
     are null. `alignment` gives for each earlier evaluation, by step, the alignment of its leading `k`
@@ -60,7 +60,8 @@ class Foresight(EvalPart):
     The start weights and the leading left singular vectors of every evaluation are stored in the run
     directory, under parts/evals.NAME/. Cost: an exact singular value decomposition of every matrix on the
     CPU. For matrices with up to a few hundred rows this is negligible compared with a step; with a few
-    thousand rows it takes seconds per matrix. RunError if it is switched on after the first step.
+    thousand rows it takes seconds per matrix. RunError if this evaluation is added after the first step of
+    the run.
 
     Training reads nothing of this (law 8). arXiv 2605.11739.
     """
@@ -82,7 +83,7 @@ class Foresight(EvalPart):
         return foresight_charts(read_spectra(recorded.rows("evals")))
 
     async def __call__(self, evaluation: Evaluation, source: Source) -> dict[str, Any]:
-        """Returns the table. ConfigError if `include` matches no matrix, RunError if the start weights are
+        """The result, by key. ConfigError if `include` matches no matrix, RunError if the start weights are
         missing.
         """
         access = required(source.access, "evals.foresight")

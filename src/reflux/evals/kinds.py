@@ -14,7 +14,7 @@ from reflux.types import FlowRollout, Rollout, TokenRollout
 class Kind:
     """How evaluations present one class of rollouts."""
 
-    # the name of its positions, in the plural
+    # the name of the positions of an attempt, in the plural
     units: str
     # the key of the text or image in an example
     shown: str
@@ -32,5 +32,5 @@ KINDS = {
 
 
 def kind_of(rollout: Rollout) -> Kind:
-    """The kind of the nearest class in the inheritance order."""
+    """How evaluations present this rollout: the entry of its class, else of the nearest base class."""
     return next(KINDS[cls] for cls in type(rollout).__mro__ if cls in KINDS)

@@ -17,13 +17,15 @@ TEST_SEED = 7_302_811
 
 
 def problems(task: Task, split: Split) -> Iterator[Prompt]:
-    """The problems of a split, from the first one on. A split of stored lines is the same for every seed."""
+    """The problems of a split, from the first one on. They are the same in every run: generated problems are
+    drawn with a fixed seed, and stored lines do not depend on the seed.
+    """
     return task.prompts(split, TEST_SEED if split == "test" else HELD_OUT_SEED)
 
 
 def seen(task: Task, asked: Sequence[Prompt]) -> int:
-    """The number of these test problems that are also validation problems, by their ids. 0 for a task without
-    validation problems.
+    """The number of the test problems `asked` whose ids are also those of validation problems. 0 for a task
+    without validation problems.
     """
     try:
         looked_at = {prompt.id for prompt in problems(task, "validation")}
@@ -33,7 +35,7 @@ def seen(task: Task, asked: Sequence[Prompt]) -> int:
 
 
 def told(count: int) -> str:
-    """A note about such a number of problems, with the remedy."""
+    """A note that `count` test problems are also validation problems, with the remedy."""
     return (
         f"{count} of the test problems are also validation problems, so the reported result is not "
         "independent of the choices made during the work. Give the task separate test problems, such as "

@@ -33,7 +33,9 @@ CORRECT = 0.5
 
 @dataclass(frozen=True)
 class Counted:
-    """One prompt and the counts of its answers: `correct` of `samples`; `ungraded` ones have no verdict."""
+    """One prompt and the counts of its answers: `correct` of `samples` are right, and `ungraded` of them have
+    no verdict.
+    """
 
     prompt: Prompt
     correct: int
@@ -51,7 +53,8 @@ class Counted:
 
 
 def multiplicities(counts_correct: Sequence[int], n_samples: int, cap: int = 8) -> list[int]:
-    """The number of copies of each prompt with which all difficulties are about equally frequent.
+    """The number of copies of each prompt that makes all difficulties about equally frequent. counts_correct:
+    the number of correct answers to each prompt.
 
     A prompt with c of `n_samples` answers correct gets 1 copy if c = 0, else clip(floor(H / h_c + 1/2), 1,
     cap). h_c is the number of prompts with that count, and H the largest h of all counts. Below the cap,
@@ -77,8 +80,8 @@ def multiplicities(counts_correct: Sequence[int], n_samples: int, cap: int = 8) 
 
 
 def copies_of(counted: Sequence[Counted], cap: int = 8) -> list[int]:
-    """`multiplicities` of the prompts whose answers were all judged. The other prompts are kept once and not
-    counted.
+    """The number of copies of each prompt: `multiplicities` of the prompts whose answers were all judged. The
+    other prompts get one copy and are not counted.
     """
     judged = [entry for entry in counted if not entry.ungraded]
     found = iter(
@@ -102,8 +105,8 @@ def repeated(prompts: Sequence[Prompt], copies: Sequence[int]) -> Iterator[Promp
 
 
 def training_prompts(task: Task, seed: int, limit: int = 0) -> tuple[list[Prompt], bool]:
-    """The different training prompts in order (the first `limit`, or at 0 all of one pass), and True if the
-    stream was cut.
+    """(different training prompts in order, True if the stream was cut). limit: the number of prompts; 0: all
+    of one pass.
 
     A training split never ends. A pass over the data ends when ids repeat. An endless task gives its first
     FIRST prompts. DataError if there is no limit and the task of a user does not end within UNKNOWN different
@@ -142,7 +145,9 @@ def as_glyph(prompt: Prompt, made: Any) -> Reward:
 async def measured(
     evaluation: Evaluation, prompts: Sequence[Prompt], samples: int, draw: SamplingParams, at_once: int = 64
 ) -> AsyncIterator[list[Counted]]:
-    """The counts of `at_once` prompts at a time. The answers depend on prompt and sample index alone."""
+    """The counts of each prompt, in lists of `at_once` prompts that are sampled together. samples: answers
+    per prompt. The answers depend on prompt and sample index alone.
+    """
     for start in range(0, len(prompts), at_once):
         chunk = prompts[start : start + at_once]
         groups = await evaluation.groups(chunk, samples, draw)

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 class TeacherAccuracy(EvalPart):
     """`accuracy` of the teacher's own model, before the first step.
 
-    teacher: an alias of several tables, or one table. With an alias of several tables each problem goes to
-    the table of its route, and problems of a route without a table are left out. One table gets every
-    problem, whatever its routes. Only for teachers that have a model: a sampler of the kind used in the run
-    samples from it, with the random numbers of the greedy answers of `accuracy`. Null for a `self` teacher,
-    because that is the student, which is measured anyway. `problems`, `max_tokens`, `split` and `examples`
-    are those of `accuracy`.
+    teacher: the NAME of one table `[teachers.NAME]`, or an alias that several of these tables share. With an
+    alias, each problem goes to the teacher whose `routes` contain the route of the problem, and problems of
+    other routes are left out. With a NAME, this teacher gets every problem, whatever its routes. Only for
+    teachers that have a model: a sampler of the kind used in the run samples from it, with the random numbers
+    of the greedy answers of `accuracy`. Null for a `self` teacher, because that is the student, which is
+    measured anyway. `problems`, `max_tokens`, `split` and `examples` are those of `accuracy`.
     """
 
     asked: ClassVar[Asked] = "start"
@@ -53,7 +53,7 @@ class TeacherAccuracy(EvalPart):
             )
 
     async def __call__(self, evaluation: Evaluation, source: Source) -> dict[str, Any]:
-        """Raises ValueError if there is no such teacher, or if its table has no model."""
+        """Raises ValueError if the recipe has no such teacher, or if the teacher has no model of its own."""
         asked, tables = self._accuracy(), measured(evaluation.context, self.teacher)
         tables_by_name = evaluation.context.teachers
         if not tables:

@@ -1,5 +1,5 @@
 """The reported result of a run: the accuracy of the student on test problems before and after training, and
-that of its teacher.
+the accuracy of the teacher.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class ReportedAccuracy(EvalPart):
     (`reflux.evals.problems.TEST_SEED`). They are the same in every run.
 
     The fields are those of `accuracy`. `teacher`: before the first step this teacher solves the same
-    problems, as in `teacher_accuracy`, and its table is stored under "teacher". It is left out if no such
-    teacher has a model of its own, or if teacher is "". Some tasks use validation problems as test problems,
-    such as `jsonl` without a file `test`. They are evaluated too: the run gives a note, and `seen` is the
-    number of these problems.
+    problems, as in `teacher_accuracy`, and the result is stored under "teacher". There is no such result if
+    no teacher of this name has a model of its own, or if teacher is "". Some tasks use validation problems as
+    test problems, such as `jsonl` without a file `test`. These problems are evaluated too: the run gives a
+    note, and `seen` is the number of these problems.
     """
 
     asked: ClassVar[Asked] = "ends"

@@ -3,8 +3,9 @@ after an optimiser step.
 
 `fires(completed_steps)` is True if extrapolation is due; the loop then lets in-flight attempts finish first.
 `after_step` may test weights with `await score()` (a number, higher is better, on fixed prompts with their
-own random numbers, see `score`). It returns True if the final weights differ from those that the step left.
-It changes the weights through the learner's `WeightAccess`, which is None if the learner offers none.
+own random numbers, see `score`). `after_step` returns True if the final weights differ from those after the
+optimiser step. It changes the weights through the learner's `WeightAccess`, which is None if the learner
+offers none.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Score(Protocol):
 
 class OpenExtrapolation(Protocol):
     def start(self, access: WeightAccess | None) -> None:
-        """Called once in a new run, before the first step, with access to the start weights."""
+        """Called once in a new run, before the first step. access: reads and writes the start weights."""
         ...
 
     def fires(self, completed_steps: int) -> bool: ...
@@ -75,7 +76,9 @@ class OpenExtrapolation(Protocol):
         ...
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote. The folder is empty if the checkpoint was made without extrapolation."""
+        """Restore the state that `save` wrote. The folder is empty if the checkpoint was made without
+        extrapolation.
+        """
         ...
 
 
@@ -93,7 +96,7 @@ class Extrapolation(ExtrapolationPart, Protocol):
 
 
 class Never:
-    """Stands for a run without extrapolation. It never fires."""
+    """Used by runs without extrapolation: it never moves the weights."""
 
     def start(self, access: WeightAccess | None) -> None: ...
 

@@ -58,9 +58,9 @@ class Extrapolate(ExtrapolationPart):
     arXiv 2605.11739. The paper's formula accepts >=, its released code >. With few prompts ties are common,
     so "better" (strict) is the default. The paper does not state whether the displacement starts from the
     weights before or after the previous search's jump; like the released code, this part uses the weights
-    after it. The released code chains factors 2, 2/3, 2/5, ..., which gives the same points but accumulates
-    rounding errors. The released code also moves norms whose name contains "attention", by accident; this
-    part moves no norms, embeddings or head.
+    after it. The released code multiplies by factors one after the other (2, 2/3, 2/5, ...), which gives the
+    same points but accumulates rounding errors. The released code also moves norms whose name contains
+    "attention", by accident; this part moves no norms, embeddings or head.
     """
 
     when: ClassVar[str] = (
@@ -174,7 +174,7 @@ def fires(step: int) -> bool:
 
 
 def multiples(tries: int = 5) -> list[int]:
-    """The number of displacements from the weights to each candidate: 2, 4, ..., 2 `tries` (two times k, not
+    """The multiples m of the displacement that give the candidates: 2, 4, ..., 2 `tries` (two times k, not
     two to the power k).
 
     These are the running products of 1 + f_k minus 1, for the released code's factors f_1 = 2, f_(k+1) = f_k

@@ -38,15 +38,17 @@ class Trial:
 
 
 class OpenExtrapolate:
-    """Holds the anchor: float32 copies, on the CPU, of the weights that move."""
+    """The open extrapolation. It holds the anchor, the weights at the end of the previous search: float32
+    copies, on the CPU, of the weights that move.
+    """
 
     def __init__(self, cfg: Extrapolate, context: PartContext, services: Services):
         self.cfg, self.context, self.services = cfg, context, services
         self._anchor: Weights = {}
 
     def start(self, access: WeightAccess | None) -> None:
-        """ConfigError if `include` matches no parameter. ModelError if the learner keeps no float32
-        weights.
+        """Store the start weights as the anchor. ConfigError if `include` matches no parameter. ModelError if
+        the learner keeps no float32 weights.
         """
         access = required(access, "extrapolation")
         names = moved(access.names, self.cfg.include)
@@ -62,8 +64,8 @@ class OpenExtrapolate:
         return bool(self.cfg.tries) and extrapolate.fires(completed_steps)
 
     async def after_step(self, access: WeightAccess | None, score: Score, completed_steps: int) -> bool:
-        """Search, if a search is due after this step. RefluxError if the current weights have no finite
-        score.
+        """Make a search if one is due after this step; True if it moved the weights. RefluxError if the score
+        of the current weights is not finite.
         """
         if not self.fires(completed_steps):
             return False

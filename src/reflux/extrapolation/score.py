@@ -50,8 +50,8 @@ class Scorer:
         files.write_text(context.folder / "score_prompts.jsonl", "".join(lines))
 
     async def __call__(self, asked: Evaluation, rng: int = 0) -> float:
-        """NaN if nothing was judged. Random numbers depend only on (run seed, "score", step, prompt, sample,
-        `rng`), so all candidates share them.
+        """The score; NaN if no answer was judged. asked: the evaluation whose sampler has the weights. Random
+        numbers depend only on (run seed, "score", step, prompt, sample, `rng`), so all candidates share them.
         """
         draw = asked.draw("score", limit=self.scoring.max_tokens, rng=rng)
         groups = await asked.groups(self.prompts, self.scoring.samples, draw)
@@ -69,15 +69,15 @@ class Scorer:
         return -_mean([value for gap in gaps if gap is not None for value in gap[~np.isnan(gap)]])
 
     def take(self) -> Spent:
-        """The cost since the last call."""
+        """The cost of scoring since the last call of `take`."""
         taken, self.spent = self.spent, Spent()
         return taken
 
 
 @dataclass(frozen=True)
 class CurrentScore:
-    """`await score(rng)` is the score of the learner's current weights, which are lent to the sampler
-    first.
+    """`await score(rng)` is the score of the learner's current weights. The weights are first given to the
+    sampler (`Services.lend`).
     """
 
     # None without extrapolation; the score is then never requested.
@@ -97,7 +97,7 @@ class CurrentScore:
         return self.scorer.spent if self.scorer else Spent()
 
     def take(self) -> Spent | None:
-        """The cost since the last call; None without extrapolation."""
+        """The cost of scoring since the last call of `take`; None without extrapolation."""
         return self.scorer.take() if self.scorer else None
 
 

@@ -54,14 +54,16 @@ WHY_UNJUDGED: dict[Finish, str] = {
 
 
 class Judge(Protocol):
-    """The method of a task that judges. It is called in another process, so the task is pickled."""
+    """An object with the method `verify`, which judges. It is called in another process, so the object is
+    pickled.
+    """
 
     def verify(self, prompt: Prompt, made: Any) -> float | Reward: ...
 
 
 class Graders:
-    """`workers` processes that judge. If an answer takes more than `timeout_s` seconds, its process is
-    killed, and the answers after it go to a new process.
+    """`workers` processes that judge answers. If an answer takes more than `timeout_s` seconds, the process
+    that judges it is killed, and the next answers go to a new process.
 
     An attempt that is not judged has a Reward without a value, whose `error` gives the reason. ValueError for
     fewer than 1 worker or a time limit that is not positive.
@@ -80,20 +82,22 @@ class Graders:
 
     @property
     def timeouts(self) -> int:
-        """Attempts that were not judged in time."""
+        """The number of attempts that were not judged in time."""
         return sum(worker.timeouts for worker in self._all)
 
     @property
     def errors(self) -> int:
-        """Attempts that were not judged for another reason."""
+        """The number of attempts that were not judged for another reason."""
         return sum(worker.errors for worker in self._all)
 
     async def verify(self, task: Judge, prompt: Prompt, made: Any) -> Reward:
-        """The reward of one answer."""
+        """The reward of one answer. made: the text or image of the student."""
         return (await self.verify_many(task, [(prompt, made)]))[0]
 
     async def verify_many(self, task: Judge, jobs: Sequence[Job]) -> list[Reward]:
-        """One reward per job, in order. ConfigError if the task cannot be sent to another process."""
+        """One reward per job (prompt, text or image), in order. ConfigError if the task cannot be sent to
+        another process.
+        """
         packed = _pack(task)
         size = min(AT_ONCE, -(-len(jobs) // self.workers)) or 1
         chunks = [list(jobs[start : start + size]) for start in range(0, len(jobs), size)]

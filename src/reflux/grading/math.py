@@ -59,8 +59,8 @@ def final_answer(text: str) -> str | None:
 
 
 def plain_number(text: str) -> Decimal | None:
-    """The single number in the text after its last "=", if there is nothing else but units. None if the text
-    is not a plain number.
+    """The number after the last "=" of the text (or in the whole text), if nothing but units is beside it.
+    None if the text is not such a plain number.
     """
     last = _clean(text).rpartition("=")[2]
     numbers = NUMBER.findall(last)

@@ -1,7 +1,8 @@
 """The worker process of `grading`. It judges the jobs that it receives and does not import torch.
 
-It is started as a plain interpreter and not by multiprocessing, which would run the user's script again with
-all its imports. Its parent ends it. If the parent has ended, it ends itself.
+The worker is started as a plain interpreter and not by multiprocessing, which would run the user's script
+again with all its imports. The parent process ends the worker. If the parent has ended, the worker ends
+itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Checks before a run: small measurements that detect frequent errors. Each result is a sentence.
 
-The parity check is law 11: sampler and learner must give the same log-probs to the sampled choices, within a
-stated bound.
+The check called parity is law 11: sampler and learner must give the same log-probs to the sampled tokens or
+denoising steps, within a stated bound.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ _MOST = 32
 
 
 async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
-    """Yield the findings as they are made. A check that cannot run raises an error with the reason."""
+    """Yield the findings of `reflux doctor` as they are made. prompts: the number of prompts that the student
+    answers. A check that cannot run raises an error with the reason.
+    """
     requirements = checks.join(cfg)
     yield Finding("ok", "recipe", "all parts fit together")
     for text in checks.warnings(cfg):

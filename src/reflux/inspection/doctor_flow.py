@@ -32,8 +32,8 @@ ROUNDING = 2.0**-22
 
 
 def before(cfg: RunConfig) -> Iterator[Finding]:
-    """The denoising grid that student and teachers share. Raises ModelError if a model is not
-    a flow model.
+    """Findings before models are loaded: the denoising grid that student and teachers share. Raises
+    ModelError if a model is not a flow model.
     """
     from reflux.models.flow.load import outline_flow
 
@@ -51,7 +51,7 @@ def before(cfg: RunConfig) -> Iterator[Finding]:
 
 
 def acted(learner: Any, groups: Sequence[Group]) -> Iterator[Finding]:
-    """The sampled images, and parity."""
+    """Findings on the sampled images: how they ended, and parity (see `doctor`)."""
     rollouts = [_rollout(attempt) for group in groups for attempt in group]
     first = rollouts[0]
     shape = " x ".join(map(str, first.image.shape))
@@ -123,8 +123,8 @@ def _step_gap(rollout: FlowRollout, v_TD: np.ndarray, share: float) -> tuple[np.
 
 
 def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
-    """A warning if a teacher gives the same velocities as the student, or no target: the student then learns
-    nothing from it. Teachers check by themselves that their outputs are finite.
+    """A warning if the teacher `name` gives the same velocities as the student, or no target: the student
+    then learns nothing from this teacher. That outputs are finite is checked by the teachers themselves.
     """
     attempts = [attempt for group in groups for attempt in group]
     silent = sum(attempt.target(name) is None for attempt in attempts)

@@ -23,7 +23,7 @@ PARITY_NATS = {"cpu": 1e-3, "cuda": 0.1}
 
 
 def before(cfg: RunConfig) -> Iterator[Finding]:
-    """Tokenizers and end tokens."""
+    """Findings before models are loaded, on tokenizers and end tokens."""
     student = load_tokenizer(cfg.learner.model, "learner.model")
     ends = list(end_ids(student))
     yield Finding("ok", "end of text", f"ids {ends} end an answer ({student.convert_ids_to_tokens(ends)})")
@@ -52,7 +52,7 @@ def before(cfg: RunConfig) -> Iterator[Finding]:
 
 
 def acted(learner: Any, groups: Sequence[Group]) -> Iterator[Finding]:
-    """The output head, parity, and how answers end."""
+    """Findings on the output head, on parity (see `doctor`), and on how answers end."""
     yield _head(learner)
     yield _parity(learner, groups)
     yield _endings(groups)
@@ -117,8 +117,8 @@ def _endings(groups: Sequence[Group]) -> Finding:
 
 
 def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
-    """A finding about one teacher: a warning if it gave no target for some attempts, a failure if its
-    distribution is uniform.
+    """A finding about the teacher `name`: a warning if some attempts have no target, a failure if the
+    teacher's distribution is uniform.
     """
     targets = [attempt.target(name) for group in groups for attempt in group]
     silent = targets.count(None)

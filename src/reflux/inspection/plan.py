@@ -54,9 +54,9 @@ class Plan:
     teachers: dict[str, Size]
     # bytes of weights, optimiser, the sampler's copy and the teachers, without activations; None if not known
     memory_bytes: int | None
-    # the lowest and the highest limit of a training attempt, over all steps
+    # the lowest and the highest length limit of a training attempt, over all steps
     training_positions: tuple[int, int]
-    # the limit of an attempt of an evaluation or a score
+    # the length limit of an attempt of an evaluation or of extrapolation's score
     evaluation_positions: int
     # the most positions of all training attempts of all steps together
     positions_at_most: int
@@ -110,7 +110,7 @@ def plan(cfg: RunConfig) -> Plan:
 
 
 def wanted(requirements: Requirements, words: Mapping[str, str] = _WANTED) -> list[str]:
-    """Descriptions of what is computed in addition to the loss."""
+    """Descriptions of the quantities in `requirements`, which are computed in addition to the loss."""
     values = ((name, getattr(requirements, name)) for name in requirements.__slots__)
     return [words[name].format(value) for name, value in values if value]
 

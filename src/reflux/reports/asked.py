@@ -10,7 +10,7 @@ SPLITS = {"train": "training", "validation": "validation", "test": "test"}
 
 
 def split_of(value: object) -> str | None:
-    """The split that a row of an evaluation records. None if it records none or an unknown one."""
+    """The split that a result of an evaluation records. None if there is none or an unknown one."""
     return value if isinstance(value, str) and value in SPLITS else None
 
 

@@ -38,8 +38,8 @@ class Chart:
 
 
 def new_figure(x: str, y: str, layout: dict[str, Any]) -> Figure:
-    """An empty figure with named axes. The page's script sets the colours of text and grid in the browser,
-    for its light or dark mode.
+    """An empty figure. x, y: the titles of the axes. The page's script sets the colours of text and grid in
+    the browser, for its light or dark mode.
     """
     from plotly.graph_objects import Figure
 
@@ -67,7 +67,7 @@ def add_line(
     *,
     dots: bool = False,
 ) -> None:
-    """Add one line. `hover` formats the value, as in "%{y:.3f} nats"."""
+    """Add one line. dots: mark each point. hover: formats the value, as in "%{y:.3f} nats"."""
     mode = "lines+markers" if dots or len(x) < 3 else "lines"
     figure.add_scatter(
         x=list(x), y=list(y), name=name, mode=mode, line={"color": colour, "width": 2}, hovertemplate=hover
@@ -115,7 +115,7 @@ def step_chart(
 
 
 def some(rows: list[tuple[str, ...]], limit: int = 25) -> list[tuple[str, ...]]:
-    """At most `limit` rows, evenly spaced, the first and the last included."""
+    """At most `limit` of the rows of a table, evenly spaced, the first and the last included."""
     if len(rows) <= limit:
         return rows
     return [rows[round(index * (len(rows) - 1) / (limit - 1))] for index in range(limit)]

@@ -33,8 +33,8 @@ _OTHERS = (GREEN, PURPLE, GREY)
 def accuracy_chart(moments: list[EvalPoint], teacher: SearchScore | None) -> Chart:
     """The share of problems solved by step, with its 95 % interval, and the teacher's accuracy as a line.
 
-    The teacher's line is its accuracy on the problems of the evaluations during the run, if it was measured.
-    Otherwise it is `teacher`, the accuracy that the summary reports.
+    The line of the teacher is the accuracy on the problems of the evaluations during the run, if this was
+    measured. Otherwise it is `teacher`, the teacher's accuracy in summary.json.
     """
     title = "Accuracy by step"
     teacher = next((moment.teacher for moment in moments if moment.teacher is not None), teacher)

@@ -17,7 +17,8 @@ from reflux.reports.recorded import Recorded
 
 def own_charts(config: Row, recorded: Recorded, notes: list[str]) -> list[Chart]:
     """The charts of every part in config.toml, parts inside other parts included, in the order of the
-    recipe's tables.
+    recipe's tables. recorded: the files of the run. notes: gets a sentence for each part that cannot be
+    built.
     """
     made = list(_parts(config, notes))
     return [chart for where, part in made for chart in part.diagnostics(where.rpartition(".")[2], recorded)]

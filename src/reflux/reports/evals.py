@@ -14,8 +14,8 @@ from reflux.reports.scores import SearchScore, score
 
 @dataclass(frozen=True)
 class Bin:
-    """The mean reverse KL over `width` positions from `position` on, in nats per position, with its interval.
-    It is a mean over `counted` positions of attempts.
+    """The mean reverse KL at positions `position` to `position` + `width` - 1, in nats per position, with its
+    interval. counted: the number of values in this mean.
     """
 
     position: int
@@ -114,7 +114,7 @@ def _moment(step: int, row: Row) -> EvalPoint:
 
 
 def split(entry: Row) -> ProblemSplit:
-    """The results of one evaluation by route, and the parts of its verdicts."""
+    """The results of one evaluation by route, and the means of the parts of the verdicts."""
     routes = {}
     for key in entry:
         name = key.removeprefix("accuracy.").removesuffix(".problems")
@@ -168,6 +168,8 @@ def _bin(raw: Row) -> Bin | None:
 
 
 def main_name(names: Iterable[str], preferred: str) -> str | None:
-    """The preferred name if it was measured, else the first name. None if there is no name."""
+    """The evaluation that the page shows: `preferred` if it is among `names`, else the first name. None if
+    there is no name.
+    """
     found = list(dict.fromkeys(names))
     return preferred if preferred in found else next(iter(found), None)

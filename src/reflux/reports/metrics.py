@@ -27,9 +27,9 @@ Column = list[float | None]
 
 @dataclass(frozen=True)
 class Heard:
-    """The numbers of one step for one teacher table."""
+    """The numbers of one step for one teacher (a table `[teachers.NAME]`)."""
 
-    # The number of attempts that this teacher table was asked about.
+    # The number of attempts that this teacher was asked to score.
     asked: float | None
     # The mean KL over the trained positions, in nats per position.
     kl_nats: float | None
@@ -59,7 +59,7 @@ class Metrics:
     ratio_outside_share: Column = field(default_factory=list)
     # The number of attempts that could not be graded.
     ungraded: Column = field(default_factory=list)
-    # By teacher table: one entry for each step that names it.
+    # By NAME of `[teachers.NAME]`: one entry for each step that names this teacher.
     teachers: dict[str, list[Heard]] = field(default_factory=dict)
     seconds: dict[str, Column] = field(default_factory=lambda: {role: [] for role in (*ROLES, "total")})
     flops: dict[str, Column] = field(default_factory=lambda: {role: [] for role in ROLES})

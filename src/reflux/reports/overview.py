@@ -1,4 +1,4 @@
-"""The head of the page: the run's settings, its state, and its result in one sentence."""
+"""The first section of the page: the settings of the run, its state, and its result in one sentence."""
 
 from __future__ import annotations
 

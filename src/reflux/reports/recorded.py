@@ -18,7 +18,7 @@ class Recorded:
     folder: Path
 
     def rows(self, name: str) -> Iterator[Row]:
-        """The objects of NAME.jsonl, one by one. None are given if there is no such file."""
+        """The objects of the file NAME.jsonl, one by one. Without such a file there are none."""
         return rows(self.folder / f"{name}.jsonl", [])
 
     def metrics(self, *path: str) -> dict[str, list[tuple[float, float]]]:

@@ -25,8 +25,8 @@ _EXAMPLES = (ORANGE, GREEN, PURPLE)
 
 @dataclass(frozen=True)
 class Judged:
-    """One attempt: its name, the mean margin of each of its segments in nats, and the number of kept
-    segments.
+    """One attempt: its name, the mean margin of each segment in nats, and the number of segments up to the
+    release, which keep their weight.
     """
 
     name: str
@@ -40,8 +40,8 @@ class Judged:
 
 def release_chart(name: str, attempts: Iterable[Row]) -> Chart:
     """The mean margin of each segment over the last attempts, single attempts with their release point, and
-    the share of attempts released after each segment. name: the name of the rule's table; attempts: the lines
-    of attempts.jsonl.
+    the share of attempts released after each segment. name: the key of the rule in the recipe, NAME of
+    `[credit.NAME]`. attempts: the lines of attempts.jsonl.
     """
     title = "Margin by segment, and share of attempts released"
     found = read_judged(attempts, name)
@@ -80,7 +80,9 @@ def release_chart(name: str, attempts: Iterable[Row]) -> Chart:
 
 
 def read_judged(attempts: Iterable[Row], rule: str) -> list[Judged]:
-    """The margins and kept segments of the last attempts on disk, in order. Damaged lines are left out."""
+    """The margins and numbers of kept segments of the last attempts on disk, in order. rule: as `name` of
+    `release_chart`. Damaged lines are left out.
+    """
     return list(deque(_judged(attempts, rule), maxlen=_LAST))
 
 

@@ -30,7 +30,7 @@ class SearchScore:
 
 
 def score(value: object) -> SearchScore | None:
-    """The score in a table. None if the table has no accuracy."""
+    """The score in the result of an evaluation. None if the result has no accuracy."""
     if not isinstance(value, dict):
         return None
     accuracy = number(value.get("accuracy"))
@@ -43,7 +43,7 @@ def score(value: object) -> SearchScore | None:
 
 
 def before_after_teacher(summary: Row) -> list[tuple[str, SearchScore | None]]:
-    """The three rows of the table at the end of a run."""
+    """(name, score) of student before, student after and teacher, from summary.json."""
     return [
         ("student before", score(summary.get("accuracy_before"))),
         ("student after", score(summary.get("accuracy_after"))),

@@ -19,7 +19,9 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Search:
-    """One search: the score before it, the tried pairs (multiple, score), and the accepted multiple."""
+    """One search of extrapolation: the score before it, the tried pairs (multiple of the displacement,
+    score), and the accepted multiple.
+    """
 
     step: int
     kind: str
@@ -32,7 +34,7 @@ class Search:
 
     @property
     def ended(self) -> float | None:
-        """The score of the weights that were kept."""
+        """The score of the weights at the end of the search."""
         return dict(self.tried).get(self.accepted, self.here)
 
     @property

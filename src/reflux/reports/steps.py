@@ -28,7 +28,9 @@ def variance_chart(metrics: Metrics) -> Chart | None:
 
 
 def outside_chart(metrics: Metrics) -> Chart | None:
-    """The share of positions whose ratio is outside its bound, by step. None if no ratio ever was."""
+    """The share of positions whose importance ratio is outside its bound, by step. None if there never was
+    one.
+    """
     column = metrics.ratio_outside_share
     if not any(value > 0 for value in known(column)):
         return None

@@ -58,7 +58,7 @@ class Strip:
 
 
 def picture_in(value: object) -> Image | None:
-    """The image in a field of a file. None if the field holds no readable image."""
+    """The image in base64 text. None if the text holds no readable image."""
     if not isinstance(value, str):
         return None
     try:
@@ -93,7 +93,7 @@ def read_strips(moments: list[EvalPoint]) -> list[Strip]:
 
 
 def _named(kept: list[EvalPoint]) -> list[tuple[str, EvalPoint]]:
-    """The first and the last moment. Only a moment at step 0 is called Before."""
+    """The first and the last evaluation moment, by title. Only a moment at step 0 is called Before."""
     ends = [kept[0], kept[-1]] if len(kept) > 1 else kept
     return [("Before" if moment.step == 0 else "After", moment) for moment in ends]
 

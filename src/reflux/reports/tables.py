@@ -13,8 +13,8 @@ _UNKNOWN = ("not measured", "", "")
 
 
 def before_after(summary: dict[str, Any]) -> Table:
-    """The accuracies before and after training and of the teacher, with intervals. "not measured" if the run
-    did not measure one.
+    """The accuracies before and after training and of the teacher, with intervals. An accuracy that the run
+    did not measure is shown as "not measured".
     """
     table = Table(*_HEADER)
     for column in table.columns[1:]:

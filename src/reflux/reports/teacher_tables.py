@@ -1,5 +1,5 @@
-"""The table of teachers: the number of attempts each was asked about, and the student's KL to it. It shows
-whether a teacher is used too little or not at all.
+"""The report's table of teachers: the number of attempts that each teacher was asked to score, and the
+student's KL to this teacher. It shows whether a teacher is used too little or not at all.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ HEADER = ("teacher", "alias", "routes", "attempts", "share", "KL, first steps, n
 
 
 def teachers_table(config: Row, steps_by_table: dict[str, list[Heard]]) -> list[tuple[str, ...]]:
-    """One row of `HEADER` per teacher table. Empty if no step names a teacher table.
+    """One row with the columns of `HEADER` for each teacher (each `[teachers.NAME]`). Empty if no step names
+    a teacher. config: the recipe of the run. steps_by_table: `Metrics.teachers`.
 
-    KL: the mean of log p - log q of the sampled tokens that were trained on, on the attempts that this table
-    was asked about, in nats per token. It is a mean over the first and over the last tenth of the steps, with
-    each step weighted by its number of attempts.
+    KL: the mean of log p - log q of the sampled tokens that were trained on, on the attempts that this
+    teacher was asked to score, in nats per token. There is one mean over the first and one over the last
+    tenth of the steps, with each step weighted by its number of attempts.
     """
     asked = {name: sum(step.asked or 0 for step in steps) for name, steps in steps_by_table.items()}
     everything = sum(asked.values())

@@ -17,7 +17,7 @@ ERROR_CHARACTERS = 120
 
 @dataclass(frozen=True)
 class AttemptView:
-    """One attempt as the template shows it. Without tokens, `text` is shown."""
+    """One attempt as the template shows it. If there are no tokens, `text` is shown."""
 
     title: str
     facts: list[str]

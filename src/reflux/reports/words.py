@@ -29,8 +29,8 @@ PICTURES = Words(
 
 
 def words_for(config: Row, attempts: Sequence[Row], moments: Iterable[EvalPoint]) -> Words:
-    """The words for a run. It is a run of images if an attempt or an example on disk has an image. If there
-    are none yet, the learner's kind decides.
+    """The words for a run. A run makes images if an attempt or an example on disk has an image. If there are
+    no attempts yet, the kind of the learner decides.
     """
     examples = [
         entry

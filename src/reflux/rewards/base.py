@@ -32,14 +32,14 @@ class RewardPart(Part, Protocol):
 class RewardFn(RewardPart, Protocol):
     @property
     def weight(self) -> float:
-        """The factor of its value in the sum of several rewards."""
+        """The factor of this reward's value in the sum of several rewards."""
         ...
 
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenReward]: ...
 
 
 def weightless(where: str, weight: float) -> Iterable[str]:
-    """Advice if the weight of the reward at `where` is 0."""
+    """Advice if the weight of a reward is 0. where: the path of its table in the recipe, for the text."""
     if not weight:
         yield (
             f"{where}.weight = 0: this reward is computed and recorded, but its value does not count. An "
@@ -48,8 +48,8 @@ def weightless(where: str, weight: float) -> Iterable[str]:
 
 
 def unlike_threshold(where: str, threshold: float, rewards: Mapping[str, RewardFn]) -> Iterable[str]:
-    """Advice of a part that counts a reward of at least `threshold` as success, if rewards are summed or
-    scaled.
+    """Advice if rewards are summed or scaled, for a part that counts a reward of at least `threshold` as
+    success. where: the path of the part's table in the recipe, for the text.
     """
     weights = {name: reward.weight for name, reward in rewards.items()}
     if weights and list(weights.values()) != [1.0]:
@@ -61,8 +61,8 @@ def unlike_threshold(where: str, threshold: float, rewards: Mapping[str, RewardF
 
 
 async def judge(reward: OpenReward | None, group: Group) -> None:
-    """Calls the reward and stores the results on the attempts. Without a reward the attempts stay without a
-    verdict.
+    """Judge the attempts of a group with `reward` and store the results on the attempts. If `reward` is None,
+    the attempts stay without a verdict.
     """
     if reward is not None:
         for attempt, found in zip(group, await reward.score(group), strict=True):

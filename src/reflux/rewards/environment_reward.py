@@ -28,7 +28,7 @@ class EnvironmentReward(RewardPart):
     An attempt has no value, and `error` gives the reason, if its environment gave no reward, if a tool failed
     or did not answer in time, or if the sum is not finite. A turn that the length limit cut is never shown to
     the environment. So an attempt that is cut in its first turn has no value, which is different from the
-    value 0. weight: the factor of its values in the sum of several rewards.
+    value 0. weight: the factor of this reward's values in the sum of several rewards.
     """
 
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0

@@ -31,7 +31,7 @@ class Verifier(RewardPart):
     timeout_s: the time limit of a verdict in seconds. After it the worker process is killed. workers: the
     number of worker processes. An attempt that cannot be judged (time limit, the verifier failed, sampling
     ended in an error) has Reward(None), which is different from wrong, and its `error` gives the reason.
-    weight: the factor of its values in the sum of several rewards.
+    weight: the factor of this reward's values in the sum of several rewards.
     """
 
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
@@ -50,7 +50,9 @@ class Verifier(RewardPart):
 
     @asynccontextmanager
     async def open(self, context: PartContext, services: Services) -> AsyncIterator[OpenVerifier]:
-        """Uses the workers of this process if they have the same settings, else starts its own."""
+        """Opens the verifier with the grading workers that this process shares if they have the same
+        settings, else with new ones.
+        """
         from reflux.grading.graders import Graders
 
         shared = services.graders

@@ -25,7 +25,7 @@ JUDGED = 'Use a grader that judges, such as task.grader = "my_module:function"'
 
 
 class TaskPart(Part, Protocol):
-    """The base class of tasks. It holds the defaults of their optional members."""
+    """The base class of tasks, with the defaults of optional members."""
 
     # True if the task mixes the prompts of other tasks
     mixes: ClassVar[bool] = False
@@ -37,22 +37,22 @@ class TaskPart(Part, Protocol):
 
     @property
     def local(self) -> bool:
-        """False if its prompts may have to be downloaded. Then `reflux plan` reads no prompt."""
+        """False if the prompts of this task may have to be downloaded. Then `reflux plan` reads no prompt."""
         return True
 
     @property
     def ends(self) -> bool | None:
-        """True if its training prompts repeat, False if they are always new, None if this is not known."""
+        """True if the training prompts repeat, False if they are always new, None if this is not known."""
         return None
 
     @property
     def patience(self) -> int:
-        """A pass over the training prompts has ended after this many known prompts in a row."""
+        """A pass over the training prompts has ended after so many prompts in a row that occurred before."""
         return 1 if self.ends else PATIENCE
 
     @property
     def multi_turn(self) -> bool:
-        """True if `open_env` opens an environment for at least some of its prompts."""
+        """True if `open_env` opens an environment for at least some prompts of this task."""
         return False
 
     def open_env(self, prompt: Prompt) -> Environment | None:
@@ -68,31 +68,31 @@ class TaskPart(Part, Protocol):
         return None
 
     def part_of(self, prompt: Prompt) -> str | None:
-        """The name of the part of a mix that the prompt comes from. None if this task is not a mix."""
+        """The name, in a mix, of the task that the prompt comes from. None if this task is not a mix."""
         return None
 
 
 class Task(TaskPart, Protocol):
     @property
     def weight(self) -> float:
-        """Its share in a mix of tasks."""
+        """The share of this task in a mix of tasks, relative to the weights of the others."""
         ...
 
     @property
     def routes(self) -> frozenset[str | None] | None:
-        """The routes that its prompts may have. None in the set: some prompts have no route. None instead of
-        the set: not known before the prompts are read.
+        """The routes that prompts of this task may have. None in the set: some prompts have no route. None
+        instead of the set: the routes are not known before the prompts are read.
         """
         ...
 
     @property
     def rollouts(self) -> type[Rollout]:
-        """The class of rollouts that it can judge: TokenRollout (texts) or FlowRollout (images)."""
+        """The class of rollouts that this task can judge: TokenRollout (texts) or FlowRollout (images)."""
         ...
 
     def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
-        """Prompts from position `start` on. "train" never ends (a new order in each epoch, with the same
-        ids). The other splits end.
+        """Prompts of a split from position `start` on. "train" never ends (a new order in each epoch, with
+        the same ids). The other splits end. seed: determines the order.
         """
         ...
 

@@ -51,7 +51,7 @@ NUMBERS: dict[Domain, range] = {"digits": range(len(FONT)), "counts": range(1, C
 
 
 def asked(prompt: Prompt) -> tuple[Domain, int]:
-    """The domain and the number of a prompt of this task. ValueError for a prompt of another task."""
+    """The domain and the number of a prompt of the task `glyphs`. ValueError for a prompt of another task."""
     for domain, numbers in NUMBERS.items():
         if prompt.route == domain:
             found = [number for number in numbers if prompt.answer == str(number)]
@@ -65,8 +65,8 @@ def asked(prompt: Prompt) -> tuple[Domain, int]:
 
 
 def draw(prompt: Prompt, rng: random.Random) -> np.ndarray:
-    """A perfect image for the prompt, uint8 [16, 16]. The random numbers choose the position of the digit, or
-    the positions of the squares.
+    """A perfect image for the prompt, uint8 [16, 16]. rng: chooses the position of the digit, or the
+    positions of the squares.
     """
     domain, number = asked(prompt)
     if domain == "digits":

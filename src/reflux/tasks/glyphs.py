@@ -81,8 +81,8 @@ class Glyphs(TaskPart):
             position += 1
 
     def verify(self, prompt: Prompt, made: Any) -> Reward:
-        """1.0 or 0.0, with the quality of the image. ValueError for a prompt of another task, and for an
-        image that is not uint8 [16, 16].
+        """1.0 if the image `made` shows what the prompt asks for, else 0.0, with the quality of the image.
+        ValueError for a prompt of another task, and for an image that is not uint8 [16, 16].
         """
         from reflux.tasks.glyph_reading import checked, is_right, quality
 

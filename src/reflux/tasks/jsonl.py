@@ -28,21 +28,21 @@ GRADERS = ("math", "exact", "none")
 class Jsonl(TaskPart):
     """Prompts from lines of {"prompt" or "messages", "answer", "references", "route", "id"}.
 
-    Each line needs one of the first two; the other keys are optional. prompt: one user message. messages: a
+    Each line needs "prompt" or "messages"; the other keys are optional. prompt: one user message. messages: a
     chat, [{"role", "content"}, ...], that ends before the turn of the student. If tools were called, messages
     have "tool_calls" (the content may then be null), "tool_call_id" and "name". answer: text or a number.
     references: worked answers, for the `references` sampler. route: selects the teacher (default: the field
     `route` of this task). id: stable and unique (default: "train/17", the number of the line).
 
     path: the file. dataset (with dataset_config and dataset_split): a dataset on the hub, instead of path.
-    keys: other names of these columns, e.g. {prompt = "question"}. Other columns are ignored. validation: a
-    share of the lines, held out by a hash of their id; or the name of a file (on the hub: of a split) that is
-    the validation set. test: the file (on the hub: the split) of test lines. Without it, "test" is the
-    validation set. instruction: appended to the last message after a blank line. grader: "math" (see
-    `reflux.grading.math`), "exact" (equal text or final answer, ignoring differences of white space), "none",
-    or "my_module:function". This function is called with (prompt, text or image of the student) and returns a
-    number from 0 to 1, or a Reward. makes: "text", or "image" for flow models. An image needs a grader of the
-    user, which gets uint8 [height, width(, 3)].
+    keys: the names of these columns in the file if they differ, e.g. {prompt = "question"}. Other columns are
+    ignored. validation: a share of the lines, held out by a hash of their id; or the name of a file (on the
+    hub: of a split) that is the validation set. test: the file (on the hub: the split) of test lines. Without
+    it, "test" is the validation set. instruction: appended to the last message after a blank line. grader:
+    "math" (see `reflux.grading.math`), "exact" (equal text or final answer, ignoring differences of white
+    space), "none", or "my_module:function". This function is called with (prompt, text or image of the
+    student) and returns a number from 0 to 1, or a Reward. makes: "text", or "image" for flow models. An
+    image needs a grader of the user, which gets uint8 [height, width(, 3)].
 
     "train" never ends: a new order in each epoch. DataError, with file and line, for data that cannot be
     used.
@@ -64,7 +64,7 @@ class Jsonl(TaskPart):
     def __post_init__(self) -> None:
         if (self.path is None) == (self.dataset is None):
             raise ValueError(
-                "set either path (a file of JSON lines) or dataset (a name on the Hugging Face hub)"
+                "set exactly one of path (a file of JSON lines) and dataset (a name on the Hugging Face hub)"
             )
         for key in self.keys or {}:
             if key not in KEYS:

@@ -24,7 +24,8 @@ COPY = re.compile(r"(#[0-9]+)+$")
 
 
 def read_lines(path: str | Path, task: str) -> list[Line]:
-    """The JSON objects of a file with one object per line. Blank lines are skipped.
+    """The JSON objects of a file with one object per line. Blank lines are skipped. task: the kind of the
+    task, for errors.
 
     DataError, with file and line, if the file is missing, empty or not UTF-8, or if a line is not a JSON
     object.
@@ -44,8 +45,8 @@ def read_lines(path: str | Path, task: str) -> list[Line]:
 
 
 def hub_lines(dataset: str, config: str | None, split: str, task: str) -> list[Line]:
-    """The rows of a dataset of the Hugging Face hub, numbered from 1. DataError if it cannot be loaded, with
-    a remedy for working offline.
+    """The rows of a dataset of the Hugging Face hub, numbered from 1. task: the kind of the task, for errors.
+    DataError if the dataset cannot be loaded or is empty, with a remedy for working offline.
     """
     # Imported here because the import takes seconds.
     import datasets
@@ -67,8 +68,8 @@ def hub_lines(dataset: str, config: str | None, split: str, task: str) -> list[L
 def make_prompts(
     lines: Iterable[Line], where: str, make: Callable[[int, dict[str, Any]], Prompt]
 ) -> list[Prompt]:
-    """Calls `make` for each line. A ValueError of `make` becomes a DataError with the line. An id that occurs
-    twice raises DataError.
+    """Calls `make(number, fields)` for each line. where: the task and the file, for errors. A ValueError of
+    `make` becomes a DataError that names the line. An id that occurs twice raises DataError.
     """
     prompts: list[Prompt] = []
     first: dict[str, int] = {}
@@ -88,8 +89,8 @@ def make_prompts(
 
 
 def held_out(prompt: Prompt, share: float) -> bool:
-    """True if a prompt belongs to the validation share. This depends on its id alone, not on the order or on
-    other lines.
+    """True if a prompt belongs to the validation set. share: the expected share of this set. The result
+    depends on the id of the prompt alone, not on the order or on other lines.
 
     A copy `id#2` goes with its original, so that no question is in both splits.
     """
@@ -97,7 +98,9 @@ def held_out(prompt: Prompt, share: float) -> bool:
 
 
 def endless(prompts: Sequence[Prompt], seed: int, start: int) -> Iterator[Prompt]:
-    """An endless stream of all prompts, in a new order in each epoch. Position `start` costs one shuffle."""
+    """An endless stream of all prompts, in a new order in each epoch, from position `start` on. To reach
+    `start`, only the order of one epoch is computed.
+    """
     epoch, skip = divmod(start, len(prompts))
     for number in itertools.count(epoch):
         order = list(range(len(prompts)))

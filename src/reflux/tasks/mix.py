@@ -25,11 +25,13 @@ BLOCK = 1000
 
 @dataclass(frozen=True, config=STRICT)
 class Mix(TaskPart):
-    """A mix of `parts` (by name), each in proportion to its `weight`. Ids are "name/id of the part".
+    """A mix of the tasks `parts` (by name), each in proportion to its `weight`.
 
-    "train": every block of 1,000 prompts contains exactly the share of each part (largest remainders), in an
+    The id of a prompt is "NAME/ID": the name of the task in the mix, and the id that this task gave.
+
+    "train": every block of 1,000 prompts contains exactly the share of each task (largest remainders), in an
     order drawn from (seed, block). So `start` is found without reading the prompts before it. Held-out
-    splits: all problems of all parts, with the parts in turn, so the first few hundred problems are a
+    splits: all problems of all tasks, with the tasks in turn, so the first few hundred problems are a
     balanced mix. ValueError for names with a slash, and for a part whose share of 1,000 is rounded to 0.
     """
 
@@ -75,7 +77,9 @@ class Mix(TaskPart):
 
     @property
     def patience(self) -> int:
-        """The length of a number of blocks that contain the patience of each part, for any first position."""
+        """The number of prompts in the blocks which together contain the `patience` of each part, wherever a
+        pass begins.
+        """
         return BLOCK * (1 + max(part.patience for part in self.parts.values()))
 
     @property
@@ -104,17 +108,19 @@ class Mix(TaskPart):
         return itertools.islice((prompt for prompt in turns if prompt is not None), start, None)
 
     def verify(self, prompt: Prompt, made: Any) -> float | Reward:
-        """The verdict of the part that the prompt comes from."""
+        """The verdict of the task in the mix that the prompt comes from."""
         part, inner = self._inner(prompt)
         return part.verify(inner, made)
 
     def open_env(self, prompt: Prompt) -> Environment | None:
-        """The environment of the part that the prompt comes from."""
+        """The environment of the task in the mix that the prompt comes from."""
         part, inner = self._inner(prompt)
         return part.open_env(inner)
 
     def part_of(self, prompt: Prompt) -> str:
-        """The name of the part that the prompt comes from. ValueError for a prompt of another task."""
+        """The name, in the mix, of the task that the prompt comes from. ValueError for a prompt of another
+        task.
+        """
         name, slash, _ = prompt.id.partition("/")
         if not slash or name not in self.parts:
             raise ValueError(f"prompt {prompt.id} belongs to no part of this mix ({', '.join(self.parts)})")

@@ -83,7 +83,7 @@ class WordProblems(TaskPart):
     max_steps + k steps, more than any training story. Training is unchanged. held_out: the number of problems
     in each of "validation" and "test". "train" never ends.
 
-    Problem number p of a split depends on (split, seed, p) alone, so `start` costs nothing.
+    Problem number p of a split depends on (split, seed, p) alone, so `prompts` reaches any `start` at once.
     `Prompt.references` has the worked solution. ValueError if the settings allow no story, or no held-out
     story.
     """
