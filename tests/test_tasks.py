@@ -282,8 +282,8 @@ def test_an_empty_split_is_explained(folder: Path, validation: float, split: Any
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({}, "set either path"),
-        ({"path": "a", "dataset": "b"}, "set either path"),
+        ({}, "set exactly one of path"),
+        ({"path": "a", "dataset": "b"}, "set exactly one of path"),
         ({"path": "a", "keys": {"promt": "q"}}, "did you mean 'prompt'"),
         ({"path": "a", "validation": 1.0}, "0 <= validation < 1"),
         ({"path": "a", "grader": "maths"}, "did you mean 'math'"),

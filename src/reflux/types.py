@@ -56,7 +56,7 @@ class Rollout:
     student chose.
     """
 
-    # the plural name of a position in texts for users
+    # the name of positions, in the plural, in texts for users
     unit: ClassVar[str] = "positions"
 
     prompt: Prompt

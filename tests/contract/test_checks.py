@@ -175,7 +175,7 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "two teachers of one name": (
         "opd",
         {"teachers.other": {"kind": "local", "model": "m", "alias": "main", "routes": ["a"]}},
-        "share the name 'main', so each needs its own routes",
+        "share the alias 'main', so each needs its own routes",
     ),
     "one route twice": (
         "opd",
@@ -406,7 +406,7 @@ ILLEGAL |= {
         "uni_opd",
         {"task.parts.mul": {"kind": "gsm8k", "route": "maths"}},
         "prompts of the route 'maths', but the teachers that objectives use serve only add, mul. Add "
-        "that route to a table",
+        "that route to the `routes` of a teacher",
     ),
     "prompts without a route": (
         "opd",
@@ -430,7 +430,8 @@ ILLEGAL |= {
             "objectives.0.teacher": "both",
             "evals.teacher_accuracy": {"teacher": "plus"},
         },
-        "is the name of a table, or an alias of several, and there is no 'plus'. Known: both, main, times.",
+        "must be NAME of a table [teachers.NAME], or an alias, and there is no 'plus'. "
+        "Known: both, main, times.",
     ),
     "a margin against oneself": (
         "opd",
@@ -500,7 +501,7 @@ def test_attempts_that_do_not_fit_into_the_teachers_window_are_refused_before_a_
     checks.inputs(load_recipe("peers"))
     with pytest.raises(
         ConfigError,
-        match=r"up to 526 of other attempts .* of the teacher's model has 512\. Lower sampler\.max_tokens",
+        match=r"up to 526 tokens of other .* of the teacher's model has 512\. Lower sampler\.max_tokens",
     ):
         checks.inputs(load_recipe("peers", {"sampler.max_tokens": 128}))
     checks.inputs(load_recipe("peers", {"sampler.max_tokens": 128, "teachers.main.context.peer_tokens": 60}))
@@ -518,8 +519,8 @@ def test_the_words_around_attempts_and_the_prompt_are_counted() -> None:
     """
     behaviour = told_of_windows({"sampler.max_tokens": 100})
     assert (
-        "(the longest of the first 64), up to 442 of other attempts and the text around them, and an answer "
-        "of up to 100 take" in behaviour
+        "(the longest of the first 64), up to 442 tokens of other attempts and the text around them, and an "
+        "answer of up to 100 take" in behaviour
     )
     fits = int(behaviour.split("Lower sampler.max_tokens to ")[1].split(",")[0])
     checks.inputs(load_recipe("peers", {"sampler.max_tokens": fits}))

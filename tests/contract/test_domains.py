@@ -235,7 +235,7 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "a route in its plural": (
         "flow",
         {"teachers.counts.routes": ["count"]},
-        "but the teachers of the name 'main' serve only count, digits.",
+        "but the teachers of the alias 'main' serve only count, digits.",
     ),
     "an unserved route without anchor": (
         "flow",
@@ -442,7 +442,7 @@ def test_lines_of_prompts_may_ask_for_pictures(tmp_path: Path) -> None:
     assert cfg.task.routes == {"text", "objects"}
     with pytest.raises(
         ConfigError,
-        match="prompts of the route 'text', but the teachers of the name 'main' serve only objects, texts",
+        match="prompts of the route 'text', but the teachers of the alias 'main' serve only objects, texts",
     ):
         checks.join(
             load_recipe(

@@ -126,7 +126,9 @@ def first(spec: FlowSpec) -> FlowModel:
 
 
 def drawings(prompts: Sequence[Prompt], rng: random.Random) -> Tensor:
-    """A drawing for each prompt, flattened, float32 [N, D]. Black is -1 and white is 1."""
+    """A drawing for each prompt, flattened, float32 [N, D]. Black is -1 and white is 1. rng: chooses
+    positions.
+    """
     images = np.stack([draw(prompt, rng) for prompt in prompts])
     return torch.from_numpy(images).flatten(1).float() * (2 / WHITE) - 1
 
@@ -175,7 +177,7 @@ def flow_matching(model: FlowModel, clean_ND: Tensor, texts: Sequence[str], rng:
 def pictures_of(
     model: FlowModel, texts: Sequence[str], *, steps: int, guidance: float = 1.0, seed: int = 0
 ) -> list[np.ndarray]:
-    """An image for each text, made by `steps` Euler steps from noise with this seed."""
+    """An image for each text, made by `steps` Euler steps with this guidance, from noise with this seed."""
     channels, height, width = model.shape()
     x_ND = torch.randn((len(texts), channels * height * width), generator=torch.Generator().manual_seed(seed))
     t_S = model.grid(steps)
@@ -194,7 +196,9 @@ def exam(
     guidance: float = 1.0,
     batch: int = 60,
 ) -> GlyphScore:
-    """The score of a model on the test prompts of one domain, one image each. No choice depends on them."""
+    """The score of a model on `asked` test prompts of one domain, one image each, in batches of `batch`. No
+    choice depends on these prompts. steps, guidance: of the sampler.
+    """
     task = Glyphs(domains=(domain,), held_out=asked)
     prompts, rewards = list(problems(task, "test")), []
     for start in range(0, asked, batch):

@@ -119,7 +119,9 @@ def cold_start(spec: Spec, tokenizer: Any) -> Qwen3ForCausalLM:
 
 @torch.no_grad()
 def accuracy(model: Any, tokenizer: Any, task: Task, *, batch: int = 250) -> tuple[int, int]:
-    """(right, problems) of greedy answers to the test problems. No choice depends on these problems."""
+    """(right, problems) of greedy answers to the test problems of `task`. No choice depends on these
+    problems. batch: the number of problems that are answered together.
+    """
     prompts, right = list(problems(task, "test")), 0
     for first in range(0, len(prompts), batch):
         some = prompts[first : first + batch]

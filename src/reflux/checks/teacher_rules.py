@@ -42,20 +42,22 @@ def _moving(cfg: RunConfig, table: str) -> Iterator[str]:
 
 
 def _shared(cfg: RunConfig, name: str, tables: list[str]) -> Iterator[str]:
-    """If several tables share a name, exactly one of them must answer each prompt."""
+    """If several teachers (tables `[teachers.NAME]`) share an alias, exactly one of them must answer each
+    prompt.
+    """
     routes = [route for table in tables for route in cfg.teachers[table].routes]
     if len(tables) > 1 and (
         len(set(routes)) < len(routes) or any(not cfg.teachers[table].routes for table in tables)
     ):
         yield (
-            f"teachers {', '.join(tables)} share the name '{name}', so each needs its own routes, and no "
+            f"teachers {', '.join(tables)} share the alias '{name}', so each needs its own routes, and no "
             "route may belong to two of them."
         )
 
 
 def _unserved(cfg: RunConfig) -> Iterator[str]:
-    """Each route of the task's prompts needs a teacher. This is checked for the tables that share a
-    name, and for all teachers of objectives together, where every table has routes.
+    """Each route of the task's prompts needs a teacher. This is checked for the teachers that share an alias,
+    and for all teachers of objectives together, if each of them has `routes`.
     """
     spoken = sorted(
         {objective.teacher for objective in cfg.objectives if objective.teacher} & objective_teachers(cfg)
@@ -63,7 +65,7 @@ def _unserved(cfg: RunConfig) -> Iterator[str]:
     by_name = {name: [cfg.teachers[table].routes for table in tables_of(cfg, name)] for name in spoken}
     told = {"the teachers that objectives use": [routes for served in by_name.values() for routes in served]}
     told |= {
-        f"the teachers of the name '{name}'": served for name, served in by_name.items() if len(served) > 1
+        f"the teachers of the alias '{name}'": served for name, served in by_name.items() if len(served) > 1
     }
     routed = {whose: served for whose, served in told.items() if served and all(served)}
     # only asked where needed, because a task may have to read its data for its routes
@@ -77,6 +79,7 @@ def _unserved(cfg: RunConfig) -> Iterator[str]:
             yield (
                 f"teachers: this task has prompts of the route {', '.join(unserved)}, but {whose} serve only "
                 f"{', '.join(known)}. Add that "
-                f"route to a table, or remove `routes` from one table: it then answers every prompt."
+                "route to the `routes` of a teacher, or remove `routes` from one teacher, which then answers "
+                "every prompt."
             )
             return

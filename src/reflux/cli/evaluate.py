@@ -30,6 +30,8 @@ def evaluate_model(
 ) -> None:
     """Print the results of the evaluation `accuracy`; no file is written. model: a folder, a hub id, a
     shipped model, or a run directory, whose task and sampler are then used. task: the kind of another task.
+    problems: their number. samples: further sampled answers per problem. max_tokens: the length limit of an
+    answer.
 
     A local flow model is recognised by its files. A flow model on the hub that is not local yet needs the
     override sampler.kind=flow.

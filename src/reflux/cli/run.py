@@ -23,8 +23,8 @@ console = Console()
 
 
 def run_recipe(recipe: str, overrides: list[str], out: Path | None, resume: bool) -> None:
-    """Train as `reflux run` does, then print the results. After a stop by the user the exit code is 130, as
-    shells expect.
+    """Train as `reflux run` does, then print the results. recipe: a name or a path. out: the run directory.
+    resume: continue an earlier run. After a stop by the user the exit code is 130, as shells expect.
     """
     cfg = load_recipe(recipe, overrides)
     folder = choose_folder(cfg.recipe, out, resume)

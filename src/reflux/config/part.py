@@ -47,6 +47,6 @@ class Part(Protocol):
 
     def diagnostics(self, name: str, recorded: Any) -> Iterable[Any]:
         """The charts of this part in the report, made from the files of the run directory. name: the key of
-        the part in the recipe, such as "prefix" for [credit.prefix].
+        the part in the recipe, such as "prefix" for [credit.prefix]. recorded: the lines of these files.
         """
         return ()

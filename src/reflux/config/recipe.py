@@ -176,7 +176,9 @@ def config_hash(cfg: RunConfig) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
-    """One line for each key whose value differs between two tables. path: a prefix of the key paths."""
+    """One line for each key whose value differs between the tables `old` and `new`. path: a prefix of the
+    keys.
+    """
     lines = []
     for key in sorted({*old, *new}):
         where, before, after = f"{path}{key}", old.get(key), new.get(key)
@@ -188,7 +190,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
 
 
 def part_context(cfg: RunConfig, requirements: Requirements, name: str, run_folder: Path) -> PartContext:
-    """The context of one part of a run in `run_folder`. name: the key of the part, such as "learner"."""
+    """The context of one part of a run in `run_folder`. requirements: those of all parts, from `checks.join`.
+    name: the key of the part in the recipe, such as "learner".
+    """
     return PartContext(
         name=name,
         seed=cfg.seed,

@@ -63,8 +63,8 @@ def kinds(group: str) -> dict[str, str]:
 
 
 def part(group: str, kind: str, path: str = "") -> type:
-    """The class of a kind. Raises ConfigError for an unknown kind, with the most similar known name. path:
-    the path of the table in the recipe, for errors.
+    """The class of a kind of a group, such as kind "local" of group "teachers". Raises ConfigError for an
+    unknown kind, with the most similar known name. path: the path of the table in the recipe, for errors.
     """
     known = kinds(group)
     if kind in known:
@@ -161,8 +161,9 @@ def _layers(hint: Any) -> Iterable[Any]:
 
 
 def build(group: str, table: Any, path: str, *, default_kind: str | None = None, steps: int = 0) -> Any:
-    """Make a part from its table in the recipe. path: the path of the table, for errors. default_kind: the
-    kind if the table has no key `kind`. steps: the horizon of schedules that state none.
+    """Make a part of a group (such as "teachers") from its table in the recipe. path: the path of the table,
+    for errors. default_kind: the kind if the table has no key `kind`. steps: the horizon of schedules that
+    state none.
 
     Raises ConfigError, with the path of the key, if a kind or a key is unknown or a value is invalid.
     """
@@ -263,7 +264,7 @@ def _asked(entry: Any) -> str:
 
 
 def kind_of(group: str, value: object) -> str:
-    """The kind of a part: its registered name, or the dotted name of its class."""
+    """The kind of a part `value` of a group: the registered name, or the dotted name of its class."""
     dotted = f"{type(value).__module__}:{type(value).__qualname__}"
     for kind, known in kinds(group).items():
         if known == dotted:
@@ -272,7 +273,7 @@ def kind_of(group: str, value: object) -> str:
 
 
 def table_of(group: str, value: object) -> dict[str, Any]:
-    """The table from which `build` makes this part again (law 10)."""
+    """The table from which `build` makes the part `value` again (law 10)."""
     return {"kind": kind_of(group, value), **fields_of(value)}
 
 

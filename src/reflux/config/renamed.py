@@ -30,7 +30,7 @@ VALUES = {
 
 
 def new_key(key: str, known: list[str]) -> str:
-    """The hint for an unknown key; "" if it is not an old name of a key of this table."""
+    """The hint for an unknown key; "" if it is not an old name of one of the `known` keys of its table."""
     return f"; it is called '{KEYS[key]}' now." if KEYS.get(key) in known else ""
 
 

@@ -67,7 +67,7 @@ def number(value: Any, name: str) -> Any:
 
 
 def needs_horizon(value: Any) -> bool:
-    """True for a schedule that depends on a horizon and has none."""
+    """True if `value` is a schedule that depends on a horizon and states none."""
     return (isinstance(value, Cosine) and not value.horizon) or (
         isinstance(value, Linear) and value.increment is None and not value.horizon
     )

@@ -97,7 +97,9 @@ class Accuracy(EvalPart):
         return await self.measure(evaluation)
 
     async def measure(self, evaluation: Evaluation) -> dict[str, Any]:
-        """The result of the model in the sampler, by key. DataError if the split has no problems."""
+        """The result of the model in the sampler of `evaluation`, by key. DataError if the split has no
+        problems.
+        """
         prompts = self.prompts(evaluation)
         greedy = await self.greedy(evaluation, prompts)
         sampled: dict[str, Any] = {}

@@ -123,9 +123,10 @@ def foresight(
     """The means of spectral_norm, rho, effective_rank and top_norm_ratio over the attention and MLP matrices
     of `weights`, chosen by their names.
 
-    `matrices` is their number, and `unmoved` the number of matrices that are equal to those in `start`.
-    Unmoved matrices are left out of the means, which are None if all are unmoved. ValueError for a matrix
-    that is missing in `start` or has another shape there, and for values that are not finite.
+    percent: of top_norm_ratio. `matrices` is their number, and `unmoved` the number of matrices that are
+    equal to those in `start`. Unmoved matrices are left out of the means, which are None if all are unmoved.
+    ValueError for a matrix that is missing in `start` or has another shape there, and for values that are not
+    finite.
     """
     chosen = {name: weights[name] for name in moved(weights, INCLUDE) if weights[name].ndim == 2}
     return _spectra(chosen, start, percent, k=1)[0]

@@ -12,7 +12,7 @@ from reflux.types import FlowRollout, Rollout, TokenRollout
 
 @dataclass(frozen=True)
 class Kind:
-    """How evaluations present one class of rollouts."""
+    """How the results of evaluations present one class of rollouts."""
 
     # the name of the positions of an attempt, in the plural
     units: str

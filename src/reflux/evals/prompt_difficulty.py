@@ -81,7 +81,7 @@ def multiplicities(counts_correct: Sequence[int], n_samples: int, cap: int = 8) 
 
 def copies_of(counted: Sequence[Counted], cap: int = 8) -> list[int]:
     """The number of copies of each prompt: `multiplicities` of the prompts whose answers were all judged. The
-    other prompts get one copy and are not counted.
+    other prompts get one copy and are not counted. cap: the most copies of a prompt.
     """
     judged = [entry for entry in counted if not entry.ungraded]
     found = iter(
@@ -146,7 +146,7 @@ async def measured(
     evaluation: Evaluation, prompts: Sequence[Prompt], samples: int, draw: SamplingParams, at_once: int = 64
 ) -> AsyncIterator[list[Counted]]:
     """The counts of each prompt, in lists of `at_once` prompts that are sampled together. samples: answers
-    per prompt. The answers depend on prompt and sample index alone.
+    per prompt. draw: the sampling parameters. The answers depend on prompt and sample index alone.
     """
     for start in range(0, len(prompts), at_once):
         chunk = prompts[start : start + at_once]

@@ -48,7 +48,7 @@ class TeacherAccuracy(EvalPart):
         if cfg.teachers and not measured(cfg, self.teacher):
             known = ", ".join(sorted({*cfg.teachers, *objective_teachers(cfg)}))
             yield (
-                f"{where}.teacher is the name of a table, or an alias of several, and there is no "
+                f"{where}.teacher must be NAME of a table [teachers.NAME], or an alias, and there is no "
                 f"'{self.teacher}'. Known: {known}."
             )
 

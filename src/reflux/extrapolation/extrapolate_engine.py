@@ -64,8 +64,8 @@ class OpenExtrapolate:
         return bool(self.cfg.tries) and extrapolate.fires(completed_steps)
 
     async def after_step(self, access: WeightAccess | None, score: Score, completed_steps: int) -> bool:
-        """Make a search if one is due after this step; True if it moved the weights. RefluxError if the score
-        of the current weights is not finite.
+        """Make a search if one is due after `completed_steps` steps; True if it moved the weights.
+        RefluxError if the score of the current weights is not finite.
         """
         if not self.fires(completed_steps):
             return False
@@ -138,7 +138,7 @@ class OpenExtrapolate:
         checkpoints.write(folder, {ANCHOR + name: value for name, value in self._anchor.items()})
 
     def load(self, folder: Path) -> None:
-        """RunError for a checkpoint without an anchor."""
+        """Restore the anchor from the folder of a checkpoint. RunError if the checkpoint has no anchor."""
         state = checkpoints.read(folder) if any(folder.iterdir()) else {}
         self._anchor = {
             key.removeprefix(ANCHOR): value for key, value in state.items() if key.startswith(ANCHOR)

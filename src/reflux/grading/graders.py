@@ -91,7 +91,7 @@ class Graders:
         return sum(worker.errors for worker in self._all)
 
     async def verify(self, task: Judge, prompt: Prompt, made: Any) -> Reward:
-        """The reward of one answer. made: the text or image of the student."""
+        """The reward that `task` gives for one answer. made: the text or image of the student."""
         return (await self.verify_many(task, [(prompt, made)]))[0]
 
     async def verify_many(self, task: Judge, jobs: Sequence[Job]) -> list[Reward]:

@@ -162,7 +162,9 @@ def _distance(rollout: Rollout, target: Target | None, v_TD: np.ndarray) -> floa
 async def at_identity(
     context: PartContext, services: Services, learner: Any, groups: Sequence[Group]
 ) -> Finding:
-    """Check that a teacher with the student's weights gives the same velocities as the student."""
+    """Check that a teacher with the student's weights gives the same velocities as the student. groups:
+    attempts of the student.
+    """
     from reflux.teachers.flow import Flow
     from reflux.teachers.flow_engine import FlowTeacher
 

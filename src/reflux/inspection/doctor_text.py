@@ -145,7 +145,9 @@ def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
 async def at_identity(
     context: PartContext, services: Services, learner: Any, groups: Sequence[Group]
 ) -> Finding:
-    """Check that a teacher with the student's weights gives the same log-probs as the student."""
+    """Check that a teacher with the student's weights gives the same log-probs as the student. groups:
+    attempts of the student.
+    """
     from reflux.learners.observe import logp
     from reflux.teachers.local import Local
 

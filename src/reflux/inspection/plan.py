@@ -110,7 +110,9 @@ def plan(cfg: RunConfig) -> Plan:
 
 
 def wanted(requirements: Requirements, words: Mapping[str, str] = _WANTED) -> list[str]:
-    """Descriptions of the quantities in `requirements`, which are computed in addition to the loss."""
+    """Descriptions of the quantities in `requirements`, which are computed in addition to the loss. words:
+    the description of each field.
+    """
     values = ((name, getattr(requirements, name)) for name in requirements.__slots__)
     return [words[name].format(value) for name, value in values if value]
 

@@ -90,8 +90,8 @@ def flops(learner: Ran, teacher_macs: Mapping[str, int], work: Work) -> dict[str
 
     sample: 2 (S acted + sum over teachers of T drawn). teach: 2 sum over teachers of T taught. learn: S (2
     forward + 4 backward). S and T are the multiply-accumulates of one position of the student and of a
-    teacher. teacher_macs: T by the teacher's key in the recipe. Adapters are counted as if all weights had
-    gradients.
+    teacher. learner: the positions of the learner. teacher_macs: T by the teacher's key in the recipe. work:
+    the positions of sampler and teachers. Adapters are counted as if all weights had gradients.
     """
     return {
         "sample": 2.0 * (learner.macs * work.acted + _macs(teacher_macs, work.drawn)),

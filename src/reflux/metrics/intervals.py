@@ -13,8 +13,9 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
     """The Wilson score interval of a proportion of n problems (E. B. Wilson, 1927).
 
     (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), p = successes / n. It is inside [0, 1], and its
-    width is not 0 at 0 or n successes. `successes` may be a sum of partial verdicts in [0, 1];
-    the interval is then wider than needed. n = 0 gives (0, 1). Raises ValueError unless 0 <= successes <= n.
+    width is not 0 at 0 or n successes. confidence: the probability that such an interval contains the true
+    proportion, 0.95 for 95%. `successes` may be a sum of partial verdicts in [0, 1]; the interval is then
+    wider than needed. n = 0 gives (0, 1). Raises ValueError unless 0 <= successes <= n.
     """
     if not 0 <= successes <= n:
         raise ValueError(f"successes must lie between 0 and n = {n}, got {successes}")
@@ -35,7 +36,7 @@ def bootstrap_mean(
     values: Sequence[float] | np.ndarray, seed: int, resamples: int = 2000, confidence: float = 0.95
 ) -> tuple[float, float]:
     """The percentile bootstrap interval of the mean. `values` holds one number per problem, and problems are
-    resampled.
+    resampled `resamples` times. confidence: as in `wilson`.
 
     Samples of one problem are not independent of each other, so they must be averaged before. The same seed
     gives the same interval. Equal values give an interval of width 0; `mean_interval` handles that
@@ -53,14 +54,15 @@ def bootstrap_mean(
 def mean_interval(
     values: Sequence[float] | np.ndarray, seed: int, *, share: bool = False, confidence: float = 0.95
 ) -> tuple[float, float] | tuple[None, None]:
-    """The interval of the mean of one number per problem. Numbers that differ have the bootstrap interval.
+    """The interval of the mean of `values`, one number per problem. Numbers that differ have the bootstrap
+    interval (see `bootstrap_mean` for seed and confidence).
 
-    Equal numbers are handled separately, because their bootstrap interval has width 0. share: every
-    number is in [0, 1], as verdicts, avg@n and pass@k are. Equal shares have the Wilson interval of their
-    sum. At 0 and 1 it is the interval of 0 or n successes. Between them it is wider than needed, because
-    among the numbers in [0, 1] with a given mean, those that are 0 or 1 have the largest variance. Equal
-    numbers of an unknown range (a part of a verdict, or a number outside [0, 1]) have no interval, (None,
-    None), because their spread is not known. Without numbers the result is also (None, None).
+    Equal numbers are handled separately, because their bootstrap interval has width 0. share: every number is
+    in [0, 1], as verdicts, avg@n and pass@k are. Equal shares have the Wilson interval of their sum. At 0 and
+    1 it is the interval of 0 or n successes. Between 0 and 1 the interval is wider than needed, because among
+    the numbers in [0, 1] with a given mean, those that are 0 or 1 have the largest variance. Equal numbers of
+    an unknown range (a part of a verdict, or a number outside [0, 1]) have no interval, (None, None), because
+    their spread is not known. Without numbers the result is also (None, None).
     """
     numbers = np.asarray(values, dtype=np.float64)
     if not len(numbers):
@@ -76,7 +78,8 @@ def mean_interval(
 def clustered_mean(
     clusters: Sequence[np.ndarray], confidence: float = 0.95
 ) -> tuple[float | None, float | None, float | None]:
-    """The mean over all numbers of all clusters, and the ends of its interval: (mean, low, high).
+    """The mean over all numbers of all clusters, and the ends of its interval: (mean, low, high). confidence:
+    as in `wilson`.
 
     Numbers of one cluster (the positions of one attempt) are not independent of each other, but clusters are
     independent. With sums s_i over n_i numbers, the mean r = sum_i s_i / sum_i n_i is a ratio of

@@ -35,8 +35,8 @@ def generated_kl(attempts: Sequence[Attempt], teacher: str) -> Mean:
 
 
 def trained_kl(attempts: Sequence[Attempt], teacher: str) -> Mean:
-    """The sampled reverse KL, nats: the mean of log p - log q over the positions that were trained
-    on, where p is the student at this step.
+    """The sampled reverse KL to `teacher`, nats: the mean of log p - log q over the positions of the attempts
+    that were trained on, where p is the student at this step.
     """
     known = [
         attempt.learned.logp for attempt in attempts if attempt.learned and teacher in attempt.learned.logp

@@ -56,7 +56,8 @@ class OpenWeighted:
 
 
 def combined(rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> Reward:
-    """The weighted sum of several rewards of one attempt, by name: value = sum_k weight_k value_k.
+    """The weighted sum of several rewards of one attempt: value = sum_k weight_k value_k. rewards, weights:
+    by name.
 
     parts: the value of each reward under its name, unweighted, and its parts as "name.part". feedback: all
     feedback in order, separated by newlines. If a value is missing, the value is None, and `error` is that of

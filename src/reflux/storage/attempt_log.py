@@ -104,8 +104,9 @@ def read_attempt(line: Line) -> Attempt:
 
 
 def _judged(reward: Reward | None) -> Line:
-    """The fields of a reward: its value, and the others if they are set. Without a value, `error` is always
-    written, also as null. This distinguishes a reward without a value from no reward, which has no `error`.
+    """The fields of a reward in a line: its value, and the other fields if they are set. Without a value,
+    `error` is always written, also as null. This distinguishes a reward without a value from no reward, which
+    has no `error`.
     """
     if reward is None:
         return {"reward": None}

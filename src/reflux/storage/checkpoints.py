@@ -45,7 +45,7 @@ def of_step(folder: Path, step: int) -> Path:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps of the complete checkpoints, ascending."""
+    """The steps of the complete checkpoints in `folder`, ascending."""
     names = [path.name.removeprefix("step-") for path in folder.glob("step-*")]
     return sorted(int(name) for name in names if name.isdigit())
 

@@ -73,7 +73,9 @@ def sync_folder(path: Path) -> None:
 
 
 def append_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows, one JSON object per line. Numpy arrays become lists; NaN and infinity become null."""
+    """Append rows to the file `path`, one JSON object per line. Numpy arrays become lists; NaN and infinity
+    null.
+    """
     with path.open("ab") as file:
         file.writelines(_line(row) for row in rows)
 
@@ -113,8 +115,8 @@ def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Remove all objects but the wanted ones from a JSON-lines file, in one step and without reading it into
-    memory.
+    """Remove from a JSON-lines file all objects for which `wanted` is False, in one step and without reading
+    the file into memory.
     """
     if not path.exists():
         return

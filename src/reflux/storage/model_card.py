@@ -11,8 +11,8 @@ from reflux.types import FlowRollout
 
 
 def model_card(cfg: RunConfig, step: int, papers: Iterable[Paper]) -> str:
-    """The model card in the hub's format: a YAML header, then Markdown. Names from the recipe are
-    quoted as code, so they never act as markup.
+    """The model card in the hub's format: a YAML header, then Markdown. step: the number of optimiser steps.
+    papers: those to cite. Names from the recipe are quoted as code, so they never act as markup.
     """
     teachers = [_code(name) for teacher in cfg.teachers.values() for name in teacher.sources]
     teachers += ["itself"] * any(teacher.is_student for teacher in cfg.teachers.values())

@@ -23,7 +23,7 @@ def summarise(
     folder: Path, cfg: RunConfig, step: int, totals: Mapping[str, float], seconds: float
 ) -> dict[str, Any]:
     """Write summary.json into the run directory `folder` and return its content. totals: tokens and FLOP,
-    summed over all steps.
+    summed over all steps. seconds: the duration of the run.
     """
     evals = list(files.read_lines(folder / "evals.jsonl"))
     table = {

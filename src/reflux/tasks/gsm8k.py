@@ -92,7 +92,7 @@ class Gsm8k(TaskPart):
         return iter(prompts[start:]) if wanted else endless(prompts, seed, start)
 
     def verify(self, prompt: Prompt, made: Any) -> float:
-        """1.0 if the final answer of the text equals the stored one, else 0.0. ValueError for a prompt
+        """1.0 if the final answer of the text `made` equals the stored one, else 0.0. ValueError for a prompt
         without an answer.
         """
         from reflux.grading.math import grade

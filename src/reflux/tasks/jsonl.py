@@ -145,7 +145,9 @@ class Jsonl(TaskPart):
         return endless(prompts, seed, start) if split == "train" else iter(prompts[start:])
 
     def verify(self, prompt: Prompt, made: Any) -> float | Reward:
-        """The grader's verdict. ValueError if the prompt has no answer, or with the grader "none"."""
+        """The grader's verdict on `made`, a text or an image. ValueError if the prompt has no answer, or with
+        the grader "none".
+        """
         if self.grader == "none":
             raise ValueError("the task has grader = none, so nothing can be judged")
         if self.grader not in GRADERS:

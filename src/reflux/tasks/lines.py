@@ -24,8 +24,8 @@ COPY = re.compile(r"(#[0-9]+)+$")
 
 
 def read_lines(path: str | Path, task: str) -> list[Line]:
-    """The JSON objects of a file with one object per line. Blank lines are skipped. task: the kind of the
-    task, for errors.
+    """The JSON objects of the file `path`, one per line. Blank lines are skipped. task: the kind of the task,
+    for errors.
 
     DataError, with file and line, if the file is missing, empty or not UTF-8, or if a line is not a JSON
     object.

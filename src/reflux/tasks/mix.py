@@ -108,7 +108,7 @@ class Mix(TaskPart):
         return itertools.islice((prompt for prompt in turns if prompt is not None), start, None)
 
     def verify(self, prompt: Prompt, made: Any) -> float | Reward:
-        """The verdict of the task in the mix that the prompt comes from."""
+        """The verdict on `made` of the task in the mix that the prompt comes from."""
         part, inner = self._inner(prompt)
         return part.verify(inner, made)
 

@@ -140,7 +140,9 @@ class WordProblems(TaskPart):
             position += 1
 
     def verify(self, prompt: Prompt, made: Any) -> float:
-        """1.0 if the whole number after the last "Answer:" has exactly the digits of the answer, else 0.0."""
+        """1.0 if the whole number after the last "Answer:" of `made` has exactly the digits of the answer,
+        else 0.0.
+        """
         if prompt.answer is None:
             raise ValueError(
                 f"prompt {prompt.id} has no answer to compare with; word_problems judges only its own prompts"
