@@ -33,9 +33,8 @@ def look_for_text(model: str, where: str) -> None:
 
 
 def look_for_flow(model: str, where: str, otherwise: str) -> None:
-    """Raise ModelError if the model's folder does not exist or holds no flow model.
-
-    model, where: as in `look_for_text`. otherwise: the kind of part that loads a text model.
+    """Raise ModelError where the folder does not exist or holds no flow model. otherwise: the kind of part
+    that loads a text model.
     """
     folder = Path(locate(model, where))
     if folder.is_dir() and not (folder / _MODEL_INDEX).is_file():

@@ -75,8 +75,8 @@ def _collect(path: Path, wanted: dict[int, int]) -> list[ShownAttempt]:
 
 
 def spread(available: dict[int, int], limit: int) -> dict[int, int]:
-    """The number of attempts to take of each step, at most `limit` in all, spread evenly over the steps, the
-    first and the last included. available: the number of attempts by step.
+    """The number of attempts to take of each step, at most `limit` in all. They are spread evenly over the
+    steps, the first and the last included.
     """
     steps = sorted(available)
     if len(steps) >= limit:

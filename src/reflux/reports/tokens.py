@@ -1,4 +1,4 @@
-"""Token ids as pieces of text, with the numbers of each token and its level on the colour scale."""
+"""Token ids as pieces of text with their numbers and their level on the colour scale."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Checkpoints: one folder per step, and in it one folder per part (learner, teachers and so on), which the
-part fills itself. The last `keep_checkpoints` checkpoints are kept.
+"""Checkpoints: one folder per step, and in it one folder per part, which the part fills itself. The last k
+checkpoints are kept.
 
 A checkpoint gets its name when it is complete and on disk. If the process is killed before, the previous
 checkpoint is still complete. `write` and `read` are for parts whose state is a table: tensors are stored as
@@ -65,8 +65,8 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def read_plain(folder: Path) -> dict[str, Any]:
-    """The values that `write` stored in a folder, without the tensors. Does not import torch. Raises RunError
-    if the file is missing or damaged.
+    """The values of such a state that are not tensors. Does not import torch. Raises RunError if
+    it is damaged.
     """
     try:
         return json.loads((folder / "state.json").read_text())

@@ -22,8 +22,8 @@ _SCORE = ("accuracy", "low", "high", "problems", "split")
 def summarise(
     folder: Path, cfg: RunConfig, step: int, totals: Mapping[str, float], seconds: float
 ) -> dict[str, Any]:
-    """Write summary.json into the run directory `folder` and return its content. totals: tokens and FLOP,
-    summed over all steps. seconds: the duration of the run.
+    """Write summary.json into a run directory and return its content. totals: tokens and FLOP,
+    summed over all steps.
     """
     evals = list(files.read_lines(folder / "evals.jsonl"))
     table = {
@@ -57,8 +57,8 @@ def saved_summary(folder: Path) -> dict[str, Any] | None:
 
 
 def reported(evals: list[dict[str, Any]]) -> dict[str, Any]:
-    """The accuracies of a run: on test problems if these were evaluated, otherwise those of the evaluations
-    during training. Each accuracy names the split of its problems. evals: the lines of evals.jsonl.
+    """The accuracies of a run: on test problems if they were evaluated, otherwise those of the
+    evaluations during training. Each names its split.
     """
     first, last = (dict(next(iter(rows), {})) for rows in (evals[:1], evals[-1:]))
     tests = "test_accuracy" in first or "test_accuracy" in last
