@@ -31,9 +31,7 @@ _MOST = 32
 
 
 async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
-    """Yield the findings of `reflux doctor` as they are made. prompts: the number of prompts that the student
-    answers. A check that cannot run raises an error with the reason.
-    """
+    """Yield the findings as they are made, on `prompts` prompts. A check that cannot run raises its reason."""
     requirements = checks.join(cfg)
     yield Finding("ok", "recipe", "all parts fit together")
     for text in checks.warnings(cfg):

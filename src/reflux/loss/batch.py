@@ -24,14 +24,14 @@ OverRanks = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Item:
-    """One attempt and its N kept positions: those with a non-zero weight. coef_KN[k] is None where objective
-    k does not contribute to the loss of this attempt. value_K[k] is the value that its group baseline
-    subtracts (nats), 0 without a group baseline.
+    """One attempt with N kept positions. coef_KN[k] is None where objective k does not contribute to the
+    loss of this attempt. value_K[k] is the value that its group baseline subtracts (nats), 0 without a
+    group baseline.
     """
 
     attempt: Attempt
     rollout: Rollout
-    # indices of the positions with a non-zero weight, in rising order
+    # kept positions, in rising order
     rows_N: np.ndarray
     advantage_offset_N: np.ndarray
     coef_KN: tuple[np.ndarray | None, ...]

@@ -23,9 +23,7 @@ Fill = Callable[[Path], None]
 
 
 def save(folder: Path, step: int, parts: Mapping[str, Fill], keep: int) -> Path:
-    """Write `folder`/step-N and remove all checkpoints but the last `keep`. parts: for each part, the
-    function that fills its folder.
-    """
+    """Write step-N, each of its folders filled by one of `parts`, and keep the last `keep` checkpoints."""
 
     def fill(scratch: Path) -> None:
         for part, write_part in parts.items():

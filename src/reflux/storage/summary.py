@@ -44,9 +44,7 @@ def summarise(
 
 
 def saved_summary(folder: Path) -> dict[str, Any] | None:
-    """The summary.json that a run wrote at its end; None if the run has not ended. Raises RunError if the
-    file is damaged.
-    """
+    """The summary that a run wrote at its end; None if the run has not ended. RunError if it is damaged."""
     path = folder / "summary.json"
     if not path.exists():
         return None
