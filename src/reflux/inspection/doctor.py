@@ -31,7 +31,7 @@ _MOST = 32
 
 
 async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
-    """Yield the findings as they are made, on `prompts` prompts. A check that cannot run raises its reason."""
+    """Yield the findings as they are made, on `prompts` prompts. A check that cannot run raises an error."""
     requirements = checks.join(cfg)
     yield Finding("ok", "recipe", "all parts fit together")
     for text in checks.warnings(cfg):
