@@ -1,4 +1,4 @@
-"""Turns attempts into items with every row coefficient known, and items into micro-batches.
+"""Turns attempts into items, in which the coefficient of every row is known, and items into micro-batches.
 
 Weights, coefficients and denominators are combined only here and in `aggregate.py`. The counts are those of
 the whole batch, so the gradient does not depend on how the batch is cut into micro-batches (law 4). A row
@@ -24,14 +24,14 @@ OverRanks = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Item:
-    """One attempt with N kept positions. coef_KN[k] is None where objective k does not contribute to the
-    loss of this attempt. value_K[k] is the value that its group baseline subtracts (nats), 0 without a
-    group baseline.
+    """One attempt with N rows, the positions with a non-zero weight. coef_KN[k] is None where objective k
+    does not contribute to the loss of this attempt. value_K[k] is the value that the group baseline of
+    objective k subtracts (nats), 0 without a group baseline.
     """
 
     attempt: Attempt
     rollout: Rollout
-    # kept positions, in rising order
+    # the positions with a non-zero weight, in rising order
     rows_N: np.ndarray
     advantage_offset_N: np.ndarray
     coef_KN: tuple[np.ndarray | None, ...]
@@ -53,9 +53,9 @@ class Item:
 
 
 def present(attempt: Attempt, objective: LossTerm) -> bool:
-    """True if this objective contributes to the loss of this attempt: its teacher has a target for it, or,
-    for objectives that use only advantage offsets, some offset is non-zero. False where the objective's
-    coefficient is 0.
+    """True if this objective contributes to the loss of this attempt: the objective's teacher has a target
+    for the attempt, or, for objectives that use only advantage offsets, some offset is non-zero. False where
+    the objective's coefficient is 0.
     """
     if objective.coef == 0:
         # 0 times an infinite cost would be NaN.
@@ -76,8 +76,8 @@ def plan(
     loss_aggregation: LossAggregation,
     over_ranks: OverRanks = one_rank,
 ) -> list[Item]:
-    """Items of all attempts to which some objective contributes, with their coefficients coef * w_n * c_n
-    and their group values.
+    """Items of all attempts to which some objective contributes, with their coefficients coef * w_n * c_n and
+    the values of their group baselines. loss_aggregation: what the loss is divided by.
 
     Several ranks may share a batch, each with whole groups. Then `over_ranks` adds up an array of counts
     over the ranks (an all-reduce). Every rank calls it once, including a rank without attempts. The sum of
@@ -140,8 +140,8 @@ def _rewards(attempt: Attempt, teacher: str) -> np.ndarray | None:
 def _count(
     attempts: list[Attempt], weights: list[np.ndarray], objective: LossTerm, loss_aggregation: LossAggregation
 ) -> int:
-    """The count in the denominator: the kept positions, under token-mean the chosen positions, and under
-    seq-mean-token-mean the attempts with a chosen position.
+    """The count in the denominator: the positions with a non-zero weight, under token-mean the chosen
+    positions, and under seq-mean-token-mean the attempts with a chosen position.
     """
     chosen = [int(attempt.rollout.mask_T.sum()) for attempt in attempts]
     if loss_aggregation == "seq-mean-token-mean":
@@ -156,9 +156,9 @@ def _count(
 
 
 def _scales(attempts: list[Attempt], count: int, loss_aggregation: LossAggregation) -> list[float]:
-    """c per attempt. It is 1 / N, with N the count of kept or chosen positions in the whole batch. Under
-    seq-mean-token-mean it is 1 / (R * T_i), with R the count of attempts and T_i the chosen positions of
-    attempt i.
+    """c per attempt. It is 1 / N, with N the count, in the whole batch, of positions with a non-zero weight
+    or of chosen positions. Under seq-mean-token-mean it is 1 / (R * T_i), with R the count of attempts and
+    T_i the chosen positions of attempt i.
     """
     if loss_aggregation != "seq-mean-token-mean":
         return [1.0 / count if count else 0.0] * len(attempts)
@@ -168,7 +168,7 @@ def _scales(attempts: list[Attempt], count: int, loss_aggregation: LossAggregati
 
 def signature(item: Item) -> tuple[object, ...]:
     """Items with the same signature may share a micro-batch. Their targets have the same kinds and the same
-    heads, so all rows are handled alike.
+    output heads, so all rows are handled alike.
     """
     targets = ((name, item.attempt.target(name)) for name in sorted((*item.attempt.answers, "behaviour")))
     kinds = ((name, None if target is None else target.signature) for name, target in targets)
@@ -176,8 +176,8 @@ def signature(item: Item) -> tuple[object, ...]:
 
 
 def micro_batches(items: Sequence[Item], budget_tokens: int) -> Iterator[list[Item]]:
-    """Lists of items with one signature each, the longest items first. The padded tokens of a list stay
-    within the budget, except that a list has at least one item.
+    """Lists of items with one signature each, the longest items first. A list has at most `budget_tokens`
+    tokens, padding included, but at least one item.
     """
     by_signature: dict[tuple[object, ...], list[Item]] = {}
     for item in items:

@@ -18,11 +18,7 @@ _MODEL_INDEX, _CONFIG = "model_index.json", "config.json"
 
 
 def look_for_text(model: str, where: str) -> None:
-    """Raise ModelError if the model's folder does not exist or holds an image model.
-
-    model: a folder or a hub id; a hub id is not checked. where: the path of the key in the recipe, for
-    errors.
-    """
+    """Raise ModelError where the folder does not exist or holds an image model."""
     folder = Path(locate(model, where))
     if folder.is_dir() and not (folder / _CONFIG).is_file():
         raise ModelError(
@@ -33,8 +29,8 @@ def look_for_text(model: str, where: str) -> None:
 
 
 def look_for_flow(model: str, where: str, otherwise: str) -> None:
-    """Raise ModelError where the folder does not exist or holds no flow model. otherwise: the kind of part
-    that loads a text model.
+    """Raise ModelError where the folder does not exist or holds no flow model. where: the path of the key in
+    the recipe, for errors. otherwise: the kind of part that loads a text model, for the error.
     """
     folder = Path(locate(model, where))
     if folder.is_dir() and not (folder / _MODEL_INDEX).is_file():

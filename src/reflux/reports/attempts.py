@@ -1,8 +1,6 @@
 """Ten attempts out of attempts.jsonl, spread over the run. The file may be large, so it is streamed twice and
-only the shown attempts are kept in memory.
-
-An attempt has two lines: one written after sampling and one written after the student was trained on it. The
-two are joined on (step, prompt, sample).
+only the shown attempts are kept in memory. An attempt has two lines, joined on (step, prompt, sample): one
+written after sampling and one written after the student was trained on it.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ Key = tuple[int, str, int]
 
 @dataclass
 class ShownAttempt:
-    """One attempt of the report: its first line in attempts.jsonl, and its second line if there is one."""
+    """One attempt as it is shown: its first line, and its second line if there is one."""
 
     acted: Row
     learned: Row = field(default_factory=dict)
@@ -40,8 +38,8 @@ class ShownAttempt:
 
 
 def read_attempts(path: Path, notes: list[str], limit: int = 10) -> list[ShownAttempt]:
-    """At most `limit` attempts of attempts.jsonl (`path`), from steps evenly spaced between the first and the
-    last trained step; of each step the first attempts. notes: gets a sentence for each kind of damage.
+    """At most `limit` attempts, from steps evenly spaced between the first and the last trained step; of each
+    step its first attempts.
 
     Steps that were only sampled (in a killed or a running run) are shown if no step was trained on yet.
     """
@@ -53,10 +51,8 @@ def read_attempts(path: Path, notes: list[str], limit: int = 10) -> list[ShownAt
             acted[key[0]] += 1
         elif key is not None and row.get("kind") == "learned":
             learned.add(key[0])
-    pool = {step: number_of for step, number_of in sorted(acted.items()) if step in learned} or dict(
-        sorted(acted.items())
-    )
-    return _collect(path, spread(pool, limit))
+    trained = {step: attempts for step, attempts in acted.items() if step in learned}
+    return _collect(path, spread(trained or acted, limit))
 
 
 def _collect(path: Path, wanted: dict[int, int]) -> list[ShownAttempt]:
@@ -75,9 +71,7 @@ def _collect(path: Path, wanted: dict[int, int]) -> list[ShownAttempt]:
 
 
 def spread(available: dict[int, int], limit: int) -> dict[int, int]:
-    """The number of attempts to take of each step, at most `limit` in all. They are spread evenly over the
-    steps, the first and the last included.
-    """
+    """How many attempts to take of each step, at most `limit` in all: spread evenly, both ends included."""
     steps = sorted(available)
     if len(steps) >= limit:
         return {steps[round(index * (len(steps) - 1) / max(1, limit - 1))]: 1 for index in range(limit)}

@@ -1,9 +1,10 @@
-"""Token ids as pieces of text with their numbers and their level on the colour scale."""
+"""Token ids as pieces of text with their numbers and their level on the colour scale, and its legend."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -23,8 +24,8 @@ HEAD_TOKENS, TAIL_TOKENS = 800, 200
 
 @dataclass(frozen=True)
 class Token:
-    """One token of the page. level: on the colour scale, -4 .. 4, None without a log-ratio. words: the
-    numbers of the token as text, one per line. chosen: True if the student sampled the token.
+    """One token as it is shown. level: -4 .. 4, None without a ratio. words: its numbers, one per line.
+    chosen: True if the student sampled it.
     """
 
     piece: str
@@ -107,11 +108,19 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def level(ratio_nats: float) -> int:
-    """The level of a log-ratio on the colour scale, -4 .. 4. 0 if the log-ratio is nearer to 0 than the first
-    edge of the scale.
-    """
+    """The level on the colour scale, -4 .. 4. 0 if the log-ratio is within the first edge."""
     depth = sum(abs(ratio_nats) >= edge for edge in EDGES_NATS)
     return depth if ratio_nats >= 0 else -depth
+
+
+def legend() -> list[tuple[str, str]]:
+    """Pairs (css class, range of log q - log p in nats), from the lowest to the highest range."""
+    pairs, last = list(pairwise(EDGES_NATS)), EDGES_NATS[-1]
+    above = [*(f"{low:g} to {high:g}" for low, high in pairs), f"over {last:g}"]
+    below = [*(f"−{low:g} to −{high:g}" for low, high in pairs), f"under −{last:g}"]
+    up = [(f"p{index}", text) for index, text in enumerate(above, 1)]
+    down = [(f"n{index}", text) for index, text in enumerate(below, 1)]
+    return [*reversed(down), ("p0", f"within {EDGES_NATS[0]:g}"), *up]
 
 
 def _tokens(shown: ShownAttempt, texts: list[str], ids: list[int], first: int) -> list[Token]:

@@ -1,5 +1,4 @@
-"""Checkpoints: one folder per step, and in it one folder per part, which the part fills itself. The last k
-checkpoints are kept.
+"""Checkpoints: a folder per step, in it a folder per part, which the part fills itself. The last k are kept.
 
 A checkpoint gets its name when it is complete and on disk. If the process is killed before, the previous
 checkpoint is still complete. `write` and `read` are for parts whose state is a table: tensors are stored as
@@ -23,7 +22,7 @@ Fill = Callable[[Path], None]
 
 
 def save(folder: Path, step: int, parts: Mapping[str, Fill], keep: int) -> Path:
-    """Write step-N, each of its folders filled by one of `parts`, and keep the last `keep` checkpoints."""
+    """Write checkpoints/step-N and remove all checkpoints but the last `keep`."""
 
     def fill(scratch: Path) -> None:
         for part, write_part in parts.items():
@@ -43,13 +42,13 @@ def of_step(folder: Path, step: int) -> Path:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps of the complete checkpoints in `folder`, ascending."""
+    """The steps of the complete checkpoints, ascending."""
     names = [path.name.removeprefix("step-") for path in folder.glob("step-*")]
     return sorted(int(name) for name in names if name.isdigit())
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The state that `write` stored in a folder. Raises RunError if a file is missing or damaged."""
+    """The state that `write` stored in a folder. Raises RunError if it is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -63,9 +62,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def read_plain(folder: Path) -> dict[str, Any]:
-    """The values of such a state that are not tensors. Does not import torch. Raises RunError if
-    it is damaged.
-    """
+    """The values of such a state that are not tensors, without importing torch. RunError if it is damaged."""
     try:
         return json.loads((folder / "state.json").read_text())
     except (OSError, ValueError) as error:
@@ -85,12 +82,9 @@ def write(folder: Path, state: State) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        key: value.detach().contiguous().cpu()
-        for key, value in state.items()
-        if isinstance(value, torch.Tensor)
-    }
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     plain = {key: value for key, value in state.items() if key not in tensors}
     (folder / "state.json").write_text(json.dumps(plain))
     if tensors:
-        save_file(tensors, folder / "tensors.safetensors")
+        copies = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
+        save_file(copies, folder / "tensors.safetensors")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reflux.config.recipe import config_hash
+from reflux.config.registry import kind_of
 from reflux.errors import RunError
 from reflux.metrics.flops import TOKENS
 from reflux.storage import files
@@ -22,9 +23,7 @@ _SCORE = ("accuracy", "low", "high", "problems", "split")
 def summarise(
     folder: Path, cfg: RunConfig, step: int, totals: Mapping[str, float], seconds: float
 ) -> dict[str, Any]:
-    """Write summary.json into a run directory and return its content. totals: tokens and FLOP,
-    summed over all steps.
-    """
+    """Write summary.json into a run directory and return it. totals: tokens and FLOP of all steps."""
     evals = list(files.read_lines(folder / "evals.jsonl"))
     table = {
         "recipe": cfg.recipe,
@@ -44,7 +43,7 @@ def summarise(
 
 
 def saved_summary(folder: Path) -> dict[str, Any] | None:
-    """The summary that a run wrote at its end; None if the run has not ended. RunError if it is damaged."""
+    """The summary that a run wrote at its end; None if it has not ended. Raises RunError if it is damaged."""
     path = folder / "summary.json"
     if not path.exists():
         return None
@@ -55,9 +54,7 @@ def saved_summary(folder: Path) -> dict[str, Any] | None:
 
 
 def reported(evals: list[dict[str, Any]]) -> dict[str, Any]:
-    """The accuracies of a run: on test problems if they were evaluated, otherwise those of the
-    evaluations during training. Each names its split.
-    """
+    """The accuracies of a run, each with its split: on test problems, else on those during training."""
     first, last = (dict(next(iter(rows), {})) for rows in (evals[:1], evals[-1:]))
     tests = "test_accuracy" in first or "test_accuracy" in last
     name = "test_accuracy" if tests else "accuracy"
@@ -71,8 +68,6 @@ def reported(evals: list[dict[str, Any]]) -> dict[str, Any]:
 
 def method_of(cfg: Any) -> str:
     """The kinds of the parts that make the method: objectives, credit rules, extrapolation."""
-    from reflux.config.registry import kind_of
-
     words = [kind_of("objectives", objective) for objective in cfg.objectives]
     words += [kind_of("credit", rule) for rule in cfg.credit.values()]
     words += [kind_of("extrapolation", cfg.extrapolation)] if cfg.extrapolation else []
@@ -80,19 +75,14 @@ def method_of(cfg: Any) -> str:
 
 
 def commit() -> str | None:
-    """The commit of the library's checkout, with "+" if files differ from it. None for an
-    installed package.
-    """
-    here = Path(__file__).parent
+    """The commit of the library's checkout, with "+" if files differ. None for an installed package."""
+    here, command = Path(__file__).parent, ["git", "describe", "--always", "--dirty=+"]
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True, timeout=5
-        )
+        found = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return (
-        found.stdout.strip() or None if found.returncode == 0 and "site-packages" not in here.parts else None
-    )
+    known = found.returncode == 0 and "site-packages" not in here.parts
+    return found.stdout.strip() or None if known else None
 
 
 def _score(found: dict[str, Any] | None) -> dict[str, Any] | None:
