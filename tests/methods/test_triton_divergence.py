@@ -312,7 +312,7 @@ def test_the_shipped_block_and_columns_that_lie_apart(monkeypatch):
         ((3,), (3,), "reverse", None, None, "shape"),
         ((2, 0), (2, 0), "reverse", None, None, "shape"),
         ((2, 3), (2, 3), "kl", None, None, "reverse, forward"),
-        ((2, 3), (2, 3), "reverse", 0.5, None, "no weight"),
+        ((2, 3), (2, 3), "reverse", 0.5, None, "no mixture weight"),
         ((2, 3), (2, 3), "jsd", 1.5, None, r"\[0, 1\]"),
         ((2, 3), (2, 3), "jsd", math.nan, None, r"\[0, 1\]"),
         ((2, 3), (2, 3), "jsd", 0.5, (1,), "one number per row"),
