@@ -175,9 +175,9 @@ def test_a_margin_equal_to_delta_or_a_delta_of_minus_infinity_shifts_nothing() -
     ("call", "words"),
     [
         (lambda: margin([0.1], [True, False], "mean"), "got 1 returns and 2 verdicts"),
-        (lambda: margin([0.1, NAN], [True, False], "mean"), "return 1 of the group is nan"),
-        (lambda: margin_shifts([-INF, 0.1], [True, False]), "return 0 of the group is -inf"),
-        (lambda: margin_keep([0.1, INF], [True, True]), "return 1 of the group is inf"),
+        (lambda: margin([0.1, NAN], [True, False], "mean"), "return of attempt 1 of the group is nan"),
+        (lambda: margin_shifts([-INF, 0.1], [True, False]), "return of attempt 0 of the group is -inf"),
+        (lambda: margin_keep([0.1, INF], [True, True]), "return of attempt 1 of the group is inf"),
         (lambda: margin([], [], "median"), "mode must be one of mean, minmax, got 'median'"),
         (lambda: margin_keep([], [], mode="median"), "mode must be one of"),
         (

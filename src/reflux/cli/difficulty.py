@@ -58,15 +58,15 @@ def balance_prompts(
     out: Path | None,
 ) -> None:
     """Sample answers, count the correct ones, write `difficulty.jsonl`, `prompts.jsonl` and
-    `recipe.toml`, and print the difficulties before and after balancing.
+    `recipe.toml`, and print the difficulties before and after balancing (see `multiplicities`).
 
-    recipe.toml is the whole recipe, overrides included, with the task `jsonl` on prompts.jsonl. Its held-out
-    prompts are those of the recipe's task, in validation.jsonl and test.jsonl.
+    recipe.toml is the whole recipe, overrides included, with the task `jsonl` on prompts.jsonl.
+    validation.jsonl and test.jsonl hold the held-out prompts of the recipe's own task, for recipe.toml.
 
     samples: answers per prompt. prompts: the number of prompts; 0: all of one pass. sampling: temperature and
-    top-p. cap: the most copies of a prompt. out: the output folder. Counts are written as they come, so a
-    call that was killed can be continued. The other files are written completely or not at all. Raises
-    RunError for a folder that holds finished counts, or counts made with other settings.
+    top-p. cap: the largest number of copies of a prompt. out: the output folder. Counts are written as they
+    come, so a call that was killed can be continued. The other files are written completely or not at all.
+    Raises RunError for a folder that holds finished counts, or counts made with other settings.
     """
     whole = load_recipe(recipe, overrides)
     # only the sampler is needed

@@ -47,6 +47,8 @@ class Part(Protocol):
 
     def diagnostics(self, name: str, recorded: Any) -> Iterable[Any]:
         """The charts of this part in the report, made from the files of the run directory. name: the key of
-        the part in the recipe, such as "prefix" for [credit.prefix]. recorded: the lines of these files.
+        the part in the recipe, such as "prefix" for [credit.prefix]. recorded: the reader of these files
+        (`reflux.reports.recorded.Recorded`): `recorded.rows("evals")` gives the lines of evals.jsonl as
+        dicts.
         """
         return ()

@@ -33,7 +33,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """What parts without state know of the current step: its number (from 0) and the seed of the run."""
+    """The number of the current step (from 0) and the seed of the run, for parts that keep no state."""
 
     step: int
     seed: int

@@ -274,7 +274,8 @@ def _classes(returns: Sequence[float], correct: Sequence[bool]) -> tuple[list[in
     for index, value in enumerate(returns):
         if not math.isfinite(value):
             raise ValueError(
-                f"return {index} of the group is {value}; leave out attempts that the teacher did not score"
+                f"the return of attempt {index} of the group is {value}, but returns must be finite. "
+                "Leave out attempts that the teacher did not score"
             )
     return [i for i, right in enumerate(correct) if right], [
         i for i, right in enumerate(correct) if not right

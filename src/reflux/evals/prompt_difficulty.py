@@ -105,12 +105,13 @@ def repeated(prompts: Sequence[Prompt], copies: Sequence[int]) -> Iterator[Promp
 
 
 def training_prompts(task: Task, seed: int, limit: int = 0) -> tuple[list[Prompt], bool]:
-    """(different training prompts in order, True if the stream was cut). limit: the number of prompts; 0: all
-    of one pass.
+    """(different training prompts in order, True if the list was cut). limit: the number of prompts; 0: no
+    limit.
 
-    A training split never ends. A pass over the data ends when ids repeat. An endless task gives its first
-    FIRST prompts. DataError if there is no limit and the task of a user does not end within UNKNOWN different
-    prompts.
+    The stream of training prompts never ends. One pass over the data is read: it ends when prompt ids repeat.
+    A task that always gives new prompts (`task.ends` is False) has no such pass, and without a limit its
+    first 512 prompts (FIRST) are returned. If a task does not state whether prompts repeat (`task.ends` is
+    None) and there is no limit, more than 100,000 different prompts (UNKNOWN) raise DataError.
     """
     finite = task.ends
     most = limit or (FIRST if finite is False else 0)

@@ -29,8 +29,9 @@ def rho(delta: Tensor) -> float:
 
 
 def effective_rank(delta: Tensor) -> float:
-    """exp of the entropy of z_i = s_i / sum s (s itself, not its square), in [1, r]: the effective number of
-    directions of the displacement.
+    """The effective number of directions of the displacement `delta`, the change of one weight matrix, in
+    [1, r]. It is exp of the entropy of z_i = s_i / sum s, where s_1 ... s_r are the r singular values of
+    delta, not their squares.
     """
     return effective_rank_of(_moved(singular_values(delta)))
 

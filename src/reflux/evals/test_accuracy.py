@@ -31,10 +31,11 @@ class ReportedAccuracy(EvalPart):
     (`reflux.evals.problems.TEST_SEED`). They are the same in every run.
 
     The fields are those of `accuracy`. `teacher`: before the first step this teacher solves the same
-    problems, as in `teacher_accuracy`, and the result is stored under "teacher". There is no such result if
-    no teacher of this name has a model of its own, or if teacher is "". Some tasks use validation problems as
-    test problems, such as `jsonl` without a file `test`. These problems are evaluated too: the run gives a
-    note, and `seen` is the number of these problems.
+    problems, as in `teacher_accuracy`, and the result is stored under "teacher". This result is missing if
+    teacher is "", and if the teacher has no model to sample from or is the student itself. Some tasks use
+    validation problems as test problems, such as `jsonl` without a file `test`. These problems are evaluated
+    too, and the run prints a note. The result counts the test problems that are also validation problems
+    under "seen".
     """
 
     asked: ClassVar[Asked] = "ends"

@@ -33,34 +33,38 @@ Count = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True, config=STRICT)
 class Extrapolate(ExtrapolationPart):
-    """After optimiser steps 1, 2, 4, 8, ... test the weights W + m (W - anchor) for m = 2, 4, ..., 2 `tries`,
-    and keep the last candidate that scored better.
+    """After optimiser steps 1, 2, 4, 8, ... search for better weights: score W + m (W - anchor) for m = 2, 4,
+    6, ... (at most `tries` candidates) and keep the last accepted candidate.
+
+    A candidate is accepted if it scores higher than the best weights so far, which at first are the weights W
+    after the step. The first candidate that is not accepted ends the search. If none is accepted, W is
+    restored bit for bit.
 
     anchor: the weights at the end of the previous search, its jump included; at first, the weights at the
     start of the run. The displacement W - anchor therefore contains training steps only. Candidates are
-    computed from W and the anchor in float32. The first candidate that is not accepted ends the search. If
-    none is accepted, W is restored bit for bit. Optimiser moments, schedule and step counter do not change.
-    With low-rank adapters, the displacement of the product B A is added to the frozen base weight, and A and
-    B stay unchanged.
+    computed from W and the anchor in float32. Optimiser moments, schedule and step counter do not change.
+    With low-rank adapters, m times the displacement of the product B A is added to the frozen base weight,
+    and A and B stay unchanged.
 
     score: W and every candidate are scored on `prompts` prompts, drawn once from the training prompts (listed
     in parts/extrapolation/score_prompts.jsonl), with `samples` answers each. "accuracy": the mean verdict of
     the task's verifier. "minus_kl": minus the reverse KL to `teacher` on those answers, in nats per token; it
     needs no labels and is not in the paper. All weights of one search use the same random numbers.
     rescore_incumbent: each comparison uses new random numbers, and the best weights so far are scored again
-    with them, so that a lucky score does not carry over to the next comparison. This costs up to 2 `tries`
-    scorings per search instead of `tries` + 1.
+    with them, so that a lucky score does not carry over to the next comparison. This costs up to 2 * tries
+    scorings per search instead of tries + 1.
 
-    Each search is a line of searches.jsonl. Memory: two float32 copies of the moved weights, on the CPU. The
-    anchor is in every checkpoint. A candidate whose score is not finite is rejected; a score of W that is not
-    finite is an error. If the displacement is zero, there is no search.
+    Each search is a line of searches.jsonl. Memory: two float32 copies, on the CPU, of the weights that the
+    search changes (`include`). The anchor is in every checkpoint. A candidate whose score is not finite is
+    rejected; a score of W that is not finite is an error. If the displacement is zero, there is no search.
 
-    arXiv 2605.11739. The paper's formula accepts >=, its released code >. With few prompts ties are common,
-    so "better" (strict) is the default. The paper does not state whether the displacement starts from the
-    weights before or after the previous search's jump; like the released code, this part uses the weights
-    after it. The released code multiplies by factors one after the other (2, 2/3, 2/5, ...), which gives the
-    same points but accumulates rounding errors. The released code also moves norms whose name contains
-    "attention", by accident; this part moves no norms, embeddings or head.
+    arXiv 2605.11739. The paper's formula accepts an equal score (>=), its released code does not (>). With
+    few prompts equal scores are common, so the default is accept = "better", as in the code. The paper does
+    not state whether the displacement starts from the weights before or after the previous search's jump;
+    like the released code, this part uses the weights after it. The released code computes each candidate
+    from the previous one, with the factors (2, 2/3, 2/5, ...). The candidates are the same, but rounding
+    errors add up. The released code also moves norms whose name contains "attention", by accident; this part
+    moves no norms, embeddings or head.
     """
 
     when: ClassVar[str] = (
@@ -165,8 +169,8 @@ class Extrapolate(ExtrapolationPart):
 
 
 def fires(step: int) -> bool:
-    """True if a search is due after this number of completed optimiser steps: at the powers of two 1, 2, 4,
-    8, ... ValueError below 0.
+    """True if `extrapolate` searches for better weights after `step` completed optimiser steps: if `step` is
+    a power of two (1, 2, 4, 8, ...). ValueError for a negative number.
     """
     if step < 0:
         raise ValueError(f"the number of completed steps must be at least 0, got {step}")

@@ -43,8 +43,8 @@ def row_logsumexp(
     SKIP: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """log sum exp of each row; if SKIP, without the columns that a dense uint8 table marks. It needs one
-    exp per logit, and the maximum is updated in the same loop.
+    """The logsumexp of each row of logits. If SKIP, a logit is left out where the uint8 mask at skip_ptr, of
+    shape [rows, width], is not 0. One loop updates the maximum and the sum, with one exp per logit.
     """
     row = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 class WeightAccess(Protocol):
-    """Access to the weights. A learner may offer it as `OpenLearner.access`. Training never uses it."""
+    """Reads and writes the student's weights by name. A learner may offer it as `OpenLearner.access`.
+    Extrapolation and evaluations of the weights use it. The learner's training steps do not.
+    """
 
     @property
     def names(self) -> Sequence[str]:

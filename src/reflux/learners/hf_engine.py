@@ -84,7 +84,10 @@ class HFLearner(GradientLearner):
         return observed(self, groups)
 
     def whole(self, attempt: Attempt) -> Item:
-        """All positions, chosen or not, because the model reads each of them on the way to the last one."""
+        """All positions of this attempt as an Item without objectives, for forward passes that only read.
+        Tokens that the student did not sample, such as an environment's, are included, because the forward
+        pass also computes them.
+        """
         rollout = attempt.rollout
         return Item(
             attempt, rollout, np.arange(rollout.length), np.zeros(rollout.length, dtype=np.float32), (), ()

@@ -54,15 +54,15 @@ def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
 
 
 def skew_reverse_kl(student: Tensor, teacher: Tensor, alpha: float = 0.1) -> Tensor:
-    """KL(student || (1 - alpha) teacher + alpha student), at most -log(alpha). alpha = 0 is the reverse KL,
-    alpha = 1 is 0.
+    """KL(student || (1 - alpha) teacher + alpha student), nats [N], from log-probs [N, V]. It is at most
+    -log(alpha). With alpha = 0 it equals the reverse KL. With alpha = 1 it is 0.
     """
     return kl(student, _mix(teacher, student, "alpha", alpha))
 
 
 def skew_forward_kl(student: Tensor, teacher: Tensor, alpha: float = 0.1) -> Tensor:
-    """KL(teacher || alpha teacher + (1 - alpha) student), at most -log(alpha). alpha = 0 is the forward KL,
-    alpha = 1 is 0.
+    """KL(teacher || alpha teacher + (1 - alpha) student), nats [N], from log-probs [N, V]. It is at most
+    -log(alpha). With alpha = 0 it equals the forward KL. With alpha = 1 it is 0.
     """
     return kl(teacher, _mix(student, teacher, "alpha", alpha))
 

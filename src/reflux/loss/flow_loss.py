@@ -63,8 +63,8 @@ def backward(batch: FlowMicroBatch, v_ND: Tensor) -> Result:
 
 
 def pieces(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
-    """Pieces of these items' rows in order, at most `size` rows each. The rows of one item may be split
-    over several pieces.
+    """Split the rows of these items, in order, into pieces of at most `size` rows. A row is one denoising
+    step of one image. The rows of one item may be split over several pieces.
     """
     piece: list[Item] = []
     room = size

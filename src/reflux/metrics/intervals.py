@@ -54,15 +54,15 @@ def bootstrap_mean(
 def mean_interval(
     values: Sequence[float] | np.ndarray, seed: int, *, share: bool = False, confidence: float = 0.95
 ) -> tuple[float, float] | tuple[None, None]:
-    """The interval of the mean of `values`, one number per problem. Numbers that differ have the bootstrap
-    interval (see `bootstrap_mean` for seed and confidence).
+    """The confidence interval of the mean of `values`, one number per problem. If the numbers differ, this is
+    the bootstrap interval (see `bootstrap_mean` for seed and confidence).
 
-    Equal numbers are handled separately, because their bootstrap interval has width 0. share: every number is
-    in [0, 1], as verdicts, avg@n and pass@k are. Equal shares have the Wilson interval of their sum. At 0 and
-    1 it is the interval of 0 or n successes. Between 0 and 1 the interval is wider than needed, because among
-    the numbers in [0, 1] with a given mean, those that are 0 or 1 have the largest variance. Equal numbers of
-    an unknown range (a part of a verdict, or a number outside [0, 1]) have no interval, (None, None), because
-    their spread is not known. Without numbers the result is also (None, None).
+    If all n numbers are equal, the bootstrap interval would have width 0. share = True: every number is known
+    to be in [0, 1], as verdicts, avg@n and pass@k are. Then n equal numbers have the Wilson interval with
+    their sum as the number of successes. If each is 0 or 1, this is the interval of 0 or n successes.
+    Otherwise it is wider than needed, because numbers that are all 0 or 1 have the largest variance of all
+    numbers in [0, 1] with the same mean. With share = False, or outside [0, 1], equal numbers give (None,
+    None), because their spread is not known. No numbers also give (None, None).
     """
     numbers = np.asarray(values, dtype=np.float64)
     if not len(numbers):

@@ -34,14 +34,14 @@ def step_metrics(
     scored: Spent | None,
     on_policy: bool,
 ) -> dict[str, Any]:
-    """All metrics of one step as plain JSON values, except `step`.
+    """All metrics of one step as plain JSON values. The caller adds the key `step`.
 
     stats: the learner's numbers. ran: the positions that the learner ran. groups: the attempts of the step.
     version: of the policy before this step. tables: the alias of each teacher, by the teacher's key in the
     recipe (NAME of `[teachers.NAME]`). teacher_macs: multiply-accumulates of one position, by the same key.
-    clock: the seconds by role. discarded: computation for attempts of this step that were discarded and
-    sampled again. scored: the cost of extrapolation's scorings since the last step, or None without scorings.
-    on_policy: True if the student sampled the attempts itself.
+    clock: the seconds by kind of work ("sample", "teach", "learn", ...). discarded: computation for attempts
+    of this step that were discarded and sampled again. scored: the cost of scoring weights for extrapolation
+    since the last step; None if none were scored. on_policy: True if the student sampled the attempts.
     """
     attempts = [attempt for group in groups for attempt in group]
     live = [attempt for attempt in attempts if attempt.rollout.finish != "error"]

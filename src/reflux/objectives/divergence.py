@@ -196,9 +196,9 @@ class Divergence(ObjectivePart):
         if not isinstance(teacher, FullLogits):
             raise ValueError(
                 f"support = '{self.support}' needs the log-probs of teacher '{self.teacher}' at any token, "
-                "but it gave a list or the sampled token alone; a list has no log-probs at the student's "
-                "ids. Use support = 'teacher' for a list, kind = 'sampled_kl' for sampled tokens, or a local "
-                f"teacher."
+                "but it gave them for its top-k tokens only or for the sampled token only. With top-k tokens "
+                "use support = 'teacher'. With the sampled token use kind = 'sampled_kl'. A local teacher "
+                f"gives them at any token."
             )
         if self.support == "full" or self.k >= student.logits_NV.shape[1]:
             return student.divergence(teacher, self.divergence, self.beta)

@@ -30,7 +30,9 @@ class SearchScore:
 
 
 def score(value: object) -> SearchScore | None:
-    """The score in the result of an evaluation. None if the result has no accuracy."""
+    """The accuracy in the result of an evaluation, with its interval, number of problems and split. None if
+    the result has no accuracy.
+    """
     if not isinstance(value, dict):
         return None
     accuracy = number(value.get("accuracy"))

@@ -42,7 +42,10 @@ class TrajectoryView:
 
 
 def trajectory(shown: ShownAttempt) -> TrajectoryView:
-    """The attempt with the known numbers of its steps. A column without numbers is left out."""
+    """The report's view of an image attempt. Its table has one row per denoising step, with the recorded
+    time, log-ratio, KL, weight and advantage offset. A column without a number in any row is left out,
+    except the log-ratio.
+    """
     acted = shown.acted
     steps = [_step(shown, place) for place in range(len(items(acted.get("mask"))))]
     header = [

@@ -16,8 +16,8 @@ from reflux.types import Finish, Message, Prompt, TokenRollout, TopKTarget
 
 @dataclass
 class Conversation:
-    """The state of one attempt. `replies[i]` are the token ids that follow turn i: the environment's answer,
-    and the opening of the next turn.
+    """The state of one attempt. `replies[i]` are the token ids inserted after the student's turn i: the
+    environment's message, and the chat template's tokens that begin the student's next turn.
     """
 
     prompt: Prompt

@@ -73,8 +73,8 @@ def sync_folder(path: Path) -> None:
 
 
 def append_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows to the file `path`, one JSON object per line. Numpy arrays become lists; NaN and infinity
-    null.
+    """Append rows to the file `path`, one JSON object per line. Numpy arrays are written as lists. NaN and
+    infinity are written as null.
     """
     with path.open("ab") as file:
         file.writelines(_line(row) for row in rows)

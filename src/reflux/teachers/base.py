@@ -122,7 +122,9 @@ class Teacher(TeacherPart, Protocol):
 
     @property
     def alias(self) -> str | None:
-        """The name that objectives and credit rules use for the teacher; None: the NAME of its table."""
+        """The name that objectives and credit rules use for the teacher. None: they use the recipe key, which
+        is NAME in `[teachers.NAME]`.
+        """
         ...
 
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenTeacher]: ...

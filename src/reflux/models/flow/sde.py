@@ -50,7 +50,12 @@ def sde_step(
 
 
 def step_moments(x: Value, v: Value, t: Value, dt: Value, noise_level: Value) -> tuple[Value, Value]:
-    """(mean, std) of `sde_step`. The arguments are those of `sde_step`."""
+    """(mean, std) of the Gaussian step from time t to t + dt, by the formulas of `sde_step`.
+
+    x, v: state and velocity, of equal shapes; t in (0, 1], dt < 0 and noise_level: floats, or arrays that
+    broadcast to this shape. mean has the shape of x, std the shape of t. ValueError for shapes that do not
+    fit.
+    """
     x, v = wide(x), wide(v)
     shapes = {"x": x, "v": v, "t": t, "dt": dt, "noise_level": noise_level}
     shapes = {name: tuple(np.shape(value)) for name, value in shapes.items()}

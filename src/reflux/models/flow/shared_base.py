@@ -90,7 +90,9 @@ class SharedBase:
 
     @contextmanager
     def speaking(self, name: str | None) -> Iterator[None]:
-        """Context in which only this adapter is switched on. A lock lets one thread at a time enter."""
+        """Context in which only the adapter `name` is active on the base; None: no adapter is active. A lock
+        lets one thread at a time enter.
+        """
         with self._turn:
             if name != self._on:
                 use(self.model.net.transformer, name)

@@ -86,7 +86,7 @@ def _refuse_other(begin: Adapter, lora: FlowLora, transformer: Any) -> None:
                 "continues with "
                 f"({begin.source}) has rank {factors.rank} and alpha {factors.scale * factors.rank:g} at "
                 f"{name}. Give the same values, or leave "
-                f"lora out: the adapter is then added to the weights."
+                f"lora out: the adapter is then merged into the base weights."
             )
     asked, moved = (
         set(flow_adapters.selected(lora.targets, flow_adapters.linear_shapes(transformer))),
@@ -100,6 +100,6 @@ def _refuse_other(begin: Adapter, lora: FlowLora, transformer: Any) -> None:
             raise ModelError(
                 f"learner.lora.targets {what.format(min(names))}: the adapter that training continues with "
                 f"({begin.source}) keeps its own "
-                "modules. Give exactly these in targets, or leave lora out: the adapter is then added to the "
-                "weights."
+                "modules. Change targets to match exactly the modules of this adapter, or leave lora out: "
+                "the adapter is then merged into the base weights."
             )
