@@ -84,9 +84,9 @@ class HFLearner(GradientLearner):
         return observed(self, groups)
 
     def whole(self, attempt: Attempt) -> Item:
-        """All positions of this attempt as an Item without objectives, for forward passes that only read.
-        Tokens that the student did not sample, such as an environment's, are included, because the forward
-        pass also computes them.
+        """An Item with all positions of this attempt and no objectives, for forward passes without a loss.
+        Positions of tokens that the student did not sample, such as an environment's, are included, because
+        the forward pass computes them too.
         """
         rollout = attempt.rollout
         return Item(

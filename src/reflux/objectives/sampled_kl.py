@@ -243,8 +243,8 @@ class SampledKL(ObjectivePart):
 
 
 def advantage(student_logp_N: Tensor, teacher_logp_N: Tensor, value_N: Tensor | float = 0) -> Tensor:
-    """teacher_logp_N - student_logp_N - value_N at the sampled tokens, detached, nats, [N]. The value `kl`
-    is -KL(student || teacher), so subtracting it adds the KL to the advantage.
+    """teacher_logp_N - student_logp_N - value_N at the sampled tokens, detached, nats, [N]. With the
+    baseline `kl`, value_N is -KL(student || teacher), so subtracting it adds the KL.
     """
     advantage_N = teacher_logp_N.detach() - student_logp_N.detach()
     return advantage_N - (value_N if isinstance(value_N, (int, float)) else value_N.detach())
