@@ -241,7 +241,7 @@ def test_a_teacher_that_cannot_answer_is_refused_with_the_remedy():
     ):
         with pytest.raises(ValueError, match="local teacher"):
             Divergence(support=support)(rows_of(table(4, 5, 0, 1.0), outputs))
-    with pytest.raises(ValueError, match="has no log-probs at the student's ids"):
+    with pytest.raises(ValueError, match="needs the log-probs of teacher 'main' at any token"):
         Divergence(support="union")(rows_of(table(4, 5, 0, 1.0), listed(t, 2)))
     with pytest.raises(ValueError, match="lists one token"):
         Divergence(support="teacher", tail="renormalised")(rows_of(table(4, 5, 0, 1.0), listed(t, 1)))
