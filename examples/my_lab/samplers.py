@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
 from reflux.config.step_context import SamplingParams, seed_of
-from reflux.samplers.references import OpenStored, References
+from reflux.samplers.references import OpenReferences, References
 from reflux.types import Group, Prompt
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Mixed(References):
 
 @plain_dataclass
 class OpenMixed:
-    stored: OpenStored
+    stored: OpenReferences
     share: float
     seed: int
 

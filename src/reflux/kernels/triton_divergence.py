@@ -24,7 +24,15 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from reflux.kernels.triton_launch import check, known_lse, launch, launch_logsumexp, launch_sums, rows_of
+from reflux.kernels.triton_launch import (
+    check,
+    known_lse,
+    launch,
+    launch_logsumexp,
+    launch_sums,
+    rows_of,
+    table,
+)
 
 _DEFAULTS = {
     "reverse": None,
@@ -168,14 +176,7 @@ class _Divergence(Function):
         student_NV, teacher_NV, student_lse_N, teacher_lse_N, slope_N = ctx.saved_tensors
         student_NV, teacher_NV = rows_of(student_NV), rows_of(teacher_NV)
         grad_NV = torch.empty(student_NV.shape, dtype=student_NV.dtype, device=student_NV.device)
-        tables = (
-            student_NV,
-            student_NV.stride(0),
-            student_lse_N,
-            teacher_NV,
-            teacher_NV.stride(0),
-            teacher_lse_N,
-        )
+        tables = (*table(student_NV, student_lse_N), *table(teacher_NV, teacher_lse_N))
         launch(
             row_gradient,
             grad_NV,

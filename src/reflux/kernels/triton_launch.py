@@ -57,16 +57,14 @@ def launch_sums(
 
     student_NV, teacher_NV = rows_of(student_NV), rows_of(teacher_NV)
     cost_N, slope_N = torch.empty_like(student_lse_N), torch.empty_like(student_lse_N)
-    tables = (
-        student_NV,
-        student_NV.stride(0),
-        student_lse_N,
-        teacher_NV,
-        teacher_NV.stride(0),
-        teacher_lse_N,
-    )
+    tables = (*table(student_NV, student_lse_N), *table(teacher_NV, teacher_lse_N))
     launch(row_sums, student_NV, *tables, cost_N, slope_N, student_NV.shape[1], share, kind)
     return cost_N, slope_N
+
+
+def table(logits_NV: Tensor, lse_N: Tensor) -> tuple[Tensor, int, Tensor]:
+    """The arguments of a kernel for one matrix of logits: the matrix, its row stride and its logsumexp."""
+    return logits_NV, logits_NV.stride(0), lse_N
 
 
 def launch(kernel: Any, table_NV: Tensor, *arguments: Any) -> None:

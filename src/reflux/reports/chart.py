@@ -57,6 +57,13 @@ def new_figure(x: str, y: str, layout: dict[str, Any]) -> Figure:
     return figure
 
 
+def add_points(
+    figure: Figure, points: Sequence[tuple[float, float]], name: str, colour: str, hover: str
+) -> None:
+    """Add one line through points (x, y), each of them marked. hover: formats the value."""
+    add_line(figure, [x for x, _ in points], [y for _, y in points], name, colour, hover, dots=True)
+
+
 def add_line(
     figure: Figure,
     x: Sequence[float],

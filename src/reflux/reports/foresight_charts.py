@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from reflux.reports.chart import BLUE, GREEN, ORANGE, PURPLE, Chart, add_line, new_figure, some
+from reflux.reports.chart import BLUE, GREEN, ORANGE, PURPLE, Chart, add_points, new_figure, some
 from reflux.reports.reading import Row, number, table, whole
 
 SHARES = {
@@ -74,15 +74,7 @@ def _size(spectra: list[Spectrum], name: str) -> Chart:
     unit = title.removesuffix(" by step").lower()
     figure = new_figure("step", unit, {"yaxis_rangemode": "tozero"})
     points = [(spectrum.step, spectrum.values[name]) for spectrum in spectra if name in spectrum.values]
-    add_line(
-        figure,
-        [step for step, _ in points],
-        [value for _, value in points],
-        unit,
-        colour,
-        "%{y:.4g}",
-        dots=True,
-    )
+    add_points(figure, points, unit, colour, "%{y:.4g}")
     return Chart(
         title,
         figure,
@@ -106,15 +98,7 @@ def _shares(spectra: list[Spectrum]) -> Chart:
     numbers: list[tuple[str, ...]] = []
     for title, (colour, points) in lines.items():
         if points:
-            add_line(
-                figure,
-                [step for step, _ in points],
-                [value for _, value in points],
-                title,
-                colour,
-                "%{y:.1%}",
-                dots=True,
-            )
+            add_points(figure, points, title, colour, "%{y:.1%}")
             numbers += some([(title, f"{step}", f"{100 * value:.1f} %") for step, value in points])
     caption = (
         "The share of the displacement's length in its first singular directions, and the alignment of the "

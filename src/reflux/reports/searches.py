@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from reflux.reports.chart import BLUE, GREY, ORANGE, Chart, add_line, new_figure, some
+from reflux.reports.chart import BLUE, GREY, ORANGE, Chart, add_line, add_points, new_figure, some
 from reflux.reports.reading import Row, items, number, table, whole
 from reflux.reports.units import NONE, count, duration
 
@@ -99,15 +99,7 @@ def _scores(searches: list[Search]) -> Chart:
     }
     for name, (colour, value_of) in lines.items():
         points = [(search.step, value) for search in searches if (value := value_of(search)) is not None]
-        add_line(
-            figure,
-            [step for step, _ in points],
-            [value for _, value in points],
-            name,
-            colour,
-            "%{y:.3f}",
-            dots=True,
-        )
+        add_points(figure, points, name, colour, "%{y:.3f}")
     header = ("step", "before", "multiple: score", "accepted", "displacement", "tokens", "time")
     caption = (
         "After some steps, extrapolation tries to move the weights further along their latest displacement. "

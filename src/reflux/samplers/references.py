@@ -6,31 +6,31 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 from pydantic.dataclasses import dataclass
 
-from reflux.config.context import Generation
 from reflux.config.registry import STRICT, PartOf
 from reflux.config.requirements import Requirements
 from reflux.config.step_context import SamplingParams
 from reflux.errors import DataError
 from reflux.models.spans import CharacterSpans
 from reflux.models.tokenizer import Renderer, end_ids, special_ids
-from reflux.samplers.base import Sampler, SamplerPart
+from reflux.samplers.base import Sampler
 from reflux.samplers.hf import HF
+from reflux.samplers.wrapping import WrappingSampler
 from reflux.types import Attempt, Group, Prompt, Rollout, TokenRollout
 
 if TYPE_CHECKING:
-    from reflux.config.context import Generation, PartContext
+    from reflux.config.context import PartContext
     from reflux.runtime.services import Services
     from reflux.runtime.weights import Weights
     from reflux.samplers.base import OpenSampler
 
 
 @dataclass(frozen=True, config=STRICT)
-class References(SamplerPart):
+class References(WrappingSampler):
     """Training attempts are the prompts' own `references`, treated as if the student had sampled them.
     Evaluations sample with `generate`.
 
@@ -47,44 +47,19 @@ class References(SamplerPart):
     def draw(self, step: int) -> SamplingParams:
         return replace(self.generate.draw(step), temperature=1.0, top_p=1.0)
 
-    @property
-    def evaluation_positions(self) -> int:
-        return self.generate.evaluation_positions
-
-    @property
-    def generation(self) -> Generation:
-        return self.generate.generation
-
-    @property
-    def allow_biased(self) -> bool:
-        return False
-
-    @property
-    def overlaps(self) -> bool:
-        return self.generate.overlaps
-
-    @property
-    def exact_rng(self) -> bool:
-        return self.generate.exact_rng
-
     @asynccontextmanager
-    async def _opened(self, context: PartContext, services: Services) -> AsyncIterator[OpenStored]:
+    async def _opened(self, context: PartContext, services: Services) -> AsyncIterator[OpenReferences]:
         async with self.generate.open(context, services) as inner:
             tokenizer, student = services.tokenizer, context.student
             renderer = Renderer(tokenizer, student.system, student.template, student.prompt_suffix)
-            yield OpenStored(inner, renderer, CharacterSpans(tokenizer), context.requirements)
+            yield OpenReferences(inner, renderer, CharacterSpans(tokenizer), context.requirements)
 
-    def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenStored]:
+    def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenReferences]:
         return self._opened(context, services)
-
-    def open_with(
-        self, model: Any, context: PartContext, services: Services
-    ) -> AbstractAsyncContextManager[OpenSampler]:
-        return self.generate.open_with(model, context, services)
 
 
 @plain_dataclass
-class OpenStored:
+class OpenReferences:
     inner: OpenSampler
     renderer: Renderer
     spans: CharacterSpans

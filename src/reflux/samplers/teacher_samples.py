@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from reflux.config.context import Generation
 from reflux.config.papers import Paper
 from reflux.config.registry import STRICT, PartOf
 from reflux.config.step_context import SamplingParams
-from reflux.samplers.base import SamplerPart
 from reflux.samplers.flow import Flow
+from reflux.samplers.wrapping import WrappingSampler
 from reflux.types import FlowRollout, Rollout
 
 if TYPE_CHECKING:
-    from reflux.config.context import Generation, PartContext
+    from reflux.config.context import PartContext
     from reflux.config.recipe import RunConfig
     from reflux.runtime.services import Services
 
@@ -35,7 +34,7 @@ FLOW_MATCHING = Paper(
 
 
 @dataclass(frozen=True, config=STRICT)
-class TeacherSamples(SamplerPart):
+class TeacherSamples(WrappingSampler):
     """Flow matching (arXiv 2210.02747) on images x_0 that the teachers sample during training. Evaluations
     sample from the student with `generate`.
 
@@ -91,35 +90,10 @@ class TeacherSamples(SamplerPart):
     def draw(self, step: int) -> SamplingParams:
         return replace(self.generate.draw(step), max_positions=self.positions)
 
-    @property
-    def evaluation_positions(self) -> int:
-        return self.generate.evaluation_positions
-
-    @property
-    def generation(self) -> Generation:
-        return self.generate.generation
-
-    @property
-    def allow_biased(self) -> bool:
-        return False
-
-    @property
-    def overlaps(self) -> bool:
-        return self.generate.overlaps
-
-    @property
-    def exact_rng(self) -> bool:
-        return self.generate.exact_rng
-
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
-        from reflux.samplers.teacher_samples_engine import OpenDrawn
+        from reflux.samplers.teacher_samples_engine import OpenTeacherSamples
 
-        return OpenDrawn.opened(self, context, services)
-
-    def open_with(
-        self, model: Any, context: PartContext, services: Services
-    ) -> AbstractAsyncContextManager[Any]:
-        return self.generate.open_with(model, context, services)
+        return OpenTeacherSamples.opened(self, context, services)
 
 
 def drawers(teachers: Mapping[str, Any], route: str | None) -> list[str]:

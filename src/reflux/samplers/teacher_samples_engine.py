@@ -37,7 +37,7 @@ _TIMES = -2
 Row = tuple[Prompt, int]
 
 
-class OpenDrawn:
+class OpenTeacherSamples:
     """The open sampler. It holds no weights of its own: the teachers' models sample the training images, and
     `inner` samples from the student in evaluations.
     """
@@ -58,7 +58,7 @@ class OpenDrawn:
     @asynccontextmanager
     async def opened(
         cls, cfg: TeacherSamples, context: PartContext, services: Services
-    ) -> AsyncIterator[OpenDrawn]:
+    ) -> AsyncIterator[OpenTeacherSamples]:
         async with AsyncExitStack() as stack:
             inner = await stack.enter_async_context(cfg.generate.open(context, services))
             tables = {table: teacher for table, teacher in context.teachers.items() if teacher.draws}

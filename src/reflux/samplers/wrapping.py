@@ -1,0 +1,50 @@
+"""A sampler around another one: it makes the training attempts, and the other samples in evaluations."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from reflux.config.context import Generation
+from reflux.samplers.base import Sampler, SamplerPart
+
+if TYPE_CHECKING:
+    from reflux.config.context import PartContext
+    from reflux.runtime.services import Services
+    from reflux.samplers.base import OpenSampler
+
+
+class WrappingSampler(SamplerPart, Protocol):
+    """The members that a wrapping sampler takes from the sampler in its field `generate`."""
+
+    generate: Any
+
+    @property
+    def _inner(self) -> Sampler:
+        return self.generate
+
+    @property
+    def evaluation_positions(self) -> int:
+        return self._inner.evaluation_positions
+
+    @property
+    def generation(self) -> Generation:
+        return self._inner.generation
+
+    @property
+    def allow_biased(self) -> bool:
+        """False: the student does not sample the training attempts, so no temperature applies to them."""
+        return False
+
+    @property
+    def overlaps(self) -> bool:
+        return self._inner.overlaps
+
+    @property
+    def exact_rng(self) -> bool:
+        return self._inner.exact_rng
+
+    def open_with(
+        self, model: Any, context: PartContext, services: Services
+    ) -> AbstractAsyncContextManager[OpenSampler]:
+        return self._inner.open_with(model, context, services)
