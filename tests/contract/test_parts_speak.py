@@ -20,6 +20,7 @@ from reflux.samplers.base import SamplerPart
 from reflux.samplers.flow import Flow
 from reflux.samplers.hf import HF
 from reflux.samplers.references import References
+from reflux.samplers.teacher_samples import TeacherSamples
 from reflux.tasks.gsm8k import Gsm8k
 from reflux.tasks.jsonl import Jsonl
 from reflux.tasks.mix import Mix
@@ -224,3 +225,25 @@ def test_a_threshold_of_summed_rewards_is_told(recipe: str, where: str) -> None:
         f"{where}.threshold = 0.5 is compared with the sum 1 x verifier + 3 x again. Set it to the least sum "
         "that counts as success."
     ]
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [
+        (
+            References(generate=HF(max_tokens=7, turns="ready", stop=("#",))),
+            HF(max_tokens=7, turns="ready", stop=("#",)),
+        ),
+        (References(generate=HF()), HF()),
+        (TeacherSamples(generate=Flow(steps=3, guidance=2.0)), Flow(steps=3, guidance=2.0)),
+    ],
+)
+def test_a_wrapping_sampler_answers_as_the_one_that_evaluations_use(outer: Any, inner: Any) -> None:
+    for name in ("evaluation_positions", "generation", "overlaps", "exact_rng"):
+        assert getattr(outer, name) == getattr(inner, name), name
+    assert not outer.allow_biased
+
+
+def test_turns_that_are_ready_are_not_repeatable_inside_another_sampler_either() -> None:
+    assert not References(generate=HF(turns="ready")).exact_rng
+    assert References(generate=HF(turns="ready")).overlaps
