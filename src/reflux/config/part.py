@@ -27,9 +27,7 @@ class Part(Protocol):
     when: ClassVar[str] = ""
 
     def refusals(self, where: str, cfg: Any) -> Iterable[str]:
-        """Reasons why this run cannot work, each a text with the remedy. If there is one, the run does not
-        start.
-        """
+        """Reasons why this run cannot work, each a sentence with the remedy. The run is refused if there is any."""
         return ()
 
     def advice(self, where: str, cfg: Any) -> Iterable[str]:

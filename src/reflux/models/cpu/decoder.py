@@ -60,8 +60,8 @@ class CpuDecoder:
         self.layers = [_Layer(layer, self.kv_heads, config.model_type in _NORMED) for layer in trunk.layers]
 
     def begin(self, cache: Any, mask_BP: Tensor, room: int) -> Memory:
-        """The memory of rows whose prompts are in `cache`, with space for `room` more tokens. The cache is
-        then empty. mask_BP: 0 on left padding, else 1.
+        """Move the keys and values of the prompts from `cache` into a new `Memory` with space for `room` more
+        tokens per row. `cache` is empty afterwards. mask_BP: 0 on left padding, else 1.
         """
         width = mask_BP.shape[1]
         bias_BL = F.pad(torch.zeros(mask_BP.shape).masked_fill_(mask_BP == 0, -torch.inf), (0, room))
