@@ -27,7 +27,7 @@ class Part(Protocol):
     when: ClassVar[str] = ""
 
     def refusals(self, where: str, cfg: Any) -> Iterable[str]:
-        """Reasons why this run cannot work, each a sentence with the remedy. The run is refused if there is any."""
+        """Reasons why this run cannot work, each a sentence with the remedy. Any reason refuses the run."""
         return ()
 
     def advice(self, where: str, cfg: Any) -> Iterable[str]:
