@@ -1,4 +1,4 @@
-"""Batched decoding with a key-value cache, from contexts to turns. Finished rows are removed from the
+"""Batched decoding, from contexts to turns. Finished rows are removed from the
 batch.
 """
 
@@ -9,20 +9,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from reflux.config.step_context import SamplingParams
-from reflux.models.cpu.decoder import CpuDecoder, Memory
-from reflux.models.kv_cache import roomy_cache
+from reflux.models.cpu.decoder import CpuDecoder
 from reflux.models.rng import gumbel
+from reflux.models.stop_texts import StopTexts
 from reflux.models.text import Model
+from reflux.models.token_steps import token_steps
 from reflux.models.turns import Turn, TurnRequest
 
 # Dropping finished rows copies the cache, so it is done when this fraction of the rows or less is
 # unfinished.
 _CROWDED = 0.85
-# number of last tokens that are decoded to search for a stop string
-_STOP_TOKENS = 64
 
 
 @torch.inference_mode()
@@ -30,7 +28,7 @@ def decode(
     model: Model, asks: Sequence[TurnRequest], version: int, decoder: CpuDecoder | None = None
 ) -> list[Turn]:
     """Sample one turn for each of `asks`, each as one row of the batch. Rows are padded on the left. A row
-    stops at an end token, at its max_tokens, or when its text ends with a stop string.
+    stops at an end token, at its max_tokens, or at the token in which a stop text ends.
 
     version: the policy version that is recorded for the tokens. decoder: a faster decoder for one more token
     per row, where the model has one.
@@ -57,12 +55,14 @@ class _Written:
     """
 
     def __init__(self, model: Model, asks: Sequence[TurnRequest], draw: SamplingParams):
-        self.model, self.stop = model, draw.stop
+        self.stop = StopTexts(model.tokenizer, draw.stop) if draw.stop else None
         self.budgets, self.ends = np.asarray([ask.max_tokens for ask in asks]), np.asarray(model.end_ids)
         self.ended = np.zeros(len(asks), dtype=bool)
         self.over = np.zeros(len(asks), dtype=bool)
-        # the last tokens of each row; filled only if there are stop strings
-        self.recent: list[list[int]] = [[] for _ in asks]
+        # the tokens of each row; filled only if there are stop texts
+        self.tokens: list[list[int]] = [[] for _ in asks]
+        # characters of each row after the end of its stop text
+        self.beyond = [0] * len(asks)
         # per step: the unfinished rows of the batch, the requests they belong to, and what was picked
         self.steps: list[tuple[list[int], np.ndarray, tuple[Tensor, ...]]] = []
 
@@ -72,14 +72,18 @@ class _Written:
         going, tokens = owners[rows], picked[0].cpu().numpy()[rows]
         self.steps.append((rows.tolist(), going, picked))
         self.ended[going] = (tokens[:, None] == self.ends).any(1)
-        for owner, token in zip(going, tokens, strict=True) if self.stop else ():
-            self.ended[owner] |= self._stopped(self.recent[owner], int(token))
+        if self.stop:
+            self._stop(self.stop, going, tokens)
         self.over[going] = self.ended[going] | (self.budgets[going] <= len(self.steps))
         return rows[~self.over[going]].tolist()
 
-    def _stopped(self, recent: list[int], token: int) -> bool:
-        recent[:] = [*recent[1 - _STOP_TOKENS :], token]
-        return self.model.tokenizer.decode(recent, skip_special_tokens=True).endswith(self.stop)
+    def _stop(self, stop: StopTexts, going: np.ndarray, tokens: np.ndarray) -> None:
+        """End the rows in which a stop text has ended."""
+        for owner, token in zip(going.tolist(), tokens.tolist(), strict=True):
+            self.tokens[owner].append(token)
+            beyond = None if self.ended[owner] else stop.beyond(self.tokens[owner])
+            if beyond is not None:
+                self.ended[owner], self.beyond[owner] = True, beyond
 
     def turns(self, version: int) -> list[Turn]:
         owners = np.concatenate([owners for _, owners, _ in self.steps])
@@ -94,7 +98,7 @@ class _Written:
         behaviour = (
             list(zip(columns[3], columns[4], strict=True)) if len(columns) > 3 else [None] * len(self.over)
         )
-        fields = zip(*columns[:3], behaviour, self.ended.tolist(), strict=True)
+        fields = zip(*columns[:3], behaviour, self.ended.tolist(), self.beyond, strict=True)
         return [
             Turn(
                 ids.tolist(),
@@ -103,76 +107,39 @@ class _Written:
                 behaviour_TK,
                 np.full(len(ids), version),
                 "stop" if ended else "length",
+                beyond,
             )
-            for ids, logp_T, raw_T, behaviour_TK, ended in fields
+            for ids, logp_T, raw_T, behaviour_TK, ended, beyond in fields
         ]
 
 
 class _Rows:
-    """The unfinished rows: cache, attention mask and noise keys."""
+    """The unfinished rows: their requests, noise keys and steps."""
 
     def __init__(self, model: Model, asks: Sequence[TurnRequest], decoder: CpuDecoder | None):
-        self.model, self.decoder = model, decoder
-        # the decoder's memory, set after the prompts are read
-        self.memory: Memory | None = None
-        device = model.device
+        self.model, self.asks = model, asks
         # the index of the request that each row of the batch belongs to
         self.owners = np.arange(len(asks))
-        self.width = max(len(ask.ids) for ask in asks)
-        self.room = max(ask.max_tokens for ask in asks)
-        self.ids_BP = torch.zeros(len(asks), self.width, dtype=torch.int64)
-        self.mask_BL = torch.zeros(len(asks), self.width + self.room, dtype=torch.int64)
-        for row, ask in enumerate(asks):
-            self.ids_BP[row, self.width - len(ask.ids) :] = torch.tensor(ask.ids)
-            self.mask_BL[row, self.width - len(ask.ids) :] = 1
-        self.mask_BL = self.mask_BL.to(device)
-        self.keys_B = torch.tensor([ask.rng_key for ask in asks], dtype=torch.int64, device=device)
-        self.place_B = torch.tensor([len(ask.ids) for ask in asks], device=device)
-        self.cache = (
-            DynamicCache(config=model.net.config) if decoder else roomy_cache(model.net.config, self.room)
-        )
+        self.keys_B = torch.tensor([ask.rng_key for ask in asks], dtype=torch.int64, device=model.device)
+        self.steps = token_steps(model, decoder, max(ask.max_tokens for ask in asks))
 
     def read_prompts(self) -> Tensor:
-        mask_BP = self.mask_BL[:, : self.width]
-        positions_BP = (mask_BP.cumsum(-1) - 1).clamp(min=0)
-        logits_BV = self._forward(self.ids_BP.to(self.model.device), mask_BP, positions_BP)
-        if self.decoder:
-            self.memory = self.decoder.begin(self.cache, mask_BP, self.room)
-        return logits_BV
+        width = max(len(ask.ids) for ask in self.asks)
+        ids_BP, mask_BP = torch.zeros(2, len(self.asks), width, dtype=torch.int64)
+        for row, ask in enumerate(self.asks):
+            ids_BP[row, width - len(ask.ids) :] = torch.tensor(ask.ids)
+            mask_BP[row, width - len(ask.ids) :] = 1
+        device = self.model.device
+        return self.model.head.logits(self.steps.begin(ids_BP.to(device), mask_BP.to(device)))
 
     def advance(self, tokens_B: Tensor) -> Tensor:
-        if self.decoder and self.memory:
-            h_BH = self.decoder.step(self.memory, tokens_B, self.place_B)
-            self.place_B = self.place_B + 1
-            return self.model.head.logits(h_BH)
-        self.width += 1
-        mask_BL = self.mask_BL[:, : self.width]
-        if self.model.plain_attention:
-            # One new token attends to all earlier tokens, so transformers need not build a causal mask.
-            mask_BL = mask_BL[:, None, None].bool()
-        logits_BV = self._forward(tokens_B[:, None], mask_BL, self.place_B[:, None])
-        self.place_B = self.place_B + 1
-        return logits_BV
-
-    def _forward(self, ids_BL: Tensor, mask_BL: Tensor, positions_BL: Tensor) -> Tensor:
-        states_BLH = self.model.trunk(
-            input_ids=ids_BL,
-            attention_mask=mask_BL,
-            position_ids=positions_BL,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
-        return self.model.head.logits(states_BLH[:, -1])
+        return self.model.head.logits(self.steps.step(tokens_B))
 
     def keep(self, rows: list[int]) -> Tensor:
         """Drop the other rows. Returns the index that selects the kept rows from an earlier tensor."""
         index = torch.tensor(rows, device=self.model.device)
-        self.owners = self.owners[rows]
-        if self.memory:
-            self.memory.keep(index)
-        else:
-            self.cache.batch_select_indices(index)
-        self.mask_BL, self.keys_B, self.place_B = self.mask_BL[index], self.keys_B[index], self.place_B[index]
+        self.owners, self.keys_B = self.owners[rows], self.keys_B[index]
+        self.steps.keep(index)
         return index
 
 

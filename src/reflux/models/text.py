@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reflux.errors import ModelError
+from reflux.models.rope_window import steady_tokens
 from reflux.models.tokenizer import Renderer, end_ids, vocabulary_size
 
 if TYPE_CHECKING:
@@ -194,17 +195,28 @@ def as_model(net: Any, tokenizer: Any, stored_dtype: torch.dtype | None = None) 
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         end_ids=end_ids(tokenizer, net.generation_config),
-        context_tokens=int(getattr(net.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30),
+        context_tokens=_context_tokens(net.config.get_text_config()),
         stored_dtype=stored_dtype,
         plain_attention=_plain_attention(net),
     )
 
 
+def _context_tokens(config: Any) -> int:
+    """The most tokens of a text. It is smaller than the model's window if rotary angles change earlier."""
+    window = int(getattr(config, "max_position_embeddings", 0) or 1 << 30)
+    return min(window, steady_tokens(config.to_dict()) or window)
+
+
 def _plain_attention(net: Any) -> bool:
+    """True if a mask alone says what a token attends to. Models without rotary embeddings are left out,
+    because some of them compute positions from the mask.
+    """
     config = net.config.get_text_config()
+    rotary = getattr(net.base_model, "rotary_emb", None) is not None and not getattr(config, "alibi", False)
     windowed = getattr(config, "sliding_window", None) is not None
     return (
         net.config._attn_implementation == "sdpa"
+        and rotary
         and not windowed
         and set(getattr(config, "layer_types", ())) <= {"full_attention"}
     )

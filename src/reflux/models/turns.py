@@ -43,6 +43,8 @@ class Turn:
     version_T: np.ndarray
     # "stop": an end token or a stop text ended the turn
     finish: Literal["stop", "length"]
+    # number of characters that the last token wrote after a stop text; they are not part of the answer's text
+    beyond: int = 0
 
 
 class Generator(Protocol):

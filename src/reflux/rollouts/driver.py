@@ -156,7 +156,8 @@ class Driver:
             return
         turns = await self.generator.generate([self._request(one, draw) for one in conversations])
         for one, turn in zip(conversations, turns, strict=True):
-            one.add_turn(turn, self.spans.decode(turn.tokens))
+            text = self.spans.decode(turn.tokens)
+            one.add_turn(turn, text[: len(text) - turn.beyond])
 
     def _request(self, one: Conversation, draw: SamplingParams) -> TurnRequest:
         key = row_key(

@@ -1,0 +1,76 @@
+"""The text length from which rotary angles depend on the text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import tiny
+from reflux.assets.characters import character_tokenizer
+from reflux.models.rope_window import steady_tokens
+from reflux.models.text import as_model
+
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [3.0] * 4,
+    "original_max_position_embeddings": 24,
+}
+
+
+def phi() -> Any:
+    return transformers.Phi3Config(
+        vocab_size=len(character_tokenizer()),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        max_position_embeddings=256,
+        original_max_position_embeddings=24,
+        rope_parameters=LONG,
+        eos_token_id=tiny.END,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        ({"max_position_embeddings": 64}, None),
+        ({"max_position_embeddings": 64, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, None),
+        ({"max_position_embeddings": 64, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, 64),
+        (
+            {
+                "max_position_embeddings": 64,
+                "original_max_position_embeddings": 16,
+                "rope_scaling": {"type": "longrope"},
+            },
+            16,
+        ),
+        ({"max_position_embeddings": 256, "rope_parameters": LONG}, 24),
+        ({"rope_parameters": {"full_attention": LONG, "sliding_attention": {"rope_type": "default"}}}, 24),
+    ],
+)
+def test_the_limit_is_read_from_the_config(config: dict[str, Any], tokens: int | None) -> None:
+    assert steady_tokens(config) == tokens
+
+
+@torch.no_grad()
+def test_within_the_limit_no_log_prob_depends_on_later_tokens() -> None:
+    torch.manual_seed(0)
+    model = as_model(transformers.AutoModelForCausalLM.from_config(phi()).eval(), character_tokenizer())
+    assert model.context_tokens == 24
+    ids = torch.arange(2, 34)[None]
+    states = {
+        length: model.trunk(input_ids=ids[:, :length]).last_hidden_state[0, :8] for length in (8, 24, 25)
+    }
+    assert torch.allclose(states[8], states[24], atol=1e-5)
+    # One token beyond the limit changes the states of the first tokens.
+    assert not torch.allclose(states[8], states[25], atol=1e-2)
