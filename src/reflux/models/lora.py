@@ -28,7 +28,11 @@ def attach(model: Model, lora: Lora, seed: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed % (1 << 63))
         settings = LoraConfig(
-            r=lora.rank, lora_alpha=int(lora.alpha), target_modules=targets, task_type="CAUSAL_LM"
+            r=lora.rank,
+            # peft divides lora_alpha by the rank and accepts fractions, although its type is int.
+            lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
+            target_modules=targets,
+            task_type="CAUSAL_LM",
         )
         try:
             inject_adapter_in_model(settings, model.net)
@@ -110,17 +114,22 @@ def full_weights(net: Any, only: Collection[str] | None = None) -> Iterator[tupl
     """All parameters and buffers (or `only` these) under the model's own names. An adapted weight includes
     scale * B A, the change by its LoRA matrices.
     """
-    layers = _layers(net)
+    adapted = dict(_adapted(net))
     for name, value in net.state_dict().items():
         plain = name.replace(".base_layer", "")
         if ".lora_" in name or (only is not None and plain not in only):
             continue
-        owner = plain.rsplit(".", 1)[0]
-        if owner in layers and plain.endswith(".weight"):
-            value = value + sum(
-                layers[owner].get_delta_weight(adapter) for adapter in layers[owner].active_adapters
-            )
+        if layer := adapted.get(plain):
+            value = value + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
         yield plain, value
+
+
+def _adapted(net: Any) -> Iterator[tuple[str, Any]]:
+    """(name of the parameter in the model without adapters, its adapter). The experts of a mixture are
+    parameters of one module, and each of them has an adapter of its own around the module.
+    """
+    for name, layer in _layers(net).items():
+        yield f"{name.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}", layer
 
 
 def export(model: Model, folder: Path) -> None:
