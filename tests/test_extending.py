@@ -25,8 +25,8 @@ from reflux.config.recipe import config_hash, from_table, load_recipe, to_table
 from reflux.config.step_context import StepContext
 from reflux.credit.base import share_credit
 from reflux.errors import ConfigError
+from reflux.evals.finding import Finding
 from reflux.inspection.doctor import examine
-from reflux.inspection.finding import Finding
 from reflux.loss.outputs import FullLogits
 from reflux.loss.term import Rows
 from reflux.reports.diagnostics import own_charts

@@ -60,22 +60,20 @@ def findings(cfg: RunConfig) -> dict[str, Any]:
 )
 def test_preflight_measures_a_flow(config: Config, changes: dict[str, Any]) -> None:
     found = findings(config("flow", **changes))
-    assert {"grid", "images", "parity", "teacher 'main'", "teacher 'anchor'", "zero at identity"} <= set(
-        found
-    )
+    assert {"grid", "images", "parity", "teacher 'main'", "teacher 'anchor'", "identity"} <= set(found)
     assert {finding.verdict for check, finding in found.items() if check not in ("disk", "recipe")} == {"ok"}
     assert f"{STEPS} steps of" in found["grid"].text
     assert "16 x 16 pixels" in found["images"].text
     assert (
-        "0.0e+00" in found["zero at identity"].text
-        or float(found["zero at identity"].text.split(" is ")[1].split()[0]) < 1e-5
+        "0.0e+00" in found["identity"].text
+        or float(found["identity"].text.split(" is ")[1].split()[0]) < 1e-5
     )
 
 
 @pytest.mark.parametrize("recipe", ["flow_sft", "flow_grpo"])
 def test_preflight_lets_the_other_flow_recipes_through(config: Config, recipe: str) -> None:
     found = findings(config(recipe))
-    assert found["parity"].verdict == found["zero at identity"].verdict == "ok"
+    assert found["parity"].verdict == found["identity"].verdict == "ok"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +104,7 @@ def test_the_parity_bound_is_what_a_share_of_the_velocity_moves() -> None:
     """Velocities off by the share in a random direction stay inside the bound, ten times as far do not; over
     all noise levels.
     """
-    from reflux.inspection.doctor_flow import _log_prob_gap, _step_gap
+    from reflux.evals.flow_findings import _log_prob_gap, _step_gap
     from reflux.models.flow.sde import step_logp, step_moments
 
     rng, share = np.random.default_rng(0), 1e-3

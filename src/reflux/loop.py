@@ -11,6 +11,7 @@ from reflux import checks
 from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig
 from reflux.credit.base import share_credit
+from reflux.evals.preflight import Preflight
 from reflux.extrapolation import base as extrapolations
 from reflux.extrapolation.score import CurrentScore, scorer
 from reflux.learners.base import OpenLearner
@@ -46,20 +47,13 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
         run.restore(learner, teachers, extrapolation)
         compared_by = scorer(cfg.extrapolation, run.context, run.services)
         score = CurrentScore(compared_by, learner, partial(run.evaluation, sampler, teachers))
-
-        async def attempt(prompt: Prompt, step: int) -> Group:
-            group = await sampler.sample(prompt, cfg.group_size, cfg.draw(step))
-            await judge(reward, group)
-            await teachers.score([group], run.step_context(step), cohort=cfg.prompts_per_step)
-            # Attempts are on disk before anything else can happen to them.
-            run.write(group, step)
-            return group
-
         await publish(learner, sampler, teachers, run.step)
+        preflight = Preflight(cfg, run.evaluation(sampler, teachers), learner, teachers, run.dir)
+        await preflight()
         # Due before the first step, and after a resume where the evaluation of this step is missing.
         if run.due("eval"):
             await run.evaluate(learner, sampler, teachers, extrapolation)
-        async with aclosing(pipeline(run, attempt)) as stream:
+        async with aclosing(pipeline(run, attempting(run, sampler, reward, teachers))) as stream:
             async for groups in stream:
                 now = run.step_context()
                 # Teachers answer again only where an answer is missing or the context has changed.
@@ -78,6 +72,7 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
                     # Prompts in flight are sampled again with the new weights.
                     stream.refresh()
                 await publish(learner, sampler, teachers, run.step + 1)
+                await preflight()
                 run.advance(result, groups, learner, teachers, jumped, score.take())
                 if run.due("eval"):
                     # An evaluation may put averaged weights into the sampler. Attempts must not use them.
@@ -91,6 +86,21 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
     return run.summary()
 
 
+def attempting(run: Run, sampler: OpenSampler, reward: OpenReward | None, teachers: Teachers) -> Attempting:
+    """The function that samples, judges and scores the group of one prompt, and writes it to disk."""
+    cfg = run.cfg
+
+    async def attempt(prompt: Prompt, step: int) -> Group:
+        group = await sampler.sample(prompt, cfg.group_size, cfg.draw(step))
+        await judge(reward, group)
+        await teachers.score([group], run.step_context(step), cohort=cfg.prompts_per_step)
+        # Attempts are on disk before anything else can happen to them.
+        run.write(group, step)
+        return group
+
+    return attempt
+
+
 async def publish(learner: OpenLearner, sampler: OpenSampler, teachers: Teachers, step: int) -> None:
     """Give the learner's weights to the sampler, and to the teachers that follow the student."""
     await sampler.publish(learner.publish(), step)
@@ -100,8 +110,6 @@ async def publish(learner: OpenLearner, sampler: OpenSampler, teachers: Teachers
 def pipeline(run: Run, attempt: Attempting) -> Pipeline:
     """The stream of the groups of all remaining steps. Closing the stream cancels all attempts that still
     run.
-
-    attempt: samples, judges and scores the group of one prompt.
     """
     cfg = run.cfg
     return Pipeline(

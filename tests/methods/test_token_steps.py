@@ -12,9 +12,10 @@ from torch import Tensor
 
 import tiny
 from reflux.assets.characters import character_tokenizer
+from reflux.models.cache_argument import cache_argument
 from reflux.models.cpu.decoder import cpu_decoder
 from reflux.models.text import Model, as_model
-from reflux.models.token_steps import CachedSteps, DecoderSteps, UncachedSteps, cache_argument, token_steps
+from reflux.models.token_steps import CachedSteps, DecoderSteps, UncachedSteps, token_steps
 
 SIZE = len(character_tokenizer())
 SMALL: dict[str, Any] = {
@@ -91,5 +92,5 @@ def test_rows_of_unequal_length_that_leave_at_different_times(kind: str) -> None
 )
 def test_the_cache_is_the_one_that_the_model_reads(kind: str, argument: str | None, steps: type) -> None:
     made = model(kind)
-    assert cache_argument(made.net) == argument
+    assert cache_argument(made) == argument
     assert type(token_steps(made, cpu_decoder(made), 4)) is steps

@@ -40,6 +40,10 @@ from reflux.tasks.base import Task
 from reflux.teachers.base import Teacher
 
 Count = Annotated[int, Field(ge=1)]
+# the checks of the preflight that can fail
+Check = Literal["all", "disk", "ends", "identity", "parity", "prompts", "teacher"]
+# keys that do not change what a run computes
+UNCOUNTED = ("track", "skip_checks")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -82,6 +86,8 @@ class RunConfig:
     log_variance: bool = False
     # CPU threads of torch; 0: torch's own choice
     threads: Annotated[int, Field(ge=0)] = 0
+    # checks of the preflight that are left out; "all" leaves out every check
+    skip_checks: tuple[Check, ...] = ()
     # use torch's deterministic algorithms on a GPU
     deterministic: bool = False
 
@@ -168,10 +174,10 @@ def to_toml(cfg: RunConfig) -> str:
 
 
 def config_hash(cfg: RunConfig) -> str:
-    """A hash of the config without its tracker, 12 hex digits. Two runs with the same hash do
-    the same work.
+    """A hash of the config without its tracker and skipped checks, 12 hex digits. Two runs with the same hash
+    do the same work.
     """
-    table = {key: value for key, value in to_table(cfg).items() if key != "track"}
+    table = {key: value for key, value in to_table(cfg).items() if key not in UNCOUNTED}
     return hashlib.blake2b(json.dumps(table, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 

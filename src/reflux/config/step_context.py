@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-Purpose = Literal["train", "eval", "score"]
+Purpose = Literal["train", "eval", "score", "preflight"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ denoising steps, within a stated bound.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
@@ -18,11 +17,11 @@ from pathlib import Path
 from reflux import checks
 from reflux.config.recipe import RunConfig, part_context
 from reflux.config.step_context import SamplingParams
+from reflux.evals import flow_findings, text_findings, tokenizer_findings
 from reflux.evals.evaluation import Evaluation
-from reflux.inspection import doctor_flow, doctor_text
-from reflux.inspection.finding import Finding
+from reflux.evals.finding import Finding
+from reflux.evals.preflight import Preflight
 from reflux.loop import open_parts
-from reflux.models.text import parameter_count
 from reflux.runtime.services import Services
 from reflux.types import FlowRollout, Group
 
@@ -36,8 +35,8 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
     yield Finding("ok", "recipe", "all parts fit together")
     for text in checks.warnings(cfg):
         yield Finding("warning", "recipe", text)
-    about = doctor_flow if cfg.learner.rollouts is FlowRollout else doctor_text
-    for finding in about.before(cfg):
+    flow = cfg.learner.rollouts is FlowRollout
+    for finding in flow_findings.before(cfg) if flow else tokenizer_findings.before(cfg):
         yield finding
     group = max((teacher.context.min_group for teacher in cfg.teachers.values()), default=1)
     cfg = replace(cfg, prompts_per_step=prompts, group_size=group, max_staleness=0)
@@ -49,20 +48,19 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
         async with parts as (learner, sampler, _, teachers, _):
             await sampler.publish(learner.publish(), 0)
             asked = Evaluation(context("sampler"), services, cfg.sampler, sampler, teachers)
-            groups = await _attempts(asked, prompts)
-            for finding in about.acted(learner, groups):
+            preflight = Preflight(replace(cfg, skip_checks=()), asked, learner, teachers, Path())
+            async for finding in preflight.findings(prompts, group):
                 yield finding
+            groups = await _attempts(asked, prompts)
             await _judge(asked, groups)
             await teachers.score(groups, asked.step_context)
             for name in sorted(set(teachers.tables.values())):
-                yield about.alive(name, learner, groups)
-            yield await about.at_identity(context("home"), services, learner, groups)
-    yield _disk(cfg, parameter_count(learner.model.net))
+                yield (flow_findings if flow else text_findings).alive(name, learner, groups)
 
 
 async def _attempts(asked: Evaluation, prompts: int) -> list[Group]:
-    """Attempts that the student samples itself. A sampler that takes its training attempts from
-    elsewhere samples from the student for the purpose "score".
+    """Attempts of the student for the teachers, which may sort them by reward. A sampler that takes its
+    training attempts from elsewhere samples from the student for the purpose "score".
     """
     chosen = list(islice(asked.task.prompts("train", asked.seed, 0), prompts))
     sizes = asked.context.numbers
@@ -79,11 +77,3 @@ async def _judge(asked: Evaluation, groups: Sequence[Group]) -> None:
     if asked.context.requirements.reward:
         for attempt, reward in zip(attempts, await asked.judged(attempts), strict=True):
             attempt.reward = reward
-
-
-def _disk(cfg: RunConfig, parameters: int) -> Finding:
-    checkpoints = cfg.keep_checkpoints + 1
-    need, free = parameters * (12 * checkpoints + 8), shutil.disk_usage(".").free
-    needed = f"about {need / 1e9:.2g} GB needed for {checkpoints} checkpoints and the student"
-    text = f"{free / 1e9:.1f} GB free in this folder, {needed}"
-    return Finding("ok" if free > 1.2 * need else "failed", "disk", text)

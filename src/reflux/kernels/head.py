@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from reflux.kernels import products
 from reflux.kernels.budget import chunk_rows
 
+# the keys of model configs that hold the soft cap of the logits
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
 
 class Bare:
     """A head that is only a matrix with an optional bias."""
@@ -27,7 +30,7 @@ class Head:
 
     `raw` is only the product; `finish` scales and caps it. The scalings of final logits in transformers are
     supported: Cohere multiplies by logit_scale, Granite divides by logits_scaling, and Gemma has a smooth
-    cap at final_logit_softcapping.
+    cap at final_logit_softcapping (RecurrentGemma and xLSTM have it under other names).
     """
 
     def __init__(
@@ -48,9 +51,8 @@ class Head:
         scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
-        return cls(
-            net.get_output_embeddings, vocabulary, scale, getattr(config, "final_logit_softcapping", None)
-        )
+        caps = (getattr(config, name, None) for name in SOFT_CAPS)
+        return cls(net.get_output_embeddings, vocabulary, scale, next((cap for cap in caps if cap), None))
 
     @classmethod
     def of(

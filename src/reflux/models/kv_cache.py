@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -54,7 +55,7 @@ class RoomyLayer(DynamicLayer):
             buffer[..., :start, :] = old
         return buffer
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         # The kept rows are now copies without spare room; the next token allocates the buffers again.
         self.buffers = None

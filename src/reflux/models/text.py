@@ -152,7 +152,14 @@ def load_model(
     speed_up(placed)
     fuse_norms(placed)
     model = as_model(placed, tokenizer, stored if isinstance(stored, torch.dtype) else None)
-    gap, bound = head_gap(model)
+    try:
+        gap, bound = head_gap(model)
+    except Exception as error:
+        raise ModelError(
+            f"{path}: the forward pass of {name} over a few tokens failed: {type(error).__name__}: "
+            f"{first_line(error)}. The model needs other inputs than the tokens of a text, or a package that "
+            "is not installed."
+        ) from error
     if not gap <= bound:
         raise ModelError(
             f"{path}: {name} computes its logits from the last hidden states in a way that this library "
@@ -190,7 +197,7 @@ def as_model(net: Any, tokenizer: Any, stored_dtype: torch.dtype | None = None) 
         )
     return Model(
         net=net,
-        trunk=net.base_model,
+        trunk=_trunk(net),
         head=Head.of_net(net, vocabulary),
         tokenizer=tokenizer,
         vocabulary=vocabulary,
@@ -199,6 +206,11 @@ def as_model(net: Any, tokenizer: Any, stored_dtype: torch.dtype | None = None) 
         stored_dtype=stored_dtype,
         plain_attention=_plain_attention(net),
     )
+
+
+def _trunk(net: Any) -> Any:
+    """The model without its output head. Some classes name it in another way than `base_model` expects."""
+    return net.base_model if net.base_model is not net else getattr(net, "model", net)
 
 
 def _context_tokens(config: Any) -> int:

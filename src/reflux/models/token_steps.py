@@ -7,14 +7,14 @@ three give the same hidden states up to rounding.
 from __future__ import annotations
 
 import inspect
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from reflux.models.cache_argument import cache_argument
 from reflux.models.cpu.decoder import CpuDecoder, Memory
 from reflux.models.kv_cache import roomy_cache
 from reflux.models.text import Model
@@ -42,21 +42,7 @@ def token_steps(model: Model, decoder: CpuDecoder | None, room: int) -> TokenSte
     """
     if decoder:
         return DecoderSteps(model, decoder, room)
-    return CachedSteps(model, room) if cache_argument(model.net) else UncachedSteps(model)
-
-
-def cache_argument(net: Any) -> str | None:
-    """The argument of the trunk's forward pass that takes a cache of transformers. None if the model keeps
-    its state elsewhere: in a cache class of its own, or in its modules.
-    """
-    names = inspect.signature(net.base_model.forward).parameters
-    name = next((name for name in ("past_key_values", "cache_params") if name in names), None)
-    if name is None or not type(net)._supports_default_dynamic_cache():
-        return None
-    # A model with a recurrent state has layers for this state in its cache, unless its modules hold it.
-    layers = DynamicCache(config=net.config).layers
-    held = net._is_stateful and not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
-    return None if held else name
+    return CachedSteps(model, room) if cache_argument(model) else UncachedSteps(model)
 
 
 class CachedSteps:
@@ -65,7 +51,7 @@ class CachedSteps:
     def __init__(self, model: Model, room: int):
         self.model, self.room = model, room
         self.names = inspect.signature(model.trunk.forward).parameters
-        self.argument = cache_argument(model.net) or "past_key_values"
+        self.argument = cache_argument(model) or "past_key_values"
         self.cache = self._cache()
 
     def _cache(self) -> DynamicCache:
@@ -93,7 +79,7 @@ class CachedSteps:
         return self.model.trunk(input_ids=ids_BL, **read).last_hidden_state[:, -1]
 
     def keep(self, index: Tensor) -> None:
-        self.cache.reorder_cache(index)
+        self.cache.reorder_cache(index)  # pyright: ignore[reportArgumentType]
         self.mask_BL, self.place_B = self.mask_BL[index], self.place_B[index]
 
 

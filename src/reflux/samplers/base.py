@@ -39,6 +39,11 @@ class SamplerPart(Part, Protocol):
     asks_teachers: ClassVar[bool] = False
 
     @property
+    def precision(self) -> str:
+        """The data type that the sampler computes in; "auto": that of the model's files."""
+        return "auto"
+
+    @property
     def computed_share(self) -> float:
         """Positions computed per position of an attempt. It is 2 with guidance, and larger if the sampler
         computes more positions than are trained on.

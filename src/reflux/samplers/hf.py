@@ -104,6 +104,10 @@ class HF(SamplerPart):
         return self.max_tokens
 
     @property
+    def precision(self) -> str:
+        return self.dtype
+
+    @property
     def exact_rng(self) -> bool:
         return self.turns == "together"
 

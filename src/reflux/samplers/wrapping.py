@@ -37,6 +37,10 @@ class WrappingSampler(SamplerPart, Protocol):
         return False
 
     @property
+    def precision(self) -> str:
+        return self._inner.precision
+
+    @property
     def overlaps(self) -> bool:
         return self._inner.overlaps
 

@@ -11,7 +11,16 @@ from reflux.errors import RunError
 from reflux.storage import failed_batch, files
 
 # keys that may differ on resume, because they do not change any gradient
-_MAY_DIFFER = ("steps", "save_every", "eval_every", "keep_checkpoints", "track", "threads", "evals")
+_MAY_DIFFER = (
+    "steps",
+    "save_every",
+    "eval_every",
+    "keep_checkpoints",
+    "track",
+    "threads",
+    "evals",
+    "skip_checks",
+)
 
 
 def choose_folder(recipe: str, out: str | Path | None, resume: bool) -> Path:

@@ -44,7 +44,6 @@ class InProcessTeacher:
         self.name, self.model, self.renderer = alias_of(context.name, cfg), model, renderer
         self.macs = parameter_count(model.net)
         self.head = services.heads.add(f"teachers.{context.name}", model.head)
-        model.net.requires_grad_(False)
 
     def precision(self) -> AbstractContextManager[Any]:
         """The context that the forward passes run in."""

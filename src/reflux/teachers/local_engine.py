@@ -51,6 +51,7 @@ class LocalTeacher(InProcessTeacher):
                 device_map=cfg.device_map,
             )
         )
+        model.net.requires_grad_(False)
         with closing(cls(cfg, context, services, model)) as teacher:
             yield teacher
 

@@ -17,7 +17,7 @@ from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig
 from reflux.config.requirements import Requirements
 from reflux.contexts.base import TeacherPrompt
-from reflux.inspection.finding import Finding
+from reflux.evals.finding import Finding
 from reflux.models.flow.sde import kl_weight, step_logp, step_moments
 from reflux.runtime.services import Services
 from reflux.teachers.base import TeacherRequest
@@ -50,8 +50,8 @@ def before(cfg: RunConfig) -> Iterator[Finding]:
     yield Finding("ok", "grid", text)
 
 
-def acted(learner: Any, groups: Sequence[Group]) -> Iterator[Finding]:
-    """Findings on the sampled images: how they ended, and parity (see `doctor`)."""
+def acted(learner: Any, groups: Sequence[Group], dtype: str) -> Iterator[Finding]:
+    """Findings on the sampled images: how they ended, and parity (law 11). dtype: of a text sampler."""
     rollouts = [_rollout(attempt) for group in groups for attempt in group]
     first = rollouts[0]
     shape = " x ".join(map(str, first.image.shape))
@@ -159,6 +159,25 @@ def _distance(rollout: Rollout, target: Target | None, v_TD: np.ndarray) -> floa
     return float((np.linalg.norm(target.v_TD - v_TD, axis=1) / np.linalg.norm(v_TD, axis=1))[rows_T].mean())
 
 
+def early_stop(groups: Sequence[Group]) -> None:
+    """None: images have no stop text."""
+
+
+async def alone_and_together(table: str, opened: Any, groups: Sequence[Group], heads: Any) -> Finding:
+    """Check that a teacher gives an attempt the same velocities alone and in a batch."""
+    rollouts = [_rollout(attempt) for group in groups for attempt in group]
+    requests = [TeacherRequest(r, TeacherPrompt(r.prompt.messages), Requirements()) for r in rollouts]
+    together = await opened.score(requests)
+    alone = [(await opened.score([request]))[0] for request in requests]
+    gap = max(
+        _distance(rollout, one.target, other.target.v_TD)
+        for rollout, one, other in zip(rollouts, together, alone, strict=True)
+    )
+    share = SHARES.get(opened.model.device.type, SHARES["cuda"])
+    text = f"the velocities of '{table}' in a batch and alone differ by {gap:.1e} of their norm"
+    return Finding("ok" if gap <= share else "failed", "teacher", f"{text} (bound {share:g})")
+
+
 async def at_identity(
     context: PartContext, services: Services, learner: Any, groups: Sequence[Group]
 ) -> Finding:
@@ -186,7 +205,7 @@ async def at_identity(
         f"the velocities of the student as its own teacher differ by {worst:.1e} of their norm (bound "
         f"{share:g})"
     )
-    return Finding("ok" if worst <= share else "failed", "zero at identity", text)
+    return Finding("ok" if worst <= share else "failed", "identity", text)
 
 
 def _rollout(attempt: Attempt) -> FlowRollout:

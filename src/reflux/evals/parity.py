@@ -1,0 +1,66 @@
+"""Compares the log-probs of sampled tokens from three computations: the sampler's records, the learner's
+padded batch, and the model's own forward pass of one text without a cache and without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from reflux.evals.finding import Finding
+from reflux.evals.gaps import Gaps
+from reflux.types import Group, TokenRollout
+
+if TYPE_CHECKING:
+    from reflux.learners.hf_engine import HFLearner
+
+NARROW = ("bfloat16", "float16")
+
+
+def is_narrow(learner: Any, dtype: str) -> bool:
+    """True if the sampler or the learner computes in 16 bits. dtype: of the sampler; "auto": as stored."""
+    stored = str(learner.model.stored_dtype).removeprefix("torch.")
+    return learner.model.device.type != "cpu" or (stored if dtype == "auto" else dtype) in NARROW
+
+
+def parity(learner: HFLearner, groups: Sequence[Group], dtype: str) -> Finding:
+    """The finding on the sampled tokens of all attempts. dtype: of the sampler."""
+    from reflux.learners.observe import logp
+    from reflux.learners.own_pass import own_logp
+
+    rollouts = [
+        attempt.rollout
+        for group in groups
+        for attempt in group
+        if isinstance(attempt.rollout, TokenRollout) and attempt.rollout.length
+    ]
+    learnt, own = logp(learner, groups), [own_logp(learner, rollout) for rollout in rollouts]
+    sampled = [rollout.policy_logp_T for rollout in rollouts]
+    masks = [rollout.mask_T for rollout in rollouts]
+    pairs = [
+        Gaps("sampler and learner", _gaps(sampled, learnt, masks), is_narrow(learner, dtype)),
+        Gaps(
+            "the learner's batch and the model's own pass of one text",
+            _gaps(learnt, own, masks),
+            learner.model.device.type != "cpu",
+        ),
+    ]
+    worst = max(pairs, key=lambda pair: pair.excess)
+    if worst.verdict == "ok":
+        return Finding("ok", "parity", "; ".join(map(str, pairs)))
+    cause = (
+        "The size is that of rounding in 16 bits; a float32 sampler would remove it."
+        if worst.verdict == "warning"
+        else "If only the first position differs, the usual cause is another chat template. If single texts "
+        "and batches differ, the architecture reads its neighbours or its padding, and this library does not "
+        "support it."
+    )
+    return Finding(worst.verdict, "parity", f"{worst}. {cause}")
+
+
+def _gaps(
+    ones: Sequence[np.ndarray], others: Sequence[np.ndarray], masks: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    return [np.abs(one - other)[mask] for one, other, mask in zip(ones, others, masks, strict=True)]

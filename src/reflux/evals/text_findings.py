@@ -1,0 +1,145 @@
+"""Measurements on text models: tokenizers, the output head, log-probs of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+
+from reflux.config.context import PartContext
+from reflux.config.requirements import Requirements
+from reflux.contexts.base import TeacherPrompt
+from reflux.evals.finding import Finding
+from reflux.evals.gaps import Gaps
+from reflux.evals.parity import parity
+from reflux.runtime.services import Services
+from reflux.teachers.base import TeacherRequest
+from reflux.types import Group, HiddenTarget, TokenRollout
+
+# entropy, as a share of its maximum, above which a teacher's distribution counts as uniform
+UNIFORM = 0.98
+
+
+def acted(learner: Any, groups: Sequence[Group], dtype: str) -> Iterator[Finding]:
+    """Findings on how prompts and answers end, and on parity. dtype: of the sampler."""
+    yield from _ends(learner.model, groups)
+    yield parity(learner, groups, dtype)
+
+
+def _ends(model: Any, groups: Sequence[Group]) -> Iterator[Finding]:
+    """A prompt does not end with an end token, and an end token is the last token of its turn."""
+    rollouts = [r for group in groups for a in group if isinstance(r := a.rollout, TokenRollout) and r.length]
+    closed = [rollout for rollout in rollouts if rollout.prompt_tokens[-1] in model.end_ids]
+    if closed:
+        token = model.tokenizer.convert_ids_to_tokens(int(closed[0].prompt_tokens[-1]))
+        text = (
+            f"prompt {closed[0].prompt.id} ends with the end token {token!r}, so the student would begin "
+            "after the end of a text. Check the chat template and the tokenizer's settings"
+        )
+        yield Finding("failed", "prompts", text)
+    passed = [rollout for rollout in rollouts if _passes_an_end(rollout, model.end_ids)]
+    if passed:
+        text = f"an answer to prompt {passed[0].prompt.id} goes on after an end token"
+        yield Finding("failed", "ends", text)
+    cut = np.mean([rollout.finish == "length" for rollout in rollouts]) if rollouts else 0.0
+    longest = max((int(rollout.mask_T.sum()) for rollout in rollouts), default=0)
+    text = (
+        f"{len(rollouts)} short answers sampled, {cut:.0%} were cut at the limit; the longest has {longest} "
+        "tokens"
+    )
+    yield Finding("ok", "answers", text)
+
+
+def _passes_an_end(rollout: TokenRollout, ends: Sequence[int]) -> bool:
+    """True if the student chose a token right after an end token that it chose."""
+    ended_T = np.isin(rollout.tokens_T, list(ends)) & rollout.mask_T
+    return bool((ended_T[:-1] & rollout.mask_T[1:]).any())
+
+
+def early_stop(groups: Sequence[Group]) -> str | None:
+    """A text at which one of the answers, sampled again, would end in its first half while another one goes
+    on. None if the answers have no such text.
+    """
+    texts = [attempt.rollout.made for group in groups for attempt in group]
+    longest = max(texts, key=len, default="")
+    for size in (1, 2, 4):
+        for place in range(len(longest) // 4, len(longest) // 2):
+            piece = longest[place : place + size]
+            if piece.strip() and not all(piece in text for text in texts):
+                return piece
+    return None
+
+
+async def alone_and_together(table: str, opened: Any, groups: Sequence[Group], heads: Any) -> Finding:
+    """Check that a teacher gives an attempt the same log-probs alone and in a batch of unequal lengths."""
+    rollouts = [r for group in groups for a in group if isinstance(r := a.rollout, TokenRollout) and r.length]
+    requests = [TeacherRequest(r, TeacherPrompt(r.prompt.messages), Requirements()) for r in rollouts]
+    together = await opened.score(requests)
+    alone = [(await opened.score([request]))[0] for request in requests]
+    gaps, narrow = [], False
+    for rollout, one, other in zip(rollouts, together, alone, strict=True):
+        if one.target is None or other.target is None:
+            continue
+        narrow |= isinstance(one.target, HiddenTarget) and one.target.h_TH.element_size() < 4
+        logp_T, alone_T = (answer.target.sampled_logp_T(rollout, heads) for answer in (one, other))
+        gaps.append(np.abs(logp_T - alone_T))
+    found = Gaps(f"teacher '{table}' in a batch and alone", gaps or [np.zeros(1)], narrow)
+    uniform = [t.uniformity(heads) for answer in together if (t := answer.target) is not None]
+    share = float(np.mean([share for share in uniform if share is not None] or [0.0]))
+    if share > UNIFORM:
+        return Finding("failed", "teacher", _uniform(table, share))
+    return Finding(found.verdict, "teacher", str(found))
+
+
+def _uniform(name: str, share: float) -> str:
+    return (
+        f"the distribution of '{name}' is uniform (entropy {share:.0%} of the maximum). Check that its "
+        "weights are loaded"
+    )
+
+
+def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
+    """A finding about the teacher `name`: a warning if some attempts have no target, a failure if the
+    teacher's distribution is uniform.
+    """
+    targets = [attempt.target(name) for group in groups for attempt in group]
+    silent = targets.count(None)
+    known = (target.uniformity(learner.services.heads) for target in targets if target is not None)
+    spread = [share for share in known if share is not None]
+    if silent:
+        return Finding(
+            "warning",
+            "teacher",
+            f"'{name}' gave no target for {silent} of {len(targets)} attempts (because of its routes, or its "
+            "context gave None)",
+        )
+    share = float(np.mean(spread)) if spread else 0.0
+    if share > UNIFORM:
+        return Finding("failed", "teacher", _uniform(name, share))
+    return Finding("ok", "teacher", f"'{name}' answers, entropy {share:.0%} of the maximum")
+
+
+async def at_identity(
+    context: PartContext, services: Services, learner: Any, groups: Sequence[Group]
+) -> Finding:
+    """Check that a teacher with the student's weights gives the same log-probs as the student. groups:
+    attempts of the student.
+    """
+    from reflux.learners.observe import logp
+    from reflux.teachers.local import Local
+    from reflux.teachers.local_engine import LocalTeacher
+
+    rollouts = [r for group in groups for a in group if isinstance(r := a.rollout, TokenRollout) and r.length]
+    requests = [TeacherRequest(r, TeacherPrompt(r.prompt.messages), Requirements()) for r in rollouts]
+    with closing(LocalTeacher(Local(context.student.model), context, services, learner.model)) as answers:
+        found = [answer.target for answer in await answers.score(requests)]
+        # A teacher outside the learner's autocast computes in float32.
+        gaps = [
+            np.abs(target.sampled_logp_T(rollout, services.heads) - now_T)
+            for rollout, target, now_T in zip(rollouts, found, logp(learner, groups), strict=True)
+            if target is not None
+        ]
+    gap = Gaps("the student and itself as teacher", gaps, learner.model.device.type != "cpu")
+    return Finding(gap.verdict, "identity", str(gap))

@@ -1,0 +1,39 @@
+"""Findings on the tokenizers of student and teachers, before models are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from reflux.config.recipe import RunConfig
+from reflux.evals.finding import Finding
+from reflux.models.text import load_tokenizer
+from reflux.models.tokenizer import check_same_tokens, end_ids
+
+
+def before(cfg: RunConfig) -> Iterator[Finding]:
+    """Findings before models are loaded, on tokenizers and end tokens."""
+    student = load_tokenizer(cfg.learner.model, "learner.model")
+    ends = list(end_ids(student))
+    yield Finding("ok", "end of text", f"ids {ends} end an answer ({student.convert_ids_to_tokens(ends)})")
+    if student.chat_template is None:
+        yield Finding(
+            "warning",
+            "chat template",
+            "the student's tokenizer has none: messages are joined by newlines, as for a base model",
+        )
+    for name, teacher in cfg.teachers.items():
+        reader = None if teacher.is_student else teacher.reader(cfg.learner.student)
+        if reader is None:
+            # the teacher is the student, or its tokenizer is not in this process
+            continue
+        tokenizer = load_tokenizer(reader.model, f"teachers.{name}.model", reader.trust_remote_code)
+        check_same_tokens(student, tokenizer, name)
+        yield Finding(
+            "ok",
+            "tokenizers",
+            f"teacher '{name}' and the student share a vocabulary of {len(tokenizer)} tokens",
+        )
+        ours, theirs = set(ends), set(end_ids(tokenizer))
+        if ours != theirs:
+            text = f"teacher '{name}' ends answers with ids {sorted(theirs)}, the student with {sorted(ours)}"
+            yield Finding("warning", "end of text", text)
