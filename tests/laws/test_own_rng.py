@@ -38,6 +38,7 @@ ONLOOKERS: dict[str, dict[str, Any]] = {
     "foresight": {"evals__foresight": {"k": 3}, "eval_every": 1},
     "teacher_accuracy": {"evals__teacher_accuracy": {"problems": 3}},
     "test_accuracy": {"evals__test_accuracy": {"problems": 3}},
+    "preflight": {"skip_checks": []},
     "saving": {"save_every": 1, "keep_checkpoints": 3},
     "variance": {"log_variance": True},
     "tracker": {"track": {"kind": "tensorboard"}},

@@ -17,7 +17,7 @@ from traceback import walk_tb
 from types import ModuleType
 
 from reflux.config.recipe import RunConfig
-from reflux.errors import ModelError
+from reflux.errors import ModelError, RefluxError
 from reflux.evals import flow_findings, text_findings
 from reflux.evals.evaluation import Evaluation
 from reflux.evals.finding import Finding
@@ -58,20 +58,17 @@ class Preflight:
             return
         started, updated = time.perf_counter(), bool(self.versions)
         self.versions.append(self.learner.version)
+        found: list[Finding] = []
         try:
-            found = [finding async for finding in (self.parity() if updated else self.findings())]
+            async for finding in self.parity() if updated else self.findings():
+                found.append(_passed(finding, updated))
         except Exception as error:
-            if not _raised_in(error, "transformers"):
+            if isinstance(error, RefluxError) or not _raised_in(error, "transformers"):
                 raise
             raise ModelError(
                 f"the model's own code fails on short prompts ({type(error).__name__}: {first_line(error)}). "
                 "This library does not support this architecture"
             ) from error
-        for finding in found:
-            if finding.verdict == "failed":
-                when = "after the first update" if updated else "before the first step"
-                remedy = _REMEDY.format(check=finding.check)
-                raise ModelError(f"{finding.check}, measured {when}: {finding.text}. {remedy}")
         listener, seconds = self.asked.services.listener, time.perf_counter() - started
         if not updated:
             checks = ", ".join(dict.fromkeys(finding.check for finding in found))
@@ -136,6 +133,15 @@ class Preflight:
         needed = f"about {need / 1e9:.2g} GB needed for {checkpoints} checkpoints and the student"
         text = f"{free / 1e9:.1f} GB free in this folder, {needed}"
         return Finding("ok" if free > 1.2 * need else "failed", "disk", text)
+
+
+def _passed(finding: Finding, updated: bool) -> Finding:
+    """The finding. ModelError if its check has failed. updated: measured after the first update."""
+    if finding.verdict != "failed":
+        return finding
+    when = "after the first update" if updated else "before the first step"
+    remedy = _REMEDY.format(check=finding.check)
+    raise ModelError(f"{finding.check}, measured {when}: {finding.text}. {remedy}")
 
 
 def _raised_in(error: Exception, package: str) -> bool:
