@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -325,6 +325,22 @@ def test_a_turn_that_a_stop_text_ended_is_closed_before_the_reply() -> None:
     )
     assert words(r.tokens_T) == "abc<end><user>hm<assistant>abc"
     assert r.mask_T.tolist() == [True] * 3 + [False] * 5 + [True] * 3
+
+
+def test_characters_after_a_stop_text_are_sampled_and_not_part_of_the_text() -> None:
+    """The last token wrote two characters more than the stop text. Its log-prob is kept."""
+
+    def write(text: str, number: int) -> Turn:
+        turn = say("abcd", "length")
+        return replace(turn, finish="stop", beyond=2)
+
+    (r,) = play(
+        Script(write), Table(lambda name: Tool(lambda step, message: user("hm") if step == 1 else DONE))
+    )
+    assert r.text == "ab\nab"
+    assert [m["content"] for m in r.messages] == ["a", "ab", "hm", "ab"]
+    assert words(r.tokens_T[r.mask_T]) == "abcdabcd"
+    assert np.array_equal(r.logp_T[:4], [-1, -2, -3, -4])
 
 
 # --- ends
