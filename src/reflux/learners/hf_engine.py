@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reflux.config.step_context import seed_of
 from reflux.learners.gradient_learner import GradientLearner
@@ -20,6 +20,7 @@ from reflux.loss.batch import Item, micro_batches
 from reflux.loss.term import LossTerm
 from reflux.models import lora
 from reflux.models.text import Model, load_model, parameter_count
+from reflux.models.training_mode import quiet_dropout, recompute_activations
 from reflux.types import Attempt, Group, Target
 
 if TYPE_CHECKING:
@@ -42,12 +43,11 @@ class HFLearner(GradientLearner):
     def __init__(self, cfg: HF, context: PartContext, services: Services, model: Model):
         self.cfg, self.model = cfg, model
         self.macs = parameter_count(model.net)
-        self._quiet_dropout()
+        quiet_dropout(model.net)
         if cfg.lora:
             lora.attach(model, cfg.lora, seed=seed_of(context.seed, "lora"))
         if cfg.gradient_checkpointing:
-            model.net.gradient_checkpointing_enable()
-            model.net.train()
+            recompute_activations(model.net)
         super().__init__(cfg, context, services, model.net)
 
     @classmethod
@@ -65,14 +65,6 @@ class HFLearner(GradientLearner):
             )
         )
         yield cls(cfg, context, services, model)
-
-    def _quiet_dropout(self) -> None:
-        """Switch off dropout, so that the trained policy is the policy that sampled the attempts."""
-        for module in self.model.net.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            elif "attention_dropout" in vars(module):
-                module.attention_dropout = 0.0
 
     @property
     def observes(self) -> bool:
