@@ -232,7 +232,7 @@ BAD_LINES = [
     ({"prompt": "a", "answer": ["1"]}, "field 'answer'"),
     ({"prompt": "a", "answer": " "}, "field 'answer'"),
     ({"prompt": "a", "answer": True}, "field 'answer'"),
-    ({"prompt": "a", "references": "b"}, "no list of texts in its field 'references'"),
+    ({"prompt": "a", "references": {"a": "b"}}, "no list of texts in its field 'references'"),
     ({"prompt": "a", "id": "first"}, "has the id 'first' of line 1"),
 ]
 

@@ -144,7 +144,7 @@ class Run:
 
     def write(self, group: Group, step: int) -> None:
         """Write the first line of each attempt to disk. step: the step that the group was sampled for."""
-        self.landed.setdefault(step, Landed()).add(group[0].rollout.prompt.id, Work.of(group))
+        self.landed.setdefault(step, Landed()).add(group[0].rollout.prompt.key, Work.of(group))
         files.append_lines(
             self.dir / "attempts.jsonl", [attempt_log.arrived(attempt, step) for attempt in group]
         )

@@ -25,8 +25,7 @@ import numpy as np
 
 from reflux.loss.targets import HiddenTarget, SampledTarget, StepRecord, TopKTarget, VelocityTarget
 
-# {"role": "system" | "user" | "assistant" | "tool", "content": text}. Messages that call a tool or answer a
-# call also have "tool_calls" or "tool_call_id".
+# {"role": "system" | "user" | "assistant" | "tool", "content": text}, also "tool_calls" or "tool_call_id"
 Message = dict[str, Any]
 # "error": nothing was sampled. The last three come from an environment; the attempt is kept up to its last
 # position.
@@ -39,7 +38,7 @@ Target = SampledTarget | TopKTarget | HiddenTarget | VelocityTarget
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt of a task. `id` is the same in all epochs: seeding, resume and reports refer to it."""
+    """One prompt of a task. `id` is the same in all epochs. Seeding and reports refer to the `key`."""
 
     id: str
     messages: tuple[Message, ...]
@@ -48,13 +47,18 @@ class Prompt:
     references: tuple[str, ...] = ()
     # selects the teacher that answers, where several teachers (tables [teachers.NAME]) share an alias
     route: str | None = None
+    # 1, or 2 and more where the same prompt occurred before in the same step or evaluation
+    occurrence: int = 1
+
+    @property
+    def key(self) -> str:
+        """The id, or "id#2" for the second occurrence. Different for all prompts of one step."""
+        return self.id if self.occurrence == 1 else f"{self.id}#{self.occurrence}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One attempt as it was sampled, without reward or targets. It has T positions; mask_T is True where the
-    student chose.
-    """
+    """One attempt as it was sampled, without reward or targets. It has T positions."""
 
     # the name of positions, in the plural, in texts for users
     unit: ClassVar[str] = "positions"
@@ -196,15 +200,13 @@ class Reward:
 
 @dataclass(frozen=True, slots=True)
 class Credit:
-    """The result of one credit rule for one attempt. Weight and offset are scalars or arrays [T]. Notes are
-    merged into the metrics under the rule's name.
-    """
+    """The result of one credit rule for one attempt. Weight and offset are scalars or arrays [T]."""
 
     # multiplies the weight; finite and >= 0
     weight_T: np.ndarray | float = 1.0
     # nats, added to the advantage
     advantage_offset_T: np.ndarray | float = 0.0
-    # for metrics.jsonl: plain numbers, averaged over the attempts that have them, or `metrics.values.Metric`s
+    # for metrics.jsonl, under the rule's name: numbers or `Metric`s, averaged over attempts that have them
     notes: dict[str, Any] = field(default_factory=dict)
     # plain JSON values, written to the attempt's line and never averaged
     detail: dict[str, Any] = field(default_factory=dict)

@@ -42,6 +42,7 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
         "learner.lr is -1 at step 0: it would move the student away from its teacher.",
     ),
     "a negative rate of a flow": ("flow", {"learner.lr": -1.0}, "learner.lr is -1 at step 0"),
+    "an empty stop text": ("opd", {"sampler.stop": ["\n\n", ""]}, "sampler: stop has an empty text"),
     "train_max_tokens 0": (
         "opd",
         {"sampler.train_max_tokens": 0},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from reflux.checks import windows
+from reflux.checks.stored import stored
 from reflux.config.recipe import RunConfig
 from reflux.config.registry import within
 from reflux.errors import ConfigError, DataError
@@ -14,7 +15,7 @@ def inputs(cfg: RunConfig) -> None:
     this function before it makes the run directory.
 
     Raises ModelError for a missing or wrong model folder, ConfigError for a context window that is too small,
-    DataError for an evaluation without prompts.
+    DataError for an evaluation without prompts, and for missing answers or references.
     """
     models(cfg)
     if narrow := list(windows.problems(cfg)):
@@ -25,6 +26,7 @@ def inputs(cfg: RunConfig) -> None:
                 f"evals.{name}: the task has no prompts in its split '{evaluation.split}'. Choose another "
                 f"split, or remove the evaluation with evals.{name}=none."
             )
+    stored(cfg)
 
 
 def models(cfg: RunConfig) -> None:

@@ -25,6 +25,8 @@ class Part(Protocol):
 
     # when to use the part, in one or two sentences, for docs/recipes.md
     when: ClassVar[str] = ""
+    # True if the part takes verdicts of the task's `verify`
+    verifies: ClassVar[bool] = False
 
     def refusals(self, where: str, cfg: Any) -> Iterable[str]:
         """Reasons why this run cannot work, each a sentence with the remedy. Any reason refuses the run."""

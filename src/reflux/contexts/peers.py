@@ -262,7 +262,7 @@ def thinking(text: str) -> np.ndarray:
 def _rng(attempt: Attempt, step_context: StepContext) -> random.Random:
     rollout = attempt.rollout
     return random.Random(
-        seed_of(step_context.seed, "peers", rollout.prompt.id, rollout.version, rollout.sample)
+        seed_of(step_context.seed, "peers", rollout.prompt.key, rollout.version, rollout.sample)
     )
 
 

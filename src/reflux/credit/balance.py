@@ -75,7 +75,7 @@ class Balance(CreditPart):
         correct = [verdict >= self.threshold for verdict in verdicts if verdict is not None]
         if self.ratio == "none" or not correct:
             return [Credit() for _ in group]
-        kept = iter(keep(correct, self.ratio, step_context.rng("balance", group[0].rollout.prompt.id)))
+        kept = iter(keep(correct, self.ratio, step_context.rng("balance", group[0].rollout.prompt.key)))
         return [Credit() if verdict is None else _share(next(kept)) for verdict in verdicts]
 
 

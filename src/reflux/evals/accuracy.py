@@ -70,6 +70,7 @@ class Accuracy(EvalPart):
     """
 
     asked: ClassVar[Asked] = "always"
+    verifies: ClassVar[bool] = True
 
     problems: int = 500
     samples: int = 0

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from reflux.config.step_context import Purpose, SamplingParams, StepContext
+from reflux.runtime.occurrences import numbered
 from reflux.runtime.together import together
 from reflux.types import Attempt, Group, Prompt, Reward
 
@@ -78,7 +79,7 @@ class Evaluation:
         used in place of `self.sampler`.
         """
         asked, acting = replace(draw, cohort=len(prompts)), sampler or self.sampler
-        return await together(acting.sample(prompt, n, asked) for prompt in prompts)
+        return await together(acting.sample(prompt, n, asked) for prompt in numbered(prompts))
 
     async def judged(self, attempts: Sequence[Attempt]) -> list[Reward]:
         """The rewards from the verifier of the task, in order."""

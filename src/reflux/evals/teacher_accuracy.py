@@ -34,6 +34,7 @@ class TeacherAccuracy(EvalPart):
     """
 
     asked: ClassVar[Asked] = "start"
+    verifies: ClassVar[bool] = True
 
     teacher: str = "main"
     problems: int = 500

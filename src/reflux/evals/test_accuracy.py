@@ -39,6 +39,7 @@ class ReportedAccuracy(EvalPart):
     """
 
     asked: ClassVar[Asked] = "ends"
+    verifies: ClassVar[bool] = True
     problems: Annotated[int, Field(ge=1)] = 500
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     teacher: str = "main"

@@ -20,12 +20,12 @@ _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def row_key(
-    seed: int, purpose: str, step: int, prompt_id: str, sample: int, turn: int = 0, rng: int = 0
+    seed: int, purpose: str, step: int, prompt_key: str, sample: int, turn: int = 0, rng: int = 0
 ) -> int:
-    """The key of one attempt's random numbers (law 8); the arguments name the attempt and its turn. `rng` is
-    that of `SamplingParams`; 0 leaves the key unchanged.
+    """The key of one attempt's random numbers (law 8); the arguments name the attempt and its turn.
+    prompt_key: `Prompt.key`. `rng` is that of `SamplingParams`; 0 leaves the key unchanged.
     """
-    return seed_of(seed, purpose, step, prompt_id, sample, turn, *([rng] if rng else []))
+    return seed_of(seed, purpose, step, prompt_key, sample, turn, *([rng] if rng else []))
 
 
 def gumbel(keys_B: Tensor, position_B: Tensor, vocabulary: int) -> Tensor:

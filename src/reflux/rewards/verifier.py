@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -33,6 +33,8 @@ class Verifier(RewardPart):
     ended in an error) has Reward(None), which is different from wrong, and its `error` gives the reason.
     weight: the factor of this reward's values in the sum of several rewards.
     """
+
+    verifies: ClassVar[bool] = True
 
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
     workers: Annotated[int, Field(ge=1)] = 1

@@ -161,7 +161,7 @@ class Driver:
 
     def _request(self, one: Conversation, draw: SamplingParams) -> TurnRequest:
         key = row_key(
-            self.context.seed, draw.purpose, draw.step, one.prompt.id, one.sample, len(one.turns), draw.rng
+            self.context.seed, draw.purpose, draw.step, one.prompt.key, one.sample, len(one.turns), draw.rng
         )
         top_k = self.context.requirements.behaviour if draw.purpose == "train" else 0
         return TurnRequest(one.ids, one.tokens_left, key, draw, top_k)

@@ -1,9 +1,10 @@
 """Produce groups of attempts with bounded staleness. max_staleness = 0 is the synchronous loop.
 
-Consumes: prompts, in order. Produces: for each optimiser step, its groups in prompt order. Waits for: every
-attempt of that step. New attempts are started when the consumer asks for the next step. At that time the new
-weights are published, so no lock and no queue is needed. Shutdown: `aclose` cancels the attempts
-in flight and waits until they have ended.
+Consumes: prompts, in order. Produces: for each optimiser step, its groups in prompt order. A prompt that
+occurs several times in a step is numbered (`occurrences.py`). Waits for: every attempt of that step. New
+attempts are started when the consumer asks for the next step. At that time the new weights are published, so
+no lock and no queue is needed. Shutdown: `aclose` cancels the attempts in flight and waits until they have
+ended.
 
 An attempt that raises or is cancelled cancels the other attempts of its step. Its error is raised when the
 consumer asks for that step, also after a `settle` or a `refresh` in between. If several attempts of one step
@@ -19,6 +20,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from itertools import islice
 from typing import Any, Self
 
+from reflux.runtime.occurrences import numbered
 from reflux.runtime.together import Siblings
 from reflux.types import Group, Prompt
 
@@ -79,7 +81,7 @@ class Pipeline:
                 f"the task gave only {len(prompts)} more training prompts, but a step needs "
                 f"{self._per_step}. The iterator of training prompts must not end."
             )
-        return prompts
+        return numbered(prompts)
 
     async def settle(self) -> None:
         """Wait until all running attempts have ended. No attempt is started until the consumer asks for the

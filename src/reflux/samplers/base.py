@@ -37,6 +37,8 @@ class SamplerPart(Part, Protocol):
 
     # True if the teachers make the attempts. The teachers are then needed even if no objective uses them.
     asks_teachers: ClassVar[bool] = False
+    # True if every training prompt must have `references`
+    reads_references: ClassVar[bool] = False
 
     @property
     def precision(self) -> str:

@@ -167,7 +167,7 @@ class FlowSampler(InProcessSampler):
         self, rows: Sequence[tuple[Prompt, int]], trajectory: Trajectory, draw: SamplingParams
     ) -> list[FlowRollout]:
         keys = [
-            row_key(self.context.seed, draw.purpose, draw.step, prompt.id, sample, rng=draw.rng)
+            row_key(self.context.seed, draw.purpose, draw.step, prompt.key, sample, rng=draw.rng)
             for prompt, sample in rows
         ]
         path = denoise(

@@ -86,6 +86,10 @@ class HF(SamplerPart):
     def __post_init__(self) -> None:
         if self.train_max_tokens is not None:
             number(self.train_max_tokens, "train_max_tokens")
+        if not all(self.stop):
+            raise ValueError(
+                "stop has an empty text, which every response would end with at once. Remove it from the list"
+            )
         if isinstance(self.train_max_tokens, int | float) and self.train_max_tokens > self.max_tokens:
             raise ValueError(
                 f"train_max_tokens = {self.train_max_tokens:g} is above max_tokens = {self.max_tokens}, "

@@ -35,7 +35,7 @@ class InProcessSampler(ABC):
         self._gather: Gather[Request, Group] = Gather(self._groups)
 
     async def sample(self, prompt: Prompt, n: int, draw: SamplingParams) -> Group:
-        return await self._gather.ask((draw.purpose, draw.step), draw.cohort, prompt.id, (prompt, n, draw))
+        return await self._gather.ask((draw.purpose, draw.step), draw.cohort, prompt.key, (prompt, n, draw))
 
     async def publish(self, weights: Weights, step: int) -> None:
         async with self.busy:

@@ -39,6 +39,7 @@ class References(WrappingSampler):
     """
 
     on_policy: ClassVar[bool] = False
+    reads_references: ClassVar[bool] = True
     rollouts: ClassVar[type[Rollout]] = TokenRollout
 
     # The sampler for evaluations.

@@ -77,7 +77,7 @@ class OpenTeacherSamples:
     async def sample(self, prompt: Prompt, n: int, draw: SamplingParams) -> Group:
         if draw.purpose != "train":
             return await self.inner.sample(prompt, n, draw)
-        return await self._gather.ask(draw.step, draw.cohort, prompt.id, (prompt, n, draw))
+        return await self._gather.ask(draw.step, draw.cohort, prompt.key, (prompt, n, draw))
 
     async def publish(self, weights: Weights, step: int) -> None:
         self.version = weights.version
@@ -97,11 +97,11 @@ class OpenTeacherSamples:
                 some = rows[start : start + self.cfg.generate.batch_images]
                 rollouts = self._rollouts(table, some, requests[0][2])
                 found |= {
-                    (prompt.id, sample): Attempt(rollout)
+                    (prompt.key, sample): Attempt(rollout)
                     for (prompt, sample), rollout in zip(some, rollouts, strict=True)
                 }
         self.services.clock.add("sample", time.perf_counter() - started)
-        return [[found[prompt.id, sample] for sample in range(n)] for prompt, n, _ in requests]
+        return [[found[prompt.key, sample] for sample in range(n)] for prompt, n, _ in requests]
 
     def _drawer(self, prompt: Prompt) -> str:
         tables = drawers(self.context.teachers, prompt.route)
@@ -122,7 +122,7 @@ class OpenTeacherSamples:
             t_S=t_S, whole=True, noise_level=0.0, guidance=cfg.guidance, keeps_v=False, keeps_x=False
         )
         keys = [
-            row_key(self.context.seed, draw.purpose, draw.step, prompt.id, sample, rng=draw.rng)
+            row_key(self.context.seed, draw.purpose, draw.step, prompt.key, sample, rng=draw.rng)
             for prompt, sample in rows
         ]
         path = denoise(model, trajectory, [prompt_text(prompt) for prompt, _ in rows], keys, cfg.pixels)

@@ -37,7 +37,7 @@ def arrived(attempt: Attempt, step: int) -> Line:
     line = {
         "kind": "attempt",
         "step": step + 1,
-        "prompt": rollout.prompt.id,
+        "prompt": rollout.prompt.key,
         "question": question(rollout.prompt.messages),
         "sample": rollout.sample,
         "version": rollout.version,
@@ -52,7 +52,7 @@ def learned(attempt: Attempt, step: int) -> Line:
     the weight of each position. step: the optimiser step, from 0.
     """
     rollout = attempt.rollout
-    line: Line = {"kind": "learned", "step": step + 1, "prompt": rollout.prompt.id, "sample": rollout.sample}
+    line: Line = {"kind": "learned", "step": step + 1, "prompt": rollout.prompt.key, "sample": rollout.sample}
     record = attempt.learned or StepRecord()
     names = sorted({*attempt.answers, *record.logp} - {"student"})
     known = {name: logp_T for name in names if (logp_T := teacher_logp_T(attempt, name)) is not None}

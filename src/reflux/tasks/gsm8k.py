@@ -15,7 +15,8 @@ from reflux.config.papers import Paper
 from reflux.config.registry import STRICT
 from reflux.errors import DataError
 from reflux.tasks.base import Split, TaskPart
-from reflux.tasks.lines import endless, held_out, hub_lines, make_prompts, read_lines
+from reflux.tasks.data_file import read_file
+from reflux.tasks.lines import endless, held_out, hub_lines, make_prompts
 from reflux.types import Prompt, Rollout, TokenRollout
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class Gsm8k(TaskPart):
                     'train.jsonl and test.jsonl of {"question", "answer"}. Without `path` the dataset comes '
                     f"from the Hugging Face hub."
                 )
-            lines, where = read_lines(folder / f"{name}.jsonl", "gsm8k"), f"task gsm8k: {folder / name}.jsonl"
+            lines, where = read_file(folder / f"{name}.jsonl", "gsm8k"), f"task gsm8k: {folder / name}.jsonl"
         return make_prompts(lines, where, partial(self._prompt, name))
 
     def _prompt(self, name: str, number: int, fields: dict[str, Any]) -> Prompt:

@@ -1,8 +1,8 @@
-"""Prompts of a user, one JSON object per line, from a local file or a dataset of the Hugging Face hub."""
+"""Prompts of a user, from a local file or a dataset of the Hugging Face hub."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,37 +12,45 @@ from reflux.config.importable import importable
 from reflux.config.registry import STRICT, did_you_mean, load
 from reflux.errors import DataError
 from reflux.tasks.base import Split, TaskPart
-from reflux.tasks.lines import endless, held_out, hub_lines, make_prompts, read_lines
-from reflux.types import FlowRollout, Message, Prompt, Reward, Rollout, TokenRollout
+from reflux.tasks.data_file import read_file
+from reflux.tasks.line_fields import messages_of, references_of, text_of, value_of
+from reflux.tasks.lines import check_columns, endless, held_out, hub_lines, make_prompts
+from reflux.types import FlowRollout, Prompt, Reward, Rollout, TokenRollout
 
 if TYPE_CHECKING:
     from reflux.config.recipe import RunConfig
 
 KEYS = ("prompt", "messages", "answer", "references", "route", "id")
-# the keys of a message that are kept
-_OF_MESSAGES = ("role", "content", "tool_calls", "tool_call_id", "name")
-GRADERS = ("math", "exact", "none")
+# the graders that compare with the stored answer
+COMPARES = ("math", "exact")
+GRADERS = (*COMPARES, "none")
 
 
 @dataclass(frozen=True, config=STRICT)
 class Jsonl(TaskPart):
     """Prompts from lines of {"prompt" or "messages", "answer", "references", "route", "id"}.
 
-    Each line needs "prompt" or "messages"; the other keys are optional. prompt: one user message. messages: a
-    chat, [{"role", "content"}, ...], that ends before the turn of the student. If tools were called, messages
-    have "tool_calls" (the content may then be null), "tool_call_id" and "name". answer: text or a number.
-    references: worked answers, for the `references` sampler. route: selects the teacher (default: the field
-    `route` of this task). id: stable and unique (default: "train/17", the number of the line).
+    Each line needs "prompt" or "messages"; the other keys are optional. prompt: one user message, or a list
+    of messages. messages: a chat, [{"role", "content"}, ...], that ends before the turn of the student. If
+    tools were called, messages have "tool_calls" (the content may then be null), "tool_call_id" and "name".
+    answer: text or a number. references: worked answers, for the `references` sampler: a text, a list of
+    texts, or a list of one assistant message. route: selects the teacher (default: the field `route` of this
+    task). id: stable and unique (default: "train/17", the number of the line).
 
-    path: the file. dataset (with dataset_config and dataset_split): a dataset on the hub, instead of path.
-    keys: the names of these columns in the file if they differ, e.g. {prompt = "question"}. Other columns are
-    ignored. validation: a share of the lines, held out by a hash of their id; or the name of a file (on the
-    hub: of a split) that is the validation set. test: the file (on the hub: the split) of test lines. Without
-    it, "test" is the validation set. instruction: appended to the last message after a blank line. grader:
-    "math" (see `reflux.grading.math`), "exact" (equal text or final answer, ignoring differences of white
-    space), "none", or "my_module:function". This function is called with (prompt, text or image of the
-    student) and returns a number from 0 to 1, or a Reward. makes: "text", or "image" for flow models. An
-    image needs a grader of the user, which gets uint8 [height, width(, 3)].
+    path: the file. Its ending gives the format: `.parquet`, `.csv`, `.tsv`, `.json` (one array of objects),
+    and JSON lines for all others. A further ending `.gz`, `.bz2`, `.zst` or `.lz4` is decompressed. dataset
+    (with dataset_config and dataset_split): a dataset on the hub, instead of path. keys: the names of these
+    columns in the file if they differ, e.g. {prompt = "question", answer = "reward_model.ground_truth"}; a
+    dot leads into a nested column. A column of `keys` in which no line has a value is refused. Other columns
+    are ignored.
+
+    validation: a share of the lines, held out by a hash of their id; or the name of a file (on the hub: of a
+    split) that is the validation set. test: the file (on the hub: the split) of test lines. Without it,
+    "test" is the validation set. instruction: appended to the last message after a blank line. grader: "math"
+    (see `reflux.grading.math`), "exact" (equal text or final answer, ignoring differences of white space),
+    "none", or "my_module:function". This function is called with (prompt, text or image of the student) and
+    returns a number from 0 to 1, or a Reward. makes: "text", or "image" for flow models. An image needs a
+    grader of the user, which gets uint8 [height, width(, 3)].
 
     "train" never ends: a new order in each epoch. DataError, with file and line, for data that cannot be
     used.
@@ -80,7 +88,7 @@ class Jsonl(TaskPart):
                 f"grader must be one of {', '.join(GRADERS)}, or "
                 f'"my_module:function"{did_you_mean(self.grader, GRADERS)}'
             )
-        if self.makes == "image" and self.grader in ("math", "exact"):
+        if self.makes == "image" and self.grader in COMPARES:
             raise ValueError(
                 f'grader "{self.grader}" judges texts. For images use "my_module:function", or "none"'
             )
@@ -93,6 +101,20 @@ class Jsonl(TaskPart):
             yield (
                 f"{where}.grader: there is no module '{module}'. Install it, or add its folder to PYTHONPATH."
             )
+
+    def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        if self.path is None or self.grader not in COMPARES:
+            return
+        if not any(part.verifies for part in (*cfg.evals.values(), *cfg.rewards.values())):
+            return
+        for split, name in self._files():
+            prompts = self._load(split, name)
+            without = [prompt.id for prompt in prompts if prompt.answer is None]
+            if 0 < len(without) < len(prompts):
+                yield (
+                    f"{where}: {len(without)} of the {len(prompts)} prompts in {name} have no answer (the "
+                    f"first is {without[0]}). Attempts at them get no verdict."
+                )
 
     @property
     def judges(self) -> bool:
@@ -119,13 +141,7 @@ class Jsonl(TaskPart):
         """The routes in the files. None for a dataset on the hub, because a check does not download it."""
         if self.path is None:
             return None
-        files = [("train", self.path), ("test", self.test), ("validation", self.validation)]
-        return frozenset(
-            prompt.route
-            for split, name in files
-            if isinstance(name, str)
-            for prompt in self._load(split, name)
-        )
+        return frozenset(prompt.route for split, name in self._files() for prompt in self._load(split, name))
 
     def prompts(self, split: Split, seed: int, start: int = 0) -> Iterator[Prompt]:
         main = self.path or self.dataset_split
@@ -160,88 +176,46 @@ class Jsonl(TaskPart):
             return grade(made, prompt.answer)
         return float(prompt.answer.split() in (made.split(), (final_answer(made) or "").split()))
 
+    def _files(self) -> list[tuple[str, str]]:
+        """(split, name of the file) of every file."""
+        named = (("train", self.path), ("test", self.test), ("validation", self.validation))
+        return [(split, name) for split, name in named if isinstance(name, str)]
+
     def _load(self, source: str, name: str) -> list[Prompt]:
         if self.dataset is None:
-            lines, where = read_lines(name, "jsonl"), f"task jsonl: {name}"
+            lines, where = read_file(name, "jsonl"), f"task jsonl: {name}"
         else:
             lines, where = (
                 hub_lines(self.dataset, self.dataset_config, name, "jsonl"),
                 f"task jsonl: {self.dataset} {name}",
             )
+        columns = self.keys or {}
+        if source != "train":
+            # Held-out prompts need neither references nor a route of their own.
+            columns = {key: name for key, name in columns.items() if key not in ("references", "route")}
+        check_columns(lines, columns, where)
         return make_prompts(lines, where, partial(self._prompt, source))
 
     def _prompt(self, source: str, number: int, fields: dict[str, Any]) -> Prompt:
-        columns = self.keys or {}
-        found = {key: fields.get(columns.get(key, key)) for key in KEYS}
-        messages = _messages(found["prompt"], found["messages"], columns, fields)
+        name = {key: key for key in KEYS} | (self.keys or {})
+        found = {key: value_of(fields, name[key]) for key in KEYS}
+        asked = (name["prompt"], name["messages"])
+        if found["prompt"] is None and found["messages"] is None:
+            raise ValueError(
+                f"has no field '{asked[0]}' or '{asked[1]}' (it has {', '.join(map(repr, fields)) or 'none'})"
+            )
+        # Both keys may name the same column.
+        chat = found["messages"] if asked[0] != asked[1] else None
+        messages = messages_of(found["prompt"], chat, asked)
         if self.instruction:
             messages = (
                 *messages[:-1],
                 {**messages[-1], "content": f"{messages[-1]['content']}\n\n{self.instruction}"},
             )
         return Prompt(
-            id=_text(found["id"], "id") or f"{source}/{number}",
+            id=text_of(found["id"], name["id"]) or f"{source}/{number}",
             messages=messages,
-            answer=_text(found["answer"], "answer"),
-            references=_references(found["references"]),
-            route=_text(found["route"], "route") or self.route,
+            answer=text_of(found["answer"], name["answer"]),
+            references=references_of(found["references"], name["references"]),
+            route=text_of(found["route"], name["route"]) or self.route,
         )
-
-
-def _messages(
-    prompt: Any, messages: Any, columns: Mapping[str, str], fields: Mapping[str, Any]
-) -> tuple[Message, ...]:
-    names = [columns.get(key, key) for key in ("prompt", "messages")]
-    if prompt is not None and messages is not None:
-        raise ValueError(f"has both '{names[0]}' and '{names[1]}', and only one is allowed")
-    if prompt is None and messages is None:
-        raise ValueError(
-            f"has no field '{names[0]}' or '{names[1]}' (it has {', '.join(map(repr, fields)) or 'none'})"
-        )
-    if prompt is not None:
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"needs a non-empty string in the field '{names[0]}', got {prompt!r}")
-        return ({"role": "user", "content": prompt},)
-    if (
-        not isinstance(messages, list)
-        or not messages
-        or not all(_is_message(message) for message in messages)
-    ):
-        raise ValueError(f'has no list of {{"role": text, "content": text}} in its field \'{names[1]}\'')
-    if messages[-1]["role"] == "assistant":
-        raise ValueError(
-            "ends with an assistant turn, which the student must write. Move it to 'references' or 'answer'"
-        )
-    return tuple(
-        {"content": None} | {key: message[key] for key in _OF_MESSAGES if key in message}
-        for message in messages
-    )
-
-
-def _is_message(message: Any) -> bool:
-    """True for a message with a role and a text. An assistant message that calls tools may have no text."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        return False
-    calls = (
-        message["role"] == "assistant"
-        and isinstance(message.get("tool_calls"), list)
-        and message["tool_calls"]
-    )
-    return isinstance(message.get("content"), str) or bool(calls and message.get("content") is None)
-
-
-def _references(value: Any) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
-        raise ValueError(f"has no list of texts in its field 'references', but {value!r}")
-    return tuple(value)
-
-
-def _text(value: Any, key: str) -> str | None:
-    """The text, or a number as text. None if the line has no such value."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
-        raise ValueError(f"has neither text nor a number in its field '{key}', but {value!r}")
-    return str(value)

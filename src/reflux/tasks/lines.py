@@ -1,47 +1,24 @@
-"""Makes prompts from lines of data: reading with errors that name the line, splits by a hash, and an order
-for each epoch.
+"""Makes prompts from lines of data: errors that name the line, splits by a hash, and an order for each
+epoch.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from reflux.config.registry import did_you_mean
 from reflux.config.step_context import seed_of
 from reflux.errors import DataError
+from reflux.tasks.json_rows import NOTHING, Line
+from reflux.tasks.line_fields import names_in, value_of
 from reflux.types import Prompt
 
-# the number of the line, from 1, and its fields
-Line = tuple[int, dict[str, Any]]
-NOTHING = "nothing was written"
 # the endings that `reflux difficulty` appends to the ids of copies
 COPY = re.compile(r"(#[0-9]+)+$")
-
-
-def read_lines(path: str | Path, task: str) -> list[Line]:
-    """The JSON objects of the file `path`, one per line. Blank lines are skipped. task: the kind of the task,
-    for errors.
-
-    DataError, with file and line, if the file is missing, empty or not UTF-8, or if a line is not a JSON
-    object.
-    """
-    try:
-        rows = Path(path).expanduser().read_bytes().splitlines()
-    except OSError as error:
-        raise DataError(f"task {task}: cannot read {path}: {error.strerror}; {NOTHING}.") from error
-    lines = [
-        (number, _object(row, f"task {task}: {path} line {number}"))
-        for number, row in enumerate(rows, start=1)
-        if row.strip()
-    ]
-    if not lines:
-        raise DataError(f"task {task}: {path} is empty; {NOTHING}.")
-    return lines
 
 
 def hub_lines(dataset: str, config: str | None, split: str, task: str) -> list[Line]:
@@ -63,6 +40,19 @@ def hub_lines(dataset: str, config: str | None, split: str, task: str) -> list[L
     if not len(rows):
         raise DataError(f"task {task}: split '{split}' of the hub dataset '{dataset}' is empty; {NOTHING}.")
     return [(number, dict(row)) for number, row in enumerate(rows, start=1)]
+
+
+def check_columns(lines: Collection[Line], columns: Mapping[str, str], where: str) -> None:
+    """DataError if no line has a value in one of the columns. columns: the name of the column by its key in
+    the field `keys` of the task. where: the task and the file, for errors.
+    """
+    for key, column in columns.items():
+        if all(value_of(fields, column) is None for _, fields in lines):
+            names = names_in(fields for _, fields in lines)
+            raise DataError(
+                f"{where}: task.keys.{key} names the column '{column}', in which no line has a value"
+                f"{did_you_mean(column, names)}; {NOTHING}. Columns with values: {', '.join(names)}."
+            )
 
 
 def make_prompts(
@@ -108,19 +98,3 @@ def endless(prompts: Sequence[Prompt], seed: int, start: int) -> Iterator[Prompt
         for index in order[skip:]:
             yield prompts[index]
         skip = 0
-
-
-def _object(row: bytes, where: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(row.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8 (byte {error.start}); {NOTHING}.") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(
-            f"{where} is not JSON ({error}); {NOTHING}. The file must hold one object per line."
-        ) from error
-    if not isinstance(fields, dict):
-        raise DataError(
-            f"{where} is JSON but not an object; {NOTHING}. The file must hold one object per line."
-        )
-    return fields

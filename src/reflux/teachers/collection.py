@@ -75,7 +75,7 @@ class Teachers:
 
     async def _score_in_cohort(self, groups: Sequence[Group], step_context: StepContext, cohort: int) -> None:
         (group,) = groups
-        await self._gather.ask(step_context.step, cohort, group[0].rollout.prompt.id, (group, step_context))
+        await self._gather.ask(step_context.step, cohort, group[0].rollout.prompt.key, (group, step_context))
 
     async def _score_cohort(self, items: list[tuple[Group, StepContext]]) -> list[None]:
         await self._score(self._batched, [group for group, _ in items], items[0][1])

@@ -1,0 +1,220 @@
+"""Data files of every kind that users have, and a sentence for each fault of one."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from reflux.errors import DataError
+from reflux.tasks.jsonl import Jsonl
+from reflux.types import Prompt
+
+ROWS = [{"id": f"q{k}", "prompt": f"{k}+1?", "answer": str(k + 1)} for k in range(3)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def read(path: Path | str, **fields: Any) -> list[Prompt]:
+    """All prompts of a file, by id."""
+    fields = {"validation": 0.0, **fields}
+    stream = Jsonl(str(path), **fields).prompts("train", 0)
+    first = next(stream)
+    found = {first.id: first}
+    for prompt in islice(stream, 100):
+        found[prompt.id] = prompt
+    return [found[name] for name in sorted(found)]
+
+
+def refusal(path: Path | str, **fields: Any) -> str:
+    with pytest.raises(DataError, match="nothing was written") as refused:
+        read(path, **fields)
+    return str(refused.value)
+
+
+def saved(folder: Path, content: Any, name: str = "own.jsonl") -> Path:
+    path = folder / name
+    if not isinstance(content, bytes):
+        content = "".join(json.dumps(row) + "\n" for row in content).encode()
+    path.write_bytes(content)
+    return path
+
+
+def table(rows: list[dict[str, Any]]) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+FILES = {
+    "a.jsonl": LINES,
+    "a.json": json.dumps(ROWS, indent=1).encode(),
+    "lines.json": LINES,
+    "a.jsonl.gz": gzip.compress(LINES),
+    "two.jsonl.gz": gzip.compress(LINES[:20]) + gzip.compress(LINES[20:]),
+    "a.json.bz2": bz2.compress(json.dumps(ROWS).encode()),
+    "a.csv": b"\xef\xbb\xbfid,prompt,answer\r\n"
+    + b"".join(f"q{k},{k}+1?,{k + 1}\r\n".encode() for k in range(3)),
+    "a.tsv": b"id\tprompt\tanswer\n" + b"".join(f"q{k}\t{k}+1?\t{k + 1}\n".encode() for k in range(3)),
+    "A.PARQUET": table(ROWS),
+    "bom.jsonl": b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n"),
+    "mac.jsonl": LINES.replace(b"\n", b"\r"),
+    "uncut.jsonl": LINES.rstrip(b"\n"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_gives_the_same_prompts(tmp_path: Path, name: str) -> None:
+    asked = [({"role": "user", "content": f"{k}+1?"},) for k in range(3)]
+    expected = [Prompt(f"q{k}", asked[k], answer=str(k + 1)) for k in range(3)]
+    assert read(saved(tmp_path, FILES[name], name)) == expected
+
+
+@pytest.mark.parametrize(("codec", "ending"), [("zstd", "zst"), ("lz4", "lz4")])
+def test_zstandard_and_lz4_are_read(tmp_path: Path, codec: str, ending: str) -> None:
+    path = tmp_path / f"a.jsonl.{ending}"
+    with pyarrow.output_stream(str(path), compression=codec) as stream:
+        stream.write(LINES)
+    assert [prompt.answer for prompt in read(path)] == ["1", "2", "3"]
+    path.write_bytes(path.read_bytes()[:-9])
+    assert "cannot read" in refusal(path)
+
+
+FAULTS: dict[str, tuple[bytes, str]] = {
+    "a.arrow": (b"ARROW1", "ends in .arrow, which is not read"),
+    "a.jsonl.xz": (b"", "ends in .xz, which is not read"),
+    "a.jsonl.gz": (gzip.compress(LINES * 50)[:-30], "cannot read"),
+    "plain.jsonl.gz": (LINES, "cannot read"),
+    "a.parquet": (table(ROWS)[:-10], "is no whole Parquet file"),
+    "empty.parquet": (table(ROWS)[:4], "is no whole Parquet file"),
+    "none.csv": (b"id,prompt\n", "is empty"),
+    "none.json": (b"[]", "is empty"),
+    "wide.csv": (b"id,prompt\n1,a\n2,b,c\n", "row 2 has more cells than the first line"),
+    "latin.csv": (b"id,prompt\n1,caf\xe9\n", "is not UTF-8 (byte 15)"),
+    "long.csv": (b"prompt\n" + b"a" * 200_000 + b"\n", "is not CSV (field larger than field limit"),
+    "deep.json": (b'[{"prompt": "a"}, 3]', "entry 2 is not an object"),
+    "cut.json": (b'[{"prompt": "a"}, {"pro', "The file may be cut off."),
+    "cut.jsonl": (LINES + b'{"prompt": "9+', "line 4 is not JSON"),
+    "also cut.jsonl": (LINES + b'{"prompt": "9+', "It is the last line, and the file may be cut off there."),
+    "twice.jsonl": (b'{"prompt": "a", "answer": "1", "answer": "2"}\n', "line 1 has the key 'answer' twice"),
+    "nan.jsonl": (b'{"prompt": "a", "answer": NaN}\n', "no finite number in its field 'answer'"),
+    "huge.jsonl": (b'{"prompt": "a", "answer": 1e999}\n', "no finite number in its field 'answer'"),
+    "half.jsonl": (b'{"prompt": "a\\ud83d"}\n', "half of a character"),
+    "half chat.jsonl": (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}\n', "half of a character"),
+    "route.jsonl": (b'{"prompt": "a", "route": ["x"]}\n', "neither text nor a number in its field 'route'"),
+    "null.jsonl": (b'{"messages": [{"role": "user", "content": null}]}\n', "has no list of"),
+    "digits.jsonl": (b'{"prompt": "a", "id": 7}\n{"prompt": "b", "id": "7"}\n', "has the id '7' of line 1"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_fault_is_a_sentence(tmp_path: Path, name: str) -> None:
+    content, words = FAULTS[name]
+    assert words in refusal(saved(tmp_path, content, name))
+
+
+def test_a_line_separator_in_a_text_splits_no_line(tmp_path: Path) -> None:
+    texts = ["a\u2028b\u2029c", "d\x0be\x0cf\x1cg\x85h", "x" * 300_000]
+    content = "".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+    found = read(
+        saved(
+            tmp_path,
+            content.replace(b"\x0b", b"\\u000b").replace(b"\x0c", b"\\f").replace(b"\x1c", b"\\u001c"),
+        )
+    )
+    assert [prompt.messages[0]["content"] for prompt in found] == texts
+
+
+# --- columns
+
+
+def test_a_column_that_no_line_has_is_refused_with_the_columns_there(tmp_path: Path) -> None:
+    rows = [
+        {"question": "1+1?", "answer": 2, "info": {"level": 3, "empty": None}},
+        {"question": "?", "x": None},
+    ]
+    path = saved(tmp_path, rows)
+    for key in ("answer", "references", "route", "id"):
+        said = refusal(path, keys={"prompt": "question", key: "anwser"})
+        assert f"task.keys.{key} names the column 'anwser', in which no line has a value" in said
+        assert "did you mean 'answer'?" in said
+        assert said.endswith("Columns with values: answer, info.level, question.")
+    for empty in ("x", "info.empty", "info.none", "question.a"):
+        assert f"names the column '{empty}'" in refusal(path, keys={"prompt": "question", "answer": empty})
+    assert "task.keys.prompt names the column 'prompts'" in refusal(path, keys={"prompt": "prompts"})
+
+
+def test_held_out_lines_need_neither_references_nor_routes(tmp_path: Path) -> None:
+    keys = {"references": "solution", "route": "source", "answer": "target"}
+    train = saved(tmp_path, [{"prompt": "a", "solution": "b", "source": "c", "target": "d"}])
+    test = saved(tmp_path, [{"prompt": "a", "target": "d"}], "test.jsonl")
+    task = Jsonl(str(train), keys=keys, validation=str(test))
+    assert next(task.prompts("validation", 0)).answer == "d"
+    saved(tmp_path, [{"prompt": "a", "solution": "b", "source": "c"}], "test.jsonl")
+    with pytest.raises(DataError, match=r"task\.keys\.answer names the column 'target'"):
+        task.prompts("validation", 0)
+
+
+@pytest.mark.parametrize("name", ["own.jsonl", "own.parquet"])
+def test_the_layouts_of_other_libraries_are_read(tmp_path: Path, name: str) -> None:
+    """TRL: messages as prompt and completion. verl: messages as prompt, the answer in a nested column."""
+    chat = [{"role": "system", "content": "short"}, {"role": "user", "content": "1+1?"}]
+    row = {
+        "prompt": chat,
+        "completion": [{"role": "assistant", "content": "2"}],
+        "reward_model": {"style": "rule", "ground_truth": "2"},
+        "extra_info": {"index": 5},
+    }
+    path = saved(tmp_path, table([row]) if name.endswith("parquet") else [row], name)
+    keys = {"references": "completion", "answer": "reward_model.ground_truth", "id": "extra_info.index"}
+    assert read(path, keys=keys) == [Prompt("5", tuple(chat), answer="2", references=("2",))]
+    assert read(path, keys={"messages": "prompt"})[0].messages == tuple(chat)
+
+
+def test_a_table_gives_no_message_keys_without_a_value(tmp_path: Path) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    chat = [
+        {"role": "user", "content": "2+3?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "5", "tool_call_id": "c"},
+    ]
+    expected = ({"role": "user", "content": "2+3?"}, {"content": None, **chat[1]}, chat[2])
+    for name, content in (("a.parquet", table([{"messages": chat}])), ("a.jsonl", [{"messages": chat}])):
+        assert read(saved(tmp_path, content, name))[0].messages == expected
+
+
+@pytest.mark.parametrize(
+    ("completion", "found"),
+    [
+        (" blue", (" blue",)),
+        ([" blue", "red"], (" blue", "red")),
+        ([], ()),
+        ([{"role": "assistant", "content": "blue"}], ("blue",)),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            "it has user and assistant",
+        ),
+        ([{"role": "assistant", "content": None, "tool_calls": [{}]}], "exactly one assistant message"),
+        ([{"role": "assistant"}], "has no list of"),
+        ("", "no list of texts in its field 'completion'"),
+        (3, "no list of texts in its field 'completion'"),
+    ],
+)
+def test_a_completion_is_a_reference(tmp_path: Path, completion: Any, found: Any) -> None:
+    rows = [{"prompt": "The sky is", "completion": completion}, {"prompt": "a", "completion": "b"}]
+    path, keys = saved(tmp_path, rows), {"references": "completion"}
+    if isinstance(found, tuple):
+        assert read(path, keys=keys)[0].references == found
+    else:
+        assert found in refusal(path, keys=keys)
+
+
+def test_a_column_with_a_dot_in_its_name_comes_before_a_nested_one(tmp_path: Path) -> None:
+    row = {"prompt": "a", "a.b": "outer", "a": {"b": "inner"}}
+    assert read(saved(tmp_path, [row]), keys={"answer": "a.b"})[0].answer == "outer"
