@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from reflux import checks
 from reflux.config.citations import papers
 from reflux.config.context import PartContext
-from reflux.config.recipe import RunConfig, part_context, to_table, to_toml
+from reflux.config.recipe import RunConfig, part_context, to_table
 from reflux.config.requirements import Requirements
 from reflux.config.step_context import StepContext
 from reflux.errors import RunError, Stopped
@@ -88,12 +88,11 @@ class Run:
         """Make the run directory, or, to resume, open the run directory of the same recipe. Raises RunError
         if the directory already has a run and is not resumed, or if it belongs to another recipe.
         """
+        run_dir.check_place(options.out)
         saved = checkpoints.steps(options.out / "checkpoints")
         step = saved[-1] if options.resume and saved else 0
         if options.resume:
             run_dir.check_same(cfg, options.out)
-        elif options.out.is_file():
-            raise RunError(f"{options.out} is a file. Choose another folder with --out.")
         elif (options.out / "config.toml").exists():
             raise RunError(
                 f"{options.out} already contains a run. Continue it with --resume, or choose another folder "
@@ -102,14 +101,14 @@ class Run:
         # invalid data raises an error before anything is written
         prompts = cfg.task.prompts("train", cfg.seed, step * cfg.prompts_per_step)
         checks.inputs(cfg)
-        options.out.mkdir(parents=True, exist_ok=True)
+        run_dir.make(options.out)
         run = cls(cfg, requirements, options, step, prompts)
         with ExitStack() as undo:
             undo.callback(run.close)
             run_dir.take_lock(run._lock, run.dir)
             # before config.toml is written, because the tracker's package may be missing
             run._tracker = open_tracker(cfg.track, run.dir, to_table(cfg))
-            files.write_text(run.dir / "config.toml", to_toml(cfg))
+            run_dir.write_recipe(cfg, run.dir)
             run_dir.cut_back(run.dir, step)
             undo.pop_all()
         return run

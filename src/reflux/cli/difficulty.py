@@ -39,6 +39,7 @@ from reflux.evals.prompt_difficulty import (
 )
 from reflux.runtime.services import Services
 from reflux.storage.files import append_lines, jsonable, keep_lines, read_lines, write_text
+from reflux.storage.run_dir import check_place, make
 from reflux.tasks.base import Split, Task
 from reflux.tasks.jsonl import Jsonl
 from reflux.types import FlowRollout, Prompt
@@ -72,8 +73,7 @@ def balance_prompts(
     # only the sampler is needed
     cfg = replace(whole, teachers={}, credit={}, evals={}, rewards={}, extrapolation=None, track=Track())
     folder = out or Path("runs") / f"{cfg.recipe}-difficulty"
-    if folder.is_file():
-        raise RunError(f"{folder} is a file. Choose another folder with --out.")
+    check_place(folder)
     if (folder / "difficulty.jsonl").exists() and not (folder / PARTIAL).exists():
         raise RunError(f"{folder} already contains counts. Choose another folder with --out.")
     asked, cut = training_prompts(cfg.task, cfg.seed, prompts)
@@ -89,7 +89,7 @@ def balance_prompts(
     from reflux.runtime.library_logging import quiet_libraries
 
     quiet_libraries()
-    folder.mkdir(parents=True, exist_ok=True)
+    make(folder)
     said = {
         "samples": samples,
         "temperature": sampling[0],

@@ -171,7 +171,8 @@ def main() -> None:
     except OSError as error:
         import errno
 
-        if error.errno != errno.ENOSPC:
+        # A full disk, or a quota that is used up.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         typer.secho(
             "reflux: the disk is full. What was saved before is intact. Free some space, then continue with "

@@ -10,12 +10,13 @@ from typing import Any
 from rich.console import Console
 
 from reflux.cli.progress import Progress
-from reflux.config.recipe import RunConfig, load_recipe
+from reflux.config.recipe import RunConfig, load_recipe, saved_table
 from reflux.errors import RunError, StepRefused, Stopped
 from reflux.reports.asked import problems_of, split_of
 from reflux.runtime.library_logging import quiet_libraries
+from reflux.storage import recipe_paths
 from reflux.storage.files import read_lines
-from reflux.storage.run_dir import choose_folder
+from reflux.storage.run_dir import check_place, choose_folder
 from reflux.training import Options
 from reflux.types import FlowRollout
 
@@ -28,6 +29,9 @@ def run_recipe(recipe: str, overrides: list[str], out: Path | None, resume: bool
     """
     cfg = load_recipe(recipe, overrides)
     folder = choose_folder(cfg.recipe, out, resume)
+    check_place(folder)
+    if resume and (folder / "config.toml").is_file():
+        cfg = recipe_paths.continued(cfg, saved_table(folder))
     from reflux import checks
 
     checks.join(cfg)

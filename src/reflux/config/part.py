@@ -28,6 +28,13 @@ class Part(Protocol):
     # True if the part takes verdicts of the task's `verify`
     verifies: ClassVar[bool] = False
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The fields that may name files or folders, as far as the part has them. "merge.models" is a field
+        of an inner table. config.toml of a run has absolute paths there.
+        """
+        return ("model", "adapter", "merge.models", "path")
+
     def refusals(self, where: str, cfg: Any) -> Iterable[str]:
         """Reasons why this run cannot work, each a sentence with the remedy. Any reason refuses the run."""
         return ()

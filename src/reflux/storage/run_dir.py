@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from pathlib import Path
 from typing import IO
 
-from reflux.config.recipe import RunConfig, differences, saved_table, to_table
+import tomli_w
+
+from reflux.config.recipe import RunConfig, differences, saved_table
 from reflux.errors import RunError
-from reflux.storage import failed_batch, files
+from reflux.storage import failed_batch, files, recipe_paths
 
 # keys that may differ on resume, because they do not change any gradient
 _MAY_DIFFER = (
@@ -47,6 +50,36 @@ def choose_folder(recipe: str, out: str | Path | None, resume: bool) -> Path:
     return Path("runs") / (recipe if number == 1 else f"{recipe}-{number}")
 
 
+def check_place(out: Path) -> None:
+    """Raise RunError unless the folder `out` can be written to, or can be made. Nothing is made."""
+    above = out
+    while not os.path.lexists(above) and above != above.parent:
+        above = above.parent
+    if os.path.islink(above) and not os.path.exists(above):
+        raise _unusable(out, f"{above} is a link to something that does not exist")
+    if not os.path.isdir(above):
+        raise _unusable(out, f"{above} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise _unusable(out, f"there is no permission to write to {above}")
+
+
+def make(out: Path) -> None:
+    """Make the run directory `out` unless it exists. Raises RunError if that is not possible."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(out, error.strerror or str(error)) from error
+
+
+def _unusable(out: Path, why: str) -> RunError:
+    return RunError(f"{out} cannot be the output folder: {why}. Choose another folder with --out.")
+
+
+def write_recipe(cfg: RunConfig, out: Path) -> None:
+    """Write config.toml, with absolute paths. A file with the same content is not touched."""
+    files.write_text(out / "config.toml", tomli_w.dumps(recipe_paths.absolute(cfg)))
+
+
 def check_same(cfg: RunConfig, out: Path) -> None:
     """Raise RunError unless the run directory `out` was started with the same recipe. Keys that do not change
     any gradient may differ.
@@ -55,7 +88,7 @@ def check_same(cfg: RunConfig, out: Path) -> None:
         raise RunError(
             f"there is no run to resume in {out}: it has no config.toml. Start one without --resume."
         )
-    old, new = saved_table(out), to_table(cfg)
+    old, new = saved_table(out), recipe_paths.absolute(cfg)
     changed = [line for line in differences(old, new) if line.split(".")[0].split(":")[0] not in _MAY_DIFFER]
     if changed:
         raise RunError(

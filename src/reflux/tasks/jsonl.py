@@ -121,6 +121,10 @@ class Jsonl(TaskPart):
         return self.grader != "none"
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        return () if self.path is None else ("path", "validation", "test")
+
+    @property
     def local(self) -> bool:
         return self.path is not None
 
