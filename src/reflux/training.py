@@ -1,7 +1,7 @@
 """A run: its counters, schedule, evaluations, checkpoints and resume. `loop.train` calls its methods.
 
-Files of a run directory: config.toml  metrics.jsonl  evals.jsonl  attempts.jsonl  checkpoints/step-N/
-student/ summary.json  report.html. Some parts also write searches.jsonl or parts/NAME/.
+Files of a run directory: config.toml  data.json  metrics.jsonl  evals.jsonl  attempts.jsonl
+checkpoints/step-N/  student/  summary.json  report.html. Some parts also write searches.jsonl or parts/NAME/.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ class Run:
         run = cls(cfg, requirements, options, step, prompts)
         with ExitStack() as undo:
             undo.callback(run.close)
-            run_dir.take_lock(run._lock, run.dir)
+            if note := run_dir.take_lock(run._lock, run.dir):
+                run.watch.noted(note)
             # before config.toml is written, because the tracker's package may be missing
             run._tracker = open_tracker(cfg.track, run.dir, to_table(cfg))
             run_dir.write_recipe(cfg, run.dir)

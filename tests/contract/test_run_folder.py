@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import os
 import shutil
+import stat
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,9 @@ from reflux.cli.run import run_recipe
 from reflux.config.recipe import load_recipe
 from reflux.config.requirements import Requirements
 from reflux.errors import RunError
-from reflux.storage import files, recipe_paths
+from reflux.loop import train
+from reflux.runtime.watch import Silent
+from reflux.storage import files, recipe_paths, run_dir
 from reflux.training import Options, Run
 
 SMALL = (
@@ -173,6 +178,58 @@ def test_another_file_of_that_name_is_another_recipe(start: Path, monkeypatch: p
     monkeypatch.chdir(elsewhere)
     with pytest.raises(RunError, match=r"task\.path: was '.*here/own\.jsonl', is '.*elsewhere/own\.jsonl'"):
         run_recipe("opd", named(), start / "run", True)
+
+
+def test_a_data_file_that_has_changed_is_refused(start: Path) -> None:
+    opened("opd", named(), start / "run", False)
+    assert sorted(json.loads((start / "run" / "data.json").read_text())) == ["task.path", "task.validation"]
+    whole = (start / "own.jsonl").read_text()
+    (start / "own.jsonl").write_text(whole + '{"prompt": "new?", "answer": 1}\n')
+    with pytest.raises(RunError, match=r"the content of task\.path has changed since the run in .*run was"):
+        opened("opd", named(), start / "run", True)
+    (start / "own.jsonl").write_text(whole)
+    opened("opd", named(), start / "run", True)
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def noted(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def test_a_network_file_system_without_locks_rights_and_folder_syncs_is_enough(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def no_rights(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    fsync = os.fsync
+
+    def only_files(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
+
+    monkeypatch.setattr(run_dir.fcntl, "flock", no_locks)
+    monkeypatch.setattr(Path, "chmod", no_rights)
+    monkeypatch.setattr(os, "fsync", only_files)
+    notes = Notes()
+    cfg = load_recipe("vopd", [*SMALL, *NO_EVALS])
+    asyncio.run(train(cfg, Options(place / "folder", watch=notes)))
+    assert [text for text in notes.texts if "without file locks (No locks available)" in text]
+    assert (place / "folder" / "student" / "config.json").is_file()
+
+    def broken(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        files.sync_folder(place)
 
 
 def test_names_that_are_no_files_stay_as_they_are(start: Path) -> None:

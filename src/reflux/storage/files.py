@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,9 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         raise
     for file in scratch.rglob("*"):
         if file.is_file():
-            # safetensors writes files that other users cannot read
-            file.chmod(0o644)
+            # safetensors writes files that other users cannot read. Some file systems have no such rights.
+            with suppress(PermissionError, NotImplementedError):
+                file.chmod(0o644)
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
     if path.exists():
@@ -65,9 +67,15 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def sync_folder(path: Path) -> None:
+    """Sync the entries of a folder to disk. Some network file systems cannot do this for a folder, and refuse
+    it as an invalid argument.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
 

@@ -20,7 +20,7 @@ Keys = tuple[str | int, ...]
 def absolute(cfg: RunConfig) -> dict[str, Any]:
     """The table of a recipe. Names of files and folders that exist are absolute in it."""
     table = to_table(cfg)
-    for keys, name in _named(cfg, table):
+    for keys, name in named(cfg):
         if _exists(name):
             _value(table, keys[:-1])[keys[-1]] = os.path.abspath(Path(name).expanduser())
     return table
@@ -33,7 +33,7 @@ def continued(cfg: RunConfig, saved: dict[str, Any]) -> RunConfig:
     started with, if this path ends in the same names.
     """
     table = to_table(cfg)
-    for keys, name in _named(cfg, table):
+    for keys, name in named(cfg):
         before = _value(saved, keys)
         if isinstance(before, str) and not _exists(name) and _ends_in(before, name):
             _value(table, keys[:-1])[keys[-1]] = before
@@ -51,8 +51,9 @@ def _ends_in(path: str, name: str) -> bool:
     return PurePath(path).parts[-len(tail) :] == tail
 
 
-def _named(cfg: RunConfig, table: dict[str, Any]) -> Iterator[tuple[Keys, str]]:
+def named(cfg: RunConfig) -> Iterator[tuple[Keys, str]]:
     """(keys, name) of every file, folder or model that the parts of the recipe name."""
+    table = to_table(cfg)
     for keys in _places(cfg, ()):
         value = _value(table, keys)
         if isinstance(value, str):

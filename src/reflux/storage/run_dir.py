@@ -11,7 +11,7 @@ import tomli_w
 
 from reflux.config.recipe import RunConfig, differences, saved_table
 from reflux.errors import RunError
-from reflux.storage import failed_batch, files, recipe_paths
+from reflux.storage import data_digests, failed_batch, files, recipe_paths
 
 # keys that may differ on resume, because they do not change any gradient
 _MAY_DIFFER = (
@@ -76,13 +76,16 @@ def _unusable(out: Path, why: str) -> RunError:
 
 
 def write_recipe(cfg: RunConfig, out: Path) -> None:
-    """Write config.toml, with absolute paths. A file with the same content is not touched."""
+    """Write config.toml, with absolute paths, and the digests of the data files. A file with the same content
+    is not touched.
+    """
+    data_digests.keep(cfg, out)
     files.write_text(out / "config.toml", tomli_w.dumps(recipe_paths.absolute(cfg)))
 
 
 def check_same(cfg: RunConfig, out: Path) -> None:
-    """Raise RunError unless the run directory `out` was started with the same recipe. Keys that do not change
-    any gradient may differ.
+    """Raise RunError unless the run directory `out` was started with the same recipe and the same data files.
+    Keys that do not change any gradient may differ.
     """
     if not (out / "config.toml").exists():
         raise RunError(
@@ -95,18 +98,25 @@ def check_same(cfg: RunConfig, out: Path) -> None:
             f"{out} was started with another recipe, so it cannot be resumed with this one:\n  "
             + "\n  ".join(changed)
         )
+    data_digests.check_unchanged(cfg, out)
 
 
-def take_lock(lock: IO[str], folder: Path) -> None:
+def take_lock(lock: IO[str], folder: Path) -> str | None:
     """Lock the run directory `folder` until the file `lock` is closed. Raises RunError if another process
-    holds the lock.
+    holds the lock. Returns a note if the file system has no locks, as some network file systems.
     """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         raise RunError(
             f"{folder} is being written by another process. Wait for it, or choose another folder with --out."
         ) from None
+    except OSError as error:
+        return (
+            f"{folder} is on a file system without file locks ({error.strerror}), so a second process that "
+            "writes to it is not noticed. Start no other run in this folder."
+        )
+    return None
 
 
 def cut_back(folder: Path, step: int) -> None:
