@@ -218,3 +218,19 @@ def test_a_completion_is_a_reference(tmp_path: Path, completion: Any, found: Any
 def test_a_column_with_a_dot_in_its_name_comes_before_a_nested_one(tmp_path: Path) -> None:
     row = {"prompt": "a", "a.b": "outer", "a": {"b": "inner"}}
     assert read(saved(tmp_path, [row]), keys={"answer": "a.b"})[0].answer == "outer"
+
+
+def test_a_damaged_folder_of_data_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dataset` may be a folder of files. The library that reads it has errors of its own."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    saved(tmp_path / "data", b'{"prompt": "a"}\n{"prompt": \n', "train.jsonl")
+    task = Jsonl(dataset=str(tmp_path / "data"), validation=0.0)
+    with pytest.raises(
+        DataError, match=r"cannot load split 'train' .*JSON parse error: .* in row 1.*nothing was"
+    ):
+        task.prompts("train", 0)
+    saved(tmp_path / "data", ROWS, "train.jsonl")
+    assert next(task.prompts("train", 0)).id in ("q0", "q1", "q2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,22 @@ def test_answers_that_some_lines_lack_are_counted(tmp_path: Path) -> None:
         assert not [
             text for text in checks.warnings(recipe(tmp_path, rows, **changes)) if "no answer" in text
         ]
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted(tmp_path: Path) -> None:
+    same = {"prompt": "1+1?", "answer": 2}
+    cfg = recipe(tmp_path, [{**same, "id": "a"}, {**same, "prompt": "2+2?", "id": "b"}])
+    other = tmp_path / "test.jsonl"
+    other.write_text(json.dumps({**same, "id": "c"}) + "\n" + json.dumps({**same, "prompt": "3+3?"}) + "\n")
+    for field in ("test", "validation"):
+        changes = {"validation": 0.5, field: str(other)}
+        (note,) = [text for text in cfg_notes(cfg, **changes) if "also in" in text]
+        assert note.startswith(
+            f"task: 1 of the 2 prompts in {other} are also in {tmp_path / 'own.jsonl'}, which"
+        )
+    other.write_text(json.dumps({**same, "prompt": "3+3?", "id": "a"}) + "\n")
+    assert not [text for text in cfg_notes(cfg, validation=str(other)) if "also in" in text]
+
+
+def cfg_notes(cfg: Any, **changes: Any) -> list[str]:
+    return checks.warnings(replace(cfg, task=replace(cfg.task, **changes)))

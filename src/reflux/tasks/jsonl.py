@@ -103,17 +103,27 @@ class Jsonl(TaskPart):
             )
 
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
-        if self.path is None or self.grader not in COMPARES:
+        if self.path is None:
             return
-        if not any(part.verifies for part in (*cfg.evals.values(), *cfg.rewards.values())):
-            return
+        compares = self.grader in COMPARES and any(
+            part.verifies for part in (*cfg.evals.values(), *cfg.rewards.values())
+        )
+        trained: set[str] = set()
         for split, name in self._files():
             prompts = self._load(split, name)
             without = [prompt.id for prompt in prompts if prompt.answer is None]
-            if 0 < len(without) < len(prompts):
+            if compares and 0 < len(without) < len(prompts):
                 yield (
                     f"{where}: {len(without)} of the {len(prompts)} prompts in {name} have no answer (the "
                     f"first is {without[0]}). Attempts at them get no verdict."
+                )
+            asked = [repr(prompt.messages) for prompt in prompts]
+            if split == "train":
+                trained = set(asked)
+            elif known := sum(question in trained for question in asked):
+                yield (
+                    f"{where}: {known} of the {len(asked)} prompts in {name} are also in {self.path}, which "
+                    f"trains the student. Results on them do not show how it does on new prompts."
                 )
 
     @property
@@ -122,7 +132,7 @@ class Jsonl(TaskPart):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        return () if self.path is None else ("path", "validation", "test")
+        return ("dataset",) if self.path is None else ("path", "validation", "test")
 
     @property
     def local(self) -> bool:

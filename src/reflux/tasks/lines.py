@@ -27,11 +27,14 @@ def hub_lines(dataset: str, config: str | None, split: str, task: str) -> list[L
     """
     # Imported here because the import takes seconds.
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         rows = datasets.load_dataset(dataset, config, split=split)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (OSError, ValueError, RuntimeError, ImportError, DatasetsError) as error:
+        # The cause says what is wrong with the data.
+        said = [str(one).strip() for one in (error, error.__cause__) if one is not None]
+        reason = ": ".join(text.splitlines()[0] for text in said if text) or type(error).__name__
         raise DataError(
             f"task {task}: cannot load split '{split}' of the hub dataset '{dataset}' ({reason}); {NOTHING}. "
             "Without a connection, set `path` to a local copy, or load the dataset once on a machine with a "
