@@ -27,6 +27,5 @@ def numbered(prompts: Iterable[Prompt]) -> list[Prompt]:
             prompt = next(other for other in again if other.key not in taken)
         else:
             following[prompt.id] = count(2)
-        taken.add(prompt.key)
         found.append(prompt)
     return found
