@@ -107,6 +107,8 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "huge.jsonl": (b'{"prompt": "a", "answer": 1e999}\n', "no finite number in its field 'answer'"),
     "half.jsonl": (b'{"prompt": "a\\ud83d"}\n', "half of a character"),
     "half chat.jsonl": (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}\n', "half of a character"),
+    "blank.jsonl": (b'{"messages": [{"role": "user", "content": " "}]}\n', "a user message without text"),
+    "no parts.jsonl": (b'{"messages": [{"role": "user", "content": []}]}\n', "has no list of"),
     "route.jsonl": (b'{"prompt": "a", "route": ["x"]}\n', "neither text nor a number in its field 'route'"),
     "null.jsonl": (b'{"messages": [{"role": "user", "content": null}]}\n', "has no list of"),
     "digits.jsonl": (b'{"prompt": "a", "id": 7}\n{"prompt": "b", "id": "7"}\n', "has the id '7' of line 1"),
@@ -187,6 +189,15 @@ def test_a_table_gives_no_message_keys_without_a_value(tmp_path: Path) -> None:
     expected = ({"role": "user", "content": "2+3?"}, {"content": None, **chat[1]}, chat[2])
     for name, content in (("a.parquet", table([{"messages": chat}])), ("a.jsonl", [{"messages": chat}])):
         assert read(saved(tmp_path, content, name))[0].messages == expected
+
+
+def test_a_content_of_text_parts_is_one_text(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "2+3"}, {"type": "text", "text": "?"}]
+    path = saved(tmp_path, [{"messages": [{"role": "user", "content": parts}]}])
+    assert read(path)[0].messages == ({"role": "user", "content": "2+3?"},)
+    for other in ({"type": "image", "text": "a"}, {"type": "text"}, "text"):
+        path = saved(tmp_path, [{"messages": [{"role": "user", "content": [*parts, other]}]}])
+        assert "has no list of" in refusal(path)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,8 @@ def messages_of(prompt: Any, messages: Any, names: tuple[str, str]) -> tuple[Mes
         raise ValueError(
             "ends with an assistant turn, which the student must write. Move it to 'references' or 'answer'"
         )
+    if found[-1]["role"] == "user" and not found[-1]["content"].strip():
+        raise ValueError(f"ends with a user message without text in its field '{name}'")
     return tuple(found)
 
 
@@ -88,6 +90,8 @@ def text_of(value: Any, name: str) -> str | None:
 
 
 def _chat(messages: Any, name: str) -> list[Message]:
+    if isinstance(messages, list):
+        messages = [_joined(message) for message in messages]
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise ValueError(f'has no list of {{"role": text, "content": text}} in its field \'{name}\'')
     for message in messages:
@@ -97,6 +101,21 @@ def _chat(messages: Any, name: str) -> list[Message]:
         {"content": None} | {key: message[key] for key in _OF_MESSAGES if message.get(key) is not None}
         for message in messages
     ]
+
+
+def _joined(message: Any) -> Any:
+    """The message with its content as one text, if the content is a list of parts that are all texts."""
+    parts = message.get("content") if isinstance(message, dict) else None
+    if (
+        not isinstance(parts, list)
+        or not parts
+        or not all(
+            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in parts
+        )
+    ):
+        return message
+    return {**message, "content": "".join(part["text"] for part in parts)}
 
 
 def _is_message(message: Any) -> bool:
