@@ -1,110 +1,128 @@
 r"""Compares the final answer of a text with the stored answer.
 
-The final answer is, in this order:
+Thinking is removed first (`thinking`). A text whose thinking was not closed has no answer. The final answer
+of the rest is, in this order:
 
-1. the last `\boxed{...}`;
-2. else the text after the last `####`, `Answer:` or `answer is`, to the end of that line or sentence;
-3. else, where the stored answer is a plain number, the last number of the text;
-4. else the last expression that math-verify finds near the end of the text.
+1. what the last <answer> tags enclose;
+2. else the last `\boxed{...}`;
+3. else the text after the last `####`, `Answer:`, `answer is` or heading "Answer", to the end of that line or
+   sentence;
+4. else, where the stored answer is a number, the last number of the text;
+5. else the last line, or the last expression that math-verify finds near the end of the text.
 
-Plain numbers are compared exactly ("1,000.0" equals "1000"; "$18", "18%", "18 apples" and "x = 18" are 18). A
-final answer with several numbers ("12 or 13") is not a plain number, so it is not counted as right because
-one of them is right. A `\boxed{` that was cut off contains no answer. Anything else is compared by
-math-verify: "1/2", "0.5" and "\frac{1}{2}" are equal. The time limits of math-verify are off, because they
-need signals in the main thread of a process. Instead the worker process is killed.
+An answer that was cut off is no answer.
+
+Numbers are compared exactly, in all notations of `numerals` and with the units of `unit_names`. "50%" equals
+"50" and "0.5". "1.000 €" equals 1 and 1000. An answer with several numbers ("12 or 13") is not a number, so
+it is not counted as right because one of them is right. Words are compared without case and articles, and
+choices by their letter: "B) Paris" is "B". Anything else is compared by math-verify: "2\sqrt{3}" equals
+"\sqrt{12}", "[0, 1)" equals "0 <= x < 1", and sets have any order.
 """
 
 from __future__ import annotations
 
 import re
-from decimal import Decimal
+
+from reflux.grading.character_table import same_characters
+from reflux.grading.clean import bare
+from reflux.grading.clock import same_time
+from reflux.grading.equivalence import ends_with_equivalent, equivalent
+from reflux.grading.final import ITEM, final_answer
+from reflux.grading.numbers import SIDES, Number, equal_numbers, last_number, read_number
+from reflux.grading.thinking import without_thinking
+from reflux.grading.word_answers import (
+    CHOSEN,
+    LABEL,
+    is_choice,
+    labelled,
+    same_choice,
+    same_words,
+    without_label,
+)
 
 # Number of characters at the end of a text in which an expression is searched. The time of the extraction
 # grows faster than the length of the text.
 TAIL = 2000
-MARK = re.compile(r"####|\banswer\s*(?:is\b|:)\s*:?", re.IGNORECASE)
-STOP = re.compile(r"\n|[.!?](?:\s|$)")
-NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d)\.?)(?![\w])")
-UNIT = re.compile(r"[A-Za-z\s$€£%.,:;°]*")
-MACRO = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
+# A longer final answer is compared as a text only, unless the stored answer is long too.
+LONGEST_ANSWER = 500
+VARIABLE = re.compile(r"\s*([A-Za-z])\s*=[^=]*")
+# math-verify takes a decimal number with this many decimals for equal to the fraction it was rounded from.
+ROUNDED = re.compile(r"\.\d{6}")
 
 
 def grade(text: str, answer: str) -> float:
     """1.0 if the final answer of `text` equals `answer`, else 0.0. ValueError for an empty `answer`."""
     if not answer.strip():
         raise ValueError("the stored answer is empty; there is nothing to compare with")
-    found = final_answer(text)
-    gold = plain_number(answer)
-    if found is not None:
-        return float(_equal(found, answer))
-    if gold is not None:
-        numbers = NUMBER.findall(_clean(text))
-        return float(bool(numbers) and _decimal(numbers[-1]) == gold)
-    return float(_equivalent(text[-TAIL:], answer))
+    shown = without_thinking(text)
+    found = final_answer(shown)
+    return float(_unmarked(shown, answer) if found is None else _equal(found, answer))
 
 
-def final_answer(text: str) -> str | None:
-    r"""The marked final answer of the text: the last \boxed{...}, else the text after the last marker. None
-    without either.
-    """
-    boxed = _boxed(text)
-    if boxed is not None:
-        return boxed
-    marks = list(MARK.finditer(text))
-    if not marks:
-        return None
-    rest = text[marks[-1].end() :].lstrip()
-    stop = STOP.search(rest)
-    return (rest[: stop.start()] if stop else rest).strip()
-
-
-def plain_number(text: str) -> Decimal | None:
-    """The number after the last "=" of the text (or in the whole text), if nothing but units is beside it.
-    None if the text is not such a plain number.
-    """
-    last = _clean(text).rpartition("=")[2]
-    numbers = NUMBER.findall(last)
-    if len(numbers) != 1 or not UNIT.fullmatch(NUMBER.sub("", last)):
-        return None
-    return _decimal(numbers[0])
+def exact(text: str, answer: str) -> float:
+    """1.0 if the text without thinking, or its final answer, is the stored answer, apart from white space."""
+    shown = without_thinking(text)
+    return float(answer.split() in (text.split(), shown.split(), (final_answer(shown) or "").split()))
 
 
 def _equal(found: str, answer: str) -> bool:
-    if _clean(found).split() == _clean(answer).split():
-        return bool(found.strip())
-    ours, gold = plain_number(found), plain_number(answer)
-    if ours is not None and gold is not None and (ours == gold or "%" not in found + answer):
-        return ours == gold
-    return bool(found.strip()) and _equivalent(f"\\boxed{{{found}}}", answer)
+    if len(found) > max(LONGEST_ANSWER, 2 * len(answer)):
+        return False
+    ours, gold = bare(found), bare(answer)
+    if not ours or _different_variables(ours, gold):
+        return False
+    if same_words(ours, gold):
+        return True
+    if is_choice(gold):
+        return same_choice(ours, gold)
+    if same_words(without_label(ours), without_label(gold)) or labelled(ours, gold):
+        return True
+    time = same_time(ours, gold)
+    if time is not None:
+        return time
+    number = read_number(gold)
+    sides = SIDES.split(ours)
+    numbers = [] if number is None else [side for text in sides if (side := read_number(text)) is not None]
+    if number is not None and any(equal_numbers(side, number) for side in numbers):
+        return True
+    if numbers and not ROUNDED.search(f"{ours} {gold}"):
+        return False
+    return equivalent(SIDES.split(same_characters(found))[0], same_characters(answer))
 
 
-def _equivalent(text: str, answer: str) -> bool:
-    # Imported here because the import takes 0.6 s (sympy).
-    from math_verify import parse, verify
-
-    gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
-    return bool(gold) and verify(gold, parse(text, parsing_timeout=None), timeout_seconds=None)  # pyright: ignore[reportArgumentType]
-
-
-def _boxed(text: str) -> str | None:
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth = 0
-    for place in range(start + len("\\boxed"), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[start + len("\\boxed{") : place].strip()
-    # The text was cut before the closing brace: an answer is marked, but it is empty.
-    return ""
+def _unmarked(text: str, answer: str) -> bool:
+    lines = [line for line in text.splitlines() if line.strip()] or [""]
+    ours, gold = bare(lines[-1][-LONGEST_ANSWER:]), bare(answer)
+    if same_words(ours, gold):
+        return bool(ours)
+    if is_choice(gold):
+        return same_choice(_chosen(text, ours), gold)
+    number = read_number(gold)
+    if number is not None:
+        last = _last(lines)
+        return last is not None and equal_numbers(last, number)
+    return ends_with_equivalent(same_characters(text[-TAIL:]), same_characters(answer))
 
 
-def _clean(text: str) -> str:
-    text = MACRO.sub(r" \1", text.replace("\u2212", "-"))
-    for noise in ("\\left", "\\right", "\\!", "\\,", "\\;", "\\ "):
-        text = text.replace(noise, "")
-    return re.sub(r"\\([$%])", r"\1", text).replace("$", " ").replace("**", " ").strip().rstrip(".")
+def _chosen(text: str, last: str) -> str:
+    """What follows the last "I choose" or "the correct option is"; else the last line, unless choices are
+    listed.
+    """
+    chosen = list(CHOSEN.finditer(text))
+    if chosen:
+        return bare(text[chosen[-1].end() :][:LONGEST_ANSWER].split("\n")[0])
+    return "" if len(LABEL.findall(text)) > 1 else last
 
 
-def _decimal(number: str) -> Decimal:
-    return Decimal(number.replace(",", "").rstrip(".") or "0")
+def _last(lines: list[str]) -> Number | None:
+    """The last number of the lines. None if it stands in one of several choices that are listed."""
+    for place in range(len(lines) - 1, -1, -1):
+        if re.search(r"\d", lines[place]):
+            listed = LABEL.match(lines[place]) and place and LABEL.match(lines[place - 1])
+            return None if listed else last_number(bare(ITEM.sub("", lines[place])[-LONGEST_ANSWER:]))
+    return None
+
+
+def _different_variables(found: str, gold: str) -> bool:
+    ours, theirs = VARIABLE.fullmatch(found), VARIABLE.fullmatch(gold)
+    return ours is not None and theirs is not None and ours[1] != theirs[1]

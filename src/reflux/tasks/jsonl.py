@@ -182,13 +182,13 @@ class Jsonl(TaskPart):
             raise ValueError("the task has grader = none, so nothing can be judged")
         if self.grader not in GRADERS:
             return load(self.grader)(prompt, made)
-        from reflux.grading.math import final_answer, grade
+        from reflux.grading.math import exact, grade
 
         if prompt.answer is None:
             raise ValueError(f"prompt {prompt.id} has no answer to compare with")
         if self.grader == "math":
             return grade(made, prompt.answer)
-        return float(prompt.answer.split() in (made.split(), (final_answer(made) or "").split()))
+        return exact(made, prompt.answer)
 
     def _files(self) -> list[tuple[str, str]]:
         """(split, name of the file) of every file."""
