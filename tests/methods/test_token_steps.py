@@ -38,6 +38,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "keys and values": lambda: transformers.LlamaConfig(**SMALL),
     "convolution and attention": lambda: transformers.Lfm2Config(**SMALL, **LFM2),
     "state space": lambda: transformers.Mamba2Config(**BARE, **MAMBA2, initializer_range=0.2),
+    "state space with a mask": lambda: transformers.MambaConfig(**BARE, state_size=8, initializer_range=0.2),
     "alibi": lambda: transformers.FalconConfig(**BARE, num_attention_heads=4, alibi=True),
     "a cache class of its own": lambda: transformers.RwkvConfig(**BARE, attention_hidden_size=32),
     "state in its modules": lambda: transformers.RecurrentGemmaConfig(

@@ -34,20 +34,21 @@ def attach(model: Model, lora: Lora, seed: int) -> None:
             target_modules=targets,
             task_type="CAUSAL_LM",
         )
+        known = sorted(_linear_names(model.net))
         try:
             inject_adapter_in_model(settings, model.net)
         except ValueError as error:
-            known = sorted(
-                {
-                    name.rpartition(".")[2]
-                    for name, module in model.net.named_modules()
-                    if isinstance(module, torch.nn.Linear)
-                }
-            )
             raise ModelError(
                 f"learner.lora.targets: {error} The model's linear modules are called {', '.join(known)}."
             ) from error
     _refuse_tied(model.net)
+
+
+def _linear_names(net: Any) -> set[str]:
+    """The last parts of the names of all linear modules."""
+    return {
+        name.rpartition(".")[2] for name, module in net.named_modules() if isinstance(module, torch.nn.Linear)
+    }
 
 
 def _refuse_tied(net: Any) -> None:

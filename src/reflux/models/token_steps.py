@@ -64,15 +64,19 @@ class CachedSteps:
 
     def step(self, tokens_B: Tensor) -> Tensor:
         self.width += 1
-        mask_BL = self.mask_BL[:, : self.width]
-        if self.model.plain_attention:
-            # One new token attends to all earlier tokens, so transformers need not build a causal mask.
-            mask_BL = mask_BL[:, None, None].bool()
-        h_BH = self._forward(tokens_B[:, None], mask_BL, self.place_B[:, None])
+        h_BH = self._forward(tokens_B[:, None], self._step_mask(), self.place_B[:, None])
         self.place_B = self.place_B + 1
         return h_BH
 
-    def _forward(self, ids_BL: Tensor, mask_BL: Tensor, positions_BL: Tensor) -> Tensor:
+    def _step_mask(self) -> Tensor | None:
+        if self.argument == "cache_params":
+            # A state-space model multiplies its input by the mask, and the new tokens are no padding.
+            return None
+        mask_BL = self.mask_BL[:, : self.width]
+        # One new token attends to all earlier tokens, so transformers need not build a causal mask.
+        return mask_BL[:, None, None].bool() if self.model.plain_attention else mask_BL
+
+    def _forward(self, ids_BL: Tensor, mask_BL: Tensor | None, positions_BL: Tensor) -> Tensor:
         # Models without position embeddings have no argument for positions.
         placed = {"position_ids": positions_BL} if "position_ids" in self.names else {}
         read = {"attention_mask": mask_BL, "use_cache": True, self.argument: self.cache, **placed}
