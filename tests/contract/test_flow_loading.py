@@ -14,12 +14,14 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tiny_flow
 from reflux.errors import ModelError
-from reflux.models.flow import load
+from reflux.models.flow import frozen
 from reflux.models.flow.diffusers_library import library
 from reflux.models.flow.load import load_flow, load_net, outline_flow
+from reflux.models.sizes import size_of
 
 PROMPTS = ["a red cube", "two cats"]
 HUB_ID = "someone/tiny-flow"
@@ -214,9 +216,9 @@ def test_on_a_gpu_they_are_as_stored(
         return lambda *_, torch_dtype, **__: asked.update({name: torch_dtype}) or Loaded()
 
     monkeypatch.setattr(library().StableDiffusion3Pipeline, "from_pretrained", recorder("encoders"))
-    monkeypatch.setattr(library().AutoencoderKL, "from_pretrained", recorder("decoder"))
-    load._encoders(str(folder), "here", device)
-    load._decoder(str(folder), "here", device)
+    monkeypatch.setattr(frozen, "load_part", lambda *told: asked.update({"decoder": told[-1]}) or Loaded())
+    frozen.load_encoders(str(folder), "here", device)
+    frozen.load_decoder(str(folder), "here", device)
     assert asked == {"encoders": encoders, "decoder": decoder}
 
 
@@ -224,6 +226,66 @@ def test_on_a_gpu_they_are_as_stored(
 def test_an_unknown_type_is_refused_by_name(tmp_path: Path, loads: Any) -> None:
     with pytest.raises(ModelError, match=r"dtype = 'fp16'\. Choose auto, float32, bfloat16, float16\."):
         loads(tiny_flow.save(tmp_path, 0), "here", dtype="fp16")
+
+
+# --- weights that are not the model's
+
+
+def rewrite(file: Path, change: Any) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+NET = "transformer/diffusion_pytorch_model.safetensors"
+PROJECTION = "transformer_blocks.1.attn.to_q.weight"
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        (NET, lambda tensors: tensors.pop(PROJECTION), f"lack 1 tensors: {PROJECTION}"),
+        (NET, lambda tensors: tensors.update({"module.x": torch.zeros(1)}), "begin with module"),
+        (NET, lambda tensors: tensors.update({PROJECTION: torch.zeros(3, 16)}), "another shape 1 tensors"),
+        (
+            "text_encoder_2/model.safetensors",
+            lambda tensors: tensors.pop(min(tensors)),
+            r"\(text_encoder_2\).*lack 1 tensors",
+        ),
+        (
+            "vae/diffusion_pytorch_model.safetensors",
+            lambda tensors: tensors.pop(min(tensors)),
+            r"\(vae\).*lack 1 tensors",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(
+    sd3: Path, tmp_path: Path, file: str, change: Any, words: str
+) -> None:
+    folder = Path(shutil.copytree(sd3, tmp_path / "model"))
+    rewrite(folder / file, change)
+    with pytest.raises(ModelError, match=words):
+        load_flow(str(folder), "learner.model", device="cpu")
+
+
+@pytest.mark.parametrize("part", ["transformer", "prompts"])
+def test_files_that_are_not_whole_are_refused_in_plan_too(tmp_path: Path, part: str) -> None:
+    name = tiny_flow.save(tmp_path, 0)
+    (file,) = (tmp_path / part).glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-4])
+    for look in (load_flow, size_of):
+        with pytest.raises(ModelError, match=rf"learner\.model: .*{part}"):
+            look(name, "learner.model")
+
+
+def test_a_table_of_prompts_of_another_shape_is_refused(tmp_path: Path) -> None:
+    name = tiny_flow.save(tmp_path, 0)
+    rewrite(
+        tmp_path / "prompts" / "prompts.safetensors",
+        lambda tensors: tensors.update({"rows.weight": tensors["rows.weight"][1:].contiguous()}),
+    )
+    with pytest.raises(ModelError, match=r"learner\.model: the flow model .* cannot be loaded"):
+        load_flow(name, "learner.model", device="cpu")
 
 
 # --- where it is

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from reflux import checks
+from reflux.config.context import StudentSpec
 from reflux.config.groups import BASES
 from reflux.config.recipe import load_recipe
 from reflux.config.registry import kinds, part, within
@@ -195,9 +196,10 @@ def test_a_sampler_of_ones_own_leaves_a_teacher_to_the_default_one(monkeypatch: 
     monkeypatch.setattr(HF, "open_with", lambda self, model, context, services: ("hf", model))
     monkeypatch.setattr(Flow, "open_with", lambda self, model, context, services: ("flow", model))
     nothing: Any = None
-    assert Mine().open_with("a/model", nothing, nothing) == ("hf", "a/model")
+    text = StudentSpec("a/model")
+    assert Mine().open_with(text, nothing, nothing) == ("hf", text)
     assert Mine().open_with(nothing, nothing, nothing) == ("flow", None)
-    assert References().open_with("a/model", nothing, nothing) == ("hf", "a/model")
+    assert References().open_with(text, nothing, nothing) == ("hf", text)
 
 
 def test_an_evaluation_of_teachers_is_no_reason_to_refuse_a_run_without_any() -> None:

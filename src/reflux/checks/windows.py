@@ -35,10 +35,10 @@ def problems(cfg: RunConfig) -> Iterator[str]:
 def _too_narrow(
     cfg: RunConfig, table: str, context: Context, reader: StudentSpec, path: str
 ) -> Iterator[str]:
-    window = size_of(reader.model, path).context_tokens
+    window = size_of(reader.model, path, base=reader.base_model).context_tokens
     if window is None:
         return
-    tokenizer = load_tokenizer(reader.model, path, reader.trust_remote_code)
+    tokenizer = load_tokenizer(reader.model, path, reader.trust_remote_code, reader.base_model)
     limit = cfg.sampler.generation.max_prompt_tokens
     prompt = limit or _longest_prompt(
         cfg, Renderer(tokenizer, reader.system, reader.template, reader.prompt_suffix)

@@ -31,6 +31,8 @@ class StudentSpec:
     # a text at the end of every prompt, for the student and its teachers
     prompt_suffix: str | None = None
     trust_remote_code: bool = False
+    # the base model if `model` is an adapter; None: the one that the adapter's config names
+    base_model: str | None = None
     # data type of the master weights
     dtype: str = "float32"
 

@@ -75,7 +75,7 @@ def plan(cfg: RunConfig) -> Plan:
         # raises an error if the task's file is missing or malformed
         next(cfg.task.prompts("train", cfg.seed, 0))
     pixels = cfg.sampler.generation.pixels
-    student = size_of(cfg.learner.model, "learner.model", pixels)
+    student = size_of(cfg.learner.model, "learner.model", pixels, cfg.learner.student.base_model)
     sizes = {
         name: teacher.size(f"teachers.{name}", student, pixels) for name, teacher in cfg.teachers.items()
     }

@@ -17,6 +17,7 @@ from reflux.learners.base import LearnerPart, negative_rate
 from reflux.learners.hf import LORA
 from reflux.models.flow.adapter_folders import adapter_file, adapter_folder, on_hub
 from reflux.models.folders import look_for_flow
+from reflux.models.placement import Device
 from reflux.models.settings import Average, Decay, FlowLora, Merge, Positive
 from reflux.types import FlowRollout, Rollout
 
@@ -68,7 +69,7 @@ class Flow(LearnerPart):
     gradient_checkpointing: bool = False
     # "auto": bfloat16 on a GPU.
     autocast: Literal["auto", "off"] = "auto"
-    device: str = "auto"
+    device: Device = "auto"
 
     def __post_init__(self) -> None:
         number(self.lr, "lr")

@@ -15,6 +15,7 @@ from reflux.config.registry import STRICT
 from reflux.config.schedules import Number, number
 from reflux.learners.base import LearnerPart, negative_rate
 from reflux.models.folders import look_for_text
+from reflux.models.placement import Device
 from reflux.models.settings import Decay, Lora, Positive
 from reflux.types import Rollout, TokenRollout
 
@@ -51,8 +52,10 @@ class HF(LearnerPart):
 
     rollouts: ClassVar[type[Rollout]] = TokenRollout
 
-    # The model that training starts from.
+    # The model that training starts from, or a peft adapter, which is merged into its base model.
     model: str
+    # The base model if `model` is an adapter; not set: the one that the adapter's config names.
+    base_model: str | None = None
     # System prompt, put before conversations that have none.
     system: str | None = None
     # Chat-template arguments, for example enable_thinking = false.
@@ -73,7 +76,7 @@ class HF(LearnerPart):
     gradient_checkpointing: bool = False
     # "auto": bfloat16 on a GPU.
     autocast: Literal["auto", "off"] = "auto"
-    device: str = "auto"
+    device: Device = "auto"
     # The `attn_implementation` argument of transformers.
     attention: str | None = None
     trust_remote_code: bool = False
@@ -89,10 +92,17 @@ class HF(LearnerPart):
 
     @property
     def student(self) -> StudentSpec:
-        return StudentSpec(self.model, self.system, self.template, self.prompt_suffix, self.trust_remote_code)
+        return StudentSpec(
+            self.model,
+            self.system,
+            self.template,
+            self.prompt_suffix,
+            self.trust_remote_code,
+            self.base_model,
+        )
 
     def inputs(self, where: str) -> None:
-        look_for_text(self.model, f"{where}.model")
+        look_for_text(self.model, f"{where}.model", self.base_model, trained=True)
 
     @property
     def trains_all(self) -> bool:

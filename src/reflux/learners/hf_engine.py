@@ -19,6 +19,7 @@ from reflux.loss.aggregate import Result
 from reflux.loss.batch import Item, micro_batches
 from reflux.loss.term import LossTerm
 from reflux.models import lora
+from reflux.models.savable import check_savable, mend_generation_config
 from reflux.models.text import Model, load_model, parameter_count
 from reflux.models.training_mode import quiet_dropout, recompute_activations
 from reflux.types import Attempt, Group, Target
@@ -62,8 +63,12 @@ class HFLearner(GradientLearner):
                 device=cfg.device,
                 attention=cfg.attention,
                 trust_remote_code=cfg.trust_remote_code,
+                base=cfg.base_model,
             )
         )
+        if mended := mend_generation_config(model.net):
+            services.listener.noted(mended)
+        check_savable(model)
         yield cls(cfg, context, services, model)
 
     @property

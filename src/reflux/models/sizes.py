@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from reflux.models.text import local_folder
+from reflux.models.adapter_source import base_of, is_adapter
+from reflux.models.text import local_folder, locate
+from reflux.models.weight_files import check_files, read_header, read_json, weight_files
 
 # folders of a Stable Diffusion 3 model that are never trained
 _BESIDE = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae")
@@ -40,20 +40,27 @@ class Size:
     beside_bytes: int = 0
 
 
-def size_of(model: str, path: str, pixels: int = 0) -> Size:
+def size_of(model: str, path: str, pixels: int = 0, base: str | None = None) -> Size:
     """The size from config.json and the safetensors headers. For a hub model that is not in the cache the
     numbers are None.
 
     path: the path of the key in the recipe, for errors. pixels: the side of a flow model's images; 0 is the
-    size that the model was made for.
+    size that the model was made for. base: the base model of an adapter, as in `base_of`. ModelError for a
+    folder on this machine whose files are not whole.
     """
     folder = local_folder(model, path)
     if folder is None:
         return Size(model, "on the hub, not read yet")
-    if (folder / "model_index.json").is_file():
-        return _flow_size(model, folder, pixels)
-    config = json.loads((folder / "config.json").read_text())
-    counted = _headers(folder)
+    if is_adapter(folder):
+        # It is merged into its base model, so a run holds as many weights as that model has.
+        return replace(size_of(base_of(folder, path, base), path), name=model)
+    flow = (folder / "model_index.json").is_file()
+    if Path(locate(model, path)).is_dir():
+        check_files(folder / "transformer" if flow else folder, path)
+    if flow:
+        return _flow_size(model, folder, pixels, path)
+    config = read_json(folder / "config.json", path)
+    counted = _headers(folder, path)
     architecture = (config.get("architectures") or [config.get("model_type", "?")])[0]
     window = config.get("max_position_embeddings") or config.get("text_config", {}).get(
         "max_position_embeddings"
@@ -66,20 +73,20 @@ def size_of(model: str, path: str, pixels: int = 0) -> Size:
     )
 
 
-def _flow_size(model: str, folder: Path, pixels: int) -> Size:
+def _flow_size(model: str, folder: Path, pixels: int, path: str) -> Size:
     """The size of a model in a diffusers folder. One position is one velocity, for which the transformer
     reads every patch and every prompt token.
     """
-    transformer = _headers(folder / "transformer")
+    transformer = _headers(folder / "transformer", path)
     if not (folder / "transformer" / "config.json").is_file() or transformer is None:
         return Size(model, "only partly here, not read yet")
-    config = json.loads((folder / "transformer" / "config.json").read_text())
-    source, table = _source(folder), folder / "prompts"
+    config = read_json(folder / "transformer" / "config.json", path)
+    source, table = _source(folder, path), folder / "prompts"
     prompt_tokens = (
-        json.loads((table / "prompts.json").read_text())["length"] if table.is_dir() else _SD3_PROMPT_TOKENS
+        read_json(table / "prompts.json", path)["length"] if table.is_dir() else _SD3_PROMPT_TOKENS
     )
-    learned = _headers(table) or (0, 0)
-    factor = 1 if table.is_dir() else _decoder_factor(source)
+    learned = _headers(table, path) or (0, 0)
+    factor = 1 if table.is_dir() else _decoder_factor(source, path)
     side = config["sample_size"] if not pixels else None if factor is None else pixels // factor
     patches = None if side is None else (side // config["patch_size"]) ** 2
     return Size(
@@ -89,48 +96,34 @@ def _flow_size(model: str, folder: Path, pixels: int) -> Size:
         stored_bytes=transformer[1] + learned[1],
         macs=None if patches is None else transformer[0] * (patches + prompt_tokens),
         patches=patches,
-        beside_bytes=sum(found[1] for name in _BESIDE if source and (found := _headers(source / name))),
+        beside_bytes=sum(found[1] for name in _BESIDE if source and (found := _headers(source / name, path))),
     )
 
 
-def _source(folder: Path) -> Path | None:
+def _source(folder: Path, path: str) -> Path | None:
     """The folder of a model's text encoders and decoder: the model's folder, or the folder of the model
     that an earlier run started from. None where that one is not in the local cache.
     """
-    named = json.loads((folder / "model_index.json").read_text()).get("_encoders")
+    named = read_json(folder / "model_index.json", path).get("_encoders")
     return local_folder(named, "model_index.json") if named else folder
 
 
-def _decoder_factor(source: Path | None) -> int | None:
+def _decoder_factor(source: Path | None, path: str) -> int | None:
     """Pixels per side of one latent value; None where the decoder's config is not on this machine."""
     file = source and source / "vae" / "config.json"
-    return (
-        2 ** (len(json.loads(file.read_text())["block_out_channels"]) - 1)
-        if file and file.is_file()
-        else None
-    )
+    return 2 ** (len(read_json(file, path)["block_out_channels"]) - 1) if file and file.is_file() else None
 
 
-def _headers(folder: Path) -> tuple[int, int] | None:
-    """(parameters, bytes) over the safetensors files of a folder, without a second copy in another
-    precision (*.fp16*). None where there are no parameters.
+def _headers(folder: Path, path: str) -> tuple[int, int] | None:
+    """(parameters, bytes) over the files that hold the weights of a folder; a copy in another precision or
+    format is not counted. None where a file is not here, or there are no parameters.
     """
+    files = weight_files(folder, path)
+    if not all(file.exists() for file in files):
+        return None
     parameters = size = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        if ".fp16" in file.name:
-            continue
-        for name, entry in read_header(file).items():
+    for file in files:
+        for name, entry in read_header(file, path).items():
             parameters += math.prod(entry["shape"]) if name != _PLACES else 0
             size += entry["data_offsets"][1] - entry["data_offsets"][0]
     return (parameters, size) if parameters else None
-
-
-def read_header(file: Path) -> dict[str, Any]:
-    """The tensor table of a safetensors file, which starts with 8 bytes for the length of the table, then
-    the table as JSON.
-    """
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        table = json.loads(handle.read(length))
-    table.pop("__metadata__", None)
-    return table

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reflux.errors import ModelError
+from reflux.models import adapter_source
+from reflux.models.placement import pick_device
 from reflux.models.rope_window import steady_tokens
 from reflux.models.tokenizer import Renderer, end_ids, vocabulary_size
 
@@ -26,6 +28,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 HEAD_SHARE = 1e-3
 # index files of transformers models and of diffusers pipelines
 INDEXES = ("config.json", "model_index.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
 # prefix of the models in this package: "reflux:student" is the one named student
 SHIPPED = "reflux:"
 
@@ -51,9 +54,9 @@ def locate(name: str, path: str = "model") -> str:
         return str(folder)
     folder = Path(name).expanduser()
     for candidate in (folder / "student", folder):
-        if any((candidate / index).is_file() for index in INDEXES):
+        if any((candidate / index).is_file() for index in (*INDEXES, adapter_source.CONFIG)):
             return str(candidate)
-    if folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if folder.is_dir() or adapter_source.looks_like_folder(name):
         why = f"has no {' and no '.join(INDEXES)}" if folder.is_dir() else "does not exist"
         raise ModelError(
             f"{path}: the folder {name} {why}. Give a folder in Hugging Face format, a run directory, or a "
@@ -62,26 +65,34 @@ def locate(name: str, path: str = "model") -> str:
     return name
 
 
-def load_tokenizer(name: str, path: str = "model", trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    name: str, path: str = "model", trust_remote_code: bool = False, base: str | None = None
+) -> Any:
+    """The tokenizer of a model. An adapter without a tokenizer has that of its base model. The arguments are
+    those of `load_model`.
+    """
     from transformers import AutoTokenizer
 
     where = locate(name, path)
+    adapter = Path(where)
+    if adapter_source.is_adapter(adapter) and not any((adapter / file).is_file() for file in _TOKENIZERS):
+        return load_tokenizer(adapter_source.base_of(adapter, path, base), path, trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(_not_loaded(path, "tokenizer", name, error)) from error
+        raise ModelError(not_loaded(path, "tokenizer", name, error)) from error
 
 
 def local_folder(name: str, path: str = "model") -> Path | None:
     """The folder of a model's files on this machine, the hub's cache included; None where there is no such
     folder. Nothing is downloaded. path: the path of the key in the recipe, for errors.
     """
-    where = Path(locate(name, path))
-    if any((where / index).is_file() for index in INDEXES):
+    where, indexes = Path(locate(name, path)), (*INDEXES, adapter_source.CONFIG)
+    if any((where / index).is_file() for index in indexes):
         return where
     from huggingface_hub import try_to_load_from_cache
 
-    cached = (try_to_load_from_cache(name, index) for index in INDEXES)
+    cached = (try_to_load_from_cache(name, index) for index in indexes)
     return next((Path(file).parent for file in cached if isinstance(file, str)), None)
 
 
@@ -123,49 +134,44 @@ def load_model(
     attention: str | None = None,
     trust_remote_code: bool = False,
     device_map: str | None = None,
+    base: str | None = None,
 ) -> Model:
     """Load weights and tokenizer. path: the path of the key in the recipe, for errors. attention: the
     `attn_implementation` argument of transformers. dtype "auto": as stored. device "auto": the first GPU,
     else the CPU. device_map: placement by accelerate instead of `device`.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
+    A peft adapter is merged into its base model, which is `base` or else the one that the adapter's config
+    names. ModelError where the files are not whole, hold other weights than the model's, or hold no causal
+    language model.
+    """
+    from reflux.models.causal_net import correct_tie, load_causal_net
     from reflux.models.cpu.linear import speed_up
     from reflux.models.cpu.norm import fuse_norms
+    from reflux.models.logit_checks import refuse_wrong_logits
+    from reflux.models.text_adapters import adapter_in, merge_adapter
 
-    where = locate(name, path)
-    tokenizer = load_tokenizer(name, path, trust_remote_code)
-    try:
-        net = AutoModelForCausalLM.from_pretrained(
-            where,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            device_map=device_map,
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(_not_loaded(path, "model", name, error)) from error
-    stored = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code).dtype
-    placed = net if device_map else net.to(pick_device(device))  # pyright: ignore[reportArgumentType]
+    place, where = pick_device(device), locate(name, path)
+    adapter = adapter_in(where, path)
+    if adapter is not None:
+        where = locate(adapter_source.base_of(adapter, path, base), path)
+    tokenizer = load_tokenizer(name, path, trust_remote_code, base)
+    net, stored = load_causal_net(
+        where,
+        name,
+        path,
+        dtype=dtype,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+        device_map=device_map,
+    )
+    if adapter is not None:
+        net = merge_adapter(net, adapter, name, path)
+    correct_tie(net)
+    placed = net if device_map else net.to(place)
     speed_up(placed)
     fuse_norms(placed)
-    model = as_model(placed, tokenizer, stored if isinstance(stored, torch.dtype) else None)
-    try:
-        gap, bound = head_gap(model)
-    except Exception as error:
-        raise ModelError(
-            f"{path}: the forward pass of {name} over a few tokens failed: {type(error).__name__}: "
-            f"{first_line(error)}. The model needs other inputs than the tokens of a text, or a package that "
-            "is not installed."
-        ) from error
-    if not gap <= bound:
-        raise ModelError(
-            f"{path}: {name} computes its logits from the last hidden states in a way that this library "
-            "does not support: the logits differ by "
-            f"{gap:.3g}. Use a model of another architecture, or report its name to us."
-        )
+    model = as_model(placed, tokenizer, stored)
+    refuse_wrong_logits(model, name, path)
     return model
 
 
@@ -255,29 +261,16 @@ def share_cores(parties: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // parties))
 
 
-def pick_device(device: str) -> str:
-    import torch
-
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(
-            f'device = "{device}", but torch finds no GPU. Leave device out, or install a torch built '
-            "for CUDA."
-        )
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def parameter_count(net: Any) -> int:
     """Number of parameters; tied parameters count once."""
     return sum(parameter.numel() for parameter in {id(p): p for p in net.parameters()}.values())
 
 
-def _not_loaded(path: str, what: str, name: str, error: Exception) -> str:
+def not_loaded(path: str, what: str, name: str, error: Exception) -> str:
     where = (
         ""
         if Path(name).exists() or name.startswith(SHIPPED)
-        else "there is no such folder here, and no such model on the hub: "
+        else "it is not in a folder here, and the hub did not give it: "
     )
     return f"{path}: the {what} of {name} cannot be loaded: {where}{first_line(error)}"
 

@@ -74,7 +74,9 @@ class Services:
         """The student's tokenizer."""
         from reflux.models.text import load_tokenizer
 
-        return load_tokenizer(self.student.model, "learner.model", self.student.trust_remote_code)
+        return load_tokenizer(
+            self.student.model, "learner.model", self.student.trust_remote_code, self.student.base_model
+        )
 
     @cached_property
     def graders(self) -> Graders:

@@ -12,6 +12,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from reflux.config import registry
+from reflux.config.context import StudentSpec
 from reflux.config.part import Part
 from reflux.config.step_context import SamplingParams
 from reflux.types import Group, Prompt, Rollout
@@ -62,13 +63,13 @@ class SamplerPart(Part, Protocol):
     def open_with(
         self, model: Any, context: PartContext, services: Services
     ) -> AbstractAsyncContextManager[OpenSampler]:
-        """The same sampler with a teacher's model in place of the student's. `model` is the name of a text
-        model, or an open flow model.
+        """The same sampler with a teacher's model in place of the student's. `model` is the StudentSpec of a
+        text model, or an open flow model.
 
         The default implementation uses the built-in sampler of the model's kind, so a custom sampler need not
         implement it.
         """
-        default = registry.part("samplers", "hf" if isinstance(model, str) else "flow")
+        default = registry.part("samplers", "hf" if isinstance(model, StudentSpec) else "flow")
         return default().open_with(model, context, services)
 
 

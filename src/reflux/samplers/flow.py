@@ -23,7 +23,7 @@ from reflux.config.registry import STRICT, kind_of
 from reflux.config.schedules import Number, at, number
 from reflux.config.step_context import SamplingParams
 from reflux.errors import DataError
-from reflux.models.folders import Dtype
+from reflux.models.placement import Device, Dtype
 from reflux.samplers.base import SamplerPart
 from reflux.types import FlowRollout, Prompt, Rollout
 
@@ -82,7 +82,7 @@ class Flow(SamplerPart):
     batch_images: Annotated[int, Field(ge=1)] = 64
     # "auto": as stored on a GPU, float32 on a CPU. Steps are always computed in float32.
     dtype: Dtype = "auto"
-    device: str = "auto"
+    device: Device = "auto"
 
     def __post_init__(self) -> None:
         if self.max_denoising_steps is not None:

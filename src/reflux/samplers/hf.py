@@ -13,7 +13,7 @@ from reflux.config.context import Generation
 from reflux.config.registry import STRICT
 from reflux.config.schedules import Number, at, number
 from reflux.config.step_context import SamplingParams
-from reflux.models.folders import Dtype
+from reflux.models.placement import Device, Dtype
 from reflux.samplers.base import SamplerPart
 from reflux.types import Rollout, TokenRollout
 
@@ -79,7 +79,7 @@ class HF(SamplerPart):
     environment_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
     # "auto": as stored.
     dtype: Dtype = "auto"
-    device: str = "auto"
+    device: Device = "auto"
     # The `attn_implementation` argument of transformers.
     attention: str | None = None
 

@@ -19,7 +19,7 @@ from reflux.samplers.in_process_sampler import InProcessSampler, Request
 from reflux.types import Group
 
 if TYPE_CHECKING:
-    from reflux.config.context import PartContext
+    from reflux.config.context import PartContext, StudentSpec
     from reflux.runtime.services import Services
     from reflux.samplers.hf import HF
 
@@ -47,19 +47,19 @@ class HFSampler(InProcessSampler):
     @classmethod
     @asynccontextmanager
     async def opened(
-        cls, cfg: HF, context: PartContext, services: Services, model: str | None = None
+        cls, cfg: HF, context: PartContext, services: Services, model: StudentSpec | None = None
     ) -> AsyncIterator[HFSampler]:
-        student = context.student
+        """A sampler of the student's model, or of `model` in its place."""
+        acting = model or context.student
         load = partial(
             load_model,
             dtype=cfg.dtype,
             device=cfg.device,
             attention=cfg.attention,
-            trust_remote_code=student.trust_remote_code,
+            trust_remote_code=acting.trust_remote_code,
+            base=acting.base_model,
         )
-        loaded = await services.run_model(
-            load, model or student.model, "learner.model" if model is None else "model"
-        )
+        loaded = await services.run_model(load, acting.model, "learner.model" if model is None else "model")
         loaded.net.requires_grad_(False)
         yield cls(cfg, context, services, loaded)
 

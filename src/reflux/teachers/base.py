@@ -79,8 +79,8 @@ class TeacherPart(Part, Protocol):
         return ()
 
     def acts_with(self, opened: Any) -> Any:
-        """The model that `Sampler.open_with` takes to sample from this teacher; None if the teacher has no
-        model in this process. opened: what `open` of this teacher gave.
+        """The model that `Sampler.open_with` takes to sample from this teacher, for texts as a StudentSpec;
+        None if the teacher has no model in this process. opened: what `open` of this teacher gave.
         """
         return None
 

@@ -13,7 +13,8 @@ from reflux.config.registry import STRICT, PartOf
 from reflux.contexts.base import Context
 from reflux.contexts.same import Same
 from reflux.models.flow.adapter_folders import adapter_file, on_hub
-from reflux.models.folders import Dtype, look_for_flow
+from reflux.models.folders import look_for_flow
+from reflux.models.placement import Device, Dtype
 from reflux.models.sizes import Size, size_of
 from reflux.teachers.base import TeacherPart
 from reflux.types import FlowRollout, Rollout, VelocityTarget
@@ -59,7 +60,7 @@ class Flow(TeacherPart):
     batch_positions: Annotated[int, Field(ge=1)] = 64
     # "auto": as stored on a GPU, float32 on a CPU.
     dtype: Dtype = "auto"
-    device: str = "auto"
+    device: Device = "auto"
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         of_student = cfg.sampler.generation

@@ -12,7 +12,8 @@ from reflux.config.context import StudentSpec
 from reflux.config.registry import STRICT, PartOf
 from reflux.contexts.base import Context
 from reflux.contexts.same import Same
-from reflux.models.folders import Dtype, look_for_text
+from reflux.models.folders import look_for_text
+from reflux.models.placement import Device, Dtype
 from reflux.models.sizes import Size, size_of
 from reflux.teachers.base import TeacherPart
 from reflux.types import HiddenTarget, Rollout, TokenRollout
@@ -27,6 +28,8 @@ class Local(TeacherPart):
     """A frozen model with the student's token map. The model reads the student's exact tokens, and gives the
     full distribution as hidden states.
 
+    A peft adapter is merged into its base model, so each teacher that is an adapter holds a whole model.
+
     routes: only prompts with one of these routes are scored. alias: the name that several tables with routes
     share.
     """
@@ -36,15 +39,18 @@ class Local(TeacherPart):
     in_process: ClassVar[bool] = True
     at_ids: ClassVar[bool] = True
 
+    # A folder, a hub id, an earlier run directory, `reflux:teacher`, or a peft adapter.
     model: str
+    # The base model if `model` is an adapter; not set: the one that the adapter's config names.
+    base_model: str | None = None
     context: Annotated[Context, PartOf("contexts")] = Same()
     alias: str | None = None
     routes: tuple[str, ...] = ()
     # Tokens in one forward pass, padding included.
     batch_tokens: Annotated[int, Field(ge=1)] = 32768
-    # "auto": as stored; or float32, bfloat16 or float16.
+    # "auto": as stored; or float32, bfloat16 or float16 (short: fp32, bf16, fp16).
     dtype: Dtype = "auto"
-    device: str = "auto"
+    device: Device = "auto"
     # Placement by accelerate, for example "auto" to offload to the CPU.
     device_map: str | None = None
     # The `attn_implementation` argument of transformers.
@@ -56,22 +62,27 @@ class Local(TeacherPart):
     template: dict[str, Any] = Field(default_factory=dict)
 
     def inputs(self, where: str) -> None:
-        look_for_text(self.model, f"{where}.model")
+        look_for_text(self.model, f"{where}.model", self.base_model)
 
     @property
     def sources(self) -> tuple[str, ...]:
         return (self.model,)
 
     def acts_with(self, opened: Any) -> Any:
-        return self.model
+        return StudentSpec(self.model, trust_remote_code=self.trust_remote_code, base_model=self.base_model)
 
     def reader(self, student: StudentSpec) -> StudentSpec | None:
         return StudentSpec(
-            self.model, self.system, self.template, student.prompt_suffix, self.trust_remote_code
+            self.model,
+            self.system,
+            self.template,
+            student.prompt_suffix,
+            self.trust_remote_code,
+            self.base_model,
         )
 
     def size(self, where: str, student: Size, pixels: int) -> Size | None:
-        return size_of(self.model, f"{where}.model", pixels)
+        return size_of(self.model, f"{where}.model", pixels, self.base_model)
 
     @property
     def follows(self) -> bool:

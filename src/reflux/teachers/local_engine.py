@@ -37,7 +37,9 @@ class LocalTeacher(InProcessTeacher):
         cls, cfg: Local, context: PartContext, services: Services
     ) -> AsyncIterator[LocalTeacher]:
         where = f"teachers.{context.name}.model"
-        tokenizer = await services.run_model(load_tokenizer, cfg.model, where, cfg.trust_remote_code)
+        tokenizer = await services.run_model(
+            load_tokenizer, cfg.model, where, cfg.trust_remote_code, cfg.base_model
+        )
         check_same_tokens(services.tokenizer, tokenizer, context.name)
         model = await services.run_model(
             partial(
@@ -49,6 +51,7 @@ class LocalTeacher(InProcessTeacher):
                 attention=cfg.attention,
                 trust_remote_code=cfg.trust_remote_code,
                 device_map=cfg.device_map,
+                base=cfg.base_model,
             )
         )
         model.net.requires_grad_(False)

@@ -16,6 +16,7 @@ from reflux.config.papers import Paper
 from reflux.config.registry import STRICT, PartOf
 from reflux.contexts.base import Context
 from reflux.contexts.same import Same
+from reflux.models.placement import Device
 from reflux.teachers.base import TeacherPart
 from reflux.types import HiddenTarget, Rollout, TokenRollout
 
@@ -74,7 +75,7 @@ class SelfTeacher(TeacherPart):
     batch_tokens: Annotated[int, Field(ge=1)] = 32768
     # "auto": bfloat16 passes on a GPU, as in the learner.
     autocast: Literal["auto", "off"] = "auto"
-    device: str = "auto"
+    device: Device = "auto"
     # The `attn_implementation` argument of transformers.
     attention: str | None = None
 

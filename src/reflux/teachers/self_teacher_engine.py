@@ -52,6 +52,7 @@ class SelfTeacherEngine(InProcessTeacher):
                 device=cfg.device,
                 attention=cfg.attention,
                 trust_remote_code=student.trust_remote_code,
+                base=student.base_model,
             )
         )
         renderer = model.renderer(student.system, student.template, student.prompt_suffix)

@@ -25,6 +25,7 @@ from reflux.models.flow.adapter_folders import CONFIG, DIFFUSERS, PEFT, adapter_
 from reflux.models.flow.diffusers_library import library
 from reflux.models.flow.flow_adapters import Adapter, Factors, layers_of, linear_shapes, lora_config, missed
 from reflux.models.text import first_line
+from reflux.models.weight_files import read_json
 
 # the header key under which diffusers stores peft's config
 HEADER = "lora_adapter_metadata"
@@ -99,7 +100,7 @@ def _load(file: Path, path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _peft_config(folder: Path, path: str) -> Any:
     from peft import LoraConfig
 
-    table = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    table = read_json(folder / CONFIG, path)
     if table.get("peft_type") != "LORA":
         raise ModelError(
             f"{path}: the adapter in {folder} has the type {table.get('peft_type')}; only LORA is supported."

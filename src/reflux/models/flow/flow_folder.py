@@ -14,6 +14,7 @@ from reflux.errors import ModelError
 from reflux.models.flow.diffusers_library import library
 from reflux.models.flow.flow_model import TABLE
 from reflux.models.text import first_line, locate
+from reflux.models.weight_files import read_header, read_json, weight_files
 
 # files of a model without the weights of its transformer
 PLAN = ("model_index.json", "scheduler/*.json", "transformer/*.json", f"{TABLE}/*")
@@ -74,7 +75,7 @@ def read_index(folder: Path, name: str, path: str) -> dict[str, Any]:
             f"{path}: {name} is not a flow model: its folder has no model_index.json. Give a folder in "
             "diffusers' format."
         )
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(file, path)
 
 
 def read_scheduler(folder: Path, name: str, path: str) -> dict[str, Any]:
@@ -102,15 +103,16 @@ def read_scheduler(folder: Path, name: str, path: str) -> dict[str, Any]:
     return scheduler
 
 
-def stored_dtype(weights: Path) -> torch.dtype | None:
-    """The dtype of the weights in a folder, None where it has no weights. Exports use this dtype."""
+def stored_dtype(weights: Path, path: str) -> torch.dtype | None:
+    """The dtype of the weights in a folder, None where it has no weights. Exports use this dtype. path: the
+    path of the key in the recipe. ModelError for a file that is not whole.
+    """
     from safetensors import safe_open
 
-    for file in sorted(file for file in weights.glob("*.safetensors") if not file.match(COPIES)):
-        with safe_open(file, "pt") as tensors:
-            # A safetensors file is not a mapping, so it cannot be iterated without keys().
-            for key in tensors.keys():  # noqa: SIM118
-                return tensors.get_tensor(key).dtype
+    for file in weight_files(weights, path):
+        if file.exists() and (names := list(read_header(file, path))):
+            with safe_open(file, "pt") as tensors:
+                return tensors.get_tensor(names[0]).dtype
     return None
 
 
