@@ -12,7 +12,8 @@ from reflux.models.tokenizer import check_same_tokens, end_ids
 
 def before(cfg: RunConfig) -> Iterator[Finding]:
     """Findings before models are loaded, on tokenizers and end tokens."""
-    student = load_tokenizer(cfg.learner.model, "learner.model")
+    own = cfg.learner.student
+    student = load_tokenizer(own.model, "learner.model", own.trust_remote_code, own.base_model)
     ends = list(end_ids(student))
     yield Finding("ok", "end of text", f"ids {ends} end an answer ({student.convert_ids_to_tokens(ends)})")
     if student.chat_template is None:
@@ -26,7 +27,9 @@ def before(cfg: RunConfig) -> Iterator[Finding]:
         if reader is None:
             # the teacher is the student, or its tokenizer is not in this process
             continue
-        tokenizer = load_tokenizer(reader.model, f"teachers.{name}.model", reader.trust_remote_code)
+        tokenizer = load_tokenizer(
+            reader.model, f"teachers.{name}.model", reader.trust_remote_code, reader.base_model
+        )
         check_same_tokens(student, tokenizer, name)
         yield Finding(
             "ok",
