@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +231,30 @@ def test_the_merged_model_gives_the_logits_of_the_adapter_on_its_base(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     tied = model.net.lm_head.weight is model.net.model.embed_tokens.weight
     assert model.net.config.tie_word_embeddings == tied
+
+
+def test_an_adapter_of_the_hub_has_the_tokenizer_and_weights_of_its_base(
+    student: str, tmp_path: Path
+) -> None:
+    """The hub cannot be reached; its cache holds the adapter and the base that the adapter names."""
+    cache = tmp_path / "cache"
+    for name, folder in (("some/base", Path(student)), ("some/adapter", adapter(student, tmp_path / "made"))):
+        place = cache / f"models--{name.replace('/', '--')}"
+        (place / "refs").mkdir(parents=True)
+        (place / "refs" / "main").write_text("a" * 40)
+        shutil.copytree(folder, place / "snapshots" / ("a" * 40))
+    expected = load_model(str(tmp_path / "made"), "m").net.state_dict()
+    config = next(cache.glob("*adapter/snapshots/*/adapter_config.json"))
+    named = {**json.loads(config.read_text()), "base_model_name_or_path": "some/base"}
+    config.write_text(json.dumps(named))
+    code = (
+        "import sys, torch; from reflux.models.sizes import size_of; "
+        "from reflux.models.text import load_model; "
+        "torch.save((load_model('some/adapter', 'm').net.state_dict(), size_of('some/adapter', 'm')."
+        "parameters), sys.argv[1])"
+    )
+    cached = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "found")], env=cached, check=True)
+    found, parameters = torch.load(tmp_path / "found", weights_only=True)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert parameters == size_of(student, "m").parameters

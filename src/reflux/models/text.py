@@ -73,6 +73,8 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
+    from reflux.models.text_adapters import adapter_in
+
     where = locate(name, path)
     adapter = Path(where)
     if adapter_source.is_adapter(adapter) and not any((adapter / file).is_file() for file in _TOKENIZERS):
@@ -80,6 +82,10 @@ def load_tokenizer(
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        # An adapter of the hub need not have a tokenizer, and is known as an adapter only once it is here.
+        fetched = None if adapter.is_dir() else adapter_in(where, path)
+        if fetched is not None:
+            return load_tokenizer(adapter_source.base_of(fetched, path, base), path, trust_remote_code)
         raise ModelError(not_loaded(path, "tokenizer", name, error)) from error
 
 
