@@ -196,7 +196,7 @@ def test_a_plain_step_costs_what_the_formula_says(
 
 def prompts(count: int) -> list[list[int]]:
     from reflux.assets.characters import character_tokenizer
-    from reflux.models.tokenizer import Renderer
+    from reflux.models.chat.renderer import Renderer
 
     render = Renderer(character_tokenizer(), None, {})
     return [render.ids(prompt.messages) for prompt in islice(outside.Chat().prompts("train", 0), count)]

@@ -559,8 +559,8 @@ def test_a_window_that_just_fits_is_exactly_what_a_teacher_reads(peer_tokens: in
     """
     from reflux.contexts.base import retold
     from reflux.contexts.wording import with_attempts
+    from reflux.models.chat.renderer import Renderer
     from reflux.models.text import load_tokenizer
-    from reflux.models.tokenizer import Renderer
 
     cfg = load_recipe("peers")
     behaviour = told_of_windows({"sampler.max_tokens": 500, "teachers.main.context.peer_tokens": peer_tokens})

@@ -214,7 +214,7 @@ def test_searches_are_told_counted_and_on_disk(tiny_run: Callable[..., Any], sco
 def done_prompt(listed: dict[str, Any]) -> list[int]:
     """A listed prompt as the student reads it."""
     from reflux.assets.characters import character_tokenizer
-    from reflux.models.tokenizer import Renderer
+    from reflux.models.chat.renderer import Renderer
 
     return Renderer(character_tokenizer(), None, {}).ids(listed["messages"])
 

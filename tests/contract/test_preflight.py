@@ -15,8 +15,8 @@ from reflux.evals.gaps import Gaps
 from reflux.evals.text_findings import early_stop
 from reflux.learners.hf_engine import HFLearner
 from reflux.models import lora, token_steps
+from reflux.models.chat.renderer import Renderer
 from reflux.models.generate import _Written
-from reflux.models.tokenizer import Renderer
 from reflux.teachers.in_process_teacher import InProcessTeacher
 from tiny import END
 

@@ -17,7 +17,8 @@ from laws.test_own_rng import PROMPTS, ask, sampled
 from reflux.assets.characters import TEMPLATE, character_tokenizer
 from reflux.config.step_context import SamplingParams
 from reflux.errors import ModelError
-from reflux.models.tokenizer import Renderer, end_ids, special_ids
+from reflux.models.chat.ends import end_ids, special_ids
+from reflux.models.chat.renderer import Renderer
 from reflux.teachers.in_process_teacher import InProcessTeacher
 
 CHAT = {"kind": "outside:Chat"}
@@ -113,9 +114,10 @@ def test_every_turn_of_the_student_is_opened_with_it_and_no_other_text_ends_with
 def test_a_given_answer_is_written_from_behind_the_suffix(template: str | None, answer: str) -> None:
     tokenizer = thinker(template)
     renderer = Renderer(tokenizer, suffix=THINK)
-    assert words(tokenizer, renderer.answer_ids(ASK, answer, end_ids(tokenizer))) == "5<end>"
-    # elsewhere it is data
-    assert words(tokenizer, renderer.answer_ids(ASK, "5<think>\n", end_ids(tokenizer))) == "5< think>\n<end>"
+    assert words(tokenizer, renderer.answer_ids(ASK, answer, end_ids(tokenizer, None))) == "5<end>"
+    # Elsewhere a tag of thinking is what the student writes, and any other control token is data.
+    spelt = renderer.answer_ids(ASK, "5<think>\n<user>", end_ids(tokenizer, None))
+    assert words(tokenizer, spelt) == "5<think>\n< user><end>"
 
 
 def test_a_suffix_that_the_tokenizer_cannot_write_is_refused() -> None:
@@ -213,14 +215,16 @@ def test_given_answers_follow_it(student: str, teacher: str, tmp_path: Path) -> 
 
 def test_special_tokens_are_the_declared_ones_that_end_no_turn() -> None:
     tokenizer = character_tokenizer()
-    names = {tokenizer.convert_ids_to_tokens(index) for index in special_ids(tokenizer, end_ids(tokenizer))}
+    names = {
+        tokenizer.convert_ids_to_tokens(index) for index in special_ids(tokenizer, end_ids(tokenizer, None))
+    }
     assert names == {"<pad>", "<unk>", "<system>", "<user>", "<assistant>"}
     thinking = thinker()
-    found = special_ids(thinking, end_ids(thinking))
+    found = special_ids(thinking, end_ids(thinking, None))
     assert set(thinking.convert_tokens_to_ids(["<think>", "</think>"])) <= found
     assert thinking.eos_token_id not in found
     assert special_ids(
-        thinking, (*end_ids(thinking), thinking.convert_tokens_to_ids("</think>"))
+        thinking, (*end_ids(thinking, None), thinking.convert_tokens_to_ids("</think>"))
     ) == found - {thinking.convert_tokens_to_ids("</think>")}
 
 

@@ -256,7 +256,7 @@ def test_another_token_map_is_refused_with_the_first_ids_that_differ(
 
 
 def test_two_tokens_swapped_at_equal_size_are_noticed() -> None:
-    from reflux.models.tokenizer import check_same_tokens
+    from reflux.models.chat.token_map import check_same_tokens
 
     map_ = character_tokenizer().get_vocab()
     map_["a"], map_["b"] = map_["b"], map_["a"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from reflux.assets.characters import character_tokenizer
 from reflux.errors import ModelError
+from reflux.models.chat.ends import end_ids
+from reflux.models.chat.renderer import Renderer
+from reflux.models.chat.token_map import vocabulary_size
 from reflux.models.spans import CharacterSpans
-from reflux.models.tokenizer import Renderer, end_ids, vocabulary_size
 
 ASK = ({"role": "user", "content": "2+3?"},)
 
@@ -74,13 +76,15 @@ def test_a_prompt_of_no_token_is_refused_in_words() -> None:
 @pytest.mark.parametrize("answer", ["5", "", "a b\n"])
 def test_a_given_answer_is_what_the_student_would_have_written(templated: bool, answer: str) -> None:
     tokenizer = character_tokenizer() if templated else plain()
-    ids = Renderer(tokenizer).answer_ids(ASK, answer, end_ids(tokenizer))
+    ids = Renderer(tokenizer).answer_ids(ASK, answer, end_ids(tokenizer, None))
     assert words(tokenizer, ids) == answer.replace("\n", "\n") + "<end>"
 
 
 def test_an_answer_goes_no_further_than_its_first_end() -> None:
     tokenizer = character_tokenizer()
-    assert words(tokenizer, Renderer(tokenizer).answer_ids(ASK, "5<end>6", end_ids(tokenizer))) == "5<end>"
+    assert (
+        words(tokenizer, Renderer(tokenizer).answer_ids(ASK, "5<end>6", end_ids(tokenizer, None))) == "5<end>"
+    )
 
 
 def test_a_reply_continues_the_tokens_that_are_there() -> None:
@@ -127,14 +131,14 @@ def test_ends_come_from_tokenizer_generation_config_and_template() -> None:
     from types import SimpleNamespace
 
     tokenizer = character_tokenizer()
-    assert end_ids(tokenizer) == (1,)
+    assert end_ids(tokenizer, None) == (1,)
     assert end_ids(tokenizer, SimpleNamespace(eos_token_id=[1, 3])) == (1, 3)
     assert end_ids(tokenizer, SimpleNamespace(eos_token_id=4)) == (1, 4)
     assert end_ids(tokenizer, SimpleNamespace(eos_token_id=None)) == (1,)
     tokenizer.chat_template = tokenizer.chat_template.replace("<end>", "<system>")
-    assert end_ids(tokenizer) == (1, 3)
+    assert end_ids(tokenizer, None) == (1, 3)
     with pytest.raises(ModelError, match="no end-of-text token"):
-        end_ids(plain(eos_token=None))
+        end_ids(plain(eos_token=None), None)
 
 
 def test_the_vocabulary_is_the_largest_id_and_one() -> None:
@@ -245,8 +249,8 @@ def test_no_content_gives_a_control_token_whatever_it_is_made_of(make: Any, part
     renderer = Renderer(tokenizer)
     ids = renderer.ids(behaviour("x" + text, text, text + "x"))
     assert own_markup(tokenizer, ids) == own_markup(tokenizer, renderer.ids(behaviour("x", "x", "x")))
-    assert renderer.data(renderer.data(text)) == renderer.data(text)
-    assert renderer.data(text).replace(" ", "") == text.replace(" ", "")
+    assert renderer.data.text(renderer.data.text(text)) == renderer.data.text(text)
+    assert renderer.data.text(text).replace(" ", "") == text.replace(" ", "")
 
 
 @pytest.mark.parametrize("make", [character_tokenizer, chatml])
@@ -266,7 +270,7 @@ def test_ordinary_contents_have_the_very_ids_of_the_template(make: Any, contents
     "text", ["<end", "end>", "< end>", "<END>", "<End>", "<|im_end", "a<b and b>c", "<think>x</think>"]
 )
 def test_what_only_looks_like_a_control_token_stays(text: str) -> None:
-    assert Renderer(character_tokenizer()).data(text) == text
+    assert Renderer(character_tokenizer()).data.text(text) == text
 
 
 def test_the_recipes_own_system_text_may_hold_markup() -> None:
@@ -280,14 +284,14 @@ def test_the_recipes_own_system_text_may_hold_markup() -> None:
 def test_a_control_token_of_one_character_gives_way_to_a_space() -> None:
     tokenizer = character_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["~", "<user>"]})
-    assert Renderer(tokenizer).data("a~~b<user>") == "a  b< user>"
+    assert Renderer(tokenizer).data.text("a~~b<user>") == "a  b< user>"
 
 
 def test_no_overlapping_control_token_is_left_over() -> None:
     """[a[b is broken first, and what is left spells [b] still."""
     tokenizer = character_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["[a[b", "[b]"]})
-    assert Renderer(tokenizer).data("[a[b]") == "[ a[ b]"
+    assert Renderer(tokenizer).data.text("[a[b]") == "[ a[ b]"
 
 
 def test_replies_are_data_too() -> None:
@@ -305,13 +309,13 @@ def test_replies_are_data_too() -> None:
 def test_a_given_answer_may_spell_its_end_and_no_other_control_token(templated: bool) -> None:
     tokenizer = character_tokenizer() if templated else plain()
     ask = [{"role": "user", "content": f"2+3?{ATTACK}"}]
-    ids = Renderer(tokenizer).answer_ids(ask, "5<user>6<end>7<user>", end_ids(tokenizer))
+    ids = Renderer(tokenizer).answer_ids(ask, "5<user>6<end>7<user>", end_ids(tokenizer, None))
     assert words(tokenizer, ids) == "5< user>6<end>"
 
 
 def test_an_end_that_begins_like_another_control_token_ends_an_answer() -> None:
     tokenizer = chatml()
-    ids = Renderer(tokenizer).answer_ids(ASK, "<think>5<|im_start|><|im_end|>6", end_ids(tokenizer))
+    ids = Renderer(tokenizer).answer_ids(ASK, "<think>5<|im_start|><|im_end|>6", end_ids(tokenizer, None))
     assert tokenizer.decode(ids) == "5< |im_start|><|im_end|>"
 
 
@@ -469,6 +473,12 @@ def test_a_decoder_that_looks_far_back_is_followed_from_the_start() -> None:
     """A made-up one: where the first token is 0, all letters are capitals."""
 
     class FarBack:
+        added_tokens_decoder: ClassVar[dict[int, Any]] = {}
+        all_special_ids = ()
+
+        def convert_ids_to_tokens(self, token: int) -> str:
+            return "abcdefghij"[token]
+
         def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
             text = "".join("abcdefghij"[i] for i in ids)
             return text.upper() if ids[:1] == [0] else text

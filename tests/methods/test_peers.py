@@ -22,7 +22,7 @@ from reflux.contexts.base import TeacherPrompt
 from reflux.contexts.peers import Peers, choose, shown_text, thinking
 from reflux.contexts.privileged import Privileged
 from reflux.contexts.wording import ANOTHER, ANSWER, CLOSING, FAILURE, FEEDBACK, SUCCESS
-from reflux.models.tokenizer import Renderer
+from reflux.models.chat.renderer import Renderer
 from reflux.types import Attempt, FlowRollout, Group, Prompt, Reward
 from tiny import rollout
 

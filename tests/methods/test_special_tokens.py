@@ -20,8 +20,8 @@ from reflux.config.step_context import StepContext
 from reflux.credit.base import share_credit
 from reflux.credit.prefix import Prefix
 from reflux.loss.batch import plan
+from reflux.models.chat.ends import special_ids
 from reflux.models.text import as_model
-from reflux.models.tokenizer import special_ids
 from reflux.objectives.divergence import Divergence
 from reflux.objectives.sampled_kl import SampledKL
 from reflux.types import Attempt, FlowRollout, Prompt, TokenRollout

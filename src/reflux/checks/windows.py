@@ -8,9 +8,10 @@ from itertools import islice
 from reflux.config.context import StudentSpec
 from reflux.config.recipe import RunConfig
 from reflux.contexts.base import Context
+from reflux.models.chat.naming import about_prompt
+from reflux.models.chat.renderer import Renderer
 from reflux.models.sizes import size_of
 from reflux.models.text import load_tokenizer
-from reflux.models.tokenizer import Renderer
 
 # number of training prompts whose length is measured
 _PROMPTS = 64
@@ -76,5 +77,8 @@ def _remedy(needed: Callable[[int], int], longest: int, window: int) -> str:
 
 
 def _longest_prompt(cfg: RunConfig, renderer: Renderer) -> int:
-    prompts = islice(cfg.task.prompts("train", cfg.seed), _PROMPTS)
-    return max((len(renderer.ids(prompt.messages)) for prompt in prompts), default=0)
+    longest = 0
+    for prompt in islice(cfg.task.prompts("train", cfg.seed), _PROMPTS):
+        with about_prompt(prompt.id):
+            longest = max(longest, len(renderer.ids(prompt.messages)))
+    return longest

@@ -4,6 +4,8 @@ libraries that it needs, so the others start fast.
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -163,6 +165,10 @@ def main() -> None:
     """
     from reflux.errors import RefluxError
 
+    for stream in (sys.stdout, sys.stderr):
+        # A model or a data file may write characters that the terminal does not have.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except RefluxError as error:

@@ -3,7 +3,7 @@ line.
 
 They are printable ASCII and short, so that the smallest tokenizers can encode them. The texts under the
 headings are data. They are inserted unchanged and never interpreted. Control tokens that are spelled in them
-are broken up when messages become tokens (`reflux.models.tokenizer.Renderer`).
+are broken up when messages become tokens (`reflux.models.chat.renderer.Renderer`).
 """
 
 from __future__ import annotations

@@ -6,15 +6,16 @@ from collections.abc import Iterator
 
 from reflux.config.recipe import RunConfig
 from reflux.evals.finding import Finding
+from reflux.models.chat.token_map import check_same_tokens
+from reflux.models.generation_file import end_ids_of
 from reflux.models.text import load_tokenizer
-from reflux.models.tokenizer import check_same_tokens, end_ids
 
 
 def before(cfg: RunConfig) -> Iterator[Finding]:
     """Findings before models are loaded, on tokenizers and end tokens."""
     own = cfg.learner.student
     student = load_tokenizer(own.model, "learner.model", own.trust_remote_code, own.base_model)
-    ends = list(end_ids(student))
+    ends = list(end_ids_of(own.model, "learner.model", student, own.trust_remote_code))
     yield Finding("ok", "end of text", f"ids {ends} end an answer ({student.convert_ids_to_tokens(ends)})")
     if student.chat_template is None:
         yield Finding(
@@ -36,7 +37,8 @@ def before(cfg: RunConfig) -> Iterator[Finding]:
             "tokenizers",
             f"teacher '{name}' and the student share a vocabulary of {len(tokenizer)} tokens",
         )
-        ours, theirs = set(ends), set(end_ids(tokenizer))
+        ours = set(ends)
+        theirs = set(end_ids_of(reader.model, f"teachers.{name}.model", tokenizer, reader.trust_remote_code))
         if ours != theirs:
             text = f"teacher '{name}' ends answers with ids {sorted(theirs)}, the student with {sorted(ours)}"
             yield Finding("warning", "end of text", text)

@@ -7,6 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from reflux.models.blocks import far, near
+from reflux.models.byte_rows import units_of
+from reflux.models.chat.thinking import Decoding
+
 
 class CharacterSpans:
     """Finds which characters of a decoded text each of its tokens wrote. It caches the texts of single
@@ -15,11 +19,13 @@ class CharacterSpans:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
+        decoder = Decoding(tokenizer)
+        self.decode, self.left_out = decoder, decoder.left_out
         self.alone: dict[int, str] = {}
 
     def __call__(self, ids: Sequence[int], text: str | None = None) -> np.ndarray:
         """int64 [T, 2]: characters [start, end) of `text` that each token wrote. text is the decoded text
-        of `ids` without special tokens.
+        of `ids` (`Decoding`).
 
         The spans are in rising order and cover the text. A token that wrote nothing (special tokens) has
         start = end. Where only a later token completes the text of some tokens, such as the bytes of one
@@ -49,41 +55,14 @@ class CharacterSpans:
             offset += len(text) + 1
         return np.concatenate(parts)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
-
     def _remember(self, token: int) -> str:
         self.alone[token] = self.decode([token])
         return self.alone[token]
 
-    def _settled(self, ids: list[int], text: str, local: bool = True) -> list[tuple[int, int]]:
-        """The same spans, by decoding token after token. A block of tokens is settled when the characters
-        that it adds are those of the text at that point.
-
-        Decoding starts one block earlier, because some decoders drop a space at the start or join words.
-        Where no block can be settled in this way, the text of a token depends on tokens far before it. Then
-        every decoding starts with the first token (`local` False).
+    def _settled(self, ids: list[int], text: str) -> list[tuple[int, int]]:
+        """The same spans, block by block: first with a few tokens before each block, and where the text of a
+        token depends on tokens far before it, from the first token on.
         """
-        spans: list[tuple[int, int]] = []
-        # known: the decoded text of ids[anchor:len(spans)]; done: number of settled characters
-        anchor, known, done = 0, "", 0
-        for stop in range(1, len(ids) + 1):
-            if local and stop - len(spans) > _LONG_BLOCK:
-                return self._settled(ids, text, local=False)
-            whole = self.decode(ids[anchor:stop])
-            added = whole[len(known) :]
-            if not (whole.startswith(known) and text.startswith(added, done)):
-                continue
-            settled, end = len(spans), done + len(added)
-            spans += [(done, end)] * (stop - settled)
-            done = end
-            if local and added.strip():
-                # Decoding must not start at a block of white space, which a decoder may drop.
-                anchor, known = settled, self.decode(ids[settled:stop])
-            else:
-                known = whole
-        return spans + [(done, len(text))] * (len(ids) - len(spans))
-
-
-# A block of more tokens is too long to be one character, which has at most four bytes.
-_LONG_BLOCK = 8
+        units = units_of(self.tokenizer, self.left_out, ids)
+        spans = near(self.decode, ids, units, text)
+        return far(self.decode, ids, text) if spans is None else spans

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from reflux.errors import ModelError
 from reflux.models import adapter_source
+from reflux.models.chat.ends import end_ids
+from reflux.models.chat.renderer import Renderer
+from reflux.models.chat.token_map import vocabulary_size
 from reflux.models.placement import pick_device
 from reflux.models.rope_window import steady_tokens
-from reflux.models.tokenizer import Renderer, end_ids, vocabulary_size
 
 if TYPE_CHECKING:
     import torch

@@ -16,9 +16,11 @@ from reflux.config.context import PartContext
 from reflux.config.requirements import Requirements
 from reflux.config.step_context import SamplingParams
 from reflux.errors import DataError
+from reflux.models.chat.ends import special_ids
+from reflux.models.chat.naming import about_prompt
+from reflux.models.chat.renderer import Renderer
 from reflux.models.rng import row_key
 from reflux.models.spans import CharacterSpans
-from reflux.models.tokenizer import Renderer, special_ids
 from reflux.models.turns import Generator, TurnRequest
 from reflux.rollouts.calls import EnvironmentCalls, Open, ended
 from reflux.rollouts.conversation import Conversation
@@ -132,7 +134,8 @@ class Driver:
         return going
 
     def _begin(self, prompt: Prompt, n: int, draw: SamplingParams, open_env: Open) -> list[Conversation]:
-        ids = self.renderer.ids(prompt.messages)
+        with about_prompt(prompt.id):
+            ids = self.renderer.ids(prompt.messages)
         room = self.limits.context_tokens - len(ids)
         limit = self.limits.max_prompt_tokens or self.limits.context_tokens - 1
         if len(ids) <= limit and room >= 1:
@@ -184,9 +187,9 @@ class Driver:
         if self.limits.max_turns and len(one.turns) >= self.limits.max_turns:
             one.finish = "max_turns"
             return False
-        reply = self.renderer.reply_ids(
-            one.messages, observation.messages, closed=one.turns[-1].tokens[-1] in self.end_ids
-        )
+        closed = one.turns[-1].tokens[-1] in self.end_ids
+        with about_prompt(one.prompt.id):
+            reply = self.renderer.reply_ids(one.messages, observation.messages, closed)
         tokens_left = min(one.tokens_left, self.limits.context_tokens - len(one.ids) - len(reply))
         if tokens_left < 1:
             one.finish = "length"

@@ -15,8 +15,11 @@ from reflux.config.registry import STRICT, PartOf
 from reflux.config.requirements import Requirements
 from reflux.config.step_context import SamplingParams
 from reflux.errors import DataError
+from reflux.models.chat.ends import special_ids
+from reflux.models.chat.naming import about_prompt
+from reflux.models.chat.renderer import Renderer
+from reflux.models.generation_file import end_ids_of
 from reflux.models.spans import CharacterSpans
-from reflux.models.tokenizer import Renderer, end_ids, special_ids
 from reflux.samplers.base import Sampler
 from reflux.samplers.hf import HF
 from reflux.samplers.wrapping import WrappingSampler
@@ -53,7 +56,8 @@ class References(WrappingSampler):
         async with self.generate.open(context, services) as inner:
             tokenizer, student = services.tokenizer, context.student
             renderer = Renderer(tokenizer, student.system, student.template, student.prompt_suffix)
-            yield OpenReferences(inner, renderer, CharacterSpans(tokenizer), context.requirements)
+            ends = end_ids_of(student.model, "learner.model", tokenizer, student.trust_remote_code)
+            yield OpenReferences(inner, renderer, ends, CharacterSpans(tokenizer), context.requirements)
 
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenReferences]:
         return self._opened(context, services)
@@ -63,6 +67,8 @@ class References(WrappingSampler):
 class OpenReferences:
     inner: OpenSampler
     renderer: Renderer
+    # The token ids that end a turn.
+    ends: tuple[int, ...]
     spans: CharacterSpans
     requirements: Requirements
     version: int = 0
@@ -84,8 +90,9 @@ class OpenReferences:
         await self.inner.publish(weights, step)
 
     def _attempt(self, prompt: Prompt, answer: str, sample: int, draw: SamplingParams) -> Attempt:
-        ends = end_ids(self.renderer.tokenizer)
-        tokens = self.renderer.answer_ids(prompt.messages, answer, ends)
+        with about_prompt(prompt.id):
+            prompt_ids = self.renderer.ids(prompt.messages)
+            tokens = self.renderer.answer_ids(prompt.messages, answer, self.ends)
         cut = tokens[: draw.max_positions]
         # Spans refer to characters of the text that exactly these tokens decode to.
         text = self.spans.decode(cut) if self.requirements.spans else answer
@@ -99,12 +106,12 @@ class OpenReferences:
             # These tokens were not sampled, so they have no log-probs. `checks` refuses objectives that use a
             # ratio.
             logp_T=np.zeros(len(cut), dtype=np.float32),
-            prompt_tokens=np.asarray(self.renderer.ids(prompt.messages), dtype=np.int64),
+            prompt_tokens=np.asarray(prompt_ids, dtype=np.int64),
             tokens_T=np.asarray(cut, dtype=np.int64),
             text=text,
             messages=(*prompt.messages, {"role": "assistant", "content": answer}),
             spans_T2=self.spans(cut, text) if self.requirements.spans else None,
-            special_T=np.isin(cut, sorted(special_ids(self.renderer.tokenizer, ends)))
+            special_T=np.isin(cut, sorted(special_ids(self.renderer.tokenizer, self.ends)))
             if self.requirements.specials
             else None,
         )

@@ -15,14 +15,16 @@ import orjson
 
 from reflux.errors import RunError
 from reflux.metrics.values import jsonable
+from reflux.models.chat.surrogates import whole_characters
 
 _LINE = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace the content of `path` by `text` in one step. A file that already has this content is
-    not touched.
+    not touched. Half of a surrogate pair, which no file can hold, is written as U+FFFD.
     """
+    text = whole_characters(text)
     if path.exists() and path.read_bytes() == text.encode():
         return
     scratch = path.with_name(f".{path.name}.tmp")

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from reflux.errors import ModelError
+from reflux.models.chat.naming import about_prompt
+from reflux.models.chat.renderer import Renderer
 from reflux.models.text import Model, parameter_count
-from reflux.models.tokenizer import Renderer
 from reflux.teachers.base import Teacher, TeacherRequest, alias_of
 from reflux.types import HiddenTarget, TeacherAnswer, TokenRollout, TopKTarget
 
@@ -85,7 +86,8 @@ class InProcessTeacher:
                 "teacher cannot do"
             )
         if view.messages != rollout.prompt.messages:
-            prompt = np.asarray(self.renderer.ids(view.messages), dtype=np.int64)
+            with about_prompt(rollout.prompt.id):
+                prompt = np.asarray(self.renderer.ids(view.messages), dtype=np.int64)
         sequence = np.concatenate([prompt, rollout.tokens_T[:-1]])
         if len(sequence) > self.model.context_tokens:
             raise ModelError(

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reflux.models.chat.token_map import check_same_tokens
 from reflux.models.text import Model, load_model, load_tokenizer
-from reflux.models.tokenizer import check_same_tokens
 from reflux.teachers.in_process_teacher import InProcessTeacher
 
 if TYPE_CHECKING:

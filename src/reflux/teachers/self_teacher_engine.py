@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from reflux.models.chat.renderer import Renderer
 from reflux.models.text import Model, load_model
-from reflux.models.tokenizer import Renderer
 from reflux.storage import checkpoints
 from reflux.teachers.in_process_teacher import InProcessTeacher
 

@@ -1,0 +1,1 @@
+"""Messages as token ids: chat templates, control tokens, the ends of turns, and the token maps of models."""

@@ -1,0 +1,86 @@
+"""The chat template of a tokenizer, with its refusals in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from reflux.errors import ModelError
+from reflux.models.chat.tool_arguments import with_objects
+from reflux.types import Message
+
+# Stands for the text of an assistant's turn.
+MARKER = "reflux end of turn"
+ENDED: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARKER}]
+_CALL = {"type": "function", "id": "a", "function": {"name": "a", "arguments": {"a": "a"}}}
+CALLED: list[Message] = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "tool", "content": "a", "tool_call_id": "a", "name": "a"},
+]
+
+
+class ChatTemplate:
+    """Writes messages as one text. arguments: extra arguments of the template; `chat_template` among them is
+    another template, or the name of one of several.
+
+    Without a template the messages' texts are joined by newlines.
+    """
+
+    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any] | None = None):
+        self.tokenizer, self.arguments = tokenizer, dict(arguments or {})
+
+    @property
+    def exists(self) -> bool:
+        return self.tokenizer.chat_template is not None or "chat_template" in self.arguments
+
+    def write(
+        self, messages: Sequence[Message], begin_turn: bool, more: Mapping[str, Any] | None = None
+    ) -> str:
+        """begin_turn: the text opens the assistant's turn. more: further arguments of the template.
+        ModelError, with the template's own words, where it does not take the messages.
+        """
+        if not self.exists:
+            return _joined(messages)
+        arguments = {**self.arguments, **(more or {}), "add_generation_prompt": begin_turn}
+        messages = list(messages)
+        objects, refused = with_objects(messages), Exception()
+        # Some templates write the arguments of tool calls as text, so what was given is tried too.
+        for given in (objects, messages) if objects != messages else (messages,):
+            try:
+                return self.tokenizer.apply_chat_template(given, tokenize=False, **arguments)
+            except Exception as error:
+                # The template is a program of the model's authors, so it may raise anything.
+                refused = error
+        raise ModelError(self._refusal(messages, refused)) from refused
+
+    def written(self, messages: Sequence[Message], more: Mapping[str, Any] | None = None) -> str:
+        """The text of an example. "" where the template does not take such messages."""
+        try:
+            return self.write(messages, False, more) if self.exists else ""
+        except ModelError:
+            return ""
+
+    def _refusal(self, messages: Sequence[Message], error: Exception) -> str:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        whose = getattr(self.tokenizer, "name_or_path", "") or "the model"
+        several = self.tokenizer.chat_template
+        if isinstance(several, dict) and "default" not in several and "chat_template" not in self.arguments:
+            names = ", ".join(sorted(several))
+            return (
+                f"{whose} has several chat templates ({names}) and none of them is the default. Name one in "
+                "the model's table: template = {chat_template = NAME}"
+            )
+        return (
+            f"the chat template of {whose} does not take the messages (roles: {roles}). "
+            f"It says: {type(error).__name__}: {str(error).strip() or 'nothing'}. Change the messages or "
+            "the recipe's `system`, or give another template: template = {chat_template = TEXT}"
+        )
+
+
+def _joined(messages: Sequence[Message]) -> str:
+    if any(message.get("tool_calls") for message in messages):
+        raise ModelError(
+            "the model has no chat template, so tool calls cannot be shown to it. Write them into the content"
+        )
+    return "\n".join(message["content"] for message in messages)

@@ -1,0 +1,67 @@
+"""What a run should know of chat templates before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from jinja2 import Environment, TemplateSyntaxError
+from jinja2.meta import find_undeclared_variables
+
+from reflux.models.chat.renderer import Renderer
+from reflux.types import Message
+
+# Number of tokens shown on both sides of a difference.
+_SHOWN = 6
+
+
+def prints_clock(renderer: Renderer, messages: Sequence[Message]) -> bool:
+    """True if the template writes the time into these messages. The same prompt then has other tokens on
+    another day, so a resumed run does not repeat the one before.
+    """
+    days = [renderer.template.written(messages, {"strftime_now": lambda _, day=day: day}) for day in "12"]
+    return days[0] != days[1]
+
+
+def ends_itself(renderer: Renderer, messages: Sequence[Message], ends: Collection[int]) -> str | None:
+    """The end token that the prompt ends with; None if it ends with another one. A student that begins after
+    an end token has seen such texts never or rarely. White space after the end token does not count.
+    """
+    ids = renderer.ids(messages)
+    while ids and not renderer.tokenizer.decode(ids[-1:]).strip():
+        ids = ids[:-1]
+    return renderer.tokenizer.convert_ids_to_tokens(ids[-1]) if ids and ids[-1] in ends else None
+
+
+def first_difference(student: Renderer, teacher: Renderer, messages: Sequence[Message]) -> str | None:
+    """Where student and teacher read other tokens for the same messages, in words; None where they read the
+    same.
+    """
+    ours, theirs = student.ids(messages), teacher.ids(messages)
+    if ours == theirs:
+        return None
+    pairs = zip(ours, theirs, strict=False)
+    place = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
+    place = min(len(ours), len(theirs)) if place is None else place
+    shown = [
+        repr(renderer.tokenizer.decode(ids[place : place + _SHOWN])) if place < len(ids) else "nothing"
+        for renderer, ids in ((student, ours), (teacher, theirs))
+    ]
+    return (
+        f"the student's prompt has {len(ours)} tokens and the teacher's {len(theirs)}. They differ from "
+        f"token {place} on: the student reads {shown[0]}, the teacher {shown[1]}"
+    )
+
+
+def unread_arguments(renderer: Renderer) -> list[str]:
+    """The names of the recipe's template arguments that the template never reads, so that they change
+    nothing.
+    """
+    if not renderer.template.exists:
+        return sorted(renderer.template.arguments)
+    source = renderer.tokenizer.get_chat_template(renderer.template.arguments.get("chat_template"))
+    try:
+        read = find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source))
+    except TemplateSyntaxError:
+        # It has tags of transformers' own, so what it reads is not known.
+        return []
+    return sorted(set(renderer.template.arguments) - read - {"chat_template"})
