@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 
 from reflux.models.chat.ends import end_ids
 from reflux.models.chat.renderer import Renderer
-from reflux.models.chat.thinking import Decoding, opened_thinking, thinking_tags
+from reflux.models.chat.tags import Decoding, opened_thinking, written_tags
 from reflux.models.spans import CharacterSpans
 from tokenizer_kinds import KINDS, MARKED, byte_level
 
@@ -43,7 +43,7 @@ def thinker(kind: str = "byte-level", special: bool = True) -> Any:
 def test_tags_of_thinking_are_known_by_their_name(tag: str, thinks: bool) -> None:
     tokenizer = byte_level()
     tokenizer.add_special_tokens({"additional_special_tokens": [tag]})
-    assert (tag in thinking_tags(tokenizer).values()) == thinks
+    assert (tag in written_tags(tokenizer).values()) == thinks
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -56,6 +56,15 @@ def test_a_text_shows_where_thinking_ends(kind: str, special: bool) -> None:
     assert "".join(thought.split()) == "<think>helloworld"
     assert "".join(rest.split()) == "Itis19."
     assert tokenizer.convert_tokens_to_ids("</think>") in ids
+
+
+def test_pairs_of_tags_that_the_template_does_not_write_are_what_a_model_writes() -> None:
+    tokenizer = byte_level(MARKED.replace("{{ m.content }}", "<turn>{{ m.content }}</turn>"))
+    names = ["<answer>", "</answer>", "<turn>", "</turn>", "<alone>", "<s>", "</s>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    assert set(written_tags(tokenizer).values()) == {"<answer>", "</answer>"}
+    ids = tokenizer("<turn><answer>5</answer><alone></turn>")["input_ids"]
+    assert Decoding(tokenizer)(ids) == "<answer>5</answer>"
 
 
 def test_other_special_tokens_are_left_out_as_ever() -> None:
@@ -72,7 +81,7 @@ def test_the_tags_have_their_own_spans(kind: str) -> None:
     ids = Renderer(tokenizer).answer_ids(ASK, THOUGHT, end_ids(tokenizer, None))
     text = spans.decode(ids)
     shown = {i: text[start:end] for i, (start, end) in zip(ids, spans(ids), strict=True)}
-    for index, tag in thinking_tags(tokenizer).items():
+    for index, tag in written_tags(tokenizer).items():
         assert shown[index].strip() == tag
     assert shown[ids[-1]] == ""
 

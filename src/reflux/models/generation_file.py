@@ -1,11 +1,14 @@
-"""The end ids of a model whose weights are not loaded, from its files."""
+"""The end ids in the files of a model."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from reflux.errors import ModelError
-from reflux.models.chat.ends import end_ids
+from reflux.models.chat.ends import declared_ends, end_ids
 from reflux.models.text import first_line, locate
 
 
@@ -32,3 +35,15 @@ def _generation(name: str, path: str, trust_remote_code: bool) -> Any:
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: the config of {name} cannot be read: {first_line(error)}") from error
     return GenerationConfig.from_model_config(config)
+
+
+def write_end_ids(generation: Any, ends: Sequence[int], folder: Path) -> None:
+    """Save the generation config in `folder` with all `ends` as end ids, where it has others. Programs that
+    generate with the model stop at these ids only. generation: the generation config of the model; None if
+    it has none.
+    """
+    if generation is None or set(declared_ends(generation)) == set(ends):
+        return
+    changed = copy.deepcopy(generation)
+    changed.eos_token_id = list(ends)
+    changed.save_pretrained(folder)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reflux.errors import ModelError
+from reflux.models.generation_file import write_end_ids
 from reflux.models.text import Model
 
 if TYPE_CHECKING:
@@ -143,4 +144,5 @@ def export(model: Model, folder: Path) -> None:
     (folder / "config.json").write_text(
         json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n"
     )
+    write_end_ids(net.generation_config, model.end_ids, folder)
     model.tokenizer.save_pretrained(folder)

@@ -9,7 +9,7 @@ import numpy as np
 
 from reflux.models.blocks import far, near
 from reflux.models.byte_rows import units_of
-from reflux.models.chat.thinking import Decoding
+from reflux.models.chat.tags import Decoding
 
 
 class CharacterSpans:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from reflux.models.chat.tags import opened_thinking
 from reflux.models.chat.template import ENDED, MARKER, ChatTemplate
-from reflux.models.chat.thinking import opened_thinking
 from reflux.types import Message
 
 

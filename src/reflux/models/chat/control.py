@@ -7,14 +7,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from reflux.models.chat.surrogates import whole_characters
-from reflux.models.chat.template import CALLED, ChatTemplate
-from reflux.models.chat.thinking import thinking_tags
+from reflux.models.chat.tags import written_tags
+from reflux.models.chat.template import ChatTemplate
 from reflux.types import Message
 
 _ORDINARY = re.compile(r"\s+|\w+|.|</?\w+>")
-_TURNS: list[Message] = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
-# Some templates take no system message, and some no tool calls, so there are several examples.
-_EXAMPLES = (_TURNS, [{"role": "system", "content": "a"}, *_TURNS], CALLED)
 
 
 class Data:
@@ -28,17 +25,16 @@ class Data:
     """
 
     def __init__(self, tokenizer: Any, template: ChatTemplate):
-        frames = "".join(template.written(example) for example in _EXAMPLES)
-        tokens = control_tokens(tokenizer, frames)
+        tokens = control_tokens(tokenizer, template.frames)
         self.control = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
-        # An assistant thinks between these, so they stay in what it wrote.
-        self.thinking = frozenset(thinking_tags(tokenizer).values())
+        # An assistant writes these itself, so they stay in its contents.
+        self.tags = frozenset(written_tags(tokenizer).values())
 
     def message(self, message: Message) -> Message:
         """The message with its contents as data. Role names are not contents: the code that makes prompts
         chooses them.
         """
-        kept = self.thinking if message["role"] == "assistant" else ()
+        kept = self.tags if message["role"] == "assistant" else ()
         return {key: value if key == "role" else self._plain(value, kept) for key, value in message.items()}
 
     def _plain(self, value: Any, kept: Collection[str]) -> Any:

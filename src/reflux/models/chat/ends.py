@@ -17,9 +17,7 @@ def end_ids(tokenizer: Any, generation: Any) -> tuple[int, ...]:
 
     ModelError if there is no such id, or if the chat template is malformed.
     """
-    found: set[int] = set()
-    declared = getattr(generation, "eos_token_id", None)
-    found.update([declared] if isinstance(declared, int) else declared or [])
+    found = set(declared_ends(generation))
     if tokenizer.eos_token_id is not None:
         found.add(tokenizer.eos_token_id)
     found.update(template_ends(tokenizer))
@@ -29,6 +27,12 @@ def end_ids(tokenizer: Any, generation: Any) -> tuple[int, ...]:
             "never end"
         )
     return tuple(sorted(found))
+
+
+def declared_ends(generation: Any) -> tuple[int, ...]:
+    """The end ids in a generation config; () if it has none."""
+    declared = getattr(generation, "eos_token_id", None)
+    return (declared,) if isinstance(declared, int) else tuple(declared or ())
 
 
 def template_ends(tokenizer: Any, arguments: Mapping[str, Any] | None = None) -> tuple[int, ...]:
@@ -69,7 +73,7 @@ def closing_id(template: ChatTemplate, ends: Sequence[int]) -> int:
 
 def special_ids(tokenizer: Any, ends: Collection[int]) -> frozenset[int]:
     """The ids that the tokenizer declares special, except `ends`, the ids that end a turn. Decoding leaves
-    them out of a text, except the tags around thinking (`Decoding`).
+    them out of a text, except the tags that a model writes (`Decoding`).
 
     Added tokens that are not declared special, such as <think> in some families, are text and not among these
     ids.

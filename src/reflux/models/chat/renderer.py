@@ -27,8 +27,8 @@ class Renderer:
     with the suffix (apart from white space at the end), nothing is added.
 
     The contents of messages are data and never markup (`Data`). Only the template, and `system` and `suffix`,
-    which are texts of the recipe, give control tokens. The tags around thinking stay in the contents of
-    assistant messages, which a model wrote.
+    which are texts of the recipe, give control tokens. The tags that a model writes (`written_tags`) stay in
+    the contents of assistant messages.
 
     ModelError, with the template's own words, for messages that the template does not take.
     """
@@ -82,12 +82,12 @@ class Renderer:
 
         Where the answer begins with the text that ends the prompt (the suffix, or the tag that opens
         thinking), that text is left out. An end token that the answer spells ends it. Any other control token
-        in it is data, as in all contents, except the tags around thinking. Where the template would leave
+        in it is data, as in all contents, except the tags that a model writes. Where the template would leave
         out a part of the answer, as many leave out thinking, the answer itself stands behind the prompt.
         """
         made = self._messages(messages)
         prompt = self._text(made)
-        kept = {*self.tokenizer.convert_ids_to_tokens(list(ends)), *self.data.thinking}
+        kept = {*self.tokenizer.convert_ids_to_tokens(list(ends)), *self.data.tags}
         answer = self.data.text(without_opening(answer, prompt, self.suffix), kept)
         rest = completed(self.template, made, answer, self._closing)
         ids = continued_ids(self.tokenizer, prompt, rest)

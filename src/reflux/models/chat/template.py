@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,11 +14,14 @@ from reflux.types import Message
 MARKER = "reflux end of turn"
 ENDED: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARKER}]
 _CALL = {"type": "function", "id": "a", "function": {"name": "a", "arguments": {"a": "a"}}}
-CALLED: list[Message] = [
+_CALLED: list[Message] = [
     {"role": "user", "content": "a"},
     {"role": "assistant", "content": "", "tool_calls": [_CALL]},
     {"role": "tool", "content": "a", "tool_call_id": "a", "name": "a"},
 ]
+_TURNS: list[Message] = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+# Some templates take no system message, and some no tool calls, so there are several examples.
+_EXAMPLES = (_TURNS, [{"role": "system", "content": "a"}, *_TURNS], _CALLED)
 
 
 class ChatTemplate:
@@ -60,6 +64,13 @@ class ChatTemplate:
             return self.write(messages, False, more) if self.exists else ""
         except ModelError:
             return ""
+
+    @functools.cached_property
+    def frames(self) -> str:
+        """The texts that the template writes around turns, and around tool calls and their results where it
+        supports them.
+        """
+        return "".join(self.written(example) for example in _EXAMPLES)
 
     def _refusal(self, messages: Sequence[Message], error: Exception) -> str:
         roles = ", ".join(str(message.get("role")) for message in messages)
