@@ -46,11 +46,13 @@ def renderer(own: Any, **settings: Any) -> Renderer:
     [
         ([SYSTEM, *ASK], "no system role"),
         ([*ASK, *ASK], "roles must alternate"),
-        ([{"role": "user"}], "UndefinedError"),
+        ([{"role": "user", "content": "\ud83d"}], "TypeError"),
     ],
 )
 def test_a_refusal_has_the_templates_own_words_and_names_the_prompt(messages: Any, words: str) -> None:
-    template = STRICT.replace("{{ m.content }}", "{{ m.content.strip() }}")
+    template = STRICT.replace(
+        "{{ m.content }}", "{{ m.content + 1 if m.content == '\ufffd' else m.content }}"
+    )
     with pytest.raises(ModelError) as refused, about_prompt("q7"):
         renderer(template).text(messages)
     assert words in str(refused.value)
@@ -64,7 +66,7 @@ def test_a_system_text_of_the_recipe_is_refused_alike() -> None:
 
 
 def test_a_malformed_template_is_refused_with_the_ends() -> None:
-    with pytest.raises(ModelError, match="TemplateSyntaxError: unexpected '}'"):
+    with pytest.raises(ModelError, match=r"is malformed: unexpected '}'\. Correct it"):
         end_ids(byte_level("{% for m in messages %}{{ m.content }"), None)
 
 
@@ -140,6 +142,36 @@ def test_a_template_that_wants_arguments_as_text_gets_the_text() -> None:
     text = json.dumps({"city": "Oslo"})
     call = {**CALL, "function": {"name": "weather", "arguments": text}}
     assert f"weather(<{text})" in renderer(template).text([*ASK, {**CALLING[1], "tool_calls": [call]}])
+
+
+@pytest.mark.parametrize("content", ["{{ m.content }}", "{{ m.content.strip() }}", "{{ m.content or '' }}"])
+def test_a_call_without_a_text_writes_no_none(content: str) -> None:
+    template = TOOLS.replace("{{ m.content or '' }}", content)
+    text = renderer(template).text([{"role": "user", "content": "None?"}, *CALLING[1:]])
+    assert "assistant\nweather(" in text
+    assert text.count("None") == 1
+
+
+def test_a_template_that_knows_calls_by_the_content_none_gets_it() -> None:
+    template = TOOLS.replace("m.tool_calls", "(m.tool_calls if m.content is none else [])")
+    assert "weather(" in renderer(template).text(CALLING)
+
+
+@pytest.mark.parametrize("template", [MARKED, None])
+def test_contents_in_parts_are_one_text(template: str | None) -> None:
+    parts = [{"type": "text", "text": "2 + "}, {"type": "text", "text": "3?"}]
+    assert renderer(template).ids([{"role": "user", "content": parts}]) == renderer(template).ids(ASK)
+    for content in ([{"type": "image", "url": "a.png"}], 5, [5]):
+        with pytest.raises(ModelError, match="neither a text nor a list of texts"):
+            renderer(template).ids([{"role": "user", "content": content}])
+    with pytest.raises(ModelError, match="a message with the role 'user' has no content"):
+        renderer(template).ids([{"role": "user", "content": None}])
+
+
+@pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "continue_final_message", "padding"])
+def test_arguments_that_are_not_the_templates_are_refused(name: str) -> None:
+    with pytest.raises(ModelError, match=f"template: {name} is no argument of a chat template"):
+        renderer(MARKED, template={name: True})
 
 
 # --- answers

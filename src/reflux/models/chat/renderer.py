@@ -8,6 +8,7 @@ from typing import Any
 
 from reflux.errors import ModelError
 from reflux.models.chat.answers import closing_text, completed, without_opening
+from reflux.models.chat.contents import as_text
 from reflux.models.chat.continuation import bare_ids, begin_ids, continued_ids
 from reflux.models.chat.control import Data
 from reflux.models.chat.ends import closing_id
@@ -130,7 +131,7 @@ class Renderer:
 
     def _messages(self, messages: Sequence[Message]) -> list[Message]:
         """The messages as data, after the system text of the recipe where they have none."""
-        made = [self.data.message(message) for message in messages]
+        made = [self.data.message(as_text(message)) for message in messages]
         if self.system and not any(message["role"] == "system" for message in made):
             return [{"role": "system", "content": self.system}, *made]
         return made

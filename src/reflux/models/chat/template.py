@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
+
 from reflux.errors import ModelError
-from reflux.models.chat.tool_arguments import with_objects
+from reflux.models.chat.call_forms import first_taken
 from reflux.types import Message
 
+# The arguments of `apply_chat_template` that a recipe may set besides those of the template.
+_GIVEN = {"chat_template", "tools", "documents", "kwargs"}
 # Stands for the text of an assistant's turn.
 MARKER = "reflux end of turn"
 ENDED: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARKER}]
@@ -33,6 +38,12 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, arguments: Mapping[str, Any] | None = None):
         self.tokenizer, self.arguments = tokenizer, dict(arguments or {})
+        own = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - _GIVEN
+        if wrong := sorted(own & self.arguments.keys()):
+            raise ModelError(
+                f"template: {', '.join(wrong)} is no argument of a chat template: this library sets it "
+                "itself. Remove it from the recipe"
+            )
 
     @property
     def exists(self) -> bool:
@@ -47,16 +58,12 @@ class ChatTemplate:
         if not self.exists:
             return _joined(messages)
         arguments = {**self.arguments, **(more or {}), "add_generation_prompt": begin_turn}
-        messages = list(messages)
-        objects, refused = with_objects(messages), Exception()
-        # Some templates write the arguments of tool calls as text, so what was given is tried too.
-        for given in (objects, messages) if objects != messages else (messages,):
-            try:
-                return self.tokenizer.apply_chat_template(given, tokenize=False, **arguments)
-            except Exception as error:
-                # The template is a program of the model's authors, so it may raise anything.
-                refused = error
-        raise ModelError(self._refusal(messages, refused)) from refused
+        apply = functools.partial(self.tokenizer.apply_chat_template, tokenize=False, **arguments)
+        try:
+            return first_taken(messages, apply)
+        except Exception as error:
+            # The template is a program of the model's authors, so it may raise anything.
+            raise ModelError(self._refusal(messages, error)) from error
 
     def written(self, messages: Sequence[Message], more: Mapping[str, Any] | None = None) -> str:
         """The text of an example. "" where the template does not take such messages."""
@@ -80,12 +87,15 @@ class ChatTemplate:
             names = ", ".join(sorted(several))
             return (
                 f"{whose} has several chat templates ({names}) and none of them is the default. Name one in "
-                "the model's table: template = {chat_template = NAME}"
+                "the model's table of the recipe: template = {chat_template = NAME}"
             )
+        other = "give another template in the model's table of the recipe: template = {chat_template = TEXT}"
+        if isinstance(error, TemplateSyntaxError):
+            return f"the chat template of {whose} is malformed: {error}. Correct it in its file, or {other}"
         return (
             f"the chat template of {whose} does not take the messages (roles: {roles}). "
             f"It says: {type(error).__name__}: {str(error).strip() or 'nothing'}. Change the messages or "
-            "the recipe's `system`, or give another template: template = {chat_template = TEXT}"
+            f"the recipe's `system`, or {other}"
         )
 
 
