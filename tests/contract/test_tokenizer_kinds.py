@@ -131,3 +131,14 @@ def test_an_answer_without_a_template_ends_with_the_tokenizers_own_end() -> None
     tokenizer.chat_template = MARKED
     turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert Renderer(tokenizer).answer_ids(ASK, "5", (tokenizer.eos_token_id, turn))[-1] == turn
+
+
+def test_a_tokenizer_in_python_that_adds_its_end() -> None:
+    """ByT5's: one token for each byte, and it needs no files."""
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    renderer, ends = Renderer(tokenizer), end_ids(tokenizer, None)
+    assert tokenizer("é")["input_ids"][-1] == tokenizer.eos_token_id
+    assert renderer.ids([{"role": "user", "content": "é"}]) == [byte + 3 for byte in "é".encode()]
+    assert renderer.answer_ids(ASK, "5", ends) == [ord("5") + 3, tokenizer.eos_token_id]
