@@ -6,10 +6,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from reflux.grading.thinking import NAMES
 from reflux.models.chat.template import ChatTemplate
 
 # Such as <think>, </thinking>, [THINK], <seed:think>, <|begin_of_thought|> and <reasoning>.
-_NAME = r"(?:[a-z]+[:_])*(?:think|thinking|thought|thoughts|reason|reasoning)"
+_NAME = rf"(?:[a-z]+[:_])*(?:{NAMES}|thought|reason)"
 _THINKING = re.compile(rf"[^\w\s]+{_NAME}[^\w\s]+", re.IGNORECASE)
 _OPENED = re.compile(rf"([^\w\s/]{{1,2}}{_NAME}[^\w\s]{{1,2}})(\s*)$", re.IGNORECASE)
 # Such as <answer> and </answer>. <s> and </s> begin and end a text.
