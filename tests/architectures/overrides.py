@@ -1,0 +1,158 @@
+"""What makes configurations small: values of fields by name, and by model type where a name does not suffice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# fewest layers of a model
+LAYERS = 2
+WIDTH, HEADS, HEAD, INNER, WINDOW, POSITIONS = 32, 4, 8, 64, 8, 256
+
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(
+        ("hidden_size", "n_embd", "d_model", "embedding_dim", "emb_dim", "embedding_size", "word_embed_proj_dim"), WIDTH
+    ),
+    **dict.fromkeys(("attention_hidden_size", "lru_width", "hidden_size_global", "backbone_hidden_size"), WIDTH),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "encoder_attention_heads"), HEADS
+    ),
+    **dict.fromkeys(("num_decoder_attention_heads", "num_encoder_attention_heads", "attention_heads"), HEADS),
+    **dict.fromkeys(("num_heads", "linear_num_heads", "swa_num_attention_heads", "num_query_groups"), HEADS),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads"), 2),
+    **dict.fromkeys(("head_dim", "global_head_dim", "swa_head_dim", "d_head", "d_kv", "dim_head", "kv_channels"), HEAD),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_head_dim", "rotary_dim"), HEAD),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "attention_head_size"), HEAD),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "laurel_rank", "hc_lowrank"), 16),
+    "qk_head_dim": 2 * HEAD,
+    **dict.fromkeys(("linear_num_key_heads", "o_groups", "n_groups", "mamba_ngroups"), 2),
+    "linear_num_value_heads": 4,
+    # few heads of an index give many equal scores, among which rounding chooses
+    "index_n_heads": 16,
+    **dict.fromkeys(
+        ("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size", "d_inner"),
+        INNER,
+    ),
+    **dict.fromkeys(
+        (
+            *("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp", "dim_ff", "dff"),
+            *("shared_intermediate_size", "dense_intermediate_size", "expert_ffn_hidden_size", "feed_forward_size"),
+            *("moe_shared_expert_intermediate_size", "prefix_dense_intermediate_size"),
+        ),
+        INNER,
+    ),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts", "num_expert_group"), 1),
+    **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size"), 16),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), HEAD),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 2 * WIDTH // HEAD),
+    **dict.fromkeys(("mamba_d_ssm",), 2 * WIDTH),
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 16),
+    **dict.fromkeys(("time_step_rank", "mamba_dt_rank"), 4),
+    **dict.fromkeys(("sliding_window", "attention_window_size", "window_size", "local_attention"), WINDOW),
+    **dict.fromkeys(("attention_chunk_size", "sliding_window_size"), WINDOW),
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_target_positions", "context_length"),
+        POSITIONS,
+    ),
+    **dict.fromkeys(("initializer_range", "init_std", "embedding_initializer_range"), 0.2),
+    **dict.fromkeys(("hidden_size_per_layer_input",), HEAD),
+    **dict.fromkeys(("index_topk",), WINDOW),
+    **dict.fromkeys(("is_decoder",), True),
+    **dict.fromkeys(("first_k_dense_replace",), 1),
+    **dict.fromkeys(("num_kv_shared_layers",), 0),
+    **dict.fromkeys(("query_pre_attn_scalar",), HEAD),
+}
+
+# fields that get their value also where the default is None
+ALWAYS = ("head_dim", "num_key_value_heads", "n_routed_experts")
+
+# towers for images and sound, whatever the model
+TOWER = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": 1, "num_attention_heads": HEADS}
+
+# the layers of a hybrid of sliding and full attention
+MIXED = ["sliding_attention", "full_attention"]
+# n-gram embeddings and an index of key blocks, both small
+QWEN4 = {
+    "ngram_vocab_size_base": 64,
+    "split_ngram_parts": 1,
+    "make_ngram_vocab_size_divisible_by": 4,
+    "heads_per_ngram": 2,
+    "ple_embed_dim": WIDTH,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": HEAD,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
+GEMMA4 = {"global_head_dim": 2 * HEAD, "layer_types": MIXED}
+ASSISTANT = {"text_config": {**GEMMA4, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "model_type": "gemma4_text", "num_kv_shared_layers": 2}}
+MUSIC = {
+    "text_encoder": {"model_type": "t5", "d_model": WIDTH, "d_kv": HEAD, "d_ff": INNER, "num_layers": 1, "num_heads": HEADS},
+    "audio_encoder": {"model_type": "encodec", "hidden_size": WIDTH, "num_filters": 4, "codebook_size": 16, "codebook_dim": WIDTH},
+    "decoder": {},
+}
+
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "cohere_compass_text": {
+        "layer_types": MIXED,
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]} for kind in MIXED},
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "dots1": {"moe_intermediate_size": INNER, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gemma4": {"text_config": GEMMA4},
+    "gemma4_text": GEMMA4,
+    "gemma4_unified": {"text_config": GEMMA4},
+    "gemma4_unified_text": GEMMA4,
+    "gemma4_assistant": ASSISTANT,
+    "gemma4_unified_assistant": ASSISTANT,
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8},
+    "musicgen": MUSIC,
+    "musicgen_melody": MUSIC,
+    "qwen4_exp": {"text_config": QWEN4},
+    "qwen4_exp_text": QWEN4,
+    "zaya": {"num_experts_per_tok": 1},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "num_hidden_layers": 4,
+        "n_mamba_heads": 2,
+    },
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 16]},
+}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "falcon (alibi)": {"alibi": True},
+    "falcon (new decoder)": {"new_decoder_architecture": True},
+    "bert (encoder)": {"is_decoder": False},
+    "phi3 (longrope)": {
+        "original_max_position_embeddings": 24,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [3.0] * 4,
+            "original_max_position_embeddings": 24,
+        },
+    },
+    "llama (dynamic rope)": {
+        "max_position_embeddings": 24,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    },
+    "llama (yarn)": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 24,
+        }
+    },
+    "qwen2 (sliding window)": {
+        "use_sliding_window": True,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "max_window_layers": 1,
+    },
+}

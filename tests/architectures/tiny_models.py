@@ -1,0 +1,97 @@
+"""Tiny random models of every architecture that transformers has for causal language models, with a tokenizer.
+
+A configuration starts from the defaults of its class. Fields with known names get small values; a list with one
+entry per layer is cut to the layers that differ. What this does not cover stands in `OVERRIDES`, as data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from architectures.overrides import ALWAYS, HEADS, LAYERS, OVERRIDES, SIZES, VARIANTS
+
+# names of fields with the number of layers
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
+# standard deviation of the noise on parameters that are all equal at first, such as norms and biases
+NOISE = 0.1
+
+
+def names() -> list[str]:
+    """All model types, and after each its variants, such as "falcon (alibi)"."""
+    extra = sorted(VARIANTS)
+    return [
+        name
+        for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        for name in (kind, *(variant for variant in extra if model_type(variant) == kind))
+    ]
+
+
+def model_type(name: str) -> str:
+    return name.split(" ")[0]
+
+
+def tiny_config(name: str, vocabulary: int, eos: int) -> PretrainedConfig:
+    """The configuration of a type or a variant. vocabulary: tokens of the tokenizer. eos: id of the end token."""
+    kind = model_type(name)
+    cls = CONFIG_MAPPING[kind]
+    given = {**OVERRIDES.get(kind, {}), **VARIANTS.get(name, {})}
+    ids = {"vocab_size": vocabulary, "vocab_size_per_layer_input": vocabulary, "eos_token_id": eos}
+    # some classes have no defaults for their parts
+    parts = {key: deepcopy(value) for key, value in given.items() if cls.has_no_defaults_at_init}
+    return cls(**shrunk(cls(**parts), ids, given))
+
+
+def shrunk(default: PretrainedConfig, ids: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that make a configuration of the class of `default` small."""
+    fields = default.to_dict()
+    changes: dict[str, Any] = {}
+    for key, value in vars(default).items():
+        inner = given[key] if isinstance(given.get(key), Mapping) else {}
+        if value is None and "model_type" in inner:
+            value = CONFIG_MAPPING[inner["model_type"]]()
+        if isinstance(value, PretrainedConfig):
+            changes[key] = shrunk(value, ids, inner)
+        elif key in ids:
+            changes[key] = ids[key]
+        elif key in SIZES and (value is not None or key in ALWAYS):
+            changes[key] = SIZES[key]
+    changes |= {key: 0 for key in ("bos_token_id", "pad_token_id") if fields.get(key) is not None}
+    if "kv_lora_rank" in fields:
+        # latent attention has keys and values of its own in each head
+        changes["num_key_value_heads"] = HEADS
+    changes |= cut_layers(fields)
+    # the parts have taken what is given for them
+    return changes | {key: value for key, value in given.items() if not isinstance(changes.get(key), dict)}
+
+
+def cut_layers(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The number of layers, and the lists with an entry per layer, cut to layers that differ in some list."""
+    depth = next((fields[name] for name in DEPTHS if isinstance(fields.get(name), int)), 0)
+    lists = {key: value for key, value in fields.items() if isinstance(value, list) and len(value) == depth}
+    rows = [tuple(repr(value[i]) for value in lists.values()) for i in range(depth)]
+    firsts = [i for i, row in enumerate(rows) if row not in rows[:i]] if lists else []
+    count = max(LAYERS, len(firsts))
+    kept = sorted({*firsts, *[i for i in range(depth) if i not in firsts][: count - len(firsts)]})
+    depths = {name: count for name in DEPTHS if fields.get(name)}
+    return depths | {key: [value[i] for i in kept] for key, value in lists.items()}
+
+
+def build(name: str, folder: Path, tokenizer: Any, seed: int = 0) -> Path:
+    """A random model of that type and the tokenizer, in Hugging Face format."""
+    torch.manual_seed(seed)
+    config = tiny_config(name, len(tokenizer), tokenizer.eos_token_id)
+    net = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
+                parameter.add_(torch.randn_like(parameter) * NOISE)
+    net.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
