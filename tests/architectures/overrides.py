@@ -12,7 +12,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(
         ("hidden_size", "n_embd", "d_model", "embedding_dim", "emb_dim", "embedding_size", "word_embed_proj_dim"), WIDTH
     ),
-    **dict.fromkeys(("attention_hidden_size", "lru_width", "hidden_size_global", "backbone_hidden_size"), WIDTH),
+    **dict.fromkeys(("lru_width", "hidden_size_global", "backbone_hidden_size"), WIDTH),
     **dict.fromkeys(
         ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "encoder_attention_heads"), HEADS
     ),
@@ -96,12 +96,15 @@ MUSIC = {
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {
         "layer_types": MIXED,
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]} for kind in MIXED},
     },
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots1": {"moe_intermediate_size": INNER, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    # the last two layers use the keys and values of the first two
+    "gemma3n_text": {"layer_types": MIXED * 2, "num_hidden_layers": 4, "num_kv_shared_layers": 2},
     "gemma4": {"text_config": GEMMA4},
     "gemma4_text": GEMMA4,
     "gemma4_unified": {"text_config": GEMMA4},
@@ -109,12 +112,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_assistant": ASSISTANT,
     "gemma4_unified_assistant": ASSISTANT,
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "full_attn_idxs": [1], "block_auto_adjust_ff_dim": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
+    "minicpm3": {"scale_emb": 1, "dim_model_base": WIDTH},
     "musicgen": MUSIC,
     "musicgen_melody": MUSIC,
     "qwen4_exp": {"text_config": QWEN4},
     "qwen4_exp_text": QWEN4,
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "zaya": {"num_experts_per_tok": 1},
     "zamba": {
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
@@ -128,6 +135,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "falcon (alibi)": {"alibi": True},
     "falcon (new decoder)": {"new_decoder_architecture": True},
     "bert (encoder)": {"is_decoder": False},
+    "gemma4_text (shared layers)": {
+        "layer_types": MIXED * 2,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+    },
     "phi3 (longrope)": {
         "original_max_position_embeddings": 24,
         "rope_parameters": {

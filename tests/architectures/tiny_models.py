@@ -21,6 +21,10 @@ from architectures.overrides import ALWAYS, HEADS, LAYERS, OVERRIDES, SIZES, VAR
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
 # standard deviation of the noise on parameters that are all equal at first, such as norms and biases
 NOISE = 0.1
+# every so many ids is one that ends a turn
+ENDS_EVERY = 16
+# output rows beyond the tokens; some tokenizer classes of transformers add tokens of their own
+PADDED = 16
 
 
 def names() -> list[str]:
@@ -38,7 +42,7 @@ def model_type(name: str) -> str:
 
 
 def tiny_config(name: str, vocabulary: int, eos: int) -> PretrainedConfig:
-    """The configuration of a type or a variant. vocabulary: tokens of the tokenizer. eos: id of the end token."""
+    """The configuration of a type or a variant. vocabulary: output rows. eos: id of the end token."""
     kind = model_type(name)
     cls = CONFIG_MAPPING[kind]
     given = {**OVERRIDES.get(kind, {}), **VARIANTS.get(name, {})}
@@ -72,26 +76,40 @@ def shrunk(default: PretrainedConfig, ids: Mapping[str, Any], given: Mapping[str
 
 
 def cut_layers(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The number of layers, and the lists with an entry per layer, cut to layers that differ in some list."""
+    """The number of layers, and the lists with an entry per layer, cut to layers that differ in some list. Lists of
+    layer numbers keep the numbers that are left.
+    """
     depth = next((fields[name] for name in DEPTHS if isinstance(fields.get(name), int)), 0)
-    lists = {key: value for key, value in fields.items() if isinstance(value, list) and len(value) == depth}
-    rows = [tuple(repr(value[i]) for value in lists.values()) for i in range(depth)]
-    firsts = [i for i, row in enumerate(rows) if row not in rows[:i]] if lists else []
+    lists = {key: value for key, value in fields.items() if isinstance(value, list) and value}
+    numbers = {key: value for key, value in lists.items() if are_layers(value, depth)}
+    each = {key: value for key, value in lists.items() if len(value) == depth and key not in numbers}
+    rows = [tuple(repr(value[i]) for value in each.values()) for i in range(depth)]
+    firsts = [i for i, row in enumerate(rows) if row not in rows[:i]] if each else []
     count = max(LAYERS, len(firsts))
     kept = sorted({*firsts, *[i for i in range(depth) if i not in firsts][: count - len(firsts)]})
-    depths = {name: count for name in DEPTHS if fields.get(name)}
-    return depths | {key: [value[i] for i in kept] for key, value in lists.items()}
+    return {
+        **{name: count for name in DEPTHS if fields.get(name)},
+        **{key: [value[i] for i in kept] for key, value in each.items()},
+        **{key: [number for number in value if number < count] for key, value in numbers.items()},
+    }
+
+
+def are_layers(value: list[Any], depth: int) -> bool:
+    """True for numbers of layers in rising order."""
+    return all(type(number) is int and number < depth for number in value) and value == sorted(set(value))
 
 
 def build(name: str, folder: Path, tokenizer: Any, seed: int = 0) -> Path:
     """A random model of that type and the tokenizer, in Hugging Face format."""
     torch.manual_seed(seed)
-    config = tiny_config(name, len(tokenizer), tokenizer.eos_token_id)
+    config = tiny_config(name, len(tokenizer) + PADDED, tokenizer.eos_token_id)
     net = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
                 parameter.add_(torch.randn_like(parameter) * NOISE)
+    # many ids end a turn, so that answers have unequal lengths
+    net.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(10, len(tokenizer), ENDS_EVERY)]
     net.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

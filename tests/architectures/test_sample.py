@@ -1,0 +1,94 @@
+"""A sample of docs/what_runs.md: a few types of each kind of architecture. `make test-models` tries all."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from architectures import matrix, tiny_models
+from architectures.outcome import REFUSED, RIGHT, UNTRIED, WRONG, Outcome, judged, outcome, told
+from architectures.page import PAGE, page
+from architectures.parity import ALIVE, TOLERANCE
+
+SAMPLE = {
+    "llama": "rotary positions",
+    "gpt2": "learned positions",
+    "falcon (alibi)": "biases by distance",
+    "qwen3_moe": "a mixture of experts",
+    "gemma2": "sliding windows, capped logits",
+    "gemma3": "the text part of a model for images",
+    "qwen3_next": "linear attention with full attention",
+    "lfm2": "convolutions with full attention",
+    "mamba2": "a state space",
+    "phi3 (longrope)": "angles that depend on the length",
+    "deepseek_v3": "latent attention",
+    "cohere": "scaled logits, parallel blocks",
+}
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, Outcome]:
+    cells = [line.strip("|\n").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    rows = [Outcome(*(cell.strip() for cell in row)) for row in cells[1:]]
+    return {row.name: row for row in rows}
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_type_does_what_the_page_says(name: str, recorded: dict[str, Outcome], tmp_path: Path) -> None:
+    assert outcome(name, tmp_path) == recorded[name]
+
+
+def test_the_page_has_one_row_for_each_type_and_is_written_as_now(recorded: dict[str, Outcome]) -> None:
+    assert list(recorded) == tiny_models.names()
+    assert {row.verdict for row in recorded.values()} <= {RIGHT, REFUSED, UNTRIED}
+    assert all(row.note for row in recorded.values() if row.verdict != RIGHT)
+    assert page(list(recorded.values())) == PAGE.read_text()
+
+
+def test_a_gap_is_wrong_and_a_model_without_a_past_is_not_tried() -> None:
+    close = {"sampler": TOLERANCE, "loss": 0.0}
+    assert judged("x", {"first token": 1.0, **close}) == Outcome("x", RIGHT)
+    assert judged("x", {"first token": ALIVE / 2, **close}).verdict == UNTRIED
+    assert judged("x", {"first token": 1.0, "sampler": 2 * TOLERANCE, "loss": float("nan")}) == Outcome(
+        "x", WRONG, "sampler 0.002, loss nan nats apart"
+    )
+
+
+def test_what_differs_from_run_to_run_is_left_out_of_a_sentence(tmp_path: Path) -> None:
+    said = f"learner.model: {tmp_path / 'student'} differs by 7.25 | 1e-05, see\n{tmp_path}/run (qwen2, 3 layers)"
+    assert told(ValueError(said), tmp_path) == (
+        "learner.model: MODEL differs by N / N, see MODEL/run (qwen2, 3 layers)"
+    )
+
+
+def test_a_crash_and_a_hang_of_a_type_are_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trial(name: str, folder: Path) -> Outcome:
+        if name == "crash":
+            os._exit(9)
+        while name == "hang":
+            time.sleep(0.1)
+        return Outcome(name, RIGHT)
+
+    monkeypatch.setattr(matrix, "outcome", trial)
+    monkeypatch.setattr(matrix, "LIMIT_S", 2)
+    rows = matrix.tried(["crash", "hang", "fine"], 2)
+    assert [(row.name, row.verdict, row.note) for row in rows] == [
+        ("crash", WRONG, "the process ended with 9"),
+        ("hang", WRONG, "no end after 2 s"),
+        ("fine", RIGHT, ""),
+    ]
+
+
+def test_a_changed_row_fails_and_is_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(matrix, "PAGE", tmp_path / "what_runs.md")
+    matrix.written(page([Outcome("llama", RIGHT), Outcome("gpt2", RIGHT)]))
+    assert matrix.compared(page([Outcome("llama", RIGHT), Outcome("gpt2", RIGHT)])) == 0
+    capsys.readouterr()
+    assert matrix.compared(page([Outcome("llama", RIGHT), Outcome("gpt2", REFUSED, "why")])) == 1
+    assert "-| gpt2 | right |  |" in (shown := capsys.readouterr().out)
+    assert "+| gpt2 | refused | why |" in shown
