@@ -10,13 +10,17 @@ TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 # Each computes on one thread (tests/conftest.py).
 TEST_PROCESSES ?= 2
 
-.PHONY: quickstart test check golden bench assets clean
+.PHONY: quickstart test test-models check golden golden-models bench assets clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/reflux run quickstart
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal
+
+# Every model type that transformers has for causal language models, against docs/what_runs.md. Tens of minutes.
+test-models: $(VENV)/.installed-test
+	$(BIN)/python tests/architectures/matrix.py --processes $(TEST_PROCESSES)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -26,6 +30,9 @@ check: $(VENV)/.installed-dev
 
 golden: $(VENV)/.installed-test        # writes the golden curves again; look at the difference before you commit it
 	$(BIN)/python tests/golden/write.py
+
+golden-models: $(VENV)/.installed-test # writes docs/what_runs.md again; look at the difference before you commit it
+	$(BIN)/python tests/architectures/matrix.py --processes $(TEST_PROCESSES) --write
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/step_time.py

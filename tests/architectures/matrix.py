@@ -1,7 +1,8 @@
 """python tests/architectures/matrix.py [--write] [NAME ...]: try every model type, or those named.
 
-Prints one row for each. With `--write` it writes docs/what_runs.md; without, and without names, it fails where the
-page differs. Each type is tried in a process of its own, with a time limit, so a crash or a hang is one row.
+Prints one row for each. With `--write` it writes docs/what_runs.md. Without, and without names, it fails
+where the page differs. Each type is tried in a process of its own, with a time limit, so a crash or a hang is
+one row.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main() -> int:
     torch.set_num_threads(1)
     rows = tried(asked.names or names(), asked.processes)
     if asked.names:
-        return int(any(row.verdict == WRONG for row in rows))
+        return int(any(row.fault for row in rows))
     return written(page(rows)) if asked.write else compared(page(rows))
 
 
@@ -52,7 +53,9 @@ def written(text: str) -> int:
 def compared(text: str) -> int:
     """1 where the page differs from what came."""
     recorded = PAGE.read_text() if PAGE.exists() else ""
-    lines = difflib.unified_diff(recorded.splitlines(), text.splitlines(), "recorded", "now", lineterm="", n=0)
+    lines = difflib.unified_diff(
+        recorded.splitlines(), text.splitlines(), "recorded", "now", lineterm="", n=0
+    )
     different = list(lines)
     print("\n".join(different) or f"{PAGE.name} says the same")
     return int(bool(different))
@@ -89,11 +92,11 @@ class Trial:
     def end(self) -> Outcome:
         try:
             if not self.channel.poll():
-                return Outcome(self.name, WRONG, f"no end after {LIMIT_S} s")
+                return Outcome(self.name, WRONG, note=f"no end after {LIMIT_S} s")
             return self.channel.recv()
         except EOFError:
             self.process.join()
-            return Outcome(self.name, WRONG, f"the process ended with {self.process.exitcode}")
+            return Outcome(self.name, WRONG, note=f"the process ended with {self.process.exitcode}")
         finally:
             self.process.kill()
             self.process.join()

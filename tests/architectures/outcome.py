@@ -5,34 +5,40 @@ from __future__ import annotations
 import re
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers.utils import logging
 
+from architectures.adapters import adapter_gaps
 from architectures.parity import ALIVE, TOLERANCE, gaps
-from architectures.runs import two_steps
+from architectures.runs import started, two_steps
 from architectures.text import tokenizer
 from architectures.tiny_models import build
-from reflux.errors import RefluxError
+from reflux.errors import ModelError
 
 RIGHT, REFUSED, UNTRIED, WRONG = "right", "refused", "not tried", "WRONG"
 # a sentence is cut after so many characters
-LONGEST = 300
+LONGEST = 400
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One row of the table."""
+    """One row of the table. lora: the verdict on training with adapters; empty where it was not tried."""
 
     name: str
     verdict: str
+    lora: str = ""
     note: str = ""
 
     @property
     def line(self) -> str:
-        return f"| {self.name} | {self.verdict} | {self.note} |"
+        return f"| {self.name} | {self.verdict} | {self.lora} | {self.note} |"
+
+    @property
+    def fault(self) -> bool:
+        return WRONG in (self.verdict, self.lora)
 
 
 def outcome(name: str, folder: Path) -> Outcome:
@@ -44,31 +50,41 @@ def outcome(name: str, folder: Path) -> Outcome:
             build(name, model, tokenizer(), seed)
     except Exception as error:
         # whatever transformers raises: the library has not been reached
-        return Outcome(name, UNTRIED, f"no tiny model: {told(error, folder)}")
+        return Outcome(name, UNTRIED, note=f"no tiny model: {told(error, folder)}")
+    verdict, note = trial(lambda: {**two_steps(student, teacher, folder), **gaps(student)}, folder)
+    if verdict != RIGHT:
+        return Outcome(name, verdict, note=note)
+    lora, note = trial(lambda: adapter_gaps(student, folder / "adapted"), folder)
+    return Outcome(name, verdict, lora, note)
+
+
+def trial(measure: Callable[[], dict[str, float]], folder: Path) -> tuple[str, str]:
+    """The verdict on what `measure` finds, and the note."""
     try:
-        found = {**gaps(student), **two_steps(student, teacher, folder)}
-    except RefluxError as refusal:
-        return Outcome(name, REFUSED, told(refusal, folder))
+        return judged(measure())
+    except ModelError as refusal:
+        if started(folder):
+            return WRONG, f"refused only after the first step: {told(refusal, folder)}"
+        return REFUSED, told(refusal, folder)
     except Exception as error:
-        # a fault of the library, in the table instead of a refusal
-        return Outcome(name, WRONG, f"{place(error)}: {type(error).__name__}: {told(error, folder)}")
-    return judged(name, found)
+        # a fault of the library: it belongs in the table, and the other types are still to be tried
+        return WRONG, f"{place(error)}: {type(error).__name__}: {told(error, folder)}"
 
 
-def judged(name: str, found: dict[str, float]) -> Outcome:
-    """The row of a type that ran to the end, from its gaps in nats."""
-    if found.pop("first token") < ALIVE:
-        return Outcome(name, UNTRIED, "no tiny model: the first token changes nothing at the later ones")
+def judged(found: dict[str, float]) -> tuple[str, str]:
+    """The verdict on gaps in nats."""
+    if found.pop("first token", ALIVE) < ALIVE:
+        return UNTRIED, "no tiny model: the first token changes nothing at the later ones"
     apart = [f"{what} {nats:.1g}" for what, nats in found.items() if not nats <= TOLERANCE]
-    return Outcome(name, WRONG, f"{', '.join(apart)} nats apart") if apart else Outcome(name, RIGHT)
+    return (WRONG, f"{', '.join(apart)} nats apart") if apart else (RIGHT, "")
 
 
 def told(error: Exception, folder: Path) -> str:
-    """The first sentences of an error, without paths and numbers that differ from run to run."""
+    """The text of an error without paths and numbers that differ from run to run."""
     said = " ".join(str(error).split()).replace("|", "/")
     for model in (folder / "student", folder / "teacher", folder):
         said = said.replace(str(model), "MODEL")
-    said = re.sub(r"/tmp/\S+|0x[0-9a-f]+", "...", said)
+    said = re.sub(r"0x[0-9a-f]+", "N", said)
     said = re.sub(r"(?<![\w.])\d+\.\d+(e[-+]\d+)?|\d+e[-+]\d+", "N", said)
     return said[:LONGEST]
 

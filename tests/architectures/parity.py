@@ -26,8 +26,8 @@ EARLY, ALIVE = 6, 0.01
 
 @torch.no_grad()
 def gaps(folder: Path) -> dict[str, float]:
-    """The largest differences of log-probs in nats, by name: of sampler and learner from the model itself, on one
-    text at a time and without a cache; and of the model itself between texts of different lengths.
+    """The largest differences of log-probs in nats, by name: of sampler and learner from the model itself, on
+    one text at a time and without a cache; and of the model itself between texts of different lengths.
     """
     model = load_model(str(folder), "learner.model", dtype="float32")
     own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -43,7 +43,9 @@ def gaps(folder: Path) -> dict[str, float]:
     return {
         "learner's batch": worst_of(batched(model, texts), alone),
         "sampler": worst_of(recorded, drawn),
-        "shorter text": worst_of([logp[: len(half)] for logp, half in zip(alone, halves, strict=True)], halves),
+        "shorter text": worst_of(
+            [logp[: len(half)] for logp, half in zip(alone, halves, strict=True)], halves
+        ),
         "first token": worst_of([headless[-1]], [own_logp(own, start, model.vocabulary)[-1]]),
     }
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +41,30 @@ SMALL = {
 
 
 def two_steps(student: Path, teacher: Path, folder: Path) -> dict[str, float]:
-    """Train, then compare the exported student with the learner's weights of the last checkpoint, and run
-    `reflux eval` on it."""
+    """Train, and compare the loss and the exported student with the two models on their own. `reflux eval` on
+    the run must give an accuracy.
+    """
     prompts = write_prompts(folder / "prompts.jsonl", 16)
     models = {"learner.model": str(student), "teachers.main.model": str(teacher), "task.path": str(prompts)}
-    cfg = load_recipe("full", {**SMALL, **models})
     out = folder / "run"
-    asyncio.run(train(cfg, Options(out)))
-    found = {"loss": loss_gap(student, teacher, out), "exported student": exported_gap(student, out)}
-    with contextlib.redirect_stdout(io.StringIO()):
+    asyncio.run(train(load_recipe("full", {**SMALL, **models}), Options(out)))
+    with contextlib.redirect_stdout(io.StringIO()) as said:
         evaluate_model(str(out), None, 3, 0, 4, [f"task.test={prompts}", "sampler.device=cpu"])
-    return found
+    assert re.search(r"^accuracy +[01]\.\d+$", said.getvalue(), re.MULTILINE), said.getvalue()
+    return {"loss": loss_gap(student, teacher, out), "exported student": exported_gap(student, out)}
+
+
+def started(folder: Path) -> bool:
+    """True where the run has taken a step."""
+    metrics = folder / "run" / "metrics.jsonl"
+    return metrics.exists() and bool(metrics.read_text())
 
 
 @torch.no_grad()
 def loss_gap(student: Path, teacher: Path, out: Path) -> float:
-    """Nats between the loss of step 1 and the mean reverse KL of its tokens, from the two models on one attempt
-    at a time."""
+    """Nats between the loss of step 1 and the mean reverse KL of its tokens, from the two models on one
+    attempt at a time.
+    """
     rows = [json.loads(line) for line in (out / "attempts.jsonl").read_text().splitlines()]
     first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
     made, ours, theirs = AutoTokenizer.from_pretrained(student), plain(student), plain(teacher)
@@ -78,10 +86,12 @@ def plain(folder: Path) -> Any:
 
 @torch.no_grad()
 def exported_gap(student: Path, out: Path) -> float:
-    """Nats between the exported student as transformers loads it and the weights that the learner ended with."""
+    """Nats between the exported student as transformers loads it and the learner's last weights."""
     newest = checkpoints.of_step(out / "checkpoints", STEPS)
     state: dict[str, Any] = checkpoints.read(newest / "learner")
-    learnt = {name.removeprefix("weight/"): value for name, value in state.items() if name.startswith("weight/")}
+    learnt = {
+        name.removeprefix("weight/"): value for name, value in state.items() if name.startswith("weight/")
+    }
     before, learner, exported = plain(student), plain(student), plain(out / "student")
     missing = learner.load_state_dict(learnt, strict=False)
     assert not missing.unexpected_keys, missing.unexpected_keys

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from architectures import matrix, tiny_models
-from architectures.outcome import REFUSED, RIGHT, UNTRIED, WRONG, Outcome, judged, outcome, told
+from architectures.outcome import REFUSED, RIGHT, UNTRIED, WRONG, Outcome, judged, outcome, told, trial
 from architectures.page import PAGE, page
 from architectures.parity import ALIVE, TOLERANCE
+from reflux.errors import ModelError
 
 SAMPLE = {
     "llama": "rotary positions",
@@ -31,8 +32,8 @@ SAMPLE = {
 
 @pytest.fixture(scope="module")
 def recorded() -> dict[str, Outcome]:
-    cells = [line.strip("|\n").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
-    rows = [Outcome(*(cell.strip() for cell in row)) for row in cells[1:]]
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    rows = [Outcome(*(cell.strip() for cell in line[1:-1].split("|"))) for line in lines[1:]]
     return {row.name: row for row in rows}
 
 
@@ -44,35 +45,49 @@ def test_a_type_does_what_the_page_says(name: str, recorded: dict[str, Outcome],
 def test_the_page_has_one_row_for_each_type_and_is_written_as_now(recorded: dict[str, Outcome]) -> None:
     assert list(recorded) == tiny_models.names()
     assert {row.verdict for row in recorded.values()} <= {RIGHT, REFUSED, UNTRIED}
-    assert all(row.note for row in recorded.values() if row.verdict != RIGHT)
+    assert {row.lora for row in recorded.values() if row.verdict == RIGHT} <= {RIGHT, REFUSED}
+    assert all(row.note for row in recorded.values() if (row.verdict, row.lora) != (RIGHT, RIGHT))
     assert page(list(recorded.values())) == PAGE.read_text()
 
 
 def test_a_gap_is_wrong_and_a_model_without_a_past_is_not_tried() -> None:
     close = {"sampler": TOLERANCE, "loss": 0.0}
-    assert judged("x", {"first token": 1.0, **close}) == Outcome("x", RIGHT)
-    assert judged("x", {"first token": ALIVE / 2, **close}).verdict == UNTRIED
-    assert judged("x", {"first token": 1.0, "sampler": 2 * TOLERANCE, "loss": float("nan")}) == Outcome(
-        "x", WRONG, "sampler 0.002, loss nan nats apart"
-    )
+    assert judged({"first token": 1.0, **close}) == (RIGHT, "")
+    assert judged({"first token": ALIVE / 2, **close})[0] == UNTRIED
+    apart = {"sampler": 2 * TOLERANCE, "loss": float("nan")}
+    assert judged({"first token": 1.0, **apart}) == (WRONG, "sampler 0.002, loss nan nats apart")
+
+
+def test_only_a_refusal_before_the_first_step_counts_as_one(tmp_path: Path) -> None:
+    def refuse() -> dict[str, float]:
+        raise ModelError("learner.model: no")
+
+    def crash() -> dict[str, float]:
+        raise ValueError("shapes")
+
+    assert trial(refuse, tmp_path) == (REFUSED, "learner.model: no")
+    assert trial(crash, tmp_path) == (WRONG, "the check itself: ValueError: shapes")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    assert trial(refuse, tmp_path) == (WRONG, "refused only after the first step: learner.model: no")
 
 
 def test_what_differs_from_run_to_run_is_left_out_of_a_sentence(tmp_path: Path) -> None:
-    said = f"learner.model: {tmp_path / 'student'} differs by 7.25 | 1e-05, see\n{tmp_path}/run (qwen2, 3 layers)"
+    said = f"learner.model: {tmp_path / 'student'} is 7.25 | 1e-05 off, see\n{tmp_path}/run (qwen2, 3 layers)"
     assert told(ValueError(said), tmp_path) == (
-        "learner.model: MODEL differs by N / N, see MODEL/run (qwen2, 3 layers)"
+        "learner.model: MODEL is N / N off, see MODEL/run (qwen2, 3 layers)"
     )
 
 
 def test_a_crash_and_a_hang_of_a_type_are_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    def trial(name: str, folder: Path) -> Outcome:
+    def behave(name: str, folder: Path) -> Outcome:
         if name == "crash":
             os._exit(9)
         while name == "hang":
             time.sleep(0.1)
         return Outcome(name, RIGHT)
 
-    monkeypatch.setattr(matrix, "outcome", trial)
+    monkeypatch.setattr(matrix, "outcome", behave)
     monkeypatch.setattr(matrix, "LIMIT_S", 2)
     rows = matrix.tried(["crash", "hang", "fine"], 2)
     assert [(row.name, row.verdict, row.note) for row in rows] == [
@@ -89,6 +104,6 @@ def test_a_changed_row_fails_and_is_shown(
     matrix.written(page([Outcome("llama", RIGHT), Outcome("gpt2", RIGHT)]))
     assert matrix.compared(page([Outcome("llama", RIGHT), Outcome("gpt2", RIGHT)])) == 0
     capsys.readouterr()
-    assert matrix.compared(page([Outcome("llama", RIGHT), Outcome("gpt2", REFUSED, "why")])) == 1
-    assert "-| gpt2 | right |  |" in (shown := capsys.readouterr().out)
-    assert "+| gpt2 | refused | why |" in shown
+    assert matrix.compared(page([Outcome("llama", RIGHT), Outcome("gpt2", REFUSED, note="why")])) == 1
+    assert "-| gpt2 | right |  |  |" in (shown := capsys.readouterr().out)
+    assert "+| gpt2 | refused |  | why |" in shown

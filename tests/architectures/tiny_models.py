@@ -1,7 +1,7 @@
-"""Tiny random models of every architecture that transformers has for causal language models, with a tokenizer.
+"""Tiny random models of every architecture that transformers has for causal language models.
 
-A configuration starts from the defaults of its class. Fields with known names get small values; a list with one
-entry per layer is cut to the layers that differ. What this does not cover stands in `OVERRIDES`, as data.
+A configuration starts from the defaults of its class. Fields with known names get small values, and lists
+with an entry per layer are cut to the layers that differ. What this does not cover stands in `OVERRIDES`.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def shrunk(default: PretrainedConfig, ids: Mapping[str, Any], given: Mapping[str
 
 
 def cut_layers(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The number of layers, and the lists with an entry per layer, cut to layers that differ in some list. Lists of
-    layer numbers keep the numbers that are left.
+    """The number of layers, and the lists with an entry per layer, cut to layers that differ in some list.
+    Lists of layer numbers keep the numbers that are left.
     """
     depth = next((fields[name] for name in DEPTHS if isinstance(fields.get(name), int)), 0)
     lists = {key: value for key, value in fields.items() if isinstance(value, list) and value}
@@ -104,12 +104,20 @@ def build(name: str, folder: Path, tokenizer: Any, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     config = tiny_config(name, len(tokenizer) + PADDED, tokenizer.eos_token_id)
     net = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
-                parameter.add_(torch.randn_like(parameter) * NOISE)
+    vary(net)
     # many ids end a turn, so that answers have unequal lengths
     net.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(10, len(tokenizer), ENDS_EVERY)]
     net.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def vary(net: torch.nn.Module) -> None:
+    """Noise on what initialisation leaves constant, so that no fault hides in a factor of one or in zeros."""
+    for parameter in net.parameters():
+        if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
+            parameter.add_(torch.randn_like(parameter) * NOISE)
+    for module in net.modules():
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            module.weight[module.padding_idx].normal_(0, NOISE)
