@@ -19,8 +19,8 @@ TEXT = """# What runs
 
 One row for each model type that transformers {transformers} offers for causal language models, its
 `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`, and some rows for settings that change how a type computes. Each was
-tried with random models of a few layers, in float32 on a CPU, with torch {torch}. `make test-models` tries all
-of them again and fails where a row has changed. `make golden-models` writes this page.
+tried with random models of a few layers, in float32 on a CPU, with torch {torch}. `make test-models` tries
+all of them again and fails where a row has changed. `make golden-models` writes this page.
 
 A type is right where all of these numbers are at most {tolerance} nats:
 
@@ -37,7 +37,7 @@ A type is right where all of these numbers are at most {tolerance} nats:
 adapters on all linear modules: sampler and exported student against the learner, with random adapters.
 
 "Refused" means an error before the first step that says why. "Not tried" means that no tiny model could be
-made here, and the note says why. A random model shows whether the library computes what transformers computes.
+made here, and the note says why. A random model shows whether the library computes what transformers does.
 It does not show how well a type learns.
 
 {counts}.
