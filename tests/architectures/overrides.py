@@ -110,6 +110,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots1": {"moe_intermediate_size": INNER, "n_shared_experts": 1, "num_experts_per_tok": 2},
     # the last two layers use the keys and values of the first two
     "gemma3n_text": {"layer_types": MIXED * 2, "num_hidden_layers": 4, "num_kv_shared_layers": 2},
+    # this class does not cap its logits
+    "gemma3": {"text_config": {"final_logit_softcapping": None}},
     "gemma4": {"text_config": GEMMA4},
     "gemma4_text": GEMMA4,
     "gemma4_unified": {"text_config": GEMMA4},
