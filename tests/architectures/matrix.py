@@ -1,8 +1,7 @@
 """python tests/architectures/matrix.py [--write] [NAME ...]: try every model type, or those named.
 
-Prints one row for each. With `--write` it writes docs/what_runs.md. Without, and without names, it fails
-where the page differs. Each type is tried in a process of its own, with a time limit, so a crash or a hang is
-one row.
+Prints one row for each, and fails where docs/what_runs.md says something else. With `--write` it writes these
+rows to the page. Each type is tried in a process of its own, with a time limit, so a crash or a hang is a row.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 import torch  # noqa: E402
 
 from architectures.outcome import WRONG, Outcome, outcome  # noqa: E402
-from architectures.page import PAGE, page  # noqa: E402
+from architectures.page import PAGE, page, recorded  # noqa: E402
 from architectures.tiny_models import names  # noqa: E402
 
 LIMIT_S = 300
@@ -38,10 +37,9 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    rows = tried(asked.names or names(), asked.processes)
-    if asked.names:
-        return int(any(row.fault for row in rows))
-    return written(page(rows)) if asked.write else compared(page(rows))
+    rows = {row.name: row for row in tried(asked.names or names(), asked.processes)}
+    known = rows if not asked.names else {**recorded(), **rows}
+    return (written if asked.write else compared)(page([known[name] for name in names() if name in known]))
 
 
 def written(text: str) -> int:
@@ -52,11 +50,8 @@ def written(text: str) -> int:
 
 def compared(text: str) -> int:
     """1 where the page differs from what came."""
-    recorded = PAGE.read_text() if PAGE.exists() else ""
-    lines = difflib.unified_diff(
-        recorded.splitlines(), text.splitlines(), "recorded", "now", lineterm="", n=0
-    )
-    different = list(lines)
+    lines = PAGE.read_text().splitlines() if PAGE.exists() else []
+    different = list(difflib.unified_diff(lines, text.splitlines(), "recorded", "now", lineterm="", n=0))
     print("\n".join(different) or f"{PAGE.name} says the same")
     return int(bool(different))
 

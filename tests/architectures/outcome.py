@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from architectures.adapters import adapter_gaps
 from architectures.parity import ALIVE, TOLERANCE, gaps
-from architectures.runs import started, two_steps
+from architectures.runs import adapter_run, started, two_steps
 from architectures.text import tokenizer
 from architectures.tiny_models import build
 from reflux.errors import ModelError
@@ -51,19 +51,23 @@ def outcome(name: str, folder: Path) -> Outcome:
     except Exception as error:
         # whatever transformers raises: the library has not been reached
         return Outcome(name, UNTRIED, note=f"no tiny model: {told(error, folder)}")
-    verdict, note = trial(lambda: {**two_steps(student, teacher, folder), **gaps(student)}, folder)
+    verdict, note = trial(folder, "run", lambda out: {**two_steps(student, teacher, out), **gaps(student)})
     if verdict != RIGHT:
         return Outcome(name, verdict, note=note)
-    lora, note = trial(lambda: adapter_gaps(student, folder / "adapted"), folder)
+    lora, note = trial(folder, "adapted", lambda out: adapter_gaps(student, out))
+    if lora == WRONG:
+        # a run may refuse what the direct measurement finds
+        refused, said = trial(folder, "adapter_run", lambda out: adapter_run(student, teacher, out))
+        lora, note = (refused, said) if refused == REFUSED else (lora, note)
     return Outcome(name, verdict, lora, note)
 
 
-def trial(measure: Callable[[], dict[str, float]], folder: Path) -> tuple[str, str]:
-    """The verdict on what `measure` finds, and the note."""
+def trial(folder: Path, out: str, measure: Callable[[Path], dict[str, float]]) -> tuple[str, str]:
+    """The verdict on what `measure` finds, which writes to the folder `out` in `folder`, and the note."""
     try:
-        return judged(measure())
+        return judged(measure(folder / out))
     except ModelError as refusal:
-        if started(folder):
+        if started(folder / out):
             return WRONG, f"refused only after the first step: {told(refusal, folder)}"
         return REFUSED, told(refusal, folder)
     except Exception as error:
@@ -86,6 +90,8 @@ def told(error: Exception, folder: Path) -> str:
         said = said.replace(str(model), "MODEL")
     said = re.sub(r"0x[0-9a-f]+", "N", said)
     said = re.sub(r"(?<![\w.])\d+\.\d+(e[-+]\d+)?|\d+e[-+]\d+", "N", said)
+    # a set has another order in each process
+    said = re.sub(r"\{('[^{}]*')\}", lambda found: f"{{{', '.join(sorted(found[1].split(', ')))}}}", said)
     return said[:LONGEST]
 
 

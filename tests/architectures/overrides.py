@@ -6,7 +6,7 @@ from typing import Any
 
 # fewest layers of a model
 LAYERS = 2
-WIDTH, HEADS, HEAD, INNER, WINDOW, POSITIONS = 32, 4, 8, 64, 8, 256
+WIDTH, HEADS, HEAD, INNER, WINDOW, TURN, POSITIONS = 32, 4, 8, 64, 8, 40, 256
 
 # (value, the names of the fields that get it)
 GROUPS: tuple[tuple[Any, str], ...] = (
@@ -132,7 +132,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "musicgen_melody": MUSIC,
     "qwen4_exp": {"text_config": QWEN4},
     "qwen4_exp_text": QWEN4,
-    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "w_init_variance_scale": 1.0},
     "zaya": {"num_experts_per_tok": 1},
     "zamba": {
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
@@ -158,18 +158,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 2,
     },
     "opt (projected, norms after)": {"word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    # the angles change at TURN tokens, which the longest texts of the run would pass
     "phi3 (longrope)": {
-        "original_max_position_embeddings": 24,
+        "original_max_position_embeddings": TURN,
         "rope_parameters": {
             "rope_type": "longrope",
             "rope_theta": 10000.0,
             "short_factor": [1.0] * 4,
             "long_factor": [3.0] * 4,
-            "original_max_position_embeddings": 24,
+            "original_max_position_embeddings": TURN,
         },
     },
     "llama (dynamic rope)": {
-        "max_position_embeddings": 24,
+        "max_position_embeddings": TURN,
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
     },
     "llama (yarn)": {

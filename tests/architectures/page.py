@@ -62,3 +62,10 @@ def page(rows: Sequence[Outcome]) -> str:
         counts=", ".join(words),
         rows="\n".join(row.line for row in rows),
     )
+
+
+def recorded() -> dict[str, Outcome]:
+    """The rows of the page by name."""
+    lines = PAGE.read_text().splitlines() if PAGE.exists() else []
+    cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines if line.startswith("| ")]
+    return {row[0]: Outcome(*row) for row in cells[1:]}

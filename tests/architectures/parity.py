@@ -55,7 +55,9 @@ def sampled(model: Model) -> tuple[list[list[int]], list[Tensor]]:
     dice = torch.Generator().manual_seed(3)
     prompts = [torch.randint(3, model.vocabulary, (length,), generator=dice).tolist() for length, _ in ROWS]
     asks = [
-        TurnRequest(ids, budget, row_key(0, "train", 0, f"p{i}", 0), draw())
+        TurnRequest(
+            ids, min(budget, model.context_tokens - len(ids)), row_key(0, "train", 0, f"p{i}", 0), draw()
+        )
         for i, (ids, (_, budget)) in enumerate(zip(prompts, ROWS, strict=True))
     ]
     turns = decode(model, asks, 0, cpu_decoder(model))

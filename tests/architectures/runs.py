@@ -40,23 +40,34 @@ SMALL = {
 }
 
 
-def two_steps(student: Path, teacher: Path, folder: Path) -> dict[str, float]:
-    """Train, and compare the loss and the exported student with the two models on their own. `reflux eval` on
-    the run must give an accuracy.
+def two_steps(student: Path, teacher: Path, out: Path) -> dict[str, float]:
+    """Train in the run directory `out`, and compare the loss and the exported student with the two models on
+    their own. `reflux eval` on the run must give an accuracy.
     """
-    prompts = write_prompts(folder / "prompts.jsonl", 16)
-    models = {"learner.model": str(student), "teachers.main.model": str(teacher), "task.path": str(prompts)}
-    out = folder / "run"
-    asyncio.run(train(load_recipe("full", {**SMALL, **models}), Options(out)))
+    prompts = run(student, teacher, out)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         evaluate_model(str(out), None, 3, 0, 4, [f"task.test={prompts}", "sampler.device=cpu"])
     assert re.search(r"^accuracy +[01]\.\d+$", said.getvalue(), re.MULTILINE), said.getvalue()
     return {"loss": loss_gap(student, teacher, out), "exported student": exported_gap(student, out)}
 
 
-def started(folder: Path) -> bool:
+def adapter_run(student: Path, teacher: Path, out: Path) -> dict[str, float]:
+    """Train adapters. Only whether the run refuses them is of interest."""
+    run(student, teacher, out, **{"learner.lora.rank": 2})
+    return {}
+
+
+def run(student: Path, teacher: Path, out: Path, **changes: Any) -> Path:
+    """Train two steps. Returns the file with the prompts."""
+    prompts = write_prompts(out.with_suffix(".jsonl"), 16)
+    models = {"learner.model": str(student), "teachers.main.model": str(teacher), "task.path": str(prompts)}
+    asyncio.run(train(load_recipe("full", {**SMALL, **models, **changes}), Options(out)))
+    return prompts
+
+
+def started(out: Path) -> bool:
     """True where the run has taken a step."""
-    metrics = folder / "run" / "metrics.jsonl"
+    metrics = out / "metrics.jsonl"
     return metrics.exists() and bool(metrics.read_text())
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from architectures import matrix, tiny_models
 from architectures.outcome import REFUSED, RIGHT, UNTRIED, WRONG, Outcome, judged, outcome, told, trial
-from architectures.page import PAGE, page
+from architectures.page import PAGE, page, recorded
 from architectures.parity import ALIVE, TOLERANCE
 from reflux.errors import ModelError
 
@@ -30,24 +30,18 @@ SAMPLE = {
 }
 
 
-@pytest.fixture(scope="module")
-def recorded() -> dict[str, Outcome]:
-    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
-    rows = [Outcome(*(cell.strip() for cell in line[1:-1].split("|"))) for line in lines[1:]]
-    return {row.name: row for row in rows}
-
-
 @pytest.mark.parametrize("name", SAMPLE)
-def test_a_type_does_what_the_page_says(name: str, recorded: dict[str, Outcome], tmp_path: Path) -> None:
-    assert outcome(name, tmp_path) == recorded[name]
+def test_a_type_does_what_the_page_says(name: str, tmp_path: Path) -> None:
+    assert outcome(name, tmp_path) == recorded()[name]
 
 
-def test_the_page_has_one_row_for_each_type_and_is_written_as_now(recorded: dict[str, Outcome]) -> None:
-    assert list(recorded) == tiny_models.names()
-    assert {row.verdict for row in recorded.values()} <= {RIGHT, REFUSED, UNTRIED}
-    assert {row.lora for row in recorded.values() if row.verdict == RIGHT} <= {RIGHT, REFUSED}
-    assert all(row.note for row in recorded.values() if (row.verdict, row.lora) != (RIGHT, RIGHT))
-    assert page(list(recorded.values())) == PAGE.read_text()
+def test_the_page_has_one_row_for_each_type_and_is_written_as_now() -> None:
+    rows = recorded()
+    assert list(rows) == tiny_models.names()
+    assert {row.verdict for row in rows.values()} <= {RIGHT, REFUSED, UNTRIED}
+    assert {row.lora for row in rows.values() if row.verdict == RIGHT} <= {RIGHT, REFUSED}
+    assert all(row.note for row in rows.values() if (row.verdict, row.lora) != (RIGHT, RIGHT))
+    assert page(list(rows.values())) == PAGE.read_text()
 
 
 def test_a_gap_is_wrong_and_a_model_without_a_past_is_not_tried() -> None:
@@ -59,23 +53,23 @@ def test_a_gap_is_wrong_and_a_model_without_a_past_is_not_tried() -> None:
 
 
 def test_only_a_refusal_before_the_first_step_counts_as_one(tmp_path: Path) -> None:
-    def refuse() -> dict[str, float]:
+    def refuse(out: Path) -> dict[str, float]:
         raise ModelError("learner.model: no")
 
-    def crash() -> dict[str, float]:
+    def crash(out: Path) -> dict[str, float]:
         raise ValueError("shapes")
 
-    assert trial(refuse, tmp_path) == (REFUSED, "learner.model: no")
-    assert trial(crash, tmp_path) == (WRONG, "the check itself: ValueError: shapes")
+    assert trial(tmp_path, "run", refuse) == (REFUSED, "learner.model: no")
+    assert trial(tmp_path, "run", crash) == (WRONG, "the check itself: ValueError: shapes")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
-    assert trial(refuse, tmp_path) == (WRONG, "refused only after the first step: learner.model: no")
+    assert trial(tmp_path, "run", refuse) == (WRONG, "refused only after the first step: learner.model: no")
 
 
 def test_what_differs_from_run_to_run_is_left_out_of_a_sentence(tmp_path: Path) -> None:
-    said = f"learner.model: {tmp_path / 'student'} is 7.25 | 1e-05 off, see\n{tmp_path}/run (qwen2, 3 layers)"
+    said = f"learner.model: {tmp_path / 'student'} is 7.25 | 1e-05 off, see\n{tmp_path}/run {{'b', 'a'}} (qwen2, 3 layers)"
     assert told(ValueError(said), tmp_path) == (
-        "learner.model: MODEL is N / N off, see MODEL/run (qwen2, 3 layers)"
+        "learner.model: MODEL is N / N off, see MODEL/run {'a', 'b'} (qwen2, 3 layers)"
     )
 
 
