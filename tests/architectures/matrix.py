@@ -1,7 +1,7 @@
 """python tests/architectures/matrix.py [--write] [NAME ...]: try every model type, or those named.
 
 Prints one row for each, and fails where docs/what_runs.md says something else. With `--write` it writes these
-rows to the page. Each type is tried in a process of its own, with a time limit, so a crash or a hang is a row.
+rows to the page. Each type is tried in a process of its own with a time limit, so a crash or a hang is a row.
 """
 
 from __future__ import annotations

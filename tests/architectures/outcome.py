@@ -84,15 +84,15 @@ def judged(found: dict[str, float]) -> tuple[str, str]:
 
 
 def told(error: Exception, folder: Path) -> str:
-    """The text of an error without paths and numbers that differ from run to run."""
-    said = " ".join(str(error).split()).replace("|", "/")
+    """The text of an error without paths, numbers and orders that differ from run to run."""
+    said = " ".join(str(error).split()).replace("|", "/").replace("`", "'")
     for model in (folder / "student", folder / "teacher", folder):
         said = said.replace(str(model), "MODEL")
-    said = re.sub(r"0x[0-9a-f]+", "N", said)
+    said = re.sub(r"0x[0-9a-f]+|(?<=position )\d+", "N", said)
     said = re.sub(r"(?<![\w.])\d+\.\d+(e[-+]\d+)?|\d+e[-+]\d+", "N", said)
-    # a set has another order in each process
+    # a set is printed in another order by each process
     said = re.sub(r"\{('[^{}]*')\}", lambda found: f"{{{', '.join(sorted(found[1].split(', ')))}}}", said)
-    return said[:LONGEST]
+    return said if len(said) <= LONGEST else f"{said[:LONGEST].rsplit(' ', 1)[0]} ..."
 
 
 def place(error: Exception) -> str:

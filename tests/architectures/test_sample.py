@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 from architectures import matrix, tiny_models
-from architectures.outcome import REFUSED, RIGHT, UNTRIED, WRONG, Outcome, judged, outcome, told, trial
+from architectures.outcome import (
+    LONGEST,
+    REFUSED,
+    RIGHT,
+    UNTRIED,
+    WRONG,
+    Outcome,
+    judged,
+    outcome,
+    told,
+    trial,
+)
 from architectures.page import PAGE, page, recorded
 from architectures.parity import ALIVE, TOLERANCE
 from reflux.errors import ModelError
@@ -67,10 +78,12 @@ def test_only_a_refusal_before_the_first_step_counts_as_one(tmp_path: Path) -> N
 
 
 def test_what_differs_from_run_to_run_is_left_out_of_a_sentence(tmp_path: Path) -> None:
-    said = f"learner.model: {tmp_path / 'student'} is 7.25 | 1e-05 off, see\n{tmp_path}/run {{'b', 'a'}} (qwen2, 3 layers)"
+    said = f"learner.model: {tmp_path / 'student'} is 7.25 | 1e-05 off at position 3,\nsee {tmp_path}/run"
     assert told(ValueError(said), tmp_path) == (
-        "learner.model: MODEL is N / N off, see MODEL/run {'a', 'b'} (qwen2, 3 layers)"
+        "learner.model: MODEL is N / N off at position N, see MODEL/run"
     )
+    assert told(ValueError("{'b', 'a'} of qwen2, 3 layers"), tmp_path) == "{'a', 'b'} of qwen2, 3 layers"
+    assert told(ValueError("long " * LONGEST), tmp_path) == "long " * (LONGEST // 5) + "..."
 
 
 def test_a_crash_and_a_hang_of_a_type_are_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
