@@ -19,8 +19,6 @@ from architectures.tiny_models import build
 from reflux.errors import ModelError
 
 RIGHT, REFUSED, UNTRIED, WRONG = "right", "refused", "not tried", "WRONG"
-# a sentence is cut after so many characters
-LONGEST = 400
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def judged(found: dict[str, float]) -> tuple[str, str]:
 
 
 def told(error: Exception, folder: Path) -> str:
-    """The text of an error without paths, numbers and orders that differ from run to run."""
+    """The first sentence of an error, without paths, numbers and orders that differ from run to run."""
     said = " ".join(str(error).split()).replace("|", "/").replace("`", "'")
     for model in (folder / "student", folder / "teacher", folder):
         said = said.replace(str(model), "MODEL")
@@ -92,7 +90,7 @@ def told(error: Exception, folder: Path) -> str:
     said = re.sub(r"(?<![\w.])\d+\.\d+(e[-+]\d+)?|\d+e[-+]\d+", "N", said)
     # a set is printed in another order by each process
     said = re.sub(r"\{('[^{}]*')\}", lambda found: f"{{{', '.join(sorted(found[1].split(', ')))}}}", said)
-    return said if len(said) <= LONGEST else f"{said[:LONGEST].rsplit(' ', 1)[0]} ..."
+    return re.split(r"\.(?= [A-Z'])", said)[0].removesuffix(".")
 
 
 def place(error: Exception) -> str:

@@ -9,18 +9,7 @@ from pathlib import Path
 import pytest
 
 from architectures import matrix, tiny_models
-from architectures.outcome import (
-    LONGEST,
-    REFUSED,
-    RIGHT,
-    UNTRIED,
-    WRONG,
-    Outcome,
-    judged,
-    outcome,
-    told,
-    trial,
-)
+from architectures.outcome import REFUSED, RIGHT, UNTRIED, WRONG, Outcome, judged, outcome, told, trial
 from architectures.page import PAGE, page, recorded
 from architectures.parity import ALIVE, TOLERANCE
 from reflux.errors import ModelError
@@ -77,13 +66,14 @@ def test_only_a_refusal_before_the_first_step_counts_as_one(tmp_path: Path) -> N
     assert trial(tmp_path, "run", refuse) == (WRONG, "refused only after the first step: learner.model: no")
 
 
-def test_what_differs_from_run_to_run_is_left_out_of_a_sentence(tmp_path: Path) -> None:
+def test_a_note_is_one_sentence_without_what_differs_from_run_to_run(tmp_path: Path) -> None:
     said = f"learner.model: {tmp_path / 'student'} is 7.25 | 1e-05 off at position 3,\nsee {tmp_path}/run"
     assert told(ValueError(said), tmp_path) == (
         "learner.model: MODEL is N / N off at position N, see MODEL/run"
     )
-    assert told(ValueError("{'b', 'a'} of qwen2, 3 layers"), tmp_path) == "{'a', 'b'} of qwen2, 3 layers"
-    assert told(ValueError("long " * LONGEST), tmp_path) == "long " * (LONGEST // 5) + "..."
+    assert told(ValueError("{'b', 'a'} of qwen2.5, 3 layers. Do this."), tmp_path) == (
+        "{'a', 'b'} of qwen2.5, 3 layers"
+    )
 
 
 def test_a_crash_and_a_hang_of_a_type_are_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
