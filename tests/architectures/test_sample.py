@@ -15,7 +15,7 @@ from architectures.parity import ALIVE, TOLERANCE
 from reflux.errors import ModelError
 
 # types that are neither right nor refused; there must be no other
-FAULTS = {"jamba", "longcat_flash", "reformer", "xlnet"}
+FAULTS = {"reformer", "xlnet"}
 SAMPLE = {
     "llama": "rotary positions",
     "gpt2": "learned positions",
