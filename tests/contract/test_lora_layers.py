@@ -38,6 +38,21 @@ def experts() -> Any:
     )
 
 
+def narrow_experts() -> Any:
+    """Mixtral, whose files hold each expert's matrices apart. Its experts are narrower than its states."""
+    return transformers.MixtralConfig(
+        vocab_size=SIZE,
+        hidden_size=32,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        initializer_range=0.2,
+        **ENDS,
+    )
+
+
 def transposed() -> Any:
     """GPT-2, whose matrices are stored transposed."""
     return transformers.GPT2Config(
@@ -59,7 +74,7 @@ def stirred(model: Model) -> None:
             parameter.normal_(0, 0.3, generator=rng)
 
 
-@pytest.mark.parametrize("config", [experts, transposed])
+@pytest.mark.parametrize("config", [experts, narrow_experts, transposed])
 def test_published_and_exported_weights_are_those_of_the_adapted_model(
     config: Callable[[], Any], tmp_path: Path
 ) -> None:
