@@ -14,6 +14,7 @@ import pytest
 import tiny
 from laws.test_own_rng import PROMPTS, ask, sampled
 from reflux.assets.characters import character_tokenizer
+from reflux.config.context import StudentSpec
 from reflux.config.step_context import SamplingParams
 from reflux.errors import ModelError
 from reflux.evals.tokenizer_findings import before
@@ -38,7 +39,10 @@ def test_files_name_the_ends_of_the_loaded_model(
 ) -> None:
     model = copied(student, tmp_path / "model", **declared)
     tokenizer = load_tokenizer(model, "learner.model")
-    assert end_ids_of(model, "learner.model", tokenizer) == load_model(model, "learner.model").end_ids
+    assert (
+        end_ids_of(StudentSpec(model), "learner.model", tokenizer)
+        == load_model(model, "learner.model").end_ids
+    )
 
 
 def test_an_end_in_the_models_config_alone_is_one(student: str, tmp_path: Path) -> None:
@@ -46,14 +50,14 @@ def test_an_end_in_the_models_config_alone_is_one(student: str, tmp_path: Path) 
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 5}))
     loaded = load_model(str(folder), "learner.model")
-    assert end_ids_of(str(folder), "learner.model", loaded.tokenizer) == loaded.end_ids == (1, 5)
+    assert end_ids_of(StudentSpec(str(folder)), "learner.model", loaded.tokenizer) == loaded.end_ids == (1, 5)
 
 
 def test_a_config_that_is_no_json_is_refused_by_its_key(student: str, tmp_path: Path) -> None:
     folder = Path(copied(student, tmp_path / "model"))
     (folder / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"^learner\.model: the config of"):
-        end_ids_of(str(folder), "learner.model", character_tokenizer())
+        end_ids_of(StudentSpec(str(folder)), "learner.model", character_tokenizer())
 
 
 def test_doctor_names_them(student: str, teacher: str, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_a_run_says_in_one_line_what_was_measured(student: str, teacher: str, tm
     heard = Heard()
     asyncio.run(train(tiny.config("full", student, teacher, **ON), Options(tmp_path / "run", watch=heard)))
     (line,) = heard.notes
-    assert line.startswith("preflight: disk, answers, parity, teacher, identity measured in ")
+    assert line.startswith("preflight: disk, answers, parity, teacher, gradient, identity measured in ")
 
 
 @pytest.mark.parametrize("recipe", ["sft", "peers", "rl", "vopd", "gkd", "topk", "release", "everything"])
@@ -205,3 +205,17 @@ def test_a_stop_text_ends_one_answer_early(student: str, teacher: str, tmp_path:
     ]
     assert any(after < before for before, after in lengths)
     assert any(after == before for before, after in lengths)
+
+
+def without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = HFLearner.hidden_rows
+    monkeypatch.setattr(HFLearner, "hidden_rows", lambda self, batch: hidden(self, batch).detach())
+
+
+def test_trained_weights_without_a_gradient_are_refused(
+    tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The head is the embedding, which would still get a gradient.
+    without_a_gradient(monkeypatch)
+    with pytest.raises(ModelError, match="gradient, measured before the first step"):
+        tiny_run("full", **ON, learner__lora={"rank": 2, "alpha": 4.0})

@@ -41,7 +41,7 @@ from reflux.teachers.base import Teacher
 
 Count = Annotated[int, Field(ge=1)]
 # the checks of the preflight that can fail
-Check = Literal["all", "disk", "ends", "identity", "parity", "prompts", "teacher"]
+Check = Literal["all", "disk", "ends", "gradient", "identity", "parity", "prompts", "teacher"]
 # keys that do not change what a run computes
 UNCOUNTED = ("track", "skip_checks")
 

@@ -163,6 +163,16 @@ def early_stop(groups: Sequence[Group]) -> None:
     """None: images have no stop text."""
 
 
+def gradient(learner: Any, groups: Sequence[Group]) -> Iterator[Finding]:
+    """No finding: the gradients of flows are not measured."""
+    return iter(())
+
+
+def templates(learner: Any, context: Any, teachers: Any, groups: Sequence[Group]) -> Iterator[Finding]:
+    """No finding: the prompts of images have no template."""
+    return iter(())
+
+
 async def alone_and_together(table: str, opened: Any, groups: Sequence[Group], heads: Any) -> Finding:
     """Check that a teacher gives an attempt the same velocities alone and in a batch."""
     rollouts = [_rollout(attempt) for group in groups for attempt in group]

@@ -36,7 +36,10 @@ def parity(learner: HFLearner, groups: Sequence[Group], dtype: str) -> Finding:
         for attempt in group
         if isinstance(attempt.rollout, TokenRollout) and attempt.rollout.length
     ]
-    learnt, own = logp(learner, groups), [own_logp(learner, rollout) for rollout in rollouts]
+    learnt, own = (
+        logp(learner, groups),
+        [own_logp(learner, rollout.prompt_tokens, rollout.tokens_T) for rollout in rollouts],
+    )
     sampled = [rollout.policy_logp_T for rollout in rollouts]
     masks = [rollout.mask_T for rollout in rollouts]
     pairs = [

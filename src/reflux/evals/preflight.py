@@ -30,6 +30,10 @@ from reflux.types import FlowRollout, Group
 _POSITIONS = 24
 # The shortest and the longest of the first prompts are taken, so that lengths differ.
 _LOOKED_AT = 8
+_CAUSES = (
+    "Either this library does not support the architecture (docs/what_runs.md), or an adapter "
+    "(learner.lora.targets) is on a module that takes none, or the learner's attention setting does not fit."
+)
 _REMEDY = "`reflux doctor` measures the same; skip_checks = ['{check}'] leaves this check out."
 
 
@@ -67,7 +71,7 @@ class Preflight:
                 raise
             raise ModelError(
                 f"the model's own code fails on short prompts ({type(error).__name__}: {first_line(error)}). "
-                "This library does not support this architecture"
+                f"{_CAUSES}"
             ) from error
         listener, seconds = self.asked.services.listener, time.perf_counter() - started
         if not updated:
@@ -87,6 +91,11 @@ class Preflight:
         if "teacher" not in skipped:
             async for finding in self._teachers():
                 yield finding
+        if "gradient" not in skipped:
+            for finding in self._about.gradient(self.learner, self.groups):
+                yield finding
+        for finding in self._about.templates(self.learner, self.asked.context, self.teachers, self.groups):
+            yield finding
         if "identity" not in skipped:
             context = replace(self.asked.context, name="preflight")
             yield await self._about.at_identity(context, self.asked.services, self.learner, self.groups)
@@ -141,7 +150,7 @@ def _passed(finding: Finding, updated: bool) -> Finding:
         return finding
     when = "after the first update" if updated else "before the first step"
     remedy = _REMEDY.format(check=finding.check)
-    raise ModelError(f"{finding.check}, measured {when}: {finding.text}. {remedy}")
+    raise ModelError(f"{finding.check}, measured {when}: {finding.text.rstrip('.')}. {remedy}")
 
 
 def _raised_in(error: Exception, package: str) -> bool:

@@ -14,8 +14,10 @@ from reflux.contexts.base import TeacherPrompt
 from reflux.evals.finding import Finding
 from reflux.evals.gaps import Gaps
 from reflux.evals.parity import parity
+from reflux.evals.template_findings import on_templates
 from reflux.runtime.services import Services
-from reflux.teachers.base import TeacherRequest
+from reflux.teachers.base import Teacher, TeacherRequest
+from reflux.teachers.collection import Teachers
 from reflux.types import Group, HiddenTarget, TokenRollout
 
 # entropy, as a share of its maximum, above which a teacher's distribution counts as uniform
@@ -70,6 +72,33 @@ def early_stop(groups: Sequence[Group]) -> str | None:
             if piece.strip() and not all(piece in text for text in texts):
                 return piece
     return None
+
+
+def gradient(learner: Any, groups: Sequence[Group]) -> Iterator[Finding]:
+    """The gradient of the shortest answer: it exists, and it is finite."""
+    from reflux.learners.own_pass import gradient_norm
+
+    attempts = [a for group in groups for a in group if a.rollout.length]
+    if not attempts:
+        return
+    norm = gradient_norm(learner, min(attempts, key=lambda attempt: attempt.rollout.length))
+    right = np.isfinite(norm) and norm > 0
+    text = f"the gradient of a short answer's log-probs has the norm {norm:.2g}"
+    yield Finding("ok" if right else "failed", "gradient", text)
+
+
+def templates(
+    learner: Any, context: PartContext, teachers: Teachers, groups: Sequence[Group]
+) -> Iterator[Finding]:
+    """Warnings about the chat templates of the student and of the teachers in this process."""
+    opened: dict[str, Any] = {table: pair[1] for table, pair in teachers.opened.items() if _reads(pair[0])}
+    others = {table: teacher.renderer for table, teacher in opened.items()}
+    yield from on_templates(learner, context.student, others, [groups[0][0].rollout.prompt])
+
+
+def _reads(teacher: Teacher) -> bool:
+    """True if the teacher renders prompts in this process with a template of its own."""
+    return teacher.in_process and not teacher.is_student
 
 
 async def alone_and_together(table: str, opened: Any, groups: Sequence[Group], heads: Any) -> Finding:
@@ -133,7 +162,8 @@ async def at_identity(
 
     rollouts = [r for group in groups for a in group if isinstance(r := a.rollout, TokenRollout) and r.length]
     requests = [TeacherRequest(r, TeacherPrompt(r.prompt.messages), Requirements()) for r in rollouts]
-    with closing(LocalTeacher(Local(context.student.model), context, services, learner.model)) as answers:
+    local = Local(context.student.model)
+    with closing(LocalTeacher(local, context, services, learner.model, frozen=False)) as answers:
         found = [answer.target for answer in await answers.score(requests)]
         # A teacher outside the learner's autocast computes in float32.
         gaps = [

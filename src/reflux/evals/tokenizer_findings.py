@@ -15,7 +15,7 @@ def before(cfg: RunConfig) -> Iterator[Finding]:
     """Findings before models are loaded, on tokenizers and end tokens."""
     own = cfg.learner.student
     student = load_tokenizer(own.model, "learner.model", own.trust_remote_code, own.base_model)
-    ends = list(end_ids_of(own.model, "learner.model", student, own.trust_remote_code))
+    ends = list(end_ids_of(own, "learner.model", student))
     yield Finding("ok", "end of text", f"ids {ends} end an answer ({student.convert_ids_to_tokens(ends)})")
     if student.chat_template is None:
         yield Finding(
@@ -38,7 +38,7 @@ def before(cfg: RunConfig) -> Iterator[Finding]:
             f"teacher '{name}' and the student share a vocabulary of {len(tokenizer)} tokens",
         )
         ours = set(ends)
-        theirs = set(end_ids_of(reader.model, f"teachers.{name}.model", tokenizer, reader.trust_remote_code))
+        theirs = set(end_ids_of(reader, f"teachers.{name}.model", tokenizer))
         if ours != theirs:
             text = f"teacher '{name}' ends answers with ids {sorted(theirs)}, the student with {sorted(ours)}"
             yield Finding("warning", "end of text", text)

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from reflux.kernels import products
 from reflux.kernels.budget import chunk_rows
 
+# the keys of model configs by which logits are multiplied, and those by which they are divided
+FACTORS = ("logit_scale", "lm_head_multiplier")
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 # the keys of model configs that hold the soft cap of the logits
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
@@ -30,7 +33,7 @@ class Head:
 
     `raw` is only the product; `finish` scales and caps it. The scalings of final logits in transformers are
     supported: Cohere multiplies by logit_scale, Granite divides by logits_scaling, and Gemma has a smooth
-    cap at final_logit_softcapping (RecurrentGemma and xLSTM have it under other names).
+    cap at final_logit_softcapping. Other families have the same under the other names below.
     """
 
     def __init__(
@@ -48,9 +51,11 @@ class Head:
         looked up at each use, because adapters may replace it.
         """
         config = net.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        scale = 1.0
+        for name in FACTORS:
+            scale *= float(getattr(config, name, None) or 1.0)
+        for name in DIVISORS:
+            scale /= float(getattr(config, name, None) or 1.0)
         caps = (getattr(config, name, None) for name in SOFT_CAPS)
         return cls(net.get_output_embeddings, vocabulary, scale, next((cap for cap in caps if cap), None))
 

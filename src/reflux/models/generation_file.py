@@ -7,33 +7,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from reflux.config.context import StudentSpec
 from reflux.errors import ModelError
+from reflux.models.adapter_source import base_of
 from reflux.models.chat.ends import declared_ends, end_ids
 from reflux.models.text import first_line, locate
+from reflux.models.text_adapters import adapter_in
 
 
-def end_ids_of(name: str, path: str, tokenizer: Any, trust_remote_code: bool = False) -> tuple[int, ...]:
-    """The ids that end a turn of the model `name`, the same as those of the loaded model. path: the path of
-    the key in the recipe, for errors.
+def end_ids_of(model: StudentSpec, path: str, tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end a turn of a model, the same as those of the loaded model. path: the path of the key in
+    the recipe, for errors.
     """
-    return end_ids(tokenizer, _generation(name, path, trust_remote_code))
+    return end_ids(tokenizer, _generation(model, path))
 
 
-def _generation(name: str, path: str, trust_remote_code: bool) -> Any:
+def _generation(model: StudentSpec, path: str) -> Any:
     """The generation config as `from_pretrained` of a model gives it: the file, or what the model's config
-    says where there is no such file.
+    says where there is no such file. An adapter has that of its base model.
     """
     from transformers import AutoConfig, GenerationConfig
 
-    where = locate(name, path)
+    where = locate(model.model, path)
+    adapter = adapter_in(where, path)
+    if adapter is not None:
+        where = locate(base_of(adapter, path, model.base_model), path)
     try:
         return GenerationConfig.from_pretrained(where)
     except OSError:
         pass
     try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: the config of {name} cannot be read: {first_line(error)}") from error
+        raise ModelError(
+            f"{path}: the config of {model.model} cannot be read: {first_line(error)}"
+        ) from error
     return GenerationConfig.from_model_config(config)
 
 

@@ -33,6 +33,7 @@ def attach(model: Model, lora: Lora, seed: int) -> None:
             # peft divides lora_alpha by the rank and accepts fractions, although its type is int.
             lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
             target_modules=targets,
+            exclude_modules=_own_kinds(model.net) if targets == "all-linear" else None,
             task_type="CAUSAL_LM",
         )
         known = sorted(_linear_names(model.net))
@@ -43,6 +44,15 @@ def attach(model: Model, lora: Lora, seed: int) -> None:
                 f"learner.lora.targets: {error} The model's linear modules are called {', '.join(known)}."
             ) from error
     _refuse_tied(model.net)
+
+
+def _own_kinds(net: Any) -> list[str] | None:
+    """The last parts of the names of linear modules whose class is the architecture's own, such as routers
+    that return several values. An adapter of peft would call them as plain matrices.
+    """
+    linear = (pair for pair in net.named_modules() if isinstance(pair[1], torch.nn.Linear))
+    names = {name.rpartition(".")[2] for name, module in linear if type(module) is not torch.nn.Linear}
+    return sorted(names) or None
 
 
 def _linear_names(net: Any) -> set[str]:
@@ -77,7 +87,9 @@ def _layers(net: Any) -> dict[str, Any]:
     except ImportError:
         # Without peft no model has adapters.
         return {}
-    return {name: module for name, module in net.named_modules() if isinstance(module, LoraLayer)}
+    # A module that several layers share has several names, and each of them is a name of its weights.
+    named = net.named_modules(remove_duplicate=False)
+    return {name: module for name, module in named if isinstance(module, LoraLayer)}
 
 
 def base_parameters(net: Any) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reflux.models.adapter_source import base_of, is_adapter
+from reflux.models.context_window import context_tokens
 from reflux.models.text import local_folder, locate
 from reflux.models.weight_files import check_files, read_header, read_json, weight_files
 
@@ -62,9 +63,7 @@ def size_of(model: str, path: str, pixels: int = 0, base: str | None = None) -> 
     config = read_json(folder / "config.json", path)
     counted = _headers(folder, path)
     architecture = (config.get("architectures") or [config.get("model_type", "?")])[0]
-    window = config.get("max_position_embeddings") or config.get("text_config", {}).get(
-        "max_position_embeddings"
-    )
+    window = context_tokens(config) or context_tokens(config.get("text_config", {}))
     found = Size(model, architecture, context_tokens=window)
     return (
         found

@@ -17,8 +17,8 @@ from reflux.models import adapter_source
 from reflux.models.chat.ends import end_ids
 from reflux.models.chat.renderer import Renderer
 from reflux.models.chat.token_map import vocabulary_size
+from reflux.models.context_window import context_tokens
 from reflux.models.placement import pick_device
-from reflux.models.rope_window import steady_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -216,21 +216,20 @@ def as_model(net: Any, tokenizer: Any, stored_dtype: torch.dtype | None = None) 
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         end_ids=end_ids(tokenizer, net.generation_config),
-        context_tokens=_context_tokens(net.config.get_text_config()),
+        context_tokens=context_tokens(_fields(net.config.get_text_config())) or 1 << 30,
         stored_dtype=stored_dtype,
         plain_attention=_plain_attention(net),
     )
 
 
+def _fields(config: Any) -> dict[str, Any]:
+    """The content of the config, with the window under its usual name where the architecture has another."""
+    return config.to_dict() | {"max_position_embeddings": getattr(config, "max_position_embeddings", None)}
+
+
 def _trunk(net: Any) -> Any:
     """The model without its output head. Some classes name it in another way than `base_model` expects."""
     return net.base_model if net.base_model is not net else getattr(net, "model", net)
-
-
-def _context_tokens(config: Any) -> int:
-    """The most tokens of a text. It is smaller than the model's window if rotary angles change earlier."""
-    window = int(getattr(config, "max_position_embeddings", 0) or 1 << 30)
-    return min(window, steady_tokens(config.to_dict()) or window)
 
 
 def _plain_attention(net: Any) -> bool:

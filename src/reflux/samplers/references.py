@@ -56,7 +56,7 @@ class References(WrappingSampler):
         async with self.generate.open(context, services) as inner:
             tokenizer, student = services.tokenizer, context.student
             renderer = Renderer(tokenizer, student.system, student.template, student.prompt_suffix)
-            ends = end_ids_of(student.model, "learner.model", tokenizer, student.trust_remote_code)
+            ends = end_ids_of(student, "learner.model", tokenizer)
             yield OpenReferences(inner, renderer, ends, CharacterSpans(tokenizer), context.requirements)
 
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenReferences]:

@@ -39,8 +39,18 @@ class InProcessTeacher:
     """
 
     def __init__(
-        self, cfg: Batched, context: PartContext, services: Services, model: Model, renderer: Renderer
+        self,
+        cfg: Batched,
+        context: PartContext,
+        services: Services,
+        model: Model,
+        renderer: Renderer,
+        *,
+        frozen: bool = True,
     ):
+        """frozen: False for a model that something else trains."""
+        if frozen:
+            model.net.requires_grad_(False)
         self.batch_tokens, self.context, self.services = cfg.batch_tokens, context, services
         self.name, self.model, self.renderer = alias_of(context.name, cfg), model, renderer
         self.macs = parameter_count(model.net)

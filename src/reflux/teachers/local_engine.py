@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 class LocalTeacher(InProcessTeacher):
     """A frozen model without state."""
 
-    def __init__(self, cfg: Local, context: PartContext, services: Services, model: Model):
+    def __init__(
+        self, cfg: Local, context: PartContext, services: Services, model: Model, *, frozen: bool = True
+    ):
         super().__init__(
             cfg,
             context,
             services,
             model,
             model.renderer(cfg.system, cfg.template, context.student.prompt_suffix),
+            frozen=frozen,
         )
 
     @classmethod
@@ -54,7 +57,6 @@ class LocalTeacher(InProcessTeacher):
                 base=cfg.base_model,
             )
         )
-        model.net.requires_grad_(False)
         with closing(cls(cfg, context, services, model)) as teacher:
             yield teacher
 

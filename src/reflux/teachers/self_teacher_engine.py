@@ -56,7 +56,6 @@ class SelfTeacherEngine(InProcessTeacher):
             )
         )
         renderer = model.renderer(student.system, student.template, student.prompt_suffix)
-        model.net.requires_grad_(False)
         with closing(cls(cfg, context, services, model, renderer)) as teacher:
             yield teacher
 

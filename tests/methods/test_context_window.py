@@ -1,4 +1,4 @@
-"""The text length from which rotary angles depend on the text."""
+"""The context window, and where rotary angles that depend on the length end it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import transformers
 
 import tiny
 from reflux.assets.characters import character_tokenizer
-from reflux.models.rope_window import steady_tokens
+from reflux.models.context_window import context_tokens
 from reflux.models.text import as_model
 
 LONG = {
@@ -43,8 +43,11 @@ def phi() -> Any:
 @pytest.mark.parametrize(
     ("config", "tokens"),
     [
-        ({"max_position_embeddings": 64}, None),
-        ({"max_position_embeddings": 64, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, None),
+        ({}, None),
+        ({"max_position_embeddings": -1}, None),
+        ({"max_position_embeddings": 64}, 64),
+        ({"max_seq_len": 2048}, 2048),
+        ({"max_position_embeddings": 64, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 64),
         ({"max_position_embeddings": 64, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, 64),
         (
             {
@@ -59,7 +62,7 @@ def phi() -> Any:
     ],
 )
 def test_the_limit_is_read_from_the_config(config: dict[str, Any], tokens: int | None) -> None:
-    assert steady_tokens(config) == tokens
+    assert context_tokens(config) == tokens
 
 
 @torch.no_grad()
