@@ -34,9 +34,7 @@ def on_templates(
         text = "the chat template writes the time into the prompt, so a run that is resumed reads another one"
         yield Finding("warning", "template", text)
     if unread := unread_arguments(renderer):
-        text = (
-            f"the chat template does not read {', '.join(unread)} (learner.template), which changes nothing"
-        )
+        text = f"the chat template does not read {', '.join(unread)} of learner.template"
         yield Finding("warning", "template", text)
     for table, other in teachers.items():
         if different := first_difference(renderer, other, messages):
