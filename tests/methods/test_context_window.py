@@ -10,8 +10,12 @@ import transformers
 
 import tiny
 from reflux.assets.characters import character_tokenizer
+from reflux.config.step_context import SamplingParams
+from reflux.errors import ModelError
 from reflux.models.context_window import context_tokens
+from reflux.models.generate import decode
 from reflux.models.text import as_model
+from reflux.models.turns import TurnRequest
 
 LONG = {
     "rope_type": "longrope",
@@ -70,6 +74,9 @@ def test_within_the_limit_no_log_prob_depends_on_later_tokens() -> None:
     torch.manual_seed(0)
     model = as_model(transformers.AutoModelForCausalLM.from_config(phi()).eval(), character_tokenizer())
     assert model.context_tokens == 24
+    ask = TurnRequest(list(range(2, 22)), 5, 1, SamplingParams(0, "train", 5))
+    with pytest.raises(ModelError, match="a text of up to 25 tokens was asked for"):
+        decode(model, [ask], 0)
     ids = torch.arange(2, 34)[None]
     states = {
         length: model.trunk(input_ids=ids[:, :length]).last_hidden_state[0, :8] for length in (8, 24, 25)

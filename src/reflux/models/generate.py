@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reflux.config.step_context import SamplingParams
+from reflux.errors import ModelError
 from reflux.models.cpu.decoder import CpuDecoder
 from reflux.models.rng import gumbel
 from reflux.models.stop_texts import StopTexts
@@ -33,6 +34,7 @@ def decode(
     version: the policy version that is recorded for the tokens. decoder: a faster decoder for one more token
     per row, where the model has one.
     """
+    _refuse_beyond_window(model, asks)
     draw, behaviour_k = asks[0].draw, asks[0].top_k
     rows, written = _Rows(model, asks, decoder), _Written(model, asks, draw)
     logits_BV = rows.read_prompts()
@@ -47,6 +49,16 @@ def decode(
         if len(going) <= _CROWDED * len(rows.owners):
             tokens_B = tokens_B[rows.keep(going)]
         logits_BV = rows.advance(tokens_B)
+
+
+def _refuse_beyond_window(model: Model, asks: Sequence[TurnRequest]) -> None:
+    longest = max(len(ask.ids) + ask.max_tokens for ask in asks)
+    if longest > model.context_tokens:
+        raise ModelError(
+            f"a text of up to {longest} tokens was asked for, but the model's log-probs can be computed "
+            f"again only up to {model.context_tokens} tokens: its context window ends there, or its rotary angles "
+            "change there. Ask for fewer tokens."
+        )
 
 
 class _Written:
