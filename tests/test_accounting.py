@@ -79,8 +79,8 @@ class Counted:
     def _watch(self, owner: Any, role: str) -> None:
         begin = owner.__init__
 
-        def begun(part: Any, *args: Any) -> None:
-            begin(part, *args)
+        def begun(part: Any, *args: Any, **named: Any) -> None:
+            begin(part, *args, **named)
             self.roles[id(part.model.trunk)] = role
 
         self.patch.setattr(owner, "__init__", begun)

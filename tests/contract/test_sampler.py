@@ -322,9 +322,7 @@ def test_pickled_weights_are_not_loaded(tiny_run: Callable[..., Any], tmp_path: 
 def test_stored_needs_an_answer(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "lines.jsonl").write_text('{"prompt": "2+3?", "answer": "5", "id": "q1"}\n' * 1)
     task = {"kind": "jsonl", "path": str(tmp_path / "lines.jsonl"), "validation": 0.0}
-    with pytest.raises(
-        DataError, match="prompt q1 has no stored answer to train on: the task gives no 'references'"
-    ):
+    with pytest.raises(DataError, match=r"1 of 1 training prompts have none \(the first is q1\)"):
         tiny_run("sft", task=task, prompts_per_step=1)
 
 

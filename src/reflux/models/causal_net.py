@@ -80,6 +80,7 @@ def correct_tie(net: Any) -> None:
     its config and lose the head.
     """
     config, head = net.config.get_text_config(), net.get_output_embeddings()
-    if config.tie_word_embeddings and head is not None:
+    # Some text configs leave the key out, because they never tie.
+    if getattr(config, "tie_word_embeddings", False) and head is not None:
         tied = head.weight is net.get_input_embeddings().weight
         config.tie_word_embeddings = net.config.tie_word_embeddings = tied

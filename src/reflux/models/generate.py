@@ -56,8 +56,8 @@ def _refuse_beyond_window(model: Model, asks: Sequence[TurnRequest]) -> None:
     if longest > model.context_tokens:
         raise ModelError(
             f"a text of up to {longest} tokens was asked for, but the model's log-probs can be computed "
-            f"again only up to {model.context_tokens} tokens: its context window ends there, or its rotary angles "
-            "change there. Ask for fewer tokens."
+            f"again only up to {model.context_tokens} tokens: its context window ends there, or its rotary "
+            "angles change there. Ask for fewer tokens."
         )
 
 

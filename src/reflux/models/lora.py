@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ def attach(model: Model, lora: Lora, seed: int) -> None:
             # peft divides lora_alpha by the rank and accepts fractions, although its type is int.
             lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
             target_modules=targets,
-            exclude_modules=_own_kinds(model.net) if targets == "all-linear" else None,
+            exclude_modules=_no_matrices(model.net) if targets == "all-linear" else None,
             task_type="CAUSAL_LM",
         )
         known = sorted(_linear_names(model.net))
@@ -46,13 +47,28 @@ def attach(model: Model, lora: Lora, seed: int) -> None:
     _refuse_tied(model.net)
 
 
-def _own_kinds(net: Any) -> list[str] | None:
-    """The last parts of the names of linear modules whose class is the architecture's own, such as routers
-    that return several values. An adapter of peft would call them as plain matrices.
+@torch.no_grad()
+def _no_matrices(net: Any) -> list[str] | None:
+    """The last parts of the names of linear modules that do not act as a matrix, such as routers that return
+    several values. An adapter of peft would call them as plain matrices. None if there are none.
     """
-    linear = (pair for pair in net.named_modules() if isinstance(pair[1], torch.nn.Linear))
-    names = {name.rpartition(".")[2] for name, module in linear if type(module) is not torch.nn.Linear}
-    return sorted(names) or None
+    odd: set[str] = set()
+
+    def look(name: str, module: torch.nn.Linear, given: tuple[Any, ...], made: Any) -> None:
+        plain = isinstance(made, Tensor) and made.shape == (*given[0].shape[:-1], module.out_features)
+        if not plain or given[0].shape[-1] != module.in_features:
+            odd.add(name.rpartition(".")[2])
+
+    hooks = [
+        module.register_forward_hook(partial(look, name))
+        for name, module in net.named_modules()
+        if isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear
+    ]
+    if hooks:
+        net(input_ids=torch.arange(4, device=net.device)[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return sorted(odd) or None
 
 
 def _linear_names(net: Any) -> set[str]:

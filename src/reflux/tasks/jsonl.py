@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
@@ -103,7 +104,8 @@ class Jsonl(TaskPart):
             )
 
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
-        if self.path is None:
+        if self.path is None or not Path(self.path).expanduser().exists():
+            # A file that is missing is refused where it is read.
             return
         compares = self.grader in COMPARES and any(
             part.verifies for part in (*cfg.evals.values(), *cfg.rewards.values())
