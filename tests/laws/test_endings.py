@@ -222,7 +222,7 @@ def test_a_prompt_without_references_ends_a_run_of_sft(
     cfg = tiny.config("sft", student, teacher, task={"kind": "outside:Patchy", "odd": 3}, **settings)
     error = ending_of(lambda: train(cfg, Options(tmp_path / "run")), tmp_path / "run")
     assert isinstance(error, DataError)
-    assert "prompt train-3 has no stored answer" in str(error)
+    assert "training prompts have none (the first is train-3)" in str(error)
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 2])

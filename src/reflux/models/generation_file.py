@@ -12,7 +12,6 @@ from reflux.errors import ModelError
 from reflux.models.adapter_source import base_of
 from reflux.models.chat.ends import declared_ends, end_ids
 from reflux.models.text import first_line, locate
-from reflux.models.text_adapters import adapter_in
 
 
 def end_ids_of(model: StudentSpec, path: str, tokenizer: Any) -> tuple[int, ...]:
@@ -27,6 +26,8 @@ def _generation(model: StudentSpec, path: str) -> Any:
     says where there is no such file. An adapter has that of its base model.
     """
     from transformers import AutoConfig, GenerationConfig
+
+    from reflux.models.text_adapters import adapter_in
 
     where = locate(model.model, path)
     adapter = adapter_in(where, path)
