@@ -209,7 +209,7 @@ def test_an_attempt_that_leaves_its_cohort_by_its_own_limit_ends_the_run(
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 2])
-def test_a_prompt_without_references_ends_a_run_of_sft(
+def test_a_prompt_without_references_is_refused_before_a_run_of_sft(
     student: str, teacher: str, tmp_path: Path, max_staleness: int
 ) -> None:
     settings = {
@@ -220,9 +220,9 @@ def test_a_prompt_without_references_ends_a_run_of_sft(
         "evals__accuracy": {"problems": 2},
     }
     cfg = tiny.config("sft", student, teacher, task={"kind": "outside:Patchy", "odd": 3}, **settings)
-    error = ending_of(lambda: train(cfg, Options(tmp_path / "run")), tmp_path / "run")
-    assert isinstance(error, DataError)
-    assert "training prompts have none (the first is train-3)" in str(error)
+    with pytest.raises(DataError, match=r"training prompts have none \(the first is train-3\)"):
+        asyncio.run(train(cfg, Options(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 2])
