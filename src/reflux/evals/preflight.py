@@ -67,7 +67,8 @@ class Preflight:
             async for finding in self.parity() if updated else self.findings():
                 found.append(_passed(finding, updated))
         except Exception as error:
-            if isinstance(error, RefluxError) or not _raised_in(error, "transformers"):
+            memory = "OutOfMemory" in type(error).__name__
+            if isinstance(error, RefluxError) or memory or not _raised_in(error, "transformers"):
                 raise
             raise ModelError(
                 f"the model's own code fails on short prompts ({type(error).__name__}: {first_line(error)}). "
