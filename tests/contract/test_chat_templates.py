@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 
 from reflux.errors import ModelError
 from reflux.models.chat.ends import end_ids, template_ends
@@ -74,6 +75,18 @@ def test_a_template_that_takes_no_example_has_no_known_end() -> None:
     tokenizer = byte_level("{{ raise_exception('tools only') }}")
     assert template_ends(tokenizer) == ()
     assert end_ids(tokenizer, None) == (tokenizer.eos_token_id,)
+
+
+@pytest.mark.parametrize(
+    ("closing", "end"), [("<|turn|>", "<|turn|>"), ("<|turn|></s>", "</s>"), ("\n</s>", None), ("", None)]
+)
+def test_the_end_of_a_turn_may_be_special_in_the_file_of_the_tokenizer_alone(
+    closing: str, end: str | None
+) -> None:
+    tokenizer = byte_level(MARKED.replace("<|im_end|>", closing))
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True)], special_tokens=True)
+    assert "<|turn|>" not in tokenizer.all_special_tokens
+    assert tokenizer.convert_ids_to_tokens(list(template_ends(tokenizer))) == [end] * (end is not None)
 
 
 def test_of_several_templates_without_a_default_one_must_be_named() -> None:

@@ -103,6 +103,10 @@ def test_an_assistant_thinks_and_a_user_only_spells_it() -> None:
     [
         ("a<think>\n", ("<think>", "\n")),
         ("[THINK]", ("[THINK]", "")),
+        # The end of the token before it is not a part of the tag.
+        ("<|Assistant|><think>\n", ("<think>", "\n")),
+        ("[/INST][THINK]", ("[THINK]", "")),
+        ("<|end|><|begin_of_thought|>", ("<|begin_of_thought|>", "")),
         ("<think>\n\n</think>\n\n", ("", "")),
         ("a<assistant>", ("", "")),
         ("<think> so", ("", "")),
@@ -110,3 +114,41 @@ def test_an_assistant_thinks_and_a_user_only_spells_it() -> None:
 )
 def test_a_prompt_opens_thinking_only_at_its_end(prompt: str, opened: tuple[str, str]) -> None:
     assert opened_thinking(prompt) == opened
+
+
+# As in Qwen3: a turn shows empty thinking where its text has none.
+EMPTY = MARKED.replace(
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' and '</think>' not in m.content %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}",
+)
+# As in DeepSeek-R1: the prompt opens thinking right after a token, and turns show no thinking.
+DROPS = MARKED.replace("assistant\n{% endif %}", "assistant<|im_end|><think>\n{% endif %}").replace(
+    "{{ m.content }}", "{{ m.content.split('</think>') | last }}"
+)
+# As in Nemotron 3: prompts have a line break after the tag, and turns without thinking do not.
+TIGHT = MARKED.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}").replace(
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' and '</think>' not in m.content %}<think></think>{% endif %}{{ m.content }}",
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "suffix", "answer", "written"),
+    [
+        (EMPTY, None, "It is 19.", "<think>\n\n</think>\n\nIt is 19."),
+        (EMPTY, "<think>\n", "It is 19.", "\n</think>\n\nIt is 19."),
+        (EMPTY, "<think>\n", "<think>\nhello</think>It is 19.", "hello</think>It is 19."),
+        (DROPS, None, "<think>\nhello</think>It is 19.", "hello</think>It is 19."),
+        (DROPS, None, "<think>hello</think>It is 19.", "hello</think>It is 19."),
+        (TIGHT, None, "It is 19.", "</think>It is 19."),
+        (TIGHT, None, "<think>\nhello</think>It is 19.", "hello</think>It is 19."),
+    ],
+)
+def test_a_given_answer_opens_thinking_once_and_closes_it_as_the_template_does(
+    template: str, suffix: str | None, answer: str, written: str
+) -> None:
+    tokenizer = thinker(special=False)
+    tokenizer.chat_template = template
+    ids = Renderer(tokenizer, suffix=suffix).answer_ids(ASK, answer, end_ids(tokenizer, None))
+    assert tokenizer.decode(ids) == f"{written}<|im_end|>"

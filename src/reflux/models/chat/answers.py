@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os.path import commonprefix
 
 from reflux.models.chat.tags import opened_thinking
 from reflux.models.chat.template import ENDED, MARKER, ChatTemplate
@@ -16,27 +17,37 @@ def without_opening(answer: str, prompt: str, suffix: str) -> str:
     if suffix and answer.startswith(suffix):
         return answer.removeprefix(suffix)
     tag, space = opened_thinking(prompt)
-    if not tag or not answer.startswith(tag):
-        return answer
-    return answer.removeprefix(tag).removeprefix(space)
+    return _without_common(answer.removeprefix(tag), space) if tag and answer.startswith(tag) else answer
 
 
-def completed(template: ChatTemplate, messages: Sequence[Message], answer: str, closing: str) -> str:
-    """What follows the opened turn of the assistant: the answer as the template writes it, and the text that
-    ends the turn. Where the template does not write the whole answer, it is the answer itself, and `closing`
-    (`closing_text`).
+def completed(
+    template: ChatTemplate, messages: Sequence[Message], prompt: str, answer: str, closing: str
+) -> str:
+    """What follows `prompt`, the text of the messages that ends with the opened turn of the assistant: the
+    answer as the template writes it, and the text that ends the turn. Where the template does not write the
+    whole answer there, it is the answer itself, and `closing` (`closing_text`).
     """
-    if template.exists:
-        opened = template.write(messages, True)
-        whole = template.written([*messages, {"role": "assistant", "content": answer}])
-        if whole.startswith(opened) and _solid(answer) in _solid(whole[len(opened) :]):
-            return whole[len(opened) :]
-    return answer + closing
+    rest = _following(prompt, template.written([*messages, {"role": "assistant", "content": answer}]))
+    return rest if rest and _solid(answer) in _solid(rest) else answer + closing
 
 
 def closing_text(template: ChatTemplate) -> str:
     """The text that the template writes after an assistant's text."""
     return template.written(ENDED).partition(MARKER)[2]
+
+
+def _following(prompt: str, whole: str) -> str:
+    """What follows `prompt` in `whole`. "" if `whole` does not begin with it, apart from white space after a
+    tag that opens thinking, of which some templates write more in prompts than in answered turns.
+    """
+    space = "" if whole.startswith(prompt) else opened_thinking(prompt)[1]
+    begun = prompt.removesuffix(space)
+    return _without_common(whole[len(begun) :], space) if whole.startswith(begun) else ""
+
+
+def _without_common(text: str, space: str) -> str:
+    """The text without as much of `space` as it begins with."""
+    return text[len(commonprefix([text, space])) :]
 
 
 def _solid(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ def declared_ends(generation: Any) -> tuple[int, ...]:
 
 def template_ends(tokenizer: Any, arguments: Mapping[str, Any] | None = None) -> tuple[int, ...]:
     """The special token that the chat template writes right after an assistant's text; () if it writes none.
+    Where it writes several, the end token of the tokenizer if it is one of them, else the first.
     Where a tokenizer has several templates without a default, one id for each. arguments: as in
     `ChatTemplate`.
     """
@@ -47,7 +49,9 @@ def template_ends(tokenizer: Any, arguments: Mapping[str, Any] | None = None) ->
         return tuple(dict.fromkeys(i for ends in named for i in ends))
     _, found, after = _answered(ChatTemplate(tokenizer, arguments)).partition(MARKER)
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
-    return tuple(i for i in ids[:1] if i in set(tokenizer.all_special_ids))
+    special = _special(tokenizer)
+    closing = list(itertools.takewhile(lambda i: i in special, ids))
+    return (tokenizer.eos_token_id,) if tokenizer.eos_token_id in closing else tuple(closing[:1])
 
 
 def _answered(template: ChatTemplate) -> str:
@@ -78,5 +82,12 @@ def special_ids(tokenizer: Any, ends: Collection[int]) -> frozenset[int]:
     Added tokens that are not declared special, such as <think> in some families, are text and not among these
     ids.
     """
+    return frozenset(_special(tokenizer) - set(ends))
+
+
+def _special(tokenizer: Any) -> set[int]:
+    """The ids that are special by their own declaration or by their part, such as the begin token. The first
+    alone holds for tokens that only `tokenizer.json` declares.
+    """
     declared = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset((declared | set(tokenizer.all_special_ids)) - set(ends))
+    return declared | set(tokenizer.all_special_ids)

@@ -90,7 +90,7 @@ class Renderer:
         prompt = self._text(made)
         kept = {*self.tokenizer.convert_ids_to_tokens(list(ends)), *self.data.tags}
         answer = self.data.text(without_opening(answer, prompt, self.suffix), kept)
-        rest = completed(self.template, made, answer, self._closing)
+        rest = completed(self.template, made, prompt, answer, self._closing)
         ids = continued_ids(self.tokenizer, prompt, rest)
         stop = next((place for place, i in enumerate(ids) if i in ends), None)
         return [*ids, closing_id(self.template, ends)] if stop is None else ids[: stop + 1]

@@ -12,7 +12,8 @@ from reflux.models.chat.template import ChatTemplate
 # Such as <think>, </thinking>, [THINK], <seed:think>, <|begin_of_thought|> and <reasoning>.
 _NAME = rf"(?:[a-z]+[:_])*(?:{NAMES}|thought|reason)"
 _THINKING = re.compile(rf"[^\w\s]+{_NAME}[^\w\s]+", re.IGNORECASE)
-_OPENED = re.compile(rf"([^\w\s/]{{1,2}}{_NAME}[^\w\s]{{1,2}})(\s*)$", re.IGNORECASE)
+# The bracket that begins the tag is part of it, and the end of another token before it is not.
+_OPENED = re.compile(rf"([<\[\u25c1][^\w\s/<>\[\]]?{_NAME}[^\w\s]{{1,2}})(\s*)$", re.IGNORECASE)
 # Such as <answer> and </answer>. <s> and </s> begin and end a text.
 _TAG = re.compile(r"<(/?)(\w{2,})>")
 
