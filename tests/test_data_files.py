@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from reflux.config.recipe import load_recipe
 from reflux.errors import DataError
 from reflux.tasks.jsonl import Jsonl
 from reflux.types import Prompt
@@ -98,6 +100,8 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "wide.csv": (b"id,prompt\n1,a\n2,b,c\n", "row 2 has more cells than the first line"),
     "latin.csv": (b"id,prompt\n1,caf\xe9\n", "is not UTF-8 (byte 15)"),
     "long.csv": (b"prompt\n" + b"a" * 200_000 + b"\n", "is not CSV (field larger than field limit"),
+    "open.csv": (b'prompt,answer\n"a,1\nb,2\n', "is not CSV (unexpected end of data)"),
+    "columns.csv": (b"prompt,answer,prompt\na,1,b\n", "has the column 'prompt' twice"),
     "deep.json": (b'[{"prompt": "a"}, 3]', "entry 2 is not an object"),
     "cut.json": (b'[{"prompt": "a"}, {"pro', "The file may be cut off."),
     "cut.jsonl": (LINES + b'{"prompt": "9+', "line 4 is not JSON"),
@@ -191,6 +195,27 @@ def test_a_table_gives_no_message_keys_without_a_value(tmp_path: Path) -> None:
         assert read(saved(tmp_path, content, name))[0].messages == expected
 
 
+def test_the_thinking_of_earlier_turns_is_kept_for_templates_that_read_it(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for key in ("reasoning_content", "reasoning", "thinking", "tool_plan"):
+        messages = (chat[0], {**chat[1], key: "because"}, chat[0])
+        path = saved(tmp_path, [{"messages": [{**message, "weight": 1} for message in messages]}])
+        assert read(path)[0].messages == messages
+
+
+def test_an_answer_of_a_table_may_be_an_exact_decimal(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "answer": Decimal("1.50")}]
+    assert read(saved(tmp_path, table(rows), "a.parquet"))[0].answer == "1.50"
+
+
+def test_a_column_of_tools_is_not_read_and_said_so(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    for value, count in ((tools, 1), ([], 0), (None, 0)):
+        task = Jsonl(str(saved(tmp_path, [{"prompt": "a", "tools": value}])))
+        said = list(task.advice("task", load_recipe("opd", {"base": "hub"})))
+        assert len([text for text in said if "the column 'tools' of" in text]) == count
+
+
 def test_a_content_of_text_parts_is_one_text(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "2+3"}, {"type": "text", "text": "?"}]
     path = saved(tmp_path, [{"messages": [{"role": "user", "content": parts}]}])
@@ -213,6 +238,11 @@ def test_a_content_of_text_parts_is_one_text(tmp_path: Path) -> None:
         ),
         ([{"role": "assistant", "content": None, "tool_calls": [{}]}], "exactly one assistant message"),
         ([{"role": "assistant"}], "has no list of"),
+        ([{"role": "assistant", "content": "b", "tool_calls": None, "thinking": ""}], ("b",)),
+        *(
+            ([{"role": "assistant", "content": "b", key: value}], f"an assistant message with '{key}'")
+            for key, value in (("tool_calls", [{}]), ("reasoning_content", "a"), ("thinking", "a"))
+        ),
         ("", "no list of texts in its field 'completion'"),
         (3, "no list of texts in its field 'completion'"),
     ],

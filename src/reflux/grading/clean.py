@@ -20,6 +20,9 @@ SPACED = re.compile(
 )
 # A full stop at the end belongs to the sentence, and three belong to the number ("0.333...").
 END = re.compile(r"(?:[\s,;:*\"']|(?<!\.)\.)+$")
+# Check marks and pictures around an answer, as in "18 \u2705". An answer that is nothing else stays.
+_PICTURE = "\u2600-\u2775\u2794-\u27bf\u2b50\ufe0f\U0001f300-\U0001faff"
+PICTURES = re.compile(rf"^[\s{_PICTURE}]+(?=[^\s{_PICTURE}])|(?<=[^\s{_PICTURE}])[\s{_PICTURE}]+$")
 ESCAPED = re.compile(r"\\([%#&_])")
 SIMPLE = re.compile(r"[A-Za-z0-9]+")
 DOLLAR = "\ue000"
@@ -38,7 +41,7 @@ def bare(text: str) -> str:
     if text.count("$") % 2 == 0:
         text = text.replace("$", " ")
     text = ESCAPED.sub(r"\1", text).replace(DOLLAR, "$").strip(" *\"'")
-    text = END.sub("", text)
+    text = END.sub("", PICTURES.sub("", text))
     if text.count("}") > text.count("{"):
         text = text.strip(" }\"'")
     if text.startswith("{") and text.endswith("}") and "}" not in text[:-1]:

@@ -111,6 +111,11 @@ def _marked(text: str) -> str | None:
     display = DISPLAY.match(rest)
     if display:
         return next(part for part in display.groups() if part).strip()
-    choice = CHOICE.match(rest)
-    stop = STOP.search(rest, choice.end() if choice else 0)
-    return (rest[: stop.start()] if stop else rest).strip()
+    return first_sentence(rest)
+
+
+def first_sentence(text: str) -> str:
+    """The text to the end of its first line or sentence. The letter of a choice ends no sentence."""
+    choice = CHOICE.match(text)
+    stop = STOP.search(text, choice.end() if choice else 0)
+    return (text[: stop.start()] if stop else text).strip()

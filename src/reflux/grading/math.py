@@ -27,7 +27,7 @@ from reflux.grading.character_table import same_characters
 from reflux.grading.clean import bare
 from reflux.grading.clock import same_time
 from reflux.grading.equivalence import ends_with_equivalent, equivalent
-from reflux.grading.final import ITEM, final_answer
+from reflux.grading.final import ITEM, final_answer, first_sentence
 from reflux.grading.numbers import SIDES, Number, equal_numbers, last_number, read_number
 from reflux.grading.thinking import without_thinking
 from reflux.grading.word_answers import (
@@ -110,7 +110,7 @@ def _chosen(text: str, last: str) -> str:
     """
     chosen = list(CHOSEN.finditer(text))
     if chosen:
-        return bare(text[chosen[-1].end() :][:LONGEST_ANSWER].split("\n")[0])
+        return bare(first_sentence(text[chosen[-1].end() :][:LONGEST_ANSWER]))
     return "" if len(LABEL.findall(text)) > 1 else last
 
 

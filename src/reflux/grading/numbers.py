@@ -41,7 +41,8 @@ BEFORE = re.compile(
     re.IGNORECASE,
 )
 AFTER = re.compile(
-    r"\s*(?:[xyznei]\b|pi\b|squared|cubed|factorial|or\b(?!\s+so\b)|plus\b|minus\b|times\b|divided)",
+    r"\s*(?:[xyznei]\b|pi\b|squared|cubed|factorial|or\b(?!\s+so\b)|plus\b|minus\b|times\b|divided"
+    r"|is\s+(?:not|wrong|incorrect)\b)",
     re.IGNORECASE,
 )
 DENIED = re.compile(r"(?:\b(?:not|never)\b(?: equal to)?|n't)\s*$", re.IGNORECASE)

@@ -13,10 +13,14 @@ ARTICLE = re.compile(r"^(?:the|an?)\s+(?=\S\S)")
 VERDICTS = {"yes", "no", "true", "false"}
 VERDICT = re.compile(r"(yes|no|true|false)\s*(?:[,.;:!\u2014-]|$)", re.IGNORECASE)
 # A letter alone, or a letter and the text of its choice: "B", "(B)", "B) Paris", "option B, because ...".
+_WRONG = r"\s+(?:not|never|too|wrong|incorrect|false|invalid)\b"
+_AFTER = rf"[)\]}}.:,;]+|$|(?=[-\u2013\u2014]\s|\([A-Z\d]|is\b(?!{_WRONG}))"
 LETTER = re.compile(
     r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s*(?:is\s*)?:?\s*)?"
-    r"(?:[(\[{]*([A-J])\s*(?:[)\]}.:,;]+|$|(?=[-\u2013\u2014]\s|is\b))|[(\[]([a-j])[)\]]|([a-j])\)?$)"
+    rf"(?:[(\[{{]*([A-J])\s*(?:{_AFTER})|[(\[]([a-j])[)\]]|([a-j])\)?$)"
 )
+# What follows is not the answer: "C, not A or B".
+NOT = re.compile(r"(?:,\s*(?:and\s+)?|\band\s+)(?:not|rather\s+than)\b")
 OTHER = re.compile(r"(?:\b(?:or|and|nor)\b|[,/&])\s*\(?[A-HJ]\)?\s*(?:[).,:;/&]|$|\b(?:or|and)\b)|\b[A-HJ]\)")
 GOLD = re.compile(r"[(\[]?\s*([A-J])\s*[)\].:]*")
 LETTERS = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|;|&|,?\s*\band\b)\s*\(?[A-J]\)?)+")
@@ -50,7 +54,7 @@ def same_choice(found: str, gold: str) -> bool:
 def choice_of(text: str) -> str | None:
     """The letter of the choice that a clean text names. None if it names none, or more than one."""
     letter = LETTER.match(text)
-    if letter is None or OTHER.search(text, letter.end(letter.lastindex or 0)):
+    if letter is None or OTHER.search(NOT.split(text)[0], letter.end(letter.lastindex or 0)):
         return None
     return next(group for group in letter.groups() if group).upper()
 

@@ -72,7 +72,12 @@ def _parquet(content: bytes, where: str) -> list[Line]:
 
 def _csv(content: bytes, separator: str, where: str) -> Iterator[Line]:
     try:
-        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), delimiter=separator)
+        text = io.StringIO(content.decode("utf-8-sig"), newline="")
+        # strict: a quote that is not closed would swallow the rows after it.
+        reader = csv.DictReader(text, delimiter=separator, strict=True)
+        names = reader.fieldnames or ()
+        if twice := [name for name in names if names.count(name) > 1 and name]:
+            raise DataError(f"{where} has the column '{twice[0]}' twice; {NOTHING}. Rename one of them.")
         for number, row in enumerate(reader, start=1):
             fields: dict[Any, Any] = {name: cell for name, cell in row.items() if cell not in ("", None)}
             if None in fields:
@@ -81,4 +86,7 @@ def _csv(content: bytes, separator: str, where: str) -> Iterator[Line]:
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 (byte {error.start}); {NOTHING}.") from error
     except csv.Error as error:
-        raise DataError(f"{where} is not CSV ({error}); {NOTHING}. JSON lines have no such limit.") from error
+        raise DataError(
+            f"{where} is not CSV ({error}); {NOTHING}. Close every quote, or write "
+            "JSON lines, which have no such limit."
+        ) from error

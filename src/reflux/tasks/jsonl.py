@@ -14,6 +14,7 @@ from reflux.config.registry import STRICT, did_you_mean, load
 from reflux.errors import DataError
 from reflux.tasks.base import Split, TaskPart
 from reflux.tasks.data_file import read_file
+from reflux.tasks.json_rows import Line
 from reflux.tasks.line_fields import messages_of, references_of, text_of, value_of
 from reflux.tasks.lines import check_columns, endless, held_out, hub_lines, make_prompts
 from reflux.types import FlowRollout, Prompt, Reward, Rollout, TokenRollout
@@ -112,7 +113,14 @@ class Jsonl(TaskPart):
         )
         trained: set[str] = set()
         for split, name in self._files():
-            prompts = self._load(split, name)
+            lines, place = self._lines(name)
+            prompts = self._made(split, lines, place)
+            if any(fields.get("tools") for _, fields in lines):
+                yield (
+                    f"{where}: the column 'tools' of {name} is not read, so the prompts do not show these "
+                    "tools. Give the tools that all prompts have in the tables of student and teachers, as "
+                    "template = {tools = [...]}."
+                )
             without = [prompt.id for prompt in prompts if prompt.answer is None]
             if compares and 0 < len(without) < len(prompts):
                 yield (
@@ -198,13 +206,16 @@ class Jsonl(TaskPart):
         return [(split, name) for split, name in named if isinstance(name, str)]
 
     def _load(self, source: str, name: str) -> list[Prompt]:
+        return self._made(source, *self._lines(name))
+
+    def _lines(self, name: str) -> tuple[list[Line], str]:
+        """The rows of a file or split, and where they are, for errors."""
         if self.dataset is None:
-            lines, where = read_file(name, "jsonl"), f"task jsonl: {name}"
-        else:
-            lines, where = (
-                hub_lines(self.dataset, self.dataset_config, name, "jsonl"),
-                f"task jsonl: {self.dataset} {name}",
-            )
+            return read_file(name, "jsonl"), f"task jsonl: {name}"
+        lines = hub_lines(self.dataset, self.dataset_config, name, "jsonl")
+        return lines, f"task jsonl: {self.dataset} {name}"
+
+    def _made(self, source: str, lines: list[Line], where: str) -> list[Prompt]:
         columns = self.keys or {}
         if source != "train":
             # Held-out prompts need neither references nor a route of their own.

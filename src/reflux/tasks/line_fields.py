@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any
 
 from reflux.types import Message
 
+# the keys under which data hold the thinking of an assistant message; some chat templates read them
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "tool_plan")
 # the keys of a message that are kept
-_OF_MESSAGES = ("role", "content", "tool_calls", "tool_call_id", "name")
+_OF_MESSAGES = ("role", "content", "tool_calls", "tool_call_id", "name", *_THOUGHTS)
 
 
 def value_of(fields: Mapping[str, Any], column: str) -> Any:
@@ -72,6 +75,11 @@ def references_of(value: Any, name: str) -> tuple[str, ...]:
                 f"needs exactly one assistant message with a text in its field '{name}', but it has "
                 f"{' and '.join(turn['role'] for turn in turns)}"
             )
+        if beside := [key for key in ("tool_calls", *_THOUGHTS) if turns[0].get(key)]:
+            raise ValueError(
+                f"has an assistant message with '{beside[0]}' in its field '{name}', and only the content is "
+                "learnt. Write all that the student shall learn into the content, such as <think>...</think>"
+            )
         return texts
     if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
         raise ValueError(f"has no list of texts in its field '{name}', but {value!r}")
@@ -82,9 +90,10 @@ def text_of(value: Any, name: str) -> str | None:
     """The text, or a number as text. None if the row has no such value. name: the column, for errors."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+    number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    if not (number or isinstance(value, str)) or not str(value).strip():
         raise ValueError(f"has neither text nor a number in its field '{name}', but {value!r}")
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float | Decimal) and not math.isfinite(value):
         raise ValueError(f"has no finite number in its field '{name}', but {value!r}")
     return _whole(str(value), name)
 

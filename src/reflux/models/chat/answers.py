@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os.path import commonprefix
+from itertools import takewhile
 
 from reflux.models.chat.tags import opened_thinking
 from reflux.models.chat.template import ENDED, MARKER, ChatTemplate
@@ -47,7 +47,8 @@ def _following(prompt: str, whole: str) -> str:
 
 def _without_common(text: str, space: str) -> str:
     """The text without as much of `space` as it begins with."""
-    return text[len(commonprefix([text, space])) :]
+    common = takewhile(lambda pair: pair[0] == pair[1], zip(text, space, strict=False))
+    return text[len(list(common)) :]
 
 
 def _solid(text: str) -> str:
