@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 import tomllib
@@ -182,13 +183,36 @@ def test_another_file_of_that_name_is_another_recipe(start: Path, monkeypatch: p
 
 def test_a_data_file_that_has_changed_is_refused(start: Path) -> None:
     opened("opd", named(), start / "run", False)
-    assert sorted(json.loads((start / "run" / "data.json").read_text())) == ["task.path", "task.validation"]
+    kept = ["learner.model", "task.path", "task.validation", "teachers.main.model"]
+    assert sorted(json.loads((start / "run" / "data.json").read_text())) == kept
     whole = (start / "own.jsonl").read_text()
     (start / "own.jsonl").write_text(whole + '{"prompt": "new?", "answer": 1}\n')
     with pytest.raises(RunError, match=r"the content of task\.path has changed since the run in .*run was"):
         opened("opd", named(), start / "run", True)
     (start / "own.jsonl").write_text(whole)
     opened("opd", named(), start / "run", True)
+
+
+@pytest.mark.parametrize(
+    ("key", "file"), [("task.path", "folder/train.jsonl"), ("teachers.main.model", "models/teacher/{}")]
+)
+def test_a_folder_of_data_or_a_template_that_has_changed_is_refused(start: Path, key: str, file: str) -> None:
+    (start / "folder").mkdir()
+    for split in ("train", "test"):
+        row = {"question": "1+1?", "answer": "1+1=2\n#### 2"}
+        (start / "folder" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(40)))
+    changes = {"task.kind": "gsm8k", "task.path": "folder"}
+    recipe = [entry for entry in named(**changes) if not entry.startswith("task.validation")]
+    template = start / "models" / "teacher" / "chat_template.jinja"
+    changed = template if template.exists() else template.with_name("tokenizer_config.json")
+    changed = start / file.format(changed.name)
+    opened("opd", recipe, start / "run", False)
+    (start / "folder" / "notes.md").write_text("notes are no data")
+    (start / "models" / "teacher" / "README.md").write_text("nor are they a template")
+    opened("opd", recipe, start / "run", True)
+    changed.write_text(changed.read_text() + "\n")
+    with pytest.raises(RunError, match=rf"the content of {re.escape(key)} has changed since the run in"):
+        opened("opd", recipe, start / "run", True)
 
 
 class Notes(Silent):

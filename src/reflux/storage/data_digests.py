@@ -1,9 +1,12 @@
-"""Digests of the data files of a run, so that a resumed run does not train on other prompts unnoticed."""
+"""Digests of the data files and tokenizers of a run, so that a resumed run does not train on other prompts
+unnoticed.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from reflux.config.recipe import RunConfig
@@ -11,17 +14,40 @@ from reflux.errors import RunError
 from reflux.storage import files, recipe_paths
 
 NAME = "data.json"
+# What makes tokens from prompts, in the folder of a model.
+_TOKENIZER = ("tokenizer*", "chat_template*", "special_tokens_map.json", "vocab.*", "merges.txt")
+# Endings of data in a folder; other files there, such as images, may be many and large.
+_DATA = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".bz2", ".zst", ".lz4")
 
 
 def digests(cfg: RunConfig) -> dict[str, str]:
-    """The digest of each single file that the recipe names, by its key in the recipe, such as "task.path"."""
+    """The digest of each file and folder that the recipe names, by its key in the recipe, such as
+    "task.path". Of the folder of a model, only the files of its tokenizer count.
+    """
     found = {}
     for keys, name in recipe_paths.named(cfg):
         path = Path(name).expanduser()
-        if path.is_file():
-            with path.open("rb") as file:
-                found[".".join(map(str, keys))] = hashlib.file_digest(file, "sha256").hexdigest()
+        read = [path] if path.is_file() else sorted(_of_task(path) if keys[0] == "task" else _of_model(path))
+        if len(read) == 1 and read[0] == path:
+            found[".".join(map(str, keys))] = _digest(path)
+        elif read:
+            lines = [f"{file.relative_to(path)} {_digest(file)}\n" for file in read]
+            found[".".join(map(str, keys))] = hashlib.sha256("".join(lines).encode()).hexdigest()
     return found
+
+
+def _of_task(folder: Path) -> Iterator[Path]:
+    return (file for file in folder.rglob("*") if file.suffix.lower() in _DATA and file.is_file())
+
+
+def _of_model(folder: Path) -> Iterator[Path]:
+    inner = folder / "student" if (folder / "student").is_dir() else folder
+    return (file for pattern in _TOKENIZER for file in inner.glob(pattern) if file.is_file())
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def keep(cfg: RunConfig, out: Path) -> None:
@@ -42,5 +68,6 @@ def check_unchanged(cfg: RunConfig, out: Path) -> None:
     if changed:
         raise RunError(
             f"the content of {' and '.join(changed)} has changed since the run in {out} was started, so it "
-            "would go on with other data. Restore the files, or start a new run with another --out."
+            "would go on with other prompts. Restore the files (of a model, its tokenizer), or start "
+            "a new run with another --out."
         )
