@@ -137,6 +137,21 @@ def test_a_reply_that_the_template_does_not_show_is_refused() -> None:
         made.reply_ids([*ASK, {"role": "assistant", "content": "5"}], [{"role": "tool", "content": "no"}])
 
 
+# As in Mistral: the system message stands in the last message, if that is one of the user.
+LAST = (
+    "{% for m in messages if m.role != 'system' %}<|im_start|>{% if loop.last and m.role == 'user' "
+    "and messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+)
+
+
+def test_a_reply_that_moves_the_system_message_is_refused() -> None:
+    answered = [*ASK, {"role": "assistant", "content": "5"}]
+    made, reply = renderer(LAST), [{"role": "user", "content": "so?"}]
+    assert made.reply_ids(answered, reply)
+    with pytest.raises(ModelError, match="rewrites earlier turns"):
+        made.reply_ids([SYSTEM, *answered], reply)
+
+
 def test_what_a_template_shows_is_taken() -> None:
     assert "weather" in renderer(TOOLS).tokenizer.decode(renderer(TOOLS).ids(CALLING))
     assert "Be brief." in renderer(MARKED).tokenizer.decode(renderer(MARKED).ids([SYSTEM, *ASK]))
@@ -255,5 +270,13 @@ def test_template_arguments_that_nothing_reads_are_found() -> None:
     given = {"enable_thinkng": False, "day": "1"}
     assert unread_arguments(renderer("{{ day }}" + MARKED, template=given)) == ["enable_thinkng"]
     assert unread_arguments(renderer(None, template=given)) == ["day", "enable_thinkng"]
+    for thinking, template, unread in (
+        (False, MARKED, []),
+        (False, None, []),
+        (True, MARKED, ["enable_thinking"]),
+        (False, MARKED + "<think>", ["enable_thinking"]),
+    ):
+        made = renderer(template, template={"enable_thinking": thinking})
+        assert unread_arguments(made) == unread
     own = {"chat_template": "{{ day }}" + MARKED, "day": "1"}
     assert unread_arguments(renderer(None, template=own)) == []

@@ -70,7 +70,7 @@ def test_a_template_that_prints_the_clock(student: str, teacher: str, tmp_path: 
 
 
 def test_a_template_argument_that_nothing_reads(student: str, teacher: str, tmp_path: Path) -> None:
-    found = warned(student, teacher, tmp_path / "run", learner__template={"enable_thinking": False})
+    found = warned(student, teacher, tmp_path / "run", learner__template={"enable_thinking": True})
     assert found == [
         "preflight: template: the chat template does not read enable_thinking of learner.template"
     ]

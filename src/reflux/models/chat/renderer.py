@@ -111,7 +111,9 @@ class Renderer:
         written = self.text(before, begin_turn=False).removesuffix(self._closing[len(end) :])
         made = self._messages([*before, *replies])
         whole = self._text(made)
-        if not whole.startswith(written):
+        # Some templates show the system message in the last turn of the user, wherever that is.
+        asked = self.template.written(self._messages(before[:-1]))
+        if not whole.startswith(written) or not whole.startswith(asked):
             raise ModelError(
                 "the chat template rewrites earlier turns when a reply is added, so a reply cannot be "
                 "appended to the sampled tokens. Choose template arguments that keep earlier turns "

@@ -54,14 +54,19 @@ def first_difference(student: Renderer, teacher: Renderer, messages: Sequence[Me
 
 def unread_arguments(renderer: Renderer) -> list[str]:
     """The names of the recipe's template arguments that the template never reads, so that they change
-    nothing.
+    nothing. `enable_thinking = false` is not named where the template writes no thinking at all.
     """
-    if not renderer.template.exists:
-        return sorted(renderer.template.arguments)
-    source = renderer.tokenizer.get_chat_template(renderer.template.arguments.get("chat_template"))
-    try:
-        read = find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source))
-    except TemplateSyntaxError:
-        # It has tags of transformers' own, so what it reads is not known.
-        return []
-    return sorted(set(renderer.template.arguments) - read - {"chat_template"})
+    source, read, given = "", set[str](), renderer.template.arguments
+    if renderer.template.exists:
+        source = renderer.tokenizer.get_chat_template(given.get("chat_template"))
+        try:
+            read = find_undeclared_variables(
+                Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+            )
+        except TemplateSyntaxError:
+            # It has tags of transformers' own, so what it reads is not known.
+            return []
+        read |= {"chat_template"}
+    if given.get("enable_thinking") is False and "think" not in source:
+        read |= {"enable_thinking"}
+    return sorted(given.keys() - read)
