@@ -140,7 +140,8 @@ def test_a_reply_that_the_template_does_not_show_is_refused() -> None:
 # As in Mistral: the system message stands in the last message, if that is one of the user.
 LAST = (
     "{% for m in messages if m.role != 'system' %}<|im_start|>{% if loop.last and m.role == 'user' "
-    "and messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+    "and messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+    "{{ m.content }}<|im_end|>{% endfor %}"
 )
 
 
