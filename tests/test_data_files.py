@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import sys
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
@@ -275,3 +276,30 @@ def test_a_damaged_folder_of_data_is_a_sentence(tmp_path: Path, monkeypatch: pyt
         task.prompts("train", 0)
     saved(tmp_path / "data", ROWS, "train.jsonl")
     assert next(task.prompts("train", 0)).id in ("q0", "q1", "q2")
+
+
+# --- graders
+
+
+@pytest.mark.parametrize(
+    ("source", "lacking"),
+    [
+        ("def judge(prompt, text):\n    return 1.0\n", False),
+        ("from math import floor as judge\n", False),
+        ("if True:\n    judge = print\n", False),
+        ("from math import *\n", False),
+        ("def __getattr__(name):\n    return print\n", False),
+        ("def (\n", False),
+        ("def judged(prompt, text):\n    return 1.0\n", True),
+    ],
+)
+def test_a_grader_that_its_module_does_not_have_is_refused_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, lacking: bool
+) -> None:
+    name = f"grader_{abs(hash(source))}"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    task = Jsonl(str(saved(tmp_path, ROWS)), grader=f"{name}:judge")
+    said = list(task.refusals("task", load_recipe("opd", {"base": "hub"})))
+    assert said == [f"task.grader: the module '{name}' has no function 'judge'."] * lacking
+    assert name not in sys.modules

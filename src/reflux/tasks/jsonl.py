@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from reflux.config.importable import importable
+from reflux.config.importable import importable, lacks
 from reflux.config.registry import STRICT, did_you_mean, load
 from reflux.errors import DataError
 from reflux.tasks.base import Split, TaskPart
@@ -98,11 +98,13 @@ class Jsonl(TaskPart):
             raise ValueError("weight must be above 0")
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
-        module = self.grader.partition(":")[0]
+        module, _, function = self.grader.partition(":")
         if self.grader not in GRADERS and not importable(module):
             yield (
                 f"{where}.grader: there is no module '{module}'. Install it, or add its folder to PYTHONPATH."
             )
+        elif self.grader not in GRADERS and lacks(module, function):
+            yield f"{where}.grader: the module '{module}' has no function '{function}'."
 
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if self.path is None or not Path(self.path).expanduser().exists():
