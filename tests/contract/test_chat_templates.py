@@ -153,6 +153,16 @@ def test_a_reply_that_moves_the_system_message_is_refused() -> None:
         made.reply_ids([SYSTEM, *answered], reply)
 
 
+def test_an_end_token_after_the_last_turn_alone_does_not_stand_before_a_reply() -> None:
+    """As in Phi-3."""
+    made = renderer(MARKED + "{% if not add_generation_prompt %}</s>{% endif %}")
+    answered, reply = [*ASK, {"role": "assistant", "content": "5"}], [{"role": "user", "content": "so?"}]
+    ends = [made.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    ids = [*made.ids(ASK), *made.answer_ids(ASK, "5", ends), *made.reply_ids(answered, reply)]
+    assert ids == made.ids([*answered, *reply])
+    assert made.tokenizer.decode(ids).count("</s>") == 0
+
+
 def test_what_a_template_shows_is_taken() -> None:
     assert "weather" in renderer(TOOLS).tokenizer.decode(renderer(TOOLS).ids(CALLING))
     assert "Be brief." in renderer(MARKED).tokenizer.decode(renderer(MARKED).ids([SYSTEM, *ASK]))

@@ -32,8 +32,19 @@ def completed(
 
 
 def closing_text(template: ChatTemplate) -> str:
-    """The text that the template writes after an assistant's text."""
-    return template.written(ENDED).partition(MARKER)[2]
+    """The text that the template writes after an assistant's text, without `last_text`."""
+    return template.written(ENDED).partition(MARKER)[2].removesuffix(last_text(template))
+
+
+def last_text(template: ChatTemplate) -> str:
+    """The end token of the tokenizer, where the template writes it once after the closed last turn, and not
+    between turns, as in Phi-3; "" otherwise.
+    """
+    end = template.tokenizer.eos_token or ""
+    closed = template.written(ENDED).partition(MARKER)[2]
+    between = template.written([*ENDED, *ENDED[:1]]).partition(MARKER)[2]
+    turn = closed.removesuffix(end)
+    return end if turn.strip() and between.startswith(turn) and not between.startswith(closed) else ""
 
 
 def _following(prompt: str, whole: str) -> str:

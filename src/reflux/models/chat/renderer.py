@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reflux.errors import ModelError
-from reflux.models.chat.answers import closing_text, completed, without_opening
+from reflux.models.chat.answers import closing_text, completed, last_text, without_opening
 from reflux.models.chat.contents import as_text
 from reflux.models.chat.continuation import bare_ids, begin_ids, continued_ids
 from reflux.models.chat.control import Data
@@ -108,11 +108,12 @@ class Renderer:
         # White space after the end token belongs to the following ids, because the student stopped at the
         # end token itself.
         end = self._closing.rstrip()
-        written = self.text(before, begin_turn=False).removesuffix(self._closing[len(end) :])
+        written = self.text(before, begin_turn=False).removesuffix(self._last)
+        written = written.removesuffix(self._closing[len(end) :])
         made = self._messages([*before, *replies])
         whole = self._text(made)
         # Some templates show the system message in the last turn of the user, wherever that is.
-        asked = self.template.written(self._messages(before[:-1]))
+        asked = self.template.written(self._messages(before[:-1])).removesuffix(self._last)
         if not whole.startswith(written) or not whole.startswith(asked):
             raise ModelError(
                 "the chat template rewrites earlier turns when a reply is added, so a reply cannot be "
@@ -126,6 +127,10 @@ class Renderer:
     @functools.cached_property
     def _closing(self) -> str:
         return closing_text(self.template)
+
+    @functools.cached_property
+    def _last(self) -> str:
+        return last_text(self.template)
 
     @functools.cached_property
     def data(self) -> Data:
