@@ -528,8 +528,9 @@ def test_a_grader_that_is_nowhere_is_refused(tmp_path: Path, module: str) -> Non
 
 def test_a_grader_is_found_and_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_judges" / "inner").mkdir(parents=True)
+    source = "raise RuntimeError('this loads for minutes')\ndef judge(): ...\n"
     for file in ("__init__.py", "inner/__init__.py", "inner/heavy.py"):
-        (tmp_path / "my_judges" / file).write_text("raise RuntimeError('this loads for minutes')\n")
+        (tmp_path / "my_judges" / file).write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     for module in ("my_judges", "my_judges.inner", "my_judges.inner.heavy"):
         checks.join(load_recipe("flow_grpo", {"task": images(tmp_path, grader=f"{module}:judge")}))
