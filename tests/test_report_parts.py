@@ -136,6 +136,22 @@ def test_bytes_that_never_become_a_character_and_ids_out_of_the_vocabulary_are_s
     assert pieces([999_999, -1, 2**40], tokenizer) == ["⟨id 999999⟩", "⟨id -1⟩", f"⟨id {2**40}⟩"]
 
 
+def test_bytes_of_sentencepiece_that_never_become_a_character_are_shown():
+    raw = Tokenizer(
+        models.BPE({"<unk>": 0, "<0xE2>": 1, "<0x82>": 2, "a": 3, "▁b": 4}, [], byte_fallback=True)
+    )
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    for ids in ([1, 2, 3, 4], [2, 3, 1, 3], [3, 1, 1, 4, 2, 2, 3]):
+        shown = pieces(ids, raw)
+        assert len(shown) == len(ids)
+        letters = [piece.strip() for piece, token in zip(shown, ids, strict=True) if token in (3, 4)]
+        assert [piece[-1] for piece in letters] == [
+            "a" if token == 3 else "b" for token in ids if token in (3, 4)
+        ]
+
+
 def test_the_colour_is_teacher_minus_student():
     tokenizer = byte_level()
     ids = tokenizer.encode("abcde").ids

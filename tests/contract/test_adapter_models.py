@@ -144,19 +144,21 @@ def test_files_that_are_not_whole_and_folders_with_a_model_beside(student: str, 
     load_model(str(folder), "m")
 
 
+@pytest.mark.parametrize("lora", [{"rank": 2}, None])
 def test_a_run_from_an_adapter_with_adapters_as_teachers(
-    student: str, teacher: str, tmp_path: Path, tiny_run: Any
+    student: str, teacher: str, tmp_path: Path, tiny_run: Any, lora: dict[str, int] | None
 ) -> None:
     start = adapter(student, tmp_path / "start")
     taught = adapter(teacher, tmp_path / "taught")
-    done = tiny_run(
-        learner__model=str(start), teachers__main__model=str(taught), learner__lora={"rank": 2}, steps=2
-    )
+    done = tiny_run(learner__model=str(start), teachers__main__model=str(taught), learner__lora=lora, steps=2)
     assert len(done.rows("metrics")) == 2
     exported = load_model(str(done.dir), "m").net.state_dict()
     began = load_model(str(start), "m").net.state_dict()
     assert exported.keys() == began.keys()
-    assert not all(torch.equal(exported[name], value) for name, value in began.items())
+    moved = {name for name, value in began.items() if not torch.equal(exported[name], value)}
+    # without LoRA all of its matrices are trained
+    assert moved >= {name for name in began if lora is None and "proj" in name}
+    assert moved
 
 
 def with_tokens(base: str, folder: Path, save_head: bool = True) -> Any:
@@ -198,6 +200,7 @@ def test_an_adapter_with_tokens_of_its_own_resizes_its_base(tmp_path: Path, tied
     [
         {"target_modules": ["embed_tokens", "q_proj"]},
         {"target_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
         {
@@ -218,7 +221,7 @@ def test_the_merged_model_gives_the_logits_of_the_adapter_on_its_base(
     wrapped = get_peft_model(net, LoraConfig(r=2, init_lora_weights=False, **places))
     with torch.no_grad():
         for name, value in wrapped.named_parameters():
-            if "modules_to_save" in name:
+            if "modules_to_save" in name or "trainable_tokens" in name:
                 value.add_(torch.randn_like(value), alpha=0.1)
     wrapped.save_pretrained(str(tmp_path))
     ids = torch.arange(12)[None]

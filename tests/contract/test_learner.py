@@ -219,6 +219,11 @@ def test_adapters_start_as_the_identity_and_from_the_runs_dice() -> None:
     assert same(one.state(), other.state())
 
 
+def test_targets_that_are_no_regular_expression_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"learner\.lora\.targets: .*subpattern"):
+        tiny.learner(tiny.net(1), lora=Lora(rank=2, targets="(q"))
+
+
 @pytest.mark.parametrize("targets", [("lm_head",), ("embed_tokens", "q_proj"), ("lm_head", "embed_tokens")])
 def test_an_adapter_on_a_matrix_shared_by_embeddings_and_head_is_refused(targets: tuple[str, ...]) -> None:
     """Merged, it would reach both in the sampler and one in the learner: two different students."""

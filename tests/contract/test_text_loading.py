@@ -290,6 +290,34 @@ def test_weights_of_no_rows_are_named(tmp_path: Path) -> None:
     assert "lm_head.weight ([0] in the file, " in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(("kind", "named"), [("bfloat16", None), ("float16", None), ("bfloat16", "float16")])
+def test_the_stored_dtype_is_that_of_the_config_or_else_of_the_files(
+    tmp_path: Path, kind: str, named: str | None
+) -> None:
+    file = llama(tmp_path) / "model.safetensors"
+    stored = {key: value.to(getattr(torch, kind)) for key, value in load_file(file).items()}
+    save_file(stored, file, metadata={"format": "pt"})
+    reconfigure(tmp_path, dtype=named)
+    expected = getattr(torch, named or kind)
+    assert load_model(str(tmp_path), "m", dtype="float32").stored_dtype == expected
+    assert load_model(str(tmp_path), "m").net.dtype == expected
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": "two"}, {"hidden_act": "none"}])
+def test_values_that_the_config_class_does_not_take_are_told(tmp_path: Path, change: dict[str, str]) -> None:
+    folder = llama(tmp_path)
+    reconfigure(folder, **change)
+    said = refusal(folder)
+    assert "cannot be loaded: " in said
+    assert next(iter(change)) in said or "none" in said
+
+
+def test_a_generation_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """transformers would leave out its end tokens."""
+    (llama(tmp_path) / "generation_config.json").write_text("{")
+    assert "generation_config.json cannot be read as JSON" in refusal(tmp_path)
+
+
 def test_tied_weights_may_be_stored_under_either_name_but_not_under_none(tmp_path: Path) -> None:
     folder = llama(tmp_path, tie_word_embeddings=True)
     rows = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]

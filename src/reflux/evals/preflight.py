@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from traceback import walk_tb
 from types import ModuleType
+from typing import Any
 
 from reflux.config.recipe import RunConfig
 from reflux.errors import ModelError, RefluxError
@@ -23,8 +24,9 @@ from reflux.evals.evaluation import Evaluation
 from reflux.evals.finding import Finding
 from reflux.learners.base import OpenLearner
 from reflux.models.text import first_line, parameter_count
+from reflux.teachers.base import Teacher
 from reflux.teachers.collection import Teachers
-from reflux.types import FlowRollout, Group
+from reflux.types import FlowRollout, Group, TokenRollout
 
 # the most positions of a sampled answer
 _POSITIONS = 24
@@ -34,6 +36,7 @@ _CAUSES = (
     "Either this library does not support the architecture (docs/what_runs.md), or an adapter "
     "(learner.lora.targets) is on a module that takes none, or the learner's attention setting does not fit."
 )
+_MEMORY = "Student, sampler and teachers of this recipe do not fit into the memory of the device together."
 _REMEDY = "`reflux doctor` measures the same; skip_checks = ['{check}'] leaves this check out."
 
 
@@ -70,9 +73,10 @@ class Preflight:
             memory = "OutOfMemory" in type(error).__name__
             if isinstance(error, RefluxError) or memory or not _raised_in(error, "transformers"):
                 raise
+            kind = type(error).__name__
+            causes = _MEMORY if kind == "OutOfMemoryError" else _CAUSES
             raise ModelError(
-                f"the model's own code fails on short prompts ({type(error).__name__}: {first_line(error)}). "
-                f"{_CAUSES}"
+                f"the model's own code fails on short prompts ({kind}: {first_line(error)}). {causes}"
             ) from error
         listener, seconds = self.asked.services.listener, time.perf_counter() - started
         if not updated:
@@ -89,6 +93,8 @@ class Preflight:
             yield self._disk()
         async for finding in self.parity(prompts, n):
             yield finding
+        if not any(attempt.rollout.length for group in self.groups for attempt in group):
+            return
         if "teacher" not in skipped:
             async for finding in self._teachers():
                 yield finding
@@ -98,7 +104,8 @@ class Preflight:
         for finding in self._about.templates(self.learner, self.asked.context, self.teachers, self.groups):
             yield finding
         if "identity" not in skipped:
-            context = replace(self.asked.context, name="preflight")
+            # no table of the recipe has this name
+            context = replace(self.asked.context, name="(preflight)")
             yield await self._about.at_identity(context, self.asked.services, self.learner, self.groups)
 
     async def parity(self, prompts: int = 2, n: int = 2) -> AsyncIterator[Finding]:
@@ -127,7 +134,9 @@ class Preflight:
         heads = self.asked.services.heads
         for table, (teacher, opened) in self.teachers.opened.items():
             if teacher.in_process:
-                yield await self._about.alone_and_together(table, opened, self.groups, heads)
+                groups = [group for group in self.groups if _read_by(teacher, opened, group)]
+                if groups:
+                    yield await self._about.alone_and_together(table, opened, groups, heads)
 
     @property
     def _about(self) -> ModuleType:
@@ -135,7 +144,10 @@ class Preflight:
 
     def _disk(self) -> Finding:
         full = self.cfg.learner.trains_all
-        parameters, checkpoints = parameter_count(self.learner.model.net), self.cfg.keep_checkpoints + 1
+        # a resumed run has written some of them
+        written = sum(1 for _ in (self.folder / "checkpoints").glob("step-*"))
+        parameters = parameter_count(self.learner.model.net)
+        checkpoints = max(1, self.cfg.keep_checkpoints + 1 - written)
         # float32 weights and two moments in each checkpoint; the export is written beside the last one
         need = parameters * ((12 * checkpoints if full else 0) + 8)
         there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.is_dir())
@@ -154,7 +166,20 @@ def _passed(finding: Finding, updated: bool) -> Finding:
     raise ModelError(f"{finding.check}, measured {when}: {finding.text.rstrip('.')}. {remedy}")
 
 
+def _read_by(teacher: Teacher, opened: Any, group: Group) -> bool:
+    """False for a group that a teacher with routes is never asked about, and that is longer than its context
+    window.
+    """
+    window = getattr(getattr(opened, "model", None), "context_tokens", None)
+    rollouts = [a.rollout for a in group if isinstance(a.rollout, TokenRollout)]
+    if window is None or not teacher.routes or group[0].rollout.prompt.route in teacher.routes:
+        return True
+    return all(len(rollout.prompt_tokens) + rollout.length <= window for rollout in rollouts)
+
+
 def _raised_in(error: Exception, package: str) -> bool:
-    """True if the code of `package` was running when the error was raised."""
+    """True if the code of `package`, or code that it loaded from the files of a model, was running when the
+    error was raised.
+    """
     names = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
-    return any(name.partition(".")[0] == package for name in names)
+    return any(name.partition(".")[0] in (package, f"{package}_modules") for name in names)

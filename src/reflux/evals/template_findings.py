@@ -18,6 +18,8 @@ from reflux.types import Prompt
 # A lower probability of the end token after a whole answer is almost none.
 _ALMOST_NONE = 1e-4
 _SHORT = "Yes."
+# The most tokens of an answer that is read. The logits of a long one may need more memory than a step.
+_LONGEST = 256
 
 
 def on_templates(
@@ -59,6 +61,8 @@ def _end(learner: Any, renderer: Renderer, prompt: Prompt) -> Iterator[Finding]:
             # An answer that the template cannot show says nothing about its end.
             continue
         before, closed = np.asarray(renderer.ids(prompt.messages)), np.asarray([*ids[:-1], ends[0]])
+        if len(closed) > _LONGEST or len(before) + len(closed) > learner.model.context_tokens:
+            continue
         found.append(float(np.exp(own_logp(learner, before, closed)[-1])))
     if found and max(found) < _ALMOST_NONE:
         token = learner.model.tokenizer.convert_ids_to_tokens(ends[0])

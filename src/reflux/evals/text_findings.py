@@ -15,6 +15,7 @@ from reflux.evals.finding import Finding
 from reflux.evals.gaps import Gaps
 from reflux.evals.parity import parity
 from reflux.evals.template_findings import on_templates
+from reflux.models.chat.continuation import bare_ids
 from reflux.runtime.services import Services
 from reflux.teachers.base import Teacher, TeacherRequest
 from reflux.teachers.collection import Teachers
@@ -26,14 +27,23 @@ UNIFORM = 0.98
 
 def acted(learner: Any, groups: Sequence[Group], dtype: str) -> Iterator[Finding]:
     """Findings on how prompts and answers end, and on parity. dtype: of the sampler."""
-    yield from _ends(learner.model, groups)
+    rollouts = [r for group in groups for a in group if isinstance(r := a.rollout, TokenRollout) and r.length]
+    if not rollouts:
+        text = "no answer has a token, because the prompts are too long. Only the disk was checked"
+        yield Finding("warning", "answers", text)
+        return
+    yield from _ends(learner, rollouts)
     yield parity(learner, groups, dtype)
 
 
-def _ends(model: Any, groups: Sequence[Group]) -> Iterator[Finding]:
+def _ends(learner: Any, rollouts: Sequence[TokenRollout]) -> Iterator[Finding]:
     """A prompt does not end with an end token, and an end token is the last token of its turn."""
-    rollouts = [r for group in groups for a in group if isinstance(r := a.rollout, TokenRollout) and r.length]
-    closed = [rollout for rollout in rollouts if rollout.prompt_tokens[-1] in model.end_ids]
+    model = learner.model
+    closed = [
+        rollout
+        for rollout in rollouts
+        if rollout.prompt_tokens[-1] in model.end_ids and not _opens_a_turn(learner, rollout)
+    ]
     if closed:
         token = model.tokenizer.convert_ids_to_tokens(int(closed[0].prompt_tokens[-1]))
         text = (
@@ -45,13 +55,24 @@ def _ends(model: Any, groups: Sequence[Group]) -> Iterator[Finding]:
     if passed:
         text = f"an answer to prompt {passed[0].prompt.id} goes on after an end token"
         yield Finding("failed", "ends", text)
-    cut = np.mean([rollout.finish == "length" for rollout in rollouts]) if rollouts else 0.0
-    longest = max((int(rollout.mask_T.sum()) for rollout in rollouts), default=0)
+    cut = np.mean([rollout.finish == "length" for rollout in rollouts])
+    longest = max(int(rollout.mask_T.sum()) for rollout in rollouts)
     text = (
         f"{len(rollouts)} short answers sampled, {cut:.0%} were cut at the limit; the longest has {longest} "
         "tokens"
     )
     yield Finding("ok", "answers", text)
+
+
+def _opens_a_turn(learner: Any, rollout: TokenRollout) -> bool:
+    """True if the last token of the prompt is part of the text with which the template opens the student's
+    turn. Some models declare such a token, as <|assistant|> of Phi-3, as one that ends an answer too.
+    """
+    student, messages = learner.context.student, rollout.prompt.messages
+    renderer = learner.model.renderer(student.system, student.template, student.prompt_suffix)
+    closed, whole = (renderer.text(messages, begin_turn) for begin_turn in (False, True))
+    opening = whole.removeprefix(closed) if whole.startswith(closed) else ""
+    return int(rollout.prompt_tokens[-1]) in bare_ids(renderer.tokenizer, opening)
 
 
 def _passes_an_end(rollout: TokenRollout, ends: Sequence[int]) -> bool:
@@ -107,7 +128,8 @@ async def alone_and_together(table: str, opened: Any, groups: Sequence[Group], h
     requests = [TeacherRequest(r, TeacherPrompt(r.prompt.messages), Requirements()) for r in rollouts]
     together = await opened.score(requests)
     alone = [(await opened.score([request]))[0] for request in requests]
-    gaps, narrow = [], False
+    # On a GPU a teacher may compute in 16 bits and give its last states in 32.
+    gaps, narrow = [], opened.model.device.type != "cpu"
     for rollout, one, other in zip(rollouts, together, alone, strict=True):
         if one.target is None or other.target is None:
             continue

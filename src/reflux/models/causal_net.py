@@ -11,7 +11,7 @@ from reflux.errors import ModelError
 from reflux.models.loaded_weights import refuse_other_weights
 from reflux.models.text import local_folder, not_loaded
 from reflux.models.text_kind import FITS, refuse_other_kinds
-from reflux.models.weight_files import check_files, read_json
+from reflux.models.weight_files import check_files, narrowest, read_json
 
 
 def load_causal_net(
@@ -24,7 +24,7 @@ def load_causal_net(
     trust_remote_code: bool,
     device_map: str | None,
 ) -> tuple[Any, torch.dtype | None]:
-    """The net, and the dtype that its config.json names.
+    """The net, and the dtype that its config.json names, or else the narrowest one of its weight files.
 
     where: the folder or hub id with the weights. name: the model as the recipe names it, for errors; path:
     the path of its key. The other arguments are those of `load_model`. ModelError as described there.
@@ -34,6 +34,9 @@ def load_causal_net(
 
     if Path(where).is_dir():
         refuse_other_kinds(read_json(Path(where) / "config.json", path), name, path)
+        if (generation := Path(where) / "generation_config.json").exists():
+            # transformers leaves out a file that it cannot read, and its end tokens with it.
+            read_json(generation, path)
         check_files(Path(where), path)
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
@@ -55,13 +58,21 @@ def load_causal_net(
         chosen = "" if attention is None else f' (attention = "{attention}")'
         why = " ".join(str(error).split())[:300]
         raise ModelError(f"{path}: {name} needs a package that is not here{chosen}: {why}") from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
+        # A config.json with other content than its class expects may fail with any exception.
         if isinstance(error, SafetensorError) and (cached := local_folder(where, path)) is not None:
             check_files(cached, path)
         raise ModelError(not_loaded(path, "model", name, error)) from error
     net, info = loaded
     refuse_other_weights(net, info, name, path, partial=type(net.config) is not type(config))
-    return net, config.dtype if isinstance(config.dtype, torch.dtype) else None
+    return net, config.dtype if isinstance(config.dtype, torch.dtype) else _stored(where, path)
+
+
+def _stored(where: str, path: str) -> torch.dtype | None:
+    """The narrowest dtype of the weight files; None where there is none."""
+    folder = local_folder(where, path)
+    kind = None if folder is None else narrowest(folder, path)
+    return None if kind is None else getattr(torch, kind)
 
 
 def _refuse_kind(config: Any, name: str, path: str) -> None:

@@ -39,7 +39,8 @@ def _generation(model: StudentSpec, path: str) -> Any:
         pass
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # A file with other content than expected may fail with any exception.
         raise ModelError(
             f"{path}: the config of {model.model} cannot be read: {first_line(error)}"
         ) from error

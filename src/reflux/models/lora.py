@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ def attach(model: Model, lora: Lora, seed: int) -> None:
         known = sorted(_linear_names(model.net))
         try:
             inject_adapter_in_model(settings, model.net)
-        except ValueError as error:
+        except (ValueError, re.error) as error:
             raise ModelError(
                 f"learner.lora.targets: {error} The model's linear modules are called {', '.join(known)}."
             ) from error

@@ -83,7 +83,8 @@ def load_tokenizer(
         return load_tokenizer(adapter_source.base_of(adapter, path, base), path, trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # Files with other content than expected may fail with any exception.
         # An adapter of the hub need not have a tokenizer, and is known as an adapter only once it is here.
         fetched = None if adapter.is_dir() else adapter_in(where, path)
         if fetched is not None:
@@ -279,8 +280,12 @@ def not_loaded(path: str, what: str, name: str, error: Exception) -> str:
         if Path(name).exists() or name.startswith(SHIPPED)
         else "it is not in a folder here, and the hub did not give it: "
     )
-    return f"{path}: the {what} of {name} cannot be loaded: {where}{first_line(error)}"
+    # Other exceptions than these may say no more than a key.
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return f"{path}: the {what} of {name} cannot be loaded: {where}{kind}{first_line(error)}"
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300]
+    """The first line of the error's text, and the next one where the first ends with a colon."""
+    first, *rest = [line.strip() for line in str(error).strip().split("\n")]
+    return (f"{first} {rest[0]}" if rest and first.endswith(":") else first)[:300]

@@ -63,7 +63,8 @@ def merge_adapter(net: Any, folder: Path, name: str, path: str) -> Any:
             if names
         ]
         if not faults:
-            return wrapped.merge_and_unload(safe_merge=True)
+            # peft has frozen the base model, and a merged student is trained as a whole.
+            return wrapped.merge_and_unload(safe_merge=True).requires_grad_(True)
     except (ValueError, RuntimeError, ImportError) as error:
         faults = [" ".join(str(error).split())[:300]]
     raise ModelError(
@@ -88,7 +89,12 @@ def _prepare(net: Any, folder: Path, path: str) -> None:
         head.weight = nn.Parameter(head.weight.detach().clone())
 
     def rows(place: str) -> int | None:
-        whole = (shape[0] for key, shape in shapes.items() if place in key and ".lora_" not in key)
+        parts = (".lora_", ".trainable_tokens_")
+        whole = (
+            shape[0]
+            for key, shape in shapes.items()
+            if place in key and not any(part in key for part in parts)
+        )
         return next(whole, None)
 
     count = rows(begin)

@@ -16,6 +16,8 @@ from reflux.errors import ModelError
 _STEMS = ("model", "diffusion_pytorch_model", "prompts")
 # weights that are not loaded: formats that can run code or need another library, and other names
 _OTHER = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
+# floating types of safetensors with their names in torch, the narrowest first
+_FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 _POINTER = b"version https://git-lfs"
 
 
@@ -87,6 +89,19 @@ def read_header(file: Path, path: str) -> dict[str, Any]:
     if end != size:
         raise ModelError(f"{path}: {file} has {size} bytes and should have {end}. Download it again.")
     return table
+
+
+def narrowest(folder: Path, path: str) -> str | None:
+    """The name in torch of the narrowest floating type of the weights in a folder; None where they have
+    none of 16 bits or more.
+    """
+    kinds = {
+        entry["dtype"]
+        for file in weight_files(folder, path)
+        if file.exists()
+        for entry in read_header(file, path).values()
+    }
+    return next((name for kind, name in _FLOATS.items() if kind in kinds), None)
 
 
 def read_json(file: Path, path: str) -> dict[str, Any]:

@@ -82,7 +82,12 @@ def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
         if raw is None:
             out.append(f"⟨id {token}⟩")
             continue
-        piece = stream.step(tokenizer, token)
+        try:
+            piece = stream.step(tokenizer, token)
+        except Exception:
+            # The stream fails on bytes that complete no character, with the base class of all exceptions.
+            stream = DecodeStream(skip_special_tokens=False)
+            piece = stream.step(tokenizer, token)
         out.append(_raw(raw) if piece is None else piece.lstrip("\ufffd") if pending else piece)
         pending = piece is None
     return out

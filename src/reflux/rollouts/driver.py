@@ -137,7 +137,8 @@ class Driver:
         with about_prompt(prompt.id):
             ids = self.renderer.ids(prompt.messages)
         room = self.limits.context_tokens - len(ids)
-        limit = self.limits.max_prompt_tokens or self.limits.context_tokens - 1
+        fits = self.limits.context_tokens - 1
+        limit = min(self.limits.max_prompt_tokens or fits, fits)
         if len(ids) <= limit and room >= 1:
             length = min(draw.max_positions, room)
             return [

@@ -19,6 +19,7 @@ from reflux.models.chat.ends import special_ids
 from reflux.models.chat.naming import about_prompt
 from reflux.models.chat.renderer import Renderer
 from reflux.models.generation_file import end_ids_of
+from reflux.models.sizes import size_of
 from reflux.models.spans import CharacterSpans
 from reflux.samplers.base import Sampler
 from reflux.samplers.hf import HF
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, config=STRICT)
 class References(WrappingSampler):
     """Training attempts are the prompts' own `references`, treated as if the student had sampled them.
-    Evaluations sample with `generate`.
+    Evaluations sample with `generate`. An answer is cut at `generate`'s limit for training and where the
+    student's context window ends.
 
     The attempts were not sampled from the student. Only objectives that do not use the student's sampling
     probabilities as weights are therefore allowed (`nll`, `divergence`).
@@ -57,7 +59,17 @@ class References(WrappingSampler):
             tokenizer, student = services.tokenizer, context.student
             renderer = Renderer(tokenizer, student.system, student.template, student.prompt_suffix)
             ends = end_ids_of(student, "learner.model", tokenizer)
-            yield OpenReferences(inner, renderer, ends, CharacterSpans(tokenizer), context.requirements)
+            window = size_of(student.model, "learner.model", base=student.base_model).context_tokens
+            skips = getattr(self.generate, "long_prompts", "refuse") == "skip"
+            yield OpenReferences(
+                inner,
+                renderer,
+                ends,
+                CharacterSpans(tokenizer),
+                context.requirements,
+                window or 1 << 30,
+                skips,
+            )
 
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenReferences]:
         return self._opened(context, services)
@@ -71,6 +83,10 @@ class OpenReferences:
     ends: tuple[int, ...]
     spans: CharacterSpans
     requirements: Requirements
+    # Tokens of the student's context window. Answers are cut where it ends.
+    window: int
+    # A longer prompt gives an attempt with finish "error" and no position. False: it is refused.
+    skips: bool
     version: int = 0
 
     async def sample(self, prompt: Prompt, n: int, draw: SamplingParams) -> Group:
@@ -93,14 +109,21 @@ class OpenReferences:
         with about_prompt(prompt.id):
             prompt_ids = self.renderer.ids(prompt.messages)
             tokens = self.renderer.answer_ids(prompt.messages, answer, self.ends)
-        cut = tokens[: draw.max_positions]
+        room = self.window - len(prompt_ids)
+        if room < 1 and not self.skips:
+            raise DataError(
+                f"prompt {prompt.id} has {len(prompt_ids)} tokens, and the student's context window of "
+                f"{self.window} tokens leaves no room for an answer. Shorten it, or set "
+                "sampler.generate.long_prompts = 'skip' to leave such prompts out."
+            )
+        cut = tokens[: max(0, min(draw.max_positions, room))]
         # Spans refer to characters of the text that exactly these tokens decode to.
         text = self.spans.decode(cut) if self.requirements.spans else answer
         rollout = TokenRollout(
             prompt=prompt,
             sample=sample,
             version=self.version,
-            finish="stop" if len(cut) == len(tokens) else "length",
+            finish="error" if not cut else "stop" if len(cut) == len(tokens) else "length",
             mask_T=np.ones(len(cut), dtype=bool),
             sampled_positions=0,
             # These tokens were not sampled, so they have no log-probs. `checks` refuses objectives that use a
