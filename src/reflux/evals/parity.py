@@ -60,6 +60,8 @@ def parity(learner: HFLearner, groups: Sequence[Group], dtype: str) -> Finding:
         "and batches differ, the architecture reads its neighbours or its padding, and this library does not "
         "support it."
     )
+    if worst.verdict == "failed" and worst.narrow:
+        cause += " Try sampler.dtype = 'float32': what it removes is rounding."
     return Finding(worst.verdict, "parity", f"{worst}. {cause}")
 
 
