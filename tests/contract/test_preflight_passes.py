@@ -49,12 +49,12 @@ def test_prompts_that_are_all_skipped_give_a_warning(
 def test_a_teacher_with_routes_need_not_read_the_prompts_of_others(
     tiny_run: Callable[..., Any], teacher: str, tmp_path: Path
 ) -> None:
-    """The prompts at odd places, up to 26 tokens long, go to `wide`."""
+    """The preflight reads a prompt of 19 tokens, which goes to `wide`."""
     teachers = {
         "wide": {"kind": "local", "model": teacher, "routes": ["even"], "alias": "main"},
         "narrow": {
             "kind": "local",
-            "model": narrowed(teacher, tmp_path / "narrow", 34),
+            "model": narrowed(teacher, tmp_path / "narrow", 20),
             "routes": ["odd"],
             "alias": "main",
         },
