@@ -20,7 +20,7 @@ from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig, part_context, to_table
 from reflux.config.requirements import Requirements
 from reflux.config.step_context import StepContext
-from reflux.errors import RunError, Stopped
+from reflux.errors import Stopped
 from reflux.evals.base import Source, is_due
 from reflux.evals.evaluation import Evaluation
 from reflux.loss.step import StepResult
@@ -93,11 +93,8 @@ class Run:
         step = saved[-1] if options.resume and saved else 0
         if options.resume:
             run_dir.check_same(cfg, options.out)
-        elif (options.out / "config.toml").exists():
-            raise RunError(
-                f"{options.out} already contains a run. Continue it with --resume, or choose another folder "
-                "with --out."
-            )
+        else:
+            run_dir.refuse_started(options.out)
         # invalid data raises an error before anything is written
         prompts = cfg.task.prompts("train", cfg.seed, step * cfg.prompts_per_step)
         checks.inputs(cfg)

@@ -121,6 +121,9 @@ def test_a_fault_is_refused_before_the_first_step(
     with pytest.raises(ModelError, match=FAULTS[fault]):
         tiny_run("full", out=tmp_path / "run", sampler__max_tokens=24, **ON)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    monkeypatch.undo()
+    # The corrected command may use the same folder.
+    tiny_run("full", out=tmp_path / "run", sampler__max_tokens=24, **ON)
 
 
 def test_weights_that_are_published_in_part_are_refused_after_the_first_update(

@@ -25,6 +25,9 @@ _MAY_DIFFER = (
     "skip_checks",
 )
 
+# the files and folders that hold what a run has made
+_MADE = ("attempts.jsonl", "checkpoints", "evals.jsonl", "metrics.jsonl", "student")
+
 
 def choose_folder(recipe: str, out: str | Path | None, resume: bool) -> Path:
     """The folder `out` if it is given, else runs/<recipe>, with a number added if that exists. If `resume`,
@@ -48,6 +51,16 @@ def choose_folder(recipe: str, out: str | Path | None, resume: bool) -> Path:
         (int(path.name.removeprefix(f"{recipe}-")) if path.name != recipe else 1 for path in taken), default=0
     )
     return Path("runs") / (recipe if number == 1 else f"{recipe}-{number}")
+
+
+def refuse_started(out: Path) -> None:
+    """Raise RunError if the folder `out` holds a run. A run that was refused before its first step has only
+    its config, and another one may take its place.
+    """
+    if (out / "config.toml").exists() and any((out / name).exists() for name in _MADE):
+        raise RunError(
+            f"{out} already contains a run. Continue it with --resume, or choose another folder with --out."
+        )
 
 
 def check_place(out: Path) -> None:
