@@ -36,6 +36,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--processes", type=int, default=2)
     asked = parser.parse_args()
+    if unknown := sorted(set(asked.names) - set(names())):
+        parser.error(f"there is no row called {', '.join(unknown)}; docs/what_runs.md lists all names")
     torch.set_num_threads(1)
     rows = {row.name: row for row in tried(asked.names or names(), asked.processes)}
     known = rows if not asked.names else {**recorded(), **rows}

@@ -18,9 +18,13 @@ PAGE = Path(__file__).parents[2] / "docs" / "what_runs.md"
 TEXT = """# What runs
 
 One row for each model type that transformers {transformers} offers for causal language models, its
-`MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`, and some rows for settings that change how a type computes. Each was
+`MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`, and some rows for settings that change how a type computes. The type of a
+model is `model_type` in its config.json. A type for images or sound was tried as text only. Each was
 tried with random models of a few layers, in float32 on a CPU, with torch {torch}. `make test-models` tries
 all of them again and fails where a row has changed. `make golden-models` writes this page.
+
+Nothing here was tried on a GPU, in 16 bits or with quantised weights. In the notes MODEL stands for the
+folder of the tiny model, and N for a number.
 
 A type is right where all of these numbers are at most {tolerance} nats:
 

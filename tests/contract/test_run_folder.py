@@ -275,3 +275,17 @@ def test_parts_in_parts_and_lists_are_found(start: Path) -> None:
     merge = {"learner.merge": {"models": ["models/teacher", "org/name"]}, "learner.lora": "none"}
     table = recipe_paths.absolute(load_recipe("flow", merge))
     assert table["learner"]["merge"]["models"] == [str(start / "models" / "teacher"), "org/name"]
+
+
+def test_resume_without_a_folder_leaves_out_runs_that_made_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, made in (("full", "metrics.jsonl"), ("full-2", None)):
+        folder = Path("runs") / name
+        folder.mkdir(parents=True)
+        (folder / "config.toml").write_text("")
+        if made:
+            (folder / made).write_text("")
+    assert run_dir.choose_folder("full", None, resume=True) == Path("runs/full")
+    assert run_dir.choose_folder("full", None, resume=False) == Path("runs/full-3")

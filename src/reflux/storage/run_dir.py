@@ -42,6 +42,8 @@ def choose_folder(recipe: str, out: str | Path | None, resume: bool) -> Path:
         if path.parent.name == recipe or path.parent.name.removeprefix(f"{recipe}-").isdigit()
     ]
     if resume:
+        # A run that was refused before its first step has made nothing, so there is nothing to continue.
+        taken = [folder for folder in taken if _holds_a_run(folder)]
         if not taken:
             raise RunError(
                 f"there is no run of '{recipe}' under runs/ to resume. Give the run's folder with --out."
@@ -57,10 +59,14 @@ def refuse_started(out: Path) -> None:
     """Raise RunError if the folder `out` holds a run. A run that was refused before its first step has only
     its config, and another one may take its place.
     """
-    if (out / "config.toml").exists() and any((out / name).exists() for name in _MADE):
+    if _holds_a_run(out):
         raise RunError(
             f"{out} already contains a run. Continue it with --resume, or choose another folder with --out."
         )
+
+
+def _holds_a_run(out: Path) -> bool:
+    return (out / "config.toml").exists() and any((out / name).exists() for name in _MADE)
 
 
 def check_place(out: Path) -> None:
