@@ -8,13 +8,14 @@ import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import reflux
 from reflux.config.groups import GROUPS
-from reflux.config.recipe import RunConfig
+from reflux.config.recipe import RunConfig, load_recipe
 from reflux.config.registry import kinds, part
 
 VERBS = "run plan eval report difficulty list cite doctor"
@@ -210,3 +211,26 @@ def python(code: str) -> str:
     ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "expected"),
+    [
+        (
+            "full",
+            "reflux:student",
+            ["reflux eval 'a b' --samples 8", "reflux run vopd", "reflux plan r base=hub"],
+        ),
+        (
+            "vopd",
+            "reflux:student",
+            ["reflux eval 'a b' --samples 8", "reflux run gkd", "reflux plan r base=hub"],
+        ),
+        ("full", "Qwen/Qwen3-0.6B", ["reflux eval 'a b' --samples 8", "reflux list recipes"]),
+    ],
+)
+def test_the_commands_after_a_run_are_for_its_models(recipe: str, model: str, expected: list[str]) -> None:
+    from reflux.cli.run import _next
+
+    cfg = load_recipe(recipe, {"learner.model": model})
+    assert [command for command, _ in _next(Path("a b"), cfg, "r")] == expected

@@ -12,6 +12,7 @@ from rich.console import Console
 from reflux.cli.progress import Progress
 from reflux.config.recipe import RunConfig, load_recipe, saved_table
 from reflux.errors import RunError, StepRefused, Stopped
+from reflux.models.text import SHIPPED
 from reflux.reports.asked import problems_of, split_of
 from reflux.runtime.library_logging import quiet_libraries
 from reflux.storage import recipe_paths
@@ -83,18 +84,24 @@ def _say(text: str) -> None:
 
 
 def _next(folder: Path, cfg: RunConfig, recipe: str) -> list[tuple[str, str]]:
-    if cfg.learner.rollouts is FlowRollout:
-        other = "flow_grpo" if cfg.recipe != "flow_grpo" else "flow"
-        return [
-            (f"reflux eval {folder} --samples 8", "accuracy, also of noisy samples"),
-            (f"reflux run {other}", "another method on the same models (all: reflux list recipes)"),
-            (f"reflux plan {recipe} base=sd3", "the same method on Stable Diffusion 3.5"),
-        ]
-    other = "vopd" if cfg.recipe != "vopd" else "gkd"
+    """Commands to try next, each with a description. Other recipes and scales are proposed after runs of the
+    embedded models only, because the proposed commands name no other models.
+    """
+    flow, place = cfg.learner.rollouts is FlowRollout, shlex.quote(str(folder))
+    noisy = "accuracy, also of noisy samples" if flow else "accuracy, also of sampled answers"
+    evaluate = (f"reflux eval {place} --samples 8", noisy)
+    if not cfg.learner.model.startswith(SHIPPED):
+        return [evaluate, ("reflux list recipes", "other methods")]
+    methods, base, scale = (
+        (("flow_grpo", "flow"), "sd3", "Stable Diffusion 3.5")
+        if flow
+        else (("vopd", "gkd"), "hub", "Hugging Face models")
+    )
+    other = next(name for name in methods if name != cfg.recipe)
     return [
-        (f"reflux eval {folder} --samples 8", "accuracy, also of sampled answers"),
+        evaluate,
         (f"reflux run {other}", "another method on the same models (all: reflux list recipes)"),
-        (f"reflux plan {recipe} base=hub", "the same method on Hugging Face models"),
+        (f"reflux plan {recipe} base={base}", f"the same method on {scale}"),
     ]
 
 
