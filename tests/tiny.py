@@ -51,6 +51,20 @@ SCALE = {
 }
 
 
+class Heard:
+    """A `Watch` that keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def stepped(self, metrics: dict[str, Any]) -> None: ...
+
+    def evaluated(self, results: dict[str, Any]) -> None: ...
+
+    def noted(self, text: str) -> None:
+        self.notes.append(text)
+
+
 def net(seed: int, *, layers: int = 1, width: int = 32, padded_rows: int = 0, lift: float = 2.0) -> Any:
     """Qwen3 from random numbers, with some 2.5 nats of entropy. padded_rows: output rows beyond the tokens.
 

@@ -12,7 +12,7 @@ from reflux.errors import ModelError
 from reflux.models.chat.ends import end_ids, template_ends
 from reflux.models.chat.naming import about_prompt
 from reflux.models.chat.renderer import Renderer
-from reflux.models.chat.template_checks import ends_itself, first_difference, prints_clock, unread_arguments
+from reflux.models.chat.template_checks import closing_end, first_difference, prints_clock, unread_arguments
 from tokenizer_kinds import MARKED, byte_level
 
 ASK = [{"role": "user", "content": "2 + 3?"}]
@@ -260,8 +260,10 @@ def test_a_prompt_that_ends_with_an_end_token_is_found() -> None:
     """The template does not open the assistant's turn."""
     unopened = MARKED.partition("{% if add_generation_prompt")[0]
     ends = end_ids(byte_level(unopened), None)
-    assert ends_itself(renderer(unopened), ASK, ends) == "<|im_end|>"
-    assert ends_itself(renderer(MARKED), ASK, ends) is None
+    shown, opened = renderer(unopened), renderer(MARKED)
+    found = closing_end(shown.tokenizer, shown.ids(ASK), ends)
+    assert shown.tokenizer.convert_ids_to_tokens(found) == "<|im_end|>"
+    assert closing_end(opened.tokenizer, opened.ids(ASK), ends) is None
 
 
 def test_the_first_difference_of_two_prompts_is_told() -> None:

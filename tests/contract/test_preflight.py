@@ -23,20 +23,6 @@ from tiny import END
 ON: dict[str, Any] = {"task": {"kind": "outside:Chat"}, "steps": 2, "skip_checks": []}
 
 
-class Heard:
-    """A `Watch` that keeps the notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def stepped(self, metrics: dict[str, Any]) -> None: ...
-
-    def evaluated(self, results: dict[str, Any]) -> None: ...
-
-    def noted(self, text: str) -> None:
-        self.notes.append(text)
-
-
 def forgets_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each new token is read without the tokens before it."""
     step = token_steps.DecoderSteps.step
@@ -153,7 +139,7 @@ def test_a_run_says_in_one_line_what_was_measured(student: str, teacher: str, tm
     from reflux.loop import train
     from reflux.training import Options
 
-    heard = Heard()
+    heard = tiny.Heard()
     asyncio.run(train(tiny.config("full", student, teacher, **ON), Options(tmp_path / "run", watch=heard)))
     (line,) = heard.notes
     assert line.startswith("preflight: disk, answers, parity, teacher, gradient, identity measured in ")

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from contract.test_preflight import ON, Heard
+import tiny
+from contract.test_preflight import ON
 from reflux.assets.characters import character_tokenizer
 from reflux.config.recipe import load_recipe
 from reflux.errors import DataError, ModelError
@@ -24,7 +25,7 @@ def noted(
     tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, *args: Any, **more: Any
 ) -> list[str]:
     """The notes of a run."""
-    heard = Heard()
+    heard = tiny.Heard()
     monkeypatch.setattr("reflux.training.Silent.noted", lambda self, text: heard.noted(text))
     tiny_run(*args, **{**ON, **more})
     return heard.notes

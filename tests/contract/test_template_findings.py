@@ -18,20 +18,6 @@ from reflux.training import Options
 ON: dict[str, Any] = {"task": {"kind": "outside:Chat"}, "steps": 0, "skip_checks": []}
 
 
-class Heard:
-    """A `Watch` that keeps the notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def stepped(self, metrics: dict[str, Any]) -> None: ...
-
-    def evaluated(self, results: dict[str, Any]) -> None: ...
-
-    def noted(self, text: str) -> None:
-        self.notes.append(text)
-
-
 def template_of(folder: Path, change: Callable[[str], str]) -> None:
     """Rewrite the chat template in the files of a tokenizer."""
     file = folder / "chat_template.jinja"
@@ -44,7 +30,7 @@ def template_of(folder: Path, change: Callable[[str], str]) -> None:
 
 
 def warned(student: str, teacher: str, out: Path, **more: Any) -> list[str]:
-    heard = Heard()
+    heard = tiny.Heard()
     cfg = tiny.config("full", student, teacher, **ON, **more)
     asyncio.run(train(cfg, Options(out, watch=heard)))
     return [note for note in heard.notes if note.startswith("preflight: template: ")]

@@ -15,12 +15,10 @@ import numpy as np
 
 from reflux.config.context import PartContext
 from reflux.config.recipe import RunConfig
-from reflux.config.requirements import Requirements
-from reflux.contexts.base import TeacherPrompt
 from reflux.evals.finding import Finding
 from reflux.models.flow.sde import kl_weight, step_logp, step_moments
 from reflux.runtime.services import Services
-from reflux.teachers.base import TeacherRequest
+from reflux.teachers.base import plain_requests
 from reflux.types import Attempt, FlowRollout, Group, Rollout, Target, VelocityTarget
 
 # bounds on s. CPU: float32 on both sides; GPU: float16 against bfloat16 autocast
@@ -176,7 +174,7 @@ def templates(learner: Any, context: Any, teachers: Any, groups: Sequence[Group]
 async def alone_and_together(table: str, opened: Any, groups: Sequence[Group], heads: Any) -> Finding:
     """Check that a teacher gives an attempt the same velocities alone and in a batch."""
     rollouts = [_rollout(attempt) for group in groups for attempt in group]
-    requests = [TeacherRequest(r, TeacherPrompt(r.prompt.messages), Requirements()) for r in rollouts]
+    requests = plain_requests(rollouts)
     together = await opened.score(requests)
     alone = [(await opened.score([request]))[0] for request in requests]
     gap = max(
@@ -200,10 +198,7 @@ async def at_identity(
     share = SHARES.get(learner.model.device.type, SHARES["cuda"])
     answers = FlowTeacher(Flow(context.student.model), context, services, learner.model)
     attempts = [attempt for group in groups for attempt in group]
-    requests = [
-        TeacherRequest(attempt.rollout, TeacherPrompt(attempt.rollout.prompt.messages), Requirements())
-        for attempt in attempts
-    ]
+    requests = plain_requests([attempt.rollout for attempt in attempts])
     found = {
         id(attempt): answer.target
         for attempt, answer in zip(attempts, await answers.score(requests), strict=True)

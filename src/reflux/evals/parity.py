@@ -25,21 +25,20 @@ def is_narrow(learner: Any, dtype: str) -> bool:
     return learner.model.device.type != "cpu" or (stored if dtype == "auto" else dtype) in NARROW
 
 
+def sampled_texts(groups: Sequence[Group]) -> list[TokenRollout]:
+    """The rollouts of all attempts that have a token, in order."""
+    rollouts = (attempt.rollout for group in groups for attempt in group)
+    return [rollout for rollout in rollouts if isinstance(rollout, TokenRollout) and rollout.length]
+
+
 def parity(learner: HFLearner, groups: Sequence[Group], dtype: str) -> Finding:
     """The finding on the sampled tokens of all attempts. dtype: of the sampler."""
     from reflux.learners.observe import logp
     from reflux.learners.own_pass import own_logp
 
-    rollouts = [
-        attempt.rollout
-        for group in groups
-        for attempt in group
-        if isinstance(attempt.rollout, TokenRollout) and attempt.rollout.length
-    ]
-    learnt, own = (
-        logp(learner, groups),
-        [own_logp(learner, rollout.prompt_tokens, rollout.tokens_T) for rollout in rollouts],
-    )
+    rollouts = sampled_texts(groups)
+    learnt = logp(learner, groups)
+    own = [own_logp(learner, rollout.prompt_tokens, rollout.tokens_T) for rollout in rollouts]
     sampled = [rollout.policy_logp_T for rollout in rollouts]
     masks = [rollout.mask_T for rollout in rollouts]
     pairs = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,15 +23,13 @@ _LONGEST = 256
 
 
 def on_templates(
-    learner: Any, student: StudentSpec, teachers: Mapping[str, Renderer], prompts: Sequence[Prompt]
+    learner: Any, student: StudentSpec, teachers: Mapping[str, Renderer], prompt: Prompt
 ) -> Iterator[Finding]:
     """Warnings about the student's template, and about teachers that render messages in another way.
     teachers: the renderers of the teachers that are not the student, by table.
     """
-    renderer, messages = (
-        learner.model.renderer(student.system, student.template, student.prompt_suffix),
-        prompts[0].messages,
-    )
+    renderer = learner.model.renderer(student.system, student.template, student.prompt_suffix)
+    messages = prompt.messages
     if prints_clock(renderer, messages):
         text = "the chat template writes the time into the prompt, so a run that is resumed reads another one"
         yield Finding("warning", "template", text)
@@ -42,7 +40,7 @@ def on_templates(
         if different := first_difference(renderer, other, messages):
             text = f"teacher '{table}' renders the same messages in another way: {different}"
             yield Finding("warning", "template", f"{text}. It reads the student's tokens all the same")
-    yield from _end(learner, renderer, prompts[0])
+    yield from _end(learner, renderer, prompt)
 
 
 def _end(learner: Any, renderer: Renderer, prompt: Prompt) -> Iterator[Finding]:

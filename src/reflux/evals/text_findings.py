@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 
 from reflux.config.context import PartContext
-from reflux.config.requirements import Requirements
-from reflux.contexts.base import TeacherPrompt
 from reflux.evals.finding import Finding
 from reflux.evals.gaps import Gaps
-from reflux.evals.parity import parity
+from reflux.evals.parity import parity, sampled_texts
 from reflux.evals.template_findings import on_templates
 from reflux.models.chat.continuation import bare_ids
+from reflux.models.chat.template_checks import closing_end
 from reflux.runtime.services import Services
-from reflux.teachers.base import Teacher, TeacherRequest
+from reflux.teachers.base import Teacher, plain_requests
 from reflux.teachers.collection import Teachers
 from reflux.types import Group, HiddenTarget, TokenRollout
 
@@ -27,7 +26,7 @@ UNIFORM = 0.98
 
 def acted(learner: Any, groups: Sequence[Group], dtype: str) -> Iterator[Finding]:
     """Findings on how prompts and answers end, and on parity. dtype: of the sampler."""
-    rollouts = [r for group in groups for a in group if isinstance(r := a.rollout, TokenRollout) and r.length]
+    rollouts = sampled_texts(groups)
     if not rollouts:
         text = "no answer has a token, because the prompts are too long. Only the disk was checked"
         yield Finding("warning", "answers", text)
@@ -39,15 +38,13 @@ def acted(learner: Any, groups: Sequence[Group], dtype: str) -> Iterator[Finding
 def _ends(learner: Any, rollouts: Sequence[TokenRollout]) -> Iterator[Finding]:
     """A prompt does not end with an end token, and an end token is the last token of its turn."""
     model = learner.model
-    closed = [
-        rollout
-        for rollout in rollouts
-        if rollout.prompt_tokens[-1] in model.end_ids and not _opens_a_turn(learner, rollout)
-    ]
+    found = ((r, closing_end(model.tokenizer, r.prompt_tokens.tolist(), model.end_ids)) for r in rollouts)
+    closed = [(r, end) for r, end in found if end is not None and not _opens_a_turn(learner, r, end)]
     if closed:
-        token = model.tokenizer.convert_ids_to_tokens(int(closed[0].prompt_tokens[-1]))
+        rollout, end = closed[0]
+        token = model.tokenizer.convert_ids_to_tokens(end)
         text = (
-            f"prompt {closed[0].prompt.id} ends with the end token {token!r}, so the student would begin "
+            f"prompt {rollout.prompt.id} ends with the end token {token!r}, so the student would begin "
             "after the end of a text. Check the chat template and the tokenizer's settings"
         )
         yield Finding("failed", "prompts", text)
@@ -64,15 +61,15 @@ def _ends(learner: Any, rollouts: Sequence[TokenRollout]) -> Iterator[Finding]:
     yield Finding("ok", "answers", text)
 
 
-def _opens_a_turn(learner: Any, rollout: TokenRollout) -> bool:
-    """True if the last token of the prompt is part of the text with which the template opens the student's
-    turn. Some models declare such a token, as <|assistant|> of Phi-3, as one that ends an answer too.
+def _opens_a_turn(learner: Any, rollout: TokenRollout, end: int) -> bool:
+    """True if the token `end` is part of the text with which the template opens the student's turn. Some
+    models declare such a token, as <|assistant|> of Phi-3, as one that ends an answer too.
     """
     student, messages = learner.context.student, rollout.prompt.messages
     renderer = learner.model.renderer(student.system, student.template, student.prompt_suffix)
     closed, whole = (renderer.text(messages, begin_turn) for begin_turn in (False, True))
     opening = whole.removeprefix(closed) if whole.startswith(closed) else ""
-    return int(rollout.prompt_tokens[-1]) in bare_ids(renderer.tokenizer, opening)
+    return end in bare_ids(renderer.tokenizer, opening)
 
 
 def _passes_an_end(rollout: TokenRollout, ends: Sequence[int]) -> bool:
@@ -114,7 +111,7 @@ def templates(
     """Warnings about the chat templates of the student and of the teachers in this process."""
     opened: dict[str, Any] = {table: pair[1] for table, pair in teachers.opened.items() if _reads(pair[0])}
     others = {table: teacher.renderer for table, teacher in opened.items()}
-    yield from on_templates(learner, context.student, others, [groups[0][0].rollout.prompt])
+    yield from on_templates(learner, context.student, others, groups[0][0].rollout.prompt)
 
 
 def _reads(teacher: Teacher) -> bool:
@@ -124,8 +121,8 @@ def _reads(teacher: Teacher) -> bool:
 
 async def alone_and_together(table: str, opened: Any, groups: Sequence[Group], heads: Any) -> Finding:
     """Check that a teacher gives an attempt the same log-probs alone and in a batch of unequal lengths."""
-    rollouts = [r for group in groups for a in group if isinstance(r := a.rollout, TokenRollout) and r.length]
-    requests = [TeacherRequest(r, TeacherPrompt(r.prompt.messages), Requirements()) for r in rollouts]
+    rollouts = sampled_texts(groups)
+    requests = plain_requests(rollouts)
     together = await opened.score(requests)
     alone = [(await opened.score([request]))[0] for request in requests]
     # On a GPU a teacher may compute in 16 bits and give its last states in 32.
@@ -137,11 +134,16 @@ async def alone_and_together(table: str, opened: Any, groups: Sequence[Group], h
         logp_T, alone_T = (answer.target.sampled_logp_T(rollout, heads) for answer in (one, other))
         gaps.append(np.abs(logp_T - alone_T))
     found = Gaps(f"teacher '{table}' in a batch and alone", gaps or [np.zeros(1)], narrow)
-    uniform = [t.uniformity(heads) for answer in together if (t := answer.target) is not None]
-    share = float(np.mean([share for share in uniform if share is not None] or [0.0]))
+    share = _uniformity([answer.target for answer in together], heads)
     if share > UNIFORM:
         return Finding("failed", "teacher", _uniform(table, share))
     return Finding(found.verdict, "teacher", str(found))
+
+
+def _uniformity(targets: Sequence[Any], heads: Any) -> float:
+    """The mean entropy of the targets as a share of its maximum; 0 where it is not known."""
+    known = (target.uniformity(heads) for target in targets if target is not None)
+    return float(np.mean([share for share in known if share is not None] or [0.0]))
 
 
 def _uniform(name: str, share: float) -> str:
@@ -157,8 +159,6 @@ def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
     """
     targets = [attempt.target(name) for group in groups for attempt in group]
     silent = targets.count(None)
-    known = (target.uniformity(learner.services.heads) for target in targets if target is not None)
-    spread = [share for share in known if share is not None]
     if silent:
         return Finding(
             "warning",
@@ -166,7 +166,7 @@ def alive(name: str, learner: Any, groups: Sequence[Group]) -> Finding:
             f"'{name}' gave no target for {silent} of {len(targets)} attempts (because of its routes, or its "
             "context gave None)",
         )
-    share = float(np.mean(spread)) if spread else 0.0
+    share = _uniformity(targets, learner.services.heads)
     if share > UNIFORM:
         return Finding("failed", "teacher", _uniform(name, share))
     return Finding("ok", "teacher", f"'{name}' answers, entropy {share:.0%} of the maximum")
@@ -182,8 +182,8 @@ async def at_identity(
     from reflux.teachers.local import Local
     from reflux.teachers.local_engine import LocalTeacher
 
-    rollouts = [r for group in groups for a in group if isinstance(r := a.rollout, TokenRollout) and r.length]
-    requests = [TeacherRequest(r, TeacherPrompt(r.prompt.messages), Requirements()) for r in rollouts]
+    rollouts = sampled_texts(groups)
+    requests = plain_requests(rollouts)
     local = Local(context.student.model)
     with closing(LocalTeacher(local, context, services, learner.model, frozen=False)) as answers:
         found = [answer.target for answer in await answers.score(requests)]

@@ -42,16 +42,18 @@ def token_steps(model: Model, decoder: CpuDecoder | None, room: int) -> TokenSte
     """
     if decoder:
         return DecoderSteps(model, decoder, room)
-    return CachedSteps(model, room) if cache_argument(model) else UncachedSteps(model)
+    argument = cache_argument(model)
+    return CachedSteps(model, room, argument) if argument else UncachedSteps(model)
 
 
 class CachedSteps:
-    """A cache of transformers holds the state of the rows."""
+    """A cache of transformers holds the state of the rows. argument: the name under which the trunk's forward
+    pass takes it.
+    """
 
-    def __init__(self, model: Model, room: int):
-        self.model, self.room = model, room
+    def __init__(self, model: Model, room: int, argument: str = "past_key_values"):
+        self.model, self.room, self.argument = model, room, argument
         self.names = inspect.signature(model.trunk.forward).parameters
-        self.argument = cache_argument(model) or "past_key_values"
         self.cache = self._cache()
 
     def _cache(self) -> DynamicCache:

@@ -37,6 +37,11 @@ class TeacherRequest:
     requirements: Requirements
 
 
+def plain_requests(rollouts: Sequence[Rollout]) -> list[TeacherRequest]:
+    """Requests in which the teacher sees the student's own prompt, and nothing but the target is required."""
+    return [TeacherRequest(r, TeacherPrompt(r.prompt.messages), Requirements()) for r in rollouts]
+
+
 class OpenTeacher(Protocol):
     # Multiply-accumulates per position, for FLOP accounting.
     macs: int

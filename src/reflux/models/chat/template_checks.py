@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
@@ -22,14 +23,13 @@ def prints_clock(renderer: Renderer, messages: Sequence[Message]) -> bool:
     return days[0] != days[1]
 
 
-def ends_itself(renderer: Renderer, messages: Sequence[Message], ends: Collection[int]) -> str | None:
-    """The end token that the prompt ends with; None if it ends with another one. A student that begins after
-    an end token has seen such texts never or rarely. White space after the end token does not count.
+def closing_end(tokenizer: Any, ids: Sequence[int], ends: Collection[int]) -> int | None:
+    """The end token that a prompt ends with; None if it ends with another token. White space after the end
+    token does not count. A student that begins after an end token has seen such texts never or rarely.
     """
-    ids = renderer.ids(messages)
-    while ids and not renderer.tokenizer.decode(ids[-1:]).strip():
-        ids = ids[:-1]
-    return renderer.tokenizer.convert_ids_to_tokens(ids[-1]) if ids and ids[-1] in ends else None
+    written = (i for i in reversed(ids) if tokenizer.decode([i]).strip())
+    last = next(written, None)
+    return last if last in ends else None
 
 
 def first_difference(student: Renderer, teacher: Renderer, messages: Sequence[Message]) -> str | None:
