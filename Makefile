@@ -10,13 +10,17 @@ TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 # Each computes on one thread (tests/conftest.py).
 TEST_PROCESSES ?= 2
 
-.PHONY: quickstart test test-models check golden golden-models bench assets clean
+.PHONY: quickstart test test-gpu test-models check golden golden-models bench assets clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/reflux run quickstart
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal
+
+# The same tests on the first CUDA device. docs/gpu.md says what else a GPU run has to confirm.
+test-gpu: $(VENV)/.installed-test
+	REFLUX_TEST_DEVICE=cuda $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal
 
 # Every model type that transformers has for causal language models, against docs/what_runs.md. Tens of minutes.
 test-models: $(VENV)/.installed-test

@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from device import DEVICE
 from hypothesis import HealthCheck, settings
 
 # Also in the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
+if DEVICE == "cpu":
+    # Device "auto" is then the CPU on every machine.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test asserts a time. Loaded here and nowhere else: a profile holds for every module that is imported
 # after it.

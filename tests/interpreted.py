@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-import torch
+from device import DEVICE
 
 from reflux.kernels import triton_launch
 
@@ -19,7 +19,7 @@ def interpreted(block: int = 32) -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_launch, "BLOCK", block)
-        if not torch.cuda.is_available():
+        if DEVICE == "cpu":
             patch.setenv("TRITON_INTERPRET", "1")
             import triton.language
             from triton.runtime.interpreter import InterpretedFunction

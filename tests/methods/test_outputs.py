@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from device import DEVICE
 from interpreted import interpreted
 from reflux.kernels.head import Head
 from reflux.loss.baselines import kl_value
@@ -27,7 +28,6 @@ if find_spec("triton") is None:
 
 # numpy's word on inf - inf inside the interpreter
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OBJECTIVES = [
     Divergence(),
     Divergence(divergence="forward"),
@@ -134,4 +134,4 @@ def test_who_asks_first_without_a_graph_takes_it_from_nobody(kernels: Any) -> No
 def test_the_interpreter_is_left_as_it_was_found() -> None:
     with interpreted():
         pass
-    assert FullLogits(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)).fused == torch.cuda.is_available()
+    assert FullLogits(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)).fused == (DEVICE != "cpu")

@@ -11,6 +11,7 @@ import torch
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
+from device import DEVICE
 from interpreted import interpreted
 from reflux.kernels import triton_divergence as fused
 from reflux.kernels import triton_launch
@@ -25,7 +26,6 @@ if find_spec("triton") is None:
 
 # numpy's word on inf - inf inside the interpreter
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF = math.inf
 WEIGHTS = (0.0, 0.03, 0.5, 0.9, 1.0)
 # None: the default
