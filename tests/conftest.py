@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from device import DEVICE
 from hypothesis import HealthCheck, settings
+
+from device import DEVICE
 
 # Also in the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from device import DEVICE
 
+from device import DEVICE
 from reflux.kernels import triton_launch
 
 
