@@ -419,7 +419,12 @@ def speaking(**tables: tuple[Any, Sequence[str]]) -> tuple[Teachers, dict[str, A
 
     parts = {
         name: SimpleNamespace(
-            alias="main", routes=tuple(routes), in_process=True, context=Same(), rollouts=FlowRollout
+            alias="main",
+            routes=tuple(routes),
+            in_process=True,
+            context=Same(),
+            rollouts=FlowRollout,
+            scorer=lambda opened: None,
         )
         for name, (_, routes) in tables.items()
     }

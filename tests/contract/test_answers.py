@@ -25,6 +25,7 @@ from reflux.config.requirements import Requirements
 from reflux.config.step_context import StepContext
 from reflux.contexts.base import TeacherPrompt
 from reflux.errors import ModelError
+from reflux.models.flow.shared_base import SharedBase
 from reflux.models.text import as_model
 from reflux.runtime.together import together
 from reflux.teachers import TEACHERS
@@ -48,7 +49,8 @@ def of_text(part: Any, opened: Any, *more: Any) -> Any:
 
 
 def of_pictures() -> FlowTeacher:
-    return FlowTeacher(Flow("m"), tiny.context(WANTS), tiny.services(), tiny_flow.model(2))
+    voice = SharedBase(tiny_flow.model(2)).voice(None, "here")
+    return FlowTeacher(Flow("m"), tiny.context(WANTS), tiny.services(), voice)
 
 
 OPENED: dict[str, Callable[[], Any]] = {
@@ -154,7 +156,9 @@ def test_attempts_get_their_answers_once(table: str) -> None:
         text = tiny_flow.TEXTS[int(told[0])]
         return [TeacherPrompt(({"role": "user", "content": text},), notes={"shown": told[0]}) for _ in group]
 
-    part = SimpleNamespace(context=context, routes=(), alias="main", in_process=True)
+    part = SimpleNamespace(
+        context=context, routes=(), alias="main", in_process=True, scorer=lambda opened: None
+    )
     teachers = Teachers({"one": (part, teacher)}, Requirements(), tiny.services())  # type: ignore[dict-item]
     groups = [[Attempt(rollout)] for rollout in rollouts(table)]
     before = [plain(group[0].rollout) for group in groups]
@@ -201,7 +205,9 @@ class Elsewhere:
 def part(in_process: bool = False, alias: str | None = None) -> Any:
     from reflux.contexts.same import Same
 
-    return SimpleNamespace(context=Same(), routes=(), alias=alias, in_process=in_process)
+    return SimpleNamespace(
+        context=Same(), routes=(), alias=alias, in_process=in_process, scorer=lambda opened: None
+    )
 
 
 def attempts(count: int = 2) -> list[list[Attempt]]:

@@ -18,8 +18,9 @@ from reflux.models import lora as plain
 from reflux.models.flow.adapter_files import read_adapter, write_adapter
 from reflux.models.flow.adapter_folders import DIFFUSERS, PEFT, adapter_folder
 from reflux.models.flow.diffusers_library import library
-from reflux.models.flow.flow_adapters import Adapter, Factors, add, attach, layers_of, taken, use
+from reflux.models.flow.flow_adapters import Adapter, Factors, add, attach, layers_of, switch_off, taken
 from reflux.models.flow.flow_model import FlowModel
+from reflux.models.flow.row_adapters import row_adapters
 from tiny_flow import TEXTS, factors, modules, save_adapter
 
 
@@ -283,7 +284,7 @@ def test_the_adapter_of_an_earlier_run_is_its_students(tmp_path: Path) -> None:
 
 
 def test_one_of_several_speaks_as_it_does_alone() -> None:
-    """Bit for bit, in any order; without any, the base does. All frozen: torch multiplies otherwise by
+    """In any order; where none does, the base does bit for bit. All frozen: torch multiplies otherwise by
     weights that are trained.
     """
     model, base = tiny_flow.model(1), outputs(frozen(tiny_flow.model(1)))
@@ -295,9 +296,13 @@ def test_one_of_several_speaks_as_it_does_alone() -> None:
         alone[f"a{seed}"] = outputs(frozen(fresh))
         attach(model.net.transformer, adapter(model, seed), f"a{seed}")
     assert not torch.equal(alone["a3"], alone["a4"])
+    switch_off(model.net.transformer)
+    layers = [layer for _, layer in layers_of(model.net.transformer)]
     for name in ("a3", "a4", None, "a3", None, "a4", "a4"):
-        use(model.net.transformer, name)
-        assert torch.equal(outputs(model), base if name is None else alone[name]), name
+        with row_adapters(layers, [name] * 4):
+            found = outputs(model)
+        close(found, base if name is None else alone[name])
+        assert torch.equal(outputs(model), base)
         assert not any(p.requires_grad for n, p in model.net.named_parameters() if ".lora_" in n)
 
 
@@ -306,8 +311,9 @@ def test_adapters_of_other_modules_stay_silent() -> None:
     attach(model.net.transformer, adapter(model, 3, ends=["to_q"]), "one")
     attach(model.net.transformer, adapter(model, 4, ends=["to_k", "proj_out"]), "two")
     attach(alone.net.transformer, adapter(alone, 4, ends=["to_k", "proj_out"]), "two")
-    use(model.net.transformer, "two")
-    assert torch.equal(outputs(frozen(model)), outputs(frozen(alone)))
+    switch_off(model.net.transformer)
+    with row_adapters([layer for _, layer in layers_of(model.net.transformer)], ["two"] * 4):
+        close(outputs(frozen(model)), outputs(frozen(alone)))
 
 
 def test_taken_factors_are_those_that_were_attached() -> None:

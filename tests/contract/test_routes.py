@@ -51,7 +51,12 @@ class Flat:
 def tables(**gaps: tuple[float, tuple[str, ...]]) -> tuple[Teachers, dict[str, Flat]]:
     answers = {name: Flat(gap) for name, (gap, _) in gaps.items()}
     opened = {
-        name: (SimpleNamespace(context=Same(), routes=routes, alias="main", in_process=True), answers[name])
+        name: (
+            SimpleNamespace(
+                context=Same(), routes=routes, alias="main", in_process=True, scorer=lambda opened: None
+            ),
+            answers[name],
+        )
         for name, (_, routes) in gaps.items()
     }
     return Teachers(opened, Requirements(), tiny.services()), answers  # type: ignore[arg-type]
@@ -122,8 +127,9 @@ def test_a_prompt_is_refused_only_where_nobody_teaches_it() -> None:
     have to.
     """
     (plus,) = tables(plus=(0.5, ("add",)))[0].opened.values()
-    other = (SimpleNamespace(context=Same(), routes=(), alias=None, in_process=True), Flat(1.0))
-    routed_other = (SimpleNamespace(context=Same(), routes=("div",), alias=None, in_process=True), Flat(1.0))
+    common: Any = {"context": Same(), "alias": None, "in_process": True, "scorer": lambda opened: None}
+    other = (SimpleNamespace(routes=(), **common), Flat(1.0))
+    routed_other = (SimpleNamespace(routes=("div",), **common), Flat(1.0))
     div = group("div", 1)
     for objective_teachers, others in (
         ((), {}),
@@ -262,7 +268,9 @@ def test_the_interval_of_agreement_covers_the_kl_as_often_as_it_says(attempts: i
     rng, draws, hits = np.random.default_rng(attempts), 800, 0
     prompts = [Prompt(f"p{i}", ({"role": "user", "content": "x" * (6 + i % 3)},)) for i in range(attempts)]
     task = SimpleNamespace(prompts=lambda split, seed, start=0: iter(prompts))
-    part: Any = SimpleNamespace(context=Same(), routes=(), alias="main", in_process=True)
+    part: Any = SimpleNamespace(
+        context=Same(), routes=(), alias="main", in_process=True, scorer=lambda opened: None
+    )
 
     async def measure() -> dict[str, Any]:
         teachers = Teachers({"main": (part, Noisy(rng, 2.5))}, Requirements(), tiny.services())  # type: ignore[arg-type]

@@ -167,6 +167,7 @@ def table(context: Any, **fields: Any) -> Any:
         routes=fields.get("routes", ()),
         alias=fields.get("alias"),
         in_process=fields.get("in_process", False),
+        scorer=lambda opened: None,
     )
 
 

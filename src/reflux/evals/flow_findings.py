@@ -192,11 +192,13 @@ async def at_identity(
     """Check that a teacher with the student's weights gives the same velocities as the student. groups:
     attempts of the student.
     """
+    from reflux.models.flow.shared_base import SharedBase
     from reflux.teachers.flow import Flow
     from reflux.teachers.flow_engine import FlowTeacher
 
     share = SHARES.get(learner.model.device.type, SHARES["cuda"])
-    answers = FlowTeacher(Flow(context.student.model), context, services, learner.model)
+    itself = SharedBase(learner.model).voice(None, "learner.model")
+    answers = FlowTeacher(Flow(context.student.model), context, services, itself)
     attempts = [attempt for group in groups for attempt in group]
     requests = plain_requests([attempt.rollout for attempt in attempts])
     found = {

@@ -66,6 +66,16 @@ class OpenTeacher(Protocol):
         ...
 
 
+class Scorer(Protocol):
+    """Scores for several open teachers by common model calls. The requests of teachers with equal scorers are
+    given together.
+    """
+
+    async def score(self, asked: Sequence[tuple[Any, Sequence[TeacherRequest]]]) -> list[list[TeacherAnswer]]:
+        """For each (teacher, requests) what `score` of this teacher answers, up to rounding."""
+        ...
+
+
 class TeacherPart(Part, Protocol):
     """Base class of teachers. It holds the defaults of optional members."""
 
@@ -86,6 +96,12 @@ class TeacherPart(Part, Protocol):
     def acts_with(self, opened: Any) -> Any:
         """The model that `Sampler.open_with` takes to sample from this teacher, for texts as a StudentSpec;
         None if the teacher has no model in this process. opened: what `open` of this teacher gave.
+        """
+        return None
+
+    def scorer(self, opened: Any) -> Scorer | None:
+        """What scores for this teacher and for others that share its model; None: its own `score`. opened:
+        what `open` of this teacher gave.
         """
         return None
 

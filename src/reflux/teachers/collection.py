@@ -18,8 +18,8 @@ from reflux.contexts.base import TeacherPrompt
 from reflux.errors import DataError
 from reflux.runtime.cohorts import Gather
 from reflux.runtime.together import together
-from reflux.teachers.base import OpenTeacher, Teacher, TeacherRequest, alias_of
-from reflux.types import Attempt, Group, Prompt, TokenRollout, TopKTarget
+from reflux.teachers.base import OpenTeacher, Scorer, Teacher, TeacherRequest, alias_of
+from reflux.types import Attempt, Group, Prompt, TeacherAnswer, TokenRollout, TopKTarget
 
 if TYPE_CHECKING:
     from reflux.runtime.services import Services
@@ -82,23 +82,35 @@ class Teachers:
         return [None] * len(items)
 
     async def _score(self, tables: Tables, groups: Sequence[Group], step_context: StepContext) -> None:
-        await together(self._ask(table, *pair, groups, step_context) for table, pair in tables.items())
+        """One request for each scorer, all at once."""
+        asked: dict[Scorer, dict[str, list[tuple[Attempt, TeacherPrompt]]]] = {}
+        for table, (teacher, opened) in tables.items():
+            name = alias_of(table, teacher)
+            missing = [pair for group in groups for pair in _missing(name, teacher, group, step_context)]
+            if missing:
+                asked.setdefault(teacher.scorer(opened) or _Alone(), {})[table] = missing
+        await together(self._ask(scorer, missing) for scorer, missing in asked.items())
 
     async def _ask(
-        self,
-        table: str,
-        teacher: Teacher,
-        opened: OpenTeacher,
-        groups: Sequence[Group],
-        step_context: StepContext,
+        self, scorer: Scorer, missing: Mapping[str, Sequence[tuple[Attempt, TeacherPrompt]]]
     ) -> None:
-        name = alias_of(table, teacher)
-        asked = [pair for group in groups for pair in _missing(name, teacher, group, step_context)]
-        if not asked:
-            return
-        answers = await opened.score(
-            [TeacherRequest(attempt.rollout, view, self.requirements) for attempt, view in asked]
+        """missing: for each table the attempts that it has to score, with the prompts that it sees."""
+        answers = await scorer.score(
+            [
+                (
+                    self.opened[table][1],
+                    [TeacherRequest(a.rollout, view, self.requirements) for a, view in asked],
+                )
+                for table, asked in missing.items()
+            ]
         )
+        for (table, asked), of_table in zip(missing.items(), answers, strict=True):
+            self._store(table, asked, of_table)
+
+    def _store(
+        self, table: str, asked: Sequence[tuple[Attempt, TeacherPrompt]], answers: Sequence[TeacherAnswer]
+    ) -> None:
+        name = alias_of(table, self.opened[table][0])
         self.services.clock.add("teach", sum(answer.seconds for answer in answers))
         for (attempt, view), answer in zip(asked, answers, strict=True):
             asked_in = {
@@ -158,6 +170,15 @@ class Teachers:
     def load(self, folder: Path) -> None:
         for table, (_, opened) in self.opened.items():
             opened.load(folder / table)
+
+
+class _Alone:
+    """The scorer of one teacher that shares its model with no other. It is equal to no other scorer."""
+
+    async def score(
+        self, asked: Sequence[tuple[OpenTeacher, Sequence[TeacherRequest]]]
+    ) -> list[list[TeacherAnswer]]:
+        return [await teacher.score(requests) for teacher, requests in asked]
 
 
 def _missing(

@@ -16,7 +16,7 @@ from reflux.models.flow.adapter_folders import adapter_file, on_hub
 from reflux.models.folders import look_for_flow
 from reflux.models.placement import Device, Dtype
 from reflux.models.sizes import Size, size_of
-from reflux.teachers.base import TeacherPart
+from reflux.teachers.base import Scorer, TeacherPart
 from reflux.types import FlowRollout, Rollout, VelocityTarget
 
 if TYPE_CHECKING:
@@ -31,8 +31,9 @@ class Flow(TeacherPart):
     state of an attempt.
 
     Tables with the same model, dtype and device share one copy of the model, each with its own adapter. A
-    table without an adapter uses the base model, for example as the reference of an anchor. The velocity uses
-    the guidance that the attempt was sampled with.
+    table without an adapter uses the base model, for example as the reference of an anchor. The states of all
+    these tables go through the model in common calls, in which each row has its own adapter. The velocity
+    uses the guidance that the attempt was sampled with.
 
     A model is refused before anything is sampled if its grid of times, its states or its prompts differ from
     the student's. An adapter is refused if it lacks keys or changes no velocity; in the released code both
@@ -56,7 +57,7 @@ class Flow(TeacherPart):
     routes: tuple[str, ...] = ()
     # None: the student's guidance. Any other value must equal the student's.
     guidance: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    # States in one call. Guidance doubles its rows.
+    # States in one call; the smallest value counts for tables that share a model. Guidance doubles the rows.
     batch_positions: Annotated[int, Field(ge=1)] = 64
     # "auto": as stored on a GPU, float32 on a CPU.
     dtype: Dtype = "auto"
@@ -82,6 +83,9 @@ class Flow(TeacherPart):
 
     def acts_with(self, opened: Any) -> Any:
         return opened.model
+
+    def scorer(self, opened: Any) -> Scorer:
+        return opened.scorer
 
     def size(self, where: str, student: Size, pixels: int) -> Size | None:
         return size_of(self.model, f"{where}.model", pixels)

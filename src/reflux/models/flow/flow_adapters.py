@@ -1,9 +1,8 @@
-"""Low-rank adapters on a flow's transformer: attached by peft, switched on and off, and added to the
-weights (arXiv 2106.09685).
+"""Low-rank adapters on a flow's transformer: attached by peft and added to the weights (arXiv 2106.09685).
 
 An adapter has two factors per linear layer, the LoRA matrices A and B, and changes the layer's weight by
-scale * B A. One transformer may have several adapters, of which at most one is active. Modules have the names
-that they have inside the transformer ("transformer_blocks.0.attn.to_q").
+scale * B A. One transformer may have several adapters; `row_adapters` applies them to the rows of one batch.
+Modules have the names that they have inside the transformer ("transformer_blocks.0.attn.to_q").
 """
 
 from __future__ import annotations
@@ -125,12 +124,10 @@ def taken(transformer: Any, name: str = TRAINED) -> Adapter:
     return Adapter(factors, name)
 
 
-def use(transformer: Any, name: str | None) -> None:
-    """Activate the adapter `name` and no other. None activates no adapter, and the outputs are then
-    bit-identical to those without adapters. All adapters are frozen.
-    """
+def switch_off(transformer: Any) -> None:
+    """Deactivate and freeze all adapters. The outputs are then bit-identical to those without adapters."""
     for _, layer in layers_of(transformer):
-        layer.set_adapter([] if name is None else [name], inference_mode=True)
+        layer.set_adapter([], inference_mode=True)
 
 
 @torch.no_grad()

@@ -23,6 +23,11 @@ TABLE = "prompts"
 START = 1e-5
 
 
+def copies(guidance: float) -> int:
+    """The rows that the transformer gets for one state: with guidance one with its prompt and one without."""
+    return 1 if guidance == 1 else 2
+
+
 class Encoder(Protocol):
     """Maps prompts to the inputs of the transformer: (tokens_BLJ, pooled_BP)."""
 
@@ -114,7 +119,7 @@ class FlowModel:
         For a guidance g other than 1 it is v_uncond + g (v_cond - v_uncond), with both halves in one call
         (arXiv 2207.12598).
         """
-        if guidance == 1:
+        if copies(guidance) == 1:
             return self._velocity(x_ND, t_N, texts)
         both = self._velocity(x_ND.repeat(2, 1), t_N.repeat(2), [*texts, *[UNCONDITIONAL] * len(texts)])
         cond_ND, uncond_ND = both.chunk(2)
@@ -158,7 +163,7 @@ class FlowModel:
         patches = (self.shape(pixels)[1] // self.net.transformer.config.patch_size) ** 2
         tokens = self.encode([UNCONDITIONAL])[0].shape[1]
         parameters = sum(parameter.numel() for parameter in self.net.transformer.parameters())
-        return parameters * (patches + tokens) * (1 if guidance == 1 else 2)
+        return parameters * (patches + tokens) * copies(guidance)
 
     def save(
         self, folder: Path, dtype: torch.dtype | None = None, weights: Mapping[str, Tensor] | None = None

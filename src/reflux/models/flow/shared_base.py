@@ -1,24 +1,25 @@
-"""One base model shared by several adapters. The base is loaded once, and each call switches on its own
-adapter first.
+"""One base model shared by several adapters. The base is loaded once, and the rows of one call may have
+different adapters.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import count, cycle, islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reflux.errors import ModelError
 from reflux.models.flow.adapter_files import read_adapter
-from reflux.models.flow.flow_adapters import attach, use
-from reflux.models.flow.flow_model import FlowModel
+from reflux.models.flow.flow_adapters import attach, layers_of, switch_off
+from reflux.models.flow.flow_model import FlowModel, copies
 from reflux.models.flow.load import load_flow
 from reflux.models.flow.net import UNCONDITIONAL
+from reflux.models.flow.row_adapters import row_adapters
 from reflux.models.placement import pick_device
 from reflux.models.shared_cache import SharedCache
 from reflux.models.text import locate
@@ -32,26 +33,29 @@ PROBE_TEXTS = (UNCONDITIONAL, "a photograph")
 
 
 class SharedBase:
-    """A frozen model and the adapters on it. The adapter of the last call is switched on."""
+    """A model and the adapters on it, all of which are switched off outside of a call of `velocity`."""
 
     def __init__(self, model: FlowModel):
-        model.net.requires_grad_(False).eval()
         self.model = model
         # names of the tested adapters on the transformer, by their source
         self._names: dict[str, str] = {}
         self._numbers = count()
-        self._on: str | None = None
+        # the layers of the transformer that have adapters
+        self._layers: list[Any] = []
         self._turn = threading.Lock()
 
     @classmethod
     def of(cls, name: str, path: str, *, dtype: str, device: str, shared_cache: SharedCache) -> SharedBase:
-        """The run's only copy of this model in this dtype on this device. path: the path of the key in the
-        recipe, for errors.
+        """The run's only copy of this model in this dtype on this device, frozen. path: the path of the key
+        in the recipe, for errors.
         """
-        key = ("flow base", locate(name, path), dtype, pick_device(device))
-        return shared_cache(
-            key, lambda: cls(load_flow(name, path, dtype=dtype, device=device, shared_cache=shared_cache))
-        )
+
+        def load() -> SharedBase:
+            model = load_flow(name, path, dtype=dtype, device=device, shared_cache=shared_cache)
+            model.net.requires_grad_(False).eval()
+            return cls(model)
+
+        return shared_cache(("flow base", locate(name, path), dtype, pick_device(device)), load)
 
     def voice(self, adapter: str | None, path: str) -> Voice:
         """The model with this adapter, or without any. path: the path of the key in the recipe, for errors.
@@ -67,8 +71,8 @@ class SharedBase:
         read = read_adapter(adapter, transformer, path)
         with self._turn:
             attach(transformer, read, name)
-            use(transformer, name)
-            self._on = name
+            switch_off(transformer)
+            self._layers = [layer for _, layer in layers_of(transformer)]
         if torch.equal(self._probe(name), self._probe(None)):
             raise ModelError(
                 f"{path}: the adapter in {adapter} does not change the velocities of the model, so this "
@@ -86,19 +90,21 @@ class SharedBase:
         x_ND = torch.randn(len(PROBE_T), self.model.channels * side**2, generator=rng)
         table = self.model.net.prompts
         texts = list(islice(cycle(PROBE_TEXTS if table is None else table.texts), len(PROBE_T)))
-        with self.speaking(name):
-            return self.model.velocity(x_ND, torch.tensor(PROBE_T), texts)
+        return self.velocity(x_ND, torch.tensor(PROBE_T), texts, 1.0, [name] * len(texts))
 
-    @contextmanager
-    def speaking(self, name: str | None) -> Iterator[None]:
-        """Context in which only the adapter `name` is active on the base; None: no adapter is active. A lock
-        lets one thread at a time enter.
+    def velocity(
+        self,
+        x_ND: Tensor,
+        t_N: Tensor,
+        texts: Sequence[str],
+        guidance: float,
+        adapters_N: Sequence[str | None],
+    ) -> Tensor:
+        """v_ND as `FlowModel.velocity` gives it, each row by the model with its own adapter; None: without
+        any. All rows go through the base in one call. A lock lets one thread at a time call.
         """
-        with self._turn:
-            if name != self._on:
-                use(self.model.net.transformer, name)
-                self._on = name
-            yield
+        with self._turn, row_adapters(self._layers, [*adapters_N] * copies(guidance)):
+            return self.model.velocity(x_ND, t_N, texts, guidance)
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,7 @@ class Voice(FlowModel):
     adapter: str | None
 
     def velocity(self, x_ND: Tensor, t_N: Tensor, texts: Sequence[str], guidance: float = 1.0) -> Tensor:
-        with self.base.speaking(self.adapter):
-            return super().velocity(x_ND, t_N, texts, guidance)
+        return self.base.velocity(x_ND, t_N, texts, guidance, [self.adapter] * len(texts))
 
     def macs(self, guidance: float = 1.0, pixels: int = 0) -> int:
         """Multiply-accumulates of one velocity by the base and this adapter, without the other adapters."""
