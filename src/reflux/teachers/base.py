@@ -66,7 +66,7 @@ class OpenTeacher(Protocol):
         ...
 
 
-class Scorer(Protocol):
+class TeacherScorer(Protocol):
     """Scores for several open teachers by common model calls. The requests of teachers with equal scorers are
     given together.
     """
@@ -99,7 +99,7 @@ class TeacherPart(Part, Protocol):
         """
         return None
 
-    def scorer(self, opened: Any) -> Scorer | None:
+    def scorer(self, opened: Any) -> TeacherScorer | None:
         """What scores for this teacher and for others that share its model; None: its own `score`. opened:
         what `open` of this teacher gave.
         """

@@ -18,7 +18,7 @@ from reflux.contexts.base import TeacherPrompt
 from reflux.errors import DataError
 from reflux.runtime.cohorts import Gather
 from reflux.runtime.together import together
-from reflux.teachers.base import OpenTeacher, Scorer, Teacher, TeacherRequest, alias_of
+from reflux.teachers.base import OpenTeacher, Teacher, TeacherRequest, TeacherScorer, alias_of
 from reflux.types import Attempt, Group, Prompt, TeacherAnswer, TokenRollout, TopKTarget
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Teachers:
 
     async def _score(self, tables: Tables, groups: Sequence[Group], step_context: StepContext) -> None:
         """One request for each scorer, all at once."""
-        asked: dict[Scorer, dict[str, list[tuple[Attempt, TeacherPrompt]]]] = {}
+        asked: dict[TeacherScorer, dict[str, list[tuple[Attempt, TeacherPrompt]]]] = {}
         for table, (teacher, opened) in tables.items():
             name = alias_of(table, teacher)
             missing = [pair for group in groups for pair in _missing(name, teacher, group, step_context)]
@@ -92,7 +92,7 @@ class Teachers:
         await together(self._ask(scorer, missing) for scorer, missing in asked.items())
 
     async def _ask(
-        self, scorer: Scorer, missing: Mapping[str, Sequence[tuple[Attempt, TeacherPrompt]]]
+        self, scorer: TeacherScorer, missing: Mapping[str, Sequence[tuple[Attempt, TeacherPrompt]]]
     ) -> None:
         """missing: for each table the attempts that it has to score, with the prompts that it sees."""
         answers = await scorer.score(

@@ -16,7 +16,7 @@ from reflux.models.flow.adapter_folders import adapter_file, on_hub
 from reflux.models.folders import look_for_flow
 from reflux.models.placement import Device, Dtype
 from reflux.models.sizes import Size, size_of
-from reflux.teachers.base import Scorer, TeacherPart
+from reflux.teachers.base import TeacherPart, TeacherScorer
 from reflux.types import FlowRollout, Rollout, VelocityTarget
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Flow(TeacherPart):
     def acts_with(self, opened: Any) -> Any:
         return opened.model
 
-    def scorer(self, opened: Any) -> Scorer:
+    def scorer(self, opened: Any) -> TeacherScorer:
         return opened.scorer
 
     def size(self, where: str, student: Size, pixels: int) -> Size | None:
