@@ -243,6 +243,22 @@ def test_what_is_more_than_two_factors_is_refused(tmp_path: Path, table: dict[st
         read_adapter(str(tmp_path), model.net.transformer, "here")
 
 
+def test_an_adapter_of_a_layer_that_is_not_linear_is_refused(tmp_path: Path) -> None:
+    """A convolution: rows of one batch with different adapters are defined for linear layers."""
+    model = tiny_flow.model(1)
+    save_adapter(tmp_path, model, 5)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({**config, "target_modules": ["pos_embed.proj"]})
+    )
+    with pytest.raises(ModelError, match=r"targets pos_embed\.proj, which its base model does not have"):
+        read_adapter(str(tmp_path), model.net.transformer, "here")
+    config["target_modules"] = r".*pos_embed\.proj|.*\.to_q"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="does not fit its base model"):
+        read_adapter(str(tmp_path), model.net.transformer, "here")
+
+
 def test_files_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     model = tiny_flow.model(1)
     save_adapter(tmp_path, model, 5)

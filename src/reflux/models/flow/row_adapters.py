@@ -2,7 +2,7 @@
 
 peft has the same for lists of adapter names. It selects the rows of an adapter by a list of indices, which on
 a GPU is copied to the device, with a synchronisation, three times per layer and adapter. Here the rows of an
-adapter are a slice, and the change is added to the output by the product itself.
+adapter are a slice, and the product by B adds to the output itself, so that their sum is rounded once.
 """
 
 from __future__ import annotations
