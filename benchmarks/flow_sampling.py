@@ -56,7 +56,7 @@ def contestants(asked: argparse.Namespace, run: Any, sampler: Any) -> dict[str, 
     import torch
 
     from reflux.models.flow.diffusers_library import library
-    from reflux.models.text import locate
+    from reflux.models.locations import locate
 
     prompts = list(islice(run.task.prompts("train", 0), asked.images))
     texts = [prompt.messages[-1]["content"] for prompt in prompts]

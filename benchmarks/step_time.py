@@ -80,7 +80,7 @@ def never_ending(source: Path, target: Path, tokens: int) -> None:
 
 def prepare(folder: Path, batch: int, length: int) -> None:
     """Write the models and prompts that both sides read."""
-    from reflux.models.text import ASSETS
+    from reflux.models.locations import ASSETS
     from reflux.tasks.word_problems import WordProblems
 
     for name in ("student", "teacher"):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reflux.kernels.head import Head
 from reflux.loss.linear_divergence import linear_divergence
-from reflux.models.text import ASSETS
+from reflux.models.locations import ASSETS
 from reflux.objectives.divergence import Divergence
 
 TEXTS = ["Tom has 12 apples and buys 7. How many?", "Mia had 30 pens and lost 4 of them."]

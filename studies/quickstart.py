@@ -23,7 +23,7 @@ from typing import Any
 import reflux
 from reflux.config.recipe import RunConfig, load_recipe
 from reflux.errors import RunError
-from reflux.models.text import locate
+from reflux.models.locations import locate
 from reflux.storage.files import write_text
 
 SEEDS = (0, 1, 2)

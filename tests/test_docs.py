@@ -330,8 +330,8 @@ def test_python_overrides_in_the_readme_resolve() -> None:
 
 
 def test_the_readme_tells_what_the_quickstart_and_its_models_are() -> None:
+    from reflux.models.locations import locate
     from reflux.models.sizes import size_of
-    from reflux.models.text import locate
 
     cfg = load_recipe("quickstart")
     text = " ".join((ROOT / "README.md").read_text().split())

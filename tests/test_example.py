@@ -45,7 +45,7 @@ def test_the_library_gives_the_examples_curve(tmp_path: Path) -> None:
 
     from reflux.config.recipe import load_recipe
     from reflux.loop import train
-    from reflux.models.text import ASSETS
+    from reflux.models.locations import ASSETS
     from reflux.training import Options
 
     changes = {

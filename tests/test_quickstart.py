@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from reflux.config.recipe import load_recipe
 from reflux.loop import train
+from reflux.models.locations import ASSETS
 from reflux.models.sizes import size_of
-from reflux.models.text import ASSETS
 from reflux.training import Options
 
 SHORT = {

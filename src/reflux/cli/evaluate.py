@@ -19,7 +19,8 @@ from reflux.evals.accuracy import Accuracy
 from reflux.evals.evaluation import Evaluation
 from reflux.evals.problems import problems as test_problems
 from reflux.evals.problems import seen, told
-from reflux.models.text import load_tokenizer, local_folder
+from reflux.models.locations import local_folder
+from reflux.models.text import load_tokenizer
 from reflux.runtime.services import Services
 
 console = Console()

@@ -12,7 +12,7 @@ from rich.console import Console
 from reflux.cli.progress import Progress
 from reflux.config.recipe import RunConfig, load_recipe, saved_table
 from reflux.errors import RunError, StepRefused, Stopped
-from reflux.models.text import SHIPPED
+from reflux.models.locations import SHIPPED
 from reflux.reports.asked import problems_of, split_of
 from reflux.runtime.library_logging import quiet_libraries
 from reflux.storage import recipe_paths

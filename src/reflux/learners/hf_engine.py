@@ -66,6 +66,7 @@ class HFLearner(GradientLearner):
                 base=cfg.base_model,
             )
         )
+        services.tell(model.notes)
         if mended := mend_generation_config(model.net):
             services.listener.noted(mended)
         check_savable(model)

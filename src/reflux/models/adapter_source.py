@@ -34,12 +34,12 @@ def base_of(folder: Path, path: str, base: str | None = None) -> str:
         )
     if not (folder / WEIGHTS).exists():
         raise ModelError(
-            f"{path}: the adapter in {folder} has no {WEIGHTS}. Only safetensors files are loaded."
+            f"{path}: the adapter in {folder} has no {WEIGHTS}. Adapters are loaded from safetensors only."
         )
     read_header(folder / WEIGHTS, path)
     name = base or config.get("base_model_name_or_path") or ""
     place = Path(name).expanduser()
-    if not name or (looks_like_folder(name) and not place.is_dir()):
+    if not name or (looks_like_folder(name) and not place.exists()):
         raise ModelError(
             f"{path}: {folder} is an adapter, and its base model "
             + (f"{name} does not exist here. " if name else f"is not named in its {CONFIG}. ")

@@ -8,8 +8,12 @@ from typing import Any
 import torch
 
 from reflux.errors import ModelError
+from reflux.models.gguf_header import GgufHeader, is_gguf, source
+from reflux.models.gguf_kind import refuse_other_files
+from reflux.models.gguf_net import plain_net
 from reflux.models.loaded_weights import refuse_other_weights
-from reflux.models.text import local_folder, not_loaded
+from reflux.models.locations import local_folder
+from reflux.models.text import not_loaded
 from reflux.models.text_kind import FITS, refuse_other_kinds
 from reflux.models.weight_files import check_files, narrowest, read_json
 
@@ -38,12 +42,13 @@ def load_causal_net(
             # transformers leaves out a file that it cannot read, and its end tokens with it.
             read_json(generation, path)
         check_files(Path(where), path)
+    header = refuse_other_files(where, path) if is_gguf(where) else None
     try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(**source(where), trust_remote_code=trust_remote_code)
         _refuse_kind(config, name, path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            **source(where),
+            dtype=_wanted(dtype, header),
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
@@ -65,7 +70,16 @@ def load_causal_net(
         raise ModelError(not_loaded(path, "model", name, error)) from error
     net, info = loaded
     refuse_other_weights(net, info, name, path, partial=type(net.config) is not type(config))
+    if header is not None:
+        return plain_net(net, header, name, path), getattr(torch, header.dtype)
     return net, config.dtype if isinstance(config.dtype, torch.dtype) else _stored(where, path)
+
+
+def _wanted(dtype: str, header: GgufHeader | None) -> Any:
+    """The argument of `from_pretrained` for a dtype of a recipe. header: of a GGUF file."""
+    if dtype == "auto":
+        return "auto" if header is None else getattr(torch, header.dtype)
+    return getattr(torch, dtype)
 
 
 def _stored(where: str, path: str) -> torch.dtype | None:

@@ -28,13 +28,13 @@ def context_tokens(config: Mapping[str, Any]) -> int | None:
         rope.get("original_max_position_embeddings")
         or config.get("original_max_position_embeddings")
         or longest
-        for rope in _ropes(config)
+        for rope in rope_tables(config)
         if rope.get("rope_type", rope.get("type")) in _BY_LENGTH
     ]
     return min((int(switch) for switch in (longest, *switches) if switch), default=None)
 
 
-def _ropes(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def rope_tables(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The tables of rotary embeddings: one for the model, or one for each type of layer."""
     for key in ("rope_parameters", "rope_scaling"):
         table = config.get(key)

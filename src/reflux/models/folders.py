@@ -1,4 +1,4 @@
-"""Checks that the model folders of a recipe exist and hold a model of the right kind.
+"""Checks that the model folders and GGUF files of a recipe exist and hold a model of the right kind.
 
 No model is loaded, and the hub is not contacted.
 """
@@ -9,7 +9,9 @@ from pathlib import Path
 
 from reflux.errors import ModelError
 from reflux.models.adapter_source import base_of, is_adapter
-from reflux.models.text import local_folder, locate
+from reflux.models.gguf_header import is_gguf
+from reflux.models.gguf_kind import refuse_other_files
+from reflux.models.locations import local_folder, locate
 from reflux.models.text_kind import refuse_other_kinds, refuse_quantised
 from reflux.models.weight_files import read_json
 
@@ -24,10 +26,12 @@ def look_for_text(model: str, where: str, base: str | None = None, trained: bool
     student, whose weights must not be quantised.
     """
     folder = Path(locate(model, where))
+    if is_gguf(model):
+        refuse_other_files(str(folder), where)
     if is_adapter(folder):
         look_for_text(base_of(folder, where, base), where, trained=trained)
         return
-    if base is not None and folder.is_dir():
+    if base is not None and folder.exists():
         raise ModelError(
             f"{where}: {model} is no adapter, so it has no other base model. Leave base_model out."
         )
@@ -50,9 +54,9 @@ def look_for_flow(model: str, where: str, otherwise: str) -> None:
     the recipe, for errors. otherwise: the kind of part that loads a text model, for the error.
     """
     folder = Path(locate(model, where))
-    if folder.is_dir() and not (folder / _MODEL_INDEX).is_file():
+    if folder.exists() and not (folder / _MODEL_INDEX).is_file():
         raise ModelError(
-            f"{where}: {model} is not a flow model: its folder has no {_MODEL_INDEX}. Give a folder in "
+            f"{where}: {model} is not a flow model: it has no {_MODEL_INDEX}. Give a folder in "
             "diffusers' format, a run directory of "
             f'a flow, or, for a text model, kind = "{otherwise}".'
         )

@@ -11,7 +11,9 @@ from reflux.config.context import StudentSpec
 from reflux.errors import ModelError
 from reflux.models.adapter_source import base_of
 from reflux.models.chat.ends import declared_ends, end_ids
-from reflux.models.text import first_line, locate
+from reflux.models.gguf_header import is_gguf, source
+from reflux.models.locations import locate
+from reflux.models.text import first_line
 
 
 def end_ids_of(model: StudentSpec, path: str, tokenizer: Any) -> tuple[int, ...]:
@@ -34,11 +36,12 @@ def _generation(model: StudentSpec, path: str) -> Any:
     if adapter is not None:
         where = locate(base_of(adapter, path, model.base_model), path)
     try:
-        return GenerationConfig.from_pretrained(where)
+        if not is_gguf(where):
+            return GenerationConfig.from_pretrained(where)
     except OSError:
         pass
     try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=model.trust_remote_code)
+        config = AutoConfig.from_pretrained(**source(where), trust_remote_code=model.trust_remote_code)
     except Exception as error:
         # A file with other content than expected may fail with any exception.
         raise ModelError(

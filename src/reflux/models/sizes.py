@@ -1,4 +1,6 @@
-"""The size of a model, from its config.json and its safetensors headers. No weights are read."""
+"""The size of a model, from its config.json and its safetensors headers, or from the header of its GGUF file.
+No weights are read.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from pathlib import Path
 
 from reflux.models.adapter_source import base_of, is_adapter
 from reflux.models.context_window import context_tokens
-from reflux.models.text import local_folder, locate
+from reflux.models.gguf_header import is_gguf, read_gguf
+from reflux.models.locations import local_folder, locate
 from reflux.models.weight_files import check_files, read_header, read_json, weight_files
 
 # folders of a Stable Diffusion 3 model that are never trained
@@ -29,7 +32,7 @@ class Size:
     architecture: str
     # number of trainable parameters
     parameters: int | None = None
-    # bytes of these parameters on disk
+    # bytes of these parameters as stored, and of a quantised GGUF file as dequantised
     stored_bytes: int | None = None
     # largest number of tokens that the model can read at once
     context_tokens: int | None = None
@@ -42,13 +45,15 @@ class Size:
 
 
 def size_of(model: str, path: str, pixels: int = 0, base: str | None = None) -> Size:
-    """The size from config.json and the safetensors headers. For a hub model that is not in the cache the
+    """The size from the headers of the files. For a hub model that is not in the cache the
     numbers are None.
 
     path: the path of the key in the recipe, for errors. pixels: the side of a flow model's images; 0 is the
-    size that the model was made for. base: the base model of an adapter, as in `base_of`. ModelError for a
-    folder on this machine whose files are not whole.
+    size that the model was made for. base: the base model of an adapter, as in `base_of`. ModelError for
+    files on this machine that are not whole.
     """
+    if is_gguf(model):
+        return _gguf_size(model, path)
     folder = local_folder(model, path)
     if folder is None:
         return Size(model, "on the hub, not read yet")
@@ -69,6 +74,19 @@ def size_of(model: str, path: str, pixels: int = 0, base: str | None = None) -> 
         found
         if counted is None
         else replace(found, parameters=counted[0], stored_bytes=counted[1], macs=counted[0])
+    )
+
+
+def _gguf_size(model: str, path: str) -> Size:
+    header = read_gguf(locate(model, path), path)
+    parameters = sum(header.counts.values())
+    return Size(
+        model,
+        f"{header.architecture} (GGUF)",
+        parameters=parameters,
+        stored_bytes=parameters * (4 if header.dtype == "float32" else 2),
+        context_tokens=header.settings.get("context_length"),
+        macs=parameters,
     )
 
 

@@ -1,14 +1,14 @@
 """Hugging Face causal models: a trunk that gives hidden states, an output head (the matrix that maps hidden
 states to logits) and a tokenizer.
 
-Only safetensors files are loaded. The code of a model repository is not run unless the recipe has
-`trust_remote_code = true`.
+Only safetensors and GGUF files are loaded, and never pickles. The code of a model repository is not run
+unless the recipe has `trust_remote_code = true`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,9 @@ from reflux.models.chat.ends import end_ids
 from reflux.models.chat.renderer import Renderer
 from reflux.models.chat.token_map import vocabulary_size
 from reflux.models.context_window import context_tokens
+from reflux.models.gguf_header import is_gguf, source
+from reflux.models.gguf_kind import refuse_other_files
+from reflux.models.locations import SHIPPED, locate
 from reflux.models.placement import pick_device
 
 if TYPE_CHECKING:
@@ -25,46 +28,9 @@ if TYPE_CHECKING:
 
     from reflux.kernels.head import Head
 
-ASSETS = Path(__file__).parents[1] / "assets"
 # tolerated difference as a share of the largest logit, for rounding in float32
 HEAD_SHARE = 1e-3
-# index files of transformers models and of diffusers pipelines
-INDEXES = ("config.json", "model_index.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
-# prefix of the models in this package: "reflux:student" is the one named student
-SHIPPED = "reflux:"
-
-
-def locate(name: str, path: str = "model") -> str:
-    """The argument of `from_pretrained` for a folder, an earlier run directory, a shipped model or else a
-    hub id.
-
-    path: the path of the key in the recipe, for errors. ModelError for a name that looks like a folder but is
-    not one, before the hub is contacted.
-    """
-    if name.startswith(SHIPPED):
-        folder = ASSETS / name.removeprefix(SHIPPED)
-        if not folder.is_dir():
-            shipped = ", ".join(
-                sorted(
-                    f"{SHIPPED}{entry.parent.name}"
-                    for index in INDEXES
-                    for entry in ASSETS.glob(f"*/{index}")
-                )
-            )
-            raise ModelError(f"{path}: there is no shipped model '{name}'. Shipped models: {shipped}")
-        return str(folder)
-    folder = Path(name).expanduser()
-    for candidate in (folder / "student", folder):
-        if any((candidate / index).is_file() for index in (*INDEXES, adapter_source.CONFIG)):
-            return str(candidate)
-    if folder.is_dir() or adapter_source.looks_like_folder(name):
-        why = f"has no {' and no '.join(INDEXES)}" if folder.is_dir() else "does not exist"
-        raise ModelError(
-            f"{path}: the folder {name} {why}. Give a folder in Hugging Face format, a run directory, or a "
-            "hub id such as Qwen/Qwen3-0.6B."
-        )
-    return name
 
 
 def load_tokenizer(
@@ -78,11 +44,13 @@ def load_tokenizer(
     from reflux.models.text_adapters import adapter_in
 
     where = locate(name, path)
+    if is_gguf(where):
+        refuse_other_files(where, path)
     adapter = Path(where)
     if adapter_source.is_adapter(adapter) and not any((adapter / file).is_file() for file in _TOKENIZERS):
         return load_tokenizer(adapter_source.base_of(adapter, path, base), path, trust_remote_code)
     try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(**source(where), trust_remote_code=trust_remote_code)
     except Exception as error:
         # Files with other content than expected may fail with any exception.
         # An adapter of the hub need not have a tokenizer, and is known as an adapter only once it is here.
@@ -90,19 +58,6 @@ def load_tokenizer(
         if fetched is not None:
             return load_tokenizer(adapter_source.base_of(fetched, path, base), path, trust_remote_code)
         raise ModelError(not_loaded(path, "tokenizer", name, error)) from error
-
-
-def local_folder(name: str, path: str = "model") -> Path | None:
-    """The folder of a model's files on this machine, the hub's cache included; None where there is no such
-    folder. Nothing is downloaded. path: the path of the key in the recipe, for errors.
-    """
-    where, indexes = Path(locate(name, path)), (*INDEXES, adapter_source.CONFIG)
-    if any((where / index).is_file() for index in indexes):
-        return where
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = (try_to_load_from_cache(name, index) for index in indexes)
-    return next((Path(file).parent for file in cached if isinstance(file, str)), None)
 
 
 @dataclass(frozen=True)
@@ -123,6 +78,8 @@ class Model:
     stored_dtype: torch.dtype | None = None
     # True where every layer has scaled-dot-product attention over all earlier positions
     plain_attention: bool = False
+    # sentences that say in which way the weights differ from those of the files
+    notes: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -150,12 +107,13 @@ def load_model(
     else the CPU. device_map: placement by accelerate instead of `device`.
 
     A peft adapter is merged into its base model, which is `base` or else the one that the adapter's config
-    names. ModelError where the files are not whole, hold other weights than the model's, or hold no causal
-    language model.
+    names. The weights of a GGUF file are dequantised. ModelError where the files are not whole, hold other
+    weights than the model's, or hold no causal language model.
     """
     from reflux.models.causal_net import correct_tie, load_causal_net
     from reflux.models.cpu.linear import speed_up
     from reflux.models.cpu.norm import fuse_norms
+    from reflux.models.gguf_net import notes_on
     from reflux.models.logit_checks import refuse_wrong_logits
     from reflux.models.text_adapters import adapter_in, merge_adapter
 
@@ -179,7 +137,7 @@ def load_model(
     placed = net if device_map else net.to(place)
     speed_up(placed)
     fuse_norms(placed)
-    model = as_model(placed, tokenizer, stored)
+    model = replace(as_model(placed, tokenizer, stored), notes=notes_on(where, name))
     refuse_wrong_logits(model, name, path)
     return model
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from reflux.errors import ModelError
 from reflux.models.adapter_source import CONFIG, WEIGHTS, is_adapter
+from reflux.models.gguf_header import is_gguf
 from reflux.models.weight_files import listed, read_header, weight_files
 
 
@@ -32,6 +33,8 @@ def adapter_in(where: str, path: str) -> Path | None:
                 "into its base model."
             )
         return folder if is_adapter(folder) else None
+    if is_gguf(where):
+        return None
     from huggingface_hub import snapshot_download
     from transformers.utils.peft_utils import find_adapter_config_file
 

@@ -47,10 +47,12 @@ def check_files(folder: Path, path: str) -> None:
     if not files:
         others = sorted(file.name for kind in _OTHER for file in folder.glob(kind))
         remedy = (
-            f"{others[0]} is of another format or name. Convert it with the library that wrote it: "
+            "Download the weights again."
+            if not others
+            else f"Give the file {others[0]} itself."
+            if others[0].endswith(".gguf")
+            else f"{others[0]} is of another format or name. Convert it with the library that wrote it: "
             "save_pretrained of transformers writes safetensors."
-            if others
-            else "Download the weights again."
         )
         raise ModelError(
             f"{path}: {folder} has no weights in model.safetensors or in files of an index. {remedy}"

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cached_property
@@ -65,6 +65,7 @@ class Services:
         self.shared = SharedCache()
         # output heads of the models in this process, by the key `HiddenTarget.head`
         self.heads = Heads()
+        self._told: set[str] = set()
         self._lendings = itertools.count(1)
         self._closing = ExitStack()
         self._threads = self._closing.enter_context(_model_threads()) if overlap else None
@@ -84,6 +85,15 @@ class Services:
         from reflux.grading.graders import Graders
 
         return self._closing.enter_context(Graders())
+
+    def tell(self, notes: Iterable[str]) -> None:
+        """Give the listener the sentences that it was not given before, such as those on a model that
+        several parts load.
+        """
+        for text in dict.fromkeys(notes):
+            if text not in self._told:
+                self._told.add(text)
+                self.listener.noted(text)
 
     async def run_model(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Run model work, in another thread if `overlap` was set and in this one otherwise.

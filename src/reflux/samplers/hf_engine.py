@@ -61,6 +61,7 @@ class HFSampler(InProcessSampler):
         )
         loaded = await services.run_model(load, acting.model, "learner.model" if model is None else "model")
         loaded.net.requires_grad_(False)
+        services.tell(loaded.notes)
         yield cls(cfg, context, services, loaded)
 
     async def _groups(self, requests: list[Request]) -> list[Group]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from reflux.errors import ModelError
 from reflux.models.flow.load import outline_flow
-from reflux.models.text import locate
+from reflux.models.locations import locate
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext

@@ -39,7 +39,7 @@ class Local(TeacherPart):
     in_process: ClassVar[bool] = True
     at_ids: ClassVar[bool] = True
 
-    # A folder, a hub id, an earlier run directory, `reflux:teacher`, or a peft adapter.
+    # A folder, a GGUF file, a hub id, an earlier run directory, `reflux:teacher`, or a peft adapter.
     model: str
     # The base model if `model` is an adapter; not set: the one that the adapter's config names.
     base_model: str | None = None

@@ -57,6 +57,7 @@ class LocalTeacher(InProcessTeacher):
                 base=cfg.base_model,
             )
         )
+        services.tell(model.notes)
         with closing(cls(cfg, context, services, model)) as teacher:
             yield teacher
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from reflux.errors import ModelError
-from reflux.models.text import INDEXES, SHIPPED, first_line
+from reflux.models.locations import INDEXES, SHIPPED
+from reflux.models.text import first_line
 
 CONFIG, PEFT, DIFFUSERS = (
     "adapter_config.json",

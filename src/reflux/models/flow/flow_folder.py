@@ -13,7 +13,8 @@ import torch
 from reflux.errors import ModelError
 from reflux.models.flow.diffusers_library import library
 from reflux.models.flow.flow_model import TABLE
-from reflux.models.text import first_line, locate
+from reflux.models.locations import locate
+from reflux.models.text import first_line
 from reflux.models.weight_files import read_header, read_json, weight_files
 
 # files of a model without the weights of its transformer

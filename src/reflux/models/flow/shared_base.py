@@ -20,9 +20,9 @@ from reflux.models.flow.flow_model import FlowModel, copies
 from reflux.models.flow.load import load_flow
 from reflux.models.flow.net import UNCONDITIONAL
 from reflux.models.flow.row_adapters import row_adapters
+from reflux.models.locations import locate
 from reflux.models.placement import pick_device
 from reflux.models.shared_cache import SharedCache
-from reflux.models.text import locate
 
 # times of the states that a new adapter is tested on
 PROBE_T = (1.0, 0.75, 0.5, 0.25)
