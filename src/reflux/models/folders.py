@@ -55,8 +55,9 @@ def look_for_flow(model: str, where: str, otherwise: str) -> None:
     """
     folder = Path(locate(model, where))
     if folder.exists() and not (folder / _MODEL_INDEX).is_file():
+        why = f"its folder has no {_MODEL_INDEX}" if folder.is_dir() else "it is a file"
         raise ModelError(
-            f"{where}: {model} is not a flow model: it has no {_MODEL_INDEX}. Give a folder in "
+            f"{where}: {model} is not a flow model: {why}. Give a folder in "
             "diffusers' format, a run directory of "
             f'a flow, or, for a text model, kind = "{otherwise}".'
         )
