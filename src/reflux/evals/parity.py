@@ -20,9 +20,14 @@ NARROW = ("bfloat16", "float16")
 
 
 def is_narrow(learner: Any, dtype: str) -> bool:
-    """True if the sampler or the learner computes in 16 bits. dtype: of the sampler; "auto": as stored."""
-    stored = str(learner.model.stored_dtype).removeprefix("torch.")
-    return learner.model.device.type != "cpu" or (stored if dtype == "auto" else dtype) in NARROW
+    """True if the sampler or the learner computes in 16 bits. dtype: of the sampler; "auto": as stored, where
+    the CPU multiplies that natively.
+    """
+    from reflux.models.cpu.precision import multiplies_natively
+
+    stored = learner.model.stored_dtype
+    own = str(stored).removeprefix("torch.") if stored and multiplies_natively(stored) else "float32"
+    return learner.model.device.type != "cpu" or (own if dtype == "auto" else dtype) in NARROW
 
 
 def sampled_texts(groups: Sequence[Group]) -> list[TokenRollout]:

@@ -103,8 +103,9 @@ def load_model(
     base: str | None = None,
 ) -> Model:
     """Load weights and tokenizer. path: the path of the key in the recipe, for errors. attention: the
-    `attn_implementation` argument of transformers. dtype "auto": as stored. device "auto": the first GPU,
-    else the CPU. device_map: placement by accelerate instead of `device`.
+    `attn_implementation` argument of transformers. dtype "auto": as stored, but float32 on a CPU that is
+    slower in the stored one. device "auto": the first GPU, else the CPU. device_map: placement by accelerate
+    instead of `device`.
 
     A peft adapter is merged into its base model, which is `base` or else the one that the adapter's config
     names. The weights of a GGUF file are dequantised. ModelError where the files are not whole, hold other
@@ -113,6 +114,7 @@ def load_model(
     from reflux.models.causal_net import correct_tie, load_causal_net
     from reflux.models.cpu.linear import speed_up
     from reflux.models.cpu.norm import fuse_norms
+    from reflux.models.cpu.precision import widen
     from reflux.models.gguf_net import notes_on
     from reflux.models.logit_checks import refuse_wrong_logits
     from reflux.models.text_adapters import adapter_in, merge_adapter
@@ -131,13 +133,16 @@ def load_model(
         trust_remote_code=trust_remote_code,
         device_map=device_map,
     )
+    notes = notes_on(where, name)
+    if dtype == "auto" and place == "cpu" and not device_map:
+        notes = (*notes, *widen(net, name))
     if adapter is not None:
         net = merge_adapter(net, adapter, name, path)
     correct_tie(net)
     placed = net if device_map else net.to(place)
     speed_up(placed)
     fuse_norms(placed)
-    model = replace(as_model(placed, tokenizer, stored), notes=notes_on(where, name))
+    model = replace(as_model(placed, tokenizer, stored), notes=notes)
     refuse_wrong_logits(model, name, path)
     return model
 

@@ -77,7 +77,7 @@ class HF(SamplerPart):
     max_turns: Annotated[int, Field(ge=0)] = 0
     # Seconds for one answer of a task's environment.
     environment_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
-    # "auto": as stored.
+    # "auto": as stored, but float32 on a CPU that is slower in 16 bits.
     dtype: Dtype = "auto"
     device: Device = "auto"
     # The `attn_implementation` argument of transformers.

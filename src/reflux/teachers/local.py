@@ -48,7 +48,8 @@ class Local(TeacherPart):
     routes: tuple[str, ...] = ()
     # Tokens in one forward pass, padding included.
     batch_tokens: Annotated[int, Field(ge=1)] = 32768
-    # "auto": as stored; or float32, bfloat16 or float16 (short: fp32, bf16, fp16).
+    # "auto": as stored, but float32 on a CPU that is slower in 16 bits; or float32, bfloat16 or float16
+    # (short: fp32, bf16, fp16).
     dtype: Dtype = "auto"
     device: Device = "auto"
     # Placement by accelerate, for example "auto" to offload to the CPU.
