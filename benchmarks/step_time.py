@@ -3,8 +3,12 @@ and lengths.
 
     python benchmarks/step_time.py [--rounds 5] [--steps 8] [--threads 2] [--trl-python PATH]
     python benchmarks/step_time.py --lengths 64,256,1024 --batches 16,64
+    python benchmarks/step_time.py --models STUDENT TEACHER --prompts FILE --batches 8 --lengths 48
 
-The second command measures every pair of length and batch in one table. The loss is the exact reverse KL on
+The second command measures every pair of length and batch in one table. The third one takes two models of
+your own, with their chat template and as they are, and a jsonl file with a column prompt, messages or
+question. Answers of this student must not end early; those of the recipe `smollm` do not. Else it stops and
+says so. The loss is the exact reverse KL on
 the student's answers, with 64 prompts per step and 80 new tokens each, on the CPU in float32. Answers cannot
 end early: the models are copied with an end token that is almost never sampled, so both sides process the
 same number of tokens, and with a context window that holds the longest answer. Each side runs in a separate
@@ -24,11 +28,9 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
-# the number of warm-up steps of each process, which are not counted
-WARM = 3
 # no prompt is longer than this
 PROMPT_TOKENS = 256
 # a token that the models never sample; it replaces the end token
@@ -38,13 +40,14 @@ NEVER = "<system>"
 @dataclass(frozen=True)
 class Shape:
     """The shape of a step: `batch` prompts with an answer of `length` tokens each. `steps` steps are counted,
-    on `threads` threads.
+    on `threads` threads, after `warm` steps that are not.
     """
 
     batch: int
     length: int
     steps: int
     threads: int
+    warm: int
 
 
 @dataclass
@@ -90,6 +93,20 @@ def prepare(folder: Path, batch: int, length: int) -> None:
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def link(folder: Path, models: list[str], prompts: Path, rows: int) -> None:
+    """Link the user's models into the folder, and write `rows` prompts of a file, from its start again where
+    it has fewer, as chats.
+    """
+    for name, model in zip(("student", "teacher"), models, strict=True):
+        (folder / name).symlink_to(Path(model).resolve(), target_is_directory=True)
+    given = [json.loads(line) for line in prompts.read_text().splitlines()]
+    with (folder / "prompts.jsonl").open("w") as file:
+        for number, row in enumerate(islice(cycle(given), rows)):
+            asked = next(row[key] for key in ("prompt", "messages", "question") if key in row)
+            chat = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+            file.write(json.dumps({"id": str(number), "prompt": chat}) + "\n")
+
+
 def side_reflux(folder: Path, shape: Shape) -> None:
     import asyncio
 
@@ -99,9 +116,11 @@ def side_reflux(folder: Path, shape: Shape) -> None:
 
     table = {
         "recipe": "step_time",
-        "steps": shape.steps + WARM,
+        "steps": shape.steps + shape.warm,
         "prompts_per_step": shape.batch,
         "threads": shape.threads,
+        # On a real model they take as long as several steps.
+        "skip_checks": ["all"],
         "task": {"kind": "jsonl", "path": str(folder / "prompts.jsonl"), "validation": 0.0},
         "sampler": {"kind": "hf", "max_tokens": shape.length},
         "learner": {"kind": "hf", "model": str(folder / "student"), "lr": 1e-6},
@@ -116,7 +135,7 @@ def side_reflux(folder: Path, shape: Shape) -> None:
     assert share > 0.98, (
         f"{1 - share:.1%} of the tokens are missing because answers ended early: the comparison is not fair"
     )
-    _report([row["seconds"]["total"] for row in rows][WARM:])
+    _report([row["seconds"]["total"] for row in rows][shape.warm :])
 
 
 def side_trl(folder: Path, shape: Shape) -> None:
@@ -143,7 +162,7 @@ def side_trl(folder: Path, shape: Shape) -> None:
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=shape.batch,
         gradient_accumulation_steps=1,
-        max_steps=shape.steps + WARM,
+        max_steps=shape.steps + shape.warm,
         max_completion_length=shape.length,
         beta=1.0,
         learning_rate=1e-6,
@@ -162,15 +181,15 @@ def side_trl(folder: Path, shape: Shape) -> None:
         "json", data_files=str(folder / "prompts.jsonl"), split="train", cache_dir=str(folder / "cache")
     )
     trainer = DistillationTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder / "student"),
-        teacher_model=AutoModelForCausalLM.from_pretrained(folder / "teacher"),
+        model=AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32),
+        teacher_model=AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float32),
         args=config,
         processing_class=tokenizer,
         train_dataset=data.remove_columns("id"),
         callbacks=[Timer()],
     )
     trainer.train()
-    _report(seconds[WARM:])
+    _report(seconds[shape.warm :])
 
 
 def _report(seconds: list[float]) -> None:
@@ -198,6 +217,8 @@ def measure(side: str, python: str, folder: Path, shape: Shape) -> tuple[float, 
         shape.steps,
         "--threads",
         shape.threads,
+        "--warm",
+        shape.warm,
     ]
     command = [python, __file__, "--side", side, "--folder", str(folder), *map(str, sizes)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -235,8 +256,13 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--steps", type=int, default=8, help="measured steps per process, after three warm-up steps"
+        "--steps", type=int, default=8, help="measured steps per process, after the warm-up steps"
     )
+    parser.add_argument("--warm", type=int, default=3, help="warm-up steps, which are not counted (3)")
+    parser.add_argument(
+        "--models", nargs=2, metavar=("STUDENT", "TEACHER"), help="folders of two models of your own"
+    )
+    parser.add_argument("--prompts", type=Path, help="jsonl file with prompts for them")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--lengths", type=numbers, default=[80], help="new tokens per prompt, as in 64,256,1024"
@@ -248,8 +274,10 @@ def main() -> None:
     parser.add_argument("--side", choices=("reflux", "trl"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if bool(asked.models) != bool(asked.prompts):
+        parser.error("--models and --prompts belong together")
     shapes = [
-        Shape(batch, length, asked.steps, asked.threads)
+        Shape(batch, length, asked.steps, asked.threads, asked.warm)
         for batch in asked.batches
         for length in asked.lengths
     ]
@@ -259,7 +287,10 @@ def main() -> None:
     pythons = {"reflux": sys.executable, "trl": asked.trl_python}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        prepare(folder, max(asked.batches), max(asked.lengths))
+        if asked.models:
+            link(folder, asked.models, asked.prompts, max(asked.batches) * (asked.steps + asked.warm))
+        else:
+            prepare(folder, max(asked.batches), max(asked.lengths))
         print_table({shape: compare(pythons, folder, shape, asked.rounds) for shape in shapes})
     print(
         f"medians over {asked.rounds} rounds of the median of {asked.steps} steps (lowest to highest round), "

@@ -1,4 +1,4 @@
-"""The models of the recipe `smollm`: a whole one, and one without some of its layers. No package is needed."""
+"""The models of the recipe `smollm`: a whole one, and one without some of its layers."""
 
 from __future__ import annotations
 
