@@ -75,7 +75,7 @@ extrapolation.extrapolate
                         max_tokens=None include=('attn','attention','mlp','ffn','.ff','feed_forward')
 learners.hf             model base_model=None system=None template={} prompt_suffix=None lr=1e-06 betas=(0.9,0.999) eps=1e-08 weight_decay=0.0
                         clip=1.0 min_grad_norm=1e-06
-                        micro_batch_tokens=16384 lora=None gradient_checkpointing=False autocast='auto' device='auto'
+                        micro_batch_tokens='auto' lora=None gradient_checkpointing=False autocast='auto' device='auto'
                         attention=None trust_remote_code=False
 learners.flow           model lr=0.0003 betas=(0.9,0.999) eps=1e-08 weight_decay=0.0001 clip=1.0 min_grad_norm=0.001 micro_batch=64
                         adapter=None merge=None lora=None average=None gradient_checkpointing=False autocast='auto' device='auto'

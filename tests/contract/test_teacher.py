@@ -42,11 +42,17 @@ def score(teacher: LocalTeacher, attempts: list[Attempt], view: TeacherPrompt | 
     asyncio.run(ask(teacher, *((a, view or TeacherPrompt(a.rollout.prompt.messages)) for a in attempts)))
 
 
+@pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("batch_tokens", [1, 30, 10_000])
-def test_the_teacher_says_what_its_model_says_along_the_students_tokens(batch_tokens: int) -> None:
+def test_the_teacher_says_what_its_model_says_along_the_students_tokens(
+    batch_tokens: int, pack: bool
+) -> None:
     net = tiny.net(2, layers=2)
     attempts = [Attempt(rollout(n, seed=n, prompt_tokens=3 + n % 4)) for n in (1, 9, 4, 6)]
     teacher = local(net, Requirements(logp=True), batch_tokens=batch_tokens)
+    assert teacher.padded_because
+    if pack:
+        teacher.padded_because = ""
     score(teacher, attempts)
     for made in attempts:
         spoken, target = made.rollout, made.target("main")

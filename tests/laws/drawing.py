@@ -102,7 +102,7 @@ class Drawing:
         # the loss is divided by the number of rows; this undoes the division
         rows = sum(len(item.rows_N) for item in items)
         student = self.world.student.detach().clone().requires_grad_()
-        for part in micro_batches(items, 1 << 20):
+        for part in micro_batches(items, lambda: 1 << 20):
             places = [
                 place for item in part for place in self.prefixes(tuple(item.rollout.tokens_T.tolist()))
             ]

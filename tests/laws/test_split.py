@@ -137,6 +137,16 @@ def test_micro_batches_and_order_change_nothing(
 
 
 @pytest.mark.parametrize("name", SETS)
+def test_packed_rows_change_nothing(nets: tuple[Any, Model], name: str) -> None:
+    groups = batch(nets[1])
+    whole = gradient(nets, SETS[name], groups, "token-mean-weighted", 1 << 20)
+    for tokens in (1, 20, 1 << 20):
+        learner = tiny.learner(nets[0], micro_batch_tokens=tokens)
+        learner.padded_because = ""
+        close(whole, gradients(learner, groups, SETS[name]))
+
+
+@pytest.mark.parametrize("name", SETS)
 def test_chunks_of_rows_change_nothing(
     nets: tuple[Any, Model], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from reflux.config.step_context import seed_of
+from reflux.errors import ModelError
 from reflux.learners.gradient_learner import GradientLearner
 from reflux.learners.tally import unpacked
 from reflux.loss import flow_loss
@@ -97,6 +98,12 @@ class FlowLearner(GradientLearner):
     def micro_batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
         for alike in _alike(items):
             yield from flow_loss.pieces(alike, self.cfg.micro_batch)
+
+    def shrink(self, items: Sequence[Item]) -> None:
+        raise ModelError(
+            f"learner.micro_batch = {self.cfg.micro_batch} does not fit into the memory of the device. Lower "
+            "it, or set learner.gradient_checkpointing = true."
+        )
 
     def backward(self, part: list[Item], objectives: Sequence[LossTerm], log_variance: bool) -> Result:
         batch = FlowMicroBatch(part, objectives, self.model.device)

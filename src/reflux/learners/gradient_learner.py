@@ -121,6 +121,12 @@ class GradientLearner(ABC):
         """
 
     @abstractmethod
+    def shrink(self, items: Sequence[Item]) -> None:
+        """Make micro-batches smaller, after one of these items exceeded the memory. ModelError with the
+        remedy if they cannot be smaller.
+        """
+
+    @abstractmethod
     def backward(self, part: list[Item], objectives: Sequence[LossTerm], log_variance: bool) -> Result:
         """Compute the loss of one micro-batch and run its backward pass. Gradients are added to those of the
         parameters. log_variance: True if the variance of the sampled gradient is computed too.
@@ -217,9 +223,22 @@ class GradientLearner(ABC):
         """Accumulate the gradient of the whole batch, one micro-batch after another. The arguments are those
         of `backward`, with all items of the batch.
         """
+        while (tally := self._accumulated(items, objectives, log_variance)) is None:
+            # An interrupted pass may have added a part of its gradient, so the whole batch begins again.
+            self.optimiser.zero_grad(set_to_none=True)
+            self.shrink(items)
+        return tally
+
+    def _accumulated(
+        self, items: list[Item], objectives: Sequence[LossTerm], log_variance: bool
+    ) -> Tally | None:
+        """As `gradients`; None if the memory of the device was exceeded."""
         tally = Tally()
-        for part in self.micro_batches(items):
-            tally.add(part, self.backward(part, objectives, log_variance))
+        try:
+            for part in self.micro_batches(items):
+                tally.add(part, self.backward(part, objectives, log_variance))
+        except torch.OutOfMemoryError:
+            return None
         return tally
 
     @torch.no_grad()

@@ -70,8 +70,9 @@ class HF(LearnerPart):
     clip: Positive = 1.0
     # A gradient norm of at most this value counts as rounding error, and no optimiser step is made.
     min_grad_norm: Annotated[float, Field(ge=0)] = 1e-6
-    # Tokens in one micro-batch: prompts and responses, padding included.
-    micro_batch_tokens: Annotated[int, Field(ge=1)] = 16384
+    # Tokens in one micro-batch: prompts and responses, padding included. "auto": 16,384 on a CPU; on a GPU
+    # found from measured memory, up to where more are not faster. The gradient does not depend on it.
+    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     lora: Lora | None = None
     gradient_checkpointing: bool = False
     # "auto": bfloat16 on a GPU.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 from reflux.config.step_context import seed_of
+from reflux.errors import ModelError
+from reflux.learners.device_memory import memory_of
 from reflux.learners.gradient_learner import GradientLearner
+from reflux.learners.micro_budget import FIRST, FIXED, MicroBudget, busy_tokens
 from reflux.loss import token_loss
 from reflux.loss.aggregate import Result
 from reflux.loss.batch import Item, micro_batches
 from reflux.loss.term import LossTerm
 from reflux.models import lora
+from reflux.models.packed_attention import attending_packed, why_padded
 from reflux.models.savable import check_savable, mend_generation_config
 from reflux.models.text import Model, load_model, parameter_count
 from reflux.models.training_mode import quiet_dropout, recompute_activations
@@ -50,6 +54,24 @@ class HFLearner(GradientLearner):
         if cfg.gradient_checkpointing:
             recompute_activations(model.net)
         super().__init__(cfg, context, services, model.net)
+        self.budget = self._budget()
+        # "" where rows are packed, else the reason for padding
+        self.padded_because = why_padded(model, self.autocast())
+
+    @property
+    def packs(self) -> bool:
+        return not self.padded_because
+
+    def _budget(self) -> MicroBudget:
+        """The tokens of a micro-batch. They are measured where that is faster and need not repeat exactly."""
+        asked, device, note = self.cfg.micro_batch_tokens, self.model.device, self.services.listener.noted
+        if asked != "auto":
+            return MicroBudget(asked, asked, None, note)
+        if device.type == "cpu":
+            return MicroBudget(FIXED, FIXED, None, note)
+        most = busy_tokens(self.model.net.get_input_embeddings().weight.shape[-1])
+        exact = torch.are_deterministic_algorithms_enabled()
+        return MicroBudget(most if exact else FIRST, most, None if exact else memory_of(device), note)
 
     @classmethod
     @asynccontextmanager
@@ -92,20 +114,36 @@ class HFLearner(GradientLearner):
         )
 
     def micro_batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
-        return micro_batches(items, self.cfg.micro_batch_tokens)
+        return micro_batches(items, lambda: self.budget.tokens, self.packs)
+
+    def shrink(self, items: Sequence[Item]) -> None:
+        if not self.budget.halve(max(item.input_tokens for item in items)):
+            raise ModelError(
+                "one text alone does not fit into the memory of the device in the backward pass. Set "
+                "learner.gradient_checkpointing = true, or lower sampler.max_tokens."
+            )
+
+    def batch(self, part: list[Item], objectives: Sequence[LossTerm] = ()) -> token_loss.TokenMicroBatch:
+        return token_loss.TokenMicroBatch(
+            part, objectives, self.model.device, self.services.heads, pack=self.packs
+        )
 
     def backward(self, part: list[Item], objectives: Sequence[LossTerm], log_variance: bool) -> Result:
-        batch = token_loss.TokenMicroBatch(part, objectives, self.model.device, self.services.heads)
-        with self.autocast():
+        batch = self.batch(part, objectives)
+        with self.budget.measuring(batch.texts.ids_BL.numel()), self.passing():
             return token_loss.backward(batch, self.hidden_rows(batch), self.model.head, log_variance)
 
     def hidden_rows(self, batch: token_loss.TokenMicroBatch) -> Tensor:
         """h_NH: the trunk's hidden states that predict the positions which count in the loss (those with a
-        non-zero weight). No attention mask is needed, because right padding comes after all real tokens and
-        attention is causal.
+        non-zero weight).
         """
-        h_BLH = self.model.trunk(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
-        return h_BLH.flatten(0, 1)[batch.rows_N]
+        return batch.texts.states(self.model.trunk)[batch.rows_N]
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """The context of the passes over micro-batches, the backward pass included."""
+        with self.autocast(), attending_packed(self.model.net) if self.packs else nullcontext():
+            yield
 
     def autocast(self) -> AbstractContextManager[Any]:
         wanted = self.cfg.autocast == "auto" and self.model.device.type == "cuda"

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from reflux.kernels.budget import chunk_rows
-from reflux.loss.batch import micro_batches
-from reflux.loss.token_loss import TokenMicroBatch
 from reflux.types import Attempt, Group, TopKTarget
 
 if TYPE_CHECKING:
@@ -56,9 +54,9 @@ def states(learner: HFLearner, groups: Sequence[Group]) -> Iterator[tuple[Attemp
         for attempt in group
         if attempt.rollout.length and attempt.rollout.finish != "error"
     ]
-    for part in micro_batches(items, learner.cfg.micro_batch_tokens):
-        batch = TokenMicroBatch(part, (), learner.model.device, learner.services.heads)
-        with torch.no_grad(), learner.autocast():
+    for part in learner.micro_batches(items):
+        batch = learner.batch(part)
+        with torch.no_grad(), learner.passing():
             rows = learner.hidden_rows(batch).split([len(item.rows_N) for item in part])
         tokens = batch.tokens_N.split([len(item.rows_N) for item in part])
         yield from zip((item.attempt for item in part), rows, tokens, strict=True)

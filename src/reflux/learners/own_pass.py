@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reflux.loss.token_loss import TokenMicroBatch
 from reflux.types import Attempt
 
 if TYPE_CHECKING:
@@ -32,13 +31,13 @@ def gradient_norm(learner: HFLearner, attempt: Attempt) -> float:
     less the mean log-prob of all tokens. The latter keeps it above 0 for a student that is sure of each
     token. No gradient is kept.
     """
-    batch = TokenMicroBatch([learner.whole(attempt)], (), learner.model.device, learner.services.heads)
-    with learner.autocast():
+    batch = learner.batch([learner.whole(attempt)])
+    with learner.passing():
         logp_NV = learner.model.head.logits(learner.hidden_rows(batch)).float().log_softmax(-1)
-    if not logp_NV.requires_grad:
-        return 0.0
-    logp_N1 = logp_NV.gather(-1, batch.tokens_N[:, None].to(logp_NV.device))
-    (logp_N1.mean() - logp_NV.mean()).backward()
+        if not logp_NV.requires_grad:
+            return 0.0
+        logp_N1 = logp_NV.gather(-1, batch.tokens_N[:, None].to(logp_NV.device))
+        (logp_N1.mean() - logp_NV.mean()).backward()
     norms: list[Tensor] = [p.grad.float().norm() for p in learner.trained.values() if p.grad is not None]
     learner.optimiser.zero_grad(set_to_none=True)
     return float(torch.stack(norms).norm()) if norms else 0.0

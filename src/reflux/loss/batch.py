@@ -15,6 +15,7 @@ import numpy as np
 from reflux.credit.log_ratio import log_ratio_T
 from reflux.loss.group_values import group_values
 from reflux.loss.term import LossTerm
+from reflux.models.cut import cut
 from reflux.types import Attempt, Group, Rollout
 
 # "token-mean-weighted" | "token-mean" | "seq-mean-token-mean"
@@ -175,17 +176,17 @@ def signature(item: Item) -> tuple[object, ...]:
     return (*kinds, *(coef_N is None for coef_N in item.coef_KN))
 
 
-def micro_batches(items: Sequence[Item], budget_tokens: int) -> Iterator[list[Item]]:
-    """Lists of items with one signature each, the longest items first. A list has at most `budget_tokens`
-    tokens, padding included, but at least one item.
+def micro_batches(
+    items: Sequence[Item], budget: Callable[[], int], pack: bool = False
+) -> Iterator[list[Item]]:
+    """Lists of items with one signature each, the longest items first. A list has at most as many tokens as
+    `budget` says when the list is made, but at least one item. Padding counts too, unless the texts are
+    packed (`pack`).
     """
     by_signature: dict[tuple[object, ...], list[Item]] = {}
     for item in items:
         by_signature.setdefault(signature(item), []).append(item)
     for alike in by_signature.values():
         alike.sort(key=lambda item: -item.input_tokens)
-        start = 0
-        while start < len(alike):
-            count = max(1, budget_tokens // max(1, alike[start].input_tokens))
-            yield alike[start : start + count]
-            start += count
+        for part in cut([item.input_tokens for item in alike], budget, pack):
+            yield alike[part]

@@ -18,6 +18,7 @@ from reflux.loss.columns import Columns
 from reflux.loss.outputs import FullLogits, Outputs
 from reflux.loss.term import LossTerm
 from reflux.models.heads import Heads
+from reflux.models.text_rows import packed, padded
 from reflux.types import TokenRollout
 
 
@@ -25,6 +26,12 @@ def text_of(item: Item) -> TokenRollout:
     """The rollout of an item as a TokenRollout. All items of this module have one."""
     assert isinstance(item.rollout, TokenRollout)
     return item.rollout
+
+
+def _read(item: Item) -> np.ndarray:
+    """The token ids that the model reads: up to the last one before the last position with a weight."""
+    rollout = text_of(item)
+    return np.concatenate([rollout.prompt_tokens, rollout.tokens_T[: item.trained - 1]])
 
 
 class TokenMicroBatch(MicroBatch):
@@ -38,29 +45,25 @@ class TokenMicroBatch(MicroBatch):
         objectives: Sequence[LossTerm],
         device: torch.device,
         heads: Heads,
+        pack: bool = False,
         pad_id: int = 0,
     ):
+        """pack: the texts are packed into one row; otherwise they are padded with `pad_id`."""
         super().__init__(items, objectives, device)
         self.heads = heads
-        self.ids_BL, self.rows_N = self._inputs(pad_id)
+        texts = [_read(item) for item in items]
+        self.texts = packed(texts, device) if pack else padded(texts, device, pad_id)
+        self.rows_N = self._rows()
         self.tokens_N = self.column(lambda item: text_of(item).tokens_T[item.rows_N])
         self.teachers = {name: self.target_rows(name) for name in sorted(self.objective_teachers())}
 
-    def _inputs(self, pad_id: int) -> tuple[Tensor, Tensor]:
-        """Right-padded ids [B, L] and the flat index of the state that predicts each position with a non-zero
-        weight.
+    def _rows(self) -> Tensor:
+        """The index, among all positions of the texts, of the state that predicts each position with a
+        non-zero weight.
         """
-        width = max(item.input_tokens for item in self.items)
-        ids_BL = np.full((len(self.items), width), pad_id, dtype=np.int64)
-        rows = []
-        for b, item in enumerate(self.items):
-            rollout = text_of(item)
-            sequence = np.concatenate([rollout.prompt_tokens, rollout.tokens_T[: item.trained - 1]])
-            ids_BL[b, : len(sequence)] = sequence
-            rows.append(b * width + len(rollout.prompt_tokens) - 1 + item.rows_N)
-        return torch.from_numpy(ids_BL).to(self.device), torch.from_numpy(np.concatenate(rows)).to(
-            self.device
-        )
+        firsts = zip(self.items, self.texts.starts, strict=True)
+        rows = [start + text_of(item).prompt_length - 1 + item.rows_N for item, start in firsts]
+        return torch.from_numpy(np.concatenate(rows)).to(self.device)
 
     def constants(self) -> dict[str, Constant]:
         """The hidden states and output heads of the teachers that gave hidden states, by teacher name."""

@@ -17,7 +17,10 @@ from torch import Tensor
 from reflux.errors import ModelError
 from reflux.models.chat.naming import about_prompt
 from reflux.models.chat.renderer import Renderer
+from reflux.models.cut import cut
+from reflux.models.packed_attention import attending_packed, why_padded
 from reflux.models.text import Model, parameter_count
+from reflux.models.text_rows import packed, padded
 from reflux.teachers.base import Teacher, TeacherRequest, alias_of
 from reflux.types import HiddenTarget, TeacherAnswer, TokenRollout, TopKTarget
 
@@ -34,9 +37,7 @@ class Batched(Teacher, Protocol):
 
 
 class InProcessTeacher:
-    """A model that answers with hidden states. The model reads right-padded sequences. No attention mask is
-    needed, because padding comes after all real tokens and attention is causal.
-    """
+    """A model that answers with hidden states. It reads padded or packed rows (`models.text_rows`)."""
 
     def __init__(
         self,
@@ -55,6 +56,8 @@ class InProcessTeacher:
         self.name, self.model, self.renderer = alias_of(context.name, cfg), model, renderer
         self.macs = parameter_count(model.net)
         self.head = services.heads.add(f"teachers.{context.name}", model.head)
+        # "" where rows are packed, else the reason for padding
+        self.padded_because = why_padded(model, self.precision())
 
     def precision(self) -> AbstractContextManager[Any]:
         """The context that the forward passes run in."""
@@ -74,9 +77,9 @@ class InProcessTeacher:
         inputs = [self._sequence(request) for request in requests]
         order = sorted(range(len(requests)), key=lambda i: -len(inputs[i][0]))
         answers: dict[int, TeacherAnswer] = {}
-        while order:
-            count = max(1, self.batch_tokens // len(inputs[order[0]][0]))
-            chunk, order = order[:count], order[count:]
+        lengths = [len(inputs[i][0]) for i in order]
+        for part in cut(lengths, lambda: self.batch_tokens, not self.padded_because):
+            chunk = order[part]
             answers |= zip(
                 chunk, self._read([requests[i] for i in chunk], [inputs[i] for i in chunk]), strict=True
             )
@@ -112,16 +115,13 @@ class InProcessTeacher:
     def _read(
         self, requests: list[TeacherRequest], inputs: list[tuple[np.ndarray, int]]
     ) -> list[TeacherAnswer]:
-        width = max(len(sequence) for sequence, _ in inputs)
-        ids_BL = np.zeros((len(inputs), width), dtype=np.int64)
-        for row, (sequence, _) in zip(ids_BL, inputs, strict=True):
-            row[: len(sequence)] = sequence
-        with self.precision():
-            h_BLH = self.model.trunk(
-                input_ids=torch.from_numpy(ids_BL).to(self.model.device), use_cache=False
-            ).last_hidden_state
+        pack, texts = not self.padded_because, [sequence for sequence, _ in inputs]
+        rows = packed(texts, self.model.device) if pack else padded(texts, self.model.device)
+        with self.precision(), attending_packed(self.model.net) if pack else nullcontext():
+            h_NH = rows.states(self.model.trunk)
         states = [
-            h_LH[start - 1 : len(sequence)] for (sequence, start), h_LH in zip(inputs, h_BLH, strict=True)
+            h_NH[first + start - 1 : first + len(sequence)]
+            for first, (sequence, start) in zip(rows.starts, inputs, strict=True)
         ]
         self._refuse_nan(requests, states)
         # The last token is counted too, as in all token counts.

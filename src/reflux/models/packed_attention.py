@@ -1,0 +1,127 @@
+"""Attention within each of several texts that lie one after the other in one row, through the attention
+interface of transformers. On a GPU it is torch's variable-length attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reflux.models.text import Model, first_line
+from reflux.models.text_rows import packed, padded
+
+NAME = "reflux_packed"
+# lengths of the texts of the trial
+_TRIAL = (3, 14, 9)
+# tolerated differences of hidden states as shares of their norm, for rounding
+_CLOSE, _CLOSE_IN_16_BITS = 1e-4, 0.05
+# arguments of an attention that computes something else than a softmax of scaled products
+_OTHER = ("softcap", "s_aux", "position_bias")
+
+
+def packed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    # Models pass further arguments of their own.
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of each text to itself. query, key, value: [1, heads, N, D]. cu_seq_lens_q: the N at
+    which each text begins, and the end of the last one. The result is [1, N, heads, D].
+    """
+    if cu_seq_lens_q is None or any(others.get(name) is not None for name in _OTHER):
+        raise NotImplementedError("it passes its attention other arguments than packed rows have")
+    if query.device.type == "cpu":
+        return _text_by_text(query, key, value, scaling, cu_seq_lens_q.tolist()), None
+    return _by_kernel(query, key, value, scaling, cu_seq_lens_q, max_length_q), None
+
+
+def _by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, bounds: Tensor, longest: int
+) -> Tensor:
+    """torch's kernel takes [N, heads, D] in 16 bits, and values as wide as the keys."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    device, width = query.device.type, value.shape[-1]
+    half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    value = F.pad(value, (0, key.shape[-1] - width))
+    q_NAD, k_NBD, v_NBD = (x[0].transpose(0, 1).to(half) for x in (query, key, value))
+    shared = q_NAD.shape[1] != k_NBD.shape[1]
+    out_NAD = varlen_attn(
+        q_NAD,
+        k_NBD,
+        v_NBD,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1, 0),
+        enable_gqa=shared,
+    )
+    assert isinstance(out_NAD, Tensor)
+    return out_NAD[None, ..., :width]
+
+
+def _text_by_text(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, bounds: list[int]
+) -> Tensor:
+    shared, texts = query.shape[1] != key.shape[1], []
+    for start, stop in pairwise(bounds):
+        q, k, v = (x[:, :, start:stop] for x in (query, key, value))
+        texts.append(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared)
+        )
+    return torch.cat(texts, dim=2).transpose(1, 2)
+
+
+@contextmanager
+def attending_packed(net: Any) -> Iterator[None]:
+    """Within this context the model reads packed rows only. Recomputation of activations in a backward pass
+    must happen in it too.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+    before = net.config._attn_implementation
+    net.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        net.set_attn_implementation(before)
+
+
+def why_padded(model: Model, precision: AbstractContextManager[Any]) -> str:
+    """Why this model reads padded rows; "" if it reads packed ones. precision: the context of its passes."""
+    if model.device.type != "cuda":
+        return "variable-length attention is faster on a GPU only"
+    return trial(model, precision)
+
+
+def trial(model: Model, precision: AbstractContextManager[Any]) -> str:
+    """Why this model cannot read packed rows; "" if it can. It reads some texts packed and each alone."""
+    if not model.plain_attention:
+        return "it has other layers than full attention over rotary positions, computed by sdpa"
+    texts = [np.arange(length, 2 * length) % model.vocabulary for length in _TRIAL]
+    with torch.no_grad(), precision:
+        alone_NH = torch.cat([padded([text], model.device).states(model.trunk) for text in texts])
+        try:
+            with attending_packed(model.net):
+                together_NH = packed(texts, model.device).states(model.trunk)
+        except (RuntimeError, TypeError, ValueError, ImportError) as error:
+            return f"variable-length attention fails on it: {first_line(error)}"
+    gap = float((together_NH - alone_NH).norm() / alone_NH.norm())
+    bound = _CLOSE if model.device.type == "cpu" else _CLOSE_IN_16_BITS
+    return "" if gap < bound else f"packed texts and single texts differ (by {gap:.1g} of the norm)"
