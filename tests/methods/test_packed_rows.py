@@ -1,7 +1,8 @@
-"""Texts that are read one after the other in one row give what each gives alone, and the trial says where not."""
+"""Texts that are read one after the other in one row give what each gives alone; the trial says where not."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -115,10 +116,20 @@ def test_a_kernel_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_arguments_of_another_attention_are_refused() -> None:
     q = torch.ones(1, 1, 2, 4)
-    for others in ({"softcap": 30.0}, {"s_aux": torch.ones(1)}, {}):
-        bounds = torch.tensor([0, 2]) if others else None
-        with pytest.raises(NotImplementedError, match="other arguments"):
-            packed_attention.packed_attention(None, q, q, q, None, cu_seq_lens_q=bounds, **others)
+    others: list[dict[str, Any]] = [{"softcap": 30.0}, {"s_aux": torch.ones(1)}, {"sliding_window": 4}, {}]
+    for more in others:
+        bounds = torch.tensor([0, 2]) if more else None
+        with pytest.raises((NotImplementedError, TypeError)):
+            packed_attention.packed_attention(None, q, q, q, None, cu_seq_lens_q=bounds, **more)
+
+
+def test_a_packed_row_has_every_token_once_and_positions_of_its_own_for_each_text() -> None:
+    rows = packed(texts(), torch.device("cpu"))
+    assert rows.ids_BL[0].tolist() == np.concatenate(texts()).tolist()
+    assert rows.starts == [0, 4, 5, 16]
+    assert rows.arguments["position_ids"][0].tolist() == [*range(4), 0, *range(11), *range(6)]
+    assert rows.arguments["cu_seq_lens_q"].tolist() == [0, 4, 5, 16, 22]
+    assert (rows.arguments["max_length_q"], rows.arguments["cu_seq_lens_q"].dtype) == (11, torch.int32)
 
 
 @pytest.mark.parametrize("narrow", [0, 3])
@@ -131,9 +142,13 @@ def test_the_kernel_gets_what_it_takes(narrow: int, monkeypatch: pytest.MonkeyPa
     def imitation(
         q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **settings: Any
     ) -> Tensor:
-        assert q.ndim == k.ndim == v.ndim == 3 and q.shape[-1] == k.shape[-1] == v.shape[-1]
-        assert settings["window_size"] == (-1, 0) and settings["enable_gqa"] and cu_q.dtype == torch.int32
-        assert torch.equal(cu_q, cu_k) and max_q == max_k == int(cu_q.diff().max())
+        assert q.ndim == k.ndim == v.ndim == 3
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+        assert settings["window_size"] == (-1, 0)
+        assert settings["enable_gqa"]
+        assert cu_q.dtype == torch.int32
+        assert torch.equal(cu_q, cu_k)
+        assert max_q == max_k == int(cu_q.diff().max())
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         return packed_attention._text_by_text(q, k, v, settings["scale"], cu_q.tolist())[0]
 
@@ -154,7 +169,7 @@ def test_parts_hold_every_text_once_within_the_budget(lengths: list[int], budget
     costs = [tokens(part, pack) for part in parts]
     assert all(cost <= budget or len(part) == 1 for cost, part in zip(costs, parts, strict=True))
     # no text of the next part would have fitted
-    assert all(tokens([*one, other[0]], pack) > budget for one, other in zip(parts, parts[1:], strict=False))
+    assert all(tokens([*one, other[0]], pack) > budget for one, other in itertools.pairwise(parts))
 
 
 def tokens(part: Sequence[int], pack: bool) -> int:

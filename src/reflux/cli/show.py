@@ -15,6 +15,7 @@ from reflux.config.discovery import parts_of
 from reflux.config.recipe import load_recipe
 from reflux.errors import ConfigError, RunError
 from reflux.inspection.plan import Plan, Size, plan
+from reflux.inspection.working_memory import WorkingMemory
 
 console = Console()
 _MORE = (
@@ -33,6 +34,7 @@ def show_plan(recipe: str, overrides: list[str]) -> None:
         ("steps", f"{found.steps} of {found.attempts_per_step} attempts"),
         ("lengths", lengths_in_words(found)),
         ("memory", _memory(found.memory_bytes, found.position)),
+        *((f"  working, {each.device}", _working(each)) for each in found.working),
         ("sampled", f"at most {found.positions_at_most:,} {found.position}s"),
         ("compute", _compute(found)),
         ("also computed", "; ".join(found.requirements) or "nothing beyond the loss"),
@@ -81,11 +83,22 @@ def _compute(found: Plan) -> str:
 def _memory(count: int | None, position: str) -> str:
     if count is None:
         return "unknown until the models are here"
-    size = f"{count / 1e9:.2f} GB" if count > 1e8 else f"{count / 1e6:.1f} MB"
     return (
-        f"{size} for weights and optimiser, without activations"
+        f"{_bytes(count)} for weights and optimiser, without activations"
         f"{' and key-value cache' if position == 'token' else ''}"
     )
+
+
+def _working(memory: WorkingMemory) -> str:
+    return (
+        f"at most about {_bytes(memory.peak)} more: activations of a micro-batch "
+        f"{_bytes(memory.activations)}, tables of the loss {_bytes(memory.loss)}; while sampling a key-value "
+        f"cache of {_bytes(memory.cache)}"
+    )
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count > 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def list_parts(group: str, module: str = "") -> None:

@@ -11,6 +11,7 @@ from reflux import checks
 from reflux.checks import lengths
 from reflux.config.recipe import RunConfig, config_hash
 from reflux.config.requirements import Requirements
+from reflux.inspection.working_memory import WorkingMemory, working_memory
 from reflux.metrics.values import step_flops
 from reflux.models.sizes import Size, size_of
 from reflux.storage.summary import method_of
@@ -54,6 +55,8 @@ class Plan:
     teachers: dict[str, Size]
     # bytes of weights, optimiser, the sampler's copy and the teachers, without activations; None if not known
     memory_bytes: int | None
+    # what a run of texts takes besides, on a GPU and on a CPU; empty if not known
+    working: list[WorkingMemory]
     # the lowest and the highest length limit of a training attempt, over all steps
     training_positions: tuple[int, int]
     # the length limit of an attempt of an evaluation or of extrapolation's score
@@ -93,6 +96,11 @@ def plan(cfg: RunConfig) -> Plan:
         student=student,
         teachers=teachers,
         memory_bytes=_memory(student, _held(cfg, teachers), full=cfg.learner.trains_all),
+        working=[
+            found
+            for gpu in (True, False)
+            if (found := working_memory(cfg, student, max(limits, default=0), gpu)) is not None
+        ],
         training_positions=(min(limits, default=0), max(limits, default=0)),
         evaluation_positions=cfg.evaluation_positions,
         positions_at_most=positions,

@@ -5,7 +5,10 @@ The library chooses this number, because a user cannot know a good one and the r
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 # bytes of all [rows, V] matrices of one chunk together
 _TABLE_BYTES = {"cpu": 320 << 20, "cuda": 2 << 30}
@@ -20,7 +23,12 @@ def chunk_rows(vocabulary: int, device: torch.device, tables: int = 2) -> int:
 
     tables: the number of tables in memory at the same time.
     """
-    return max(16, _TABLE_BYTES.get(device.type, 1 << 30) // (4 * tables * vocabulary))
+    return max(16, table_bytes(device.type) // (4 * tables * vocabulary))
+
+
+def table_bytes(kind: str) -> int:
+    """Bytes of all tables of one chunk together, at most. kind: the type of the device."""
+    return _TABLE_BYTES.get(kind, 1 << 30)
 
 
 def block_rows(vocabulary: int, device: torch.device) -> int:

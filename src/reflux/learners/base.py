@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from reflux.config.context import PartContext, StudentSpec
     from reflux.learners.access import WeightAccess
     from reflux.models.text import Model
+    from reflux.models.text_shape import TextShape
     from reflux.runtime.services import Services
     from reflux.runtime.weights import Weights
 
@@ -102,6 +103,12 @@ class LearnerPart(Part, Protocol):
     def averages(self) -> bool:
         """True if an average of the weights is kept. Evaluations and exports then use the average."""
         return False
+
+    def activation_bytes(self, shape: TextShape, gpu: bool, tokens: int) -> int:
+        """An estimate of the bytes that one micro-batch keeps for its backward pass; 0 if it is not known.
+        shape: of the student. gpu: the device is a GPU. tokens: of all texts of a step.
+        """
+        return 0
 
 
 def negative_rate(where: str, rate: Number, steps: int) -> Iterable[str]:

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 
-class Memory(Protocol):
+class DeviceMemory(Protocol):
     def free_bytes(self) -> int:
         """Bytes that torch can still take."""
         ...
@@ -47,6 +47,6 @@ class CudaMemory:
         torch.cuda.empty_cache()
 
 
-def memory_of(device: torch.device) -> Memory | None:
+def memory_of(device: torch.device) -> DeviceMemory | None:
     """The memory of the device; None where it is not measured."""
     return CudaMemory(device) if device.type == "cuda" else None

@@ -22,6 +22,7 @@ from reflux.types import Rollout, TokenRollout
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
     from reflux.config.recipe import RunConfig
+    from reflux.models.text_shape import TextShape
     from reflux.runtime.services import Services
 
 
@@ -108,6 +109,14 @@ class HF(LearnerPart):
     @property
     def trains_all(self) -> bool:
         return self.lora is None
+
+    def activation_bytes(self, shape: TextShape, gpu: bool, tokens: int) -> int:
+        from reflux.learners.micro_budget import FIXED, busy_tokens
+
+        found = busy_tokens(shape.width) if gpu else FIXED
+        most = found if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
+        narrow = gpu and self.autocast == "auto"
+        return min(most, tokens) * shape.activation_bytes(narrow, self.gradient_checkpointing)
 
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
         from reflux.learners.hf_engine import HFLearner

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from reflux.config.context import PartContext
     from reflux.learners.hf import HF
     from reflux.runtime.services import Services
+
+
+_TOKENS = "micro_batch_tokens"
 
 
 class HFLearner(GradientLearner):
@@ -148,6 +151,16 @@ class HFLearner(GradientLearner):
     def autocast(self) -> AbstractContextManager[Any]:
         wanted = self.cfg.autocast == "auto" and self.model.device.type == "cuda"
         return torch.autocast("cuda", dtype=torch.bfloat16) if wanted else nullcontext()
+
+    def state(self) -> dict[str, Any]:
+        """Also the measured size of micro-batches, so that a resumed run cuts its batches as before."""
+        measured = {} if self.budget.memory is None else {_TOKENS: self.budget.tokens}
+        return super().state() | measured
+
+    def take_up(self, state: Mapping[str, Any]) -> None:
+        super().take_up(state)
+        if self.budget.memory is not None and _TOKENS in state:
+            self.budget.tokens = state[_TOKENS]
 
     def export(self, folder: Path) -> None:
         lora.export(self.model, folder)

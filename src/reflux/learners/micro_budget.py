@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from reflux.learners.device_memory import Memory
+    from reflux.learners.device_memory import DeviceMemory
 
 # tokens where memory is not measured, as on a CPU
 FIXED = 16384
@@ -33,7 +33,7 @@ class MicroBudget:
     is. most: where its growth ends. note: gets the result in words, once.
     """
 
-    def __init__(self, tokens: int, most: int, memory: Memory | None, note: Callable[[str], None]):
+    def __init__(self, tokens: int, most: int, memory: DeviceMemory | None, note: Callable[[str], None]):
         self.tokens, self.most, self.memory, self.note = tokens, most, memory, note
         self.settled = memory is None
 

@@ -22,8 +22,6 @@ NAME = "reflux_packed"
 _TRIAL = (3, 14, 9)
 # tolerated differences of hidden states as shares of their norm, for rounding
 _CLOSE, _CLOSE_IN_16_BITS = 1e-4, 0.05
-# arguments of an attention that computes something else than a softmax of scaled products
-_OTHER = ("softcap", "s_aux", "position_bias")
 
 
 def packed_attention(
@@ -33,16 +31,24 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     max_length_q: int = 0,
-    # Models pass further arguments of their own.
-    **others: Any,
+    max_length_k: int = 0,
+    use_cache: bool = False,
+    output_attentions: bool = False,
 ) -> tuple[Tensor, None]:
     """Causal attention of each text to itself. query, key, value: [1, heads, N, D]. cu_seq_lens_q: the N at
     which each text begins, and the end of the last one. The result is [1, N, heads, D].
+
+    The other arguments are those that models pass to every attention. An attention that computes something
+    else, such as capped scores, gets more arguments, and the call fails.
     """
-    if cu_seq_lens_q is None or any(others.get(name) is not None for name in _OTHER):
-        raise NotImplementedError("it passes its attention other arguments than packed rows have")
+    if cu_seq_lens_q is None or sliding_window is not None or dropout:
+        raise NotImplementedError("it passes its attention no bounds of texts, a window or dropout")
     if query.device.type == "cpu":
         return _text_by_text(query, key, value, scaling, cu_seq_lens_q.tolist()), None
     return _by_kernel(query, key, value, scaling, cu_seq_lens_q, max_length_q), None
@@ -81,9 +87,7 @@ def _text_by_text(
     shared, texts = query.shape[1] != key.shape[1], []
     for start, stop in pairwise(bounds):
         q, k, v = (x[:, :, start:stop] for x in (query, key, value))
-        texts.append(
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared)
-        )
+        texts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared))
     return torch.cat(texts, dim=2).transpose(1, 2)
 
 

@@ -12,6 +12,7 @@ from reflux.models.adapter_source import base_of, is_adapter
 from reflux.models.context_window import context_tokens
 from reflux.models.gguf_header import is_gguf, read_gguf
 from reflux.models.locations import local_folder, locate
+from reflux.models.text_shape import TextShape, shape_of
 from reflux.models.weight_files import check_files, read_header, read_json, weight_files
 
 # folders of a Stable Diffusion 3 model that are never trained
@@ -40,6 +41,8 @@ class Size:
     macs: int | None = None
     # number of patches of a flow model's image
     patches: int | None = None
+    # what a text model needs per token; None for flow models and where the config has other keys
+    shape: TextShape | None = None
     # bytes of the text encoders and the decoder of a flow model, of which a run holds one copy
     beside_bytes: int = 0
 
@@ -69,7 +72,8 @@ def size_of(model: str, path: str, pixels: int = 0, base: str | None = None) -> 
     counted = _headers(folder, path)
     architecture = (config.get("architectures") or [config.get("model_type", "?")])[0]
     window = context_tokens(config) or context_tokens(config.get("text_config", {}))
-    found = Size(model, architecture, context_tokens=window)
+    shape = shape_of(config.get("text_config", config), _names(folder, path))
+    found = Size(model, architecture, context_tokens=window, shape=shape)
     return (
         found
         if counted is None
@@ -129,6 +133,12 @@ def _decoder_factor(source: Path | None, path: str) -> int | None:
     """Pixels per side of one latent value; None where the decoder's config is not on this machine."""
     file = source and source / "vae" / "config.json"
     return 2 ** (len(read_json(file, path)["block_out_channels"]) - 1) if file and file.is_file() else None
+
+
+def _names(folder: Path, path: str) -> list[str]:
+    """The names of all tensors in the weight files that are here."""
+    files = (file for file in weight_files(folder, path) if file.exists())
+    return [name for file in files for name in read_header(file, path)]
 
 
 def _headers(folder: Path, path: str) -> tuple[int, int] | None:

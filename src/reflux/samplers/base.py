@@ -54,6 +54,11 @@ class SamplerPart(Part, Protocol):
         return 1.0
 
     @property
+    def cache_tokens(self) -> int:
+        """The most tokens that a key-value cache of the sampler holds; 0 without such a cache."""
+        return 0
+
+    @property
     def overlaps(self) -> bool:
         """True if other tasks run in the event loop during its model calls. The model calls then run outside
         the loop's thread.

@@ -112,6 +112,10 @@ class HF(SamplerPart):
         return self.dtype
 
     @property
+    def cache_tokens(self) -> int:
+        return self.batch_tokens
+
+    @property
     def exact_rng(self) -> bool:
         return self.turns == "together"
 

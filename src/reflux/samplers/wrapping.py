@@ -41,6 +41,10 @@ class WrappingSampler(SamplerPart, Protocol):
         return self._inner.precision
 
     @property
+    def cache_tokens(self) -> int:
+        return self._inner.cache_tokens
+
+    @property
     def overlaps(self) -> bool:
         return self._inner.overlaps
 

@@ -33,8 +33,9 @@ class SelfTeacherEngine(InProcessTeacher):
     def __init__(
         self, cfg: SelfTeacher, context: PartContext, services: Services, model: Model, renderer: Renderer
     ):
-        super().__init__(cfg, context, services, model, renderer)
+        # `precision` reads it
         self.cfg = cfg
+        super().__init__(cfg, context, services, model, renderer)
         self.version: int | None = None
 
     @classmethod
