@@ -45,7 +45,7 @@ samplers.references     generate
 samplers.flow           steps=10 noise_level=0.7 guidance=1.0 eval_steps=40 max_denoising_steps=None pixels=0 batch_images=64 dtype='auto'
                         device='auto'
 samplers.teacher_samples generate positions=10
-teachers.local          model base_model=None context alias=None routes=() batch_tokens=32768 dtype='auto' device='auto' device_map=None attention=None
+teachers.local          model base_model=None context alias=None routes=() batch_tokens=32768 dtype='auto' device='auto' device_map=None offload=False attention=None
                         trust_remote_code=False system=None template={}
 teachers.self           follow='ema' ema=0.05 step=0 context alias=None routes=() batch_tokens=32768 autocast='auto' device='auto'
                         attention=None
@@ -75,7 +75,7 @@ extrapolation.extrapolate
                         max_tokens=None include=('attn','attention','mlp','ffn','.ff','feed_forward')
 learners.hf             model base_model=None system=None template={} prompt_suffix=None lr=1e-06 betas=(0.9,0.999) eps=1e-08 weight_decay=0.0
                         clip=1.0 min_grad_norm=1e-06
-                        micro_batch_tokens='auto' lora=None gradient_checkpointing=False autocast='auto' device='auto'
+                        micro_batch_tokens='auto' lora=None gradient_checkpointing=False compile=False autocast='auto' device='auto'
                         attention=None trust_remote_code=False
 learners.flow           model lr=0.0003 betas=(0.9,0.999) eps=1e-08 weight_decay=0.0001 clip=1.0 min_grad_norm=0.001 micro_batch=64
                         adapter=None merge=None lora=None average=None gradient_checkpointing=False autocast='auto' device='auto'

@@ -126,7 +126,7 @@ async def alone_and_together(table: str, opened: Any, groups: Sequence[Group], h
     together = await opened.score(requests)
     alone = [(await opened.score([request]))[0] for request in requests]
     # On a GPU a teacher may compute in 16 bits and give its last states in 32.
-    gaps, narrow = [], opened.model.device.type != "cpu"
+    gaps, narrow = [], heads[opened.head].device.type != "cpu"
     for rollout, one, other in zip(rollouts, together, alone, strict=True):
         if one.target is None or other.target is None:
             continue

@@ -76,6 +76,8 @@ class HF(LearnerPart):
     micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     lora: Lora | None = None
     gradient_checkpointing: bool = False
+    # True: torch.compile of each layer. The first steps take minutes more; it needs a C++ compiler.
+    compile: bool = False
     # "auto": bfloat16 on a GPU.
     autocast: Literal["auto", "off"] = "auto"
     device: Device = "auto"

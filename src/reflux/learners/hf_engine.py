@@ -22,6 +22,7 @@ from reflux.loss.aggregate import Result
 from reflux.loss.batch import Item, micro_batches
 from reflux.loss.term import LossTerm
 from reflux.models import lora
+from reflux.models.compiled import compile_layers
 from reflux.models.packed_attention import attending_packed, why_padded
 from reflux.models.savable import check_savable, mend_generation_config
 from reflux.models.text import Model, load_model, parameter_count
@@ -56,6 +57,8 @@ class HFLearner(GradientLearner):
             lora.attach(model, cfg.lora, seed=seed_of(context.seed, "lora"))
         if cfg.gradient_checkpointing:
             recompute_activations(model.net)
+        if cfg.compile:
+            services.listener.noted(f"{compile_layers(model.net)} layers are compiled in the first steps")
         super().__init__(cfg, context, services, model.net)
         self.budget = self._budget()
         # "" where rows are packed, else the reason for padding

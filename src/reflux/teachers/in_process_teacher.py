@@ -59,6 +59,10 @@ class InProcessTeacher:
         # "" where rows are packed, else the reason for padding
         self.padded_because = why_padded(model, self.precision())
 
+    def here(self) -> AbstractContextManager[Any]:
+        """The context in which the model's weights are on its device."""
+        return nullcontext()
+
     def precision(self) -> AbstractContextManager[Any]:
         """The context that the forward passes run in."""
         return nullcontext()
@@ -73,6 +77,10 @@ class InProcessTeacher:
         return await self.services.run_model(self._score, list(requests))
 
     def _score(self, requests: list[TeacherRequest]) -> list[TeacherAnswer]:
+        with self.here():
+            return self._scored(requests)
+
+    def _scored(self, requests: list[TeacherRequest]) -> list[TeacherAnswer]:
         started = time.perf_counter()
         inputs = [self._sequence(request) for request in requests]
         order = sorted(range(len(requests)), key=lambda i: -len(inputs[i][0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -20,6 +21,7 @@ from reflux.types import HiddenTarget, Rollout, TokenRollout
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
+    from reflux.config.recipe import RunConfig
     from reflux.runtime.services import Services
 
 
@@ -54,6 +56,8 @@ class Local(TeacherPart):
     device: Device = "auto"
     # Placement by accelerate, for example "auto" to offload to the CPU.
     device_map: str | None = None
+    # True: the weights, except the output head's, are on the CPU while the teacher is not scoring.
+    offload: bool = False
     # The `attn_implementation` argument of transformers.
     attention: str | None = None
     trust_remote_code: bool = False
@@ -61,6 +65,14 @@ class Local(TeacherPart):
     system: str | None = None
     # Chat-template arguments. Used only for contexts that change the messages.
     template: dict[str, Any] = Field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.offload and self.device_map:
+            raise ValueError("device_map already says where the weights are. Leave it or offload out")
+
+    def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        if self.offload and self.device == "cpu":
+            yield f"{where}.offload has no effect, because the teacher's device is the CPU."
 
     def inputs(self, where: str) -> None:
         look_for_text(self.model, f"{where}.model", self.base_model)

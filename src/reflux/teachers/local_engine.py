@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import AbstractContextManager, asynccontextmanager, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reflux.models.chat.token_map import check_same_tokens
+from reflux.models.parking import Parked, to_device
 from reflux.models.text import Model, load_model, load_tokenizer
 from reflux.teachers.in_process_teacher import InProcessTeacher
 
@@ -33,6 +34,21 @@ class LocalTeacher(InProcessTeacher):
             model.renderer(cfg.system, cfg.template, context.student.prompt_suffix),
             frozen=frozen,
         )
+        self.parked = self._parked() if cfg.offload else None
+
+    def _parked(self) -> Parked | None:
+        """The parked weights; None on a CPU, where the weights are already."""
+        device = self.model.device
+        if device.type == "cpu":
+            self.services.listener.noted(
+                f"teachers.{self.context.name}.offload has no effect, because the teacher is on the CPU"
+            )
+            return None
+        net = self.model.net
+        return Parked(net, list(net.get_output_embeddings().parameters()), to_device(device))
+
+    def here(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.parked is None else self.parked.here()
 
     @classmethod
     @asynccontextmanager
