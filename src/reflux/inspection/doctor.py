@@ -7,22 +7,24 @@ denoising steps, within a stated bound.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from reflux import checks
 from reflux.config.recipe import RunConfig, part_context
 from reflux.config.step_context import SamplingParams
-from reflux.evals import flow_findings, text_findings, tokenizer_findings
+from reflux.evals import flow_findings, memory_findings, text_findings, tokenizer_findings
 from reflux.evals.evaluation import Evaluation
 from reflux.evals.finding import Finding
 from reflux.evals.preflight import Preflight
 from reflux.loop import open_parts
 from reflux.runtime.services import Services
+from reflux.teachers.collection import Teachers
 from reflux.types import FlowRollout, Group
 
 # the most positions of a sampled answer
@@ -51,11 +53,27 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
             preflight = Preflight(replace(cfg, skip_checks=()), asked, learner, teachers, Path())
             async for finding in preflight.findings(prompts, group):
                 yield finding
+            if not flow:
+                for finding in _on_memory(learner, teachers):
+                    yield finding
             groups = await _attempts(asked, prompts)
             await _judge(asked, groups)
             await teachers.score(groups, asked.step_context)
             for name in sorted(set(teachers.tables.values())):
                 yield (flow_findings if flow else text_findings).alive(name, learner, groups)
+
+
+def _on_memory(learner: Any, teachers: Teachers) -> Iterator[Finding]:
+    """Findings about the memory of a text learner of this package, and of the teachers in this process."""
+    from reflux.learners.device_memory import memory_of
+    from reflux.learners.hf_engine import HFLearner
+    from reflux.teachers.in_process_teacher import InProcessTeacher
+
+    if isinstance(learner, HFLearner):
+        opened = {f"teacher '{table}'": pair[1] for table, pair in teachers.opened.items()}
+        reading = {name: each for name, each in opened.items() if isinstance(each, InProcessTeacher)}
+        yield memory_findings.rows({"the learner": learner, **reading})
+        yield from memory_findings.memory(learner, memory_of(learner.model.device))
 
 
 async def _attempts(asked: Evaluation, prompts: int) -> list[Group]:

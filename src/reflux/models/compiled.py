@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from reflux.errors import ModelError
 
-# programs that torch may compile for one layer's code: layers of one class share them
-_PROGRAMS = 64
 
+def compile_layers(net: Any, backend: str | Callable[..., Any] = "inductor") -> int:
+    """Compile the forward pass of every layer in place, for any number of tokens. Layers of one class share
+    the compiled program. Returns the number of layers.
 
-def compile_layers(net: Any, backend: str = "inductor") -> int:
-    """Compile the forward pass of every layer in place, for any number of tokens. Returns the number of
-    layers. backend: of torch.compile. ModelError if the class of the layers is not known.
+    backend: of torch.compile. ModelError if the class of the layers is not known.
     """
-    import torch
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [module for module in net.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -23,7 +22,6 @@ def compile_layers(net: Any, backend: str = "inductor") -> int:
             f"learner.compile: the layers of {type(net).__name__} are not of the class by which transformers "
             "marks layers. Leave learner.compile out."
         )
-    torch._dynamo.config.recompile_limit = max(_PROGRAMS, torch._dynamo.config.recompile_limit)
     for layer in layers:
         layer.compile(backend=backend, dynamic=True)
     return len(layers)

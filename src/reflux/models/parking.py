@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 
 class Parked:
-    """A frozen net whose weights are on the device only within `here`. stay: parameters that are always on the
-    device, such as those of the output head, which the loss reads later. move: copies a weight to the device.
+    """A frozen net whose weights are on the device only within `here`.
+
+    stay: parameters that are always on the device, such as those of the output head, which the loss reads
+    later. move: copies a weight to the device.
 
     The weights on the CPU are kept, in pinned memory where the device is a GPU. So leaving `here` copies
     nothing; it only frees the device's copies.

@@ -1,0 +1,42 @@
+"""The plan's estimate of the memory that a run takes while it works."""
+
+from __future__ import annotations
+
+import pytest
+
+from reflux.cli.show import show_plan
+from reflux.config.recipe import load_recipe
+from reflux.inspection.plan import plan
+
+# the embedded student: 16 attempts x 4 of at most 64 tokens, prompts as long as answers
+TOKENS = 64 * 2 * 64
+
+
+def test_a_micro_batch_holds_what_it_may_and_at_most_the_whole_step() -> None:
+    found = plan(load_recipe("quickstart"))
+    assert [each.device for each in found.working] == ["GPU", "CPU"]
+    shape = found.student.shape
+    assert shape is not None
+    gpu, cpu = found.working
+    assert gpu.activations == TOKENS * shape.activation_bytes(narrow=True, recomputed=False)
+    assert cpu.activations == TOKENS * shape.activation_bytes(narrow=False, recomputed=False)
+    assert gpu.cache == cpu.cache == TOKENS * shape.cache_bytes(4)
+    assert gpu.peak == max(gpu.cache, gpu.activations + gpu.loss)
+
+
+@pytest.mark.parametrize(("key", "value"), [("micro_batch_tokens", 512), ("gradient_checkpointing", True)])
+def test_the_keys_that_save_memory_are_counted(key: str, value: object) -> None:
+    whole = plan(load_recipe("quickstart")).working
+    less = plan(load_recipe("quickstart", {f"learner.{key}": value})).working
+    assert all(one.activations < other.activations for one, other in zip(less, whole, strict=True))
+
+
+def test_images_have_no_estimate() -> None:
+    assert plan(load_recipe("flow")).working == []
+
+
+def test_the_command_prints_one_line_for_each_device(capsys: pytest.CaptureFixture[str]) -> None:
+    show_plan("quickstart", [])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "working, GPU at most about" in text
+    assert "working, CPU at most about" in text
