@@ -78,7 +78,7 @@ def _by_kernel(
         enable_gqa=shared,
     )
     assert isinstance(out_NAD, Tensor)
-    return out_NAD[None, ..., :width]
+    return out_NAD[None, ..., :width].contiguous()
 
 
 def _text_by_text(
@@ -88,7 +88,7 @@ def _text_by_text(
     for start, stop in pairwise(bounds):
         q, k, v = (x[:, :, start:stop] for x in (query, key, value))
         texts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared))
-    return torch.cat(texts, dim=2).transpose(1, 2)
+    return torch.cat(texts, dim=2).transpose(1, 2).contiguous()
 
 
 @contextmanager

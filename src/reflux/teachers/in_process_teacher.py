@@ -143,7 +143,9 @@ class InProcessTeacher:
         """Check that all hidden states are finite, and that the log-probs of one row are not NaN. One row is
         enough: a head that gives NaN for one row gives NaN for all rows.
         """
-        bad = [index for index, h_TH in enumerate(states) if not h_TH.isfinite().all()]
+        # One read for all texts, because a GPU waits at each.
+        finite = torch.stack([h_TH.isfinite().all() for h_TH in states]).tolist()
+        bad = [index for index, right in enumerate(finite) if not right]
         if not bad and self.model.head.logits(states[0][:1]).float().log_softmax(-1).isnan().any():
             bad = [0]
         for index in bad[:1]:
