@@ -70,6 +70,36 @@ def test_the_teacher_says_what_its_model_says_along_the_students_tokens(
         np.testing.assert_allclose(target.logp_T, logp_TV[range(spoken.length), spoken.tokens_T], atol=1e-4)
 
 
+def test_a_teacher_that_exceeds_the_memory_reads_less_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard, fits = tiny.Heard(), 24
+    teacher = LocalTeacher(
+        Local("m", batch_tokens=100),
+        tiny.context(Requirements(logp=True)),
+        tiny.services(listener=heard),
+        as_model(tiny.net(2), character_tokenizer()),
+    )
+    whole, again = ([Attempt(rollout(n, seed=n)) for n in (9, 4, 6, 12)] for _ in range(2))
+    score(teacher, whole)
+    read = teacher._read
+
+    def bounded(requests: Any, inputs: Any) -> Any:
+        if len(inputs) * max(len(sequence) for sequence, _ in inputs) > fits:
+            raise torch.OutOfMemoryError("out of memory")
+        return read(requests, inputs)
+
+    monkeypatch.setattr(teacher, "_read", bounded)
+    score(teacher, again)
+    for one, other in zip(whole, again, strict=True):
+        np.testing.assert_allclose(one.target("main").logp_T, other.target("main").logp_T, atol=1e-5)
+    assert [note.split(" from")[0] for note in heard.notes] == [
+        "teachers.main.batch_tokens: 50",
+        "teachers.main.batch_tokens: 25",
+    ]
+    fits = 3
+    with pytest.raises(ModelError, match="one text of 16 tokens does not fit"):
+        score(teacher, [Attempt(rollout(12, seed=12))])
+
+
 def test_log_probs_and_candidates_are_made_only_where_wanted() -> None:
     from dataclasses import replace
 

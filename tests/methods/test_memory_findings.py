@@ -25,8 +25,6 @@ class Device:
     def taken_bytes(self) -> int:
         return 3_000_000 + 2_000 * self.tokens
 
-    def release(self) -> None: ...
-
 
 def found(free: int, monkeypatch: pytest.MonkeyPatch) -> Any:
     device, learner, passes = Device(free), tiny.learner(tiny.net(1)), memory_findings._pass

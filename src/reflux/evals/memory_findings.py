@@ -13,8 +13,8 @@ from reflux.kernels.budget import table_bytes
 from reflux.models.text_shape import shape_of
 
 if TYPE_CHECKING:
-    from reflux.learners.device_memory import DeviceMemory
     from reflux.learners.hf_engine import HFLearner
+    from reflux.models.device_memory import DeviceMemory
 
 # tokens of the measured passes, and of each of their texts
 _TOKENS, _TEXT = (512, 1024), 128

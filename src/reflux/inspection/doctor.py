@@ -65,8 +65,8 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
 
 def _on_memory(learner: Any, teachers: Teachers) -> Iterator[Finding]:
     """Findings about the memory of a text learner of this package, and of the teachers in this process."""
-    from reflux.learners.device_memory import memory_of
     from reflux.learners.hf_engine import HFLearner
+    from reflux.models.device_memory import memory_of
     from reflux.teachers.in_process_teacher import InProcessTeacher
 
     if isinstance(learner, HFLearner):

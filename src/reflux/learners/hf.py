@@ -113,7 +113,7 @@ class HF(LearnerPart):
         return self.lora is None
 
     def activation_bytes(self, shape: TextShape, gpu: bool, tokens: int) -> int:
-        from reflux.learners.micro_budget import FIXED, busy_tokens
+        from reflux.models.token_budget import FIXED, busy_tokens
 
         found = busy_tokens(shape.width) if gpu else FIXED
         most = found if self.micro_batch_tokens == "auto" else self.micro_batch_tokens

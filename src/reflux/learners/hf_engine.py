@@ -14,18 +14,18 @@ from torch import Tensor
 
 from reflux.config.step_context import seed_of
 from reflux.errors import ModelError
-from reflux.learners.device_memory import memory_of
 from reflux.learners.gradient_learner import GradientLearner
-from reflux.learners.micro_budget import FIRST, FIXED, MicroBudget, busy_tokens
 from reflux.loss import token_loss
 from reflux.loss.aggregate import Result
 from reflux.loss.batch import Item, micro_batches
 from reflux.loss.term import LossTerm
 from reflux.models import lora
 from reflux.models.compiled import compile_layers
+from reflux.models.device_memory import memory_of
 from reflux.models.packed_attention import attending_packed, why_padded
 from reflux.models.savable import check_savable, mend_generation_config
 from reflux.models.text import Model, load_model, parameter_count
+from reflux.models.token_budget import FIRST, FIXED, TokenBudget, busy_tokens
 from reflux.models.training_mode import quiet_dropout, recompute_activations
 from reflux.types import Attempt, Group, Target
 
@@ -68,16 +68,19 @@ class HFLearner(GradientLearner):
     def packs(self) -> bool:
         return not self.padded_because
 
-    def _budget(self) -> MicroBudget:
+    def _budget(self) -> TokenBudget:
         """The tokens of a micro-batch. They are measured where that is faster and need not repeat exactly."""
         asked, device, note = self.cfg.micro_batch_tokens, self.model.device, self.services.listener.noted
+        key = f"learner.{_TOKENS}"
         if asked != "auto":
-            return MicroBudget(asked, asked, None, note)
+            return TokenBudget(key, note, asked)
         if device.type == "cpu":
-            return MicroBudget(FIXED, FIXED, None, note)
+            return TokenBudget(key, note, FIXED)
         most = busy_tokens(self.model.net.get_input_embeddings().weight.shape[-1])
         exact = torch.are_deterministic_algorithms_enabled()
-        return MicroBudget(most if exact else FIRST, most, None if exact else memory_of(device), note)
+        return (
+            TokenBudget(key, note, most) if exact else TokenBudget(key, note, FIRST, most, memory_of(device))
+        )
 
     @classmethod
     @asynccontextmanager

@@ -21,6 +21,7 @@ from reflux.models.cut import cut
 from reflux.models.packed_attention import attending_packed, why_padded
 from reflux.models.text import Model, parameter_count
 from reflux.models.text_rows import packed, padded
+from reflux.models.token_budget import TokenBudget
 from reflux.teachers.base import Teacher, TeacherRequest, alias_of
 from reflux.types import HiddenTarget, TeacherAnswer, TokenRollout, TopKTarget
 
@@ -52,8 +53,10 @@ class InProcessTeacher:
         """frozen: False for a model that something else trains."""
         if frozen:
             model.net.requires_grad_(False)
-        self.batch_tokens, self.context, self.services = cfg.batch_tokens, context, services
+        self.context, self.services = context, services
         self.name, self.model, self.renderer = alias_of(context.name, cfg), model, renderer
+        key = f"teachers.{context.name}.batch_tokens"
+        self.budget = TokenBudget(key, services.listener.noted, cfg.batch_tokens)
         self.macs = parameter_count(model.net)
         self.head = services.heads.add(f"teachers.{context.name}", model.head)
         # "" where rows are packed, else the reason for padding
@@ -83,16 +86,31 @@ class InProcessTeacher:
     def _scored(self, requests: list[TeacherRequest]) -> list[TeacherAnswer]:
         started = time.perf_counter()
         inputs = [self._sequence(request) for request in requests]
-        order = sorted(range(len(requests)), key=lambda i: -len(inputs[i][0]))
-        answers: dict[int, TeacherAnswer] = {}
-        lengths = [len(inputs[i][0]) for i in order]
-        for part in cut(lengths, lambda: self.batch_tokens, not self.padded_because):
-            chunk = order[part]
-            answers |= zip(
-                chunk, self._read([requests[i] for i in chunk], [inputs[i] for i in chunk]), strict=True
-            )
+        longest = max((len(sequence) for sequence, _ in inputs), default=0)
+        while (answers := self._all_read(requests, inputs)) is None:
+            if not self.budget.halve(longest):
+                raise ModelError(
+                    f"teachers.{self.name}: one text of {longest} tokens does not fit into the memory of the "
+                    "device beside the models. Lower sampler.max_tokens, or use dtype = 'bfloat16'."
+                )
         seconds = (time.perf_counter() - started) / max(1, len(requests))
         return [replace(answers[i], seconds=seconds) for i in range(len(requests))]
+
+    def _all_read(
+        self, requests: list[TeacherRequest], inputs: list[tuple[np.ndarray, int]]
+    ) -> dict[int, TeacherAnswer] | None:
+        """The answers by the index of the request; None if the memory of the device was exceeded."""
+        order = sorted(range(len(requests)), key=lambda i: -len(inputs[i][0]))
+        lengths = [len(inputs[i][0]) for i in order]
+        answers: dict[int, TeacherAnswer] = {}
+        try:
+            for part in cut(lengths, lambda: self.budget.tokens, not self.padded_because):
+                chunk = order[part]
+                read = self._read([requests[i] for i in chunk], [inputs[i] for i in chunk])
+                answers |= zip(chunk, read, strict=True)
+        except torch.OutOfMemoryError:
+            return None
+        return answers
 
     def _sequence(self, request: TeacherRequest) -> tuple[np.ndarray, int]:
         """The teacher's token ids, and the index where the response starts. The last token is left out,

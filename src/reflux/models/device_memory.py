@@ -1,4 +1,4 @@
-"""The memory of a device, as the learner asks for it."""
+"""The memory of a device, as token budgets ask for it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,6 @@ class DeviceMemory(Protocol):
         """The most bytes that were in use at the same time since `begin`, above those in use then."""
         ...
 
-    def release(self) -> None:
-        """Give back what torch keeps for later and does not use."""
-        ...
-
 
 class CudaMemory:
     """The memory of one GPU. What torch holds and does not use counts as free."""
@@ -42,9 +38,6 @@ class CudaMemory:
 
     def taken_bytes(self) -> int:
         return torch.cuda.max_memory_allocated(self.device) - self._before
-
-    def release(self) -> None:
-        torch.cuda.empty_cache()
 
 
 def memory_of(device: torch.device) -> DeviceMemory | None:

@@ -14,8 +14,8 @@ import tiny
 from reflux.assets.characters import character_tokenizer
 from reflux.errors import ModelError
 from reflux.learners.hf_engine import HFLearner
-from reflux.learners.micro_budget import FIXED, MicroBudget, busy_tokens
 from reflux.models.text import as_model
+from reflux.models.token_budget import FIXED, TokenBudget, busy_tokens
 from reflux.objectives.divergence import Divergence
 from tiny import attempt, gradients, rollout
 
@@ -25,7 +25,7 @@ class Device:
 
     def __init__(self, capacity: int, each: int = 10, fixed: int = 0):
         self.capacity, self.each, self.fixed = capacity, each, fixed
-        self.tokens, self.released = 0, 0
+        self.tokens = 0
 
     def free_bytes(self) -> int:
         return self.capacity
@@ -35,14 +35,11 @@ class Device:
     def taken_bytes(self) -> int:
         return self.fixed + self.each * self.tokens
 
-    def release(self) -> None:
-        self.released += 1
-
 
 def grown(device: Device, first: int, most: int, steps: int = 12) -> tuple[list[int], list[str]]:
     """The budgets of some micro-batches, each as large as the budget lets it be, and the notes."""
     notes: list[str] = []
-    budget, sizes = MicroBudget(first, most, device, notes.append), []
+    budget, sizes = TokenBudget("learner.micro_batch_tokens", notes.append, first, most, device), []
     for _ in range(steps):
         sizes.append(budget.tokens)
         device.tokens = budget.tokens
@@ -69,6 +66,23 @@ def test_what_does_not_fit_is_never_tried(fixed: int) -> None:
     assert "more do not fit" in notes[0]
 
 
+def test_the_first_passes_and_small_parts_are_no_limit() -> None:
+    """The first passes allocate the gradients. A part of few tokens takes much a token, for fixed reasons."""
+    device, notes = Device(100_000), list[str]()
+    budget = TokenBudget("", notes.append, 1024, 4096, device)
+    device.tokens = 9_000
+    with budget.measuring(1024):
+        pass
+    assert (budget.tokens, budget.settled) == (1024, False)
+    with budget.measuring(3):
+        pass
+    assert (budget.tokens, budget.settled) == (1024, False)
+    device.tokens = 1024
+    with budget.measuring(1024):
+        pass
+    assert (budget.tokens, notes) == (2048, [])
+
+
 def test_small_models_have_larger_micro_batches() -> None:
     assert [busy_tokens(width) for width in (256, 1024, 4096)] == [16384, 4096, 4096]
 
@@ -89,7 +103,7 @@ def learner(device: Device, tokens: int, most: int) -> tuple[HFLearner, list[int
         return result
 
     opened.backward = backward  # type: ignore[method-assign]
-    opened.budget = MicroBudget(tokens, most, device, lambda text: None)
+    opened.budget = TokenBudget("", lambda text: None, tokens, most, device)
     return opened, sizes
 
 
@@ -120,7 +134,6 @@ def test_after_memory_is_exceeded_the_whole_batch_begins_again() -> None:
     close(whole(), gradients(opened, groups(), [Divergence()]))
     assert opened.budget.tokens == 25
     assert max(sizes) * 10 <= 400
-    assert device.released == 3
     stats = tiny.move(opened, groups(), [Divergence()])
     assert stats["tokens_trained"].value == 41
 
