@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+# makes the device of the suite known to the process
+import device  # noqa: F401
 from reflux.config.context import PartContext
 from reflux.config.step_context import StepContext
 from reflux.contexts.base import TeacherPrompt

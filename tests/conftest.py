@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -14,11 +15,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from device import DEVICE
+from device import ON_GPU
 
 # Also in the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
-if DEVICE == "cpu":
+if ON_GPU:
+    # Read when cuBLAS is used first, which a test without `deterministic` may do.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+else:
     # Device "auto" is then the CPU on every machine.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -55,14 +59,26 @@ class Done:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products are slower on two threads, and the order of sums must not vary."""
+def one_way_to_compute() -> Iterator[None]:
+    """Tiny products are slower on two threads, and the order of sums must not vary. Products of float32 are
+    made in float32 also on a GPU.
+    """
     import torch
 
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def not_deterministic() -> Iterator[None]:
+    """A run with `deterministic` sets it for the process, and some models have no such algorithms."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from device import DEVICE
+from device import ON_GPU
 from reflux.kernels import triton_launch
 
 
@@ -19,7 +19,7 @@ def interpreted(block: int = 32) -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_launch, "BLOCK", block)
-        if DEVICE == "cpu":
+        if not ON_GPU:
             patch.setenv("TRITON_INTERPRET", "1")
             import triton.language
             from triton.runtime.interpreter import InterpretedFunction

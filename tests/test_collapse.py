@@ -35,7 +35,7 @@ def test_the_teacher_is_flat_from_the_drawn_position_on_and_as_it_was_before() -
         before = made.target("main")
         start = collapse.collapse(NOW, f"p{seed}", 0, 20)
         after = collapse.flatten(made.rollout, made.answers["main"], 0.25, NOW, tiny.HEADS).target
-        logits = [tiny.HEADS[target.head].logits(target.h_TH).detach() for target in (before, after)]  # type: ignore[union-attr]
+        logits = [tiny.HEADS[target.head].logits(target.h_TH).detach().cpu() for target in (before, after)]  # type: ignore[union-attr]
         np.testing.assert_array_equal(logits[1][:start], logits[0][:start])
         np.testing.assert_allclose(logits[1][start:], logits[0][start:] * 0.25, rtol=1e-4, atol=1e-6)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
+from device import exactly, here
 from reflux.assets.characters import character_tokenizer
 from reflux.config.context import Generation, Numbers, PartContext, StudentSpec
 from reflux.config.recipe import RunConfig, load_recipe
@@ -99,7 +100,7 @@ def net(seed: int, *, layers: int = 1, width: int = 32, padded_rows: int = 0, li
         embedding[END, 0] += lift
         # padded rows would be chosen always, were they not cut off
         embedding[tokens:, 0] += 6.0
-    return model.eval()
+    return here(model.eval())
 
 
 def save(model: Any, folder: Path) -> str:
@@ -114,9 +115,11 @@ def config(recipe: str, student: str, teacher: str, **overrides: Any) -> RunConf
     """
     limit = "sampler.generate.max_tokens" if recipe == "sft" else "sampler.max_tokens"
     changes: dict[str, Any] = {**SCALE, "learner.model": student, limit: 12}
-    tables = load_recipe(recipe).teachers.items()
+    shipped = load_recipe(recipe)
+    tables = shipped.teachers.items()
     changes |= {f"teachers.{name}.model": teacher for name, table in tables if isinstance(table, Local)}
-    return load_recipe(recipe, changes | {key.replace("__", "."): value for key, value in overrides.items()})
+    named = {key.replace("__", "."): value for key, value in overrides.items()}
+    return load_recipe(recipe, changes | exactly(shipped, named) | named)
 
 
 class AllHeads(Heads):
@@ -185,7 +188,7 @@ def evaluation(
 
 def learner(model: Any, **fields: Any) -> HFLearner:
     """An open learner without a run directory; its optimiser does not move, and gradients stay unclipped."""
-    table = {"model": "tiny", "lr": 0.0, "clip": 1e12} | fields
+    table = {"model": "tiny", "lr": 0.0, "clip": 1e12, "autocast": "off"} | fields
     part = HFLearnerPart(**table)
     return HFLearner(part, context(name="learner"), services(), as_model(model, character_tokenizer()))
 
@@ -243,10 +246,11 @@ def hidden(model: Model, spoken: TokenRollout, name: str = "main") -> HiddenTarg
     """The word of a teacher along a rollout."""
     ids = np.concatenate([spoken.prompt_tokens, spoken.tokens_T[:-1]])
     with torch.inference_mode():
-        h_LH = model.trunk(input_ids=torch.from_numpy(ids)[None], use_cache=False).last_hidden_state[0]
+        ids_1L = torch.from_numpy(ids)[None].to(model.device)
+        h_LH = model.trunk(input_ids=ids_1L, use_cache=False).last_hidden_state[0]
     return HiddenTarget(
         teacher=name,
-        h_TH=h_LH[len(spoken.prompt_tokens) - 1 :].clone(),
+        h_TH=h_LH[len(spoken.prompt_tokens) - 1 :].to("cpu", copy=True),
         head=HEADS.add(f"head {id(model.head)}", model.head),
     )
 
@@ -284,7 +288,7 @@ def plainly(attempts: Iterable[Attempt]) -> list[tuple[Attempt, TeacherPrompt]]:
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Bit for bit."""
     return one.keys() == other.keys() and all(
-        torch.equal(*map(torch.as_tensor, (one[name], other[name]))) for name in one
+        torch.equal(*(torch.as_tensor(values[name]).cpu() for values in (one, other))) for name in one
     )
 
 

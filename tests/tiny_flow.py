@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from device import here
 from reflux.models.flow.diffusers_library import library
 from reflux.models.flow.flow_model import FlowModel
 from reflux.models.flow.net import FlowNet, PromptTable
@@ -38,7 +39,7 @@ def model(
     scale: float = 1.0,
     **scheduler: Any,
 ) -> FlowModel:
-    """SD3Transformer2DModel from random numbers with a prompt table, float32, on the CPU. `scheduler`: fields
+    """SD3Transformer2DModel from random numbers with a prompt table, float32. `scheduler`: fields
     of its config, such as shift=3.0.
 
     Velocities are of size 1 and depend on state, time and prompt. scale: of the output layer.
@@ -67,7 +68,7 @@ def model(
                 value.normal_(0, 1.0 if "prompts" in name else value[0].numel() ** -0.5, generator=rng)
         transformer.proj_out.weight.mul_(scale)
     config = dict(library().FlowMatchEulerDiscreteScheduler(**{"shift": 1.0, **scheduler}).config)
-    return FlowModel(net.eval(), config, table, None, "tiny", torch.float32)
+    return FlowModel(here(net.eval()), config, table, None, "tiny", torch.float32)
 
 
 def save(folder: Path, seed: int, dtype: torch.dtype = torch.float32, **fields: Any) -> str:
@@ -192,9 +193,8 @@ def _trajectory(
     """States, log-densities and velocities of a trajectory whose first state and noise are `noise_SD`."""
     x_SD, logp_T, v_TD = noise_SD.copy(), np.zeros(len(t_S) - 1, np.float32), np.zeros_like(noise_SD[1:])
     for i, (t, dt) in enumerate(zip(t_S[:-1].tolist(), np.diff(t_S).tolist(), strict=True)):
-        v_TD[i] = drawn_by.velocity(torch.from_numpy(x_SD[i : i + 1]), torch.tensor([t]), [text], guidance)[
-            0
-        ].numpy()
+        x_1D, t_1 = torch.from_numpy(x_SD[i : i + 1]), torch.tensor([t])
+        v_TD[i] = drawn_by.velocity(x_1D, t_1, [text], guidance)[0].cpu().numpy()
         mean_D, std = step_moments(x_SD[i], v_TD[i], t, dt, noise_level)
         x_SD[i + 1] = mean_D + std * noise_SD[i + 1]
         logp_T[i] = step_logp(x_SD[i + 1], mean_D, std) if noise_level else 0.0
@@ -218,5 +218,5 @@ def velocities(of: FlowModel, along: Any, name: str = "main") -> VelocityTarget:
     text = along.prompt.messages[-1]["content"]
     for i in np.flatnonzero(along.mask_T):
         x_1D, t_1 = torch.from_numpy(along.x_SD[i : i + 1]), torch.from_numpy(along.t_S[i : i + 1])
-        v_TD[i] = of.velocity(x_1D, t_1, [text], along.guidance)[0].numpy()
+        v_TD[i] = of.velocity(x_1D, t_1, [text], along.guidance)[0].cpu().numpy()
     return VelocityTarget(teacher=name, v_TD=v_TD)

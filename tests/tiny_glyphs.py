@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import tiny_flow
+from device import exactly
 from reflux.config.recipe import RunConfig, load_recipe
 from reflux.config.requirements import Requirements
 from reflux.tasks.glyphs import Glyphs
@@ -66,7 +67,8 @@ def config(recipe: str, known: Models, **overrides: Any) -> RunConfig:
     changes |= {f"evals.{name}": SIZES[name] for name in shipped.evals}
     if shipped.learner.merge:
         changes["learner.merge.models"] = [known["digits"], known["counts"]]
-    return load_recipe(recipe, changes | {key.replace("__", "."): value for key, value in overrides.items()})
+    named = {key.replace("__", "."): value for key, value in overrides.items()}
+    return load_recipe(recipe, changes | exactly(shipped, named) | named)
 
 
 def glyphs(number: int) -> list[Prompt]:

@@ -17,7 +17,7 @@ from reflux.extrapolation.score import CurrentScore, scorer
 from reflux.learners.base import OpenLearner
 from reflux.learners.learning import learn, observe
 from reflux.loss.step import StepRequest
-from reflux.models.text import prepare_torch
+from reflux.models.torch_settings import prepare_torch
 from reflux.rewards.base import OpenReward, judge
 from reflux.rewards.weighted import open_rewards
 from reflux.runtime.pipeline import Attempting, Pipeline

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tiny
+from device import here
 from reflux.errors import ModelError
 from reflux.models.folders import look_for_text
 from reflux.models.sizes import size_of
@@ -56,8 +57,8 @@ def test_the_weights_are_the_base_plus_the_scaled_product(student: str, tmp_path
         expected = base[name]
         if f"{root}A.weight" in factors:
             expected = expected + 3 * factors[f"{root}B.weight"] @ factors[f"{root}A.weight"]
-            assert not torch.equal(value, base[name])
-        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+            assert not torch.equal(value.cpu(), base[name])
+        torch.testing.assert_close(value.cpu(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_tokenizer_is_the_adapters_own_or_else_that_of_the_base(student: str, tmp_path: Path) -> None:
@@ -188,7 +189,7 @@ def test_an_adapter_with_tokens_of_its_own_resizes_its_base(tmp_path: Path, tied
     model = load_model(str(tmp_path / "adapter"), "m")
     assert model.vocabulary == len(load_tokenizer(base)) + 2
     for name, value in model.net.state_dict().items():
-        assert torch.equal(value, expected[name]), name
+        assert torch.equal(value.cpu(), expected[name]), name
     if not tied:
         with_tokens(base, tmp_path / "headless", save_head=False)
         with pytest.raises(ModelError, match=r"it holds no head of that size"):
@@ -230,7 +231,7 @@ def test_the_merged_model_gives_the_logits_of_the_adapter_on_its_base(
             input_ids=ids
         ).logits
         model = load_model(str(tmp_path), "m")
-        found = model.net(input_ids=ids).logits
+        found = model.net(input_ids=here(ids)).logits.cpu()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     tied = model.net.lm_head.weight is model.net.model.embed_tokens.weight
     assert model.net.config.tie_word_embeddings == tied

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,7 +43,8 @@ def test_auto_is_the_precision_in_which_the_cpu_is_fast(tmp_path: Path, native: 
         f"{tmp_path} is stored in bfloat16 and computed in float32, because this CPU is slower in bfloat16."
     )
     assert model.notes == (() if native else (told,))
-    assert is_narrow(type("Learner", (), {"model": model}), "auto") is native
+    learner = SimpleNamespace(model=model, cfg=SimpleNamespace(autocast="auto"))
+    assert is_narrow(learner, "auto") is native
 
 
 @pytest.mark.parametrize("native", [False], indirect=True)

@@ -295,7 +295,7 @@ def test_no_training_attempt_comes_from_a_candidate(
 
 
 def mark(weights: torch.Tensor) -> bytes:
-    return weights.detach().numpy().tobytes()
+    return weights.detach().cpu().numpy().tobytes()
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])

@@ -34,7 +34,7 @@ def outputs(model: FlowModel) -> torch.Tensor:
     rng = torch.Generator().manual_seed(9)
     x_ND = torch.randn(4, 16, generator=rng)
     with torch.no_grad():
-        return model.velocity(x_ND, torch.tensor([1.0, 0.7, 0.4, 0.1]), TEXTS[:4])
+        return model.velocity(x_ND, torch.tensor([1.0, 0.7, 0.4, 0.1]), TEXTS[:4]).cpu()
 
 
 def frozen(model: FlowModel) -> FlowModel:

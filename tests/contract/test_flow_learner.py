@@ -18,6 +18,7 @@ from torch import Tensor
 
 import tiny
 import tiny_flow
+from device import here
 from reflux.config.requirements import Requirements
 from reflux.config.step_context import StepContext
 from reflux.credit.base import share_credit
@@ -41,7 +42,8 @@ TEACHER, OTHER = tiny_flow.model(2), tiny_flow.model(3)
 
 def opened(seed: int = 1, requirements: Requirements | None = None, **fields: Any) -> FlowLearner:
     """A learner that stands still unless it is told otherwise; gradients stay unclipped."""
-    part = Flow(**{"model": "tiny", "lr": 0.0, "clip": 1e12, "weight_decay": 0.0, **fields})
+    still = {"lr": 0.0, "clip": 1e12, "weight_decay": 0.0, "autocast": "off"}
+    part = Flow(**{"model": "tiny", **still, **fields})
     return FlowLearner(
         part, tiny.context(requirements or Requirements()), tiny.services(), tiny_flow.model(seed)
     )
@@ -85,7 +87,7 @@ def by_definition(
                     total
                     + coef
                     * kl_weight(t, dt, rollout.noise_level)
-                    * (v_D - torch.from_numpy(target.v_TD[i])).square().sum()
+                    * (v_D - here(target.v_TD[i])).square().sum()
                 )
             count += 1
     (total / count).backward()
@@ -204,7 +206,7 @@ def test_the_verdicts_policy_gradient_is_that_of_the_drawn_steps() -> None:
         rollout: Any = attempt.rollout
         for i in range(3):
             t, dt = float(rollout.t_S[i]), float(rollout.t_S[i + 1] - rollout.t_S[i])
-            x_D, next_D = torch.from_numpy(rollout.x_SD[i]), torch.from_numpy(rollout.x_SD[i + 1])
+            x_D, next_D = here(rollout.x_SD[i]), here(rollout.x_SD[i + 1])
             v_D = student.velocity(x_D[None], torch.tensor([t]), [rollout.prompt.messages[-1]["content"]])[0]
             sigma = 0.7 * math.sqrt(t / (1 - t)) if t < 1 else 0.7 / math.sqrt(-dt)
             mean_D = x_D * (1 + sigma**2 / (2 * t) * dt) + v_D * (1 + sigma**2 * (1 - t) / (2 * t)) * dt
@@ -305,7 +307,7 @@ def test_under_lora_adapters_alone_are_trained_and_the_export_is_merged(tmp_path
     # the adapter alone, added to the model it was trained on
     start(again, None, str(folder), None, seed=0)
     assert all(
-        torch.allclose(value, learner.weights[name], atol=1e-6)
+        torch.allclose(here(value), learner.weights[name], atol=1e-6)
         for name, value in again.net.state_dict().items()
     )
     plain = load_flow(str(folder), "student")

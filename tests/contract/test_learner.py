@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
+from device import here
 from reflux.assets.characters import character_tokenizer
 from reflux.config.schedules import Steps
 from reflux.errors import ModelError, StepRefused
@@ -200,7 +201,7 @@ def test_published_weights_are_those_of_the_adapted_model() -> None:
     learner = adapted()
     plain = tiny.net(1, layers=2)
     assert learner.weights.keys() == plain.state_dict().keys()
-    ids = torch.randint(2, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids = here(torch.randint(2, 100, (2, 9), generator=torch.Generator().manual_seed(0)))
     with torch.no_grad():
         wanted, before = learner.model.net(input_ids=ids).logits, plain(input_ids=ids).logits
         plain.load_state_dict(dict(learner.weights))
@@ -358,9 +359,7 @@ def test_observe_gives_the_student_of_now(student: str, teacher: str) -> None:
     ids = np.concatenate([spoken.prompt_tokens, spoken.tokens_T])
     with torch.no_grad():
         logp_TV = (
-            net(input_ids=torch.from_numpy(ids)[None])
-            .logits[0, len(spoken.prompt_tokens) - 1 : -1]
-            .log_softmax(-1)
+            net(input_ids=here(ids)[None]).logits[0, len(spoken.prompt_tokens) - 1 : -1].log_softmax(-1).cpu()
         )
     listed = np.random.default_rng(0).integers(0, 102, (6, 4))
     behaviour = TopKTarget(

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import tiny
+from device import here
 from reflux.assets.characters import character_tokenizer
 from reflux.models import lora
 from reflux.models.settings import Lora
@@ -88,7 +89,8 @@ def test_published_and_exported_weights_are_those_of_the_adapted_model(
         published = lora.merged(adapted.net)
         assert published.keys() == plain.net.state_dict().keys()
         plain.net.load_state_dict(published)
-        exported = load_model(str(tmp_path), "learner.model", dtype="float32").net(input_ids=ids).logits
+        loaded = load_model(str(tmp_path), "learner.model", dtype="float32")
+        exported = loaded.net(input_ids=here(ids)).logits.cpu()
         assert (plain.net(input_ids=ids).logits - expected).abs().max() < 1e-3
         assert (exported - expected).abs().max() < 1e-3
         assert (before - expected).abs().max() > 0.1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,9 @@ import torch
 import tiny
 from reflux.errors import ModelError
 from reflux.evals.gaps import Gaps
+from reflux.evals.parity import is_narrow
 from reflux.evals.text_findings import early_stop
+from reflux.inspection.doctor import examine
 from reflux.learners.hf_engine import HFLearner
 from reflux.models import lora, token_steps
 from reflux.models.chat.renderer import Renderer
@@ -171,6 +176,38 @@ def test_lora_passes_before_and_after_the_first_update(tiny_run: Callable[..., A
 )
 def test_bounds_go_by_the_precision(gaps: list[float], narrow: bool, verdict: str) -> None:
     assert Gaps("a and b", [np.asarray(gaps)], narrow).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("device", "autocast", "stored", "sampler", "narrow"),
+    [
+        ("cpu", "auto", "float32", "auto", False),
+        ("cuda", "off", "bfloat16", "auto", True),
+        ("cpu", "auto", "bfloat16", "float32", False),
+        ("cpu", "auto", "float32", "float16", True),
+        # float32 weights, and products in bfloat16
+        ("cuda", "auto", "float32", "float32", True),
+        ("cuda", "off", "float32", "float32", False),
+        ("cuda", "off", "float32", "bfloat16", True),
+    ],
+)
+def test_16_bits_are_those_of_the_sampler_or_of_autocast(
+    device: str, autocast: str, stored: str, sampler: str, narrow: bool
+) -> None:
+    model = SimpleNamespace(device=torch.device(device), stored_dtype=getattr(torch, stored))
+    assert is_narrow(SimpleNamespace(model=model, cfg=SimpleNamespace(autocast=autocast)), sampler) == narrow
+
+
+def test_the_doctor_prints_the_median_and_the_tail_in_16_bits(student: str, teacher: str) -> None:
+    async def texts(**more: Any) -> list[str]:
+        found = examine(tiny.config("full", student, teacher, **more), prompts=2)
+        return [finding.text async for finding in found if finding.check == "parity"]
+
+    (narrow,) = asyncio.run(texts(sampler__dtype="bfloat16"))
+    assert re.search(r"median [\d.e-]+ \(bound 0.02\), 99.9 % quantile [\d.e-]+ \(bound 0.3\)", narrow)
+    (wide,) = asyncio.run(texts())
+    assert "median" not in wide
+    assert wide.count("(bound 0.001)") == 2
 
 
 def test_a_stop_text_ends_one_answer_early(student: str, teacher: str, tmp_path: Any) -> None:

@@ -53,6 +53,11 @@ def same_bits(elsewhere: ProcessPoolExecutor, *packed: Any) -> Any:
     return here
 
 
+def published(net: Any) -> dict[str, Any]:
+    """Its weights as they go from one process to another."""
+    return {name: value.cpu() for name, value in net.state_dict().items()}
+
+
 def texts(number: int = 2) -> list[Prompt]:
     return list(islice(WordProblems().prompts("train", 0), number))
 
@@ -108,14 +113,10 @@ def test_samplers(elsewhere: ProcessPoolExecutor, student: str, flows: dict[str,
         else {}
     )
     flow = kind in ("flow", "teacher_samples")
-    weights = (tiny_flow.model(5).net if flow else tiny.net(5, lift=1.5)).state_dict()
+    weights = published(tiny_flow.model(5).net if flow else tiny.net(5, lift=1.5))
     context = told(kind, student, flows, name="sampler", teachers=teachers)
     before, after = same_bits(
-        elsewhere,
-        "sampler",
-        part,
-        context,
-        {"prompts": images() if flow else texts(), "weights": dict(weights)},
+        elsewhere, "sampler", part, context, {"prompts": images() if flow else texts(), "weights": weights}
     )
     if part.on_policy:
         assert before[0] != after
@@ -132,7 +133,7 @@ def test_teachers(
         tiny_flow.rollout(4, seed=i) if flow else tiny.rollout(5 + i, seed=i) for i in range(2)
     ]
     nets = [(tiny_flow.model(seed).net if flow else tiny.net(seed, lift=1.5)) for seed in (5, 6)]
-    more = {"rollouts": rollouts, "weights": dict(nets[0].state_dict()), "later": dict(nets[1].state_dict())}
+    more = {"rollouts": rollouts, "weights": published(nets[0]), "later": published(nets[1])}
     answers, later = same_bits(elsewhere, "teacher", part, told(kind, student, flows), more)
     assert len(answers) == 2
     assert answers == later

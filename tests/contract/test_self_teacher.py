@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 import tiny
+from device import here
 from laws.test_resume import stop_after, told
 from reflux import checks
 from reflux.assets.characters import character_tokenizer
@@ -254,13 +255,13 @@ def test_it_reads_the_response_at_its_own_offset(batch_tokens: int) -> None:
         text = tokenizer.apply_chat_template(list(view.messages), tokenize=False, add_generation_prompt=True)
         assert text.endswith("Now solve the original question correctly.<assistant>")
         prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = torch.tensor([[*prompt, *spoken.tokens_T.tolist()]])
+        ids = here([[*prompt, *spoken.tokens_T.tolist()]])
         with torch.no_grad():
-            logp_TV = net(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            logp_TV = net(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).cpu()
         assert target.logp_T is not None
         np.testing.assert_allclose(target.logp_T, logp_TV[range(spoken.length), spoken.tokens_T], atol=1e-4)
         torch.testing.assert_close(
-            tiny.HEADS[target.head].logits(target.h_TH).log_softmax(-1), logp_TV, rtol=1e-4, atol=1e-4
+            tiny.HEADS[target.head].logits(target.h_TH).log_softmax(-1).cpu(), logp_TV, rtol=1e-4, atol=1e-4
         )
 
 

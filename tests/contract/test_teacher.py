@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tiny
+from device import here
 from reflux.assets.characters import character_tokenizer
 from reflux.config.requirements import Requirements
 from reflux.config.step_context import StepContext
@@ -59,13 +60,17 @@ def test_the_teacher_says_what_its_model_says_along_the_students_tokens(
         ids = np.concatenate([spoken.prompt_tokens, spoken.tokens_T])
         with torch.no_grad():
             logp_TV = (
-                net(input_ids=torch.from_numpy(ids)[None])
+                net(input_ids=here(ids)[None])
                 .logits[0, len(spoken.prompt_tokens) - 1 : -1]
                 .log_softmax(-1)
+                .cpu()
             )
             assert isinstance(target, HiddenTarget)
             torch.testing.assert_close(
-                tiny.HEADS[target.head].logits(target.h_TH).log_softmax(-1), logp_TV, rtol=1e-4, atol=1e-4
+                tiny.HEADS[target.head].logits(target.h_TH).log_softmax(-1).cpu(),
+                logp_TV,
+                rtol=1e-4,
+                atol=1e-4,
             )
         np.testing.assert_allclose(target.logp_T, logp_TV[range(spoken.length), spoken.tokens_T], atol=1e-4)
 
@@ -118,7 +123,7 @@ def test_log_probs_and_candidates_are_made_only_where_wanted() -> None:
     assert plain.answers["main"].candidates is None
     target = asked.target("main")
     with torch.no_grad():
-        logp_TV = tiny.HEADS[target.head].logits(target.h_TH).log_softmax(-1)
+        logp_TV = tiny.HEADS[target.head].logits(target.h_TH).log_softmax(-1).cpu()
     np.testing.assert_allclose(
         asked.answers["main"].candidates.logp_TK, logp_TV.gather(-1, torch.from_numpy(listed)), atol=1e-5
     )
@@ -145,7 +150,7 @@ def test_another_view_changes_the_prompt_and_never_the_answer() -> None:
     ]
     ids = np.concatenate([prompt, spoken.tokens_T])
     with torch.no_grad():
-        logp_TV = net(input_ids=torch.from_numpy(ids)[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        logp_TV = net(input_ids=here(ids)[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1).cpu()
     np.testing.assert_allclose(made.target("main").logp_T, logp_TV[range(4), spoken.tokens_T], atol=1e-4)
 
 

@@ -88,7 +88,7 @@ def test_a_prompts_picture_is_drawn_by_the_teacher_of_its_route(
                 x_1D = x_1D + model.velocity(
                     x_1D, torch.tensor([t]), [rollout.prompt.messages[-1]["content"]]
                 ) * float(after - t)
-        np.testing.assert_allclose(rollout.x_SD[-1], x_1D[0].numpy(), atol=2e-5)
+        np.testing.assert_allclose(rollout.x_SD[-1], x_1D[0].cpu().numpy(), atol=2e-5)
 
 
 def test_what_is_drawn_depends_on_no_neighbour(config: Config, tmp_path: Path) -> None:
@@ -161,5 +161,5 @@ def test_the_loss_of_drawn_pictures_is_that_of_flow_matching(
             v_TD = model.velocity(
                 torch.from_numpy(rollout.x_SD[:-1]), torch.from_numpy(rollout.t_S[:-1].copy()), texts
             )
-        errors.append(((v_TD.numpy() - behaviour(rollout)) ** 2).mean())
+        errors.append(((v_TD.cpu().numpy() - behaviour(rollout)) ** 2).mean())
     assert done.rows("metrics")[0]["loss"] == pytest.approx(float(np.mean(errors)), rel=1e-4)

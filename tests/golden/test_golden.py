@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from golden.curve import FILE, RECIPES, curve
+from device import exactly
+from golden.curve import FILE, RECIPES, SMALL, curve
+from reflux.config.recipe import load_recipe
 
 # Another processor sums in another order. Between processors with SSE4, AVX2 and AVX-512 (and other releases
 # of torch) these float32 runs agreed within a quarter of the bounds below; the losses of `vopd` and `rl_opd`
@@ -29,7 +31,8 @@ CANCELS = {"vopd": {"loss": 1e-3}, "rl_opd": {"loss": 1e-3}}
 def test_the_curve_is_the_recorded_one(recipe: str, tmp_path: Path) -> None:
     recorded = json.loads(FILE.read_text())[recipe]
     close = CLOSE | CANCELS.get(recipe, {})
-    for got, expected in zip(curve(recipe, tmp_path / "run"), recorded, strict=True):
+    in_float32 = exactly(load_recipe(recipe), SMALL)
+    for got, expected in zip(curve(recipe, tmp_path / "run", **in_float32), recorded, strict=True):
         assert got.keys() == expected.keys() == close.keys()
         for name, value in got.items():
             assert value == pytest.approx(expected[name], rel=close[name], abs=0), (

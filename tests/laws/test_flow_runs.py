@@ -15,6 +15,7 @@ import torch
 
 import tiny_flow
 from conftest import Done
+from device import exactly
 from reflux.config.recipe import load_recipe
 from reflux.errors import ConfigError
 from reflux.loop import train
@@ -63,7 +64,8 @@ def run(models: dict[str, str], tmp_path: Path) -> Any:
         named |= {f"teachers.{table}.model": models.get(table, models["base"]) for table in cfg.teachers}
         inner = "sampler.generate." if recipe == "flow_sft" else "sampler."
         small = {key.replace("sampler.", inner): value for key, value in SMALL.items()}
-        changes = {**named, **small, **{key.replace("__", "."): value for key, value in overrides.items()}}
+        own = {key.replace("__", "."): value for key, value in overrides.items()}
+        changes = {**named, **small, **exactly(cfg, own), **own}
         done = asyncio.run(train(load_recipe(recipe, changes), Options(tmp_path / name, resume)))
         return Done(tmp_path / name, done)
 
@@ -114,7 +116,7 @@ def test_an_average_is_evaluated_and_leaves_the_run_as_it_is(run: Any) -> None:
     assert same(plain.weights, averaged.weights)
     shown, state = load_flow(str(averaged.dir), "student").net.state_dict(), averaged.state
     assert all(
-        torch.equal(shown[name.removeprefix("mean/")], value)
+        torch.equal(shown[name.removeprefix("mean/")].cpu(), value)
         for name, value in state.items()
         if name.startswith("mean/")
     )

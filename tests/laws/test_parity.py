@@ -17,14 +17,17 @@ from scipy import stats
 
 import outside
 import tiny
+from device import here
 from reflux.config.requirements import Requirements
 from reflux.config.step_context import SamplingParams
+from reflux.evals.gaps import Gaps
 from reflux.learners.observe import logp
 from reflux.loop import lasting, open_parts
 from reflux.training import Options, Run
 from reflux.types import Attempt, Prompt
 from tiny import END
 
+# between two float32 computations
 BOUND_NATS = 1e-4
 CHAT = {"kind": "outside:Chat"}
 
@@ -71,15 +74,28 @@ def test_sampler_and_learner_agree_with_unequal_prompts_and_rows_dropped_midway(
         assert attempt.rollout.logp_raw_T is None
 
 
+@pytest.mark.parametrize("autocast", ["auto", "off"])
+def test_in_bfloat16_the_median_and_the_tail_keep_their_bounds(
+    student: str, teacher: str, tmp_path: Path, autocast: str
+) -> None:
+    """A sampler in bfloat16 and, on a GPU, a learner under autocast or without it."""
+    more = {"sampler__dtype": "bfloat16", "learner__autocast": autocast}
+    attempts, now, _ = act(config(student, teacher, **more), tmp_path / "run", n=8)
+    gaps = [np.abs(a.rollout.logp_T - now_T) for a, now_T in zip(attempts, now, strict=True)]
+    # 16 bits were at work, and nothing but their rounding
+    assert max(gap_T.max() for gap_T in gaps) > BOUND_NATS
+    assert Gaps("sampler and learner", gaps, narrow=True).verdict == "ok"
+
+
 def test_both_agree_with_the_model_itself(student: str, teacher: str, tmp_path: Path) -> None:
     attempts, now, model = act(config(student, teacher), tmp_path / "run")
     for attempt, now_T in zip(attempts, now, strict=True):
         spoken = attempt.rollout
-        ids = torch.from_numpy(np.concatenate([spoken.prompt_tokens, spoken.tokens_T]))[None]
+        ids = here(np.concatenate([spoken.prompt_tokens, spoken.tokens_T]))[None]
         with torch.no_grad():
             own_TV = model.net(input_ids=ids).logits[0, len(spoken.prompt_tokens) - 1 : -1].log_softmax(-1)
         np.testing.assert_allclose(
-            own_TV[range(spoken.length), spoken.tokens_T].numpy(), now_T, atol=BOUND_NATS
+            own_TV[range(spoken.length), spoken.tokens_T].cpu().numpy(), now_T, atol=BOUND_NATS
         )
 
 
@@ -104,10 +120,10 @@ def test_temperature_and_top_p_keep_the_raw_log_probs(
 
 def tempered(model: Any, spoken: Any, temperature: float, top_p: float) -> np.ndarray:
     """The distribution that is sampled from, computed from its definition with numpy."""
-    ids = torch.from_numpy(np.concatenate([spoken.prompt_tokens, spoken.tokens_T]))[None]
+    ids = here(np.concatenate([spoken.prompt_tokens, spoken.tokens_T]))[None]
     with torch.no_grad():
         logits = (
-            model.net(input_ids=ids).logits[0, len(spoken.prompt_tokens) - 1 : -1].double().numpy()
+            model.net(input_ids=ids).logits[0, len(spoken.prompt_tokens) - 1 : -1].double().cpu().numpy()
             / temperature
         )
     found = []
@@ -132,9 +148,9 @@ def test_frequencies_are_the_models_probabilities(student: str, teacher: str, tm
         max_positions=1,
     )
     counts = Counter(int(a.rollout.tokens_T[0]) for a in attempts)  # type: ignore[attr-defined]
-    ids = torch.from_numpy(attempts[0].rollout.prompt_tokens)[None]  # type: ignore[attr-defined]
+    ids = here(attempts[0].rollout.prompt_tokens)[None]  # type: ignore[attr-defined]
     with torch.no_grad():
-        p = model.net(input_ids=ids).logits[0, -1].double().softmax(-1).numpy()
+        p = model.net(input_ids=ids).logits[0, -1].double().softmax(-1).cpu().numpy()
     likely = np.flatnonzero(p * 6000 >= 5)
     seen = np.asarray([*(counts[i] for i in likely), 6000 - sum(counts[i] for i in likely)])
     wanted = np.asarray([*p[likely], 1 - p[likely].sum()]) * 6000

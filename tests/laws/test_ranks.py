@@ -48,6 +48,7 @@ def worlds() -> tuple[Any, list[Any]]:
             logp_T = (
                 tiny.HEADS[target.head]
                 .logp_of(target.h_TH, torch.from_numpy(attempt.rollout.tokens_T))
+                .cpu()
                 .numpy()
             )
             attempt.answers[name] = TeacherAnswer(target=dataclasses.replace(target, logp_T=logp_T))
@@ -57,7 +58,7 @@ def worlds() -> tuple[Any, list[Any]]:
 def whole(loss_aggregation: str, name: str) -> dict[str, torch.Tensor]:
     learner, groups = worlds()
     learner.gradients(plan(groups, CASES[name], loss_aggregation), CASES[name])
-    return {key: value.grad.clone() for key, value in learner.trained.items()}
+    return {key: value.grad.clone().cpu() for key, value in learner.trained.items()}
 
 
 def rank_main(rank: int, port: int, folder: str) -> None:
@@ -84,7 +85,7 @@ def rank_main(rank: int, port: int, folder: str) -> None:
         )
         learner.gradients(items, CASES[name])
         for key, value in learner.trained.items():
-            grad = torch.zeros_like(value) if value.grad is None else value.grad
+            grad = (torch.zeros_like(value) if value.grad is None else value.grad).cpu()
             dist.all_reduce(grad)
             sums[f"{share}/{name}/{loss_aggregation}/{counted}/{key}"] = grad
     if rank == 0:

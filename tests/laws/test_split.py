@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import tiny
+from device import here
 from reflux.assets.characters import character_tokenizer
 from reflux.kernels import budget, row_pass
 from reflux.models.text import Model, as_model
@@ -169,7 +170,10 @@ def test_no_split_changes_the_other_objectives(
             # as a local teacher does if a group baseline requires it
         ]:
             logp_T = (
-                tiny.HEADS[target.head].logp_of(target.h_TH, torch.from_numpy(entry.rollout.tokens_T)).numpy()
+                tiny.HEADS[target.head]
+                .logp_of(target.h_TH, torch.from_numpy(entry.rollout.tokens_T))
+                .cpu()
+                .numpy()
             )
             entry.answers[key] = TeacherAnswer(target=dataclasses.replace(target, logp_T=logp_T))
     whole = gradient(nets, MENU[name], groups, "token-mean-weighted", 1 << 20)
@@ -272,10 +276,8 @@ def contributes(objective: Any, entry: Attempt, objectives: list[Any]) -> bool:
 def logp(model: Any, entry: Attempt) -> torch.Tensor:
     spoken = entry.rollout
     ids = np.concatenate([spoken.prompt_tokens, spoken.tokens_T])
-    logits_LV = model(input_ids=torch.from_numpy(ids)[None]).logits[
-        0, len(spoken.prompt_tokens) - 1 : -1, :TOKENS
-    ]
-    return logits_LV.log_softmax(-1)
+    logits_LV = model(input_ids=here(ids)[None]).logits[0, len(spoken.prompt_tokens) - 1 : -1, :TOKENS]
+    return logits_LV.log_softmax(-1).cpu()
 
 
 def costs(

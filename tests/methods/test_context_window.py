@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import tiny
+from device import here
 from reflux.assets.characters import character_tokenizer
 from reflux.config.step_context import SamplingParams
 from reflux.errors import ModelError
@@ -72,12 +73,12 @@ def test_the_limit_is_read_from_the_config(config: dict[str, Any], tokens: int |
 @torch.no_grad()
 def test_within_the_limit_no_log_prob_depends_on_later_tokens() -> None:
     torch.manual_seed(0)
-    model = as_model(transformers.AutoModelForCausalLM.from_config(phi()).eval(), character_tokenizer())
+    model = as_model(here(transformers.AutoModelForCausalLM.from_config(phi()).eval()), character_tokenizer())
     assert model.context_tokens == 24
     ask = TurnRequest(list(range(2, 22)), 5, 1, SamplingParams(0, "train", 5))
     with pytest.raises(ModelError, match="a text of up to 25 tokens was asked for"):
         decode(model, [ask], 0)
-    ids = torch.arange(2, 34)[None]
+    ids = here(torch.arange(2, 34))[None]
     states = {
         length: model.trunk(input_ids=ids[:, :length]).last_hidden_state[0, :8] for length in (8, 24, 25)
     }

@@ -163,7 +163,7 @@ def test_a_head_of_an_unknown_kind_goes_through_its_own_forward() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*")
 def test_an_adapter_on_a_tied_head_of_a_padded_qwen() -> None:
-    model = adapted(tiny.net(0, padded_rows=3), target_modules=["lm_head"])
+    model = adapted(tiny.net(0, padded_rows=3).cpu(), target_modules=["lm_head"])
     words = Words(model)
     words.head = Head.of_net(model, V)
     assert set(check_gradients(words)) == {f"lm_head.lora_{x}.default.weight" for x in "AB"}

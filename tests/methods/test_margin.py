@@ -504,7 +504,7 @@ def whole_groups() -> list[Group]:
                 tokens_T = torch.from_numpy(one.rollout.tokens_T)  # type: ignore[attr-defined]
                 one.answers["main"] = TeacherAnswer(
                     target=dataclasses.replace(
-                        target, logp_T=tiny.HEADS[target.head].logp_of(target.h_TH, tokens_T).numpy()
+                        target, logp_T=tiny.HEADS[target.head].logp_of(target.h_TH, tokens_T).cpu().numpy()
                     )
                 )  # type: ignore
         batch.append(group)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny_flow
+from device import here
 from reflux.errors import ModelError
 from reflux.models import lora as plain
 from reflux.models.flow.flow_adapters import Adapter, Factors, taken
@@ -45,7 +46,7 @@ def alike(seed: int, scale: float = 2.0) -> Adapter:
 def outputs(model: FlowModel) -> torch.Tensor:
     x_ND = torch.randn(4, 16, generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
-        return model.velocity(x_ND, torch.tensor([1.0, 0.7, 0.4, 0.1]), TEXTS[:4])
+        return model.velocity(x_ND, torch.tensor([1.0, 0.7, 0.4, 0.1]), TEXTS[:4]).cpu()
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> None:
@@ -234,9 +235,8 @@ def moved(*by: dict[str, torch.Tensor]) -> FlowModel:
     model = tiny_flow.model(1)
     with torch.no_grad():
         for name in by[0]:
-            model.net.transformer.get_submodule(name).weight += (
-                torch.stack([one[name] for one in by]).mean(0).float()
-            )
+            added = torch.stack([one[name] for one in by]).mean(0).float()
+            model.net.transformer.get_submodule(name).weight += here(added)
     return model
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from device import DEVICE
+from device import DEVICE, ON_GPU
 from interpreted import interpreted
 from reflux.kernels.head import Head
 from reflux.loss.baselines import kl_value
@@ -134,4 +134,5 @@ def test_who_asks_first_without_a_graph_takes_it_from_nobody(kernels: Any) -> No
 def test_the_interpreter_is_left_as_it_was_found() -> None:
     with interpreted():
         pass
-    assert FullLogits(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)).fused == (DEVICE != "cpu")
+    logits_NV, ids_N = torch.zeros(1, 2, device=DEVICE), torch.zeros(1, dtype=torch.long, device=DEVICE)
+    assert FullLogits(logits_NV, ids_N).fused == ON_GPU

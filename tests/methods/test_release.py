@@ -450,7 +450,7 @@ def spoken(length: int, k: int = 4) -> tuple[Attempt, Any, Any]:
     """An attempt with a student's list and a teacher's hidden states and candidates; and the two models."""
     student, teacher = (as_model(tiny.net(seed), character_tokenizer()) for seed in (1, 2))
     made = tiny.attempt(rollout(length, seed=3), teacher)
-    logp_TV = student.head.logits(tiny.hidden(student, made.rollout).h_TH).log_softmax(-1).detach()  # type: ignore[arg-type]
+    logp_TV = student.head.logits(tiny.hidden(student, made.rollout).h_TH).log_softmax(-1).detach().cpu()  # type: ignore[arg-type]
     top = logp_TV.topk(k)
     listed = TopKTarget(
         teacher="now", ids_TK=top.indices.numpy(), logp_TK=top.values.numpy(), logp_T=np.zeros(length)
@@ -459,7 +459,7 @@ def spoken(length: int, k: int = 4) -> tuple[Attempt, Any, Any]:
     made.rollout = dataclasses.replace(made.rollout, behaviour=listed)
     target = made.target("main")
     assert isinstance(target, HiddenTarget)
-    at = tiny.HEADS[target.head].logp_at(target.h_TH, top.indices).numpy()
+    at = tiny.HEADS[target.head].logp_at(target.h_TH, top.indices).cpu().numpy()
     made.answers["main"] = dataclasses.replace(
         made.answers["main"], candidates=dataclasses.replace(listed, teacher="main", logp_TK=at)
     )
@@ -483,7 +483,7 @@ def test_candidates_of_now_are_what_the_head_gives_there() -> None:
     assert isinstance(target, HiddenTarget)
     assert found is not None
     assert found.ids_TK.tolist() == made.now.ids_TK[:, :4].tolist()  # type: ignore[union-attr]
-    logp_TV = tiny.HEADS[target.head].logits(target.h_TH).log_softmax(-1).detach()
+    logp_TV = tiny.HEADS[target.head].logits(target.h_TH).log_softmax(-1).detach().cpu()
     np.testing.assert_allclose(found.logp_TK, logp_TV.gather(-1, torch.from_numpy(found.ids_TK)), atol=1e-6)
     tokens_T1 = torch.from_numpy(made.rollout.tokens_T[:, None])  # type: ignore[union-attr]
     np.testing.assert_allclose(found.logp_T, logp_TV.gather(-1, tokens_T1)[:, 0], atol=1e-6)
@@ -506,7 +506,7 @@ def test_a_list_of_the_whole_vocabulary_says_what_hidden_states_say() -> None:
     made, _, _ = spoken(9)
     target = made.target("main")
     assert isinstance(target, HiddenTarget)
-    logp_TV = tiny.HEADS[target.head].logits(target.h_TH).log_softmax(-1).detach()
+    logp_TV = tiny.HEADS[target.head].logits(target.h_TH).log_softmax(-1).detach().cpu()
     order = torch.argsort(logp_TV, descending=True)
     full = TopKTarget(
         teacher="main", ids_TK=order.numpy(), logp_TK=logp_TV.gather(-1, order).numpy(), logp_T=np.zeros(9)

@@ -218,6 +218,6 @@ def test_a_closed_teacher_takes_its_head_back(teacher: str) -> None:
 def test_hidden_states_of_a_real_model_give_what_its_logits_give() -> None:
     model = as_model(tiny.net(2), character_tokenizer())
     target = tiny.hidden(model, SPOKEN)
-    logp_TV = model.head.logits(target.h_TH).log_softmax(-1).detach()
+    logp_TV = model.head.logits(target.h_TH).log_softmax(-1).detach().cpu()
     found = target.sampled_logp_T(SPOKEN, tiny.HEADS)
     np.testing.assert_allclose(found, logp_TV[range(T), SPOKEN.tokens_T], atol=1e-5)

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 
 import tiny
+from device import DEVICE, here
 from reflux.assets.characters import character_tokenizer
 from reflux.models.cache_argument import cache_argument
 from reflux.models.cpu.decoder import cpu_decoder
@@ -50,12 +51,12 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 def model(kind: str) -> Model:
     torch.manual_seed(0)
     net = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]()).eval()
-    return as_model(net, character_tokenizer())
+    return as_model(here(net), character_tokenizer())
 
 
 def whole(model: Model, text: list[int]) -> Tensor:
     """h_H at the last token of one text, without a cache and without padding."""
-    return model.trunk(input_ids=torch.tensor([text]), use_cache=False).last_hidden_state[0, -1]
+    return model.trunk(input_ids=here([text]), use_cache=False).last_hidden_state[0, -1]
 
 
 @torch.no_grad()
@@ -68,23 +69,23 @@ def test_rows_of_unequal_length_that_leave_at_different_times(kind: str) -> None
     for row, text in enumerate(texts):
         ids_BP[row, 12 - len(text) :], mask_BP[row, 12 - len(text) :] = torch.tensor(text), 1
     steps = token_steps(made, cpu_decoder(made), room=20)
-    h_BH = steps.begin(ids_BP, mask_BP)
+    h_BH = steps.begin(here(ids_BP), here(mask_BP))
     for position in range(20):
         expected_BH = torch.stack([whole(made, text) for text in texts])
         assert (h_BH - expected_BH).abs().max() < 1e-3 * expected_BH.abs().max()
         if position in (4, 11):
             rows = torch.tensor([row for row in range(len(texts)) if row != 1])
-            steps.keep(rows)
+            steps.keep(here(rows))
             texts = [texts[row] for row in rows]
         tokens_B = torch.randint(2, SIZE, (len(texts),), generator=rng)
         texts = [[*text, int(token)] for text, token in zip(texts, tokens_B, strict=True)]
-        h_BH = steps.step(tokens_B)
+        h_BH = steps.step(here(tokens_B))
 
 
 @pytest.mark.parametrize(
     ("kind", "argument", "steps"),
     [
-        ("keys and values", "past_key_values", DecoderSteps),
+        ("keys and values", "past_key_values", DecoderSteps if DEVICE == "cpu" else CachedSteps),
         ("convolution and attention", "past_key_values", CachedSteps),
         ("state space", "cache_params", CachedSteps),
         ("a cache class of its own", None, UncachedSteps),

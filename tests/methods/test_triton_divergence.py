@@ -11,7 +11,7 @@ import torch
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
-from device import DEVICE
+from device import DEVICE, ON_GPU
 from interpreted import interpreted
 from reflux.kernels import triton_divergence as fused
 from reflux.kernels import triton_launch
@@ -336,7 +336,7 @@ def test_usable_where_triton_can_run(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: a table of more than 2^31 logits")
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU: a table of more than 2^31 logits")
 def test_tables_of_more_than_two_billion_logits():
     logits = torch.zeros(36_000, 60_000, dtype=torch.bfloat16, device=DEVICE)
     logits[-1, -1] = 5

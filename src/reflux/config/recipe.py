@@ -88,7 +88,7 @@ class RunConfig:
     threads: Annotated[int, Field(ge=0)] = 0
     # checks of the preflight that are left out; "all" leaves out every check
     skip_checks: tuple[Check, ...] = ()
-    # use torch's deterministic algorithms on a GPU
+    # use only deterministic algorithms of torch, so that a run on one GPU repeats bit for bit
     deterministic: bool = False
 
     def __post_init__(self) -> None:

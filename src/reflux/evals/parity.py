@@ -11,6 +11,7 @@ import numpy as np
 
 from reflux.evals.finding import Finding
 from reflux.evals.gaps import Gaps
+from reflux.models.placement import autocasts
 from reflux.types import Group, TokenRollout
 
 if TYPE_CHECKING:
@@ -20,14 +21,19 @@ NARROW = ("bfloat16", "float16")
 
 
 def is_narrow(learner: Any, dtype: str) -> bool:
-    """True if the sampler or the learner computes in 16 bits. dtype: of the sampler; "auto": as stored, where
-    the CPU multiplies that natively.
+    """True if the sampler or the learner computes in 16 bits. dtype: of the sampler; "auto": as stored, on a
+    CPU where it multiplies that natively.
     """
     from reflux.models.cpu.precision import multiplies_natively
 
-    stored = learner.model.stored_dtype
-    own = str(stored).removeprefix("torch.") if stored and multiplies_natively(stored) else "float32"
-    return learner.model.device.type != "cpu" or (own if dtype == "auto" else dtype) in NARROW
+    stored, on_cpu = learner.model.stored_dtype, learner.model.device.type == "cpu"
+    wide = stored is None or (on_cpu and not multiplies_natively(stored))
+    own = "float32" if wide else str(stored).removeprefix("torch.")
+    return _autocasts(learner) or (own if dtype == "auto" else dtype) in NARROW
+
+
+def _autocasts(learner: Any) -> bool:
+    return autocasts(learner.cfg.autocast, learner.model.device)
 
 
 def sampled_texts(groups: Sequence[Group]) -> list[TokenRollout]:
@@ -51,7 +57,7 @@ def parity(learner: HFLearner, groups: Sequence[Group], dtype: str) -> Finding:
         Gaps(
             "the learner's batch and the model's own pass of one text",
             _gaps(learnt, own, masks),
-            learner.model.device.type != "cpu",
+            _autocasts(learner),
         ),
     ]
     worst = max(pairs, key=lambda pair: pair.excess)

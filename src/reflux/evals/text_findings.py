@@ -15,6 +15,7 @@ from reflux.evals.parity import parity, sampled_texts
 from reflux.evals.template_findings import on_templates
 from reflux.models.chat.continuation import bare_ids
 from reflux.models.chat.template_checks import closing_end
+from reflux.models.placement import autocasts
 from reflux.runtime.services import Services
 from reflux.teachers.base import Teacher, plain_requests
 from reflux.teachers.collection import Teachers
@@ -125,8 +126,8 @@ async def alone_and_together(table: str, opened: Any, groups: Sequence[Group], h
     requests = plain_requests(rollouts)
     together = await opened.score(requests)
     alone = [(await opened.score([request]))[0] for request in requests]
-    # On a GPU a teacher may compute in 16 bits and give its last states in 32.
-    gaps, narrow = [], heads[opened.head].device.type != "cpu"
+    # Under autocast a teacher computes in 16 bits and may give its last states in 32.
+    gaps, narrow = [], autocasts(opened.autocast, heads[opened.head].device)
     for rollout, one, other in zip(rollouts, together, alone, strict=True):
         if one.target is None or other.target is None:
             continue
@@ -187,11 +188,12 @@ async def at_identity(
     local = Local(context.student.model)
     with closing(LocalTeacher(local, context, services, learner.model, frozen=False)) as answers:
         found = [answer.target for answer in await answers.score(requests)]
-        # A teacher outside the learner's autocast computes in float32.
         gaps = [
             np.abs(target.sampled_logp_T(rollout, services.heads) - now_T)
             for rollout, target, now_T in zip(rollouts, found, logp(learner, groups), strict=True)
             if target is not None
         ]
-    gap = Gaps("the student and itself as teacher", gaps, learner.model.device.type != "cpu")
+    # This teacher has the learner's float32 weights and no autocast.
+    narrow = autocasts(learner.cfg.autocast, learner.model.device)
+    gap = Gaps("the student and itself as teacher", gaps, narrow)
     return Finding(gap.verdict, "identity", str(gap))

@@ -120,7 +120,8 @@ class Head:
     def logp_at(self, h_NH: Tensor, ids_NK: Tensor) -> Tensor:
         """logp_NK at K given ids per row, nats, float32, in row chunks; no gradient."""
         rows = chunk_rows(self.vocabulary, h_NH.device)
-        pairs = zip(h_NH.split(rows), ids_NK.split(rows), strict=True)
+        # A model that is spread over several devices may have its head on another one than the states.
+        pairs = zip(h_NH.split(rows), ids_NK.to(self.device).split(rows), strict=True)
         return torch.cat([self.logits(h).float().log_softmax(-1).gather(-1, ids) for h, ids in pairs])
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from reflux.models.flow.flow_adapters import taken
 from reflux.models.flow.flow_model import FlowModel
 from reflux.models.flow.load import load_flow
 from reflux.models.flow.start import start
+from reflux.models.placement import autocast
 from reflux.types import Attempt, Group, Target, VelocityTarget
 
 if TYPE_CHECKING:
@@ -110,12 +111,8 @@ class FlowLearner(GradientLearner):
         return flow_loss.backward(batch, self._velocity(batch))
 
     def _velocity(self, batch: FlowMicroBatch) -> Tensor:
-        with self._autocast():
+        with autocast(self.cfg.autocast, self.model.device):
             return self.model.velocity(batch.x_ND, batch.t_N, batch.texts, batch.guidance)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        wanted = self.cfg.autocast == "auto" and self.model.device.type == "cuda"
-        return torch.autocast("cuda", dtype=torch.bfloat16) if wanted else nullcontext()
 
     def export(self, folder: Path) -> None:
         """Write the student as a diffusers folder, with LoRA adapters merged into the weights. If an average

@@ -280,14 +280,11 @@ class GradientLearner(ABC):
                 mean.copy_(state[f"mean/{name}"])
             for name, parameter in self.trained.items():
                 parameter.copy_(state[f"weight/{name}"])
-                keys = [
-                    key.split("/", 1)[0]
-                    for key in state
-                    if key.startswith("adam.") and key.split("/", 1)[1] == name
-                ]
-                moments = {key.removeprefix("adam."): state[f"{key}/{name}"].clone() for key in keys}
-                if moments:
-                    self.optimiser.state[parameter] = {
-                        key: value if key == "step" else value.to(parameter.device)
-                        for key, value in moments.items()
-                    }
+        moments: dict[str, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            if key.startswith("adam."):
+                kind, name = key.removeprefix("adam.").split("/", 1)
+                moments.setdefault(name, {})[kind] = value.clone()
+        placed = {place: moments[name] for place, name in enumerate(self.trained) if name in moments}
+        # torch moves each value to the device on which the fused optimiser reads it.
+        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": placed})

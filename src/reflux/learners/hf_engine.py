@@ -23,6 +23,7 @@ from reflux.models import lora
 from reflux.models.compiled import compile_layers
 from reflux.models.device_memory import memory_of
 from reflux.models.packed_attention import attending_packed, why_padded
+from reflux.models.placement import autocast
 from reflux.models.savable import check_savable, mend_generation_config
 from reflux.models.text import Model, load_model, parameter_count
 from reflux.models.token_budget import FIRST, FIXED, TokenBudget, busy_tokens
@@ -155,8 +156,7 @@ class HFLearner(GradientLearner):
             yield
 
     def autocast(self) -> AbstractContextManager[Any]:
-        wanted = self.cfg.autocast == "auto" and self.model.device.type == "cuda"
-        return torch.autocast("cuda", dtype=torch.bfloat16) if wanted else nullcontext()
+        return autocast(self.cfg.autocast, self.model.device)
 
     def state(self) -> dict[str, Any]:
         """Also the measured size of micro-batches, so that a resumed run cuts its batches as before."""

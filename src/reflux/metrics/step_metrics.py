@@ -153,9 +153,9 @@ def _share(share: Credit, mask_T: np.ndarray) -> Stats:
 
 
 def _peak_memory() -> int:
-    """Peak memory in bytes: GPU memory if there is a GPU, otherwise the memory of this process."""
+    """Peak memory in bytes: that of the fullest GPU if a GPU is used, otherwise that of this process."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    if torch.cuda.is_initialized():
+        return max(torch.cuda.max_memory_allocated(place) for place in range(torch.cuda.device_count()))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -22,6 +22,8 @@ from reflux.models.turns import Turn, TurnRequest
 # Dropping finished rows copies the cache, so it is done when this fraction of the rows or less is
 # unfinished.
 _CROWDED = 0.85
+# a probability of 1 in the unit of the sums of `top_p`
+_WHOLE = 1 << 40
 
 
 @torch.inference_mode()
@@ -185,9 +187,11 @@ def _tempered(raw_BV: Tensor, draw: SamplingParams) -> Tensor:
     logp_BV = (raw_BV / draw.temperature).log_softmax(-1) if draw.temperature not in (0, 1) else raw_BV
     if draw.top_p < 1:
         ordered = logp_BV.sort(descending=True)
-        before_BV = ordered.values.exp().cumsum(-1) - ordered.values.exp()
+        # Sums of whole numbers are exact, so they do not depend on the order in which a GPU adds.
+        shares_BV = (ordered.values.exp() * _WHOLE).to(torch.int64)
+        before_BV = shares_BV.cumsum(-1) - shares_BV
         dropped_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(
-            -1, ordered.indices, before_BV >= draw.top_p
+            -1, ordered.indices, before_BV >= round(draw.top_p * _WHOLE)
         )
         logp_BV = logp_BV.masked_fill(dropped_BV, -torch.inf).log_softmax(-1)
     return logp_BV

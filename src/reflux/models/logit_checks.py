@@ -13,6 +13,9 @@ from reflux.models.text import HEAD_SHARE, Model, first_line, head_gap
 from reflux.models.text_kind import FITS
 from reflux.models.weight_files import listed
 
+_INPUTS = "The model needs other inputs than the tokens of a text, or a package that is not installed."
+_UNORDERED = "This model cannot be used with deterministic = true on a GPU: leave deterministic out."
+
 
 def refuse_wrong_logits(model: Model, name: str, path: str) -> None:
     """ModelError where a check fails. name, path: the model and the path of its key in the recipe, for
@@ -24,8 +27,7 @@ def refuse_wrong_logits(model: Model, name: str, path: str) -> None:
         # The code of a model may fail with any exception.
         raise ModelError(
             f"{path}: the forward pass of {name} over a few tokens failed: {type(error).__name__}: "
-            f"{first_line(error)}. The model needs other inputs than the tokens of a text, or a package that "
-            "is not installed."
+            f"{first_line(error)}. {_UNORDERED if 'deterministic' in str(error) else _INPUTS}"
         ) from error
     if math.isnan(seen):
         bad = [key for key, value in model.net.state_dict().items() if not value.isfinite().all()]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator
 
 from reflux.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
 
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 _DEVICE = re.compile(r"[a-z]+(:\d+)?")
@@ -46,7 +50,7 @@ def pick_device(device: str) -> str:
             "for CUDA."
         )
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return first_device()
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -55,3 +59,24 @@ def pick_device(device: str) -> str:
         here = f" There are {count} GPUs here, numbered from 0." if device.startswith("cuda") else ""
         raise ModelError(f'device = "{device}" cannot be used: {why}.{here}') from error
     return device
+
+
+def first_device() -> str:
+    """The first GPU, or the CPU where there is none."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def autocasts(wanted: str, device: torch.device) -> bool:
+    """True if forward passes compute in bfloat16 although the weights are float32: on a GPU, unless the
+    recipe's `autocast` (wanted) is "off".
+    """
+    return wanted == "auto" and device.type == "cuda"
+
+
+def autocast(wanted: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The context that forward passes run in; see `autocasts`."""
+    import torch
+
+    return torch.autocast("cuda", dtype=torch.bfloat16) if autocasts(wanted, device) else nullcontext()

@@ -211,18 +211,6 @@ def _plain_attention(net: Any) -> bool:
     )
 
 
-def prepare_torch(threads: int, deterministic: bool) -> None:
-    """Apply the process-wide settings of a run. threads 0 keeps the default of torch. deterministic: True if
-    torch uses only deterministic algorithms.
-    """
-    import torch
-
-    if threads:
-        torch.set_num_threads(threads)
-    if deterministic:
-        torch.use_deterministic_algorithms(True)
-
-
 def share_cores(parties: int) -> None:
     """Limit torch in the calling thread to an equal share of the cores, so that threads that run at the same
     time do not wait for each other's cores. parties: the number of these threads.

@@ -19,6 +19,7 @@ from reflux.models.chat.naming import about_prompt
 from reflux.models.chat.renderer import Renderer
 from reflux.models.cut import cut
 from reflux.models.packed_attention import attending_packed, why_padded
+from reflux.models.placement import autocast
 from reflux.models.text import Model, parameter_count
 from reflux.models.text_rows import packed, padded
 from reflux.models.token_budget import TokenBudget
@@ -60,15 +61,16 @@ class InProcessTeacher:
         self.macs = parameter_count(model.net)
         self.head = services.heads.add(f"teachers.{context.name}", model.head)
         # "" where rows are packed, else the reason for padding
-        self.padded_because = why_padded(model, self.precision())
+        self.padded_because = why_padded(model, autocast(self.autocast, model.device))
 
     def here(self) -> AbstractContextManager[Any]:
         """The context in which the model's weights are on its device."""
         return nullcontext()
 
-    def precision(self) -> AbstractContextManager[Any]:
-        """The context that the forward passes run in."""
-        return nullcontext()
+    @property
+    def autocast(self) -> str:
+        """As in a recipe: "auto" for bfloat16 autocast on a GPU."""
+        return "off"
 
     def close(self) -> None:
         """Remove the model and its output head (the matrix that maps hidden states to logits). Targets that
@@ -143,7 +145,8 @@ class InProcessTeacher:
     ) -> list[TeacherAnswer]:
         pack, texts = not self.padded_because, [sequence for sequence, _ in inputs]
         rows = packed(texts, self.model.device) if pack else padded(texts, self.model.device)
-        with self.precision(), attending_packed(self.model.net) if pack else nullcontext():
+        attending = attending_packed(self.model.net) if pack else nullcontext()
+        with autocast(self.autocast, self.model.device), attending:
             h_NH = rows.states(self.model.trunk)
         states = [
             h_NH[first + start - 1 : first + len(sequence)]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, closing, nullcontext
+from contextlib import asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -60,9 +60,9 @@ class SelfTeacherEngine(InProcessTeacher):
         with closing(cls(cfg, context, services, model, renderer)) as teacher:
             yield teacher
 
-    def precision(self) -> AbstractContextManager[Any]:
-        wanted = self.cfg.autocast == "auto" and self.model.device.type == "cuda"
-        return torch.autocast("cuda", dtype=torch.bfloat16) if wanted else nullcontext()
+    @property
+    def autocast(self) -> str:
+        return self.cfg.autocast
 
     async def publish(self, weights: Weights, step: int) -> None:
         """Update phi as the key `follow` of the teacher's table sets. Under "ema", the same version a second
