@@ -6,12 +6,14 @@ the matrix products alone, in turns.
                                   [--sides reflux,...] [--peer-python PATH] [--tiny]
 
 Measured is the way from hidden states and heads in bfloat16 to the loss and the gradients of the student's
-hidden states and head. The loss is the generalised JSD, the only loss that all sides have (beta 1 is the
-reverse KL, 0 the forward KL). Sides:
+hidden states and head. The loss of the first sides is the generalised JSD, the only loss that all libraries
+have (beta 1 is the reverse KL, 0 the forward KL). Sides:
 
     matmul         only the four matrix products: both heads forward, both gradients of the student's head;
                    without a loss, so this is the lower bound
     reflux         `linear_divergence`
+    reflux:NAME    the same with another objective: reverse, forward, tv, sampled, vopd, minimum_variance,
+                   topk_kl (the baseline over 20 tokens), top20 (the divergence at the student's 20 tokens)
     liger_triton   Liger-Kernel 0.8.5, LigerFusedLinearJSD (Triton)
     liger_chunked  Liger-Kernel 0.8.5, LigerFusedLinearJSDLoss (chunks of 1,024 rows under torch.compile),
                    only the soft loss
@@ -19,9 +21,11 @@ reverse KL, 0 the forward KL). Sides:
 
 Every measurement runs in a separate process: three warm-up calls, then the median of `repeats`. One round is
 one process of each side, in alternating order. A ratio is taken within a round and printed as median (lowest
-to highest). Memory is the highest allocation during a call above that of its inputs, gradients included.
-`error` is the relative error of the gradient of the student's hidden states over the first 64 rows, against
-plain torch in float32 on the same bfloat16 inputs.
+to highest). "floor" is the share of the time of `matmul` in the time of a side. Memory is the highest
+allocation during a call above that of its inputs, gradients included. "launches" are the kernels of one call
+on the GPU. `error` is the relative error of the gradient of the student's hidden states over the first 64
+rows, against plain torch on the same bfloat16 inputs: in float32 for the JSD, and for the other objectives
+this library's own form by matrices of logits in float64, which no fused kernel computes.
 
 The other libraries may be in another environment: pass its interpreter. `--tiny` runs on a CPU at toy size,
 to check this script; its timings have no meaning.
@@ -40,7 +44,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SIDES = ("matmul", "reflux", "liger_triton", "liger_chunked", "trl")
+OTHERS = ("reverse", "forward", "tv", "sampled", "vopd", "minimum_variance", "topk_kl", "top20")
+SIDES = (
+    *("matmul", "reflux", "liger_triton", "liger_chunked", "trl"),
+    *(f"reflux:{name}" for name in OTHERS),
+)
 PEERS = ("liger_triton", "liger_chunked", "trl")
 WARM, CHECK_ROWS, FLOOR_ROWS = 3, 64, 8192
 # (student_NH, weight_VH, teacher_NG, weight_VG) -> mean loss over the rows
@@ -48,16 +56,37 @@ Loss = Callable[..., Any]
 
 
 def side_reflux(beta: float, tiny: bool) -> Loss:
+    from reflux.objectives.divergence import Divergence
+
+    return by_reflux(Divergence(divergence="jsd", beta=beta))
+
+
+def other_reflux(name: str) -> Loss:
+    from reflux.objectives.divergence import Divergence
+    from reflux.objectives.sampled_kl import SampledKL
+
+    return by_reflux(
+        {
+            "reverse": Divergence(),
+            "forward": Divergence(divergence="forward"),
+            "tv": Divergence(divergence="tv"),
+            "sampled": SampledKL(),
+            "vopd": SampledKL(baseline="kl"),
+            "minimum_variance": SampledKL(baseline="minimum_variance"),
+            "topk_kl": SampledKL(baseline="topk_kl"),
+            "top20": Divergence(support="student", k=20),
+        }[name]
+    )
+
+
+def by_reflux(objective: Any) -> Loss:
     import torch
 
     from reflux.kernels.head import Head
     from reflux.loss.linear_divergence import linear_divergence
-    from reflux.objectives.divergence import Divergence
-
-    objective = Divergence(divergence="jsd", beta=beta)
 
     def loss(h_NH: Any, weight_VH: Any, t_NG: Any, weight_VG: Any) -> Any:
-        ids_N = torch.zeros(len(h_NH), dtype=torch.long, device=h_NH.device)
+        ids_N = torch.arange(len(h_NH), device=h_NH.device) % len(weight_VH)
         coef_N = torch.full((len(h_NH),), 1 / len(h_NH), device=h_NH.device)
         return linear_divergence(
             h_NH, Head.of(weight_VH), t_NG, Head.of(weight_VG), ids_N, coef_N, objective
@@ -156,12 +185,14 @@ def measure(side: str, args: argparse.Namespace) -> dict[str, float]:
         with torch.no_grad():
             return clock(floor(*inputs), args, device)
     leaves = [leaf.requires_grad_() for leaf in inputs[:2]]
-    loss = {
+    _, _, other = side.partition(":")
+    makers = {
         "reflux": side_reflux,
         "liger_triton": side_liger_triton,
         "liger_chunked": side_liger_chunked,
         "trl": side_trl,
-    }[side](args.beta, args.tiny)
+    }
+    loss = other_reflux(other) if other else makers[side](args.beta, args.tiny)
 
     def step() -> Any:
         for leaf in leaves:
@@ -170,7 +201,23 @@ def measure(side: str, args: argparse.Namespace) -> dict[str, float]:
         made.backward()
         return made
 
-    return {**clock(step, args, device), "loss": float(step()), "error": error(loss, inputs, args.beta)}
+    found = {**clock(step, args, device), "launches": launches(step, device), "loss": float(step())}
+    for leaf in leaves:
+        leaf.grad = None
+    return found | {"error": error(loss, inputs, args.beta, in_float64=bool(other))}
+
+
+def launches(step: Callable[[], Any], device: Any) -> int:
+    """The kernels, copies and fills of one call on the GPU; 0 on a CPU."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    if device.type != "cuda":
+        return 0
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    return sum(str(event.device_type).endswith("CUDA") for event in profiler.events() or ())
 
 
 def clock(step: Callable[[], Any], args: argparse.Namespace, device: Any) -> dict[str, float]:
@@ -199,16 +246,21 @@ def clock(step: Callable[[], Any], args: argparse.Namespace, device: Any) -> dic
     }
 
 
-def error(loss: Loss, inputs: list[Any], beta: float) -> float:
-    """The relative error of the gradient of the hidden states of the first rows."""
+def error(loss: Loss, inputs: list[Any], beta: float, in_float64: bool) -> float:
+    """The relative error of the gradient of the hidden states of the first rows, against the same loss in
+    float64 or against the plain JSD.
+    """
     import torch
 
-    def gradient(of: Loss) -> Any:
-        h_NH = inputs[0][:CHECK_ROWS].detach().clone().requires_grad_()
-        return torch.autograd.grad(of(h_NH, inputs[1], inputs[2][:CHECK_ROWS], inputs[3]), h_NH)[0].float()
+    few = [inputs[0][:CHECK_ROWS], inputs[1], inputs[2][:CHECK_ROWS], inputs[3]]
 
-    exact = gradient(side_plain(beta))
-    return float((gradient(loss) - exact).norm() / exact.norm())
+    def gradient(of: Loss, dtype: torch.dtype) -> Any:
+        h_NH, *others = (tensor.detach().to(dtype) for tensor in few)
+        h_NH.requires_grad_()
+        return torch.autograd.grad(of(h_NH, *others), h_NH)[0].float()
+
+    exact = gradient(loss, torch.float64) if in_float64 else gradient(side_plain(beta), inputs[0].dtype)
+    return float((gradient(loss, inputs[0].dtype) - exact).norm() / exact.norm())
 
 
 def child(side: str, rows: int, vocabulary: int, args: argparse.Namespace) -> dict[str, float]:
@@ -249,7 +301,8 @@ def compare(rows: int, vocabulary: int, args: argparse.Namespace) -> None:
         f"\nN = {rows:,}, V = {vocabulary:,}, H = {args.student} / {args.teacher}, beta = {args.beta}, "
         f"{args.rounds} rounds"
     )
-    print(f"{'side':<14} {'milliseconds':>28} {'of floor':>9} {'peak GB':>8} {'error':>9} {'loss':>9}")
+    names = f"{'floor':>6} {'peak GB':>8} {'launches':>8} {'error':>8} {'loss':>9}"
+    print(f"{'side':<24} {'milliseconds':>28} {names}")
     seconds = {side: [run["seconds"] for run in runs if run] for side, runs in found.items()}
     floor_seconds = statistics.median(seconds["matmul"]) if seconds.get("matmul") else float("nan")
     for side, runs in found.items():
@@ -257,14 +310,16 @@ def compare(rows: int, vocabulary: int, args: argparse.Namespace) -> None:
             middle, last = statistics.median(seconds[side]), [run for run in runs if run][-1]
             spread = f"{middle * 1e3:.2f} ({min(seconds[side]) * 1e3:.2f} to {max(seconds[side]) * 1e3:.2f})"
             peak = max(run["bytes"] for run in runs if run) / 1e9
-            words = f"{last['error']:>9.1e} {last['loss']:>9.5f}" if "loss" in last else ""
-            print(f"{side:<14} {spread:>28} {middle / floor_seconds:>8.2f}x {peak:>8.2f} {words}")
+            words = (
+                f"{last['launches']:>8} {last['error']:>8.1e} {last['loss']:>9.5f}" if "loss" in last else ""
+            )
+            print(f"{side:<24} {spread:>28} {floor_seconds / middle:>6.0%} {peak:>8.2f} {words}")
     ratios(found)
 
 
 def ratios(found: dict[str, list[dict[str, float]]]) -> None:
-    """Print the other side's numbers divided by ours, by round. Above 1 ours is faster."""
-    for peer in PEERS:
+    """Print the other side's numbers divided by those of `reflux`, by round. Above 1 the JSD is faster."""
+    for peer in (*PEERS, *(f"reflux:{name}" for name in OTHERS)):
         pairs = [
             (ours, theirs)
             for ours, theirs in zip(found.get("reflux", []), found.get(peer, []), strict=False)

@@ -24,12 +24,13 @@ def interpreted(block: int = 32) -> Iterator[None]:
             import triton.language
             from triton.runtime.interpreter import InterpretedFunction
 
-            for name in ("sum", "max"):
+            for name in ("sum", "max", "min"):
                 # compiled ones, if something imported Triton earlier in this process
                 reduction = getattr(triton.language, name)
                 if not isinstance(reduction, InterpretedFunction):
                     patch.setattr(triton.language, name, InterpretedFunction(reduction.fn))
-            from reflux.kernels import triton_kernels
+            from reflux.kernels import triton_kernels, triton_terms, triton_top
 
-            importlib.reload(triton_kernels)
+            for module in (triton_terms, triton_kernels, triton_top):
+                importlib.reload(module)
         yield

@@ -15,6 +15,10 @@ _TABLE_BYTES = {"cpu": 320 << 20, "cuda": 2 << 30}
 # floats of one [rows, V] matrix of one block. On a CPU it fits into the processor's cache; elsewhere it
 # limits the temporary memory.
 _BLOCK_FLOATS = {"cpu": 1 << 19}
+# with fused kernels: bytes of the gradient [rows, V] of one chunk, and of all float32 logits of one block
+_GRADIENT_BYTES, _LOGIT_BYTES = 5 << 28, 5 << 27
+# rows of a tile of a matrix product on a GPU
+_TILE = 128
 
 
 def chunk_rows(vocabulary: int, device: torch.device, tables: int = 2) -> int:
@@ -34,3 +38,21 @@ def table_bytes(kind: str) -> int:
 def block_rows(vocabulary: int, device: torch.device) -> int:
     """The number of rows that everything except the matrix products processes at once, at least 4."""
     return max(4, _BLOCK_FLOATS.get(device.type, 1 << 26) // vocabulary)
+
+
+def fused_rows(rows: int, vocabulary: int, tables: int, gradient_bytes: int) -> tuple[int, int]:
+    """The rows of a chunk and of a block with fused kernels. A chunk has one gradient, which goes through the
+    matrix products. A block has the float32 logits of all models.
+
+    The rows are shared out evenly, in whole tiles of the matrix products. tables: the number of models.
+    gradient_bytes: of one number of the gradient.
+    """
+    chunk = _even(rows, _GRADIENT_BYTES // (gradient_bytes * vocabulary))
+    return chunk, _even(chunk, _LOGIT_BYTES // (4 * tables * vocabulary))
+
+
+def _even(rows: int, most: int) -> int:
+    """The smallest multiple of a tile that divides the rows into as few parts as parts of `most` rows do."""
+    whole = max(_TILE, most // _TILE * _TILE)
+    parts = max(1, -(-rows // whole))
+    return -(-max(1, rows) // (parts * _TILE)) * _TILE

@@ -10,7 +10,7 @@ gradient overwrites its logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +19,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from reflux.kernels.budget import block_rows, chunk_rows
+from reflux.kernels.fused_pass import FusedLoss, can_fuse, run_fused
 from reflux.kernels.head import Head
 from reflux.kernels.head_pass import open_pass, parameters
+from reflux.kernels.slices import slices
 
 RowLoss = Callable[[slice, Tensor, list[Tensor]], Tensor]
 # hidden states without a gradient, with the same rows as the student's, and their head
 Constant = tuple[Tensor, Head]
 
 
-def row_pass(h_NH: Tensor, head: Head, constants: Sequence[Constant], row_loss: RowLoss) -> Tensor:
+def row_pass(
+    h_NH: Tensor,
+    head: Head,
+    constants: Sequence[Constant],
+    row_loss: RowLoss,
+    fused_loss: FusedLoss | None = None,
+) -> Tensor:
     """The sum of row_loss(rows, logits_NV, others) over blocks of rows, a scalar of at least float32.
 
     rows: the slice of h_NH of this block. logits_NV: head(h_NH[rows]). others: for each entry of `constants`
@@ -37,8 +45,11 @@ def row_pass(h_NH: Tensor, head: Head, constants: Sequence[Constant], row_loss: 
     constant. Each row is passed to `row_loss` once, in order, outside autocast. `row_loss` must not keep the
     logits that it is given, because their memory is reused. Under `torch.no_grad` no
     gradient is computed. N = 0 gives 0.
+
+    fused_loss: the same loss from raw logits, which writes its gradient itself. It replaces `row_loss` where
+    the fused kernels can run (`fused_pass`).
     """
-    work = _Work(h_NH.detach(), head, constants, row_loss)
+    work = _Work(h_NH.detach(), head, constants, row_loss, fused_loss)
     tensors = [h_NH, *parameters(head)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _RowPass.apply(work, *tensors)  # pyright: ignore[reportReturnType]
@@ -69,10 +80,23 @@ class _Work:
     head: Head
     constants: Sequence[Constant]
     row_loss: RowLoss
+    fused_loss: FusedLoss | None
 
-    @torch.no_grad()
     def run(self, needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
         """The sum, and the gradients of hidden states and head parameters for which `needs` is True."""
+        if self.fused_loss is not None and can_fuse(self.h_NH):
+            total, grads = run_fused(self.h_NH, self.head, self.constants, self.fused_loss, needs)
+        else:
+            total, grads = self._run_tabled(needs)
+        tensors = [self.h_NH, *parameters(self.head)]
+        return total, [
+            None if grad is None else grad.to(tensor.dtype)
+            for grad, tensor in zip(grads, tensors, strict=False)
+        ]
+
+    @torch.no_grad()
+    def _run_tabled(self, needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
+        """The same by autograd through matrices of logits. The head's gradients are in its precision."""
         h_NH, head = self.h_NH, self.head
         gradient = any(needs)
         opened = open_pass(head, needs[1:] if gradient else None)
@@ -80,7 +104,7 @@ class _Work:
         grad_NH = torch.empty_like(h_NH) if needs[0] else None
         total = torch.zeros((), dtype=torch.promote_types(h_NH.dtype, torch.float32), device=h_NH.device)
         tables = 1 + len(self.constants) + (head.matrix is None)
-        for rows in _slices(len(h_NH), chunk_rows(head.vocabulary, h_NH.device, tables)):
+        for rows in slices(len(h_NH), chunk_rows(head.vocabulary, h_NH.device, tables)):
             raw_NV = opened.table(h_NH[rows])
             dtype = torch.promote_types(raw_NV.dtype, torch.float32)
             others_raw = [
@@ -94,13 +118,12 @@ class _Work:
                 grad_nH = opened.back(raw_NV, hidden=grad_NH is not None)
                 if grad_NH is not None and grad_nH is not None:
                     grad_NH[rows] = grad_nH
-        sums = zip(opened.grads, parameters(head), strict=True) if gradient else ()
-        return total, [grad_NH, *(None if grad is None else grad.to(tensor.dtype) for grad, tensor in sums)]
+        return total, [grad_NH, *opened.grads]
 
     def _blocks(self, rows: slice, raw_NV: Tensor, tables: list[Tensor], gradient: bool) -> Tensor:
         """The loss of one chunk. If `gradient`, the gradient of the raw logits overwrites them."""
         total = torch.zeros((), dtype=torch.promote_types(raw_NV.dtype, torch.float32), device=raw_NV.device)
-        for block in _slices(len(raw_NV), block_rows(self.head.vocabulary, raw_NV.device)):
+        for block in slices(len(raw_NV), block_rows(self.head.vocabulary, raw_NV.device)):
             logits = [
                 other.finish(table[block]) for (_, other), table in zip(self.constants, tables, strict=True)
             ]
@@ -117,8 +140,3 @@ class _Work:
 
 def _not_wider(table_NV: Tensor, dtype: torch.dtype) -> Tensor:
     return table_NV.to(dtype) if table_NV.element_size() > dtype.itemsize else table_NV
-
-
-def _slices(length: int, size: int) -> Iterator[slice]:
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))

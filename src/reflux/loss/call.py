@@ -69,7 +69,8 @@ def _check_vocabulary(student_head: Head, teacher_head: Head, ids_N: Tensor | No
         )
     if ids_N is None or not len(ids_N):
         return
-    low, high = int(ids_N.min()), int(ids_N.max())
+    # One copy from the device for both numbers.
+    low, high = torch.stack(ids_N.aminmax()).cpu().tolist()
     if ids_N.dtype != torch.int64 or low < 0 or high >= size:
         raise ValueError(
             f"ids_N must be int64, in 0..{size - 1}; got {ids_N.dtype} from {low} to {high}. Remove rows "

@@ -8,15 +8,19 @@ objectives and teachers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reflux.config.registry import part
 from reflux.kernels.head import Head
+from reflux.kernels.raw_table import RawTable
 from reflux.kernels.row_pass import row_pass
 from reflux.loss.call import check_call
 from reflux.loss.columns import Columns
+from reflux.loss.fused_gradient import write
+from reflux.loss.fused_outputs import FusedStudent
 from reflux.loss.outputs import FullLogits
 from reflux.loss.term import LossTerm, Rows
 
@@ -84,26 +88,71 @@ def linear_divergence(
     term: LossTerm = part("objectives", "divergence")() if objective is None else objective
     columns, top_k = Columns(len(ids_N)), min(top_k, student_head.vocabulary)
     pushed_N = torch.zeros_like(coef_N) if advantage_offset_N is None else advantage_offset_N
-
-    def row_loss(rows: slice, logits_NV: Tensor, constants: list[Tensor]) -> Tensor:
-        student, teacher = FullLogits(logits_NV, ids_N[rows]), FullLogits(constants[0], ids_N[rows])
-        behaviour_N = student.logp_N.detach() if behaviour_logp_N is None else behaviour_logp_N[rows]
-        view = Rows(student, {term.teacher or "main": teacher}, behaviour_N, pushed_N[rows])
-        cost_N = _nonzero(term, view, coef_N[rows])
-        _note(columns, rows, cost_N, student, teacher, top_k)
-        return (coef_N[rows] * cost_N).sum()
-
-    loss = row_pass(student_NH, student_head, [(teacher_NG.detach(), teacher_head)], row_loss)
+    work = _Pass(term, ids_N, coef_N, behaviour_logp_N, pushed_N, columns, top_k)
+    teacher = (teacher_NG.detach(), teacher_head)
+    loss = row_pass(student_NH, student_head, [teacher], work.row_loss, work.fused_loss)
     if not len(ids_N):
         none_N, none_NK = loss.new_zeros(0), loss.new_zeros(0, top_k)
         return Answer(loss, none_N, none_N, none_N, none_N, none_N, none_NK.long(), none_NK)
     return Answer(loss, **columns)
 
 
+@dataclass
+class _Pass:
+    """The costs of the rows of one call, in both ways that `row_pass` has."""
+
+    term: LossTerm
+    ids_N: Tensor
+    coef_N: Tensor
+    behaviour_logp_N: Tensor | None
+    advantage_offset_N: Tensor
+    columns: Columns
+    top_k: int
+
+    def row_loss(self, rows: slice, logits_NV: Tensor, constants: list[Tensor]) -> Tensor:
+        student, teacher = (FullLogits(table, self.ids_N[rows]) for table in (logits_NV, constants[0]))
+        return self._costs(rows, student, teacher)
+
+    def fused_loss(
+        self, rows: slice, logits: RawTable, constants: list[RawTable], d_NV: Tensor | None
+    ) -> Tensor:
+        student = FusedStudent(logits, {"main": constants[0]}, self.ids_N[rows], trained=d_NV is not None)
+        loss = self._costs(rows, student, student.teachers["main"])
+        if d_NV is not None:
+            write(student, loss, d_NV, silent_N=self.coef_N[rows] == 0)
+        return loss.detach()
+
+    def _costs(self, rows: slice, student: FullLogits, teacher: FullLogits) -> Tensor:
+        teachers, pushed_N = {self.term.teacher or "main": teacher}, self.advantage_offset_N[rows]
+        if self.behaviour_logp_N is None:
+            view = _OwnBehaviour(student, teachers, pushed_N)
+        else:
+            view = Rows(student, teachers, self.behaviour_logp_N[rows], pushed_N)
+        cost_N = _nonzero(self.term, view, self.coef_N[rows])
+        _note(self.columns, rows, cost_N, student, teacher, self.top_k)
+        return (self.coef_N[rows] * cost_N).sum()
+
+
+class _OwnBehaviour(Rows[FullLogits]):
+    """Rows whose tokens the student itself drew. Its log-probs are read only if an objective asks for them,
+    because the first question to a `FusedStudent` decides what its launch computes.
+    """
+
+    def __init__(self, student: FullLogits, teachers: dict[str, Any], advantage_offset_N: Tensor):
+        self.student, self.teachers, self.advantage_offset_N = student, teachers, advantage_offset_N
+
+    @property
+    def behaviour_logp_N(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.student.logp_N.detach()
+
+
 def _nonzero(objective: LossTerm, rows: Rows[FullLogits], coef_N: Tensor) -> Tensor:
     """cost_N, exactly 0 without a gradient where the coefficient is 0. Such rows are left out, because 0
     times an infinite cost would be NaN.
     """
+    if isinstance(rows.student, FusedStudent):
+        # `fused_gradient.write` knows these rows. Leaving them out would have to wait for the device.
+        return objective(rows).masked_fill(coef_N == 0, 0)
     if bool((coef_N != 0).all()):
         return objective(rows)
     nonzero_M = coef_N.nonzero()[:, 0]
@@ -123,7 +172,7 @@ def _nonzero(objective: LossTerm, rows: Rows[FullLogits], coef_N: Tensor) -> Ten
 def _note(
     columns: Columns, rows: slice, cost_N: Tensor, student: FullLogits, teacher: FullLogits, top_k: int
 ) -> None:
-    ids_NK = student.logits_NV.topk(top_k, dim=-1).indices
+    ids_NK = student.top_ids(top_k, ordered=True)
     by_products = {
         "cost_N": cost_N,
         "logp_N": student.logp_N,

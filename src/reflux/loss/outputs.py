@@ -15,8 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from reflux.kernels import triton_divergence as fused
-from reflux.loss.baselines import kl_value
+from reflux.loss.baselines import kl_value, minimum_variance_value, topk_kl_value
 from reflux.loss.divergences import DIVERGENCES, with_tail
 from reflux.loss.gradients import TokenLogp
 
@@ -42,20 +41,20 @@ class TopKLogprobs:
 
 class FullLogits:
     """The whole distribution, from logits of any float dtype. Log-probs are at least float32, computed once
-    and shared by all objectives.
-
-    On a GPU the sums over the vocabulary are fused passes over the logits (`kernels.triton_divergence`), and
-    the matrix `logp_NV` is computed only when it is read. Elsewhere every result is computed from that
-    matrix.
+    and shared by all objectives. On a GPU, `fused_outputs.FusedLogits` gives the same results without the
+    matrix `logp_NV`.
     """
 
     def __init__(self, logits_NV: Tensor, ids_N: Tensor):
         self.logits_NV = logits_NV
         self.ids_N = ids_N
-        self.fused = fused.usable(logits_NV)
         # By the id() of the other model's outputs. The outputs are kept too, so that Python cannot reuse
         # the id.
         self._kl: dict[int, tuple[FullLogits, Tensor]] = {}
+
+    @property
+    def vocabulary(self) -> int:
+        return self.logits_NV.shape[1]
 
     @cached_property
     def logp_NV(self) -> Tensor:
@@ -64,16 +63,9 @@ class FullLogits:
             return (self.logits_NV.float() if narrow else self.logits_NV).log_softmax(-1)
 
     @cached_property
-    def lse_N(self) -> Tensor:
-        """log sum exp of the logits, detached; the fused passes use it."""
-        return fused.logsumexp(self.logits_NV.detach())
-
-    @cached_property
     def logp_N(self) -> Tensor:
         """Log-probs of the sampled tokens, nats, differentiable."""
         with self._graph():
-            if self.fused:
-                return fused.token_logp(self.logits_NV, self.ids_N, self.lse_N)
             return TokenLogp.apply(self.logits_NV, self.logp_NV.detach(), self.ids_N)
 
     def _graph(self) -> AbstractContextManager[object]:
@@ -82,30 +74,25 @@ class FullLogits:
         """
         return torch.set_grad_enabled(self.logits_NV.requires_grad)
 
+    @torch.no_grad()
+    def top_ids(self, k: int, ordered: bool = False) -> Tensor:
+        """The k most likely tokens, [N, k]; most likely first if `ordered`."""
+        return self.logits_NV.topk(k, dim=-1, sorted=ordered).indices
+
     def at(self, ids_NK: Tensor) -> Tensor:
         """Log-probs at given ids, nats, differentiable. The ids of one row must differ."""
-        return (
-            fused.gather_logp(self.logits_NV, ids_NK, self.lse_N)
-            if self.fused
-            else self.logp_NV.gather(-1, ids_NK)
-        )
+        return self.logp_NV.gather(-1, ids_NK)
 
     def with_tail(self, ids_NK: Tensor) -> Tensor:
         """The log-probs of `at` and, last, that of one bucket with all other mass, [N, K + 1];
         differentiable.
         """
-        if self.fused:
-            return fused.with_tail(self.logits_NV, ids_NK, self.lse_N)
         return with_tail(self.logp_NV, ids_NK, check=False)
 
     def divergence(self, teacher: FullLogits, kind: str, weight: float | None = None) -> Tensor:
         """A function of `DIVERGENCES` over the whole vocabulary, nats [N], differentiable in this model only.
         kind: the name of the function. weight: its beta or alpha; None: the default.
         """
-        if self.fused:
-            return fused.divergence(
-                self.logits_NV, teacher.logits_NV, kind, weight, self.lse_N, teacher.lse_N
-            )
         given = () if weight is None else (weight,)
         return DIVERGENCES[kind](self.logp_NV, teacher.logp_NV.detach(), *given)
 
@@ -115,21 +102,22 @@ class FullLogits:
         and the records.
         """
         if id(teacher) not in self._kl:
-            self._kl[id(teacher)] = (teacher, self._make_kl(teacher))
+            self._kl[id(teacher)] = (teacher, -kl_value(self.logp_NV, teacher.logp_NV))
         return self._kl[id(teacher)][1]
 
-    def _make_kl(self, teacher: FullLogits) -> Tensor:
-        if self.fused:
-            kl_N, _ = fused.summary(self.logits_NV, teacher.logits_NV, self.lse_N, teacher.lse_N)
-            assert kl_N is not None
-            return kl_N
-        return -kl_value(self.logp_NV, teacher.logp_NV)
+    @torch.no_grad()
+    def topk_kl_value(self, teacher: FullLogits, k: int) -> Tensor:
+        """`baselines.topk_kl_value` of this model and the teacher."""
+        return topk_kl_value(self.logp_NV, teacher.logp_NV, k)
+
+    @torch.no_grad()
+    def minimum_variance_value(self, teacher: FullLogits) -> Tensor:
+        """`baselines.minimum_variance_value` of this model and the teacher."""
+        return minimum_variance_value(self.logp_NV, teacher.logp_NV)
 
     @torch.no_grad()
     def entropy(self) -> Tensor:
         """-sum p log p, nats [N], detached."""
-        if self.fused:
-            return fused.summary(self.logits_NV, None, self.lse_N)[1]
         return -torch.linalg.vecdot(self.logp_NV.exp(), self.logp_NV.clamp_min(_FAR))
 
 

@@ -4,17 +4,20 @@ backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from reflux.kernels.head import Head
+from reflux.kernels.raw_table import RawTable
 from reflux.kernels.row_pass import Constant, row_pass
 from reflux.loss.aggregate import MicroBatch, Result, result_of
 from reflux.loss.batch import Item
 from reflux.loss.columns import Columns
+from reflux.loss.fused_gradient import write
+from reflux.loss.fused_outputs import FusedStudent
 from reflux.loss.outputs import FullLogits, Outputs
 from reflux.loss.term import LossTerm
 from reflux.models.heads import Heads
@@ -88,19 +91,26 @@ def backward(batch: TokenMicroBatch, h_NH: Tensor, head: Head, log_variance: boo
     constants = batch.constants()
     columns = Columns(len(h_NH))
 
-    def row_loss(rows: slice, logits_NV: Tensor, tables: list[Tensor]) -> Tensor:
-        full = dict(zip(constants, tables, strict=True))
-        tokens_N = batch.tokens_N[rows]
-        teachers = {
-            name: FullLogits(full[name], tokens_N) if name in full else batch.listed(name, rows)
-            for name in batch.teachers
-        }
-        student = FullLogits(logits_NV, tokens_N)
+    def costs(rows: slice, student: FullLogits, full: Mapping[str, FullLogits]) -> Tensor:
+        teachers = {name: full[name] if name in full else batch.listed(name, rows) for name in batch.teachers}
         loss = batch.costs(rows, student, teachers, columns, log_variance)
         _record_kl(columns, rows, student, teachers.get("main"))
         return loss
 
-    loss = row_pass(h_NH, head, list(constants.values()), row_loss)
+    def row_loss(rows: slice, logits_NV: Tensor, tables: list[Tensor]) -> Tensor:
+        tokens_N = batch.tokens_N[rows]
+        full = {name: FullLogits(table, tokens_N) for name, table in zip(constants, tables, strict=True)}
+        return costs(rows, FullLogits(logits_NV, tokens_N), full)
+
+    def fused_loss(rows: slice, logits: RawTable, tables: list[RawTable], d_NV: Tensor | None) -> Tensor:
+        named = dict(zip(constants, tables, strict=True))
+        student = FusedStudent(logits, named, batch.tokens_N[rows], trained=d_NV is not None)
+        loss = costs(rows, student, student.teachers)
+        if d_NV is not None:
+            write(student, loss, d_NV)
+        return loss.detach()
+
+    loss = row_pass(h_NH, head, list(constants.values()), row_loss, fused_loss)
     loss.backward()
     return result_of(loss.detach(), columns)
 

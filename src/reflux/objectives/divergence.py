@@ -200,7 +200,7 @@ class Divergence(ObjectivePart):
                 "use support = 'teacher'. With the sampled token use kind = 'sampled_kl'. A local teacher "
                 f"gives them at any token."
             )
-        if self.support == "full" or self.k >= student.logits_NV.shape[1]:
+        if self.support == "full" or self.k >= student.vocabulary:
             return student.divergence(teacher, self.divergence, self.beta)
         one, other = self._listed(student, teacher)
         return DIVERGENCES[self.divergence](one, other.detach(), *weight)
@@ -210,7 +210,7 @@ class Divergence(ObjectivePart):
         from reflux.loss.divergences import renormalised, union, with_tail
 
         models = {"student": (student,), "teacher": (teacher,), "union": (student, teacher)}[self.support]
-        ids = [model.logits_NV.detach().topk(self.k, dim=-1, sorted=False).indices for model in models]
+        ids = [model.top_ids(self.k) for model in models]
         if len(ids) == 1 and self.tail == "bucket":
             return student.with_tail(ids[0]), teacher.with_tail(ids[0])
         ids_NK, repeated_NK = union(*ids) if len(ids) == 2 else (ids[0], None)
@@ -227,7 +227,7 @@ class Divergence(ObjectivePart):
             # The list is longer than k if another part requires a longer list.
             logp_NK, order_NK = logp_NK.topk(self.k, dim=-1)
             ids_NK = ids_NK.gather(-1, order_NK)
-        if ids_NK.shape[1] == student.logp_NV.shape[1]:
+        if ids_NK.shape[1] == student.vocabulary:
             # The list is the whole vocabulary, so neither model has a tail.
             return with_tail(student.logp_NV, ids_NK)[:, :-1], logp_NK
         if self.tail == "bucket":

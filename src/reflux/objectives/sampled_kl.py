@@ -225,7 +225,6 @@ class SampledKL(ObjectivePart):
                     "advantage_offset_N = -value."
                 )
             return rows.group_value_N
-        from reflux.loss.baselines import minimum_variance_value, topk_kl_value
         from reflux.loss.outputs import FullLogits
 
         teacher = rows.teachers[self.teacher]
@@ -238,8 +237,8 @@ class SampledKL(ObjectivePart):
         if self.baseline == "kl":
             return -rows.student.kl(teacher)
         if self.baseline == "topk_kl":
-            return topk_kl_value(rows.student.logp_NV, teacher.logp_NV, self.baseline_k)
-        return minimum_variance_value(rows.student.logp_NV, teacher.logp_NV)
+            return rows.student.topk_kl_value(teacher, self.baseline_k)
+        return rows.student.minimum_variance_value(teacher)
 
 
 def advantage(student_logp_N: Tensor, teacher_logp_N: Tensor, value_N: Tensor | float = 0) -> Tensor:
