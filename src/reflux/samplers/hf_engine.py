@@ -10,8 +10,9 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from reflux.models.cpu.decoder import cpu_decoder
 from reflux.models.generate import decode
+from reflux.models.sampling_way import sampling_way
+from reflux.models.static_decoder import StaticDecoder
 from reflux.models.text import Model, load_model
 from reflux.models.turns import Turn, TurnRequest
 from reflux.rollouts.driver import Driver, Limits
@@ -32,7 +33,8 @@ class HFSampler(InProcessSampler):
     def __init__(self, cfg: HF, context: PartContext, services: Services, model: Model):
         super().__init__(services)
         self.cfg, self.model = cfg, model
-        self.decoder = cpu_decoder(model)
+        self.way = sampling_way(model)
+        self.decoder = self.way.decoder
         limits = Limits(
             model.context_tokens,
             cfg.max_prompt_tokens,
@@ -87,5 +89,12 @@ class HFSampler(InProcessSampler):
                 decode(self.model, [requests[place] for place in chunk], self.version, self.decoder),
                 strict=True,
             )
+        self._tell()
         self.services.clock.add("sample" if purpose == "train" else purpose, time.perf_counter() - started)
         return [turns[place] for place in range(len(requests))]
+
+    def _tell(self) -> None:
+        """Tell the user once what the graphs cost, or why there are none."""
+        news = self.decoder.news() if isinstance(self.decoder, StaticDecoder) else None
+        if news:
+            self.services.listener.noted(news)

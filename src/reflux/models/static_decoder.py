@@ -1,0 +1,76 @@
+"""Decoding on a GPU: a static key-value cache, and one CUDA graph per number of rows and columns.
+
+A graph holds the model's own forward pass, its head and the draw. The host reads the drawn tokens back every
+few tokens and sees which rows have ended; what such a row drew after its end is left out. The noise depends
+on key and position only, so the turns are those of a decoder that stops at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from reflux.config.step_context import SamplingParams
+from reflux.models.bucket import Bucket
+from reflux.models.graphs import Graphs
+from reflux.models.grouped_attention import group_heads
+from reflux.models.static_cache import StaticMemory
+from reflux.models.static_rows import StaticRows
+from reflux.models.text import Model
+from reflux.models.turns import TurnRequest
+
+# graphs that are kept; the oldest is dropped first
+_MOST = 64
+
+
+class StaticDecoder:
+    """The buffers and graphs of one model. Weights that are replaced in place, as `publish` does, keep them
+    valid; where a parameter has moved, everything is captured again.
+    """
+
+    def __init__(self, model: Model):
+        group_heads(model.net)
+        self.model, self.graphs = model, Graphs()
+        self.memory: StaticMemory | None = None
+        self.buckets: dict[tuple[Any, ...], Bucket] = {}
+        self.addresses = _addresses(model)
+        self.told = False
+
+    def rows(self, asks: Sequence[TurnRequest]) -> StaticRows:
+        addresses = _addresses(self.model)
+        if addresses != self.addresses:
+            self.buckets, self.addresses = {}, addresses
+        return StaticRows(self, asks)
+
+    def room(self, like: Sequence[Tensor], rows: int, length: int) -> StaticMemory:
+        """The memory, with space for `rows` x `length` tokens. like: as for `StaticMemory`."""
+        if self.memory is None or self.memory.tokens < rows * length:
+            self.memory, self.buckets = None, {}
+            self.memory = StaticMemory(like, rows * length)
+        return self.memory
+
+    def bucket(self, rows: int, length: int, draw: SamplingParams, top_k: int) -> Bucket:
+        assert self.memory is not None
+        key = (rows, length, draw.temperature, draw.top_p, top_k)
+        if key not in self.buckets:
+            while len(self.buckets) >= _MOST:
+                del self.buckets[next(iter(self.buckets))]
+            self.buckets[key] = Bucket(self.model, self.memory, rows, length, draw, top_k)
+        return self.buckets[key]
+
+    def news(self) -> str | None:
+        """What a user should know about the graphs, once; None if there is nothing new."""
+        if self.told or not (self.graphs.captured or self.graphs.failure):
+            return None
+        self.told = True
+        if self.graphs.failure:
+            return f"sampling: eager, because the capture of a CUDA graph failed: {self.graphs.failure}"
+        return f"sampling: {self.graphs.captured} CUDA graphs captured in {self.graphs.seconds:.1f} s"
+
+
+def _addresses(model: Model) -> tuple[int, ...]:
+    """Where the weights are. A captured graph reads these addresses."""
+    net = model.net
+    return tuple(tensor.data_ptr() for tensors in (net.parameters(), net.buffers()) for tensor in tensors)
