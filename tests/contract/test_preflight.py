@@ -21,7 +21,7 @@ from reflux.inspection.doctor import examine
 from reflux.learners.hf_engine import HFLearner
 from reflux.models import lora, token_steps
 from reflux.models.chat.renderer import Renderer
-from reflux.models.generate import _Written
+from reflux.models.written import Written
 from reflux.teachers.in_process_teacher import InProcessTeacher
 from tiny import END
 
@@ -73,13 +73,13 @@ def ends_its_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def goes_on_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sampler does not know the end token."""
-    init = _Written.__init__
+    init = Written.__init__
 
     def deaf(self: Any, model: Any, *rest: Any) -> None:
         init(self, model, *rest)
         self.ends = np.asarray([-1])
 
-    monkeypatch.setattr(_Written, "__init__", deaf)
+    monkeypatch.setattr(Written, "__init__", deaf)
 
 
 def is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:

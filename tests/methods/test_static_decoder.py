@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from device import DEVICE
 from reflux.assets.characters import character_tokenizer
 from reflux.config.step_context import SamplingParams
-from reflux.models import bucket, prompts, static_decoder, static_rows
+from reflux.models import bucket, grouped_attention, prompts, static_decoder, static_rows
 from reflux.models.generate import decode
+from reflux.models.sampling_way import Way
 from reflux.models.sampling_way import static_decoder as open_decoder
 from reflux.models.static_decoder import StaticDecoder
 from reflux.models.text import Model, as_model
@@ -298,3 +299,31 @@ def test_rows_are_rounded_up(count: int, rows: int) -> None:
     assert static_rows._rounded(count, static_rows._ROWS) == rows
     columns = static_rows._rounded(64 * count, static_rows._COLUMNS)
     assert 64 * count <= columns <= 64 * count * 1.25
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_query_heads_that_share_keys_attend_as_with_copies_of_the_keys(masked: bool) -> None:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    loaded = model("llama")
+    dice = torch.Generator().manual_seed(2)
+    query, key, value = (
+        torch.randn(3, heads, count, 8, generator=dice).to(DEVICE)
+        for heads, count in ((4, 1), (2, 9), (2, 9))
+    )
+    mask = (torch.rand(3, 1, 1, 9, generator=dice) < 0.7).to(DEVICE) if masked else None
+    layer = loaded.trunk.layers[0].self_attn
+    asked = (layer, query, key, value, mask)
+    expected = sdpa_attention_forward(*asked, scaling=0.3)[0]
+    made = grouped_attention._attention(layer, asked[1:], {"scaling": 0.3})[0]
+    torch.testing.assert_close(made, expected)
+
+
+def test_a_failed_capture_is_told_and_decoding_goes_on() -> None:
+    loaded = model("llama")
+    asks, decoder = asked(loaded), opened(loaded)
+    way = Way(decoder, "CUDA graphs")
+    assert (way.slow, way.text) == (False, "CUDA graphs")
+    decoder.graphs.failure = "operation not permitted"
+    assert (way.slow, "failed: operation not permitted" in way.text) == (True, True)
+    same(decode(loaded, asks, 0, decoder), decode(loaded, asks, 0))

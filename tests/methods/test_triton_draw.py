@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_equal_numbers_give_the_lowest_id_and_left_out_tokens_are_never_drawn() 
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.7}, {"top_p": 0.5}, {"temperature": 0.0}])
 def test_the_fused_pick_is_the_plain_one(how: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     logits_BV, keys_B, position_B = table(20, 150)
-    draw = SamplingParams(0, "train", 9, **how)
+    draw = replace(SamplingParams(0, "train", 9), **how)  # pyright: ignore[reportArgumentType]
     asked = (logits_BV, keys_B, position_B, draw, 5)
     fused = picking.pick(*asked)
     monkeypatch.setattr(picking, "usable", lambda logits: False)

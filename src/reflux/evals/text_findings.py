@@ -79,6 +79,13 @@ def _passes_an_end(rollout: TokenRollout, ends: Sequence[int]) -> bool:
     return bool((ended_T[:-1] & rollout.mask_T[1:]).any())
 
 
+def sampling(sampler: Any) -> Iterator[Finding]:
+    """How an open sampler in this process decodes: a warning where a GPU decodes one token at a time."""
+    way = getattr(getattr(sampler, "inner", sampler), "way", None)
+    if way is not None:
+        yield Finding("warning" if way.slow else "ok", "sampling", way.text)
+
+
 def early_stop(groups: Sequence[Group]) -> str | None:
     """A text at which one of the answers, sampled again, would end in its first half while another one goes
     on. None if the answers have no such text.

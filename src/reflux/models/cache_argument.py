@@ -20,7 +20,7 @@ def cache_argument(model: Model) -> str | None:
     if not type(net)._supports_default_dynamic_cache():
         return None
     # A model with a recurrent state has layers for this state in its cache, unless its modules hold it.
-    recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in _layers(net.config))
+    recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache_layers(net.config))
     if net._is_stateful and not recurrent:
         return None
     if "cache_params" in names:
@@ -30,9 +30,10 @@ def cache_argument(model: Model) -> str | None:
     return "past_key_values" if placed and "past_key_values" in names else None
 
 
-def _layers(config: Any) -> list[Any]:
+def cache_layers(config: Any) -> list[Any]:
+    """The layers of a cache of transformers for a model; empty where its config does not say which."""
     try:
         return DynamicCache(config=config).layers
     except AttributeError:
-        # Some configs do not say how many layers there are; their models have a cache class of their own.
+        # The models of such configs have a cache class of their own.
         return []

@@ -23,7 +23,7 @@ from reflux.models.written import Written
 _CROWDED = 0.85
 
 
-class Rows(Protocol):
+class DrawnRows(Protocol):
     """The rows of a batch, each with its text, noise key and cache."""
 
     # the index of the request that each row belongs to
@@ -51,7 +51,7 @@ def decode(
     _refuse_beyond_window(model, asks)
     written = Written(model, asks)
     static = isinstance(decoder, StaticDecoder)
-    rows: Rows = decoder.rows(asks) if static else OneByOne(model, asks, decoder)
+    rows: DrawnRows = decoder.rows(asks) if static else OneByOne(model, asks, decoder)
     while True:
         going = written.add(rows.owners, rows.draw())
         if not going:

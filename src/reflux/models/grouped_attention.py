@@ -7,6 +7,7 @@ columns: [B, K G, 1, D] is read as [B, K, G, D].
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ _NAME = "sdpa_grouped"
 def group_heads(net: Any) -> None:
     """Let a transformers model with "sdpa" attention use this function. Others stay as they are."""
     if net.config._attn_implementation == "sdpa" and net._can_set_attn_implementation():
-        AttentionInterface.register(_NAME, _attention)
+        # Models pass keyword arguments of their own.
+        AttentionInterface.register(_NAME, lambda module, *states, **how: _attention(module, states, how))
         AttentionMaskInterface.register(_NAME, sdpa_mask)
         net.set_attn_implementation(_NAME)
 
@@ -33,13 +35,16 @@ def ungroup_heads(net: Any) -> None:
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any
-) -> tuple[Tensor, None]:
+    module: nn.Module, states: Sequence[Any], how: Mapping[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """states: query [B, K G, L, D], key and value [B, K, M, D], mask [B, 1, L, M] or None. how: the keyword
+    arguments of transformers' own function.
+    """
+    query, key, value, mask = states
     rows, heads, count, size = query.shape
     shared = key.shape[1] < heads and count == 1 and how.get("position_bias") is None
-    if not shared or attention_mask is None or attention_mask.shape[1] > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
+    if not shared or mask is None or mask.shape[1] > 1:
+        return sdpa_attention_forward(module, query, key, value, mask, **how)
     grouped = query.reshape(rows, key.shape[1], -1, size)
-    mask = attention_mask.expand(rows, 1, 1, -1)
     out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=how.get("scaling"))
     return out.reshape(rows, 1, heads, -1), None

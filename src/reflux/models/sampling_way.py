@@ -5,28 +5,43 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from reflux.config.step_context import SamplingParams
-from reflux.models.cache_argument import cache_argument
+from reflux.models.cache_argument import cache_argument, cache_layers
 from reflux.models.cpu.decoder import CpuDecoder, cpu_decoder
 from reflux.models.grouped_attention import ungroup_heads
 from reflux.models.static_decoder import StaticDecoder
-from reflux.models.text import Model
+from reflux.models.text import Model, first_line
 from reflux.models.turns import TurnRequest
 
 # tolerated difference of log-probs in the trial, nats, in float32 and in 16 bits
 _CLOSE, _CLOSE_NARROW = 1e-3, 0.25
+# how the sentence on a slower way begins
+_EAGER = "eager, because"
 _ATTENTION = ("sdpa", "eager", "sdpa_grouped")
 
 
 @dataclass(frozen=True)
 class Way:
-    """A faster decoder than the general one, where there is one; text: what is taken, for the user."""
+    """A faster decoder than the general one, where there is one, and what is taken, for the user."""
 
     decoder: CpuDecoder | StaticDecoder | None
-    text: str
+    sentence: str
+
+    @property
+    def text(self) -> str:
+        failure = self._failure
+        return f"{_EAGER} the capture of a CUDA graph failed: {failure}" if failure else self.sentence
+
+    @property
+    def slow(self) -> bool:
+        """True if a GPU waits for the host at each operation."""
+        return self.sentence.startswith(_EAGER) or self._failure is not None
+
+    @property
+    def _failure(self) -> str | None:
+        return self.decoder.graphs.failure if isinstance(self.decoder, StaticDecoder) else None
 
 
 def sampling_way(model: Model) -> Way:
@@ -34,11 +49,11 @@ def sampling_way(model: Model) -> Way:
         decoder = static_decoder(model)
         if isinstance(decoder, StaticDecoder):
             return Way(decoder, "CUDA graphs over a static key-value cache")
-        return Way(None, f"eager, because {decoder}")
+        return Way(None, f"{_EAGER} {decoder}")
     short = cpu_decoder(model)
     if short:
         return Way(short, "the library's decoder for a CPU")
-    return Way(None, "eager, as on every device without CUDA graphs")
+    return Way(None, "transformers, one token at a time")
 
 
 def static_decoder(model: Model) -> StaticDecoder | str:
@@ -47,11 +62,23 @@ def static_decoder(model: Model) -> StaticDecoder | str:
     if reason:
         return reason
     decoder = StaticDecoder(model)
-    gap = trial_gap(decoder)
-    close = _CLOSE if model.net.dtype == torch.float32 else _CLOSE_NARROW
-    if gap <= close:
+    reason = _trial(decoder)
+    if reason is None:
         return decoder
     ungroup_heads(model.net)
+    return reason
+
+
+def _trial(decoder: StaticDecoder) -> str | None:
+    """Why the model's steps cannot be made over a static cache; None if they agree with its own pass."""
+    close = _CLOSE if decoder.model.net.dtype == torch.float32 else _CLOSE_NARROW
+    try:
+        gap = trial_gap(decoder)
+    except Exception as error:
+        # The code of an architecture that does not know such a cache may fail in any way.
+        return f"a trial step over a static cache failed ({type(error).__name__}: {first_line(error)})"
+    if gap <= close:
+        return None
     return (
         f"log-probs over a static cache differ by {gap:.2g} nats from the model's own forward pass, "
         f"more than {close:g}"
@@ -63,7 +90,7 @@ def _other_kind(model: Model) -> str | None:
     net = model.net
     if cache_argument(model) != "past_key_values":
         return "the state of this architecture is no key-value cache of transformers"
-    kinds = {type(layer) for layer in DynamicCache(config=net.config).layers}
+    kinds = {type(layer) for layer in cache_layers(net.config)}
     if not kinds or kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
         return "some layers of this architecture keep another state than keys and values"
     if net.config._attn_implementation not in _ATTENTION:

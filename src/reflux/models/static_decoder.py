@@ -36,7 +36,6 @@ class StaticDecoder:
         self.memory: StaticMemory | None = None
         self.buckets: dict[tuple[Any, ...], Bucket] = {}
         self.addresses = _addresses(model)
-        self.told = False
 
     def rows(self, asks: Sequence[TurnRequest]) -> StaticRows:
         addresses = _addresses(self.model)
@@ -59,15 +58,6 @@ class StaticDecoder:
                 del self.buckets[next(iter(self.buckets))]
             self.buckets[key] = Bucket(self.model, self.memory, rows, length, draw, top_k)
         return self.buckets[key]
-
-    def news(self) -> str | None:
-        """What a user should know about the graphs, once; None if there is nothing new."""
-        if self.told or not (self.graphs.captured or self.graphs.failure):
-            return None
-        self.told = True
-        if self.graphs.failure:
-            return f"sampling: eager, because the capture of a CUDA graph failed: {self.graphs.failure}"
-        return f"sampling: {self.graphs.captured} CUDA graphs captured in {self.graphs.seconds:.1f} s"
 
 
 def _addresses(model: Model) -> tuple[int, ...]:

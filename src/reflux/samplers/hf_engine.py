@@ -34,7 +34,7 @@ class HFSampler(InProcessSampler):
         super().__init__(services)
         self.cfg, self.model = cfg, model
         self.way = sampling_way(model)
-        self.decoder = self.way.decoder
+        self.decoder, self.told = self.way.decoder, False
         limits = Limits(
             model.context_tokens,
             cfg.max_prompt_tokens,
@@ -94,7 +94,9 @@ class HFSampler(InProcessSampler):
         return [turns[place] for place in range(len(requests))]
 
     def _tell(self) -> None:
-        """Tell the user once what the graphs cost, or why there are none."""
-        news = self.decoder.news() if isinstance(self.decoder, StaticDecoder) else None
-        if news:
-            self.services.listener.noted(news)
+        """After the first call on a GPU: what the graphs cost, or why there are none."""
+        told, self.told = self.told, True
+        graphs = self.decoder.graphs if isinstance(self.decoder, StaticDecoder) else None
+        if not told and (graphs or self.way.slow):
+            cost = f", {graphs.captured} captured in {graphs.seconds:.1f} s" if graphs else ""
+            self.services.listener.noted(f"sampling: {self.way.text}{cost}")
