@@ -89,14 +89,15 @@ class HFSampler(InProcessSampler):
                 decode(self.model, [requests[place] for place in chunk], self.version, self.decoder),
                 strict=True,
             )
-        self._tell()
+        if purpose == "train" and not self.told:
+            self._tell()
         self.services.clock.add("sample" if purpose == "train" else purpose, time.perf_counter() - started)
         return [turns[place] for place in range(len(requests))]
 
     def _tell(self) -> None:
-        """After the first call on a GPU: what the graphs cost, or why there are none."""
-        told, self.told = self.told, True
+        """After the first batch for training on a GPU: what the graphs cost, or why there are none."""
+        self.told = True
         graphs = self.decoder.graphs if isinstance(self.decoder, StaticDecoder) else None
-        if not told and (graphs or self.way.slow):
+        if graphs or self.way.slow:
             cost = f", {graphs.captured} captured in {graphs.seconds:.1f} s" if graphs else ""
             self.services.listener.noted(f"sampling: {self.way.text}{cost}")
