@@ -42,8 +42,8 @@ def make_models(folder: Path, tiny: bool, names: tuple[str, ...] = ("student", "
         )
         torch.manual_seed(number)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            net = Qwen3ForCausalLM(config).to(torch.bfloat16)
-        net.save_pretrained(folder / name)
+            net: Any = Qwen3ForCausalLM(config)
+        net.to(torch.bfloat16).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 
 

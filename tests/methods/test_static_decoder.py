@@ -203,7 +203,8 @@ def test_long_prompts_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_finished_row_stays_within_the_table_of_positions() -> None:
     """A long prompt with one more token, beside a short one with many: positions end at 48."""
-    loaded = model("gpt2", n_embd=32, n_head=4, n_layer=2, n_positions=48)
+    loaded = model("gpt2", n_embd=32, n_head=4, n_layer=2, max_position_embeddings=48)
+    assert loaded.trunk.wpe.num_embeddings == 48
     asks = [TurnRequest(list(range(2, 49)), 1, 3, DRAW), TurnRequest([5], 40, 4, DRAW)]
     same(decode(loaded, asks, 0, opened(loaded)), decode(loaded, asks, 0))
 

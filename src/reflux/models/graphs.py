@@ -31,15 +31,19 @@ class Graphs:
         started = time.perf_counter()
         kept = [tensor.clone() for tensor in state]
         try:
-            return self._capture(work, state, kept)
+            replay = self._capture(work, state, kept)
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
             self.failure = str(error).strip().partition("\n")[0]
             _restore(state, kept)
             return work
-        finally:
-            self.captured, self.seconds = self.captured + 1, self.seconds + time.perf_counter() - started
+        self.captured, self.seconds = self.captured + 1, self.seconds + time.perf_counter() - started
+        return replay
+
+    def forget(self) -> None:
+        """All graphs were dropped. The next ones get a new pool, because torch frees that of the old ones."""
+        self._pool = None
 
     def _capture(
         self, work: Callable[[], None], state: Sequence[Tensor], kept: Sequence[Tensor]

@@ -40,13 +40,15 @@ class StaticDecoder:
     def rows(self, asks: Sequence[TurnRequest]) -> StaticRows:
         addresses = _addresses(self.model)
         if addresses != self.addresses:
-            self.buckets, self.addresses = {}, addresses
+            self.addresses = addresses
+            self._drop()
         return StaticRows(self, asks)
 
     def room(self, like: Sequence[Tensor], rows: int, length: int) -> StaticMemory:
         """The memory, with space for `rows` x `length` tokens. like: as for `StaticMemory`."""
         if self.memory is None or self.memory.tokens < rows * length:
-            self.memory, self.buckets = None, {}
+            self.memory = None
+            self._drop()
             self.memory = StaticMemory(like, rows * length)
         return self.memory
 
@@ -58,6 +60,10 @@ class StaticDecoder:
                 del self.buckets[next(iter(self.buckets))]
             self.buckets[key] = Bucket(self.model, self.memory, rows, length, draw, top_k)
         return self.buckets[key]
+
+    def _drop(self) -> None:
+        self.buckets = {}
+        self.graphs.forget()
 
 
 def _addresses(model: Model) -> tuple[int, ...]:

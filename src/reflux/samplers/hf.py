@@ -41,10 +41,13 @@ class HF(SamplerPart):
     responses; where it is above `max_tokens`, `max_tokens` holds.
 
     The random numbers depend only on (run seed, purpose, step, prompt, sample, turn, position), so the
-    composition of a batch never changes them. For tasks with several turns, `turns` sets when the next turns
-    are generated. "together": for all attempts that continue, after the last environment has answered, so
-    that a run repeats bit for bit. "ready": for those attempts whose environment has answered, so that a slow
-    tool delays only its own attempt; the last digits of log-probs then depend on timing.
+    composition of a batch never changes them. On a GPU every token is decoded by a CUDA graph, where the
+    model allows it; `reflux doctor` says which way is taken.
+
+    For tasks with several turns, `turns` sets when the next turns are generated. "together": for all attempts
+    that continue, after the last environment has answered, so that a run repeats bit for bit. "ready": for
+    those attempts whose environment has answered, so that a slow tool delays only its own attempt; the last
+    digits of log-probs then depend on timing.
 
     A temperature other than 1, or a top_p below 1, makes on-policy estimators biased. It is refused unless
     allow_biased is set. Part of the bias is corrected: the ratio of `sampled_kl` and `policy_gradient`
