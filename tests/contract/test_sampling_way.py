@@ -1,0 +1,72 @@
+"""How a sampler decodes, and what doctor and the user are told of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import tiny
+from laws.test_own_rng import PROMPTS, ask, sampled
+from reflux.config.step_context import SamplingParams
+from reflux.evals.text_findings import sampling
+from reflux.models.sampling_way import Way, static_decoder
+from reflux.models.static_decoder import StaticDecoder
+from reflux.samplers import hf_engine
+
+
+def drawn(student: str, teacher: str, folder: Path) -> tuple[list[Any], list[str], list[Any]]:
+    """(rollouts of a training batch, notes to the user, findings of doctor)."""
+    heard = tiny.Heard()
+
+    async def script(acting: Any) -> Any:
+        acting.services.listener = heard
+        draw = SamplingParams(0, "train", 40, temperature=0.8)
+        for purpose in ("eval", "train", "train"):
+            groups = await ask(acting, PROMPTS, 3, replace(draw, purpose=purpose))
+        return [attempt.rollout for group in groups for attempt in group], list(sampling(acting))
+
+    rollouts, findings = sampled(
+        tiny.config("opd", student, teacher, task={"kind": "outside:Chat"}), folder, script
+    )
+    return rollouts, heard.notes, findings
+
+
+def test_a_sampler_over_a_static_cache_draws_the_same_attempts(
+    student: str, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, notes, (found,) = drawn(student, teacher, tmp_path / "plain")
+    assert notes == []
+    assert (found.verdict, found.check, found.text) == ("ok", "sampling", "the library's decoder for a CPU")
+
+    def static(model: Any) -> Way:
+        decoder = static_decoder(model)
+        assert isinstance(decoder, StaticDecoder)
+        return Way(decoder, "CUDA graphs")
+
+    monkeypatch.setattr(hf_engine, "sampling_way", static)
+    rollouts, notes, (found,) = drawn(student, teacher, tmp_path / "static")
+    assert [r.tokens_T.tolist() for r in rollouts] == [r.tokens_T.tolist() for r in plain]
+    # told once, after the first batch for training
+    assert notes == ["sampling: CUDA graphs, 0 captured in 0.0 s"]
+    assert (found.verdict, found.text) == ("ok", "CUDA graphs")
+
+
+def test_the_slower_way_on_a_gpu_is_told_with_its_reason(
+    student: str, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    why = "eager, because the state of this architecture is no key-value cache of transformers"
+    monkeypatch.setattr(hf_engine, "sampling_way", lambda model: Way(None, why))
+    _, notes, (found,) = drawn(student, teacher, tmp_path / "run")
+    assert notes == [f"sampling: {why}"]
+    assert (found.verdict, found.text) == ("warning", why)
+
+
+def test_a_wrapping_sampler_tells_of_the_one_inside_and_others_have_nothing_to_tell() -> None:
+    inner = SimpleNamespace(way=Way(None, "transformers, one token at a time"))
+    (found,) = sampling(SimpleNamespace(inner=inner))
+    assert found.verdict == "ok"
+    assert list(sampling(SimpleNamespace())) == []
