@@ -16,6 +16,8 @@ from torch import Tensor
 from reflux.config.step_context import seed_of
 
 _STEP_T, _STEP_V = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03
+# numbers that a CPU computes at once, so that they stay in its cache
+_BLOCK = 1 << 16
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
@@ -56,17 +58,25 @@ def normal(keys_B: Tensor, position: int, size: int) -> Tensor:
 
 def _uniform(keys_B: Tensor, position_B: Tensor, count: int) -> Tensor:
     """[B, count] in (0, 1), float32, one per entry."""
-    ids_V = torch.arange(1, count + 1, dtype=torch.int64, device=keys_B.device)
-    z = (keys_B + (position_B + 1) * _signed(_STEP_T))[:, None] + ids_V * _signed(_STEP_V)
-    z = (z ^ _shift(z, 30)) * _signed(_MIX_1)
-    z = (z ^ _shift(z, 27)) * _signed(_MIX_2)
-    z = z ^ _shift(z, 31)
-    return (_shift(z, 41).to(torch.float32) + 0.5) * 2.0**-23
+    ids_V = torch.arange(1, count + 1, dtype=torch.int64, device=keys_B.device) * _signed(_STEP_V)
+    starts_B = keys_B + (position_B + 1) * _signed(_STEP_T)
+    uniform_BV = torch.empty(len(keys_B), count, dtype=torch.float32, device=keys_B.device)
+    rows = max(1, _BLOCK // count) if keys_B.device.type == "cpu" else len(keys_B)
+    # All blocks use the same two buffers: new memory for each result takes longer than the arithmetic.
+    buffers_2RV = ids_V.new_empty(2, min(rows, len(keys_B)), count)
+    for start_R, uniform_RV in zip(starts_B.split(rows), uniform_BV.split(rows), strict=True):
+        z_RV, spare_RV = buffers_2RV[:, : len(start_R)]
+        torch.add(start_R[:, None], ids_V, out=z_RV)
+        z_RV.bitwise_xor_(_shift(z_RV, 30, spare_RV)).mul_(_signed(_MIX_1))
+        z_RV.bitwise_xor_(_shift(z_RV, 27, spare_RV)).mul_(_signed(_MIX_2))
+        # The hash ends with z ^ (z >> 31), which changes only the lowest 33 bits. They are not used here.
+        uniform_RV.copy_(_shift(z_RV, 41, spare_RV))
+    return uniform_BV.add_(0.5).mul_(2.0**-23)
 
 
-def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical right shift, because the right shift of torch for int64 is arithmetic."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
+def _shift(z: Tensor, bits: int, out: Tensor) -> Tensor:
+    """Logical right shift, written to `out`, because the right shift of torch for int64 is arithmetic."""
+    return torch.bitwise_right_shift(z, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _signed(constant: int) -> int:
