@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from reflux.assets.characters import character_tokenizer
 from reflux.config.step_context import SamplingParams
+from reflux.kernels import merged
 from reflux.models.cpu.decoder import CpuDecoder, cpu_decoder
 from reflux.models.generate import decode
 from reflux.models.text import Model, as_model
@@ -110,8 +111,15 @@ def begun(loaded: Model, decoder: CpuDecoder, ids: list[list[int]], room: int) -
     return decoder.begin(cache, mask_BP, room), torch.tensor([len(row) for row in ids])
 
 
+@pytest.mark.parametrize("way", ["one matrix", "packed", "apart"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_give_the_models_own_states_with_padding_and_rows_dropped(kind: str) -> None:
+def test_steps_give_the_models_own_states_with_padding_and_rows_dropped(
+    kind: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By each of the three ways of a product. Steps 0 to 5 have at least half of the first rows."""
+    if way != "one matrix":
+        monkeypatch.setattr(merged, "_SMALL", 0)
+        monkeypatch.setattr(merged, "_CALLS", 1 if way == "packed" else 99)
     loaded = model(**KINDS[kind])
     decoder = opened(loaded)
     rng = torch.Generator().manual_seed(1)
@@ -119,7 +127,7 @@ def test_steps_give_the_models_own_states_with_padding_and_rows_dropped(kind: st
     memory, place_B = begun(loaded, decoder, ids, room=8)
     for step in range(8):
         if step in (3, 6):
-            kept = torch.tensor([0, 1, 3] if step == 3 else [2, 1])
+            kept = torch.tensor([0, 1, 3] if step == 3 else [2])
             memory.keep(kept)
             ids, place_B = [ids[row] for row in kept.tolist()], place_B[kept]
         tokens_B = torch.randint(2, 102, (len(ids),), generator=rng)

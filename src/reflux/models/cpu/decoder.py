@@ -2,8 +2,9 @@
 arithmetic of the layers.
 
 In a decode step of a small model, most of the time goes to the calls around the matrix products. In
-addition, transformers repeats the keys of grouped heads at every step. Here the keys are stored transposed
-and grouped heads share them. The mathematics is the same; the order of summation is different.
+addition, transformers repeats the keys of grouped heads at every step. Here products with the same input are
+one product (`kernels.merged`), the keys are stored transposed, and grouped heads share them. The mathematics
+is the same; the order of summation is different.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reflux.kernels.merged import MergedLinear
 from reflux.models.text import Model
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -24,6 +26,22 @@ _NORMED = ("qwen3",)
 _STEADY_ROPE = ("default", "linear", "llama3", "yarn")
 # largest difference between this step and the model's own step, as a share of the largest hidden state
 _CLOSE = 1e-4
+
+
+class _Products:
+    """The matrix products of one layer. The weights are read from the model here."""
+
+    def __init__(self, layer: Any, rows: int, room: int):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.qkv, self.out, self.gate_up, self.down = (
+            MergedLinear(layers, rows, room)
+            for layers in (
+                (attention.q_proj, attention.k_proj, attention.v_proj),
+                (attention.o_proj,),
+                (mlp.gate_proj, mlp.up_proj),
+                (mlp.down_proj,),
+            )
+        )
 
 
 @dataclass
@@ -38,6 +56,8 @@ class Memory:
     angles_PD: tuple[Tensor, Tensor]
     # number of positions in use
     written: int
+    # by layer
+    products: list[_Products]
 
     def keep(self, rows: Tensor) -> None:
         """Drop the other rows, one layer at a time, so that the peak memory is one layer's copy."""
@@ -49,9 +69,7 @@ class Memory:
 
 class CpuDecoder:
     """`begin` takes over the cache that read the prompts; `step` returns the hidden states of one more
-    token per row.
-
-    Each step reads the weights from the model, so newly published weights are used from the next step on.
+    token per row. `begin` also reads the weights of the model.
     """
 
     def __init__(self, trunk: Any):
@@ -65,9 +83,9 @@ class CpuDecoder:
         """
         width = mask_BP.shape[1]
         bias_BL = F.pad(torch.zeros(mask_BP.shape).masked_fill_(mask_BP == 0, -torch.inf), (0, room))
-        memory = Memory(
-            [], [], bias_BL[:, None].repeat(1, self.kv_heads, 1), self._angles(width + room), width
-        )
+        products = [_Products(layer, len(mask_BP), room) for layer in self.trunk.layers]
+        bias_BKL = bias_BL[:, None].repeat(1, self.kv_heads, 1)
+        memory = Memory([], [], bias_BKL, self._angles(width + room), width, products)
         for layer in cache.layers:
             memory.keys_BKDL.append(F.pad(layer.keys.transpose(2, 3), (0, room)))
             memory.values_BKLD.append(F.pad(layer.values, (0, 0, 0, room)))
@@ -90,10 +108,10 @@ class CpuDecoder:
         turn = (memory.angles_PD[0][place_B, None], memory.angles_PD[1][place_B, None])
         memory.written += 1
         bias_S1L = memory.bias_BKL.flatten(0, 1)[:, None, : memory.written]
-        for layer, keys_BKDL, values_BKLD in zip(
-            self.layers, memory.keys_BKDL, memory.values_BKLD, strict=True
+        for layer, products, keys_BKDL, values_BKLD in zip(
+            self.layers, memory.products, memory.keys_BKDL, memory.values_BKLD, strict=True
         ):
-            h_BH = layer.step(h_BH, turn, keys_BKDL, values_BKLD, bias_S1L)
+            h_BH = layer.step(h_BH, products, turn, keys_BKDL, values_BKLD, bias_S1L)
         return _rms(h_BH, self.trunk.norm)
 
 
@@ -103,29 +121,26 @@ class _Layer:
     """
 
     def __init__(self, layer: Any, kv_heads: int, normed: bool):
-        self.layer, self.attention, self.mlp = layer, layer.self_attn, layer.mlp
+        self.layer, self.attention = layer, layer.self_attn
         self.kv_heads, self.normed = kv_heads, normed
 
     def step(
         self,
         h_BH: Tensor,
+        products: _Products,
         turn: tuple[Tensor, Tensor],
         keys_BKDL: Tensor,
         values_BKLD: Tensor,
         bias_S1L: Tensor,
     ) -> Tensor:
-        h_BH = h_BH + self._attend(
-            _rms(h_BH, self.layer.input_layernorm), turn, keys_BKDL, values_BKLD, bias_S1L
-        )
-        x_BH = _rms(h_BH, self.layer.post_attention_layernorm)
-        return h_BH + _linear(
-            F.silu(_linear(x_BH, self.mlp.gate_proj)).mul_(_linear(x_BH, self.mlp.up_proj)),
-            self.mlp.down_proj,
-        )
+        qkv = products.qkv(_rms(h_BH, self.layer.input_layernorm))
+        h_BH = h_BH + products.out(self._attend(qkv, turn, keys_BKDL, values_BKLD, bias_S1L))
+        gate, up = products.gate_up(_rms(h_BH, self.layer.post_attention_layernorm)).chunk(2, -1)
+        return h_BH + products.down(F.silu(gate).mul_(up))
 
     def _attend(
         self,
-        x_BH: Tensor,
+        qkv: Tensor,
         turn: tuple[Tensor, Tensor],
         keys_BKDL: Tensor,
         values_BKLD: Tensor,
@@ -133,31 +148,27 @@ class _Layer:
     ) -> Tensor:
         rows, heads, size, _ = keys_BKDL.shape
         written = bias_S1L.shape[-1]
-        queries, keys = self._heads(x_BH, turn)
+        queries, keys, values = self._heads(qkv, turn)
         keys_BKDL[..., written - 1] = keys
-        values_BKLD[:, :, written - 1] = _linear(x_BH, self.attention.v_proj).view(rows, heads, size)
+        values_BKLD[:, :, written - 1] = values
         keys_SDL = keys_BKDL.flatten(0, 1)[..., :written]
         scores_SGL = torch.baddbmm(
             bias_S1L, queries.reshape(rows * heads, -1, size), keys_SDL, alpha=self.attention.scaling
         )
-        out_SGD = torch.bmm(scores_SGL.softmax(-1), values_BKLD.flatten(0, 1)[:, :written])
-        return _linear(out_SGD.view(rows, -1), self.attention.o_proj)
+        return torch.bmm(scores_SGL.softmax(-1), values_BKLD.flatten(0, 1)[:, :written]).view(rows, -1)
 
-    def _heads(self, x_BH: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Queries and keys, normalised where the family does so, with the rotary embedding applied to both
-        at once.
+    def _heads(self, qkv: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, the first two normalised where the family does so, with the rotary
+        embedding applied to both at once.
         """
-        attention, rows, size = self.attention, len(x_BH), self.attention.head_dim
-        queries, keys = (_linear(x_BH, m).view(rows, -1, size) for m in (attention.q_proj, attention.k_proj))
+        attention, size = self.attention, self.attention.head_dim
+        all_BMD = qkv.view(len(qkv), -1, size)
+        both_BND, values = all_BMD[:, : -self.kv_heads], all_BMD[:, -self.kv_heads :]
         if self.normed:
-            queries, keys = _rms(queries, attention.q_norm), _rms(keys, attention.k_norm)
-        both_BND = torch.cat([queries, keys], 1)
+            queries, keys = both_BND[:, : -self.kv_heads], both_BND[:, -self.kv_heads :]
+            both_BND = torch.cat([_rms(queries, attention.q_norm), _rms(keys, attention.k_norm)], 1)
         turned_BND = torch.addcmul(both_BND * turn[0], both_BND.roll(size // 2, -1), turn[1])
-        return turned_BND[:, : -self.kv_heads], turned_BND[:, -self.kv_heads :]
-
-
-def _linear(x: Tensor, module: Any) -> Tensor:
-    return F.linear(x, module.weight, module.bias)
+        return turned_BND[:, : -self.kv_heads], turned_BND[:, -self.kv_heads :], values
 
 
 def _rms(x: Tensor, norm: Any) -> Tensor:
