@@ -16,6 +16,9 @@ from reflux.evals.text_findings import sampling
 from reflux.models.sampling_way import Way, static_decoder
 from reflux.models.static_decoder import StaticDecoder
 from reflux.samplers import hf_engine
+from reflux.samplers.flow import Flow
+from reflux.samplers.hf import HF
+from reflux.samplers.references import References
 
 
 def drawn(student: str, teacher: str, folder: Path) -> tuple[list[Any], list[str], list[Any]]:
@@ -27,7 +30,7 @@ def drawn(student: str, teacher: str, folder: Path) -> tuple[list[Any], list[str
         draw = SamplingParams(0, "train", 40, temperature=0.8)
         for purpose in ("eval", "train", "train"):
             groups = await ask(acting, PROMPTS, 3, replace(draw, purpose=purpose))
-        return [attempt.rollout for group in groups for attempt in group], list(sampling(acting))
+        return [attempt.rollout for group in groups for attempt in group], list(sampling(HF(), acting))
 
     rollouts, findings = sampled(
         tiny.config("opd", student, teacher, task={"kind": "outside:Chat"}), folder, script
@@ -67,6 +70,6 @@ def test_the_slower_way_on_a_gpu_is_told_with_its_reason(
 
 def test_a_wrapping_sampler_tells_of_the_one_inside_and_others_have_nothing_to_tell() -> None:
     inner = SimpleNamespace(way=Way(None, "transformers, one token at a time"))
-    (found,) = sampling(SimpleNamespace(inner=inner))
+    (found,) = sampling(References(), SimpleNamespace(inner=inner))
     assert found.verdict == "ok"
-    assert list(sampling(SimpleNamespace())) == []
+    assert list(sampling(Flow(), SimpleNamespace())) == []

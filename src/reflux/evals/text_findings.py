@@ -17,6 +17,7 @@ from reflux.models.chat.continuation import bare_ids
 from reflux.models.chat.template_checks import closing_end
 from reflux.models.placement import autocasts
 from reflux.runtime.services import Services
+from reflux.samplers.base import Sampler
 from reflux.teachers.base import Teacher, plain_requests
 from reflux.teachers.collection import Teachers
 from reflux.types import Group, HiddenTarget, TokenRollout
@@ -79,11 +80,12 @@ def _passes_an_end(rollout: TokenRollout, ends: Sequence[int]) -> bool:
     return bool((ended_T[:-1] & rollout.mask_T[1:]).any())
 
 
-def sampling(sampler: Any) -> Iterator[Finding]:
-    """How an open sampler in this process decodes: a warning where a GPU decodes one token at a time."""
-    way = getattr(getattr(sampler, "inner", sampler), "way", None)
-    if way is not None:
-        yield Finding("warning" if way.slow else "ok", "sampling", way.text)
+def sampling(part: Sampler, opened: Any) -> Iterator[Finding]:
+    """How an open sampler decodes: a warning where a GPU decodes one token at a time."""
+    told = part.decoding(opened)
+    if told is not None:
+        slow, text = told
+        yield Finding("warning" if slow else "ok", "sampling", text)
 
 
 def early_stop(groups: Sequence[Group]) -> str | None:

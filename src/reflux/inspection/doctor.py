@@ -54,7 +54,10 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
             async for finding in preflight.findings(prompts, group):
                 yield finding
             if not flow:
-                for finding in (*text_findings.sampling(sampler), *_on_memory(learner, teachers)):
+                for finding in (
+                    *text_findings.sampling(cfg.sampler, sampler),
+                    *_on_memory(learner, teachers),
+                ):
                     yield finding
             groups = await _attempts(asked, prompts)
             await _judge(asked, groups)

@@ -58,6 +58,12 @@ class SamplerPart(Part, Protocol):
         """The most tokens that a key-value cache of the sampler holds; 0 without such a cache."""
         return 0
 
+    def decoding(self, opened: Any) -> tuple[bool, str] | None:
+        """How the model decodes, and before it True if a GPU waits for the host at each operation; None where
+        there is nothing to tell. opened: what `open` of this sampler gave.
+        """
+        return None
+
     @property
     def overlaps(self) -> bool:
         """True if other tasks run in the event loop during its model calls. The model calls then run outside

@@ -118,6 +118,9 @@ class HF(SamplerPart):
     def cache_tokens(self) -> int:
         return self.batch_tokens
 
+    def decoding(self, opened: Any) -> tuple[bool, str] | None:
+        return opened.way.slow, opened.way.text
+
     @property
     def exact_rng(self) -> bool:
         return self.turns == "together"

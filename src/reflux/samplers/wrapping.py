@@ -44,6 +44,9 @@ class WrappingSampler(SamplerPart, Protocol):
     def cache_tokens(self) -> int:
         return self._inner.cache_tokens
 
+    def decoding(self, opened: Any) -> tuple[bool, str] | None:
+        return self._inner.decoding(opened.inner)
+
     @property
     def overlaps(self) -> bool:
         return self._inner.overlaps
