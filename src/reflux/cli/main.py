@@ -61,7 +61,9 @@ def plan(recipe: Recipe, overrides: Overrides = None) -> None:
 def eval_(
     model: Annotated[
         str,
-        typer.Argument(help="A run directory, a folder in Hugging Face format, a hub id, or reflux:teacher."),
+        typer.Argument(
+            help="A run directory, a folder in Hugging Face format, a GGUF file, a hub id, or reflux:teacher."
+        ),
     ],
     task: Annotated[
         str | None,

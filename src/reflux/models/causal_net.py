@@ -48,6 +48,8 @@ def load_causal_net(
         _refuse_kind(config, name, path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **source(where),
+            # To read it from a GGUF file once more would take seconds.
+            config=config if header is not None else None,
             dtype=_wanted(dtype, header),
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,

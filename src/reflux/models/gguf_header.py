@@ -57,21 +57,24 @@ def read_gguf(where: str, path: str) -> GgufHeader:
     the file is not a whole GGUF file, or the package gguf is not installed.
     """
     stat = Path(where).stat()
-    return _read(where, stat.st_size, stat.st_mtime_ns, path)
+    try:
+        return _read(where, stat.st_size, stat.st_mtime_ns)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error.__cause__
 
 
 # Reading takes seconds, because the vocabulary is read token by token.
 @lru_cache(maxsize=16)
-def _read(where: str, size: int, changed_ns: int, path: str) -> GgufHeader:
+def _read(where: str, size: int, changed_ns: int) -> GgufHeader:
     try:
         from gguf import GGUFReader
     except ImportError as error:
         raise ModelError(
-            f"{path}: to read {where} the package gguf is needed. Install it: pip install gguf"
+            f"to read {where} the package gguf is needed. Install it: pip install gguf"
         ) from error
     with Path(where).open("rb") as handle:
         if handle.read(4) != b"GGUF":
-            raise ModelError(f"{path}: {where} is not a GGUF file. Download it again.")
+            raise ModelError(f"{where} is not a GGUF file. Download it again.")
     try:
         reader = GGUFReader(where)
         given = {name: field.contents() for name, field in reader.fields.items() if len(field.data) == 1}
@@ -81,9 +84,7 @@ def _read(where: str, size: int, changed_ns: int, path: str) -> GgufHeader:
         architecture = str(given["general.architecture"])
     except Exception as error:
         # In a damaged file any number may be wrong, so the reader may fail with any exception.
-        raise ModelError(
-            f"{path}: {where} is not a whole GGUF file ({size} bytes). Download it again."
-        ) from error
+        raise ModelError(f"{where} is not a whole GGUF file ({size} bytes). Download it again.") from error
     kinds = [kind for _, kind in tensors.values()]
     return GgufHeader(
         architecture,

@@ -20,6 +20,7 @@ from reflux.models.chat.token_map import vocabulary_size
 from reflux.models.context_window import context_tokens
 from reflux.models.gguf_header import is_gguf, source
 from reflux.models.gguf_kind import refuse_other_files
+from reflux.models.gguf_split import split_as_trained
 from reflux.models.locations import SHIPPED, locate
 from reflux.models.placement import pick_device
 
@@ -44,13 +45,12 @@ def load_tokenizer(
     from reflux.models.text_adapters import adapter_in
 
     where = locate(name, path)
-    if is_gguf(where):
-        refuse_other_files(where, path)
+    header = refuse_other_files(where, path) if is_gguf(where) else None
     adapter = Path(where)
     if adapter_source.is_adapter(adapter) and not any((adapter / file).is_file() for file in _TOKENIZERS):
         return load_tokenizer(adapter_source.base_of(adapter, path, base), path, trust_remote_code)
     try:
-        return AutoTokenizer.from_pretrained(**source(where), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(**source(where), trust_remote_code=trust_remote_code)
     except Exception as error:
         # Files with other content than expected may fail with any exception.
         # An adapter of the hub need not have a tokenizer, and is known as an adapter only once it is here.
@@ -58,6 +58,9 @@ def load_tokenizer(
         if fetched is not None:
             return load_tokenizer(adapter_source.base_of(fetched, path, base), path, trust_remote_code)
         raise ModelError(not_loaded(path, "tokenizer", name, error)) from error
+    if header is not None:
+        split_as_trained(tokenizer, header, name, path)
+    return tokenizer
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,10 @@ from __future__ import annotations
 def quiet_libraries() -> None:
     """Disable the progress bars of transformers and datasets. Their warnings stay enabled."""
     import datasets
+    from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    # The reader of GGUF files takes its bar from tqdm itself, which knows nothing of that switch.
+    gguf.tqdm = logging.tqdm  # pyright: ignore[reportPrivateImportUsage]
     datasets.disable_progress_bars()
