@@ -33,6 +33,7 @@ from reflux.config.overrides import split_override, unpack
 from reflux.config.recipe import RunConfig, differences, from_table, to_table, to_toml
 from reflux.errors import ConfigError, RefluxError, RunError
 from reflux.storage.files import write_text
+from reflux.storage.recipe_paths import absolute
 from reflux.storage.summary import commit
 
 VARIANCE_HELP = (
@@ -88,7 +89,8 @@ class Task:
         if not path.exists() or json.loads(path.read_text())["steps"] < steps:
             return False
         made = to_table(from_table(tomllib.loads((self.folder / "config.toml").read_text())))
-        changed = differences(made, to_table(self.config))
+        # A run writes the paths of its recipe as absolute ones.
+        changed = differences(made, absolute(self.config))
         if changed:
             raise RunError(
                 f"{self.folder} was made with other settings; choose another --out, or use its settings:\n  "

@@ -144,6 +144,19 @@ def do(task: runner.Task) -> None:
     asyncio.run(train(task.config, Options(task.folder)))
 
 
+def test_a_run_whose_models_are_named_by_relative_paths_is_finished(
+    small: Path, student: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (small.parent / "here").symlink_to(student)
+    monkeypatch.chdir(small.parent)
+    task = runner.Task(load_study(small), "plain", 0, Path("out"), ("threads=1", "learner.model=./here"))
+    do(task)
+    assert task.finished
+    changed = replace(task, overrides=("threads=1", f"learner.model={student}"))
+    with pytest.raises(RunError, match=r"other settings.*\n.*learner\.model: was "):
+        _ = changed.finished
+
+
 def test_a_study_goes_on_where_it_was_and_does_nothing_twice(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
