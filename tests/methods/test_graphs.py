@@ -16,7 +16,34 @@ from reflux.models.graphs import Graphs
 
 
 class Stream:
+    def __init__(self, device: Any = None):
+        self.device = device
+
     def wait_stream(self, other: Any) -> None: ...
+
+
+class Gpu:
+    """The current stream of this thread, and the current device at each capture."""
+
+    def __init__(self) -> None:
+        self.stream, self.device = Stream(), torch.device("cuda:0")
+        self.captured_on: list[torch.device] = []
+
+    @contextmanager
+    def on_stream(self, stream: Stream) -> Iterator[None]:
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    @contextmanager
+    def on_device(self, device: torch.device) -> Iterator[None]:
+        before, self.device = self.device, device
+        try:
+            yield
+        finally:
+            self.device = before
 
 
 class Graph:
@@ -32,8 +59,15 @@ class Graph:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
-    """The graphs, in order. Nothing runs while one is open, as on a GPU."""
+def gpu() -> Gpu:
+    return Gpu()
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> list[Graph]:
+    """The graphs, in order. Nothing runs while one is open, as on a GPU. As in torch, the stream of captures
+    stays the current one where the end of a capture fails, and the error of the end hides that of the work.
+    """
     graphs: list[Graph] = []
 
     @contextmanager
@@ -42,14 +76,24 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
         assert capture_error_mode == "thread_local"
         graph.pool = pool
         graphs.append(graph)
-        yield
+        gpu.captured_on.append(gpu.device)
+        before, gpu.stream = gpu.stream, Stream()
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        gpu.stream = before
 
-    @contextmanager
-    def on(stream: Stream) -> Iterator[None]:
-        yield
-
-    fakes = {"Stream": Stream, "current_stream": Stream, "stream": on, "graph": opened, "CUDAGraph": Graph}
-    for name, fake in (fakes | {"graph_pool_handle": object}).items():
+    fakes = {
+        "Stream": Stream,
+        "current_stream": lambda device=None: gpu.stream,
+        "stream": gpu.on_stream,
+        "device": gpu.on_device,
+        "graph": opened,
+        "CUDAGraph": Graph,
+        "graph_pool_handle": object,
+    }
+    for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     return graphs
 
@@ -96,10 +140,8 @@ def test_warm_up_leaves_the_state_and_graphs_share_a_pool(made: list[Graph]) -> 
     assert made[2].pool is not made[0].pool
 
 
-def test_after_a_failed_capture_the_work_itself_is_called(
-    made: list[Graph], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    graphs, state = Graphs(), OnGpu(3.0)
+def test_after_a_failed_capture_the_work_itself_is_called(made: list[Graph], gpu: Gpu) -> None:
+    graphs, state, stream = Graphs(), OnGpu(3.0), gpu.stream
 
     def work() -> None:
         state.value.add_(1)
@@ -109,9 +151,19 @@ def test_after_a_failed_capture_the_work_itself_is_called(
     assert graphs.of(work, [state]) is work  # type: ignore[list-item]
     assert float(state.value) == 3
     assert (graphs.captured, graphs.failure) == (0, "operation not permitted when stream is capturing")
+    assert gpu.stream is stream
     # the next ones are not tried
     assert graphs.of(work, [state]) is work  # type: ignore[list-item]
     assert len(made) == 1
+
+
+def test_the_capture_is_on_the_device_of_the_model(made: list[Graph], gpu: Gpu) -> None:
+    """Streams belong to the current device, and a graph of another device would stay empty."""
+    graphs, state = Graphs(), OnGpu(3.0)
+    state.device = torch.device("cuda:1")
+    graphs.of(lambda: None, [state])  # type: ignore[list-item]
+    assert gpu.captured_on == [torch.device("cuda:1")]
+    assert gpu.device == torch.device("cuda:0")
 
 
 def test_on_a_cpu_the_work_itself_is_called(made: list[Graph]) -> None:

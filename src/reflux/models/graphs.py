@@ -28,14 +28,17 @@ class Graphs:
         """
         if state[0].device.type != "cuda" or self.failure:
             return work
-        started = time.perf_counter()
+        started, device = time.perf_counter(), state[0].device
         kept = [tensor.clone() for tensor in state]
         try:
-            replay = self._capture(work, state, kept)
+            # Streams belong to the current device. torch leaves its stream of captures current where a
+            # capture fails, so the stream is set back here.
+            with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+                replay = self._capture(work, state, kept)
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.failure = str(error).strip().partition("\n")[0]
+            self.failure = _cause(error)
             _restore(state, kept)
             return work
         self.captured, self.seconds = self.captured + 1, self.seconds + time.perf_counter() - started
@@ -61,6 +64,13 @@ class Graphs:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
         return graph.replay
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what failed first. The end of a failed capture fails too, and says no reason."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).strip().partition("\n")[0]
 
 
 def _restore(state: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
