@@ -132,27 +132,39 @@ def test_a_packed_row_has_every_token_once_and_positions_of_its_own_for_each_tex
     assert (rows.arguments["max_length_q"], rows.arguments["cu_seq_lens_q"].dtype) == (11, torch.int32)
 
 
-@pytest.mark.parametrize("narrow", [0, 3])
-def test_the_kernel_gets_what_it_takes(narrow: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("narrow", "older"), [(0, False), (3, False), (0, True)])
+def test_the_kernel_gets_what_it_takes(narrow: int, older: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's function, imitated by its documentation, gives the same as text by text. narrow: how much less
-    wide values are than keys.
+    wide values are than keys. older: the version that takes shared heads without being asked to.
     """
     from torch.nn.attention import varlen
 
-    def imitation(
-        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **settings: Any
+    def before(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
     ) -> Tensor:
         assert q.ndim == k.ndim == v.ndim == 3
         assert q.shape[-1] == k.shape[-1] == v.shape[-1]
-        assert settings["window_size"] == (-1, 0)
-        assert settings["enable_gqa"]
+        assert window_size == (-1, 0)
         assert cu_q.dtype == torch.int32
         assert torch.equal(cu_q, cu_k)
         assert max_q == max_k == int(cu_q.diff().max())
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return packed_attention._text_by_text(q, k, v, settings["scale"], cu_q.tolist())[0]
+        return packed_attention._text_by_text(q, k, v, scale, cu_q.tolist())[0]
 
-    monkeypatch.setattr(varlen, "varlen_attn", imitation)
+    def since(*given: Any, enable_gqa: bool = False, **settings: Any) -> Tensor:
+        assert enable_gqa
+        return before(*given, **settings)
+
+    monkeypatch.setattr(varlen, "varlen_attn", before if older else since)
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 4, 10, 8), torch.randn(1, 2, 10, 8), torch.randn(1, 2, 10, 8 - narrow)
     bounds = torch.tensor([0, 3, 10], dtype=torch.int32)

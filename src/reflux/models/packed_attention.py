@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -65,6 +66,8 @@ def _by_kernel(
     value = F.pad(value, (0, key.shape[-1] - width))
     q_NAD, k_NBD, v_NBD = (x[0].transpose(0, 1).to(half) for x in (query, key, value))
     shared = q_NAD.shape[1] != k_NBD.shape[1]
+    # Without this argument, as in older versions of torch, the kernel takes shared heads unasked.
+    named = {"enable_gqa": shared} if "enable_gqa" in signature(varlen_attn).parameters else {}
     out_NAD = varlen_attn(
         q_NAD,
         k_NBD,
@@ -75,7 +78,7 @@ def _by_kernel(
         longest,
         scale=scale,
         window_size=(-1, 0),
-        enable_gqa=shared,
+        **named,
     )
     assert isinstance(out_NAD, Tensor)
     return out_NAD[None, ..., :width].contiguous()
