@@ -8,10 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
 from laws.test_own_rng import PROMPTS, ask, sampled
 from reflux.config.step_context import SamplingParams
+from reflux.errors import ModelError
 from reflux.evals.text_findings import sampling
 from reflux.models.sampling_way import Way, static_decoder
 from reflux.models.static_decoder import StaticDecoder
@@ -56,6 +58,29 @@ def test_a_sampler_over_a_static_cache_draws_the_same_attempts(
     # told once, after the first batch for training
     assert notes == ["sampling: CUDA graphs, 0 captured in 0.0 s"]
     assert (found.verdict, found.text) == ("ok", "CUDA graphs")
+
+
+def test_where_the_memory_is_exceeded_fewer_rows_are_sampled_together(
+    student: str, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, _, _ = drawn(student, teacher, tmp_path / "plain")
+    rows, most, decode = list[int](), 4, hf_engine.decode
+
+    def limited(model: Any, asks: Any, *rest: Any) -> Any:
+        rows.append(len(asks))
+        if len(asks) > most:
+            raise torch.OutOfMemoryError("out of memory")
+        return decode(model, asks, *rest)
+
+    monkeypatch.setattr(hf_engine, "decode", limited)
+    rollouts, _, _ = drawn(student, teacher, tmp_path / "halved")
+    assert [r.tokens_T.tolist() for r in rollouts] == [r.tokens_T.tolist() for r in plain]
+    assert max(rows) > most
+    # what was found holds for the batches that follow
+    assert max(rows[-9:]) <= most
+    most = 0
+    with pytest.raises(ModelError, match=r"Lower sampler\.max_tokens"):
+        drawn(student, teacher, tmp_path / "none")
 
 
 def test_the_slower_way_on_a_gpu_is_told_with_its_reason(

@@ -81,7 +81,7 @@ def made(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> list[Graph]:
         try:
             yield
         except RuntimeError:
-            raise RuntimeError("operation failed due to a previous error during capture")
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
         gpu.stream = before
 
     fakes = {

@@ -4,7 +4,9 @@ same steps run without a graph.
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -240,6 +242,36 @@ def test_published_weights_keep_the_graphs_and_moved_weights_do_not(monkeypatch:
     turns = decode(loaded, asks, 0, decoder)
     assert len(captured) > 0
     same(turns, decode(loaded, asks, 0))
+
+
+def test_what_is_no_longer_used_is_freed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a graph too, and without a search for cycles: the buffers of a smaller batch, and what was read
+    of the prompts before.
+    """
+    loaded = model("llama")
+    decoder, asks = opened(loaded), asked(loaded)
+    monkeypatch.setattr(prompts, "_TOKENS", 40)
+    read, chunks = prompts.Prompts._read, list[weakref.ref[Any]]()
+
+    def reading(self: prompts.Prompts, *where: int) -> Any:
+        assert all(chunk() is None for chunk in chunks)
+        states, h_BH = read(self, *where)
+        chunks.extend(map(weakref.ref, states))
+        return states, h_BH
+
+    monkeypatch.setattr(prompts.Prompts, "_read", reading)
+    gc.collect()
+    gc.disable()
+    try:
+        decode(loaded, asks[:2], 0, decoder)
+        layers: list[Any] = [layer for b in decoder.buckets.values() for layer in b.cache.layers]
+        buffers = [weakref.ref(layer.keys) for layer in layers]
+        del layers
+        decode(loaded, asks, 0, decoder)
+        assert all(buffer() is None for buffer in buffers)
+        assert len(chunks) > 6
+    finally:
+        gc.enable()
 
 
 def test_the_oldest_graphs_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,18 +67,11 @@ def _by_kernel(
     q_NAD, k_NBD, v_NBD = (x[0].transpose(0, 1).to(half) for x in (query, key, value))
     shared = q_NAD.shape[1] != k_NBD.shape[1]
     # Without this argument, as in older versions of torch, the kernel takes shared heads unasked.
-    named = {"enable_gqa": shared} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    named: dict[str, Any] = (
+        {"enable_gqa": shared} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    )
     out_NAD = varlen_attn(
-        q_NAD,
-        k_NBD,
-        v_NBD,
-        bounds,
-        bounds,
-        longest,
-        longest,
-        scale=scale,
-        window_size=(-1, 0),
-        **named,
+        q_NAD, k_NBD, v_NBD, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **named
     )
     assert isinstance(out_NAD, Tensor)
     return out_NAD[None, ..., :width].contiguous()

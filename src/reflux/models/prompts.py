@@ -30,6 +30,12 @@ class Chunk:
     source_N: Tensor
     target_N: Tensor
 
+    def write(self, states: Sequence[Tensor], h_BH: Tensor, width: int) -> None:
+        """Copy it to its rows of the batch, whose prompts end before column `width`."""
+        h_BH[self.target_N] = self.h_BH[self.source_N]
+        for state, new in zip(states, self.states, strict=True):
+            state[self.target_N, :, width - new.shape[2] : width] = new[self.source_N]
+
 
 class Prompts:
     """Prompts with ids on the device, padded on the left. Several rows may have the same prompt."""
@@ -52,10 +58,10 @@ class Prompts:
         while start < len(self.lengths):
             width = self.lengths[start]
             stop = min(len(self.lengths), start + max(1, _TOKENS // width))
-            states, h_BH = self._read(start, stop, width)
             target_N = torch.nonzero((self.prompt_B >= start) & (self.prompt_B < stop))[:, 0]
             source_N = self.prompt_B[target_N] - start
-            yield Chunk(states, h_BH, source_N.to(device), target_N.to(device))
+            # No name here keeps what was read, so it is freed before the next prompts are read.
+            yield Chunk(*self._read(start, stop, width), source_N.to(device), target_N.to(device))
             start = stop
 
     def _read(self, start: int, stop: int, width: int) -> tuple[list[Tensor], Tensor]:

@@ -41,14 +41,13 @@ class StaticDecoder:
         addresses = _addresses(self.model)
         if addresses != self.addresses:
             self.addresses = addresses
-            self._drop()
+            self.free()
         return StaticRows(self, asks)
 
     def room(self, like: Sequence[Tensor], rows: int, length: int) -> StaticMemory:
         """The memory, with space for `rows` x `length` tokens. like: as for `StaticMemory`."""
         if self.memory is None or self.memory.tokens < rows * length:
-            self.memory = None
-            self._drop()
+            self.free()
             self.memory = StaticMemory(like, rows * length)
         return self.memory
 
@@ -61,7 +60,13 @@ class StaticDecoder:
             self.buckets[key] = Bucket(self.model, self.memory, rows, length, draw, top_k)
         return self.buckets[key]
 
-    def _drop(self) -> None:
+    def free(self) -> None:
+        """Give the buffers and graphs back. The next batch allocates and captures again."""
+        self.memory = None
+        for bucket in self.buckets.values():
+            # Without a graph this is a method of the bucket itself, which would keep its buffers until Python
+            # looks for cycles.
+            bucket.replay = None
         self.buckets = {}
         self.graphs.forget()
 

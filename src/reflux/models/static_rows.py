@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reflux.models.bucket import LOOK_EVERY, Bucket
-from reflux.models.prompts import Prompts
+from reflux.models.prompts import Chunk, Prompts
 from reflux.models.turns import TurnRequest
 
 if TYPE_CHECKING:
@@ -67,15 +66,16 @@ class StaticRows:
         rows, length = _rounded(len(self.asks), _ROWS), _rounded(prompts.width + self.left, _COLUMNS)
         draw, top_k = self.asks[0].draw, self.asks[0].top_k
         chunks = prompts.chunks()
-        first = next(chunks)
-        memory = self.decoder.room(first.states, rows, length)
+        chunk: Chunk | None = next(chunks)
+        assert chunk is not None
+        memory = self.decoder.room(chunk.states, rows, length)
         memory.clear(rows, length)
-        states, h_BH = memory.states(rows, length), first.h_BH.new_zeros(rows, first.h_BH.shape[-1])
-        for chunk in chain([first], chunks):
-            h_BH[chunk.target_N] = chunk.h_BH[chunk.source_N]
-            for state, new in zip(states, chunk.states, strict=True):
-                columns = slice(prompts.width - new.shape[2], prompts.width)
-                state[chunk.target_N, :, columns] = new[chunk.source_N]
+        states, h_BH = memory.states(rows, length), chunk.h_BH.new_zeros(rows, chunk.h_BH.shape[-1])
+        while chunk is not None:
+            chunk.write(states, h_BH, prompts.width)
+            # Its copies of keys and values are freed before the next prompts are read.
+            chunk = None
+            chunk = next(chunks, None)
         bucket = self.decoder.bucket(rows, length, draw, top_k)
         bucket.begin(prompts.length_B, prompts.width, torch.tensor([ask.rng_key for ask in self.asks]))
         bucket.take(self.decoder.model.head.logits(h_BH))

@@ -10,10 +10,14 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
+
+from reflux.errors import ModelError
 from reflux.models.generate import decode
 from reflux.models.sampling_way import sampling_way
 from reflux.models.static_decoder import StaticDecoder
 from reflux.models.text import Model, load_model
+from reflux.models.token_budget import TokenBudget
 from reflux.models.turns import Turn, TurnRequest
 from reflux.rollouts.driver import Driver, Limits
 from reflux.samplers.in_process_sampler import InProcessSampler, Request
@@ -35,6 +39,7 @@ class HFSampler(InProcessSampler):
         self.cfg, self.model = cfg, model
         self.way = sampling_way(model)
         self.decoder, self.told = self.way.decoder, False
+        self.budget = TokenBudget("sampler.batch_tokens", services.listener.noted, cfg.batch_tokens)
         limits = Limits(
             model.context_tokens,
             cfg.max_prompt_tokens,
@@ -82,17 +87,32 @@ class HFSampler(InProcessSampler):
         turns: dict[int, Turn] = {}
         while places:
             widest = len(requests[places[0]].ids) + max(requests[place].max_tokens for place in places)
-            count = max(1, self.cfg.batch_tokens // widest)
-            chunk, places = places[:count], places[count:]
-            turns |= zip(
-                chunk,
-                decode(self.model, [requests[place] for place in chunk], self.version, self.decoder),
-                strict=True,
-            )
+            chunk = places[: max(1, self.budget.tokens // widest)]
+            drawn = self._decoded([requests[place] for place in chunk])
+            if drawn is not None:
+                turns |= zip(chunk, drawn, strict=True)
+                places = places[len(chunk) :]
+            elif not self.budget.halve(widest):
+                raise ModelError(
+                    f"one text of up to {widest} tokens cannot be sampled in the memory of the device beside "
+                    "the models. Lower sampler.max_tokens, or use sampler.dtype = 'bfloat16'."
+                )
         if purpose == "train" and not self.told:
             self._tell()
         self.services.clock.add("sample" if purpose == "train" else purpose, time.perf_counter() - started)
         return [turns[place] for place in range(len(requests))]
+
+    def _decoded(self, asks: Sequence[TurnRequest]) -> list[Turn] | None:
+        """The turns, each from a row of one batch; None if the memory of the device was exceeded. The turns
+        do not depend on how many rows are decoded together.
+        """
+        try:
+            return decode(self.model, asks, self.version, self.decoder)
+        except torch.OutOfMemoryError:
+            pass
+        if isinstance(self.decoder, StaticDecoder):
+            self.decoder.free()
+        return None
 
     def _tell(self) -> None:
         """After the first batch for training on a GPU: what the graphs cost, or why there are none."""
