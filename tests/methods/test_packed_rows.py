@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,26 @@ def test_the_kernel_gets_what_it_takes(narrow: int, older: bool, monkeypatch: py
     bounds = torch.tensor([0, 3, 10], dtype=torch.int32)
     found = packed_attention._by_kernel(q, k, v, 0.3, bounds, 7)
     torch.testing.assert_close(found, packed_attention._text_by_text(q, k, v, 0.3, bounds.tolist()))
+
+
+@pytest.mark.skipif(find_spec("torch.nn.attention.varlen") is None, reason="this torch has no such kernel")
+def test_a_compiled_layer_calls_the_kernel_with_plain_settings_and_without_copies() -> None:
+    """For any number of tokens, as layers are compiled. Nothing runs: the kernel needs a GPU."""
+    called: list[tuple[str, Any]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
+        called.extend((str(node.target), node.args) for node in nodes)
+        return lambda *given: (given[0],)
+
+    q, k, v = (torch.randn(1, heads, 10, 8, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    bounds = torch.tensor([0, 3, 10], dtype=torch.int32)
+    compiled = torch.compile(packed_attention._by_kernel, backend=backend, fullgraph=True, dynamic=True)
+    compiled(q, k, v, 0.3, bounds, 7)
+    (settings,) = [args for name, args in called if "_varlen_attn" in name]
+    # causal, and with shared heads
+    assert [value for value in settings if isinstance(value, bool)] == [True, True]
+    assert not [name for name, _ in called if "pad" in name]
 
 
 @given(st.lists(st.integers(1, 20), max_size=12), st.integers(1, 50), st.booleans())

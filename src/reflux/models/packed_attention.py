@@ -61,20 +61,20 @@ def _by_kernel(
     """torch's kernel takes [N, heads, D] in 16 bits, and values as wide as the keys."""
     from torch.nn.attention.varlen import varlen_attn
 
-    device, width = query.device.type, value.shape[-1]
+    device, missing = query.device.type, key.shape[-1] - value.shape[-1]
     half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    value = F.pad(value, (0, key.shape[-1] - width))
+    value = F.pad(value, (0, missing)) if missing else value
     q_NAD, k_NBD, v_NBD = (x[0].transpose(0, 1).to(half) for x in (query, key, value))
     shared = q_NAD.shape[1] != k_NBD.shape[1]
-    # Without this argument, as in older versions of torch, the kernel takes shared heads unasked.
-    named: dict[str, Any] = (
-        {"enable_gqa": shared} if "enable_gqa" in signature(varlen_attn).parameters else {}
-    )
+    # Without this argument, as in older versions of torch, the kernel takes shared heads unasked. In a
+    # compiled layer `shared` is no plain truth value, which the argument must be.
+    asks = shared and "enable_gqa" in signature(varlen_attn).parameters
+    named: dict[str, Any] = {"enable_gqa": True} if asks else {}
     out_NAD = varlen_attn(
         q_NAD, k_NBD, v_NBD, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **named
     )
     assert isinstance(out_NAD, Tensor)
-    return out_NAD[None, ..., :width].contiguous()
+    return out_NAD[None, ..., : out_NAD.shape[-1] - missing].contiguous()
 
 
 def _text_by_text(
