@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from reflux.runtime.services import Services
 
 
-_TOKENS = "micro_batch_tokens"
+_TOKENS, _SETTLED = "micro_batch_tokens", "micro_batch_settled"
 
 
 class HFLearner(GradientLearner):
@@ -160,13 +160,14 @@ class HFLearner(GradientLearner):
 
     def state(self) -> dict[str, Any]:
         """Also the measured size of micro-batches, so that a resumed run cuts its batches as before."""
-        measured = {} if self.budget.memory is None else {_TOKENS: self.budget.tokens}
+        budget = self.budget
+        measured = {} if budget.memory is None else {_TOKENS: budget.tokens, _SETTLED: budget.settled}
         return super().state() | measured
 
     def take_up(self, state: Mapping[str, Any]) -> None:
         super().take_up(state)
         if self.budget.memory is not None and _TOKENS in state:
-            self.budget.tokens = state[_TOKENS]
+            self.budget.tokens, self.budget.settled = state[_TOKENS], state[_SETTLED]
 
     def export(self, folder: Path) -> None:
         lora.export(self.model, folder)
