@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from reflux.cli.show import show_plan
 from reflux.config.recipe import load_recipe
 from reflux.inspection.plan import plan
+from reflux.inspection.working_memory import working_memory
 
 # the embedded student: 16 attempts x 4 of at most 64 tokens, prompts as long as answers
 TOKENS = 64 * 2 * 64
@@ -29,6 +32,17 @@ def test_the_keys_that_save_memory_are_counted(key: str, value: object) -> None:
     whole = plan(load_recipe("quickstart")).working
     less = plan(load_recipe("quickstart", {f"learner.{key}": value})).working
     assert all(one.activations < other.activations for one, other in zip(less, whole, strict=True))
+
+
+def test_a_cpu_may_keep_a_cache_in_float32_for_weights_of_16_bits() -> None:
+    cfg = load_recipe("quickstart")
+    student = plan(cfg).student
+    assert student.parameters is not None
+    narrow = replace(student, stored_bytes=2 * student.parameters)
+    gpu, cpu = (working_memory(cfg, narrow, 64, on_gpu) for on_gpu in (True, False))
+    assert gpu is not None
+    assert cpu is not None
+    assert cpu.cache == 2 * gpu.cache
 
 
 def test_images_have_no_estimate() -> None:

@@ -42,7 +42,8 @@ def working_memory(cfg: RunConfig, student: Size, limit: int, gpu: bool) -> Work
     if not kept:
         return None
     given = cfg.sampler.precision
-    stored = max(1, round(student.stored_bytes / student.parameters))
+    # On a CPU "auto" is float32 where 16 bits are slower.
+    stored = max(1, round(student.stored_bytes / student.parameters)) if gpu else 4
     item = stored if given == "auto" else 2 if given in _NARROW else 4
     return WorkingMemory(
         device="GPU" if gpu else "CPU",
