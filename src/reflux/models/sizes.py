@@ -11,6 +11,7 @@ from pathlib import Path
 from reflux.models.adapter_source import base_of, is_adapter
 from reflux.models.context_window import context_tokens
 from reflux.models.gguf_header import is_gguf, read_gguf
+from reflux.models.gguf_shape import shape_in
 from reflux.models.locations import local_folder, locate
 from reflux.models.text_shape import TextShape, shape_of
 from reflux.models.weight_files import check_files, read_header, read_json, weight_files
@@ -91,6 +92,7 @@ def _gguf_size(model: str, path: str) -> Size:
         stored_bytes=parameters * (4 if header.dtype == "float32" else 2),
         context_tokens=header.settings.get("context_length"),
         macs=parameters,
+        shape=shape_in(header),
     )
 
 
