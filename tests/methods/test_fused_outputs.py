@@ -386,6 +386,34 @@ def test_many_large_tokens_in_few_lanes_raise_the_bound_until_the_list_has_room(
     assert torch.equal(made, logits.topk(8, dim=-1).indices)
 
 
+@pytest.fixture(params=["first lane first", "last lane first"])
+def order_of_additions(request, monkeypatch):
+    """The order in which the lanes of a block come to a counter. A GPU has any order; the interpreter has
+    this one.
+    """
+    from triton.runtime.interpreter import _interpreter
+
+    class LastFirst:
+        def __getattr__(self, name):
+            return getattr(_interpreter, name)
+
+        def atomic_rmw(self, kind, pointers, values, mask, order):
+            turned = (np.ascontiguousarray(array[::-1]) for array in (pointers, values, mask))
+            return np.ascontiguousarray(_interpreter.atomic_rmw(kind, *turned, order)[::-1])
+
+    if request.param == "last lane first":
+        monkeypatch.setattr("triton.runtime.interpreter._interpreter", LastFirst())
+
+
+def test_of_many_equal_tokens_the_first_ones_in_one_order(order_of_additions, monkeypatch):
+    monkeypatch.setattr(triton_launch, "BLOCK", 1024)
+    logits = torch.zeros(2, 900, device=DEVICE)
+    logits[0, 700], logits[0, 600] = 1, 2
+    for ordered in (True, False):
+        made = top_ids(logits, 8, ordered).tolist()
+        assert made == [[600, 700, 0, 1, 2, 3, 4, 5], list(range(8))]
+
+
 def test_negative_numbers_nan_and_the_first_of_equal_tokens():
     logits = torch.full((1, 40), -3.0, device=DEVICE)
     logits[0, 30], logits[0, 20], logits[0, 10], logits[0, 5] = math.nan, -0.5, INF, -INF

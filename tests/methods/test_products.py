@@ -111,3 +111,25 @@ def test_a_wide_sum_keeps_what_a_narrow_one_loses() -> None:
         products.add_outer(wide, ones_NV, ones_NH)
     assert (wide == 4096).all()
     assert (narrow == 256).all()
+
+
+class OnGpu(Tensor):
+    """A CPU tensor that says that it is on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]  # pyright: ignore
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_wide_scores_of_any_precision_where_a_gpu_widens_only_16_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mm(a: Tensor, b: Tensor, *, out: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        assert out_dtype is None or (a.element_size() == 2 and out_dtype == torch.float32)
+        assert a.dtype == (torch.float32 if out_dtype is None else dtype)
+        return out.copy_(a.double() @ b.double())
+
+    monkeypatch.setattr(torch, "mm", mm)
+    h_NH, weight_VH = (torch.randn(rows, 6, dtype=torch.float64).to(dtype) for rows in (3, 70))
+    made = products.wide_scores(h_NH.as_subclass(OnGpu), weight_VH).as_subclass(Tensor)
+    assert made.dtype == torch.float32
+    torch.testing.assert_close(made.double(), h_NH.double() @ weight_VH.double().t(), rtol=0, atol=1e-5)

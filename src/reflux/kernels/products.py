@@ -35,14 +35,15 @@ def scores(h_NH: Tensor, weight_VH: Tensor) -> Tensor:
 
 
 def wide_scores(h_NH: Tensor, weight_VH: Tensor) -> Tensor:
-    """h @ weight.T in float32, [N, V], from factors that may be narrower. The rows have `aligned` lengths in
+    """h @ weight.T in float32, [N, V], from factors of any precision. The rows have `aligned` lengths in
     memory.
     """
     rows, vocabulary = len(h_NH), len(weight_VH)
     wide_NV = h_NH.new_empty(rows, aligned(vocabulary), dtype=torch.float32)[:, :vocabulary]
     if h_NH.dtype == torch.float32:
         return torch.mm(h_NH, weight_VH.t(), out=wide_NV)
-    if h_NH.is_cuda:
+    # A GPU multiplies 16 bits so, and refuses to make float32 of float64.
+    if h_NH.is_cuda and h_NH.element_size() == 2:
         return torch.mm(h_NH, weight_VH.t(), out_dtype=torch.float32, out=wide_NV)
     return torch.mm(h_NH.float(), weight_VH.t().float(), out=wide_NV)
 

@@ -66,7 +66,7 @@ def statistics(student: RawTable, teacher: RawTable, ids_N: Tensor, kind: str, s
 
 def top_ids(table_NV: Tensor, k: int, ordered: bool) -> Tensor:
     """The k most likely tokens of each row, [N, k]; most likely first if `ordered`. Of equal tokens the first
-    ones are taken.
+    ones are taken where the kernel runs.
     """
     from reflux.kernels.triton_top import row_candidates
 
@@ -76,10 +76,11 @@ def top_ids(table_NV: Tensor, k: int, ordered: bool) -> Tensor:
     room = 1 << (2 * k + 63).bit_length()
     lowest = torch.iinfo(torch.int64).min
     found_NR = torch.full((rows, room), lowest, dtype=torch.int64, device=table_NV.device)
-    counts_N2 = torch.zeros(rows, 2, dtype=torch.int32, device=table_NV.device)
-    launch(row_candidates, table_NV, *of_memory(table_NV), found_NR, counts_N2, width, k, room)
+    counts_N = torch.zeros(rows, dtype=torch.int32, device=table_NV.device)
+    launch(row_candidates, table_NV, *of_memory(table_NV), found_NR, counts_N, width, k, room)
     last = (1 << 32) - 1
-    return last - (found_NR.topk(k, dim=-1, sorted=ordered).values & last)
+    # Sorted in any case: an order that differed from run to run would change the sums over the list.
+    return last - (found_NR.topk(k, dim=-1).values & last)
 
 
 @torch.no_grad()

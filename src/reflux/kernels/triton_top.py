@@ -22,14 +22,23 @@ def _keys(x_ptr: tl.tensor, stride: int, filled: int, columns: tl.tensor, width:
 
 
 @triton.jit
+def _numbers(x_ptr: tl.tensor, stride: int, filled: int, columns: tl.tensor, width: int) -> tl.tensor:
+    """The same as int64 that all differ: key 2^32 + (2^32 - 1 - column), so that of equal keys the first one
+    is the largest. Beyond the end of the row they are less than any inside.
+    """
+    keys = _keys(x_ptr, stride, filled, columns, width)
+    return keys.to(tl.int64) * 4294967296 + (4294967295 - columns.to(tl.int64))
+
+
+@triton.jit
 def _reached(
     x_ptr: tl.tensor, stride: int, filled: int, width: int, low: int, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """How many keys of the row are `low` or more."""
+    """How many numbers of the row are `low` or more."""
     lanes = tl.arange(0, BLOCK)
     reached = tl.full([BLOCK], 0, tl.int32)
     for start in range(0, width, BLOCK):
-        reached += (_keys(x_ptr, stride, filled, start + lanes, width) >= low).to(tl.int32)
+        reached += (_numbers(x_ptr, stride, filled, start + lanes, width) >= low).to(tl.int32)
     return tl.sum(reached, 0)
 
 
@@ -42,30 +51,22 @@ def _collect(
     counts_ptr: tl.tensor,
     width: int,
     low: int,
-    k: int,
     ROOM: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """Write the row's keys of `low` or more into its list, and return how many there are.
-
-    Those above the bound fill the list from its beginning. Those equal to it fill it from its end and leave k
-    places free, because more than ROOM numbers may be equal.
+    """Write the row's numbers of `low` or more into its list, as far as it has room, and return how many
+    there are. Their order in the list may differ from run to run.
     """
     row = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
     nobody = tl.full([BLOCK], 0, tl.int32)
     reached = nobody
     for start in range(0, width, BLOCK):
-        columns = start + lanes
-        keys = _keys(x_ptr, stride, filled, columns, width)
-        number = keys.to(tl.int64) * 4294967296 + (4294967295 - columns.to(tl.int64))
-        above = (keys > low) & (columns < width)
-        place = tl.atomic_add(counts_ptr + row * 2 + nobody, 1, mask=above)
-        tl.store(found_ptr + row * ROOM + place, number, mask=above & (place < ROOM))
-        equal = (keys == low) & (columns < width)
-        place = ROOM - 1 - tl.atomic_add(counts_ptr + row * 2 + 1 + nobody, 1, mask=equal)
-        tl.store(found_ptr + row * ROOM + place, number, mask=equal & (place >= k))
-        reached += (keys >= low).to(tl.int32)
+        numbers = _numbers(x_ptr, stride, filled, start + lanes, width)
+        hit = numbers >= low
+        place = tl.atomic_add(counts_ptr + row + nobody, 1, mask=hit)
+        tl.store(found_ptr + row * ROOM + place, numbers, mask=hit & (place < ROOM))
+        reached += hit.to(tl.int32)
     return tl.sum(reached, 0)
 
 
@@ -81,12 +82,11 @@ def row_candidates(
     ROOM: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Write into found_ptr [rows, ROOM] the k largest numbers of each row and some others, as key 2^32 +
-    (2^32 - 1 - column) in int64, and leave the rest of the list as it is: the lowest int64. counts_ptr
-    [rows, 2] holds zeros.
+    """Write into found_ptr [rows, ROOM] the k largest of the row's `_numbers` and some others, and leave the
+    rest of the list as it is: the lowest int64. counts_ptr [rows] holds zeros.
 
-    2 k <= ROOM, and k is at most BLOCK and at most the width. If too many numbers lie above the first bound,
-    as with equal numbers, further loops over the row raise it to the k-th largest number.
+    k is at most ROOM, BLOCK and the width. If too many numbers lie above the first bound, as with equal
+    logits, further loops over the row raise it.
     """
     row = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
@@ -102,11 +102,15 @@ def row_candidates(
         enough = tl.sum((top >= middle).to(tl.int32), 0) >= k
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle - 1)
-    many = _collect(x_ptr, stride, filled, found_ptr, counts_ptr, width, low, k, ROOM, BLOCK)
+    # the least number with this key
+    low = low * 4294967296 + 4294967296 - width
+    many = _collect(x_ptr, stride, filled, found_ptr, counts_ptr, width, low, ROOM, BLOCK)
     if many > ROOM:
-        high = peak
-        while (many > ROOM) & (low < high):
-            middle = (low + high + 1) >> 1
+        high = peak * 4294967296 + 4294967295
+        # At the k-th largest number the loop has ended, because the numbers differ.
+        while many > ROOM:
+            # half the sum, rounded up: the sum itself may exceed 64 bits
+            middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
             more = _reached(x_ptr, stride, filled, width, middle, BLOCK)
             many = tl.where(more >= k, more, many)
             low = tl.where(more >= k, middle, low)
@@ -115,6 +119,6 @@ def row_candidates(
         tl.debug_barrier()
         places = tl.arange(0, ROOM)
         tl.store(found_ptr + row * ROOM + places, tl.full([ROOM], -9223372036854775808, tl.int64))
-        tl.store(counts_ptr + row * 2 + tl.arange(0, 2), tl.full([2], 0, tl.int32))
+        tl.store(counts_ptr + row, 0)
         tl.debug_barrier()
-        _collect(x_ptr, stride, filled, found_ptr, counts_ptr, width, low, k, ROOM, BLOCK)
+        _collect(x_ptr, stride, filled, found_ptr, counts_ptr, width, low, ROOM, BLOCK)
