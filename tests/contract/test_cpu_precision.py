@@ -47,6 +47,19 @@ def test_auto_is_the_precision_in_which_the_cpu_is_fast(tmp_path: Path, native: 
     assert is_narrow(learner, "auto") is native
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_an_arm_processor_is_asked_only_if_torch_has_onednn(
+    there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without oneDNN this namespace has no operators.
+    operators = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True) if there else SimpleNamespace()
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: there)
+    monkeypatch.setattr(torch.ops, "mkldnn", operators)
+    assert multiplies_natively(torch.bfloat16) is there
+    assert not multiplies_natively(torch.float16)
+
+
 @pytest.mark.parametrize("native", [False], indirect=True)
 def test_the_weights_are_those_of_the_files(tmp_path: Path, native: bool) -> None:
     asked = load(narrow(tmp_path), dtype="float32").net.state_dict()

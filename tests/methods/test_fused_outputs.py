@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from device import DEVICE
 from interpreted import interpreted
@@ -342,6 +344,34 @@ def test_everything_asked_together_adds_up_also_scaled_and_capped(cap):
     got = written(student, torch.stack([(coef * made).sum() for made, _ in parts]).sum())
     wanted = gradient(torch.stack([expected for _, expected in parts]).sum(0), leaf, coef)
     assert_close(got, wanted, 5e-5)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of any tensor that torch makes."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.most = max([self.most, *(t.numel() for t in tree_leaves(made) if isinstance(t, torch.Tensor))])
+        return made
+
+
+def test_long_lists_need_no_matrix_of_all_pairs_of_their_tokens():
+    n, v, k = 2, 64, 50
+    logits, rng = table(n, v, 0), np.random.default_rng(0)
+    one, other = (
+        torch.tensor(np.array([rng.permutation(v)[:k] for _ in range(n)]), device=DEVICE) for _ in range(2)
+    )
+    student, _ = pair(logits, logits.clone())
+    leaf = logits.double().requires_grad_()
+    s = leaf.log_softmax(-1)
+    loss = student.with_tail(one).square().sum() + student.at(other).square().sum()
+    expected = with_tail(s, one).square().sum() + s.gather(-1, other).square().sum()
+    with Largest() as seen:
+        made = written(student, loss)
+    assert seen.most < n * k * k
+    torch.testing.assert_close(made.double(), torch.autograd.grad(expected, leaf)[0], rtol=1e-4, atol=1e-3)
 
 
 def test_a_tail_of_capped_logits_leaves_the_listed_tokens_out():

@@ -108,11 +108,15 @@ def _at_list(student: FusedStudent, made: _Derivatives, ids_NK: Tensor) -> Tenso
     if made.token_N is not None:
         own_NK += (ids_NK == student.ids_N[:, None]) * made.token_N[:, None]
     for listed, coef_NM in made.lists:
-        same_NKJ = ids_NK[:, :, None] == listed.ids_NK[:, None, :]
-        own_NK += (same_NKJ * coef_NM[:, None, : listed.ids_NK.shape[1]]).sum(-1)
+        if listed.ids_NK is ids_NK:
+            # None of these tokens is in the tail of their own list.
+            own_NK += coef_NM[:, : ids_NK.shape[1]]
+            continue
+        coef_NK, found_NK = _at_other_list(ids_NK, listed.ids_NK, coef_NM)
+        own_NK += coef_NK
         if listed.rest_N is not None:
             tail_NK = coef_NM[:, -1:] * (logits_NK - listed.rest_N[:, None]).exp()
-            d_NK += tail_NK.masked_fill(same_NKJ.any(-1) | (coef_NM[:, -1:] == 0), 0)
+            d_NK += tail_NK.masked_fill(found_NK | (coef_NM[:, -1:] == 0), 0)
     others_NK = made.logps_N[:, None] - own_NK if made.logps_N is not None else -own_NK
     # In float32, because 1 - p must not be rounded to bfloat16 first.
     d_NK -= (own_NK * logp_NK.expm1()).masked_fill_(own_NK == 0, 0)
@@ -124,6 +128,16 @@ def _at_list(student: FusedStudent, made: _Derivatives, ids_NK: Tensor) -> Tenso
         )
         write_gradient(d_NK, few, other, student.ids_N, cost.sums, Coefs(coef_N), add=True)
     return d_NK
+
+
+def _at_other_list(ids_NK: Tensor, others_NJ: Tensor, coef_NM: Tensor) -> tuple[Tensor, Tensor]:
+    """The coefficients of another list's tokens at some ids [N, K], 0 where an id is not in that list, and
+    True where it is. By sorting, because a matrix [N, K, J] of all pairs may exceed the memory.
+    """
+    sorted_NJ, order_NJ = others_NJ.sort(-1)
+    place_NK = torch.searchsorted(sorted_NJ, ids_NK.contiguous()).clamp_(max=others_NJ.shape[1] - 1)
+    found_NK = sorted_NJ.gather(-1, place_NK) == ids_NK
+    return coef_NM.gather(-1, order_NJ.gather(-1, place_NK)).masked_fill(~found_NK, 0), found_NK
 
 
 def _finish_slope(table: RawTable, logits: Tensor) -> Tensor | float:

@@ -21,7 +21,9 @@ def multiplies_natively(dtype: torch.dtype) -> bool:
     if dtype not in _NARROW:
         return True
     if platform.machine().lower() in ("aarch64", "arm64"):
-        return dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        # A torch without oneDNN, as on Apple's processors, does not have the question either.
+        known = dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+        return known and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 
