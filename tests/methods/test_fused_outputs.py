@@ -450,6 +450,17 @@ def test_negative_numbers_nan_and_the_first_of_equal_tokens():
     assert top_ids(logits, 5, ordered=True).tolist() == [[30, 10, 20, 0, 1]]
 
 
+def test_tokens_that_are_a_column_of_a_matrix():
+    """Ids that lie apart in memory, as `labels[:, 1]` does."""
+    logits, ids_N = table(3, 40, 0), torch.tensor([[1, 5, 2], [3, 7, 8], [4, 39, 0]], device=DEVICE)[:, 1]
+    student = FusedStudent(raw(logits), {}, ids_N, trained=True)
+    leaf = logits.double().requires_grad_()
+    expected = leaf.log_softmax(-1).gather(-1, ids_N[:, None])[:, 0]
+    assert_close(student.logp_N.detach(), expected.detach(), 3e-6)
+    got = written(student, (coefficients(3) * student.logp_N).sum())
+    assert_close(got, gradient(expected, leaf, coefficients(3)), 3e-6)
+
+
 def test_token_log_probs_of_a_sure_model_keep_their_small_gradient_in_bfloat16():
     logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 1.0, -INF]], device=DEVICE)
     student, _ = pair(logits, logits.clone(), [0, 1])

@@ -49,7 +49,8 @@ class FusedLogits(FullLogits):
     trained = False
 
     def __init__(self, table: RawTable, ids_N: Tensor):
-        self.table, self.ids_N = table, ids_N
+        # The kernels read the ids as neighbours in memory.
+        self.table, self.ids_N = table, ids_N.contiguous()
 
     @property
     def vocabulary(self) -> int:
