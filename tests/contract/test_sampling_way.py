@@ -15,6 +15,7 @@ from laws.test_own_rng import PROMPTS, ask, sampled
 from reflux.config.step_context import SamplingParams
 from reflux.errors import ModelError
 from reflux.evals.text_findings import sampling
+from reflux.models import sampling_way
 from reflux.models.sampling_way import Way, static_decoder
 from reflux.models.static_decoder import StaticDecoder
 from reflux.samplers import hf_engine
@@ -81,6 +82,18 @@ def test_where_the_memory_is_exceeded_fewer_rows_are_sampled_together(
     most = 0
     with pytest.raises(ModelError, match=r"Lower sampler\.max_tokens"):
         drawn(student, teacher, tmp_path / "none")
+
+
+def test_a_gpu_without_triton_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling_way, "static_decoder", lambda model: "it waits")
+    monkeypatch.setattr(sampling_way, "unusable_because", lambda device: "there is no C compiler")
+    model: Any = SimpleNamespace(device=torch.device("cuda"))
+    way = sampling_way.sampling_way(model)
+    assert way.slow
+    assert way.text == (
+        "eager, because it waits. Draws and losses take more time and memory without Triton's kernels: "
+        "there is no C compiler"
+    )
 
 
 def test_the_slower_way_on_a_gpu_is_told_with_its_reason(

@@ -525,6 +525,20 @@ def test_usable_where_triton_can_run(monkeypatch):
     assert not triton_launch.usable(device)
 
 
+def test_a_gpu_where_triton_has_no_compiler_is_not_usable(monkeypatch):
+    def draw_rows(*args):
+        raise RuntimeError("Failed to find C compiler.\nSet CC.")
+
+    device = torch.device(DEVICE)
+    triton_launch.unusable_because.cache_clear()
+    assert triton_launch.unusable_because(device) is None
+    triton_launch.unusable_because.cache_clear()
+    monkeypatch.setattr("reflux.kernels.triton_draw.draw_rows", draw_rows)
+    assert triton_launch.unusable_because(device) == "one could not be run: Failed to find C compiler."
+    assert not triton_launch.usable(torch.device("cuda"))
+    triton_launch.unusable_because.cache_clear()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: a table of more than 2^31 logits")
 def test_tables_of_more_than_two_billion_logits():

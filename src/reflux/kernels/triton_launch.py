@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,10 +22,30 @@ _INSTALLED = find_spec("triton") is not None
 
 
 def usable(device: torch.device) -> bool:
-    """True if the kernels can run on tensors of this device: Triton is installed, and the device is a GPU or
-    Triton's interpreter is on.
+    """True if the kernels can run on tensors of this device: it is a GPU on which one has run, or Triton's
+    interpreter is on.
     """
-    return _INSTALLED and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+    if device.type == "cuda":
+        return unusable_because(device) is None
+    return _INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def unusable_because(device: torch.device) -> str | None:
+    """Why the kernels cannot run on this device, found by running one; None if they can. Triton needs a C
+    compiler and the headers of Python on the machine, and a GPU that it knows.
+    """
+    if not _INSTALLED:
+        return "Triton is not installed"
+    from reflux.kernels.triton_draw import draw_rows
+
+    try:
+        none_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        draw_rows(torch.zeros(1, 2, device=device), none_1, none_1, 1.0)
+    except Exception as error:
+        # Triton raises whatever its compilers raise.
+        return f"one could not be run: {str(error).strip().partition(chr(10))[0]}"
+    return None
 
 
 def launch(kernel: Any, table_NV: Tensor, *arguments: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from reflux.config.step_context import SamplingParams
+from reflux.kernels.triton_launch import unusable_because
 from reflux.models.cache_argument import cache_argument, cache_layers
 from reflux.models.cpu.decoder import CpuDecoder, cpu_decoder
 from reflux.models.grouped_attention import ungroup_heads
@@ -46,10 +47,13 @@ class Way:
 
 def sampling_way(model: Model) -> Way:
     if model.device.type == "cuda":
-        decoder = static_decoder(model)
+        decoder, why = static_decoder(model), unusable_because(model.device)
+        without = (
+            f". Draws and losses take more time and memory without Triton's kernels: {why}" if why else ""
+        )
         if isinstance(decoder, StaticDecoder):
-            return Way(decoder, "CUDA graphs over a static key-value cache")
-        return Way(None, f"{_EAGER} {decoder}")
+            return Way(decoder, f"CUDA graphs over a static key-value cache{without}")
+        return Way(None, f"{_EAGER} {decoder}{without}")
     short = cpu_decoder(model)
     if short:
         return Way(short, "the library's decoder for a CPU")
