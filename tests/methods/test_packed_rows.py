@@ -112,7 +112,20 @@ def test_a_kernel_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(packed_attention, "_text_by_text", missing)
     model = as_model(tiny.net(1), character_tokenizer())
     assert trial(model, nullcontext()) == "variable-length attention fails on it: no kernel for this device"
-    assert why_padded(model, nullcontext()) == "variable-length attention is faster on a GPU only"
+
+
+def test_on_a_cpu_a_wide_model_reads_packed_rows() -> None:
+    """Whether it does is read from its width and not timed, so that a resumed run computes the same."""
+    narrow, wide = (as_model(tiny.net(1, width=width), character_tokenizer()) for width in (252, 256))
+    assert "small model" in why_padded(narrow, nullcontext())
+    assert why_padded(wide, nullcontext()) == ""
+    assert "'meta'" in why_padded(as_model(wide.net.to("meta"), character_tokenizer()), nullcontext())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_trial_allows_for_the_rounding_of_16_bits(dtype: torch.dtype) -> None:
+    model = as_model(tiny.net(1, layers=2, width=256).to(dtype), character_tokenizer())
+    assert trial(model, nullcontext()) == ""
 
 
 def test_arguments_of_another_attention_are_refused() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 import tiny
 from device import DEVICE, here
 from reflux.assets.characters import character_tokenizer
+from reflux.models import packed_attention
 from reflux.models.cache_argument import cache_argument
 from reflux.models.cpu.decoder import cpu_decoder
 from reflux.models.text import Model, as_model
@@ -59,10 +60,22 @@ def whole(model: Model, text: list[int]) -> Tensor:
     return model.trunk(input_ids=here([text]), use_cache=False).last_hidden_state[0, -1]
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_rows_of_unequal_length_that_leave_at_different_times(kind: str) -> None:
-    made = model(kind)
+    follow(model(kind))
+
+
+def test_a_large_model_on_a_cpu_reads_the_prompts_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_attention, "_WIDE", 32)
+    reads, own = [], packed_attention._text_by_text
+    monkeypatch.setattr(packed_attention, "_text_by_text", lambda *given: reads.append(1) or own(*given))
+    follow(model("keys and values"))
+    assert bool(reads) == (DEVICE == "cpu")
+
+
+@torch.no_grad()
+def follow(made: Model) -> None:
+    """Compare 20 steps of a batch with whole texts."""
     rng = torch.Generator().manual_seed(1)
     texts = [torch.randint(2, SIZE, (length,), generator=rng).tolist() for length in (3, 12, 7, 1)]
     ids_BP, mask_BP = torch.zeros(2, 4, 12, dtype=torch.int64)

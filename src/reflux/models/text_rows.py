@@ -25,9 +25,12 @@ class TextRows:
     starts: list[int]
     arguments: Mapping[str, Any]
 
-    def states(self, trunk: Any) -> Tensor:
-        """h_NH: the hidden states at all N = B * L positions, those of padding included."""
-        read = trunk(input_ids=self.ids_BL, use_cache=False, **self.arguments)
+    def states(self, trunk: Any, cache: Any = None) -> Tensor:
+        """h_NH: the hidden states at all N = B * L positions, those of padding included. cache: an empty
+        cache of transformers that gets their keys and values.
+        """
+        kept = {} if cache is None else {"past_key_values": cache}
+        read = trunk(input_ids=self.ids_BL, use_cache=bool(kept), **kept, **self.arguments)
         return read.last_hidden_state.flatten(0, 1)
 
 

@@ -17,7 +17,9 @@ from transformers import DynamicCache
 from reflux.models.cache_argument import cache_argument
 from reflux.models.cpu.decoder import CpuDecoder, Memory
 from reflux.models.kv_cache import roomy_cache
+from reflux.models.packed_attention import attending_packed
 from reflux.models.text import Model
+from reflux.models.text_rows import packed
 
 
 class TokenSteps(Protocol):
@@ -102,9 +104,22 @@ class DecoderSteps(CachedSteps):
         return DynamicCache(config=self.model.net.config)
 
     def begin(self, ids_BP: Tensor, mask_BP: Tensor) -> Tensor:
-        h_BH = super().begin(ids_BP, mask_BP)
+        begin = self._begin_packed if self.decoder.packs else super().begin
+        h_BH = begin(ids_BP, mask_BP)
         self.memory = self.decoder.begin(self.cache, mask_BP, self.room)
         return h_BH
+
+    def _begin_packed(self, ids_BP: Tensor, mask_BP: Tensor) -> Tensor:
+        """The prompts are read without their padding, and the cache is then laid out with it."""
+        real_BP, self.place_B = mask_BP.bool(), mask_BP.sum(-1)
+        texts = [ids_P[real_P].numpy() for ids_P, real_P in zip(ids_BP, real_BP, strict=True)]
+        with attending_packed(self.model.net):
+            h_NH = packed(texts, ids_BP.device).states(self.model.trunk, self.cache)
+        # The index of each token among all tokens. Padding is never attended to and may hold any token.
+        index_BP = (mask_BP.flatten().cumsum(0) - 1).view_as(mask_BP) * mask_BP
+        for layer in self.cache.layers:
+            layer.keys, layer.values = (x[0][:, index_BP].transpose(0, 1) for x in (layer.keys, layer.values))
+        return h_NH[index_BP[:, -1]]
 
     def step(self, tokens_B: Tensor) -> Tensor:
         h_BH = self.decoder.step(self.memory, tokens_B, self.place_B)

@@ -9,6 +9,7 @@ is the same; the order of summation is different.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reflux.kernels.merged import MergedLinear
+from reflux.models.packed_attention import why_padded
 from reflux.models.text import Model
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -72,8 +74,9 @@ class CpuDecoder:
     token per row. `begin` also reads the weights of the model.
     """
 
-    def __init__(self, trunk: Any):
-        config = trunk.config
+    def __init__(self, trunk: Any, packs: bool = False):
+        """packs: True if the model can read the prompts packed."""
+        config, self.packs = trunk.config, packs
         self.trunk, self.kv_heads = trunk, config.num_key_value_heads
         self.layers = [_Layer(layer, self.kv_heads, config.model_type in _NORMED) for layer in trunk.layers]
 
@@ -181,7 +184,7 @@ def cpu_decoder(model: Model) -> CpuDecoder | None:
     """
     if not model.plain_attention or not _known(model.trunk):
         return None
-    decoder = CpuDecoder(model.trunk)
+    decoder = CpuDecoder(model.trunk, packs=not why_padded(model, nullcontext()))
     return decoder if _agrees(decoder) else None
 
 
