@@ -183,6 +183,22 @@ def test_every_part_can_be_imported_without_torch() -> None:
     assert python(code).strip() == "[]"
 
 
+def test_datasets_is_quiet_without_being_imported_and_peft_is_not_imported_for_a_plain_model() -> None:
+    code = (
+        "import sys\n"
+        "from reflux.runtime.library_logging import quiet_libraries\n"
+        "from reflux.models import lora\n"
+        "import torch\n"
+        "quiet_libraries()\n"
+        "assert len(lora.base_parameters(torch.nn.Linear(2, 2))) == 2\n"
+        "assert lora._layers(torch.nn.Linear(2, 2)) == {}\n"
+        "print(sorted({'datasets', 'peft'} & set(sys.modules)))\n"
+        "import datasets\n"
+        "print(datasets.are_progress_bars_disabled())\n"
+    )
+    assert python(code).split("\n")[:2] == ["[]", "True"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -99,14 +100,13 @@ def _refuse_tied(net: Any) -> None:
 
 
 def _layers(net: Any) -> dict[str, Any]:
-    try:
-        from peft.tuners.lora import LoraLayer
-    except ImportError:
-        # Without peft no model has adapters.
+    # Importing peft takes half a second. A model has adapters only if something has imported it.
+    lora = sys.modules.get("peft.tuners.lora")
+    if lora is None:
         return {}
     # A module that several layers share has several names, and each of them is a name of its weights.
     named = net.named_modules(remove_duplicate=False)
-    return {name: module for name, module in named if isinstance(module, LoraLayer)}
+    return {name: module for name, module in named if isinstance(module, lora.LoraLayer)}
 
 
 def base_parameters(net: Any) -> dict[str, Tensor]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 
 def quiet_libraries() -> None:
     """Disable the progress bars of transformers and datasets. Their warnings stay enabled."""
-    import datasets
     from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     # The reader of GGUF files takes its bar from tqdm itself, which knows nothing of that switch.
     gguf.tqdm = logging.tqdm  # pyright: ignore[reportPrivateImportUsage]
-    datasets.disable_progress_bars()
+    # datasets reads it when it is imported. Importing it takes a second, and few tasks need it.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
