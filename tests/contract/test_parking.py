@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from reflux.errors import ConfigError
 from reflux.inspection.plan import plan
 from reflux.models.parking import Parked
 from reflux.models.text import as_model
+from reflux.teachers.base import TeacherRequest
 from reflux.teachers.local import Local
 from reflux.teachers.local_engine import LocalTeacher
 from reflux.types import Attempt
@@ -54,6 +59,29 @@ def test_weights_are_on_the_device_only_while_they_are_used() -> None:
     with pytest.raises(RuntimeError), parked.here():
         raise RuntimeError
     assert not any(map(device.holds, others))
+
+
+def test_a_model_that_reading_changes_reads_for_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, services = tiny.context(Requirements(logp=True)), tiny.services()
+    teacher = LocalTeacher(Local("m"), told, services, as_model(tiny.net(2), character_tokenizer()))
+    inside, most = [], []
+
+    @contextmanager
+    def here() -> Iterator[None]:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.1)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(teacher, "here", here)
+    request = TeacherRequest(
+        rollout(5, seed=1), TeacherPrompt(rollout(5, seed=1).prompt.messages), told.requirements
+    )
+    with ThreadPoolExecutor(2) as threads:
+        one, other = threads.map(teacher._score, [[request], [request]])
+    assert most == [1, 1]
+    np.testing.assert_array_equal(one[0].target.logp_T, other[0].target.logp_T)  # type: ignore[union-attr]
 
 
 def test_a_parked_teacher_answers_as_before() -> None:

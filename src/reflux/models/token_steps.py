@@ -7,7 +7,7 @@ three give the same hidden states up to rounding.
 from __future__ import annotations
 
 import inspect
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -117,7 +117,8 @@ class DecoderSteps(CachedSteps):
             h_NH = packed(texts, ids_BP.device).states(self.model.trunk, self.cache)
         # The index of each token among all tokens. Padding is never attended to and may hold any token.
         index_BP = (mask_BP.flatten().cumsum(0) - 1).view_as(mask_BP) * mask_BP
-        for layer in self.cache.layers:
+        layers: Any = self.cache.layers
+        for layer in layers:
             layer.keys, layer.values = (x[0][:, index_BP].transpose(0, 1) for x in (layer.keys, layer.values))
         return h_NH[index_BP[:, -1]]
 

@@ -4,6 +4,7 @@ that predict the response are kept.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -60,6 +61,9 @@ class InProcessTeacher:
         self.budget = TokenBudget(key, services.listener.noted, cfg.batch_tokens)
         self.macs = parameter_count(model.net)
         self.head = services.heads.add(f"teachers.{context.name}", model.head)
+        # Reading changes the model for a time: its attention, and where its weights are. With max_staleness
+        # above 0 two steps may ask in two threads.
+        self._turn = threading.Lock()
         # "" where rows are packed, else the reason for padding
         self.padded_because = why_padded(model, autocast(self.autocast, model.device))
 
@@ -82,7 +86,7 @@ class InProcessTeacher:
         return await self.services.run_model(self._score, list(requests))
 
     def _score(self, requests: list[TeacherRequest]) -> list[TeacherAnswer]:
-        with self.here():
+        with self._turn, self.here():
             return self._scored(requests)
 
     def _scored(self, requests: list[TeacherRequest]) -> list[TeacherAnswer]:
