@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from reflux.errors import ModelError, RefluxError
+from reflux.runtime.library_logging import quiet_libraries
 from reflux.storage.files import write_folder
 
 # the layers that the student lacks
@@ -95,6 +96,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gguf", type=Path, help="another GGUF file of SmolLM2-135M")
     asked = parser.parse_args()
+    quiet_libraries()
     try:
         make(asked.folder, asked.gguf or packaged())
     except RefluxError as error:
