@@ -61,12 +61,8 @@ def test_without_a_measure_the_process_and_the_estimate_are_told(pack: bool) -> 
     (finding,) = memory_findings.memory(learner, None)
     assert "this process has taken" in finding.text
     assert "estimated activations" in finding.text
-    if pack:
-        learner.padded_because = ""
+    learner.padded_because = "" if pack else "it has recurrent layers"
     memory_findings._pass(learner, 256)
     text = memory_findings.rows({"the learner": learner}).text
-    assert text == (
-        "the learner reads packed rows"
-        if pack
-        else "the learner reads padded rows (variable-length attention is faster on a GPU only)"
-    )
+    way = "packed rows" if pack else "padded rows (it has recurrent layers)"
+    assert text == f"the learner reads {way}"
