@@ -18,16 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from gpu_models import make_models, write_prompts
+from trl_steps import in_process, trl_seconds
 
 SIDES = ("reflux", "trl")
 
@@ -62,52 +60,17 @@ def side_reflux(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
 
 def side_trl(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     import torch
-    from datasets import load_dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DistillationConfig, DistillationTrainer
 
-    seconds: list[float] = []
     gpu = torch.cuda.is_available()
-
-    class Timer(TrainerCallback):
-        def on_step_begin(self, *args: object, **kwargs: object) -> None:
-            self.started = time.perf_counter()
-
-        def on_step_end(self, *args: object, **kwargs: object) -> None:
-            if gpu:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - self.started)
-
-    config = DistillationConfig(
-        output_dir=str(folder / "trl"),
-        per_device_train_batch_size=asked.micro,
-        gradient_accumulation_steps=asked.prompts // asked.micro,
-        max_steps=asked.steps,
-        max_completion_length=asked.new,
-        beta=1.0,
-        learning_rate=1e-6,
-        lr_scheduler_type="constant",
-        temperature=1.0,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1000,
-        bf16=gpu,
-        use_cpu=not gpu,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
+    seconds = trl_seconds(
+        folder,
+        micro=asked.micro,
+        accumulated=asked.prompts // asked.micro,
+        steps=asked.steps,
+        new=asked.new,
+        gpu=gpu,
+        teacher_dtype="bfloat16",
     )
-    data = load_dataset(
-        "json", data_files=str(folder / "prompts.jsonl"), split="train", cache_dir=str(folder / "cache")
-    )
-    trainer = DistillationTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32),
-        teacher_model=AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.bfloat16),
-        args=config,
-        processing_class=AutoTokenizer.from_pretrained(folder / "student", padding_side="left"),
-        train_dataset=data.remove_columns("id"),
-        callbacks=[Timer()],
-    )
-    trainer.train()
     return {"seconds": seconds, "roles": {}}
 
 
@@ -119,27 +82,13 @@ def run_side(side: str, folder: Path, asked: argparse.Namespace) -> None:
     print("RESULT " + json.dumps({**found, "peak_bytes": peak}))
 
 
-def measure(side: str, python: str, folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
-    """The result of one process."""
-    source = str(Path(__file__).parents[1] / "src")
-    paths = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
-    sizes = {"--prompts": asked.prompts, "--new": asked.new, "--micro": asked.micro, "--steps": asked.steps}
-    options = [str(word) for pair in sizes.items() for word in pair]
-    command = [python, __file__, "--side", side, "--folder", str(folder), *options]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        raise SystemExit(f"{side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return json.loads(lines[0].removeprefix("RESULT "))
-
-
 def compare(folder: Path, asked: argparse.Namespace) -> None:
     pythons, ratios = {"reflux": sys.executable, "trl": asked.trl_python}, []
+    sizes = {"--prompts": asked.prompts, "--new": asked.new, "--micro": asked.micro, "--steps": asked.steps}
     for number in range(asked.rounds):
         middle: dict[str, float] = {}
         for side in SIDES if number % 2 == 0 else reversed(SIDES):
-            found = measure(side, pythons[side], folder, asked)
+            found = in_process(pythons[side], __file__, side, folder, sizes)
             first, *others = found["seconds"]
             middle[side] = statistics.median(others)
             roles = ", ".join(f"{role} {spent:.2f}" for role, spent in found["roles"].items())

@@ -21,15 +21,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
+
+from trl_steps import in_process, trl_seconds
 
 # no prompt is longer than this
 PROMPT_TOKENS = 256
@@ -139,56 +139,18 @@ def side_reflux(folder: Path, shape: Shape) -> None:
 
 
 def side_trl(folder: Path, shape: Shape) -> None:
-    import time
-
     import torch
-    from datasets import load_dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DistillationConfig, DistillationTrainer
 
     torch.set_num_threads(shape.threads)
-    seconds: list[float] = []
-
-    class Timer(TrainerCallback):
-        def on_step_begin(self, *args: object, **kwargs: object) -> None:
-            self.started = time.perf_counter()
-
-        def on_step_end(self, *args: object, **kwargs: object) -> None:
-            now = time.perf_counter()
-            seconds.append(now - getattr(self, "last", self.started))
-            self.last = now
-
-    config = DistillationConfig(
-        output_dir=str(folder / "trl"),
-        per_device_train_batch_size=shape.batch,
-        gradient_accumulation_steps=1,
-        max_steps=shape.steps + shape.warm,
-        max_completion_length=shape.length,
-        beta=1.0,
-        learning_rate=1e-6,
-        lr_scheduler_type="constant",
-        temperature=1.0,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1000,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
+    seconds = trl_seconds(
+        folder,
+        micro=shape.batch,
+        accumulated=1,
+        steps=shape.steps + shape.warm,
+        new=shape.length,
+        gpu=False,
+        teacher_dtype="float32",
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder / "student", padding_side="left")
-    data = load_dataset(
-        "json", data_files=str(folder / "prompts.jsonl"), split="train", cache_dir=str(folder / "cache")
-    )
-    trainer = DistillationTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32),
-        teacher_model=AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float32),
-        args=config,
-        processing_class=tokenizer,
-        train_dataset=data.remove_columns("id"),
-        callbacks=[Timer()],
-    )
-    trainer.train()
     _report(seconds[shape.warm :])
 
 
@@ -205,27 +167,14 @@ def _report(seconds: list[float]) -> None:
 
 def measure(side: str, python: str, folder: Path, shape: Shape) -> tuple[float, int]:
     """(median seconds per step, peak bytes) of one process."""
-    source = str(Path(__file__).parents[1] / "src")
-    paths = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
-    env = {**os.environ, "OMP_NUM_THREADS": str(shape.threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
-    sizes = [
-        "--batches",
-        shape.batch,
-        "--lengths",
-        shape.length,
-        "--steps",
-        shape.steps,
-        "--threads",
-        shape.threads,
-        "--warm",
-        shape.warm,
-    ]
-    command = [python, __file__, "--side", side, "--folder", str(folder), *map(str, sizes)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        raise SystemExit(f"{side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    result = json.loads(lines[0].removeprefix("RESULT "))
+    sizes = {
+        "--batches": shape.batch,
+        "--lengths": shape.length,
+        "--steps": shape.steps,
+        "--threads": shape.threads,
+        "--warm": shape.warm,
+    }
+    result = in_process(python, __file__, side, folder, sizes, OMP_NUM_THREADS=str(shape.threads))
     return statistics.median(result["seconds"]), result["peak_bytes"]
 
 

@@ -154,3 +154,14 @@ def test_worked_answers_end_where_the_window_ends(
     skips = {"sampler__generate__long_prompts": "skip"}
     rows = tiny_run("sft", **ON, learner__model=tight, **skips).rows("attempts")
     assert [row["prompt"] for row in rows if row.get("finish") == "error"] == ["train-4"]
+
+
+def test_models_that_do_not_fit_into_the_memory_are_told_in_a_sentence(
+    tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    monkeypatch.setattr(preflight.Preflight, "_disk", full)
+    with pytest.raises(ModelError, match=r"do not fit .*offload = true .*torch says: tried to allocate"):
+        tiny_run("full", **{**ON, "steps": 0})

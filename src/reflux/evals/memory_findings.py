@@ -10,6 +10,7 @@ import numpy as np
 
 from reflux.evals.finding import Finding
 from reflux.kernels.budget import table_bytes
+from reflux.models.placement import autocasts
 from reflux.models.text_shape import shape_of
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def _estimate(learner: HFLearner) -> int | None:
     """Bytes of activations per token, from the model's config."""
     net, cfg = learner.model.net, learner.cfg
     shape = shape_of(net.config.get_text_config().to_dict(), net.state_dict())
-    narrow = learner.model.device.type == "cuda" and cfg.autocast == "auto"
+    narrow = autocasts(cfg.autocast, learner.model.device)
     return None if shape is None else shape.activation_bytes(narrow, cfg.gradient_checkpointing)
 
 

@@ -36,7 +36,10 @@ _CAUSES = (
     "Either this library does not support the architecture (docs/what_runs.md), or an adapter "
     "(learner.lora.targets) is on a module that takes none, or the learner's attention setting does not fit."
 )
-_MEMORY = "Student, sampler and teachers of this recipe do not fit into the memory of the device together."
+_MEMORY = (
+    "student, sampler and teachers of this recipe do not fit into the memory of the device together. "
+    "sampler.dtype = 'bfloat16', teachers.NAME.offload = true and learner.lora need less."
+)
 _REMEDY = "`reflux doctor` measures the same; skip_checks = ['{check}'] leaves this check out."
 
 
@@ -70,13 +73,13 @@ class Preflight:
             async for finding in self.parity() if updated else self.findings():
                 found.append(_passed(finding, updated))
         except Exception as error:
-            memory = "OutOfMemory" in type(error).__name__
-            if isinstance(error, RefluxError) or memory or not _raised_in(error, "transformers"):
-                raise
             kind = type(error).__name__
-            causes = _MEMORY if kind == "OutOfMemoryError" else _CAUSES
+            if kind == "OutOfMemoryError":
+                raise ModelError(f"{_MEMORY} torch says: {first_line(error)}") from error
+            if isinstance(error, RefluxError) or not _raised_in(error, "transformers"):
+                raise
             raise ModelError(
-                f"the model's own code fails on short prompts ({kind}: {first_line(error)}). {causes}"
+                f"the model's own code fails on short prompts ({kind}: {first_line(error)}). {_CAUSES}"
             ) from error
         listener, seconds = self.asked.services.listener, time.perf_counter() - started
         if not updated:
@@ -170,11 +173,14 @@ def _read_by(teacher: Teacher, opened: Any, group: Group) -> bool:
     """False for a group that a teacher with routes is never asked about, and that is longer than its context
     window.
     """
-    window = getattr(getattr(opened, "model", None), "context_tokens", None)
-    rollouts = [a.rollout for a in group if isinstance(a.rollout, TokenRollout)]
-    if window is None or not teacher.routes or group[0].rollout.prompt.route in teacher.routes:
+    if not teacher.routes or group[0].rollout.prompt.route in teacher.routes:
         return True
-    return all(len(rollout.prompt_tokens) + rollout.length <= window for rollout in rollouts)
+    rollouts = (attempt.rollout for attempt in group)
+    return all(
+        len(rollout.prompt_tokens) + rollout.length <= opened.model.context_tokens
+        for rollout in rollouts
+        if isinstance(rollout, TokenRollout)
+    )
 
 
 def _raised_in(error: Exception, package: str) -> bool:

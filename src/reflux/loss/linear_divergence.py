@@ -7,6 +7,7 @@ objectives and teachers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,9 @@ from reflux.loss.fused_gradient import write
 from reflux.loss.fused_outputs import FusedStudent
 from reflux.loss.outputs import FullLogits
 from reflux.loss.term import LossTerm, Rows
+
+# (objective, rows, coef_N) -> cost_N, 0 where the coefficient is 0
+Nonzero = Callable[[LossTerm, Rows[FullLogits], Tensor], Tensor]
 
 
 @dataclass
@@ -111,24 +115,24 @@ class _Pass:
 
     def row_loss(self, rows: slice, logits_NV: Tensor, constants: list[Tensor]) -> Tensor:
         student, teacher = (FullLogits(table, self.ids_N[rows]) for table in (logits_NV, constants[0]))
-        return self._costs(rows, student, teacher)
+        return self._costs(rows, student, teacher, _left_out)
 
     def fused_loss(
         self, rows: slice, logits: RawTable, constants: list[RawTable], d_NV: Tensor | None
     ) -> Tensor:
         student = FusedStudent(logits, {"main": constants[0]}, self.ids_N[rows], trained=d_NV is not None)
-        loss = self._costs(rows, student, student.teachers["main"])
+        loss = self._costs(rows, student, student.teachers["main"], _masked)
         if d_NV is not None:
             write(student, loss, d_NV, silent_N=self.coef_N[rows] == 0)
         return loss.detach()
 
-    def _costs(self, rows: slice, student: FullLogits, teacher: FullLogits) -> Tensor:
+    def _costs(self, rows: slice, student: FullLogits, teacher: FullLogits, nonzero: Nonzero) -> Tensor:
         teachers, pushed_N = {self.term.teacher or "main": teacher}, self.advantage_offset_N[rows]
         if self.behaviour_logp_N is None:
             view = _OwnBehaviour(student, teachers, pushed_N)
         else:
             view = Rows(student, teachers, self.behaviour_logp_N[rows], pushed_N)
-        cost_N = _nonzero(self.term, view, self.coef_N[rows])
+        cost_N = nonzero(self.term, view, self.coef_N[rows])
         _note(self.columns, rows, cost_N, student, teacher, self.top_k)
         return (self.coef_N[rows] * cost_N).sum()
 
@@ -146,13 +150,17 @@ class _OwnBehaviour(Rows[FullLogits]):
         return self.student.logp_N.detach()
 
 
-def _nonzero(objective: LossTerm, rows: Rows[FullLogits], coef_N: Tensor) -> Tensor:
+def _masked(objective: LossTerm, rows: Rows[FullLogits], coef_N: Tensor) -> Tensor:
+    """cost_N, exactly 0 where the coefficient is 0, without waiting for the device. `fused_gradient.write`
+    gives these rows no gradient.
+    """
+    return objective(rows).masked_fill(coef_N == 0, 0)
+
+
+def _left_out(objective: LossTerm, rows: Rows[FullLogits], coef_N: Tensor) -> Tensor:
     """cost_N, exactly 0 without a gradient where the coefficient is 0. Such rows are left out, because 0
     times an infinite cost would be NaN.
     """
-    if isinstance(rows.student, FusedStudent):
-        # `fused_gradient.write` knows these rows. Leaving them out would have to wait for the device.
-        return objective(rows).masked_fill(coef_N == 0, 0)
     if bool((coef_N != 0).all()):
         return objective(rows)
     nonzero_M = coef_N.nonzero()[:, 0]

@@ -54,6 +54,11 @@ class SamplerPart(Part, Protocol):
         return 1.0
 
     @property
+    def skips_long_prompts(self) -> bool:
+        """True if prompts that leave no room for an answer are left out; False if they are refused."""
+        return False
+
+    @property
     def cache_tokens(self) -> int:
         """The most tokens that a key-value cache of the sampler holds; 0 without such a cache."""
         return 0

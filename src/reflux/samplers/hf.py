@@ -115,6 +115,10 @@ class HF(SamplerPart):
         return self.dtype
 
     @property
+    def skips_long_prompts(self) -> bool:
+        return self.long_prompts == "skip"
+
+    @property
     def cache_tokens(self) -> int:
         return self.batch_tokens
 

@@ -60,7 +60,6 @@ class References(WrappingSampler):
             renderer = Renderer(tokenizer, student.system, student.template, student.prompt_suffix)
             ends = end_ids_of(student, "learner.model", tokenizer)
             window = size_of(student.model, "learner.model", base=student.base_model).context_tokens
-            skips = getattr(self.generate, "long_prompts", "refuse") == "skip"
             yield OpenReferences(
                 inner,
                 renderer,
@@ -68,7 +67,7 @@ class References(WrappingSampler):
                 CharacterSpans(tokenizer),
                 context.requirements,
                 window or 1 << 30,
-                skips,
+                self.generate.skips_long_prompts,
             )
 
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[OpenReferences]:
