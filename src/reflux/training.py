@@ -95,9 +95,10 @@ class Run:
             run_dir.check_same(cfg, options.out)
         else:
             run_dir.refuse_started(options.out)
-        # invalid data raises an error before anything is written
-        prompts = cfg.task.prompts("train", cfg.seed, step * cfg.prompts_per_step)
+        # Missing files and invalid data raise an error before anything is written. The folders of models
+        # come first, because data may have to be downloaded.
         checks.inputs(cfg)
+        prompts = cfg.task.prompts("train", cfg.seed, step * cfg.prompts_per_step)
         run_dir.make(options.out)
         run = cls(cfg, requirements, options, step, prompts)
         with ExitStack() as undo:
