@@ -28,7 +28,7 @@ from reflux.metrics.flops import Landed, Ran, Work, flops
 from reflux.metrics.values import step_flops
 from reflux.models.cpu.decoder import CpuDecoder
 from reflux.models.flow.flow_model import FlowModel
-from reflux.models.text import parameter_count
+from reflux.models.parameters import parameter_count
 from reflux.samplers import hf_engine
 from reflux.samplers.flow_engine import FlowSampler
 from reflux.teachers.flow_engine import FlowTeacher

@@ -222,7 +222,7 @@ def done_prompt(listed: dict[str, Any]) -> list[int]:
 def teacher_parameters(done: Any) -> int:
     import tomllib
 
-    from reflux.models.text import parameter_count
+    from reflux.models.parameters import parameter_count
 
     table = tomllib.loads((done.dir / "config.toml").read_text())
     return parameter_count(AutoModelForCausalLM.from_pretrained(table["teachers"]["main"]["model"]))
@@ -564,7 +564,7 @@ def test_attempts_that_a_jump_throws_away_are_counted(tiny_run: Callable[..., An
 
 
 def student_parameters(done: Any) -> int:
-    from reflux.models.text import parameter_count
+    from reflux.models.parameters import parameter_count
 
     return parameter_count(AutoModelForCausalLM.from_pretrained(done.dir / "student"))
 

@@ -23,7 +23,8 @@ from reflux.evals import flow_findings, text_findings
 from reflux.evals.evaluation import Evaluation
 from reflux.evals.finding import Finding
 from reflux.learners.base import OpenLearner
-from reflux.models.text import first_line, parameter_count
+from reflux.models.parameters import parameter_count
+from reflux.models.text import first_line
 from reflux.teachers.base import Teacher
 from reflux.teachers.collection import Teachers
 from reflux.types import FlowRollout, Group, TokenRollout

@@ -23,7 +23,7 @@ class HeadPass(Protocol):
         ...
 
     def begin(self, h_NH: Tensor) -> None:
-        """Begin a chunk whose raw logits are asked for block by block, by `wide`."""
+        """Begin a chunk. `wide` then computes its raw logits block by block."""
         ...
 
     def wide(self, rows: slice) -> Tensor:

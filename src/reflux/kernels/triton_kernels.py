@@ -175,7 +175,7 @@ def row_gradient(
     T_CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """What `triton_rows.write_gradient` defines. Exactly 0 where a row's coefficients are, for any cost."""
+    """The gradient of `triton_rows.write_gradient`. It is 0 where the coefficients are 0, for any cost."""
     student = (s_ptr, s_stride, s_filled, s_scale, s_cap)
     teacher = (t_ptr, t_stride, t_filled, t_scale, t_cap)
     row, rows, lanes = tl.program_id(0), tl.num_programs(0), tl.arange(0, BLOCK)

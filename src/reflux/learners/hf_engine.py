@@ -23,9 +23,10 @@ from reflux.models import lora
 from reflux.models.compiled import compile_layers
 from reflux.models.device_memory import memory_of
 from reflux.models.packed_attention import attending_packed, why_padded
+from reflux.models.parameters import parameter_count
 from reflux.models.placement import autocast
 from reflux.models.savable import check_savable, mend_generation_config
-from reflux.models.text import Model, load_model, parameter_count
+from reflux.models.text import Model, load_model
 from reflux.models.token_budget import FIRST, FIXED, TokenBudget, busy_tokens
 from reflux.models.training_mode import quiet_dropout, recompute_activations
 from reflux.types import Attempt, Group, Target

@@ -1,6 +1,6 @@
-"""The gradient of raw logits from the derivatives of a loss by what a `FusedStudent` answered.
+"""The gradient of raw logits from the derivatives of a loss by the leaves of a `FusedStudent`.
 
-Each answer is a function of the logits whose derivative is known: a divergence, the log-prob of the sampled
+Each leaf is a function of the logits whose derivative is known: a divergence, the log-prob of the sampled
 token, log-probs at listed ids with or without a tail. One launch writes the sum of them over the vocabulary.
 The listed ids are then overwritten with their exact values, from matrices [N, K]. If an objective read the
 whole matrix `logp_NV`, its part is added by torch.

@@ -1,9 +1,9 @@
 """`FullLogits` by fused kernels, for tables of raw logits on a GPU.
 
-Student and teacher of a block of rows are read together. The first question to either runs one launch, which
-answers all that the loss usually asks (`triton_rows.SUMS`). What the student answers has no graph behind it:
-it is a leaf of a few numbers per row, and `fused_gradient` turns the derivatives by these leaves into the
-gradient of the logits.
+Student and teacher of a block of rows are read together. The first quantity that is requested of either runs
+one launch. It computes all quantities that a loss usually needs (`triton_rows.SUMS`). A quantity of the
+student has no graph: it is a leaf of a few numbers per row. `fused_gradient` turns the derivatives by these
+leaves into the gradient of the logits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from reflux.loss.outputs import FullLogits
 
 @dataclass(frozen=True)
 class Cost:
-    """A divergence that an objective asked for: its leaf, the teacher's table and the sums of its launch."""
+    """A divergence that an objective requested: its leaf, the teacher's table and the sums of its launch."""
 
     leaf_N: Tensor
     teacher: RawTable
@@ -33,7 +33,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Listed:
-    """Log-probs at listed ids that an objective asked for. leaf_NK has K columns, or K + 1 with a tail.
+    """Log-probs at listed ids that an objective requested. leaf_NK has K columns, or K + 1 with a tail.
     rest_N: the logsumexp of the tail, None without a tail.
     """
 
@@ -45,7 +45,7 @@ class Listed:
 class FusedLogits(FullLogits):
     """What student and teachers have in common."""
 
-    # True if what this model answers needs a gradient
+    # True if the quantities of this model need a gradient
     trained = False
 
     def __init__(self, table: RawTable, ids_N: Tensor):

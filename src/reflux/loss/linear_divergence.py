@@ -138,8 +138,8 @@ class _Pass:
 
 
 class _OwnBehaviour(Rows[FullLogits]):
-    """Rows whose tokens the student itself drew. Its log-probs are read only if an objective asks for them,
-    because the first question to a `FusedStudent` decides what its launch computes.
+    """Rows whose tokens the student itself drew. Its log-probs are computed only if an objective needs
+    them, because the first quantity that is requested of a `FusedStudent` decides what its launch computes.
     """
 
     def __init__(self, student: FullLogits, teachers: dict[str, Any], advantage_offset_N: Tensor):

@@ -14,7 +14,7 @@ from reflux.models.picking import pick
 from reflux.models.static_cache import StaticMemory
 from reflux.models.text import Model
 
-# tokens between two looks at what was drawn
+# Number of tokens per row that are drawn before the host reads them back.
 LOOK_EVERY = 16
 
 

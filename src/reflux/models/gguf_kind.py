@@ -1,4 +1,4 @@
-"""Tells from the header of a GGUF file whether it holds a language model that transformers reads rightly."""
+"""Checks by the header of a GGUF file that it holds a language model which transformers loads correctly."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from reflux.models.gguf_header import GgufHeader, is_gguf, read_gguf
 from reflux.models.gguf_kind import refuse_unread
+from reflux.models.parameters import parameter_count
 
 
 def plain_net(net: Any, header: GgufHeader, name: str, path: str) -> Any:
@@ -15,8 +16,7 @@ def plain_net(net: Any, header: GgufHeader, name: str, path: str) -> Any:
     name: the model; path: the path of its key in the recipe, for errors. ModelError where transformers has
     left out settings or weights of the file.
     """
-    parameters = sum(value.numel() for value in {id(p): p for p in net.parameters()}.values())
-    refuse_unread(header, net.config, parameters, name, path)
+    refuse_unread(header, net.config, parameter_count(net), name, path)
     config = net.config
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config

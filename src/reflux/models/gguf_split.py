@@ -1,8 +1,8 @@
-"""Sets how the tokenizer of a GGUF file splits a text into pieces, inside which it merges bytes to tokens.
+"""Sets how the tokenizer of a GGUF file splits a text into pieces. Bytes are merged to tokens inside a piece.
 
 A GGUF file holds a name for the way to split, `tokenizer.ggml.pre`. transformers knows some of these names,
-and for every other one it splits as GPT-2 does, without a word. The ids would then differ from those that the
-model was trained with. The names, and what they mean, are those of llama.cpp.
+and for every other one it splits as GPT-2 does, without a warning. The ids would then differ from those
+that the model was trained with. The names, and what they mean, are those of llama.cpp.
 """
 
 from __future__ import annotations

@@ -223,11 +223,6 @@ def share_cores(parties: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // parties))
 
 
-def parameter_count(net: Any) -> int:
-    """Number of parameters; tied parameters count once."""
-    return sum(parameter.numel() for parameter in {id(p): p for p in net.parameters()}.values())
-
-
 def not_loaded(path: str, what: str, name: str, error: Exception) -> str:
     where = (
         ""

@@ -20,8 +20,9 @@ from reflux.models.chat.naming import about_prompt
 from reflux.models.chat.renderer import Renderer
 from reflux.models.cut import cut
 from reflux.models.packed_attention import attending_packed, why_padded
+from reflux.models.parameters import parameter_count
 from reflux.models.placement import autocast
-from reflux.models.text import Model, parameter_count
+from reflux.models.text import Model
 from reflux.models.text_rows import packed, padded
 from reflux.models.token_budget import TokenBudget
 from reflux.teachers.base import Teacher, TeacherRequest, alias_of
