@@ -17,7 +17,7 @@ from reflux.extrapolation.score import CurrentScore, scorer
 from reflux.learners.base import OpenLearner
 from reflux.learners.learning import learn, observe
 from reflux.loss.step import StepRequest
-from reflux.models.torch_settings import prepare_torch
+from reflux.models.torch_settings import crowding, prepare_torch
 from reflux.rewards.base import OpenReward, judge
 from reflux.rewards.weighted import open_rewards
 from reflux.runtime.pipeline import Attempting, Pipeline
@@ -141,6 +141,7 @@ async def open_parts(
     """
     async with AsyncExitStack() as stack:
         prepare_torch(cfg.threads, cfg.deterministic)
+        services.tell(crowding())
         learner = await stack.enter_async_context(cfg.learner.open(context("learner"), services))
         sampler = await stack.enter_async_context(cfg.sampler.open(context("sampler"), services))
         reward = await stack.enter_async_context(open_rewards(cfg.rewards, context, services))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 from reflux.errors import ConfigError
 
@@ -29,3 +30,22 @@ def prepare_torch(threads: int, deterministic: bool) -> None:
         )
     os.environ.setdefault(WORKSPACE, ONE_WAY)
     torch.use_deterministic_algorithms(True)
+
+
+def crowding() -> Iterator[str]:
+    """A note if other programs use so many cores that the threads of torch will wait for each other. None is
+    given where the work is done on a GPU.
+
+    At the end of each product the fast threads wait for the slow ones and keep their cores busy meanwhile. So
+    with fewer free cores than threads a step can take longer than with one thread.
+    """
+    import torch
+
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    # Windows does not know its load.
+    busy = os.getloadavg()[0] if os.name == "posix" else 0.0
+    if threads > 1 and not torch.cuda.is_available() and cores - busy < threads / 2:
+        yield (
+            f"Other programs keep about {busy:.1f} of {cores} cores busy, and torch uses {threads} threads, "
+            "which then wait for each other. threads = 1 may be faster."
+        )
