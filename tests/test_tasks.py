@@ -49,6 +49,7 @@ def tasks(folder: Path) -> dict[str, Any]:
     """One of every registered task, small."""
     small = {
         "word_problems": part("tasks", "word_problems")(held_out=7),
+        "chains": part("tasks", "chains")(held_out=7),
         "gsm8k": Gsm8k(str(folder / "gsm"), validation=0.2),
         "jsonl": Jsonl(numbered(folder / "own.jsonl"), validation=0.3),
         "glyphs": Glyphs(held_out=16),

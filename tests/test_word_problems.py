@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reflux.config.registry import make, part
+from reflux.tasks import arithmetic
+from reflux.tasks.arithmetic import SIGNS, Operation
 from reflux.tasks.base import Split
-from reflux.tasks.word_problems import SIGNS, WORDS, Operation, WordProblems
+from reflux.tasks.word_problems import WORDS, WordProblems
 from reflux.types import Prompt
 
 ALL = WordProblems(operations=("add", "sub", "mul"))
@@ -103,12 +105,10 @@ def test_no_chain_is_in_two_splits_for_any_seed(task):
 
 
 def test_held_out_problems_are_about_a_tenth_each(monkeypatch):
-    from reflux.tasks import word_problems
-
-    monkeypatch.setattr(word_problems, "split_of", lambda chain: "train")
+    monkeypatch.setattr(arithmetic, "split_of", lambda chain: "train")
     drawn = [read(story(prompt)) for prompt in take(WordProblems(), count=4000)]
     monkeypatch.undo()
-    splits = [word_problems.split_of((start, tuple(steps))) for start, steps in drawn]
+    splits = [arithmetic.split_of((start, tuple(steps))) for start, steps in drawn]
     for split in ("validation", "test"):
         assert 0.08 < splits.count(split) / len(splits) < 0.12
 
@@ -196,7 +196,7 @@ def test_settings_without_a_story_are_refused_in_words(setting, sentence):
 def test_too_few_stories_to_hold_some_out_is_said():
     # one story: 2, doubled, doubled
     task = WordProblems(operations=("mul",), min_steps=2, max_steps=2, largest=8)
-    with pytest.raises(ValueError, match="too few different stories"):
+    with pytest.raises(ValueError, match="too few different problems"):
         [take(task, split, 1) for split in SIZES]
 
 

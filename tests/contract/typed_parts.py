@@ -43,6 +43,7 @@ from reflux.samplers.hf import HF as HFSampler
 from reflux.samplers.references import References
 from reflux.samplers.teacher_samples import TeacherSamples
 from reflux.tasks.base import Task
+from reflux.tasks.chains import Chains
 from reflux.tasks.glyphs import Glyphs
 from reflux.tasks.gsm8k import Gsm8k
 from reflux.tasks.jsonl import Jsonl
@@ -87,7 +88,7 @@ def extrapolation() -> list[Extrapolation]:
 
 
 def tasks() -> list[Task]:
-    return [WordProblems(), Gsm8k(), Jsonl("p.jsonl"), Mix({"a": WordProblems()}), Glyphs()]
+    return [WordProblems(), Chains(), Gsm8k(), Jsonl("p.jsonl"), Mix({"a": WordProblems()}), Glyphs()]
 
 
 def evals() -> list[Eval]:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from reflux.config.step_context import seed_of
 from reflux.contexts.wording import with_attempts
+from reflux.tasks.arithmetic import SIGNS, Operation, apply
 from reflux.tasks.base import Split, TaskPart
-from reflux.tasks.word_problems import SIGNS, Operation, WordProblems, apply
+from reflux.tasks.word_problems import WordProblems
 from reflux.types import Prompt, Reward, Rollout, TokenRollout
 
 if TYPE_CHECKING:

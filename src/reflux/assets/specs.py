@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from reflux.assets.lessons import ShownProblem
+from reflux.tasks.arithmetic import ArithmeticTask
 from reflux.tasks.base import Task
 from reflux.tasks.mix import Mix
 from reflux.tasks.word_problems import WordProblems
@@ -28,10 +29,12 @@ class Spec:
     warmup: int = 50
     # the shipped model whose weights training starts from; "" for an untrained model
     start: str = ""
+    # the context window in tokens
+    window: int = 512
     # the training task
     task: Task = WordProblems()
     # the test task
-    exam: WordProblems = WordProblems()
+    exam: ArithmeticTask = WordProblems()
     # further test tasks, with their titles in the report
     also: tuple[tuple[str, Task], ...] = ()
 

@@ -2,6 +2,7 @@
 
 TASKS = {
     "word_problems": "reflux.tasks.word_problems:WordProblems",
+    "chains": "reflux.tasks.chains:Chains",
     "gsm8k": "reflux.tasks.gsm8k:Gsm8k",
     "jsonl": "reflux.tasks.jsonl:Jsonl",
     "mix": "reflux.tasks.mix:Mix",
