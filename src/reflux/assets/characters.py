@@ -15,9 +15,8 @@ TEMPLATE = (
 )
 
 
-def character_tokenizer(window: int = 512) -> Any:
+def character_tokenizer() -> Any:
     """A PreTrainedTokenizerFast for printable ASCII and the newline. Any other character is <unk>.
-    window: the largest number of tokens of a text.
 
     A turn consists of its role token and its text. An assistant turn ends with <end>, the end-of-text token.
     A tool message has the role token of a user.
@@ -38,5 +37,5 @@ def character_tokenizer(window: int = 512) -> Any:
         chat_template=TEMPLATE,
         clean_up_tokenization_spaces=False,
         padding_side="left",
-        model_max_length=window,
+        model_max_length=512,
     )

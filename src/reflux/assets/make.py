@@ -182,15 +182,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="the shipped models were made with 1")
     asked = parser.parse_args(arguments)
     torch.set_num_threads(asked.threads)
+    tokenizer = character_tokenizer()
     for name in [asked.only] if asked.only else [*SPECS, *glyph_models.FLOW_SPECS]:
         out = asked.out / name if asked.out else folder(name)
         if name in glyph_models.FLOW_SPECS:
             report = glyph_models.make(glyph_models.FLOW_SPECS[name], out)
         else:
-            spec, tokenizer = SPECS[name], character_tokenizer(SPECS[name].window)
-            model = cold_start(spec, tokenizer)
-            report = measure(model, tokenizer, spec)
-            save(model, tokenizer, spec, report, out)
+            model = cold_start(SPECS[name], tokenizer)
+            report = measure(model, tokenizer, SPECS[name])
+            save(model, tokenizer, SPECS[name], report, out)
         print("\n".join([f"{name}:", *report]), flush=True)
 
 

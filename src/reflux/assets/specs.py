@@ -29,8 +29,6 @@ class Spec:
     warmup: int = 50
     # the shipped model whose weights training starts from; "" for an untrained model
     start: str = ""
-    # the context window in tokens
-    window: int = 512
     # the training task
     task: Task = WordProblems()
     # the test task
