@@ -281,15 +281,23 @@ def test_the_short_decode_step_is_taken_where_it_is_known(
 
 
 def test_publishing_waits_for_the_call_in_progress_and_then_counts(
-    student: str, teacher: str, tmp_path: Path
+    student: str, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import asyncio
 
-    other = tiny.net(9).state_dict()
+    from reflux.samplers.hf_engine import HFSampler
+
+    other, begun, generate = tiny.net(9).state_dict(), asyncio.Event(), HFSampler.generate
+
+    async def generating(self: HFSampler, requests: Any) -> Any:
+        begun.set()
+        return await generate(self, requests)
+
+    monkeypatch.setattr(HFSampler, "generate", generating)
 
     async def script(acting: Any) -> Any:
         asked = asyncio.ensure_future(ask(acting, PROMPTS, 2, SamplingParams(0, "train", 25)))
-        await asyncio.sleep(0.005)
+        await begun.wait()
         await acting.publish(InMemory.of(other, 7), 7)
         return await asked, await ask(acting, PROMPTS, 2, SamplingParams(0, "train", 25))
 
