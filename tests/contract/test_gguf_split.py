@@ -115,6 +115,65 @@ def test_a_split_that_is_not_known(tmp_path: Path, pre: str | None, said: str) -
         load_tokenizer(file, "learner.model")
 
 
+PIECES = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    *(f"<0x{byte:02X}>" for byte in range(256)),
+    "▁",
+    "a",
+    "b",
+    "▁a",
+    "ab",
+    "▁ab",
+]
+
+
+def sentencepiece(writer: Any, prefix: bool | None) -> None:
+    """The settings of a sentencepiece tokenizer, in place of those of the byte-level one."""
+    for key in [key for key in writer.kv_data[0] if key.startswith("tokenizer.")]:
+        del writer.kv_data[0][key]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(PIECES)
+    writer.add_token_scores([-float(place) for place in range(len(PIECES))])
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * (len(PIECES) - 259))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    if prefix is not None:
+        writer.add_add_space_prefix(prefix)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "prefix", "said"),
+    [
+        ("llama", True, None),
+        ("llama", None, None),
+        ("llama", False, "puts no space before a text .* would put one"),
+        ("gemma2", False, None),
+        ("gemma2", None, None),
+        ("gemma2", True, "puts a space before a text .* would put none"),
+    ],
+)
+def test_a_space_before_a_text_is_that_of_the_file_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, prefix: bool | None, said: str | None
+) -> None:
+    settings = tiny_gguf.settings
+
+    def changed(writer: Any, net: Any, pre: str | None) -> None:
+        settings(writer, net, pre)
+        sentencepiece(writer, prefix)
+
+    monkeypatch.setattr(tiny_gguf, "settings", changed)
+    net = tiny_gguf.llama(vocab_size=len(PIECES), bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    file = tiny_gguf.write(tmp_path / "a.gguf", net, architecture=architecture)
+    if said is None:
+        first = "▁ab" if architecture == "llama" else "ab"
+        assert load_tokenizer(file, "learner.model").tokenize("ab a") == [first, "▁a"]
+    else:
+        with pytest.raises(ModelError, match=rf"^learner\.model: .*a\.gguf has a tokenizer that {said}"):
+            load_tokenizer(file, "learner.model")
+
+
 @tiny_gguf.NEEDS_SMOLLM
 def test_a_real_tokenizer() -> None:
     tokenizer = load_tokenizer(str(tiny_gguf.smollm()))

@@ -27,11 +27,13 @@ def split_as_trained(tokenizer: Any, header: GgufHeader, name: str, path: str) -
     Tokenizers that are not byte-level are left as they are.
 
     name: the model; path: the path of its key in the recipe, for errors. ModelError where neither
-    transformers nor this module knows how the tokenizer splits.
+    transformers nor this module knows how the tokenizer splits, and where a tokenizer of sentencepiece treats
+    the begin of a text differently than its file says.
     """
     from tokenizers import normalizers, pre_tokenizers
 
     if header.settings.get("tokenizer.ggml.model") != "gpt2":
+        _refuse_other_prefix(tokenizer, header, name, path)
         return
     kind = header.settings.get("tokenizer.ggml.pre")
     backend = tokenizer.backend_tokenizer
@@ -54,3 +56,18 @@ def split_as_trained(tokenizer: Any, header: GgufHeader, name: str, path: str) -
         backend.model.ignore_merges = True
     if kind in _COMPOSED:
         backend.normalizer = normalizers.NFC()
+
+
+def _refuse_other_prefix(tokenizer: Any, header: GgufHeader, name: str, path: str) -> None:
+    """ModelError if the file says whether a space is put before a text, and the tokenizer does otherwise:
+    transformers does not read this setting.
+    """
+    wanted = header.settings.get("tokenizer.ggml.add_space_prefix")
+    if wanted is None or tokenizer.tokenize("a")[0].startswith("▁") == bool(wanted):
+        return
+    says, does = ("a", "none") if wanted else ("no", "one")
+    raise ModelError(
+        f"{path}: {name} has a tokenizer that puts {says} space before a text "
+        f"(tokenizer.ggml.add_space_prefix), and transformers would put {does}, so the model would read "
+        "other tokens than those it was trained with. Give the model in safetensors."
+    )
