@@ -48,16 +48,21 @@ def written(teacher: Any, tokenizer: Any, task: Task, count: int, tokens: int) -
 
 
 @torch.no_grad()
-def forward_kl(teacher: Any, student: Any, answers: list[tuple[Tensor, int]]) -> list[Any]:
+def logp_of(model: Any, answers: list[tuple[Tensor, int]]) -> list[Tensor]:
+    """For each answer logp_NV, the log-probs of the whole vocabulary at each of its tokens."""
+    # The last position predicts what follows the answer.
+    return [
+        model(ids[None], logits_to_keep=len(ids) - begin + 1).logits[0, :-1].log_softmax(-1)
+        for ids, begin in answers
+    ]
+
+
+def forward_kl(logq: list[Tensor], logp: list[Tensor]) -> list[Any]:
     """For each answer the forward KL at each of its tokens, nats."""
-    kls = []
-    for ids, begin in answers:
-        logq_NV, logp_NV = (
-            model(ids[None]).logits[0, begin - 1 : -1].double().log_softmax(-1)
-            for model in (teacher, student)
-        )
-        kls.append((logq_NV.exp() * (logq_NV - logp_NV)).sum(-1).numpy())
-    return kls
+    return [
+        (logq_NV.double().exp() * (logq_NV - logp_NV)).sum(-1).numpy()
+        for logq_NV, logp_NV in zip(logq, logp, strict=True)
+    ]
 
 
 def main() -> None:
@@ -78,13 +83,14 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         torch.manual_seed(asked.seed)
         answers = written(teacher, tokenizer, from_table(table).task, asked.prompts, asked.tokens)
+        logq = logp_of(teacher, answers)
         students = {"before training": table["learner"]["model"]} | {
             f"{run.parent.name} {run.name}": str(run / "student") for run in asked.runs
         }
         print("| student | forward KL on the teacher's answers, nats per token |\n|---|---|")
         for name, folder in students.items():
             student = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-            mean, low, high = clustered_mean(forward_kl(teacher, student, answers))
+            mean, low, high = clustered_mean(forward_kl(logq, logp_of(student, answers)))
             print(f"| {name} | {mean:.3f} ({low:.3f} to {high:.3f}) |", flush=True)
     except (RefluxError, OSError) as error:
         sys.exit(str(error))
