@@ -79,6 +79,7 @@ LEARNERS: dict[str, dict[str, Any]] = {"hf": {"lr": 1e-3}, "flow": {"lr": 1e-3, 
 REWARDS: dict[str, dict[str, Any]] = {"verifier": {}}
 TASKS: dict[str, dict[str, Any]] = {
     "word_problems": {},
+    "chains": {},
     "glyphs": {},
     "mix": {"parts": {"a": {"kind": "word_problems"}, "b": {"kind": "word_problems", "largest": 20}}},
     "gsm8k": {"path": ".", "validation": 0.5},
