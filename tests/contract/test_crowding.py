@@ -35,7 +35,7 @@ def test_it_is_said_when_less_than_half_of_the_cores_is_free(monkeypatch, load, 
     notes = list(crowding())
     assert len(notes) == said
     if said:
-        assert f"about {load:.1f} of {cores} cores busy, and torch uses {threads} threads" in notes[0]
+        assert f"about {load:.1f} of {cores} cores were busy, and torch uses {threads} threads" in notes[0]
 
 
 def test_nothing_is_said_where_a_gpu_does_the_work(monkeypatch):

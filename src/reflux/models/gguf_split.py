@@ -63,7 +63,7 @@ def _refuse_other_prefix(tokenizer: Any, header: GgufHeader, name: str, path: st
     transformers does not read this setting.
     """
     wanted = header.settings.get("tokenizer.ggml.add_space_prefix")
-    if wanted is None or tokenizer.tokenize("a")[0].startswith("▁") == bool(wanted):
+    if wanted is None or "".join(tokenizer.tokenize("a")).startswith("▁") == bool(wanted):
         return
     says, does = ("a", "none") if wanted else ("no", "one")
     raise ModelError(

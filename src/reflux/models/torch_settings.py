@@ -33,8 +33,8 @@ def prepare_torch(threads: int, deterministic: bool) -> None:
 
 
 def crowding() -> Iterator[str]:
-    """A note if other programs use so many cores that the threads of torch will wait for each other. None is
-    given where the work is done on a GPU.
+    """A note if the load of the last minute leaves free less than half of the cores that the threads of torch
+    want. None is given where the work is done on a GPU.
 
     At the end of each product the fast threads wait for the slow ones and keep their cores busy meanwhile. So
     with fewer free cores than threads a step can take longer than with one thread.
@@ -46,6 +46,7 @@ def crowding() -> Iterator[str]:
     busy = os.getloadavg()[0] if os.name == "posix" else 0.0
     if threads > 1 and not torch.cuda.is_available() and cores - busy < threads / 2:
         yield (
-            f"Other programs keep about {busy:.1f} of {cores} cores busy, and torch uses {threads} threads, "
-            "which then wait for each other. threads = 1 may be faster."
+            f"In the last minute about {busy:.1f} of {cores} cores were busy, and torch uses {threads} "
+            "threads. If other programs keep the cores busy, the threads wait for each other, and threads = 1 "
+            "may be faster."
         )

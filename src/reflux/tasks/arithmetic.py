@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import re
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
@@ -116,9 +117,9 @@ class ArithmeticTask(TaskPart):
         found = ANSWER.match(made.rpartition("Answer:")[2])
         return float(found is not None and found[1] == prompt.answer)
 
+    @abstractmethod
     def tell(self, chain: Chain, rng: random.Random) -> tuple[str, str, int]:
         """(problem, worked solution, answer) of a chain. rng: chooses the words."""
-        raise NotImplementedError
 
     def _prompt(self, split: Split, seed: int, position: int) -> Prompt:
         rng = random.Random(seed_of(self.kind, split, seed, position))
