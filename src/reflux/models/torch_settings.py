@@ -47,6 +47,6 @@ def crowding() -> Iterator[str]:
     if threads > 1 and not torch.cuda.is_available() and cores - busy < threads / 2:
         yield (
             f"In the last minute about {busy:.1f} of {cores} cores were busy, and torch uses {threads} "
-            "threads. If other programs keep the cores busy, the threads wait for each other, and threads = 1 "
-            "may be faster."
+            "threads. If other programs keep the cores busy, the threads wait for each other, and "
+            "threads = 1 may be faster."
         )
