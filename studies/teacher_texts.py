@@ -76,6 +76,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
+    for run in asked.runs:
+        if not (run / "config.toml").exists():
+            sys.exit(f"{run} is not a run directory: it has no config.toml")
     try:
         table = saved_table(asked.runs[0])
         folder = table["teachers"]["main"]["model"]
