@@ -25,7 +25,7 @@ from reflux.loss.term import LossTerm
 from reflux.metrics.values import Max, Stats, Sum
 from reflux.models import lora
 from reflux.models.net_access import NetAccess
-from reflux.runtime.weights import InMemory
+from reflux.runtime.weights import AdapterWeights, InMemory
 from reflux.storage import checkpoints
 from reflux.types import Attempt, Group, StepRecord, Target
 
@@ -133,7 +133,9 @@ class GradientLearner(ABC):
         """
 
     def publish(self) -> InMemory:
-        return InMemory(self.version, lambda: lora.full_weights(self.net))
+        config = lora.adapter_config(self.net)
+        adapter = None if config is None else AdapterWeights(config, lambda: lora.adapter_tensors(self.net))
+        return InMemory(self.version, lambda: lora.full_weights(self.net), adapter=adapter)
 
     @property
     def weights(self) -> Mapping[str, Tensor]:

@@ -163,6 +163,34 @@ def _adapted(net: Any) -> Iterator[tuple[str, Any]]:
         yield f"{name.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}", layer
 
 
+def adapter_config(net: Any) -> dict[str, Any] | None:
+    """The content of adapter_config.json for the adapter of a net. None where it has none, and where other
+    programs may not compute it: an adapter around something else than a linear module.
+    """
+    layers = _layers(net)
+    lora = sys.modules.get("peft.tuners.lora")
+    if lora is None or not layers or any(type(layer) is not lora.Linear for layer in layers.values()):
+        return None
+    first = next(iter(layers.values()))
+    (adapter,) = first.active_adapters
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": first.r[adapter],
+        "lora_alpha": first.lora_alpha[adapter],
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "bias": "none",
+    }
+
+
+def adapter_tensors(net: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of each matrix of the adapter, by the names that peft writes to files."""
+    for name, layer in _layers(net).items():
+        (adapter,) = layer.active_adapters
+        for part, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            yield f"base_model.model.{name}.{part}.weight", matrices[adapter].weight.detach()
+
+
 def export(model: Model, folder: Path) -> None:
     """Save the merged student in Hugging Face format, in the dtype that its files had."""
     net, dtype = model.net, model.stored_dtype or torch.float32

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """The adapter of a student that is trained by LoRA, in peft's names and format."""
+
+    # the content of adapter_config.json
+    config: Mapping[str, Any]
+    read: Callable[[], Iterable[tuple[str, Tensor]]]
 
 
 class Weights(Protocol):
@@ -28,6 +37,11 @@ class Weights(Protocol):
         """The place of the weights on disk or in shared memory; None if they are in this process only."""
         ...
 
+    @property
+    def adapter(self) -> AdapterWeights | None:
+        """The adapter alone; None where the student has none, or one that other programs cannot compute."""
+        ...
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of each parameter, one after the other, with the model's own parameter names and
         with adapters merged. Callers must not write to the tensors.
@@ -44,6 +58,7 @@ class InMemory:
     version: int
     read: Callable[[], Iterable[tuple[str, Tensor]]]
     path: Path | None = None
+    adapter: AdapterWeights | None = None
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], version: int) -> InMemory:
@@ -63,6 +78,10 @@ class Lent:
     @property
     def path(self) -> Path | None:
         return self.weights.path
+
+    @property
+    def adapter(self) -> AdapterWeights | None:
+        return self.weights.adapter
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         return self.weights.tensors()

@@ -4,5 +4,6 @@ SAMPLERS = {
     "hf": "reflux.samplers.hf:HF",
     "references": "reflux.samplers.references:References",
     "flow": "reflux.samplers.flow:Flow",
+    "vllm": "reflux.samplers.vllm:VLLM",
     "teacher_samples": "reflux.samplers.teacher_samples:TeacherSamples",
 }

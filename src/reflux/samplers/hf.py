@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from reflux.config.context import Generation
 from reflux.config.registry import STRICT
-from reflux.config.schedules import Number, at, number
-from reflux.config.step_context import SamplingParams
+from reflux.config.schedules import Number
 from reflux.models.placement import Device, Dtype
-from reflux.samplers.base import SamplerPart
+from reflux.samplers.text_sampler import TextSampler, one_number
 from reflux.types import Rollout, TokenRollout
 
 if TYPE_CHECKING:
@@ -23,17 +21,8 @@ if TYPE_CHECKING:
     from reflux.runtime.services import Services
 
 
-def _one_number(value: Any) -> Any:
-    if isinstance(value, dict):
-        raise ValueError(
-            "max_tokens is one whole number, for evaluations too. Give the schedule to train_max_tokens, "
-            "which caps training"
-        )
-    return value
-
-
 @dataclass(frozen=True, config=STRICT)
-class HF(SamplerPart):
+class HF(TextSampler):
     """Samples with transformers in this process, in batches. Each row has its own random numbers.
 
     `max_tokens` limits the response in tokens. It is the only limit of evaluations and of extrapolation's
@@ -60,7 +49,7 @@ class HF(SamplerPart):
     rollouts: ClassVar[type[Rollout]] = TokenRollout
 
     # Limit of the student's tokens over all turns of an attempt.
-    max_tokens: Annotated[int, Field(ge=1), BeforeValidator(_one_number)] = 512
+    max_tokens: Annotated[int, Field(ge=1), BeforeValidator(one_number)] = 512
     # The same limit for training attempts; not set: max_tokens.
     train_max_tokens: Number | None = None
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -86,37 +75,12 @@ class HF(SamplerPart):
     # The `attn_implementation` argument of transformers.
     attention: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.train_max_tokens is not None:
-            number(self.train_max_tokens, "train_max_tokens")
-        if not all(self.stop):
-            raise ValueError(
-                "stop has an empty text, which every response would end with at once. Remove it from the list"
-            )
-        if isinstance(self.train_max_tokens, int | float) and self.train_max_tokens > self.max_tokens:
-            raise ValueError(
-                f"train_max_tokens = {self.train_max_tokens:g} is above max_tokens = {self.max_tokens}, "
-                "which limits every response. Raise max_tokens, or leave train_max_tokens out"
-            )
-
     def advice(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if not cfg.task.multi_turn and (self.max_turns or self.turns != "together"):
             yield (
                 f"{where}: max_turns and turns have no effect, because the prompts of this task are answered "
                 "in one turn."
             )
-
-    @property
-    def evaluation_positions(self) -> int:
-        return self.max_tokens
-
-    @property
-    def precision(self) -> str:
-        return self.dtype
-
-    @property
-    def skips_long_prompts(self) -> bool:
-        return self.long_prompts == "skip"
 
     @property
     def cache_tokens(self) -> int:
@@ -132,16 +96,6 @@ class HF(SamplerPart):
     @property
     def overlaps(self) -> bool:
         return self.turns == "ready"
-
-    def draw(self, step: int) -> SamplingParams:
-        cap = self.max_tokens if self.train_max_tokens is None else int(at(self.train_max_tokens, step))
-        return SamplingParams(
-            step, "train", min(cap, self.max_tokens), self.temperature, self.top_p, self.stop
-        )
-
-    @property
-    def generation(self) -> Generation:
-        return Generation(self.temperature, self.top_p, self.stop, self.max_prompt_tokens)
 
     def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
         from reflux.samplers.hf_engine import HFSampler

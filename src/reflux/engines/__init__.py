@@ -1,0 +1,1 @@
+"""Inference servers of other projects: how the library starts, supervises, updates and stops them."""

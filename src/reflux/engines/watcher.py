@@ -1,0 +1,119 @@
+"""A small process between the library and a server that it starts. It needs the standard library only.
+
+    python watcher.py GRACE_S LOG FOLDER COMMAND...
+
+It starts COMMAND in a process group of its own and prints one line of JSON for each event: {"started": PID}
+and {"ended": CODE}. It ends the whole group as soon as the server has ended, because a server that was killed
+leaves its workers. It also ends the group when the library is gone: the end of the standard input says so,
+and another parent. A line "stop" ends the server with SIGTERM, and after GRACE_S seconds with SIGKILL.
+Processes that have left the group are found as children, because they become children of this process. At
+last FOLDER is removed, which holds weights in shared memory; "" for none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+# seconds between two looks at the parent and the server
+_LOOK_S = 0.2
+# the option of prctl by which orphaned descendants become children of this process
+_SET_CHILD_SUBREAPER = 36
+
+
+def main(grace_s: float, log: str, folder: str, command: list[str]) -> None:
+    parent = os.getppid()
+    # A signal to the group of the library, such as Ctrl-C, is the library's to answer.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    _adopt_orphans()
+    with open(log, "ab") as file:
+        try:
+            server = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_listen_again,
+            )
+        except OSError as error:
+            file.write(f"{error}\n".encode())
+            return
+    try:
+        _tell({"started": server.pid})
+        if _watch(server, parent):
+            _end_kindly(server, grace_s)
+    finally:
+        _end_all(server)
+        _tell({"ended": server.wait()})
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _watch(server: subprocess.Popen[bytes], parent: int) -> bool:
+    """Wait until the server has ended, the library is gone, or the library says stop. True for the last."""
+    while server.poll() is None:
+        if os.getppid() != parent:
+            return False
+        readable, _, _ = select.select([sys.stdin], [], [], _LOOK_S)
+        if readable:
+            return sys.stdin.readline().strip() == "stop"
+    return False
+
+
+def _end_kindly(server: subprocess.Popen[bytes], grace_s: float) -> None:
+    server.terminate()
+    until = time.monotonic() + grace_s
+    while server.poll() is None and time.monotonic() < until:
+        time.sleep(_LOOK_S / 4)
+
+
+def _end_all(server: subprocess.Popen[bytes]) -> None:
+    """Kill the group and every descendant, and wait for them."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+    while children := _children():
+        for child in children:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+
+
+def _children() -> list[int]:
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            return [int(child) for child in file.read().split()]
+    except OSError:
+        return []
+
+
+def _adopt_orphans() -> None:
+    # Only Linux has this call. Elsewhere the group alone is ended.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _listen_again() -> None:
+    """In the server's process: signals act as usual."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _tell(event: dict[str, int]) -> None:
+    # The library may be gone.
+    with contextlib.suppress(OSError):
+        print(json.dumps(event), flush=True)
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:])

@@ -1,0 +1,143 @@
+"""Samples texts with a vLLM server: one that the library starts, or one that runs already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
+
+from reflux.config.registry import STRICT
+from reflux.config.schedules import Number
+from reflux.models.placement import Dtype
+from reflux.samplers.text_sampler import TextSampler, one_number
+from reflux.types import Rollout, TokenRollout
+
+if TYPE_CHECKING:
+    from reflux.config.context import PartContext
+    from reflux.config.recipe import RunConfig
+    from reflux.runtime.services import Services
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class VLLM(TextSampler):
+    """Samples with a vLLM server. All attempts of a step are in flight at once, one request for each turn.
+
+    mode "managed": the library starts a server on this machine, supervises it and ends it; the server never
+    outlives the library. "url": a server that runs already; docs/running.md says how it must be started.
+    "colocated": a managed server on the learner's GPU that gives its memory back while the student learns;
+    needs max_staleness = 0.
+
+    After each optimiser step the server gets the new weights without a restart. Requests in flight go on with
+    them, and each token carries the version that it was sampled from. A managed server that ends, or in which
+    an update fails, is started again with the current weights, and the lost requests are sent again.
+
+    A request is seeded by (run seed, purpose, step, prompt, sample, turn), so a request that is sent again
+    gives the same tokens. On a CPU in float32 a run then repeats; on a GPU the composition of a batch changes
+    the last digits. So `deterministic` is refused with this sampler.
+
+    The limits and the settings of sampling are those of kind "hf". At a temperature other than 1 or a top_p
+    below 1 each answer is read once more, for its log-probs at temperature 1.
+    """
+
+    on_policy: ClassVar[bool] = True
+    rollouts: ClassVar[type[Rollout]] = TokenRollout
+
+    # Limit of the student's tokens over all turns of an attempt.
+    max_tokens: Annotated[int, Field(ge=1), BeforeValidator(one_number)] = 512
+    # The same limit for training attempts; not set: max_tokens.
+    train_max_tokens: Number | None = None
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    # Texts that end a response, besides the model's end tokens.
+    stop: tuple[str, ...] = ()
+    allow_biased: bool = False
+    # Longest prompt in tokens; 0: what fits the context window.
+    max_prompt_tokens: Annotated[int, Field(ge=0)] = 0
+    # What happens to a longer prompt. "skip": it is counted and listed, and never trained on.
+    long_prompts: Literal["refuse", "skip"] = "refuse"
+    # Most turns of an attempt; 0: no limit.
+    max_turns: Annotated[int, Field(ge=0)] = 0
+    # Seconds for one answer of a task's environment.
+    environment_timeout_s: Seconds = 60.0
+    # "auto": as stored, but float32 on a CPU that is slower in 16 bits.
+    dtype: Dtype = "auto"
+    mode: Literal["managed", "url", "colocated"] = "managed"
+    # Address of a server that runs already, such as "http://127.0.0.1:8000", for mode "url".
+    url: str = ""
+    # Name of the environment variable that holds the server's token, for mode "url"; "": no token.
+    token_variable: str = ""
+    # Path of the Python interpreter that has vLLM; "": the one that runs Reflux.
+    python: str = ""
+    # How weights come to the server. "file": through files in shared memory, on any device of this machine.
+    # "nccl", "ipc": vLLM's own transfers between GPUs, and within one GPU. They need vLLM beside Reflux.
+    transfer: Literal["file", "nccl", "ipc"] = "file"
+    # Folder for the files of "file", which hold one copy of the weights; "": shared memory.
+    weights_folder: str = ""
+    # Longest text in tokens that the server is started for; 0: the student's context window.
+    context_tokens: Annotated[int, Field(ge=0)] = 0
+    # Requests in flight; further ones wait.
+    concurrency: Annotated[int, Field(ge=1)] = 256
+    # Seconds for one answer of the server.
+    timeout_s: Seconds = 600.0
+    # Seconds for the start of a managed server.
+    start_timeout_s: Seconds = 900.0
+    # Restarts of a managed server without an answer between them, after which the run ends.
+    restarts: Annotated[int, Field(ge=0)] = 3
+    # What a sleeping server of mode "colocated" does with its weights. 1: keeps them in host memory.
+    # 2: drops them, and gets them again.
+    sleep_level: Literal[1, 2] = 1
+    # Share of the GPU's memory that a managed server takes.
+    gpu_memory: Annotated[float, Field(gt=0, le=1)] = 0.9
+    # GiB of the key-value cache of a managed server on a CPU.
+    cache_gib: Annotated[float, Field(gt=0)] = 1.0
+    # Rank of the adapters that the server takes: a LoRA student is then sent as its adapter alone, under a
+    # name with its version, where the server can compute it. 0: it is sent merged, as full weights.
+    lora_rank: Annotated[int, Field(ge=0, le=512)] = 0
+    # Further arguments of a managed server, such as ["--tensor-parallel-size", "2"].
+    arguments: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.mode == "url") != bool(self.url):
+            raise ValueError(
+                'mode = "url" needs the address of the server in url'
+                if self.mode == "url"
+                else f'url is for mode = "url", and mode is "{self.mode}". Remove one of them'
+            )
+        if self.token_variable and self.mode != "url":
+            raise ValueError('token_variable is for mode = "url". A managed server has no token')
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return ("python", "weights_folder")
+
+    def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
+        if self.mode == "colocated" and cfg.max_staleness:
+            yield (
+                f'{where}: mode = "colocated" shares a device by turns, so nothing may be sampled while the '
+                "student learns. Set max_staleness = 0, or use another mode."
+            )
+        if self.lora_rank and cfg.learner.trains_all:
+            yield (
+                f"{where}: lora_rank = {self.lora_rank} is for a LoRA student, and the learner trains all "
+                "weights. Remove it, or give the learner a lora table."
+            )
+        if self.lora_rank and cfg.extrapolation is not None:
+            yield (
+                f"{where}: with lora_rank the adapter alone is sent, and extrapolation changes the weights "
+                "below it. Remove lora_rank, so that the student is sent merged."
+            )
+
+    @property
+    def exact_rng(self) -> bool:
+        return False
+
+    def open(self, context: PartContext, services: Services) -> AbstractAsyncContextManager[Any]:
+        from reflux.samplers.vllm_engine import VLLMSampler
+
+        return VLLMSampler.opened(self, context, services)
