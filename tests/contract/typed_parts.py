@@ -42,6 +42,7 @@ from reflux.samplers.flow import Flow as FlowSampler
 from reflux.samplers.hf import HF as HFSampler
 from reflux.samplers.references import References
 from reflux.samplers.teacher_samples import TeacherSamples
+from reflux.samplers.vllm import VLLM as VLLMSampler
 from reflux.tasks.base import Task
 from reflux.tasks.chains import Chains
 from reflux.tasks.glyphs import Glyphs
@@ -56,7 +57,7 @@ from reflux.teachers.self_teacher import SelfTeacher
 
 
 def samplers() -> list[Sampler]:
-    return [HFSampler(), References(), FlowSampler(), TeacherSamples()]
+    return [HFSampler(), References(), FlowSampler(), TeacherSamples(), VLLMSampler()]
 
 
 def teachers() -> list[Teacher]:

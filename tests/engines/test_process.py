@@ -19,7 +19,8 @@ from reflux.engines.process import ServerProcess
 # A server with a worker in its group and one that has left it. Both ignore SIGTERM. It writes their ids.
 FAMILY = """
 import json, os, signal, subprocess, sys, time
-sleeps = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(600)"
+deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+sleeps = deaf + "; print(1, flush=True); time.sleep(600)"
 children = [
     subprocess.Popen([sys.executable, "-c", sleeps], stdout=subprocess.PIPE, start_new_session=away)
     for away in (False, True)

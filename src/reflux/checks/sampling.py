@@ -15,8 +15,8 @@ def problems(cfg: RunConfig) -> Iterator[str]:
     if cfg.deterministic and not cfg.sampler.exact_rng:
         yield (
             "deterministic = true requires a run that repeats bit for bit, but sampler "
-            f"'{kind_of('samplers', cfg.sampler)}' with these settings "
-            f'depends on timing. Set sampler.turns = "together", or remove deterministic.'
+            f"'{kind_of('samplers', cfg.sampler)}' with these settings depends on timing. "
+            'Use kind "hf" with turns = "together", or remove deterministic.'
         )
 
 

@@ -33,6 +33,7 @@ class Supervisor:
 
     async def open(self) -> VLLMServer:
         self._server = await self._start()
+        await self._prepare(self._server)
         return self._server
 
     async def ready(self) -> VLLMServer:

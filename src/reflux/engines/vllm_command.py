@@ -1,4 +1,4 @@
-"""How a vLLM server is started: its command, its environment, and whether its interpreter has what it needs."""
+"""How a vLLM server is started: its command, its environment, and what its interpreter must have."""
 
 from __future__ import annotations
 

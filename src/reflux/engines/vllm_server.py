@@ -1,4 +1,4 @@
-"""One vLLM server that answers: started by the library or found, its clients, and the calls that control it."""
+"""One vLLM server: started by the library or found, its clients, and the calls that control it."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class VLLMServer:
         except TimeoutError:
             await server.close()
             raise ServerError(
-                f"the vLLM server did not answer within {start_timeout_s:g} s. Raise sampler.start_timeout_s, "
-                f"or look into {log}, which ends so:\n{process.tail()}"
+                f"the vLLM server did not answer within {start_timeout_s:g} s. Raise "
+                f"sampler.start_timeout_s, or look into {log}, which ends so:\n{process.tail()}"
             ) from None
         except BaseException:
             await server.close()

@@ -1,5 +1,5 @@
-"""A LoRA student as adapters in a vLLM server: a name for each version, so that requests in flight finish with
-the adapter that they began with.
+"""A LoRA student as adapters in a vLLM server: one name for each version, so that requests in flight finish
+with the adapter that they began with.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,6 @@ from reflux.models.locations import local_folder
 from reflux.models.sizes import size_of
 from reflux.models.text import load_model
 from reflux.models.weight_files import read_json
-from reflux.storage.files import write_folder
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -53,7 +52,10 @@ def served_model(cfg: VLLM, context: PartContext) -> ServedModel:
     folder = local_folder(student.model, _WHERE)
     if folder is None or is_adapter(folder) or is_gguf(student.model):
         folder = context.folder / "served"
-        write_folder(folder, partial(_export, context))
+        # Made anew each time: the files that it is made from may have changed.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        _export(context, folder)
     cpu = installed is not None and installed.cpu
     return ServedModel(folder, _dtype(cfg.dtype, folder, cpu), installed)
 

@@ -47,6 +47,7 @@ class TransferDelivery:
 
     async def give(self, server: VLLMServer) -> None:
         if self._weights is None:
+            await server.label(0)
             return
         if self._given and self.max_staleness:
             raise ServerError(

@@ -136,7 +136,10 @@ class FileDelivery:
         self.version = weights.version
 
     async def give(self, server: VLLMServer) -> None:
-        if self.version is not None:
+        if self.version is None:
+            # What a server has loaded at its start are the student's weights of version 0.
+            await server.label(0)
+        else:
             await server.load_files(self.files, self.version)
 
     def _save(self, part: Mapping[str, Tensor], version: int) -> None:
