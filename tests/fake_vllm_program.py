@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def main(arguments: list[str]) -> None:
     print("arguments:", *arguments, flush=True)
     if told.get("start") == "fails":
         raise SystemExit("Unsupported model")
-    given = dict(zip(arguments, arguments[1:], strict=False))
+    given = dict(pairwise(arguments))
     worker = subprocess.Popen([sys.executable, "-c", WORKER], stdout=subprocess.PIPE)
     assert worker.stdout is not None
     worker.stdout.readline()

@@ -8,12 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from processes import alive, wait_for
 from reflux.engines.process import ServerProcess
 
 # A server with a worker in its group and one that has left it. Both ignore SIGTERM. It writes their ids.
@@ -50,21 +50,6 @@ async def main():
 
 asyncio.run(main())
 """
-
-
-def alive(pid: int) -> bool:
-    """False also for a process that has ended and that nobody has waited for."""
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-
-
-def wait_for(done: Callable[[], bool], seconds: float = 60.0) -> None:
-    until = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < until, "this never happened"
-        time.sleep(0.05)
 
 
 def pids_in(folder: Path) -> list[int]:
@@ -126,7 +111,7 @@ def test_a_library_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "weights").is_dir()
     library.kill()
     library.wait()
-    wait_for(lambda: not any(map(alive, pids)), 10.0)
+    wait_for(lambda: not any(map(alive, pids)))
     wait_for(lambda: not (tmp_path / "weights").exists())
 
 

@@ -29,6 +29,8 @@ from reflux.types import FlowRollout, Group
 
 # the most positions of a sampled answer
 _MOST = 32
+# by which share of their size weights are moved, to see whether a sampler follows them
+_MOVED = 0.05
 
 
 async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
@@ -54,6 +56,8 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
             async for finding in preflight.findings(prompts, group):
                 yield finding
             if not flow:
+                if cfg.learner.trains_all:
+                    yield await _after_update(preflight, prompts)
                 for finding in (
                     *text_findings.sampling(cfg.sampler, sampler),
                     *_on_memory(learner, teachers),
@@ -64,6 +68,34 @@ async def examine(cfg: RunConfig, prompts: int = 8) -> AsyncIterator[Finding]:
             await teachers.score(groups, asked.step_context)
             for name in sorted(set(teachers.tables.values())):
                 yield (flow_findings if flow else text_findings).alive(name, learner, groups)
+
+
+async def _after_update(preflight: Preflight, prompts: int) -> Finding:
+    """Parity after all weights have changed, as an optimiser step changes them. A sampler that takes new
+    weights over only in part agrees with the learner at the start. The weights are put back.
+    """
+    import torch
+
+    learner, sampler = preflight.learner, preflight.asked.sampler
+    access = learner.access
+    if access is None:
+        return Finding("warning", "update", "the learner's weights cannot be changed, so no update was tried")
+    own = access.base(access.names)
+    rng = torch.Generator().manual_seed(0)
+    moved = {
+        name: value + _MOVED * value.abs().mean() * torch.randn(value.shape, generator=rng)
+        for name, value in own.items()
+    }
+    try:
+        access.write(moved)
+        await sampler.publish(preflight.asked.services.lend(learner.publish()), 0)
+        found = [finding async for finding in preflight.parity(prompts, 1) if finding.check == "parity"]
+    finally:
+        access.write(own)
+        await sampler.publish(learner.publish(), 0)
+    if not found:
+        return Finding("warning", "update", "no answer has a token, so nothing was compared")
+    return replace(found[0], check="update", text=f"after an update of all weights: {found[0].text}")
 
 
 def _on_memory(learner: Any, teachers: Teachers) -> Iterator[Finding]:
