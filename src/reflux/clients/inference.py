@@ -1,0 +1,142 @@
+"""A client of vLLM: token ids in, token ids, log-probs and weight versions out.
+
+It uses `POST /inference/v1/generate`, which a server offers that was started with `--enable-scale-out` (or
+`--tokens-only`). vLLM ignores unknown parameters and answers 200, so each answer is checked for its content,
+and `clients.probe` finds out what a server can do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from reflux.clients import decoding
+from reflux.clients.decoding import Generated, PromptScores
+from reflux.clients.http import JsonServer
+from reflux.errors import BadAnswer
+
+GENERATE = "/inference/v1/generate"
+# One token is sampled and thrown away, because vLLM does not accept 0.
+SCORING = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One continuation to sample. Every setting is sent, because a server takes what is left out from the
+    generation_config.json of its model.
+    """
+
+    token_ids: Sequence[int]
+    max_tokens: int
+    # The same seed gives the same tokens, so the request may be sent again. Never a count of samples beside
+    # it: vLLM seeds sample i with seed + i, and neighbouring seeds would share samples.
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    # 0: all tokens
+    top_k: int = 0
+    stop_token_ids: Sequence[int] = ()
+    # number of most likely tokens that are reported at each position
+    top: int = 0
+    # the name of a loaded LoRA adapter; None: the served model
+    model: str | None = None
+
+    def body(self) -> dict[str, Any]:
+        params = {
+            "max_tokens": self.max_tokens,
+            "seed": self.seed,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "stop_token_ids": list(self.stop_token_ids),
+            "logprobs": self.top,
+            "n": 1,
+            "detokenize": False,
+        }
+        return _body(self.token_ids, params, self.model)
+
+
+class InferenceClient(JsonServer):
+    """An async context manager: one vLLM server. The arguments are those of JsonServer.
+
+    The errors of every method: ServerRefused for a request that the server calls wrong; BadAnswer for an
+    answer without what was requested; ServerError if there was no answer.
+    """
+
+    async def __aenter__(self) -> InferenceClient:
+        await super().__aenter__()
+        return self
+
+    async def generate(self, request: GenerateRequest) -> Generated:
+        """Sample one continuation. A request that fails is sent again with its seed, and counts once."""
+        answer = await self.post(GENERATE, request.body())
+        with decoding.reading():
+            return decoding.generated(answer, request.max_tokens, request.top)
+
+    async def logp_at(
+        self, ids: Sequence[int], first: int, asked_TK: np.ndarray, model: str | None = None
+    ) -> np.ndarray:
+        """Log-probs of the tokens `asked_TK` in the places of ids[first:], float32 [T, K], T = len(ids) -
+        first. Row t is given ids[:first + t]. Always of the model itself, at temperature 1.
+        """
+        return await self._given(ids, first, asked_TK.tolist(), {}, model, asked_TK.shape[1])
+
+    async def hidden_at(self, ids: Sequence[int], first: int, model: str | None = None) -> np.ndarray:
+        """The hidden states, after the final norm, that predict the tokens ids[first:], float32 [T, H].
+
+        Needs Reflux's plugin in the server. A server without it ignores the wish, and the answer then has one
+        column; this is refused.
+        """
+        rows = [[0]] * (len(ids) - first)
+        h_TH = await self._given(ids, first, rows, {"extra_args": {"reflux_hidden": 1}}, model)
+        if h_TH.shape[1] == 1:
+            raise BadAnswer("the server gave log-probs instead of hidden states.")
+        return h_TH
+
+    async def _given(
+        self,
+        ids: Sequence[int],
+        first: int,
+        asked: list[list[int]],
+        more: Mapping[str, Any],
+        model: str | None,
+        columns: int | None = None,
+    ) -> np.ndarray:
+        # vLLM counts the rows from the position before the first scored token.
+        params = {**SCORING, **more, "prompt_logprob_start": first - 1, "prompt_logprob_token_ids": asked}
+        answer = await self.post(GENERATE, _body(ids, params, model))
+        found = answer.get("prompt_token_id_logprobs") if isinstance(answer, dict) else None
+        values = decoding.matrix(found, len(ids) - first)
+        if columns is not None and values.shape[1] != columns:
+            raise BadAnswer(f"the answer has {values.shape[1]} log-probs a position instead of {columns}.")
+        return values
+
+    async def listed(self, ids: Sequence[int], first: int, k: int, model: str | None = None) -> PromptScores:
+        """Log-probs of the tokens ids[first:], and the `k` most likely tokens in the place of each. This
+        works on every vLLM server; k is at most its `--max-logprobs`. The answer also carries the positions
+        before `first`.
+        """
+        answer = await self.post(GENERATE, _body(ids, {**SCORING, "prompt_logprobs": k}, model))
+        found = answer.get("prompt_logprobs") if isinstance(answer, dict) else None
+        with decoding.reading():
+            return decoding.listed(found, ids, first, k)
+
+    async def control(
+        self, path: str, body: Mapping[str, Any] | None = None, query: Mapping[str, str] | None = None
+    ) -> Any:
+        """A request that changes the server, such as /pause, /update_weights or /resume. It is sent once."""
+        return await self.post(path, body, query, replay=False)
+
+    async def health(self) -> None:
+        """Wait until the server answers. ServerError if it does not within `patience_s`."""
+        await self.get("/health")
+
+
+def _body(ids: Sequence[int], params: Mapping[str, Any], model: str | None) -> dict[str, Any]:
+    body = {"token_ids": [int(token) for token in ids], "sampling_params": params}
+    return body if model is None else {**body, "model": model}
