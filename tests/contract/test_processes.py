@@ -19,6 +19,7 @@ import pytest
 import alone
 import tiny
 import tiny_flow
+from fake_python import fake_python
 from reflux.config.bases import recipe_names
 from reflux.config.context import Generation
 from reflux.config.recipe import load_recipe, part_context
@@ -72,6 +73,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "hf": {"max_tokens": 8},
     "references": {"generate": {"kind": "hf", "max_tokens": 8}},
     "flow": {"steps": 4, "eval_steps": 3},
+    "vllm": {"max_tokens": 8},
     "teacher_samples": {"generate": {"kind": "flow", "steps": 4, "eval_steps": 3}, "positions": 3},
 }
 TEACHERS = {"local": "model", "self": "", "flow": "model"}
@@ -106,8 +108,12 @@ def test_no_shipped_part_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
-def test_samplers(elsewhere: ProcessPoolExecutor, student: str, flows: dict[str, str], kind: str) -> None:
-    part = build("samplers", {"kind": kind, **SAMPLERS[kind]}, "sampler")
+def test_samplers(
+    elsewhere: ProcessPoolExecutor, student: str, flows: dict[str, str], kind: str, tmp_path: Path
+) -> None:
+    # Each of both processes starts a server of its own.
+    server = {"python": fake_python(tmp_path).path} if kind == "vllm" else {}
+    part = build("samplers", {"kind": kind, **SAMPLERS[kind], **server}, "sampler")
     teachers = (
         {"main": build("teachers", {"kind": "flow", "model": flows["teacher"]}, "teachers.main")}
         if kind == "teacher_samples"
@@ -115,7 +121,7 @@ def test_samplers(elsewhere: ProcessPoolExecutor, student: str, flows: dict[str,
     )
     flow = kind in ("flow", "teacher_samples")
     weights = published(tiny_flow.model(5).net if flow else tiny.net(5, lift=1.5))
-    context = told(kind, student, flows, name="sampler", teachers=teachers)
+    context = told(kind, student, flows, name="sampler", teachers=teachers, folder=tmp_path / "part")
     before, after = same_bits(
         elsewhere, "sampler", part, context, {"prompts": images() if flow else texts(), "weights": weights}
     )

@@ -39,6 +39,8 @@ class GenerateRequest:
     # 0: all tokens
     top_k: int = 0
     stop_token_ids: Sequence[int] = ()
+    # Texts that end it. The token in which such a text ends is the last one.
+    stop: Sequence[str] = ()
     # number of most likely tokens that are reported at each position
     top: int = 0
     # the name of a loaded LoRA adapter; None: the served model
@@ -56,7 +58,9 @@ class GenerateRequest:
             "stop_token_ids": list(self.stop_token_ids),
             "logprobs": self.top,
             "n": 1,
-            "detokenize": False,
+            # A server finds stop texts in the text only.
+            "detokenize": bool(self.stop),
+            **({"stop": list(self.stop), "include_stop_str_in_output": True} if self.stop else {}),
         }
         return _body(self.token_ids, params, self.model)
 

@@ -39,6 +39,7 @@ class Turns:
             temperature=ask.draw.temperature,
             top_p=ask.draw.top_p,
             stop_token_ids=self.end_ids,
+            stop=ask.draw.stop,
             top=0 if is_changed(ask.draw) else self.listed(ask),
             model=model,
         )
