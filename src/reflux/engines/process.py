@@ -46,7 +46,7 @@ class ServerProcess:
         grace_s: float = 10.0,
     ) -> ServerProcess:
         """Start `command` with exactly this environment; its output is appended to `log`. folder: removed
-        when the server has ended, however that came. grace_s: between SIGTERM and SIGKILL at `stop`.
+        where the library is killed. grace_s: between SIGTERM and SIGKILL at `stop`.
 
         OSError if the command cannot be started.
         """

@@ -46,8 +46,8 @@ class VLLMServer:
         timeout_s: float,
         start_timeout_s: float,
     ) -> VLLMServer:
-        """Start a server and wait until it answers. folder: removed with the server. ServerError, with the
-        end of the log, if it does not start.
+        """Start a server and wait until it answers. folder: removed where the library is killed. ServerError,
+        with the end of the log, if it does not start.
         """
         port = free_port()
         try:

@@ -5,9 +5,9 @@
 It starts COMMAND in a process group of its own and prints one line of JSON for each event: {"started": PID}
 and {"ended": CODE}. It ends the whole group as soon as the server has ended, because a server that was killed
 leaves its workers. It also ends the group when the library is gone: the end of the standard input says so,
-and another parent. A line "stop" ends the server with SIGTERM, and after GRACE_S seconds with SIGKILL.
-Processes that have left the group are found as children, because they become children of this process. At
-last FOLDER is removed, which holds weights in shared memory; "" for none.
+and another parent. Then it also removes FOLDER, which holds weights in shared memory; "" for none. A line
+"stop" ends the server with SIGTERM, and after GRACE_S seconds with SIGKILL. Processes that have left the
+group are found as children, because they become children of this process.
 """
 
 from __future__ import annotations
@@ -48,26 +48,29 @@ def main(grace_s: float, log: str, folder: str, command: list[str]) -> None:
         except OSError as error:
             file.write(f"{error}\n".encode())
             return
+    why = "gone"
     try:
         _tell({"started": server.pid})
-        if _watch(server, parent):
+        why = _watch(server, parent)
+        if why == "stop":
             _end_kindly(server, grace_s)
     finally:
         _end_all(server)
         _tell({"ended": server.wait()})
-        if folder:
+        # A library that is there starts another server with the same weights.
+        if why == "gone" and folder:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _watch(server: subprocess.Popen[bytes], parent: int) -> bool:
-    """Wait until the server has ended, the library is gone, or the library says stop. True for the last."""
+def _watch(server: subprocess.Popen[bytes], parent: int) -> str:
+    """Wait until the server has "ended", the library is "gone", or the library says "stop"."""
     while server.poll() is None:
         if os.getppid() != parent:
-            return False
+            return "gone"
         readable, _, _ = select.select([sys.stdin], [], [], _LOOK_S)
         if readable:
-            return sys.stdin.readline().strip() == "stop"
-    return False
+            return "stop" if sys.stdin.readline().strip() == "stop" else "gone"
+    return "ended"
 
 
 def _end_kindly(server: subprocess.Popen[bytes], grace_s: float) -> None:

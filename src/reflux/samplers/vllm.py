@@ -51,10 +51,13 @@ class VLLM(TextSampler):
     max_tokens: Annotated[int, Field(ge=1), BeforeValidator(one_number)] = 512
     # The same limit for training attempts; not set: max_tokens.
     train_max_tokens: Number | None = None
+    # Temperature of training attempts.
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    # Tokens outside the smallest set with this probability are left out.
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     # Texts that end a response, besides the model's end tokens.
     stop: tuple[str, ...] = ()
+    # Allows a temperature other than 1 and a top_p below 1, which make on-policy estimators biased.
     allow_biased: bool = False
     # Longest prompt in tokens; 0: what fits the context window.
     max_prompt_tokens: Annotated[int, Field(ge=0)] = 0
@@ -66,6 +69,7 @@ class VLLM(TextSampler):
     environment_timeout_s: Seconds = 60.0
     # "auto": as stored, but float32 on a CPU that is slower in 16 bits.
     dtype: Dtype = "auto"
+    # Who runs the server, see above.
     mode: Literal["managed", "url", "colocated"] = "managed"
     # Address of a server that runs already, such as "http://127.0.0.1:8000", for mode "url".
     url: str = ""

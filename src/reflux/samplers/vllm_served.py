@@ -30,7 +30,7 @@ _NO_LIMIT = 1 << 30
 
 
 class Served:
-    """folder: of weight files, which the server's watcher removes too."""
+    """folder: of weight files. The server's watcher removes it where the library is killed."""
 
     def __init__(self, cfg: VLLM, services: Services, folder: Path, delivery: Delivery):
         self.cfg, self.services, self.folder, self.delivery = cfg, services, folder, delivery
@@ -105,11 +105,11 @@ class Served:
         if self.cfg.mode != "colocated":
             yield
             return
-        async with self._turning:
-            self._acting += 1
-            if self._asleep:
-                await self.supervisor.change(self._wake)
+        self._acting += 1
         try:
+            async with self._turning:
+                if self._asleep:
+                    await self.supervisor.change(self._wake)
             yield
         finally:
             self._acting -= 1
