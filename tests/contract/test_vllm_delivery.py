@@ -161,10 +161,16 @@ def test_requests_name_the_adapter_of_the_last_version(student: Path, tmp_path: 
 def test_a_student_without_an_adapter_is_sent_merged(student: Path, tmp_path: Path) -> None:
     delivery = AdapterDelivery(tmp_path, FileDelivery(tmp_path, Layout.of(student), torch.float32))
     server = Server()
-    delivery.take(weights(4))
+    delivery.take(published(adapted(), 3))
     given(delivery, server)
-    assert server.calls == [("load_files", ["version4-0.safetensors"], 4)]
+    delivery.take(weights(4))
+    # until the server has the weights
+    assert delivery.adapter == Adapter("reflux-version3", 3)
+    given(delivery, server)
+    assert server.calls[1:] == [("load_files", ["version4-0.safetensors"], 4)]
     assert delivery.adapter is None
+    with pytest.raises(ModelError, match="the server has merged weights"):
+        delivery.take(published(adapted(), 5))
 
 
 def test_an_adapter_that_others_cannot_compute_is_not_offered() -> None:

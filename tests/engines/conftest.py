@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Coroutine, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,8 +63,14 @@ def own_net() -> Any:
 
 @pytest.fixture(scope="session")
 def real(python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
-    folder = tmp_path_factory.mktemp("real")
-    table = {"kind": "vllm", "python": python, "max_tokens": 64, "lora_rank": 8, "start_timeout_s": 1700.0}
+    """It is made at its first use and kept to the end of the session."""
+    with opened(python, tmp_path_factory.mktemp("real")) as made:
+        yield made
+
+
+@contextmanager
+def opened(python: str, folder: Path, **fields: Any) -> Iterator[Real]:
+    table = {"kind": "vllm", "python": python, "max_tokens": 64, "start_timeout_s": 1700.0, **fields}
     context = tiny.context(
         Requirements(behaviour=5),
         name="sampler",
@@ -72,7 +78,7 @@ def real(python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real
         model="reflux:student",
         task=WordProblems(),
         generation=Generation(),
-        folder=Path(folder),
+        folder=folder,
     )
     heard = tiny.Heard()
     services, stack = Services(context.student, listener=heard), AsyncExitStack()

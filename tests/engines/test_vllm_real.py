@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from contract.test_vllm_sampler import at, logp_of
-from engines.conftest import STUDENT, Real, own_net
+from engines.conftest import STUDENT, Real, opened, own_net
 from processes import alive, wait_for
 from reflux.clients.decoding import generated
 from reflux.clients.inference import GENERATE, GenerateRequest
@@ -229,35 +229,6 @@ def test_requests_in_flight_go_on_with_new_weights(real: Real) -> None:
             np.testing.assert_allclose(answer.logp_T[start:end], logp_T[start:end], **CLOSE)
 
 
-def test_an_adapter_is_served_under_its_version(real: Real) -> None:
-    model = as_model(own_net(), load_tokenizer("reflux:student"))
-    lora.attach(model, Lora(rank=4, alpha=8.0), seed=1)
-    rng = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for name, value in model.net.named_parameters():
-            if "lora_" in name:
-                value.copy_(0.1 * torch.randn(value.shape, generator=rng))
-    config = lora.adapter_config(model.net)
-    assert config is not None
-    adapter = AdapterWeights(config, lambda: lora.adapter_tensors(model.net))
-    weights = InMemory(5, lambda: lora.full_weights(model.net), adapter=adapter)
-    merged = own_net()
-    merged.load_state_dict(lora.merged(model.net))
-
-    async def act() -> list[TokenRollout]:
-        # The adapter is added to the weights that the server started with.
-        await real.publish(own_net(), 4)
-        await real.sampler.publish(weights, 5)
-        real.net = merged
-        return await sample(real)
-
-    rollouts = real.run(act())
-    assert {rollout.version for rollout in rollouts} == {5}
-    agree(real, rollouts)
-    real.run(real.publish(own_net(), 6))
-    assert {rollout.version for rollout in real.run(sample(real))} == {6}
-
-
 def test_a_prompt_that_is_too_long_is_refused(real: Real) -> None:
     long = Prompt("long", ({"role": "user", "content": "x" * 600},))
     with pytest.raises(DataError, match="more than the 511 that fit"):
@@ -359,3 +330,32 @@ def test_a_library_that_is_killed_leaves_nothing(python: str, tmp_path: Path) ->
     library.wait()
     wait_for(lambda: not any(map(alive, family)))
     wait_for(lambda: not (tmp_path / "weights").exists())
+
+
+def test_an_adapter_is_served_under_its_version(python: str, tmp_path: Path) -> None:
+    """On a server of its own: with adapters, vLLM 0.32 ends at a request for log-probs of a prompt."""
+    model = as_model(own_net(), load_tokenizer("reflux:student"))
+    lora.attach(model, Lora(rank=4, alpha=8.0), seed=1)
+    rng = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, value in model.net.named_parameters():
+            if "lora_" in name:
+                value.copy_(0.1 * torch.randn(value.shape, generator=rng))
+    config = lora.adapter_config(model.net)
+    assert config is not None
+    adapter = AdapterWeights(config, lambda: lora.adapter_tensors(model.net))
+    weights = InMemory(5, lambda: lora.full_weights(model.net), adapter=adapter)
+    merged = own_net()
+    merged.load_state_dict(lora.merged(model.net))
+
+    with opened(python, tmp_path, lora_rank=4) as real:
+        real.run(real.sampler.publish(weights, 5))
+        real.net = merged
+        rollouts = real.run(sample(real))
+        assert {rollout.version for rollout in rollouts} == {5}
+        agree(real, rollouts)
+        # A student without an adapter is sent merged, also to this server.
+        real.run(real.publish(moved(6), 6))
+        rollouts = real.run(sample(real))
+        assert {rollout.version for rollout in rollouts} == {6}
+        agree(real, rollouts)

@@ -131,6 +131,11 @@ class VLLM(TextSampler):
                 f"{where}: lora_rank = {self.lora_rank} is for a LoRA student, and the learner trains all "
                 "weights. Remove it, or give the learner a lora table."
             )
+        if self.lora_rank and (self.temperature != 1 or self.top_p != 1):
+            yield (
+                f"{where}: with lora_rank the temperature and top_p must be 1. With others each answer is "
+                "read once more, and vLLM 0.32 with adapters ends at such a request. Remove lora_rank."
+            )
         if self.lora_rank and cfg.extrapolation is not None:
             yield (
                 f"{where}: with lora_rank the adapter alone is sent, and extrapolation changes the weights "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from reflux.errors import ModelError
 from reflux.samplers.vllm_weights import Adapter, FileDelivery, saved
 
 if TYPE_CHECKING:
@@ -33,9 +34,14 @@ class AdapterDelivery:
     def take(self, weights: Weights) -> None:
         adapter = weights.adapter
         if adapter is None:
-            self.adapter = None
+            self._kept = []
             self.merged.take(weights)
             return
+        if self.merged.version is not None:
+            raise ModelError(
+                "sampler: the server has merged weights, and an adapter belongs to the weights that it "
+                "started with. Remove sampler.lora_rank, so that the student is always sent merged."
+            )
         taken = Adapter(f"reflux-version{weights.version}", weights.version)
         folder = self.folder / taken.name
         shutil.rmtree(folder, ignore_errors=True)
@@ -52,6 +58,7 @@ class AdapterDelivery:
         """Requests name the new adapter as soon as the server has it."""
         if not self._kept:
             await self.merged.give(server)
+            self.adapter = None
             return
         newest = self._kept[-1]
         await server.load_adapter(newest.name, self.folder / newest.name)

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from reflux.clients.inference import InferenceClient
-from reflux.errors import BadAnswer, ServerError, ServerRefused
+from reflux.errors import BadAnswer, ConfigError, ServerError, ServerRefused
 from reflux.models.chat.token_map import vocabulary_size
 from reflux.models.generation_file import end_ids_of
 from reflux.models.turns import Turn, TurnRequest
@@ -106,6 +106,11 @@ class VLLMSampler:
             return None
         raw = None
         if is_changed(ask.draw):
+            if self.cfg.lora_rank:
+                raise ConfigError(
+                    f"a temperature of {ask.draw.temperature:g} cannot be used with sampler.lora_rank: vLLM "
+                    "0.32 ends where it reads an answer once more while it has adapters. Remove lora_rank."
+                )
             text = [*ask.ids, *answer.tokens_T.tolist()]
             raw = await client.listed(text, len(ask.ids), self.turns.listed(ask), name)
         return self.turns.turn(ask, answer, raw, None if adapter is None else adapter.version)
