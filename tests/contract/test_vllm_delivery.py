@@ -22,7 +22,7 @@ from reflux.models.text import as_model
 from reflux.runtime.weights import AdapterWeights, InMemory
 from reflux.samplers.vllm_adapters import AdapterDelivery
 from reflux.samplers.vllm_transfers import TransferDelivery
-from reflux.samplers.vllm_weights import Adapter, FileDelivery, Layout, shared_folder
+from reflux.samplers.vllm_weights import FileDelivery, Layout, ServedAdapter, shared_folder
 
 
 @dataclass
@@ -146,7 +146,7 @@ def test_requests_name_the_adapter_of_the_last_version(student: Path, tmp_path: 
         delivery.take(published(net, version))
         before = delivery.adapter
         given(delivery, server)
-        assert delivery.adapter == Adapter(f"reflux-version{version}", version)
+        assert delivery.adapter == ServedAdapter(f"reflux-version{version}", version)
         assert before != delivery.adapter
     assert [call for call in server.calls if call[0] == "load_adapter"] == [
         ("load_adapter", f"reflux-version{version}", True) for version in range(1, 7)
@@ -165,7 +165,7 @@ def test_a_student_without_an_adapter_is_sent_merged(student: Path, tmp_path: Pa
     given(delivery, server)
     delivery.take(weights(4))
     # until the server has the weights
-    assert delivery.adapter == Adapter("reflux-version3", 3)
+    assert delivery.adapter == ServedAdapter("reflux-version3", 3)
     given(delivery, server)
     assert server.calls[1:] == [("load_files", ["version4-0.safetensors"], 4)]
     assert delivery.adapter is None

@@ -284,7 +284,7 @@ def test_a_prompt_that_does_not_fit_is_refused_or_left_out(folder: str, tmp_path
         async def act(sampler: Any) -> Any:
             return await sampler.sample(prompt, 1, DRAW)
 
-        with pytest.raises(DataError, match="prompt long has 62 tokens, more than the 49 that fit"):
+        with pytest.raises(DataError, match="prompt long has 62 tokens, more than the 48 that fit"):
             opened(folder, tmp_path, act, fake.url, max_tokens=12)
         group = opened(folder, tmp_path, act, fake.url, max_tokens=12, long_prompts="skip")
         assert fake.bodies() == []

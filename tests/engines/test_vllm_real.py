@@ -231,7 +231,7 @@ def test_requests_in_flight_go_on_with_new_weights(real: Real) -> None:
 
 def test_a_prompt_that_is_too_long_is_refused(real: Real) -> None:
     long = Prompt("long", ({"role": "user", "content": "x" * 600},))
-    with pytest.raises(DataError, match="more than the 511 that fit"):
+    with pytest.raises(DataError, match="more than the 510 that fit"):
         real.run(real.sampler.sample(long, 1, DRAW))
 
     async def directly() -> None:
@@ -268,7 +268,7 @@ def test_an_update_that_fails_starts_the_server_again(real: Real, spoil: Callabl
         served, net = real.sampler.served, moved(9)
         before = served.supervisor.replaced
         served.delivery.take(InMemory.of(net.state_dict(), 9))
-        file = served.delivery.merged.files[0]
+        file = served.delivery.files[0]
         right = file.read_bytes()
 
         async def spoiled(server: Any) -> None:

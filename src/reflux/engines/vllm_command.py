@@ -9,13 +9,15 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 
-from reflux import __version__
 from reflux.engines.plugin import FILE_BACKEND
 from reflux.errors import ConfigError
 
 # the name of the model in requests without an adapter
 SERVED = "reflux"
+# the ranks of adapters that vLLM reserves room for
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Reads the installed distributions of an interpreter without importing any of them.
 _LOOK = """
 import importlib.metadata as m, json
@@ -91,10 +93,11 @@ def installed_in(python: str, key: str) -> Installed:
             f"{key}: {found} has no vLLM. `make vllm` makes an environment for a CPU and prints the key to "
             "set; on a GPU run pip install '.[vllm]'."
         )
-    if not plugins or reflux != __version__:
+    own = version("reflux")
+    if not plugins or reflux != own:
         had = f"reflux {reflux}" if reflux else "no reflux"
         raise ConfigError(
-            f"{key}: {found} has {had}, and its vLLM needs the plugin of reflux {__version__}. Install it "
+            f"{key}: {found} has {had}, and its vLLM needs the plugin of reflux {own}. Install it "
             f"there without its dependencies: {found} -m pip install --no-deps PATH_OF_REFLUX"
         )
     return Installed(found, gpu or cpu, gpu is None)

@@ -11,6 +11,8 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
 from reflux.config.schedules import Number
+from reflux.engines.plugin import FILE_BACKEND
+from reflux.engines.vllm_command import LORA_RANKS, Installed, ServerSettings
 from reflux.models.placement import Dtype
 from reflux.samplers.text_sampler import TextSampler, one_number
 from reflux.types import Rollout, TokenRollout
@@ -71,7 +73,7 @@ class VLLM(TextSampler):
     dtype: Dtype = "auto"
     # Who runs the server, see above.
     mode: Literal["managed", "url", "colocated"] = "managed"
-    # Address of a server that runs already, such as "http://127.0.0.1:8000", for mode "url".
+    # Address of a server that runs already, with its port and "http" or "https" before it, for mode "url".
     url: str = ""
     # Name of the environment variable that holds the server's token, for mode "url"; "": no token.
     token_variable: str = ""
@@ -141,6 +143,31 @@ class VLLM(TextSampler):
                 f"{where}: with lora_rank the adapter alone is sent, and extrapolation changes the weights "
                 "below it. Remove lora_rank, so that the student is sent merged."
             )
+
+    @property
+    def managed(self) -> bool:
+        """True if the library starts the server."""
+        return self.mode != "url"
+
+    def settings(
+        self, installed: Installed, model: str, dtype: str, window: int, trust_remote_code: bool
+    ) -> ServerSettings:
+        """Of a managed server. model: the folder that it serves. window: the context window of the model in
+        tokens; 0: no limit.
+        """
+        return ServerSettings(
+            installed=installed,
+            model=model,
+            dtype=dtype,
+            context_tokens=min(self.context_tokens or window, window or self.context_tokens),
+            transfer=FILE_BACKEND if self.transfer == "file" else self.transfer,
+            cache_gib=self.cache_gib,
+            gpu_memory=self.gpu_memory,
+            sleeps=self.mode == "colocated",
+            lora_rank=next((rank for rank in LORA_RANKS if rank >= self.lora_rank > 0), 0),
+            trust_remote_code=trust_remote_code,
+            arguments=self.arguments,
+        )
 
     @property
     def exact_rng(self) -> bool:

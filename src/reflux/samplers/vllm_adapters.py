@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from reflux.errors import ModelError
-from reflux.samplers.vllm_weights import Adapter, FileDelivery, saved
+from reflux.samplers.vllm_weights import FileDelivery, ServedAdapter, saved
 
 if TYPE_CHECKING:
     from reflux.engines.vllm_server import VLLMServer
@@ -27,9 +27,9 @@ class AdapterDelivery:
 
     def __init__(self, folder: Path, merged: FileDelivery):
         self.folder, self.merged = folder, merged
-        self.adapter: Adapter | None = None
+        self.adapter: ServedAdapter | None = None
         # the adapters in the folder, the newest last
-        self._kept: list[Adapter] = []
+        self._kept: list[ServedAdapter] = []
 
     def take(self, weights: Weights) -> None:
         adapter = weights.adapter
@@ -42,7 +42,7 @@ class AdapterDelivery:
                 "sampler: the server has merged weights, and an adapter belongs to the weights that it "
                 "started with. Remove sampler.lora_rank, so that the student is always sent merged."
             )
-        taken = Adapter(f"reflux-version{weights.version}", weights.version)
+        taken = ServedAdapter(f"reflux-version{weights.version}", weights.version)
         folder = self.folder / taken.name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

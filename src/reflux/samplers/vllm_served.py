@@ -14,7 +14,7 @@ from reflux.engines.supervisor import Supervisor
 from reflux.engines.vllm_server import VLLMServer
 from reflux.models.sizes import size_of
 from reflux.samplers.vllm_adapters import AdapterDelivery
-from reflux.samplers.vllm_files import ServedModel, served_model, settings_of
+from reflux.samplers.vllm_files import ServedModel, served_model
 from reflux.samplers.vllm_transfers import TransferDelivery
 from reflux.samplers.vllm_weights import Delivery, FileDelivery, Layout, shared_folder
 
@@ -44,25 +44,25 @@ class Served:
     @classmethod
     async def open(cls, cfg: VLLM, context: PartContext, services: Services, stack: AsyncExitStack) -> Served:
         """stack: closes what is opened. Errors of the server, ConfigError where vLLM is not installed."""
-        model = await services.run_model(served_model, cfg, context)
+        python = cfg.python if cfg.managed else None
+        model = await services.run_model(served_model, python, cfg.dtype, context)
         folder = stack.enter_context(shared_folder(cfg.weights_folder))
         served = cls(cfg, services, folder, delivery_of(cfg, context, model, folder))
-        managed = cfg.mode != "url"
-        if managed:
-            settings = settings_of(cfg, context, model)
+        if model.installed is not None:
+            window = size_of(str(model.folder), "learner.model").context_tokens or 0
+            trusted = context.student.trust_remote_code
+            settings = cfg.settings(model.installed, str(model.folder), model.dtype_name, window, trusted)
             start = partial(served._started, settings, context.folder / "server.log")
         else:
             start = served._found
         served.supervisor = Supervisor(
-            start, served.delivery.give, cfg.restarts if managed else None, services.listener.noted
+            start, served.delivery.give, cfg.restarts if cfg.managed else None, services.listener.noted
         )
         stack.push_async_callback(served.supervisor.close)
         server = await served.supervisor.open()
         own = size_of(context.student.model, "learner.model", base=context.student.base_model).context_tokens
-        window = min(own or _NO_LIMIT, await server.context_tokens())
         # An answer that is read once more needs room for the token that the server samples in vain.
-        changed = cfg.temperature != 1 or cfg.top_p != 1
-        served.context_tokens = window - 1 if changed else window
+        served.context_tokens = min(own or _NO_LIMIT, await server.context_tokens()) - 1
         return served
 
     async def _started(self, settings: ServerSettings, log: Path) -> VLLMServer:

@@ -16,7 +16,7 @@ from torch import Tensor
 from reflux.engines.process import free_port
 from reflux.engines.vllm_server import VLLMServer
 from reflux.errors import ConfigError, ServerError
-from reflux.samplers.vllm_weights import Adapter, Layout
+from reflux.samplers.vllm_weights import Layout, ServedAdapter
 
 if TYPE_CHECKING:
     from reflux.runtime.weights import Weights
@@ -27,7 +27,7 @@ class TransferDelivery:
     waits, at max_staleness = 0.
     """
 
-    adapter: Adapter | None = None
+    adapter: ServedAdapter | None = None
 
     def __init__(
         self, backend: Literal["nccl", "ipc"], layout: Layout, dtype: torch.dtype, max_staleness: int

@@ -32,7 +32,7 @@ _COMPUTED = "rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
-class Adapter:
+class ServedAdapter:
     """The adapter that requests name, and the version of its weights."""
 
     name: str
@@ -43,7 +43,7 @@ class Delivery(Protocol):
     """The way of weights to a server."""
 
     @property
-    def adapter(self) -> Adapter | None:
+    def adapter(self) -> ServedAdapter | None:
         """What requests name; None for the served model itself."""
         ...
 
@@ -109,7 +109,7 @@ class FileDelivery:
     """Weights as files of one version in a folder of this run."""
 
     # requests name the served model itself
-    adapter: Adapter | None = None
+    adapter: ServedAdapter | None = None
 
     def __init__(self, folder: Path, layout: Layout, dtype: torch.dtype, file_bytes: int = FILE_BYTES):
         self.folder, self.layout, self.dtype, self.file_bytes = folder, layout, dtype, file_bytes
