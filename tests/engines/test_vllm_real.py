@@ -146,7 +146,6 @@ def test_a_request_gives_the_same_alone_and_among_others(real: Real) -> None:
     for one, other in zip(together, single, strict=True):
         np.testing.assert_array_equal(one.tokens_T, other.tokens_T)
         np.testing.assert_array_equal(one.logp_T, other.logp_T)
-    assert len({tuple(rollout.tokens_T.tolist()) for rollout in together}) > len(together) / 2
 
 
 def test_a_stop_text_ends_an_answer(real: Real) -> None:
