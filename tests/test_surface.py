@@ -42,8 +42,8 @@ samplers.hf             max_tokens=512 train_max_tokens=None temperature=1.0 top
                         long_prompts='refuse' batch_tokens=32768 turns='together' max_turns=0 environment_timeout_s=60.0
                         dtype='auto' device='auto' attention=None
 samplers.vllm           max_tokens=512 train_max_tokens=None temperature=1.0 top_p=1.0 stop=() allow_biased=False max_prompt_tokens=0
-                        long_prompts='refuse' max_turns=0 environment_timeout_s=60.0 dtype='auto' mode='managed' url='' token_variable=''
-                        python='' transfer='file' weights_folder='' context_tokens=0 concurrency=256 timeout_s=600.0
+                        long_prompts='refuse' max_turns=0 environment_timeout_s=60.0 dtype='auto' mode='managed' url=None token_variable=None
+                        python=None transfer='file' weights_folder=None context_tokens=0 concurrency=256 timeout_s=600.0
                         start_timeout_s=900.0 restarts=3 sleep_level=1 gpu_memory=0.9 cache_gib=1.0 lora_rank=0 arguments=()
 samplers.references     generate
 samplers.flow           steps=10 noise_level=0.7 guidance=1.0 eval_steps=40 max_denoising_steps=None pixels=0 batch_images=64 dtype='auto'

@@ -73,11 +73,11 @@ class ServerSettings:
     arguments: tuple[str, ...] = ()
 
 
-def installed_in(python: str, key: str) -> Installed:
-    """The vLLM of the interpreter `python`; "" is the one that runs this. key: the path of the key in the
+def installed_in(python: str | None, key: str) -> Installed:
+    """The vLLM of the interpreter `python`; None is the one that runs this. key: the path of the key in the
     recipe, for errors. ConfigError, with the remedy, where vLLM or the plugin is missing.
     """
-    found = shutil.which(python) if python else sys.executable
+    found = sys.executable if python is None else shutil.which(python)
     if found is None:
         raise ConfigError(f"{key}: there is no program {python}. Give the path of a Python interpreter.")
     # The folders of this process's modules are not those of another interpreter.

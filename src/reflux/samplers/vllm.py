@@ -74,16 +74,16 @@ class VLLM(TextSampler):
     # Who runs the server, see above.
     mode: Literal["managed", "url", "colocated"] = "managed"
     # Address of a server that runs already, with its port and "http" or "https" before it, for mode "url".
-    url: str = ""
-    # Name of the environment variable that holds the server's token, for mode "url"; "": no token.
-    token_variable: str = ""
-    # Path of the Python interpreter that has vLLM; "": the one that runs Reflux.
-    python: str = ""
+    url: str | None = None
+    # Name of the environment variable that holds the server's token, for mode "url"; not set: no token.
+    token_variable: str | None = None
+    # Path of the Python interpreter that has vLLM; not set: the one that runs Reflux.
+    python: str | None = None
     # How weights come to the server. "file": through files in shared memory, on any device of this machine.
     # "nccl", "ipc": vLLM's own transfers between GPUs, and within one GPU. They need vLLM beside Reflux.
     transfer: Literal["file", "nccl", "ipc"] = "file"
-    # Folder for the files of "file", which hold one copy of the weights; "": shared memory.
-    weights_folder: str = ""
+    # Folder for the files of "file", which hold one copy of the weights; not set: shared memory.
+    weights_folder: str | None = None
     # Longest text in tokens that the server is started for; 0: the student's context window.
     context_tokens: Annotated[int, Field(ge=0)] = 0
     # Requests in flight; further ones wait.
@@ -109,7 +109,7 @@ class VLLM(TextSampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.mode == "url") != bool(self.url):
+        if (self.mode == "url") != (self.url is not None):
             raise ValueError(
                 'mode = "url" needs the address of the server in url'
                 if self.mode == "url"
@@ -117,10 +117,6 @@ class VLLM(TextSampler):
             )
         if self.token_variable and self.mode != "url":
             raise ValueError('token_variable is for mode = "url". A managed server has no token')
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        return ("python", "weights_folder")
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if self.mode == "colocated" and cfg.max_staleness:

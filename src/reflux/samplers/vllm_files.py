@@ -41,12 +41,12 @@ class ServedModel:
         return str(self.dtype).removeprefix("torch.")
 
 
-def served_model(python: str | None, dtype: str, context: PartContext) -> ServedModel:
+def served_model(managed: bool, python: str | None, dtype: str, context: PartContext) -> ServedModel:
     """The student's files: its own folder, or for an adapter and a GGUF file a folder of this part with the
-    merged or dequantised weights. python: the interpreter of a managed server, as in `installed_in`; None for
-    a server that runs already. ConfigError where vLLM is not installed.
+    merged or dequantised weights. managed: the server is started with the interpreter `python`, see
+    `installed_in`. ConfigError where vLLM is not installed.
     """
-    installed = None if python is None else installed_in(python, "sampler.python")
+    installed = installed_in(python, "sampler.python") if managed else None
     student = context.student
     folder = local_folder(student.model, _WHERE)
     if folder is None or is_adapter(folder) or is_gguf(student.model):

@@ -44,8 +44,7 @@ class Served:
     @classmethod
     async def open(cls, cfg: VLLM, context: PartContext, services: Services, stack: AsyncExitStack) -> Served:
         """stack: closes what is opened. Errors of the server, ConfigError where vLLM is not installed."""
-        python = cfg.python if cfg.managed else None
-        model = await services.run_model(served_model, python, cfg.dtype, context)
+        model = await services.run_model(served_model, cfg.managed, cfg.python, cfg.dtype, context)
         folder = stack.enter_context(shared_folder(cfg.weights_folder))
         served = cls(cfg, services, folder, delivery_of(cfg, context, model, folder))
         if model.installed is not None:
@@ -85,8 +84,8 @@ class Served:
 
     async def _found(self) -> VLLMServer:
         return await VLLMServer.found(
-            self.cfg.url,
-            self.cfg.token_variable or None,
+            self.cfg.url or "",
+            self.cfg.token_variable,
             concurrency=self.cfg.concurrency,
             timeout_s=self.cfg.timeout_s,
         )

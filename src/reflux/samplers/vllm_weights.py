@@ -162,8 +162,8 @@ def saved(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 @contextmanager
-def shared_folder(place: str) -> Iterator[Path]:
-    """A new folder that only this user can read, removed at the end. place: the folder above it; "": shared
+def shared_folder(place: str | None) -> Iterator[Path]:
+    """A new folder that only this user can read, removed at the end. place: the folder above it; None: shared
     memory, or the temporary folder where there is none.
     """
     above = place or (str(_SHARED_MEMORY) if _SHARED_MEMORY.is_dir() else None)
