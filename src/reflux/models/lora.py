@@ -165,14 +165,16 @@ def _adapted(net: Any) -> Iterator[tuple[str, Any]]:
 
 def adapter_config(net: Any) -> dict[str, Any] | None:
     """The content of adapter_config.json for the adapter of a net. None where it has none, and where other
-    programs may not compute it: an adapter around something else than a linear module.
+    programs may not compute it: an adapter around something else than a linear module, or several at once.
     """
     layers = _layers(net)
     lora = sys.modules.get("peft.tuners.lora")
     if lora is None or not layers or any(type(layer) is not lora.Linear for layer in layers.values()):
         return None
-    first = next(iter(layers.values()))
-    (adapter,) = first.active_adapters
+    active = {tuple(layer.active_adapters) for layer in layers.values()}
+    if len(active) != 1 or len(only := active.pop()) != 1:
+        return None
+    (adapter,), first = only, next(iter(layers.values()))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
