@@ -61,12 +61,14 @@ class Turns:
         length, beyond = self._end(tokens, ask.draw.stop)
         scores = (answer.logp_T, answer.top_ids_TK, answer.top_logp_TK) if raw is None else raw
         raw_T, ids_TK, logp_TK = scores
-        listed = ids_TK is not None and logp_TK is not None and bool(ask.top_k)
+        listed = None
+        if ask.top_k and ids_TK is not None and logp_TK is not None:
+            listed = ids_TK[:length], logp_TK[:length]
         return Turn(
             tokens[:length],
             answer.logp_T[:length],
             raw_T[:length],
-            (ids_TK[:length], logp_TK[:length]) if listed else None,
+            listed,
             _versions(answer, version)[:length],
             "stop" if answer.finish == "stop" or beyond is not None else "length",
             beyond or 0,
