@@ -31,6 +31,9 @@ class Spec:
     start: str = ""
     # the training task
     task: Task = WordProblems()
+    # the training task of the first `easier_steps` of the steps; None if there is no other
+    easier: Task | None = None
+    easier_steps: int = 0
     # the test task
     exam: ArithmeticTask = WordProblems()
     # further test tasks, with their titles in the report
