@@ -1,8 +1,8 @@
 """Generates problems whose worked answer is long and begins with a plan: which quantities lead from the one
-that is asked for to the one that is given. "Kb-3" says that K is b minus 3, and "A12" that A is 12.
+that is asked for to the one that is given. "Kb3-" says that K is b, and 3 less; "A12" says that A is 12.
 
-"Mk+4. Kb-3. A12. Ba+5. C7. K?"  ->
-"Kb-3. Ba+5. A12. So A=12. B=12+5=17. K=17-3=14. Answer: 14"
+"Mk4+. Kb3-. A12. Ba5+. C7. K?"  ->
+"Kb3-. Ba5+. A12. So A=12. Ba5+=12+5=17. Kb3-=17-3=14. Answer: 14"
 
 A wrong quantity in the plan makes every later sentence compute something that was not asked for.
 """
@@ -18,7 +18,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
-from reflux.tasks.arithmetic import SIGNS, ArithmeticTask, Chain, Operation, apply, numbers
+from reflux.tasks.arithmetic import SIGNS, ArithmeticTask, Chain, Operation, apply
+
+# A number that is added, subtracted or multiplied by has one digit.
+LARGEST_NUMBER = 9
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -31,13 +34,13 @@ class Chains(ArithmeticTask):
 
     `Prompt.references` has the worked solution: first the plan, which repeats the sentences that lead from
     the quantity that is asked for to the given one, then every value in the opposite order. With the default
-    settings it has 150 to 300 characters. `Prompt.route` is that of the task `word_problems`.
+    settings it has 160 to 270 characters. `Prompt.route` is that of the task `word_problems`.
     """
 
     kind: ClassVar[str] = "chains"
 
-    min_steps: int = 9
-    max_steps: int = 15
+    min_steps: int = 8
+    max_steps: int = 12
     largest: int = 30
     # the number of further quantities, which the answer does not need
     distractors: Annotated[int, Field(ge=0)] = 3
@@ -58,13 +61,17 @@ class Chains(ArithmeticTask):
         facts, told = [f"{path[0]}{value}."], [f"{path[0]}={value}."]
         for (kind, number), (before, name) in zip(steps, pairwise(path), strict=True):
             start, value = value, apply(kind, value, number)
-            facts.append(fact(name, kind, number, before))
-            told.append(f"{name}={start}{SIGNS[kind]}{number}={value}.")
+            facts.append(f"{defined(name, kind, number, before)}.")
+            told.append(f"{defined(name, kind, number, before)}={start}{SIGNS[kind]}{number}={value}.")
         plan = [*facts[::-1], "So"]
         facts += self._distractors(others, {path[-1]: value}, rng)
         rng.shuffle(facts)
         problem = " ".join([*facts, f"{path[-1]}?"])
         return problem, " ".join([*plan, *told, f"Answer: {value}"]), value
+
+    def numbers(self, kind: Operation, value: int, low: int, high: int) -> tuple[int, int]:
+        least, most = super().numbers(kind, value, low, high)
+        return least, min(most, LARGEST_NUMBER)
 
     def _distractors(self, names: list[str], last: dict[str, int], rng: random.Random) -> list[str]:
         """A sentence that defines each of `names`, by a number or by a quantity that starts no other one.
@@ -81,19 +88,19 @@ class Chains(ArithmeticTask):
                 kind, least, most = rng.choice(fitting)
                 number = rng.randint(least, most)
                 last[name] = apply(kind, last.pop(before), number)
-                facts.append(fact(name, kind, number, before))
+                facts.append(f"{defined(name, kind, number, before)}.")
         return facts
 
     def _fitting(self, value: int) -> list[tuple[Operation, int, int]]:
         """Each operation that `value` allows, with the least and the greatest number for it."""
         ranges = [
-            (kind, *numbers(kind, value, 0, self.largest))
+            (kind, *self.numbers(kind, value, 0, self.largest))
             for kind in self.operations
             if value or kind != "mul"
         ]
         return [(kind, least, most) for kind, least, most in ranges if least <= most]
 
 
-def fact(name: str, kind: Operation, number: int, before: str) -> str:
-    """The sentence that defines the quantity `name` by the quantity `before`."""
-    return f"{name}{before.lower()}{SIGNS[kind]}{number}."
+def defined(name: str, kind: Operation, number: int, before: str) -> str:
+    """The definition of the quantity `name` by the quantity `before`."""
+    return f"{name}{before.lower()}{number}{SIGNS[kind]}"
