@@ -12,6 +12,7 @@ from typing import Any
 
 from reflux.storage.files import write_text
 
+BLUE, ORANGE, GREY = "#2563eb", "#c2410c", "#6b7280"
 # Ids of an SVG come from this text and from nothing else.
 SALT = "reflux"
 

@@ -60,12 +60,12 @@ def table(courses: Mapping[str, Parts], width: int) -> str:
 
 
 def draw(courses: Mapping[str, Parts], width: int, path: Path) -> None:
-    from figures import axes, save
+    from figures import GREY, axes, save
 
     figure, ax = axes("token of the answer", "reverse KL to the teacher, nats a token")
     for name, parts in courses.items():
         middles = [first + width / 2 for first in parts]
-        style = {"color": "#6b7280", "linestyle": "--"} if name == BEFORE else {}
+        style = {"color": GREY, "linestyle": "--"} if name == BEFORE else {}
         ax.plot(middles, [nats / count for count, nats in parts.values()], label=name, **style)
     ax.set_xlim(left=0)
     ax.set_ylim(bottom=0)
