@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from reflux.assets.lessons import ShownProblem
 from reflux.tasks.arithmetic import ArithmeticTask
 from reflux.tasks.base import Task
+from reflux.tasks.chains import Chains
 from reflux.tasks.mix import Mix
 from reflux.tasks.word_problems import WordProblems
 
@@ -45,6 +46,8 @@ SMALL = WordProblems(largest=30)
 
 FAR = WordProblems(largest=999)
 PRODUCTS = WordProblems(operations=("mul",), largest=70)
+# To find a quantity among few is learnt first.
+FEW, ANY = Chains(min_steps=1, max_steps=4), Chains(min_steps=1)
 
 
 # All numbers of attempts that a context with at most two successes and one failure can have. Names with a
@@ -80,7 +83,8 @@ SHOWN = {
 
 # The teachers are trained on larger numbers than they are tested on. The student solves problems with small
 # numbers and fails above them. The reader is like the student, but with shown attempts it also solves larger
-# ones. The novice is like the student and can also multiply small numbers.
+# ones. The novice is like the student and can also multiply small numbers. The models of long answers start
+# from the reader, which can copy and calculate. They differ in the number of training steps.
 SPECS = {
     "teacher": Spec("teacher", layers=3, steps=1500, seed=1, batch=96, task=WordProblems(largest=99)),
     "student": Spec("student", layers=2, steps=600, seed=12, lr=2e-3, task=SMALL),
@@ -129,5 +133,27 @@ SPECS = {
         start="student",
         task=READING,
         also=tuple((f"held-out problems, {title} shown", task) for title, task in SHOWN.items()),
+    ),
+    "chain_student": Spec(
+        "chain_student",
+        layers=2,
+        steps=800,
+        seed=21,
+        start="reader",
+        easier=FEW,
+        easier_steps=500,
+        task=ANY,
+        exam=Chains(),
+    ),
+    "chain_teacher": Spec(
+        "chain_teacher",
+        layers=2,
+        steps=1500,
+        seed=22,
+        start="reader",
+        easier=FEW,
+        easier_steps=700,
+        task=ANY,
+        exam=Chains(),
     ),
 }
