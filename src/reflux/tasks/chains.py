@@ -1,8 +1,8 @@
 """Generates problems whose worked answer is long and begins with a plan: which quantities lead from the one
-that is asked for to the one that is given. "Kb3-" says that K is b, and 3 less; "A12" says that A is 12.
+that is asked for to the one that is given. "Kb3-" says that K is b, and 3 less; "A7" says that A is 7.
 
-"Mk4+. Kb3-. A12. Ba5+. C7. K?"  ->
-"Kb3-. Ba5+. A12. So A=12. Ba5+=12+5=17. Kb3-=17-3=14. Answer: 14"
+"Mk4+. Kb3-. A7. Ba5+. C2. K?"  ->
+"Kb3-. Ba5+. A7. So A=7. Ba5+=7+5=12. Kb3-=12-3=9. Answer: 9"
 
 A wrong quantity in the plan makes every later sentence compute something that was not asked for.
 """
@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from reflux.config.registry import STRICT
 from reflux.tasks.arithmetic import SIGNS, ArithmeticTask, Chain, Operation, apply
+from reflux.tasks.base import Split
 
 # A number that is added, subtracted or multiplied by has one digit.
 LARGEST_NUMBER = 9
@@ -42,6 +43,8 @@ class Chains(ArithmeticTask):
     min_steps: int = 8
     max_steps: int = 12
     largest: int = 30
+    # the largest value of a quantity that is defined by its value
+    largest_given: Annotated[int, Field(ge=2)] = 9
     # the number of further quantities, which the answer does not need
     distractors: Annotated[int, Field(ge=0)] = 3
 
@@ -58,20 +61,33 @@ class Chains(ArithmeticTask):
         value, steps = chain
         letters = rng.sample(LETTERS, len(steps) + 1 + self.distractors)
         path, others = letters[: len(steps) + 1], letters[len(steps) + 1 :]
-        facts, told = [f"{path[0]}{value}."], [f"{path[0]}={value}."]
-        for (kind, number), (before, name) in zip(steps, pairwise(path), strict=True):
-            start, value = value, apply(kind, value, number)
-            facts.append(f"{defined(name, kind, number, before)}.")
-            told.append(f"{defined(name, kind, number, before)}={start}{SIGNS[kind]}{number}={value}.")
-        plan = [*facts[::-1], "So"]
+        for kind, number in steps:
+            value = apply(kind, value, number)
+        facts = [f"{fact}." for fact in definitions(path, chain)]
         facts += self._distractors(others, {path[-1]: value}, rng)
         rng.shuffle(facts)
-        problem = " ".join([*facts, f"{path[-1]}?"])
-        return problem, " ".join([*plan, *told, f"Answer: {value}"]), value
+        return " ".join([*facts, f"{path[-1]}?"]), self.worked(path, chain), value
+
+    def worked(self, path: list[str], chain: Chain) -> str:
+        """The worked solution. path: the names of the quantities, from the given one to that which is asked
+        for.
+        """
+        value, steps = chain
+        first, *later = definitions(path, chain)
+        told = [f"{path[0]}={value}."]
+        for fact, (kind, number) in zip(later, steps, strict=True):
+            start, value = value, apply(kind, value, number)
+            told.append(f"{fact}={start}{SIGNS[kind]}{number}={value}.")
+        plan = [f"{fact}." for fact in (*later[::-1], first)]
+        return " ".join([*plan, "So", *told, f"Answer: {value}"])
 
     def numbers(self, kind: Operation, value: int, low: int, high: int) -> tuple[int, int]:
         least, most = super().numbers(kind, value, low, high)
         return least, min(most, LARGEST_NUMBER)
+
+    def _chain(self, rng: random.Random, split: Split) -> Chain | None:
+        chain = super()._chain(rng, split)
+        return chain if chain is not None and chain[0] <= self.largest_given else None
 
     def _distractors(self, names: list[str], last: dict[str, int], rng: random.Random) -> list[str]:
         """A sentence that defines each of `names`, by a number or by a quantity that starts no other one.
@@ -82,7 +98,7 @@ class Chains(ArithmeticTask):
             before = rng.choice([None, *last])
             fitting = [] if before is None else self._fitting(last[before])
             if before is None or not fitting:
-                last[name] = rng.randint(2, self.largest)
+                last[name] = rng.randint(2, min(self.largest_given, self.largest))
                 facts.append(f"{name}{last[name]}.")
             else:
                 kind, least, most = rng.choice(fitting)
@@ -99,6 +115,18 @@ class Chains(ArithmeticTask):
             if value or kind != "mul"
         ]
         return [(kind, least, most) for kind, least, most in ranges if least <= most]
+
+
+def definitions(path: list[str], chain: Chain) -> list[str]:
+    """What defines each quantity of a path: the first by its value, every other one by the one before it."""
+    value, steps = chain
+    return [
+        f"{path[0]}{value}",
+        *(
+            defined(name, kind, number, before)
+            for (kind, number), (before, name) in zip(steps, pairwise(path), strict=True)
+        ),
+    ]
 
 
 def defined(name: str, kind: Operation, number: int, before: str) -> str:
