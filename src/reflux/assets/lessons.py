@@ -148,7 +148,7 @@ class WrongSigns(Chains):
     `largest` or below 0 are left out.
     """
 
-    least: int = 7
+    least: int = 6
 
     def worked(self, path: list[str], chain: Chain) -> str:
         return super().worked(path, self.wrong(chain))
