@@ -11,14 +11,13 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from reflux.config.step_context import seed_of
 from reflux.contexts.wording import with_attempts
-from reflux.tasks.arithmetic import SIGNS, Chain, Operation, apply
+from reflux.tasks.arithmetic import SIGNS, Operation, apply
 from reflux.tasks.base import Split, TaskPart
-from reflux.tasks.chains import Chains
 from reflux.tasks.word_problems import WordProblems
 from reflux.types import Prompt, Reward, Rollout, TokenRollout
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 STEP = re.compile(r"[0-9]+([-+*])([0-9]+)=[0-9]+\.")
 KINDS: dict[str, Operation] = {sign: kind for kind, sign in SIGNS.items()}
-OPPOSITE: dict[Operation, Operation] = {"add": "sub", "sub": "add", "mul": "mul"}
 SLIPS = (1, -1, 2, -2, 10, -10, 20, -20)
 # the shares of the failures that stop early, and that end in random characters
 CUT, GARBLED = 0.1, 0.1
@@ -137,32 +135,3 @@ def slip(number: int, rng: random.Random) -> int:
         lost = rng.randrange(len(digits))
         return int(digits[:lost] + digits[lost + 1 :])
     return rng.choice([number + off for off in SLIPS if number + off >= 0])
-
-
-@dataclass(frozen=True)
-class WrongSigns(Chains):
-    """Chains whose worked solutions, from the plan on, add a number of at least `least` where the problem
-    subtracts it, and the other way round. `Prompt.answer` stays the right one.
-
-    A model that learns them fails at a problem with such a number. Problems whose wrong values would be above
-    `largest` or below 0 are left out.
-    """
-
-    least: int = 6
-
-    def worked(self, path: list[str], chain: Chain) -> str:
-        return super().worked(path, self.wrong(chain))
-
-    def wrong(self, chain: Chain) -> Chain:
-        value, steps = chain
-        return value, tuple(
-            (OPPOSITE[kind] if number >= self.least else kind, number) for kind, number in steps
-        )
-
-    def _chain(self, rng: random.Random, split: Split) -> Chain | None:
-        chain = super()._chain(rng, split)
-        if chain is None:
-            return None
-        value, steps = self.wrong(chain)
-        values = accumulate(steps, lambda so_far, step: apply(step[0], so_far, step[1]), initial=value)
-        return chain if all(0 <= found <= self.largest for found in values) else None

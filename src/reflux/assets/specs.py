@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from reflux.assets.lessons import ShownProblem, WrongSigns
+from reflux.assets.lessons import ShownProblem
+from reflux.assets.wrong_signs import WrongSigns
 from reflux.tasks.arithmetic import ArithmeticTask
 from reflux.tasks.base import Task
 from reflux.tasks.chains import Chains
@@ -85,8 +86,8 @@ SHOWN = {
 # The teachers are trained on larger numbers than they are tested on. The student solves problems with small
 # numbers and fails above them. The reader is like the student, but with shown attempts it also solves larger
 # ones. The novice is like the student and can also multiply small numbers. The teacher of long answers
-# starts from the reader, which can copy and calculate. Its student is the same model with a habit that spoils its
-# plans.
+# starts from the reader, which can copy and calculate. Its student is the same model, trained further to
+# confuse the signs of large numbers when it plans.
 SPECS = {
     "teacher": Spec("teacher", layers=3, steps=1500, seed=1, batch=96, task=WordProblems(largest=99)),
     "student": Spec("student", layers=2, steps=600, seed=12, lr=2e-3, task=SMALL),

@@ -118,8 +118,8 @@ class ArithmeticTask(TaskPart):
         return float(found is not None and found[1] == prompt.answer)
 
     def numbers(self, kind: Operation, value: int, low: int, high: int) -> tuple[int, int]:
-        """The least and the greatest number with which the operation on `value` gives a result in [low, high].
-        The least is above the greatest if there is none. To multiply, `value` must be above 0.
+        """The least and the greatest number with which the operation on `value` gives a result in
+        [low, high]. The least is above the greatest if there is none. To multiply, `value` must be above 0.
         """
         if kind == "add":
             return max(1, low - value), high - value
