@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("--arms", type=lambda text: text.split(","), default=["full"])
-    parser.add_argument("--width", type=int, default=16, help="tokens of a part (16)")
+    parser.add_argument("--width", type=int, default=17, help="tokens of a part (17)")
     parser.add_argument("--figure", type=Path)
     asked = parser.parse_args(arguments)
     runs = {name: finished(asked.out / name) for name in asked.arms}
