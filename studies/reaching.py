@@ -149,7 +149,7 @@ def table(
 def draw(arms: Mapping[str, Mapping[int, tuple[np.ndarray, ...]]], unit: str, score: str, path: Path) -> None:
     from figures import axes, save
 
-    figure, ax = axes(f"{unit} spent", score)
+    figure, ax = axes(f"{unit} spent", score.split(".")[1])
     for name, arm in arms.items():
         if arm:
             mean = of_seeds(arm, sorted(arm))
