@@ -145,7 +145,7 @@ class FakeVLLM:
             raise Refusal(400, "max_tokens must be at least 1")
         given = self.given(ids, params, fault)
         return {
-            "request_id": "generate-tokens-1",
+            "request_id": "generate-tokens-" + ("1" if fault == "crossed" else body.get("request_id", "1")),
             "model": "m",
             "choices": [self.choice(ids, params, fault)],
             "prompt_logprobs": self.prompt_logprobs(ids, params, fault),

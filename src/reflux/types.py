@@ -23,7 +23,14 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from reflux.loss.targets import HiddenTarget, SampledTarget, StepRecord, TopKTarget, VelocityTarget
+from reflux.loss.targets import (
+    GivenTarget,
+    HiddenTarget,
+    SampledTarget,
+    StepRecord,
+    TopKTarget,
+    VelocityTarget,
+)
 
 # {"role": "system" | "user" | "assistant" | "tool", "content": text}, also "tool_calls" or "tool_call_id"
 Message = dict[str, Any]
@@ -33,7 +40,7 @@ Finish = Literal["stop", "length", "error", "max_turns", "tool_error", "timeout"
 # Attempts with these finishes get no verdict, because the student did not cause the end. The sampled
 # positions keep their weight, except after an "error", which has none.
 UNJUDGED: tuple[Finish, ...] = ("error", "tool_error", "timeout")
-Target = SampledTarget | TopKTarget | HiddenTarget | VelocityTarget
+Target = SampledTarget | TopKTarget | GivenTarget | HiddenTarget | VelocityTarget
 
 
 @dataclass(frozen=True, slots=True)
