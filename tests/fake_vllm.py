@@ -223,6 +223,18 @@ class FakeVLLM:
         return None if fault == "none" else npy(values.astype(np.float32))
 
 
+def fake_vllm_of(model: Any, **settings: Any) -> FakeVLLM:
+    """A server with the weights of a model (`reflux.models.text.Model`) on the CPU."""
+    import torch
+
+    def states(ids: list[int]) -> np.ndarray:
+        with torch.inference_mode():
+            made = model.trunk(input_ids=torch.tensor([ids]), use_cache=False)
+        return made.last_hidden_state[0].double().numpy()
+
+    return FakeVLLM(states=states, head_VH=model.head.matrix[0].detach().double().numpy(), **settings)
+
+
 def normalised(logits_LV: np.ndarray) -> np.ndarray:
     top_L1 = logits_LV.max(-1, keepdims=True)
     return logits_LV - top_L1 - np.log(np.exp(logits_LV - top_L1).sum(-1, keepdims=True))

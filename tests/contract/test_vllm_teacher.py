@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import tiny
-from fake_vllm import FakeVLLM, serving
+from fake_vllm import FakeVLLM, fake_vllm_of, serving
+from reflux.checks import join
 from reflux.clients import http
 from reflux.config.registry import build
 from reflux.config.requirements import Requirements
@@ -41,22 +42,9 @@ def model(teacher: str) -> Model:
     return load_model(teacher, "model", dtype="float32", device="cpu")
 
 
-def fake_of(model: Model, **settings: Any) -> FakeVLLM:
-    """A server with the weights of a real model."""
-
-    def states(ids: list[int]) -> np.ndarray:
-        with torch.inference_mode():
-            made = model.trunk(input_ids=torch.tensor([ids]), use_cache=False)
-        return made.last_hidden_state[0].double().numpy()
-
-    assert model.head.matrix is not None
-    head_VH = model.head.matrix[0].detach().double().numpy()
-    return FakeVLLM(states=states, head_VH=head_VH, **settings)
-
-
 @pytest.fixture
 def fake(model: Model) -> Iterator[FakeVLLM]:
-    with serving(fake_of(model)) as fake:
+    with serving(fake_vllm_of(model)) as fake:
         yield fake
 
 
@@ -225,6 +213,43 @@ def test_a_long_request_is_split(fake: FakeVLLM, teacher: str, gives: str) -> No
         np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("gives", "objective"),
+    [
+        ("hidden", {}),
+        ("student_topk", {"objectives.0.support": "student", "objectives.0.k": 8}),
+        ("teacher_topk", {"objectives.0.support": "teacher", "objectives.0.k": 8}),
+    ],
+)
+def test_a_run_with_a_served_teacher_has_the_losses_of_one_with_the_same_model_here(
+    fake: FakeVLLM, tiny_run: Callable[..., Any], gives: str, objective: dict[str, Any]
+) -> None:
+    changes = {key.replace(".", "__"): value for key, value in objective.items()}
+    here = tiny_run("full", steps=2, **changes)
+    fields = {"kind": "vllm", "url": fake.url, "gives": gives, "device": "cpu", "k": 8}
+    there = tiny_run(
+        "full", steps=2, **changes, **{f"teachers__main__{key}": value for key, value in fields.items()}
+    )
+    for name in ("loss", "kl_nats", "grad_norm"):
+        one, other = ([row[name] for row in run.rows("metrics")] for run in (here, there))
+        np.testing.assert_allclose(one, other, rtol=2e-3, err_msg=name)
+    assert len(fake.served) > 8
+
+
+def test_an_objective_that_needs_more_than_the_teacher_gives_is_refused(
+    student: str, teacher: str
+) -> None:
+    fields = {"teachers__main__kind": "vllm", "teachers__main__url": "http://localhost:1"}
+    with pytest.raises(ConfigError, match="offers log-probs at the student's most likely tokens"):
+        join(tiny.config("full", student, teacher, **fields))
+    release = {"credit__release__segments": 4, "credit__release__candidates": "now"}
+    listed = {"objectives__0__support": "student", "loss_aggregation": "token-mean"}
+    with pytest.raises(ConfigError, match='candidates = "behaviour"'):
+        join(tiny.config("full", student, teacher, **fields, **listed, **release))
+    needed = join(tiny.config("full", student, teacher, **fields, **listed))
+    assert (needed.behaviour, needed.candidates) == (100, 100)
+
+
 # --- failures
 
 
@@ -288,7 +313,7 @@ def test_a_text_that_is_too_long_for_the_server_is_named(fake: FakeVLLM, teacher
 def test_what_the_server_cannot_do_is_said_with_what_is_lost(
     model: Model, teacher: str, gives: str, server: dict[str, Any], words: str
 ) -> None:
-    with serving(fake_of(model, **server)) as fake, pytest.raises(ModelError, match=words):
+    with serving(fake_vllm_of(model, **server)) as fake, pytest.raises(ModelError, match=words):
         answers_of(part(teacher, fake.url, gives=gives), attempts(1))
 
 
@@ -317,7 +342,7 @@ def test_another_token_map_is_refused(fake: FakeVLLM, teacher: str) -> None:
 
 def test_requests_are_spread_and_a_lost_server_is_replaced(model: Model, teacher: str) -> None:
     with ExitStack() as stack:
-        first, second = (stack.enter_context(serving(fake_of(model, delay_s=0.02))) for _ in range(2))
+        first, second = (stack.enter_context(serving(fake_vllm_of(model, delay_s=0.02))) for _ in range(2))
 
         async def use(opened: Any) -> Any:
             asked = [len(one.served) for one in (first, second)]
@@ -334,11 +359,15 @@ def test_requests_are_spread_and_a_lost_server_is_replaced(model: Model, teacher
 def test_servers_with_other_weights_or_versions_are_refused(model: Model, teacher: str) -> None:
     other = load_model("reflux:student", "model", dtype="float32", device="cpu")
     for unlike, words in (
-        (fake_of(other), "do not have the same weights"),
-        (fake_of(model, label="2"), "weight versions"),
-        (fake_of(model, hidden=False), "hidden states"),
+        (fake_vllm_of(other), "do not have the same weights"),
+        (fake_vllm_of(model, label="2"), "weight versions"),
+        (fake_vllm_of(model, hidden=False), "hidden states"),
     ):
-        with serving(fake_of(model)) as one, serving(unlike) as two, pytest.raises(ModelError, match=words):
+        with (
+            serving(fake_vllm_of(model)) as one,
+            serving(unlike) as two,
+            pytest.raises(ModelError, match=words),
+        ):
             answers_of(part(teacher, [one.url, two.url]), attempts(1))
 
 
@@ -403,7 +432,7 @@ def test_the_token_is_written_nowhere(
     model: Model, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_TOKEN", "very-secret-77")
-    with serving(fake_of(model, token="very-secret-77")) as fake:
+    with serving(fake_vllm_of(model, token="very-secret-77")) as fake:
         made = part(teacher, fake.url, token_variable="MY_TOKEN", cache=str(tmp_path))
         assert answers_of(made, attempts(1))[0].error is None
     assert "very-secret" not in repr(made)
