@@ -27,6 +27,7 @@ class FakeSGLang(FakeVLLM):
         rows = self.logp(ids)[start:-1]
         if fault == "nan":
             rows = rows * np.nan
+        shift = int(fault == "foreign")
         top = body.get("top_logprobs_num", 0)
         meta = {
             "prompt_tokens": len(ids) + (fault == "other"),
@@ -34,7 +35,7 @@ class FakeSGLang(FakeVLLM):
             "input_token_logprobs": [
                 [None, ids[start], None],
                 *(
-                    [float(row[token]), token, None]
+                    [float(row[token]), token + shift, None]
                     for row, token in zip(rows, ids[start + 1 :], strict=True)
                 ),
             ],

@@ -209,7 +209,7 @@ class FakeVLLM:
         if len(asked) != len(ids) - 1 - start:
             raise Refusal(400, f"prompt_logprob_token_ids has {len(asked)} rows")
         if self.hidden and (params.get("extra_args") or {}).get("reflux_hidden"):
-            values = self.states(ids)[start:-1]
+            values = self.states(ids)[start:-1] * (fault != "uniform")
         else:
             values = np.take_along_axis(self.logp(ids)[start:-1], np.asarray(asked), axis=1)
             if fault == "uniform":

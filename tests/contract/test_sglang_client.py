@@ -70,6 +70,11 @@ def test_wrong_answers_are_refused(fault: str, words: str) -> None:
                 asked(SGLangClient, fake, use)
 
 
+def test_log_probs_of_other_tokens_are_refused() -> None:
+    with serving(FakeSGLang(always="foreign")) as fake, pytest.raises(BadAnswer, match="other tokens"):
+        asked(SGLangClient, fake, lambda client: client.listed(IDS, 3, 2))
+
+
 def test_a_failed_request_is_sent_again() -> None:
     with serving(FakeSGLang()) as fake:
         fake.faults.extend(["error", "drop"])

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from reflux.config.registry import build
 from reflux.config.requirements import Requirements
 from reflux.contexts.base import TeacherPrompt
 from reflux.errors import ConfigError, ModelError, ServerError
+from reflux.evals.teacher_accuracy import TeacherAccuracy
 from reflux.models.head_files import load_head
 from reflux.models.text import Model, load_model
 from reflux.teachers.base import TeacherRequest, plain_requests
@@ -236,9 +238,20 @@ def test_a_run_with_a_served_teacher_has_the_losses_of_one_with_the_same_model_h
     assert len(fake.served) > 8
 
 
-def test_an_objective_that_needs_more_than_the_teacher_gives_is_refused(
-    student: str, teacher: str
-) -> None:
+def test_the_accuracy_of_a_served_teacher_is_null_and_said(fake: FakeVLLM, teacher: str) -> None:
+    async def use(opened: Any) -> Any:
+        asked = tiny.evaluation(None, SimpleNamespace(opened={}), teachers={"main": made})
+        heard = tiny.Heard()
+        asked.services.listener = heard
+        return await TeacherAccuracy()(asked, None), heard.notes  # type: ignore[arg-type]
+
+    made = part(teacher, fake.url)
+    found, notes = opened(made, use)
+    assert (found["accuracy"], found["problems"]) == (None, 0)
+    assert ["teachers.main" in note and "is not measured" in note for note in notes] == [True]
+
+
+def test_an_objective_that_needs_more_than_the_teacher_gives_is_refused(student: str, teacher: str) -> None:
     fields = {"teachers__main__kind": "vllm", "teachers__main__url": "http://localhost:1"}
     with pytest.raises(ConfigError, match="offers log-probs at the student's most likely tokens"):
         join(tiny.config("full", student, teacher, **fields))
@@ -264,6 +277,7 @@ def test_an_objective_that_needs_more_than_the_teacher_gives_is_refused(
         ("student_topk", "error", "EngineCore"),
         ("hidden", "nan", "not numbers"),
         ("hidden", "short", "rows"),
+        ("hidden", "uniform", "the same probability"),
         ("sampled", "nan", "not JSON compliant"),
         ("sampled", "uniform", "the same probability"),
         ("teacher_topk", "short", "does not have log-probs"),

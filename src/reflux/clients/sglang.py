@@ -58,6 +58,9 @@ class SGLangClient(JsonServer):
         meta = await self._scored(ids, first, model, {"top_logprobs_num": k})
         with decoding.reading():
             own = _entries(meta, "input_token_logprobs", len(ids) - first)
+            # SGLang reports the last id of the vocabulary as 0.
+            if any(found not in (token, 0) for (_, found, *_), token in zip(own, ids[first:], strict=True)):
+                raise BadAnswer("the answer has log-probs of other tokens than those of the text.")
             best = _entries(meta, "input_top_logprobs", len(ids) - first) if k else [[]] * len(own)
             if any(len(row) != k for row in best):
                 raise BadAnswer(f"the answer does not list {k} tokens at each position.")

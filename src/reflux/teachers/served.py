@@ -107,6 +107,13 @@ def _refuse_uniform(logp: Sequence[np.ndarray]) -> None:
         raise BadAnswer("the answer gives every token the same probability.")
 
 
+def refuse_flat(head: Head, h_TH: np.ndarray) -> None:
+    """Raise BadAnswer where the first hidden state gives every token the same probability."""
+    logits_V = head.logits(torch.from_numpy(h_TH[:1]).to(head.device))[0].float()
+    if not float(logits_V.max() - logits_V.min()) > UNIFORM_NATS:
+        raise BadAnswer("the answer gives every token the same probability.")
+
+
 def refuse_foreign_head(
     head: Head, h_TH: np.ndarray, ids: Sequence[int], logp_T: np.ndarray, cfg: VLLM, name: str
 ) -> None:
