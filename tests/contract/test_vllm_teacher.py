@@ -240,7 +240,8 @@ def test_a_run_with_a_served_teacher_has_the_losses_of_one_with_the_same_model_h
 
 def test_the_accuracy_of_a_served_teacher_is_null_and_said(fake: FakeVLLM, teacher: str) -> None:
     async def use(opened: Any) -> Any:
-        asked = tiny.evaluation(None, SimpleNamespace(opened={}), teachers={"main": made})
+        bare = tiny.evaluation(None, SimpleNamespace(opened={}))
+        asked = replace(bare, context=replace(bare.context, teachers={"main": made}))
         heard = tiny.Heard()
         asked.services.listener = heard
         return await TeacherAccuracy()(asked, None), heard.notes  # type: ignore[arg-type]
