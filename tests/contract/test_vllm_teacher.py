@@ -422,6 +422,25 @@ def test_a_damaged_file_is_asked_for_again(fake: FakeVLLM, teacher: str, tmp_pat
         np.testing.assert_array_equal(one.target.logp_T, other.target.logp_T)
 
 
+def test_a_file_under_the_name_of_another_answer_is_not_used(
+    fake: FakeVLLM, teacher: str, tmp_path: Path
+) -> None:
+    """The checksum covers the name: the content alone is whole."""
+    made, rollouts = part(teacher, fake.url, cache=str(tmp_path)), attempts(2)
+    # of one length, so that only the checksum shows it
+    rollouts = [replace(rollouts[0], tokens_T=rollouts[0].tokens_T + shift) for shift in (0, -1)]
+    first = answers_of(made, rollouts)
+    newest = sorted(tmp_path.rglob("*.answer"), key=lambda file: file.stat().st_mtime_ns)[-2:]
+    contents = [file.read_bytes() for file in newest]
+    for file, content in zip(newest, reversed(contents), strict=True):
+        file.write_bytes(content)
+    again = answers_of(made, rollouts)
+    for one, other in zip(first, again, strict=True):
+        assert one.target is not None
+        assert other.target is not None
+        np.testing.assert_array_equal(one.target.logp_T, other.target.logp_T)
+
+
 def test_a_wrong_answer_is_not_kept(fake: FakeVLLM, teacher: str, tmp_path: Path) -> None:
     async def use(opened: Any) -> Any:
         fake.always = "nan"
