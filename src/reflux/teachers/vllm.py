@@ -64,7 +64,7 @@ class VLLM(TeacherPart):
 
     # A folder or hub id of the model in the server. Only its tokenizer is loaded.
     model: str
-    # The address of the server, such as http://127.0.0.1:8000.
+    # The address of the server: scheme, host and port.
     url: str | None = None
     # The addresses of several servers with the same weights, instead of `url`. Requests are spread over them.
     urls: tuple[str, ...] = ()
