@@ -293,7 +293,7 @@ class Handler(BaseHTTPRequestHandler):
             if fake.token and self.headers.get("authorization") != f"Bearer {fake.token}":
                 self.send(401, {"error": "Unauthorized"})
             elif fault == "hang":
-                fake.closing.wait(60)
+                fake.closing.wait()
                 self.close_connection = True
             elif fault == "drop":
                 self.close_connection = True

@@ -63,7 +63,7 @@ class GenerateRequest:
         return _body(self.token_ids, params, self.model)
 
 
-class Scorer(Protocol):
+class TextScorer(Protocol):
     """A client of a server that scores given texts. The methods are those of InferenceClient."""
 
     url: str

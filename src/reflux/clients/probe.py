@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from reflux.clients.inference import GenerateRequest, InferenceClient, Scorer
+from reflux.clients.inference import GenerateRequest, InferenceClient, TextScorer
 from reflux.errors import BadAnswer, ServerRefused
 
 Result = TypeVar("Result")
@@ -36,7 +36,7 @@ class Abilities:
     logp_T: np.ndarray
 
 
-async def probe(client: Scorer, ids: Sequence[int], model: str | None = None) -> Abilities:
+async def probe(client: TextScorer, ids: Sequence[int], model: str | None = None) -> Abilities:
     """ids: three or more tokens of the vocabulary. Raises the errors of the client, where the server does not
     answer plain requests either.
     """

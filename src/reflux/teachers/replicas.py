@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from reflux.clients.inference import InferenceClient, Scorer
+from reflux.clients.inference import InferenceClient, TextScorer
 from reflux.clients.probe import TOLERANCE_NATS, Abilities, probe
 from reflux.clients.sglang import SGLangClient
 from reflux.errors import BadAnswer, ModelError, ServerError, ServerRefused
@@ -26,7 +26,7 @@ CLIENTS = {"vllm": InferenceClient, "sglang": SGLangClient}
 
 @dataclass(eq=False)
 class _Replica:
-    scorer: Scorer
+    scorer: TextScorer
     in_flight: int = 0
     # requests that it failed since its last answer
     failing: int = 0
@@ -35,7 +35,7 @@ class _Replica:
 class Replicas:
     """The open servers of one teacher. `abilities`: what all of them proved."""
 
-    def __init__(self, scorers: Sequence[Scorer], abilities: Abilities):
+    def __init__(self, scorers: Sequence[TextScorer], abilities: Abilities):
         self._replicas = [_Replica(scorer) for scorer in scorers]
         self.abilities = abilities
 
@@ -46,7 +46,7 @@ class Replicas:
         ServerError where one does not answer; ModelError where they differ.
         """
         async with AsyncExitStack() as stack:
-            scorers: list[Scorer] = []
+            scorers: list[TextScorer] = []
             for url in cfg.addresses:
                 client = CLIENTS[cfg.dialect](
                     url,
@@ -62,7 +62,7 @@ class Replicas:
                 _refuse_others(name, cfg.addresses[0], found[0], url, abilities)
             yield cls(scorers, found[0])
 
-    async def ask(self, question: Callable[[Scorer], Awaitable[Result]]) -> Result:
+    async def ask(self, question: Callable[[TextScorer], Awaitable[Result]]) -> Result:
         """The answer of one server. Where a server does not answer, the next one is asked. An answer that is
         wrong, or that calls the request wrong, is the answer.
         """

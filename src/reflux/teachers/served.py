@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from reflux.clients.inference import Scorer
+from reflux.clients.inference import TextScorer
 from reflux.clients.probe import TOLERANCE_NATS, Abilities
 from reflux.errors import BadAnswer, ModelError
 
 if TYPE_CHECKING:
     from reflux.kernels.head import Head
     from reflux.teachers.answer_cache import Arrays
-    from reflux.teachers.vllm import VLLM
 
 # Log-probs that differ by less are those of a uniform distribution.
 UNIFORM_NATS = 1e-6
@@ -37,7 +36,7 @@ class Asked:
     adapter: str | None
 
 
-async def scored(scorer: Scorer, gives: str, asked: Asked) -> Arrays:
+async def scored(scorer: TextScorer, gives: str, asked: Asked) -> Arrays:
     """The answer of a server as arrays. "hidden": h_TH. "student_topk": logp_TK at `asked_TK`. Else logp_T of
     the tokens, with ids_TK and logp_TK of the k most likely ones if k is not 0.
     """
@@ -54,12 +53,12 @@ async def scored(scorer: Scorer, gives: str, asked: Asked) -> Arrays:
     )
 
 
-def needed(cfg: VLLM, name: str, abilities: Abilities) -> None:
-    """Raise ModelError where the servers did not prove what the teacher is to give. name: the NAME of the
-    teacher's table.
+def needed(gives: str, url: str, name: str, abilities: Abilities) -> None:
+    """Raise ModelError where the servers did not prove what the teacher is to give (`gives`). url: the first
+    of them. name: the NAME of the teacher's table.
     """
     lacking = {"hidden": not abilities.hidden, "student_topk": not abilities.given_ids}
-    if not lacking.get(cfg.gives, False):
+    if not lacking.get(gives, False):
         return
     what, key, remedy = {
         "hidden": (
@@ -76,9 +75,9 @@ def needed(cfg: VLLM, name: str, abilities: Abilities) -> None:
             "tokens are then unknown and count as one bucket. Or gives = 'sampled' with kind = 'sampled_kl', "
             "whose gradient has sampling noise.",
         ),
-    }[cfg.gives]
+    }[gives]
     reason = abilities.missing.get(key, "").rstrip(".")
-    raise ModelError(f"teachers.{name}: the server {cfg.addresses[0]} {what} ({reason}). {remedy}")
+    raise ModelError(f"teachers.{name}: the server {url} {what} ({reason}). {remedy}")
 
 
 def refuse_broken(arrays: Mapping[str, np.ndarray], vocabulary: int) -> None:
@@ -115,25 +114,25 @@ def refuse_flat(head: Head, h_TH: np.ndarray) -> None:
 
 
 def refuse_foreign_head(
-    head: Head, h_TH: np.ndarray, ids: Sequence[int], logp_T: np.ndarray, cfg: VLLM, name: str
+    head: Head, h_TH: np.ndarray, ids: Sequence[int], logp_T: np.ndarray, temperature: float, where: str
 ) -> None:
     """Raise ModelError where the hidden states of a server, through the head of this process, do not give the
-    log-probs of the server. logp_T: those of ids[1:], at temperature 1.
+    log-probs of the server. logp_T: those of ids[1:], at temperature 1. temperature: by which the head
+    divides. where: the path of the key that names the head's model.
     """
-    where = f"teachers.{name}.{'head' if cfg.head else 'model'}"
     assert head.matrix is not None
     width = head.matrix[0].shape[1]
     if h_TH.shape[1] != width:
         raise ModelError(
-            f"{where}: the output head of {cfg.head or cfg.model} takes {width} numbers, and the server "
+            f"{where}: its output head takes {width} numbers, and the server "
             f"gives {h_TH.shape[1]}. Give the model that the server has loaded."
         )
-    logits_TV = head.logits(torch.from_numpy(h_TH).to(head.device)).float() * cfg.temperature
+    logits_TV = head.logits(torch.from_numpy(h_TH).to(head.device)).float() * temperature
     own_TV = logits_TV.log_softmax(-1).cpu()
     own_T = own_TV.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
     gap = float(np.abs(own_T - logp_T).max())
     if not gap <= TOLERANCE_NATS:
         raise ModelError(
-            f"{where}: with the output head of {cfg.head or cfg.model} the log-probs differ from the "
+            f"{where}: with its output head the log-probs differ from the "
             f"server's by up to {gap:.3g} nats. Give the model that the server has loaded."
         )

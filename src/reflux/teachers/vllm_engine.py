@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from reflux.clients.inference import Scorer
+from reflux.clients.inference import TextScorer
 from reflux.errors import ModelError, ServerError
 from reflux.kernels.head import Head
 from reflux.models.chat.renderer import Renderer
@@ -76,18 +76,21 @@ class VLLMTeacher:
         vocabulary = vocabulary_size(tokenizer)
         ids = tokenizer(SENTENCE, add_special_tokens=False)["input_ids"][:PROBED]
         async with Replicas.opened(cfg, context.name, ids) as replicas:
-            needed(cfg, context.name, replicas.abilities)
+            needed(cfg.gives, cfg.addresses[0], context.name, replicas.abilities)
             head = None
             if cfg.gives == "hidden":
+                named = "head" if cfg.head else "model"
                 head = load_head(
                     cfg.head or cfg.model,
-                    f"{where}.{'head' if cfg.head else 'model'}",
+                    f"{where}.{named}",
                     vocabulary,
                     pick_device(cfg.device),
                     cfg.temperature,
                 )
                 h_TH = await replicas.ask(lambda scorer: scorer.hidden_at(ids, 1, cfg.adapter))
-                refuse_foreign_head(head, h_TH, ids, replicas.abilities.logp_T, cfg, context.name)
+                refuse_foreign_head(
+                    head, h_TH, ids, replicas.abilities.logp_T, cfg.temperature, f"{where}.{named}"
+                )
             renderer = Renderer(tokenizer, cfg.system, cfg.template, context.student.prompt_suffix)
             teacher = cls(cfg, context, services, replicas, renderer, head)
             if head is not None:
@@ -162,7 +165,7 @@ class VLLMTeacher:
         k = self.cfg.k if self.cfg.gives == "teacher_topk" else 0
         asked = Asked(ids, first, asked_TK, k, self.cfg.adapter)
 
-        async def question(scorer: Scorer) -> Arrays:
+        async def question(scorer: TextScorer) -> Arrays:
             return await scored(scorer, self.cfg.gives, asked)
 
         return await self.replicas.ask(question)
