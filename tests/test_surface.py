@@ -22,7 +22,7 @@ VERBS = "run plan eval report difficulty list cite doctor"
 
 REGISTERED = """
 samplers      hf references flow teacher_samples
-teachers      flow local self
+teachers      flow local self vllm
 contexts      same peers privileged
 objectives    sampled_kl divergence nll policy_gradient velocity_kl
 credit        prefix position group_advantage release margin balance
@@ -49,6 +49,9 @@ teachers.local          model base_model=None context alias=None routes=() batch
                         trust_remote_code=False system=None template={}
 teachers.self           follow='ema' ema=0.05 step=0 context alias=None routes=() batch_tokens=32768 autocast='auto' device='auto'
                         attention=None
+teachers.vllm           model url=None urls=() gives='student_topk' k=20 head=None dialect='vllm' adapter=None temperature=1.0 token_variable=None concurrency=32
+                        read_timeout_s=600.0 patience_s=300.0 max_rows=8192 max_failed_share=0.1 cache=None context alias=None routes=() device='auto'
+                        trust_remote_code=False system=None template={}
 teachers.flow           model adapter=None context alias=None routes=() guidance=None batch_positions=64 dtype='auto' device='auto'
 contexts.same
 contexts.peers          successes=2 failures=1 threshold=0.5 failures_when='always' feedback='no_success' peer_tokens=4096

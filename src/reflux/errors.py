@@ -40,3 +40,22 @@ class StepRefused(RefluxError, ArithmeticError):
 
 class Stopped(RefluxError):
     """The user asked the run to stop (Ctrl-C or SIGTERM). Its state is saved."""
+
+
+class ServerError(RefluxError, ConnectionError):
+    """A server of models that gave no answer, although the request was sent again where that is possible."""
+
+
+class ServerRefused(ServerError):
+    """A request that the server answered with an error of the caller, such as 400. It is never sent again.
+
+    status: the HTTP status. reason: what the server said, in a short text.
+    """
+
+    def __init__(self, text: str, status: int, reason: str = ""):
+        super().__init__(text)
+        self.status, self.reason = status, reason
+
+
+class BadAnswer(ServerError):
+    """An answer with a status of success that does not contain what was requested."""
