@@ -109,7 +109,7 @@ class Chains(ArithmeticTask):
 
     def _fitting(self, value: int) -> list[tuple[Operation, int, int]]:
         """Each operation that `value` allows, with the least and the greatest number for it."""
-        ranges = [
+        ranges: list[tuple[Operation, int, int]] = [
             (kind, *self.numbers(kind, value, 0, self.largest))
             for kind in self.operations
             if value or kind != "mul"
