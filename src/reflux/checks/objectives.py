@@ -34,7 +34,7 @@ def _objective(cfg: RunConfig, where: str, objective: Objective) -> Iterator[str
         return
     offers = offered(cfg, objective.teacher)
     if not offers & set(objective.accepts):
-        kinds = ", ".join(_OFFERED[kind] for kind in objective.accepts if kind in _OFFERED)
+        kinds = " or ".join(_OFFERED[kind] for kind in objective.accepts if kind in _OFFERED)
         said = ", ".join(_OFFERED[kind] for kind in sorted(offers, key=str) if kind in _OFFERED)
         yield (
             f"{where}: {_called(objective)} needs {kinds}, but teacher '{objective.teacher}' offers "
