@@ -145,7 +145,7 @@ class FakeVLLM:
             raise Refusal(400, "max_tokens must be at least 1")
         given = self.given(ids, params, fault)
         return {
-            "request_id": "generate-tokens-1",
+            "request_id": "generate-tokens-" + ("1" if fault == "crossed" else body.get("request_id", "1")),
             "model": "m",
             "choices": [self.choice(ids, params, fault)],
             "prompt_logprobs": self.prompt_logprobs(ids, params, fault),
@@ -209,7 +209,7 @@ class FakeVLLM:
         if len(asked) != len(ids) - 1 - start:
             raise Refusal(400, f"prompt_logprob_token_ids has {len(asked)} rows")
         if self.hidden and (params.get("extra_args") or {}).get("reflux_hidden"):
-            values = self.states(ids)[start:-1]
+            values = self.states(ids)[start:-1] * (fault != "uniform")
         else:
             values = np.take_along_axis(self.logp(ids)[start:-1], np.asarray(asked), axis=1)
             if fault == "uniform":
@@ -221,6 +221,18 @@ class FakeVLLM:
         if fault == "short":
             values = values[:-1]
         return None if fault == "none" else npy(values.astype(np.float32))
+
+
+def fake_vllm_of(model: Any, **settings: Any) -> FakeVLLM:
+    """A server with the weights of a model (`reflux.models.text.Model`) on the CPU."""
+    import torch
+
+    def states(ids: list[int]) -> np.ndarray:
+        with torch.inference_mode():
+            made = model.trunk(input_ids=torch.tensor([ids]), use_cache=False)
+        return made.last_hidden_state[0].double().numpy()
+
+    return FakeVLLM(states=states, head_VH=model.head.matrix[0].detach().double().numpy(), **settings)
 
 
 def normalised(logits_LV: np.ndarray) -> np.ndarray:
@@ -281,7 +293,7 @@ class Handler(BaseHTTPRequestHandler):
             if fake.token and self.headers.get("authorization") != f"Bearer {fake.token}":
                 self.send(401, {"error": "Unauthorized"})
             elif fault == "hang":
-                fake.closing.wait(60)
+                fake.closing.wait()
                 self.close_connection = True
             elif fault == "drop":
                 self.close_connection = True

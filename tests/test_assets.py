@@ -3,17 +3,19 @@
 import json
 import re
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 from safetensors import safe_open
 
 from reflux.assets import folder
 from reflux.assets.characters import CHARACTERS, SPECIALS, character_tokenizer
-from reflux.assets.make import accuracy, blank, cold_start, encode, first, main
+from reflux.assets.make import accuracy, blank, cold_start, encode, first, lessons, main
 from reflux.assets.specs import SHOWN, SPECS, Spec
+from reflux.tasks.chains import Chains
 from reflux.tasks.word_problems import WordProblems
 
-NAMES = ("student", "teacher", "mul_teacher", "novice", "reader")
+NAMES = ("student", "teacher", "mul_teacher", "novice", "reader", "chain_student", "chain_teacher")
 FILES = {
     "README.md",
     "chat_template.jinja",
@@ -185,6 +187,30 @@ def test_the_reader_is_no_better_than_the_student_unless_it_is_shown_how_to():
     assert shown["two correct attempts and a wrong one at another problem"] <= plain
 
 
+def test_the_teacher_of_long_answers_knows_them_and_the_student_some():
+    student, teacher = (share(name, Chains()) for name in ("chain_student", "chain_teacher"))
+    assert 0.1 <= student <= 0.35
+    assert teacher >= 0.95
+    sizes = [
+        path.stat().st_size for name in ("chain_student", "chain_teacher") for path in folder(name).iterdir()
+    ]
+    assert sum(sizes) < 3_000_000
+
+
+def test_training_begins_with_the_easier_problems():
+    spec = replace(TINY, easier=WordProblems(max_steps=2), easier_steps=2, task=WordProblems(min_steps=3))
+    steps = [len(prompt.references[0].split(". ")) - 1 for prompt in islice(lessons(spec), 60)]
+    hard = [
+        len(prompt.references[0].split(". ")) - 1
+        for prompt in islice(lessons(replace(spec, easier=None)), 60)
+    ]
+    # a batch has 4 problems
+    assert len(set(steps[:8])) == 1
+    assert steps[8:] == hard[:52]
+    assert len(set(hard)) == 1
+    assert set(hard) != set(steps[:8])
+
+
 def stated(name):
     """The results in a model's card: (right, problems) by what it was asked."""
     found = re.findall(
@@ -205,7 +231,7 @@ def test_a_card_states_what_was_measured_and_how_the_model_was_made(name):
 
 def test_all_shipped_models_together_are_small():
     files = [path for name in NAMES for path in folder(name).iterdir()]
-    assert sum(path.stat().st_size for path in files) < 6_000_000
+    assert sum(path.stat().st_size for path in files) < 8_000_000
 
 
 def test_the_same_seed_makes_the_same_model_and_another_does_not():

@@ -13,7 +13,9 @@ from reflux.assets.characters import character_tokenizer
 from reflux.assets.lessons import ShownProblem, failed, read, slip
 from reflux.assets.make import encode
 from reflux.assets.specs import READING, SPECS
+from reflux.assets.wrong_signs import WrongSigns
 from reflux.contexts.wording import with_attempts
+from reflux.tasks.chains import Chains
 from reflux.tasks.word_problems import WordProblems
 
 STORIES = {
@@ -122,3 +124,46 @@ def test_what_the_reader_is_taught_fits_its_window_shows_every_number_of_attempt
             assert max(int(number) for number in re.findall("[0-9]+", text.partition("\n")[0])) <= 30
     assert set(counts) == {(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)}
     assert min(counts.values()) >= 100
+
+
+PLAN = re.compile(r"([A-Z])([a-z])([1-9])([-+])\.")
+
+
+def test_wrong_signs_are_planned_and_computed_and_the_answer_stays_right():
+    task, exam = WrongSigns(), Chains()
+    prompts = list(islice(task.prompts("train", 0), 200))
+    changed = 0
+    for prompt in prompts:
+        told = {name: (start, int(number), sign) for name, start, number, sign in PLAN.findall(facts(prompt))}
+        plan, computed = prompt.references[0].split(" So ")
+        value = None
+        for name, start, number, sign in reversed(PLAN.findall(plan)):
+            assert told[name][:2] == (start, int(number))
+            assert (sign != told[name][2]) == (int(number) >= 6)
+            value = int(plan.split(". ")[-1][1:-1]) if value is None else value
+            after = value + int(number) * (1 if sign == "+" else -1)
+            assert f"{name}{start}{number}{sign}={value}{sign}{number}={after}." in computed
+            assert 0 <= after <= task.largest
+            value = after
+        assert computed.endswith(f"Answer: {value}")
+        # the right answer follows from the problem alone
+        assert exam.verify(prompt, right(prompt, told)) == 1.0
+        changed += str(value) != prompt.answer
+    assert 60 < changed < 190
+
+
+def facts(prompt):
+    return prompt.messages[0]["content"]
+
+
+def right(prompt, told):
+    """The answer that follows from the sentences of a problem."""
+    given = {name: int(value) for name, value in re.findall(r"([A-Z])([0-9]+)\.", facts(prompt))}
+
+    def value(name):
+        if name in given:
+            return given[name]
+        start, number, sign = told[name]
+        return value(start.upper()) + (number if sign == "+" else -number)
+
+    return f"Answer: {value(facts(prompt)[-2])}"

@@ -26,7 +26,7 @@ SCALE_KEYS = {
     "eval_steps", "segments", "prompts",
     "problems",
 }  # fmt: skip
-SCALES = {TokenRollout: ("toy", "hub", "reader", "two_domains"), FlowRollout: ("glyphs", "sd3")}
+SCALES = {TokenRollout: ("toy", "chains", "hub", "reader", "two_domains"), FlowRollout: ("glyphs", "sd3")}
 HERE = [(name, base) for name in recipe_names() for base in SCALES[load_recipe(name).learner.rollouts]]
 # tables that stand inside another one
 MOVED = {"sft": ("sampler", "sampler.generate"), "flow_sft": ("sampler", "sampler.generate")}
@@ -112,7 +112,7 @@ def test_what_a_scale_says_holds_under_every_method(recipe: str, base: str, tmp_
 
 # what each recipe trained with when methods still held these numbers
 OWN_SCALE = {
-    "prefix": {"prompts_per_step": 64, "group_size": 1, "sampler.max_tokens": 64},
+    "prefix": {"prompts_per_step": 16, "group_size": 1, "sampler.max_tokens": 272},
     "release": {"credit.release.segments": 4, "prompts_per_step": 64, "sampler.max_tokens": 64},
     "effopd": {"extrapolation.prompts": 200, "extrapolation.tries": 5, "prompts_per_step": 64},
     "rl": {"prompts_per_step": 16, "group_size": 8, "learner.lr.peak": 2e-3},
@@ -148,31 +148,33 @@ def test_on_its_own_scale_a_recipe_is_what_it_was(recipe: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "path"), [("prefix", "sampler.train_max_tokens"), ("everything", "credit.prefix.length")]
+    ("recipe", "path", "start", "increment"),
+    [
+        ("prefix", "sampler.train_max_tokens", 1 / 8, 1 / 32),
+        ("everything", "credit.prefix.length", 1 / 4, 1 / 128),
+    ],
 )
-def test_prefixes_grow_with_the_scale(recipe: str, path: str) -> None:
-    """The embedded models' 16 + 0.5 a step up to 64, to the bit; on the hub the same shares of its longest
-    answer.
-    """
+def test_prefixes_grow_with_the_scale(recipe: str, path: str, start: float, increment: float) -> None:
+    """The same shares of the longest answer with the embedded models and on the hub, to the bit."""
     toy, hub = (at(to_table(load_recipe(recipe, {"base": base})), path) for base in ("toy", "hub"))
     assert toy == {
         "kind": "linear",
-        "start": 16.0,
-        "increment": 0.5,
+        "start": 64 * start,
+        "increment": 64 * increment,
         "stop": 64.0,
         "warmup": 0,
         "horizon": 200,
     }
     assert hub == {
         "kind": "linear",
-        "start": 256.0,
-        "increment": 8.0,
+        "start": 1024 * start,
+        "increment": 1024 * increment,
         "stop": 1024.0,
         "warmup": 0,
         "horizon": 200,
     }
     longer = at(to_table(load_recipe(recipe, {"base": "hub", "sampler.max_tokens": 4096})), path)
-    assert (longer["start"], longer["increment"], longer["stop"]) == (1024.0, 32.0, 4096.0)
+    assert (longer["start"], longer["increment"], longer["stop"]) == (4096 * start, 4096 * increment, 4096.0)
 
 
 def test_a_scale_speaks_to_the_recipes_that_a_recipe_is_built_on(tmp_path: Path) -> None:
@@ -271,9 +273,9 @@ def test_prefix_evaluates_whole_answers(base: str) -> None:
     cfg = load_recipe("prefix", {"base": base, "steps": 3})
     longest = {"toy": 64, "hub": 1024}[base]
     assert [cfg.draw(step).max_positions for step in range(3)] == [
-        longest // 4 + step * longest // 128 for step in range(3)
+        (step + 4) * longest // 32 for step in range(3)
     ]
-    assert (cfg.training_positions, cfg.evaluation_positions) == (longest // 4 + 2 * longest // 128, longest)
+    assert (cfg.training_positions, cfg.evaluation_positions) == (6 * longest // 32, longest)
 
 
 @pytest.mark.parametrize("cap", CAPS)
@@ -324,7 +326,9 @@ def test_an_evaluation_shorter_than_training_is_told(name: str) -> None:
     (warning,) = checks.warnings(load_recipe("full", {f"evals.{name}.max_tokens": 32}))
     assert warning.startswith(f"evals.{name}.max_tokens = 32 cuts answers that may have up to 64 tokens")
     # training reaches 30 there
-    assert not checks.warnings(load_recipe("prefix", {f"evals.{name}.max_tokens": 32, "steps": 30}))
+    assert not checks.warnings(
+        load_recipe("prefix", {"base": "toy", f"evals.{name}.max_tokens": 32, "steps": 12})
+    )
     (warning,) = checks.warnings(load_recipe("effopd", {"extrapolation.max_tokens": 32}))
     assert warning.startswith("extrapolation.max_tokens = 32 cuts")
 
@@ -339,8 +343,8 @@ def test_a_cap_above_the_longest_answer_is_refused_and_a_schedule_stays_at_it() 
 
 
 def test_a_plan_tells_both_limits_and_a_window_too_small() -> None:
-    found = plan(load_recipe("prefix", {"steps": 11}))
-    assert (found.training_positions, found.evaluation_positions) == ((16, 21), 64)
+    found = plan(load_recipe("prefix", {"base": "toy", "steps": 11}))
+    assert (found.training_positions, found.evaluation_positions) == ((8, 28), 64)
     assert not found.warnings
     (warning,) = plan(load_recipe("full", {"sampler.max_tokens": 512})).warnings
     assert warning.startswith(
@@ -350,7 +354,7 @@ def test_a_plan_tells_both_limits_and_a_window_too_small() -> None:
 
 
 @pytest.mark.parametrize(("recipe", "line"), [
-    ("prefix", "at most 64 tokens in training (lowest limit 16), 64 in evaluations"),
+    ("prefix", "at most 272 tokens in training (lowest limit 34), 272 in evaluations"),
     ("full", "at most 64 tokens in training, 64 in evaluations"),
     ("flow", "at most 10 denoising steps in training; evaluations run all denoising steps"),
 ])  # fmt: skip

@@ -22,7 +22,7 @@ VERBS = "run plan eval report difficulty list cite doctor"
 
 REGISTERED = """
 samplers      hf references flow vllm teacher_samples
-teachers      flow local self
+teachers      flow local self vllm
 contexts      same peers privileged
 objectives    sampled_kl divergence nll policy_gradient velocity_kl
 credit        prefix position group_advantage release margin balance
@@ -53,6 +53,9 @@ teachers.local          model base_model=None context alias=None routes=() batch
                         trust_remote_code=False system=None template={}
 teachers.self           follow='ema' ema=0.05 step=0 context alias=None routes=() batch_tokens=32768 autocast='auto' device='auto'
                         attention=None
+teachers.vllm           model url=None urls=() gives='student_topk' k=20 head=None dialect='vllm' adapter=None temperature=1.0 token_variable=None concurrency=32
+                        read_timeout_s=600.0 patience_s=300.0 max_rows=8192 max_failed_share=0.1 cache=None context alias=None routes=() device='auto'
+                        trust_remote_code=False system=None template={}
 teachers.flow           model adapter=None context alias=None routes=() guidance=None batch_positions=64 dtype='auto' device='auto'
 contexts.same
 contexts.peers          successes=2 failures=1 threshold=0.5 failures_when='always' feedback='no_success' peer_tokens=4096
@@ -86,7 +89,7 @@ learners.flow           model lr=0.0003 betas=(0.9,0.999) eps=1e-08 weight_decay
 tasks.glyphs            domains=('digits','counts') largest_count=6 held_out=480 weight=1.0
 tasks.jsonl             path=None dataset=None dataset_config=None dataset_split='train' keys=None validation=0.05 test=None
                         instruction='' grader='math' makes='text' route=None weight=1.0
-tasks.chains            operations=('add','sub') min_steps=8 max_steps=14 largest=30 longer=0 held_out=500 weight=1.0 distractors=3
+tasks.chains            operations=('add','sub') min_steps=8 max_steps=12 largest=30 longer=0 held_out=500 weight=1.0 largest_given=9 distractors=3
 tasks.word_problems     operations=('add','sub') min_steps=2 max_steps=3 largest=50 longer=0 held_out=500 weight=1.0
 evals.accuracy          problems=500 samples=0 k=None temperature=1.0 max_tokens=None split='validation' examples=8
 evals.agreement         prompts=128 teacher='main' bins=24 max_tokens=None split='validation'

@@ -7,8 +7,7 @@ N packed positions of a batch                 K top-k                      V voc
 H hidden size                                 D flattened latent
 
 Log-probs are natural logs (nats). Costs are divergences(student, teacher). An advantage is a negative cost.
-The data of an attempt are numpy arrays on the host. Only hidden states are torch tensors, because numpy has
-no bfloat16.
+The data of an attempt are numpy arrays on the host. Hidden states are torch tensors: numpy has no bfloat16.
 
 Example: the prompt "2+3?" is answered by "5<end>", two tokens. T = 2, tokens_T = [21, 1], logp_T =
 [-0.1, -0.02], finish = "stop". mask_T = [True, True], because the student also chose the end token.
@@ -23,17 +22,23 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from reflux.loss.targets import HiddenTarget, SampledTarget, StepRecord, TopKTarget, VelocityTarget
+from reflux.loss.targets import (
+    GivenTarget,
+    HiddenTarget,
+    SampledTarget,
+    StepRecord,
+    TopKTarget,
+    VelocityTarget,
+)
 
 # {"role": "system" | "user" | "assistant" | "tool", "content": text}, also "tool_calls" or "tool_call_id"
 Message = dict[str, Any]
-# "error": nothing was sampled. The last three come from an environment; the attempt is kept up to its last
-# position.
+# "error": nothing was sampled. The last three come from an environment, and the attempt is kept up to there.
 Finish = Literal["stop", "length", "error", "max_turns", "tool_error", "timeout"]
 # Attempts with these finishes get no verdict, because the student did not cause the end. The sampled
 # positions keep their weight, except after an "error", which has none.
 UNJUDGED: tuple[Finish, ...] = ("error", "tool_error", "timeout")
-Target = SampledTarget | TopKTarget | HiddenTarget | VelocityTarget
+Target = SampledTarget | TopKTarget | GivenTarget | HiddenTarget | VelocityTarget
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +89,7 @@ class Rollout:
 
     @property
     def positions_acted(self) -> int:
-        """Positions that the student ran forward to sample this attempt, prompts included. By default 0 for
-        an attempt that ended in an error.
-        """
+        """Positions the student ran forward to sample it, prompt included. By default 0 after an error."""
         if self.sampled_positions is not None:
             return self.sampled_positions
         return 0 if self.finish == "error" else self.prompt_length + self.length
@@ -214,8 +217,7 @@ class Credit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherAnswer:
-    """The answer of one teacher for one attempt. The teacher sets the first five fields; the caller adds the
-    others.
+    """The answer of one teacher for one attempt. The teacher sets the first five fields, its caller the rest.
 
     If a teacher could not answer, `target` is None and `error` says why in one sentence. The failure is
     counted in the metrics, and the teacher is asked again.

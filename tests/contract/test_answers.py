@@ -20,13 +20,14 @@ import torch
 
 import tiny
 import tiny_flow
+from fake_vllm import fake_vllm_of, serving
 from reflux.assets.characters import character_tokenizer
 from reflux.config.requirements import Requirements
 from reflux.config.step_context import StepContext
 from reflux.contexts.base import TeacherPrompt
 from reflux.errors import ModelError
 from reflux.models.flow.shared_base import SharedBase
-from reflux.models.text import as_model
+from reflux.models.text import as_model, load_model
 from reflux.runtime.together import together
 from reflux.teachers import TEACHERS
 from reflux.teachers.base import TeacherRequest
@@ -37,8 +38,10 @@ from reflux.teachers.local import Local
 from reflux.teachers.local_engine import LocalTeacher
 from reflux.teachers.self_teacher import SelfTeacher
 from reflux.teachers.self_teacher_engine import SelfTeacherEngine
+from reflux.teachers.vllm import VLLM
 from reflux.types import Attempt, Rollout, SampledTarget, TeacherAnswer, TopKTarget
 
+Opened = dict[str, Callable[[], Any]]
 NOW = StepContext(0, 0)
 WANTS = Requirements(logp=True, candidates=2, behaviour=2)
 
@@ -53,11 +56,33 @@ def of_pictures() -> FlowTeacher:
     return FlowTeacher(Flow("m"), tiny.context(WANTS), tiny.services(), voice)
 
 
-OPENED: dict[str, Callable[[], Any]] = {
-    "local": lambda: of_text(Local("m"), LocalTeacher),
-    "self": lambda: of_text(SelfTeacher(), SelfTeacherEngine, lambda model: model.renderer(None, {})),
-    "flow": of_pictures,
-}
+class Served:
+    """A served teacher that is opened for each call, because each call has an event loop of its own. folder:
+    of its model.
+    """
+
+    macs = 1
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    async def score(self, asked: list[TeacherRequest]) -> list[TeacherAnswer]:
+        model = load_model(self.folder, "model", dtype="float32", device="cpu")
+        with serving(fake_vllm_of(model)) as fake:
+            part = VLLM(model=self.folder, url=fake.url, gives="hidden", device="cpu")
+            async with part.open(tiny.context(WANTS), tiny.services()) as teacher:
+                return await teacher.score(asked)
+
+
+@pytest.fixture
+def opened(teacher: str) -> Opened:
+    """By kind, what opens a teacher."""
+    return {
+        "local": lambda: of_text(Local("m"), LocalTeacher),
+        "self": lambda: of_text(SelfTeacher(), SelfTeacherEngine, lambda model: model.renderer(None, {})),
+        "flow": of_pictures,
+        "vllm": lambda: Served(teacher),
+    }
 
 
 def listed(length: int) -> TopKTarget:
@@ -108,8 +133,10 @@ def untimed(answers: list[TeacherAnswer]) -> Any:
 
 
 @pytest.mark.parametrize("table", sorted(TEACHERS))
-def test_every_teacher_gives_one_answer_per_request_in_order_and_changes_nothing(table: str) -> None:
-    teacher, asked = OPENED[table](), requests(table)
+def test_every_teacher_gives_one_answer_per_request_in_order_and_changes_nothing(
+    opened: Opened, table: str
+) -> None:
+    teacher, asked = opened[table](), requests(table)
     before = plain(asked)
     answers = asyncio.run(teacher.score(asked))
     assert plain(asked) == before
@@ -130,19 +157,19 @@ def test_every_teacher_gives_one_answer_per_request_in_order_and_changes_nothing
 
 
 @pytest.mark.parametrize("table", sorted(TEACHERS))
-def test_asked_twice_every_teacher_answers_the_same_to_the_bit(table: str) -> None:
-    teacher = OPENED[table]()
+def test_asked_twice_every_teacher_answers_the_same_to_the_bit(opened: Opened, table: str) -> None:
+    teacher = opened[table]()
     assert untimed(asyncio.run(teacher.score(requests(table)))) == untimed(
         asyncio.run(teacher.score(requests(table)))
     )
 
 
 @pytest.mark.parametrize("table", sorted(TEACHERS))
-def test_attempts_get_their_answers_once(table: str) -> None:
+def test_attempts_get_their_answers_once(opened: Opened, table: str) -> None:
     """Asked again only where the context changed; what was shown, by whom and what came before are in the
     answer.
     """
-    teacher, told = OPENED[table](), [1.0]
+    teacher, told = opened[table](), [1.0]
     calls: list[int] = []
     score = teacher.score
 
@@ -332,10 +359,10 @@ def test_who_cannot_answer_says_why_is_counted_and_is_asked_again() -> None:
     assert made[1].answers["main"].previous is known.target
 
 
-def test_answers_survive_a_pickle() -> None:
+def test_answers_survive_a_pickle(opened: Opened) -> None:
     """Whoever answers in another process sends this."""
     for table in ("flow",):
-        answers = asyncio.run(OPENED[table]().score(requests(table)))
+        answers = asyncio.run(opened[table]().score(requests(table)))
         assert plain(pickle.loads(pickle.dumps(answers))) == plain(answers)
 
 

@@ -137,10 +137,13 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
         f"support {support} of a list": (
             "full",
             {"objectives": [{"kind": "divergence", "support": support, **SAID}]},
-            f'divergence with support = "{support}" needs hidden states (the full distribution), but '
+            f'divergence with support = "{support}" needs hidden states (the full distribution){other}, but '
             "teacher 'behaviour' offers",
         )
-        for support in ("student", "union")
+        for support, other in (
+            ("student", " or log-probs at the student's most likely tokens"),
+            ("union", ""),
+        )
     },
     "the remedy for a list": (
         "full",

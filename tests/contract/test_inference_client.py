@@ -102,7 +102,10 @@ def test_broken_weights_are_read_as_not_a_number() -> None:
     assert not made.finite
 
 
-@pytest.mark.parametrize(("fault", "words"), [("foreign", "other tokens"), ("lost", "one log-prob for each")])
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("foreign", "other tokens"), ("lost", "one log-prob for each"), ("crossed", "another request")],
+)
 def test_an_answer_of_another_content_is_refused_and_not_asked_again(fault: str, words: str) -> None:
     with serving(FakeVLLM(always=fault)) as fake, pytest.raises(BadAnswer, match=words):
         asked(fake, lambda client: client.generate(sample()))
@@ -331,7 +334,12 @@ def test_scores_that_are_no_numbers_are_given_as_such() -> None:
 def test_a_server_proves_what_it_can_do() -> None:
     with serving() as fake:
         found = asked(fake, lambda client: probe(client, IDS))
-        assert (found.given_ids, found.hidden, found.versions, dict(found.missing)) == (True, 12, True, {})
+        assert (found.given_ids, found.hidden, found.version, dict(found.missing)) == (
+            True,
+            12,
+            "default",
+            {},
+        )
         assert asked(fake, lambda client: logprobs_mode(client, IDS)) == "processed"
 
 
@@ -339,8 +347,8 @@ def test_a_server_proves_what_it_can_do() -> None:
 def test_a_server_without_given_ids_is_found_out(given: str) -> None:
     with serving(FakeVLLM(given_ids=given, label=None, processed=False)) as fake:
         found = asked(fake, lambda client: probe(client, IDS))
-        assert (found.given_ids, found.hidden, found.versions) == (False, 0, False)
-        assert {*found.missing} == {"given_ids", "hidden", "versions"}
+        assert (found.given_ids, found.hidden, found.version) == (False, 0, None)
+        assert {*found.missing} == {"given_ids", "hidden", "version"}
         assert asked(fake, lambda client: logprobs_mode(client, IDS)) == "raw"
 
 

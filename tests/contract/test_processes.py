@@ -20,11 +20,13 @@ import alone
 import tiny
 import tiny_flow
 from fake_python import fake_python
+from fake_vllm import fake_vllm_of, serving
 from reflux.config.bases import recipe_names
 from reflux.config.context import Generation
 from reflux.config.recipe import load_recipe, part_context
 from reflux.config.registry import build, kinds
 from reflux.config.requirements import Requirements
+from reflux.models.text import load_model
 from reflux.samplers.flow import Flow as FlowSampler
 from reflux.tasks.word_problems import WordProblems
 from reflux.types import Attempt, Prompt
@@ -44,6 +46,14 @@ def elsewhere() -> Iterator[ProcessPoolExecutor]:
 def flows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("flows")
     return {name: tiny_flow.save(folder / name, seed) for seed, name in enumerate(("student", "teacher"))}
+
+
+@pytest.fixture(scope="module")
+def served(teacher: str) -> Iterator[str]:
+    """The address of a server with the teacher's model."""
+    model = load_model(teacher, "model", dtype="float32", device="cpu")
+    with serving(fake_vllm_of(model)) as fake:
+        yield fake.url
 
 
 def same_bits(elsewhere: ProcessPoolExecutor, *packed: Any) -> Any:
@@ -76,7 +86,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "vllm": {"max_tokens": 8},
     "teacher_samples": {"generate": {"kind": "flow", "steps": 4, "eval_steps": 3}, "positions": 3},
 }
-TEACHERS = {"local": "model", "self": "", "flow": "model"}
+TEACHERS = {"local": "model", "self": "", "flow": "model", "vllm": "model"}
 LEARNERS: dict[str, dict[str, Any]] = {"hf": {"lr": 1e-3}, "flow": {"lr": 1e-3, "micro_batch": 3}}
 REWARDS: dict[str, dict[str, Any]] = {"verifier": {}}
 TASKS: dict[str, dict[str, Any]] = {
@@ -131,9 +141,10 @@ def test_samplers(
 
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_teachers(
-    elsewhere: ProcessPoolExecutor, student: str, teacher: str, flows: dict[str, str], kind: str
+    elsewhere: ProcessPoolExecutor, student: str, teacher: str, flows: dict[str, str], served: str, kind: str
 ) -> None:
     model = {"model": flows["teacher"] if kind == "flow" else teacher} if TEACHERS[kind] else {"ema": 0.5}
+    model |= {"url": served, "gives": "hidden", "device": "cpu"} if kind == "vllm" else {}
     part = build("teachers", {"kind": kind, **model}, "teachers.main")
     flow = kind == "flow"
     rollouts: list[Any] = [

@@ -194,8 +194,8 @@ def test_who_moves_says_so(fields: dict[str, Any], follows: bool) -> None:
     assert SelfTeacher(**fields).follows == follows
     assert SelfTeacher(follow="frozen", step=3).follows
     assert SelfTeacher().ema == 0.05
-    assert SelfTeacher.at_ids
-    assert SelfTeacher.offers == (HiddenTarget,)
+    assert SelfTeacher().at_ids
+    assert SelfTeacher().offers == (HiddenTarget,)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ from reflux.teachers.base import Teacher
 from reflux.teachers.flow import Flow as FlowTeacher
 from reflux.teachers.local import Local
 from reflux.teachers.self_teacher import SelfTeacher
+from reflux.teachers.vllm import VLLM as VLLMTeacher
 
 
 def samplers() -> list[Sampler]:
@@ -61,7 +62,7 @@ def samplers() -> list[Sampler]:
 
 
 def teachers() -> list[Teacher]:
-    return [Local("m"), SelfTeacher(), FlowTeacher("m")]
+    return [Local("m"), SelfTeacher(), FlowTeacher("m"), VLLMTeacher("m", url="http://localhost:8000")]
 
 
 def contexts() -> list[Context]:

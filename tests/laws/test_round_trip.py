@@ -54,6 +54,7 @@ SCHEDULED: dict[str, dict[str, Any]] = {
 PARTS: dict[tuple[str, str], dict[str, Any]] = {
     ("teachers", "local"): {"model": "m"},
     ("teachers", "flow"): {"model": "m"},
+    ("teachers", "vllm"): {"model": "m", "url": "http://127.0.0.1:8000"},
     ("learners", "hf"): {"model": "m"},
     ("learners", "flow"): {"model": "m"},
     ("credit", "prefix"): {"length": 4},

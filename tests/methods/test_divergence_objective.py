@@ -2,16 +2,19 @@
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from laws.estimators import choices, np_divergence
+from reflux.config.requirements import Requirements
 from reflux.loss.divergences import DIVERGENCES, with_tail
-from reflux.loss.outputs import FullLogits, SampledLogprobs, TopKLogprobs
+from reflux.loss.outputs import FullLogits, GivenLogprobs, SampledLogprobs, TopKLogprobs
 from reflux.loss.term import Rows
 from reflux.objectives.divergence import MIXED, Divergence
+from reflux.types import GivenTarget
 
 
 def table(n: int, v: int, seed: int, spread: float) -> torch.Tensor:
@@ -48,6 +51,40 @@ def test_each_support_compares_what_it_says():
         )
         whole = Divergence(divergence=name, support="teacher", k=100)
         torch.testing.assert_close(whole(rows_of(s, listed(t, 9))), function(s, t), rtol=1e-12, atol=1e-13)
+
+
+def given(teacher: torch.Tensor, ids: torch.Tensor) -> GivenLogprobs:
+    """What a served teacher answers at the ids that the student listed."""
+    return GivenLogprobs(ids, teacher.gather(-1, ids), teacher[:, 0])
+
+
+@pytest.mark.parametrize("width", [3, 7])
+@pytest.mark.parametrize("tail", ["bucket", "renormalised"])
+def test_the_students_list_of_a_served_teacher_gives_cost_and_gradient_of_the_full_one(
+    width: int, tail: Any
+) -> None:
+    """The tail is exact, and of a longer list the student's most likely tokens count."""
+    s, t = table(6, 9, 0, 1.5), table(6, 9, 1, 1.5)
+    ids = s.topk(width).indices.flip(-1)
+    full = FullLogits(t, torch.zeros(6, dtype=torch.int64))
+    for name in DIVERGENCES:
+        objective, found = Divergence(divergence=name, support="student", k=3, tail=tail), []
+        for teacher in (given(t, ids), full):
+            logits = s.clone().requires_grad_()
+            cost_N = objective(rows_of(logits, teacher))
+            (gradient,) = torch.autograd.grad(cost_N.sum(), logits)
+            found.append((cost_N.detach(), gradient))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=1e-10)
+
+
+def test_only_the_students_own_list_stands_for_support_student() -> None:
+    s, t = table(6, 9, 0, 1.5), table(6, 9, 1, 1.5)
+    with pytest.raises(ValueError, match="at any token"):
+        Divergence(support="student", k=3)(rows_of(s, listed(t, 3)))
+    assert GivenTarget in Divergence(support="student").accepts
+    assert GivenTarget not in Divergence(support="teacher").accepts
+    assert Divergence(support="student", k=7).listed == Requirements(behaviour=7, candidates=7)
+    assert Divergence(support="teacher").listed == Divergence().listed == Requirements()
 
 
 KINDS, SUPPORTS, TAILS = (choices(Divergence, name) for name in ("divergence", "support", "tail"))

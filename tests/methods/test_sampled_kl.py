@@ -19,7 +19,7 @@ from reflux.objectives.nll import NLL
 from reflux.objectives.policy_gradient import PolicyGradient
 from reflux.objectives.ratio import above_cap, outside, score_cost, truncated_ratio
 from reflux.objectives.sampled_kl import GROUP_BASELINES, SampledKL, advantage
-from reflux.types import HiddenTarget, SampledTarget, TopKTarget
+from reflux.types import GivenTarget, HiddenTarget, SampledTarget, TopKTarget
 
 N, V = 6, 5
 
@@ -171,7 +171,7 @@ def test_baselines_refuse_what_cannot_answer_everywhere():
         for baseline in ("kl", "topk_kl", "minimum_variance"):
             with pytest.raises(ValueError, match="baseline = 'none'"):
                 SampledKL(baseline=baseline)(at)
-    assert SampledKL().accepts == (SampledTarget, TopKTarget, HiddenTarget)
+    assert SampledKL().accepts == (SampledTarget, TopKTarget, GivenTarget, HiddenTarget)
     assert all(
         SampledKL(baseline=baseline).accepts == (HiddenTarget,)
         for baseline in ("kl", "topk_kl", "minimum_variance")
@@ -189,7 +189,7 @@ def test_a_group_value_is_subtracted_and_asked_for(baseline):
     for outputs in (at.teachers["main"], SampledLogprobs(at.teachers["main"].logp_N)):
         at.teachers["main"] = outputs
         torch.testing.assert_close(SampledKL(baseline=baseline, ratio="none")(at), expected)
-    assert SampledKL(baseline=baseline).accepts == (SampledTarget, TopKTarget, HiddenTarget)
+    assert SampledKL(baseline=baseline).accepts == (SampledTarget, TopKTarget, GivenTarget, HiddenTarget)
     assert SampledKL(baseline=baseline).requirements == Requirements(logp=True)
     assert SampledKL().requirements == SampledKL(baseline="kl").requirements == Requirements()
     assert SampledKL(teacher="behaviour").requirements == Requirements(behaviour=1)

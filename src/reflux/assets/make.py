@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -87,13 +88,20 @@ def encode(prompts: list[Prompt], tokenizer: Any) -> tuple[Tensor, Tensor]:
     return pad(rows, True, float(tokenizer.pad_token_id)), pad(labels, True, float(IGNORED))
 
 
+def lessons(spec: Spec) -> Iterator[Prompt]:
+    """The training problems: those of the easier task, then without end those of the other."""
+    if spec.easier is not None:
+        yield from islice(spec.easier.prompts("train", spec.seed), spec.easier_steps * spec.batch)
+    yield from spec.task.prompts("train", spec.seed)
+
+
 def cold_start(spec: Spec, tokenizer: Any) -> Qwen3ForCausalLM:
     """A model trained on worked solutions with AdamW, warm-up and cosine decay, and gradient norm clipped at
     1.
     """
     model = first(spec, tokenizer).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=spec.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    stream, begun = spec.task.prompts("train", spec.seed), time.monotonic()
+    stream, begun = lessons(spec), time.monotonic()
     for step in range(spec.steps):
         along = step / spec.steps
         rate = spec.lr * min(1.0, (step + 1) / spec.warmup) * 0.5 * (1 + math.cos(math.pi * along))
@@ -148,6 +156,10 @@ def measure(model: Any, tokenizer: Any, spec: Spec) -> list[str]:
     made = (
         f"{spec.steps} steps of {spec.batch} problems, seed {spec.seed}, {torch.get_num_threads()} thread(s)"
     )
+    if spec.easier is not None:
+        made += (
+            f", the first {spec.easier_steps} steps on easier problems ({difference(spec.easier, spec.exam)})"
+        )
     lines = [f"{model.num_parameters():,} parameters, {made}"]
     exams: dict[str, Task] = {
         "held-out problems": spec.exam,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from reflux.assets.lessons import ShownProblem
+from reflux.assets.wrong_signs import WrongSigns
 from reflux.tasks.arithmetic import ArithmeticTask
 from reflux.tasks.base import Task
+from reflux.tasks.chains import Chains
 from reflux.tasks.mix import Mix
 from reflux.tasks.word_problems import WordProblems
 
@@ -31,6 +33,9 @@ class Spec:
     start: str = ""
     # the training task
     task: Task = WordProblems()
+    # the training task of the first `easier_steps` of the steps; None if there is no other
+    easier: Task | None = None
+    easier_steps: int = 0
     # the test task
     exam: ArithmeticTask = WordProblems()
     # further test tasks, with their titles in the report
@@ -42,6 +47,9 @@ SMALL = WordProblems(largest=30)
 
 FAR = WordProblems(largest=999)
 PRODUCTS = WordProblems(operations=("mul",), largest=70)
+# To find a quantity among few is learnt first. Two digits of a given value are harder to copy than one.
+FEW = Chains(min_steps=1, max_steps=4, largest_given=30)
+ANY = Chains(min_steps=1, largest_given=30)
 
 
 # All numbers of attempts that a context with at most two successes and one failure can have. Names with a
@@ -77,7 +85,9 @@ SHOWN = {
 
 # The teachers are trained on larger numbers than they are tested on. The student solves problems with small
 # numbers and fails above them. The reader is like the student, but with shown attempts it also solves larger
-# ones. The novice is like the student and can also multiply small numbers.
+# ones. The novice is like the student and can also multiply small numbers. The teacher of long answers
+# starts from the reader, which can copy and calculate. Its student is the same model, trained further to
+# confuse the signs of large numbers when it plans.
 SPECS = {
     "teacher": Spec("teacher", layers=3, steps=1500, seed=1, batch=96, task=WordProblems(largest=99)),
     "student": Spec("student", layers=2, steps=600, seed=12, lr=2e-3, task=SMALL),
@@ -126,5 +136,28 @@ SPECS = {
         start="student",
         task=READING,
         also=tuple((f"held-out problems, {title} shown", task) for title, task in SHOWN.items()),
+    ),
+    "chain_teacher": Spec(
+        "chain_teacher",
+        layers=2,
+        steps=1500,
+        seed=22,
+        start="reader",
+        easier=FEW,
+        easier_steps=700,
+        task=ANY,
+        exam=Chains(),
+    ),
+    "chain_student": Spec(
+        "chain_student",
+        layers=2,
+        steps=100,
+        seed=21,
+        batch=48,
+        lr=1e-3,
+        warmup=10,
+        start="chain_teacher",
+        task=WrongSigns(),
+        exam=Chains(),
     ),
 }

@@ -33,9 +33,8 @@ def join(cfg: RunConfig) -> Requirements:
         *cfg.credit.values(),
         *(teacher.context for teacher in cfg.teachers.values()),
     ]
-    return reduce(
-        lambda joined, part: joined | part.requirements, speakers, Requirements(reward=bool(cfg.rewards))
-    )
+    required = [*(part.requirements for part in speakers), *objectives.listed(cfg)]
+    return reduce(Requirements.__or__, required, Requirements(reward=bool(cfg.rewards)))
 
 
 def _problems(cfg: RunConfig) -> Iterator[str]:

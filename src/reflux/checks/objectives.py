@@ -6,13 +6,15 @@ from collections.abc import Iterator
 
 from reflux.config.recipe import RunConfig
 from reflux.config.registry import kind_of
+from reflux.config.requirements import Requirements
 from reflux.objectives.base import Objective
 from reflux.teachers.names import objective_teachers, offered, unknown
-from reflux.types import FlowRollout, HiddenTarget, SampledTarget, TopKTarget, VelocityTarget
+from reflux.types import FlowRollout, GivenTarget, HiddenTarget, SampledTarget, TopKTarget, VelocityTarget
 
 _OFFERED = {
     HiddenTarget: "hidden states (the full distribution)",
     TopKTarget: "a top-k list",
+    GivenTarget: "log-probs at the student's most likely tokens",
     SampledTarget: "the sampled token's log-prob",
     VelocityTarget: "the velocity at each denoising step",
 }
@@ -32,13 +34,20 @@ def _objective(cfg: RunConfig, where: str, objective: Objective) -> Iterator[str
         return
     offers = offered(cfg, objective.teacher)
     if not offers & set(objective.accepts):
-        kinds = ", ".join(_OFFERED[kind] for kind in objective.accepts if kind in _OFFERED)
+        kinds = " or ".join(_OFFERED[kind] for kind in objective.accepts if kind in _OFFERED)
         said = ", ".join(_OFFERED[kind] for kind in sorted(offers, key=str) if kind in _OFFERED)
         yield (
             f"{where}: {_called(objective)} needs {kinds}, but teacher '{objective.teacher}' offers "
             f"{said or 'nothing'}. "
             f"{_remedy(cfg, objective)}."
         )
+
+
+def listed(cfg: RunConfig) -> Iterator[Requirements]:
+    """What objectives require besides, because their teacher does not offer the full distribution."""
+    for objective in cfg.objectives:
+        if objective.teacher is not None and HiddenTarget not in offered(cfg, objective.teacher):
+            yield objective.listed
 
 
 def _called(objective: Objective) -> str:

@@ -82,13 +82,13 @@ class JsonServer:
         tries: int = 3,
         token_variable: str | None = None,
     ):
-        self.url, self.patience_s, self.tries = _checked(url), patience_s, tries
+        self.url, self.patience_s, self.tries = checked_url(url), patience_s, tries
         self.token_variable = token_variable
         self.traffic = Traffic()
         self._turn = asyncio.Semaphore(concurrency)
         self._http = httpx2.AsyncClient(
             base_url=self.url,
-            headers=_headers(token_variable),
+            headers=token_header(token_variable),
             timeout=httpx2.Timeout(connect=10.0, read=read_timeout_s, write=60.0, pool=None),
             limits=httpx2.Limits(max_keepalive_connections=concurrency, keepalive_expiry=KEEPALIVE_S),
             trust_env=False,
@@ -181,8 +181,8 @@ class JsonServer:
         )
 
 
-def _checked(url: str) -> str:
-    """The URL without a slash at its end."""
+def checked_url(url: str) -> str:
+    """The URL without a slash at its end. ConfigError for one that names no server or holds a password."""
     try:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL as error:
@@ -198,7 +198,8 @@ def _checked(url: str) -> str:
     return url.rstrip("/")
 
 
-def _headers(token_variable: str | None) -> dict[str, str]:
+def token_header(token_variable: str | None) -> dict[str, str]:
+    """The header with the token of the environment variable; ConfigError if it holds none."""
     if token_variable is None:
         return {}
     token = os.environ.get(token_variable, "")

@@ -7,9 +7,11 @@ and `clients.probe` finds out what a server can do.
 
 from __future__ import annotations
 
+import itertools
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -65,6 +67,24 @@ class GenerateRequest:
         return _body(self.token_ids, params, self.model)
 
 
+class TextScorer(Protocol):
+    """A client of a server that scores given texts. The methods are those of InferenceClient."""
+
+    url: str
+
+    async def logp_at(
+        self, ids: Sequence[int], first: int, asked_TK: np.ndarray, model: str | None = None
+    ) -> np.ndarray: ...
+
+    async def hidden_at(self, ids: Sequence[int], first: int, model: str | None = None) -> np.ndarray: ...
+
+    async def listed(
+        self, ids: Sequence[int], first: int, k: int, model: str | None = None
+    ) -> PromptScores: ...
+
+    async def weight_version(self, ids: Sequence[int], model: str | None = None) -> str | None: ...
+
+
 class InferenceClient(JsonServer):
     """An async context manager: one vLLM server. The arguments are those of JsonServer.
 
@@ -74,11 +94,13 @@ class InferenceClient(JsonServer):
 
     async def __aenter__(self) -> InferenceClient:
         await super().__aenter__()
+        # the names of its requests, which no other client of the server uses
+        self._name, self._numbers = f"reflux-{uuid.uuid4().hex}", itertools.count()
         return self
 
     async def generate(self, request: GenerateRequest) -> Generated:
         """Sample one continuation. A request that fails is sent again with its seed, and counts once."""
-        answer = await self.post(GENERATE, request.body())
+        answer = await self._answer(request.body())
         with decoding.reading():
             return decoding.generated(answer, request.max_tokens, request.top)
 
@@ -113,9 +135,8 @@ class InferenceClient(JsonServer):
     ) -> np.ndarray:
         # vLLM counts the rows from the position before the first scored token.
         params = {**SCORING, **more, "prompt_logprob_start": first - 1, "prompt_logprob_token_ids": asked}
-        answer = await self.post(GENERATE, _body(ids, params, model))
-        found = answer.get("prompt_token_id_logprobs") if isinstance(answer, dict) else None
-        values = decoding.matrix(found, len(ids) - first)
+        answer = await self._answer(_body(ids, params, model))
+        values = decoding.matrix(answer.get("prompt_token_id_logprobs"), len(ids) - first)
         if columns is not None and values.shape[1] != columns:
             raise BadAnswer(f"the answer has {values.shape[1]} log-probs a position instead of {columns}.")
         return values
@@ -125,10 +146,26 @@ class InferenceClient(JsonServer):
         works on every vLLM server; k is at most its `--max-logprobs`. The answer also carries the positions
         before `first`.
         """
-        answer = await self.post(GENERATE, _body(ids, {**SCORING, "prompt_logprobs": k}, model))
-        found = answer.get("prompt_logprobs") if isinstance(answer, dict) else None
+        answer = await self._answer(_body(ids, {**SCORING, "prompt_logprobs": k}, model))
         with decoding.reading():
-            return decoding.listed(found, ids, first, k)
+            return decoding.listed(answer.get("prompt_logprobs"), ids, first, k)
+
+    async def weight_version(self, ids: Sequence[int], model: str | None = None) -> str | None:
+        """The label of the weights that continue `ids`; None if the server does not label its tokens."""
+        made = await self.generate(GenerateRequest(token_ids=ids, max_tokens=1, seed=0, model=model))
+        return made.versions[0].version if made.versions else None
+
+    async def _answer(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to one request of the inference endpoint. Its name, which the server repeats, shows that
+        it belongs to this request.
+        """
+        name = f"{self._name}-{next(self._numbers)}"
+        answer = await self.post(GENERATE, {**body, "request_id": name})
+        if not isinstance(answer, dict):
+            raise BadAnswer("the answer is no JSON object.")
+        if not str(answer.get("request_id", "")).endswith(name):
+            raise BadAnswer("the answer belongs to another request.")
+        return answer
 
     async def control(
         self, path: str, body: Mapping[str, Any] | None = None, query: Mapping[str, str] | None = None

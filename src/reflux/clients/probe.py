@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from reflux.clients.inference import GenerateRequest, InferenceClient
+from reflux.clients.inference import GenerateRequest, InferenceClient, TextScorer
 from reflux.errors import BadAnswer, ServerRefused
 
 Result = TypeVar("Result")
@@ -29,12 +29,14 @@ class Abilities:
     given_ids: bool
     # size of the hidden states that it gives; 0: none
     hidden: int
-    # generated tokens are labelled with the version of the weights
-    versions: bool
+    # the label of the weights in the server; None if it labels nothing
+    version: str | None
     missing: Mapping[str, str]
+    # log-probs of the probed tokens ids[1:], float32, nats
+    logp_T: np.ndarray
 
 
-async def probe(client: InferenceClient, ids: Sequence[int], model: str | None = None) -> Abilities:
+async def probe(client: TextScorer, ids: Sequence[int], model: str | None = None) -> Abilities:
     """ids: three or more tokens of the vocabulary. Raises the errors of the client, where the server does not
     answer plain requests either.
     """
@@ -46,10 +48,11 @@ async def probe(client: InferenceClient, ids: Sequence[int], model: str | None =
         missing["given_ids"] = "its log-probs at given ids differ from its log-probs of the same tokens."
         given = None
     h_TH = await _proved(client.hidden_at(ids, 1, model), "hidden", missing)
-    sampled = await client.generate(GenerateRequest(token_ids=ids, max_tokens=1, seed=0, model=model))
-    if not sampled.versions:
-        missing["versions"] = "its answers have no weight versions."
-    return Abilities(given is not None, 0 if h_TH is None else h_TH.shape[1], bool(sampled.versions), missing)
+    version = await client.weight_version(ids, model)
+    if version is None:
+        missing["version"] = "its answers have no weight versions."
+    width = 0 if h_TH is None else h_TH.shape[1]
+    return Abilities(given is not None, width, version, missing, plain.logp_T)
 
 
 async def _proved(answer: Awaitable[Result], ability: str, missing: dict[str, str]) -> Result | None:

@@ -30,7 +30,8 @@ class TeacherAccuracy(EvalPart):
     other routes are left out. With a NAME, this teacher gets every problem, whatever its routes. Only for
     teachers that have a model: a sampler of the kind used in the run samples from it, with the random numbers
     of the greedy answers of `accuracy`. Null for a `self` teacher, because that is the student, which is
-    measured anyway. `problems`, `max_tokens`, `split` and `examples` are those of `accuracy`.
+    measured anyway, and for a teacher in a server, which gives scores only. `problems`, `max_tokens`, `split`
+    and `examples` are those of `accuracy`.
     """
 
     asked: ClassVar[Asked] = "start"
@@ -59,7 +60,15 @@ class TeacherAccuracy(EvalPart):
         tables_by_name = evaluation.context.teachers
         if not tables:
             raise _without_model(self.teacher)
-        if any(tables_by_name[table].is_student for table in tables):
+        served = [table for table in tables if not tables_by_name[table].in_process]
+        if served:
+            evaluation.services.tell(
+                [
+                    f"teachers.{', '.join(served)}: it is in a server, which gives scores only, so its own "
+                    "accuracy is not measured"
+                ]
+            )
+        if served or any(tables_by_name[table].is_student for table in tables):
             return {"accuracy": None, "low": None, "high": None, "problems": 0, "split": self.split}
         # by the index of the problem
         found: dict[int, Graded] = {}

@@ -20,6 +20,17 @@ DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
+def scale_and_cap(config: Any) -> tuple[float, float | None]:
+    """The factor on the logits and their soft cap, from the config of a text model; None: no cap."""
+    scale = 1.0
+    for name in FACTORS:
+        scale *= float(getattr(config, name, None) or 1.0)
+    for name in DIVISORS:
+        scale /= float(getattr(config, name, None) or 1.0)
+    caps = (getattr(config, name, None) for name in SOFT_CAPS)
+    return scale, next((cap for cap in caps if cap), None)
+
+
 class Bare:
     """A head that is only a matrix with an optional bias."""
 
@@ -50,14 +61,8 @@ class Head:
         """The head of a transformers model. vocabulary: the number of real tokens. The head's module is
         looked up at each use, because adapters may replace it.
         """
-        config = net.config.get_text_config()
-        scale = 1.0
-        for name in FACTORS:
-            scale *= float(getattr(config, name, None) or 1.0)
-        for name in DIVISORS:
-            scale /= float(getattr(config, name, None) or 1.0)
-        caps = (getattr(config, name, None) for name in SOFT_CAPS)
-        return cls(net.get_output_embeddings, vocabulary, scale, next((cap for cap in caps if cap), None))
+        scale, cap = scale_and_cap(net.config.get_text_config())
+        return cls(net.get_output_embeddings, vocabulary, scale, cap)
 
     @classmethod
     def of(

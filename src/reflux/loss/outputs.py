@@ -39,6 +39,11 @@ class TopKLogprobs:
     logp_N: Tensor
 
 
+@dataclass
+class GivenLogprobs(TopKLogprobs):
+    """A TopKLogprobs of a teacher at the student's own most likely tokens."""
+
+
 class FullLogits:
     """The whole distribution, from logits of any float dtype. Log-probs are at least float32, computed once
     and shared by all objectives. On a GPU, `fused_outputs.FusedLogits` gives the same results without the

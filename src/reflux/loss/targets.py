@@ -1,4 +1,4 @@
-"""The outputs of a model along one attempt, in four classes. Each class holds only what the model gave.
+"""The outputs of a model along one attempt, in five classes. Each class holds only what the model gave.
 `types.py` re-exports these classes.
 
 Each class of targets implements the same methods, so callers do not test its type. `heads` are the output
@@ -132,6 +132,18 @@ class TopKTarget(_Known):
                 f"Use a teacher that gives log-probs at given ids, such as 'local'."
             )
         return logp_TK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenTarget(TopKTarget):
+    """A TopKTarget at ids that the student listed: its K most likely tokens when it sampled. The log-probs
+    belong to the full distribution, so the tail 1 - sum exp(logp_TK) is exact up to rounding.
+    """
+
+    def outputs(self, columns: Mapping[str, Tensor]) -> Any:
+        from reflux.loss.outputs import GivenLogprobs
+
+        return GivenLogprobs(**columns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,6 +52,13 @@ class ObjectivePart(Part, Protocol):
         """
         return None
 
+    @property
+    def listed(self) -> Requirements:
+        """What the objective requires in addition where its teacher gives log-probs at listed tokens instead
+        of the full distribution.
+        """
+        return Requirements()
+
     def outside(self, rows: Rows[Any]) -> Tensor | None:
         """True at the rows where the bound of the importance ratio changes the gradient, [N]. None without a
         ratio or without a bound.

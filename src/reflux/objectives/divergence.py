@@ -17,7 +17,7 @@ from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import above_cap, check_ratio, truncated_ratio
 from reflux.objectives.ratio_rules import idle, ratio_papers
 from reflux.objectives.sampled_kl import check_coef
-from reflux.types import HiddenTarget, Target, TopKTarget
+from reflux.types import GivenTarget, HiddenTarget, Target, TopKTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,14 +54,16 @@ class Divergence(ObjectivePart):
     2402.03898), alpha of `alpha` (default 0.5, Amari's family). The other divergences have no mixing weight
     and refuse it. `tv` as a loss: arXiv 2307.15190.
 
-    `support` gives the tokens that are compared. full: the whole vocabulary. student: the student's `k` most
-    likely tokens in the current forward pass (their ids are constants), plus ONE bucket with all remaining
-    mass. Both models use the same tokens. teacher: the same at the teacher's k most likely tokens. If the
-    teacher gave only a list, the mass of its bucket is 1 minus the listed mass, and at least `tail_floor`.
-    With a local teacher `tail_floor` has no effect. union: the k most likely tokens of both models together,
-    each token once (up to 2k), and one bucket. "union" needs a local teacher, because a list has no log-probs
-    at the student's ids. With the bucket, all three are at most the full divergence, and they are biased
-    inside the tail only. k >= V gives the full divergence exactly.
+    `support` gives the tokens that are compared. full: the whole vocabulary. student: the student's `k`
+    most likely tokens in the current forward pass (their ids are constants), plus ONE bucket with all
+    remaining mass. Both models use the same tokens. If the teacher gives log-probs at listed tokens only
+    (a served teacher), these are the k most likely tokens of the policy that sampled. teacher: the same
+    at the teacher's k most likely tokens. If the teacher gave only a list, the mass of its bucket is 1
+    minus the listed mass, and at least `tail_floor`. With a local teacher `tail_floor` has no effect.
+    union: the k most likely tokens of both models together, each token once (up to 2k), and one bucket.
+    "union" needs a local teacher, because a list has no log-probs at the student's ids. With the bucket,
+    all three are at most the full divergence, and they are biased inside the tail only. k >= V gives the
+    full divergence exactly.
 
     `tail` bucket: as above. renormalised: no bucket. Each model's probabilities on the listed tokens are
     divided by their sum, as in the top-k losses of ms-swift, of NeMo-RL and of vOPD's code. This is BIASED,
@@ -165,11 +167,17 @@ class Divergence(ObjectivePart):
 
     @property
     def accepts(self) -> tuple[type[Target], ...]:
-        return (HiddenTarget, TopKTarget) if self.support == "teacher" else (HiddenTarget,)
+        lists: dict[str, tuple[type[Target], ...]] = {"teacher": (TopKTarget,), "student": (GivenTarget,)}
+        return (HiddenTarget, *lists.get(self.support, ()))
 
     @property
     def requirements(self) -> Requirements:
         return Requirements(behaviour=self.k) if self.teacher == "behaviour" else Requirements()
+
+    @property
+    def listed(self) -> Requirements:
+        at_student = self.support == "student" and self.teacher != "behaviour"
+        return Requirements(behaviour=self.k, candidates=self.k) if at_student else Requirements()
 
     def __call__(self, rows: Rows[FullLogits]) -> Tensor:
         cost_N = self._cost(rows.student, rows.teachers[self.teacher])
@@ -187,10 +195,11 @@ class Divergence(ObjectivePart):
 
     def _cost(self, student: FullLogits, teacher: Outputs) -> Tensor:
         from reflux.loss.divergences import DIVERGENCES
-        from reflux.loss.outputs import FullLogits, TopKLogprobs
+        from reflux.loss.outputs import FullLogits, GivenLogprobs, TopKLogprobs
 
         weight = () if self.beta is None else (self.beta,)
-        if self.support == "teacher" and isinstance(teacher, TopKLogprobs):
+        lists = {"teacher": TopKLogprobs, "student": GivenLogprobs}
+        if isinstance(teacher, TopKLogprobs) and isinstance(teacher, lists.get(self.support, ())):
             one, other = self._at_list(student, teacher)
             return DIVERGENCES[self.divergence](one, other, *weight)
         if not isinstance(teacher, FullLogits):
@@ -225,8 +234,9 @@ class Divergence(ObjectivePart):
         logp_NK, ids_NK = teacher.logp_NK, teacher.ids_NK
         if self.k < logp_NK.shape[1]:
             # The list is longer than k if another part requires a longer list.
-            logp_NK, order_NK = logp_NK.topk(self.k, dim=-1)
-            ids_NK = ids_NK.gather(-1, order_NK)
+            whose_NK = logp_NK if self.support == "teacher" else student.at(ids_NK).detach()
+            order_NK = whose_NK.topk(self.k, dim=-1).indices
+            logp_NK, ids_NK = logp_NK.gather(-1, order_NK), ids_NK.gather(-1, order_NK)
         if ids_NK.shape[1] == student.vocabulary:
             # The list is the whole vocabulary, so neither model has a tail.
             return with_tail(student.logp_NV, ids_NK)[:, :-1], logp_NK

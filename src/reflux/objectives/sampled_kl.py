@@ -15,7 +15,7 @@ from reflux.loss.term import Rows
 from reflux.objectives.base import ObjectivePart
 from reflux.objectives.ratio import Ratio, check_ratio, outside, score_cost
 from reflux.objectives.ratio_rules import drawn_elsewhere, idle, ratio_papers, under_lag
-from reflux.types import HiddenTarget, SampledTarget, Target, TopKTarget
+from reflux.types import GivenTarget, HiddenTarget, SampledTarget, Target, TopKTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,7 +168,7 @@ class SampledKL(ObjectivePart):
     @property
     def accepts(self) -> tuple[type[Target], ...]:
         anywhere = self.baseline == "none" or self.baseline in GROUP_BASELINES
-        return (SampledTarget, TopKTarget, HiddenTarget) if anywhere else (HiddenTarget,)
+        return (SampledTarget, TopKTarget, GivenTarget, HiddenTarget) if anywhere else (HiddenTarget,)
 
     @property
     def requirements(self) -> Requirements:

@@ -117,6 +117,16 @@ class ArithmeticTask(TaskPart):
         found = ANSWER.match(made.rpartition("Answer:")[2])
         return float(found is not None and found[1] == prompt.answer)
 
+    def numbers(self, kind: Operation, value: int, low: int, high: int) -> tuple[int, int]:
+        """The least and the greatest number with which the operation on `value` gives a result in
+        [low, high]. The least is above the greatest if there is none. To multiply, `value` must be above 0.
+        """
+        if kind == "add":
+            return max(1, low - value), high - value
+        if kind == "sub":
+            return max(1, value - high), value - low
+        return max(2, -(-low // value)), min(LARGEST_FACTOR, high // value)
+
     @abstractmethod
     def tell(self, chain: Chain, rng: random.Random) -> tuple[str, str, int]:
         """(problem, worked solution, answer) of a chain. rng: chooses the words."""
@@ -153,7 +163,7 @@ class ArithmeticTask(TaskPart):
         value = first = rng.randint(max(2, ranges[0][0]), ranges[0][1])
         chosen: list[tuple[Operation, int]] = []
         for kind, (low, high) in zip(kinds, ranges[1:], strict=True):
-            least, most = numbers(kind, value, low, high)
+            least, most = self.numbers(kind, value, low, high)
             if least > most:
                 return None
             chosen.append((kind, rng.randint(least, most)))
@@ -178,17 +188,6 @@ def split_of(chain: Chain) -> Split:
     """
     tenth = seed_of(chain) % 10
     return "validation" if tenth == 0 else "test" if tenth == 1 else "train"
-
-
-def numbers(kind: Operation, value: int, low: int, high: int) -> tuple[int, int]:
-    """The least and the greatest number with which the operation on `value` gives a result in [low, high].
-    The least is above the greatest if there is none. To multiply, `value` must be above 0.
-    """
-    if kind == "add":
-        return max(1, low - value), high - value
-    if kind == "sub":
-        return max(1, value - high), value - low
-    return max(2, -(-low // value)), min(LARGEST_FACTOR, high // value)
 
 
 def _ranges(kinds: tuple[Operation, ...], largest: int) -> list[tuple[int, int]]:

@@ -4,4 +4,5 @@ TEACHERS = {
     "flow": "reflux.teachers.flow:Flow",
     "local": "reflux.teachers.local:Local",
     "self": "reflux.teachers.self_teacher:SelfTeacher",
+    "vllm": "reflux.teachers.vllm:VLLM",
 }

@@ -123,12 +123,18 @@ class TeacherPart(Part, Protocol):
 class Teacher(TeacherPart, Protocol):
     # The type of rollouts that the teacher can score.
     rollouts: ClassVar[type[Rollout]]
-    # The types of targets that the teacher gives.
-    offers: ClassVar[tuple[type[Target], ...]]
     # True if the model runs in this process, so that one batched call is faster than several calls.
     in_process: ClassVar[bool]
-    # True if the teacher can give its log-probs at any token ids that the student lists.
-    at_ids: ClassVar[bool]
+
+    @property
+    def offers(self) -> tuple[type[Target], ...]:
+        """The types of targets that the teacher gives."""
+        ...
+
+    @property
+    def at_ids(self) -> bool:
+        """True if the teacher can give its log-probs at any token ids that the student lists."""
+        ...
 
     @property
     def follows(self) -> bool:

@@ -17,7 +17,7 @@ from reflux.models.folders import look_for_flow
 from reflux.models.placement import Device, Dtype
 from reflux.models.sizes import Size, size_of
 from reflux.teachers.base import TeacherPart, TeacherScorer
-from reflux.types import FlowRollout, Rollout, VelocityTarget
+from reflux.types import FlowRollout, Rollout, Target, VelocityTarget
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -42,9 +42,7 @@ class Flow(TeacherPart):
     """
 
     rollouts: ClassVar[type[Rollout]] = FlowRollout
-    offers: ClassVar[tuple[type, ...]] = (VelocityTarget,)
     in_process: ClassVar[bool] = True
-    at_ids: ClassVar[bool] = False
     shares_weights: ClassVar[bool] = True
     draws: ClassVar[bool] = True
 
@@ -89,6 +87,14 @@ class Flow(TeacherPart):
 
     def size(self, where: str, student: Size, pixels: int) -> Size | None:
         return size_of(self.model, f"{where}.model", pixels)
+
+    @property
+    def offers(self) -> tuple[type[Target], ...]:
+        return (VelocityTarget,)
+
+    @property
+    def at_ids(self) -> bool:
+        return False
 
     @property
     def follows(self) -> bool:

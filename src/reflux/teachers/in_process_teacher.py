@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from reflux.errors import ModelError
-from reflux.models.chat.naming import about_prompt
 from reflux.models.chat.renderer import Renderer
 from reflux.models.cut import cut
 from reflux.models.packed_attention import attending_packed, why_padded
@@ -26,7 +25,8 @@ from reflux.models.text import Model
 from reflux.models.text_rows import packed, padded
 from reflux.models.token_budget import TokenBudget
 from reflux.teachers.base import Teacher, TeacherRequest, alias_of
-from reflux.types import HiddenTarget, TeacherAnswer, TokenRollout, TopKTarget
+from reflux.teachers.sequences import asked_ids, listed_by_student, read_by
+from reflux.types import HiddenTarget, TeacherAnswer, TopKTarget
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -123,26 +123,7 @@ class InProcessTeacher:
         """The teacher's token ids, and the index where the response starts. The last token is left out,
         because no prediction after it is needed.
         """
-        rollout, view = request.rollout, request.view
-        assert isinstance(rollout, TokenRollout)
-        prompt = rollout.prompt_tokens
-        if view.spans:
-            raise ModelError(
-                f"teachers.{self.name}: this context replaces text inside the response, which a local "
-                "teacher cannot do"
-            )
-        if view.messages != rollout.prompt.messages:
-            with about_prompt(rollout.prompt.id):
-                prompt = np.asarray(self.renderer.ids(view.messages), dtype=np.int64)
-        sequence = np.concatenate([prompt, rollout.tokens_T[:-1]])
-        if len(sequence) > self.model.context_tokens:
-            raise ModelError(
-                f"teachers.{self.name}: prompt {rollout.prompt.id} and its response take {len(sequence)} "
-                "tokens, but the model's context window holds "
-                f"{self.model.context_tokens}. Lower sampler.max_tokens or sampler.max_prompt_tokens, or "
-                "shorten the teacher's context."
-            )
-        return sequence, len(prompt)
+        return read_by(self.name, request, self.renderer, self.model.context_tokens)
 
     @torch.inference_mode()
     def _read(
@@ -198,7 +179,7 @@ class InProcessTeacher:
         target = HiddenTarget(
             teacher=self.name, h_TH=h_TH.to("cpu", copy=True), head=self.head, logp_T=logp_T
         )
-        ids_TK = _listed(request)
+        ids_TK = listed_by_student(request)
         if ids_TK is None or logp_TK is None or logp_T is None:
             return TeacherAnswer(target=target)
         return TeacherAnswer(
@@ -210,7 +191,7 @@ class InProcessTeacher:
         """Per attempt the log-probs of the sampled tokens [T, 1], or of these and of the student's recorded
         top-k [T, 1 + K].
         """
-        ids = [_asked_ids(request) for request in requests]
+        ids = [asked_ids(request) for request in requests]
         widest = max(ids_TK.shape[1] for ids_TK in ids)
         padded = np.concatenate(
             [np.pad(ids_TK, ((0, 0), (0, widest - ids_TK.shape[1])), mode="edge") for ids_TK in ids]
@@ -221,20 +202,3 @@ class InProcessTeacher:
         return [
             rows[end - len(ids_TK) : end, : ids_TK.shape[1]] for end, ids_TK in zip(ends, ids, strict=True)
         ]
-
-
-def _listed(request: TeacherRequest) -> np.ndarray | None:
-    """The student's top-k ids at sampling time, [T, K]; None if the teacher is not required to score them, or
-    none were recorded.
-    """
-    behaviour = request.rollout.behaviour
-    return behaviour.ids_TK if request.requirements.candidates and isinstance(behaviour, TopKTarget) else None
-
-
-def _asked_ids(request: TeacherRequest) -> np.ndarray:
-    """The sampled tokens, followed by the student's top-k ids if they are required and known; [T, 1 or 1 +
-    K].
-    """
-    assert isinstance(request.rollout, TokenRollout)
-    tokens_T1, ids_TK = request.rollout.tokens_T[:, None], _listed(request)
-    return tokens_T1 if ids_TK is None else np.concatenate([tokens_T1, ids_TK], axis=1)

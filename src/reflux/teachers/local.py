@@ -17,7 +17,7 @@ from reflux.models.folders import look_for_text
 from reflux.models.placement import Device, Dtype
 from reflux.models.sizes import Size, size_of
 from reflux.teachers.base import TeacherPart
-from reflux.types import HiddenTarget, Rollout, TokenRollout
+from reflux.types import HiddenTarget, Rollout, Target, TokenRollout
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext
@@ -37,9 +37,7 @@ class Local(TeacherPart):
     """
 
     rollouts: ClassVar[type[Rollout]] = TokenRollout
-    offers: ClassVar[tuple[type, ...]] = (HiddenTarget,)
     in_process: ClassVar[bool] = True
-    at_ids: ClassVar[bool] = True
 
     # A folder, a GGUF file, a hub id, an earlier run directory, `reflux:teacher`, or a peft adapter.
     model: str
@@ -96,6 +94,14 @@ class Local(TeacherPart):
 
     def size(self, where: str, student: Size, pixels: int) -> Size | None:
         return size_of(self.model, f"{where}.model", pixels, self.base_model)
+
+    @property
+    def offers(self) -> tuple[type[Target], ...]:
+        return (HiddenTarget,)
+
+    @property
+    def at_ids(self) -> bool:
+        return True
 
     @property
     def follows(self) -> bool:

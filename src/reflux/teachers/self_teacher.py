@@ -18,7 +18,7 @@ from reflux.contexts.base import Context
 from reflux.contexts.same import Same
 from reflux.models.placement import Device
 from reflux.teachers.base import TeacherPart
-from reflux.types import HiddenTarget, Rollout, TokenRollout
+from reflux.types import HiddenTarget, Rollout, Target, TokenRollout
 
 if TYPE_CHECKING:
     from reflux.config.context import PartContext, StudentSpec
@@ -57,9 +57,7 @@ class SelfTeacher(TeacherPart):
     """
 
     rollouts: ClassVar[type[Rollout]] = TokenRollout
-    offers: ClassVar[tuple[type, ...]] = (HiddenTarget,)
     in_process: ClassVar[bool] = True
-    at_ids: ClassVar[bool] = True
     is_student: ClassVar[bool] = True
 
     # Which student weights the teacher uses.
@@ -102,6 +100,14 @@ class SelfTeacher(TeacherPart):
     def size(self, where: str, student: Size, pixels: int) -> Size | None:
         """The size of the student's weights, in float32."""
         return replace(student, stored_bytes=None if student.parameters is None else student.parameters * 4)
+
+    @property
+    def offers(self) -> tuple[type[Target], ...]:
+        return (HiddenTarget,)
+
+    @property
+    def at_ids(self) -> bool:
+        return True
 
     @property
     def follows(self) -> bool:
