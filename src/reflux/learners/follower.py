@@ -10,6 +10,7 @@ from reflux.learners.hf_engine import HFLearner, load_student
 from reflux.learners.rank_group import RankGroup, ignore_signals
 from reflux.learners.shards import Shards
 from reflux.models.torch_settings import prepare_torch
+from reflux.runtime.library_logging import quiet_libraries
 from reflux.runtime.services import Services
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def follow(cfg: FSDP) -> None:
     that rank 0 does not have ends this process, and so the run.
     """
     ignore_signals()
+    quiet_libraries()
     group = RankGroup.join(cfg.device)
     opening = group.hear()
     if opening is not None:

@@ -174,16 +174,29 @@ def weight_bytes(net: Any) -> dict[str, int]:
     }
 
 
+def _shared_again(net: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, in which the names of one parameter have one tensor, as transformers expects on saving. Each
+    name was gathered by itself.
+    """
+    firsts: dict[int, str] = {}
+    named = base_parameters(net).items()
+    owners = {name: firsts.setdefault(id(parameter), name) for name, parameter in named}
+    return {name: weights[owners.get(name, name)] for name in weights}
+
+
 def export(model: Model, folder: Path, writes: bool = True) -> None:
     """Save the merged student in Hugging Face format, in the dtype that its files had. writes: False in a
     process that only takes part in gathering weights that are divided among processes.
     """
     net, dtype = model.net, model.stored_dtype or torch.float32
     # A student that is divided may not fit into the memory of one device.
-    place = "cpu" if divided(next(net.parameters())) is not None else None
+    apart = divided(next(net.parameters())) is not None
+    place = "cpu" if apart else None
     weights = {name: value.to(place, dtype) for name, value in full_weights(net) if writes}
     if not writes:
         return
+    if apart:
+        weights = _shared_again(net, weights)
     net.save_pretrained(folder, state_dict=weights)
     # save_pretrained writes float32, the dtype of the master weights, into config.json.
     config = json.loads((folder / "config.json").read_text())
