@@ -22,11 +22,45 @@ from reflux.loop import train
 from reflux.training import Options
 
 RANKS = 3
-QUICK: dict[str, Any] = {"prompts_per_step": 32, "threads": 1, "evals": "none", "learner.model": "reflux:student"}
-QUICK |= {"learner.lr": 1e-3, "learner.betas": [0.9, 0.95]}
 CHAT = {"kind": "outside:Chat"}
-ROUTED = {"kind": "outside:Domains"}
-TWO = {"one": {"alias": "main", "routes": ["one"]}, "other": {"alias": "main", "routes": ["other"]}}
+QUICK: dict[str, Any] = {
+    "prompts_per_step": 32,
+    "threads": 1,
+    "evals": "none",
+    "learner.model": "reflux:student",
+    "learner.lr": 1e-3,
+    "learner.betas": [0.9, 0.95],
+}
+# Baselines and advantages of whole groups, credit from the current student's outputs, adapters, recomputed
+# activations, and micro-batches of different numbers on the ranks.
+GROUPS: dict[str, Any] = {
+    "steps": 2,
+    "prompts_per_step": 5,
+    "group_size": 4,
+    "task": CHAT,
+    "rewards": {"verifier": {}},
+    "credit": {"margin": {"student": "now"}, "group_advantage": {}},
+    "objectives": [
+        {"kind": "sampled_kl", "baseline": "leave_one_out"},
+        {"kind": "divergence", "divergence": "jsd", "coef": 0.5},
+        {"kind": "policy_gradient"},
+    ],
+    "learner.lora": {"rank": 3, "alpha": 6},
+    "learner.gradient_checkpointing": True,
+    "learner.micro_batch_tokens": 60,
+    "skip_checks": [],
+}
+# A teacher that follows the student, jumps along the student's path, and spectra of its weights.
+FOLLOWING: dict[str, Any] = {
+    "steps": 3,
+    "prompts_per_step": 3,
+    "group_size": 4,
+    "task": CHAT,
+    "teachers.main.ema": 0.5,
+    "extrapolation": {"kind": "extrapolate", "tries": 1, "accept": "not_worse", "prompts": 2},
+    "eval_every": 1,
+    "evals.foresight": {},
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +76,8 @@ class Job:
     resume: bool = False
     plain: str = ""
     shipped: bool = False
+    # True if two teachers share the prompts
+    routed: bool = False
     # the number of updates after which rank 1 is killed; 0: never
     dies: int = 0
 
@@ -49,36 +85,50 @@ class Job:
         if self.shipped:
             return load_recipe(self.recipe, {"learner.kind": kind, **QUICK, **self.changes})
         changes = {"learner.kind": kind, "learner.betas": [0.9, 0.95], **self.changes}
+        if self.routed:
+            local = {"kind": "local", "alias": "main"}
+            changes["teachers"] = {
+                "main": "none",
+                "good": {**local, "model": teacher, "routes": ["even"]},
+                "home": {**local, "model": student, "routes": ["odd"]},
+            }
         return tiny.config(self.recipe, student, teacher, **changes)
 
 
-def everything() -> dict[str, Any]:
-    """Two routed teachers, whole groups of attempts, credit from the current student's outputs, adapters."""
-    return {
-        "steps": 2,
-        "prompts_per_step": 3,
-        "group_size": 4,
-        "task": {"kind": "outside:Chat"},
-        "credit.margin.student": "now",
-        "learner.lora": {"rank": 3, "alpha": 6},
-        "learner.gradient_checkpointing": True,
-        "learner.micro_batch_tokens": 60,
-        "skip_checks": [],
-    }
-
-
 def jobs() -> list[Job]:
+    """The quickstart on every number of ranks, a step first and then the others; on changing numbers of
+    ranks; and tiny runs.
+    """
     quick = [
-        Job(f"quick-{ranks}", ranks, "quickstart", {"steps": steps}, steps > 1, f"quick-{steps}", True)
+        Job(
+            f"quick-{ranks}", ranks, "quickstart", {"steps": steps}, steps > 1, f"quick-{steps}", shipped=True
+        )
         for ranks in (1, 2, 3)
         for steps in (1, 10)
     ]
     moved = [
-        Job("moved", 3, "quickstart", {"steps": 1}, False, "", True),
-        Job("moved", 2, "quickstart", {"steps": 2}, True, "", True),
-        Job("moved", 1, "quickstart", {"steps": 4}, True, "quick-4", True),
+        Job("moved", ranks, "quickstart", {"steps": steps}, steps > 1, plain, shipped=True)
+        for ranks, steps, plain in ((3, 1, ""), (2, 2, ""), (1, 4, "quick-4"))
     ]
-    return [*quick, *moved]
+    groups = [Job(f"groups-{ranks}", ranks, "opd", GROUPS, plain="groups", routed=True) for ranks in (2, 3)]
+    following = [
+        Job(f"following-{ranks}", ranks, "everything", FOLLOWING, plain="following") for ranks in (2, 3)
+    ]
+    small = {"steps": 2, "task": CHAT}
+    fade = {"position": {"weight": {"kind": "steps", "values": [0.0, 1.0], "boundaries": [1]}}}
+    return [
+        *quick,
+        *moved,
+        *groups,
+        *following,
+        # two ranks without a group
+        Job("few", 3, "opd", {**small, "prompts_per_step": 1}, plain="few"),
+        Job("few", 3, "opd", {**small, "prompts_per_step": 1}, resume=True),
+        # no rank has anything to learn in the first step
+        Job("fading", 2, "opd", {**small, "credit": fade, "log_variance": False}, plain="fading"),
+        Job("hot", 2, "opd", {**small, "steps": 6, "learner.lr": 1e30}),
+        Job("dying", 2, "opd", {**small, "steps": 5, "save_every": 1}, plain="dying", dies=2),
+    ]
 
 
 def main(rank: int, folder: Path, student: str, teacher: str, ports: list[str]) -> None:
