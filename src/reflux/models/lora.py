@@ -175,8 +175,8 @@ def weight_bytes(net: Any) -> dict[str, int]:
 
 
 def _shared_again(net: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights, in which the names of one parameter have one tensor, as transformers expects on saving. Each
-    name was gathered by itself.
+    """The weights, in which the names of one parameter have one tensor, as transformers expects on saving.
+    Each name was gathered by itself.
     """
     firsts: dict[int, str] = {}
     named = base_parameters(net).items()
