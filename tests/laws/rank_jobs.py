@@ -1,5 +1,5 @@
-"""Runs of the learner `fsdp` on 1, 2 and 3 ranks: `python rank_jobs.py RANK FOLDER STUDENT TEACHER PORT...` is
-one of three ranks, which do all the jobs one after the other. Everything is imported once.
+"""Gradients and runs of the learner `fsdp` on 1, 2 and 3 ranks: `python rank_jobs.py RANK FOLDER STUDENT
+TEACHER PORT...` is one of three ranks, which do all of it one after the other. Everything is imported once.
 """
 
 from __future__ import annotations
@@ -9,19 +9,29 @@ import os
 import signal
 import sys
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import torch
+
 import tiny
+from laws.test_ranks import CASES, NORMALISE, worlds
 from reflux.config.recipe import RunConfig, load_recipe
+from reflux.learners.group_shares import shares
 from reflux.learners.hf_engine import HFLearner
+from reflux.learners.rank_group import RankGroup
+from reflux.learners.shards import Shards
 from reflux.loop import train
+from reflux.loss.batch import plan
+from reflux.models.dtensors import gathered
 from reflux.training import Options
 
 RANKS = 3
+# the numbers of ranks on which gradients alone are computed
+GRADIENTS_OF = (2, 3)
 CHAT = {"kind": "outside:Chat"}
 QUICK: dict[str, Any] = {
     "prompts_per_step": 32,
@@ -132,11 +142,14 @@ def jobs() -> list[Job]:
 
 
 def main(rank: int, folder: Path, student: str, teacher: str, ports: list[str]) -> None:
-    for job, port in zip(jobs(), ports, strict=True):
+    for ranks, port in zip(GRADIENTS_OF, ports, strict=False):
+        if rank < ranks:
+            take_rank(rank, ranks, port)
+            gradients(folder / f"gradients-{ranks}.pt")
+    for job, port in zip(jobs(), ports[len(GRADIENTS_OF) :], strict=True):
         if rank >= job.ranks:
             continue
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.ranks)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        take_rank(rank, job.ranks, port)
         if job.dies and rank == 1:
             die_after(job.dies)
         try:
@@ -146,13 +159,41 @@ def main(rank: int, folder: Path, student: str, teacher: str, ports: list[str]) 
             (folder / f"{job.name}.{rank}.error").write_text(traceback.format_exc())
 
 
+def take_rank(rank: int, ranks: int, port: str) -> None:
+    """Describe the group in the environment, as torchrun does."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def gradients(file: Path) -> None:
+    """The gradients of every case of `test_ranks.py` in float64, in several micro-batches. Rank 0 saves them,
+    whole.
+    """
+    group = RankGroup.join("cpu")
+    plain, groups = worlds()
+    cfg = replace(plain.cfg, micro_batch_tokens=20)
+    learner = HFLearner(cfg, plain.context, plain.services, plain.model, Shards(group))
+    mine = [groups[index] for index in shares(groups, group.size)[group.rank]]
+    found = {}
+    for name, objectives in CASES.items():
+        for loss_aggregation in NORMALISE:
+            learner.optimiser.zero_grad()
+            learner.gradients(plan(mine, objectives, loss_aggregation, learner.ranks.counts), objectives)
+            for key, parameter in learner.trained.items():
+                assert parameter.grad is not None
+                found[f"{name}/{loss_aggregation}/{key}"] = gathered(parameter.grad)
+    if group.leads:
+        torch.save(found, file)
+    group.leave()
+
+
 def die_after(updates: int) -> None:
-    gradients = HFLearner.gradients
+    whole = HFLearner.gradients
 
     def broken(self: Any, *args: Any) -> Any:
         if self.updates == updates:
             os.kill(os.getpid(), signal.SIGKILL)
-        return gradients(self, *args)
+        return whole(self, *args)
 
     HFLearner.gradients = broken  # type: ignore[method-assign]
 

@@ -13,23 +13,25 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 import tiny
 from device import ON_GPU
-from laws.rank_jobs import RANKS, Job, jobs
+from laws.rank_jobs import GRADIENTS_OF, RANKS, Job, jobs
+from laws.test_ranks import CASES, NORMALISE, summed, whole
 from reflux import checks
 from reflux.config.recipe import load_recipe
 from reflux.errors import ConfigError
 from reflux.loop import train
 from reflux.training import Options
+from tiny import close
 
 pytestmark = [
     # The runs are made on the CPU. docs/gpu.md says what a first run on GPUs has to confirm.
@@ -38,6 +40,9 @@ pytestmark = [
     pytest.mark.timeout(1500),
 ]
 
+# The bound of losses relative to their size. With the baseline "kl" a loss is a small difference of large
+# terms and loses a digit more, as in tests/golden.
+LOSS, CANCELS = 1e-6, {"following": 1e-4}
 COMPARED = sorted({job.name: job for job in jobs() if job.plain}.items())
 
 
@@ -63,11 +68,11 @@ def free_ports(count: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, student: str, teacher: str) -> Iterator[Runs]:
+def runs(tmp_path_factory: pytest.TempPathFactory, student: str, teacher: str) -> Runs:
     folder = tmp_path_factory.mktemp("sharded")
     script = Path(__file__).with_name("rank_jobs.py")
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)}
-    rest = [str(folder), student, teacher, *free_ports(len(jobs()))]
+    rest = [str(folder), student, teacher, *free_ports(len(GRADIENTS_OF) + len(jobs()))]
     ranks = []
     try:
         for rank in range(RANKS):
@@ -84,7 +89,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, student: str, teacher: str) -
         for process in ranks:
             process.kill()
     errors = [path.read_text() for path in sorted(folder.glob("*.error")) if not path.name.startswith("hot.")]
-    yield Runs(folder, codes, errors)
+    return Runs(folder, codes, errors)
 
 
 def test_every_run_ends_as_it_should(runs: Runs) -> None:
@@ -104,7 +109,7 @@ def test_a_run_on_ranks_is_the_run_in_one_process(runs: Runs, name: str, job: Jo
         for key in ("tokens_sampled", "tokens_trained", "updates", "lr", "flops", "asked"):
             assert one.get(key) == other.get(key), key
         if "loss" in other:
-            assert one["loss"] == pytest.approx(other["loss"], rel=1e-6, abs=1e-9)
+            assert one["loss"] == pytest.approx(other["loss"], rel=CANCELS.get(job.plain, LOSS))
             assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
             assert one["kl_nats_trained"] == pytest.approx(other["kl_nats_trained"], rel=1e-5, abs=1e-9)
     mine, single = runs.student(name), runs.student(f"plain/{job.plain}")
@@ -114,8 +119,10 @@ def test_a_run_on_ranks_is_the_run_in_one_process(runs: Runs, name: str, job: Jo
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_the_first_gradient_is_that_of_one_process(runs: Runs, ranks: int) -> None:
-    """Within 1e-6 of the largest entry. After one step Adam's first moment is 0.1 times the clipped gradient,
-    and the first step's weights are those of a run that was resumed from them.
+    """In float32, on the quickstart's shape. After one step Adam's first moment is 0.1 times the clipped
+    gradient. The difference has at most 1e-6 of its norm. Single entries differ by at most 2e-6 of the
+    largest one: the gradients of norms are sums over all positions, and in one process they differ by 1.2e-6
+    when micro-batches of 300 tokens add in another order. In float64 they are equal, see below.
     """
     norms = [runs.rows(name)[0]["grad_norm"] for name in (f"quick-{ranks}", "plain/quick-1")]
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
@@ -123,13 +130,28 @@ def test_the_first_gradient_is_that_of_one_process(runs: Runs, ranks: int) -> No
     assert mine.keys() == single.keys()
     largest = max(float(value.abs().max()) for value in single.values())
     assert largest > 1e-3
-    assert max(float((mine[key] - single[key]).abs().max()) for key in single) <= 1e-6 * largest
+    assert max(float((mine[key] - single[key]).abs().max()) for key in single) <= 2e-6 * largest
+    apart, size = (
+        sum(float(value.double().square().sum()) for value in table.values()) ** 0.5
+        for table in ({key: mine[key] - single[key] for key in single}, single)
+    )
+    assert apart <= 1e-6 * size
+
+
+@pytest.mark.parametrize("loss_aggregation", NORMALISE)
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_of_divided_weights_are_those_of_the_whole_batch(
+    runs: Runs, name: str, loss_aggregation: str
+) -> None:
+    """In float64, for every objective of law 4, over micro-batches and ranks."""
+    expected = whole(loss_aggregation, name)
+    for ranks in GRADIENTS_OF:
+        found = torch.load(runs.folder / f"gradients-{ranks}.pt")
+        close(expected, summed(found, f"{name}/{loss_aggregation}"))
 
 
 def moments(run: Path) -> dict[str, Tensor]:
     """Adam's first moments after the first step, whole, from the files of all ranks."""
-    import torch
-
     whole: dict[str, Tensor] = {}
     (folder,) = run.glob("checkpoints/step-1/learner")
     for file in sorted(folder.glob("*.safetensors")):
@@ -141,7 +163,7 @@ def moments(run: Path) -> dict[str, Tensor]:
 
 def test_spectra_and_jumps_are_those_of_one_process(runs: Runs) -> None:
     plain = runs.rows("plain/following", "evals")
-    assert {row["jumped"] for row in runs.rows("plain/following", "searches")} == {True}
+    assert all(row["accepted"] > 1 for row in runs.rows("plain/following", "searches"))
     for ranks in (2, 3):
         for one, other in zip(runs.rows(f"following-{ranks}", "evals"), plain, strict=True):
             ours, theirs = one["foresight"], other["foresight"]
