@@ -51,12 +51,12 @@ class FSDPLearner:
     @asynccontextmanager
     async def opened(cls, cfg: FSDP, context: PartContext, services: Services) -> AsyncIterator[FSDPLearner]:
         group = RankGroup.join(cfg.device)
-        group.busy = True
-        group.tell([(cfg, context)] * group.size)
-        local = await services.run_model(one_rank, cfg, context, services, group)
-        group.busy = False
-        services.listener.noted(f"the student is divided among {group.size} processes (FSDP2)")
         try:
+            group.tell([(cfg, context)] * group.size)
+            group.busy = True
+            local = await services.run_model(one_rank, cfg, context, services, group)
+            group.busy = False
+            services.listener.noted(f"the student is divided among {group.size} processes (FSDP2)")
             yield cls(local, group)
         finally:
             group.leave()

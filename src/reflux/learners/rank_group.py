@@ -25,7 +25,7 @@ Value = TypeVar("Value")
 
 # A rank waits for the next message while the others sample and evaluate, which has no limit in time.
 _NEVER = timedelta(days=365)
-# Seconds in which the thread that watches a rank notices its end.
+# Seconds in which a thread that watches a rank notices its end.
 _NOTICED_S = 5.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -97,7 +97,7 @@ class RankGroup:
 
     def leave(self) -> None:
         """End the group. Rank 0 tells the others, unless they compute and do not listen."""
-        if self.leads and self.busy:
+        if self.leads and self.busy and self.size > 1:
             # The others notice when this process ends.
             return
         if self.leads:
@@ -113,7 +113,7 @@ class RankGroup:
         """Wait, after an error while ranks computed together. If the reason is a rank that has ended, this
         process ends meanwhile, with a sentence.
         """
-        for watch in self._watches:
+        for watch in self._watches[:1]:
             watch.join(_NOTICED_S)
 
     def _watch(self, rank: int) -> None:
