@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
@@ -41,9 +42,8 @@ class FSDP(HF):
             )
 
     def follow(self) -> bool:
-        from reflux.learners.rank_group import rank_here
-
-        if rank_here() == 0:
+        # torchrun sets it. Rank 0 leads.
+        if os.environ.get("RANK", "0") == "0":
             return False
         from reflux.learners.follower import follow
 

@@ -30,10 +30,6 @@ _NOTICED_S = 5.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def rank_here() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 class RankGroup:
     """One group from `join` to `leave`. The tensors of the model go over the device's own connections (nccl
     on GPUs, else gloo). Messages go over gloo, on the CPU.
