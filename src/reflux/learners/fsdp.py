@@ -23,7 +23,7 @@ class FSDP(HF):
     """As `hf`, with weights, gradients and Adam moments divided among the processes that torchrun starts
     (FSDP2). Without torchrun it is one process.
 
-        torchrun --nproc-per-node 2 -m reflux run quickstart learner.kind=fsdp
+        torchrun --nproc-per-node 2 -m reflux.cli.main run RECIPE.toml
 
     Rank 0 runs the loop, with the sampler, the teachers and all files. The other ranks take part in the
     student's passes. Whole groups of attempts are shared out; the gradient is that of one process. Master
