@@ -185,6 +185,9 @@ def gradients(file: Path) -> None:
                 found[f"{name}/{loss_aggregation}/{key}"] = gathered(parameter.grad)
     if group.leads:
         torch.save(found, file)
+    else:
+        # rank 0 says that it leaves
+        assert group.hear() is None
     group.leave()
 
 

@@ -92,7 +92,9 @@ class RankGroup:
         return values
 
     def leave(self) -> None:
-        """End the group. Rank 0 tells the others, unless they compute and do not listen."""
+        """End the group. Rank 0 tells the others by the message None, unless they compute and do not listen.
+        Another rank calls this when it has heard None.
+        """
         if self.leads and self.busy and self.size > 1:
             # The others notice when this process ends.
             return
