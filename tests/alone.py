@@ -86,28 +86,31 @@ async def teacher(part: Any, context: PartContext, more: Any) -> Any:
 
 
 async def learner(part: Any, context: PartContext, more: Any) -> Any:
-    """Makes two steps, says what it observes, and what it publishes."""
+    """Makes two steps, says what it observes, and what it publishes. Another one takes up its state, and both
+    make the next step.
+    """
     services = Services(context.student)
-    async with part.open(context, services) as opened:
-        groups = [[attempt] for attempt in more["attempts"]]
-        results = [
-            await opened.step(StepRequest(groups, more["objectives"], StepContext(step, context.seed)))
-            for step in range(2)
-        ]
-        seen = await opened.observe(groups)
-        weights = opened.publish()
-        found = (
-            [result.records for result in results],
-            {name: stat.value for name, stat in results[-1].stats.items()},
-        )
-        moved = weights.version, [(name, value.clone()) for name, value in weights.tensors()]
-        with tempfile.TemporaryDirectory() as folder:
+    groups = [[attempt] for attempt in more["attempts"]]
+    first, second, next_one = (
+        StepRequest(groups, more["objectives"], StepContext(step, context.seed)) for step in range(3)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        async with part.open(context, services) as opened:
+            results = [await opened.step(request) for request in (first, second)]
+            seen = await opened.observe(groups)
+            weights = opened.publish()
+            found = (
+                [result.records for result in results],
+                {name: stat.value for name, stat in results[-1].stats.items()},
+            )
+            moved = weights.version, [(name, value.clone()) for name, value in weights.tensors()]
             opened.save(Path(folder) / "state")
             opened.export(Path(folder) / "student")
-            async with part.open(context, services) as again:
-                again.load(Path(folder) / "state")
-                next_one = StepRequest(groups, more["objectives"], StepContext(2, context.seed))
-                both = [(await one.step(next_one)).records for one in (opened, again)]
+            later = (await opened.step(next_one)).records
+        # A process has one group of ranks at a time, so the first learner is closed.
+        async with part.open(context, services) as again:
+            again.load(Path(folder) / "state")
+            both = [later, (await again.step(next_one)).records]
     services.close()
     return found, seen, moved, both
 

@@ -203,6 +203,8 @@ def test_every_command_parses(page: str, line: str, monkeypatch: pytest.MonkeyPa
         )
     elif tool in ("python", "python3"):
         check_python(given)
+    elif tool == "torchrun":
+        check_torchrun(given)
     else:
         assert tool == "pip", f"do not know how to check: {line}"
         assert given[0] == "install"
@@ -227,6 +229,13 @@ def check_reflux(words: list[str]) -> None:
     path = ROOT / recipe
     overrides = [text for text in found.get("overrides") or [] if not text.isupper()]
     checks.join(load_recipe(path if path.suffix == ".toml" else recipe, overrides))
+
+
+def check_torchrun(words: list[str]) -> None:
+    """It starts the module of the command line in every process."""
+    place = words.index("-m")
+    assert words[place + 1] == "reflux.cli.main"
+    check_reflux(words[place + 2 :])
 
 
 def check_python(words: list[str]) -> None:

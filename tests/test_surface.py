@@ -27,7 +27,7 @@ contexts      same peers privileged
 objectives    sampled_kl divergence nll policy_gradient velocity_kl
 credit        prefix position group_advantage release margin balance
 rewards       verifier environment
-learners      flow hf
+learners      flow fsdp hf
 extrapolation  extrapolate
 tasks         word_problems chains gsm8k jsonl mix glyphs
 evals         accuracy agreement foresight teacher_accuracy test_accuracy
@@ -81,6 +81,10 @@ extrapolation.extrapolate
                         tries=5 prompts=50 samples=1 accept='better' rescore_incumbent=False score='accuracy' teacher='main'
                         max_tokens=None include=('attn','attention','mlp','ffn','.ff','feed_forward')
 learners.hf             model base_model=None system=None template={} prompt_suffix=None lr=1e-06 betas=(0.9,0.999) eps=1e-08 weight_decay=0.0
+                        clip=1.0 min_grad_norm=1e-06
+                        micro_batch_tokens='auto' lora=None gradient_checkpointing=False compile=False autocast='auto' device='auto'
+                        attention=None trust_remote_code=False
+learners.fsdp           model base_model=None system=None template={} prompt_suffix=None lr=1e-06 betas=(0.9,0.999) eps=1e-08 weight_decay=0.0
                         clip=1.0 min_grad_norm=1e-06
                         micro_batch_tokens='auto' lora=None gradient_checkpointing=False compile=False autocast='auto' device='auto'
                         attention=None trust_remote_code=False

@@ -38,8 +38,12 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
     At most `max_staleness` optimiser steps lie between sampling and learning; 0 is strictly on-policy. The
     loop is the same for text and for flows.
     """
+    if cfg.learner.follow():
+        # Another process runs this loop. This one has held a part of its student.
+        return {}
     run = Run.open(cfg, checks.join(cfg), options)
     if run.finished:
+        cfg.learner.dismiss()
         with closing(run):
             return run.summary()
     opening = open_parts(cfg, run.context, run.services)

@@ -89,8 +89,7 @@ ILLEGAL: dict[str, tuple[str, dict[str, Any], str]] = {
         "opd",
         {"deterministic": True, "sampler.turns": "ready"},
         "deterministic = true requires a run that repeats bit for bit, but sampler 'hf' with these settings "
-        "depends "
-        "on timing. Set sampler.turns",
+        'depends on timing. Use kind "hf" with turns = "together"',
     ),
     "top_p": ("opd", {"sampler.top_p": 0.9}, "top_p = 0.9"),
     "policy gradient on given answers": (

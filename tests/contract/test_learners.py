@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 import tiny
 import tiny_flow
@@ -38,6 +39,31 @@ def of_text(requirements: Requirements, **fields: Any) -> tuple[Any, list[Group]
     return learner, [[tiny.attempt(rollout(n, seed=n), teacher)] for n in LENGTHS], Divergence()
 
 
+def of_ranks(requirements: Requirements, **fields: Any) -> tuple[Any, list[Group], Any]:
+    """One rank, which leads. A process has one group at a time."""
+    from reflux.learners.fsdp_engine import FSDPLearner
+    from reflux.learners.hf_engine import HFLearner
+    from reflux.learners.rank_group import RankGroup
+    from reflux.learners.shards import Shards
+
+    plain, groups, objective = of_text(requirements, **fields)
+    end_group()
+    group = RankGroup.join("cpu")
+    local = HFLearner(plain.cfg, plain.context, plain.services, plain.model, Shards(group))
+    return FSDPLearner(local, group), groups, objective
+
+
+@pytest.fixture(autouse=True)
+def no_group_left() -> Iterator[None]:
+    yield
+    end_group()
+
+
+def end_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def of_flow(requirements: Requirements, **fields: Any) -> tuple[Any, list[Group], Any]:
     from reflux.learners.flow import Flow
     from reflux.learners.flow_engine import FlowLearner
@@ -51,8 +77,16 @@ def of_flow(requirements: Requirements, **fields: Any) -> tuple[Any, list[Group]
     )
 
 
-WORLDS: dict[str, Callable[..., tuple[Any, list[Group], Any]]] = {"hf": of_text, "flow": of_flow}
-WANTED = {"hf": Requirements(now_topk=3), "flow": Requirements(now_at_behaviour=True)}
+WORLDS: dict[str, Callable[..., tuple[Any, list[Group], Any]]] = {
+    "hf": of_text,
+    "fsdp": of_ranks,
+    "flow": of_flow,
+}
+WANTED = {
+    "hf": Requirements(now_topk=3),
+    "fsdp": Requirements(now_topk=3),
+    "flow": Requirements(now_at_behaviour=True),
+}
 every_learner = pytest.mark.parametrize("kind", sorted(LEARNERS))
 
 
@@ -138,7 +172,7 @@ def test_step_returns_one_record_per_attempt_in_order(kind: str) -> None:
 
 @every_learner
 def test_kl_by_position_adds_up_to_the_metric_however_the_batch_is_cut(kind: str) -> None:
-    size = {"hf": "micro_batch_tokens", "flow": "micro_batch"}[kind]
+    size = "micro_batch" if kind == "flow" else "micro_batch_tokens"
     found = []
     for room in (1, 1 << 20):
         learner, groups, objective = WORLDS[kind](Requirements(), **{size: room})
@@ -208,5 +242,5 @@ def test_the_loop_stores_what_a_learner_returns(kind: str) -> None:
 def test_every_learner_here_offers_its_weights(kind: str) -> None:
     learner, *_ = WORLDS[kind](Requirements())
     assert list(learner.access.names) == [
-        name for name, _ in learner.net.named_parameters(remove_duplicate=False)
+        name for name, _ in learner.model.net.named_parameters(remove_duplicate=False)
     ]

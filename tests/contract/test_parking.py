@@ -79,7 +79,7 @@ def test_a_model_that_reading_changes_reads_for_one_thread_at_a_time(monkeypatch
         rollout(5, seed=1), TeacherPrompt(rollout(5, seed=1).prompt.messages), told.requirements
     )
     with ThreadPoolExecutor(2) as threads:
-        one, other = threads.map(teacher._score, [[request], [request]])
+        one, other = threads.map(teacher.answer, [[request], [request]])
     assert most == [1, 1]
     np.testing.assert_array_equal(one[0].target.logp_T, other[0].target.logp_T)  # type: ignore[union-attr]
 

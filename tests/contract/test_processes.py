@@ -87,7 +87,11 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "teacher_samples": {"generate": {"kind": "flow", "steps": 4, "eval_steps": 3}, "positions": 3},
 }
 TEACHERS = {"local": "model", "self": "", "flow": "model", "vllm": "model"}
-LEARNERS: dict[str, dict[str, Any]] = {"hf": {"lr": 1e-3}, "flow": {"lr": 1e-3, "micro_batch": 3}}
+LEARNERS: dict[str, dict[str, Any]] = {
+    "hf": {"lr": 1e-3},
+    "fsdp": {"lr": 1e-3},
+    "flow": {"lr": 1e-3, "micro_batch": 3},
+}
 REWARDS: dict[str, dict[str, Any]] = {"verifier": {}}
 TASKS: dict[str, dict[str, Any]] = {
     "word_problems": {},

@@ -27,6 +27,7 @@ from reflux.extrapolation.base import Extrapolation
 from reflux.extrapolation.extrapolate import Extrapolate
 from reflux.learners.base import Learner
 from reflux.learners.flow import Flow as FlowLearner
+from reflux.learners.fsdp import FSDP
 from reflux.learners.hf import HF as HFLearner
 from reflux.objectives.base import Objective
 from reflux.objectives.divergence import Divergence
@@ -82,7 +83,7 @@ def rewards() -> list[RewardFn]:
 
 
 def learners() -> list[Learner]:
-    return [HFLearner("m"), FlowLearner("m")]
+    return [HFLearner("m"), FlowLearner("m"), FSDP("m")]
 
 
 def extrapolation() -> list[Extrapolation]:

@@ -29,6 +29,9 @@ def run_recipe(recipe: str, overrides: list[str], out: Path | None, resume: bool
     resume: continue an earlier run. After a stop by the user the exit code is 130, as shells expect.
     """
     cfg = load_recipe(recipe, overrides)
+    if cfg.learner.follow():
+        # Another process shows the run.
+        return
     folder = choose_folder(cfg.recipe, out, resume)
     check_place(folder)
     if resume and (folder / "config.toml").is_file():

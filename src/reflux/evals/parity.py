@@ -15,7 +15,7 @@ from reflux.models.placement import autocasts
 from reflux.types import Group, TokenRollout
 
 if TYPE_CHECKING:
-    from reflux.learners.hf_engine import HFLearner
+    from reflux.learners.base import OpenLearner
 
 NARROW = ("bfloat16", "float16")
 
@@ -42,14 +42,14 @@ def sampled_texts(groups: Sequence[Group]) -> list[TokenRollout]:
     return [rollout for rollout in rollouts if isinstance(rollout, TokenRollout) and rollout.length]
 
 
-def parity(learner: HFLearner, groups: Sequence[Group], dtype: str) -> Finding:
+def parity(learner: OpenLearner, groups: Sequence[Group], dtype: str) -> Finding:
     """The finding on the sampled tokens of all attempts. dtype: of the sampler."""
     from reflux.learners.observe import logp
-    from reflux.learners.own_pass import own_logp
+    from reflux.learners.own_pass import own_logps
 
     rollouts = sampled_texts(groups)
-    learnt = logp(learner, groups)
-    own = [own_logp(learner, rollout.prompt_tokens, rollout.tokens_T) for rollout in rollouts]
+    learnt = learner.everywhere(logp, groups)
+    own = learner.everywhere(own_logps, rollouts)
     sampled = [rollout.policy_logp_T for rollout in rollouts]
     masks = [rollout.mask_T for rollout in rollouts]
     pairs = [

@@ -61,7 +61,7 @@ def _end(learner: Any, renderer: Renderer, prompt: Prompt) -> Iterator[Finding]:
         before, closed = np.asarray(renderer.ids(prompt.messages)), np.asarray([*ids[:-1], ends[0]])
         if len(closed) > _LONGEST or len(before) + len(closed) > learner.model.context_tokens:
             continue
-        found.append(float(np.exp(own_logp(learner, before, closed)[-1])))
+        found.append(float(np.exp(learner.everywhere(own_logp, before, closed)[-1])))
     if found and max(found) < _ALMOST_NONE:
         token = learner.model.tokenizer.convert_ids_to_tokens(ends[0])
         text = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -109,7 +108,8 @@ def gradient(learner: Any, groups: Sequence[Group]) -> Iterator[Finding]:
     attempts = [a for group in groups for a in group if a.rollout.length]
     if not attempts:
         return
-    norm = gradient_norm(learner, min(attempts, key=lambda attempt: attempt.rollout.length))
+    shortest = min(attempts, key=lambda attempt: attempt.rollout.length)
+    norm = learner.everywhere(gradient_norm, shortest)
     right = np.isfinite(norm) and norm > 0
     text = f"the gradient of a short answer's log-probs has the norm {norm:.2g}"
     yield Finding("ok" if right else "failed", "gradient", text)
@@ -188,20 +188,9 @@ async def at_identity(
     """Check that a teacher with the student's weights gives the same log-probs as the student. groups:
     attempts of the student.
     """
-    from reflux.learners.observe import logp
-    from reflux.teachers.local import Local
-    from reflux.teachers.local_engine import LocalTeacher
+    from reflux.learners.as_teacher import identity_gaps
 
-    rollouts = sampled_texts(groups)
-    requests = plain_requests(rollouts)
-    local = Local(context.student.model)
-    with closing(LocalTeacher(local, context, services, learner.model, frozen=False)) as answers:
-        found = [answer.target for answer in await answers.score(requests)]
-        gaps = [
-            np.abs(target.sampled_logp_T(rollout, services.heads) - now_T)
-            for rollout, target, now_T in zip(rollouts, found, logp(learner, groups), strict=True)
-            if target is not None
-        ]
+    gaps = learner.everywhere(identity_gaps, context, groups)
     # This teacher has the learner's float32 weights and no autocast.
     narrow = autocasts(learner.cfg.autocast, learner.model.device)
     gap = Gaps("the student and itself as teacher", gaps, narrow)

@@ -1,3 +1,7 @@
 """Learners: the parts that train the student."""
 
-LEARNERS = {"flow": "reflux.learners.flow:Flow", "hf": "reflux.learners.hf:HF"}
+LEARNERS = {
+    "flow": "reflux.learners.flow:Flow",
+    "fsdp": "reflux.learners.fsdp:FSDP",
+    "hf": "reflux.learners.hf:HF",
+}

@@ -9,10 +9,10 @@ the student's weights without any evidence. A learner returns its results and do
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from reflux.config.part import Part
 from reflux.config.schedules import Number, at, first_below
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from reflux.models.text_shape import TextShape
     from reflux.runtime.services import Services
     from reflux.runtime.weights import Weights
+
+
+Done = TypeVar("Done")
 
 
 class OpenLearner(Protocol):
@@ -63,6 +66,13 @@ class OpenLearner(Protocol):
     def macs(self) -> int:
         """Multiply-accumulates per position, for FLOP accounting. For a language model this is the number of
         active parameters.
+        """
+        ...
+
+    def everywhere(self, work: Callable[..., Done], *arguments: Any) -> Done:
+        """The result of work(learner, *arguments) in this process. If several processes share the student's
+        weights, all of them run `work` at the same time, each with its own learner. Measurements that use the
+        model are made in this way. work: a function that can be pickled.
         """
         ...
 
@@ -103,6 +113,15 @@ class LearnerPart(Part, Protocol):
     def averages(self) -> bool:
         """True if an average of the weights is kept. Evaluations and exports then use the average."""
         return False
+
+    def follow(self) -> bool:
+        """In a process that only holds a part of the student: take part in the run of the process that leads,
+        until that run ends, and return True. False in every other process, at once.
+        """
+        return False
+
+    def dismiss(self) -> None:
+        """End the other processes' wait for a run that has nothing left to do. Called instead of `open`."""
 
     def activation_bytes(self, shape: TextShape, gpu: bool, tokens: int) -> int:
         """An estimate of the bytes that one micro-batch keeps for its backward pass; 0 if it is not known.

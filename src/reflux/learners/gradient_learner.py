@@ -1,32 +1,36 @@
-"""Common base of the learners in this process: AdamW on float32 master weights, and an optional average of
-these weights.
+"""Common base of the learners: AdamW on float32 master weights, and an optional average of these weights.
+
+Several processes may share the weights (`ranks.py`). Every method that computes with them is then called in
+all processes at the same time.
 """
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from reflux.config.schedules import Number, at
+from reflux.config.schedules import at
 from reflux.errors import StepRefused
-from reflux.learners.tally import Tally
+from reflux.learners.optimised import Optimised
+from reflux.learners.ranks import Alone, Ranks
+from reflux.learners.tally import Learned, Tally, learned
 from reflux.loss.aggregate import Result
 from reflux.loss.batch import Item, plan
 from reflux.loss.step import StepRequest, StepResult
 from reflux.loss.term import LossTerm
 from reflux.metrics.values import Max, Stats, Sum
 from reflux.models import lora
+from reflux.models.dtensors import gathered
 from reflux.models.net_access import NetAccess
 from reflux.runtime.weights import AdapterWeights, InMemory
-from reflux.storage import checkpoints
 from reflux.types import Attempt, Group, StepRecord, Target
 
 if TYPE_CHECKING:
@@ -34,30 +38,7 @@ if TYPE_CHECKING:
     from reflux.models.settings import Average
     from reflux.runtime.services import Services
 
-
-class Optimised(Protocol):
-    """The keys of the recipe's `[learner]` table that the optimiser reads."""
-
-    @property
-    def lr(self) -> Number: ...
-
-    @property
-    def betas(self) -> tuple[float, float]: ...
-
-    @property
-    def eps(self) -> float: ...
-
-    @property
-    def weight_decay(self) -> float: ...
-
-    @property
-    def clip(self) -> float: ...
-
-    @property
-    def min_grad_norm(self) -> float: ...
-
-    @property
-    def gradient_checkpointing(self) -> bool: ...
+Done = TypeVar("Done")
 
 
 class GradientLearner(ABC):
@@ -75,11 +56,13 @@ class GradientLearner(ABC):
         services: Services,
         net: nn.Module,
         average: Average | None = None,
+        ranks: Ranks | None = None,
     ):
         """Train the parameters of `net` that require a gradient. average: the settings of an average of the
-        weights; None: no average is kept.
+        weights; None: no average is kept. ranks: the processes that share the weights; None: only this one.
         """
         self.settings, self.context, self.services = cfg, context, services
+        self.ranks = ranks or Alone()
         self.net, self.average = net, average
         # `updates` counts optimiser steps; `version` also counts extrapolation jumps.
         self.version = self.updates = 0
@@ -129,8 +112,15 @@ class GradientLearner(ABC):
     @abstractmethod
     def backward(self, part: list[Item], objectives: Sequence[LossTerm], log_variance: bool) -> Result:
         """Compute the loss of one micro-batch and run its backward pass. Gradients are added to those of the
-        parameters. log_variance: True if the variance of the sampled gradient is computed too.
+        parameters. log_variance: True if the variance of the sampled gradient is computed too. part: empty
+        where another rank has more micro-batches; the loss is then 0.
         """
+
+    def everywhere(self, work: Callable[..., Done], *arguments: Any) -> Done:
+        """The result of work(learner, *arguments). Where several processes share the weights, each of them
+        runs it, and this is the result of the process that runs the loop.
+        """
+        return work(self, *arguments)
 
     def publish(self) -> InMemory:
         config = lora.adapter_config(self.net)
@@ -161,10 +151,11 @@ class GradientLearner(ABC):
 
     async def observe(self, groups: Sequence[Group]) -> list[Target | None]:
         attempts = [attempt for group in groups for attempt in group]
-        found = await self.services.run_model(self._observe, groups) if self.observes else {}
+        found = await self.services.run_model(self.seen, groups) if self.observes else {}
         return [found.get(id(attempt)) for attempt in attempts]
 
-    def _observe(self, groups: Sequence[Group]) -> dict[int, Target]:
+    def seen(self, groups: Sequence[Group]) -> dict[int, Target]:
+        """The current student's outputs by the id() of the attempt."""
         found: dict[int, Target] = {}
         for attempt, target in self.observed(groups):
             found[id(attempt)] = target
@@ -175,31 +166,45 @@ class GradientLearner(ABC):
         return await self.services.run_model(self._step, request)
 
     def _step(self, request: StepRequest) -> StepResult:
+        return self.learn(request, range(len(request.attempts)), len(request.attempts))
+
+    def learn(self, request: StepRequest, places: Sequence[int], attempts: int) -> StepResult:
+        """Make one optimiser step together with the other ranks. request: the share of this rank. places: the
+        index of each of its attempts in the whole batch. attempts: the number of attempts of the whole batch.
+        """
         started = time.perf_counter()
-        items = plan(request.groups, request.objectives, request.loss_aggregation)
+        items = plan(request.groups, request.objectives, request.loss_aggregation, self.ranks.counts)
+        done = self.ranks.together(self._learned(request, items, places))
+        stats, records = learned(done, attempts, request.log_variance)
+        if "loss" in stats:
+            stats |= self._move(request.step_context.step, float(stats["loss"].value or 0.0), records)
+        self.services.clock.add("learn", time.perf_counter() - started)
+        return StepResult(
+            stats, records, sum(each.forward for each in done), sum(each.backward for each in done)
+        )
+
+    def _learned(self, request: StepRequest, items: list[Item], places: Sequence[int]) -> Learned:
+        """Accumulate the gradient of this rank's items, unless no rank has any."""
         stats: Stats = {"tokens_trained": Sum(sum(len(item.rows_N) for item in items))}
-        records: list[StepRecord | None] = [None] * len(request.attempts)
-        if items:
+        records: list[StepRecord | None] = [None] * len(places)
+        if any(self.ranks.together(bool(items))):
             self.optimiser.zero_grad(set_to_none=True)
             tally = self.gradients(items, request.objectives, request.log_variance)
             records = tally.records(request.attempts)
-            stats |= tally.stats(request.log_variance) | self._move(
-                request.step_context.step, tally.loss, records
-            )
-        self.services.clock.add("learn", time.perf_counter() - started)
+            stats |= tally.stats()
         backward = sum(item.positions for item in items)
         forward, self._observed = (
             self._observed + backward * (2 if self.settings.gradient_checkpointing else 1),
             0,
         )
-        return StepResult(stats, records, forward, backward)
+        return Learned(stats, dict(zip(places, records, strict=True)), forward, backward)
 
     def _move(self, step: int, loss: float, records: list[StepRecord | None]) -> Stats:
         """Make the optimiser step along the accumulated gradient. StepRefused, with the records, if the loss
         or the gradient norm is not finite.
         """
         lr = at(self.settings.lr, step)
-        norm = float(nn.utils.clip_grad_norm_(list(self.trained.values()), self.settings.clip))
+        norm = float(gathered(nn.utils.clip_grad_norm_(list(self.trained.values()), self.settings.clip)))
         if not (np.isfinite(norm) and np.isfinite(loss)):
             self.optimiser.zero_grad(set_to_none=True)
             raise StepRefused(
@@ -229,6 +234,7 @@ class GradientLearner(ABC):
             # An interrupted pass may have added a part of its gradient, so the whole batch begins again.
             self.optimiser.zero_grad(set_to_none=True)
             self.shrink(items)
+        self.ranks.add_up(self.trained.values())
         return tally
 
     def _accumulated(
@@ -237,7 +243,7 @@ class GradientLearner(ABC):
         """As `gradients`; None if the memory of the device was exceeded."""
         tally = Tally()
         try:
-            for part in self.micro_batches(items):
+            for part in self.ranks.passes(self.micro_batches(items)):
                 tally.add(part, self.backward(part, objectives, log_variance))
         except torch.OutOfMemoryError:
             return None
@@ -251,10 +257,10 @@ class GradientLearner(ABC):
                 mean.lerp_(self.trained[name], 1 - self.average.decay)
 
     def save(self, folder: Path) -> None:
-        checkpoints.write(folder, self.state())
+        self.ranks.save(folder, self.state())
 
     def load(self, folder: Path) -> None:
-        self.take_up(checkpoints.read(folder))
+        self.take_up(self.ranks.load(folder, lora.base_parameters(self.net) | self.trained))
 
     def state(self) -> dict[str, Any]:
         """Trained weights, their average and Adam's moments by parameter name, and the frozen weights that

@@ -54,7 +54,11 @@ def states(learner: HFLearner, groups: Sequence[Group]) -> Iterator[tuple[Attemp
         for attempt in group
         if attempt.rollout.length and attempt.rollout.finish != "error"
     ]
-    for part in learner.micro_batches(items):
+    for part in learner.ranks.passes(learner.micro_batches(items)):
+        if not part:
+            with torch.no_grad():
+                learner.idle()
+            continue
         batch = learner.batch(part)
         with torch.no_grad(), learner.passing():
             rows = learner.hidden_rows(batch).split([len(item.rows_N) for item in part])

@@ -1,17 +1,18 @@
-"""Collects the results of the micro-batches of one step: values for the metrics, and a record for each
-attempt.
+"""Collects the results of the micro-batches of one step, and of the ranks that share it: values for the
+metrics, and a record for each attempt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from reflux.loss.aggregate import Result
 from reflux.loss.batch import Item
-from reflux.metrics.values import Mean, Stats, Sum
+from reflux.metrics.values import Mean, Stats, Sum, merge
 from reflux.types import Attempt, StepRecord
 
 # Key of kl_T in the columns of an attempt. Log-prob columns have non-empty names.
@@ -25,10 +26,6 @@ class Tally:
         self._loss, self._kl, self._outside, self._variance = Sum(0.0), Mean(), Mean(), Mean()
         # Columns by the `id()` of the attempt.
         self._columns: dict[int, dict[str, np.ndarray]] = {}
-
-    @property
-    def loss(self) -> float:
-        return self._loss.value
 
     def add(self, items: Sequence[Item], result: Result) -> None:
         """Add one micro-batch. items: its attempts. result: its loss and by-products, in item order."""
@@ -50,17 +47,42 @@ class Tally:
             values_T = columns.setdefault(name, np.full(item.rollout.length, np.nan, dtype=np.float32))
             values_T[item.rows_N] = values
 
-    def stats(self, log_variance: bool) -> Stats:
+    def stats(self) -> Stats:
         stats: Stats = {"loss": self._loss, "kl_nats_trained": self._kl}
         if self._outside.count:
             stats["ratio_outside_share"] = self._outside
-        if log_variance:
-            stats["gradient_variance_ratio"] = self._variance if self._variance.count else Mean(1.0, 1.0)
+        if self._variance.count:
+            stats["gradient_variance_ratio"] = self._variance
         return stats
 
     def records(self, attempts: Sequence[Attempt]) -> list[StepRecord | None]:
         """One record per attempt, in order; None if none of its positions was in a micro-batch."""
         return [_record(self._columns.get(id(attempt))) for attempt in attempts]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The result of one rank's share of a step: its stats, the record of each of its attempts by the index of
+    the attempt in the whole batch, and the positions of its forward and backward passes.
+    """
+
+    stats: Stats
+    records: Mapping[int, StepRecord | None]
+    forward: int
+    backward: int
+
+
+def learned(
+    shares: Sequence[Learned], attempts: int, log_variance: bool
+) -> tuple[Stats, list[StepRecord | None]]:
+    """The stats and records of a whole step, from those of all ranks. attempts: their number. log_variance:
+    True if the variance of the sampled gradient was requested; it is 1 where nothing was sampled.
+    """
+    stats = merge(share.stats for share in shares)
+    if log_variance and "loss" in stats:
+        stats.setdefault("gradient_variance_ratio", Mean(1.0, 1.0))
+    found = {place: record for share in shares for place, record in share.records.items()}
+    return stats, [found.get(place) for place in range(attempts)]
 
 
 def _record(columns: dict[str, np.ndarray] | None) -> StepRecord | None:

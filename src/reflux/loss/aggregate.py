@@ -40,6 +40,11 @@ class Result:
     variance: tuple[Tensor, Tensor] | None
 
 
+def no_rows(loss: Tensor) -> Result:
+    """The result of a micro-batch without rows. loss: 0."""
+    return Result(loss, {}, None, [], None)
+
+
 def shift_taker(objectives: Sequence[LossTerm]) -> int | None:
     """Index of the one objective that receives the advantage offsets: the first objective without a teacher
     that takes offsets, else the first objective that takes offsets. None if no objective takes offsets.

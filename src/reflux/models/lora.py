@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from reflux.errors import ModelError
+from reflux.models.dtensors import divided, gathered
 from reflux.models.generation_file import write_end_ids
 from reflux.models.text import Model
 
@@ -143,7 +144,8 @@ def merged(net: Any, only: Collection[str] | None = None) -> Mapping[str, Tensor
 @torch.no_grad()
 def full_weights(net: Any, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """All parameters and buffers (or `only` these) under the model's own names. An adapted weight includes
-    scale * B A, the change by its LoRA matrices.
+    scale * B A, the change by its LoRA matrices. Weights that are divided among processes are gathered, one
+    after the other.
     """
     adapted = dict(_adapted(net))
     for name, value in net.state_dict().items():
@@ -152,7 +154,7 @@ def full_weights(net: Any, only: Collection[str] | None = None) -> Iterator[tupl
             continue
         if layer := adapted.get(plain):
             value = value + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
-        yield plain, value
+        yield plain, gathered(value)
 
 
 def _adapted(net: Any) -> Iterator[tuple[str, Any]]:
@@ -186,17 +188,47 @@ def adapter_config(net: Any) -> dict[str, Any] | None:
 
 
 def adapter_tensors(net: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of each matrix of the adapter, by the names that peft writes to files."""
+    """(name, tensor) of each matrix of the adapter, by the names that peft writes to files. Matrices that are
+    divided among processes are gathered, one after the other.
+    """
     for name, layer in _layers(net).items():
         (adapter,) = layer.active_adapters
         for part, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            yield f"base_model.model.{name}.{part}.weight", matrices[adapter].weight.detach()
+            yield f"base_model.model.{name}.{part}.weight", gathered(matrices[adapter].weight.detach())
 
 
-def export(model: Model, folder: Path) -> None:
-    """Save the merged student in Hugging Face format, in the dtype that its files had."""
+def weight_bytes(net: Any) -> dict[str, int]:
+    """The bytes of each full weight, by the names of `full_weights`, in its order."""
+    return {
+        name.replace(".base_layer", ""): value.numel() * value.element_size()
+        for name, value in net.state_dict().items()
+        if ".lora_" not in name
+    }
+
+
+def _shared_again(net: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, in which the names of one parameter have one tensor, as transformers expects on saving.
+    Each name was gathered by itself.
+    """
+    firsts: dict[int, str] = {}
+    named = base_parameters(net).items()
+    owners = {name: firsts.setdefault(id(parameter), name) for name, parameter in named}
+    return {name: weights[owners.get(name, name)] for name in weights}
+
+
+def export(model: Model, folder: Path, writes: bool = True) -> None:
+    """Save the merged student in Hugging Face format, in the dtype that its files had. writes: False in a
+    process that only takes part in gathering weights that are divided among processes.
+    """
     net, dtype = model.net, model.stored_dtype or torch.float32
-    weights = {name: value.to(dtype) for name, value in merged(net).items()}
+    # A student that is divided may not fit into the memory of one device.
+    apart = divided(next(net.parameters())) is not None
+    place = "cpu" if apart else None
+    weights = {name: value.to(place, dtype) for name, value in full_weights(net) if writes}
+    if not writes:
+        return
+    if apart:
+        weights = _shared_again(net, weights)
     net.save_pretrained(folder, state_dict=weights)
     # save_pretrained writes float32, the dtype of the master weights, into config.json.
     config = json.loads((folder / "config.json").read_text())

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from reflux.models import lora
+from reflux.models.dtensors import divided_like, gathered
 
 
 class NetAccess:
     """Reads and writes the weights of a network. `written` holds the names of the untrained parameters that
-    `write` has written.
+    `write` has written. If several processes share the network, all of them call each method together.
     """
 
     def __init__(self, net: nn.Module, trained: Iterable[Tensor]):
@@ -39,11 +40,11 @@ class NetAccess:
         base_parameters = lora.base_parameters(self._net)
         for name, value in base.items():
             base_parameter = lora.refuse_narrow(name, base_parameters[name])
-            base_parameter.copy_(value)
+            base_parameter.copy_(divided_like(base_parameter, value))
             if id(base_parameter) not in self._trained:
                 self.written.add(name)
 
 
 def _copy(value: Tensor) -> Tensor:
     """A copy on the CPU that shares no memory with `value`."""
-    return value.detach().to("cpu", copy=True)
+    return gathered(value.detach()).to("cpu", copy=True)

@@ -104,11 +104,13 @@ def load_model(
     trust_remote_code: bool = False,
     device_map: str | None = None,
     base: str | None = None,
+    moves: bool = False,
 ) -> Model:
     """Load weights and tokenizer. path: the path of the key in the recipe, for errors. attention: the
     `attn_implementation` argument of transformers. dtype "auto": as stored, but float32 on a CPU that is
     slower in the stored one. device "auto": the first GPU, else the CPU. device_map: placement by accelerate
-    instead of `device`.
+    instead of `device`. moves: True for a model that is moved to another device afterwards, so that no layer
+    is replaced by one that is faster on this device.
 
     A peft adapter is merged into its base model, which is `base` or else the one that the adapter's config
     names. The weights of a GGUF file are dequantised. ModelError where the files are not whole, hold other
@@ -143,8 +145,9 @@ def load_model(
         net = merge_adapter(net, adapter, name, path)
     correct_tie(net)
     placed = net if device_map else net.to(place)
-    speed_up(placed)
-    fuse_norms(placed)
+    if not moves:
+        speed_up(placed)
+        fuse_norms(placed)
     model = replace(as_model(placed, tokenizer, stored), notes=notes)
     refuse_wrong_logits(model, name, path)
     return model

@@ -84,9 +84,10 @@ class InProcessTeacher:
         self.services.heads.remove(self.head)
 
     async def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherAnswer]:
-        return await self.services.run_model(self._score, list(requests))
+        return await self.services.run_model(self.answer, list(requests))
 
-    def _score(self, requests: list[TeacherRequest]) -> list[TeacherAnswer]:
+    def answer(self, requests: list[TeacherRequest]) -> list[TeacherAnswer]:
+        """As `score`, in this thread."""
         with self._turn, self.here():
             return self._scored(requests)
 

@@ -1,0 +1,31 @@
+"""Shares the groups of a batch out to ranks. A group is never cut, because its baselines need all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+from reflux.types import Attempt, Group
+
+
+def shares(groups: Sequence[Group], ranks: int) -> list[list[int]]:
+    """For each rank the indices of its groups, ascending. The longest groups come first, each to the rank
+    with the fewest positions so far.
+    """
+    costs = [sum(_positions(attempt) for attempt in group) for group in groups]
+    loads, found = [0] * ranks, [list[int]() for _ in range(ranks)]
+    for index in sorted(range(len(groups)), key=lambda index: -costs[index]):
+        rank = loads.index(min(loads))
+        loads[rank] += costs[index]
+        found[rank].append(index)
+    return [sorted(indices) for indices in found]
+
+
+def places(groups: Sequence[Group], share: Sequence[int]) -> list[int]:
+    """The index in the whole batch of each attempt of the groups of a share."""
+    starts = [0, *accumulate(len(group) for group in groups)]
+    return [place for index in share for place in range(starts[index], starts[index + 1])]
+
+
+def _positions(attempt: Attempt) -> int:
+    return attempt.rollout.prompt_length + attempt.rollout.length
