@@ -32,7 +32,7 @@ test-engines: $(VENV)/.installed-test $(VLLM_VENV)/.installed
 
 # vLLM on a CPU: 3.4 GB, about ten minutes, made again where the list of its packages changes.
 vllm: $(VLLM_VENV)/.installed
-	@echo "Sample with it: reflux run quickstart sampler.kind=vllm sampler.max_tokens=64 sampler.python=$(VLLM_VENV)/bin/python"
+	@echo "Sample with it: reflux run quickstart sampler.kind=vllm sampler.python=$(VLLM_VENV)/bin/python"
 
 # Every model type that transformers has for causal language models, against docs/what_runs.md. Tens of minutes.
 test-models: $(VENV)/.installed-test

@@ -93,6 +93,46 @@ def test_tables_merge_key_by_key_and_a_new_kind_drops_the_old_keys() -> None:
     assert under["a"] == {"kind": "x", "p": 1, "q": {"r": 1}}
 
 
+@pytest.mark.parametrize(
+    ("table", "kind", "stays"),
+    [
+        ("sampler", "vllm", {"max_tokens": 64, "train_max_tokens": 32, "stop": ["x"]}),
+        ("learner", "fsdp", {"model": "m", "lr": 0.5, "compile": True}),
+        ("teacher", "vllm", {"model": "t", "system": "s"}),
+        ("teacher", "self", {}),
+        ("sampler", "references", {}),
+        ("sampler", "no_such_kind", {}),
+        ("schedule", "cosine", {}),
+        ("sampler", 3, {}),
+    ],
+)
+def test_a_kind_that_does_the_same_by_other_means_keeps_the_keys_that_both_have(
+    table: str, kind: Any, stays: dict[str, Any]
+) -> None:
+    under = {
+        "sampler": {"kind": "hf", "max_tokens": 64, "train_max_tokens": 32, "stop": ["x"], "batch_tokens": 5},
+        "learner": {"kind": "hf", "model": "m", "lr": 0.5, "compile": True},
+        "teacher": {"kind": "local", "model": "t", "system": "s", "offload": True},
+        "schedule": {"kind": "linear", "start": 1, "warmup": 2},
+    }
+    assert merge(under, {table: {"kind": kind}})[table] == {"kind": kind, **stays}
+
+
+def test_a_kind_goes_back_to_the_one_it_did_the_work_of() -> None:
+    under = {"sampler": {"kind": "vllm", "max_tokens": 64, "dtype": "float32", "url": "u"}}
+    over = {"sampler": {"kind": "hf", "dtype": "bfloat16"}}
+    assert merge(under, over) == {"sampler": {"kind": "hf", "max_tokens": 64, "dtype": "bfloat16"}}
+
+
+def test_an_engine_is_changed_on_the_command_line_by_its_kind_alone() -> None:
+    changes = {"sampler.kind": "vllm", "learner.kind": "fsdp", "teachers.main.kind": "vllm"}
+    url = {"teachers.main.url": "http://host:8000"}
+    plain, served = load_recipe("quickstart"), load_recipe("quickstart", {**changes, **url})
+    assert served.sampler.max_tokens == plain.sampler.max_tokens != type(plain.sampler)().max_tokens
+    assert (served.learner.model, served.learner.lr) == (plain.learner.model, plain.learner.lr)
+    assert served.teachers["main"].model == plain.teachers["main"].model
+
+
 def test_overrides_are_toml_or_text() -> None:
     assert [unpack(text) for text in ("3", "1e-3", "true", "[1, 2]", '{kind = "linear", start = 1}',
                                       "my/model", "'3'", "")] == [

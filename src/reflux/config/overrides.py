@@ -6,12 +6,14 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any
 
+from reflux.config.groups import BASES
+from reflux.config.registry import field_names, kinds, load
 from reflux.errors import ConfigError
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Merge `over` over `under`. Tables are merged key by key; other values are replaced. A table with a new
-    kind replaces the old table with all its keys.
+    kind replaces the old table with all its keys, except those that `kept` returns.
 
     In a table with a new kind, a key whose value is "base" gets the old table as its value:
     `generate = "base"` puts the old sampler inside the new one.
@@ -26,10 +28,26 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         ):
             merged[key] = merge(old, value)
         elif isinstance(old, Mapping) and isinstance(value, Mapping):
-            merged[key] = {name: old if inner == "base" else inner for name, inner in value.items()}
+            new = {name: old if inner == "base" else inner for name, inner in value.items()}
+            merged[key] = {**kept(old, new["kind"]), **new}
         else:
             merged[key] = value
     return merged
+
+
+def kept(old: Mapping[str, Any], new_kind: Any) -> dict[str, Any]:
+    """The part of a table that stays when its kind becomes `new_kind`: the keys that both kinds have, where
+    one of them does the work of the other by other means (`Part.instead_of`), such as the samplers "hf" and
+    "vllm". Empty for all other kinds.
+    """
+    pair = {old.get("kind"), new_kind}
+    for known in map(kinds, BASES):
+        if pair <= known.keys():
+            parts = [load(known[kind]) for kind in pair]
+            if pair & {part.instead_of for part in parts}:
+                shared = set.intersection(*(set(field_names(part)) for part in parts))
+                return {key: value for key, value in old.items() if key in shared}
+    return {}
 
 
 def split_override(text: str) -> tuple[str, Any]:

@@ -25,6 +25,9 @@ class Part(Protocol):
 
     # when to use the part, in one or two sentences, for docs/recipes.md
     when: ClassVar[str] = ""
+    # The kind whose work this kind does by other means. Where a table changes from one of them to the
+    # other, it keeps the keys that both have.
+    instead_of: ClassVar[str] = ""
     # True if the part takes verdicts of the task's `verify`
     verifies: ClassVar[bool] = False
 

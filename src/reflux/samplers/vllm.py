@@ -46,6 +46,7 @@ class VLLM(TextSampler):
     below 1 each answer is read once more, for its log-probs at temperature 1.
     """
 
+    instead_of: ClassVar[str] = "hf"
     on_policy: ClassVar[bool] = True
     rollouts: ClassVar[type[Rollout]] = TokenRollout
 

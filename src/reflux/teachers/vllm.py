@@ -59,6 +59,7 @@ class VLLM(TeacherPart):
         "The teacher is too large for this machine, or several runs share it. docs/running.md says how to "
         "start the server."
     )
+    instead_of: ClassVar[str] = "local"
     rollouts: ClassVar[type[Rollout]] = TokenRollout
     in_process: ClassVar[bool] = False
 
