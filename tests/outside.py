@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from reflux.config.registry import STRICT
 from reflux.config.requirements import Requirements
 from reflux.config.step_context import StepContext
+from reflux.contexts.base import TeacherPrompt, retold
 from reflux.contexts.same import Same
 from reflux.credit.base import CreditPart
 from reflux.evals.base import Asked, EvalPart
@@ -42,6 +43,19 @@ from reflux.types import (
 
 # what the parts below saw, in order; a test empties it
 HEARD: list[tuple[Any, ...]] = []
+
+
+@dataclass(frozen=True, config=STRICT)
+class Dated(Same):
+    """The question with a number before it that changes every `every` updates of the student."""
+
+    every: int = 2
+    adds_words: ClassVar[bool] = True
+
+    def __call__(self, group: Group, step_context: StepContext) -> list[TeacherPrompt | None]:
+        day = step_context.version // self.every
+        told = retold(group[0].rollout.prompt.messages, lambda text: f"{day} {text}")
+        return [TeacherPrompt(told) for _ in group]
 
 
 @dataclass(frozen=True, config=STRICT)

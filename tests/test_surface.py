@@ -25,7 +25,7 @@ samplers      hf references flow vllm teacher_samples
 teachers      flow local self vllm
 contexts      same peers privileged
 objectives    sampled_kl divergence nll policy_gradient velocity_kl
-credit        prefix position group_advantage release margin balance
+credit        prefix position group_advantage release margin freshness balance
 rewards       verifier environment
 learners      flow fsdp hf
 extrapolation  extrapolate
@@ -35,7 +35,7 @@ schedules     constant linear cosine steps
 """
 
 FIELDS = """
-run                     task sampler learner objectives teachers={} credit={} rewards={} extrapolation=None evals={} track
+run                     task sampler learner objectives teachers={} credit={} rewards={} refresh=None extrapolation=None evals={} track
                         recipe='unnamed' steps=200 prompts_per_step=64 group_size=1 max_staleness=0 seed=0 loss_aggregation='token-mean-weighted' save_every=50
                         eval_every=50 keep_checkpoints=2 log_variance=False threads=0 skip_checks=() deterministic=False
 samplers.hf             max_tokens=512 train_max_tokens=None temperature=1.0 top_p=1.0 stop=() allow_biased=False max_prompt_tokens=0
@@ -74,6 +74,7 @@ credit.group_advantage          nats=1.0 normalise_std=False std_floor=1e-06
 credit.margin           delta=0.4 mode='mean' direction='spread' action='shift' level='token' threshold=0.5 student='behaviour'
                         retain=0.25 teacher='main'
 credit.balance          ratio=1.0 threshold=0.5
+credit.freshness        teacher='main' k=100 alpha=1.0 beta=1.0 floor=0.05 lag_power=1.0 drift='exact' rescale=False
 credit.release          k=4 min_segments=8 min_side=3 min_gain=0.0 segments='sentences' rescale=True candidates='behaviour' teacher='main'
 rewards.verifier        timeout_s=10.0 workers=1 weight=1.0
 rewards.environment     weight=1.0

@@ -57,9 +57,9 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
         # Due before the first step, and after a resume where the evaluation of this step is missing.
         if run.due("eval"):
             await run.evaluate(learner, sampler, teachers, extrapolation)
-        async with aclosing(pipeline(run, attempting(run, sampler, reward, teachers))) as stream:
+        async with aclosing(pipeline(run, attempting(run, learner, sampler, reward, teachers))) as stream:
             async for groups in stream:
-                now = run.step_context()
+                now = run.step_context(version=learner.version)
                 # Teachers answer again only where an answer is missing or the context has changed.
                 await teachers.score(groups, now)
                 # The current student's outputs, and the teachers' at its top-k, where a part requires them.
@@ -74,6 +74,8 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
                 if jumped:
                     learner.version += 1
                     # Prompts in flight are sampled again with the new weights.
+                    stream.refresh()
+                elif run.refreshes.due(groups, run.step):
                     stream.refresh()
                 await publish(learner, sampler, teachers, run.step + 1)
                 await preflight()
@@ -90,14 +92,17 @@ async def train(cfg: RunConfig, options: Options) -> dict[str, Any]:
     return run.summary()
 
 
-def attempting(run: Run, sampler: OpenSampler, reward: OpenReward | None, teachers: Teachers) -> Attempting:
+def attempting(
+    run: Run, learner: OpenLearner, sampler: OpenSampler, reward: OpenReward | None, teachers: Teachers
+) -> Attempting:
     """The function that samples, judges and scores the group of one prompt, and writes it to disk."""
     cfg = run.cfg
 
     async def attempt(prompt: Prompt, step: int) -> Group:
         group = await sampler.sample(prompt, cfg.group_size, cfg.draw(step))
         await judge(reward, group)
-        await teachers.score([group], run.step_context(step), cohort=cfg.prompts_per_step)
+        now = run.step_context(step, learner.version)
+        await teachers.score([group], now, cohort=cfg.prompts_per_step)
         # Attempts are on disk before anything else can happen to them.
         run.write(group, step)
         return group

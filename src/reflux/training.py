@@ -27,6 +27,7 @@ from reflux.loss.step import StepResult
 from reflux.metrics.flops import TOKENS, Landed, Ran, Work, add_up
 from reflux.metrics.step_metrics import step_metrics
 from reflux.metrics.trackers import NoTracker, Tracker, open_tracker
+from reflux.runtime.refreshes import Refreshes
 from reflux.runtime.services import Services
 from reflux.runtime.watch import Silent, Watch
 from reflux.storage import attempt_log, checkpoints, failed_batch, files, run_dir
@@ -76,6 +77,8 @@ class Run:
         self.totals: dict[str, float] = dict.fromkeys((*TOKENS, "flops", "seconds"), 0)
         if step:
             self.totals |= checkpoints.read_plain(checkpoints.of_step(self.dir / "checkpoints", step) / "run")
+        rules = [name for name, rule in cfg.credit.items() if rule.measures_freshness]
+        self.refreshes = Refreshes(cfg.refresh, self.totals, rules)
         self._started = time.perf_counter()
         # `open` replaces it once the lock is held
         self._tracker: Tracker = NoTracker()
@@ -121,8 +124,8 @@ class Run:
     def steps_left(self) -> int:
         return max(0, self.cfg.steps - self.step)
 
-    def step_context(self, step: int | None = None) -> StepContext:
-        return StepContext(self.step if step is None else step, self.seed)
+    def step_context(self, step: int | None = None, version: int = 0) -> StepContext:
+        return StepContext(self.step if step is None else step, self.seed, version)
 
     def context(self, name: str) -> PartContext:
         """The context of one part. name: the key of the part, such as "learner" or "evals.NAME"."""

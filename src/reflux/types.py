@@ -230,7 +230,6 @@ class TeacherAnswer:
     positions_read: int = 0
     # seconds of the call; an equal part of them for each attempt of a batched call
     seconds: float = 0.0
-    # why there is no target; None where the teacher answered
     error: str | None = None
     # NAME of the table [teachers.NAME] that was asked; several tables may share an alias
     table: str = ""
@@ -238,8 +237,10 @@ class TeacherAnswer:
     context_hash: str = ""
     # `TeacherPrompt.notes`: numbers about what the context showed
     context_notes: dict[str, float] = field(default_factory=dict)
-    # the target before the teacher was asked again; freshness compares the two
+    # the target before the teacher was asked again, because its context had changed
     previous: Target | None = None
+    # KL(target || previous) at each position, nats, where a part requires it
+    drift_T: np.ndarray | None = None
     # the teacher's log-probs at the current student's likeliest tokens, where a part requires them
     now_candidates: TopKTarget | None = None
 
@@ -290,9 +291,8 @@ class Attempt:
         """Sum of the credit rules' advantage offsets, nats, float32."""
         advantage_offset_T = np.zeros(self.rollout.length, dtype=np.float32)
         for name in sorted(self.credits):
-            advantage_offset_T = advantage_offset_T + np.asarray(
-                self.credits[name].advantage_offset_T, dtype=np.float32
-            )
+            offset_T = np.asarray(self.credits[name].advantage_offset_T, dtype=np.float32)
+            advantage_offset_T = advantage_offset_T + offset_T
         return advantage_offset_T
 
 

@@ -12,6 +12,7 @@ from reflux.contexts.privileged import Privileged
 from reflux.contexts.same import Same
 from reflux.credit.balance import Balance
 from reflux.credit.base import CreditRule
+from reflux.credit.freshness import Freshness
 from reflux.credit.group_advantage import GroupAdvantage
 from reflux.credit.margin import Margin
 from reflux.credit.position import Position
@@ -75,7 +76,7 @@ def objectives() -> list[Objective]:
 
 
 def credit() -> list[CreditRule]:
-    return [Prefix(9), Position(1.0), GroupAdvantage(), Release(), Margin(), Balance()]
+    return [Prefix(9), Position(1.0), GroupAdvantage(), Release(), Margin(), Balance(), Freshness()]
 
 
 def rewards() -> list[RewardFn]:

@@ -33,11 +33,14 @@ RULES = {
     "again": {"kind": "group_advantage", "nats": 0.37, "normalise_std": True},
     "margin": {"kind": "margin", "delta": 0.7},
     "balance": {"kind": "balance", "ratio": 0.5},
+    "freshness": {"kind": "freshness", "floor": 0.3},
 }
+# freshness refuses the default, which does not count positions of weight 0
+TOKEN_MEAN = {"loss_aggregation": "token-mean"}
 
 
 def test_any_order_of_the_rules_gives_the_same_bits(tiny_run: Callable[..., Any]) -> None:
-    settings = {"steps": 2, "group_size": 3, "task": {"kind": "outside:Chat"}}
+    settings = {"steps": 2, "group_size": 3, "task": {"kind": "outside:Chat"}, **TOKEN_MEAN}
     rng, rules = random.Random(0), list(RULES.items())
     orders = [rules, rules[::-1], *(rng.sample(rules, len(rules)) for _ in range(3))]
     runs = [tiny_run("rl_opd", **settings, credit=dict(order)) for order in orders]
@@ -48,7 +51,9 @@ def test_any_order_of_the_rules_gives_the_same_bits(tiny_run: Callable[..., Any]
 
 
 def test_each_rule_is_logged_under_its_name(tiny_run: Callable[..., Any]) -> None:
-    done = tiny_run("rl_opd", steps=1, group_size=2, task={"kind": "outside:Chat"}, credit=RULES)
+    done = tiny_run(
+        "rl_opd", steps=1, group_size=2, task={"kind": "outside:Chat"}, credit=RULES, **TOKEN_MEAN
+    )
     assert set(done.rows("metrics")[0]["credit"]) == set(RULES)
     assert done.rows("metrics")[0]["credit"]["half"]["weight_mean"] == pytest.approx(0.7)
 

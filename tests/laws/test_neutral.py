@@ -34,6 +34,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "margin": {"delta": float("-inf")},
     "balance": {"ratio": "none"},
     "release": {"segments": 1, "min_segments": 100, "rescale": False},
+    "freshness": {"alpha": 0.0, "beta": 0.0, "lag_power": 0.0, "floor": 0.0},
 }
 
 # the answers are short, so a change point is found wherever one is possible
@@ -60,6 +61,7 @@ ACTING: dict[str, dict[str, Any]] = {
     "margin": {"delta": 0.4},
     "balance": {"ratio": 0.0},
     "release": RELEASE,
+    "freshness": {"floor": 0.3},
 }
 
 

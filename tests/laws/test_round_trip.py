@@ -161,7 +161,7 @@ def test_the_written_config_names_every_field_of_the_run() -> None:
     table = tomllib.loads(to_toml(load_recipe("rl_opd")))
     absent = {name for name in (entry.name for entry in fields(RunConfig)) if name not in table}
     # TOML has no null
-    assert absent == {"extrapolation"}
+    assert absent == {"extrapolation", "refresh"}
 
 
 def test_a_run_holds_its_resolved_config(tiny_run: Callable[..., Any]) -> None:

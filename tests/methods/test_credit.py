@@ -16,6 +16,7 @@ from reflux.config.step_context import StepContext
 from reflux.credit import CREDIT
 from reflux.credit.balance import Balance
 from reflux.credit.base import share_credit
+from reflux.credit.freshness import Freshness
 from reflux.credit.group_advantage import GroupAdvantage, group_advantages
 from reflux.credit.margin import Margin
 from reflux.credit.position import Position
@@ -50,6 +51,9 @@ SETTINGS = {
     "group_advantage": Setting(GroupAdvantage(), GroupAdvantage(nats=0.0)),
     "margin": Setting(Margin(), Margin(delta=-math.inf)),
     "balance": Setting(Balance(0.0), Balance("none")),
+    "freshness": Setting(
+        Freshness(drift="sampled", floor=0.1), Freshness(alpha=0.0, beta=0.0, lag_power=0.0, floor=0.0)
+    ),
     "release": Setting(Release(segments=1, min_segments=2, min_side=1, min_gain=-9.0), Release(segments=1)),
 }
 

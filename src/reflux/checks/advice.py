@@ -14,7 +14,14 @@ from reflux.teachers.names import tables_of
 def warnings(cfg: RunConfig) -> list[str]:
     """All warnings about this run: those of its single parts, and those that concern several parts."""
     own = [text for where, _, part in within(cfg) for text in part.advice(where, cfg)]
-    return [*_unheard(cfg), *own, *_as_it_acted(cfg), *_left_to_others(cfg), *lengths.warnings(cfg)]
+    return [
+        *_unheard(cfg),
+        *own,
+        *_as_it_acted(cfg),
+        *_left_to_others(cfg),
+        *_idle_refresh(cfg),
+        *lengths.warnings(cfg),
+    ]
 
 
 def _unheard(cfg: RunConfig) -> Iterator[str]:
@@ -40,6 +47,11 @@ def _as_it_acted(cfg: RunConfig) -> Iterator[str]:
                 f"objectives[{index}] has the teacher 'behaviour' at max_staleness = 0. The policy that "
                 "sampled is then the current student, so the student learns nothing from it."
             )
+
+
+def _idle_refresh(cfg: RunConfig) -> Iterator[str]:
+    if cfg.refresh is not None and not cfg.max_staleness:
+        yield "refresh has no effect at max_staleness = 0, because no attempt is in flight between two steps."
 
 
 def _left_to_others(cfg: RunConfig) -> Iterator[str]:

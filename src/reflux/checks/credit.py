@@ -19,6 +19,16 @@ def problems(cfg: RunConfig) -> Iterator[str]:
             )
         if rule.requirements.reward and not cfg.rewards:
             yield f"{where} needs rewards. Add [rewards.verifier]."
+    yield from _refresh(cfg)
+
+
+def _refresh(cfg: RunConfig) -> Iterator[str]:
+    measured = any(rule.measures_freshness for rule in cfg.credit.values())
+    if cfg.refresh is not None and cfg.refresh.below is not None and not measured:
+        yield (
+            "refresh.below is compared with the freshness of a batch, which no credit rule measures. Add "
+            "[credit.freshness], or leave `below` out to refresh at fixed distances."
+        )
 
 
 def _shifts(cfg: RunConfig) -> Iterator[str]:

@@ -24,6 +24,7 @@ from reflux.config import registry
 from reflux.config.bases import read_recipe, resolve
 from reflux.config.context import Numbers, PartContext, Placement
 from reflux.config.overrides import merge, nest, split_override, unpack
+from reflux.config.refresh import Refresh
 from reflux.config.registry import STRICT, PartOf
 from reflux.config.requirements import Requirements
 from reflux.config.shares import without_shares
@@ -68,6 +69,7 @@ class RunConfig:
     )
     credit: Annotated[dict[str, CreditRule], PartOf("credit", many="table")] = Field(default_factory=dict)
     rewards: Annotated[dict[str, RewardFn], PartOf("rewards", many="table")] = Field(default_factory=dict)
+    refresh: Refresh | None = None
     extrapolation: Annotated[Extrapolation | None, PartOf("extrapolation")] = None
     evals: Annotated[dict[str, Eval], PartOf("evals", many="table")] = Field(default_factory=dict)
     track: Track = Track()

@@ -23,6 +23,8 @@ class Requirements:
     candidates: int = 0
     # k of the current student's top-k ids at which the teacher gives log-probs; 0: not required
     now_candidates: int = 0
+    # the KL of a teacher's answer to its previous one, where it was asked again because its context changed
+    supervision_drift: bool = False
     # the characters of the text that each token wrote
     spans: bool = False
     # which tokens are special and do not end a turn
@@ -38,6 +40,7 @@ class Requirements:
             logp=self.logp or other.logp,
             candidates=max(self.candidates, other.candidates),
             now_candidates=max(self.now_candidates, other.now_candidates),
+            supervision_drift=self.supervision_drift or other.supervision_drift,
             spans=self.spans or other.spans,
             specials=self.specials or other.specials,
             reward=self.reward or other.reward,

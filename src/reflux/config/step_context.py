@@ -33,10 +33,16 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """The number of the current step (from 0) and the seed of the run, for parts that keep no state."""
+    """The number of a step (from 0) and the seed of the run, for parts that keep no state.
+
+    step: the optimiser step that attempts are sampled for and trained in. version: the policy version of the
+    learner at the time of the call, as `Rollout.version` counts it. An attempt that is scored when it is
+    sampled and again when it is trained has the same step both times; the version may be another one.
+    """
 
     step: int
     seed: int
+    version: int = 0
 
     def rng(self, *key: object) -> random.Random:
         """A random generator that depends only on (run seed, step, key) (law 8)."""

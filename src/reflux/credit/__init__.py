@@ -6,5 +6,6 @@ CREDIT = {
     "group_advantage": "reflux.credit.group_advantage:GroupAdvantage",
     "release": "reflux.credit.release:Release",
     "margin": "reflux.credit.margin:Margin",
+    "freshness": "reflux.credit.freshness:Freshness",
     "balance": "reflux.credit.balance:Balance",
 }

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 class CreditPart(Part, Protocol):
     """The base class of credit rules. It holds the defaults of their optional members."""
 
+    # True if the notes hold `freshness` and `aligned`, which the table [refresh] reads
+    measures_freshness: ClassVar[bool] = False
+
     def diagnostics(self, name: str, recorded: Recorded) -> Iterable[Chart]:
         """A chart of the values of this rule in metrics.jsonl (read through `recorded`), by step: its notes
         that are plain numbers, its mean weight, and its mean advantage offset if that is ever non-zero.

@@ -33,6 +33,7 @@ _WANTED = {
     "now_candidates": (
         "the teacher's log-probs at the current student's top-{} tokens (one more pass through its head)"
     ),
+    "supervision_drift": "the teacher's KL to its previous answer, where its context has changed since",
     "spans": "which characters each token wrote",
     "specials": "which tokens are special",
     "reward": "a reward for every attempt",
@@ -40,6 +41,7 @@ _WANTED = {
 _WANTED_OF_FLOWS = {
     "behaviour": "the student's velocities at sampling",
     "now_at_behaviour": "the current student's velocities at the same states (one more pass of the student)",
+    "supervision_drift": "the teacher's distance to its previous velocities, where its context has changed",
     "reward": "a reward for every attempt",
 }
 

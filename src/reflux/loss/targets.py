@@ -78,6 +78,13 @@ class _Known:
         own_T, other_T = (target.sampled_logp_T(rollout, heads) for target in (self, other))
         return None if own_T is None or other_T is None else own_T - other_T
 
+    def drift_T(self, other: Target, rollout: Rollout, heads: Heads) -> np.ndarray | None:
+        """KL(this || other) of two outputs of one model, or of one model that was shown two contexts; >= 0 up
+        to rounding, nats, [T]. Never an estimate from the sampled token, so None where no more is known.
+        Exact of hidden states and of velocities; of lists see `loss.listed_kl`.
+        """
+        return None
+
     def uniformity(self, heads: Heads) -> float | None:
         """The mean entropy divided by the largest possible entropy, log V; None where it is not known."""
         return None
@@ -132,6 +139,13 @@ class TopKTarget(_Known):
                 f"Use a teacher that gives log-probs at given ids, such as 'local'."
             )
         return logp_TK
+
+    def drift_T(self, other: Target, rollout: Rollout, heads: Heads) -> np.ndarray | None:
+        from reflux.loss.listed_kl import listed_kl
+
+        if not isinstance(other, TopKTarget):
+            return None
+        return listed_kl(self.ids_TK, self.logp_TK, other.ids_TK, other.logp_TK)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +206,9 @@ class HiddenTarget(_Known):
 
         return kl_of(heads[self.head], self.h_TH, heads[other.head], other.h_TH).cpu().numpy()
 
+    def drift_T(self, other: Target, rollout: Rollout, heads: Heads) -> np.ndarray | None:
+        return self.kl_T(other, rollout, heads) if isinstance(other, HiddenTarget) else None
+
     def uniformity(self, heads: Heads) -> float | None:
         logp_TV = heads[self.head].logits(self.h_TH).float().log_softmax(-1)
         return float(-(logp_TV.exp() * logp_TV).sum(-1).mean()) / float(np.log(logp_TV.shape[-1]))
@@ -227,6 +244,9 @@ class VelocityTarget(_Known):
             rollout.t_S[:-1].astype(np.float64), np.diff(rollout.t_S).astype(np.float64), rollout.noise_level
         )
         return weight_T * ((self.v_TD.astype(np.float64) - other.v_TD) ** 2).sum(1)
+
+    def drift_T(self, other: Target, rollout: Rollout, heads: Heads) -> np.ndarray | None:
+        return self.kl_T(other, rollout, heads)
 
 
 def _rows(column: Any, rows_N: np.ndarray) -> Tensor:

@@ -60,7 +60,8 @@ def step_metrics(
         "staleness_max": max(stalenesses, default=None),
         "tokens_sampled": work.sampled,
         "tokens_trained": int(values.get("tokens_trained") or 0),
-        **({"tokens_scored": scored.sampled, "tokens_discarded": discarded.sampled} if scored else {}),
+        **({"tokens_scored": scored.sampled} if scored else {}),
+        **({"tokens_discarded": discarded.sampled} if scored or discarded.sampled else {}),
         "response_tokens_mean": Mean.of([a.rollout.mask_T.sum() for a in live]).value,
         "truncated": Mean.of([a.rollout.finish == "length" for a in live]).value,
         "finishes": {

@@ -82,6 +82,32 @@ class Quantiles:
         return float(np.quantile(self.values, share)) if self.values else None
 
 
+@dataclass(frozen=True)
+class EffectiveShare:
+    """The effective sample size (sum w)^2 / sum w^2 of weights, divided by their number: 1 for equal weights,
+    1/n where one of n weights is not 0. 0 where all weights are 0, None without weights.
+    """
+
+    total: float = 0.0
+    squares: float = 0.0
+    count: float = 0.0
+
+    def __add__(self, other: EffectiveShare) -> EffectiveShare:
+        return EffectiveShare(
+            self.total + other.total, self.squares + other.squares, self.count + other.count
+        )
+
+    @property
+    def value(self) -> float | None:
+        if not self.count:
+            return None
+        return self.total**2 / (self.squares * self.count) if self.squares else 0.0
+
+    @classmethod
+    def of(cls, weight: float) -> EffectiveShare:
+        return cls(weight, weight**2, 1)
+
+
 Stats = dict[str, Metric]
 
 

@@ -12,6 +12,7 @@ from reflux.config.recipe import config_hash
 from reflux.config.registry import kind_of
 from reflux.errors import RunError
 from reflux.metrics.flops import TOKENS
+from reflux.runtime.refreshes import COUNT
 from reflux.storage import files
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def summarise(
         **reported(evals),
         "tokens_sampled_total": int(sum(totals[name] for name in TOKENS)),
         **{name: int(totals[name]) for name in TOKENS},
+        **({COUNT: int(totals[COUNT])} if COUNT in totals else {}),
         "flops_total": totals["flops"],
         "commit": commit(),
         "config_hash": config_hash(cfg),

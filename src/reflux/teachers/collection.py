@@ -19,7 +19,7 @@ from reflux.errors import DataError
 from reflux.runtime.cohorts import Gather
 from reflux.runtime.together import together
 from reflux.teachers.base import OpenTeacher, Teacher, TeacherRequest, TeacherScorer, alias_of
-from reflux.types import Attempt, Group, Prompt, TeacherAnswer, TokenRollout, TopKTarget
+from reflux.types import Attempt, Group, Prompt, Target, TeacherAnswer, TokenRollout, TopKTarget
 
 if TYPE_CHECKING:
     from reflux.runtime.services import Services
@@ -126,13 +126,22 @@ class Teachers:
 
     async def follow_up(self, groups: Sequence[Group]) -> None:
         """If required, add to every answer its teacher's log-probs at the current student's most likely
-        tokens (`Attempt.now`).
+        tokens (`Attempt.now`), and its KL to the previous answer.
         """
+        attempts = [attempt for group in groups for attempt in group]
+        if self.requirements.supervision_drift and any(_asked_again(attempt) for attempt in attempts):
+            await self.services.run_model(self._compare, attempts)
         if self.requirements.now_candidates:
-            await self.services.run_model(self._follow_up, groups)
+            await self.services.run_model(self._follow_up, attempts)
 
-    def _follow_up(self, groups: Sequence[Group]) -> None:
-        for attempt in (attempt for group in groups for attempt in group):
+    def _compare(self, attempts: Sequence[Attempt]) -> None:
+        for attempt in attempts:
+            for name, target, previous in _asked_again(attempt):
+                drift_T = target.drift_T(previous, attempt.rollout, self.services.heads)
+                attempt.answers[name] = replace(attempt.answers[name], drift_T=drift_T)
+
+    def _follow_up(self, attempts: Sequence[Attempt]) -> None:
+        for attempt in attempts:
             rollout, now = attempt.rollout, attempt.now
             if not (isinstance(rollout, TokenRollout) and isinstance(now, TopKTarget)):
                 continue
@@ -194,6 +203,15 @@ def _missing(
         if attempt.target(name) is None or attempt.answers[name].context_hash != _hash(view):
             asked.append((attempt, view))
     return asked
+
+
+def _asked_again(attempt: Attempt) -> list[tuple[str, Target, Target]]:
+    """(teacher name, target, previous target) of each teacher that answered more than once."""
+    return [
+        (name, answer.target, answer.previous)
+        for name, answer in attempt.answers.items()
+        if answer.target is not None and answer.previous is not None
+    ]
 
 
 def _previous(attempt: Attempt, name: str) -> Any:
