@@ -56,6 +56,7 @@ PARTS: dict[tuple[str, str], dict[str, Any]] = {
     ("teachers", "flow"): {"model": "m"},
     ("teachers", "vllm"): {"model": "m", "url": "http://127.0.0.1:8000"},
     ("learners", "hf"): {"model": "m"},
+    ("learners", "fsdp"): {"model": "m"},
     ("learners", "flow"): {"model": "m"},
     ("credit", "prefix"): {"length": 4},
     ("credit", "position"): {"weight": 0.5},
