@@ -81,6 +81,7 @@ def test_a_plan_says_in_words_what_is_computed_beyond_the_loss(student: str, tea
             logp=True,
             candidates=9,
             now_candidates=8,
+            supervision_drift=True,
             spans=True,
             specials=True,
             reward=True,

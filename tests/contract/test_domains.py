@@ -324,7 +324,7 @@ def test_every_want_is_of_texts_or_of_both() -> None:
     """
     from reflux.checks.domains import _WORDS
 
-    both = {"behaviour", "now_at_behaviour", "reward"}
+    both = {"behaviour", "now_at_behaviour", "supervision_drift", "reward"}
     assert {field.name for field in dataclasses.fields(Requirements)} == both | set(_WORDS)
     assert not both & set(_WORDS)
 
