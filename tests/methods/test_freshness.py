@@ -192,6 +192,12 @@ def unanswered() -> Attempt:
     return made
 
 
+def never_answered() -> Attempt:
+    made = attempt(logp(1, 2), logp(2, 2), [0, 1])
+    made.answers["main"] = TeacherAnswer(error="timeout")
+    return made
+
+
 def incomparable() -> Attempt:
     made = attempt(logp(1, 2), logp(2, 2), [0, 1])
     target = made.answers["main"].target
@@ -205,6 +211,7 @@ def incomparable() -> Attempt:
         pytest.param(attempt(logp(1, 2), None, [0, 1]), id="the current student was not observed"),
         pytest.param(attempt(logp(1, 2), logp(2, 2), [0, 1], behaviour=None), id="no lists at sampling"),
         pytest.param(unanswered(), id="the teacher failed when asked again"),
+        pytest.param(never_answered(), id="the teacher never answered"),
         pytest.param(incomparable(), id="answers that cannot be compared"),
     ],
 )
