@@ -65,7 +65,7 @@ class SamplerPart(Part, Protocol):
 
     @property
     def server_memory(self) -> str:
-        """The memory that a server of this sampler takes on this machine, for `reflux plan`; "" without one."""
+        """The memory that a server of this sampler takes on this machine, in words; "" without one."""
         return ""
 
     def decoding(self, opened: Any) -> tuple[bool, str] | None:

@@ -125,8 +125,8 @@ class VLLM(TextSampler):
             return ""
         awake = " while it is awake" if self.mode == "colocated" else ""
         return (
-            f"vLLM takes {self.gpu_memory:.0%} of a GPU{awake} (sampler.gpu_memory), or on a CPU the student's "
-            f"weights and {self.cache_gib:g} GiB of key-value cache (sampler.cache_gib)"
+            f"vLLM takes {self.gpu_memory:.0%} of a GPU{awake} (sampler.gpu_memory), or on a CPU the "
+            f"student's weights and {self.cache_gib:g} GiB of key-value cache (sampler.cache_gib)"
         )
 
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
