@@ -54,3 +54,19 @@ def test_the_command_prints_one_line_for_each_device(capsys: pytest.CaptureFixtu
     text = " ".join(capsys.readouterr().out.split())
     assert "working, GPU at most about" in text
     assert "working, CPU at most about" in text
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "sft"])
+def test_a_server_takes_memory_of_its_own_and_no_cache_here(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = "sampler" if recipe == "quickstart" else "sampler.generate"
+    show_plan(recipe, [f"{key}.kind=vllm", f"{key}.cache_gib=3"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "server vLLM takes 90% of a GPU (sampler.gpu_memory)" in text
+    assert "3 GiB of key-value cache" in text
+    assert "while sampling" not in text
+    show_plan(recipe, [f"{key}.kind=vllm", f"{key}.mode=url", f"{key}.url=http://host:8000"])
+    assert "vLLM takes" not in capsys.readouterr().out
+    show_plan(recipe, [])
+    assert "while sampling a key-value cache of" in " ".join(capsys.readouterr().out.split())

@@ -35,6 +35,7 @@ def show_plan(recipe: str, overrides: list[str]) -> None:
         ("lengths", lengths_in_words(found)),
         ("memory", _memory(found.memory_bytes, found.position)),
         *((f"  working, {each.device}", _working(each)) for each in found.working),
+        *([("  server", found.server_memory)] if found.server_memory else []),
         ("sampled", f"at most {found.positions_at_most:,} {found.position}s"),
         ("compute", _compute(found)),
         ("also computed", "; ".join(found.requirements) or "nothing beyond the loss"),
@@ -92,8 +93,8 @@ def _memory(count: int | None, position: str) -> str:
 def _working(memory: WorkingMemory) -> str:
     return (
         f"at most about {_bytes(memory.peak)} more: activations of a micro-batch "
-        f"{_bytes(memory.activations)}, tables of the loss {_bytes(memory.loss)}; while sampling a key-value "
-        f"cache of {_bytes(memory.cache)}"
+        f"{_bytes(memory.activations)}, tables of the loss {_bytes(memory.loss)}"
+        + (f"; while sampling a key-value cache of {_bytes(memory.cache)}" if memory.cache else "")
     )
 
 

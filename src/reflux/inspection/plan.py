@@ -59,6 +59,8 @@ class Plan:
     memory_bytes: int | None
     # what a run of texts takes besides, on a GPU and on a CPU; empty if not known
     working: list[WorkingMemory]
+    # the memory of a server that samples; "" without one
+    server_memory: str
     # the lowest and the highest length limit of a training attempt, over all steps
     training_positions: tuple[int, int]
     # the length limit of an attempt of an evaluation or of extrapolation's score
@@ -103,6 +105,7 @@ def plan(cfg: RunConfig) -> Plan:
             for gpu in (True, False)
             if (found := working_memory(cfg, student, max(limits, default=0), gpu)) is not None
         ],
+        server_memory=cfg.sampler.server_memory,
         training_positions=(min(limits, default=0), max(limits, default=0)),
         evaluation_positions=cfg.evaluation_positions,
         positions_at_most=positions,

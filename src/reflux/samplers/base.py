@@ -63,6 +63,11 @@ class SamplerPart(Part, Protocol):
         """The most tokens that a key-value cache of the sampler holds; 0 without such a cache."""
         return 0
 
+    @property
+    def server_memory(self) -> str:
+        """The memory that a server of this sampler takes on this machine, in words; "" without one."""
+        return ""
+
     def decoding(self, opened: Any) -> tuple[bool, str] | None:
         """How the model decodes, and before it True if a GPU waits for the host at each operation; None where
         there is nothing to tell. opened: what `open` of this sampler gave.

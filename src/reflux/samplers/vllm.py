@@ -119,6 +119,16 @@ class VLLM(TextSampler):
         if self.token_variable and self.mode != "url":
             raise ValueError('token_variable is for mode = "url". A managed server has no token')
 
+    @property
+    def server_memory(self) -> str:
+        if self.mode == "url":
+            return ""
+        awake = " while it is awake" if self.mode == "colocated" else ""
+        return (
+            f"vLLM takes {self.gpu_memory:.0%} of a GPU{awake} (sampler.gpu_memory), or on a CPU the "
+            f"student's weights and {self.cache_gib:g} GiB of key-value cache (sampler.cache_gib)"
+        )
+
     def refusals(self, where: str, cfg: RunConfig) -> Iterable[str]:
         if self.mode == "colocated" and cfg.max_staleness:
             yield (

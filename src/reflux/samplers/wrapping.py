@@ -44,6 +44,10 @@ class WrappingSampler(SamplerPart, Protocol):
     def cache_tokens(self) -> int:
         return self._inner.cache_tokens
 
+    @property
+    def server_memory(self) -> str:
+        return self._inner.server_memory
+
     def decoding(self, opened: Any) -> tuple[bool, str] | None:
         return self._inner.decoding(opened.inner)
 
