@@ -141,7 +141,7 @@ class Found:
 @pytest.fixture(scope="session")
 def found(python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Found]:
     settings = ServerSettings(
-        installed=installed_in(python, "k"), model=str(TEACHER), dtype="float32", context_tokens=513
+        installed=installed_in(python, "k"), model=str(TEACHER), dtype="float32", context_tokens=512
     )
     folder = tmp_path_factory.mktemp("found")
     with asyncio.Runner() as runner:

@@ -116,4 +116,5 @@ def _likeliest_two(
 
 
 async def _both(client: InferenceClient, asks: Sequence[GenerateRequest]) -> np.ndarray:
-    return np.concatenate([(await client.generate(ask)).top_logp_TK for ask in asks])
+    rows = [(await client.generate(ask)).top_logp_TK for ask in asks]
+    return np.concatenate([row_12 for row_12 in rows if row_12 is not None])

@@ -212,6 +212,5 @@ class VLLMServer:
     async def kill(self) -> None:
         """End a server of the library that is of no more use."""
         if self.process is not None:
-            self.process.kill()
-            await self.process.ended.wait()
+            await self.process.kill()
         await self._closing.aclose()
