@@ -39,16 +39,15 @@ async def compare_ranks(asked: Asked, steps: int) -> None:
     def arm(name: str) -> Callable[[], Awaitable[float]]:
         return lambda: asyncio.to_thread(seconds_a_step, name, steps, asked.threads, asked.folder)
 
-    await in_turns(table, asked.rounds, {name: arm(name) for name in RANK_ARMS})
+    await in_turns(table, asked.rounds, {name: arm(name) for name in RANK_ARMS}, warm=False)
     table.print("learner")
 
 
 async def measure(asked: Asked, parts: Sequence[str], steps: int) -> None:
-    rollouts = []
-    if "sampler" in parts or "teacher" in parts:
-        rollouts = await compare_samplers(asked)
+    if "sampler" in parts:
+        await compare_samplers(asked)
     if "teacher" in parts:
-        await compare_teachers(asked, rollouts)
+        await compare_teachers(asked)
     if "ranks" in parts:
         await compare_ranks(asked, steps)
 
@@ -58,6 +57,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--vllm-python", default=sys.executable, help="the interpreter that has vLLM")
+    parser.add_argument("--url", help="a server that runs, with the model that --models names twice")
     parser.add_argument("--models", nargs=2, metavar=("STUDENT", "TEACHER"), help="folders of other models")
     parser.add_argument("--prompts", type=int, default=64, help="prompts of a round (64)")
     parser.add_argument("--tokens", type=int, default=64, help="the longest answer in tokens (64)")
@@ -69,6 +69,8 @@ def main() -> None:
     parts = told.parts.split(",")
     if unknown := sorted({*parts} - {*PARTS}):
         parser.error(f"there is no part {unknown[0]!r}. There are {', '.join(PARTS)}")
+    if told.url and (not told.models or told.models[0] != told.models[1]):
+        parser.error("--url needs --models MODEL MODEL, because one server has one model")
     # Read by servers and ranks when they start.
     os.environ["OMP_NUM_THREADS"] = str(told.threads)
     import torch
@@ -80,6 +82,7 @@ def main() -> None:
         asked = Asked(
             *(told.vllm_python, student, teacher, told.prompts, told.tokens, told.rounds, told.threads),
             folder=Path(scratch),
+            url=told.url,
         )
         asyncio.run(measure(asked, parts, told.steps))
     print(f"\n{told.rounds} rounds; {machine(told.threads)}")

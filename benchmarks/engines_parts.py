@@ -46,8 +46,7 @@ async def opened(stack: AsyncExitStack, asked: Asked, name: str, sampler: dict[s
     return Evaluation(context, services, cfg.sampler, open_sampler, None)  # type: ignore[arg-type]
 
 
-async def compare_samplers(asked: Asked) -> list[Any]:
-    """The attempts of the sampler of this process."""
+async def compare_samplers(asked: Asked) -> None:
     from reflux.config.step_context import SamplingParams
     from reflux.runtime.weights import InMemory
 
@@ -55,7 +54,8 @@ async def compare_samplers(asked: Asked) -> list[Any]:
     speed, renewal = Table("tokens a second"), Table("seconds until it has new weights")
     rollouts: dict[str, list[Any]] = {}
     async with AsyncExitStack() as stack:
-        kinds = {"hf": {"kind": "hf"}, "vllm": {"kind": "vllm", "python": asked.python}}
+        where = {"python": asked.python} if asked.url is None else {"mode": "url", "url": asked.url}
+        kinds = {"hf": {"kind": "hf"}, "vllm": {"kind": "vllm", **where}}
         asking = {name: await opened(stack, asked, name, table) for name, table in kinds.items()}
         prompts = list(islice(asking["hf"].task.prompts("train", 0, 0), asked.prompts))
 
@@ -82,7 +82,6 @@ async def compare_samplers(asked: Asked) -> list[Any]:
             f"    {name:24} log-probs differ from transformers by {max(gaps):.2g} nats at most, "
             f"{statistics.fmean(gaps):.2g} on average, {len(gaps)} tokens"
         )
-    return rollouts["hf"]
 
 
 def float32(model: str) -> Any:
@@ -117,18 +116,31 @@ def with_lists(rollouts: Sequence[Any], vocabulary: int, k: int) -> list[Any]:
     rng = np.random.default_rng(0)
     made = []
     for rollout in rollouts:
-        ids_TK = np.stack([rng.choice(vocabulary, k, replace=False) for _ in range(rollout.length)])
+        ids_TK = rng.integers(0, vocabulary, (rollout.length, k))
         logp_TK = np.full(ids_TK.shape, -9.0, np.float32)
         listed = TopKTarget(teacher="behaviour", ids_TK=ids_TK, logp_TK=logp_TK, logp_T=rollout.logp_T)
         made.append(replace(rollout, behaviour=listed))
     return made
 
 
-async def compare_teachers(asked: Asked, rollouts: Sequence[Any]) -> None:
+async def answers(asked: Asked) -> list[Any]:
+    """The attempts that the teachers score, from the sampler of this process."""
+    from reflux.config.step_context import SamplingParams
+
+    async with AsyncExitStack() as stack:
+        asking = await opened(stack, asked, "answers", {"kind": "hf"})
+        prompts = list(islice(asking.task.prompts("train", 0, 0), asked.prompts))
+        groups = await asking.groups(prompts, 1, SamplingParams(0, "train", asked.tokens))
+        return [attempt.rollout for group in groups for attempt in group]
+
+
+async def compare_teachers(asked: Asked) -> None:
     from reflux.engines.vllm_command import ServerSettings, installed_in
     from reflux.engines.vllm_server import VLLMServer
     from reflux.models.locations import local_folder
 
+    if asked.url is not None:
+        return await measure_teachers(asked, asked.url)
     folder = local_folder(asked.teacher, "teacher")
     settings = ServerSettings(
         installed=installed_in(asked.python, "--vllm-python"), model=str(folder), dtype="float32"
@@ -137,12 +149,12 @@ async def compare_teachers(asked: Asked, rollouts: Sequence[Any]) -> None:
     limits = {"concurrency": 64, "timeout_s": 600.0, "start_timeout_s": 1700.0}
     server = await VLLMServer.started(settings, asked.folder / "teacher.log", folder=None, **limits)
     try:
-        await measure_teachers(asked, rollouts, server.requests.url)
+        await measure_teachers(asked, server.requests.url)
     finally:
         await server.close()
 
 
-async def measure_teachers(asked: Asked, rollouts: Sequence[Any], url: str) -> None:
+async def measure_teachers(asked: Asked, url: str) -> None:
     from reflux.config.recipe import part_context
     from reflux.config.registry import build
     from reflux.config.requirements import Requirements
@@ -150,7 +162,7 @@ async def measure_teachers(asked: Asked, rollouts: Sequence[Any], url: str) -> N
     from reflux.runtime.services import Services
     from reflux.teachers.base import plain_requests
 
-    cfg = recipe(asked, {"kind": "hf"})
+    cfg, rollouts = recipe(asked, {"kind": "hf"}), await answers(asked)
     served = {"kind": "vllm", "model": asked.teacher, "url": url}
     kinds: dict[str, tuple[dict[str, Any], int]] = {
         "local": ({"kind": "local", "model": asked.teacher}, 0),
@@ -165,7 +177,7 @@ async def measure_teachers(asked: Asked, rollouts: Sequence[Any], url: str) -> N
         vocabulary, arms = vocabulary_size(services.tokenizer), {}
         for name, (fields, k) in kinds.items():
             wants = Requirements(behaviour=k, candidates=k)
-            context = part_context(cfg, wants, "main", asked.folder)
+            context = part_context(cfg, wants, name, asked.folder)
             part = build("teachers", fields, "teachers.main")
             teacher = await stack.enter_async_context(part.open(context, services))
             listed = with_lists(rollouts, vocabulary, k) if k else rollouts

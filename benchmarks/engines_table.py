@@ -22,6 +22,8 @@ class Asked:
     rounds: int
     threads: int
     folder: Path
+    # of a server that runs already and has the weights of both models
+    url: str | None = None
 
 
 @dataclass
@@ -46,9 +48,11 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
-async def in_turns(table: Table, rounds: int, arms: dict[str, Callable[[], Awaitable[float]]]) -> None:
-    """Measure every arm once a round, after a round that is not counted."""
-    for measure in arms.values():
+async def in_turns(
+    table: Table, rounds: int, arms: dict[str, Callable[[], Awaitable[float]]], warm: bool = True
+) -> None:
+    """Measure every arm once a round, after a round that is not counted if `warm`."""
+    for measure in arms.values() if warm else ():
         await measure()
     names = list(arms)
     for number in range(rounds):
