@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 
 from engines.conftest import TALLIES, Found
-from engines.real_server import group_of, process_of
+from engines.real_server import process_of
 from processes import wait_for
 from reflux.config.recipe import load_recipe
 from reflux.loop import train
@@ -36,7 +38,7 @@ SCALE: dict[str, Any] = {
     "evals.teacher_accuracy": "none",
     "evals.test_accuracy": "none",
 }
-STEPS = 8
+STEPS = 6
 
 
 def lines(run: Path, name: str) -> list[dict[str, Any]]:
@@ -44,8 +46,9 @@ def lines(run: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def begun(run: Path, python: str) -> subprocess.Popen[bytes]:
-    """`reflux run quickstart` with a server of its own."""
+@contextmanager
+def begun(run: Path, python: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`reflux run quickstart` with a server of its own. A test that fails ends it."""
     told = {
         **SCALE,
         "steps": STEPS,
@@ -58,7 +61,12 @@ def begun(run: Path, python: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "reflux.cli.main", "run", "quickstart", *overrides, "--out", str(run)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with (run.parent / f"{run.name}.txt").open("wb") as file:
-        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        library = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        yield library
+    finally:
+        library.kill()
+        library.wait()
 
 
 def servers(library: int) -> list[int]:
@@ -90,24 +98,38 @@ def by_name(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return dict(zip(names, rows, strict=True))
 
 
-def test_a_run_whose_server_is_killed_is_the_same_run(python: str, tmp_path: Path) -> None:
-    plain = by_name(finished(begun(tmp_path / "plain", python), tmp_path / "plain"))
-    run = tmp_path / "struck"
-    library = begun(run, python)
-    for step, victim in ((2, "VLLM::Worker"), (5, "api_server")):
-        wait_for(lambda step=step: len(lines(run, "metrics")) >= step or library.poll() is not None, 1500.0)
+@pytest.fixture(scope="module")
+def plain(python: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The attempts of an undisturbed run."""
+    run = tmp_path_factory.mktemp("plain") / "run"
+    with begun(run, python) as library:
+        return by_name(finished(library, run))
+
+
+def test_a_run_from_the_command_line(plain: dict[str, Any]) -> None:
+    kinds = Counter(name.split("/")[0] for name in plain)
+    assert kinds == {"attempt": 16 * STEPS, "learned": 16 * STEPS}
+    versions = {row["version"] for row in plain.values() if row["kind"] == "attempt"}
+    assert versions == set(range(STEPS))
+
+
+@pytest.mark.parametrize("victim", ["VLLM::Worker", "api_server"])
+def test_a_run_whose_server_is_killed_is_the_same_run(
+    python: str, tmp_path: Path, plain: dict[str, Any], victim: str
+) -> None:
+    run = tmp_path / "run"
+    with begun(run, python) as library:
+        wait_for(lambda: len(lines(run, "metrics")) >= 2 or library.poll() is not None, 1500.0)
         (server,) = servers(library.pid)
         os.kill(process_of(server, victim), signal.SIGKILL)
-        wait_for(lambda server=server: not group_of(server))
-    struck = by_name(finished(library, run))
+        struck = by_name(finished(library, run))
     assert struck.keys() == plain.keys()
     same = sum(struck[name] == plain[name] for name in plain)
     TALLIES.append(
-        f"a run of {STEPS} steps, 2 servers killed: {same} of {len(plain)} lines of attempts.jsonl the same"
+        f"a run of {STEPS} steps, {victim} killed: {same} of {len(plain)} lines of attempts.jsonl the same"
     )
     assert same == len(plain)
-    said = (tmp_path / "struck.txt").read_text()
-    assert said.count("is started again") == 2
+    assert (tmp_path / "run.txt").read_text().count("is started again") == 1
 
 
 @pytest.mark.parametrize(
@@ -123,11 +145,11 @@ def test_a_run_with_a_served_teacher_is_the_run_with_a_local_one(
         "teachers.main.gives": gives,
     }
     for name, table in (("local", {}), ("served", served)):
-        cfg = load_recipe(recipe, {**SCALE, "steps": 3, **table})
+        # Larger steps would turn differences of rounding into other samples.
+        cfg = load_recipe(recipe, {**SCALE, "steps": 3, "learner.lr": 1e-9, **table})
         asyncio.run(train(cfg, Options(tmp_path / name)))
-    for local, other in zip(
-        *(lines(tmp_path / name, "metrics") for name in ("local", "served")), strict=True
-    ):
-        assert other["without_target"] == 0
-        for key in ("loss", "kl_nats_trained", "grad_norm"):
+    both = [lines(tmp_path / name, "metrics") for name in ("local", "served")]
+    for local, other in zip(*both, strict=True):
+        assert other["without_target"] == {"main": 0}
+        for key in ("loss", "kl_nats", "grad_norm"):
             np.testing.assert_allclose(other[key], local[key], rtol=1e-3, atol=1e-4)
