@@ -78,7 +78,7 @@ def test_a_prompt_that_is_too_long_is_refused(real: Real) -> None:
 
 
 def test_an_answer_ends_where_the_window_is_full(real: Real) -> None:
-    near = Prompt("near", ({"role": "user", "content": "2 + 3 " * 83},))
+    near = Prompt("near", ({"role": "user", "content": "Tom has 12 apples. " * 26},))
     group = real.run(real.sampler.sample(near, 8, DRAW))
     rollouts = [attempt.rollout for attempt in group]
     room = 511 - len(rollouts[0].prompt_tokens)
